@@ -69,10 +69,10 @@ class Completion:
     """The `n` samples of one prompt. `str()` and the properties such as `text` are those of the first sample.
 
     `stats` has counts by name: `preemptions` and `cached_tokens`. If a KV policy or an index of the model saved
-    something in decode, it also has `kv_read` (bytes) and `kv_held` (pages) as shares of what reading and keeping
-    everything would take, and if the policy estimates the attention mass that was not read, `missed_mass` and the worst
-    query's `missed_mass_worst`. If drafts were verified, it has `draft_tokens`, `accepted_tokens` and their share
-    `acceptance`.
+    something in decode, it also has `kv_read` (bytes), `kv_held` and `kv_resident` (pages, the latter of those in
+    memory) as shares of what reading and keeping everything would take, and if the policy estimates the attention mass
+    that was not read, `missed_mass` and the worst query's `missed_mass_worst`, and the mass that was read in 4 bits,
+    `coarse_mass`. If drafts were verified, it has `draft_tokens`, `accepted_tokens` and their share `acceptance`.
     """
 
     samples: tuple[Sample, ...]

@@ -14,6 +14,7 @@ from typing import Any
 from lamina.errors import InvalidRequest
 from lamina.scheduling.kv_layouts import SHARDS
 from lamina.scheduling.speculation import MAX_DRAFTS
+from lamina_protocols.layers import ColdTier
 from lamina_workers.devices.names import check_names
 from lamina_workers.errors import DeviceError
 
@@ -71,6 +72,12 @@ class EngineConfig:
     """The longest sequence in tokens; None: the model's context, or as many as `kv_memory` holds if that is less."""
     kv_memory: int | str | None = None
     """Bytes of KV for each holder, or text such as "2GiB"; None: a quarter of the memory that is available."""
+    kv_cold: str | Path | None = None
+    """A folder on a disk, for KV that nobody reads for long: it leaves memory, and comes back when it is read. With
+    several machines it is a folder of each. None: all KV is in memory."""
+    kv_resident: int | str | None = None
+    """With `kv_cold`, the bytes of `kv_memory` that each holder should keep in memory, or text such as "2GiB": beyond
+    them what was not read for longest leaves sooner. None: a quarter of the memory that is available."""
     kv_dtype: str = "auto"
     """Of stored K and V; auto: as `dtype`. int8 and float8_e4m3fn have a scale for each token and head; the CPU kernels
     have no float8."""
@@ -92,6 +99,9 @@ class EngineConfig:
     policy: str | Path | None = None
     """What each KV head reads and keeps: None or "full" for everything, "auto" for the keys that matter, another policy
     for all heads such as "streaming(sink=64, recent=256)", or the path of a policy file, which ends in .toml."""
+    sketches: bool = False
+    """Keep sketches of all pages of KV, so that requests may name policies that choose by them, such as "auto", where
+    `policy` does not choose. They take a part of `kv_memory`."""
     speculate: str | Path | None = None
     """What proposes drafts, the next tokens of each sequence, which the model verifies together: "ngram" for what
     followed the same tokens earlier in the text, or a smaller model of the same vocabulary (an alias, a folder, a GGUF
@@ -158,6 +168,7 @@ class EngineConfig:
                 raise InvalidRequest(f"{name} is {value!r:.80}; allowed are {low} to {most} seconds")
         for name, what in (
             ("journal", "a folder, or None"),
+            ("kv_cold", "a folder on a disk, or None"),
             ("policy", '"auto", a policy, or a file ending in .toml'),
             ("speculate", '"ngram", a model, or None'),
         ):
@@ -169,14 +180,15 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or not 1 <= value <= high):
                 raise InvalidRequest(f"{name} is {value!r:.80}; allowed is an integer from 1 to {high}, or None")
-        for name in ("prefix_cache", "deterministic", "compile", "local_channel", "insecure"):
+        for name in ("prefix_cache", "deterministic", "compile", "sketches", "local_channel", "insecure"):
             if type(getattr(self, name)) is not bool:
                 raise InvalidRequest(f"{name} is {getattr(self, name)!r:.80}; allowed is True or False")
         if self.rope_scaling is not None and not isinstance(self.rope_scaling, Mapping):
             raise InvalidRequest(f"rope_scaling is {self.rope_scaling!r:.80}; allowed is a mapping as in config.json")
         self._check_weights()
-        if self.kv_memory is not None:
-            object.__setattr__(self, "kv_memory", parse_size("kv_memory", self.kv_memory))
+        for name in ("kv_memory", "kv_resident"):
+            if (size := getattr(self, name)) is not None:
+                object.__setattr__(self, name, parse_size(name, size))
         if self.deterministic and self.speculate is not None:
             raise InvalidRequest(
                 f"speculate is {str(self.speculate)!r:.80} with deterministic, but how many drafts are verified is "
@@ -212,6 +224,12 @@ class EngineConfig:
     def holders_here(self) -> int:
         """How many holders of KV this machine has: the engine's own, and attention workers that are started here."""
         return 1 + (self.attention_workers if isinstance(self.attention_workers, int) and not self.cluster else 0)
+
+    def cold_tier(self, kv_memory: int, share: int) -> ColdTier | None:
+        """Where KV goes that nobody reads, of a holder with `kv_memory` bytes, of which `share` may be in memory where
+        nothing else is said."""
+        folder = None if self.kv_cold is None else str(Path(self.kv_cold).absolute())
+        return ColdTier.of(folder, self.kv_resident if isinstance(self.kv_resident, int) else share, kv_memory)
 
     def _check_weights(self) -> None:
         if self.weights in ("bfloat16", "float32"):

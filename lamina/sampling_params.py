@@ -22,6 +22,7 @@ MAX_SCHEMA_DEPTH = 64
 MAX_REGEX = 16 << 10  # characters
 MAX_CHOICES = 4096
 MAX_GRAMMAR = 512 << 10  # characters, also of all choices together
+MAX_POLICY = 200  # characters
 JSON_OBJECT = '{"type":"object"}'  # the `json_schema` of any JSON object
 _CONSTRAINTS = ("json_schema", "regex", "choice", "grammar")
 
@@ -84,6 +85,10 @@ class SamplingParams:
     """The text is one of these strings: 1 to 4096, none empty. Kept as a tuple."""
     grammar: str | None = None
     """The text fits this grammar in llguidance's dialect of Lark, of 1 to 524288 characters."""
+    policy: str | None = None
+    """What is read and kept of this request's KV: "full", "auto", or one for all heads such as
+    "streaming(sink=64, recent=1024)". None is the engine's own. Policies that choose need an engine whose own does, or
+    that keeps `sketches`."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text."""
     include_stop_str_in_output: bool = False
@@ -111,6 +116,7 @@ class SamplingParams:
             "regex": _optional(_text, "regex", self.regex, 1, MAX_REGEX),
             "choice": _optional(_choices, "choice", self.choice),
             "grammar": _optional(_text, "grammar", self.grammar, 1, MAX_GRAMMAR),
+            "policy": _optional(_text, "policy", self.policy, 1, MAX_POLICY),
             "skip_special_tokens": _flag("skip_special_tokens", self.skip_special_tokens),
             "include_stop_str_in_output": _flag("include_stop_str_in_output", self.include_stop_str_in_output),
         }

@@ -26,7 +26,7 @@ class Grown(Protocol):
         """The plan of the same rows with other queries: the first position, how many they are and up to where they
         read, of each row. Where rows have more keys, these are before the queries or are the queries' own. The plan
         before it is not valid any more. Rows in `moved`, by number, have other tables from now on, of the same layers
-        and heads."""
+        and heads. Pages behind a row's window may be gone."""
 
 
 class Kernels(Protocol):

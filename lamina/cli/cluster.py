@@ -13,6 +13,7 @@ import typer
 from lamina.cli.options import JsonLines, Threads, flatten_options
 from lamina.cli.terminal import print_json, print_rows, show_bytes
 from lamina.config import parse_size
+from lamina.errors import InvalidRequest
 from lamina.system.machine import this_machine
 
 cluster_app = typer.Typer(
@@ -115,6 +116,10 @@ class AttentionWorkerOptions:
     kv_memory: Annotated[str | None, typer.Option(help="Bytes, or such as 64GiB. Default: half of what is free.")] = (
         None
     )
+    kv_cold: Annotated[str | None, typer.Option(help="Folder on a disk for KV that nobody reads for long.")] = None
+    kv_resident: Annotated[
+        str | None, typer.Option(help="Memory for KV beside --kv-cold. Default: half of what is free, at most.")
+    ] = None
     threads: Threads = None
     name: Annotated[str, typer.Option(help="What status and errors call this worker.")] = "attention"
     tls_dir: Annotated[str | None, typer.Option(help="Folder with ca.pem, cert.pem and key.pem.")] = None
@@ -128,6 +133,11 @@ class AttentionWorkerOptions:
         free = machine.memory_available // 2
         size = free if self.kv_memory is None else parse_size("kv_memory", self.kv_memory)
         argv = ["--listen", self.listen, "--data-port", str(self.data_port), "--kv-memory", str(size)]
+        if self.kv_cold is not None:
+            resident = free if self.kv_resident is None else parse_size("kv_resident", self.kv_resident)
+            argv += ["--kv-cold", self.kv_cold, "--kv-resident", str(min(size, resident))]
+        elif self.kv_resident is not None:
+            raise InvalidRequest(f"--kv-resident is {self.kv_resident} without --kv-cold; allowed is both")
         argv += ["--name", self.name, "--threads", str(self.threads or machine.cores)]
         argv += [] if self.tls_dir is None else ["--tls-dir", self.tls_dir]
         argv += [] if self.token_file is None else ["--token-file", self.token_file]

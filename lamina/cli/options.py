@@ -135,6 +135,10 @@ class EngineOptions:
     kv_memory: Annotated[
         str | None, _engine_option("Memory for the KV cache of each holder: bytes, or such as 2GiB.")
     ] = None
+    kv_cold: Annotated[str | None, _engine_option("A folder on a disk, for the KV that nobody reads for long.")] = None
+    kv_resident: Annotated[
+        str | None, _engine_option("Of kv-memory, what to keep in memory beside kv-cold: bytes, or such as 2GiB.")
+    ] = None
     kv_dtype: Annotated[str | None, _engine_option("Of the KV cache: float32, bfloat16, float16, int8 or auto.")] = None
     deterministic: Annotated[
         bool | None,
@@ -142,6 +146,9 @@ class EngineOptions:
     ] = None
     policy: Annotated[
         str | None, _engine_option("What each KV head reads and keeps: full, auto, a policy, or a .toml file.")
+    ] = None
+    sketches: Annotated[
+        bool | None, _engine_option("Keep sketches of KV, so that requests may name policies that choose by them.")
     ] = None
     speculate: Annotated[
         str | None, _engine_option("Draft tokens to be verified together: ngram, or a smaller model.")

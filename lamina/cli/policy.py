@@ -24,26 +24,48 @@ Context = Annotated[int | None, typer.Option(help="Tokens. Default: the model's 
 Text = Annotated[Path | None, typer.Option(help="A UTF-8 text file. Default: Python's help topics.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or auto.")]
 Seed = Annotated[int, typer.Option(help="For random words, tokens and draws.")]
-Sink = Annotated[int | None, typer.Option(help="First tokens that a streaming head keeps.")]
-Recent = Annotated[int | None, typer.Option(help="Last tokens that a streaming head keeps.")]
+Sink = Annotated[int | None, typer.Option(help="First tokens that a head with a window keeps.")]
+Recent = Annotated[int | None, typer.Option(help="Last tokens that it keeps, at least.")]
 
 
 @policy_app.command("import")
 def import_(
-    file: Annotated[Path, typer.Argument(metavar="FILE.tsv", help="DuoAttention's full_attention_heads.tsv.")],
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="DuoAttention's full_attention_heads.tsv, or MoA's moa_alpha_beta.json."),
+    ],
     out: Out,
-    sparsity: Annotated[float, typer.Option(help="The share of KV heads that become streaming, 0 to 1.")] = 0.5,
+    sparsity: Annotated[
+        float | None, typer.Option(help="DuoAttention: the share of KV heads that become streaming, 0 to 1 [0.5].")
+    ] = None,
     sink: Sink = None,
     recent: Recent = None,
+    group: Annotated[int | None, typer.Option(help="MoA: query heads for each KV head of the model [1].")] = None,
+    context: Annotated[
+        int | None, typer.Option(help="MoA: the longest context at which rules of a group are joined [8192].")
+    ] = None,
 ) -> None:
-    """Make a policy file of a published DuoAttention pattern. Sizes come from config.json beside it unless given."""
-    from lamina.policy_file import import_duo, write
+    """Make a policy file of a published pattern.
+
+    DuoAttention's sizes come from config.json beside it unless given. MoA's plans have a rule for each query head:
+    those of a group become one that sees no less.
+    """
+    from lamina.policy_file import import_duo, import_moa, write
 
     opt.check_suffix("out", out, ".toml")  # by which engines know a policy file
-    policy = import_duo(file, sparsity, sink, recent)
+    moa = file.suffix == ".json"
+    others = {"sparsity": sparsity, "sink": sink, "recent": recent} if moa else {"group": group, "context": context}
+    if wrong := [name for name, value in others.items() if value is not None]:
+        kind = "MoA's .json" if moa else "DuoAttention's .tsv"
+        raise InvalidRequest(f"--{wrong[0]} is given with {file.name}; {kind} has none")
+    if moa:
+        policy = import_moa(file, 1 if group is None else group, 8192 if context is None else context)
+    else:
+        policy = import_duo(file, 0.5 if sparsity is None else sparsity, sink, recent)
     write(out, policy)
     full = sum(text == "full" for layer in policy.heads for text in layer)
-    typer.echo(f"{out}: {full} of {sum(map(len, policy.heads))} KV heads are full, the others streaming")
+    others_are = "have spans" if moa else "streaming"
+    typer.echo(f"{out}: {full} of {sum(map(len, policy.heads))} KV heads are full, the others {others_are}")
 
 
 @policy_app.command()
@@ -85,7 +107,7 @@ def measure(
     seed: Seed = 0,
     as_json: opt.JsonLines = False,
 ) -> None:
-    """What a policy file costs in quality on a long text, beside the full cache."""
+    """What a policy file reads and holds, and costs in quality, on a long text in decode, beside the full cache."""
     from lamina.config import EngineConfig
     from lamina.measure.calibration.calibrate import measure as measured
     from lamina.policy_file import read
@@ -104,13 +126,17 @@ class CalibrationOptions:
     target_quality: Annotated[
         float, typer.Option(help="0.99: NLL rises by 1 % at most, 97 % of likeliest tokens stay, passkeys too.")
     ] = 0.99
-    method: Annotated[str, typer.Option(help="windows, spans (they grow) or streaming (one size, or full).")] = (
-        "windows"
-    )
+    method: Annotated[
+        str,
+        typer.Option(
+            help="windows (each head's own size), streaming (DuoAttention: one size, or full), razor (RazorAttention: "
+            "window and mean, or full) or moa (MoA: windows that grow)."
+        ),
+    ] = "windows"
     context: Context = None
     sink: Sink = None
     recent: Recent = None
-    steps: Annotated[int | None, typer.Option(help="Of the gates' optimisation.")] = None
+    steps: Annotated[int | None, typer.Option(help="Of the gates' training, for windows and streaming.")] = None
     text: Text = None
     scores: Annotated[Path | None, typer.Option(help="A .json file to keep heads' scores in, and to use again.")] = None
     dtype: Dtype = "auto"
@@ -145,4 +171,5 @@ def calibrate(model: opt.ModelName, out: Out, how: CalibrationOptions) -> None:
     if found.chosen is None:
         typer.echo(f"no choice met the target: {out} keeps everything", err=True)
         raise typer.Exit(1)
-    typer.echo(f"{out}: {found.chosen.quality}")
+    for quality in found.chosen.qualities:
+        typer.echo(f"{out}: {quality}")

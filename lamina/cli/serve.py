@@ -149,7 +149,9 @@ def _workers(config: EngineConfig, keywords: Mapping[str, Any]) -> dict[str, Any
     machine = this_machine()
     memory = config.kv_memory if isinstance(config.kv_memory, int) else kv_share(machine, config.holders_here)
     given = {name: value for name, value in given.items() if name != "attention_workers"} | {"kv_memory": memory}
-    return {"engine": given, "workers": count, "kv_memory": memory, "threads": config.threads or machine.cores}
+    threads = config.threads or machine.cores
+    cold = config.cold_tier(memory, kv_share(machine, config.holders_here))
+    return {"engine": given, "workers": count, "kv_memory": memory, "threads": threads, "cold": cold}
 
 
 def _planned(path: Path, keywords: dict[str, Any]) -> tuple[str, dict[str, Any]]:

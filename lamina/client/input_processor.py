@@ -97,6 +97,7 @@ class InputProcessor:
                     n=filled.n,
                     priority=priority,
                     salt=salt,
+                    policy=filled.policy or "",
                 ),
                 params=filled,
                 seed=secrets.randbits(64) if filled.seed is None else filled.seed,

@@ -15,6 +15,7 @@ from lamina.deploy.supervision import AttentionSupervisor
 from lamina.deploy.worker_events import WorkerAddress
 from lamina.system.child_process import end_all, module_command
 from lamina_protocols.channels import Credentials
+from lamina_protocols.layers import ColdTier
 
 _LISTENING = re.compile(r"listening (\S+:\d+)")
 
@@ -22,9 +23,9 @@ _LISTENING = re.compile(r"listening (\S+:\d+)")
 class LocalAttentionWorkers(AttentionSupervisor[LocalWorker]):
     """`count` attention workers in child processes, each with `kv_memory` bytes of KV and so many threads.
 
-    `devices` names that of each, where it is not the CPU. `command(name)` is what runs a worker; it gets
-    `--token-file FILE` at its end, and must print `listening HOST:PORT` within `timeout` seconds. One thread starts
-    them all (`child_process` says why).
+    `devices` names that of each, where it is not the CPU; `cold` is where KV goes that nobody reads. `command(name)` is
+    what runs a worker; it gets `--token-file FILE` at its end, and must print `listening HOST:PORT` within `timeout`
+    seconds. One thread starts them all (`child_process` says why).
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class LocalAttentionWorkers(AttentionSupervisor[LocalWorker]):
         kv_memory: int,
         threads: int,
         devices: Sequence[str] = (),
+        cold: ColdTier | None = None,
         command: Callable[[str], Sequence[str]] | None = None,
         clock: Callable[[], float] = time.monotonic,
         timeout: float = 60.0,
@@ -42,7 +44,7 @@ class LocalAttentionWorkers(AttentionSupervisor[LocalWorker]):
         self._kv_memory = kv_memory
         self._devices = devices
         self._token = secrets.token_urlsafe(32)  # loopback is open to every user of this host
-        self._command = command or (lambda name: attention_command(name, kv_memory, threads))
+        self._command = command or (lambda name: attention_command(name, kv_memory, threads, cold))
         self._timeout = timeout
 
     def _launch(self, slot: Slot[LocalWorker]) -> LocalWorker:
@@ -82,11 +84,12 @@ class LocalAttentionWorkers(AttentionSupervisor[LocalWorker]):
         end_all(worker.process for worker in workers)
 
 
-def attention_command(name: str, kv_memory: int, threads: int) -> list[str]:
+def attention_command(name: str, kv_memory: int, threads: int, cold: ColdTier | None = None) -> list[str]:
     """What runs one worker that ends with this process."""
+    kept = () if cold is None else ("--kv-cold", cold.folder, "--kv-resident", str(int(cold.resident * kv_memory)))
     return module_command(
         "lamina_workers.attention_main", "--listen", "127.0.0.1:0", "--name", name,
-        "--kv-memory", str(kv_memory), "--threads", str(threads), "--die-with-parent",
+        "--kv-memory", str(kv_memory), "--threads", str(threads), "--die-with-parent", *kept,
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from lamina.deploy.worker_events import WAITING, WorkerAddress
 from lamina.system.child_process import KEY_VARIABLE
 from lamina.system.progress import Progress
 from lamina_protocols.channels import Credentials
+from lamina_protocols.layers import ColdTier
 from lamina_workers.devices.openmp import share_cores
 from lamina_workers.process.credentials import create_credentials
 
@@ -32,9 +33,18 @@ _NONE = Credentials()
 class AttentionActor:
     """The process of one attention worker."""
 
-    def __init__(self, name: str, kv_memory: int | None, threads: int | None, device: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        kv_memory: int | None,
+        threads: int | None,
+        device: str,
+        kv_cold: str | None,
+        kv_resident: int | None,
+    ) -> None:
         self._name = name
         self._kv_memory = kv_memory
+        self._kv_cold, self._kv_resident = kv_cold, kv_resident
         self._threads = threads
         self._device = device
         self._server: Any = None
@@ -53,8 +63,9 @@ class AttentionActor:
         from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig
 
         machine = this_machine()
+        own = max(1 << 28, machine.memory_available // (2 * _workers_here()))
         if self._kv_memory is None:
-            self._kv_memory = max(1 << 28, machine.memory_available // (2 * _workers_here()))
+            self._kv_memory = own
         if self._server is None:
             host = self.host()
             self._credentials = create_credentials([host])
@@ -66,6 +77,7 @@ class AttentionActor:
                     threads=self._threads or machine.cores,
                     device=f"cuda:{gpu}" if self._device == "cuda" else self._device,
                     credentials=self._credentials,
+                    cold=ColdTier.of(self._kv_cold, self._kv_resident or own, self._kv_memory),
                 )
             )
             self._address = self._server.start()
@@ -105,19 +117,29 @@ class _RayAttentionWorker(Worker):
 class RayAttentionWorkers(AttentionSupervisor[_RayAttentionWorker]):
     """`count` attention workers as Ray actors, one for each `lamina_attention` of a node.
 
-    `kv_memory` is in bytes for each; None: half of its node's free memory, shared among the node's workers. `threads`
+    `kv_memory` is in bytes for each; None: half of its node's free memory, shared among the node's workers. With
+    `kv_cold`, a folder of each node, `kv_resident` bytes of it stay in memory; None: as much as that. `threads`
     None: one a core. `device` "cuda": each worker has a GPU of its node. Ray starts dead actors again, on another node
     if it must, and ends all with this process. With `engine` each actor has a name: that of the engine, a slash, its
     own.
     """
 
     def __init__(
-        self, count: int, *, kv_memory: int | None, threads: int | None, device: str = "cpu", engine: str = ""
+        self,
+        count: int,
+        *,
+        kv_memory: int | None,
+        threads: int | None,
+        device: str = "cpu",
+        engine: str = "",
+        kv_cold: str | None = None,
+        kv_resident: int | None = None,
     ) -> None:
         super().__init__(count)
         self._device = device
         self._engine = engine
         self._kv_memory = kv_memory
+        self._cold = kv_cold, kv_resident
         self._threads = threads
         self._actors: dict[str, Any] = {}
 
@@ -145,7 +167,7 @@ class RayAttentionWorkers(AttentionSupervisor[_RayAttentionWorker]):
         if self._engine:
             options |= {"name": f"{self._engine}/{name}", "namespace": NAMESPACE}
         actor = ray_module().remote(AttentionActor).options(**options)
-        return actor.remote(name, self._kv_memory, self._threads, self._device)
+        return actor.remote(name, self._kv_memory, self._threads, self._device, *self._cold)
 
     def _watch(self) -> None:
         try:

@@ -36,7 +36,7 @@ def batch_work(
                 counts = history if history is None or not drafts else history.ahead(row.drafts[:drafts])
                 sampling.append(_sampling(sequence, requests[sequence], counts, constraint, drafts))
         token_ids += row.drafts
-    spans = tuple(Span(row.start, row.count) for row in plan.rows)
+    spans = tuple(Span(row.start, row.count, row.sequence.request.policy) for row in plan.rows)
     prompts = tuple(len(row.sequence.request.prompt) for row in plan.rows)
     return BatchWork(spans, prompts, token_ids, tuple(sampled), tuple(sampling))
 

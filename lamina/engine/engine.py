@@ -11,6 +11,7 @@ import logging
 import queue
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -116,7 +117,10 @@ class Engine:
 
     def submit(self, request: EngineRequest) -> None:
         """Queue a request, after its schema or grammar is compiled on the caller's thread. Raises EngineError where the
-        engine has stopped, and InvalidRequest where its text cannot be held to that."""
+        engine has stopped, InvalidRequest where its text cannot be held to that, and PolicyError where its policy
+        cannot be served."""
+        policy = self._scheduler.config.policy(request.request.policy).name
+        request.request = replace(request.request, policy=policy)
         if request.params.constrained:
             if self._grammars is None:
                 raise InvalidRequest("this engine has no tokenizer; it can hold no text to a schema or grammar")
@@ -234,6 +238,7 @@ class Engine:
         taken = take_snapshot(
             self._stats, self._control, self._worker.links(), self._holders.names, self._worker.attention_seconds,
             self._tiering.local_share, self._clock(), self._drafting.counts,
+            [request.spared for request in self._registry.requests.values()],
         )  # fmt: skip
         try:
             sink(taken)

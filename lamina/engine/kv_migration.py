@@ -205,6 +205,7 @@ class KvMigration:
     def _copy(self, moving: _Migrating, new: tuple[Part, ...], lo: int, hi: int, stored: int) -> bool:
         """Whether `new` parts had room for what the old ones have of positions [lo, hi), in rows from `stored` on."""
         size = self._scheduler.config.page_size
+        prompt = len(moving.sequence.tokens) if self._placement.samples else 0
         alike: dict[tuple[int, int], list[Move]] = {}  # by rank and pool
         for move in _moves(moving.old, new, lo, hi, size):
             alike.setdefault((self._placement.holders[move.to].rank, move.pool), []).append(move)
@@ -212,7 +213,7 @@ class KvMigration:
             routes: dict[int, list[Route]] = {}
             for part in new:
                 if any(move.target == part.handle for move in moves):
-                    row = Row(part.handle, stored, hi - stored, None, True)
+                    row = Row(part.handle, stored, hi - stored, None, True, prompt=prompt)
                     route = Route(0, part.share.heads, row, (stored, hi), part.share.pool)
                     routes.setdefault(part.share.holder, []).append(route)
             holders = self._placement.holders

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 
 from lamina.engine.stats import EngineStats
+from lamina.messages.engine_request import KvSavings
 from lamina.messages.snapshot import EXCHANGE_BUCKETS, HolderSnapshot, SequenceSnapshot, Snapshot
 from lamina.scheduling.control_plane import ControlPlane
 from lamina.scheduling.kv_shares import Pages
@@ -25,12 +26,14 @@ def take_snapshot(
     local_share: float,
     now: float,
     drafts: SpeculationCounts | None = None,
+    spared: Iterable[KvSavings] = (),
 ) -> Snapshot:
     """What the engine is doing now. `links` are those to the holders of rank 0, `names` those of attention workers, by
-    number of the holder. `now`: by the engine's clock. `drafts`: what became of
-    them, None without speculation."""
+    number of the holder. `now`: by the engine's clock. `drafts`: what became of them, None without speculation.
+    `spared`: what policies have saved of each request."""
     scheduler = control.scheduler
     drafts = drafts or SpeculationCounts()
+    held, resident = (sum(column) for column in zip((0.0, 0.0), *((x.held, x.resident) for x in spared), strict=True))
     counters, uptime, named = scheduler.counters, now - stats.began, _Names(control, links, names)
     counted = asdict(stats) | {"batch_counts": tuple(stats.batch_counts), "missing": tuple(stats.missing)}
     return Snapshot(
@@ -40,6 +43,7 @@ def take_snapshot(
         waiting=scheduler.waiting,
         lanes=control.tuner.lanes,
         local_share=local_share,
+        kv_resident=min(1.0, resident / held) if held else 1.0,
         prefix_queries=counters.looked_up_tokens,
         prefix_hits=counters.found_tokens,
         preemptions=counters.preempted,

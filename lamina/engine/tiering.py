@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lamina.engine.kv_migration import AT_ONCE, KvMigration
 from lamina.engine.observers import BatchDone
 from lamina.scheduling.control_plane import ControlPlane
-from lamina.scheduling.kv_shares import Layout
+from lamina.scheduling.kv_shares import Layout, under
 from lamina.scheduling.request import ScheduledSequence
 from lamina.scheduling.step_model import Batch
 
@@ -125,4 +125,4 @@ class TierController:
         for at in chosen:
             sequence = candidates[at]
             if layout := self._placement.layout(sequence.longest, local=off > 0):
-                self._migration.begin(sequence, layout)
+                self._migration.begin(sequence, under(layout, sequence.request.policy))

@@ -220,9 +220,12 @@ class Adoption(NamedTuple):
     parts: tuple[Part, ...]
 
 
-def adoption(sample: KnownSample, prompt: int, found: Mapping[KvLocation, RecoveredHolder]) -> Adoption | None:
-    """What is still there of the KV of a sample with `prompt` tokens in its prompt. Missing shares have the holder
-    GONE, and are taken over like those of a lost holder. None where the sample must be computed from its start."""
+def adoption(
+    sample: KnownSample, prompt: int, found: Mapping[KvLocation, RecoveredHolder], policy: str = ""
+) -> Adoption | None:
+    """What is still there of the KV of a sample with `prompt` tokens in its prompt, and of that policy. Missing shares
+    have the holder GONE, and are taken over like those of a lost holder. None where the sample must be computed from
+    its start."""
     computed = min(sample.computed, prompt + len(sample.tokens) - 1)
     there: list[tuple[Share, int, PartHeld | None]] = []
     states: list[tuple[int, int]] = []  # after how many tokens each part of states has them
@@ -232,11 +235,11 @@ def adoption(sample: KnownSample, prompt: int, found: Mapping[KvLocation, Recove
         if holder is not None and part is not None and part.pool == pool < len(holder.first_heads):
             local = tuple(head - holder.first_heads[pool] for head in heads)
             if (part.heads, part.lo, part.hi) == (local, lo, hi):
-                there.append((Share(holder.number, heads, lo, hi, pool), handle, part))
+                there.append((Share(holder.number, heads, lo, hi, pool, policy), handle, part))
                 if pool in holder.states:
                     states.append((part.held, part.floor))
                 continue
-        there.append((Share(GONE, heads, lo, hi, pool), 0, None))
+        there.append((Share(GONE, heads, lo, hi, pool, policy), 0, None))
     parts = [(share, part) for share, _, part in there if part is not None]
     computed = min([computed, *(part.held for share, part in parts if part.held < share.hi)])
     floor = max((part.floor for _, part in parts), default=0)

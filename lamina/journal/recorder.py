@@ -165,11 +165,11 @@ class Recorder:
 
     def adopt(self, known: KnownRequest, found: Mapping[KvLocation, RecoveredHolder]) -> dict[int, Adoption]:
         """Take up what holders still have of the KV of its unfinished samples. Returns that, by sample."""
-        prompt = len(known.request["prompt"])
+        prompt, policy = len(known.request["prompt"]), known.request.get("policy", "")
         adoptions = {
             at: adopted
             for at, sample in enumerate(known.samples)
-            if sample.reason is None and (adopted := adoption(sample, prompt, found)) is not None
+            if sample.reason is None and (adopted := adoption(sample, prompt, found, policy)) is not None
         }
         for at, adopted in adoptions.items():
             self._placement.adopt(adopted.kept.handle, adopted.parts)
@@ -191,8 +191,8 @@ def found(
 
 def _same(known: KnownRequest, request: EngineRequest) -> bool:
     asked, fields = request.request, known.request
-    recorded = (tuple(fields["prompt"]), fields["max_tokens"], fields["n"], known.seed)
-    return recorded == (asked.prompt, asked.max_tokens, asked.n, request.seed)
+    recorded = (tuple(fields["prompt"]), fields["max_tokens"], fields["n"], fields.get("policy", ""), known.seed)
+    return recorded == (asked.prompt, asked.max_tokens, asked.n, asked.policy, request.seed)
 
 
 def _report(output: EngineOutput) -> Any:

@@ -193,7 +193,8 @@ def _workers(config: EngineConfig, sizes: Sizes) -> AttentionWorkers | None:
         devices = [str(device) for device in attention_devices(config)]
         kv_memory = sizes.holder.kv_memory
         threads = max(1, sizes.threads // workers)  # they attend a layer at the same time
-        return LocalAttentionWorkers(workers, kv_memory=kv_memory, threads=threads, devices=devices)
+        cold = sizes.holder.cold
+        return LocalAttentionWorkers(workers, kv_memory=kv_memory, threads=threads, devices=devices, cold=cold)
     credentials = load_credentials(config.tls_dir, config.token_file)
     for address in workers:
         guarded = credentials.ca and credentials.token

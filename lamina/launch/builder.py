@@ -26,7 +26,7 @@ from lamina.journal.journal import Journal, Run
 from lamina.journal.recorder import Recorder
 from lamina.launch.attention_pool import LOCAL, AttentionPool, connect_attention
 from lamina.launch.journal_setup import Identity, identify, open_journal, recover
-from lamina.launch.kv_sizing import Sizes, check_room, indexed_pools, size_kv
+from lamina.launch.kv_sizing import Sizes, check_room, indexed_pools, learns, size_kv
 from lamina.launch.model_files import ModelFiles, load
 from lamina.launch.model_pool import ModelWorkerPool, begins
 from lamina.launch.speculation import DraftFiles, find_drafts, load_proposer
@@ -256,6 +256,7 @@ def assemble(
         local_tier=local_tier,
         states=states,
         indexed=indexed_pools(sizes.holder),
+        samples=learns(sizes.holder),
     )
     control = ControlPlane(sizes.limits, placement, _tuner(config, pools.attention is not None, local_tier))
     possible = control.scheduler.admission.longest_possible()

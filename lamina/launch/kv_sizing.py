@@ -3,8 +3,11 @@ that the scheduler plans within."""
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,12 +15,14 @@ import torch
 from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest
 from lamina.launch.model_files import ModelFiles
+from lamina.launch.request_policies import RequestPolicies
 from lamina.policy_file import head_policies
 from lamina.scheduling.placement import Placement
 from lamina.scheduling.request import SNAPSHOT_TOKENS, PageGroup, SchedulerConfig
 from lamina.system.machine import Machine, kv_share, native_dtype
-from lamina_protocols.layers import STATES, HolderConfig, LayerSpec
+from lamina_protocols.layers import STATES, ColdTier, HolderConfig, LayerSpec
 from lamina_protocols.pools import pools
+from lamina_workers.attention_worker.cold_file import check_folder
 from lamina_workers.attention_worker.head_policies import HeadPolicies
 from lamina_workers.attention_worker.page_layout import page_cost
 from lamina_workers.decoder.config import ModelConfig
@@ -25,7 +30,8 @@ from lamina_workers.decoder.model_checkpoint import fingerprint
 from lamina_workers.decoder.packing import Packing
 from lamina_workers.decoder.shard import Shard, heads_of
 from lamina_workers.devices.available import find_each, memory_available
-from lamina_workers.errors import PolicyError, RanksError
+from lamina_workers.errors import KVError, PolicyError, RanksError
+from lamina_workers.policies.catalogue import parse
 from lamina_workers.policies.policy import Policy
 
 DEFAULT_BATCH_TOKENS = 1024
@@ -83,6 +89,8 @@ def size_kv(files: ModelFiles, config: EngineConfig, machine: Machine) -> Sizes:
     dtype = _dtype(config.dtype, devices[0], machine)
     packing = files.packing(config, devices, dtype)
     holder = holder_config(files.path, files.model, config, dtype, machine)
+    if holder.cold is not None:
+        _check_cold(holder.cold, attention)
     _check_shard(config, holder)
     for pool in pools(holder):
         if pool.config.layers[0].kind not in STATES:
@@ -91,6 +99,14 @@ def size_kv(files: ModelFiles, config: EngineConfig, machine: Machine) -> Sizes:
     limits = limits_of(config, files.model, holder, machine)
     ranks = _rank_holders(holder, config.ranks)
     return Sizes(dtype, packing, devices, attention[0], threads, own_threads, holder, ranks, limits)
+
+
+def _check_cold(cold: ColdTier, devices: Sequence[torch.device]) -> None:
+    for device in devices:
+        try:
+            check_folder(cold.folder, str(device))
+        except KVError as error:
+            raise InvalidRequest(str(error)) from error
 
 
 def _check_shard(config: EngineConfig, holder: HolderConfig) -> None:
@@ -143,27 +159,31 @@ def holder_config(
         layers = tuple(
             spec if spec.kind in STATES else replace(spec, policies=("full",) * spec.kv_heads) for spec in layers
         )
+    memory = config.kv_memory if isinstance(config.kv_memory, int) else _kv_share(config, machine)
     return HolderConfig(
         layers=layers,
         page_size=config.page_size,
         dtype=str(dtype).removeprefix("torch.") if config.kv_dtype == "auto" else config.kv_dtype,
-        kv_memory=config.kv_memory if isinstance(config.kv_memory, int) else _kv_share(config, machine),
+        kv_memory=memory,
         sequence_tokens=config.sequence_tokens
         or min(config.max_model_len or model.max_position_embeddings, SEQUENCE_TOKENS),
+        cold=config.cold_tier(memory, kv_share(machine, config.holders_here)),
+        sketches=config.sketches,
     )
 
 
 def _of_heads(spec: LayerSpec, texts: tuple[str, ...], copies: int) -> tuple[str, ...]:
     """The policies of a layer's KV heads, each of which there are `copies` of: `texts`, or where the layer has another
     number of heads the one of all."""
-    texts = tuple(text for text in texts for _ in range(copies))
-    if spec.kv_heads == len(texts):
-        return texts
-    if len(set(texts)) > 1:
-        raise PolicyError(
-            f"policies of {len(texts)} KV heads for a layer of {spec.kv_heads}; allowed there is one for all"
-        )
-    return texts[:1] * spec.kv_heads
+    if spec.kv_heads != len(texts) * copies:
+        if len(set(texts)) > 1:
+            raise PolicyError(
+                f"policies of {len(texts) * copies} KV heads for a layer of {spec.kv_heads}; allowed there is one for "
+                "all"
+            )
+        texts = texts[:1] * -(-spec.kv_heads // copies)
+    own = [str(parse(text).of_head(head)) for head, text in enumerate(texts)]
+    return tuple(text for text in own for _ in range(copies))[: spec.kv_heads]
 
 
 def _kv_share(config: EngineConfig, machine: Machine) -> int:
@@ -222,23 +242,34 @@ def limits_of(config: EngineConfig, model: ModelConfig, holder: HolderConfig, ma
         raise InvalidRequest(f"max_model_len is {asked}; the model's context is {context} (see rope_scaling)")
     least = _least_memory(holder)
     on_cpu = any(device.type == "cpu" for device in attention_devices(config))
-    most = machine.memory if machine.memory and on_cpu else 1 << 50
+    most = machine.memory + _disk(holder) if machine.memory and on_cpu else 1 << 50
     if not least <= holder.kv_memory <= most:
         what = "a page for each layer and KV head" + (", two records of each state" if state_pools(holder) else "")
         raise InvalidRequest(f"kv_memory is {holder.kv_memory} bytes; allowed are {least} ({what}) to {most}")
-    prefix_cache = config.prefix_cache and not _keys_depend_on_length(model, asked or context)
-    states = state_pools(holder)
+    groups, states = page_groups(holder), state_pools(holder)
+    evicts = any(group.policy is not None and group.policy.evicts for of_pool in groups for group in of_pool)
+    # Which pages two sequences share is not known by positions once each has evicted its own.
+    prefix_cache = config.prefix_cache and not evicts and not _keys_depend_on_length(model, asked or context)
     return SchedulerConfig(
         max_batch_tokens=config.max_batch_tokens or DEFAULT_BATCH_TOKENS,
         max_sequences=min(MAX_SEQUENCES, config.max_batch_tokens or MAX_SEQUENCES),
         max_model_len=asked or context,
         page_size=config.page_size,
-        page_groups=page_groups(holder),
+        page_groups=groups,
         prefix_cache=prefix_cache,
         states=states,
         snapshot_tokens=max(SNAPSHOT_TOKENS, config.page_size) if states and prefix_cache else None,
         max_drafts=0 if states else config.most_drafts,
+        of_policy=RequestPolicies(holder, partial(page_groups, holder)),
     )
+
+
+def _disk(holder: HolderConfig) -> int:
+    """Bytes of KV for which there is room on a disk."""
+    try:
+        return 0 if holder.cold is None else shutil.disk_usage(holder.cold.folder).free
+    except OSError:  # the holder says why it cannot use it
+        return 0
 
 
 def _least_memory(holder: HolderConfig) -> int:
@@ -282,22 +313,29 @@ def indexed_pools(holder: HolderConfig) -> frozenset[int]:
     return frozenset(number for number, pool in enumerate(pools(holder)) if pool.config.layers[0].index)
 
 
-def page_groups(holder: HolderConfig) -> tuple[tuple[PageGroup, ...], ...]:
-    """The pages of KV that one sequence needs in each pool, as groups of layers and heads under the same policy. Layers
-    that share the KV of another are not counted, nor are states."""
+def learns(holder: HolderConfig) -> bool:
+    """Whether a policy, of a holder or of a part there, may learn from prompts' queries."""
+    attention = (pool.config for pool in pools(holder) if pool.config.layers[0].kind not in STATES)
+    return any(HeadPolicies.of(config).sketched for config in attention)
+
+
+def page_groups(holder: HolderConfig, policy: str = "") -> tuple[tuple[PageGroup, ...], ...]:
+    """The pages of KV that one sequence of a policy ("": the engine's own) needs in each pool, as groups of layers and
+    heads under the same policy. Layers that share the KV of another are not counted, nor are states. Raises PolicyError
+    for a policy that the holders cannot serve."""
     states = state_pools(holder)
-    return tuple(() if at in states else _groups(pool.config) for at, pool in enumerate(pools(holder)))
+    return tuple(() if at in states else _groups(pool.config, policy) for at, pool in enumerate(pools(holder)))
 
 
-def _groups(pool: HolderConfig) -> tuple[PageGroup, ...]:
+def _groups(pool: HolderConfig, policy: str) -> tuple[PageGroup, ...]:
     groups: Counter[tuple[Policy | None, frozenset[int]]] = Counter()
-    policies = HeadPolicies.of(pool)
+    policies = HeadPolicies.of(pool, policy)
     for layer in policies.keepers:
         heads: dict[Policy | None, set[int]] = {}
-        for head, policy in enumerate(layer):
-            heads.setdefault(policy if policy in policies.releasing else None, set()).add(head)
-        groups.update((policy, frozenset(those)) for policy, those in heads.items())
-    return tuple(PageGroup(layers, policy, heads) for (policy, heads), layers in groups.items())
+        for head, of_head in enumerate(layer):
+            heads.setdefault(of_head if of_head in policies.releasing else None, set()).add(head)
+        groups.update((of_head, frozenset(those)) for of_head, those in heads.items())
+    return tuple(PageGroup(layers, of_head, heads) for (of_head, heads), layers in groups.items())
 
 
 def _keys_depend_on_length(model: ModelConfig, length: int) -> bool:

@@ -25,7 +25,6 @@ from lamina_workers.decoder.packing import Packing
 from lamina_workers.decoder.shard import WHOLE
 from lamina_workers.model_worker.model_worker import ModelWorker
 from lamina_workers.model_worker.warmup import prepare_kernels
-from lamina_workers.policies.catalogue import parse
 from lamina_workers.ports.port import LocalAttention
 
 NGRAM = "ngram"
@@ -93,18 +92,11 @@ def load_proposer(
 
 
 def _check_layers(config: EngineConfig, files: ModelFiles, holder: HolderConfig) -> None:
-    """Refuse layers whose past cannot be cut back by the drafts that are not accepted, and those that read the past
-    otherwise for one token than for several."""
+    """Refuse layers whose past cannot be cut back by the drafts that are not accepted."""
     what = f"speculate is {str(config.speculate)!r:.80}, but {files.model.architecture}"
     if state_pools(holder):
         raise InvalidRequest(
             f"{what} has layers that keep a state, from which drafts cannot be taken back; allowed is None"
-        )
-    texts = {text for spec in holder.layers for text in spec.policies}
-    if chosen := sorted(text.partition("(")[0] for text in texts if parse(text).adaptive or parse(text).compensated):
-        raise InvalidRequest(
-            f"speculate is {str(config.speculate)!r:.80} with the policy {chosen[0]}, which chooses keys for one token "
-            "at a time; allowed are policies that keep what they name, or speculate=None"
         )
 
 

@@ -29,6 +29,8 @@ def unused_options(config: EngineConfig, holder: HolderConfig) -> Iterator[str]:
                 yield f"{name}={getattr(config, name)!r:.80} does nothing without attention_workers"
     if "num_speculative_tokens" in given and config.speculate is None:
         yield f"num_speculative_tokens={config.num_speculative_tokens} does nothing without speculate"
+    if "kv_resident" in given and config.kv_cold is None:
+        yield f"kv_resident={config.kv_resident} does nothing without kv_cold"
     if "model_parallel" in given and config.model_workers == 1:
         yield f"model_parallel={config.model_parallel!r} does nothing with one model worker"
     if "sequence_tokens" in given and len(pools(holder)) == 1:
@@ -36,23 +38,39 @@ def unused_options(config: EngineConfig, holder: HolderConfig) -> Iterator[str]:
     if "worker_linger" in given and not config.linger:
         yield f"worker_linger={config.worker_linger:g} does nothing without a journal"
     if all(spec.kind in STATES for spec in holder.layers):
-        for name in ("policy", "kv_dtype", "shard"):
+        for name in ("policy", "sketches", "kv_dtype", "kv_cold", "shard"):
             if name in given and (name != "shard" or config.attention_workers):
                 yield f"{name}={str(getattr(config, name))!r:.80} does nothing with this model: no layer keeps KV"
+    if config.sketches and any(spec.index for spec in holder.layers):
+        yield "sketches=True does nothing with this model: an index of its own chooses what is read"
+    policies = [parse(text) for text in dict.fromkeys(text for spec in holder.layers for text in spec.policies)]
+    if config.speculate is not None and any(policy.adaptive or policy.compensated for policy in policies):
+        what = f"policy={str(config.policy)!r:.80}, which chooses keys for one token at a time"
+        yield f"speculate={str(config.speculate)!r:.80} does nothing for requests under {what}"
     narrow = [spec for spec in holder.layers if spec.window is not None and spec.policies]
     if narrow:
+        whole = sum(any(parse(text).adaptive for text in spec.policies) for spec in narrow)
         unseen = sum(map(_changes_nothing, narrow))
         what = f"policy={str(config.policy)!r:.80}"
         every = len(holder.layers)
         if unseen:
             yield f"{what} changes nothing in {unseen} of {every} layers: their own windows are as narrow"
-        if unseen < len(narrow):
-            yield f"{what} chooses within the model's own window in {len(narrow) - unseen} of {every} layers"
+        if whole:
+            others = "and chooses in the others" if whole < every else "so it chooses nothing"
+            yield f"{what} reads all of the model's own window in {whole} of {every} layers, {others}"
+        if unseen + whole < len(narrow):
+            narrowed = len(narrow) - unseen - whole
+            yield f"{what} hides some of the model's own window, sinks too, in {narrowed} of {every} layers"
 
 
 def _changes_nothing(spec: LayerSpec) -> bool:
     """Whether no policy of the layer hides anything that its window shows."""
     policies = [parse(text) for text in spec.policies]
-    if spec.window is None or any(policy.adaptive for policy in policies):
+    if spec.window is None or any(policy.adaptive or policy.evicts for policy in policies):
         return False
-    return all(LONGEST - policy.seen_from(LONGEST) + 1 >= spec.window for policy in policies)
+    for policy in policies:
+        query = LONGEST - LONGEST % policy.unit  # the first of a block sees the least
+        (view,) = policy.views(query, 1)
+        if view.seen(query)[-1][0] > query - spec.window + 1:
+            return False
+    return True

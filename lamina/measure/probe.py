@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple
+from dataclasses import astuple, fields
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from lamina.models.resolve import resolve
 from lamina.system.machine import native_dtype, this_machine
 from lamina.text.tokenizer import Tokenizer
 from lamina_protocols.layers import STATES, HolderConfig
-from lamina_protocols.messages import Close, Open, Operation, Row, Usage
+from lamina_protocols.messages import Announced, Close, Fork, Open, Operation, Row, Usage
 from lamina_protocols.pools import pools
 from lamina_protocols.routes import Route, Span
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
@@ -77,6 +77,11 @@ class Probe:
         self._usages: dict[int, Usage] = {}
         self._handle = 0
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of K and V as the model computes them."""
+        return self._decoder.dtype
+
     def open(self) -> int:
         """A new, empty sequence. Returns its handle."""
         self._handle += 1
@@ -84,6 +89,14 @@ class Probe:
         for pool, spec in enumerate(self._specs):
             heads, part = tuple(range(spec.kv_heads)), self._part(self._handle, pool)
             self._operations.append(Open(part, pool, heads, 0, self.model.max_position_embeddings))
+        return self._handle
+
+    def fork(self, handle: int) -> int:
+        """A new sequence with the tokens of another, whose pages they share. Returns its handle."""
+        self._handle += 1
+        length = self._lengths[self._handle] = self._lengths[handle]
+        for pool in range(len(self._specs)):
+            self._operations.append(Fork(self._part(self._handle, pool), self._part(handle, pool), length))
         return self._handle
 
     def close(self, handle: int) -> None:
@@ -108,6 +121,23 @@ class Probe:
             piece = token_ids[first : first + chunk]
             logits = self._run([(handle, piece)], [len(piece) - 1], tap)
         return logits[0]
+
+    def store(self, handle: int, kv: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Append tokens whose K and V are known: of each layer k `[n, kv_heads, d_k]` and v `[n, kv_heads, d_v]`, as a
+        `Tap` gets them. Raises InvalidRequest for a model with states, which follow from more than these."""
+        if any(spec.kind in STATES for spec in self._specs):
+            raise InvalidRequest("a layer keeps a state; allowed are models whose layers keep keys and values alone")
+        start, count = self._lengths[handle], len(kv[0][0])
+        routes = []
+        for pool, spec in enumerate(self._specs):
+            row = Row(self._part(handle, pool), start, count, None, True)
+            routes.append(Route(0, tuple(range(spec.kv_heads)), row, (start, start), pool))
+        self._announce(routes)
+        for layer, (k, v) in enumerate(kv):
+            if self.holder.layers[layer].kv_layer == layer:  # the others read its KV
+                self._driver.store(_HOLDER, layer, k.flatten(0, 1), v.flatten(0, 1))
+        self._driver.end()
+        self._lengths[handle] += count
 
     def read(self, handle: int, token_ids: Sequence[int]) -> torch.Tensor:
         """Feed tokens of one sequence as one batch. Returns the logits after each, float32 `[n, vocab_size]`."""
@@ -138,12 +168,9 @@ class Probe:
                 part, heads = self._part(handle, pool), tuple(range(spec.kv_heads))
                 row = Row(part, span.start, span.count, read if read[1] else None, True, chooses=decode)
                 routes.append(Route(source, heads, row, (span.start, end), pool))
-        operations, self._operations = tuple(self._operations), []
-        answer = self._driver.announce({_HOLDER: operations}, {_HOLDER: routes})[_HOLDER]
-        if not answer.accepted:
-            raise InvalidRequest(f"kv_memory is too small: {answer.reason}")
+        answer = self._announce(routes)
         for at, (handle, _) in enumerate(pieces if answer.usages else ()):
-            self._usages[handle] = _together(answer.usages[at :: len(pieces)])
+            self._usages[handle] = together(answer.usages[at :: len(pieces)])
         positions = [p for span in spans for p in range(span.start, span.start + span.count)]
         dynamic = self.model.rope.by_length
         forward = self._decoder.forward(
@@ -161,11 +188,18 @@ class Probe:
             self._lengths[handle] += len(ids)
         return logits
 
+    def _announce(self, routes: Sequence[Route]) -> Announced:
+        operations, self._operations = tuple(self._operations), []
+        answer = self._driver.announce({_HOLDER: operations}, {_HOLDER: routes})[_HOLDER]
+        if not answer.accepted:
+            raise InvalidRequest(f"kv_memory is too small: {answer.reason}")
+        return answer
 
-def _together(usages: Sequence[Usage]) -> Usage:
-    """The usage of one sequence, of which each pool has a part."""
-    read, whole, missed, queries, worst, held, kept = zip(*map(astuple, usages), strict=True)
-    return Usage(sum(read), sum(whole), sum(missed), sum(queries), max(worst), sum(held), sum(kept))
+
+def together(usages: Sequence[Usage]) -> Usage:
+    """The usage of several parts, as of one: sums, and the largest `worst`."""
+    columns = zip(*map(astuple, usages), strict=True)
+    return Usage(*(max(c) if f.name == "worst" else sum(c) for f, c in zip(fields(Usage), columns, strict=True)))
 
 
 def _tapped(forward: Forward, tap: Tap | None, outcome: Outcome | None) -> Forward:

@@ -39,14 +39,18 @@ class KvSavings(NamedTuple):
     worst: float = 0
     held: float = 0
     kept: float = 0
+    resident: float = 0
+    coarse: float = 0
 
     def stats(self) -> dict[str, float]:
         """The savings as shares of what reading and keeping everything would take; empty where no policy saved any."""
         if not self.whole:
             return {}
-        shares = {"kv_read": self.read / self.whole, "kv_held": self.held / max(1, self.kept)}
+        kept = max(1, self.kept)
+        shares = {"kv_read": self.read / self.whole, "kv_held": self.held / kept, "kv_resident": self.resident / kept}
         if self.queries:
             shares |= {"missed_mass": self.missed / self.queries, "missed_mass_worst": self.worst}
+            shares["coarse_mass"] = self.coarse / self.queries
         return shares
 
 

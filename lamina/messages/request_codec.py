@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-from lamina.errors import EngineError, InvalidRequest, LaminaError
+from lamina.errors import EngineError, InvalidRequest, LaminaError, PolicyError
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.request import Request
@@ -16,7 +16,7 @@ Command: TypeAlias = tuple[Any, ...]
 """("submit", fields of the request, fields of the params, seed) | ("resume", these, and for each sample the tokens that
 were received and whether it has ended) | ("abort", id, sample, reason) | ("snapshot", number) | ("close",)."""
 
-_ERRORS: dict[str, type[LaminaError]] = {"InvalidRequest": InvalidRequest, "EngineError": EngineError}
+_ERRORS: dict[str, type[LaminaError]] = {error.__name__: error for error in (InvalidRequest, PolicyError, EngineError)}
 
 
 def encode_resumed(request: EngineRequest, received: Sequence[tuple[Sequence[int], bool]]) -> Command:

@@ -117,6 +117,7 @@ class Snapshot:
     draft_tokens: int = 0  # their drafts
     accepted_tokens: int = 0  # those that became tokens
     accepted_at: tuple[int, ...] = ()  # the same by position in their row; empty without speculation
+    kv_resident: float = 1.0  # of the pages that requests under way hold: the share in memory, where policies count
     local_share: float = 1.0  # of the tokens of sequences with KV: the share whose KV is in the engine's process
 
     def as_dict(self) -> dict[str, Any]:

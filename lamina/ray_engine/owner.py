@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lamina.config import EngineConfig, parse_size
+from lamina.config import EngineConfig
 from lamina.deploy.ray_attention import RayAttentionWorkers, environment
 from lamina.deploy.ray_connection import (
     ATTENTION,
@@ -93,7 +93,10 @@ class EngineOwner:
         """Start the attention workers, and have the engine load its model meanwhile. Returns what `EngineActor.start`
         returns. Raises the errors of both."""
         if self._count:
-            memory = None if self._config.kv_memory is None else parse_size("kv_memory", self._config.kv_memory)
+            config = self._config
+            memory, resident = (
+                size if isinstance(size, int) else None for size in (config.kv_memory, config.kv_resident)
+            )
             device = self._config.attention_device
             self._workers = RayAttentionWorkers(
                 self._count,
@@ -101,6 +104,8 @@ class EngineOwner:
                 threads=self._config.threads,
                 device="cpu" if device == "auto" else str(device),  # the engine refuses a name for each
                 engine=self.name,
+                kv_cold=None if config.kv_cold is None else str(config.kv_cold),
+                kv_resident=resident,
             )
             self._progress = progress
             self._relay.start()

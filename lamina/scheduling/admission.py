@@ -9,10 +9,12 @@ from heapq import heappop, heappush
 from itertools import chain
 
 from lamina.errors import EngineError
-from lamina.scheduling.kv_shares import NO_PAGES, Layout, Layouts, Pages
-from lamina.scheduling.prefix_cache import Match
+from lamina.scheduling.kv_shares import NO_PAGES, Layout, Layouts, Pages, under
+from lamina.scheduling.prefix_nodes import Match
 from lamina.scheduling.request import ScheduledSequence, SchedulerConfig
 from lamina.scheduling.running import Order, RunningSequences
+
+_POLICIES = 64  # for which the longest sequence is known at a time
 
 
 class Admission:
@@ -27,25 +29,31 @@ class Admission:
         self._short: dict[str, tuple[ScheduledSequence, tuple[Pages, ...], int]] = {}
         """By tenant: the first, the pages it needs, and how many prefixes had been entered then."""
         self._stranded: list[ScheduledSequence] = []
-        self._longest = NO_PAGES, config.max_model_len  # the holders' pages, and the longest sequence that they allow
+        self._longest: tuple[Pages, dict[str, int]] = NO_PAGES, {}
+        """The holders' pages, and the longest sequence that they allow, by policy."""
 
     @property
     def stranded(self) -> tuple[ScheduledSequence, ...]:
         """The sequences that wait for a holder to join, since the present ones can never keep them."""
         return tuple(sequence for sequence in self._stranded if sequence.finish_reason is None)
 
-    def longest_possible(self) -> int:
-        """The most tokens of one sequence that the context and the holders' memory can ever hold."""
+    def longest_possible(self, policy: str = "") -> int:
+        """The most tokens of one sequence that the context and the holders' memory can ever hold under a policy. Raises
+        what `SchedulerConfig.policy` raises."""
+        self._config.policy(policy)
         most, capacity = self._config.max_model_len, self._layouts.capacity
         if not capacity:  # there is no holder at present
             return most
-        if capacity != self._longest[0]:
+        if capacity != self._longest[0] or len(self._longest[1]) >= _POLICIES:
+            self._longest = capacity, {}
+        longest = self._longest[1]
+        if policy not in longest:
             lengths = range(1, most + 1)
-            self._longest = capacity, bisect_right(lengths, False, key=lambda length: not self._fits(length))
-        return self._longest[1]
+            longest[policy] = bisect_right(lengths, False, key=lambda length: not self._fits(length, policy))
+        return longest[policy]
 
-    def _fits(self, length: int) -> bool:
-        return any(self._holds(layout, length) for layout in self._layouts.layouts(length))
+    def _fits(self, length: int, policy: str) -> bool:
+        return any(self._holds(under(layout, policy), length) for layout in self._layouts.layouts(length))
 
     def _holds(self, layout: Layout, length: int) -> bool:
         """Whether `length` tokens could ever be kept in this layout."""
@@ -132,7 +140,7 @@ class Admission:
                 continue
             if self._full(sequence) or self._still_short(sequence):
                 return None  # without a search of the prefix tree in every step
-            match = prefix_cache.match(tuple(sequence.tokens), sequence.request.salt)
+            match = prefix_cache.match(tuple(sequence.tokens), sequence.request.salt, sequence.request.policy)
             if self._worth_waiting(sequence, match):
                 prefix_cache.wait(sequence, match)
                 heappop(waiting)
@@ -195,13 +203,15 @@ class Admission:
         """Where the sequence could run to its end, and what it would share of the prefix tree there; the best first. A
         prefix that was found is used where it is, unless only other holders have room."""
         beside = ((each.layout, len(each.tokens)) for each in self._running)
-        layouts = self._layouts.layouts(sequence.longest, len(sequence.tokens), beside)
+        policy, tokens = sequence.request.policy, len(sequence.tokens)
+        layouts = [under(layout, policy) for layout in self._layouts.layouts(sequence.longest, tokens, beside)]
         anew = [(layout, Match()) for layout in layouts if self._holds(layout, sequence.longest)]
-        if match.node is None or not self._holds(match.node.layout, sequence.longest):
+        found = () if match.node is None else under(match.node.layout, policy)
+        if not found or not self._holds(found, sequence.longest):
             return anew
-        there = {share.holder for share in match.node.layout}
+        there = {share.holder for share in found}
         return [
-            (match.node.layout, match),
+            (found, match),
             *((layout, none) for layout, none in anew if there.isdisjoint(share.holder for share in layout)),
         ]
 

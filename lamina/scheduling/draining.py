@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
 
-from lamina.scheduling.kv_shares import Layout, Pages
+from lamina.scheduling.kv_shares import Layout, Pages, under
 from lamina.scheduling.placement import Placement
 from lamina.scheduling.request import ScheduledSequence
 
@@ -15,7 +15,7 @@ def elsewhere(placement: Placement, layout: Layout, free: Pages) -> list[Layout]
     draining = placement.draining
     others = [placement.substitute(share, free) if share.holder in draining else share for share in layout]
     found = tuple(share for share in others if share is not None)
-    layouts = found if len(found) == len(layout) else (), placement.layout(0, local=True)
+    layouts = found if len(found) == len(layout) else (), under(placement.layout(0, local=True), layout[0].policy)
     return [each for each in layouts if each]
 
 

@@ -15,7 +15,7 @@ from lamina.scheduling.page_runs import PageRuns
 from lamina.scheduling.prefix_nodes import common_length
 from lamina.scheduling.request import Rebuild, ScheduledSequence, SchedulerConfig
 
-_Beginning = tuple[int, tuple[int, ...], int, int, tuple[int, ...]]
+_Beginning = tuple[int, str, tuple[int, ...], int, int, tuple[int, ...]]
 
 
 class KvRebuild:
@@ -115,7 +115,8 @@ class KvRebuild:
         self, sequence: ScheduledSequence, lost: Layout, begun: dict[_Beginning, ScheduledSequence]
     ) -> tuple[ScheduledSequence | None, int]:
         """The sequence off which the lost share can be forked, and how many tokens of it; whole pages."""
-        key = self._beginning(sequence, lost) if sequence.rebuild is None and self._config.unbounded else None
+        unbounded = self._config.unbounded(sequence.request.policy)
+        key = self._beginning(sequence, lost) if sequence.rebuild is None and unbounded else None
         source = begun.get(key) if key is not None else None
         if source is None or source.rebuild is None:
             return None, 0
@@ -123,15 +124,16 @@ class KvRebuild:
         return source, same - same % self._config.page_size
 
     def _beginning(self, sequence: ScheduledSequence, lost: Layout) -> _Beginning | None:
-        """What sequences have in common of which one can be forked off the other: pool, heads and range of a share, and
-        the tokens up to the end of its first page. None where that page is not full, or more than one share is lost."""
+        """What sequences have in common of which one can be forked off the other: pool, policy, heads and range of a
+        share, and the tokens up to the end of its first page. None where that page is not full, or more than one share
+        is lost."""
         if len(lost) > 1:
             return None
         (share,) = lost
         first = share.lo + self._config.page_size
         if min(sequence.computed, share.hi) < first:
             return None
-        return share.pool, share.heads, share.lo, share.hi, tuple(sequence.tokens[:first])
+        return share.pool, share.policy, share.heads, share.lo, share.hi, tuple(sequence.tokens[:first])
 
     def _substitutes(
         self, sequence: ScheduledSequence, lost: Layout, spare: Pages, source: ScheduledSequence | None, length: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 Place = tuple[int, int]
@@ -13,13 +13,14 @@ Place = tuple[int, int]
 @dataclass(frozen=True, slots=True)
 class Share:
     """What one holder keeps of a sequence in the layers of one pool: KV heads `heads` at positions [lo, hi); `lo` is
-    where a page begins. `at` is where that is."""
+    where a page begins. `policy` is the sequence's, "" the engine's own. `at` is where that is."""
 
     holder: int
     heads: tuple[int, ...]
     lo: int
     hi: int
     pool: int = 0
+    policy: str = ""
     at: Place = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -28,6 +29,13 @@ class Share:
 
 Layout = tuple[Share, ...]
 """All shares of one sequence: for each pool and head their ranges are disjoint, and begin at 0 without a gap."""
+
+
+def under(layout: Layout, policy: str) -> Layout:
+    """The layout for a sequence of that policy."""
+    if all(share.policy == policy for share in layout):
+        return layout
+    return tuple(replace(share, policy=policy) for share in layout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +109,9 @@ class Layouts(Protocol):
     def open(self, layout: Layout) -> int:
         """Open an empty sequence, so that the next one may get another layout. Returns its handle."""
 
-    def fork(self, parent: int, length: int) -> int:
-        """Make a sequence of the parent's first `length` tokens. Returns its handle."""
+    def fork(self, parent: int, length: int, policy: str | None = None) -> int:
+        """Make a sequence of the parent's first `length` tokens, of that policy; None: of the parent's. Returns its
+        handle."""
 
     def close(self, handle: int, freed: Pages) -> None:
         """Close a sequence, which frees these pages or more."""

@@ -7,7 +7,7 @@ below a run have its pages; nobody else has them. So a leaf's pages are free onc
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lamina.scheduling.kv_shares import NO_PAGES, Layout, Pages, Share
 
@@ -54,12 +54,16 @@ class PageRuns:
         """The leaves of a new sequence. Nobody knows who has the pages of its first `known` tokens, too."""
         return {share: Run(share, max(share.lo, self._end(known)), 0) for share in layout}
 
-    def fork(self, source: Runs, length: int, prefix: bool = False, floor: int = 0, users: int = 1) -> Runs:
-        """The leaves of an owner that shares the first `length` tokens of another. Those of a prefix are whole pages,
-        which have this floor, and may be without users."""
+    def fork(
+        self, source: Runs, length: int, prefix: bool = False, floor: int = 0, users: int = 1,
+        policy: str | None = None,
+    ) -> Runs:  # fmt: skip
+        """The leaves of an owner that shares the first `length` tokens of another, of that policy; None: of the
+        other's. Those of a prefix are whole pages, which have this floor, and may be without users."""
         forks, cut = {}, self._end(length)
-        for share, leaf in source.items():
+        for of_source, leaf in source.items():
             parent = self._ends(leaf, cut)
+            share = of_source if policy in (None, of_source.policy) else replace(of_source, policy=policy)
             forks[share] = fork = Run(share, max(share.lo, cut), length if prefix else 0, parent, floor, 0)
             if parent is not None:
                 parent.children.add(fork)

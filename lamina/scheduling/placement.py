@@ -14,7 +14,7 @@ from itertools import accumulate, pairwise
 from lamina.errors import EngineError
 from lamina.scheduling import kv_layouts
 from lamina.scheduling.holder import Holder
-from lamina.scheduling.kv_shares import Layout, Pages, Part, Place, Share
+from lamina.scheduling.kv_shares import Layout, Pages, Part, Place, Share, under
 from lamina.scheduling.request import Plan, PlannedRow
 from lamina_protocols.messages import Close, Fork, Open, Operation, Row
 from lamina_protocols.routes import HolderBatch, Route
@@ -38,7 +38,8 @@ class Placement:
     tier; the tier controller sets it. `fuses`: decode rows are attended where they are stored, else where the model is,
     which can then send q before it has k and v; it may change between two batches. `indexed`: the pools where an index
     of the model's own chooses among all keys of a sequence; whoever attends a row there has all of them, the row's own
-    too.
+    too. Where policies learn from prompts' queries (`samples`), rows say how long their prompts are, and parts that
+    neither read nor store one have a row too, by which they can ask for queries.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Placement:
         local_tier: bool = False,
         states: Container[int] = (),
         indexed: Container[int] = (),
+        samples: bool = False,
     ) -> None:
         self.local_share = 1.0 if local_tier else 0.0
         self.fuses = True
@@ -65,6 +67,7 @@ class Placement:
         self.local_pools = tuple(local_pools)
         self._local_tier = local_tier
         self._indexed = indexed
+        self.samples = samples
         self._turn = 0
         self._last_handle = 0
         self._last_part = 0
@@ -150,7 +153,9 @@ class Placement:
     def local_copy(self, layout: Layout, lo: int) -> Layout:
         """The shares of a local copy, of positions from `lo` on, of a sequence in this layout. Empty where it is local
         itself, or there are no local pools, or a copy would lack keys that an index chooses among."""
-        return () if self.states or self.is_local(layout) or (self._indexed and lo) else self._local_layout(lo)
+        if self.states or not layout or self.is_local(layout) or (self._indexed and lo):
+            return ()
+        return under(self._local_layout(lo), layout[0].policy)
 
     def _heads_at(self, number: int) -> tuple[tuple[int, ...], ...]:
         """The KV heads that a holder can have, by pool."""
@@ -246,9 +251,10 @@ class Placement:
         self._turn += not self.is_local(layout)  # the next one elsewhere begins at the next holder
         return self._keep([self._open(share) for share in layout])
 
-    def fork(self, parent: int, length: int) -> int:
-        """Make a sequence of the parent's first `length` tokens. Returns its handle."""
-        return self._keep(self._fork(self._parts[parent], length))
+    def fork(self, parent: int, length: int, policy: str | None = None) -> int:
+        """Make a sequence of the parent's first `length` tokens, of that policy; None: of the parent's. Returns its
+        handle."""
+        return self._keep(self._fork(self._parts[parent], length, policy))
 
     def close(self, handle: int, freed: Pages) -> None:
         """Close a sequence, which frees these pages or more."""
@@ -312,7 +318,7 @@ class Placement:
 
     def _open(self, share: Share) -> Part:
         part = Part(self._next(), share)
-        self._queue(share, Open(part.handle, share.pool, self._heads_in(share), share.lo, share.hi))
+        self._queue(share, Open(part.handle, share.pool, self._heads_in(share), share.lo, share.hi, share.policy))
         return part
 
     def _heads_in(self, share: Share) -> tuple[int, ...]:
@@ -322,11 +328,12 @@ class Placement:
         first = self._heads_at(share.holder)[share.pool][0]
         return tuple(head - first for head in share.heads) if first else share.heads
 
-    def _fork(self, parts: Sequence[Part], length: int) -> list[Part]:
+    def _fork(self, parts: Sequence[Part], length: int, policy: str | None = None) -> list[Part]:
         forks = []
         for part in parts:
-            forks.append(Part(self._next(), part.share))
-            self._queue(part.share, Fork(forks[-1].handle, part.handle, length))
+            share = part.share if policy in (None, part.share.policy) else replace(part.share, policy=policy)
+            forks.append(Part(self._next(), share))
+            self._queue(share, Fork(forks[-1].handle, part.handle, length, share.policy))
         return forks
 
     def _next(self) -> int:
@@ -348,6 +355,7 @@ class Placement:
         chooses = row.decodes  # other rows read all
         fuses = self.fuses and chooses and not copy
         missing = row.sequence.rebuild.missing if row.rebuild and row.sequence.rebuild else ()
+        prompt = len(row.sequence.tokens) if self.samples and not chooses else 0
         routes = []
         for part in self._parts[row.handle]:
             share = part.share
@@ -358,8 +366,10 @@ class Placement:
             fused = fused and share.pool not in self.states
             read_end = min(end if fused else below, share.hi)
             read = (share.lo, read_end) if read_end > share.lo else None
-            if read or store:
-                message = Row(part.handle, start, row.count, read, store, chooses)
+            # What is computed again has been seen by the parts that were not lost.
+            sees = prompt if not row.rebuild or share in missing else 0
+            if read or store or (sees and start >= share.hi and share.pool not in self.states):
+                message = Row(part.handle, start, row.count, read, store, chooses, sees)
                 stored = message.stored(share.lo, share.hi)
                 routes.append((share.at, Route(source, self._heads_in(share), message, stored, share.pool)))
         for part in copy:

@@ -3,6 +3,9 @@
 A node is a whole number of pages, and a sequence of its own in the holders, forked off the sequence that computed it.
 Before that the node is *pending*, and its writer is computing it.
 
+Requests of several policies share what is the same under all of them: the KV of prompts that read everything. Under
+other policies, and where a policy chooses what decoded tokens read, KV differs, and has a tree for each policy.
+
 A node of a model with states has their records after its last token, a snapshot, and can be forked there alone. So each
 snapshot is a node. Nobody needs a snapshot to go on: it gives way even where the pages of its node are in use.
 """
@@ -12,27 +15,28 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Set
 from heapq import heappop, heappush
-from typing import NamedTuple
 
 from lamina.errors import EngineError
-from lamina.scheduling.kv_shares import NO_PAGES, Pages, Place, Share
+from lamina.scheduling.kv_shares import NO_PAGES, Pages, Place
 from lamina.scheduling.page_runs import PageRuns, Run
-from lamina.scheduling.prefix_nodes import Node, closest_child, contradiction, path_up, pending_down_to, place_of
+from lamina.scheduling.prefix_nodes import (
+    Match,
+    Node,
+    Tree,
+    closest_child,
+    contradiction,
+    kept_by,
+    longest_match,
+    path_up,
+    pending_down_to,
+    place_of,
+    shares_of,
+)
 from lamina.scheduling.request import ScheduledSequence, SchedulerConfig
 
 
-class Match(NamedTuple):
-    """What the tree has of some tokens: the first `length` by a fork of `node`, and the first `promised` in pages that
-    the writer of `pending` is about to compute. None and 0 where there is nothing."""
-
-    node: Node | None = None
-    length: int = 0
-    pending: Node | None = None
-    promised: int = 0
-
-
 class PrefixCache:
-    """All trees, one for each salt. `entered` counts the prefixes so far, `snapshots` the pages of all nodes' states.
+    """All trees, by salt and policy. `entered` counts the prefixes so far, `snapshots` the pages of all nodes' states.
 
     `fork(parent, length)` and `close(handle, pages)` change the holders, and `wake` gets each sequence that need not
     wait any more.
@@ -51,7 +55,7 @@ class PrefixCache:
         self._config = config
         self._page_size = config.snapshot_tokens or config.page_size  # nodes are multiples of it
         self._runs, self._fork, self._close, self._wake = runs, fork, close, wake
-        self._roots: dict[Hashable, Node] = {}
+        self._roots: dict[Tree, Node] = {}
         self._tick = 0
         self._held: dict[ScheduledSequence, Node] = {}  # the deepest node whose pages a running sequence shares
         self._pending: dict[ScheduledSequence, Node] = {}  # the deepest node that a running sequence is about to write
@@ -67,29 +71,25 @@ class PrefixCache:
         """The pages that eviction could free."""
         return self._runs.unused + self.snapshots if self.snapshots else self._runs.unused
 
-    def match(self, tokens: tuple[int, ...], salt: Hashable = None) -> Match:
-        """The longest prefix of `tokens` that the tree has, without the last token, whose logits are wanted.
+    def match(self, tokens: tuple[int, ...], salt: Hashable = None, policy: str = "") -> Match:
+        """The longest prefix of `tokens`, without the last token, whose logits are wanted, that there is for requests
+        of that salt and policy."""
+        roots = [self._roots[tree] for tree in dict.fromkeys(self._trees(salt, policy)) if tree in self._roots]
+        matches = [longest_match(root, tokens, self._page_size) for root in roots]
+        return max(matches, key=lambda match: (match.length, match.promised), default=Match())
 
-        A fork inside a page costs a copy of the page, so it is used only where it saves half a page or more.
-        """
-        node, at = self._roots.get(salt), 0
-        source, length, pending, promised = None, 0, None, 0
-        while node is not None and at < len(tokens) - 1:
-            child, same = closest_child(node, tokens[at:-1])
-            if child is None:
-                break
-            reach = at + same
-            whole = reach - reach % self._page_size
-            if child.writer is None:
-                usable = reach if 2 * (reach - whole) >= self._page_size else whole
-                if usable > at and usable >= child.floor:
-                    source, length = child, usable
-            elif whole > at:
-                pending, promised = child, whole
-            if same < len(child.tokens):
-                break
-            node, at = child, child.length
-        return Match(source, length, pending, promised)
+    def _trees(self, salt: Hashable, policy: str) -> tuple[Tree, Tree]:
+        """The tree of prompts under a policy, and that of all that is computed under it, decoded tokens too."""
+        of = self._config.policy(policy)
+        prompts = salt, None if of.whole_prompts else policy
+        return prompts, (salt, policy) if of.chooses else prompts
+
+    def _written(self, writer: ScheduledSequence) -> tuple[Tree, int, Tree]:
+        """The tree of a sequence's first tokens, how many these are, and the tree of all its tokens."""
+        prompts, every = self._trees(writer.request.salt, writer.request.policy)
+        if prompts == every or not writer.exact:
+            return every, len(writer.tokens), every
+        return prompts, writer.exact, every
 
     def wait(self, sequence: ScheduledSequence, match: Match) -> None:
         """Let `sequence` wait until the promised pages are computed, or never will be."""
@@ -102,8 +102,9 @@ class PrefixCache:
 
     def enter(self, writer: ScheduledSequence) -> None:
         """Enter the whole pages of the writer's tokens as pending nodes, where the tree lacks them."""
-        tokens = self._whole_pages(writer, len(writer.tokens))
-        node = self._branch(tokens, writer.request.salt)
+        tree, known, _ = self._written(writer)
+        tokens = self._whole_pages(writer, known)
+        node = self._branch(tokens, tree)
         # Not below another writer's pending node, which may be discarded before this one is computed.
         if node is not None and node.writer is None and node.length < len(tokens):
             ends = range(node.length + self._page_size, len(tokens), self._page_size) if self._config.states else ()
@@ -146,9 +147,17 @@ class PrefixCache:
         self._keep(sequence)
 
     def _keep(self, sequence: ScheduledSequence) -> Node | None:
-        """The new node with the whole pages that a sequence has computed; None where there is none."""
-        tokens, forks_at = self._whole_pages(sequence, sequence.computed), self._config.forks_at
-        node = self._branch(tokens, sequence.request.salt) if forks_at(sequence, len(tokens)) else None
+        """The deepest new node with whole pages that a sequence has computed; None where there is none."""
+        first, known, every = self._written(sequence)
+        of_first = self._kept(sequence, first, min(known, sequence.computed))
+        longer = first != every and len(self._whole_pages(sequence, sequence.computed)) > known
+        return (self._kept(sequence, every, sequence.computed) if longer else None) or of_first
+
+    def _kept(self, sequence: ScheduledSequence, tree: Tree, length: int) -> Node | None:
+        """The new node of a tree with the whole pages of a sequence's first `length` tokens; None where there is
+        none."""
+        tokens, forks_at = self._whole_pages(sequence, length), self._config.forks_at
+        node = self._branch(tokens, tree) if forks_at(sequence, len(tokens)) else None
         pending = list(pending_down_to(node))
         if node is None or not all(forks_at(sequence, promised.length) for promised in pending):
             return None
@@ -200,7 +209,7 @@ class PrefixCache:
     def evict(self, at: Set[Place]) -> bool:
         """Close the least recently used leaf without users that is in one of these pools, or whose ancestors are; in a
         pool of states, then the oldest one with users. False where there is none."""
-        while heaps := [heap for kept_by, heap in self._unused.items() if heap and not kept_by.isdisjoint(at)]:
+        while heaps := [heap for places, heap in self._unused.items() if heap and not places.isdisjoint(at)]:
             tick, _, node = heappop(min(heaps, key=lambda heap: heap[0][:2]))
             node.queued = False
             if node.tick > tick:
@@ -231,20 +240,20 @@ class PrefixCache:
         Sequences keep the pages that they share."""
         nodes = list(self._nodes())
         if holders is not None:
-            nodes = [node for node in nodes if any(share.holder in holders for _, share in _shares(node))]
+            nodes = [node for node in nodes if any(share.holder in holders for _, share in shares_of(node))]
         for node in nodes:
             if node.writer is not None:
                 self.discard(node.writer)
         for node in reversed(nodes):  # children first
             if node.handle is not None:
                 self._evict(node)
-        for kept_by in [each for each in self._unused if holders is None or any(at[0] in holders for at in each)]:
-            del self._unused[kept_by]
+        for places in [each for each in self._unused if holders is None or any(at[0] in holders for at in each)]:
+            del self._unused[places]
 
     def evict_used(self, at: Set[Place]) -> bool:
         """Drop the oldest leaf that is in one of these pools, pending or in use; its users keep the pages. False where
         there is none."""
-        leaves = [node for node in self._nodes() if not node.children and not _kept_by(node).isdisjoint(at)]
+        leaves = [node for node in self._nodes() if not node.children and not kept_by(node).isdisjoint(at)]
         if not leaves:
             return False
         oldest = min(leaves, key=lambda node: node.tick)
@@ -257,12 +266,12 @@ class PrefixCache:
     def _whole_pages(self, sequence: ScheduledSequence, length: int) -> tuple[int, ...]:
         return tuple(sequence.tokens[: length - length % self._page_size])
 
-    def _branch(self, tokens: tuple[int, ...], salt: Hashable) -> Node | None:
+    def _branch(self, tokens: tuple[int, ...], tree: Tree) -> Node | None:
         """The node at whose end `tokens` leave the tree, split off where there is none. None where they end inside an
         edge, or the edge cannot be split."""
         if not tokens:
             return None
-        node = self._roots.setdefault(salt, Node(tokens=(), length=0, parent=None, salt=salt))
+        node = self._roots.setdefault(tree, Node(tokens=(), length=0, parent=None, tree=tree))
         while node.length < len(tokens):
             child, same = closest_child(node, tokens[node.length :])
             same -= same % self._page_size
@@ -323,7 +332,7 @@ class PrefixCache:
     def _queue(self, node: Node) -> None:
         if node.handle is not None and node.users == 0 and not node.children and not node.queued:
             node.queued = True
-            heappush(self._unused.setdefault(_kept_by(node), []), (node.tick, node.handle, node))
+            heappush(self._unused.setdefault(kept_by(node), []), (node.tick, node.handle, node))
 
     def _evict(self, node: Node) -> None:
         if node.handle is None:
@@ -354,7 +363,7 @@ class PrefixCache:
         del parent.children[place_of(parent, node.tokens)]
         self._queue(parent)
         if parent.parent is None and not parent.children:
-            del self._roots[parent.salt]
+            del self._roots[parent.tree]
 
     def _nodes(self) -> Iterator[Node]:
         stack = list(self._roots.values())
@@ -386,14 +395,3 @@ class PrefixCache:
         if (evictable := self._runs.own(unused) + snapshots) != self.evictable:
             raise EngineError(f"the prefix tree counts {self.evictable} evictable pages, its nodes have {evictable}")
         return handles
-
-
-def _kept_by(leaf: Node) -> frozenset[Place]:
-    """The pools that keep a leaf, or what is above it."""
-    return frozenset(share.at for node, share in _shares(leaf) if share.lo < node.length)
-
-
-def _shares(node: Node) -> Iterator[tuple[Node, Share]]:
-    """The shares of a node and of those above it: a pending node is kept where its writer is."""
-    for each in path_up(node):
-        yield from ((each, share) for share in (each.layout if each.writer is None else each.writer.layout))

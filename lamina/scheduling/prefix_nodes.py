@@ -6,10 +6,14 @@ from bisect import bisect_left
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NamedTuple
 
-from lamina.scheduling.kv_shares import Layout
+from lamina.scheduling.kv_shares import Layout, Place, Share
 from lamina.scheduling.page_runs import Runs
 from lamina.scheduling.request import ScheduledSequence
+
+Tree = tuple[Hashable, str | None]
+"""Of which sequences a tree is: their salt, and their policy; None: KV that is the same without a policy."""
 
 
 @dataclass(eq=False, slots=True)
@@ -31,9 +35,43 @@ class Node:
     users: int = 0  # running sequences that share pages with it or with a node below
     tick: int = 0  # when it was last used
     queued: bool = False  # whether the heap of unused leaves has it
-    salt: Hashable = None  # of a root
+    tree: Tree = (None, None)  # of a root
     children: list[Node] = field(default_factory=list)
     waiters: list[ScheduledSequence] = field(default_factory=list)
+
+
+class Match(NamedTuple):
+    """What the tree has of some tokens: the first `length` by a fork of `node`, and the first `promised` in pages that
+    the writer of `pending` is about to compute. None and 0 where there is nothing."""
+
+    node: Node | None = None
+    length: int = 0
+    pending: Node | None = None
+    promised: int = 0
+
+
+def longest_match(root: Node, tokens: tuple[int, ...], page_size: int) -> Match:
+    """The longest prefix of `tokens`, without the last one, that the tree below `root` has; nodes are multiples of
+    `page_size` tokens. A fork inside a page costs a copy of it, so it is used only where it saves half a page or more.
+    """
+    node, at = root, 0
+    source, length, pending, promised = None, 0, None, 0
+    while at < len(tokens) - 1:
+        child, same = closest_child(node, tokens[at:-1])
+        if child is None:
+            break
+        reach = at + same
+        whole = reach - reach % page_size
+        if child.writer is None:
+            usable = reach if 2 * (reach - whole) >= page_size else whole
+            if usable > at and usable >= child.floor:
+                source, length = child, usable
+        elif whole > at:
+            pending, promised = child, whole
+        if same < len(child.tokens):
+            break
+        node, at = child, child.length
+    return Match(source, length, pending, promised)
 
 
 def place_of(parent: Node, tokens: tuple[int, ...]) -> int:
@@ -66,6 +104,13 @@ def common_length(a: Sequence[int], b: Sequence[int]) -> int:
         else:
             high = middle
     return low
+
+
+def tree_of(node: Node) -> Tree:
+    """The tree of a node."""
+    while node.parent is not None:
+        node = node.parent
+    return node.tree
 
 
 def path_up(node: Node) -> Iterator[Node]:
@@ -106,3 +151,14 @@ def contradiction(node: Node, page_size: int, users: int) -> str | None:
     if node.handle is not None and not node.users and not node.children and not node.queued:
         return "it would never be evicted"
     return None
+
+
+def kept_by(leaf: Node) -> frozenset[Place]:
+    """The pools that keep a leaf, or what is above it."""
+    return frozenset(share.at for node, share in shares_of(leaf) if share.lo < node.length)
+
+
+def shares_of(node: Node) -> Iterator[tuple[Node, Share]]:
+    """The shares of a node and of those above it: a pending node is kept where its writer is."""
+    for each in path_up(node):
+        yield from ((each, share) for share in (each.layout if each.writer is None else each.writer.layout))

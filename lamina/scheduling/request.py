@@ -5,7 +5,7 @@ Plain ints, tuples and lists.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -22,7 +22,8 @@ class Request:
     """One prompt and when its samples end. The submitter sets every field once.
 
     `stop_token_ids` includes the model's end-of-text tokens, unless they are to be ignored. A lower `priority` is more
-    urgent. Requests share prefixes only with requests of the same `salt`. Tenants get equal shares.
+    urgent. Requests share prefixes only with requests of the same `salt`. Tenants get equal shares. `policy` is one of
+    KV, "" the engine's own.
     """
 
     id: str
@@ -34,6 +35,7 @@ class Request:
     priority: int = 0
     salt: Hashable = None
     tenant: str = ""
+    policy: str = ""
 
 
 @dataclass(slots=True)
@@ -75,6 +77,7 @@ class ScheduledSequence:
     reused: int = 0  # tokens of its prompt that came from a fork instead of a prefill
     preemptions: int = 0
     sound: bool = True  # whether its KV may enter the prefix cache
+    exact: int = 0  # how many of its first tokens have KV, or will, that no choice of its policy has changed, at least
     layout: Layout = ()  # the shares of its KV, while it has KV
     rebuild: Rebuild | None = None  # what must be computed again before it can go on
     local_copy: tuple[Part, ...] = ()  # what its rows read and store besides, while its prompt or a rebuild is computed
@@ -205,16 +208,23 @@ class Retention(Protocol):
     """Which tokens of a sequence are kept; `lamina_workers.policies.policy.Policy` implements it."""
 
     @property
-    def sinks(self) -> int:
-        """How many of the first tokens are kept."""
+    def evicts(self) -> bool:
+        """Whether decode frees pages by the attention that they got."""
+
+    @property
+    def unit(self) -> int:
+        """By how many tokens at once `seen_from` moves on, at most."""
 
     def seen_from(self, start: int) -> int:
-        """The lowest position above the sinks that queries at `start` or later see. What lies below is freed with a row
-        at `start`."""
+        """The lowest position, but for pages that stay, that queries at `start` or later see. What lies below is freed
+        with a row at `start`."""
 
     def kept_from(self, start: int) -> int:
-        """The lowest position above the sinks that a sequence of floor `start` keeps: means may stand for what is
-        seen."""
+        """The lowest position, but for pages that stay, that a sequence of floor `start` keeps: means may stand for
+        what is seen."""
+
+    def staying(self, first: int, end: int, size: int) -> int:
+        """How many of the pages [first, end), of `size` tokens each, are kept as long as the sequence is."""
 
 
 class PageGroup(NamedTuple):
@@ -233,17 +243,27 @@ class PageGroup(NamedTuple):
         come."""
         if self.policy is None:
             return max(0, end - first)
-        sinks = min(end, -(-self.policy.sinks // size))
-        window = max(first, sinks, self.policy.kept_from(floor) // size, self.policy.seen_from(start) // size)
-        return max(0, sinks - first) + max(0, end - window)
+        window = max(first, self.policy.kept_from(floor) // size, self.policy.seen_from(start) // size)
+        return self.policy.staying(first, min(end, window), size) + max(0, end - window)
 
     def most(self, first: int, needed: int, length: int, size: int) -> int:
         """The most of `needed` pages from `first` on that a head has at a time, while its sequence grows page by page
         to `length` tokens."""
         if self.policy is None:
             return needed
-        sinks, window = -(-self.policy.sinks // size), length - self.policy.seen_from(length) + 1
-        return min(needed, max(0, sinks - first) + -(-window // size) + 2)
+        window = length - self.policy.seen_from(length) + self.policy.unit
+        return min(needed, self.policy.staying(first, first + needed, size) + -(-window // size) + 2)
+
+
+class PolicyKv(NamedTuple):
+    """What becomes of the KV of sequences under a policy, whose `name` is as the engine writes it. `groups`: what is
+    kept, by pool. `whole_prompts`: a prompt reads everything, so its KV is as without a policy. `chooses`: a decoded
+    token reads otherwise than the same token of a prompt, and a row of decode can have no drafts."""
+
+    name: str
+    groups: tuple[tuple[PageGroup, ...], ...]
+    whole_prompts: bool = True
+    chooses: bool = False
 
 
 SNAPSHOT_TOKENS = 1024
@@ -259,7 +279,8 @@ class SchedulerConfig:
     one record: the state of one layer and head after some tokens. A sequence has two of each, and can be forked only
     where it has one. So that prefixes can be shared, prompts are computed up to each multiple of `snapshot_tokens`
     tokens, where the prefix cache keeps the states; None without states or prefix cache. A row has `max_drafts` drafts
-    at most; none with states, which cannot be taken back by so many tokens.
+    at most; none with states, which cannot be taken back by so many tokens. `of_policy` knows the policies that
+    requests may name, and raises a LaminaError for others; without it there are none but the engine's own, "".
     """
 
     max_batch_tokens: int
@@ -271,6 +292,7 @@ class SchedulerConfig:
     states: Mapping[int, int] = field(default_factory=dict)
     snapshot_tokens: int | None = None
     max_drafts: int = 0
+    of_policy: Callable[[str], PolicyKv] | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_batch_tokens", "max_sequences", "max_model_len", "page_size"):
@@ -285,10 +307,27 @@ class SchedulerConfig:
                 "prefix cache, else None"
             )
 
-    @property
-    def unbounded(self) -> bool:
+    def policy(self, text: str) -> PolicyKv:
+        """What is kept under a policy that a request names. Raises a LaminaError where that cannot be served."""
+        if self.of_policy is not None:
+            return self.of_policy(text)
+        if text:
+            raise InvalidRequest(f"policy is {text!r:.80}; allowed with this engine is none")
+        return PolicyKv("", self.page_groups)
+
+    def groups(self, policy: str) -> tuple[tuple[PageGroup, ...], ...]:
+        """What is kept under a policy, by pool."""
+        return self.policy(policy).groups if policy else self.page_groups
+
+    def unbounded(self, policy: str) -> bool:
         """Whether every head keeps everything."""
-        return not self.states and all(group.policy is None for groups in self.page_groups for group in groups)
+        return not self.states and all(group.policy is None for groups in self.groups(policy) for group in groups)
+
+    @property
+    def evicts(self) -> bool:
+        """Whether a head lets go of pages by the attention that they got."""
+        groups = (group for groups in self.page_groups for group in groups)
+        return any(group.policy is not None and group.policy.evicts for group in groups)
 
     def forks_at(self, sequence: ScheduledSequence, length: int) -> bool:
         """Whether the first `length` tokens of a sequence can be forked."""
@@ -316,7 +355,7 @@ class SchedulerConfig:
         pages = Pages()
         for share in layout:
             if share.lo <= position < share.hi:
-                cells = sum(group.cells(share.heads) for group in self.page_groups[share.pool])
+                cells = sum(group.cells(share.heads) for group in self.groups(share.policy)[share.pool])
                 if cells:
                     pages[share.at] = pages.get(share.at, 0) + cells
         return pages
@@ -334,7 +373,7 @@ class SchedulerConfig:
             if end <= first:
                 continue
             at = min(floor, share.hi), min(start, share.hi)
-            groups = self.page_groups[share.pool]
+            groups = self.groups(share.policy)[share.pool]
             kept = sum(group.cells(share.heads) * group.kept(first, end, *at, size) for group in groups)
             if groups:
                 pages[share.at] = pages.get(share.at, 0) + kept
@@ -350,7 +389,7 @@ class SchedulerConfig:
             if needed <= 0:
                 continue
             first = max(share.lo, shared) // size
-            groups = self.page_groups[share.pool]
+            groups = self.groups(share.policy)[share.pool]
             most = sum(group.cells(share.heads) * group.most(first, needed, length, size) for group in groups)
             if groups:
                 pages[share.at] = pages.get(share.at, 0) + most

@@ -15,7 +15,7 @@ from lamina.scheduling.kv_shares import Layout, Layouts, Pages, Place
 from lamina.scheduling.page_ledger import PageLedger
 from lamina.scheduling.page_runs import PageRuns, Run
 from lamina.scheduling.prefix_cache import PrefixCache
-from lamina.scheduling.prefix_nodes import Node
+from lamina.scheduling.prefix_nodes import Node, tree_of
 from lamina.scheduling.request import RetainedKv, ScheduledSequence, SchedulerConfig
 
 Order = tuple[int, int, int]
@@ -78,12 +78,14 @@ class RunningSequences:
         if source is None or source.handle is None:
             sequence.handle, sequence.runs = self._layouts.open(layout), self.runs.open(layout)
         else:
-            sequence.handle = self._layouts.fork(source.handle, length)
-            sequence.runs = self.runs.fork(source.runs, length)
+            policy = sequence.request.policy
+            sequence.handle = self._layouts.fork(source.handle, length, policy)
+            sequence.runs = self.runs.fork(source.runs, length, policy=policy)
             sequence.floor = length if self._config.states else source.floor
             sequence.forked = {length}
             sequence.copies = length % self._config.page_size > 0
         sequence.layout = layout
+        sequence.exact = len(sequence.tokens) - 1 if _exact(source, length) else 0  # the last one is decoded, perhaps
         sequence.computed = sequence.planned = length
         if sequence.preemptions == 0:
             sequence.reused = length
@@ -177,8 +179,8 @@ class RunningSequences:
         )
 
     def movable(self, sequence: ScheduledSequence) -> bool:
-        """Whether a sequence's KV is whole."""
-        return sequence.handle is not None and sequence.rebuild is None
+        """Whether a sequence's KV is whole. Where attention decides what is let go, it is computed anew elsewhere."""
+        return sequence.handle is not None and sequence.rebuild is None and not self._config.evicts
 
     def moved(self, sequence: ScheduledSequence, layout: Layout) -> None:
         """The KV of a movable, idle sequence is in this layout now; new shares have no pages of other sequences."""
@@ -302,6 +304,13 @@ class RunningSequences:
                 raise EngineError(f"{name}: {sequence.floor=} {sequence.computed=} {len(sequence.tokens)=}")
             if sequence.finish_reason is not None and not sequence.in_flight:
                 raise EngineError(f"{name} has ended, but keeps its KV")
+
+
+def _exact(source: Node | ScheduledSequence | None, length: int) -> bool:
+    """Whether the first `length` tokens of a source have KV that no choice of a policy has changed."""
+    if isinstance(source, ScheduledSequence):
+        return source.exact >= length
+    return source is None or tree_of(source)[1] is None
 
 
 def order_of(sequence: ScheduledSequence) -> Order:

@@ -112,8 +112,8 @@ class Scheduler:
         return tuple(samples)
 
     def validate(self, request: Request) -> None:
-        """Raise `InvalidRequest` where a request can never run."""
-        possible = self.admission.longest_possible()
+        """Raise `InvalidRequest`, or PolicyError, where a request can never run."""
+        possible = self.admission.longest_possible(request.policy)
         check_length(len(request.prompt), request.max_tokens, self.config.max_model_len, possible)
         if request.n < 1:
             raise InvalidRequest(f"n is {request.n}; allowed is 1 or more")
@@ -153,9 +153,10 @@ class Scheduler:
 
     def decoding(self, lanes: int = 1) -> list[ScheduledSequence]:
         """The sequences that decode in the next plan, about: where tenants share, some may not. Their `drafts` may be
-        set now."""
+        set now: policies that choose allow none."""
         idle = [sequence for sequence in self.running if sequence.decodes and sequence.idle]
-        return idle[: max(1, -(-len(self.running) // lanes))]
+        most = max(1, -(-len(self.running) // lanes))
+        return [each for each in idle[:most] if not self.config.policy(each.request.policy).chooses]
 
     def plan(self, lanes: int = 1) -> Plan | None:
         """The next batch, or None where nothing can be done before a plan in flight is over.
@@ -321,7 +322,7 @@ class Scheduler:
     def _raise_floors(self, plan: Plan) -> None:
         """A holder may have accepted the plan, unknown to us: then its windows have moved up to the rows."""
         for row in plan.rows:
-            if not row.rebuild and not self.config.unbounded:
+            if not row.rebuild and not self.config.unbounded(row.sequence.request.policy):
                 row.sequence.floor = row.start
 
     def _land(self, plan: Plan) -> None:

@@ -25,6 +25,7 @@ from lamina_protocols.errors import ProtocolError
 from lamina_protocols.fields import Field, Record, shown, unpack_array, unpack_ints
 from lamina_protocols.frames import MAX_HEADER, MAX_PAYLOAD, PREFIX_SIZE, Prefix, pack_prefix, read_prefix
 from lamina_protocols.layer_frames import CLASSES, HEAD_SIZE, TAGS, TENSORS, frame_of, read_head
+from lamina_protocols.query_samples import FetchedSample, FetchSample, Sample
 from lamina_protocols.tensors import buffer, dtype_name, from_buffer, nbytes
 
 _ZEROS = bytes(64)
@@ -59,6 +60,9 @@ _MESSAGES: dict[int, type] = {  # the tag is part of the protocol: never reuse o
     15: m.Constants,
     16: m.Advance,
     17: m.Advanced,
+    18: Sample,
+    19: FetchSample,
+    20: FetchedSample,
 }
 
 

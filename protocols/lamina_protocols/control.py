@@ -51,7 +51,7 @@ class Hello:
     the number of one of its seats; each has an attention worker of its own with `share` (part, of) of the memory. The
     seat's KV is kept for `linger` seconds without a channel. `model` is the fingerprint of the model's config.
     `compute_dtype` is the dtype of queries and outputs, `kv_dtype` that of stored KV. `local_channel` allows a Unix
-    socket. `sequence_tokens` is that of a `HolderConfig`.
+    socket. `sequence_tokens` and `sketches` are those of a `HolderConfig`.
     """
 
     protocol: int
@@ -69,6 +69,7 @@ class Hello:
     share: tuple[int, ...]
     linger: float
     sequence_tokens: int = 4096
+    sketches: bool = False
 
 
 @dataclass(frozen=True, slots=True)

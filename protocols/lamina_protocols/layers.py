@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 ATTENTION, LATENT = "attention", "latent"
 STATES = ("lightning", "gated_delta", "mamba2", "kda")  # the kinds of layers that keep a state, not KV
@@ -88,13 +89,30 @@ class LayerSpec:
         return self.d_k + (-(-self.index.numbers // self.group) if self.index else 0)
 
 
+class ColdTier(NamedTuple):
+    """Where pages of KV go that nobody reads: a file in `folder`, on a disk. Of `kv_memory` about the share `resident`
+    is kept in memory, sketches included."""
+
+    folder: str
+    resident: float = 1.0
+
+    @classmethod
+    def of(cls, folder: str | None, resident: int | None, kv_memory: int) -> ColdTier | None:
+        """By the settings `kv_cold` and `kv_resident`, in bytes; None: all that there is."""
+        if not folder:
+            return None
+        return cls(folder, 1.0 if resident is None else min(1.0, resident / kv_memory))
+
+
 @dataclass(frozen=True, slots=True)
 class HolderConfig:
     """What an attention worker is built from. `kv_memory` in bytes; `dtype` is the name of the storage dtype.
 
     `layers` has those layers alone that a holder keeps something of, in the order in which a forward pass comes to
     them; messages number them so. Layers of one shape share a pool of pages, see `pools`. `sequence_tokens` is the
-    length of a usual sequence, for which the memory is dealt among pools.
+    length of a usual sequence, for which the memory is dealt among pools. `sketches` of pages are kept where a policy
+    of the layers reads them; with True everywhere, so that any part may have such a policy. With `cold`, pages that
+    nobody reads leave memory.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -102,3 +120,5 @@ class HolderConfig:
     dtype: str
     kv_memory: int
     sequence_tokens: int = 4096
+    sketches: bool = False
+    cold: ColdTier | None = None

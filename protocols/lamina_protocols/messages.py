@@ -2,7 +2,8 @@
 
 The model worker sends one `Announcement` a batch to each holder, then per layer a `Query` and a `Fresh`, or both as
 one `Exchange`; the holder answers the announcement with `Announced` and each query with an `Attended`. KV moves from
-one holder to another by `Fetch` and `Fresh`, or, where both lay out pages alike, by `FetchPages` and `FreshPages`.
+one holder to another by `Fetch` and `Fresh`, or, where both lay out pages alike, by `FetchPages` and `FreshPages`;
+what is kept of a prompt's queries goes as in `query_samples`.
 A layer with a recurrent state has one message instead: `Advance`, answered by `Advanced`.
 A holder that cannot go on answers with a `Fault` in place of the reply. An engine that resumes the work of a previous
 engine asks by `Survey` what is kept.
@@ -14,11 +15,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from lamina_protocols.errors import ProtocolError
+from lamina_protocols.query_samples import FetchedSample, FetchSample, Sample
 
 if TYPE_CHECKING:
     import torch
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 MAX_PARTS = 4096  # in one `Surveyed`
 _MOST_MASS = 2.0**62  # as many queries as there may be
 
@@ -27,22 +29,31 @@ _MOST_MASS = 2.0**62  # as many queries as there may be
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """Create the empty part `handle` in the pool number `pool`, for KV heads `heads` and token positions [lo, hi)."""
+    """Create the empty part `handle` in the pool number `pool`, for KV heads `heads` and token positions [lo, hi).
+
+    `policy`: how all its heads are read and kept, as `lamina_workers.policies` writes it; "": as the holder's config
+    says.
+    """
 
     handle: int
     pool: int
     heads: tuple[int, ...]
     lo: int
     hi: int
+    policy: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Fork:
-    """Create the part `handle` as the first `length` tokens of part `parent`, sharing its pages."""
+    """Create the part `handle` as the first `length` tokens of part `parent`, sharing its pages.
+
+    `policy` as in `Open`, of the new part. It may see nothing that the parent has let go of.
+    """
 
     handle: int
     parent: int
     length: int
+    policy: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +75,8 @@ class Row:
     row's own tokens too, causally (`fused`), and the model worker does not attend them. A row that is computed again
     may so read own tokens that its part has stored before. `store` cuts the part back to `start`, then keeps the row's
     K and V. With `chooses`, set in decode, adaptive policies may read less; otherwise they read everything.
+    `prompt` is, in a row of prefill of a part that will decode, how many tokens the prompt has, and else 0: a holder
+    whose policies learn from a prompt's queries keeps some of them. Such a row may neither read nor store.
     """
 
     handle: int
@@ -72,6 +85,7 @@ class Row:
     read: tuple[int, int] | None
     store: bool
     chooses: bool = False
+    prompt: int = 0
 
     @property
     def fused(self) -> bool:
@@ -116,8 +130,9 @@ class Usage:
 
     `read` and `whole` are of decode so far, over all its layers and KV heads: the bytes read, of KV and to choose among
     it, and the bytes that reading everything would have taken. `missed` is the sum, over `queries` query vectors, of
-    the estimated attention mass that they did not read; `worst` is the largest. `held` pages are in use now, where
-    keeping everything would take `kept`.
+    the estimated attention mass that they did not read; `worst` is the largest; `coarse` is the sum of what they read
+    in 4 bits. `held` pages are in use now, where keeping everything would take `kept`; `resident` of them are in
+    memory.
     """
 
     read: int
@@ -127,6 +142,8 @@ class Usage:
     worst: Annotated[float, _check_mass]
     held: int
     kept: int
+    resident: int
+    coarse: Annotated[float, _check_mass] = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +154,8 @@ class Announced:
 
     `free_pages` counts the pages of each pool left after the reservation; `floors` has, per row, the lowest length to
     which its part can still be cut back; `usages` has, per row, what its part has read, left out and kept so far.
+    `samples` has, per row, the stride of positions whose queries the holder wants as a `Sample`, since the row brings
+    it none; 0: none of them. It is empty where no row wants any.
     """
 
     epoch: int
@@ -147,6 +166,7 @@ class Announced:
     reason: str = ""
     usages: tuple[Usage, ...] = ()
     starts: tuple[int, ...] = ()
+    samples: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,11 +395,15 @@ class Fault:
     reason: str
 
 
-Request = Announcement | Query | Fresh | Exchange | Fetch | FetchPages | FreshPages | Survey | Advance | Constants
-Reply = Announced | Attended | Fetched | FetchedPages | Surveyed | Advanced | Fault
+Request = (
+    Announcement | Query | Fresh | Exchange | Sample | Fetch | FetchPages | FetchSample | FreshPages | Survey
+    | Advance | Constants
+)  # fmt: skip
+Reply = Announced | Attended | Fetched | FetchedPages | FetchedSample | Surveyed | Advanced | Fault
 Message = Request | Reply
 
 
 def answered(request: Request) -> bool:
-    """Whether a holder answers the request: all but `Fresh`, `FreshPages` and `Constants` have one reply, in order."""
-    return not isinstance(request, Fresh | FreshPages | Constants)
+    """Whether a holder answers the request: all but `Fresh`, `FreshPages`, `Sample` and `Constants` have one reply, in
+    order."""
+    return not isinstance(request, Fresh | FreshPages | Sample | Constants)

@@ -39,6 +39,7 @@ from lamina_workers.indexes.graph_index import EFFORT, LISTED, SLOTS, build_grap
 from lamina_workers.indexes.ivf_index import build_ivf
 from lamina_workers.indexes.key_index import Found, KeyIndex, ascending
 from lamina_workers.indexes.query_sample import QuerySample
+from lamina_workers.policies.retrieval import Retrieval
 
 SINKS, RECENT, ASKED, TOP = 128, 512, 256, 100
 EFFORTS = (100, 130, 170, 220, 300, 400, 550, 800, 1200)
@@ -88,6 +89,7 @@ class Curve:
 
 
 def heads(dump: Path, layers: Sequence[int], chosen: Sequence[int] | None, every: int) -> Iterator[Head]:
+    policy = Retrieval(index="graph", least=1)
     for layer in layers:
         q, k = (np.load(dump / f"{name}{layer}.npy", mmap_mode="r") for name in "qk")
         tokens, kv_heads, d = k.shape
@@ -95,12 +97,14 @@ def heads(dump: Path, layers: Sequence[int], chosen: Sequence[int] | None, every
         for head in range(kv_heads) if chosen is None else chosen:
             keys = np.ascontiguousarray(k[SINKS : tokens - RECENT, head], np.float32)
             mine = q[:, head * group : (head + 1) * group]
-            sample = QuerySample(group, d, max(2048, tokens // 16))
-            for first in range(0, tokens - ASKED, 1024):
-                sample.offer(first, mine[first : min(first + 1024, tokens - ASKED)])
+            sample = QuerySample(1, group, d)
+            for first in range(0, tokens - ASKED, 512):  # as a worker samples a prompt that comes in chunks
+                stride = policy.sampled(first, tokens - ASKED)
+                at = np.arange(first, min(first + 512, tokens - ASKED), stride)
+                sample.offer(at, torch.from_numpy(mine[at].astype(np.float32))[:, None])
             asked = np.ascontiguousarray(mine[tokens - ASKED :: every], np.float32)
             best, _ = faiss_host.nearest(asked.reshape(-1, d), keys, TOP)
-            yield Head(layer, head, keys, asked, sample.queries, np.sort(best.reshape(-1, group, TOP) + SINKS))
+            yield Head(layer, head, keys, asked, sample.of(0), np.sort(best.reshape(-1, group, TOP) + SINKS))
 
 
 def measure(head: Head, search: Search, effort: int, grouped: bool = False) -> Point:

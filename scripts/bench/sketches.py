@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""Milliseconds that a decode step's scan of page sketches takes, beside exact attention over the same pages.
+"""Milliseconds that a decode step takes by sketches of pages, beside exact attention over the same pages.
 
 usage: scripts/bench/sketches.py [--rounds 40] [--layers 4] [--json FILE] [ITEMSxENTRIES ...]
 
 An item is one KV head of one sequence, an entry a page of 32 tokens. A round calls, in turns, the exact kernel, the
-scan with the choice of pages, and the choice alone, each once for every layer: layers are more than the caches hold. A
-column is the median over the rounds, the ratio the median of each round's. Pages have directions of their own, so that
-their masses are as unlike as those of long prompts are; the share of them that is chosen is printed. GB/s: of the bytes
-that each has to read once, the sketches but for the means of chosen pages. Then what it costs to make a sketch.
+scan with the choice of pages and what stands for the others, and then the exact kernel over what was chosen too, as a
+step of `retrieval` does; each once for every layer: layers are more than the caches hold. A column is the median over
+the rounds, a ratio to exact the median of each round's. Pages have directions of their own, so that their masses are as
+unlike as those of long prompts are; the shares that are read exactly and in 4 bits are printed. GB/s: of the bytes that
+each has to read once. Then what it costs to make a sketch.
 """
 
 from __future__ import annotations
@@ -25,20 +26,24 @@ import torch
 from kernel_peers import machine
 
 from lamina_kernels.cpu import decode as cpu_decode
+from lamina_kernels.cpu.merge import merge_into
 from lamina_kernels.paged.pages import PageLayout, Pages
 from lamina_kernels.paged.rows import Rows
 from lamina_kernels.sketches import sketches
+from lamina_workers.policies.retrieval import Retrieval
 
 SHAPES = ("12x1024", "3x4096", "48x300", "1x32768")
 VARIANTS = {  # page size, d, group, dtype, pages in the order of a store that has run for long
     "bf16 32 d 64 group 3": (32, 64, 3, torch.bfloat16, False),
     "shuffled": (32, 64, 3, torch.bfloat16, True),
     "d 128 group 4": (32, 128, 4, torch.bfloat16, False),
+    "d 64 group 7": (32, 64, 7, torch.bfloat16, False),
     "page 16": (16, 64, 3, torch.bfloat16, False),
     "int8": (32, 64, 3, torch.int8, False),
 }
 BLOCK = 512  # pages of random numbers, of which the arena has copies
 SPREAD = 4.0  # of the logits of a page, in e-folds
+DEFAULTS = Retrieval()
 Call = Callable[[int], object]
 
 
@@ -56,7 +61,8 @@ def filled(layout: PageLayout, n: int) -> tuple[Pages, sketches.Sketches]:
     for first in range(0, n, BLOCK):
         count = min(BLOCK, n - first)
         pages.arena[first : first + count] = block.arena[:count]
-        every.arena[first : first + count] = summary.arena[:count]
+        every.scanned[first : first + count] = summary.scanned[:count]
+        every.values[first : first + count] = summary.values[:count]
     return pages, every
 
 
@@ -73,27 +79,35 @@ def calls(variant: str, items: int, entries: int, layers: int, threads: int) -> 
     own = ones * entries
     numbers = (own, ones * 2, own - 4, own)
     asked = sketches.Items([table[:, 0] for table in tables], *numbers)
-    plan, alone = (sketches.plan_scan(every, asked, group, threads) for _ in range(2))
-    tasks = alone.keep[1]
-    tasks["hi"] = tasks["lo"]  # nothing to scan, so what was found before is chosen from
+    plan = sketches.plan_scan(every, asked, group, threads)
+    lists = cpu_decode.plan_lists(pages, items, group, threads)
+    limits = {"missed": DEFAULTS.missed, "coarse": DEFAULTS.coarse}
     q = torch.randn(items * group, d).to(torch.bfloat16)
     out, scale = torch.empty(items * group, d, dtype=q.dtype), d**-0.5
-    chosen = 0
+    chosen = coarse = 0
     for layer in range(layers):
-        choice = sketches.scan(every, plan, layer, q, scale)
+        choice = sketches.scan(every, plan, layer, q, scale, **limits)
         chosen += int(choice.counts.sum())
-    alone.result.log_mass.copy_(choice.log_mass)
+        coarse += int(choice.coarse_counts.sum())
+
+    def whole(layer: int) -> None:
+        found = sketches.scan(every, plan, layer, q, scale, **limits)
+        lengths = found.counts.numpy() * page_size
+        merge_into(cpu_decode.attend_lists(pages, lists, found.pages.numpy(), lengths, q, scale), found.tail, None)
+
     timed: dict[str, Call] = {
         "exact": lambda layer: cpu_decode.attend(pages, exact, layer, q, scale, None, out),
-        "both": lambda layer: sketches.scan(every, plan, layer, q, scale),
-        "choice": lambda layer: sketches.scan(every, alone, layer, q, scale),
+        "scan": lambda layer: sketches.scan(every, plan, layer, q, scale, **limits),
+        "whole": whole,
     }
-    at, left = every.layout, n - chosen
+    at, means = every.layout, n - chosen - coarse
     sizes = {
         "exact": items * entries * layout.page_bytes,
-        "both": items * entries * at.mean_at + left // layers * 2 * d,
-        "chosen": 100 * chosen // n,
+        "scan": items * entries * at.mean_at + (means * 2 * d + coarse * at.value_bytes) // layers,
+        "chosen": 1000 * chosen // n,
+        "coarse": 1000 * coarse // n,
     }
+    sizes["whole"] = sizes["scan"] + chosen * layout.page_bytes // layers
     return timed, sizes
 
 
@@ -135,23 +149,27 @@ def main() -> None:
     torch.manual_seed(0)
     results: list[dict[str, Any]] = []
     print(machine(torch.device("cpu")), f"{args.threads} threads")
-    print(f"{'':36} | exact ms GB/s | scan and choice ms GB/s | choice ms | ratio, quartiles | chosen")
+    print(f"{'':36} | exact ms GB/s |  scan ms GB/s ratio | whole ms GB/s ratio, quartiles | exact, 4 bits")
     for variant in args.variants:
         for shape in args.shapes if variant == next(iter(VARIANTS)) else args.shapes[:1]:
             items, entries = (int(x) for x in shape.split("x"))
             timed, sizes = calls(variant, items, entries, args.layers, args.threads)
             times = measure(timed, args.layers, args.rounds)
-            exact, both, choice = (statistics.median(times[name]) for name in ("exact", "both", "choice"))
-            ratios = [b / a for a, b in zip(times["exact"], times["both"], strict=True)]
-            low, ratio, high = statistics.quantiles(ratios, n=4)
-            rates = [sizes[name] / ms / 1e6 for name, ms in (("exact", exact), ("both", both))]
+            exact, scan, whole = (statistics.median(times[name]) for name in ("exact", "scan", "whole"))
+            of_exact = {
+                name: statistics.quantiles([b / a for a, b in zip(times["exact"], times[name], strict=True)], n=4)
+                for name in ("scan", "whole")
+            }
+            low, ratio, high = of_exact["whole"]
+            rates = [sizes[name] / ms / 1e6 for name, ms in (("exact", exact), ("scan", scan), ("whole", whole))]
             print(
-                f"{variant:22} {shape:13} | {exact:7.3f} {rates[0]:5.1f} | {both:16.3f} {rates[1]:6.1f} | "
-                f"{choice:9.3f} | {ratio:.3f} ({low:.3f}..{high:.3f}) | {sizes['chosen']} %",
+                f"{variant:22} {shape:13} | {exact:7.3f} {rates[0]:5.1f} | {scan:8.3f} {rates[1]:4.1f} "
+                f"{of_exact['scan'][1]:.3f} | {whole:8.3f} {rates[2]:4.1f} {ratio:.3f} ({low:.3f}..{high:.3f}) | "
+                f"{sizes['chosen'] / 10} %, {sizes['coarse'] / 10} %",
                 flush=True,
             )
-            results.append({"variant": variant, "shape": shape, "exact_ms": exact, "ms": both, "choice_ms": choice})
-            results[-1] |= {"ratio": ratio, "chosen_percent": sizes["chosen"]}
+            results.append({"variant": variant, "shape": shape, "exact_ms": exact, "scan_ms": scan, "ms": whole})
+            results[-1] |= {"ratio": ratio, "exact_share": sizes["chosen"] / 1000, "coarse": sizes["coarse"] / 1000}
     for variant in args.variants:
         us = sealing(variant)
         print(f"a sketch, {variant}: {us:.2f} us", flush=True)

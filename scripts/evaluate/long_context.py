@@ -1,19 +1,21 @@
 #!/usr/bin/env python3
-"""What KV policies cost in quality at long contexts, always beside the full cache of the same run:
+"""What KV policies cost in quality at long contexts, beside the full cache of the same run:
 
-    scripts/evaluate/long_context.py --context 8192 --policies "streaming(sink=64, recent=256)" auto --out eval/
+    scripts/evaluate/long_context.py --context 8192 --policies auto "streaming(sink=64, recent=256)" --out eval/
 
-- text: a text's prompt is prefilled, then its next tokens are fed one decode step at a time, so that policies choose as
-they do when serving. Change of NLL, KL(full || policy), top-1 agreement with full. - passkey, needle: five digits at
-several depths, continued greedily, right if all five are; copying: random tokens twice; recall: `The key is value.` for
-eight pairs (MQAR), asked for in another order. - heads: each head's output beside exact attention in float32 over the
-same queries, keys and values: cosine, and the attention mass of the keys that it saw, where these depend on positions
-alone.
+A prompt is a real text with pass keys, pairs of words and a piece of code hidden in it. It is prefilled once; each task
+is a fork of it, whose tokens are given one decode step at a time, so that policies choose as they do when serving:
 
-Only answers that the full cache gives are counted, and a task of which it gives less than --gate is not counted at all.
-The first row is full once more with its prompts cut into other chunks: the noise floor of the dtype. Read and held are
-shares of what full reads in decode, and keeps, on the texts. Into the folder --out go results.json, quality.png and,
-with heads, heads.png.
+- text: how the text goes on; code: the hidden piece of code once more; switch: passages from many places of the text
+- passkeys: the hidden keys, at many depths; recall: the values of the pairs (MQAR, arXiv 2312.04927)
+- changes: keys and pairs mixed, with 0 to 7 other tokens between, so that the place needed changes from step to step
+
+Of each task: NLL beside full's, top-1 agreement, KL(full || policy), answers of those that full gives, and by the
+attention worker's count the bytes read and pages held, and the attention mass missed by estimate.
+
+With --kept the prompts' K and V, and what full predicts, stay in that folder and are not computed again; policies that
+do not read prompts whole prefill them themselves. The policy `full` in the list is then the noise floor. With --heads,
+each head's output is also compared with exact attention in float32. Into --out go results.json and pictures.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import argparse
 import json
 import pydoc_data.topics
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,13 +33,15 @@ from pathlib import Path
 from typing import Any
 
 from evaluation import tasks
-from evaluation.measures import Score
-from evaluation.running import Limits, Total
-from evaluation.suite import Comparison, Run, Suite, compare, run
+from evaluation.heads import Fidelity, read_heads
+from evaluation.running import Outcome, held_share, keep, known, missed_share, read_share, read_tasks
+from evaluation.suite import ALL, Compared, compare
+from evaluation.tasks import Prompt
 
 from lamina.config import DEFAULT_MODEL, DTYPES, KV_DTYPES, EngineConfig
 from lamina.errors import LaminaError
 from lamina.launch.kv_sizing import holder_config
+from lamina.measure.kept_kv import KeptKV
 from lamina.measure.probe import Probe, loaded
 from lamina.models.resolve import resolve
 from lamina.policy_file import head_policies
@@ -51,15 +56,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-FLOOR = "full, other chunks"
-TASKS = ("text", "passkey", "needle", "copying", "recall", "heads")
-FLOOR_CHUNK = 0.375  # of --chunk
-FILLS = ("full", "none", "left", "right", "top", "bottom")  # of a text's marks in the picture
+COLUMNS = ("NLL", "full", "change", "±", "top-1", "KL", "worst", "found", "read", "held", "missed", "worst")
 
 
 def main() -> None:
     args = parsed()
-    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console = Console() if sys.stdout.isatty() else Console(width=160)
     try:
         evaluate(args, console)
     except LaminaError as error:
@@ -69,110 +71,109 @@ def main() -> None:
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEFAULT_MODEL)
-    parser.add_argument("--context", type=int, default=8192, help="tokens of each text and task")
-    parser.add_argument("--policies", nargs="*", default=["streaming(sink=64, recent=256)"], help="beside full")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
-    parser.add_argument("--text", type=Path, nargs="*", default=[], help="text files; none: Python's own help topics")
-    parser.add_argument("--texts", type=int, default=4, help="pieces of each text")
-    parser.add_argument("--steps", type=int, default=128, help="tokens of each piece that are predicted")
-    parser.add_argument("--depths", type=float, nargs="+", default=[0.1, 0.3, 0.5, 0.7, 0.9])
-    parser.add_argument("--repeats", type=int, default=1, help="passkeys and needles at each depth")
-    parser.add_argument("--samples", type=int, default=4, help="prompts of copying and of recall")
-    parser.add_argument("--gate", type=float, default=0.5, help="of a task's answers that full must give")
-    parser.add_argument("--head-steps", type=int, default=8)
+    parser.add_argument("--context", type=int, default=8192, help="tokens of a prompt and what follows it")
+    parser.add_argument("--policies", nargs="*", default=["auto"], help="beside full")
+    parser.add_argument("--tasks", nargs="+", default=list(tasks.TASKS), choices=tasks.TASKS)
+    parser.add_argument("--text", type=Path, help="a text file; without one, Python's own help topics")
+    parser.add_argument("--texts", type=int, default=1, help="prompts, each from another place of the text")
+    parser.add_argument("--steps", type=int, default=192, help="tokens of text, code and switch")
+    parser.add_argument("--depths", type=int, default=12, help="pass keys, from the first to the last part of a prompt")
+    parser.add_argument("--pairs", type=int, default=16, help="pairs of words of recall")
+    parser.add_argument("--heads", type=int, default=0, metavar="STEPS", help="compare each head's output in so many")
     parser.add_argument("--dtype", default="auto", choices=DTYPES)
     parser.add_argument("--kv-dtype", default="auto", choices=KV_DTYPES)
-    parser.add_argument("--kv-memory", help="such as 4GiB; without it, a quarter of what is available")
-    parser.add_argument("--batch", type=int, default=4, help="sequences at a time")
     parser.add_argument("--chunk", type=int, default=1024, help="tokens of a prompt at a time")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="where else to write the results")
-    parser.add_argument("--out", type=Path, required=True, help="a folder for the results and pictures")
+    parser.add_argument("--kept", type=Path, help="a folder for the K and V of prompts, which other runs may share")
+    parser.add_argument("--out", type=Path, help="a folder for results and pictures")
     args = parser.parse_args()
-    if not 0 < args.gate <= 1:
-        parser.error(f"--gate is {args.gate}; allowed is above 0, up to 1")
-    for name in ("texts", "repeats", "samples", "batch"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}; allowed is 1 or more")
-    if args.chunk < 8:
-        parser.error(f"--chunk is {args.chunk}; allowed is 8 or more")
+    for name, least in (("texts", 1), ("steps", 2), ("depths", 1), ("pairs", 1), ("chunk", 8), ("heads", 0)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name} is {getattr(args, name)}; allowed is {least} or more")
     return args
 
 
 def evaluate(args: argparse.Namespace, console: Console) -> None:
     path = resolve(args.model)
-    model = ModelConfig.from_folder(path)
-    print_of = fingerprint(path)
-    policies = [policy for policy in dict.fromkeys(args.policies) if policy != "full"]
+    model, print_of = ModelConfig.from_folder(path), fingerprint(path)
+    policies = list(dict.fromkeys(args.policies))
     for policy in policies:
         head_policies(policy, model, print_of)  # a wrong one fails before the first has run
-    args.out.mkdir(parents=True, exist_ok=True)
     scaling = yarn(model, args.context)
-    said = about(args, path, print_of, scaling)
+    said = about(args, print_of, scaling)
     where = f"{args.model}, {args.context} tokens, {said['dtype']}"
     console.print(f"{where}; {said['processor']}, {said['threads']} threads")
-    shared = EngineConfig(
-        dtype=args.dtype,
-        kv_dtype=args.kv_dtype,
-        kv_memory=args.kv_memory,
-        threads=args.threads,
-        rope_scaling=scaling,
-    )
-    results: dict[str, Comparison] = {}
-    seconds: dict[str, float] = {}
-    with Progress(console=console, transient=True) as progress:
-        for name, of, took in measured(args, shared, policies, progress):
-            results[name], seconds[name] = of, round(took, 1)
-            console.print(f"{short(name)}: {took:.0f} s")
-            written = {
-                "about": said | {"seconds": seconds},
-                "results": {each: known.as_json() for each, known in results.items()},
-            }
-            for file in filter(
-                None, (args.out / "results.json", args.json)
-            ):  # each time: the next one may not end well
-                file.write_text(json.dumps(written, indent=1) + "\n")
-    for shown in tables(results):
-        console.print(shown)
-    for task, asked in results[FLOOR].tasks.items():
-        if not asked.counted:
-            console.print(f"{task} is not counted: the full cache gives {asked.full} of {asked.asked} answers")
-    draw(results, where, args.out)
-    console.print(f"written into {args.out}")
+    results: dict[str, dict[str, Compared]] = {}
+    heads: dict[str, Fidelity] = {}
+    with Progress(console=console, transient=True) as progress, kept_in(args.kept) as folder:
+        named = ("fingerprint", "rope_scaling", "dtype", "chunk")
+        kept = KeptKV(folder, json.dumps([said[name] for name in named]))
+        for name, compared, fidelity, seconds in measured(args, policies, kept, scaling, progress):
+            results[name] = compared
+            heads |= {name: fidelity} if fidelity is not None else {}
+            console.print(f"{short(name)}: {seconds:.0f} s")
+            if args.out is not None:
+                write(args.out, said, results, heads)  # each time: the next one may not end well
+    console.print(table(results))
+    if args.out is not None:
+        draw(results, heads, where, args.out)
+        console.print(f"written into {args.out}")
 
 
 @contextmanager
-def load(name: str, config: EngineConfig) -> Iterator[tuple[Probe, Tokenizer]]:
-    """The model of that name, set up as `LLM(name, ...)` would, and its tokenizer."""
+def load(args: argparse.Namespace, policy: str, scaling: Any) -> Iterator[tuple[Probe, Tokenizer]]:
+    """The model, set up as `LLM(name, policy=policy, ...)` would, and its tokenizer."""
     machine = this_machine()
-    with loaded(name, config) as (path, model, decoder, tokenizer):
-        holder = holder_config(path, model, config, decoder.dtype, machine)
+    config = EngineConfig(
+        dtype=args.dtype, kv_dtype=args.kv_dtype, threads=args.threads, rope_scaling=scaling, policy=policy
+    )
+    with loaded(args.model, config) as (path, model, decoder, tokenizer):
+        holder = holder_config(path, model, replace(config, kv_memory=1 << 50), decoder.dtype, machine)
+        most = args.context + len(tasks.TASKS) * (2 * args.steps + 1024)
+        each = sum(spec.kv_heads * (spec.key_width + spec.own_v) for spec in holder.layers) * 4
+        holder = replace(holder, kv_memory=most * each)  # four bytes a number, with sketches and pages not full
         yield Probe(model, decoder, holder, config.threads or machine.cores), tokenizer
 
 
-def measured(
-    args: argparse.Namespace, shared: EngineConfig, policies: Sequence[str], progress: Progress
-) -> Iterator[tuple[str, Comparison, float]]:
-    """The noise floor and each policy, beside the full cache, and the seconds that each took."""
+@contextmanager
+def kept_in(folder: Path | None) -> Iterator[Path]:
+    """The folder for the K and V of prompts; without one, for this run alone."""
+    if folder is not None:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as made:
+        yield Path(made)
 
-    def through(probe: Probe, name: str, chunk: int = args.chunk) -> Run:
-        task = progress.add_task(short(name), total=suite.tokens)
-        done = run(probe, suite, Limits(args.batch, chunk), lambda tokens: progress.advance(task, tokens))
+
+def measured(
+    args: argparse.Namespace, policies: Sequence[str], kept: KeptKV, scaling: Any, progress: Progress
+) -> Iterator[tuple[str, dict[str, Compared], Fidelity | None, float]]:
+    """Each policy beside the full cache, and the seconds that it took."""
+
+    def through(probe: Probe, name: str, prompts: Sequence[Prompt]) -> list[dict[str, Outcome]]:
+        task = progress.add_task(short(name), total=sum(prompt.tokens_fed for prompt in prompts))
+        done = [read_tasks(probe, kept, p, args.chunk, lambda n: progress.advance(task, n)) for p in prompts]
         progress.remove_task(task)
         return done
 
-    with load(args.model, shared) as (probe, tokenizer):
-        suite = make_suite(args, tokenizer)
-        full = through(probe, "full")
-        begun = time.perf_counter()
-        floor = compare(suite, full, through(probe, FLOOR, int(args.chunk * FLOOR_CHUNK)), args.gate)
-    yield FLOOR, floor, time.perf_counter() - begun
+    with load(args, "full", scaling) as (probe, tokenizer):
+        prompts = make_prompts(args, tokenizer)
+        full = []
+        for prompt in prompts:
+            own = known(kept, prompt, args.kv_dtype)
+            if own is None:
+                (own,) = through(probe, "full", [prompt])
+                keep(kept, prompt, args.kv_dtype, own)
+            full.append(own)
     for policy in policies:
-        with load(args.model, replace(shared, policy=policy)) as (probe, _):
+        with load(args, policy, scaling) as (probe, _):
             begun = time.perf_counter()
-            of = compare(suite, full, through(probe, policy), args.gate)
-        yield policy, of, time.perf_counter() - begun
+            compared = compare(prompts, full, through(probe, policy, prompts))
+            fidelity = None
+            if args.heads:
+                fidelity = read_heads(probe, prompts[0].tokens, args.heads, lambda tokens: None, args.chunk)
+        yield policy, compared, fidelity, time.perf_counter() - begun
 
 
 def yarn(model: ModelConfig, context: int) -> dict[str, Any] | None:
@@ -183,44 +184,29 @@ def yarn(model: ModelConfig, context: int) -> dict[str, Any] | None:
     return {"rope_type": "yarn", "factor": context / made_for, "original_max_position_embeddings": made_for}
 
 
-def make_suite(args: argparse.Namespace, tokenizer: Tokenizer) -> Suite:
-    """The texts and tasks that were asked for, in the model's tokens."""
+def make_prompts(args: argparse.Namespace, tokenizer: Tokenizer) -> list[Prompt]:
+    """As many prompts as were asked for, in the model's tokens, from places spread over the text."""
 
     def encode(text: str) -> list[int]:
         return [token for token in tokenizer.encode(text) if token not in tokenizer.special_ids]
 
-    begin = tokenizer.encode("")[:1]
-    sources = {file.name: encode(file.read_text()) for file in args.text}
-    if not sources:
-        sources["pydoc topics"] = encode("\n\n".join(pydoc_data.topics.topics.values()))
-    hay = next(iter(sources.values()))
-    context, seed = args.context, args.seed
-    depths = sorted(args.depths * args.repeats)
-    items: list[tasks.Item] = []
-    if "passkey" in args.tasks:
-        items += tasks.passkey(encode, begin, context, depths, seed)
-    if "needle" in args.tasks:
-        items += tasks.needle(encode, begin, hay, context, depths, seed)
-    if "copying" in args.tasks:
-        items += tasks.copying(begin, hay, context, args.samples, min(32, context // 8), seed)
-    if "recall" in args.tasks:
-        items += tasks.recall(encode, begin, hay, context, args.samples, seed)
-    texts = {source: tasks.windows(begin, ids, context, args.texts) for source, ids in sources.items()}
-    return Suite(
-        texts=texts if "text" in args.tasks else {},
-        items=items,
-        heads=texts[next(iter(sources))][0] if "heads" in args.tasks else (),
-        steps=args.steps,
-        head_steps=args.head_steps,
-    )
+    text = encode(args.text.read_text() if args.text else "\n\n".join(pydoc_data.topics.topics.values()))
+    last, begin = max(0, len(text) - args.context), tokenizer.encode("")[:1]
+    return [
+        tasks.make_prompt(
+            encode, begin, text[last * at // max(1, args.texts - 1) :], args.context, args.steps, args.depths,
+            args.pairs, args.tasks, args.seed + at,
+        )
+        for at in range(args.texts)
+    ]  # fmt: skip
 
 
-def about(args: argparse.Namespace, path: Path, print_of: str, scaling: dict[str, Any] | None) -> dict[str, Any]:
+def about(args: argparse.Namespace, print_of: str, scaling: dict[str, Any] | None) -> dict[str, Any]:
     """What the results are of, for the file."""
     machine = this_machine()
-    given = {name: getattr(args, name) for name in sorted(vars(args)) if name not in ("json", "out", "policies")}
+    given = {name: getattr(args, name) for name in sorted(vars(args)) if name not in ("out", "kept", "policies")}
     return given | {
-        "text": [file.name for file in args.text] or ["pydoc topics"],
+        "text": args.text.name if args.text else "pydoc topics",
         "fingerprint": print_of,
         "rope_scaling": scaling,
         "dtype": native_dtype(machine)[0] if args.dtype == "auto" else args.dtype,
@@ -233,74 +219,59 @@ def about(args: argparse.Namespace, path: Path, print_of: str, scaling: dict[str
     }
 
 
+def write(
+    out: Path, said: Mapping[str, Any], results: Mapping[str, Mapping[str, Compared]], heads: Mapping[str, Fidelity]
+) -> None:
+    """results.json."""
+    out.mkdir(parents=True, exist_ok=True)
+    written = {
+        "about": said,
+        "results": {name: {task: of.as_json() for task, of in by.items()} for name, by in results.items()},
+        "heads": {name: of.as_json() for name, of in heads.items()},
+    }
+    (out / "results.json").write_text(json.dumps(written, indent=1) + "\n")
+
+
 def short(name: str) -> str:
     """A policy's name for tables and pictures: a file without its folders."""
     return Path(name).name if name.endswith(".toml") else name.replace(" ", "") if "(" in name else name
 
 
-def usage(of: Comparison) -> Total:
-    """Where a policy's savings are read off: on the texts, else on what there is."""
-    return next((of.usage[part] for part in ("texts", "items", "heads") if part in of.usage), Total())
-
-
-def tables(results: Mapping[str, Comparison]) -> Iterator[Table]:
-    first = next(iter(results.values()))
-    for source in first.texts:
-        rows = {name: of_text(of, source) for name, of in results.items()}
-        columns = ["KV read", "KV held", "missed", "NLL", "change", "±", "KL", "top-1"]
-        yield table(f"{source}: missed is the attention mass not read, as the policy estimates it", columns, rows)
-    if first.tasks:
-        rows = {name: [answered(of) for of in by.tasks.values()] for name, by in results.items()}
-        yield table("answers kept, of those that the full cache gives", list(first.tasks), rows)
-    if first.heads is not None:
-        rows = {name: of_heads(of) for name, of in results.items()}
-        columns = ["cosine", "worst", "error", "worst", "mass seen", "worst", "missed"]
-        yield table("heads beside exact attention: mean, and the worst of layers and heads", columns, rows)
-
-
-def table(title: str, columns: list[str], rows: Mapping[str, list[str]]) -> Table:
-    shown = Table(title=title)
+def table(results: Mapping[str, Mapping[str, Compared]]) -> Table:
+    """By task, a row a policy."""
+    shown = Table(title="beside full; missed is the attention mass not read, by estimate: mean and worst query")
+    shown.add_column("task (tokens)")
     shown.add_column("policy", overflow="fold")
-    for column in columns:
+    for column in COLUMNS:
         shown.add_column(column, justify="right", no_wrap=True)
-    for name, cells in rows.items():
-        shown.add_row(short(name), *cells)
+    for task in next(iter(results.values())):
+        for number, (name, by) in enumerate(results.items()):
+            of = by[task]
+            first = f"{task} ({of.quality.tokens})" if number == 0 else ""
+            shown.add_row(first, short(name), *cells(of), end_section=number == len(results) - 1)
     return shown
 
 
-def of_text(of: Comparison, source: str) -> list[str]:
-    total, text = usage(of), of.texts[source]
+def cells(of: Compared) -> list[str]:
+    text, score, usage = of.quality, of.score, of.usage
     error = text.error / text.full_nll if text.full_nll > 0 else 0.0
     return [
-        f"{total.read_share:.0%}",
-        f"{total.held_share:.0%}",
-        missed(total),
         f"{text.nll:.4f}",
+        f"{text.full_nll:.4f}",
         f"{text.relative:+.2%}",
         f"{error:.2%}",
-        f"{text.divergence:.4f}",
         f"{text.agreement:.1%}",
+        f"{text.divergence:.4f}",
+        f"{text.worst:.2f}",
+        f"{score.kept}/{score.full}/{score.asked}" if score.asked else "",
+        f"{read_share(usage):.3f}",
+        f"{held_share(usage):.3f}",
+        f"{missed_share(usage):.4f}" if usage.queries else "",
+        f"{usage.worst:.3f}" if usage.queries else "",
     ]
 
 
-def answered(of: Score) -> str:
-    return f"{of.kept}/{of.full}" if of.counted else f"full: {of.full}/{of.asked}"
-
-
-def of_heads(of: Comparison) -> list[str]:
-    cells = []
-    for name, worst in (("cosine", torch.min), ("error", torch.max), ("mass", torch.min)):
-        measure = getattr(of.heads, name)
-        known = measure[~measure.isnan()]
-        cells += [f"{known.mean():.4f}", f"{worst(known):.3f}"] if len(known) else ["-", "-"]
-    return [*cells, missed(of.usage["heads"])]
-
-
-def missed(total: Total) -> str:
-    return f"{total.missed_share:.2%}" if total.queries else "-"
-
-
-def draw(results: Mapping[str, Comparison], where: str, out: Path) -> None:
+def draw(results: Mapping[str, Mapping[str, Compared]], heads: Mapping[str, Fidelity], where: str, out: Path) -> None:
     """Quality over what was read and held, one point a policy, and every head's fidelity."""
     try:
         import matplotlib
@@ -310,59 +281,41 @@ def draw(results: Mapping[str, Comparison], where: str, out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    if next(iter(results.values())).texts:
-        draw_quality(pyplot, results, where, out / "quality.png")
-    if next(iter(results.values())).heads is not None:
-        draw_heads(pyplot, results, where, out / "heads.png")
+    draw_quality(pyplot, {name: by[ALL] for name, by in results.items()}, where, out / "quality.png")
+    if heads:
+        draw_heads(pyplot, heads, where, out / "heads.png")
 
 
-def draw_quality(pyplot: Any, results: Mapping[str, Comparison], where: str, file: Path) -> None:
-    sources = list(next(iter(results.values())).texts)
+def draw_quality(pyplot: Any, results: Mapping[str, Compared], where: str, file: Path) -> None:
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), sharex="col", sharey="row", layout="constrained")
     colours, markers = pyplot.get_cmap("tab10").colors, "osD^v<>P*X"
     for number, (name, of) in enumerate(results.items()):
-        if name == FLOOR:
-            continue
-        total = usage(of)
-        for column, share in enumerate((total.read_share, total.held_share)):
-            for source in sources:
-                text = of.texts[source]
-                style = {
-                    "color": colours[number % 10],
-                    "marker": markers[number % len(markers)],
-                    "fillstyle": FILLS[sources.index(source) % len(FILLS)],
-                    "linestyle": "none",
-                }
-                label = short(name) if source == sources[0] and column == 0 else None
-                relative = 100 / text.full_nll if text.full_nll > 0 else 0.0
-                axes[0, column].errorbar(share, 100 * text.relative, yerr=text.error * relative, label=label, **style)
-                axes[1, column].plot(share, 100 * text.agreement, **style)
-    floors = results[FLOOR].texts.values()
-    for column in range(2):
-        axes[0, column].axhline(0, color="grey", linewidth=0.8)
-        worst = min(text.agreement for text in floors)
-        line = axes[1, column].axhline(100 * worst, color="grey", linestyle="--", linewidth=0.8)
-    line.set_label("full, its prompts cut into other chunks")
+        text = of.quality
+        style = {"color": colours[number % 10], "marker": markers[number % len(markers)], "linestyle": "none"}
+        for column, share in enumerate((read_share(of.usage), held_share(of.usage))):
+            relative = 100 / text.full_nll if text.full_nll > 0 else 0.0
+            label = short(name) if column == 0 else None
+            axes[0, column].errorbar(share, 100 * text.relative, yerr=text.error * relative, label=label, **style)
+            axes[1, column].plot(share, 100 * text.agreement, **style)
     axes[0, 0].set_ylabel("change of NLL, %  (bars: standard error)")
     axes[1, 0].set_ylabel("top-1 agreement with full, %")
     for column, name in enumerate(("KV read in decode", "KV held")):
+        axes[0, column].axhline(0, color="grey", linewidth=0.8)
         axes[1, column].set_xlabel(f"{name}, share of the full cache's")
         axes[1, column].set_xlim(0, 1.05)
-    changes = [100 * abs(text.relative) for of in results.values() for text in of.texts.values()]
-    if max(changes) > 10:
+    if max(100 * abs(of.quality.relative) for of in results.values()) > 10:
         axes[0, 0].set_yscale("symlog", linthresh=1)
         axes[0, 0].yaxis.set_major_formatter("{x:g}")
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2)
-    fills = [f"{source} ({FILLS[at % len(FILLS)]})" for at, source in enumerate(sources)]
-    figure.suptitle(f"{where}: {', '.join(fills if len(sources) > 1 else sources)}")
+    figure.suptitle(where)
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
 
 
-def draw_heads(pyplot: Any, results: Mapping[str, Comparison], where: str, file: Path) -> None:
-    shown = {name: of.heads.cosine for name, of in results.items() if of.heads is not None}
+def draw_heads(pyplot: Any, heads: Mapping[str, Fidelity], where: str, file: Path) -> None:
+    shown = {name: of.cosine for name, of in heads.items()}
     across = min(4, len(shown))
     down = -(-len(shown) // across)
     size = (2.2 + 2.6 * across, 0.6 + 5 * down)

@@ -86,6 +86,17 @@ def test_an_attention_worker_serves_with_what_it_was_given() -> None:
     assert "--insecure" not in serve.argv
 
 
+def test_an_attention_worker_keeps_cold_kv_where_it_was_told() -> None:
+    serve = Served()
+    words = ["--kv-memory", "2GiB", "--kv-cold", "/d", "--kv-resident", "3GiB"]
+    assert CliRunner().invoke(app, ["attention-worker", *words], obj=serve).exit_code == 0
+    given = dict(zip(serve.argv[::2], serve.argv[1::2], strict=False))
+    assert (given["--kv-cold"], given["--kv-resident"]) == ("/d", str(2 << 30))
+    refused = CliRunner().invoke(app, ["attention-worker", "--kv-resident", "1GiB"], obj=serve)
+    assert refused.exit_code == 2
+    assert "without --kv-cold" in refused.stderr
+
+
 def test_an_attention_worker_that_cannot_serve_is_an_exit_code() -> None:
     assert CliRunner().invoke(app, ["attention-worker"], obj=Served(1)).exit_code == 1
     refused = CliRunner().invoke(app, ["attention-worker", "--kv-memory", "much"], obj=Served())

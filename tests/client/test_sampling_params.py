@@ -80,6 +80,8 @@ from lamina.sampling_params import JSON_OBJECT, SamplingParams
         ("choice", ["a", ""], "text of 1"),
         ("choice", ["a"] * 4097, "1 to 4096"),
         ("grammar", "a" * (1 << 20), "1 to 524288 characters"),
+        ("policy", "", "1 to 200 characters"),
+        ("policy", 5, "text of 1"),
         ("skip_special_tokens", "no", "True or False"),
         ("include_stop_str_in_output", None, "True or False"),
     ],

@@ -18,6 +18,7 @@ from lamina.deploy.listed_attention import ListedWorkers, answers
 from lamina.deploy.local_attention import LocalAttentionWorkers, attention_command
 from lamina.deploy.worker_events import WorkerAddress
 from lamina.errors import EngineError
+from lamina_protocols.layers import ColdTier
 from lamina_protocols.service import WorkerClient, WorkerRefused
 
 FAKE = """
@@ -179,6 +180,8 @@ def test_close_does_not_wait_forever_for_a_stopped_child(monkeypatch: pytest.Mon
 
 def test_command_line_of_a_worker_names_attention() -> None:
     assert attention_command("w", 1, 1)[3] == "lamina_workers.attention_main"
+    assert "--kv-cold" not in attention_command("w", 1, 1)
+    assert attention_command("w", 100, 1, ColdTier("/d", 0.25))[-4:] == ["--kv-cold", "/d", "--kv-resident", "25"]
 
 
 PARENT = """

@@ -63,7 +63,7 @@ class Restless(StepTuner):
 @pytest.fixture
 def models(decoder: Decoder, windowed: Decoder, monkeypatch: pytest.MonkeyPatch) -> dict[str, Decoder]:
     """Some have heads that choose in each batch, which only Python can do. They choose everything, so text is known."""
-    for cost in ("CALL", "SKETCH", "SCATTERED"):
+    for cost in ("CALL", "BYTE"):
         monkeypatch.setattr(f"lamina_workers.policies.retrieval.{cost}", 0)
     return {
         "full": decoder,

@@ -21,7 +21,7 @@ from lamina_workers.policies.catalogue import POLICIES
 rng = random.Random(7)
 PROMPTS = [[rng.randrange(101) for _ in range(n)] for n in (3, 40, 150)]
 GREEDY = {"max_tokens": 24, "temperature": 0}
-KEEPS_LITTLE = ("streaming", "razor")
+KEEPS_LITTLE = ("streaming", "sharded", "razor", "heavy_hitter")
 SHARDS = {
     "heads": {"shard": "heads", "weights": (1, 1)},
     "heads, prompts local": {"shard": "heads", "weights": (1, 1, 1), "local_pool": 500},
@@ -33,7 +33,7 @@ SHARDS = {
 @pytest.fixture(scope="module", autouse=True)
 def _choosing_is_always_worth_it() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        for cost in ("CALL", "SKETCH", "SCATTERED"):
+        for cost in ("CALL", "BYTE"):
             patch.setattr(f"lamina_workers.policies.retrieval.{cost}", 0)
         yield
 
@@ -155,3 +155,20 @@ def test_drafts_keep_the_text_of_static_policies_and_lose_no_token_of_others(pol
         assert got == expected or policy not in STATIC
     assert rig.engine._drafting.counts.drafts > 0
     rig.close()
+
+
+def counted(rig: Rig) -> tuple[float, float]:
+    """The bytes of KV that decode has read, and those that reading everything would have taken."""
+    rig.generate(PROMPTS, **GREEDY)
+    stats = rig.engine._stats
+    read = stats.kv_read, stats.kv_whole
+    rig.close()
+    return read
+
+
+@pytest.mark.parametrize("placement", ["heads", "heads, prompts local"])
+def test_what_is_read_is_counted_alike_wherever_it_lies(policy, model, placement):
+    """Alone and at two holders; by heads each choice is the same, so its bytes are too."""
+    alone, apart = counted(Rig(model)), counted(Rig(model, **SHARDS[placement]))
+    assert alone[1] == apart[1] or policy == "full"
+    assert alone[0] == pytest.approx(apart[0], rel=0.02)

@@ -246,7 +246,8 @@ def full(frame: bytes, free: int | None, accepts: bool) -> bytes | None:
 
 def test_what_a_worker_makes_up_of_its_savings_can_be_sent_to_clients(scene):
     """The sum of eight such numbers of one request was too large for a message, which ended the link to all clients."""
-    lie = Usage((1 << 62) - 1, (1 << 62) - 1, 2.0**62, (1 << 62) - 1, 2.0**62, (1 << 62) - 1, 1)
+    most = (1 << 62) - 1
+    lie = Usage(most, most, 2.0**62, most, 2.0**62, most, 1, most, 2.0**62)
 
     def bend(frame: bytes) -> bytes | None:
         message = codec.decode(bytearray(frame))

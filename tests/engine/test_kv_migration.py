@@ -6,7 +6,7 @@ import random
 import time
 
 import pytest
-from engine_rig import LOCAL, BytesPort, Rig, collect
+from engine_rig import LOCAL, BytesPort, Restless, Rig, collect
 from kv_pools import pool_of
 
 from lamina.sampling_params import SamplingParams
@@ -27,19 +27,6 @@ PLACEMENTS = {
     "ranges on three": {"shard": "sequence", "weights": (1, 1, 2)},
     "heads and ranges": {"shard": "heads+sequence", "weights": (1, 1, 1, 1)},
 }
-
-
-class Restless(StepTuner):
-    """A local share that changes every few batches."""
-
-    def __init__(self, seed: int, often: float = 0.3, lanes: int = 1) -> None:
-        super().__init__((lanes,), 0.5)
-        self._rng = random.Random(seed)
-        self._often = often
-
-    def completed(self, batch: Batch, moving: bool = False) -> None:
-        if self._rng.random() < self._often:
-            self.share = self._rng.choice((0.0, 0.3, 0.7, 1.0))
 
 
 @pytest.fixture(scope="module", params=["full", "windowed"])
@@ -131,7 +118,7 @@ class Fatal:
 @pytest.mark.parametrize("at", [2, 9, 14, 23, 31, 44])
 @pytest.mark.parametrize("lanes", [1, 2])
 def test_text_stays_the_same_when_a_holder_is_lost_during_a_move(decoder, at, loses, lanes, monkeypatch):
-    monkeypatch.setattr("lamina_workers.model_worker.model_worker._FRAME", 1)  # a layer each
+    monkeypatch.setattr("lamina_workers.model_worker.kv_transfer._FRAME", 1)  # a layer each
     fatal = Fatal(at, loses)
     rig = Rig(
         decoder, shard="heads", weights=(1, 1), local_pool=1500, local_tier=True, tuner=Restless(at, 0.6, lanes),

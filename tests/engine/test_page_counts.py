@@ -7,7 +7,7 @@ import random
 import time
 
 import pytest
-from engine_rig import Rig, collect, tiny_decoder
+from engine_rig import Restless, Rig, collect, tiny_decoder
 from kv_pools import pool_of
 from policy_bench import TIGHT, under
 
@@ -58,9 +58,36 @@ def test_prefix_that_has_moved_to_the_other_tier_counts_all_its_pages(decoder):
     check_at_rest(rig)
 
 
-@pytest.mark.parametrize("policy", ["streaming", "razor"])
+@pytest.mark.parametrize("policy", ["streaming", "sharded", "razor"])
 def test_pages_that_a_policy_has_let_go_are_not_cached(policy):
     """Those of a policy whose freed pages a mean stands for counted as cached."""
     rig = Rig(under(tiny_decoder(), TIGHT[policy]), max_batch_tokens=64, prefix_cache=True, pages=4000)
     collect(rig.submit(LONG, greedy(60))[1])
+    check_at_rest(rig)
+
+
+@pytest.mark.parametrize("model", ["decoder", "windowed"])
+@pytest.mark.parametrize("seed", range(3))
+def test_pages_of_many_policies_that_share_prefixes_are_counted(request, model, seed):
+    """Forks of one policy's prefixes for another, moves between tiers, preemption, and requests that end early."""
+    chance = random.Random(seed)
+    beside = {"local_pool": 500, "local_tier": True, "tuner": Restless(seed), "shard": "heads"} if seed else {}
+    rig = Rig(
+        request.getfixturevalue(model), policy=TIGHT["page_top_k"], max_batch_tokens=64, prefix_cache=True, pages=420,
+        weights=(1, 1) if seed == 2 else (1,), **beside,
+    )  # fmt: skip
+    # Beside layers with a window the floor says less than razor keeps.
+    names = ("streaming", "span", "sharded", *(("razor",) if model == "decoder" else ()))
+    policies = [None, "full", *(TIGHT[name] for name in names)]
+    sent = []
+    for _ in range(14):
+        asked = {"max_tokens": chance.randint(1, 60), "policy": chance.choice(policies), "n": chance.choice([1, 1, 2])}
+        prompt = LONG[: chance.choice([40, 100, 160, 200])] + SHORT[: chance.randint(0, 4)]
+        sent.append((*rig.submit(prompt, SamplingParams(temperature=0, **asked).with_defaults({})), asked["n"]))
+        time.sleep(chance.random() * 0.03)
+    for ticket, inbox, n in sent:
+        if chance.random() < 0.2:
+            rig.engine.abort(ticket)
+        else:
+            collect(inbox, n)
     check_at_rest(rig)

@@ -176,7 +176,7 @@ def test_a_width_that_no_page_has_is_named() -> None:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy_runs(models: tuple[Reference, Decoder], policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for cost in ("CALL", "SKETCH", "SCATTERED"):
+    for cost in ("CALL", "BYTE"):
         monkeypatch.setattr(f"lamina_workers.policies.retrieval.{cost}", 0)
     answers = []
     for placement in ("fused", "heads on two"):

@@ -248,7 +248,7 @@ def test_snapshot_counts_preemptions(decoder: Decoder) -> None:
 
 
 def test_snapshot_sums_what_policies_save(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    for cost in ("CALL", "SKETCH", "SCATTERED"):
+    for cost in ("CALL", "BYTE"):
         monkeypatch.setattr(f"lamina_workers.policies.retrieval.{cost}", 0)
     rig = Rig(under(decoder, TIGHT["retrieval"]), shard="heads", weights=(1, 1))
     rig.generate([PROMPTS[3]] * 2, max_tokens=24)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from lamina.journal.journal import Facts, Journal
 from lamina.journal.recorder import Recorder
 from lamina.launch.journal_setup import recover
 from lamina.launch.kv_sizing import page_groups
+from lamina.launch.request_policies import RequestPolicies
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.control_plane import ControlPlane
@@ -102,7 +104,7 @@ class World:
         self.limits = SchedulerConfig(
             max_batch_tokens=max_batch_tokens, max_sequences=64, max_model_len=2048, page_size=16,
             page_groups=page_groups(self.holder), prefix_cache=prefix_cache,
-            max_drafts=4 if texts else 0,
+            max_drafts=4 if texts else 0, of_policy=RequestPolicies(self.holder, partial(page_groups, self.holder)),
         )  # fmt: skip
         self.lives = 0
         self._last: Life | None = None
@@ -186,7 +188,10 @@ class Client:
     def ticket(self, name: str, resumed: bool) -> EngineRequest:
         params = self.params[name]
         stops = frozenset(params.stop_token_ids)
-        request = Request(name, tuple(self.asked[name][0]), params.max_tokens, params.min_tokens, stops, params.n)
+        prompt = tuple(self.asked[name][0])
+        request = Request(
+            name, prompt, params.max_tokens, params.min_tokens, stops, params.n, policy=params.policy or ""
+        )
         ticket = EngineRequest(request, params, params.seed or 0, sink=self.take)
         if resumed:
             ticket.received = tuple(
@@ -236,6 +241,7 @@ ASKED: dict[str, tuple[list[int], dict[str, Any]]] = {
     "three": (LONG[:40], {"max_tokens": 10, "n": 3, "temperature": 1.0, "seed": 11, "logprobs": 1}),
     "penalties": (LONG[:20], {"max_tokens": 14, "repetition_penalty": 1.3, "frequency_penalty": 0.7, "logprobs": 0}),
     "random": (LONG[7:31], {"max_tokens": 11, "temperature": 0.9, "top_p": 0.9, "seed": 3, "min_tokens": 4}),
+    "window": (LONG, {"max_tokens": 9, "policy": "streaming(sink=4, recent=40)", "logprobs": 0}),
     "held": (
         LONG[:10],
         {"max_tokens": 16, "regex": "[ab]{5,9}", "temperature": 1.0, "seed": 5, "stop_token_ids": (EOS,)},

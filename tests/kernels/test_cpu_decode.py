@@ -343,6 +343,26 @@ def test_rows_that_grow_are_attended_as_if_planned_anew(layout: PageLayout, thre
 
 
 @pytest.mark.parametrize("threads", [1, 3])
+def test_windows_that_move_are_attended_as_if_planned_anew(threads: int) -> None:
+    """From where they hide nothing to where they do; the second row does not attend its own token."""
+    steps = 60
+    last = [(400, 0, 401), (90, 0, 90), (300, 64, 301), (95, 0, 96), (200, 0, 201)]
+    whole = build(cpu_decode, LAYOUTS[0], [Row(start, 1, lo, hi, lo) for start, lo, hi in last])
+    windows = {"window": np.array([50, 64, 90, 40, EVERYTHING]), "sinks": np.array([16, 0, 100, 40, 0])}
+    world = changed(whole, **windows)
+    rows = dataclasses.replace(world.rows, start=world.rows.start - steps, hi=world.rows.hi - steps)
+    grown = cpu_decode.grown(cpu_decode.plan(world.pages, rows, threads))
+    assert grown is not None
+    for left in reversed(range(steps)):
+        anew = changed(world, start=world.rows.start - left, hi=world.rows.hi - left)
+        plan = grown.next(*(x.tolist() for x in (anew.rows.start, anew.rows.count, anew.rows.hi)))
+        one = cpu_decode.attend(world.pages, plan, 1, world.q, world.scale)
+        other = attend(cpu_decode, anew, threads=threads)
+        assert relative_error(one.out, other.out) <= CLOSE[LAYOUTS[0].dtype]
+        assert lse_error(one.lse, other.lse) <= CLOSE[LAYOUTS[0].dtype]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_rows_of_several_tokens_go_on_as_if_planned_anew(layout: PageLayout, threads: int, seed: int) -> None:
@@ -376,7 +396,7 @@ def test_rows_of_several_tokens_go_on_as_if_planned_anew(layout: PageLayout, thr
 @pytest.mark.parametrize(
     "row",
     [
-        Row(300, 1, 0, 301, window=40), Row(300, 1, 0, 301, listed=1), Row(300, 1, 0, 0),
+        Row(300, 1, 0, 290, window=40), Row(300, 1, 0, 301, listed=1), Row(300, 1, 0, 0),
         Row(300, 1, 0, 301, biased=True),
     ],
     ids=["window", "list", "nothing", "bias"],
@@ -503,6 +523,7 @@ def test_a_bias_of_minus_infinity_hides_its_slot(kernels: Kernels, dtype: torch.
     bias[1, :, 30:50] = -np.inf
     without = changed(world, tables=[np.delete(table, np.s_[30:50], 2)], hi=np.array([57]))
     close(kernels, changed(world, bias=[bias]), without)
+    close(kernels, changed(world, bias=[np.broadcast_to(bias[1, 0], bias.shape)]), without)  # one for all heads
 
 
 @both

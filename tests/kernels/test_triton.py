@@ -29,6 +29,9 @@ from lamina_kernels.paged.pages import FLOATS, PEAKS, Order, PageLayout, Pages
 from lamina_kernels.paged.rows import EVERYTHING
 from lamina_kernels.paged.schedule import cut
 from lamina_kernels.partial import Partial, empty, merge
+from lamina_kernels.sketches import reference as sketches
+from lamina_kernels.sketches.layout import Sketches
+from lamina_kernels.sketches.triton_logits import sketch_logits
 
 SUPPORT = Path(__file__).parents[1] / "support"  # for child processes, which import from there
 
@@ -476,6 +479,19 @@ class TestPlanning:
         assert list(triton_decode.prepare(layout(F32))) == []
 
 
+@pytest.mark.parametrize(("size", "d", "group"), [(16, 16, 1), (32, 64, 3), (48, 80, 7), (64, 112, 2)])
+def test_the_logits_of_sketches_are_those_of_their_keys(size: int, d: int, group: int) -> None:
+    at = PageLayout(size, d, 16, BF16, Order.TOKENS)
+    pages, made = Pages.allocate(at, 9), Sketches.allocate(at, 9)
+    generator = torch.Generator().manual_seed(size)
+    pages.k[:] = torch.randn(pages.k.shape, generator=generator).to(BF16)
+    sketches.seal(pages, made, torch.arange(9))
+    tables, q = torch.randint(0, 9, (2, 5), generator=generator), torch.randn(2, group, d, generator=generator)
+    near = sketches.keys(made, tables.flatten()).view(2, 5, size, d)
+    found = sketch_logits(made.scanned, made.steps, made.lows, tables, q, 0.3, size, made.layout.unit)
+    torch.testing.assert_close(found, torch.einsum("igd,ietd->iget", q, near) * 0.3, rtol=1e-4, atol=1e-4)
+
+
 COMPILE = """
 import sys
 
@@ -488,12 +504,13 @@ from triton.runtime.jit import mangle_type
 sys.path.insert(0, sys.argv[1])
 from paged_attention import Row, build
 from lamina_kernels.gpu import decode as triton_decode, kv_append, merge_partials, tuning
+from lamina_kernels.sketches import triton_logits
 from lamina_kernels.partial import Partial
 
 dtype, d, capability = getattr(torch, sys.argv[2]), int(sys.argv[3]), tuple(map(int, sys.argv[4]))
 device = tuning.tuning_of(capability)
 calls = []
-for module in (kv_append, merge_partials, triton_decode):
+for module in (kv_append, merge_partials, triton_logits, triton_decode):
     module.launch = lambda kernel, grid, arguments: calls.append((kernel, arguments))
 triton_decode.tuning_for, triton_decode.programs = lambda _: device, lambda *_: 264
 rows = [Row(200, 1, 0, 200), Row(0, 60, 0, 60), Row(190, 1, 0, 190, listed=1, biased=True), Row(0, 400, 0, 400)]
@@ -505,6 +522,9 @@ for ragged in (False, True):
     plan = triton_decode.plan(world.pages, world.rows)
     partial = triton_decode.attend(world.pages, plan, 1, q, 0.1, 3.0)
     triton_decode.merge_into(partial, Partial(partial.out.clone(), partial.lse), torch.arange(len(q)))
+    scanned, halves = torch.empty(3, 8 * d + 4 * d, dtype=torch.uint8), torch.empty(3, d, dtype=torch.bfloat16)
+    tables = torch.zeros(2, 3, dtype=torch.int64)
+    triton_logits.sketch_logits(scanned, halves, halves, tables, torch.empty(2, 7, d), 0.1, 16, 1)
     for kernel, arguments in calls:
         signature, constants, aligned = {}, {}, {}
         for i, parameter in enumerate(kernel.params):
@@ -543,9 +563,8 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(dtype: str, d: int, capa
     run = [sys.executable, "-c", COMPILE, str(SUPPORT), dtype, str(d), capability]
     done = subprocess.run(run, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert {"append_kernel", "split_kernel", "lean_kernel", "merge_kernel", "merge_into_kernel"} <= set(
-        done.stdout.split()
-    )
+    kernels = {"append_kernel", "split_kernel", "lean_kernel", "merge_kernel", "merge_into_kernel", "logits_kernel"}
+    assert kernels <= set(done.stdout.split())
 
 
 GENERATE = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from lamina.config import DTYPES, KV_DTYPES, EngineConfig, parse_size
 from lamina.errors import InvalidRequest
 from lamina_kernels.paged import pages
+from lamina_protocols.layers import ColdTier
 
 
 @pytest.mark.parametrize(
@@ -37,6 +39,8 @@ from lamina_kernels.paged import pages
         ("deterministic", "yes", "True or False"),
         ("rope_scaling", "yarn", "a mapping"),
         ("kv_memory", "2 parsecs", "1 byte to 1 PiB"),
+        ("kv_resident", 0, "1 byte to 1 PiB"),
+        ("kv_cold", " ", "a folder on a disk, or None"),
         ("model_workers", 0, "1 to 1024"),
         ("attention_workers", ["a"], '"host:port"'),
         ("attention_workers", ["a:1", "a:1"], "different"),
@@ -75,3 +79,11 @@ def test_deterministic_leaves_nothing_to_measuring_and_keeps_what_was_given() ->
     config = EngineConfig(deterministic=True, attention_workers=2)
     assert (config.prefix_cache, config.lanes, config.query_first, config.local_share) == (False, 1, "never", 0)
     assert EngineConfig(deterministic=True, attention_workers=2, lanes=2, local_share=0.5).lanes == 2
+
+
+def test_a_cold_tier_keeps_its_share_of_any_memory_and_no_more_than_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert EngineConfig().cold_tier(100, 50) is None
+    folder = str(Path("x").absolute())
+    assert EngineConfig(kv_cold="x").cold_tier(100, 50) == ColdTier(folder, 0.5)
+    assert EngineConfig(kv_cold="x", kv_resident=30).cold_tier(100, 50) == ColdTier(folder, 0.3)
+    assert EngineConfig(kv_cold=Path("x"), kv_resident="1 KiB").cold_tier(100, 50) == ColdTier(folder, 1.0)

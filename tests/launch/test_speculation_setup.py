@@ -92,12 +92,6 @@ def test_layers_with_states_are_refused_by_name(model: Path, tmp_path: Path, hyb
         _built(large, speculate)
 
 
-def test_policies_that_choose_are_refused_by_name(model: Path) -> None:
-    with pytest.raises(InvalidRequest, match="with the policy retrieval, which chooses keys for one token at a time"):
-        _built(model, "ngram", policy="auto")
-    assert _built(model, "ngram", policy="streaming(sink=4, recent=64)") is not None
-
-
 def test_a_draft_model_that_is_not_there_is_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="nowhere"):
         _built(model, tmp_path / "nowhere")

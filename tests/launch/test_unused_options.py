@@ -36,6 +36,8 @@ def holder(policy: str = "", window: int | None = None) -> HolderConfig:
         ({"worker_linger": 5, "journal": "j"}, []),
         ({"num_speculative_tokens": 3}, ["num_speculative_tokens=3 does nothing without speculate"]),
         ({"num_speculative_tokens": 3, "speculate": "ngram"}, []),
+        ({"kv_resident": 1 << 30}, ["kv_resident=1073741824 does nothing without kv_cold"]),
+        ({"kv_resident": 1 << 30, "kv_cold": "d"}, []),
     ],
 )
 def test_options_without_what_they_are_for(options: dict[str, Any], said: list[str]) -> None:
@@ -49,8 +51,10 @@ def test_options_without_what_they_are_for(options: dict[str, Any], said: list[s
     [
         ("streaming(sink=0, recent=8)", None, []),
         ("streaming(sink=0, recent=8)", 8, ["changes nothing in 2 of 3 layers: their own windows are as narrow"]),
-        ("streaming(sink=4, recent=7)", 8, ["chooses within the model's own window in 2 of 3 layers"]),
-        ("retrieval", 512, ["chooses within the model's own window in 2 of 3 layers"]),
+        ("streaming(sink=4, recent=7)", 8, ["hides some of the model's own window, sinks too, in 2 of 3 layers"]),
+        ("dilated(block=48,sink=0,local=2)", 49, ["changes nothing in 2 of 3 layers: their own windows are as narrow"]),
+        ("dilated(block=48,sink=0,local=2)", 50, ["hides some of the model's own window, sinks too, in 2 of 3 layers"]),
+        ("retrieval", 512, ["reads all of the model's own window in 2 of 3 layers, and chooses in the others"]),
     ],
 )
 def test_a_policy_in_layers_with_a_window(policy: str, window: int | None, said: list[str]) -> None:
@@ -58,14 +62,22 @@ def test_a_policy_in_layers_with_a_window(policy: str, window: int | None, said:
     assert found == [f"policy={policy!r} {each}" for each in said]
 
 
+@pytest.mark.parametrize("policy", ["retrieval", "razor", "streaming(sink=0, recent=8)"])
+def test_drafts_under_a_policy_that_chooses(policy: str) -> None:
+    said = list(unused_options(EngineConfig(policy=policy, speculate="ngram"), holder(policy)))
+    chooses = f"speculate='ngram' does nothing for requests under policy={policy!r}, which chooses keys for one token"
+    assert said == ([] if policy[0] == "s" else [f"{chooses} at a time"])
+
+
 def test_what_is_of_kv_with_states_alone() -> None:
     state = LayerSpec(0, 4, 4, 16, 16, 1.0, kind="gated_delta", key_heads=2, conv=4)
     alone = HolderConfig((state,), 16, "float32", 1 << 20)
-    options = {"policy": "streaming(sink=0, recent=8)", "kv_dtype": "int8", "shard": "sequence", "attention_workers": 1}
+    options = {"policy": "streaming(sink=0, recent=8)", "kv_dtype": "int8", "kv_cold": "d", "shard": "sequence"}
+    options |= {"attention_workers": 1}
     found = list(unused_options(EngineConfig(**options), alone))
     assert found == [
         f"{name}={options[name]!r} does nothing with this model: no layer keeps KV"
-        for name in ("policy", "kv_dtype", "shard")
+        for name in ("policy", "kv_dtype", "kv_cold", "shard")
     ]
     beside = replace(alone, layers=(state, LayerSpec(1, 4, 2, 16, 16, 0.25)))
     assert not list(unused_options(EngineConfig(**options), beside))

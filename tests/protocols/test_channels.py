@@ -22,6 +22,7 @@ from lamina_protocols import messages as m
 from lamina_protocols.channels import ChannelClosed, Credentials, checksum
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.frames import Prefix, blank_frame, pack_prefix, read_prefix
+from lamina_protocols.query_samples import FetchedSample, FetchSample, Sample
 from lamina_protocols.socket_channel import SocketChannel
 from lamina_protocols.socket_connections import Listener, connect_tcp, listen_tcp
 from lamina_protocols.tls import client_context, server_context
@@ -37,6 +38,9 @@ MESSAGES = (
     LAYER,
     m.Attended(1, 2, 3, LAYER.q, LAYER.q[:, 0]),
     m.Fault(1, 2, "wrong"),
+    Sample(1, 2, 3, 4, (0, 2), (16, 32), torch.randn(8, 16).bfloat16()),
+    FetchSample(1, 2, 3, 4, 0, 32),
+    FetchedSample(1, 2, 3, (), (), torch.empty(0, 0)),
 )
 
 

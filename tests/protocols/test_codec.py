@@ -16,7 +16,14 @@ from lamina_protocols.errors import ProtocolError
 
 _int = st.integers(0, 2**62 - 1)
 _rows = st.builds(
-    m.Row, _int, _int, _int, st.none() | st.tuples(_int, _int).map(lambda x: tuple(sorted(x))), st.booleans()
+    m.Row,
+    _int,
+    _int,
+    _int,
+    st.none() | st.tuples(_int, _int).map(lambda x: tuple(sorted(x))),
+    st.booleans(),
+    st.booleans(),
+    _int,
 )
 _operations = (
     st.builds(m.Open, _int, _int, st.lists(_int, max_size=4).map(tuple), _int, _int)
@@ -28,7 +35,15 @@ _plain = (
     st.builds(
         m.Announcement, _int, _int, _int, st.lists(_operations, max_size=4).map(tuple), st.lists(_rows).map(tuple)
     )
-    | st.builds(m.Announced, _int, _int, st.booleans(), st.lists(_int).map(tuple), st.lists(_int).map(tuple), st.text())
+    | st.builds(
+        m.Announced,
+        _int,
+        _int,
+        st.booleans(),
+        *[st.lists(_int).map(tuple)] * 2,
+        st.text(),
+        samples=st.lists(_int).map(tuple),
+    )
     | st.builds(m.Fault, _int, _int, st.text())
     | st.builds(m.Survey, _int, _int, _int)
     | st.builds(m.Surveyed, _int, _int, _int, _int, st.lists(_parts, max_size=4).map(tuple), _int)

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from lamina_protocols import codec
 from lamina_protocols import messages as m
 from lamina_protocols.errors import ProtocolError
+from lamina_protocols.query_samples import FetchedSample, FetchSample, Sample
 
 _PREFIX = struct.Struct("<4sHHIQ")
-TAGS = range(18)
+TAGS = range(21)
 _n = st.integers(0, 5)
 _tensor = st.tuples(
     _n, st.integers(1, 40), st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8])
@@ -50,10 +51,14 @@ def _layered(draw):
     )
 
 
+_ints = st.lists(_int, max_size=3).map(tuple)
 _messages = st.one_of(
     _layered(),
     st.builds(m.Fetched, _int, _int, _int, _tensor, _tensor),
     st.builds(m.FetchPages, *[_int] * 7),
+    st.builds(Sample, *[_int] * 4, _ints, _ints, _tensor),
+    st.builds(FetchSample, *[_int] * 6),
+    st.builds(FetchedSample, *[_int] * 3, _ints, _ints, _tensor),
     st.builds(m.FetchedPages, _int, _int, _int, _tensor),
     st.builds(m.FreshPages, *[_int] * 5, _tensor),
     st.builds(m.Constants, _int, _int, _int, _tensor, _tensor, _tensor),

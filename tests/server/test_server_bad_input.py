@@ -138,6 +138,9 @@ CASES: list[tuple[dict[str, Any], str | None, str]] = [
     ({"prompt_logprobs": 1}, "prompt_logprobs", "null"),
     ({"priority": 2**31}, "priority", "an integer from"),
     ({"cache_salt": ""}, "cache_salt", "at least 1 character"),
+    ({"policy": ""}, "policy", "at least 1 character"),
+    ({"policy": "magic"}, "policy", "there is no policy 'magic'; allowed are full"),
+    ({"policy": "auto"}, "policy", "sketches of pages, which this engine does not keep"),
     ({"request_id": "a b"}, "request_id", "pattern"),
 ]
 

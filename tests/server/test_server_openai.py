@@ -226,6 +226,7 @@ EXTRA: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "allowed_token_ids": ({"allowed_token_ids": [2000, 2001]}, {}),
     "truncate_prompt_tokens": ({"truncate_prompt_tokens": 2}, {}),
+    "policy": ({"policy": "streaming(sink=0, recent=1)"}, {}),
     "stream": ({"stream": True}, {}),
     "stream_options": ({"stream": True, "stream_options": {"include_usage": True}}, {"stream": True}),
     "model": ({"model": "other"}, {}),

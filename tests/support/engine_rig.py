@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import queue
+import random
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +23,8 @@ from scripted_drafts import Always
 
 from lamina.engine.engine import Engine
 from lamina.engine.proposer import Proposer
-from lamina.launch.kv_sizing import page_groups
+from lamina.launch.kv_sizing import learns, page_groups
+from lamina.launch.request_policies import RequestPolicies
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.control_plane import ControlPlane
@@ -28,6 +32,7 @@ from lamina.scheduling.holder import Holder
 from lamina.scheduling.placement import Placement
 from lamina.scheduling.request import Request as TokenRequest
 from lamina.scheduling.request import SchedulerConfig
+from lamina.scheduling.step_model import Batch
 from lamina.scheduling.step_tuner import StepTuner
 from lamina_protocols import codec
 from lamina_protocols.errors import LaminaError
@@ -97,11 +102,14 @@ def tiny_decoder(**overrides: Any) -> Decoder:
     return Decoder.load(config, Tensors(config), torch.float32, DEVICE)
 
 
-def holder_config(decoder: Decoder, pages: int = 2000, page_size: int = 16) -> HolderConfig:
-    """What a holder of that decoder's KV is built from, with room for `pages`."""
-    layers = decoder.config.layer_specs()
-    config = HolderConfig(layers, page_size, "float32", 1)
-    return HolderConfig(layers, page_size, "float32", pages * page_cost(config))
+def holder_config(
+    decoder: Decoder, pages: int = 2000, page_size: int = 16, policy: str = "", sketches: bool = False
+) -> HolderConfig:
+    """What a holder of that decoder's KV is built from, with room for `pages`, where all heads have that policy."""
+    specs = decoder.config.layer_specs()
+    layers = tuple(replace(spec, policies=(policy,) * spec.kv_heads) for spec in specs) if policy else specs
+    config = HolderConfig(layers, page_size, "float32", 1, sketches=sketches)
+    return replace(config, kv_memory=pages * page_cost(config))
 
 
 class BytesPort:
@@ -156,13 +164,27 @@ def _frame(message: Message) -> bytearray:
 LOCAL = 0  # the number of the pool beside the model
 
 
+class Restless(StepTuner):
+    """A local share that changes every few batches."""
+
+    def __init__(self, seed: int, often: float = 0.3, lanes: int = 1) -> None:
+        super().__init__((lanes,), 0.5)
+        self._rng = random.Random(seed)
+        self._often = often
+
+    def completed(self, batch: Batch, moving: bool = False) -> None:
+        if self._rng.random() < self._often:
+            self.share = self._rng.choice((0.0, 0.3, 0.7, 1.0))
+
+
 class Rig:
     """An engine around a tiny decoder: answers prompts with token ids.
 
     `shard=None` is one holder that fuses, as in one process. Otherwise there are holders without fusing, one for each
     number in `weights`, and where `local_pool` gives pages a local one for copies of prompts, and with a `local_tier`
     for whole sequences. Without `fuses` q goes first in decode, to ports that are not in this
-    process. With a `proposer` sequences get up to `drafts` drafts whenever they can.
+    process. With a `proposer` sequences get up to `drafts` drafts whenever they can. `policy` is that of all heads,
+    where a request has none.
     """
 
     def __init__(
@@ -185,11 +207,13 @@ class Rig:
         grammars: Grammars | None = None,
         proposer: Proposer | None = None,
         drafts: int = 4,
+        policy: str = "",
+        sketches: bool = False,
         port: Callable[[AttentionWorker], AttentionPort] = LocalAttention,
         around: Callable[[ModelWorker, dict[int, AttentionPort]], Any] = lambda worker, ports: worker,
     ) -> None:
         self.pages = pages
-        self.holder = holder_config(decoder, pages, page_size)
+        self.holder = holder_config(decoder, pages, page_size, policy, sketches)
         limits = SchedulerConfig(
             max_batch_tokens=max_batch_tokens,
             max_sequences=64,
@@ -198,6 +222,7 @@ class Rig:
             page_groups=page_groups(self.holder),
             prefix_cache=prefix_cache,
             max_drafts=0 if proposer is None else drafts,
+            of_policy=RequestPolicies(self.holder, partial(page_groups, self.holder)),
         )
         holders = {
             number: Holder((pages,), weight, fused=shard is None, name=f"worker-{number}")
@@ -211,7 +236,9 @@ class Rig:
         ports = dict(self.ports)
         if local_pool:
             holders[LOCAL] = Holder((local_pool,), fused=True)
-            self.workers[LOCAL] = attention_worker(holder_config(decoder, local_pool, page_size), device=where)
+            self.workers[LOCAL] = attention_worker(
+                holder_config(decoder, local_pool, page_size, policy, sketches), device=where
+            )
             ports[LOCAL] = LocalAttention(self.workers[LOCAL])
         self.placement = Placement(
             holders,
@@ -221,6 +248,7 @@ class Rig:
             shard=shard or "heads",
             local_pools=(LOCAL,) if local_pool else (),
             local_tier=local_tier,
+            samples=learns(self.holder),
         )
         tuner = tuner or StepTuner((lanes,), None if local_tier else 0.0, (fuses,))
         control = ControlPlane(limits, self.placement, tuner)
@@ -252,6 +280,7 @@ class Rig:
                 stop_token_ids=frozenset(params.stop_token_ids),
                 n=params.n,
                 priority=priority,
+                policy=params.policy or "",
             ),
             params=params,
             seed=params.seed or 0,

@@ -26,6 +26,7 @@ from lamina_protocols.messages import (
     Row,
     Usage,
 )
+from lamina_protocols.query_samples import Sample
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.attention_worker.page_layout import page_cost
 from lamina_workers.decoder.model import Decoder
@@ -41,6 +42,7 @@ TIGHT = {
     "streaming": "streaming(sink=16, recent=40)",
     "span": "span(alpha=40, beta=0.1)",
     "sharded": "sharded(block=16, local=2, stride=3)",
+    "dilated": "dilated(block=16, sink=16, local=2, reach=6, dilation=2)",
     "retrieval": "retrieval(sink=16, recent=16, missed=0.02)",
     "page_top_k": "page_top_k(sink=16, recent=16, budget=0.1, least=1)",
     "recycled": "recycled(sink=16, recent=16, budget=0.1, every=20)",
@@ -52,28 +54,33 @@ LOOSE = {
     "streaming": "streaming(sink=0, recent=10000)",
     "span": "span(alpha=10000)",
     "sharded": "sharded(block=64, local=1000, stride=1)",
-    "retrieval": "retrieval(missed=0)",
+    "dilated": "dilated(local=1000, reach=1000)",
+    "retrieval": "retrieval(missed=0, coarse=0)",
     "page_top_k": "page_top_k(sink=0, recent=1, budget=1)",
     "recycled": "recycled(sink=0, recent=1, budget=1)",
     "heavy_hitter": "heavy_hitter(sink=0, recent=1, budget=1)",
     "razor": "razor(sink=0, recent=10000)",
 }
-STATIC = {  # whether the query at p sees key k <= p, written down a second time
-    "full": lambda p, k: k >= 0,
-    "streaming": lambda p, k: (k < 16) | (p - k < 40),
-    "span": lambda p, k: (k < 64) | (p - k < 40 + (0.1 * (p // 64 * 64)).long()),
-    "sharded": lambda p, k: (p // 16 - k // 16 < 2) | (k // 16 % 3 == 0),
+STATIC = {  # whether KV head h of the query at p sees key k <= p, written down a second time
+    "full": lambda h, p, k: k >= 0,
+    "streaming": lambda h, p, k: (k < 16) | (p - k < 40),
+    "span": lambda h, p, k: (k < 64) | (p - k < 40 + (0.1 * (p // 64 * 64)).long()),
+    "sharded": lambda h, p, k: (p // 16 - k // 16 < 2) | ((k // 16 + h) % 3 == 0),
+    "dilated": lambda h, p, k: (
+        (k < 16) | (p // 16 - k // 16 < 2) | ((p // 16 - k // 16 < 6) & ((p // 16 - k // 16) % 2 == 0))
+    ),
 }
 
 
 class Bench:
-    """A worker whose heads all have one policy, or each its own. Every batch is one row, which fuses."""
+    """A worker whose heads all have one policy, or each its own. Every batch is one row, which fuses. `others`: fields
+    of the `HolderConfig`."""
 
-    def __init__(self, *policies: str, dtype: str = "float32", pages: int = 2400) -> None:
+    def __init__(self, *policies: str, dtype: str = "float32", pages: int = 2400, **others: Any) -> None:
         texts = policies if len(policies) == KV_HEADS else policies * KV_HEADS
         spec = LayerSpec(0, HEADS, KV_HEADS, D, D, SCALE, policies=texts)
         layers = tuple(dataclasses.replace(spec, kv_layer=layer) for layer in range(LAYERS))
-        config = HolderConfig(layers, PAGE, dtype, 1)
+        config = HolderConfig(layers, PAGE, dtype, 1, **others)
         self.worker = AttentionWorker(dataclasses.replace(config, kv_memory=pages * page_cost(config)))
         self.k: dict[int, torch.Tensor] = {}  # by handle: [layers, tokens, heads, d]
         self.v: dict[int, torch.Tensor] = {}
@@ -119,7 +126,11 @@ class Bench:
         start = self.k[handle].shape[1]
         pieces = [
             self.feed(
-                handle, first, min(chunk, n - first + start), **{x: t[:, first - start :] for x, t in given.items()}
+                handle,
+                first,
+                min(chunk, n - first + start),
+                prompt=start + n,
+                **{x: t[:, first - start :] for x, t in given.items()},
             )
             for first in range(start, start + n, chunk)
         ]
@@ -129,13 +140,15 @@ class Bench:
         """One decode step; out `[layers, heads, d]`."""
         return self.feed(handle, self.k[handle].shape[1], 1, True, **given)[:, 0]
 
-    def feed(self, handle: int, start: int, count: int, chooses: bool = False, **given: torch.Tensor) -> torch.Tensor:
+    def feed(
+        self, handle: int, start: int, count: int, chooses: bool = False, prompt: int = 0, **given: torch.Tensor
+    ) -> torch.Tensor:
         """A row of `count` tokens at `start`, where it cuts back; q, k, v `[layers, count or more, heads, d]`, else
-        random."""
+        random. It is of a prompt of so many tokens, 0: of none."""
         k, v = (given[x][:, :count] if x in given else self.random(count) for x in ("k", "v"))
         q = given["q"][:, :count] if "q" in given else self.random(count, HEADS)
         self.q = q
-        self._announce((Row(handle, start, count, (self._lo[handle], start + count), True, chooses),))
+        self._announce((Row(handle, start, count, (self._lo[handle], start + count), True, chooses, prompt),))
         self.k[handle] = torch.cat([self.k[handle][:, :start], k], 1)
         self.v[handle] = torch.cat([self.v[handle][:, :start], v], 1)
         outs = []
@@ -143,8 +156,28 @@ class Bench:
             self.worker.handle(Fresh(1, self._batch, layer, k[layer].reshape(-1, D), v[layer].reshape(-1, D)))
             reply = self.worker.handle(Query(1, self._batch, layer, q[layer].reshape(-1, D)))
             assert isinstance(reply, Attended)
-            outs.append(reply.out.reshape(count, HEADS, D))
+            outs.append(reply.out.reshape(count, HEADS, D).clone())  # a device worker uses its memory again
         return torch.stack(outs)
+
+    def store(self, handle: int, n: int, k: torch.Tensor, q: torch.Tensor, chunk: int = 400) -> None:
+        """A prompt of n tokens that is attended elsewhere, in chunks: of its queries come those that the worker asks
+        for, after k and v of the layer."""
+        v = self.random(n)
+        for start in range(0, n, chunk):
+            at = slice(start, min(start + chunk, n))
+            self._announce((Row(handle, start, at.stop - start, None, True, prompt=n),))
+            for layer in range(LAYERS):
+                vectors = (x[layer, at].reshape(-1, D) for x in (k, v))
+                self.worker.handle(Fresh(1, self._batch, layer, *vectors))
+                if self.samples:
+                    self.worker.handle(self.sample(handle, layer, q, at, self.samples[0]))
+        self.k[handle], self.v[handle] = k, v
+
+    def sample(self, handle: int, layer: int, q: torch.Tensor, at: slice, stride: int) -> Sample:
+        """The sample of a row of all heads, at the positions `at`."""
+        positions = range(-(-at.start // stride) * stride, at.stop, stride)
+        vectors = q[layer, list(positions)].reshape(-1, D).bfloat16()
+        return Sample(1, self._batch, layer, handle, tuple(range(KV_HEADS)), tuple(positions), vectors)
 
     def _announce(self, rows: tuple[Row, ...]) -> None:
         self._batch += 1
@@ -153,7 +186,7 @@ class Bench:
         assert isinstance(reply, Announced)
         assert reply.accepted, reply.reason
         self._told += len(operations)
-        self.floors = reply.floors
+        self.floors, self.samples = reply.floors, reply.samples
         self._usages.update({row.handle: usage for row, usage in zip(rows, reply.usages, strict=False)})
         self.worker.store.check_integrity()
 
@@ -163,16 +196,17 @@ class Bench:
         return self._usages[handle]
 
     def dense(self, handle: int, seen: torch.Tensor | None = None) -> torch.Tensor:
-        """Attention of the last queries over the keys that `seen`, bool `[n, keys]` or `[layers, heads, keys]`, lets
-        through, in float64; all that are not later without it. `[layers, n, heads, d]`, or without n."""
+        """Attention of the last queries over the keys that `seen`, bool `[n, keys]`, `[layers, heads, keys]` or
+        `[layers, heads, n, keys]`, lets through, in float64; all that are not later without it. `[layers, n, heads,
+        d]`, or without n."""
         keys = self.k[handle].shape[1]
         n = self.q.shape[1]
         if seen is None:
             seen = torch.arange(keys) <= torch.arange(keys - n, keys)[:, None]
-        mask = seen[None, None] if seen.ndim == 2 else seen[:, :, None]
+        mask = seen[:, :, None] if seen.ndim == 3 else seen[(None,) * (4 - seen.ndim)]
         weights = self.logits(handle).masked_fill(~mask, -torch.inf).softmax(-1)
         out = torch.einsum("lhnk,lkhd->lnhd", weights, self.v[handle].double().repeat_interleave(GROUP, 2)).float()
-        return out if seen.ndim == 2 else out[:, 0]
+        return out[:, 0] if seen.ndim == 3 else out
 
     def logits(self, handle: int) -> torch.Tensor:
         """Of the last queries and all keys, float64 `[layers, heads, n, keys]`."""

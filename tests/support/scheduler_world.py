@@ -80,7 +80,7 @@ class OneHolder:
         self.waiting.append((Open(self.last), 0))
         return self.last
 
-    def fork(self, parent: int, length: int) -> int:
+    def fork(self, parent: int, length: int, policy: str | None = None) -> int:
         assert parent in self.handles
         self.last += 1
         self.handles.add(self.last)
@@ -129,6 +129,7 @@ Groups = tuple[tuple[int, int | str | None], ...]
 
 
 STREAMING = "streaming(sink=5, recent=7)"
+SHARDED = "sharded(block=12, local=1, stride=2, offset=1)"
 
 
 MIXED: Groups = ((1, None), (1, STREAMING), (1, 6))
@@ -199,7 +200,7 @@ class Holder:
         for policy, table in zip(self.units, part.tables, strict=True):
             hidden = policy.seen_from(start) // self.size
             for at, page in enumerate(table):
-                gone = at < hidden and at * self.size >= policy.sinks
+                gone = at < hidden and not policy.staying(at, at + 1, self.size)
                 if page is not None and (gone or at * self.size >= start):
                     self.give_back(page)
                     table[at] = None
@@ -234,7 +235,9 @@ class Holder:
                 assert page is not None
                 assert page.owners == 1, "a shared page is written"
                 page.kv[at] = kv[at]
-            for key in {*range(policy.seen_from(start), len(tokens)), *range(min(policy.sinks, len(tokens)))}:
+            seen = set(range(policy.seen_from(start), len(tokens)))
+            stay = [at for at in range(len(table)) if policy.staying(at, at + 1, self.size)]
+            for key in seen.union(*(range(at * self.size, min((at + 1) * self.size, len(tokens))) for at in stay)):
                 page = table[key // self.size]
                 assert page is not None, f"position {key} is gone at {start}"
                 assert page.kv[key] == kv[key], f"position {key} is wrong at {start}"
@@ -488,7 +491,15 @@ class Machine(RuleBasedStateMachine):
 
     @initialize(
         groups=st.sampled_from(
-            [((2, None),), ((1, None), (2, 5)), ((2, 6),), ((1, 3), (1, 9)), MIXED, ((2, STREAMING),)]
+            [
+                ((2, None),),
+                ((1, None), (2, 5)),
+                ((2, 6),),
+                ((1, 3), (1, 9)),
+                MIXED,
+                ((2, STREAMING),),
+                ((1, SHARDED), (1, None)),
+            ]
         ),
         page_size=st.sampled_from([1, 3, 4]),
         max_batch_tokens=st.sampled_from([1, 3, 7, 16]),

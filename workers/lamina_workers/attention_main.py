@@ -63,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--listen", default="127.0.0.1:0", metavar="HOST:PORT", help="where to listen; port 0 takes a free one")
     add("--data-port", type=int, default=0, metavar="PORT", help="of the TCP data channel; 0 takes a free one")
     add("--kv-memory", type=int, required=True, metavar="BYTES", help="memory for KV")
+    add("--kv-cold", metavar="DIR", help="a folder on a disk, for the KV that nobody reads for long")
+    add("--kv-resident", type=int, metavar="BYTES", help="of --kv-memory, to be kept in memory beside --kv-cold")
     add("--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="that compute")
     add("--device", default="cpu", metavar="NAME", help="where KV lies and attention is computed: cpu, cuda or cuda:N")
     add("--name", default="attention", help="what status and errors call this worker")
@@ -79,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _server(args: argparse.Namespace) -> AttentionServer:
+    from lamina_protocols.layers import ColdTier
     from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig
     from lamina_workers.process.credentials import load_credentials
 
@@ -95,6 +98,7 @@ def _server(args: argparse.Namespace) -> AttentionServer:
             insecure=args.insecure,
             local_channel=not args.no_local_channel,
             lease=args.lease,
+            cold=ColdTier.of(args.kv_cold, args.kv_resident, args.kv_memory),
         )
     )
 

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from operator import ne, sub
+from operator import gt, ne, sub
 from typing import Any
 
 import numpy as np
@@ -58,7 +58,8 @@ __all__ = [
 ]
 
 APPEND_SHARE = 256  # vectors that are worth a thread
-DEAL_EVERY = 16  # tokens: at most so many keys of each head are in a share too many
+DEAL_EVERY = 16  # tokens, or for long rows this part of them: so many keys of each head may be in a share too many
+DEAL_PART = 128
 KEPT_PLANS = 32
 _NONE_MOVED: Mapping[int, Table] = {}
 
@@ -127,20 +128,21 @@ def _point_to(a: Any, pieces: Pieces, starts: Ints, partials: int, d_v: int) -> 
 
 def grown(plan: Plan) -> Grown | None:
     """Makes the plans of the next batches of a plan, of the same rows, each further than before. None where that does
-    not follow from the plan: for rows without keys, with windows, lists or biases.
+    not follow from the plan: for rows without keys, with lists or biases, with a window that ends before the queries;
+    and where rows of several tokens lie among each other in q.
 
     Nothing is checked again: the pages of new keys must be in the plan's tables before they are read, and exist.
     """
     rows: Rows = plan.keep[0]
-    plain = (rows.lo < rows.hi) & (rows.window >= EVERYTHING) & (rows.listed == 0)
-    return Grown(plan) if plain.all() and not rows.bias and not plan.missing else None
+    plain = (rows.lo < rows.hi) & (rows.listed == 0) & ((rows.window >= EVERYTHING) | (rows.hi >= rows.start))
+    plain &= (rows.count == 1) | (rows.stride == rows.kv_heads * rows.group)
+    return Grown(plan) if plain.all() and not rows.bias else None
 
 
 class Grown:
-    """Plans of rows that go on from batch to batch. They are made in place, so only the last one is valid. At the
-    latest after DEAL_EVERY tokens their work is dealt anew, so that shares stay equal; so it is where a row has another
-    number of queries. For each number of query vectors that a batch has there is a plan of its own, of the last
-    `KEPT_PLANS` numbers."""
+    """Plans of rows that go on from batch to batch. They are made in place, so only the last one is valid. Now and then
+    their work is dealt anew, so that shares stay equal; so it is where a row has another number of queries. For each
+    number of query vectors that a batch has there is a plan of its own, of the last `KEPT_PLANS` numbers."""
 
     def __init__(self, plan: Plan) -> None:
         pieces = plan.keep[1]
@@ -154,14 +156,20 @@ class Grown:
         self._plan, self._rows = plan, rows
         # As they are now; those of the plan's rows are of the last deal.
         self._start, self._count, self._hi = rows.start.tolist(), rows.count.tolist(), rows.hi.tolist()
-        self._dealt_at = max(self._start)
+        self._deal_at = max(self._start) + max(DEAL_EVERY, min(self._hi) // DEAL_PART)
         blocks = -(-rows.count // block_tokens(rows.group))
         output = pieces["output"]
         self._of_piece = np.repeat(np.arange(len(rows)), rows.kv_heads * blocks)[output]
         self._last = np.append(output[1:] != output[:-1], True)
         self._position, self._end = pieces["position"], pieces["hi"]
+        self._window, self._begin = pieces["window"], pieces["lo"]
+        self._windowed = bool((self._window < EVERYTHING).any())
         self._growing: list[bool] = []
         self._ends = np.zeros(0, np.int64)
+        # A window that hides nothing yet has pieces without one: where it begins to hide, work is dealt anew.
+        edge = np.maximum(rows.lo, rows.sinks) + rows.window - rows.count
+        late = (rows.window < EVERYTHING) & (rows.start <= edge)
+        self._until: list[int] = np.where(late, edge, EVERYTHING).tolist() if late.any() else []
 
     def next(
         self, start: Sequence[int], count: Sequence[int], hi: Sequence[int],
@@ -171,7 +179,8 @@ class Grown:
         each row. Where rows have more keys, these are before the queries or are the queries' own. The same plan as
         before, or another one. Rows in `moved`, by number, have other tables from now on, of the same layers and
         heads."""
-        if count == self._count and not moved and max(start) < self._dealt_at + DEAL_EVERY:
+        near = max(start) < self._deal_at and not any(map(gt, start, self._until))
+        if count == self._count and not moved and near:
             self._move(start, hi)
             return self._plan
         rows = self._rows
@@ -197,6 +206,9 @@ class Grown:
             of_pieces = np.array(steps, np.int64)[self._of_piece]
             self._position += of_pieces
             self._end += self._ends * of_pieces
+        if self._windowed:  # keys behind a window may be gone, so no piece touches them
+            np.maximum(self._begin, self._position - self._window + 1, out=self._begin)
+            np.minimum(self._begin, self._end, out=self._begin)
         self._start, self._hi = start, hi
 
     def _dealt(self, rows: Rows) -> Plan:
@@ -211,7 +223,7 @@ class Grown:
             plan = dataclasses.replace(last, keep=(rows, pieces, starts, scratch, partial_out))
         else:
             room = _room(pieces)
-            plan = _assemble(plan.pages, pieces, starts, room, _partials(pieces), rows)
+            plan = _assemble(plan.pages, pieces, starts, room, _partials(pieces), rows, plan.missing)
         self._plans = {**dict(list(self._plans.items())[1 - KEPT_PLANS :]), n: (room, plan)}
         return plan
 

@@ -279,27 +279,40 @@ def gather_heads(pages: Pages, tables: torch.Tensor) -> tuple[torch.Tensor, torc
     if not count:
         k, v = (pages.arena.new_empty((0, heads, d), dtype=at.loaded) for d in (at.key_width, at.d_v))
         return k, v
-    some = pages.arena.index_select(0, tables.reshape(-1))
-    if at.scaled:
-        each = Pages(at, some)
-        scales = each.scales.unsqueeze(-1)
-        k = each.k.reshape(-1, at.page_size, at.key_width).float() * scales[:, 0]
-        v = k if at.latent else each.v.reshape(-1, at.page_size, at.d_v).float() * scales[:, 1]
-        k, v = (x.view(heads, -1, x.shape[-1]).transpose(0, 1).contiguous() for x in (k, v))
-        return k, v[..., : at.d_v]
-    word = torch.int32 if at.k_pack * at.dtype.itemsize == 4 else at.dtype  # what stands side by side is one number
-    of_k, of_v = some[:, : at.k_bytes].view(word), some[:, at.k_bytes : at.kv_bytes].view(at.dtype)
-    words = at.key_width * at.dtype.itemsize // word.itemsize
-    if at.order is Order.TOKENS:
-        k = of_k.view(heads, count, at.page_size, words).permute(1, 2, 0, 3)
-    else:
-        k = of_k.view(heads, count, words, at.page_size).permute(1, 3, 0, 2)
-    tokens = count * at.page_size
-    k = k.contiguous().view(at.dtype).view(tokens, heads, at.key_width)
+    some = Pages(at, pages.arena.index_select(0, tables.reshape(-1)))
+    k = _heads_keys(some, heads)
     if at.latent:
         return k, k[..., : at.d_v]
+    if at.scaled:
+        v = some.v.reshape(-1, at.page_size, at.d_v).float() * some.scales.unsqueeze(-1)[:, 1]
+        return k, v.view(heads, -1, at.d_v).transpose(0, 1).contiguous()
+    of_v = some.arena[:, at.k_bytes : at.kv_bytes].view(at.dtype)
     v = of_v.view(heads, count, at.page_size // at.v_pack, at.d_v, at.v_pack).permute(1, 2, 4, 0, 3)
-    return k, v.reshape(tokens, heads, at.d_v)
+    return k, v.reshape(count * at.page_size, heads, at.d_v)
+
+
+def gather_keys(pages: Pages, tables: torch.Tensor) -> torch.Tensor:
+    """The keys alone of all heads, as `gather_heads` returns them."""
+    check_range("tables", tables, pages.n_pages)
+    if not tables.numel():
+        return pages.arena.new_empty((0, len(tables), pages.layout.key_width), dtype=pages.layout.loaded)
+    return _heads_keys(Pages(pages.layout, pages.arena.index_select(0, tables.reshape(-1))), len(tables))
+
+
+def _heads_keys(pages: Pages, heads: int) -> torch.Tensor:
+    """Of all pages, head by head, the keys `[tokens, heads, key_width]`."""
+    at = pages.layout
+    if at.scaled:
+        scaled = pages.k.reshape(-1, at.page_size, at.key_width).float() * pages.scales.unsqueeze(-1)[:, 0]
+        return scaled.view(heads, -1, at.key_width).transpose(0, 1).contiguous()
+    word = torch.int32 if at.k_pack * at.dtype.itemsize == 4 else at.dtype  # what stands side by side is one number
+    words = at.key_width * at.dtype.itemsize // word.itemsize
+    of_k = pages.arena[:, : at.k_bytes].view(word)
+    if at.order is Order.TOKENS:
+        k = of_k.view(heads, -1, at.page_size, words).permute(1, 2, 0, 3)
+    else:
+        k = of_k.view(heads, -1, words, at.page_size).permute(1, 3, 0, 2)
+    return k.contiguous().view(at.dtype).view(-1, heads, at.key_width)
 
 
 def whole(pages: Pages, index: torch.Tensor) -> torch.Tensor:

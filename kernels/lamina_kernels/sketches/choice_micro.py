@@ -1,22 +1,20 @@
 """The inner loops that choose pages by their mass, as LLVM IR over vectors of 16 floats.
 
-Each public function is a numba intrinsic over int64 addresses and sizes. It works on rows of numbers, one a page, and
-on the means of pages' values.
+Each public function is a numba intrinsic over int64 addresses and sizes. It works on rows of numbers, one a page.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from lamina_kernels.cpu.emitter import F32, I32, I64, VF, VI, VS, Emitter, Value
-from lamina_kernels.cpu.intrinsics import LOG2E, Address, from_half, unpack
+from lamina_kernels.cpu.emitter import F32, I64, VF, Emitter, Value
+from lamina_kernels.cpu.intrinsics import LOG2E, literals
 
 FEW = 4  # query heads whose sums are made together
-AHEAD = 12  # means that are fetched before they are needed
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
@@ -98,15 +96,16 @@ def normalise(context: Any, numbers: Any, vectors: Any, factor: Any, scores: Any
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
 def all_fit(
-    context: Any, rows: Any, scores: Any, limit: Any, numbers: Any, stride: Any, vectors: Any, most: Any
+    context: Any, squared: Any, rows: Any, scores: Any, limit: Any, numbers: Any, stride: Any, vectors: Any, most: Any
 ) -> Any:
-    """1 if in each of up to FEW rows of 16 * vectors numbers, `stride` bytes apart, those whose score is below `limit`
-    sum to at most `most`; else, or where a sum is NaN, 0."""
+    """1 if in each of up to FEW rows of 16 * vectors numbers, `stride` bytes apart, those whose score is below `limit`,
+    or with the constant `squared` 1 their squares, sum to at most `most`; else, or where a sum is NaN, 0."""
+    (power,) = literals(squared)
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         b, e = builder, Emitter(builder)
-        rows, scores, limit, numbers = args[0], e.pointer(args[1]), e.splat(args[2]), e.pointer(args[3])
-        stride, vectors, most = args[4:]
+        rows, scores, limit, numbers = args[1], e.pointer(args[2]), e.splat(args[3]), e.pointer(args[4])
+        stride, vectors, most = args[5:]
         result = cgutils.alloca_once(builder, I64)
 
         def tile(count: int) -> None:
@@ -115,7 +114,8 @@ def all_fit(
                 below = b.fcmp_ordered("<", e.load(e.at(scores, at), VF), limit)
                 own = [e.load(e.at(numbers, b.add(at, b.mul(stride, I64(r)))), VF) for r in range(count)]
                 parts = [b.select(below, x, e.number(0.0)) for x in own]
-                return [b.fadd(total, x) for total, x in zip(totals, parts, strict=True)]
+                factors = parts if power else [e.number(1.0)] * count
+                return [e.fma(x, y, total) for x, y, total in zip(parts, factors, totals, strict=True)]
 
             totals = e.loop(vectors, [e.number(0.0)] * count, step)
             fits = ir.IntType(1)(1)
@@ -127,101 +127,4 @@ def all_fit(
         e.choose(rows, range(1, FEW + 1), tile)
         return b.load(result, typ=I64)
 
-    return types.int64(types.int64, types.int64, types.float32, *[types.int64] * 3, types.float32), emit
-
-
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def count_below(context: Any, scores: Any, limit: Any, vectors: Any) -> Any:
-    """How many of 16 * vectors scores are below `limit`."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        b, e = builder, Emitter(builder)
-        scores, limit = e.pointer(args[0]), e.splat(args[1])
-
-        def step(i: Value, total: Value) -> list[Value]:
-            below = b.fcmp_ordered("<", e.load(e.at(scores, b.shl(i, I64(6))), VF), limit)
-            return [b.add(total, b.zext(below, VI))]
-
-        (total,) = e.loop(args[2], [e.bits(0)], step)
-        return b.sext(e.call("llvm.vector.reduce.add.v16i32", I32, total), I64)
-
-    return types.int64(types.int64, types.float32, types.int64), emit
-
-
-class BlendMeans(NamedTuple):
-    """The operands of `blend_means`."""
-
-    rows: int  # query vectors, at most FEW
-    n: int  # pages
-    entries: Address  # int32 `[n + AHEAD]`, of the table
-    table: Address  # int32
-    means: int  # where the mean of page 0 is, bfloat16 `[d]`
-    sketch_bytes: int
-    d: int
-    weights: Address  # float32, one an entry, those of the query vectors `stride` bytes apart
-    stride: int
-    sums: Address  # written: float32 `[rows, d]`
-    totals: Address  # written: float32 `[rows]`
-
-
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def blend_means(context: Any, operands: Any) -> Any:
-    """The weighted sum of the means of n pages, and of their weights, for some query vectors. operands:
-    `BlendMeans`."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        e = Emitter(builder)
-        _Blend(e, unpack(BlendMeans, context, e, signature.args[0], args[0])).emit()
-        return context.get_dummy_value()
-
-    return types.void(operands), emit
-
-
-class _Blend:
-    """What `blend_means` emits."""
-
-    def __init__(self, e: Emitter, operands: BlendMeans) -> None:
-        self.e, self.b, self.o = e, e.b, operands
-
-    def emit(self) -> None:
-        self.e.choose(self.o.rows, range(1, FEW + 1), self.tile)
-
-    def tile(self, count: int) -> None:
-        e, b = self.e, self.b
-        whole, left = b.lshr(self.o.d, I64(6)), b.and_(b.lshr(self.o.d, I64(4)), I64(3))
-        with b.if_then(b.icmp_signed(">", whole, I64(0))):
-            e.loop(whole, [], lambda i: self.columns(count, 4, b.shl(i, I64(2))))
-        with b.if_then(b.icmp_signed(">", left, I64(0))):
-            e.loop(left, [], lambda i: self.columns(count, 1, b.add(b.shl(whole, I64(2)), i)))
-
-    def columns(self, count: int, chunks: int, first: Value) -> list[Value]:
-        """`chunks` registers of channels from number `first` on."""
-        e, b, o = self.e, self.b, self.o
-
-        def step(i: Value, *carried: Value) -> list[Value]:
-            place = e.at(o.entries, b.shl(i, I64(2)))
-            entry, later = (b.sext(e.load(e.at(place, 4 * k), I32), I64) for k in (0, AHEAD))
-            far = self.mean_of(later, first)
-            for at in range(0, 32 * chunks, 64):
-                e.fetch(e.at(far, at))
-            near = self.mean_of(entry, first)
-            x = [from_half(e, e.load(e.at(near, 32 * c), VS, 2)) for c in range(chunks)]
-            weight = e.at(o.weights, b.shl(entry, I64(2)))
-            own = [e.splat(e.load(e.at(weight, b.mul(o.stride, I64(r))), F32)) for r in range(count)]
-            new = [b.fadd(w, total) for w, total in zip(own, carried[:count], strict=True)]
-            terms = [(w, y) for w in own for y in x]
-            return new + [e.fma(w, y, s) for (w, y), s in zip(terms, carried[count:], strict=True)]
-
-        found = e.loop(o.n, [e.number(0.0)] * (count + count * chunks), step)
-        for r in range(count):
-            e.store(b.extract_element(found[r], I32(0)), e.at(o.totals, 4 * r))
-            for c in range(chunks):
-                at = b.shl(b.add(b.mul(o.d, I64(r)), b.shl(b.add(first, I64(c)), I64(4))), I64(2))
-                e.store(found[count + r * chunks + c], e.at(o.sums, at))
-        return []
-
-    def mean_of(self, entry: Value, first: Value) -> Value:
-        """Where the mean of an entry's page has register `first`."""
-        e, b, o = self.e, self.b, self.o
-        page = b.sext(e.load(e.at(o.table, b.shl(entry, I64(2))), I32), I64)
-        return e.at(e.pointer(b.add(o.means, b.mul(page, o.sketch_bytes))), b.shl(first, I64(5)))
+    return types.int64(squared, types.int64, types.int64, types.float32, *[types.int64] * 3, types.float32), emit

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
+from lamina_kernels.paged.pages import check_vectors
 from lamina_kernels.paged.rows import Ints, Table
 from lamina_kernels.partial import Partial
 from lamina_kernels.sketches.layout import Sketches
@@ -50,14 +51,35 @@ class Items:
         return self.tables[0].shape[0] if self.tables else 0
 
 
+MISSED = 0.01  # of the estimated mass, for which means may stand
+
+
+class Planned(Protocol):
+    """What a scan's plan has, whoever made it."""
+
+    @property
+    def sketches(self) -> Sketches: ...
+
+    @property
+    def items(self) -> Items: ...
+
+    @property
+    def group(self) -> int: ...
+
+    @property
+    def missing(self) -> frozenset[int]: ...
+
+
 class Choice(NamedTuple):
     """The answer of `scan`. It belongs to the plan, and is overwritten by the plan's next scan.
 
     log_mass: float32 `[items, group, capacity]`, the natural log of the sum of exp(logit) over a page's keys as the
     sketch has them, -inf from `sealed` on up to a multiple of 16, and anything behind; pages, entries: int32
     `[items, capacity]`, the first counts[i] of them chosen, in ascending order of the entries; counts: int64
-    `[items]`; missed: float32 `[items * group]`, which share of the estimated mass of the sealed pages is not chosen;
-    tail: of the pages not chosen, by their means, float32 `[items * group, d_v]`; its lse is -inf where there are none.
+    `[items]`; missed: float32 `[items * group]`, for which share of the estimated mass of the sealed pages means alone
+    stand; tail: of the pages not chosen, by their sketches, float32 `[items * group, d_v]`; its lse is -inf where there
+    are none; coarse: as missed, which share is of pages whose values are read in 4 bits; coarse_counts: int64
+    `[items]`, how many these are.
     """
 
     log_mass: torch.Tensor
@@ -66,17 +88,17 @@ class Choice(NamedTuple):
     counts: torch.Tensor
     missed: torch.Tensor
     tail: Partial
+    coarse: torch.Tensor
+    coarse_counts: torch.Tensor
 
 
-def check_items(sketches: Sketches, items: Items, group: int, most: int | None) -> frozenset[int]:
+def check_items(sketches: Sketches, items: Items, group: int) -> frozenset[int]:
     """Raise ValueError unless the entries of `items` are in their tables, and name pages.
 
     Returns the layers in which entry -1, none, stands among them.
     """
     if group < 1:
         raise ValueError(f"group must be at least 1, got {group}")
-    if most is not None and most < 0:
-        raise ValueError(f"most must be at least 0 or None, got {most}")
     missing: set[int] = set()
     for number, (table, held) in enumerate(zip(items.tables, items.held.tolist(), strict=True)):
         layers = items.layers
@@ -99,3 +121,31 @@ def check_items(sketches: Sketches, items: Items, group: int, most: int | None) 
         if low == -1:
             missing.update(np.flatnonzero((used == -1).any(axis=1)).tolist())
     return frozenset(missing)
+
+
+def check_scan(
+    plan: Planned,
+    sketches: Sketches,
+    layer: int,
+    q: torch.Tensor,
+    scale: float,
+    soft_cap: float | None,
+    missed: float,
+    coarse: float = 0.0,
+) -> None:
+    """Raise ValueError unless the plan was made for `sketches` and has that layer with all its pages, q is
+    `[items * group, d_k]`, the scale is a number, soft_cap positive, and missed and coarse from 0 to 1."""
+    if plan.sketches is not sketches:
+        raise ValueError("the plan was made for other sketches")
+    if not 0 <= layer < plan.items.layers:
+        raise ValueError(f"layer must be from 0 to {plan.items.layers - 1}, got {layer}")
+    if layer in plan.missing:
+        raise ValueError(f"layer {layer} lacks a page that the items read")
+    check_vectors("q", q, len(plan.items) * plan.group, sketches.layout.pages.d_k, sketches.scanned.device)
+    if not np.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    if soft_cap is not None and not 0 < soft_cap < float("inf"):
+        raise ValueError(f"soft_cap must be above 0 and finite, or None, got {soft_cap}")
+    for name, mass in (("missed", missed), ("coarse", coarse)):
+        if not 0 <= mass <= 1:
+            raise ValueError(f"{name} must be from 0 to 1, got {mass}")

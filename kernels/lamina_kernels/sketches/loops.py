@@ -1,7 +1,8 @@
 """The compiled loops over page sketches: making them, judging pages by them, and choosing pages.
 
 A scan is cut into tasks, ranges of entries of one item, which threads take one after the other; the thread that
-finishes the last task of an item chooses its pages. Nothing here is checked: addresses and sizes come from `sketches`.
+finishes the last task of an item chooses its pages. What stands for the others is added up in `blend_loops`. Nothing
+here is checked: addresses and sizes come from `sketches`.
 """
 
 from __future__ import annotations
@@ -24,20 +25,21 @@ from lamina_kernels.cpu.intrinsics import LOG2E, pointer, take
 from lamina_kernels.cpu.launch import FINISHED, HEADER, TAKEN, source_fingerprint
 from lamina_kernels.cpu.moves import PAGES
 from lamina_kernels.cpu.trees import LINE
-from lamina_kernels.sketches import choice_micro, micro, seal_micro
-from lamina_kernels.sketches.choice_micro import AHEAD, FEW, BlendMeans
-from lamina_kernels.sketches.micro import HEADS, Bound, Judge
-from lamina_kernels.sketches.seal_micro import SealKeys
+from lamina_kernels.sketches import blend_micro, choice_micro, micro, seal_micro
+from lamina_kernels.sketches.blend_micro import AHEAD
+from lamina_kernels.sketches.choice_micro import FEW
+from lamina_kernels.sketches.micro import HEADS, Bound, Judge, Masses
+from lamina_kernels.sketches.seal_micro import SealKeys, SealValues
 
 logger = logging.getLogger("lamina")
 
 SEAL_SCRATCH = 34 * LINE  # bytes that a share needs
-ROUNDS = 14  # of halving the range in which a threshold is
-RANGE = 64.0  # octaves of that range
-LEAST = np.float32(1e-30)  # the smallest share of a head's mass that is not nothing: one over it is still a number
+ROUNDS = 8  # of halving the range in which a threshold is
+SLIGHTLY = np.float32(0.1)  # octaves by which the range is wider than it must be
 
 # The fields of the sketches in a block of arguments, in bytes.
-_SKETCHES = [(name, "i8") for name in ("sketches", "sketch_bytes", "steps_at", "lows_at", "mean_at")]
+_PLACES = ("steps_at", "lows_at", "mean_at", "value_steps_at", "value_lows_at")
+_SKETCHES = [(name, "i8") for name in ("scanned", "scanned_bytes", "values", "value_bytes", *_PLACES)]
 SEAL = np.dtype([*HEADER, *PAGES, *_SKETCHES, *((name, "i8") for name in ("n", "ids", "scratch"))])
 ITEM = np.dtype(
     [
@@ -48,30 +50,40 @@ ITEM = np.dtype(
         ("recent", "i8"),  # and those from here on
         ("held", "i8"),  # entries in all
         ("tasks", "i8"),
+        ("first_part", "i8"),
+        ("parts", "i8"),
     ]
 )
 TASK = np.dtype([("item", "i8"), ("lo", "i8"), ("hi", "i8")])  # lo: a multiple of LANES
+PART = np.dtype([("item", "i8"), ("number", "i8")])
 SCRATCH = (
     *("floats", "halves", "bounds", "nothing", "tops", "dots", "inverses", "factors", "bases"),
-    *("panel", "logits", "places", "ahead", "limits", "parts", "scores", "others"),
+    *("panel", "logits", "places", "ahead", "scores", "sums", "totals"),
 )
+# What a scan leaves to be added up, of all items: each token's weight in its page, uint8 `[items, capacity, group,
+# page_size]`; each page's share of a head's mass, float32 `[items, group, capacity]`; the log of that mass, float32
+# `[items, group]`; the entries whose values are read in 4 bits, or stood for by their means, int32 `[items, capacity +
+# AHEAD]`, and how many, int64 `[items]`; what parts add up to, float32 `[parts, group, d_v + 2]`.
+BETWEEN = ("tokens", "page_shares", "lse", "coarse_entries", "coarse_counts", "mean_entries", "mean_counts", "partials")
 SCAN = np.dtype(
     [
         *HEADER,
         *_SKETCHES,
-        *((name, "i8") for name in ("page_size", "d_k", "d_v", "padded", "group", "capacity", "width")),
-        *((name, "i8") for name in ("items", "tasks", "n_tasks", "done", "layer", "q", "most")),
-        *((name, "i8") for name in ("log_mass", "pages", "entries", "counts", "missing", "tail", "tail_lse")),
-        *((name, "i8") for name in ("scratch_bytes", *SCRATCH)),
+        *((name, "i8") for name in ("page_size", "d_k", "d_v", "padded", "group", "capacity")),
+        *((name, "i8") for name in ("items", "tasks", "n_tasks", "done", "parts", "n_parts", "layer", "q")),
+        *((name, "i8") for name in ("log_mass", "pages", "entries", "counts", "missing", "coarse", "tail", "tail_lse")),
+        *((name, "i8") for name in ("scratch_bytes", *SCRATCH, *BETWEEN)),
         ("scale", "f8"),
         ("soft_cap", "f8"),  # 0: none
-        ("missed", "f8"),
+        ("missed", "f8"),  # the mass for which means alone may stand
+        ("at_stake", "f8"),  # the root of the sum of squares of shares that may be read in 4 bits
     ]
 )
 
 
 @njit  # type: ignore[untyped-decorator]
-def _floats(address: int, n: int) -> Any:
+def floats(address: int, n: int) -> Any:
+    """float32 `[n]` at an address."""
     return carray(pointer(address), (n,), np.float32)
 
 
@@ -84,13 +96,16 @@ def _seal_shares(kind: int, unit: int, block: Any) -> None:
     while share < a.shares:
         scratch = a.scratch + share * SEAL_SCRATCH
         for i in range(a.n * share // a.shares, a.n * (share + 1) // a.shares):
-            page, sketch = a.arena + ids[i] * a.page_bytes, a.sketches + ids[i] * a.sketch_bytes
+            page, sketch = a.arena + ids[i] * a.page_bytes, a.scanned + ids[i] * a.scanned_bytes
             scales = page + a.kv_bytes
             steps, lows = sketch + a.steps_at, sketch + a.lows_at
             keys = SealKeys(page, scales, a.page_size, a.d_k, sketch, steps, lows, scratch)
             seal_micro.seal_keys(kind, unit, keys)
-            scales += a.page_size * 4
-            seal_micro.seal_values(kind, page + a.k_bytes, scales, a.page_size, a.d_v, sketch + a.mean_at)
+            codes = a.values + ids[i] * a.value_bytes
+            steps, lows = codes + a.value_steps_at, codes + a.value_lows_at
+            mean, scales = sketch + a.mean_at, scales + a.page_size * 4
+            values = SealValues(page + a.k_bytes, scales, a.page_size, a.d_v, mean, codes, steps, lows)
+            seal_micro.seal_values(kind, values)
         share = take(block, TAKEN)
 
 
@@ -99,17 +114,17 @@ def _begin(a: Any, item: Any, first: int, end: int) -> None:
     """Have the first sketches of a task fetched, all at once: later ones are while others are computed."""
     table = carray(pointer(item.table + a.layer * item.layer_stride * 4), (end,), np.int32)
     for entry in range(first, end):
-        intrinsics.prefetch(a.sketches + np.int64(table[entry]) * a.sketch_bytes, a.sketch_bytes)
+        intrinsics.prefetch(a.scanned + np.int64(table[entry]) * a.scanned_bytes, a.scanned_bytes)
 
 
 @njit  # type: ignore[untyped-decorator]
 def _spread(a: Any, number: int, shift: int) -> None:
     """Lay out the queries of an item."""
-    nothing = _floats(a.nothing + shift, a.group)
+    nothing = floats(a.nothing + shift, a.group)
     for row in range(a.group):
         query, at = a.q + (number * a.group + row) * a.d_k * 4, shift + row * a.padded * 2
-        floats = a.floats + shift + row * a.d_k * 4
-        nothing[row] = micro.spread(query, a.d_k, a.padded, floats, a.halves + at, a.bounds + at)
+        place = a.floats + shift + row * a.d_k * 4
+        nothing[row] = micro.spread(query, a.d_k, a.padded, place, a.halves + at, a.bounds + at)
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -120,13 +135,13 @@ def _scan_block(unit: int, a: Any, item: Any, number: int, first: int, pages: in
     near, far = carray(pointer(places), (LANES,), np.int64), carray(pointer(ahead), (LANES,), np.int64)
     for page in range(pages):
         entry = first + page
-        near[page] = a.sketches + np.int64(table[entry]) * a.sketch_bytes
-        far[page] = a.sketches + np.int64(table[min(entry + LANES, end - 1)]) * a.sketch_bytes
+        near[page] = a.scanned + np.int64(table[entry]) * a.scanned_bytes
+        far[page] = a.scanned + np.int64(table[min(entry + LANES, end - 1)]) * a.scanned_bytes
     for row in range(0, a.group, HEADS):
         rows, at, place = min(HEADS, a.group - row), shift + row * a.padded * 2, shift + row * LANES * LINE
         bounds, halves, tops, dots = a.bounds + at, a.halves + at, a.tops + place, a.dots + place
         micro.bound(Bound(rows, pages, places, a.steps_at, a.padded // 32, bounds, halves, tops, dots))
-    nothing = _floats(a.nothing + shift, a.group)
+    nothing = floats(a.nothing + shift, a.group)
     scale = np.float32(a.scale if a.soft_cap else a.scale * LOG2E)
     strips, size = a.page_size // (LANES * unit), a.page_size * 4
     for row in range(a.group):
@@ -140,7 +155,7 @@ def _scan_block(unit: int, a: Any, item: Any, number: int, first: int, pages: in
             pages=pages,
             places=places,
             ahead=ahead if row == 0 else places,
-            sketch_bytes=a.sketch_bytes,
+            scanned=a.scanned_bytes,
             steps_at=a.steps_at,
             strips=strips,
             d=a.d_k,
@@ -160,20 +175,29 @@ def _scan_block(unit: int, a: Any, item: Any, number: int, first: int, pages: in
             for page in range(pages):
                 micro.crest(logits + page * size, size // LINE, tops + page * LINE)
         out = a.log_mass + ((number * a.group + row) * a.capacity + first) * 4
-        micro.masses(unit, tops, logits, pages, strips, a.bases + shift + at, out)
-        _floats(out, LANES)[pages:] = -np.inf
+        tokens = a.tokens + ((number * a.capacity + first) * a.group + row) * a.page_size
+        stride = a.group * a.page_size
+        micro.masses(unit, Masses(tops, logits, pages, strips, a.bases + shift + at, out, tokens, stride))
+        floats(out, LANES)[pages:] = -np.inf
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _threshold(scores: int, shares: int, group: int, stride: int, vectors: int, missed: Any) -> Any:
-    """About the largest limit, down to 2^-RANGE, below which no row of shares sums to more than `missed`; or 0."""
-    low, high, best = np.float32(-RANGE), np.float32(0.0), np.float32(0.0)
-    for _ in range(ROUNDS):
-        middle = (low + high) / np.float32(2.0)
+def _threshold(squared: int, scores: int, shares: int, group: int, stride: int, vectors: int, most: Any) -> Any:
+    """About the largest limit below which no row of shares, or of their squares, sums to more than `most`; or 0. It is
+    not below what all of them could be, nor above what one alone could be."""
+    squared = literally(squared)
+    if not most > 0:
+        return np.float32(0.0)
+    power = np.float32(0.5 if squared else 1.0)
+    high = np.float32(math.log2(most)) * power + SLIGHTLY
+    low = high - np.float32(math.log2(vectors * LANES)) * power - np.float32(2.0) * SLIGHTLY
+    best = np.float32(0.0)
+    for number in range(ROUNDS + 1):
+        middle = (low + high) / np.float32(2.0) if number else low
         limit, fits = np.float32(2.0**middle), True
         for row in range(0, group, FEW):
             rows, at = min(FEW, group - row), shares + row * stride
-            fits = fits and choice_micro.all_fit(rows, scores, limit, at, stride, vectors, missed) == 1
+            fits = fits and choice_micro.all_fit(squared, rows, scores, limit, at, stride, vectors, most) == 1
         if fits:
             low, best = middle, limit
         else:
@@ -181,95 +205,71 @@ def _threshold(scores: int, shares: int, group: int, stride: int, vectors: int, 
     return best
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _restrict(scores: int, vectors: int, candidates: int, room: int) -> Any:
-    """A limit that leaves at most `room` of the candidates above it, one just below it, and the room that is left."""
-    low, high = np.float32(-RANGE), np.float32(1.0)
-    for _ in range(2 * ROUNDS):
-        middle = (low + high) / np.float32(2.0)
-        if candidates - choice_micro.count_below(scores, np.float32(2.0**middle), vectors) > room:
-            low = middle
-        else:
-            high = middle
-    limit = np.float32(2.0**high)
-    return limit, np.float32(2.0**low), max(room - (candidates - choice_micro.count_below(scores, limit, vectors)), 0)
+@njit  # type: ignore[untyped-decorator]
+def _entries(address: int, number: int, width: int) -> Any:
+    """Row `number` of entries, int32 `[width]`."""
+    return carray(pointer(address + number * width * 4), (width,), np.int32)
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _pick(a: Any, item: Any, number: int, begin: int, end: int, room: int, shift: int) -> Any:
-    """Write the chosen entries of an item and list the others; returns how many others. Scores say what is chosen:
-    at least the limit, or, until the room that is left is filled, at least the floor."""
-    limits = _floats(a.limits + shift, 3)
-    limit, floor, spare = limits[0], limits[1], np.int64(limits[2])
+def _pick(a: Any, item: Any, number: int, begin: int, end: int, scores: Any, light: Any, limit: Any) -> None:
+    """Write the chosen entries of an item: all but those of [begin, end) whose score is below `limit`. These are
+    listed, as stood for by their means if below `light` too, else as read in 4 bits."""
     table = carray(pointer(item.table + a.layer * item.layer_stride * 4), (item.held,), np.int32)
-    pages = carray(pointer(a.pages + number * a.capacity * 4), (a.capacity,), np.int32)
-    entries = carray(pointer(a.entries + number * a.capacity * 4), (a.capacity,), np.int32)
-    others = carray(pointer(a.others + shift), (a.width + AHEAD,), np.int32)
-    scores = _floats(a.scores + shift, end)
+    pages, entries = _entries(a.pages, number, a.capacity), _entries(a.entries, number, a.capacity)
+    coarse = _entries(a.coarse_entries, number, a.capacity + AHEAD)
+    means = _entries(a.mean_entries, number, a.capacity + AHEAD)
     count: Any = begin
-    left: Any = 0
+    in_codes: Any = 0
+    in_means: Any = 0
     for entry in range(begin):
         pages[entry], entries[entry] = table[entry], entry
     for entry in range(begin, end):
-        chosen = (not scores[entry] < limit) and count - begin < room
-        if spare > 0 and not chosen and not scores[entry] < floor:
-            chosen = True
-            spare -= 1
-        pages[count], entries[count], others[left] = table[entry], entry, entry
-        count += np.int64(chosen)
-        left += np.int64(not chosen)
+        score = scores[entry]
+        pages[count], entries[count], coarse[in_codes], means[in_means] = table[entry], entry, entry, entry
+        count += np.int64(not score < limit)
+        in_codes += np.int64(score < limit and not score < light)
+        in_means += np.int64(score < light)
     for entry in range(end, item.held):
         pages[count], entries[count] = table[entry], entry
         count += 1
     carray(pointer(a.counts), (number + 1,), np.int64)[number] = count
-    others[left : left + AHEAD] = others[left - 1] if left else 0
-    return left
+    carray(pointer(a.coarse_counts), (number + 1,), np.int64)[number] = in_codes
+    carray(pointer(a.mean_counts), (number + 1,), np.int64)[number] = in_means
+    coarse[in_codes : in_codes + AHEAD] = coarse[in_codes - 1] if in_codes else 0
+    means[in_means : in_means + AHEAD] = means[in_means - 1] if in_means else 0
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
 def _choose(a: Any, item: Any, number: int, shift: int) -> None:
-    """The pages of one item, and what is left out."""
-    vectors, stride = (item.sealed + LANES - 1) // LANES, a.width * 4
-    shares, scores = a.parts + shift, a.scores + shift
+    """The pages of one item. Where others are left, what they amount to is added up later."""
+    vectors, stride = (item.sealed + LANES - 1) // LANES, a.capacity * 4
+    shares, scores = a.page_shares + number * a.group * stride, a.scores + shift
     begin = min(item.sinks, item.sealed)
     end = max(begin, min(item.recent, item.sealed))
-    room = max(a.most - (item.held - (end - begin)), 0)  # for pages that may be chosen or not
-    lse, limits = _floats(a.nothing + shift, a.group), _floats(a.limits + shift, 3)
-    limits[:] = 0
+    lse = floats(a.lse + number * a.group * 4, a.group)
+    score = floats(scores, vectors * LANES)
+    score[:] = 0
+    light = limit = np.float32(0.0)
     if vectors:
-        score = _floats(scores, vectors * LANES)
-        score[:] = 0
         for row in range(a.group):
-            logs, own = a.log_mass + (number * a.group + row) * a.capacity * 4, shares + row * stride
+            logs, own = a.log_mass + (number * a.group + row) * stride, shares + row * stride
             peak = choice_micro.peak_of(logs, vectors)
             total = choice_micro.powers(logs, vectors, peak, own)
             lse[row] = peak + math.log(total)
             choice_micro.normalise(own, vectors, np.float32(1.0) / total, scores)
         score[:begin] = np.inf
         score[end:] = np.inf
-        limits[0] = limits[1] = _threshold(scores, shares, a.group, stride, vectors, np.float32(a.missed))
-        if end - begin - choice_micro.count_below(scores, limits[0], vectors) > room:
-            limits[0], limits[1], limits[2] = _restrict(scores, vectors, end - begin, room)
-    left = _pick(a, item, number, begin, end, room, shift)
-    missing = _floats(a.missing + number * a.group * 4, a.group)
-    tail, tail_lse = a.tail + number * a.group * a.d_v * 4, _floats(a.tail_lse + number * a.group * 4, a.group)
-    if left == 0:
-        missing[:] = 0
-        tail_lse[:] = -np.inf
-        _floats(tail, a.group * a.d_v)[:] = 0
-        return
-    table, means = item.table + a.layer * item.layer_stride * 4, a.sketches + a.mean_at
-    for row in range(0, a.group, FEW):
-        rows, weights, totals = min(FEW, a.group - row), shares + row * stride, a.missing + (number * a.group + row) * 4
-        sums, others = tail + row * a.d_v * 4, a.others + shift
-        choice_micro.blend_means(
-            BlendMeans(rows, left, others, table, means, a.sketch_bytes, a.d_v, weights, stride, sums, totals)
-        )
-    for row in range(a.group):
-        nothing = missing[row] < LEAST  # not so where it is NaN: that must be seen
-        tail_lse[row] = -np.inf if nothing else lse[row] + math.log(missing[row])
-        factor = np.float32(0.0) if nothing else np.float32(1.0) / missing[row]
-        choice_micro.multiply(tail + row * a.d_v * 4, a.d_v // LANES, factor)
+        light = limit = _threshold(0, scores, shares, a.group, stride, vectors, np.float32(a.missed))
+        if a.at_stake > 0:
+            squares = np.float32(a.at_stake * a.at_stake)
+            limit = max(light, _threshold(1, scores, shares, a.group, stride, vectors, squares))
+    _pick(a, item, number, begin, end, score, light, limit)
+    at = number * a.group * 4
+    floats(a.missing + at, a.group)[:] = 0
+    floats(a.coarse + at, a.group)[:] = 0
+    floats(a.tail_lse + at, a.group)[:] = -np.inf
+    floats(a.tail + at * a.d_v, a.group * a.d_v)[:] = 0
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -296,7 +296,7 @@ def _scan_tasks(unit: int, block: Any) -> None:
 
 def _fingerprint() -> int:
     return source_fingerprint(
-        micro, seal_micro, choice_micro, trees, microkernels, intrinsics, emitter, launching, cpu_moves
+        micro, seal_micro, choice_micro, blend_micro, trees, microkernels, intrinsics, emitter, launching, cpu_moves
     )
 
 

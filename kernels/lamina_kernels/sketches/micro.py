@@ -21,7 +21,7 @@ from lamina_kernels.cpu.intrinsics import LOG2E, Address, from_half, literals, s
 from lamina_kernels.cpu.trees import LINE, tree
 
 HEADS = 8  # query heads computed together
-CASES = (1, 2, 3, 4, HEADS)
+CASES = tuple(range(1, HEADS + 1))
 EXP2 = (0.337189434618089, 0.6576362757382366, 1.001724763214558)  # of a polynomial of 2^x on [0, 1)
 MAGIC = 1.5 * 2**23  # added to a small float, it leaves the nearest integer in the low bits
 BIAS = 127 << 7  # of the exponent, in the bits of a bfloat16
@@ -166,7 +166,7 @@ class Judge(NamedTuple):
     pages: int  # at most LANES
     places: Address  # int64 `[pages]`, where the sketches are
     ahead: Address  # int64 `[pages]`, those to fetch meanwhile
-    sketch_bytes: int
+    scanned: int  # bytes of a sketch that are read, and fetched
     steps_at: int  # bytes to the steps of a sketch
     strips: int  # of 16 * unit tokens
     d: int
@@ -200,7 +200,7 @@ class _Judgement:
         o, b = operands, e.b
         self.lines = b.lshr(o.d, I64(2 if width == 2 else 3))
         self.size = b.mul(o.strips, I64(width * LINE))  # of a page's logits
-        self.others = b.lshr(b.sub(o.sketch_bytes, o.steps_at), I64(6))  # lines without codes, all but parts of one
+        self.others = b.lshr(b.sub(o.scanned, o.steps_at), I64(6))  # lines without codes, all but parts of one
 
     def emit(self) -> None:
         self.e.choose(self.o.rows, CASES, self.tile)
@@ -295,41 +295,55 @@ def crest(context: Any, numbers: Any, vectors: Any, top: Any) -> Any:
     return signature_of([], 3), emit
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def masses(context: Any, unit: Any, tops: Any, logits: Any, pages: Any, strips: Any, bases: Any, out: Any) -> Any:
-    """out float32 `[LANES]` <- the log of the sum of 2^x over the 16 * unit * strips logits of each of `pages` pages.
+class Masses(NamedTuple):
+    """The operands of `masses`."""
 
-    tops: the rows of `judge`, overwritten; bases: what makes the result NaN where it is not finite.
-    """
+    tops: Address  # the rows of `judge` of one query vector, overwritten
+    logits: Address  # float32 `[pages, 16 * unit * strips]`
+    pages: int
+    strips: int
+    bases: Address  # float32 `[LANES]`, what makes the result NaN where it is not finite
+    out: Address  # written: float32 `[LANES]`, the logs
+    weights: Address  # written: uint8 `[16 * unit * strips]` a page, 127 the largest of it
+    stride: int  # bytes from the weights of one page to those of the next
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def masses(context: Any, unit: Any, operands: Any) -> Any:
+    """The log of the sum of 2^x over the logits of each page, and the weight of each. operands: `Masses`."""
     (width,) = literals(unit)
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         b, e = builder, Emitter(builder)
-        tops, logits, bases, out = (e.pointer(args[i]) for i in (1, 2, 5, 6))
-        pages, strips = args[3], args[4]
+        o = unpack(Masses, context, e, signature.args[1], args[1])
+        tops, out, strips = o.tops, o.out, o.strips
         peaks = tree(e, tops, VF, e.larger)
         e.store(peaks, out)
 
         def page(p: Value, place: Value) -> list[Value]:
             peak = e.splat(e.load(e.at(out, b.shl(p, I64(2))), F32))
+            weights = e.at(o.weights, b.mul(p, o.stride))
 
             def step(i: Value, place: Value, *totals: Value) -> list[Value]:
-                logs = [b.fsub(e.load(e.at(place, LINE * u), VF), peak) for u in range(width)]
-                new = [b.fadd(t, _exp2(e, x)) for t, x in zip(totals, logs, strict=True)]
-                return [e.at(place, LINE * width), *new]
+                powers = [_exp2(e, b.fsub(e.load(e.at(place, LINE * u), VF), peak)) for u in range(width)]
+                for u, x in enumerate(powers):
+                    whole = b.bitcast(e.fma(x, e.number(127.0), e.number(MAGIC)), VI)
+                    at = b.add(b.mul(i, I64(LANES * width)), I64(LANES * u))
+                    e.store(b.trunc(whole, VY), e.at(weights, at), 1)
+                return [e.at(place, LINE * width), *(b.fadd(t, x) for t, x in zip(totals, powers, strict=True))]
 
             place, *totals = e.loop(strips, [place] + [e.number(0.0)] * width, step)
             total = totals[0] if width == 1 else b.fadd(*totals)
             e.store(total, e.at(tops, b.shl(p, I64(6))))
             return [place]
 
-        e.loop(pages, [logits], page)
+        e.loop(o.pages, [o.logits], page)
         log = b.fadd(peaks, _log2(e, tree(e, tops, VF, b.fadd)))
-        nothing = b.fmul(e.load(bases, VF), e.number(0.0))
+        nothing = b.fmul(e.load(o.bases, VF), e.number(0.0))
         e.store(e.fma(log, e.number(1 / LOG2E), nothing), out)
         return context.get_dummy_value()
 
-    return signature_of([unit], 6), emit
+    return types.void(unit, operands), emit
 
 
 def _exp2(e: Emitter, x: Value) -> Value:

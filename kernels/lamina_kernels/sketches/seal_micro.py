@@ -95,17 +95,12 @@ class _KeySeal:
 
     def store_steps(self, group: Value, nothing: Value) -> None:
         e, b = self.e, self.b
-        low = to_half(e, b.fadd(tree(e, self.least, VF, lambda x, y: _smaller(e, x, y)), nothing))
-        low_float = from_half(e, low)
-        step = b.fmul(b.fsub(tree(e, self.most, VF, e.larger), low_float), e.number(1 / 15))
-        step = e.larger(step, e.number(0.0))  # low may have been rounded up, above all there is
-        step_half = to_half(e, step)
-        step = from_half(e, step_half)
-        usable = b.fcmp_ordered(">", step, e.number(1e-37))
-        e.store(b.select(usable, b.fdiv(e.number(1.0), step), e.number(0.0)), self.inverse)
-        e.store(low_float, self.low_floats)
+        least = b.fadd(tree(e, self.least, VF, lambda x, y: _smaller(e, x, y)), nothing)
+        step, low = _step_and_low(e, least, tree(e, self.most, VF, e.larger))
+        e.store(_inverse(e, from_half(e, step)), self.inverse)
+        e.store(from_half(e, low), self.low_floats)
         at = b.shl(group, I64(5))
-        e.store(step_half, e.at(self.o.steps, at), 2)
+        e.store(step, e.at(self.o.steps, at), 2)
         e.store(low, e.at(self.o.lows, at), 2)
 
     def strip(self, group: Value, first: Value, i: Value) -> list[Value]:
@@ -129,10 +124,9 @@ class _KeySeal:
 
     def code_of(self, x: Value, channel: int) -> Value:
         """The codes of 16 numbers of one of the 16 channels."""
-        e, b = self.e, self.b
+        e = self.e
         own = e.splat(e.load(e.at(self.low_floats, 4 * channel), F32))
-        x = b.fmul(b.fsub(x, own), e.splat(e.load(e.at(self.inverse, 4 * channel), F32)))
-        return e.nearest(_smaller(e, e.larger(x, e.number(0.0)), e.number(15.0)))
+        return _code(e, x, own, e.splat(e.load(e.at(self.inverse, 4 * channel), F32)))
 
     def load_keys(self, pair: Value, token: Value) -> list[Value]:
         """Channels 2 * pair and 2 * pair + 1 of 16 tokens from `token` on, as floats."""
@@ -155,44 +149,105 @@ class _KeySeal:
         return [b.bitcast(b.shl(pairs, e.bits(16)), VF), b.bitcast(b.and_(pairs, e.bits(0xFFFF0000)), VF)]
 
 
+class SealValues(NamedTuple):
+    """The operands of `seal_values`."""
+
+    values: Address  # a V block
+    scales: Address  # float32 `[size]`, read for INT8 alone
+    size: int  # tokens of the block
+    d: int  # channels
+    mean: Address  # written: bfloat16 `[d]`
+    codes: Address  # written, as `SketchLayout` says
+    steps: Address  # written: bfloat16 `[d]`
+    lows: Address  # written: bfloat16 `[d]`
+
+
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def seal_values(context: Any, kind: Any, values: Any, scales: Any, size: Any, d: Any, mean: Any) -> Any:
-    """mean <- the mean over `size` tokens of a V block of d channels, as bfloat16; scales as in `seal_keys`."""
+def seal_values(context: Any, kind: Any, operands: Any) -> Any:
+    """The mean of a V block over its tokens, its 4-bit codes, and step and low of each channel. operands: `SealValues`.
+
+    Codes, steps and lows are as in `seal_keys`; where a number is not finite, low and mean are NaN for its channel.
+    """
     (code,) = literals(kind)
-    pack = {Kind.FLOAT32: 1, Kind.FLOAT16: 1, Kind.INT8: 4}.get(Kind(code), 2)
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        b, e = builder, Emitter(builder)
-        values, scales, mean = (e.pointer(args[i]) for i in (1, 2, 5))
-        size, d = args[3], args[4]
-        stride = b.mul(d, I64(2 if code == Kind.FLOAT16 else 4))
-
-        def channels(i: Value) -> list[Value]:
-            start = e.at(values, b.shl(i, I64(5 if code == Kind.FLOAT16 else 6)))
-
-            def token(t: Value, place: Value, total: Value) -> list[Value]:
-                if code == Kind.FLOAT32:
-                    total = b.fadd(total, e.load(place, VF))
-                elif code == Kind.FLOAT16:
-                    total = b.fadd(total, b.fpext(e.load(place, VH, 2), VF))
-                elif code == Kind.INT8:
-                    fours = e.load(place, VI)
-                    for j in range(4):
-                        number = b.sitofp(b.ashr(b.shl(fours, e.bits(24 - 8 * j)), e.bits(24)), VF)
-                        at = b.shl(b.add(b.shl(t, I64(2)), I64(j)), I64(2))
-                        total = e.fma(number, e.splat(e.load(e.at(scales, at), F32)), total)
-                else:
-                    pairs = e.load(place, VI)
-                    total = b.fadd(total, b.bitcast(b.shl(pairs, e.bits(16)), VF))
-                    total = b.fadd(total, b.bitcast(b.and_(pairs, e.bits(0xFFFF0000)), VF))
-                return [e.at(place, stride), total]
-
-            total = e.loop(b.udiv(size, I64(pack)), [start, e.number(0.0)], token)[1]
-            count = e.splat(b.sitofp(size, F32))
-            e.store(to_half(e, b.fdiv(total, count)), e.at(mean, b.shl(i, I64(5))), 2)
-            return []
-
-        e.loop(b.lshr(d, I64(4)), [], channels)
+        e = Emitter(builder)
+        _ValueSeal(e, code, unpack(SealValues, context, e, signature.args[1], args[1])).emit()
         return context.get_dummy_value()
 
-    return types.void(kind, *[types.int64] * 5), emit
+    return types.void(kind, operands), emit
+
+
+class _ValueSeal:
+    """What `seal_values` emits: registers of 16 channels, one after the other."""
+
+    def __init__(self, e: Emitter, code: int, operands: SealValues) -> None:
+        self.e, self.b, self.o, self.code = e, e.b, operands, code
+        self.pack = {Kind.FLOAT32: 1, Kind.FLOAT16: 1, Kind.INT8: 4}.get(Kind(code), 2)
+        self.stride = self.b.mul(operands.d, I64(2 if code == Kind.FLOAT16 else 4))
+
+    def emit(self) -> None:
+        self.e.loop(self.b.lshr(self.o.d, I64(4)), [], self.channels)
+
+    def channels(self, i: Value) -> list[Value]:
+        e, b, o = self.e, self.b, self.o
+        start, at = e.at(o.values, b.shl(i, I64(5 if self.code == Kind.FLOAT16 else 6))), b.shl(i, I64(5))
+
+        def tokens(t: Value, total: Value, least: Value, most: Value, nothing: Value) -> list[Value]:
+            for x in self.load_values(start, t):
+                total, least, most = b.fadd(total, x), _smaller(e, x, least), e.larger(x, most)
+                nothing = e.fma(x, e.number(0.0), nothing)
+            return [total, least, most, nothing]
+
+        begin = [e.number(x) for x in (0.0, float("inf"), float("-inf"), 0.0)]
+        total, least, most, nothing = e.loop(b.udiv(o.size, I64(self.pack)), begin, tokens)
+        e.store(to_half(e, b.fdiv(total, e.splat(b.sitofp(o.size, F32)))), e.at(o.mean, at), 2)
+        step, low = _step_and_low(e, b.fadd(least, nothing), most)
+        e.store(step, e.at(o.steps, at), 2)
+        e.store(low, e.at(o.lows, at), 2)
+        inverse, low = _inverse(e, from_half(e, step)), from_half(e, low)
+        lines = b.lshr(o.size, I64(3))
+
+        def line(j: Value) -> list[Value]:
+            word, first = e.bits(0), b.mul(j, I64(8 // self.pack))
+            every = [x for k in range(8 // self.pack) for x in self.load_values(start, b.add(first, I64(k)))]
+            for t, x in enumerate(every):
+                word = b.or_(word, b.shl(_code(e, x, low, inverse), e.bits(8 * (t % 4) + t // 4 * 4)))
+            e.store(word, e.at(o.codes, b.shl(b.add(b.mul(i, lines), j), I64(6))))
+            return []
+
+        e.loop(lines, [], line)
+        return []
+
+    def load_values(self, start: Value, t: Value) -> list[Value]:
+        """The 16 channels of `pack` tokens from pack * t on, as floats."""
+        e, b, code = self.e, self.b, self.code
+        place = e.at(start, b.mul(t, self.stride))
+        if code == Kind.FLOAT32:
+            return [e.load(place, VF)]
+        if code == Kind.FLOAT16:
+            return [b.fpext(e.load(place, VH, 2), VF)]
+        stored = e.load(place, VI)
+        if code != Kind.INT8:
+            return [b.bitcast(b.shl(stored, e.bits(16)), VF), b.bitcast(b.and_(stored, e.bits(0xFFFF0000)), VF)]
+        fours = [b.sitofp(b.ashr(b.shl(stored, e.bits(24 - 8 * j)), e.bits(24)), VF) for j in range(4)]
+        factors = [e.splat(e.load(e.at(self.o.scales, b.add(b.shl(t, I64(4)), I64(4 * j))), F32)) for j in range(4)]
+        return [b.fmul(x, factor) for x, factor in zip(fours, factors, strict=True)]
+
+
+def _step_and_low(e: Emitter, least: Value, most: Value) -> tuple[Value, Value]:
+    """Step and low of 16 channels between these, as bfloat16."""
+    low = to_half(e, least)
+    step = e.b.fmul(e.b.fsub(most, from_half(e, low)), e.number(1 / 15))
+    return to_half(e, e.larger(step, e.number(0.0))), low  # low may have been rounded up, above all there is
+
+
+def _inverse(e: Emitter, step: Value) -> Value:
+    usable = e.b.fcmp_ordered(">", step, e.number(1e-37))
+    return e.b.select(usable, e.b.fdiv(e.number(1.0), step), e.number(0.0))
+
+
+def _code(e: Emitter, x: Value, low: Value, inverse: Value) -> Value:
+    """The codes of 16 numbers."""
+    x = e.b.fmul(e.b.fsub(x, low), inverse)
+    return e.nearest(_smaller(e, e.larger(x, e.number(0.0)), e.number(15.0)))

@@ -9,15 +9,17 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from lamina.config import EngineConfig
-from lamina.errors import InvalidRequest, PolicyError
+from lamina.errors import InvalidRequest
 from lamina.launch.kv_sizing import holder_config
 from lamina.measure.calibration.data import TAIL, Corpus, corpus, passkeys
-from lamina.measure.calibration.evidence import NEEDLES, WORDS, Evidence, Subject, gather
+from lamina.measure.calibration.evidence import NEEDLES, WORDS, Evidence, Subject, Wanted, gather
+from lamina.measure.calibration.methods import Method, method_of
 from lamina.measure.calibration.quality import Quality, Reading, Target, compare, read
-from lamina.measure.calibration.selection import Trial, by_evidence, candidates, choose, options
+from lamina.measure.calibration.selection import Trial, choose
 from lamina.measure.calibration.torch_path import TorchPath
 from lamina.measure.probe import Probe, loaded
 from lamina.policy_file import Heads, PolicyFile, kept_share
@@ -30,8 +32,6 @@ from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.decoder.model_checkpoint import fingerprint, open_checkpoint
 from lamina_workers.errors import UnsupportedModelError
-from lamina_workers.policies.catalogue import parse
-from lamina_workers.policies.policy import Policy
 from lamina_workers.policies.streaming import Streaming
 
 DEFAULT_CONTEXT = 8192  # tokens, where the model's own is longer
@@ -42,7 +42,8 @@ _READ = 1024  # tokens of plain text that quality is measured on
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """How to calibrate. `context` None: the model's, up to 8192; `steps` are of the gates; `text` None: Python's help.
+    """How to calibrate. `method` is a name in METHODS; `context` None: the model's, up to 8192; `steps` are of the
+    gates; `text` None: Python's help.
 
     `scores` is a file that keeps the evidence: it is read if it is there, else written.
     """
@@ -60,7 +61,11 @@ class Settings:
     def __post_init__(self) -> None:
         if type(self.steps) is not int or not 1 <= self.steps <= 100_000:
             raise InvalidRequest(f"steps is {self.steps!r:.80}; allowed are 1 to 100000")
-        options(self.method, LEAST_CONTEXT, self.sink, self.recent)
+        _ = self.for_context(LEAST_CONTEXT).options
+
+    def for_context(self, context: int) -> Method:
+        """The method at a context. Raises InvalidRequest for an unknown one, PolicyError for sizes of windows."""
+        return method_of(self.method)(context, self.sink, self.recent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +74,6 @@ class Calibration:
 
     file: PolicyFile
     evidence: Evidence
-    options: tuple[Policy, ...]
     trials: tuple[Trial, ...]
     chosen: Trial | None
     context: int
@@ -118,19 +122,27 @@ class Workbench:
             raise InvalidRequest(f"context is {context}; allowed are {LEAST_CONTEXT} to {most}, the model's own")
         return context
 
-    def judge(self, texts: Corpus, context: int, seed: int, progress: Progress) -> Callable[[Heads], Quality]:
+    def judge(
+        self, texts: Corpus, context: int, seed: int, in_decode: bool, progress: Progress
+    ) -> Callable[[Heads], Quality]:
         """A function that measures policies on `context` tokens of the held-out text, beside the full cache, which
-        is measured now."""
+        is measured when it is first called."""
         count = min(_READ, context // 4)
         length = context - count - TAIL
         hidden = passkeys(self.tokenizer, texts.held_out, length, NEEDLES, WORDS, random.Random(seed + 1))
         text = texts.held_out[length : length + count]
+        known: list[Reading] = []
 
         def reading(heads: Heads | None, what: str) -> Reading:
-            return read(self.probe(context, heads), hidden, text, lambda done, total: progress(what, done, total))
+            report = partial(progress, f"{what}, {context} tokens")
+            return read(self.probe(context, heads), hidden, text, report, in_decode)
 
-        full = reading(None, "full cache")
-        return lambda heads: compare(reading(heads, "policies"), full)
+        def judged(heads: Heads) -> Quality:
+            if not known:
+                known.append(reading(None, "full cache"))
+            return compare(context, reading(heads, "policies"), known[0])
+
+        return judged
 
 
 def calibrate(
@@ -143,34 +155,32 @@ def calibrate(
     """
     with Workbench.open(name, engine) as bench:
         context = bench.context(settings.context)
+        method = settings.for_context(context)
         texts = corpus(bench.tokenizer, settings.text, context)
-        allowed = options(settings.method, context, settings.sink, settings.recent)
         mark = fingerprint(bench.path)
-        evidence = _evidence(bench, texts, context, allowed, settings, mark, progress)
-        combined = evidence.combined()
-        if settings.method == "streaming":
-            tried = by_evidence(allowed[0], combined)
-        else:
-            tried = candidates(allowed, evidence.influence, combined, context)
-        measure = bench.judge(texts, context, settings.seed, progress)
-        chosen, trials = choose(tried, measure, settings.target, lambda d, t: progress("selection", d, t))
-        heads = tried[-1] if chosen is None else chosen.heads
+        evidence = _evidence(bench, texts, method, settings, mark, progress)
+        rungs = method.rungs(evidence)
+        measures = [
+            bench.judge(texts, length, settings.seed, method.in_decode, progress) for length in method.lengths[::-1]
+        ]
+        chosen, trials = choose(rungs, measures, settings.target, lambda d, t: progress("selection", d, t))
+        heads = rungs[-1]()[0] if chosen is None else chosen.heads
         about: dict[str, str | int | float | bool] = {
             "method": settings.method,
             "target_quality": settings.target.quality,
             "context": context,
             "kv_kept": round(kept_share(heads, context), 4),
         }
-        if chosen is not None:
-            quality = chosen.quality
+        for quality in () if chosen is None else chosen.qualities:
+            at = "" if quality.context == context else f"_at_{quality.context}"
             about |= {
-                "measured_kv_held": round(quality.held, 4),
-                "measured_nll_change": round(quality.nll_change, 5),
-                "measured_agreement": round(quality.agreement, 4),
-                "measured_passkeys": f"{quality.passkeys} of {quality.words}, full cache {quality.passkeys_full}",
+                f"measured_kv_held{at}": round(quality.held, 4),
+                f"measured_nll_change{at}": round(quality.nll_change, 5),
+                f"measured_agreement{at}": round(quality.agreement, 4),
+                f"measured_passkeys{at}": f"{quality.passkeys} of {quality.words}, full cache {quality.passkeys_full}",
             }
         file = PolicyFile(str(name), mark, heads, about)
-        return Calibration(file, evidence, tuple(allowed), tuple(trials), chosen, context)
+        return Calibration(file, evidence, tuple(trials), chosen, context)
 
 
 def measure(
@@ -182,33 +192,29 @@ def measure(
     seed: int = 0,
     progress: Progress = lambda what, done, total: None,
 ) -> Quality:
-    """What a policy file costs on the held-out half of a text, at `context` tokens. Raises as `calibrate` does, and
-    PolicyError for adaptive policies: they read everything here, where tokens come many at a time."""
-    adaptive = [policy for layer in file.heads for policy in layer if parse(policy).adaptive]
-    if adaptive:
-        raise PolicyError(f"{adaptive[0]} is adaptive; allowed are policies that see by position alone")
+    """What a policy file costs on the held-out half of a text, at `context` tokens, read in decode steps after the
+    prompt. Raises as `calibrate` does."""
     with Workbench.open(name, engine) as bench:
         file.check(bench.model, fingerprint(bench.path))
         length = bench.context(context)
         texts = corpus(bench.tokenizer, text, length)
-        return bench.judge(texts, length, seed, progress)(file.heads)
+        return bench.judge(texts, length, seed, True, progress)(file.heads)
 
 
 def _evidence(
-    bench: Workbench,
-    texts: Corpus,
-    context: int,
-    allowed: list[Policy],
-    settings: Settings,
-    mark: str,
-    progress: Progress,
+    bench: Workbench, texts: Corpus, method: Method, settings: Settings, mark: str, progress: Progress
 ) -> Evidence:
-    if settings.scores is not None and settings.scores.exists():
-        return Evidence.load(settings.scores, mark, allowed)
-    with open_checkpoint(bench.path) as checkpoint:
-        subject = Subject(bench.probe(context), TorchPath(bench.model, checkpoint), bench.tokenizer, texts)
     streaming = Streaming(settings.sink, settings.recent)
-    evidence = gather(subject, context, allowed, streaming, settings.steps, settings.seed, progress)
+    wanted = Wanted(method.needs, method.lengths, method.options, streaming, settings.steps, settings.seed)
+    if settings.scores is not None and settings.scores.exists():
+        return Evidence.load(settings.scores, wanted.marks(mark))
+
+    def differentiable() -> TorchPath:
+        with open_checkpoint(bench.path) as checkpoint:
+            return TorchPath(bench.model, checkpoint)
+
+    subject = Subject(bench.probe(method.context), bench.tokenizer, texts, differentiable)
+    evidence = gather(subject, wanted, progress)
     if settings.scores is not None:
-        evidence.save(settings.scores, mark, allowed)
+        evidence.save(settings.scores, wanted.marks(mark))
     return evidence

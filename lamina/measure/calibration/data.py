@@ -59,6 +59,12 @@ class Passkeys:
     tail: tuple[int, ...]
     answers: tuple[tuple[int, int], ...]
 
+    def question(self, number: int) -> Passkeys:
+        """The document with one of its questions alone."""
+        begin = self.answers[number - 1][1] if number else 0
+        first, end = self.answers[number]
+        return Passkeys(self.document, self.tail[begin:end], ((first - begin, end - begin),))
+
 
 def passkeys(
     tokenizer: Tokenizer, text: Sequence[int], length: int, needles: int, words: int, generator: random.Random

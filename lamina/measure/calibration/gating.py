@@ -1,15 +1,17 @@
-"""DuoAttention's gates (arXiv 2410.10819, section 2.3): how much of full attention each KV head needs, optimised.
+"""DuoAttention's gates (arXiv 2410.10819, section 2.3): how much of full attention each KV head needs, trained.
 
     out = alpha * full + (1 - alpha) * streaming, one alpha a layer and KV head, from 1, clamped to [0, 1]
     loss = mean squared error of the final hidden states on the hidden words + 0.05 * mean |alpha|
 
-AdamW, learning rate 0.02, no decay, rising over the first and falling over the last fifth of the steps. One thing
-is simpler than there, because it has to run on two cores: keys and values of a document come from the full model, once,
-and only the questions and answers at its end are computed at each step.
+AdamW, learning rate 0.02, no decay, rising over the first and falling over the last fifth of the steps; documents of
+many lengths with needles at many depths. Two things are simpler than there, because it has to run on two cores. Keys
+and values of a document come from the full model, once; the questions at its end alone are computed at each step. And a
+step asks for one needle of a document, where the paper asks for all ten.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -35,38 +37,44 @@ class Gates:
     losses: tuple[float, ...]
 
 
-def optimise(
+def train(
     path: TorchPath,
     samples: Sequence[tuple[Passkeys, Sequence[Captured]]],
     steps: int,
     streaming: Streaming,
+    seed: int = 0,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Gates:
-    """Gates after so many steps, each on the next of `samples`: a document with needles, and its K and V.
+    """Gates after so many steps, each on a question about one of `samples`: a document with needles, and its K and V.
 
-    `report(done, total)` counts steps.
+    All questions come once, in random order, before any comes again. `report(done, total)` counts steps.
     """
     if steps < 1 or not samples:
         raise ValueError(f"{steps} steps on {len(samples)} samples; allowed are at least one of each")
     config = path.config
     alpha = torch.ones(config.num_hidden_layers, config.num_key_value_heads, requires_grad=True)
     optimiser = torch.optim.AdamW([alpha], lr=RATE, weight_decay=0.0)
-    targets: list[torch.Tensor] = []
+    questions = [(number, asked) for number, (hidden, _) in enumerate(samples) for asked in range(len(hidden.answers))]
+    generator = random.Random(seed)
+    order: list[tuple[int, int]] = []
+    targets: dict[tuple[int, int], torch.Tensor] = {}
     losses = []
     for step in range(steps):
-        number = step % len(samples)
+        order = order or generator.sample(questions, len(questions))
+        number, asked = order.pop()
         hidden, context = samples[number]
-        places = torch.cat([torch.arange(first - 1, end - 1) for first, end in hidden.answers])
-        tail, start = torch.tensor(hidden.tail), len(hidden.document)
-        if number == len(targets):
+        question = hidden.question(asked)
+        first, end = question.answers[0]
+        tail, start = torch.tensor(question.tail[: end - 1]), len(question.document)
+        if (number, asked) not in targets:
             with torch.no_grad():
-                targets.append(path.hidden(tail, _whole(path, context, start), start)[places])
+                targets[number, asked] = path.hidden(tail, _whole(path, context, start), start)[first - 1 :]
         for group in optimiser.param_groups:
             group["lr"] = RATE * ramp(step, steps)
         with torch.no_grad():
             alpha.clamp_(0, 1)
-        given = path.hidden(tail, _gated(path, context, start, alpha, streaming), start)[places]
-        loss = (given - targets[number]).float().square().mean() + PENALTY * alpha.abs().mean()
+        given = path.hidden(tail, _gated(path, context, start, alpha, streaming), start)[first - 1 :]
+        loss = (given - targets[number, asked]).float().square().mean() + PENALTY * alpha.abs().mean()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()

@@ -1,7 +1,8 @@
 """What a choice of policies costs, measured by the real runtime: a long text is read under them and under none.
 
 The text's beginning holds passkeys; its end is read token by token known, so that likelihoods compare; then the
-passkeys are asked for. Prefill is under the policies too, as it is in use.
+passkeys are asked for. Prefill is under the policies too, as it is in use. What comes after it is read in pieces, or in
+decode steps: some policies let go or choose in these alone.
 """
 
 from __future__ import annotations
@@ -23,29 +24,35 @@ _PIECE = 256  # tokens that are read together: their logits take 50 MB at a voca
 @dataclass(frozen=True, slots=True)
 class Reading:
     """One reading. `nll` in nats a token over the text, `top` int64 `[n]` the likeliest token after each of them;
-    `answers` bool, for each hidden word whether it was the likeliest; `held` the share of the KV's pages."""
+    `answers` bool, for each hidden word whether it was the likeliest; `held` the share of the KV's pages; `read` the
+    share of the KV's bytes that decode steps read, None without such."""
 
     nll: float
     top: npt.NDArray[np.int64]
     answers: npt.NDArray[np.bool_]
     held: float
+    read: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """A reading beside that of the full cache. `nll_change` is relative; `agreement` the share of equal likeliest
-    tokens; `passkeys` and `passkeys_full` count right words, of `words`."""
+    """A reading of `context` tokens beside that of the full cache. `nll_change` is relative; `agreement` the share of
+    equal likeliest tokens; `passkeys` and `passkeys_full` count right words, of `words`."""
 
+    context: int
     nll_change: float
     agreement: float
     passkeys: int
     passkeys_full: int
     words: int
     held: float
+    read: float | None = None
 
     def __str__(self) -> str:
+        read = "" if self.read is None else f"read {self.read:.3f}, "
         return (
-            f"KV held {self.held:.3f}, NLL {self.nll_change:+.2%}, top-1 agreement {self.agreement:.2%}, "
+            f"{self.context} tokens: KV held {self.held:.3f}, {read}NLL {self.nll_change:+.2%}, "
+            f"top-1 agreement {self.agreement:.2%}, "
             f"passkey words {self.passkeys} of {self.words} (full cache {self.passkeys_full})"
         )
 
@@ -78,9 +85,14 @@ class Target:
 
 
 def read(
-    probe: Probe, hidden: Passkeys, text: Sequence[int], report: Callable[[int, int], None] = lambda done, total: None
+    probe: Probe,
+    hidden: Passkeys,
+    text: Sequence[int],
+    report: Callable[[int, int], None] = lambda done, total: None,
+    in_decode: bool = False,
 ) -> Reading:
-    """Read the document with its needles, then `text`, then the questions. `report(done, total)` counts tokens."""
+    """Read the document with its needles, then `text`, then the questions: these in pieces, or one decode step a token.
+    `report(done, total)` counts tokens."""
     ids = [*hidden.document, *text, *hidden.tail]
     begin = len(hidden.document)
     handle, fed = probe.open(), 0
@@ -95,7 +107,7 @@ def read(
     losses, tops = [], []
     for first in range(begin, len(ids), _PIECE):
         piece = ids[first : first + _PIECE]
-        logits = probe.read(handle, piece)
+        logits = _steps(probe, handle, piece) if in_decode else probe.read(handle, piece)
         before = torch.cat([after, logits[:-1]])
         losses.append(torch.nn.functional.cross_entropy(before, torch.tensor(piece), reduction="none").numpy())
         tops.append(before.argmax(-1).numpy())
@@ -105,21 +117,29 @@ def read(
     model = probe.model
     pages = model.num_hidden_layers * model.num_key_value_heads * -(-len(ids) // probe.holder.page_size)
     held = (store.n_pages - store.free_pages) / pages
+    usage = probe.usage(handle)
+    share = (1.0 if usage is None else usage.read / usage.whole) if in_decode else None
     probe.close(handle)
     loss, top = np.concatenate(losses), np.concatenate(tops)
     expected = np.array(hidden.tail)
     places = np.concatenate([np.arange(*answer) for answer in hidden.answers])
     answers = top[len(text) :][places] == expected[places]
-    return Reading(float(loss[: len(text)].mean()), top[: len(text)], answers, held)
+    return Reading(float(loss[: len(text)].mean()), top[: len(text)], answers, held, share)
 
 
-def compare(reading: Reading, full: Reading) -> Quality:
-    """A reading beside that of the same text with the full cache."""
+def _steps(probe: Probe, handle: int, token_ids: Sequence[int]) -> torch.Tensor:
+    return torch.cat([probe.step([(handle, token)]) for token in token_ids])
+
+
+def compare(context: int, reading: Reading, full: Reading) -> Quality:
+    """A reading beside that of the same text with the full cache, at what counts as that many tokens."""
     return Quality(
+        context=context,
         nll_change=reading.nll / full.nll - 1,
         agreement=float((reading.top == full.top).mean()),
         passkeys=int(reading.answers.sum()),
         passkeys_full=int(full.answers.sum()),
         words=len(full.answers),
         held=reading.held,
+        read=reading.read,
     )

@@ -16,7 +16,7 @@ import numpy as np
 
 from lamina.errors import PolicyError
 from lamina.measure.calibration.calibrate import Calibration
-from lamina.measure.calibration.quality import Quality, Target
+from lamina.measure.calibration.quality import Target
 from lamina.measure.calibration.scores import Scores
 from lamina.policy_file import Heads, dumps, kept, kept_share
 from lamina.system.text_files import write_text
@@ -26,9 +26,9 @@ _MEASURES = {
     "kept": "Share of the tokens that a head keeps under the choice",
     "echo": "Echo: attention to the same token in earlier repeats (RazorAttention)",
     "induction": "Induction: attention to the token after it (RazorAttention)",
-    "mean attention": "Area under the cumulated attention of the mean query (DuoAttention without gradients)",
-    "alpha": "Gate after optimisation: 1 needs full attention, 0 does not (DuoAttention)",
-    "influence": "Estimated change of predictions in nats a token, mean over the options (logarithm)",
+    "mean_attention": "Area under the cumulated attention of the mean query (DuoAttention without gradients)",
+    "alpha": "Gate after training: 1 needs full attention, 0 does not (DuoAttention)",
+    "influence": "Estimated change of predictions in nats a token, mean over what was allowed (logarithm)",
     "combined": "Mean rank under all measures",
 }
 _STYLE = """body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}
@@ -38,16 +38,8 @@ th{text-align:left}pre{background:#f6f6f6;padding:1em;overflow-x:auto}img{max-wi
 
 def measures(found: Calibration) -> dict[str, Scores]:
     """Every number that has one value a head, `[layers, kv_heads]`, by the names that the report uses."""
-    evidence = found.evidence
-    return {
-        "kept": kept_shares(found.file.heads, found.context),
-        "echo": evidence.echo,
-        "induction": evidence.induction,
-        "mean attention": evidence.mean_attention,
-        "alpha": evidence.alpha,
-        "influence": evidence.influence.mean(0),
-        "combined": evidence.combined(),
-    }
+    of = {"kept": kept_shares(found.file.heads, found.context), **found.evidence.by_head()}
+    return of | ({"combined": found.evidence.combined()} if len(of) > 2 else {})
 
 
 def kept_shares(heads: Heads, context: int) -> Scores:
@@ -116,7 +108,9 @@ def page(found: Calibration, target: Target, of: Mapping[str, Scores], picture: 
         "<h2>What was tried</h2>",
         _trials(found, target),
         "<h2>Heads</h2>",
-        "<ul>" + "".join(f"<li><b>{name}</b>: {escape(text)}</li>" for name, text in _MEASURES.items()) + "</ul>",
+        "<ul>"
+        + "".join(f"<li><b>{name}</b>: {escape(text)}</li>" for name, text in _MEASURES.items() if name in of)
+        + "</ul>",
     ]
     if picture is not None:
         data = base64.b64encode(picture).decode()
@@ -128,19 +122,20 @@ def page(found: Calibration, target: Target, of: Mapping[str, Scores], picture: 
 
 
 def _trials(found: Calibration, target: Target) -> str:
-    names = ("KV held", "NLL change", "top-1 agreement", "passkey words", "with the full cache", "target")
+    names = ("tokens", "KV held", "NLL change", "top-1 agreement", "passkey words", "with the full cache", "target")
     rows = [_row("th", names)]
     for trial in sorted(found.trials, key=lambda trial: trial.quality.held):
-        quality: Quality = trial.quality
-        cells = (
-            f"{quality.held:.3f}",
-            f"{quality.nll_change:+.2%}",
-            f"{quality.agreement:.2%}",
-            f"{quality.passkeys} of {quality.words}",
-            str(quality.passkeys_full),
-            "met" if target.met(quality) else "missed",
-        )
-        rows.append(_row("td", cells))
+        for quality in trial.qualities:
+            cells = (
+                str(quality.context),
+                f"{quality.held:.3f}",
+                f"{quality.nll_change:+.2%}",
+                f"{quality.agreement:.2%}",
+                f"{quality.passkeys} of {quality.words}",
+                str(quality.passkeys_full),
+                "met" if target.met(quality) else "missed",
+            )
+            rows.append(_row("td", cells))
     return f"<table>{''.join(rows)}</table>"
 
 

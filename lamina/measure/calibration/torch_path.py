@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -42,7 +43,7 @@ class TorchPath:
         }
         for name, found in others.items():
             if found:
-                raise UnsupportedModelError(f"gating and spans need a model of plain attention; this one has {name}")
+                raise UnsupportedModelError(f"gates and influence need a model of plain attention; this one has {name}")
         self.config = config
         self.specs = config.layer_specs()
         weights = load_weights(config, source, torch.float32, torch.device("cpu"))
@@ -113,13 +114,14 @@ def attend(
 
 def _visible(policy: Policy, start: int, end: int) -> tuple[torch.Tensor | slice, torch.Tensor]:
     """Which keys queries [start, end) may see, and which of them each does, bool `[end - start, keys]`."""
-    sinks, seen_from = min(policy.sinks, start), policy.seen_from(start)
-    keys = torch.cat([torch.arange(sinks), torch.arange(max(seen_from, sinks), end)])
+    seen_from = policy.seen_from(start)
+    stay = torch.from_numpy(policy.stays(np.arange(seen_from), 1))
+    keys = torch.cat([stay.nonzero().squeeze(1), torch.arange(seen_from, end)])
     rows = []
     for view in policy.views(start, end - start):
         at = torch.arange(view.start, view.start + view.count).unsqueeze(1)
         seen = (keys <= at) & ((at - keys < view.window) | (keys < view.sinks))
-        if view.listed is not None:
-            seen &= torch.isin(keys, torch.tensor(view.listed))
+        if view.ranges is not None:
+            seen &= torch.from_numpy(view.ranged(keys.numpy()))
         rows.append(seen)
     return slice(0, end) if len(keys) == end else keys, torch.cat(rows)

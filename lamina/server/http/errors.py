@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from lamina.errors import ContextTooLong, EngineError, InvalidRequest, LaminaError, ModelFileError
+from lamina.errors import ContextTooLong, EngineError, InvalidRequest, LaminaError, ModelFileError, PolicyError
 from lamina.server.frontend import DeadlineExceeded, EngineUnavailable
 
 RETRY_AFTER = 1  # seconds after which a client may try again
@@ -100,6 +100,8 @@ def translated(error: LaminaError, fields: Collection[str] = (), ready: bool = T
             return ApiError(400, message, "prompt", "context_length_exceeded")
         case InvalidRequest():
             return ApiError(400, message, _named(message, fields))
+        case PolicyError():
+            return ApiError(400, message, "policy")
         case ModelFileError():  # of a chat template: the client's messages made it fail, or the model has none
             return ApiError(400, message, "messages", "chat_template_error")
         case DeadlineExceeded():

@@ -112,6 +112,9 @@ class EngineMetrics:
         yield self._gauge(
             "kv_read_ratio", "KV read in decode, of what reading all would take; 1 without policies.", read
         )
+        resident = shown.kv_resident if shown else 1.0
+        what = "KV pages in memory, of those that requests under way hold; 1 without kv_cold."
+        yield self._gauge("kv_resident_ratio", what, resident)
         yield self._gauge("missed_mass_ratio", "Estimated mean share of attention that queries did not read.", missed)
         info = GaugeMetricFamily(
             "lamina:cache_config_info", "How KV is kept.", labels=(*_LABELS, "block_size", "num_gpu_blocks")

@@ -29,7 +29,8 @@ _PIECE = 1 << 14  # characters that are tokenised at a time: 0.15 s at worst
 
 _PLAIN = (
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
-    "n", "min_tokens", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "skip_special_tokens",
+    "n", "min_tokens", "policy", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos",
+    "skip_special_tokens",
 )  # fmt: skip
 _STRUCTURES = {"json": "json_schema", "regex": "regex", "choice": "choice", "grammar": "grammar"}
 _LIFT = 100.0  # added to logits; more than their own differences

@@ -12,7 +12,14 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
-from lamina.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_SAMPLES, MAX_STOP_LENGTH, MAX_STOP_STRINGS
+from lamina.sampling_params import (
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_POLICY,
+    MAX_SAMPLES,
+    MAX_STOP_LENGTH,
+    MAX_STOP_STRINGS,
+)
 from lamina.server.http.errors import ApiError, shown
 from lamina.text.messages import ROLES
 
@@ -185,6 +192,9 @@ class GenerationRequest(Strict):
     return_tokens_as_token_ids: bool | None = Field(None, description="Log probabilities name tokens as token_id:ID.")
     echo: bool | None = Field(
         None, description="Begin with the prompt; in a chat, with the message that is continued. Not with logprobs."
+    )
+    policy: str | None = Field(
+        None, min_length=1, max_length=MAX_POLICY, description="Read and keep KV so: full, auto, or another policy."
     )
     priority: int | None = Field(None, ge=-(2**31), le=2**31 - 1, description="A lower one is served first.")
     cache_salt: str | None = Field(

@@ -37,6 +37,7 @@ from lamina.server.processes.child_protocol import LOG_LEVEL, line, pack_worker,
 from lamina.server.settings import ServerSettings
 from lamina.system.child_process import ChildProcess, end_all, module_command
 from lamina.system.private_folder import LOCK, lock, sweep
+from lamina_protocols.layers import ColdTier
 
 ENGINE_MODULE = "lamina.server.processes.engine_main"
 HTTP_MODULE = "lamina.server.processes.http_main"
@@ -61,7 +62,8 @@ class Reporter(Protocol):
 @dataclass(frozen=True, slots=True)
 class ServerPlan:
     """What is to run. `engine` are the keywords of `EngineConfig`, as JSON can hold them; `workers` how many attention
-    workers the supervisor starts, each with `kv_memory` bytes of KV and `threads` threads."""
+    workers the supervisor starts, each with `kv_memory` bytes of KV, which goes to `cold` when nobody reads it, and
+    `threads` threads."""
 
     model: str
     engine: Mapping[str, Any]
@@ -70,6 +72,7 @@ class ServerPlan:
     port: int
     workers: int = 0
     kv_memory: int = 0
+    cold: ColdTier | None = None
     threads: int = 1
     drain: float = 30.0  # seconds that requests under way get after SIGTERM
     journal: bool = False  # in the supervisor's own folder, unless the engine's keywords name another
@@ -167,7 +170,9 @@ class Supervisor:
         plan = self._plan
         if not plan.workers:
             return
-        workers = self._attention = LocalAttentionWorkers(plan.workers, kv_memory=plan.kv_memory, threads=plan.threads)
+        workers = self._attention = LocalAttentionWorkers(
+            plan.workers, kv_memory=plan.kv_memory, threads=plan.threads, cold=plan.cold
+        )
 
         def start() -> None:
             try:

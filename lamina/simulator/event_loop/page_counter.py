@@ -20,7 +20,14 @@ class Window:
     tokens: int
 
     @property
-    def sinks(self) -> int:
+    def evicts(self) -> bool:
+        return False
+
+    @property
+    def unit(self) -> int:
+        return 1
+
+    def staying(self, first: int, end: int, size: int) -> int:
         return 0
 
     def seen_from(self, start: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from lamina_workers.attention_worker.head_policies import HeadPolicies
 from lamina_workers.policies.policy import Policy
 
 from .measures import cosine, exact_attention, relative_error
-from .running import Progress, Total
+from .running import Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,17 +26,22 @@ class Fidelity:
     """Means over steps, float32 `[layers, heads]`, of query heads.
 
     `cosine` and `error` (relative, L2) are of the head's output; `mass` is the attention mass of the keys that it saw,
-    NaN for adaptive policies: only the holder has their choice of keys.
+    NaN for policies that choose or evict: only the holder knows which keys.
     """
 
     cosine: torch.Tensor
     error: torch.Tensor
     mass: torch.Tensor
 
+    def as_json(self) -> dict[str, Any]:
+        """Each as `[layers][heads]`, null where nothing is known."""
+        return {
+            name: [[None if x != x else round(x, 6) for x in row] for row in getattr(self, name).tolist()]
+            for name in ("cosine", "error", "mass")
+        }
 
-def read_heads(
-    probe: Probe, text: Sequence[int], steps: int, total: Total, progress: Progress, chunk: int = 1024
-) -> Fidelity:
+
+def read_heads(probe: Probe, text: Sequence[int], steps: int, progress: Progress, chunk: int = 1024) -> Fidelity:
     """Prefill `text` but its last `steps` tokens, feed these, and compare what every layer returns in each step."""
     recorder = _Recorder(probe.holder, HeadPolicies.of(probe.holder), len(text))
     handle = probe.open()
@@ -45,7 +51,6 @@ def read_heads(
     for token in text[-steps:]:
         probe.step([(handle, token)], recorder.tap, recorder.outcome)
         progress(1)
-    total.add(probe.usage(handle))
     probe.close(handle)
     return recorder.fidelity(steps)
 
@@ -53,15 +58,13 @@ def read_heads(
 def seen(policy: Policy, keys: int, page_size: int) -> torch.Tensor | None:
     """Which of `keys` keys the query of the last one sees in decode, bool `[keys]`; None where that depends on more
     than positions. Keys that a mean stands for, in whole pages, are not seen."""
-    if policy.adaptive:
+    if policy.adaptive or policy.evicts:
         return None
     (view,) = policy.views(keys - 1, 1)
     positions = torch.arange(keys)
-    visible = (positions >= keys - view.window) | (positions < view.sinks)
-    if view.listed is not None:
-        listed = torch.zeros(keys, dtype=torch.bool)
-        listed[torch.as_tensor(view.listed, dtype=torch.int64)] = True
-        visible &= listed
+    visible = torch.zeros(keys, dtype=torch.bool)
+    for first, end in view.seen(keys - 1):
+        visible[first:end] = True
     if policy.compensated:
         kept_from = policy.kept_from(keys - 1) // page_size * page_size
         visible &= (positions >= kept_from) | (positions < -(-policy.sinks // page_size) * page_size)

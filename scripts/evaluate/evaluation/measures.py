@@ -44,7 +44,8 @@ class Quality:
     """Predictions of a text beside those of the full cache.
 
     `nll` and `full_nll` are means over `tokens`; `change` is their difference and `relative` that over `full_nll`.
-    `error` is the standard error of `change` over the tokens' own differences, taken as independent.
+    `error` is the standard error of `change` over the tokens' own differences, taken as independent. `divergence` is
+    the mean over tokens, `worst` the largest.
     """
 
     tokens: int
@@ -54,6 +55,7 @@ class Quality:
     error: float
     relative: float
     divergence: float
+    worst: float
     agreement: float
 
 
@@ -64,6 +66,7 @@ def quality(full: torch.Tensor, other: torch.Tensor, targets: torch.Tensor) -> Q
     of_full, of_other = negative_log_likelihood(full, targets), negative_log_likelihood(other, targets)
     changes = (of_other - of_full).double()
     full_nll, change = float(of_full.double().mean()), float(changes.mean())
+    apart = divergence(full, other).double()
     return Quality(
         tokens=len(targets),
         nll=float(of_other.double().mean()),
@@ -71,7 +74,8 @@ def quality(full: torch.Tensor, other: torch.Tensor, targets: torch.Tensor) -> Q
         change=change,
         error=float(changes.std() / len(targets) ** 0.5),
         relative=change / full_nll if full_nll > 0 else 0.0,
-        divergence=float(divergence(full, other).double().mean()),
+        divergence=float(apart.mean()),
+        worst=float(apart.max()),
         agreement=float(agreement(full, other).double().mean()),
     )
 
@@ -81,29 +85,18 @@ class Score:
     """Answers of a task, of which only those count that the full cache gives.
 
     `asked` answers were asked for, `full` of them the full cache gives, and `kept` of those the policy gives too.
-    The task is `counted` where the full cache gives enough of them.
     """
 
     asked: int
     full: int
     kept: int
-    counted: bool
-
-    @property
-    def share(self) -> float | None:
-        """Of what the full cache answers; None where the task does not count."""
-        return self.kept / self.full if self.counted else None
 
 
-def score(full: Sequence[bool], other: Sequence[bool], gate: float) -> Score:
-    """Whether each answer is right, by the full cache and by another policy. `gate`: the share that makes a task
-    count, in (0, 1]."""
-    if len(full) != len(other) or not full:
-        raise ValueError(f"{len(full)} and {len(other)} answers; allowed is the same number, at least 1")
-    if not 0 < gate <= 1:
-        raise ValueError(f"gate is {gate}; allowed is above 0, up to 1")
-    right = sum(full)
-    return Score(len(full), right, sum(a and b for a, b in zip(full, other, strict=True)), right >= gate * len(full))
+def score(full: Sequence[bool], other: Sequence[bool]) -> Score:
+    """Whether each answer is right, by the full cache and by another policy."""
+    if len(full) != len(other):
+        raise ValueError(f"{len(full)} and {len(other)} answers; allowed is the same number")
+    return Score(len(full), sum(full), sum(a and b for a, b in zip(full, other, strict=True)))
 
 
 def exact_attention(

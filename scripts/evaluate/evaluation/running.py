@@ -1,135 +1,91 @@
-"""Texts and tasks through a `Probe`, in batches: what the model predicts, what it answers, what that read and kept.
-
-The probe has the policy. Everything is measured in decode, one token a step, where policies choose what they read; a
-prompt is prefilled in chunks before.
-"""
+"""A prompt's tasks through a `Probe`: all at once, each in a fork of the prompt, one given token a step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import hashlib
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import count
+from pathlib import Path
 
+import numpy as np
 import torch
 
-from lamina.measure.probe import Probe
+from lamina.measure.kept_kv import KeptKV
+from lamina.measure.probe import Probe, together
 from lamina_protocols.messages import Usage
 
-from .tasks import Item
+from .tasks import Prompt, Task
 
 Progress = Callable[[int], None]
 """Gets the number of tokens fed since its last call."""
 
+NOTHING_COUNTED = Usage(0, 0, 0.0, 0, 0.0, 0, 0, 0)
+
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """`batch` sequences at a time, prompts in chunks of `chunk` tokens."""
+class Outcome:
+    """Of a task: what the model predicts in the place of each token, float32 `[tokens, vocab]`, and what was read."""
 
-    batch: int = 4
-    chunk: int = 1024
-
-
-@dataclass(slots=True)
-class Total:
-    """`Usage` of several sequences; `held` and `kept` as they were at the end of each."""
-
-    read: int = 0
-    whole: int = 0
-    missed: float = 0.0
-    queries: int = 0
-    worst: float = 0.0
-    held: int = 0
-    kept: int = 0
-
-    def add(self, usage: Usage | None) -> None:
-        """None: a sequence that was read and kept whole; it is not counted."""
-        if usage is None:
-            return
-        for name in ("read", "whole", "missed", "queries", "held", "kept"):
-            setattr(self, name, getattr(self, name) + getattr(usage, name))
-        self.worst = max(self.worst, usage.worst)
-
-    @property
-    def read_share(self) -> float:
-        """Bytes read in decode, as a share of reading everything."""
-        return self.read / self.whole if self.whole else 1.0
-
-    @property
-    def held_share(self) -> float:
-        """Pages held at the end, as a share of keeping everything."""
-        return self.held / self.kept if self.kept else 1.0
-
-    @property
-    def missed_share(self) -> float:
-        """The mean attention mass that a query did not read, as the policies estimate it."""
-        return self.missed / self.queries if self.queries else 0.0
+    logits: torch.Tensor
+    usage: Usage
 
 
-def read_texts(
-    probe: Probe, texts: Sequence[Sequence[int]], steps: int, limits: Limits, total: Total, progress: Progress
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the model predicts after each of `steps` given tokens of each text, and what came.
-
-    A text is its prompt, then `steps` tokens and the one after. Returns logits float32 `[texts * steps, vocab]`, by
-    text, and targets int64 `[texts * steps]`.
-    """
-    logits, targets = [], []
-    for at in range(0, len(texts), limits.batch):
-        batch = texts[at : at + limits.batch]
-        prompts = [text[: -steps - 1] for text in batch]
-        with _opened(probe, prompts, limits, total, progress) as handles:
-            seen = []
-            for step in range(steps):
-                fed = [(handle, text[step - steps - 1]) for handle, text in zip(handles, batch, strict=True)]
-                seen.append(probe.step(fed))
-                progress(len(batch))
-        logits.append(torch.stack(seen, 1).flatten(0, 1))
-        targets += [token for text in batch for token in text[-steps:]]
-    return torch.cat(logits), torch.tensor(targets)
-
-
-def answers(
-    probe: Probe, items: Sequence[Item], limits: Limits, total: Total, progress: Progress
-) -> Iterator[list[bool]]:
-    """For each item, in order, whether each of its answers is right."""
-    for at in range(0, len(items), limits.batch):
-        batch = items[at : at + limits.batch]
-        first: list[int] = []
-        with _opened(probe, [item.prompt for item in batch], limits, total, progress, first) as handles:
-            said = [[token] for token in first]
-            for step in count():
-                going = [number for number, item in enumerate(batch) if step < len(item.answer) - 1]
-                if not going:
-                    break
-                fed = [(handles[n], said[n][step] if batch[n].scored is None else batch[n].answer[step]) for n in going]
-                likeliest = probe.step(fed).argmax(-1).tolist()
-                for number, token in zip(going, likeliest, strict=True):
-                    said[number].append(token)
-                progress(len(going))
-        for item, tokens in zip(batch, said, strict=True):
-            right = [a == b for a, b in zip(tokens, item.answer, strict=True)]
-            yield [all(right)] if item.scored is None else [right[n] for n in item.scored]
-
-
-@contextmanager
-def _opened(
-    probe: Probe,
-    prompts: Sequence[Sequence[int]],
-    limits: Limits,
-    total: Total,
-    progress: Progress,
-    first: list[int] | None = None,
-) -> Iterator[list[int]]:
-    """Handles of sequences with these prompts; the likeliest next tokens are put into `first`. Closes them."""
-    handles = []
-    for prompt in prompts:
-        handles.append(probe.open())
-        logits = probe.prefill(handles[-1], prompt, limits.chunk)
-        if first is not None:
-            first.append(int(logits.argmax()))
-        progress(len(prompt))
-    yield handles
-    for handle in handles:
-        total.add(probe.usage(handle))
+def read_tasks(probe: Probe, kept: KeptKV, prompt: Prompt, chunk: int, progress: Progress) -> dict[str, Outcome]:
+    """The outcome of each task, by name. The prompt's last token is fed in decode, so each token of a task is predicted
+    there, where policies choose."""
+    base = kept.begin(probe, prompt.tokens[:-1], chunk, progress)
+    handles = {task.name: probe.fork(base) for task in prompt.tasks}
+    fed = {task.name: (prompt.tokens[-1], *task.tokens[:-1]) for task in prompt.tasks}
+    logits: dict[str, list[torch.Tensor]] = {name: [] for name in handles}
+    for step in range(max(map(len, fed.values()))):
+        going = [name for name, tokens in fed.items() if step < len(tokens)]
+        found = probe.step([(handles[name], fed[name][step]) for name in going])
+        for name, row in zip(going, found, strict=True):
+            logits[name].append(row)
+        progress(len(going))
+    outcomes = {}
+    for name, handle in handles.items():
+        outcomes[name] = Outcome(torch.stack(logits[name]), probe.usage(handle) or NOTHING_COUNTED)
         probe.close(handle)
+    probe.close(base)
+    return outcomes
+
+
+def known(kept: KeptKV, prompt: Prompt, kv_dtype: str) -> dict[str, Outcome] | None:
+    """What the full cache has predicted in an earlier run; None where some task is new."""
+    files = {task.name: _file(kept, prompt, task, kv_dtype) for task in prompt.tasks}
+    if not all(file.is_file() for file in files.values()):
+        return None
+    return {name: Outcome(torch.from_numpy(np.load(file)), NOTHING_COUNTED) for name, file in files.items()}
+
+
+def keep(kept: KeptKV, prompt: Prompt, kv_dtype: str, outcomes: dict[str, Outcome]) -> None:
+    """Keep what the full cache predicts, beside the prompt's K and V."""
+    for task in prompt.tasks:
+        np.save(_file(kept, prompt, task, kv_dtype), outcomes[task.name].logits.numpy())
+
+
+def _file(kept: KeptKV, prompt: Prompt, task: Task, kv_dtype: str) -> Path:
+    key = hashlib.sha256(json.dumps([kv_dtype, task.tokens]).encode()).hexdigest()[:16]
+    return kept.path(prompt.tokens[:-1]) / f"{task.name}.{key}.npy"
+
+
+def all_of(outcomes: list[Outcome]) -> Outcome:
+    """Of several prompts' tasks of the same name."""
+    return Outcome(torch.cat([each.logits for each in outcomes]), together([each.usage for each in outcomes]))
+
+
+def read_share(usage: Usage) -> float:
+    """Bytes read in decode, as a share of reading everything."""
+    return usage.read / usage.whole if usage.whole else 1.0
+
+
+def held_share(usage: Usage) -> float:
+    """Pages held at the end, as a share of keeping everything."""
+    return usage.held / usage.kept if usage.kept else 1.0
+
+
+def missed_share(usage: Usage) -> float:
+    """The mean attention mass that a query did not read, as the policies estimate it."""
+    return usage.missed / usage.queries if usage.queries else 0.0

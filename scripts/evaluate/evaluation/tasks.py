@@ -1,12 +1,15 @@
-"""Makers of prompts whose right answer lies far back. Deterministic by seed; prompts are token ids.
+"""One long prompt, and what is asked at its end: tasks whose tokens are given one by one, each in a fork of the prompt.
 
-An `encode` turns text into ids without the special tokens around it; `begin` is the special tokens that a prompt
-starts with. `haystack` is ids of a real text. A context counts prompt and answer together.
+The prompt is a real text with hidden sentences in it: pass keys at many depths, pairs of words, and a piece of code. An
+`encode` turns text into ids without the special tokens around it; `begin` is the special tokens that a prompt starts
+with. Deterministic by seed.
 """
 
 from __future__ import annotations
 
+import inspect
 import random
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,8 +18,12 @@ from lamina.errors import InvalidRequest
 Encode = Callable[[str], list[int]]
 Ids = tuple[int, ...]
 
-_GRASS = " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-_CITIES = ("Berlin", "Paris", "London", "Rome", "Madrid", "Vienna", "Athens", "Dublin", "Lisbon", "Oslo")
+TASKS = ("text", "passkeys", "code", "switch", "recall", "changes")
+CODE_DEPTH = 0.3
+PHASES = 8  # lengths of what stands between two questions of `changes`
+QUOTE = 48  # tokens of each passage of `switch`
+_COLOURS = ("red", "blue", "green", "white", "black", "yellow", "brown", "orange")
+_DOORS = ("door", "gate", "chest", "garden", "tower", "cellar", "bridge", "office")
 _WORDS = (
     "apple river stone cloud bread horse chair green window garden market winter summer music paper table silver "
     "golden forest island engine doctor letter bridge castle mirror candle button basket bottle pencil carpet kitchen "
@@ -25,155 +32,126 @@ _WORDS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
-    """A prompt and its one right answer.
+class Task:
+    """Tokens that follow the prompt. `answers` has the places among them of each answer's tokens: the model is right
+    where it finds all of them likeliest."""
 
-    Where `scored` is None the model continues with its own likeliest tokens, and is right if all are the answer's.
-    Otherwise it is fed the answer token by token, and each token of it that `scored` names is an answer of its own,
-    right if the model found it likeliest.
-    """
-
-    task: str
     name: str
-    prompt: Ids
-    answer: Ids
-    scored: Ids | None = None
+    tokens: Ids
+    answers: tuple[Ids, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """`tokens`, and tasks of which each begins where they end."""
+
+    tokens: Ids
+    tasks: tuple[Task, ...]
 
     @property
-    def asked(self) -> int:
-        """How many answers it asks for."""
-        return 1 if self.scored is None else len(self.scored)
+    def tokens_fed(self) -> int:
+        """With all its tasks."""
+        return len(self.tokens) - 1 + sum(len(task.tokens) for task in self.tasks)
 
 
-def passkey(encode: Encode, begin: Sequence[int], context: int, depths: Sequence[float], seed: int) -> list[Item]:
-    """A pass key of five digits at each depth (0: first, 1: last) of a text that repeats itself.
+@dataclass(frozen=True, slots=True)
+class _Fact:
+    """A sentence that is told once: `asked` is how it begins, `answer` how it goes on."""
 
-    Ends as the key's sentence begins, not with a question: small models continue better than they answer. A key of
-    something is found better than a key alone.
-    """
-    grass = encode(_GRASS)
-    hay = grass * (context // len(grass) + 1)
-    return [
-        _hidden(
-            "passkey",
-            encode,
-            begin,
-            hay,
-            context,
-            depth,
-            "The pass key of the door is",
-            random.Random(f"{seed} passkey {at}"),
+    asked: Ids
+    answer: Ids
+    end: Ids
+
+    @property
+    def told(self) -> Ids:
+        return self.asked + self.answer + self.end
+
+
+def make_prompt(
+    encode: Encode, begin: Sequence[int], text: Sequence[int], context: int, steps: int, depths: int, pairs: int,
+    names: Sequence[str], seed: int,
+) -> Prompt:  # fmt: skip
+    """A prompt from the beginning of `text` that is `context` tokens long with its longest task. `steps` tokens are
+    asked of tasks that could be of any length; `depths` pass keys and `pairs` of words are hidden. `names` of TASKS."""
+    rng = random.Random(f"{seed} prompt")
+    keys = _passkeys(encode, depths, rng)
+    words = _pairs(encode, pairs, rng)
+    code = tuple(encode("\n\n" + inspect.getsource(textwrap.TextWrapper)))[: steps + QUOTE]
+    hidden = [((at + 0.5) / depths, key.told) for at, key in enumerate(keys)]
+    hidden += [((at + 0.2) / pairs, pair.told) for at, pair in enumerate(words)]
+    hidden.append((CODE_DEPTH, code))
+    asked = {
+        "passkeys": _asked("passkeys", rng.sample(keys, depths), (), rng),
+        "recall": _asked("recall", rng.sample(words, pairs), (), rng),
+        "changes": _asked("changes", rng.sample([*keys, *words], min(2 * PHASES, depths + pairs)), text[-1000:], rng),
+        "code": Task("code", code[:steps]),
+    }
+    longest = max([steps, *(len(asked[name].tokens) for name in names if name in asked)])
+    room = context - longest - len(begin) - sum(len(told) for _, told in hidden)
+    if room < max(len(hidden), 10 * QUOTE):
+        raise InvalidRequest(
+            f"context is {context}; {depths} pass keys, {pairs} pairs and {steps} steps need at least "
+            f"{context - room + 10 * QUOTE} tokens"
         )
-        for at, depth in enumerate(depths)
+    if room + steps > len(text):
+        raise InvalidRequest(f"context is {context}; the text has {len(text)} tokens, and {room + steps} are needed")
+    tokens, last = list(begin), 0
+    for depth, told in sorted(hidden):
+        at = int(depth * room)
+        tokens += [*text[last:at], *told]
+        last = at
+    tokens += text[last:room]
+    asked["text"] = Task("text", tuple(text[room : room + steps]))
+    asked["switch"] = Task("switch", _quotes(encode, text[:room], steps, rng))
+    return Prompt(tuple(tokens), tuple(asked[name] for name in TASKS if name in names))
+
+
+def _passkeys(encode: Encode, count: int, rng: random.Random) -> list[_Fact]:
+    """`The key of the red door is 12345.`, each of another door."""
+    doors = [f"{colour} {door}" for colour in _COLOURS for door in _DOORS]
+    if not 1 <= count <= len(doors):
+        raise InvalidRequest(f"depths is {count}; allowed are 1 to {len(doors)}")
+    facts = []
+    for door in rng.sample(doors, count):
+        number = str(rng.randint(10_000, 99_999))
+        asked, answer = encode(f"\n\nThe key of the {door} is"), encode(f" {number}")
+        facts.append(_Fact(tuple(asked), tuple(answer), tuple(encode(".\n\n"))))
+    return facts
+
+
+def _pairs(encode: Encode, count: int, rng: random.Random) -> list[_Fact]:
+    """`The key is value.`: multi-query associative recall (MQAR, arXiv 2312.04927) in words."""
+    words = [word for word in _WORDS.split() if len(encode(f" {word}")) == 1]
+    if not 1 <= count <= len(words) // 2:
+        raise InvalidRequest(f"pairs is {count}; allowed with this tokenizer are 1 to {len(words) // 2}")
+    chosen = rng.sample(words, 2 * count)
+    return [
+        _Fact(tuple(encode(f"\nThe {key} is")), tuple(encode(f" {value}")), tuple(encode(".\n")))
+        for key, value in zip(chosen[:count], chosen[count:], strict=True)
     ]
 
 
-def needle(
-    encode: Encode, begin: Sequence[int], haystack: Sequence[int], context: int, depths: Sequence[float], seed: int
-) -> list[Item]:
-    """A number of five digits at each depth of a real text, of which each item takes another piece."""
-    items = []
-    for at, depth in enumerate(depths):
-        rng = random.Random(f"{seed} needle {at}")
-        hay = _piece(haystack, context, rng)
-        asked = f"The secret number of {rng.choice(_CITIES)} is"
-        items.append(_hidden("needle", encode, begin, hay, context, depth, asked, rng))
-    return items
+def _asked(name: str, facts: Sequence[_Fact], between: Sequence[int], rng: random.Random) -> Task:
+    """All facts once more, one after the other. With `between`, 0 to 7 tokens of it stand before each: so the place
+    that a query needs changes at every distance from the last one."""
+    tokens: list[int] = []
+    answers = []
+    for number, fact in enumerate(facts):
+        if between:
+            count = number % PHASES
+            start = rng.randrange(len(between) - count)
+            tokens += between[start : start + count]
+        at = len(tokens) + len(fact.asked)
+        answers.append(tuple(range(at, at + len(fact.answer))))
+        tokens += fact.told
+    return Task(name, tuple(tokens), tuple(answers))
 
 
-def _hidden(
-    task: str,
-    encode: Encode,
-    begin: Sequence[int],
-    hay: Sequence[int],
-    context: int,
-    depth: float,
-    asked: str,
-    rng: random.Random,
-) -> Item:
-    if not 0 <= depth <= 1:
-        raise InvalidRequest(f"a depth is {depth}; allowed are 0 to 1")
-    number = str(rng.randint(10_000, 99_999))
-    said, question, answer = encode(f"\n\n{asked} {number}.\n\n"), encode(f"\n\n{asked}"), encode(f" {number}")
-    room = context - len(begin) - len(said) - len(question) - len(answer)
-    _enough(task, room, context)
-    before = int(depth * room)
-    prompt = (*begin, *hay[:before], *said, *hay[before:room], *question)
-    return Item(task, f"depth {depth:g}", prompt, tuple(answer))
-
-
-def copying(
-    begin: Sequence[int], haystack: Sequence[int], context: int, count: int, scored: int, seed: int
-) -> list[Item]:
-    """Random tokens of the haystack, all of them twice: the last `scored` of the second time.
-
-    One token more is fed than scored, so that the first one scored is predicted in decode too.
-    """
-    used = sorted(set(haystack))
-    length = (context - len(begin)) // 2
-    _enough("copying", length - scored - 1, context)
-    items = []
-    for at in range(count):
-        rng = random.Random(f"{seed} copying {at}")
-        block = [rng.choice(used) for _ in range(length)]
-        prompt, answer = (*begin, *block, *block[: -scored - 1]), tuple(block[-scored - 1 :])
-        items.append(Item("copying", f"copy {at}", prompt, answer, tuple(range(1, scored + 1))))
-    return items
-
-
-def recall(
-    encode: Encode,
-    begin: Sequence[int],
-    haystack: Sequence[int],
-    context: int,
-    count: int,
-    seed: int,
-    pairs: int = 8,
-) -> list[Item]:
-    """Multi-query associative recall (MQAR, arXiv 2312.04927) in words: `The key is value.` for each pair, spread over
-    a real text, then all of them again in another order; asked for are the values."""
-    words = [word for word in _WORDS.split() if len(encode(f" {word}")) == 1]
-    if not 1 <= pairs <= len(words) // 2:
-        raise InvalidRequest(f"pairs is {pairs}; allowed with this tokenizer are 1 to {len(words) // 2}")
-    items = []
-    for at in range(count):
-        rng = random.Random(f"{seed} recall {at}")
-        chosen = rng.sample(words, 2 * pairs)
-        told = list(zip(chosen[:pairs], chosen[pairs:], strict=True))
-        lines = [encode(f"\nThe {key} is {value}.\n") for key, value in told]
-        answer: list[int] = []
-        scored = []
-        for key, value in rng.sample(told, pairs):
-            asked = encode(f"\nThe {key} is")
-            scored.append(len(answer) + len(asked))
-            answer += asked + encode(f" {value}") + encode(".\n")
-        room = context - len(begin) - sum(map(len, lines)) - len(answer)
-        _enough("recall", room, context)
-        hay, prompt = _piece(haystack, room, rng), list(begin)
-        for number, line in enumerate(lines):
-            prompt += line
-            prompt += hay[room * number // pairs : room * (number + 1) // pairs]
-        items.append(Item("recall", f"recall {at}", tuple(prompt), tuple(answer), tuple(scored)))
-    return items
-
-
-def windows(begin: Sequence[int], haystack: Sequence[int], context: int, count: int) -> list[Ids]:
-    """`count` pieces of a text, evenly spread over it, each `context` tokens with `begin`."""
-    length = context - len(begin)
-    if count < 1 or length < 1 or len(haystack) < length:
-        raise InvalidRequest(f"{count} pieces of {length} tokens are asked of a text of {len(haystack)}")
-    last = len(haystack) - length
-    starts = [last * at // max(1, count - 1) for at in range(count)]
-    return [(*begin, *haystack[start : start + length]) for start in starts]
-
-
-def _piece(haystack: Sequence[int], length: int, rng: random.Random) -> Sequence[int]:
-    if len(haystack) < length:
-        raise InvalidRequest(f"a piece of {length} tokens is asked of a text of {len(haystack)}")
-    start = rng.randint(0, len(haystack) - length)
-    return haystack[start : start + length]
-
-
-def _enough(task: str, room: int, context: int) -> None:
-    if room < 1:
-        raise InvalidRequest(f"context is {context}; {task} needs at least {context - room + 1} tokens")
+def _quotes(encode: Encode, text: Sequence[int], steps: int, rng: random.Random) -> Ids:
+    """Passages of the text, each from another place, so that the topic changes with each."""
+    count = -(-steps // QUOTE)
+    places = [int(at * (len(text) - QUOTE) / count) for at in range(count)]
+    gap, tokens = encode("\n\n"), []
+    for at in rng.sample(places, count):
+        tokens += [*gap, *text[at : at + QUOTE - len(gap)]]
+    return tuple(tokens[:steps])

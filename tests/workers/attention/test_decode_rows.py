@@ -281,14 +281,65 @@ def test_late_messages_of_a_batch_that_was_followed_are_refused() -> None:
         pair.following.handle(Announcement(1, 9, 1, (), (decode(1, 23),)))
 
 
-@pytest.mark.parametrize("spec", [{"window": 24}, {"policies": ("streaming(sink=16, recent=32)",) * 2}])
-def test_rows_with_windows_are_planned_anew(spec: dict[str, object]) -> None:
-    pair = Pair(layers=[dataclasses.replace(layer, **spec) for layer in LAYERS])
-    opened(pair, {1: 60})
+STREAMING = "streaming(sink=16, recent=40)"
+MIXED = [
+    dataclasses.replace(LAYERS[0], policies=("full", STREAMING)),
+    dataclasses.replace(LAYERS[1], policies=("span(alpha=20, beta=0.3)", "full")),
+]
+SPECS = {
+    "window": [dataclasses.replace(layer, window=24) for layer in LAYERS],
+    "streaming": [dataclasses.replace(layer, policies=(STREAMING,) * 2) for layer in LAYERS],
+    "mixed": MIXED,
+    "not worth it": [dataclasses.replace(layer, policies=("retrieval", "retrieval(recent=9)")) for layer in LAYERS],
+}
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("layers", SPECS.values(), ids=SPECS)
+def test_rows_with_policies_are_stored_freed_counted_and_attended_as_if_planned_anew(
+    layers: list[LayerSpec], fused: bool
+) -> None:
+    """From where windows hide nothing yet to where pages have been freed for long. Answers say what was read, what is
+    kept and how far parts can return; all of it is compared."""
+    pair = Pair(layers=layers)
+    lengths = {1: 5, 2: 16, 3: 31, 4: 100}
+    opened(pair, lengths)
+    for step in range(80):
+        rows = [decode(handle, length + step, fused) for handle, length in lengths.items()]
+        assert pair.announce((), rows).accepted
+        pair.run(rows)
+    assert pair.following.followed >= (70 if layers is not MIXED else 60)  # a span changes at every 64th position
+
+
+@pytest.mark.parametrize("policy", ["razor(sink=16, recent=32, share=0)", "sharded(block=16, local=1, stride=2)"])
+def test_means_and_lists_are_planned_anew(policy: str) -> None:
+    pair = Pair(layers=[dataclasses.replace(layer, policies=(policy,) * 2) for layer in LAYERS])
+    opened(pair, {1: 90})
     for step in range(40):
-        assert pair.announce((), [decode(1, 60 + step)]).accepted
-        pair.run([decode(1, 60 + step)])
+        assert pair.announce((), [decode(1, 90 + step)]).accepted
+        pair.run([decode(1, 90 + step)])
     assert pair.following.followed == 0
+
+
+def test_drafts_of_rows_that_are_several_of_the_kernels_are_planned_anew() -> None:
+    pair = Pair(layers=MIXED)
+    opened(pair, {1: 90, 2: 33})
+    for step in range(20):
+        rows = [decode(1, 90 + step, count=1 + step // 10), decode(2, 33 + step)]
+        assert pair.announce((), rows).accepted
+        pair.run(rows)
+    assert pair.following.followed == 9
+
+
+def test_a_batch_that_begins_to_choose_is_planned_anew() -> None:
+    pair = Pair(layers=[dataclasses.replace(layer, policies=("page_top_k(recent=16)",) * 2) for layer in LAYERS])
+    opened(pair, {1: 90})
+    for worker in pair.workers:
+        worker.pools[0].reader._choosers.worth = lambda policy, tokens: sum(tokens) > 2 * 100  # type: ignore
+    for step in range(20):
+        assert pair.announce((), [decode(1, 90 + step)]).accepted
+        pair.run([decode(1, 90 + step)])
+    assert pair.following.followed == 9
 
 
 def test_rows_follow_only_the_same_rows_a_token_further() -> None:
@@ -310,10 +361,11 @@ def test_rows_follow_only_the_same_rows_a_token_further() -> None:
     assert not is_next(last, further[::-1])
 
 
+@pytest.mark.parametrize("layers", [LAYERS, MIXED], ids=["full", "mixed"])
 @pytest.mark.parametrize("seed", range(12))
-def test_random_batches_are_as_if_planned_anew(seed: int) -> None:
+def test_random_batches_are_as_if_planned_anew(seed: int, layers: Sequence[LayerSpec]) -> None:
     rng = random.Random(seed)
-    pair = Pair(pages=rng.choice([60, 4000]))
+    pair = Pair(pages=rng.choice([60, 4000]), layers=layers)
     held: dict[int, int] = {}
     last: list[int] = []
     handles = 0
@@ -330,7 +382,8 @@ def test_random_batches_are_as_if_planned_anew(seed: int) -> None:
         elif event < 0.13:
             handles += 1
             parent = rng.choice(list(held))
-            operations.append(Fork(handles, parent, length := rng.randint(0, held[parent])))
+            lowest = pair.anew.store.floor(pair.anew.store.part(parent))
+            operations.append(Fork(handles, parent, length := rng.randint(min(lowest, held[parent]), held[parent])))
             held_after[handles] = length
         elif event < 0.17:
             gone = rng.choice(list(held))

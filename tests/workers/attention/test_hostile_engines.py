@@ -20,6 +20,7 @@ from lamina_protocols import codec, control
 from lamina_protocols import messages as m
 from lamina_protocols.channels import ChannelClosed
 from lamina_protocols.frames import Prefix, pack_prefix
+from lamina_protocols.query_samples import FetchSample, Sample
 from lamina_protocols.service import WorkerClient, WorkerRefused
 from lamina_workers.ports.remote import RemoteAttention
 
@@ -41,6 +42,8 @@ REQUESTS: dict[str, tuple[Sequence[m.Request], m.Request]] = {
     "fresh pages": ((BEGIN,), m.FreshPages(3, 5, 0, 0, 1, PAGE)),
     "fetch": ((BEGIN,), m.Fetch(3, 5, 0, 1, 0, 0)),
     "fetch pages": ((BEGIN,), m.FetchPages(3, 5, 0, 1, 1, 0, 0)),
+    "sample": ((BEGIN,), Sample(3, 5, 0, 1, (0,), (0, 2), Q[:4].bfloat16())),
+    "fetch sample": ((BEGIN,), FetchSample(3, 5, 0, 1, 0, 9)),
     "survey": ((BEGIN,), m.Survey(3, 1, 0)),
 }
 

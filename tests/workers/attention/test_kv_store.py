@@ -11,16 +11,24 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from lamina_protocols.layers import HolderConfig, LayerSpec
 from lamina_protocols.messages import Close, Fork, Open, Row
 from lamina_workers.attention_worker.head_policies import HeadPolicies
-from lamina_workers.attention_worker.kv_store import NO_PAGE, KVStore
+from lamina_workers.attention_worker.kv_store import KVStore
+from lamina_workers.attention_worker.page_pool import NO_PAGE
 from lamina_workers.errors import KVError, PoolExhausted, TornParts
 
 SIZE = 16
 WINDOW = 20
 
 
+SHARDED = "sharded(block=32, local=1, stride=2, offset=1, step=0)"
+
+
 def config(windows=(None, WINDOW), kv_heads=2):
-    layers = tuple(LayerSpec(i, 4, kv_heads, 16, 16, 0.25, window) for i, window in enumerate(windows))
-    return HolderConfig(layers, SIZE, "float32", 0)
+    """Layers with these sliding windows, or of these policies."""
+    layers = []
+    for i, what in enumerate(windows):
+        policies, window = ((what,) * kv_heads, None) if isinstance(what, str) else ((), what)
+        layers.append(LayerSpec(i, 4, kv_heads, 16, 16, 0.25, window, policies=policies))
+    return HolderConfig(tuple(layers), SIZE, "float32", 0)
 
 
 class Filled(KVStore):
@@ -147,6 +155,31 @@ def test_pages_behind_a_window_are_freed_and_raise_the_floor():
     kv.check_integrity()
 
 
+def test_blocks_outside_the_stride_are_freed_once_they_are_not_local():
+    kv = store(1000, (SHARDED,))
+    kv.update([Open(1, 0, (0, 1), 0, 1000)], [row(1, 0, 200)])
+    reservation = kv.update([], [row(1, 200, 1)])  # of block 6: odd blocks stay, and its own
+    kept = (kv.part(1).table[0, 0, :13] != NO_PAGE).tolist()
+    assert kept == [False, False, True, True] * 3 + [True]
+    assert reservation.floors == (5 * 32,)  # from block 5 on nobody sees block 4
+    kv.update([Fork(2, 1, 5 * 32)], [row(2, 5 * 32, 1)])
+    with pytest.raises(KVError, match="cannot fork"):
+        kv.update([Fork(3, 1, 5 * 32 - 1)], [])
+    kv.check_integrity()
+    kv.update([Close(1), Close(2)], [])
+    assert kv.free_pages == 1000
+
+
+def test_a_range_frees_by_positions_of_the_sequence():
+    kv = store(1000, (SHARDED,))
+    kv.update([Open(1, 0, (0,), 32, 160)], [row(1, 0, 300)])
+    reservation = kv.update([], [row(1, 300, 1)])
+    kept = (kv.part(1).table[0, 0, :8] != NO_PAGE).tolist()
+    assert kept == [True, True, False, False] * 2
+    assert reservation.floors == (5 * 32,)
+    kv.check_integrity()
+
+
 def test_a_part_of_a_range_stores_only_its_own_positions():
     kv = store(100)
     kv.update([Open(1, 0, (1,), 24, 56)], [row(1, 0, 30)])
@@ -195,6 +228,35 @@ def test_a_fork_of_a_range_has_every_key_that_its_windows_see(length, allowed):
         with pytest.raises(KVError, match="cannot fork"):
             kv.update([Fork(2, 1, length)], [])
     kv.check_integrity()
+
+
+def test_a_fork_has_a_policy_of_its_own_where_it_sees_nothing_that_was_let_go():
+    kv = store(1000, (None, WINDOW))
+    kv.update([Open(1, 0, (0, 1), 0, 1000), Open(9, 0, (0, 1), 0, 1000, "streaming(sink=4, recent=20)")], [])
+    kv.update([], [row(1, 0, 64), row(9, 0, 64)])
+    kv.update([], [row(1, 64, 1), row(9, 64, 1)])
+    kv.check_integrity()
+    for number, policy in enumerate(("streaming(sink=4, recent=20)", "sharded", "full", "razor(sink=4, recent=9)")):
+        kv.update([Fork(2 + number, 1, 65, policy)], [])  # what is kept in full serves any
+        kv.check_integrity()
+        kv.update([], [Row(2 + number, 65, 1, (0, 66), True, chooses=True)])
+        kv.check_integrity()
+    kv.update([Fork(10, 9, 65, "streaming(sink=4, recent=20)")], [])
+    for policy in ("", "full", "streaming(sink=20, recent=20)", "streaming(sink=4, recent=40)"):
+        with pytest.raises(KVError, match="cannot fork part 9 at 65 for other policies"):
+            kv.update([Fork(11, 9, 65, policy)], [])
+        kv.check_integrity()
+    kv.update([Open(12, 0, (0, 1), 0, 1000, "streaming(sink=4, recent=20)")], [row(12, 0, 20)])
+    kv.update([Fork(13, 12, 17, "full")], [row(13, 17, 9)])  # nothing is gone yet
+    kv.check_integrity()
+
+
+@pytest.mark.parametrize("policy", ["magic", "streaming(sink=-1)", "retrieval", "x" * 1000])
+def test_a_part_whose_policy_cannot_be_served_is_refused(policy):
+    kv = store(100)
+    with pytest.raises(KVError, match="part 1: "):
+        kv.update([Open(1, 0, (0, 1), 0, 1000, policy)], [])
+    assert not kv.has(1)
 
 
 def snapshot(kv):
@@ -249,8 +311,8 @@ class Pool(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.kv = store(120, (None, WINDOW))
-        self.memory = np.full((120, SIZE), -1)
+        self.kv = store(180, (None, WINDOW, SHARDED))
+        self.memory = np.full((180, SIZE), -1)
         self.held: dict[int, list[int]] = {}
         self.floors: dict[int, int] = {}
         self.handles = 0
@@ -309,15 +371,17 @@ class Pool(RuleBasedStateMachine):
             assert part.held == len(values)
             if not values:
                 continue
-            for layer, seen_from in ((0, 0), (1, max(0, self.floors[handle] - WINDOW + 1))):
-                positions = np.arange(seen_from, len(values))
+            floor, positions = self.floors[handle], np.arange(len(values))
+            sharded = (positions // 32 >= floor // 32) | (positions // 32 % 2 == 1)
+            for layer, seen in enumerate((positions >= 0, positions > floor - WINDOW, sharded)):
+                positions = np.flatnonzero(seen)
                 pages = part.table[layer][:, positions // SIZE]
                 assert (pages != NO_PAGE).all()
                 assert (self.memory[pages, positions % SIZE] == np.array(values)[positions]).all()
 
     def teardown(self):
         self.kv.update([Close(handle) for handle in self.held], [])
-        assert self.kv.free_pages == 120
+        assert self.kv.free_pages == 180
         self.kv.check_integrity()
 
 

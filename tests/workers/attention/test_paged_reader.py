@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lamina_kernels.paged.pages import Pages
 from lamina_kernels.partial import Partial, merge
 from lamina_protocols.layers import HolderConfig, LayerSpec
-from lamina_protocols.messages import Close, Fork, Open, Operation, Row
+from lamina_protocols.messages import Close, Fork, Open, Operation, Row, Usage
 from lamina_workers.attention_worker.head_policies import HeadPolicies
 from lamina_workers.attention_worker.kv_store import KVStore
 from lamina_workers.attention_worker.page_layout import attention_kernels, page_layout
@@ -26,7 +26,10 @@ from lamina_workers.policies.policy import Policy
 LAYERS, KV_HEADS, GROUP, D_K, D_V, SIZE = 2, 3, 2, 16, 32, 16
 TOKEN_BYTES = (D_K + D_V) * 4  # in one layer and KV head
 ALL = tuple(range(KV_HEADS))
-STATIC = ("full", "streaming(sink=9, recent=21)", "span(alpha=30, beta=0.3)", "sharded(block=8, local=2, stride=3)")
+STATIC = (
+    *("full", "streaming(sink=9, recent=21)", "span(alpha=30, beta=0.3)"),
+    *("sharded(block=16, local=2, stride=3)", "dilated(block=16, sink=16, local=1, reach=7, dilation=2)"),
+)
 WHOLE = "page_top_k(sink=0, recent=1, budget=1)"  # chooses every page
 TIGHT = "page_top_k(sink=16, recent=16, budget=0.1, least=1)"
 RAZOR = "razor(sink=16, recent=40, share=0.05)"
@@ -53,10 +56,10 @@ class Rig:
         """What an announcement does, and the KV of its rows: random, or that of the part `of`."""
         reservation = self.store.update(operations, rows)
         for operation in operations:
-            if isinstance(operation, Fork):
-                self.reader.forked(operation)
-            elif isinstance(operation, Close):
+            if isinstance(operation, Close):
                 self.reader.forget(operation.handle)
+            else:
+                self.reader.opened(operation)
         self.reader.absorb(reservation.absorbed)
         if reservation.copies_from.size:
             pairs = (reservation.copies_from, reservation.copies_to)
@@ -83,9 +86,12 @@ class Rig:
             k, v = (x[row.handle][layer, first - part.lo :].flatten(0, 1) for x in (self.k, self.v))
             self.kernels.append(self.pages, places, layer, k, v)
 
-    def part(self, handle: int, tokens: int, heads: tuple[int, ...] = ALL, lo: int = 0, of: int | None = None) -> None:
+    def part(
+        self, handle: int, tokens: int, heads: tuple[int, ...] = ALL, lo: int = 0, of: int | None = None,
+        policy: str = "",
+    ) -> None:  # fmt: skip
         """A part of `tokens` positions from `lo` on; of the sequence that part `of` has whole, where one is given."""
-        self.tell(Open(handle, 0, heads, lo, 1 << 20), rows=[Row(handle, lo, tokens, None, store=True)], of=of)
+        self.tell(Open(handle, 0, heads, lo, 1 << 20, policy), rows=[Row(handle, lo, tokens, None, store=True)], of=of)
 
     def attend(self, rows: Sequence[Row]) -> list[list[Partial]]:
         """By layer and row: what its vectors get. Every layer has queries of its own, kept as `q`, `[layers, n, d]`."""
@@ -94,7 +100,7 @@ class Rig:
         self.readings = self.reader.readings(rows)
         found = []
         for layer in range(LAYERS):
-            reading = self.readings[self.policies.reads[layer]]
+            reading = self.readings.of(layer)
             out, lse = self.reader.attend(reading, layer, self.q[layer])
             found.append([Partial(*x) for x in zip(out.split(self.counts), lse.split(self.counts), strict=True)])
         return found
@@ -110,7 +116,7 @@ class Rig:
             logits = torch.einsum("tgd,kd->tgk", q[:, at], k) * spec.scale
             if spec.soft_cap is not None:
                 logits = spec.soft_cap * torch.tanh(logits / spec.soft_cap)
-            visible = seen(self.policies.reads[layer][head], row, part.lo, len(k))
+            visible = seen(part.policies.reads[layer][head], row, part.lo, len(k))
             logits = logits.masked_fill(~visible[:, None], -torch.inf)
             out[:, at] = torch.softmax(logits, -1).nan_to_num(0) @ v
             lse[:, at] = torch.logsumexp(logits, -1)
@@ -130,10 +136,10 @@ def seen(policy: Policy, row: Row, lo: int, keys: int) -> torch.Tensor:
     masks = []
     for view in policy.views(row.start, row.count):
         for p in range(view.start, view.start + view.count):
-            near = (p - key < view.window) | (key < view.sinks)
-            if view.listed is not None:
-                near = torch.isin(key, torch.as_tensor(list(view.listed)))
-            masks.append(within & (key <= p) & near)
+            near = torch.zeros(keys, dtype=torch.bool)
+            for first, end in view.seen(p):
+                near |= (key >= first) & (key < end)
+            masks.append(within & near)
     return torch.stack(masks)
 
 
@@ -186,7 +192,7 @@ def test_every_vector_is_planned_or_chosen_for_and_never_both(
         rig.part(handle, held, heads, lo)
         rows.append(Row(handle, start, count, (lo, start), store=False, chooses=decode))
         n += count * len(heads) * GROUP
-    for reading in rig.reader.readings(rows).values():
+    for reading in rig.reader.readings(rows).each:
         planned = torch.arange(n) if reading.vectors is None else reading.vectors
         chosen = [group.vectors for group in reading.groups]
         assert torch.cat([planned, *chosen]).sort().values.tolist() == list(range(n))
@@ -207,13 +213,55 @@ def test_shards_of_a_sequence_merge_to_the_whole_when_positions_and_heads_are_cu
         pieces = []
         for handle, (heads, lo, hi) in shards.items():
             rows = [Row(handle, tokens, 1, (lo, hi), store=False, chooses=True)]
-            reading = rig.reader.readings(rows)[rig.policies.reads[layer]]
+            reading = rig.reader.readings(rows).of(layer)
             out, lse = rig.reader.attend(reading, layer, q[layer, list(heads)].reshape(-1, D_K))
             piece = Partial(torch.zeros(KV_HEADS, GROUP, D_V), torch.full((KV_HEADS, GROUP), -torch.inf))
             piece.out[list(heads)] = out.view(len(heads), GROUP, D_V)
             piece.lse[list(heads)] = lse.view(len(heads), GROUP)
             pieces.append(Partial(piece.out.view(-1, D_V), piece.lse.view(-1)))
         close(merge(pieces), whole[layer])
+
+
+@pytest.mark.parametrize("own", ["full", "retrieval", STATIC[1]])
+def test_each_part_is_read_by_its_own_policy_when_a_batch_has_several(own: str) -> None:
+    rig, tokens = Rig(*[own] * KV_HEADS), 150
+    policies = ["", *STATIC, "razor(sink=16, recent=200)", *([WHOLE] if own == "retrieval" else [])]
+    for handle, policy in enumerate(policies):
+        rig.part(handle, tokens, policy=policy)
+    rows = [Row(n, tokens, 1, (0, tokens), False, chooses=True) for n in range(len(policies))]
+    rig.check([*rows, Row(2, tokens, 3, (0, tokens), store=False)])
+    together = rig.attend(rows)
+    for number, row in enumerate(rows):  # as alone
+        (reading,) = (readings := rig.reader.readings([row])).each
+        assert readings.by_layer == (0,) * LAYERS
+        for layer, of_layer in enumerate(together):
+            close(Partial(*rig.reader.attend(reading, layer, rig.q[layer].split(rig.counts)[number])), of_layer[number])
+
+
+def test_only_parts_whose_policy_was_named_are_counted() -> None:
+    rig = Rig()
+    rig.part(1, 200)
+    rig.part(2, 200, policy=STATIC[1])
+    rig.attend([Row(n, 200, 1, (0, 200), store=False, chooses=True) for n in (1, 2)])
+    rig.reader.end(rig.readings.each)
+    assert rig.readings.counted
+    assert rig.reader.usage(1) == Usage(0, 0, 0.0, 0, 0.0, 0, 0, 0)
+    usage = rig.reader.usage(2)
+    assert (usage.read, usage.whole) == tuple(LAYERS * KV_HEADS * n * TOKEN_BYTES for n in (9 + 20, 200))
+
+
+def test_a_chooser_lives_as_long_as_a_part_has_its_policy() -> None:
+    rig = Rig("retrieval", "full", "full")
+    adaptive = rig.reader._adaptive
+    assert adaptive is not None
+    for handle in (1, 2):
+        rig.part(handle, 40, policy=TIGHT)
+    for handle in (1, 2):
+        assert [policy.name for policy in adaptive._choosers] == ["retrieval", "page_top_k"]
+        rig.tell(Close(handle))
+    assert [policy.name for policy in adaptive._choosers] == ["retrieval"]
+    rig.part(3, 400)
+    rig.check([Row(3, 400, 1, (3 * SIZE, 390), store=False, chooses=True)])  # the worker's own is still there
 
 
 def test_choosing_heads_do_not_disturb_static_ones_when_both_are_in_a_row() -> None:
@@ -273,7 +321,7 @@ def test_usage_counts_the_keys_that_each_head_has_seen_when_a_batch_ends() -> No
     row = Row(1, tokens, 1, (0, tokens), store=False, chooses=True)
     for _ in range(2):
         rig.attend([row])
-        rig.reader.end(rig.readings.values())
+        rig.reader.end(rig.readings.each)
     read = sum(int(seen(policy, row, 0, tokens).sum()) for policy in rig.policies.reads[0])
     usage = rig.reader.usage(1)
     assert usage.read == 2 * LAYERS * read * TOKEN_BYTES
@@ -288,7 +336,7 @@ def test_usage_counts_a_mean_as_one_token_when_pages_were_let_go() -> None:
     step = Row(1, tokens, 1, (0, tokens), store=True, chooses=True)
     rig.tell(rows=[step])
     rig.attend([dataclasses.replace(step, store=False)])
-    rig.reader.end(rig.readings.values())
+    rig.reader.end(rig.readings.each)
     first, end = rig.store.gap(rig.store.part(1), rig.policies.reads[0][1])
     kept = tokens - (end - first) * SIZE + 1  # in float32, as tokens are stored here
     assert rig.reader.usage(1).read == LAYERS * (tokens + 2 * kept) * TOKEN_BYTES
@@ -299,24 +347,24 @@ def test_nothing_is_chosen_when_a_row_reads_less_than_its_part_has() -> None:
     rig.part(1, 400, lo=SIZE)
     rows = [Row(1, 400, 1, (3 * SIZE, 390), store=False, chooses=True)]
     rig.check(rows)
-    assert all(reading.groups == () for reading in rig.readings.values())
+    assert all(reading.groups == () for reading in rig.readings.each)
 
 
 def test_prefill_is_read_whole_and_not_counted_when_policies_choose() -> None:
     rig = Rig(TIGHT, WHOLE, "retrieval")
     rig.part(1, 333)
     rig.check([Row(1, 333, 17, (0, 333), store=False)])
-    rig.reader.end(rig.readings.values())
+    rig.reader.end(rig.readings.each)
     assert rig.reader.usage(1).read == 0
 
 
 def test_reader_refuses_what_no_batch_can_have() -> None:
     rig = Rig(*STATIC[:KV_HEADS])
-    assert rig.reader.readings([]) == {}
+    assert not rig.reader.readings([]).each
     rig.part(1, 40)
     row = Row(1, 40, 1, (0, 40), store=False)
     with pytest.raises(KVError, match="no part has handle 7"):
         rig.reader.readings([dataclasses.replace(row, handle=7)])
-    (reading,) = rig.reader.readings([row]).values()
+    (reading,) = rig.reader.readings([row]).each
     with pytest.raises(ValueError, match="q must be"):
         rig.reader.attend(reading, 0, torch.zeros(5, D_K))

@@ -27,12 +27,14 @@ from lamina_protocols.messages import (
     Survey,
     Surveyed,
 )
+from lamina_protocols.query_samples import FetchedSample
 from lamina_protocols.routes import HolderBatch, Route
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.attention_worker.page_layout import page_bytes
-from lamina_workers.errors import HolderFault, KVError
+from lamina_workers.errors import HolderFault, HolderLost, KVError
 from lamina_workers.model_worker.kv_copy import Move
 from lamina_workers.model_worker.model_worker import ModelWorker
+from lamina_workers.model_worker.prompt_samples import check_sample
 
 SPEC = LayerSpec(kv_layer=0, heads=4, kv_heads=2, d_k=16, d_v=32, scale=0.3)
 LAYERS = tuple(dataclasses.replace(SPEC, kv_layer=layer) for layer in range(3))
@@ -96,10 +98,31 @@ def same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
         assert torch.equal(x, y)
 
 
+BF16 = torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("positions", "q"),
+    [
+        ((4, 4), torch.zeros(8, 16, dtype=BF16)),
+        ((4, 50), torch.zeros(8, 16, dtype=BF16)),
+        ((4,), torch.zeros(8, 16, dtype=BF16)),
+        ((4, 6), torch.zeros(8, 16)),
+        ((), torch.zeros(8, 16, dtype=BF16)),
+    ],
+    ids=["twice the same", "behind the prompt", "too few positions", "four bytes a number", "nothing, with queries"],
+)
+def test_a_sample_that_cannot_be_is_the_holders_fault(decoder, positions, q):
+    replies = Holders(decoder).model_worker._replies[0]
+    check_sample(replies, FetchedSample(1, 1, 0, (0, 1), (4, 6), torch.zeros(8, 16, dtype=BF16)), SPEC, 50)
+    with pytest.raises(HolderLost, match="a sample of"):
+        check_sample(replies, FetchedSample(1, 1, 0, (0, 1), positions, q), SPEC, 50)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
 @pytest.mark.parametrize("frame", [1, 1 << 20])
 def test_pages_go_as_they_lie(decoder, dtype, frame, monkeypatch):
-    monkeypatch.setattr("lamina_workers.model_worker.model_worker._FRAME", frame)
+    monkeypatch.setattr("lamina_workers.model_worker.kv_transfer._FRAME", frame)
     holders = Holders(decoder, dtype)
     for lo, hi in ((0, 64), (64, 100)):
         share = holders.share(1, 2, lo, hi, opens=lo == 0)
@@ -168,8 +191,8 @@ def test_pages_that_were_let_go_are_zeros(decoder):
 
 
 def test_pages_that_a_mean_stands_for_go_token_by_token(decoder, monkeypatch):
-    monkeypatch.setattr("lamina_workers.attention_worker.paged_reader.PagedReader.keeps_means", True)
-    monkeypatch.setattr("lamina_workers.model_worker.model_worker._FRAME", 1)
+    monkeypatch.setattr("lamina_workers.attention_worker.paged_reader.PagedReader.keeps_means", lambda *_: True)
+    monkeypatch.setattr("lamina_workers.model_worker.kv_transfer._FRAME", 1)
     windowed = (LAYERS[0], dataclasses.replace(LAYERS[1], window=20), LAYERS[2])
     holders = Holders(decoder, layers=windowed)
     row = holders.share(0, 1, 100, 101, opens=False, read=(0, 100))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Generator
 from types import SimpleNamespace
 from typing import Any, cast
@@ -139,8 +140,18 @@ def test_a_batch_that_failed_can_be_announced_and_run_again() -> None:
             True,
         ),
         (lambda reply: Announced(reply.epoch, reply.batch, False, (9,), (), starts=(0,) * 9), "can start at", True),
+        (lambda reply: dataclasses.replace(reply, samples=(2,)), "samples of", True),
+        (lambda reply: dataclasses.replace(reply, samples=(0, 2)), "samples of", True),
     ],
-    ids=["a fault", "an answer without floors", "below zero", "above its start", "of other rows"],
+    ids=[
+        "a fault",
+        "an answer without floors",
+        "below zero",
+        "above its start",
+        "of other rows",
+        "samples of no prompt",
+        "samples of other rows",
+    ],
 )
 def test_a_bad_answer_to_an_announcement_blames_its_holder(
     bend: Callable[[Any], Reply], message: str, lost: bool

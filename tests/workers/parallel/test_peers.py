@@ -24,7 +24,7 @@ from lamina_protocols import messages as m
 from lamina_protocols.channels import Channel, ChannelClosed
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.frames import MAX_HEADER
-from lamina_protocols.layers import HolderConfig, LayerSpec
+from lamina_protocols.layers import ColdTier, HolderConfig, LayerSpec
 from lamina_protocols.routes import HolderBatch, Route, Span
 from lamina_protocols.socket_connections import connect_unix
 from lamina_workers.decoder.sampler import RowSampling
@@ -36,7 +36,9 @@ from lamina_workers.parallel import peer_codec, peer_messages
 from lamina_workers.parallel.peer_worker import PeerWorker
 from lamina_workers.parallel.peers import UNIX, Peer, PeerListener
 
-HOLDER = HolderConfig((LayerSpec(0, 4, 2, 16, 16, 0.25, policies=("full", "full")),), 16, "float32", 1 << 20)
+HOLDER = HolderConfig(
+    (LayerSpec(0, 4, 2, 16, 16, 0.25, policies=("full", "full")),), 16, "float32", 1 << 20, cold=ColdTier("/d", 0.5)
+)
 BEGIN = peer_messages.Begin(
     1, 2, "/a/folder", "abc", "", "float32", True, "int8", "cpu", "cpu", False, 1, HOLDER, 10.0,
     "ab" * 16, 60.0, True, "grpc",
@@ -47,7 +49,7 @@ SHARE = HolderBatch(
     (m.Open(1, 0, (0, 1), 0, 512), m.Fork(2, 1, 33), m.Close(1)),
     (Route(0, (0, 1), m.Row(2, 33, 4, (0, 33), True), (33, 37)), Route(1, (1,), m.Row(3, 0, 1, None, True), (0, 0))),
 )
-ANNOUNCED = m.Announced(2, 5, True, (90,), (0, 3), usages=(m.Usage(1, 2, 0.5, 3, 0.1, 4, 5),))
+ANNOUNCED = m.Announced(2, 5, True, (90,), (0, 3), usages=(m.Usage(1, 2, 0.5, 3, 0.1, 4, 5, 3, 0.25),))
 WORK = BatchWork((Span(33, 4), Span(0, 1)), (37, 1), (5, 6, 7, 8, 2**40), (3, 4), (RowSampling(), RowSampling()))
 MESSAGES: list[Any] = [
     peer_messages.Hello("model-1", 3, "1.2"),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 from bench.index_baselines import ScanSegment, plain_graph
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -156,9 +157,9 @@ class TestScan:
 class TestGraph:
     def test_beats_plain_hnsw_at_equal_work(self, faiss: None) -> None:
         keys, ask = world(3000)
-        sample = QuerySample(GROUP, D, capacity=1024, stride=1)
-        sample.offer(0, ask(1024, 3))
-        built = build_graph(keys, sample.queries, 0, listed=64)
+        sample = QuerySample(1, GROUP, D, capacity=1024)
+        sample.offer(np.arange(1024), torch.from_numpy(ask(1024, 3))[:, None])
+        built = build_graph(keys, sample.of(0), 0, listed=64)
         plain = plain_graph(keys, 16)
         q = ask(40, 4)
         truth = [exact(keys, x, TOP) for x in q]
@@ -312,35 +313,40 @@ class TestQuerySample:
     @settings(max_examples=50)
     @given(st.lists(st.integers(1, 90), min_size=1, max_size=20), st.integers(8, 64), st.integers(1, 5))
     def test_keeps_true_queries_later_ones_denser(self, sizes: list[int], capacity: int, stride: int) -> None:
-        sample = QuerySample(2, 3, capacity, stride)
-        total = sum(sizes)
-        q = np.arange(total * 6, dtype=np.float32).reshape(total, 2, 3)
+        sample = QuerySample(2, 2, 3, capacity)
+        q = torch.arange(sum(sizes) * 12).remainder(256).float().view(-1, 2, 2, 3)
         first = 0
         for size in sizes:
-            sample.offer(first, q[first : first + size])
+            positions = np.arange(-(-first // stride) * stride, first + size, stride)
+            assert sample.offer(positions, q[positions]) == 0
             first += size
         kept = sample.positions
         assert len(kept) == len(sample) <= capacity
-        assert len(kept) >= min(capacity // 2, -(-total // stride))
+        assert len(kept) >= min(capacity // 2, -(-first // stride))
         assert (np.diff(kept) > 0).all()
-        assert kept[-1] == (total - 1) // stride * stride
-        np.testing.assert_array_equal(sample.queries.reshape(-1, 2, 3), q[kept])
+        assert kept[-1] == sample.last == (first - 1) // stride * stride
+        assert torch.equal(sample.queries.float(), q[kept])
+        np.testing.assert_array_equal(sample.of(1), q[kept, 1].flatten(0, 1))
         if len(kept) > 8:
             gaps = np.diff(kept)
             assert gaps[: len(gaps) // 2].mean() >= gaps[len(gaps) // 2 :].mean()
+        apart = sample.copy()
+        apart.cut(first // 2)
+        assert apart.positions.tolist() == [position for position in kept if position < first // 2]
+        assert sample.positions.tolist() == kept.tolist()
 
     def test_passes_over_what_it_has_seen(self) -> None:
-        sample = QuerySample(1, 1, 8, 1)
-        sample.offer(0, np.zeros((4, 1, 1), np.float32))
-        sample.offer(2, np.ones((4, 1, 1), np.float32))
+        sample = QuerySample(1, 1, 1, 8)
+        assert sample.offer(np.arange(4), torch.zeros(4, 1, 1, 1)) == 0
+        assert sample.offer(np.arange(2, 6), torch.ones(4, 1, 1, 1)) == 2
         assert sample.positions.tolist() == [0, 1, 2, 3, 4, 5]
         assert sample.queries.ravel().tolist() == [0, 0, 0, 0, 1, 1]
 
     def test_names_what_is_allowed(self) -> None:
-        with pytest.raises(ValueError, match="allowed are 1, 1, 8, 1 or more"):
-            QuerySample(1, 1, 7)
-        with pytest.raises(ValueError, match=r"allowed is \[t, 2, 3\]"):
-            QuerySample(2, 3).offer(0, np.zeros((4, 3, 2), np.float32))
+        with pytest.raises(ValueError, match="allowed are 1, 1, 1, 8 or more"):
+            QuerySample(1, 1, 1, 7)
+        with pytest.raises(ValueError, match=r"allowed is \[4, 2, 2, 3\]"):
+            QuerySample(2, 2, 3).offer(np.arange(4), torch.zeros(4, 2, 3, 2))
 
 
 def without_faiss(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,19 +33,20 @@ from lamina_workers.errors import KVError, PolicyError
 from lamina_workers.policies.catalogue import POLICIES, parse
 
 ADAPTIVE = [name for name, policy in POLICIES.items() if policy.adaptive]
-LETS_GO = ["streaming", "span", "razor"]
+LETS_GO = ["streaming", "span", "sharded", "dilated", "razor", "heavy_hitter"]
 LONG = 1120  # tokens, with which every policy has something to choose
 
 
 @pytest.fixture(autouse=True)
 def _choosing_is_always_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for cost in ("CALL", "SKETCH", "SCATTERED"):  # choosing is always worth it
+    for cost in ("CALL", "BYTE"):  # choosing is always worth it
         monkeypatch.setattr(f"lamina_workers.policies.retrieval.{cost}", 0)
 
 
 def test_every_policy_is_in_the_matrix() -> None:
     assert set(TIGHT) == set(LOOSE) == set(POLICIES)
-    assert {name for name, policy in POLICIES.items() if not policy.adaptive and not policy.compensated} == set(STATIC)
+    by_position = {n for n, p in POLICIES.items() if not (p.adaptive or p.compensated or p.evicts)}
+    assert by_position == set(STATIC)
     for name in POLICIES:
         assert parse(TIGHT[name]).name == parse(LOOSE[name]).name == name
         assert parse(str(parse(TIGHT[name]))) == parse(TIGHT[name])
@@ -85,7 +86,8 @@ def test_what_a_static_policy_sees(name: str, chunk: int) -> None:
     steps = [bench.step(handle, q=q[:, p:], k=k[:, p:], v=v[:, p:]) for p in range(150, 160)]
     bench.q = q
     p, key = torch.arange(160)[:, None], torch.arange(160)
-    close(torch.cat([out, torch.stack(steps, 1)], 1), bench.dense(handle, (key <= p) & STATIC[name](p, key)))
+    seen = torch.stack([(key <= p) & STATIC[name](head // GROUP, p, key) for head in range(HEADS)])
+    close(torch.cat([out, torch.stack(steps, 1)], 1), bench.dense(handle, seen[None]))
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -178,7 +180,10 @@ def test_pages_come_back(name: str) -> None:
     held = {
         "streaming": 1 + math.ceil(length / PAGE) - (402 - 39) // PAGE,
         "span": 4 + math.ceil(length / PAGE) - (402 - 39 - 38) // PAGE,
+        "sharded": 8 + 2,  # of 24 blocks each third, and the local ones
+        "dilated": 1 + 6,
         "razor": 1 + math.ceil(length / PAGE) - (402 - 39) // PAGE,
+        "heavy_hitter": 1 + math.ceil(0.1 * 24) + math.ceil(length / PAGE) - 24,  # (402 - 15) // PAGE
     }.get(name, math.ceil(length / PAGE))
     assert (pages_held(bench, handle) == held).all()
     usage = bench._usages[handle]
@@ -209,6 +214,9 @@ def test_heads_with_policies_of_their_own() -> None:
         ("heavy_hitter(sink=-1)", "heavy_hitter: sink is -1; allowed is 0 to"),
         ("heavy_hitter(budget=nan)", "heavy_hitter: budget is nan; allowed is 0 to 1"),
         ("heavy_hitter(every=2.5)", "heavy_hitter: every is '2.5'; allowed is a whole number"),
+        ("dilated(sink=10)", "dilated: sink is 10; allowed are multiples of the block, 64"),
+        ("dilated(local=5, reach=4)", "dilated: reach is 4; allowed is 5 to"),
+        ("sharded(step=-1)", "sharded: step is -1; allowed is 0 to"),
         ("razor(share=-0.1)", "razor: share is -0.1; allowed is 0 to 1"),
         ("razor(recent=0)", "razor: recent is 0; allowed is 1 to"),
         ("razor(budget=1)", "razor has the parameter 'budget=1'; allowed is each once, of sink, recent, share"),

@@ -166,13 +166,16 @@ class TestWorkers:
         assert type(attention_worker(CONFIG)) is AttentionWorker
         assert not isinstance(attention_worker(CONFIG), DeviceWorker)
 
-    @pytest.mark.parametrize("policy", ["page_top_k(budget=0.5)", "retrieval"])
-    def test_what_chooses_is_refused_on_a_gpu(self, policy: str) -> None:
-        spec = dataclasses.replace(SPEC, policies=(policy,) * 2)
-        config = dataclasses.replace(CONFIG, layers=(spec,))
-        HeadPolicies.of(config).check(CPU)
-        with pytest.raises(PolicyError, match=rf"the policy {policy[:5]}.* attention on cuda:1 cannot do"):
-            page_cost(config, torch.device("cuda:1"))
+    def test_what_searches_an_index_of_keys_is_refused_on_a_gpu(self) -> None:
+        def policies(text: str) -> HeadPolicies:
+            spec = dataclasses.replace(SPEC, policies=(text,) * 2)
+            return HeadPolicies.of(dataclasses.replace(CONFIG, layers=(spec,)))
+
+        policies("retrieval(index=graph)").check(CPU)
+        for text in ("page_top_k(budget=0.5)", "retrieval", "heavy_hitter", "recycled"):
+            policies(text).check(torch.device("cuda:1"))
+        with pytest.raises(PolicyError, match=r"the policy retrieval.* attention on cuda:1 cannot search"):
+            policies("retrieval(index=graph)").check(torch.device("cuda:1"))
 
     def test_static_policies_are_for_every_device(self) -> None:
         spec = dataclasses.replace(SPEC, policies=("streaming(sink=4, recent=16)", "full"))

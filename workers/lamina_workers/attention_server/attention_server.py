@@ -26,7 +26,7 @@ from lamina_protocols.channels import SECRET_SIZE, Credentials, is_loopback, spl
 from lamina_protocols.errors import LaminaError, ProtocolError
 from lamina_protocols.frames import MAX_FRAME, Arriving
 from lamina_protocols.grpc_core import grpc
-from lamina_protocols.layers import LATENT, STATES, LayerSpec
+from lamina_protocols.layers import LATENT, STATES, ColdTier, LayerSpec
 from lamina_protocols.messages import PROTOCOL_VERSION
 from lamina_protocols.pools import pool_shape
 from lamina_protocols.service import MAX_MESSAGE, GrpcChannel
@@ -89,6 +89,7 @@ class ServerConfig:
     compute_dtype: str | None = None
     kv_dtype: str | None = None
     page_size: int | None = None
+    cold: ColdTier | None = None
 
     @property
     def host(self) -> str:
@@ -120,9 +121,8 @@ class AttentionServer:
         self._clock = clock
         self._started_at = clock()
         self._over: SimpleQueue[Session | None] = SimpleQueue()  # sessions whose channels are to be closed
-        self._leases = Leases(
-            config.name, config.kv_memory, config.threads, device, config.lease, clock, self._over.put
-        )
+        shared = config.name, config.kv_memory, config.threads
+        self._leases = Leases(*shared, device, config.lease, clock, self._over.put, config.cold)
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._locals: dict[str, tuple[Listener, str]] = {}  # by session: its Unix socket, and the folder of that

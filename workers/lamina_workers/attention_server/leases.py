@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING
 from lamina_protocols import control
 from lamina_protocols.channels import Channel
 from lamina_protocols.errors import ProtocolError
+from lamina_protocols.layers import ColdTier
 from lamina_protocols.service import Busy
 from lamina_workers.attention_server.loop import ComputeLoop
 from lamina_workers.attention_server.session import EngineSeat, Session, Traffic
 from lamina_workers.attention_worker.batch import Counters
+from lamina_workers.attention_worker.cold_file import check_folder
 
 if TYPE_CHECKING:
     import torch
@@ -29,9 +31,11 @@ MAX_SESSIONS = 64
 
 
 class Leases:
-    """The seats share `kv_memory` bytes; a session lives for `lease` seconds without a sign of life.
+    """The seats share `kv_memory` bytes, of which `cold` says where pages go that nobody reads. A session lives for
+    `lease` seconds without a sign of life.
 
-    `closing` gets each session that has ended, to close its channel; it must not wait.
+    `closing` gets each session that has ended, to close its channel; it must not wait. Raises KVError for a folder that
+    takes no KV.
     """
 
     def __init__(
@@ -43,11 +47,15 @@ class Leases:
         lease: float,
         clock: Callable[[], float],
         closing: Callable[[Session], None],
+        cold: ColdTier | None = None,
     ) -> None:
+        if cold is not None:
+            check_folder(cold.folder, device.type)
         self.draining = False
         self.loop = ComputeLoop(threads, name, device, self.end, self._fail, self._freed)
         self._name = name
         self._kv_memory = kv_memory
+        self._cold = cold
         self._lease = lease
         self._clock = clock
         self._closing = closing
@@ -204,7 +212,7 @@ class Leases:
                 f"seat {hello.seat} asks for {share} of the KV memory of worker {self._name}, its other "
                 f"{len(self._seats)} seats have {taken}; allowed: {1 - taken}"
             )
-        seat = EngineSeat(hello, int(self._kv_memory * share), self._clock)
+        seat = EngineSeat(hello, int(self._kv_memory * share), self._clock, self._cold)
         if not self._seats:
             self._engine, self._served_since = hello.engine, self._clock()
         self._seats[hello.seat] = seat

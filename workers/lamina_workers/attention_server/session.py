@@ -19,7 +19,7 @@ from lamina_kernels.cpu.layer_work import LayerWork
 from lamina_protocols import codec, control
 from lamina_protocols.channels import Channel
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.layers import HolderConfig, LayerSpec
+from lamina_protocols.layers import ColdTier, HolderConfig, LayerSpec
 from lamina_protocols.messages import Announced, Exchange, Fault, Fresh, Query, Request, answered
 from lamina_protocols.pools import pools
 from lamina_protocols.tensors import DTYPES
@@ -59,12 +59,16 @@ class EngineSeat:
     `built` is done when the worker was made, or could not be. `build`, `handle` and `free` belong to one thread.
     """
 
-    def __init__(self, hello: control.Hello, kv_memory: int, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, hello: control.Hello, kv_memory: int, clock: Callable[[], float], cold: ColdTier | None = None
+    ) -> None:
         self.number = hello.seat
         self.model = hello.model
         self.share = hello.share
         self.linger = hello.linger
-        self.config = HolderConfig(hello.layers, hello.page_size, hello.kv_dtype, kv_memory, hello.sequence_tokens)
+        self.config = HolderConfig(
+            hello.layers, hello.page_size, hello.kv_dtype, kv_memory, hello.sequence_tokens, hello.sketches, cold
+        )
         self.built: Future[None] = Future()
         self.sessions: dict[str, Session] = {}  # the live ones
         self.away_since = clock()  # while there is no session: the end of the last one
@@ -98,6 +102,7 @@ class EngineSeat:
         control.check(f"KV dtype {here}", hello.kv_dtype, self.config.dtype)
         control.check(f"page size {here}", hello.page_size, self.config.page_size)
         control.check(f"tokens of a sequence {here}", hello.sequence_tokens, self.config.sequence_tokens)
+        control.check(f"sketches {here}", hello.sketches, self.config.sketches)
         control.check(f"share {here}", hello.share, self.share)
         control.check(f"number of layers {here}", len(hello.layers), len(self.config.layers))
         for number, (theirs, ours) in enumerate(zip(hello.layers, self.config.layers, strict=True)):

@@ -5,7 +5,8 @@ Choosers choose the pages, kernels attend them, what stands for the rest is merg
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,9 +18,12 @@ from lamina_kernels.paged.pages import Pages
 from lamina_kernels.partial import Partial
 from lamina_kernels.select import Kernels
 from lamina_protocols.layers import LayerSpec
-from lamina_protocols.messages import Usage
+from lamina_protocols.messages import Row, Usage
 from lamina_workers.attention_worker.kv_parts import Part
-from lamina_workers.policies.chooser import Adaptive, Chooser, Holding, Items, Observer
+from lamina_workers.policies.chooser import Adaptive, Choice, Chooser, Holding, Int32, Items, Observer, Shown
+from lamina_workers.policies.policy import Policy
+
+Touch = Callable[[Int32, npt.NDArray[np.int64]], None]  # gets the pages and counts of a `Choice`
 
 
 class Cell(NamedTuple):
@@ -33,21 +37,6 @@ class Cell(NamedTuple):
     tokens: int
 
 
-class ObservedQueries(NamedTuple):
-    """A row of prefill of which a chooser is shown some KV heads: `heads` by their numbers in the part. `first` is the
-    row's first vector in the flat q, of `tokens` tokens from position `start` of the part on, each with a group for
-    every head of the part."""
-
-    policy: Adaptive
-    handle: int
-    part: Part
-    heads: tuple[int, ...]
-    first: int
-    tokens: int
-    start: int
-    group: int
-
-
 @dataclass(slots=True)
 class _Tally:
     """A part's `Usage` so far."""
@@ -57,6 +46,7 @@ class _Tally:
     missed: float = 0.0
     queries: int = 0
     worst: float = 0.0
+    coarse: float = 0.0
 
 
 @dataclass(slots=True)
@@ -72,11 +62,12 @@ class Tallies:
         tally.read += read
         tally.whole += whole * self.token_bytes
 
-    def miss(self, handle: int, missed: float, queries: int, worst: float) -> None:
+    def miss(self, handle: int, missed: float, queries: int, worst: float, coarse: float) -> None:
         """How much of the attention mass of some queries was not read, by estimate: `missed` is the sum over them,
-        `worst` the largest."""
+        `worst` the largest, `coarse` the sum of what was read in 4 bits."""
         tally = self._of(handle)
         tally.missed += missed
+        tally.coarse += coarse
         tally.queries += queries
         tally.worst = max(tally.worst, worst)
 
@@ -90,30 +81,44 @@ class Tallies:
     def usage(self, handle: int, held: int, kept: int) -> Usage:
         """The usage of one part, which holds `held` pages where keeping everything would take `kept`."""
         t = self._by_handle.get(handle, _Tally())
-        return Usage(round(t.read), round(t.whole), t.missed, t.queries, t.worst, held, kept)
+        return Usage(round(t.read), round(t.whole), t.missed, t.queries, t.worst, held, kept, held, t.coarse)
 
 
 class _Counts:
-    """What the layers of a batch have read for some cells, in arrays, since every layer adds to it."""
+    """What the layers of a batch have read for some cells: every layer puts it down, and it is added up once."""
 
     def __init__(self, cells: int) -> None:
-        self.read = np.zeros(cells)  # tokens
-        self.chosen_by = 0.0  # bytes a cell
         self.layers = 0
-        self.missed = np.zeros(cells)
-        self.queries = np.zeros(cells, np.int64)
-        self.worst = np.zeros(cells)
+        self.chosen_by = 0.0  # bytes a cell
+        self._cells = cells
+        self._lengths: list[npt.NDArray[np.int64]] = []
+        self._missed: list[npt.NDArray[np.float32]] = []
+        self._coarse: list[npt.NDArray[np.float32]] = []
 
-    def add(self, lengths: npt.NDArray[np.int64], missed: npt.NDArray[np.float32], chosen_by: float) -> None:
+    def add(self, lengths: npt.NDArray[np.int64], choice: Choice) -> None:
+        """Count the choice of a layer, which reads so many tokens of each cell; copies are kept."""
         self.layers += 1
-        self.read += lengths
-        self.chosen_by += chosen_by
-        of_cells = missed.reshape(len(lengths), -1)
-        known = of_cells >= 0  # NaN, unknown, is not
-        of_cells = np.where(known, of_cells, 0)
-        self.missed += of_cells.sum(1)
-        self.queries += known.sum(1)
-        np.maximum(self.worst, of_cells.max(1), out=self.worst)
+        self.chosen_by += choice.read / len(lengths)
+        self._lengths.append(lengths.copy())
+        self._missed.append(choice.missed.copy())
+        if choice.coarse is not None:
+            self._coarse.append(choice.coarse.copy())
+
+    def sums(self) -> list[tuple[float, float, int, float, float]]:
+        """Of each cell: the tokens read, the mass missed by how many queries, the most that one missed, and the mass
+        that was read in 4 bits."""
+        if not self.layers:
+            return [(0.0, 0.0, 0, 0.0, 0.0)] * self._cells
+        read = np.sum(self._lengths, axis=0)
+        missed = np.stack(self._missed).reshape(self.layers, self._cells, -1)
+        known = missed >= 0  # NaN, unknown, is not
+        missed = np.where(known, missed, 0)
+        coarse = np.zeros(self._cells)
+        if self._coarse:
+            of_layers = np.stack(self._coarse).reshape(len(self._coarse), self._cells, -1)
+            coarse = np.nan_to_num(of_layers).sum((0, 2), dtype=np.float64)
+        columns = read, missed.sum((0, 2), dtype=np.float64), known.sum((0, 2)), missed.max((0, 2)), coarse
+        return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,27 +136,59 @@ class Group:
 
 
 class AdaptiveAttention:
-    """The choosers of one worker."""
+    """The choosers of one worker: those of its own `policies`, and of each policy as long as a part has it."""
 
     def __init__(
         self, pages: Pages, kernels: Kernels, holding: Holding, policies: Sequence[Adaptive], tallies: Tallies
     ) -> None:
         self._pages = pages
         self._kernels = kernels
-        self._threads = holding.threads
-        self._choosers: Mapping[Adaptive, Chooser] = {policy: policy.chooser(holding) for policy in policies}
-        self._observers = {policy: x for policy, x in self._choosers.items() if isinstance(x, Observer)}
-        self.observing = frozenset(self._observers)  # the policies whose choosers are shown prefill's queries
+        self._holding = holding
         self._tallies = tallies
+        self._choosers: dict[Adaptive, Chooser] = {}
+        self._observers: dict[Policy, Observer] = {}
+        self._parts: dict[int, Sequence[Adaptive]] = {}  # by handle, the policies of a part
+        self._users: Counter[Adaptive] = Counter()  # how many parts have a policy, and one more for the worker's own
+        self._use(policies)
+        self.touch: Touch | None = None  # told what was chosen, before it is read
 
-    def observe(self, row: ObservedQueries, layer: int, q: torch.Tensor) -> None:
-        """Show a chooser the queries of a row of prefill; q `[n, d_k]` of the whole batch, flat."""
-        heads = len(row.part.heads)
-        vectors = q[row.first : row.first + row.tokens * heads * row.group]
-        by_head = vectors.reshape(row.tokens, heads, row.group, -1)
-        for number in row.heads:
-            of_head = by_head[:, number].float().numpy()
-            self._observers[row.policy].observe(row.handle, layer, row.part.heads[number], row.start, of_head)
+    def open(self, handle: int, policies: Sequence[Adaptive]) -> None:
+        """A part is new, whose heads have some of these policies."""
+        self._parts[handle] = policies
+        self._use(policies)
+
+    def _use(self, policies: Sequence[Adaptive]) -> None:
+        for policy in policies:
+            self._users[policy] += 1
+            if policy not in self._choosers:
+                self._choosers[policy] = chooser = policy.chooser(self._holding)
+                if isinstance(chooser, Observer):
+                    self._observers[policy] = chooser
+
+    def show(
+        self, row: Row, part: Part, layer: int, spec: LayerSpec, heads: Sequence[int], stride: int,
+        positions: npt.NDArray[np.int64], q: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """Show choosers some queries of a row of a prompt to some KV heads of a part, `[positions, heads, group, d_k]`.
+        Positions count from the part's first token."""
+        tokens = min(row.start + row.count, part.held) - part.lo
+        left, whole = max(0, row.prompt - row.start - row.count), min(row.prompt, part.hi) - part.lo
+        slots = -(-tokens // self._pages.layout.page_size)
+        for number, head in enumerate(heads):
+            observer = self._observers.get(part.policies.reads[layer][head])
+            if observer is not None:
+                table = part.table[spec.kv_layer, part.heads.index(head), :slots]
+                vectors = q[:, number].float().cpu().numpy()
+                observer.observe(
+                    Shown(
+                        row.handle, layer, spec, head, positions, stride, vectors, table, tokens, left, whole, part.lo
+                    )
+                )
+
+    @property
+    def observes(self) -> bool:
+        """Whether a chooser is shown the queries of prompts."""
+        return bool(self._observers)
 
     def fork(self, handle: int, parent: int, tokens: int) -> None:
         """A part is new, and has the first `tokens` of another."""
@@ -167,6 +204,11 @@ class AdaptiveAttention:
         """A part is closed."""
         for chooser in self._choosers.values():
             chooser.forget(handle)
+        for policy in self._parts.pop(handle, ()):
+            self._users[policy] -= 1
+            if not self._users[policy]:
+                del self._users[policy], self._choosers[policy]
+                self._observers.pop(policy, None)
 
     def worth(self, policy: Adaptive, tokens: Sequence[int]) -> bool:
         """Whether choosing is cheaper than reading everything, for cells of so many tokens each."""
@@ -185,16 +227,18 @@ class AdaptiveAttention:
         )
         vectors = np.array([cell.first for cell in cells])[:, None] + np.arange(group)
         plan = self._choosers[policy].plan(items)
-        lists = self._kernels.plan_lists(self._pages, len(cells), group, self._threads)
+        lists = self._kernels.plan_lists(self._pages, len(cells), group, self._holding.threads)
         lacking = -items.tokens % size
-        flat = torch.from_numpy(vectors.reshape(-1))
+        flat = torch.from_numpy(vectors.reshape(-1)).to(self._pages.arena.device)
         return Group(policy, tuple(cells), flat, plan, lists, lacking, _Counts(len(cells)))
 
     def attend(self, group: Group, layer: int, spec: LayerSpec, q: torch.Tensor) -> Partial:
         """q `[cells * group, d_k]`, cell by cell: attention over what the policy's chooser picks for each."""
         choice = self._choosers[group.policy].choose(group.plan, layer, spec, q)
+        if self.touch is not None:
+            self.touch(choice.pages, choice.counts)
         lengths = choice.counts * self._pages.layout.page_size - group.lacking
-        group.counts.add(lengths, choice.missed, choice.read / len(group.cells))
+        group.counts.add(lengths, choice)
         whole = self._kernels.attend_lists(
             self._pages, group.lists, choice.pages, lengths, q, spec.scale, spec.soft_cap
         )
@@ -205,10 +249,7 @@ class AdaptiveAttention:
     def tally(self, group: Group) -> None:
         """The batch is complete, or given up: what it has read is counted for its parts."""
         counts = group.counts
-        columns = (counts.read, counts.missed, counts.queries, counts.worst)
-        for cell, (read, missed, queries, worst) in zip(
-            group.cells, zip(*(c.tolist() for c in columns), strict=True), strict=True
-        ):
+        for cell, (read, missed, queries, worst, coarse) in zip(group.cells, counts.sums(), strict=True):
             whole = cell.tokens * counts.layers
             self._tallies.add(cell.handle, read * self._tallies.token_bytes + counts.chosen_by, whole)
-            self._tallies.miss(cell.handle, missed, queries, worst)
+            self._tallies.miss(cell.handle, missed, queries, worst, coarse)

@@ -43,11 +43,12 @@ from lamina_protocols.messages import (
     Usage,
 )
 from lamina_protocols.pools import Pool, pools
+from lamina_protocols.query_samples import FetchSample, Sample
 from lamina_workers.attention_worker.batch import Batch, Counters
 from lamina_workers.attention_worker.kv_pool import KVPool
 from lamina_workers.attention_worker.kv_store import KVStore
 from lamina_workers.attention_worker.page_layout import CPU
-from lamina_workers.attention_worker.pool import LayerPool
+from lamina_workers.attention_worker.pool import Ints, LayerPool, samples_of
 from lamina_workers.attention_worker.state_pool import StatePool
 from lamina_workers.errors import KVError, PoolExhausted, TornParts, UnsupportedModelError
 
@@ -111,7 +112,7 @@ class AttentionWorker:
         match request:
             case Announcement():
                 return self._announce(request)
-            case Query() | Fresh() | Exchange() | Advance():
+            case Query() | Fresh() | Exchange() | Sample() | Advance():
                 pool, layer = self._place(request.layer)
                 batch = self._batch(request)
                 return self.pools[pool].handle(batch.pools[pool], layer, request)
@@ -124,7 +125,7 @@ class AttentionWorker:
                 pool, layer = self._place(request.layer)
                 self.pools[pool].constants(layer, request)
                 return None
-            case Fetch():
+            case Fetch() | FetchSample():
                 pool, layer = self._place(request.layer)
                 return self.pools[pool].fetch(layer, request)
             case FetchPages():
@@ -189,16 +190,16 @@ class AttentionWorker:
                 f"announcement of epoch {message.epoch}: others have taken over what is kept here, from epoch "
                 f"{self._fence + 1} on"
             )
-        if (message.epoch, message.batch) <= (self._epoch, self._last_batch):
-            raise ProtocolError(
-                f"announcement {(message.epoch, message.batch)} is not newer than {(self._epoch, self._last_batch)}"
-            )
+        last = self._epoch, self._last_batch
+        if (message.epoch, message.batch) <= last:
+            raise ProtocolError(f"announcement {(message.epoch, message.batch)} is not newer than {last}")
         if message.first > self._next_operation:
             raise ProtocolError(f"operation {message.first} announced, {self._next_operation} has not come yet")
         operations = message.operations[self._next_operation - message.first :]
         if not operations and message.epoch == self._epoch and self._followed(message):
-            floors = (0,) * len(message.rows)  # what releases pages does not simply follow
-            return Announced(message.epoch, message.batch, True, self.free_pages, floors)
+            batch = self._batches[message.batch]
+            floors = batch.by_row(pool.floors(kept) for pool, kept in zip(self.pools, batch.pools, strict=True))
+            return self._accepted(message, floors, batch.numbers)
         self._drop_superseded(message, operations)
         self._epoch, self._last_batch = message.epoch, message.batch
         own_operations, numbers = self._dealt(operations, message.rows)
@@ -212,17 +213,23 @@ class AttentionWorker:
             pool.commit()
         # The operations are applied, even if an error follows; the batch exists only once nothing has failed.
         self._next_operation = max(self._next_operation, message.first + len(message.operations))
-        if message.rows:
-            self._begin(message, numbers, own_rows)
+        samples = self._begin(message, numbers, own_rows) if message.rows else ()
+        return self._accepted(message, floors, numbers, samples)
+
+    def _accepted(
+        self, message: Announcement, floors: tuple[int, ...], numbers: Sequence[Sequence[int]],
+        samples: tuple[int, ...] = (),
+    ) -> Announced:  # fmt: skip
+        """The answer to an announcement; `numbers`: of each pool, which of the rows are its own."""
         usages: tuple[Usage, ...] = ()
-        if any(pool.counts_usage for pool in self.pools):
-            of_row = {n: pool for pool, of_pool in zip(self.pools, numbers, strict=True) for n in of_pool}
+        of_row = {n: pool for pool, of_pool in zip(self.pools, numbers, strict=True) for n in of_pool}
+        if any(of_row[n].counts_usage(row.handle) for n, row in enumerate(message.rows)):
             usages = tuple(of_row[n].usage(row.handle) for n, row in enumerate(message.rows))
-        return Announced(message.epoch, message.batch, True, self.free_pages, floors, usages=usages)
+        return Announced(message.epoch, message.batch, True, self.free_pages, floors, "", usages, (), samples)
 
     def _dealt(
         self, operations: Sequence[Operation], rows: Sequence[Row]
-    ) -> tuple[list[list[Operation]], tuple[tuple[int, ...], ...]]:
+    ) -> tuple[list[list[Operation]], tuple[Ints, ...]]:
         """The operations of each pool, and the numbers of its rows. Raises KVError for a part that is not there, or is
         there already."""
         own: list[list[Operation]] = [[] for _ in self.pools]
@@ -291,7 +298,8 @@ class AttentionWorker:
             raise
         return tuple(floors)
 
-    def _begin(self, message: Announcement, numbers: tuple[tuple[int, ...], ...], rows: list[list[Row]]) -> None:
+    def _begin(self, message: Announcement, numbers: tuple[Ints, ...], rows: list[list[Row]]) -> Ints:
+        """Begin a batch. Returns its `Announced.samples`."""
         heads = sum(pool.size(own) for pool, own in zip(self.pools, rows, strict=True))
         most = max(pool.most_heads for pool in self.pools)
         self._drop_oldest(_IN_FLIGHT * most - heads)  # before memory is taken by token
@@ -299,6 +307,7 @@ class AttentionWorker:
         handles = frozenset(row.handle for row in message.rows)
         self._batches[message.batch] = Batch(message.rows, handles, numbers, kept, heads)
         self.counters.batches += 1
+        return samples_of(self.pools, kept, numbers, len(message.rows))
 
     def _followed(self, message: Announcement) -> bool:
         """Whether the announced batch could be made of one in flight, whose place it takes: it has that one's rows,
@@ -309,7 +318,7 @@ class AttentionWorker:
         last, batch = next(((n, b) for n, b in self._batches.items() if b.rows[0].handle == first), (0, None))
         if batch is None or len(batch.rows) != len(message.rows):
             return False
-        own = [[message.rows[n] for n in of_pool] for of_pool in batch.numbers]
+        own = batch.dealt(message.rows)
         pairs = list(zip(self.pools, batch.pools, own, strict=True))
         if not all(pool.follows(kept, rows) for pool, kept, rows in pairs) or not self._resized(batch, message.rows):
             return False
@@ -327,10 +336,9 @@ class AttentionWorker:
         for it. It counts so much then."""
         if [row.count for row in rows] == [row.count for row in batch.rows]:
             return True
-        own = [[rows[n] for n in of_pool] for of_pool in batch.numbers]
         most, others = max(pool.most_heads for pool in self.pools), batch.heads + _BATCH
         try:
-            heads = sum(pool.size(some) for pool, some in zip(self.pools, own, strict=True))
+            heads = sum(pool.size(some) for pool, some in zip(self.pools, batch.dealt(rows), strict=True))
         except ProtocolError:
             return False
         if (
@@ -342,8 +350,7 @@ class AttentionWorker:
         return True
 
     def _delay(self, rows: Sequence[Row]) -> float:
-        read = sum(row.read[1] - row.read[0] for row in rows if row.read is not None) if self.read_delay else 0
-        return self.read_delay * read / 1e6
+        return self.read_delay and self.read_delay * sum(row.read[1] - row.read[0] for row in rows if row.read) / 1e6
 
     def _drop_superseded(self, message: Announcement, operations: Sequence[Operation]) -> None:
         announced = {row.handle for row in message.rows}
@@ -388,7 +395,7 @@ class AttentionWorker:
             raise ProtocolError(f"layer {layer}, there are {len(self._places)}")
         return self._places[layer]
 
-    def _batch(self, message: Query | Fresh | Exchange | Advance | FreshPages) -> Batch:
+    def _batch(self, message: Query | Fresh | Exchange | Sample | Advance | FreshPages) -> Batch:
         batch = self._batches.get(message.batch)
         if message.epoch != self._epoch or batch is None:
             raise ProtocolError(

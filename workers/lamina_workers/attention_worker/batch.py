@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,9 @@ import torch
 
 from lamina_protocols.messages import Row
 from lamina_workers.attention_worker.decode_rows import DecodeRows
-from lamina_workers.attention_worker.head_policies import LayerPolicies
-from lamina_workers.attention_worker.reading import Reading
+from lamina_workers.attention_worker.page_pool import Int32
+from lamina_workers.attention_worker.prompt_queries import BatchSamples
+from lamina_workers.attention_worker.reading import Readings
 
 
 @dataclass(slots=True)
@@ -33,6 +34,17 @@ class Batch:
     pools: tuple[Any, ...]
     heads: int  # tokens of its rows times the heads of their parts
 
+    def dealt(self, rows: Sequence[Row]) -> list[list[Row]]:
+        """Of each pool its own, of rows in the place of the batch's."""
+        return [[rows[number] for number in of_pool] for of_pool in self.numbers]
+
+    def by_row(self, of_pools: Iterable[Sequence[int]]) -> tuple[int, ...]:
+        """What each pool says of its rows, in the order of all rows."""
+        told = {
+            n: x for own, of_pool in zip(self.numbers, of_pools, strict=True) for n, x in zip(own, of_pool, strict=True)
+        }
+        return tuple(told[number] for number in range(len(told)))
+
 
 @dataclass(slots=True)
 class KVBatch:
@@ -45,6 +57,9 @@ class KVBatch:
     missing: set[int]  # layers whose KV has not come yet
     places: Any  # the kernels' plan of where K and V go, None until there are some
     sealed: torch.Tensor | None  # int64 [layers, pages] that are full once stored, where sketches are made of them
-    readings: dict[LayerPolicies, Reading]  # what is read, by the policies of a layer's heads; empty where no row reads
+    readings: Readings  # what is read; none where no row reads
     delay: float  # seconds to add to each layer's attention
+    samples: BatchSamples | None = None  # of prompts' queries, where some are kept
+    written: Int32 | None = None  # pages that it may write, where some can leave memory
+    counts: tuple[tuple[int, float, float], ...] = ()  # of a series: what rows read, as `PagedReader.end` takes it
     series: DecodeRows | None = None  # the batches that lead to this one, where each was planned from the one before

@@ -2,8 +2,8 @@
 
 In decode most batches have the rows of an earlier one, each further: by a token, or by some where drafts were verified.
 Then nothing is planned anew: each part is cut back to its row's start and takes the tokens that follow, slots move on,
-and the kernels' plan is changed in place. What does not follow so simply (windows, choosers, shared pages, a range that
-ends) is planned anew, with the same result.
+and the kernels' plans are changed in place, also where windows move and pages are freed. What does not follow so simply
+(choosers, means, lists, shared pages, a range that ends) is planned anew, with the same result.
 """
 
 from __future__ import annotations
@@ -16,27 +16,36 @@ import numpy as np
 import torch
 
 from lamina_kernels.paged.pages import Pages
-from lamina_kernels.select import Kernels
+from lamina_kernels.paged.rows import EVERYTHING, Rows, Table, visible
+from lamina_kernels.select import Grown, Kernels
 from lamina_protocols.messages import Row
 from lamina_workers.attention_worker.kv_store import KVStore
+from lamina_workers.attention_worker.reading import Reading
+from lamina_workers.attention_worker.row_builder import Origin
 
 MOST_TOKENS = 32  # of a row; those of prompts have more
 _KEPT = 32  # plans of where K and V go, each of another number of vectors
 
 
 class DecodeRows:
-    """The rows of the last batch of a series, in each of which every row goes on. `grown`: the kernels' plans of the
-    series; `places`: their plan of where the rows of the first batch store."""
+    """The rows of the last batch of a series, in each of which every row goes on. `readings`: with how many layers are
+    read so; their plans move on with the series. `places`: the kernels' plan of where the rows of the first batch
+    store. `counted`: whether what is read is counted. `floors`: of the rows' parts."""
 
     def __init__(
-        self, store: KVStore, kernels: Kernels, pages: Pages, rows: Sequence[Row], grown: Any, places: Any
-    ) -> None:
+        self, store: KVStore, kernels: Kernels, pages: Pages, rows: Sequence[Row], readings: Sequence[_Growing],
+        places: Any, counted: bool,
+    ) -> None:  # fmt: skip
         self._store = store
         self._kernels = kernels
         self._pages = pages
         self._rows = rows
-        self._grown = grown
-        parts = [store.part(row.handle) for row in rows]
+        self._readings = readings
+        self._split = any(reading.split for reading in readings)
+        self._until = [EVERYTHING] * len(rows)
+        for origin in (origin for reading in readings for origin in reading.origins):
+            self._until[origin.number] = min(self._until[origin.number], origin.until)
+        self._parts = parts = [store.part(row.handle) for row in rows]
         self._numbers = [number for number, row in enumerate(rows) if row.store]
         self._growing = [parts[number] for number in self._numbers]
         self._tables = [part.table for part in self._growing]
@@ -45,49 +54,69 @@ class DecodeRows:
         self._columns = _columns(self._growing_rows, self._heads)
         self._places = {} if places is None else {places.slots.shape[1]: places}
         self._shares = store.shares
+        self._counter = _Counter(rows, readings) if counted else None
+        self.floors = list(map(store.floor, parts))
 
     @staticmethod
     def of(
-        store: KVStore, kernels: Kernels, pages: Pages, rows: Sequence[Row], plan: Any, places: Any
-    ) -> DecodeRows | None:
-        """Begin a series with a batch that is in flight, whose static heads have one `plan`, and `places` where any row
-        stores. None where the next batch would not simply follow."""
+        store: KVStore, kernels: Kernels, pages: Pages, rows: Sequence[Row], readings: Sequence[tuple[Reading, int]],
+        places: Any, counted: bool,
+    ) -> DecodeRows | None:  # fmt: skip
+        """Begin a series with a batch that is in flight, which its `readings`, with their numbers of layers, attend by
+        plans alone; `places` where any row stores. None where the next batch would not simply follow."""
         stores = [row for row in rows if row.store]
-        if plan is None or bool(stores) != (places is not None):
+        if bool(stores) != (places is not None):
             return None
+        if any(group.policy.evicts for row in rows for group in store.part(row.handle).groups):
+            return None  # by attention that is counted in some steps
         parts = [store.part(row.handle) for row in stores]
         if any(row.start + row.count > part.hi for row, part in zip(stores, parts, strict=True)):
             return None
-        if any(store.releases(part) for part in parts) or not all(map(store.owns_from, parts, _starts(stores))):
+        if not all(map(store.owns_from, parts, _starts(stores))):
             return None
-        grown = kernels.grown(plan)
-        return None if grown is None else DecodeRows(store, kernels, pages, rows, grown, places)
+        growing = [_Growing.of(kernels, *each) for each in readings]
+        some = [each for each in growing if each is not None]
+        if len(some) < len(growing):
+            return None
+        return DecodeRows(store, kernels, pages, rows, some, places, counted)
 
     def follows(self, rows: Sequence[Row]) -> bool:
         """Whether `next` can take these rows: they are the last ones, each further, and each part can simply take
         their tokens."""
         return (
             is_next(self._rows, rows)
+            and not (self._split and any(row.count > 1 for row in rows))
+            and all(row.start + row.count <= until for row, until in zip(rows, self._until, strict=True))
             and self._as_before()
             and self._store.can_go_on(self._growing, [rows[number] for number in self._numbers])
         )
 
-    def next(self, rows: Sequence[Row]) -> tuple[Any, Any]:
-        """Reserve for a batch of `rows`, which follow. Returns the kernels' plan of what it reads, and that of where it
-        stores."""
-        places = self._stored([rows[number] for number in self._numbers]) if self._growing else None
+    def next(self, rows: Sequence[Row]) -> Any:
+        """Reserve for a batch of `rows`, which follow, and let the readings have its plans. Returns the kernels' plan
+        of where it stores."""
+        places, freeing = self._stored([rows[number] for number in self._numbers]) if self._growing else (None, ())
         moved = {}
         for number, (part, table) in enumerate(zip(self._growing, self._tables, strict=True)):
             if part.table is not table:
                 self._tables[number] = moved[self._numbers[number]] = part.table
+        for number in freeing:
+            self.floors[self._numbers[number]] = self._store.floor(self._growing[number])
         self._rows = rows
         start, count = [row.start for row in rows], [row.count for row in rows]
-        return self._grown.next(start, count, [row.read[1] if row.read else 0 for row in rows], moved), places
+        hi = [row.read[1] if row.read else 0 for row in rows]
+        for reading in self._readings:
+            reading.next(start, count, hi, moved)
+        return places
 
-    def _stored(self, rows: Sequence[Row]) -> Any:
-        """Reserve the tokens of the rows that store; where they go."""
+    def counts(self) -> tuple[tuple[int, float, float], ...]:
+        """Of each row that decodes: its handle, the tokens that its last query reads, over all layers and heads, and
+        those that there are."""
+        return self._counter.counts(self._rows) if self._counter else ()
+
+    def _stored(self, rows: Sequence[Row]) -> tuple[Any, set[int]]:
+        """Reserve the tokens of the rows that store: where they go, and the numbers of those that have freed pages."""
         last, size = self._growing_rows, self._store.config.page_size
-        changed = self._store.go_on(self._growing, rows)
+        changed, freeing = self._store.go_on(self._growing, rows)
         if all(map(_as_many, rows, last)):
             # Within one page the slots move on with the row.
             places = self._places[self._columns[-1]]
@@ -114,7 +143,7 @@ class DecodeRows:
         if self._columns[-1] not in self._places:
             self._places = {**dict(list(self._places.items())[1 - _KEPT :]), self._columns[-1]: places}
         self._growing_rows = list(rows)
-        return places
+        return places, freeing
 
     def _as_before(self) -> bool:
         """Whether nobody has got a share of the pages that are written next."""
@@ -123,6 +152,58 @@ class DecodeRows:
                 return False
             self._shares = self._store.shares
         return True
+
+
+class _Growing:
+    """A reading of `layers` layers whose plan moves on. `split`: whether some row of the batch is several of its own,
+    each for some heads."""
+
+    def __init__(self, reading: Reading, layers: int, grown: Grown, rows: Rows, origins: Sequence[Origin]) -> None:
+        self.layers, self.rows, self.origins = layers, rows, origins
+        self.numbers = [origin.number for origin in origins]
+        self.split = any(origin.heads is not None for origin in origins)
+        self._reading, self._grown = reading, grown
+
+    @staticmethod
+    def of(kernels: Kernels, reading: Reading, layers: int) -> _Growing | None:
+        """None where the next plan does not follow from this one."""
+        if reading.plan is None or reading.rows is None or reading.origins is None:
+            return None
+        grown = kernels.grown(reading.plan)
+        return None if grown is None else _Growing(reading, layers, grown, reading.rows, reading.origins)
+
+    def next(self, start: list[int], count: list[int], hi: list[int], moved: dict[int, Table]) -> None:
+        """Of each row of the batch. Rows in `moved` have other tables."""
+        if self.split:
+            start, count, hi = ([of[number] for number in self.numbers] for of in (start, count, hi))
+            moved = {
+                at: table if heads is None else table[:, heads]
+                for at, (number, heads, _) in enumerate(self.origins if moved else ())
+                if (table := moved.get(number)) is not None
+            }
+        self._reading.plan = self._grown.next(start, count, hi, moved)
+        self._reading.layers, self._reading.counts = 0, ()
+
+
+class _Counter:
+    """Counts what a batch of a series reads, by arithmetic over the rows of all readings together."""
+
+    def __init__(self, rows: Sequence[Row], readings: Sequence[_Growing]) -> None:
+        each = [reading.rows for reading in readings]
+        self._numbers = np.concatenate([reading.numbers for reading in readings])
+        self._lo, self._window, self._sinks = (
+            np.concatenate([getattr(own, name) for own in each]) for name in ("lo", "window", "sinks")
+        )
+        self._cells = np.concatenate([reading.rows.kv_heads * reading.layers for reading in readings])
+        self._decoding = [number for number, row in enumerate(rows) if row.chooses]
+
+    def counts(self, rows: Sequence[Row]) -> tuple[tuple[int, float, float], ...]:
+        last = np.array([row.start + row.count - 1 for row in rows])[self._numbers]
+        hi = np.array([row.read[1] if row.read else 0 for row in rows])[self._numbers]
+        seen = visible(last, last, self._lo, hi, self._window, self._sinks)
+        keys = np.maximum(seen.end - seen.lo, 0) + np.maximum(seen.hi - seen.begin, 0)
+        read, every = (np.bincount(self._numbers, self._cells * of, len(rows)) for of in (keys, hi - self._lo))
+        return tuple((rows[n].handle, float(read[n]), float(every[n])) for n in self._decoding)
 
 
 def is_next(last: Sequence[Row], rows: Sequence[Row]) -> bool:

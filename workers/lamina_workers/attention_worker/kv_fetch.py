@@ -33,7 +33,7 @@ class KvFetch:
         part = self._held(message)
         slots = page_slots(part.lo, message.lo, message.hi, self._config.page_size)
         tables = part.table[layers_of(message, self._config), :, slots]
-        if self._reader.keeps_means and (tables < 0).any():
+        if self._reader.keeps_means(part) and (tables < 0).any():
             pages = torch.empty(0, 0, dtype=torch.uint8)
         else:
             pages = whole(self._pages, indices(tables.reshape(-1)).to(self._device)).cpu()

@@ -7,22 +7,39 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 
-from lamina_workers.attention_worker.page_pool import Int32
+from lamina_workers.attention_worker.head_policies import Group, HeadPolicies
+from lamina_workers.attention_worker.page_pool import NO_PAGE, Int32
 
 
 @dataclasses.dataclass(slots=True)
 class Part:
     """What this holder keeps of one sequence: KV heads `heads`, positions [lo, held) of at most [lo, hi). There are
     pages up to `held`, and KV in every layer up to `stored`: they differ while a batch is under way, and after one that
-    did not end with all its layers."""
+    did not end with all its layers. `policies` say what is read of it and kept."""
 
+    policies: HeadPolicies
     heads: tuple[int, ...]
     lo: int
     hi: int
     held: int
     stored: int
     table: Int32  # [layers, len(heads), capacity]
-    freed: Int32  # [layers, len(heads)]: slots below this, but for sinks, hold nothing that a later query sees
+    freed: Int32  # [layers, len(heads)]: slots below this hold nothing, but for what stays
+    absent: int | None = 0  # slots below `held`, of all layers and heads, without a page; None: not counted yet
+    frees_from: int | None = None  # the lowest start of a row for which pages are freed; None: not known yet
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """Its cells by policy, where anything is freed while it lives."""
+        return self.policies.retention.groups(self.heads)
+
+    def pages(self, size: int) -> tuple[int, int]:
+        """How many pages of `size` tokens it holds, and how many keeping everything would take."""
+        slots = -(-(self.held - self.lo) // size)
+        if self.absent is None:
+            self.absent = int(np.count_nonzero(self.table[:, :, :slots] == NO_PAGE))
+        kept = self.freed.size * slots
+        return kept - self.absent, kept
 
     @property
     def nbytes(self) -> int:

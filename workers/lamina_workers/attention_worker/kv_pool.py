@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,6 @@ from lamina_protocols.messages import (
     Fetched,
     FetchedPages,
     FetchPages,
-    Fork,
     Fresh,
     FreshPages,
     Operation,
@@ -36,15 +36,20 @@ from lamina_protocols.messages import (
     Usage,
 )
 from lamina_protocols.pools import Pool
+from lamina_protocols.query_samples import FetchedSample, FetchSample, Sample
 from lamina_workers.attention_worker.batch import Counters, KVBatch
+from lamina_workers.attention_worker.cold_file import check_folder
+from lamina_workers.attention_worker.cold_pages import ColdPages
 from lamina_workers.attention_worker.decode_rows import DecodeRows, is_next
 from lamina_workers.attention_worker.head_policies import HeadPolicies
 from lamina_workers.attention_worker.kv_fetch import KvFetch, indices, layers_of, page_slots
 from lamina_workers.attention_worker.kv_parts import Part, Reservation
 from lamina_workers.attention_worker.kv_store import KVStore
 from lamina_workers.attention_worker.page_layout import attention_kernels, layout_name, page_count, page_layout
+from lamina_workers.attention_worker.page_pool import Int32
 from lamina_workers.attention_worker.paged_reader import PagedReader
 from lamina_workers.attention_worker.pool import Layered
+from lamina_workers.attention_worker.reading import Readings
 from lamina_workers.devices.available import room_for
 
 _WORKS = 32  # of batches that took turns last: for each lane, and for each number of tokens that its batches have
@@ -61,16 +66,22 @@ class KVPool:
         self._device = device
         self._counters = counters
         self._kernels = attention_kernels(device)
-        self._policies = HeadPolicies.of(config)
+        policies = HeadPolicies.of(config)
         self.n_pages = page_count(config, device)
         layout = page_layout(config, device)
         for _ in self._kernels.prepare(layout):
             pass
         with room_for("KV pages", self.n_pages * layout.page_bytes, device):
-            self.store = KVStore(config, self._policies, self.n_pages)
+            self.store = KVStore(config, policies, self.n_pages)
             self.pages = Pages.allocate(layout, self.n_pages, device)
         self.layout = layout_name(layout)
-        self.reader = PagedReader(config, self._policies, self._kernels, self.pages, self.store, threads)
+        self.reader = PagedReader(config, policies, self._kernels, self.pages, self.store, threads)
+        self._cold: ColdPages | None = None
+        if config.cold is not None:
+            check_folder(config.cold.folder, device.type)
+            limit, sketch = int(config.kv_memory * config.cold.resident), self.reader.sketch_bytes
+            self._cold = ColdPages(config.cold.folder, limit, sketch, self.pages, self.store)
+            self.reader.touch = self._cold.touch
         self._fetching = KvFetch(config, self.store, self.pages, self.reader, device)
         self._kv_layers = {spec.kv_layer for spec in config.layers}
         # of the rows of a batch: their queries in two bytes a number fill a frame
@@ -95,12 +106,12 @@ class KVPool:
         part = self.store.part(handle)
         return PartHeld(handle, self._number, part.heads, part.lo, part.hi, part.stored, self.store.floor(part))
 
-    @property
-    def counts_usage(self) -> bool:
-        return self.reader.tallies is not None
+    def counts_usage(self, handle: int) -> bool:
+        return self.store.part(handle).policies.counted
 
     def usage(self, handle: int) -> Usage:
-        return self.reader.usage(handle)
+        usage = self.reader.usage(handle)
+        return usage if self._cold is None else replace(usage, resident=self._cold.resident(handle, usage.held))
 
     def update(self, operations: Sequence[Operation], rows: Sequence[Row]) -> tuple[int, ...]:
         reservation = self.store.update(operations, rows)
@@ -112,8 +123,10 @@ class KVPool:
         for operation in operations:
             if isinstance(operation, Close):
                 self.reader.forget(operation.handle)
-            elif isinstance(operation, Fork):
-                self.reader.forked(operation)
+                if self._cold is not None:
+                    self._cold.forget(operation.handle)
+            else:
+                self.reader.opened(operation)
         self.reader.absorb(reservation.absorbed)
         if reservation.copies_from.size:
             source, target = map(indices, (reservation.copies_from, reservation.copies_to))
@@ -124,6 +137,8 @@ class KVPool:
 
     def check_integrity(self) -> None:
         self.store.check_integrity()
+        if self._cold is not None:
+            self._cold.check_integrity()
 
     # Batches.
 
@@ -138,35 +153,64 @@ class KVPool:
         try:
             readings = self.reader.readings([row for row in rows if row.read is not None])
             # Planned now, before the first layer. Rows that only store may come as whole pages, which need no plan.
-            places = self._plan(stores) if stores and readings else None
+            places = self._plan(stores) if stores and readings.each else None
         except ValueError as error:
             raise ProtocolError(f"rows that no batch can have: {error}") from error
         fused, missing = any(row.fused for row in rows), set(self._kv_layers)
-        return KVBatch(rows, fused, stores, missing, places, self.reader.sealed(rows), readings, delay)
+        sealed, written = self.reader.sealed(rows), self._begin_cold(rows, readings)
+        samples = self.reader.queries.begin(rows)
+        return KVBatch(rows, fused, stores, missing, places, sealed, readings, delay, samples, written)
+
+    def samples(self, batch: KVBatch) -> tuple[int, ...]:
+        return batch.samples.strides if batch.samples is not None else ()
 
     def follows(self, batch: KVBatch, rows: Sequence[Row]) -> bool:
         if not rows:
             return True
-        if not self.reader.plain or len(batch.readings) != 1 or (batch.stores and batch.missing):
+        if any(row.prompt for row in rows):  # its queries may have to be kept
+            return False
+        readings = batch.readings
+        if not readings.each or (batch.stores and batch.missing) or not self.reader.goes_on(readings, rows):
             return False
         if batch.series is None and is_next(batch.rows, rows):
-            (reading,) = batch.readings.values()
-            batch.series = DecodeRows.of(self.store, self._kernels, self.pages, batch.rows, reading.plan, batch.places)
+            each = [(reading, readings.by_layer.count(number)) for number, reading in enumerate(readings.each)]
+            batch.series = DecodeRows.of(
+                self.store, self._kernels, self.pages, batch.rows, each, batch.places, readings.counted
+            )
         return batch.series is not None and batch.series.follows(rows)
 
     def follow(self, batch: KVBatch, rows: Sequence[Row], delay: float) -> KVBatch:
         if batch.series is None:  # there are no rows
             return batch
-        (reading,) = batch.readings.values()
-        reading.plan, places = batch.series.next(rows)
-        reading.layers = 0
+        self.end(batch)
+        places = batch.series.next(rows)
         stores = tuple(row for row in rows if row.store)
+        missing, written = set(self._kv_layers), self._begin_cold(rows, batch.readings)
         return KVBatch(
-            rows, batch.fused, stores, set(self._kv_layers), places, None, batch.readings, delay, batch.series
-        )
+            rows, batch.fused, stores, missing, places, self.reader.sealed(stores), batch.readings, delay,
+            None, written, batch.series.counts(), batch.series,
+        )  # fmt: skip
+
+    def floors(self, batch: KVBatch) -> Sequence[int]:
+        return batch.series.floors if batch.series is not None else (0,) * len(batch.rows)
 
     def end(self, batch: KVBatch) -> None:
-        self.reader.end(batch.readings.values())
+        attended = sum(reading.layers for reading in batch.readings.each)
+        counts = batch.counts if attended == len(self.config.layers) else ()  # of a batch that was given up, nothing
+        self.reader.end(batch.readings.each, counts)
+        self._end_cold(batch)
+
+    def _begin_cold(self, rows: Sequence[Row], readings: Readings) -> Int32 | None:
+        if self._cold is None:
+            return None
+        layers: list[set[int]] = [set() for _ in readings.each]
+        for number, spec in zip(readings.by_layer, self.config.layers, strict=False):  # or nothing reads
+            layers[number].add(spec.kv_layer)
+        return self._cold.begin(rows, [(sorted(own), each) for own, each in zip(layers, readings.each, strict=True)])
+
+    def _end_cold(self, batch: KVBatch) -> None:
+        if self._cold is not None and batch.written is not None:
+            self._cold.end(batch.written)
 
     def _stores(self, rows: Sequence[Row]) -> Iterator[Row]:
         for row in rows:
@@ -204,16 +248,28 @@ class KVPool:
                 reply = self._attend(batch, layer, message)
                 self._unsettled = batch, layer, message
                 return reply
+            case Sample():
+                self.reader.queries.came(batch.samples, layer, message, self._has(batch, layer))
+                return None
         raise self._refused(message)
 
     def constants(self, layer: int, message: Constants) -> None:
         raise self._refused(message)
 
-    def fetch(self, layer: int, message: Fetch) -> Fetched:
+    def fetch(self, layer: int, message: Fetch | FetchSample) -> Fetched | FetchedSample:
+        if isinstance(message, FetchSample):
+            return self.reader.queries.fetch(layer, message)
+        self._read_whole(message.handle, [self.config.layers[layer].kv_layer])
         return self._fetching.fetch(layer, message)
 
     def fetch_pages(self, message: FetchPages) -> FetchedPages:
+        self._read_whole(message.handle, range(self.store.layers))
         return self._fetching.fetch_pages(message)
+
+    def _read_whole(self, handle: int, layers: Sequence[int]) -> None:
+        """A part is read by another holder."""
+        if self._cold is not None:
+            self._cold.read(handle, layers, range(len(self.store.part(handle).heads)))
 
     def store_pages(self, batch: KVBatch, message: FreshPages) -> None:
         layers = layers_of(message, self.config)
@@ -249,16 +305,29 @@ class KVPool:
 
     def _stored(self, batch: KVBatch, layers: Iterable[int]) -> None:
         """All K and V that a batch stores in these layers have come."""
-        for layer in layers:
-            self.reader.seal(batch.sealed, layer)
-            batch.missing.discard(layer)
+        layers = list(layers)
+        self.reader.seal(batch.sealed, layers)
+        batch.missing.difference_update(layers)
+        if batch.samples is not None and batch.samples.waiting:
+            for layer in layers:
+                self._show(batch, layer)
         if not batch.missing:
             self.store.stored(batch.stores)
 
+    def _has(self, batch: KVBatch, layer: int) -> bool:
+        """Whether all that a batch stores of a layer is stored."""
+        return not batch.stores or self.config.layers[layer].kv_layer not in batch.missing
+
+    def _show(self, batch: KVBatch, kv_layer: int) -> None:
+        """Prompts' queries have waited for the keys of a layer."""
+        for number, spec in enumerate(self.config.layers):
+            if spec.kv_layer == kv_layer and batch.samples is not None:
+                self.reader.queries.stored(batch.samples, number)
+
     def _attend(self, batch: KVBatch, layer: int, message: Query | Exchange) -> Attended:
-        if not batch.readings:
+        if not batch.readings.each:
             raise ProtocolError(f"query for batch {message.batch}, none of whose rows read")
-        reading = batch.readings[self._policies.reads[layer]]
+        reading = batch.readings.of(layer)
         begun = time.perf_counter()
         try:
             out, lse = self.reader.attend(reading, layer, message.q)
@@ -267,6 +336,8 @@ class KVPool:
         if batch.delay:
             time.sleep(batch.delay)
         self._counters.queries += len(message.q)
+        if batch.samples is not None:
+            self.reader.queries.asked(batch.samples, layer, message.q, self._has(batch, layer))
         return Attended(message.epoch, message.batch, message.layer, out, lse, time.perf_counter() - begun)
 
     def _refused(self, message: Layered | Constants) -> ProtocolError:
@@ -277,11 +348,11 @@ class KVPool:
 
     def layer_work(self, batch: KVBatch) -> LayerWork | None:
         """The work of a batch in flight for compiled callers, which `worked` counts; None where it needs Python: other
-        kernels, choosers, means, sketches to be made."""
-        if batch.sealed is not None or (batch.stores and batch.places is None):
+        kernels, choosers, means, queries to be kept."""
+        if batch.samples is not None or (batch.stores and batch.places is None):
             return None
         # Batches of a series have plans with the same blocks, so they have the same work.
-        blocks = [None if reading.plan is None else id(reading.plan.arguments) for reading in batch.readings.values()]
+        blocks = [None if reading.plan is None else id(reading.plan.arguments) for reading in batch.readings.each]
         key = (*blocks, id(batch.places), batch.fused)
         work = self._works.get(key)
         if work is None and (readings := self.reader.layer_readings(batch.readings, self._numbers)) is not None:
@@ -298,10 +369,11 @@ class KVPool:
         code."""
         if batch.stores:
             self._stored(batch, (spec.kv_layer for spec in self.config.layers[layers.start : layers.stop]))
-        if len(batch.readings) == 1:
-            next(iter(batch.readings.values())).layers += len(layers)
-        elif batch.readings:
-            for policies in self._policies.reads[layers.start : layers.stop]:
-                batch.readings[policies].layers += 1
+        readings = batch.readings
+        if len(readings.each) == 1:
+            readings.each[0].layers += len(layers)
+        elif readings.each:
+            for layer in layers:
+                readings.of(layer).layers += 1
         self._counters.queries += work.queries * len(layers)
         self._counters.vectors_stored += work.fresh * len(layers)

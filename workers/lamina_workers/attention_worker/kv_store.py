@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -18,25 +19,29 @@ import numpy.typing as npt
 from lamina_kernels.paged.rows import Ints
 from lamina_protocols.layers import HolderConfig
 from lamina_protocols.messages import Close, Fork, Open, Operation, Row
-from lamina_workers.attention_worker.head_policies import Group, HeadPolicies, Retention, returns_to
+from lamina_workers.attention_worker.eviction import PageAttention, evicted, freed_slots, moved_up
+from lamina_workers.attention_worker.head_policies import Group, HeadPolicies, lowest_length, returns_to
 from lamina_workers.attention_worker.kv_parts import Absorbed, Part, Reservation
-from lamina_workers.attention_worker.page_pool import Int32
+from lamina_workers.attention_worker.page_pool import NO_PAGE, Int32
+from lamina_workers.attention_worker.part_checks import check_part
 from lamina_workers.attention_worker.part_table import PartTable
-from lamina_workers.errors import KVError, PoolExhausted, TornParts
-from lamina_workers.policies.policy import Policy
+from lamina_workers.errors import KVError, PolicyError, PoolExhausted, TornParts
+from lamina_workers.policies.policy import Bools, Policy
 
-NO_PAGE = -1
+NEVER = 1 << 62
 ABSORBED_AT_ONCE = 32  # slots of a part, in every layer and head, for which a mean begins to stand in one step
 
 
 class KVStore(PartTable[Part]):
-    """The tables and pages of one pool, of which `config` is: numbers of pages, not their contents."""
+    """The tables and pages of one pool, of which `config` is: numbers of pages, not their contents. Parts without a
+    policy of their own have `policies`."""
 
     def __init__(self, config: HolderConfig, policies: HeadPolicies, n_pages: int) -> None:
         super().__init__(config, n_pages)
         self._layers = 1 + max(spec.kv_layer for spec in config.layers)
-        self._retention = Retention(policies)
+        self._policies = policies
         self._absorbed: list[Absorbed] = []
+        self.attention: PageAttention | None = None  # by which parts evict; nothing is evicted without it
 
     def update(self, operations: Iterable[Operation], rows: Sequence[Row]) -> Reservation:
         """Apply operations in order, cut every storing row's part back to its start, then reserve for all rows.
@@ -57,27 +62,32 @@ class KVStore(PartTable[Part]):
             for row in rows:
                 if row.store:
                     self._cut(self._parts[row.handle], row)
+                self._evict(self._parts[row.handle], row)
             return self._reserve(rows)
         except BaseException:
             self.revert()
             raise
 
     def can_go_on(self, parts: Sequence[Part], rows: Sequence[Row]) -> bool:
-        """Whether each part can store its row: its range reaches so far, and pages are not short."""
+        """Whether each part can store its row: its range reaches so far, pages are not short, and no mean takes the
+        place of pages that it frees."""
         size, more = self.config.page_size, 0
         for part, row in zip(parts, rows, strict=True):
             end = row.start + row.count
             if end > part.hi:
                 return False
+            if row.start >= self.frees_from(part) and any(group.policy.compensated for group in part.groups):
+                return False
             if end > part.held:
                 more += len(part.heads) * ((part.lo - part.held) // size - (part.lo - end) // size)
         return self._layers * more <= self._pool.free
 
-    def go_on(self, parts: Sequence[Part], rows: Sequence[Row]) -> set[int]:
-        """Cut each part back to its row's start, and reserve for the row, for which there is room: as `update` would,
-        where parts are different, release nothing and own the pages that are written. Returns the parts, by number,
-        that have other pages now; the table of such a part may be another one."""
-        changed = set()
+    def go_on(self, parts: Sequence[Part], rows: Sequence[Row]) -> tuple[set[int], set[int]]:
+        """Cut each part back to its row's start, free what no query from there on can see, and reserve for the row, for
+        which there is room: as `update` would, where parts are different and own the pages that are written. Returns
+        the parts, by number, that have other pages where they store, and those that have freed some; the table of the
+        first ones may be another one."""
+        changed, freeing = set(), set()
         for number, (part, row) in enumerate(zip(parts, rows, strict=True)):
             if row.start < part.held:
                 used, held = self._slots(row.start - part.lo), self._slots(part.held - part.lo)
@@ -86,6 +96,9 @@ class KVStore(PartTable[Part]):
                     self._drop(tail, tail != NO_PAGE)
                     changed.add(number)
                 part.held, part.stored = row.start, min(part.stored, row.start)
+            if row.start >= self.frees_from(part):
+                self._free(part, row)
+                freeing.add(number)
         for number, (part, row) in enumerate(zip(parts, rows, strict=True)):
             end = row.start + row.count
             used, slots = self._slots(part.held - part.lo), self._slots(end - part.lo)
@@ -96,7 +109,7 @@ class KVStore(PartTable[Part]):
                 changed.add(number)
             part.held = end
         self._undo.clear()
-        return changed
+        return changed, freeing
 
     def stored(self, rows: Iterable[Row]) -> None:
         """All KV has come that these rows of one batch store."""
@@ -119,9 +132,14 @@ class KVStore(PartTable[Part]):
         used = self._slots(part.held - part.lo)
         return not self._pool.shared(part.table[:, :, (position - part.lo) // self.config.page_size : used]).any()
 
-    def releases(self, part: Part) -> bool:
-        """Whether a part frees pages as it grows."""
-        return bool(self._retention.groups(part.heads))
+    def frees_from(self, part: Part) -> int:
+        """The lowest start of a row for which a part frees pages, as far as it has freed some by now."""
+        if part.frees_from is None:
+            part.frees_from = min((self._frees_next(part, group) for group in part.groups), default=NEVER)
+        return part.frees_from
+
+    def _frees_next(self, part: Part, group: Group) -> int:
+        return returns_to(group.policy, part.lo + (int(part.freed[group.cells].min()) + 1) * self.config.page_size)
 
     def slots(self, row: Row) -> Ints:
         """Where a storing row's tokens go: `[layers, stored tokens, heads]`, each page * page_size + offset."""
@@ -132,30 +150,37 @@ class KVStore(PartTable[Part]):
         return part.table[:, :, slot].transpose(0, 2, 1).astype(np.int64) * size + offset[:, None]
 
     def gap(self, part: Part, policy: Policy) -> tuple[int, int]:
-        """The slots [first, end) of a part's heads of a compensated policy for which a mean stands."""
-        for group in self._retention.groups(part.heads):
+        """The slots [first, end) of a part's heads of a policy for which a mean stands, or which are empty in
+        `readable`."""
+        for group in part.groups:
             if group.policy == policy:
-                first = self._sinks_of(part, group)
-                return first, max(first, int(part.freed[group.cells].max()))
+                freed = freed_slots(part, group)
+                first = self._remaining(part, group, freed) if policy.evicts else self._sinks_of(part, group)
+                return first, max(first, freed)
         return 0, 0
+
+    def readable(self, part: Part) -> Int32:
+        """A part's table, in which those pages stand first that were not evicted."""
+        return moved_up(part, part.groups)
+
+    def counts(self, part: Part, policy: Policy, start: int) -> bool:
+        """Whether the attention of a decode step at `start` is counted: in every `every`-th, and until pages that are
+        too many have been evicted."""
+        for group in part.groups:
+            if group.policy == policy:
+                freed = max(0, (min(policy.kept_from(start), part.held) - part.lo) // self.config.page_size)
+                behind = self._remaining(part, group, freed) < freed and not freed_slots(part, group)
+                return behind or policy.counts(start)
+        return False
 
     def check_integrity(self) -> None:
         """Raise KVError unless tables, reference counts and the free stack agree."""
         counted = np.zeros(self.n_pages, np.int32)
         for handle, part in self._parts.items():
+            check_part(handle, part, part.groups, self.n_pages, self.config.page_size)
             held = part.table[part.table != NO_PAGE]
-            if held.size and (held.min() < 0 or held.max() >= self.n_pages):
-                raise KVError(f"part {handle} names page {held.max()} of {self.n_pages}")
-            if not part.lo <= part.stored <= part.held <= part.hi:
-                raise KVError(f"part {handle} holds up to {part.stored}, {part.held}, outside [{part.lo}, {part.hi}]")
-            slots = np.arange(part.table.shape[2])
-            gone = (slots >= self._sink_slots(part)[..., None]) & (slots < part.freed[..., None])
-            inside = ~gone & (slots < self._slots(part.held - part.lo))
-            for layer in range(self._layers):
-                if (part.table[layer][inside[layer]] == NO_PAGE).any():
-                    raise KVError(f"part {handle} lacks a page in layer {layer} that it should hold")
-                if (part.table[layer][~inside[layer]] != NO_PAGE).any():
-                    raise KVError(f"part {handle} keeps a freed page in layer {layer}")
+            if (told := part.pages(self.config.page_size)[0]) != len(held):
+                raise KVError(f"part {handle} holds {len(held)} pages, and says {told}")
             np.add.at(counted, held, 1)
         self._check_tables()
         self._pool.check_integrity(counted)
@@ -166,15 +191,23 @@ class KVStore(PartTable[Part]):
         if not isinstance(operation, Close) and operation.handle in self._parts:
             raise KVError(f"handle {operation.handle} is in use; handles are never reused")
         match operation:
-            case Open(handle, _, heads, lo, hi):
+            case Open(handle, _, heads, lo, hi, policy):
                 self._check_open(operation)
                 freed = np.zeros((self._layers, len(heads)), np.int32)
-                self._insert(handle, Part(heads, lo, hi, lo, lo, self._table(len(heads), 0), freed))
-            case Fork(handle, parent, length):
-                self._insert(handle, self._forked(self.part(parent), parent, length))
+                policies = self._policies_of(handle, policy)
+                self._insert(handle, Part(policies, heads, lo, hi, lo, lo, self._table(len(heads), 0), freed))
+            case Fork(handle, parent, length, policy):
+                policies = self._policies_of(handle, policy)
+                self._insert(handle, self._forked(self.part(parent), parent, length, policies))
             case Close(handle):
                 part = self._remove(handle)
                 self._pool.release(part.table[part.table != NO_PAGE])
+
+    def _policies_of(self, handle: int, policy: str) -> HeadPolicies:
+        try:
+            return HeadPolicies.of(self.config, policy) if policy else self._policies
+        except PolicyError as error:
+            raise KVError(f"part {handle}: {error}") from error
 
     def _check_open(self, open_: Open) -> None:
         kv_heads = self.config.layers[0].kv_heads
@@ -183,9 +216,9 @@ class KVStore(PartTable[Part]):
         if not open_.heads or not 0 <= open_.lo < open_.hi:
             raise KVError(f"part {open_.handle} of heads {open_.heads} and range [{open_.lo}, {open_.hi}) is empty")
 
-    def _forked(self, source: Part, parent: int, length: int) -> Part:
-        """What `source`, of handle `parent`, keeps of the sequence's first `length` tokens: all where its range ends
-        below `length`, nothing where it begins there or above."""
+    def _forked(self, source: Part, parent: int, length: int, policies: HeadPolicies) -> Part:
+        """What `source`, of handle `parent`, keeps of the sequence's first `length` tokens, for a part of these
+        policies: all where its range ends below `length`, nothing where it begins there or above."""
         held = max(source.lo, min(length, source.hi))
         lowest = self.floor(source) if held > source.lo else 0
         if length < lowest:
@@ -194,9 +227,29 @@ class KVStore(PartTable[Part]):
             raise KVError(f"cannot fork part {parent} at {length}, it holds up to {source.held}")
         used = self._slots(held - source.lo)
         table, freed = source.table[:, :, :used].copy(), np.minimum(source.freed, used)
-        part = dataclasses.replace(source, held=held, stored=min(held, source.stored), table=table, freed=freed)
+        part = dataclasses.replace(
+            source, policies=policies, held=held, stored=min(held, source.stored), table=table, freed=freed,
+            absent=None if source.freed.any() else 0, frees_from=None,
+        )  # fmt: skip
+        if policies.keepers != source.policies.keepers:
+            self._take_over(part, parent, length)
         self._pool.share(part.table[part.table != NO_PAGE])
         return part
+
+    def _take_over(self, part: Part, parent: int, length: int) -> None:
+        """Count what the parent has let go of as let go by `part`, its fork of other policies, whose queries come from
+        `length` on. Raises KVError where one of them sees some of it."""
+        slots = np.arange(part.table.shape[2])
+        gone = (part.table == NO_PAGE) & (slots < self._slots(part.held - part.lo))
+        stay = self._staying(part)
+        part.freed = np.where(gone, slots + 1, 0).max(axis=2, initial=0).astype(np.int32)
+        lowest = np.zeros_like(part.freed)
+        for group in part.groups:
+            lowest[group.cells] = max(0, group.policy.seen_from(length) - part.lo) // self.config.page_size
+        if (gone & stay).any() or (part.freed > lowest).any():
+            raise KVError(f"cannot fork part {parent} at {length} for other policies, which see what it has let go of")
+        part.table[(slots < part.freed[..., None]) & ~stay] = NO_PAGE
+        part.absent = None
 
     def _check(self, row: Row, rows: Sequence[Row]) -> None:
         part = self.part(row.handle)
@@ -220,7 +273,7 @@ class KVStore(PartTable[Part]):
         return row.start if min(row.start, part.hi) <= part.stored else part.stored
 
     def _cut(self, part: Part, row: Row) -> None:
-        """Cut back to the row's start, then free what no query from there on can see, or a mean stands for."""
+        """Cut back to the row's start, then free."""
         start = row.start
         held, stored = part.held, part.stored
         part.held, part.stored = (max(part.lo, min(upto, start)) for upto in (held, stored))
@@ -232,11 +285,16 @@ class KVStore(PartTable[Part]):
         used = self._slots(part.held - part.lo)
         tail = part.table[:, :, used:]
         self._drop(tail, tail != NO_PAGE)
-        for group in self._retention.groups(part.heads):
-            lowest = group.policy.seen_from(start)
+        part.absent = part.absent and None  # some of them may have been above
+        self._free(part, row)
+
+    def _free(self, part: Part, row: Row) -> None:
+        """Free what no query from the row's start on can see, or a mean stands for."""
+        for group in part.groups:
+            lowest = group.policy.seen_from(row.start)
             if group.policy.compensated and row.chooses and row.read is not None:
-                lowest = self._absorbs_to(part, group, min(group.policy.kept_from(start), row.read[1]))
-            freed = min(max(0, (lowest - part.lo) // self.config.page_size), used)
+                lowest = self._absorbs_to(part, group, min(group.policy.kept_from(row.start), row.read[1]))
+            freed = min(max(0, (lowest - part.lo) // self.config.page_size), self._slots(part.held - part.lo))
             gone = self._let_go(part, group, freed)
             if group.policy.compensated and gone.size:
                 pages = gone.reshape(np.count_nonzero(group.cells), -1)
@@ -249,16 +307,39 @@ class KVStore(PartTable[Part]):
         return min(position, part.lo + (held + ABSORBED_AT_ONCE) * self.config.page_size)
 
     def _let_go(self, part: Part, group: Group, freed: int) -> Int32:
-        """Free a group's slots below `freed`, but for its sinks. Returns the pages, int32 `[n]`, cell by cell."""
+        """Free a group's slots below `freed`, but for those that stay. Returns the pages, int32 `[n]`, cell by cell."""
         before = part.freed.copy()
         part.freed[group.cells] = np.maximum(before[group.cells], freed)
         if (part.freed == before).all():
             return _NO_PAGES
+        part.absent = part.frees_from = None
         self._undo.append(lambda: part.freed.__setitem__(..., before))
-        kept = max(int(before[group.cells].min()), self._sinks_of(part, group))
-        view = part.table[:, :, kept:freed]
-        slots = np.arange(kept, freed)
-        return self._drop(view, group.cells[..., None] & (slots >= before[..., None]) & (view != NO_PAGE))
+        first = int(before[group.cells].min())
+        view = part.table[:, :, first:freed]
+        slots = np.arange(first, freed)
+        gone = (slots >= before[..., None]) & ~self._stay(part, group, slots)
+        return self._drop(view, group.cells[..., None] & gone & (view != NO_PAGE))
+
+    def _evict(self, part: Part, row: Row) -> None:
+        """Free the pages behind the recent ones that have got the least attention, where that is known; parts whose
+        range is full do so too."""
+        lo, hi = row.read or (0, 0)
+        for group in part.groups if row.chooses and lo < hi else ():
+            freed = max(0, min(group.policy.kept_from(row.start), hi) - part.lo) // self.config.page_size
+            remaining, before = self._remaining(part, group, freed), part.freed.copy()
+            if not group.policy.evicts or remaining == freed or freed <= freed_slots(part, group):
+                continue
+            got = self.attention.of(row.handle, group.cells, freed) if self.attention is not None else None
+            if got is not None:
+                gone = evicted(part, group, got, self._sinks_of(part, group), remaining)
+                part.freed[group.cells] = freed
+                part.absent = part.frees_from = None
+                self._undo.append(partial(part.freed.__setitem__, ..., before))
+                self._drop(part.table[:, :, :freed], gone)
+
+    def _remaining(self, part: Part, group: Group, freed: int) -> int:
+        """How many of a group's slots below `freed` are held, where it evicts."""
+        return group.policy.remaining(min(freed, self._sinks_of(part, group)), freed)
 
     def _drop(self, view: Int32, where: npt.NDArray[np.bool_]) -> Int32:
         """Free the pages that `view`, a slice of a table, names there, and return them."""
@@ -347,22 +428,26 @@ class KVStore(PartTable[Part]):
     def floor(self, part: Part) -> int:
         """The lowest length to which the part can return: there all that any query sees must still be held."""
         lowest = 0
-        for group in self._retention.groups(part.heads):
-            freed = int(part.freed[group.cells].max())
-            if freed > self._sinks_of(part, group):
-                lowest = max(lowest, returns_to(group.policy, part.lo + freed * self.config.page_size))
+        for group in part.groups:
+            if freed := int(part.freed[group.cells].max()):
+                lowest = max(lowest, lowest_length(group.policy, part.lo, freed, self.config.page_size))
         return lowest
 
     def _sinks_of(self, part: Part, group: Group) -> int:
         """How many of the part's slots hold sinks, which are kept."""
-        return self._slots(max(0, group.policy.sinks - part.lo))
+        return group.sinks(part.lo, self.config.page_size)
 
-    def _sink_slots(self, part: Part) -> Int32:
-        """The same for every layer and head, `[layers, heads]`."""
-        slots = np.zeros_like(part.freed)
-        for group in self._retention.groups(part.heads):
-            slots[group.cells] = self._sinks_of(part, group)
-        return slots
+    def _stay(self, part: Part, group: Group, slots: Ints) -> Bools:
+        """Which of a part's slots a group keeps for good, bool `[n]`."""
+        return group.policy.stays(part.lo + slots * self.config.page_size, self.config.page_size)
+
+    def _staying(self, part: Part) -> Bools:
+        """The same of all slots of every layer and head, `[layers, heads, capacity]`."""
+        slots = np.arange(part.table.shape[2])
+        stay = np.zeros(part.table.shape, np.bool_)
+        for group in part.groups:
+            stay[group.cells] = self._stay(part, group, slots)
+        return stay
 
     def _table(self, heads: int, slots: int) -> Int32:
         return np.full((self._layers, heads, slots), NO_PAGE, np.int32)

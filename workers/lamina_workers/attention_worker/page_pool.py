@@ -10,6 +10,7 @@ import numpy.typing as npt
 from lamina_workers.errors import KVError
 
 Int32 = npt.NDArray[np.int32]
+NO_PAGE = -1  # where a table names none
 
 
 class PagePool:
@@ -33,6 +34,11 @@ class PagePool:
     def free(self) -> int:
         """How many pages nobody has."""
         return self._free
+
+    @property
+    def references(self) -> Int32:
+        """How many parts have each page, `[n_pages]`: a view, for reading."""
+        return self._references
 
     def shared(self, pages: Int32) -> npt.NDArray[np.bool_]:
         """Which of these pages several parts have."""

@@ -1,4 +1,4 @@
-"""What a batch reads at one worker: each KV head by its policy, by positions or by choice.
+"""What a batch reads at one worker: each KV head of a part by its policy, by positions or by choice.
 
 Plans once a batch what static policies see. In each layer it attends that, and adaptive policies choose the rest. It
 keeps the sketches by which they choose, and the means that stand for freed pages.
@@ -6,31 +6,36 @@ keeps the sketches by which they choose, and the means that stand for freed page
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 
 from lamina_kernels.cpu.layer_work import LayerReading
-from lamina_kernels.paged.pages import Pages
+from lamina_kernels.paged.pages import Pages, gather
 from lamina_kernels.partial import Partial, empty
 from lamina_kernels.select import Kernels
 from lamina_kernels.sketches import sketches
 from lamina_protocols.layers import HolderConfig, LayerSpec
-from lamina_protocols.messages import Fork, Row, Usage
-from lamina_workers.attention_worker.adaptive import AdaptiveAttention, Tallies
-from lamina_workers.attention_worker.head_policies import HeadPolicies, LayerPolicies
+from lamina_protocols.messages import Fork, Open, Row, Usage
+from lamina_workers.attention_worker.adaptive import AdaptiveAttention, Tallies, Touch
+from lamina_workers.attention_worker.head_policies import HeadPolicies, read_alike
+from lamina_workers.attention_worker.heavy_pages import HeavyPages
 from lamina_workers.attention_worker.index_attention import IndexAttention
-from lamina_workers.attention_worker.kv_parts import Absorbed
-from lamina_workers.attention_worker.kv_store import NO_PAGE, KVStore
+from lamina_workers.attention_worker.kv_parts import Absorbed, Part
+from lamina_workers.attention_worker.kv_store import KVStore
 from lamina_workers.attention_worker.mean_slots import MeanSlots
-from lamina_workers.attention_worker.reading import Reading, ReadingBuilder, reads_whole
+from lamina_workers.attention_worker.prompt_queries import PromptQueries
+from lamina_workers.attention_worker.reading import Reading, ReadingBuilder, Readings, reads_whole
 from lamina_workers.errors import KVError
-from lamina_workers.policies.chooser import Adaptive, Holding
+from lamina_workers.policies.chooser import Adaptive, Float32, Holding
+from lamina_workers.policies.query_samples import QuerySamples
+
+_SAMPLES = 8  # samples of prompts' queries may take one in so many bytes of the KV memory, beside it
 
 
 class PagedReader:
-    """For one worker and its thread."""
+    """For one worker and its thread. Parts without a policy of their own have `policies`."""
 
     def __init__(
         self,
@@ -46,13 +51,12 @@ class PagedReader:
         self._pages = pages
         self._store = store
         self._threads = threads
-        self._by_layer = policies.reads
-        self._policies = tuple(dict.fromkeys(policies.reads))
-        every = policies.distinct
-        self._means = MeanSlots(pages) if any(policy.compensated for policy in every) else None
+        self._means = MeanSlots(pages)
+        self._samples = QuerySamples(config.kv_memory // _SAMPLES)
+        self._heavy = HeavyPages(pages, self._samples)
+        store.attention = self._heavy
         at = pages.layout
-        token_bytes = at.page_bytes / at.page_size
-        self.tallies = Tallies(token_bytes) if any(spec.policies for spec in config.layers) else None
+        self.tallies = Tallies(at.page_bytes / at.page_size)
         self._index: IndexAttention | None = None
         if (index := config.layers[0].index) is not None:
             self._index = IndexAttention(pages, kernels, store, index, config.layers[0].group, threads)
@@ -60,63 +64,87 @@ class PagedReader:
         self._adaptive: AdaptiveAttention | None = None
         self._sketches: sketches.Sketches | None = None
         if policies.sketched:
-            self._sketches = sketches.Sketches.allocate(at, pages.n_pages)
+            self._sketches = sketches.Sketches.allocate(at, pages.n_pages, pages.arena.device)
             for _ in sketches.prepare(at):
                 pass
-            adaptive = [policy for policy in every if isinstance(policy, Adaptive)]
-            holding = Holding(self._sketches, at.page_size, threads, pages)
-            self._adaptive = AdaptiveAttention(pages, kernels, holding, adaptive, self.tallies or Tallies(token_bytes))
+            holding = Holding(self._sketches, at.page_size, threads, pages, self._samples, self._keys)
+            self._adaptive = AdaptiveAttention(pages, kernels, holding, _choosing(policies), self.tallies)
+        self.queries = PromptQueries(config, store, self._adaptive, self._samples)
 
-    def readings(self, rows: Sequence[Row]) -> dict[LayerPolicies, Reading]:
-        """How a batch's rows that read are attended, by the policies of a layer's heads. Raises ValueError for rows
-        that no batch can have."""
+    def readings(self, rows: Sequence[Row]) -> Readings:
+        """How a batch's rows that read are attended. Raises ValueError for rows that no batch can have."""
         if not rows:
-            return {}
-        return {policies: self._reading(policies, rows) for policies in self._policies}
+            return Readings()
+        every = tuple(dict.fromkeys(self._store.part(row.handle).policies for row in rows))
+        by_layer = read_alike(every)
+        each = tuple(self._reading(by_layer.index(number), rows) for number in range(1 + max(by_layer)))
+        return Readings(each, by_layer, any(policies.counted for policies in every))
 
     @property
-    def plain(self) -> bool:
-        """Whether a reading is a plan of the kernels and nothing more, whatever is read."""
-        return self.tallies is None and self._means is None and self._sketches is None
+    def sketch_bytes(self) -> int:
+        """Of one page's sketch; 0 where none are kept."""
+        return 0 if self._sketches is None else self._sketches.layout.sketch_bytes
 
-    def _reading(self, policies: LayerPolicies, rows: Sequence[Row]) -> Reading:
+    def goes_on(self, readings: Readings, rows: Sequence[Row]) -> bool:
+        """Whether the readings are plans of the kernels and nothing more, also for `rows`, which are theirs, each
+        further."""
+        return all(reading.planned for reading in readings.each) and (
+            self._adaptive is None
+            or not any(
+                self._worth_choosing(readings.by_layer.index(number), rows) for number in range(len(readings.each))
+            )
+        )
+
+    @property
+    def touch(self) -> Touch | None:
+        """Told which pages choosers have chosen."""
+        return None if self._adaptive is None else self._adaptive.touch
+
+    @touch.setter
+    def touch(self, touch: Touch | None) -> None:
+        if self._adaptive is not None:
+            self._adaptive.touch = touch
+
+    def _reading(self, layer: int, rows: Sequence[Row]) -> Reading:
+        """How a layer, and those that are read alike, read these rows."""
         if self._index is not None:
             return Reading(None, None, (), (), indexed=self._index.reading(rows))
-        group, counting = self._config.layers[0].group, self.tallies is not None
-        choosing = self._choosing(policies, rows)
-        observing = self._adaptive.observing if self._adaptive else ()
-        builder = ReadingBuilder(self._store, self._pages.layout, group, policies, choosing, observing, counting)
+        group = self._config.layers[0].group
+        choosing = self._worth_choosing(layer, rows) if self._adaptive is not None else set[Adaptive]()
+        builder = ReadingBuilder(self._store, self._pages.layout, group, layer, choosing)
         for row in rows:
             builder.add(row)
+        planned = builder.rows.rows() if builder.planned else None
         return Reading(
-            self._kernels.plan(self._pages, builder.rows.rows(), self._threads) if builder.planned else None,
+            None if planned is None else self._kernels.plan(self._pages, planned, self._threads),
             builder.vectors(),
             tuple(self._choosers.group(policy, cells, group) for policy, cells in builder.cells.items()),
             tuple(builder.counts),
-            self._means.reading(builder.means) if self._means else None,
-            tuple(builder.observed),
+            self._means.reading(builder.means),
+            tuple(builder.counted),
+            planned,
+            builder.rows.origins,
         )
 
-    def layer_readings(
-        self, readings: Mapping[LayerPolicies, Reading], numbers: Sequence[int]
-    ) -> list[LayerReading] | None:
+    def layer_readings(self, readings: Readings, numbers: Sequence[int]) -> list[LayerReading] | None:
         """How each layer of a batch is attended, for compiled callers, who know layers by `numbers`; None where that
         needs Python."""
-        if not all(reading.planned for reading in readings.values()):
+        if not all(reading.planned for reading in readings.each):
             return None
-        plans = (readings[policies].plan if readings else None for policies in self._by_layer)
+        plans = (readings.of(layer).plan if readings.each else None for layer in range(len(numbers)))
         return [
             LayerReading(number, plan, spec.kv_layer, spec.scale, spec.soft_cap)
             for number, plan, spec in zip(numbers, plans, self._config.layers, strict=True)
         ]
 
-    def _choosing(self, policies: LayerPolicies, rows: Sequence[Row]) -> set[Adaptive]:
+    def _worth_choosing(self, layer: int, rows: Sequence[Row]) -> set[Adaptive]:
         """The policies that choose in this batch, where that is cheaper than reading everything."""
         tokens: dict[Adaptive, list[int]] = {}
         for row in rows:
             part = self._store.part(row.handle)
             if reads_whole(row, part):
                 lo, hi = row.read or (0, 0)
+                policies = part.policies.reads[layer]
                 for head in part.heads:
                     if isinstance(policy := policies[head], Adaptive):
                         tokens.setdefault(policy, []).append(hi - lo)
@@ -129,8 +157,8 @@ class PagedReader:
         if self._index is not None and reading.indexed is not None:
             return self._index.attend(reading.indexed, spec, q)
         reading.layers += 1
-        for observed in reading.observed:
-            self._choosers.observe(observed, layer, q)
+        for query in reading.counted:
+            self._heavy.count(query, layer, spec, q)
         whole = self._attend(reading, layer, spec, q)
         if reading.means is not None:
             self._kernels.merge_into(whole, reading.means.attend(spec, q), reading.means.vectors)
@@ -141,7 +169,7 @@ class PagedReader:
             return self._kernels.attend(self._pages, reading.plan, spec.kv_layer, q, spec.scale, spec.soft_cap)
         if reading.plan is None and len(reading.groups) == 1:  # cells stand in the order of q
             return self._choosers.attend(reading.groups[0], layer, spec, q)
-        whole = empty(len(q), self._pages.layout.d_v, q.dtype)
+        whole = empty(len(q), self._pages.layout.d_v, q.dtype, q.device)
         if reading.plan is not None:
             some = q[reading.vectors]
             static = self._kernels.attend(self._pages, reading.plan, spec.kv_layer, some, spec.scale, spec.soft_cap)
@@ -151,15 +179,21 @@ class PagedReader:
             whole.out[group.vectors], whole.lse[group.vectors] = chosen
         return whole
 
-    def end(self, readings: Iterable[Reading]) -> None:
-        """A batch is complete, or given up: what it has read is counted for its parts."""
-        if self.tallies is None:
-            return
+    def end(self, readings: Iterable[Reading], counts: Iterable[tuple[int, float, float]] = ()) -> None:
+        """A batch is complete, or given up: what it has read is counted for its parts. `counts`: of parts, tokens read
+        and tokens there are, over all layers and heads, beside what readings count."""
+        for handle, keys, every in counts:
+            self.tallies.add(handle, keys * self.tallies.token_bytes, every)
         for reading in readings:
             for handle, read, whole in reading.counts:
                 self.tallies.add(handle, read * self.tallies.token_bytes * reading.layers, whole * reading.layers)
             for group in reading.groups:
                 self._choosers.tally(group)
+
+    @property
+    def _observers(self) -> Iterator[AdaptiveAttention | HeavyPages]:
+        """Who keeps something of parts."""
+        return (observer for observer in (self._adaptive, self._heavy) if observer is not None)
 
     @property
     def _choosers(self) -> AdaptiveAttention:
@@ -170,64 +204,86 @@ class PagedReader:
     def sealed(self, rows: Sequence[Row]) -> torch.Tensor | None:
         """int64 `[layers, n]`: the pages that are full once those rows have stored, where sketches are kept. Choosers
         forget here what they know of tokens that the rows replace."""
-        if self._sketches is None:
+        if self._sketches is None and not self._samples.nbytes and not self._heavy.counting:
             return None
         size, pages = self._pages.layout.page_size, []
         for row in rows:
             part = self._store.part(row.handle)
             first, end = row.stored(part.lo, part.hi)
             if first < end:
-                self._choosers.written(row.handle, first - part.lo)
+                self._samples.cut(row.handle, first - part.lo)
+                for observer in self._observers:
+                    observer.written(row.handle, first - part.lo)
+            if (first - part.lo) // size < (end - part.lo) // size:
                 full = part.table[:, :, (first - part.lo) // size : (end - part.lo) // size]
                 pages.append(full.reshape(len(full), -1))
-        if not pages or not sum(x.shape[1] for x in pages):
+        if self._sketches is None or not pages:
             return None
         return torch.from_numpy(np.concatenate(pages, axis=1).astype(np.int64))
 
-    def seal(self, pages: torch.Tensor | None, layer: int) -> None:
-        """Make the sketches of a layer's pages that have become full."""
+    def seal(self, pages: torch.Tensor | None, layers: Sequence[int]) -> None:
+        """Make the sketches of the pages of some layers that have become full."""
         if pages is not None and self._sketches is not None:
-            sketches.seal(self._pages, self._sketches, pages[layer])
+            sketches.seal(self._pages, self._sketches, pages[layers].flatten())
 
-    def forked(self, fork: Fork) -> None:
-        """A part is new, as a fork of another."""
-        if self._means is not None:
-            self._means.fork(fork.handle, fork.parent, fork.length)
+    def opened(self, operation: Open | Fork) -> None:
+        """A part is new, empty or as a fork of another."""
+        if isinstance(operation, Fork):
+            self._means.fork(operation.handle, operation.parent, operation.length)
+        try:
+            part = self._store.part(operation.handle)
+        except KVError:  # the announcement that made it has closed it again
+            return
         if self._adaptive is not None:
-            try:
-                part = self._store.part(fork.handle)
-            except KVError:  # the announcement that made it has closed it again
-                return
-            self._adaptive.fork(fork.handle, fork.parent, fork.length - part.lo)
+            self._adaptive.open(operation.handle, _choosing(part.policies))
+        if isinstance(operation, Fork):
+            self._samples.fork(operation.handle, operation.parent, operation.length - part.lo)
+            for observer in self._observers:
+                observer.fork(operation.handle, operation.parent, operation.length - part.lo)
 
     def absorb(self, absorbed: Sequence[Absorbed]) -> None:
         """Pages have been freed for which a mean stands from now on. Nothing may have been written to them yet."""
         for pages in absorbed:
-            if self._means is not None:
-                self._means.absorb(pages)
+            self._means.absorb(pages)
 
     @property
-    def keeps_means(self) -> bool:
-        """Whether a mean may stand for pages that were freed."""
-        return self._means is not None
+    def observes(self) -> bool:
+        """Whether a chooser is shown the queries of prompts."""
+        return self._adaptive is not None and self._adaptive.observes
+
+    @staticmethod
+    def keeps_means(part: Part) -> bool:
+        """Whether a mean may stand for pages that a part has freed."""
+        return any(policy.compensated for policy in part.policies.distinct)
 
     def mean(self, handle: int, layer: int, head: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A key `[d_k]` and a value `[d_v]` in the place of each token that a part's head has freed, to move it."""
-        return (self._means or MeanSlots(self._pages)).mean(handle, layer, head)
+        return self._means.mean(handle, layer, head)
 
     def forget(self, handle: int) -> None:
         """A part is closed."""
-        if self._means is not None:
-            self._means.forget(handle)
-        if self.tallies is not None:
-            self.tallies.forget(handle)
-        if self._adaptive is not None:
-            self._adaptive.forget(handle)
+        self._means.forget(handle)
+        self.tallies.forget(handle)
+        self._samples.forget(handle)
+        for observer in self._observers:
+            observer.forget(handle)
+
+    def _keys(self, handle: int, layer: int, head: int, lo: int, hi: int) -> Float32:
+        """As `Holding.keys`. Raises KVError where there is no such part."""
+        part, size = self._store.part(handle), self._pages.layout.page_size
+        table = part.table[self._config.layers[layer].kv_layer, part.heads.index(head), lo // size : -(-hi // size)]
+        keys, _ = gather(self._pages, torch.from_numpy(table), hi - lo // size * size)
+        found: Float32 = keys[lo % size :].float().contiguous().numpy()
+        return found
 
     def usage(self, handle: int) -> Usage:
-        """What a part has read and keeps."""
+        """What a part has read and keeps; nothing where that is not counted."""
         part = self._store.part(handle)
-        slots = -(-(part.held - part.lo) // self._pages.layout.page_size)
-        kept = part.table.shape[0] * part.table.shape[1] * slots
-        held = int(np.count_nonzero(part.table[:, :, :slots] != NO_PAGE))
-        return (self.tallies or Tallies(0)).usage(handle, held, kept)
+        if not part.policies.counted:
+            return Usage(0, 0, 0.0, 0, 0.0, 0, 0, 0)
+        return self.tallies.usage(handle, *part.pages(self._pages.layout.page_size))
+
+
+def _choosing(policies: HeadPolicies) -> list[Adaptive]:
+    """Those of them that choose what is read."""
+    return [policy for policy in policies.distinct if isinstance(policy, Adaptive)]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
 from lamina_protocols.layers import HolderConfig
-from lamina_workers.attention_worker.page_pool import PagePool
+from lamina_workers.attention_worker.page_pool import Int32, PagePool
 from lamina_workers.errors import KVError, PoolExhausted
 
 _PART = 8 << 10  # bytes that a part counts for besides its tables, which forks do not share
@@ -41,6 +41,11 @@ class PartTable(Generic[P]):
     def free_pages(self) -> int:
         """How many pages no part holds."""
         return self._pool.free
+
+    @property
+    def references(self) -> Int32:
+        """How many parts have each page, `[n_pages]`: a view, for reading."""
+        return self._pool.references
 
     def parts(self) -> dict[int, P]:
         """All parts by handle, as they are now. May be called from any thread."""

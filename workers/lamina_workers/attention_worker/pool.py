@@ -6,7 +6,7 @@ Layers are numbered within the pool. Operations and rows are those of the pool's
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from lamina_protocols.layers import HolderConfig
 from lamina_protocols.messages import (
@@ -24,8 +24,10 @@ from lamina_protocols.messages import (
     Row,
     Usage,
 )
+from lamina_protocols.query_samples import FetchSample, Sample
 
-Layered = Query | Fresh | Exchange | Advance  # a layer's message, of a batch in flight
+Layered = Query | Fresh | Exchange | Sample | Advance  # a layer's message, of a batch in flight
+Ints = tuple[int, ...]
 B = TypeVar("B")
 
 
@@ -61,9 +63,8 @@ class LayerPool(Protocol[B]):
     def unsettled(self) -> int | None:
         """The batch of which something waits to be stored."""
 
-    @property
-    def counts_usage(self) -> bool:
-        """Whether `usage` says more than what is held."""
+    def counts_usage(self, handle: int) -> bool:
+        """Whether what a part has read and keeps is counted: `usage` is empty where it is not."""
 
     def parts(self) -> Mapping[int, PoolPart]:
         """All parts by handle, as they are now. May be called from any thread."""
@@ -99,11 +100,17 @@ class LayerPool(Protocol[B]):
         """Plan a batch, once for all its layers. `delay`: seconds to add to each layer. Raises ProtocolError for rows
         that no batch can have."""
 
+    def samples(self, batch: B) -> tuple[int, ...]:
+        """Of each row of a batch, the stride of positions whose queries are wanted as a `Sample`; empty for none."""
+
     def follows(self, batch: B, rows: Sequence[Row]) -> bool:
         """Whether `rows` are those of `batch`, each further, and `follow` can take them. False is always allowed."""
 
     def follow(self, batch: B, rows: Sequence[Row], delay: float) -> B:
-        """As `update` without operations, `commit` and `begin`, for rows that follow. They release nothing."""
+        """As `update` without operations, `commit` and `begin`, for rows that follow; `batch` is complete."""
+
+    def floors(self, batch: B) -> Sequence[int]:
+        """The floor of each row's part, of a batch that has followed another."""
 
     def end(self, batch: B) -> None:
         """A batch is complete, or given up."""
@@ -118,8 +125,9 @@ class LayerPool(Protocol[B]):
     def settle(self) -> None:
         """Store what the last message brought, if that was not done yet."""
 
-    def fetch(self, layer: int, message: Fetch) -> Reply:
-        """What a part holds. Raises KVError where it does not hold it."""
+    def fetch(self, layer: int, message: Fetch | FetchSample) -> Reply:
+        """What a part holds, or what is kept of prompts' queries to it. Raises KVError where it does not hold it, or
+        nothing is kept of any."""
 
     def fetch_pages(self, message: FetchPages) -> Reply:
         """The pages of a part. Raises KVError where it does not hold them, ProtocolError for layers that are not
@@ -130,3 +138,13 @@ class LayerPool(Protocol[B]):
 
     def check_integrity(self) -> None:
         """Raise KVError unless all that is kept agrees."""
+
+
+def samples_of(pools: Sequence[LayerPool[Any]], kept: Sequence[Any], numbers: Sequence[Ints], rows: int) -> Ints:
+    """The `Announced.samples` of a batch of so many rows. `kept`: what each pool keeps of it; `numbers`: which of the
+    rows are the pool's."""
+    samples = [0] * rows
+    for pool, batch, of_pool in zip(pools, kept, numbers, strict=True):
+        for number, stride in zip(of_pool, pool.samples(batch), strict=False):  # or there are none
+            samples[number] = stride
+    return tuple(samples) if any(samples) else ()

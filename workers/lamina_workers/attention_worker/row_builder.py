@@ -10,10 +10,12 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 
-from lamina_kernels.paged.rows import Rows, Table
+from lamina_kernels.paged.rows import Bias, Rows, Table
+from lamina_workers.attention_worker.page_ranges import RangeRow, range_rows
 from lamina_workers.policies.policy import Policy, View
 
 
@@ -33,6 +35,15 @@ class Asked:
     table: Table
 
 
+class Origin(NamedTuple):
+    """Where a row comes from: the number of what was added, and the heads of its table, None: all. Up to position
+    `until` its queries see keys by the same window."""
+
+    number: int
+    heads: slice | None
+    until: int
+
+
 Gaps = Mapping[Policy | None, tuple[int, int]]
 _NO_GAPS: Gaps = {}
 
@@ -44,6 +55,9 @@ class RowBuilder:
         self._page_size = page_size
         self._numbers: list[tuple[int, ...]] = []
         self._tables: list[Table] = []
+        self._biases: list[Bias | None] = []
+        self._added = 0
+        self.origins: list[Origin] | None = []  # of each row, where one is what another asked for at other positions
 
     def add(self, asked: Asked, policies: Sequence[Policy | None], gaps: Gaps = _NO_GAPS) -> None:
         """Rows for what each KV head's policy lets it see. None: this head is attended elsewhere, and has no vectors
@@ -56,9 +70,15 @@ class RowBuilder:
                 continue
             some = heads.stop - heads.start < len(policies)
             of_heads = dataclasses.replace(asked, table=asked.table[:, heads]) if some else asked
+            first, end = gaps.get(policy, (0, 0))
             for view in policy.views(asked.start, asked.count):
-                self._add(*self._closed(of_heads, view, gaps.get(policy, (0, 0))), before, stride)
+                self._add(*self._closed(of_heads, view, (first, end)), before, stride)
+                if first < end or view.count < asked.count or view.ranges is not None:
+                    self.origins = None
+                elif self.origins is not None:
+                    self.origins.append(Origin(self._added, heads if some else None, policy.steady_until(asked.start)))
             before += (heads.stop - heads.start) * asked.group
+        self._added += 1
 
     def _closed(self, asked: Asked, view: View, gap: tuple[int, int]) -> tuple[Asked, View]:
         """Keys and queries without the entries of a gap: what lies behind it moves up."""
@@ -66,7 +86,7 @@ class RowBuilder:
         if first >= end:
             return asked, view
         edge, width = asked.base + first * self._page_size, (end - first) * self._page_size
-        if view.start < edge + width or view.listed is not None:
+        if view.start < edge + width or view.ranges is not None:
             raise ValueError(f"queries from {view.start} on are not behind what was let go, [{edge}, {edge + width})")
         lo, hi = (x if x <= edge else max(edge, x - width) for x in (asked.lo, asked.hi))
         entries = -(-(asked.hi - asked.base) // self._page_size)
@@ -75,28 +95,24 @@ class RowBuilder:
         return moved, dataclasses.replace(view, start=view.start - width)
 
     def _add(self, asked: Asked, view: View, before: int, stride: int) -> None:
-        first = asked.first + (view.start - asked.start) * stride + before
-        table, start, lo, hi, base = asked.table, view.start, asked.lo, asked.hi, asked.base
-        if view.listed is not None:
-            tokens = np.asarray(view.listed, np.int64)
-            tokens = tokens[(tokens >= lo) & (tokens < hi)]
-            start = int((tokens < view.start).sum())
-            slot, offset = np.divmod(tokens - base, self._page_size)
-            pages = table[:, :, slot]  # -1: none, where a layer with another window has freed it
-            table = np.ascontiguousarray(np.where(pages < 0, -1, pages * self._page_size + offset.astype(np.int32)))
-            lo, hi, base = 0, len(tokens), 0
-        self._tables.append(table)
-        listed = int(view.listed is not None)
-        count = table.shape[1]
-        self._numbers.append(
-            (first, view.count, start, count, asked.group, lo, hi, base, stride, view.window, view.sinks, listed)
-        )
+        table, lo, hi, base = asked.table, asked.lo, asked.hi, asked.base
+        if view.ranges is None:
+            rows = iter((RangeRow(view.start, view.count, view.start, lo, hi, view.window, table, None),))
+        else:
+            rows = range_rows(view, lo, hi, base, table, self._page_size)
+        for row in rows:
+            first = asked.first + (row.position - asked.start) * stride + before
+            numbers = first, row.count, row.start, table.shape[1], asked.group, row.lo, row.hi, base, stride, row.window
+            self._numbers.append((*numbers, view.sinks))
+            self._tables.append(row.table)
+            self._biases.append(row.bias)
 
     def rows(self) -> Rows:
         """All rows so far."""
-        numbers = np.array(self._numbers, np.int64).reshape(-1, 12).T.copy()
-        first, count, start, heads, group, lo, hi, base, stride, window, sinks, listed = numbers
-        return Rows(first, count, start, heads, group, lo, hi, base, self._tables, stride, window, sinks, listed)
+        numbers = np.array(self._numbers, np.int64).reshape(-1, 11).T.copy()
+        first, count, start, heads, group, lo, hi, base, stride, window, sinks = numbers
+        biases = () if all(bias is None for bias in self._biases) else self._biases
+        return Rows(first, count, start, heads, group, lo, hi, base, self._tables, stride, window, sinks, bias=biases)
 
 
 def runs(policies: Sequence[Policy | None]) -> Iterator[tuple[Policy | None, slice]]:

@@ -33,6 +33,7 @@ from lamina_protocols.messages import (
     Usage,
 )
 from lamina_protocols.pools import Pool
+from lamina_protocols.query_samples import FetchSample
 from lamina_workers.attention_worker.batch import Counters
 from lamina_workers.attention_worker.pool import Layered
 from lamina_workers.attention_worker.state_records import state_layout, state_pages
@@ -63,7 +64,6 @@ class StatePool:
     """
 
     unsettled: int | None = None  # a state is read after it was updated, so nothing waits
-    counts_usage = False
 
     def __init__(self, number: int, pool: Pool, threads: int, device: torch.device, counters: Counters) -> None:
         config = pool.config
@@ -104,10 +104,13 @@ class StatePool:
         part = self.store.part(handle)
         return PartHeld(handle, self._number, part.heads, 0, part.hi, part.stored, part.before)
 
+    def counts_usage(self, handle: int) -> bool:
+        return False
+
     def usage(self, handle: int) -> Usage:
         """States are read in full, and there is nothing to leave out."""
         held = sum(records.pages.size for records in self.store.part(handle).owned())
-        return Usage(0, 0, 0.0, 0, 0.0, held, held)
+        return Usage(0, 0, 0.0, 0, 0.0, held, held, held)
 
     def update(self, operations: Sequence[Operation], rows: Sequence[Row]) -> tuple[int, ...]:
         self._steps = self.store.update(operations, rows)
@@ -156,6 +159,9 @@ class StatePool:
         layers = set(range(len(self.config.layers)))
         return StateBatch(rows, plan, was, layers, batch.vectors, delay)
 
+    def floors(self, batch: StateBatch) -> Sequence[int]:
+        return (0,) * len(batch.rows)
+
     def end(self, batch: StateBatch) -> None:
         """There is nothing to give back: records are their parts' own."""
 
@@ -199,8 +205,11 @@ class StatePool:
     def settle(self) -> None:
         """Nothing waits to be stored."""
 
-    def fetch(self, layer: int, message: Fetch) -> Reply:
+    def fetch(self, layer: int, message: Fetch | FetchSample) -> Reply:
         raise self._refused(message)
+
+    def samples(self, batch: StateBatch) -> tuple[int, ...]:
+        return ()
 
     def fetch_pages(self, message: FetchPages) -> FetchedPages:
         part = self.store.part(message.handle)
@@ -239,7 +248,7 @@ class StatePool:
         if not batch.missing:
             self.store.stored(batch.rows)
 
-    def _refused(self, message: Layered | Fetch) -> ProtocolError:
+    def _refused(self, message: Layered | Fetch | FetchSample) -> ProtocolError:
         name = type(message).__name__
         return ProtocolError(f"{name} for layer {message.layer}, whose kind is {self._shape.kind}; allowed: Advance")
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Mapping, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ from lamina_workers.errors import HolderFault
 from lamina_workers.model_worker.compiled_exchange import CompiledExchange, ExchangeMaker
 from lamina_workers.model_worker.fresh_attention import FreshAttention
 from lamina_workers.model_worker.holder_traffic import HolderTraffic, check_answer, holder_traffic
+from lamina_workers.model_worker.prompt_samples import SampleTraffic
 from lamina_workers.model_worker.state_traffic import StateExchange, StateHolder, check_heads
 from lamina_workers.model_worker.waiting import Suspended, Waiting
 from lamina_workers.ports.port import InProcess, Replies
@@ -39,10 +41,15 @@ Pausing = Generator[Event | Waiting, torch.Tensor | None, torch.Tensor]
 class LayerExchange:
     """The rows of one pool of a batch at all their holders, one layer after the other: sends q, k and v, takes the
     answers, and counts the time into `times`. There is one for each batch and pool, since a step has as many exchanges
-    as layers. ids: epoch and number of the batch."""
+    as layers. ids: epoch and number of the batch; `layers` are all of the model."""
 
-    def __init__(self, ids: tuple[int, int], traffic: Sequence[HolderTraffic], times: Times) -> None:
+    def __init__(
+        self, ids: tuple[int, int], traffic: Sequence[HolderTraffic], samples: Sequence[SampleTraffic],
+        layers: Sequence[LayerSpec], times: Times,
+    ) -> None:  # fmt: skip
         self._epoch, self.batch = ids
+        self.samples = samples
+        self._layers = layers
         self.readers = [holder for holder in traffic if holder.reads]
         self.remote = any(not holder.here for holder in self.readers)
         self.layer = -1
@@ -75,6 +82,8 @@ class LayerExchange:
                 holder.send_fresh(self._epoch, self.batch, self.layer, kv)
             elif asks:
                 holder.send_query(self._epoch, self.batch, self.layer, self.q)
+        for sample in self.samples:
+            sample.send(self._epoch, self.batch, self.layer, self._layers[self.layer], self.q)
 
     def take(self, holder: HolderTraffic, waits: float) -> Partial:
         """The answer of a holder; waits for it. `waits`: since when there is nothing else to do."""
@@ -202,7 +211,12 @@ class AttentionMerge:
             tokens = sum(span.count for span in spans)
             for n, run in runs.items():
                 made = None
-                if run.fused and self._device.type == "cpu" and isinstance(event, QueryReady | StateReady):
+                if (
+                    run.fused
+                    and not run.exchange.samples
+                    and self._device.type == "cpu"
+                    and isinstance(event, QueryReady | StateReady)
+                ):
                     dtype = (event.q if isinstance(event, QueryReady) else event.x).dtype
                     made = lane.pools[n].exchanges.begin(run.traffic, ids, tokens, dtype, times)
                 all_compiled[n] = made
@@ -242,10 +256,12 @@ class AttentionMerge:
     ) -> _PoolRun:  # fmt: skip
         """Begin a batch in the layers of one pool of attention, of whose parts the routes are."""
         layers, present, _ = lane.pools[number]
-        traffic = []
+        traffic, samples = [], []
+        first = list(accumulate((span.count for span in spans), initial=0))
         for replies, routed in routes.items():
             if routed:
                 direct = self._is_direct(replies)
+                samples.append(SampleTraffic(replies, DIRECT if direct else lane.staging, routed, first))
                 traffic.append(holder_traffic(layers[0], lane.staging, direct, self._patience, replies, spans, routed))
         fused = {route.source for routed in routes.values() for route in routed if route.row.fused}
         # A holder here attends while it is sent to: the others are asked first, and attend meanwhile.
@@ -254,7 +270,8 @@ class AttentionMerge:
             _be_patient(holder.replies, holder.timeout)
         unfused = [source for source in range(len(spans)) if source not in fused]
         present.begin(spans, unfused)
-        return _PoolRun(layers, present, tuple(traffic), LayerExchange(ids, traffic, times), not unfused)
+        exchange = LayerExchange(ids, traffic, [sample for sample in samples if sample], self._config.layers, times)
+        return _PoolRun(layers, present, tuple(traffic), exchange, not unfused)
 
     def _begun_states(
         self, lane: _Lane, number: int, ids: tuple[int, int], spans: Sequence[Span],

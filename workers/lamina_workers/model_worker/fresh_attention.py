@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from lamina_kernels.paged.pages import Pages
 from lamina_kernels.partial import Partial, empty
 from lamina_protocols.layers import HolderConfig
 from lamina_protocols.routes import Span
-from lamina_workers.attention_worker.head_policies import HeadPolicies, LayerPolicies
+from lamina_workers.attention_worker.head_policies import HeadPolicies, read_alike
 from lamina_workers.attention_worker.page_layout import attention_kernels, page_layout
 from lamina_workers.attention_worker.row_builder import Asked, RowBuilder
 from lamina_workers.devices.staging import DIRECT
@@ -36,27 +37,31 @@ class FreshAttention:
         self._kernels = attention_kernels(device)
         self._pages = Pages.allocate(page_layout(config, device), 1, device)
         self._slots: Any = None
-        self._plans: dict[LayerPolicies, Any] = {}  # by the heads' policies; empty where no span was chosen
-        self._policies = HeadPolicies.of(config).reads
+        self._plans: list[Any] = []  # empty where no span was chosen
+        self._plan_of: tuple[int, ...] = ()  # by layer, the number of its plan
+        self._policies_of = lru_cache(maxsize=64)(partial(HeadPolicies.of, config))  # hashing a config takes long
         self._queries: torch.Tensor | None = None  # which vectors of the flat q they are, None: all
         self._fresh: torch.Tensor | None = None  # and of the flat k and v
         self._tokens = 0
 
     def begin(self, spans: Sequence[Span], chosen: Sequence[int]) -> None:
         """Lay out the pages of the chosen spans of a batch and plan their attention, once for all layers."""
-        self._plans = {}
+        self._plans = []
         if not chosen:
             return
         spec, size = self._layers[0], self._pages.layout.page_size
         first = np.cumsum([0, *(span.count for span in spans)])
         self._tokens = int(first[-1])
+        policies = [self._policies_of(spans[at].policy) for at in chosen]
+        blocks = any(policy.unit > 1 for of_span in policies for policy in of_span.distinct)
         tables, slots, vectors, fresh, used = [], [], [], [], 0
         every_head, every_kv_head = np.arange(spec.heads), np.arange(spec.kv_heads)
         for at in chosen:
             count, source = spans[at].count, int(first[at])
-            pages = -(-count // size)
+            inside = spans[at].start % size if blocks else 0  # so that blocks are whole pages
+            pages = -(-(inside + count) // size)
             table = np.arange(used, used + spec.kv_heads * pages, dtype=np.int32).reshape(1, spec.kv_heads, pages)
-            page, offset = np.divmod(np.arange(count), size)
+            page, offset = np.divmod(np.arange(inside, inside + count), size)
             slots.append((table[0, :, page].astype(np.int64) * size + offset[:, None]).reshape(-1))
             tables.append(table)
             vectors.append(vectors_of(source, source + count, every_head, spec.heads))
@@ -69,13 +74,17 @@ class FreshAttention:
         self._slots = self._kernels.plan_append(self._pages, torch.from_numpy(np.concatenate(slots)[None]))
         # The holders are attending the past meanwhile, perhaps on these cores: a few tokens are not worth a team.
         threads = self._threads if sum(spans[at].count for at in chosen) * spec.heads > _FEW_VECTORS else 1
-        for policies in dict.fromkeys(self._policies):
+        self._plan_of = read_alike(tuple(dict.fromkeys(policies)))
+        for layer in (self._plan_of.index(number) for number in range(1 + max(self._plan_of))):
             rows, asked = RowBuilder(size), 0
-            for at, table in zip(chosen, tables, strict=True):
+            for at, table, of_span in zip(chosen, tables, policies, strict=True):
                 start, count = spans[at].start, spans[at].count
-                rows.add(Asked(asked, start, count, spec.group, start, start + count, start, table), policies)
+                base = start - start % size if blocks else start
+                rows.add(
+                    Asked(asked, start, count, spec.group, start, start + count, base, table), of_span.reads[layer]
+                )
                 asked += count * spec.heads
-            self._plans[policies] = self._kernels.plan(self._pages, rows.rows(), threads)
+            self._plans.append(self._kernels.plan(self._pages, rows.rows(), threads))
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Partial | None:
         """q `[T, heads, d_k]`, k `[T, kv_heads, d_k]`, v `[T, kv_heads, d_v]` of one layer, all spans. Vectors of
@@ -84,7 +93,7 @@ class FreshAttention:
             return None
         k, v = DIRECT.down(k, self._fresh), DIRECT.down(v, self._fresh)
         self._kernels.append(self._pages, self._slots, 0, k, v)
-        spec, plan = self._layers[layer], self._plans[self._policies[layer]]
+        spec, plan = self._layers[layer], self._plans[self._plan_of[layer]]
         out, lse = self._kernels.attend(self._pages, plan, 0, DIRECT.down(q, self._queries), spec.scale, spec.soft_cap)
         if self._queries is None:
             return Partial(out, lse)

@@ -14,36 +14,22 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 import torch
 
 from lamina_protocols.channels import Credentials
-from lamina_protocols.layers import STATES, HolderConfig
-from lamina_protocols.messages import (
-    Announced,
-    Announcement,
-    Fetch,
-    Fetched,
-    FetchedPages,
-    FetchPages,
-    Fresh,
-    FreshPages,
-)
-from lamina_protocols.pools import Pool, pools
+from lamina_protocols.layers import HolderConfig
+from lamina_protocols.messages import Announced, Announcement
 from lamina_protocols.routes import HolderBatch, Route
-from lamina_workers.attention_worker.page_layout import page_bytes
 from lamina_workers.decoder.model import Batch, Decoder, Forward
 from lamina_workers.decoder.sampler import Sampled, sample
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
 from lamina_workers.model_worker.attention_merge import AttentionMerge, Pausing
 from lamina_workers.model_worker.holder_traffic import query_goes_first
 from lamina_workers.model_worker.interface import BatchWork, Returned, ReturnedPeer, Seat
-from lamina_workers.model_worker.kv_copy import Copy, Move
+from lamina_workers.model_worker.kv_copy import Move
+from lamina_workers.model_worker.kv_transfer import KvTransfer
 from lamina_workers.model_worker.layer_slices import SlicedBatch
 from lamina_workers.model_worker.state_traffic import send_constants
 from lamina_workers.model_worker.waiting import Waiting, result
-from lamina_workers.ports.port import AttentionPort, InProcess, Replies, Transported
+from lamina_workers.ports.port import AttentionPort, Replies, Transported
 from lamina_workers.ports.timing import Link, Stopwatch, Times
-
-_AHEAD = 8  # layers that are asked for before the first of them has come
-_FRAME = 2 << 20  # bytes of pages that are asked for at a time, about: each costs 0.1 ms besides what it carries
-_FRAMES_AHEAD = 8  # of them are asked for before the first has come, where another process makes them meanwhile
 
 
 class ModelWorker:
@@ -75,6 +61,7 @@ class ModelWorker:
         self._patience = patience
         self._epoch = epoch
         self._batch = 0
+        self._sampled: dict[int, dict[int, tuple[int, ...]]] = {}  # by batch: the holders' `Announced.samples`
         for number, port in ports.items():
             self._replies[number] = Replies(port, clock)
             with contextlib.suppress(HolderLost):  # then it is among those that are lost
@@ -112,6 +99,7 @@ class ModelWorker:
         """Whatever is under way is given up: holders drop it, and late replies to it are not heard. `epoch` is the
         number of the new one, None: the next."""
         self._epoch = self._epoch + 1 if epoch is None else epoch
+        self._sampled.clear()
 
     def announce(self, shares: Mapping[int, HolderBatch]) -> Generator[Waiting, None, tuple[int, dict[int, Announced]]]:
         """Announce the next batch to the holders concerned. Returns its number, and every reply, refusals included.
@@ -142,6 +130,8 @@ class ModelWorker:
             raise faults[worst]
         if not any(share.routes for share in shares.values()) or not all(reply.accepted for reply in answers.values()):
             self.forget(batch, shares)
+        elif sampled := {number: reply.samples for number, reply in answers.items() if reply.samples}:
+            self._sampled[batch] = sampled
         return batch, answers
 
     def announce_now(self, shares: Mapping[int, HolderBatch]) -> tuple[int, dict[int, Announced]]:
@@ -164,13 +154,24 @@ class ModelWorker:
         self, work: BatchWork, batch: int, shares: Mapping[int, HolderBatch], suspends: bool = True
     ) -> Generator[Waiting, None, torch.Tensor]:
         """As `execute`, but returns the logits, float32 `[S, vocab]`; a rank beyond 0 has none of them."""
-        routes = {self._replies[number]: share.routes for number, share in shares.items()}
+        routes = {self._replies[number]: self._routes(batch, number, share) for number, share in shares.items()}
         first = query_goes_first(routes, len(work.spans))
         try:
             forward = self._decoder.forward(self._to_device(work), query_first=first)
             return (yield from self._run(forward, work, batch, routes, suspends))
         finally:
             self.forget(batch, shares)
+
+    def _routes(self, batch: int, number: int, share: HolderBatch) -> Sequence[Route]:
+        """The routes of a holder, with the samples that it wants of them."""
+        sampled = self._sampled.get(batch, {}).get(number)
+        if sampled is None:
+            return share.routes
+        return [route._replace(sampled=stride) for route, stride in zip(share.routes, sampled, strict=True)]
+
+    def samples(self, batch: int) -> bool:
+        """Whether a holder wants samples of an announced batch: it is then computed where it was announced."""
+        return batch in self._sampled
 
     def enter(
         self, work: BatchWork, batch: int, shares: Mapping[int, HolderBatch], suspends: bool = True
@@ -221,86 +222,25 @@ class ModelWorker:
         Whole pages go as they lie where they begin alike and all these holders lay them out alike; so do states, which
         are of one position: a move of them is of [0, that position)."""
         batch, answers = self.announce_now(shares)
+        sampling = {
+            (number, route.row.handle): route
+            for number, share in shares.items()
+            for route in self._routes(batch, number, share)
+            if route.sampled
+        }
         if not all(reply.accepted for reply in answers.values()):
             return False
         origins = {move.origin for move in moves}
         for number in origins:
             self._replies[number].expect(self._epoch, batch)
+        transfer = KvTransfer(self._holder, self._replies, self._patience, (self._epoch, batch))
         try:
-            names = {self._replies[number].port.page_layout for number in (*origins, *shares)}
-            alike = len(names) == 1 and names != {""}
-            for number, pool in enumerate(pools(self._holder)):
-                if own := [move for move in moves if move.pool == number]:
-                    self._copy_pool(Copy(own), batch, number, pool, alike)
+            transfer.run(moves, {*origins, *shares}, sampling)
         finally:
+            self.forget(batch, shares)
             for number in origins:
                 self._replies[number].forget(batch)
         return True
-
-    def _copy_pool(self, copy: Copy, batch: int, number: int, pool: Pool, alike: bool) -> None:
-        """Copy what one pool keeps. `alike`: the holders lay out their pages alike."""
-        left = set(range(len(pool.layers)))
-        if (copy.paged and alike) or pool.config.layers[0].kind in STATES:  # states have no vectors
-            left = self._copy_pages(copy, batch, number, pool.config)
-        layers = zip(pool.layers, pool.config.layers, strict=True)
-        self._copy_vectors(copy, batch, [layer for layer, spec in layers if spec.kv_layer in left])
-
-    def _copy_vectors(self, copy: Copy, batch: int, layers: Sequence[int]) -> None:
-        """Copy these layers token by token."""
-        asked = 0
-        for number, layer in enumerate(layers):
-            for ahead in layers[asked : number + _AHEAD]:
-                for origin, handle, lo, hi in copy.sources:
-                    self._send(origin, Fetch(self._epoch, batch, ahead, handle, lo, hi))
-            asked = max(asked, number + _AHEAD)
-            arrived = [self._fetched(batch, layer, *source, copy) for source in copy.sources]
-            for target, k, v in copy.filled(arrived):
-                self._send(target, Fresh(self._epoch, batch, layer, k, v))
-
-    def _fetched(self, batch: int, layer: int, origin: int, handle: int, lo: int, hi: int, copy: Copy) -> Fetched:
-        """The vectors of one layer that were asked of one part. Raises HolderFault, HolderLost."""
-        spec, replies = self._holder.layers[layer], self._replies[origin]
-        reply = replies.take(Fetched, batch, layer, self._patience)
-        vectors = (hi - lo) * copy.heads[origin, handle]
-        found = tuple(reply.k.shape), tuple(reply.v.shape)
-        floats = reply.k.is_floating_point() and reply.k.dtype == reply.v.dtype
-        if not floats or found != ((vectors, spec.key_width), (vectors, spec.own_v)):
-            raise replies.unfit(f"{vectors} vectors of K and of V were due, got {reply.k.dtype} {found}")
-        return reply
-
-    def _copy_pages(self, copy: Copy, batch: int, pool: int, config: HolderConfig) -> set[int]:
-        """Copy all layers of a pool with KV page by page. Returns those of which an origin has not all pages."""
-        states, count = config.layers[0].kind in STATES, 1 + max(spec.kv_layer for spec in config.layers)
-        of_page = page_bytes(config)
-        pages = [
-            copy.heads[origin, handle] * (1 if states else -(-(hi - lo) // config.page_size))
-            for origin, handle, lo, hi in copy.sources
-        ]
-        step = max(1, _FRAME // (sum(pages) * of_page))
-        frames = [(first, min(step, count - first)) for first in range(0, count, step)]
-        here = any(isinstance(self._replies[origin].port, InProcess) for origin, *_ in copy.sources)
-        most = 1 if here else _FRAMES_AHEAD
-        asked = 0
-        left: set[int] = set()
-        for number, (first, layers) in enumerate(frames):
-            if asked < number + (most + 1) // 2:  # several at once: each time a process is woken
-                for ahead in frames[asked : number + most]:
-                    for origin, handle, lo, hi in copy.sources:
-                        self._send(origin, FetchPages(self._epoch, batch, *ahead, handle, lo, hi))
-                asked = number + most
-            arrived = [
-                self._replies[origin].take(FetchedPages, batch, first, self._patience) for origin, *_ in copy.sources
-            ]
-            for reply, due, (origin, *_) in zip(arrived, pages, copy.sources, strict=True):
-                found = reply.pages.dtype, tuple(reply.pages.shape)
-                if (reply.pages.numel() or states) and found != (torch.uint8, (layers * due, of_page)):
-                    raise self._replies[origin].unfit(f"pages [{layers * due}, {of_page}] were due, got {found}")
-            if all(reply.pages.numel() for reply in arrived):
-                for target, content in copy.pages(arrived, layers):
-                    self._send(target, FreshPages(self._epoch, batch, pool, first, layers, content))
-            else:
-                left.update(range(first, first + layers))
-        return left
 
     @property
     def times(self) -> Times:
@@ -321,7 +261,7 @@ class ModelWorker:
         """The holders whose ports have closed."""
         return [number for number, replies in self._replies.items() if replies.port.closed]
 
-    def _send(self, number: int, message: Announcement | Fetch | Fresh | FetchPages | FreshPages) -> None:
+    def _send(self, number: int, message: Announcement) -> None:
         self._replies[number].port.send(message)
 
     def _answer(self, number: int, batch: int) -> Generator[Waiting, None, Announced]:
@@ -339,6 +279,12 @@ class ModelWorker:
         found = (len(answer.floors), len(answer.usages) or len(share.routes))
         if answer.accepted and found != (len(share.routes), len(share.routes)):
             raise replies.unfit(f"floors and usages of {found} rows, {len(share.routes)} were announced")
+        rows = [route.row for route in share.routes]
+        if answer.samples and (
+            len(answer.samples) != len(rows)
+            or any(row.read is not None or not row.prompt for row, n in zip(rows, answer.samples, strict=True) if n)
+        ):
+            raise replies.unfit(f"samples of {answer.samples} were asked of rows that bring queries, or of no prompt")
         starts = [route.row.start for route in share.routes] if answer.starts else []
         bounded = [min(max(0, most), start) for most, start in zip(answer.starts, starts, strict=False)]
         if len(starts) != len(answer.starts) or bounded != list(answer.starts):
@@ -346,6 +292,7 @@ class ModelWorker:
 
     def forget(self, batch: int, shares: Mapping[int, HolderBatch]) -> None:
         """A batch that was announced will not be executed."""
+        self._sampled.pop(batch, None)
         for number in shares:
             if number in self._replies:
                 self._replies[number].forget(batch)

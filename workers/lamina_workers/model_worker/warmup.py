@@ -37,7 +37,7 @@ def prepare_kernels(
             layout = page_layout(pool.config, where)
             stages.append(("attention kernels", attention_kernels(where).prepare(layout)))
         if HeadPolicies.of(pool.config).sketched:
-            stages.append(("sketch kernels", sketches.prepare(page_layout(pool.config))))
+            stages.append(("sketch kernels", sketches.prepare(page_layout(pool.config, places[1]))))
     stages.append(("dense kernels", dense.prepare(dtype, places[0])))
     if enabled():
         stages.append(("exchange kernels", load_each((exchange_kernel,))))

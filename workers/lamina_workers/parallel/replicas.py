@@ -120,7 +120,7 @@ class PipelineReplicas:
     ) -> Generator[Waiting, None, Sampled]:
         """As `Workers.execute` says. Raises RankLost where a replica is gone that has a part in it; the next batch runs
         on the others."""
-        replicas = self._able(shares)
+        replicas = [None] if self._own.samples(batch) else self._able(shares)
         if len(replicas) == 1:
             return self._patiently(self._own.execute(work, batch, shares, suspends))
         return self._patiently(self._rotate(replicas, work, batch, shares, suspends))

@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from lamina_workers.errors import PolicyError
+from lamina_workers.policies.dilated import Dilated
 from lamina_workers.policies.full import Full
 from lamina_workers.policies.heavy_hitter import HeavyHitter
 from lamina_workers.policies.page_top_k import PageTopK
@@ -21,7 +22,7 @@ from lamina_workers.policies.streaming import Streaming
 
 POLICIES: dict[str, type[Policy]] = {
     policy.name: policy
-    for policy in (Full, Streaming, Span, Sharded, Retrieval, PageTopK, Recycled, HeavyHitter, Razor)
+    for policy in (Full, Streaming, Span, Sharded, Dilated, Retrieval, PageTopK, Recycled, HeavyHitter, Razor)
 }
 
 

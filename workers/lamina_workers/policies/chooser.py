@@ -6,7 +6,7 @@ build an index of what they hold. Kernels attend what it chose, and the partials
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -19,6 +19,7 @@ from lamina_kernels.partial import Partial
 from lamina_kernels.sketches.sketches import Sketches
 from lamina_protocols.layers import LayerSpec
 from lamina_workers.policies.policy import Policy
+from lamina_workers.policies.query_samples import QuerySamples
 
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
@@ -26,12 +27,17 @@ Float32 = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """What choosers share: the worker's pages, the sketches of the full ones, and how many threads they may use."""
+    """What choosers share: the worker's pages, the sketches of the full ones, and how many threads they may use.
+
+    `samples` are of the queries of prompts. `keys(handle, layer, head, lo, hi)` are a copy of a part's keys, float32
+    `[hi - lo, d_k]`, at positions that count from its first token, all of them stored."""
 
     sketches: Sketches
     page_size: int
     threads: int
     pages: Pages
+    samples: QuerySamples
+    keys: Callable[[int, int, int, int, int], Float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +64,10 @@ class Choice(NamedTuple):
     """Per item the pages to read exactly: of int32 `[items, most]`, contiguous, the first counts[i], in the order of
     their tokens, the table's last one always. counts: int64 `[items]`.
 
-    `missed`, float32 `[items * group]`, estimates the attention mass of what is not read; NaN where it is unknown.
-    `rest`, where given, stands for it: a partial of all items' vectors, which is merged into what was read. `read`
-    counts the bytes that were read to choose.
+    `rest`, where given, stands for the others: a partial of all items' vectors, which is merged into what was read.
+    `missed`, float32 `[items * group]`, estimates the attention mass of pages for which at most their means stand; NaN
+    where it is unknown. `coarse`, likewise, that of pages whose values were read in 4 bits; None: nothing. `read`
+    counts the bytes that were read to choose, and of sketches.
     """
 
     pages: Int32
@@ -68,6 +75,7 @@ class Choice(NamedTuple):
     missed: Float32
     read: int = 0
     rest: Partial | None = None
+    coarse: Float32 | None = None
 
 
 class Chooser(Protocol):
@@ -86,12 +94,37 @@ class Chooser(Protocol):
         """A part is closed."""
 
 
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """Some queries of a prompt to the KV head `head` of a part, in a layer. Positions count from the part's first one.
+
+    q: float32 `[n, group, d_k]`, at the ascending `positions`, int64 `[n]`, one in each `stride`; none came before.
+    The part's first `tokens` keys of the layer are stored, in the pages of `table`, int32 `[entries]`, a view: those of
+    the queries' own row too, where the part keeps them. `left` tokens of the prompt are still to come after the row;
+    then the part has `whole`. Its first token is the sequence's number `lo`.
+    """
+
+    handle: int
+    layer: int
+    spec: LayerSpec
+    head: int
+    positions: npt.NDArray[np.int64]
+    stride: int
+    q: Float32
+    table: Int32
+    tokens: int
+    left: int
+    whole: int
+    lo: int
+
+
 @runtime_checkable
 class Observer(Protocol):
-    """A chooser that is shown more than decode's queries. Positions count from the part's first token."""
+    """A chooser that is shown prompts' queries too, as many as its policy's `sampled` says. The same ones are among
+    `Holding.samples`."""
 
-    def observe(self, handle: int, layer: int, head: int, first: int, q: Float32) -> None:
-        """Prefill's queries of a part's KV head, float32 `[t, group, d_k]`, at positions first, first + 1, ..."""
+    def observe(self, shown: Shown) -> None:
+        """Queries of a prompt have come, wherever the prompt is attended."""
 
     def fork(self, handle: int, parent: int, tokens: int) -> None:
         """A part is new, and has the first `tokens` of another."""

@@ -1,64 +1,59 @@
-"""`heavy_hitter`: the pages that have got the most attention so far, and the recent ones (H2O, arXiv 2306.14048).
+"""`heavy_hitter`: the pages that have got the most attention so far, and the recent ones; the others are freed (H2O,
+arXiv 2306.14048).
 
-H2O adds up the attention that each key gets from all queries and evicts the least. Here pages are counted, by their
-sketches, from the first decode step on: every `every`-th step scans all of them, and each page's share of a query
-head's attention is added to its sum. Sums are divided by how many of these steps could see the page, since an old page
-was seen by more of them (as SinkLoRA, arXiv 2406.05678, normalises). Nothing is freed, so a page that becomes heavy
-late is read again, which H2O cannot do; memory is not saved.
+H2O adds up the attention that each key gets from all queries, and evicts the least. Here it is pages that are counted,
+by a sample of the prompt's queries and every `every`-th of decode's (`attention_worker.heavy_pages`). A page's sum is
+divided by how many of them could see it, since an old page was seen by more (as SinkLoRA, arXiv 2406.05678,
+normalises). Prompts are read whole, so pages are freed only in decode. What is freed is gone: a page that would have
+become heavy later is not read again.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
+from lamina_workers.policies.policy import LONGEST, Policy
 
-from lamina_workers.policies.chooser import Chooser, Float32, Holding
-from lamina_workers.policies.page_budget import Bounds, Budgeted, LastScan, Rescanning, best
-from lamina_workers.policies.policy import LONGEST
+SAMPLE = 32  # queries are counted of a row of a prompt that is as long as it is far from the end, up to twice as many
 
 
 @dataclass(frozen=True)
-class HeavyHitter(Budgeted):
-    """A `Budgeted` policy that counts in every `every`-th step."""
+class HeavyHitter(Policy):
+    """Kept are the `sink` first and `recent` last tokens, and of the pages before the recent ones the share `budget`
+    with most attention."""
 
     name: ClassVar[str] = "heavy_hitter"
-    every: int = 4
+    evicts: ClassVar[bool] = True
+    sink: int = 64
+    recent: int = 256
+    budget: float = 0.25
+    every: int = 64
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        self.check("sink", 0, LONGEST)
+        self.check("recent", 1, LONGEST)
+        self.check("budget", 0, 1)
         self.check("every", 1, LONGEST)
 
-    def chooser(self, at: Holding) -> Chooser:
-        return _Counting(self, at, self.every)
+    @property
+    def sinks(self) -> int:
+        return self.sink
 
+    def kept_from(self, start: int) -> int:
+        return max(0, start - self.recent + 1)
 
-@dataclass(slots=True)
-class _Count(LastScan):
-    """The count of one layer and KV head of a part: what its pages have `got` in the counted `steps`, and how many of
-    these could see each, both float32 `[pages]`."""
+    def sampled(self, start: int, prompt: int) -> int:
+        if prompt <= self.sink + self.recent:
+            return 0
+        return 1 << max(0, ((prompt - start) // SAMPLE).bit_length() - 1)
 
-    got: Float32
-    steps: Float32
+    def counts(self, start: int) -> bool:
+        return start % self.every == 0
 
+    def remaining(self, sinks: int, slots: int) -> int:
+        return min(slots, sinks + math.ceil(self.budget * slots))
 
-class _Counting(Rescanning[HeavyHitter, _Count]):
-    stand_in = False
-
-    def _turned(self, scan: _Count, tokens: int, q: Float32) -> bool:
-        return False
-
-    def _scan(self, before: _Count | None, at: Bounds, i: int, log_mass: Float32, tokens: int, q: Float32) -> _Count:
-        """Count a step, and choose anew. Where the part was cut back there are fewer pages than before, and the others
-        are dropped; the last one that is left may have new content."""
-        with np.errstate(invalid="ignore"):  # of queries that are no numbers nothing is counted
-            shares = np.nan_to_num(np.exp(log_mass - np.logaddexp.reduce(log_mass, axis=1, keepdims=True)))
-        got, steps = shares.sum(0), np.ones(log_mass.shape[1], np.float32)
-        if before is not None:
-            kept = min(len(before.got), len(got))
-            got[:kept] += before.got[:kept]
-            steps[:kept] += before.steps[:kept]
-        sinks, recent = int(at.sinks[i]), int(at.recent[i])
-        chosen = best((got / steps)[sinks:recent], int(at.picks[i])) + sinks
-        return _Count(np.concatenate([np.arange(sinks), chosen]), recent, tokens, got, steps)
+    def staying(self, first: int, end: int, size: int) -> int:
+        return min(max(0, end - first), self.remaining(-(-self.sink // size), end))

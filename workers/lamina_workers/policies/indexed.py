@@ -1,12 +1,13 @@
 """`retrieval(index=graph)`, `retrieval(index=ivf)`: an index over keys finds what a query asks for, in the place of a
 scan of all pages' sketches (RetrievalAttention, arXiv 2409.10516).
 
-Prefill's queries are sampled as they pass. When a part decodes and is long enough, one background thread builds an
-index for each layer and KV head, one after the other, from a copy of the keys; it never sees pages. Decode reads the
-pages of the best keys of every query head, exactly, and beside them the sinks, the most recent tokens and all that is
-not indexed yet. What that misses is estimated in every step from the sketches of some pages. A head that misses too
-much asks for twice as many keys in the next step. Where that is not enough, the full scans of `retrieval` choose for it
-for some steps, as for every head that has no index: yet, for want of queries, or because its build failed.
+A sample of a prompt's queries is kept wherever the prompt is attended (`query_samples`). While its last quarter comes,
+background threads begin to build an index for each layer and KV head, from copies of the keys; they never see pages
+(`index_builds`). Decode reads the pages of the best keys of every query head, exactly, and beside them the sinks, the
+most recent tokens and all that is not indexed yet. What that misses is estimated in every step from the sketches of
+some pages. A head that misses too much asks for twice as many keys in the next step. Where that is not enough, the full
+scans of `retrieval` choose for it for some steps, as for every head that has no index: yet, for want of queries, or
+because its build failed.
 """
 
 from __future__ import annotations
@@ -22,24 +23,22 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lamina_kernels.paged.pages import gather
 from lamina_kernels.paged.rows import Ints
 from lamina_kernels.partial import Partial
 from lamina_kernels.sketches import sketches
 from lamina_protocols.layers import LayerSpec
 from lamina_workers.indexes import faiss_host
 from lamina_workers.indexes.key_index import Found, KeyIndex
-from lamina_workers.policies.chooser import Choice, Chooser, Float32, Holding, Int32, Items, everything
+from lamina_workers.policies.chooser import Choice, Chooser, Float32, Holding, Int32, Items, Shown, everything
 from lamina_workers.policies.index_builds import (
-    ASKED,
-    BUILDS,
     LONGEST_PAUSE,
     PAUSE,
     STRIDE,
+    BuildParameters,
+    Cell,
     HeadIndex,
-    Job,
-    PartIndexes,
-    made,
+    IndexBuilds,
+    Stretch,
 )
 from lamina_workers.policies.page_budget import Bounds, bounds, lists
 
@@ -47,28 +46,16 @@ log = logging.getLogger(__name__)
 
 SAMPLED = 64  # pages from which the mass of what is not read is estimated
 WIDEST = 8  # times the policy's `top`: more keys than that are not asked for
-COUNTS = ("builds", "failed", "cancelled", "searches", "queries", "distances", "pauses")
+COUNTS = ("searches", "queries", "distances", "pauses")
 
 
-class IndexParameters(Protocol):
+class IndexParameters(BuildParameters, Protocol):
     """The parameters of `retrieval` that this chooser reads. Units and meaning: see `retrieval.Retrieval`."""
 
-    @property
-    def sink(self) -> int: ...
-    @property
-    def recent(self) -> int: ...
     @property
     def missed(self) -> float: ...
     @property
     def budget(self) -> float: ...
-    @property
-    def index(self) -> str: ...
-    @property
-    def top(self) -> int: ...
-    @property
-    def least(self) -> int: ...
-    @property
-    def segment(self) -> int: ...
 
 
 @dataclass(slots=True)
@@ -88,131 +75,51 @@ class Indexed:
         self._policy = policy
         self._at = at
         self._scanning = scanning
-        self._build = BUILDS[policy.index]
-        self._asked = ASKED[policy.index]
-        self._parts: dict[int, PartIndexes] = {}
-        self._building: tuple[int, tuple[int, int], Job] | None = None  # a part's handle, its layer and head, the job
-        self._reasons: set[str] = set()
+        self._builds = IndexBuilds(policy, at)
         self._counts = dict.fromkeys(COUNTS, 0)
-        self._seconds = dict.fromkeys(("build_seconds", "search_seconds"), 0.0)
+        self._search_seconds = 0.0
         others = at.threads - 1
         self._pool = ThreadPoolExecutor(others, "lamina-search", faiss_host.set_threads, (1,)) if others else None
 
     def report(self) -> dict[str, float]:
         """Counts and seconds since the start (of builds: of their thread; of searches: by the clock), and the bytes
-        that indexes and sampled queries take now, shared ones once."""
-        heads = [head for part in self._parts.values() for head in part.heads.values()]
+        that indexes and all samples of queries take now, shared ones once."""
+        heads = [head for part in self._builds.parts.values() for head in part.heads.values()]
         segments = {id(s): s.nbytes for head in heads if head.index for s in head.index.segments}
-        samples = {id(head.sample): head.sample.queries.nbytes for head in heads if head.sample}
         return {
             **self._counts,
-            **self._seconds,
+            **self._builds.counts,
+            "build_seconds": self._builds.seconds,
+            "search_seconds": self._search_seconds,
             "indexed": sum(head.index is not None for head in heads),
             "index_bytes": sum(segments.values()),
-            "sample_bytes": sum(samples.values()),
+            "sample_bytes": self._at.samples.nbytes + sum(head.later.nbytes for head in heads if head.later),
         }
 
     # What happens to parts.
 
-    def observe(self, handle: int, layer: int, head: int, first: int, q: Float32) -> None:
-        """Prefill's queries, float32 `[t, group, d_k]`, of a part's head, at positions first, first + 1, ... of it."""
-        # Most parts never get long enough: nothing is kept for them. Early queries say little about decode's.
-        if not self._asked or first + len(q) <= self._policy.least // 2:
-            return
-        known = self._head(handle, layer, head)
-        if not known.failed:
-            known.offer(first, q)
-            part = self._parts[handle]
-            part.reach = max(part.reach, first + len(q))
+    def observe(self, shown: Shown) -> None:
+        self._builds.observe(shown)
 
     def fork(self, handle: int, parent: int, tokens: int) -> None:
-        """A part is new, and has the first `tokens` of another. It shares the segments that end within them, and the
-        sampled queries where none is of a later token."""
-        source = self._parts.get(parent)
-        if source is None:
-            return
-        part = self._parts[handle] = PartIndexes(reach=min(source.reach, tokens))
-        for key, known in source.heads.items():
-            head = part.heads[key] = HeadIndex(index=known.index, top=known.top)
-            head.cut(tokens)
-            if source.reach <= tokens and known.sample is not None:
-                head.sample, head.shared, known.shared = known.sample, True, True
+        self._builds.fork(handle, parent, tokens)
 
     def written(self, handle: int, start: int) -> None:
-        """A part's tokens from `start` on are new, or differ from before."""
-        part = self._parts.get(handle)
-        if part is None or start >= part.reach:
-            return
-        if self._building is not None and self._building[0] == handle and self._building[2].hi > start:
-            self._building[2].cancelled = True
-        for head in part.heads.values():
-            head.cut(start)
-            if start < part.reach // 2:  # most sampled queries were of tokens that are replaced now
-                head.sample, head.shared = None, False
-        part.reach = start
+        self._builds.written(handle, start)
 
     def forget(self, handle: int) -> None:
-        if self._building is not None and self._building[0] == handle:
-            self._building[2].cancelled = True
-        self._parts.pop(handle, None)
+        self._builds.forget(handle)
         self._scanning.forget(handle)
 
-    def _head(self, handle: int, layer: int, head: int) -> HeadIndex:
-        heads = self._parts.setdefault(handle, PartIndexes()).heads
-        return heads.setdefault((layer, head), HeadIndex())
-
-    # Building.
-
-    def _collect(self) -> None:
-        """Take over the segment of the last build."""
-        if self._building is None or not self._building[2].done:
+    def _prepare(self, plan: _Plan, i: int, cell: Cell, head: HeadIndex, q: Float32) -> None:
+        """Keep a decode query q `[group, d_k]` where that helps, and want the index that an item lacks."""
+        builds, tokens, size = self._builds, int(plan.items.tokens[i]), self._at.page_size
+        if head.failed or tokens < self._policy.least:
             return
-        (handle, key, job), self._building = self._building, None
-        if job.cancelled:
-            self._counts["cancelled"] += 1
-            return
-        head = self._parts[handle].heads[key]
-        if job.segment is None:
-            self._counts["failed"] += 1
-            head.failed, head.index, head.sample = True, None, None
-            reason = f"{type(job.error).__name__}: {job.error}"
-            if reason not in self._reasons:
-                self._reasons.add(reason)
-                log.warning(
-                    "no index for layer %d, KV head %d of part %d, which goes on without: %s", *key, handle, reason
-                )
-            return
-        self._counts["builds"] += 1
-        self._seconds["build_seconds"] += job.segment.build_seconds
-        kept = [] if head.index is None else [s for s in head.index.segments if s.hi <= job.lo]
-        if head.index is None:
-            head.top, head.sample, head.shared = self._policy.top, None, False
-        head.index = made([*kept, job.segment])
-
-    def _build_next(self, plan: _Plan, i: int, layer: int, spec: LayerSpec, head: HeadIndex, q: Float32) -> None:
-        """Keep a decode query q `[group, d_k]` where that helps, and start the build that an item lacks, unless another
-        one runs. Keys are copied here, so that the build's thread never reads pages."""
-        items, policy, size = plan.items, self._policy, self._at.page_size
-        tokens, handle = int(items.tokens[i]), items.parts[i]
-        if head.failed or tokens < policy.least:
-            return
-        if (head.index is not None or head.sampled < self._asked) and self._asked and tokens % STRIDE == 0:
-            head.offer(tokens, q[None])
-        if self._building is not None or head.sampled < self._asked:
-            return
-        segments = [] if head.index is None else list(head.index.segments)
-        lo = segments[-1].hi if segments else int(plan.at.sinks[i]) * size
-        hi = int(plan.at.recent[i]) * size
-        if hi - lo < (policy.segment if segments else size):
-            return
-        while segments and segments[-1].hi - segments[-1].lo <= hi - lo:  # so that there are few, of uneven sizes
-            lo = segments.pop().lo
-        table = items.tables[i][spec.kv_layer][lo // size : hi // size]
-        keys, _ = gather(self._at.pages, torch.from_numpy(table), hi - lo)
-        queries = np.empty((0, q.shape[1]), np.float32) if head.sample is None else head.sample.queries
-        job = Job(self._build, keys.float().contiguous().numpy(), queries, lo)
-        self._building = handle, (layer, items.heads[i]), job
-        self._parts[handle].reach = max(self._parts[handle].reach, hi)
+        helps = builds.asked and tokens % STRIDE == 0
+        if helps and (head.index is not None or builds.sampled(cell) < builds.asked):
+            head.offer(tokens, q)
+        builds.want(cell, Stretch(int(plan.at.sinks[i]) * size, int(plan.at.recent[i]) * size))
 
     # Decode.
 
@@ -221,11 +128,12 @@ class Indexed:
 
     def plan(self, items: Items) -> _Plan:
         policy = self._policy
+        for handle in dict.fromkeys(items.parts):
+            self._builds.decodes(handle)
         at = bounds(policy.sink, policy.recent, policy.budget, items, self._at.page_size)
         return _Plan(items, at, [_spread(lo, hi) for lo, hi in zip(at.sinks.tolist(), at.recent.tolist(), strict=True)])
 
     def choose(self, plan: _Plan, layer: int, spec: LayerSpec, q: torch.Tensor) -> Choice:
-        self._collect()
         items, size = plan.items, self._at.page_size
         queries: Float32 = q.float().view(len(items), items.group, -1).numpy()
         finite = [bool(np.isfinite(query).all()) for query in queries]
@@ -233,8 +141,10 @@ class Indexed:
         for i in range(len(items)):
             if not finite[i]:
                 continue
-            head = self._head(items.parts[i], layer, items.heads[i])
-            self._build_next(plan, i, layer, spec, head, queries[i])
+            cell = Cell(items.parts[i], layer, items.heads[i])
+            head = self._builds.head(cell)
+            self._prepare(plan, i, cell, head, queries[i])
+            self._builds.go_on()
             if head.pause:
                 head.pause -= 1
             elif head.index is not None and head.index.hi <= plan.at.recent[i] * size:
@@ -265,7 +175,9 @@ class Indexed:
         if scanned.rest is not None:
             rest = Partial(torch.zeros(len(q), scanned.rest.out.shape[1]), torch.full((len(q),), -torch.inf))
             rest.out[vectors], rest.lse[vectors] = scanned.rest
-        return Choice(*lists(pages), missed.reshape(-1), read + scanned.read, rest)
+        coarse = np.zeros(len(q), np.float32)
+        coarse[of_group] = 0 if scanned.coarse is None else scanned.coarse
+        return Choice(*lists(pages), missed.reshape(-1), read + scanned.read, rest, coarse)
 
     def _by_scan(self, plan: _Plan, those: tuple[int, ...], layer: int, spec: LayerSpec, q: torch.Tensor) -> Choice:
         """What full scans choose for some of the items, whose queries q are."""
@@ -300,7 +212,7 @@ class Indexed:
             others = [self._pool.submit(of, asked[t::threads]) for t in range(1, threads)]
             shares = [of(asked[::threads]), *(other.result() for other in others)]
             found = [shares[i % threads][i // threads] for i in range(len(asked))]
-        self._seconds["search_seconds"] += time.perf_counter() - begun
+        self._search_seconds += time.perf_counter() - begun
         for (_, q, _), hits in zip(asked, found, strict=True):
             self._counts["searches"] += 1
             self._counts["queries"] += len(q)
@@ -322,7 +234,7 @@ class Indexed:
         active[those] = True
         kernel = self._at.sketches
         found = sketches.scan(kernel, plan.scan, spec.kv_layer, q, spec.scale, spec.soft_cap, 1.0, active)
-        return found.log_mass.numpy(), int(plan.scan.items.held[active].sum()) * kernel.layout.sketch_bytes
+        return found.log_mass.numpy(), int(plan.scan.items.held[active].sum()) * kernel.layout.scanned_bytes
 
     def _adapt(self, head: HeadIndex, missed: float, share: float) -> None:
         """Set how many keys a head asks for in the next step, by what it missed and the share of its pages that it

@@ -83,7 +83,7 @@ class _Bounding:
         index = torch.from_numpy(pages.astype(np.int64))
         half = self._at.sketches.steps[index].float() * (LEVELS / 2)
         middle = self._at.sketches.lows[index].float() + half
-        highest: np.ndarray[tuple[int], np.dtype[np.float32]] = (q @ middle.T + q.abs() @ half.T).amax(0).numpy()
+        highest: np.ndarray[tuple[int], np.dtype[np.float32]] = (q @ middle.T + q.abs() @ half.T).amax(0).cpu().numpy()
         return highest
 
     def forget(self, handle: int) -> None:

@@ -1,29 +1,33 @@
-"""`recycled`: the pages that a full scan found are read again in the steps after it (Recycled Attention, arXiv
+"""`recycled`: the pages that mattered in a full step are read again in the steps after it (Recycled Attention, arXiv
 2411.05787).
 
-A full scan reads the sketches of all pages, which ranks them by the attention that they get. The best are read; the
-means of the others' values stand for them. One is made every `every` steps, and every 5 steps where the query has
-turned away from that of the last full scan. In between the same pages are read, and the new ones. Nothing is freed.
+A full step reads every page, so its answer is exact, and ranks them by their sketches' shares of the attention. The
+best are read in the steps after it, and the new ones; nothing stands for the others. There is one every `every` steps,
+and every 5 steps where the query has turned away from that of the last one. Nothing is freed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import torch
 
-from lamina_workers.policies.chooser import Chooser, Float32, Holding
-from lamina_workers.policies.page_budget import Bounds, Budgeted, LastScan, Rescanning, best
+from lamina_kernels.paged.rows import Ints
+from lamina_protocols.layers import LayerSpec
+from lamina_workers.policies.chooser import Choice, Chooser, Float32, Holding, Int32, Items, everything
+from lamina_workers.policies.page_budget import Bounds, Budgeted, ScannedItems, best, lists, planned
 from lamina_workers.policies.policy import LONGEST
 
-CHECK = 5  # steps after which the query is compared with that of the last full scan: the paper's
+CHECK = 5  # steps after which the query is compared with that of the last full step: the paper's
 
 
 @dataclass(frozen=True)
 class Recycled(Budgeted):
-    """A `Budgeted` policy. A full scan is made every `every` steps, or where the cosine of the query and that of the
-    last one is below `turn`."""
+    """A `Budgeted` policy. A step is full every `every` steps, or where the cosine of the query and that of the last
+    full one is below `turn`."""
 
     name: ClassVar[str] = "recycled"
     every: int = 50
@@ -35,31 +39,90 @@ class Recycled(Budgeted):
         self.check("turn", -1, 1)
 
     def chooser(self, at: Holding) -> Chooser:
-        return _Recycling(self, at, self.every)
+        return _Recycling(self, at)
 
 
 @dataclass(slots=True)
-class _FullScan(LastScan):
-    """With the query heads' `q`, float32 `[group, d_k]`."""
+class _FullStep:
+    """The last full step of a head of a part, at so many `tokens`, with the query heads' `q`, float32 `[group, d_k]`:
+    until the next it reads the `entries`, and all from `upto` on."""
 
+    entries: Ints
+    upto: int
+    tokens: int
     q: Float32
 
 
-class _Recycling(Rescanning[Recycled, _FullScan]):
-    stand_in = True
+class _Recycling:
+    def __init__(self, policy: Recycled, at: Holding) -> None:
+        self._policy = policy
+        self._at = at
+        self._last: dict[int, dict[tuple[int, int], _FullStep]] = {}  # by part, then by layer and KV head
 
-    def _turned(self, scan: _FullScan, tokens: int, q: Float32) -> bool:
-        if (tokens - scan.tokens) % CHECK:
+    def worth(self, tokens: Sequence[int]) -> bool:
+        return True
+
+    def plan(self, items: Items) -> ScannedItems:
+        return planned(self._policy, items, self._at)
+
+    def choose(self, plan: ScannedItems, layer: int, spec: LayerSpec, q: torch.Tensor) -> Choice:
+        """`missed` is known in full steps alone: of what the step before read, since they themselves miss nothing."""
+        items, at = plan.items, plan.at
+        if at.whole:
+            return everything(items, spec.kv_layer)
+        queries = q.float().view(len(items), items.group, -1).numpy()
+        known = [self._known(items, i, layer, queries[i]) for i in range(len(items))]
+        missed = np.full((len(items), items.group), np.nan, np.float32)
+        read, log_mass = 0, np.empty((len(items), items.group, 0), np.float32)
+        if None in known:
+            log_mass, read = plan.masses(self._at.sketches, spec, q)
+        pages: list[Int32] = []
+        for i, step in enumerate(known):
+            table = items.tables[i][spec.kv_layer]
+            if step is not None:
+                pages.append(np.concatenate([table[step.entries], table[step.upto :]]))
+                continue
+            steps, key = self._last.setdefault(items.parts[i], {}), (layer, items.heads[i])
+            masses = log_mass[i, :, : int(at.sealed[i])]
+            if (before := steps.get(key)) is not None and before.tokens < items.tokens[i]:
+                missed[i] = _left_out(before, masses)
+            steps[key] = self._full_step(at, i, masses, int(items.tokens[i]), queries[i])
+            pages.append(table)
+        return Choice(*lists(pages), missed.reshape(-1), read)
+
+    def forget(self, handle: int) -> None:
+        self._last.pop(handle, None)
+
+    def _known(self, items: Items, i: int, layer: int, q: Float32) -> _FullStep | None:
+        """The full step by which an item still reads; None where another is due."""
+        step = self._last.get(items.parts[i], {}).get((layer, items.heads[i]))
+        tokens = int(items.tokens[i])
+        if step is None or not 0 < tokens - step.tokens < self._policy.every:  # or the part was cut back
+            return None
+        return None if self._turned(step, tokens, q) else step
+
+    def _turned(self, step: _FullStep, tokens: int, q: Float32) -> bool:
+        """Whether a head with these queries, float32 `[group, d_k]`, has a full step sooner."""
+        if (tokens - step.tokens) % CHECK:
             return False
-        lengths = np.linalg.norm(q, axis=1) * np.linalg.norm(scan.q, axis=1)
-        cosine = float(((q * scan.q).sum(1) / np.maximum(lengths, np.finfo(np.float32).tiny)).mean())
+        lengths = np.linalg.norm(q, axis=1) * np.linalg.norm(step.q, axis=1)
+        cosine = float(((q * step.q).sum(1) / np.maximum(lengths, np.finfo(np.float32).tiny)).mean())
         return not cosine >= self._policy.turn
 
-    def _scan(
-        self, before: _FullScan | None, at: Bounds, i: int, log_mass: Float32, tokens: int, q: Float32
-    ) -> _FullScan:
-        """The best entries by the largest share that any query head gives them."""
+    def _full_step(self, at: Bounds, i: int, log_mass: Float32, tokens: int, q: Float32) -> _FullStep:
+        """The best entries of item i by the largest share of any query head; log_mass `[group, sealed]`."""
         sinks, recent = int(at.sinks[i]), int(at.recent[i])
         shares = log_mass - np.logaddexp.reduce(log_mass, axis=1, keepdims=True)
         chosen = best(shares.max(0)[sinks:recent], int(at.picks[i])) + sinks
-        return _FullScan(np.concatenate([np.arange(sinks), chosen]), recent, tokens, q.copy())
+        return _FullStep(np.concatenate([np.arange(sinks), chosen]), recent, tokens, q.copy())
+
+
+def _left_out(step: _FullStep, log_mass: Float32) -> Float32:
+    """The share of the mass, `[group]`, of the pages that are not read after a full step; log_mass `[group, pages]`."""
+    others = np.ones(step.upto, np.bool_)
+    others[step.entries] = False
+    left = log_mass[:, : step.upto][:, others[: log_mass.shape[1]]]
+    if not left.size:
+        return np.zeros(len(log_mass), np.float32)
+    share: Float32 = np.exp(np.logaddexp.reduce(left, axis=1) - np.logaddexp.reduce(log_mass, axis=1))
+    return share

@@ -1,23 +1,24 @@
 """`sharded`: blocks near the query, and every stride-th block before (S2-Attention's heterogeneous context sharding,
-arXiv 2407.17678). Only for checkpoints that were trained with it: nothing is freed, and little is read.
+arXiv 2407.17678). Only for checkpoints that were trained with it. The blocks between are freed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 
-from lamina_workers.policies.policy import LONGEST, Policy, View
+from lamina_kernels.paged.rows import Ints
+from lamina_workers.policies.block_policy import BlockPolicy
+from lamina_workers.policies.policy import LONGEST, Bools
 
 
 @dataclass(frozen=True)
-class Sharded(Policy):
+class Sharded(BlockPolicy):
     """Query block qb sees key block kb <= qb where qb - kb < local or (kb + offset) mod stride = 0.
 
-    `offset` is the paper's h * step + c for KV head h.
+    KV head h has the offset `offset` + h * `step`: so the heads of a layer keep different blocks, together all of them.
     """
 
     name: ClassVar[str] = "sharded"
@@ -25,20 +26,31 @@ class Sharded(Policy):
     local: int = 16
     stride: int = 8
     offset: int = 0
+    step: int = 1
 
     def __post_init__(self) -> None:
         self.check("block", 4, 4096)  # a view is made for each
-        for name, low in (("local", 1), ("stride", 1), ("offset", 0)):
+        for name, low in (("local", 1), ("stride", 1), ("offset", 0), ("step", 0)):
             self.check(name, low, LONGEST)
 
-    def views(self, start: int, count: int) -> Iterator[View]:
-        first, end = start, start + count
-        while first < end:
-            number = first // self.block
-            last = min(end, (number + 1) * self.block)
-            near = max(0, number - self.local + 1)
-            far = np.arange(-self.offset % self.stride, near, self.stride)
-            tokens = (far[:, None] * self.block + np.arange(self.block)).reshape(-1)
-            listed = np.concatenate([tokens, np.arange(near * self.block, last)])
-            yield View(first, last - first, listed=listed.tolist())
-            first = last
+    def of_head(self, head: int) -> Sharded:
+        return replace(self, offset=(self.offset + head * self.step) % self.stride, step=0)
+
+    @property
+    def unit(self) -> int:
+        return self.block
+
+    def seen_from(self, start: int) -> int:
+        return max(0, start // self.block - self.local + 1) * self.block
+
+    def stays(self, positions: Ints, size: int) -> Bools:
+        ends: Bools = self._far(positions // self.block) | self._far((positions + size - 1) // self.block)
+        return ends
+
+    def seen_blocks(self, number: int) -> Ints:
+        near = max(0, number - self.local + 1)
+        return np.concatenate([np.arange(-self.offset % self.stride, near, self.stride), np.arange(near, number + 1)])
+
+    def _far(self, blocks: Ints) -> Bools:
+        far: Bools = (blocks + self.offset) % self.stride == 0
+        return far

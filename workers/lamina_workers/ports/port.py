@@ -30,6 +30,7 @@ from lamina_protocols.messages import (
     Surveyed,
     answered,
 )
+from lamina_protocols.query_samples import FetchedSample
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.errors import HolderFault, HolderLost
 from lamina_workers.ports.direct import DirectChannel, enabled
@@ -42,7 +43,7 @@ _MOST_FAULTS = 6  # of a holder in a row; a request that is to blame for faults 
 _MOST_PARTS = 1 << 18  # of an answered survey
 _FAILURES = 64  # batches with a failure that is not reported yet
 
-R = TypeVar("R", Advanced, Announced, Attended, Fetched, FetchedPages, Surveyed)
+R = TypeVar("R", Advanced, Announced, Attended, Fetched, FetchedPages, FetchedSample, Surveyed)
 
 
 class AttentionPort(Protocol):

@@ -254,7 +254,7 @@ def connect(
         PROTOCOL_VERSION, control.package_version(), session, model, compute_dtype, holder.dtype, holder.page_size,
         holder.layers, channel.local_channel, channel.data_channel,
         secrets.token_hex(16) if seat.engine is None else seat.engine, seat.seat, seat.seat_share, seat.linger,
-        holder.sequence_tokens,
+        holder.sequence_tokens, holder.sketches,
     )  # fmt: skip
     client = WorkerClient(address, channel.shown)
     try:

@@ -1,7 +1,7 @@
-"""Windows for heads under a budget: each step widens the window that gives the most for the tokens it costs.
+"""`windows`: each head has a window of its own. A greedy search widens the one that gives most for the tokens it costs.
 
-MoA (arXiv 2406.14909, section 4) solves an integer program over the same numbers. Greedy steps along each head's
-convex hull are optimal for every budget that they end at, and nearly so between.
+Steps along each head's convex hull are optimal for every budget that they end at, and nearly so between. There is one
+length and one budget, so it needs no integer program (`moa.py` does).
 """
 
 from __future__ import annotations
@@ -14,9 +14,41 @@ import numpy as np
 import numpy.typing as npt
 
 from lamina.measure.calibration.scores import Scores
+from lamina.policy_file import Heads, kept
+from lamina_workers.policies.full import Full
 from lamina_workers.policies.policy import Policy
+from lamina_workers.policies.streaming import Streaming
+
+GRID = 40  # candidates, at most, between nothing and everything
+_FRACTIONS = (1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)  # of the context
+_UNIT = 32  # tokens that windows are multiples of: a page
 
 Choices = npt.NDArray[np.int64]
+
+
+def window_options(context: int, sink: int) -> list[Policy]:
+    """What a head may be instead of full, cheapest first: `sink` tokens and the last ones, a part of `context`."""
+    sizes = sorted({max(_UNIT, round(context * fraction / _UNIT) * _UNIT) for fraction in _FRACTIONS})
+    return [Streaming(sink, size) for size in sizes]
+
+
+def window_candidates(allowed: Sequence[Policy], influence: Scores, combined: Scores, context: int) -> list[Heads]:
+    """Policies for all heads, in order of what they keep at `context` tokens; the last is full everywhere.
+
+    `influence` `[len(allowed), layers, kv_heads]` is what each option would change; `combined` `[layers, kv_heads]`,
+    from 0 to 1, says what else speaks for seeing everything. It tilts the influence by a factor of 0.5 to 1.5:
+    influence is measured at a few hundred tokens, and says little of heads that those did not need.
+    """
+    every = [*allowed, Full()]
+    tilted = np.concatenate([influence * (0.5 + combined), np.zeros((1, *combined.shape))])
+    found = plans(tilted, [kept(str(policy), context) for policy in every])
+    chosen: list[Heads] = []
+    share = -1.0
+    for plan in found:
+        if plan.share >= share + 1 / GRID or plan is found[-1]:
+            share = plan.share
+            chosen.append(policies(plan.choices, every))
+    return chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +103,6 @@ def _plan(choices: Choices, costs: Sequence[int], shape: tuple[int, int]) -> Pla
     return Plan(choices.reshape(shape).copy(), float(kept / (costs[-1] * len(choices))))
 
 
-def policies(choices: Choices, options: Sequence[Policy]) -> tuple[tuple[str, ...], ...]:
+def policies(choices: Choices, options: Sequence[Policy]) -> Heads:
     """What the choices mean, as a policy file has it."""
     return tuple(tuple(str(options[choice]) for choice in layer) for layer in choices)

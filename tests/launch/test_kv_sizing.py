@@ -1,0 +1,48 @@
+"""What holders of a model's KV are told of the policy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from real_workers import write_tiny_model
+
+from lamina.config import EngineConfig
+from lamina.errors import PolicyError
+from lamina.launch.kv_sizing import holder_config, page_groups
+from lamina.system.machine import this_machine
+from lamina_protocols.layers import HolderConfig
+from lamina_workers.attention_worker.head_policies import HeadPolicies
+from lamina_workers.decoder.config import ModelConfig
+from lamina_workers.policies.catalogue import parse
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def holder(folder: Path, policy: str, copies: int = 1) -> HolderConfig:
+    model = ModelConfig.from_folder(folder)
+    model = replace(model, num_key_value_heads=model.num_key_value_heads * copies, kv_copies=copies)
+    config = EngineConfig(policy=policy, kv_memory="4MiB", page_size=16)
+    return holder_config(folder, model, config, torch.float32, this_machine())
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_text_for_all_heads_gives_each_its_own(folder: Path, copies: int) -> None:
+    told = holder(folder, "sharded(block=16, stride=5, offset=1, step=2)", copies)
+    for spec in told.layers:
+        heads = [parse(text) for text in spec.policies]
+        assert [head.offset for head in heads] == [  # type: ignore[attr-defined]
+            (1 + 2 * head) % 5 for head in range(spec.kv_heads // copies) for _ in range(copies)
+        ]
+    (groups,) = page_groups(told)
+    assert sum(group.cells(tuple(range(told.layers[0].kv_heads))) for group in groups) == len(told.layers) * len(heads)
+
+
+def test_blocks_that_are_no_whole_pages_are_refused(folder: Path) -> None:
+    with pytest.raises(PolicyError, match=r"dilated: block is 24; allowed are multiples of the page size, 16"):
+        HeadPolicies.of(holder(folder, "dilated(block=24, sink=0)"))
