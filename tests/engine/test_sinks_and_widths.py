@@ -150,8 +150,8 @@ def test_int8_keys_and_values_stay_near(
 ) -> None:
     plain = engine_rig.holder_config
 
-    def quantised(decoder: Decoder, pages: int = 2000, page_size: int = 16) -> HolderConfig:
-        at = plain(decoder, pages, page_size)
+    def quantised(decoder: Decoder, *sizes: Any) -> HolderConfig:
+        at = plain(decoder, *sizes)
         return HolderConfig(at.layers, at.page_size, "int8", at.kv_memory)
 
     monkeypatch.setattr(engine_rig, "holder_config", quantised)

@@ -39,10 +39,11 @@ def test_a_policy_has_one_name_however_it_is_written(text: str) -> None:
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_what_a_policy_makes_of_kv(name: str) -> None:
-    of = policies("page_top_k" if name == "full" else "")(name)
+    own = {"full": "page_top_k", "heavy_hitter": "heavy_hitter(budget=0.5)"}
+    of = policies(own.get(name, ""))(name)
     policy = parse(name)
-    assert of.whole_prompts == (name not in ("streaming", "span", "sharded"))
-    assert of.chooses == (policy.adaptive or policy.compensated)
+    assert of.whole_prompts == (name not in ("streaming", "span", "sharded", "dilated"))
+    assert of.chooses == (policy.adaptive or policy.compensated or policy.evicts)
 
 
 def test_what_is_kept_follows_the_request_s_policy_within_the_model_s_windows() -> None:

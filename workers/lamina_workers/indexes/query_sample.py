@@ -28,7 +28,7 @@ class QuerySample:
             )
         self.capacity = capacity
         self._positions = np.empty(0, np.int64)
-        self._queries = torch.empty(0, heads, group, d, dtype=torch.bfloat16)
+        self._queries = _room(0, heads, group, d)
         self._n = 0
 
     def __len__(self) -> int:
@@ -92,7 +92,7 @@ class QuerySample:
         if n <= room:
             return
         room = min(self.capacity, max(_LEAST, n, room + room // 2))
-        queries = self._queries.new_empty(room, *self._queries.shape[1:])
+        queries = _room(room, *self._queries.shape[1:])
         positions = np.empty(room, np.int64)
         queries[: self._n], positions[: self._n] = self.queries, self._positions[: self._n]
         self._queries, self._positions = queries, positions
@@ -103,3 +103,9 @@ class QuerySample:
         self._positions[: len(kept)] = self._positions[kept]
         self._queries[: len(kept)] = self._queries[torch.from_numpy(kept)]
         self._n = len(kept)
+
+
+def _room(n: int, heads: int, group: int, d: int) -> torch.Tensor:
+    """Memory that is written in any mode: a tensor made in inference mode could not be written outside of it."""
+    with torch.inference_mode(False):
+        return torch.empty(n, heads, group, d, dtype=torch.bfloat16)
