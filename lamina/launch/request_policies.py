@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 
 from lamina.policy_file import AUTO
 from lamina.scheduling.request import PageGroup, PolicyKv
@@ -24,13 +23,21 @@ class RequestPolicies:
         attention = [spec for spec in holder.layers if spec.kind not in STATES]
         texts = dict.fromkeys(text for spec in attention for text in spec.policies or ("full",))
         self._own = tuple(map(parse, texts))
-        self._of = lru_cache(maxsize=_KNOWN)(self._known)
+        self._of: dict[str, PolicyKv] = {}  # not an lru_cache, which no Ray actor could send
         self._engine = self._kv("", self._own)
 
     def __call__(self, text: str) -> PolicyKv:
         """What becomes of KV under a policy. Raises PolicyError where the text is none, or the engine cannot serve it.
         Any thread may call."""
-        return self._of(text) if text else self._engine
+        if not text:
+            return self._engine
+        found = self._of.get(text)
+        if found is None:
+            found = self._known(text)
+            if len(self._of) >= _KNOWN:
+                self._of.clear()
+            self._of[text] = found
+        return found
 
     def _known(self, text: str) -> PolicyKv:
         policy = parse(AUTO if text == "auto" else text)
