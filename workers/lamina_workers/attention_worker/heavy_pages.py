@@ -67,7 +67,7 @@ class HeavyPages:
         tables, size = query.part.table[spec.kv_layer, heads], self._pages.layout.page_size
         held = tables[:, : query.position // size] != NO_PAGE  # equally many of each head
         pages = tables[:, : held.shape[1]][held].reshape(len(heads), -1)
-        keys = gather_keys(self._pages, torch.from_numpy(pages.astype(np.int64)))
+        keys = gather_keys(self._pages, torch.from_numpy(pages.astype(np.int64)).to(self._pages.arena.device))
         vectors = q[query.first : query.first + len(query.part.heads) * query.group]
         by_head = vectors.unflatten(0, (-1, query.group))
         for at, number in enumerate(heads):
@@ -94,7 +94,7 @@ class HeavyPages:
         heads, positions, sampled = self._samples.between(query.handle, layer, since, query.position)
         if (head := query.part.heads[number]) not in heads:
             return np.array([query.position]), q[None]
-        both = torch.cat([sampled[:, heads.index(head)].to(q.dtype), q[None]])
+        both = torch.cat([sampled[:, heads.index(head)].to(q), q[None]])
         return np.append(positions, query.position), both
 
     def of(self, handle: int, cells: Bools, slots: int) -> Float32 | None:

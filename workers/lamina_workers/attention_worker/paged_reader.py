@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from lamina_kernels.cpu.layer_work import LayerReading
-from lamina_kernels.paged.pages import Pages, gather
+from lamina_kernels.paged.pages import Pages, gather_keys
 from lamina_kernels.partial import Partial, empty
 from lamina_kernels.select import Kernels
 from lamina_kernels.sketches import sketches
@@ -272,8 +272,8 @@ class PagedReader:
         """As `Holding.keys`. Raises KVError where there is no such part."""
         part, size = self._store.part(handle), self._pages.layout.page_size
         table = part.table[self._config.layers[layer].kv_layer, part.heads.index(head), lo // size : -(-hi // size)]
-        keys, _ = gather(self._pages, torch.from_numpy(table), hi - lo // size * size)
-        found: Float32 = keys[lo % size :].float().contiguous().numpy()
+        keys = gather_keys(self._pages, torch.from_numpy(table[None].astype(np.int64)))[:, 0]
+        found: Float32 = keys[lo % size : hi - lo // size * size].float().contiguous().numpy()
         return found
 
     def usage(self, handle: int) -> Usage:

@@ -70,7 +70,7 @@ class _Recycling:
         items, at = plan.items, plan.at
         if at.whole:
             return everything(items, spec.kv_layer)
-        queries = q.float().view(len(items), items.group, -1).numpy()
+        queries = q.float().view(len(items), items.group, -1).cpu().numpy()
         known = [self._known(items, i, layer, queries[i]) for i in range(len(items))]
         missed = np.full((len(items), items.group), np.nan, np.float32)
         read, log_mass = 0, np.empty((len(items), items.group, 0), np.float32)
