@@ -16,6 +16,7 @@ from lamina_kernels.paged.pages import Pages
 from lamina_kernels.partial import Partial, merge
 from lamina_protocols.layers import HolderConfig, LayerSpec
 from lamina_protocols.messages import Close, Fork, Open, Operation, Row, Usage
+from lamina_workers.attention_worker.eviction import gap as gap_of
 from lamina_workers.attention_worker.head_policies import HeadPolicies
 from lamina_workers.attention_worker.kv_store import KVStore
 from lamina_workers.attention_worker.page_layout import attention_kernels, page_layout
@@ -298,7 +299,7 @@ def test_mean_stands_for_what_was_let_go_when_a_compensated_head_decodes(heads: 
         for number in (1, 2):
             handle, q = rows[number].handle, rig.q[layer].split(rig.counts)[number].double()
             for at, head in enumerate(heads):
-                gap = rig.store.gap(rig.store.part(handle), rig.policies.reads[layer][head])
+                gap = gap_of(rig.store.part(handle), rig.policies.reads[layer][head], rig.store.config.page_size)
                 first, end = (slot * SIZE for slot in gap) if head else (0, 0)
                 assert (end - first > 100) == (head > 0)
                 k, v = (x[handle][layer, :tokens, at].double() for x in (rig.k, rig.v))
@@ -337,7 +338,7 @@ def test_usage_counts_a_mean_as_one_token_when_pages_were_let_go() -> None:
     rig.tell(rows=[step])
     rig.attend([dataclasses.replace(step, store=False)])
     rig.reader.end(rig.readings.each)
-    first, end = rig.store.gap(rig.store.part(1), rig.policies.reads[0][1])
+    first, end = gap_of(rig.store.part(1), rig.policies.reads[0][1], rig.store.config.page_size)
     kept = tokens - (end - first) * SIZE + 1  # in float32, as tokens are stored here
     assert rig.reader.usage(1).read == LAYERS * (tokens + 2 * kept) * TOKEN_BYTES
 

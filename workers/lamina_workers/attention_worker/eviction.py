@@ -15,7 +15,7 @@ from lamina_workers.attention_worker.head_policies import Group
 from lamina_workers.attention_worker.kv_parts import Part
 from lamina_workers.attention_worker.page_pool import NO_PAGE, Int32
 from lamina_workers.errors import KVError
-from lamina_workers.policies.policy import Bools
+from lamina_workers.policies.policy import Bools, Policy
 
 Float32 = npt.NDArray[np.float32]
 
@@ -46,10 +46,48 @@ def evicted(part: Part, group: Group, got: Float32, sinks: int, remaining: int) 
     return where
 
 
-def moved_up(part: Part, groups: tuple[Group, ...]) -> Int32:
+def remaining_slots(part: Part, group: Group, freed: int, size: int) -> int:
+    """How many of a group's slots below `freed` are held, where it evicts."""
+    return group.policy.remaining(min(freed, group.sinks(part.lo, size)), freed)
+
+
+def gap(part: Part, policy: Policy, size: int) -> tuple[int, int]:
+    """The slots [first, end) of a part's heads of a policy for which a mean stands, or which are empty in `readable`.
+    Pages have `size` tokens."""
+    for group in part.groups:
+        if group.policy == policy:
+            freed = freed_slots(part, group)
+            first = remaining_slots(part, group, freed, size) if policy.evicts else group.sinks(part.lo, size)
+            return first, max(first, freed)
+    return 0, 0
+
+
+def counts(part: Part, policy: Policy, start: int, size: int) -> bool:
+    """Whether the attention of a decode step at `start` is counted: in every `every`-th, and until pages that are too
+    many have been evicted."""
+    for group in part.groups:
+        if group.policy == policy:
+            freed = max(0, (min(policy.kept_from(start), part.held) - part.lo) // size)
+            behind = remaining_slots(part, group, freed, size) < freed and not freed_slots(part, group)
+            return behind or policy.counts(start)
+    return False
+
+
+def staying(part: Part, size: int) -> Bools:
+    """The slots of every layer and head, `[layers, heads, capacity]`, that are held behind what was freed; where pages
+    are evicted, those that are left."""
+    slots = np.arange(part.table.shape[2])
+    stay = np.zeros(part.table.shape, np.bool_)
+    for group in part.groups:
+        held = part.table[group.cells] != NO_PAGE
+        stay[group.cells] = held if group.policy.evicts else group.policy.stays(part.lo + slots * size, size)
+    return stay
+
+
+def readable(part: Part) -> Int32:
     """The part's table; where groups have evicted, the pages that remain stand first."""
     table = part.table
-    for group in groups:
+    for group in part.groups:
         freed = freed_slots(part, group) if group.policy.evicts else 0
         if freed:
             table = table.copy() if table is part.table else table

@@ -7,8 +7,10 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 
-from lamina_workers.attention_worker.head_policies import Group, HeadPolicies
+from lamina_workers.attention_worker.head_policies import Group, HeadPolicies, lowest_length, returns_to
 from lamina_workers.attention_worker.page_pool import NO_PAGE, Int32
+
+NEVER = 1 << 62
 
 
 @dataclasses.dataclass(slots=True)
@@ -32,6 +34,19 @@ class Part:
     def groups(self) -> tuple[Group, ...]:
         """Its cells by policy, where anything is freed while it lives."""
         return self.policies.retention.groups(self.heads)
+
+    def floor(self, size: int) -> int:
+        """The lowest length to which it can return, where a page has `size` tokens: there all that any query sees is
+        still held."""
+        most = ((group, int(self.freed[group.cells].max())) for group in self.groups)
+        return max((lowest_length(group.policy, self.lo, freed, size) for group, freed in most if freed), default=0)
+
+    def next_free(self, size: int) -> int:
+        """The lowest start of a row for which pages are freed, as far as some have been by now."""
+        if self.frees_from is None:
+            least = ((group, self.lo + (int(self.freed[group.cells].min()) + 1) * size) for group in self.groups)
+            self.frees_from = min((returns_to(group.policy, position) for group, position in least), default=NEVER)
+        return self.frees_from
 
     def pages(self, size: int) -> tuple[int, int]:
         """How many pages of `size` tokens it holds, and how many keeping everything would take."""

@@ -19,16 +19,15 @@ import numpy.typing as npt
 from lamina_kernels.paged.rows import Ints
 from lamina_protocols.layers import HolderConfig
 from lamina_protocols.messages import Close, Fork, Open, Operation, Row
-from lamina_workers.attention_worker.eviction import PageAttention, evicted, freed_slots, moved_up
-from lamina_workers.attention_worker.head_policies import Group, HeadPolicies, lowest_length, returns_to
+from lamina_workers.attention_worker.eviction import PageAttention, evicted, freed_slots, remaining_slots, staying
+from lamina_workers.attention_worker.head_policies import Group, HeadPolicies
 from lamina_workers.attention_worker.kv_parts import Absorbed, Part, Reservation
 from lamina_workers.attention_worker.page_pool import NO_PAGE, Int32
 from lamina_workers.attention_worker.part_checks import check_part
 from lamina_workers.attention_worker.part_table import PartTable
 from lamina_workers.errors import KVError, PolicyError, PoolExhausted, TornParts
-from lamina_workers.policies.policy import Bools, Policy
+from lamina_workers.policies.policy import Bools
 
-NEVER = 1 << 62
 ABSORBED_AT_ONCE = 32  # slots of a part, in every layer and head, for which a mean begins to stand in one step
 
 
@@ -76,7 +75,7 @@ class KVStore(PartTable[Part]):
             end = row.start + row.count
             if end > part.hi:
                 return False
-            if row.start >= self.frees_from(part) and any(group.policy.compensated for group in part.groups):
+            if row.start >= part.next_free(size) and any(group.policy.compensated for group in part.groups):
                 return False
             if end > part.held:
                 more += len(part.heads) * ((part.lo - part.held) // size - (part.lo - end) // size)
@@ -96,7 +95,7 @@ class KVStore(PartTable[Part]):
                     self._drop(tail, tail != NO_PAGE)
                     changed.add(number)
                 part.held, part.stored = row.start, min(part.stored, row.start)
-            if row.start >= self.frees_from(part):
+            if row.start >= part.next_free(self.config.page_size):
                 self._free(part, row)
                 freeing.add(number)
         for number, (part, row) in enumerate(zip(parts, rows, strict=True)):
@@ -132,15 +131,6 @@ class KVStore(PartTable[Part]):
         used = self._slots(part.held - part.lo)
         return not self._pool.shared(part.table[:, :, (position - part.lo) // self.config.page_size : used]).any()
 
-    def frees_from(self, part: Part) -> int:
-        """The lowest start of a row for which a part frees pages, as far as it has freed some by now."""
-        if part.frees_from is None:
-            part.frees_from = min((self._frees_next(part, group) for group in part.groups), default=NEVER)
-        return part.frees_from
-
-    def _frees_next(self, part: Part, group: Group) -> int:
-        return returns_to(group.policy, part.lo + (int(part.freed[group.cells].min()) + 1) * self.config.page_size)
-
     def slots(self, row: Row) -> Ints:
         """Where a storing row's tokens go: `[layers, stored tokens, heads]`, each page * page_size + offset."""
         part = self._parts[row.handle]
@@ -149,35 +139,11 @@ class KVStore(PartTable[Part]):
         slot, offset = np.divmod(np.arange(first, end) - part.lo, size)
         return part.table[:, :, slot].transpose(0, 2, 1).astype(np.int64) * size + offset[:, None]
 
-    def gap(self, part: Part, policy: Policy) -> tuple[int, int]:
-        """The slots [first, end) of a part's heads of a policy for which a mean stands, or which are empty in
-        `readable`."""
-        for group in part.groups:
-            if group.policy == policy:
-                freed = freed_slots(part, group)
-                first = self._remaining(part, group, freed) if policy.evicts else self._sinks_of(part, group)
-                return first, max(first, freed)
-        return 0, 0
-
-    def readable(self, part: Part) -> Int32:
-        """A part's table, in which those pages stand first that were not evicted."""
-        return moved_up(part, part.groups)
-
-    def counts(self, part: Part, policy: Policy, start: int) -> bool:
-        """Whether the attention of a decode step at `start` is counted: in every `every`-th, and until pages that are
-        too many have been evicted."""
-        for group in part.groups:
-            if group.policy == policy:
-                freed = max(0, (min(policy.kept_from(start), part.held) - part.lo) // self.config.page_size)
-                behind = self._remaining(part, group, freed) < freed and not freed_slots(part, group)
-                return behind or policy.counts(start)
-        return False
-
     def check_integrity(self) -> None:
         """Raise KVError unless tables, reference counts and the free stack agree."""
         counted = np.zeros(self.n_pages, np.int32)
         for handle, part in self._parts.items():
-            check_part(handle, part, part.groups, self.n_pages, self.config.page_size)
+            check_part(handle, part, self.n_pages, self.config.page_size)
             held = part.table[part.table != NO_PAGE]
             if (told := part.pages(self.config.page_size)[0]) != len(held):
                 raise KVError(f"part {handle} holds {len(held)} pages, and says {told}")
@@ -241,7 +207,7 @@ class KVStore(PartTable[Part]):
         `length` on. Raises KVError where one of them sees some of it."""
         slots = np.arange(part.table.shape[2])
         gone = (part.table == NO_PAGE) & (slots < self._slots(part.held - part.lo))
-        stay = self._staying(part)
+        stay = staying(part, self.config.page_size)
         part.freed = np.where(gone, slots + 1, 0).max(axis=2, initial=0).astype(np.int32)
         lowest = np.zeros_like(part.freed)
         for group in part.groups:
@@ -303,7 +269,7 @@ class KVStore(PartTable[Part]):
     def _absorbs_to(self, part: Part, group: Group, position: int) -> int:
         """Up to where pages below `position` are freed in this step. The mean takes time, so a long prompt's pages are
         freed in several steps."""
-        held = max(int(part.freed[group.cells].max()), self._sinks_of(part, group))
+        held = max(int(part.freed[group.cells].max()), group.sinks(part.lo, self.config.page_size))
         return min(position, part.lo + (held + ABSORBED_AT_ONCE) * self.config.page_size)
 
     def _let_go(self, part: Part, group: Group, freed: int) -> Int32:
@@ -326,20 +292,16 @@ class KVStore(PartTable[Part]):
         lo, hi = row.read or (0, 0)
         for group in part.groups if row.chooses and lo < hi else ():
             freed = max(0, min(group.policy.kept_from(row.start), hi) - part.lo) // self.config.page_size
-            remaining, before = self._remaining(part, group, freed), part.freed.copy()
+            remaining, before = remaining_slots(part, group, freed, self.config.page_size), part.freed.copy()
             if not group.policy.evicts or remaining == freed or freed <= freed_slots(part, group):
                 continue
             got = self.attention.of(row.handle, group.cells, freed) if self.attention is not None else None
             if got is not None:
-                gone = evicted(part, group, got, self._sinks_of(part, group), remaining)
+                gone = evicted(part, group, got, group.sinks(part.lo, self.config.page_size), remaining)
                 part.freed[group.cells] = freed
                 part.absent = part.frees_from = None
                 self._undo.append(partial(part.freed.__setitem__, ..., before))
                 self._drop(part.table[:, :, :freed], gone)
-
-    def _remaining(self, part: Part, group: Group, freed: int) -> int:
-        """How many of a group's slots below `freed` are held, where it evicts."""
-        return group.policy.remaining(min(freed, self._sinks_of(part, group)), freed)
 
     def _drop(self, view: Int32, where: npt.NDArray[np.bool_]) -> Int32:
         """Free the pages that `view`, a slice of a table, names there, and return them."""
@@ -427,27 +389,11 @@ class KVStore(PartTable[Part]):
 
     def floor(self, part: Part) -> int:
         """The lowest length to which the part can return: there all that any query sees must still be held."""
-        lowest = 0
-        for group in part.groups:
-            if freed := int(part.freed[group.cells].max()):
-                lowest = max(lowest, lowest_length(group.policy, part.lo, freed, self.config.page_size))
-        return lowest
-
-    def _sinks_of(self, part: Part, group: Group) -> int:
-        """How many of the part's slots hold sinks, which are kept."""
-        return group.sinks(part.lo, self.config.page_size)
+        return part.floor(self.config.page_size)
 
     def _stay(self, part: Part, group: Group, slots: Ints) -> Bools:
         """Which of a part's slots a group keeps for good, bool `[n]`."""
         return group.policy.stays(part.lo + slots * self.config.page_size, self.config.page_size)
-
-    def _staying(self, part: Part) -> Bools:
-        """The same of all slots of every layer and head, `[layers, heads, capacity]`."""
-        slots = np.arange(part.table.shape[2])
-        stay = np.zeros(part.table.shape, np.bool_)
-        for group in part.groups:
-            stay[group.cells] = self._stay(part, group, slots)
-        return stay
 
     def _table(self, heads: int, slots: int) -> Int32:
         return np.full((self._layers, heads, slots), NO_PAGE, np.int32)

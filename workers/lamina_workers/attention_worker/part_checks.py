@@ -4,41 +4,28 @@ from __future__ import annotations
 
 import numpy as np
 
-from lamina_workers.attention_worker.eviction import check_evicted, freed_slots
-from lamina_workers.attention_worker.head_policies import Group
+from lamina_workers.attention_worker.eviction import check_evicted, freed_slots, staying
 from lamina_workers.attention_worker.kv_parts import Part
 from lamina_workers.attention_worker.page_pool import NO_PAGE
 from lamina_workers.errors import KVError
-from lamina_workers.policies.policy import Bools
 
 
-def check_part(handle: int, part: Part, groups: tuple[Group, ...], n_pages: int, size: int) -> None:
-    """Raise KVError unless a part of a pool of `n_pages` pages, of `size` tokens each, holds what it should. `groups`:
-    its cells by which something is freed."""
+def check_part(handle: int, part: Part, n_pages: int, size: int) -> None:
+    """Raise KVError unless a part holds what it should. Its pool has `n_pages` pages of `size` tokens."""
     held = part.table[part.table != NO_PAGE]
     if held.size and (held.min() < 0 or held.max() >= n_pages):
         raise KVError(f"part {handle} names page {held.max()} of {n_pages}")
     if not part.lo <= part.stored <= part.held <= part.hi:
         raise KVError(f"part {handle} holds up to {part.stored}, {part.held}, outside [{part.lo}, {part.hi}]")
-    for group in groups:
+    for group in part.groups:
         if group.policy.evicts and (freed := freed_slots(part, group)):
             sinks = min(freed, group.sinks(part.lo, size))
             check_evicted(handle, part, group, sinks, group.policy.remaining(sinks, freed))
     slots = np.arange(part.table.shape[2])
-    gone = (slots < part.freed[..., None]) & ~_staying(part, groups, size)
+    gone = (slots < part.freed[..., None]) & ~staying(part, size)
     inside = ~gone & (slots < -(-(part.held - part.lo) // size))
     for layer, table in enumerate(part.table):
         if (table[inside[layer]] == NO_PAGE).any():
             raise KVError(f"part {handle} lacks a page in layer {layer} that it should hold")
         if (table[~inside[layer]] != NO_PAGE).any():
             raise KVError(f"part {handle} keeps a freed page in layer {layer}")
-
-
-def _staying(part: Part, groups: tuple[Group, ...], size: int) -> Bools:
-    """The slots of every layer and head, `[layers, heads, capacity]`, that are held behind what was freed."""
-    slots = np.arange(part.table.shape[2])
-    stay = np.zeros(part.table.shape, np.bool_)
-    for group in groups:
-        held = part.table[group.cells] != NO_PAGE
-        stay[group.cells] = held if group.policy.evicts else group.policy.stays(part.lo + slots * size, size)
-    return stay

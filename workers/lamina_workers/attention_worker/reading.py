@@ -16,6 +16,7 @@ from lamina_kernels.paged.pages import PageLayout
 from lamina_kernels.paged.rows import Ints, Rows
 from lamina_protocols.messages import Row
 from lamina_workers.attention_worker.adaptive import Cell, Group
+from lamina_workers.attention_worker.eviction import counts, gap, readable
 from lamina_workers.attention_worker.heavy_pages import CountedQuery
 from lamina_workers.attention_worker.index_attention import IndexReading
 from lamina_workers.attention_worker.kv_parts import Part
@@ -125,7 +126,7 @@ class ReadingBuilder:
     def _evict(self, row: Row, part: Part, policies: PartPolicies) -> None:
         """The queries that policies count which evict."""
         for policy in dict.fromkeys(policies):
-            if policy is not None and policy.evicts and self.store.counts(part, policy, row.start):
+            if policy is not None and policy.evicts and counts(part, policy, row.start, self.layout.page_size):
                 heads = tuple(number for number, of_head in enumerate(policies) if of_head == policy)
                 position = row.start - part.lo
                 self.counted.append(CountedQuery(row.handle, part, heads, self._first, self.group, position))
@@ -133,13 +134,13 @@ class ReadingBuilder:
     def _gaps(self, part: Part, policies: PartPolicies) -> Gaps:
         """The slots for which a mean stands, or whose pages were evicted, where there are any."""
         letting = [p for p in dict.fromkeys(policies) if p is not None and (p.compensated or p.evicts)]
-        found = {p: self.store.gap(part, p) for p in letting}
+        found = {p: gap(part, p, self.layout.page_size) for p in letting}
         return {policy: (first, end) for policy, (first, end) in found.items() if first < end}
 
     def _plan(self, row: Row, part: Part, policies: PartPolicies, gaps: Gaps, static: Sequence[int]) -> None:
         if static:
             lo, hi = row.read or (0, 0)
-            table = self.store.readable(part) if gaps else part.table
+            table = readable(part) if gaps else part.table
             asked = Asked(self.planned, row.start, row.count, self.group, lo, hi, part.lo, table)
             self.rows.add(asked, policies, gaps)
             self.planned += row.count * len(static) * self.group
