@@ -267,7 +267,7 @@ def test_tasks_are_predicted_as_the_model_does(decoder: Decoder, prompt: Prompt,
     assert found(prompt.tasks[1], outcomes["wrong"].logits) == [True, False, False]
 
 
-@pytest.mark.parametrize("policy", ["full", "streaming(sink=0, recent=100)", "page_top_k(recent=9)", "razor"])
+@pytest.mark.parametrize("policy", ["full", "streaming(sink=0, recent=40)", "page_top_k(recent=9)", "razor"])
 def test_kept_prompts_are_what_was_computed(decoder: Decoder, prompt: Prompt, tmp_path: Path, policy: str) -> None:
     """Read back, a prompt's K and V give the same logits; where a policy sees less of a prompt, it computes its own."""
     kept = kept_in(tmp_path)
