@@ -85,7 +85,7 @@ def test_document_links_to_files_and_headings_that_exist(document: Path) -> None
 
 
 def test_readme_is_short() -> None:
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 170
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 180
 
 
 def test_readme_lists_every_room_once() -> None:

@@ -18,8 +18,8 @@ from small_grammars import EOS, GRAMMARS, TOKENIZER
 from lamina import LLM
 from lamina.errors import InvalidRequest
 from lamina.sampling_params import SamplingParams
-from lamina.server.openai.tool_parser import Delta, ToolParser
-from lamina.server.openai.tools import ToolUse, call_text, tags_are_special
+from lamina.server.chat.tool_parser import Delta, ToolParser
+from lamina.server.chat.tools import ToolUse, call_text, tags_are_special
 
 
 def tool(name: str, parameters: Any = None, **more: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """POST /v1/chat/completions: from messages to a generation, and from its events to a response.
 
-What chats and completions share is in `sampling_fields` and `responses`.
+What chats and completions share is in `sampling_fields` and `answers`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from lamina.completions import Completion, Sample, TokenEvent
 from lamina.errors import ContextTooLong
 from lamina.messages.engine_request import EngineRequest
 from lamina.sampling_params import SamplingParams
+from lamina.server.chat.tool_parser import Delta, ToolParser
+from lamina.server.chat.tools import ToolUse, call_text, tags_are_special
 from lamina.server.frontend import Served
 from lamina.server.http.errors import ApiError, refused
 from lamina.server.http.sse import EventStream, while_connected
-from lamina.server.openai import responses
-from lamina.server.openai.responses import Chunks, chat_logprob, dumps
+from lamina.server.openai import answers
+from lamina.server.openai.answers import Chunks, chat_logprob, dumps
 from lamina.server.openai.sampling_fields import (
     blaming,
     check_characters,
@@ -39,8 +41,6 @@ from lamina.server.openai.sampling_fields import (
 )
 from lamina.server.openai.schemas import ChatRequest, TokenizeRequest
 from lamina.server.openai.service import GRACE, RequestContext, Service
-from lamina.server.openai.tool_parser import Delta, ToolParser
-from lamina.server.openai.tools import ToolUse, call_text, tags_are_special
 from lamina.text.messages import check_messages
 from lamina.text.tokenizer import Tokenizer
 
@@ -78,7 +78,7 @@ async def chat(service: Service, request: Request) -> Response:
     served = service.served(context, 1, fields.n or 1)
     work = _prepared(service, fields, served, context)
     prepared = await while_connected(request.receive, work, context.timeout + GRACE)
-    named = responses.named("chatcmpl", fields.request_id or context.id, service.settings.model)
+    named = answers.named("chatcmpl", fields.request_id or context.id, service.settings.model)
     if fields.stream:
         frames = service.frames([prepared.request], context, _Writer(prepared, named))
         return EventStream(frames, context.timeout + GRACE, service.translate)
@@ -219,7 +219,7 @@ def _in_words(messages: Sequence[Mapping[str, Any]], note: str | None) -> list[d
 async def _whole(service: Service, chat: Chat, context: RequestContext, named: Mapping[str, Any]) -> Response:
     (completion,) = await service.whole([chat.request], context)
     choices = [_choice(chat, sample) for sample in completion.samples]
-    used = responses.usage([chat.request], completion.usage.completion_tokens)
+    used = answers.usage([chat.request], completion.usage.completion_tokens)
     content = {**named, "object": "chat.completion", "choices": choices, "usage": used}
     return Response(dumps(content).encode(), media_type="application/json")
 
@@ -246,7 +246,7 @@ def _choice(chat: Chat, sample: Sample) -> dict[str, Any]:
         "message": message,
         "logprobs": logprobs,
         "finish_reason": reason,
-        "stop_reason": responses.stop_reason(chat.params, chat.eos_ids, last, sample.finish_reason),
+        "stop_reason": answers.stop_reason(chat.params, chat.eos_ids, last, sample.finish_reason),
     }
 
 
@@ -326,7 +326,7 @@ class _Writer:
         token = None if event is None else event.token_id
         calls = 0 if parser is None else parser.calls
         ended = {"finish_reason": "tool_calls" if reason == "stop" and calls else reason}
-        ended["stop_reason"] = responses.stop_reason(self._chat.params, self._chat.eos_ids, token, reason)
+        ended["stop_reason"] = answers.stop_reason(self._chat.params, self._chat.eos_ids, token, reason)
         delta = {} if parser is None or calls else {"content": ""}
         choice = {"index": index, "delta": delta, "logprobs": None} | ended
         frames.append(self._chunks.chunk(dumps(choice)))

@@ -1,6 +1,6 @@
 """POST /v1/completions: from prompts to a generation, and from its events to a response.
 
-What chats and completions share is in `sampling_fields` and `responses`.
+What chats and completions share is in `sampling_fields` and `answers`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from lamina.sampling_params import SamplingParams
 from lamina.server.frontend import Served
 from lamina.server.http.errors import ApiError, refused
 from lamina.server.http.sse import EventStream, while_connected
-from lamina.server.openai import responses
-from lamina.server.openai.responses import Chunks, TextLogprobs, dumps
+from lamina.server.openai import answers
+from lamina.server.openai.answers import Chunks, TextLogprobs, dumps
 from lamina.server.openai.sampling_fields import (
     blaming,
     check_characters,
@@ -66,7 +66,7 @@ async def completions(service: Service, request: Request) -> Response:
     served = service.served(context, 1 if one else len(fields.prompt), fields.n or 1)
     work = _prepared(service, fields, served, context)
     prepared = await while_connected(request.receive, work, context.timeout + GRACE)
-    named = responses.named("cmpl", fields.request_id or context.id, service.settings.model) | {
+    named = answers.named("cmpl", fields.request_id or context.id, service.settings.model) | {
         "object": "text_completion"
     }
     if fields.stream:
@@ -144,7 +144,7 @@ async def _whole(service: Service, texts: Texts, context: RequestContext, named:
     choices = [
         _choice(texts, prompt, sample) for prompt, completion in enumerate(ended) for sample in completion.samples
     ]
-    used = responses.usage(texts.requests, sum(completion.usage.completion_tokens for completion in ended))
+    used = answers.usage(texts.requests, sum(completion.usage.completion_tokens for completion in ended))
     return Response(dumps({**named, "choices": choices, "usage": used}).encode(), media_type="application/json")
 
 
@@ -156,7 +156,7 @@ def _choice(texts: Texts, prompt: int, sample: Sample) -> dict[str, Any]:
         "text": texts.prefixes[prompt] + sample.text,
         "logprobs": logprobs,
         "finish_reason": sample.finish_reason,
-        "stop_reason": responses.stop_reason(texts.params, texts.eos_ids, last, sample.finish_reason),
+        "stop_reason": answers.stop_reason(texts.params, texts.eos_ids, last, sample.finish_reason),
     }
 
 
@@ -216,5 +216,5 @@ class _Writer:
         if reason is not None:
             self._ended[index] = True
             token = None if event is None else event.token_id
-            choice["stop_reason"] = responses.stop_reason(self._texts.params, self._texts.eos_ids, token, reason)
+            choice["stop_reason"] = answers.stop_reason(self._texts.params, self._texts.eos_ids, token, reason)
         frames.append(self._chunks.chunk(dumps(choice)))

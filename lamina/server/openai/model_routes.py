@@ -8,13 +8,13 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from lamina.server.chat.tools import ToolUse
 from lamina.server.frontend import STATES, Served
 from lamina.server.http.errors import ApiError, refused
 from lamina.server.openai.chat import checked_messages, prompt_text
 from lamina.server.openai.sampling_fields import check_length, encoded
 from lamina.server.openai.schemas import DetokenizeRequest, TokenizeRequest
 from lamina.server.openai.service import Service
-from lamina.server.openai.tools import ToolUse
 from lamina.server.settings import TENANT
 from lamina.version import __version__
 

@@ -1,4 +1,4 @@
-"""The models of responses, only for the OpenAPI document: `responses` writes the JSON itself."""
+"""The models of responses, only for the OpenAPI document: `answers` writes the JSON itself."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from typing import Any, Literal
 
 from lamina.errors import InvalidRequest, cut
 from lamina.sampling_params import MAX_GRAMMAR, MAX_SCHEMA, MAX_SCHEMA_DEPTH, json_depth
-from lamina.server.openai.tool_parser import CLOSE, OPEN
+from lamina.server.chat.tool_parser import CLOSE, OPEN
 from lamina.text.structured_output import check_json_schema, json_options
 
 MAX_TOOLS = 128
