@@ -8,18 +8,21 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lamina.completions import Completion, Interrupted, Sample, Timing, TokenEvent, TokenLogprob, Usage
+from lamina.completions import Completion, Embedding, Interrupted, Sample, Timing, TokenEvent, TokenLogprob, Usage
 from lamina.errors import EngineError, InvalidRequest, LaminaError, ModelFileError, UnsupportedModelError
 from lamina.sampling_params import SamplingParams
 from lamina.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from lamina.api import close, generate, stream
+    from lamina.api import chat, close, generate, stream
+    from lamina.config import EngineConfig
     from lamina.llm import LLM
 
 __all__ = [
     "LLM",
     "Completion",
+    "Embedding",
+    "EngineConfig",
     "EngineError",
     "Interrupted",
     "InvalidRequest",
@@ -32,12 +35,21 @@ __all__ = [
     "TokenLogprob",
     "UnsupportedModelError",
     "Usage",
+    "chat",
     "close",
     "generate",
     "stream",
 ]
 
-_LAZY = {"LLM": "lamina.llm", "close": "lamina.api", "generate": "lamina.api", "stream": "lamina.api"}
+_LAZY = {
+    "LLM": "lamina.llm",
+    "EngineConfig": "lamina.config",
+    **dict.fromkeys(("chat", "close", "generate", "stream"), "lamina.api"),
+}
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:

@@ -1,40 +1,101 @@
-"""`generate`, `stream` and `close`: an `LLM` that is kept between calls."""
+"""`generate`, `chat`, `stream` and `close`: an `LLM` that is kept between calls."""
 
 from __future__ import annotations
 
 import atexit
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias, overload
 
-from lamina.client.input_processor import Prompts
+from lamina.client.input_processor import Conversation, Conversations, Prompts
 from lamina.completions import Completion, TokenEvent
 from lamina.config import DEFAULT_MODEL
 from lamina.llm import LLM
 from lamina.sampling_params import SamplingParams
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from lamina.llm import ChatKeywords, RequestKeywords
+
+Model: TypeAlias = str | Path
 _lock = threading.Lock()
 _kept: tuple[str, LLM] | None = None
 
 
+@overload
 def generate(
-    prompts: Prompts, params: SamplingParams | None = None, *, model: str | Path = DEFAULT_MODEL, **sampling: Any
+    prompts: str, params: SamplingParams | None = None, *, model: Model = ..., **request: Unpack[RequestKeywords]
+) -> Completion: ...
+@overload
+def generate(
+    prompts: list[str] | list[list[int]],
+    params: SamplingParams | None = None,
+    *,
+    model: Model = ...,
+    **request: Unpack[RequestKeywords],
+) -> list[Completion]: ...
+@overload
+def generate(
+    prompts: Prompts, params: SamplingParams | None = None, *, model: Model = ..., **request: Unpack[RequestKeywords]
+) -> Completion | list[Completion]: ...
+def generate(
+    prompts: Prompts,
+    params: SamplingParams | None = None,
+    *,
+    model: Model = DEFAULT_MODEL,
+    **request: Unpack[RequestKeywords],
 ) -> Completion | list[Completion]:
     """Complete prompts with a model: `LLM.generate` with default settings. The model stays loaded until `close()` or a
     call with another model."""
-    return _llm(model).generate(prompts, params, **sampling)
+    return _llm(model).generate(prompts, params, **request)
+
+
+@overload
+def chat(
+    messages: Conversation, params: SamplingParams | None = None, *, model: Model = ..., **request: Unpack[ChatKeywords]
+) -> Completion: ...
+@overload
+def chat(
+    messages: Sequence[Conversation],
+    params: SamplingParams | None = None,
+    *,
+    model: Model = ...,
+    **request: Unpack[ChatKeywords],
+) -> list[Completion]: ...
+@overload
+def chat(
+    messages: Conversations,
+    params: SamplingParams | None = None,
+    *,
+    model: Model = ...,
+    **request: Unpack[ChatKeywords],
+) -> Completion | list[Completion]: ...
+def chat(
+    messages: Conversations,
+    params: SamplingParams | None = None,
+    *,
+    model: Model = DEFAULT_MODEL,
+    **request: Unpack[ChatKeywords],
+) -> Completion | list[Completion]:
+    """Answer conversations, lists of {"role": ..., "content": ...}: `LLM.chat` of the model that `generate` keeps."""
+    return _llm(model).chat(messages, params, **request)
 
 
 def stream(
-    prompts: Prompts, params: SamplingParams | None = None, *, model: str | Path = DEFAULT_MODEL, **sampling: Any
+    prompts: Prompts,
+    params: SamplingParams | None = None,
+    *,
+    model: Model = DEFAULT_MODEL,
+    **request: Unpack[RequestKeywords],
 ) -> Iterator[TokenEvent]:
     """Like `generate`, token by token. Stopping the iteration ends the request."""
-    return _llm(model).stream(prompts, params, **sampling)
+    return _llm(model).stream(prompts, params, **request)
 
 
 def close() -> None:
-    """Free the model that `generate` and `stream` keep."""
+    """Free the model that `generate`, `chat` and `stream` keep."""
     global _kept
     with _lock:
         if _kept is not None:
@@ -42,9 +103,11 @@ def close() -> None:
             _kept = None
 
 
-def _llm(model: str | Path) -> LLM:
+def _llm(model: Model) -> LLM:
     global _kept
     with _lock:
+        if _kept is not None:
+            _kept[1].check_process()
         if _kept is None or _kept[0] != str(model) or not _kept[1].alive:
             if _kept is not None:
                 _kept[1].close()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "abort"]
 """Why a sample ended: by a stop string or token, by `max_tokens` or the context's end, or by an abort of its caller."""
@@ -42,12 +42,14 @@ class Timing:
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """A token and the natural logarithm of its probability: softmax of the model's raw logits, before temperature,
-    penalties and filters. `top` has the likeliest tokens at this position, likeliest first."""
+    penalties and filters. `top` has the likeliest tokens at this position, likeliest first. `rank` is a prompt's
+    token's own place among them, 1 for the likeliest; 0 where it was not looked for."""
 
     token_id: int
     text: str
     logprob: float
     top: tuple[TokenLogprob, ...] = ()
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,19 +68,24 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """The `n` samples of one prompt. `str()` and the properties such as `text` are those of the first sample.
+    """The `n` samples of one prompt. `str()` and the properties such as `text` are those of the first sample;
+    `to_dict()` has everything.
 
     `stats` has counts by name: `preemptions` and `cached_tokens`. If a KV policy or an index of the model saved
     something in decode, it also has `kv_read` (bytes), `kv_held` and `kv_resident` (pages, the latter of those in
     memory) as shares of what reading and keeping everything would take, and if the policy estimates the attention mass
     that was not read, `missed_mass` and the worst query's `missed_mass_worst`, and the mass that was read in 4 bits,
     `coarse_mass`. If drafts were verified, it has `draft_tokens`, `accepted_tokens` and their share `acceptance`.
+
+    `prompt_logprobs` has one entry for each token of the prompt, the first of them None because nothing comes before
+    it, or is None if none were asked for.
     """
 
     samples: tuple[Sample, ...]
     usage: Usage
     timing: Timing
     stats: Mapping[str, float] = field(default_factory=dict, hash=False)
+    prompt_logprobs: Sequence[TokenLogprob | None] | None = field(default=None, hash=False)
 
     @property
     def text(self) -> str:
@@ -100,8 +107,27 @@ class Completion:
         """The first sample's log probabilities, one entry for each token, or None if none were asked for."""
         return self.samples[0].logprobs
 
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as dicts, lists and plain values, which JSON can have."""
+        scored = self.prompt_logprobs
+        listed = None if scored is None else [None if entry is None else asdict(entry) for entry in scored]
+        return asdict(replace(self, prompt_logprobs=None)) | {"prompt_logprobs": listed}
+
     def __str__(self) -> str:
         return self.text
+
+    def __repr__(self) -> str:
+        text = self.text if len(self.text) <= 60 else f"{self.text[:57]}..."
+        more = f", {len(self.samples)} samples" if len(self.samples) > 1 else ""
+        return f"<Completion {text!r}, {self.usage.completion_tokens} tokens, {self.finish_reason!r}{more}>"
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """The embedding of one input, and how many tokens that has."""
+
+    embedding: tuple[float, ...]
+    prompt_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from lamina.errors import InvalidRequest
 from lamina.scheduling.kv_layouts import SHARDS
@@ -44,7 +44,8 @@ _UNMEASURED: dict[str, Any] = {"lanes": 1, "query_first": "never", "local_share"
 DEFAULT_DRAFTS = 8
 MAX_WORKERS = 1024
 MAX_LANES = 8
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_POWERS = {"K": 1, "M": 2, "G": 3, "T": 4}
+_SIZE = re.compile(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*(?:([KMGT])(I?)(B?)|B?)\s*", re.IGNORECASE | re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -286,14 +287,63 @@ class EngineConfig:
             raise InvalidRequest(f'cluster is {self.cluster!r:.80}; allowed is "auto", "host:port" or None')
 
 
+class EngineKeywords(TypedDict, total=False):
+    """The keywords of `LLM(...)` for editors and type checkers: the fields of `EngineConfig`."""
+
+    dtype: str
+    weights: str
+    quantize: str | None
+    device: str | Sequence[str]
+    attention_device: str | Sequence[str]
+    compile: bool
+    max_model_len: int | None
+    kv_memory: int | str | None
+    kv_cold: str | Path | None
+    kv_resident: int | str | None
+    kv_dtype: str
+    page_size: int
+    sequence_tokens: int | None
+    max_batch_tokens: int | None
+    threads: int | None
+    prefix_cache: bool
+    deterministic: bool
+    policy: str | Path | None
+    sketches: bool
+    speculate: str | Path | None
+    num_speculative_tokens: int | None
+    rope_scaling: Mapping[str, Any] | None
+    model_workers: int
+    model_parallel: str
+    attention_workers: int | Sequence[str]
+    shard: str
+    local_share: str | float
+    cluster: str | None
+    lanes: int | str
+    query_first: str
+    worker_timeout: float
+    recovery_timeout: float
+    journal: str | Path | None
+    worker_linger: float
+    local_channel: bool
+    data_channel: str
+    tls_dir: str | Path | None
+    token_file: str | Path | None
+    insecure: bool
+
+
 def parse_size(name: str, value: object) -> int:
-    """Bytes of `value`, an integer or text such as "2GiB" or "500 MB". Raises InvalidRequest."""
+    """Bytes of `value`, an integer or text such as "2GiB", "500 MB" or "512M". A letter alone is a power of 1024, as
+    Docker and systemd have it. Raises InvalidRequest."""
     size: float | None = None
     if type(value) is int:
         size = value
-    elif isinstance(value, str) and (match := re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([A-Za-z]{0,3})\s*", value)):
-        unit = _UNITS.get(match[2].upper())
-        size = float(match[1]) * unit if unit else None
+    elif isinstance(value, str) and (match := _SIZE.fullmatch(value)):
+        number, letter, binary, byte = match.groups()
+        base = 1000 if byte and not binary else 1024
+        size = float(number) * base ** _POWERS[letter.upper()] if letter else float(number)
     if size is None or not 1 <= size <= 2**50:
-        raise InvalidRequest(f'{name} is {value!r:.80}; allowed are 1 byte to 1 PiB, as an integer or text like "2GiB"')
+        raise InvalidRequest(
+            f"{name} is {value!r:.80}; allowed are 1 byte to 1 PiB, as an integer or text with a unit of K, M, G or T: "
+            '"2GiB" and "2G" are 2 x 1024^3 bytes, "2GB" are 2 x 10^9'
+        )
     return int(size)

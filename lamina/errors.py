@@ -24,6 +24,9 @@ LaminaError
 │   └── WorkerBusy            it has a session with another engine
 ├── ServerError               an attention worker cannot serve with its settings, or not at that address
 ├── CredentialsError          certificates or a token are missing, unreadable or wrong
+├── JoinFailed                this machine cannot join a server: none is there, it refuses, or the codes differ
+├── JoinRefused               a server does not want this machine, and says why
+├── NoDiscovery               multicast DNS cannot be used here
 ├── ChannelClosed             the other side of a channel is gone
 ├── AddressError              an address is not HOST:PORT
 └── ProtocolError             a frame or message is malformed, too large, or out of order
@@ -38,18 +41,31 @@ from itertools import islice
 from typing import Any
 
 from lamina_protocols.errors import LaminaError, ProtocolError
-from lamina_workers.errors import DiskFullError, ModelFileError, PolicyError, UnsupportedModelError
+from lamina_workers.errors import (
+    DeviceError,
+    DiskFullError,
+    KernelsUnavailable,
+    ModelFileError,
+    NotEnoughMemory,
+    PolicyError,
+    RanksError,
+    UnsupportedModelError,
+)
 
 __all__ = [
     "ContextTooLong",
+    "DeviceError",
     "DiskFullError",
     "EngineError",
     "InvalidRequest",
     "JournalError",
+    "KernelsUnavailable",
     "LaminaError",
     "ModelFileError",
+    "NotEnoughMemory",
     "PolicyError",
     "ProtocolError",
+    "RanksError",
     "UnsupportedModelError",
     "WorkersUnavailable",
     "cut",

@@ -8,7 +8,7 @@ import json
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 from lamina.errors import InvalidRequest, ModelFileError, cut
 
@@ -63,8 +63,9 @@ class SamplingParams:
     """Strings that end a sample where they first appear; at most 64 of 1 to 1024 characters. Kept as a tuple."""
     stop_token_ids: Sequence[int] = ()
     """Token ids that end a sample, beside the model's own. Kept as a tuple."""
-    max_tokens: int = 256
-    """The most tokens to generate for a sample, 1 to 2**31 - 1."""
+    max_tokens: int | None = 256
+    """The most tokens to generate for a sample, 0 to 2**31 - 1; None: as many as the context has room for. With 0 the
+    prompt is computed and nothing follows."""
     min_tokens: int = 0
     """Stop tokens are impossible and stop strings ignored before this many tokens; at most `max_tokens`."""
     ignore_eos: bool = False
@@ -73,6 +74,9 @@ class SamplingParams:
     """Samples for each prompt, 1 to 256."""
     logprobs: int | None = None
     """How many of the likeliest tokens to report beside the chosen one, 0 to 20. None reports nothing."""
+    prompt_logprobs: int | None = None
+    """How many of the likeliest tokens to report beside each token of the prompt, 0 to 20, with that token's own log
+    probability. None reports nothing. The prompt is then computed whole, even where a prefix of it is cached."""
     json_schema: str | Mapping[str, Any] | None = None
     """The text is JSON that fits this JSON Schema: a mapping, or JSON of at most 256 Ki characters and 64 levels. Kept
     as JSON. At most one of `json_schema`, `regex`, `choice` and `grammar` may be given. A token after which the text
@@ -107,11 +111,12 @@ class SamplingParams:
             "seed": _optional(_integer, "seed", self.seed, 0, 2**64 - 1),
             "stop": _stop_strings(self.stop),
             "stop_token_ids": _token_ids("stop_token_ids", self.stop_token_ids),
-            "max_tokens": _integer("max_tokens", self.max_tokens, 1),
+            "max_tokens": _optional(_integer, "max_tokens", self.max_tokens, 0),
             "min_tokens": _integer("min_tokens", self.min_tokens, 0),
             "ignore_eos": _flag("ignore_eos", self.ignore_eos),
             "n": _integer("n", self.n, 1, MAX_SAMPLES),
             "logprobs": _optional(_integer, "logprobs", self.logprobs, 0, MAX_LOGPROBS),
+            "prompt_logprobs": _optional(_integer, "prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS),
             "json_schema": _optional(_json_schema, "json_schema", self.json_schema),
             "regex": _optional(_text, "regex", self.regex, 1, MAX_REGEX),
             "choice": _optional(_choices, "choice", self.choice),
@@ -120,9 +125,11 @@ class SamplingParams:
             "skip_special_tokens": _flag("skip_special_tokens", self.skip_special_tokens),
             "include_stop_str_in_output": _flag("include_stop_str_in_output", self.include_stop_str_in_output),
         }
-        if checked["min_tokens"] > checked["max_tokens"]:
+        if checked["max_tokens"] is not None and checked["min_tokens"] > checked["max_tokens"]:
             raise _refused("min_tokens", self.min_tokens, f"at most max_tokens, which is {self.max_tokens}")
         given = [name for name in _CONSTRAINTS if checked[name] is not None]
+        if given and checked["max_tokens"] == 0:
+            raise _refused("max_tokens", 0, f"1 or more beside {given[0]}")
         if len(given) > 1:
             raise InvalidRequest(
                 f"{' and '.join(given)} are given; allowed is at most one of {', '.join(_CONSTRAINTS)}"
@@ -168,6 +175,35 @@ class SamplingParams:
             return dataclasses.replace(self, **missing)
         except InvalidRequest as error:  # the fields of self are checked already: only a default can be wrong
             raise ModelFileError(f"generation_config.json: {error}") from error
+
+
+class SamplingKeywords(TypedDict, total=False):
+    """The keywords of `LLM.generate` and its like for editors and type checkers: the fields of `SamplingParams`."""
+
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    seed: int | None
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    max_tokens: int | None
+    min_tokens: int
+    ignore_eos: bool
+    n: int
+    logprobs: int | None
+    prompt_logprobs: int | None
+    json_schema: str | Mapping[str, Any] | None
+    regex: str | None
+    choice: Sequence[str] | None
+    grammar: str | None
+    policy: str | None
+    skip_special_tokens: bool
+    include_stop_str_in_output: bool
 
 
 def _refused(name: str, value: object, allowed: str) -> InvalidRequest:

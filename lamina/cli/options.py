@@ -1,21 +1,23 @@
 """The arguments and options that commands share: their names, help and syntax.
 
 A group of options is a frozen dataclass, and `flatten_options` gives its fields to Typer. `SamplingParams` and
-`EngineConfig` check the values. None stands for the default of the model, or of Lamina.
+`EngineConfig` check the values (`checked_by`). None stands for their defaults, which `--help` shows.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, ClassVar, get_args, get_type_hints
 
 import typer
 
-from lamina.cli.terminal import decode_argument, read_lines
+from lamina.cli.terminal import decode_argument, read_all, read_lines
+from lamina.config import DEFAULT_MODEL, EngineConfig
 from lamina.errors import InvalidRequest
 from lamina.sampling_params import SamplingParams
 
@@ -42,6 +44,10 @@ def _number_option(help: str) -> Any:
     return typer.Option(help=help, rich_help_panel="Sampling", parser=_number, metavar="NUMBER")
 
 
+def _form_option(help: str, *names: str) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel="Form of the text")
+
+
 def _engine_option(help: str) -> Any:
     return typer.Option(help=help, rich_help_panel="Engine")
 
@@ -50,11 +56,32 @@ def _worker_option(*names: str, help: str, **more: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel="Attention workers", **more)
 
 
-_MODELS = "An alias, a folder, a GGUF file or a hub id."
+MODELS = "A name from `lamina models ls`, a folder, a GGUF file or a hub id."
+
+
+def complete_model(incomplete: str) -> list[str]:
+    """For a shell that completes: the names of models that begin so."""
+    from lamina.models.aliases import ALIASES
+    from lamina.models.cache import kept_models
+
+    return [name for name in dict.fromkeys([*ALIASES, *kept_models()]) if name.startswith(incomplete)]
+
 
 JsonLines = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
-Model = Annotated[str, typer.Option("--model", "-m", help=_MODELS)]
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=_MODELS)]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help=MODELS, show_default=DEFAULT_MODEL, autocompletion=complete_model),
+]
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=MODELS, autocompletion=complete_model)]
+ModelNames = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="MODEL",
+        help=f"{MODELS} Several: NAME=MODEL names one.",
+        show_default=DEFAULT_MODEL,
+        autocompletion=complete_model,
+    ),
+]
 Slices = Annotated[bool, typer.Option("--slices", help="Also what lives across each attention, a token.")]
 Threads = Annotated[int | None, _integer_option("CPU threads.", "Engine")]
 
@@ -63,20 +90,26 @@ Threads = Annotated[int | None, _integer_option("CPU threads.", "Engine")]
 class PromptOptions:
     """The prompts of `lamina generate`."""
 
-    prompts: Annotated[list[str] | None, typer.Argument(help="One or several prompts.", show_default=False)] = None
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="One or several prompts. Default: one, from stdin.", show_default=False)
+    ] = None
     file: Annotated[str | None, typer.Option(help="A file with one prompt a line; - is stdin.")] = None
     chat: Annotated[
         bool | None, typer.Option("--chat/--raw", help="The chat template, or not. Default: if there is one.")
     ] = None
 
     def texts(self) -> list[str]:
-        """All prompts in order. Raises InvalidRequest for no prompt, for an empty one, and for bytes that are not
-        UTF-8."""
+        """All prompts in order; blank lines of a file are none. Where none is given, stdin is one, if it is no
+        terminal. Raises InvalidRequest for no prompt, for an empty one, and for bytes that are not UTF-8."""
         texts = [decode_argument(prompt) for prompt in self.prompts or []]
         if self.file is not None:
-            texts += read_lines(self.file)
+            texts += filter(str.strip, read_lines(self.file))
+        elif not texts and sys.stdin is not None and not sys.stdin.isatty():
+            texts = [text] if (text := read_all("-").strip("\r\n")) else []
         if not texts:
-            raise InvalidRequest("no prompt given: write one after `lamina generate`, or name a file with --file")
+            raise InvalidRequest(
+                "no prompt given: write one after `lamina generate`, send it to stdin, or name a file with --file"
+            )
         if "" in texts:
             raise InvalidRequest(
                 f"prompt {texts.index('') + 1} of {len(texts)} is empty; at least one character is needed"
@@ -88,7 +121,10 @@ class PromptOptions:
 class SamplingOptions:
     """How tokens are chosen: fields of `SamplingParams`."""
 
-    max_tokens: Annotated[int | None, _integer_option("The most tokens to generate.")] = None
+    checked_by: ClassVar[type] = SamplingParams
+    max_tokens: Annotated[
+        int | None, _integer_option("The most tokens to generate; in chat by default what the context has room for.")
+    ] = None
     min_tokens: Annotated[int | None, _integer_option("Do not stop before this many tokens.")] = None
     temperature: Annotated[float | None, _number_option("0 always takes the likeliest token.")] = None
     top_p: Annotated[float | None, _number_option("Keep the likeliest tokens that together reach this.")] = None
@@ -109,16 +145,26 @@ class SamplingOptions:
         bool | None, typer.Option("--ignore-eos", help="Go on past the end token.", rich_help_panel="Sampling")
     ] = None
 
-    def params(self) -> SamplingParams:
-        """The options that were given, checked. Raises InvalidRequest."""
+    json_schema: Annotated[str | None, _form_option("JSON that fits this JSON Schema: its text, or @FILE.")] = None
+    regex: Annotated[str | None, _form_option("All of it matches this regular expression.")] = None
+    choice: Annotated[list[str] | None, _form_option("It is one of these. Repeatable.")] = None
+    grammar: Annotated[str | None, _form_option("It fits this grammar (Lark, llguidance's dialect), or @FILE.")] = None
+
+    def params(self, **defaults: Any) -> SamplingParams:
+        """The options that were given over `defaults`, checked. Raises InvalidRequest."""
         given = {field.name: getattr(self, field.name) for field in fields(self)}
-        return SamplingParams(**{name: value for name, value in given.items() if value not in (None, [])})
+        given = {name: value for name, value in given.items() if value not in (None, [])}
+        for name in ("json_schema", "grammar"):
+            if name in given and given[name].startswith("@"):
+                given[name] = read_all(given[name][1:])
+        return SamplingParams(**(defaults | given))
 
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
     """The options of every command that loads a model: fields of `EngineConfig`, and a plan file with some of them."""
 
+    checked_by: ClassVar[type] = EngineConfig
     dtype: Annotated[str | None, _engine_option("float32, bfloat16 or auto.")] = None
     weights: Annotated[
         str | None, _engine_option("Weights that the files have in few bits: packed, bfloat16, float32 or auto.")
@@ -233,6 +279,15 @@ class Described:
     options: Mapping[str, Any]
 
 
+def _show_defaults(group: Any, hints: Mapping[str, Any]) -> None:
+    """Have `--help` show the default of the class that checks a group, for options that are None by themselves."""
+    defaults = {field.name: field.default for field in fields(getattr(group, "checked_by", group))}
+    for name, hint in hints.items():
+        default = defaults.get(name)
+        if isinstance(default, str | int | float) and not isinstance(default, bool) and hasattr(group, "checked_by"):
+            get_args(hint)[1].show_default = str(default)
+
+
 def flatten_options(command: Callable[..., None]) -> Callable[..., None]:
     """The command as Typer reads it, with one parameter for each field in the place of a parameter that is a dataclass.
 
@@ -247,12 +302,14 @@ def flatten_options(command: Callable[..., None]) -> Callable[..., None]:
         if not is_dataclass(group):
             parameters.append(own.replace(kind=keyword))
             continue
-        hints = get_type_hints(group, include_extras=True)
+        typed = get_type_hints(group, include_extras=True)
+        hints = {field.name: typed[field.name] for field in fields(group)}
         for mark in marks:
             if isinstance(mark, Described):
                 hints = {name: Annotated[hints[name], option] for name, option in mark.options.items()}
             elif isinstance(mark, Without):
                 hints = {name: hint for name, hint in hints.items() if name not in mark.names}
+        _show_defaults(group, hints)
         every = {field.name: field for field in fields(group)}
         taken = [every[name] for name in hints]
         groups[own.name] = group, [field.name for field in taken]

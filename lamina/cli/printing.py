@@ -1,12 +1,13 @@
 """From the events of a stream to what is printed: text as it comes, text as it finishes, or JSON lines.
 
-Answers go to stdout, one line of statistics after text goes to stderr.
+Answers go to stdout. After text go to stderr a line of statistics, and one of where KV was read if that was chosen.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,20 +18,20 @@ from lamina.completions import Sample, TokenEvent
 
 def print_as_it_comes(events: Iterable[TokenEvent], progress: ProgressBars) -> None:
     """One prompt's only sample, piece by piece."""
-    meter = _Meter()
+    meter, choices = _Meter(), _Choices()
     for event in meter.watch(events):
         write(event.text, progress)
     write("\n", progress)
-    sys.stderr.write(meter.summary() + "\n")
+    sys.stderr.write("".join(f"{line}\n" for line in (meter.summary(), *choices.end())))
 
 
 def print_as_they_finish(events: Iterable[TokenEvent], prompts: Sequence[str], n: int, progress: ProgressBars) -> None:
     """Each sample when it is complete, under a heading where there are several."""
-    meter = _Meter()
+    meter, choices = _Meter(), _Choices()
     for index, sample in _samples(meter.watch(events), len(prompts) * n, progress):
         heading = "" if len(prompts) == n == 1 else _heading(index, prompts, sample.index, n)
         write(f"{heading}{sample.text}\n", progress)
-    sys.stderr.write(meter.summary() + "\n")
+    sys.stderr.write("".join(f"{line}\n" for line in (meter.summary(), *choices.end())))
 
 
 def print_json_lines(events: Iterable[TokenEvent], prompts: Sequence[str], n: int, progress: ProgressBars) -> None:
@@ -72,11 +73,30 @@ def _heading(index: int, prompts: Sequence[str], sample: int, n: int) -> str:
     return f"[{index + 1}/{len(prompts)}{which}] {shown}\n"
 
 
+class _Choices(logging.Handler):
+    """Hears what the engine says of its choices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last = ""
+        self._logger = logging.getLogger("lamina.choices")
+        self._logger.setLevel(logging.INFO)
+        self._logger.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._last = record.getMessage()
+
+    def end(self) -> list[str]:
+        """The last line, where there was one; nothing is heard any more."""
+        self._logger.removeHandler(self)
+        return [self._last] if self._last else []
+
+
 class _Meter:
     """Counts the tokens that pass, and the seconds they take."""
 
     def __init__(self) -> None:
-        self._tokens = 0
+        self._tokens = self._ended = self._cut = 0
         self._start = self._first = self._last = time.perf_counter()
 
     def watch(self, events: Iterable[TokenEvent]) -> Iterator[TokenEvent]:
@@ -86,11 +106,16 @@ class _Meter:
             self._last = time.perf_counter()
             if self._tokens == 1:
                 self._first = self._last
+            self._ended += event.finish_reason is not None
+            self._cut += event.finish_reason == "length"
             yield event
 
     def summary(self) -> str:
         """The rate is that of decoding: the tokens after the first, over the time after the first."""
+        many = f"{self._cut} of {self._ended} answers " if self._ended > 1 else ""
+        cut = f"; {many}cut at the most tokens: --max-tokens allows more" if self._cut else ""
         if self._last == self._first:
-            return f"{self._tokens} tokens in {self._last - self._start:.2f} s"
+            return f"{self._tokens} tokens in {self._last - self._start:.2f} s{cut}"
         rate = (self._tokens - 1) / (self._last - self._first)
-        return f"{self._tokens} tokens, the first after {self._first - self._start:.2f} s, then {rate:.1f} tokens/s"
+        first = f"the first after {self._first - self._start:.2f} s"
+        return f"{self._tokens} tokens, {first}, then {rate:.1f} tokens/s{cut}"

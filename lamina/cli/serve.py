@@ -5,7 +5,7 @@ Imports neither torch nor the HTTP libraries: only the processes that it starts 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,12 +16,14 @@ from lamina.cli import options as opt
 from lamina.cli.terminal import ProgressBars
 from lamina.config import DEFAULT_MODEL, EngineConfig
 from lamina.errors import InvalidRequest
+from lamina.joining.pairing import JOIN_PORT
 from lamina.server.http.api_keys import keys_from_environment, keys_from_file
 from lamina.system.child_process import KEY_VARIABLE
 from lamina.system.machine import kv_share, this_machine
-from lamina_protocols.channels import is_loopback
+from lamina_protocols.channels import AddressError, is_loopback, split_address
 
 if TYPE_CHECKING:
+    from lamina.server.processes.server_plan import JoinPlan
     from lamina.server.settings import ServerSettings
 
 
@@ -48,8 +50,19 @@ class ServerOptions:
             "A file with the operator's API keys: they see what all keys do, and may set priorities below 0."
         ),
     ] = None
+    allow_origin: Annotated[
+        list[str] | None,
+        _server_option("Let web pages of this origin send requests, such as https://chat.example.org; repeatable."),
+    ] = None
     open_to_all: Annotated[bool, _server_option("Listen beyond this host without an API key.", "--open")] = False
-    served_model_name: Annotated[str | None, _server_option("What requests call the model; MODEL by default.")] = None
+    served_model_name: Annotated[
+        list[str] | None,
+        _server_option("What requests call a lone model; repeatable. By default MODEL; of several, NAME=MODEL has it."),
+    ] = None
+    max_loaded: Annotated[int, _server_option("The most models in memory. A request for another waits for room.")] = 1
+    idle_unload: Annotated[
+        float | None, _server_option("Unload a model after so many seconds without a request. Default: never.")
+    ] = None
     max_requests: Annotated[
         int, _server_option("Samples under way or waiting; more are refused for now. Each API key has a share.")
     ] = 1024
@@ -60,13 +73,30 @@ class ServerOptions:
         _server_option("Folder of the journal, from which a new engine goes on. Default: one of the server's."),
     ] = None
     no_journal: Annotated[bool, _server_option("Keep none: a new engine computes again.", "--no-journal")] = False
+    allow_join: Annotated[
+        bool, _server_option("Let machines of this network ask to join (`lamina join`).", "--allow-join")
+    ] = False
+    join_address: Annotated[
+        str, _server_option("Where they ask, with --allow-join; port 0 takes a free one.", metavar="HOST:PORT")
+    ] = f"0.0.0.0:{JOIN_PORT}"
     log_level: Annotated[str, _server_option("error, warning, info or debug.")] = "warning"
     otlp_traces_endpoint: Annotated[
         str | None, _server_option("Where OpenTelemetry traces go, such as http://host:4318/v1/traces.")
     ] = None
+    kv_events: Annotated[
+        str | None,
+        _server_option("Publish what is in the prefix cache over ZeroMQ, in vLLM's format: tcp://127.0.0.1:5557."),
+    ] = None
+    kv_events_replay: Annotated[
+        str | None, _server_option("Where subscribers ask for events that they missed: tcp://127.0.0.1:6557.")
+    ] = None
+    kv_events_name: Annotated[
+        str | None, _server_option("What events call this server. Default: the name of this machine.")
+    ] = None
 
-    def settings(self, model: str) -> ServerSettings:
-        """The settings of the HTTP side. Raises InvalidRequest for values that are not allowed."""
+    def settings(self, models: Sequence[str]) -> ServerSettings:
+        """The settings of the HTTP side for models of these names. Raises InvalidRequest for values that are not
+        allowed."""
         from lamina.server.processes.child_protocol import LEVELS
         from lamina.server.settings import ServerSettings
 
@@ -83,47 +113,77 @@ class ServerOptions:
             raise InvalidRequest(f"drain_timeout is {self.drain_timeout}; allowed are 0 to 86400 seconds")
         if self.log_level not in LEVELS:
             raise InvalidRequest(f"log_level is {self.log_level!r:.80}; allowed are {', '.join(LEVELS)}")
+        names = [*(self.served_model_name or models[:1])]
+        if self.served_model_name and len(models) > 1:
+            raise InvalidRequest(
+                f"served_model_name is {self.served_model_name[0]!r:.80} beside {len(models)} models; write NAME=MODEL"
+            )
         return ServerSettings(
-            model=self.served_model_name or model,
+            model=names[0],
+            aliases=tuple(names[1:]),
+            others=tuple(models[1:]),
+            max_loaded=self.max_loaded,
+            idle_unload=self.idle_unload,
             api_keys=tuple(keys),
             operator_keys=tuple(operators),
             host=self.host,
+            allow_origins=tuple(self.allow_origin or ()),
             max_requests=self.max_requests,
             request_timeout=self.request_timeout,
+            joining=self.allow_join,
             otlp_traces_endpoint=self.otlp_traces_endpoint,
+            kv_events=self.kv_events,
+            kv_events_replay=self.kv_events_replay,
+            kv_events_name=self.kv_events_name,
         )
 
 
 @opt.flatten_options
 def serve(
-    ctx: typer.Context, model: opt.ModelName = DEFAULT_MODEL, *, server: ServerOptions, engine: opt.EngineOptions
+    ctx: typer.Context, models: opt.ModelNames = None, *, server: ServerOptions, engine: opt.EngineOptions
 ) -> None:
-    """Serve a model to clients of OpenAI's API. The page at / shows what happens; /metrics is for Prometheus."""
-    from lamina.server.processes.supervisor import ServerPlan, Supervisor
+    """Serve one model, or several that are loaded on demand, to clients of OpenAI's and Anthropic's APIs. The page at /
+    shows what happens; /metrics is for Prometheus."""
+    from lamina.server.processes.server_plan import ServerPlan
+    from lamina.server.processes.supervisor import Supervisor
 
     keywords = engine.config()
     if engine.plan is not None:
-        source = ctx.get_parameter_source("model")
         planned, keywords = _planned(engine.plan, keywords)
-        model = planned if source is None or source.name == "DEFAULT" else model
+        models = models or [planned]
     if server.journal is not None:
         if server.no_journal:
             raise InvalidRequest("both --journal and --no-journal were given; allowed is one of the two")
         keywords["journal"] = str(server.journal.absolute())
     config = EngineConfig(**keywords)  # a wrong value fails before anything starts
-    settings = server.settings(model)
+    sources = [_named(text) for text in models or [DEFAULT_MODEL]]
+    settings = server.settings([name for name, _ in sources])
+    if (config.attention_workers or server.allow_join) and settings.max_loaded > 1 and config.cluster is None:
+        raise InvalidRequest(
+            f"max_loaded is {settings.max_loaded} beside attention workers, which serve one; allowed is 1"
+        )
     with ProgressBars() as progress:
         plan = ServerPlan(
-            model=model,
+            models=dict(zip(settings.models, (source for _, source in sources), strict=True)),
             settings=settings,
             host=server.host,
             port=server.port,
             drain=server.drain_timeout,
             journal=not server.no_journal and config.cluster is None,
             log_level=server.log_level,
-            **_workers(config, keywords),
+            joining=_joining(server, config, settings),
+            **_workers(config, keywords, settings.max_loaded),
         )
         Supervisor(plan, _Terminal(progress)).run()
+
+
+def _named(text: str) -> tuple[str, str]:
+    """The name and the source of a model, from NAME=MODEL or MODEL. A path that exists is no name; a GGUF file is
+    called as it is without its folder and ending."""
+    name, equals, source = text.partition("=")
+    if equals and name and source and not Path(text).exists():
+        return name, source
+    return (Path(text).stem if Path(text).suffix == ".gguf" else text), text
 
 
 class _Terminal:
@@ -140,11 +200,14 @@ class _Terminal:
         typer.echo(message, err=True)
 
 
-def _workers(config: EngineConfig, keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a `ServerPlan`: the engine's keywords, and the attention workers that the supervisor starts here."""
+def _workers(config: EngineConfig, keywords: Mapping[str, Any], max_loaded: int) -> dict[str, Any]:
+    """Fields of a `ServerPlan`: the engine's keywords, and the attention workers that the supervisor starts here.
+    Models that are loaded together divide what one would take for its KV by itself."""
     given = {name: str(value) if isinstance(value, Path) else value for name, value in keywords.items()}
     count = config.attention_workers
     if not isinstance(count, int) or not count or config.cluster is not None:
+        if max_loaded > 1 and config.cluster is None and not isinstance(config.kv_memory, int):
+            given |= {"kv_memory": kv_share(this_machine(), max_loaded * config.holders_here)}
         return {"engine": given}
     machine = this_machine()
     memory = config.kv_memory if isinstance(config.kv_memory, int) else kv_share(machine, config.holders_here)
@@ -152,6 +215,34 @@ def _workers(config: EngineConfig, keywords: Mapping[str, Any]) -> dict[str, Any
     threads = config.threads or machine.cores
     cold = config.cold_tier(memory, kv_share(machine, config.holders_here))
     return {"engine": given, "workers": count, "kv_memory": memory, "threads": threads, "cold": cold}
+
+
+def _joining(server: ServerOptions, config: EngineConfig, settings: ServerSettings) -> JoinPlan | None:
+    """Where machines may join. Raises InvalidRequest where the engine could not use them, or no operator would be asked
+    whether they may."""
+    from lamina.joining.records import state_folder
+    from lamina.server.processes.server_plan import JoinPlan
+
+    if not server.allow_join:
+        return None
+    try:
+        host, port = split_address(server.join_address)
+    except AddressError as error:
+        raise InvalidRequest(f"join_address is {server.join_address!r:.80}; allowed is HOST:PORT") from error
+    if not settings.protected and not is_loopback(server.host):
+        raise InvalidRequest(
+            "allow_join beside --open would let everybody accept machines; give the operator a key with --api-key-file"
+        )
+    if config.cluster is not None or not isinstance(config.attention_workers, int):
+        given = "cluster" if config.cluster is not None else "addresses of attention_workers"
+        raise InvalidRequest(f"allow_join beside {given}: allowed is a number of attention_workers, or none")
+    if not config.attention_workers and (config.local_share == 0 or config.model_workers > 1):
+        what = "local_share is 0" if config.local_share == 0 else f"model_workers is {config.model_workers}"
+        raise InvalidRequest(
+            f"{what} with allow_join, so nothing could hold KV before a machine joins; allowed beside it are "
+            "attention_workers"
+        )
+    return JoinPlan(host, port, state_folder())
 
 
 def _planned(path: Path, keywords: dict[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -62,8 +62,15 @@ class PlanOptions:
     slo: SloText = DEFAULT_SLO
     budget: Annotated[float | None, typer.Option(help="Dollars an hour at most.")] = None
     inventory: Annotated[
-        Path | None, typer.Option(help="A TOML file with what there is. Default: 8 H100, 8 H20, 4 EPYC hosts.")
+        Path | None,
+        typer.Option(
+            help="A TOML file with what there is, or one of calibrate-hardware. Default: 8 H100, 8 H20, 4 EPYC hosts."
+        ),
     ] = None
+    any_system: Annotated[
+        bool,
+        typer.Option("--any", help="Also systems that no engine here deploys: prompts computed on other devices."),
+    ] = False
     hardware: Hardware = None
     rate: Rate = "trace"
     count: Annotated[int | None, typer.Option(help="Only so many of the trace's requests.")] = None
@@ -92,6 +99,8 @@ class PlanOptions:
 
         catalogue = catalogues.load(self.hardware)
         have = inventories.read(self.inventory, catalogue) if self.inventory else inventories.default(catalogue)
+        if not self.any_system:
+            have = inventories.deployable(have)
         if parse_efficiency(self.efficiency):
             return have
         return inventories.with_efficiency(have, catalogue.typical)
@@ -135,6 +144,8 @@ def plan(asked: PlanOptions) -> None:
         print_json(plan_record(found))
     else:
         print_plan(found, asked.slo, asked.budget, roofline, asked.prefill, asked.out)
+        if not asked.any_system:
+            typer.echo("\nNot considered: prompts computed on other devices, which no engine here deploys (--any).")
 
 
 @dataclass(frozen=True, slots=True)

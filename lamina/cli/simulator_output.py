@@ -98,6 +98,24 @@ def _row(ranked: Ranked) -> dict[str, Any]:
     return row
 
 
+def _short_row(ranked: Ranked) -> dict[str, str]:
+    """One candidate as a row for a terminal: of the event loop where it ran, else of the closed form."""
+    found, result = ranked.estimate, ranked.result
+    serves, share, tpot, ttft = found.taken, found.share, found.tpot, found.ttft
+    if result is not None:
+        serves, share, tpot, ttft = ranked.rate, result.slo_share, result.tpot.mean, result.ttft.mean
+    return {
+        "system": ranked.name,
+        "$/h": f"{found.price:.2f}",
+        "serves": f"{serves:.3g}/s{'*' if result is not None else ''}",
+        "in time": f"{share:.0%}",
+        "TPOT": f"{tpot * 1000:.0f} ms",
+        "TTFT": f"{ttft:.2f} s",
+        "$/M tokens": f"{found.dollars_per_million:.2f}",
+        "req/$": _score(ranked.goodput_per_dollar),
+    }
+
+
 def _score(requests: float) -> str:
     return f"{requests:.0f}" if math.isfinite(requests) else "free"
 
@@ -116,9 +134,11 @@ def print_plan(found: Planned, slo: str, budget: float | None, roofline: bool, p
     typer.echo(f"It keeps {kept(found.plan.system.model)}; the winner has {room(found.plan.system)}")
     serving = sum(each.serves for each in found.ranked)
     typer.echo(f"{len(found.ranked)} candidates, of which {serving} serve it all; the best mixes:\n")
-    rows = [_row(each) for each in found.mixes(_ROWS)]
-    heads = list(dict.fromkeys(key for row in rows for key in row))
-    print_rows([tuple(head.strip() for head in heads), *(tuple(row.get(head, "-") for head in heads) for row in rows)])
+    rows = [_short_row(each) for each in found.mixes(_ROWS)]
+    print_rows([tuple(rows[0]), *(tuple(row.values()) for row in rows)])
+    typer.echo(
+        "\n* as simulated, the others by formula. DOP(a, b): a devices share the dense layers, b hold KV and attend."
+    )
     for title, sentences in (("Why", found.why), ("What would change it", found.sensitivity)):
         typer.echo(f"\n{title}")
         for sentence in sentences:

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 
+MOST_BYTES = 64 << 20
+"""Of one text that is read whole."""
+
+
 class ProgressBars:
     """A `progress(what, done, total)` callable that draws one bar for each `what` on stderr, if that is a terminal.
 
@@ -103,12 +107,30 @@ def print_json(*objects: object) -> None:
 
 
 def print_rows(rows: Iterable[tuple[str, ...]]) -> None:
-    """Columns as wide as they must be, the last as long as it is."""
+    """Columns as wide as they must be, the last as long as it is. At a terminal that is narrower the widest column is
+    folded."""
     table = list(rows)
+    if sys.stdout.isatty():
+        _print_folded(table)
+        return
     widths = [max(map(len, column)) for column in zip(*table, strict=True)][:-1]
     for row in table:
         cells = [cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)]
         sys.stdout.write("  ".join(cells) + "\n")
+
+
+def _print_folded(table: list[tuple[str, ...]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    shown = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for width in widths:
+        shown.add_column(overflow="fold", no_wrap=width < max(widths))
+    for row in table:
+        shown.add_row(*map(Text, row))
+    Console().print(shown)
 
 
 def show_bytes(count: int) -> str:
@@ -128,6 +150,22 @@ def decode(data: bytes, source: str, offset: int = 0) -> str:
 def decode_argument(argument: str) -> str:
     """A word of the command line; Python smuggles bytes that are not UTF-8 through it as lone surrogates."""
     return decode(os.fsencode(argument), "a prompt on the command line")
+
+
+def read_all(path: str) -> str:
+    """The text of a UTF-8 file, or of stdin for "-", up to `MOST_BYTES`. Raises InvalidRequest."""
+    source = "stdin" if path == "-" else path
+    try:
+        if path == "-":
+            data = sys.stdin.buffer.read(MOST_BYTES + 1)
+        else:
+            with Path(path).open("rb") as file:
+                data = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise InvalidRequest(f"cannot read {path!r}: {error.strerror}") from error
+    if len(data) > MOST_BYTES:
+        raise InvalidRequest(f"{source} has more than {MOST_BYTES} bytes; allowed are so many")
+    return decode(data, source)
 
 
 def read_lines(path: str) -> list[str]:

@@ -149,6 +149,10 @@ class Call:
         """All completions as they stand, in the order of the prompts."""
         return [processor.completion() for processor in self._processors.values()]
 
+    def pooled(self) -> list[tuple[float, ...]]:
+        """The sums of hidden states, in the order of the prompts, where these were asked for."""
+        return [processor.pooled for processor in self._processors.values()]
+
     def finished(self) -> list[Completion | None]:
         """Like `completions`, but None where a prompt has not ended."""
         return [processor.completion() if processor.done else None for processor in self._processors.values()]

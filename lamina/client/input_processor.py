@@ -7,10 +7,12 @@ import secrets
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+from lamina.client.pooling import Pooling, check_pooling
 from lamina.errors import InvalidRequest, cut
 from lamina.messages.engine_request import EngineRequest
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.request import Request, check_length
+from lamina.text.template_kwargs import check_template_kwargs
 from lamina.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -33,7 +35,8 @@ class InputProcessor:
     """Makes the requests for one model.
 
     `context` is the most tokens of one sequence, `possible` the most that can have KV, `vocab_size` the rows of the
-    model's embedding. Ids of requests begin with `prefix`. Every method raises InvalidRequest.
+    model's embedding. Ids of requests begin with `prefix`. `grammars` are those of the same model, if there are any.
+    Every method raises InvalidRequest.
     """
 
     def __init__(
@@ -44,20 +47,25 @@ class InputProcessor:
         vocab_size: int,
         generation_config: Mapping[str, Any],
         prefix: str = "",
+        grammars: Grammars | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self._context = context
-        self._possible = possible
+        self.possible = possible
         self._generation_config = generation_config
         self._prefix = prefix
         self._ids = itertools.count()
-        self._grammars: Grammars | None = None
+        self._grammars = grammars
 
     @property
     def max_model_len(self) -> int:
         """The most tokens that one prompt and its output can have."""
-        return min(self._context, self._possible + 1)
+        return min(self._context, self.possible + 1)
+
+    def has_room(self, possible: int) -> None:
+        """So many tokens of one sequence can have KV from now on. For any thread."""
+        self.possible = possible
 
     @property
     def grammars(self) -> Grammars:
@@ -70,19 +78,22 @@ class InputProcessor:
         return self._grammars
 
     def requests(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, priority: int = 0, salt: Hashable = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        priority: int = 0,
+        salt: Hashable = None,
+        pooling: Pooling | None = None,
     ) -> list[EngineRequest]:
         """One request for each prompt (token ids), checked but not submitted. A lower `priority` is more urgent.
         Requests share prefixes only with requests of the same `salt`. A schema or grammar is not looked at: see
-        `compile`."""
+        `compile`. With `pooling` the sum of the prompt's hidden states is wanted, or that of its last token."""
         if type(priority) is not int or not -(2**31) <= priority < 2**31:
             raise InvalidRequest(f"priority is {cut(priority)}; allowed is an integer from -2^31 to 2^31 - 1")
         filled = params.with_defaults(self._generation_config)
         self._check_token_ids("stop_token_ids", filled.stop_token_ids)
         self._check_token_ids("logit_bias", list(filled.logit_bias))
-        for prompt in prompts:
-            self._check_token_ids("the prompt", prompt)
-            check_length(len(prompt), filled.max_tokens, self._context, self._possible)
+        most = [self._most(prompt, filled.max_tokens) for prompt in prompts]
         stops = frozenset(filled.stop_token_ids)
         if not filled.ignore_eos:
             stops |= {token for token in self.tokenizer.eos_ids if token < self.vocab_size}
@@ -91,19 +102,33 @@ class InputProcessor:
                 request=Request(
                     id=f"{self._prefix}{next(self._ids)}",
                     prompt=tuple(prompt),
-                    max_tokens=filled.max_tokens,
+                    max_tokens=max_tokens,
                     min_tokens=filled.min_tokens,
                     stop_token_ids=stops,
                     n=filled.n,
                     priority=priority,
                     salt=salt,
                     policy=filled.policy or "",
+                    scored_from=_scored_from(len(prompt), filled, pooling),
+                    pooled=pooling is not None,
                 ),
                 params=filled,
                 seed=secrets.randbits(64) if filled.seed is None else filled.seed,
             )
-            for prompt in prompts
+            for prompt, max_tokens in zip(prompts, most, strict=True)
         ]
+
+    def embeddings(
+        self, prompts: Sequence[Sequence[int]], pooling: object, priority: int = 0, salt: Hashable = None
+    ) -> list[EngineRequest]:
+        """The requests for embeddings of these token ids, pooled in that way: see `pooling.POOLINGS`."""
+        how = check_pooling(pooling)
+        if how == "eos":
+            ends = self.tokenizer.eos_ids
+            if not ends:
+                raise InvalidRequest("pooling is 'eos', but the model has no end-of-text token; allowed are last, mean")
+            prompts = [prompt if prompt and prompt[-1] in ends else [*prompt, ends[0]] for prompt in prompts]
+        return self.requests(prompts, SamplingParams(max_tokens=0), priority, salt, how)
 
     def compile(self, params: SamplingParams) -> None:
         """Compile the schema or grammar of `params`, if there is one, so that its errors come before a request is
@@ -119,11 +144,19 @@ class InputProcessor:
             return Prepared([self._prompt("the prompt", prompts)], one=True)
         return Prepared([self._prompt(f"prompts[{index}]", given) for index, given in enumerate(prompts)], one=False)
 
-    def conversations(self, messages: Conversations) -> Prepared:
-        """One conversation, or several, as the model's chat template writes them."""
+    def conversations(self, messages: Conversations, chat_template_kwargs: object = None) -> Prepared:
+        """One conversation, or several, as the model's chat template writes them, with these variables."""
+        variables = check_template_kwargs(chat_template_kwargs, self.tokenizer.template_uses)
         one = not isinstance(messages, Sequence) or not messages or not isinstance(messages[0], list | tuple)
         listed: Any = [messages] if one else messages
-        return Prepared([self.tokenizer.chat(conversation) for conversation in listed], one)
+        return Prepared([self.tokenizer.chat(conversation, template_kwargs=variables) for conversation in listed], one)
+
+    def _most(self, prompt: Sequence[int], max_tokens: int | None) -> int:
+        """How many tokens may follow a prompt, once both are checked."""
+        self._check_token_ids("the prompt", prompt)
+        most = max(1, self.max_model_len - len(prompt)) if max_tokens is None else max_tokens
+        check_length(len(prompt), most, self._context, self.possible)
+        return most
 
     def _prompt(self, name: str, prompt: object) -> list[int]:
         if isinstance(prompt, str):
@@ -138,6 +171,13 @@ class InputProcessor:
         for token in token_ids:
             if not 0 <= token < self.vocab_size:
                 raise InvalidRequest(f"{name} has token id {token}; allowed are 0 to {self.vocab_size - 1}")
+
+
+def _scored_from(length: int, params: SamplingParams, pooling: Pooling | None) -> int | None:
+    """From which position on a prompt of that length is scored; None: it is not."""
+    if pooling is not None:
+        return 0 if pooling == "mean" else length - 1
+    return None if params.prompt_logprobs is None else 0
 
 
 def is_one(prompts: object) -> bool:

@@ -9,14 +9,15 @@ from lamina.completions import FinishReason
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.messages.request_codec import Command
 from lamina.messages.snapshot import Snapshot
+from lamina.scheduling.prefix_events import PrefixSink
 
 Delivery: TypeAlias = tuple[EngineRequest, list[EngineOutput]]
 """A request and its outputs of one batch: the arguments of an `EngineRequest.sink`."""
 
 Event: TypeAlias = tuple[Any, ...]
 """("outputs", id, outputs, scheduled, cached tokens, preemptions, savings, drafts) | ("prefilled", id, done, total) |
-("progress", what, done, total) | ("snapshot", number, fields) | ("log", level, text) | ("halted", whether) |
-("stopped", why).
+("progress", what, done, total) | ("snapshot", number, fields) | ("prefix", event) | ("log", level, text) |
+("halted", whether) | ("stopped", why).
 
 Times are seconds since the request was submitted. Those of a snapshot are of the engine's clock."""
 
@@ -41,6 +42,10 @@ class EngineClient(Protocol):
 
     def snapshot(self, sink: Callable[[Snapshot], None]) -> None:
         """Call `sink` soon, on some thread, with what the engine is doing; perhaps never where it has stopped."""
+
+    def prefix_events(self, sink: PrefixSink) -> None:
+        """Call `sink`, on some thread, with each change of the prefix cache, first with all that is there, until it
+        returns False or another sink comes. With another engine after this one, it begins anew."""
 
     def close(self) -> None:
         """Stop soon; unfinished requests end with an EngineError."""

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
+from typing import overload
 
 from lamina.completions import Completion, FinishReason, Sample, Timing, TokenEvent, TokenLogprob, Usage
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
 from lamina.text.stop_strings import StopMatcher
 from lamina.text.tokenizer import StreamDecoder, Tokenizer
-from lamina_workers.decoder.logprobs import RowLogprobs
+from lamina_workers.decoder.logprobs import PromptScores, RowLogprobs
 
 
 class OutputProcessor:
@@ -25,10 +26,14 @@ class OutputProcessor:
     def __init__(self, index: int, request: EngineRequest, tokenizer: Tokenizer, stop: Callable[[int], None]) -> None:
         self._index = index
         self._request = request
-        self._samples = [_Growing(i, request.params, tokenizer) for i in range(request.params.n)]
+        self._text = _Spelling(tokenizer)
+        self._samples = [_Growing(i, request.params, tokenizer, self._text) for i in range(request.params.n)]
         self._stop = stop
         self._first_token: float | None = None
         self._last: float | None = None
+        self._prompt: list[tuple[RowLogprobs, int] | None] = [None] * len(request.request.prompt)  # by position
+        self.pooled: tuple[float, ...] = ()
+        """The sum of the prompt's hidden states, where that was asked for."""
 
     @property
     def done(self) -> bool:
@@ -40,6 +45,9 @@ class OutputProcessor:
         for output in outputs:
             if output.error is not None:
                 raise copy(output.error) from output.error.__cause__  # a copy: threads must not share a traceback
+            if output.scores is not None:
+                self._take_scores(output.scores)
+                continue
             sample = self._samples[output.sample]
             if sample.finish_reason is not None:  # a stop string ended it; what was under way is dropped
                 continue
@@ -54,6 +62,11 @@ class OutputProcessor:
                 self._stop(output.sample)
             logprob = sample.logprobs[-1] if sample.logprobs else None
             yield TokenEvent(text, output.token, self._index, output.sample, sample.finish_reason, logprob)
+
+    def _take_scores(self, scores: PromptScores) -> None:
+        self.pooled = scores.hidden
+        after = scores.start + 1  # the position of the first token that they are of
+        self._prompt[after : after + len(scores.ranks)] = zip(scores.logprobs, scores.ranks, strict=True)
 
     def completion(self) -> Completion:
         """All samples as they stand. Samples that have not ended count as aborted."""
@@ -74,6 +87,11 @@ class OutputProcessor:
                 **request.spared.stats(),
                 **draft_stats(request.drafted, request.accepted),
             },
+            prompt_logprobs=(
+                None
+                if request.params.prompt_logprobs is None
+                else PromptLogprobs(request.request.prompt, self._prompt, self._text)
+            ),
         )
 
 
@@ -87,14 +105,14 @@ def draft_stats(drafted: int, accepted: int) -> dict[str, float]:
 class _Growing:
     """One sample under way."""
 
-    def __init__(self, index: int, params: SamplingParams, tokenizer: Tokenizer) -> None:
+    def __init__(self, index: int, params: SamplingParams, tokenizer: Tokenizer, text: _Spelling) -> None:
         self.index = index
         self.token_ids: list[int] = []
         self.pieces: list[str] = []
         self.logprobs: list[TokenLogprob] = []
         self.finish_reason: FinishReason | None = None
         self._params = params
-        self._tokenizer = tokenizer
+        self._text = text
         self._decoder = StreamDecoder(tokenizer, params.skip_special_tokens)
         self._matcher = StopMatcher(tuple(params.stop), params.include_stop_str_in_output)
 
@@ -103,7 +121,7 @@ class _Growing:
         token = output.token or 0
         self.token_ids.append(token)
         if output.logprobs is not None:
-            self.logprobs.append(self._logprob(token, output.logprobs))
+            self.logprobs.append(self._text.logprob(token, output.logprobs))
         text = self._decoder.push(token)
         if output.finish_reason is not None:
             text += self._decoder.finish()
@@ -132,9 +150,53 @@ class _Growing:
             logprobs=tuple(self.logprobs) if self._params.logprobs is not None else None,
         )
 
-    def _logprob(self, token: int, row: RowLogprobs) -> TokenLogprob:
+
+class PromptLogprobs(Sequence[TokenLogprob | None]):
+    """What was reported of a prompt's tokens; None for the first, which follows no token. Entries are made where they
+    are read: a long prompt has many, each with the likeliest tokens."""
+
+    def __init__(
+        self, prompt: Sequence[int], reports: Sequence[tuple[RowLogprobs, int] | None], spelling: _Spelling
+    ) -> None:
+        self._prompt = prompt
+        self._reports = reports
+        self._spelling = spelling
+
+    def __len__(self) -> int:
+        return len(self._prompt)
+
+    @overload
+    def __getitem__(self, at: int) -> TokenLogprob | None: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[TokenLogprob | None]: ...
+    def __getitem__(self, at: int | slice) -> TokenLogprob | Sequence[TokenLogprob | None] | None:
+        if isinstance(at, slice):
+            return tuple(self[i] for i in range(*at.indices(len(self))))
+        found = self._reports[at]
+        return None if found is None else self._spelling.logprob(self._prompt[at], *found)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    __hash__ = None  # type: ignore[assignment]  # as other sequences that are compared by their items
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
+
+
+class _Spelling:
+    """Writes reports with the texts of tokens, each of which is decoded once."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._texts: dict[int, str] = {}
+
+    def logprob(self, token: int, row: RowLogprobs, rank: int = 0) -> TokenLogprob:
         top = tuple(TokenLogprob(i, self._text(i), value) for i, value in row.top)
-        return TokenLogprob(token, self._text(token), row.chosen, top)
+        return TokenLogprob(token, self._text(token), row.chosen, top, rank)
 
     def _text(self, token: int) -> str:
-        return self._tokenizer.decode([token], skip_special_tokens=False)
+        text = self._texts.get(token)
+        if text is None:
+            text = self._texts[token] = self._tokenizer.decode([token], skip_special_tokens=False)
+        return text

@@ -21,6 +21,7 @@ from lamina.errors import EngineError
 from lamina.messages.engine_request import EngineOutput, EngineRequest, KvSavings
 from lamina.messages.request_codec import Command, decode_output, encode_request, encode_resumed
 from lamina.messages.snapshot import Snapshot
+from lamina.scheduling.prefix_events import PrefixSink
 from lamina.system.progress import Progress
 
 logger = logging.getLogger("lamina")
@@ -65,6 +66,7 @@ class RemoteEngine:
         self._open: dict[str, _Open] = {}
         self._asked: dict[int, Callable[[Snapshot], None]] = {}  # sinks of snapshots, by the number of the question
         self._last_asked = 0
+        self._prefix_sink: PrefixSink | None = None
         self._door = threading.Lock()
         self._why = ""  # why the engine stopped; empty while it runs
         self._parted = ""  # why the wire broke, while another may come
@@ -140,6 +142,8 @@ class RemoteEngine:
                 self._commands.put(encode_resumed(entry.request, entry.received()))
                 for sample, reason in entry.aborts:
                     self._commands.put(("abort", request_id, sample, reason))
+            if self._prefix_sink is not None:
+                self._commands.put(("prefix events",))
             self._begin(wire)
         return True
 
@@ -150,6 +154,12 @@ class RemoteEngine:
             self._last_asked += 1
             self._asked[self._last_asked] = sink
             self._commands.put(("snapshot", self._last_asked))
+
+    def prefix_events(self, sink: PrefixSink) -> None:
+        with self._door:
+            self._prefix_sink = sink
+            if not self._parted:  # else `rejoin` asks
+                self._commands.put(("prefix events",))
 
     def close(self) -> None:
         if self._parted:
@@ -200,6 +210,9 @@ class RemoteEngine:
             number, plain = fields
             if (sink := self._asked.pop(number, None)) is not None:
                 _notify(sink, Snapshot.from_dict(plain))
+        elif kind == "prefix":
+            if self._prefix_sink is not None:
+                _notify(self._prefix_sink, *fields)
         elif kind == "halted":
             (self._halted,) = fields
         elif kind == "log":
@@ -278,7 +291,7 @@ class RemoteEngine:
         self._over.set()
 
 
-def _notify(callback: Callable[..., None], *arguments: Any) -> bool:
+def _notify(callback: Callable[..., Any], *arguments: Any) -> bool:
     """Whether a client's callback returned: its error must not stop the outputs of other clients."""
     try:
         callback(*arguments)

@@ -13,6 +13,7 @@ from lamina.client.interface import EngineClient, Event
 from lamina.errors import EngineError, LaminaError
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.messages.request_codec import Command, decode_request, encode_output
+from lamina.scheduling.prefix_events import PrefixEvent
 
 SWITCH_INTERVAL = 1e-4
 """Seconds for `sys.setswitchinterval`. With the default, threads that talk to clients could keep the interpreter from
@@ -31,6 +32,7 @@ class EngineHost:
         self._clock = clock
         self._open: dict[str, tuple[EngineRequest, set[int]]] = {}  # by id, with the samples that have ended
         self._halted = False  # what the client knows
+        self._gone = False
         self._compiling = ThreadPoolExecutor(1, "lamina-grammars")
         self._late: set[str] = set()  # ids of the requests that `_compiling` is still to submit
 
@@ -49,6 +51,8 @@ class EngineHost:
                         abort()
             elif kind == "snapshot":
                 self._snapshot(*fields)
+            elif kind == "prefix events":
+                self._engine.prefix_events(self._prefix_event)
             elif kind == "close":
                 self._engine.close()
 
@@ -60,6 +64,7 @@ class EngineHost:
 
     def abandon(self) -> None:
         """The client is gone: end all that has not ended."""
+        self._gone = True
         self._abandon()
         if self._late:
             self._compiling.submit(self._abandon)
@@ -68,6 +73,12 @@ class EngineHost:
     def _abandon(self) -> None:
         for request, _ in list(self._open.values()):
             self._engine.abort(request)
+
+    def _prefix_event(self, event: PrefixEvent) -> bool:
+        """On the engine's thread."""
+        if not self._gone:
+            self._events.put(("prefix", event))
+        return not self._gone
 
     def _snapshot(self, number: int) -> None:
         self._engine.snapshot(lambda snapshot: self._events.put(("snapshot", number, snapshot.as_dict())))

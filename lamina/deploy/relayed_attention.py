@@ -15,9 +15,12 @@ _WORKERS_UP = 120.0  # seconds
 
 class RelayedWorkers:
     """An `AttentionWorkers` for an engine whose workers another process starts. `on_lost` gets the name of each worker
-    that the engine has given up. `there`, `joined` and `left` are for any thread."""
+    that the engine has given up. `drains` has the names of workers that want to go; the engine's owner takes them.
+    `there`, `joined` and `left` are for any thread."""
 
-    def __init__(self, on_lost: Callable[[str], None]) -> None:
+    def __init__(self, on_lost: Callable[[str], None], optional: bool = False) -> None:
+        self.optional = optional
+        self.drains: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._on_lost = on_lost
         self._first: queue.SimpleQueue[tuple[WorkerAddress, ...] | None] = queue.SimpleQueue()
         self._there: dict[str, WorkerAddress] | None = None  # None before the first call of `there`
@@ -25,12 +28,13 @@ class RelayedWorkers:
         self._lock = threading.Lock()
 
     def start(self, progress: Progress | None = None) -> tuple[WorkerAddress, ...]:
-        """Wait for the first call of `there`. Raises WorkersUnavailable where none comes in time or has workers."""
+        """Wait for the first call of `there`. Raises WorkersUnavailable where none comes in time, or has no worker and
+        one is needed."""
         try:
             workers = self._first.get(timeout=_WORKERS_UP)
         except queue.Empty:
             raise WorkersUnavailable(f"no attention workers within {_WORKERS_UP:g} s") from None
-        if not workers:
+        if workers is None or not (workers or self.optional):
             raise WorkersUnavailable("no attention worker is up")
         return workers
 

@@ -176,6 +176,8 @@ class AttentionSupervisor(SlotSupervisor[W]):
     A worker that ends before it was up ends the start of all.
     """
 
+    optional = False
+
     def __init__(self, count: int, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__("attention", range(count), clock)
         self._membership = MembershipEvents()

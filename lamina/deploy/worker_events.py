@@ -54,7 +54,9 @@ OnEnded = Callable[[int, str, str, bool], None]
 
 
 class AttentionWorkers(Protocol):
-    """The attention workers of one engine."""
+    """The attention workers of one engine. `optional`: it starts without any, too, and others may join later."""
+
+    optional: bool
 
     def start(self, progress: Progress | None = None) -> tuple[WorkerAddress, ...]:
         """Bring all of them up, or none: raises EngineError, in bounded time, with what stood in the way."""

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from lamina.messages.engine_request import EngineRequest
-from lamina.scheduling.request import Plan, ScheduledSequence
+from lamina.sampling_params import SamplingParams
+from lamina.scheduling.request import Plan, PlannedRow, ScheduledSequence
 from lamina_protocols.routes import Span
+from lamina_workers.decoder.logprobs import PromptTokens
 from lamina_workers.decoder.sampler import RowSampling, TokenCounts, TokenHistory
 from lamina_workers.model_worker.interface import BatchWork
 
@@ -24,10 +26,13 @@ def batch_work(
     """The tokens of a plan's rows. `requests` has every row's sequence, `histories` the sequences with penalties,
     `constraints` those with constrained text; these have foreseen what may come after their drafts."""
     token_ids: list[int] = []
+    scored: list[PromptTokens] = []
     sampled: list[int] = []
     sampling: list[RowSampling] = []
     for row in plan.rows:
         sequence = row.sequence
+        if row.scored:
+            scored.append(_scored(row, requests[sequence].params, len(token_ids)))
         token_ids += sequence.tokens[row.start : row.start + row.known]
         if row.sample:
             sampled += range(len(token_ids) - 1, len(token_ids) + len(row.drafts))
@@ -38,7 +43,16 @@ def batch_work(
         token_ids += row.drafts
     spans = tuple(Span(row.start, row.count, row.sequence.request.policy) for row in plan.rows)
     prompts = tuple(len(row.sequence.request.prompt) for row in plan.rows)
-    return BatchWork(spans, prompts, token_ids, tuple(sampled), tuple(sampling))
+    return BatchWork(spans, prompts, token_ids, tuple(sampled), tuple(sampling), tuple(scored))
+
+
+def _scored(row: PlannedRow, params: SamplingParams, first: int) -> PromptTokens:
+    """What a row of which the `first` token of the batch is the first has scored."""
+    start, stop = row.scored.start, row.scored.stop
+    request, first = row.sequence.request, first + start - row.start
+    if request.pooled:
+        return PromptTokens(first, start, stop - start)
+    return PromptTokens(first, start, stop - start, request.prompt[start + 1 : stop + 1], params.prompt_logprobs or 0)
 
 
 def _sampling(

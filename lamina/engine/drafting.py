@@ -78,7 +78,8 @@ class Drafting:
             return
         tokens: dict[ScheduledSequence, list[int]] = {}
         for outcome in outcomes:
-            tokens.setdefault(outcome.sequence, []).append(outcome.token)
+            if outcome.token is not None:
+                tokens.setdefault(outcome.sequence, []).append(outcome.token)
         for row in plan.rows:
             if row.drafts and (new := tokens.get(row.sequence)):
                 same = takewhile(lambda pair: pair[0] == pair[1], zip(row.drafts, new, strict=False))

@@ -52,6 +52,8 @@ class Drains:
         It is InvalidRequest for an unknown name, for one that is drained already and for the last one that is not, and
         EngineError where the worker is lost, no other is left, or a move fails; then the worker stays.
         """
+        if not done.set_running_or_notify_cancel():
+            return
         numbers, why = tuple(self._holders.numbers(name)), ""
         if not numbers:
             known = ", ".join(dict.fromkeys(self._holders.names.values()))

@@ -1,8 +1,8 @@
 """The step loop: plan, announce, execute, record, publish. One batch on one screen.
 
 One thread owns the loop and every torch call. Several batches can be under way, one a lane: while one waits for a
-holder another computes. Requests, aborts and changes of holders come through a mailbox, which is emptied between
-batches. Outputs leave once a batch and client, through a sink that does not block.
+holder another computes. Calls come through a mailbox, which is emptied between batches. Outputs leave once a batch
+and client, through a sink that does not block.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from lamina.messages.engine_request import EngineRequest
 from lamina.messages.snapshot import Snapshot
 from lamina.scheduling.control_plane import ControlPlane, Step, refusal, torn
 from lamina.scheduling.holder import Holder
+from lamina.scheduling.prefix_events import PrefixSink
 from lamina.scheduling.refusals import TRIES
 from lamina.scheduling.request import Plan, ScheduledSequence
 from lamina.scheduling.speculation import Speculation
@@ -146,13 +147,13 @@ class Engine:
 
     def rank_back(self, peer: Peer) -> None:
         """A model worker that was gone is there again."""
-        self._mailbox.post(partial(self._rank_back, peer))
+        self._mailbox.post(lambda: self._stats.came_back(self._failures.rank_back(peer)))
 
     def drain(self, name: str) -> Future[int]:
         """Have an attention worker go once its KV has moved to the others, while all requests go on. The result is as
         `Drains.begin` says. Raises EngineError where the engine has stopped."""
         done: Future[int] = Future()
-        self._mailbox.request(partial(self._drain, name, done), partial(_refuse, done))
+        self._mailbox.request(partial(self._drains.begin, name, done), partial(_refuse, done))
         return done
 
     def disclaim(self) -> None:
@@ -163,6 +164,11 @@ class Engine:
         """Have the engine's thread call `sink` with a snapshot between two batches; never after the engine has
         stopped."""
         self._mailbox.post(partial(self._snapshot, sink))
+
+    def prefix_events(self, sink: PrefixSink) -> None:
+        """Have the engine's thread call `sink` with each change of the prefix cache, first with all that is there."""
+        cache = self._scheduler.running.prefix_cache
+        self._mailbox.post(lambda: cache.events.listen(sink, cache))
 
     def close(self) -> None:
         """Stop after the batches under way; unfinished requests end with an EngineError."""
@@ -226,13 +232,6 @@ class Engine:
                 return False
             self._in_flight.full = False
             do()
-
-    def _drain(self, name: str, done: Future[int]) -> None:
-        if done.set_running_or_notify_cancel():
-            self._drains.begin(name, done)
-
-    def _rank_back(self, peer: Peer) -> None:
-        self._stats.returned_workers += self._failures.rank_back(peer)
 
     def _snapshot(self, sink: Callable[[Snapshot], None]) -> None:
         taken = take_snapshot(
@@ -358,8 +357,7 @@ class Engine:
         return HolderLost(why, [number for number in guilty if number in names])
 
     def _record(self, plan: Plan, sampled: Sampled, since: float) -> None:
-        """A batch that began at `since` is computed: its tokens go to the control plane, a BatchDone to the observers,
-        and the outputs to the clients."""
+        """A batch that began at `since` is computed: its tokens go to the control plane, its outputs to clients."""
         now, running = self._clock(), len(self._scheduler.running)
         self._scheduler.fair_share.took(sum(row.count for row in plan.rows), now - since)
         local, remote = self._control.tokens_read(plan)
@@ -370,17 +368,22 @@ class Engine:
             reports[row.sequence] = [report for _, report in of_row]
             if of_row[0][0] is None and not row.drafts:
                 self._corrupted(row.sequence)
+        for row, found in zip(plan.scored, sampled.prompts, strict=True):
+            if not found.finite:
+                self._corrupted(row.sequence)
+        scored = self._registry.scored(plan, sampled.prompts)
         prompt_tokens = self._registry.follow_prefill(plan)
         outcomes = self._control.recorded(plan, sampled.tokens)
         self._drafting.recorded(plan, outcomes, self._registry.requests)
         outputs = self._registry.outputs(outcomes, reports, now)
+        tokens = sum(each.token is not None for each in outcomes)
         done = BatchDone(
-            plan, outputs.by_request, prompt_tokens, len(outcomes), running, local, remote,
+            plan, outputs.by_request, prompt_tokens, tokens, running, local, remote,
             self._worker.times, self._worker.attention_seconds, now,
         )  # fmt: skip
         for observer in self._observers:
             observer.batch_done(done)
-        self._registry.publish(plan, outputs)
+        self._registry.publish(plan, outputs, scored)
 
     def _corrupted(self, sequence: ScheduledSequence) -> None:
         """The logits of a sequence are not finite: its request ends, and its KV does not enter the prefix cache."""

@@ -35,17 +35,23 @@ logger = logging.getLogger("lamina")
 MAX_IN_VAIN = 8  # requests that end for their failures, and no batch goes well, after which the engine ends
 
 
+def unasked(tokens: int) -> None:
+    """The `room` of an engine that nobody asks how much it has."""
+
+
 def unlost(name: str) -> None:
     """The `lost` of an engine without attention workers."""
 
 
 @dataclass(frozen=True, slots=True)
 class FailureReports:
-    """Callbacks of an engine's owner; neither may block. `lost` gets the name of each attention worker that is lost,
-    `rebuilt` how many of how many lost tokens are computed again."""
+    """Callbacks of an engine's owner; none may block. `lost` gets the name of each attention worker that is lost,
+    `rebuilt` how many of how many lost tokens are computed again, `room` how many tokens one sequence can have now that
+    an attention worker has joined, or has gone for good."""
 
     lost: Callable[[str], None] = unlost
     rebuilt: Callable[[int, int], None] = unwatched
+    room: Callable[[int], None] = unasked
 
 
 class Failures:
@@ -165,8 +171,10 @@ class Failures:
         self._blame(rows, fault or HolderLost("an attention worker is gone"))
 
     def holders_changed(self, change: HolderChange) -> None:
-        """After a loss: note what is to be rebuilt, report the names, and start the wait where no holder is left."""
+        """After a loss: note what is to be rebuilt, report the names, and start the wait where no holder is left. What
+        is lost may come back, so there is as much room as before."""
         if change.kind != "lost":
+            self._reports.room(self._scheduler.admission.longest_possible())
             return
         self._rebuild = (self._scheduler.counters.rebuilt_tokens, change.rebuilt) if change.rebuilt else None
         for name in change.names:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from operator import add
 from typing import TYPE_CHECKING, NamedTuple
 
 from lamina.completions import FinishReason
@@ -16,7 +17,7 @@ from lamina.journal.resumption import Resumption
 from lamina.messages.engine_request import EngineOutput, EngineRequest, ignore_outputs, unwatched
 from lamina.scheduling.blame import TRIES
 from lamina.scheduling.request import Outcome, Plan, PlannedRow, RetainedKv, ScheduledSequence
-from lamina_workers.decoder.logprobs import RowLogprobs
+from lamina_workers.decoder.logprobs import PromptScores, RowLogprobs
 from lamina_workers.decoder.sampler import TokenHistory
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class RequestRegistry:
         for outcome in outcomes:
             new.setdefault(outcome.sequence, []).append(outcome)
         followed = [
-            Advance(sequence, constraint, [outcome.token for outcome in those])
+            Advance(sequence, constraint, [outcome.token for outcome in those if outcome.token is not None])
             for sequence, those in new.items()
             if those[-1].finish_reason != "stop" and (constraint := self.constraints.get(sequence)) is not None
         ]
@@ -110,7 +111,8 @@ class RequestRegistry:
         for sequence, those in new.items():
             if (history := self.histories.get(sequence)) is not None:
                 for outcome in those:
-                    history.append(outcome.token)
+                    if outcome.token is not None:
+                        history.append(outcome.token)
             reason = those[-1].finish_reason
             if (advance := advanced.get(sequence)) is not None:
                 if advance.error is not None:
@@ -129,12 +131,30 @@ class RequestRegistry:
                 self.forget(sequence)
         return batch
 
-    def publish(self, plan: Plan, outputs: Outputs) -> None:
-        """Write a complete batch to the journal, then send its outputs to the clients."""
+    def scored(self, plan: Plan, scores: Sequence[PromptScores]) -> dict[str, list[EngineOutput]]:
+        """The outputs with the scores of a complete batch that is not recorded yet, by request id. Sums of hidden
+        states are put together, and leave with the last of them."""
+        outputs: dict[str, list[EngineOutput]] = {}
+        for row, found in zip(plan.scored, scores, strict=True):
+            request = self.requests.get(row.sequence.request.id)
+            if request is None:  # it has ended meanwhile
+                continue
+            if request.request.pooled:
+                request.pooled = tuple(map(add, request.pooled, found.hidden)) if request.pooled else found.hidden
+                if row.scored.stop < request.request.scored_to:
+                    continue
+                found = PromptScores(row.scored.start, hidden=request.pooled)
+            outputs[request.id] = [EngineOutput(row.sequence.sample, None, scores=found)]
+        return outputs
+
+    def publish(self, plan: Plan, outputs: Outputs, scored: Mapping[str, list[EngineOutput]]) -> None:
+        """Write a complete batch to the journal, then send its outputs to the clients, after those of `scored`. The
+        journal has no scores: a client that comes back without them has them computed again."""
         if self._recorder is not None:
             self._recorder.batch(plan, outputs.by_request)
-        for request_id, batch in outputs.by_request.items():
-            self._publish(self.requests[request_id], batch)
+        for request_id in dict.fromkeys((*scored, *outputs.by_request)):
+            if (request := self.requests.get(request_id)) is not None:
+                self._publish(request, [*scored.get(request_id, ()), *outputs.by_request.get(request_id, ())])
         for request, why in outputs.strayed:
             if request.id in self.requests:
                 self.fail(request, why)

@@ -56,6 +56,7 @@ def take_snapshot(
         accepted_tokens=drafts.accepted_tokens,
         accepted_at=tuple(drafts.accepted_at),
         page_size=scheduler.config.page_size,
+        block_pages=max(1, sum(scheduler.config.page_set(control.placement.layout(1), 0).values())),
         cached_pages=named.pages(scheduler.running.prefix_cache.evictable),
         holders=tuple(named.holders()),
         sequences=tuple(

@@ -60,6 +60,10 @@ class EngineStats:
             self.joined_holders += 1
             del self.missing[:1]
 
+    def came_back(self, workers: int) -> None:
+        """Count model workers that were gone."""
+        self.returned_workers += workers
+
     def spared(self, before: KvSavings, now: KvSavings) -> None:
         """Add what a request's policies have saved since `before`. Lost KV makes their sums begin at 0 again."""
         if now.whole < before.whole or now.queries < before.queries:

@@ -5,6 +5,7 @@ Without both local pools and other holders it only measures, and lets moves go o
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,9 @@ from lamina.scheduling.step_model import Batch
 if TYPE_CHECKING:
     from lamina.engine.holders import HolderChange
 
+choices = logging.getLogger("lamina.choices")  # what the engine chose and why, for people; the CLI shows it
+
+SAY_AFTER = 60.0  # seconds, at least, between two lines about choices
 PAUSE = 0.5  # of a step, that copying may take between two steps
 WORTH = 16  # tokens that a sequence must still generate for a move to pay
 
@@ -49,6 +53,8 @@ class TierController:
         self._step = 0.01  # seconds of a recent decode batch
         self._moving = False  # whether sequences moved since the last decode batch
         self._placement.local_share = self._control.tuner.share
+        self._said: tuple[bool, bool] | None = None  # of the last line: whether all was local, whether nothing was
+        self._said_at = 0.0
 
     @property
     def busy(self) -> bool:
@@ -101,6 +107,16 @@ class TierController:
             ),
             moving,
         )  # fmt: skip
+        self._say(done.now)
+
+    def _say(self, now: float) -> None:
+        """A line where KV has another place than the last line said."""
+        tuner = self._control.tuner
+        place = (tuner.share == 1, tuner.share == 0)
+        due = self._said is None or now - self._said_at >= SAY_AFTER
+        if due and tuner.settled and tuner.reason and place != self._said:
+            self._said, self._said_at = place, now
+            choices.info("%s", tuner.reason)
 
     def _interrupted(self) -> None:
         self._control.tuner.interrupted()

@@ -87,7 +87,8 @@ class Recorder:
             else:
                 self._parts.pop(sequence, None)
             end = row.start + row.known + max(0, len(own) - 1)  # the last token has no KV
-            tokens, reports = tuple(output.token or 0 for output in own), tuple(map(_report, own))
+            given = [(output.token, _report(output)) for output in own if output.token is not None]
+            tokens, reports = zip(*given, strict=True) if given else ((), ())
             rows.append(BatchRow(request_id, sequence.sample, row.handle, end, tokens, reason, reports))
         if rows:
             self._journal.append(BatchRecord(tuple(rows)))

@@ -6,7 +6,7 @@ For the engine's thread.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from lamina.errors import LaminaError
@@ -70,7 +70,9 @@ class Resumption:
                 continue
             self._unclaimed[request.id] = request
             computed = {at: sample.computed for at, sample in enumerate(known.samples)}
-            kept = {sample: adopted.kept for sample, adopted in self._recorder.adopt(known, found).items()}
+            anew = _lacks_scores(request, (sample.tokens for sample in known.samples))
+            adopted = {} if anew else self._recorder.adopt(known, found)
+            kept = {sample: each.kept for sample, each in adopted.items()}
             self._gone |= any(share.holder == GONE for each in kept.values() for share in each.layout)
             yield Begun(request, known.known, computed, kept, deaths)
 
@@ -88,7 +90,9 @@ class Resumption:
         id, which `request` replaces. None where the journal does not have it, so that all further tokens are
         computed."""
         self._unclaimed.pop(request.id, None)
-        missing = None if self._recorder is None else self._recorder.missing(request)
+        missing = None
+        if self._recorder is not None and not _lacks_scores(request, (tokens for tokens, _ in request.received or ())):
+            missing = self._recorder.missing(request)
         if missing is not None and old is not None:
             request.sequences, request.unfinished, request.spared = old.sequences, old.unfinished, old.spared
             request.scheduled, request.cached_tokens = old.scheduled, old.cached_tokens
@@ -108,3 +112,9 @@ class Resumption:
             if self._recorder is not None:
                 self._recorder.claimed(request.id)
         return left
+
+
+def _lacks_scores(request: EngineRequest, tokens: Iterable[Sequence[int]]) -> bool:
+    """Whether scores of a prompt are wanted that the client may not have whole: they come before the first of its
+    `tokens`, and the journal does not have them. Then the prompt is computed anew."""
+    return request.request.scored_from is not None and not any(tokens)

@@ -80,8 +80,8 @@ class AttentionPool:
         """Join all attention workers to the model workers, once they are up. Gives each holder's number (from `number`
         on), its worker's name, the holder, and what it keeps of the previous engine.
 
-        An attention worker that is gone again is given up if others are there. Raises EngineError where they do not
-        start or refuse.
+        An attention worker that is gone again is given up if others are there, or none is needed. Raises EngineError
+        where they do not start or refuse.
         """
         if self._started is None:
             raise EngineError("the attention workers were not begun")
@@ -105,12 +105,14 @@ class AttentionPool:
             for each in (own, *others):
                 yield number, port.name, seated(each), each.kept
                 number += 1
-        if not connected:
+        if not connected and not self.workers.optional:
             raise WorkersUnavailable(f"no attention worker can be used: {gone}")
 
     def watch(self, engine: Engine) -> None:
         """Notify the engine from now on of workers that join and leave. They are connected to on threads of their own:
-        a handshake may take long, and the thread of the events starts other workers again."""
+        a handshake may take long, and the thread of the events starts other workers again. A worker that leaves before
+        its handshake is over does not join."""
+        expected: set[str] = set()
 
         def joined(worker: WorkerAddress) -> None:
             try:
@@ -119,9 +121,23 @@ class AttentionPool:
             except LaminaError as error:
                 self._give_up(worker, error)
                 return
-            engine.join(port, seated(own), worker.credentials)
+            with self._lock:
+                if worker.name in expected:
+                    engine.join(port, seated(own), worker.credentials)
+                    return
+            port.close()
 
-        self.workers.watch(lambda worker: self._run(joined, worker), engine.leave)
+        def joins(worker: WorkerAddress) -> None:
+            with self._lock:
+                expected.add(worker.name)
+            self._run(joined, worker)
+
+        def leaves(name: str) -> None:
+            with self._lock:
+                expected.discard(name)
+                engine.leave(name)
+
+        self.workers.watch(joins, leaves)
 
     def _run(self, do: Callable[[WorkerAddress], None], worker: WorkerAddress) -> None:
         with contextlib.suppress(RuntimeError):  # the pool is closed

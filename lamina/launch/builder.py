@@ -174,7 +174,7 @@ def _build(
     sizes = size_kv(files, config, this_machine())
     drafts = find_drafts(files, sizes, config, progress)
     torch.set_num_threads(sizes.own_threads)
-    for said in unused_options(config, sizes.holder):
+    for said in unused_options(config, sizes.holder, attention_workers is not None):
         logger.warning("%s", said)
     with ExitStack() as undo:
         journal = open_journal(config, files.fingerprint, sizes.holder, run)
@@ -278,6 +278,7 @@ def assemble(
         reports=FailureReports(
             lost=unlost if pools.attention is None else pools.attention.workers.lost,
             rebuilt=unwatched if progress is None else partial(progress, "rebuilding lost KV"),
+            room=lambda tokens: inputs.has_room(max(possible, tokens)),
         ),
     )
     unfinished: tuple[EngineRequest, ...] = ()

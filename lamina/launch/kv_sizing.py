@@ -17,14 +17,16 @@ from lamina.errors import InvalidRequest
 from lamina.launch.model_files import ModelFiles
 from lamina.launch.request_policies import RequestPolicies
 from lamina.policy_file import head_policies
+from lamina.scheduling.page_groups import PageGroup
 from lamina.scheduling.placement import Placement
-from lamina.scheduling.request import SNAPSHOT_TOKENS, PageGroup, SchedulerConfig
+from lamina.scheduling.request import SNAPSHOT_TOKENS, SchedulerConfig
 from lamina.system.machine import Machine, kv_share, native_dtype
 from lamina_protocols.layers import STATES, ColdTier, HolderConfig, LayerSpec
 from lamina_protocols.pools import pools
 from lamina_workers.attention_worker.cold_file import check_folder
 from lamina_workers.attention_worker.head_policies import HeadPolicies
 from lamina_workers.attention_worker.page_layout import page_cost
+from lamina_workers.converted.models import way
 from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.model_checkpoint import fingerprint
 from lamina_workers.decoder.packing import Packing
@@ -260,6 +262,7 @@ def limits_of(config: EngineConfig, model: ModelConfig, holder: HolderConfig, ma
         states=states,
         snapshot_tokens=max(SNAPSHOT_TOKENS, config.page_size) if states and prefix_cache else None,
         max_drafts=0 if states else config.most_drafts,
+        pools=way(model) == "native",
         of_policy=RequestPolicies(holder, partial(page_groups, holder)),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lamina.policy_file import AUTO
-from lamina.scheduling.request import PageGroup, PolicyKv
+from lamina.scheduling.page_groups import PageGroup, PolicyKv
 from lamina_protocols.layers import STATES, HolderConfig
 from lamina_workers.errors import PolicyError
 from lamina_workers.policies.catalogue import parse

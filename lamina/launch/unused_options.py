@@ -18,12 +18,13 @@ _FOR_ATTENTION_WORKERS = (
 _DEFAULTS = {field.name: field.default for field in fields(EngineConfig)}
 
 
-def unused_options(config: EngineConfig, holder: HolderConfig) -> Iterator[str]:
-    """A sentence for each option that was given in vain; `holder` is what the model's KV is kept by."""
+def unused_options(config: EngineConfig, holder: HolderConfig, relayed: bool = False) -> Iterator[str]:
+    """A sentence for each option that was given in vain; `holder` is what the model's KV is kept by. `relayed`: there
+    are attention workers that the config does not name."""
     given = {name for name, default in _DEFAULTS.items() if getattr(config, name) != default}
     if config.deterministic:
         given -= {"local_share", "query_first"}  # they follow from it
-    if not config.attention_workers and config.cluster is None:
+    if not config.attention_workers and config.cluster is None and not relayed:
         for name in _FOR_ATTENTION_WORKERS:
             if name in given:
                 yield f"{name}={getattr(config, name)!r:.80} does nothing without attention_workers"
@@ -39,7 +40,7 @@ def unused_options(config: EngineConfig, holder: HolderConfig) -> Iterator[str]:
         yield f"worker_linger={config.worker_linger:g} does nothing without a journal"
     if all(spec.kind in STATES for spec in holder.layers):
         for name in ("policy", "sketches", "kv_dtype", "kv_cold", "shard"):
-            if name in given and (name != "shard" or config.attention_workers):
+            if name in given and (name != "shard" or config.attention_workers or relayed):
                 yield f"{name}={str(getattr(config, name))!r:.80} does nothing with this model: no layer keeps KV"
     if config.sketches and any(spec.index for spec in holder.layers):
         yield "sketches=True does nothing with this model: an index of its own chooses what is read"

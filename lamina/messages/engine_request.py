@@ -10,16 +10,19 @@ from lamina.completions import FinishReason
 from lamina.errors import LaminaError
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.request import Request, ScheduledSequence
-from lamina_workers.decoder.logprobs import RowLogprobs
+from lamina_workers.decoder.logprobs import PromptScores, RowLogprobs
 
 if TYPE_CHECKING:
     from lamina.text.structured_output import Constraint
 
 
+_LOGPROB = 128  # bytes about, of one token's log probability
+
+
 @dataclass(frozen=True, slots=True)
 class EngineOutput:
-    """One step of one sample: a token, or its end. `at` is in seconds of the engine's clock. `error` ends the whole
-    request."""
+    """One step of one sample: a token, or its end, or the `scores` of some of its prompt. `at` is in seconds of the
+    engine's clock. `error` ends the whole request."""
 
     sample: int
     token: int | None
@@ -27,6 +30,7 @@ class EngineOutput:
     logprobs: RowLogprobs | None = None
     error: LaminaError | None = None
     at: float = 0.0
+    scores: PromptScores | None = None
 
 
 class KvSavings(NamedTuple):
@@ -86,12 +90,19 @@ class EngineRequest:
     drafted: int = 0  # drafts of all samples that were verified
     accepted: int = 0  # those of them that became tokens
     spared: KvSavings = NOTHING_SPARED
+    pooled: tuple[float, ...] = ()  # the sum of the prompt's hidden states so far, where that is wanted
     unfinished: int = 0
     received: tuple[tuple[tuple[int, ...], bool], ...] | None = None
     """For a request that another engine began: the tokens of each sample that its client has, and whether the sample
     has ended."""
     sequences: tuple[ScheduledSequence, ...] = ()
     constraints: tuple[Constraint, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """About how many bytes its parameters take, and the log probabilities of its prompt."""
+        top = self.params.prompt_logprobs
+        return self.params.size + (0 if top is None else _LOGPROB * (1 + top) * len(self.request.prompt))
 
     @property
     def id(self) -> str:

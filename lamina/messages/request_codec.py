@@ -10,7 +10,7 @@ from lamina.errors import EngineError, InvalidRequest, LaminaError, PolicyError
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.request import Request
-from lamina_workers.decoder.logprobs import RowLogprobs
+from lamina_workers.decoder.logprobs import PromptScores, RowLogprobs
 
 Command: TypeAlias = tuple[Any, ...]
 """("submit", fields of the request, fields of the params, seed) | ("resume", these, and for each sample the tokens that
@@ -43,12 +43,13 @@ def encode_output(output: EngineOutput, start: float) -> tuple[Any, ...]:
     """An output as plain data, its time as seconds since `start`."""
     logprobs = None if output.logprobs is None else (output.logprobs.chosen, tuple(output.logprobs.top))
     error = None if output.error is None else (type(output.error).__name__, str(output.error))
-    return (output.sample, output.token, output.finish_reason, logprobs, error, output.at - start)
+    scores = None if output.scores is None else _encode_scores(output.scores)
+    return (output.sample, output.token, output.finish_reason, logprobs, error, output.at - start, scores)
 
 
 def decode_output(fields: tuple[Any, ...], start: float) -> EngineOutput:
     """The output of `encode_output`'s fields. `start` is when its request was submitted, on the receiver's clock."""
-    sample, token, reason, logprobs, error, at = fields
+    sample, token, reason, logprobs, error, at, scores = fields
     return EngineOutput(
         sample=sample,
         token=token,
@@ -56,4 +57,14 @@ def decode_output(fields: tuple[Any, ...], start: float) -> EngineOutput:
         logprobs=None if logprobs is None else RowLogprobs(logprobs[0], logprobs[1]),
         error=None if error is None else _ERRORS.get(error[0], EngineError)(error[1]),
         at=start + at,
+        scores=None if scores is None else _decode_scores(*scores),
     )
+
+
+def _encode_scores(scores: PromptScores) -> tuple[Any, ...]:
+    reports = tuple((report.chosen, tuple(report.top)) for report in scores.logprobs)
+    return (scores.start, reports, scores.ranks, scores.hidden)
+
+
+def _decode_scores(start: int, reports: Any, ranks: tuple[int, ...], hidden: tuple[float, ...]) -> PromptScores:
+    return PromptScores(start, tuple(RowLogprobs(*report) for report in reports), ranks, hidden)

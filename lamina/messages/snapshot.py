@@ -118,6 +118,7 @@ class Snapshot:
     accepted_tokens: int = 0  # those that became tokens
     accepted_at: tuple[int, ...] = ()  # the same by position in their row; empty without speculation
     kv_resident: float = 1.0  # of the pages that requests under way hold: the share in memory, where policies count
+    block_pages: int = 1  # pages that `page_size` tokens of a sequence take, in all layers and KV heads
     local_share: float = 1.0  # of the tokens of sequences with KV: the share whose KV is in the engine's process
 
     def as_dict(self) -> dict[str, Any]:

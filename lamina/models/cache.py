@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from lamina_workers.errors import DiskFullError, ModelFileError
 MANIFEST = "manifest.json"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MAX_MANIFEST_BYTES = 1 << 20
+_HASH = re.compile(r"-[0-9a-f]{12}\Z")  # as `folder_name` appends it
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,39 @@ def cache_folder() -> Path:
     """Where converted models are kept: `$XDG_CACHE_HOME/lamina/models`, by default in `~/.cache`."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "lamina" / "models"
+
+
+def kept_models() -> dict[str, Path]:
+    """The whole folders of the cache by their names, and by the names without the hash at the end where that leaves one
+    of them alone."""
+    base = cache_folder()
+    folders = {path.name: path for path in sorted(base.iterdir()) if is_whole(path)} if base.is_dir() else {}
+    short = Counter(_HASH.sub("", name) for name in folders)
+    return {plain if short[plain := _HASH.sub("", name)] == 1 else name: path for name, path in folders.items()}
+
+
+def kept_bytes(folder: Path) -> int:
+    """What a folder of the cache takes; 0 where it is not whole."""
+    return sum(record.size for record in read_manifest(folder).values()) if is_whole(folder) else 0
+
+
+def remove(folder: Path) -> int:
+    """Remove a folder of the cache, and a download of it that was not finished. Returns the bytes that were freed.
+    Programs that have the files open keep them until they end. Raises ModelFileError where it cannot be removed."""
+    if folder.parent != cache_folder():
+        raise ModelFileError(f"{folder} is not in {cache_folder()}; allowed are folders there")
+    partial = folder.with_name(f"{folder.name}.download")
+    lock = folder.with_name(f"{folder.name}.lock")
+    try:
+        freed = sum(path.stat().st_size for path in (*folder.glob("*"), partial) if path.is_file())
+        if lock.exists() or folder.exists() or partial.exists():
+            with _locked(lock):
+                if folder.exists():
+                    shutil.rmtree(folder)
+                partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise ModelFileError(f"cannot remove {folder}: {error}") from error
+    return freed
 
 
 def folder_name(name: str, identity: str) -> str:

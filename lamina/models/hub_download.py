@@ -32,10 +32,20 @@ def download(hub_id: str, progress: Progress) -> Path:
     except Exception as error:  # the library lets errors of its HTTP client through
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise DiskFullError(f"no room to fetch {hub_id}: {error}") from error
-        raise ModelFileError(
-            f"cannot fetch {hub_id!r} from the hub: {error}. Does it exist, and can this machine reach the hub? "
-            "On one that cannot, copy the model there and give its path"
-        ) from error
+        raise ModelFileError(f"cannot fetch {hub_id!r} from the hub: {_why(error)}") from error
+
+
+def _why(error: Exception) -> str:
+    """What went wrong and what to do, in one sentence. The library's own words are paragraphs."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return "its owner asks for consent: give it on the hub's page of the model, then log in by `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        return "there is no such model, or it is private: then log in by `hf auth login`"
+    if isinstance(error, OSError) and not isinstance(error, HfHubHTTPError):
+        return "the hub cannot be reached, and no copy is here; copy the model to this machine and give its path"
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _bar(hub_id: str, progress: Progress) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 from lamina.errors import InvalidRequest
 from lamina.models import hub_download
 from lamina.models.aliases import ALIASES, Alias
-from lamina.models.cache import FileRecord, cache_folder, folder_name, get_or_create
+from lamina.models.cache import FileRecord, cache_folder, folder_name, get_or_create, kept_models
 from lamina.models.part_download import download_parts
 from lamina.system.progress import Progress
 from lamina_workers.errors import ModelFileError
@@ -20,7 +20,10 @@ _CONVERSION = 2  # counts up when a conversion gives other files, so that older 
 GGUF_FILE = "model.gguf"
 """An alias's own file, in its folder."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
-_FORMS = "an alias ({aliases}), a folder with config.json, a .gguf file, or a hub id such as org/name"
+_FORMS = (
+    "a name from `lamina models ls` ({aliases}, or one that was converted here), a folder with config.json, a .gguf "
+    "file, or a hub id such as org/name"
+)
 
 
 def _silent(what: str, done: int, total: int | None) -> None:
@@ -31,10 +34,11 @@ def resolve(name: str | Path, progress: Progress | None = None) -> Path:
     """The folder of the model `name`: config.json, tokenizer, and safetensors weights or a record of the GGUF file that
     has them. Fetches what is not there.
 
-    `name` is an alias, a path to a folder or a GGUF file, or a hub id; an alias goes before a folder of that name
-    (write `./name` for the folder). `progress` gets each step. Raises InvalidRequest where the name means
-    nothing, ModelFileError where something cannot be fetched or the files are malformed or refused, DiskFullError
-    where there is no room, UnsupportedModelError for a GGUF file that cannot be converted.
+    `name` is an alias, a path to a folder or a GGUF file, the name of a model that was converted here, or a hub id. An
+    alias goes before a folder of that name (write `./name` for the folder). `progress` gets each step. Raises
+    InvalidRequest where the name means nothing, ModelFileError where something cannot be fetched or the files are
+    malformed or refused, DiskFullError where there is no room, UnsupportedModelError for a GGUF file that cannot be
+    converted.
     """
     text, progress = str(name), progress or _silent
     if not text.strip():
@@ -51,6 +55,8 @@ def resolve(name: str | Path, progress: Progress | None = None) -> Path:
         return _checked(path)
     if is_file:
         return _from_gguf(path)
+    if (kept := kept_models().get(text)) is not None:
+        return kept
     if _HUB_ID.fullmatch(text) and not text.endswith(".gguf"):
         return _checked(hub_download.download(text, progress))
     raise InvalidRequest(f"no model {text!r:.200}; allowed is {_FORMS.format(aliases=', '.join(ALIASES))}")

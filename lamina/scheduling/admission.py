@@ -141,6 +141,8 @@ class Admission:
             if self._full(sequence) or self._still_short(sequence):
                 return None  # without a search of the prefix tree in every step
             match = prefix_cache.match(tuple(sequence.tokens), sequence.request.salt, sequence.request.policy)
+            if not sequence.may_skip(max(match.length, match.promised)):
+                match = Match()
             if self._worth_waiting(sequence, match):
                 prefix_cache.wait(sequence, match)
                 heappop(waiting)
@@ -185,7 +187,7 @@ class Admission:
     def _still_short(self, sequence: ScheduledSequence) -> bool:
         """Whether a sequence that was short of pages before still is."""
         known, alternatives, entered = self._short.get(sequence.request.tenant, (None, (), 0))
-        if sequence is not known or not self._running.sequences or entered != self._running.prefix_cache.entered:
+        if sequence is not known or not self._running.sequences or entered != self._running.prefix_cache.events.entered:
             return False
         spare = self._running.spare()
         return not any(spare.covers(needed) for needed in alternatives)
@@ -228,7 +230,7 @@ class Admission:
                 return place
         if alone:
             return places[0]
-        self._short[sequence.request.tenant] = sequence, alternatives, running.prefix_cache.entered
+        self._short[sequence.request.tenant] = sequence, alternatives, running.prefix_cache.events.entered
         return None
 
     def check_integrity(self) -> None:

@@ -19,6 +19,7 @@ from heapq import heappop, heappush
 from lamina.errors import EngineError
 from lamina.scheduling.kv_shares import NO_PAGES, Pages, Place
 from lamina.scheduling.page_runs import PageRuns, Run
+from lamina.scheduling.prefix_events import PrefixEvents
 from lamina.scheduling.prefix_nodes import (
     Match,
     Node,
@@ -36,7 +37,7 @@ from lamina.scheduling.request import ScheduledSequence, SchedulerConfig
 
 
 class PrefixCache:
-    """All trees, by salt and policy. `entered` counts the prefixes so far, `snapshots` the pages of all nodes' states.
+    """All trees, by salt and policy. `events` gets every change, `snapshots` are the pages of all nodes' states.
 
     `fork(parent, length)` and `close(handle, pages)` change the holders, and `wake` gets each sequence that need not
     wait any more.
@@ -50,10 +51,10 @@ class PrefixCache:
         close: Callable[[int, Pages], None],
         wake: Callable[[ScheduledSequence], None],
     ) -> None:
-        self.entered = 0
         self.snapshots = NO_PAGES
         self._config = config
         self._page_size = config.snapshot_tokens or config.page_size  # nodes are multiples of it
+        self.events = PrefixEvents(self._page_size)
         self._runs, self._fork, self._close, self._wake = runs, fork, close, wake
         self._roots: dict[Tree, Node] = {}
         self._tick = 0
@@ -304,6 +305,7 @@ class PrefixCache:
         if node.handle is not None:
             upper.handle, upper.layout = self._fork(node.handle, length), node.layout
             upper.runs = self._runs.fork(node.runs, length, True, node.floor, min(node.users, 1))
+            self.events.split(upper, node)
         return upper
 
     def _make_ready(self, node: Node, source: ScheduledSequence) -> None:
@@ -320,7 +322,7 @@ class PrefixCache:
             self.snapshots += self._config.records(node.layout)
         node.runs = self._runs.fork(source.runs, node.length, True, node.floor, 0)
         node.tick = self._tick
-        self.entered += 1
+        self.events.stored(node)
         self._queue(node)
         self._wake_waiters(node)
 
@@ -339,6 +341,7 @@ class PrefixCache:
             raise EngineError("a prefix node was evicted twice")
         self._close(node.handle, self._runs.own(node.runs.values()) + self._drop_snapshot(node))
         self._runs.close(node.runs)
+        self.events.removed(node)
         node.handle, node.runs = None, {}
         self._detach(node)
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from lamina.errors import ContextTooLong, InvalidRequest
 from lamina.scheduling.kv_shares import Layout, Pages, Part
+from lamina.scheduling.page_groups import PageGroup, PolicyKv
 from lamina.scheduling.page_runs import Runs
 
 if TYPE_CHECKING:
@@ -23,7 +24,10 @@ class Request:
 
     `stop_token_ids` includes the model's end-of-text tokens, unless they are to be ignored. A lower `priority` is more
     urgent. Requests share prefixes only with requests of the same `salt`. Tenants get equal shares. `policy` is one of
-    KV, "" the engine's own.
+    KV, "" the engine's own. With `max_tokens` 0 its samples end where the prompt is computed.
+
+    The prompt's tokens from `scored_from` on are scored: the log probability of each token that follows, or with
+    `pooled` the sum of their hidden states. So they are computed even where a prefix is cached.
     """
 
     id: str
@@ -36,6 +40,13 @@ class Request:
     salt: Hashable = None
     tenant: str = ""
     policy: str = ""
+    scored_from: int | None = None
+    pooled: bool = False
+
+    @property
+    def scored_to(self) -> int:
+        """Behind the last position that is scored: of the prompt's last token no other token follows in it."""
+        return len(self.prompt) - (not self.pooled)
 
 
 @dataclass(slots=True)
@@ -83,6 +94,7 @@ class ScheduledSequence:
     local_copy: tuple[Part, ...] = ()  # what its rows read and store besides, while its prompt or a rebuild is computed
     copied: int = 0  # up to where the copy has KV, with that of a row in flight
     drafts: tuple[int, ...] = ()  # guesses of the tokens that follow, for its next row; the engine sets them
+    scored: int | None = None  # up to where the prompt's tokens that are to be scored are; None: none are
 
     # For the count of pages.
     floor: int = 0  # the lowest length to which its KV can be cut or forked, by the holders' answers
@@ -138,10 +150,14 @@ class ScheduledSequence:
     @property
     def longest(self) -> int:
         """The most tokens that will ever have KV: the last one is never fed back."""
-        return len(self.request.prompt) + self.request.max_tokens - 1
+        return len(self.request.prompt) + max(1, self.request.max_tokens) - 1
 
-    def ends_with(self, token: int) -> FinishReason | None:
-        """Why the sequence ends with `token`, its last; None where it goes on."""
+    def may_skip(self, length: int) -> bool:
+        """Whether nothing but KV is wanted of its first `length` tokens: what is scored is computed."""
+        return self.scored is None or min(length, self.request.scored_to) <= self.scored
+
+    def ends_with(self, token: int | None) -> FinishReason | None:
+        """Why the sequence ends with `token`, its last (None: it has got none); None where it goes on."""
         generated = len(self.tokens) - len(self.request.prompt)
         if token in self.request.stop_token_ids and generated > self.request.min_tokens:
             return "stop"
@@ -188,6 +204,14 @@ class PlannedRow:
         """How many tokens are sampled."""
         return 1 + len(self.drafts) if self.sample else 0
 
+    @property
+    def scored(self) -> range:
+        """The positions of its prompt that are scored with it: mostly none."""
+        scored = self.sequence.scored
+        if scored is None or self.rebuild:
+            return range(0)
+        return range(max(self.start, scored), min(self.start + self.known, self.sequence.request.scored_to))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
@@ -195,75 +219,18 @@ class Plan:
 
     rows: tuple[PlannedRow, ...]
 
+    @property
+    def scored(self) -> list[PlannedRow]:
+        """The rows with tokens of prompts that are scored. Once the plan is recorded, there are none."""
+        return [row for row in self.rows if row.scored]
+
 
 class Outcome(NamedTuple):
-    """One new token of a sequence, and why the sequence ended with it, if it did."""
+    """One new token of a sequence, and why the sequence ended with it, if it did. None where it ends without one."""
 
     sequence: ScheduledSequence
-    token: int
+    token: int | None
     finish_reason: FinishReason | None
-
-
-class Retention(Protocol):
-    """Which tokens of a sequence are kept; `lamina_workers.policies.policy.Policy` implements it."""
-
-    @property
-    def evicts(self) -> bool:
-        """Whether decode frees pages by the attention that they got."""
-
-    @property
-    def unit(self) -> int:
-        """By how many tokens at once `seen_from` moves on, at most."""
-
-    def seen_from(self, start: int) -> int:
-        """The lowest position, but for pages that stay, that queries at `start` or later see. What lies below is freed
-        with a row at `start`."""
-
-    def kept_from(self, start: int) -> int:
-        """The lowest position, but for pages that stay, that a sequence of floor `start` keeps: means may stand for
-        what is seen."""
-
-    def staying(self, first: int, end: int, size: int) -> int:
-        """How many of the pages [first, end), of `size` tokens each, are kept as long as the sequence is."""
-
-
-class PageGroup(NamedTuple):
-    """Layers whose KV heads `heads` (None: all) keep what `policy` says (None: everything)."""
-
-    layers: int
-    policy: Retention | None = None
-    heads: frozenset[int] | None = None
-
-    def cells(self, heads: tuple[int, ...]) -> int:
-        """How many of these heads, over all layers, belong to the group."""
-        return self.layers * (len(heads) if self.heads is None else len(self.heads.intersection(heads)))
-
-    def kept(self, first: int, end: int, floor: int, start: int, size: int) -> int:
-        """How many of the pages [first, end) of a head a sequence of that floor keeps, once a row at `start` has
-        come."""
-        if self.policy is None:
-            return max(0, end - first)
-        window = max(first, self.policy.kept_from(floor) // size, self.policy.seen_from(start) // size)
-        return self.policy.staying(first, min(end, window), size) + max(0, end - window)
-
-    def most(self, first: int, needed: int, length: int, size: int) -> int:
-        """The most of `needed` pages from `first` on that a head has at a time, while its sequence grows page by page
-        to `length` tokens."""
-        if self.policy is None:
-            return needed
-        window = length - self.policy.seen_from(length) + self.policy.unit
-        return min(needed, self.policy.staying(first, first + needed, size) + -(-window // size) + 2)
-
-
-class PolicyKv(NamedTuple):
-    """What becomes of the KV of sequences under a policy, whose `name` is as the engine writes it. `groups`: what is
-    kept, by pool. `whole_prompts`: a prompt reads everything, so its KV is as without a policy. `chooses`: a decoded
-    token reads otherwise than the same token of a prompt, and a row of decode can have no drafts."""
-
-    name: str
-    groups: tuple[tuple[PageGroup, ...], ...]
-    whole_prompts: bool = True
-    chooses: bool = False
 
 
 SNAPSHOT_TOKENS = 1024
@@ -279,7 +246,8 @@ class SchedulerConfig:
     one record: the state of one layer and head after some tokens. A sequence has two of each, and can be forked only
     where it has one. So that prefixes can be shared, prompts are computed up to each multiple of `snapshot_tokens`
     tokens, where the prefix cache keeps the states; None without states or prefix cache. A row has `max_drafts` drafts
-    at most; none with states, which cannot be taken back by so many tokens. `of_policy` knows the policies that
+    at most; none with states, which cannot be taken back by so many tokens. `pools`: the model gives hidden states to
+    requests that are `pooled`. `of_policy` knows the policies that
     requests may name, and raises a LaminaError for others; without it there are none but the engine's own, "".
     """
 
@@ -292,6 +260,7 @@ class SchedulerConfig:
     states: Mapping[int, int] = field(default_factory=dict)
     snapshot_tokens: int | None = None
     max_drafts: int = 0
+    pools: bool = True
     of_policy: Callable[[str], PolicyKv] | None = None
 
     def __post_init__(self) -> None:
@@ -401,9 +370,9 @@ def check_length(prompt_len: int, max_tokens: int, context: int, possible: int) 
     which holds `possible` tokens of one sequence."""
     if prompt_len < 1:
         raise InvalidRequest("the prompt is empty; at least one token is needed")
-    if max_tokens < 1:
-        raise InvalidRequest(f"max_tokens is {max_tokens}; allowed is 1 or more")
+    if max_tokens < 0:
+        raise InvalidRequest(f"max_tokens is {max_tokens}; allowed is 0 or more")
     if prompt_len + max_tokens > context:
         raise ContextTooLong(context, prompt_len, max_tokens)
-    if prompt_len + max_tokens > possible + 1:  # the last token is never fed back, so it needs no KV
+    if prompt_len + max(1, max_tokens) > possible + 1:  # the last token is never fed back, so it needs no KV
         raise ContextTooLong(possible + 1, prompt_len, max_tokens, "the KV memory holds no more")

@@ -39,8 +39,7 @@ class Scheduler:
     equal shares of KV and of batches (`fair_share`). For one thread.
 
     `ledger` counts pages, `running` has the sequences with KV, `admission` the queues for KV, `copies` says which rows
-    read local copies, `blame` has those whose batches failed, `refusals` the holders that refuse without reason. The
-    scheduler plans batches of them, and ends requests.
+    read local copies, `blame` has those whose batches failed, `refusals` the holders that refuse without reason.
     """
 
     def __init__(self, config: SchedulerConfig, layouts: Layouts) -> None:
@@ -85,7 +84,6 @@ class Scheduler:
         kept: Mapping[int, RetainedKv] | None = None,
     ) -> tuple[ScheduledSequence, ...]:
         """Queue all samples of a request and return them. Raises `InvalidRequest` where it can never run.
-
         A request of the previous engine goes on with the samples in `known`, after these tokens. Of the samples in
         `kept` the holders have KV, where a share's holder is there. Call `lost` for missing holders afterwards.
         """
@@ -102,6 +100,7 @@ class Scheduler:
         self._requests[request.id] = samples
         kept = kept or {}
         first, *others = samples
+        first.scored = None if any(known.values()) else request.scored_from
         if not known[first.sample]:  # other samples without tokens wait for its prompt
             first.siblings = [each for each in others if not known[each.sample] and each.sample not in kept]
         for sequence in samples:
@@ -117,6 +116,8 @@ class Scheduler:
         check_length(len(request.prompt), request.max_tokens, self.config.max_model_len, possible)
         if request.n < 1:
             raise InvalidRequest(f"n is {request.n}; allowed is 1 or more")
+        if request.pooled and not self.config.pools:
+            raise InvalidRequest("a converted model gives no embeddings; allowed are models that run natively")
 
     def abort(self, request_id: str) -> tuple[ScheduledSequence, ...]:
         """End the unfinished samples of a request, with reason "abort", and return them: none if it has ended."""
@@ -127,7 +128,6 @@ class Scheduler:
 
     def end(self, sequence: ScheduledSequence, reason: FinishReason, keep: bool = True) -> None:
         """End one sample. The KV of one in flight is closed when its batch is over, and a token sampled then is lost.
-
         Without `keep` nothing more of its KV enters the prefix cache, even if the sample has ended before. What earlier
         batches entered stays.
         """
@@ -187,8 +187,7 @@ class Scheduler:
         return self._planner.rows(lanes, self._batch_tokens, admits)
 
     def accepted(self, plan: Plan, free: Pages, floors: Sequence[int]) -> None:
-        """Every holder has accepted. `free` are the pages that the asked holders have left, `floors` has for each row
-        the highest floor of all holders."""
+        """Every holder has accepted. They have `free` pages left; `floors` has for each row the highest of theirs."""
         if len(floors) != len(plan.rows):
             raise EngineError(f"{len(floors)} floors for {len(plan.rows)} rows")
         self.ledger.answered(plan, free)
@@ -223,7 +222,6 @@ class Scheduler:
             return ()
         asked = {row.sequence for row in plan.rows if any(share.at in refusers for share in row.sequence.layout)}
         there = [each for each in running if each in asked or running.keeps_at(each, refusers)] or running.sequences
-        tokens = sum(row.count for row in plan.rows)
         youngest = next((sequence for sequence in reversed(there[1:]) if not sequence.in_flight), None)
         if youngest is not None:
             self.admission.preempt(youngest)
@@ -231,7 +229,7 @@ class Scheduler:
             self._stalled = True
         elif prefix_cache.evict_used(refusers):
             return ()
-        elif tokens > 1:
+        elif (tokens := sum(row.count for row in plan.rows)) > 1:
             self._batch_tokens = tokens // 2
         else:
             hopeless = there[0]
@@ -258,18 +256,17 @@ class Scheduler:
             else:
                 self.running.cut(row.sequence, start)
 
-    def record(self, plan: Plan, tokens: Sequence[int | None]) -> list[Outcome]:
-        """The batch is complete. `tokens` has the tokens that were sampled, `row.samples` of each row, in row order;
+    def record(self, plan: Plan, sampled: Sequence[int | None]) -> list[Outcome]:
+        """The batch is complete. `sampled` has the tokens that were sampled, `row.samples` of each row, in row order;
         None where the logits allow none. Drafts are accepted while they are what was sampled: a sequence has one
         outcome more than accepted drafts, and none where it was ended meanwhile, or its row is tried again."""
-        sampled = sum(row.samples for row in plan.rows)
-        if len(tokens) != sampled:
-            raise EngineError(f"{len(tokens)} tokens, but the plan samples {sampled}")
+        if len(sampled) != (due := sum(row.samples for row in plan.rows)):
+            raise EngineError(f"{len(sampled)} tokens, but the plan samples {due}")
         if self.ledger.awaits(plan):
             raise EngineError("a plan was recorded before it was accepted")
         self._land(plan)
         outcomes: list[Outcome] = []
-        drawn = iter(tokens)
+        drawn = iter(sampled)
         for row in plan.rows:
             sequence = row.sequence
             self.blame.passed(row)
@@ -283,6 +280,7 @@ class Scheduler:
                     self.running.retire(sequence)
                 continue
             sequence.computed = sequence.planned = row.start + row.known
+            sequence.scored = row.scored.stop if row.scored else sequence.scored
             of_row = list(islice(drawn, row.samples))
             if row.drafts and of_row[0] is None:  # a draft may have spoilt the row: it is tried again alone, without
                 sequence.computed = sequence.planned = row.start
@@ -297,14 +295,16 @@ class Scheduler:
                 self.admission.admit_siblings(sequence)
             if row.sample:
                 self.running.drop_local_copy(sequence)
-                outcomes += self._sampled(sequence, verified(row.drafts, of_row))
+                tokens = verified(row.drafts, of_row) if sequence.request.max_tokens else [None]
+                outcomes += self._sampled(sequence, tokens)
         return outcomes
 
-    def _sampled(self, sequence: ScheduledSequence, tokens: Sequence[int]) -> Iterator[Outcome]:
+    def _sampled(self, sequence: ScheduledSequence, tokens: Sequence[int | None]) -> Iterator[Outcome]:
         """Add a row's tokens, of which all but the last have KV, up to the one that ends the sequence."""
         sequence.drafts = ()
         for token in tokens:
-            sequence.tokens.append(token)
+            if token is not None:
+                sequence.tokens.append(token)
             sequence.computed = sequence.planned = len(sequence.tokens) - 1
             reason = sequence.ends_with(token)
             if reason is not None:

@@ -23,8 +23,10 @@ SEARCH = 8  # measurements, after which a search ends with the best choice so fa
 DRIFT = 0.08  # of a step, by which a tier's time must change before a new search
 SURE = 4  # steps in a row with such a change; by then most of a window is from after the change
 PERSISTENT = 3  # times DRIFT, which they must sum up to
+FEW = 3  # batches beside moves in a search, with which moving once more costs little
 CHANGE = 1.5  # of the number of sequences or of their tokens, after which a new search begins
-COST = 0.01  # of the time, at most, for searches without a cause
+COST = 0.01  # of the time, which searches may cost
+WORTH = 50  # steps, within which what a choice promises must outweigh what searches have cost beyond that
 PAUSE = 300  # steps between two of them, at least
 PATIENCE = 32  # times PERSISTENT and PAUSE, at most: each search that ends where it began doubles both
 
@@ -52,13 +54,17 @@ class StepTuner:
         self._search: list[Batch] = []  # the medians at each choice
         self._searched = 0  # measurements of this search
         self._bounds = (0.0, 1.0)  # the shares that can be reached: holders may be full
+        self._moves = 0  # batches in which sequences moved, in this search
+        self._confirms = False  # whether the choice at which this search began is measured a second time
         self._reference: Batch | None = None  # the measurement of the present choice; None while others are tried
         self._begun_at = self.choice  # before the search
         self._doubts: list[float] = []  # drifts of steps in a row, in multiples of DRIFT
         self._patience = 1
         self._held = 0  # steps of the present choice, since it was settled
-        self._spent = 0.0  # seconds that this search has cost
+        self._debt = 0.0  # seconds that searches have cost beyond COST of the time
         self._base = 0.0  # seconds a token without a search
+        self._paid = True  # whether this search is bounded by patience; else by the debt
+        self.reason = ""  # where KV is read and why, in a line for people; empty until both tiers were tried
 
     @property
     def choice(self) -> Choice:
@@ -79,6 +85,7 @@ class StepTuner:
         if self._chooses:
             self._begin()
             self._model, self._patience = self._unmeasured, 1
+            self._debt, self._base, self._paid = 0.0, 0.0, True
 
     def interrupted(self) -> None:
         """Other work ran since the last decode batch: neither it nor the next batch is measured."""
@@ -91,8 +98,10 @@ class StepTuner:
         if not self._chooses or not batch.tokens:
             return
         if self._base and not (self._reference and self._held):  # on the way back, too
-            self._spent += batch.seconds - self._base * batch.sampled
+            self._debt += batch.seconds - self._base * batch.sampled
+        self._debt = max(0.0, self._debt - COST * batch.seconds)
         if moving:
+            self._moves += 1
             self.interrupted()
             return
         if self._skip:
@@ -116,15 +125,15 @@ class StepTuner:
         self._held += 1
         if self._unlike(now, reference):
             self._begin()
+            self._base, self._paid = 0.0, False
             return
         drift = self._drift(now, reference)
         self._doubts = [*self._doubts, drift / DRIFT] if drift > DRIFT else []
         doubted = len(self._doubts) >= SURE and sum(self._doubts) >= self._patience * PERSISTENT
-        pause = max(self._patience * PAUSE, self._spent / (COST * max(now.seconds, 1e-9)))
-        if doubted or self._held >= pause:
+        if doubted or (self._held >= self._patience * PAUSE and not self._debt):
             if not doubted:
                 self._model = replace(self._model, dense={})  # so that other lanes and orders are tried again
-            self._base = now.seconds / now.sequences
+            self._base, self._paid = now.seconds / now.sequences, True
             self._begin()
             self._measured(now)
 
@@ -147,7 +156,8 @@ class StepTuner:
     # The search.
 
     def _begin(self) -> None:
-        self._reference, self._search, self._searched, self._spent = None, [], 0, 0.0
+        self._reference, self._search, self._searched = None, [], 0
+        self._moves, self._confirms = 0, False
         self._bounds, self._begun_at, self._held, self._doubts = (0.0, 1.0), self.choice, 0, []
         self.interrupted()
 
@@ -169,7 +179,7 @@ class StepTuner:
         self._search.append(now)
         self._base = self._base or now.seconds / now.sequences
         self._model = self._model.learned(self._search)
-        target = self._next(now, grain) if self._searched < SEARCH else None
+        target = self._next(now, grain) if self._searched < SEARCH and not self._confirms else None
         if target is None:
             self._settle(now)
         else:
@@ -186,14 +196,21 @@ class StepTuner:
         return self._unlike(now, first) or abs(now.sequences - first.sequences) > 0.25 * first.sequences
 
     def _next(self, now: Batch, grain: float) -> Choice | None:
-        """The choice to try next; None where none promises a shorter step."""
+        """The choice to try next; None where none promises a shorter step. A search leaves its first choice for the
+        attention workers where that is worth what searches have cost so far: so tries are never a large part of the
+        time, however wrongly the model promises."""
         free = [choice for choice in self._choices(now) if not any(self._same(point, choice) for point in self._search)]
-        target = self._promising(self._model, free, now)
-        if target is None and self._model.alone is None:
-            target = self._promising(self._model.hoped(self._search), free, now)
+        model = self._model
+        target = self._promising(model, free, now)
+        if target is None and model.alone is None:
+            model = model.hoped(self._search)
+            target = self._promising(model, free, now)
         for unseen, share in (("remote_tokens", 1 - grain), ("local_tokens", grain)):
             if target is None and self._any_share and not any(getattr(point, unseen) for point in self._search):
                 target = next((choice for choice in free if abs(choice.share - share) < 0.5 * grain), None)
+        if target is not None and target.share < 1 and len(self._search) == 1 and not self._paid:
+            promised = max(0.0, now.seconds - model.seconds(target, now.tokens))
+            return target if self._debt <= WORTH * promised else None
         return target
 
     def _choices(self, now: Batch) -> Iterator[Choice]:
@@ -231,11 +248,39 @@ class StepTuner:
         )
         if self._any_share and not best.remote_tokens:  # also where more was wanted, but could not move
             choice = Choice(self._all_lanes[0], 1.0, self._orders[0])
+        if self._leaves(choice):
+            self._confirms = True
+            self._go(self._begun_at)
+            return
         self._go(choice)
         again = self._same(best, self._begun_at)
         self._patience = min(PATIENCE, 2 * self._patience) if again else 1
         self._reference, self._base = best, best.seconds / best.sequences
         logger.info("%s", self._said(now))
+        if self._any_share:
+            self.reason = self._why(best) or self.reason
+
+    def _leaves(self, choice: Choice) -> bool:
+        """Whether all KV was local, is not to be, and was measured once: other work of the machine may have slowed just
+        that. So it is measured again, where moving there takes few steps."""
+        local = self._any_share and self._begun_at.share == 1
+        return local and choice.share < 1 and not self._confirms and self._moves <= FEW
+
+    def _why(self, best: Batch) -> str:
+        """Empty where this search has tried one tier alone."""
+        here = min((point.seconds for point in self._search if not point.remote_tokens), default=None)
+        away = min((point.seconds for point in self._search if point.remote_tokens), default=None)
+        if here is None or away is None:
+            return ""
+        workers, own = f"{away * 1e3:.1f} ms", f"{here * 1e3:.1f} ms"
+        if not best.remote_tokens:
+            return f"decode: KV is read in this process ({own} a step; with the attention workers {workers})"
+        if not best.local_tokens:
+            return f"decode: KV is read by the attention workers ({workers} a step; in this process {own})"
+        return (
+            f"decode: {best.share:.0%} of the KV is read in this process, the rest by the attention workers "
+            f"({workers} a step; all in this process {own})"
+        )
 
     def _said(self, now: Batch) -> str:
         model = self._model

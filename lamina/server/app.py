@@ -10,19 +10,27 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from lamina.errors import LaminaError
+from lamina.server.anthropic.routes import count_tokens, messages
+from lamina.server.anthropic.schemas import CountTokensRequest, MessagesRequest
 from lamina.server.frontend import Frontend
-from lamina.server.http.errors import ApiError
+from lamina.server.http.errors import MESSAGES, ApiError
 from lamina.server.http.gate import Gate, Metrics, NoMetrics, count_rejection
 from lamina.server.http.limits import ClientGone
-from lamina.server.openai import model_routes, response_schemas, schemas
+from lamina.server.machines import MachineDecision, MachineList, Machines
+from lamina.server.models import Models
+from lamina.server.openai import embedding_schemas, model_routes, response_schemas, schemas
 from lamina.server.openai.chat import chat
 from lamina.server.openai.completions import completions
-from lamina.server.openai.service import Service
+from lamina.server.openai.embeddings import embeddings, rerank
+from lamina.server.openai.responses.routes import ResponseRoutes
+from lamina.server.openai.responses.schemas import InputTokensRequest, ResponsesRequest
 from lamina.server.page.page import PUBLIC_PATHS, add_page
+from lamina.server.service import Service
 from lamina.server.settings import ServerSettings
 from lamina.version import __version__
 
@@ -31,13 +39,28 @@ Handler = Callable[[Service, Request], Awaitable[Response]]
 _PROBES = frozenset({"/health", "/version"})
 _PUBLIC = PUBLIC_PATHS | _PROBES
 _REFERENCE = "#/components/schemas/{model}"
-_REQUESTS = (schemas.ChatRequest, schemas.CompletionRequest, schemas.TokenizeRequest, schemas.DetokenizeRequest)
+_REQUESTS = (
+    ResponsesRequest,
+    InputTokensRequest,
+    schemas.ChatRequest,
+    schemas.CompletionRequest,
+    schemas.TokenizeRequest,
+    schemas.DetokenizeRequest,
+    MessagesRequest,
+    CountTokensRequest,
+    embedding_schemas.EmbeddingRequest,
+    embedding_schemas.RerankRequest,
+)
+_STREAMED = (schemas.ChatRequest, schemas.CompletionRequest, ResponsesRequest, MessagesRequest)
+_BODIES = (*_REQUESTS, MachineDecision)
+_FIELDS = frozenset(name for model in _REQUESTS for name in model.model_fields)
 _ERRORS = {
     400: "The request is wrong; `param` names the field.",
     401: "The API key is missing or wrong.",
     403: "It comes from a web page of another origin, or is for a host that is not allowed.",
-    404: "There is no such model.",
+    404: "There is no such model or machine.",
     405: "Not with that method.",
+    409: "The model is in use.",
     408: "The body did not come in time.",
     413: "The body is too large.",
     415: "The body is no JSON.",
@@ -47,13 +70,20 @@ _ERRORS = {
     504: "The request took longer than it may.",
 }
 _READING = (400, 401, 403, 405, 500)
-_WORKING = (*_ERRORS,)
+_WORKING = tuple(status for status in _ERRORS if status != 409)
 
 
-def create_app(frontend: Frontend, settings: ServerSettings, metrics: Metrics | None = None) -> FastAPI:
-    """The application. The frontend's observer must be set before; its engine may come later."""
+def create_app(
+    served: Frontend | Models,
+    settings: ServerSettings,
+    metrics: Metrics | None = None,
+    machines: Machines | None = None,
+) -> FastAPI:
+    """The application of one model, or of several. The frontends' observers must be set before; engines may come
+    later."""
+    models = served if isinstance(served, Models) else Models({settings.model: served})
     counted = metrics or NoMetrics()
-    service = Service(frontend, settings, counted)
+    service = Service(models, settings, counted, _FIELDS)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -67,26 +97,35 @@ def create_app(frontend: Frontend, settings: ServerSettings, metrics: Metrics | 
         redirect_slashes=False,
         lifespan=lifespan,
     )
-    _add_routes(app, service)
-    add_page(app, frontend, settings, service.samples)
+    _add_routes(app, service, machines or Machines(settings))
+    add_page(app, models, settings, service.samples)
     app.add_middleware(Gate, settings=settings, metrics=counted, public=_PUBLIC, probes=_PROBES)
+    if settings.allow_origins:  # outermost: preflights show no key, and refusals need its headers too
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.allow_origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
     _add_handlers(app, service)
     _add_document(app, settings.protected)
     return app
 
 
-def _add_routes(app: FastAPI, service: Service) -> None:
+def _add_routes(app: FastAPI, service: Service, machines: Machines) -> None:
     def add(
         path: str, handler: Handler, answer: Any, errors: tuple[int, ...], method: str = "GET", body: Any = None
     ) -> None:
+        error = response_schemas.AnthropicError if path.startswith(MESSAGES) else response_schemas.ErrorResponse
         responses: dict[int | str, dict[str, Any]] = {
-            status: {"model": response_schemas.ErrorResponse, "description": _ERRORS[status]} for status in errors
+            status: {"model": error, "description": _ERRORS[status]} for status in errors
         }
         if answer is None:
             responses[200] = {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Text."}
         else:
             responses[200] = {"model": answer, "description": "The answer."}
-        if body in (schemas.ChatRequest, schemas.CompletionRequest):
+        if body in _STREAMED:
             responses[200]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
         extra: dict[str, Any] = {}
         if body is not None:
@@ -99,9 +138,16 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         async def handle_model(request: Request, model_id: str) -> Response:
             return await handler(service, request)
 
+        async def handle_response(request: Request, response_id: str) -> Response:
+            return await handler(service, request)
+
+        async def handle_machine(request: Request, machine_id: str) -> Response:
+            return await handler(service, request)
+
+        of_path = {"{model_id": handle_model, "{response_id": handle_response, "{machine_id": handle_machine}
         app.add_api_route(
             path,
-            handle_model if "{model_id" in path else handle,
+            next((endpoint for name, endpoint in of_path.items() if name in path), handle),
             methods=[method],
             name=handler.__name__,
             description=handler.__doc__,
@@ -113,9 +159,28 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         )
 
     add("/v1/chat/completions", chat, response_schemas.ChatCompletion, _WORKING, "POST", schemas.ChatRequest)
+    responses = ResponseRoutes(service.settings.tenants)
+    kept = "/v1/responses/{response_id}"
+    made = response_schemas.ResponseObject
+    add("/v1/responses", responses.create, made, _WORKING, "POST", ResponsesRequest)
+    counted = response_schemas.InputTokens
+    add("/v1/responses/input_tokens", responses.input_tokens, counted, _WORKING, "POST", InputTokensRequest)
+    add(kept, responses.retrieve, made, (*_READING, 404))
+    add(kept, responses.delete, response_schemas.DeletedResponse, (*_READING, 404), "DELETE")
+    add(f"{kept}/cancel", responses.cancel, made, (*_READING, 404), "POST")
+    add(f"{kept}/input_items", responses.input_items, response_schemas.ItemList, (*_READING, 404))
+    add(MESSAGES, messages, response_schemas.Message, _WORKING, "POST", MessagesRequest)
+    add(f"{MESSAGES}/count_tokens", count_tokens, response_schemas.CountedTokens, _WORKING, "POST", CountTokensRequest)
     add("/v1/completions", completions, response_schemas.TextCompletion, _WORKING, "POST", schemas.CompletionRequest)
+    embedding = embedding_schemas.EmbeddingList, _WORKING, "POST", embedding_schemas.EmbeddingRequest
+    add("/v1/embeddings", embeddings, *embedding)
+    for path in ("/v1/rerank", "/rerank"):
+        add(path, rerank, embedding_schemas.RerankList, _WORKING, "POST", embedding_schemas.RerankRequest)
     add("/v1/models", model_routes.models, response_schemas.ModelList, _READING)
     add("/v1/models/{model_id:path}", model_routes.model, response_schemas.ModelCard, (*_READING, 404))
+    for what in (model_routes.load, model_routes.unload):
+        path = f"/v1/models/{{model_id:path}}/{what.__name__}"
+        add(path, what, response_schemas.ModelCard, (*_READING, 404, 409, 429, 503, 504), "POST")
     add("/tokenize", model_routes.tokenize, response_schemas.Tokens, _WORKING, "POST", schemas.TokenizeRequest)
     add(
         "/detokenize",
@@ -125,6 +190,9 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         "POST",
         schemas.DetokenizeRequest,
     )
+    add("/joining", machines.machines, MachineList, _READING)
+    deciding = (*_READING, 404, 408, 413, 415, 429)
+    add("/joining/{machine_id}", machines.decide, MachineList, deciding, "POST", MachineDecision)
     add("/health", model_routes.health, response_schemas.Health, (400, 405, 500, 503))
     add("/health", model_routes.health, response_schemas.Health, (400, 405, 500, 503), "HEAD")
     add("/version", model_routes.version, response_schemas.Version, (400, 405, 500))
@@ -134,21 +202,23 @@ def _add_routes(app: FastAPI, service: Service) -> None:
 def _add_handlers(app: FastAPI, service: Service) -> None:
     async def failed(request: Request, error: Exception) -> Response:
         if isinstance(error, LaminaError):
-            return response(service.translate(error))
-        return response(ApiError(500, "the server failed"))
+            return response(request, service.translate(error))
+        return response(request, ApiError(500, "the server failed"))
 
     async def unrouted(request: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 500
         headers = error.headers if isinstance(error, HTTPException) else None
         what = {404: "there is no such path", 405: "that method is not allowed"}.get(status, "the request is refused")
-        return response(ApiError(status, f"{what}: {request.method} {request.url.path[:200]}", headers=headers))
+        return response(
+            request, ApiError(status, f"{what}: {request.method} {request.url.path[:200]}", headers=headers)
+        )
 
     async def gone(request: Request, error: Exception) -> Response:
         return Response(status_code=499)
 
-    def response(error: ApiError) -> Response:
+    def response(request: Request, error: ApiError) -> Response:
         count_rejection(service.metrics, error)
-        return Response(error.body, error.status, error.headers, "application/json")
+        return Response(error.body(request.url.path), error.status, error.headers, "application/json")
 
     app.add_exception_handler(LaminaError, failed)
     app.add_exception_handler(HTTPException, unrouted)
@@ -163,7 +233,7 @@ def _add_document(app: FastAPI, keys: bool) -> None:
     for path in document["paths"].values():
         for operation in path.values():
             operation["responses"].pop("422", None)  # of FastAPI's own validation, which is not used
-    _, bodies = models_json_schema([(model, "validation") for model in _REQUESTS], ref_template=_REFERENCE)
+    _, bodies = models_json_schema([(model, "validation") for model in _BODIES], ref_template=_REFERENCE)
     components = document.setdefault("components", {})
     components.setdefault("schemas", {}).update(bodies["$defs"])
     if keys:

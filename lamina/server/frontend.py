@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Protocol
@@ -19,7 +19,7 @@ from lamina.messages.engine_request import EngineRequest
 from lamina.messages.snapshot import Snapshot
 from lamina.text.tokenizer import Tokenizer
 
-State = Literal["loading", "ready", "halted", "draining", "dead"]
+State = Literal["loading", "ready", "halted", "draining", "dead", "unloaded"]
 
 STATES: Mapping[State, str] = {
     "loading": "the engine is not ready yet",
@@ -27,6 +27,7 @@ STATES: Mapping[State, str] = {
     "halted": "the engine waits for an attention worker or a model worker",
     "draining": "the server is about to end",
     "dead": "the engine is dead",
+    "unloaded": "the model is not loaded; a request for it loads it",
 }
 """What everybody may know of a state: nothing of files, hosts or causes."""
 
@@ -80,8 +81,8 @@ class Served:
 
 
 class Frontend:
-    """One model and its engine, which may be lost and replaced. Any thread may call `ready` and `lost`; the rest is
-    for the event loop's thread."""
+    """One model and its engine, which may be lost and replaced, or unloaded. Any thread may call `ready`, `lost`,
+    `begins` and `unloaded`, after which `changed` is called; the rest is for the event loop's thread."""
 
     def __init__(self, observer: Observer | None = None) -> None:
         self.observer: Observer = observer or Unobserved()
@@ -91,18 +92,34 @@ class Frontend:
         self.active = 0  # samples under way or waiting
         self.owners: dict[str, str] = {}  # the tenant of each request under way, by the request's id
         self._served: Served | None = None
+        self.changed: Callable[[], None] = lambda: None  # on any thread
         self._why = ""  # the engine is dead; empty while it is loading
+        self._unloaded = False
         self._snapshot: tuple[float, Snapshot] | None = None
         self._asking: asyncio.Future[Snapshot] | None = None
 
     def ready(self, served: Served, restarts: int = 0) -> None:
         """An engine is there, after `restarts` restarts."""
-        self._served, self._why, self._asking = served, "", None
+        self._served, self._why, self._asking, self._unloaded = served, "", None, False
         self.restarts = restarts
+        self.changed()
 
     def lost(self, why: str) -> None:
         """The engine is gone; a new one may follow."""
         self._served, self._why, self._asking = None, why, None  # the lost engine may never answer
+        self.changed()
+
+    def begins(self, loading: str = "") -> None:
+        """An engine is being started; `loading` says how far that is."""
+        self.loading = loading
+        if self._unloaded:
+            self._why, self._unloaded = "", False
+            self.changed()
+
+    def unloaded(self, why: str = "") -> None:
+        """There is no engine, and none comes before the model is loaded. `why`: it could not be loaded."""
+        self._served, self._why, self._asking, self._unloaded, self._snapshot = None, why, None, True, None
+        self.changed()
 
     @property
     def state(self) -> State:
@@ -112,7 +129,12 @@ class Frontend:
             if not served.engine.alive:
                 return "dead"
             return "draining" if self.draining else "halted" if served.engine.halted else "ready"
-        return "dead" if self._why else "loading"
+        return "unloaded" if self._unloaded else "dead" if self._why else "loading"
+
+    @property
+    def why(self) -> str:
+        """Why there is no engine: it died, or the model could not be loaded. Empty without such a cause."""
+        return self._why
 
     @property
     def unavailable(self) -> str:
@@ -121,6 +143,8 @@ class Frontend:
             return "the server is about to end"
         if self._served is not None:
             return ""
+        if self._unloaded:
+            return f"the model could not be loaded: {self._why}" if self._why else STATES["unloaded"]
         what = f"dead: {self._why}" if self._why else f"not ready yet{f': {self.loading}' if self.loading else ''}"
         return f"the engine is {what}"
 
@@ -258,6 +282,10 @@ class Generation:
     def completions(self) -> list[Completion]:
         """The completions of all prompts so far, in order."""
         return self._call.completions()
+
+    def pooled(self) -> list[tuple[float, ...]]:
+        """The sums of hidden states of all prompts, in order, where these were asked for."""
+        return self._call.pooled()
 
     def _observe(self, events: Sequence[TokenEvent]) -> None:
         observer, now = self._frontend.observer, time.monotonic()

@@ -29,7 +29,10 @@ _ENGINE = {
     for field in fields(EngineConfig)
     if field.name not in ("cluster", "tls_dir", "token_file")  # a replica uses the cluster it runs on
 }
-_NOT_ARGUMENTS = ("model", "api_keys", "operator_keys")
+_NOT_ARGUMENTS = (
+    *("model", "aliases", "others", "max_loaded", "idle_unload", "api_keys", "operator_keys"),
+    *("kv_events", "kv_events_replay", "kv_events_name"),
+)
 _SERVER = {field.name: str(field.type) for field in fields(ServerSettings) if field.name not in _NOT_ARGUMENTS}
 _OWN = {
     "model": "str",
@@ -109,7 +112,7 @@ class Replica:
 
         settings = plan.settings_here()
         metrics = ServerMetrics(settings.model)
-        self._frontend = Frontend(metrics)
+        self._frontend = Frontend(metrics.of(settings.model))
         self._app = create_app(self._frontend, settings, metrics)
         runtime = self._runtime = start_on_cluster(plan.model, plan.config)
         self._frontend.ready(Served(runtime.engine, runtime.tokenizer, runtime.inputs))

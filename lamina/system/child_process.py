@@ -115,6 +115,10 @@ class ChildProcess:
         with contextlib.suppress(OSError, ValueError):
             stdin.close()
 
+    def terminate(self) -> None:
+        """Send SIGTERM, on which a Lamina child ends in order."""
+        self._process.terminate()
+
     def kill(self) -> None:
         self._process.kill()
 

@@ -7,13 +7,15 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
+_GROUPS = "/sys/fs/cgroup"
 _KV_SHARE = 4  # of the available memory, one part in so many
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """`cores` counts the cores that this process may run on. `memory` and `memory_available` are in bytes, 0 where
-    unknown; a container's limit counts as the machine's."""
+    """`cores` counts the cores that this process may use: those it may run on, or fewer where its control group has a
+    quota of processor time. `memory` and `memory_available` are in bytes, 0 where unknown. A container's limits count
+    as the machine's."""
 
     processor: str
     cores: int
@@ -25,12 +27,17 @@ class Machine:
 def this_machine() -> Machine:
     processor, flags = parse_cpuinfo(_text_of("/proc/cpuinfo"))
     memory, available = parse_meminfo(_text_of("/proc/meminfo"))
-    limit, used = (_number(_text_of(f"/sys/fs/cgroup/memory.{name}")) for name in ("max", "current"))
-    if limit is not None and limit < memory:
-        memory, available = limit, min(available, max(0, limit - (used or 0)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for group in control_groups(_text_of("/proc/self/cgroup")):
+        limit, used = (_number(_text_of(f"{group}/memory.{name}")) for name in ("max", "current"))
+        if limit is not None and limit < memory:
+            memory, available = limit, min(available, max(0, limit - (used or 0)))
+        cores = min(cores, quota_of(_text_of(f"{group}/cpu.max")) or cores)
+    first = " ".join(_text_of(f"{_GROUPS}/cpu/cpu.cfs_{name}_us") for name in ("quota", "period"))  # version 1
+    cores = min(cores, quota_of(first) or cores)
     return Machine(
         processor=processor or platform.processor() or platform.machine(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=cores,
         flags=flags,
         memory=memory,
         memory_available=available,
@@ -70,6 +77,23 @@ def parse_meminfo(text: str) -> tuple[int, int]:
         return int(words[0]) * 1024 if words and words[0].isdigit() else 0
 
     return in_bytes("MemTotal"), in_bytes("MemAvailable")
+
+
+def control_groups(text: str) -> list[str]:
+    """The folders of this process's control group (version 2) and of those around it, whose limits hold too, from the
+    text of /proc/self/cgroup. A container sees its own group as the root."""
+    path = next((line[3:] for line in text.splitlines() if line.startswith("0::/")), "/")
+    names = [name for name in path.split("/") if name not in ("", ".", "..")]
+    return ["/".join([_GROUPS, *names[:depth]]) for depth in range(len(names) + 1)]
+
+
+def quota_of(text: str) -> int | None:
+    """How many cores the text of a control group's cpu.max allows, such as "200000 100000" for two: whole ones, at
+    least one. None where there is no limit."""
+    words = text.split()
+    if len(words) != 2 or not all(word.isdigit() for word in words) or not int(words[1]):
+        return None
+    return max(1, int(words[0]) // int(words[1]))
 
 
 def _number(text: str) -> int | None:

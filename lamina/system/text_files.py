@@ -40,13 +40,15 @@ def read_text(path: str | Path, limit: int = MAX_BYTES, error: type[LaminaError]
         raise error(f"it cannot be read: {fault}") from fault
 
 
-def write_text(path: str | Path, text: str, error: type[LaminaError] = InvalidRequest) -> None:
-    """Write a UTF-8 file to `path` in one step, in place of a file that is there. Raises `error`."""
+def write_text(path: str | Path, text: str, error: type[LaminaError] = InvalidRequest, mode: int = 0o666) -> None:
+    """Write a UTF-8 file to `path` in one step, in place of a file that is there. The umask takes from `mode`. Raises
+    `error`."""
     target = Path(path)
     draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         try:
-            with draft.open("w", encoding="utf-8", newline="\n") as stream:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+            with open(os.open(draft, flags, mode), "w", encoding="utf-8", newline="\n") as stream:
                 stream.write(text)
                 stream.flush()
                 os.fsync(stream.fileno())

@@ -17,18 +17,28 @@ from typing import Any
 from lamina.errors import InvalidRequest, ModelFileError
 from lamina.system.child_process import module_command, start_child
 
+_OPENING, _CLOSING = re.compile(r"\{[{%]"), re.compile(r"[%}]\}")
+_STRING = re.compile(r"""'(?:[^'\\]|\\.)*(?:'|\\?\Z)|"(?:[^"\\]|\\.)*(?:"|\\?\Z)""", re.DOTALL)
+_NAME = re.compile(r"(?<![.\w])[A-Za-z_]\w*", re.ASCII)  # not of an attribute
+
 
 class ChatTemplate:
     """One template and the child process that renders it. Safe to use from several threads."""
 
     def __init__(self, source: str) -> None:
-        self._source = source
+        self.source = source
         self._child: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
+        blocks = [_CLOSING.split(part, maxsplit=1)[0] for part in _OPENING.split(source)[1:]]
+        self._names = frozenset(name for block in blocks for name in _NAME.findall(_STRING.sub(" ", block)))
 
     def uses(self, variable: str) -> bool:
-        """Whether the template contains the word `variable`; else a variable of that name has no effect."""
-        return re.search(rf"\b{re.escape(variable)}\b", self._source) is not None
+        """Whether the template's code has this name; else a variable of that name has no effect."""
+        return variable in self._names
+
+    def mentions(self, word: str) -> bool:
+        """Whether the template contains the word anywhere."""
+        return re.search(rf"\b{re.escape(word)}\b", self.source) is not None
 
     def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """The text that the template makes of `messages` and `variables`, all of which JSON can hold.
@@ -36,7 +46,7 @@ class ChatTemplate:
         Raises InvalidRequest where the template refuses the messages, ModelFileError where it is malformed, passes
         a limit (2 s, 512 MiB of memory, 4 Mi characters) or reaches for what the sandbox hides.
         """
-        request = {"source": self._source, "variables": {"messages": list(messages), **variables}}
+        request = {"source": self.source, "variables": {"messages": list(messages), **variables}}
         with self._lock:
             answer = self._ask(request)
         match answer:

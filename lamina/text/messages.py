@@ -13,9 +13,11 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES = 4096  # a template takes time for each, and one is rendered at a time
 _MAX_DEPTH = 64  # of the arguments of a call
 _MAX_ARGUMENTS = 1 << 20  # characters of the arguments of all calls in a conversation, as JSON text
-_IGNORED = ("annotations", "audio", "parsed", "reasoning", "reasoning_content")
+_IGNORED = ("annotations", "audio", "parsed")
 """Keys that OpenAI's clients send back with an assistant's message or its parts; templates do not show them."""
-_EMPTY = (*_IGNORED, "function_call", "refusal", "tool_calls")
+_REASONING = ("reasoning_content", "reasoning")
+"""The names of an assistant's reasoning, the first one given counts; some templates show it."""
+_EMPTY = (*_IGNORED, *_REASONING, "function_call", "refusal", "tool_calls")
 """Keys that these clients send with any message, empty."""
 
 
@@ -48,7 +50,7 @@ def _check_message(name: str, message: object) -> dict[str, Any]:
     if role not in ROLES:
         raise InvalidRequest(f"{name}.role is {cut(role)}; allowed are {', '.join(ROLES)}")
     of_assistant = role == "assistant"
-    more = {"assistant": ("tool_calls", "refusal"), "tool": ("tool_call_id",)}.get(role, ())
+    more = {"assistant": ("tool_calls", "refusal", *_REASONING), "tool": ("tool_call_id",)}.get(role, ())
     known = ("role", "content", "name", *more)
     for key, value in message.items():
         is_ignored = value is None or (key in _EMPTY and not value) or (key in _IGNORED and of_assistant)
@@ -70,6 +72,10 @@ def _check_message(name: str, message: object) -> dict[str, Any]:
         if message.get(key) is not None:
             check_text(f"{name}.{key}", message[key])
             checked[key] = message[key]
+    for key in _REASONING:
+        if of_assistant and message.get(key) and "reasoning_content" not in checked:
+            check_text(f"{name}.{key}", message[key])
+            checked["reasoning_content"] = message[key]
     if calls:
         if not isinstance(calls, Sequence) or isinstance(calls, str):
             raise InvalidRequest(f"{name}.tool_calls is {cut(calls)}; allowed is a list of calls")
@@ -126,7 +132,7 @@ def _is_shallow(value: Any) -> bool:
 
 def _check_part(name: str, part: object, of_assistant: bool) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else None
-    ignored = {"cache_control", *(_IGNORED if of_assistant else ())}
+    ignored = {"cache_control", *((*_IGNORED, *_REASONING) if of_assistant else ())}
     if (
         not isinstance(part, Mapping)
         or kind not in (("text", "refusal") if of_assistant else ("text",))

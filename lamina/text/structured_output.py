@@ -85,6 +85,21 @@ def json_options(lenient: bool = False) -> dict[str, Any]:
     return {"x-guidance": {**_WHITESPACE, "lenient": lenient}}
 
 
+def as_rule(name: str, value: Any, lenient: bool = False) -> str:
+    """The expression in llguidance's Lark that fits a constraint of `SamplingParams`, for use within a grammar."""
+    if name == "choice":
+        return f"({' | '.join(map(json.dumps, value))})"
+    if name == "regex":
+        return f"/{regex_to_lark(value, use_ascii='')}/"
+    if name == "grammar":
+        return f"%lark {{\n{value}\n}}"
+    try:
+        schema = json.loads(value) if isinstance(value, str) else dict(value)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"{name} is no JSON: {_short(str(error))}") from error
+    return f"%json {json.dumps(schema | json_options(lenient))}"
+
+
 class Constraint:
     """The tokens that may come next in one sample, `allowed`; `finished` says that the sample has to end. `spent` is
     how much time its masks have taken, in seconds of a processor."""
@@ -293,15 +308,11 @@ def _definition(name: str, value: Any, lenient: bool = False) -> str:
     if name == "choice":
         text = "start: TEXT\nTEXT: " + " | ".join(map(json.dumps, value))  # of a rule, 1000 could be open
     elif name == "regex":
-        text = f"start: /{regex_to_lark(value, use_ascii='')}/"
+        text = f"start: {as_rule(name, value)}"
     elif name == "grammar":
         text = value
     else:
-        try:
-            schema = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise InvalidRequest(f"{name} is no JSON: {_short(str(error))}") from error
-        text = f"start: %json {json.dumps(schema | json_options(lenient))}"
+        text = f"start: {as_rule(name, value, lenient)}"
     if name in ("regex", "grammar") and (count := sum(map(value.count, "?*+{|"))) > MAX_OPTIONS:
         raise InvalidRequest(f"{name} has {count} times ?, *, +, {{ or |; allowed are {MAX_OPTIONS}")
     if name in ("json_schema", "grammar"):  # the others are flat

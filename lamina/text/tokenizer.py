@@ -36,12 +36,13 @@ class Tokenizer:
         self._tokenizer.no_padding()
         config = read_json(folder / "tokenizer_config.json")
         self._special = {name: _token_text(config.get(name)) for name in _SPECIAL_TOKENS}
-        self._template = _find_template(folder, config)
+        self._template, self._tool_template = _find_templates(folder, config)
         self.eos_ids: tuple[int, ...] = self._find_eos_ids(folder)
         """The tokens that end a text, from generation_config.json, else config.json, else the tokenizer itself."""
-        self.special_ids: frozenset[int] = frozenset(
-            index for index, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
-        )
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.added_tokens: dict[str, int] = {str(token.content): index for index, token in added.items()}
+        """The ids of the tokens that are taken as a whole wherever they are written, special or not."""
+        self.special_ids: frozenset[int] = frozenset(index for index, token in added.items() if token.special)
         """The tokens that `decode` leaves out by default."""
         self.special_tokens: frozenset[str] = frozenset(filter(None, map(self.token, self.special_ids)))
         """How the vocabulary spells them."""
@@ -62,9 +63,18 @@ class Tokenizer:
         return self._template is not None
 
     @property
+    def chat_template(self) -> str:
+        """The source of the template, of that for tools where there are two; "" where there is none."""
+        return "" if self._tool_template is None else self._tool_template.source
+
+    @property
     def template_knows_tools(self) -> bool:
         """Whether the chat template shows tools to the model itself."""
-        return self._template is not None and self._template.uses("tools")
+        return self.template_uses("tools")
+
+    def template_uses(self, variable: str) -> bool:
+        """Whether the chat template's code has this name; else a variable of that name has no effect."""
+        return self._tool_template is not None and self._tool_template.uses(variable)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of `text`, by default with the special tokens that the model expects around it.
@@ -105,29 +115,29 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         """`messages` as text in the form that the model was trained on. At its end the assistant's turn begins
-        (`add_generation_prompt`), or the last message is left open (`continue_final_message`).
+        (`add_generation_prompt`), or the last message is left open (`continue_final_message`). `template_kwargs` are
+        further variables of the template, which JSON can hold.
 
         A message is {"role": one of ROLES, "content": text, or a list of {"type": "text", "text": text}}, perhaps with
-        `name`; the assistant's with `tool_calls` (and then without content) or `refusal`, whose text counts as
-        content, a tool's with `tool_call_id`. Raises InvalidRequest for other messages, or where the template refuses
-        these; ModelFileError where the model has no template or it misbehaves.
+        `name`; the assistant's with `tool_calls` (and then without content), `reasoning_content`, or `refusal`, whose
+        text counts as content, a tool's with `tool_call_id`. Raises InvalidRequest for other messages, or where the
+        template refuses these; ModelFileError where the model has no template or it misbehaves.
         """
         checked = check_messages(messages)
         if continue_final_message and (add_generation_prompt or not checked[-1]["content"].strip()):
             raise InvalidRequest(
                 "continue_final_message is True; it needs add_generation_prompt False and text in the last message"
             )
-        if self._template is None:
+        template = self._tool_template if tools else self._template
+        if template is None:
             raise ModelFileError("the model has no chat template; give it a prompt instead of messages")
-        text = self._template.render(
-            checked,
-            add_generation_prompt=add_generation_prompt,
-            tools=None if tools is None else list(tools),
-            documents=None,
-            **_given(self._special),
-        )
+        variables = {**_given(self._special), **(template_kwargs or {})}
+        variables |= {"add_generation_prompt": add_generation_prompt, "documents": None}
+        variables["tools"] = None if tools is None else list(tools)
+        text = template.render([_in_its_words(message, template) for message in checked], **variables)
         if not continue_final_message:
             return text
         content = checked[-1]["content"]
@@ -136,14 +146,21 @@ class Tokenizer:
             raise InvalidRequest("continue_final_message is True, but the chat template does not show the last message")
         return text[: text.rindex(content) + len(content)]
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """The ids of `render`'s text. No special tokens are added: templates write them themselves."""
-        return self.encode(self.render(messages, add_generation_prompt), add_special_tokens=False)
+        text = self.render(messages, add_generation_prompt, template_kwargs=template_kwargs)
+        return self.encode(text, add_special_tokens=False)
 
     def close(self) -> None:
-        """End the process that renders the chat template, if one was started."""
-        if self._template is not None:
-            self._template.close()
+        """End the processes that render the chat templates, if some were started."""
+        for template in (self._template, self._tool_template):
+            if template is not None:
+                template.close()
 
     def _find_eos_ids(self, folder: Path) -> tuple[int, ...]:
         for name in ("generation_config.json", "config.json"):
@@ -238,16 +255,27 @@ def _open_end(text: str) -> int:
     return min(_MOST_BYTES - 1, len(text) - len(text.rstrip(_REPLACEMENT)))
 
 
-def _find_template(folder: Path, config: Mapping[str, Any]) -> ChatTemplate | None:
-    """The template in its own file, which newer checkpoints have, else in tokenizer_config.json."""
+def _in_its_words(message: dict[str, Any], template: ChatTemplate) -> dict[str, Any]:
+    """A checked message with the names that the template knows for a developer and for reasoning."""
+    if message["role"] == "developer" and not template.mentions("developer"):
+        message["role"] = "system"
+    if "reasoning_content" in message and template.mentions("thinking"):  # gpt-oss
+        message["thinking"] = message["reasoning_content"]
+    return message
+
+
+def _find_templates(folder: Path, config: Mapping[str, Any]) -> tuple[ChatTemplate | None, ChatTemplate | None]:
+    """The template, in its own file, which newer checkpoints have, else in tokenizer_config.json; and the one for
+    conversations with tools, which is mostly the same."""
     file = folder / _TEMPLATE_FILE
-    if file.is_file():
-        return ChatTemplate(_read(file).decode("utf-8", "replace"))
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several by name
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    return ChatTemplate(template) if isinstance(template, str) else None
+    source = _read(file).decode("utf-8", "replace") if file.is_file() else config.get("chat_template")
+    if isinstance(source, list):  # several by name
+        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+        source, for_tools = named.get("default"), named.get("tool_use")
+        if isinstance(source, str) and isinstance(for_tools, str):
+            return ChatTemplate(source), ChatTemplate(for_tools)
+    template = ChatTemplate(source) if isinstance(source, str) else None
+    return template, template
 
 
 def _token_text(token: object) -> str | None:

@@ -47,6 +47,25 @@ def client_context(credentials: Credentials) -> ssl.SSLContext:
     return context
 
 
+def unchecked_context() -> ssl.SSLContext:
+    """TLS of a client that checks the server's certificate itself: the context takes any."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def peer_certificate(sock: ssl.SSLSocket) -> bytes:
+    """The certificate in DER that the other side has shown."""
+    return sock.getpeercert(binary_form=True) or b""
+
+
+def certificate_bytes(pem: bytes) -> bytes:
+    """A certificate in DER from its PEM."""
+    return ssl.PEM_cert_to_DER_cert(pem.decode().strip())
+
+
 def _load_certificate(context: ssl.SSLContext, credentials: Credentials) -> None:
     # `ssl` reads only files, and a key is not for a disk: Linux has files in memory.
     linux = sys.platform == "linux"

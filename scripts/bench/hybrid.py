@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """A decode step of a hybrid of real layer shapes: in one process, and with its KV and states on attention workers.
 
     python scripts/bench/hybrid.py [--workers 1] [--value-heads 32] [--batch 8] [--context 512] [--rounds 5]
@@ -6,7 +7,7 @@
 The model has random weights and Qwen3-Next's layers, eight of them: six of gated DeltaNet (16 key heads, value heads
 of 128 x 128) and two of attention, with dense MLPs. Both engines are measured in turns; figures are medians.
 The roofline is what a step must read and write over the rate at which torch's sum reads, before each round.
-Needs transformers (`pip install "lamina[any]"`), which makes the checkpoint.
+Needs transformers (`pip install -e '.[any]'`), which makes the checkpoint.
 """
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """What indexes over real keys find, and at what cost: recall@100 over the share of the keys that is computed.
 
     scripts/evaluate/dump_attention.py --tokens 32768 --out dump/

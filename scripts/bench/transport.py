@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """What an exchange with another process costs: bare echoes, frames and messages over each channel, the codec.
 
     python scripts/bench/transport.py [--exchanges 600]

@@ -127,7 +127,7 @@ of three ways, chosen when it is loaded:
 - **native** ({native} of {total} model types): Lamina has a class for it. It needs no transformers, has tensor
   parallelism, calibration and `rope_scaling`.
 - **slices** ({slices}): transformers' own code is recorded once, without weights, and cut at each attention. Needs
-  `pip install "lamina[any]"`. What lives across each cut: `lamina models show MODEL --slices`.
+  `pip install -e '.[any]'`. What lives across each cut: `lamina models show MODEL --slices`.
 - **module** ({module}): the forward pass cannot be recorded, since what it does depends on the tokens. transformers'
   module runs and stops at each attention. Its batches cannot go round among model workers.
 

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Writes real queries, keys and values of a few layers to .npy files, for judging what an index sees:
 
     scripts/evaluate/dump_attention.py --tokens 32768 --out dump/

@@ -91,7 +91,7 @@ def test_prompts_differ_between_runs_and_not_with_a_seed():
     ("behaviour", "words", "said"),
     [
         (Behaviour(), [], "by the server's /tokenize"),
-        (Behaviour(tokenize="", around=7), [], "one token each, by the server's usage"),
+        (Behaviour(tokenize="", around=7), [], "one token, of a list of"),
         (Behaviour(tokenize="", usage=False), [], "by a guess"),
         (Behaviour(cost=lambda word: 3), [], "at 3.00 tokens a word"),
         (Behaviour(usage=False), [], "12 answers came without usage"),

@@ -9,13 +9,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from cli_runner import Lamina
+from cli_runner import FakeLLM, Lamina
 from real_workers import write_tiny_model
 
+from lamina.cli.chat import _spoken_lines
+from lamina.cli.options import complete_model
 from lamina.cli.terminal import iter_lines
 from lamina.errors import EngineError, InvalidRequest, ModelFileError
+from lamina.models.cache import cache_folder, folder_name, get_or_create, write_file
 from lamina.models.weight_memory import weight_memory
 from lamina.sampling_params import SamplingParams
 from lamina_workers.errors import DiskFullError
@@ -125,6 +129,79 @@ def test_bad_input_is_one_line_that_names_the_value(lamina: Lamina, words: list[
     assert lamina.llm is None  # said before a model was loaded
 
 
+def test_stdin_is_one_prompt_where_none_is_given(lamina: Lamina) -> None:
+    assert lamina("generate", "--raw", stdin=b"two\nlines\n").stdout == "TWO LINES\n"
+    assert lamina.llm is not None
+    assert lamina.llm.asked[0][1] == ["two\nlines"]
+
+
+def test_blank_lines_of_a_file_are_no_prompts(lamina: Lamina) -> None:
+    result = lamina("generate", "--file", "-", stdin=b"one\n\n  \ntwo\n")
+    assert (result.exit_code, result.stdout.splitlines()[1::2]) == (0, ["ONE", "TWO"])
+
+
+def test_the_form_of_the_text_comes_from_options_and_files(lamina: Lamina, tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text('{"type": "array"}')
+    lamina("generate", "x", "--json-schema", f"@{tmp_path}/schema.json")
+    assert lamina.llm is not None
+    assert lamina.llm.asked[0][2].json_schema == '{"type": "array"}'
+    lamina("generate", "x", "--choice", "yes", "--choice", "no")
+    assert lamina.llm.asked[0][2].choice == ("yes", "no")
+    refused = lamina("generate", "x", "--regex", "a", "--grammar", "@no/such/file")
+    assert (refused.exit_code, refused.stderr) == (2, "error: cannot read 'no/such/file': No such file or directory\n")
+
+
+def test_an_answer_that_was_cut_says_so(lamina: Lamina, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeLLM, "reason", "length")
+    assert lamina("generate", "a b").stderr.endswith("; cut at the most tokens: --max-tokens allows more\n")
+    assert "; 2 of 2 answers cut at the most tokens" in lamina("generate", "a", "b").stderr
+    assert "(cut at the context's end (4096 tokens); /reset forgets" in lamina("chat", stdin=b"hello\n").stderr
+    assert "(cut at 7 tokens; --max-tokens allows more)" in lamina("chat", "--max-tokens", "7", stdin=b"a\n").stderr
+
+
+def test_chat_takes_the_model_by_name_and_the_room_of_its_context(lamina: Lamina) -> None:
+    assert lamina("chat", "there", stdin=b"hello\n").stdout == "HELLO\n"
+    assert lamina.llm is not None
+    assert (lamina.llm.model, lamina.llm.asked[0][2]) == ("there", SamplingParams(max_tokens=None))
+    assert "allowed is one" in lamina("chat", "there", "-m", "here").stderr
+
+
+def test_typed_lines_are_kept_and_ctrl_c_throws_one_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    typed = iter([KeyboardInterrupt(), "hello", EOFError()])
+
+    def read(prompt: str) -> str:
+        if isinstance(line := next(typed), BaseException):
+            raise line
+        return line
+
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    assert list(_spoken_lines("a-model")) == ["hello"]
+    assert (tmp_path / "lamina" / "chat_history").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["generate", "--treads", "1"], "No such option: --treads"),
+        (["--wrong"], "No such option: --wrong"),
+        (["nothing"], "No such command 'nothing'"),
+        (["models", "show"], "Missing argument 'MODEL'; see `"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_is_one_line_too(lamina: Lamina, words: list[str], said: str) -> None:
+    result = lamina(*words)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert result.stderr.startswith(f"error: {said}")
+
+
+def test_help_shows_the_defaults_of_engine_and_sampling(lamina: Lamina) -> None:
+    shown = lamina("generate", "--help").stdout
+    assert "[default: (256)]" in shown
+    assert "[default: (auto)]" in shown
+
+
 def test_no_prompt_is_bad_input(lamina: Lamina) -> None:
     result = lamina("generate")
     assert result.exit_code == 2
@@ -197,6 +274,28 @@ def test_models_can_be_listed_and_an_unknown_one_is_refused(lamina: Lamina) -> N
     result = lamina("models", "show", "no-such-model")
     assert result.exit_code == 2
     assert "'no-such-model'" in result.stderr
+
+
+def test_a_converted_model_has_a_name_that_shows_fetches_and_removes_it(
+    lamina: Lamina, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = write_tiny_model(tmp_path / "made")
+    kept = get_or_create(
+        cache_folder() / folder_name("mine", "x"),
+        lambda target: {
+            file.name: write_file(target / file.name, iter([file.read_bytes()])) for file in folder.iterdir()
+        },
+    )
+    rows = [json.loads(line) for line in lamina("models", "ls", "--json").stdout.splitlines()]
+    assert [row["model"] for row in rows if row["bytes"]] == ["mine"]
+    assert lamina("models", "pull", "mine").stdout == f"{kept}\n"
+    assert complete_model("mi") == ["mine"]
+    assert lamina("models", "rm", "mine").exit_code == 0
+    assert not kept.exists()
+    refused = lamina("models", "rm", "../made")
+    assert (refused.exit_code, folder.exists()) == (2, True)
+    assert "'../made'" in refused.stderr
 
 
 def test_a_model_is_described_with_what_lives_across_its_attentions(lamina: Lamina, tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Annotated
 
 import pytest
@@ -10,6 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from lamina.cli.options import PromptOptions, SamplingOptions, Without, flatten_options
+from lamina.cli.terminal import print_rows
 from lamina.errors import InvalidRequest
 from lamina.sampling_params import SamplingParams
 
@@ -73,6 +77,24 @@ def test_sampling_has_the_defaults_of_the_params_when_nothing_was_given() -> Non
 
 
 @pytest.mark.parametrize("prompts", [None, [], ["a", ""]])
-def test_prompts_are_refused_when_there_is_none_or_an_empty_one(prompts: list[str] | None) -> None:
+def test_prompts_are_refused_when_there_is_none_or_an_empty_one(
+    prompts: list[str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
     with pytest.raises(InvalidRequest, match="prompt"):
         PromptOptions(prompts).texts()
+
+
+def test_a_table_wider_than_the_terminal_folds_its_widest_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr(sys, "stdout", shown := Terminal())
+    print_rows([("system", "$/h"), ("a name of many words that no line can hold at once", "12.50")])
+    lines = shown.getvalue().splitlines()
+    assert max(map(len, lines)) <= 40
+    assert lines[0].rstrip().endswith("$/h")
+    assert lines[1].rstrip().endswith("12.50")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True

@@ -79,6 +79,8 @@ def test_a_plan_is_printed_explained_and_written(planned: tuple[Any, Path]) -> N
     result, folder = planned
     assert result.exit_code == 0, result.output
     for words in (
+        "DOP(a, b): ",
+        "Not considered: ",
         "candidates, of which",
         "Why\n",
         "What would change it\n",

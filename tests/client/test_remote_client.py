@@ -19,7 +19,7 @@ from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.messages.request_codec import decode_request, encode_request
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.request import Request
-from lamina_workers.decoder.logprobs import RowLogprobs
+from lamina_workers.decoder.logprobs import PromptScores, RowLogprobs
 from lamina_workers.decoder.model import Decoder
 
 
@@ -86,8 +86,9 @@ def test_a_request_survives_the_journey() -> None:
         logprobs=3,
         seed=1,
         min_tokens=2,
+        prompt_logprobs=4,
     )
-    core = Request("7", (1, 2), 10, 2, frozenset({5, 9}), 2, -3, "a salt")
+    core = Request("7", (1, 2), 10, 2, frozenset({5, 9}), 2, -3, "a salt", scored_from=1, pooled=True)
     command = encode_request(EngineRequest(core, params, seed=2**63))
     check_plain(command)
     request = decode_request(*command[1:])
@@ -104,6 +105,9 @@ def test_outputs_come_back_whole_on_the_callers_clock(pair: Pair) -> None:
     far.sink(far, first)
     [output] = pair.got.get(timeout=5)
     assert (output.sample, output.token, output.logprobs) == (1, 42, first[0].logprobs)
+    scores = PromptScores(3, (RowLogprobs(-0.5, ((42, -0.5),)),), (7,)), PromptScores(0, hidden=(0.5, -1.0))
+    far.sink(far, [EngineOutput(0, None, scores=each) for each in scores])
+    assert tuple(each.scores for each in pair.got.get(timeout=5)) == scores
     assert before + 0.5 <= output.at <= time.monotonic() + 0.5
     assert request.scheduled is not None
     assert request.scheduled == pytest.approx(output.at - 0.25)

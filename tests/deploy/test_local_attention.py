@@ -241,7 +241,8 @@ def test_real_workers_answer_their_parent_and_refuse_others() -> None:
             stranger.status()
     finally:
         workers.close()
-    assert not answers(worker, 0.5)
+    with pytest.raises(ConnectionRefusedError):
+        answers(worker, 0.5)
 
 
 class Hosts:
@@ -263,6 +264,17 @@ def listed(hosts: Hosts, *addresses: str, timeout: float = 0.3) -> ListedWorkers
 def test_start_fails_when_a_listed_address_does_not_answer() -> None:
     with pytest.raises(EngineError, match=r"no attention worker answers at b:2 within 0\.3 s"):
         listed(Hosts("a:1"), "a:1", "b:2").start()
+
+
+def test_start_fails_sooner_where_nothing_listens_at_a_port() -> None:
+    def refuse(worker: WorkerAddress) -> bool:
+        raise ConnectionRefusedError
+
+    workers = ListedWorkers(
+        ["a:1"], credentials=None, answers=refuse, clock=time.monotonic, timeout=60, refused=0.1, interval=0.02
+    )
+    with pytest.raises(EngineError, match=r"at a:1 within 0\.1 s: nothing listens at that port"):
+        workers.start()
 
 
 def test_listed_address_joins_again_when_it_answers() -> None:

@@ -50,6 +50,16 @@ def test_changes_are_events_that_wait_for_a_listener() -> None:
     assert relayed.events == ["-a", "+c", "+a", "-b"]
 
 
+def test_start_takes_none_where_none_is_needed() -> None:
+    workers = RelayedWorkers([].append, optional=True)
+    workers.there([])
+    assert workers.start() == ()
+    workers = RelayedWorkers([].append)
+    workers.there([])
+    with pytest.raises(WorkersUnavailable, match="no attention worker is up"):
+        workers.start()
+
+
 def test_lost_worker_is_reported_to_the_other_side() -> None:
     relayed = Relayed()
     relayed.workers.lost("a")

@@ -51,6 +51,18 @@ def texts(llm: LLM, prompts: list[list[int]] = PROMPTS, **sampling: Any) -> list
     return [completion.text for completion in completions]
 
 
+def scores(llm: LLM) -> list[float]:
+    """The log probabilities of all tokens of the prompts that follow others, then an embedding of each."""
+    found: list[float] = []
+    for prompt in PROMPTS:
+        completion = llm.generate(prompt, prompt_logprobs=1, max_tokens=0)
+        if isinstance(completion, list) or completion.prompt_logprobs is None:
+            raise TypeError("one prompt has one completion, with what was asked for")
+        found += [entry.logprob for entry in completion.prompt_logprobs if entry is not None]
+    embedded = llm.embed(PROMPTS, pooling="mean")
+    return found + [value for each in (embedded if isinstance(embedded, list) else []) for value in each.embedding]
+
+
 @pytest.fixture(scope="module")
 def alone(model: Path) -> Iterator[LLM]:
     """One process, without attention workers."""
@@ -105,6 +117,7 @@ def test_two_ranks_give_the_text_of_one_and_survive_a_death(alone: LLM, model: P
     with engine(model, model_workers=2) as llm:
         assert texts(llm) == texts(alone)
         assert texts(llm, **penalised) == texts(alone, **penalised)
+        assert scores(llm) == pytest.approx(scores(alone), abs=1e-4)
         before = process(llm)
         os.kill(before or 0, signal.SIGKILL)
         assert texts(llm) == texts(alone)

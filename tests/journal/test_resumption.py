@@ -190,8 +190,9 @@ class Client:
         stops = frozenset(params.stop_token_ids)
         prompt = tuple(self.asked[name][0])
         request = Request(
-            name, prompt, params.max_tokens, params.min_tokens, stops, params.n, policy=params.policy or ""
-        )
+            name, prompt, params.max_tokens, params.min_tokens, stops, params.n, policy=params.policy or "",
+            scored_from=None if params.prompt_logprobs is None else 0,
+        )  # fmt: skip
         ticket = EngineRequest(request, params, params.seed or 0, sink=self.take)
         if resumed:
             ticket.received = tuple(
@@ -232,6 +233,17 @@ class Client:
     def reports(self) -> list[float]:
         return [o.logprobs.chosen for samples in self.got.values() for s in samples for o in s if o.logprobs]
 
+    def scores(self) -> list[float]:
+        """The log probabilities of prompts' tokens, of which each has come at least once."""
+        found: list[float] = []
+        for name, samples in self.got.items():
+            scores = [output.scores for output in samples[0] if output.scores is not None]
+            places = {each.start + at: report.chosen for each in scores for at, report in enumerate(each.logprobs)}
+            assert sorted(places) == list(range(len(places)))
+            assert len(places) == (len(self.asked[name][0]) - 1 if "prompt_logprobs" in self.asked[name][1] else 0)
+            found += [places[at] for at in sorted(places)]
+        return found
+
 
 rng = random.Random(7)
 LONG = [rng.randrange(4, 100) for _ in range(150)]
@@ -242,6 +254,8 @@ ASKED: dict[str, tuple[list[int], dict[str, Any]]] = {
     "penalties": (LONG[:20], {"max_tokens": 14, "repetition_penalty": 1.3, "frequency_penalty": 0.7, "logprobs": 0}),
     "random": (LONG[7:31], {"max_tokens": 11, "temperature": 0.9, "top_p": 0.9, "seed": 3, "min_tokens": 4}),
     "window": (LONG, {"max_tokens": 9, "policy": "streaming(sink=4, recent=40)", "logprobs": 0}),
+    "scored": (LONG[:100], {"max_tokens": 0, "prompt_logprobs": 1}),
+    "scored, then more": (LONG[20:90], {"max_tokens": 6, "n": 2, "prompt_logprobs": 0}),
     "held": (
         LONG[:10],
         {"max_tokens": 16, "regex": "[ab]{5,9}", "temperature": 1.0, "seed": 5, "stop_token_ids": (EOS,)},
@@ -279,6 +293,7 @@ def expected(model: Decoder, tmp_path_factory: pytest.TempPathFactory) -> Client
 def same(client: Client, expected: Client) -> None:
     assert client.texts() == expected.texts()
     assert client.reports() == pytest.approx(expected.reports(), abs=1e-4)
+    assert client.scores() == pytest.approx(expected.scores(), abs=1e-4)
 
 
 def steps(model: Decoder, folder: Path, **options: Any) -> int:

@@ -21,7 +21,7 @@ class Workers:
         self._log = log
 
     def watch(self, on_joined: Any, on_left: Any) -> None:
-        self.joined = on_joined
+        self.joined, self.left = on_joined, on_left
 
     def lost(self, name: str) -> None:
         self._log.append(f"{name} lost")
@@ -68,3 +68,24 @@ def test_events_go_on_while_a_worker_that_joins_does_not_answer() -> None:
     pool.close()
     assert log == ["a lost", "workers"]
     workers.joined(WorkerAddress("b", "x:2"))  # harmless, it is closed
+
+
+def test_worker_that_leaves_during_its_handshake_does_not_join() -> None:
+    """It joined after it had left: the engine kept it, and beside it its next name at the same address."""
+    log: list[str] = []
+    workers = Workers(log)
+    pool = AttentionPool(cast(Any, workers), EngineConfig(), HOLDER, "model", "float32", Identity())
+    answers = threading.Event()
+
+    def connect(worker: Any) -> Any:
+        assert answers.wait(10)
+        return Port(log)
+
+    pool._connect = connect  # type: ignore[method-assign]
+    pool._seat = lambda port: None  # type: ignore[method-assign,assign,return-value]
+    pool.watch(cast(Any, SimpleNamespace(leave=log.append, join=lambda *what: log.append("joined"))))
+    workers.joined(WorkerAddress("a", "x:1"))
+    workers.left("a")
+    answers.set()
+    pool.close()
+    assert log == ["a", "closed", "workers"]

@@ -70,7 +70,18 @@ def test_kv_can_be_kept_in_the_dtypes_that_kernels_have() -> None:
     assert {*DTYPES} < {*KV_DTYPES}
 
 
-@pytest.mark.parametrize(("text", "size"), [(7, 7), ("500 MB", 500 * 10**6), ("2GiB", 2**31), (" 1.5kib ", 1536)])
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        (7, 7),
+        ("500 MB", 500 * 10**6),
+        ("2GiB", 2**31),
+        (" 1.5kib ", 1536),
+        ("512M", 2**29),
+        ("1TiB", 2**40),
+        ("2Gi", 2**31),
+    ],
+)
 def test_sizes_are_bytes_or_text_with_a_unit(text: Any, size: int) -> None:
     assert parse_size("kv_memory", text) == size
 

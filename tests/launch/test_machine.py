@@ -1,6 +1,16 @@
 from __future__ import annotations
 
-from lamina.system.machine import Machine, native_dtype, parse_cpuinfo, parse_meminfo, this_machine
+import pytest
+
+from lamina.system.machine import (
+    Machine,
+    control_groups,
+    native_dtype,
+    parse_cpuinfo,
+    parse_meminfo,
+    quota_of,
+    this_machine,
+)
 
 
 def test_cpuinfo_of_x86_and_of_arm() -> None:
@@ -21,6 +31,31 @@ def test_bfloat16_only_with_instructions_for_it() -> None:
 
     assert dtype("avx512f", "avx512_bf16") == dtype("amx_bf16") == dtype("bf16") == "bfloat16"
     assert dtype() == dtype("avx512f", "avx2") == "float32"
+
+
+@pytest.mark.parametrize(
+    ("text", "cores"),
+    [("200000 100000\n", 2), ("150000 100000", 1), ("50000 100000", 1), ("max 100000", None), ("-1\n 100000\n", None),
+     ("", None), ("1 0", None)],
+)  # fmt: skip
+def test_a_quota_of_processor_time_is_whole_cores(text: str, cores: int | None) -> None:
+    assert quota_of(text) == cores
+
+
+def test_the_limits_of_all_control_groups_around_a_process_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = "/sys/fs/cgroup"
+    files = {
+        "/proc/self/cgroup": "4:cpu:/x\n0::/pods/one\n",
+        "/proc/meminfo": "MemTotal: 4096 kB\nMemAvailable: 4096 kB\n",
+        f"{groups}/pods/cpu.max": "100000 100000\n",
+        f"{groups}/pods/one/memory.max": "2097152\n",
+        f"{groups}/pods/one/memory.current": "1048576\n",
+    }
+    monkeypatch.setattr("lamina.system.machine._text_of", lambda path: files.get(path, ""))
+    machine = this_machine()
+    assert (machine.cores, machine.memory, machine.memory_available) == (1, 2 << 20, 1 << 20)
+    assert control_groups("0::/../a\n") == [groups, f"{groups}/a"]
+    assert control_groups("") == [groups]
 
 
 def test_this_machine_has_a_core() -> None:

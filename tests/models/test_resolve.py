@@ -149,7 +149,7 @@ def test_a_folder_is_taken_as_it_is(tiny_gguf: Path) -> None:
 )
 def test_an_unknown_name_says_what_is_allowed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InvalidRequest, match=r"allowed is an alias|is no path"):
+    with pytest.raises(InvalidRequest, match=r"allowed is a name from|is no path"):
         models.resolve(name)
 
 

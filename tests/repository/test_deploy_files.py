@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from lamina.deploy.ray_connection import ATTENTION, MODEL
 from lamina.server.app import create_app
 from lamina.server.frontend import Frontend
 from lamina.server.http.api_keys import KEY_VARIABLE
-from lamina.server.openai.schemas import ChatRequest, CompletionRequest, TokenizeRequest, read
+from lamina.server.http.fields import read
+from lamina.server.openai.schemas import ChatRequest, CompletionRequest, TokenizeRequest
 from lamina.server.ray_serve import DEPLOYMENT, ServePlan
 from lamina.server.settings import ServerSettings
 
@@ -62,6 +64,7 @@ def is_named_right(name: str) -> bool:
     return name.removeprefix("lamina.") in dir(lamina)
 
 
+@cache
 def paths() -> dict[str, set[str]]:
     """The methods of every route, by its path."""
     found: dict[str, set[str]] = {}
@@ -159,9 +162,10 @@ def test_a_wheel_has_the_files_that_are_no_python() -> None:
     table = (ROOT / "pyproject.toml").read_text().partition("[tool.setuptools.package-data]")[2].partition("\n[")[0]
     patterns = [
         f"{package.replace('.', '/')}/{pattern}"
-        for package, listed in re.findall(r'"([\w.]+)" = \[(.*?)\]', table)
+        for package, listed in re.findall(r'"([\w.*]+)" = \[(.*?)\]', table)
         for pattern in re.findall(r'"(.*?)"', listed)
     ]
+    patterns = [pattern.removeprefix("*/") for pattern in patterns]
     for path in (ROOT / "lamina").rglob("*"):
         if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts:
             assert any(path.relative_to(ROOT).match(pattern) for pattern in patterns), path
@@ -338,12 +342,13 @@ def test_every_option_that_is_named_exists() -> None:
 
 
 def test_every_endpoint_that_is_named_exists_and_all_are_named() -> None:
+    ids = {"/models/": "{model_id:path}", "/responses/": "{response_id}", "/joining/": "{machine_id}"}
     table = SERVE.partition("## Endpoints")[2].partition("## Fields")[0]
     named = {
-        (method, path.replace("{id}", "{model_id:path}"))
+        (method, path.replace("{id}", next((name for part, name in ids.items() if part in path), "")))
         for row in table.splitlines()
         if row.startswith("| `")
-        for method, path in re.findall(r"`(GET|POST) (\S+)`", row.split("|")[1])
+        for method, path in re.findall(r"`(GET|POST|DELETE) (\S+)`", row.split("|")[1])
     }
     routes = paths()
     assert all(method in routes[path] for method, path in named)

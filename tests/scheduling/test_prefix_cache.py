@@ -6,9 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamina.scheduling.kv_shares import Layout, Pages, Share
+from lamina.scheduling.page_groups import PageGroup
 from lamina.scheduling.page_runs import PageRuns
 from lamina.scheduling.prefix_cache import Match, PrefixCache
-from lamina.scheduling.request import PageGroup, Request, ScheduledSequence, SchedulerConfig
+from lamina.scheduling.prefix_events import PrefixEvent
+from lamina.scheduling.request import Request, ScheduledSequence, SchedulerConfig
 
 
 class Keeper:
@@ -254,3 +256,83 @@ def test_empty_cache_keeps_no_root() -> None:
         keeper.finish(sequence)
         keeper.finish(keeper.start((1, 2), salt=salt))
     assert keeper.tree._roots == {}
+
+
+class Router:
+    """What a subscriber knows of a cache, from events alone: the tokens of each prefix, by the hash of its last
+    block."""
+
+    def __init__(self, page_size: int) -> None:
+        self.page_size = page_size
+        self.blocks: dict[int, tuple[int, ...]] = {}
+
+    def take(self, event: PrefixEvent) -> bool:
+        kind, *fields = event
+        if kind == "cleared":
+            self.blocks.clear()
+        elif kind == "removed":
+            for each in fields[0]:
+                del self.blocks[each]
+        else:
+            hashes, parent, tokens, size, _ = fields
+            assert size == self.page_size
+            assert len(tokens) == size * len(hashes)
+            before = () if parent is None else self.blocks[parent]
+            for number, each in enumerate(hashes):
+                before = (*before, *tokens[number * size : (number + 1) * size])
+                assert each not in self.blocks
+                self.blocks[each] = before
+        return True
+
+    def prefixes(self) -> list[tuple[int, ...]]:
+        return sorted(self.blocks.values())
+
+
+@given(prompts(), prompts(), st.integers(0, 6), st.sampled_from([1, 2, 5]))
+@settings(max_examples=100, deadline=None)
+def test_events_tell_a_router_every_block_that_is_kept(
+    early: list[tuple[int, ...]], late: list[tuple[int, ...]], evictions: int, page_size: int
+) -> None:
+    keeper, first, second = Keeper(page_size), Router(page_size), Router(page_size)
+    keeper.tree.events.listen(first.take, keeper.tree)
+    for tokens in early:
+        keeper.keep(tokens)
+    for _ in range(evictions):
+        keeper.tree.evict({(0, 0)})
+    assert first.prefixes() == blocks(keeper)
+    keeper.tree.events.listen(second.take, keeper.tree)  # which came later, and gets what is there
+    for tokens in late:
+        keeper.keep(tokens)
+    assert second.prefixes() == blocks(keeper)
+    keeper.tree.clear()
+    assert second.prefixes() == []
+
+
+def blocks(keeper: Keeper) -> list[tuple[int, ...]]:
+    """Every prefix of whole pages that a node's KV has, once."""
+    found = set()
+    for handle in keeper.tree.check_integrity([]):
+        tokens = keeper.held[handle]
+        found.update(tokens[:end] for end in range(keeper.page_size, len(tokens) + 1, keeper.page_size))
+    return sorted(found)
+
+
+def test_blocks_of_other_salts_have_other_hashes_and_say_so() -> None:
+    keeper = Keeper(2)
+    events: list[PrefixEvent] = []
+    keeper.tree.events.listen(lambda event: events.append(event) is None, keeper.tree)
+    for salt in (None, "a"):
+        sequence = keeper.start((1, 2, 3, 4), salt=salt)
+        keeper.compute(sequence, 4)
+        keeper.finish(sequence)
+    (_, open_hashes, *_, no_key), (_, salted, *_, key) = events[1:]
+    assert not set(open_hashes) & set(salted)
+    assert (no_key, len(key)) == ("", 16)
+
+
+def test_a_listener_that_wants_no_more_gets_nothing_more() -> None:
+    keeper = Keeper(2)
+    events: list[PrefixEvent] = []
+    keeper.tree.events.listen(lambda event: bool(events.append(event)), keeper.tree)
+    keeper.keep((1, 2))
+    assert events == [("cleared",)]

@@ -143,6 +143,22 @@ def test_searches_without_a_cause_cost_no_more_than_a_hundredth() -> None:
     assert world.here < SEQUENCES
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.2])
+def test_one_stream_after_the_other_loses_no_more_than_a_fiftieth_to_workers_that_do_not_pay(noise: float) -> None:
+    """A stream of 64 to 576 tokens changes the load again and again, and so does the next one."""
+    world = World(0.002, 0.01, 0.002, dense=0.005, noise=noise, sequences=1, tokens=64)
+    tuner, spent, alone = StepTuner((1, 2, 3), None, (True, False)), 0.0, 0.0
+    for _ in range(6):
+        world.tokens = 64
+        tuner.interrupted()
+        for _ in range(512):
+            moving = world.moving > 0
+            spent += world.step(tuner) * (2 if moving else 1)
+            alone += world.times(1)[3]
+    assert alone >= 0.98 * spent
+    assert tuner.reason.startswith("decode: KV is read in this process (")
+
+
 # Lanes and orders.
 
 

@@ -7,7 +7,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from lamina.messages.snapshot import Snapshot
 from lamina.server.frontend import Frontend, Served
 from lamina.server.http.gate import Gate, NoMetrics
 from lamina.server.http.sse import while_connected
+from lamina.server.models import ModelState
 from lamina.server.settings import ServerSettings
 
 pytestmark = pytest.mark.data
@@ -61,8 +62,9 @@ class Counts(NoMetrics):
         self.http_calls: list[tuple[str, str, int]] = []
         self.rejections: list[str] = []
 
-    def render(self, snapshot: Snapshot | None, state: str, restarts: int = 0) -> tuple[bytes, str]:
-        return f"{state} {snapshot is not None}".encode(), "text/plain; version=0.0.4"
+    def render(self, models: Mapping[str, ModelState]) -> tuple[bytes, str]:
+        [now] = models.values()
+        return f"{now.state} {now.snapshot is not None}".encode(), "text/plain; version=0.0.4"
 
     def http(self, handler: str, method: str, status: int, seconds: float) -> None:
         self.http_calls.append((handler, method, status))
@@ -353,7 +355,6 @@ def test_keys(llm: LLM) -> None:
                 {},
                 {"Authorization": "Bearer three"},
                 {"Authorization": "Basic one"},
-                {"X_Api_Key": "one"},
             ):
                 reply = rig.ask(path, **headers)
                 assert (reply.status, reply.error["code"]) == (401, "invalid_api_key")
@@ -364,6 +365,7 @@ def test_keys(llm: LLM) -> None:
         for key in ("Bearer one", "bearer two", "Bearer  one "):
             assert rig.ask(TEXT, {"prompt": "a"}, Authorization=key).status == 200
         assert rig.ask("/v1/models", Authorization="Bearer two").status == 200
+        assert rig.ask("/v1/models", X_Api_Key="two").status == 200
         assert set(counts.rejections) == {"invalid_api_key"}
         assert "one" not in json.dumps([str(ticket.request.salt) for ticket in script.tickets])
 
@@ -498,8 +500,11 @@ def test_a_client_that_reads_nothing_is_given_up(llm: LLM, monkeypatch: pytest.M
 def test_the_document_describes_what_is_there(rig: Rig) -> None:
     document = rig.ask("/openapi.json").json
     assert set(document["paths"]) == {
-        "/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/{model_id}", "/tokenize", "/detokenize",
-        "/health", "/version", "/metrics",
+        "/detokenize", "/health", "/joining", "/joining/{machine_id}", "/metrics", "/rerank", "/tokenize",
+        "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/messages", "/v1/messages/count_tokens",
+        "/v1/models", "/v1/models/{model_id}", "/v1/models/{model_id}/load", "/v1/models/{model_id}/unload",
+        "/v1/rerank", "/v1/responses", "/v1/responses/input_tokens", "/v1/responses/{response_id}",
+        "/v1/responses/{response_id}/cancel", "/v1/responses/{response_id}/input_items", "/version",
     }  # fmt: skip
     schemas = document["components"]["schemas"]
     assert "Ignored" in schemas["ChatRequest"]["properties"]["user"]["description"]

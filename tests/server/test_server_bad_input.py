@@ -15,7 +15,8 @@ from server_rig import MODEL, Reply, Rig, serving
 from lamina import LLM
 from lamina.server.http import limits
 from lamina.server.http.errors import ApiError
-from lamina.server.openai.schemas import ChatRequest, CompletionRequest, read
+from lamina.server.http.fields import read
+from lamina.server.openai.schemas import ChatRequest, CompletionRequest
 
 pytestmark = pytest.mark.data
 
@@ -43,6 +44,7 @@ def refused(rig: Rig, reply: Reply, status: int, param: str | None, says: str) -
 
 
 CHAT_CASES: list[tuple[dict[str, Any], str | None, str]] = [
+    ({"max_tokens": 0}, "max_tokens", "max_tokens is 0; allowed is an integer from 1 to"),
     ({"messages": []}, "messages", "at least one message"),
     ({"messages": "hi"}, "messages", "at least one message"),
     ({"messages": None}, "messages", "at least one message"),
@@ -59,7 +61,11 @@ CHAT_CASES: list[tuple[dict[str, Any], str | None, str]] = [
     ),
     ({"messages": [{"role": "user", "content": "a b " * 5000}]}, "messages", "maximum context length is 8192 tokens"),
     ({"chat_template": "{{ 1 }}"}, "chat_template", "only the model's own"),
-    ({"chat_template_kwargs": {"a": 1}}, "chat_template_kwargs", "an empty object"),
+    ({"chat_template_kwargs": {"a": 1}}, "chat_template_kwargs", "template reads"),
+    ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs", "use tools instead"),
+    ({"chat_template_kwargs": {"enable_thinking": []}}, "chat_template_kwargs", "numbers"),
+    ({"reasoning_effort": "extreme"}, "reasoning_effort", "'minimal'"),
+    ({"thinking_token_budget": -1}, "thinking_token_budget", "0"),
     ({"continue_final_message": True}, "continue_final_message", "add_generation_prompt"),
     ({"logprobs": 1}, "logprobs", "allowed is a valid boolean"),
     ({"top_logprobs": 2}, "top_logprobs", "logprobs is true"),
@@ -90,9 +96,8 @@ CASES: list[tuple[dict[str, Any], str | None, str]] = [
     ({"temprature": 1}, "temprature", "did you mean temperature"),
     ({"x" * 5000: 1}, "x" * 80, "unknown field"),
     ({"model": 5}, "model", "a valid string"),
-    ({"max_tokens": 0}, "max_tokens", "max_tokens is 0; allowed is an integer from 1 to"),
-    ({"max_tokens": -5}, "max_tokens", "-5"),
-    ({"max_tokens": 10**30}, "max_tokens", "an integer from 1"),
+    ({"max_tokens": -5}, "max_tokens", "max_tokens is -5; allowed is an integer from"),
+    ({"max_tokens": 10**30}, "max_tokens", "an integer from"),
     ({"max_tokens": 1.5}, "max_tokens", "an integer"),
     ({"max_tokens": "4"}, "max_tokens", "'4'; allowed is an integer"),
     ({"max_tokens": True}, "max_tokens", "true; allowed is an integer"),
@@ -135,7 +140,8 @@ CASES: list[tuple[dict[str, Any], str | None, str]] = [
     ({"stream_options": {"include_usage": True}}, "stream_options", "where stream is true"),
     ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage", "unknown field"),
     ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "-1, or 1 and more"),
-    ({"prompt_logprobs": 1}, "prompt_logprobs", "null"),
+    ({"prompt_logprobs": 21}, "prompt_logprobs", "an integer from 0 to 20"),
+    ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "only where stream is false"),
     ({"priority": 2**31}, "priority", "an integer from"),
     ({"cache_salt": ""}, "cache_salt", "at least 1 character"),
     ({"policy": ""}, "policy", "at least 1 character"),
@@ -166,7 +172,6 @@ TOOL_CASES: list[tuple[dict[str, Any], str | None, str]] = [
     (_tool(parameters=NESTED), "tools", "deep"),
     (_tool() | {"tool_choice": "sometimes"}, "tool_choice", "sometimes"),
     (_tool() | {"tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice", "g"),
-    (_tool() | {"response_format": {"type": "json_object"}}, "response_format", "one of them"),
     (_tool() | {"tool_choice": {"type": "allowed_tools"}}, "tool_choice", "tool_choice is"),
     (_tool() | _allowed(mode="none"), "tool_choice", "tool_choice.allowed_tools is"),
     (_tool() | _allowed(tools=[]), "tool_choice", "tool_choice.allowed_tools is"),
@@ -211,11 +216,13 @@ TEXT_CASES: list[tuple[dict[str, Any], str | None, str]] = [
     (
         {"prompt": ["a"] * 300, "structured_outputs": {"grammar": 'start: "a"\n//' + "x" * 250_000}},
         "prompt",
-        "300 prompts, each with 250013 bytes",
+        "300 prompts, with 75003900 bytes",
     ),
     ({"suffix": "end"}, "suffix", "null or empty"),
     ({"best_of": 3}, "best_of", "n, which is 1"),
-    ({"echo": True, "logprobs": 1}, "echo", "one of them"),
+    ({"echo": True, "logprobs": 1, "stream": True}, "echo", "only where stream is false"),
+    ({"max_tokens": 0, "structured_outputs": {"regex": "a"}}, "max_tokens", "1 or more beside regex"),
+    ({"prompt": [[5] * 8000] * 4, "prompt_logprobs": 20}, "prompt", "prompt_logprobs; allowed are 67108864 bytes"),
     ({"logprobs": 10**6}, "logprobs", "an integer from 0 to 20"),
 ]
 
@@ -326,6 +333,139 @@ def test_values_in_errors_are_short() -> None:
         assert caught.value.param == "max_tokens"
 
 
+NEWER = {  # paths beside chats and completions: a body that is wrong there, and what is said of it
+    "/v1/responses": ({"input": "a", "temperature": -1}, "temperature is -1; allowed is a number from 0 to 100"),
+    "/v1/responses/input_tokens": ({"input": 5}, "allowed is text, or a list of at most 4096 items"),
+    "/v1/messages": ({"messages": MESSAGES, "max_tokens": 4, "top_p": 2}, "top_p is 2; allowed is a number above 0"),
+    "/v1/messages/count_tokens": ({"messages": "a"}, "messages is 'a'; allowed is a list"),
+    "/v1/embeddings": ({"input": []}, "input"),
+    "/v1/rerank": ({"query": "a", "documents": 5}, "documents"),
+}
+
+
+@pytest.mark.parametrize("path", NEWER)
+def test_newer_paths_refuse_alike(rig: Rig, path: str) -> None:
+    fields, says = NEWER[path]
+    deep = f'{{"a": {DEEP}}}'.encode()
+    cases = [
+        (rig.ask(path, fields), 400, says),
+        (rig.ask(path, {"magic": 1}), 400, "unknown field 'magic'"),
+        (rig.ask(path, fields | {"model": "gpt-4o"}), 404, f"'{MODEL}' is"),
+        (rig.ask(path, b""), 400, "the body is empty"),
+        (rig.ask(path, b"[1]"), 400, "the body is a list"),
+        (rig.ask(path, deep), 400, "100 deep"),
+        (rig.ask(path, b'{"a": 1, "a": 2}'), 400, "the field 'a' twice"),
+        (rig.ask(path, b"{}", Content_Type="text/plain"), 415, "application/json"),
+        (rig.ask(path, b"x" * (2 << 20)), 413, "1048576 bytes"),
+        (rig.ask(path, method="PUT"), 405, f"PUT {path}"),
+    ]
+    for reply, status, said in cases:
+        assert reply.status == status, reply.body
+        assert said in reply.json["error"]["message"], reply.body
+        assert (reply.json.get("type") == "error") == path.startswith("/v1/messages")
+    assert rig.complete(max_tokens=1).status == 200
+
+
+FUNCTION = {
+    "name": "f",
+    "description": "It.",
+    "parameters": {"type": "object", "properties": {"x": {"type": "string"}}},
+}
+RIGHT: dict[
+    str, dict[str, Any]
+] = {  # bodies of paths that generate nothing; every value in them is replaced by wrong ones
+    "/v1/messages/count_tokens": {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "a"}]},
+            {"role": "assistant", "content": [{"type": "tool_use", "id": "i", "name": "f", "input": {"x": "y"}}]},
+            {
+                "role": "user",
+                "content": [{"type": "tool_result", "tool_use_id": "i", "content": "b", "is_error": False}],
+            },
+        ],
+        "system": [{"type": "text", "text": "s"}],
+        "tools": [{"name": "f", "description": "It.", "input_schema": FUNCTION["parameters"]}],
+        "tool_choice": {"type": "tool", "name": "f", "disable_parallel_tool_use": True},
+        "thinking": {"type": "enabled", "budget_tokens": 5},
+        "output_config": {"effort": "low"},
+    },
+    "/v1/responses/input_tokens": {
+        "input": [
+            {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "a"}]},
+            {"type": "reasoning", "summary": [{"type": "summary_text", "text": "t"}]},
+            {"type": "function_call", "call_id": "i", "name": "f", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "i", "output": "b"},
+        ],
+        "instructions": "s",
+        "tools": [{"type": "function", **FUNCTION}],
+        "tool_choice": {"type": "function", "name": "f"},
+        "parallel_tool_calls": False,
+        "text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "object"}, "strict": True}},
+        "reasoning": {"effort": "low", "summary": "auto"},
+        "truncation": "auto",
+    },
+    "/tokenize": {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "a"}]},
+            {
+                "role": "assistant",
+                "tool_calls": [{"id": "i", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+            },
+            {"role": "tool", "tool_call_id": "i", "content": "b"},
+        ],
+        "tools": [{"type": "function", "function": FUNCTION}],
+    },
+}
+
+
+def wrong(value: Any) -> Iterator[Any]:
+    """A JSON value again and again, each time with one value in it of another type."""
+    yield from ({}, [], [1], 1, True, None, "\ud800")
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from ({**value, name: each} for each in wrong(inner))
+    if isinstance(value, list):
+        for at, inner in enumerate(value):
+            yield from ([*value[:at], each, *value[at + 1 :]] for each in wrong(inner))
+
+
+@pytest.mark.parametrize("path", RIGHT)
+def test_a_value_of_another_type_anywhere(rig: Rig, path: str) -> None:
+    """A dict where a name was wanted was no key of a table, and failed the server (500)."""
+    right = RIGHT[path]
+    assert rig.ask(path, right).status == 200, rig.ask(path, right).body
+    for name, value in right.items():
+        for each in wrong(value):
+            reply = rig.ask(path, {**right, name: each})
+            assert reply.status in (200, 400), (name, each, reply.body)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "says"),
+    [
+        ("GET", "/v1/responses/resp_0", 404, "there is no response 'resp_0'"),
+        ("GET", f"/v1/responses/{'x' * 3000}", 404, "there is no response"),
+        ("GET", "/v1/responses/%00%ff", 404, "there is no response"),
+        ("DELETE", "/v1/responses/resp_0", 404, "there is no response"),
+        ("POST", "/v1/responses/resp_0/cancel", 404, "there is no response"),
+        ("GET", "/v1/responses/resp_0/input_items?limit=-1", 404, "there is no response"),
+        ("POST", "/v1/models/gpt-4o/load", 404, f"'{MODEL}' is"),
+        ("POST", f"/v1/models/{MODEL}/unload", 409, "--idle-unload"),
+    ],
+)
+def test_what_paths_name(rig: Rig, method: str, path: str, status: int, says: str) -> None:
+    reply = rig.ask(path, method=method)
+    assert (reply.status, says in reply.error["message"]) == (status, True), reply.body
+    assert len(reply.error["message"]) < 300
+
+
+def test_machines_are_decided_by_a_boolean(rig: Rig) -> None:
+    assert rig.ask("/joining").json == {"allowed": False, "machines": []}
+    refused(rig, rig.ask("/joining/m", {"accept": "yes"}), 400, "accept", "a valid boolean")
+    refused(rig, rig.ask("/joining/m", {"accept": True}), 404, None, "there is no machine 'm'")
+    refused(rig, rig.ask("/joining/m", b'{"accept": true, "x": "' + b"y" * 2000 + b'"}'), 413, None, "1024 bytes")
+
+
 @pytest.mark.parametrize(
     "kind", ["", "text/plain", "application/xml", "application/json; charset=utf-16", "multipart/form-data; boundary=x"]
 )
@@ -362,7 +502,7 @@ def test_models_that_are_not_served(rig: Rig) -> None:
 
 
 def test_paths_and_methods(rig: Rig) -> None:
-    refused(rig, rig.ask("/v1/embeddings", {}), 404, None, "there is no such path: POST /v1/embeddings")
+    refused(rig, rig.ask("/v1/edits", {}), 404, None, "there is no such path: POST /v1/edits")
     refused(rig, rig.ask("/health/"), 404, None, "no such path")
     reply = rig.ask(CHAT)
     refused(rig, reply, 405, None, "GET /v1/chat/completions")

@@ -23,6 +23,7 @@ from lamina.sampling_params import SamplingParams
 from lamina.scheduling.request import Request
 from lamina.server.frontend import DeadlineExceeded
 from lamina.server.metrics.metrics import MAX_VALUES, ServerMetrics
+from lamina.server.models import ModelState
 
 DOCS = Path(__file__).parents[2] / "docs"
 DASHBOARD = DOCS / "monitoring" / "grafana" / "dashboards" / "lamina.json"
@@ -40,7 +41,7 @@ def holder(name: str, *, local: bool = False, free: int = 40, keeps: bool = True
 
 def snapshot(**changes: Any) -> Snapshot:
     numbers = {name: 0 for name, field in Snapshot.__dataclass_fields__.items() if field.type in ("int", "float")}
-    fields: dict[str, Any] = {**numbers, "page_size": 16, "cached_pages": {"w1": 10}, "sequences": ()}
+    fields: dict[str, Any] = {**numbers, "page_size": 16, "block_pages": 4, "cached_pages": {"w1": 10}, "sequences": ()}
     fields["holders"] = (holder("local", local=True, free=90, keeps=False), holder("w1"), holder("w2", free=100))
     return Snapshot(**{**fields, **changes})
 
@@ -50,7 +51,7 @@ Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 def scraped(metrics: ServerMetrics, seen: Snapshot | None, state: Any = "ready", restarts: int = 0) -> Samples:
     """Samples by name and labels, those that all metrics of the model share left out."""
-    text, kind = metrics.render(seen, state, restarts)
+    text, kind = metrics.render({"m": ModelState(seen, state, restarts)})
     assert kind.startswith("text/plain")
     found: Samples = {}
     for family in text_string_to_metric_families(text.decode()):
@@ -119,7 +120,7 @@ def test_what_the_engine_says_is_rendered() -> None:
     assert value(found, "lamina:attention_exchange_seconds_sum", worker="w1") == 3.5
     assert value(found, "lamina:iteration_tokens_total_bucket", le="8.0") == 3
     assert value(found, "lamina:iteration_tokens_total_sum") == 44
-    assert value(found, "lamina:cache_config_info", block_size="16", num_gpu_blocks="200") == 1
+    assert value(found, "lamina:cache_config_info", block_size="16", num_gpu_blocks="50") == 1
     assert value(found, "lamina:kv_cache_usage_perc") == 50 / 200  # of those that keep sequences; the cache's are free
     for worker, states in {"w1": (50, 10, 40), "w2": (0, 0, 100), "local": (10, 0, 90)}.items():
         pages = [value(found, "lamina:kv_pages", worker=worker, state=state) for state in ("used", "cached", "free")]
@@ -176,12 +177,12 @@ def test_requests_are_counted_as_clients_see_them() -> None:
     metrics = ServerMetrics("m")
     asked = ticket(n=2, max_tokens=50)
     asked.scheduled = asked.submitted + 0.1
-    metrics.first_token(0.4)
-    metrics.next_tokens(0.02, 1)
-    metrics.next_tokens(0.06, 3)
-    metrics.ended(asked, completion(5, 11), 2.5)
-    metrics.failed(asked, DeadlineExceeded("late"))
-    metrics.failed(asked, EngineError("broken"))
+    metrics.of("m").first_token(0.4)
+    metrics.of("m").next_tokens(0.02, 1)
+    metrics.of("m").next_tokens(0.06, 3)
+    metrics.of("m").ended(asked, completion(5, 11), 2.5)
+    metrics.of("m").failed(asked, DeadlineExceeded("late"))
+    metrics.of("m").failed(asked, EngineError("broken"))
     found = scraped(metrics, None, "loading")
     assert value(found, "lamina:time_to_first_token_seconds_sum") == 0.4
     assert value(found, "lamina:inter_token_latency_seconds_count") == 4
@@ -207,8 +208,8 @@ def test_what_ended_early_has_no_times_that_never_were() -> None:
     metrics = ServerMetrics("m")
     queued, read = ticket(), ticket()
     read.scheduled = read.submitted + 0.1
-    metrics.ended(queued, completion(0, reason="abort", timing=Timing(0, 0, 0, 0)), 1.0)
-    metrics.ended(read, completion(0, reason="abort", timing=Timing(0.1, 0, 0.5, 0)), 1.0)
+    metrics.of("m").ended(queued, completion(0, reason="abort", timing=Timing(0, 0, 0, 0)), 1.0)
+    metrics.of("m").ended(read, completion(0, reason="abort", timing=Timing(0.1, 0, 0.5, 0)), 1.0)
     found = scraped(metrics, None)
     assert value(found, "lamina:e2e_request_latency_seconds_count") == 2
     assert value(found, "lamina:request_queue_time_seconds_count") == 1
@@ -235,7 +236,7 @@ def test_outsiders_cannot_make_series_without_end() -> None:
 
 
 def test_a_name_with_quotes_stays_a_label() -> None:
-    text, _ = ServerMetrics('a"b\nc\\d').render(None, "loading")
+    text, _ = ServerMetrics('a"b\nc\\d').render({})
     [family] = [f for f in text_string_to_metric_families(text.decode()) if f.name == "lamina:engine_up"]
     assert family.samples[0].labels["model_name"] == 'a"b\nc\\d'
 
@@ -254,7 +255,7 @@ def test_pages_are_told_by_pool_where_there_are_several() -> None:
 
 def exported() -> set[str]:
     """Every name, as queries write it: counters with `_total`, histograms without their series' endings."""
-    text = ServerMetrics("m").render(with_pools(), "ready")[0].decode()
+    text = ServerMetrics("m").render({"m": ModelState(with_pools(), "ready")})[0].decode()
     return set(re.findall(r"^# TYPE (\S+)", text, re.MULTILINE))
 
 

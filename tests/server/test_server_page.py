@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from fastapi import FastAPI
 from lamina.errors import InvalidRequest
 from lamina.messages.snapshot import EXCHANGE_BUCKETS, HolderSnapshot, SequenceSnapshot, Snapshot
 from lamina.server.frontend import Frontend, Served
+from lamina.server.models import Models
+from lamina.server.page.events import MOST, Events
 from lamina.server.page.page import PUBLIC_PATHS, add_page
 from lamina.server.page.recent_latencies import SECONDS, RecentLatencies
 from lamina.server.page.status import MAX_SEQUENCES, Labels, Percentiles, Server, percentiles, status
@@ -116,6 +119,38 @@ def test_percentiles_of_nothing():
     assert percentiles([]) is None
 
 
+def test_events_are_found_by_comparing_looks():
+    now = [100.0]
+    events = Events(lambda: now[0])
+
+    def look(state: str = "ready", why: str = "", restarts: int = 0, **changes) -> list[tuple]:
+        now[0] += 1
+        zeros = {"lost_holders": 0, "rebuilt_tokens": 0, "began": 1.0}
+        up = tuple(holder(name) for name in ("a", "b") if name not in changes.get("missing", ()))
+        found = events.look(state, why, restarts, snapshot([], **(zeros | {"holders": up} | changes)))
+        return [(e["subject"], e["what"], e["at"], e["tokens"], e["back"]) for e in found]
+
+    assert look() == []
+    assert look(missing=("b",), lost_holders=1) == [("b", "lost", 102.0, 0, None)]
+    assert look(missing=("b",), lost_holders=1, rebuilt_tokens=76) == [("b", "lost", 102.0, 76, None)]
+    assert look(lost_holders=1, rebuilt_tokens=76) == [("b", "lost", 102.0, 76, 104.0)]
+    (seen, _) = look(lost_holders=2, rebuilt_tokens=76)  # lost and back between two looks
+    assert seen == ("1 holder", "lost", 105.0, 0, 105.0)
+    assert look(missing=("b",), lost_holders=3, rebuilt_tokens=76)[0] == ("b", "lost", 106.0, 0, None)
+    again = (holder("a"), holder("b.1"))
+    assert look(lost_holders=3, rebuilt_tokens=76, holders=again)[0] == ("b", "lost", 106.0, 0, 107.0)
+    joined = (holder("a"), holder("b.1"), holder("c"))
+    assert look(lost_holders=3, rebuilt_tokens=76, holders=joined)[0] == ("c", "joined", 108.0, 0, None)
+    assert look("dead", "signal 9")[0] == ("engine", "dead", 109.0, 0, None)
+    again = look(restarts=1, began=2.0, rebuilt_tokens=9)  # its counters begin anew
+    assert again[0] == ("engine", "dead", 109.0, 9, 110.0)
+    assert look(restarts=2, began=3.0)[0] == ("engine", "restarted", 111.0, 0, None)
+    for _ in range(2 * MOST):
+        look("halted")
+        look(restarts=2)
+    assert len(look(restarts=2)) == MOST
+
+
 class Heard:
     def __init__(self) -> None:
         self.calls: list[tuple[str, object]] = []
@@ -163,7 +198,7 @@ class InputProcessor:
 
 def page() -> tuple[FastAPI, Frontend]:
     app, frontend = FastAPI(), Frontend()
-    add_page(app, frontend, ServerSettings(model="some-model"), KeyShares(1024, 1))
+    add_page(app, Models({"some-model": frontend}), ServerSettings(model="some-model"), KeyShares(1024, 1))
     return app, frontend
 
 
@@ -192,21 +227,36 @@ def test_files_come_under_a_strict_policy():
 
 
 def test_the_page_needs_nothing_from_elsewhere():
-    files = {item.name: item.read_text() for item in (resources.files("lamina.server.page") / "static").iterdir()}
+    static = resources.files("lamina.server.page") / "static"
+    files = {item.name: item.read_text() for item in static.iterdir() if item.is_file()}
     asked = set(re.findall(r'(?:src|href)="(lamina/[^"]+)"', files["index.html"]))
     for name, text in files.items():
         assert "//" not in re.sub(r"(^|\s)// .*|http://www.w3.org/2000/svg", "", text), name  # no address with a host
         asked |= {f"lamina/{other}" for other in re.findall(r'from "\./([^"]+)"', text)}
     assert {f"/{path}" for path in asked} | {"/"} == PUBLIC_PATHS
-    assert len(files) == len(PUBLIC_PATHS)
+    scripts = [item for item in (static / "vendor").iterdir() if item.name.endswith(".js")]
+    assert len(files) + len(scripts) == len(PUBLIC_PATHS)
 
 
 def test_the_page_has_nothing_inline():
-    html = (resources.files("lamina.server.page") / "static" / "index.html").read_text()
+    static = resources.files("lamina.server.page") / "static"
+    html = (static / "index.html").read_text()
     assert not re.search(r"<style|\sstyle=|\son\w+=|javascript:", html)
     assert all("src=" in tag for tag in re.findall(r"<script[^>]*>", html))
-    for script in (resources.files("lamina.server.page") / "static").iterdir():
-        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", script.read_text())
+    for script in static.iterdir():
+        if script.is_file():
+            assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", script.read_text())
+
+
+def test_files_of_others_are_as_they_published_them():
+    vendor = resources.files("lamina.server.page") / "static" / "vendor"
+    rows = re.findall(
+        r"^\| (\S+\.js) \| .* (\S+\.LICENSE) \| ([0-9a-f]{64}) \|$", (vendor / "README.md").read_text(), re.M
+    )
+    assert {name for name, _, _ in rows} == {item.name for item in vendor.iterdir() if item.name.endswith(".js")}
+    for name, licence, digest in rows:
+        assert hashlib.sha256((vendor / name).read_bytes()).hexdigest() == digest
+        assert (vendor / licence).is_file()
 
 
 def test_status_through_the_life_of_an_engine():

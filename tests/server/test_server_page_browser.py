@@ -22,8 +22,10 @@ from starlette.types import Receive, Scope, Send
 
 from lamina.messages.snapshot import EXCHANGE_BUCKETS, HolderSnapshot, SequenceSnapshot, Snapshot
 from lamina.server.frontend import Frontend, Served
+from lamina.server.models import Models
 from lamina.server.page.page import PUBLIC_PATHS, add_page
 from lamina.server.settings import ServerSettings
+from lamina.server.shares import KeyShares
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -109,6 +111,17 @@ class World:
     asked: list[dict]
     gone: threading.Event  # a client left in the middle of an answer
     refuse: list[Response]  # instead of the next answer
+    deltas: list[dict] = dataclasses.field(default_factory=list)  # of the next answers, instead of ANSWER
+    machines: list[dict] = dataclasses.field(default_factory=list)  # that join
+    answers: list[tuple[str, dict]] = dataclasses.field(default_factory=list)  # to machines: id and what was sent
+
+
+class Loads:
+    """Loads no model."""
+
+    def load(self, name: str) -> None: ...
+
+    def unload(self, name: str) -> None: ...
 
 
 class Key:
@@ -128,10 +141,15 @@ class Key:
 
 
 @contextlib.contextmanager
-def serving(engine: Engine | None = None, keys: tuple[str, ...] = (), pause: float = 0.02) -> Iterator[World]:
+def serving(
+    engine: Engine | None = None, keys: tuple[str, ...] = (), pause: float = 0.02, others: tuple[str, ...] = ()
+) -> Iterator[World]:
     app, frontend = FastAPI(), Frontend()
-    settings = ServerSettings(model="some-model", api_keys=keys)
-    add_page(app, frontend, settings)
+    settings = ServerSettings(model="some-model", api_keys=keys, others=others)
+    models = Models({settings.model: frontend} | {name: Frontend() for name in others}, Loads() if others else None)
+    add_page(app, models, settings, KeyShares(settings.max_requests, settings.tenants))
+    for name in others:
+        models[name].frontend.unloaded()
     if engine is not None:
         frontend.ready(Served(engine, None, InputProcessor()))
     listener = socket.create_server(("127.0.0.1", 0))
@@ -146,8 +164,8 @@ def serving(engine: Engine | None = None, keys: tuple[str, ...] = (), pause: flo
         async def chunks():
             begun = time.monotonic()
             try:
-                for word in ANSWER:
-                    choice = {"index": 0, "delta": {"content": f"{word} "}, "finish_reason": None}
+                for delta in world.deltas or [{"content": f"{word} "} for word in ANSWER]:
+                    choice = {"index": 0, "delta": delta, "finish_reason": None}
                     yield f"data: {json.dumps({'choices': [choice]})}\n\n"
                     frontend.observer.next_tokens(max(time.monotonic() - begun, 0.001), 1)
                     await asyncio.sleep(pause)
@@ -159,6 +177,21 @@ def serving(engine: Engine | None = None, keys: tuple[str, ...] = (), pause: flo
             yield f"data: {json.dumps({'choices': [], 'usage': usage})}\n\ndata: [DONE]\n\n"
 
         return StreamingResponse(chunks(), media_type="text/event-stream")
+
+    @app.post("/v1/models/{name}/load")
+    async def load(name: str) -> Response:
+        world.answers.append((name, {}))
+        return JSONResponse({"error": {"message": "there is no room"}}, 409)
+
+    @app.get("/joining")
+    async def joining() -> Response:
+        return JSONResponse({"allowed": True, "machines": world.machines})
+
+    @app.post("/joining/{machine}")
+    async def accept(machine: str, request: Request) -> Response:
+        world.answers.append((machine, await request.json()))
+        world.machines = [each | {"state": "serving"} for each in world.machines]
+        return JSONResponse({})
 
     config = uvicorn.Config(Key(app, settings), log_level="warning", ws="none", lifespan="off")
     server = uvicorn.Server(config)
@@ -200,8 +233,8 @@ class Tab:
         self.url = world.url
 
     def _said(self, kind: str, text: str) -> None:
-        refused = text.startswith("Failed to load resource: the server responded")  # the browser's own, of a status
-        if kind in ("error", "warning") and not refused:
+        own = ("Failed to load resource: the server responded", "Failed to load resource: net::ERR_CONNECTION_REFUSED")
+        if kind in ("error", "warning") and not text.startswith(own):  # of a status, and of a server that has ended
             self.errors.append(text)
 
     def wait(self, condition: str) -> None:
@@ -262,9 +295,10 @@ def test_figures_move_while_the_engine_works(tab):
         assert "attention tier 25 %" in it.text("#tier-words")
         assert it.page.locator("#maps figure").count() == 3
         rows = it.page.locator("#workers tbody tr").all_inner_texts()
-        assert [row.split()[0] for row in rows] == ["attention-0", "attention-1", "attention-2"]
+        assert [row[:11] for row in rows] == ["attention-0", "attention-1", "attention-2"]
         assert all("2.0 MB/s" in row and "127.0.0.1:900" in row and " ms" in row for row in rows)
-        assert all(pixels(it, name) != drawn for name, drawn in before.items())
+        for name, drawn in before.items():
+            it.wait(f"document.querySelector('{name}').toDataURL() !== '{drawn}'")
         assert "secret" not in it.page.content()
 
 
@@ -278,6 +312,12 @@ def test_a_lost_holder_is_told(tab):
         assert "attention-1" in row
         assert "lost" in row
         assert "127.0.0.1:9001" in row  # what was known of it
+        assert it.text("#state") == "ready, 1 holder lost"
+        assert it.text("#holders-up") == "2 of 3 up"
+        assert it.text("#newest-events").startswith("attention-1 lost at ")
+        engine.missing = ()
+        it.wait("document.querySelector('#newest-events').textContent.includes('; back at ')")
+        assert it.text("#state") == "ready"
 
 
 def test_an_answer_streams_and_is_only_text(tab):
@@ -301,6 +341,95 @@ def test_an_answer_streams_and_is_only_text(tab):
     assert first["model"] == "some-model"
     assert (first["temperature"], first["max_tokens"], first["stream"]) == (0.5, 33, True)
     assert [message["role"] for message in second["messages"]] == ["user", "assistant", "user"]
+
+
+MARKDOWN = """# Title
+A **bold** word, `code`, [a link](https://example.com) and [a trap](javascript:alert(1)).
+
+```python
+print("<b>")
+```
+
+| a | b |
+| - | - |
+| 1 | 2 |
+
+![a picture](https://example.com/x.png)
+<script>alert(1)</script>
+"""
+
+
+def test_answers_are_markdown_with_reasoning_folded(tab):
+    with serving(Engine()) as world:
+        thoughts = [{"reasoning_content": f"step {n}. "} for n in range(4)]
+        world.deltas = [*thoughts, *({"content": MARKDOWN[i : i + 7]} for i in range(0, len(MARKDOWN), 7))]
+        it = tab(world)
+        it.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        it.page.fill("#text", "Think.")
+        it.page.press("#text", "Enter")
+        it.wait("document.querySelector('.reasoning:not([hidden])')")
+        it.wait("document.querySelector('.assistant .about')")
+        assert not it.page.is_visible(".thought")
+        it.page.click(".reasoning summary")
+        assert it.text(".thought").strip() == "step 0. step 1. step 2. step 3."
+        said = ".assistant .said"
+        assert it.text(f"{said} h1") == "Title"
+        assert it.text(f"{said} strong") == "bold"
+        assert it.page.get_attribute(f"{said} a[href]", "rel") == "noopener noreferrer nofollow"
+        assert it.page.locator(f"{said} a[href]").count() == 1  # not the trap
+        assert it.page.locator(f"{said} td").count() == 2
+        assert it.page.locator(f"{said} img, {said} script").count() == 0
+        assert "<script>alert(1)</script>" in it.text(said)
+        assert it.text(f"{said} .code span") == "python"
+        it.page.click(f"{said} .code button")
+        it.wait("document.querySelector('.said .copy').textContent === 'Copied'")
+        assert it.page.evaluate("navigator.clipboard.readText()") == 'print("<b>")'
+        it.page.click(".about .copy")
+        it.wait("document.querySelector('.about .copy').textContent === 'Copied'")
+        assert it.page.evaluate("navigator.clipboard.readText()") == MARKDOWN
+        it.page.fill("#text", "And?")
+        it.page.press("#text", "Enter")
+        it.wait("document.querySelectorAll('.assistant .about').length === 2")
+        assert world.asked[1]["messages"][1] == {"role": "assistant", "content": MARKDOWN}
+
+
+def test_deep_markdown_is_shown_and_harms_nothing(tab):
+    with serving(Engine()) as world:
+        world.deltas = [{"content": "> " * 20000 + "deep"}]
+        it = tab(world)
+        it.page.fill("#text", "Go deep.")
+        it.page.press("#text", "Enter")
+        it.wait("document.querySelector('.assistant .about')")
+        assert "deep" in it.text(".assistant .said")
+
+
+def test_models_are_switched(tab):
+    with serving(Engine(), others=("another",)) as world:
+        it = tab(world)
+        it.wait("document.querySelector('#models').value === 'some-model'")
+        assert it.page.locator("#models option").all_inner_texts() == ["some-model (loaded)", "another (unloaded)"]
+        it.page.select_option("#models", "another")
+        it.wait("document.querySelector('#state').textContent === 'unloaded'")
+        it.page.click("#load")
+        it.wait("document.querySelector('#chat-words').textContent === 'there is no room'")
+        it.page.fill("#text", "Hello?")
+        it.page.press("#text", "Enter")
+        it.wait("document.querySelector('.assistant .about')")
+        assert world.asked[0]["model"] == "another"
+        it.page.select_option("#models", "some-model")
+        it.wait(READY)
+
+
+def test_a_machine_is_accepted(tab):
+    with serving(Engine()) as world:
+        machine = {"id": "m1", "name": "attic", "code": "314 159", "address": "192.168.1.7", "memory": 16 << 30}
+        world.machines = [machine | {"since": 0, "state": "waiting"}]
+        it = tab(world, size=(390, 844))
+        it.wait("document.querySelector('#joining .code-of')?.textContent === '314 159'")
+        assert "attic asks to join (192.168.1.7, 16 GiB of memory)" in it.text("#joining")
+        it.page.click("#joining button.main")
+        it.wait("document.querySelector('#joining').textContent.includes('joined and serves')")
+    assert world.answers == [("m1", {"accept": True})]
 
 
 def test_stop_ends_the_answer_at_the_server_too(tab):
@@ -374,11 +503,12 @@ def test_loading_dead_and_gone_are_told(tab):
         it.wait("document.querySelector('#state').textContent === 'dead'")
         assert "signal 9" in it.text("#notice")
         assert "last that were seen" in it.text("#notice")
+        assert "answers under way wait" in it.text("#notice")
         world.frontend.ready(Served(Engine(), None, InputProcessor()), restarts=1)
         it.wait("document.querySelector('#restarts').textContent === '1'")
         assert it.text("#state") == "ready"
+        assert "signal 9); serving again at " in it.text("#newest-events")
     it.wait("document.querySelector('#notice').textContent.includes('does not answer')")
-    it.errors = [text for text in it.errors if "ERR_CONNECTION_REFUSED" not in text]
 
 
 @pytest.mark.parametrize("size", [(1280, 900), (390, 844)])
@@ -392,7 +522,7 @@ def test_everything_fits(tab, size, holders, sequences):
         it.page.click("#by-sequence summary")
         it.wait(f"document.querySelectorAll('#by-sequence tbody tr').length === {max(1, sequences)}")
         assert it.page.evaluate("document.documentElement.scrollWidth") == size[0]
-        for section in it.page.locator("section").all():
+        for section in it.page.locator("section:visible").all():
             box = section.bounding_box()
             assert box["x"] >= 0
             assert box["x"] + box["width"] <= size[0]
@@ -479,6 +609,7 @@ def test_a_hidden_tab_asks_nothing(tab):
         before = len(it.asked)
         it.page.wait_for_timeout(2500)
         assert len(it.asked) == before
+        polls = [url for url in it.asked if url.endswith("lamina/status")]
         it.page.evaluate("delete document.hidden; document.dispatchEvent(new Event('visibilitychange'));")
         it.page.wait_for_timeout(500)
-        assert len(it.asked) == before + 1
+        assert [url for url in it.asked if url.endswith("lamina/status")] == [*polls, polls[0]]

@@ -1,4 +1,5 @@
-"""Tools: what requests may say, what the grammar lets through, and calls in text that comes in pieces."""
+"""Tools in the Hermes form: what requests may say, what the grammar lets through, and calls in text that comes in
+pieces. `test_reply_formats` has the other forms."""
 
 from __future__ import annotations
 
@@ -18,8 +19,10 @@ from small_grammars import EOS, GRAMMARS, TOKENIZER
 from lamina import LLM
 from lamina.errors import InvalidRequest
 from lamina.sampling_params import SamplingParams
-from lamina.server.chat.tool_parser import Delta, ToolParser
-from lamina.server.chat.tools import ToolUse, call_text, tags_are_special
+from lamina.server.chat.formats.family import Vocabulary
+from lamina.server.chat.formats.hermes import Hermes, HermesParser, call_text, system_note
+from lamina.server.chat.reply_parser import Delta
+from lamina.server.chat.tools import ToolUse
 
 
 def tool(name: str, parameters: Any = None, **more: Any) -> dict[str, Any]:
@@ -40,14 +43,18 @@ NAMED = {"type": "function", "function": {"name": "add"}}
 
 
 def use(choice: Any = None, parallel: Any = None, tools: Any = TOOLS) -> ToolUse:
-    made = ToolUse.from_request(tools, choice, parallel, False)
+    made = ToolUse.from_request(tools, choice, parallel)
     assert made is not None
     return made
 
 
+def grammar(made: ToolUse) -> str:
+    return Hermes(Vocabulary({}, ()), "").grammar(made, None, None)
+
+
 def accepts(made: ToolUse, text: str) -> bool:
     """Whether a text is allowed as a whole."""
-    [constraint] = GRAMMARS.constraints(SamplingParams(grammar=made.grammar), 1)
+    [constraint] = GRAMMARS.constraints(SamplingParams(grammar=grammar(made)), 1)
     for token in [*TOKENIZER.encode(text).ids, EOS]:
         if not np.unpackbits(constraint.allowed.view(np.uint8), bitorder="little")[token]:
             return False
@@ -83,29 +90,15 @@ def test_the_choice_decides_what_may_be_written(choice: Any, parallel: Any, good
 
 
 def test_no_tools_and_none_mean_text() -> None:
-    assert ToolUse.from_request(None, None, None, True) is None
-    assert ToolUse.from_request([], None, None, True) is None
-    assert ToolUse.from_request(TOOLS, "none", None, True) is None
+    assert ToolUse.from_request(None, None, None) is None
+    assert ToolUse.from_request([], None, None) is None
+    assert ToolUse.from_request(TOOLS, "none", None) is None
 
 
-def test_the_note_is_for_models_whose_template_shows_no_tools() -> None:
+def test_the_note_has_the_definitions() -> None:
     made = use()
-    assert made.system_note is not None
-    assert '"name": "weather", "description": "How it is outside"' in made.system_note
-    shown = ToolUse.from_request(TOOLS, None, None, True)
-    assert shown is not None
-    assert shown.system_note is None
-    assert shown.tools[2] == tool("ping", {"type": "object", "properties": {}})
-
-
-def test_tags_that_are_special_tokens_are_written_as_such() -> None:
-    assert tags_are_special(["<s>", "<tool_call>"])
-    assert not tags_are_special(["<s>"])
-    for choice in ("auto", "required"):
-        made = ToolUse.from_request(TOOLS, choice, None, True, special_tags=True)
-        assert made is not None
-        with pytest.raises(InvalidRequest, match="unknown special token"):  # this tokenizer has none
-            GRAMMARS.constraints(SamplingParams(grammar=made.grammar), 1)
+    assert '"name": "weather", "description": "How it is outside"' in system_note(made.tools)
+    assert made.tools[2] == tool("ping", {"type": "object", "properties": {}})
 
 
 def test_schemas_that_cannot_be_held_to_in_full_work_unless_they_are_strict() -> None:
@@ -141,7 +134,7 @@ def deep(levels: int) -> dict[str, Any]:
         ([{"type": "function"}], None, None, r"tools\[0\]\.function is None"),
         ([tool("f"), tool("f g")], None, None, r"tools\[1\]\.function\.name is 'f g'"),
         ([tool("f"), tool("f")], None, None, r"tools\[1\]\.function\.name is 'f'; allowed is another"),
-        ([tool("a" * 65)], None, None, r"tools\[0\]\.function\.name"),
+        ([tool("a" * 129)], None, None, r"tools\[0\]\.function\.name"),
         ([tool("f\n")], None, None, r"tools\[0\]\.function\.name"),
         ([tool("f", description=3)], None, None, r"tools\[0\]\.function\.description is 3"),
         ([tool("f", description="d" * 20000)], None, None, r"tools\[0\]\.function\.description"),
@@ -157,8 +150,6 @@ def deep(levels: int) -> dict[str, Any]:
         ([tool("f", {"const": math.nan})], None, None, "no JSON"),
         ([tool("f", {"const": "\ud800"})], None, None, "no JSON"),
         ([tool("f", {"enum": ["x" * (1 << 18)]})], None, None, r"tools\[0\]\.function\.parameters has \d+ characters"),
-        ([tool(f"f{i}", {"properties": {"a": {"enum": ["x" * (1 << 17)]}}}) for i in range(5)], None, None,
-         "tools make a grammar of"),
         (TOOLS, "maybe", None, "tool_choice is 'maybe'"),
         (TOOLS, {"type": "function", "function": {"name": "x"}}, None, r"tool_choice\.function\.name is 'x'"),
         (TOOLS, {"type": "function"}, None, "tool_choice is"),
@@ -171,7 +162,7 @@ def deep(levels: int) -> dict[str, Any]:
 )  # fmt: skip
 def test_what_is_wrong_is_named(tools: Any, choice: Any, parallel: Any, message: str) -> None:
     with pytest.raises(InvalidRequest, match=message) as refusal:
-        ToolUse.from_request(tools, choice, parallel, True)
+        grammar(use(choice, parallel, tools))
     assert len(str(refusal.value)) < 700
 
 
@@ -187,7 +178,8 @@ def test_as_many_tools_as_may_be_are_compiled() -> None:
 def parse(pieces: Sequence[str], hidden: Sequence[str] = ()) -> tuple[str, list[tuple[str, str, str]], list[Delta]]:
     """The content, the calls (id, name, arguments) and all deltas."""
     numbers = itertools.count()
-    parser = ToolParser(lambda: f"call_{next(numbers)}", hidden)
+    known: dict[str, Any] = {name: {} for name in ("weather", "add", "f", "g")}
+    parser = HermesParser(functions=known, new_id=lambda: f"call_{next(numbers)}", hidden=hidden)
     deltas = [delta for piece in pieces for delta in parser.push(piece)] + parser.finish()
     calls: list[list[str]] = []
     for delta in deltas:
@@ -223,6 +215,14 @@ TEXTS = [
     (f"{SUM}<|end|>", "", [("add", '{"a": 1, "b": -20}')]),
     ("Bye<|end|>", "Bye", []),
     ("Bye <|en", "Bye <|en", []),
+    ('```json\n{\n  "name": "add",\n  "arguments": {\n    "a": 1\n  }\n}\n```', "", [("add", '{\n    "a": 1\n  }')]),
+    ('So:\n```\n{"name": "f", "arguments": {}}\n```\nBye', "So:Bye", [("f", "{}")]),
+    ('{"name": "f", "arguments": {"x": 1}}\n{"name": "g", "arguments": {}}', "", [("f", '{"x": 1}'), ("g", "{}")]),
+    ('{"name": "F", "arguments": {}}', '{"name": "F", "arguments": {}}', []),
+    ('Write\n\n```json\n{"name": "app"}\n```\n', 'Write\n\n```json\n{"name": "app"}\n```\n', []),
+    ("```python\nf()\n```", "```python\nf()\n```", []),
+    ('Take {"name": "f", "arguments": {}}', 'Take {"name": "f", "arguments": {}}', []),
+    ('<tools>\n{"name": "f", "arguments": {}}\n</tools>', "", [("f", "{}")]),
 ]  # fmt: skip
 
 
@@ -242,7 +242,7 @@ def test_a_text_gives_the_same_however_it_is_cut(
 
 
 def test_content_and_arguments_come_as_soon_as_they_can() -> None:
-    parser = ToolParser(lambda: "call_x")
+    parser = HermesParser(functions={"f": {}}, new_id=lambda: "call_x")
     assert parser.push("Hello") == [Delta(content="Hello")]
     assert parser.push(" ") == []
     assert parser.push("you <too") == [Delta(content=" you")]
@@ -262,10 +262,10 @@ def test_the_real_model_calls_what_exists() -> None:
         for choice, seed in itertools.product(("required", NAMED, "auto"), range(3)):
             made = use(choice)
             messages = [
-                {"role": "system", "content": f"You are helpful.\n\n{made.system_note}"},
+                {"role": "system", "content": f"You are helpful.\n\n{system_note(made.tools)}"},
                 {"role": "user", "content": "What is 17 + 25, and how is the weather in Oslo?"},
             ]
-            completion = llm.chat(messages, grammar=made.grammar, max_tokens=200, temperature=1.0, seed=seed)
+            completion = llm.chat(messages, grammar=grammar(made), max_tokens=200, temperature=1.0, seed=seed)
             _, calls, _ = parse([completion.text])
             assert calls or choice == "auto"
             for index, (_, name, arguments) in enumerate(calls):

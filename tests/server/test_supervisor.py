@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from lamina.errors import EngineError, InvalidRequest
-from lamina.server.processes.supervisor import ServerPlan, Supervisor
+from lamina.server.processes.server_plan import ServerPlan
+from lamina.server.processes.supervisor import Supervisor
 from lamina.server.settings import ServerSettings
 from lamina.system.private_folder import lock
 
@@ -33,7 +34,7 @@ class World:
         self.folder = folder
         self.messages: list[str] = []
         settings = ServerSettings(model="m", api_keys=("secret",))
-        self.supervisor = Supervisor(ServerPlan("m", {"threads": 1}, settings, "127.0.0.1", 0, drain=5.0), self)
+        self.supervisor = Supervisor(ServerPlan({"m": "m"}, {"threads": 1}, settings, "127.0.0.1", 0, drain=5.0), self)
 
     def progress(self, what: str, done: int, total: int | None) -> None:
         self.messages.append(f"{what} {done}/{total}")
@@ -142,7 +143,7 @@ def test_an_engine_that_dies_is_started_again_and_the_http_process_is_told(world
     world.run(world.serving, world.kill("engine"), twice, world.signal)
     heard = [said[0] for said in world.heard("http")]
     assert heard.index("dead") < len(heard) - 1 - heard[::-1].index("ready")
-    sockets = {said[1]["socket"] for said in world.heard("http") if said[0] == "ready"}
+    sockets = {said[2]["socket"] for said in world.heard("http") if said[0] == "ready"}
     assert len(sockets) == 2  # nobody reaches the old engine by the new one's name
     assert any("killed by SIGKILL; it starts again" in message for message in world.messages)
 
@@ -161,7 +162,7 @@ def test_an_engine_that_does_not_start_ends_the_server(world: World) -> None:
 
 @pytest.mark.parametrize("how", ["fails", "dies"])
 def test_a_restart_that_fails_ends_the_server(world: World, how: str) -> None:
-    world.supervisor._engine.backoff.first = 0.01  # seconds; six delays, each twice as long as the previous one
+    world.supervisor._engines["m"].backoff.first = 0.01  # seconds; six delays, each twice as long as the previous one
     with pytest.raises(EngineError, match="again"):
         world.run(world.serving, world.behave("engine", how), world.kill("engine"))
     assert not alive(world.pid("http"))
@@ -213,7 +214,7 @@ def test_a_folder_that_is_too_long_for_sockets_is_named(
 def test_a_port_that_is_taken_is_named(world: World) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        plan = ServerPlan("m", {}, ServerSettings(model="m"), "127.0.0.1", port)
+        plan = ServerPlan({"m": "m"}, {}, ServerSettings(model="m"), "127.0.0.1", port)
         with pytest.raises(InvalidRequest, match=f"cannot listen on 127.0.0.1:{port}"):
             Supervisor(plan, world).run()
 
@@ -221,12 +222,13 @@ def test_a_port_that_is_taken_is_named(world: World) -> None:
 def test_children_die_with_the_supervisor(tmp_path: Path) -> None:
     code = """
 import lamina.server.processes.supervisor as s
+from lamina.server.processes.server_plan import ServerPlan
 from lamina.server.settings import ServerSettings
 s.ENGINE_MODULE = s.HTTP_MODULE = "fake_server_child"
 class Report:
     def progress(self, *news): pass
     def said(self, message): print(message, flush=True)
-s.Supervisor(s.ServerPlan("m", {}, ServerSettings(model="m"), "127.0.0.1", 0), Report()).run()
+s.Supervisor(ServerPlan({"m": "m"}, {}, ServerSettings(model="m"), "127.0.0.1", 0), Report()).run()
 """
     environment = os.environ | {"FAKE_CHILD_FOLDER": str(tmp_path), "PYTHONPATH": str(TESTS)}
     with subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True) as process:
@@ -266,3 +268,51 @@ def test_folders_of_killed_servers_are_swept(world: World, monkeypatch: pytest.M
         world.run(world.serving, world.signal)
         os.close(held[1])
         assert [path.name for path in Path(parent).iterdir()] == ["lamina-serve-used"]
+
+
+TWO = {"m": "m", "n": "n"}
+
+
+@pytest.fixture
+def two(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
+    """A server of two models, of which the HTTP process may have one loaded."""
+    monkeypatch.setattr("lamina.server.processes.supervisor._SPARE_AFTER", 0.0)
+    settings = ServerSettings(model="m", others=("n",))
+    world.supervisor = Supervisor(ServerPlan(TWO, {}, settings, "127.0.0.1", 0, drain=5.0, journal=True), world)
+    return world
+
+
+def wants(world: World, word: str, model: str) -> Callable[[], None]:
+    return lambda: world.supervisor._calls.put(lambda: world.supervisor._take_from_http(word, model))
+
+
+def said_of(world: World, model: str) -> list[str]:
+    return [said[0] for said in world.heard("http")[1:] if said[1] == model]
+
+
+def test_models_come_and_go_as_the_http_process_wants_them(two: World) -> None:
+    def then(model: str, word: str) -> Callable[[], None]:
+        return two.until(lambda: said_of(two, model)[-1:] == [word])
+
+    spare = two.until(lambda: count(two, "spare", "prepare") == 1)
+    two.run(
+        two.serving, spare, wants(two, "unload", "m"), then("m", "unloaded"), wants(two, "load", "n"),
+        then("n", "ready"), wants(two, "unload", "n"), then("n", "unloaded"), wants(two, "load", "m"),
+        then("m", "ready"), two.signal,
+    )  # fmt: skip
+    assert [said[0] for said in two.heard("engine")] == ["engine", "stop", "engine"]
+    assert [said[0] for said in two.heard("engine-n")] == ["engine", "stop"]
+    journals = {
+        said[2]["journal"].rpartition("/")[2] for role in ("engine", "engine-n") for said in two.heard(role)[:1]
+    }
+    assert journals == {"m", "n"}
+
+
+def test_a_model_that_does_not_load_leaves_the_server(two: World) -> None:
+    failed = two.until(lambda: ["unloaded", "n", "no such model"] in two.heard("http"))
+    two.run(two.serving, two.behave("engine-n", "fails"), wants(two, "load", "n"), failed, two.signal)
+
+
+def test_a_process_that_dies_while_it_loads_a_further_model_leaves_the_server(two: World) -> None:
+    failed = two.until(lambda: any(said[:2] == ["unloaded", "n"] and said[2] for said in two.heard("http")))
+    two.run(two.serving, two.behave("engine-n", "dies"), wants(two, "load", "n"), failed, two.signal)

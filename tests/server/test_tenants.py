@@ -18,9 +18,9 @@ from lamina import LLM
 from lamina.errors import InvalidRequest
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.messages.snapshot import EXCHANGE_BUCKETS, HolderSnapshot, SequenceSnapshot, Snapshot
+from lamina.server import service
+from lamina.server.chat.prompts import MAX_CHARACTERS
 from lamina.server.frontend import Frontend, Served
-from lamina.server.openai import service
-from lamina.server.openai.sampling_fields import MAX_CHARACTERS
 from lamina.server.settings import ServerSettings
 
 pytestmark = pytest.mark.data
@@ -269,6 +269,7 @@ def test_status_shows_a_key_its_own(rig: Rig, engine: Held) -> None:
     time.sleep(0.3)  # as long as a snapshot is used again
     idle = ask(rig, "b", "/lamina/status").json
     assert idle == nothing  # whatever others do
+    assert own["events"] == nothing["events"] == []  # of the machines, which is for the operator
 
 
 def test_metrics_are_the_operators(rig: Rig) -> None:

@@ -55,6 +55,23 @@ def written(folder: Path, text: str) -> Path:
     return file
 
 
+def test_a_file_of_devices_alone_has_one_of_each_and_their_links(tmp_path: Path) -> None:
+    devices = WHOLE[WHOLE.index("[[device]]") :]
+    found = inventory.read(written(tmp_path, devices))
+    assert [(have.device.name, have.count) for have in found.have] == [("my-gpu", 1)]
+    assert [link.name for link in found.links] == ["my-link"]
+    with pytest.raises(InvalidRequest, match=r"says a table \[\[have\]\]"):
+        inventory.read(written(tmp_path, devices.replace('kind = "gpu"', "count = 4")))
+
+
+def test_what_no_engine_deploys_is_left_out_unless_nothing_is_left(tmp_path: Path) -> None:
+    found = inventory.deployable(inventory.default(hardware.load()))
+    assert {*inventory.SYSTEMS} - {*found.systems} == {"disaggregated"}
+    alone = inventory.read(written(tmp_path, f'systems = ["disaggregated"]\n{HAVE}'))
+    with pytest.raises(InvalidRequest, match="--any plans with them"):
+        inventory.deployable(alone)
+
+
 def test_a_file_says_what_there_is(tmp_path: Path) -> None:
     found = inventory.read(written(tmp_path, WHOLE))
     assert [(have.device.name, have.count, have.device.price) for have in found.have] == [

@@ -8,12 +8,14 @@ from typing import Any
 from typer.testing import CliRunner
 
 from lamina.cli.main import app
-from lamina.completions import TokenEvent, TokenLogprob
+from lamina.completions import FinishReason, TokenEvent, TokenLogprob
 from lamina.sampling_params import SamplingParams
 
 
 class FakeLLM:
     """Answers with the prompt's words in capitals, one token a word, prompts and samples taking turns."""
+
+    reason: FinishReason = "stop"
 
     def __init__(
         self, model: str, *, progress: Any, fail_after: tuple[int, BaseException] | None = None, **options: Any
@@ -21,6 +23,7 @@ class FakeLLM:
         self.model = model
         self.options = options
         self.has_chat_template = True
+        self.max_model_len = 4096
         self.asked: list[tuple[str, Any, SamplingParams]] = []
         self.closed = False
         self._fail_after = fail_after
@@ -55,7 +58,7 @@ class FakeLLM:
                         token_id=turn,
                         prompt_index=prompt,
                         sample_index=sample,
-                        finish_reason="stop" if turn == len(words) - 1 else None,
+                        finish_reason=self.reason if turn == len(words) - 1 else None,
                         logprob=None if params.logprobs is None else TokenLogprob(turn, words[turn], -0.5),
                     )
 

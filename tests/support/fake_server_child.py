@@ -25,7 +25,14 @@ def main() -> None:
     print("something that prints")  # noqa: T201  # it must not be taken for what is said
     lines = receive()
     first = next(lines)
+    if first[0] == "prepare":
+        note("spare", first)
+        first = next(lines, None)
+        if first is None:
+            return
     role = first[0]
+    if role == "engine" and first[1] != "m":  # a further model
+        role = f"engine-{first[1]}"
     note(role, first)
     (FOLDER / f"{role}.pid").write_text(str(os.getpid()))
     behaviour = (FOLDER / f"{role}.txt").read_text() if (FOLDER / f"{role}.txt").exists() else ""
@@ -38,7 +45,7 @@ def main() -> None:
         (FOLDER / f"{role}.txt").unlink()
         pipe.send("failed", "WorkersUnavailable", "no attention worker can be used")
         sys.exit(1)
-    if role == "engine":
+    if role.startswith("engine"):
         pipe.send("progress", "loading", 1, 2)
         pipe.send("ready", {"folder": "somewhere", "context": 100, "possible": 50})
         pipe.send("progress", "rebuilding lost KV", 1, 2)
@@ -47,8 +54,12 @@ def main() -> None:
     for message in lines:
         note(role, message)
         if message[0] == "ready":
-            pipe.send("connected")
-        if message[0] == "drain" and behaviour != "drains for ever":
+            pipe.send("connected", message[1])
+        if message[0] == "stop":
+            sys.exit(0)
+        if message[0] == "drain" and role == "engine":
+            pipe.send("drained", message[1])
+        elif message[0] == "drain" and behaviour != "drains for ever":
             threading.Thread(target=leave, daemon=True).start()
 
 

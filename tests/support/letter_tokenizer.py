@@ -23,5 +23,8 @@ class LetterTokenizer:
     def knows(self, token_id: int) -> bool:
         return 0 <= token_id < 128
 
-    def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def template_uses(self, variable: str) -> bool:
+        return False
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any]) -> list[int]:
         return self.encode("".join(f"{message['role']}: {message['content']}\n" for message in messages))

@@ -11,8 +11,9 @@ from scheduler_world import next_token
 
 from lamina.scheduling.control_plane import ControlPlane, Rebuilt, Step, refusal
 from lamina.scheduling.holder import Holder
+from lamina.scheduling.page_groups import PageGroup
 from lamina.scheduling.placement import Placement
-from lamina.scheduling.request import Outcome, PageGroup, Request, ScheduledSequence, SchedulerConfig
+from lamina.scheduling.request import Outcome, Request, ScheduledSequence, SchedulerConfig
 from lamina.scheduling.step_tuner import StepTuner
 from lamina_protocols.messages import Announced, Close, Fork, Open, Row
 from lamina_protocols.routes import HolderBatch

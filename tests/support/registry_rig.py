@@ -86,7 +86,7 @@ class Rig:
         rows = [row for row in plan.rows if row.sample]
         reports = {row.sequence: [RowLogprobs(-1.0, ())] for row in rows}
         outcomes = self.scheduler.record(plan, [token] * len(rows))
-        self.registry.publish(plan, self.registry.outputs(outcomes, reports, self.now))
+        self.registry.publish(plan, self.registry.outputs(outcomes, reports, self.now), {})
 
     def tokens(self, name: str = "a", sample: int = 0) -> list[int]:
         return [o.token for o in self.got.get(name, []) if o.token is not None and o.sample == sample]

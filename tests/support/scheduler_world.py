@@ -14,14 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from lamina.scheduling import kv_shares
 from lamina.scheduling.kv_shares import Layout, Pages, Share
-from lamina.scheduling.request import (
-    PageGroup,
-    Plan,
-    PlannedRow,
-    Request,
-    ScheduledSequence,
-    SchedulerConfig,
-)
+from lamina.scheduling.page_groups import PageGroup
+from lamina.scheduling.request import Plan, PlannedRow, Request, ScheduledSequence, SchedulerConfig
 from lamina.scheduling.scheduler import Scheduler
 from lamina_workers.policies.catalogue import parse
 from lamina_workers.policies.full import Full

@@ -170,11 +170,15 @@ def test_text_parts_are_joined(chatty: Tokenizer) -> None:
 
 def test_what_clients_send_back_with_an_answer_is_left_out() -> None:
     more = {
-        "parsed": {"a": [1]}, "annotations": [{"type": "url_citation"}], "audio": {"id": "a"}, "reasoning": "hm",
-        "reasoning_content": "hm", "refusal": None, "function_call": None, "tool_calls": None, "of_tomorrow": None,
+        "parsed": {"a": [1]}, "annotations": [{"type": "url_citation"}], "audio": {"id": "a"}, "reasoning": "",
+        "reasoning_content": None, "refusal": None, "function_call": None, "tool_calls": None, "of_tomorrow": None,
     }  # fmt: skip
     plain = {"role": "assistant", "content": "x"}
     assert check_messages([plain | more]) == [plain]
+    for name in ("reasoning_content", "reasoning"):
+        assert check_messages([plain | {name: "hm"}]) == [plain | {"reasoning_content": "hm"}]
+        with pytest.raises(InvalidRequest, match=rf"messages\[0\]\.{name} is 5"):
+            check_messages([plain | {name: 5}])
     parts = [{"type": "text", "text": "x", "parsed": {"a": 1}, "annotations": []}]
     assert check_messages([{"role": "assistant", "content": parts}]) == [plain]
     for role in ROLES:

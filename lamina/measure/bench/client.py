@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -225,4 +226,6 @@ def _kind(error: BaseException) -> str:
 
 
 def _words(error: BaseException) -> str:
+    if isinstance(error, aiohttp.ClientConnectorError) and error.os_error.errno:
+        return os.strerror(error.os_error.errno)  # its own words have the address again, and how TLS was to be
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -207,7 +207,7 @@ async def _words(client: Client, settings: Settings, model: str) -> Words:
 def _about(words: Words, endpoint: str) -> str:
     more = "; the chat template comes on top" if endpoint == "chat" else ""
     if words.exact:
-        return f"lengths: prompts are of {len(words.words)} words of one token each, by {words.source}{more}"
+        return f"lengths: each word of a prompt is one token, of a list of {len(words.words)}, by {words.source}{more}"
     return f"lengths: about, at {words.tokens:.2f} tokens a word by {words.source}{more}"
 
 

@@ -1,86 +1,38 @@
-"""Tools (functions that a model may call): the checks of a request's tools, and the grammar that makes calls valid.
-`tool_parser` finds the calls in text.
-
-In the Hermes form, on which Qwen, Hermes and others were trained, a call is
-
-    <tool_call>
-    {"name": "f", "arguments": {"x": 1}}
-    </tool_call>
-
-The caller's part:
-
-    special = tags_are_special(texts of the tokenizer's special tokens)
-    use = ToolUse.from_request(tools, tool_choice, parallel_tool_calls, template_knows_tools, special)
-    # None: no tools, or tool_choice "none"; text is only text
-    params = SamplingParams(..., grammar=use.grammar, skip_special_tokens=not special)
-    parsers = [ToolParser(new_id, hidden) for _ in range(n)]  # one a sample
-    parser.push(event.text)  # deltas; parser.finish() has the last ones, once the sample has ended
-    parser.calls  # more than 0: the finish reason "stop" becomes "tool_calls"
-
-In most vocabularies the tags are ordinary tokens. Where they are special tokens, the text must include special tokens;
-`hidden` names the special tokens that are then left out of it, such as the end of text.
-"""
+"""Tools (functions that a model may call): the checks of a request's fields. `formats` has the grammars by which calls
+are valid, and the parsers that find them."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from lamina.errors import InvalidRequest, cut
-from lamina.sampling_params import MAX_GRAMMAR, MAX_SCHEMA, MAX_SCHEMA_DEPTH, json_depth
-from lamina.server.chat.tool_parser import CLOSE, OPEN
+from lamina.sampling_params import MAX_SCHEMA, MAX_SCHEMA_DEPTH, json_depth
 from lamina.text.structured_output import check_json_schema, json_options
 
 MAX_TOOLS = 128
-MAX_DESCRIPTION = 16384  # characters
+MAX_DESCRIPTION = 1 << 16  # characters; one of Claude Code has more than 16,384
 
-_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+_NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")  # OpenAI allows 64 characters, Anthropic 128
 _NOTES = ("description", "title", "examples", "$comment", "default", "deprecated", "readOnly", "writeOnly")
-
-_SYSTEM_NOTE = """# Tools
-
-You may call one or more functions to assist with the user query.
-
-You are provided with function signatures within <tools></tools> XML tags:
-<tools>
-{tools}
-</tools>
-
-For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
-<tool_call>
-{{"name": <function-name>, "arguments": <args-json-object>}}
-</tool_call>"""  # the words of Qwen2.5's own template
 
 
 @dataclass(frozen=True, slots=True)
 class ToolUse:
-    """What a request's tools mean for its samples.
-
-    `grammar` is for `SamplingParams.grammar`: with it every call is of a known function, and its arguments fit that
-    function's parameters. (Keywords that cannot be enforced are ignored, unless the function is `strict`. Arguments
-    beyond the `properties` are possible only with an explicit `additionalProperties`.) `system_note` is the text to
-    append to the system message, or to use as one, where the model's template does not show tools itself; else None.
-    `tools` are the checked definitions, as templates expect them in their variable `tools`. `required`: whether the
-    text is only calls.
-    """
+    """A request's tools. `tools` are the checked definitions, as templates expect them in their variable `tools`;
+    `functions` are those that may be called: the schemas of their parameters (`schema_rule`) by name. `required`:
+    whether the reply is only calls. `many`: whether there may be several."""
 
     tools: tuple[Mapping[str, Any], ...]
-    grammar: str
-    system_note: str | None
+    functions: Mapping[str, Mapping[str, Any]]
     required: bool
+    many: bool
 
     @classmethod
-    def from_request(
-        cls,
-        tools: object,
-        tool_choice: object,
-        parallel_tool_calls: object,
-        template_knows_tools: bool,
-        special_tags: bool = False,
-    ) -> ToolUse | None:
+    def from_request(cls, tools: object, tool_choice: object, parallel_tool_calls: object) -> ToolUse | None:
         """From a request's unchecked fields, None where one is missing. Returns None where no tool may be called: no
         `tools`, or `tool_choice` "none". Raises InvalidRequest, which names the field, such as
         `tools[3].function.name`. Takes up to a millisecond per tool, to compile its schema."""
@@ -90,23 +42,13 @@ class ToolUse:
         choice = _check_choice(tool_choice, [tool["function"]["name"] for tool in checked])
         if choice.mode == "none" or not checked:
             return None
-        callable_tools = [tool for tool in checked if tool["function"]["name"] in choice.names]
-        most: Literal["one", "many"] = "one" if parallel_tool_calls is False or choice.once else "many"
-        grammar = _grammar(callable_tools, choice.mode == "required", most, special_tags)
-        if len(grammar) > MAX_GRAMMAR:
-            raise InvalidRequest(f"tools make a grammar of {len(grammar)} characters; allowed are {MAX_GRAMMAR}")
-        note = None if template_knows_tools else _SYSTEM_NOTE.format(tools="\n".join(map(_json, checked)))
-        return cls(tuple(checked), grammar, note, choice.mode == "required")
-
-
-def tags_are_special(special_tokens: Iterable[str]) -> bool:
-    """Whether the tags of calls are among a vocabulary's special tokens."""
-    return OPEN in set(special_tokens)
-
-
-def call_text(name: str, arguments: str) -> str:
-    """A call in the model's form, for the history of a conversation. `arguments` is JSON text."""
-    return f'{OPEN}\n{{"name": {json.dumps(name)}, "arguments": {arguments}}}\n{CLOSE}'
+        functions = {
+            tool["function"]["name"]: _schema(tool["function"])
+            for tool in checked
+            if tool["function"]["name"] in choice.names
+        }
+        many = parallel_tool_calls is not False and not choice.once
+        return cls(tuple(checked), functions, choice.mode == "required", many)
 
 
 # The checks of a request.
@@ -138,7 +80,7 @@ def _check_tool(name: str, tool: object) -> dict[str, Any]:
         raise _refused(f"{name}.function", function, "an object")
     called, description = function.get("name"), function.get("description")
     if not isinstance(called, str) or not _NAME.fullmatch(called):
-        raise _refused(f"{name}.function.name", called, "1 to 64 letters, digits, underscores and hyphens")
+        raise _refused(f"{name}.function.name", called, "1 to 128 letters, digits, underscores and hyphens")
     if description is not None and (not isinstance(description, str) or len(description) > MAX_DESCRIPTION):
         raise _refused(f"{name}.function.description", description, f"text of at most {MAX_DESCRIPTION} characters")
     strict = function.get("strict")
@@ -163,7 +105,7 @@ def _check_parameters(name: str, parameters: object, strict: bool) -> None:
         raise InvalidRequest(f"{name} is nested too deeply; allowed are {MAX_SCHEMA_DEPTH} levels")
     if parameters.get("type", "object") != "object":
         raise _refused(f"{name}.type", parameters["type"], '"object"')
-    text = _json(_schema(parameters))
+    text = as_json(_plain(parameters))
     if len(text) > MAX_SCHEMA:
         raise InvalidRequest(f"{name} has {len(text)} characters; allowed are {MAX_SCHEMA}")
     check_json_schema(name, text, lenient=not strict)
@@ -234,40 +176,20 @@ def _refused(name: str, value: object, allowed: str) -> InvalidRequest:
     return InvalidRequest(f"{name} is {cut(value)}; allowed is {allowed:.400}")
 
 
-# The grammar.
+def _schema(function: Mapping[str, Any]) -> dict[str, Any]:
+    """A function's parameters as a JSON Schema without annotations, for a grammar."""
+    plain = _plain(function["parameters"])
+    return plain | json_options(lenient=function.get("strict") is not True)
 
 
-def _grammar(tools: Sequence[Mapping[str, Any]], only_calls: bool, most: Literal["one", "many"], special: bool) -> str:
-    """The grammar in llguidance's Lark. Text before a tag is matched as short as possible, so that a tag always begins
-    a call and cannot be text."""
-    opening, closing = (OPEN, CLOSE) if special else (json.dumps(OPEN), json.dumps(CLOSE))
-    rules = [f"call: {' | '.join(f'call_{index}' for index in range(len(tools)))}"]
-    for index, tool in enumerate(tools):
-        function = tool["function"]
-        options = json_options(lenient=function.get("strict") is not True)
-        begin = f'\n{{"name": "{function["name"]}", "arguments": '
-        schema = _json(_schema(function["parameters"]) | options)
-        rules.append(f"call_{index}: {json.dumps(begin)} %json {schema} {json.dumps('}' + chr(10))} {closing}")
-    if only_calls:
-        start = f"{opening} call{'' if most == 'one' else f' ({json.dumps(chr(10))} {opening} call)*'}"
-    elif special:
-        start = f"(TEXT {opening} call)* TEXT" if most == "many" else f"TEXT | TEXT {opening} call"
-        rules.append(r"TEXT: /(.|\n)*/")
-    else:
-        start = "(opened call)* TEXT" if most == "many" else "TEXT | opened call"
-        rules += [f"opened[lazy]: TEXT {opening}", r"TEXT: /(.|\n)*/"]
-    return "\n".join([f"start: {start}", *rules, ""])
-
-
-def _schema(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """A function's parameters as a JSON schema without annotations."""
+def _plain(parameters: Mapping[str, Any]) -> dict[str, Any]:
     schema = {"type": "object"} | {key: value for key, value in parameters.items() if key not in (*_NOTES, "$schema")}
     if schema.get("properties") is not None:
         schema.setdefault("additionalProperties", False)
     return schema
 
 
-def _json(value: object) -> str:
+def as_json(value: object) -> str:
     """JSON text. Raises InvalidRequest for values that JSON or UTF-8 cannot hold."""
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)

@@ -1,4 +1,6 @@
-"""Errors in OpenAI's shape, {"error": {"message", "type", "param", "code"}}, with a status for each error class."""
+"""Errors in OpenAI's shape, {"error": {"message", "type", "param", "code"}}, with a status for each error class. Where
+Anthropic's clients ask, they have Anthropic's shape.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,8 @@ from typing import Any
 from lamina.errors import ContextTooLong, EngineError, InvalidRequest, LaminaError, ModelFileError, PolicyError
 from lamina.server.frontend import DeadlineExceeded, EngineUnavailable
 
+MESSAGES = "/v1/messages"
+"""The path of Anthropic's clients, and the beginning of others."""
 RETRY_AFTER = 1  # seconds after which a client may try again
 
 _TYPES = {
@@ -19,6 +23,16 @@ _TYPES = {
     429: "rate_limit_error",
     500: "server_error",
     503: "service_unavailable_error",
+    504: "timeout_error",
+}
+_ANTHROPIC = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
     504: "timeout_error",
 }
 _CODES = {
@@ -59,9 +73,15 @@ class ApiError(LaminaError):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
     @property
-    def body(self) -> bytes:
-        """The body, as JSON."""
-        return json.dumps(self.content).encode()
+    def anthropic(self) -> dict[str, Any]:
+        """The body in Anthropic's shape."""
+        kind = _ANTHROPIC.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
+        return {"type": "error", "error": {"type": kind, "message": str(self)}}
+
+    def body(self, path: str = "") -> bytes:
+        """The body as JSON, in the shape that clients of a path expect."""
+        theirs = path == MESSAGES or path.startswith(f"{MESSAGES}/")
+        return json.dumps(self.anthropic if theirs else self.content).encode()
 
 
 def overloaded(message: str) -> ApiError:

@@ -9,20 +9,20 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lamina.messages.snapshot import Snapshot
-from lamina.server.frontend import State
 from lamina.server.http.errors import ApiError, shown
+from lamina.server.models import ModelState
 from lamina.server.settings import TENANT, ServerSettings
 from lamina_protocols.channels import is_loopback
 
 logger = logging.getLogger("lamina")
 
 REQUEST_ID = "lamina.request_id"  # a key of a request's scope, like TENANT
+AT_END = "lamina.at_end"  # a key of a request's scope: what to call once its response has ended
 
 _ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 _HOST = re.compile(r"(\[[^\[\]]*\]|[^\[\]:]*)(:[0-9]{0,5})?")
@@ -34,8 +34,8 @@ _GONE = 499  # nginx's status for a request whose client disconnected before the
 class Metrics(Protocol):
     """Counts requests, and renders the counts."""
 
-    def render(self, snapshot: Snapshot | None, state: State, restarts: int = 0) -> tuple[bytes, str]:
-        """The body and the content type of /metrics."""
+    def render(self, models: Mapping[str, ModelState]) -> tuple[bytes, str]:
+        """The body and the content type of /metrics, from the present states of the models, by name."""
 
     def rejected(self, reason: str) -> None:
         """A request was refused: for its key or its size, or for lack of room or of an engine."""
@@ -47,7 +47,7 @@ class Metrics(Protocol):
 class NoMetrics:
     """Metrics that count nothing."""
 
-    def render(self, snapshot: Snapshot | None, state: State, restarts: int = 0) -> tuple[bytes, str]:
+    def render(self, models: Mapping[str, ModelState]) -> tuple[bytes, str]:
         return b"", "text/plain; charset=utf-8"
 
     def rejected(self, reason: str) -> None: ...
@@ -89,6 +89,8 @@ class Gate:
         given = _header(scope, b"x-request-id")
         shown_id = given if given is not None and _ID.fullmatch(given) else secrets.token_hex(16)
         scope[REQUEST_ID] = shown_id
+        at_end: list[Callable[[], None]] = []
+        scope[AT_END] = at_end
 
         async def send_on(message: Message) -> None:
             nonlocal status
@@ -100,15 +102,18 @@ class Gate:
         try:
             if (refusal := self._refusal(scope, given)) is not None:
                 count_rejection(self._metrics, refusal)
-                await respond(refusal, send_on)
+                await respond(refusal, send_on, scope["path"])
             else:
                 await self._app(scope, receive, send_on)
         except Exception:
             if status:
                 raise
             logger.exception("request %s failed", shown_id)
-            await respond(ApiError(500, "the server could not go on with this request"), send_on)
+            error = ApiError(500, "the server could not go on with this request")
+            await respond(error, send_on, scope["path"])
         finally:
+            for call in at_end:
+                call()
             method = scope["method"] if scope["method"] in _METHODS else "other"
             self._metrics.http(_handler(scope), method, status or _GONE, time.monotonic() - begun)
 
@@ -124,12 +129,13 @@ class Gate:
             return error
         if not self._settings.protected or scope["path"] in self._public:
             return None
-        scheme, _, key = (_header(scope, b"authorization") or "").partition(" ")
-        key = key.strip()
-        if scheme.lower() != "bearer" or not self._settings.admits(key):
+        key = _key(scope)
+        if not key or not self._settings.admits(key):
             what = "the API key is not known" if key else "an API key is needed"
             return ApiError(
-                401, f"{what}; send it as Authorization: Bearer KEY", headers={"WWW-Authenticate": "Bearer"}
+                401,
+                f"{what}; send it as Authorization: Bearer KEY or X-Api-Key: KEY",
+                headers={"WWW-Authenticate": "Bearer"},
             )
         scope[TENANT] = self._settings.tenant(key)
         return None
@@ -138,7 +144,12 @@ class Gate:
         """Refuse requests that a web page of another origin makes a browser on this network send: plain cross-site
         requests, and DNS rebinding, where a name of the page's own points to this host. Only browsers are checked."""
         if _header(scope, b"sec-fetch-site") == "cross-site" and scope["path"] not in self._public:
-            return ApiError(403, "Sec-Fetch-Site is cross-site; web pages of elsewhere are refused", code="cross_site")
+            origin = _header(scope, b"origin")
+            if not self._settings.allows(origin):
+                what = f"web pages of {shown(origin)} are" if origin else "web pages of elsewhere are"
+                return ApiError(
+                    403, f"Sec-Fetch-Site is cross-site; {what} refused without --allow-origin", code="cross_site"
+                )
         if self._any_name or scope["path"] in self._probes:
             return None
         host = _header(scope, b"host")
@@ -159,6 +170,14 @@ class Gate:
         return name in self._names or _is_address(name.removeprefix("[").removesuffix("]"))
 
 
+def _key(scope: Scope) -> str:
+    """The API key that a request shows, as OpenAI's clients or as Anthropic's send it; "" without one."""
+    scheme, _, key = (_header(scope, b"authorization") or "").partition(" ")
+    if key.strip():
+        return key.strip() if scheme.lower() == "bearer" else ""
+    return (_header(scope, b"x-api-key") or "").strip()
+
+
 def _is_address(name: str) -> bool:
     try:
         ipaddress.ip_address(name)
@@ -173,9 +192,9 @@ def count_rejection(metrics: Metrics, error: ApiError) -> None:
         metrics.rejected(error.code)
 
 
-async def respond(error: ApiError, send: Send) -> None:
-    """Send an error as the whole response."""
-    body = error.body
+async def respond(error: ApiError, send: Send, path: str) -> None:
+    """Send an error as the whole response, in the shape of the path's clients."""
+    body = error.body(path)
     headers: list[Any] = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     headers += [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})

@@ -13,7 +13,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from lamina.server.http.errors import ApiError
 
-METHODS = ("GET", "HEAD", "POST")  # all others are refused at the first line
+METHODS = ("GET", "HEAD", "POST", "DELETE", "OPTIONS")  # all others are refused at the first line
 MAX_HEAD = 32 << 10  # bytes of request line and headers; also of chunk headers and trailers around pieces of a body
 MAX_HEADERS = 128
 MAX_PIPELINED = 16  # requests that wait on one connection for the answers before theirs
@@ -46,6 +46,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
         self._most, self.limit_concurrency = self.limit_concurrency, None  # uvicorn would refuse requests instead
+        self.url = b""  # uvicorn sets it when a request begins, and errors may come before
         self._bare = 0  # bytes of the head that is arriving, or since the last piece of a body
         self._ahead = 0  # bytes since a request began to wait for the answers before its own
         self._in_body = False
@@ -235,7 +236,7 @@ class LimitedProtocol(HttpToolsProtocol):
             if cycle.response_started:
                 self._close()
                 return
-        body = error.body
+        body = error.body(self.url.partition(b"?")[0].decode("latin-1"))
         head = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\ncontent-type: application/json\r\n"
         head += "".join(f"{name.lower()}: {value}\r\n" for name, value in error.headers.items())
         self.transport.write(f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + body)

@@ -58,15 +58,24 @@ async def _gone(receive: Receive) -> None:
 class EventStream(Response):
     """Sends events as they come; each piece of bytes is whole frames. The headers are sent with the first piece: an
     error before it has a status of its own, a later error becomes an event. The response may take `seconds`.
+
+    `failed` writes that event, `last` is the end of every stream: by default OpenAI's for chats.
     """
 
     def __init__(
-        self, frames: AsyncGenerator[bytes, None], seconds: float, translate: Callable[[LaminaError], ApiError]
+        self,
+        frames: AsyncGenerator[bytes, None],
+        seconds: float,
+        translate: Callable[[LaminaError], ApiError],
+        failed: Callable[[ApiError], bytes] | None = None,
+        last: bytes = DONE,
     ) -> None:
         super().__init__()
         self._frames = frames
         self._seconds = seconds
         self._translate = translate
+        self._written = failed or _failed
+        self._last = last
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         whole = scope.get("http_version") == "1.0"  # which has no chunks, and servers differ in what they do instead
@@ -98,12 +107,13 @@ class EventStream(Response):
                 async for piece in frames:
                     started = True
                     yield piece
-                last = DONE
+                last = self._last
             except Exception as error:  # of any kind: the client needs an end of the stream
                 if not started:
                     raise
                 last = self._failed(error)
-        yield last
+        if last:
+            yield last
 
     def _start(self) -> list[tuple[bytes, bytes]]:
         own = [header for header in self.raw_headers if header[0] not in (b"content-length", b"content-type")]
@@ -115,9 +125,14 @@ class EventStream(Response):
         else:
             logger.error("a stream failed", exc_info=error)
             response = ApiError(500, "the server could not go on with this request")
-        return event(response.content) + DONE
+        return self._written(response) + self._last
 
 
-def event(content: Any) -> bytes:
-    """One event with JSON data."""
-    return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
+def _failed(error: ApiError) -> bytes:
+    return event(error.content)
+
+
+def event(content: Any, name: str | None = None) -> bytes:
+    """One event with JSON data, and perhaps a name."""
+    data = b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
+    return data if name is None else b"event: " + name.encode() + b"\n" + data

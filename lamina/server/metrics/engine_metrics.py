@@ -120,7 +120,8 @@ class EngineMetrics:
             "lamina:cache_config_info", "How KV is kept.", labels=(*_LABELS, "block_size", "num_gpu_blocks")
         )
         if shown:
-            info.add_metric((*self._values, str(shown.page_size), str(total)), 1)
+            blocks = total // shown.block_pages
+            info.add_metric((*self._values, str(shown.page_size), str(blocks)), 1)
         yield info
 
     def _workers(self, latest: Snapshot | None) -> Iterator[Metric]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import platform
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -16,11 +17,11 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from lamina.completions import Completion
 from lamina.errors import LaminaError
 from lamina.messages.engine_request import EngineRequest
-from lamina.messages.snapshot import Snapshot
-from lamina.server.frontend import State
 from lamina.server.metrics.engine_metrics import EngineMetrics, cumulative
+from lamina.server.models import ModelState, Residence
 from lamina.version import __version__
 
+RESIDENCES: tuple[Residence, ...] = get_args(Residence)
 MAX_VALUES = 64  # different values of a label that clients can choose; all others become "other"
 
 _FIRST_TOKEN = (
@@ -55,16 +56,17 @@ class Distribution:
         self.total += value * times
 
 
-class ServerMetrics:
-    """An `Observer` of requests that also counts HTTP responses, and renders all metrics. For the event loop's thread.
+class ModelMetrics:
+    """The metrics of one model: an `Observer` of its requests. `name`, under which the model is served, is a label of
+    each. For the event loop's thread."""
 
-    `model_name`, the name under which the model is served, is a label of every metric of the model.
-    """
-
-    def __init__(self, model_name: str) -> None:
-        self._model = (model_name, "0")
-        self._engine = EngineMetrics(model_name)
+    def __init__(self, name: str) -> None:
+        self._model = (name, "0")
+        self._engine = EngineMetrics(name)
         self._restarts = 0
+        self._loads = 0
+        self._waiting = 0
+        self._residence: Residence | None = None
         self._first_token = Distribution(_FIRST_TOKEN)
         self._between = Distribution(_BETWEEN_TOKENS)
         self._per_token = Distribution(_BETWEEN_TOKENS)
@@ -74,12 +76,6 @@ class ServerMetrics:
         self._n = Distribution(_SAMPLES)
         self._finished = dict.fromkeys(("stop", "length", "abort", "error"), 0)
         self._failures: dict[str, int] = {}
-        self._rejections: dict[str, int] = {}
-        self._responses: dict[tuple[str, str, str], int] = {}
-        self._durations: dict[tuple[str, str], Distribution] = {}
-        self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(self)
-        ProcessCollector(registry=self._registry)
 
     # The methods of an Observer.
 
@@ -117,41 +113,32 @@ class ServerMetrics:
         self._finished["error"] += 1
         _count(self._failures, type(error).__name__)
 
-    # Of HTTP.
-
-    def rejected(self, reason: str) -> None:
-        """A request was refused before it reached the engine."""
-        _count(self._rejections, reason)
-
-    def http(self, handler: str, method: str, status: int, seconds: float) -> None:
-        """A response has ended. `handler` is the route's template, not the path of the request."""
-        method = method if method in _METHODS else "other"
-        if (handler, method) not in self._durations and len(self._durations) >= MAX_VALUES:
-            handler, method = "other", "other"
-        key = (handler, method, str(status))
-        self._responses[key] = self._responses.get(key, 0) + 1
-        if (handler, method) not in self._durations:
-            self._durations[handler, method] = Distribution(_HTTP)
-        self._durations[handler, method].observe(seconds)
-
     # For Prometheus.
 
-    def render(self, snapshot: Snapshot | None, state: State, restarts: int = 0) -> tuple[bytes, str]:
-        """The text of a scrape, and its content type. `snapshot` is the engine's newest; `restarts` counts the engine's
-        restarts (`Frontend.restarts`)."""
-        self._engine.see(snapshot, state in ("ready", "draining"))
-        self._restarts = max(self._restarts, restarts)
-        return generate_latest(self._registry), CONTENT_TYPE_PLAIN_0_0_4
+    def see(self, now: ModelState) -> None:
+        """Take the model's present state."""
+        self._engine.see(now.snapshot, now.state in ("ready", "draining"))
+        self._restarts = max(self._restarts, now.restarts)
+        self._loads, self._waiting, self._residence = now.loads, now.waiting, now.residence
 
-    def collect(self) -> Iterator[Metric]:
-        """All metrics; the registry calls this."""
-        build = GaugeMetricFamily("lamina:build_info", "What runs here.", labels=("version", "python_version"))
-        build.add_metric((__version__, platform.python_version()), 1)
-        yield build
+    def families(self) -> Iterator[Metric]:
+        """Every metric, including those without a value."""
         yield self._counter("engine_restarts", "How often an engine was started again.", (), {(): self._restarts})
+        yield self._counter("model_loads", "How often the model was loaded on demand.", (), {(): self._loads})
+        where = GaugeMetricFamily(
+            "lamina:model_state", "1 for the state that the model is in.", labels=("model_name", "engine", "state")
+        )
+        for residence in RESIDENCES if self._residence else ():
+            where.add_metric((*self._model, residence), residence == self._residence)
+        yield where
+        waiting = GaugeMetricFamily(
+            "lamina:num_requests_waiting_for_model", "Requests that wait until the model is loaded.",
+            labels=("model_name", "engine"),
+        )  # fmt: skip
+        waiting.add_metric(self._model, self._waiting)
+        yield waiting
         yield from self._engine.families()
         yield from self._requests()
-        yield from self._http_families()
 
     def _requests(self) -> Iterator[Metric]:
         histograms = {
@@ -177,8 +164,80 @@ class ServerMetrics:
         yield self._counter("request_success", "Samples that ended, by why.", ("finished_reason",), self._finished)
         yield self._counter("request_failures", "Prompts that ended with an error.", ("error",), self._failures)
 
+    def _counter(
+        self, name: str, text: str, labels: tuple[str, ...], counts: dict[str, int] | dict[tuple[()], int]
+    ) -> Metric:
+        family = CounterMetricFamily(f"lamina:{name}", text, labels=("model_name", "engine", *labels))
+        for value, count in counts.items():
+            family.add_metric((*self._model, *((value,) if isinstance(value, str) else value)), count)
+        return family
+
+
+class ServerMetrics:
+    """The metrics of all models, which are observed by `of`, and counts of HTTP responses. For the event loop's
+    thread."""
+
+    def __init__(self, *models: str) -> None:
+        self._models = {name: ModelMetrics(name) for name in models}
+        self._first = (models[0], "0")
+        self._rejections: dict[str, int] = {}
+        self._responses: dict[tuple[str, str, str], int] = {}
+        self._durations: dict[tuple[str, str], Distribution] = {}
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(self)
+        ProcessCollector(registry=self._registry)
+
+    def of(self, model: str) -> ModelMetrics:
+        """The observer of a model's requests."""
+        return self._models[model]
+
+    # Of HTTP.
+
+    def rejected(self, reason: str) -> None:
+        """A request was refused before it reached the engine."""
+        _count(self._rejections, reason)
+
+    def http(self, handler: str, method: str, status: int, seconds: float) -> None:
+        """A response has ended. `handler` is the route's template, not the path of the request."""
+        method = method if method in _METHODS else "other"
+        if (handler, method) not in self._durations and len(self._durations) >= MAX_VALUES:
+            handler, method = "other", "other"
+        key = (handler, method, str(status))
+        self._responses[key] = self._responses.get(key, 0) + 1
+        if (handler, method) not in self._durations:
+            self._durations[handler, method] = Distribution(_HTTP)
+        self._durations[handler, method].observe(seconds)
+
+    # For Prometheus.
+
+    def render(self, models: Mapping[str, ModelState]) -> tuple[bytes, str]:
+        """The text of a scrape, and its content type, from the present states of the models, by name."""
+        for name, now in models.items():
+            self._models[name].see(now)
+        return generate_latest(self._registry), CONTENT_TYPE_PLAIN_0_0_4
+
+    def collect(self) -> Iterator[Metric]:
+        """All metrics; the registry calls this."""
+        build = GaugeMetricFamily("lamina:build_info", "What runs here.", labels=("version", "python_version"))
+        build.add_metric((__version__, platform.python_version()), 1)
+        yield build
+        families: dict[str, Metric] = {}  # of all models together: a family comes once
+        for model in self._models.values():
+            for family in model.families():
+                if family.name in families:
+                    families[family.name].samples += family.samples
+                else:
+                    families[family.name] = family
+        yield from families.values()
+        yield from self._http_families()
+
     def _http_families(self) -> Iterator[Metric]:
-        yield self._counter("rejections", "Requests turned away before the engine.", ("reason",), self._rejections)
+        rejections = CounterMetricFamily(
+            "lamina:rejections", "Requests turned away before the engine.", labels=("model_name", "engine", "reason")
+        )
+        for reason, count in self._rejections.items():
+            rejections.add_metric((*self._first, reason), count)
+        yield rejections
         responses = CounterMetricFamily("http_requests", "Responses.", labels=("handler", "method", "status"))
         for values, count in self._responses.items():
             responses.add_metric(values, count)
@@ -187,14 +246,6 @@ class ServerMetrics:
             "http_request_duration_seconds", "From a request to the end of its response.", ("handler", "method"),
             self._durations,
         )  # fmt: skip
-
-    def _counter(
-        self, name: str, text: str, labels: tuple[str, ...], counts: dict[str, int] | dict[tuple[()], int]
-    ) -> Metric:
-        family = CounterMetricFamily(f"lamina:{name}", text, labels=("model_name", "engine", *labels))
-        for value, count in counts.items():
-            family.add_metric((*self._model, *((value,) if isinstance(value, str) else value)), count)
-        return family
 
 
 def _histogram(

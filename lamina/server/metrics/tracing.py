@@ -54,6 +54,10 @@ class Tracer:
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=url, timeout=_EXPORT_TIMEOUT)))
         return cls(provider, model)
 
+    def of(self, model: str) -> Tracer:
+        """A tracer of another model, which sends its spans with this one's."""
+        return Tracer(self._provider, model)
+
     def middleware(self, app: ASGIApp) -> ASGIApp:
         """`app`, with the spans of its requests as children of the spans in their `traceparent` headers."""
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lamina.completions import FinishReason, TokenLogprob
 from lamina.messages.engine_request import EngineRequest
-from lamina.sampling_params import SamplingParams
+from lamina.sampling_params import MAX_LOGPROBS, SamplingParams
 from lamina.version import __version__
 
 _LEAST = -9999.0  # in place of minus infinity, which JSON does not have
@@ -30,7 +30,7 @@ def named(kind: str, request_id: str, model: str) -> dict[str, Any]:
     }
 
 
-def usage(requests: Sequence[EngineRequest], completion_tokens: int) -> dict[str, Any]:
+def usage(requests: Sequence[EngineRequest], completion_tokens: int, reasoning_tokens: int = 0) -> dict[str, Any]:
     """The `usage` object: the tokens of all prompts, and those generated."""
     prompt_tokens = sum(len(request.request.prompt) for request in requests)
     return {
@@ -38,6 +38,7 @@ def usage(requests: Sequence[EngineRequest], completion_tokens: int) -> dict[str
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": sum(request.cached_tokens for request in requests)},
+        "completion_tokens_details": {"reasoning_tokens": reasoning_tokens},
     }
 
 
@@ -69,12 +70,37 @@ def _token(entry: TokenLogprob, as_ids: bool) -> dict[str, Any]:
     }
 
 
+def prompt_logprobs(entries: Sequence[TokenLogprob | None]) -> list[dict[str, Any] | None]:
+    """vLLM's field: for each token of a prompt but the first, its own log probability and those of the likeliest, by
+    token id."""
+    return [None if entry is None else _by_id(entry) for entry in entries]
+
+
+def _by_id(entry: TokenLogprob) -> dict[str, Any]:
+    ranked = [(each, rank) for rank, each in enumerate(entry.top, 1) if each.token_id != entry.token_id]
+    return {
+        str(each.token_id): {"logprob": max(each.logprob, _LEAST), "rank": rank, "decoded_token": each.text}
+        for each, rank in ((entry, entry.rank), *ranked)
+    }
+
+
 class TextLogprobs:
     """A completion's `logprobs`: lists with one entry per token. `offset`: characters before the first token."""
 
     def __init__(self, as_ids: bool, offset: int = 0) -> None:
         self._as_ids = as_ids
         self._offset = offset
+        self._most = MAX_LOGPROBS
+
+    def echoed(
+        self, first: TokenLogprob, prompt: Sequence[TokenLogprob | None], generated: Sequence[TokenLogprob], most: int
+    ) -> dict[str, Any]:
+        """The object for a whole prompt and what follows: `first` is its first token, which has no probability. Of the
+        likeliest tokens there are `most`."""
+        self._most = most
+        found = self.add([first, *(entry for entry in prompt if entry is not None), *generated])
+        found["token_logprobs"][0] = found["top_logprobs"][0] = None
+        return found
 
     def add(self, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
         """The object for further tokens."""
@@ -92,7 +118,7 @@ class TextLogprobs:
 
     def _top(self, entry: TokenLogprob) -> dict[str, float]:
         top: dict[str, float] = {}
-        for each in (*entry.top, entry):
+        for each in (*entry.top[: self._most], entry):
             top.setdefault(self._name(each), max(each.logprob, _LEAST))
         return top
 
@@ -103,27 +129,27 @@ class TextLogprobs:
 class Chunks:
     """Writes the chunks of a stream. The parts that all chunks share are made once.
 
-    `with_usage`: chunks have the field `usage`, which is null, or with `continuous` the usage so far.
+    `usage` gives the tokens so far. `with_usage`: chunks have the field `usage`, which is null, or with `continuous`
+    the usage so far.
     """
 
     def __init__(
-        self, fields: Mapping[str, Any], requests: Sequence[EngineRequest], with_usage: bool, continuous: bool
+        self, fields: Mapping[str, Any], usage: Callable[[], Mapping[str, Any]], with_usage: bool, continuous: bool
     ) -> None:
-        self.tokens = 0  # generated so far; the caller counts them
         self._head = f'data: {dumps(fields)[:-1]},"choices":['
         self._tail = ',"usage":null}\n\n' if with_usage else "}\n\n"
-        self._requests = requests
+        self._usage = usage
         self._with_usage = with_usage
         self._continuous = continuous
 
     def chunk(self, choice: str) -> str:
         """A chunk with one choice, given as JSON."""
         if self._continuous:
-            return f'{self._head}{choice}],"usage":{dumps(usage(self._requests, self.tokens))}}}\n\n'
+            return f'{self._head}{choice}],"usage":{dumps(self._usage())}}}\n\n'
         return f"{self._head}{choice}]{self._tail}"
 
     def last(self) -> str:
         """The chunk with the usage; empty where none is wanted."""
         if not self._with_usage:
             return ""
-        return f'{self._head}],"usage":{dumps(usage(self._requests, self.tokens))}}}\n\n'
+        return f'{self._head}],"usage":{dumps(self._usage())}}}\n\n'

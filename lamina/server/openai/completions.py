@@ -13,28 +13,22 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from lamina.client.input_processor import is_one
-from lamina.completions import Completion, Sample, TokenEvent
+from lamina.completions import Completion, Sample, TokenEvent, TokenLogprob
 from lamina.messages.engine_request import EngineRequest
 from lamina.sampling_params import SamplingParams
+from lamina.server.chat.prompts import check_echo
+from lamina.server.chat.sampling import blaming, sampling
 from lamina.server.frontend import Served
 from lamina.server.http.errors import ApiError, refused
+from lamina.server.http.json_response import json_response
 from lamina.server.http.sse import EventStream, while_connected
 from lamina.server.openai import answers
 from lamina.server.openai.answers import Chunks, TextLogprobs, dumps
-from lamina.server.openai.sampling_fields import (
-    blaming,
-    check_characters,
-    check_echo,
-    check_prompt_logprobs,
-    check_stream_options,
-    encoded,
-    sampling,
-    structured,
-    truncated,
-)
+from lamina.server.openai.inputs import listed, token_ids
+from lamina.server.openai.sampling_fields import check_prompt_logprobs, check_stream_options, structured
 from lamina.server.openai.schemas import CompletionRequest
-from lamina.server.openai.service import GRACE, RequestContext, Service
+from lamina.server.service import GRACE, RequestContext, Service
+from lamina.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
@@ -45,8 +39,13 @@ class Texts:
 
     fields: CompletionRequest
     requests: Sequence[EngineRequest]
-    eos_ids: tuple[int, ...]
+    tokenizer: Tokenizer
     prefixes: Sequence[str]
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The tokens that end the model's texts."""
+        return self.tokenizer.eos_ids
 
     @property
     def params(self) -> SamplingParams:
@@ -61,14 +60,11 @@ async def completions(service: Service, request: Request) -> Response:
     """Answer one request."""
     context = service.context(request)
     fields = await service.read(request, CompletionRequest, context)
-    one = is_one(fields.prompt) or not isinstance(fields.prompt, list)
     service.check_priority(context, fields.priority)
-    served = service.served(context, 1 if one else len(fields.prompt), fields.n or 1)
+    served = service.served(context, len(listed(fields.prompt)), fields.n or 1)
     work = _prepared(service, fields, served, context)
     prepared = await while_connected(request.receive, work, context.timeout + GRACE)
-    named = answers.named("cmpl", fields.request_id or context.id, service.settings.model) | {
-        "object": "text_completion"
-    }
+    named = answers.named("cmpl", fields.request_id or context.id, context.model.name) | {"object": "text_completion"}
     if fields.stream:
         frames = service.frames(prepared.requests, context, _Writer(prepared, named))
         return EventStream(frames, context.timeout + GRACE, service.translate)
@@ -86,18 +82,15 @@ async def _prepared(service: Service, fields: CompletionRequest, served: Served,
 def _texts(fields: CompletionRequest, served: Served, salt: tuple[str, str]) -> Texts:
     _check(fields)
     tokenizer, inputs = served.tokenizer, served.inputs
-    given = [fields.prompt] if is_one(fields.prompt) or not isinstance(fields.prompt, list) else fields.prompt
-    names = ["prompt"] if given is not fields.prompt else [f"prompt[{index}]" for index in range(len(given))]
-    check_characters(dict(zip(names, given, strict=True)), inputs)
-    prompts = [
-        truncated(fields, _tokens(name, prompt, fields, served), inputs, fields.max_tokens)
-        for name, prompt in zip(names, given, strict=True)
-    ]
+    given = listed(fields.prompt)
+    prompts = token_ids(
+        "prompt", fields.prompt, fields.add_special_tokens, fields.truncate_prompt_tokens, inputs, fields.max_tokens
+    )
     with blaming("structured_outputs"):
         params = sampling(
-            fields,
+            fields.sampling | _scored(fields),
             inputs,
-            max_tokens=fields.max_tokens or DEFAULT_MAX_TOKENS,
+            max_tokens=DEFAULT_MAX_TOKENS if fields.max_tokens is None else fields.max_tokens,
             logprobs=fields.logprobs,
             structure=structured(fields.structured_outputs),
         )
@@ -111,7 +104,7 @@ def _texts(fields: CompletionRequest, served: Served, salt: tuple[str, str]) -> 
         ]
         check_echo(prefixes, params.n)
     fields.prompt = None  # not kept as long as the answer takes: it may have megabytes
-    return Texts(fields, requests, tokenizer.eos_ids, prefixes)
+    return Texts(fields, requests, tokenizer, prefixes)
 
 
 def _check(fields: CompletionRequest) -> None:
@@ -121,42 +114,52 @@ def _check(fields: CompletionRequest) -> None:
         raise refused("suffix", fields.suffix, "null or empty: nothing is inserted before a text")
     if fields.best_of is not None and fields.best_of != (fields.n or 1):
         raise refused("best_of", fields.best_of, f"n, which is {fields.n or 1}: every sample is given")
-    if fields.echo and fields.logprobs is not None:
-        raise ApiError(
-            400, "echo is true beside logprobs; allowed is one of them: no log probabilities of prompts are computed",
-            "echo",
-        )  # fmt: skip
+    if fields.echo and fields.logprobs is not None and fields.stream:
+        raise ApiError(400, "echo is true beside logprobs, which is allowed only where stream is false", "echo")
 
 
-def _tokens(name: str, prompt: Any, fields: CompletionRequest, served: Served) -> list[int]:
-    if isinstance(prompt, str):
-        if not prompt:
-            raise refused(name, prompt, "text of at least one character")
-        special = True if fields.add_special_tokens is None else fields.add_special_tokens
-        return encoded(prompt, special, served.inputs, name, whole=fields.truncate_prompt_tokens is None)
-    if not isinstance(prompt, list) or not prompt or not all(type(token) is int for token in prompt):
-        raise refused(name, prompt, "text or token ids, at least one, or a list of these")
-    return prompt
+def _scored(fields: CompletionRequest) -> dict[str, int]:
+    """What is to be reported of prompts because they are echoed."""
+    if not fields.echo or fields.logprobs is None:
+        return {}
+    return {"prompt_logprobs": max(fields.logprobs, fields.prompt_logprobs or 0)}
 
 
 async def _whole(service: Service, texts: Texts, context: RequestContext, named: Mapping[str, Any]) -> Response:
     ended = await service.whole(texts.requests, context)
+    if texts.params.prompt_logprobs is None:
+        return _written(texts, ended, named)
+    return await service.prepare(context, _written, texts, ended, named)  # long prompts take a while
+
+
+def _written(texts: Texts, ended: Sequence[Completion], named: Mapping[str, Any]) -> Response:
     choices = [
-        _choice(texts, prompt, sample) for prompt, completion in enumerate(ended) for sample in completion.samples
+        _choice(texts, prompt, completion, sample)
+        for prompt, completion in enumerate(ended)
+        for sample in completion.samples
     ]
     used = answers.usage(texts.requests, sum(completion.usage.completion_tokens for completion in ended))
-    return Response(dumps({**named, "choices": choices, "usage": used}).encode(), media_type="application/json")
+    return json_response({**named, "choices": choices, "usage": used})
 
 
-def _choice(texts: Texts, prompt: int, sample: Sample) -> dict[str, Any]:
-    logprobs = None if sample.logprobs is None else texts.logprobs(prompt).add(sample.logprobs)
+def _choice(texts: Texts, prompt: int, completion: Completion, sample: Sample) -> dict[str, Any]:
+    logprobs, scored, fields = None, completion.prompt_logprobs, texts.fields
+    if sample.logprobs is not None and fields.echo and scored is not None:
+        token = texts.requests[prompt].request.prompt[0]
+        first = TokenLogprob(token, texts.tokenizer.decode([token], skip_special_tokens=False), 0.0)
+        written = TextLogprobs(bool(fields.return_tokens_as_token_ids))
+        logprobs = written.echoed(first, scored, sample.logprobs, fields.logprobs or 0)
+    elif sample.logprobs is not None:
+        logprobs = texts.logprobs(prompt).add(sample.logprobs)
     last = sample.token_ids[-1] if sample.token_ids else None
+    reported = None if scored is None or fields.prompt_logprobs is None else answers.prompt_logprobs(scored)
     return {
         "index": prompt * texts.params.n + sample.index,
         "text": texts.prefixes[prompt] + sample.text,
         "logprobs": logprobs,
         "finish_reason": sample.finish_reason,
         "stop_reason": answers.stop_reason(texts.params, texts.eos_ids, last, sample.finish_reason),
+        **({} if reported is None else {"prompt_logprobs": reported}),
     }
 
 
@@ -166,7 +169,8 @@ class _Writer:
     def __init__(self, texts: Texts, named: Mapping[str, Any]) -> None:
         fields = texts.fields
         self._texts = texts
-        self._chunks = Chunks(named, texts.requests, fields.include_usage, fields.continuous_usage)
+        self._tokens = 0
+        self._chunks = Chunks(named, self._usage, fields.include_usage, fields.continuous_usage)
         self._n = texts.params.n
         count = self._n * len(texts.requests)
         self._logprobs = [texts.logprobs(index // self._n) for index in range(count)]
@@ -178,7 +182,7 @@ class _Writer:
         frames: list[str] = []
         for event in events:
             index = event.prompt_index * self._n + event.sample_index
-            self._chunks.tokens += 1
+            self._tokens += 1
             self._sent[index] += len(event.text)
             if event.finish_reason is None and event.logprob is None:
                 if event.text:
@@ -201,6 +205,9 @@ class _Writer:
                 self._add(index, sample.text[self._sent[index] :], None, sample.finish_reason, frames)
         frames.append(self._chunks.last())
         return "".join(frames).encode()
+
+    def _usage(self) -> dict[str, Any]:
+        return answers.usage(self._texts.requests, self._tokens)
 
     def _add(self, index: int, text: str, event: TokenEvent | None, reason: Any, frames: list[str]) -> None:
         logprobs = None

@@ -29,6 +29,7 @@ class CompletionUsage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: dict[str, int] | None = None
+    completion_tokens_details: dict[str, int] | None = None
 
 
 class ToolCallFunction(BaseModel):
@@ -52,6 +53,7 @@ class AssistantMessage(BaseModel):
     role: Literal["assistant"]
     content: str | None
     refusal: None = None
+    reasoning_content: str | None = None
     tool_calls: list[ToolCall] | None = None
 
 
@@ -101,22 +103,31 @@ class TextCompletion(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """A model that is served. `max_model_len` is null while it is loading."""
+    """A model that is served. `max_model_len` is null unless it is loaded; `aliases` are its further names. `type`,
+    `display_name` and `created_at` are Anthropic's names."""
 
     id: str
     object: Literal["model"]
+    type: Literal["model"]
+    display_name: str
     created: int
+    created_at: str
     owned_by: str
     root: str
     parent: None = None
     max_model_len: int | None
+    state: Literal["loaded", "loading", "unloaded"]
+    aliases: list[str]
 
 
 class ModelList(BaseModel):
-    """The models that are served: one."""
+    """The models that are served."""
 
     object: Literal["list"]
     data: list[ModelCard]
+    has_more: Literal[False]
+    first_id: str
+    last_id: str
 
 
 class Tokens(BaseModel):
@@ -144,3 +155,78 @@ class Version(BaseModel):
     """The response of /version."""
 
     version: str
+
+
+class ResponseObject(BaseModel):
+    """The response of /v1/responses. A stream has it in its first and its last events."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["in_progress", "completed", "incomplete", "failed", "cancelled"]
+    model: str
+    output: list[dict[str, Any]]
+    usage: dict[str, Any] | None
+    error: dict[str, Any] | None
+    incomplete_details: dict[str, str] | None
+    previous_response_id: str | None
+    instructions: str | None
+    metadata: dict[str, str]
+
+
+class InputTokens(BaseModel):
+    """The response of /v1/responses/input_tokens."""
+
+    object: Literal["response.input_tokens"]
+    input_tokens: int
+
+
+class DeletedResponse(BaseModel):
+    """The response of DELETE /v1/responses/{response_id}."""
+
+    id: str
+    object: Literal["response"]
+    deleted: Literal[True]
+
+
+class ItemList(BaseModel):
+    """The response of /v1/responses/{response_id}/input_items."""
+
+    object: Literal["list"]
+    data: list[dict[str, Any]]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class Message(BaseModel):
+    """The response of /v1/messages."""
+
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[dict[str, Any]]
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"] | None
+    stop_sequence: str | None
+    usage: dict[str, Any]
+
+
+class CountedTokens(BaseModel):
+    """The response of /v1/messages/count_tokens."""
+
+    input_tokens: int
+
+
+class AnthropicErrorBody(BaseModel):
+    """The fields of an error in Anthropic's shape."""
+
+    type: str
+    message: str
+
+
+class AnthropicError(BaseModel):
+    """The body of every error response to Anthropic's clients."""
+
+    type: Literal["error"]
+    error: AnthropicErrorBody

@@ -6,11 +6,9 @@ Fields marked "Ignored" are accepted and change nothing. Unknown fields are refu
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import Field
 
 from lamina.sampling_params import (
     MAX_LOGIT_BIAS,
@@ -20,7 +18,8 @@ from lamina.sampling_params import (
     MAX_STOP_LENGTH,
     MAX_STOP_STRINGS,
 )
-from lamina.server.http.errors import ApiError, shown
+from lamina.server.chat.sampling import SAMPLING
+from lamina.server.http.fields import Ignored, Strict, described
 from lamina.text.messages import ROLES
 
 MAX_STOP_TOKENS = 1024
@@ -85,27 +84,21 @@ _TOOL = {
     "required": ["type", "function"],
 }
 
-
-def _described(*schemas: Mapping[str, Any]) -> Any:
-    """A type with these schemas in the document. It validates nothing: the code that uses the value does."""
-    return WithJsonSchema({"anyOf": [*schemas, {"type": "null"}]} if len(schemas) > 1 else dict(schemas[0]))
-
-
-Messages = Annotated[Any, _described({"type": "array", "items": _MESSAGE, "minItems": 1})]
-Tools = Annotated[Any, _described({"type": "array", "items": _TOOL}, {"type": "null"})]
+Messages = Annotated[Any, described({"type": "array", "items": _MESSAGE, "minItems": 1})]
+Tools = Annotated[Any, described({"type": "array", "items": _TOOL}, {"type": "null"})]
 Prompts = Annotated[
     Any,
-    _described(
+    described(
         {"type": "string", "minLength": 1},
         {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
         _TOKENS,
         {"type": "array", "items": _TOKENS, "minItems": 1},
     ),
 ]
-Stop = Annotated[Any, _described(_STOP, {"type": "array", "items": _STOP, "maxItems": MAX_STOP_STRINGS})]
+Stop = Annotated[Any, described(_STOP, {"type": "array", "items": _STOP, "maxItems": MAX_STOP_STRINGS})]
 LogitBias = Annotated[
     Any,
-    _described(
+    described(
         {
             "type": "object",
             "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
@@ -115,16 +108,7 @@ LogitBias = Annotated[
         {"type": "null"},
     ),
 ]
-AnyObject = Annotated[Any, _described({"type": "object"}, {"type": "null"})]
-_NOTHING = _described({})
-Ignored = Annotated[Any, _NOTHING]
-
-
-class Strict(BaseModel):
-    """The base of requests: types are not converted, and unknown fields are errors. Each list has a `max_length`, and
-    is checked up to its first wrong item (`fail_fast`): pydantic would make an error for each of a million."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+AnyObject = Annotated[Any, described({"type": "object"}, {"type": "null"})]
 
 
 class StreamOptions(Strict):
@@ -135,13 +119,11 @@ class StreamOptions(Strict):
     include_obfuscation: bool | None = Field(None, description="Ignored: chunks are not padded.")
 
 
-class GenerationRequest(Strict):
-    """What chats and completions have in common."""
+class SamplingRequest(Strict):
+    """What all requests for text in OpenAI's form have in common."""
 
     model: str | None = Field(None, description="The name of the served model; none means that one.")
     stream: bool | None = Field(None, description="Send server-sent events as text comes.")
-    stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
-
     temperature: float | None = Field(None, ge=0, le=100, description="0 always takes the likeliest token.")
     top_p: float | None = Field(None, gt=0, le=1, description="Keep the likeliest tokens that together reach this.")
     top_k: int | None = Field(None, ge=-1, le=2**31 - 1, description="Keep the k likeliest tokens; 0 or -1 keeps all.")
@@ -152,13 +134,6 @@ class GenerationRequest(Strict):
     logit_bias: LogitBias = Field(None, description="Token id to what is added to its logit, -100 to 100.")
     seed: int | None = Field(
         None, ge=-(2**63), le=2**64 - 1, description="The same seed gives the same text, up to rounding."
-    )
-    n: int | None = Field(None, ge=1, le=MAX_SAMPLES, description="Choices for each prompt.")
-    max_tokens: int | None = Field(
-        None,
-        ge=1,
-        le=2**31 - 1,
-        description="The most tokens to generate. Default: what the context has room for; for completions 16.",
     )
     min_tokens: int | None = Field(None, ge=0, le=2**31 - 1, description="Do not stop before this many tokens.")
     stop: Stop = Field(None, description="Strings that end the text where they appear.")
@@ -180,6 +155,36 @@ class GenerationRequest(Strict):
         fail_fast=True,
         description="Words of a single token that do not appear, by a logit bias of -100. Others are refused.",
     )
+    policy: str | None = Field(
+        None, min_length=1, max_length=MAX_POLICY, description="Read and keep KV so: full, auto, or another policy."
+    )
+    priority: int | None = Field(None, ge=-(2**31), le=2**31 - 1, description="A lower one is served first.")
+    cache_salt: str | None = Field(
+        None, min_length=1, max_length=512, description="Share prefixes only with requests of the same salt."
+    )
+
+    user: Ignored = Field(None, description="Ignored: tenants differ by their API keys.")
+    service_tier: Ignored = Field(None, description="Ignored: there is one; see `priority`.")
+    safety_identifier: Ignored = Field(None, description="Ignored.")
+    prompt_cache_key: Ignored = Field(None, description="Ignored: prefixes are found by their text.")
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The fields of sampling that are given, as `chat.sampling` takes them."""
+        return {name: value for name in SAMPLING if (value := getattr(self, name, None)) is not None}
+
+
+class GenerationRequest(SamplingRequest):
+    """What chats and completions have in common."""
+
+    stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
+    n: int | None = Field(None, ge=1, le=MAX_SAMPLES, description="Choices for each prompt.")
+    max_tokens: int | None = Field(
+        None,
+        ge=1,
+        le=2**31 - 1,
+        description="The most tokens to generate. Default: what the context has room for.",
+    )
     structured_outputs: AnyObject = Field(
         None, description="vLLM's: exactly one of `json`, `json_object`, `regex`, `choice`, `grammar`."
     )
@@ -190,30 +195,20 @@ class GenerationRequest(Strict):
         None, description="Add the tokenizer's special tokens. Default: to prompts, but not to chats."
     )
     return_tokens_as_token_ids: bool | None = Field(None, description="Log probabilities name tokens as token_id:ID.")
-    echo: bool | None = Field(
-        None, description="Begin with the prompt; in a chat, with the message that is continued. Not with logprobs."
-    )
-    policy: str | None = Field(
-        None, min_length=1, max_length=MAX_POLICY, description="Read and keep KV so: full, auto, or another policy."
-    )
-    priority: int | None = Field(None, ge=-(2**31), le=2**31 - 1, description="A lower one is served first.")
-    cache_salt: str | None = Field(
-        None, min_length=1, max_length=512, description="Share prefixes only with requests of the same salt."
-    )
+    echo: bool | None = Field(None, description="Begin with the prompt; in a chat, with the message that is continued.")
     request_id: str | None = Field(
         None, pattern=r"^[A-Za-z0-9._:\-]{1,128}$", description="The end of the answer's id. Default: X-Request-Id."
     )
-    prompt_logprobs: Annotated[Any, _described({"type": "null"})] = Field(
-        None, description="Refused: no log probabilities of prompts are computed."
+    prompt_logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="Give each prompt token's log probability, and so many of the likeliest. Not with `stream`.",
     )
 
-    user: Ignored = Field(None, description="Ignored: tenants differ by their API keys.")
     metadata: Ignored = Field(None, description="Ignored: nothing is stored.")
     store: Ignored = Field(None, description="Ignored: nothing is stored.")
-    service_tier: Ignored = Field(None, description="Ignored: there is one; see `priority`.")
     session_id: Ignored = Field(None, description="Ignored: prefixes are found by their text.")
-    safety_identifier: Ignored = Field(None, description="Ignored.")
-    prompt_cache_key: Ignored = Field(None, description="Ignored: prefixes are found by their text.")
 
     @property
     def include_usage(self) -> bool:
@@ -239,7 +234,7 @@ class ChatRequest(GenerationRequest):
     tools: Tools = Field(None, description="Functions that the model may call.")
     tool_choice: Annotated[
         Any,
-        _described(
+        described(
             {"enum": ["none", "auto", "required"]},
             {"type": "object", "required": ["type", "function"]},
             {"type": "object", "required": ["type", "allowed_tools"]},
@@ -250,16 +245,21 @@ class ChatRequest(GenerationRequest):
     continue_final_message: bool | None = Field(
         None, description="Leave the last message open, to be continued; needs add_generation_prompt false."
     )
-    chat_template: Annotated[Any, _described({"type": "null"})] = Field(
+    chat_template: Annotated[Any, described({"type": "null"})] = Field(
         None, description="Refused: only the model's own template is rendered."
     )
-    chat_template_kwargs: Annotated[Any, _described({"type": "object", "maxProperties": 0}, {"type": "null"})] = Field(
-        None, description="Refused unless empty: the template gets no variables of requests."
+    chat_template_kwargs: AnyObject = Field(
+        None, description="Variables of the model's template, such as enable_thinking: plain values."
     )
     modalities: list[Literal["text"]] | None = Field(
         None, max_length=16, fail_fast=True, description="Ignored: answers are text."
     )
-    reasoning_effort: Ignored = Field(None, description="Ignored.")
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
+        None, description="How much the model reasons, where it does: none switches it off where that is possible."
+    )
+    thinking_token_budget: int | None = Field(
+        None, ge=0, le=2**31 - 1, description="The most tokens of reasoning; then the answer begins."
+    )
     verbosity: Ignored = Field(None, description="Ignored.")
 
 
@@ -267,11 +267,21 @@ class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
     prompt: Prompts = Field(description="Text, texts, token ids, or lists of token ids.")
+    max_tokens: int | None = Field(
+        None,
+        ge=0,
+        le=2**31 - 1,
+        description="The most tokens to generate. Default: 16. With 0 nothing follows the prompt.",
+    )
     logprobs: int | None = Field(
-        None, ge=0, le=MAX_LOGPROBS, description="Give each token's log probability, and so many of the likeliest."
+        None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="Give each token's log probability, and so many of the likeliest; with `echo` the prompt's too, "
+        "then not with `stream`.",
     )
     best_of: int | None = Field(None, ge=1, le=MAX_SAMPLES, description="Refused unless it is `n`.")
-    suffix: Annotated[Any, _described({"const": ""}, {"type": "null"})] = Field(
+    suffix: Annotated[Any, described({"const": ""}, {"type": "null"})] = Field(
         None, description="Refused: nothing is inserted before a text."
     )
 
@@ -281,7 +291,7 @@ class TokenizeRequest(Strict):
 
     model: str | None = None
     prompt: str | None = Field(None, description="Text.")
-    messages: Annotated[Any, _described({"type": "array", "items": _MESSAGE, "minItems": 1}, {"type": "null"})] = None
+    messages: Annotated[Any, described({"type": "array", "items": _MESSAGE, "minItems": 1}, {"type": "null"})] = None
     tools: Tools = None
     add_special_tokens: bool | None = Field(None, description="Default: to a prompt, but not to messages.")
     add_generation_prompt: bool | None = None
@@ -294,67 +304,3 @@ class DetokenizeRequest(Strict):
 
     model: str | None = None
     tokens: list[int] = Field(max_length=MAX_TOKENS, fail_fast=True)
-
-
-M = TypeVar("M", bound=BaseModel)
-
-
-def read(model: type[M], fields: Mapping[str, Any]) -> M:
-    """A request from its fields, without the ignored ones and the unknown ones that are null. Raises ApiError, which
-    names the field, its value and what is allowed."""
-    known = model.model_fields
-    fields = {name: value for name, value in fields.items() if value is not None or name in known}
-    for name in fields:
-        if name not in known:
-            near = difflib.get_close_matches(name[:80], known, n=2)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(sorted(known))}"
-            raise ApiError(400, f"unknown field {shown(name)}: {hint}", name[:80], "unknown_field")
-    try:
-        return model.model_validate(
-            {name: value for name, value in fields.items() if _NOTHING not in known[name].metadata}
-        )
-    except ValidationError as error:
-        raise _refused(model, fields, error.errors(include_url=False)) from None
-
-
-def _refused(model: type[BaseModel], fields: Mapping[str, Any], errors: Sequence[Any]) -> ApiError:
-    """The first error; where a value may be of several types, the messages of all of them."""
-    first = errors[0]
-    path, value = _place(fields, first["loc"])
-    if first["type"] == "missing":
-        return ApiError(400, f"{path} is missing; it is required", path, "missing_field")
-    if first["type"] == "extra_forbidden":
-        return ApiError(400, f"unknown field {path}", path, "unknown_field")
-    if first["type"] == "too_long":
-        return ApiError(400, f"{path} is {shown(value)}; allowed are at most {first['ctx']['max_length']}", path)
-    messages = (each["msg"].replace("Input should be ", "") for each in errors if each["loc"][0] == first["loc"][0])
-    allowed = _range(model, path) or " or ".join(dict.fromkeys(messages))
-    return ApiError(400, f"{path} is {shown(value)}; allowed is {allowed}", path)
-
-
-def _range(model: type[BaseModel], path: str) -> str | None:
-    """The allowed range of a number."""
-    field = model.model_fields.get(path)
-    limits = {name: value for limit in (field.metadata if field else ()) for name, value in _limits(limit)}
-    if "le" not in limits:
-        return None
-    low = f"above {limits['gt']}" if "gt" in limits else f"from {limits['ge']}"
-    kind = "an integer" if field is not None and int in get_args(field.annotation) else "a number"
-    return f"{kind} {low} to {limits['le']}"
-
-
-def _limits(limit: object) -> list[tuple[str, Any]]:
-    """The limits in one annotation of a field."""
-    return [(name, getattr(limit, name)) for name in ("gt", "ge", "le") if getattr(limit, name, None) is not None]
-
-
-def _place(fields: Mapping[str, Any], location: Sequence[int | str]) -> tuple[str, Any]:
-    """The path of the field with an error, and its value."""
-    path = ""
-    value: Any = fields
-    for part in location:
-        if isinstance(value, list) and isinstance(part, int):
-            path, value = f"{path}[{part}]", value[part]
-        elif isinstance(value, dict) and isinstance(part, str):
-            path, value = f"{path}.{part}" if path else part, value.get(part)
-    return path, value

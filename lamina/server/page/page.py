@@ -18,6 +18,8 @@ from starlette.routing import Route
 
 from lamina.messages.snapshot import Snapshot
 from lamina.server.frontend import STATES, Frontend
+from lamina.server.models import Models, ServedModel
+from lamina.server.page.events import Events
 from lamina.server.page.recent_latencies import SECONDS, RecentLatencies
 from lamina.server.page.status import Labels, Server, of_one, percentiles, status
 from lamina.server.settings import TENANT, ServerSettings
@@ -30,7 +32,11 @@ _FILES = {
     "/lamina/icon.svg": ("icon.svg", "image/svg+xml"),
     **{
         f"/lamina/{name}.js": (f"{name}.js", "text/javascript; charset=utf-8")
-        for name in ("page", "chart", "holders", "chat", "units")
+        for name in ("page", "chart", "holders", "chat", "markdown", "events", "joining", "models", "units")
+    },
+    **{  # of others, as they publish them: see static/vendor/README.md
+        f"/lamina/vendor/{name}": (f"vendor/{name}", "text/javascript; charset=utf-8")
+        for name in ("marked.esm.js", "purify.min.js")
     },
 }
 
@@ -50,21 +56,37 @@ _HEADERS = {
 _SNAPSHOT_TIMEOUT = 1.0  # seconds for which a page waits for the engine
 
 
-def add_page(app: FastAPI, frontend: Frontend, settings: ServerSettings, samples: KeyShares) -> None:
+class _Watched:
+    """What the page keeps of one model. The frontend's observer is wrapped."""
+
+    def __init__(self, frontend: Frontend) -> None:
+        self.recent = frontend.observer = RecentLatencies(frontend.observer, time.monotonic)
+        self.events = Events(time.time)
+        self.labels: defaultdict[str, Labels] = defaultdict(Labels)  # by tenant
+
+
+def add_page(app: FastAPI, models: Models, settings: ServerSettings, samples: KeyShares) -> None:
     """Serve the page at `/`, its files below `/lamina/`, and its data at `/lamina/status`, which needs an API key and
-    shows what that key does, or all of them to the operator. The frontend's observer is wrapped, so it must be set
-    before."""
-    recent = RecentLatencies(frontend.observer, time.monotonic)
-    frontend.observer = recent
-    labels: defaultdict[str, Labels] = defaultdict(Labels)  # by tenant
+    shows what that key does, or all of them to the operator: of `?model=NAME`, else of one that is loaded. The
+    frontends' observers are wrapped, so they must be set before."""
+    watched = {model.name: _Watched(model.frontend) for model in models}
     folder = resources.files("lamina.server.page") / "static"
 
     async def show_status(request: Request) -> Response:
+        asked = request.query_params.get("model")
+        found = None if asked is None else settings.named(asked)
+        model = models.shown if found is None else models[found]
+        frontend, seen = model.frontend, watched[model.name]
         snapshot = await frontend.snapshot(_SNAPSHOT_TIMEOUT)
-        server, tenant = _server(frontend, settings, recent), request.scope.get(TENANT, "")
-        if not settings.is_operator(tenant):
+        server, tenant = _server(model, settings, seen.recent), request.scope.get(TENANT, "")
+        happened = seen.events.look(server.state, frontend.why or server.message, server.restarts, snapshot)
+        operator = settings.is_operator(tenant)
+        if not operator:
             server, snapshot = _own(tenant, frontend, samples, server, snapshot)
-        content = status(server, snapshot, labels[tenant])
+        content = status(server, snapshot, seen.labels[tenant])
+        content["events"] = happened if operator else []
+        content["models"] = [{"id": each.name, "state": each.residence} for each in models]
+        content["on_demand"] = operator and models.on_demand
         return JSONResponse(content, headers={"Cache-Control": "no-store"})
 
     def add_file(path: str, body: bytes, media_type: str) -> None:
@@ -74,7 +96,7 @@ def add_page(app: FastAPI, frontend: Frontend, settings: ServerSettings, samples
         app.router.routes.append(Route(path, show, methods=["GET"], include_in_schema=False))
 
     for path, (name, media_type) in _FILES.items():
-        add_file(path, (folder / name).read_bytes(), media_type)
+        add_file(path, folder.joinpath(*name.split("/")).read_bytes(), media_type)
     app.router.routes.append(Route("/lamina/status", show_status, methods=["GET"], include_in_schema=False))
 
 
@@ -90,11 +112,12 @@ def _own(
     return server, snapshot
 
 
-def _server(frontend: Frontend, settings: ServerSettings, recent: RecentLatencies) -> Server:
+def _server(model: ServedModel, settings: ServerSettings, recent: RecentLatencies) -> Server:
+    frontend = model.frontend
     first, following = recent.lately()
     state = frontend.state
     return Server(
-        model=settings.model,
+        model=model.name,
         version=__version__,
         state=state,
         message=frontend.unavailable or ("" if state == "ready" else STATES[state]),

@@ -66,14 +66,14 @@ def parse(text: str) -> list[Any] | None:
 
 def pack_worker(worker: WorkerAddress) -> list[Any]:
     """An attention worker as an item of a message."""
-    token = worker.credentials.token if worker.credentials is not None else ""
-    return [worker.name, worker.address, token, worker.capacity]
+    shown = worker.credentials or Credentials()
+    return [worker.name, worker.address, shown.token, worker.capacity, shown.ca.decode()]
 
 
 def unpack_worker(item: list[Any]) -> WorkerAddress:
     """The attention worker in an item of a message."""
-    name, address, token, capacity = item
-    return WorkerAddress(name, address, Credentials(token=token), capacity)
+    name, address, token, capacity, ca = item
+    return WorkerAddress(name, address, Credentials(ca=ca.encode(), token=token), capacity)
 
 
 def receive() -> Iterator[list[Any]]:

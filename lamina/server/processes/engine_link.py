@@ -1,5 +1,5 @@
-"""The HTTP process's link to the engine. A thread of its own connects to the engine that the supervisor named last,
-and connects again when the link breaks.
+"""The HTTP process's link to the engine of one model. A thread of its own connects to the engine that the supervisor
+named last, and connects again when the link breaks.
 """
 
 from __future__ import annotations
@@ -10,14 +10,18 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lamina.client.input_processor import InputProcessor
 from lamina.client.remote_client import RemoteEngine
 from lamina.errors import LaminaError
+from lamina.scheduling.prefix_events import PrefixSink
 from lamina.server.frontend import Frontend, Served
 from lamina.server.processes.link import SocketWire
 from lamina.text.tokenizer import Tokenizer, read_json
+
+if TYPE_CHECKING:
+    from lamina.text.structured_output import Grammars
 
 logger = logging.getLogger("lamina")
 
@@ -25,32 +29,62 @@ _INTERVAL = 0.25  # seconds between two checks of the link, and between two atte
 
 
 class EngineLink:
-    """Keeps `frontend` connected to the engine that was named last. `connected` is called after each success."""
+    """Keeps `frontend` connected to the engine that was named last. `connected` is called after each success; `kept`
+    gets what happens in the prefix cache."""
 
-    def __init__(self, frontend: Frontend, secret: bytes, connected: Callable[[], None]) -> None:
+    def __init__(
+        self, frontend: Frontend, secret: bytes, connected: Callable[[], None], kept: PrefixSink | None = None
+    ) -> None:
+        self._kept = kept
         self._frontend = frontend
         self._secret = secret
         self._connected = connected
         self._lock = threading.Lock()
-        self._facts: Mapping[str, Any] | None = None  # of the engine to connect to
+        self._facts: dict[str, Any] | None = None  # of the engine to connect to
         self._linked: Mapping[str, Any] | None = None  # of the engine connected to
         self._changed = threading.Event()
         self._wire: SocketWire | None = None
         self._engine: RemoteEngine | None = None
+        self._inputs: InputProcessor | None = None
         self._tokenizers: dict[str, Tokenizer] = {}  # by folder: a restarted engine has the same
+        self._grammars: dict[Tokenizer, Grammars] = {}
         threading.Thread(target=self._keep, name="lamina-link", daemon=True).start()
 
-    def ready(self, facts: Mapping[str, Any]) -> None:
+    def ready(self, facts: dict[str, Any]) -> None:
         """An engine is ready. `facts` are those of the message "ready"."""
         with self._lock:
             self._facts = facts
         self._changed.set()
+
+    def possible(self, tokens: int) -> None:
+        """So many tokens of one sequence can have KV in the engine now."""
+        with self._lock:
+            if self._facts is not None:
+                self._facts["possible"] = tokens
+            if self._inputs is not None:
+                self._inputs.has_room(tokens)
 
     def dead(self, why: str) -> None:
         """The engine is gone."""
         with self._lock:
             self._facts = None
         self._frontend.lost(why)
+        self._gone()
+
+    def begins(self, loading: str) -> None:
+        """An engine is being started."""
+        self._frontend.begins(loading)
+
+    def unloaded(self, why: str) -> None:
+        """The engine has ended, and none is started before the model is loaded again."""
+        with self._lock:
+            self._facts = None
+        self._frontend.unloaded(why)
+        self._gone()
+
+    def _gone(self) -> None:
+        if self._kept is not None:
+            self._kept(("cleared",))
         self._changed.set()
 
     def _keep(self) -> None:
@@ -82,6 +116,8 @@ class EngineLink:
             return
         if self._engine is None or not self._engine.rejoin(self._wire):
             self._engine = RemoteEngine(self._wire, time.monotonic, patience=facts.get("patience", 0.0))
+            if self._kept is not None:
+                self._engine.prefix_events(self._kept)
         inputs = InputProcessor(
             tokenizer,
             facts["context"],
@@ -89,10 +125,14 @@ class EngineLink:
             facts["vocab_size"],
             read_json(Path(facts["folder"]) / "generation_config.json"),
             prefix=f"{name[:6]}-",
+            grammars=self._grammars.get(tokenizer),
         )
+        self._grammars[tokenizer] = inputs.grammars
         inputs.grammars.load()  # before the first request comes: later it would hold up others
         self._linked = facts
         with self._lock:
+            self._inputs = inputs
+            inputs.has_room(facts["possible"])  # it may have changed meanwhile
             if self._facts is facts:  # else the engine died meanwhile, and the frontend was notified
                 self._frontend.ready(Served(self._engine, tokenizer, inputs), facts["restarts"])
                 self._connected()

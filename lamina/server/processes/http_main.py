@@ -1,11 +1,13 @@
 """The HTTP side of a server as a process: `python -m lamina.server.processes.http_main`, started by the supervisor.
 
-It receives where to listen and the state of the engine; it sends that it listens, and that it has connected to an
-engine. It loads no torch.
+It receives where to listen and the state of each model's engine; it sends that it listens, that it has connected to an
+engine, and which models it wants loaded or unloaded. It loads no torch.
 
-received   ["http", settings, listening descriptor, secret]   ["loading", what]   ["ready", facts]
-           ["dead", why]   ["drain", seconds]
-sent       ["serving"]   ["connected"]   ["failed", kind, why]
+received   ["http", settings, listening descriptor, secret]   ["loading", model, what]   ["ready", model, facts]
+           ["dead", model, why]   ["unloaded", model, why]   ["possible", model, tokens]
+           ["machines", list]   ["drain", seconds]
+sent       ["serving"]   ["connected", model]   ["load", model]   ["unload", model]   ["machine", id, accept]
+           ["failed", kind, why]
 """
 
 from __future__ import annotations
@@ -13,13 +15,15 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import platform
 import resource
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -28,9 +32,12 @@ from lamina.errors import LaminaError
 from lamina.server.app import create_app
 from lamina.server.frontend import Frontend
 from lamina.server.http.protocol import LimitedProtocol
+from lamina.server.machines import Machines
 from lamina.server.metrics.metrics import ServerMetrics
+from lamina.server.models import Models
 from lamina.server.processes.child_protocol import SupervisorPipe, begin
 from lamina.server.processes.engine_link import EngineLink
+from lamina.server.processes.kv_events import KvEventPublisher
 from lamina.server.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -59,10 +66,12 @@ def main() -> int:
     _, fields, descriptor, secret = first
     try:
         settings = ServerSettings(**fields)
-        metrics = ServerMetrics(settings.model)
+        metrics = ServerMetrics(*settings.models)
         tracer = _tracer(settings)
-        frontend = Frontend(metrics if tracer is None else tracer.observing(metrics))
-        app = create_app(frontend, settings, metrics)
+        models = _models(settings, metrics, tracer, supervisor)
+        machines = Machines(settings, partial(supervisor.send, "machine") if settings.joining else None)
+        app = create_app(models, settings, metrics, machines)
+        events = _publisher(settings)
     except Exception as error:
         if not isinstance(error, LaminaError):
             logger.exception("the server cannot be put together")
@@ -80,20 +89,64 @@ def main() -> int:
         limit_concurrency=_connections(settings.max_requests),
     )
     server = _Server(config)
-    link = EngineLink(frontend, bytes.fromhex(secret), lambda: supervisor.send("connected"))
+    server.models = models
+    links = {
+        model.name: EngineLink(
+            model.frontend,
+            bytes.fromhex(secret),
+            partial(supervisor.send, "connected", model.name),
+            None if events is None else events.sink(model.name),
+        )
+        for model in models
+    }
     threading.Thread(
-        target=_listen, args=(messages, link, frontend, server), name="lamina-supervisor", daemon=True
+        target=_listen, args=(messages, links, models, machines, server), name="lamina-supervisor", daemon=True
     ).start()
     threading.Thread(target=_say_when_serving, args=(server, supervisor), name="lamina-start", daemon=True).start()
     server.run(sockets=[socket.socket(fileno=descriptor)])
     if tracer is not None:
         tracer.close()
+    if events is not None:
+        events.close()
     sys.stderr.flush()
     os._exit(0)  # threads that wait for the engine or the supervisor would keep the process
 
 
+class _Loader:
+    """Has the supervisor load and unload models."""
+
+    def __init__(self, supervisor: SupervisorPipe) -> None:
+        self._supervisor = supervisor
+
+    def load(self, name: str) -> None:
+        self._supervisor.send("load", name)
+
+    def unload(self, name: str) -> None:
+        self._supervisor.send("unload", name)
+
+
+def _models(
+    settings: ServerSettings, metrics: ServerMetrics, tracer: Tracer | None, supervisor: SupervisorPipe
+) -> Models:
+    """The models of the settings, all but the first unloaded."""
+    frontends = {}
+    for name in settings.models:
+        observer = metrics.of(name)
+        frontends[name] = Frontend(observer if tracer is None else tracer.of(name).observing(observer))
+        if name != settings.model:
+            frontends[name].unloaded()
+    loader = _Loader(supervisor) if settings.on_demand else None
+    return Models(frontends, loader, settings.max_loaded, settings.idle_unload)
+
+
 class _Server(uvicorn.Server):
-    """uvicorn's, without its signal handlers."""
+    """uvicorn's, without its signal handlers. Its event loop looks after the models."""
+
+    models: Models
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.models.begin()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -119,16 +172,40 @@ def _tracer(settings: ServerSettings) -> Tracer | None:
     return Tracer.from_endpoint(settings.otlp_traces_endpoint, settings.model)
 
 
-def _listen(messages: Iterator[list[Any]], link: EngineLink, frontend: Frontend, server: uvicorn.Server) -> None:
+def _publisher(settings: ServerSettings) -> KvEventPublisher | None:
+    """The publisher of the prefix caches' events, where they are wanted. Raises InvalidRequest."""
+    if settings.kv_events is None:
+        return None
+    name = settings.kv_events_name or platform.node()
+    return KvEventPublisher(settings.kv_events, settings.kv_events_replay, settings.models, name)
+
+
+def _listen(
+    messages: Iterator[list[Any]],
+    links: Mapping[str, EngineLink],
+    models: Models,
+    machines: Machines,
+    server: uvicorn.Server,
+) -> None:
     for word, *items in messages:
+        if word == "drain":
+            threading.Thread(target=_drain, args=(models, server, items[0]), daemon=True).start()
+            continue
+        if word == "machines":
+            machines.update(items[0])
+            continue
+        name, about = items
+        link = links[name]
         if word == "loading":
-            frontend.loading = items[0]
+            link.begins(about)
         elif word == "ready":
-            link.ready(items[0])
+            link.ready(about)
+        elif word == "possible":
+            link.possible(about)
         elif word == "dead":
-            link.dead(items[0])
-        elif word == "drain":
-            threading.Thread(target=_drain, args=(frontend, server, items[0]), daemon=True).start()
+            link.dead(about)
+        elif word == "unloaded":
+            link.unloaded(about)
     os._exit(0)  # the supervisor is gone
 
 
@@ -138,12 +215,12 @@ def _say_when_serving(server: uvicorn.Server, supervisor: SupervisorPipe) -> Non
     supervisor.send("serving")
 
 
-def _drain(frontend: Frontend, server: uvicorn.Server, seconds: float) -> None:
+def _drain(models: Models, server: uvicorn.Server, seconds: float) -> None:
     """Refuse new requests, give those under way so many seconds to end, then stop the server."""
-    frontend.draining = True
+    models.drain()
     deadline = time.monotonic() + seconds
     time.sleep(min(_REST, seconds))
-    while frontend.active and time.monotonic() < deadline:
+    while models.active and time.monotonic() < deadline:
         time.sleep(0.05)
     server.config.timeout_graceful_shutdown = 2
     server.should_exit = True

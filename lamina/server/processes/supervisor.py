@@ -1,7 +1,8 @@
-"""`lamina serve`: the engine, the HTTP process and the attention workers side by side, and started again when they die.
+"""`lamina serve`: engines, the HTTP process and attention workers side by side, and started again when they die.
 
 The death of one leaves the others. The listening socket is the supervisor's, so a new HTTP process goes on where the
-old one ended. No torch is loaded here.
+old one ended. Each model has an engine process of its own; which models are loaded, the HTTP process asks for. No torch
+is loaded here.
 """
 
 from __future__ import annotations
@@ -9,20 +10,17 @@ from __future__ import annotations
 import os
 import queue
 import secrets
-import signal
 import socket
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import urllib.parse
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from lamina.deploy.local_attention import LocalAttentionWorkers
-from lamina.deploy.restarts import WORKERS_BACK, Slot
-from lamina.deploy.worker_events import WorkerAddress
+from lamina.deploy.restarts import Slot
 from lamina.errors import (
     DiskFullError,
     EngineError,
@@ -33,11 +31,14 @@ from lamina.errors import (
     PolicyError,
     UnsupportedModelError,
 )
-from lamina.server.processes.child_protocol import LOG_LEVEL, line, pack_worker, parse
-from lamina.server.settings import ServerSettings
+from lamina.server.processes.attention_role import AttentionRole
+from lamina.server.processes.child_protocol import LOG_LEVEL, line, parse
+from lamina.server.processes.engine_role import EngineRole
+from lamina.server.processes.listening import address_of, listening, signals
+from lamina.server.processes.machine_role import MachineRole
+from lamina.server.processes.server_plan import Reporter, ServerPlan
 from lamina.system.child_process import ChildProcess, end_all, module_command
 from lamina.system.private_folder import LOCK, lock, sweep
-from lamina_protocols.layers import ColdTier
 
 ENGINE_MODULE = "lamina.server.processes.engine_main"
 HTTP_MODULE = "lamina.server.processes.http_main"
@@ -49,41 +50,8 @@ _FOLDER = "lamina-serve-"  # begin of its name
 _FRESH = 10.0  # seconds that a supervisor may take from making its folder to locking it
 _LONGEST_FOLDER = 80  # characters: a Unix socket's path has 108, its name included
 _FORCED = 5.0  # seconds beyond the time to drain after which the HTTP process is killed
-
-
-class Reporter(Protocol):
-    """Shows people what happens."""
-
-    def progress(self, what: str, done: int, total: int | None) -> None: ...
-
-    def said(self, message: str) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class ServerPlan:
-    """What is to run. `engine` are the keywords of `EngineConfig`, as JSON can hold them; `workers` how many attention
-    workers the supervisor starts, each with `kv_memory` bytes of KV, which goes to `cold` when nobody reads it, and
-    `threads` threads."""
-
-    model: str
-    engine: Mapping[str, Any]
-    settings: ServerSettings
-    host: str
-    port: int
-    workers: int = 0
-    kv_memory: int = 0
-    cold: ColdTier | None = None
-    threads: int = 1
-    drain: float = 30.0  # seconds that requests under way get after SIGTERM
-    journal: bool = False  # in the supervisor's own folder, unless the engine's keywords name another
-    log_level: str = "warning"
-
-
-@dataclass(eq=False)
-class _Role(Slot[ChildProcess]):
-    """One of the two processes, "engine" or "http"."""
-
-    ready: bool = False
+_SPARE_AFTER = 5.0  # seconds between the coming or going of a model and the start of a spare process
+_LEAVING = 10.0  # seconds after which an engine that is unloaded is killed
 
 
 class Supervisor:
@@ -93,36 +61,42 @@ class Supervisor:
         self._plan = plan
         self._report = report
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # events, for the main thread
-        self._engine = _Role("engine")
-        self._http = _Role("http")
+        lone = len(plan.models) == 1
+        self._engines = {
+            name: EngineRole("engine" if lone else f"engine of {name}", number, model=name, source=source)
+            for number, (name, source) in enumerate(plan.models.items())
+        }
+        self._http: Slot[ChildProcess] = Slot("http")
+        self._serves = False  # the HTTP process listens
+        self._attention = AttentionRole(plan, report, self._calls.put, self._failed)
+        self._machines = MachineRole(plan, report, self._calls.put, self._attention, self._say_http)
+        self._spare: ChildProcess | None = None  # an engine process that has imported everything, without a model
+        self._spare_due: float | None = None
         self._secret = secrets.token_hex(32)
         self._folder = Path()
         self._socket: socket.socket | None = None
-        self._attention: LocalAttentionWorkers | None = None
-        self._workers: dict[str, WorkerAddress] = {}
-        self._workers_due: float | None = None  # when the engine gets the workers that are there
-        self._facts: dict[str, Any] | None = None  # of the engine that is ready
-        self._loading = ""
         self._announced = False
         self._stopping = False
-        self._kill_at: float | None = None  # when an HTTP process that drains is not waited for any longer
+        self._kills: dict[ChildProcess, float] = {}  # when children that are to end are not waited for any longer
         self._failure: LaminaError | None = None  # why the server cannot go on
 
     def run(self) -> None:
-        """Until a signal. Raises what the engine raised where it did not start, EngineError where it could not be
-        started again, InvalidRequest where the address cannot be listened on."""
+        """Until a signal. Raises what the first model's engine raised where it did not start, EngineError where the
+        engine of a lone model could not be started again, InvalidRequest where the address cannot be listened on."""
         sweep(Path(tempfile.gettempdir()), _FOLDER, LOCK, time.time() - _FRESH)
         with (
             tempfile.TemporaryDirectory(prefix=_FOLDER) as folder,
             os.fdopen(lock(Path(folder))),  # others may sweep it once this process is dead
-            self._listening() as sock,
-            _signals(lambda: self._calls.put(self._stop)),
+            listening(self._plan.host, self._plan.port) as sock,
+            signals(lambda: self._calls.put(self._stop)),
         ):
             self._folder, self._socket = Path(folder), sock
             if len(folder) > _LONGEST_FOLDER:
                 raise InvalidRequest(f"TMPDIR makes {folder}; sockets want at most {_LONGEST_FOLDER} characters")
             try:
-                self._begin_workers()
+                self._attention.begin()
+                self._machines.begin()
+                next(iter(self._engines.values())).load()
                 while not self._over():
                     self._start_due()
                     self._take()
@@ -134,99 +108,83 @@ class Supervisor:
     @property
     def address(self) -> str:
         """Where the server listens."""
-        host, port = (
-            (self._socket.getsockname()[:2]) if self._socket is not None else (self._plan.host, self._plan.port)
-        )
-        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
-
-    @property
-    def _engine_socket(self) -> str:
-        """A new one for each start, so that no client reaches an engine by the name of the previous one."""
-        return str(self._folder / f"{self._engine.name}.sock")
-
-    @contextmanager
-    def _listening(self) -> Iterator[socket.socket]:
-        host, port = self._plan.host, self._plan.port
-        try:
-            family, kind, _, _, address = socket.getaddrinfo(
-                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )[0]
-            sock = socket.socket(family, kind)
-            try:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                sock.bind(address)
-                sock.listen(2048)
-            except OSError:
-                sock.close()
-                raise
-        except (OSError, OverflowError) as error:
-            raise InvalidRequest(
-                f"cannot listen on {host}:{port}: {error}; --host and --port choose another place, port 0 a free one"
-            ) from error
-        with sock:
-            yield sock
-
-    def _begin_workers(self) -> None:
-        plan = self._plan
-        if not plan.workers:
-            return
-        workers = self._attention = LocalAttentionWorkers(
-            plan.workers, kv_memory=plan.kv_memory, threads=plan.threads, cold=plan.cold
-        )
-
-        def start() -> None:
-            try:
-                result: tuple[WorkerAddress, ...] | EngineError = workers.start(self._report.progress)
-            except EngineError as error:
-                result = error
-            self._calls.put(lambda: self._workers_started(result))
-
-        threading.Thread(target=start, name="lamina-workers", daemon=True).start()
+        return "" if self._socket is None else address_of(self._socket)
 
     # The loop.
 
     def _over(self) -> bool:
-        gone = self._http.worker is None and self._engine.worker is None
-        return self._failure is not None or (self._stopping and (self._http.worker is None or gone))
+        return self._failure is not None or (self._stopping and self._http.worker is None)
 
     def _start_due(self) -> None:
         if self._stopping:
             return
         now = time.monotonic()
-        for role, start in ((self._engine, self._start_engine), (self._http, self._start_http)):
-            if role.is_due(now):
-                role.ready = False
-                try:
-                    start()
-                except OSError as error:  # out of processes or memory, say
-                    if role.restarts == 0:
-                        raise EngineError(f"cannot start the {role.base} process: {error}") from error
-                    self._restart(role, f"the {role.base} process cannot be started: {error}")
+        if self._http.is_due(now):
+            self._start(self._http, self._start_http)
+        for engine in self._engines.values():
+            if engine.is_due(now):
+                self._start(engine, lambda engine=engine: self._start_engine(engine))  # type: ignore[misc]
 
-    def _start_engine(self) -> None:
+        if self._spare_due is not None and now >= self._spare_due:
+            self._start_spare()
+
+    def _wait_for_spare(self) -> None:
+        """Models come or go: have a spare process in a while, when nobody waits for a core."""
+        if self._plan.settings.on_demand and "cluster" not in self._plan.engine and not self._stopping:
+            self._spare_due = time.monotonic() + _SPARE_AFTER
+
+    def _start_spare(self) -> None:
+        """Start the process of the next engine: most of an engine's start is what every model needs."""
+        self._spare_due = None
+        if self._spare is None and any(not engine.loaded for engine in self._engines.values()):
+            with suppress(OSError):  # an engine does without
+                self._spare = self._spawn("spare engine", ENGINE_MODULE)
+                self._spare.say(line("prepare", bool(self._plan.workers)))
+
+    def _start(self, role: Slot[ChildProcess], start: Callable[[], None]) -> None:
+        try:
+            start()
+        except OSError as error:  # out of processes or memory, say
+            if role.restarts == 0 and not self._announced:
+                raise EngineError(f"cannot start the {role.base} process: {error}") from error
+            self._restart(role, f"the {role.base} process cannot be started: {error}")
+
+    def _start_engine(self, engine: EngineRole) -> None:
         plan = self._plan
-        self._engine.worker = self._spawn(self._engine, ENGINE_MODULE)
-        own = {"journal": str(self._folder / "journal")} if plan.journal else {}
-        engine = own | dict(plan.engine)
-        self._engine.worker.say(
-            line("engine", plan.model, engine, self._engine_socket, self._secret, bool(plan.workers))
-        )
-        if plan.workers and self._engine.restarts:
-            self._workers_due = time.monotonic() + WORKERS_BACK
-            self._introduce_workers()
+        engine.starts += 1
+        worker, self._spare = self._spare or self._spawn(engine.base, ENGINE_MODULE), None
+        engine.started(worker)
+        keywords = self._journal(engine) | {name: value for name, value in plan.engine.items() if name != "journal"}
+        waits = plan.waits, bool(plan.workers)
+        worker.say(line("engine", engine.source, keywords, self._socket_of(engine), self._secret, *waits))
+        if plan.waits:
+            self._attention.serve(worker)
+        self._notify_http(engine)
+
+    def _journal(self, engine: EngineRole) -> dict[str, str]:
+        """The engine's keyword for its journal, a folder of its own for each model."""
+        given = self._plan.engine.get("journal")
+        if given is None and not self._plan.journal:
+            return {}
+        folder = self._folder / "journal" if given is None else Path(given)
+        return {"journal": str(folder if len(self._engines) == 1 else folder / _as_file_name(engine.model))}
+
+    def _socket_of(self, engine: EngineRole) -> str:
+        return str(self._folder / engine.socket_name)
 
     def _start_http(self) -> None:
         if self._socket is None:
             return
-        self._http.worker = self._spawn(self._http, HTTP_MODULE, self._socket.fileno())
-        given = self._plan.settings
-        settings = asdict(given) | {"api_keys": list(given.api_keys), "operator_keys": list(given.operator_keys)}
-        self._http.worker.say(line("http", settings, self._socket.fileno(), self._secret))
-        self._notify_http()
+        self._serves = False
+        worker = self._http.worker = self._spawn("http", HTTP_MODULE, self._socket.fileno())
+        worker.say(line("http", asdict(self._plan.settings), self._socket.fileno(), self._secret))
+        for engine in self._engines.values():
+            self._notify_http(engine)
+        self._machines.tell()
 
-    def _spawn(self, role: _Role, module: str, *descriptors: int) -> ChildProcess:
+    def _spawn(self, name: str, module: str, *descriptors: int) -> ChildProcess:
         return ChildProcess(
-            role.base,
+            name,
             module_command(module),
             self._received,
             lambda child: self._calls.put(lambda: self._ended(child)),
@@ -247,132 +205,182 @@ class Supervisor:
             self._check_deadlines()
         else:
             call()
-            self._introduce_workers()
+            self._attention.introduce()
 
     def _take_message(self, child: ChildProcess, word: str, *items: Any) -> None:
+        engine = self._engine_of(child)
         if word == "progress":
             self._report.progress(*items)
+        if engine is not None:
+            self._take_from_engine(engine, word, *items)
+        elif child is self._http.worker:
+            self._take_from_http(word, *items)
+
+    def _take_from_engine(self, engine: EngineRole, word: str, *items: Any) -> None:
+        if word == "progress" and engine.facts is None:  # a ready one has progress too, when it computes lost KV again
             what, done, total = items
-            if self._facts is None:  # a ready engine has progress too, when it computes lost KV again
-                self._loading = f"{what}, {done} of {total}" if total else f"{what}, {done}"
-                self._notify_http()
-        elif word == "ready" and child is self._engine.worker:
-            self._engine.ready = True
-            self._facts = items[0] | {"socket": self._engine_socket, "restarts": self._engine.restarts}
-            self._notify_http()
-        elif word == "failed" and child is self._engine.worker:
-            kind, why = items
-            if self._engine.restarts == 0:
-                self._failure = _KINDS.get(kind, EngineError)(why)
-            elif kind in _KINDS:  # it would fail in the same way again
-                self._failure = EngineError(f"the engine could not start again: {why}")
-            else:
-                self._report.said(f"the engine could not start again: {why}")
-        elif word == "failed" and child is self._http.worker:
-            kind, why = items
-            self._failure = _KINDS.get(kind, EngineError)(why)
-        elif word == "lost" and self._attention is not None:
-            self._workers.pop(items[0], None)
+            engine.loading = f"{what}, {done} of {total}" if total else f"{what}, {done}"
+            self._notify_http(engine)
+        elif word == "ready":
+            engine.ready(items[0] | {"socket": self._socket_of(engine), "restarts": engine.restarts})
+            self._notify_http(engine)
+        elif word == "failed":
+            self._not_loaded(engine, *items)
+        elif word == "possible" and engine.facts is not None:
+            engine.facts["possible"] = items[0]
+            self._say_http("possible", engine.model, items[0])
+        elif word == "lost":
             self._attention.lost(items[0])
-        elif word == "serving" and child is self._http.worker:
-            self._http.ready = True
-        elif word == "connected" and not self._announced:
-            self._announced = True
-            context = min(self._facts["context"], self._facts["possible"] + 1) if self._facts else 0
-            about = f"(up to {context} tokens; Ctrl-C ends it)"
-            self._report.said(f"serving {self._plan.settings.model} at {self.address}  {about}")
+            self._machines.lost(items[0])
+        elif word == "drained":
+            self._machines.released(items[0])
+
+    def _not_loaded(self, engine: EngineRole, kind: str, why: str) -> None:
+        """An engine could not load its model; its process is about to end."""
+        if self._begins(engine):
+            self._failed(_KINDS.get(kind, EngineError)(why))
+        elif self._plan.settings.on_demand and (engine.fresh or kind in _KINDS):
+            self._report.said(f"{engine.model} could not be loaded: {why}")
+            self._unloaded(engine, why)
+        elif kind in _KINDS:  # it would fail in the same way again
+            self._failed(EngineError(f"the engine could not start again: {why}"))
+        else:
+            self._report.said(f"the engine could not start again: {why}")
+
+    def _begins(self, engine: EngineRole) -> bool:
+        """Whether it is the first start of the first model: without it there is no server."""
+        return engine.number == 0 and engine.loads == 1 and engine.restarts == 0
+
+    def _take_from_http(self, word: str, *items: Any) -> None:
+        if word == "failed":
+            kind, why = items
+            self._failed(_KINDS.get(kind, EngineError)(why))
+        elif word == "serving":
+            self._serves = True
+        elif word == "load" and not self._stopping:
+            self._engines[items[0]].load()
+        elif word == "unload":
+            self._unload(self._engines[items[0]])
         elif word == "connected":
+            self._connected(self._engines[items[0]])
+        elif word == "machine":
+            self._machines.decide(*items)
+
+    def _connected(self, engine: EngineRole) -> None:
+        """The HTTP process reaches an engine."""
+        self._wait_for_spare()
+        if not self._announced:
+            self._announced = True
+            context = min(engine.facts["context"], engine.facts["possible"] + 1) if engine.facts else 0
+            others = f"; {len(self._engines) - 1} more on demand" if len(self._engines) > 1 else ""
+            about = f"(up to {context} tokens{others}; Ctrl-C ends it)"
+            self._report.said(f"serving {engine.model} at {self.address}  {about}")
+        elif self._plan.settings.on_demand:
+            self._report.said(f"{engine.model} is loaded")
+        else:
             self._report.said("serving again")
 
     def _ended(self, child: ChildProcess) -> None:
-        role = self._engine if child is self._engine.worker else self._http
-        role.worker = None
+        self._kills.pop(child, None)
+        if child is self._spare:
+            self._spare = None
+        elif child is self._http.worker:
+            self._http_ended(child)
+        elif (engine := self._engine_of(child)) is not None:
+            self._engine_ended(engine, child)
+
+    def _http_ended(self, child: ChildProcess) -> None:
+        self._http.worker = None
+        if not self._stopping and not self._failure:
+            self._died(self._http, child, self._serves)
+
+    def _engine_ended(self, engine: EngineRole, child: ChildProcess) -> None:
+        engine.worker, was_ready, engine.facts = None, engine.facts is not None, None
         if self._stopping or self._failure:
             return
+        if engine.ending:
+            self._report.said(f"{engine.model} is unloaded")
+            self._unloaded(engine)
+            return
+        if engine.fresh and self._plan.settings.on_demand and not self._begins(engine):
+            self._unloaded(engine, f"its process ended, {child.how()}, before it was loaded")
+            return
+        self._notify_http(engine, f"the {engine.base} process ended, {child.how()}")
+        self._died(engine, child, was_ready)
+
+    def _died(self, role: Slot[ChildProcess], child: ChildProcess, served: bool) -> None:
         how = f"the {role.base} process ended, {child.how()}"
-        was_ready, role.ready = role.ready, False
-        if role is self._engine:
-            self._facts = None
-            self._notify_http(how)
-        if not was_ready and role.restarts == 0:
-            self._failure = EngineError(f"{how}, before it had started")
+        if not served and role.restarts == 0:
+            self._failed(EngineError(f"{how}, before it had started"))
             return
         self._restart(role, how)
 
-    def _restart(self, role: _Role, how: str) -> None:
+    def _restart(self, role: Slot[ChildProcess], how: str) -> None:
         then = role.ended(time.monotonic())
-        if role.due is None:
-            self._failure = EngineError(f"{how}, too often to start it again")
-        else:
+        if role.due is not None:
             self._report.said(f"{how}; {then}")
-
-    # Attention workers, and what the engine and the HTTP process know.
-
-    def _workers_started(self, result: tuple[WorkerAddress, ...] | EngineError) -> None:
-        if isinstance(result, EngineError):
-            self._failure = result
-            return
-        self._workers = {worker.name: worker for worker in result}
-        self._workers_due = time.monotonic() + WORKERS_BACK
-        if self._attention is not None:
-            self._attention.watch(
-                lambda worker: self._calls.put(lambda: self._joined(worker)),
-                lambda name: self._calls.put(lambda: self._left(name)),
-            )
-
-    def _joined(self, worker: WorkerAddress) -> None:
-        self._workers[worker.name] = worker
-        self._report.said(f"attention worker {worker.name} is there")
-        self._notify_engine("joined", pack_worker(worker))
-
-    def _left(self, name: str) -> None:
-        self._workers.pop(name, None)
-        self._notify_engine("left", name)
-
-    def _introduce_workers(self) -> None:
-        """Send a new engine the workers that are there: once all are, or some after a while."""
-        if self._workers_due is None or self._engine.worker is None:
-            return
-        enough = len(self._workers) >= self._plan.workers
-        if enough or (self._workers and time.monotonic() >= self._workers_due):
-            self._workers_due = None
-            self._engine.worker.say(line("workers", [pack_worker(worker) for worker in self._workers.values()]))
-
-    def _notify_engine(self, word: str, *items: Any) -> None:
-        if self._engine.worker is not None and self._workers_due is None:
-            self._engine.worker.say(line(word, *items))
-
-    def _notify_http(self, dead: str = "") -> None:
-        if self._http.worker is None:
-            return
-        if self._facts is not None:
-            self._http.worker.say(line("ready", self._facts))
-        elif dead:
-            self._http.worker.say(line("dead", dead))
+        elif isinstance(role, EngineRole) and self._plan.settings.on_demand:
+            self._report.said(f"{how}, too often to start it again")
+            self._unloaded(role, how)
         else:
-            self._http.worker.say(line("loading", self._loading))
+            self._failed(EngineError(f"{how}, too often to start it again"))
+
+    def _failed(self, error: LaminaError) -> None:
+        self._failure = self._failure or error
+
+    # Models that come and go, and what the HTTP process knows.
+
+    def _unload(self, engine: EngineRole) -> None:
+        """End an engine in order: it leaves its attention workers, which are free for the next one."""
+        if engine.worker is None:  # it is not loaded, or waits for its restart
+            self._unloaded(engine)
+        elif not engine.ending:
+            engine.ending = True
+            engine.worker.say(line("stop"))
+            self._kills[engine.worker] = time.monotonic() + _LEAVING
+
+    def _unloaded(self, engine: EngineRole, why: str = "") -> None:
+        """An engine is not started again before it is loaded. Its process, if there still is one, ends by itself."""
+        engine.gone()
+        self._wait_for_spare()
+        self._say_http("unloaded", engine.model, why)
+
+    def _engine_of(self, child: ChildProcess) -> EngineRole | None:
+        return next((engine for engine in self._engines.values() if engine.worker is child), None)
+
+    def _notify_http(self, engine: EngineRole, dead: str = "") -> None:
+        if engine.facts is not None:
+            self._say_http("ready", engine.model, engine.facts)
+        elif dead:
+            self._say_http("dead", engine.model, dead)
+        elif engine.loaded:
+            self._say_http("loading", engine.model, engine.loading)
+        else:
+            self._say_http("unloaded", engine.model, "")
+
+    def _say_http(self, word: str, *items: Any) -> None:
+        if self._http.worker is not None:
+            self._http.worker.say(line(word, *items))
 
     # Time, and the end.
 
     def _until_next(self) -> float | None:
-        times = [role.next_start for role in (self._engine, self._http) if not self._stopping]
-        times += [self._workers_due, self._kill_at]
+        roles: list[Slot[ChildProcess]] = [] if self._stopping else [self._http, *self._engines.values()]
+        times = [*(role.next_start for role in roles), self._attention.due, self._spare_due, *self._kills.values()]
         due = [each for each in times if each is not None]
         return max(0.0, min(due) - time.monotonic()) if due else None
 
     def _check_deadlines(self) -> None:
+        self._attention.introduce()
         now = time.monotonic()
-        if self._workers_due is not None and now >= self._workers_due:
-            self._introduce_workers()
-            if self._workers_due is not None:  # no worker is there: look again later
-                self._workers_due = now + 1.0
-        if self._kill_at is not None and now >= self._kill_at and self._http.worker is not None:
-            self._kill_at = None
-            self._http.worker.kill()
+        for child in [child for child, at in self._kills.items() if now >= at]:
+            del self._kills[child]
+            child.kill()
 
     def _stop(self) -> None:
         """The first signal lets requests end, the second does not."""
-        if self._stopping or self._http.worker is None or not self._http.ready:
+        self._spare_due = None
+        if self._stopping or self._http.worker is None or not self._serves:
             self._stopping = True
             if self._http.worker is not None:
                 self._http.worker.kill()
@@ -380,20 +388,16 @@ class Supervisor:
         self._stopping = True
         self._report.said(f"ending once requests under way have ended, in {self._plan.drain:g} s at most")
         self._http.worker.say(line("drain", self._plan.drain))
-        self._kill_at = time.monotonic() + self._plan.drain + _FORCED
+        self._kills[self._http.worker] = time.monotonic() + self._plan.drain + _FORCED
 
     def _end(self) -> None:
-        end_all(role.worker for role in (self._http, self._engine) if role.worker is not None)
-        if self._attention is not None:
-            self._attention.close()
+        roles: list[Slot[ChildProcess]] = [self._http, *self._engines.values()]
+        children = [self._spare, *(role.worker for role in roles)]
+        end_all(child for child in children if child is not None)
+        self._machines.close()
+        self._attention.close()
 
 
-@contextmanager
-def _signals(on_signal: Callable[[], None]) -> Iterator[None]:
-    """SIGTERM and SIGINT call `on_signal`, which may be interrupted by itself."""
-    before = {number: signal.signal(number, lambda *_: on_signal()) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _as_file_name(name: str) -> str:
+    """A model's name as a name in a folder: no two names have the same."""
+    return urllib.parse.quote(name, safe="").replace(".", "%2E")

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, fields
 from lamina.errors import EngineError, InvalidRequest
 from lamina.scheduling.control_plane import ControlPlane, Step, refusal
 from lamina.scheduling.holder import Holder
+from lamina.scheduling.page_groups import PageGroup
 from lamina.scheduling.placement import Placement
-from lamina.scheduling.request import SNAPSHOT_TOKENS, PageGroup, Plan, Request, ScheduledSequence, SchedulerConfig
+from lamina.scheduling.request import SNAPSHOT_TOKENS, Plan, Request, ScheduledSequence, SchedulerConfig
 from lamina.simulator.costs.cost_model import Load, StepCost, kv_heads
 from lamina.simulator.costs.mixers import STATE_RECORDS
 from lamina.simulator.costs.systems import PAGE_SIZE, Offloaded, System

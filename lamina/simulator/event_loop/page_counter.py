@@ -15,7 +15,7 @@ from lamina_protocols.messages import Close, Fork, Open, Operation, Row
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """What layers, or a policy, with a window of the last `tokens` keep: a `Retention` of `scheduling.request`."""
+    """What layers, or a policy, with a window of the last `tokens` keep: a `Retention` of `scheduling.page_groups`."""
 
     tokens: int
 

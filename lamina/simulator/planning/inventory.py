@@ -28,6 +28,7 @@ from lamina.simulator.costs.cost_model import FULL, KvPolicy
 from lamina.simulator.costs.hardware import Catalogue, Device, Efficiency, Link
 from lamina.simulator.costs.tables import known_keys, read_tables, tables_of, text, whole
 
+UNDEPLOYABLE = ("disaggregated",)
 SYSTEMS = ("colocated", "chunked", "disaggregated", "lamina", "lamina-cpu")
 """Whole prompts and chunked ones on the same devices, prompts on other devices, attention on other accelerators, and
 attention on CPU hosts."""
@@ -82,6 +83,16 @@ def default(catalogue: Catalogue) -> Inventory:
     )
 
 
+def deployable(inventory: Inventory) -> Inventory:
+    """The inventory without systems that no engine here is. Raises InvalidRequest where that leaves none."""
+    systems = tuple(system for system in inventory.systems if system not in UNDEPLOYABLE)
+    if not systems:
+        raise InvalidRequest(
+            f"systems are {', '.join(inventory.systems)}, which no engine here deploys; --any plans with them"
+        )
+    return replace(inventory, systems=systems)
+
+
 def with_efficiency(inventory: Inventory, efficiency: Efficiency) -> Inventory:
     """The inventory with that efficiency for devices without measurements."""
     return replace(
@@ -99,8 +110,15 @@ def read(path: str | Path, catalogue: Catalogue | None = None) -> Inventory:
 def _from_tables(data: Mapping[str, Any], catalogue: Catalogue) -> Inventory:
     known_keys(data, _KEYS, "the file")
     parts = {kind: data[kind] for kind in ("device", "link") if kind in data}
+    for table in tables_of(data, "device", MAX_ENTRIES):
+        if "count" in table:
+            raise InvalidRequest(
+                "[[device]] has the key 'count'; how many there are says a table [[have]], with device and count"
+            )
     known = hardware.extended(catalogue, parts) if parts else catalogue
     have = tuple(_have(table, known) for table in tables_of(data, "have", MAX_ENTRIES))
+    if not have:  # a file of calibrate-hardware: this machine
+        have = tuple(Have(known.device(table["name"]), 1) for table in tables_of(data, "device", MAX_ENTRIES))
     if not have:
         raise InvalidRequest("it has no [[have]]; needed is at least one, with device and count")
     policies, sources = [], {}
@@ -108,7 +126,7 @@ def _from_tables(data: Mapping[str, Any], catalogue: Catalogue) -> Inventory:
         policy = _policy(table)
         policies.append(policy)
         sources[policy.name] = text(f"source of policy {policy.name!r}", table.get("source", ""), _MAX_TEXT)
-    names = _texts(data, "links")
+    names = _texts(data, "links") or ([] if "have" in data else [table["name"] for table in tables_of(data, "link")])
     _unequal("links", [name.lower() for name in names])
     return Inventory(
         have=have,

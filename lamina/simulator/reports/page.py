@@ -65,6 +65,7 @@ _TERMS = """<h2>Terms</h2><dl>
 <dt>TPOT</dt><dd>time per output token after the first, mean of a request</dd>
 <dt>TBT</dt><dd>time between two tokens of a request</dd>
 <dt>p50, p90, p99</dt><dd>half, nine tenths, 99 of 100 are at most that</dd>
+<dt>DOP(a, b)</dt><dd>a devices share the dense layers, b others hold the KV and compute attention</dd>
 <dt>goodput</dt><dd>requests a second that met the SLO; all of them where none was set</dd>
 <dt>when full</dt><dd>output while a request waited for room, without a run's beginning and end</dd>
 <dt>busy</dt><dd>share of the run's seconds that a tier worked</dd>

@@ -22,7 +22,9 @@ from lamina_workers.converted.modeling import converting
 from lamina_workers.converted.models import decoder_of, for_ranks, load_model, model_config
 from lamina_workers.converted.weights import cut_live
 from lamina_workers.decoder.checkpoint import Checkpoint
+from lamina_workers.decoder.logprobs import PromptTokens
 from lamina_workers.decoder.model import Batch, KeyValueReady
+from lamina_workers.decoder.prompt_scores import PromptScorer
 from lamina_workers.errors import ModelFileError, RanksError, UnsupportedModelError
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -103,6 +105,28 @@ def test_a_run_begins_behind_any_attention(family: str, sampled: list[int], tmp_
             assert event.hidden is not None
             again = finished(decoder.forward(batch, event.hidden.clone(), event.layer, answer), answer)
             torch.testing.assert_close(again, logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("in_slices", [True, False])
+def test_prompts_are_scored(in_slices: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lamina_workers.decoder.prompt_scores._BLOCK", 97 * 3)  # three rows at a time
+    tiny_models.make("gpt2", tmp_path)
+    decoder = tiny_models.load(tmp_path, converts=True)
+    decoder = decoder if in_slices else decoder.as_module()
+    spec = decoder.config.layer_specs()[0]
+    answer = torch.randn(5, spec.heads * spec.d_v, generator=torch.Generator().manual_seed(1))
+    scorer = PromptScorer([PromptTokens(0, 7, 4, (5, 6, 7, 8), 2)], 97, torch.device("cpu"))
+    ids, positions = torch.arange(5) * 7 % 97, torch.arange(5)
+    with torch.inference_mode():
+        whole = finished(decoder.forward(Batch(ids, positions, positions)), answer).log_softmax(-1)
+        logits = finished(decoder.forward(Batch(ids, positions, torch.tensor([4]), scorer=scorer)), answer)
+    torch.testing.assert_close(logits.log_softmax(-1), whole[4:], rtol=0, atol=1e-5)
+    (scores,) = scorer.scores
+    assert scores.start == 7
+    assert [report.chosen for report in scores.logprobs] == pytest.approx(
+        [float(whole[at, target]) for at, target in enumerate((5, 6, 7, 8))], abs=1e-5
+    )
+    assert [report.top[0][0] for report in scores.logprobs] == whole[:4].argmax(-1).tolist()
 
 
 def test_what_lives_across_a_cut_comes_back_as_it_was() -> None:

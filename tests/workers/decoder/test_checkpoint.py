@@ -70,6 +70,13 @@ def test_shards(tmp_path: Path) -> None:
     check_equal(tmp_path)
 
 
+def test_a_model_without_a_head_has_the_names_of_one_with_it(tmp_path: Path) -> None:
+    save_file({"embed_tokens.weight": torch.ones(2, 3), "norm.weight": torch.ones(3)}, tmp_path / "model.safetensors")
+    with Checkpoint(tmp_path) as checkpoint:
+        assert sorted(checkpoint.names()) == ["model.embed_tokens.weight", "model.norm.weight"]
+        assert torch.equal(checkpoint.tensor("model.norm.weight"), torch.ones(3))
+
+
 def test_hub_cache_links_into_its_blobs(tmp_path: Path) -> None:
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0123"
     blobs.mkdir()

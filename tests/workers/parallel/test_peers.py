@@ -27,6 +27,7 @@ from lamina_protocols.frames import MAX_HEADER
 from lamina_protocols.layers import ColdTier, HolderConfig, LayerSpec
 from lamina_protocols.routes import HolderBatch, Route, Span
 from lamina_protocols.socket_connections import connect_unix
+from lamina_workers.decoder.logprobs import PromptTokens
 from lamina_workers.decoder.sampler import RowSampling
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
 from lamina_workers.model_worker.interface import BatchWork
@@ -50,7 +51,10 @@ SHARE = HolderBatch(
     (Route(0, (0, 1), m.Row(2, 33, 4, (0, 33), True), (33, 37)), Route(1, (1,), m.Row(3, 0, 1, None, True), (0, 0))),
 )
 ANNOUNCED = m.Announced(2, 5, True, (90,), (0, 3), usages=(m.Usage(1, 2, 0.5, 3, 0.1, 4, 5, 3, 0.25),))
-WORK = BatchWork((Span(33, 4), Span(0, 1)), (37, 1), (5, 6, 7, 8, 2**40), (3, 4), (RowSampling(), RowSampling()))
+WORK = BatchWork(
+    (Span(33, 4), Span(0, 1)), (37, 1), (5, 6, 7, 8, 2**40), (3, 4), (RowSampling(), RowSampling()),
+    (PromptTokens(0, 33, 3, (6, 7, 8), 2), PromptTokens(4, 0, 1)),
+)  # fmt: skip
 MESSAGES: list[Any] = [
     peer_messages.Hello("model-1", 3, "1.2"),
     peer_messages.Progress("loading", 1, 20),
@@ -109,6 +113,8 @@ def test_logits_come_back_to_the_bit() -> None:
         {"token_ids": (5, 6, 7, 8)},
         {"sampled": (-1,)},
         {"sampled": (5,)},
+        {"scored": (PromptTokens(2, 0, 4),)},
+        {"scored": (PromptTokens(0, 0, 3, (1, 2)),)},
     ],
     ids=str,
 )

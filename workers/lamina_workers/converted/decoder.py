@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,7 +82,9 @@ class ConvertedDecoder(Decoder):
     def _as_module(self, batch: Batch, counted: bool = False) -> Forward:
         from lamina_workers.converted.coroutine import stepwise  # greenlet is needed by such models alone
 
-        run = stepwise(self._model, batch.token_ids[None], None if counted else batch.positions[None], batch.sampled)
+        scorer, sampled = batch.scorer, batch.sampled
+        wanted = sampled if scorer is None else torch.cat((sampled, scorer.rows))
+        run = stepwise(self._model, batch.token_ids[None], None if counted else batch.positions[None], wanted)
         try:
             call = next(run)
             for layer in range(self.config.num_hidden_layers):
@@ -90,7 +93,9 @@ class ConvertedDecoder(Decoder):
                     call = run.send(attended)
                 except StopIteration as stop:
                     logits: torch.Tensor = stop.value
-                    return logits.float()
+                    if scorer is not None:
+                        scorer.score(partial(_float_rows, logits[len(sampled) :]), None)
+                    return logits[: len(sampled)].float()
         finally:
             run.close()
         raise RuntimeError(
@@ -121,15 +126,28 @@ class ConvertedDecoder(Decoder):
             if layer == last:
                 break
             found, whole = self._slice(slices, layer, tables, live, whole), None
+
+        def logits(kept: torch.Tensor) -> torch.Tensor:
+            """Past the last attention, of some of the tokens."""
+            if len(kept) == len(ids[0]) and _in_order(kept):
+                found = self._slice(slices, last, tables, live, whole)
+            else:
+                parts = zip(slices.live(last - 1), live, strict=True)
+                found = self._slice(
+                    slices,
+                    last,
+                    slices.tables(last, ids[:, kept], positions[:, kept]),
+                    [x.index_select(part.axis, kept) for part, x in parts],
+                    whole.index_select(1, kept),
+                )
+            left: torch.Tensor = found[0][0]
+            return left.float()
+
+        if (scorer := batch.scorer) is not None:
+            scorer.score(lambda rows: logits(scorer.rows[rows]), None)
         if not len(batch.sampled):
             return torch.empty(0, self.config.vocab_size, device=self.device)
-        if len(batch.sampled) < len(ids[0]) or not _in_order(batch.sampled):  # past the last attention
-            kept = batch.sampled
-            tables = slices.tables(last, ids[:, kept], positions[:, kept])
-            live = [x.index_select(part.axis, kept) for part, x in zip(slices.live(last - 1), live, strict=True)]
-            whole = whole.index_select(1, kept)
-        logits: torch.Tensor = self._slice(slices, last, tables, live, whole)[0]
-        return logits[0].float()
+        return logits(batch.sampled)
 
     def _slice(
         self, slices: Slices, index: int, tables: list[Any], live: list[Any], attended: torch.Tensor
@@ -207,6 +225,10 @@ def unpacked(parts: Sequence[Live], hidden: torch.Tensor) -> list[torch.Tensor]:
 
 def _split(found: list[Any], live: int) -> tuple[list[Any], list[Any]]:
     return found[: len(found) - live], found[len(found) - live :]
+
+
+def _float_rows(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return logits[rows].float()
 
 
 def _in_order(sampled: torch.Tensor) -> bool:

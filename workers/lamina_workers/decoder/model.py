@@ -11,7 +11,7 @@ the sums over ranks are made inside `_after_attention`. All ranks run the same b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,11 +27,12 @@ from lamina_workers.decoder.decoder_weights import DecoderWeights, MixerWeights,
 from lamina_workers.decoder.heads import project, split
 from lamina_workers.decoder.latent import Rotation, query_rows
 from lamina_workers.decoder.packing import UNPACKED, Packing
-from lamina_workers.decoder.rope import Rotary
+from lamina_workers.decoder.rope import LayerRotations
 from lamina_workers.decoder.shard import WHOLE, Shard, local, rank_shape
 
 if TYPE_CHECKING:
     from lamina_workers.decoder.collective import Collective
+    from lamina_workers.decoder.prompt_scores import PromptScorer
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +41,14 @@ class Batch:
 
     token_ids, positions: int64 `[T]`. sampled: int64 `[S]`, indices into the T tokens whose logits are wanted.
     rope_lengths: int64 `[T]`, per token the larger of its sequence's prompt length and its position + 1; needed where
-    RoPE is `by_length`, else None. All on the decoder's device.
+    RoPE is `by_length`, else None. All on the decoder's device. `scorer` gets the tokens of prompts that are scored.
     """
 
     token_ids: torch.Tensor
     positions: torch.Tensor
     sampled: torch.Tensor
     rope_lengths: torch.Tensor | None = None
+    scorer: PromptScorer | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,6 @@ class QueryReady:
 class KeyValueReady:
     """The keys and values of `layer`. k: `[T, kv_heads, key_width]`, mostly d_k, rotated; v: `[T, kv_heads, d_v]`, or
     of latents `[T, 1, 0]`.
-
     `sinks`, float32 `[heads]`: the logit of one more key of each head, whose value is zeros; None where there are none.
     The driver merges them in (`lamina_kernels.partial.with_sinks`); holders do not know them.
 
@@ -126,11 +127,7 @@ class Decoder:
         self.dtype = weights.norm.dtype
         self.device = weights.norm.device
         self._weights = weights
-        of_layers = config.layer_ropes()
-        ropes = [rope for rope in dict.fromkeys(of_layers) if rope is not None]
-        self._ropes = [Rotary(rope, config.rotary_dim, self.device) for rope in ropes]
-        # Behind the last layer there is none, as in a layer without one: the number of what stands behind all ropes.
-        self._turns = [*(len(ropes) if rope is None else ropes.index(rope) for rope in of_layers), len(ropes)]
+        self._rotations = LayerRotations(config.layer_ropes(), config.rotary_dim, self.device)
         # By whether q comes first: those are made when they are first wanted.
         self._spans = {False: decoder_spans(self.config, weights) if shard.ranks == 1 else None}
 
@@ -193,7 +190,7 @@ class Decoder:
             self._split_projections()
         if hidden is None:
             hidden = self._embed(batch.token_ids)
-        angles = self._rotations(batch)
+        angles = self._rotations(batch.positions, batch.rope_lengths)
         entering: Entering = ()
         if attended is None and not first_layer:
             hidden, entering = self._span(0, hidden, None, angles[0], query_first)
@@ -206,25 +203,28 @@ class Decoder:
                     attended = yield StateReady(index, x, gates, hidden)
                 if attended is None:
                     raise ValueError(f"layer {index} needs the output that answers its last event, got None")
-            if index == len(layers) - 1:  # past the last attention, only the sampled tokens matter
+            if index == len(layers) - 1:  # past the last attention, only the sampled tokens matter, and the scored ones
+                if batch.scorer is not None:
+                    self._score(batch.scorer, hidden, attended)
                 hidden, attended = hidden[batch.sampled], attended[batch.sampled]
             hidden, entering = self._span(index + 1, hidden, attended, angles[index + 1], query_first)
             attended = None
-        logits = self._logits(hidden, entering)
-        if self._collective is None:
-            return logits
-        whole = self._collective.gather_columns(logits, self._widths)
+        whole = self._gathered(logits := self._logits(hidden, entering))
         return logits.new_empty(0, self.config.vocab_size) if whole is None else whole
+
+    def _score(self, scorer: PromptScorer, hidden: torch.Tensor, attended: torch.Tensor) -> None:
+        """Score tokens of prompts. hidden, attended: of the last layer, of all tokens."""
+        left = self._after_attention(len(self._weights.layers) - 1, hidden[scorer.rows], attended[scorer.rows])
+        normed = self._norm(left, self._weights.norm)
+        scorer.score(lambda part: self._gathered(self.head(normed[part])), normed)
+
+    def _gathered(self, logits: torch.Tensor) -> torch.Tensor | None:
+        """Logits of the whole vocabulary from those of each rank's part; None at ranks beyond 0."""
+        return logits if self._collective is None else self._collective.gather_columns(logits, self._widths)
 
     def state_constants(self) -> dict[int, StateConstants]:
         """By layer, what holders need of each that keeps a state, beside its spec."""
         return {i: layer.state.constants for i, layer in enumerate(self._weights.layers) if layer.state is not None}
-
-    def _rotations(self, batch: Batch) -> Sequence[Rotation]:
-        """That of each layer, and None past the last one."""
-        found: list[Rotation] = [rotary(batch.positions, batch.rope_lengths) for rotary in self._ropes]
-        found.append(None)
-        return [found[turn] for turn in self._turns]
 
     def _split_projections(self) -> None:
         """Make it possible to compute q alone."""

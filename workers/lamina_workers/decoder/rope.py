@@ -7,6 +7,7 @@ transformers' `modeling_rope_utils`, in the same float32 arithmetic.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -139,6 +140,22 @@ class Rotary:
         if self._still:
             cos, sin = F.pad(cos, (0, self._still), value=1.0), F.pad(sin, (0, self._still))
         return cos, sin
+
+
+class LayerRotations:
+    """The cos and sin of a batch in each layer, given its rope; None in a layer without one and behind the last layer.
+    Layers of one rope share them."""
+
+    def __init__(self, of_layers: Sequence[RopeConfig | None], dim: int, device: torch.device) -> None:
+        self._of_layers = of_layers
+        self._rotaries = {rope: Rotary(rope, dim, device) for rope in of_layers if rope is not None}
+
+    def __call__(
+        self, positions: torch.Tensor, lengths: torch.Tensor | None
+    ) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
+        """As `Rotary` says, by layer."""
+        found = {rope: rotary(positions, lengths) for rope, rotary in self._rotaries.items()}
+        return [*(None if rope is None else found[rope] for rope in self._of_layers), None]
 
 
 def _exponents(dim: int, device: torch.device | str = "cpu") -> torch.Tensor:

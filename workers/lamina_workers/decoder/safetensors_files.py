@@ -39,9 +39,17 @@ class TensorInfo:
 def find_tensors(folder: Path) -> dict[str, TensorInfo]:
     """Every tensor of the checkpoint in `folder`: one `model.safetensors`, or the shards that its index names.
 
+    Embedding models are published without a head, and then without `model.` before each name; it is added.
+
     Raises ModelFileError where a file is missing, truncated or malformed, lies outside the folder, or where
     there are only pickled weights, which would run code when loaded.
     """
+    found = _named(folder)
+    return {f"model.{name}": info for name, info in found.items()} if "embed_tokens.weight" in found else found
+
+
+def _named(folder: Path) -> dict[str, TensorInfo]:
+    """Every tensor by the name that the files give it."""
     if (folder / SINGLE_FILE).exists():
         return read_header(_inside(folder, SINGLE_FILE))
     if not (folder / INDEX_FILE).exists():

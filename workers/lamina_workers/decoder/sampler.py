@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import pad
 
-from lamina_workers.decoder.logprobs import RowLogprobs
+from lamina_workers.decoder.logprobs import PromptScores, RowLogprobs
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy: there the likeliest token has all the probability that float32 can tell."""
@@ -138,10 +138,12 @@ class RowSampling:
 @dataclass(frozen=True, slots=True)
 class Sampled:
     """One entry a row. A token is None where the row's logits allow none: NaN or infinity among them, or all
-    suppressed. Log probabilities are None there, and where none were asked for."""
+    suppressed. Log probabilities are None there, and where none were asked for. `prompts` are the scores of the tokens
+    of prompts that were to be scored, in order."""
 
     tokens: list[int | None]
     logprobs: list[RowLogprobs | None]
+    prompts: Sequence[PromptScores] = ()
 
 
 def uniform(seed: int, sample_index: int, position: int) -> float:
@@ -150,8 +152,9 @@ def uniform(seed: int, sample_index: int, position: int) -> float:
     return float(int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def sample(logits: torch.Tensor, rows: Sequence[RowSampling]) -> Sampled:
-    """Choose a token for each row. logits: `[len(rows), vocabulary]`, any float dtype, not modified."""
+def sample(logits: torch.Tensor, rows: Sequence[RowSampling], prompts: Sequence[PromptScores] = ()) -> Sampled:
+    """Choose a token for each row. logits: `[len(rows), vocabulary]`, any float dtype, not modified. `prompts` are
+    passed on."""
     if logits.shape[0] != len(rows):
         raise ValueError(f"logits have {logits.shape[0]} rows, but {len(rows)} rows say how to sample")
     tokens = _largest(logits)
@@ -161,7 +164,7 @@ def sample(logits: torch.Tensor, rows: Sequence[RowSampling]) -> Sampled:
         chosen = _choose(_select(logits, part).float(), [rows[i] for i in part])
         for i, token in zip(part, chosen, strict=True):
             tokens[i] = token
-    return Sampled(tokens, _report(logits, tokens, rows))
+    return Sampled(tokens, _report(logits, tokens, rows), prompts)
 
 
 def _select(logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
@@ -333,20 +336,29 @@ def _pass(weights: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.T
 def _report(
     logits: torch.Tensor, tokens: Sequence[int | None], rows: Sequence[RowSampling]
 ) -> list[RowLogprobs | None]:
-    report: list[RowLogprobs | None] = [None] * len(rows)
+    found: list[RowLogprobs | None] = [None] * len(rows)
     asked = [
         (i, token, row.logprobs)
         for i, (token, row) in enumerate(zip(tokens, rows, strict=True))
         if token is not None and row.logprobs is not None
     ]
-    if not asked:
-        return report
-    logprobs = _select(logits, [i for i, _, _ in asked]).float().log_softmax(-1)
-    chosen = logprobs.gather(1, torch.tensor([[token] for _, token, _ in asked], device=logits.device))
+    if asked:
+        numbers, chosen, counts = zip(*asked, strict=True)
+        for i, of_row in zip(numbers, report(_select(logits, numbers), chosen, counts), strict=True):
+            found[i] = of_row
+    return found
+
+
+def report(logits: torch.Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[RowLogprobs]:
+    """The log probabilities of one token of each row, and of its `counts` likeliest, at most 64. logits: `[len(tokens),
+    vocabulary]`, any float dtype, not modified."""
+    logprobs = logits.float().log_softmax(-1)
+    chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device).unsqueeze(1)).squeeze(1).tolist()
+    if not any(counts):
+        return [RowLogprobs(own, ()) for own in chosen]
     # A fixed number is looked for, so that among equals the rest of the batch has no say.
     values, ids = _likeliest(logprobs, min(_RUNGS[0], logprobs.shape[1]))
-    for (i, _, count), own, row_ids, row_values in zip(
-        asked, chosen.squeeze(1).tolist(), ids.tolist(), values.tolist(), strict=True
-    ):
-        report[i] = RowLogprobs(own, tuple(zip(row_ids[:count], row_values[:count], strict=True)))
-    return report
+    return [
+        RowLogprobs(own, tuple(zip(row_ids[:count], row_values[:count], strict=True)))
+        for own, count, row_ids, row_values in zip(chosen, counts, ids.tolist(), values.tolist(), strict=True)
+    ]

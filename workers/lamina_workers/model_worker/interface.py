@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol, TypeVar
 from lamina_protocols.channels import Credentials
 from lamina_protocols.messages import Announced, Surveyed
 from lamina_protocols.routes import HolderBatch, Span
+from lamina_workers.decoder.logprobs import PromptTokens
 from lamina_workers.decoder.sampler import RowSampling, Sampled
 from lamina_workers.model_worker.kv_copy import Move
 from lamina_workers.model_worker.waiting import Waiting
@@ -19,13 +20,15 @@ from lamina_workers.ports.timing import Link, Times
 @dataclass(frozen=True, slots=True)
 class BatchWork:
     """The tokens of a batch. `prompts`: the length of each span's prompt. token_ids: all spans' ids, one after the
-    other. `sampled` are indices into them whose next token is wanted, `sampling` says how, one entry each."""
+    other. `sampled` are indices into them whose next token is wanted, `sampling` says how, one entry each. `scored` are
+    tokens of prompts that are scored."""
 
     spans: tuple[Span, ...]
     prompts: tuple[int, ...]
     token_ids: Sequence[int]
     sampled: tuple[int, ...]
     sampling: tuple[RowSampling, ...]
+    scored: tuple[PromptTokens, ...] = ()
 
 
 class Seat(NamedTuple):

@@ -17,7 +17,9 @@ from lamina_protocols.channels import Credentials
 from lamina_protocols.layers import HolderConfig
 from lamina_protocols.messages import Announced, Announcement
 from lamina_protocols.routes import HolderBatch, Route
+from lamina_workers.decoder.logprobs import PromptScores
 from lamina_workers.decoder.model import Batch, Decoder, Forward
+from lamina_workers.decoder.prompt_scores import PromptScorer
 from lamina_workers.decoder.sampler import Sampled, sample
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
 from lamina_workers.model_worker.attention_merge import AttentionMerge, Pausing
@@ -145,20 +147,25 @@ class ModelWorker:
 
         It is suspended while it waits, where `suspends`: there is something else to go on with.
         """
-        logits = yield from self.compute(work, batch, shares, suspends)
+        logits, scores = yield from self.compute(work, batch, shares, suspends)
         with torch.inference_mode():
-            return sample(logits, work.sampling)
+            return sample(logits, work.sampling, scores)
 
     @torch.inference_mode()
     def compute(
         self, work: BatchWork, batch: int, shares: Mapping[int, HolderBatch], suspends: bool = True
-    ) -> Generator[Waiting, None, torch.Tensor]:
-        """As `execute`, but returns the logits, float32 `[S, vocab]`; a rank beyond 0 has none of them."""
+    ) -> Generator[Waiting, None, tuple[torch.Tensor, Sequence[PromptScores]]]:
+        """As `execute`, but returns the logits, float32 `[S, vocab]`, and the scores of prompts; a rank beyond 0 has
+        none of them."""
         routes = {self._replies[number]: self._routes(batch, number, share) for number, share in shares.items()}
         first = query_goes_first(routes, len(work.spans))
+        scorer = None
+        if work.scored:
+            scorer = PromptScorer(work.scored, self._decoder.config.vocab_size, self._decoder.device)
         try:
-            forward = self._decoder.forward(self._to_device(work), query_first=first)
-            return (yield from self._run(forward, work, batch, routes, suspends))
+            forward = self._decoder.forward(self._to_device(work, scorer), query_first=first)
+            logits = yield from self._run(forward, work, batch, routes, suspends)
+            return logits, () if scorer is None else scorer.scores
         finally:
             self.forget(batch, shares)
 
@@ -297,7 +304,7 @@ class ModelWorker:
             if number in self._replies:
                 self._replies[number].forget(batch)
 
-    def _to_device(self, work: BatchWork) -> Batch:
+    def _to_device(self, work: BatchWork, scorer: PromptScorer | None = None) -> Batch:
         device = self._decoder.device
         positions = [p for span in work.spans for p in range(span.start, span.start + span.count)]
         rope_lengths = None
@@ -309,4 +316,5 @@ class ModelWorker:
             positions=torch.tensor(positions, device=device),
             sampled=torch.tensor(work.sampled, dtype=torch.int64, device=device),
             rope_lengths=rope_lengths,
+            scorer=scorer,
         )

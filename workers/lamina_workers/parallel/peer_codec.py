@@ -18,7 +18,7 @@ from lamina_workers.parallel.peer_messages import Command, Execute, Report, Star
 
 def execute(batch: int, work: BatchWork) -> Execute:
     """The command to run `work`, whose sampling stays here."""
-    return Execute(batch, work.spans, work.prompts, tuple(work.token_ids), work.sampled)
+    return Execute(batch, work.spans, work.prompts, tuple(work.token_ids), work.sampled, work.scored)
 
 
 def start_batch(
@@ -34,17 +34,19 @@ def start_batch(
 def work_of(command: Execute | StartBatch) -> BatchWork:
     """The work that is commanded, with no sampling. Raises ProtocolError where its parts contradict each other."""
     spans, token_ids = command.spans, command.token_ids
+    scored = command.scored if isinstance(command, Execute) else ()
     tokens = sum(span.count for span in spans)
     if (
         len(token_ids) != tokens
         or len(command.prompts) != len(spans)
         or any(not 0 <= at < tokens for at in command.sampled)
+        or any(part.first + part.count > tokens or len(part.targets) not in (0, part.count) for part in scored)
     ):
         raise ProtocolError(
             f"{len(token_ids)} token ids and {len(command.prompts)} prompts for {len(spans)} spans of {tokens} tokens, "
-            f"sampled {command.sampled[:8]}"
+            f"sampled {command.sampled[:8]}, scored {[part.count for part in scored[:8]]}"
         )
-    return BatchWork(spans, command.prompts, token_ids, command.sampled, ())
+    return BatchWork(spans, command.prompts, token_ids, command.sampled, (), scored)
 
 
 # The tags are none of `codec`'s: a connection to the wrong socket shows in the first frame.

@@ -18,6 +18,7 @@ import torch
 from lamina_protocols.layers import HolderConfig
 from lamina_protocols.messages import Announced, Surveyed
 from lamina_protocols.routes import HolderBatch, Span
+from lamina_workers.decoder.logprobs import PromptTokens
 from lamina_workers.model_worker.kv_copy import Move
 
 # From a model worker.
@@ -221,6 +222,7 @@ class Execute:
     prompts: tuple[int, ...]
     token_ids: tuple[int, ...]
     sampled: tuple[int, ...]
+    scored: tuple[PromptTokens, ...]
 
 
 @dataclass(frozen=True, slots=True)

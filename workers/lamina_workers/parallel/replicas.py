@@ -61,8 +61,9 @@ class PipelineReplicas:
     built from, `patience` as for `ModelWorker`.
 
     A batch rotates where every holder that stores some of it answers (see `layer_slices.rotates`). Other batches run
-    whole on replica 0: prompts that this process attends, rows at a first token, and all batches where there is no
-    other replica. A replica that is gone is left out until it is back; nothing needs it, so none is ever `missing`.
+    whole on replica 0: prompts that this process attends or that are scored, rows at a first token, and all batches
+    where there is no other replica. A replica that is gone is left out until it is back; nothing needs it, so none is
+    ever `missing`.
     """
 
     missing: tuple[int, ...] = ()
@@ -120,7 +121,7 @@ class PipelineReplicas:
     ) -> Generator[Waiting, None, Sampled]:
         """As `Workers.execute` says. Raises RankLost where a replica is gone that has a part in it; the next batch runs
         on the others."""
-        replicas = [None] if self._own.samples(batch) else self._able(shares)
+        replicas = [None] if self._own.samples(batch) or work.scored else self._able(shares)
         if len(replicas) == 1:
             return self._patiently(self._own.execute(work, batch, shares, suspends))
         return self._patiently(self._rotate(replicas, work, batch, shares, suspends))

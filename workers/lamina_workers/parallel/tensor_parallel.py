@@ -147,14 +147,14 @@ class TensorParallelWorkers:
                 peer.expect(batch)
                 peer.tell(command)
             with faults():
-                logits = yield from self._own.compute(work, own, its, False)
+                logits, scores = yield from self._own.compute(work, own, its, False)
         except HolderFault as fault:
             self._leave_group(fault, batch)
         finally:
             for peer in self._peers.values():
                 peer.forget(batch)
         with torch.inference_mode():
-            return sample(logits, work.sampling)
+            return sample(logits, work.sampling, scores)
 
     def copy(self, moves: Sequence[Move], shares: Mapping[int, HolderBatch]) -> bool:
         self._require_all()

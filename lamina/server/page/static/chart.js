@@ -47,6 +47,10 @@ export class Strips {
     while (this.intervals.length && this.intervals[0].to < interval.to - KEPT) this.intervals.shift();
   }
 
+  clear() {
+    this.intervals = [];
+  }
+
   draw(now = this.now) {
     this.now = now;
     const age = this.intervals.length ? now - this.intervals[0].from : 0;

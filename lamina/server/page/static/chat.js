@@ -1,5 +1,6 @@
 // The chat box: a conversation with /v1/chat/completions, streamed.
 
+import { copyButton, Markdown } from "./markdown.js";
 import { byId, duration, element, rate, write } from "./units.js";
 
 // Pieces of an event stream's data, as they come.
@@ -42,6 +43,7 @@ export class Chat {
     Object.assign(this, { model, headers, refused });
     this.messages = [];
     this.controller = null;
+    this.bottom = 0; // how far the list could be scrolled when it was last drawn
     this.list = byId("messages");
     byId("say").addEventListener("submit", (event) => {
       event.preventDefault();
@@ -69,13 +71,24 @@ export class Chat {
     byId("text").focus();
   }
 
-  #add(who) {
-    const said = element("p", { className: "said" });
-    const article = element("article", { className: who }, element("p", { text: who === "user" ? "you" : "model" }), said);
+  #add(who, name) {
+    const said = element("div", { className: "said" });
+    const article = element("article", { className: who }, element("p", { text: name }), said);
     byId("empty").hidden = true;
     this.list.append(article);
     this.list.scrollTop = this.list.scrollHeight;
     return { article, said };
+  }
+
+  // An answer: its text as Markdown, and above it what the model thought, folded.
+  #answer(name) {
+    const { article, said } = this.#add("assistant", name);
+    const thought = element("div", { className: "thought" });
+    const summary = element("summary", { text: "Reasoning" });
+    const reasoning = element("details", { className: "reasoning", hidden: "" }, summary, thought);
+    said.before(reasoning);
+    const stay = () => this.#stay();
+    return { article, said, reasoning, summary, text: new Markdown(said, stay), thoughts: new Markdown(thought, stay) };
   }
 
   // The fields of the request that are not left empty, or null where one is wrong.
@@ -102,22 +115,21 @@ export class Chat {
     write(byId("chat-words"), "");
     const messages = this.messages; // "New chat" puts another list in its place
     messages.push({ role: "user", content: text });
-    const asked = this.#add("user");
-    asked.said.textContent = text;
-    const answer = this.#add("assistant");
+    this.#add("user", "you").said.textContent = text;
+    const answer = this.#answer(this.model());
     this.#busy(answer, new AbortController());
     write(byId("chat-words"), "Waiting for the first token…");
     const outcome = await this.#stream(messages, fields, answer);
     this.#busy(answer, null);
-    const content = answer.said.textContent;
+    answer.text.draw();
+    answer.thoughts.draw();
+    const content = answer.text.text;
     if (content) messages.push({ role: "assistant", content });
     else messages.pop(); // nothing came: the question may be asked again
-    if (outcome.error && !content) {
-      answer.said.remove();
-      byId("text").value ||= text;
-    }
+    if (!content) answer.said.remove();
+    if (outcome.error && !content) byId("text").value ||= text;
     if (outcome.error) answer.article.append(element("p", { className: "wrong", text: outcome.error }));
-    if (outcome.about) answer.article.append(element("p", { className: "about", text: outcome.about }));
+    if (outcome.about) answer.article.append(element("p", { className: "about" }, element("span", { text: outcome.about }), ...(content ? [copyButton(() => content, "Copy the answer")] : [])));
     this.list.scrollTop = this.list.scrollHeight;
     if (messages === this.messages) write(byId("chat-words"), outcome.error ? "No answer." : outcome.stopped ? "Stopped." : "Answered.");
   }
@@ -132,11 +144,10 @@ export class Chat {
     if (!controller && had === byId("stop")) byId("text").focus();
   }
 
-  async #stream(messages, fields, { said }) {
+  async #stream(messages, fields, answer) {
     const { signal } = this.controller;
     const began = performance.now();
     let [first, last, pieces, usage, reason, error, stopped] = [null, began, 0, null, null, null, false];
-    const written = said.appendChild(document.createTextNode(""));
     try {
       const response = await fetch("v1/chat/completions", {
         method: "POST", signal, headers: { "Content-Type": "application/json", ...this.headers() },
@@ -153,14 +164,14 @@ export class Chat {
         usage = chunk.usage ?? usage;
         const choice = chunk.choices?.[0];
         reason = choice?.finish_reason ?? reason;
-        if (!choice?.delta?.content) continue;
+        const { content, reasoning_content: thought } = choice?.delta ?? {};
+        if (!content && !thought) continue;
         last = performance.now();
-        if (first === null) {
-          first = last;
-          write(byId("chat-words"), "Answering…");
-        }
+        first ??= last;
         pieces += 1;
-        this.#write(written, choice.delta.content);
+        if (thought) this.#think(answer, thought, last - first);
+        if (content) answer.text.add(content);
+        write(byId("chat-words"), content ? "Answering…" : "Thinking…");
       }
       if (!reason) error = "The answer broke off.";
     } catch (caught) {
@@ -170,10 +181,17 @@ export class Chat {
     return { error, stopped, about: first === null ? "" : this.#about(usage?.completion_tokens, pieces, first - began, last - first, stopped ? "stopped" : reason) };
   }
 
-  #write(node, text) {
-    const atEnd = this.list.scrollHeight - this.list.scrollTop - this.list.clientHeight < 40;
-    node.appendData(text);
-    if (atEnd) this.list.scrollTop = this.list.scrollHeight;
+  #think({ reasoning, summary, thoughts }, text, milliseconds) {
+    reasoning.hidden = false;
+    thoughts.add(text);
+    write(summary, milliseconds < 100 ? "Reasoning" : `Reasoning, ${duration(milliseconds / 1000)}`);
+  }
+
+  // Stay at the end, unless the reader has gone up.
+  #stay() {
+    const bottom = this.list.scrollHeight - this.list.clientHeight;
+    if (bottom - this.bottom > 0 && this.list.scrollTop > this.bottom - 40) this.list.scrollTop = bottom;
+    this.bottom = bottom;
   }
 
   #about(tokens, pieces, firstMs, restMs, reason) {

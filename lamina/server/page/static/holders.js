@@ -60,7 +60,7 @@ class HolderMap {
     this.parts = segments(holder, sequences);
     write(this.name, holder.name);
     write(this.share, `${percent(held(holder) / holder.total_pages)} of ${pages(holder.total_pages)}`);
-    write(this.words, `sequences ${count(inSequences(holder))} · cache ${count(holder.cached_pages)} · free ${count(holder.free_pages)}`);
+    write(this.words, `${pages(inSequences(holder))} in sequences · ${count(holder.cached_pages)} in the cache · ${count(holder.free_pages)} free`);
     this.canvas.setAttribute("aria-label", `KV pages of ${holder.name}: ${this.words.textContent}; the arrow keys go through them`);
   }
 
@@ -239,6 +239,9 @@ export class Holders {
     }
     body.replaceChildren(...rows);
     const joined = engine.joined_holders ? `, ${count(engine.joined_holders)} joined` : "";
+    const gone = engine.missing.length;
+    write(byId("holders-up"), gone ? `${count(engine.holders.length)} of ${count(engine.holders.length + gone)} up` : `${count(engine.holders.length)} up`);
+    byId("holders-up").classList.toggle("bad", gone > 0);
     write(byId("workers-words"), `${engine.holders.length} up; since the start ${count(engine.lost_holders)} lost${joined}`);
   }
 

@@ -2,7 +2,10 @@
 
 import { Strips } from "./chart.js";
 import { Chat } from "./chat.js";
+import { Events } from "./events.js";
 import { Holders } from "./holders.js";
+import { Joining } from "./joining.js";
+import { Models } from "./models.js";
 import { byId, count, duration, element, percent, rate, span, write } from "./units.js";
 
 const [PERIOD, AGAIN, PATIENCE] = [1000, 2000, 5000]; // milliseconds between polls, after a failure, and for an answer
@@ -12,6 +15,9 @@ const KEY = "lamina api key";
 
 const strips = new Strips(byId("strips"), byId("spoken"));
 const holders = new Holders(byId("spoken"));
+const events = new Events();
+const joining = new Joining(headers);
+const models = new Models(headers, another, (text) => write(byId("chat-words"), text));
 let status = null; // the last that came
 let samples = []; // engines of the last seconds, [{ at, engine }], oldest first; one life of one engine
 let timer = 0;
@@ -36,7 +42,20 @@ function setKey(value) {
   } catch {} // storage may be off: the key lives as long as the page
 }
 
-const headers = () => (key() ? { Authorization: `Bearer ${key()}` } : {});
+function headers() {
+  return key() ? { Authorization: `Bearer ${key()}` } : {};
+}
+
+// Another model or another key: what is known is of another engine, or of others' requests.
+function another() {
+  samples = [];
+  holders.forget();
+  strips.clear();
+  joining.again();
+  polling?.abort();
+  polling = null;
+  poll();
+}
 
 function notice(text, bad = false) {
   byId("notice").hidden = !text;
@@ -47,7 +66,7 @@ function notice(text, bad = false) {
 function state(kind, text) {
   byId("state").className = `state ${kind}`;
   write(byId("state"), text);
-  document.body.classList.toggle("old", kind !== "ready");
+  document.body.classList.toggle("old", !kind.startsWith("ready"));
 }
 
 function askForKey() {
@@ -68,7 +87,7 @@ async function poll() {
   const impatient = setTimeout(() => asking.abort(), PATIENCE);
   let told = unanswered;
   try {
-    const response = await fetch("lamina/status", { headers: headers(), signal: asking.signal });
+    const response = await fetch(`lamina/status${models.chosen && `?model=${encodeURIComponent(models.chosen)}`}`, { headers: headers(), signal: asking.signal });
     if (response.status === 401) {
       told = refused;
     } else if (response.ok) {
@@ -80,6 +99,9 @@ async function poll() {
   if (polling !== asking) return; // another key is tried instead
   polling = null;
   told();
+  if (told !== unanswered && told !== refused) {
+    joining.poll();
+  }
   if (!document.hidden) timer = setTimeout(poll, told === unanswered || told === refused ? AGAIN : PERIOD);
 }
 
@@ -99,16 +121,21 @@ function show(answer) {
   if (!changing) byId("access").hidden = true;
   byId("open-access").hidden = !key() || changing;
   write(byId("model"), answer.model);
+  models.update(answer);
   document.title = `${answer.model} – Lamina`;
   write(byId("version"), answer.version);
   write(byId("restarts"), count(answer.restarts));
   if (answer.max_model_len !== null) write(byId("context"), `${count(answer.max_model_len)} tokens`);
-  state(answer.state, answer.state);
+  const gone = answer.engine?.missing.length ?? 0;
+  const less = answer.state === "ready" && gone > 0;
+  state(`${answer.state}${less ? " less" : ""}`, less ? `ready, ${count(gone)} ${gone === 1 ? "holder" : "holders"} lost` : answer.state);
+  events.update(answer.events);
   const engine = answer.engine;
   const silent = engine ? take(engine) : 0;
   if (answer.state !== "ready") {
     const old = engine ? " The figures are the last that were seen." : "";
-    notice(`${answer.message.charAt(0).toUpperCase()}${answer.message.slice(1)}.${old}`, answer.state === "dead");
+    const next = answer.state === "dead" ? " The server starts it again; answers under way wait for it and go on." : "";
+    notice(`${answer.message.charAt(0).toUpperCase()}${answer.message.slice(1)}.${next}${old}`, answer.state === "dead");
   } else if (silent > SILENT) {
     notice(`The engine has told nothing new for ${span(silent)}: the figures are from then.`);
   } else {
@@ -200,9 +227,7 @@ byId("access").addEventListener("submit", (event) => {
   setKey(byId("key").value.trim());
   byId("key").value = "";
   changing = false;
-  polling?.abort();
-  polling = null;
-  poll();
+  another();
 });
 byId("open-access").addEventListener("click", () => {
   changing = true;
@@ -224,6 +249,6 @@ function redraw() {
 window.addEventListener("resize", redraw);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
 
-new Chat(() => status?.model ?? "", headers, askForKey);
+new Chat(() => models.chosen || status?.model || "", headers, askForKey);
 strips.draw(clock());
 poll();

@@ -40,6 +40,13 @@ export function traffic(bytesPerSecond) {
   return NONE;
 }
 
+export function size(bytes) {
+  if (!known(bytes)) return NONE;
+  const power = Math.min(Math.max(Math.floor(Math.log2(Math.max(bytes, 1)) / 10), 0), 4);
+  const value = bytes / 1024 ** power;
+  return `${value < 9.95 && power ? value.toFixed(1) : Math.round(value)} ${["B", "KiB", "MiB", "GiB", "TiB"][power]}`;
+}
+
 // Seconds that `share` of the exchanges took at most, by interpolation within a bucket; text, since the last is open.
 export function quantile(counts, bounds, share) {
   const total = counts.reduce((sum, value) => sum + value, 0);

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,11 +16,16 @@ from lamina.completions import Completion, TokenEvent
 from lamina.errors import LaminaError
 from lamina.messages.engine_request import EngineRequest
 from lamina.sampling_params import SamplingParams
-from lamina.server.frontend import DeadlineExceeded, Frontend, Generation, Served
+from lamina.server.chat.chat_input import ChatInput
+from lamina.server.chat.preparing import PreparedChat, prepared
+from lamina.server.chat.sampling import blaming
+from lamina.server.frontend import DeadlineExceeded, Generation, Served
 from lamina.server.http.errors import ApiError, overloaded, refused, shown, translated
-from lamina.server.http.gate import REQUEST_ID, Metrics
+from lamina.server.http.fields import read
+from lamina.server.http.gate import AT_END, REQUEST_ID, Metrics
 from lamina.server.http.limits import MAX_BODIES, BodyMemory, check_media_type, parse_object
-from lamina.server.openai.schemas import ChatRequest, CompletionRequest, TokenizeRequest, read
+from lamina.server.http.sse import while_connected
+from lamina.server.models import Models, ServedModel
 from lamina.server.preparation import PreparationPool
 from lamina.server.settings import TENANT, ServerSettings
 from lamina.server.shares import KeyShares
@@ -29,25 +34,34 @@ T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 
 MAX_PARAMETERS = 64 << 20
-"""Bytes of the sampling parameters (schemas, grammars, stop strings) of all requests under way or waiting. The HTTP
-process and the engine's have them, once a prompt."""
+"""Bytes of the sampling parameters (schemas, grammars, stop strings) and of the log probabilities of prompts of all
+requests under way or waiting, and of what routes keep for their answers. The HTTP process and the engine's have the
+former, once a prompt."""
 
 GRACE = 5.0  # seconds beyond a request's time limit, to send the error that it took too long
 
+PING = 10.0  # seconds without a token after which a stream says that it is still there
+
 _LARGE = 1 << 16  # bytes from which a body is parsed on a thread, not on the event loop
-_FIELDS = ChatRequest.model_fields.keys() | CompletionRequest.model_fields.keys() | TokenizeRequest.model_fields.keys()
+_SHOWN = 10  # names of models in an error
 _THREADS = 4  # to parse, render templates and tokenise
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RequestContext:
-    """The id, tenant and time limit of one HTTP request. `timeout` in seconds; `end` is a time of the event loop's
-    clock."""
+    """The id, tenant and time limit of one HTTP request, and the model that it is for, the first one until
+    `Service.read` knows it. `timeout` in seconds; `end` is a time of the event loop's clock."""
 
     id: str
     tenant: str
     timeout: float
     end: float
+    model: ServedModel
+
+    @property
+    def served(self) -> Served:
+        """The loaded model. Raises EngineUnavailable."""
+        return self.model.frontend.served
 
     def left(self) -> float:
         """The seconds left. Raises DeadlineExceeded where there are none."""
@@ -68,17 +82,21 @@ class Writer(Protocol):
 
 
 class Service:
-    """What the routes of one server work with. `samples`: what each key may have under way. `close` ends the
-    threads."""
+    """What the routes of one server work with. `fields`: the names of requests' fields, which errors may blame.
+    `samples`: what each key may have under way. `close` ends the threads."""
 
-    def __init__(self, frontend: Frontend, settings: ServerSettings, metrics: Metrics) -> None:
-        self.frontend = frontend
+    def __init__(
+        self, models: Models, settings: ServerSettings, metrics: Metrics, fields: Collection[str] = ()
+    ) -> None:
+        self.models = models
         self.settings = settings
         self.metrics = metrics
+        self._fields = fields
         self._bodies = BodyMemory(max(MAX_BODIES, 2 * settings.max_body))
         keys, most = settings.tenants, settings.max_requests
         self.samples = KeyShares(most, keys)
         self._parameters = KeyShares(MAX_PARAMETERS, keys)
+        self._waiting = KeyShares(most, keys)  # requests that wait for their model
         self._pool = PreparationPool("lamina-requests", _THREADS, most, keys)
         # One thread each: two large bodies would need twice the memory, and grammars are compiled one at a time.
         self._parsing = PreparationPool("lamina-bodies", 1, most, keys)
@@ -95,32 +113,59 @@ class Service:
         if (text := request.headers.get("x-request-timeout")) is not None:
             timeout = min(timeout, _seconds(text))
         end = asyncio.get_running_loop().time() + timeout
-        return RequestContext(request.scope[REQUEST_ID], request.scope[TENANT], timeout, end)
+        return RequestContext(request.scope[REQUEST_ID], request.scope[TENANT], timeout, end, self.models.first)
 
     async def read(self, request: Request, model: type[M], context: RequestContext) -> M:
-        """A request's fields, checked as far as possible without the model."""
+        """A request's fields, checked as far as possible without the model, which is loaded then."""
         check_media_type(request.headers.get("content-type", ""))
         async with self._bodies.body(request.receive, request.headers, self.settings.max_body) as body:
             if len(body) < _LARGE:
-                return self._read(body, model)
-            return await self._on_thread(self._parsing, context, self._read, body, model)
+                name, fields = self._read(body, model)
+            else:
+                name, fields = await self._on_thread(self._parsing, context, self._read, body, model)
+            # The body's bytes count meanwhile, so those who wait have no more memory than those who send.
+            await self.load(request, name, context)
+            return fields
 
-    def _read(self, body: bytearray, model: type[M]) -> M:
+    def _read(self, body: bytearray, model: type[M]) -> tuple[str, M]:
         fields = parse_object(body)
         name = fields.get("model")
-        if isinstance(name, str) and name != self.settings.model:
-            raise self.unknown_model(name)
-        return read(model, fields)
+        found = self.settings.named(name if isinstance(name, str) else None)
+        if found is None:
+            raise self.unknown_model(str(name))
+        return found, read(model, fields)
+
+    async def load(self, request: Request, name: str, context: RequestContext) -> None:
+        """Set the request's model, once it is loaded; it stays until the response has ended. Raises EngineUnavailable
+        where it cannot be loaded, DeadlineExceeded, ClientGone, and ApiError where too many requests wait."""
+        if not self._waiting.fits(context.tenant):
+            raise overloaded(f"{self._waiting.held(context.tenant)} requests wait for models; come back in a moment")
+        self._waiting.take(context.tenant)
+        try:
+            taking = self.models.take(name, context.left())
+            context.model = await (
+                while_connected(request.receive, taking, context.timeout + GRACE) if self.models.on_demand else taking
+            )
+        finally:
+            self._waiting.give(context.tenant)
+        request.scope[AT_END].append(partial(self.models.give, context.model))
 
     def unknown_model(self, name: str) -> ApiError:
         """Status 404: there is no such model."""
-        return ApiError(
-            404, f"the model {shown(name)} is not served here; {self.settings.model!r} is", "model", "model_not_found"
-        )
+        names = [repr(name) for name in self.settings.models]
+        served = f"{names[0]} is" if len(names) == 1 else f"{', '.join(names[:_SHOWN])} are"
+        return ApiError(404, f"the model {shown(name)} is not served here; {served}", "model", "model_not_found")
 
     async def prepare(self, context: RequestContext, work: Callable[..., T], *arguments: Any) -> T:
         """The result of `work(*arguments)`, which runs on a thread and within the request's time limit."""
         return await self._on_thread(self._pool, context, work, *arguments)
+
+    async def prepare_chat(self, context: RequestContext, served: Served, chat: ChatInput) -> PreparedChat:
+        """A chat with all checks done, before anything is submitted."""
+        made = await self.prepare(context, prepared, chat, served, self.salt(context, chat.cache_salt))
+        with blaming(made.structure_field):
+            await self.compile(context, served, made.params)
+        return made
 
     async def compile(self, context: RequestContext, served: Served, params: SamplingParams) -> None:
         """Compile the schema or grammar of a request that has one."""
@@ -139,7 +184,7 @@ class Service:
     def served(self, context: RequestContext, prompts: int, n: int) -> Served:
         """The loaded model, if the request's key has room for `n` samples per prompt. Raises EngineUnavailable,
         ApiError."""
-        served = self.frontend.served
+        served = context.served
         most = self.samples.most
         if prompts * n > most:
             raise ApiError(
@@ -158,68 +203,102 @@ class Service:
         if priority is not None and priority < 0 and not self.settings.is_operator(context.tenant):
             raise refused("priority", priority, "0 or more, but for keys of the operator")
 
-    async def whole(self, requests: Sequence[EngineRequest], context: RequestContext) -> list[Completion]:
-        """The completions of requests, once all of them have ended."""
-        async with self._begin(requests, context, streamed=False) as generation:
+    async def whole(
+        self, requests: Sequence[EngineRequest], context: RequestContext, kept: int = 0
+    ) -> list[Completion]:
+        """The completions of requests, once all of them have ended. `kept`: bytes that the route keeps meanwhile."""
+        async with self._begin(requests, context, False, kept) as generation:
             async for _ in generation:
                 pass
             return generation.completions()
 
+    async def pooled(self, requests: Sequence[EngineRequest], context: RequestContext) -> list[tuple[float, ...]]:
+        """The sums of hidden states that requests ask for, once all of them have ended."""
+        async with self._begin(requests, context, False, 0) as generation:
+            async for _ in generation:
+                pass
+            return generation.pooled()
+
     async def frames(
-        self, requests: Sequence[EngineRequest], context: RequestContext, writer: Writer
+        self,
+        requests: Sequence[EngineRequest],
+        context: RequestContext,
+        writer: Writer,
+        begin: bytes = b"",
+        ping: bytes = b"",
+        kept: int = 0,
     ) -> AsyncGenerator[bytes, None]:
-        """Whole frames of server-sent events, as they come."""
-        async with self._begin(requests, context, streamed=True) as generation:
-            async for events in generation:
-                if frames := writer.events(events):
+        """Whole frames of server-sent events, as they come: `begin` once the requests are submitted, `ping` whenever
+        nothing came for a while. `kept`: bytes that the route keeps meanwhile."""
+        async with self._begin(requests, context, True, kept) as generation:
+            if begin:
+                yield begin
+            async for events in _with_pauses(generation) if ping else generation:
+                if frames := writer.events(events) if events else ping:
                     yield frames
             completions = generation.completions()
         yield writer.end(completions)
 
     @asynccontextmanager
     async def _begin(
-        self, requests: Sequence[EngineRequest], context: RequestContext, streamed: bool
+        self, requests: Sequence[EngineRequest], context: RequestContext, streamed: bool, kept: int
     ) -> AsyncIterator[Generation]:
         """Submit requests as their key's, if there is still room."""
+        frontend = context.model.frontend
         n, shares, key = requests[0].request.n, self.samples, context.tenant
         self.served(context, len(requests), n)
-        size = self._parameter_size(requests, key)
+        size = self._parameter_size(requests, key, kept)
         samples = len(requests) * n
         shares.take(key, samples)
         self._parameters.take(key, size)
         try:
             for request in requests:
                 request.request = replace(request.request, tenant=key)
-                self.frontend.owners[request.id] = key
-            async with self.frontend.begin(requests, context.left(), streamed, context.timeout) as generation:
+                frontend.owners[request.id] = key
+            async with frontend.begin(requests, context.left(), streamed, context.timeout) as generation:
                 yield generation
         finally:
             for request in requests:
-                self.frontend.owners.pop(request.id, None)
+                frontend.owners.pop(request.id, None)
             shares.give(key, samples)
             self._parameters.give(key, size)
 
-    def _parameter_size(self, requests: Sequence[EngineRequest], key: str) -> int:
-        """The bytes of the sampling parameters of requests, if there is room for them. Raises ApiError."""
-        size, most = len(requests) * requests[0].params.size, self._parameters.most
+    def _parameter_size(self, requests: Sequence[EngineRequest], key: str, kept: int) -> int:
+        """The bytes of the sampling parameters of requests, of what is reported of their prompts and what is kept
+        beside them, if there is room for them. Raises ApiError."""
+        size, most = sum(request.size for request in requests) + kept, self._parameters.most
         if size > most:
             raise ApiError(
                 400,
-                f"prompt has {len(requests)} prompts, each with {requests[0].params.size} bytes of schemas, grammars, "
-                f"stop strings and logit_bias; allowed are {most} bytes in all",
+                f"prompt has {len(requests)} prompts, with {size} bytes of schemas, grammars, stop strings, logit_bias "
+                f"and prompt_logprobs; allowed are {most} bytes in all",
                 "prompt",
             )
         if not self._parameters.fits(key, size):
-            raise overloaded("the schemas and grammars of requests under way leave no room; come back in a moment")
+            raise overloaded("the schemas and prompts of requests under way leave no room; come back in a moment")
         return size
 
     def translate(self, error: LaminaError) -> ApiError:
         """The response for an error."""
-        return translated(error, _FIELDS, self.frontend.state != "dead")
+        return translated(error, self._fields, all(model.frontend.state != "dead" for model in self.models))
 
     def salt(self, context: RequestContext, cache_salt: str | None) -> tuple[str, str]:
         """The salt of a request: requests with different salts share no cached prefix."""
         return (context.tenant, cache_salt or "")
+
+
+async def _with_pauses(generation: Generation) -> AsyncGenerator[list[TokenEvent], None]:
+    """The lists of events, and an empty one whenever nothing came for a while."""
+    while True:
+        coming = asyncio.ensure_future(anext(generation))
+        try:
+            while not (await asyncio.wait({coming}, timeout=PING))[0]:
+                yield []
+            yield coming.result()
+        except StopAsyncIteration:
+            return
+        finally:
+            coming.cancel()
 
 
 def _seconds(text: str) -> float:

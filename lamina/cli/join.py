@@ -1,0 +1,197 @@
+"""`lamina join`, on the machine that gives its memory, and `lamina joining`, for the operator of the server.
+
+torch is imported by the worker alone, which is another process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import signal
+import sys
+import urllib.error
+import urllib.request
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from lamina.cli.options import JsonLines, Threads
+from lamina.cli.terminal import print_json, print_rows, show_bytes
+from lamina.config import parse_size
+from lamina.errors import InvalidRequest, LaminaError
+from lamina.system.child_process import KEY_VARIABLE
+from lamina.system.machine import this_machine
+
+joining_app = typer.Typer(no_args_is_help=True, help="The machines that join a server: see, accept, refuse, remove.")
+
+Url = Annotated[str, typer.Option(help="Of the server.")]
+Key = Annotated[str | None, typer.Option(help=f"The operator's API key. Better in ${KEY_VARIABLE}.")]
+Which = Annotated[str, typer.Argument(metavar="MACHINE", help="Its code, its name, or its id, as `ls` shows them.")]
+_URL = "http://127.0.0.1:8000"
+_ANSWER_S = 10.0
+_MOST = 1 << 20  # bytes of an answer
+
+
+def join(
+    server: Annotated[
+        str | None,
+        typer.Option(metavar="HOST[:PORT]", help="Default: the known one, or the one on this network."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="What the server calls this machine. Default: its own name.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="For KV: bytes, or such as 8GiB. Default: half of what is free.")
+    ] = (None),
+    threads: Threads = None,
+    port: Annotated[int, typer.Option(help="Where the worker listens, for a firewall; 0 takes a free port.")] = 0,
+    yes: Annotated[bool, typer.Option("--yes", help="Trust the server without comparing the code here.")] = False,
+) -> None:
+    """Give a server of this network the memory of this machine, until Ctrl-C. The first time, both show a code, and
+    the server's operator accepts it; later it joins by itself."""
+    from lamina.joining.finding import host_and_port
+    from lamina.joining.machine import JoiningMachine
+    from lamina.joining.pairing import plain_name, read_name
+    from lamina.joining.records import state_folder
+    from lamina.joining.stream import host_name
+    from lamina.joining.worker import JoinOptions
+    from lamina_protocols.channels import AddressError
+    from lamina_protocols.errors import ProtocolError
+
+    machine = this_machine()
+    size = machine.memory_available // 2 if memory is None else parse_size("memory", memory)
+    if machine.memory and size > machine.memory:
+        raise InvalidRequest(f"memory is {size} bytes; this machine has {machine.memory}")
+    if not 0 <= port <= 65535:
+        raise InvalidRequest(f"port is {port}; allowed are 0 to 65535")
+    try:
+        named = plain_name(host_name()) if name is None else read_name(name)
+        if server is not None:
+            host_and_port(server)
+    except AddressError as error:
+        raise InvalidRequest(f"server is {server!r:.80}; allowed is HOST or HOST:PORT") from error
+    except ProtocolError as error:
+        raise InvalidRequest(str(error)) from error
+    options = JoinOptions(
+        name=named, memory=size, threads=threads or machine.cores, folder=state_folder(), server=server, port=port
+    )
+    joining = JoiningMachine(options, _Terminal(yes))
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        joining.leave()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, leave)
+    joining.run()
+
+
+class _Terminal:
+    """The people at this machine, at a terminal; with `yes` they trust any server."""
+
+    def __init__(self, yes: bool) -> None:
+        self._yes = yes
+        self._asked = False
+
+    def said(self, message: str) -> None:
+        typer.echo(message, err=True)
+
+    def confirmed(self, code: str) -> bool | None:
+        if self._yes:
+            return True
+        if not self._asked:
+            self._asked = True
+            if not sys.stdin.isatty():
+                raise InvalidRequest("stdin is no terminal, so nobody can compare the code; allowed is --yes")
+            typer.echo("Does the server show this code? [y/N] ", nl=False, err=True)
+        if not select.select([sys.stdin], [], [], 0)[0]:
+            return None
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+@joining_app.command("ls")
+def list_machines(url: Url = _URL, api_key: Key = None, as_json: JsonLines = False) -> None:
+    """The machines that wait, and those that were accepted."""
+    machines = _machines(url, api_key)
+    if as_json:
+        print_json(*machines)
+    elif not machines:
+        typer.echo("no machine has asked")
+    else:
+        print_rows(
+            [("machine", "code", "state", "at", "memory", "id")]
+            + [
+                (each["name"], _spaced(each["code"]) or "-", each["state"], each["address"] or "-",
+                 show_bytes(each["memory"]), each["id"])
+                for each in machines
+            ]
+        )  # fmt: skip
+
+
+@joining_app.command()
+def accept(machine: Which, url: Url = _URL, api_key: Key = None) -> None:
+    """Take a machine, once the code that it shows is the same as here."""
+    found = _find(_machines(url, api_key), machine)
+    if found["state"] != "waiting":
+        raise InvalidRequest(f"{found['name']} is {found['state']} already")
+    _ask(url, api_key, found["id"], {"accept": True})
+    typer.echo(f"{found['name']} is accepted")
+
+
+@joining_app.command()
+def remove(machine: Which, url: Url = _URL, api_key: Key = None) -> None:
+    """Refuse a machine that waits, or take one no longer."""
+    found = _find(_machines(url, api_key), machine)
+    _ask(url, api_key, found["id"], {"accept": False})
+    typer.echo(f"{found['name']} is {'refused' if found['state'] == 'waiting' else 'removed'}")
+
+
+def _find(machines: list[dict[str, Any]], which: str) -> dict[str, Any]:
+    """The machine with this code, name or id. Raises InvalidRequest."""
+    digits = re.sub(r"[\s-]", "", which)
+    for found in machines:
+        if which in (found["id"], found["name"]) or (found["code"] and digits == found["code"]):
+            return found
+    known = ", ".join(_spaced(each["code"]) or each["name"] for each in machines) or "there is none"
+    raise InvalidRequest(f"there is no machine {which[:80]!r}; allowed: {known}")
+
+
+def _spaced(code: str) -> str:
+    return f"{code[:3]} {code[3:]}".strip()
+
+
+def _machines(url: str, api_key: str | None) -> list[dict[str, Any]]:
+    answer = _ask(url, api_key)
+    if not answer.get("allowed"):
+        raise InvalidRequest(f"the server at {url} takes no machines; start it with --allow-join")
+    machines = answer["machines"]
+    return machines if isinstance(machines, list) else []
+
+
+def _ask(url: str, api_key: str | None, id: str = "", body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The server's answer. Raises InvalidRequest for an URL that is none, LaminaError where it refuses or is not
+    there."""
+    if not url.startswith(("http://", "https://")):
+        raise InvalidRequest(f"url is {url[:80]!r}; allowed is such as {_URL}")
+    keys = (api_key or os.environ.get(KEY_VARIABLE, "")).split()
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {keys[0]}"} if keys else {})
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"{url.rstrip('/')}/joining{f'/{id}' if id else ''}", data, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=_ANSWER_S) as answer:
+            found = json.loads(answer.read(_MOST))
+    except urllib.error.HTTPError as error:
+        raise LaminaError(f"the server refuses: {_message(error)}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise LaminaError(f"no server answers at {url}: {reason}; --url names another") from error
+    if not isinstance(found, dict):
+        raise LaminaError(f"what answers at {url} is no Lamina server")
+    return found
+
+
+def _message(error: urllib.error.HTTPError) -> str:
+    try:
+        return str(json.loads(error.read(_MOST))["error"]["message"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"status {error.code}"

@@ -1,0 +1,2 @@
+"""Machines of the same network that give a server their memory: found, compared by a code, accepted, and back by
+themselves after a restart."""

@@ -1,0 +1,143 @@
+"""Servers that take machines, found on this network by multicast DNS (RFC 6762): the only file that loads zeroconf.
+
+What is found is a hint and nothing more: anybody on the network can answer. The code, or the fingerprint that is known
+from earlier, says whether it is the right server.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lamina.errors import LaminaError
+from lamina.joining.pairing import plain_name
+
+if TYPE_CHECKING:
+    from zeroconf import ServiceInfo, Zeroconf
+
+SERVICE = "_lamina._tcp.local."
+MISSING = "zeroconf is not installed (pip install 'lamina[join]')"
+_ID = 16  # digits of a fingerprint that are announced
+_MOST = 32  # servers
+_ADDRESSES = 8  # of each
+_ASK_MS = 1000
+_LOOK_S = 0.2
+
+
+class NoDiscovery(LaminaError):
+    """Multicast DNS cannot be used here."""
+
+
+@dataclass(frozen=True, slots=True)
+class FoundServer:
+    """A server that announces itself. `id`: the beginning of its certificate's fingerprint, as it says."""
+
+    name: str
+    hosts: tuple[str, ...]
+    port: int
+    id: str
+
+    def is_any_of(self, fingerprints: Collection[str]) -> bool:
+        """Whether it says that it is one of these."""
+        return bool(self.id) and any(each.startswith(self.id) for each in fingerprints)
+
+
+class Announcement:
+    """Announces a server that listens at `host` and `port`, until it is closed. Raises NoDiscovery."""
+
+    def __init__(self, name: str, host: str, port: int, fingerprint: str) -> None:
+        self._zeroconf = _zeroconf(host)
+        try:
+            from zeroconf import ServiceInfo
+
+            addresses = own_addresses() if host in ("0.0.0.0", "::") else [host]
+            info = ServiceInfo(
+                SERVICE,
+                f"{name}-{fingerprint[:6]}.{SERVICE}",
+                port=port,
+                properties={"id": fingerprint[:_ID], "name": name},
+                parsed_addresses=addresses,
+                server=f"{name}-{fingerprint[:6]}.local.",
+            )
+            self._zeroconf.register_service(info, allow_name_change=True)
+        except Exception as error:  # of sockets, names and zeroconf's own
+            self.close()
+            raise NoDiscovery(f"the server cannot be announced: {error}") from error
+
+    def close(self) -> None:
+        self._zeroconf.close()
+
+
+class _Finder:
+    """Collects what answers, on zeroconf's threads."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, FoundServer] = {}
+
+    def add_service(self, zeroconf: Zeroconf, kind: str, name: str) -> None:
+        if len(self.found) >= _MOST:
+            return
+        with suppress(Exception):  # of whatever somebody sent
+            info = zeroconf.get_service_info(kind, name, _ASK_MS)
+            if info is not None and (server := _server(info)) is not None:
+                self.found[name] = server
+
+    update_service = add_service
+
+    def remove_service(self, zeroconf: Zeroconf, kind: str, name: str) -> None:
+        self.found.pop(name, None)
+
+
+def find(
+    seconds: float, wanted: Collection[str] = (), over: Callable[[], bool] = bool, host: str = "0.0.0.0"
+) -> list[FoundServer]:
+    """The servers that answer within so many seconds, at once where one is `wanted` (fingerprints) or it is `over`.
+    `host`: the address whose network is asked; 0.0.0.0: all. Raises NoDiscovery."""
+    zeroconf = _zeroconf(host)
+    try:
+        from zeroconf import ServiceBrowser
+
+        finder: Any = _Finder()
+        ServiceBrowser(zeroconf, SERVICE, listener=finder)
+        pause, left = threading.Event(), seconds
+        while left > 0 and not over() and not any(each.is_any_of(wanted) for each in list(finder.found.values())):
+            pause.wait(_LOOK_S)
+            left -= _LOOK_S
+        return sorted(finder.found.values(), key=lambda server: server.name)
+    finally:
+        zeroconf.close()
+
+
+def own_addresses() -> list[str]:
+    """This machine's IPv4 addresses that others can reach."""
+    import ifaddr
+
+    found = [ip.ip for adapter in ifaddr.get_adapters() for ip in adapter.ips if isinstance(ip.ip, str)]
+    return [address for address in found if not address.startswith(("127.", "169.254."))][:_ADDRESSES]
+
+
+def _zeroconf(host: str) -> Zeroconf:
+    try:
+        from zeroconf import InterfaceChoice, IPVersion, Zeroconf
+    except ImportError:
+        raise NoDiscovery(MISSING) from None
+    try:
+        everywhere = host in ("0.0.0.0", "::")
+        return Zeroconf(
+            interfaces=InterfaceChoice.All if everywhere else [host],
+            ip_version=IPVersion.V4Only if "." in host else IPVersion.All,
+        )
+    except OSError as error:
+        raise NoDiscovery(f"multicast DNS cannot be used here: {error}") from error
+
+
+def _server(info: ServiceInfo) -> FoundServer | None:
+    hosts = tuple(info.parsed_addresses())[:_ADDRESSES]
+    if not hosts or not info.port:
+        return None
+    said = {key: (value or b"").decode("ascii", "replace") for key, value in info.properties.items()}
+    id = said.get(b"id", "")
+    return FoundServer(plain_name(said.get(b"name", "")), hosts, info.port, id if len(id) == _ID else "")

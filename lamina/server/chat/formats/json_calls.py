@@ -1,0 +1,102 @@
+"""Calls that are JSON objects with a name and arguments, as most families write them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from lamina.server.chat.reply_parser import Delta, ReplyParser
+
+NAME = r"[a-zA-Z0-9_-]{1,128}"
+_HEAD = re.compile(
+    rf'\s*(?:json\b)?\s*\{{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"({NAME})"\s*,\s*'
+    r'"(?:arguments|parameters)"\s*:\s*(?=\{)'
+)
+_OBJECT_END = re.compile(r"\s*\}?\s*")
+LONGEST_HEAD = 256
+"""Characters of a call before its arguments, with the whitespace of a model without a grammar."""
+
+
+class JsonCallParser(ReplyParser):
+    """Replies with such calls. `closers` has the closing text of each of `openers`. `loose` are openers that stand in
+    other texts too: a call after one, or without any, is one only if it names one of the functions."""
+
+    closers: tuple[str, ...] = ()
+    loose: tuple[str, ...] = ()
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        self._opener = self._closer = ""
+        self._depth = 0  # braces and brackets of the arguments that are open
+        self._quoted = self._escaped = False  # within a string of the arguments; after a backslash in one
+        starts = [(kind, key) for kind in ("", '"type":"function",') for key in ("arguments", "parameters")]
+        self._heads = [f'{{{kind}"name":"{name}","{key}":{{' for name in self._functions for kind, key in starts]
+
+    def _call(self, mark: str, rest: str) -> str | None:
+        self._opener = mark
+        self._closer = self.closers[self.openers.index(mark)] if mark else ""
+        self._state = "head"
+        return rest
+
+    def _head(self, text: str, ended: bool, deltas: list[Delta]) -> str | None:
+        is_loose = not self._opener or self._opener in self.loose
+        separated = text.lstrip().removeprefix(";") if self.calls and not self._opener else text
+        head = _HEAD.match(separated)
+        if head is not None and (not is_loose or head[1] in self._functions):
+            self._begin_arguments(head[1], deltas)
+            return separated[head.end() :]
+        may_come = len(text) <= LONGEST_HEAD and (not self._closer or self._closer not in text)
+        if not ended and may_come and (not is_loose or self._may_begin(separated)):
+            self._waiting = text
+            return None
+        return self._no_call(self._opener, text, deltas)
+
+    def _begin_arguments(self, name: str, deltas: list[Delta]) -> None:
+        self._begin_call(name, deltas)
+        self._depth, self._quoted, self._escaped = 0, False, False
+        self._state = "arguments"
+
+    def _may_begin(self, text: str) -> bool:
+        """Whether the text can become the start of a call of one of the functions."""
+        written = "".join(text.split())
+        tagged = "json".startswith(written)
+        written = written.removeprefix("json")
+        return tagged or any(head.startswith(written) or written.startswith(head) for head in self._heads)
+
+    def _arguments(self, text: str, ended: bool, deltas: list[Delta]) -> str | None:
+        end = self._end_of_arguments(text)
+        if text[:end]:
+            deltas.append(Delta(index=self.calls - 1, arguments=text[:end]))
+        if self._depth:
+            return None
+        self._state = "tail"
+        return text[end:]
+
+    def _tail(self, text: str, ended: bool, deltas: list[Delta]) -> str | None:
+        end = len(_OBJECT_END.match(text)[0])  # type: ignore[index]  # it matches any text
+        rest, is_whole = text[end:], "}" in text[:end]
+        closes = rest.startswith(self._closer) and (self._closer != "" or is_whole or rest != "")
+        if not closes and not ended and self._closer.startswith(rest):
+            self._waiting = text
+            return None
+        self._end_call()
+        return rest.removeprefix(self._closer) if closes or not self._closer.startswith(rest) else None
+
+    def _end_of_arguments(self, text: str) -> int:
+        """How many characters belong to the arguments' JSON; `_depth` is 0 where they end within `text`."""
+        for at, character in enumerate(text):
+            if self._escaped:
+                self._escaped = False
+            elif self._quoted:
+                self._quoted = character != '"'
+                self._escaped = character == "\\"
+            elif character == '"':
+                self._quoted = True
+            elif character in "{[":
+                self._depth += 1
+            elif character in "}]":
+                self._depth -= 1
+                if self._depth <= 0:
+                    self._depth = 0
+                    return at + 1
+        return len(text)

@@ -1,0 +1,103 @@
+"""Mistral's forms: a list of calls after the token `[TOOL_CALLS]`, and since Mistral Small 3.2 a name and arguments.
+
+[TOOL_CALLS] [{"name": "f", "arguments": {"x": 1}}]
+[TOOL_CALLS]f[ARGS]{"x": 1}
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+
+from lamina.server.chat.formats.family import MarkedFamily, Message, new_id, one_of, schema_rule, short_id
+from lamina.server.chat.formats.json_calls import LONGEST_HEAD, NAME, JsonCallParser
+from lamina.server.chat.reply_parser import Delta, Tags
+from lamina.server.chat.tools import ToolUse
+
+CALLS, ARGS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
+THINK = Tags("[THINK]", "[/THINK]")
+
+_NAMED = re.compile(rf"\s*({NAME})\s*(?:\[CALL_ID\]\s*\w*\s*)?(?:\[ARGS\])?\s*(?=\{{)")
+_LISTED = re.compile(rf'\s*[\[,]?\s*\{{\s*"name"\s*:\s*"({NAME})"\s*,\s*"arguments"\s*:\s*(?=\{{)')
+_NEXT = re.compile(r'\s*(?:,\s*"id"\s*:\s*"\w*"\s*)?\}?\s*')
+
+
+class MistralParser(JsonCallParser):
+    """Replies in these forms."""
+
+    openers = (CALLS,)
+    closers = ("",)
+
+    def _head(self, text: str, ended: bool, deltas: list[Delta]) -> str | None:
+        head = _NAMED.match(text) or _LISTED.match(text)
+        if head is not None:
+            self._listed = head.re is _LISTED
+            self._begin_arguments(head[1], deltas)
+            return text[head.end() :]
+        if not ended and len(text) <= LONGEST_HEAD:
+            self._waiting = text
+            return None
+        return self._no_call(self._opener, text, deltas)
+
+    def _tail(self, text: str, ended: bool, deltas: list[Delta]) -> str | None:
+        if not self._listed:
+            self._end_call()
+            return text
+        end = len(_NEXT.match(text)[0])  # type: ignore[index]  # it matches any text
+        rest = text[end:]
+        if not ended and (not rest or (rest[0] == "," and "{" not in rest and len(rest) <= LONGEST_HEAD)):
+            self._waiting = text
+            return None
+        if rest[:1] == ",":
+            self._opener, self._state = "", "head"
+            return rest
+        self._end_call()
+        return rest.removeprefix("]")
+
+
+class Mistral(MarkedFamily):
+    """These forms."""
+
+    parser = MistralParser
+    marks = (CALLS, ARGS, CALL_ID)
+    opening = CALLS
+
+    @property
+    def tags(self) -> Tags | None:
+        return THINK if THINK.close in self.template else super().tags
+
+    def new_call_id(self) -> str:
+        return new_id("", 9)  # the length that templates insist on
+
+    def messages(self, messages: Sequence[Message]) -> list[Message]:
+        """Ids have nine letters and digits; after the system's message, users and assistants take turns."""
+        written: list[Message] = []
+        for message in messages:
+            message = dict(message)
+            if message["role"] in ("system", "developer") and written:
+                message["role"] = "user"
+            if "tool_call_id" in message:
+                message["tool_call_id"] = short_id(message["tool_call_id"], 9)
+            if "tool_calls" in message:
+                message["tool_calls"] = [call | {"id": short_id(call["id"], 9)} for call in message["tool_calls"]]
+            last = written[-1] if written else {}
+            if message["role"] == last.get("role") != "tool" and not last.get("tool_calls"):
+                message["content"] = "\n\n".join(filter(None, (last["content"], message["content"])))
+                written.pop()
+            written.append(message)
+        return written
+
+    def calls(self, tools: ToolUse) -> tuple[str, list[str]]:
+        if ARGS in self.template:
+            args = self.vocabulary.mark(ARGS)
+            given = self.vocabulary.mark(CALL_ID)
+            number = f"({given} /[a-zA-Z0-9]{{9}}/)? " if CALL_ID in self.template else ""
+            calls = [f"{json.dumps(name)} {number}{args} {schema_rule(s)}" for name, s in tools.functions.items()]
+            again = f" ({self.vocabulary.mark(CALLS)} call)*" if tools.many else ""
+            return f"call{again}", one_of(tools.functions, "call", calls)
+        heads = [json.dumps(f'{{"name": "{name}", "arguments": ') for name in tools.functions]
+        schemas = map(schema_rule, tools.functions.values())
+        calls = [f'{head} {schema} "}}"' for head, schema in zip(heads, schemas, strict=True)]
+        again = ' (", " call)*' if tools.many else ""
+        return f'/ ?\\[/ call{again} "]"', one_of(tools.functions, "call", calls)

@@ -1,0 +1,196 @@
+"""Qwen3-Coder's form: a call with each argument between tags of its own, text as it is and other values as JSON.
+
+<tool_call>
+<function=f>
+<parameter=x>
+1
+</parameter>
+</function>
+</tool_call>
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lamina.server.chat.formats.family import MarkedFamily, one_of, schema_rule
+from lamina.server.chat.reply_parser import Delta, ReplyParser, begun
+from lamina.server.chat.tools import ToolUse
+
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+_FUNCTION, _END_FUNCTION = "<function=", "</function>"
+_PARAMETER, _END_PARAMETER = "<parameter=", "</parameter>"
+_NAMED_FUNCTION = re.compile(rf"\s*(?:{_FUNCTION})?\s*([a-zA-Z0-9_-]{{1,128}})\s*>")
+_NAMED_PARAMETER = re.compile(rf"{_PARAMETER}([^>\n]{{1,256}})>\n?")
+_VALUE_ENDS = (_END_PARAMETER, f"\n{_PARAMETER}", f"\n{_END_FUNCTION}")  # models forget the first
+_LONGEST_HEAD = 320  # characters of a call's or an argument's opening
+_TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", dict: "object", list: "array"}
+
+
+class Qwen3CoderParser(ReplyParser):
+    """Replies in this form. The values of arguments become JSON by the functions' schemas."""
+
+    openers = (OPEN, _FUNCTION)
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        self._opener = ""
+        self._parameters: Mapping[str, Any] = {}  # the schema of the function's
+        self._schema: Mapping[str, Any] = {}  # of the argument
+        self._begun = False  # whether the call has an argument
+        self._written = ""  # what has come of a value that is not text
+
+    def _call(self, mark: str, rest: str) -> str | None:
+        self._opener, self._state = mark, "function"
+        return rest
+
+    def _function(self, text: str, ended: bool, deltas: list[Delta]) -> str | None:
+        head = _NAMED_FUNCTION.match(text)
+        if head is not None and (self._opener == _FUNCTION or _FUNCTION in head[0]):
+            self._begin_call(head[1], deltas)
+            self._parameters, self._begun = self._functions.get(head[1], {}), False
+            self._state = "parameter"
+            return text[head.end() :]
+        if not ended and len(text) <= _LONGEST_HEAD and CLOSE not in text:
+            self._waiting = text
+            return None
+        return self._no_call(self._opener, text, deltas)
+
+    def _parameter(self, text: str, ended: bool, deltas: list[Delta]) -> str | None:
+        text = text.lstrip()
+        head = _NAMED_PARAMETER.match(text)
+        if head is not None and (ended or head.end() < len(text) or text.endswith("\n")):
+            self._schema, self._written = property_of(self._parameters, head[1]), ""
+            opening = f"{', ' if self._begun else '{'}{json.dumps(head[1], ensure_ascii=False)}: "
+            self._argue(f'{opening}"' if self._is_text else opening, deltas)
+            self._begun, self._state = True, "value"
+            return text[head.end() :]
+        ends = next((mark for mark in (_END_FUNCTION, CLOSE) if text.startswith(mark)), "")
+        marks = (_PARAMETER, _END_FUNCTION, CLOSE)
+        may_come = any(mark.startswith(text[: len(mark)]) for mark in marks) and len(text) <= _LONGEST_HEAD
+        if not ends and may_come:
+            self._waiting = text
+            return None
+        self._argue("}" if self._begun else "{}", deltas)
+        self._state = "tail"
+        return text[len(ends) :] if ends != CLOSE else text
+
+    def _value(self, text: str, ended: bool, deltas: list[Delta]) -> str | None:
+        at = {found: mark for mark in _VALUE_ENDS if (found := text.find(mark)) >= 0}
+        if at:
+            end = min(at)
+            self._write(text[:end].removesuffix("\n"), deltas)
+            self._argue('"' if self._is_text else as_value(self._written, self._schema), deltas)
+            self._state = "parameter"
+            return text[end:].removeprefix(_END_PARAMETER)
+        held = 0 if ended else begun(text, (*_VALUE_ENDS, f"\n{_END_PARAMETER}"))
+        self._write(text[: len(text) - held], deltas)
+        self._waiting = text[len(text) - held :]
+        return None
+
+    def _tail(self, text: str, ended: bool, deltas: list[Delta]) -> str | None:
+        rest = text.lstrip()
+        if not ended and rest != CLOSE and CLOSE.startswith(rest):
+            self._waiting = text
+            return None
+        self._end_call()
+        return rest.removeprefix(CLOSE)
+
+    @property
+    def _is_text(self) -> bool:
+        return types_of(self._schema) == {"string"}
+
+    def _write(self, text: str, deltas: list[Delta]) -> None:
+        if self._is_text:
+            self._argue(json.dumps(text, ensure_ascii=False)[1:-1], deltas)
+        else:
+            self._written += text
+
+    def _argue(self, text: str, deltas: list[Delta]) -> None:
+        if text:
+            deltas.append(Delta(index=self.calls - 1, arguments=text))
+
+
+class Qwen3Coder(MarkedFamily):
+    """This form. Arguments come in the order of the schema; text is held to an `enum`, but to no pattern or length."""
+
+    parser = Qwen3CoderParser
+    marks = (OPEN, CLOSE)
+    opening = OPEN
+    again = "\n"
+
+    def calls(self, tools: ToolUse) -> tuple[str, list[str]]:
+        rules = [rf"text[lazy]: TEXT {json.dumps(chr(10) + _END_PARAMETER + chr(10))}"]
+        calls = [self._call(name, schema) for name, schema in tools.functions.items()]
+        return "call", [*rules, *one_of(tools.functions, "call", calls)]
+
+    def _call(self, name: str, schema: Mapping[str, Any]) -> str:
+        required = schema.get("required", ())
+        given = [
+            f"({_parameter(key, property_of(schema, key))}){'' if key in required else '?'}"
+            for key in schema.get("properties") or {}
+        ]
+        if schema.get("additionalProperties") is not False:
+            given.append(rf'("{_PARAMETER}" /[^>\n]{{1,64}}/ ">\n" text)*')
+        opening, closing = (json.dumps(text) for text in (f"\n{_FUNCTION}{name}>\n", f"{_END_FUNCTION}\n"))
+        return " ".join([opening, *given, closing, self.vocabulary.mark(CLOSE)])
+
+
+def _parameter(name: str, schema: Mapping[str, Any]) -> str:
+    """A grammar's expression for an argument."""
+    opening, closing = f"{_PARAMETER}{name}>\n", f"\n{_END_PARAMETER}\n"
+    types = types_of(schema)
+    texts = schema.get("enum", [schema["const"]] if "const" in schema else None)
+    if types == {"string"} and texts:
+        return " | ".join(json.dumps(opening + text + closing) for text in texts if isinstance(text, str))
+    if not types or "string" in types:
+        return f"{json.dumps(opening)} text"
+    return f"{json.dumps(opening)} {schema_rule(schema)} {json.dumps(closing)}"
+
+
+def property_of(parameters: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The schema of an argument, by itself: with the definitions and the options of the whole."""
+    properties = parameters.get("properties")
+    schema = properties.get(name) if isinstance(properties, Mapping) else None
+    if not isinstance(schema, Mapping):
+        return {}
+    shared = {key: parameters[key] for key in ("$defs", "definitions", "x-guidance") if key in parameters}
+    return {**shared, **schema}
+
+
+def types_of(schema: Mapping[str, Any], depth: int = 8) -> set[str]:
+    """The names of JSON types that fit a schema; empty where that is not plain to see."""
+    if "type" in schema:
+        listed = schema["type"]
+        return {listed} if isinstance(listed, str) else set(listed)
+    if "enum" in schema or "const" in schema:
+        values = schema.get("enum", [schema.get("const")])
+        return {_TYPES.get(type(value), "null") for value in values}
+    for key in ("anyOf", "oneOf"):
+        if key in schema and depth:
+            found = [types_of({**schema, **choice, key: choice.get(key, [])}, depth - 1) for choice in schema[key]]
+            return set().union(*found) if all(found) else set()
+    name = str(schema.get("$ref", "")).rpartition("/")[2]
+    for key in ("$defs", "definitions"):
+        if name and depth and isinstance(schema.get(key), Mapping) and name in schema[key]:
+            return types_of({key: schema[key], **schema[key][name]}, depth - 1)
+    return set()
+
+
+def as_value(text: str, schema: Mapping[str, Any]) -> str:
+    """The JSON text of a value that a model wrote: JSON of a type that the schema allows, else text."""
+    types = types_of(schema)
+    try:
+        value = json.loads(text if text.lower() not in ("true", "false", "null", "none") else _WORDS[text.lower()])
+    except (ValueError, RecursionError):
+        return json.dumps(text, ensure_ascii=False)
+    kind = _TYPES.get(type(value), "null")
+    if not types or kind in types or (kind == "integer" and "number" in types):
+        return text.strip() if text.strip().lower() not in _WORDS else _WORDS[text.strip().lower()]
+    return json.dumps(text, ensure_ascii=False)
+
+
+_WORDS = {"true": "true", "false": "false", "null": "null", "none": "null"}  # Python's words too

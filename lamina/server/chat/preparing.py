@@ -1,0 +1,139 @@
+"""From a `ChatInput` to a request that can be submitted, with all checks done. It runs on a thread: long prompts take a
+while.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lamina.errors import ContextTooLong, InvalidRequest
+from lamina.messages.engine_request import EngineRequest
+from lamina.sampling_params import SamplingParams
+from lamina.server.chat.chat_input import ChatInput
+from lamina.server.chat.prompts import check_characters, check_echo, check_length, encoded, truncated
+from lamina.server.chat.reply_format import ReplyFormat, ReplyPlan
+from lamina.server.chat.sampling import blaming, sampling
+from lamina.server.frontend import Served
+from lamina.server.http.errors import ApiError
+from lamina.text.messages import check_messages
+from lamina.text.tokenizer import Tokenizer
+
+_BEGINNING = ("system", "developer")  # messages that stay where the oldest are dropped
+TOO_LONG = "context_length_exceeded"
+"""The code of errors about prompts that do not fit into the context."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedChat:
+    """A chat that can be submitted. `plan` takes its replies apart; each begins with `prefix`. `structure_field` is
+    blamed where its grammar cannot be compiled. `filled`: the answer's bound was lowered to the end of the context."""
+
+    request: EngineRequest
+    plan: ReplyPlan
+    tokenizer: Tokenizer
+    prefix: str = ""
+    structure_field: str = ""
+    filled: bool = False
+
+    @property
+    def params(self) -> SamplingParams:
+        """The sampling parameters."""
+        return self.request.params
+
+
+def prepared(chat: ChatInput, served: Served, salt: tuple[str, str]) -> PreparedChat:
+    """The chat with all checks done but the compilation of its grammar. Its messages and tools, which may have
+    megabytes, are taken out of `chat`. Raises InvalidRequest, ApiError."""
+    inputs = served.inputs
+    ids, plan, last = prompt(chat, served)
+    left = max(1, inputs.max_model_len - len(ids))
+    filled = chat.bound and chat.max_tokens is not None and chat.max_tokens > left
+    limit = left if filled or chat.max_tokens is None else chat.max_tokens
+    try:
+        with blaming(chat.structure_field):
+            params = sampling(chat.sampling, inputs, limit, chat.top_logprobs, plan.params)
+            (request,) = inputs.requests([ids], params, chat.priority, salt)
+    except ContextTooLong as error:
+        raise ApiError(400, str(error), chat.messages_field, TOO_LONG) from None
+    prefix = last["content"] if chat.echo and last["role"] == "assistant" else ""
+    check_echo([prefix], params.n)
+    chat.messages = chat.tools = None
+    return PreparedChat(request, plan, served.tokenizer, prefix, chat.structure_field, filled)
+
+
+def prompt(chat: ChatInput, served: Served) -> tuple[list[int], ReplyPlan, Mapping[str, Any]]:
+    """The prompt's token ids, the plan of its replies, and the last message. Raises InvalidRequest, ApiError."""
+    try:
+        return _prompt(chat, served)
+    except InvalidRequest as error:
+        message = str(error)
+        for inside, outside in chat.spelled.items():
+            message = message.replace(inside, outside)
+        if message == str(error):
+            raise
+        raise type(error)(message) from error
+
+
+def _prompt(chat: ChatInput, served: Served) -> tuple[list[int], ReplyPlan, Mapping[str, Any]]:
+    inputs = served.inputs
+    plan = ReplyFormat.of(served.tokenizer).plan(
+        chat.tools,
+        chat.tool_choice,
+        chat.parallel_tool_calls,
+        chat.structure,
+        chat.thinking,
+        chat.template_kwargs,
+        continued=chat.continue_final_message or not chat.add_generation_prompt,
+    )
+    messages = check_messages(chat.messages)
+    if not chat.drop_oldest:
+        check_length(chat.messages_field, sum(len(message["content"]) for message in messages), inputs)
+        return _ids(chat, plan, messages, served), plan, messages[-1]
+    most = inputs.max_model_len - 1 - min(chat.max_tokens or 0, inputs.max_model_len // 2)
+    return _fitting(chat, plan, messages, served, most), plan, messages[-1]
+
+
+def _ids(chat: ChatInput, plan: ReplyPlan, messages: Sequence[Mapping[str, Any]], served: Served) -> list[int]:
+    text = served.tokenizer.render(
+        plan.messages(messages),
+        add_generation_prompt=chat.add_generation_prompt,
+        continue_final_message=chat.continue_final_message,
+        tools=list(plan.tools) or None,
+        template_kwargs=plan.template_kwargs,
+    )
+    check_characters({chat.messages_field: text}, served.inputs)
+    whole = chat.truncate is None
+    ids = encoded(text, chat.add_special_tokens, served.inputs, chat.messages_field, whole)
+    return truncated(chat.truncate, ids, served.inputs, chat.max_tokens)
+
+
+def _fitting(chat: ChatInput, plan: ReplyPlan, messages: list[dict[str, Any]], served: Served, most: int) -> list[int]:
+    """The prompt of at most `most` tokens that leaves out the fewest of the oldest messages. The system's stay, and so
+    do the user's last and what follows. Where that is too much, it is the shortest one."""
+    begin = next((at for at, message in enumerate(messages) if message["role"] not in _BEGINNING), len(messages))
+    turns = [at for at in range(begin, len(messages)) if messages[at]["role"] == "user"]
+    starts = sorted({begin, *turns})  # an answer, a call or a result never stands without what it answers
+
+    best = None
+    low, high = 0, len(starts) - 1
+    while low < high:  # each test renders and tokenises the rest of the conversation
+        middle = (low + high) // 2
+        found = _ids_or_none(chat, plan, [*messages[:begin], *messages[starts[middle] :]], served)
+        if found is not None and len(found) <= most:
+            high, best = middle, found
+        else:
+            low = middle + 1
+    return _ids(chat, plan, [*messages[:begin], *messages[starts[-1] :]], served) if best is None else best
+
+
+def _ids_or_none(
+    chat: ChatInput, plan: ReplyPlan, messages: Sequence[Mapping[str, Any]], served: Served
+) -> list[int] | None:
+    try:
+        return _ids(chat, plan, messages, served)
+    except ApiError as error:
+        if error.code != TOO_LONG:
+            raise
+        return None

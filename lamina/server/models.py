@@ -1,0 +1,282 @@
+"""The models of one server: which are loaded, which are unloaded for others, and who waits for one meanwhile.
+
+The supervisor starts and ends engines; here is decided which. For the event loop's thread, where nothing else is said.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from lamina.messages.snapshot import Snapshot
+from lamina.server.frontend import DeadlineExceeded, EngineUnavailable, Frontend, State
+from lamina.server.residency import ModelUse, decide
+
+Residence = Literal["loaded", "loading", "unloaded"]
+
+_INTERVAL = 0.5  # seconds between two looks at the time
+
+
+class Loader(Protocol):
+    """What starts and ends engines. Returns at once; the model's `Frontend` learns what follows."""
+
+    def load(self, name: str) -> None: ...
+
+    def unload(self, name: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelState:
+    """One model at one moment, for metrics. `snapshot` is its engine's newest, `restarts` counts that engine's."""
+
+    snapshot: Snapshot | None
+    state: State
+    restarts: int = 0
+    residence: Residence | None = None
+    loads: int = 0  # on demand
+    waiting: int = 0  # requests that wait for it to be loaded
+
+
+@dataclass(eq=False)
+class ServedModel:
+    """One model. `users`: requests that have it, under way or being prepared; while there are any it stays."""
+
+    name: str
+    frontend: Frontend
+    users: int = 0
+    loads: int = 0  # on demand
+    waiting: deque[tuple[float, asyncio.Future[None]]] = field(default_factory=deque)  # requests, and since when
+    used: float = 0.0  # when its last user left
+    begun: float = 0.0  # when it came
+    leaving: bool = False  # it is being unloaded
+    seen: bool = False  # it was loaded at the last look
+
+    @property
+    def residence(self) -> Residence:
+        """As clients see it. An engine that died is started again, so its model is loading."""
+        state = self.frontend.state
+        if self.leaving or state == "unloaded":
+            return "unloaded"
+        return "loading" if state in ("loading", "dead") else "loaded"
+
+    async def now(self, seconds: float) -> ModelState:
+        """Its state; its engine has so many seconds to answer."""
+        frontend = self.frontend
+        snapshot = await frontend.snapshot(seconds)
+        return ModelState(snapshot, frontend.state, frontend.restarts, self.residence, self.loads, len(self.waiting))
+
+    def use(self) -> ModelUse:
+        """What decides whether it stays."""
+        residence = self.residence
+        return ModelUse(
+            self.name,
+            place="leaving" if self.leaving else "out" if residence == "unloaded" else "in",
+            settled=residence == "loaded",
+            users=self.users,
+            used=self.used,
+            begun=self.begun,
+            wanted=self.waiting[0][0] if self.waiting else None,
+        )
+
+
+class Models:
+    """All models; requests that name none get the first. Without a `loader` no model comes or goes.
+
+    At most `max_loaded` are loaded; one that was not used for `idle_unload` seconds is unloaded. A request whose model
+    is not there waits for it, within its own time limit.
+    """
+
+    def __init__(
+        self,
+        frontends: Mapping[str, Frontend],
+        loader: Loader | None = None,
+        max_loaded: int = 1,
+        idle_unload: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._models = {name: ServedModel(name, frontend) for name, frontend in frontends.items()}
+        self._loader = loader
+        self._max_loaded = max_loaded
+        self._idle_unload = idle_unload
+        self._clock = clock
+        self._closed: frozenset[str] = frozenset()  # whose new requests wait, because others had no turn yet
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._served = False  # a model has been loaded
+        for model in self._models.values():
+            model.frontend.changed = lambda model=model: self._changed(model)  # type: ignore[misc]
+
+    def __iter__(self) -> Iterator[ServedModel]:
+        return iter(self._models.values())
+
+    def __getitem__(self, name: str) -> ServedModel:
+        return self._models[name]
+
+    @property
+    def first(self) -> ServedModel:
+        """The model of requests that name none."""
+        return next(iter(self))
+
+    @property
+    def on_demand(self) -> bool:
+        """Whether models come and go."""
+        return self._loader is not None
+
+    @property
+    def active(self) -> int:
+        """Samples under way or waiting, of all models, and requests that wait for a model."""
+        return sum(model.frontend.active + len(model.waiting) for model in self)
+
+    @property
+    def health(self) -> State:
+        """The best state of a model. A server that has loaded one before, and can load what a request wants, is "ready"
+        without a model too."""
+        if not self.on_demand:
+            return self.first.frontend.state
+        if self.first.frontend.draining:
+            return "draining"
+        states = [model.frontend.state for model in self]
+        order: tuple[State, ...] = ("ready", "halted", "loading", "unloaded", "dead")
+        best = min(states, key=order.index)
+        return "ready" if self._served and best in ("loading", "unloaded") else best
+
+    @property
+    def shown(self) -> ServedModel:
+        """The model that a page shows by itself: the first that is loaded, else the first that is being loaded."""
+        order: tuple[Residence, ...] = ("loaded", "loading", "unloaded")
+        return min(self, key=lambda model: order.index(model.residence))
+
+    async def now(self, seconds: float) -> dict[str, ModelState]:
+        """The states of all models, by name; their engines have so many seconds to answer."""
+        states = await asyncio.gather(*(model.now(seconds) for model in self))
+        return {model.name: state for model, state in zip(self, states, strict=True)}
+
+    async def take(self, name: str, left: float) -> ServedModel:
+        """The model of that name, loaded if it was not within `left` seconds. It stays until `give`. Raises
+        EngineUnavailable where it cannot be loaded, DeadlineExceeded."""
+        model = self._models[name]
+        if not self._waits(model):
+            model.users += 1
+            return model
+        self._loop = asyncio.get_running_loop()
+        turn: asyncio.Future[None] = self._loop.create_future()
+        entry = (self._clock(), turn)
+        model.waiting.append(entry)
+        self.tend()
+        try:
+            await asyncio.wait_for(asyncio.shield(turn), left)
+        except (TimeoutError, asyncio.TimeoutError):
+            self._leave(model, entry)
+            raise DeadlineExceeded(f"the model {name} was not loaded within the request's time") from None
+        except asyncio.CancelledError:
+            self._leave(model, entry)
+            raise
+        return model
+
+    def _leave(self, model: ServedModel, entry: tuple[float, asyncio.Future[None]]) -> None:
+        """A request does not wait any longer."""
+        _, turn = entry
+        if turn.done():
+            if turn.exception() is None:  # it got the model at the same moment
+                self.give(model)
+        else:
+            turn.cancel()
+            model.waiting.remove(entry)
+
+    def give(self, model: ServedModel) -> None:
+        """A request does not need the model any more."""
+        model.users -= 1
+        model.used = self._clock()
+        if not model.users:
+            self.tend()
+
+    def unload(self, name: str) -> bool:
+        """Unload a model. False where requests use it or wait for it, or no model goes."""
+        model = self._models[name]
+        if self._loader is None or model.users or model.waiting or model.residence == "loading":
+            return False
+        if model.residence == "loaded":
+            self._unload(self._loader, model)
+        return True
+
+    def begin(self) -> None:
+        """Look at the time now and then from now on. Called once."""
+        self._loop = asyncio.get_running_loop()
+        if self._loader is not None:
+            self._tick()
+
+    def drain(self) -> None:
+        """Take no new requests, from any thread; those that wait for a model fail."""
+        for model in self:
+            model.frontend.draining = True
+        self._changed(self.first)
+
+    def tend(self) -> None:
+        """Let requests go on whose model is there, and load and unload what is due."""
+        loader, now = self._loader, self._clock()
+        if loader is None:
+            return
+        for model in self:
+            here = model.residence == "loaded"
+            if here and not model.seen:
+                self._served, model.used, model.begun = True, now, now
+            model.seen = here
+        decision = decide([model.use() for model in self], self._max_loaded, self._idle_unload, now)
+        self._closed = decision.closed
+        for name in decision.unload:
+            self._unload(loader, self._models[name])
+        for name in decision.load:
+            model = self._models[name]
+            model.loads += 1
+            model.frontend.begins()
+            loader.load(name)
+        for model in self:
+            if model.frontend.draining:
+                self._refuse(model)
+            elif not self._waits(model):
+                self._admit(model)
+
+    def _unload(self, loader: Loader, model: ServedModel) -> None:
+        model.leaving = True
+        loader.unload(model.name)
+
+    def _waits(self, model: ServedModel) -> bool:
+        """Whether a request that comes now waits for the model. None waits for an engine that has died: its clients
+        come back once it is started again."""
+        if self._loader is None:
+            return False
+        return model.leaving or model.frontend.state in ("unloaded", "loading") or model.name in self._closed
+
+    def _admit(self, model: ServedModel) -> None:
+        while model.waiting:
+            _, turn = model.waiting.popleft()
+            model.users += 1
+            turn.set_result(None)
+
+    def _changed(self, model: ServedModel) -> None:
+        """On any thread."""
+        loop = self._loop
+        if loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(self._look, model)
+
+    def _look(self, model: ServedModel) -> None:
+        """Something happened to a model."""
+        if model.frontend.state == "unloaded":
+            model.leaving = False
+            if model.frontend.why:  # it could not be loaded
+                self._refuse(model)
+        self.tend()
+
+    def _refuse(self, model: ServedModel) -> None:
+        """The requests that wait for a model fail."""
+        while model.waiting:
+            _, turn = model.waiting.popleft()
+            turn.set_exception(EngineUnavailable(f"{model.name}: {model.frontend.unavailable}; try again later"))
+
+    def _tick(self) -> None:
+        self.tend()
+        if self._loop is not None:
+            self._loop.call_later(_INTERVAL, self._tick)

@@ -1,0 +1,179 @@
+"""POST /v1/embeddings and /v1/rerank: the inputs are computed, and of their hidden states embeddings are made."""
+
+from __future__ import annotations
+
+import base64
+from array import array
+from collections.abc import Sequence
+from sys import byteorder
+from typing import Any, TypeAlias
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from lamina.client.pooling import embedding
+from lamina.errors import ContextTooLong, InvalidRequest
+from lamina.messages.engine_request import EngineRequest
+from lamina.server.frontend import Served
+from lamina.server.http.errors import ApiError, refused
+from lamina.server.http.sse import while_connected
+from lamina.server.openai import answers
+from lamina.server.openai.answers import dumps
+from lamina.server.openai.embedding_schemas import MAX_INPUTS, EmbeddingRequest, PoolingRequest, RerankRequest
+from lamina.server.openai.inputs import listed, token_ids
+from lamina.server.service import GRACE, RequestContext, Service
+
+MAX_NUMBERS = 1 << 22  # of all embeddings of a request together
+_TOGETHER = 64  # inputs that are submitted at a time: enough to fill batches
+
+Vector: TypeAlias = "array[float]"
+"""An embedding, float32."""
+
+
+async def embeddings(service: Service, request: Request) -> Response:
+    """Embed texts or token ids."""
+    context = service.context(request)
+    fields = await service.read(request, EmbeddingRequest, context)
+    work = _embedded(service, fields, context)
+    return await while_connected(request.receive, work, context.timeout + GRACE)
+
+
+async def rerank(service: Service, request: Request) -> Response:
+    """Order documents by the cosine of their embeddings with the query's."""
+    context = service.context(request)
+    fields = await service.read(request, RerankRequest, context)
+    work = _reranked(service, fields, context)
+    return await while_connected(request.receive, work, context.timeout + GRACE)
+
+
+async def _embedded(service: Service, fields: EmbeddingRequest, context: RequestContext) -> Response:
+    inputs, fields.input = fields.input, None
+    requests = await _requests(service, fields, "input", inputs, context)
+    vectors = await _vectors(service, requests, context, fields.dimensions, fields.normalize is not False)
+    kind = fields.encoding_format or "float"
+    written = await service.prepare(context, _items, vectors, kind == "base64")
+    named = _named("embd", fields, context) | {"object": "list"}
+    usage = dumps(_usage(requests))
+    return _json(f'{dumps(named)[:-1]},"data":[{",".join(written)}],"usage":{usage}}}')
+
+
+async def _reranked(service: Service, fields: RerankRequest, context: RequestContext) -> Response:
+    texts = [_text(index, document) for index, document in enumerate(_documents(fields.documents))]
+    requests = await _requests(service, fields, "documents", [fields.query, *texts], context)
+    query, *documents = await _vectors(service, requests, context, None, True)
+    scores = await service.prepare(context, _cosines, query, documents)
+    order = sorted(range(len(texts)), key=lambda index: (-scores[index], index))[: fields.top_n]
+    results: list[dict[str, Any]] = [{"index": index, "relevance_score": scores[index]} for index in order]
+    if fields.return_documents is not False:
+        for result in results:
+            result["document"] = {"text": texts[result["index"]]}
+    named = _named("rerank", fields, context)
+    return _json(dumps({**named, "results": results, "usage": _usage(requests)}))
+
+
+async def _requests(
+    service: Service, fields: PoolingRequest, param: str, given: Any, context: RequestContext
+) -> list[EngineRequest]:
+    service.check_priority(context, fields.priority)
+    if len(listed(given)) > MAX_INPUTS:
+        raise refused(param, given, f"at most {MAX_INPUTS} of them")
+    served = service.served(context, 1, 1)
+    return await service.prepare(
+        context, _checked, fields, param, given, served, service.salt(context, fields.cache_salt)
+    )
+
+
+def _checked(
+    fields: PoolingRequest, param: str, given: Any, served: Served, salt: tuple[str, str]
+) -> list[EngineRequest]:
+    keep, inputs = fields.truncate_prompt_tokens, served.inputs
+    prompts = token_ids(param, given, fields.add_special_tokens, keep, inputs, None)
+    try:
+        return inputs.embeddings(prompts, fields.pooling or "last", fields.priority or 0, salt)
+    except InvalidRequest as error:  # of the prompts, which this request calls otherwise
+        code = "context_length_exceeded" if isinstance(error, ContextTooLong) else None
+        name = "pooling" if str(error).startswith("pooling") else param
+        raise ApiError(400, str(error).replace("the prompt", param), name, code) from None
+
+
+async def _vectors(
+    service: Service,
+    requests: Sequence[EngineRequest],
+    context: RequestContext,
+    dimensions: int | None,
+    normalize: bool,
+) -> list[Vector]:
+    """The embeddings, computed a few at a time: neither all requests nor all sums of float64 stand at once."""
+    vectors: list[Vector] = []
+    together = min(_TOGETHER, service.samples.most)
+    for start in range(0, len(requests), together):
+        part = requests[start : start + together]
+        pooled = await service.pooled(part, context)
+        vectors += await service.prepare(context, _made, part, pooled, dimensions, normalize)
+        if (numbers := len(requests) * len(vectors[0])) > MAX_NUMBERS:
+            raise ApiError(
+                400,
+                f"input has {len(requests)} inputs, whose embeddings have {numbers} numbers; allowed are {MAX_NUMBERS}",
+                "input",
+            )
+    return vectors
+
+
+def _made(
+    requests: Sequence[EngineRequest], pooled: Sequence[Sequence[float]], dimensions: int | None, normalize: bool
+) -> list[Vector]:
+    return [
+        array("f", embedding(request, of_input, dimensions, normalize))
+        for request, of_input in zip(requests, pooled, strict=True)
+    ]
+
+
+def _items(vectors: Sequence[Vector], as_bytes: bool) -> list[str]:
+    """The items of the answer, as JSON."""
+    return [
+        f'{{"object":"embedding","index":{index},"embedding":{_base64(v) if as_bytes else _numbers(v)}}}'
+        for index, v in enumerate(vectors)
+    ]
+
+
+def _numbers(vector: Vector) -> str:
+    return f"[{','.join(f'{value:.9g}' for value in vector)}]"  # nine digits tell float32 apart
+
+
+def _base64(vector: Vector) -> str:
+    if byteorder == "big":
+        vector.byteswap()
+    return f'"{base64.b64encode(vector.tobytes()).decode()}"'
+
+
+def _cosines(query: Vector, documents: Sequence[Vector]) -> list[float]:
+    return [sum(map(float.__mul__, query, document)) for document in documents]
+
+
+def _documents(given: Any) -> list[Any]:
+    if not isinstance(given, list) or not given:
+        raise refused("documents", given, "a list of texts or of objects with text, at least one")
+    if len(given) >= MAX_INPUTS:
+        raise refused("documents", given, f"at most {MAX_INPUTS - 1} documents")
+    return given
+
+
+def _text(index: int, document: Any) -> str:
+    text = document.get("text") if isinstance(document, dict) else document
+    if not isinstance(text, str) or not text:
+        raise refused(f"documents[{index}]", document, "text, or an object with text, of at least one character")
+    return text
+
+
+def _named(kind: str, fields: PoolingRequest, context: RequestContext) -> dict[str, Any]:
+    named = answers.named(kind, fields.request_id or context.id, context.model.name)
+    return {name: named[name] for name in ("id", "created", "model")}
+
+
+def _usage(requests: Sequence[EngineRequest]) -> dict[str, int]:
+    tokens = sum(len(request.request.prompt) for request in requests)
+    return {"prompt_tokens": tokens, "total_tokens": tokens}
+
+
+def _json(text: str) -> Response:
+    return Response(text.encode(), media_type="application/json")

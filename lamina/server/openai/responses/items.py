@@ -1,0 +1,169 @@
+"""From the items of a response's input to messages of a chat, and from its tools to a chat's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lamina.server.http.errors import ApiError, refused
+from lamina.text.messages import MAX_MESSAGES
+
+_ROLES = ("user", "assistant", "system", "developer")
+_TEXTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
+_IGNORED = ("id", "status", "phase", "internal_chat_message_metadata_passthrough")
+_KEYS: Mapping[str, tuple[str, ...]] = {
+    "message": ("role", "content"),
+    "function_call": ("call_id", "name", "arguments", "namespace", "caller", "async"),
+    "function_call_output": ("call_id", "output", "name", "namespace", "caller"),
+    "reasoning": ("summary", "content", "encrypted_content"),
+}
+_INSTEAD = {
+    "custom": "a function with one parameter of type string",
+    "custom_tool_call": "function_call",
+    "custom_tool_call_output": "function_call_output",
+    "local_shell": "a function that your program runs",
+    "input_image": "input_text: the model reads text",
+    "input_file": "input_text with the file's text",
+    "input_audio": "input_text: the model reads text",
+}
+_BUILT_IN = "a function that your program runs: the server runs no tools"
+
+
+def listed(given: Any) -> list[dict[str, Any]]:
+    """The items of an input. Raises ApiError where it is no text and no list of objects."""
+    if isinstance(given, str):
+        return [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": given}]}]
+    if given is None:
+        return []
+    if not isinstance(given, list) or len(given) > MAX_MESSAGES:
+        raise refused("input", given, f"text, or a list of at most {MAX_MESSAGES} items")
+    for at, item in enumerate(given):
+        if not isinstance(item, dict):
+            raise refused(f"input[{at}]", item, "an item, which is an object")
+    return given
+
+
+def messages(items: Sequence[Mapping[str, Any]], field: str = "input") -> list[dict[str, Any]]:
+    """The messages of items: reasoning and calls belong to one message of the assistant with the text between them.
+    Raises ApiError, which names the item's place."""
+    made: list[dict[str, Any]] = []
+
+    def assistant() -> dict[str, Any]:
+        if not made or made[-1]["role"] != "assistant":
+            made.append({"role": "assistant", "content": None})
+        return made[-1]
+
+    for at, item in enumerate(items):
+        name = f"{field}[{at}]"
+        kind = item.get("type", "message" if "role" in item else None)
+        if kind not in tuple(_KEYS):  # it may be of any type
+            instead = _INSTEAD.get(str(kind))
+            raise refused(f"{name}.type", kind, instead or f"one of {', '.join(_KEYS)} and item_reference")
+        for key, value in item.items():
+            if key not in (*_KEYS[kind], *_IGNORED, "type") and value is not None:
+                raise ApiError(400, f"unknown field {name}.{key[:80]}; allowed are {', '.join(_KEYS[kind])}", field)
+        if kind == "message":
+            role = item.get("role")
+            if role not in _ROLES:
+                raise refused(f"{name}.role", role, f"one of {', '.join(_ROLES)}")
+            text = _text(f"{name}.content", item.get("content"))
+            if role == "assistant":
+                message = assistant()
+                message["content"] = f"{message['content']}\n{text}" if message["content"] else text
+            else:
+                made.append({"role": role, "content": text})
+        elif kind == "function_call":
+            function = {key: _plain(f"{name}.{key}", item.get(key)) for key in ("name", "arguments")}
+            call = {"id": _plain(f"{name}.call_id", item.get("call_id")), "type": "function", "function": function}
+            assistant().setdefault("tool_calls", []).append(call)
+        elif kind == "function_call_output":
+            result = {"role": "tool", "tool_call_id": _plain(f"{name}.call_id", item.get("call_id"))}
+            made.append(result | {"content": _text(f"{name}.output", item.get("output"))})
+        elif thought := _text(f"{name}.content", item.get("content") or item.get("summary") or ""):
+            message = assistant()
+            message["reasoning_content"] = "\n".join(filter(None, (message.get("reasoning_content"), thought)))
+    return [message for message in made if message["content"] is not None or "tool_calls" in message]
+
+
+def usable(given: Any) -> Any:
+    """The tools without a search of the web that has no access to the web, which there is nothing to do for."""
+    if not isinstance(given, list):
+        return given
+    without_web = {"type": "web_search", "external_web_access": False}
+    return [tool for tool in given if not (isinstance(tool, dict) and without_web.items() <= tool.items())]
+
+
+def tools(given: Any) -> tuple[list[dict[str, Any]] | None, dict[str, str]]:
+    """The tools in the form of a chat, and the namespace of each that has one, by its name. Raises ApiError for tools
+    that are no functions."""
+    if given is None:
+        return None, {}
+    if not isinstance(given, list):
+        raise refused("tools", given, "a list of tools")
+    made: list[dict[str, Any]] = []
+    namespaces: dict[str, str] = {}
+    for at, tool in enumerate(given):
+        name = f"tools[{at}]"
+        kind = tool.get("type") if isinstance(tool, dict) else None
+        if kind == "namespace":
+            inner = tool.get("tools")
+            if not isinstance(inner, list) or not isinstance(tool.get("name"), str):
+                raise refused(name, tool, 'an object with "name" and a list "tools"')
+            for index, each in enumerate(inner):
+                function = _function(f"{name}.tools[{index}]", each)
+                namespaces[str(function["function"].get("name"))] = tool["name"]
+                made.append(function)
+        else:
+            made.append(_function(name, tool))
+    return made or None, namespaces
+
+
+def tool_choice(given: Any) -> Any:
+    """A choice in the form of a chat."""
+    if not isinstance(given, dict):
+        return given
+    kind = given.get("type")
+    if kind == "function":
+        return {"type": "function", "function": {"name": given.get("name")}}
+    if kind == "allowed_tools":
+        allowed = given.get("tools")
+        listed = allowed if isinstance(allowed, list) else [allowed]
+        return {"type": kind, kind: {"mode": given.get("mode"), "tools": [tool_choice(tool) for tool in listed]}}
+    raise refused("tool_choice.type", kind, "function or allowed_tools")
+
+
+def _function(name: str, tool: Any) -> dict[str, Any]:
+    kind = tool.get("type") if isinstance(tool, dict) else None
+    if kind != "function":
+        raise refused(f"{name}.type", kind if isinstance(tool, dict) else tool, _INSTEAD.get(str(kind), _BUILT_IN))
+    known = ("name", "description", "parameters", "strict")
+    ignored = ("type", "defer_loading", "allowed_callers", "output_schema", "async")
+    for key in tool:
+        if key not in (*known, *ignored):
+            raise ApiError(400, f"unknown field {name}.{key[:80]}; allowed are {', '.join(known)}", "tools")
+    return {"type": "function", "function": {key: tool[key] for key in known if tool.get(key) is not None}}
+
+
+def _text(name: str, content: Any) -> str:
+    """The text of a content: itself, or its parts."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise refused(name, content, "text, or a list of parts with text")
+    texts = []
+    for at, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "refusal":
+            texts.append(_plain(f"{name}[{at}].refusal", part.get("refusal")))
+        elif kind in _TEXTS:
+            texts.append(_plain(f"{name}[{at}].text", part.get("text")))
+        else:
+            instead = _INSTEAD.get(str(kind), '{"type": "input_text", "text": ...}')
+            raise refused(f"{name}[{at}].type", kind if isinstance(part, dict) else part, instead)
+    return "\n".join(texts)
+
+
+def _plain(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise refused(name, value, "text")
+    return value

@@ -1,0 +1,325 @@
+"""The routes of responses: made, shown, gone on with and deleted."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from lamina.server.chat.chat_input import ChatInput
+from lamina.server.chat.preparing import PreparedChat, prompt
+from lamina.server.chat.reply import replies
+from lamina.server.chat.thinking import EFFORTS, Thinking
+from lamina.server.chat.turns import joined
+from lamina.server.http.errors import ApiError, refused, shown
+from lamina.server.http.json_response import json_response
+from lamina.server.http.sse import EventStream, while_connected
+from lamina.server.openai.answers import dumps
+from lamina.server.openai.responses import items
+from lamina.server.openai.responses.events import ResponseEvents
+from lamina.server.openai.responses.response import ResponseObject
+from lamina.server.openai.responses.schemas import InputTokensRequest, ResponsesRequest
+from lamina.server.openai.responses.store import MAX_TURNS, ResponseStore, StoredResponse
+from lamina.server.openai.sampling_fields import response_format
+from lamina.server.service import GRACE, RequestContext, Service
+from lamina.server.settings import TENANT
+from lamina.text.messages import MAX_MESSAGES
+
+_PAGE = 20  # items of a list, unless the client says
+_MOST = 100
+
+
+class ResponseRoutes:
+    """The routes, with the responses that they keep."""
+
+    def __init__(self, keys: int) -> None:
+        self._store = ResponseStore(keys)
+
+    async def create(self, service: Service, request: Request) -> Response:
+        """POST /v1/responses."""
+        context = service.context(request)
+        fields = await service.read(request, ResponsesRequest, context)
+        service.check_priority(context, fields.priority)
+        served = service.served(context, 1, 1)
+        fields.tools = items.usable(fields.tools)
+        given, chat, namespaces = self._understood(fields, context.tenant)
+        work = service.prepare_chat(context, served, chat)
+        prepared = await while_connected(request.receive, work, context.timeout + GRACE)
+        response = ResponseObject(fields, context.model.name, prepared, namespaces)
+        making = _Making(self._store, context.tenant, prepared, response)
+        if fields.store is not False:
+            making.keep(given, fields.previous_response_id, lambda: served.engine.abort(prepared.request))
+        stream = fields.stream
+        del fields, given, chat  # not kept as long as the answer takes: they may have megabytes
+        if stream:
+            events = ResponseEvents(prepared, response, making.done)
+            frames = making.frames(service, context, events)
+            return EventStream(frames, context.timeout + GRACE, service.translate, events.failed, b"")
+        return await while_connected(request.receive, making.whole(service, context), context.timeout + GRACE)
+
+    async def input_tokens(self, service: Service, request: Request) -> Response:
+        """POST /v1/responses/input_tokens: how many tokens a response's prompt has."""
+        context = service.context(request)
+        fields = await service.read(request, InputTokensRequest, context)
+        served = context.served
+        fields.tools = items.usable(fields.tools)
+        _, chat, _ = self._understood(fields, context.tenant)
+        ids, _, _ = await service.prepare(context, prompt, chat, served)
+        return json_response({"object": "response.input_tokens", "input_tokens": len(ids)})
+
+    async def retrieve(self, service: Service, request: Request) -> Response:
+        """GET /v1/responses/{response_id}: a response that is kept, or is under way."""
+        if request.query_params.get("stream", "false") not in ("false", ""):
+            raise refused("stream", request.query_params["stream"], "false: a stream is on its own connection")
+        return json_response(self._stored(request).response)
+
+    async def delete(self, service: Service, request: Request) -> Response:
+        """DELETE /v1/responses/{response_id}."""
+        stored = self._stored(request)
+        self._store.drop(request.scope[TENANT], stored.id)
+        return json_response({"id": stored.id, "object": "response", "deleted": True})
+
+    async def cancel(self, service: Service, request: Request) -> Response:
+        """POST /v1/responses/{response_id}/cancel: end a response that is under way."""
+        stored = self._stored(request)
+        if stored.end is None:
+            status = stored.response["status"]
+            raise ApiError(400, f"the response is {status}; allowed is one in_progress", "response_id")
+        stored.end()
+        return json_response(stored.response | {"status": "cancelled"})
+
+    async def input_items(self, service: Service, request: Request) -> Response:
+        """GET /v1/responses/{response_id}/input_items: the items of a response's own input."""
+        stored = self._stored(request)
+        query = request.query_params
+        limit, order, after = query.get("limit", str(_PAGE)), query.get("order", "desc"), query.get("after")
+        if not limit.isdecimal() or not 1 <= int(limit[:4]) <= _MOST:
+            raise refused("limit", limit, f"an integer from 1 to {_MOST}")
+        if order not in ("asc", "desc"):
+            raise refused("order", order, "asc or desc")
+        listed = _with_ids(stored)
+        listed = listed if order == "asc" else listed[::-1]
+        if after is not None:
+            places = [place for place, item in enumerate(listed) if item["id"] == after]
+            if not places:
+                raise refused("after", after, "the id of one of the items")
+            listed = listed[places[0] + 1 :]
+        page = listed[: int(limit)]
+        ids = {"first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None}
+        return json_response({"object": "list", "data": page, **ids, "has_more": len(page) < len(listed)})
+
+    def _stored(self, request: Request) -> StoredResponse:
+        response_id = request.path_params["response_id"]
+        stored = self._store.get(request.scope[TENANT], response_id)
+        if stored is None:
+            raise ApiError(404, f"there is no response {shown(response_id)}; they are kept for a while", "response_id")
+        return stored
+
+    def _understood(
+        self, fields: InputTokensRequest, tenant: str
+    ) -> tuple[list[dict[str, Any]], ChatInput, dict[str, str]]:
+        """The items of the input, the chat that they stand for, and the namespaces of its functions."""
+        _check(fields)
+        given, conversation = self._conversation(fields, tenant)
+        tools, namespaces = items.tools(fields.tools)
+        chat = _chat_input(fields, conversation, tools)
+        if isinstance(fields, ResponsesRequest):
+            _add_sampling(fields, chat)
+        return given, chat, namespaces
+
+    def _conversation(
+        self, fields: InputTokensRequest, tenant: str
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The items of the input, and the messages of the whole conversation. Raises ApiError."""
+        given = items.listed(fields.input)
+        resolved = [self._referred(tenant, at, item) for at, item in enumerate(given)]
+        if not resolved and fields.previous_response_id is None:
+            raise ApiError(400, "input is empty; at least one item is needed", "input", "missing_field")
+        history: list[dict[str, Any]] = []
+        if (previous := fields.previous_response_id) is not None:
+            turns = self._store.conversation(tenant, previous)
+            if turns is None:
+                what = f"there is no response {shown(previous)}, or one before it is gone: they are kept for a while"
+                raise ApiError(
+                    404, f"{what}; send the whole input", "previous_response_id", "previous_response_not_found"
+                )
+            if len(turns) >= MAX_TURNS:
+                raise ApiError(400, f"the conversation has {MAX_TURNS} turns, the most allowed", "previous_response_id")
+            if turns[-1].response["status"] == "in_progress":
+                raise ApiError(400, f"{previous} is in_progress; allowed is one that has ended", "previous_response_id")
+            history = [item for turn in turns for item in (*turn.input, *turn.response["output"])]
+            if len(history) + len(resolved) > MAX_MESSAGES:
+                raise ApiError(400, f"the conversation has more than {MAX_MESSAGES} items, which are allowed", "input")
+        made = [*items.messages(history, "previous_response_id"), *items.messages(resolved)]
+        if fields.instructions is not None:
+            made.insert(0, {"role": "system", "content": fields.instructions})
+        return resolved, joined(made)
+
+    def _referred(self, tenant: str, at: int, item: dict[str, Any]) -> dict[str, Any]:
+        """The item itself, or the one of a stored response that it refers to."""
+        if item.get("type") != "item_reference" and not (item.keys() == {"id"} and isinstance(item["id"], str)):
+            return item
+        found = self._store.item(tenant, str(item.get("id")))
+        if found is None:
+            raise ApiError(
+                404, f"input[{at}].id is {shown(item.get('id'))}; no kept response has it", f"input[{at}].id"
+            )
+        return found
+
+
+class _Making:
+    """A response that is being made. The store has what is kept of it, within its bounds."""
+
+    def __init__(self, store: ResponseStore, tenant: str, chat: PreparedChat, response: ResponseObject) -> None:
+        self._store = store
+        self._tenant = tenant
+        self._chat = chat
+        self._response = response
+        self._size = len(dumps(response.begun()))
+        self._ended: dict[str, Any] | None = None
+
+    def keep(self, given: Sequence[dict[str, Any]], previous: str | None, end: Callable[[], None]) -> None:
+        """Keep the response as it stands; `end` ends it."""
+        begun = self._response.begun()
+        self._store.put(self._tenant, StoredResponse(self._response.id, given, previous, begun, end))
+
+    def done(self, ended: dict[str, Any]) -> None:
+        """The response has ended so. It is kept, unless it was deleted or others took its room meanwhile."""
+        self._ended = ended
+        stored = self._store.get(self._tenant, self._response.id)
+        if stored is not None:
+            stored.response, stored.end = ended, None
+            self._store.put(self._tenant, stored)
+
+    async def frames(
+        self, service: Service, context: RequestContext, events: ResponseEvents
+    ) -> AsyncGenerator[bytes, None]:
+        """The frames of its stream. Where they are left before the end, as where a client goes, it is not kept."""
+        request, begin = self._chat.request, events.begin()
+        try:
+            async with aclosing(service.frames([request], context, events, begin, kept=self._size)) as frames:
+                async for piece in frames:
+                    yield piece
+        finally:
+            self._left()
+
+    async def whole(self, service: Service, context: RequestContext) -> Response:
+        """The response, once it has ended."""
+        chat, response = self._chat, self._response
+        try:
+            if response.with_logprobs:  # which belong to parts of the reply, so it is read token by token
+                events = ResponseEvents(chat, response, self.done)
+                async for _ in service.frames([chat.request], context, events, kept=self._size):
+                    pass
+            else:
+                (completion,) = await service.whole([chat.request], context, self._size)
+                (reply,) = replies(chat, completion)
+                reason = reply.reason(completion.finish_reason)
+                self.done(response.ended(reason, response.items(reply.parts, reason), reply.usage()))
+        finally:
+            self._left()
+        return json_response(self._ended)
+
+    def _left(self) -> None:
+        if self._ended is None:
+            self._store.drop(self._tenant, self._response.id)
+
+
+def _check(fields: InputTokensRequest) -> None:
+    """Raises ApiError for what no server of one model can do, and for values that contradict each other."""
+    if fields.conversation is not None:
+        raise refused("conversation", fields.conversation, "null: use previous_response_id")
+    if isinstance(fields, ResponsesRequest):
+        if fields.background not in (None, False):
+            raise refused("background", fields.background, "false: a response comes on its connection")
+        if fields.prompt is not None:
+            raise refused("prompt", fields.prompt, "null: there are no stored prompts; give instructions and input")
+        if fields.stream_options is not None and not fields.stream:
+            raise ApiError(400, "stream_options is given, which is allowed only where stream is true", "stream_options")
+        _check_metadata(fields.metadata)
+    if fields.tool_choice not in (None, "none", "auto") and not fields.tools:
+        raise ApiError(400, "tool_choice is given, which is allowed only beside tools", "tool_choice")
+
+
+def _check_metadata(metadata: Any) -> None:
+    allowed = "an object of at most 16 texts of at most 512 characters, with names of at most 64"
+    if metadata is None:
+        return
+    if not isinstance(metadata, dict) or len(metadata) > 16:
+        raise refused("metadata", metadata, allowed)
+    for name, value in metadata.items():
+        if len(name) > 64 or not isinstance(value, str) or len(value) > 512:
+            raise refused(f"metadata.{name[:64]}", value, allowed)
+
+
+def _chat_input(
+    fields: InputTokensRequest, conversation: Sequence[dict[str, Any]], tools: list[dict[str, Any]] | None
+) -> ChatInput:
+    if not conversation:
+        raise ApiError(400, "input has no message; at least one is needed", "input")
+    return ChatInput(
+        messages=conversation,
+        messages_field="input",
+        spelled={"messages[": "input, as messages[", ".function.": "."},
+        tools=tools,
+        tool_choice=items.tool_choice(fields.tool_choice) if tools else None,
+        parallel_tool_calls=fields.parallel_tool_calls,
+        structure=_format(fields.text),
+        structure_field="text.format" if _format(fields.text) else "tools" if tools else "",
+        thinking=_thinking(fields),
+        drop_oldest=fields.truncation == "auto",
+    )
+
+
+def _add_sampling(fields: ResponsesRequest, chat: ChatInput) -> None:
+    """Complete the chat of a request that generates."""
+    chat.template_kwargs = fields.chat_template_kwargs
+    chat.sampling = fields.sampling
+    chat.max_tokens, chat.bound = fields.max_output_tokens, True
+    if "message.output_text.logprobs" in (fields.include or ()) or fields.top_logprobs:
+        chat.top_logprobs = fields.top_logprobs or 0
+    chat.priority, chat.cache_salt = fields.priority or 0, fields.cache_salt
+
+
+def _format(text: Any) -> dict[str, Any]:
+    """`text.format` as keywords of `SamplingParams`."""
+    if text is None:
+        return {}
+    if not isinstance(text, dict) or not text.keys() <= {"format", "verbosity"}:
+        raise refused("text", text, 'an object with "format" and "verbosity"')
+    wanted = text.get("format")
+    if isinstance(wanted, dict) and wanted.get("type") == "json_schema":
+        described = {key: value for key, value in wanted.items() if key != "type" and value is not None}
+        wanted = {"type": "json_schema", "json_schema": described}
+    try:
+        return response_format(wanted)
+    except ApiError as error:
+        raise ApiError(400, str(error).replace("response_format", "text.format", 1), "text.format") from None
+
+
+def _thinking(fields: InputTokensRequest) -> Thinking:
+    budget = getattr(fields, "thinking_token_budget", None)
+    reasoning = fields.reasoning
+    if reasoning is None:
+        return Thinking(budget=budget)
+    known = ("effort", "summary", "generate_summary", "context", "mode")
+    if not isinstance(reasoning, dict) or not reasoning.keys() <= set(known):
+        raise refused("reasoning", reasoning, f"an object with {', '.join(known[:2])}")
+    for name in ("summary", "generate_summary"):
+        if reasoning.get(name) not in (None, "auto", "concise", "detailed"):
+            raise refused(f"reasoning.{name}", reasoning[name], "auto, concise or detailed")
+    effort = reasoning.get("effort")
+    if effort == "max":
+        effort = EFFORTS[-1]
+    if effort is not None and effort not in EFFORTS:
+        raise refused("reasoning.effort", effort, f"one of {', '.join(EFFORTS)}")
+    return Thinking(effort=effort, budget=budget)
+
+
+def _with_ids(stored: StoredResponse) -> list[dict[str, Any]]:
+    """The items of an input, each with an id."""
+    name = stored.id.removeprefix("resp_")
+    return [{"id": f"item_{name}_{at}"} | item for at, item in enumerate(stored.input)]

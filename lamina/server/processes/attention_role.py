@@ -1,0 +1,122 @@
+"""A server's attention workers: the supervisor starts them, and the engine that is loaded gets them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from lamina.deploy.local_attention import LocalAttentionWorkers
+from lamina.deploy.restarts import WORKERS_BACK
+from lamina.deploy.worker_events import WorkerAddress
+from lamina.errors import EngineError
+from lamina.server.processes.child_protocol import line, pack_worker
+from lamina.server.processes.server_plan import Reporter, ServerPlan
+from lamina.system.child_process import ChildProcess
+
+_AGAIN = 1.0  # seconds until the next look for workers, where none is there
+
+
+class AttentionRole:
+    """The attention workers of one server. `post` has a call made on the supervisor's thread, for which all other
+    methods are; `failed` gets the error of a start."""
+
+    def __init__(
+        self,
+        plan: ServerPlan,
+        report: Reporter,
+        post: Callable[[Callable[[], None]], None],
+        failed: Callable[[EngineError], None],
+    ) -> None:
+        self.due: float | None = None  # when the engine gets the workers that are there
+        self._plan = plan
+        self._report = report
+        self._post = post
+        self._failed = failed
+        self._processes: LocalAttentionWorkers | None = None
+        self._workers: dict[str, WorkerAddress] = {}
+        self._up = False  # the first start is over
+        self._engine: ChildProcess | None = None  # the engine that has the workers, or waits for them
+
+    def begin(self) -> None:
+        """Start the workers, on a thread: it takes seconds."""
+        plan = self._plan
+        if not plan.workers:
+            self._up = True
+            return
+        processes = self._processes = LocalAttentionWorkers(
+            plan.workers, kv_memory=plan.kv_memory, threads=plan.threads, cold=plan.cold
+        )
+
+        def start() -> None:
+            try:
+                result: tuple[WorkerAddress, ...] | EngineError = processes.start(self._report.progress)
+            except EngineError as error:
+                result = error
+            self._post(lambda: self._started(result))
+
+        threading.Thread(target=start, name="lamina-workers", daemon=True).start()
+
+    def close(self) -> None:
+        """End the workers."""
+        if self._processes is not None:
+            self._processes.close()
+
+    def serve(self, engine: ChildProcess) -> None:
+        """A new engine is to get the workers: once all are there, or some after a while."""
+        self._engine = engine
+        if self._up:
+            self.due = time.monotonic() + WORKERS_BACK
+            self.introduce()
+
+    def introduce(self) -> None:
+        """Send a new engine the workers that are there, if it is time."""
+        if self.due is None or self._engine is None:
+            return
+        now = time.monotonic()
+        if len(self._workers) >= self._plan.workers or (self._workers and now >= self.due):
+            self.due = None
+            self._engine.say(line("workers", [pack_worker(worker) for worker in self._workers.values()]))
+        elif now >= self.due:
+            self.due = now + _AGAIN
+
+    def lost(self, name: str) -> None:
+        """The engine has given up a worker."""
+        self._workers.pop(name, None)
+        if self._processes is not None:
+            self._processes.lost(name)
+
+    def joined(self, worker: WorkerAddress) -> None:
+        """A worker is there."""
+        self._workers[worker.name] = worker
+        self._report.said(f"attention worker {worker.name} is there")
+        self._notify("joined", pack_worker(worker))
+
+    def drain(self, name: str) -> bool:
+        """Have the engine move what a worker holds elsewhere, and say "drained" then. Whether there is an engine that
+        has it."""
+        return name in self._workers and self._notify("drain", name)
+
+    def left(self, name: str) -> None:
+        """A worker is gone."""
+        self._workers.pop(name, None)
+        self._notify("left", name)
+
+    def _started(self, result: tuple[WorkerAddress, ...] | EngineError) -> None:
+        if isinstance(result, EngineError):
+            self._failed(result)
+            return
+        self._up = True
+        self._workers |= {worker.name: worker for worker in result}
+        self.due = time.monotonic() + WORKERS_BACK
+        if self._processes is not None:
+            self._processes.watch(
+                lambda worker: self._post(lambda: self.joined(worker)), lambda name: self._post(lambda: self.left(name))
+            )
+
+    def _notify(self, word: str, *items: object) -> bool:
+        """Send the engine a message, unless it waits for all workers. Whether it was sent."""
+        if not self._up or self._engine is None or self.due is not None or self._engine.status is not None:
+            return False
+        self._engine.say(line(word, *items))
+        return True

@@ -1,0 +1,186 @@
+"""What the engines keep in their prefix caches, published over ZeroMQ in vLLM's format, for routers such as llm-d's and
+Dynamo's.
+
+A message has three frames: the topic `kv@NAME@MODEL`, a number that grows by 1, and a batch of events in msgpack:
+`[time, [event, ...], rank]`, each event a map whose `type` is BlockStored, BlockRemoved or AllBlocksCleared (vLLM 0.24
+and later, vllm/distributed/kv_events.py). Each model has a port of its own, and numbers of its own. A subscriber that
+missed a number sends the first one it wants to the replay port, as 8 bytes; it gets what is kept, then the number -1.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import msgpack
+
+from lamina.errors import InvalidRequest
+from lamina.scheduling.prefix_events import PrefixEvent, PrefixSink
+
+logger = logging.getLogger("lamina")
+
+KEPT = 10_000  # batches kept for replay, vLLM's number
+KEPT_BYTES = 64 << 20  # of them together, for each model
+_END = (-1).to_bytes(8, "big", signed=True)
+_QUEUED = 10_000  # batches for a subscriber that does not read; then it misses some
+_LARGEST_REQUEST = 64  # bytes of a request for replay
+_TOGETHER = 512  # events in a batch
+_MEDIUM = "CPU"
+
+
+@dataclass(eq=False)
+class _Stream:
+    """The messages of one model, and its sockets."""
+
+    topic: bytes
+    events: Any
+    replay: Any
+    number: int = 0
+    kept: deque[tuple[int, bytes]] = field(default_factory=deque)
+    size: int = 0  # bytes of `kept`
+
+    def publish(self, payload: bytes) -> None:
+        """Send a batch, and keep it for replay."""
+        self.events.send_multipart((self.topic, self.number.to_bytes(8, "big"), payload))
+        self.kept.append((self.number, payload))
+        self.number += 1
+        self.size += len(payload)
+        while len(self.kept) > KEPT or (self.size > KEPT_BYTES and len(self.kept) > 1):
+            self.size -= len(self.kept.popleft()[1])
+
+    def answer(self, frames: Sequence[bytes]) -> None:
+        """Answer a request for replay; one that is none is ignored."""
+        if len(frames) != 3 or len(frames[2]) != 8:
+            return
+        client, _, first = frames
+        wanted = int.from_bytes(first, "big")
+        for number, payload in self.kept:
+            if number >= wanted:
+                self.replay.send_multipart((client, b"", number.to_bytes(8, "big"), payload))
+        self.replay.send_multipart((client, b"", _END, b""))
+
+
+class KvEventPublisher:
+    """Publishes the events of `models`, the first at `endpoint` (tcp://HOST:PORT), each other one a port higher; so it
+    is with `replay`. Raises InvalidRequest where an address cannot be bound, or pyzmq is not installed."""
+
+    def __init__(self, endpoint: str, replay: str | None, models: Sequence[str], name: str) -> None:
+        try:
+            import zmq
+        except ImportError as error:
+            raise InvalidRequest(
+                "kv_events needs pyzmq, which is not installed: pip install 'lamina[events]'"
+            ) from error
+        self._zmq = zmq
+        self._context = zmq.Context()
+        self._reading, self._writing = os.pipe()  # wakes the thread; sockets belong to it alone
+        os.set_blocking(self._writing, False)
+        self._waiting: deque[tuple[str, PrefixEvent]] = deque()
+        self._closed = False
+        try:
+            self._streams: Mapping[str, _Stream] = {
+                model: _Stream(
+                    f"kv@{name}@{model}".encode(),
+                    self._bound(zmq.PUB, _later(endpoint, number)),
+                    None if replay is None else self._bound(zmq.ROUTER, _later(replay, number)),
+                )
+                for number, model in enumerate(models)
+            }
+        except BaseException:
+            self._context.destroy(linger=0)
+            raise
+        self._thread = threading.Thread(target=self._run, name="lamina-kv-events", daemon=True)
+        self._thread.start()
+
+    def sink(self, model: str) -> PrefixSink:
+        """Takes the events of a model's engine. For any thread."""
+        return partial(self._put, model)
+
+    def cleared(self, model: str) -> None:
+        """A model's engine is gone, and its KV with it. For any thread."""
+        self._put(model, ("cleared",))
+
+    def close(self) -> None:
+        """Send what waits, and end."""
+        self._closed = True
+        self._wake()
+        self._thread.join(5.0)
+
+    def _bound(self, kind: int, address: str) -> Any:
+        socket = self._context.socket(kind)
+        socket.set_hwm(_QUEUED)
+        socket.setsockopt(self._zmq.MAXMSGSIZE, _LARGEST_REQUEST)
+        socket.setsockopt(self._zmq.LINGER, 1000)  # ms
+        try:
+            socket.bind(address)
+        except self._zmq.ZMQError as error:
+            raise InvalidRequest(f"kv_events cannot listen at {address}: {error}; choose another address") from error
+        return socket
+
+    def _put(self, model: str, event: PrefixEvent) -> bool:
+        self._waiting.append((model, event))
+        self._wake()
+        return not self._closed
+
+    def _wake(self) -> None:
+        with suppress(BlockingIOError):  # it is awake
+            os.write(self._writing, b"\0")
+
+    def _run(self) -> None:
+        poller = self._zmq.Poller()
+        poller.register(self._reading, self._zmq.POLLIN)
+        by_socket = {stream.replay: stream for stream in self._streams.values() if stream.replay is not None}
+        for socket in by_socket:
+            poller.register(socket, self._zmq.POLLIN)
+        while not self._closed or self._waiting:
+            for ready, _ in poller.poll(None if not self._waiting else 0):
+                if ready == self._reading:
+                    os.read(self._reading, 1 << 16)
+                else:
+                    by_socket[ready].answer(ready.recv_multipart())
+            self._publish()
+        self._context.destroy()
+
+    def _publish(self) -> None:
+        """Publish what waits: the events of one model that came together are one batch."""
+        batches: dict[str, list[dict[str, Any]]] = {}
+        for _ in range(min(len(self._waiting), _TOGETHER)):
+            model, event = self._waiting.popleft()
+            batches.setdefault(model, []).append(wire_event(event))
+        for model, events in batches.items():
+            self._streams[model].publish(msgpack.packb([time.time(), events, 0]))
+
+
+def wire_event(event: PrefixEvent) -> dict[str, Any]:
+    """An event as vLLM writes it."""
+    kind, *fields = event
+    if kind == "stored":
+        hashes, parent, tokens, block, key = fields
+        return {
+            "type": "BlockStored",
+            "block_hashes": list(hashes),
+            "parent_block_hash": parent,
+            "token_ids": list(tokens),
+            "block_size": block,
+            "lora_id": None,
+            "medium": _MEDIUM,
+            "lora_name": None,
+            "extra_keys": [[key] if key else None] * len(hashes),
+        }
+    if kind == "removed":
+        return {"type": "BlockRemoved", "block_hashes": list(fields[0]), "medium": _MEDIUM}
+    return {"type": "AllBlocksCleared"}
+
+
+def _later(endpoint: str, number: int) -> str:
+    """The endpoint so many ports higher."""
+    host, _, port = endpoint.rpartition(":")
+    return f"{host}:{int(port) + number}"

@@ -1,0 +1,120 @@
+"""`lamina join`, `lamina joining` and the options of `lamina serve` about them."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from lamina.cli.main import app
+
+MACHINES = [
+    {"id": "00ff", "name": "den", "code": "482193", "address": "10.0.0.2", "memory": 1 << 30, "since": 1.5,
+     "state": "waiting"},
+    {"id": "00aa", "name": "loft", "code": "", "address": "10.0.0.3:41000", "memory": 1 << 31, "since": 1.5,
+     "state": "serving"},
+]  # fmt: skip
+
+
+class Operator(http.server.BaseHTTPRequestHandler):
+    """Answers as the server's routes do."""
+
+    allowed = True
+    asked: list[tuple[str, Any, str | None]] = []  # noqa: RUF012  # replaced for each test
+
+    def do_GET(self) -> None:
+        self._answer(200, {"allowed": self.allowed, "machines": MACHINES})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.asked.append((self.path, body, self.headers.get("Authorization")))
+        if self.headers.get("Authorization") == "Bearer wrong":
+            self._answer(403, {"error": {"message": "machines are taken with a key of the operator"}})
+        else:
+            self._answer(200, {"allowed": True, "machines": []})
+
+    def _answer(self, status: int, content: Any) -> None:
+        data = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+@pytest.fixture
+def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr(Operator, "asked", [])
+    monkeypatch.delenv("LAMINA_API_KEY", raising=False)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Operator) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def run(*words: str) -> Any:
+    return CliRunner().invoke(app, list(words))
+
+
+def test_machines_are_listed_accepted_by_code_and_removed_by_name(url: str) -> None:
+    listed = run("joining", "ls", "--url", url)
+    assert "482 193" in listed.output
+    assert "10.0.0.3:41000" in listed.output
+    for code in ("482193", "482 193"):
+        assert "den is accepted" in run("joining", "accept", code, "--url", url, "--api-key", "k").output
+    assert "loft is removed" in run("joining", "remove", "loft", "--url", url).output
+    accept = ("/joining/00ff", {"accept": True}, "Bearer k")
+    assert Operator.asked == [accept, accept, ("/joining/00aa", {"accept": False}, None)]
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "what"),
+    [
+        (["accept", "111111"], 2, "there is no machine '111111'; allowed: 482 193, loft"),
+        (["accept", "loft"], 2, "loft is serving already"),
+        (["accept", "den", "--api-key", "wrong"], 1, "the server refuses: machines are taken with a key"),
+        (["ls", "--url", "http://127.0.0.1:1"], 1, "no server answers at http://127.0.0.1:1"),
+        (["ls", "--url", "ftp://x"], 2, "url is 'ftp://x'"),
+    ],
+)
+def test_wrong_decision_says_what_is_allowed(url: str, words: list[str], status: int, what: str) -> None:
+    result = run("joining", *words, *([] if "--url" in words else ["--url", url]))
+    assert (result.exit_code, what in result.output) == (status, True), result.output
+
+
+def test_server_that_takes_none_says_so(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Operator, "allowed", False)
+    assert "start it with --allow-join" in run("joining", "ls", "--url", url).output
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "what"),
+    [
+        (["join", "--memory", "lots"], 2, "memory is 'lots'"),
+        (["join", "--memory", "900000GB"], 2, "this machine has"),
+        (["join", "--name", "a b"], 2, "letters, digits and hyphens"),
+        (["join", "--port", "70000"], 2, "port is 70000"),
+        (["join", "--server", "a:99999"], 2, "server is 'a:99999'"),
+        (["join", "--server", "127.0.0.1:1"], 1, "cannot connect to 127.0.0.1:1"),
+        (["serve", "--allow-join", "--join-address", "here"], 2, "join_address is 'here'"),
+        (["serve", "--allow-join", "--host", "0.0.0.0", "--open"], 2, "would let everybody accept machines"),
+        (["serve", "--allow-join", "--local-share", "0"], 2, "local_share is 0 with allow_join"),
+        (["serve", "--allow-join", "--model-workers", "2"], 2, "model_workers is 2 with allow_join"),
+        (["serve", "--allow-join", "--attention-workers", "a:1"], 2, "beside addresses of attention_workers"),
+        (["serve", "--allow-join", "--cluster", "auto"], 2, "beside cluster"),
+        (["serve", "a=b", "c=d", "--allow-join", "--max-loaded", "2"], 2, "max_loaded is 2"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], status: int, what: str
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    result = run(*words)
+    assert (result.exit_code, what in result.output) == (status, True), result.output

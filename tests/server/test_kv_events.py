@@ -1,0 +1,149 @@
+"""Events of the prefix cache over ZeroMQ, as a router's subscriber reads them."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import msgpack
+import pytest
+
+from lamina.errors import InvalidRequest
+from lamina.server.processes import kv_events
+from lamina.server.processes.kv_events import KvEventPublisher
+from lamina.server.settings import ServerSettings
+
+zmq = pytest.importorskip("zmq")
+
+STORED = ("stored", (1 << 63, 7), None, (5, 6, 7, 8), 2, "")
+PATIENCE = 5000  # ms
+
+
+def free_ports() -> int:
+    """A port that is free, with the next one."""
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as first:
+            port = int(first.getsockname()[1])
+            try:
+                socket.create_server(("127.0.0.1", port + 1)).close()
+            except OSError:
+                continue
+        return port
+
+
+class Subscriber:
+    """One that listens to a port, and may ask for replay at another."""
+
+    def __init__(self, context: Any, port: int, topic: bytes = b"") -> None:
+        self.socket = context.socket(zmq.SUB)
+        self.socket.setsockopt(zmq.SUBSCRIBE, topic)
+        self.socket.connect(f"tcp://127.0.0.1:{port}")
+
+    def next(self) -> tuple[bytes, int, list[dict[str, Any]]]:
+        assert self.socket.poll(PATIENCE), "no message came"
+        topic, number, payload = self.socket.recv_multipart()
+        at, events, rank = msgpack.unpackb(payload)
+        assert isinstance(at, float)
+        assert rank == 0
+        return topic, int.from_bytes(number, "big"), events
+
+
+class Sockets:
+    """Sockets that are closed once the test has ended."""
+
+    def __init__(self) -> None:
+        self.context = zmq.Context()
+        self.made: list[Any] = []
+
+    def socket(self, kind: int) -> Any:
+        self.made.append(self.context.socket(kind))
+        return self.made[-1]
+
+
+@pytest.fixture
+def context() -> Iterator[Sockets]:
+    sockets = Sockets()
+    yield sockets
+    sockets.context.destroy(linger=0)
+
+
+def test_each_model_has_its_port_and_numbers_and_events_are_vllms(context: Any) -> None:
+    port = free_ports()
+    publisher = KvEventPublisher(f"tcp://127.0.0.1:{port}", None, ("a", "org/b"), "10.0.0.7")
+    try:
+        first, second = Subscriber(context, port), Subscriber(context, port + 1, b"kv@10.0.0.7@org/b")
+        joined(publisher, "a", first)
+        joined(publisher, "org/b", second)
+        publisher.sink("a")(STORED)
+        assert first.next()[2] == [
+            {
+                "type": "BlockStored", "block_hashes": [1 << 63, 7], "parent_block_hash": None,
+                "token_ids": [5, 6, 7, 8], "block_size": 2, "lora_id": None, "medium": "CPU", "lora_name": None,
+                "extra_keys": [None, None],
+            }
+        ]  # fmt: skip
+        publisher.sink("a")(("removed", (7,)))
+        topic, number, events = first.next()
+        assert topic == b"kv@10.0.0.7@a"
+        assert events == [{"type": "BlockRemoved", "block_hashes": [7], "medium": "CPU"}]
+        publisher.cleared("a")
+        assert first.next()[1:] == (number + 1, [{"type": "AllBlocksCleared"}])
+    finally:
+        publisher.close()
+
+
+def joined(publisher: KvEventPublisher, model: str, subscriber: Subscriber) -> None:
+    """Publish until a subscriber gets it: a subscription takes a moment."""
+    while not subscriber.socket.poll(20):
+        publisher.cleared(model)
+    while subscriber.socket.poll(50):
+        subscriber.socket.recv_multipart()
+
+
+def test_what_was_missed_is_replayed_within_bounds(context: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_events, "KEPT", 3)
+    monkeypatch.setattr(kv_events, "_TOGETHER", 1)
+    port = free_ports()
+    publisher = KvEventPublisher(f"tcp://127.0.0.1:{port}", f"tcp://127.0.0.1:{port + 1}", ("a",), "n")
+    try:
+        for _ in range(5):
+            publisher.cleared("a")
+        asking = context.socket(zmq.DEALER)
+        asking.connect(f"tcp://127.0.0.1:{port + 1}")
+        for nonsense in ([b"x"], [b"", b"too short"], [b"", b"1" * 1000]):
+            asking.send_multipart(nonsense)
+        other = context.socket(zmq.DEALER)  # the last one was too large: that connection is closed
+        other.connect(f"tcp://127.0.0.1:{port + 1}")
+        other.send_multipart([b"", (3).to_bytes(8, "big")])
+        numbers = []
+        while not numbers or numbers[-1] >= 0:
+            assert other.poll(PATIENCE)
+            _, number, payload = other.recv_multipart()
+            numbers.append(int.from_bytes(number, "big", signed=True))
+        assert numbers == [3, 4, -1]
+        assert payload == b""
+    finally:
+        publisher.close()
+
+
+def test_an_address_that_is_taken_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"tcp://127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(InvalidRequest, match=f"cannot listen at {address}"):
+            KvEventPublisher(address, None, ("a",), "n")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"kv_events": "127.0.0.1:5557"}, "kv_events is '127.0.0.1:5557'; allowed is tcp://HOST:PORT"),
+        ({"kv_events": "tcp://h:65536"}, "kv_events is"),
+        ({"kv_events": "tcp://h:65535", "others": ("b",)}, "the port from 1 to 65534"),
+        ({"kv_events_replay": "tcp://*:1"}, "without kv_events"),
+        ({"kv_events": "tcp://*:1", "kv_events_name": "a@b"}, "kv_events_name is 'a@b'"),
+    ],
+)
+def test_settings_that_are_wrong_are_named(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message.replace("*", r"\*")):
+        ServerSettings(model="a", **given)

@@ -1,0 +1,168 @@
+"""Machines that join a server: the operator's routes, and the supervisor between machines, engine and HTTP process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from joining_rig import joiner, until
+
+from lamina.joining.server import JoinServer
+from lamina.server.app import create_app
+from lamina.server.frontend import Frontend
+from lamina.server.machines import Machines
+from lamina.server.processes.server_plan import JoinPlan, ServerPlan
+from lamina.server.processes.supervisor import Supervisor
+from lamina.server.settings import ServerSettings
+
+DEN = {"id": "00ff", "name": "den", "code": "482193", "address": "10.0.0.2", "memory": 1 << 30, "since": 1.5}
+
+
+class Decisions:
+    """A supervisor that does at once what is decided."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self.machines = Machines(settings, self.decide)
+        self.machines.update([{**DEN, "state": "waiting"}])
+        self.taken: list[tuple[str, bool]] = []
+
+    def decide(self, id: str, accept: bool) -> None:
+        self.taken.append((id, accept))
+        self.machines.update([{**DEN, "code": "", "state": "accepted"}] if accept else [])
+
+
+def ask(
+    settings: ServerSettings, machines: Machines | None, *requests: tuple[str, str, Any], key: str = ""
+) -> list[httpx.Response]:
+    app = create_app(Frontend(), settings, None, machines)
+
+    async def run() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(app)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", headers=headers) as client:
+            return [await client.request(method, path, json=body) for method, path, body in requests]
+
+    return asyncio.run(run())
+
+
+def test_operator_sees_accepts_and_removes() -> None:
+    settings = ServerSettings(model="m")
+    world = Decisions(settings)
+    seen, accepted, removed = ask(
+        settings, world.machines, ("GET", "/joining", None), ("POST", "/joining/00ff", {"accept": True}),
+        ("POST", "/joining/00ff", {"accept": False}),
+    )  # fmt: skip
+    assert seen.json() == {"allowed": True, "machines": [{**DEN, "state": "waiting"}]}
+    assert accepted.json()["machines"][0]["state"] == "accepted"
+    assert removed.json()["machines"] == []
+    assert world.taken == [("00ff", True), ("00ff", False)]
+
+
+def test_key_that_is_not_the_operators_is_refused() -> None:
+    settings = ServerSettings(model="m", api_keys=("user",), operator_keys=("root",))
+    world = Decisions(settings)
+    requests = ("GET", "/joining", None), ("POST", "/joining/00ff", {"accept": True})
+    assert [reply.status_code for reply in ask(settings, world.machines, *requests, key="user")] == [403, 403]
+    assert [reply.status_code for reply in ask(settings, world.machines, *requests)] == [401, 401]
+    assert not world.taken
+    assert [reply.status_code for reply in ask(settings, world.machines, *requests, key="root")] == [200, 200]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "what"),
+    [
+        ({}, 400, "accept is missing"),
+        ({"accept": "yes"}, 400, "accept is 'yes'"),
+        ({"accept": True, "code": "1"}, 400, "unknown field 'code'"),
+        ([], 400, "a JSON object is needed"),
+        ({"accept": True, "x": "y" * 2000}, 413, "1024 bytes"),
+    ],
+)
+def test_wrong_decision_is_refused(body: Any, status: int, what: str) -> None:
+    settings = ServerSettings(model="m")
+    world = Decisions(settings)
+    (reply,) = ask(settings, world.machines, ("POST", "/joining/00ff", body))
+    assert (reply.status_code, what in reply.json()["error"]["message"]) == (status, True), reply.text
+    assert not world.taken
+
+
+def test_server_that_takes_none_has_none() -> None:
+    seen, decided = ask(
+        ServerSettings(model="m"), None, ("GET", "/joining", None), ("POST", "/joining/x", {"accept": True})
+    )
+    assert seen.json() == {"allowed": False, "machines": []}
+    assert decided.status_code == 404
+
+
+class Report:
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def progress(self, what: str, done: int, total: int | None) -> None: ...
+
+    def said(self, message: str) -> None:
+        self.lines.append(message)
+
+
+def test_machine_joins_a_running_engine_and_leaves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine starts without any attention worker; the machine's comes, is given up, and goes."""
+    monkeypatch.setattr(JoinServer, "_announce", lambda self: None)
+    monkeypatch.setenv("FAKE_CHILD_FOLDER", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    for name in ("ENGINE_MODULE", "HTTP_MODULE"):
+        monkeypatch.setattr(f"lamina.server.processes.supervisor.{name}", "fake_server_child")
+    settings = ServerSettings(model="m", joining=True)
+    plan = ServerPlan(
+        {"m": "m"}, {}, settings, "127.0.0.1", 0, drain=5.0, joining=JoinPlan("127.0.0.1", 0, tmp_path / "state")
+    )
+    report = Report()
+    supervisor = Supervisor(plan, report)
+    failures: list[BaseException] = []
+
+    def heard(role: str, word: str) -> list[list[Any]]:
+        file = tmp_path / f"{role}.log"
+        lines = file.read_text().splitlines() if file.exists() else []
+        return [said for said in map(json.loads, lines) if said[0] == word]
+
+    def steps() -> None:
+        joins = until(lambda: [line for line in report.lines if line.startswith("machines may join at")])[0]
+        until(lambda: heard("engine", "workers") == [["workers", []]])
+        assert heard("engine", "engine")[0][-2:] == [True, False]
+        port = int(joins.split(":")[1])
+        with joiner(tmp_path / "m", port) as machine:
+            waiting = until(lambda: heard("http", "machines") and heard("http", "machines")[-1][1])[0]
+            until(lambda: machine.code)
+            assert any(f"{machine.code[:3]} {machine.code[3:]}" in line for line in report.lines)
+            supervisor._calls.put(lambda: supervisor._machines.decide(waiting["id"], True))
+            (_, worker) = until(lambda: heard("engine", "joined"))[0]
+            assert (worker[0], "CERTIFICATE" in worker[4]) == ("den", True)
+            until(lambda: heard("http", "machines")[-1][1][0]["state"] == "serving")
+            supervisor._calls.put(lambda: supervisor._machines.lost("den"))
+            until(lambda: len(heard("engine", "joined")) == 2)
+            machine.leave()
+            assert heard("engine", "drain") == [["drain", "den.1"]]
+            until(lambda: heard("engine", "left") == [["left", "den.1"]])
+            until(lambda: heard("http", "machines")[-1][1][0]["state"] == "lost")
+
+    def do() -> None:
+        try:
+            steps()
+        except BaseException as error:  # noqa: BLE001  # it is raised below
+            failures.append(error)
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=do)
+    thread.start()
+    supervisor.run()
+    thread.join()
+    if failures:
+        raise failures[0]

@@ -1,0 +1,134 @@
+"""A server that takes machines and a machine that joins it, on loopback, with workers that only listen."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lamina.deploy.worker_events import WorkerAddress
+from lamina.joining.machine import JoiningMachine
+from lamina.joining.server import JoinServer
+from lamina.joining.worker import JoinOptions
+
+PATIENCE = 20.0
+LISTENS = """
+import socket, signal, sys
+sock = socket.create_server(("127.0.0.1", 0))
+print(f"listening 127.0.0.1:{sock.getsockname()[1]}", flush=True)
+signal.pause()
+"""
+
+
+def until(true: Callable[[], Any]) -> Any:
+    """What it gives, once that is true."""
+    end = time.monotonic() + PATIENCE
+    while not (found := true()):
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.01)
+    return found
+
+
+class Server:
+    """A `JoinServer` and what it reports."""
+
+    def __init__(self, folder: Path, port: int = 0) -> None:
+        self.workers: dict[str, WorkerAddress] = {}
+        self.names: list[str] = []  # of all workers that ever joined
+        self.said_lines: list[str] = []
+        self.asked: list[str] = []  # names of workers that wanted to go
+        self.served = JoinServer("127.0.0.1", port, folder, self)
+        self.served.start()
+
+    @property
+    def port(self) -> int:
+        return int(self.served.address.rpartition(":")[2])
+
+    @property
+    def machines(self) -> list[dict[str, Any]]:
+        return self.served.machines
+
+    def state(self) -> list[str]:
+        return [machine["state"] for machine in self.machines]
+
+    def waiting(self) -> dict[str, Any]:
+        return until(lambda: [each for each in self.machines if each["state"] == "waiting"])[0]
+
+    def joined(self, worker: WorkerAddress) -> None:
+        self.names.append(worker.name)
+        self.workers[worker.name] = worker
+
+    def left(self, name: str) -> None:
+        self.workers.pop(name, None)
+
+    def leaving(self, name: str) -> None:
+        self.asked.append(name)
+        self.served.released(name)
+
+    def changed(self, machines: list[dict[str, Any]]) -> None: ...
+
+    def said(self, message: str) -> None:
+        self.said_lines.append(message)
+
+
+class Joiner:
+    """A machine that joins on a thread; `agree` says what the people there say."""
+
+    def __init__(self, folder: Path, port: int, agree: bool | None = True, name: str = "den") -> None:
+        self.lines: list[str] = []
+        self.code = ""
+        self.agree = agree
+        self.failure: Exception | None = None
+        options = JoinOptions(name=name, memory=1 << 20, threads=1, folder=folder, server=f"127.0.0.1:{port}")
+        self.machine = JoiningMachine(options, self, self._command)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    @staticmethod
+    def _command(arguments: Sequence[str]) -> list[str]:
+        return [sys.executable, "-c", LISTENS]
+
+    def _run(self) -> None:
+        try:
+            self.machine.run()
+        except Exception as error:  # noqa: BLE001  # looked at by the test
+            self.failure = error
+
+    def said(self, message: str) -> None:
+        self.lines.append(message)
+
+    def confirmed(self, code: str) -> bool | None:
+        self.code = code
+        return self.agree
+
+    def ended(self) -> bool:
+        return not self._thread.is_alive()
+
+    def leave(self) -> None:
+        self.machine.leave()
+        self._thread.join(PATIENCE)
+        assert self.ended()
+
+
+@contextmanager
+def server(folder: Path, port: int = 0) -> Iterator[Server]:
+    made = Server(folder, port)
+    try:
+        yield made
+    finally:
+        made.served.close()
+
+
+@contextmanager
+def joiner(folder: Path, port: int, **options: Any) -> Iterator[Joiner]:
+    made = Joiner(folder, port, **options)
+    try:
+        yield made
+    finally:
+        made.machine.leave()
+        made.machine.leave()
+        until(made.ended)
