@@ -129,6 +129,9 @@ class Embedding:
     embedding: tuple[float, ...]
     prompt_tokens: int
 
+    def __repr__(self) -> str:
+        return f"<Embedding of {len(self.embedding)} numbers, {self.prompt_tokens} tokens>"
+
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:

@@ -83,7 +83,7 @@ class OutputOptions:
 @bench_app.command()
 @opt.flatten_options
 def serve(
-    more_goodput: Annotated[list[str] | None, typer.Argument(hidden=True, metavar="")] = None,
+    more_goodput: Annotated[list[str] | None, typer.Argument(hidden=True, metavar="NAME:MS")] = None,
     *,
     settings: Annotated[Settings, _SETTINGS],
     output: OutputOptions,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,6 +16,7 @@ from lamina.cli.terminal import ProgressBars, decode_argument, iter_lines, write
 from lamina.config import DEFAULT_MODEL
 from lamina.errors import ContextTooLong, InvalidRequest
 from lamina.sampling_params import SamplingParams
+from lamina.system.private_folder import state_folder
 
 if TYPE_CHECKING:
     from lamina.llm import LLM
@@ -27,6 +27,7 @@ _HELP = """\
 /quit   leave; so does Ctrl-D
 /help   this
 Ctrl-C ends an answer. Pasted lines are one message."""
+_COMMAND = re.compile(r"/[a-z]+")  # not a path, nor a sentence that begins with one
 _FORGET = "/reset forgets the conversation"
 _MOST_LINES = 1000  # of what was typed, kept for the next time
 
@@ -60,6 +61,8 @@ def chat(
                 history = list(opening)
             elif line == "/help":
                 typer.echo(_HELP, err=True)
+            elif _COMMAND.fullmatch(line.strip()):
+                typer.echo(f"error: no command {line.strip()!r:.80}; /help lists them", err=True)
             elif line.strip():
                 history = _take_turn(llm, history, line, params, progress)
 
@@ -121,7 +124,7 @@ def _line_editing() -> Iterator[None]:
         return
     with suppress(Exception):  # libedit, which macOS has in its place, does not know this
         readline.parse_and_bind("set enable-bracketed-paste on")
-    file = _history_file()
+    file = state_folder() / "chat_history"
     with suppress(OSError):
         readline.read_history_file(file)
     try:
@@ -132,9 +135,3 @@ def _line_editing() -> Iterator[None]:
             file.touch(mode=0o600)
             readline.set_history_length(_MOST_LINES)
             readline.write_history_file(file)
-
-
-def _history_file() -> Path:
-    """Where typed lines are kept: `$XDG_STATE_HOME/lamina/chat_history`, by default in `~/.local/state`."""
-    base = os.environ.get("XDG_STATE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".local" / "state") / "lamina" / "chat_history"

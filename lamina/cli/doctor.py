@@ -5,6 +5,7 @@ The choices come from the functions that load a model use. No model is loaded.
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 from collections.abc import Iterator
@@ -17,6 +18,11 @@ from lamina.models.cache import cache_folder
 from lamina.system.machine import Machine, native_dtype, this_machine
 
 PACKAGES = ("torch", "numpy", "numba", "tokenizers", "transformers")
+_KERNELS = {
+    "cpu": "loops compiled by numba",
+    "reference": "plain torch, slow, as LAMINA_KERNELS says",
+    "triton": "Triton's interpreter, slow, as LAMINA_KERNELS says",
+}
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
@@ -78,6 +84,7 @@ def _versions() -> Iterator[Finding]:
 def _choices(machine: Machine) -> Iterator[Finding]:
     import torch
 
+    from lamina_kernels.select import CHOICES
     from lamina_workers.attention_worker.page_layout import attention_kernels
     from lamina_workers.errors import KernelsUnavailable
 
@@ -89,11 +96,11 @@ def _choices(machine: Machine) -> Iterator[Finding]:
         yield Finding("choices", "device", "cpu", "cpu: torch finds no GPU")
     yield Finding("choices", "dtype", dtype, f"{dtype}: {reason}")
     try:
-        module = getattr(attention_kernels(), "__name__", "")
-        name = module.rpartition(".")[2].removesuffix("_decode")  # as LAMINA_KERNELS names it
+        attention_kernels()
+        name = os.environ.get("LAMINA_KERNELS", CHOICES["cpu"][0])
+        yield Finding("choices", "attention_kernels", name, f"{name}: {_KERNELS[name]}")
     except KernelsUnavailable as error:
-        name = f"none: {error}"
-    yield Finding("choices", "attention_kernels", name)
+        yield Finding("choices", "attention_kernels", f"none: {error}")
 
 
 def _storage() -> Iterator[Finding]:

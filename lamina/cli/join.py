@@ -53,7 +53,7 @@ def join(
     from lamina.joining.finding import host_and_port
     from lamina.joining.machine import JoiningMachine
     from lamina.joining.pairing import plain_name, read_name
-    from lamina.joining.records import state_folder
+    from lamina.joining.records import joining_folder
     from lamina.joining.stream import host_name
     from lamina.joining.worker import JoinOptions
     from lamina_protocols.channels import AddressError
@@ -74,7 +74,7 @@ def join(
     except ProtocolError as error:
         raise InvalidRequest(str(error)) from error
     options = JoinOptions(
-        name=named, memory=size, threads=threads or machine.cores, folder=state_folder(), server=server, port=port
+        name=named, memory=size, threads=threads or machine.cores, folder=joining_folder(), server=server, port=port
     )
     joining = JoiningMachine(options, _Terminal(yes))
 
@@ -91,7 +91,8 @@ class _Terminal:
 
     def __init__(self, yes: bool) -> None:
         self._yes = yes
-        self._asked = False
+        self._code = ""  # the one asked about
+        self._answer: bool | None = None
 
     def said(self, message: str) -> None:
         typer.echo(message, err=True)
@@ -99,14 +100,16 @@ class _Terminal:
     def confirmed(self, code: str) -> bool | None:
         if self._yes:
             return True
-        if not self._asked:
-            self._asked = True
+        if code != self._code:
+            self._code, self._answer = code, None
             if not sys.stdin.isatty():
                 raise InvalidRequest("stdin is no terminal, so nobody can compare the code; allowed is --yes")
             typer.echo("Does the server show this code? [y/N] ", nl=False, err=True)
-        if not select.select([sys.stdin], [], [], 0)[0]:
-            return None
-        return sys.stdin.readline().strip().lower() in ("y", "yes")
+        if self._answer is None and select.select([sys.stdin], [], [], 0)[0]:
+            self._answer = sys.stdin.readline().strip().lower() in ("y", "yes")
+            if self._answer:
+                typer.echo("waits until the server accepts this machine", err=True)
+        return self._answer
 
 
 @joining_app.command("ls")

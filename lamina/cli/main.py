@@ -33,6 +33,10 @@ UsageError: Any = typer.BadParameter.__mro__[1]  # click's, or Typer's own copy 
 class Commands(TyperGroup):
     """The commands. Each way to end becomes an exit code and at most one line on stderr."""
 
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        _join_lines(self)
+
     def make_context(self, *args: Any, **extra: Any) -> Any:
         try:
             return super().make_context(*args, **extra)
@@ -53,6 +57,14 @@ class Commands(TyperGroup):
         except (LaminaError, OSError) as error:
             typer.echo(f"error: {' '.join(str(error).split())}", err=True)  # a template's text may have several lines
             raise typer.Exit(exit_code(error)) from error
+
+
+def _join_lines(group: Any) -> None:
+    """Have lists of commands show the first paragraph of each without the line breaks of its docstring."""
+    for command in group.commands.values():
+        command.short_help = command.short_help or " ".join((command.help or "").split("\n\n")[0].split())
+        if hasattr(command, "commands"):
+            _join_lines(command)
 
 
 def _refused(error: Any) -> Exception:

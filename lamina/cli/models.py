@@ -58,8 +58,9 @@ def remove_model(model: opt.ModelName) -> None:
     name = decode_argument(model)
     folder = alias_folder(name) if name in ALIASES else kept_models().get(name)
     if folder is None:
+        names = dict.fromkeys([*ALIASES, *kept_models()])
         raise InvalidRequest(
-            f"no model {name!r:.200} in Lamina's cache; allowed are {', '.join([*ALIASES, *kept_models()])} "
+            f"no model {name!r:.200} in Lamina's cache; allowed are {', '.join(names)} "
             "(`hf cache rm` removes models of the hub)"
         )
     typer.echo(f"{name}: {show_bytes(remove(folder))} removed", err=True)

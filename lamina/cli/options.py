@@ -36,8 +36,8 @@ def _number(text: str) -> float:
         raise typer.BadParameter(f"{text!r} is not a number") from None
 
 
-def _integer_option(help: str, panel: str = "Sampling") -> Any:
-    return typer.Option(help=help, rich_help_panel=panel, parser=_integer, metavar="INTEGER")
+def _integer_option(help: str, panel: str = "Sampling", **more: Any) -> Any:
+    return typer.Option(help=help, rich_help_panel=panel, parser=_integer, metavar="INTEGER", **more)
 
 
 def _number_option(help: str) -> Any:
@@ -123,7 +123,11 @@ class SamplingOptions:
 
     checked_by: ClassVar[type] = SamplingParams
     max_tokens: Annotated[
-        int | None, _integer_option("The most tokens to generate; in chat by default what the context has room for.")
+        int | None,
+        _integer_option(
+            "The most tokens to generate. Default: 256; for `lamina chat` what the context has room for.",
+            show_default=False,
+        ),
     ] = None
     min_tokens: Annotated[int | None, _integer_option("Do not stop before this many tokens.")] = None
     temperature: Annotated[float | None, _number_option("0 always takes the likeliest token.")] = None
@@ -232,7 +236,7 @@ class EngineOptions:
     ] = None
     plan: Annotated[
         Path | None,
-        _engine_option("A file from `lamina plan`: its model and engine. Options given besides go before the plan's."),
+        _engine_option("A file from `lamina plan`: its model and engine. Options given beside it override its own."),
     ] = None
 
     def config(self) -> dict[str, Any]:
@@ -280,12 +284,14 @@ class Described:
 
 
 def _show_defaults(group: Any, hints: Mapping[str, Any]) -> None:
-    """Have `--help` show the default of the class that checks a group, for options that are None by themselves."""
+    """Have `--help` show the default of the class that checks a group, for options that are None by themselves, but
+    not where the help says it in words."""
     defaults = {field.name: field.default for field in fields(getattr(group, "checked_by", group))}
     for name, hint in hints.items():
-        default = defaults.get(name)
-        if isinstance(default, str | int | float) and not isinstance(default, bool) and hasattr(group, "checked_by"):
-            get_args(hint)[1].show_default = str(default)
+        default, option = defaults.get(name), get_args(hint)[1]
+        shown = isinstance(default, str | int | float) and not isinstance(default, bool)
+        if shown and hasattr(group, "checked_by") and option.show_default is not False:
+            option.show_default = str(default)
 
 
 def flatten_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -115,7 +115,7 @@ class _Meter:
         many = f"{self._cut} of {self._ended} answers " if self._ended > 1 else ""
         cut = f"; {many}cut at the most tokens: --max-tokens allows more" if self._cut else ""
         if self._last == self._first:
-            return f"{self._tokens} tokens in {self._last - self._start:.2f} s{cut}"
+            return f"{self._tokens} token{'' if self._tokens == 1 else 's'} in {self._last - self._start:.2f} s{cut}"
         rate = (self._tokens - 1) / (self._last - self._first)
         first = f"the first after {self._first - self._start:.2f} s"
         return f"{self._tokens} tokens, {first}, then {rate:.1f} tokens/s{cut}"

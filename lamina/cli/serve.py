@@ -77,8 +77,12 @@ class ServerOptions:
         bool, _server_option("Let machines of this network ask to join (`lamina join`).", "--allow-join")
     ] = False
     join_address: Annotated[
-        str, _server_option("Where they ask, with --allow-join; port 0 takes a free one.", metavar="HOST:PORT")
-    ] = f"0.0.0.0:{JOIN_PORT}"
+        str | None,
+        _server_option(
+            f"Where they ask, with --allow-join; port 0 takes a free one. Default: 0.0.0.0:{JOIN_PORT}.",
+            metavar="HOST:PORT",
+        ),
+    ] = None
     log_level: Annotated[str, _server_option("error, warning, info or debug.")] = "warning"
     otlp_traces_endpoint: Annotated[
         str | None, _server_option("Where OpenTelemetry traces go, such as http://host:4318/v1/traces.")
@@ -220,13 +224,15 @@ def _workers(config: EngineConfig, keywords: Mapping[str, Any], max_loaded: int)
 def _joining(server: ServerOptions, config: EngineConfig, settings: ServerSettings) -> JoinPlan | None:
     """Where machines may join. Raises InvalidRequest where the engine could not use them, or no operator would be asked
     whether they may."""
-    from lamina.joining.records import state_folder
+    from lamina.joining.records import joining_folder
     from lamina.server.processes.server_plan import JoinPlan
 
     if not server.allow_join:
+        if server.join_address is not None:
+            raise InvalidRequest(f"join_address is {server.join_address!r:.80}; allowed is one beside --allow-join")
         return None
     try:
-        host, port = split_address(server.join_address)
+        host, port = split_address(server.join_address or f"0.0.0.0:{JOIN_PORT}")
     except AddressError as error:
         raise InvalidRequest(f"join_address is {server.join_address!r:.80}; allowed is HOST:PORT") from error
     if not settings.protected and not is_loopback(server.host):
@@ -242,7 +248,7 @@ def _joining(server: ServerOptions, config: EngineConfig, settings: ServerSettin
             f"{what} with allow_join, so nothing could hold KV before a machine joins; allowed beside it are "
             "attention_workers"
         )
-    return JoinPlan(host, port, state_folder())
+    return JoinPlan(host, port, joining_folder())
 
 
 def _planned(path: Path, keywords: dict[str, Any]) -> tuple[str, dict[str, Any]]:

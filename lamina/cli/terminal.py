@@ -78,13 +78,13 @@ class ProgressBars:
 
 def _new_display() -> Progress:
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         TaskProgressColumn(),
-        TimeRemainingColumn(),
+        TimeElapsedColumn(),  # it moves where a step takes long; what remains is not known then
         console=Console(stderr=True),
         transient=True,
         redirect_stdout=False,  # rich would send what is printed to stdout to this console, which is stderr

@@ -31,7 +31,8 @@ class OutputProcessor:
         self._stop = stop
         self._first_token: float | None = None
         self._last: float | None = None
-        self._prompt: list[tuple[RowLogprobs, int] | None] = [None] * len(request.request.prompt)  # by position
+        scored = 0 if request.params.prompt_logprobs is None else len(request.request.prompt)
+        self._prompt: list[tuple[RowLogprobs, int] | None] = [None] * scored  # by position
         self.pooled: tuple[float, ...] = ()
         """The sum of the prompt's hidden states, where that was asked for."""
 

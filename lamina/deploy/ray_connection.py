@@ -96,7 +96,7 @@ def connect(address: str) -> bool:
         ray.init(address, namespace=NAMESPACE, job_config=job, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError) as error:
         raise EngineError(
-            f"no Ray cluster at {address!r}: {error}. One is started with `ray start --head "
+            f"no Ray cluster at {address!r}: {str(error).rstrip('.')}. One is started with `ray start --head "
             f"""--resources='{{"{MODEL}": 1}}'`, and joined with `ray start --address=HEAD:6379 """
             f"""--resources='{{"{ATTENTION}": 1}}'`"""
         ) from error

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from zeroconf import ServiceInfo, Zeroconf
 
 SERVICE = "_lamina._tcp.local."
-MISSING = "zeroconf is not installed (pip install 'lamina[join]')"
+MISSING = "zeroconf is not installed (pip install zeroconf)"
 _ID = 16  # digits of a fingerprint that are announced
 _MOST = 32  # servers
 _ADDRESSES = 8  # of each

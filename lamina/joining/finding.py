@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from lamina.joining.discovery import FoundServer, find
 from lamina.joining.pairing import JOIN_PORT, fingerprint
@@ -39,7 +39,7 @@ def reach(named: str | None, known: Sequence[KnownServer], over: Callable[[], bo
         )
     if len(found) > 1 and not back:
         raise JoinFailed(f"there are several servers: {_listed(found)}; choose one with --server HOST:PORT")
-    return _first_that_answers((back or found)[0])
+    return _first_that_answers(back or found, wanted)
 
 
 def host_and_port(text: str) -> tuple[str, int]:
@@ -49,14 +49,22 @@ def host_and_port(text: str) -> tuple[str, int]:
     return split_address(text) if text.count(":") == 1 else (text, JOIN_PORT)
 
 
-def _first_that_answers(server: FoundServer) -> MessageStream:
-    """A connection to the first of a server's addresses that answers. Raises ChannelClosed."""
-    for host in server.hosts[:-1]:
-        try:
-            return connect(host, server.port, 2.0)
-        except ChannelClosed:
-            continue
-    return connect(server.hosts[-1], server.port)
+def _first_that_answers(servers: Sequence[FoundServer], wanted: Collection[str]) -> MessageStream:
+    """A connection to the first address that answers, as one of those `wanted` if there are any: anybody can announce
+    the id of a server that is known. Raises ChannelClosed."""
+    why = "no server has an address"
+    for server in servers:
+        for host in server.hosts:
+            try:
+                stream = connect(host, server.port, 2.0)
+            except ChannelClosed as error:
+                why = str(error)
+                continue
+            if not wanted or fingerprint(stream.certificate) in wanted:
+                return stream
+            stream.close()
+            why = f"{host}:{server.port} says that it is {server.name}, and has another certificate"
+    raise ChannelClosed(why)
 
 
 def _listed(found: Sequence[FoundServer]) -> str:

@@ -37,7 +37,8 @@ class People(Protocol):
         """Something to read."""
 
     def confirmed(self, code: str) -> bool | None:
-        """Whether the server shows this code too; None while nobody has said. Called again and again."""
+        """Whether the server shows this code too; None while nobody has said. Called again and again, also after an
+        answer, which stays as it is."""
 
 
 @dataclass(slots=True)
@@ -71,6 +72,7 @@ class JoiningMachine:
         self._leaving = 0  # how often it was told to
         self._leave_by: float | None = None  # when the worker is ended
         self._delay = 1.0  # seconds until the next attempt to reach the server
+        self._asking = False  # people compare a code
 
     def leave(self) -> None:
         """Have `run` return once the worker has moved its KV away; at once the second time."""
@@ -84,7 +86,8 @@ class JoiningMachine:
                     with reach(self._options.server, self._known, lambda: self._leaving > 0) as stream:
                         self._converse(stream)
                 except (ChannelClosed, ProtocolError, NoDiscovery) as error:
-                    if not self._known:
+                    # A new code is made when people ask for one: else someone in between could go on guessing.
+                    if self._asking or not self._known:
                         raise JoinFailed(str(error)) from error
                     if not self._over:
                         self._people.said(f"{error}; tries again in {self._delay:g} s")
@@ -170,6 +173,7 @@ class JoiningMachine:
             raise JoinFailed(f"the server refuses: {error}") from error
         theirs = pairing.read_bytes(answer.get("nonce"), pairing.NONCE_SIZE)
         name, you = pairing.read_name(answer.get("name")), _address(answer)
+        self._asking = True
         stream.send("reveal", nonce=nonce.hex())
         code = pairing.code(stream.certificate, offer, nonce, theirs)
         self._people.said(
@@ -206,7 +210,7 @@ class JoiningMachine:
         if says and "key" in talk.given:
             self._remember(talk)
             self._people.said(f"{talk.given['name']} has accepted this machine")
-            talk.code = ""
+            talk.code, self._asking = "", False
 
     def _take(self, talk: _Talk, message: dict[str, Any]) -> None:
         kind = message["type"]

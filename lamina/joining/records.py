@@ -16,7 +16,7 @@ from typing import Any
 from lamina.errors import InvalidRequest
 from lamina.joining.book import ID_SIZE, KEY_SIZE, Machine, pack, unpack
 from lamina.joining.pairing import read_bytes
-from lamina.system.private_folder import check_own, lock
+from lamina.system.private_folder import check_own, lock, state_folder
 from lamina.system.text_files import read_text, write_text
 from lamina_protocols.channels import Credentials
 from lamina_protocols.errors import ProtocolError
@@ -26,10 +26,9 @@ _MOST = 1 << 20  # bytes of a file
 _PRIVATE = 0o600
 
 
-def state_folder() -> Path:
+def joining_folder() -> Path:
     """Where it is all kept."""
-    base = os.environ.get("XDG_STATE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".local" / "state") / "lamina" / "joining"
+    return state_folder() / "joining"
 
 
 class ServerRecords:

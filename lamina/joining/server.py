@@ -32,7 +32,7 @@ logger = logging.getLogger("lamina")
 
 _LOOK_S = 0.5  # between two looks for orders
 _MOST_UNKNOWN = 16
-_PAUSE_S = 0.02  # between two connections: a handshake takes a millisecond of a core
+_PAUSE_S = 0.02  # between two connections, where a handshake takes a millisecond of a core, and between two messages
 _MOST_TOKEN, _MOST_CA = 512, 8 << 10  # characters
 
 
@@ -66,11 +66,11 @@ class _Link:
 
 
 class JoinServer:
-    """Takes machines at `host` and `port` (0: any) from `start` to `close`; `folder` is where it remembers them. Raises
-    InvalidRequest where it cannot."""
+    """Takes machines at `host` and `port` (0: any) from `start` to `close`; `folder` is where it remembers them;
+    `options` are those with which `lamina joining` finds this server. Raises InvalidRequest where it cannot."""
 
-    def __init__(self, host: str, port: int, folder: Path, events: JoinEvents) -> None:
-        self._host, self._events = host, events
+    def __init__(self, host: str, port: int, folder: Path, events: JoinEvents, options: str = "") -> None:
+        self._host, self._events, self._options = host, events, options
         self._records = ServerRecords(folder)
         self._book = MachineBook(self._records.machines)
         self._lock = threading.Lock()
@@ -235,7 +235,7 @@ class JoinServer:
         self._changed()
         self._events.said(
             f"{machine.name} at {stream.there} asks to join with {offer.memory / 2**30:.1f} GiB. If it shows "
-            f"{pairing.spaced(code)}, accept it on the page, or with: lamina joining accept {code}"
+            f"{pairing.spaced(code)}, accept it on the page, or with: lamina joining accept {code}{self._options}"
         )
         self._follow(id, link, time.monotonic() + WAITING_S)
 
@@ -270,6 +270,7 @@ class JoinServer:
                     link.heard = now
                     if not self._take(id, link, message, waits):
                         return
+                    time.sleep(_PAUSE_S)  # whoever speaks without end has no more than that of a core
                 elif now - link.heard > SILENT_S:
                     raise ChannelClosed(f"nothing was heard for {SILENT_S:g} s")
         finally:

@@ -149,7 +149,9 @@ def connect(host: str, port: int, seconds: float = HANDSHAKE_S) -> MessageStream
     try:
         sock = socket.create_connection((host, port), timeout=seconds)
     except (OSError, OverflowError, UnicodeError) as error:
-        raise ChannelClosed(f"cannot connect to {host}:{port}: {error}") from error
+        refused = isinstance(error, ConnectionRefusedError)
+        hint = "; is `lamina serve --allow-join` running there? Its port is 7717 by default" if refused else ""
+        raise ChannelClosed(f"cannot connect to {host}:{port}: {error}{hint}") from error
     try:
         wrapped = unchecked_context().wrap_socket(sock)  # within the same timeout
     except (OSError, ValueError) as error:

@@ -247,8 +247,8 @@ class SchedulerConfig:
     where it has one. So that prefixes can be shared, prompts are computed up to each multiple of `snapshot_tokens`
     tokens, where the prefix cache keeps the states; None without states or prefix cache. A row has `max_drafts` drafts
     at most; none with states, which cannot be taken back by so many tokens. `pools`: the model gives hidden states to
-    requests that are `pooled`. `of_policy` knows the policies that
-    requests may name, and raises a LaminaError for others; without it there are none but the engine's own, "".
+    requests that are `pooled`. `of_policy` knows the policies that requests may name, and raises a LaminaError for
+    others; without it there are none but the engine's own, "".
     """
 
     max_batch_tokens: int

@@ -167,13 +167,14 @@ class Models:
         model.waiting.append(entry)
         self.tend()
         try:
-            await asyncio.wait_for(asyncio.shield(turn), left)
-        except (TimeoutError, asyncio.TimeoutError):
-            self._leave(model, entry)
-            raise DeadlineExceeded(f"the model {name} was not loaded within the request's time") from None
+            await asyncio.wait({turn}, timeout=left)  # not `wait_for`, which may return though it was cancelled
         except asyncio.CancelledError:
             self._leave(model, entry)
             raise
+        if not turn.done():
+            self._leave(model, entry)
+            raise DeadlineExceeded(f"the model {name} was not loaded within the request's time")
+        turn.result()
         return model
 
     def _leave(self, model: ServedModel, entry: tuple[float, asyncio.Future[None]]) -> None:
@@ -223,6 +224,8 @@ class Models:
             here = model.residence == "loaded"
             if here and not model.seen:
                 self._served, model.used, model.begun = True, now, now
+                if not model.frontend.draining:  # who waited for it has it before another one may get its place
+                    self._admit(model)
             model.seen = here
         decision = decide([model.use() for model in self], self._max_loaded, self._idle_unload, now)
         self._closed = decision.closed

@@ -37,7 +37,8 @@ class Decision:
 
 def decide(uses: Sequence[ModelUse], max_loaded: int, idle_unload: float | None, now: float) -> Decision:
     """Who waits longest is served first. Room is made of models that nobody uses, the least recently used one first;
-    where all are used and the wait is longer than `TURN`, of the one that was loaded first, once it is free."""
+    where all are used and the wait is longer than `TURN`, of the one that was loaded first and has been there as long,
+    once it is free."""
     wanted = sorted((use for use in uses if use.place == "out" and use.wanted is not None), key=_since)
     room = max_loaded - sum(use.place != "out" for use in uses)
     load, rest = wanted[: max(0, room)], wanted[max(0, room) :]
@@ -47,7 +48,8 @@ def decide(uses: Sequence[ModelUse], max_loaded: int, idle_unload: float | None,
     closed: list[ModelUse] = []
     if missing > 0:
         overdue = sum(now - _since(use) >= TURN for use in rest)
-        closed = sorted(settled, key=lambda use: use.begun)[: min(missing, overdue)]
+        had_turn = [use for use in settled if now - use.begun >= TURN]
+        closed = sorted(had_turn, key=lambda use: use.begun)[: min(missing, overdue)]
         idle = [use for use in settled if not use.users and (use.wanted is None or use in closed)]
         unload = sorted(idle, key=lambda use: use.used)[:missing]
     if idle_unload is not None:

@@ -38,6 +38,9 @@ MAX_PARAMETERS = 64 << 20
 requests under way or waiting, and of what routes keep for their answers. The HTTP process and the engine's have the
 former, once a prompt."""
 
+MAX_WAITING = 32 << 20
+"""Bytes of the bodies of requests that wait for their model. Others arrive meanwhile, whose models are loaded."""
+
 GRACE = 5.0  # seconds beyond a request's time limit, to send the error that it took too long
 
 PING = 10.0  # seconds without a token after which a stream says that it is still there
@@ -97,6 +100,7 @@ class Service:
         self.samples = KeyShares(most, keys)
         self._parameters = KeyShares(MAX_PARAMETERS, keys)
         self._waiting = KeyShares(most, keys)  # requests that wait for their model
+        self._waiting_bytes = KeyShares(max(MAX_WAITING, 2 * settings.max_body), keys)  # of their bodies
         self._pool = PreparationPool("lamina-requests", _THREADS, most, keys)
         # One thread each: two large bodies would need twice the memory, and grammars are compiled one at a time.
         self._parsing = PreparationPool("lamina-bodies", 1, most, keys)
@@ -119,13 +123,13 @@ class Service:
         """A request's fields, checked as far as possible without the model, which is loaded then."""
         check_media_type(request.headers.get("content-type", ""))
         async with self._bodies.body(request.receive, request.headers, self.settings.max_body) as body:
-            if len(body) < _LARGE:
+            size = len(body)
+            if size < _LARGE:
                 name, fields = self._read(body, model)
             else:
                 name, fields = await self._on_thread(self._parsing, context, self._read, body, model)
-            # The body's bytes count meanwhile, so those who wait have no more memory than those who send.
-            await self.load(request, name, context)
-            return fields
+        await self.load(request, name, context, size)
+        return fields
 
     def _read(self, body: bytearray, model: type[M]) -> tuple[str, M]:
         fields = parse_object(body)
@@ -135,20 +139,28 @@ class Service:
             raise self.unknown_model(str(name))
         return found, read(model, fields)
 
-    async def load(self, request: Request, name: str, context: RequestContext) -> None:
-        """Set the request's model, once it is loaded; it stays until the response has ended. Raises EngineUnavailable
-        where it cannot be loaded, DeadlineExceeded, ClientGone, and ApiError where too many requests wait."""
-        if not self._waiting.fits(context.tenant):
-            raise overloaded(f"{self._waiting.held(context.tenant)} requests wait for models; come back in a moment")
-        self._waiting.take(context.tenant)
+    async def load(self, request: Request, name: str, context: RequestContext, size: int = 0) -> None:
+        """Set the request's model, once it is loaded; it stays until the response has ended. The request's body had
+        `size` bytes. Raises EngineUnavailable where it cannot be loaded, DeadlineExceeded, ClientGone, and ApiError
+        where too many requests wait."""
+        key = context.tenant
+        if not self._waiting.fits(key) or not self._waiting_bytes.fits(key, size):
+            raise overloaded(f"{self._waiting.held(key)} requests wait for models; come back in a moment")
+        self._waiting.take(key)
+        self._waiting_bytes.take(key, size)
         try:
-            taking = self.models.take(name, context.left())
-            context.model = await (
-                while_connected(request.receive, taking, context.timeout + GRACE) if self.models.on_demand else taking
-            )
+            taking = self._take(request, name, context)
+            if self.models.on_demand:
+                await while_connected(request.receive, taking, context.timeout + GRACE)
+            else:
+                await taking
         finally:
-            self._waiting.give(context.tenant)
-        request.scope[AT_END].append(partial(self.models.give, context.model))
+            self._waiting.give(key)
+            self._waiting_bytes.give(key, size)
+
+    async def _take(self, request: Request, name: str, context: RequestContext) -> None:
+        context.model = await self.models.take(name, context.left())
+        request.scope[AT_END].append(partial(self.models.give, context.model))  # before anything can cancel this
 
     def unknown_model(self, name: str) -> ApiError:
         """Status 404: there is no such model."""
@@ -270,8 +282,8 @@ class Service:
         if size > most:
             raise ApiError(
                 400,
-                f"prompt has {len(requests)} prompts, with {size} bytes of schemas, grammars, stop strings, logit_bias "
-                f"and prompt_logprobs; allowed are {most} bytes in all",
+                f"prompt has {len(requests)} prompts and n is {requests[0].request.n}, with {size} bytes of schemas, "
+                f"grammars, stop strings, logit_bias and log probabilities of prompts; allowed are {most} bytes in all",
                 "prompt",
             )
         if not self._parameters.fits(key, size):

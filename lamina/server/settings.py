@@ -13,10 +13,8 @@ from lamina.errors import InvalidRequest
 MAX_MODELS = 64
 _LONGEST_NAME = 512  # characters
 _ENDPOINT = re.compile(r"tcp://(?:\*|[A-Za-z0-9.\-]+|\[[0-9A-Fa-f:.%]+\]):([0-9]{1,5})")
-TENANT = "lamina.tenant"  # a key of a request's scope
-
-
 _ORIGIN = re.compile(r"https?://[A-Za-z0-9.\-]{1,253}(:[0-9]{1,5})?")
+TENANT = "lamina.tenant"  # a key of a request's scope
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,9 +123,10 @@ class ServerSettings:
             most = (1 << 16) - len(self.models)
             if value is not None and (found is None or not 1 <= int(found[1]) <= most):
                 raise InvalidRequest(f"{name} is {value!r:.80}; allowed is tcp://HOST:PORT, the port from 1 to {most}")
-            if value is not None and self.kv_events is None:
-                raise InvalidRequest(f"{name} is given without kv_events; there is nothing to replay")
         called = self.kv_events_name
+        for name, value in (("kv_events_replay", self.kv_events_replay), ("kv_events_name", called)):
+            if value is not None and self.kv_events is None:
+                raise InvalidRequest(f"{name} is {value!r:.80}; allowed is one beside kv_events")
         if called is not None and (not 1 <= len(called) <= 253 or not called.isprintable() or "@" in called):
             raise InvalidRequest(f"kv_events_name is {called!r:.80}; allowed are 1 to 253 characters other than @")
 

@@ -13,7 +13,7 @@ from lamina.errors import InvalidRequest
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NO_PLOTS = "pictures need matplotlib; install it with: pip install 'lamina[plots]'"
+NO_PLOTS = "pictures need matplotlib; install it with: pip install matplotlib"
 BEST, BAR, SOFT, RULE = "#0065a3", "#8fb8d4", "#59616b", "#dcdfe3"
 ACCENT, THIRD = "#b04a00", "#00705a"
 _STYLE: dict[Any, Any] = {

@@ -1,4 +1,4 @@
-"""Folders that belong to one process: nobody else can write to them, and no other process uses them meanwhile."""
+"""Folders of one user, and folders that belong to one process: no other one uses them meanwhile."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ import shutil
 from pathlib import Path
 
 LOCK = "lock"  # the file in a folder that its process holds locked
+
+
+def state_folder() -> Path:
+    """Where what one user did is remembered: `$XDG_STATE_HOME/lamina`, by default in `~/.local/state`."""
+    base = os.environ.get("XDG_STATE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".local" / "state") / "lamina"
 
 
 def check_own(facts: os.stat_result) -> None:

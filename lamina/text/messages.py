@@ -25,7 +25,10 @@ def check_messages(messages: object) -> list[dict[str, Any]]:
     """Messages as `Tokenizer.render` describes them, text parts joined, in the form that templates expect: `content` is
     always text, and the arguments of calls are objects. Raises InvalidRequest, which names the position."""
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
-        raise InvalidRequest(f"messages is {cut(messages)}; allowed is a list of at least one message")
+        raise InvalidRequest(
+            f"messages is {cut(messages)}; allowed is a list of at least one message, such as "
+            "[{'role': 'user', 'content': 'Hi'}]"
+        )
     if len(messages) > MAX_MESSAGES:
         raise InvalidRequest(f"messages has {len(messages)} messages; allowed are {MAX_MESSAGES}")
     if (size := sum(map(_arguments_size, messages))) > _MAX_ARGUMENTS:  # before any of their values is made

@@ -8,7 +8,7 @@ from pathlib import Path
 try:
     from matplotlib import pyplot
 except ImportError:
-    raise SystemExit("plot needs matplotlib: pip install 'lamina[plots]'") from None
+    raise SystemExit("plot needs matplotlib: pip install matplotlib") from None
 
 PICTURE = Path(__file__).resolve().parents[2] / "docs" / "kernels.png"
 # Colours of Okabe and Ito: distinct also for colour-blind readers; the markers are distinct in print.

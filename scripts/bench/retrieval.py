@@ -311,7 +311,7 @@ def draw(curves: list[Curve], title: str, where: Path) -> None:
     try:
         from matplotlib import pyplot
     except ImportError:
-        raise SystemExit("--plot needs matplotlib: pip install 'lamina[plots]'") from None
+        raise SystemExit("--plot needs matplotlib: pip install matplotlib") from None
     figure, axes = pyplot.subplots(1, 2, figsize=(13, 5), sharey=True, layout="constrained")
     for kind, colour in COLOURS.items():
         mine = [c for c in curves if c.kind == kind]

@@ -276,7 +276,7 @@ def draw(results: Mapping[str, Mapping[str, Compared]], heads: Mapping[str, Fide
     try:
         import matplotlib
     except ImportError:
-        print("no pictures: they need matplotlib, pip install 'lamina[plots]'")
+        print("no pictures: they need matplotlib, pip install matplotlib")
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot

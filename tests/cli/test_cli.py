@@ -198,7 +198,7 @@ def test_a_command_line_that_cannot_be_read_is_one_line_too(lamina: Lamina, word
 
 def test_help_shows_the_defaults_of_engine_and_sampling(lamina: Lamina) -> None:
     shown = lamina("generate", "--help").stdout
-    assert "[default: (256)]" in shown
+    assert "Default: 256" in shown
     assert "[default: (auto)]" in shown
 
 
@@ -242,6 +242,12 @@ def test_an_interrupt_keeps_what_was_finished(lamina: Lamina) -> None:
     assert lamina.llm.closed
 
 
+def test_chat_says_that_a_command_does_not_exist(lamina: Lamina) -> None:
+    result = lamina("chat", stdin=b"/exit\n/etc/hosts says\n")
+    assert result.stdout == "/ETC/HOSTS SAYS\n"
+    assert "no command '/exit'; /help lists them" in result.stderr
+
+
 def test_chat_remembers_and_forgets(lamina: Lamina) -> None:
     result = lamina("chat", "--system", "be brief", stdin=b"hello\n\n/reset\nagain\nmore\n/quit\nnever\n")
     assert (result.exit_code, result.stdout) == (0, "HELLO\nAGAIN\nMORE\n")
@@ -263,6 +269,7 @@ def test_doctor_says_what_will_be_used_and_why(lamina: Lamina) -> None:
     report = json.loads(lamina("doctor", "--json").stdout)
     assert report["machine"]["cores"] >= 1
     assert report["choices"]["dtype"] in ("bfloat16", "float32")
+    assert report["choices"]["attention_kernels"] in ("cpu", "reference", "triton")  # as LAMINA_KERNELS names them
     assert report["storage"]["free_bytes"] > 0
     text = lamina("doctor").stdout
     assert f"{report['choices']['dtype']}: " in text  # the reason follows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from lamina.cli.join import _Terminal
 from lamina.cli.main import app
 
 MACHINES = [
@@ -104,6 +106,7 @@ def test_server_that_takes_none_says_so(url: str, monkeypatch: pytest.MonkeyPatc
         (["join", "--server", "a:99999"], 2, "server is 'a:99999'"),
         (["join", "--server", "127.0.0.1:1"], 1, "cannot connect to 127.0.0.1:1"),
         (["serve", "--allow-join", "--join-address", "here"], 2, "join_address is 'here'"),
+        (["serve", "--join-address", "0.0.0.0:7"], 2, "allowed is one beside --allow-join"),
         (["serve", "--allow-join", "--host", "0.0.0.0", "--open"], 2, "would let everybody accept machines"),
         (["serve", "--allow-join", "--local-share", "0"], 2, "local_share is 0 with allow_join"),
         (["serve", "--allow-join", "--model-workers", "2"], 2, "model_workers is 2 with allow_join"),
@@ -118,3 +121,18 @@ def test_wrong_options_are_refused_before_anything_starts(
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     result = run(*words)
     assert (result.exit_code, what in result.output) == (status, True), result.output
+
+
+def test_an_answer_stays_until_the_server_has_accepted_and_is_of_one_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here, there = os.openpty()
+    with os.fdopen(there, "r") as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        people = _Terminal(yes=False)
+        assert people.confirmed("482193") is None
+        os.write(here, b"y\n")
+        assert [people.confirmed("482193") for _ in range(3)] == [True] * 3
+        assert people.confirmed("482194") is None
+        assert capsys.readouterr().err.count("Does the server show this code?") == 2
+    os.close(here)

@@ -102,9 +102,9 @@ def logits(model: Reference, decoder: Decoder, **options: Any) -> tuple[torch.Te
         compute = worker.compute
 
         def keeping(*arguments: Any) -> Any:
-            computed = yield from compute(*arguments)
-            seen.append(computed.clone())
-            return computed
+            logits, scores = yield from compute(*arguments)
+            seen.append(logits.clone())
+            return logits, scores
 
         worker.compute = keeping
         return worker

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import secrets
+
 import pytest
 
 from lamina.joining import discovery, finding
 from lamina.joining.discovery import FoundServer, NoDiscovery
+from lamina.joining.records import KnownServer
 from lamina.joining.stream import JoinFailed
-from lamina_protocols.channels import AddressError
+from lamina_protocols.channels import AddressError, ChannelClosed
 
 ID = "ab" * 32
 
 
 def test_announced_server_is_found_and_known_by_its_fingerprint() -> None:
     pytest.importorskip("zeroconf", reason="zeroconf is of the extra join")
+    id = secrets.token_hex(32)  # other servers, also of other tests, may be there
     try:
-        announced = discovery.Announcement("den", "127.0.0.1", 7717, ID)
+        announced = discovery.Announcement("den", "127.0.0.1", 7717, id)
     except NoDiscovery as error:
         pytest.skip(f"no multicast here: {error}")
     try:
-        (found,) = discovery.find(10.0, [ID], host="127.0.0.1")
-        assert found == FoundServer("den", ("127.0.0.1",), 7717, ID[:16])
-        assert found.is_any_of([ID])
+        (found,) = (each for each in discovery.find(10.0, [id], host="127.0.0.1") if each.is_any_of([id]))
+        assert found == FoundServer("den", ("127.0.0.1",), 7717, id[:16])
         assert not found.is_any_of(["cd" * 32])
     finally:
         announced.close()
@@ -38,6 +41,34 @@ def test_choice_is_left_to_people(monkeypatch: pytest.MonkeyPatch, found: list[F
     monkeypatch.setattr(finding, "find", lambda *_: found)
     with pytest.raises(JoinFailed, match=what):
         finding.reach(None, [], lambda: False)
+
+
+def test_who_announces_the_id_of_a_known_server_needs_its_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anybody could have a machine, which with --yes asks nobody, join another server when its own was gone."""
+    known = KnownServer(ID, "den", "1" * 16, "2" * 64, "gone", 1)
+    liar, right = (FoundServer("den", (host,), 1, ID[:16]) for host in ("liar", "right"))
+    closed = []
+
+    class Stream:
+        def __init__(self, host: str) -> None:
+            self.certificate = host.encode()
+
+        def close(self) -> None:
+            closed.append(self.certificate)
+
+    def connect(host: str, *_: object) -> Stream:
+        if host == "gone":
+            raise ChannelClosed("gone")
+        return Stream(host)
+
+    monkeypatch.setattr(finding, "connect", connect)
+    monkeypatch.setattr(finding, "fingerprint", lambda shown: ID if shown == b"right" else "cd" * 32)
+    monkeypatch.setattr(finding, "find", lambda *_: [liar, right])
+    assert finding.reach(None, [known], lambda: False).certificate == b"right"
+    assert closed == [b"liar"]
+    monkeypatch.setattr(finding, "find", lambda *_: [liar])
+    with pytest.raises(ChannelClosed, match="another certificate"):
+        finding.reach(None, [known], lambda: False)
 
 
 def test_servers_are_named_with_and_without_a_port() -> None:

@@ -123,8 +123,12 @@ def test_known_server_is_known_by_its_certificate(tmp_path: Path) -> None:
         with joiner(tmp_path / "m", port):
             first.served.decide(first.waiting()["id"], True)
             until(lambda: first.workers)
-    with server(tmp_path / "other", port) as other, joiner(tmp_path / "m", port, agree=None):
+    with server(tmp_path / "other", port) as other, joiner(tmp_path / "m", port, agree=None) as machine:
         assert other.waiting()["code"]
+        until(lambda: machine.code)
+        other.served.close()
+        until(machine.ended)  # a second code would be a second guess for someone in between
+        assert "the connection broke" in str(machine.failure) or "has closed" in str(machine.failure)
 
 
 def test_wrong_key_and_other_version_are_refused(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from lamina.server.app import create_app
 from lamina.server.frontend import Frontend
 from lamina.server.http.api_keys import KEY_VARIABLE
 from lamina.server.http.fields import read
+from lamina.server.openai.embedding_schemas import EmbeddingRequest, RerankRequest
 from lamina.server.openai.schemas import ChatRequest, CompletionRequest, TokenizeRequest
 from lamina.server.ray_serve import DEPLOYMENT, ServePlan
 from lamina.server.settings import ServerSettings
@@ -334,7 +335,14 @@ def test_modules_and_files_named_in_a_text_exist(name: str) -> None:
 
 def test_every_option_that_is_named_exists() -> None:
     known = {option for param in parse(["serve"]).command.params for option in (*param.opts, *param.secondary_opts)}
-    others = {"--profile", "--resources", "--head"}  # of docker compose and ray
+    others = {
+        "--profile",
+        "--resources",
+        "--head",
+        "--model",
+        "--tasks",
+        "--limit",
+    }  # of docker compose, ray and lm_eval
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", SERVE))
     assert named - others - {"--help"} <= known
     for option in ("--host", "--max-requests", "--request-timeout", "--drain-timeout", "--api-key-file"):
@@ -385,7 +393,13 @@ def test_every_status_is_in_the_table_of_errors() -> None:
 
 
 def test_bodies_in_the_examples_are_valid() -> None:
-    models = {"chat/completions": ChatRequest, "completions": CompletionRequest, "tokenize": TokenizeRequest}
+    models = {
+        "chat/completions": ChatRequest,
+        "completions": CompletionRequest,
+        "tokenize": TokenizeRequest,
+        "embeddings": EmbeddingRequest,
+        "rerank": RerankRequest,
+    }
     examples = re.findall(r"curl (?:-N )?http://127\.0\.0\.1:8000/(?:v1/)?(\S+) .*?-d '(.*?)'", SERVE, re.DOTALL)
     assert len(examples) >= 4
     for path, body in examples:

@@ -116,7 +116,7 @@ def test_scheduler_refuses_a_bad_request_and_names_the_value() -> None:
     scheduler.add(Request("a", (1,), 1))
     for request, message in [
         (Request("b", (), 1), "empty"),
-        (Request("b", (1,), 0), "max_tokens is 0"),
+        (Request("b", (1,), -1), "max_tokens is -1"),
         (Request("b", (1,), 1, n=0), "n is 0"),
         (Request("b", (1,) * 60, 5), "length is 64 tokens"),
         (Request("a", (1,), 1), "'a' is in use"),

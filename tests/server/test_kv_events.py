@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -87,7 +88,7 @@ def test_each_model_has_its_port_and_numbers_and_events_are_vllms(context: Any) 
         topic, number, events = first.next()
         assert topic == b"kv@10.0.0.7@a"
         assert events == [{"type": "BlockRemoved", "block_hashes": [7], "medium": "CPU"}]
-        publisher.cleared("a")
+        publisher.sink("a")(("cleared",))
         assert first.next()[1:] == (number + 1, [{"type": "AllBlocksCleared"}])
     finally:
         publisher.close()
@@ -96,7 +97,7 @@ def test_each_model_has_its_port_and_numbers_and_events_are_vllms(context: Any) 
 def joined(publisher: KvEventPublisher, model: str, subscriber: Subscriber) -> None:
     """Publish until a subscriber gets it: a subscription takes a moment."""
     while not subscriber.socket.poll(20):
-        publisher.cleared(model)
+        publisher.sink(model)(("cleared",))
     while subscriber.socket.poll(50):
         subscriber.socket.recv_multipart()
 
@@ -108,7 +109,9 @@ def test_what_was_missed_is_replayed_within_bounds(context: Any, monkeypatch: py
     publisher = KvEventPublisher(f"tcp://127.0.0.1:{port}", f"tcp://127.0.0.1:{port + 1}", ("a",), "n")
     try:
         for _ in range(5):
-            publisher.cleared("a")
+            publisher.sink("a")(("cleared",))
+        while publisher._streams["a"].number < 5:  # on a thread of its own
+            time.sleep(0.01)
         asking = context.socket(zmq.DEALER)
         asking.connect(f"tcp://127.0.0.1:{port + 1}")
         for nonsense in ([b"x"], [b"", b"too short"], [b"", b"1" * 1000]):
@@ -127,6 +130,38 @@ def test_what_was_missed_is_replayed_within_bounds(context: Any, monkeypatch: py
         publisher.close()
 
 
+def test_a_replay_waits_for_its_client_and_gives_it_up(context: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each request put all that is kept into memory once more: ten clients that read nothing took 620 MB."""
+    monkeypatch.setattr(kv_events, "_STALLED_S", 0.3)
+    port = free_ports()
+    publisher = KvEventPublisher(f"tcp://127.0.0.1:{port}", f"tcp://127.0.0.1:{port + 1}", ("a",), "n")
+    try:
+        stream = publisher._streams["a"]
+        stream.kept.extend((number, b"x" * 200_000) for number in range(300))
+        idle, reading = (context.socket(zmq.DEALER) for _ in range(2))
+        for each in (idle, reading):
+            each.setsockopt(zmq.RCVHWM, 1)
+            each.connect(f"tcp://127.0.0.1:{port + 1}")
+            for _ in range(3):
+                each.send_multipart([b"", bytes(8)])
+        numbers = [-2]
+        while numbers[-1] != -1:
+            assert reading.poll(PATIENCE)
+            numbers.append(int.from_bytes(reading.recv_multipart()[1], "big", signed=True))
+        assert numbers[1:301] == list(range(300))
+        end = time.monotonic() + PATIENCE / 1000
+        while stream.replays and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not stream.replays
+        received = 0
+        while idle.poll(200):
+            idle.recv_multipart()
+            received += 1
+        assert received < 300
+    finally:
+        publisher.close()
+
+
 def test_an_address_that_is_taken_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = f"tcp://127.0.0.1:{other.getsockname()[1]}"
@@ -140,7 +175,8 @@ def test_an_address_that_is_taken_is_named() -> None:
         ({"kv_events": "127.0.0.1:5557"}, "kv_events is '127.0.0.1:5557'; allowed is tcp://HOST:PORT"),
         ({"kv_events": "tcp://h:65536"}, "kv_events is"),
         ({"kv_events": "tcp://h:65535", "others": ("b",)}, "the port from 1 to 65534"),
-        ({"kv_events_replay": "tcp://*:1"}, "without kv_events"),
+        ({"kv_events_replay": "tcp://*:1"}, "beside kv_events"),
+        ({"kv_events_name": "a"}, "kv_events_name is 'a'; allowed is one beside kv_events"),
         ({"kv_events": "tcp://*:1", "kv_events_name": "a@b"}, "kv_events_name is 'a@b'"),
     ],
 )

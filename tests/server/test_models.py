@@ -188,6 +188,8 @@ def test_decisions_without_a_world() -> None:
     loaded, busy = ModelUse("a", "in", used=1.0), ModelUse("b", "in", users=1, begun=2.0)
     wanted = ModelUse("c", "out", wanted=10.0)
     assert decide([loaded, wanted], 2, None, 10.0) == Decision(load=("c",))
+    # Where loading takes longer than a turn, models were unloaded before those who had waited for them got them.
+    assert decide([ModelUse("a", "in", begun=9.0, wanted=2.0), wanted], 1, None, 10.0 + TURN - 2) == Decision()
     assert decide([loaded, busy, wanted], 2, None, 10.0) == Decision(unload=("a",))
     assert decide([ModelUse("a", "leaving"), busy, wanted], 2, None, 10.0) == Decision()  # room is on its way
     assert decide([busy, wanted], 1, None, 10.0 + TURN) == Decision(closed=frozenset("b"))

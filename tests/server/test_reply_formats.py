@@ -153,6 +153,33 @@ def test_a_reply_is_taken_apart_the_same_however_it_is_cut(family: tuple[str, To
             assert (thought, said, found) == ("Hm." if text.startswith("<|channel|>analysis") else "", content, calls)
 
 
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_hostile_text_is_taken_apart_the_same_however_it_is_cut(
+    family: tuple[str, Tokenizer], data: st.DataObject
+) -> None:
+    """A channel or a start of gpt-oss that no message follows within 320 characters never ended."""
+    name, tokenizer = family
+    _made[name] = made = _made.get(name) or plan(tokenizer)
+    marks = (
+        "<|channel|>", "<|start|>", "<|message|>", "<|end|>", "<|call|>", "assistant", "analysis", "<eos>", "```",
+        "<tool_call>", "</tool_call>", "<function=ping>", "<parameter=a>", "</parameter>", "</function>",
+        "<tools>", "[TOOL_CALLS]", "[ARGS]", '{"name": "ping", "arguments": {', '{"name": "ping", "parameters": {',
+        "}", "}}", "<|python_tag|>", "ping", "{", "[", '"', ";", ",", "\\", "\n", "  ", "<", "a", "x" * 400,
+    )  # fmt: skip
+    text = "".join(data.draw(st.lists(st.sampled_from(marks), max_size=12)))
+    cuts = data.draw(st.lists(st.integers(0, len(text)), max_size=8))
+    assert taken_apart(made, cut_at(text, cuts)) == taken_apart(made, [text])
+
+
+def test_schemas_that_are_true_or_false_are_schemas(family: tuple[str, Tokenizer]) -> None:
+    """They ended requests to models with Qwen3-Coder's form with status 500."""
+    _, tokenizer = family
+    for schema in ({"anyOf": [True]}, {"$ref": "#/$defs/x"}, True):
+        made = plan(tokenizer, tools=[tool("f", {"properties": {"a": schema}, "$defs": {"x": True}})])
+        assert "grammar" in made.params
+
+
 def test_what_cannot_be_held_is_refused(tmp_path: Path) -> None:
     large = [tool(f"f{i}", {"properties": {"a": {"enum": ["x" * (1 << 17)]}}}) for i in range(5)]
     untagged = tokenizer_with(tmp_path, CHATML + '{{ tools }}"parameters": ')

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from typing import Any, Literal
+from urllib.parse import quote
 
 import openai
 import pydantic
@@ -122,6 +123,9 @@ def test_reasoning_is_its_own_summary_where_one_is_wanted() -> None:
 def test_log_probabilities_belong_to_the_text() -> None:
     message = scripted([">hm", "Yes", "!"], logprobs=True)[-1]["response"]["output"][1]
     assert [entry["token"] for entry in message["content"][0]["logprobs"]] == ["Yes"]
+    data = scripted(["Yes", "", "No"], logprobs=True)  # the text of the second is held back
+    deltas = [event["logprobs"] for event in data if event["type"].endswith("text.delta")]
+    assert [[entry["token"] for entry in each] for each in deltas] == [["Yes"], ["", "No"]]
 
 
 def test_a_failure_ends_the_stream() -> None:
@@ -171,7 +175,7 @@ def stored(name: str, previous: str | None = None, size: int = 10) -> StoredResp
 
 def test_the_store_keeps_within_its_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "MAX_RESPONSES", 6)
-    monkeypatch.setattr(store, "MAX_BYTES", 40_000)
+    monkeypatch.setattr(store, "MAX_BYTES", 44_000)
     now = 0.0
     kept = ResponseStore(2, lambda: now)
     for name in "abc":
@@ -182,13 +186,34 @@ def test_the_store_keeps_within_its_bounds(monkeypatch: pytest.MonkeyPatch) -> N
     assert kept.get("other", "resp_a") is kept.item("other", "msg_b_0") is None  # each key has its own
     kept.put("k", stored("d"))  # the fourth of three
     assert kept.get("k", "resp_a") is None or kept.get("k", "resp_c") is None
-    kept.put("k", stored("e", size=18_000))
+    kept.put("k", stored("e", size=17_000))
     assert kept.get("k", "resp_e") is not None
     kept.put("k", stored("f", size=30_000))  # too large by itself
     assert kept.get("k", "resp_f") is None
+    kept.put("k", StoredResponse("resp_g", [{} for _ in range(400)], None, {"output": []}))  # so are many objects
+    assert kept.get("k", "resp_g") is None
     now = store.MAX_AGE + 1
     assert kept.get("k", "resp_e") is None
     assert not kept._bytes.get("k")
+
+
+def test_the_store_counts_the_memory_of_what_it_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists and objects took 25 times the bytes of their JSON, which were counted: 1.3 GB for 64 MB."""
+    assert store.memory(json.loads("[" + "{}," * 9999 + "{}]")) > 600_000
+    monkeypatch.setattr(store, "MAX_BYTES", 100_000)
+    kept = ResponseStore(1)
+    small = StoredResponse("resp_a", [{"id": [{}] * 2000}], None, {"output": []})
+    kept.put("k", small)
+    assert kept.get("k", "resp_a") is None
+    kept.put("k", stored("b"))
+    assert kept.item("k", "msg_b_0" + "x" * 1000) is None is kept.item("k", "b") is kept.item("k", "msg_c_0")
+
+
+def test_many_messages_of_one_role_are_joined_in_linear_time() -> None:
+    """Each message copied all those before it: 4,000 of 900 characters stopped all clients for 8 s."""
+    for role in ("assistant", "user"):
+        (turn,) = joined(items.messages([{"role": role, "content": "x" * 900}] * 4000))
+        assert len(turn["content"]) > 3_600_000
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +260,9 @@ def test_a_conversation_goes_on_and_is_forgotten(rig: Rig, client: openai.OpenAI
     assert referred.output_text
     assert client.responses.retrieve(again.id).output == again.output
     assert [item.content[0].text for item in client.responses.input_items.list(again.id)] == ["More"]
+    for limit in ("0", "101", "0001" + "0" * 4400, "\u0661"):  # a number of thousands of digits was status 500
+        reply = rig.ask(f"/v1/responses/{again.id}/input_items?limit={quote(limit)}", Authorization="Bearer key")
+        assert reply.error["param"] == "limit"
     elsewhere = client.with_options(api_key="other")
     with pytest.raises(openai.NotFoundError):
         elsewhere.responses.retrieve(first.id)
@@ -307,6 +335,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"input": ["a"]}, "input[0]", "an item"),
     ({"input": [{"type": "local_shell_call"}]}, "input[0].type", "function_call_output"),
     ({"input": [{"type": "custom_tool_call"}]}, "input[0].type", "allowed is function_call"),
+    ({"input": [{"type": []}]}, "input[0].type", "is a list of 0"),
     ({"input": [IMAGE]}, "input[0].content[0].type", "the model reads text"),
     ({"input": [{"role": "robot", "content": ""}]}, "input[0].role", "user, assistant"),
     ({"input": [{"role": "user", "content": "", "x": 1}]}, "input", "unknown field input[0].x"),

@@ -216,13 +216,14 @@ TEXT_CASES: list[tuple[dict[str, Any], str | None, str]] = [
     (
         {"prompt": ["a"] * 300, "structured_outputs": {"grammar": 'start: "a"\n//' + "x" * 250_000}},
         "prompt",
-        "300 prompts, with 75003900 bytes",
+        "300 prompts and n is 1, with 75003900 bytes",
     ),
     ({"suffix": "end"}, "suffix", "null or empty"),
     ({"best_of": 3}, "best_of", "n, which is 1"),
     ({"echo": True, "logprobs": 1, "stream": True}, "echo", "only where stream is false"),
     ({"max_tokens": 0, "structured_outputs": {"regex": "a"}}, "max_tokens", "1 or more beside regex"),
-    ({"prompt": [[5] * 8000] * 4, "prompt_logprobs": 20}, "prompt", "prompt_logprobs; allowed are 67108864 bytes"),
+    ({"prompt": [[5] * 8000] * 4, "prompt_logprobs": 20}, "prompt", "of prompts; allowed are 67108864 bytes"),
+    ({"prompt": "a " * 200, "n": 256, "echo": True, "logprobs": 20}, "prompt", "n is 256, with"),
     ({"logprobs": 10**6}, "logprobs", "an integer from 0 to 20"),
 ]
 

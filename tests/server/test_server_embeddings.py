@@ -192,11 +192,14 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [
     ("/v1/rerank", {"query": "a", "documents": []}, "documents", "at least one"),
     ("/v1/rerank", {"query": "a", "documents": ["b", {"image": "c"}]}, "documents[1]", "an object with text"),
     ("/v1/rerank", {"query": "", "documents": ["b"]}, "query", "1"),
+    ("/v1/rerank", {"query": LONG + LONG, "documents": ["b"]}, "query", "maximum context length"),
+    ("/v1/rerank", {"query": "a", "documents": ["b", LONG + LONG]}, "documents", "maximum context length"),
+    ("/v1/rerank", {"query": "a", "documents": ["b", "c" * 500_000]}, "documents[1]", "has 500000 characters"),
     ("/v1/rerank", {"query": "a", "documents": ["b"], "top_n": 0}, "top_n", "1 to"),
     ("/v1/completions", {"prompt": "a", "prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "stream is false"),
     ("/v1/completions", {"prompt": "a", "echo": True, "logprobs": 1, "stream": True}, "echo", "stream is false"),
     ("/v1/completions", {"prompt": "a", "prompt_logprobs": 21}, "prompt_logprobs", "0 to 20"),
-    ("/v1/completions", {"prompt": [LONG] * 80, "prompt_logprobs": 20}, "prompt", "prompt_logprobs; allowed are"),
+    ("/v1/completions", {"prompt": [LONG] * 80, "prompt_logprobs": 20}, "prompt", "of prompts; allowed are"),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from server_rig import MODEL, Rig, serving, until
@@ -107,6 +108,22 @@ def test_a_model_that_does_not_load_is_a_503_and_one_that_takes_too_long_a_504(
     late = rig.ask("/v1/completions", {"model": "org/second", "prompt": "a"}, x_request_timeout="0.2")
     assert (late.status, late.error["code"]) == (504, "timeout")
     assert states(rig)["org/second"] == "loading"
+
+
+def test_large_requests_that_wait_leave_room_for_those_that_arrive(rig: Rig, supervisor: Supervisor) -> None:
+    supervisor.slow = True
+    large = {"model": "org/second", "prompt": "a", "user": "x" * 4_000_000}
+    waiting = supervisor.models["org/second"].waiting
+    with ThreadPoolExecutor(8) as pool:
+        asked = []
+        for number in range(1, 9):
+            asked.append(pool.submit(rig.ask, "/v1/completions", large, x_request_timeout="20"))
+            assert until(lambda: len(waiting) == number)  # noqa: B023  # it is called at once
+        assert rig.ask("/v1/completions", large | {"model": "third"}).status == 404
+        refusal = rig.ask("/v1/completions", large)  # 32 MiB wait
+        assert (refusal.status, refusal.error["message"][:14]) == (429, "8 requests wai")
+        supervisor.frontends["org/second"].unloaded("no room")
+        assert {each.result().status for each in asked} == {503}
 
 
 def test_metrics_and_status_are_by_model(rig: Rig) -> None:

@@ -137,7 +137,7 @@ def deep(levels: int) -> dict[str, Any]:
         ([tool("a" * 129)], None, None, r"tools\[0\]\.function\.name"),
         ([tool("f\n")], None, None, r"tools\[0\]\.function\.name"),
         ([tool("f", description=3)], None, None, r"tools\[0\]\.function\.description is 3"),
-        ([tool("f", description="d" * 20000)], None, None, r"tools\[0\]\.function\.description"),
+        ([tool("f", description="d" * 70000)], None, None, r"tools\[0\]\.function\.description"),
         ([tool("f", strict="yes")], None, None, r"tools\[0\]\.function\.strict is 'yes'"),
         ([tool("f", color=1)], None, None, r"tools\[0\]\.function has 'color'"),
         ([{**tool("f"), "color": 1}], None, None, r"tools\[0\] has 'color'"),

@@ -23,7 +23,7 @@ from lamina_workers.policies.full import Full
 from lamina_workers.policies.policy import Policy
 from lamina_workers.policies.span import BLOCK, Span
 
-NO_SOLVER = "the integer program of MoA needs scipy; install it with: pip install 'lamina[calibrate]'"
+NO_SOLVER = "the integer program of MoA needs scipy; install it with: pip install scipy"
 LEAST_LENGTH = 1536  # tokens: shorter ones have no room for passkeys and their questions
 _BETAS = (0.0, 1 / 32, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
 _BOUNDS = 2  # on the objective of each length but the longest, evenly from the best possible

@@ -10,9 +10,10 @@ from typing import Any
 
 from lamina.server.anthropic.schemas import CountTokensRequest, MessagesRequest
 from lamina.server.chat.chat_input import ChatInput
-from lamina.server.chat.thinking import EFFORTS, Thinking
+from lamina.server.chat.thinking import Thinking, read_effort
 from lamina.server.chat.turns import joined
 from lamina.server.http.errors import ApiError, refused
+from lamina.server.http.fields import read_text
 from lamina.text.messages import MAX_MESSAGES
 
 _SIGNATURE = "lamina-"
@@ -80,7 +81,7 @@ def _messages(fields: CountTokensRequest) -> list[dict[str, Any]]:
     for at, message in enumerate(given):
         name = f"messages[{at}]"
         role = message.get("role") if isinstance(message, dict) else None
-        if not isinstance(message, dict) or role not in tuple(_BLOCKS):
+        if not isinstance(message, dict) or not isinstance(role, str) or role not in _BLOCKS:
             raise refused(f"{name}.role", role, f"one of {', '.join(_BLOCKS)}")
         content = message.get("content")
         if isinstance(content, str):
@@ -105,7 +106,7 @@ def _blocks(name: str, role: str, blocks: list[Any]) -> list[dict[str, Any]]:
         if not isinstance(block, dict) or kind not in _BLOCKS[role]:
             raise refused(f"{place}.type", kind, _INSTEAD.get(str(kind), f"one of {', '.join(_BLOCKS[role])}"))
         if kind == "text":
-            texts.append(_string(f"{place}.text", block.get("text")))
+            texts.append(read_text(f"{place}.text", block.get("text")))
         elif kind == "document":
             texts.append(_document(place, block))
         elif kind == "thinking":
@@ -120,7 +121,7 @@ def _blocks(name: str, role: str, blocks: list[Any]) -> list[dict[str, Any]]:
             content = _text(f"{place}.content", block.get("content") or "")
             if block.get("is_error") and not content:
                 content = "error"
-            result = {"role": "tool", "tool_call_id": _string(f"{place}.tool_use_id", block.get("tool_use_id"))}
+            result = {"role": "tool", "tool_call_id": read_text(f"{place}.tool_use_id", block.get("tool_use_id"))}
             made.append(result | {"content": content})
     if texts or len(said) > 1 or not made:
         made.append(said | {"content": "\n".join(texts) if texts or "tool_calls" not in said else None})
@@ -131,19 +132,21 @@ def _call(name: str, block: Mapping[str, Any]) -> dict[str, Any]:
     arguments = block.get("input")
     if not isinstance(arguments, dict):
         raise refused(f"{name}.input", arguments, "an object")
-    function = {"name": _string(f"{name}.name", block.get("name")), "arguments": json.dumps(arguments)}
-    return {"id": _string(f"{name}.id", block.get("id")), "type": "function", "function": function}
+    function = {"name": read_text(f"{name}.name", block.get("name")), "arguments": json.dumps(arguments)}
+    return {"id": read_text(f"{name}.id", block.get("id")), "type": "function", "function": function}
 
 
 def _thought(name: str, block: Mapping[str, Any]) -> str:
     """The text of a block of thinking, which may be in its signature."""
-    if thought := _string(f"{name}.thinking", block.get("thinking")):
+    if thought := read_text(f"{name}.thinking", block.get("thinking")):
         return thought
     signed = str(block.get("signature") or "")
-    try:
-        return base64.urlsafe_b64decode(signed.removeprefix(_SIGNATURE)).decode() if _SIGNATURE in signed else ""
-    except (binascii.Error, ValueError):
+    if not signed.startswith(_SIGNATURE):
         return ""  # another server's: it says nothing here
+    try:
+        return base64.urlsafe_b64decode(signed.removeprefix(_SIGNATURE)).decode()
+    except (binascii.Error, ValueError):
+        return ""
 
 
 def _document(name: str, block: Mapping[str, Any]) -> str:
@@ -151,8 +154,8 @@ def _document(name: str, block: Mapping[str, Any]) -> str:
     if not isinstance(source, dict) or source.get("type") != "text":
         raise refused(f"{name}.source", source, '{"type": "text", "media_type": "text/plain", "data": ...}')
     title = block.get("title")
-    text = _string(f"{name}.source.data", source.get("data"))
-    return text if title is None else f"{_string(f'{name}.title', title)}\n\n{text}"
+    text = read_text(f"{name}.source.data", source.get("data"))
+    return text if title is None else f"{read_text(f'{name}.title', title)}\n\n{text}"
 
 
 def _text(name: str, content: Any, between: str = "\n") -> str:
@@ -165,20 +168,14 @@ def _text(name: str, content: Any, between: str = "\n") -> str:
     for at, block in enumerate(content):
         kind = block.get("type") if isinstance(block, dict) else None
         if kind == "tool_reference":
-            texts.append(f"The tool {_string(f'{name}[{at}].tool_name', block.get('tool_name'))} can be called.")
+            texts.append(f"The tool {read_text(f'{name}[{at}].tool_name', block.get('tool_name'))} can be called.")
         elif kind == "document":
             texts.append(_document(f"{name}[{at}]", block))
         elif kind == "text":
-            texts.append(_string(f"{name}[{at}].text", block.get("text")))
+            texts.append(read_text(f"{name}[{at}].text", block.get("text")))
         else:
             raise refused(f"{name}[{at}].type", kind, _INSTEAD.get(str(kind), "text"))
     return between.join(texts)
-
-
-def _string(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise refused(name, value, "text")
-    return value
 
 
 def _tools(given: Any) -> list[dict[str, Any]]:
@@ -204,14 +201,14 @@ def _tool_choice(given: Any) -> tuple[Any, bool | None]:
         return None, None
     kind = given.get("type") if isinstance(given, dict) else None
     choices: dict[Any, Any] = {"auto": "auto", "any": "required", "none": "none", "tool": "tool"}
-    if not isinstance(given, dict) or kind not in tuple(choices):
+    if not isinstance(given, dict) or not isinstance(kind, str) or kind not in choices:
         raise refused("tool_choice", given, f'an object whose "type" is one of {", ".join(choices)}')
     single = given.get("disable_parallel_tool_use")
     if single not in (None, False, True):
         raise refused("tool_choice.disable_parallel_tool_use", single, "true or false")
     choice = choices[kind]
     if kind == "tool":
-        choice = {"type": "function", "function": {"name": _string("tool_choice.name", given.get("name"))}}
+        choice = {"type": "function", "function": {"name": read_text("tool_choice.name", given.get("name"))}}
     return choice, False if single else None
 
 
@@ -219,7 +216,7 @@ def _thinking(given: Any, effort: str | None) -> Thinking:
     """Without the field there is no thinking: clients that do not ask for it take the first block for the answer."""
     kind = "disabled" if given is None else given.get("type") if isinstance(given, dict) else None
     enabled = {"enabled": True, "disabled": False, "adaptive": None, "between_tools": None}
-    if kind not in tuple(enabled):
+    if not isinstance(kind, str) or kind not in enabled:
         raise refused("thinking", given, f'an object whose "type" is one of {", ".join(enabled)}')
     budget = given.get("budget_tokens") if kind == "enabled" else None
     if budget is not None and (type(budget) is not int or not 0 < budget < 2**31):
@@ -233,10 +230,7 @@ def _output_config(given: Any) -> tuple[dict[str, Any], str | None]:
         return {}, None
     if not isinstance(given, dict):
         raise refused("output_config", given, 'an object with "effort" and "format"')
-    effort = given.get("effort")
-    effort = EFFORTS[-1] if effort == "max" else effort
-    if effort is not None and effort not in EFFORTS:
-        raise refused("output_config.effort", effort, f"one of {', '.join(EFFORTS)} and max")
+    effort = read_effort("output_config.effort", given.get("effort"))
     wanted = given.get("format")
     if wanted is None:
         return {}, effort

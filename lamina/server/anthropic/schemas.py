@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, StringConstraints
 
 from lamina.sampling_params import MAX_STOP_LENGTH, MAX_STOP_STRINGS
-from lamina.server.http.fields import Ignored, Strict, described
+from lamina.server.http.fields import Ignored, Null, Strict, described
 
 _TEXT = {"type": "string"}
 _BLOCK = {
@@ -43,7 +43,6 @@ _TOOL = {
     "required": ["name", "input_schema"],
 }
 _Stop = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_LENGTH)]
-_Null = Annotated[Any, described({"type": "null"})]  # the route refuses others, and says what to use instead
 
 
 class CountTokensRequest(Strict):
@@ -69,7 +68,7 @@ class CountTokensRequest(Strict):
     output_config: Annotated[Any, described({"type": "object"}, {"type": "null"})] = Field(
         None, description='{"effort": ..., "format": {"type": "json_schema", "schema": ...}}'
     )
-    mcp_servers: _Null = Field(None, description="Refused: the client connects to MCP servers, and gives their tools.")
+    mcp_servers: Null = Field(None, description="Refused: the client connects to MCP servers, and gives their tools.")
 
     cache_control: Ignored = Field(None, description="Ignored: prefixes are found by their text.")
     context_management: Ignored = Field(None, description="Ignored: nothing is cleared.")

@@ -115,9 +115,11 @@ def _fitting(chat: ChatInput, plan: ReplyPlan, messages: list[dict[str, Any]], s
     begin = next((at for at, message in enumerate(messages) if message["role"] not in _BEGINNING), len(messages))
     turns = [at for at in range(begin, len(messages)) if messages[at]["role"] == "user"]
     starts = sorted({begin, *turns})  # an answer, a call or a result never stands without what it answers
-
+    whole = _ids_or_none(chat, plan, messages, served)  # mostly it fits
+    if whole is not None and len(whole) <= most:
+        return whole
     best = None
-    low, high = 0, len(starts) - 1
+    low, high = 1, len(starts) - 1
     while low < high:  # each test renders and tokenises the rest of the conversation
         middle = (low + high) // 2
         found = _ids_or_none(chat, plan, [*messages[:begin], *messages[starts[middle] :]], served)

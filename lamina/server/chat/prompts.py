@@ -52,9 +52,9 @@ def encoded(text: str, special: bool, inputs: InputProcessor, param: str, whole:
     tokens than the context, before all of it is tokenised. For a `PreparationPool`: it ends where the client has
     left."""
     go_on()
+    check_text(param, text)
     limit = inputs.max_model_len
     if whole and len(text) > _UNUSUAL * limit:  # few characters a token would make it too long
-        check_text("the prompt", text)
         tokens = 0
         for start in range(0, len(text), _PIECE):
             tokens += len(inputs.tokenizer.encode(text[start : start + _PIECE], add_special_tokens=False))

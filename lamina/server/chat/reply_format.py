@@ -15,8 +15,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from lamina.errors import InvalidRequest, LaminaError
 from lamina.sampling_params import MAX_GRAMMAR
@@ -33,7 +33,7 @@ from lamina.text.structured_output import as_rule
 from lamina.text.template_kwargs import check_template_kwargs
 from lamina.text.tokenizer import Tokenizer
 
-_KEPT = 64  # answers to whether the prompt opens the reasoning
+_KEPT = 64  # formats; and of each, answers to whether the prompt opens the reasoning
 _PROBE = ({"role": "user", "content": "."},)
 
 
@@ -63,7 +63,7 @@ class ReplyPlan:
         return in_words(written, self.system_note) if self._in_words else written
 
 
-@dataclass(slots=True, weakref_slot=True)
+@dataclass(slots=True)
 class ReplyFormat:
     """How one model writes replies: its family, by its chat template and special tokens."""
 
@@ -74,10 +74,7 @@ class ReplyFormat:
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> ReplyFormat:
         """The format of a model; found once."""
-        found = _FORMATS.get(tokenizer)
-        if found is None:
-            found = _FORMATS[tokenizer] = cls(tokenizer, _family(tokenizer))
-        return found
+        return _format(tokenizer)
 
     def plan(
         self,
@@ -136,21 +133,25 @@ class ReplyFormat:
     def _opens(self, tags: Tags, variables: Mapping[str, Any]) -> bool:
         """Whether the prompt ends with the opening of the reasoning."""
         key = json.dumps(variables, sort_keys=True)
-        if key not in self._opened:
-            if len(self._opened) >= _KEPT:
-                self._opened.clear()
+        opened = self._opened.get(key)
+        if opened is None:
             try:
                 text = self.tokenizer.render(_PROBE, template_kwargs=variables)
             except LaminaError:  # the request's own messages show whether it is theirs
                 text = ""
-            self._opened[key] = text.rstrip().endswith(tags.open)
-        return self._opened[key]
+            opened = text.rstrip().endswith(tags.open)
+            if len(self._opened) >= _KEPT:
+                self._opened.clear()  # another thread may have just written: nobody reads twice
+            self._opened[key] = opened
+        return opened
 
     def _count(self, text: str) -> int:
         return len(self.tokenizer.encode(text, add_special_tokens=False))
 
 
-_FORMATS: WeakKeyDictionary[Tokenizer, ReplyFormat] = WeakKeyDictionary()
+@lru_cache(_KEPT)
+def _format(tokenizer: Tokenizer) -> ReplyFormat:
+    return ReplyFormat(tokenizer, _family(tokenizer))
 
 
 def _family(tokenizer: Tokenizer) -> Family:

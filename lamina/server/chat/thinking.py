@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lamina.errors import InvalidRequest, cut
+from lamina.server.http.errors import refused
 from lamina.text.template_kwargs import EFFORT, SWITCHES
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
@@ -14,6 +15,15 @@ MAX_BUDGET = 2**31 - 1  # tokens
 
 _ITS_EFFORTS = {"none": "low", "minimal": "low", "xhigh": "high"}  # of gpt-oss, which knows low, medium and high
 _BUDGETS = {"minimal": 512, "low": 2048}  # tokens, where the template has no word for the effort
+
+
+def read_effort(name: str, given: object) -> str | None:
+    """An unchecked value of a field that has an effort; "max" is the highest. Raises ApiError."""
+    wanted = EFFORTS[-1] if given == "max" else given
+    found = next((effort for effort in EFFORTS if effort == wanted), None)
+    if found is None and given is not None:
+        raise refused(name, given, f"one of {', '.join(EFFORTS)} and max")
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,18 +14,30 @@ def joined(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same conversation with one system message at its beginning and without neighbours of one role, but results of
     tools. A later system message becomes the user's: text that is added at the end leaves all before it in the prefix
     cache. Contents are text, or None beside calls."""
-    turns: list[dict[str, Any]] = []
+    turns: list[tuple[str, list[dict[str, Any]]]] = []
     for message in messages:
         role = message["role"]
         if role in _SYSTEM:
-            role = "system" if not turns or (len(turns) == 1 and turns[0]["role"] == "system") else "user"
-        last = turns[-1] if turns else None
-        if last is None or last["role"] != role or role == "tool":
-            turns.append({**message, "role": role})
-            continue
-        last["content"] = "\n\n".join(filter(None, (last.get("content"), message.get("content")))) or None
-        if calls := message.get("tool_calls"):
-            last["tool_calls"] = [*last.get("tool_calls", ()), *calls]
-        if thought := message.get("reasoning_content"):
-            last["reasoning_content"] = "\n\n".join(filter(None, (last.get("reasoning_content"), thought)))
-    return turns
+            role = "system" if not turns or (len(turns) == 1 and turns[0][0] == "system") else "user"
+        if turns and turns[-1][0] == role != "tool":
+            turns[-1][1].append(message)
+        else:
+            turns.append((role, [message]))
+    return [_turn(role, together) for role, together in turns]
+
+
+def _turn(role: str, together: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One message of several. Each text is copied once, however many there are."""
+    turn = {**together[0], "role": role}
+    if len(together) == 1:
+        return turn
+    turn["content"] = _texts(together, "content")
+    if calls := [call for message in together for call in message.get("tool_calls") or ()]:
+        turn["tool_calls"] = calls
+    if thought := _texts(together, "reasoning_content"):
+        turn["reasoning_content"] = thought
+    return turn
+
+
+def _texts(messages: Sequence[dict[str, Any]], field: str) -> str | None:
+    return "\n\n".join(text for message in messages if (text := message.get(field))) or None

@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, WithJsonSchema
 
-from lamina.server.http.errors import ApiError, shown
+from lamina.server.http.errors import ApiError, refused, shown
 
 
 def described(*schemas: Mapping[str, Any]) -> Any:
@@ -19,6 +19,8 @@ def described(*schemas: Mapping[str, Any]) -> Any:
 _NOTHING = described({})
 Ignored = Annotated[Any, _NOTHING]
 """The type of a field that is accepted and changes nothing."""
+Null = Annotated[Any, described({"type": "null"})]
+"""The type of a field that is only known: its route refuses every value, and says what to use instead."""
 
 
 class Strict(BaseModel):
@@ -47,6 +49,13 @@ def read(model: type[M], fields: Mapping[str, Any]) -> M:
         )
     except ValidationError as error:
         raise _refused(model, fields, error.errors(include_url=False)) from None
+
+
+def read_text(name: str, value: object) -> str:
+    """An unchecked value of a field that is text. Raises ApiError."""
+    if not isinstance(value, str):
+        raise refused(name, value, "text")
+    return value
 
 
 def _refused(model: type[BaseModel], fields: Mapping[str, Any], errors: Sequence[Any]) -> ApiError:

@@ -48,7 +48,9 @@ class Tracer:
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
         except ImportError as error:
             message = f"otlp_traces_endpoint is {url!r:.80}, but OpenTelemetry is not installed: "
-            raise InvalidRequest(f"{message}pip install 'lamina[tracing]'") from error
+            raise InvalidRequest(
+                f"{message}pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
+            ) from error
         resource = Resource.create({"service.name": os.environ.get("OTEL_SERVICE_NAME", "lamina")})
         provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=url, timeout=_EXPORT_TIMEOUT)))

@@ -16,7 +16,7 @@ from lamina.server.chat.reply import Reply, replies, text_of
 from lamina.server.chat.reply_parser import Delta
 from lamina.server.chat.thinking import Thinking
 from lamina.server.http.errors import ApiError, refused
-from lamina.server.http.json_response import json_response
+from lamina.server.http.json_response import json_response, json_text
 from lamina.server.http.sse import EventStream, while_connected
 from lamina.server.openai import answers
 from lamina.server.openai.answers import Chunks, chat_logprob, dumps
@@ -107,13 +107,16 @@ def _structure(fields: ChatRequest) -> tuple[str, dict[str, Any]]:
 async def _whole(
     service: Service, fields: ChatRequest, chat: PreparedChat, context: RequestContext, named: Mapping[str, Any]
 ) -> Response:
-    (completion,) = await service.whole([chat.request], context)
+    scores = answers.LOGPROB * (1 + (chat.params.prompt_logprobs or 0)) * len(chat.request.request.prompt)
+    kept = 0 if chat.params.prompt_logprobs is None else scores
+    (completion,) = await service.whole([chat.request], context, kept)
     read = replies(chat, completion)
     choices = [_choice(fields, chat, *each) for each in zip(completion.samples, read, strict=True)]
     used = answers.usage([chat.request], completion.usage.completion_tokens, sum(r.reasoning_tokens for r in read))
     content = {**named, "object": "chat.completion", "choices": choices, "usage": used}
     if (scored := completion.prompt_logprobs) is not None:  # a long prompt's take a while
-        content["prompt_logprobs"] = await service.prepare(context, answers.prompt_logprobs, scored)
+        written = await service.prepare(context, answers.prompt_logprobs, scored)
+        return json_text(answers.with_json(content, "prompt_logprobs", written))
     return json_response(content)
 
 

@@ -20,13 +20,14 @@ from lamina.server.chat.prompts import check_echo
 from lamina.server.chat.sampling import blaming, sampling
 from lamina.server.frontend import Served
 from lamina.server.http.errors import ApiError, refused
-from lamina.server.http.json_response import json_response
+from lamina.server.http.json_response import json_text
 from lamina.server.http.sse import EventStream, while_connected
 from lamina.server.openai import answers
 from lamina.server.openai.answers import Chunks, TextLogprobs, dumps
 from lamina.server.openai.inputs import listed, token_ids
 from lamina.server.openai.sampling_fields import check_prompt_logprobs, check_stream_options, structured
 from lamina.server.openai.schemas import CompletionRequest
+from lamina.server.preparation import go_on
 from lamina.server.service import GRACE, RequestContext, Service
 from lamina.text.tokenizer import Tokenizer
 
@@ -50,6 +51,14 @@ class Texts:
     @property
     def params(self) -> SamplingParams:
         return self.requests[0].params
+
+    @property
+    def repeated(self) -> int:
+        """About how many bytes the answer has of log probabilities of prompts: each choice repeats them."""
+        fields, tokens = self.fields, sum(len(request.request.prompt) for request in self.requests)
+        shown = (fields.logprobs if fields.echo else None, fields.prompt_logprobs)
+        entries = sum(1 + top for top in shown if top is not None)
+        return answers.LOGPROB * entries * tokens * self.params.n
 
     def logprobs(self, prompt: int) -> TextLogprobs:
         """Writes the log probabilities of one sample of a prompt."""
@@ -126,23 +135,31 @@ def _scored(fields: CompletionRequest) -> dict[str, int]:
 
 
 async def _whole(service: Service, texts: Texts, context: RequestContext, named: Mapping[str, Any]) -> Response:
-    ended = await service.whole(texts.requests, context)
+    ended = await service.whole(texts.requests, context, texts.repeated)
     if texts.params.prompt_logprobs is None:
         return _written(texts, ended, named)
     return await service.prepare(context, _written, texts, ended, named)  # long prompts take a while
 
 
 def _written(texts: Texts, ended: Sequence[Completion], named: Mapping[str, Any]) -> Response:
-    choices = [
-        _choice(texts, prompt, completion, sample)
-        for prompt, completion in enumerate(ended)
-        for sample in completion.samples
-    ]
+    """Each choice becomes JSON by itself: as objects, the log probabilities of prompts would take ten times that."""
+    choices = []
+    for prompt, completion in enumerate(ended):
+        reported, scored = None, completion.prompt_logprobs
+        if scored is not None and texts.fields.prompt_logprobs is not None:
+            reported = answers.prompt_logprobs(scored)
+        for sample in completion.samples:
+            go_on()
+            choice = _choice(texts, prompt, completion, sample)
+            choices.append(
+                dumps(choice) if reported is None else answers.with_json(choice, "prompt_logprobs", reported)
+            )
     used = answers.usage(texts.requests, sum(completion.usage.completion_tokens for completion in ended))
-    return json_response({**named, "choices": choices, "usage": used})
+    return json_text(f'{dumps(named)[:-1]},"choices":[{",".join(choices)}],"usage":{dumps(used)}}}')
 
 
 def _choice(texts: Texts, prompt: int, completion: Completion, sample: Sample) -> dict[str, Any]:
+    """All of a choice but `prompt_logprobs`."""
     logprobs, scored, fields = None, completion.prompt_logprobs, texts.fields
     if sample.logprobs is not None and fields.echo and scored is not None:
         token = texts.requests[prompt].request.prompt[0]
@@ -152,14 +169,12 @@ def _choice(texts: Texts, prompt: int, completion: Completion, sample: Sample) -
     elif sample.logprobs is not None:
         logprobs = texts.logprobs(prompt).add(sample.logprobs)
     last = sample.token_ids[-1] if sample.token_ids else None
-    reported = None if scored is None or fields.prompt_logprobs is None else answers.prompt_logprobs(scored)
     return {
         "index": prompt * texts.params.n + sample.index,
         "text": texts.prefixes[prompt] + sample.text,
         "logprobs": logprobs,
         "finish_reason": sample.finish_reason,
         "stop_reason": answers.stop_reason(texts.params, texts.eos_ids, last, sample.finish_reason),
-        **({} if reported is None else {"prompt_logprobs": reported}),
     }
 
 

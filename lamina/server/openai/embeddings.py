@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from sys import byteorder
 from typing import Any, TypeAlias
 
@@ -16,6 +16,7 @@ from lamina.errors import ContextTooLong, InvalidRequest
 from lamina.messages.engine_request import EngineRequest
 from lamina.server.frontend import Served
 from lamina.server.http.errors import ApiError, refused
+from lamina.server.http.json_response import json_text
 from lamina.server.http.sse import while_connected
 from lamina.server.openai import answers
 from lamina.server.openai.answers import dumps
@@ -48,18 +49,18 @@ async def rerank(service: Service, request: Request) -> Response:
 
 async def _embedded(service: Service, fields: EmbeddingRequest, context: RequestContext) -> Response:
     inputs, fields.input = fields.input, None
-    requests = await _requests(service, fields, "input", inputs, context)
+    requests = await _requests(service, fields, {"input": inputs}, context)
     vectors = await _vectors(service, requests, context, fields.dimensions, fields.normalize is not False)
     kind = fields.encoding_format or "float"
     written = await service.prepare(context, _items, vectors, kind == "base64")
     named = _named("embd", fields, context) | {"object": "list"}
     usage = dumps(_usage(requests))
-    return _json(f'{dumps(named)[:-1]},"data":[{",".join(written)}],"usage":{usage}}}')
+    return json_text(f'{dumps(named)[:-1]},"data":[{",".join(written)}],"usage":{usage}}}')
 
 
 async def _reranked(service: Service, fields: RerankRequest, context: RequestContext) -> Response:
     texts = [_text(index, document) for index, document in enumerate(_documents(fields.documents))]
-    requests = await _requests(service, fields, "documents", [fields.query, *texts], context)
+    requests = await _requests(service, fields, {"query": fields.query, "documents": texts}, context)
     query, *documents = await _vectors(service, requests, context, None, True)
     scores = await service.prepare(context, _cosines, query, documents)
     order = sorted(range(len(texts)), key=lambda index: (-scores[index], index))[: fields.top_n]
@@ -68,32 +69,35 @@ async def _reranked(service: Service, fields: RerankRequest, context: RequestCon
         for result in results:
             result["document"] = {"text": texts[result["index"]]}
     named = _named("rerank", fields, context)
-    return _json(dumps({**named, "results": results, "usage": _usage(requests)}))
+    return json_text(dumps({**named, "results": results, "usage": _usage(requests)}))
 
 
 async def _requests(
-    service: Service, fields: PoolingRequest, param: str, given: Any, context: RequestContext
+    service: Service, fields: PoolingRequest, given: Mapping[str, Any], context: RequestContext
 ) -> list[EngineRequest]:
+    """The requests for the inputs in each of the fields `given`, in order."""
     service.check_priority(context, fields.priority)
-    if len(listed(given)) > MAX_INPUTS:
-        raise refused(param, given, f"at most {MAX_INPUTS} of them")
+    for name, inputs in given.items():
+        if len(listed(inputs)) > MAX_INPUTS:
+            raise refused(name, inputs, f"at most {MAX_INPUTS} of them")
     served = service.served(context, 1, 1)
-    return await service.prepare(
-        context, _checked, fields, param, given, served, service.salt(context, fields.cache_salt)
-    )
+    return await service.prepare(context, _checked, fields, given, served, service.salt(context, fields.cache_salt))
 
 
 def _checked(
-    fields: PoolingRequest, param: str, given: Any, served: Served, salt: tuple[str, str]
+    fields: PoolingRequest, given: Mapping[str, Any], served: Served, salt: tuple[str, str]
 ) -> list[EngineRequest]:
     keep, inputs = fields.truncate_prompt_tokens, served.inputs
-    prompts = token_ids(param, given, fields.add_special_tokens, keep, inputs, None)
-    try:
-        return inputs.embeddings(prompts, fields.pooling or "last", fields.priority or 0, salt)
-    except InvalidRequest as error:  # of the prompts, which this request calls otherwise
-        code = "context_length_exceeded" if isinstance(error, ContextTooLong) else None
-        name = "pooling" if str(error).startswith("pooling") else param
-        raise ApiError(400, str(error).replace("the prompt", param), name, code) from None
+    requests: list[EngineRequest] = []
+    for field, several in given.items():
+        prompts = token_ids(field, several, fields.add_special_tokens, keep, inputs, None)
+        try:
+            requests += inputs.embeddings(prompts, fields.pooling or "last", fields.priority or 0, salt)
+        except InvalidRequest as error:  # of the prompts, which this request calls otherwise
+            code = "context_length_exceeded" if isinstance(error, ContextTooLong) else None
+            name = "pooling" if str(error).startswith("pooling") else field
+            raise ApiError(400, str(error).replace("the prompt", field), name, code) from None
+    return requests
 
 
 async def _vectors(
@@ -173,7 +177,3 @@ def _named(kind: str, fields: PoolingRequest, context: RequestContext) -> dict[s
 def _usage(requests: Sequence[EngineRequest]) -> dict[str, int]:
     tokens = sum(len(request.request.prompt) for request in requests)
     return {"prompt_tokens": tokens, "total_tokens": tokens}
-
-
-def _json(text: str) -> Response:
-    return Response(text.encode(), media_type="application/json")

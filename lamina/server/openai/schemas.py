@@ -19,7 +19,7 @@ from lamina.sampling_params import (
     MAX_STOP_STRINGS,
 )
 from lamina.server.chat.sampling import SAMPLING
-from lamina.server.http.fields import Ignored, Strict, described
+from lamina.server.http.fields import Ignored, Null, Strict, described
 from lamina.text.messages import ROLES
 
 MAX_STOP_TOKENS = 1024
@@ -245,9 +245,7 @@ class ChatRequest(GenerationRequest):
     continue_final_message: bool | None = Field(
         None, description="Leave the last message open, to be continued; needs add_generation_prompt false."
     )
-    chat_template: Annotated[Any, described({"type": "null"})] = Field(
-        None, description="Refused: only the model's own template is rendered."
-    )
+    chat_template: Null = Field(None, description="Refused: only the model's own template is rendered.")
     chat_template_kwargs: AnyObject = Field(
         None, description="Variables of the model's template, such as enable_thinking: plain values."
     )

@@ -31,9 +31,21 @@ KEPT = 10_000  # batches kept for replay, vLLM's number
 KEPT_BYTES = 64 << 20  # of them together, for each model
 _END = (-1).to_bytes(8, "big", signed=True)
 _QUEUED = 10_000  # batches for a subscriber that does not read; then it misses some
+_REPLAYS = 8  # clients of a model that get a replay at a time
+_REPLAY_QUEUED = 64  # batches for a client that does not read; the others follow as it reads
+_STALLED_S = 5.0  # seconds without reading after which it gets no more
+_PAUSE_MS = 5  # between two looks at clients that had no room
 _LARGEST_REQUEST = 64  # bytes of a request for replay
 _TOGETHER = 512  # events in a batch
 _MEDIUM = "CPU"
+
+
+@dataclass(slots=True)
+class _Replay:
+    """A replay under way: the next number that its client wants, and since when it has got none."""
+
+    wanted: int
+    since: float
 
 
 @dataclass(eq=False)
@@ -46,6 +58,7 @@ class _Stream:
     number: int = 0
     kept: deque[tuple[int, bytes]] = field(default_factory=deque)
     size: int = 0  # bytes of `kept`
+    replays: dict[bytes, _Replay] = field(default_factory=dict)  # by client
 
     def publish(self, payload: bytes) -> None:
         """Send a batch, and keep it for replay."""
@@ -56,16 +69,41 @@ class _Stream:
         while len(self.kept) > KEPT or (self.size > KEPT_BYTES and len(self.kept) > 1):
             self.size -= len(self.kept.popleft()[1])
 
-    def answer(self, frames: Sequence[bytes]) -> None:
-        """Answer a request for replay; one that is none is ignored."""
-        if len(frames) != 3 or len(frames[2]) != 8:
-            return
-        client, _, first = frames
-        wanted = int.from_bytes(first, "big")
+    def asked(self, frames: Sequence[bytes], now: float) -> None:
+        """Begin a replay. What is no request for one is ignored, and so is one too many, also of one client."""
+        if len(frames) == 3 and len(frames[2]) == 8 and len(self.replays) < _REPLAYS:
+            self.replays.setdefault(frames[0], _Replay(int.from_bytes(frames[2], "big"), now))
+
+    def go_on(self, now: float) -> None:
+        """Send of each replay what its client has room for. One that reads nothing gets no more."""
+        for client, replay in list(self.replays.items()):
+            try:
+                self._send(client, replay, now)
+                over = True
+            except BlockingIOError:
+                over = now - replay.since > _STALLED_S
+            except OSError:  # the client has gone
+                over = True
+            if over:
+                del self.replays[client]
+
+    def _send(self, client: bytes, replay: _Replay, now: float) -> None:
+        """Raises BlockingIOError where the client has no room, OSError where it has gone."""
         for number, payload in self.kept:
-            if number >= wanted:
-                self.replay.send_multipart((client, b"", number.to_bytes(8, "big"), payload))
-        self.replay.send_multipart((client, b"", _END, b""))
+            if number >= replay.wanted:
+                self._put(client, number.to_bytes(8, "big"), payload)
+                replay.wanted, replay.since = number + 1, now
+        self._put(client, _END, b"")
+
+    def _put(self, client: bytes, number: bytes, payload: bytes) -> None:
+        import zmq
+
+        try:
+            self.replay.send_multipart((client, b"", number, payload), zmq.NOBLOCK)
+        except zmq.Again:
+            raise BlockingIOError from None
+        except zmq.ZMQError as error:
+            raise OSError(str(error)) from None
 
 
 class KvEventPublisher:
@@ -76,9 +114,7 @@ class KvEventPublisher:
         try:
             import zmq
         except ImportError as error:
-            raise InvalidRequest(
-                "kv_events needs pyzmq, which is not installed: pip install 'lamina[events]'"
-            ) from error
+            raise InvalidRequest("kv_events needs pyzmq, which is not installed: pip install pyzmq") from error
         self._zmq = zmq
         self._context = zmq.Context()
         self._reading, self._writing = os.pipe()  # wakes the thread; sockets belong to it alone
@@ -104,10 +140,6 @@ class KvEventPublisher:
         """Takes the events of a model's engine. For any thread."""
         return partial(self._put, model)
 
-    def cleared(self, model: str) -> None:
-        """A model's engine is gone, and its KV with it. For any thread."""
-        self._put(model, ("cleared",))
-
     def close(self) -> None:
         """Send what waits, and end."""
         self._closed = True
@@ -116,7 +148,9 @@ class KvEventPublisher:
 
     def _bound(self, kind: int, address: str) -> Any:
         socket = self._context.socket(kind)
-        socket.set_hwm(_QUEUED)
+        socket.set_hwm(_QUEUED if kind == self._zmq.PUB else _REPLAY_QUEUED)
+        if kind == self._zmq.ROUTER:
+            socket.setsockopt(self._zmq.ROUTER_MANDATORY, 1)  # says where a client has no room
         socket.setsockopt(self._zmq.MAXMSGSIZE, _LARGEST_REQUEST)
         socket.setsockopt(self._zmq.LINGER, 1000)  # ms
         try:
@@ -141,12 +175,15 @@ class KvEventPublisher:
         for socket in by_socket:
             poller.register(socket, self._zmq.POLLIN)
         while not self._closed or self._waiting:
-            for ready, _ in poller.poll(None if not self._waiting else 0):
+            replaying = any(stream.replays for stream in self._streams.values())
+            for ready, _ in poller.poll(0 if self._waiting else _PAUSE_MS if replaying else None):
                 if ready == self._reading:
                     os.read(self._reading, 1 << 16)
                 else:
-                    by_socket[ready].answer(ready.recv_multipart())
+                    by_socket[ready].asked(ready.recv_multipart(), time.monotonic())
             self._publish()
+            for stream in by_socket.values():
+                stream.go_on(time.monotonic())
         self._context.destroy()
 
     def _publish(self) -> None:

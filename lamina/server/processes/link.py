@@ -31,7 +31,9 @@ MAX_FRAME = 64 << 20  # bytes: 16 Mi tokens of prompts in one frame
 _TAG = 32767  # of a frame with plain data
 _POLL = 0.5  # seconds
 _COLLECT = 0.0003  # seconds from the first of a batch's outputs until all have come
-_CONNECT = 3.0  # seconds
+# seconds. An engine that dies closes its sockets, so this is only for one that is busy: while it loads its grammars
+# beside other load, none of its threads answers for some seconds.
+_CONNECT = 60.0
 _TOGETHER = 1 << 20  # bytes of commands in one frame
 _PAIRING = 10.0  # seconds for which the first connection of a client waits for the second
 

@@ -40,9 +40,9 @@ class MachineRole:
         if (joining := self._plan.joining) is not None:
             from lamina.joining.server import JoinServer  # TLS and certificates are loaded only where they are wanted
 
-            self._server = JoinServer(joining.host, joining.port, joining.folder, self)
+            self._server = JoinServer(joining.host, joining.port, joining.folder, self, _api_option(self._plan))
             self._server.start()
-            self._report.said(f"machines may join at {self._server.address}: `lamina join` there")
+            self._report.said(f"machines may join at {self._server.address}: run `lamina join` on each of them")
 
     def tell(self) -> None:
         """Send a new HTTP process the machines."""
@@ -88,3 +88,11 @@ class MachineRole:
 
     def said(self, message: str) -> None:
         self._post(lambda: self._report.said(message))
+
+
+def _api_option(plan: ServerPlan) -> str:
+    """What `lamina joining` needs on this machine to find the API of the server: nothing at its default address."""
+    here = plan.host if plan.host not in ("0.0.0.0", "::", "localhost") else "127.0.0.1"
+    host = f"[{here}]" if ":" in here else here
+    usual = (host, plan.port) == ("127.0.0.1", 8000)
+    return "" if usual or plan.port == 0 else f" --url http://{host}:{plan.port}"

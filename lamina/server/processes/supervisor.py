@@ -124,7 +124,6 @@ class Supervisor:
         for engine in self._engines.values():
             if engine.is_due(now):
                 self._start(engine, lambda engine=engine: self._start_engine(engine))  # type: ignore[misc]
-
         if self._spare_due is not None and now >= self._spare_due:
             self._start_spare()
 
@@ -272,7 +271,8 @@ class Supervisor:
         if not self._announced:
             self._announced = True
             context = min(engine.facts["context"], engine.facts["possible"] + 1) if engine.facts else 0
-            others = f"; {len(self._engines) - 1} more on demand" if len(self._engines) > 1 else ""
+            names = [name for name in self._engines if name != engine.model]
+            others = f"; on demand: {', '.join(names)}" if names else ""
             about = f"(up to {context} tokens{others}; Ctrl-C ends it)"
             self._report.said(f"serving {engine.model} at {self.address}  {about}")
         elif self._plan.settings.on_demand:
@@ -301,12 +301,11 @@ class Supervisor:
         if engine.ending:
             self._report.said(f"{engine.model} is unloaded")
             self._unloaded(engine)
-            return
-        if engine.fresh and self._plan.settings.on_demand and not self._begins(engine):
+        elif engine.fresh and self._plan.settings.on_demand and not self._begins(engine):
             self._unloaded(engine, f"its process ended, {child.how()}, before it was loaded")
-            return
-        self._notify_http(engine, f"the {engine.base} process ended, {child.how()}")
-        self._died(engine, child, was_ready)
+        else:
+            self._notify_http(engine, f"the {engine.base} process ended, {child.how()}")
+            self._died(engine, child, was_ready)
 
     def _died(self, role: Slot[ChildProcess], child: ChildProcess, served: bool) -> None:
         how = f"the {role.base} process ended, {child.how()}"
@@ -379,13 +378,11 @@ class Supervisor:
 
     def _stop(self) -> None:
         """The first signal lets requests end, the second does not."""
-        self._spare_due = None
-        if self._stopping or self._http.worker is None or not self._serves:
-            self._stopping = True
+        again, self._stopping, self._spare_due = self._stopping, True, None
+        if again or self._http.worker is None or not self._serves:
             if self._http.worker is not None:
                 self._http.worker.kill()
             return
-        self._stopping = True
         self._report.said(f"ending once requests under way have ended, in {self._plan.drain:g} s at most")
         self._http.worker.say(line("drain", self._plan.drain))
         self._kills[self._http.worker] = time.monotonic() + self._plan.drain + _FORCED

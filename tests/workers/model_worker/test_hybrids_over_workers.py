@@ -70,7 +70,7 @@ class Sequence:
         for _ in range(1 + again):
             batch, answers = self.model_worker.announce_now(shares)
             assert all(answer.accepted for answer in answers.values()), answers
-            logits = result(self.model_worker.compute(work, batch, shares))
+            logits, _ = result(self.model_worker.compute(work, batch, shares))
         self.length += count
         return logits
 

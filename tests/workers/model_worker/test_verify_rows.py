@@ -58,7 +58,7 @@ class Rig:
         self.first = len(LENGTHS)
         total = sum(map(len, tokens))
         work = BatchWork(spans, LENGTHS, [t for own in tokens for t in own], tuple(range(total)), ())
-        logits = result(self.worker.compute(work, batch, batches, suspends=False))
+        logits, _ = result(self.worker.compute(work, batch, batches, suspends=False))
         self.held = [span.start + span.count for span in spans]
         return list(logits.split([len(own) for own in tokens]))
 

@@ -33,7 +33,7 @@ _MAX_BUFFERS = 2 << 30  # bytes of tables that a model computes for itself, such
 _DROPPED = {"auto_map", "attn_implementation", "experts_implementation", "fusion_config", "transformers_weights",
             "torch_dtype", "dtype", "name_or_path", "transformers_version"}  # fmt: skip
 _INTERFACE = "transformers' attention interface, so it cannot be cut"
-_NEEDS = 'a model that Lamina has no class for needs lamina[any]: pip install "lamina[any]"'
+_NEEDS = "a model that Lamina has no class for needs transformers and greenlet: pip install transformers greenlet"
 
 
 def transformers() -> Any:

@@ -73,7 +73,7 @@ def _check_greenlet(name: str) -> None:
     try:
         import lamina_workers.converted.coroutine  # noqa: F401
     except ImportError as error:
-        raise UnsupportedModelError(f'{name} is converted, which needs greenlet: pip install "lamina[any]"') from error
+        raise UnsupportedModelError(f"{name} is converted, which needs greenlet: pip install greenlet") from error
 
 
 def cut_live(config: ConvertedConfig, dtype: torch.dtype) -> tuple[tuple[str, ...], ...]:

@@ -24,9 +24,7 @@ def module() -> Any:
     try:
         return importlib.import_module("faiss")
     except ImportError as error:
-        raise KernelsUnavailable(
-            'an index over keys needs FAISS; install it with: pip install "lamina[cpu]"'
-        ) from error
+        raise KernelsUnavailable("an index over keys needs FAISS; install it with: pip install faiss-cpu") from error
 
 
 def set_threads(threads: int) -> None:

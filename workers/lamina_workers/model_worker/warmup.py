@@ -44,4 +44,4 @@ def prepare_kernels(
     for what, steps in stages:
         for done, total in steps:
             if progress is not None:
-                progress(what, done, total)
+                progress(f"preparing {what}", done, total)

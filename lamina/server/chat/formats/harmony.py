@@ -33,12 +33,14 @@ class HarmonyParser(ReplyParser):
 
     def _header(self, text: str, ended: bool, deltas: list[Delta]) -> str | None:
         header, is_whole, rest = text.partition(MESSAGE)
-        if not is_whole:
-            if not ended and len(text) <= _LONGEST_HEADER and _is_header(text):
+        if not is_whole or len(header) > _LONGEST_HEADER or not _is_header(text):
+            if not (is_whole or ended) and len(text) <= _LONGEST_HEADER and _is_header(text):
                 self._waiting = text
                 return None
             self._state = "content"  # no header at all; the marks of one that was cut short are left out
-            return None if ended and _is_header(text) else text
+            begins = text.lstrip()
+            mark = next((mark for mark in (CHANNEL, START) if begins.startswith(mark)), "")
+            return None if ended and not is_whole and _is_header(text) else begins[len(mark) :] if mark else text
         channel = _CHANNEL.search(header)
         function = _FUNCTION.search(header)
         if function is not None:
@@ -74,7 +76,7 @@ class HarmonyParser(ReplyParser):
 def _is_header(text: str) -> bool:
     """Whether the text can be what stands before a message."""
     begins = text.lstrip()
-    starts = (CHANNEL, START, "assistant", "to=", *ENDS)
+    starts = (CHANNEL, START, MESSAGE, "assistant", "to=", *ENDS)
     return any(begins.startswith(start) or start.startswith(begins) for start in starts)
 
 

@@ -161,8 +161,10 @@ def property_of(parameters: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return {**shared, **schema}
 
 
-def types_of(schema: Mapping[str, Any], depth: int = 8) -> set[str]:
-    """The names of JSON types that fit a schema; empty where that is not plain to see."""
+def types_of(schema: Any, depth: int = 8) -> set[str]:
+    """The names of JSON types that fit a schema; empty where that is not plain to see, as for `true`."""
+    if not isinstance(schema, Mapping):
+        return set()
     if "type" in schema:
         listed = schema["type"]
         return {listed} if isinstance(listed, str) else set(listed)
@@ -171,26 +173,37 @@ def types_of(schema: Mapping[str, Any], depth: int = 8) -> set[str]:
         return {_TYPES.get(type(value), "null") for value in values}
     for key in ("anyOf", "oneOf"):
         if key in schema and depth:
-            found = [types_of({**schema, **choice, key: choice.get(key, [])}, depth - 1) for choice in schema[key]]
+            found = [_types_of_choice(schema, key, choice, depth - 1) for choice in schema[key]]
             return set().union(*found) if all(found) else set()
     name = str(schema.get("$ref", "")).rpartition("/")[2]
     for key in ("$defs", "definitions"):
         if name and depth and isinstance(schema.get(key), Mapping) and name in schema[key]:
-            return types_of({key: schema[key], **schema[key][name]}, depth - 1)
+            found_there = schema[key][name]
+            return types_of({key: schema[key], **found_there} if isinstance(found_there, Mapping) else None, depth - 1)
     return set()
+
+
+def _types_of_choice(schema: Mapping[str, Any], key: str, choice: Any, depth: int) -> set[str]:
+    """The types of one of the choices of `schema[key]`."""
+    is_object = isinstance(choice, Mapping)
+    return types_of({**schema, **choice, key: choice.get(key, [])} if is_object else None, depth)
 
 
 def as_value(text: str, schema: Mapping[str, Any]) -> str:
     """The JSON text of a value that a model wrote: JSON of a type that the schema allows, else text."""
     types = types_of(schema)
     try:
-        value = json.loads(text if text.lower() not in ("true", "false", "null", "none") else _WORDS[text.lower()])
+        value = json.loads(_WORDS.get(text.lower(), text), parse_constant=_no_json)
     except (ValueError, RecursionError):
         return json.dumps(text, ensure_ascii=False)
     kind = _TYPES.get(type(value), "null")
     if not types or kind in types or (kind == "integer" and "number" in types):
         return text.strip() if text.strip().lower() not in _WORDS else _WORDS[text.strip().lower()]
     return json.dumps(text, ensure_ascii=False)
+
+
+def _no_json(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 _WORDS = {"true": "true", "false": "false", "null": "null", "none": "null"}  # Python's words too

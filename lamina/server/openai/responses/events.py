@@ -25,6 +25,7 @@ class ResponseEvents:
         self._open: Part | None = None
         self._output: list[dict[str, Any]] = []  # the items that are done
         self._logprobs: list[dict[str, Any]] = []  # of the open item
+        self._held: list[dict[str, Any]] = []  # of tokens whose text is held back
         self._number = 0
 
     def begin(self) -> bytes:
@@ -36,10 +37,12 @@ class ResponseEvents:
         """The events of further tokens."""
         frames: list[bytes] = []
         for token in events:
-            logprobs = [chat_logprob(token.logprob, False)] if token.logprob is not None else []
-            for delta in self._reply.take(token):
-                self._add(delta, logprobs, frames)
-                logprobs = []
+            reasoned = self._reply.reasoning_tokens
+            deltas = self._reply.take(token)
+            if token.logprob is not None and self._reply.reasoning_tokens == reasoned:
+                self._held.append(chat_logprob(token.logprob, False))
+            for delta in deltas:
+                self._add(delta, frames)
         return b"".join(frames)
 
     def end(self, completions: Sequence[Completion]) -> bytes:
@@ -48,7 +51,7 @@ class ResponseEvents:
         frames: list[bytes] = []
         if not self._reply.ended:
             for delta in self._reply.finish(sample):
-                self._add(delta, [], frames)
+                self._add(delta, frames)
         reason = self._reply.reason(sample.finish_reason)
         self._close(frames, "completed" if reason in ("stop", "tool_calls") else "incomplete")
         ended = self._response.ended(reason, self._output, self._reply.usage())
@@ -63,11 +66,12 @@ class ResponseEvents:
         self._done(ended)
         return self._event("response.failed", response=ended)
 
-    def _add(self, delta: Delta, logprobs: list[dict[str, Any]], frames: list[bytes]) -> None:
+    def _add(self, delta: Delta, frames: list[bytes]) -> None:
         part, text = self._reply.collect(delta)
         if part is not self._open:
             self._close(frames, "completed")
             self._begin(part, frames)
+        logprobs, self._held = self._held, []
         if not text:
             return
         name, place = self._names(part)

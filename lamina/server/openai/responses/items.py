@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lamina.server.http.errors import ApiError, refused
+from lamina.server.http.fields import read_text
 from lamina.text.messages import MAX_MESSAGES
 
 _ROLES = ("user", "assistant", "system", "developer")
@@ -26,6 +27,7 @@ _INSTEAD = {
     "input_file": "input_text with the file's text",
     "input_audio": "input_text: the model reads text",
 }
+_SAID = ("content", "reasoning_content")
 _BUILT_IN = "a function that your program runs: the server runs no tools"
 
 
@@ -47,16 +49,23 @@ def messages(items: Sequence[Mapping[str, Any]], field: str = "input") -> list[d
     """The messages of items: reasoning and calls belong to one message of the assistant with the text between them.
     Raises ApiError, which names the item's place."""
     made: list[dict[str, Any]] = []
+    said: dict[str, list[str]] = {}  # the texts of the assistant's message that is last, by field
 
     def assistant() -> dict[str, Any]:
         if not made or made[-1]["role"] != "assistant":
             made.append({"role": "assistant", "content": None})
+            said.clear()
         return made[-1]
+
+    def say(field: str, text: str) -> None:
+        message = assistant()
+        said.setdefault(field, []).append(text)
+        message[field] = said[field]  # joined at the end: each text is copied once, however many there are
 
     for at, item in enumerate(items):
         name = f"{field}[{at}]"
         kind = item.get("type", "message" if "role" in item else None)
-        if kind not in tuple(_KEYS):  # it may be of any type
+        if not isinstance(kind, str) or kind not in _KEYS:
             instead = _INSTEAD.get(str(kind))
             raise refused(f"{name}.type", kind, instead or f"one of {', '.join(_KEYS)} and item_reference")
         for key, value in item.items():
@@ -68,20 +77,20 @@ def messages(items: Sequence[Mapping[str, Any]], field: str = "input") -> list[d
                 raise refused(f"{name}.role", role, f"one of {', '.join(_ROLES)}")
             text = _text(f"{name}.content", item.get("content"))
             if role == "assistant":
-                message = assistant()
-                message["content"] = f"{message['content']}\n{text}" if message["content"] else text
+                say("content", text)
             else:
                 made.append({"role": role, "content": text})
         elif kind == "function_call":
-            function = {key: _plain(f"{name}.{key}", item.get(key)) for key in ("name", "arguments")}
-            call = {"id": _plain(f"{name}.call_id", item.get("call_id")), "type": "function", "function": function}
+            function = {key: read_text(f"{name}.{key}", item.get(key)) for key in ("name", "arguments")}
+            call = {"id": read_text(f"{name}.call_id", item.get("call_id")), "type": "function", "function": function}
             assistant().setdefault("tool_calls", []).append(call)
         elif kind == "function_call_output":
-            result = {"role": "tool", "tool_call_id": _plain(f"{name}.call_id", item.get("call_id"))}
+            result = {"role": "tool", "tool_call_id": read_text(f"{name}.call_id", item.get("call_id"))}
             made.append(result | {"content": _text(f"{name}.output", item.get("output"))})
         elif thought := _text(f"{name}.content", item.get("content") or item.get("summary") or ""):
-            message = assistant()
-            message["reasoning_content"] = "\n".join(filter(None, (message.get("reasoning_content"), thought)))
+            say("reasoning_content", thought)
+    for message in made:
+        message |= {key: "\n".join(filter(None, message[key])) for key in _SAID if isinstance(message.get(key), list)}
     return [message for message in made if message["content"] is not None or "tool_calls" in message]
 
 
@@ -154,16 +163,10 @@ def _text(name: str, content: Any) -> str:
     for at, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "refusal":
-            texts.append(_plain(f"{name}[{at}].refusal", part.get("refusal")))
+            texts.append(read_text(f"{name}[{at}].refusal", part.get("refusal")))
         elif kind in _TEXTS:
-            texts.append(_plain(f"{name}[{at}].text", part.get("text")))
+            texts.append(read_text(f"{name}[{at}].text", part.get("text")))
         else:
             instead = _INSTEAD.get(str(kind), '{"type": "input_text", "text": ...}')
             raise refused(f"{name}[{at}].type", kind if isinstance(part, dict) else part, instead)
     return "\n".join(texts)
-
-
-def _plain(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise refused(name, value, "text")
-    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -12,17 +13,16 @@ from starlette.responses import Response
 from lamina.server.chat.chat_input import ChatInput
 from lamina.server.chat.preparing import PreparedChat, prompt
 from lamina.server.chat.reply import replies
-from lamina.server.chat.thinking import EFFORTS, Thinking
+from lamina.server.chat.thinking import Thinking, read_effort
 from lamina.server.chat.turns import joined
 from lamina.server.http.errors import ApiError, refused, shown
 from lamina.server.http.json_response import json_response
 from lamina.server.http.sse import EventStream, while_connected
-from lamina.server.openai.answers import dumps
 from lamina.server.openai.responses import items
 from lamina.server.openai.responses.events import ResponseEvents
 from lamina.server.openai.responses.response import ResponseObject
 from lamina.server.openai.responses.schemas import InputTokensRequest, ResponsesRequest
-from lamina.server.openai.responses.store import MAX_TURNS, ResponseStore, StoredResponse
+from lamina.server.openai.responses.store import MAX_TURNS, ResponseStore, StoredResponse, memory
 from lamina.server.openai.sampling_fields import response_format
 from lamina.server.service import GRACE, RequestContext, Service
 from lamina.server.settings import TENANT
@@ -30,6 +30,7 @@ from lamina.text.messages import MAX_MESSAGES
 
 _PAGE = 20  # items of a list, unless the client says
 _MOST = 100
+_COUNT = re.compile(r"[0-9]{1,3}")
 
 
 class ResponseRoutes:
@@ -96,7 +97,7 @@ class ResponseRoutes:
         stored = self._stored(request)
         query = request.query_params
         limit, order, after = query.get("limit", str(_PAGE)), query.get("order", "desc"), query.get("after")
-        if not limit.isdecimal() or not 1 <= int(limit[:4]) <= _MOST:
+        if not _COUNT.fullmatch(limit) or not 1 <= int(limit) <= _MOST:
             raise refused("limit", limit, f"an integer from 1 to {_MOST}")
         if order not in ("asc", "desc"):
             raise refused("order", order, "asc or desc")
@@ -178,7 +179,7 @@ class _Making:
         self._tenant = tenant
         self._chat = chat
         self._response = response
-        self._size = len(dumps(response.begun()))
+        self._size = memory(response.begun())
         self._ended: dict[str, Any] | None = None
 
     def keep(self, given: Sequence[dict[str, Any]], previous: str | None, end: Callable[[], None]) -> None:
@@ -260,6 +261,7 @@ def _chat_input(
 ) -> ChatInput:
     if not conversation:
         raise ApiError(400, "input has no message; at least one is needed", "input")
+    structure = _format(fields.text)
     return ChatInput(
         messages=conversation,
         messages_field="input",
@@ -267,8 +269,8 @@ def _chat_input(
         tools=tools,
         tool_choice=items.tool_choice(fields.tool_choice) if tools else None,
         parallel_tool_calls=fields.parallel_tool_calls,
-        structure=_format(fields.text),
-        structure_field="text.format" if _format(fields.text) else "tools" if tools else "",
+        structure=structure,
+        structure_field="text.format" if structure else "tools" if tools else "",
         thinking=_thinking(fields),
         drop_oldest=fields.truncation == "auto",
     )
@@ -311,12 +313,7 @@ def _thinking(fields: InputTokensRequest) -> Thinking:
     for name in ("summary", "generate_summary"):
         if reasoning.get(name) not in (None, "auto", "concise", "detailed"):
             raise refused(f"reasoning.{name}", reasoning[name], "auto, concise or detailed")
-    effort = reasoning.get("effort")
-    if effort == "max":
-        effort = EFFORTS[-1]
-    if effort is not None and effort not in EFFORTS:
-        raise refused("reasoning.effort", effort, f"one of {', '.join(EFFORTS)}")
-    return Thinking(effort=effort, budget=budget)
+    return Thinking(effort=read_effort("reasoning.effort", reasoning.get("effort")), budget=budget)
 
 
 def _with_ids(stored: StoredResponse) -> list[dict[str, Any]]:

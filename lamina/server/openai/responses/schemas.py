@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from lamina.sampling_params import MAX_LOGPROBS
-from lamina.server.http.fields import Ignored, Strict, described
+from lamina.server.http.fields import Ignored, Null, Strict, described
 from lamina.server.openai.schemas import AnyObject, SamplingRequest
 
 _TEXT = {"type": "string"}
@@ -46,7 +46,6 @@ _INCLUDE = Literal[
 ]
 
 
-_Null = Annotated[Any, described({"type": "null"})]  # the route refuses others, and says what to use instead
 _False = Annotated[Any, described({"enum": [False, None]})]
 
 
@@ -83,7 +82,7 @@ class InputTokensRequest(Strict):
     truncation: Literal["auto", "disabled"] | None = Field(
         None, description="auto: leave out the oldest messages where the context is too short."
     )
-    conversation: _Null = Field(None, description="Refused: see previous_response_id.")
+    conversation: Null = Field(None, description="Refused: see previous_response_id.")
 
 
 class ResponsesRequest(InputTokensRequest, SamplingRequest):
@@ -112,7 +111,7 @@ class ResponsesRequest(InputTokensRequest, SamplingRequest):
     )
 
     background: _False = Field(None, description="Refused: a response comes on its connection.")
-    prompt: _Null = Field(None, description="Refused: there are no stored prompts; give instructions and input.")
+    prompt: Null = Field(None, description="Refused: there are no stored prompts; give instructions and input.")
     max_tool_calls: Ignored = Field(None, description="Ignored: it limits tools that a server runs.")
     context_management: Ignored = Field(None, description="Ignored; see truncation.")
     client_metadata: Ignored = Field(None, description="Ignored.")

@@ -4,17 +4,18 @@ number and bytes, each for the API key that made it.
 
 from __future__ import annotations
 
-import json
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from sys import getsizeof
 from typing import Any
 
 MAX_RESPONSES = 4096  # of all keys together
-MAX_BYTES = 64 << 20  # of all keys together, as JSON
+MAX_BYTES = 64 << 20  # of all keys together, in memory
 MAX_AGE = 24 * 3600.0  # seconds since a response was last used
 MAX_TURNS = 1024  # of one conversation
+_LONGEST_ID = 128  # characters of an item's
 
 
 @dataclass(eq=False, slots=True)
@@ -49,7 +50,7 @@ class ResponseStore:
     def put(self, key: str, stored: StoredResponse) -> None:
         """Keep a response, or what has become of it. One that is too large by itself is not kept."""
         self.drop(key, stored.id)
-        stored.size = _size(stored)
+        stored.size = memory([stored.input, stored.response]) + 1024
         if stored.size > self.most_bytes:
             return
         of_key = self._stored.setdefault(key, OrderedDict())
@@ -96,11 +97,22 @@ class ResponseStore:
 
     def item(self, key: str, item_id: str) -> dict[str, Any] | None:
         """An item of a response's output by its id, which holds that of its response."""
-        for stored in self._stored.get(key, {}).values():
-            if stored.id.removeprefix("resp_") in item_id:
-                return next((item for item in stored.response["output"] if item["id"] == item_id), None)
-        return None
+        _, _, rest = item_id[:_LONGEST_ID].partition("_")
+        of_key, response_id = self._stored.get(key), f"resp_{rest.partition('_')[0]}"
+        if of_key is None or (stored := of_key.get(response_id)) is None:
+            return None
+        return next((item for item in stored.response["output"] if item["id"] == item_id), None)
 
 
-def _size(stored: StoredResponse) -> int:
-    return len(json.dumps([stored.input, stored.response], ensure_ascii=False)) + 1024
+def memory(value: Any) -> int:
+    """About how many bytes a JSON value takes as Python's objects, up to 25 times what it takes as text."""
+    total, rest = 0, [value]
+    while rest:
+        each = rest.pop()
+        total += getsizeof(each) + 8
+        if isinstance(each, dict):
+            rest += each.values()
+            rest += each
+        elif isinstance(each, list | tuple):
+            rest += each
+    return total
