@@ -1,4 +1,4 @@
-"""`generate`, `chat`, `stream` and `close`: an `LLM` that is kept between calls."""
+"""`generate`, `chat`, `stream`, `embed` and `close`: an `LLM` that is kept between calls."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, overload
 
 from lamina.client.input_processor import Conversation, Conversations, Prompts
-from lamina.completions import Completion, TokenEvent
+from lamina.completions import Completion, Embedding, TokenEvent
 from lamina.config import DEFAULT_MODEL
 from lamina.llm import LLM
 from lamina.sampling_params import SamplingParams
@@ -94,8 +94,20 @@ def stream(
     return _llm(model).stream(prompts, params, **request)
 
 
+def embed(
+    inputs: Prompts,
+    *,
+    model: Model = DEFAULT_MODEL,
+    pooling: str = "last",
+    dimensions: int | None = None,
+    normalize: bool = True,
+) -> Embedding | list[Embedding]:
+    """Embed inputs with a model: `LLM.embed` with default settings. The model stays loaded as `generate`'s does."""
+    return _llm(model).embed(inputs, pooling=pooling, dimensions=dimensions, normalize=normalize)
+
+
 def close() -> None:
-    """Free the model that `generate`, `chat` and `stream` keep."""
+    """Free the model that `generate`, `chat`, `stream` and `embed` keep."""
     global _kept
     with _lock:
         if _kept is not None:

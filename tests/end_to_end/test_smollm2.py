@@ -292,7 +292,10 @@ def test_the_module_keeps_its_model(path):
     first = lamina.generate("One plus one is", model=path, max_tokens=4)
     kept = lamina.api._kept
     second = lamina.generate(["One plus one is"], SamplingParams(max_tokens=4), model=path)
+    one, (same, other) = lamina.embed("One", model=path), lamina.embed(["One", "Two"], model=path)
     assert lamina.api._kept is kept
     assert [first.text] == [c.text for c in second]
+    alike, unlike = (sum(a * b for a, b in zip(one.embedding, e.embedding, strict=True)) for e in (same, other))
+    assert alike > 0.999 > unlike
     lamina.close()
     assert lamina.api._kept is None

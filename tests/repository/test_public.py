@@ -36,6 +36,7 @@ def test_the_public_names() -> None:
         "Usage",
         "chat",
         "close",
+        "embed",
         "generate",
         "stream",
     ]
