@@ -265,7 +265,7 @@ def test_forks_share_what_lies_below_their_length() -> None:
     world(bench, parent)
     ready(bench, parent)
     before = report(bench)
-    long, short = bench.fork(parent, bench.k[parent].shape[1]), bench.fork(parent, 500)
+    long, short = bench.fork(parent, bench.k[parent].shape[1]), bench.fork(parent, 200)  # short: below `least`
     for target in (1, 6):
         for handle in (long, short):
             close(step(bench, handle, target), bench.dense(handle)[:, 0])
