@@ -36,9 +36,9 @@ class Decision:
 
 
 def decide(uses: Sequence[ModelUse], max_loaded: int, idle_unload: float | None, now: float) -> Decision:
-    """Who waits longest is served first. Room is made of models that nobody uses, the least recently used one first;
-    where all are used and the wait is longer than `TURN`, of the one that was loaded first and has been there as long,
-    once it is free."""
+    """The model that is waited for longest comes first. Room is made of models that nobody uses, the least recently
+    used one first. Where all are used and the wait is longer than `TURN`, it is made of the model that was loaded first
+    and has been there as long, once it is free."""
     wanted = sorted((use for use in uses if use.place == "out" and use.wanted is not None), key=_since)
     room = max_loaded - sum(use.place != "out" for use in uses)
     load, rest = wanted[: max(0, room)], wanted[max(0, room) :]

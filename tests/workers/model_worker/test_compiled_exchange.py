@@ -237,7 +237,7 @@ def test_pieces_and_what_belongs_to_others_change_nothing(way: str, transport: s
 @pytest.mark.parametrize("suspends", [False, True])
 @pytest.mark.parametrize("bend", FATAL)
 def test_what_a_holder_must_not_answer_is_told_in_the_same_words(suspends: bool, bend: str) -> None:
-    ends, patience = {}, 1.0 if bend in SILENT else 20.0
+    ends, patience = {}, 0.5 if bend in SILENT else 20.0
     for way in EXCHANGES:
         for transport in ("unix", "tcp"):
             with exchanged(way):
