@@ -42,7 +42,7 @@ class EngineProcess:
             lambda child: said.put(["ended", child.how()]),
             environment=os.environ | {"PYTHONUNBUFFERED": "1"},
         )
-        self._child.say(line("engine", self._model, self._config, path, SECRET, False))
+        self._child.say(line("engine", self._model, self._config, path, SECRET, False, False))
         while (word := said.get(timeout=PATIENCE))[0] != "ready":
             if word[0] in ("failed", "ended"):
                 raise RuntimeError(f"the engine did not start: {word}")
