@@ -158,8 +158,9 @@ def calibrate(model: opt.ModelName, out: Out, how: CalibrationOptions) -> None:
     """Find what each KV head of a model has to keep, and write a policy file with a report beside it."""
     from lamina.config import EngineConfig
     from lamina.measure.calibration.calibrate import calibrate as calibrated
-    from lamina.measure.calibration.report import NO_PLOTS, write_report
+    from lamina.measure.calibration.report import write_report
     from lamina.policy_file import write
+    from lamina.system.figures import NO_PLOTS
 
     opt.check_suffix("out", out, ".toml")
     settings = how.settings()

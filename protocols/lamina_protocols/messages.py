@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Annotated
 
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.query_samples import FetchedSample, FetchSample, Sample
+from lamina_protocols.usage import Usage
 
 if TYPE_CHECKING:
     import torch
 
 PROTOCOL_VERSION = 7
 MAX_PARTS = 4096  # in one `Surveyed`
-_MOST_MASS = 2.0**62  # as many queries as there may be
 
 # Operations create and delete parts. A part is what one holder keeps of one sequence in the layers of one pool.
 
@@ -114,36 +114,9 @@ class Announcement:
     rows: tuple[Row, ...]
 
 
-def _check_mass(value: float) -> None:
-    if not 0 <= value <= _MOST_MASS:
-        raise ProtocolError(f"attention mass of {value:g}, allowed: 0 to {_MOST_MASS:g}")
-
-
 def _check_seconds(value: float) -> None:
     if value < 0:
         raise ProtocolError(f"{value:g} seconds, allowed: 0 or more")
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """What policies have saved at one part. All numbers are counted, none is computed from a formula.
-
-    `read` and `whole` are of decode so far, over all its layers and KV heads: the bytes read, of KV and to choose among
-    it, and the bytes that reading everything would have taken. `missed` is the sum, over `queries` query vectors, of
-    the estimated attention mass that they did not read; `worst` is the largest; `coarse` is the sum of what they read
-    in 4 bits. `held` pages are in use now, where keeping everything would take `kept`; `resident` of them are in
-    memory.
-    """
-
-    read: int
-    whole: int
-    missed: Annotated[float, _check_mass]
-    queries: int
-    worst: Annotated[float, _check_mass]
-    held: int
-    kept: int
-    resident: int
-    coarse: Annotated[float, _check_mass] = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,8 @@ from lamina.server.processes.link import pack
 from lamina_protocols import codec, control
 from lamina_protocols.errors import LaminaError
 from lamina_protocols.frames import read_prefix
-from lamina_protocols.messages import Announced, Usage
+from lamina_protocols.messages import Announced
+from lamina_protocols.usage import Usage
 from lamina_workers.decoder.model import Decoder
 
 pytestmark = pytest.mark.real  # some minutes

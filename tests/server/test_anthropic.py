@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from scripted_reply import completion, events, prepared
+from scripted_reply import completion, events, frames, prepared
 from server_rig import MODEL, Reply, Rig, serving
 
 from lamina import LLM
@@ -21,16 +21,6 @@ from lamina.server.http.errors import ApiError
 PIECES = [">hm", "It", " is", "!weather", '+{"city":', '+"Oslo"}', "!ping", "+{}"]
 SCHEMA = {"type": "object", "properties": {"city": {"enum": ["Oslo", "Rome"]}}, "required": ["city"]}
 TOOL = {"name": "weather", "input_schema": SCHEMA}
-
-
-def frames(written: bytes) -> list[dict[str, Any]]:
-    """The data of events, whose names are their types."""
-    data = []
-    for frame in written.decode().split("\n\n")[:-1]:
-        name, line = frame.split("\n")
-        data.append(json.loads(line.removeprefix("data: ")))
-        assert name == f"event: {data[-1]['type']}"
-    return data
 
 
 def scripted(pieces: list[str], reason: str = "stop", omitted: bool = False) -> list[dict[str, Any]]:

@@ -7,13 +7,13 @@ import json
 import os
 import signal
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from joining_rig import joiner, until
+from supervisor_run import run_beside
 
 from lamina.joining.server import JoinServer
 from lamina.server.app import create_app
@@ -125,7 +125,6 @@ def test_machine_joins_a_running_engine_and_leaves_it(tmp_path: Path, monkeypatc
     )
     report = Report()
     supervisor = Supervisor(plan, report)
-    failures: list[BaseException] = []
 
     def heard(role: str, word: str) -> list[list[Any]]:
         file = tmp_path / f"{role}.log"
@@ -152,17 +151,4 @@ def test_machine_joins_a_running_engine_and_leaves_it(tmp_path: Path, monkeypatc
             until(lambda: heard("engine", "left") == [["left", "den.1"]])
             until(lambda: heard("http", "machines")[-1][1][0]["state"] == "lost")
 
-    def do() -> None:
-        try:
-            steps()
-        except BaseException as error:  # noqa: BLE001  # it is raised below
-            failures.append(error)
-            os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    thread = threading.Thread(target=do)
-    thread.start()
-    supervisor.run()
-    thread.join()
-    if failures:
-        raise failures[0]
+    run_beside(supervisor, steps, lambda: os.kill(os.getpid(), signal.SIGTERM))

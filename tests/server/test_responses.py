@@ -10,7 +10,7 @@ from urllib.parse import quote
 import openai
 import pydantic
 import pytest
-from scripted_reply import completion, events, prepared
+from scripted_reply import completion, events, frames, prepared
 from server_rig import MODEL, Rig, serving, until
 
 from lamina import LLM
@@ -35,16 +35,6 @@ TOOL = {
         "additionalProperties": False,
     },
 }
-
-
-def frames(written: bytes) -> list[dict[str, Any]]:
-    """The data of events, whose names are their types."""
-    data = []
-    for frame in written.decode().split("\n\n")[:-1]:
-        name, line = frame.split("\n")
-        data.append(json.loads(line.removeprefix("data: ")))
-        assert name == f"event: {data[-1]['type']}"
-    return data
 
 
 def scripted(pieces: list[str], reason: str = "stop", logprobs: bool = False, **fields: Any) -> list[dict[str, Any]]:

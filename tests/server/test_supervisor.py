@@ -9,13 +9,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from supervisor_run import run_beside
 
 from lamina.errors import EngineError, InvalidRequest
 from lamina.server.processes.server_plan import ServerPlan
@@ -44,25 +44,7 @@ class World:
 
     def run(self, *steps: Callable[[], None]) -> None:
         """Runs it, with the steps done on a thread beside it. Raises what it or a step raised."""
-        failures: list[BaseException] = []
-
-        def do() -> None:
-            try:
-                for step in steps:
-                    step()
-            except BaseException as error:  # noqa: BLE001  # it is raised below
-                failures.append(error)
-                os.kill(os.getpid(), signal.SIGTERM)
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        thread = threading.Thread(target=do)
-        thread.start()
-        try:
-            self.supervisor.run()
-        finally:
-            thread.join()
-            if failures:
-                raise failures[0]
+        run_beside(self.supervisor, *steps)
 
     def heard(self, role: str) -> list[list[Any]]:
         file = self.folder / f"{role}.log"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -85,3 +86,13 @@ def completion(pieces: Sequence[str], reason: Any = "stop") -> Completion:
     tokens = tuple(97 + at for at in range(len(pieces)))
     sample = Sample(0, "|".join(pieces), tokens, reason)
     return Completion((sample,), Usage(3, len(pieces), 1), Timing(0.0, 0.0, 0.0, len(pieces)))
+
+
+def frames(written: bytes) -> list[dict[str, Any]]:
+    """The data of events, whose names are their types."""
+    data = []
+    for frame in written.decode().split("\n\n")[:-1]:
+        name, line = frame.split("\n")
+        data.append(json.loads(line.removeprefix("data: ")))
+        assert name == f"event: {data[-1]['type']}"
+    return data

@@ -19,9 +19,9 @@ from lamina.measure.calibration.calibrate import Calibration
 from lamina.measure.calibration.quality import Target
 from lamina.measure.calibration.scores import Scores
 from lamina.policy_file import Heads, dumps, kept, kept_share
+from lamina.system.figures import NO_PLOTS
 from lamina.system.text_files import write_text
 
-NO_PLOTS = "the heat map needs matplotlib; install it with: pip install matplotlib"
 _MEASURES = {
     "kept": "Share of the tokens that a head keeps under the choice",
     "echo": "Echo: attention to the same token in earlier repeats (RazorAttention)",

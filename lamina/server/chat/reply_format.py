@@ -156,7 +156,7 @@ def _format(tokenizer: Tokenizer) -> ReplyFormat:
 
 def _family(tokenizer: Tokenizer) -> Family:
     template, special = tokenizer.chat_template, tokenizer.special_tokens
-    family: type[Family] = Hermes
+    family: Callable[[Vocabulary, str], Family] = Hermes
     if CHANNEL in special and CHANNEL in template:
         family = Harmony
     elif "<function=" in template and "<parameter=" in template:

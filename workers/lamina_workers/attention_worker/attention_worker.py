@@ -40,10 +40,10 @@ from lamina_protocols.messages import (
     Row,
     Survey,
     Surveyed,
-    Usage,
 )
 from lamina_protocols.pools import Pool, pools
 from lamina_protocols.query_samples import FetchSample, Sample
+from lamina_protocols.usage import Usage
 from lamina_workers.attention_worker.batch import Batch, Counters
 from lamina_workers.attention_worker.kv_pool import KVPool
 from lamina_workers.attention_worker.kv_store import KVStore

@@ -33,10 +33,10 @@ from lamina_protocols.messages import (
     Query,
     Reply,
     Row,
-    Usage,
 )
 from lamina_protocols.pools import Pool
 from lamina_protocols.query_samples import FetchedSample, FetchSample, Sample
+from lamina_protocols.usage import Usage
 from lamina_workers.attention_worker.batch import Counters, KVBatch
 from lamina_workers.attention_worker.cold_file import check_folder
 from lamina_workers.attention_worker.cold_pages import ColdPages

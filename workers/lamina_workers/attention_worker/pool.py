@@ -22,9 +22,9 @@ from lamina_protocols.messages import (
     Query,
     Reply,
     Row,
-    Usage,
 )
 from lamina_protocols.query_samples import FetchSample, Sample
+from lamina_protocols.usage import Usage
 
 Layered = Query | Fresh | Exchange | Sample | Advance  # a layer's message, of a batch in flight
 Ints = tuple[int, ...]

@@ -30,10 +30,10 @@ from lamina_protocols.messages import (
     PartHeld,
     Reply,
     Row,
-    Usage,
 )
 from lamina_protocols.pools import Pool
 from lamina_protocols.query_samples import FetchSample
+from lamina_protocols.usage import Usage
 from lamina_workers.attention_worker.batch import Counters
 from lamina_workers.attention_worker.pool import Layered
 from lamina_workers.attention_worker.state_records import state_layout, state_pages

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -45,7 +46,7 @@ class Thought:
     budget: int | None = None
 
 
-class Family:
+class Family(ABC):
     """How one model writes replies: a subclass for each family. `template` is its chat template."""
 
     parser: ClassVar[type[ReplyParser]] = ReplyParser
@@ -82,8 +83,15 @@ class Family:
         """A new id of a call."""
         return new_id("call_", 24)
 
+    @abstractmethod
     def grammar(self, tools: ToolUse | None, structure: str | None, thought: Thought | None) -> str:
         """The grammar of a reply. `structure` is an expression for content that is not free."""
+
+
+class TaggedFamily(Family):
+    """A family whose reasoning stands between two tags, before all else."""
+
+    def grammar(self, tools: ToolUse | None, structure: str | None, thought: Thought | None) -> str:
         body, rules = self.body(tools, structure)
         if thought is None:
             return lark(f"start: {body}", *rules)
@@ -93,9 +101,9 @@ class Family:
         expression = "thinking body" if thought.opened else "begin thinking body | body"
         return lark(f"start: {expression}", f"body: {body}", *begin, *thinking, *rules)
 
+    @abstractmethod
     def body(self, tools: ToolUse | None, structure: str | None) -> tuple[str, list[str]]:
         """The expression for what follows the reasoning, and the rules that it needs."""
-        raise NotImplementedError
 
     def _thinking(self, thought: Thought) -> tuple[list[str], list[str]]:
         """The rules `begin` and `thinking`: the opening, and all up to the end of the closing."""
@@ -113,7 +121,7 @@ class Family:
         return begin, [f"thinking: thoughts {closing}", f"thoughts{limit}: TEXT"]
 
 
-class MarkedFamily(Family):
+class MarkedFamily(TaggedFamily):
     """A family whose calls come after a mark, `opening`. `again`: what stands between two of them, None where several
     calls share one mark."""
 
@@ -136,9 +144,9 @@ class MarkedFamily(Family):
             rules, opened = [*rules, f"opened[lazy]: TEXT {opening}"], "opened"
         return (f"({opened} {call})* TEXT" if several else f"TEXT | {opened} {call}"), rules
 
+    @abstractmethod
     def calls(self, tools: ToolUse) -> tuple[str, list[str]]:
         """The expression for what follows the mark, and its rules."""
-        raise NotImplementedError
 
 
 def lark(*rules: str) -> str:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 
 from lamina.errors import InvalidRequest
-from lamina.server.chat.formats.family import Family, Message, one_call_a_message, one_of, schema_rule
+from lamina.server.chat.formats.family import Message, TaggedFamily, one_call_a_message, one_of, schema_rule
 from lamina.server.chat.formats.json_calls import JsonCallParser
 from lamina.server.chat.tools import ToolUse
 
@@ -26,7 +26,7 @@ class Llama3Parser(JsonCallParser):
     bare = True
 
 
-class Llama3(Family):
+class Llama3(TaggedFamily):
     """This form. Text that begins like a call is one."""
 
     parser = Llama3Parser
