@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from lamina.errors import InvalidRequest
+from lamina.scheduling import redundancy
 from lamina.scheduling.kv_layouts import SHARDS
 from lamina.scheduling.speculation import MAX_DRAFTS
 from lamina_protocols.layers import ColdTier
@@ -119,8 +120,16 @@ class EngineConfig:
     attention_workers: int | Sequence[str] = 0
     """How many attention workers to start, or the "host:port" of each one that runs elsewhere. 0: attention is computed
     in the engine's process."""
+    autoscale: tuple[int, int] | None = None
+    """The least and the most attention workers that are started here or on the cluster: more before KV would fill those
+    that are there, fewer when they are not needed. It begins with `attention_workers`, or the least. None: their number
+    stays."""
     shard: str = "heads"
     """How attention workers share a sequence: "heads", "sequence" (ranges of positions) or "heads+sequence"."""
+    redundancy: str = "none"
+    """What is kept in case that an attention worker is lost, so that its KV need not be computed again: "none",
+    "replica" or "replica(N)" (N copies at other workers, of 1 by default), "parity" or "parity(K)" (one XOR of the KV
+    of K workers, of 2 by default)."""
     local_share: str | float = "auto"
     """With attention workers, the share (0 to 1) of the KV that decoding reads which is kept and attended in the
     engine's process; auto: the share with the shortest steps, as measured."""
@@ -200,6 +209,11 @@ class EngineConfig:
             for name, fixed in _UNMEASURED.items():
                 if getattr(self, name) == "auto":
                     object.__setattr__(self, name, fixed)
+        if self.autoscale is not None:
+            self._check_autoscale()
+        most = self.most_workers if isinstance(self.attention_workers, int) else len(self.attention_workers)
+        if (spares := redundancy.parse(self.redundancy)) and most:  # without any now, some may still join
+            redundancy.check_workers(spares, most)
 
     @property
     def ranks(self) -> int:
@@ -222,9 +236,21 @@ class EngineConfig:
         return self.worker_linger if self.journal is not None or self.ranks > 1 else 0.0
 
     @property
+    def first_workers(self) -> int:
+        """How many attention workers are started at first, here or on the cluster."""
+        given = self.attention_workers if isinstance(self.attention_workers, int) else 0
+        return given or (0 if self.autoscale is None else self.autoscale[0])
+
+    @property
+    def most_workers(self) -> int:
+        """How many attention workers may be started, here or on the cluster."""
+        return self.first_workers if self.autoscale is None else self.autoscale[1]
+
+    @property
     def holders_here(self) -> int:
-        """How many holders of KV this machine has: the engine's own, and attention workers that are started here."""
-        return 1 + (self.attention_workers if isinstance(self.attention_workers, int) and not self.cluster else 0)
+        """How many holders of KV this machine may have: the engine's own, and attention workers that are started
+        here."""
+        return 1 + (0 if self.cluster else self.most_workers)
 
     def cold_tier(self, kv_memory: int, share: int) -> ColdTier | None:
         """Where KV goes that nobody reads, of a holder with `kv_memory` bytes, of which `share` may be in memory where
@@ -286,6 +312,28 @@ class EngineConfig:
         if self.cluster is not None and (not isinstance(self.cluster, str) or not self.cluster):
             raise InvalidRequest(f'cluster is {self.cluster!r:.80}; allowed is "auto", "host:port" or None')
 
+    def _check_autoscale(self) -> None:
+        given, workers = self.autoscale, self.attention_workers
+        pair = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else ()
+        if len(pair) != 2 or any(type(each) is not int for each in pair) or not 0 <= pair[0] <= pair[1] <= MAX_WORKERS:
+            raise InvalidRequest(
+                f"autoscale is {given!r:.80}; allowed are two numbers, the least and the most attention workers, from "
+                f"0 to {MAX_WORKERS}, the second not below the first"
+            )
+        object.__setattr__(self, "autoscale", pair)
+        least, most = pair
+        if not isinstance(workers, int) or (workers and not least <= workers <= most):
+            raise InvalidRequest(
+                f"autoscale is {least} to {most} and attention_workers {workers!r:.80}; allowed beside autoscale is a "
+                "number in its range, with which it begins; addresses name workers that other programs start"
+            )
+        if not least and not workers and (self.local_share == 0 or self.model_workers > 1):
+            what = "local_share is 0" if self.local_share == 0 else f"model_workers is {self.model_workers}"
+            raise InvalidRequest(
+                f"autoscale begins with 0 attention workers and {what}, so nothing could hold KV before one starts; "
+                "allowed are 1 or more"
+            )
+
 
 class EngineKeywords(TypedDict, total=False):
     """The keywords of `LLM(...)` for editors and type checkers: the fields of `EngineConfig`."""
@@ -315,7 +363,9 @@ class EngineKeywords(TypedDict, total=False):
     model_workers: int
     model_parallel: str
     attention_workers: int | Sequence[str]
+    autoscale: tuple[int, int] | None
     shard: str
+    redundancy: str
     local_share: str | float
     cluster: str | None
     lanes: int | str

@@ -30,6 +30,7 @@ LaminaError
 ├── ChannelClosed             the other side of a channel is gone
 ├── AddressError              an address is not HOST:PORT
 └── ProtocolError             a frame or message is malformed, too large, or out of order
+    └── CorruptFrame          its bits have changed on the way
 
 `Interrupted`, Ctrl-C during `generate`, is a KeyboardInterrupt and stands beside `Completion`.
 """

@@ -24,6 +24,7 @@ from lamina.completions import Completion, Embedding, TokenEvent
 from lamina.config import DEFAULT_MODEL, EngineConfig
 from lamina.errors import EngineError, InvalidRequest
 from lamina.sampling_params import SamplingKeywords, SamplingParams
+from lamina.system.forks import SPAWN, check_process
 from lamina.system.progress import Progress, StderrBars, watched
 from lamina_workers.devices.openmp import share_cores
 
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from lamina.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("lamina")
+
+_reached_in: int | None = None  # the process that made an LLM with workers in other processes
 
 
 class RequestKeywords(SamplingKeywords, total=False):
@@ -293,11 +296,7 @@ class LLM:
 
     def check_process(self) -> None:
         """Raise EngineError in a process that was forked from the one that made this LLM: its threads are not here."""
-        if self._process != os.getpid():
-            raise EngineError(
-                f"this LLM was made in process {self._process}, and this is {os.getpid()}, forked from it, without its "
-                "threads; make an LLM after the fork, or use multiprocessing.get_context('spawn')"
-            )
+        check_process(self._process, "this LLM")
 
     # From arguments to a call.
 
@@ -338,11 +337,13 @@ def _stop(runtime: Runtime | ClusterRuntime, process: int) -> None:
 
 
 def _start_runtime(model: str | Path, config: EngineConfig, progress: Progress | None) -> Runtime | ClusterRuntime:
+    if config.cluster is not None or config.attention_workers or config.autoscale:
+        _reach_workers()
     if config.cluster is not None:
         from lamina.ray_engine.handle import start_on_cluster
 
         return start_on_cluster(model, config, progress)
-    if config.attention_workers and not share_cores():
+    if (config.attention_workers or config.autoscale) and not share_cores():
         logger.warning(
             "torch was loaded before, by this program or by an LLM without attention workers, so its idle threads spin "
             "while attention workers on this host want the cores; set GOMP_SPINCOUNT=1000 before Python starts"
@@ -350,3 +351,15 @@ def _start_runtime(model: str | Path, config: EngineConfig, progress: Progress |
     from lamina.launch.builder import start  # it imports torch, which reads the environment
 
     return start(model, config, progress)
+
+
+def _reach_workers() -> None:
+    """Raise EngineError in a process that was forked from one that reached workers elsewhere."""
+    global _reached_in
+    process = os.getpid()
+    if _reached_in not in (None, process):
+        raise EngineError(
+            f"process {_reached_in} had an LLM with attention_workers or on a cluster before this one, {process}, was "
+            f"forked from it, and gRPC does not work after that; use {SPAWN}, or an LLM without them"
+        )
+    _reached_in = process

@@ -126,6 +126,9 @@ class AttentionWorkerOptions:
     token_file: Annotated[str | None, typer.Option(help="File with the token that callers must show.")] = None
     mutual_tls: Annotated[bool, typer.Option("--mutual-tls", help="Callers must show a certificate too.")] = False
     insecure: Annotated[bool, typer.Option("--insecure", help="Serve other hosts without TLS or token.")] = False
+    drain_timeout: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="Time for KV to move to other workers after SIGTERM.")
+    ] = 25.0
 
     def argv(self) -> list[str]:
         """The arguments of `python -m lamina_workers.attention_main`."""
@@ -139,6 +142,7 @@ class AttentionWorkerOptions:
         elif self.kv_resident is not None:
             raise InvalidRequest(f"--kv-resident is {self.kv_resident} without --kv-cold; allowed is both")
         argv += ["--name", self.name, "--threads", str(self.threads or machine.cores)]
+        argv += ["--drain-timeout", str(self.drain_timeout)]
         argv += [] if self.tls_dir is None else ["--tls-dir", self.tls_dir]
         argv += [] if self.token_file is None else ["--token-file", self.token_file]
         return argv + ["--mutual-tls"] * self.mutual_tls + ["--insecure"] * self.insecure
@@ -146,7 +150,8 @@ class AttentionWorkerOptions:
 
 @flatten_options
 def attention_worker(ctx: typer.Context, worker: AttentionWorkerOptions) -> None:
-    """Serve as an attention worker until Ctrl-C: hold KV, and attend to it, for one engine at a time."""
+    """Serve as an attention worker until Ctrl-C: hold KV, and attend to it, for one engine at a time. Its KV moves to
+    the engine's other workers before it ends."""
     raise typer.Exit(_serve(ctx)(worker.argv()))
 
 

@@ -5,6 +5,7 @@ The choices come from the functions that load a model use. No model is loaded.
 
 from __future__ import annotations
 
+import datetime
 import os
 import platform
 import shutil
@@ -36,12 +37,15 @@ class Finding:
     shown: str = ""
 
 
-def examine() -> Iterator[Finding]:
+def examine(tls_dir: Path | None = None) -> Iterator[Finding]:
+    """`tls_dir`: a folder of certificates, to be looked at too."""
     machine = this_machine()
     yield from _hardware(machine)
     yield from _versions()
     yield from _choices(machine)
     yield from _storage()
+    if tls_dir is not None:
+        yield from _certificates(tls_dir)
 
 
 def as_json(findings: list[Finding]) -> dict[str, dict[str, str | int | bool | None]]:
@@ -110,6 +114,20 @@ def _storage() -> Iterator[Finding]:
     yield Finding("storage", "cache", str(folder))
     yield Finding("storage", "cache_bytes", size, show_bytes(size))
     yield Finding("storage", "free_bytes", free, show_bytes(free))
+
+
+def _certificates(folder: Path) -> Iterator[Finding]:
+    from lamina_workers.process.credentials import certificate_end
+
+    for name in ("ca.pem", "cert.pem"):
+        try:
+            end = certificate_end((folder / name).read_bytes())
+        except (OSError, ValueError) as error:
+            yield Finding("certificates", name, None, f"none: {error}")
+            continue
+        days = (end - datetime.datetime.now(datetime.timezone.utc)).days
+        left = f"in {days} days" if days >= 0 else "expired"
+        yield Finding("certificates", name, days, f"{left}: good until {end:%Y-%m-%d %H:%M} UTC")
 
 
 def _existing(folder: Path) -> Path:

@@ -7,6 +7,7 @@ stdout carries answers and nothing else; progress, statistics and errors go to s
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -114,12 +115,15 @@ def _root(
 ) -> None: ...
 
 
-def doctor(as_json: opt.JsonLines = False) -> None:
+def doctor(
+    as_json: opt.JsonLines = False,
+    tls_dir: Annotated[Path | None, typer.Option(help="Folder of certificates, to see when they end.")] = None,
+) -> None:
     """What this machine has, what will be used, and why."""
     from lamina.cli.doctor import as_json as report
     from lamina.cli.doctor import examine
 
-    findings = list(examine())
+    findings = list(examine(tls_dir))
     if as_json:
         print_json(report(findings))
     else:

@@ -216,7 +216,13 @@ class EngineOptions:
         list[str] | None,
         _worker_option(help="How many to start, or HOST:PORT of running ones: repeated, or with commas."),
     ] = None
+    autoscale: Annotated[
+        str | None, _worker_option(help="The least and the most to have, as KV grows.", metavar="MIN:MAX")
+    ] = None
     shard: Annotated[str | None, _worker_option(help="heads, sequence or heads+sequence.")] = None
+    redundancy: Annotated[
+        str | None, _worker_option(help="Copies of KV for a loss: none, replica, replica(N), parity or parity(K).")
+    ] = None
     cluster: Annotated[str | None, _worker_option(help="Run on a Ray cluster: auto, or its address.")] = None
     local_share: Annotated[
         str | None, _worker_option(help="Of the KV, what stays in this process: 0 to 1 or auto.")
@@ -243,6 +249,7 @@ class EngineOptions:
         """The options that were given, as keywords for `LLM`."""
         given = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "plan"}
         given["attention_workers"] = _workers(self.attention_workers or [])
+        given["autoscale"] = None if self.autoscale is None else _range(self.autoscale)
         for name in ("device", "attention_device"):
             if (names := given[name]) is not None and "," in names:
                 given[name] = [part.strip() for part in names.split(",")]
@@ -266,6 +273,14 @@ def _workers(words: list[str]) -> int | list[str] | None:
     if wrong := [item for item in items if ":" not in item]:
         raise typer.BadParameter(f"--attention-workers has {wrong[0]!r}; allowed are a number, or HOST:PORT")
     return items or None
+
+
+def _range(text: str) -> tuple[int, int]:
+    """The numbers of MIN:MAX."""
+    least, _, most = text.partition(":")
+    if not (least.strip().isdecimal() and most.strip().isdecimal()):
+        raise typer.BadParameter(f"--autoscale is {text!r:.80}; allowed is MIN:MAX, two whole numbers")
+    return int(least), int(most)
 
 
 @dataclass(frozen=True, slots=True)

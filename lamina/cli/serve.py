@@ -162,7 +162,8 @@ def serve(
     config = EngineConfig(**keywords)  # a wrong value fails before anything starts
     sources = [_named(text) for text in models or [DEFAULT_MODEL]]
     settings = server.settings([name for name, _ in sources])
-    if (config.attention_workers or server.allow_join) and settings.max_loaded > 1 and config.cluster is None:
+    has_workers = config.attention_workers or config.autoscale or server.allow_join
+    if has_workers and settings.max_loaded > 1 and config.cluster is None:
         raise InvalidRequest(
             f"max_loaded is {settings.max_loaded} beside attention workers, which serve one; allowed is 1"
         )
@@ -208,8 +209,7 @@ def _workers(config: EngineConfig, keywords: Mapping[str, Any], max_loaded: int)
     """Fields of a `ServerPlan`: the engine's keywords, and the attention workers that the supervisor starts here.
     Models that are loaded together divide what one would take for its KV by itself."""
     given = {name: str(value) if isinstance(value, Path) else value for name, value in keywords.items()}
-    count = config.attention_workers
-    if not isinstance(count, int) or not count or config.cluster is not None:
+    if not config.most_workers or config.cluster is not None:
         if max_loaded > 1 and config.cluster is None and not isinstance(config.kv_memory, int):
             given |= {"kv_memory": kv_share(this_machine(), max_loaded * config.holders_here)}
         return {"engine": given}
@@ -218,7 +218,10 @@ def _workers(config: EngineConfig, keywords: Mapping[str, Any], max_loaded: int)
     given = {name: value for name, value in given.items() if name != "attention_workers"} | {"kv_memory": memory}
     threads = config.threads or machine.cores
     cold = config.cold_tier(memory, kv_share(machine, config.holders_here))
-    return {"engine": given, "workers": count, "kv_memory": memory, "threads": threads, "cold": cold}
+    return {
+        "engine": given, "workers": config.first_workers, "most_workers": config.most_workers, "kv_memory": memory,
+        "threads": threads, "cold": cold,
+    }  # fmt: skip
 
 
 def _joining(server: ServerOptions, config: EngineConfig, settings: ServerSettings) -> JoinPlan | None:
@@ -239,6 +242,9 @@ def _joining(server: ServerOptions, config: EngineConfig, settings: ServerSettin
         raise InvalidRequest(
             "allow_join beside --open would let everybody accept machines; give the operator a key with --api-key-file"
         )
+    if config.autoscale is not None:
+        least, most = config.autoscale
+        raise InvalidRequest(f"allow_join beside autoscale of {least} to {most}: allowed is one of the two")
     if config.cluster is not None or not isinstance(config.attention_workers, int):
         given = "cluster" if config.cluster is not None else "addresses of attention_workers"
         raise InvalidRequest(f"allow_join beside {given}: allowed is a number of attention_workers, or none")

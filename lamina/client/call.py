@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
@@ -16,6 +17,7 @@ from lamina.client.interface import Delivery
 from lamina.client.output_processor import OutputProcessor
 from lamina.completions import Completion, Interrupted, TokenEvent
 from lamina.messages.engine_request import EngineOutput, EngineRequest
+from lamina.system.forks import check_process
 from lamina.system.progress import Progress
 
 if TYPE_CHECKING:
@@ -44,13 +46,14 @@ class Call:
     aborted. A request that failed raises its error. Ctrl-C in `result()` raises Interrupted.
 
     `submit`, `take` and `abort` are for callers that wait in their own way. The call keeps its `owner` alive until it
-    is over.
+    is over. In a process that is forked meanwhile each raises EngineError, and aborts nothing.
     """
 
     def __init__(
         self, serving: Serving, requests: Sequence[EngineRequest], one: bool = False, owner: object = None
     ) -> None:
         self._engine = engine = serving.engine
+        self._process = os.getpid()
         self._progress = serving.progress
         self._requests = requests
         self._one = one
@@ -69,6 +72,7 @@ class Call:
         self.submit(outputs.put, streamed=False)
         try:
             while not self.done:
+                self._check_process()
                 self.take(outputs.get())
         except KeyboardInterrupt as interrupt:
             while not outputs.empty():
@@ -83,6 +87,7 @@ class Call:
         self.submit(outputs.put, streamed=True)
         try:
             while not self.done:
+                self._check_process()
                 yield from self.take(outputs.get())
         finally:
             self.abort()
@@ -103,6 +108,7 @@ class Call:
         self.submit(outputs.put, streamed)
         try:
             while not self.done:
+                self._check_process()
                 for event in self.take(await outputs.get()):
                     yield event
         finally:
@@ -117,6 +123,7 @@ class Call:
         Outputs are held back until a sample has ended, unless they are `streamed` or stop strings must be found: to
         wake the caller for each token would take a core from the engine.
         """
+        self._check_process()
         self._put = put
         now = time.monotonic()
         for request in self._requests:
@@ -160,9 +167,14 @@ class Call:
     def abort(self) -> None:
         """The call is over: end what has not ended."""
         self._owner = None
+        if self._process != os.getpid():  # it goes on where it was made
+            return
         for request in self._requests:
             if not self._processors[request.id].done:
                 self._engine.abort(request)
+
+    def _check_process(self) -> None:
+        check_process(self._process, "this call")
 
     def _deliver(self, request: EngineRequest, outputs: list[EngineOutput]) -> None:
         self._put((request, outputs))

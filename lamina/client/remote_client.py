@@ -13,6 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from lamina.client.interface import Event, Wire
@@ -23,6 +24,7 @@ from lamina.messages.request_codec import Command, decode_output, encode_request
 from lamina.messages.snapshot import Snapshot
 from lamina.scheduling.prefix_events import PrefixSink
 from lamina.system.progress import Progress
+from lamina.system.timers import Cancellable, later
 
 logger = logging.getLogger("lamina")
 
@@ -47,7 +49,7 @@ class RemoteEngine:
 
     One thread sends, so that an abort never overtakes its request; another receives, and calls the sinks. Once the wire
     is broken, new requests are refused, and the running ones wait `patience` seconds for `rejoin` before they fail.
-    With `holds` new requests are taken, and wait too.
+    With `holds` new requests are taken, and wait too. `later` makes a call after some seconds of the clock.
     """
 
     def __init__(
@@ -57,8 +59,10 @@ class RemoteEngine:
         progress: Progress | None = None,
         patience: float = 0.0,
         holds: bool = False,
+        later: Callable[[float, Callable[[], object]], Cancellable] = later,
     ) -> None:
         self._clock = clock
+        self._later = later
         self._progress = progress
         self._patience = patience
         self._holds = holds
@@ -71,7 +75,7 @@ class RemoteEngine:
         self._why = ""  # why the engine stopped; empty while it runs
         self._parted = ""  # why the wire broke, while another may come
         self._halted = False
-        self._timer: threading.Timer | None = None
+        self._timer: Cancellable | None = None
         self._over = threading.Event()
         self._threads: tuple[threading.Thread, ...] = ()
         self._begin(wire)
@@ -240,6 +244,8 @@ class RemoteEngine:
         request.preemptions, request.spared = preempted, KvSavings(*savings)
         request.drafted, request.accepted = drafts
         decoded = [decode_output(output, entry.start) for output in outputs]
+        # A sample that was aborted while there was no engine has ended here, and the next one ends it once more.
+        decoded = [each for each in decoded if each.sample not in entry.ended or each.error is not None]
         for output in decoded:
             if output.token is not None:
                 entry.tokens[output.sample].append(output.token)
@@ -260,9 +266,7 @@ class RemoteEngine:
                 return
             self._parted = why
             self._asked.clear()
-            self._timer = threading.Timer(self._patience, self._give_up, (why,))
-            self._timer.daemon = True
-            self._timer.start()
+            self._timer = self._later(self._patience, partial(self._give_up, why))
 
     def give_up(self, why: str) -> None:
         """No other engine will come: fail what waits for `rejoin`. For the thread that would call `rejoin`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -14,6 +13,7 @@ from lamina.errors import EngineError, LaminaError
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.messages.request_codec import Command, decode_request, encode_output
 from lamina.scheduling.prefix_events import PrefixEvent
+from lamina.system.timers import later
 
 SWITCH_INTERVAL = 1e-4
 """Seconds for `sys.setswitchinterval`. With the default, threads that talk to clients could keep the interpreter from
@@ -129,6 +129,4 @@ class EngineHost:
 
 def disclaim_later(disclaim: Callable[[], None]) -> None:
     """Call an engine's `disclaim` 10 s after its start: clients resume requests of the previous engine before that."""
-    timer = threading.Timer(_CLAIM, disclaim)
-    timer.daemon = True
-    timer.start()
+    later(_CLAIM, disclaim)

@@ -14,17 +14,18 @@ from lamina_protocols.channels import Credentials
 class ListedWorkers(AttentionSupervisor[Worker]):
     """Workers at given addresses ("host:port"). They are neither started nor ended here.
 
-    `answers(address)` says whether a worker takes connections there; it may take as long as `interval`, the seconds
-    between two attempts. All are to answer within `timeout` seconds, or within `refused` where nothing listens at the
-    port. `clock` is in seconds.
+    `answers(address)` is for how many seconds a worker has run there, None where none answers; it may take as long as
+    `interval`, the seconds between two attempts. A worker that was drained is not taken again, but the next process at
+    its address is. `credentials` are asked for before each attempt. All are to answer within `timeout` seconds, or
+    within `refused` where nothing listens at the port. `clock` is in seconds.
     """
 
     def __init__(
         self,
         addresses: Sequence[str],
         *,
-        credentials: Credentials | None,
-        answers: Callable[[WorkerAddress], bool],
+        credentials: Callable[[], Credentials | None],
+        answers: Callable[[WorkerAddress], float | None],
         clock: Callable[[], float],
         timeout: float = 30.0,
         refused: float = 10.0,
@@ -38,15 +39,23 @@ class ListedWorkers(AttentionSupervisor[Worker]):
         self._timeout = timeout
         self._refused = min(refused, timeout)
         self._interval = interval
+        self._drained_at: dict[str, float] = {}  # by address: since when a worker has been drained there
+
+    def drained(self, name: str) -> None:
+        self._calls.put(lambda: self._await_next(name))
 
     def start(self, progress: Progress | None = None) -> tuple[WorkerAddress, ...]:
         self._began = self._clock()
         return super().start(progress)
 
     def _launch(self, slot: Slot[Worker]) -> Worker:
-        address = WorkerAddress(slot.name, slot.base, self._credentials)
-        if not self._answers(address):
-            raise ConnectionError(f"no attention worker answers at {slot.base}")
+        address = WorkerAddress(slot.name, slot.base, self._credentials(), place=slot.base)
+        age = self._answers(address)
+        if age is None:
+            raise ConnectionError("no answer")
+        if slot.base in self._drained_at and age >= self._clock() - self._drained_at[slot.base]:
+            raise ConnectionError(f"the attention worker that was drained still answers at {slot.base}")
+        self._drained_at.pop(slot.base, None)
         worker = Worker()
         self._calls.put(lambda: self._joined(worker, address))
         return worker
@@ -59,8 +68,8 @@ class ListedWorkers(AttentionSupervisor[Worker]):
         if starting and now >= self._began + wait:
             missing = ", ".join(slot.base for slot in self._slots if slot.worker is None)
             self._fail(
-                f"no attention worker answers at {missing} within {wait:g} s"
-                f"{': nothing listens at that port' if refused else ''}; start one there "
+                f"no attention worker answers at {missing} within {wait:g} s: "
+                f"{'nothing listens at that port' if refused else error}; start one there "
                 "with `lamina attention-worker --listen HOST:PORT`; a worker with TLS answers no client without it"
             )
 
@@ -70,22 +79,33 @@ class ListedWorkers(AttentionSupervisor[Worker]):
         slot.worker, slot.due = None, self._clock() + self._interval
         slot.restarts += 1
 
+    def _dismiss(self, worker: Worker) -> None:
+        """The program that started it ends it."""
+
+    def _await_next(self, name: str) -> None:
+        for slot in self._slots:
+            if slot.worker is not None and slot.name == name:
+                self._drained_at[slot.base] = self._clock()
+                self._kill(slot.worker)
+
     def _end(self, workers: Sequence[Worker]) -> None:
         """Other programs end them."""
 
 
-def answers(worker: WorkerAddress, timeout: float = 2.0) -> bool:
-    """Whether a worker answers within so many seconds. A refusal is an answer: connecting raises its reason. Raises
-    ConnectionRefusedError where the host answers that nothing listens at the port."""
+def answers(worker: WorkerAddress, timeout: float = 2.0) -> float | None:
+    """For how many seconds a worker has run, None where none answers within `timeout`. A refusal is an answer, of a new
+    worker: connecting raises its reason. Raises ConnectionRefusedError where the host answers that nothing listens at
+    the port, ConnectionError where the two ends cannot agree on TLS."""
     from lamina_protocols.service import WorkerClient, WorkerRefused, WorkerUnreachable  # loads grpc
 
     with WorkerClient(worker.address, worker.credentials) as client:
         try:
-            client.status(timeout)
+            return client.status(timeout).uptime
         except WorkerUnreachable as error:
             if "Connection refused" in str(error):
                 raise ConnectionRefusedError(str(error)) from error
-            return False
+            if "TLS" in str(error):
+                raise ConnectionError(str(error)) from error
+            return None
         except WorkerRefused:
-            return True
-    return True
+            return 0.0

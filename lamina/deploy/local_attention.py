@@ -21,12 +21,15 @@ _LISTENING = re.compile(r"listening (\S+:\d+)")
 
 
 class LocalAttentionWorkers(AttentionSupervisor[LocalWorker]):
-    """`count` attention workers in child processes, each with `kv_memory` bytes of KV and so many threads.
+    """`count` attention workers in child processes, each with `kv_memory` bytes of KV and so many threads; up to `most`
+    where more are asked for.
 
     `devices` names that of each, where it is not the CPU; `cold` is where KV goes that nobody reads. `command(name)` is
     what runs a worker; it gets `--token-file FILE` at its end, and must print `listening HOST:PORT` within `timeout`
-    seconds. One thread starts them all (`child_process` says why).
+    seconds. A standby takes no memory for KV. One thread starts them all (`child_process` says why).
     """
+
+    keeps_standby = True  # the start of a process takes seconds of a core
 
     def __init__(
         self,
@@ -34,13 +37,14 @@ class LocalAttentionWorkers(AttentionSupervisor[LocalWorker]):
         *,
         kv_memory: int,
         threads: int,
+        most: int | None = None,
         devices: Sequence[str] = (),
         cold: ColdTier | None = None,
         command: Callable[[str], Sequence[str]] | None = None,
         clock: Callable[[], float] = time.monotonic,
         timeout: float = 60.0,
     ) -> None:
-        super().__init__(count, clock)
+        super().__init__(count, clock, most=most)
         self._kv_memory = kv_memory
         self._devices = devices
         self._token = secrets.token_urlsafe(32)  # loopback is open to every user of this host
@@ -66,7 +70,7 @@ class LocalAttentionWorkers(AttentionSupervisor[LocalWorker]):
         match = _LISTENING.fullmatch(line.strip())
         if match is None:
             return False
-        address = WorkerAddress(slot.name, match[1], Credentials(token=self._token), self._kv_memory)
+        address = WorkerAddress(slot.name, match[1], Credentials(token=self._token), self._kv_memory, slot.base)
         self._calls.put(lambda: self._joined(worker, address))
         return True
 
@@ -79,6 +83,9 @@ class LocalAttentionWorkers(AttentionSupervisor[LocalWorker]):
 
     def _kill(self, worker: LocalWorker) -> None:
         worker.process.kill()
+
+    def _dismiss(self, worker: LocalWorker) -> None:
+        worker.process.terminate()
 
     def _end(self, workers: Sequence[LocalWorker]) -> None:
         end_all(worker.process for worker in workers)

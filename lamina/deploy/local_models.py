@@ -8,6 +8,7 @@ from lamina.deploy.local_worker import LocalWorker
 from lamina.deploy.restarts import Slot
 from lamina.deploy.supervision import ModelSupervisor
 from lamina.system.child_process import end_all, module_command
+from lamina_protocols.versions import PROTOCOL_VERSION, VARIABLE
 
 
 class LocalModelWorkers(ModelSupervisor[LocalWorker]):
@@ -33,6 +34,7 @@ class LocalModelWorkers(ModelSupervisor[LocalWorker]):
             slot.name,
             self._command(slot.name, self._address),
             lambda worker: self._calls.put(lambda: self._ended(slot, worker.process.how(), worker.last_lines)),
+            environment={VARIABLE: str(PROTOCOL_VERSION)},
         )
         worker.up = True
         worker.process.say(secret.hex())

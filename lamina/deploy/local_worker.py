@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from lamina.deploy.supervision import Worker
 from lamina.system.child_process import ChildProcess
@@ -30,14 +30,16 @@ class LocalWorker(Worker):
         *,
         takes: Callable[[LocalWorker, str], bool] = lambda worker, line: False,
         pass_fds: Sequence[int] = (),
+        environment: Mapping[str, str] | None = None,
         deadline: float | None = None,
     ) -> None:
         super().__init__(deadline=deadline)
         self.last_lines: deque[str] = deque(maxlen=_LAST_LINES)
         self._takes = takes
         self.process = ChildProcess(
-            name, command, self._hear, lambda _: on_end(self), pass_fds=pass_fds, merge_stderr=True
-        )
+            name, command, self._hear, lambda _: on_end(self), pass_fds=pass_fds, environment=environment,
+            merge_stderr=True,
+        )  # fmt: skip
         self.pid = self.process.pid
 
     def _hear(self, process: ChildProcess, line: str) -> None:

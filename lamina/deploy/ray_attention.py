@@ -12,13 +12,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lamina.deploy.ray_connection import ATTENTION, NAMESPACE, TIMEOUT, explain, ray_module, require
+from lamina.deploy.ray_connection import (
+    ATTENTION,
+    NAMESPACE,
+    TIMEOUT,
+    explain,
+    ray_module,
+    request_nodes,
+    require,
+)
 from lamina.deploy.restarts import Slot
 from lamina.deploy.supervision import AttentionSupervisor, Worker
 from lamina.deploy.worker_events import WAITING, WorkerAddress
 from lamina.system.child_process import KEY_VARIABLE
 from lamina.system.progress import Progress
-from lamina_protocols.channels import Credentials
+from lamina_protocols.channels import Credentials, join_address
 from lamina_protocols.layers import ColdTier
 from lamina_workers.devices.openmp import share_cores
 from lamina_workers.process.credentials import create_credentials
@@ -72,7 +80,7 @@ class AttentionActor:
             self._server = AttentionServer(
                 ServerConfig(
                     name=self._name,
-                    listen=f"[{host}]:0" if ":" in host else f"{host}:0",
+                    listen=join_address(host, 0),
                     kv_memory=self._kv_memory,
                     threads=self._threads or machine.cores,
                     device=f"cuda:{gpu}" if self._device == "cuda" else self._device,
@@ -115,7 +123,8 @@ class _RayAttentionWorker(Worker):
 
 
 class RayAttentionWorkers(AttentionSupervisor[_RayAttentionWorker]):
-    """`count` attention workers as Ray actors, one for each `lamina_attention` of a node.
+    """`count` attention workers as Ray actors, one for each `lamina_attention` of a node; up to `most` where more are
+    asked for. Where `most` is given, the cluster's autoscaler, if it has one, is asked for nodes.
 
     `kv_memory` is in bytes for each; None: half of its node's free memory, shared among the node's workers. With
     `kv_cold`, a folder of each node, `kv_resident` bytes of it stay in memory; None: as much as that. `threads`
@@ -130,12 +139,14 @@ class RayAttentionWorkers(AttentionSupervisor[_RayAttentionWorker]):
         *,
         kv_memory: int | None,
         threads: int | None,
+        most: int | None = None,
         device: str = "cpu",
         engine: str = "",
         kv_cold: str | None = None,
         kv_resident: int | None = None,
     ) -> None:
-        super().__init__(count)
+        super().__init__(count, most=most)
+        self._scales = most is not None
         self._device = device
         self._engine = engine
         self._kv_memory = kv_memory
@@ -144,14 +155,34 @@ class RayAttentionWorkers(AttentionSupervisor[_RayAttentionWorker]):
         self._actors: dict[str, Any] = {}
 
     def start(self, progress: Progress | None = None) -> tuple[WorkerAddress, ...]:
-        require({ATTENTION: len(self._slots)})
+        self._request(self._count)
+        require({ATTENTION: self._count})
         if progress is not None:
-            progress(WAITING, 0, len(self._slots))
+            progress(WAITING, 0, self._count)
         return super().start(progress)
+
+    def _request(self, count: int) -> None:
+        """Have the cluster's autoscaler keep nodes for so many workers."""
+        if self._scales:
+            try:
+                request_nodes({ATTENTION: 1}, count)
+            except Exception:  # the workers that wait for a node are asked for as well
+                logger.exception("cannot ask the Ray cluster for nodes")
+
+    def _open(self, count: int) -> None:
+        super()._open(count)
+        self._request(self._count)
+
+    def _let_go(self, name: str) -> None:
+        super()._let_go(name)
+        self._request(self._count)
+
+    def _dismiss(self, worker: _RayAttentionWorker) -> None:
+        worker.actor.stop.remote()  # then `run` returns
 
     def _launch(self, slot: Slot[_RayAttentionWorker]) -> _RayAttentionWorker:
         if slot.base not in self._actors:
-            self._actors[slot.base] = self._create(slot.base)
+            self._actors[slot.base] = self._create(slot.name)
         deadline = None if self._started.is_set() else self._clock() + TIMEOUT
         return _RayAttentionWorker(actor=self._actors[slot.base], deadline=deadline)
 
@@ -217,10 +248,14 @@ class RayAttentionWorkers(AttentionSupervisor[_RayAttentionWorker]):
             return
         address, kv_memory, worker.pid, credentials = answer
         worker.running = worker.actor.run.remote()
-        self._joined(worker, WorkerAddress(slot.name, address, credentials, kv_memory))
+        self._joined(worker, WorkerAddress(slot.name, address, credentials, kv_memory, slot.base))
 
     def _run_ended(self, slot: Slot[_RayAttentionWorker], worker: _RayAttentionWorker) -> None:
         ray = ray_module()
+        if worker.retired:
+            ray.kill(self._actors.pop(slot.base))
+            self._ended(slot, "")
+            return
         try:
             ray.get(worker.running)
             how = "its server stopped"
@@ -238,7 +273,7 @@ class RayAttentionWorkers(AttentionSupervisor[_RayAttentionWorker]):
         self._fail(f"{missing} did not start within {TIMEOUT:g} s; see Ray's logs of workers")
 
     def _kill(self, worker: _RayAttentionWorker) -> None:
-        ray_module().kill(worker.actor, no_restart=False)
+        ray_module().kill(worker.actor, no_restart=worker.retired)
 
     def _end(self, workers: Sequence[_RayAttentionWorker]) -> None:
         ray = ray_module()
@@ -249,6 +284,7 @@ class RayAttentionWorkers(AttentionSupervisor[_RayAttentionWorker]):
             ray.wait(stopping, num_returns=len(stopping), timeout=_GRACE)
         for actor in self._actors.values():
             ray.kill(actor)
+        self._request(0)
 
 
 def environment(threads: int | None) -> dict[str, str]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from lamina.errors import EngineError, InvalidRequest
 from lamina_protocols.channels import is_loopback, split_address
+from lamina_protocols.versions import PROTOCOL_VERSION, VersionMismatch, check_neighbours
 
 NAMESPACE = "lamina"
 MODEL, ATTENTION = "lamina_model", "lamina_attention"  # resources that `ray start --resources` gives a node
@@ -90,7 +91,7 @@ def connect(address: str) -> bool:
         return False
     try:
         if address != "auto":
-            _check_reachable(host.strip("[]"), int(port))
+            check_reachable(host.strip("[]"), int(port))
         job = ray.job_config.JobConfig()
         job._runtime_env_has_working_dir = lambda: True  # else its processes import from our working folder first
         ray.init(address, namespace=NAMESPACE, job_config=job, log_to_driver=False, logging_level=logging.ERROR)
@@ -103,7 +104,7 @@ def connect(address: str) -> bool:
     return True
 
 
-def _check_reachable(host: str, port: int) -> None:
+def check_reachable(host: str, port: int) -> None:
     """Raise OSError where no process listens: Ray itself would try for minutes."""
     probe = http.client.HTTPConnection(host, port, timeout=_REACHING)
     try:
@@ -112,12 +113,17 @@ def _check_reachable(host: str, port: int) -> None:
         probe.close()
 
 
+def head_address() -> str:
+    """Where the head of the connected cluster listens."""
+    return str(ray_module().get_runtime_context().gcs_address)
+
+
 def require_authentication() -> None:
     """Raise EngineError where other hosts reach the cluster's head and it answers a caller that shows nothing: such a
     cluster runs any program for anybody, as the user who started it."""
     from lamina_protocols.grpc_core import grpc  # takes a while
 
-    address = ray_module().get_runtime_context().gcs_address
+    address = head_address()
     if is_loopback(split_address(address)[0]):
         return
     # Not Ray's own client, which would show this process's token.
@@ -136,14 +142,23 @@ def require_authentication() -> None:
 
 def require(wanted: Mapping[str, int], seconds: float = _JOINING) -> None:
     """Wait until the cluster has so much of each resource free. Raises EngineError after `seconds`, naming what is
-    missing, and where a node that has one of the resources runs another version of Lamina than this process."""
+    missing, and where a node that has one of the resources runs a Lamina whose protocol this process does not speak."""
     ray = ray_module()
     deadline = time.monotonic() + seconds
     while short := [name for name, count in wanted.items() if ray.available_resources().get(name, 0) < count]:
         if time.monotonic() >= deadline:
             raise EngineError(shortage(short[0], wanted[short[0]]))
         time.sleep(_POLL)
-    compare_versions(metadata.version("lamina"), _versions(wanted))
+    compare_versions(_versions(wanted))
+
+
+def request_nodes(bundle: Mapping[str, int], count: int) -> None:
+    """Ask the cluster's autoscaler for room for `count` bundles of resources, in use or not. It holds until the next
+    call of any program on the cluster; without an autoscaler nothing follows."""
+    ray_module()
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=[dict(bundle)] * count)
 
 
 def shortage(name: str, count: int) -> str:
@@ -166,27 +181,32 @@ def prefer(node: str) -> Any:
     return NodeAffinitySchedulingStrategy(node, soft=True)
 
 
-def compare_versions(here: str, there: Mapping[str, str | None]) -> None:
-    """Raise EngineError where a node has another version of Lamina, or none."""
+def compare_versions(there: Mapping[str, int | None]) -> None:
+    """Raise EngineError where a node has a Lamina whose protocol version is no neighbour of this one's, or none."""
     for node, version in there.items():
-        if version != here:
-            found = f"Lamina {version}" if version else "no Lamina"
-            raise EngineError(f"node {node} has {found}; this process has Lamina {here}. All must have the same")
+        if version is None:
+            raise EngineError(f"node {node} has no Lamina; this process has Lamina {metadata.version('lamina')}")
+        try:
+            check_neighbours(PROTOCOL_VERSION, version)
+        except VersionMismatch as error:
+            raise EngineError(f"node {node} has another Lamina. {error}") from error
 
 
-def _versions(resources: Mapping[str, int]) -> dict[str, str | None]:
-    """The version of Lamina on each node that has one of the resources, by the node's address."""
+def _versions(resources: Mapping[str, int]) -> dict[str, int | None]:
+    """The protocol version of Lamina on each node that has one of the resources, by the node's address."""
     ray = ray_module()
     from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    def installed() -> str | None:  # sent by value: it must run where there is no Lamina, or another one
-        from importlib import metadata
+    def installed() -> int | None:  # sent by value: it must run where there is no Lamina, or another one
+        import importlib
 
-        try:
-            return metadata.version("lamina")
-        except metadata.PackageNotFoundError:
-            return None
+        for module in ("versions", "messages"):  # the second had it up to version 7
+            try:
+                return int(importlib.import_module(f"lamina_protocols.{module}").PROTOCOL_VERSION)
+            except (ImportError, AttributeError):
+                continue
+        return None
 
     task = ray.remote(num_cpus=0, max_retries=0)(installed)
     asked = {

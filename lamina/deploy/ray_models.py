@@ -18,6 +18,7 @@ from lamina.deploy.ray_attention import environment
 from lamina.deploy.ray_connection import MODEL, TIMEOUT, explain, ray_module, shortage
 from lamina.deploy.restarts import Slot
 from lamina.deploy.supervision import ModelSupervisor, Worker
+from lamina_protocols.versions import PROTOCOL_VERSION, VARIABLE
 from lamina_workers.devices.openmp import share_cores
 from lamina_workers.process.credentials import create_credentials
 
@@ -89,7 +90,7 @@ class RayModelWorkers(ModelSupervisor[_RayModelWorker]):
                 resources={MODEL: 1},
                 num_cpus=0,
                 max_concurrency=2,
-                runtime_env={"env_vars": environment(self._threads)},
+                runtime_env={"env_vars": environment(self._threads) | {VARIABLE: str(PROTOCOL_VERSION)}},
             )
             .remote()
         )

@@ -14,14 +14,14 @@ _WORKERS_UP = 120.0  # seconds
 
 
 class RelayedWorkers:
-    """An `AttentionWorkers` for an engine whose workers another process starts. `on_lost` gets the name of each worker
-    that the engine has given up. `drains` has the names of workers that want to go; the engine's owner takes them.
-    `there`, `joined` and `left` are for any thread."""
+    """An `AttentionWorkers` for an engine whose workers another process starts. `tell` is how that process gets to know
+    what the engine wants: ("lost", name), ("grow", count), ("retire", name). `drains` has the names of workers that
+    want to go; the engine's owner takes them. `there`, `joined` and `left` are for any thread."""
 
-    def __init__(self, on_lost: Callable[[str], None], optional: bool = False) -> None:
+    def __init__(self, tell: Callable[[str, str | int], object], optional: bool = False) -> None:
         self.optional = optional
         self.drains: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._on_lost = on_lost
+        self._tell = tell
         self._first: queue.SimpleQueue[tuple[WorkerAddress, ...] | None] = queue.SimpleQueue()
         self._there: dict[str, WorkerAddress] | None = None  # None before the first call of `there`
         self._membership = MembershipEvents()
@@ -44,7 +44,16 @@ class RelayedWorkers:
             self._membership.deliver()
 
     def lost(self, name: str) -> None:
-        self._on_lost(name)
+        self._tell("lost", name)
+
+    def grow(self, count: int) -> None:
+        self._tell("grow", count)
+
+    def retire(self, name: str) -> None:
+        self._tell("retire", name)
+
+    def drained(self, name: str) -> None:
+        """Nothing to do: the other process notices the worker's end."""
 
     def status(self) -> tuple[WorkerStatus, ...]:
         return ()

@@ -50,7 +50,8 @@ def incarnation(name: str, restarts: int) -> str:
 class Slot(Generic[W]):
     """Room for one worker: the worker, or the time of the next start.
 
-    A slot is started while `is_due`, has its worker until `ended`, and is due again after a delay, or never.
+    A slot is started while `is_due`, has its worker until `ended`, and is due again after a delay, or never. A `vacant`
+    slot is not counted until it is opened: it has no worker, one that is about to end, or a standby.
     """
 
     base: str  # the name of its first worker
@@ -58,6 +59,7 @@ class Slot(Generic[W]):
     worker: W | None = None
     due: float | None = 0.0  # when the next worker starts, while there is none; None: never
     restarts: int = 0
+    vacant: bool = False
     backoff: Backoff = field(default_factory=Backoff)
 
     @property
@@ -81,6 +83,19 @@ class Slot(Generic[W]):
         self.restarts += 1
         self.due = None if delay is None else now + delay
         return "too often: it stays down" if delay is None else f"it starts again in {delay:g} s"
+
+    def vacate(self) -> None:
+        """Its worker is not needed any more, and no other is started."""
+        self.vacant, self.due = True, None
+
+    def open(self) -> None:
+        """A worker is needed in a vacant slot."""
+        self.vacant, self.due = False, 0.0
+
+    def left(self) -> None:
+        """The worker has ended, as it was told to."""
+        self.worker = None
+        self.restarts += 1
 
     def give_up(self) -> None:
         """No worker is started here any more."""

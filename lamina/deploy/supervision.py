@@ -27,10 +27,13 @@ from lamina.deploy.worker_events import (
     WorkerStatus,
 )
 from lamina.errors import EngineError
+from lamina.system.child_process import GRACE
 from lamina.system.progress import Progress
 from lamina_protocols.channels import Credentials
 
 logger = logging.getLogger("lamina")
+
+_STANDBY_AFTER = 5.0  # seconds, in which those that are needed have the cores
 
 
 @dataclass(eq=False, kw_only=True)
@@ -42,6 +45,8 @@ class Worker:
     address: WorkerAddress | None = None  # of an attention worker that is up
     pid: int | None = None
     given_up: bool = False  # by the engine, which is not notified of its end
+    retired: bool = False  # it is empty, and was told to end
+    standby: WorkerAddress | None = None  # of an attention worker that is ready, and of which the engine does not know
 
 
 W = TypeVar("W", bound=Worker)
@@ -67,7 +72,7 @@ class SlotSupervisor(ABC, Generic[W]):
         self._calls.put(lambda: self._give_up(name))
 
     def status(self) -> tuple[WorkerStatus, ...]:
-        return tuple(self._status(slot, slot.worker) for slot in self._slots)
+        return tuple(self._status(slot, slot.worker) for slot in self._slots if not slot.vacant)
 
     def close(self) -> None:
         self._closed.set()
@@ -151,7 +156,7 @@ class SlotSupervisor(ABC, Generic[W]):
             worker = slot.worker
             if worker is not None and worker.deadline is not None and worker.deadline <= now:
                 worker.deadline = None
-                self._overdue(slot, worker)
+                self._kill(worker) if worker.retired else self._overdue(slot, worker)
 
     def _give_up(self, name: str) -> None:
         for slot in self._slots:
@@ -171,15 +176,19 @@ class SlotSupervisor(ABC, Generic[W]):
 
 
 class AttentionSupervisor(SlotSupervisor[W]):
-    """`count` attention workers: an `AttentionWorkers`.
+    """`count` attention workers at first, and `most` at most (None: `count`): an `AttentionWorkers`.
 
-    A worker that ends before it was up ends the start of all.
+    A worker that ends before it was up ends the start of all. Where there may be more, one that `keeps_standby` has a
+    standby worker ready for the next time that more are asked for.
     """
 
-    optional = False
+    keeps_standby = False
 
-    def __init__(self, count: int, clock: Callable[[], float] = time.monotonic) -> None:
-        super().__init__("attention", range(count), clock)
+    def __init__(self, count: int, clock: Callable[[], float] = time.monotonic, *, most: int | None = None) -> None:
+        super().__init__("attention", range(max(count, most or 0)), clock)
+        for slot in self._slots[count:]:
+            slot.vacate()
+        self.optional = count == 0
         self._membership = MembershipEvents()
         self._progress: Progress | None = None
         self._started = threading.Event()  # all are up, or one has failed
@@ -201,16 +210,69 @@ class AttentionSupervisor(SlotSupervisor[W]):
         self._membership.listen(on_joined, on_left)
         self._calls.put(self._membership.deliver)
 
+    def grow(self, count: int) -> None:
+        self._calls.put(lambda: self._open(count))
+
+    def retire(self, name: str) -> None:
+        self._calls.put(lambda: self._let_go(name))
+
+    def drained(self, name: str) -> None:
+        """Nothing to do: the end of a process that was started here is noticed."""
+
     def described(self) -> tuple[tuple[WorkerAddress | None, WorkerStatus], ...]:
         """The status of every slot, and the address of its worker, if one is up."""
-        workers = [(slot, slot.worker) for slot in self._slots]
+        workers = [(slot, slot.worker) for slot in self._slots if not slot.vacant]
         return tuple(
             (None if worker is None else worker.address, self._status(slot, worker)) for slot, worker in workers
         )
 
+    # More and fewer.
+
+    @property
+    def _count(self) -> int:
+        """How many workers there are, or are to be."""
+        return sum(not slot.vacant for slot in self._slots)
+
+    def _open(self, count: int) -> None:
+        vacant = [slot for slot in self._slots if slot.vacant]
+        vacant.sort(key=lambda slot: slot.worker is None or slot.worker.retired)  # a standby first
+        for slot in vacant[: max(0, count - self._count)]:
+            slot.open()
+            if (worker := slot.worker) is not None and worker.standby is not None:
+                self._joined(worker, worker.standby)
+        self._prepare()
+
+    def _let_go(self, name: str) -> None:
+        for slot in self._slots:
+            worker = slot.worker
+            if worker is not None and slot.name == name and not worker.retired:
+                slot.vacate()
+                worker.retired, worker.deadline = True, self._clock() + GRACE
+                self._dismiss(worker)
+
+    def _prepare(self) -> None:
+        """Have a standby worker soon, if there is none."""
+        vacant = [slot for slot in self._slots if slot.vacant]
+        has_standby = any(slot.due is not None or (slot.worker and not slot.worker.retired) for slot in vacant)
+        empty = next((slot for slot in vacant if slot.worker is None), None)
+        if self.keeps_standby and not has_standby and empty is not None:
+            empty.due = self._clock() + _STANDBY_AFTER
+
+    @abstractmethod
+    def _dismiss(self, worker: W) -> None:
+        """Have a worker that keeps nothing end in order; its end is noticed as any other."""
+
+    # The start.
+
     def _supervise(self) -> None:
+        if not self._count:
+            self._all_up()
         super()._supervise()
         self._fail("closed while the attention workers were starting")
+
+    def _all_up(self) -> None:
+        self._started.set()
+        self._prepare()
 
     def _fail(self, why: str, cause: Exception | None = None) -> None:
         """End the start of all; no effect after it."""
@@ -233,6 +295,9 @@ class AttentionSupervisor(SlotSupervisor[W]):
         """A worker is up. No effect the second time."""
         if worker.up:
             return
+        if any(slot.vacant and slot.worker is worker for slot in self._slots):
+            worker.standby, worker.deadline = address, None
+            return
         worker.up, worker.address, worker.deadline = True, address, None
         logger.info("%s: process %s at %s", address.name, worker.pid, address.address)
         if self._started.is_set():
@@ -240,16 +305,21 @@ class AttentionSupervisor(SlotSupervisor[W]):
             return
         up = sum(slot.worker is not None and slot.worker.up for slot in self._slots)
         if self._progress is not None:
-            self._progress(WAITING, up, len(self._slots))
-        if up == len(self._slots):
-            self._started.set()
+            self._progress(WAITING, up, self._count)
+        if up == self._count:
+            self._all_up()
 
     def _ended(self, slot: Slot[W], how: str, last_lines: Sequence[str] = ()) -> None:
         name, worker = slot.name, slot.worker
+        if worker is not None and worker.retired:
+            logger.info("%s is not needed any more, and has ended", name)
+            slot.left()
+            self._prepare()
+            return
         if not self._started.is_set() and (worker is None or not worker.up):
             self._fail("\n  ".join([f"{name} did not start, {how}", *last_lines]))
             return
-        super()._ended(slot, how, last_lines)
+        super()._ended(slot, how, last_lines)  # a standby is started again as others are
         if self._started.is_set() and worker is not None and worker.up and not worker.given_up:
             self._membership.left(name)
 

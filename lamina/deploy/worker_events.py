@@ -26,13 +26,20 @@ class WorkerAddress:
     """One attention worker that can be connected to. A name is never used twice: a restarted worker has another.
 
     `address` is "host:port". `credentials` are a client's, None where the worker takes any client that can reach it.
-    `capacity` is its KV memory in bytes, None where only the handshake tells.
+    `capacity` is its KV memory in bytes, None where only the handshake tells. `place` is what it shares with those
+    before and after it: a slot, a machine or an address; "" for its name.
     """
 
     name: str
     address: str
     credentials: Credentials | None = None
     capacity: int | None = None
+    place: str = ""
+
+    @property
+    def at(self) -> str:
+        """By what its failures are counted."""
+        return self.place or self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +77,17 @@ class AttentionWorkers(Protocol):
     def lost(self, name: str) -> None:
         """The engine has given this worker up. Its process is ended, if it is ours, and the engine does not get its
         end as an event. The next worker of the slot joins as usual. Unknown names are ignored."""
+
+    def grow(self, count: int) -> None:
+        """Have so many workers: those that lack are started, and join as usual. Returns at once."""
+
+    def retire(self, name: str) -> None:
+        """The engine has drained this worker: its process ends, none is started in its place, and the engine does not
+        get its end as an event. Unknown names are ignored. Returns at once."""
+
+    def drained(self, name: str) -> None:
+        """The engine has let this worker go, with nothing of its KV left there. A later process in its place joins as
+        usual. Unknown names are ignored."""
 
     def status(self) -> tuple[WorkerStatus, ...]:
         """Every slot as it stands, in order."""

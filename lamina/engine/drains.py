@@ -39,6 +39,7 @@ class Drains:
         self._holders = holders
         self._migration = migration
         self._drains: dict[str, _Drain] = {}
+        self._refused: set[str] = set()  # the workers that are about to end and could not be drained
 
     @property
     def under_way(self) -> bool:
@@ -54,20 +55,37 @@ class Drains:
         """
         if not done.set_running_or_notify_cancel():
             return
-        numbers, why = tuple(self._holders.numbers(name)), ""
-        if not numbers:
-            known = ", ".join(dict.fromkeys(self._holders.names.values()))
-            why = f"no attention worker is called {name!r:.80}; there are {known}"
-        elif name in self._drains:
-            why = f"{name} is being drained already"
-        elif {number for number, _ in self._control.placement.capacity} <= set(numbers):
-            why = f"{name} is the only attention worker: there is none to move its KV to"
-        if why:
+        if why := self._refusal(name):
             done.set_exception(InvalidRequest(why))
             return
+        numbers = tuple(self._holders.numbers(name))
         self._drains[name] = _Drain(numbers, done, self._migration.tokens)
         self._migration.abandon(set(numbers))
         self._control.drain(numbers)
+
+    def leaving(self, name: str) -> None:
+        """An attention worker is about to end, and asks, with each heartbeat, that its KV be moved: it is drained as
+        soon as that is possible."""
+        if not self._holders.numbers(name) or name in self._drains:  # it is gone by now, or about to be
+            return
+        if not (why := self._refusal(name)):
+            logger.info("attention worker %s is about to end: its KV moves to the others", name)
+            self.begin(name, Future())
+        elif name not in self._refused:
+            self._refused.add(name)
+            logger.warning("attention worker %s is about to end with its KV: %s", name, why)
+
+    def _refusal(self, name: str) -> str:
+        """Why a worker cannot be drained; "" where it can."""
+        numbers = self._holders.numbers(name)
+        if not numbers:
+            known = ", ".join(dict.fromkeys(self._holders.names.values()))
+            return f"no attention worker is called {name!r:.80}; there are {known}"
+        if name in self._drains:
+            return f"{name} is being drained already"
+        if {number for number, _ in self._control.placement.capacity} <= set(numbers):
+            return f"{name} is the only attention worker: there is none to move its KV to"
+        return ""
 
     def step(self, in_flight: Set[int]) -> None:
         """Begin moves, and let the workers go that are empty. Batches under way concern the holders `in_flight`."""
@@ -89,6 +107,7 @@ class Drains:
 
     def holders_changed(self, change: HolderChange) -> None:
         """After a loss: drains of lost workers end with an error, and those of workers that are needed again."""
+        self._refused.difference_update(change.names)
         if change.kind != "lost":
             return
         for name, drain in list(self._drains.items()):

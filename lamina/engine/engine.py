@@ -24,7 +24,8 @@ from lamina.engine.failures import FailureReports, Failures, WaitDeadline
 from lamina.engine.holders import Holders
 from lamina.engine.in_flight import InFlight, Lane
 from lamina.engine.kv_migration import KvMigration
-from lamina.engine.mailbox import Mailbox
+from lamina.engine.kv_spares import SpareKeeper
+from lamina.engine.mailbox import Mailbox, refuse
 from lamina.engine.masks import Masks
 from lamina.engine.observers import BatchDone, BatchObserver
 from lamina.engine.proposer import Proposer
@@ -39,14 +40,13 @@ from lamina.messages.snapshot import Snapshot
 from lamina.scheduling.control_plane import ControlPlane, Step, refusal, torn
 from lamina.scheduling.holder import Holder
 from lamina.scheduling.prefix_events import PrefixSink
-from lamina.scheduling.refusals import TRIES
 from lamina.scheduling.request import Plan, ScheduledSequence
 from lamina.scheduling.speculation import Speculation
 from lamina_protocols.channels import Credentials
 from lamina_protocols.messages import Announced
 from lamina_workers.decoder.logprobs import RowLogprobs
 from lamina_workers.decoder.sampler import Sampled, TokenHistory
-from lamina_workers.errors import HolderFault, HolderLost, faults
+from lamina_workers.errors import HolderFault, faults
 from lamina_workers.model_worker.interface import Workers
 from lamina_workers.model_worker.waiting import Waiting
 from lamina_workers.ports.port import AttentionPort
@@ -96,13 +96,16 @@ class Engine:
         self._holders = Holders(worker, control, names)
         self._drains = Drains(control, self._holders, migration)
         self._tiering = TierController(control, migration, clock)
+        self._spares = SpareKeeper(worker, control, clock)
         self._deadline = WaitDeadline(wait, self._holders, self._scheduler, self._registry, clock)
         self._failures = Failures(
-            worker, self._scheduler, self._holders, self._tiering, self._in_flight, self._registry, self._deadline,
-            reports or FailureReports(),
+            worker, self._scheduler, self._holders, (self._tiering, self._spares), self._in_flight, self._registry,
+            self._deadline, reports or FailureReports(),
         )  # fmt: skip
-        self._holders.listeners = (self._stats, self._tiering, self._drains, self._failures)
-        self._observers: tuple[BatchObserver, ...] = (self._failures, self._stats, self._tiering, self._drafting)
+        self._holders.listeners = (self._stats, self._tiering, self._drains, self._failures, self._spares)
+        self._observers: tuple[BatchObserver, ...] = (
+            self._failures, self._stats, self._tiering, self._drafting, self._spares,
+        )  # fmt: skip
 
     # Any thread.
 
@@ -114,12 +117,11 @@ class Engine:
     @property
     def halted(self) -> bool:
         """Whether nothing can be computed before an attention worker joins or a model worker comes back."""
-        return self._deadline.started
+        return self._deadline.hopeless
 
     def submit(self, request: EngineRequest) -> None:
-        """Queue a request, after its schema or grammar is compiled on the caller's thread. Raises EngineError where the
-        engine has stopped, InvalidRequest where its text cannot be held to that, and PolicyError where its policy
-        cannot be served."""
+        """Queue a request, its schema or grammar compiled on the caller's thread. Raises EngineError where the engine
+        has stopped, InvalidRequest where its text cannot be held to that, PolicyError where its policy cannot be."""
         policy = self._scheduler.config.policy(request.request.policy).name
         request.request = replace(request.request, policy=policy)
         if request.params.constrained:
@@ -133,8 +135,9 @@ class Engine:
         self._mailbox.post(partial(self._registry.end, request, sample, reason))
 
     def join(self, port: AttentionPort, holder: Holder, credentials: Credentials | None = None) -> None:
-        """One attention worker more, by the name of its port. New sequences use it. With several ranks `holder` is that
-        of rank 0, and the others connect with `credentials`."""
+        """One attention worker more, by the name of its port: new sequences use it, running ones grow there. With
+        several ranks `holder` is that of rank 0, and the others connect with `credentials`."""
+        self._worker.prepare(port)
         self._mailbox.post(partial(self._failures.join, port, holder, credentials))
 
     def leave(self, name: str) -> None:
@@ -153,8 +156,12 @@ class Engine:
         """Have an attention worker go once its KV has moved to the others, while all requests go on. The result is as
         `Drains.begin` says. Raises EngineError where the engine has stopped."""
         done: Future[int] = Future()
-        self._mailbox.request(partial(self._drains.begin, name, done), partial(_refuse, done))
+        self._mailbox.request(partial(self._drains.begin, name, done), partial(refuse, done))
         return done
+
+    def leaving(self, name: str) -> None:
+        """An attention worker is about to end: it is drained, where that is possible."""
+        self._mailbox.post(partial(self._drains.leaving, name))
 
     def disclaim(self) -> None:
         """End the previous engine's requests for which no client has come back."""
@@ -164,6 +171,10 @@ class Engine:
         """Have the engine's thread call `sink` with a snapshot between two batches; never after the engine has
         stopped."""
         self._mailbox.post(partial(self._snapshot, sink))
+
+    def look(self, look: Callable[[ControlPlane, EngineStats], None]) -> None:
+        """Have the engine's thread call `look`, which must not raise, between two batches."""
+        self._mailbox.post(partial(look, self._control, self._stats))
 
     def prefix_events(self, sink: PrefixSink) -> None:
         """Have the engine's thread call `sink` with each change of the prefix cache, first with all that is there."""
@@ -211,7 +222,7 @@ class Engine:
             if self._deadline.check():
                 self._in_flight.full = False
             drains = self._drains.under_way
-            moves = self._tiering.busy or drains
+            moves = self._tiering.busy or self._spares.busy or drains
             work = self._control.has_work or moves
             stranded = bool(self._scheduler.admission.stranded) and not drains
             masks = self._masks.late > 0 and not moves
@@ -237,7 +248,8 @@ class Engine:
         taken = take_snapshot(
             self._stats, self._control, self._worker.links(), self._holders.names, self._worker.attention_seconds,
             self._tiering.local_share, self._clock(), self._drafting.counts,
-            [request.spared for request in self._registry.requests.values()],
+            [request.spared for request in self._registry.requests.values()], self._failures.held_back,
+            self._spares.share,
         )  # fmt: skip
         try:
             sink(taken)
@@ -247,15 +259,15 @@ class Engine:
     # A batch.
 
     def step(self) -> None:
-        """Begin batches where lanes are free, then go on with one whose reply has come, or with the one that has waited
-        longest."""
+        """Begin batches where lanes are free, then go on with one whose reply has come, or that has waited longest."""
         if self._worker.missing:
             self._in_flight.full = True
             return
         self._move()
         while len(self._in_flight) < self._control.tuner.lanes and not self._in_flight.full:
             since = self._clock()
-            self._propose()
+            if self._drafting.on:
+                self._drafting.propose(self._scheduler.decoding(self._control.tuner.lanes), self._registry, self._masks)
             step = self._control.plan(alone=not self._in_flight)
             self._stats.plan_seconds += self._clock() - since
             if step is None:
@@ -264,19 +276,18 @@ class Engine:
             self._in_flight.add(self._begin(step))
         if self._in_flight:
             self._advance(self._in_flight.next())
+        elif self._tiering.busy or self._spares.busy:
+            self._move(waits=True)
 
-    def _propose(self) -> None:
-        """Have drafts proposed for the next batch."""
-        if self._drafting.on:
-            self._drafting.propose(self._scheduler.decoding(self._control.tuner.lanes), self._registry, self._masks)
-
-    def _move(self) -> None:
-        """Move sequences between holders, and let drained workers go."""
+    def _move(self, waits: bool = False) -> None:
+        """Move sequences between holders, and let drained workers go. With `waits` there is nothing else to do."""
         if self._tiering.busy or self._drains.under_way:
             self._in_flight.full = False  # a move may have freed pages
         try:
             self._drains.step(self._in_flight.holders)
-            self._tiering.step()
+            self._tiering.step(waits)
+            if self._spares.step(waits):
+                self._in_flight.full = False
         except HolderFault as fault:
             logger.warning("moving sequences failed: %s", fault)
             if not self._worker.missing and not self._worker.lost():
@@ -329,7 +340,7 @@ class Engine:
     def _agreed(self, step: Step, answers: Mapping[int, Announced]) -> bool:
         """Whether every holder accepts. Where one refuses, the scheduler has made room for its next plan."""
         if guilty := self._control.at_fault(step, answers):
-            raise self._given_up(guilty)
+            raise self._failures.given_up(guilty)
         if (why := refusal(answers)) is not None and step.plan is not None:
             if torn(answers):
                 logger.warning("a batch runs again: %s", why)
@@ -347,14 +358,6 @@ class Engine:
                 self._stats.spared(known.spared, spared)
                 known.spared = spared
         return True
-
-    def _given_up(self, guilty: Mapping[int, str]) -> HolderFault:
-        """The error for holders whose answers the books contradict. Those in this process cannot be lost: then the
-        requests alone are suspects."""
-        names = self._holders.names
-        said = "; ".join(f"{names.get(number, 'this machine')}: {what}" for number, what in guilty.items())
-        why = f"{TRIES} answers without progress contradict the engine's books: {said}"
-        return HolderLost(why, [number for number in guilty if number in names])
 
     def _record(self, plan: Plan, sampled: Sampled, since: float) -> None:
         """A batch that began at `since` is computed: its tokens go to the control plane, its outputs to clients."""
@@ -392,8 +395,3 @@ class Engine:
         self._registry.forget(sequence)
         if request := self._registry.of(sequence):
             self._registry.fail(request, EngineError("the model's logits are not finite for this request"))
-
-
-def _refuse(done: Future[int], error: EngineError) -> None:
-    if done.set_running_or_notify_cancel():
-        done.set_exception(error)

@@ -7,16 +7,16 @@ fail ends.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from lamina.engine.holders import HolderChange, Holders
 from lamina.engine.in_flight import InFlight, Lane
 from lamina.engine.request_registry import RequestRegistry
-from lamina.engine.tiering import TierController
 from lamina.errors import EngineError
 from lamina.messages.engine_request import unwatched
+from lamina.scheduling import refusals
 from lamina.scheduling.blame import TRIES
 from lamina.scheduling.holder import Holder
 from lamina.scheduling.request import PlannedRow
@@ -40,18 +40,33 @@ def unasked(tokens: int) -> None:
 
 
 def unlost(name: str) -> None:
-    """The `lost` of an engine without attention workers."""
+    """The `lost` and the `drained` of an engine without attention workers."""
+
+
+def nobody() -> Mapping[str, str]:
+    """The `held_back` of an engine that uses every attention worker."""
+    return {}
 
 
 @dataclass(frozen=True, slots=True)
 class FailureReports:
     """Callbacks of an engine's owner; none may block. `lost` gets the name of each attention worker that is lost,
-    `rebuilt` how many of how many lost tokens are computed again, `room` how many tokens one sequence can have now that
-    an attention worker has joined, or has gone for good."""
+    `drained` that of each that was let go empty, `rebuilt` how many of how many lost tokens are computed again, `room`
+    how many tokens one sequence can have, once lost workers are back, now that one has joined or has gone for good.
+    `held_back` gives the attention workers that are there and not used, and why: see `Snapshot`."""
 
     lost: Callable[[str], None] = unlost
     rebuilt: Callable[[int, int], None] = unwatched
     room: Callable[[int], None] = unasked
+    drained: Callable[[str], None] = unlost
+    held_back: Callable[[], Mapping[str, str]] = nobody
+
+
+class Copier(Protocol):
+    """A part of the engine that copies KV between batches."""
+
+    def abandon(self) -> None:
+        """Give up what is under way: the next epoch begins."""
 
 
 class Failures:
@@ -62,7 +77,7 @@ class Failures:
         worker: Workers[Peer],
         scheduler: Scheduler,
         holders: Holders,
-        tiering: TierController,
+        copiers: Sequence[Copier],
         in_flight: InFlight,
         registry: RequestRegistry,
         deadline: WaitDeadline,
@@ -71,7 +86,7 @@ class Failures:
         self._worker = worker
         self._scheduler = scheduler
         self._holders = holders
-        self._tiering = tiering
+        self._copiers = copiers
         self._in_flight = in_flight
         self._registry = registry
         self._deadline = deadline
@@ -79,6 +94,11 @@ class Failures:
         self._in_vain = 0  # see `_failed_in_vain`; since a batch was computed
         self._rebuild: tuple[int, int] | None = None  # tokens rebuilt before the last loss, and due since
         self._late: list[tuple[AttentionPort, Holder, Credentials | None]] = []  # came while a rank was missing
+
+    @property
+    def held_back(self) -> Mapping[str, str]:
+        """The attention workers that are there and not used, and why."""
+        return self._reports.held_back()
 
     # Batches.
 
@@ -131,16 +151,28 @@ class Failures:
     def failed_outside(self) -> None:
         """A holder failed outside of any batch: moves are given up, and batches where it, or a model worker, is
         gone."""
-        self._tiering.abandon()
+        self._abandon_copies()
         if self._worker.missing:
             self._halt()
         elif gone := self._worker.lost():
             self._lose(gone)
 
+    def given_up(self, guilty: Mapping[int, str]) -> HolderFault:
+        """The error for holders whose answers the books contradict. Those in this process cannot be lost: then the
+        requests alone are suspects."""
+        names = self._holders.names
+        said = "; ".join(f"{names.get(number, 'this machine')}: {what}" for number, what in guilty.items())
+        why = f"{refusals.TRIES} answers without progress contradict the engine's books: {said}"
+        return HolderLost(why, [number for number in guilty if number in names])
+
     def _abandon(self) -> None:
         """Give up every batch and every move under way."""
-        self._tiering.abandon()
+        self._abandon_copies()
         self._in_flight.abandon()
+
+    def _abandon_copies(self) -> None:
+        for copier in self._copiers:
+            copier.abandon()
 
     # Holders.
 
@@ -174,7 +206,9 @@ class Failures:
         """After a loss: note what is to be rebuilt, report the names, and start the wait where no holder is left. What
         is lost may come back, so there is as much room as before."""
         if change.kind != "lost":
-            self._reports.room(self._scheduler.admission.longest_possible())
+            self._reports.room(self._scheduler.admission.most_hoped())
+            for name in change.names if change.kind == "drained" else ():
+                self._reports.drained(name)
             return
         self._rebuild = (self._scheduler.counters.rebuilt_tokens, change.rebuilt) if change.rebuilt else None
         for name in change.names:
@@ -220,7 +254,7 @@ class Failures:
 class WaitDeadline:
     """Ends requests with an error after they have waited for `timeout` seconds of the clock.
 
-    Two waits are timed. The engine is halted while no holder is left or a model worker is missing: `start` begins that
+    Two waits are timed. The engine is halted while no holder is there or a model worker is missing: `start` begins that
     wait. While the engine goes on, single requests may be stranded, which no holder can keep: `check` sees that.
     """
 
@@ -239,18 +273,26 @@ class WaitDeadline:
         self._clock = clock
         self._halted: float | None = None  # since when the engine is halted
         self._stranded: float | None = None  # since when requests are stranded
+        self._full = False  # the holders that are there cannot keep a single token
 
     @property
     def started(self) -> bool:
         """Whether the wait of a halted engine has begun."""
         return self._halted is not None
 
+    @property
+    def hopeless(self) -> bool:
+        """Whether no request can be served before a holder joins or a model worker comes back. For any thread."""
+        return self.started or self._full
+
     def start(self) -> None:
         """The engine is halted. This wait has its full time, however long requests were stranded before."""
         self._halted = self._clock()
 
     def left(self) -> float | None:
-        """Seconds that requests may still wait; None where no request waits for a holder."""
+        """Seconds that requests may still wait; None where no request waits for a holder. Called where nothing can be
+        computed."""
+        self._look()
         since = self._stranded if self._halted is None else self._halted
         if since is None or not self._registry.requests:
             return None
@@ -259,8 +301,12 @@ class WaitDeadline:
     def check(self) -> bool:
         """Called between two batches. Whether requests were stranded for too long, and have ended."""
         if self._holders.halted:
+            if self._holders.empty and not self.started:  # none has joined yet, or all that are there are to go
+                self.start()
             return False
         self._halted = None
+        if self._full:
+            self._look()
         if not self._scheduler.admission.stranded:
             self._stranded = None
         elif self._stranded is None:
@@ -269,6 +315,9 @@ class WaitDeadline:
             self.expire()
             return True
         return False
+
+    def _look(self) -> None:
+        self._full = not self._scheduler.admission.longest_possible()
 
     def expire(self) -> None:
         """The time is over: end the requests that wait."""

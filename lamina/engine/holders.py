@@ -39,9 +39,9 @@ class HolderListener(Protocol):
         """Called after the register, the model worker and the control plane have the change."""
 
 
-def seated(seat: Seat) -> Holder:
-    """A rank's seat at an attention worker, as placement sees it."""
-    holder = Holder(seat.pages, seat.weight, rank=seat.rank)
+def seated(seat: Seat, page_layout: str) -> Holder:
+    """A rank's seat at an attention worker with this page layout, as placement sees it."""
+    holder = Holder(seat.pages, seat.weight, rank=seat.rank, page_layout=page_layout)
     if seat.kept is not None:
         holder.keeps(seat.kept)
     return holder
@@ -90,25 +90,29 @@ class Holders:
         """One attention worker more, with a holder for each rank; new sequences use it. `credentials` are for the other
         ranks, which connect to it too. Raises HolderFault where one of them cannot."""
         first = self._last + 1
-        holders = [holder, *map(seated, self._worker.join(first, port, credentials))]
+        seats = self._worker.join(first, port, credentials)
+        holders = [holder, *(seated(seat, port.page_layout) for seat in seats)]
         for number, joining in enumerate(holders, first):
-            self.names[number] = port.name
+            self.names[number] = joining.name = port.name
+            joining.features = self._worker.features(number)
             self._control.joined(number, joining)
         self._last += len(holders)
+        grown = self._control.grow(range(first, first + len(holders)))
         pages = " and ".join(map(str, map(sum, zip(*(joining.pages for joining in holders), strict=True))))
-        logger.info("attention worker %s joined with %s KV pages", port.name, pages)
+        logger.info("attention worker %s joined with %s KV pages; %d sequences grow there", port.name, pages, grown)
         self._changed(HolderChange("joined", (port.name,)))
 
     def lose(self, numbers: Sequence[int]) -> None:
         """These holders are gone. Their KV is opened elsewhere and computed again. Nothing may be in flight."""
         for number in numbers:
             self._worker.leave(number)
-        rebuilt, anew = self._control.lost(numbers)
+        rebuilt, anew, spared = self._control.lost(numbers)
         names = self._drop(numbers)
         for name in names:
             logger.warning("attention worker %s is lost", name)
         left = ", ".join(dict.fromkeys(self.names.values())) or ("any that joins" if self.empty else "this machine")
-        logger.warning("on %s: %d tokens of lost KV are computed again, %d from the start", left, rebuilt, anew)
+        had = f"; spares had {spared}" if spared else ""
+        logger.warning("on %s: %d tokens of lost KV are computed again, %d from the start%s", left, rebuilt, anew, had)
         self._changed(HolderChange("lost", names, rebuilt))
 
     def let_go(self, numbers: Sequence[int]) -> None:
@@ -119,7 +123,10 @@ class Holders:
         self._changed(HolderChange("drained", self._drop(numbers)))
 
     def emptied(self, numbers: Sequence[int]) -> None:
-        """These pools have lost their KV: they are in the process of a model worker that was started again."""
+        """These pools have lost their KV: they are in the process of a model worker that was started again, perhaps of
+        another version."""
+        for number, holder in self._control.placement.holders.items():
+            holder.features = self._worker.features(number)
         if again := self._control.emptied(numbers):
             logger.warning("%d tokens of KV that a model worker kept itself are computed again", again)
 

@@ -1,47 +1,55 @@
 """Moves the KV of sequences between holders, page by page, while the sequences go on.
 
-A sequence decodes at its old holders until all of its KV is at the new ones too; then it is switched over while it is
-idle. States are copied then, since each token changes them. Everything is called between two batches.
+A sequence decodes at its old holders until its KV is at the new ones too; then it is switched over while it is idle.
+The last tokens are waited for then, and states, since each token changes them. Everything is called between two
+batches.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping, Set
+from dataclasses import dataclass, field
+from functools import partial
 
+from lamina.engine.kv_copies import CHUNK, Copying, CopyPace, KvCopies, edge, nothing
 from lamina.scheduling.control_plane import ControlPlane
 from lamina.scheduling.kv_shares import NO_PAGES, Layout, Pages, Part
 from lamina.scheduling.request import ScheduledSequence
-from lamina_protocols.messages import Row
-from lamina_protocols.routes import Route
 from lamina_workers.errors import HolderFault
 from lamina_workers.model_worker.interface import Workers
-from lamina_workers.model_worker.kv_copy import Move
+from lamina_workers.model_worker.waiting import Waiting, result
 from lamina_workers.parallel.peers import Peer
 
 AT_ONCE = 4  # moves under way, at most
-CHUNK = 1024  # tokens that are copied at a time, at most
-_FIRST_CHUNK = 128  # before it is known how long copying takes
+_LAST = 64  # tokens, for which an idle sequence is kept out of the next batch: else there would always be one more
 
 
 @dataclass(eq=False, slots=True)
 class _Migrating:
-    """A sequence that moves: `new` parts of KV and of `states` replace `old` ones; those of KV have its tokens below
-    position `at`."""
+    """A sequence that moves from the layout `before`: `new` parts of KV and of `states` replace `old` ones; those of KV
+    have its tokens below position `at`, and are getting those below `due`; pages are `taken` up to there.
+
+    `run` is suspended on `waiting`; None: until the next batch."""
 
     sequence: ScheduledSequence
     handle: int
+    before: Layout
     layout: Layout
     old: tuple[Part, ...]
     new: tuple[Part, ...]
     states: tuple[Part, ...]
     at: int = 0
+    due: int = 0
+    taken: int = 0
+    run: Generator[Waiting | None, None, None] = field(init=False)
+    waiting: Waiting | None = None
 
     @property
     def stands(self) -> bool:
         """Whether the sequence is still where it was when the move began."""
-        return self.sequence.handle == self.handle and self.sequence.rebuild is None
+        sequence = self.sequence
+        return sequence.handle == self.handle and sequence.layout is self.before and sequence.rebuild is None
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -55,21 +63,18 @@ class _Migrating:
 
 
 class KvMigration:
-    """Moves sequences, one after the other. `tokens` counts copied tokens, `seconds` the time of their copies, and
-    `sequences` the moves that are complete.
+    """Moves sequences, one after the other. `tokens` counts copied tokens, and `sequences` the moves that are complete.
 
     Raises HolderFault where a holder fails. Then every move is given up, and the sequences are where they were.
     """
 
     def __init__(self, worker: Workers[Peer], control: ControlPlane, clock: Callable[[], float]) -> None:
         self.tokens = self.sequences = 0
-        self.seconds = 0.0
-        self._worker = worker
+        self._copies = KvCopies(worker, control)
         self._placement = control.placement
         self._scheduler = control.scheduler
         self._clock = clock
         self._queue: deque[_Migrating] = deque()
-        self._rate = 0.0  # tokens a second, as last measured
 
     @property
     def under_way(self) -> Mapping[ScheduledSequence, Layout]:
@@ -92,25 +97,26 @@ class KvMigration:
         new = tuple(part for part in parts if part.share.pool not in config.states)
         states = tuple(part for part in parts if part.share.pool in config.states)
         first = min((part.share.lo for part in new), default=0)
-        self._queue.append(_Migrating(sequence, sequence.handle, layout, old, new, states, first))
+        moving = _Migrating(sequence, sequence.handle, sequence.layout, layout, old, new, states, first, first, first)
+        moving.run = self._move(moving)
+        self._queue.append(moving)
         self._promise()
         return True
 
-    def step(self, seconds: float) -> None:
-        """Copy for about `seconds`, and switch over the sequences that are copied and idle."""
-        allowance = int(self._rate * seconds) if self._rate else _FIRST_CHUNK
-        allowance = max(allowance, self._scheduler.config.page_size)  # at least a page
-        deadline = self._clock() + seconds
+    def step(self, seconds: float, waits: bool = False) -> None:
+        """Copy for about `seconds`, as far as answers are there, and switch over the sequences that are copied and
+        idle. With `waits` there is nothing else to do, so an answer is waited for."""
+        pace = CopyPace(self._clock, seconds, waits)
         for _ in range(len(self._queue)):
             moving = self._queue[0]
-            before = moving.at
-            if self._advance(moving, allowance, deadline):
+            if self._goes_on(moving, pace):
                 self._queue.popleft()
                 self._promise()
+            elif moving.waiting is not None:
+                return  # one copy at a time
             else:
                 self._queue.rotate(-1)
-            allowance -= moving.at - before
-            if allowance <= 0 or self._clock() > deadline:
+            if pace.over:
                 return
 
     def abandon(self, at: Set[int] | None = None) -> None:
@@ -118,44 +124,94 @@ class KvMigration:
         moves, self._queue = self._queue, deque()
         for moving in moves:
             if at is None or any(share.holder in at for share in moving.fresh):
-                self._give_up(moving)
+                self._drop(moving)
             else:
                 self._queue.append(moving)
         self._promise()
 
-    def _advance(self, moving: _Migrating, most: int, deadline: float) -> bool:
-        """Copy at most `most` further tokens, and begin no copy after the deadline. Whether the move has ended,
-        complete or not."""
-        sequence = moving.sequence
+    def _goes_on(self, moving: _Migrating, pace: CopyPace) -> bool:
+        """Go on with a move. Whether it has ended, complete or not."""
         if not moving.stands:
-            self._give_up(moving)
+            self._drop(moving)
             return True
-        due = end = min(sequence.computed, max((part.share.hi for part in moving.new), default=0))
-        if sequence.in_flight:  # its last page is being written
-            end -= end % self._scheduler.config.page_size
-        if end - moving.at > most:  # whole pages go faster
-            end = moving.at + most
-            end -= end % self._scheduler.config.page_size
-        while moving.at < end:
-            stop = self._edge(moving, min(end, moving.at + CHUNK))
-            before = self.seconds
-            if not self._copied(moving, moving.new, moving.at, stop, moving.at):
-                return True
-            self._rate = (stop - moving.at) / max(self.seconds - before, 1e-9)
-            self.tokens += stop - moving.at
-            moving.at = stop
-            self._promise()
-            if self._clock() > deadline:
+        try:
+            while pace.lets(moving.waiting):
+                moving.waiting = next(moving.run)
+                if moving.waiting is None or pace.over:
+                    break
+        except StopIteration:
+            return True
+        except HolderFault:
+            self.abandon()
+            raise
+        return False
+
+    def _move(self, moving: _Migrating) -> Generator[Waiting | None, None, None]:
+        """All of one move, which goes on as long as the sequence is where it was."""
+        sequence, size = moving.sequence, self._scheduler.config.page_size
+        last = max((part.share.hi for part in moving.new), default=0)
+        while True:
+            whole = sequence.computed >= last  # nothing more comes to what moves
+            if not (whole or sequence.in_flight) and sequence.computed - moving.at <= max(_LAST, size):
                 break
-        if moving.at < due or sequence.in_flight or not self._scheduler.running.movable(sequence):
-            return False
-        if moving.states and not self._states_copied(moving):
-            return True
+            end = min(sequence.computed, last, moving.at + CHUNK)
+            end -= 0 if whole else end % size  # whole pages go faster, and the last one may be being written
+            if end > moving.at:
+                if not (yield from self._some(moving, end)):
+                    return
+            elif whole and not sequence.in_flight:
+                break
+            else:
+                yield None
+        # From here on nothing else runs.
+        while moving.at < (end := min(sequence.computed, last)):
+            if not result(self._some(moving, end)):
+                return
+        if not self._states_copied(moving):
+            return
         freed = self._scheduler.running.own_pages(sequence, tuple(part.share for part in moving.old))
         self._placement.moved(moving.handle, moving.old, moving.parts, freed)
         self._scheduler.running.moved(sequence, moving.layout)
         self.sequences += 1
+
+    def _some(self, moving: _Migrating, end: int) -> Copying:
+        """Copy the tokens up to `end`, or up to an edge of a part before it."""
+        moving.due = edge(moving.old + moving.new, moving.at, end)
+        self._promise()
+        rows = moving.at, moving.due, moving.at
+        fits = yield from self._copy(moving, moving.new, rows, partial(self._taken, moving))
+        if fits:
+            self.tokens += moving.due - moving.at
+            moving.at = moving.due
+        return fits
+
+    def _taken(self, moving: _Migrating) -> None:
+        moving.taken = moving.due
+        self._promise()
+
+    def _states_copied(self, moving: _Migrating) -> bool:
+        """Copy the states of an idle sequence, at the two positions where its old parts have them: so the new ones take
+        as much. False where there was no room, and the move is given up."""
+        sequence, stored = moving.sequence, 0
+        for position in sorted({sequence.floor, sequence.computed} - {0}) if moving.states else ():
+            if not result(self._copy(moving, moving.states, (0, position, stored))):
+                return False
+            stored = position
         return True
+
+    def _copy(
+        self,
+        moving: _Migrating,
+        new: tuple[Part, ...],
+        rows: tuple[int, int, int],
+        taken: Callable[[], None] = nothing,
+    ) -> Copying:
+        """As `KvCopies.copy`. A move without room is given up."""
+        floor, prompt = moving.sequence.floor, len(moving.sequence.tokens)
+        fits = yield from self._copies.copy(moving.old, new, rows, floor, prompt, taken)
+        if not fits:
+            self._give_up(moving)
+        return fits
 
     def _make_room(self, needed: Pages) -> bool:
         """Whether there is room for these pages, now that prefixes and copies are gone as far as they must be."""
@@ -164,70 +220,19 @@ class KvMigration:
             return False
         while not (left := ledger.unpromised()).covers(needed):
             short = left.short_of(needed)
-            if not running.prefix_cache.evict(short) and not self._scheduler.copies.give_back(short):
+            if not running.evict(short) and not self._scheduler.copies.give_back(short):
                 return False
         return True
+
+    def _drop(self, moving: _Migrating) -> None:
+        """Give up a move, wherever its copy is."""
+        moving.run.close()
+        self._give_up(moving)
 
     def _give_up(self, moving: _Migrating) -> None:
         """Close the parts that were to be."""
         freed = self._scheduler.config.held(moving.fresh, 0, moving.at, 0, moving.at)
         self._placement.close_parts(moving.parts, freed)
-
-    @staticmethod
-    def _edge(moving: _Migrating, stop: int) -> int:
-        """`stop`, or an edge of a part before it: no copy crosses one."""
-        edges = [edge for part in (*moving.old, *moving.new) for edge in (part.share.lo, part.share.hi)]
-        return min([stop, *(edge for edge in edges if edge > moving.at)])
-
-    def _states_copied(self, moving: _Migrating) -> bool:
-        """Copy the states of an idle sequence, at the two positions where its old parts have them: so the new ones take
-        as much. False where there was no room, and the move is given up."""
-        sequence, stored = moving.sequence, 0
-        for position in sorted({sequence.floor, sequence.computed} - {0}):
-            if not self._copied(moving, moving.states, 0, position, stored):
-                return False
-            stored = position
-        return True
-
-    def _copied(self, moving: _Migrating, new: tuple[Part, ...], lo: int, hi: int, stored: int) -> bool:
-        """As `_copy`. A move without room is given up; where a holder fails, all are."""
-        begun = self._clock()
-        try:
-            fits = self._copy(moving, new, lo, hi, stored)
-        except HolderFault:
-            self.abandon()
-            raise
-        self.seconds += self._clock() - begun
-        if not fits:
-            self._give_up(moving)
-        return fits
-
-    def _copy(self, moving: _Migrating, new: tuple[Part, ...], lo: int, hi: int, stored: int) -> bool:
-        """Whether `new` parts had room for what the old ones have of positions [lo, hi), in rows from `stored` on."""
-        size = self._scheduler.config.page_size
-        prompt = len(moving.sequence.tokens) if self._placement.samples else 0
-        alike: dict[tuple[int, int], list[Move]] = {}  # by rank and pool
-        for move in _moves(moving.old, new, lo, hi, size):
-            alike.setdefault((self._placement.holders[move.to].rank, move.pool), []).append(move)
-        for moves in alike.values():
-            routes: dict[int, list[Route]] = {}
-            for part in new:
-                if any(move.target == part.handle for move in moves):
-                    row = Row(part.handle, stored, hi - stored, None, True, prompt=prompt)
-                    route = Route(0, part.share.heads, row, (stored, hi), part.share.pool)
-                    routes.setdefault(part.share.holder, []).append(route)
-            holders = self._placement.holders
-            for move in moves:
-                if holders[move.origin].outbox:  # it may not have the part yet
-                    routes.setdefault(move.origin, [])
-            batches = {number: holders[number].outgoing(tuple(rows)) for number, rows in routes.items()}
-            if not self._worker.copy(moves, batches):
-                return False
-            for number, batch in batches.items():
-                self._scheduler.ledger.took(NO_PAGES - Pages.of(number, holders[number].accepted(batch)))
-        fresh, config = tuple(part.share for part in new), self._scheduler.config
-        self._scheduler.ledger.took(config.held(fresh, lo, hi, 0, moving.sequence.floor) + config.records(fresh))
-        return True
 
     def _promise(self) -> None:
         """Note in the ledger the pages that moves have taken, and will still take."""
@@ -235,32 +240,6 @@ class KvMigration:
         for moving in self._queue:
             fresh = moving.fresh
             promised += config.pages_for(fresh, len(moving.sequence.tokens))
-            promised -= config.held(fresh, 0, moving.at, 0, moving.sequence.floor)
-            taken += config.held(fresh, 0, moving.at, 0)
+            promised -= config.held(fresh, 0, moving.taken, 0, moving.sequence.floor)
+            taken += config.held(fresh, 0, moving.due, 0)
         self._scheduler.ledger.promised, self._scheduler.ledger.moving = promised, taken
-
-
-def _moves(old: Iterable[Part], new: Iterable[Part], lo: int, hi: int, page_size: int) -> Iterable[Move]:
-    """The copies by which the new parts get positions [lo, hi), which no edge of a part divides."""
-    olds = [part for part in old if part.share.lo <= lo and hi <= part.share.hi]
-    for target in new:
-        if not (target.share.lo <= lo and hi <= target.share.hi):
-            continue
-        for source in (part for part in olds if part.share.pool == target.share.pool):
-            heads = [head for head in source.share.heads if head in target.share.heads]
-            if heads:
-                yield Move(
-                    origin=source.share.holder,
-                    source=source.handle,
-                    to=target.share.holder,
-                    target=target.handle,
-                    lo=lo,
-                    hi=hi,
-                    heads=len(heads),
-                    source_heads=len(source.share.heads),
-                    source_first=source.share.heads.index(heads[0]),
-                    target_heads=len(target.share.heads),
-                    target_first=target.share.heads.index(heads[0]),
-                    pool=target.share.pool,
-                    paged=(lo - source.share.lo) % page_size == (lo - target.share.lo) % page_size == 0,
-                )

@@ -6,7 +6,8 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from concurrent.futures import Future
+from typing import Any, NamedTuple
 
 from lamina.errors import EngineError
 
@@ -15,6 +16,12 @@ logger = logging.getLogger("lamina")
 
 def _unanswered(error: EngineError) -> None:
     """A message needs no answer."""
+
+
+def refuse(done: Future[Any], error: EngineError) -> None:
+    """The answer of a call that the engine does not make any more."""
+    if done.set_running_or_notify_cancel():
+        done.set_exception(error)
 
 
 class _Letter(NamedTuple):

@@ -27,10 +27,12 @@ def take_snapshot(
     now: float,
     drafts: SpeculationCounts | None = None,
     spared: Iterable[KvSavings] = (),
+    held_back: Mapping[str, str] | None = None,
+    kv_redundant: float = 0.0,
 ) -> Snapshot:
     """What the engine is doing now. `links` are those to the holders of rank 0, `names` those of attention workers, by
     number of the holder. `now`: by the engine's clock. `drafts`: what became of them, None without speculation.
-    `spared`: what policies have saved of each request."""
+    `spared`: what policies have saved of each request. `held_back`, `kv_redundant`: see `Snapshot`."""
     scheduler = control.scheduler
     drafts = drafts or SpeculationCounts()
     held, resident = (sum(column) for column in zip((0.0, 0.0), *((x.held, x.resident) for x in spared), strict=True))
@@ -39,10 +41,12 @@ def take_snapshot(
     return Snapshot(
         **counted,  # EngineStats has the names of Snapshot
         uptime=uptime,
+        held_back=held_back or {},
         running=len(scheduler.running),
         waiting=scheduler.waiting,
         lanes=control.tuner.lanes,
         local_share=local_share,
+        kv_redundant=kv_redundant,
         kv_resident=min(1.0, resident / held) if held else 1.0,
         prefix_queries=counters.looked_up_tokens,
         prefix_hits=counters.found_tokens,

@@ -42,6 +42,8 @@ class EngineStats:
     kv_whole: float = 0.0
     missed_mass: float = 0.0
     missed_queries: float = 0.0
+    workers_wanted: int | None = None
+    kv_full_in: float | None = None
 
     def batch_done(self, done: BatchDone) -> None:
         """Count a batch."""

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING
 
+from lamina.engine.balancing import Balancer
 from lamina.engine.kv_migration import AT_ONCE, KvMigration
 from lamina.engine.observers import BatchDone
 from lamina.scheduling.control_plane import ControlPlane
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 choices = logging.getLogger("lamina.choices")  # what the engine chose and why, for people; the CLI shows it
 
 SAY_AFTER = 60.0  # seconds, at least, between two lines about choices
-PAUSE = 0.5  # of a step, that copying may take between two steps
+PAUSE = 0.25  # of a step, that copying may take between two steps
 WORTH = 16  # tokens that a sequence must still generate for a move to pay
 
 
@@ -46,6 +47,7 @@ class TierController:
     def __init__(self, control: ControlPlane, migration: KvMigration, clock: Callable[[], float]) -> None:
         self._control = control
         self._migration = migration
+        self._balancer = Balancer(control, migration)
         self._scheduler = control.scheduler
         self._placement = control.placement
         self._clock = clock
@@ -71,14 +73,16 @@ class TierController:
         """Tokens of sequences with KV that are in the local pools, and all; `moving` ones count where they move to."""
         return self._placement.local_tokens((moving.get(s, s.layout), len(s.tokens)) for s in self._scheduler.running)
 
-    def step(self) -> None:
-        """Between two batches: begin moves, and go on with those under way. Raises HolderFault."""
+    def step(self, waits: bool = False) -> None:
+        """Between two batches: begin moves, and go on with those under way. With `waits` there is nothing else to do.
+        Raises HolderFault."""
         if self._placement.tiers:
             self._placement.local_share = self._control.tuner.share
             self._choose()
+        self._balancer.step()
         if self.busy:
             self._moving = True
-            self._migration.step(PAUSE * self._step)
+            self._migration.step(PAUSE * self._step, waits)
 
     def abandon(self, at: Set[int] | None = None) -> None:
         """Give up all moves, or those to holders `at`, and the current measurement."""
@@ -86,7 +90,9 @@ class TierController:
         self._interrupted()
 
     def holders_changed(self, change: HolderChange) -> None:
-        """Forget what was measured: it was of other holders."""
+        """Forget what was measured: it was of other holders. To one that joins KV may move."""
+        if change.kind == "joined":
+            self._balancer.begin()
         self._control.tuner.reset()
         self._interrupted()
 

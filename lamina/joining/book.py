@@ -1,5 +1,6 @@
 """Which machines a server knows: those that wait for its operator, those that were accepted, and what each does now.
-Pure: the caller passes the time, in seconds since 1970, and serialises the calls.
+Pure: the caller passes the time, in seconds since 1970 or, to `begin_code`, of a clock that does not jump; it also
+serialises the calls.
 
 The limits are what strangers on the network can reach: `MOST_WAITING` machines in the list, `MOST_CODES` codes within
 `CODES_S` seconds, so that someone in between who knows the code of one side meets it by chance at the other once in

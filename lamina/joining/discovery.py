@@ -6,6 +6,7 @@ from earlier, says whether it is the right server.
 
 from __future__ import annotations
 
+import ipaddress
 import threading
 from collections.abc import Callable, Collection
 from contextlib import suppress
@@ -53,7 +54,7 @@ class Announcement:
         try:
             from zeroconf import ServiceInfo
 
-            addresses = own_addresses() if host in ("0.0.0.0", "::") else [host]
+            addresses = own_addresses(host == "::") if host in ("0.0.0.0", "::") else [host]
             info = ServiceInfo(
                 SERVICE,
                 f"{name}-{fingerprint[:6]}.{SERVICE}",
@@ -111,12 +112,14 @@ def find(
         zeroconf.close()
 
 
-def own_addresses() -> list[str]:
-    """This machine's IPv4 addresses that others can reach."""
+def own_addresses(both: bool = False) -> list[str]:
+    """This machine's IPv4 addresses that others can reach; with `both` its IPv6 addresses too."""
     import ifaddr
 
-    found = [ip.ip for adapter in ifaddr.get_adapters() for ip in adapter.ips if isinstance(ip.ip, str)]
-    return [address for address in found if not address.startswith(("127.", "169.254."))][:_ADDRESSES]
+    every = [ip.ip for adapter in ifaddr.get_adapters() for ip in adapter.ips]
+    found = [ip for ip in every if isinstance(ip, str)] + [ip[0] for ip in every if both and not isinstance(ip, str)]
+    kinds = [ipaddress.ip_address(address) for address in found]
+    return [str(kind) for kind in kinds if not kind.is_loopback and not kind.is_link_local][:_ADDRESSES]
 
 
 def _zeroconf(host: str) -> Zeroconf:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from lamina.errors import InvalidRequest
 from lamina.joining import pairing
 from lamina.joining.book import ID_SIZE, KEY_SIZE, WAITING_S
 from lamina.joining.discovery import NoDiscovery
@@ -23,6 +24,7 @@ from lamina.joining.worker import JoinOptions, MachineWorker
 from lamina.version import __version__
 from lamina_protocols.channels import ChannelClosed
 from lamina_protocols.errors import ProtocolError
+from lamina_protocols.versions import PROTOCOL_VERSION
 
 _LOOK_S = 0.5  # between two looks at everything
 _AGAIN_S = 10.0  # until an offer is repeated that the server could not use
@@ -145,7 +147,7 @@ class JoiningMachine:
 
     def _come_back(self, stream: MessageStream, known: KnownServer) -> _Talk:
         """Raises JoinFailed where the server does not want this machine any more."""
-        stream.send("resume", version=__version__, id=known.id, key=known.key)
+        stream.send("resume", version=__version__, protocol=PROTOCOL_VERSION, id=known.id, key=known.key)
         try:
             answer = stream.expect("resumed", seconds=HELLO_S)
         except JoinRefused as error:
@@ -166,7 +168,10 @@ class JoiningMachine:
         offer = pairing.Offer(self._options.name, self._options.memory)
         nonce = secrets.token_bytes(pairing.NONCE_SIZE)
         committed = pairing.commitment(nonce).hex()
-        stream.send("pair", version=__version__, name=offer.name, memory=offer.memory, commitment=committed)
+        stream.send(
+            "pair", version=__version__, protocol=PROTOCOL_VERSION, name=offer.name, memory=offer.memory,
+            commitment=committed,
+        )  # fmt: skip
         try:
             answer = stream.expect("nonce", seconds=HELLO_S)
         except JoinRefused as error:
@@ -235,7 +240,10 @@ class JoiningMachine:
     def _remember(self, talk: _Talk) -> None:
         stream, given = talk.stream, talk.given
         server = KnownServer(talk.fingerprint, given["name"], given["id"], given["key"], stream.there, stream.port)
-        remember(self._options.folder, server)
+        try:
+            remember(self._options.folder, server)
+        except InvalidRequest as error:  # a full disk, or a read-only one
+            self._people.said(f"{error}; after its next start this machine is to be accepted anew")
 
 
 def _address(message: dict[str, Any]) -> str:

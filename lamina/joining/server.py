@@ -23,10 +23,10 @@ from lamina.joining.book import ID_SIZE, KEY_SIZE, WAITING_S, MachineBook, NoRoo
 from lamina.joining.discovery import Announcement, NoDiscovery
 from lamina.joining.records import ServerRecords
 from lamina.joining.stream import HELLO_S, SILENT_S, JoinListener, MessageStream, host_name, reachable
-from lamina.version import __version__
-from lamina_protocols.channels import ChannelClosed, Credentials
+from lamina_protocols.channels import ChannelClosed, Credentials, join_address
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.tls import certificate_bytes
+from lamina_protocols.versions import PREVIOUS, PROTOCOL_VERSION, VersionMismatch, check_neighbours
 
 logger = logging.getLogger("lamina")
 
@@ -92,7 +92,7 @@ class JoinServer:
     @property
     def address(self) -> str:
         """Where it listens."""
-        return f"{f'[{self._host}]' if ':' in self._host else self._host}:{self._listener.port}"
+        return join_address(self._host, self._listener.port)
 
     @property
     def machines(self) -> list[dict[str, Any]]:
@@ -188,13 +188,12 @@ class JoinServer:
         try:
             stream.open()
             hello = stream.expect("pair", "resume", seconds=HELLO_S)
-            if hello.get("version") != __version__:
-                raise NoRoom(f"the server has Lamina {__version__}, the machine {hello.get('version')!r:.40}")
+            check_neighbours(PROTOCOL_VERSION, hello.get("protocol", PREVIOUS))  # which that one does not name
             if hello["type"] == "pair":
                 self._pair(stream, hello)
             else:
                 self._resume(stream, hello)
-        except NoRoom as refusal:
+        except (NoRoom, VersionMismatch) as refusal:
             self._refuse(stream, str(refusal))
         except LaminaError as error:  # what comes from outside ends its own connection
             logger.info("a machine at %s: %s", stream.there, error)
@@ -219,7 +218,7 @@ class JoinServer:
         offer = pairing.read_offer(hello)
         committed = pairing.read_bytes(hello.get("commitment"), pairing.NONCE_SIZE)
         with self._lock:
-            self._book.begin_code(time.time())
+            self._book.begin_code(time.monotonic())
         nonce = secrets.token_bytes(pairing.NONCE_SIZE)
         stream.send("nonce", nonce=nonce.hex(), name=pairing.plain_name(host_name()), you=stream.there)
         shown = stream.expect("reveal", seconds=HELLO_S).get("nonce")
@@ -313,14 +312,14 @@ class JoinServer:
         if why := reachable(host, port):
             link.stream.send("unreachable", why=f"the server cannot connect to {host}:{port}: {why}"[:300])
             return
-        address = f"{f'[{host}]' if ':' in host else host}:{port}"
+        address = join_address(host, port)
         with self._lock:
             if id not in self._book or self._links.get(id) is not link:
                 return
             before = self._book.lost(id, time.time())
             name = self._book.serves(id, address, memory, time.time())
         self._left(before)
-        self._events.joined(WorkerAddress(name, address, Credentials(ca=ca.encode(), token=token), memory))
+        self._events.joined(WorkerAddress(name, address, Credentials(ca=ca.encode(), token=token), memory, id))
 
     def _leaving(self, id: str, link: _Link) -> None:
         """A machine is about to go."""
@@ -349,7 +348,10 @@ class JoinServer:
             name = self._book.lost(id, time.time())
             if not link.confirmed and id in self._book:
                 self._book.remove(id)
-                self._records.write(self._book.accepted)
+                try:
+                    self._records.write(self._book.accepted)
+                except InvalidRequest as error:  # a full disk: the machine is gone all the same
+                    self._events.said(str(error))
         self._left(name)
 
     def _left(self, name: str | None) -> None:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 from lamina.errors import LaminaError
-from lamina_protocols.channels import ChannelClosed, Credentials
+from lamina_protocols.channels import ChannelClosed, Credentials, join_address
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.tls import handshake, peer_certificate, server_context, unchecked_context
 
@@ -121,7 +121,9 @@ class JoinListener:
     def __init__(self, host: str, port: int, credentials: Credentials, certificate: bytes) -> None:
         self._context = server_context(credentials, mutual=False)
         self._certificate = certificate
-        self._sock = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        both = host == "::" and socket.has_dualstack_ipv6()  # as a worker that listens there takes IPv4 too
+        self._sock = socket.create_server((host, port), family=family, dualstack_ipv6=both)
         self.port: int = self._sock.getsockname()[1]
 
     def accept(self) -> MessageStream | None:
@@ -151,12 +153,12 @@ def connect(host: str, port: int, seconds: float = HANDSHAKE_S) -> MessageStream
     except (OSError, OverflowError, UnicodeError) as error:
         refused = isinstance(error, ConnectionRefusedError)
         hint = "; is `lamina serve --allow-join` running there? Its port is 7717 by default" if refused else ""
-        raise ChannelClosed(f"cannot connect to {host}:{port}: {error}{hint}") from error
+        raise ChannelClosed(f"cannot connect to {join_address(host, port)}: {error}{hint}") from error
     try:
         wrapped = unchecked_context().wrap_socket(sock)  # within the same timeout
     except (OSError, ValueError) as error:
         sock.close()
-        raise ChannelClosed(f"no TLS with {host}:{port}: {error}") from error
+        raise ChannelClosed(f"no TLS with {join_address(host, port)}: {error}") from error
     return MessageStream(wrapped, peer_certificate(wrapped))
 
 

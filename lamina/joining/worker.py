@@ -16,7 +16,7 @@ from typing import Any
 from lamina.deploy.local_worker import LocalWorker
 from lamina.deploy.restarts import Backoff, Slot
 from lamina.system.child_process import module_command
-from lamina_protocols.channels import Credentials, split_address
+from lamina_protocols.channels import Credentials, join_address, split_address
 from lamina_workers.process.credentials import TOKEN_NAME, make_credentials
 
 LEAVING_S = 12.0  # for a worker to end in order
@@ -125,7 +125,7 @@ class MachineWorker:
         options, folder = self._options, tempfile.TemporaryDirectory(prefix="lamina-join-")  # mode 0700
         made = make_credentials(folder.name, [you])
         arguments = {
-            "--listen": f"{f'[{here}]' if ':' in here else here}:{options.port}",
+            "--listen": join_address(here, options.port),
             "--name": options.name,
             "--kv-memory": str(options.memory),
             "--threads": str(options.threads),
@@ -158,7 +158,8 @@ class MachineWorker:
         if isinstance(worker, _Process):
             worker.up, worker.port, worker.deadline = True, port, None
             worker.forget_key()
-            self._said(f"the worker listens at {worker.you}:{port} with {self._options.memory / 2**30:.1f} GiB")
+            gib = self._options.memory / 2**30
+            self._said(f"the worker listens at {join_address(worker.you, port)} with {gib:.1f} GiB")
 
     def _gone(self, worker: LocalWorker) -> None:
         if not isinstance(worker, _Process):

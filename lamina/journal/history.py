@@ -23,7 +23,7 @@ from lamina.journal.records import (
     TriedRecord,
 )
 from lamina.sampling_params import MAX_SAMPLES
-from lamina.scheduling.kv_shares import Part, Share
+from lamina.scheduling.kv_shares import GONE, Part, Share
 from lamina.scheduling.request import RetainedKv
 from lamina_protocols.messages import PartHeld
 
@@ -31,7 +31,6 @@ FINISHED = 16 << 20  # bytes of ended requests that are kept, for clients that m
 _REQUEST = 4096  # bytes about, of a request without its tokens
 _TOKEN = 48  # of a token
 _LOGPROB = 144  # of a token's log probability, and of each of the likeliest ones reported with it
-GONE = -1  # the number of a holder that stands for all lost ones
 
 
 class KvLocation(NamedTuple):
@@ -234,10 +233,12 @@ def adoption(
         part = holder.parts.get(handle) if holder is not None else None
         if holder is not None and part is not None and part.pool == pool < len(holder.first_heads):
             local = tuple(head - holder.first_heads[pool] for head in heads)
-            if (part.heads, part.lo, part.hi) == (local, lo, hi):
-                there.append((Share(holder.number, heads, lo, hi, pool, policy), handle, part))
+            if (part.heads, part.lo) == (local, lo) and part.hi <= hi:
+                there.append((Share(holder.number, heads, lo, part.hi, pool, policy), handle, part))
                 if pool in holder.states:
                     states.append((part.held, part.floor))
+                if part.hi < hi:  # the engine died before it wrote where the rest grows
+                    there.append((Share(GONE, heads, part.hi, hi, pool, policy), 0, None))
                 continue
         there.append((Share(GONE, heads, lo, hi, pool, policy), 0, None))
     parts = [(share, part) for share, _, part in there if part is not None]

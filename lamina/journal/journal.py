@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import msgpack
 
@@ -51,6 +51,15 @@ class Facts:
     rope_scaling: str = "none"
 
 
+class FileCalls(Protocol):
+    """The calls by which a journal changes files: those of the module `os`, with its errors."""
+
+    def open(self, path: Path, flags: int, mode: int = ..., /) -> int: ...
+    def write(self, file: int, data: memoryview, /) -> int: ...
+    def rename(self, old: Path, new: Path, /) -> None: ...
+    def ftruncate(self, file: int, length: int, /) -> None: ...
+
+
 class Run(NamedTuple):
     """An engine over all its starts: its id, 32 hexadecimal digits, and the number of starts so far."""
 
@@ -61,13 +70,14 @@ class Run(NamedTuple):
 class Journal:
     """One engine's journal in `folder`, which no other process can open meanwhile. `history` is its state, `engine` the
     id by which attention workers know the engine, `starts` how often it was opened. `run` gives both, where the engine
-    had another journal before.
+    had another journal before. `calls` change the files.
 
     Raises JournalError where the folder cannot be used, is in use or is one that others may write to, or the journal is
     damaged or of another engine.
     """
 
-    def __init__(self, folder: str | Path, facts: Facts, run: Run | None = None) -> None:
+    def __init__(self, folder: str | Path, facts: Facts, run: Run | None = None, calls: FileCalls = os) -> None:
+        self._calls = calls
         self._folder = Path(folder)
         self._path = self._folder / NAME
         self._facts = facts
@@ -112,7 +122,7 @@ class Journal:
         data = b"".join(self._buffer)
         self._buffer.clear()
         try:
-            _write(self._file, data)
+            self._write(self._file, data)
             self.size += len(data)
             if self.size > self._compact_at:
                 self._write_anew()
@@ -136,7 +146,7 @@ class Journal:
         self._buffer.clear()
         if self._file is not None:
             with contextlib.suppress(OSError):
-                os.ftruncate(self._file, len(_MAGIC) + len(self._header()))
+                self._calls.ftruncate(self._file, len(_MAGIC) + len(self._header()))
             os.close(self._file)
             self._file = None
 
@@ -147,12 +157,12 @@ class Journal:
         """Replace the file by one with the fewest records that give the same state."""
         fresh = self._path.with_suffix(".new")
         fresh.unlink(missing_ok=True)
-        file = os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        file = self._calls.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
-            size = _write(file, _MAGIC + self._header())
+            size = self._write(file, _MAGIC + self._header())
             for record in self.history.records():
-                size += _write(file, _packed(to_plain(record)))
-            os.rename(fresh, self._path)
+                size += self._write(file, _packed(to_plain(record)))
+            self._calls.rename(fresh, self._path)
         except BaseException:
             os.close(file)
             with contextlib.suppress(OSError):
@@ -162,6 +172,12 @@ class Journal:
             os.close(self._file)
         self._file, self.size = file, size
         self._compact_at = max(_GROWN, _FACTOR * size)
+
+    def _write(self, file: int, data: bytes) -> int:
+        view = memoryview(data)
+        while view:
+            view = view[self._calls.write(file, view) :]
+        return len(data)
 
     def _read(self) -> None:
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # the last: a pipe is not waited for
@@ -213,13 +229,6 @@ def _packed(plain: tuple[Any, ...]) -> bytes:
 def _head(content: bytes) -> bytes:
     length = len(content)
     return _HEAD.pack(length, zlib.crc32(length.to_bytes(4, "little")), zlib.crc32(content))
-
-
-def _write(file: int, data: bytes) -> int:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(file, view) :]
-    return len(data)
 
 
 def _records(file: BinaryIO, path: Path) -> Iterator[tuple[int, tuple[Any, ...]]]:

@@ -10,9 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from lamina.errors import LaminaError
-from lamina.journal.history import GONE, KvLocation, RecoveredHolder
+from lamina.journal.history import KvLocation, RecoveredHolder
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.scheduling.blame import TRIES
+from lamina.scheduling.kv_shares import GONE
 from lamina.scheduling.request import RetainedKv
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class Resumption:
                 self._recorder.drop(request.id)
                 continue
             try:
-                self._scheduler.validate(request.request)
+                self._scheduler.validate(request.request, taken=True)
                 if request.params.constrained and self._grammars is not None:
                     request.constraints = self._grammars.constraints(request.params, request.request.n)
             except LaminaError as error:

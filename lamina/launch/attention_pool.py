@@ -8,29 +8,33 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING
 
 from lamina.config import EngineConfig
 from lamina.deploy.listed_attention import ListedWorkers, answers
+from lamina.deploy.worker_breakers import WorkerBreakers
 from lamina.deploy.worker_events import AttentionWorkers, WorkerAddress
 from lamina.engine.holders import seated
 from lamina.errors import EngineError, InvalidRequest, LaminaError, WorkersUnavailable
+from lamina.launch.autoscaling import Autoscaling
 from lamina.launch.journal_setup import Identity
 from lamina.launch.kv_sizing import Sizes, attention_devices
 from lamina.launch.model_files import ModelFiles
+from lamina.scheduling.autoscaling import Autoscaler
 from lamina.scheduling.holder import Holder
 from lamina.system.progress import Progress
 from lamina_protocols.channels import Credentials, is_loopback, split_address
 from lamina_protocols.layers import HolderConfig
 from lamina_protocols.messages import Surveyed
 from lamina_protocols.service import WorkerUnreachable
-from lamina_workers.errors import HolderFault
+from lamina_workers.errors import HolderFault, HolderLost
 from lamina_workers.model_worker.interface import Seat
 from lamina_workers.parallel.tensor_parallel import seat
 from lamina_workers.ports.data_channel import ChannelOptions
 from lamina_workers.ports.port import survey
 from lamina_workers.ports.remote import RemoteAttention, SeatOptions, connect
-from lamina_workers.process.credentials import load_credentials
+from lamina_workers.process.credentials import CredentialFiles
 
 if TYPE_CHECKING:
     from lamina.engine.engine import Engine
@@ -38,6 +42,9 @@ if TYPE_CHECKING:
     from lamina_workers.parallel.peers import Peer
 
 logger = logging.getLogger("lamina")
+
+_TRIAL = 2  # times `worker_timeout`, for which a worker on trial must answer heartbeats
+_LOOK = 0.1  # seconds between two looks at a worker on trial
 
 LOCAL = 0  # the number of the holder in the engine's own process
 
@@ -70,7 +77,10 @@ class AttentionPool:
         self._threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="lamina-connect")
         self._started: Future[tuple[WorkerAddress, ...]] | None = None
         self._lock = threading.Lock()
+        self._over = threading.Event()
         self._ports: list[RemoteAttention] = []
+        self._autoscaling: Autoscaling | None = None
+        self.breakers = WorkerBreakers(lambda: all(port.closed for port in list(self._ports)))
 
     def begin(self, progress: Progress | None) -> None:
         """Start the workers. Returns at once."""
@@ -103,41 +113,51 @@ class AttentionPool:
             except HolderFault as error:
                 raise EngineError(str(error)) from error
             for each in (own, *others):
-                yield number, port.name, seated(each), each.kept
+                yield number, port.name, seated(each, port.page_layout), each.kept
                 number += 1
         if not connected and not self.workers.optional:
             raise WorkersUnavailable(f"no attention worker can be used: {gone}")
 
     def watch(self, engine: Engine) -> None:
-        """Notify the engine from now on of workers that join and leave. They are connected to on threads of their own:
-        a handshake may take long, and the thread of the events starts other workers again. A worker that leaves before
-        its handshake is over does not join."""
+        """Notify the engine from now on of workers that join and leave, and have their number follow its load where the
+        config says so. Workers are connected to on threads of their own: a handshake may take long, and the thread of
+        the events starts other workers again. A worker that leaves before its handshake is over does not join."""
         expected: set[str] = set()
 
         def joined(worker: WorkerAddress) -> None:
             try:
+                trial = self.breakers.on_trial(worker)
                 port = self._connect(worker)
+                if trial:
+                    self._try(port)
                 own = self._seat(port)
             except LaminaError as error:
                 self._give_up(worker, error)
                 return
             with self._lock:
                 if worker.name in expected:
-                    engine.join(port, seated(own), worker.credentials)
+                    engine.join(port, seated(own, port.page_layout), worker.credentials)
+                    port.watch(engine.leave, engine.leaving)
                     return
             port.close()
 
         def joins(worker: WorkerAddress) -> None:
             with self._lock:
                 expected.add(worker.name)
-            self._run(joined, worker)
+            self.breakers.admit(worker, partial(self._run, joined, worker))
 
         def leaves(name: str) -> None:
+            self.breakers.left(name)
             with self._lock:
                 expected.discard(name)
                 engine.leave(name)
 
+        for port in self._ports:
+            port.watch(engine.leave, engine.leaving)
         self.workers.watch(joins, leaves)
+        if self._config.autoscale is not None:
+            self._autoscaling = Autoscaling(engine, self.workers, Autoscaler(*self._config.autoscale))
+            self._autoscaling.begin()
 
     def _run(self, do: Callable[[WorkerAddress], None], worker: WorkerAddress) -> None:
         with contextlib.suppress(RuntimeError):  # the pool is closed
@@ -145,6 +165,10 @@ class AttentionPool:
 
     def close(self) -> None:
         """Close the ports to all workers, and end those workers that were started here."""
+        if self._autoscaling is not None:
+            self._autoscaling.close()
+        self.breakers.close()
+        self._over.set()
         self._threads.shutdown(cancel_futures=True)
         try:
             for port in self._ports:
@@ -154,11 +178,25 @@ class AttentionPool:
         finally:
             self.workers.close()
 
+    def _try(self, port: RemoteAttention) -> None:
+        """Wait until a worker on trial has answered heartbeats for a while. Raises HolderLost where it has not."""
+        end = time.monotonic() + _TRIAL * self._config.worker_timeout
+        while time.monotonic() < end and not self._over.wait(_LOOK):
+            if port.closed:
+                port.close()
+                raise HolderLost(f"attention worker {port.name} was lost on trial, before it had any KV")
+
+    def lost(self, name: str) -> None:
+        """The engine has lost a worker, or has given it up."""
+        self.breakers.failed(name)
+        self.workers.lost(name)
+
     def _give_up(self, worker: WorkerAddress, error: LaminaError) -> None:
         logger.warning("attention worker %s cannot be used: %s", worker.name, error)
-        self.workers.lost(worker.name)
+        self.lost(worker.name)
 
     def _connect(self, worker: WorkerAddress) -> RemoteAttention:
+        self.breakers.known(worker)
         port = connect(
             worker.address,
             worker.name,
@@ -173,6 +211,7 @@ class AttentionPool:
                 lost_after=self._config.worker_timeout,
             ),
         )
+        port.on_corrupt = partial(self.breakers.corrupt, port.name)
         self._credentials[port.name] = worker.credentials
         with self._lock:
             self._ports = [*(known for known in self._ports if not known.closed), port]
@@ -204,18 +243,21 @@ def _workers(config: EngineConfig, sizes: Sizes) -> AttentionWorkers | None:
     if isinstance(workers, int):
         from lamina.deploy.local_attention import LocalAttentionWorkers
 
-        if not workers:
+        count, most = config.first_workers, config.most_workers
+        if not most:
             return None
         devices = [str(device) for device in attention_devices(config)]
         kv_memory = sizes.holder.kv_memory
-        threads = max(1, sizes.threads // workers)  # they attend a layer at the same time
+        threads = max(1, sizes.threads // max(1, count))  # they attend a layer at the same time
         cold = sizes.holder.cold
-        return LocalAttentionWorkers(workers, kv_memory=kv_memory, threads=threads, devices=devices, cold=cold)
-    credentials = load_credentials(config.tls_dir, config.token_file)
+        return LocalAttentionWorkers(count, kv_memory=kv_memory, threads=threads, most=most, devices=devices, cold=cold)
+    files = CredentialFiles(config.tls_dir, config.token_file)
     for address in workers:
-        guarded = credentials.ca and credentials.token
+        guarded = files.current.ca and files.current.token
         if not guarded and not config.insecure and not is_loopback(split_address(address)[0]):
             raise InvalidRequest(
                 f"the attention worker at {address} is on another host: give tls_dir and token_file, or insecure=True"
             )
-    return ListedWorkers(workers, credentials=credentials, answers=answers, clock=time.monotonic)
+    return ListedWorkers(
+        workers, credentials=lambda: files.renewed() or files.current, answers=answers, clock=time.monotonic
+    )

@@ -20,11 +20,12 @@ from lamina.config import EngineConfig
 from lamina.deploy.local_models import LocalModelWorkers
 from lamina.deploy.worker_events import AttentionWorkers, ModelWorkerProcesses
 from lamina.engine.engine import Engine
-from lamina.engine.failures import FailureReports, unlost
+from lamina.engine.failures import FailureReports, nobody, unlost
 from lamina.errors import InvalidRequest, UnsupportedModelError
 from lamina.journal.journal import Journal, Run
 from lamina.journal.recorder import Recorder
 from lamina.launch.attention_pool import LOCAL, AttentionPool, connect_attention
+from lamina.launch.check_redundancy import check_redundancy
 from lamina.launch.journal_setup import Identity, identify, open_journal, recover
 from lamina.launch.kv_sizing import Sizes, check_room, indexed_pools, learns, size_kv
 from lamina.launch.model_files import ModelFiles, load
@@ -246,8 +247,10 @@ def assemble(
             holder.name, holders[number] = name, holder
             if surveyed is not None:
                 kept[number] = surveyed
-    placement = Placement(
-        holders,
+    for number, holder in holders.items():
+        holder.features = worker.features(number)
+    place = partial(
+        Placement,
         heads=sizes.heads,
         page_size=config.page_size,
         max_model_len=sizes.limits.max_model_len,
@@ -258,8 +261,14 @@ def assemble(
         indexed=indexed_pools(sizes.holder),
         samples=learns(sizes.holder),
     )
+    placement = place(holders)
+    check_redundancy(config, sizes.limits, placement, pools.attention is not None)
     control = ControlPlane(sizes.limits, placement, _tuner(config, pools.attention is not None, local_tier))
-    possible = control.scheduler.admission.longest_possible()
+    if config.autoscale is not None:
+        own = tuple(holders[rank] for rank in range(len(sizes.ranks)))
+        most = [Holder(each.pages, fused=each.fused, rank=each.rank) for each in own * (1 + config.most_workers)]
+        control.scheduler.admission.expect(place(dict(enumerate(most))))
+    possible = control.scheduler.admission.most_hoped()
     check_room(config, sizes, placement, possible)
     prefix = "" if pools.journal is None else f"{pools.journal.starts}-"  # ids are never used again
     inputs = InputProcessor(
@@ -276,9 +285,11 @@ def assemble(
         speculation=Speculation(config.most_drafts) if proposer is not None else None,
         proposer=proposer,
         reports=FailureReports(
-            lost=unlost if pools.attention is None else pools.attention.workers.lost,
+            lost=unlost if pools.attention is None else pools.attention.lost,
+            held_back=nobody if pools.attention is None else pools.attention.breakers.held,
             rebuilt=unwatched if progress is None else partial(progress, "rebuilding lost KV"),
             room=lambda tokens: inputs.has_room(max(possible, tokens)),
+            drained=unlost if pools.attention is None else pools.attention.workers.drained,
         ),
     )
     unfinished: tuple[EngineRequest, ...] = ()

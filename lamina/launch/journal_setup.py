@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import secrets
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 
 from lamina.config import EngineConfig
 from lamina.engine.engine import Engine
+from lamina.errors import JournalError
 from lamina.journal.journal import Facts, Journal, Run
 from lamina.journal.recorder import Recorder, found
 from lamina.messages.engine_request import EngineRequest
@@ -21,6 +23,7 @@ from lamina_workers.parallel.peers import Peer
 
 logger = logging.getLogger("lamina")
 
+_TAKES_NOTHING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # errors of a disk that is full or read-only
 _PARTS = 1 << 40  # more than an engine opens
 _EPOCHS = 1 << 20  # between two starts: more than an engine has, so that a holder that joins late knows no newer epoch
 
@@ -35,18 +38,21 @@ class Identity:
 
 
 def open_journal(config: EngineConfig, model: str, holder: HolderConfig, run: Run | None = None) -> Journal | None:
-    """The journal that the config asks for. `model` is the model's fingerprint, `run` is as in `Journal`. Raises
-    JournalError."""
+    """The journal that the config asks for; none where the disk takes nothing, as later. `model` is the
+    model's fingerprint, `run` is as in `Journal`. Raises JournalError."""
     if config.journal is None:
         return None
     layers = tuple(spec.policies for spec in holder.layers)
     policies = "full" if not any(layers) else json.dumps(layers)
     scaling = json.dumps(dict(config.rope_scaling), sort_keys=True, default=str) if config.rope_scaling else "none"
-    return Journal(
-        config.journal,
-        Facts(model, holder.page_size, holder.dtype, len(holder.layers), policies=policies, rope_scaling=scaling),
-        run,
-    )
+    facts = Facts(model, holder.page_size, holder.dtype, len(holder.layers), policies=policies, rope_scaling=scaling)
+    try:
+        return Journal(config.journal, facts, run)
+    except JournalError as error:
+        if getattr(error.__cause__, "errno", None) not in _TAKES_NOTHING:
+            raise
+        logger.error("%s; an engine that dies is not gone on from", error)
+        return None
 
 
 def identify(config: EngineConfig, journal: Journal | None) -> Identity:

@@ -17,6 +17,7 @@ from lamina.errors import InvalidRequest
 from lamina.launch.model_files import ModelFiles
 from lamina.launch.request_policies import RequestPolicies
 from lamina.policy_file import head_policies
+from lamina.scheduling import redundancy
 from lamina.scheduling.page_groups import PageGroup
 from lamina.scheduling.placement import Placement
 from lamina.scheduling.request import SNAPSHOT_TOKENS, SchedulerConfig
@@ -113,7 +114,7 @@ def _check_cold(cold: ColdTier, devices: Sequence[torch.device]) -> None:
 
 def _check_shard(config: EngineConfig, holder: HolderConfig) -> None:
     workers = config.attention_workers
-    count = workers if isinstance(workers, int) else len(workers)
+    count = config.most_workers if isinstance(workers, int) else len(workers)
     indexed = indexed_pools(holder)
     if config.shard == "heads" and count > 1 and all(spec.kv_heads == 1 for spec in holder.layers):
         allowed = "is" if indexed else "are shard='sequence', or"
@@ -264,6 +265,7 @@ def limits_of(config: EngineConfig, model: ModelConfig, holder: HolderConfig, ma
         max_drafts=0 if states else config.most_drafts,
         pools=way(model) == "native",
         of_policy=RequestPolicies(holder, partial(page_groups, holder)),
+        redundancy=redundancy.parse(config.redundancy),
     )
 
 
@@ -301,7 +303,8 @@ def check_room(config: EngineConfig, sizes: Sizes, placement: Placement, possibl
             f"one token takes {takes} there; allowed is a larger kv_memory, or more attention workers"
         )
     if asked is not None and asked > possible:
-        where = "kv_memory of" if not config.attention_workers else "the attention workers, with kv_memory of"
+        workers = config.attention_workers or config.autoscale
+        where = "the attention workers, with kv_memory of" if workers else "kv_memory of"
         raise InvalidRequest(f"max_model_len is {asked}; {where} {holder.kv_memory} bytes holds {possible} tokens")
 
 
@@ -349,5 +352,5 @@ def _keys_depend_on_length(model: ModelConfig, length: int) -> bool:
 def attention_devices(config: EngineConfig) -> tuple[torch.device, ...]:
     """The devices on which KV is kept: one for each attention worker that is started here. The engine's own holder uses
     the first. Raises DeviceError."""
-    workers = config.attention_workers if isinstance(config.attention_workers, int) and not config.cluster else 0
+    workers = 0 if config.cluster else config.most_workers
     return find_each("attention_device", config.attention_device, max(1, workers), prefer_gpu=False)

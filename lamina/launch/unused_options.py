@@ -24,7 +24,8 @@ def unused_options(config: EngineConfig, holder: HolderConfig, relayed: bool = F
     given = {name for name, default in _DEFAULTS.items() if getattr(config, name) != default}
     if config.deterministic:
         given -= {"local_share", "query_first"}  # they follow from it
-    if not config.attention_workers and config.cluster is None and not relayed:
+    workers = config.attention_workers or config.autoscale or relayed
+    if not workers and config.cluster is None:
         for name in _FOR_ATTENTION_WORKERS:
             if name in given:
                 yield f"{name}={getattr(config, name)!r:.80} does nothing without attention_workers"
@@ -39,8 +40,8 @@ def unused_options(config: EngineConfig, holder: HolderConfig, relayed: bool = F
     if "worker_linger" in given and not config.linger:
         yield f"worker_linger={config.worker_linger:g} does nothing without a journal"
     if all(spec.kind in STATES for spec in holder.layers):
-        for name in ("policy", "sketches", "kv_dtype", "kv_cold", "shard"):
-            if name in given and (name != "shard" or config.attention_workers or relayed):
+        for name in ("policy", "sketches", "kv_dtype", "kv_cold", "autoscale", "shard"):
+            if name in given and (name != "shard" or workers):
                 yield f"{name}={str(getattr(config, name))!r:.80} does nothing with this model: no layer keeps KV"
     if config.sketches and any(spec.index for spec in holder.layers):
         yield "sketches=True does nothing with this model: an index of its own chooses what is read"

@@ -6,7 +6,7 @@ Counters count since the engine started. Times are in seconds, sizes in bytes. I
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from lamina_workers.ports.timing import EXCHANGE_BUCKETS
@@ -101,7 +101,7 @@ class Snapshot:
     missed_mass: float
     missed_queries: float
     page_size: int
-    cached_pages: Mapping[str, int]  # by holder's name, pages that only the prefix cache keeps
+    cached_pages: Mapping[str, int]  # by holder's name, pages that the prefix cache or spares alone keep
     holders: tuple[HolderSnapshot, ...]
     sequences: tuple[SequenceSnapshot, ...]
     idle_seconds: float = 0.0
@@ -109,6 +109,7 @@ class Snapshot:
     batch_tokens: int = 0  # computed in all batches, prompts and decode
     batch_counts: tuple[int, ...] = (0,) * (len(BATCH_BUCKETS) + 1)  # batches by their tokens
     missing: tuple[str, ...] = ()  # holders that were lost and have not been replaced
+    held_back: Mapping[str, str] = field(default_factory=dict)  # workers that are not used: "open", "quarantined"
     began: float = 0.0  # a reading of the engine's clock, which tells two engines apart
     returned_workers: int = 0  # model workers that were gone and came back
     plan_seconds: float = 0.0
@@ -119,6 +120,9 @@ class Snapshot:
     accepted_at: tuple[int, ...] = ()  # the same by position in their row; empty without speculation
     kv_resident: float = 1.0  # of the pages that requests under way hold: the share in memory, where policies count
     block_pages: int = 1  # pages that `page_size` tokens of a sequence take, in all layers and KV heads
+    workers_wanted: int | None = None  # attention workers, by the autoscaler; None: there is none
+    kv_full_in: float | None = None  # seconds until the holders are full, by the autoscaler; None: KV does not grow
+    kv_redundant: float = 0.0  # the share of the KV at attention workers that has all its spares
     local_share: float = 1.0  # of the tokens of sequences with KV: the share whose KV is in the engine's process
 
     def as_dict(self) -> dict[str, Any]:

@@ -51,7 +51,8 @@ MODEL_FILES = (
 class EngineActor:
     """The process of model worker 0, where the engine lives. Each method is one call through Ray.
 
-    Its events are those of `client.interface`, and ("lost", worker) and ("drained", worker).
+    Its events are those of `client.interface`, and ("lost", worker), ("drained", worker), ("grow", workers) and
+    ("retire", worker).
     """
 
     def __init__(self) -> None:
@@ -94,6 +95,8 @@ class EngineActor:
         with self._update:
             if workers and self._attention is None:
                 self._attention = self._relayed_workers()
+            if self._attention is not None:
+                self._attention.optional = config.first_workers == 0
         if config.model_workers > 1:
             self._model_workers = RayModelWorkers(config.model_workers, model=model, threads=config.threads)
         self._runtime = start(model, config, self._report, self._attention, run, self._model_workers)
@@ -175,7 +178,7 @@ class EngineActor:
             shutil.rmtree(self._journal, ignore_errors=True)
 
     def _relayed_workers(self) -> RelayedWorkers:
-        return RelayedWorkers(lambda name: self._events.put(("lost", name)))
+        return RelayedWorkers(lambda *event: self._events.put(event))
 
     def _report(self, what: str, done: int, total: int | None) -> None:
         self._events.put(("progress", what, done, total))

@@ -9,17 +9,28 @@ import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from lamina.client.input_processor import InputProcessor
 from lamina.config import EngineConfig
-from lamina.deploy.ray_connection import NAMESPACE, TIMEOUT, connect, ray_module, require_authentication
+from lamina.deploy.ray_connection import (
+    NAMESPACE,
+    TIMEOUT,
+    check_reachable,
+    connect,
+    head_address,
+    ray_module,
+    require_authentication,
+)
 from lamina.errors import InvalidRequest
 from lamina.ray_engine.actor import MODEL_FILES, file_hashes
+from lamina.ray_engine.head_watch import HeadWatch
 from lamina.ray_engine.owner import STOPPING, EngineOwner, result
 from lamina.system.progress import Progress
+from lamina_protocols.channels import split_address
 
 if TYPE_CHECKING:
     from lamina.client.remote_client import RemoteEngine
@@ -47,12 +58,14 @@ class ClusterRuntime:
     owner: EngineOwner
     files: TemporaryDirectory[str] | None
     own_connection: bool
+    watch: HeadWatch
     unfinished: tuple[EngineRequest, ...] = ()
 
     def stop(self) -> None:
         """End the engine, its actors and, where it was made here, the connection to the cluster."""
         self.engine.close()
         self.engine.join(STOPPING)
+        self.watch.close()
         _end(self.owner, self.own_connection)
         self.engine.give_up("the engine has stopped")
         self.tokenizer.close()
@@ -92,7 +105,7 @@ def _runtime(
     from lamina.text.tokenizer import Tokenizer, read_json
     from lamina_workers.converted.models import model_config
 
-    folder, copies = Path(facts["folder"]), None
+    folder, copies, head = Path(facts["folder"]), None, head_address()
     if file_hashes(folder) != facts["files"]:
         copies = TemporaryDirectory(prefix="lamina-")
         folder = Path(copies.name)
@@ -116,6 +129,7 @@ def _runtime(
         owner=owner,
         files=copies,
         own_connection=own,
+        watch=HeadWatch(head, partial(check_reachable, *split_address(head))),
     )
 
 

@@ -62,7 +62,8 @@ class EngineOwner:
         self._model = model
         self._config = config
         self._user: RemoteEngine | None = None
-        self._count = config.attention_workers if isinstance(config.attention_workers, int) else 0  # a list is refused
+        self._count = config.first_workers  # a list is refused
+        self._has_workers = config.most_workers > 0
         self._workers: RayAttentionWorkers | None = None
         self._failure: LaminaError | None = None  # why the attention workers did not come up
         self._actor: Any = None
@@ -92,7 +93,7 @@ class EngineOwner:
     def load(self, progress: Progress | None) -> dict[str, Any]:
         """Start the attention workers, and have the engine load its model meanwhile. Returns what `EngineActor.start`
         returns. Raises the errors of both."""
-        if self._count:
+        if self._has_workers:
             config = self._config
             memory, resident = (
                 size if isinstance(size, int) else None for size in (config.kv_memory, config.kv_resident)
@@ -102,6 +103,7 @@ class EngineOwner:
                 self._count,
                 kv_memory=memory,
                 threads=self._config.threads,
+                most=None if config.autoscale is None else config.most_workers,
                 device="cpu" if device == "auto" else str(device),  # the engine refuses a name for each
                 engine=self.name,
                 kv_cold=None if config.kv_cold is None else str(config.kv_cold),
@@ -160,8 +162,14 @@ class EngineOwner:
         """Whether an event of the engine's actor was for the owner, and not for the client of the engine."""
         if kind == "lost" and self._workers is not None:
             self._workers.lost(*fields)
+        elif kind == "grow" and self._workers is not None:
+            self._workers.grow(*fields)
+        elif kind == "retire" and self._workers is not None:
+            self._workers.retire(*fields)
         elif kind == "drained":
             self._drained.update(fields)
+            if self._workers is not None and self._config.autoscale is not None:
+                self._workers.retire(*fields)
             self._changed.set()
         elif kind == "stopped":  # there is no engine left to serve
             threading.Thread(target=self.stop, name="lamina-stop", daemon=True).start()
@@ -212,7 +220,7 @@ class EngineOwner:
     def _load(self) -> dict[str, Any]:
         ray = ray_module()
         call = self._actor.start.remote(
-            self._model, self._config, bool(self._count), Run(self._run, self._starts), f"{self._journal}-{self._nodes}"
+            self._model, self._config, self._has_workers, Run(self._run, self._starts), f"{self._journal}-{self._nodes}"
         )
         self._starts += 1
         while not ray.wait([call], timeout=_POLL)[0]:

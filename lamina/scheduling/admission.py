@@ -6,7 +6,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Container
 from heapq import heappop, heappush
-from itertools import chain
+from itertools import chain, islice
 
 from lamina.errors import EngineError
 from lamina.scheduling.kv_shares import NO_PAGES, Layout, Layouts, Pages, under
@@ -28,6 +28,9 @@ class Admission:
         self._waiting: dict[str, list[tuple[Order, ScheduledSequence]]] = {}
         self._short: dict[str, tuple[ScheduledSequence, tuple[Pages, ...], int]] = {}
         """By tenant: the first, the pages it needs, and how many prefixes had been entered then."""
+        self._hoped: dict[str, int] = {}  # by policy: the longest before a loss
+        self._most: Layouts | None = None  # with all the holders that there may be
+        self._longest_there: dict[str, int] = {}  # by policy
         self._stranded: list[ScheduledSequence] = []
         self._longest: tuple[Pages, dict[str, int]] = NO_PAGES, {}
         """The holders' pages, and the longest sequence that they allow, by policy."""
@@ -36,6 +39,12 @@ class Admission:
     def stranded(self) -> tuple[ScheduledSequence, ...]:
         """The sequences that wait for a holder to join, since the present ones can never keep them."""
         return tuple(sequence for sequence in self._stranded if sequence.finish_reason is None)
+
+    @property
+    def queued_tokens(self) -> int:
+        """The known tokens of all sequences that wait for room, stranded ones included."""
+        waiting = (each for _, each in chain.from_iterable(self._waiting.values()))
+        return sum(len(each.tokens) for each in chain(waiting, self._stranded) if each.finish_reason is None)
 
     def longest_possible(self, policy: str = "") -> int:
         """The most tokens of one sequence that the context and the holders' memory can ever hold under a policy. Raises
@@ -48,12 +57,44 @@ class Admission:
             self._longest = capacity, {}
         longest = self._longest[1]
         if policy not in longest:
-            lengths = range(1, most + 1)
-            longest[policy] = bisect_right(lengths, False, key=lambda length: not self._fits(length, policy))
+            longest[policy] = self._longest_at(self._layouts, policy)
         return longest[policy]
 
-    def _fits(self, length: int, policy: str) -> bool:
-        return any(self._holds(under(layout, policy), length) for layout in self._layouts.layouts(length))
+    def most_hoped(self, policy: str = "") -> int:
+        """As `longest_possible`, where lost holders come back, and all join that there may be."""
+        here, there = max(self.longest_possible(policy), self._hoped.get(policy, 0)), self._longest_there
+        if self._most is None:
+            return here
+        if policy not in there:
+            if len(there) >= _POLICIES:
+                there.clear()
+            there[policy] = self._longest_at(self._most, policy)
+        return max(here, there[policy])
+
+    def expect(self, most: Layouts) -> None:
+        """More holders join where they are wanted: these are all that there may be. What fits there is waited for."""
+        self._most = most
+
+    def losing(self) -> None:
+        """Holders are about to be lost: what fits now is waited for."""
+        if self._layouts.capacity:
+            policies = islice({"": 0} | self._longest[1] | self._hoped, _POLICIES)
+            self._hoped = {policy: self.most_hoped(policy) for policy in policies}
+
+    def left(self) -> None:
+        """Holders are gone for good."""
+        self._hoped.clear()
+
+    def _longest_at(self, layouts: Layouts, policy: str) -> int:
+        most = self._config.max_model_len
+
+        def fits(length: int) -> bool:
+            every = (under(layout, policy) for layout in layouts.layouts(length))
+            return any(layouts.capacity.covers(self._config.pages_for(layout, length)) for layout in every)
+
+        if fits(most):  # usual, and much sooner known than by a search
+            return most
+        return bisect_right(range(1, most + 1), False, key=lambda length: not fits(length))
 
     def _holds(self, layout: Layout, length: int) -> bool:
         """Whether `length` tokens could ever be kept in this layout."""
@@ -111,15 +152,15 @@ class Admission:
         """The youngest sequences whose preemption makes room for one that needs these pages; none where that takes more
         than its tenant's share."""
         running, tenant, victims = self._running, sequence.request.tenant, []
-        spare, tokens = running.spare(), running.tokens_by_tenant()
+        left, tokens = running.headroom(), running.tokens_by_tenant()
         for each in reversed(running.sequences):
             least = tokens[tenant] + len(sequence.tokens) + len(each.tokens)
             less_urgent = each.request.priority >= sequence.request.priority and not each.in_flight
             if each.request.tenant != tenant and less_urgent and tokens[each.request.tenant] >= least:
                 victims.append(each)
                 tokens[each.request.tenant] -= len(each.tokens)
-                spare += running.own_pages(each, each.layout)
-                if spare.covers(needed):
+                left += running.own_pages(each, each.layout)
+                if left.covers(needed):
                     return victims
         return []
 
@@ -171,7 +212,7 @@ class Admission:
         for sibling in first.siblings:
             waiting = self._waiting.get(sibling.request.tenant)
             turn = not waiting or sibling.order < waiting[0][0]
-            room = running.spare().covers(running.needed(sibling, first.layout, None, length))
+            room = running.headroom().covers(running.needed(sibling, first.layout, None, length))
             forks = length > 0 and self._config.forks_at(first, length)
             if sibling.finish_reason is None and forks and turn and room and not self._full(sibling):
                 running.fork(sibling, first, length)
@@ -189,8 +230,8 @@ class Admission:
         known, alternatives, entered = self._short.get(sequence.request.tenant, (None, (), 0))
         if sequence is not known or not self._running.sequences or entered != self._running.prefix_cache.events.entered:
             return False
-        spare = self._running.spare()
-        return not any(spare.covers(needed) for needed in alternatives)
+        left = self._running.headroom()
+        return not any(left.covers(needed) for needed in alternatives)
 
     def _worth_waiting(self, sequence: ScheduledSequence, match: Match) -> bool:
         """Whether a prefix that is being computed saves a page or more, and its writer comes first in order.
@@ -223,10 +264,10 @@ class Admission:
         """The first place that has the room now. A sequence that is alone always fits."""
         running = self._running
         alone = not running.sequences
-        spare = NO_PAGES if alone else running.spare()
+        left = NO_PAGES if alone else running.headroom()
         alternatives = tuple(running.needed(sequence, layout, at.node, at.length) for layout, at in places)
         for place, needed in zip(places, alternatives, strict=True):
-            if spare.covers(needed):
+            if left.covers(needed):
                 return place
         if alone:
             return places[0]

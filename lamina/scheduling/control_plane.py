@@ -15,6 +15,7 @@ from lamina.scheduling.kv_shares import Pages
 from lamina.scheduling.placement import Placement
 from lamina.scheduling.request import Outcome, Plan, PlannedRow, ScheduledSequence, SchedulerConfig
 from lamina.scheduling.scheduler import Scheduler
+from lamina.scheduling.spares import Spares
 from lamina.scheduling.step_tuner import StepTuner
 from lamina_protocols.messages import Announced
 from lamina_protocols.routes import HolderBatch
@@ -34,11 +35,12 @@ class Step(NamedTuple):
 
 
 class Rebuilt(NamedTuple):
-    """What follows from a loss: how many tokens are computed again for lost parts of sequences, and how many tokens the
-    sequences had that begin anew."""
+    """What follows from a loss: how many tokens are computed again for lost parts of sequences, how many tokens the
+    sequences had that begin anew, and how many need not be computed since there are spares."""
 
     tokens: int
     anew: int
+    spared: int
 
 
 def refusal(answers: Mapping[int, Announced]) -> str | None:
@@ -64,6 +66,11 @@ class ControlPlane:
         self.tuner = tuner or StepTuner()
 
     @property
+    def spares(self) -> Spares:
+        """What is kept in case that a holder is lost."""
+        return self.scheduler.running.spares
+
+    @property
     def has_work(self) -> bool:
         """Whether a sequence is unfinished, a step under way, or an operation waits for a holder."""
         return self.scheduler.has_work or self.placement.pending
@@ -76,8 +83,7 @@ class ControlPlane:
         plan = self.scheduler.plan(self.tuner.lanes)
         if plan is None:
             return Step(None, self.placement.outgoing()) if alone and self.placement.pending else None
-        self.placement.fuses = self.tuner.fused
-        return Step(plan, self.placement.place(plan))
+        return Step(plan, self.placement.place(plan, fuses=self.tuner.fused))
 
     def accepted(self, step: Step, answers: Mapping[int, Announced]) -> None:
         """Every holder has accepted. Without rows the step is over with this."""
@@ -177,12 +183,20 @@ class ControlPlane:
     def joined(self, number: int, holder: Holder) -> None:
         """There is one holder more, empty."""
         self.placement.joined(number, holder)
+        self.spares.holders_changed()
         self.scheduler.joined(Pages.of(number, holder.pages))
 
+    def grow(self, numbers: Sequence[int]) -> int:
+        """Have running sequences grow at these holders, which have joined. Returns how many do."""
+        return self.scheduler.growth.joined(numbers)
+
     def drain(self, numbers: Sequence[int]) -> None:
-        """These holders are to be let go: they get no new sequence, and what they keep is to go elsewhere."""
+        """These holders are to be let go: they get no new sequence, no running one grows there, and what they keep is
+        to go elsewhere."""
         for number in numbers:
             self.placement.holders[number].draining = True
+        self.scheduler.growth.leave(numbers)
+        self.spares.leave(numbers)
         self.scheduler.admission.look_again()
 
     def stay(self, numbers: Iterable[int]) -> None:
@@ -190,6 +204,7 @@ class ControlPlane:
         for number in numbers:
             if number in self.placement.holders:
                 self.placement.holders[number].draining = False
+        self.spares.holders_changed()
         self.scheduler.admission.joined()
 
     def vacated(self, numbers: Collection[int]) -> bool:
@@ -203,17 +218,21 @@ class ControlPlane:
 
     def lost(self, numbers: Sequence[int]) -> Rebuilt:
         """Holders are gone, with their KV. Nothing may be in flight. Draining ones stay where no other is left."""
+        self.scheduler.admission.losing()
         for number in numbers:
             self.placement.lost(number)
+        self.spares.holders_changed()
         if not self.placement.capacity:
             self.stay(self.placement.draining)
         rebuilt = [self.scheduler.lost(number) for number in numbers]
-        return Rebuilt(sum(tokens for tokens, _ in rebuilt), sum(anew for _, anew in rebuilt))
+        return Rebuilt(*map(sum, zip((0, 0, 0), *rebuilt, strict=True)))
 
     def left(self, number: int) -> None:
         """A holder without KV is gone."""
         self.placement.lost(number)
+        self.spares.holders_changed()
         self.scheduler.ledger.left(number)
+        self.scheduler.admission.left()
 
     def emptied(self, numbers: Sequence[int]) -> int:
         """These holders have lost their KV and go on. Nothing may be in flight. Returns how many tokens are computed

@@ -6,17 +6,18 @@ from dataclasses import dataclass, field
 
 from lamina_protocols.messages import Close, Operation, Surveyed
 from lamina_protocols.routes import HolderBatch, Route
+from lamina_protocols.versions import FEATURES
 
 
 @dataclass(slots=True)
 class Holder:
     """A holder of KV that belongs to one model worker, its `rank`, and has heads of that rank only. `pages` is its
     whole memory, by pool; a holder with a larger `weight` gets more of each sequence. `name` is that of its attention
-    worker, "" for a holder in a model worker's process.
+    worker, "" for a holder in a model worker's process; `page_layout` says how its pages lie.
 
-    A `fused` holder attends the rows' own tokens too. A `draining` one gets nothing new. Operations wait in the
-    `outbox` until the holder has accepted them; `closing` are the pages of each pool that the closes among them free,
-    at least.
+    `features` are those of `versions` that it has: it gets no operation of another. A `fused` holder attends the rows'
+    own tokens too. A `draining` one gets nothing new. Operations wait in the `outbox` until the holder has accepted
+    them; `closing` are the pages of each pool that the closes among them free, at least.
     """
 
     pages: tuple[int, ...]
@@ -24,7 +25,9 @@ class Holder:
     fused: bool = False
     rank: int = 0
     name: str = ""
+    page_layout: str = ""
     draining: bool = False
+    features: frozenset[str] = FEATURES
     outbox: list[Operation] = field(default_factory=list)
     first: int = 0  # the number of the first operation in the outbox
     closing: list[int] = field(default_factory=list)

@@ -1,19 +1,23 @@
 """Has the lost parts of sequences computed again, and no more than that. Pure.
 
 Each sequence that can be rebuilt in part gets substitutes for its lost shares. Its next rows compute the missing
-positions again, and only the substitutes store them. Of sequences with a common beginning the first is computed, and
-the others' shares are forked off it.
+positions again, and only the substitutes store them. A spare is such a substitute that has most of them already. Of
+sequences with a common beginning the first is computed, and the others' shares are forked off it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from lamina.errors import EngineError
-from lamina.scheduling.kv_shares import Layout, Layouts, Pages, Share
+from lamina.scheduling.kv_shares import GONE, Layout, Layouts, Pages, Share
 from lamina.scheduling.page_runs import PageRuns
-from lamina.scheduling.prefix_nodes import common_length
+from lamina.scheduling.prefix_cache import PrefixCache
+from lamina.scheduling.prefix_nodes import Node, common_length
+from lamina.scheduling.read_back import ReadBack, ReadBacks
 from lamina.scheduling.request import Rebuild, ScheduledSequence, SchedulerConfig
+from lamina.scheduling.spares import Spare, Spares
 
 _Beginning = tuple[int, str, tuple[int, ...], int, int, tuple[int, ...]]
 
@@ -21,13 +25,69 @@ _Beginning = tuple[int, str, tuple[int, ...], int, int, tuple[int, ...]]
 class KvRebuild:
     """Decides which holder takes over a lost share, and when a sequence's next row can be planned."""
 
-    def __init__(self, config: SchedulerConfig, layouts: Layouts, runs: PageRuns) -> None:
+    def __init__(self, config: SchedulerConfig, layouts: Layouts, runs: PageRuns, spares: Spares) -> None:
         self._config = config
         self._runs = runs
+        self._spares = spares
+        self.reads = ReadBacks(layouts, runs, spares)
         self._layouts = layouts
 
-    def lost(self, holder: int, kept: Iterable[ScheduledSequence], spare: Pages) -> tuple[int, list[ScheduledSequence]]:
-        """Have the shares of these idle sequences at a lost holder taken over, by holders with `spare` pages.
+    def take_over(self, holder: int, kept: Iterable[ScheduledSequence], prefixes: PrefixCache, free: Pages) -> int:
+        """Have replicas take the place of what a lost holder had of these idle sequences and of prefixes, or have it
+        read back to holders with these free pages. What sequences lack then is computed again, and prefixes that lack
+        something are dropped. Returns how many tokens of sequences need not be computed."""
+        for read in self.reads.unreadable():
+            self.not_read(read)
+        tokens = self._promote(holder, kept, free)
+        for node in prefixes:
+            self._promote_prefix(node, holder, free)
+        prefixes.clear({holder, GONE})
+        return tokens
+
+    def _promote(self, holder: int, kept: Iterable[ScheduledSequence], free: Pages) -> int:
+        tokens = 0
+        for sequence in kept:
+            self._wait_no_more(sequence)
+            lacks: dict[Share, int] = {}
+            read: list[Share] = []
+            for lost in [share for share in sequence.layout if share.holder == holder]:
+                spare = self._spares.replica(sequence.handle or 0, lost)
+                if spare is not None:
+                    share = self._spares.promote(sequence, lost, spare, 1)
+                    sequence.runs[share].hi = 0  # it grows from now on
+                    lacks[share] = spare.stored
+                elif (back := self.reads.begin(sequence, lost, free)) is not None:
+                    lacks[back.share] = back.end
+                    read.append(back.share)
+            if lacks:
+                sequence.stored = 0
+                self._miss(sequence, lacks, tuple(read))
+                tokens += sequence.computed if sequence.rebuild is None else sequence.rebuild.at
+        return tokens
+
+    def _promote_prefix(self, node: Node, holder: int, free: Pages) -> None:
+        """Have spares take over all that a lost holder had of a prefix, or nothing."""
+        lost = [share for share in node.layout if share.holder == holder]
+        found: dict[Share, Spare | Share | None] = {}
+        for share in lost:
+            end = min(node.length, share.hi)
+            if share.lo >= end:  # it has nothing there yet
+                found[share] = self._layouts.substitute(share, free)
+                continue
+            spare = self._spares.replica(node.handle or 0, share) or self._spares.parity(node, share)
+            found[share] = spare if spare is not None and spare.stored >= end else None
+        if not lost or node.read or None in found.values():
+            return
+        for share, taker in found.items():
+            if isinstance(taker, Share):
+                self._spares.reopen(node, share, taker, min(node.users, 1))
+            elif taker is not None and taker.of == (share,):
+                self._spares.promote(node, share, taker, min(node.users, 1))
+            elif (read := self.reads.begin(node, share, free)) is not None:
+                node.read += (read.share,)
+
+    def lost(self, holder: int, kept: Iterable[ScheduledSequence], free: Pages) -> tuple[int, list[ScheduledSequence]]:
+        """Have the shares of these idle sequences at a lost holder taken over, by holders with `free` pages.
 
         Returns how many tokens are computed again, and the sequences that cannot be rebuilt in part.
         """
@@ -35,11 +95,11 @@ class KvRebuild:
         hopeless: list[ScheduledSequence] = []
         tokens = 0
         for sequence in kept:
-            taken = self._begin(sequence, holder, spare, begun)
+            taken = self._begin(sequence, holder, free, begun)
             if taken is None:
                 hopeless.append(sequence)
                 continue
-            spare -= taken
+            free -= taken
             if sequence.rebuild is not None:
                 tokens += sequence.rebuild.end - max(sequence.rebuild.at, sequence.rebuild.length)
         return tokens, hopeless
@@ -54,7 +114,7 @@ class KvRebuild:
             sequence.rebuild = None
 
     def _begin(
-        self, sequence: ScheduledSequence, holder: int, spare: Pages, begun: dict[_Beginning, ScheduledSequence]
+        self, sequence: ScheduledSequence, holder: int, free: Pages, begun: dict[_Beginning, ScheduledSequence]
     ) -> Pages | None:
         """Have one sequence's shares taken over; `begun` has those that are computed again by their beginning. Returns
         the pages that it takes; None where no holder has them, or the remaining shares are not enough to compute the
@@ -63,17 +123,19 @@ class KvRebuild:
             return None
         self._wait_no_more(sequence)
         lost = tuple(share for share in sequence.layout if share.holder == holder)
+        if not lost:
+            return Pages()
         if sequence.floor > min(share.lo for share in lost) or len(lost) == len(sequence.layout):  # too little is left
             return None
         source, length = self._source(sequence, lost, begun)
-        substitutes = self._substitutes(sequence, lost, spare, source, length)
+        substitutes = self._substitutes(sequence, lost, free, source, length)
         if substitutes is None:
             return None
         sequence.stored = 0
         kept = tuple(share for share in sequence.layout if share.holder != holder)
         self._runs.relocate(sequence.runs, kept, substitutes)
         sequence.layout = (*kept, *substitutes)
-        self._miss(sequence, substitutes)
+        self._miss(sequence, {share: share.lo for share in substitutes})
         if source is not None and sequence.rebuild is not None:
             sequence.rebuild.source, sequence.rebuild.source_handle = source, source.handle
             sequence.rebuild.length, sequence.rebuild.lost = length, holder
@@ -83,9 +145,35 @@ class KvRebuild:
                 begun.setdefault(key, sequence)
         return self._config.pages_for(substitutes, len(sequence.tokens), length)
 
+    def read_back(self, read: ReadBack) -> None:
+        """A share is read back: its owner can be used once it lacks nothing else."""
+        self.reads.ended(read)
+        owner = read.owner
+        if isinstance(owner, Node):
+            owner.read = tuple(share for share in owner.read if share != read.share)
+        elif owner.rebuild is not None:
+            owner.rebuild.read = tuple(share for share in owner.rebuild.read if share != read.share)
+            if not owner.rebuild.read and owner.rebuild.at >= owner.rebuild.end:
+                owner.rebuild = None
+
+    def not_read(self, read: ReadBack) -> None:
+        """A share cannot be read back. A sequence's is computed again; a prefix lacks it, so that it is GONE."""
+        self.reads.ended(read)
+        self.reads.give_up(read)
+        owner = read.owner
+        if isinstance(owner, Node):
+            owner.layout = tuple(replace(each, holder=GONE) if each == read.share else each for each in owner.layout)
+        elif owner.rebuild is not None:
+            owner.rebuild.read = tuple(share for share in owner.rebuild.read if share != read.share)
+            owner.stored = 0
+            self._miss(owner, {read.share: read.at})
+
     def ready(self, sequence: ScheduledSequence) -> bool:
-        """Whether a sequence's next row can be planned: not while it waits for the rebuild of its source."""
+        """Whether a sequence's next row can be planned: not while it waits for the rebuild of its source, or shares are
+        read back."""
         rebuild = sequence.rebuild
+        if rebuild is not None and rebuild.read:
+            return False
         if rebuild is None or rebuild.source is None or sequence.handle is None:
             return True
         source = rebuild.source
@@ -125,9 +213,9 @@ class KvRebuild:
 
     def _beginning(self, sequence: ScheduledSequence, lost: Layout) -> _Beginning | None:
         """What sequences have in common of which one can be forked off the other: pool, policy, heads and range of a
-        share, and the tokens up to the end of its first page. None where that page is not full, or more than one share
+        share, and the tokens up to the end of its first page. None where that page is not full, or not one share alone
         is lost."""
-        if len(lost) > 1:
+        if len(lost) != 1:
             return None
         (share,) = lost
         first = share.lo + self._config.page_size
@@ -136,21 +224,31 @@ class KvRebuild:
         return share.pool, share.policy, share.heads, share.lo, share.hi, tuple(sequence.tokens[:first])
 
     def _substitutes(
-        self, sequence: ScheduledSequence, lost: Layout, spare: Pages, source: ScheduledSequence | None, length: int
+        self, sequence: ScheduledSequence, lost: Layout, free: Pages, source: ScheduledSequence | None, length: int
     ) -> Layout | None:
         if source is not None and source.rebuild is not None:
             taken: list[Share] = list(source.rebuild.missing)
         else:
-            found = [self._layouts.substitute(share, spare) for share in lost]
+            found = [self._layouts.substitute(share, free) for share in lost]
             taken = [share for share in found if share is not None]
         needed = self._config.pages_for(tuple(taken), len(sequence.tokens), length)
-        return tuple(taken) if len(taken) == len(lost) and spare.covers(needed) else None
+        return tuple(taken) if len(taken) == len(lost) and free.covers(needed) else None
 
-    def _miss(self, sequence: ScheduledSequence, substitutes: Layout) -> None:
-        """The substitutes are to be computed, and the shares that were missing before."""
-        missing = substitutes
-        if sequence.rebuild is not None:
-            missing = (*(share for share in sequence.rebuild.missing if share in sequence.layout), *substitutes)
-        at = min(share.lo for share in missing)
-        end = min(sequence.computed, max(share.hi for share in missing))
-        sequence.rebuild = Rebuild(missing, at, end, at) if at < end else None
+    def _miss(self, sequence: ScheduledSequence, lacks: dict[Share, int], read: Layout = ()) -> None:
+        """These shares are to be computed from these positions on, and those that were missing before where that was
+        left off. What is `read` back is waited for."""
+        rebuild = sequence.rebuild
+        read = (*(share for share in (rebuild.read if rebuild else ()) if share in sequence.layout), *read)
+        before = {} if rebuild is None else dict.fromkeys(rebuild.missing, rebuild.at)
+        begins = {share: max(share.lo, at) for share, at in (before | lacks).items() if share in sequence.layout}
+        begins = {share: at for share, at in begins.items() if at < min(share.hi, sequence.computed)}
+        sequence.rebuild = None
+        if begins:
+            at, end = min(begins.values()), min(sequence.computed, max(share.hi for share in begins))
+            sequence.rebuild = Rebuild(tuple(begins), at, end, at)
+            # All of them store the rows from there on: what some have above, and share, they let go.
+            self._runs.rewrite({share: sequence.runs[share] for share in begins}, at)
+        if read:
+            whole = sequence.computed
+            sequence.rebuild = sequence.rebuild or Rebuild((), whole, whole, whole)
+            sequence.rebuild.read = read

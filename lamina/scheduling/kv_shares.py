@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+GONE = -1
+"""The number of a holder that stands for all lost ones."""
 
 Place = tuple[int, int]
 """A pool of a holder: the holder's number, and the number of the pool there."""
@@ -36,6 +39,15 @@ def under(layout: Layout, policy: str) -> Layout:
     if all(share.policy == policy for share in layout):
         return layout
     return tuple(replace(share, policy=policy) for share in layout)
+
+
+class Handover(NamedTuple):
+    """A share of a sequence that grows elsewhere: it ends as `ended`, and what would have come to it comes to `taker`.
+    None where it has nothing yet, so that all of it is the taker's."""
+
+    share: Share
+    ended: Share | None
+    taker: Share
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +131,15 @@ class Layouts(Protocol):
     def replace(self, handle: int, lost: int, shares: Layout, source: int | None = None, length: int = 0) -> None:
         """Open a lost holder's part of a sequence elsewhere: empty, or as forks of the source's shares."""
 
+    def grows(self, share: Share) -> bool:
+        """Whether what comes after some position of a share could be at another holder."""
+
+    def grow(self, handle: int, handovers: Sequence[Handover]) -> None:
+        """Have shares of a sequence grow elsewhere."""
+
+    def bound(self, part: Part, at: int) -> Part | None:
+        """A part ends at position `at`, above which it has nothing. None where its holder cannot be told."""
+
     def check_integrity(self, handles: Sequence[int]) -> None:
         """Raise EngineError unless exactly these sequences, all different, are kept."""
 
@@ -134,3 +155,16 @@ class Layouts(Protocol):
 
     def substitute(self, share: Share, free: Pages) -> Share | None:
         """`share` of a lost holder at another one, given the free pages. None where no holder can have it."""
+
+    def is_local(self, layout: Layout) -> bool:
+        """Whether a layout is in the local pools."""
+
+    def hosts(self, share: Share, alike: bool = False) -> tuple[int, ...]:
+        """The holders that could have a share, or a spare of it; `alike`: those alone that lay out pages as its holder
+        does."""
+
+    def promote(self, handle: int, lost: Share, part: Part | None, share: Share) -> None:
+        """`part` takes the place of a sequence's lost part of share `lost`; None: an empty one for `share` does."""
+
+    def fork_part(self, part: Part, length: int, share: Share) -> Part:
+        """A part for `share` that has the first `length` tokens of another at the same holder."""

@@ -40,14 +40,14 @@ class LocalCopies:
         if not layouts:
             return
         planned = {row.sequence for row in layouts}
-        spare = self._running.spare()
+        room = self._running.headroom()
         for sequence in self._running:
             if sequence.local_copy and sequence not in planned:
-                spare -= self._pages(_layout(sequence), _end(sequence))
+                room -= self._pages(_layout(sequence), _end(sequence))
         for row, layout in layouts.items():
             whole = self._pages(layout, _end(row.sequence))
-            if spare.covers(whole) and self._take(row, layout):
-                spare -= whole
+            if room.covers(whole) and self._take(row, layout):
+                room -= whole
             else:
                 self._running.drop_local_copy(row.sequence)
 
@@ -63,7 +63,7 @@ class LocalCopies:
         """Count a row's pages in its copy, which is opened where it is new. False where there is no room for them."""
         needed = self._pages(layout, row.start + row.count) - self._pages(layout, row.start)
         while not self._ledger.room().covers(needed):
-            if not self._running.prefix_cache.evict(needed.keys()):
+            if not self._running.evict(needed.keys()):
                 return False
         if not row.sequence.local_copy:
             row.sequence.local_copy = self._layouts.open_beside(layout)

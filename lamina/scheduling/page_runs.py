@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from lamina.scheduling.kv_shares import NO_PAGES, Layout, Pages, Share
+from lamina.scheduling.kv_shares import NO_PAGES, Handover, Layout, Pages, Share
 
 
 @dataclass(eq=False, slots=True)
@@ -96,6 +96,17 @@ class PageRuns:
             del runs[share]
         runs.update(self.open(new))
 
+    def grow(self, runs: Runs, handovers: Iterable[Handover]) -> None:
+        """Shares of a sequence grow elsewhere: they end above all that it has of them."""
+        for share, ended, taker in handovers:
+            leaf = runs.pop(share)
+            if ended is None:
+                self.close({share: leaf})
+            else:
+                leaf.share = ended
+                runs[ended] = leaf
+            runs[taker] = Run(taker, taker.lo, 0)
+
     def rewrite(self, runs: Runs, start: int) -> None:
         """A sequence writes its tokens from `start` on into pages of its own."""
         for leaf in runs.values():
@@ -109,12 +120,25 @@ class PageRuns:
                     parent.children.add(leaf)
                 self._use(leaf, 1)
 
+    def extend(self, leaf: Run, hi: int) -> None:
+        """The leaf of a prefix or spare has pages up to `hi` now."""
+        before = self._pages(leaf)
+        leaf.hi = hi
+        if not leaf.users:
+            self.unused += self._pages(leaf) - before
+
     def own(self, runs: Iterable[Run]) -> Pages:
         """The pages of these leaves of prefixes, which nobody else has."""
         pages = NO_PAGES
         for run in runs:
             pages += self._pages(run)
         return pages
+
+    @staticmethod
+    def common(a: Run, b: Run) -> int:
+        """Up to which position two leaves have the same pages; 0 where they have none."""
+        above = set(a.path())
+        return next((run.hi for run in b.path() if run in above), 0)
 
     def _end(self, length: int) -> int:
         return length + -length % self._size

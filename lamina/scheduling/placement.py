@@ -1,4 +1,4 @@
-"""Which holder keeps what of each sequence, and the operations and rows of a plan for each holder. Pure.
+"""Which holder keeps what of each sequence, and the operations for each holder. Pure.
 
 A sequence has a handle. What a holder keeps of it in one pool is a part with a handle of its own: a holder has one in
 each pool, and can have several after a loss. Whatever opens, forks or closes parts goes at once into the outbox of each
@@ -14,10 +14,12 @@ from itertools import accumulate, pairwise
 from lamina.errors import EngineError
 from lamina.scheduling import kv_layouts
 from lamina.scheduling.holder import Holder
-from lamina.scheduling.kv_shares import Layout, Pages, Part, Place, Share, under
-from lamina.scheduling.request import Plan, PlannedRow
-from lamina_protocols.messages import Close, Fork, Open, Operation, Row
-from lamina_protocols.routes import HolderBatch, Route
+from lamina.scheduling.kv_shares import Handover, Layout, Pages, Part, Place, Share, under
+from lamina.scheduling.request import Plan
+from lamina.scheduling.routing import Routing
+from lamina_protocols.messages import Bound, Close, Fork, Open, Operation
+from lamina_protocols.routes import HolderBatch
+from lamina_protocols.versions import BOUND
 
 
 def prefers_local(local: int, total: int, tokens: int, share: float) -> bool:
@@ -35,11 +37,7 @@ class Placement:
     `local_pools` are the numbers of fused holders in the model workers' processes beside others, one a rank. They have
     local copies of prompts that are being computed; and where there is a `local_tier`, whole sequences too: the layout
     of a sequence has the local pools or other holders, never both. `local_share` is the wanted share of KV in the local
-    tier; the tier controller sets it. `fuses`: decode rows are attended where they are stored, else where the model is,
-    which can then send q before it has k and v; it may change between two batches. `indexed`: the pools where an index
-    of the model's own chooses among all keys of a sequence; whoever attends a row there has all of them, the row's own
-    too. Where policies learn from prompts' queries (`samples`), rows say how long their prompts are, and parts that
-    neither read nor store one have a row too, by which they can ask for queries.
+    tier; the tier controller sets it. `indexed` and `samples` as in `Routing`.
     """
 
     def __init__(
@@ -57,7 +55,6 @@ class Placement:
         samples: bool = False,
     ) -> None:
         self.local_share = 1.0 if local_tier else 0.0
-        self.fuses = True
         self.holders = dict(holders)
         self._page_size = page_size
         self._end = max_model_len
@@ -68,6 +65,7 @@ class Placement:
         self._local_tier = local_tier
         self._indexed = indexed
         self.samples = samples
+        self._routing = Routing(self.holders, self._heads, states, indexed, samples)
         self._turn = 0
         self._last_handle = 0
         self._last_part = 0
@@ -164,15 +162,29 @@ class Placement:
     def substitute(self, share: Share, free: Pages) -> Share | None:
         """`share` at the holder of its heads' rank with the most free pages; never a local pool. None where there is no
         such holder."""
-        numbers = [
-            number
-            for number, _ in self._taking()
-            if number not in self.local_pools and share.heads[0] in self._heads_at(number)[share.pool]
-        ]
+        numbers = self.hosts(share)
         if not numbers:
             return None
         best = max(numbers, key=lambda number: free.get((number, share.pool), 0))
         return replace(share, holder=best)
+
+    def hosts(self, share: Share, alike: bool = False) -> tuple[int, ...]:
+        """The holders at attention workers that take sequences and could have a share, or a spare of it; `alike`: those
+        alone that lay out pages as its holder does."""
+        return tuple(
+            number
+            for number, holder in self._taking()
+            if number not in self.local_pools
+            and share.heads[0] in self._heads_at(number)[share.pool]
+            and not (alike and holder.page_layout != self.holders[share.holder].page_layout)
+        )
+
+    def grows(self, share: Share) -> bool:
+        """Whether what comes after some position of a share could be at another holder: its keys may be in several
+        places, and its holder, which takes part in batches, can be told where its part ends."""
+        holder = self.holders.get(share.holder)
+        apart = share.pool not in self.states and share.pool not in self._indexed
+        return apart and holder is not None and share.holder not in self.local_pools and BOUND in holder.features
 
     def _taking(self, rank: int | None = None) -> list[tuple[int, Holder]]:
         """The holders that take sequences, of one rank or of all."""
@@ -269,6 +281,44 @@ class Placement:
             parts = [part for part in self._parts[source] if part.share in shares]
             self._parts[handle] = kept + self._fork(parts, length)
 
+    def grow(self, handle: int, handovers: Sequence[Handover]) -> None:
+        """Have shares of a sequence grow elsewhere: their parts end, or are closed where they have nothing yet."""
+        parts: list[Part] = []
+        for part in self._parts[handle]:
+            handover = next((each for each in handovers if each.share == part.share), None)
+            if handover is None:
+                parts.append(part)
+                continue
+            if handover.ended is None:
+                self._queue(part.share, Close(part.handle))
+            else:
+                self._queue(part.share, Bound(part.handle, handover.ended.hi))
+                parts.append(Part(part.handle, handover.ended))
+            parts.append(self._open(handover.taker))
+        self._parts[handle] = parts
+
+    def bound(self, part: Part, at: int) -> Part | None:
+        """A part ends at position `at`, above which it has nothing. None where its holder cannot be told."""
+        if part.share.hi <= at:
+            return part
+        holder = self.holders.get(part.share.holder)
+        if holder is None or BOUND not in holder.features:
+            return None
+        self._queue(part.share, Bound(part.handle, at))
+        return Part(part.handle, replace(part.share, hi=at))
+
+    def promote(self, handle: int, lost: Share, part: Part | None, share: Share) -> None:
+        """`part` takes the place of a sequence's lost part of share `lost`, if there is one; None: an empty one for
+        `share` does."""
+        others = [each for each in self._parts[handle] if each.share != lost]
+        self._parts[handle] = [*others, self._open(share) if part is None else part]
+
+    def fork_part(self, part: Part, length: int, share: Share) -> Part:
+        """A part for `share` that has the first `length` tokens of another at its holder. `close_parts` ends it."""
+        fork = Part(self._next(), share)
+        self._queue(share, Fork(fork.handle, part.handle, length, share.policy))
+        return fork
+
     def check_integrity(self, handles: Sequence[int]) -> None:
         """Raise EngineError unless exactly these sequences, all different, have parts."""
         if len(set(handles)) != len(handles) or self._parts.keys() != set(handles):
@@ -299,42 +349,22 @@ class Placement:
 
     # Plans.
 
-    def place(self, plan: Plan) -> dict[int, HolderBatch]:
-        """The rows of each holder that the plan concerns, and all operations that wait."""
-        routes: dict[int, list[Route]] = {}
-        again: dict[int, list[Route]] = {}  # further parts of a sequence come after all first ones
-        for source, row in enumerate(plan.rows):
-            seen = set[Place]()
-            for at, route in self._routes(source, row):
-                (again if at in seen else routes).setdefault(at[0], []).append(route)
-                seen.add(at)
-        for number, more in again.items():
-            routes[number] += more
-        return {
-            number: holder.outgoing(tuple(routes.get(number, ())))
-            for number, holder in self.holders.items()
-            if holder.outbox or number in routes
-        }
+    def place(self, plan: Plan, fuses: bool = True) -> dict[int, HolderBatch]:
+        """The rows of each holder that the plan concerns, and all operations that wait. `fuses` as in `Routing`."""
+        return self._routing.batches(plan, self._parts, fuses)
 
     def _open(self, share: Share) -> Part:
         part = Part(self._next(), share)
-        self._queue(share, Open(part.handle, share.pool, self._heads_in(share), share.lo, share.hi, share.policy))
+        self._queue(
+            share, Open(part.handle, share.pool, self._routing.heads_in(share), share.lo, share.hi, share.policy)
+        )
         return part
 
-    def _heads_in(self, share: Share) -> tuple[int, ...]:
-        """A share's heads as the holder numbers them: within its rank."""
-        if len(self._heads) == 1 or share.holder not in self.holders:
-            return share.heads
-        first = self._heads_at(share.holder)[share.pool][0]
-        return tuple(head - first for head in share.heads) if first else share.heads
-
     def _fork(self, parts: Sequence[Part], length: int, policy: str | None = None) -> list[Part]:
-        forks = []
-        for part in parts:
-            share = part.share if policy in (None, part.share.policy) else replace(part.share, policy=policy)
-            forks.append(Part(self._next(), share))
-            self._queue(share, Fork(forks[-1].handle, part.handle, length, share.policy))
-        return forks
+        shares = (
+            part.share if policy in (None, part.share.policy) else replace(part.share, policy=policy) for part in parts
+        )
+        return [self.fork_part(part, length, share) for part, share in zip(parts, shares, strict=True)]
 
     def _next(self) -> int:
         self._last_part += 1
@@ -343,39 +373,6 @@ class Placement:
     def _queue(self, share: Share, operation: Operation, freed: int = 0) -> None:
         if share.holder in self.holders:  # not a lost one
             self.holders[share.holder].queue(operation, share.pool, freed)
-
-    def _routes(self, source: int, row: PlannedRow) -> list[tuple[Place, Route]]:
-        """A route for every part that reads or stores the row. Each head reads [0, start), or [0, end) where the part
-        that stores the row's tokens attends them too: always in a fused holder, and in decode unless q goes first.
-        States are read before the row, and stored after it. With an index each part attends them, unless a local copy
-        does."""
-        start, end = row.start, row.start + row.count
-        copy = row.sequence.local_copy
-        below = copy[0].share.lo if copy else start
-        chooses = row.decodes  # other rows read all
-        fuses = self.fuses and chooses and not copy
-        missing = row.sequence.rebuild.missing if row.rebuild and row.sequence.rebuild else ()
-        prompt = len(row.sequence.tokens) if self.samples and not chooses else 0
-        routes = []
-        for part in self._parts[row.handle]:
-            share = part.share
-            store = start < share.hi and end > share.lo and (not row.rebuild or share in missing)
-            # Decode is attended where it is stored: that spares the model worker its own attention and a merge.
-            # What is computed again is not: of the parts that hold it only the lost ones store it.
-            fused = self.holders[share.holder].fused or (store and fuses) or (share.pool in self._indexed and not copy)
-            fused = fused and share.pool not in self.states
-            read_end = min(end if fused else below, share.hi)
-            read = (share.lo, read_end) if read_end > share.lo else None
-            # What is computed again has been seen by the parts that were not lost.
-            sees = prompt if not row.rebuild or share in missing else 0
-            if read or store or (sees and start >= share.hi and share.pool not in self.states):
-                message = Row(part.handle, start, row.count, read, store, chooses, sees)
-                stored = message.stored(share.lo, share.hi)
-                routes.append((share.at, Route(source, self._heads_in(share), message, stored, share.pool)))
-        for part in copy:
-            message, share = Row(part.handle, start, row.count, (below, end), True), part.share
-            routes.append((share.at, Route(source, self._heads_in(share), message, (start, end), share.pool)))
-        return routes
 
 
 def _numbered(heads: Sequence[Sequence[int]]) -> list[tuple[tuple[int, ...], ...]]:

@@ -26,12 +26,12 @@ from lamina.scheduling.prefix_nodes import (
     Tree,
     closest_child,
     contradiction,
+    is_at,
     kept_by,
     longest_match,
     path_up,
     pending_down_to,
     place_of,
-    shares_of,
 )
 from lamina.scheduling.request import ScheduledSequence, SchedulerConfig
 
@@ -69,7 +69,7 @@ class PrefixCache:
 
     @property
     def evictable(self) -> Pages:
-        """The pages that eviction could free."""
+        """The pages that eviction could free, those of spares included."""
         return self._runs.unused + self.snapshots if self.snapshots else self._runs.unused
 
     def match(self, tokens: tuple[int, ...], salt: Hashable = None, policy: str = "") -> Match:
@@ -239,17 +239,17 @@ class PrefixCache:
     def clear(self, holders: Set[int] | None = None) -> None:
         """Drop every node, or those that have a share at one of these holders with all below them, pending ones too.
         Sequences keep the pages that they share."""
-        nodes = list(self._nodes())
-        if holders is not None:
-            nodes = [node for node in nodes if any(share.holder in holders for _, share in shares_of(node))]
+        nodes = [node for node in self._nodes() if is_at(node, holders)]
         for node in nodes:
             if node.writer is not None:
                 self.discard(node.writer)
         for node in reversed(nodes):  # children first
             if node.handle is not None:
                 self._evict(node)
-        for places in [each for each in self._unused if holders is None or any(at[0] in holders for at in each)]:
-            del self._unused[places]
+        self._unused.clear()  # where they are kept may have changed
+        for node in self:
+            node.queued = False
+            self._queue(node)
 
     def evict_used(self, at: Set[Place]) -> bool:
         """Drop the oldest leaf that is in one of these pools, pending or in use; its users keep the pages. False where
@@ -292,7 +292,7 @@ class PrefixCache:
     def _split(self, node: Node, length: int) -> Node | None:
         """Put a node of `length` tokens between `node` and its parent. None for a length below the floor of `node`."""
         parent = node.parent
-        if parent is None or (node.handle is not None and length < node.floor):
+        if parent is None or node.read or (node.handle is not None and length < node.floor):
             return None
         at = place_of(parent, node.tokens)
         same = length - parent.length
@@ -376,7 +376,7 @@ class PrefixCache:
             if node.parent is not None:
                 yield node
 
-    def check_integrity(self, running: Iterable[ScheduledSequence]) -> list[int]:
+    def check_integrity(self, running: Iterable[ScheduledSequence], spares: Iterable[Run] = ()) -> list[int]:
         """Raise EngineError if nodes, users and counts contradict each other. Returns the handles of all nodes."""
         alive = set(running)
         if strangers := (self._held.keys() | self._pending.keys()) - alive:
@@ -384,7 +384,7 @@ class PrefixCache:
             raise EngineError(f"the prefix tree knows requests that are not running: {names}")
         users = Counter(node for held in self._held.values() for node in path_up(held))
         handles = []
-        unused: set[Run] = set()
+        unused = {run for leaf in spares for run in leaf.path() if not run.users}
         for node in self._nodes():
             wrong = contradiction(node, self._page_size, users[node])
             if node.writer is not None and node not in pending_down_to(self._pending.get(node.writer)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Container, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
@@ -32,6 +32,7 @@ class Node:
     floor: int = 0  # the lowest length at which it can be forked
     layout: Layout = ()  # the shares of its KV
     runs: Runs = field(default_factory=dict)  # by share, the pages that it shares with none
+    read: Layout = ()  # the shares that are read back: until then it cannot be forked
     users: int = 0  # running sequences that share pages with it or with a node below
     tick: int = 0  # when it was last used
     queued: bool = False  # whether the heap of unused leaves has it
@@ -64,7 +65,7 @@ def longest_match(root: Node, tokens: tuple[int, ...], page_size: int) -> Match:
         whole = reach - reach % page_size
         if child.writer is None:
             usable = reach if 2 * (reach - whole) >= page_size else whole
-            if usable > at and usable >= child.floor:
+            if usable > at and usable >= child.floor and not child.read:
                 source, length = child, usable
         elif whole > at:
             pending, promised = child, whole
@@ -156,6 +157,11 @@ def contradiction(node: Node, page_size: int, users: int) -> str | None:
 def kept_by(leaf: Node) -> frozenset[Place]:
     """The pools that keep a leaf, or what is above it."""
     return frozenset(share.at for node, share in shares_of(leaf) if share.lo < node.length)
+
+
+def is_at(node: Node, holders: Container[int] | None) -> bool:
+    """Whether a node or one above it has a share at one of these holders; None: at any."""
+    return holders is None or any(share.holder in holders for _, share in shares_of(node))
 
 
 def shares_of(node: Node) -> Iterator[tuple[Node, Share]]:

@@ -13,6 +13,7 @@ from lamina.errors import ContextTooLong, InvalidRequest
 from lamina.scheduling.kv_shares import Layout, Pages, Part
 from lamina.scheduling.page_groups import PageGroup, PolicyKv
 from lamina.scheduling.page_runs import Runs
+from lamina.scheduling.redundancy import NONE, Redundancy
 
 if TYPE_CHECKING:
     from lamina.completions import FinishReason
@@ -54,7 +55,8 @@ class Rebuild:
     """A lost part of a sequence that is computed again: positions [at, end) are still to be done.
 
     The shares `missing` store it. `planned` is `at` plus the tokens of the row in flight. With a `source` the rebuild
-    waits until that sequence's share is whole up to `length`, and forks it. `lost` is the number of the lost holder.
+    waits until that sequence's share is whole up to `length`, and forks it. `lost` is the number of the lost holder. It
+    waits as well while shares are `read` back.
     """
 
     missing: Layout
@@ -65,6 +67,7 @@ class Rebuild:
     source_handle: int | None = None
     length: int = 0
     lost: int = 0
+    read: Layout = ()
 
 
 @dataclass(eq=False, slots=True)
@@ -262,6 +265,7 @@ class SchedulerConfig:
     max_drafts: int = 0
     pools: bool = True
     of_policy: Callable[[str], PolicyKv] | None = None
+    redundancy: Redundancy = NONE
 
     def __post_init__(self) -> None:
         for name in ("max_batch_tokens", "max_sequences", "max_model_len", "page_size"):

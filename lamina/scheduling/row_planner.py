@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from lamina.scheduling.admission import Admission
 from lamina.scheduling.blame import Blame
 from lamina.scheduling.fair_share import FairShare
+from lamina.scheduling.growth import Growth
 from lamina.scheduling.kv_rebuild import KvRebuild
 from lamina.scheduling.kv_shares import Pages
 from lamina.scheduling.local_copies import LocalCopies
@@ -30,6 +31,7 @@ class RowPlanner:
         fair_share: FairShare,
         config: SchedulerConfig,
         copies: LocalCopies,
+        growth: Growth,
     ) -> None:
         self._ledger = ledger
         self._running = running
@@ -40,6 +42,7 @@ class RowPlanner:
         self._config = config
         self._most_rows = config.max_sequences
         self._copies = copies
+        self._growth = growth
         self._turn = 0  # the number of the present plan
 
     def rows(self, lanes: int, budget: int, admits: bool) -> list[PlannedRow]:
@@ -86,7 +89,7 @@ class RowPlanner:
     def _speculate(self, rows: list[PlannedRow], budget: int, left: Counter[str]) -> None:
         """Let the rows that decode have their drafts: `budget` tokens at most, what is `left` of each tenant's share,
         and no page that anybody may need."""
-        spare: Pages | None = None
+        room: Pages | None = None
         for at, row in enumerate(rows):
             sequence, tenant = row.sequence, row.sequence.request.tenant
             drafts, sequence.drafts = sequence.drafts, ()
@@ -97,10 +100,10 @@ class RowPlanner:
             border = min(share.hi for share in sequence.layout if share.lo <= row.start < share.hi)
             most = self._blame.in_company(sequence, min(1 + most, border - row.start)) - 1
             while most > 0 and (cost := self._ledger.further(row, most)):
-                if spare is None:
-                    spare = self._running.spare() - self._running.giving_way
-                if spare.covers(cost):
-                    spare -= cost
+                if room is None:
+                    room = self._running.headroom() - self._running.giving_way
+                if room.covers(cost):
+                    room -= cost
                     break
                 most -= 1
             if most > 0:
@@ -157,17 +160,21 @@ class RowPlanner:
     def _make_room(self, sequence: ScheduledSequence, want: int, younger: deque[ScheduledSequence]) -> int:
         """How many of `want` tokens the pages allow, after making room: 0 where it must wait for batches in flight.
 
-        Only what is kept in a pool that is short makes room. Cached prefixes and local copies go first. The youngest
-        of the `younger` idle sequences is preempted only where not one token fits, and not while a batch in flight has
-        a copy there. A sequence that is alone in those pools always gets one: the holders decide.
+        Only what is kept in a pool that is short makes room. Cached prefixes and local copies go first. Where not one
+        token fits, the sequence goes on at other holders, if they have room. Else the youngest of the `younger` idle
+        ones is preempted, but not while a batch in flight has a copy there. A sequence that is alone in those pools
+        always gets one token: the holders decide.
         """
-        prefix_cache, keeps_at = self._running.prefix_cache, self._running.keeps_at
+        prefix_cache, keeps_at, grown = self._running.prefix_cache, self._running.keeps_at, False
         while (count := self._ledger.affordable(sequence, want)) < want:
             short = self._ledger.short(sequence, count + 1)
-            if prefix_cache.evict(short) or self._copies.give_back(short):
+            if self._running.evict(short) or self._copies.give_back(short):
                 continue
             if count or self._copies.in_use(short):
                 break
+            if not grown and self._growth.elsewhere(sequence, short):
+                grown = True
+                continue
             victim = next((each for each in reversed(younger) if keeps_at(each, short)), None)
             if victim is not None:
                 younger.remove(victim)

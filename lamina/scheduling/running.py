@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 
 from lamina.errors import EngineError
-from lamina.scheduling.kv_shares import Layout, Layouts, Pages, Place
+from lamina.scheduling.kv_shares import Handover, Layout, Layouts, Pages, Place
 from lamina.scheduling.page_ledger import PageLedger
 from lamina.scheduling.page_runs import PageRuns, Run
 from lamina.scheduling.prefix_cache import PrefixCache
 from lamina.scheduling.prefix_nodes import Node, tree_of
 from lamina.scheduling.request import RetainedKv, ScheduledSequence, SchedulerConfig
+from lamina.scheduling.spares import Spares
 
 Order = tuple[int, int, int]
 _LATE = 1024  # tokens that are copied at a time, at most
@@ -41,7 +42,7 @@ class RunningSequences:
     """`sequences` are the sequences with KV, by order; only this class changes the list. `wake` is called with each
     sequence that need not wait for a prefix any more.
 
-    `prefix_cache` stays empty where the config has none.
+    `prefix_cache` stays empty where the config has none, `spares` without redundancy.
     """
 
     def __init__(
@@ -54,7 +55,8 @@ class RunningSequences:
         self.sequences: list[ScheduledSequence] = []
         self.counters = Counters()
         self.runs = PageRuns(config.page_size, config.held)
-        self.prefix_cache = PrefixCache(config, self.runs, layouts.fork, self._evicted, wake)
+        self.spares = Spares(config, layouts, self.runs)
+        self.prefix_cache = PrefixCache(config, self.runs, self._fork, self._evicted, wake)
         self._config = config
         self._layouts = layouts
         self._ledger = ledger
@@ -79,7 +81,7 @@ class RunningSequences:
             sequence.handle, sequence.runs = self._layouts.open(layout), self.runs.open(layout)
         else:
             policy = sequence.request.policy
-            sequence.handle = self._layouts.fork(source.handle, length, policy)
+            sequence.handle = self._fork(source.handle, length, policy)
             sequence.runs = self.runs.fork(source.runs, length, policy=policy)
             sequence.floor = length if self._config.states else source.floor
             sequence.forked = {length}
@@ -122,6 +124,7 @@ class RunningSequences:
             raise EngineError(f"request {sequence.request.id} was closed twice")
         self._leave_cache(sequence)
         self.drop_local_copy(sequence)
+        self.spares.close(sequence.handle)
         self._layouts.close(sequence.handle, self.own_pages(sequence, sequence.layout))
         del self.sequences[bisect_left(self.sequences, sequence.order, key=order_of)]
         sequence.handle = sequence.rebuild = None
@@ -137,6 +140,7 @@ class RunningSequences:
         sequence.stored, sequence.drafts = 0, ()
         sequence.copies = True
         sequence.rebuild = None
+        self.spares.cut(sequence.handle or 0, length)
 
     def drop_local_copy(self, sequence: ScheduledSequence) -> None:
         """Close a sequence's local copy, if it has one. No plan in flight may read it."""
@@ -189,8 +193,20 @@ class RunningSequences:
         kept = [share for share in layout if share in sequence.runs]
         self.runs.relocate(sequence.runs, kept, tuple(share for share in layout if share not in kept))
         sequence.layout, sequence.stored = layout, 0
+        self.spares.keep(sequence.handle or 0, layout)
         sequence.copies = sequence.copies and bool(kept)
         sequence.forked = sequence.forked if kept else set()
+
+    def grow(self, sequence: ScheduledSequence, handovers: Sequence[Handover]) -> None:
+        """Have shares of a sequence grow elsewhere, from above all that is planned on."""
+        if sequence.handle is None or sequence.rebuild is not None:
+            raise EngineError(f"request {sequence.request.id} cannot grow elsewhere now")
+        self._layouts.grow(sequence.handle, handovers)
+        self.runs.grow(sequence.runs, handovers)
+        others = [share for share in sequence.layout if all(share != each.share for each in handovers)]
+        ended = {each.share: each.ended for each in handovers if each.ended is not None}
+        sequence.layout = (*others, *ended.values(), *(each.taker for each in handovers))
+        self.spares.ended(sequence.handle, ended, sequence.layout)
 
     # Pages.
 
@@ -214,52 +230,59 @@ class RunningSequences:
 
     def _pages_beyond(self, sequence: ScheduledSequence, layout: Layout, first: int) -> Pages:
         """Pages that a sequence has in these of its shares of the positions from `first` on."""
-        missing, held = sequence.rebuild.missing if sequence.rebuild is not None else (), self._config.held
-        whole = tuple(share for share in layout if share not in missing)
+        rebuild, held = sequence.rebuild, self._config.held
+        if rebuild is None:
+            return held(layout, first, sequence.computed, sequence.floor)
+        there = tuple(share for share in layout if share not in rebuild.read)
+        whole = tuple(share for share in there if share not in rebuild.missing)
+        missing = tuple(share for share in there if share in rebuild.missing)
         pages = held(whole, first, sequence.computed, sequence.floor)
-        if sequence.rebuild is None:
-            return pages
-        at = sequence.rebuild.at
-        return pages + held(tuple(share for share in layout if share in missing), first, at, at)
+        return pages + held(missing, first, rebuild.at, rebuild.at)
 
     @property
     def giving_way(self) -> Pages:
-        """Pages of unused prefixes and of local copies."""
+        """Pages of spares, of unused prefixes and of local copies."""
         copied = (self._copied(sequence) for sequence in self.sequences if sequence.local_copy)
         return sum(copied, self.prefix_cache.evictable)
 
-    def spare(self) -> Pages:
+    def evict(self, at: Set[Place]) -> bool:
+        """Close a spare in one of these pools, or else the least recently used prefix there. False where there is
+        none."""
+        return self.spares.give_up(at) or self.prefix_cache.evict(at)
+
+    def headroom(self) -> Pages:
         """Pages left for new sequences. The running ones keep what their known tokens need, and a page set each."""
         config = self._config
-        spare = self._ledger.unpromised() + self.giving_way
+        left = self._ledger.unpromised() + self.giving_way
         alike: dict[int, list[ScheduledSequence]] = {}  # by layout: placement makes equal ones once
         for sequence in self.sequences if config.states else ():
-            spare -= config.records(sequence.layout, 2 - sequence.own_records)
+            left -= config.records(sequence.layout, 2 - sequence.own_records)
         for sequence in self.sequences:
             alike.setdefault(id(sequence.layout), []).append(sequence)
             known, planned = len(sequence.tokens), sequence.planned
             if known - planned > 1:
-                spare -= config.pages_for(sequence.layout, known) - config.pages_for(sequence.layout, planned)
+                left -= config.pages_for(sequence.layout, known) - config.pages_for(sequence.layout, planned)
             if sequence.rebuild is not None:
-                spare -= config.held(sequence.rebuild.missing, sequence.rebuild.planned, sequence.rebuild.end, 0)
+                left -= config.held(sequence.rebuild.missing, sequence.rebuild.planned, sequence.rebuild.end, 0)
+                left -= config.held(sequence.rebuild.read, 0, sequence.rebuild.planned, 0)
         for sequences in alike.values():
             layout = sequences[0].layout
             if all(share.lo == 0 and share.hi >= config.max_model_len for share in layout):
-                spare -= config.page_set(layout, 0) * len(sequences)
+                left -= config.page_set(layout, 0) * len(sequences)
                 continue
             for sequence in sequences:
-                spare -= config.page_set(layout, len(sequence.tokens))
-        return spare
+                left -= config.page_set(layout, len(sequence.tokens))
+        return left
 
     def most(self) -> Pages:
         """The most pages that can be taken, batches under way and failed ones included: each sequence may have all its
         known tokens there, drafts, and a copy of a page. Pages of which nobody knows who has them count for each. What
         a policy lets go is counted until it must be gone: a row or a copy later, and never in a share whose range is
         full."""
-        pages = self._ledger.moving
+        pages = self._ledger.moving + self.spares.doubtful
         leaves = {leaf for sequence in self.sequences for leaf in sequence.runs.values()}
         prefixes = (leaf for node in self.prefix_cache for leaf in node.runs.values())
-        for run in {run for leaf in (*leaves, *prefixes) for run in leaf.path()} - leaves:
+        for run in {run for leaf in (*leaves, *prefixes, *self.spares.leaves) for run in leaf.path()} - leaves:
             pages += self._most(run, run.hi, run.floor)
         pages += self.prefix_cache.snapshots
         for sequence in self.sequences:
@@ -290,14 +313,22 @@ class RunningSequences:
         self.prefix_cache.discard(sequence)
         self.prefix_cache.release(sequence)
 
+    def _fork(self, parent: int, length: int, policy: str | None = None) -> int:
+        handle = self._layouts.fork(parent, length, policy)
+        self.spares.forked(parent, handle, length, policy)
+        return handle
+
     def _evicted(self, handle: int, freed: Pages) -> None:
         self.counters.evicted += 1
+        self.spares.close(handle)
         self._layouts.close(handle, freed)
 
     def check_integrity(self) -> None:
         """Raise EngineError if handles, lengths, the prefix tree and the ledger contradict each other."""
         handles = [sequence.handle for sequence in self.sequences if sequence.handle is not None]
-        self._layouts.check_integrity([*handles, *self.prefix_cache.check_integrity(self.sequences)])
+        self._layouts.check_integrity(
+            [*handles, *self.prefix_cache.check_integrity(self.sequences, self.spares.leaves)]
+        )
         for sequence in self.sequences:
             name = f"sample {sequence.sample} of request {sequence.request.id}"
             if not 0 <= sequence.computed < len(sequence.tokens) or sequence.floor > sequence.computed:

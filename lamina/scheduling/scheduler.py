@@ -6,7 +6,7 @@ The life of a plan: `plan`, then `accepted` or `refused` as the holders answer; 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from itertools import islice
 
 from lamina.completions import FinishReason
@@ -14,6 +14,7 @@ from lamina.errors import EngineError, InvalidRequest
 from lamina.scheduling.admission import Admission
 from lamina.scheduling.blame import Blame
 from lamina.scheduling.fair_share import FairShare
+from lamina.scheduling.growth import Growth
 from lamina.scheduling.kv_rebuild import KvRebuild
 from lamina.scheduling.kv_shares import Layouts, Pages, Place
 from lamina.scheduling.local_copies import LocalCopies
@@ -39,7 +40,8 @@ class Scheduler:
     equal shares of KV and of batches (`fair_share`). For one thread.
 
     `ledger` counts pages, `running` has the sequences with KV, `admission` the queues for KV, `copies` says which rows
-    read local copies, `blame` has those whose batches failed, `refusals` the holders that refuse without reason.
+    read local copies, `growth` where sequences grow, `blame` has those whose batches failed, `refusals` the holders
+    that refuse without reason.
     """
 
     def __init__(self, config: SchedulerConfig, layouts: Layouts) -> None:
@@ -51,14 +53,15 @@ class Scheduler:
         self._layouts = layouts
         self.blame = Blame()
         self.refusals = Refusals()
-        self._rebuilds = KvRebuild(config, layouts, self.running.runs)
+        self.rebuilds = KvRebuild(config, layouts, self.running.runs, self.running.spares)
         self.fair_share = FairShare()
         self._requests: dict[str, list[ScheduledSequence]] = {}  # unfinished ones
         self._in_flight: set[Plan] = set()
         self.copies = LocalCopies(config, layouts, self.ledger, self.running, self._in_flight)
+        self.growth = Growth(config, layouts, self.ledger, self.running)
         self._planner = RowPlanner(
-            self.ledger, self.running, self.admission, self._rebuilds, self.blame, self.fair_share,
-            config, self.copies,
+            self.ledger, self.running, self.admission, self.rebuilds, self.blame, self.fair_share,
+            config, self.copies, self.growth,
         )  # fmt: skip
         self._batch_tokens = config.max_batch_tokens  # fewer when even a lone sequence was refused
         self._refused = False  # the last plan: the count of pages was wrong, so nothing is admitted by it
@@ -85,9 +88,8 @@ class Scheduler:
     ) -> tuple[ScheduledSequence, ...]:
         """Queue all samples of a request and return them. Raises `InvalidRequest` where it can never run.
         A request of the previous engine goes on with the samples in `known`, after these tokens. Of the samples in
-        `kept` the holders have KV, where a share's holder is there. Call `lost` for missing holders afterwards.
-        """
-        self.validate(request)
+        `kept` the holders have KV, where a share's holder is there. Call `lost` for missing holders afterwards."""
+        self.validate(request, taken=known is not None)
         if request.id in self._requests:
             raise InvalidRequest(f"request id {request.id!r} is in use; it must be unique among unfinished requests")
         known = dict.fromkeys(range(request.n), ()) if known is None else known
@@ -110,10 +112,10 @@ class Scheduler:
                 self.admission.queue(sequence)
         return tuple(samples)
 
-    def validate(self, request: Request) -> None:
-        """Raise `InvalidRequest`, or PolicyError, where a request can never run."""
-        possible = self.admission.longest_possible(request.policy)
-        check_length(len(request.prompt), request.max_tokens, self.config.max_model_len, possible)
+    def validate(self, request: Request, taken: bool = False) -> None:
+        """Raise `InvalidRequest`, or PolicyError, where it can never run. One that was `taken` waits for room again."""
+        most, possible = self.config.max_model_len, self.admission.most_hoped(request.policy)
+        check_length(len(request.prompt), request.max_tokens, most, most if taken else possible)
         if request.n < 1:
             raise InvalidRequest(f"n is {request.n}; allowed is 1 or more")
         if request.pooled and not self.config.pools:
@@ -129,8 +131,7 @@ class Scheduler:
     def end(self, sequence: ScheduledSequence, reason: FinishReason, keep: bool = True) -> None:
         """End one sample. The KV of one in flight is closed when its batch is over, and a token sampled then is lost.
         Without `keep` nothing more of its KV enters the prefix cache, even if the sample has ended before. What earlier
-        batches entered stays.
-        """
+        batches entered stays."""
         if not keep:
             sequence.sound = False
             self.running.prefix_cache.discard(sequence)
@@ -206,8 +207,7 @@ class Scheduler:
         and make room for the next one there. There are none where no refusal is believed.
 
         Returns the sequences that can never go on, normally none: where one token of the only sequence at a refuser is
-        refused and nothing is left to evict, that sequence has ended with reason "abort".
-        """
+        refused and nothing is left to evict, that sequence has ended, as aborted."""
         self.ledger.answered(plan, free)
         self._raise_floors(plan)
         self._undo(plan)
@@ -215,7 +215,7 @@ class Scheduler:
             return ()
         self._refused = True
         running, prefix_cache = self.running, self.running.prefix_cache
-        if not running.sequences or self.copies.give_back(refusers) or prefix_cache.evict(refusers):
+        if not running.sequences or self.copies.give_back(refusers) or running.evict(refusers):
             return ()
         if self.copies.in_use(refusers):
             self._stalled = True
@@ -273,7 +273,7 @@ class Scheduler:
             self.refusals.passed(row)
             if row.rebuild:
                 self.counters.rebuilt_tokens += row.count
-                self._rebuilds.recorded(sequence)
+                self.rebuilds.recorded(sequence)
                 if sequence.rebuild is None:
                     self.running.drop_local_copy(sequence)
                 if sequence.finish_reason is not None:
@@ -349,18 +349,19 @@ class Scheduler:
         self._stalled = False
         self.admission.joined()
 
-    def lost(self, holder: int) -> tuple[int, int]:
-        """A holder is gone, and the layouts know it. What it had is opened elsewhere, to be computed again.
+    def lost(self, holder: int) -> tuple[int, int, int]:
+        """A holder is gone, and the layouts know it. Spares take it over, or it is opened elsewhere and computed again.
 
-        Nothing may be in flight. Returns how many tokens will be computed again for it, and how many tokens had those
-        sequences that cannot be rebuilt in part: they wait, and are computed again from their start.
+        Nothing may be in flight. Returns how many tokens will be computed again for it; how many tokens had those
+        sequences that cannot be rebuilt in part, which wait and begin anew; and how many need not: spares had them.
         """
         self._require_idle()
         self.ledger.left(holder)
-        self.running.prefix_cache.clear()
+        kept, free = self.running.kept_by({holder}), self.ledger.unpromised()
+        spared = self.rebuilds.take_over(holder, kept, self.running.prefix_cache, free)
         self.admission.look_again()
-        rebuilt, whole = self._rebuilds.lost(holder, self.running.kept_by({holder}), self.running.spare())
-        return rebuilt, self._begin_anew(whole)
+        rebuilt, whole = self.rebuilds.lost(holder, kept, self.running.headroom())
+        return rebuilt, self._begin_anew(whole), spared
 
     def emptied(self, holder: int, pages: Pages) -> int:
         """A holder has lost all that it kept, and has all these pages free: what concerns it is computed again, from
@@ -378,11 +379,10 @@ class Scheduler:
         if self._in_flight:
             raise EngineError(f"KV cannot be given up with {len(self._in_flight)} plans in flight")
 
-    def _begin_anew(self, sequences: Iterable[ScheduledSequence]) -> int:
+    def _begin_anew(self, sequences: Sequence[ScheduledSequence]) -> int:
         """Take their KV away. Returns how many tokens had KV."""
-        tokens = 0
+        tokens = sum(sequence.computed for sequence in sequences)
         for sequence in sequences:
-            tokens += sequence.computed
             self.admission.give_back(sequence)
         return tokens
 

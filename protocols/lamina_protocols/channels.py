@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from lamina_protocols.errors import LaminaError, ProtocolError
+from lamina_protocols.errors import CorruptFrame, LaminaError, ProtocolError
 
 SECRET_SIZE = 32  # bytes by which a connection shows whose it is
 CHECKSUM_SIZE = 4  # bytes after each frame, where neither TLS nor the kernel of one host protects its bytes
@@ -28,7 +28,8 @@ class AddressError(LaminaError):
 class Channel(Protocol):
     """Frames in both directions. One thread sends and receives; any thread may call `close`.
 
-    Raises ChannelClosed where it is closed, and ProtocolError for bytes that are no frame: it then receives no more.
+    Raises ChannelClosed where it is closed, and ProtocolError for bytes that are no frame: it then receives no more,
+    and every further `receive` raises the same.
     """
 
     bytes_sent: int
@@ -77,9 +78,16 @@ class Credentials:
 def split_address(address: str) -> tuple[str, int]:
     """The host and the port of host:port or [v6]:port. Raises AddressError."""
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise AddressError(f"address {address!r:.80}, expected HOST:PORT with a port up to 65535")
-    return host.strip("[]"), int(port)
+    bracketed = host.startswith("[") and host.endswith("]")
+    host = host[1:-1] if bracketed else host
+    if not host or not port.isdecimal() or int(port) > 65535 or bracketed != (":" in host) or set("[]") & set(host):
+        raise AddressError(f"address {address!r:.80}, expected HOST:PORT or [IPv6]:PORT with a port up to 65535")
+    return host, int(port)
+
+
+def join_address(host: str, port: int) -> str:
+    """The address that `split_address` takes apart."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def is_loopback(host: str) -> bool:
@@ -99,10 +107,10 @@ def checksum(buffers: Iterable[bytes | memoryview]) -> bytes:
 
 
 def verified(memory: memoryview, size: int) -> memoryview:
-    """The frame of `size` bytes at the start of `memory`. Raises ProtocolError if a checksum follows and differs."""
+    """The frame of `size` bytes at the start of `memory`. Raises CorruptFrame if a checksum follows and differs."""
     frame = memory[:size]
     if len(memory) > size and checksum([frame]) != memory[size:]:
-        raise ProtocolError(f"the checksum of a frame of {size} bytes does not agree")
+        raise CorruptFrame(f"the checksum of a frame of {size} bytes does not agree")
     return frame
 
 

@@ -1,6 +1,6 @@
 """Messages as frames: a fixed prefix, a msgpack header, then raw aligned tensor bytes.
 
-    prefix   magic "LMNA", version u16, tag u16, header bytes u32, payload bytes u64  (little-endian, 20 bytes)
+    prefix   magic "LMNA", layout u16, tag u16, header bytes u32, payload bytes u64  (little-endian, 20 bytes)
     header   msgpack array: the message's fields in order, each tensor as (dtype, shape...)
     payload  the tensors' bytes in order, each starting at a multiple of 64 from the payload's start
 
@@ -22,7 +22,7 @@ import torch
 from lamina_protocols import messages as m
 from lamina_protocols.alignment import padding
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.fields import Field, Record, shown, unpack_array, unpack_ints
+from lamina_protocols.fields import Record, shown, unpack_array, unpack_ints
 from lamina_protocols.frames import MAX_HEADER, MAX_PAYLOAD, PREFIX_SIZE, Prefix, pack_prefix, read_prefix
 from lamina_protocols.layer_frames import CLASSES, HEAD_SIZE, TAGS, TENSORS, frame_of, read_head
 from lamina_protocols.query_samples import FetchedSample, FetchSample, Sample
@@ -33,16 +33,15 @@ LAYERED = (m.Query, m.Fresh, m.Exchange, m.Attended)
 
 
 class Layout(NamedTuple):
-    """One message: its header fields, then the names of its tensors."""
+    """One message: the record of its header's fields, then the names of its tensors."""
 
-    cls: type
-    fields: dict[str, Field]
+    record: Record
     tensors: tuple[str, ...]
 
     @classmethod
     def of(cls, message: type) -> Layout:
-        fields = Record.of(message).fields
-        return cls(message, fields, tuple(name for name in message.__annotations__ if name not in fields))
+        record = Record.of(message)
+        return cls(record, tuple(name for name in message.__annotations__ if name not in record.fields))
 
 
 _MESSAGES: dict[int, type] = {  # the tag is part of the protocol: never reuse one
@@ -77,7 +76,7 @@ class Codec:
         """The frame of `message` as buffers to send in order; tensor bytes are views, so send before changing them."""
         tag = self._tags[type(message)]
         layout = self._layouts[tag]
-        header: list[Any] = [field.pack(getattr(message, name)) for name, field in layout.fields.items()]
+        header = layout.record.pack(message)
         buffers: list[bytes | memoryview] = [b""]
         payload = 0
         for name in layout.tensors:
@@ -92,7 +91,7 @@ class Codec:
         packed: bytes = msgpack.packb(header)
         if len(packed) > MAX_HEADER or payload > MAX_PAYLOAD:
             raise ProtocolError(
-                f"{layout.cls.__name__} too large: header {len(packed)} of {MAX_HEADER} bytes, "
+                f"{type(message).__name__} too large: header {len(packed)} of {MAX_HEADER} bytes, "
                 f"payload {payload} of {MAX_PAYLOAD}"
             )
         buffers[0] = pack_prefix(Prefix(tag, len(packed), payload)) + packed
@@ -107,11 +106,10 @@ class Codec:
             raise ProtocolError(f"unknown message tag {prefix.tag}, known: {', '.join(map(str, self._layouts))}")
         payload_start = PREFIX_SIZE + prefix.header
         fields = unpack_array(view[PREFIX_SIZE:payload_start])
-        if len(fields) != len(layout.fields) + len(layout.tensors):
-            raise ProtocolError(f"{layout.cls.__name__} header has {len(fields)} fields")
-        values = [field.unpack(value) for field, value in zip(layout.fields.values(), fields, strict=False)]
-        values += _tensors(fields[len(layout.fields) :], view[payload_start:])
-        return layout.cls(**dict(zip((*layout.fields, *layout.tensors), values, strict=True)))
+        count = len(fields) - len(layout.tensors)
+        values = layout.record.values(fields[: max(0, count)])
+        tensors = _tensors(fields[count:], view[payload_start:])
+        return layout.record.cls(**values, **dict(zip(layout.tensors, tensors, strict=True)))
 
 
 _CODEC = Codec(_MESSAGES)

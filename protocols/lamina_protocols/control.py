@@ -6,20 +6,21 @@ Each is a msgpack array of its fields. An error that refuses a handshake names t
 from __future__ import annotations
 
 import importlib.metadata
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, TypeAlias, TypeVar
 
 import msgpack
 
 from lamina_protocols.channels import SECRET_SIZE
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.fields import Record, shown, unpack_array
+from lamina_protocols.fields import Record, Since, shown, unpack_array
 from lamina_protocols.layers import LayerSpec
-from lamina_protocols.messages import PROTOCOL_VERSION
+from lamina_protocols.versions import PREVIOUS, PREVIOUS_RELEASE, PROTOCOL_VERSION, check_features, check_neighbours
 
 MAX_CONTROL = 1 << 20  # bytes; a Hello of 1,000 layers takes 40 kB
 DATA_CHANNELS = ("grpc", "tcp")
 FAREWELL = (0, 0)  # the epoch and batch of a Fault that ends the session; no batch has them
+CORRUPT = (0, 1)  # the same, where a frame of the engine's came with changed bits
 
 M = TypeVar("M")
 
@@ -36,10 +37,11 @@ def _check_secret(value: bytes) -> None:
 
 Port: TypeAlias = Annotated[int, _check_port]
 Secret: TypeAlias = Annotated[bytes, _check_secret]
+Features: TypeAlias = Annotated[tuple[str, ...], check_features, Since(8)]
 
 
 def package_version() -> str:
-    """The version of the installed package, which both sides must share."""
+    """The version of the installed package."""
     return importlib.metadata.version("lamina")
 
 
@@ -51,7 +53,8 @@ class Hello:
     the number of one of its seats; each has an attention worker of its own with `share` (part, of) of the memory. The
     seat's KV is kept for `linger` seconds without a channel. `model` is the fingerprint of the model's config.
     `compute_dtype` is the dtype of queries and outputs, `kv_dtype` that of stored KV. `local_channel` allows a Unix
-    socket. `sequence_tokens` and `sketches` are those of a `HolderConfig`.
+    socket. `sequence_tokens` and `sketches` are those of a `HolderConfig`. `features` are those of `versions` that the
+    engine has.
     """
 
     protocol: int
@@ -70,6 +73,7 @@ class Hello:
     linger: float
     sequence_tokens: int = 4096
     sketches: bool = False
+    features: Features = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +96,8 @@ class TcpOffer:
 class Welcome:
     """The session has begun. `kv_memory` of the seat is in bytes. `lease` is in seconds: a channel without a sign of
     life is kept that long. `resumed`: the seat existed already, with its KV. `page_layout` describes how its pages are
-    laid out, in all pools; pages can be copied unchanged between holders with the same layout."""
+    laid out, in all pools; pages can be copied unchanged between holders with the same layout. `features` are those
+    that both sides have."""
 
     name: str
     kv_memory: int
@@ -103,6 +108,7 @@ class Welcome:
     tcp: TcpOffer | None
     resumed: bool
     page_layout: str
+    features: Features = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,16 +194,23 @@ def pack(message: Any) -> bytes:
 def unpack(cls: type[M], data: bytes) -> M:
     """A control message of the type `cls`. Raises ProtocolError for anything else.
 
-    A Hello begins with its versions, which are checked first: another version may order its fields otherwise.
+    A Hello begins with the version of its protocol, which is checked first. Fields that a newer version has at its end
+    are not read.
     """
     if len(data) > MAX_CONTROL:
         raise ProtocolError(f"{cls.__name__} of {len(data)} bytes, allowed: {MAX_CONTROL}")
     values = unpack_array(data)
+    record = _RECORDS[cls]
     if cls is Hello and values:
-        check("protocol version", values[0], PROTOCOL_VERSION)
-        check("lamina version", values[1] if len(values) > 1 else None, package_version())
-    message: M = _RECORDS[cls].unpack(values)
+        check_neighbours(values[0], PROTOCOL_VERSION)
+        values = values[: len(record.fields)] if values[0] > PROTOCOL_VERSION else values
+    message: M = record.unpack(values)
     return message
+
+
+def as_previous(hello: Hello) -> Hello:
+    """The same, as a worker of the previous version understands it."""
+    return replace(hello, protocol=PREVIOUS, version=PREVIOUS_RELEASE, features=())
 
 
 def check(what: str, theirs: object, ours: object) -> None:

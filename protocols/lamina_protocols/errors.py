@@ -10,3 +10,7 @@ class LaminaError(Exception):
 
 class ProtocolError(LaminaError):
     """A frame or message is malformed, too large, or out of order."""
+
+
+class CorruptFrame(ProtocolError):
+    """Bits have changed on the way: a checksum, or TLS's own, does not agree."""

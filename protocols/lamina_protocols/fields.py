@@ -5,10 +5,12 @@
 An annotation is `int` (0 to 2^62), `float` (finite), `bool`, `str`, `bytes`, `tuple[T, ...]`, `tuple[int, int]` (a
 range, low end first), `Mapping[int, T]`, a dataclass or NamedTuple, a union of these, or `T | None`. With
 `Annotated[T, check]`, `check` gets each value that has come, and raises ProtocolError for one that is not allowed.
+A field that is `Annotated[T, Since(N)]` stands last, has a default, and may be missing.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import reprlib
@@ -83,25 +85,52 @@ def unpack_range(value: Any) -> tuple[int, int]:
     return ends[0], ends[1]
 
 
+class Since(NamedTuple):
+    """Marks a field that an older version than this one does not know. It is not sent while it has its default, so a
+    side that lacks it can be sent the rest; only to others may it have another value."""
+
+    version: int
+
+
 class Record(NamedTuple):
-    """A dataclass and its fields, in the order of its constructor."""
+    """A dataclass and its fields, in the order of its constructor. `later`: the last ones that came with a later
+    version, in reverse, each with its default."""
 
     cls: type
     fields: dict[str, Field]
+    later: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
     def of(cls, noun: type) -> Record:
         """The record of a dataclass or NamedTuple, by its annotations; those of tensors are left out."""
         hints = get_type_hints(noun, localns={"torch": _TORCH}, include_extras=True)
-        return cls(noun, {name: field_of(hint) for name, hint in hints.items() if hint is not _TORCH.Tensor})
+        sent = {name: hint for name, hint in hints.items() if hint is not _TORCH.Tensor}
+        later = [name for name, hint in sent.items() if any(isinstance(mark, Since) for mark in get_args(hint)[1:])]
+        if later != list(sent)[len(sent) - len(later) :]:
+            raise TypeError(f"{noun.__name__}: a field comes after {', '.join(later)}, which came later")
+        defaults = {field.name: field.default for field in dataclasses.fields(noun)} if later else {}
+        return cls(
+            noun,
+            {name: field_of(hint) for name, hint in sent.items()},
+            tuple((name, defaults[name]) for name in reversed(later)),
+        )
 
     def pack(self, value: Any) -> list[Any]:
-        return [field.pack(getattr(value, name)) for name, field in self.fields.items()]
+        packed = [field.pack(getattr(value, name)) for name, field in self.fields.items()]
+        for name, default in self.later:
+            if getattr(value, name) != default:
+                break
+            packed.pop()
+        return packed
 
     def unpack(self, values: Any) -> Any:
-        if type(values) is not tuple or len(values) != len(self.fields):
+        return self.cls(**self.values(values))
+
+    def values(self, values: Any) -> dict[str, Any]:
+        """The unpacked fields that have come, by name."""
+        if type(values) is not tuple or not len(self.fields) - len(self.later) <= len(values) <= len(self.fields):
             raise ProtocolError(f"{self.cls.__name__} has {len(self.fields)} fields, got {shown(values)}")
-        return self.cls(*(field.unpack(value) for field, value in zip(self.fields.values(), values, strict=True)))
+        return {name: field.unpack(value) for (name, field), value in zip(self.fields.items(), values, strict=False)}
 
 
 _FIELDS: dict[Any, Field] = {
@@ -122,7 +151,10 @@ def field_of(kind: Any) -> Field:
         return _FIELDS[kind]
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        return _checked(field_of(args[0]), args[1])
+        field = field_of(args[0])
+        for check in args[1:]:
+            field = field if isinstance(check, Since) else _checked(field, check)
+        return field
     if origin is tuple and args[1:] == (Ellipsis,):
         return _list_of(field_of(args[0]))
     if origin is Mapping and args[0] is int:

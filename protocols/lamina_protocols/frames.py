@@ -1,6 +1,6 @@
 """The fixed prefix of a frame: what a channel must read to know how much follows.
 
-prefix   magic "LMNA", version u16, tag u16, header bytes u32, payload bytes u64  (little-endian, 20 bytes)
+prefix   magic "LMNA", layout u16, tag u16, header bytes u32, payload bytes u64  (little-endian, 20 bytes)
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import numpy as np
 
 from lamina_protocols.alignment import ALIGNMENT, padding
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.messages import PROTOCOL_VERSION
 
 MAGIC = b"LMNA"
+LAYOUT = 7  # of frames: the first version of the protocol that lays them out like this
 MAX_HEADER = 1 << 19  # an announcement of 18,000 rows; reading the worst that fits takes some 25 ms
 MAX_PAYLOAD = 1 << 30
 _PREFIX = struct.Struct("<4sHHIQ")
@@ -38,18 +38,18 @@ class Prefix(NamedTuple):
 
 
 def pack_prefix(prefix: Prefix) -> bytes:
-    return _PREFIX.pack(MAGIC, PROTOCOL_VERSION, *prefix)
+    return _PREFIX.pack(MAGIC, LAYOUT, *prefix)
 
 
 def read_prefix(data: bytes | bytearray | memoryview, max_frame: int = MAX_FRAME) -> Prefix:
-    """The prefix at the start of `data`. Raises ProtocolError where it is short, of another version, or too large."""
+    """The prefix at the start of `data`. Raises ProtocolError where it is short, of another layout, or too large."""
     if len(data) < PREFIX_SIZE:
         raise ProtocolError(f"frame of {len(data)} bytes is shorter than its prefix of {PREFIX_SIZE}")
-    magic, version, tag, header, payload = _PREFIX.unpack_from(data)
+    magic, layout, tag, header, payload = _PREFIX.unpack_from(data)
     if magic != MAGIC:
         raise ProtocolError(f"frame starts with {magic!r}, not {MAGIC!r}")
-    if version != PROTOCOL_VERSION:
-        raise ProtocolError(f"protocol version {version}, this side speaks {PROTOCOL_VERSION}")
+    if layout != LAYOUT:
+        raise ProtocolError(f"frame of layout {layout}, this side reads {LAYOUT}")
     if header > MAX_HEADER or payload > MAX_PAYLOAD:
         raise ProtocolError(
             f"frame too large: header {header} of {MAX_HEADER} bytes, payload {payload} of {MAX_PAYLOAD}"

@@ -21,7 +21,6 @@ from lamina_protocols.usage import Usage
 if TYPE_CHECKING:
     import torch
 
-PROTOCOL_VERSION = 7
 MAX_PARTS = 4096  # in one `Surveyed`
 
 # Operations create and delete parts. A part is what one holder keeps of one sequence in the layers of one pool.
@@ -63,7 +62,16 @@ class Close:
     handle: int
 
 
-Operation = Open | Fork | Close
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """End the range of the part `handle` at position `hi`, where a page begins: nothing is stored there or above any
+    more. What the part keeps there is let go. For holders with the feature `bound` alone."""
+
+    handle: int
+    hi: int
+
+
+Operation = Open | Fork | Close | Bound
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import queue
+import re
 import threading
 import time
 from collections import deque
@@ -27,6 +28,7 @@ _QUEUED = 64  # gRPC messages that wait on either side of a stream
 _PARTING_S = 10.0  # for the last message to leave, on a server
 _FAREWELL_S = 0.5  # for the server to end the stream, on a client
 KEEPALIVE_MS, _KEEPALIVE_TIMEOUT_MS = 10_000, 5_000
+_TLS_FAILED = re.compile(r"Tls handshake failed.*OPENSSL_internal:(.+?): (?:OK|Invalid certificate verification)")
 
 T = TypeVar("T")
 
@@ -74,7 +76,7 @@ class GrpcChannel:
         self._filled = 0
         self._closed = ""  # why
         self._ended = ""  # why nothing more comes in
-        self._unreadable = ""  # why what came in is no frame; sending still works
+        self._unreadable: ProtocolError | None = None  # what came in is no frame; sending still works
         self._sent_all = False  # the last message has left; then gRPC ends the stream on this side
         self._serves = False
         self._parting: threading.Timer | None = None
@@ -194,14 +196,16 @@ class GrpcChannel:
         self._wake()
 
     def _take(self, message: bytes | None) -> None:
-        if message is None or self._closed or self._unreadable:
+        if message is None or self._closed or self._unreadable is not None:
             self._in.put(None)  # for the next call
-            inside = ", inside a frame" if self._prefix is not None and not self._unreadable else ""
-            raise ChannelClosed((self._closed or self._unreadable or self._ended) + inside)
+            if self._unreadable is not None and not self._closed:
+                raise type(self._unreadable)(str(self._unreadable))
+            inside = ", inside a frame" if self._prefix is not None and self._unreadable is None else ""
+            raise ChannelClosed((self._closed or self._ended) + inside)
         try:
             self._fill(message)
         except ProtocolError as error:
-            self._unreadable = str(error)
+            self._unreadable = error
             self._in.put(None)
             raise
 
@@ -281,6 +285,8 @@ class WorkerClient:
             raise kind(f"{name} at {self.address}: {_details(error)}") from error
         except ValueError as error:  # gRPC raises it once this side has closed the channel
             raise WorkerUnreachable(f"{name} at {self.address}: {error}") from error
+        if data is None:  # gRPC's, for a call that ended well without an answer: bits have changed, or the worker lies
+            raise WorkerUnreachable(f"{name} at {self.address}: an answer without a message")
         return control.unpack(reply, data)
 
 
@@ -329,4 +335,8 @@ def _details(error: grpc.RpcError) -> str:
     """The reason for a failed call, from the other side or from gRPC."""
     if not isinstance(error, grpc.Call):
         return str(error)
-    return f"{error.details() or 'no details'} ({error.code().name})"
+    said = error.details() or "no details"
+    if failed := _TLS_FAILED.search(said):
+        reason = failed[1].removeprefix("CERTIFICATE_VERIFY_FAILED: ").replace("_", " ")
+        said = f"TLS fails: {reason if reason != 'WRONG VERSION NUMBER' else 'the other side speaks none'}"
+    return f"{said} ({error.code().name})"

@@ -151,10 +151,22 @@ def _message(incoming: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         late.cancel()
 
 
-def server_credentials(credentials: Credentials, mutual: bool) -> grpc.ServerCredentials:
-    """TLS of a server; with `mutual`, clients must show a certificate of the CA."""
-    pair = [(credentials.key, credentials.cert)]
-    return grpc.ssl_server_credentials(pair, credentials.ca if mutual else None, mutual)
+def server_credentials(newest: Callable[[], Credentials], mutual: bool) -> grpc.ServerCredentials:
+    """TLS of a server; with `mutual`, clients must show a certificate of the CA. Each connection gets the certificate
+    that is the `newest` then."""
+    known = newest()
+
+    def configuration() -> grpc.ServerCertificateConfiguration:
+        return grpc.ssl_server_certificate_configuration([(known.key, known.cert)], known.ca if mutual else None)
+
+    def fetch() -> grpc.ServerCertificateConfiguration | None:
+        nonlocal known
+        if (found := newest()) is known:
+            return None
+        known = found
+        return configuration()
+
+    return grpc.dynamic_ssl_server_credentials(configuration(), fetch, mutual)
 
 
 def server_options(max_message: int) -> list[tuple[str, int]]:

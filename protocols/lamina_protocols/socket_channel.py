@@ -10,11 +10,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from weakref import WeakSet
 
 from lamina_protocols.channels import CHECKSUM_SIZE, ChannelClosed, check_size, checksum, verified
-from lamina_protocols.errors import LaminaError, ProtocolError
+from lamina_protocols.errors import CorruptFrame, LaminaError, ProtocolError
 from lamina_protocols.frames import MAX_FRAME, PREFIX_SIZE, Arriving, Prefix, blank_frame, read_prefix
-from lamina_protocols.tls import TLS_NOT_NOW, is_tls
+from lamina_protocols.tls import TLS_NOT_NOW, is_corrupt, is_tls
 
 BUFFER = 4 << 20  # bytes of a socket's buffers where the system allows it: a layer's K and V of many rows
 _HELD = 256 << 20  # bytes of received frames above which a blocked `send` reads no more
@@ -24,6 +25,18 @@ _SMALL = 64 << 10  # bytes: TLS copies its input, so smaller buffers are joined 
 
 _NOT_NOW = (BlockingIOError, *TLS_NOT_NOW)
 
+_sockets: WeakSet[socket.socket] = WeakSet()
+
+
+def _let_go() -> None:
+    """In a forked child: it has every connection too, and the other side would not see this program's end."""
+    for sock in list(_sockets):
+        if (descriptor := sock.detach()) >= 0:
+            os.close(descriptor)
+
+
+os.register_at_fork(after_in_child=_let_go)
+
 
 class SocketChannel:
     """A `Channel` over a connected stream socket, which it owns. `arriving` counts its frames among others'."""
@@ -32,6 +45,7 @@ class SocketChannel:
         self, sock: socket.socket, checksummed: bool, max_frame: int = MAX_FRAME, arriving: Arriving | None = None
     ) -> None:
         sock.setblocking(False)
+        _sockets.add(sock)
         self.bytes_sent = 0
         self.bytes_received = 0
         self._socket = sock
@@ -41,7 +55,7 @@ class SocketChannel:
         self._arriving = arriving or Arriving(2 * max_frame)
         self._busy = threading.RLock()  # held while the socket is in use, so that `close` waits
         self._closed = ""  # why
-        self._unreadable = ""  # why what came in is no frame; sending still works
+        self._unreadable: ProtocolError | None = None  # what came in is no frame; sending still works
         self._arrivals = select.poll()
         self._arrivals.register(sock, select.POLLIN)
         self._both = select.poll()
@@ -194,8 +208,8 @@ class SocketChannel:
     def _pump(self) -> bool:
         """Read what has arrived, without waiting, up to the end of one frame. Returns whether a frame is whole."""
         self._check_open()
-        if self._unreadable:
-            raise ChannelClosed(self._unreadable)
+        if self._unreadable is not None:
+            raise type(self._unreadable)(str(self._unreadable))
         try:
             while True:
                 count = self._socket.recv_into(self._missing)
@@ -207,9 +221,12 @@ class SocketChannel:
         except _NOT_NOW:
             return False
         except ProtocolError as error:
-            self._unreadable = str(error)
+            self._unreadable = error
             raise
         except OSError as error:
+            if is_corrupt(error):
+                self._unreadable = CorruptFrame(f"TLS: bits have changed on the way: {error}")
+                raise self._unreadable from error
             raise self._broken(error) from error
 
     def _begin(self, begun: memoryview) -> Prefix:

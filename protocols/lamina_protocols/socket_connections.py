@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from lamina_protocols.channels import SECRET_SIZE, ChannelClosed, is_loopback
+from lamina_protocols.channels import SECRET_SIZE, ChannelClosed, is_loopback, join_address
 from lamina_protocols.errors import LaminaError
 from lamina_protocols.frames import MAX_FRAME, Arriving
 from lamina_protocols.socket_channel import BUFFER, SocketChannel
@@ -37,7 +37,7 @@ class Listener:
     one of the address that has most of them is closed.
 
     `admit` says whether a secret is right, and is called once per connection; `deliver` takes over the channel, and
-    gets the secret too. Both are called on threads of the listener.
+    gets the secret too. Both are called on threads of the listener. `tls` may be changed: new connections use it.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Listener:
         self._socket = sock
         self._admit = admit
         self._deliver = deliver
-        self._tls = tls
+        self.tls = tls
         self._max_frame = max_frame
         self._arriving = arriving
         self._lock = threading.Lock()
@@ -79,8 +79,8 @@ class Listener:
             try:
                 sock, address = self._socket.accept()
                 sock.settimeout(_GREETING_S)
-                if self._tls is not None:
-                    sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+                if (tls := self.tls) is not None:
+                    sock = tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
             except OSError:
                 if not self._closed:
                     time.sleep(0.05)  # out of file descriptors, for example: the next connection may succeed
@@ -178,13 +178,13 @@ def connect_tcp(
     try:
         sock = socket.create_connection((host, port), timeout)
     except OSError as error:
-        raise ChannelClosed(f"no data channel at {host}:{port}: {error}") from error
+        raise ChannelClosed(f"no data channel at {join_address(host, port)}: {error}") from error
     if tls is not None:
         try:
             sock = tls.wrap_socket(sock, server_hostname=host)
         except OSError as error:
             sock.close()
-            raise ChannelClosed(f"TLS with {host}:{port}: {error}") from error
+            raise ChannelClosed(f"TLS with {join_address(host, port)}: {error}") from error
     return _introduced(sock, secret, checksummed, max_frame)
 
 

@@ -20,6 +20,11 @@ def is_tls(sock: object) -> bool:
     return isinstance(sock, ssl.SSLSocket)
 
 
+def is_corrupt(error: OSError) -> bool:
+    """Whether bits have changed on the way, as this side has found or the other one says."""
+    return isinstance(error, ssl.SSLError) and "BAD_RECORD_MAC" in (error.reason or "")
+
+
 def handshake(sock: object) -> None:
     """Do the handshake that was put off; nothing for a socket without TLS. Raises OSError."""
     if isinstance(sock, ssl.SSLSocket):

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from lamina.models.cache import cache_folder, folder_name, get_or_create, write_
 from lamina.models.weight_memory import weight_memory
 from lamina.sampling_params import SamplingParams
 from lamina_workers.errors import DiskFullError
+from lamina_workers.process.credentials import make_credentials
 
 
 @pytest.fixture
@@ -265,14 +267,16 @@ def test_chat_remembers_and_forgets(lamina: Lamina) -> None:
     ]
 
 
-def test_doctor_says_what_will_be_used_and_why(lamina: Lamina) -> None:
+def test_doctor_says_what_will_be_used_and_why(lamina: Lamina, tmp_path: Path) -> None:
     report = json.loads(lamina("doctor", "--json").stdout)
     assert report["machine"]["cores"] >= 1
     assert report["choices"]["dtype"] in ("bfloat16", "float32")
     assert report["choices"]["attention_kernels"] in ("cpu", "reference", "triton")  # as LAMINA_KERNELS names them
     assert report["storage"]["free_bytes"] > 0
-    text = lamina("doctor").stdout
+    make_credentials(tmp_path, ["localhost"])
+    text = lamina("doctor", "--tls-dir", str(tmp_path)).stdout
     assert f"{report['choices']['dtype']}: " in text  # the reason follows
+    assert re.search(r"cert\.pem +in 36\d\d days: good until \d{4}-", text)
 
 
 def test_models_can_be_listed_and_an_unknown_one_is_refused(lamina: Lamina) -> None:

@@ -12,7 +12,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from lamina.cli.options import PromptOptions, SamplingOptions, Without, flatten_options
+from lamina.cli.options import EngineOptions, PromptOptions, SamplingOptions, Without, flatten_options
 from lamina.cli.terminal import print_rows
 from lamina.errors import InvalidRequest
 from lamina.sampling_params import SamplingParams
@@ -98,3 +98,9 @@ def test_a_table_wider_than_the_terminal_folds_its_widest_column(monkeypatch: py
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
+
+
+def test_autoscale_is_two_numbers() -> None:
+    assert EngineOptions(autoscale="1:3").config() == {"autoscale": (1, 3)}
+    with pytest.raises(typer.BadParameter, match="--autoscale is '3'; allowed is MIN:MAX"):
+        EngineOptions(autoscale="3").config()

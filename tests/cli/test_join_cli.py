@@ -111,6 +111,8 @@ def test_server_that_takes_none_says_so(url: str, monkeypatch: pytest.MonkeyPatc
         (["serve", "--allow-join", "--local-share", "0"], 2, "local_share is 0 with allow_join"),
         (["serve", "--allow-join", "--model-workers", "2"], 2, "model_workers is 2 with allow_join"),
         (["serve", "--allow-join", "--attention-workers", "a:1"], 2, "beside addresses of attention_workers"),
+        (["serve", "--allow-join", "--autoscale", "1:3"], 2, "allow_join beside autoscale of 1 to 3"),
+        (["serve", "--autoscale", "3:1"], 2, "autoscale is (3, 1)"),
         (["serve", "--allow-join", "--cluster", "auto"], 2, "beside cluster"),
         (["serve", "a=b", "c=d", "--allow-join", "--max-loaded", "2"], 2, "max_loaded is 2"),
     ],

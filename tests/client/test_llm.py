@@ -1,11 +1,10 @@
-"""`LLM` as an object of a Python program: what it shows, how it ends, and whose process it is."""
+"""`LLM` as an object of a Python program: what it shows, and how it ends."""
 
 from __future__ import annotations
 
 import asyncio
 import io
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 from real_workers import write_tiny_model
 
 import lamina
-from lamina import LLM, EngineError, InvalidRequest
+from lamina import LLM, InvalidRequest
 from lamina.system.progress import StderrBars
 
 
@@ -43,23 +42,6 @@ def test_a_completion_is_short_to_look_at_and_whole_as_a_dict(llm: LLM) -> None:
     found = json.loads(json.dumps(completion.to_dict()))
     assert found["samples"][0]["token_ids"] == list(completion.token_ids)
     assert len(found["samples"][0]["logprobs"]) == 40
-
-
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_forked_child_gets_an_error_and_ends_nothing(llm: LLM) -> None:
-    read, write = os.pipe()
-    if (child := os.fork()) == 0:
-        try:
-            llm.generate([1], max_tokens=1)
-        except EngineError as error:
-            os.write(write, str(error).encode())
-        llm._stop.peek()[1]()  # type: ignore[index]  # as when the child ends
-        os._exit(0)
-    os.close(write)
-    with os.fdopen(read) as said:
-        assert f"made in process {os.getpid()}" in said.read()
-    assert os.waitpid(child, 0)[1] == 0
-    assert llm.alive
 
 
 def test_it_closes_at_the_end_of_async_with(tmp_path: Path) -> None:

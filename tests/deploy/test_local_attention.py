@@ -246,18 +246,19 @@ def test_real_workers_answer_their_parent_and_refuse_others() -> None:
 
 
 class Hosts:
-    """Addresses that answer or do not."""
+    """Addresses that answer or do not. `begun`: when the worker at each has started, 0 where that was long ago."""
 
     def __init__(self, *up: str) -> None:
         self.up = set(up)
+        self.begun: dict[str, float] = {}
 
-    def __call__(self, worker: WorkerAddress) -> bool:
-        return worker.address in self.up
+    def __call__(self, worker: WorkerAddress) -> float | None:
+        return time.monotonic() - self.begun.get(worker.address, 0.0) if worker.address in self.up else None
 
 
 def listed(hosts: Hosts, *addresses: str, timeout: float = 0.3) -> ListedWorkers:
     return ListedWorkers(
-        addresses, credentials=None, answers=hosts, clock=time.monotonic, timeout=timeout, interval=0.02
+        addresses, credentials=lambda: None, answers=hosts, clock=time.monotonic, timeout=timeout, interval=0.02
     )
 
 
@@ -267,11 +268,11 @@ def test_start_fails_when_a_listed_address_does_not_answer() -> None:
 
 
 def test_start_fails_sooner_where_nothing_listens_at_a_port() -> None:
-    def refuse(worker: WorkerAddress) -> bool:
+    def refuse(worker: WorkerAddress) -> float | None:
         raise ConnectionRefusedError
 
     workers = ListedWorkers(
-        ["a:1"], credentials=None, answers=refuse, clock=time.monotonic, timeout=60, refused=0.1, interval=0.02
+        ["a:1"], credentials=lambda: None, answers=refuse, clock=time.monotonic, timeout=60, refused=0.1, interval=0.02
     )
     with pytest.raises(EngineError, match=r"at a:1 within 0\.1 s: nothing listens at that port"):
         workers.start()
@@ -288,7 +289,22 @@ def test_listed_address_joins_again_when_it_answers() -> None:
         assert changes.none_within(0.1)
         assert [status.state for status in workers.status()] == ["up", "lost"]
         hosts.up.add("b:2")
-        assert changes.next() == WorkerAddress("b:2.1", "b:2")
+        assert changes.next() == WorkerAddress("b:2.1", "b:2", place="b:2")
         assert [status.state for status in workers.status()] == ["up", "up"]
+    finally:
+        workers.close()
+
+
+def test_a_drained_worker_is_not_taken_again_and_the_next_process_at_its_address_is() -> None:
+    hosts = Hosts("a:1", "b:2")
+    workers = listed(hosts, "a:1", "b:2")
+    workers.start()
+    try:
+        changes = Changes(workers)
+        workers.drained("b:2")
+        assert changes.none_within(0.1)
+        assert [status.state for status in workers.status()] == ["up", "lost"]
+        hosts.begun["b:2"] = time.monotonic()  # between two looks: nobody has seen the port closed
+        assert changes.next() == WorkerAddress("b:2.1", "b:2")
     finally:
         workers.close()

@@ -18,9 +18,9 @@ class Relayed:
     """Relayed workers, and the events that they delivered."""
 
     def __init__(self) -> None:
-        self.lost: list[str] = []
+        self.told: list[tuple[str, str | int]] = []
         self.events: list[str] = []
-        self.workers = RelayedWorkers(self.lost.append)
+        self.workers = RelayedWorkers(lambda *what: self.told.append(what))
 
     def watch(self) -> None:
         self.workers.watch(
@@ -51,19 +51,21 @@ def test_changes_are_events_that_wait_for_a_listener() -> None:
 
 
 def test_start_takes_none_where_none_is_needed() -> None:
-    workers = RelayedWorkers([].append, optional=True)
+    workers = RelayedWorkers(print, optional=True)
     workers.there([])
     assert workers.start() == ()
-    workers = RelayedWorkers([].append)
+    workers = RelayedWorkers(print)
     workers.there([])
     with pytest.raises(WorkersUnavailable, match="no attention worker is up"):
         workers.start()
 
 
-def test_lost_worker_is_reported_to_the_other_side() -> None:
+def test_what_the_engine_wants_is_told_to_the_other_side() -> None:
     relayed = Relayed()
     relayed.workers.lost("a")
-    assert relayed.lost == ["a"]
+    relayed.workers.grow(3)
+    relayed.workers.retire("b")
+    assert relayed.told == [("lost", "a"), ("grow", 3), ("retire", "b")]
 
 
 def test_start_fails_in_time_when_no_worker_is_relayed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,11 +129,14 @@ class Launcher:
 class Attention(AttentionSupervisor[Worker]):
     """Attention workers without processes; `auto`: they are up at once."""
 
-    def __init__(self, count: int, *, auto: bool = True, deadline: float | None = None) -> None:
-        super().__init__(count)
+    def __init__(
+        self, count: int, *, auto: bool = True, deadline: float | None = None, most: int | None = None
+    ) -> None:
+        super().__init__(count, most=most)
         self.fake = Launcher()
         self.auto = auto
         self.ended_at_close: list[Worker] = []
+        self.dismissed: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._deadline = deadline
         for slot in self._slots:
             slot.backoff.first = 0.001
@@ -148,6 +151,9 @@ class Attention(AttentionSupervisor[Worker]):
     def _kill(self, worker: Worker) -> None:
         self.fake.killed.put(worker)
         self.end(next(slot.number for slot in self._slots if slot.worker is worker), "killed")
+
+    def _dismiss(self, worker: Worker) -> None:
+        self.dismissed.put(next(slot.number for slot in self._slots if slot.worker is worker))
 
     def _end(self, workers: Sequence[Worker]) -> None:
         self.ended_at_close.extend(workers)
@@ -224,6 +230,86 @@ def test_lost_worker_is_killed_and_replaced_without_a_leave_event() -> None:
     workers.end(0)
     assert events.next(2) == ["-attention-0.1", "+attention-0.2"]
     assert workers.fake.killed.qsize() == 1
+    workers.close()
+
+
+def names(workers: Attention) -> list[str]:
+    return [status.name for status in workers.status()]
+
+
+def test_more_workers_join_and_those_that_are_retired_are_not_started_again() -> None:
+    workers = Attention(1, most=3)
+    workers.start()
+    events = Events(workers)
+    workers.grow(3)
+    assert events.next(2) == ["+attention-1", "+attention-2"]
+    workers.grow(2)  # there are more already
+    workers.retire("attention-1")
+    assert workers.dismissed.get(timeout=20) == 1
+    assert names(workers) == ["attention-0", "attention-2"]
+    assert [worker.name for worker, _ in workers.described() if worker] == ["attention-0", "attention-2"]
+    workers.end(1)
+    workers.retire("attention-1")  # the previous one: no effect
+    workers.end(0)  # one that ends by itself is started again
+    assert events.next(2) == ["-attention-0", "+attention-0.1"]
+    workers.grow(3)
+    assert events.next(1) == ["+attention-1.1"]
+    assert workers.dismissed.empty()
+    workers.close()
+
+
+def test_a_slot_that_is_wanted_while_its_worker_still_ends_gets_another_then() -> None:
+    workers = Attention(2)
+    workers.start()
+    events = Events(workers)
+    workers.retire("attention-1")
+    workers.dismissed.get(timeout=20)
+    workers.grow(2)
+    workers.end(1)
+    assert events.next(1) == ["+attention-1.1"]
+    workers.close()
+
+
+def test_a_retired_worker_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lamina.deploy.supervision.GRACE", 0.05)
+    workers = Attention(2)
+    workers.start()
+    workers.retire("attention-0")
+    assert workers.fake.killed.get(timeout=20).retired
+    assert names(workers) == ["attention-1"]
+    workers.close()
+
+
+def test_a_standby_worker_is_ready_when_one_more_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lamina.deploy.supervision._STANDBY_AFTER", 0.0)
+    workers = Attention(1, most=3)
+    workers.keeps_standby = True
+    workers.start()
+    events = Events(workers)
+    launched = workers.fake.launched
+    assert [launched.get(timeout=20) for _ in range(2)] == ["attention-0", "attention-1"]
+    assert names(workers) == ["attention-0"]
+    workers.end(1)  # it is started again, and nobody is told
+    assert launched.get(timeout=20) == "attention-1.1"
+    workers.grow(2)
+    assert events.next(1) == ["+attention-1.1"]
+    assert launched.get(timeout=20) == "attention-2"  # the next standby
+    workers.retire("attention-0")
+    workers.dismissed.get(timeout=20)
+    workers.end(0)
+    workers.grow(3)
+    assert set(events.next(2)) == {"+attention-2", "+attention-0.1"}
+    workers.close()
+    assert len(workers.ended_at_close) == 3
+
+
+def test_a_start_without_workers_is_over_at_once() -> None:
+    workers = Attention(0, most=2)
+    assert workers.optional
+    assert workers.start() == ()
+    events = Events(workers)
+    workers.grow(1)
+    assert events.next(1) == ["+attention-0"]
     workers.close()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import queue
 import random
 import signal
 import time
@@ -16,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chaos_proxy import Proxy, Toxic
+from evaluate.fault_injection.proxy import Proxy, Toxic
 from real_workers import WorkerProcess, all_pages_free, ports, until, worker_process, write_tiny_model
 
 from lamina import LLM
 from lamina.deploy.worker_events import WorkerStatus
+from lamina.engine import kv_spares
 from lamina.errors import EngineError
 from lamina_workers.process.credentials import load_credentials, make_credentials
+
+pytestmark = pytest.mark.real
 
 ONE = os.environ.get("LAMINA_CHAOS_SEED")
 FAST = [int(ONE)] if ONE else [1]
@@ -101,6 +105,8 @@ def survive(model: Path, expected: list[list[int]], seed: int) -> None:
         "data_channel": rng.choice(("grpc", "tcp")),
         "prefix_cache": rng.random() < 0.5,
     }
+    spares = ("none", "replica", "replica(2)", "parity")
+    options["redundancy"] = rng.choice(spares if options["attention_workers"] == 3 else spares[:2])
     logger.warning("seed %d: %s", seed, options)
     with running(model, **options) as llm:
         assert gather(llm, strike(rng, llm, events=rng.randint(1, 3))) == expected
@@ -122,6 +128,35 @@ def test_killed_and_stopped_workers_change_no_token(model, expected, seed):
 @pytest.mark.parametrize("seed", MORE)
 def test_more_killed_and_stopped_workers_change_no_token(model, expected, seed):
     survive(model, expected, seed)
+
+
+def share_with_spares(llm: LLM) -> float:
+    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    llm._runtime.engine.snapshot(answers.put)
+    return answers.get(timeout=30).kv_redundant
+
+
+@pytest.mark.parametrize(("redundancy", "workers", "dead"), [("replica(2)", 3, 2), ("parity", 3, 1)])
+def test_what_killed_workers_had_is_not_computed_again(model, expected, monkeypatch, redundancy, workers, dead):
+    monkeypatch.setattr(kv_spares, "BEHIND", 16)
+    monkeypatch.setattr(kv_spares, "SHARE", 1.0)
+    with contextlib.ExitStack() as stack:
+        there = [stack.enter_context(worker_process()) for _ in range(workers)]
+        addresses = [worker.address for worker in there]
+        llm = stack.enter_context(running(model, attention_workers=addresses, redundancy=redundancy))
+        doomed = there[:dead]
+
+        def after(count: int) -> None:
+            if doomed and count > 60 and share_with_spares(llm) > 0.7:
+                while doomed:
+                    doomed.pop().process.kill()
+
+        assert gather(llm, after) == expected
+        assert not doomed
+        counters = llm._runtime.engine._scheduler.counters
+        assert 0 < counters.rebuilt_tokens < sum(map(len, PROMPTS))
+        assert counters.preempted == 0
+        until(lambda: all_pages_free(llm))
 
 
 def test_a_stopped_worker_is_lost_in_time_and_fenced_when_it_returns(model, expected):

@@ -15,12 +15,14 @@ from chaos_world import Happening, Port, Setup, World
 from engine_rig import Rig, tiny_decoder
 from kv_pools import pool_of
 
+from lamina.engine import kv_spares
 from lamina.sampling_params import SamplingParams
+from lamina.scheduling import balance, growth
 from lamina.scheduling.blame import TRIES
 
 ONE = os.environ.get("LAMINA_CHAOS_SEED")
-FAST = [int(ONE)] if ONE else range(100)
-MORE = [] if ONE else range(100, 3000)
+FAST = [int(ONE)] if ONE else range(24)
+MORE = [] if ONE else range(24, 3000)
 MODELS = ("full", "windowed", "query first")
 LENGTHS = (1, 2, 15, 16, 17, 30, 33, 48, 60, 75)
 TOKENS = 14
@@ -45,6 +47,13 @@ SAMPLINGS: tuple[dict[str, Any], ...] = (
 def sampling(which: int, max_tokens: int = TOKENS) -> SamplingParams:
     options = SAMPLINGS[which]
     return SamplingParams(**options, max_tokens=max_tokens).with_defaults({"do_sample": True} if options else {})
+
+
+@pytest.fixture(autouse=True)
+def growth_and_balance_always_pay(monkeypatch):
+    """So that joins change where sequences grow, and what they have follows."""
+    monkeypatch.setattr(growth, "WORTH", 1)
+    monkeypatch.setattr(balance, "PAYS", 1)
 
 
 @pytest.fixture(scope="module")
@@ -248,12 +257,48 @@ def run_in_tiers(seed: int, models: dict[str, Any], expected: dict[Any, Any]) ->
     return world
 
 
+def run_with_spares(seed: int, models: dict[str, Any], expected: dict[Any, Any]) -> World:
+    """Spares, holders that die alone or two at a time, and every other thing that happens."""
+    rng = random.Random(seed)
+    name, made = rng.choice(("full", "full", "query first", "windowed")), setup(rng, "full", LONG_TOKENS)
+    made.shard = rng.choice(("heads", "heads", "sequence", "heads+sequence"))
+    made.weights = tuple(rng.choice((1, 1, 2)) for _ in range(rng.randint(2, 5)))
+    made.pages, made.query_first = made.pages * rng.choice((1, 2, 2)), name == "query first"
+    made.redundancy = rng.choice(("replica", "replica(2)", "parity", "parity", "parity(3)"))
+    things, breaks = happenings(rng, made.shard)
+    things += [(rng.randrange(2000), die(rng)) for _ in range(rng.randint(1, 3))]
+    asked = []
+    for _ in range(rng.randint(2, 9)):
+        prompt, which, count = rng.randrange(len(PROMPTS)), rng.randrange(len(SAMPLINGS)), rng.randint(20, LONG_TOKENS)
+        asked.append((prompt, which, count))
+        at = 0 if rng.random() < 0.6 else rng.randrange(2000)
+        args = (PROMPTS[prompt], sampling(which, count), rng.choice((0, 0, 1, 2)), False, len(asked) - 1)
+        things.append((at, lambda world, _, args=args: world.submit(*args)))
+    world = World(models[name], made, rng, things)
+    world.run()
+    assert len(world.engine.faults) <= breaks
+    check(world, [(expected[name, prompt, which], count) for prompt, which, count in asked])
+    return world
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """Spares get every page at once."""
+    monkeypatch.setattr(kv_spares, "BEHIND", 1)
+    monkeypatch.setattr(kv_spares, "SHARE", 2.0)
+
+
+@pytest.mark.parametrize("seed", FAST[:60])
+def test_whatever_happens_with_spares(models, expected, eager, seed):
+    run_with_spares(seed, models, expected)
+
+
 @pytest.mark.parametrize("seed", FAST)
 def test_whatever_happens(models, expected, seed):
     run(seed, models, expected)
 
 
-@pytest.mark.parametrize("seed", FAST[:60])
+@pytest.mark.parametrize("seed", FAST)
 def test_whatever_happens_while_sequences_change_their_tier(models, expected, seed):
     """A sequence that was preempted moved in mid-prefill, and the parts of its prompt beside the model were out of date
     when it came back."""

@@ -24,8 +24,15 @@ pytestmark = [
 
 @pytest.mark.parametrize(
     "workers",
-    [{}, {"attention_workers": 2}, {"attention_workers": 2, "model_workers": 2, "model_parallel": "replicas"}],
-    ids=["alone", "attention workers", "replicas"],
+    [
+        pytest.param({}, id="alone"),
+        pytest.param({"attention_workers": 2}, id="attention workers", marks=pytest.mark.real),
+        pytest.param(
+            {"attention_workers": 2, "model_workers": 2, "model_parallel": "replicas"},
+            id="replicas",
+            marks=pytest.mark.real,
+        ),
+    ],
 )
 def test_greedy_tokens_equal_transformers(workers: dict[str, Any], tmp_path: Path) -> None:
     model = tiny_models.make("exaone4", tmp_path, vocab_size=49152, head_dim=32)

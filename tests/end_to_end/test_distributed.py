@@ -25,6 +25,8 @@ from lamina import LLM
 from lamina.errors import InvalidRequest
 from lamina_workers.process.credentials import load_credentials, make_credentials
 
+pytestmark = pytest.mark.real  # engine/test_exchanges.py has what needs no process
+
 rng = random.Random(23)
 PROMPTS = [[rng.randrange(101) for _ in range(n)] for n in (1, 17, 70, 150)]
 SHARDS = ("heads", "sequence", "heads+sequence")
@@ -225,7 +227,6 @@ def test_who_stops_listening_leaves_nothing_behind(model, workers, secrets_folde
 
 @pytest.mark.parametrize("shard", SHARDS, ids=SHARDS)
 @pytest.mark.parametrize("count", [2, *(pytest.param(n, marks=pytest.mark.soak) for n in (1, 3))])
-@pytest.mark.real
 @pytest.mark.data
 @pytest.mark.timeout(900)
 def test_the_real_model_says_the_same(shard, count, real_text):

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from evaluate.fault_injection.server import ask, serving
 from hybrid_families import VOCABULARY, written
 from real_workers import WorkerProcess, until, worker_process
-from serving import ask, serving
 
 from lamina import LLM
 from lamina.errors import EngineError, InvalidRequest
@@ -166,6 +166,7 @@ def test_what_is_preempted_begins_anew(family: str, models: dict[str, Path], exp
         assert counters(llm).preempted > 0
 
 
+@pytest.mark.real
 @one_family
 def test_ranks_dtypes_and_policies_over_workers(
     family: str, models: dict[str, Path], workers: list[WorkerProcess], expected: Any
@@ -181,6 +182,7 @@ def test_ranks_dtypes_and_policies_over_workers(
             assert texts(llm) == alone
 
 
+@pytest.mark.real
 @one_family
 def test_a_drained_workers_states_move(family: str, models: dict[str, Path], expected: Any) -> None:
     with engine(models[family], attention_workers=2, prefix_cache=False) as llm:

@@ -154,6 +154,7 @@ def test_drafts_are_cut_back_from_what_an_index_chooses_among(
     assert all(0 < c.stats["accepted_tokens"] < c.stats["draft_tokens"] for c in found)
 
 
+@pytest.mark.real
 @pytest.mark.parametrize("kv_memory", ["8MiB", "200KiB"], ids=["with local copies", "without room for local copies"])
 def test_a_worker_that_is_killed_changes_nothing(
     model: Path, reference: transformers.PreTrainedModel, kv_memory: str

@@ -17,7 +17,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from serving import Server, ask, serving, until
+from evaluate.fault_injection.server import Server, ask, serving, until
 
 from lamina import LLM
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgpack
 import pytest
-from serving import Server, serving, until
+from evaluate.fault_injection.server import Server, serving, until
 
 zmq = pytest.importorskip("zmq")
 

@@ -65,7 +65,7 @@ def test_ngrams_change_no_text(model: Path, plain: list[list[tuple[int, ...]]]) 
 
 
 @pytest.mark.usefixtures("always")
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.real)])
 def test_a_draft_model_of_the_same_weights_is_always_right(
     model: Path, plain: list[list[tuple[int, ...]]], workers: int
 ) -> None:

@@ -112,6 +112,7 @@ def returned(llm: LLM) -> int:
     return llm._runtime.engine._stats.returned_workers  # type: ignore[union-attr]
 
 
+@pytest.mark.real
 def test_two_ranks_give_the_text_of_one_and_survive_a_death(alone: LLM, model: Path) -> None:
     penalised: dict[str, Any] = {"temperature": 0.9, "seed": 5, "repetition_penalty": 1.2, "logprobs": 2}
     with engine(model, model_workers=2) as llm:
@@ -129,6 +130,7 @@ def test_two_ranks_give_the_text_of_one_and_survive_a_death(alone: LLM, model: P
         os.kill(before or 0, 0)
 
 
+@pytest.mark.real
 def test_two_ranks_over_an_attention_worker_give_the_text_of_one(alone: LLM, model: Path) -> None:
     with engine(model, model_workers=2, attention_workers=1) as llm:
         assert texts(llm) == texts(alone)
@@ -167,6 +169,7 @@ def test_ranks_that_send_q_first_give_the_text_of_one(alone: LLM, model: Path, s
         assert texts(llm) == texts(alone)
 
 
+@pytest.mark.real
 @pytest.mark.parametrize("attention", [0, 1])
 def test_prefixes_and_preemption_with_two_ranks(alone: LLM, model: Path, attention: int) -> None:
     prompts = [SHARED + [at] * (at + 1) for at in range(6)]
@@ -283,6 +286,7 @@ class TlsMembers(LocalModelWorkers):
         self.addresses: list[str] = []
 
 
+@pytest.mark.real
 def test_ranks_over_tcp_with_tls_give_the_text_of_one(
     alone: LLM, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

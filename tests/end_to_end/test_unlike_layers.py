@@ -20,8 +20,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 @pytest.mark.parametrize(
     "workers",
-    [{}, {"attention_workers": 2, "shard": "heads+sequence"}, {"attention_workers": 2, "local_share": 0, "lanes": 2}],
-    ids=["alone", "both shards", "lanes"],
+    [
+        pytest.param({}, id="alone"),
+        pytest.param({"attention_workers": 2, "shard": "heads+sequence"}, id="both shards", marks=pytest.mark.real),
+        pytest.param({"attention_workers": 2, "local_share": 0, "lanes": 2}, id="lanes", marks=pytest.mark.real),
+    ],
 )
 def test_greedy_tokens_equal_transformers(
     workers: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

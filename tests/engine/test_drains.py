@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import random
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ import pytest
 from engine_rig import BytesPort, Rig
 from kv_pools import pool_of
 from policy_bench import TIGHT, under
-from real_workers import until, worker_process, write_tiny_model
+from real_workers import WorkerProcess, until, worker_process, write_tiny_model
+from running_streams import Streams, held
 
 from lamina import LLM
 from lamina.errors import EngineError, InvalidRequest
@@ -37,27 +37,8 @@ def expected(decoder: Any) -> list[list[int]]:
     return [sample for (sample,) in tokens]
 
 
-class Streams:
-    """Requests of which each has its first tokens."""
-
-    def __init__(self, rig: Rig, tokens: int = 1) -> None:
-        params = SamplingParams(max_tokens=TOKENS).with_defaults({})
-        self._inboxes = [rig.submit(prompt, params)[1] for prompt in PROMPTS]
-        self._tokens: list[list[int]] = [[] for _ in PROMPTS]
-        self._read(tokens)
-
-    def _read(self, count: int) -> None:
-        for tokens, inbox in zip(self._tokens, self._inboxes, strict=True):
-            while len(tokens) < count:
-                for output in inbox.get(timeout=60):
-                    if output.error is not None:
-                        raise output.error
-                    tokens.append(output.token)
-
-    def tokens(self) -> list[list[int]]:
-        """All of them, once the requests have ended."""
-        self._read(TOKENS)
-        return self._tokens
+def streams_of(rig: Rig, begun: int = 1) -> Streams:
+    return Streams(rig, PROMPTS, TOKENS, begun)
 
 
 class Fetched:
@@ -83,16 +64,6 @@ def fails(error: Exception) -> Callable[[], None]:
     return happens
 
 
-@contextmanager
-def held(rig: Rig) -> Iterator[None]:
-    """The engine stands still between two batches; what is asked of it meanwhile comes at once."""
-    stands, goes = threading.Event(), threading.Event()
-    rig.engine.snapshot(lambda _: (stands.set(), goes.wait(60)))
-    assert stands.wait(60)
-    yield
-    goes.set()
-
-
 def counted(rig: Rig) -> tuple[int, int]:
     counters = rig.scheduler.counters
     return counters.preempted, counters.rebuilt_tokens
@@ -102,7 +73,7 @@ def counted(rig: Rig) -> tuple[int, int]:
 @pytest.mark.parametrize("lanes", [1, 3])
 def test_two_workers_are_drained_at_once_and_nothing_is_computed_again(decoder, expected, shard, lanes):
     rig = Rig(decoder, shard=shard, weights=(1, 1, 1, 1), lanes=lanes, prefix_cache=True)
-    streams = Streams(rig)
+    streams = streams_of(rig)
     with held(rig):
         done = [rig.engine.drain(name) for name in ("worker-2", "worker-3")]
         again = rig.engine.drain("worker-2")
@@ -115,13 +86,19 @@ def test_two_workers_are_drained_at_once_and_nothing_is_computed_again(decoder, 
     rig.close()
 
 
-def test_others_get_tokens_while_a_worker_is_drained(decoder, expected):
+def test_others_get_tokens_while_a_worker_is_drained(decoder, expected, monkeypatch):
     """All batches were given up to before the first sequence moved, and waited until the last one had."""
+    monkeypatch.setattr("lamina_workers.model_worker.kv_transfer._FRAME", 1)  # a layer each
     rig = Rig(decoder, shard="heads", weights=(1, 1))
-    streams = Streams(rig)
+    streams = streams_of(rig)
     migration, ledger = rig.engine._drains._migration, rig.scheduler.running
     step, lengths = migration.step, []
-    migration.step = lambda seconds: (lengths.append([len(each.tokens) for each in ledger]), step(1e-9))[1]  # a page
+
+    def frame(seconds: float, waits: bool = False) -> None:
+        lengths.append([len(each.tokens) for each in ledger])
+        step(1e-9, waits)
+
+    migration.step = frame
     assert rig.engine.drain("worker-1").result(timeout=60) > 0
     first, last = lengths[0], lengths[-1]
     assert len(lengths) > 5
@@ -132,7 +109,7 @@ def test_others_get_tokens_while_a_worker_is_drained(decoder, expected):
 
 def test_the_last_worker_is_kept_when_two_are_to_go(decoder, expected):
     rig = Rig(decoder, shard="heads", weights=(1, 1))
-    streams = Streams(rig)
+    streams = streams_of(rig)
     with held(rig):
         one, two = rig.engine.drain("worker-1"), rig.engine.drain("worker-2")
     with pytest.raises(InvalidRequest, match="worker-2 is the only attention worker"):
@@ -144,7 +121,7 @@ def test_the_last_worker_is_kept_when_two_are_to_go(decoder, expected):
 
 def test_a_worker_stays_when_no_other_is_left_to_take_its_kv(decoder, expected):
     rig = Rig(decoder, shard="heads", weights=(1, 1))
-    streams = Streams(rig)
+    streams = streams_of(rig)
     with held(rig):
         done = rig.engine.drain("worker-1")
         rig.engine.leave("worker-2")
@@ -157,7 +134,7 @@ def test_a_worker_stays_when_no_other_is_left_to_take_its_kv(decoder, expected):
 
 def test_a_worker_that_is_lost_meanwhile_is_not_drained(decoder, expected):
     rig = Rig(decoder, shard="heads", weights=(1, 1), port=Fetched(2, fails(HolderLost("killed"))))
-    streams = Streams(rig)
+    streams = streams_of(rig)
     with pytest.raises(EngineError, match="worker-1 could not be drained: it is lost"):
         rig.engine.drain("worker-1").result(timeout=60)
     assert streams.tokens() == expected
@@ -166,7 +143,7 @@ def test_a_worker_that_is_lost_meanwhile_is_not_drained(decoder, expected):
 
 def test_a_drain_ends_with_the_fault_of_a_move_and_may_be_tried_again(decoder, expected):
     rig = Rig(decoder, shard="heads", weights=(1, 1), port=Fetched(2, fails(KVError("broken"))))
-    streams = Streams(rig)
+    streams = streams_of(rig)
     with pytest.raises(EngineError, match=r"worker-1 could not be drained: .*broken"):
         rig.engine.drain("worker-1").result(timeout=60)
     assert rig.engine.drain("worker-1").result(timeout=60) > 0
@@ -178,9 +155,9 @@ def test_a_drain_ends_with_the_fault_of_a_move_and_may_be_tried_again(decoder, e
 @pytest.mark.parametrize("breaks", [False, True])
 def test_a_drain_ends_with_an_error_when_the_engine_stops(decoder, breaks):
     rig = Rig(decoder, shard="heads", weights=(1, 1))
-    Streams(rig)
+    streams_of(rig)
 
-    def broken(seconds: float) -> None:
+    def broken(seconds: float, waits: bool = False) -> None:
         raise RuntimeError("a fault of our own")
 
     with held(rig):
@@ -197,7 +174,7 @@ def test_a_drain_ends_with_an_error_when_the_engine_stops(decoder, breaks):
 def test_sequences_without_room_elsewhere_are_computed_again_and_the_others_move(decoder, expected):
     """The other worker has room for half of them."""
     rig = Rig(decoder, shard="heads", weights=(1, 1), pages=PAGES * 24, prefix_cache=True)
-    streams = Streams(rig, 90)
+    streams = streams_of(rig, 90)
     assert counted(rig) == (0, 0)
     assert rig.engine.drain("worker-1").result(timeout=60) > 0
     assert rig.scheduler.counters.preempted > 0
@@ -208,7 +185,7 @@ def test_sequences_without_room_elsewhere_are_computed_again_and_the_others_move
 def test_sequences_that_evict_by_attention_are_computed_again_elsewhere(decoder):
     """What one head has let go of is not known by positions, so nothing is copied."""
     rig = Rig(under(decoder, TIGHT["heavy_hitter"]), shard="heads", weights=(1, 1, 1))
-    streams = Streams(rig)
+    streams = streams_of(rig)
     with held(rig):
         done = rig.engine.drain("worker-2")
     assert done.result(timeout=60) == 0
@@ -223,7 +200,7 @@ def test_cached_prefixes_elsewhere_make_room_for_a_move(decoder, expected):
     rig = Rig(decoder, shard="heads", weights=(1, 1), pages=PAGES * 2 * longest, prefix_cache=True)
     for _ in range(6):
         rig.generate([[chance.randrange(101) for _ in range(200)]], max_tokens=1)
-    streams = Streams(rig)
+    streams = streams_of(rig)
     evicted = rig.scheduler.counters.evicted
     assert rig.engine.drain("worker-1").result(timeout=60) > 0
     assert rig.scheduler.counters.evicted > evicted
@@ -238,6 +215,21 @@ def test_an_idle_engine_lets_a_worker_with_cached_prefixes_go(decoder):
     assert rig.engine.drain("worker-2").result(timeout=60) == 0
     assert pool_of(rig.workers[2]).store.free_pages == rig.pages
     assert len(rig.generate(PROMPTS[:1], max_tokens=5)[0][0]) == 5
+    rig.close()
+
+
+def test_a_worker_that_is_about_to_end_is_drained_or_is_warned_of_once(decoder, caplog):
+    rig = Rig(decoder, shard="heads", weights=(1, 1))
+    for _ in range(3):  # as its heartbeats ask
+        rig.engine.leaving("worker-1")
+    until(lambda: pool_of(rig.workers[1]).store.free_pages == rig.pages and len(rig.engine._holders.names) == 1)
+    for name in ("worker-1", "worker-2", "worker-2"):
+        rig.engine.leaving(name)
+    rig.generate(PROMPTS[:1], max_tokens=5)
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "attention worker worker-2 is about to end with its KV: worker-2 is the only attention worker: there is none "
+        "to move its KV to"
+    ]
     rig.close()
 
 
@@ -266,6 +258,7 @@ def test_a_sequence_in_prefill_stays_until_its_prompt_is_computed(decoder, expec
     rig.close()
 
 
+@pytest.mark.real
 def test_eight_streams_over_two_processes_keep_their_text_while_one_is_drained(tmp_path: Path) -> None:
     model = write_tiny_model(tmp_path / "tiny")
     prompts = [[chance.randrange(101) for _ in range(20 + 11 * n)] for n in range(8)]
@@ -293,3 +286,28 @@ def test_eight_streams_over_two_processes_keep_their_text_while_one_is_drained(t
             assert (counters.preempted, counters.rebuilt_tokens) == (0, 0)
             until(lambda: one.status().free_pages == one.status().total_pages)
             assert tokens(llm) == undisturbed
+
+
+@pytest.mark.real
+def test_a_worker_that_gets_sigterm_hands_its_kv_over_before_it_ends(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "tiny")
+    prompts = [[chance.randrange(101) for _ in range(20 + 11 * n)] for n in range(8)]
+    options: dict[str, Any] = {"dtype": "float32", "threads": 1, "page_size": 16, "kv_memory": "16MiB", "lanes": 1}
+
+    def tokens(llm: LLM, stopped: WorkerProcess | None = None) -> list[list[int]]:
+        found: list[list[int]] = [[] for _ in prompts]
+        for event in llm.stream(prompts, max_tokens=400, temperature=0, ignore_eos=True):
+            if stopped is not None and all(found):
+                stopped.process.send_signal(signal.SIGTERM)
+                stopped = None
+            found[event.prompt_index].append(event.token_id)
+        return found
+
+    with worker_process() as one, worker_process() as two:
+        options["attention_workers"] = [one.address, two.address]
+        with LLM(model, local_share=0, **options) as llm:
+            undisturbed = tokens(llm)
+            assert tokens(llm, one) == undisturbed
+            assert one.process.wait(30) == 0
+            counters = llm._runtime.engine._scheduler.counters  # type: ignore[union-attr]
+            assert (counters.preempted, counters.rebuilt_tokens) == (0, 0)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from engine_rig import Rig
 from exchange_peers import EXCHANGES, Joints, exchanged
+from pairwise import crossing
 
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.model_worker.attention_merge import LayerExchange
@@ -27,10 +28,11 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
     "heads and ranges": {"shard": "heads+sequence", "weights": (1, 1, 1, 2), "local_pool": 60},
     "heads on two and some here": HEADS_ON_TWO | {"local_pool": 100, "local_tier": True},
 }
+MODELS = ("full", "windowed")
 TRANSPORTS = ("tcp", "tcp+sum", "tcp+tls", "grpc", "grpc+tls")
 
 
-@pytest.fixture(scope="module", params=["full", "windowed"])
+@pytest.fixture(scope="module", params=MODELS)
 def model(request: pytest.FixtureRequest, decoder: Decoder, windowed: Decoder) -> Decoder:
     return decoder if request.param == "full" else windowed
 
@@ -56,11 +58,9 @@ def said(model: Decoder, way: str, transport: str, **options: Any) -> list[list[
             rig.close()
 
 
-@pytest.mark.parametrize("lanes", [1, 2])
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("way", EXCHANGES)
+@crossing(("model",), model=MODELS, way=EXCHANGES, placement=PLACEMENTS, lanes=(1, 2))
 def test_text_is_that_of_one_process_however_kv_is_cut(model, expected, way, placement, lanes) -> None:
-    assert said(model, way, "local", lanes=lanes, **PLACEMENTS[placement]) == expected
+    assert said(model, way, "local", lanes=lanes, **placement) == expected
 
 
 def test_text_of_one_process_is_the_same_by_compiled_code(model, expected) -> None:
@@ -70,15 +70,12 @@ def test_text_of_one_process_is_the_same_by_compiled_code(model, expected) -> No
         rig.close()
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("way", EXCHANGES)
+@crossing(("model",), model=MODELS, way=EXCHANGES, transport=TRANSPORTS)
 def test_text_is_that_of_one_process_over_every_channel(model, expected, way, transport) -> None:
     assert said(model, way, transport, lanes=2, **HEADS_ON_TWO) == expected
 
 
-@pytest.mark.parametrize("way", EXCHANGES)
-@pytest.mark.parametrize("layer", [0, 1, 2])
-@pytest.mark.parametrize("lanes", [1, 2])
+@crossing(("model",), model=MODELS, way=EXCHANGES, layer=(0, 1, 2), lanes=(1, 2))
 def test_text_is_that_of_one_process_when_a_holder_dies_at_a_layer(
     model, expected, way, layer, lanes, monkeypatch
 ) -> None:

@@ -74,10 +74,10 @@ class Parts:
             drop=partial(self.note, "drop"), abandon=partial(self.note, "abandon batches"), rows=self._rows
         )
         self.blame = Blame()
-        admission = SimpleNamespace(longest_possible=lambda: 100)
+        admission = SimpleNamespace(most_hoped=lambda: 100)
         scheduler = SimpleNamespace(counters=self.counters, blame=self.blame, admission=admission)
         registry = SimpleNamespace(of=lambda sequence: self.requests.get(sequence.request.id), fail=self._fail)
-        parts = self.worker, scheduler, self.holders, tiering, in_flight, registry, self.deadline
+        parts = self.worker, scheduler, self.holders, (tiering,), in_flight, registry, self.deadline
         reports = FailureReports(lambda name: self.reported.append((name,)), lambda *n: self.reported.append(n))
         self.failures = Failures(*cast(Any, parts), reports)
 

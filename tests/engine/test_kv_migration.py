@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 import time
+from itertools import pairwise
 
 import pytest
 from engine_rig import LOCAL, BytesPort, Restless, Rig, collect
 from kv_pools import pool_of
+from pairwise import crossing
 
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.holder import Holder
@@ -21,6 +23,7 @@ from lamina_workers.ports.port import LocalAttention
 rng = random.Random(5)
 PROMPTS = [[rng.randrange(101) for _ in range(n)] for n in (3, 40, 70, 150)]
 GREEDY = {"max_tokens": 60}
+MODELS = ("full", "windowed")
 PLACEMENTS = {
     "one worker": {"shard": "heads", "weights": (1,)},
     "heads on two": {"shard": "heads", "weights": (1, 1)},
@@ -29,7 +32,7 @@ PLACEMENTS = {
 }
 
 
-@pytest.fixture(scope="module", params=["full", "windowed"])
+@pytest.fixture(scope="module", params=MODELS)
 def model(request, decoder, windowed):
     return decoder if request.param == "full" else windowed
 
@@ -50,12 +53,11 @@ def moved(rig: Rig) -> int:
     return rig.engine._tiering._migration.sequences
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("lanes", [1, 2])
+@crossing(("model",), model=MODELS, placement=PLACEMENTS, lanes=(1, 2))
 def test_text_stays_the_same_while_sequences_move(model, expected, placement, lanes):
     rig = Rig(
         model, local_pool=1000, local_tier=True, tuner=Restless(lanes, lanes=lanes), max_batch_tokens=64,
-        prefix_cache=True, port=BytesPort, **PLACEMENTS[placement],
+        prefix_cache=True, port=BytesPort, **placement,
     )  # fmt: skip
     assert rig.generate(PROMPTS, **GREEDY) == expected
     assert moved(rig) > 3
@@ -114,9 +116,7 @@ class Fatal:
             raise KVError("lost on its way") if self._loses else HolderLost("gone")
 
 
-@pytest.mark.parametrize("loses", [False, True])
-@pytest.mark.parametrize("at", [2, 9, 14, 23, 31, 44])
-@pytest.mark.parametrize("lanes", [1, 2])
+@crossing(loses=(False, True), at=(2, 9, 14, 23, 31, 44), lanes=(1, 2))
 def test_text_stays_the_same_when_a_holder_is_lost_during_a_move(decoder, at, loses, lanes, monkeypatch):
     monkeypatch.setattr("lamina_workers.model_worker.kv_transfer._FRAME", 1)  # a layer each
     fatal = Fatal(at, loses)
@@ -221,9 +221,9 @@ def test_pages_that_a_move_will_take_are_not_promised_to_new_requests(decoder):
     mover, config = rig.engine._tiering._migration, rig.scheduler.config
     step, rooms = mover.step, []
 
-    def look(seconds):
-        step(1e-9)
-        if rig.engine._in_flight or not mover._queue:
+    def look(seconds, waits=False):
+        step(1e-9, waits)
+        if rig.engine._in_flight or not mover._queue or any(each.due > each.taken for each in mover._queue):
             return
         holders = rig.engine._control.placement.holders
         left = {
@@ -233,7 +233,7 @@ def test_pages_that_a_move_will_take_are_not_promised_to_new_requests(decoder):
         for journey in mover._queue:
             fresh = tuple(part.share for part in journey.new)
             due = config.pages_for(fresh, len(journey.sequence.tokens))
-            for number, pages in (due - config.held(fresh, 0, journey.at, 0, journey.sequence.floor)).items():
+            for number, pages in (due - config.held(fresh, 0, journey.taken, 0, journey.sequence.floor)).items():
                 left[number] -= pages
         rooms.extend((left[number], pages) for number, pages in rig.scheduler.ledger.unpromised().items())
 
@@ -257,7 +257,7 @@ def test_pages_of_a_move_are_counted_once(decoder):
             (rig.scheduler.ledger.free[at.at], pool_of(rig.workers[at.holder]).store.free_pages) for at in layout
         )
 
-    rig.engine._tiering._migration.step = lambda seconds: step(1e-9)  # a page a time
+    rig.engine._tiering._migration.step = lambda seconds, waits=False: step(1e-9, waits)  # a frame a time
     rig.scheduler.running.moved = look
     assert rig.generate(PROMPTS[2:], **GREEDY) == plain(decoder)[2:]
     assert len(counts) == 2
@@ -265,14 +265,15 @@ def test_pages_of_a_move_are_counted_once(decoder):
     rig.close()
 
 
-def test_moves_to_holders_with_room_go_on_when_another_refuses(decoder):
+def test_moves_to_holders_with_room_go_on_when_another_refuses(decoder, monkeypatch):
     """Any refusal gave up all moves, wherever they went: under pressure at one holder none would ever end."""
+    monkeypatch.setattr("lamina_workers.model_worker.kv_transfer._FRAME", 1)  # a layer each
     rig = Rig(decoder, shard="heads", local_pool=1000, local_tier=True, tuner=Pushed(share=1.0), max_batch_tokens=64)
     mover = rig.engine._tiering._migration
     step, kept = mover.step, []
 
-    def look(seconds):
-        step(1e-9)
+    def look(seconds, waits=False):
+        step(1e-9, waits)
         if mover._queue:
             to = {part.share.holder for part in mover._queue[0].new}
             mover.abandon({max(rig.workers) + 1})
@@ -288,17 +289,18 @@ def test_moves_to_holders_with_room_go_on_when_another_refuses(decoder):
     assert all(kept)
 
 
-def test_stream_waits_for_at_most_one_chunk_of_a_move(decoder):
-    """Between two tokens of a stream at most one chunk of a long sequence is copied."""
+def test_batches_run_between_the_frames_of_a_copy(decoder, monkeypatch):
+    """Where a step leaves no time, one frame of a long sequence is copied between two batches, and the last tokens."""
+    monkeypatch.setattr("lamina_workers.model_worker.kv_transfer._FRAME", 1)  # a layer each
+    monkeypatch.setattr("lamina.engine.kv_migration.CHUNK", 256)
     rig = Rig(decoder, shard="heads", local_pool=6000, local_tier=True, pages=4000, tuner=StepTuner(share=0.0))
     mover = rig.engine._tiering._migration
-    copied: list[int] = []
+    vectors: list[int] = []  # that were stored in the local pool, before each batch
     advance = mover.step
 
-    def step(seconds: float) -> None:
-        before = mover.tokens
-        advance(1e-9)  # a page a time
-        copied.append(mover.tokens - before)
+    def step(seconds: float, waits: bool = False) -> None:
+        advance(1e-9, waits)
+        vectors.append(rig.workers[LOCAL].counters.vectors_stored)
 
     mover.step = step  # type: ignore[method-assign]
     long = [rng.randrange(101) for _ in range(1200)]
@@ -308,6 +310,9 @@ def test_stream_waits_for_at_most_one_chunk_of_a_move(decoder):
     rig.engine._control.tuner.share = 1.0
     text = collect(inbox)[0]
     assert len(text) == 149
-    assert sum(copied) >= 1200
-    assert max(copied) <= 128
+    assert mover.sequences == 1
+    heads, layers = 3, 3
+    most = max(after - before for before, after in pairwise(vectors))
+    assert vectors[-1] >= 1200 * heads * layers
+    assert most <= max(256 * heads, 64 * heads * layers)
     rig.close()

@@ -204,9 +204,15 @@ def test_an_engine_without_holders_is_halted_for_clients_far_away_too(decoder: D
     assert rig.engine.alive
     worker = AttentionWorker(rig.holder)
     rig.workers[2] = worker
-    rig.engine.join(LocalAttention(worker, "worker-9"), Holder((rig.pages,)))
+    rig.engine.join(LocalAttention(worker, "worker-8"), Holder((0,)))
+    time.sleep(0.1)
+    assert far.halted  # it has no page
+    rig.engine.leave("worker-8")
+    rig.workers[3] = AttentionWorker(rig.holder)
+    rig.engine.join(LocalAttention(rig.workers[3], "worker-9"), Holder((rig.pages,)))
     until(lambda: not far.halted)
     rig.workers.pop(1)
+    rig.workers.pop(2)
     rig.close()
 
 

@@ -17,6 +17,7 @@ from real_workers import WorkerProcess, worker_process, write_tiny_model
 from lamina import LLM
 from lamina.cli.options import EngineOptions
 from lamina.config import EngineConfig
+from lamina.engine.holders import HolderChange
 from lamina.engine.tiering import TierController
 from lamina.errors import InvalidRequest
 from lamina.messages.snapshot import Snapshot
@@ -186,5 +187,5 @@ def test_other_holders_are_measured_anew() -> None:
     deployment = Deployment(lambda fused, lanes: 0.020 if lanes == 1 else 0.030)
     deployment.decode(150)
     assert deployment.tuner.settled
-    deployment.tiering.holders_changed(SimpleNamespace())  # type: ignore[arg-type]
+    deployment.tiering.holders_changed(HolderChange("lost", ("a",)))
     assert not deployment.tuner.settled

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from engine_rig import BytesPort, Rig, collect, tiny_decoder
+from pairwise import crossing
 from scripted_drafts import Scripted, texts_of
 from small_grammars import EOS, GRAMMARS, TOKENIZER, VOCABULARY
 
@@ -21,6 +22,7 @@ from lamina_workers.ports.port import LocalAttention
 
 rng = random.Random(5)
 PROMPTS = [[rng.randrange(101) for _ in range(n)] for n in (1, 15, 16, 33, 70)]
+MODELS = ("full", "windowed")
 SAMPLINGS = {
     "greedy": {},
     "seeded": {"temperature": 0.9, "top_p": 0.9, "seed": 11},
@@ -35,7 +37,7 @@ PLACEMENTS = {
 }
 
 
-@pytest.fixture(scope="module", params=["full", "windowed"])
+@pytest.fixture(scope="module", params=MODELS)
 def model(request, decoder, windowed):
     return decoder if request.param == "full" else windowed
 
@@ -48,7 +50,7 @@ def answers(model, prompts=PROMPTS, sampling=None, proposer=None, **options):
         rig.close()
 
 
-@pytest.fixture(scope="module", params=SAMPLINGS)
+@pytest.fixture(scope="module", params=tuple(SAMPLINGS))
 def sampling(request):
     return SAMPLINGS[request.param]
 
@@ -58,12 +60,15 @@ def expected(model, sampling):
     return answers(model, sampling=sampling)[0]
 
 
+def each_model(**axes):
+    return crossing(("model", "sampling"), model=MODELS, sampling=tuple(SAMPLINGS), **axes)
+
+
 def scripted(model, expected, right, prompts=PROMPTS):
     return Scripted(texts_of(prompts, expected), right, model.config.vocab_size)
 
 
-@pytest.mark.parametrize("right", [4, 0, "some"])
-@pytest.mark.parametrize("placement", PLACEMENTS.values(), ids=PLACEMENTS)
+@each_model(right=(4, 0, "some"), placement=PLACEMENTS)
 def test_text_with_drafts_is_that_without(model, sampling, expected, right, placement):
     proposer = scripted(model, expected, right)
     got, rig = answers(model, sampling=sampling, proposer=proposer, max_batch_tokens=64, **placement)
@@ -77,8 +82,7 @@ def test_text_with_drafts_is_that_without(model, sampling, expected, right, plac
     assert len(proposer.ended_ones) == len(PROMPTS)
 
 
-@pytest.mark.parametrize("fuses", [True, False], ids=["together", "q first"])
-@pytest.mark.parametrize("shard", ["heads", "sequence"])
+@each_model(fuses={"together": True, "q first": False}, shard=("heads", "sequence"))
 def test_drafts_change_no_text_in_two_lanes_over_bytes(model, sampling, expected, shard, fuses):
     got, rig = answers(
         model, sampling=sampling, proposer=scripted(model, expected, "some"), shard=shard, weights=(1, 2), lanes=2,
@@ -184,8 +188,7 @@ def test_drafts_change_nothing_of_what_bounds_a_text(name, right):
 # Holders that move, fail and go.
 
 
-@pytest.mark.parametrize("lanes", [1, 2])
-@pytest.mark.parametrize("placement", [{"shard": "heads", "weights": (1, 1)}, {"shard": "sequence", "weights": (1, 2)}])
+@each_model(placement={name: PLACEMENTS[name] for name in ("heads on two", "ranges on two")}, lanes=(1, 2))
 def test_drafts_change_no_text_while_sequences_move(model, sampling, expected, placement, lanes):
     class Restless(StepTuner):
         def completed(self, batch, moving=False):
@@ -214,9 +217,11 @@ def test_drafts_change_no_text_while_a_worker_is_drained(decoder):
     rig.close()
 
 
-@pytest.mark.parametrize("shard", ["heads", "sequence"])
-@pytest.mark.parametrize("kind", [HolderLost, ProtocolError], ids=["killed", "fault"])
-@pytest.mark.parametrize("kept", [False, True], ids=["one worker left", "prompts local"])
+@each_model(
+    shard=("heads", "sequence"),
+    kind={"killed": HolderLost, "fault": ProtocolError},
+    kept={"one worker left": False, "prompts local": True},
+)
 def test_worker_that_goes_in_the_middle_of_a_verification_costs_no_token(model, sampling, expected, shard, kind, kept):
     """In the second layer of a batch of which rows have several tokens, after prefill."""
     seen = []

@@ -22,6 +22,7 @@ from lamina.joining.stream import MAX_MESSAGE, JoinListener, JoinRefused, Messag
 from lamina.version import __version__
 from lamina_protocols.channels import ChannelClosed
 from lamina_protocols.tls import certificate_bytes
+from lamina_protocols.versions import PROTOCOL_VERSION
 from lamina_workers.process.credentials import create_credentials
 
 
@@ -138,8 +139,8 @@ def test_wrong_key_and_other_version_are_refused(tmp_path: Path) -> None:
             with pytest.raises(JoinRefused, match="unknown"):
                 stream.expect("resumed", seconds=10)
         with connect("127.0.0.1", taking.port) as stream:
-            stream.send("pair", version="0", name="a", memory=1, commitment="00" * 32)
-            with pytest.raises(JoinRefused, match=r"the machine '0'"):
+            stream.send("pair", version="0", protocol=77, name="a", memory=1, commitment="00" * 32)
+            with pytest.raises(JoinRefused, match=rf"the engine has {PROTOCOL_VERSION}, this worker 77"):
                 stream.expect("nonce", seconds=10)
 
 

@@ -9,6 +9,7 @@ import time
 import pytest
 from engine_rig import BytesPort, Rig, collect
 from kv_pools import pool_of
+from pairwise import crossing
 
 from lamina.errors import EngineError, InvalidRequest
 from lamina.sampling_params import SamplingParams
@@ -28,9 +29,10 @@ PLACEMENTS = {
     "ranges on two, prompts local": {"shard": "sequence", "weights": (1, 2), "local_pool": 500},
     "heads and ranges": {"shard": "heads+sequence", "weights": (1, 1, 1, 1), "local_pool": 60},
 }
+MODELS = ("full", "windowed")
 
 
-@pytest.fixture(scope="module", params=["full", "windowed"])
+@pytest.fixture(scope="module", params=MODELS)
 def model(request, decoder, windowed):
     return decoder if request.param == "full" else windowed
 
@@ -73,9 +75,7 @@ class Mortal:
             self.stored[place] += sum(row.count for row in request.rows if row.store)
 
 
-@pytest.mark.parametrize("lanes", [1, 2])
-@pytest.mark.parametrize("death", [1, 7, 60, 61, 62, 63, 64, 65, 150])
-@pytest.mark.parametrize("placement", PLACEMENTS.values(), ids=PLACEMENTS)
+@crossing(("model",), model=MODELS, placement=PLACEMENTS, death=(1, 7, 60, 61, 62, 63, 64, 65, 150), lanes=(1, 2))
 def test_holder_death_at_any_message_changes_no_token(model, expected, placement, death, lanes):
     mortal = Mortal(death)
     rig = Rig(model, port=mortal, max_batch_tokens=64, lanes=lanes, **placement)
@@ -84,8 +84,9 @@ def test_holder_death_at_any_message_changes_no_token(model, expected, placement
     rig.close()
 
 
-@pytest.mark.parametrize("deaths", [(50, 51), (50, 90), (60, 61, 62)])
-@pytest.mark.parametrize("shard", ["heads", "sequence", "heads+sequence"])
+@crossing(
+    ("model",), model=MODELS, shard=("heads", "sequence", "heads+sequence"), deaths=((50, 51), (50, 90), (60, 61, 62))
+)
 def test_several_holder_deaths_change_no_token(model, expected, shard, deaths):
     mortal = Mortal(*deaths)
     rig = Rig(model, port=mortal, max_batch_tokens=64, shard=shard, weights=(1,) * 4, local_pool=500, prefix_cache=True)
@@ -173,8 +174,7 @@ def test_new_holder_gets_new_sequences(decoder, expected_full):
     rig.close()
 
 
-@pytest.mark.parametrize("shard", ["heads", "sequence", "heads+sequence"])
-@pytest.mark.parametrize("lanes", [1, 2])
+@crossing(("model",), model=MODELS, shard=("heads", "sequence", "heads+sequence"), lanes=(1, 2))
 def test_drained_holder_hands_its_kv_over(model, expected, shard, lanes):
     rig = Rig(
         model, shard=shard, weights=(1, 1, 1), local_pool=500, max_batch_tokens=64, lanes=lanes, prefix_cache=True

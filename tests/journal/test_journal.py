@@ -18,9 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lamina.errors import JournalError
-from lamina.journal.history import FINISHED, GONE, History, KnownSample, KvLocation, Record, RecoveredHolder, adoption
+from lamina.journal.history import FINISHED, History, KnownSample, KvLocation, Record, RecoveredHolder, adoption
 from lamina.journal.journal import Facts, Journal, Run, _packed
 from lamina.journal.records import from_plain
+from lamina.scheduling import kv_shares
 from lamina_protocols.messages import PartHeld
 
 FACTS = Facts("m" * 8, 16, "float32", 2)
@@ -476,7 +477,7 @@ def held(handle: int, heads: tuple[int, ...], upto: int, floor: int = 0, hi: int
         (held(1, (0, 1), 40), {}, 40, [(2,)]),
         ({}, held(2, (2,), 40), 40, [(0, 1)]),
         ({}, {}, None, []),
-        (held(1, (0, 1), 40, hi=998), held(2, (2,), 40), 40, [(0, 1)]),  # another part of that number
+        (held(1, (0, 1), 40, hi=1000), held(2, (2,), 40), 40, [(0, 1)]),  # another part of that number
         (held(1, (0, 1), 40, floor=40), held(2, (2,), 40), 40, []),
         (held(1, (0, 1), 45, floor=41), held(2, (2,), 45), None, []),  # a window has moved past
         (held(1, (0, 1), 0), held(2, (2,), 0), None, []),
@@ -492,9 +493,20 @@ def test_adoption_takes_the_parts_that_holders_still_have(
         return
     assert adopted is not None
     assert adopted.kept.computed == computed
-    assert [share.heads for share in adopted.kept.layout if share.holder == GONE] == gone
+    assert [share.heads for share in adopted.kept.layout if share.holder == kv_shares.GONE] == gone
     assert {part.share.holder for part in adopted.parts} <= {7, 8}
     assert len(adopted.parts) + len(gone) == 2
+
+
+def test_part_that_ended_after_the_journal_wrote_it_is_kept_and_what_follows_is_gone() -> None:
+    sample = KnownSample(tokens=[1] * 11, logprobs=[None] * 11, handle=3, computed=40, parts=TWO)
+    holders = {A: RecoveredHolder(7, (0,), held(1, (0, 1), 32, hi=32)), B: RecoveredHolder(8, (0,), held(2, (2,), 40))}
+    adopted = adoption(sample, 30, holders)
+    assert adopted is not None
+    assert adopted.kept.computed == 40
+    gone = [share for share in adopted.kept.layout if share.holder == kv_shares.GONE]
+    assert [(share.heads, share.lo, share.hi) for share in gone] == [((0, 1), 32, 999)]
+    assert [part.share.hi for part in adopted.parts] == [32, 999]
 
 
 def test_adoption_goes_back_to_what_every_part_still_has() -> None:

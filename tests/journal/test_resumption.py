@@ -35,6 +35,7 @@ from lamina.launch.kv_sizing import page_groups
 from lamina.launch.request_policies import RequestPolicies
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
+from lamina.scheduling import growth
 from lamina.scheduling.control_plane import ControlPlane
 from lamina.scheduling.holder import Holder
 from lamina.scheduling.placement import Placement
@@ -396,6 +397,38 @@ def test_tokens_stay_the_same_when_an_engine_dies_during_or_after_a_move(
         life = world.life(Fate())
         client.run(life, resumed=True)
         same(client, expected)
+        life.until(lambda life=life: not life.engine._control.has_work)  # type: ignore[misc]
+        assert all(pool_of(worker).store.free_pages == PAGES for worker in world.workers.values())
+
+
+def test_kv_stays_when_an_engine_dies_around_a_join(
+    model: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where sequences grow from now on is in the journal with the next batch. Until then a part may have been ended
+    that the journal believes to be open."""
+    monkeypatch.setattr(growth, "WORTH", 1)
+    asked = {"long": (LONG, {"max_tokens": 30, "logprobs": 0}), "short": (LONG[:20], {"max_tokens": 30, "n": 2})}
+    Client(asked).run(World(model, tmp_path / "alone", workers=1).life(Fate()), resumed=False)
+
+    def joined(folder: str, fate: Fate, after: int | None = None) -> tuple[World, Client, Life, int]:
+        world, client = World(model, tmp_path / folder, workers=1), Client(asked)
+        client.submit(life := world.life(fate), resumed=False)
+        life.until(lambda: len(client.got["long"][0]) == 3)
+        before = fate.seen
+        life.fate.at = None if after is None else before + after
+        world.workers["host:new"] = AttentionWorker(world.holder)
+        life.engine.join(Port(world.workers["host:new"], "host:new", life.fate), Holder((world.pages,)))
+        with contextlib.suppress(Killed):
+            life.until(lambda: not client.open if after is None else False)
+        return world, client, life, fate.seen - before
+
+    _, whole, _, _ = joined("whole", Fate())
+    for after in (0, 1, 2, 3, 9, 20, 40, 100):
+        world, client, _, _ = joined(str(after), Fate(), after)
+        life = world.life(Fate())
+        client.run(life, resumed=True)
+        same(client, whole)
+        assert life.computed < 100  # no prompt again
         life.until(lambda life=life: not life.engine._control.has_work)  # type: ignore[misc]
         assert all(pool_of(worker).store.free_pages == PAGES for worker in world.workers.values())
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
 from types import SimpleNamespace
 from typing import Any, cast
+
+import pytest
+from attention_servers import until
 
 from lamina.config import EngineConfig
 from lamina.deploy.worker_events import WorkerAddress
@@ -12,6 +16,7 @@ from lamina.launch.attention_pool import AttentionPool
 from lamina.launch.journal_setup import Identity
 from lamina_protocols.layers import HolderConfig, LayerSpec
 from lamina_protocols.service import WorkerUnreachable
+from lamina_workers.errors import HolderLost
 
 HOLDER = HolderConfig((LayerSpec(0, 4, 2, 16, 16, 0.25),), 16, "float32", 1 << 20)
 
@@ -62,7 +67,7 @@ def test_events_go_on_while_a_worker_that_joins_does_not_answer() -> None:
         raise WorkerUnreachable(f"{worker.name} does not answer")
 
     pool._connect = connect  # type: ignore[method-assign]
-    pool.watch(cast(Any, SimpleNamespace(leave=lambda name: None)))
+    pool.watch(cast(Any, SimpleNamespace(leave=lambda name: None, leaving=lambda name: None)))
     workers.joined(WorkerAddress("a", "x:1"))
     answers.set()
     pool.close()
@@ -83,9 +88,45 @@ def test_worker_that_leaves_during_its_handshake_does_not_join() -> None:
 
     pool._connect = connect  # type: ignore[method-assign]
     pool._seat = lambda port: None  # type: ignore[method-assign,assign,return-value]
-    pool.watch(cast(Any, SimpleNamespace(leave=log.append, join=lambda *what: log.append("joined"))))
+    joins = lambda *what: log.append("joined")  # noqa: E731
+    pool.watch(cast(Any, SimpleNamespace(leave=log.append, leaving=log.append, join=joins)))
     workers.joined(WorkerAddress("a", "x:1"))
     workers.left("a")
     answers.set()
     pool.close()
     assert log == ["a", "closed", "workers"]
+
+
+def test_worker_that_is_lost_again_and_again_is_not_connected_to() -> None:
+    log: list[str] = []
+    workers = Workers(log)
+    pool = AttentionPool(cast(Any, workers), EngineConfig(), HOLDER, "model", "float32", Identity())
+    pool._ports = cast(
+        Any, [SimpleNamespace(closed=False, close=int, parted=int, watch=lambda *_: None)]
+    )  # another one
+
+    def connect(worker: Any) -> Any:
+        pool.breakers.known(worker)
+        raise WorkerUnreachable("no answer")
+
+    pool._connect = connect  # type: ignore[method-assign]
+    pool.watch(cast(Any, SimpleNamespace(leave=lambda name: None, leaving=lambda name: None)))
+    for number in range(4):
+        workers.joined(WorkerAddress(f"a.{number}", "x:1", place="x:1"))
+        until(lambda number=number: len(log) == min(number + 1, 3))
+    assert log == ["a.0 lost", "a.1 lost", "a.2 lost"]
+    assert pool.breakers.held() == {"a.3": "open"}
+    pool.close()
+
+
+def test_worker_on_trial_gets_no_kv_before_it_has_answered_heartbeats() -> None:
+    log: list[str] = []
+    pool = AttentionPool(
+        cast(Any, Workers(log)), EngineConfig(worker_timeout=0.1), HOLDER, "model", "float32", Identity()
+    )
+    began = time.monotonic()
+    pool._try(cast(Any, SimpleNamespace(closed=False)))
+    assert time.monotonic() - began >= 0.2
+    with pytest.raises(HolderLost, match="attention worker a was lost on trial, before it had any KV"):
+        pool._try(cast(Any, SimpleNamespace(closed=True, name="a", close=int)))
+    pool.close()

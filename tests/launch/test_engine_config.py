@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,11 @@ from lamina_protocols.layers import ColdTier
         ("model_workers", 0, "1 to 1024"),
         ("attention_workers", ["a"], '"host:port"'),
         ("attention_workers", ["a:1", "a:1"], "different"),
+        ("autoscale", (3, 1), "autoscale is (3, 1); allowed are two numbers"),
+        ("autoscale", (1,), "two numbers"),
+        ("autoscale", "1:3", "two numbers"),
+        ("autoscale", (True, 3), "two numbers"),
+        ("autoscale", (0, 1025), "from 0 to 1024"),
         ("lanes", 9, "1 to 8"),
         ("local_share", 1.5, "0 to 1"),
         ("query_first", True, "auto, always, never"),
@@ -63,6 +69,52 @@ def test_speculation_is_not_deterministic_and_has_a_most() -> None:
     assert EngineConfig().most_drafts == EngineConfig(num_speculative_tokens=3).most_drafts == 0
     assert EngineConfig(speculate="ngram").most_drafts == 8
     assert EngineConfig(speculate="ngram", num_speculative_tokens=3).most_drafts == 3
+
+
+def test_autoscale_begins_with_the_number_given_or_the_least() -> None:
+    config = EngineConfig(autoscale=[1, 3])  # type: ignore[arg-type]  # as JSON has it
+    assert (config.autoscale, config.first_workers, config.most_workers, config.holders_here) == ((1, 3), 1, 3, 4)
+    config = EngineConfig(autoscale=(0, 3), attention_workers=2)
+    assert (config.first_workers, config.most_workers) == (2, 3)
+    config = EngineConfig(attention_workers=2)
+    assert (config.first_workers, config.most_workers, config.holders_here) == (2, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "both"),
+    [
+        ({"attention_workers": 4}, "autoscale is 0 to 3 and attention_workers 4"),
+        ({"attention_workers": ["h:1"]}, r"autoscale is 0 to 3 and attention_workers \('h:1',\)"),
+        ({"local_share": 0}, "0 attention workers and local_share is 0"),
+        ({"deterministic": True}, "0 attention workers and local_share is 0"),
+        ({"model_workers": 2}, "0 attention workers and model_workers is 2"),
+    ],
+)
+def test_autoscale_is_refused_beside_what_contradicts_it(given: dict[str, Any], both: str) -> None:
+    with pytest.raises(InvalidRequest, match=both):
+        EngineConfig(autoscale=(0, 3), **given)
+
+
+@pytest.mark.parametrize(
+    ("redundancy", "given", "both"),
+    [
+        ("replica", {"attention_workers": 1}, '"replica(1)" with 1 attention_workers; it takes 2'),
+        ("replica(2)", {"attention_workers": ["h:1", "h:2"]}, '"replica(2)" with 2 attention_workers; it takes 3'),
+        ("parity", {"autoscale": (1, 2)}, '"parity(2)" with 2 attention_workers; it takes 3'),
+        ("parity(1)", {}, "redundancy is 'parity(1)'; allowed is parity(2) to parity(64)"),
+        ("mirror", {}, "redundancy is 'mirror'; allowed is"),
+    ],
+)
+def test_redundancy_that_so_many_workers_can_never_have_is_refused(
+    redundancy: str, given: dict[str, Any], both: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=re.escape(both)):
+        EngineConfig(redundancy=redundancy, **given)
+
+
+def test_redundancy_may_need_workers_that_come_later() -> None:
+    assert EngineConfig(redundancy="replica", autoscale=(1, 2)).redundancy == "replica"
+    assert EngineConfig(redundancy="replica").redundancy == "replica"  # machines may join
 
 
 def test_kv_can_be_kept_in_the_dtypes_that_kernels_have() -> None:

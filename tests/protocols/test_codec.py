@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from lamina_protocols import codec
 from lamina_protocols import messages as m
 from lamina_protocols.errors import ProtocolError
+from lamina_protocols.frames import LAYOUT
 
 _int = st.integers(0, 2**62 - 1)
 _rows = st.builds(
@@ -123,9 +124,7 @@ def test_a_truncated_frame_is_refused(data):
 
 
 def frame_of(tag: int, header: bytes, payload: bytes = b"") -> bytearray:
-    return bytearray(
-        struct.pack("<4sHHIQ", b"LMNA", m.PROTOCOL_VERSION, tag, len(header), len(payload)) + header + payload
-    )
+    return bytearray(struct.pack("<4sHHIQ", b"LMNA", LAYOUT, tag, len(header), len(payload)) + header + payload)
 
 
 @pytest.mark.parametrize(
@@ -176,10 +175,10 @@ def test_a_survey_with_changed_bytes_is_refused_or_means_something(data):
     assert isinstance(message, m.Surveyed | m.Survey | m.Announced | m.Announcement | m.Fault | m.Fetch)
 
 
-def test_another_version_is_refused_naming_both():
+def test_another_layout_is_refused_naming_both():
     frame = whole(m.Fault(1, 2, "x"))
     frame[4:6] = struct.pack("<H", 77)
-    with pytest.raises(ProtocolError, match=rf"77.*{m.PROTOCOL_VERSION}"):
+    with pytest.raises(ProtocolError, match=rf"77.*{LAYOUT}"):
         codec.decode(frame)
 
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from lamina_protocols import codec
 from lamina_protocols import messages as m
 from lamina_protocols.errors import ProtocolError
+from lamina_protocols.frames import LAYOUT
 from lamina_protocols.query_samples import FetchedSample, FetchSample, Sample
 
 _PREFIX = struct.Struct("<4sHHIQ")
@@ -93,7 +94,7 @@ def whole(message: m.Message) -> bytearray:
 
 
 def framed(tag: int, header: bytes, payload: bytes = b"") -> bytearray:
-    prefix = _PREFIX.pack(b"LMNA", m.PROTOCOL_VERSION, tag, len(header), len(payload))
+    prefix = _PREFIX.pack(b"LMNA", LAYOUT, tag, len(header), len(payload))
     return bytearray(prefix + header + payload)
 
 

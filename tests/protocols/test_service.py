@@ -209,7 +209,7 @@ def test_malformed_streams_are_refused(messages, error):
     channel = Loop(*messages).channel
     with pytest.raises(ProtocolError, match=error):
         channel.receive(5)
-    with pytest.raises(ChannelClosed, match=error):
+    with pytest.raises(ProtocolError, match=error):
         channel.receive(5)
     channel.close()
 

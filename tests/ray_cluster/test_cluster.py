@@ -15,14 +15,16 @@ from ray_nodes import GENERATE, HEAD, OTHER, PORT, Namespaces, all_end, cluster,
 
 from lamina.deploy.ray_connection import compare_versions, explain
 from lamina.errors import EngineError
+from lamina_protocols.versions import PREVIOUS, PROTOCOL_VERSION
 
 
-def test_another_version_is_refused_by_both_names() -> None:
-    compare_versions("1.2", {"a": "1.2", "b": "1.2"})
-    with pytest.raises(EngineError, match=r"node b has Lamina 1\.3; this process has Lamina 1\.2"):
-        compare_versions("1.2", {"a": "1.2", "b": "1.3"})
-    with pytest.raises(EngineError, match=r"node b has no Lamina; this process has Lamina 1\.2"):
-        compare_versions("1.2", {"b": None})
+def test_a_version_that_is_no_neighbour_is_refused_by_both_names() -> None:
+    compare_versions({"a": PROTOCOL_VERSION, "b": PREVIOUS, "c": PROTOCOL_VERSION + 1})
+    said = rf"node b has another Lamina\. .*the engine has {PROTOCOL_VERSION}, this worker {PREVIOUS - 1}"
+    with pytest.raises(EngineError, match=said):
+        compare_versions({"a": PROTOCOL_VERSION, "b": PREVIOUS - 1})
+    with pytest.raises(EngineError, match=r"node b has no Lamina; this process has Lamina \d"):
+        compare_versions({"b": None})
 
 
 def test_an_error_of_ray_is_told_in_one_line() -> None:
@@ -37,6 +39,7 @@ def test_too_few_nodes_are_an_error_that_says_what_to_start(nodes: Namespaces) -
     said = nodes.run("""
 from lamina.deploy.ray_connection import connect, require
 from lamina.errors import EngineError
+from lamina_protocols.versions import PREVIOUS, PROTOCOL_VERSION
 connect("auto")
 start = time.monotonic()
 try:
@@ -54,6 +57,7 @@ def test_no_cluster_is_an_error_that_says_what_to_start(nodes: Namespaces) -> No
     said = nodes.run("""
 from lamina.deploy.ray_connection import connect
 from lamina.errors import EngineError
+from lamina_protocols.versions import PREVIOUS, PROTOCOL_VERSION
 try:
     connect("10.77.0.1:1")
 except EngineError as error:
@@ -82,6 +86,7 @@ def test_a_cluster_that_lets_everybody_in_is_refused(nodes: Namespaces, tmp_path
     code = """
 from lamina.deploy.ray_connection import connect, require_authentication
 from lamina.errors import EngineError
+from lamina_protocols.versions import PREVIOUS, PROTOCOL_VERSION
 connect("auto")
 try:
     require_authentication()
@@ -97,20 +102,21 @@ except EngineError as error:
 
 @pytest.mark.real
 def test_a_node_with_another_version_is_refused_before_anything_starts(nodes: Namespaces, tmp_path: Path) -> None:
-    info = tmp_path / "lamina-9.9.9.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lamina\nVersion: 9.9.9\n")
+    (tmp_path / "lamina_protocols").mkdir()
+    (tmp_path / "lamina_protocols" / "versions.py").write_text("PROTOCOL_VERSION = 99\n")
     join(nodes, """{"odd_one": 1}""", PYTHONPATH=str(tmp_path))
     said = nodes.run("""
 from lamina.deploy.ray_connection import connect, require
 from lamina.errors import EngineError
+from lamina_protocols.versions import PREVIOUS, PROTOCOL_VERSION
 connect("auto")
 try:
     require({"odd_one": 1})
 except EngineError as error:
     say(error=str(error))
 """)
-    assert f"node {OTHER} has Lamina 9.9.9" in said["error"]
+    assert f"node {OTHER} has another Lamina. " in said["error"]
+    assert "this worker 99" in said["error"]
 
 
 @pytest.mark.real

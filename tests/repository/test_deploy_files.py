@@ -262,8 +262,9 @@ def test_the_ray_cluster_has_what_its_command_asks_for() -> None:
     [words] = commands((ROOT / "docs/kuberay.yaml").read_text())
     head, [workers] = cluster["spec"]["headGroupSpec"], cluster["spec"]["workerGroupSpecs"]
     assert provided(head)[MODEL] == 1
-    total = provided(workers)[ATTENTION] * workers["replicas"]
-    assert parse(words).params["attention_workers"] == [str(total)]
+    each = provided(workers)[ATTENTION]
+    assert parse(words).params["autoscale"] == f"{each * workers['minReplicas']}:{each * workers['maxReplicas']}"
+    assert cluster["spec"]["enableInTreeAutoscaling"]
     assert policy["spec"]["podSelector"]["matchLabels"] == {"ray.io/cluster": cluster["metadata"]["name"]}
 
 

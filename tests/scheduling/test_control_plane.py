@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 from hypothesis import settings
@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from pools import LAYERS, LOCAL, Pool, World
 
 from lamina.errors import EngineError
-from lamina.scheduling import kv_rebuild
+from lamina.scheduling import growth, kv_rebuild
 from lamina.scheduling.control_plane import Step
 from lamina.scheduling.holder import Holder
 from lamina.scheduling.kv_layouts import SHARDS
@@ -189,7 +189,7 @@ def test_lost_part_is_computed_again_and_the_rest_is_kept() -> None:
     (sequence,) = world.add(prompt(10))
     world.begin()
     world.finish()
-    assert world.lose(2) == (10, 0)
+    assert world.lose(2) == (10, 0, 0)
     assert sequence.computed == 10
     world.run()
     assert world.control.scheduler.counters.rebuilt_tokens == 10
@@ -203,7 +203,7 @@ def test_sequence_begins_anew_when_every_part_of_it_is_lost() -> None:
     world.begin()
     world.finish()
     world.control.placement.holders[2].draining = False
-    assert world.lose(1) == (0, 10)
+    assert world.lose(1) == (0, 10, 0)
     assert sequence.computed == 0
     world.run()
     world.check_end()
@@ -257,8 +257,15 @@ def test_pages_that_only_two_prefixes_share_are_counted_once() -> None:
     world.check_end()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def growth_always_pays() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(growth, "WORTH", 1)
+        yield
+
+
 class Machine(RuleBasedStateMachine):
-    """Requests, steps, refusals, failures and losses in any order."""
+    """Requests, steps, refusals, failures, losses, joins and drains in any order."""
 
     @initialize(
         shard=st.sampled_from(SHARDS),
@@ -308,7 +315,7 @@ class Machine(RuleBasedStateMachine):
 
     def last_one(self, number: int) -> bool:
         """Whether nobody could take over from this pool."""
-        return not self.world.pools.keys() - {LOCAL, number}
+        return not self.world.pools.keys() - {LOCAL, number} - self.world.control.placement.draining
 
     @precondition(lambda self: not self.world.in_flight)
     @rule(data=st.data())
@@ -329,6 +336,17 @@ class Machine(RuleBasedStateMachine):
         self.last += self.last == LOCAL
         self.world.pools[self.last], self.world.said[self.last] = Pool(300), 300
         self.world.control.joined(self.last, Holder((300,)))
+        self.world.control.grow([self.last])
+
+    @rule(data=st.data())
+    def drain(self, data: st.DataObject) -> None:
+        """Nothing new goes to a pool for a while."""
+        draining = self.world.control.placement.draining
+        numbers = [number for number in self.world.pools if number != LOCAL and number not in draining]
+        if draining:
+            self.world.control.stay(draining)
+        elif len(numbers) > 1:
+            self.world.control.drain([data.draw(st.sampled_from(numbers))])
 
     @precondition(lambda self: self.world.samples)
     @rule(data=st.data())
@@ -343,6 +361,7 @@ class Machine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "world"):
+            self.world.control.stay(self.world.control.placement.draining)
             while self.world.in_flight:
                 self.world.finish()
             self.world.run()

@@ -9,11 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lamina.errors import ContextTooLong
+from lamina.scheduling.control_plane import ControlPlane
 from lamina.scheduling.draining import elsewhere, to_preempt
 from lamina.scheduling.holder import Holder
 from lamina.scheduling.kv_layouts import SHARDS
 from lamina.scheduling.kv_shares import Layout, Pages
+from lamina.scheduling.page_groups import PageGroup
 from lamina.scheduling.placement import Placement
+from lamina.scheduling.request import Request, SchedulerConfig
 
 LENGTH = 512
 HERE = (100, 101)
@@ -97,3 +101,19 @@ def test_the_youngest_idle_one_of_those_without_room_is_computed_again_once_noth
     them: Any = [[made[name] for name in names] for names in (kept, stuck)]
     found = to_preempt(them[0], cast(Any, [made.get(name) for name in moving]), them[1])
     assert (found and cast(Any, found).name) == victim
+
+
+def test_what_fits_with_a_lost_holder_is_waited_for_until_one_is_gone_for_good() -> None:
+    place = placement(1, 3)
+    place.holders |= {1: Holder((30,)), 2: Holder((30,))}
+    limits = SchedulerConfig(
+        max_batch_tokens=64, max_sequences=8, max_model_len=LENGTH, page_size=16, page_groups=((PageGroup(1),),)
+    )
+    control = ControlPlane(limits, place)
+    asked = Request("1", (1,) * 400, 10)
+    control.scheduler.validate(asked)
+    control.lost([0])
+    control.scheduler.validate(asked)
+    control.left(1)
+    with pytest.raises(ContextTooLong):
+        control.scheduler.validate(asked)

@@ -111,6 +111,41 @@ def test_longest_possible_request_fits_when_it_runs_alone(groups: Groups, page_s
         world.add(prompt(longest), max_tokens=2)
 
 
+def test_request_waits_for_room_that_workers_to_come_have() -> None:
+    """Where the number of workers follows the load, a request was refused for the room of those that are there."""
+    layouts = OneHolder(17)
+    admission = Scheduler(config(), layouts).admission
+    here = admission.longest_possible()
+    assert 1 < here == admission.most_hoped() < 64
+    admission.expect(OneHolder(34))
+    assert (admission.longest_possible(), admission.most_hoped()) == (here, 64)
+    scheduler = Scheduler(config(), layouts)
+    scheduler.admission.expect(OneHolder(34))
+    (sequence,) = scheduler.add(Request("0", tuple(range(here)), 9))
+    assert scheduler.plan() is None
+    assert scheduler.admission.stranded == (sequence,)
+    layouts.capacity = layouts.pages = Pages({(0, 0): 64})
+    scheduler.admission.joined()
+    assert scheduler.plan() is not None
+    with pytest.raises(InvalidRequest):
+        scheduler.validate(Request("1", tuple(range(60)), 9))
+
+
+def test_request_is_refused_for_room_only_where_none_may_come_back() -> None:
+    """While a holder was away, new requests were told that the memory could never hold them, and those of the previous
+    engine were dropped."""
+    layouts = OneHolder(64)
+    scheduler = Scheduler(config(), layouts)
+    assert scheduler.admission.longest_possible() == 64
+    scheduler.admission.losing()
+    layouts.capacity = Pages({(0, 0): 4})
+    scheduler.add(Request("a", (1,) * 40, 1))
+    scheduler.admission.left()
+    with pytest.raises(InvalidRequest, match="the KV memory holds no more"):
+        scheduler.add(Request("b", (1,) * 40, 1))
+    scheduler.add(Request("c", (1,) * 40, 2), known={0: (7,)})
+
+
 def test_scheduler_refuses_a_bad_request_and_names_the_value() -> None:
     scheduler = Scheduler(config(), OneHolder(64))
     scheduler.add(Request("a", (1,), 1))

@@ -324,6 +324,17 @@ def test_a_server_that_is_open_to_all_answers_to_any_name(llm: LLM) -> None:
         assert rig.ask(TEXT, {"prompt": "a"}, Host="lamina:8000").status == 200
 
 
+@pytest.fixture(scope="module")
+def boxes(llm: LLM) -> Iterator[tuple[Rig, Rig]]:
+    """A server without keys at Box.LAN, and one with the key "one"."""
+    without, keyed = (scripted(llm, Script(says("284"))) for _ in range(2))
+    with (
+        serving(None, frontend=without, host="Box.LAN") as rig,
+        serving(None, frontend=keyed, api_keys=("one",)) as other,
+    ):
+        yield rig, other
+
+
 @pytest.mark.parametrize(
     ("host", "allowed"),
     [
@@ -333,18 +344,16 @@ def test_a_server_that_is_open_to_all_answers_to_any_name(llm: LLM) -> None:
         ("lan", False), ("", False), ("localhost:x", False), ("[::1]evil.example", False), ("a@localhost", False),
     ],
 )  # fmt: skip
-def test_names_that_a_server_without_keys_answers_to(llm: LLM, host: str, allowed: bool) -> None:
-    frontend = scripted(llm, Script(says("284")))
-    with serving(None, frontend=frontend, host="Box.LAN") as rig:
-        for path, fields in ((TEXT, {"prompt": "a"}), ("/v1/models", None), ("/", None)):
-            reply = rig.ask(path, fields, Host=host)
-            assert reply.status == (200 if allowed else 403)
-            if not allowed:
-                assert reply.error["code"] == "host_not_allowed"
-                assert "--api-key" in reply.error["message"]
-        assert rig.ask("/health", Host=host).status == rig.ask("/version", Host=host).status == 200
-    with serving(None, frontend=frontend, api_keys=("one",)) as rig:
-        assert rig.ask(TEXT, {"prompt": "a"}, Host=host, Authorization="Bearer one").status == 200
+def test_names_that_a_server_without_keys_answers_to(boxes: tuple[Rig, Rig], host: str, allowed: bool) -> None:
+    rig, keyed = boxes
+    for path, fields in ((TEXT, {"prompt": "a"}), ("/v1/models", None), ("/", None)):
+        reply = rig.ask(path, fields, Host=host)
+        assert reply.status == (200 if allowed else 403)
+        if not allowed:
+            assert reply.error["code"] == "host_not_allowed"
+            assert "--api-key" in reply.error["message"]
+    assert rig.ask("/health", Host=host).status == rig.ask("/version", Host=host).status == 200
+    assert keyed.ask(TEXT, {"prompt": "a"}, Host=host, Authorization="Bearer one").status == 200
 
 
 def test_keys(llm: LLM) -> None:

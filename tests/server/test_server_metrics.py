@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import subprocess
 import sys
@@ -83,7 +84,7 @@ def test_what_the_engine_says_is_rendered() -> None:
         snapshot(
             running=3, waiting=2, prompt_tokens=70, prefix_hits=30, prefix_queries=100, generation_tokens=9,
             model_seconds=1.5, attention_seconds=2.5, idle_seconds=6.0, kv_read=1.0, kv_whole=4.0, missed_mass=0.5,
-            missed_queries=50.0, kv_resident=0.75,
+            missed_queries=50.0, kv_resident=0.75, kv_redundant=0.5, workers_wanted=3,
             lost_holders=1, missing=("w9",), corrupted=2, batch_tokens=44, returned_workers=3,
             plan_seconds=0.25, announce_seconds=0.75,
             drafts=5, draft_tokens=20, accepted_tokens=12, accepted_at=(5, 4, 3, 0),
@@ -108,6 +109,9 @@ def test_what_the_engine_says_is_rendered() -> None:
     assert value(found, "lamina:kv_read_ratio") == 0.25
     assert value(found, "lamina:missed_mass_ratio") == 0.01
     assert value(found, "lamina:kv_resident_ratio") == 0.75
+    assert value(found, "lamina:kv_redundant_share") == 0.5
+    assert value(found, "lamina:attention_workers_wanted") == 3
+    assert value(found, "lamina:kv_full_in_seconds") == math.inf
     assert value(found, "lamina:recoveries_total") == 1
     assert value(found, "lamina:model_workers_returned_total") == 3
     assert value(found, "lamina:corrupted_requests_total") == 2
@@ -242,7 +246,8 @@ def test_a_name_with_quotes_stays_a_label() -> None:
 
 
 def with_pools() -> Snapshot:
-    return snapshot(holders=(dataclasses.replace(holder("w1"), pools=((60, 10), (40, 30))), holder("w2")))
+    pools = dataclasses.replace(holder("w1"), pools=((60, 10), (40, 30)))
+    return snapshot(holders=(pools, holder("w2")), workers_wanted=2)
 
 
 def test_pages_are_told_by_pool_where_there_are_several() -> None:

@@ -21,6 +21,7 @@ from lamina.engine.in_flight import Lane
 from lamina.launch.kv_sizing import page_groups
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
+from lamina.scheduling import redundancy
 from lamina.scheduling.control_plane import ControlPlane
 from lamina.scheduling.holder import Holder
 from lamina.scheduling.placement import Placement
@@ -31,6 +32,7 @@ from lamina.scheduling.step_tuner import StepTuner
 from lamina_protocols import codec
 from lamina_protocols.errors import LaminaError
 from lamina_protocols.messages import Fault, Message, Reply, Request, answered
+from lamina_protocols.versions import FEATURES
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.errors import HolderFault, HolderLost, KVError, RankLost
@@ -65,6 +67,7 @@ class Setup:
     despair: bool
     wait: float = 0.02
     local_tier: bool = False
+    redundancy: str = "none"
 
 
 class BreakingWorker:
@@ -116,6 +119,7 @@ class Port:
         self.loses = False  # the next message that has no reply; nobody notices
         self._world = world
         self.page_layout = worker.page_layout
+        self.features = FEATURES if world.rng.random() < 0.9 else frozenset[str]()
         self._inner = LocalAttention(self.broken, self.name)  # type: ignore[arg-type]  # it has what a port needs
         self._sent: deque[Request] = deque()
         self._noticed = False
@@ -230,7 +234,7 @@ class SteppedEngine(Engine):
 
     def _at_rest(self) -> bool:
         """Whether nothing goes on by itself; with nobody to keep KV requests wait for somebody to join."""
-        waits = self._control.has_work or self._drains.under_way
+        waits = self._control.has_work or self._drains.under_way or self._spares.busy
         return not self._in_flight and (self._holders.empty or not waits)
 
 
@@ -281,12 +285,15 @@ class World:
             page_size=PAGE_SIZE,
             page_groups=page_groups(self.config),
             prefix_cache=setup.prefix_cache,
+            redundancy=redundancy.parse(setup.redundancy),
         )
         holders, self.ports = {}, dict[int, Port]()
         for number, weight in enumerate(setup.weights, 1):
             holders[number] = Holder((setup.pages,), weight, fused=setup.shard is None)
             self.ports[number] = Port(self, number, AttentionWorker(self.config))
             holders[number].name = self.ports[number].name
+            holders[number].features = self.ports[number].features
+            holders[number].page_layout = self.ports[number].page_layout
         ports: dict[int, Any] = dict(self.ports)
         self.local = AttentionWorker(holder_config(self.decoder, setup.local_pool or 9, PAGE_SIZE))
         if setup.local_pool:

@@ -11,6 +11,7 @@ import torch
 from lamina_protocols.layers import HolderConfig, LayerSpec
 from lamina_protocols.messages import Announced, Announcement, Attended, Exchange, Fresh, Query, Reply, Request, Row
 from lamina_protocols.routes import Route, Span
+from lamina_protocols.versions import FEATURES
 from lamina_workers.decoder.model import KeyValueReady, QueryReady
 
 LAYERS, HEADS, KV_HEADS, D = 2, 6, 2, 16
@@ -94,6 +95,7 @@ class Holder:
     """A port: the holder behind it has the past of its own heads, and anything else only once it was stored."""
 
     page_layout = ""
+    features = FEATURES
 
     def __init__(self, model: Model, routes: Sequence[Route], name: str = "a", seconds: float = 0.0) -> None:
         self.name = name

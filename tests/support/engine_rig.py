@@ -38,6 +38,7 @@ from lamina_protocols import codec
 from lamina_protocols.errors import LaminaError
 from lamina_protocols.layers import HolderConfig
 from lamina_protocols.messages import Fault, Message, Reply, Request, answered
+from lamina_protocols.versions import FEATURES
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.attention_worker.device_worker import attention_worker
 from lamina_workers.attention_worker.head_policies import HeadPolicies
@@ -123,6 +124,7 @@ class BytesPort:
         self.closed = False
         self._inner = LocalAttention(worker)
         self.page_layout = self._inner.page_layout
+        self.features = FEATURES
         self._before = before
         self._lost = ""
         self._replies: deque[bytearray] = deque()

@@ -15,7 +15,7 @@ from lamina.scheduling.page_groups import PageGroup
 from lamina.scheduling.placement import Placement
 from lamina.scheduling.request import Outcome, Request, ScheduledSequence, SchedulerConfig
 from lamina.scheduling.step_tuner import StepTuner
-from lamina_protocols.messages import Announced, Close, Fork, Open, Row
+from lamina_protocols.messages import Announced, Bound, Close, Fork, Open, Row
 from lamina_protocols.routes import HolderBatch
 
 PAGE, LAYERS, END = 4, 2, 64
@@ -79,6 +79,14 @@ class Pool:
                 part = self.parts.pop(handle)
                 for page in part.table:
                     self._let_go(part, page)
+            case Bound(handle, hi):
+                part = self.parts[handle]
+                assert part.lo < hi <= part.hi
+                kept = (hi - part.lo) // PAGE
+                for page in part.table[kept:]:
+                    self._let_go(part, page)
+                del part.table[kept:]
+                part.hi = hi
             case _:
                 raise AssertionError(operation)
 

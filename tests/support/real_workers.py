@@ -61,9 +61,13 @@ class WorkerProcess:
 
 
 @contextlib.contextmanager
-def worker_process(*flags: str, credentials: Credentials | None = None) -> Iterator[WorkerProcess]:
-    """A worker on loopback with 32 MB of KV (later flags win), which ends with the block."""
-    command = [sys.executable, "-m", "lamina_workers.attention_main", "--kv-memory", str(32 << 20), "--threads", "1"]
+def worker_process(
+    *flags: str, credentials: Credentials | None = None, script: Path | None = None
+) -> Iterator[WorkerProcess]:
+    """A worker on loopback with 32 MB of KV (later flags win), which ends with the block. `script` runs its module in
+    another way."""
+    runs = [sys.executable, "-m" if script is None else str(script), "lamina_workers.attention_main"]
+    command = [*runs, "--kv-memory", str(32 << 20), "--threads", "1"]
     process = subprocess.Popen(
         [*command, "--die-with-parent", *flags],
         stdin=subprocess.PIPE,

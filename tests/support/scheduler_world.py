@@ -85,6 +85,15 @@ class OneHolder:
         self.handles.remove(handle)
         self.waiting.append((Close(handle), freed.get((0, 0), 0)))
 
+    def hosts(self, share: Share) -> list[int]:
+        return []
+
+    def grows(self, share: Share) -> bool:
+        return False
+
+    def grow(self, handle: int, handovers: Sequence[kv_shares.Handover]) -> None:
+        raise AssertionError("there is no other holder")
+
     def replace(self, handle: int, lost: int, shares: Layout, source: int | None = None, length: int = 0) -> None:
         raise AssertionError("there is no other holder")
 

@@ -68,7 +68,7 @@ def serving(
     if credentials is None:
         port = server.add_insecure_port("127.0.0.1:0")
     else:
-        port = server.add_secure_port("127.0.0.1:0", server_credentials(credentials, False))
+        port = server.add_secure_port("127.0.0.1:0", server_credentials(lambda: credentials, False))
     server.start()
     try:
         yield f"127.0.0.1:{port}"

@@ -22,11 +22,12 @@ from lamina_workers.process.exit import die_with_parent, leave
 if TYPE_CHECKING:
     from lamina_workers.attention_server.attention_server import AttentionServer
 
-_GRACE_S = 5.0  # seconds that a session has after SIGTERM, to move its KV
+DRAIN_S = 25.0  # seconds: Kubernetes kills 30 s after SIGTERM
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until SIGTERM, SIGINT or the parent's end. The exit status: 0, or 1 where it could not serve."""
+    """Serve until SIGTERM, SIGINT or the parent's end. After a signal the engine has a while to move its KV away; a
+    second one ends the process at once. The exit status: 0, or 1 where it could not serve."""
     args = _parser().parse_args(argv)
     os.environ.setdefault("OMP_NUM_THREADS", str(args.threads))
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # else a stranger's connections fill the log
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.set())
+        signal.signal(number, lambda *_: os._exit(1) if ended.is_set() else ended.set())
     if args.read_delay:
         _slow_down(args.read_delay)
     parent_gone = threading.Event()
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     print(f"listening {address}", flush=True)  # noqa: T201  # the parent reads the port here
     ended.wait()
-    grace = 0.0 if parent_gone.is_set() else _GRACE_S
+    grace = 0.0 if parent_gone.is_set() else args.drain_timeout
     threading.Thread(target=_leave_anyway, args=(grace + 5.0,), daemon=True).start()
     server.stop(grace)
     return 0
@@ -74,17 +75,27 @@ def _parser() -> argparse.ArgumentParser:
     add("--insecure", action="store_true", help="serve on any address without TLS or token")
     add("--no-local-channel", action="store_true", help="offer no Unix socket to callers on this host")
     add("--lease", type=float, default=30.0, metavar="SECONDS", help="that KV outlives the last sign of its engine")
+    add("--drain-timeout", type=_seconds, default=DRAIN_S, metavar="SECONDS", help="for KV to move after SIGTERM")
     add("--die-with-parent", action="store_true", help="end when stdin closes or the parent's thread ends")
     add("--parent-pipe", type=int, metavar="FD", help="end when this descriptor closes, instead of stdin")
     add("--read-delay", type=float, default=0.0, help=argparse.SUPPRESS)  # SIGUSR1 ends or resumes it
     return parser
 
 
+def _seconds(text: str) -> float:
+    """A time of 0 seconds or more, which has an end."""
+    seconds = float(text)
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} seconds; allowed are 0 or more")
+    return seconds
+
+
 def _server(args: argparse.Namespace) -> AttentionServer:
     from lamina_protocols.layers import ColdTier
     from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig
-    from lamina_workers.process.credentials import load_credentials
+    from lamina_workers.process.credentials import CredentialFiles
 
+    files = CredentialFiles(args.tls_dir, args.token_file, server=True)
     return AttentionServer(
         ServerConfig(
             name=args.name,
@@ -93,7 +104,8 @@ def _server(args: argparse.Namespace) -> AttentionServer:
             device=args.device,
             listen=args.listen,
             data_port=args.data_port,
-            credentials=load_credentials(args.tls_dir, args.token_file, server=True),
+            credentials=files.current,
+            renewed=files.renewed,
             mutual_tls=args.mutual_tls,
             insecure=args.insecure,
             local_channel=not args.no_local_channel,

@@ -74,6 +74,7 @@ def serve(
     from lamina_protocols.channels import Credentials, split_address
     from lamina_protocols.socket_connections import connect_tcp, connect_unix
     from lamina_protocols.tls import client_context
+    from lamina_protocols.versions import PREVIOUS, VARIABLE
     from lamina_workers.parallel.peer_worker import PeerWorker
     from lamina_workers.process.credentials import load_credentials
 
@@ -85,7 +86,7 @@ def serve(
         tls = client_context(credentials) if credentials.ca else None
         channel = connect_tcp(host, port, secret, _CONNECT_S, tls, checksummed=tls is None)
     try:
-        PeerWorker(channel, name, folder, address).serve()
+        PeerWorker(channel, name, folder, address, int(os.environ.get(VARIABLE, PREVIOUS))).serve()
     finally:
         channel.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, zip_longest
 
@@ -69,6 +70,7 @@ class EngineMetrics:
         yield self._batch_sizes(latest)
         yield from self._now(latest)
         yield from self._workers(latest)
+        yield from self._autoscaling(latest)
 
     def _totals(self, latest: Snapshot | None) -> Iterator[Metric]:
         for name, (metric, text) in _COUNTERS.items():
@@ -115,6 +117,8 @@ class EngineMetrics:
         resident = shown.kv_resident if shown else 1.0
         what = "KV pages in memory, of those that requests under way hold; 1 without kv_cold."
         yield self._gauge("kv_resident_ratio", what, resident)
+        what = "Share of the KV at attention workers that has all its spares; 0 without redundancy."
+        yield self._gauge("kv_redundant_share", what, shown.kv_redundant if shown else 0.0)
         yield self._gauge("missed_mass_ratio", "Estimated mean share of attention that queries did not read.", missed)
         info = GaugeMetricFamily(
             "lamina:cache_config_info", "How KV is kept.", labels=(*_LABELS, "block_size", "num_gpu_blocks")
@@ -155,9 +159,23 @@ class EngineMetrics:
             for pool, (total, free) in enumerate(holder.pools) if self._alive else ():
                 by_pool.add_metric((*self._values, name, str(pool), "taken"), total - free)
                 by_pool.add_metric((*self._values, name, str(pool), "free"), free)
+        held = GaugeMetricFamily(
+            "lamina:attention_worker_held_back", "Attention workers that are there and not used, by the reason.",
+            labels=(*_LABELS, "worker", "reason"),
+        )  # fmt: skip
+        for name, reason in latest.held_back.items() if latest and self._alive else ():
+            held.add_metric((*self._values, name, reason), 1)
         for name in latest.missing if latest else ():
             up.add_metric((*self._values, name), 0)
-        yield from (up, pages, *([by_pool] if by_pool.samples else ()), crossed, took)
+        yield from (up, pages, *(each for each in (by_pool, held) if each.samples), crossed, took)
+
+    def _autoscaling(self, latest: Snapshot | None) -> Iterator[Metric]:
+        """Nothing where the number of attention workers stays."""
+        if latest is None or latest.workers_wanted is None or not self._alive:
+            return
+        full_in = math.inf if latest.kv_full_in is None else latest.kv_full_in
+        yield self._gauge("attention_workers_wanted", "Attention workers, as KV grows.", latest.workers_wanted)
+        yield self._gauge("kv_full_in_seconds", "Until all holders are full, as KV grows.", full_in)
 
     def _total(self, snapshot: Snapshot | None, name: str) -> float:
         return self._before[name] + (float(getattr(snapshot, name)) if snapshot is not None else 0.0)

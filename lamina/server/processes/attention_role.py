@@ -35,17 +35,19 @@ class AttentionRole:
         self._failed = failed
         self._processes: LocalAttentionWorkers | None = None
         self._workers: dict[str, WorkerAddress] = {}
+        self._count = plan.workers  # that there are to be
         self._up = False  # the first start is over
         self._engine: ChildProcess | None = None  # the engine that has the workers, or waits for them
 
     def begin(self) -> None:
         """Start the workers, on a thread: it takes seconds."""
         plan = self._plan
-        if not plan.workers:
+        most = max(plan.workers, plan.most_workers)
+        if not most:
             self._up = True
             return
         processes = self._processes = LocalAttentionWorkers(
-            plan.workers, kv_memory=plan.kv_memory, threads=plan.threads, cold=plan.cold
+            plan.workers, kv_memory=plan.kv_memory, threads=plan.threads, most=most, cold=plan.cold
         )
 
         def start() -> None:
@@ -74,7 +76,7 @@ class AttentionRole:
         if self.due is None or self._engine is None:
             return
         now = time.monotonic()
-        if len(self._workers) >= self._plan.workers or (self._workers and now >= self.due):
+        if len(self._workers) >= self._count or (self._workers and now >= self.due):
             self.due = None
             self._engine.say(line("workers", [pack_worker(worker) for worker in self._workers.values()]))
         elif now >= self.due:
@@ -85,6 +87,18 @@ class AttentionRole:
         self._workers.pop(name, None)
         if self._processes is not None:
             self._processes.lost(name)
+
+    def grow(self, count: int) -> None:
+        """The engine wants so many workers. They are the supervisor's, and stay when another engine comes."""
+        if self._processes is not None and count > self._count:
+            self._count = min(count, self._plan.most_workers)
+            self._processes.grow(self._count)
+
+    def retire(self, name: str) -> None:
+        """The engine has drained a worker, which is not needed any more."""
+        if self._processes is not None and self._workers.pop(name, None) is not None:
+            self._count -= 1
+            self._processes.retire(name)
 
     def joined(self, worker: WorkerAddress) -> None:
         """A worker is there."""

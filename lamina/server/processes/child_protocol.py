@@ -67,13 +67,13 @@ def parse(text: str) -> list[Any] | None:
 def pack_worker(worker: WorkerAddress) -> list[Any]:
     """An attention worker as an item of a message."""
     shown = worker.credentials or Credentials()
-    return [worker.name, worker.address, shown.token, worker.capacity, shown.ca.decode()]
+    return [worker.name, worker.address, shown.token, worker.capacity, shown.ca.decode(), worker.at]
 
 
 def unpack_worker(item: list[Any]) -> WorkerAddress:
     """The attention worker in an item of a message."""
-    name, address, token, capacity, ca = item
-    return WorkerAddress(name, address, Credentials(ca=ca.encode(), token=token), capacity)
+    name, address, token, capacity, ca, place = item
+    return WorkerAddress(name, address, Credentials(ca=ca.encode(), token=token), capacity, place)
 
 
 def receive() -> Iterator[list[Any]]:

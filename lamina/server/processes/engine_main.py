@@ -6,10 +6,10 @@ OpenMP reads is set.
 
 received   ["prepare", needs workers], perhaps, first
            ["engine", model, config, socket, secret, waits for workers, needs some]
-           ["workers", [[name, address, token, capacity, CA]]]   ["joined", worker]   ["left", name]
+           ["workers", [[name, address, token, capacity, CA, place]]]   ["joined", worker]   ["left", name]
            ["drain", name]   ["stop"]
 sent       ["progress", what, done, total]   ["ready", facts]   ["failed", kind, why]   ["lost", name]
-           ["possible", tokens of one sequence]   ["drained", name]
+           ["possible", tokens of one sequence]   ["drained", name]   ["grow", workers]   ["retire", name]
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main() -> int:
     _, model, config, path, secret, waits, needs = first
     if not model:
         return 0  # the supervisor does not need this process
-    workers = RelayedWorkers(lambda name: supervisor.send("lost", name), optional=not needs) if waits else None
+    workers = RelayedWorkers(supervisor.send, optional=not needs) if waits else None
     ended: queue.SimpleQueue[int] = queue.SimpleQueue()
     stop = threading.Event()
     threading.Thread(

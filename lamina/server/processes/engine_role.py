@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import urllib.parse
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,11 @@ class EngineRole(Slot[ChildProcess]):
     def socket_name(self) -> str:
         """Of each start another, so that no client reaches an engine by the name of the previous one."""
         return f"engine-{self.number}.{self.starts}.sock"
+
+    @property
+    def file_name(self) -> str:
+        """The model's name as a name in a folder: no two names have the same."""
+        return urllib.parse.quote(self.model, safe="").replace(".", "%2E")
 
     def load(self) -> None:
         """Have it started; without effect where it is, or is about to be."""

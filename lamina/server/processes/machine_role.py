@@ -11,6 +11,7 @@ from lamina.deploy.worker_events import WorkerAddress
 from lamina.errors import InvalidRequest
 from lamina.server.processes.attention_role import AttentionRole
 from lamina.server.processes.server_plan import Reporter, ServerPlan
+from lamina_protocols.channels import join_address
 
 if TYPE_CHECKING:
     from lamina.joining.server import JoinServer
@@ -93,6 +94,5 @@ class MachineRole:
 def _api_option(plan: ServerPlan) -> str:
     """What `lamina joining` needs on this machine to find the API of the server: nothing at its default address."""
     here = plan.host if plan.host not in ("0.0.0.0", "::", "localhost") else "127.0.0.1"
-    host = f"[{here}]" if ":" in here else here
-    usual = (host, plan.port) == ("127.0.0.1", 8000)
-    return "" if usual or plan.port == 0 else f" --url http://{host}:{plan.port}"
+    usual = (here, plan.port) == ("127.0.0.1", 8000)
+    return "" if usual or plan.port == 0 else f" --url http://{join_address(here, plan.port)}"

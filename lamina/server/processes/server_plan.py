@@ -31,9 +31,10 @@ class JoinPlan:
 @dataclass(frozen=True, slots=True)
 class ServerPlan:
     """What is to run. `models` are the models by the names under which they are served, `engine` the keywords of
-    `EngineConfig` for each, as JSON can hold them; `workers` how many attention workers the supervisor starts, each
-    with `kv_memory` bytes of KV, which goes to `cold` when nobody reads it, and `threads` threads. An attention worker
-    serves one engine at a time, so with workers at most one model is loaded."""
+    `EngineConfig` for each, as JSON can hold them; `workers` how many attention workers the supervisor starts, and
+    `most_workers` how many it may have later. Each has `threads` threads and `kv_memory` bytes of KV, which goes to
+    `cold` when nobody reads it. An attention worker serves one engine at a time, so with workers at most one model is
+    loaded."""
 
     models: Mapping[str, str]
     engine: Mapping[str, Any]
@@ -41,6 +42,7 @@ class ServerPlan:
     host: str
     port: int
     workers: int = 0
+    most_workers: int = 0
     kv_memory: int = 0
     cold: ColdTier | None = None
     threads: int = 1
@@ -52,4 +54,4 @@ class ServerPlan:
     @property
     def waits(self) -> bool:
         """Whether an engine gets attention workers from the supervisor."""
-        return bool(self.workers) or self.joining is not None
+        return bool(self.workers or self.most_workers) or self.joining is not None

@@ -13,7 +13,6 @@ import secrets
 import socket
 import tempfile
 import time
-import urllib.parse
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
@@ -166,7 +165,7 @@ class Supervisor:
         if given is None and not self._plan.journal:
             return {}
         folder = self._folder / "journal" if given is None else Path(given)
-        return {"journal": str(folder if len(self._engines) == 1 else folder / _as_file_name(engine.model))}
+        return {"journal": str(folder if len(self._engines) == 1 else folder / engine.file_name)}
 
     def _socket_of(self, engine: EngineRole) -> str:
         return str(self._folder / engine.socket_name)
@@ -231,6 +230,10 @@ class Supervisor:
         elif word == "lost":
             self._attention.lost(items[0])
             self._machines.lost(items[0])
+        elif word == "grow":
+            self._attention.grow(items[0])
+        elif word == "retire":
+            self._attention.retire(items[0])
         elif word == "drained":
             self._machines.released(items[0])
 
@@ -393,8 +396,3 @@ class Supervisor:
         end_all(child for child in children if child is not None)
         self._machines.close()
         self._attention.close()
-
-
-def _as_file_name(name: str) -> str:
-    """A model's name as a name in a folder: no two names have the same."""
-    return urllib.parse.quote(name, safe="").replace(".", "%2E")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from lamina.simulator.event_loop.page_counter import PageCounter
 from lamina.simulator.event_loop.record_counter import RecordCounter
-from lamina_protocols.messages import Close, Fork, Open, Operation, Row
+from lamina_protocols.messages import Bound, Close, Fork, Open, Operation, Row
 from lamina_protocols.routes import HolderBatch
 
 
@@ -48,4 +48,6 @@ class HolderCounter:
                 self._pool[handle] = pool = self._pool[parent]
             case Close(handle):
                 pool = self._pool.pop(handle)
+            case Bound(handle):
+                pool = self._pool[handle]
         return pool

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lamina.errors import EngineError
-from lamina_protocols.messages import Close, Fork, Open, Operation, Row
+from lamina_protocols.messages import Bound, Close, Fork, Open, Operation, Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +145,12 @@ class PageCounter:
                 for run in self._parts.pop(handle).runs:
                     for page in run.pages:
                         self._release(page, run.cells)
+            case Bound(handle, hi):
+                part = self._parts[handle]
+                part.hi = hi
+                for run in part.runs:
+                    while run.pages and run.first + len(run.pages) > (hi - part.lo) // self._size:
+                        self._release(run.pages.pop(), run.cells)
             case _:
                 raise EngineError(f"{operation} is none that the simulator makes")
 

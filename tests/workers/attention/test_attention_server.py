@@ -39,10 +39,11 @@ from transports import made_credentials
 from lamina_protocols import codec, control, socket_connections
 from lamina_protocols.channels import ChannelClosed, Credentials
 from lamina_protocols.layers import Index
-from lamina_protocols.messages import PROTOCOL_VERSION, Announced, Announcement, Close, Fault, Open, Query
+from lamina_protocols.messages import Announced, Announcement, Close, Fault, Open, Query
 from lamina_protocols.service import WorkerClient, WorkerRefused, WorkerUnreachable
 from lamina_protocols.socket_channel import SocketChannel
 from lamina_protocols.socket_connections import connect_tcp, connect_unix
+from lamina_protocols.versions import PROTOCOL_VERSION
 from lamina_workers.attention_server import session
 from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig, ServerError
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
@@ -127,7 +128,6 @@ def hello(**changes: Any) -> control.Hello:
     ("changes", "said"),
     [
         ({"protocol": 99}, r"protocol version: the engine has 99, this worker \d+"),
-        ({"version": "0.0.7"}, r"lamina version: the engine has '0.0.7', this worker '\d.*'"),
         ({"compute_dtype": "float8"}, "compute dtype 'float8', this worker knows float32"),
         ({"kv_dtype": "float8"}, "KV dtype 'float8', allowed: float32"),
         ({"page_size": 7}, "cannot keep such KV"),
@@ -334,7 +334,9 @@ def test_draining_takes_no_new_session_and_tells_the_one_there():
             assert health(address) == "SERVING"
             server.drain()
             assert port.status().draining
-            until(lambda: port.draining)
+            asked: list[str] = []
+            port.watch(asked.append, asked.append)
+            until(lambda: len(asked) > 1)  # as long as it is there
             assert health(address) == "NOT_SERVING"
             one_batch(port)
         with pytest.raises(WorkerRefused, match="draining"):
@@ -433,7 +435,7 @@ def test_all_torch_calls_are_made_by_one_thread(monkeypatch):
 
 @pytest.mark.real
 def test_a_worker_process_serves_and_leaves_at_sigterm():
-    with process("--name", "p") as child:
+    with process("--name", "p", "--drain-timeout", "0.5") as child:
         word, address = child.stdout.readline().split()
         assert word == "listening"
         with connected(address) as port:

@@ -22,6 +22,7 @@ from lamina_protocols.channels import ChannelClosed
 from lamina_protocols.frames import Prefix, pack_prefix
 from lamina_protocols.query_samples import FetchSample, Sample
 from lamina_protocols.service import WorkerClient, WorkerRefused
+from lamina_protocols.versions import PROTOCOL_VERSION
 from lamina_workers.ports.remote import RemoteAttention
 
 pytestmark = pytest.mark.real  # some minutes
@@ -102,7 +103,7 @@ def test_no_message_of_an_engine_costs_more_than_its_session(kind, way, caplog):
 def test_what_a_handshake_claims_is_refused_or_harmless(caplog):
     """A layer of 2^31 heads kept the worker's one thread that computes busy for hours, before it was refused."""
     whole = control.Hello(
-        m.PROTOCOL_VERSION, control.package_version(), "s" * 32, "m", "float32", "float32", 16, LAYERS, True, "grpc",
+        PROTOCOL_VERSION, control.package_version(), "s" * 32, "m", "float32", "float32", 16, LAYERS, True, "grpc",
         ENGINE, 1, (1, 2), 0.0,
     )  # fmt: skip
     lies: dict[type, tuple[Any, ...]] = {

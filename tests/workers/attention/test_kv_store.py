@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from lamina_protocols.layers import HolderConfig, LayerSpec
-from lamina_protocols.messages import Close, Fork, Open, Row
+from lamina_protocols.messages import Bound, Close, Fork, Open, Row
 from lamina_workers.attention_worker.head_policies import HeadPolicies
 from lamina_workers.attention_worker.kv_store import KVStore
 from lamina_workers.attention_worker.page_pool import NO_PAGE
@@ -131,13 +131,31 @@ def test_impossible_rows_are_refused(rows, message):
 @pytest.mark.parametrize(
     "operation",
     [Open(1, 0, (0,), 0, 9), Open(2, 0, (0, 0), 0, 9), Open(2, 0, (2,), 0, 9), Open(2, 0, (), 0, 9),
-     Open(2, 0, (0,), 9, 9), Fork(2, 1, 21), Fork(2, 7, 0), Fork(1, 1, 4), Close(4)],
+     Open(2, 0, (0,), 9, 9), Fork(2, 1, 21), Fork(2, 7, 0), Fork(1, 1, 4), Close(4), Bound(4, 16), Bound(1, 0),
+     Bound(1, 20), Bound(1, 1008)],
 )  # fmt: skip
 def test_impossible_operations_are_refused(operation):
     kv = store(100)
     kv.update([Open(1, 0, (0, 1), 0, 1000)], [row(1, 0, 20)])
     with pytest.raises(KVError):
         kv.update([operation], [])
+    kv.check_integrity()
+
+
+def test_a_part_stores_nothing_beyond_its_bound():
+    """What it keeps there, of a batch that failed or of drafts, is let go; its forks keep theirs."""
+    kv = store(100)
+    kv.update([Open(1, 0, (0, 1), 0, 1000)], [row(1, 0, 40)])
+    kv.update([Fork(2, 1, 40), Bound(1, 32)], [])
+    part = kv.part(1)
+    assert (part.held, part.stored, part.hi) == (32, 32, 32)
+    assert (kv.part(2).held, kv.part(2).hi) == (40, 1000)
+    kv.update([Close(2)], [row(1, 30, 10)])
+    assert (part.held, kv.free_pages) == (32, 100 - 2 * 2)
+    assert kv.slots(row(1, 30, 10)).shape == (1, 2, 2)
+    with pytest.raises(PoolExhausted):
+        kv.update([Bound(1, 16), Open(3, 0, (0, 1), 0, 3200)], [row(3, 0, 3200)])
+    assert (part.held, part.hi, kv.free_pages) == (32, 32, 100 - 2 * 2)
     kv.check_integrity()
 
 
@@ -314,6 +332,7 @@ class Pool(RuleBasedStateMachine):
         self.kv = store(180, (None, WINDOW, SHARDED))
         self.memory = np.full((180, SIZE), -1)
         self.held: dict[int, list[int]] = {}
+        self.his: dict[int, int] = {}
         self.floors: dict[int, int] = {}
         self.handles = 0
         self.values = 0
@@ -325,8 +344,8 @@ class Pool(RuleBasedStateMachine):
     @rule(target=parts)
     def open(self):
         handle = self.handle()
-        self.kv.update([Open(handle, 0, (0, 1), 0, 500)], [])
-        self.held[handle], self.floors[handle] = [], 0
+        self.kv.update([Open(handle, 0, (0, 1), 0, 512)], [])
+        self.held[handle], self.floors[handle], self.his[handle] = [], 0, 512
         return handle
 
     @rule(target=parts, parent=parts, data=st.data())
@@ -335,12 +354,23 @@ class Pool(RuleBasedStateMachine):
         handle = self.handle()
         self.kv.update([Fork(handle, parent, length)], [])
         self.held[handle], self.floors[handle] = self.held[parent][:length], self.floors[parent]
+        self.his[handle] = self.his[parent]
         return handle
 
     @rule(handle=consumes(parts))
     def close(self, handle):
         self.kv.update([Close(handle)], [])
         del self.held[handle], self.floors[handle]
+
+    @rule(handle=parts, data=st.data())
+    def bound(self, handle, data):
+        hi, size = self.his[handle], len(self.held[handle])
+        least = -(-max(1, min(size, self.floors[handle])) // SIZE)
+        if least * SIZE < hi:
+            at = data.draw(st.integers(least, hi // SIZE)) * SIZE
+            self.kv.update([Bound(handle, at)], [])
+            del self.held[handle][at:]
+            self.his[handle] = at
 
     @rule(handles=st.lists(parts, min_size=1, max_size=3, unique=True), data=st.data())
     def write(self, handles, data):
@@ -358,6 +388,7 @@ class Pool(RuleBasedStateMachine):
         for written, floor in zip(rows, reservation.floors, strict=True):
             self.values += written.count
             values = list(range(self.values - written.count, self.values))
+            values = values[: max(0, self.his[written.handle] - written.start)]
             self.held[written.handle][written.start :] = values
             self.floors[written.handle] = floor
             slots = self.kv.slots(written)

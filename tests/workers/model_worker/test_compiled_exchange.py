@@ -24,6 +24,7 @@ from dense_holders import CONFIG, HEADS, D, Holder, Model, route
 from exchange_peers import EXCHANGES, Peer, exchanged, frame, hello, port_over, served, sockets
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pairwise import crossing
 
 from lamina_protocols.control import FAREWELL
 from lamina_protocols.errors import LaminaError
@@ -225,10 +226,7 @@ def test_a_batch_is_exchanged_without_python(transport: str, suspends: bool, rec
     assert received == []
 
 
-@pytest.mark.parametrize("way", EXCHANGES)
-@pytest.mark.parametrize("transport", ["unix", "tcp"])
-@pytest.mark.parametrize("suspends", [False, True])
-@pytest.mark.parametrize("bend", HARMLESS)
+@crossing(way=EXCHANGES, transport=("unix", "tcp"), suspends=(False, True), bend=tuple(HARMLESS))
 def test_pieces_and_what_belongs_to_others_change_nothing(way: str, transport: str, suspends: bool, bend: str) -> None:
     with exchanged(way):
         assert outcome(transport, HARMLESS[bend], 1, suspends) == ("", "")
@@ -409,9 +407,7 @@ def state_of(process: int) -> str:
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("way", EXCHANGES)
-@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("channel", ["local", "tcp"])
+@crossing(way=EXCHANGES, blow={"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}, channel=("local", "tcp"))
 def test_a_worker_that_dies_between_two_layers_is_lost_in_time(way: str, blow: signal.Signals, channel: str) -> None:
     model = Model((Span(0, 1),))
     (routes,) = [[route(0, span, (0, 1), (0, 1)) for span in model.spans]]

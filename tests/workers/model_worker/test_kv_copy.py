@@ -35,6 +35,7 @@ from lamina_workers.errors import HolderFault, HolderLost, KVError
 from lamina_workers.model_worker.kv_copy import Move
 from lamina_workers.model_worker.model_worker import ModelWorker
 from lamina_workers.model_worker.prompt_samples import check_sample
+from lamina_workers.model_worker.waiting import result
 
 SPEC = LayerSpec(kv_layer=0, heads=4, kv_heads=2, d_k=16, d_v=32, scale=0.3)
 LAYERS = tuple(dataclasses.replace(SPEC, kv_layer=layer) for layer in range(3))
@@ -126,7 +127,7 @@ def test_pages_go_as_they_lie(decoder, dtype, frame, monkeypatch):
     holders = Holders(decoder, dtype)
     for lo, hi in ((0, 64), (64, 100)):
         share = holders.share(1, 2, lo, hi, opens=lo == 0)
-        assert holders.model_worker.copy([move(0, 1, 1, 2, lo, hi)], {1: share})
+        assert result(holders.model_worker.copy([move(0, 1, 1, 2, lo, hi)], {1: share}))
     assert torch.equal(holders.pages(0, 1, 0, 96), holders.pages(1, 2, 0, 96))
     same(holders.vectors(1, 2, 0, 100), holders.vectors(0, 1, 0, 100))
     assert holders.sent(FetchPages) == holders.sent(FreshPages) == (6 if frame == 1 else 2)
@@ -141,12 +142,12 @@ def test_heads_that_are_cut_over_holders_and_put_together_again(decoder):
     holders = Holders(decoder)
     shares = {to: holders.share(to, 2, 0, 100, heads=(to - 1,)) for to in (1, 2)}
     moves = [move(0, 1, to, 2, 0, 100, heads=(1, 2, to - 1, 1, 0)) for to in (1, 2)]
-    assert holders.model_worker.copy(moves, shares)
+    assert result(holders.model_worker.copy(moves, shares))
     for head in (0, 1):
         expected = [x.view(100, 2, -1)[:, head] for x in holders.vectors(0, 1, 0, 100)]
         same(holders.vectors(head + 1, 2, 0, 100), expected)
     back = [move(origin, 2, 0, 3, 0, 100, heads=(1, 1, 0, 2, origin - 1)) for origin in (1, 2)]
-    assert holders.model_worker.copy(back, {0: holders.share(0, 3, 0, 100)})
+    assert result(holders.model_worker.copy(back, {0: holders.share(0, 3, 0, 100)}))
     same(holders.vectors(0, 3, 0, 100), holders.vectors(0, 1, 0, 100))
     assert holders.sent(Fetch) == 0
 
@@ -156,7 +157,7 @@ def test_two_parts_of_one_target(decoder):
     one, two = (holders.share(1, 2 + head, 0, 50, heads=(head,)) for head in (0, 1))
     share = dataclasses.replace(one, operations=one.operations + two.operations, routes=one.routes + two.routes)
     moves = [move(0, 1, 1, 2 + head, 0, 50, heads=(1, 2, head, 1, 0)) for head in (0, 1)]
-    assert holders.model_worker.copy(moves, {1: share})
+    assert result(holders.model_worker.copy(moves, {1: share}))
     for head in (0, 1):
         expected = [x.view(50, 2, -1)[:, head] for x in holders.vectors(0, 1, 0, 50)]
         same(holders.vectors(1, 2 + head, 0, 50), expected)
@@ -165,7 +166,7 @@ def test_two_parts_of_one_target(decoder):
 
 def test_what_begins_inside_a_page_goes_token_by_token(decoder):
     holders = Holders(decoder)
-    assert holders.model_worker.copy([move(0, 1, 1, 2, 5, 70, paged=False)], {1: holders.share(1, 2, 5, 70)})
+    assert result(holders.model_worker.copy([move(0, 1, 1, 2, 5, 70, paged=False)], {1: holders.share(1, 2, 5, 70)}))
     same(holders.vectors(1, 2, 5, 70), holders.vectors(0, 1, 5, 70))
     assert holders.sent(FetchPages) == 0
 
@@ -174,7 +175,7 @@ def test_what_begins_inside_a_page_goes_token_by_token(decoder):
 def test_holders_of_unlike_pages_send_tokens(decoder, name):
     holders = Holders(decoder)
     holders.ports[1].page_layout = name
-    assert holders.model_worker.copy([move(0, 1, 1, 2, 0, 100)], {1: holders.share(1, 2, 0, 100)})
+    assert result(holders.model_worker.copy([move(0, 1, 1, 2, 0, 100)], {1: holders.share(1, 2, 0, 100)}))
     same(holders.vectors(1, 2, 0, 100), holders.vectors(0, 1, 0, 100))
     assert (holders.sent(FetchPages), holders.sent(Fetch)) == (0, 3)
 
@@ -185,7 +186,7 @@ def test_pages_that_were_let_go_are_zeros(decoder):
     row = holders.share(0, 1, 100, 101, opens=False, read=(0, 100))
     assert holders.model_worker.announce_now({0: row})[1][0].accepted
     assert (holders.workers[0].store.part(1).table[1] < 0).any()
-    assert holders.model_worker.copy([move(0, 1, 1, 2, 0, 96)], {1: holders.share(1, 2, 0, 96)})
+    assert result(holders.model_worker.copy([move(0, 1, 1, 2, 0, 96)], {1: holders.share(1, 2, 0, 96)}))
     same(holders.vectors(1, 2, 0, 96), holders.vectors(0, 1, 0, 96))
     assert holders.sent(Fetch) == 0
 
@@ -197,7 +198,7 @@ def test_pages_that_a_mean_stands_for_go_token_by_token(decoder, monkeypatch):
     holders = Holders(decoder, layers=windowed)
     row = holders.share(0, 1, 100, 101, opens=False, read=(0, 100))
     assert holders.model_worker.announce_now({0: row})[1][0].accepted
-    assert holders.model_worker.copy([move(0, 1, 1, 2, 0, 96)], {1: holders.share(1, 2, 0, 96)})
+    assert result(holders.model_worker.copy([move(0, 1, 1, 2, 0, 96)], {1: holders.share(1, 2, 0, 96)}))
     same(holders.vectors(1, 2, 0, 96), holders.vectors(0, 1, 0, 96))
     assert (holders.sent(FreshPages), [request.layer for request in holders.seen if isinstance(request, Fetch)]) == (
         2,
@@ -207,7 +208,7 @@ def test_pages_that_a_mean_stands_for_go_token_by_token(decoder, monkeypatch):
 
 def test_layers_that_share_kv(decoder):
     holders = Holders(decoder, layers=(LAYERS[0], LAYERS[1], LAYERS[0]))
-    assert holders.model_worker.copy([move(0, 1, 1, 2, 0, 100)], {1: holders.share(1, 2, 0, 100)})
+    assert result(holders.model_worker.copy([move(0, 1, 1, 2, 0, 100)], {1: holders.share(1, 2, 0, 100)}))
     same(holders.vectors(1, 2, 0, 100), holders.vectors(0, 1, 0, 100))
 
 
@@ -219,7 +220,7 @@ def test_pages_of_a_wrong_size_are_refused(decoder):
         request.epoch, request.batch, request.layer, wrong
     )
     with pytest.raises(HolderFault, match=rf"pages \[42, {size}\] were due, got \(torch.uint8, \(41, {size}\)\)"):
-        holders.model_worker.copy([move(0, 1, 1, 2, 0, 100)], {1: holders.share(1, 2, 0, 100)})
+        result(holders.model_worker.copy([move(0, 1, 1, 2, 0, 100)], {1: holders.share(1, 2, 0, 100)}))
 
 
 def test_a_holder_refuses_pages_that_it_cannot_have(decoder):

@@ -368,14 +368,14 @@ def test_states_are_copied_from_one_holder_to_another(tier, kind):
         share = HolderBatch(to.operations, (opened(position),), (Route(0, ALL, row, (0, position)),))
         to.operations += 1
         moves = [Move(n, 1, 2, position, 0, position, 2, 2, 0, 4, 2 * n, True) for n in range(2)]
-        assert model_worker.copy(moves, {2: share})
+        assert result(model_worker.copy(moves, {2: share}))
         close(to.step([(position, position, 12, inputs)], epoch=model_worker.epoch + 1), inputs, position, 12)
         model_worker.next_epoch(model_worker.epoch + 2)
     to.check()
     moves = [Move(0, 1, 2, 9, 0, 7, 2, 2, 0, 2, 0, True)]
     share = HolderBatch(to.operations, (opened(9),), (Route(0, (0, 1), Row(9, 0, 7, None, True), (0, 7)),))
     with pytest.raises(HolderFault, match=r"states of part 1 at \[0, 7\), it has those that end at \[5, 8\]"):
-        model_worker.copy(moves, {2: share})
+        result(model_worker.copy(moves, {2: share}))
 
 
 @pytest.mark.parametrize("way", WAYS)

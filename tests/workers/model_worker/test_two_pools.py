@@ -178,7 +178,7 @@ def test_kv_of_both_pools_is_copied_in_one_batch(decoder) -> None:
             Move(0, p, 1, 9 - p, 0, 50, len(heads), len(heads), 0, len(heads), 0, paged, p)
             for p, heads in enumerate(WHOLE[0])
         ]
-        assert model_worker.copy(moves, {1: HolderBatch(0, opens, routes)})
+        assert result(model_worker.copy(moves, {1: HolderBatch(0, opens, routes)}))
         assert sum(isinstance(message, FreshPages) for message in seen) == sizes
         for layer, pool in enumerate(pool_numbers(config)):
             one, other = (

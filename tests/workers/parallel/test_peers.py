@@ -23,10 +23,11 @@ from lamina_protocols import control
 from lamina_protocols import messages as m
 from lamina_protocols.channels import Channel, ChannelClosed
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.frames import MAX_HEADER
+from lamina_protocols.frames import LAYOUT, MAX_HEADER
 from lamina_protocols.layers import ColdTier, HolderConfig, LayerSpec
 from lamina_protocols.routes import HolderBatch, Route, Span
 from lamina_protocols.socket_connections import connect_unix
+from lamina_protocols.versions import FEATURES, PREVIOUS, PREVIOUS_RELEASE, PROTOCOL_VERSION
 from lamina_workers.decoder.logprobs import PromptTokens
 from lamina_workers.decoder.sampler import RowSampling
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
@@ -72,7 +73,7 @@ MESSAGES: list[Any] = [
     peer_messages.Leave(4),
     peer_messages.Announce(5, True, {4: SHARE, 6: HolderBatch(0, (), ())}),
     peer_messages.Drop(5),
-    peer_messages.Copy(5, (Move(*range(len(Move._fields) - 2), True, 1),), {4: SHARE}),
+    peer_messages.Copy(5, (Move(*range(len(Move._fields) - 3), True, 1, True),), {4: SHARE}),
     peer_messages.BeginEpoch(8),
     peer_messages.SurveySeat(4),
     peer_messages.LeaveGroup(),
@@ -147,7 +148,7 @@ def test_any_changed_byte_is_a_message_or_refused(good: bytearray, data: st.Data
 
 @given(st.integers(95, 140), st.binary(max_size=200), st.binary(max_size=64))
 def test_any_bytes_are_a_message_or_refused(tag: int, header: bytes, payload: bytes) -> None:
-    prefix = struct.pack("<4sHHIQ", b"LMNA", m.PROTOCOL_VERSION, tag, len(header), len(payload))
+    prefix = struct.pack("<4sHHIQ", b"LMNA", LAYOUT, tag, len(header), len(payload))
     with contextlib.suppress(ProtocolError):
         peer_codec.decode(bytearray(prefix + header + payload))
 
@@ -192,8 +193,8 @@ class Rig:
         return self.ready.get(timeout=5.0), channel
 
 
-def greet(channel: Channel, name: str, protocol: int = m.PROTOCOL_VERSION, version: str | None = None) -> None:
-    peer_codec.send(channel, peer_messages.Hello(name, protocol, version or control.package_version()))
+def greet(channel: Channel, name: str, protocol: int = PROTOCOL_VERSION) -> None:
+    peer_codec.send(channel, peer_messages.Hello(name, protocol, control.package_version()))
 
 
 @pytest.fixture
@@ -236,8 +237,7 @@ def test_a_secret_is_good_once_and_only_the_right_one(rig: Rig) -> None:
     ("hello", "why"),
     [
         (("model-2",), "expected the Hello of model-1"),
-        (("model-1", 2), "protocol version"),
-        (("model-1", m.PROTOCOL_VERSION, "0.0.1"), "lamina version"),
+        (("model-1", PROTOCOL_VERSION - 2), "protocol version"),
     ],
 )
 def test_who_is_somebody_else_does_not_begin(rig: Rig, hello: tuple[Any, ...], why: str) -> None:
@@ -248,6 +248,20 @@ def test_who_is_somebody_else_does_not_begin(rig: Rig, hello: tuple[Any, ...], w
     assert why in said.reason
     with pytest.raises(ChannelClosed):
         peer_codec.receive(channel, 5.0)
+
+
+def test_a_model_worker_of_the_previous_version_begins_without_what_it_lacks(rig: Rig) -> None:
+    channel = rig.connect(rig.listener.invite(1, "model-1"))
+    peer_codec.send(channel, peer_messages.Hello("model-1", PREVIOUS, PREVIOUS_RELEASE))
+    begin = peer_codec.receive(channel, 5.0)
+    assert isinstance(begin, peer_messages.Begin)
+    assert begin.features == ()
+
+
+def test_a_model_worker_greets_its_first_as_that_understands() -> None:
+    said = [PeerWorker(Channel, "model-1", protocol=version)._hello() for version in (PREVIOUS, PROTOCOL_VERSION)]  # type: ignore[arg-type]
+    assert said[0] == peer_messages.Hello("model-1", PREVIOUS, PREVIOUS_RELEASE)
+    assert (said[1].protocol, set(said[1].features)) == (PROTOCOL_VERSION, FEATURES)
 
 
 def test_who_cannot_load_says_why_and_who_ends_says_nothing(rig: Rig) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import ipaddress
 import stat
 
@@ -9,7 +11,15 @@ import pytest
 from cryptography import x509
 
 from lamina_protocols.channels import Credentials
-from lamina_workers.process.credentials import CredentialsError, create_credentials, load_credentials, make_credentials
+from lamina_workers.process import credentials
+from lamina_workers.process.credentials import (
+    CredentialFiles,
+    CredentialsError,
+    certificate_end,
+    create_credentials,
+    load_credentials,
+    make_credentials,
+)
 
 
 def test_what_is_made_is_read_back(tmp_path):
@@ -81,3 +91,59 @@ def test_keys_and_tokens_do_not_show_in_a_repr():
     made = create_credentials(["localhost"])
     assert made.token not in repr(made)
     assert "PRIVATE KEY" not in repr(made)
+
+
+def lasting(monkeypatch: pytest.MonkeyPatch, **time: float) -> None:
+    monkeypatch.setattr(credentials, "_LIFETIME", datetime.timedelta(**time))
+
+
+def test_certificates_out_of_date_are_refused_naming_file_and_time(tmp_path, monkeypatch):
+    lasting(monkeypatch, hours=-1)
+    make_credentials(tmp_path / "old", ["localhost"])
+    with pytest.raises(CredentialsError, match=r"old/ca\.pem has expired at \d{4}-\d\d-\d\d \d\d:\d\d UTC"):
+        load_credentials(tmp_path / "old")
+    lasting(monkeypatch, days=1)
+    monkeypatch.setattr(credentials, "_CLOCKS_DIFFER", datetime.timedelta(hours=-2))
+    make_credentials(tmp_path / "early", ["localhost"])
+    with pytest.raises(CredentialsError, match=r"early/ca\.pem is valid from .* on, and this machine's clock says"):
+        load_credentials(tmp_path / "early")
+
+
+def test_a_certificate_that_ends_soon_is_warned_of(tmp_path, monkeypatch, caplog):
+    lasting(monkeypatch, days=6, hours=1)
+    made = make_credentials(tmp_path / "tls", ["localhost"])
+    assert load_credentials(tmp_path / "tls", server=True) == dataclasses.replace(made, token="")
+    assert "cert.pem expires in 6 days" in caplog.text
+    assert certificate_end(made.cert) > datetime.datetime.now(datetime.timezone.utc)
+
+
+def test_files_are_read_again_when_they_change_and_the_token_stays(tmp_path):
+    folder = tmp_path / "tls"
+    first = make_credentials(folder, ["localhost"])
+    files = CredentialFiles(folder, folder / "token", server=True)
+    assert files.renewed() is None
+    second = create_credentials(["localhost"])
+    for name, content in (("ca.pem", second.ca), ("cert.pem", second.cert), ("key.pem", second.key)):
+        (folder / "next").write_bytes(content)
+        (folder / "next").rename(folder / name)
+    (folder / "token").write_text("another")
+    assert files.renewed() == dataclasses.replace(second, token=first.token)
+    assert files.renewed() is None
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"nothing", b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"]
+)
+def test_what_cannot_be_read_changes_nothing(tmp_path, caplog, content):
+    folder = tmp_path / "tls"
+    made = make_credentials(folder, ["localhost"])
+    files = CredentialFiles(folder, folder / "token", server=True)
+    (folder / "cert.pem").unlink()
+    if content is not None:
+        (folder / "cert.pem").write_bytes(content)
+    assert files.renewed() is None
+    assert files.current == made
+    assert "the certificates from before stay in use" in caplog.text
+    (folder / "cert.pem").unlink(missing_ok=True)
+    (folder / "cert.pem").write_bytes(made.cert)
+    assert files.renewed() == made

@@ -11,7 +11,6 @@ import os
 import re
 import secrets
 import shutil
-import ssl
 import tempfile
 import threading
 import time
@@ -22,26 +21,26 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
 from lamina_protocols import control
-from lamina_protocols.channels import SECRET_SIZE, Credentials, is_loopback, split_address
+from lamina_protocols.channels import SECRET_SIZE, Credentials, is_loopback, join_address, split_address
 from lamina_protocols.errors import LaminaError, ProtocolError
 from lamina_protocols.frames import MAX_FRAME, Arriving
 from lamina_protocols.grpc_core import grpc
-from lamina_protocols.layers import LATENT, STATES, ColdTier, LayerSpec
-from lamina_protocols.messages import PROTOCOL_VERSION
-from lamina_protocols.pools import pool_shape
+from lamina_protocols.layers import ColdTier
 from lamina_protocols.service import MAX_MESSAGE, GrpcChannel
 from lamina_protocols.service_server import (
     TokenInterceptor,
     handlers,
     health_handlers,
-    server_credentials,
     server_options,
 )
 from lamina_protocols.socket_channel import SocketChannel
 from lamina_protocols.socket_connections import LOCAL_FOLDER, LOCAL_SOCKET, Listener, listen_tcp, listen_unix
 from lamina_protocols.tensors import DTYPES
-from lamina_protocols.tls import server_context
+from lamina_protocols.versions import shared
+from lamina_workers.attention_server.certificates import ServerCertificates
+from lamina_workers.attention_server.layer_checks import check_layers
 from lamina_workers.attention_server.leases import MAX_SEATS, MAX_SESSIONS, Leases
+from lamina_workers.attention_server.loop import ComputeLoop
 from lamina_workers.attention_server.session import Session
 from lamina_workers.devices.available import find
 
@@ -51,10 +50,6 @@ _GRPC_THREADS = MAX_SESSIONS + 8  # handlers at once: the streams, and unary cal
 _MAX_CALLS = MAX_SESSIONS + 32
 _MAX_LINGER = 86_400.0  # seconds
 _MAX_SHARES = 1 << 16
-_MAX_LAYERS, _MAX_HEADS, _MAX_WIDTH = 1 << 12, 1 << 10, 1 << 14  # a worker takes time and memory for each of them
-_MAX_POOLS = 64  # shapes of layers: each has an arena and tables of its own
-_MAX_CONV = 64  # wide
-_MAX_CHOSEN = 1 << 16  # blocks of an index, and keys of a block
 _ENGINE_ID = re.compile(r"[0-9a-f]{16,64}")
 _MAX_PATH = 96  # bytes of a Unix socket's folder; every system allows 104 for the path
 
@@ -69,7 +64,8 @@ class ServerError(LaminaError):
 class ServerConfig:
     """`kv_memory` in bytes, `lease` in seconds; `listen` is host:port, port 0 any free one; `device` is where KV lies.
 
-    Where `model`, `compute_dtype`, `kv_dtype` or `page_size` is given, a handshake may ask for nothing else.
+    `renewed` gives new credentials when the certificate was replaced, else None. Where `model`, `compute_dtype`,
+    `kv_dtype` or `page_size` is given, a handshake may ask for nothing else.
     """
 
     name: str
@@ -90,6 +86,7 @@ class ServerConfig:
     kv_dtype: str | None = None
     page_size: int | None = None
     cold: ColdTier | None = None
+    renewed: Callable[[], Credentials | None] = lambda: None
 
     @property
     def host(self) -> str:
@@ -113,7 +110,9 @@ class ServerConfig:
 class AttentionServer:
     """Serves one attention worker. `start` and `stop` once each, from one thread."""
 
-    def __init__(self, config: ServerConfig, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, config: ServerConfig, clock: Callable[[], float] = time.monotonic, loop: type[ComputeLoop] = ComputeLoop
+    ) -> None:
         config.check()
         self.config = config
         device = find("device", config.device, prefer_gpu=False)
@@ -122,7 +121,7 @@ class AttentionServer:
         self._started_at = clock()
         self._over: SimpleQueue[Session | None] = SimpleQueue()  # sessions whose channels are to be closed
         shared = config.name, config.kv_memory, config.threads
-        self._leases = Leases(*shared, device, config.lease, clock, self._over.put, config.cold)
+        self._leases = Leases(*shared, device, config.lease, clock, self._over.put, config.cold, loop)
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._locals: dict[str, tuple[Listener, str]] = {}  # by session: its Unix socket, and the folder of that
@@ -148,8 +147,11 @@ class AttentionServer:
             (handlers(self, config.max_message, config.max_frame, self._arriving), health_handlers(self)),
         )
         try:
-            port = self._bind(server)
+            self._certificates = ServerCertificates(made, config.mutual_tls, config.renewed)
+            port = self._certificates.bind(server, config.listen)
             self._open_channels()
+        except ValueError as error:
+            raise ServerError(str(error)) from error
         except (OSError, RuntimeError) as error:  # grpc raises RuntimeError for an address in use
             self._close_channels()
             raise ServerError(f"cannot listen on {config.listen}: {error}") from error
@@ -157,8 +159,7 @@ class AttentionServer:
         for thread in self._threads:
             thread.start()
         server.start()
-        host = f"[{config.host}]" if ":" in config.host else config.host
-        return f"{host}:{port}"
+        return join_address(config.host, port)
 
     def stop(self, grace: float = 1.0) -> None:
         """Take no new session, wait up to `grace` seconds for the live ones, then end them and free everything."""
@@ -201,15 +202,16 @@ class AttentionServer:
         except MemoryError as error:
             raise ProtocolError(f"no memory for {seat.config.kv_memory} bytes of KV") from error
         session.heard()
-        logger.info("session %.8s: %s, KV %s", session.id, hello.model or "no model named", hello.kv_dtype)
+        said = hello.protocol, hello.model or "no model named", hello.kv_dtype
+        logger.info("session %.8s: protocol %d, %s, KV %s", session.id, *said)
         ours, local, tcp = self.config, None, None
         if hello.local_channel and ours.local_channel and (path := self._open_local(session)):
             local = control.LocalOffer(path, secret)
         if hello.data_channel == "tcp" and self._tcp is not None:
             tcp = control.TcpOffer(self._tcp.port, secret)
-        memory = seat.config.kv_memory
+        memory, features = seat.config.kv_memory, tuple(sorted(shared(hello.features)))
         return control.Welcome(
-            ours.name, memory, ours.threads, ours.lease, ours.max_frame, local, tcp, resumed, seat.page_layout
+            ours.name, memory, ours.threads, ours.lease, ours.max_frame, local, tcp, resumed, seat.page_layout, features
         )
 
     def heartbeat(self, heartbeat: control.Heartbeat) -> control.Alive:
@@ -239,8 +241,6 @@ class AttentionServer:
 
     def _check(self, hello: control.Hello) -> None:
         ours = self.config
-        control.check("protocol version", hello.protocol, PROTOCOL_VERSION)
-        control.check("lamina version", hello.version, control.package_version())
         for what, theirs, pinned in (
             ("model", hello.model, ours.model),
             ("compute dtype", hello.compute_dtype, ours.compute_dtype),
@@ -267,50 +267,37 @@ class AttentionServer:
             raise ProtocolError(f"sequences of {hello.sequence_tokens} tokens, allowed: 1 or more")
         if not 16 <= len(hello.session) <= 64:
             raise ProtocolError(f"a session id of {len(hello.session)} characters, allowed: 16 to 64")
-        if not 0 < len(hello.layers) <= _MAX_LAYERS:
-            raise ProtocolError(f"{len(hello.layers)} layers, allowed: 1 to {_MAX_LAYERS}")
-        for spec in hello.layers:
-            _check_layer(spec)
-        shapes = len({pool_shape(spec) for spec in hello.layers})
-        if shapes > _MAX_POOLS:
-            raise ProtocolError(f"layers of {shapes} shapes, allowed: up to {_MAX_POOLS}, each with a pool of pages")
+        check_layers(hello.layers)
 
     # The server's own threads.
 
     def _watch(self) -> None:
-        """Close the channels of ended sessions, which can take a while, and end the sessions that are overdue."""
+        """Close the channels of ended sessions, which can take a while, end the sessions that are overdue, and look for
+        a new certificate."""
         while True:
             try:
                 session = self._over.get(timeout=self._leases.tend())
             except Empty:
+                self._certificates.renew(self._tcp)
                 continue
             if session is None:
                 return
-            self._close_local(session)
-            if session.channel is not None:
-                session.channel.close()
+            self._part(session)
+
+    def _part(self, session: Session) -> None:
+        self._close_local(session)
+        if session.channel is not None:
+            session.channel.close()
 
     # Channels.
 
-    def _bind(self, server: grpc.Server) -> int:
-        config = self.config
-        if config.credentials.cert:
-            tls = server_credentials(config.credentials, config.mutual_tls)
-            return int(server.add_secure_port(config.listen, tls))
-        return int(server.add_insecure_port(config.listen))
-
     def _open_channels(self) -> None:
-        config, tls = self.config, None
-        if config.credentials.cert:
-            try:
-                tls = server_context(config.credentials, config.mutual_tls)
-            except (ssl.SSLError, ValueError) as error:
-                raise ServerError(f"the certificate or its key cannot be used: {error}") from error
+        config = self.config
         self._tcp = Listener(
             listen_tcp(config.host, config.data_port),
             self._admit,
             self._deliver("tcp"),
-            tls,
+            self._certificates.context,
             config.max_frame,
             self._arriving,
         )
@@ -365,36 +352,3 @@ class AttentionServer:
                 self._close_local(session)
 
         return deliver
-
-
-def _check_layer(spec: LayerSpec) -> None:
-    """Raise ProtocolError for a layer of which a worker could not even reckon what it takes."""
-    wide = 0 < spec.d_k <= _MAX_WIDTH and 0 < spec.d_v <= (spec.d_k if spec.kind == LATENT else _MAX_WIDTH)
-    if not wide or not 0 < spec.kv_heads <= spec.heads <= _MAX_HEADS or spec.kv_layer >= _MAX_LAYERS:
-        raise ProtocolError(
-            f"layer {spec.kv_layer} of {spec.heads} heads, {spec.kv_heads} of K and V, {spec.d_k} and "
-            f"{spec.d_v} wide; allowed: below {_MAX_LAYERS}, up to {_MAX_HEADS} heads, up to {_MAX_WIDTH} wide"
-        )
-    if spec.key_heads > spec.kv_heads or spec.conv > _MAX_CONV or len(spec.decays) not in (0, spec.kv_heads):
-        raise ProtocolError(
-            f"layer {spec.kv_layer} of {spec.key_heads} key heads, a convolution {spec.conv} wide and "
-            f"{len(spec.decays)} decays; allowed: up to {spec.kv_heads} heads, up to {_MAX_CONV} wide, a decay a head"
-        )
-    state, attention = (spec.key_heads, spec.conv, len(spec.decays)), (spec.window, spec.soft_cap, spec.index)
-    if any(part is not None for part in attention) if spec.kind in STATES else any(state):
-        raise ProtocolError(
-            f"layer {spec.kv_layer} of kind {spec.kind!r:.80} has what only another kind has; allowed: a window, a "
-            "soft cap and an index of attention; key heads, a convolution and decays of a state"
-        )
-    if (index := spec.index) is None:
-        return
-    sizes = (index.width, _MAX_WIDTH), (index.heads, _MAX_HEADS), (index.block, _MAX_CHOSEN), (index.top, _MAX_CHOSEN)
-    if not all(0 < size <= most for size, most in sizes) or index.local > index.top:
-        raise ProtocolError(
-            f"layer {spec.kv_layer} with {index}; allowed: up to {_MAX_WIDTH} wide, {_MAX_HEADS} heads, {_MAX_CHOSEN} "
-            "blocks of as many keys"
-        )
-    if spec.window is not None:
-        raise ProtocolError(
-            f"layer {spec.kv_layer} has an index and a window of {spec.window}; allowed: attention that sees all keys"
-        )

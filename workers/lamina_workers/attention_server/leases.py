@@ -48,11 +48,12 @@ class Leases:
         clock: Callable[[], float],
         closing: Callable[[Session], None],
         cold: ColdTier | None = None,
+        loop: type[ComputeLoop] = ComputeLoop,
     ) -> None:
         if cold is not None:
             check_folder(cold.folder, device.type)
         self.draining = False
-        self.loop = ComputeLoop(threads, name, device, self.end, self._fail, self._freed)
+        self.loop = loop(threads, name, device, self.end, self._fail, self._freed)
         self._name = name
         self._kv_memory = kv_memory
         self._cold = cold

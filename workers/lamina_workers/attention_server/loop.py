@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from lamina_protocols import codec
 from lamina_protocols.channels import Channel
-from lamina_protocols.control import FAREWELL
-from lamina_protocols.errors import LaminaError, ProtocolError
+from lamina_protocols.control import CORRUPT, FAREWELL
+from lamina_protocols.errors import CorruptFrame, LaminaError, ProtocolError
 from lamina_protocols.messages import Fault
 from lamina_protocols.waiting import Waiter
 from lamina_workers.attention_server.layer_server import LayerServer
@@ -95,18 +95,18 @@ class ComputeLoop:
         try:
             session.step()
         except LaminaError as error:
-            self._farewell(session, channel, str(error))
+            self._farewell(session, channel, str(error), CORRUPT if isinstance(error, CorruptFrame) else FAREWELL)
             self._over(session, str(error))
         except Exception as error:  # the engine gets its kind, the log the rest
             logger.exception("session %.8s failed", session.id)
             self._farewell(session, channel, type(error).__name__)
             self._failed(session.seat, type(error).__name__)
 
-    def _farewell(self, session: Session, channel: Channel, reason: str) -> None:
+    def _farewell(self, session: Session, channel: Channel, reason: str, ending: tuple[int, int] = FAREWELL) -> None:
         """Tell the engine why, if it is still there."""
         self._remove(session)
         with contextlib.suppress(LaminaError):
-            channel.post(codec.encode(Fault(*FAREWELL, reason)))
+            channel.post(codec.encode(Fault(*ending, reason)))
 
     def _build(self, seat: EngineSeat) -> None:
         if seat.ended:

@@ -24,6 +24,7 @@ from lamina_protocols.messages import Announced, Exchange, Fault, Fresh, Query, 
 from lamina_protocols.pools import pools
 from lamina_protocols.tensors import DTYPES
 from lamina_workers.attention_server.layer_server import LayerServer, ServedBatch
+from lamina_workers.attention_server.warm_up import warm_up
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.attention_worker.batch import Counters
 from lamina_workers.attention_worker.device_worker import attention_worker
@@ -112,6 +113,7 @@ class EngineSeat:
     def build(self, threads: int, name: str, device: torch.device, layers: LayerServer) -> None:
         """Make the worker, whose decode batches are offered to `layers`. Raises as `AttentionWorker` does."""
         self._layers = layers
+        warm_up(self.config, self._compute_dtype, threads, device)
         self._worker = attention_worker(self.config, threads, device)
         self._port = LocalAttention(self._worker, name)
         self.counters = self._worker.counters

@@ -23,15 +23,12 @@ from lamina_protocols.messages import (
     Advance,
     Announced,
     Announcement,
-    Close,
     Constants,
     Exchange,
     Fetch,
     FetchPages,
-    Fork,
     Fresh,
     FreshPages,
-    Open,
     Operation,
     PartHeld,
     Query,
@@ -45,6 +42,7 @@ from lamina_protocols.pools import Pool, pools
 from lamina_protocols.query_samples import FetchSample, Sample
 from lamina_protocols.usage import Usage
 from lamina_workers.attention_worker.batch import Batch, Counters
+from lamina_workers.attention_worker.dealing import dealt, only_bounds, pool_of
 from lamina_workers.attention_worker.kv_pool import KVPool
 from lamina_workers.attention_worker.kv_store import KVStore
 from lamina_workers.attention_worker.page_layout import CPU
@@ -129,7 +127,7 @@ class AttentionWorker:
                 pool, layer = self._place(request.layer)
                 return self.pools[pool].fetch(layer, request)
             case FetchPages():
-                return self.pools[self._pool_of(request.handle, {})].fetch_pages(request)
+                return self.pools[pool_of(self.pools, request.handle)].fetch_pages(request)
             case Survey():
                 return self._survey(request)
 
@@ -202,7 +200,7 @@ class AttentionWorker:
             return self._accepted(message, floors, batch.numbers)
         self._drop_superseded(message, operations)
         self._epoch, self._last_batch = message.epoch, message.batch
-        own_operations, numbers = self._dealt(operations, message.rows)
+        own_operations, numbers = dealt(self.pools, operations, message.rows)
         own_rows = [[message.rows[n] for n in of_pool] for of_pool in numbers]
         try:
             floors = self._update(own_operations, own_rows, numbers)
@@ -226,43 +224,6 @@ class AttentionWorker:
         if any(of_row[n].counts_usage(row.handle) for n, row in enumerate(message.rows)):
             usages = tuple(of_row[n].usage(row.handle) for n, row in enumerate(message.rows))
         return Announced(message.epoch, message.batch, True, self.free_pages, floors, "", usages, (), samples)
-
-    def _dealt(
-        self, operations: Sequence[Operation], rows: Sequence[Row]
-    ) -> tuple[list[list[Operation]], tuple[Ints, ...]]:
-        """The operations of each pool, and the numbers of its rows. Raises KVError for a part that is not there, or is
-        there already."""
-        own: list[list[Operation]] = [[] for _ in self.pools]
-        numbers: list[list[int]] = [[] for _ in self.pools]
-        new: dict[int, int | None] = {}  # by handle: its pool, None where it was closed
-        for operation in operations:
-            match operation:
-                case Open(handle, pool):
-                    if pool >= len(self.pools):
-                        raise KVError(f"part {handle} is in pool {pool}, there are {len(self.pools)}")
-                case Fork(handle, parent):
-                    pool = self._pool_of(parent, new)
-                case Close(handle):
-                    pool = self._pool_of(handle, new)
-            if not isinstance(operation, Close) and self._find(handle, new) is not None:
-                raise KVError(f"handle {handle} is in use; handles are never reused")
-            new[handle] = None if isinstance(operation, Close) else pool
-            own[pool].append(operation)
-        for number, row in enumerate(rows):
-            numbers[self._pool_of(row.handle, new)].append(number)
-        return own, tuple(map(tuple, numbers))
-
-    def _pool_of(self, handle: int, new: dict[int, int | None]) -> int:
-        """The number of a part's pool. Raises KVError where there is no such part."""
-        pool = self._find(handle, new)
-        if pool is None:
-            raise KVError(f"no part has handle {handle}")
-        return pool
-
-    def _find(self, handle: int, new: dict[int, int | None]) -> int | None:
-        if handle in new:
-            return new[handle]
-        return next((number for number, pool in enumerate(self.pools) if pool.has(handle)), None)
 
     def _update(
         self, operations: Sequence[Sequence[Operation]], rows: Sequence[Sequence[Row]],
@@ -355,7 +316,7 @@ class AttentionWorker:
     def _drop_superseded(self, message: Announcement, operations: Sequence[Operation]) -> None:
         announced = {row.handle for row in message.rows}
         # Operations that were applied before came again because their reply was under way: so is their batch.
-        announced.update(operation.handle for operation in operations)
+        announced.update(operation.handle for operation in operations if not only_bounds(self.pools, operation))
         for number, batch in list(self._batches.items()):
             if message.epoch > self._epoch or batch.handles & announced:
                 self._drop(number)

@@ -19,6 +19,7 @@ from lamina_protocols.errors import ProtocolError
 from lamina_protocols.frames import MAX_PAYLOAD
 from lamina_protocols.messages import (
     Attended,
+    Bound,
     Close,
     Constants,
     Exchange,
@@ -125,7 +126,7 @@ class KVPool:
                 self.reader.forget(operation.handle)
                 if self._cold is not None:
                     self._cold.forget(operation.handle)
-            else:
+            elif not isinstance(operation, Bound):
                 self.reader.opened(operation)
         self.reader.absorb(reservation.absorbed)
         if reservation.copies_from.size:

@@ -18,15 +18,14 @@ import numpy.typing as npt
 
 from lamina_kernels.paged.rows import Ints
 from lamina_protocols.layers import HolderConfig
-from lamina_protocols.messages import Close, Fork, Open, Operation, Row
+from lamina_protocols.messages import Bound, Close, Fork, Open, Operation, Row
 from lamina_workers.attention_worker.eviction import PageAttention, evicted, freed_slots, remaining_slots, staying
 from lamina_workers.attention_worker.head_policies import Group, HeadPolicies
 from lamina_workers.attention_worker.kv_parts import Absorbed, Part, Reservation
 from lamina_workers.attention_worker.page_pool import NO_PAGE, Int32
-from lamina_workers.attention_worker.part_checks import check_part
+from lamina_workers.attention_worker.part_checks import check_bound, check_open, check_part
 from lamina_workers.attention_worker.part_table import PartTable
 from lamina_workers.errors import KVError, PolicyError, PoolExhausted, TornParts
-from lamina_workers.policies.policy import Bools
 
 ABSORBED_AT_ONCE = 32  # slots of a part, in every layer and head, for which a mean begins to stand in one step
 
@@ -154,11 +153,11 @@ class KVStore(PartTable[Part]):
     # The operations. Each appends to `_undo` what takes it back.
 
     def _apply(self, operation: Operation) -> None:
-        if not isinstance(operation, Close) and operation.handle in self._parts:
+        if isinstance(operation, Open | Fork) and operation.handle in self._parts:
             raise KVError(f"handle {operation.handle} is in use; handles are never reused")
         match operation:
             case Open(handle, _, heads, lo, hi, policy):
-                self._check_open(operation)
+                check_open(operation, self.config.layers[0].kv_heads)
                 freed = np.zeros((self._layers, len(heads)), np.int32)
                 policies = self._policies_of(handle, policy)
                 self._insert(handle, Part(policies, heads, lo, hi, lo, lo, self._table(len(heads), 0), freed))
@@ -168,19 +167,18 @@ class KVStore(PartTable[Part]):
             case Close(handle):
                 part = self._remove(handle)
                 self._pool.release(part.table[part.table != NO_PAGE])
+            case Bound(handle, hi):
+                part = self.part(handle)
+                check_bound(operation, part, self.config.page_size)
+                self._undo.append(partial(setattr, part, "hi", part.hi))
+                part.hi = hi
+                self._cut_back(part, hi)
 
     def _policies_of(self, handle: int, policy: str) -> HeadPolicies:
         try:
             return HeadPolicies.of(self.config, policy) if policy else self._policies
         except PolicyError as error:
             raise KVError(f"part {handle}: {error}") from error
-
-    def _check_open(self, open_: Open) -> None:
-        kv_heads = self.config.layers[0].kv_heads
-        if len(set(open_.heads)) != len(open_.heads) or not all(0 <= head < kv_heads for head in open_.heads):
-            raise KVError(f"part {open_.handle} names heads {open_.heads}, allowed: different ones below {kv_heads}")
-        if not open_.heads or not 0 <= open_.lo < open_.hi:
-            raise KVError(f"part {open_.handle} of heads {open_.heads} and range [{open_.lo}, {open_.hi}) is empty")
 
     def _forked(self, source: Part, parent: int, length: int, policies: HeadPolicies) -> Part:
         """What `source`, of handle `parent`, keeps of the sequence's first `length` tokens, for a part of these
@@ -240,7 +238,10 @@ class KVStore(PartTable[Part]):
 
     def _cut(self, part: Part, row: Row) -> None:
         """Cut back to the row's start, then free."""
-        start = row.start
+        self._cut_back(part, row.start)
+        self._free(part, row)
+
+    def _cut_back(self, part: Part, start: int) -> None:
         held, stored = part.held, part.stored
         part.held, part.stored = (max(part.lo, min(upto, start)) for upto in (held, stored))
 
@@ -252,7 +253,6 @@ class KVStore(PartTable[Part]):
         tail = part.table[:, :, used:]
         self._drop(tail, tail != NO_PAGE)
         part.absent = part.absent and None  # some of them may have been above
-        self._free(part, row)
 
     def _free(self, part: Part, row: Row) -> None:
         """Free what no query from the row's start on can see, or a mean stands for."""
@@ -283,7 +283,9 @@ class KVStore(PartTable[Part]):
         first = int(before[group.cells].min())
         view = part.table[:, :, first:freed]
         slots = np.arange(first, freed)
-        gone = (slots >= before[..., None]) & ~self._stay(part, group, slots)
+        gone = (slots >= before[..., None]) & ~group.policy.stays(
+            part.lo + slots * self.config.page_size, self.config.page_size
+        )
         return self._drop(view, group.cells[..., None] & gone & (view != NO_PAGE))
 
     def _evict(self, part: Part, row: Row) -> None:
@@ -390,10 +392,6 @@ class KVStore(PartTable[Part]):
     def floor(self, part: Part) -> int:
         """The lowest length to which the part can return: there all that any query sees must still be held."""
         return part.floor(self.config.page_size)
-
-    def _stay(self, part: Part, group: Group, slots: Ints) -> Bools:
-        """Which of a part's slots a group keeps for good, bool `[n]`."""
-        return group.policy.stays(part.lo + slots * self.config.page_size, self.config.page_size)
 
     def _table(self, heads: int, slots: int) -> Int32:
         return np.full((self._layers, heads, slots), NO_PAGE, np.int32)

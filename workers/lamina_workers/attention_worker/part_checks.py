@@ -1,13 +1,32 @@
-"""Whether a part holds what its policies keep, and nothing else: for the store's integrity check."""
+"""Whether operations on parts are possible, and whether a part holds what its policies keep, and nothing else."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from lamina_protocols.messages import Bound, Open
 from lamina_workers.attention_worker.eviction import check_evicted, freed_slots, staying
 from lamina_workers.attention_worker.kv_parts import Part
 from lamina_workers.attention_worker.page_pool import NO_PAGE
 from lamina_workers.errors import KVError
+
+
+def check_open(open_: Open, kv_heads: int) -> None:
+    """Raise KVError unless a part of a pool with so many KV heads can be opened."""
+    if len(set(open_.heads)) != len(open_.heads) or not all(0 <= head < kv_heads for head in open_.heads):
+        raise KVError(f"part {open_.handle} names heads {open_.heads}, allowed: different ones below {kv_heads}")
+    if not open_.heads or not 0 <= open_.lo < open_.hi:
+        raise KVError(f"part {open_.handle} of heads {open_.heads} and range [{open_.lo}, {open_.hi}) is empty")
+
+
+def check_bound(bound: Bound, part: Part, size: int) -> None:
+    """Raise KVError unless a part, of pages of `size` tokens, can end where it is told to."""
+    lowest = max(part.lo + 1, part.floor(size) if part.held > bound.hi else 0)
+    if not lowest <= bound.hi <= part.hi or (bound.hi - part.lo) % size:
+        raise KVError(
+            f"part {bound.handle} is to end at {bound.hi}, allowed: {lowest} to {part.hi}, where a page of {size} "
+            f"tokens begins"
+        )
 
 
 def check_part(handle: int, part: Part, n_pages: int, size: int) -> None:

@@ -18,7 +18,7 @@ from itertools import pairwise
 import numpy as np
 
 from lamina_protocols.layers import HolderConfig
-from lamina_protocols.messages import Close, Fork, Open, Operation, Row
+from lamina_protocols.messages import Bound, Close, Fork, Open, Operation, Row
 from lamina_workers.attention_worker.page_pool import Int32
 from lamina_workers.attention_worker.part_table import PartTable
 from lamina_workers.errors import KVError, PoolExhausted, TornParts
@@ -177,7 +177,7 @@ class StateStore(PartTable[StatePart]):
     # The operations. Each appends to `_undo` what takes it back.
 
     def _apply(self, operation: Operation) -> None:
-        if not isinstance(operation, Close) and operation.handle in self._parts:
+        if isinstance(operation, Open | Fork) and operation.handle in self._parts:
             raise KVError(f"handle {operation.handle} is in use; handles are never reused")
         match operation:
             case Open(handle, _, heads, _, hi):
@@ -196,6 +196,8 @@ class StateStore(PartTable[StatePart]):
             case Close(handle):
                 for records in self._remove(handle).owned():
                     self._pool.release(records.pages)
+            case Bound(handle):
+                raise KVError(f"part {handle} has states, which are never cut by positions")
 
     def _check_open(self, open_: Open) -> None:
         heads = open_.heads

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -57,6 +57,10 @@ class ReturnedPeer(Protocol):
         """Its number, 1 and up."""
 
 
+def accepts() -> None:
+    """The `accepted` of a copy that nobody counts."""
+
+
 P = TypeVar("P", bound=ReturnedPeer, contravariant=True)
 
 
@@ -86,6 +90,9 @@ class Workers(Protocol[P]):
     def address(self, number: int) -> str:
         """Of a holder's process; "" for this one."""
 
+    def features(self, number: int) -> frozenset[str]:
+        """Those of `versions` that a holder has, and every process on the way to it."""
+
     def announce(self, shares: Mapping[int, HolderBatch]) -> Generator[Waiting, None, tuple[int, dict[int, Announced]]]:
         """Announce the next batch to the holders concerned. Returns its number, and every reply, refusals included.
 
@@ -100,8 +107,11 @@ class Workers(Protocol[P]):
     ) -> Generator[Waiting, None, Sampled]:
         """Run the batch that every holder has just accepted. Raises HolderFault; then nothing counts as done."""
 
-    def copy(self, moves: Sequence[Move], shares: Mapping[int, HolderBatch]) -> bool:
-        """Copy KV between holders, see `ModelWorker.copy`. Whether every target had room."""
+    def copy(
+        self, moves: Sequence[Move], shares: Mapping[int, HolderBatch], accepted: Callable[[], None] = accepts
+    ) -> Generator[Waiting, None, bool]:
+        """Copy KV between holders while batches go on, see `ModelWorker.copy`. Whether every target had room; then
+        `accepted` is called, as soon as that is known."""
 
     def join(self, number: int, port: AttentionPort, credentials: Credentials | None = None) -> tuple[Seat, ...]:
         """There is one holder more at rank 0, and where there are further ranks one of each, which connect to the same
@@ -109,6 +119,9 @@ class Workers(Protocol[P]):
 
         Raises HolderLost where one of them cannot; then none has joined.
         """
+
+    def prepare(self, port: AttentionPort) -> None:
+        """A holder is about to join at rank 0: what takes time is done now. Any thread may call."""
 
     def leave(self, number: int) -> None:
         """A holder is gone, or not wanted any more: let it go."""

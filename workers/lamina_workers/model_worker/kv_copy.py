@@ -15,7 +15,8 @@ class Move(NamedTuple):
     in the pool number `pool`.
 
     Of the `source_heads` that the one has, those from place `source_first` on, `heads` of them, come to the places from
-    `target_first` on of the `target_heads` that the other has. `paged`: a page begins at `lo` in both parts.
+    `target_first` on of the `target_heads` that the other has. `paged`: a page begins at `lo` in both parts. With
+    `xor` several moves may have the same target heads: their pages are XORed, zeros where one has none.
     """
 
     origin: int
@@ -31,17 +32,20 @@ class Move(NamedTuple):
     target_first: int
     paged: bool
     pool: int = 0
+    xor: bool = False
 
 
 class Copy:
     """Several moves in one pool: the ranges to ask for, and the vectors or pages that their targets store. Each range
     of a part is asked for once, for all of its heads. `heads`: how many a source has, by holder and part; `paged`:
-    whether whole pages can be taken."""
+    whether whole pages can be taken. `circular`: a holder is both origin and target."""
 
     def __init__(self, moves: Sequence[Move]) -> None:
         self.sources = list(dict.fromkeys((move.origin, move.source, move.lo, move.hi) for move in moves))
         self.heads = {(move.origin, move.source): move.source_heads for move in moves}
         self.paged = all(move.paged for move in moves)
+        self.xor = any(move.xor for move in moves)
+        self.circular = not {move.origin for move in moves}.isdisjoint(move.to for move in moves)
         at = {source: index for index, source in enumerate(self.sources)}
         self._targets: dict[tuple[int, int], list[tuple[int, Move]]] = {}  # answers, by holder and part
         for move in moves:
@@ -91,10 +95,24 @@ def _put_together(pieces: Sequence[tuple[torch.Tensor, Move]]) -> torch.Tensor:
     first, move = pieces[0]
     if len(pieces) == 1 and move.heads == move.source_heads == move.target_heads:
         return first
+    if move.xor:
+        return _xored(pieces)
     layers, count, size = len(first), first.shape[1] // move.source_heads, first.shape[2]
     joined = first.new_empty(layers, move.target_heads, count, size)
     for pages, move in pieces:
         of = pages.view(layers, move.source_heads, count, size)
         taken = of[:, move.source_first : move.source_first + move.heads]
         joined[:, move.target_first : move.target_first + move.heads] = taken
+    return joined.view(layers, -1, size)
+
+
+def _xored(pieces: Sequence[tuple[torch.Tensor, Move]]) -> torch.Tensor:
+    """As `_put_together`, where several pieces have the same target heads: the XOR of their bytes."""
+    first, move = pieces[0]
+    layers, count, size = len(first), first.shape[1] // move.source_heads, first.shape[2]
+    joined = first.new_zeros(layers, move.target_heads, count, size)
+    for pages, move in pieces:
+        of = pages.view(layers, move.source_heads, count, size)
+        taken = of[:, move.source_first : move.source_first + move.heads]
+        joined[:, move.target_first : move.target_first + move.heads].bitwise_xor_(taken)
     return joined.view(layers, -1, size)

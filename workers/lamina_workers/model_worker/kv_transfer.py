@@ -1,8 +1,13 @@
-"""KV and samples of queries on their way from one holder to another, through the model worker."""
+"""KV and samples of queries on their way from one holder to another, through the model worker.
+
+A transfer is a run that is suspended after each frame that it has asked for, so that batches go on meanwhile: little
+enough is on its way at a time that their messages do not wait long behind it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 
@@ -12,13 +17,17 @@ from lamina_protocols.pools import Pool, pools
 from lamina_protocols.query_samples import FetchedSample, FetchSample, Sample
 from lamina_protocols.routes import Route
 from lamina_workers.attention_worker.page_layout import page_bytes
+from lamina_workers.errors import HolderFault
 from lamina_workers.model_worker.kv_copy import Copy, Move
 from lamina_workers.model_worker.prompt_samples import check_sample, moved_sample
+from lamina_workers.model_worker.waiting import Waiting
 from lamina_workers.ports.port import InProcess, Replies
 
-_AHEAD = 8  # layers that are asked for before the first of them has come
-_FRAME = 2 << 20  # bytes of pages that are asked for at a time, about: each costs 0.1 ms besides what it carries
+_AHEAD = 4  # layers that are asked for before the first of them has come
+_FRAME = 256 << 10  # bytes of pages that are asked for at a time, about: each costs 0.1 ms besides what it carries
 _FRAMES_AHEAD = 8  # of them are asked for before the first has come, where another process makes them meanwhile
+
+R = TypeVar("R", Fetched, FetchedPages, FetchedSample)
 
 
 class KvTransfer:
@@ -34,25 +43,43 @@ class KvTransfer:
         self._ids = ids
         self._batch = ids[1]
 
-    def run(self, moves: Sequence[Move], holders: Collection[int], sampling: Mapping[tuple[int, int], Route]) -> None:
+    def run(
+        self, moves: Sequence[Move], holders: Collection[int], sampling: Mapping[tuple[int, int], Route]
+    ) -> Generator[Waiting, None, None]:
         """Make the moves between these holders. `sampling` has the routes of the parts whose holders want samples of
         queries too, by holder and part."""
         names = {self._replies[number].port.page_layout for number in holders}
         alike = len(names) == 1 and names != {""}
         for number, pool in enumerate(pools(self._holder)):
             if own := [move for move in moves if move.pool == number]:
-                self._pool(Copy(own), number, pool, alike)
-                self._samples(own, pool, sampling)
+                yield from self._pool(Copy(own), number, pool, alike)
+                yield from self._samples(own, pool, sampling)
 
-    def _pool(self, copy: Copy, number: int, pool: Pool, alike: bool) -> None:
+    def _arrived(self, kind: type[R], origins: Iterable[int], layer: int) -> Generator[Waiting, None, list[R]]:
+        """The next answer of each of these holders. It is suspended even where that is there: what follows takes
+        time."""
+        arrived = []
+        for origin in origins:
+            replies = self._replies[origin]
+            yield Waiting(replies, self._batch)
+            arrived.append(replies.take(kind, self._batch, layer, self._patience))
+        return arrived
+
+    def _pool(self, copy: Copy, number: int, pool: Pool, alike: bool) -> Generator[Waiting, None, None]:
         """Copy what one pool keeps. `alike`: the holders lay out their pages alike."""
         left = set(range(len(pool.layers)))
+        if copy.xor and not (copy.paged and alike):
+            raise HolderFault("pages are to be XORed of holders that lay them out differently")
         if (copy.paged and alike) or pool.config.layers[0].kind in STATES:  # states have no vectors
-            left = self._pages(copy, number, pool.config)
+            left = yield from self._pages(copy, number, pool.config)
+        if copy.xor and left:
+            raise HolderFault(f"pages of {len(left)} layers are to be XORed, of which a mean has replaced some")
         layers = zip(pool.layers, pool.config.layers, strict=True)
-        self._vectors(copy, [layer for layer, spec in layers if spec.kv_layer in left])
+        yield from self._vectors(copy, [layer for layer, spec in layers if spec.kv_layer in left])
 
-    def _samples(self, moves: Sequence[Move], pool: Pool, sampling: Mapping[tuple[int, int], Route]) -> None:
+    def _samples(
+        self, moves: Sequence[Move], pool: Pool, sampling: Mapping[tuple[int, int], Route]
+    ) -> Generator[Waiting, None, None]:
         """Copy what is kept of prompts' queries, for the parts whose holders want it."""
         targets: dict[tuple[int, int], list[Move]] = {}
         for move in moves:
@@ -63,15 +90,13 @@ class KvTransfer:
             for target, those in targets.items():
                 for move in those:
                     self._send(move.origin, FetchSample(*ids, move.source, move.lo, move.hi))
-                arrived = [
-                    self._replies[m.origin].take(FetchedSample, self._batch, number, self._patience) for m in those
-                ]
+                arrived = yield from self._arrived(FetchedSample, (move.origin for move in those), number)
                 for move, reply in zip(those, arrived, strict=True):
                     check_sample(self._replies[move.origin], reply, spec, sampling[target].row.prompt)
                 if (sample := moved_sample(ids, sampling[target], spec, arrived)) is not None:
                     self._send(target[0], sample)
 
-    def _vectors(self, copy: Copy, layers: Sequence[int]) -> None:
+    def _vectors(self, copy: Copy, layers: Sequence[int]) -> Generator[Waiting, None, None]:
         """Copy these layers token by token."""
         asked = 0
         for number, layer in enumerate(layers):
@@ -79,22 +104,21 @@ class KvTransfer:
                 for origin, handle, lo, hi in copy.sources:
                     self._send(origin, Fetch(*self._ids, ahead, handle, lo, hi))
             asked = max(asked, number + _AHEAD)
-            arrived = [self._fetched(layer, *source, copy) for source in copy.sources]
+            arrived = yield from self._arrived(Fetched, (origin for origin, *_ in copy.sources), layer)
+            for source, reply in zip(copy.sources, arrived, strict=True):
+                self._check(layer, *source, copy, reply)
             for target, k, v in copy.filled(arrived):
                 self._send(target, Fresh(*self._ids, layer, k, v))
 
-    def _fetched(self, layer: int, origin: int, handle: int, lo: int, hi: int, copy: Copy) -> Fetched:
-        """The vectors of one layer that were asked of one part. Raises HolderFault, HolderLost."""
-        spec, replies = self._holder.layers[layer], self._replies[origin]
-        reply = replies.take(Fetched, self._batch, layer, self._patience)
-        vectors = (hi - lo) * copy.heads[origin, handle]
+    def _check(self, layer: int, origin: int, handle: int, lo: int, hi: int, copy: Copy, reply: Fetched) -> None:
+        """Raise HolderLost unless the vectors of one layer are those that were asked of a part."""
+        spec, vectors = self._holder.layers[layer], (hi - lo) * copy.heads[origin, handle]
         found = tuple(reply.k.shape), tuple(reply.v.shape)
         floats = reply.k.is_floating_point() and reply.k.dtype == reply.v.dtype
         if not floats or found != ((vectors, spec.key_width), (vectors, spec.own_v)):
-            raise replies.unfit(f"{vectors} vectors of K and of V were due, got {reply.k.dtype} {found}")
-        return reply
+            raise self._replies[origin].unfit(f"{vectors} vectors of K and of V were due, got {reply.k.dtype} {found}")
 
-    def _pages(self, copy: Copy, pool: int, config: HolderConfig) -> set[int]:
+    def _pages(self, copy: Copy, pool: int, config: HolderConfig) -> Generator[Waiting, None, set[int]]:
         """Copy all layers of a pool with KV page by page. Returns those of which an origin has not all pages."""
         states, count = config.layers[0].kind in STATES, 1 + max(spec.kv_layer for spec in config.layers)
         of_page = page_bytes(config)
@@ -105,7 +129,7 @@ class KvTransfer:
         step = max(1, _FRAME // (sum(pages) * of_page))
         frames = [(first, min(step, count - first)) for first in range(0, count, step)]
         here = any(isinstance(self._replies[origin].port, InProcess) for origin, *_ in copy.sources)
-        most = 1 if here else _FRAMES_AHEAD
+        most = 1 if here or copy.circular else _FRAMES_AHEAD  # else both could wait for the other to read
         asked = 0
         left: set[int] = set()
         for number, (first, layers) in enumerate(frames):
@@ -114,10 +138,7 @@ class KvTransfer:
                     for origin, handle, lo, hi in copy.sources:
                         self._send(origin, FetchPages(*self._ids, *ahead, handle, lo, hi))
                 asked = number + most
-            arrived = [
-                self._replies[origin].take(FetchedPages, self._batch, first, self._patience)
-                for origin, *_ in copy.sources
-            ]
+            arrived = yield from self._arrived(FetchedPages, (origin for origin, *_ in copy.sources), first)
             for reply, due, (origin, *_) in zip(arrived, pages, copy.sources, strict=True):
                 found = reply.pages.dtype, tuple(reply.pages.shape)
                 if (reply.pages.numel() or states) and found != (torch.uint8, (layers * due, of_page)):

@@ -181,8 +181,9 @@ class SlicedBatch:
 class Waits:
     """Lets one thread that drives several runs wait until any of them can go on."""
 
-    def __init__(self) -> None:
-        self._waiter = Waiter()
+    def __init__(self, waiter: Waiter | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._waiter = waiter or Waiter()
+        self._clock = clock
 
     def until_any(self, waitings: Iterable[Waiting], timeout: float, beside: Sequence[Channel] = ()) -> bool:
         """Wait until something comes over a channel of one of the runs, or one `beside` them. False where nothing has
@@ -200,8 +201,8 @@ class Waits:
                 except ValueError:  # it was closed a moment ago
                     return True
                 watched.append(channel)
-            deadline = time.monotonic() + timeout
-            while (left := deadline - time.monotonic()) > 0:
+            deadline = self._clock() + timeout
+            while (left := deadline - self._clock()) > 0:
                 if self._waiter.wait(left):  # it may wake for a part of a frame
                     return True
             return False

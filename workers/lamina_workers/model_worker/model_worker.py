@@ -24,7 +24,7 @@ from lamina_workers.decoder.sampler import Sampled, sample
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
 from lamina_workers.model_worker.attention_merge import AttentionMerge, Pausing
 from lamina_workers.model_worker.holder_traffic import query_goes_first
-from lamina_workers.model_worker.interface import BatchWork, Returned, ReturnedPeer, Seat
+from lamina_workers.model_worker.interface import BatchWork, Returned, ReturnedPeer, Seat, accepts
 from lamina_workers.model_worker.kv_copy import Move
 from lamina_workers.model_worker.kv_transfer import KvTransfer
 from lamina_workers.model_worker.layer_slices import SlicedBatch
@@ -58,6 +58,7 @@ class ModelWorker:
         self._watch = Stopwatch(clock)
         self._constants = decoder.state_constants()
         self._replies: dict[int, Replies] = {}
+        self._prepared: dict[AttentionPort, Replies] = {}  # of holders that are about to join
         self._merge = AttentionMerge(holder, threads, patience, self._watch, decoder.device)
         self._holder = holder
         self._patience = patience
@@ -72,8 +73,16 @@ class ModelWorker:
     def join(self, number: int, port: AttentionPort, credentials: Credentials | None = None) -> tuple[Seat, ...]:
         """There is one holder more. There are no other ranks. Raises HolderLost where it is gone."""
         send_constants(port, self._epoch, self._constants)
-        self._replies[number] = Replies(port, self._clock)
+        prepared = self._prepared.pop(port, None)
+        self._replies[number] = prepared or Replies(port, self._clock)
         return ()
+
+    def prepare(self, port: AttentionPort) -> None:
+        """A holder is about to join. Any thread may call."""
+        for known in list(self._prepared):
+            if known.closed:  # another rank could not connect to it
+                self._prepared.pop(known, None)
+        self._prepared[port] = Replies(port, self._clock)
 
     def leave(self, number: int) -> None:
         """A holder is gone, or not wanted any more: let it go."""
@@ -87,6 +96,10 @@ class ModelWorker:
         """Of a holder's process; "" for this one."""
         port = self._replies[number].port
         return port.address if isinstance(port, Transported) else ""
+
+    def features(self, number: int) -> frozenset[str]:
+        """Those of `versions` that a holder has."""
+        return self._replies[number].port.features
 
     def returned(self, peer: ReturnedPeer) -> Returned:
         """Never: there are no other ranks."""
@@ -126,6 +139,9 @@ class ModelWorker:
                 self._check(answers[number], shares[number], self._replies[number])
             except HolderFault as fault:
                 faults[number] = fault
+            except GeneratorExit:  # given up meanwhile
+                self.forget(batch, shares)
+                raise
         if faults:
             self.forget(batch, shares)
             worst = max(faults, key=lambda number: isinstance(faults[number], HolderLost))
@@ -221,14 +237,20 @@ class ModelWorker:
                 replies.computed()
         return logits
 
-    def copy(self, moves: Sequence[Move], shares: Mapping[int, HolderBatch]) -> bool:
+    def copy(
+        self, moves: Sequence[Move], shares: Mapping[int, HolderBatch], accepted: Callable[[], None] = accepts
+    ) -> Generator[Waiting, None, bool]:
         """Copy KV between holders. `shares` open the parts and announce the rows that store it, in this order at each
-        target; together the moves fill all heads of each of these rows. No holder is both origin and target.
-        Blocks until all is sent. Returns whether every target had room; where one has not, nothing counts as done.
+        target; together the moves fill all heads of each of these rows. Only of pages that are XORed a holder may be
+        both origin and target. Returns whether every target had room; where one has not, nothing counts as done.
+        `accepted` is called once all have taken what they need.
+
+        It is suspended until holders answer, and batches may run meanwhile. Closed before its end it leaves the rows of
+        the targets torn; nothing may be under way of it when the next epoch begins.
 
         Whole pages go as they lie where they begin alike and all these holders lay them out alike; so do states, which
         are of one position: a move of them is of [0, that position)."""
-        batch, answers = self.announce_now(shares)
+        batch, answers = yield from self.announce(shares)
         sampling = {
             (number, route.row.handle): route
             for number, share in shares.items()
@@ -237,15 +259,16 @@ class ModelWorker:
         }
         if not all(reply.accepted for reply in answers.values()):
             return False
+        accepted()
         origins = {move.origin for move in moves}
         for number in origins:
             self._replies[number].expect(self._epoch, batch)
         transfer = KvTransfer(self._holder, self._replies, self._patience, (self._epoch, batch))
         try:
-            transfer.run(moves, {*origins, *shares}, sampling)
+            yield from transfer.run(moves, {*origins, *shares}, sampling)
         finally:
             self.forget(batch, shares)
-            for number in origins:
+            for number in origins & self._replies.keys():
                 self._replies[number].forget(batch)
         return True
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lamina_protocols.control import Features
 from lamina_protocols.layers import HolderConfig
 from lamina_protocols.messages import Announced, Surveyed
 from lamina_protocols.routes import HolderBatch, Span
@@ -26,11 +27,12 @@ from lamina_workers.model_worker.kv_copy import Move
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """The first message of a process: the name that it was given, and its versions, so that unlike ones never meet."""
+    """The first message of a process: the name that it was given, its versions, and its `features` of `versions`."""
 
     name: str
     protocol: int
     version: str
+    features: Features = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +61,13 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """The port to holder `number` stands. `capacity` in bytes; `resumed`: the seat still has its KV."""
+    """The port to holder `number` stands. `capacity` in bytes; `resumed`: the seat still has its KV. `features` are
+    those of `versions` that all three sides have."""
 
     number: int
     capacity: int
     resumed: bool
+    features: Features = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +155,7 @@ class Begin:
     `holder` is the config of its holders, with the heads of this rank; its `kv_memory` is that of a pool in the
     worker's process, which is on `attention_device`. `compile` as in `graphs.sliced`. `engine`, `linger` and the three
     fields that follow are for its seats (see `remote.SeatOptions`, `ChannelOptions`); `epoch` is that of the engine.
+    `features` are those of `versions` that both sides have.
     """
 
     rank: int
@@ -173,6 +178,7 @@ class Begin:
     data_channel: str
     lost_after: float
     epoch: int
+    features: Features = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,7 +312,7 @@ class Stop:
     """Let all holders go and end."""
 
 
-# A message's tag is its place in its union: both sides are of one version, which `Hello`, the first report, tells.
+# A message's tag is its place in its union, so a new one goes to the end.
 Command = (
     Begin | Join | Leave | Announce | Execute | StartBatch | Slice | Drop | Copy | BeginEpoch | SurveySeat | LeaveGroup
     | JoinGroup | Stop

@@ -6,9 +6,7 @@ One thread loads and computes everything.
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Callable, Generator, Mapping
-from dataclasses import replace
+from collections.abc import Generator, Mapping
 from pathlib import Path
 
 import torch
@@ -16,25 +14,17 @@ import torch
 from lamina_protocols import control
 from lamina_protocols.channels import Channel, Credentials
 from lamina_protocols.errors import LaminaError, ProtocolError
-from lamina_protocols.messages import PROTOCOL_VERSION
 from lamina_protocols.routes import HolderBatch
-from lamina_workers.attention_worker.device_worker import attention_worker
-from lamina_workers.converted.models import decoder_of, for_ranks, load_model, model_config
-from lamina_workers.decoder.collective import Collective
-from lamina_workers.decoder.model import Decoder
-from lamina_workers.decoder.model_checkpoint import fingerprint, open_checkpoint
-from lamina_workers.decoder.packing import Packing
-from lamina_workers.decoder.shard import WHOLE, Shard
-from lamina_workers.devices import available as devices
-from lamina_workers.errors import HolderFault, ModelFileError, RankLost, faults
+from lamina_protocols.versions import FEATURES, PREVIOUS, PREVIOUS_RELEASE, PROTOCOL_VERSION, shared
+from lamina_workers.errors import HolderFault, RankLost, faults
 from lamina_workers.model_worker.layer_slices import Context, SlicedBatch, Waits, likeliest
 from lamina_workers.model_worker.model_worker import ModelWorker
 from lamina_workers.model_worker.waiting import Waiting
-from lamina_workers.model_worker.warmup import prepare_kernels
 from lamina_workers.parallel import collectives, peer_codec, peer_messages
+from lamina_workers.parallel.peer_parts import Load, LoadedParts
 from lamina_workers.ports.data_channel import ChannelOptions
-from lamina_workers.ports.port import AttentionPort, LocalAttention, survey
-from lamina_workers.ports.remote import RemoteAttention, SeatOptions, connect
+from lamina_workers.ports.port import AttentionPort, survey
+from lamina_workers.ports.remote import THIS_PROCESS, Edges, RemoteAttention, SeatOptions, connect
 
 _Run = Generator[Waiting, None, None]
 
@@ -43,30 +33,43 @@ class PeerWorker:
     """Serves one channel until it closes or `Stop` comes.
 
     `name` is the one that model worker 0 expects. `folder` has the model's files, where it is not the one that `Begin`
-    names; `address` is this host's, at which the other ranks reach it.
+    names; `address` is this host's, at which the other ranks reach it. `protocol` is the version of model worker 0.
+    `load` gives what computes, `edges` are those of its ports.
     """
 
     def __init__(
-        self, channel: Channel, name: str, folder: str | Path | None = None, address: str = "127.0.0.1"
+        self,
+        channel: Channel,
+        name: str,
+        folder: str | Path | None = None,
+        address: str = "127.0.0.1",
+        protocol: int = PROTOCOL_VERSION,
+        *,
+        load: Load = LoadedParts,
+        edges: Edges = THIS_PROCESS,
+        waits: Waits | None = None,
     ) -> None:
         self._channel = channel
         self._name = name
         self._folder = folder
         self._address = address
+        self._protocol = protocol
         self._runs: dict[int, tuple[_Run, Waiting | None]] = {}  # batches under way, and what each waits for
-        self._waits = Waits()
+        self._load = load
+        self._edges = edges
+        self._waits = waits or Waits()
         self._started: dict[int, tuple[SlicedBatch, tuple[int, ...]]] = {}  # and the rows without logits
         self._batches: dict[int, tuple[int, Mapping[int, HolderBatch]]] = {}  # announced: own number, shares
 
     def serve(self) -> None:
         """Raises ChannelClosed where model worker 0 is gone, LaminaError where the model cannot be loaded; model worker
         0 has then got `Failed`."""
-        self._send(peer_messages.Hello(self._name, PROTOCOL_VERSION, control.package_version()))
+        self._send(self._hello())
         begin = self._receive()
         if not isinstance(begin, peer_messages.Begin):
             raise ProtocolError(f"expected Begin, got {type(begin).__name__}")
         try:
-            parts = _Parts(begin, self._folder or begin.folder, self._report)
+            parts = self._load(begin, self._folder or begin.folder, self._report)
         except LaminaError as error:
             self._send(peer_messages.Failed(type(error).__name__, str(error)))
             raise
@@ -92,6 +95,12 @@ class PeerWorker:
                 if isinstance(port, RemoteAttention):
                     port.parted()  # the process ends, and the thread that says goodbye with it
 
+    def _hello(self) -> peer_messages.Hello:
+        """The first message, as model worker 0 understands it."""
+        if self._protocol == PREVIOUS:
+            return peer_messages.Hello(self._name, PREVIOUS, PREVIOUS_RELEASE)
+        return peer_messages.Hello(self._name, PROTOCOL_VERSION, control.package_version(), tuple(sorted(FEATURES)))
+
     def _receive(self) -> peer_messages.Command | peer_messages.Report:
         return peer_codec.receive(self._channel)
 
@@ -116,6 +125,8 @@ class PeerWorker:
                 if batch in self._batches:
                     self._standing.forget(*self._batches.pop(batch))
                 self._leave_batch(batch)
+                if batch in self._runs:  # a copy that was given up
+                    self._runs.pop(batch)[0].close()
             case peer_messages.BeginEpoch(epoch):
                 for run, _ in self._runs.values():
                     run.close()
@@ -131,7 +142,7 @@ class PeerWorker:
             case peer_messages.Leave(number):
                 self._leave(number)
             case peer_messages.Copy():
-                self._copy(command)
+                self._start(command.batch, self._copy(command))
             case peer_messages.SurveySeat(number):
                 self._survey(number)
             case peer_messages.LeaveGroup():
@@ -230,9 +241,10 @@ class PeerWorker:
             run.close()
         entered.close()
 
-    def _copy(self, command: peer_messages.Copy) -> None:
+    def _copy(self, command: peer_messages.Copy) -> _Run:
         try:
-            room = self._standing.copy(command.moves, command.shares)
+            with faults():
+                room = yield from self._standing.copy(command.moves, command.shares)
         except HolderFault as fault:
             self._faulted(command.batch, fault)
             return
@@ -253,10 +265,11 @@ class PeerWorker:
         self._ports[join.number] = port
         if self._worker is not None:
             self._worker.join(join.number, port)
+        features = tuple(sorted(port.features & shared(self._begin.features)))
         if isinstance(port, RemoteAttention):
-            self._send(peer_messages.Joined(join.number, port.capacity, port.resumed))
+            self._send(peer_messages.Joined(join.number, port.capacity, port.resumed, features))
         else:
-            self._send(peer_messages.Joined(join.number, self._begin.holder.kv_memory, False))
+            self._send(peer_messages.Joined(join.number, self._begin.holder.kv_memory, False, features))
 
     def _connect(self, join: peer_messages.Join) -> AttentionPort:
         if not join.address:
@@ -275,6 +288,7 @@ class PeerWorker:
                 data_channel=begin.data_channel,
                 lost_after=begin.lost_after,
             ),
+            self._edges,
         )
 
     def _leave(self, number: int) -> None:
@@ -311,58 +325,3 @@ class PeerWorker:
         else:
             self._parts.enter_group(group)
         self._send(peer_messages.JoinedGroup(command.generation, ""))
-
-
-class _Parts:
-    """The decoder and its holders, loaded from `folder` as `begin` says. Raises LaminaError."""
-
-    def __init__(
-        self, begin: peer_messages.Begin, folder: str | Path, progress: Callable[[str, int, int], None]
-    ) -> None:
-        path = Path(folder)
-        if (found := fingerprint(path)) != begin.model:
-            raise ModelFileError(f"the model in {path} has fingerprint {found:.16}, model worker 0's {begin.model:.16}")
-        model = model_config(path)
-        if begin.rope_scaling:
-            model = model.with_rope_scaling(json.loads(begin.rope_scaling))
-        self._begin = begin
-        self._config = for_ranks(model, begin.ranks)
-        self._shard = Shard(begin.rank, begin.ranks) if begin.ranks > 1 else WHOLE
-        self._decoder: Decoder | None = None
-        self.device = devices.find("device", begin.device)
-        dtype: torch.dtype = getattr(torch, begin.dtype)
-        torch.set_num_threads(begin.threads)
-        self._attention_device = devices.find("attention_device", begin.attention_device, prefer_gpu=False)
-        prepare_kernels(begin.holder, dtype, (self.device, self._attention_device), progress)
-        with open_checkpoint(path) as checkpoint, torch.inference_mode():
-            self._weights = load_model(
-                self._config,
-                checkpoint,
-                dtype,
-                self.device,
-                lambda *done: progress("loading", *done),
-                self._shard,
-                Packing(begin.packed, begin.quantize),
-            )
-
-    def pool(self, join: peer_messages.Join) -> LocalAttention:
-        """A port to a new pool in this process."""
-        holder = self._begin.holder
-        holder = replace(holder, kv_memory=holder.kv_memory * join.part // max(1, join.of))
-        return LocalAttention(attention_worker(holder, self._begin.threads, self._attention_device))
-
-    def worker(self, group: Collective | None, ports: Mapping[int, AttentionPort], epoch: int) -> ModelWorker:
-        """The worker, one of `group` where it is one of several ranks."""
-        begin = self._begin
-        with torch.inference_mode():
-            self._decoder = decoder_of(self._config, self._weights, self._shard, group, begin.compile)
-        return ModelWorker(self._decoder, begin.holder, ports, begin.threads, begin.patience, epoch=epoch)
-
-    def enter_group(self, group: Collective) -> None:
-        if self._decoder is not None:
-            self._decoder.collective = group
-
-    def leave_group(self) -> None:
-        """It wakes the ranks that wait for this one."""
-        if self._decoder is not None and self._decoder.collective is not None:
-            self._decoder.collective.close()

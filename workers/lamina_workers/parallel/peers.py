@@ -15,15 +15,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lamina_protocols import control
-from lamina_protocols.channels import SECRET_SIZE, Channel, ChannelClosed, Credentials
+from lamina_protocols.channels import SECRET_SIZE, Channel, ChannelClosed, Credentials, join_address
 from lamina_protocols.errors import LaminaError, ProtocolError
-from lamina_protocols.messages import PROTOCOL_VERSION
 from lamina_protocols.socket_connections import Listener, listen_tcp, listen_unix
 from lamina_protocols.tls import server_context
+from lamina_protocols.versions import PROTOCOL_VERSION, check_neighbours, shared
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
 from lamina_workers.parallel import peer_codec, peer_messages
 
@@ -218,7 +218,7 @@ class PeerListener:
             self.address = f"{UNIX}{path}"
         else:
             self._listener = Listener(listen_tcp(host, 0), self._admits, self._arrived, tls)
-            self.address = f"[{host}]:{self._listener.port}" if ":" in host else f"{host}:{self._listener.port}"
+            self.address = join_address(host, self._listener.port)
 
     def invite(self, rank: int, name: str) -> bytes:
         """The secret with which a process of that name, never used before, may connect once, as model worker `rank`."""
@@ -290,9 +290,8 @@ class PeerListener:
         hello = peer_codec.receive(channel, _LOADING_S)
         if not isinstance(hello, peer_messages.Hello) or hello.name != name:
             raise ProtocolError(f"expected the Hello of {name}, got {type(hello).__name__}")
-        control.check("protocol version", PROTOCOL_VERSION, hello.protocol)
-        control.check("lamina version", control.package_version(), hello.version)
-        peer_codec.send(channel, self._begin(rank))
+        check_neighbours(PROTOCOL_VERSION, hello.protocol)
+        peer_codec.send(channel, replace(self._begin(rank), features=tuple(sorted(shared(hello.features)))))
         while True:
             report = peer_codec.receive(channel, _LOADING_S)
             match report:

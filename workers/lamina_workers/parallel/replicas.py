@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -26,7 +26,7 @@ from lamina_protocols.routes import HolderBatch
 from lamina_workers.decoder.sampler import Sampled, sample
 from lamina_workers.errors import HolderFault, RankLost
 from lamina_workers.model_worker.holder_traffic import slowest_seconds
-from lamina_workers.model_worker.interface import BatchWork, Returned, Seat
+from lamina_workers.model_worker.interface import BatchWork, Returned, Seat, accepts
 from lamina_workers.model_worker.kv_copy import Move
 from lamina_workers.model_worker.layer_slices import Context, SlicedBatch, Waits, chosen, plain_rows, rotates, rotation
 from lamina_workers.model_worker.model_worker import ModelWorker
@@ -76,6 +76,7 @@ class PipelineReplicas:
         here: Iterable[int],
         config: HolderConfig,
         patience: float = 10.0,
+        waits: Waits | None = None,
     ) -> None:
         self._own = own
         self._here = frozenset(here)
@@ -83,7 +84,7 @@ class PipelineReplicas:
         self._patience = patience
         self._replicas: dict[int, _Replica] = {}
         self._joins: dict[int, peer_messages.Join] = {}  # where each holder at an attention worker is
-        self._waits = Waits()
+        self._waits = waits or Waits()
         self._suspended: dict[int, Waiting] = {}  # what each run waits for
         self._runs = 0
         self._turn = 0
@@ -126,8 +127,10 @@ class PipelineReplicas:
             return self._patiently(self._own.execute(work, batch, shares, suspends))
         return self._patiently(self._rotate(replicas, work, batch, shares, suspends))
 
-    def copy(self, moves: Sequence[Move], shares: Mapping[int, HolderBatch]) -> bool:
-        return self._own.copy(moves, shares)
+    def copy(
+        self, moves: Sequence[Move], shares: Mapping[int, HolderBatch], accepted: Callable[[], None] = accepts
+    ) -> Generator[Waiting, None, bool]:
+        return self._own.copy(moves, shares, accepted)
 
     def next_epoch(self) -> None:
         self._own.next_epoch()
@@ -153,6 +156,9 @@ class PipelineReplicas:
                 self._connect(replica, join)
         return ()
 
+    def prepare(self, port: AttentionPort) -> None:
+        self._own.prepare(port)
+
     def leave(self, number: int) -> None:
         self._own.leave(number)
         self._joins.pop(number, None)
@@ -167,6 +173,10 @@ class PipelineReplicas:
 
     def address(self, number: int) -> str:
         return self._own.address(number)
+
+    def features(self, number: int) -> frozenset[str]:
+        """Replica 0 alone announces operations, so the others' versions do not matter."""
+        return self._own.features(number)
 
     # Replicas.
 

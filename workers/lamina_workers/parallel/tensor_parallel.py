@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 
 import torch
 
@@ -17,11 +17,12 @@ from lamina_protocols.channels import Credentials
 from lamina_protocols.layers import HolderConfig
 from lamina_protocols.messages import Announced, Surveyed
 from lamina_protocols.routes import HolderBatch
+from lamina_protocols.versions import shared
 from lamina_workers.attention_worker.page_layout import page_counts
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.decoder.sampler import Sampled, sample
 from lamina_workers.errors import HolderFault, HolderLost, RankLost, faults
-from lamina_workers.model_worker.interface import BatchWork, Returned, Seat
+from lamina_workers.model_worker.interface import BatchWork, Returned, Seat, accepts
 from lamina_workers.model_worker.kv_copy import Move
 from lamina_workers.model_worker.model_worker import ModelWorker
 from lamina_workers.model_worker.waiting import Waiting, result
@@ -70,6 +71,7 @@ class TensorParallelWorkers:
         self._config = config
         self._owner = dict(pools)  # the rank beyond 0 that has a holder, by the holder's number
         self._joins: dict[int, peer_messages.Join] = {}  # where each holder at an attention worker is
+        self._features: dict[int, frozenset[str]] = {}  # of the holders of other ranks
         self._batch = 0
         self._apart = False  # the ranks have left their group
         self._under_way: tuple[int, int, dict[int, HolderBatch]] | None = None
@@ -78,6 +80,7 @@ class TensorParallelWorkers:
             said = self._peers[rank].ask(peer_messages.Join(number), peer_messages.Joined, self._wait)
             if isinstance(said, peer_messages.Failed):
                 raise RankLost(f"model worker {rank} has no pool: {said.reason}")
+            self._features[number] = shared(said.features)
 
     @property
     def missing(self) -> tuple[int, ...]:
@@ -156,22 +159,31 @@ class TensorParallelWorkers:
         with torch.inference_mode():
             return sample(logits, work.sampling, scores)
 
-    def copy(self, moves: Sequence[Move], shares: Mapping[int, HolderBatch]) -> bool:
+    def copy(
+        self, moves: Sequence[Move], shares: Mapping[int, HolderBatch], accepted: Callable[[], None] = accepts
+    ) -> Generator[Waiting, None, bool]:
         self._require_all()
         ranks = {self._owner.get(number, 0) for move in moves for number in (move.origin, move.to)}
         if len(ranks) != 1:
             raise HolderFault(f"KV is to be copied between holders of the ranks {sorted(ranks)}; each has other heads")
         (rank,) = ranks
         if rank == 0:
-            return self._own.copy(moves, shares)
+            return (yield from self._own.copy(moves, shares, accepted))
         self._batch += 1
-        peer = self._peers[rank]
-        peer.expect(self._batch)
+        batch, peer = self._batch, self._peers[rank]
+        peer.expect(batch)
         try:
-            peer.tell(peer_messages.Copy(self._batch, tuple(moves), shares))
-            return peer.take(peer_messages.Copied, self._batch, self._wait).room
+            peer.tell(peer_messages.Copy(batch, tuple(moves), shares))
+            yield Waiting(peer, batch)
+            room = peer.take(peer_messages.Copied, batch, self._wait).room
+            if room:
+                accepted()
+            return room
+        except GeneratorExit:
+            self._try_to_tell(peer, peer_messages.Drop(batch))
+            raise
         finally:
-            peer.forget(self._batch)
+            peer.forget(batch)
 
     def next_epoch(self) -> None:
         self._own.next_epoch()
@@ -209,6 +221,7 @@ class TensorParallelWorkers:
             else:
                 seats.append(seat(join.seat, said.capacity, self._config))
                 resumed.append(said.resumed)
+                self._features[join.number] = shared(said.features)
         try:
             if any(resumed) and not failed:
                 seats = [at._replace(kept=self._survey(at.rank, number + at.rank)) for at in seats]
@@ -226,9 +239,13 @@ class TensorParallelWorkers:
             self._owner[join.number], self._joins[join.number] = join.seat, join
         return tuple(seats)
 
+    def prepare(self, port: AttentionPort) -> None:
+        self._own.prepare(port)
+
     def leave(self, number: int) -> None:
         rank = self._owner.pop(number, 0)
         self._joins.pop(number, None)
+        self._features.pop(number, None)
         if rank == 0:
             self._own.leave(number)
             return
@@ -247,6 +264,9 @@ class TensorParallelWorkers:
             return self._own.address(number)
         join = self._joins.get(number)
         return join.address if join is not None else f"rank {self._owner[number]}"
+
+    def features(self, number: int) -> frozenset[str]:
+        return self._features[number] if number in self._owner else self._own.features(number)
 
     def _survey(self, rank: int, number: int) -> Surveyed:
         """The parts that a holder of another rank keeps; nothing may be under way. Earlier epochs are over there.
@@ -272,6 +292,8 @@ class TensorParallelWorkers:
         for number in [number for number, owner in self._owner.items() if owner == rank]:
             join = self._joins.get(number)
             said = peer.ask(join or peer_messages.Join(number), peer_messages.Joined, self._wait)
+            if isinstance(said, peer_messages.Joined):
+                self._features[number] = shared(said.features)
             if join is None and isinstance(said, peer_messages.Joined):
                 back.pools.append(number)
             elif isinstance(said, peer_messages.Failed) or not said.resumed:

@@ -31,6 +31,7 @@ from lamina_protocols.messages import (
     answered,
 )
 from lamina_protocols.query_samples import FetchedSample
+from lamina_protocols.versions import FEATURES
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.errors import HolderFault, HolderLost
 from lamina_workers.ports.direct import DirectChannel, enabled
@@ -48,10 +49,11 @@ R = TypeVar("R", Advanced, Announced, Attended, Fetched, FetchedPages, FetchedSa
 
 class AttentionPort(Protocol):
     """One holder. Every request that is `answered` gets one reply, in order. Pages of holders of the same `page_layout`
-    can be copied as they lie."""
+    can be copied as they lie. `features` are those of `versions` that the holder has."""
 
     name: str
     page_layout: str
+    features: frozenset[str]
 
     @property
     def closed(self) -> bool:
@@ -182,7 +184,7 @@ class Replies:
     """The replies of one port, sorted by batch: several batches may be under way, each taking its own.
 
     A reply to a batch that is not expected any more is dropped, faults too: the holder knows itself which KV it lacks.
-    Exchanges are measured from `asked` until the answer has been read, by `clock`, in seconds.
+    Exchanges are measured from `asked` until the answer has been read, and waits bounded, by `clock`, in seconds.
     """
 
     def __init__(self, port: AttentionPort, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -272,10 +274,12 @@ class Replies:
 
         Raises HolderFault for a fault, HolderLost where the port is gone or gives any other reply.
         """
-        replies, since, left = self._waiting[batch], time.monotonic(), timeout
+        replies, left = self._waiting[batch], timeout
+        until = self._clock() + timeout if timeout is not None and not replies else None
         while not replies:
             self.sort(self.port.receive(left))
-            left = None if timeout is None else max(0.0, since + timeout - time.monotonic())
+            if until is not None:
+                left = max(0.0, until - self._clock())
         reply = replies.popleft()
         if isinstance(reply, Fault):
             self._faults += 1
@@ -302,6 +306,8 @@ class Replies:
 
 class LocalAttention:
     """The port to an attention worker in this process. A message is handled while it is sent."""
+
+    features = FEATURES
 
     def __init__(self, worker: AttentionWorker, name: str = "local") -> None:
         self.name = name

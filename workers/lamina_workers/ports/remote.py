@@ -9,27 +9,28 @@ import contextlib
 import logging
 import secrets
 import threading
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lamina_protocols import codec, control
-from lamina_protocols.channels import Channel, ChannelClosed, split_address
-from lamina_protocols.control import FAREWELL
-from lamina_protocols.errors import LaminaError, ProtocolError
+from lamina_protocols.channels import Channel, ChannelClosed, Credentials, split_address
+from lamina_protocols.control import CORRUPT, FAREWELL
+from lamina_protocols.errors import CorruptFrame, LaminaError, ProtocolError
 from lamina_protocols.layers import HolderConfig
-from lamina_protocols.messages import PROTOCOL_VERSION, Fault, Reply, Request, answered
-from lamina_protocols.service import WorkerBusy, WorkerClient
+from lamina_protocols.messages import Fault, Reply, Request, answered
+from lamina_protocols.service import WorkerBusy, WorkerClient, WorkerRefused
+from lamina_protocols.versions import FEATURES, PROTOCOL_VERSION, refused_by_previous, shared
 from lamina_workers.errors import HolderLost
 from lamina_workers.ports.data_channel import ChannelOptions, open_channel
 from lamina_workers.ports.direct import DirectChannel, direct_channel
+from lamina_workers.process.runtime import THREADS, Running, Runtime
 
 logger = logging.getLogger("lamina")
 
 _BUSY_PAUSE = 0.1  # seconds
 _GOODBYE_S = 2.0
 _FAREWELL_S = 1.0  # for a reason to arrive
-_BEAT_S = 0.05, 5.0  # between two heartbeats: the least, the most
+_BEAT_S = 0.05, 1.0  # between two heartbeats: the least, the most
 _USUAL = ChannelOptions()
 
 
@@ -47,12 +48,25 @@ class SeatOptions:
     linger: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Edges:
+    """What a port touches outside of this process: calls to a worker, a session's data channel, the clock, threads."""
+
+    client: Callable[[str, Credentials], WorkerClient] = WorkerClient
+    channel: Callable[[WorkerClient, control.Welcome, str, ChannelOptions], tuple[Channel, str]] = open_channel
+    runtime: Runtime = THREADS
+
+
+THIS_PROCESS = Edges()
+
+
 class RemoteAttention:
     """An `AttentionPort` over a channel. Made by `connect`; once lost or closed it stays so.
 
     `capacity` is the KV memory of its seat in bytes, `channel_kind` "local", "tcp" or "grpc", `page_layout` the
-    name of its pages' layout. `resumed`: the seat was there already and keeps its KV, which `port.survey` lists. One
-    thread sends and receives; `close` may come from any.
+    name of its pages' layout, `features` what both sides have. `resumed`: the seat was there already and keeps its KV,
+    which `port.survey` lists. One thread sends and receives; `close` may come from any. `on_corrupt` is called before
+    the port is lost where a frame came with changed bits, to this side or to the worker.
 
     Whatever the worker does costs this port alone: it is lost where the worker does not read a frame in `patience`
     seconds, sends what is no reply, or one more reply than is `due`.
@@ -67,6 +81,7 @@ class RemoteAttention:
         channel: Channel,
         channel_kind: str,
         lost_after: float,
+        runtime: Runtime = THREADS,
     ) -> None:
         self.name = name
         self.address = client.address
@@ -74,6 +89,7 @@ class RemoteAttention:
         self.capacity = welcome.kv_memory
         self.resumed = welcome.resumed
         self.page_layout = welcome.page_layout
+        self.features = shared(welcome.features)
         self.channel_kind = channel_kind
         self._client = client
         self._session = hello.session
@@ -84,13 +100,16 @@ class RemoteAttention:
         self._lost_after = lost_after
         self.patience = lost_after
         self.due = 0
-        self._closed = threading.Event()
-        self._draining = False
+        self._on_lost: Callable[[str], None] = lambda name: None
+        self.on_corrupt: Callable[[], None] = lambda: None
+        self._runtime = runtime
+        self._closed = runtime.signal()
+        self._on_draining: Callable[[str], None] = lambda name: None
         self._lock = threading.Lock()
-        self._parting: threading.Thread | None = None
+        self._parts = False
+        self._parting: Running | None = None
         interval = max(_BEAT_S[0], min(welcome.lease / 6, _BEAT_S[1]))
-        self._heart = threading.Thread(target=self._beat, args=(interval,), name="lamina-heartbeat", daemon=True)
-        self._heart.start()
+        self._heart = runtime.start(lambda: self._beat(interval), "lamina-heartbeat")
 
     @property
     def channel(self) -> Channel:
@@ -110,10 +129,13 @@ class RemoteAttention:
         """Whether the holder is gone, or was let go."""
         return self._closed.is_set()
 
-    @property
-    def draining(self) -> bool:
-        """Whether the worker asked, in its last heartbeat, that its KV be moved elsewhere."""
-        return self._draining
+    def watch(self, on_lost: Callable[[str], None], on_draining: Callable[[str], None] = lambda name: None) -> None:
+        """Have `on_lost` called with the port's name where heartbeats find it to be lost, on their thread, or at once
+        where it is: nobody else may be about to ask the worker for anything. `on_draining`: with each heartbeat of a
+        worker that is about to end, and asks that its KV be moved elsewhere."""
+        self._on_lost, self._on_draining = on_lost, on_draining
+        if self.closed:
+            on_lost(self.name)
 
     def send(self, request: Request) -> None:
         self.due += answered(request)
@@ -134,6 +156,8 @@ class RemoteAttention:
         except TimeoutError as error:
             raise self.overdue(timeout or 0.0) from error
         except (ChannelClosed, ProtocolError) as error:
+            if isinstance(error, CorruptFrame):
+                self.on_corrupt()
             raise self._gone(str(error)) from error
 
     def reply_of(self, frame: memoryview) -> Reply:
@@ -143,7 +167,9 @@ class RemoteAttention:
             raise self._gone(str(error)) from error
         if not isinstance(reply, Reply):
             raise self._gone(f"it sent a {type(reply).__name__}")
-        if isinstance(reply, Fault) and (reply.epoch, reply.batch) == FAREWELL:
+        if isinstance(reply, Fault) and (reply.epoch, reply.batch) in (FAREWELL, CORRUPT):
+            if (reply.epoch, reply.batch) == CORRUPT:
+                self.on_corrupt()
             raise self._gone(f"it ended the session: {reply.reason}")
         self.due -= 1
         if self.due < 0:
@@ -173,11 +199,11 @@ class RemoteAttention:
         and `parted` waits for that."""
         self._end("closed on this side")
         with self._lock:
-            if self._parting is not None:
+            if self._parts:
                 return
-            self._parting = threading.Thread(target=self._part, name="lamina-closing")
+            self._parts = True
             try:
-                self._parting.start()
+                self._parting = self._runtime.start(self._part, "lamina-closing", daemon=False)
                 return
             except RuntimeError:  # when Python ends there are no new threads, in some versions
                 pass
@@ -185,9 +211,8 @@ class RemoteAttention:
 
     def parted(self) -> None:
         """Wait until a closed port has said goodbye, for some seconds at most."""
-        parting = self._parting
-        if parting is not None and parting.ident is not None:
-            parting.join()
+        if self._parting is not None:
+            self._parting.join()
 
     def _part(self) -> None:
         try:
@@ -213,20 +238,23 @@ class RemoteAttention:
     def _beat(self, interval: float) -> None:
         """Send heartbeats, and end the port when the worker has not answered one for too long."""
         deadline = min(interval, self._lost_after / 2)
-        answered_at = time.monotonic()
+        answered_at = self._runtime.monotonic()
         while not self._closed.wait(min(interval, self._lost_after / 4)):
             try:
                 state = self._client.heartbeat(self._session, deadline).state
             except LaminaError as error:
-                silent = time.monotonic() - answered_at
+                silent = self._runtime.monotonic() - answered_at
                 if silent > self._lost_after and not self._closed.is_set():
                     self._end(f"no heartbeat for {silent:.1f} seconds: {error}")
+                    self._on_lost(self.name)
                 continue
-            answered_at = time.monotonic()
-            self._draining = state == "draining"
+            answered_at = self._runtime.monotonic()
+            if state == "draining":
+                self._on_draining(self.name)
             # The reason comes over the channel, to the one that reads there, and may still be on its way.
             if state == "ended" and not self._closed.wait(_FAREWELL_S):
                 self._end("the worker has ended the session")
+                self._on_lost(self.name)
 
 
 def connect(
@@ -237,6 +265,7 @@ def connect(
     model: str,
     seat: SeatOptions = SeatOptions(),
     channel: ChannelOptions = _USUAL,
+    edges: Edges = THIS_PROCESS,
 ) -> RemoteAttention:
     """Open a channel to a seat at the worker that listens at `address`.
 
@@ -254,26 +283,26 @@ def connect(
         PROTOCOL_VERSION, control.package_version(), session, model, compute_dtype, holder.dtype, holder.page_size,
         holder.layers, channel.local_channel, channel.data_channel,
         secrets.token_hex(16) if seat.engine is None else seat.engine, seat.seat, seat.seat_share, seat.linger,
-        holder.sequence_tokens, holder.sketches,
+        holder.sequence_tokens, holder.sketches, tuple(sorted(FEATURES)),
     )  # fmt: skip
-    client = WorkerClient(address, channel.shown)
+    client = edges.client(address, channel.shown)
     try:
-        welcome = _greet(client, hello, channel.timeout)
-        opened, kind = _opened(client, hello, welcome, channel)
+        welcome = _greet(client, hello, channel.timeout, edges.runtime)
+        opened, kind = _opened(client, hello, welcome, channel, edges)
     except BaseException:
         client.close()
         raise
     logger.info("attention worker %s at %s (%.80s): data over %s", name, address, welcome.name, kind)
-    return RemoteAttention(name, client, hello, welcome, opened, kind, channel.lost_after)
+    return RemoteAttention(name, client, hello, welcome, opened, kind, channel.lost_after, edges.runtime)
 
 
 def _opened(
-    client: WorkerClient, hello: control.Hello, welcome: control.Welcome, channel: ChannelOptions
+    client: WorkerClient, hello: control.Hello, welcome: control.Welcome, channel: ChannelOptions, edges: Edges
 ) -> tuple[Channel, str]:
     """The data channel of the session and its kind. Where none can be opened the session ends, so that it does not keep
     others away; a seat that was there before is kept."""
     try:
-        return open_channel(client, welcome, hello.session, channel)
+        return edges.channel(client, welcome, hello.session, channel)
     except LaminaError:
         if not welcome.resumed:
             with contextlib.suppress(LaminaError):
@@ -281,13 +310,20 @@ def _opened(
         raise
 
 
-def _greet(client: WorkerClient, hello: control.Hello, timeout: float) -> control.Welcome:
-    """Say hello; again for a while where the worker is busy, since the previous engine may be about to leave."""
-    deadline = time.monotonic() + timeout
+def _greet(client: WorkerClient, hello: control.Hello, timeout: float, runtime: Runtime) -> control.Welcome:
+    """Say hello; again for a while where the worker is busy, since the previous engine may be about to leave, and as
+    the previous version does where the worker is of that."""
+    deadline = runtime.monotonic() + timeout
     while True:
         try:
             return client.hello(hello, timeout)
         except WorkerBusy:
-            if time.monotonic() + _BUSY_PAUSE > deadline:
+            if runtime.monotonic() + _BUSY_PAUSE > deadline:
                 raise
-        time.sleep(_BUSY_PAUSE)
+        except WorkerRefused as refusal:
+            if not refused_by_previous(str(refusal)):
+                raise
+            hello = control.as_previous(hello)
+            logger.info("the worker at %s has protocol version %d", client.address, hello.protocol)
+            continue
+        runtime.sleep(_BUSY_PAUSE)

@@ -1,4 +1,4 @@
-"""Certificates and tokens: read from files, or made for a set of hosts.
+"""Certificates and tokens: read from files, read again when these change, or made for a set of hosts.
 
 A TLS folder has `ca.pem`, `cert.pem` and `key.pem`; a token file has one line.
 """
@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import logging
 import os
 import secrets
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,11 @@ from lamina_protocols.errors import LaminaError
 if TYPE_CHECKING:
     from cryptography import x509
 
+logger = logging.getLogger("lamina")
+
+WARNED = datetime.timedelta(days=30)
+"""For so long before its end a certificate is warned of."""
+
 _LIFETIME = datetime.timedelta(days=3650)
 _CLOCKS_DIFFER = datetime.timedelta(days=1)
 _MAX_FILE = 1 << 20  # bytes of a PEM file or a token
@@ -26,26 +33,77 @@ TOKEN_NAME = "token"
 
 
 class CredentialsError(LaminaError):
-    """A certificate, key or token is missing or malformed."""
+    """A certificate, key or token is missing, malformed or out of date."""
 
 
 def load_credentials(
     tls_dir: str | Path | None = None, token_file: str | Path | None = None, server: bool = False
 ) -> Credentials:
     """The credentials of a folder and a file. A server needs all three files; a client `ca.pem`, and the pair if TLS is
-    mutual. Raises CredentialsError."""
+    mutual. Raises CredentialsError, for a certificate that is out of date too, and warns of one that soon is."""
     ca = cert = key = b""
     if tls_dir is not None:
         folder = Path(tls_dir)
         ca = _pem(folder / "ca.pem", "CERTIFICATE")
         if server or (folder / "cert.pem").exists():
             cert, key = _pem(folder / "cert.pem", "CERTIFICATE"), _pem(folder / "key.pem", "PRIVATE KEY")
+        for name, pem in ("ca.pem", ca), ("cert.pem", cert):
+            if pem:
+                _check_dates(folder / name, pem)
     token = ""
     if token_file is not None:
         token = _read(Path(token_file)).decode(errors="replace").strip()
         if not token or not token.isascii() or not token.isprintable():
             raise CredentialsError(f"{token_file} holds no token: one line of printable ASCII is expected")
     return Credentials(ca, cert, key, token)
+
+
+class CredentialFiles:
+    """The credentials of a folder and a token file, as `load_credentials` reads them. Raises CredentialsError.
+
+    `current` has the newest that could be read. A new token is not taken: who has the old one would be locked out.
+    """
+
+    def __init__(
+        self, tls_dir: str | Path | None = None, token_file: str | Path | None = None, server: bool = False
+    ) -> None:
+        self._folder = None if tls_dir is None else Path(tls_dir)
+        self._server = server
+        self._seen = self._state()
+        self.current = load_credentials(tls_dir, token_file, server)
+
+    def renewed(self) -> Credentials | None:
+        """The credentials where the folder's files have changed since the last call, None where they have not, or
+        cannot be used."""
+        if self._folder is None or (state := self._state()) == self._seen:
+            return None
+        self._seen = state
+        try:
+            self.current = replace(load_credentials(self._folder, None, self._server), token=self.current.token)
+        except CredentialsError as error:
+            logger.warning("the certificates from before stay in use: %s", error)
+            return None
+        return self.current
+
+    def _state(self) -> tuple[tuple[int, int, int] | None, ...]:
+        """What shows that a file was replaced or written to."""
+        if self._folder is None:
+            return ()
+        found: list[tuple[int, int, int] | None] = []
+        for name in ("ca.pem", "cert.pem", "key.pem"):
+            try:
+                facts = (self._folder / name).stat()
+                found.append((facts.st_ino, facts.st_mtime_ns, facts.st_size))
+            except OSError:
+                found.append(None)
+        return tuple(found)
+
+
+def certificate_end(pem: bytes) -> datetime.datetime:
+    """When the first certificate of some ends to be valid. Raises ValueError for what is none."""
+    from cryptography import x509
+
+    return _utc(x509.load_pem_x509_certificate(pem), "not_valid_after")
 
 
 def create_credentials(hosts: Sequence[str]) -> Credentials:
@@ -119,6 +177,36 @@ def make_credentials(directory: str | Path, hosts: Sequence[str]) -> Credentials
     except OSError as error:
         raise CredentialsError(f"cannot write credentials to {folder}: {error}") from error
     return made
+
+
+def _utc(certificate: x509.Certificate, name: str) -> datetime.datetime:
+    """A date of a certificate; the package has called it by two names."""
+    found: datetime.datetime | None = getattr(certificate, f"{name}_utc", None)
+    return found or getattr(certificate, name).replace(tzinfo=datetime.timezone.utc)
+
+
+def _check_dates(path: Path, pem: bytes) -> None:
+    """Raise CredentialsError for a certificate that is not valid now, and warn of one that ends soon."""
+    from cryptography import x509
+
+    try:
+        certificate = x509.load_pem_x509_certificate(pem)
+    except ValueError as error:
+        raise CredentialsError(f"{path} holds no certificate: {error}") from error
+    now = datetime.datetime.now(datetime.timezone.utc)
+    begin, end = _utc(certificate, "not_valid_before"), _utc(certificate, "not_valid_after")
+    if now > end:
+        raise CredentialsError(
+            f"the certificate in {path} has expired at {end:%Y-%m-%d %H:%M} UTC; a new one is taken from the same "
+            "file, without a restart of what runs"
+        )
+    if now < begin:
+        raise CredentialsError(
+            f"the certificate in {path} is valid from {begin:%Y-%m-%d %H:%M} UTC on, and this machine's clock says "
+            f"{now:%Y-%m-%d %H:%M} UTC"
+        )
+    if end - now < WARNED:
+        logger.warning("the certificate in %s expires in %d days, at %s UTC", path, (end - now).days, f"{end:%F %H:%M}")
 
 
 def _alternative_name(host: str) -> x509.GeneralName:

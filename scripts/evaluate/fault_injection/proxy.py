@@ -21,7 +21,8 @@ CHUNK = 1 << 16
 class Toxic:
     """What happens to each chunk on its way. `delay` and `jitter` in seconds; `slices`: at most so many bytes at a
     time, 0 for all; the others are probabilities: of one flipped bit, of being sent twice, of being cut short before
-    the connection ends, of a reset in its place. A `black_hole` takes everything and gives nothing."""
+    the connection ends, of a reset in its place. A `black_hole` takes everything and gives nothing. `way`: only what
+    goes "to" the target, or only what comes "from" it, is spoilt."""
 
     delay: float = 0.0
     jitter: float = 0.0
@@ -31,6 +32,7 @@ class Toxic:
     truncate: float = 0.0
     reset: float = 0.0
     black_hole: bool = False
+    way: str = ""
 
     def spoil(self, chunk: bytes, rng: random.Random) -> tuple[list[bytes], bool]:
         """What goes on of a chunk, and whether the connection does."""
@@ -55,17 +57,19 @@ class Toxic:
 
 
 class Proxy:
-    """Listens on a free port of loopback and passes everything on to `target`, "host:port", through `toxic`.
+    """Listens on a port of loopback, by default a free one, and passes everything on to `target`, "host:port", through
+    `toxic`.
 
     A context manager. `toxic` may be replaced at any time; `reset` ends all connections there are.
     """
 
-    def __init__(self, target: str, seed: int = 0) -> None:
+    def __init__(self, target: str, seed: int = 0, listen: tuple[str, int] = ("127.0.0.1", 0)) -> None:
         self.toxic = Toxic()
         self.address = ""
         self._host, _, port = target.rpartition(":")
         self._port = int(port)
         self._seed = seed
+        self._listen = listen
         self._numbers = itertools.count()
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
@@ -92,8 +96,8 @@ class Proxy:
             task.cancel()
 
     async def _serve(self) -> None:
-        server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
-        self.address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        server = await asyncio.start_server(self._connected, *self._listen)
+        self.address = f"{self._listen[0]}:{server.sockets[0].getsockname()[1]}"
         self._ready.set()
         await self._stop.wait()
         server.close()
@@ -112,8 +116,8 @@ class Proxy:
             far_reader, far_writer = await asyncio.open_connection(self._host, self._port)
             ends.append(far_writer)
             pumps = [
-                asyncio.ensure_future(self._pump(come, go, random.Random(f"{self._seed} {next(self._numbers)}")))
-                for come, go in ((reader, far_writer), (far_reader, writer))
+                asyncio.ensure_future(self._pump(come, go, random.Random(f"{self._seed} {next(self._numbers)}"), way))
+                for come, go, way in ((reader, far_writer, "to"), (far_reader, writer, "from"))
             ]
             try:
                 await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
@@ -126,13 +130,15 @@ class Proxy:
         finally:
             for end in ends:
                 sock = end.get_extra_info("socket")
-                if sock is not None:
+                if sock is not None and sock.fileno() >= 0:
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # RST, no FIN
                 end.transport.abort()
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, rng: random.Random) -> None:
+    async def _pump(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, rng: random.Random, way: str
+    ) -> None:
         while chunk := await reader.read(CHUNK):
-            toxic = self.toxic
+            toxic = self.toxic if self.toxic.way in ("", way) else Toxic()
             if toxic.delay or toxic.jitter:
                 await asyncio.sleep(toxic.delay + toxic.jitter * rng.random())
             pieces, goes_on = toxic.spoil(chunk, rng)

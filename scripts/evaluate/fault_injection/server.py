@@ -1,4 +1,4 @@
-"""`lamina serve` as people start it, for tests: its address, its processes and its log."""
+"""`lamina serve` as people start it: its address, its processes and its log."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -18,59 +18,87 @@ from pathlib import Path
 from typing import Any
 
 PATIENCE = 120.0  # seconds
+MODULES = {
+    "attention worker": "lamina_workers.attention_main",
+    "engine": "lamina.server.processes.engine_main",
+    "HTTP process": "lamina.server.processes.http_main",
+    "model worker": "lamina_workers.model_main",
+}
+"""What a server's children run, by their role."""
 
 
 class Server:
     """One server. `log` is the output of it and of its children."""
 
     def __init__(self, *arguments: str, model: str = "smollm2-135m", environment: dict[str, str] | None = None) -> None:
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed by `close`
+        self._said = bytearray()
         command = [sys.executable, "-m", "lamina", "serve", model, "--port", "0", *arguments]
         self.process = subprocess.Popen(
-            command, stdout=self._log, stderr=self._log, env=os.environ | (environment or {}), start_new_session=True
+            self.start(command),
+            stdout=subprocess.PIPE,  # a file would be refused to a server whose disk is full
+            stderr=subprocess.STDOUT,
+            bufsize=0,
+            env=os.environ | (environment or {}),
+            start_new_session=True,
         )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
         self.url = ""
+
+    def start(self, command: list[str]) -> list[str]:
+        """What runs the command."""
+        return command
 
     def wait_until_serving(self) -> Server:
         found = until(lambda: re.search(r"serving \S+ at (http://\S+)", self.log) or self._ended(), self.log)
         if not isinstance(found, re.Match):
-            raise AssertionError(f"the server ended with {self.process.returncode}: {self.log}")
+            raise RuntimeError(f"the server ended with {self.process.returncode}: {self.log}")
         self.url = found[1]
         return self
 
     def _ended(self) -> bool:
         return self.process.poll() is not None
 
+    def _read(self) -> None:
+        while self.process.stdout is not None and (data := self.process.stdout.read(1 << 16)):
+            self._said += data
+
     @property
     def log(self) -> str:
-        with open(f"/proc/self/fd/{self._log.fileno()}") as file:
-            return file.read()
+        return self._said.decode(errors="replace")
 
     def children(self, what: str) -> list[int]:
-        """The process ids of this server's children whose command line has `what`."""
-        found = []
+        """The process ids of this server's children, and of theirs, whose command line has `what`: by their `--name`,
+        else the oldest first."""
+        parents: dict[int, int] = {}
+        commands: dict[int, bytes] = {}
         for folder in Path("/proc").iterdir():
             if folder.name.isdigit():
                 try:
                     parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                    command = (folder / "cmdline").read_bytes()
+                    commands[int(folder.name)] = (folder / "cmdline").read_bytes()
                 except (OSError, ValueError):
                     continue
-                if parent == self.process.pid and what.encode() in command:
-                    found.append(int(folder.name))
-        return found
+                parents[int(folder.name)] = parent
+        found = [pid for pid, command in commands.items() if what.encode() in command and self._below(pid, parents)]
+        return sorted(found, key=lambda pid: (commands[pid].partition(b"--name\0")[2].partition(b"\0")[0], pid))
+
+    def _below(self, pid: int, parents: dict[int, int]) -> bool:
+        while pid in parents and pid != self.process.pid:
+            pid = parents[pid]
+        return pid == self.process.pid
 
     @property
     def engine(self) -> int:
-        return self.children("lamina.server.processes.engine_main")[0]
+        return self.children(MODULES["engine"])[0]
 
     @property
     def http(self) -> int:
-        return self.children("lamina.server.processes.http_main")[0]
+        return self.children(MODULES["HTTP process"])[0]
 
     @property
     def attention_workers(self) -> list[int]:
-        return self.children("lamina_workers.attention_main")
+        return self.children(MODULES["attention worker"])
 
     def get(self, path: str) -> tuple[int, Any]:
         return ask(self.url + path)
@@ -91,7 +119,9 @@ class Server:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
-        self._log.close()
+        self._reader.join(PATIENCE)  # its children end with it
+        if self.process.stdout is not None:
+            self.process.stdout.close()
 
 
 @contextmanager
@@ -123,11 +153,19 @@ def _parsed(content: bytes) -> Any:
         return content.decode()
 
 
+def gone(process: int) -> bool:
+    """Whether a process has ended, be its end noted by its parent or not."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
+
+
 def until(true: Callable[[], Any], say: object = "", seconds: float = PATIENCE) -> Any:
-    """What `true` gives once it is anything."""
+    """What `true` gives once it is anything. Raises TimeoutError, with the text `say`."""
     deadline = time.monotonic() + seconds
     while not (found := true()):
         if time.monotonic() > deadline:
-            raise AssertionError(f"it did not come within {seconds:g} s: {say}")
+            raise TimeoutError(f"it did not come within {seconds:g} s: {say}")
         time.sleep(0.02)
     return found

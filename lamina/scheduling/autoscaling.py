@@ -1,0 +1,120 @@
+"""How many attention workers an engine should have, by the growth of its KV. Pure.
+
+One more is wanted so early that it is there before the holders are full; one fewer when the others have had ample room
+for a while.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from itertools import pairwise
+
+from lamina.scheduling.kv_load import KvLoad
+
+START = 3.0  # seconds that a worker is expected to need before the first one was measured
+PATIENCE = 60.0  # seconds for which a worker was not needed before it goes
+
+_WINDOW = 10.0  # seconds over which growth is measured
+_AHEAD = 1.5  # of the seconds that a worker needs: it is wanted this early
+_AHEAD_SECONDS = 5.0  # and these besides: the next one may not be as quick as the last
+_AMPLE = 3.0  # as often as that, the growth must fit at the others for one to go
+_FREE = 0.25  # of the others' room must be left, too
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """`wanted` attention workers. `full_in`: seconds until the holders are full as KV grows now, None where it does not
+    grow. `leaves` is the worker that is to be drained and ended, "" for none; `reason` says why the number has changed,
+    "" where it has not."""
+
+    wanted: int
+    full_in: float | None = None
+    leaves: str = ""
+    reason: str = ""
+
+
+class Autoscaler:
+    """Decides for one engine between `least` and `most` workers. `start_seconds` is how long a worker needs, from being
+    wanted until it is there: measured each time, `start_seconds` at first. Times are seconds of any steady clock."""
+
+    def __init__(self, least: int, most: int, start_seconds: float = START, patience: float = PATIENCE) -> None:
+        self.least = least
+        self.most = most
+        self.start_seconds = start_seconds
+        self.wanted = least
+        self._patience = patience
+        self._seen: deque[tuple[float, int, int]] = deque()  # time, tokens generated, headroom; of the last seconds
+        self._there = 0  # workers, as those were seen
+        self._asked: tuple[float, int] | None = None  # when more were asked for, and how many were there
+        self._ample: float | None = None  # since when a worker is not needed
+
+    def decide(self, load: KvLoad, now: float) -> Decision:
+        """The decision at `now`. A worker that was lost is expected back."""
+        there = len(load.workers)
+        if there != self._there:
+            self._seen.clear()  # the room is another one
+            self._there = there
+        self._arrived(there, now)
+        self.wanted = max(self.wanted, min(there, self.most))
+        coming = max(0, self.wanted - there)
+        headroom, growth = load.left - load.queued, self._growth(load, now)
+        full_in = max(0.0, headroom / growth) if growth > 0 else None if headroom >= 0 else 0.0
+        ahead = _AHEAD * self.start_seconds + _AHEAD_SECONDS
+        short = growth * ahead - headroom - coming * load.worker
+        more = max(math.ceil(short / max(1, load.worker)), load.stranded and not coming)
+        before, leaves = self.wanted, ""
+        if more > 0:
+            self._ample = None
+            self.wanted = min(self.most, self.wanted + more)
+        elif self._one_too_many(load, there, coming, growth * ahead * _AMPLE, now):
+            leaves = min(load.workers, key=lambda name: load.workers[name])
+            self.wanted -= 1
+        if self.wanted == before:
+            return Decision(before, full_in)
+        if not leaves:
+            self._asked = self._asked or (now, there)
+        when = "KV does not grow" if full_in is None else f"KV is full in {full_in:.1f} s"
+        reason = (
+            f"attention workers {before} -> {self.wanted} of {self.least} to {self.most}: {when}, {load.left} of "
+            f"{load.total} tokens left, {load.queued} queued, {growth:.0f} more a second; a worker has {load.worker} "
+            f"and needs {self.start_seconds:.1f} s"
+        )
+        return Decision(self.wanted, full_in, leaves, reason)
+
+    def _growth(self, load: KvLoad, now: float) -> float:
+        """Tokens a second by which KV grows: what running sequences generate, or more where room has shrunk faster."""
+        headroom = load.left - load.queued
+        self._seen.append((now, load.generated, headroom))
+        while len(self._seen) > 2 and now - self._seen[1][0] >= _WINDOW:
+            self._seen.popleft()
+        since, generated, _ = self._seen[0]
+        seconds = now - since
+        generating = (load.generated - generated) / seconds if seconds > 0 else 0.0
+        losses = [before - after for (_, _, before), (_, _, after) in pairwise(self._seen)]
+        trend = sum(losses) - max(losses, default=0)  # a lone burst of prompts is no trend
+        return max(generating, trend / _WINDOW)
+
+    def _arrived(self, there: int, now: float) -> None:
+        """Measure how long a worker that was asked for has taken."""
+        if self._asked is None:
+            return
+        asked, before = self._asked
+        if there > before:
+            took = now - asked
+            self.start_seconds = max(took, (self.start_seconds + took) / 2)
+            self._asked = (asked, there) if there < self.wanted else None
+
+    def _one_too_many(self, load: KvLoad, there: int, coming: int, growth: float, now: float) -> bool:
+        """Whether the others have had ample room for a while: for so much growth, and a share of theirs besides."""
+        left = load.left - load.queued - load.worker
+        ample = left >= max(growth, _FREE * (load.total - load.worker))
+        if there <= self.least or coming or load.stranded or not ample:
+            self._ample = None
+            return False
+        self._ample = now if self._ample is None else self._ample
+        if now - self._ample < self._patience:
+            return False
+        self._ample = None
+        return True

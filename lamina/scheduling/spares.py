@@ -1,0 +1,340 @@
+"""The spares of sequences and cached prefixes: what they lack, and which takes a lost part's place. Pure.
+
+A spare is a part of its owner's that no row reads. Forks of an owner fork its spares, so pages that several owners
+share are kept once in spares too. Its pages count as unused ones, like those of prefixes that nobody uses, and go first
+where others need them: a spare is never a reason that a sequence waits or is preempted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from lamina.errors import EngineError
+from lamina.scheduling.kv_shares import NO_PAGES, Layout, Layouts, Pages, Part, Place, Share, under
+from lamina.scheduling.page_runs import PageRuns, Run
+from lamina.scheduling.prefix_nodes import Node
+from lamina.scheduling.redundancy import groups
+from lamina.scheduling.request import ScheduledSequence, SchedulerConfig
+
+Owner = ScheduledSequence | Node
+
+
+@dataclass(eq=False, slots=True)
+class Spare:
+    """`part` has the pages of positions below `stored`, where a page begins, of the shares `of` its owner: the pages
+    themselves of one share, or of several the XOR, shares of fewer heads being zeros in the others. `run` counts
+    them. The holder may have taken pages up to position `reach` for a copy."""
+
+    of: Layout
+    part: Part
+    run: Run
+    stored: int
+    reach: int = 0
+
+
+class SpareCopy(NamedTuple):
+    """A spare of the owner `handle` is to get positions [lo, hi), which are whole pages."""
+
+    handle: int
+    spare: Spare
+    lo: int
+    hi: int
+
+
+class Spares:
+    """All spares, by the handles of their owners; the last ones are given up first."""
+
+    def __init__(self, config: SchedulerConfig, layouts: Layouts, runs: PageRuns) -> None:
+        self._config = config
+        self._redundancy = config.redundancy
+        self._layouts = layouts
+        self._runs = runs
+        self._of: dict[int, list[Spare]] = {}
+        self._groups: dict[Layout, list[Layout]] = {}  # of layouts, while the holders stay the same
+
+    def __iter__(self) -> Iterator[Spare]:
+        return (spare for spares in self._of.values() for spare in spares)
+
+    @property
+    def leaves(self) -> Iterator[Run]:
+        """The runs of all spares."""
+        return (spare.run for spare in self)
+
+    @property
+    def pages(self) -> Pages:
+        """The pages of all spares, each once."""
+        return self._runs.own({run for leaf in self.leaves for run in leaf.path() if not run.users})
+
+    @property
+    def doubtful(self) -> Pages:
+        """The most pages that holders have for copies that were begun, and did not end."""
+        pages = NO_PAGES
+        for spare in self:
+            if spare.reach > spare.run.hi:
+                pages += self._config.held((spare.part.share,), spare.run.hi, spare.reach, 0)
+        return pages
+
+    def of(self, handle: int) -> tuple[Spare, ...]:
+        """The spares of one owner."""
+        return tuple(self._of.get(handle, ()))
+
+    # Their owners are forked, moved and closed.
+
+    def forked(self, parent: int, handle: int, length: int, policy: str | None = None) -> None:
+        """An owner was made of the first `length` tokens of another, of that policy; None: of the other's."""
+        for spare in self.of(parent):
+            self._fork(spare, handle, length, under(spare.of, policy) if policy is not None else spare.of)
+
+    def close(self, handle: int) -> None:
+        """An owner is closed."""
+        for spare in self.of(handle):
+            self._drop(handle, spare)
+
+    def keep(self, handle: int, layout: Layout) -> None:
+        """An owner has this layout now: spares of other shares are closed."""
+        for spare in self.of(handle):
+            if not set(spare.of).issubset(layout):
+                self._drop(handle, spare)
+
+    def ended(self, handle: int, ended: Mapping[Share, Share], layout: Layout) -> None:
+        """Shares of an owner end where the values have it, above all that is stored: so do their spares. Those of
+        shares that are not in its new layout are closed, as are those whose holders do not know `Bound`."""
+        for spare in self.of(handle):
+            of = tuple(ended.get(share, share) for share in spare.of)
+            end = max(share.hi for share in of)
+            if not set(of).issubset(layout) or (part := self._layouts.bound(spare.part, end)) is None:
+                self._drop(handle, spare)
+            else:
+                spare.of, spare.part, spare.run.share = of, part, part.share
+
+    def cut(self, handle: int, length: int) -> None:
+        """The first `length` tokens of an owner count, the others are computed again."""
+        for spare in self.of(handle):
+            if spare.stored > length:
+                self._drop(handle, spare)
+
+    # Their pages.
+
+    def give_up(self, at: Container[Place]) -> bool:
+        """Close the last spare in these pools. False where there is none."""
+        for handle in reversed(self._of):
+            for spare in self._of[handle]:
+                if spare.part.share.at in at:
+                    self._drop(handle, spare)
+                    return True
+        return False
+
+    def leave(self, holders: Container[int]) -> None:
+        """Close all spares at these holders."""
+        self.holders_changed()
+        for handle in list(self._of):
+            for spare in self.of(handle):
+                if spare.part.share.holder in holders:
+                    self._drop(handle, spare)
+
+    def holders_changed(self) -> None:
+        """Holders have come or gone. Spares at lost ones are gone too."""
+        self._groups.clear()
+        there = self._layouts.pages
+        for handle in list(self._of):
+            for spare in self.of(handle):
+                if spare.part.share.at not in there:
+                    self._drop(handle, spare)
+
+    def _keep(self, handle: int, spare: Spare) -> Spare:
+        self._of.setdefault(handle, []).append(spare)
+        return spare
+
+    def _remove(self, handle: int, spare: Spare) -> None:
+        self._of[handle].remove(spare)
+        if not self._of[handle]:
+            del self._of[handle]
+
+    def _drop(self, handle: int, spare: Spare) -> None:
+        self._remove(handle, spare)
+        self._layouts.close_parts((spare.part,), self._runs.own((spare.run,)))
+        self._runs.close({spare.part.share: spare.run})
+
+    def _fork(self, spare: Spare, handle: int, length: int, of: Layout) -> Spare | None:
+        """A spare for another owner's shares, with what a spare has of the first `length` tokens; None: nothing."""
+        share = replace(spare.part.share, policy=of[0].policy)
+        cut = min(spare.stored, length - length % self._config.page_size)
+        if cut <= share.lo or not self._config.unbounded(share.policy):
+            return None
+        part = self._layouts.fork_part(spare.part, cut, share)
+        forks = self._runs.fork({spare.part.share: spare.run}, cut, True, 0, 0, share.policy)
+        return self._keep(handle, Spare(of, part, forks[share], cut))
+
+    # What they lack.
+
+    def next_copy(
+        self, owner: Owner, length: int, least: int, most: int, room: Pages, others: Callable[[], Iterable[Owner]]
+    ) -> SpareCopy | None:
+        """What a spare of an owner of `length` tokens is to get next, `most` tokens at most; a spare that lacks fewer
+        than `least` has all. A spare that is not there is opened first, or forked off one of the `others`, where these
+        share pages with the owner. None where it lacks nothing, or there is no `room` for it."""
+        if owner.handle is None or not self._protects(owner.layout):
+            return None
+        wanted, size = self._wanted(owner.layout), self._config.page_size
+        for present in self.of(owner.handle):
+            if present.of not in wanted or not self._apart(present):
+                self._drop(owner.handle, present)
+        for group in wanted:
+            end = min(length, group[0].hi)
+            end -= end % size
+            least_here = least if group[0].hi > length else size
+            own = [spare for spare in self.of(owner.handle) if spare.of == group]
+            for number in range(self._redundancy.copies):
+                spare: Spare | None = own[number] if number < len(own) else None
+                at = group[0].lo if spare is None else spare.stored
+                if end - at < max(size, least_here):
+                    continue
+                if (found := self._further(owner, group, spare, at, end, others)) is not None:
+                    if spare is not None:
+                        self._drop(owner.handle, spare)
+                    spare, at = self._fork(found[0], owner.handle, found[1], group), found[1]
+                if spare is None and (spare := self._open(owner.handle, group, room)) is None:
+                    continue
+                stop = min(end, at + max(size, most - most % size))
+                if at < stop and room.covers(self._config.held((spare.part.share,), at, stop, 0)):
+                    return SpareCopy(owner.handle, spare, at, stop)
+        return None
+
+    def begins(self, copy: SpareCopy) -> None:
+        """A spare is getting its positions."""
+        copy.spare.reach = max(copy.spare.reach, copy.hi)
+
+    def took(self, copy: SpareCopy) -> None:
+        """The holder has taken the pages of a copy, and has those that a copy before left no more."""
+        copy.spare.reach = copy.hi
+        self._runs.extend(copy.spare.run, copy.hi)
+
+    def copied(self, copy: SpareCopy) -> None:
+        """A spare has got its positions."""
+        copy.spare.stored = copy.hi
+
+    def stands(self, copy: SpareCopy) -> bool:
+        """Whether the spare of a copy is still there, and wants it."""
+        return copy.spare in self.of(copy.handle) and copy.spare.stored == copy.lo
+
+    def covered(self, owner: Owner, length: int) -> tuple[int, int]:
+        """Of how many tokens, by head, an owner of `length` tokens has all its spares, and how many it has at
+        attention workers."""
+        covered = total = 0
+        of = self.of(owner.handle or 0)
+        for share in () if self._layouts.is_local(owner.layout) else owner.layout:
+            end = min(length, share.hi)
+            if end <= share.lo:
+                continue
+            total += (end - share.lo) * len(share.heads)
+            stored = [min(spare.stored, end) for spare in of if share in spare.of]
+            if len(stored) >= self._redundancy.copies:
+                covered += max(0, min(stored) - share.lo) * len(share.heads)
+        return covered, total
+
+    def _protects(self, layout: Layout) -> bool:
+        """Whether the KV of owners in this layout has spares: where it is in attention workers, and all is kept."""
+        return (
+            bool(self._redundancy and layout)
+            and self._config.unbounded(layout[0].policy)
+            and len(self._layouts.hosts(layout[0])) > 1
+            and not self._layouts.is_local(layout)
+        )
+
+    def _wanted(self, layout: Layout) -> list[Layout]:
+        if layout not in self._groups:
+            if len(self._groups) > 4096:
+                self._groups.clear()
+            self._groups[layout] = groups(
+                layout, self._redundancy, lambda share: self._layouts.hosts(share, alike=True)
+            )
+        return self._groups[layout]
+
+    def _apart(self, spare: Spare) -> bool:
+        """Whether a spare lies apart from all that it protects."""
+        return all(spare.part.share.holder != share.holder for share in spare.of)
+
+    def _taken(self, handle: int, group: Layout, but: Spare | None = None) -> set[int]:
+        """The holders that can have no further spare of a group, or none in the place of one."""
+        spares = (spare for spare in self.of(handle) if spare.of == group and spare is not but)
+        return {share.holder for share in group}.union(spare.part.share.holder for spare in spares)
+
+    def _open(self, handle: int, group: Layout, room: Pages) -> Spare | None:
+        """An empty spare at the holder with the most room; None where no holder can have it."""
+        taken, pool = self._taken(handle, group), group[0].pool
+        there = self._layouts.hosts(group[0], alike=len(group) > 1)
+        numbers = [number for number in there if number not in taken]
+        if not numbers:
+            return None
+        best = max(numbers, key=lambda number: room.get((number, pool), 0))
+        share = replace(group[0], holder=best, heads=max((share.heads for share in group), key=len))
+        if not room.covers(self._config.held((share,), share.lo, share.lo + self._config.page_size, 0)):
+            return None
+        (part,) = self._layouts.open_beside((share,))
+        return self._keep(handle, Spare(group, part, Run(share, share.lo, share.lo, users=0), share.lo))
+
+    def _further(
+        self, owner: Owner, group: Layout, spare: Spare | None, at: int, end: int,
+        others: Callable[[], Iterable[Owner]],
+    ) -> tuple[Spare, int] | None:  # fmt: skip
+        """A spare of another owner that can take the place of one with the first `at` tokens, since it has more of the
+        pages that both owners share; and up to where it has them."""
+        leaf = owner.runs.get(group[0])
+        if leaf is None or owner.handle is None or leaf.lo <= at:
+            return None
+        taken, best, most = self._taken(owner.handle, group, spare), None, at
+        for other in others():
+            for theirs in self.of(other.handle or 0) if other is not owner else ():
+                known = theirs.stored > most and under(theirs.of, group[0].policy) == group
+                if not known or theirs.part.share.holder in taken or theirs.of[0] not in other.runs:
+                    continue
+                same = min(theirs.stored, self._runs.common(leaf, other.runs[theirs.of[0]]), end)
+                if same > most:
+                    best, most = theirs, same
+        return None if best is None else (best, most)
+
+    # A lost part is replaced.
+
+    def replica(self, handle: int, lost: Share) -> Spare | None:
+        """The replica of a lost share that has the most; None where none has anything."""
+        found = (spare for spare in self.of(handle) if spare.of == (lost,) and spare.stored > lost.lo)
+        return max(found, key=lambda spare: spare.stored, default=None)
+
+    def parity(self, owner: Owner, lost: Share) -> Spare | None:
+        """The parity from which a lost share can be read: it is there, and so are the others of the group."""
+        there = self._layouts.pages
+        for spare in self.of(owner.handle or 0):
+            others = [share for share in spare.of if share != lost]
+            whole = others and all(share in owner.layout and share.at in there for share in others)
+            if lost in spare.of and whole and spare.stored > lost.lo:
+                return spare
+        return None
+
+    def promote(self, owner: Owner, lost: Share, spare: Spare, users: int) -> Share:
+        """A replica takes the place of its owner's lost share. Returns the share that it is. `users`: whether the owner
+        is in use (1)."""
+        if owner.handle is None:
+            raise EngineError("a closed owner has no spares")
+        share = spare.part.share
+        self._remove(owner.handle, spare)
+        self._runs.close({lost: owner.runs.pop(lost)})
+        self._runs.use({share: spare.run}, users)
+        owner.runs[share] = spare.run
+        self.replaced(owner, lost, share)
+        self._layouts.promote(owner.handle, lost, spare.part, share)
+        return share
+
+    def reopen(self, owner: Owner, lost: Share, share: Share, users: int) -> None:
+        """An empty part takes the place of one that was lost empty."""
+        self._runs.close({lost: owner.runs.pop(lost)})
+        owner.runs[share] = Run(share, share.lo, share.lo, users=users)
+        self.replaced(owner, lost, share)
+        self._layouts.promote(owner.handle or 0, lost, None, share)
+
+    def replaced(self, owner: Owner, lost: Share, share: Share) -> None:
+        """An owner has `share` in the place of a lost one, with the same KV: the other spares protect it."""
+        owner.layout = tuple(share if each == lost else each for each in owner.layout)
+        for spare in self.of(owner.handle or 0):
+            spare.of = tuple(share if each == lost else each for each in spare.of)

@@ -1,0 +1,119 @@
+"""Workers that are not dead but bad, as processes: one that hangs again and again, one whose line changes bits, one
+that gets no memory any more. Others serve meanwhile, and no token changes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evaluate.fault_injection.proxy import Proxy, Toxic
+from real_workers import ports, until, worker_process, write_tiny_model
+
+from lamina import LLM
+from lamina.deploy.circuit_breaker import FLAPPING, QUARANTINE
+
+pytestmark = pytest.mark.real
+
+PROMPTS = [[index % 101 for index in range(length)] for length in (3, 40)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@contextlib.contextmanager
+def running(model: Path, workers: list[str], **options: Any) -> Iterator[LLM]:
+    defaults: dict[str, Any] = {
+        "dtype": "float32", "threads": 1, "page_size": 16, "kv_memory": "8MiB", "prefix_cache": False, "lanes": 1,
+        "local_share": 0, "worker_timeout": 0.5, "local_channel": False,
+    }  # fmt: skip
+    with LLM(model, progress=False, attention_workers=workers, **{**defaults, **options}) as llm:
+        yield llm
+
+
+def gather(llm: LLM, after: Callable[[int], None] = lambda count: None) -> list[list[int]]:
+    tokens: list[list[int]] = [[] for _ in PROMPTS]
+    for count, event in enumerate(llm.stream(PROMPTS, max_tokens=30, temperature=0), 1):
+        tokens[event.prompt_index].append(event.token_id)
+        after(count)
+    return tokens
+
+
+def held(llm: LLM) -> dict[str, str]:
+    pool = llm._runtime.pools.attention  # type: ignore[union-attr]
+    return dict(pool.breakers.held()) if pool else {}
+
+
+def test_a_worker_that_hangs_again_and_again_is_held_back(model: Path) -> None:
+    """It was used each time that it answered again, and stopped everybody for `worker_timeout` each time."""
+    with worker_process() as bad, worker_process() as good, running(model, [bad.address, good.address]) as llm:
+        expected = gather(llm)
+
+        def hang(count: int) -> None:
+            if count == 10:
+                os.kill(bad.process.pid, signal.SIGSTOP)
+
+        for _ in range(3):
+            until(lambda: len(ports(llm)) == 2)
+            assert gather(llm, hang) == expected
+            assert [port.address for port in ports(llm)] == [good.address]
+            os.kill(bad.process.pid, signal.SIGCONT)
+        until(lambda: list(held(llm).values()) == ["open"])
+        assert gather(llm) == expected
+        assert [port.address for port in ports(llm)] == [good.address]
+        os.kill(good.process.pid, signal.SIGKILL)  # then the bad one is better than none
+        until(lambda: [port.address for port in ports(llm)] == [bad.address])
+        assert gather(llm) == expected
+
+
+def test_a_worker_behind_a_line_that_changes_bits_is_quarantined(model: Path) -> None:
+    """Without TLS Lamina's checksum alone notices it. A host that is not loopback by its name gets one."""
+    with contextlib.ExitStack() as stack:
+        bad, good = (stack.enter_context(worker_process()) for _ in range(2))
+        proxy = stack.enter_context(Proxy(bad.address))
+        here = [address.replace("127.0.0.1", "0.0.0.0") for address in (proxy.address, good.address)]
+        llm = stack.enter_context(running(model, here, insecure=True))
+        expected = gather(llm)
+        # Some bits are HTTP/2's: then the stream breaks, a loss like any other. These are not to open the breaker.
+        llm._runtime.pools.attention.breakers._limits = replace(FLAPPING, threshold=1000), QUARANTINE  # type: ignore[union-attr]
+
+        def spoil(count: int) -> None:
+            if count == 5:
+                proxy.toxic = Toxic(flip=1.0)
+
+        end = time.monotonic() + 60
+        while "quarantined" not in held(llm).values():
+            assert time.monotonic() < end
+            until(lambda: len(ports(llm)) == 2 or bool(held(llm)))
+            assert gather(llm, spoil) == expected
+            proxy.toxic = Toxic()
+            proxy.reset()
+            time.sleep(0.1)
+        assert gather(llm) == expected
+
+
+def test_a_worker_that_gets_no_memory_costs_no_token(model: Path) -> None:
+    with worker_process() as bad, worker_process() as good, running(model, [bad.address, good.address]) as llm:
+        expected = gather(llm)
+
+        def starve(count: int) -> None:
+            if count == 5:
+                pages = int(Path(f"/proc/{bad.process.pid}/statm").read_text().split()[0])
+                size = pages * resource.getpagesize()
+                resource.prlimit(bad.process.pid, resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
+
+        assert gather(llm, starve) == expected
+        long = [[index % 101 for index in range(400)] for _ in range(8)]
+        texts = [completion.token_ids for completion in llm.generate(long, max_tokens=20, temperature=0)]  # type: ignore[union-attr]
+        resource.prlimit(bad.process.pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        assert set(texts) == {llm.generate(long[0], max_tokens=20, temperature=0).token_ids}  # type: ignore[union-attr]
+        assert good.process.poll() is None

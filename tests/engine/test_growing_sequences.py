@@ -1,0 +1,158 @@
+"""Sequences go on at holders that join, away from those that are drained or full, and their text stays the same."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import pytest
+from engine_rig import BytesPort, Rig, collect
+from kv_pools import pool_of
+from running_streams import Streams, held
+from scripted_drafts import Scripted, texts_of
+
+from lamina.sampling_params import SamplingParams
+from lamina.scheduling import balance
+from lamina.scheduling.holder import Holder
+from lamina_protocols.messages import Announcement, Bound, Request
+from lamina_workers.attention_worker.attention_worker import AttentionWorker
+
+chance = random.Random(3)
+PROMPTS = [[chance.randrange(101) for _ in range(n)] for n in (3, 40, 70, 150)]
+TOKENS = 150
+PAGES = 9  # of 16 tokens of a sequence: three layers, three heads
+
+
+@pytest.fixture(scope="module")
+def expected(decoder: Any) -> list[list[int]]:
+    rig = Rig(decoder)
+    tokens = rig.generate(PROMPTS, max_tokens=TOKENS)
+    rig.close()
+    return [sample for (sample,) in tokens]
+
+
+def join(rig: Rig, pages: int | None = None, port: Any = BytesPort) -> int:
+    number = max(rig.workers) + 1
+    rig.workers[number] = AttentionWorker(rig.holder)
+    joining = port(rig.workers[number])
+    joining.name = f"worker-{number}"
+    rig.engine.join(joining, Holder((pages or rig.pages,)))
+    return number
+
+
+def stored(rig: Rig, number: int) -> int:
+    return rig.workers[number].counters.vectors_stored
+
+
+@pytest.mark.parametrize("shard", ["heads", "sequence", "heads+sequence"])
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_running_sequences_go_on_at_a_holder_that_joins_and_no_byte_moves(decoder, expected, shard, lanes, monkeypatch):
+    monkeypatch.setattr(balance, "PAYS", TOKENS)  # no move does
+    rig = Rig(decoder, shard=shard, weights=(1, 1), lanes=lanes, prefix_cache=True)
+    streams = Streams(rig, PROMPTS, TOKENS, 20)
+    with held(rig):
+        number = join(rig)
+    streams.read(40)
+    with held(rig):
+        before = [stored(rig, old) for old in (1, 2)]
+    assert streams.tokens() == expected
+    later = [stored(rig, old) - had for old, had in zip((1, 2), before, strict=True)]
+    assert stored(rig, number) > max(later)
+    assert rig.engine._tiering._migration.tokens == 0
+    counters = rig.scheduler.counters
+    assert (counters.preempted, counters.rebuilt_tokens) == (0, 0)
+    assert [sample for (sample,) in rig.generate(PROMPTS, max_tokens=TOKENS)] == expected  # over cached prefixes
+    rig.close()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_text_stays_the_same_whatever_joins_drains_and_is_lost(decoder, seed):
+    """Forks of several samples, prefixes, drafts, lanes, aborts; holders come and go at any moment."""
+    drawn = random.Random(seed)
+    shard = drawn.choice(("heads", "sequence", "heads+sequence"))
+    prefix = [drawn.randrange(101) for _ in range(40)]
+    prompts = [
+        prefix[: drawn.randint(1, 40)] + [drawn.randrange(101) for _ in range(drawn.randint(1, 60))] for _ in range(6)
+    ]
+    reference = Rig(decoder, pages=4000)
+    answers = reference.generate(prompts, max_tokens=90, n=2)
+    reference.close()
+    proposer = Scripted(texts_of(prompts, answers), "some", 101, seed) if seed % 2 else None
+    rig = Rig(
+        decoder, shard=shard, weights=(1, 1), lanes=1 + seed % 2, max_batch_tokens=48, pages=700, port=BytesPort,
+        prefix_cache=drawn.random() < 0.7, proposer=proposer,
+    )  # fmt: skip
+    for number, port in rig.ports.items():
+        port.name = f"worker-{number}"
+    params = SamplingParams(max_tokens=90, n=2).with_defaults({})
+    submitted = []
+    for prompt in prompts:
+        submitted.append(rig.submit(prompt, params))
+        time.sleep(drawn.random() * 0.05)
+        names = list(rig.engine._holders.names.values())
+        happens = drawn.random()
+        if happens < 0.5:
+            join(rig)
+        elif happens < 0.75 and len(names) > 1:
+            rig.engine.drain(drawn.choice(names))
+        elif len(names) > 1:
+            rig.engine.leave(drawn.choice(names))
+    for (_, inbox), answer in zip(submitted, answers, strict=True):
+        assert collect(inbox, 2) == answer
+    rig.close()
+
+
+def test_a_sequence_at_a_full_holder_goes_on_at_another_and_nobody_gives_way(decoder, expected):
+    rig = Rig(decoder, shard="heads", weights=(1,), pages=PAGES * 30)  # of which the prompts take 20
+    streams = Streams(rig, PROMPTS, TOKENS, 1)
+    number = join(rig, pages=10_000)
+    assert streams.tokens() == expected
+    assert rig.scheduler.counters.preempted == 0
+    assert stored(rig, number) > 0
+    rig.close()
+
+
+def test_what_a_drained_holder_would_get_goes_elsewhere_at_once(decoder, expected):
+    rig = Rig(decoder, shard="heads", weights=(1, 1))
+    streams = Streams(rig, PROMPTS, TOKENS, 1)
+    with held(rig):
+        done = rig.engine.drain("worker-1")
+        before = stored(rig, 1)
+    assert done.result(timeout=60) > 0
+    assert streams.tokens() == expected
+    assert stored(rig, 1) <= before + 4 * 16 * 3 * 3  # what was left of their pages
+    assert pool_of(rig.workers[1]).store.free_pages == rig.pages
+    rig.close()
+
+
+def test_a_holder_that_cannot_be_told_keeps_what_it_has(decoder, expected, monkeypatch):
+    """Of the previous version of the protocol."""
+    monkeypatch.setattr(balance, "PAYS", TOKENS)  # no move does
+    seen: list[Request] = []
+    rig = Rig(decoder, shard="heads", weights=(1,), port=lambda worker: BytesPort(worker, seen.append))
+    for holder in rig.placement.holders.values():
+        holder.features = frozenset()
+    streams = Streams(rig, PROMPTS, TOKENS, 1)
+    number = join(rig)
+    assert streams.tokens() == expected
+    assert stored(rig, number) == 0
+    operations = [each for message in seen if isinstance(message, Announcement) for each in message.operations]
+    assert not any(isinstance(operation, Bound) for operation in operations)
+    rig.close()
+
+
+def test_old_kv_follows_in_the_background_where_that_pays(decoder):
+    rig = Rig(decoder, shard="heads", weights=(1,))
+    asked = [prompt * 2 for prompt in PROMPTS[1:]]
+    params = {"max_tokens": 600}
+    reference = Rig(decoder)
+    expected = [sample for (sample,) in reference.generate(asked, **params)]
+    reference.close()
+    streams = Streams(rig, asked, 600, 5)
+    join(rig)
+    assert streams.tokens() == expected
+    assert rig.engine._tiering._migration.sequences > 0
+    assert not rig.engine._tiering._balancer._active
+    assert rig.scheduler.counters.preempted == 0
+    rig.close()

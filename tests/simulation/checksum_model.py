@@ -1,0 +1,220 @@
+"""A model whose text is a checksum of its KV, in place of a decoder, and the same text without any engine.
+
+Keys and values are small integers, hashed from token, position, layer and head. Of two query heads of a KV head, one
+has q = 0: attention weighs all keys it sees alike, so its output times their number is the exact sum of their values.
+The other has q = ln 2 at one dimension of k, which is 0 or 1 in each key: keys with a 1 weigh twice, so its output
+times the sum of the weights is an integer too, which depends on k. The next token is a hash of all these sums, and so
+are the keys and values of the next layer: KV that is missing, there twice, out of date or of another sequence changes
+the text, there and for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scenario import VOCABULARY
+
+from lamina_protocols.layers import LayerSpec
+from lamina_workers.decoder.model import Batch, Forward, KeyValueReady, QueryReady
+from lamina_workers.decoder.sampler import uniform
+from lamina_workers.policies.catalogue import parse
+
+Ints = npt.NDArray[np.int64]
+
+LAYERS = 2
+KV_HEADS = 4
+WIDTH = 16  # of k and v: eight values, then the eight bits of k
+BITS = 8
+_SCALE = 0.25
+_MIXERS = np.array([0xBF58476D1CE4E5B9, 0x94D049BB133111EB], np.uint64)
+_TOKEN, _POSITION, _LAYER, _HEAD = (
+    np.uint64(x) for x in (0x9E3779B97F4A7C15, 0xD1B54A32D192ED03, 0xABC98388FB8FAC03, 0x8CB92BA72F3D8DD7)
+)
+_SHIFTS = (np.arange(8) * 6).astype(np.uint64)
+_BIT_SHIFTS = (48 + np.arange(BITS)).astype(np.uint64)
+_HEADS = np.arange(KV_HEADS, dtype=np.uint64) * _HEAD + np.arange(1, LAYERS + 1, dtype=np.uint64)[:, None] * _LAYER
+_COEFFICIENTS = np.random.default_rng(7).integers(1 << 40, size=(LAYERS, 2 * KV_HEADS * WIDTH)).astype(np.int64)
+_LN2 = float(np.log(2.0)) / _SCALE
+
+
+def layer_specs(policy: str = "") -> tuple[LayerSpec, ...]:
+    """What holders know of the model's layers."""
+    spec = LayerSpec(0, 2 * KV_HEADS, KV_HEADS, WIDTH, WIDTH, _SCALE, policies=(policy,) * KV_HEADS if policy else ())
+    return tuple(replace(spec, kv_layer=layer) for layer in range(LAYERS))
+
+
+def _mixed(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """SplitMix64's finalizer."""
+    x = (x ^ (x >> np.uint64(30))) * _MIXERS[0]
+    x = (x ^ (x >> np.uint64(27))) * _MIXERS[1]
+    return x ^ (x >> np.uint64(31))
+
+
+def _entering(tokens: Ints, positions: Ints) -> npt.NDArray[np.uint64]:
+    """What enters layer 0, `[T]`."""
+    return _mixed(tokens.astype(np.uint64) * _TOKEN + positions.astype(np.uint64) * _POSITION + np.uint64(1))
+
+
+def _values(x: npt.NDArray[np.uint64], layer: int) -> Ints:
+    """v, `[T, KV_HEADS, WIDTH]`: values from -32 to 31, then the bits of k."""
+    z = _mixed(x[:, None] + _HEADS[layer])[..., None]
+    v = np.empty((*z.shape[:2], WIDTH), np.int64)
+    v[..., :8] = ((z >> _SHIFTS) & np.uint64(63)).astype(np.int64) - 32
+    v[..., 8:] = ((z >> _BIT_SHIFTS) & np.uint64(1)).astype(np.int64)
+    return v
+
+
+def _leaving(x: npt.NDArray[np.uint64], sums: Ints, layer: int) -> npt.NDArray[np.uint64]:
+    """What leaves a layer, `[T]`. sums: `[T, 2 * KV_HEADS * WIDTH]`, of the even and odd query heads in order."""
+    return _mixed((sums @ _COEFFICIENTS[layer]).astype(np.uint64) + x)
+
+
+def _bit_of(positions: Ints) -> Ints:
+    """Which bit of k the odd query heads weigh, `[T, KV_HEADS]`."""
+    return (positions[:, None] + np.arange(KV_HEADS)) % BITS
+
+
+def _candidates(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+    """The two likeliest tokens, alike likely, in order: `[T, 2]`."""
+    one = (x % np.uint64(VOCABULARY)).astype(np.int64)
+    other = (one + 1 + ((x >> np.uint64(20)) % np.uint64(VOCABULARY - 1)).astype(np.int64)) % VOCABULARY
+    return np.stack([np.minimum(one, other), np.maximum(one, other)], 1)
+
+
+class Seen:
+    """Which keys a query sees under a policy: ranges of positions."""
+
+    def __init__(self, policy: str) -> None:
+        self._policy = parse(policy) if policy else None
+        self.ranges = lru_cache(maxsize=4096)(self._ranges)
+
+    def _ranges(self, position: int) -> tuple[tuple[int, int], ...]:
+        if self._policy is None:
+            return ((0, position + 1),)
+        return tuple(next(self._policy.views(position, 1)).seen(position))
+
+    def count(self, position: int) -> int:
+        """How many keys the query at a position sees."""
+        return sum(end - first for first, end in self.ranges(position))
+
+
+class ChecksumDecoder:
+    """As `lamina_workers.decoder.model.Decoder`, as far as a `ModelWorker` uses it."""
+
+    def __init__(self, policy: str = "") -> None:
+        self.config: Any = SimpleNamespace(
+            vocab_size=VOCABULARY,
+            rope=SimpleNamespace(by_length=False),
+            index=None,
+            layer_specs=lambda: layer_specs(policy),
+        )
+        self.device = torch.device("cpu")
+        self.dtype = torch.float32
+        self._seen = Seen(policy)
+
+    def state_constants(self) -> dict[int, Any]:
+        """None: no layer keeps a state."""
+        return {}
+
+    def forward(
+        self,
+        batch: Batch,
+        hidden: torch.Tensor | None = None,
+        first_layer: int = 0,
+        attended: torch.Tensor | None = None,
+        query_first: bool = False,
+    ) -> Forward:
+        """As `Decoder.forward`. `hidden`, float32 `[T, 4]`: the stream, 16 bits in each number."""
+        positions = batch.positions.numpy()
+        counts = np.array([self._seen.count(p) for p in positions.tolist()], np.float64)
+        bits = _bit_of(positions)
+        x = _entering(batch.token_ids.numpy(), positions) if hidden is None else _unpacked(hidden)
+        tokens, rows = len(positions), np.arange(len(positions))
+        for layer in range(first_layer, LAYERS):
+            if attended is None:
+                v = _values(x, layer)
+                q = np.zeros((tokens, 2 * KV_HEADS, WIDTH), np.float32)
+                q[rows[:, None], np.arange(1, 2 * KV_HEADS, 2), bits] = _LN2
+                k = np.zeros((tokens, KV_HEADS, WIDTH), np.float32)
+                k[..., :BITS] = v[..., 8:]
+                yield QueryReady(layer, torch.from_numpy(q), early=query_first)
+                attended = yield KeyValueReady(
+                    layer, torch.from_numpy(k), torch.from_numpy(v.astype(np.float32)), _packed(x)
+                )
+            if attended is None:
+                raise ValueError(f"layer {layer} needs the output that answers its last event, got None")
+            x = _leaving(x, _summed(attended.numpy(), counts, bits), layer)
+            attended = None
+        chosen = _candidates(x[batch.sampled.numpy()])
+        logits = np.full((len(chosen), VOCABULARY), -1e4, np.float32)
+        np.put_along_axis(logits, chosen, 5.0, 1)
+        return torch.from_numpy(logits)
+
+
+def _summed(attended: npt.NDArray[np.float32], counts: npt.NDArray[np.float64], bits: Ints) -> Ints:
+    """The sums of which the output has means, as integers `[T, 2 * KV_HEADS * WIDTH]`."""
+    out = attended.reshape(len(counts), KV_HEADS, 2, WIDTH).astype(np.float64)
+    even = np.rint(out[:, :, 0] * counts[:, None, None])
+    ones = np.take_along_axis(even, 8 + bits[:, :, None], 2)
+    odd = np.rint(out[:, :, 1] * (counts[:, None, None] + ones))
+    both = np.stack([even, odd], 2).reshape(len(counts), -1)
+    return np.nan_to_num(both, nan=1e9, posinf=1e9, neginf=-1e9).astype(np.int64)
+
+
+def _packed(x: npt.NDArray[np.uint64]) -> torch.Tensor:
+    return torch.from_numpy(x.view(np.uint16).reshape(-1, 4).astype(np.float32))
+
+
+def _unpacked(hidden: torch.Tensor) -> npt.NDArray[np.uint64]:
+    return hidden.numpy().astype(np.uint16).view(np.uint64).reshape(-1)
+
+
+class Reference:
+    """One sequence, computed without attention: running sums of its values."""
+
+    def __init__(self, policy: str, room: int) -> None:
+        self._seen = Seen(policy)
+        self._length = 0
+        # Of the first n positions, for each layer and KV head: sums of v, and of v where a bit of k is 1.
+        self._plain = np.zeros((LAYERS, room + 1, KV_HEADS, WIDTH), np.int64)
+        self._weighed = np.zeros((LAYERS, room + 1, KV_HEADS, BITS, WIDTH), np.int64)
+
+    def append(self, tokens: list[int]) -> npt.NDArray[np.int64]:
+        """The candidates for the token that follows the last of these."""
+        lo, hi = self._length, self._length + len(tokens)
+        positions = np.arange(lo, hi)
+        bits = _bit_of(positions)
+        x = _entering(np.array(tokens), positions)
+        for layer in range(LAYERS):
+            v = _values(x, layer)
+            plain, weighed = self._plain[layer], self._weighed[layer]
+            plain[lo + 1 : hi + 1] = plain[lo] + np.cumsum(v, 0)
+            weighed[lo + 1 : hi + 1] = weighed[lo] + np.cumsum(v[..., 8:, None] * v[..., None, :], 0)
+            even, odd = self._sums(plain, positions), self._sums(weighed, positions)
+            odd = even + np.take_along_axis(odd, bits[:, :, None, None], 2)[:, :, 0]
+            x = _leaving(x, np.stack([even, odd], 2).reshape(len(tokens), -1), layer)
+        self._length = hi
+        return _candidates(x[-1:])[0]
+
+    def _sums(self, upto: Ints, positions: Ints) -> Ints:
+        """Over what each position sees."""
+        ranges = [self._seen.ranges(p) for p in positions.tolist()]
+        return np.stack([sum(upto[end] - upto[first] for first, end in each) for each in ranges])  # type: ignore[arg-type]
+
+
+def text(prompt: tuple[int, ...], tokens: int, policy: str, seed: int | None, sample: int) -> Iterator[int]:
+    """What the model generates: greedily, or with a temperature where there is a seed."""
+    reference = Reference(policy, len(prompt) + tokens)
+    low, high = reference.append(list(prompt))
+    for position in range(tokens):
+        token = low if seed is None or uniform(seed, sample, position) < 0.5 else high
+        yield int(token)
+        if position < tokens - 1:
+            low, high = reference.append([int(token)])

@@ -1,0 +1,38 @@
+"""Bugs that the simulation has found, each as the small scenario that showed it. All are mended."""
+
+from __future__ import annotations
+
+import pytest
+from oracle import violations
+from scenario import Delay, KillEngine, KillWorker, Leave, Scenario, Setup, Submit, run
+
+FOUND = {
+    # A request that came while a worker was away was told that the KV memory could never hold it, though the worker
+    # was about to come back.
+    "room of a worker that comes back": Scenario(
+        setup=Setup(workers=(88,), local_pages=40, local_tier=True, timeout=0.2),
+        events=(
+            Submit(0.0, request=0, prompt=17, tokens=8),
+            KillWorker(0.05, worker=0, back=0.8),
+            Submit(0.5, request=1, prompt=90, tokens=48),
+        ),
+        heals=0.9,
+    ),
+    # A sample that its client ended while there was no engine was ended a second time by the next one.
+    "abort between two engines": Scenario(
+        setup=Setup(journal=True, link=True),
+        events=(
+            Submit(0.0, request=3, prompt=1, tokens=1, samples=3),
+            Delay(0.00029, worker=0, seconds=0.02, extra=0.1),
+            KillEngine(0.03838, back=0.0, torn=1),
+            Leave(0.03865, request=3, sample=0),
+        ),
+        heals=0.6,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_found_bug_stays_mended(name: str) -> None:
+    outcome = run(FOUND[name])
+    assert violations(FOUND[name], outcome) == [], outcome.log[-30:]
