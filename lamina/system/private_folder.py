@@ -6,8 +6,11 @@ import contextlib
 import fcntl
 import os
 import shutil
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+_MEMORY = "/dev/shm"  # of Linux
 LOCK = "lock"  # the file in a folder that its process holds locked
 
 
@@ -43,6 +46,19 @@ def lock(folder: Path) -> int:
         os.ftruncate(file, 0)
         os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
     return file
+
+
+def for_sockets(folder: Path) -> Path:
+    """A private folder in which sockets can be made: `folder`, or where its disk is read-only now, one of this process
+    in memory, if the system has memory for files."""
+    if os.access(folder, os.W_OK) or not os.access(_MEMORY, os.W_OK):
+        return folder
+    return Path(_in_memory().name)
+
+
+@cache
+def _in_memory() -> TemporaryDirectory[str]:
+    return TemporaryDirectory(prefix="lamina-", dir=_MEMORY)
 
 
 def sweep(parent: Path, prefix: str, file: str, before: float) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lamina.system.private_folder import LOCK, lock, sweep
+from lamina.system import private_folder
+from lamina.system.private_folder import LOCK, for_sockets, lock, sweep
 
 HOLDS = """
 import os, sys, time
@@ -49,3 +50,19 @@ def test_the_death_of_a_process_frees_its_folder(tmp_path: Path) -> None:
         holder.kill()
         holder.wait()
     os.close(lock(tmp_path))
+
+
+def test_sockets_go_to_memory_where_the_disk_is_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert for_sockets(tmp_path) == tmp_path
+    (tmp_path / "memory").mkdir()
+    monkeypatch.setattr(private_folder, "_MEMORY", str(tmp_path / "memory"))
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    private_folder._in_memory.cache_clear()
+    found = for_sockets(tmp_path)
+    assert found.parent == tmp_path / "memory"
+    assert found.stat().st_mode & 0o077 == 0
+    assert for_sockets(tmp_path) == found
+    private_folder._in_memory().cleanup()
+    private_folder._in_memory.cache_clear()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert for_sockets(tmp_path) == tmp_path

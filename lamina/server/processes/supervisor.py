@@ -37,7 +37,7 @@ from lamina.server.processes.listening import address_of, listening, signals
 from lamina.server.processes.machine_role import MachineRole
 from lamina.server.processes.server_plan import Reporter, ServerPlan
 from lamina.system.child_process import ChildProcess, end_all, module_command
-from lamina.system.private_folder import LOCK, lock, sweep
+from lamina.system.private_folder import LOCK, for_sockets, lock, sweep
 
 ENGINE_MODULE = "lamina.server.processes.engine_main"
 HTTP_MODULE = "lamina.server.processes.http_main"
@@ -168,7 +168,7 @@ class Supervisor:
         return {"journal": str(folder if len(self._engines) == 1 else folder / engine.file_name)}
 
     def _socket_of(self, engine: EngineRole) -> str:
-        return str(self._folder / engine.socket_name)
+        return str(for_sockets(self._folder) / engine.socket_name)
 
     def _start_http(self) -> None:
         if self._socket is None:
