@@ -104,11 +104,13 @@ class SpareKeeper:
 
     def abandon(self) -> None:
         """Give up the copy under way: another epoch begins. It is begun again."""
-        run, self._run = self._run, None
+        run, work, self._run = self._run, self._work, None
         self._work = self._waiting = None
         if run is not None:
             run.close()
             self._due = True
+        if isinstance(work, SpareCopy):
+            self._spares.abandoned(work)
 
     def _begin(self, idle: bool) -> bool:
         """Begin the next copy. False where nothing is to be read back or lacks a spare, or there is no room for it."""
@@ -201,6 +203,8 @@ class SpareKeeper:
             self._due = False  # the books were wrong: not again before the next batch
             if isinstance(work, ReadBack):
                 self._not_read(work)
+            else:
+                self._spares.refused(work)
             return isinstance(work, ReadBack)
         if isinstance(work, ReadBack):
             self.tokens += self._end - work.at

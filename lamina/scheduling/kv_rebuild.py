@@ -153,6 +153,7 @@ class KvRebuild:
             owner.read = tuple(share for share in owner.read if share != read.share)
         elif owner.rebuild is not None:
             owner.rebuild.read = tuple(share for share in owner.rebuild.read if share != read.share)
+            self._rewrites(owner)
             if not owner.rebuild.read and owner.rebuild.at >= owner.rebuild.end:
                 owner.rebuild = None
 
@@ -246,9 +247,16 @@ class KvRebuild:
         if begins:
             at, end = min(begins.values()), min(sequence.computed, max(share.hi for share in begins))
             sequence.rebuild = Rebuild(tuple(begins), at, end, at)
-            # All of them store the rows from there on: what some have above, and share, they let go.
-            self._runs.rewrite({share: sequence.runs[share] for share in begins}, at)
+            self._rewrites(sequence)
         if read:
             whole = sequence.computed
             sequence.rebuild = sequence.rebuild or Rebuild((), whole, whole, whole)
             sequence.rebuild.read = read
+
+    def _rewrites(self, sequence: ScheduledSequence) -> None:
+        """What the next row of a rebuild stores is the sequence's own afterwards, also where a share has it already,
+        perhaps together with others."""
+        rebuild = sequence.rebuild
+        if rebuild is not None and rebuild.missing:
+            leaves = {share: sequence.runs[share] for share in rebuild.missing if share in sequence.runs}
+            self._runs.rewrite(leaves, rebuild.at)

@@ -215,6 +215,24 @@ class Spares:
         """A spare has got its positions."""
         copy.spare.stored = copy.hi
 
+    def refused(self, copy: SpareCopy) -> None:
+        """The holder has no room for a copy."""
+        copy.spare.reach = copy.spare.run.hi
+
+    def abandoned(self, copy: SpareCopy) -> None:
+        """A copy ended before its end. What its holder may have taken for it is given back: a fork of what is stored
+        takes the place of the part."""
+        spare = copy.spare
+        if spare not in self.of(copy.handle):
+            return
+        if spare.stored <= spare.part.share.lo:
+            self._drop(copy.handle, spare)
+            return
+        fork = self._layouts.fork_part(spare.part, spare.stored, spare.part.share)
+        self._runs.extend(spare.run, spare.stored)
+        self._layouts.close_parts((spare.part,), NO_PAGES)
+        spare.part, spare.reach = fork, spare.stored
+
     def stands(self, copy: SpareCopy) -> bool:
         """Whether the spare of a copy is still there, and wants it."""
         return copy.spare in self.of(copy.handle) and copy.spare.stored == copy.lo

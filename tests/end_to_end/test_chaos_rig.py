@@ -288,9 +288,11 @@ def eager(monkeypatch):
     monkeypatch.setattr(kv_spares, "SHARE", 2.0)
 
 
-@pytest.mark.parametrize("seed", FAST[:60])
+@pytest.mark.parametrize("seed", [ONE] if ONE else [2, 5, 13, 22, 33, 52, 66, *range(70, 88)])
 def test_whatever_happens_with_spares(models, expected, eager, seed):
-    run_with_spares(seed, models, expected)
+    """Rows of a rebuild wrote pages that the books had as shared (13 and 66); copies were made of parts that were still
+    to be read back (5, 22, 52)."""
+    run_with_spares(int(seed), models, expected)
 
 
 @pytest.mark.parametrize("seed", FAST)
@@ -308,6 +310,7 @@ def test_whatever_happens_while_sequences_change_their_tier(models, expected, se
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", MORE)
-def test_whatever_else_happens(models, expected, seed):
+def test_whatever_else_happens(models, expected, eager, seed):
     run(seed, models, expected)
     run_in_tiers(seed, models, expected)
+    run_with_spares(seed, models, expected)
