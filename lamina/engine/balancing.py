@@ -11,6 +11,8 @@ from lamina.scheduling.control_plane import ControlPlane
 
 logger = logging.getLogger("lamina")
 
+_GAPS = 4  # between batches, of which a move for balance alone uses one: nobody waits for it, and it slows all
+
 
 class Balancer:
     """Idle until `begin`, and again once nothing pays any more."""
@@ -20,7 +22,12 @@ class Balancer:
         self._scheduler = control.scheduler
         self._migration = migration
         self._active = False
-        self._moves = 0
+        self._moves = self._gap = 0
+
+    def leaves_out(self) -> bool:
+        """Whether moves leave out the gap between two batches that is now: those under way are for balance alone."""
+        self._gap = (self._gap + 1) % _GAPS
+        return self._active and self._gap > 0 and not self._placement.draining
 
     def begin(self) -> None:
         """A holder has joined."""

@@ -80,7 +80,7 @@ class TierController:
             self._placement.local_share = self._control.tuner.share
             self._choose()
         self._balancer.step()
-        if self.busy:
+        if self.busy and (waits or not self._balancer.leaves_out()):
             self._moving = True
             self._migration.step(PAUSE * self._step, waits)
 

@@ -75,17 +75,30 @@ class SlowDown:
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """The way to a worker is spoilt for so many seconds, or that of its data channel over TCP alone. Needs workers
-    behind proxies."""
+    """The way to a worker is spoilt for so many seconds. Needs workers behind proxies."""
 
     toxic: Toxic
     seconds: float
     which: int = 0
-    data_alone: bool = False
 
     def happen(self, world: World) -> None:
-        world.spoil(self.which, self.toxic, self.data_alone)
+        world.spoil(self.which, self.toxic)
         time.sleep(self.seconds)
+        world.spoil(self.which, HEALED)
+
+
+@dataclass(frozen=True, slots=True)
+class SpoilData:
+    """The data channel of a worker over TCP is spoilt until the server's log says something. Needs workers behind
+    proxies."""
+
+    toxic: Toxic
+    says: str
+    which: int = 0
+
+    def happen(self, world: World) -> None:
+        world.spoil(self.which, self.toxic, data_alone=True)
+        until(lambda: self.says in world.server.log)
         world.spoil(self.which, HEALED)
 
 
