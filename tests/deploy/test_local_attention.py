@@ -305,6 +305,6 @@ def test_a_drained_worker_is_not_taken_again_and_the_next_process_at_its_address
         assert changes.none_within(0.1)
         assert [status.state for status in workers.status()] == ["up", "lost"]
         hosts.begun["b:2"] = time.monotonic()  # between two looks: nobody has seen the port closed
-        assert changes.next() == WorkerAddress("b:2.1", "b:2")
+        assert changes.next() == WorkerAddress("b:2.1", "b:2", place="b:2")
     finally:
         workers.close()

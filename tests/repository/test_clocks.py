@@ -12,6 +12,7 @@ WALL = {
 }  # fmt: skip
 SHOWN = {
     "lamina/cli/bench.py": "the date of a report",
+    "lamina/cli/doctor.py": "in how many days a certificate ends",
     "lamina/cli/simulate.py": "the date of a report",
     "lamina/joining/server.py": "since when a machine is in its state",
     "lamina/ray_engine/actor.py": "the age of a folder that an earlier process left",

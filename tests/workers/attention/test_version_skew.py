@@ -14,7 +14,7 @@ from real_workers import worker_process
 from lamina_protocols import control
 from lamina_protocols.service import WorkerClient, WorkerRefused
 from lamina_protocols.versions import BOUND, FEATURES, PREVIOUS, PREVIOUS_RELEASE, PROTOCOL_VERSION
-from lamina_workers.ports import remote
+from lamina_workers.ports.remote import Edges
 
 SEVEN = Path(__file__).parents[2] / "support" / "version_seven.py"
 
@@ -45,9 +45,8 @@ def greeting(address: str, **changes: Any) -> control.Hello:
             said.append(hello)
             raise WorkerRefused("heard")
 
-    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(WorkerRefused):
-        patch.setattr(remote, "WorkerClient", Listening)
-        open_port(address, **ASKED)
+    with contextlib.suppress(WorkerRefused):
+        open_port(address, edges=Edges(client=Listening), **ASKED)
     return said[0]
 
 
