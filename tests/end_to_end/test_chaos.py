@@ -136,7 +136,9 @@ def share_with_spares(llm: LLM) -> float:
     return answers.get(timeout=30).kv_redundant
 
 
-@pytest.mark.parametrize(("redundancy", "workers", "dead"), [("replica(2)", 3, 2), ("parity", 3, 1)])
+@pytest.mark.parametrize(
+    ("redundancy", "workers", "dead"), [pytest.param("replica(2)", 3, 2, marks=pytest.mark.soak), ("parity", 3, 1)]
+)
 def test_what_killed_workers_had_is_not_computed_again(model, expected, monkeypatch, redundancy, workers, dead):
     monkeypatch.setattr(kv_spares, "BEHIND", 16)
     monkeypatch.setattr(kv_spares, "SHARE", 1.0)
@@ -147,7 +149,7 @@ def test_what_killed_workers_had_is_not_computed_again(model, expected, monkeypa
         doomed = there[:dead]
 
         def after(count: int) -> None:
-            if doomed and count > 60 and share_with_spares(llm) > 0.7:
+            if doomed and count > 20 and share_with_spares(llm) > 0.3:  # texts are short
                 while doomed:
                     doomed.pop().process.kill()
 
