@@ -81,6 +81,7 @@ def work(first: int, step: int, pipe: Connection) -> None:
     signal.signal(signal.SIGPROF, stuck)
     torch.set_num_threads(1)
     logging.getLogger("lamina").setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda _: None  # generators of killed processes end when they are collected, and are refused
     counts, failures, seed = Counter[str](), list[Failure](), first
     reported = 0.0
     while True:
