@@ -87,8 +87,8 @@ def main() -> None:
         for scenario in chosen:
             rows.append(one(scenario, args, texts))
             print(table(rows[-1:], header=len(rows) == 1), flush=True)
-    if args.out is not None:
-        write(args.out, args.model, rows)
+            if args.out is not None:
+                write(args.out, args.model, rows)
     if any(row.problems for row in rows):
         raise SystemExit(1)
 
