@@ -73,6 +73,7 @@ def check(seed: int, scenario: Any = None) -> tuple[Counter[str], Failure | None
 def work(first: int, step: int, pipe: Connection) -> None:
     """Run the scenarios of seeds `first`, `first + step` and so on until the other end of the pipe is gone."""
     import torch
+    from virtual_time import ignore_killed
 
     def stuck(*_: object) -> None:
         faulthandler.dump_traceback()
@@ -81,7 +82,7 @@ def work(first: int, step: int, pipe: Connection) -> None:
     signal.signal(signal.SIGPROF, stuck)
     torch.set_num_threads(1)
     logging.getLogger("lamina").setLevel(logging.CRITICAL)
-    sys.unraisablehook = lambda _: None  # generators of killed processes end when they are collected, and are refused
+    ignore_killed()
     counts, failures, seed = Counter[str](), list[Failure](), first
     reported = 0.0
     while True:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,18 @@ from greenlet import getcurrent, greenlet
 
 class Killed(BaseException):
     """The process is gone. It unwinds a task; whatever the task then tries to do outside has no effect."""
+
+
+def ignore_killed() -> None:
+    """Report no `Killed` that nothing could catch. A killed process leaves generators; they end where they are
+    collected, maybe in a test of something else, at edges that refuse what a killed process does."""
+    report = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, Killed):
+            report(unraisable)
+
+    sys.unraisablehook = hook
 
 
 class Time:
