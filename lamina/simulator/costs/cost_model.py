@@ -305,7 +305,7 @@ class Exchange:
     stored: float
     """Of the KV and states of prefill rows, which no token waits for."""
     waiting: float
-    """Round trips, and what each worker and row takes beside its bytes."""
+    """The batch's announcement, round trips, and what each worker and row takes beside its bytes."""
     nbytes: float
 
     @property
@@ -336,11 +336,12 @@ def exchange_time(
     stored += load.prompts * model.state_bytes
     trips = (model.attentions if rows else 0) + (model.states if load.decode else 0)
     a_layer = link.round_trip + (workers - 1) * link.worker_time + rows * workers * link.row_time
+    announced = link.announce_time + load.decode * workers * link.announce_row_time if trips else 0.0
     return Exchange(
         queries=asked / wire,
         keys=kept / wire,
         outputs=answered / wire,
         stored=stored / wire,
-        waiting=trips * a_layer,
+        waiting=announced + trips * a_layer,
         nbytes=asked + answered + kept + stored,
     )
