@@ -8,11 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina.config import MAX_LANES
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.cost_model import Load, attention_time, dense_time, exchange_time
 from lamina.simulator.costs.hardware import Device
-from lamina.simulator.costs.offloaded import MOST_LANES, best_local_share
+from lamina.simulator.costs.offloaded import best_local_share
 from lamina.simulator.costs.systems import Colocated, Disaggregated, power, price
 from lamina.simulator.event_loop.instance import holders_of
 from lamina.simulator.event_loop.simulate import simulate
@@ -28,6 +27,7 @@ def test_kv_beside_the_weights_counts_too() -> None:
     722,960."""
     assert dop(4, 1).kv_tokens == 263_671
     assert BOTH.kv_tokens == 263_671 + 459_289 == 722_960
+    assert BOTH.name == "DOP(4, 1) h100 + h20, 50% local"
     assert holders_of(replace(BOTH, attention_count=3)) == 1
 
 
@@ -110,18 +110,6 @@ def test_a_batch_with_prompts_stays_on_one_replica_and_others_go_round() -> None
     one, two = (exchange_time(BIG, FHBN, 45.7e9 * cards, load).busy for cards in (1, 2))
     assert system.step(load).network == pytest.approx(two)
     assert two == pytest.approx(one / 2)
-
-
-def test_what_no_engine_here_runs_says_so() -> None:
-    assert MOST_LANES == MAX_LANES
-    assert dop(4, 1).obstacle == dop(1, 4, lanes=3).obstacle == dop(1, 4, lanes=3, model_replicas=2).obstacle == ""
-    assert dop(1, 4, local_share=0.5).obstacle == ""
-    assert "one batch under way" in dop(2, 4, lanes=2).obstacle
-    assert "keep no KV" in BOTH.obstacle
-    assert "has one device" in dop(2, 4, model_replicas=2).obstacle
-    assert "up to 8 batches" in dop(1, 4, lanes=9).obstacle
-    assert "up to 3 batches" in dop(1, 4, lanes=4, model_replicas=2).obstacle
-    assert BOTH.name == "DOP(4, 1) h100 + h20, 50% local"
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,6 @@ from lamina.simulator.costs.tables import number_within, whole
 
 MOST = 1 << 24
 """Bounds of devices of a kind, of lanes, and of tokens of a batch."""
-MOST_LANES = 8
-"""Batches under way at a time that an engine has with one model worker (`MAX_LANES` of `lamina/config.py`)."""
 _SHARES = 20
 """Steps in which `best_local_share` goes."""
 PAGE_SIZE = 16
@@ -124,19 +122,6 @@ class Offloaded:
         more += f", {self.model_replicas} replicas of the weights" if self.model_replicas > 1 else ""
         more += f", {self.local_share:.0%} local" if self.local_share else ""
         return self.label or f"{dop} {self.model_device.name} + {self.attention_device.name}{more}"
-
-    @property
-    def obstacle(self) -> str:
-        """Why no engine here runs it, in words; "" where one does (`lamina/config.py`, `lamina/launch/builder.py`)."""
-        tensor, replicas = self.model_count > 1, self.model_replicas
-        if tensor and replicas > 1:
-            return f"each of {replicas} replicas of the weights has one device in the engine, not {self.model_count}"
-        if tensor and self.lanes > 1:
-            return f"tensor-parallel model workers have one batch under way in the engine, not {self.lanes}"
-        if tensor and self.local_share:
-            return "tensor-parallel model workers keep no KV in the engine while there are attention workers"
-        most = replicas + 1 if replicas > 1 else MOST_LANES
-        return f"the engine has up to {most} batches under way, not {self.lanes}" if self.lanes > most else ""
 
     @property
     def max_batch_tokens(self) -> int:
