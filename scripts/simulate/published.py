@@ -56,10 +56,10 @@ class Row:
 
 def table(rows: Iterable[Row], notes: bool = False) -> Iterator[str]:
     """The rows in lines of up to 100 columns; with `notes`, what each had to assume below it."""
-    yield f"{'what':58} {'there':>10} {'here':>10} {'differs':>8}  {'origin':8}"
+    yield f"{'what':58} {'there':>10} {'here':>10} {'differs':>8}  origin"
     for row in rows:
         first, *more = textwrap.wrap(f"{row.what}, {row.unit}", 58)
-        yield f"{first:58} {row.published:10.5g} {row.ours:10.5g} {row.difference:8.1%}  {row.origin:8}"
+        yield f"{first:58} {row.published:10.5g} {row.ours:10.5g} {row.difference:8.1%}  {row.origin}"
         yield from (f"  {line}" for line in more)
         if notes and row.note:
             yield from textwrap.wrap(row.note, 92, initial_indent="    ", subsequent_indent="    ")
