@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamina.errors import InvalidRequest
+from lamina.scheduling.step_model import Choice, StepModel
 from lamina.simulator.costs.cost_model import Load, attention_time, dense_time, exchange_time
 from lamina.simulator.costs.hardware import Device
 from lamina.simulator.costs.offloaded import best_local_share
@@ -87,6 +88,34 @@ def test_a_better_device_is_never_slower(
     assert max(step.model, step.attention, step.network) <= step.seconds * (1 + 1e-12)
     for changed in (replace(system, model_device=better(H100)), replace(system, attention_device=better(H20))):
         assert changed.step(load).seconds <= step.seconds * (1 + 1e-12)
+
+
+@settings(max_examples=100)
+@given(
+    each=st.integers(1, 200), context=st.floats(16, 1e5), share=st.sampled_from([0.0, 0.25, 0.5, 1.0]),
+    lanes=st.integers(1, 4), round_trip=st.floats(0, 1e-3),
+)  # fmt: skip
+def test_a_step_is_what_the_engine_expects_of_the_same_tiers(
+    each: int, context: float, share: float, lanes: int, round_trip: float
+) -> None:
+    """`StepModel` chooses lanes and the local share in the engine. Given what each tier takes for one lane, it expects
+    the step that is simulated, unless the wire, which it does not know, is the limit."""
+    link = replace(FHBN, round_trip=round_trip, bandwidth=1e15)
+    # One worker and one model device, so that no head is left over, and room for all.
+    devices = {"model_device": replace(H100, memory=1e15), "attention_device": replace(H20, memory=1e15, network=0.0)}
+    system = replace(dop(1, 1), link=link, lanes=lanes, local_share=share, overlap=False, **devices)
+    load, tokens = Load(each * lanes, context), each * lanes * context
+    lane = system.lane(load.divided(lanes), share=share)
+    whole = system.lane(load, share=share)
+    expected = StepModel(
+        local=whole.local / (share * tokens) if share else 0.0,
+        remote=whole.attention / ((1 - share) * tokens) if share < 1 else 0.0,
+        fixed=lane.exchange.seconds,
+        dense={(lanes, True): lanes * lane.dense},
+    )
+    step = system.step(load)
+    seconds = expected.seconds(Choice(lanes, share, fused=True), tokens)
+    assert step.seconds == pytest.approx(max(seconds, step.network), rel=1e-6)
 
 
 def test_workers_without_weights_may_use_more_of_their_memory() -> None:
