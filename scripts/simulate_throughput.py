@@ -88,7 +88,7 @@ def main() -> None:
     traces = [trace(name, args.count, args.seed, args.trace_dir) for name in FILES]
     peers = kernelflume_rows(load()) + afd_rows(load())
     if not args.json:
-        print("KernelFlume (arXiv 2606.29207) and AFD-Ledger (arXiv 2608.04502), devices as the catalogue's typical:")
+        print("KernelFlume (arXiv 2606.29207) and AFD-Ledger (arXiv 2608.04502), devices as peers.py says:")
         print(*table(peers, notes=True), "", sep="\n", flush=True)
     baseline = fit_baseline({each.name: mean_context(each) for each in traces}, load())
     with ProgressBars() as progress:
