@@ -91,16 +91,9 @@ def compare(
     return results
 
 
-def assumed(catalogue: Catalogue, roofline: bool, prefill: bool, trace: Trace, choice: Choice) -> dict[str, str]:
-    """What a comparison takes for granted, in words."""
-    said = {}
-    if roofline:
-        said["efficiency"] = "the bare roofline: every device reaches its best, and nothing comes on top"
-    else:
-        said["efficiency"] = (
-            "; ".join(f"{name}: {source}" for name, source in catalogue.typical.sources.items())
-            or "as the hardware file says"
-        )
+def assumed(reached: str, prefill: bool, trace: Trace, choice: Choice) -> dict[str, str]:
+    """What a comparison takes for granted, in words; `reached`: of devices without measurements."""
+    said = {"efficiency": reached}
     said["memory"] = "90 % of each device's memory is for weights and KV, as vLLM's default"
     if not prefill:
         said["prefill"] = (
