@@ -89,15 +89,23 @@ class Load:
 
     def divided(self, lanes: int) -> Load:
         """The largest of `lanes` equal parts, whole sequences each."""
+        return self._scaled(-(-self.decode // lanes), 1 / lanes)
+
+    def part(self, share: float) -> Load:
+        """This share of the sequences and of the prompts."""
+        return self._scaled(self.decode * share, share)
+
+    def _scaled(self, decode: float, share: float) -> Load:
+        """With so many in decode, and this share of the prefill."""
         return Load(
-            -(-self.decode // lanes),
+            decode,
             self.context,
-            self.prefill_tokens / lanes,
-            self.prefill_pairs / lanes,
-            self.prefill_keys / lanes,
-            self.prefix_tokens / lanes,
-            self.prefix_pairs / lanes,
-            self.prompts / lanes,
+            self.prefill_tokens * share,
+            self.prefill_pairs * share,
+            self.prefill_keys * share,
+            self.prefix_tokens * share,
+            self.prefix_pairs * share,
+            self.prompts * share,
             self.drafts,
         )
 
@@ -302,7 +310,7 @@ class Exchange:
     stored: float
     """Of the KV and states of prefill rows, which no token waits for."""
     waiting: float
-    """Round trips, and what each worker and row takes beside its bytes."""
+    """The batch's announcement, round trips, and what each worker and row takes beside its bytes."""
     nbytes: float
 
     @property
@@ -333,11 +341,12 @@ def exchange_time(
     stored += load.prompts * model.state_bytes
     trips = (model.attentions if rows else 0) + (model.states if load.decode else 0)
     a_layer = link.round_trip + (workers - 1) * link.worker_time + rows * workers * link.row_time
+    announced = link.announce_time + load.decode * workers * link.announce_row_time if trips else 0.0
     return Exchange(
         queries=asked / wire,
         keys=kept / wire,
         outputs=answered / wire,
         stored=stored / wire,
-        waiting=trips * a_layer,
+        waiting=announced + trips * a_layer,
         nbytes=asked + answered + kept + stored,
     )

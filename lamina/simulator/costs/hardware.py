@@ -71,6 +71,8 @@ _LIMITS = {
     "worker_time": _TIME,
     "row_time": _TIME,
     "query_first_time": _TIME,
+    "announce_time": _TIME,
+    "announce_row_time": _TIME,
     "collective": _SHARE,
     "collective_latency": _TIME,
     "layer_overhead": _TIME,
@@ -237,10 +239,20 @@ class Link:
     query_first_time: float = 0.0
     """Seconds a layer that it takes besides to send q before k and v: one message more, and at the model worker the
     attention of the rows' own tokens and a merge. 0 where nobody has measured it."""
+    announce_time: float = 0.0
+    """Seconds a step until all workers have accepted its batch, beyond what that takes in one process. 0 where nobody
+    has measured it."""
+    announce_row_time: float = 0.0
+    """Seconds a sequence, step and worker of that."""
     sources: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         _check(self, f"link {_named('link', self.name)!r}")
+
+
+def connection(link: Link, *ends: Device) -> float:
+    """Bytes a second of one connection: no more than either end's network card has."""
+    return min([link.bandwidth, *(device.network for device in ends if device.network)])
 
 
 @dataclass(frozen=True, slots=True)

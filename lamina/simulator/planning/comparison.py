@@ -124,7 +124,7 @@ def step_trace(system: Offloaded, batch: float, context: float) -> str:
     load = system.drafted(Load(max(1, round(batch)), context))
     rows = load.divided(min(system.lanes, int(load.decode)))
     first = system.query_first(load)
-    lane = system.lane(rows, first)
+    lane = system.lane(rows, first, system.local_part(load))
     kv_seconds = kv_projection_time(system.model, system.model_device, system.model_count, rows)
     times = LayerTimes(
         lane.dense / layers,
@@ -134,6 +134,7 @@ def step_trace(system: Offloaded, batch: float, context: float) -> str:
         lane.exchange.outputs / layers,
         kv_seconds=min(lane.dense, kv_seconds) / layers,
         latency=lane.exchange.waiting / layers / 2,
+        local_seconds=lane.local / layers,
     )
     events = step_timeline(times, layers, system.lanes, first, system.model_replicas)
     return chrome_trace(events, system.lanes)
