@@ -32,7 +32,9 @@ _UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 Model = Annotated[str, typer.Option("--model", "-m", help="A model the simulator knows, or a path to a config.json.")]
 TraceName = Annotated[str, typer.Option("--trace", help="A published trace by name, or a file in its format.")]
-TraceDir = Annotated[Path | None, typer.Option(help="Where files of published traces are. Default: they are drawn.")]
+TraceDir = Annotated[
+    Path | None, typer.Option(help="Where files of published traces are. Azure's are built in; Mooncake's is drawn.")
+]
 SloText = Annotated[str, typer.Option("--slo", help='Such as "tpot=100ms,ttft=2s"; "none" for any time.')]
 Rate = Annotated[str, typer.Option(help="Requests a second: trace (as it has them), max, or a number.")]
 Hardware = Annotated[Path | None, typer.Option(help="A TOML file with more devices and links.")]
@@ -144,6 +146,8 @@ def plan(asked: PlanOptions) -> None:
         print_json(plan_record(found))
     else:
         print_plan(found, asked.slo, asked.budget, roofline, asked.prefill, asked.out)
+        for remark in trace.remarks:
+            typer.echo(f"\nThe trace {trace.name}: {remark}.")
         if not asked.any_system:
             typer.echo("\nNot considered: prompts computed on other devices, which no engine here deploys (--any).")
 
