@@ -91,17 +91,21 @@ class PlanOptions:
     check: Annotated[
         Path | None, typer.Option(help="Run this plan here instead, and print predicted beside measured.")
     ] = None
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Also the best of each kind of system, each optimised alone: does a split pay?"),
+    ] = False
     as_json: Json = False
     seed: Seed = 0
 
-    def devices(self) -> Inventory:
-        """The inventory, with the efficiency that was asked for."""
+    def devices(self, everything: bool) -> Inventory:
+        """The inventory, with the efficiency that was asked for; `everything`: what no engine deploys, too."""
         from lamina.simulator.costs import hardware as catalogues
         from lamina.simulator.planning import inventory as inventories
 
         catalogue = catalogues.load(self.hardware)
         have = inventories.read(self.inventory, catalogue) if self.inventory else inventories.default(catalogue)
-        if not self.any_system:
+        if not everything:
             have = inventories.deployable(have)
         if parse_efficiency(self.efficiency):
             return have
@@ -128,12 +132,13 @@ def plan(asked: PlanOptions) -> None:
     from lamina.simulator.planning.plan_file import write
     from lamina.simulator.traces.catalogue import trace as trace_of
 
-    shape, devices = shape_of(asked.model).with_weights(asked.weights), asked.devices()
+    shape, devices = shape_of(asked.model).with_weights(asked.weights), asked.devices(asked.any_system)
     trace = trace_of(asked.trace, asked.count, asked.seed, asked.trace_dir)
     drafts = parse_speculation(asked)
     request = PlanRequest(asked.model, shape, devices, trace, slo, asked.budget, rate, asked.prefill, drafts)
+    compared = asked.devices(everything=True) if asked.compare else None
     with ProgressBars() as progress:
-        found = make_plan(request, check=asked.verify, seed=asked.seed, progress=progress)
+        found = make_plan(request, check=asked.verify, seed=asked.seed, compare=compared, progress=progress)
     if asked.out is not None:
         write(asked.out, found.plan)
     if asked.plot is not None:

@@ -68,26 +68,76 @@ def test_a_lossy_policy_has_to_be_better_than_the_error() -> None:
     assert prices.winner("h20", 1.0) == lossy  # by far the cheaper
 
 
+class Loop:
+    """Stands for the event loop: systems in `failing` serve half of the requests in time."""
+
+    def __init__(self, *failing: System) -> None:
+        self.failing, self.asked = failing, list[System]()
+
+    def full(self, each: Ranked) -> bool:
+        return each.result is not None
+
+    def checked(self, each: Ranked) -> Ranked:
+        self.asked.append(each.candidate.system)
+        return checked(each, share=0.5 if each.candidate.system in self.failing else 1.0)
+
+
 def test_a_rival_is_checked_before_it_is_believed() -> None:
-    asked: list[str] = []
-
-    def check(each: Ranked) -> Ranked:
-        asked.append(each.name)
-        return checked(each, share=0.5 if each.candidate.system == SLOW else 1.0)
-
-    dearer, dearest = ranked(WHOLE), ranked(SPLIT)
-    first = checked(ranked(dop(2, 1, attention=EPYC)))
-    slow = ranked(replace(SLOW, tensor_parallel=8))
-    prices = Prices([first, slow, dearer, dearest], None, check)
+    first, rival = checked(ranked(dop(2, 1, attention=EPYC))), together(8, H20)  # $29.47 and $37.04 an hour
+    loop = Loop()
+    prices = Prices([first, ranked(rival), ranked(WHOLE), ranked(SPLIT)], None, loop)
     found = prices.change("epyc-genoa", 10)
     assert found is not None
     assert found.checked
-    assert asked == [slow.name]
-    asked.clear()
-    prices = Prices([first, ranked(replace(SLOW, tensor_parallel=8)), dearer], None, lambda each: checked(each, 0.5))
-    other = prices.change("epyc-genoa", 10)
-    assert other is None  # whatever is cheaper fails in the event loop
+    assert found.winner == ranked(rival).name
+    assert loop.asked == [rival]
+    loop = Loop(rival, WHOLE)
+    prices = Prices([first, ranked(rival), ranked(WHOLE)], None, loop)
+    assert prices.change("epyc-genoa", 10) is None  # whatever is cheaper fails in the event loop
+    assert loop.asked == [rival, WHOLE]
     assert all(each.result is not None for each in prices.ranked)
+
+
+def test_of_ties_the_cheapest_that_loses_nothing_is_taken_once_it_is_checked() -> None:
+    """As where a policy that reads 0.3 of the KV gives the same for a dollar as none."""
+    lossy, whole = checked(ranked(LOSSY)), ranked(WHOLE)
+    prices = Prices([lossy, whole], None, Loop())
+    prices.settle()
+    assert [each.candidate.system for each in prices.ranked] == [WHOLE, LOSSY]
+    assert prices.ranked[0].result is not None
+    prices = Prices([lossy, whole], None, Loop(WHOLE))
+    prices.settle()
+    assert [each.candidate.system for each in prices.ranked] == [LOSSY, WHOLE]
+    cheap = ranked(replace(SLOW, policy=LOSSY.policy))  # less than half the price: no tie
+    prices = Prices([whole, cheap], None, None)
+    prices.settle()
+    assert prices.ranked[0] == cheap
+
+
+def test_what_would_be_first_by_formula_is_tried_first_of_all() -> None:
+    loop = Loop(SLOW)
+    prices = Prices([checked(ranked(WHOLE)), ranked(SLOW), ranked(SPLIT)], None, loop)
+    prices.settle()
+    assert prices.ranked[0].candidate.system == WHOLE
+    assert loop.asked == [SLOW]
+    prices = Prices([checked(ranked(WHOLE)), ranked(SLOW)], None, Loop())
+    prices.settle()
+    assert prices.ranked[0].candidate.system == SLOW
+
+
+def test_what_the_budget_left_out_comes_in_when_prices_fall() -> None:
+    """$48.87 of a budget of 45: within it once an H20 costs 0.76 $/h, but never cheaper than 4 H100; 8 H20 for $37.04
+    are, at any price below 1.19 times theirs."""
+    asked: list[tuple[str, float, float]] = []
+
+    def unseen(name: str, factor: float, most: float) -> list[Ranked]:
+        asked.append((name, factor, most))
+        return [ranked(SPLIT), ranked(together(8, H20))]
+
+    found = Prices([ranked(WHOLE)], 36.0 + 9, None, unseen).change("h20", 0.1)
+    assert found is not None
+    assert asked == [("h20", 0.1, pytest.approx(price(WHOLE)))]
+    assert found.winner == ranked(together(8, H20)).name
 
 
 @settings(max_examples=40, deadline=None)

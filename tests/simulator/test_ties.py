@@ -13,11 +13,7 @@ from lamina.simulator.costs.systems import Disaggregated
 from lamina.simulator.planning.kinds import BOTH, PREFILL, TOGETHER, best_of_kinds, kind, split_pays
 from lamina.simulator.planning.kinds import SPLIT as OFFLOADED
 from lamina.simulator.planning.planner import Ranked
-from lamina.simulator.planning.ties import RATIO_ERROR, advantage, lossless, near_ties, settled, tied
-
-
-def unchecked(each: Ranked) -> Ranked:
-    raise AssertionError(f"{each.name} was checked")
+from lamina.simulator.planning.ties import RATIO_ERROR, advantage, lossless, near_ties, tied
 
 
 def test_what_differs_by_less_than_the_error_is_a_tie() -> None:
@@ -35,28 +31,6 @@ def test_free_systems_are_compared_by_what_they_could_take() -> None:
     assert advantage(ranked(free), ranked(WHOLE)) == math.inf
     assert advantage(ranked(WHOLE), ranked(free)) == 0
     assert not tied(ranked(free), ranked(WHOLE))
-
-
-def test_of_ties_the_one_that_loses_nothing_is_taken() -> None:
-    """As where a policy that reads 0.3 of the KV gives the same for a dollar as none."""
-    lossy, whole = ranked(LOSSY), ranked(WHOLE)
-    assert not lossless(lossy)
-    assert settled([lossy, whole], unchecked) == [whole, lossy]
-    assert settled([whole, lossy], unchecked) == [whole, lossy]
-    assert near_ties([whole, lossy]) == (lossy,)
-    cheap = ranked(replace(SLOW, policy=LOSSY.policy))
-    assert settled([cheap, whole], unchecked) == [cheap, whole]  # less than half the price: no tie
-
-
-def test_what_is_taken_instead_is_checked_first() -> None:
-    lossy, whole = checked(ranked(LOSSY)), ranked(WHOLE)
-    fine = settled([lossy, whole], checked)
-    assert [each.name for each in fine] == [whole.name, lossy.name]
-    assert fine[0].result is not None
-    bad = settled([lossy, whole], lambda each: checked(each, share=0.5))
-    assert [each.name for each in bad] == [lossy.name, whole.name]
-    assert bad[1].result is not None
-    assert near_ties(bad) == ()
 
 
 def test_ties_name_what_loses_nothing_first() -> None:

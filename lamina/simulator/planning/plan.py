@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from lamina.simulator.costs.shapes import ModelShape
 from lamina.simulator.costs.speculation import Speculation
-from lamina.simulator.costs.systems import System, price
+from lamina.simulator.costs.systems import price
 from lamina.simulator.costs.uncertainty import Interval, spread
-from lamina.simulator.event_loop.results import RunResult
-from lamina.simulator.event_loop.simulate import Progress, Slo, simulate
+from lamina.simulator.event_loop.simulate import Progress, Slo
 from lamina.simulator.planning import reasons
 from lamina.simulator.planning.candidates import Candidate, candidates
+from lamina.simulator.planning.event_runs import EventRuns
 from lamina.simulator.planning.intervals import intervals
 from lamina.simulator.planning.inventory import Inventory
 from lamina.simulator.planning.kinds import best_of_kinds, split_pays
 from lamina.simulator.planning.plan_file import Plan, Prediction, TraceSummary, engine_keywords
-from lamina.simulator.planning.planner import REQUESTS, TOP, Ranked, limited, mixes, rank, top, verify
-from lamina.simulator.planning.prices import Prices, at_price, without_prices
-from lamina.simulator.planning.quantities import Situation, assumed, changed_devices, market
+from lamina.simulator.planning.planner import TOP, Ranked, limited, mixes, rank, top
+from lamina.simulator.planning.prices import Prices, Unseen, at_price, without_prices
+from lamina.simulator.planning.quantities import assumed, changed_devices, market
 from lamina.simulator.planning.sensitivity import Changes, Flip, Sensitivity, flips, sensitivity
-from lamina.simulator.planning.ties import near_ties, settled
+from lamina.simulator.planning.ties import near_ties
 from lamina.simulator.reports.data import Point
 from lamina.simulator.steady_state.closed_form import estimate
 from lamina.simulator.traces.arrivals import Trace
-from lamina.simulator.traces.catalogue import at_rate, windows
 from lamina.simulator.traces.demand import Demand, demand
 
 _UNSEEN = 200
@@ -50,6 +49,12 @@ class PlanRequest:
     rate: float | None = None
     prefill: bool = True
     speculation: Speculation | None = None
+
+    @property
+    def demand(self) -> Demand:
+        """What is to be served."""
+        whole = demand(self.trace)
+        return whole if self.rate is None else whole.at_rate(self.rate)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,36 +99,33 @@ class Planned:
 
 
 def make_plan(
-    asked: PlanRequest, *, check: int = TOP, seed: int = 0, compare: bool = False, progress: Progress | None = None
+    asked: PlanRequest,
+    *,
+    check: int = TOP,
+    seed: int = 0,
+    compare: Inventory | None = None,
+    progress: Progress | None = None,
 ) -> Planned:
-    """Rank all candidates, simulate the best `check` of them, and explain the first. With `compare` the best of each
-    kind of system is found as well.
+    """Find the best candidate, and explain it. `check`: how many of the best the event loop runs; 0: formulas are
+    believed. With `compare`, devices with systems that need not be deployable, the best of each kind of system is found
+    as well.
 
     Raises InvalidRequest where nothing fits, or nothing meets the SLO.
     """
-    slo, prefill, wanted = asked.slo, asked.prefill, demand(asked.trace)
-    if asked.rate is not None:
-        wanted = wanted.at_rate(asked.rate)
-    loop = _Loop(asked, seed)
-    ranked = rank(_candidates(asked, wanted, asked.inventory), wanted, slo, prefill=prefill, progress=progress)
-    if check:
-        ranked = _merged(ranked, loop.verified(top(ranked, check), progress))
-        ranked = settled(ranked, loop.checked)
+    slo, prefill, wanted = asked.slo, asked.prefill, asked.demand
+    loop = EventRuns(asked.trace, slo, prefill, seed) if check else None
+    prices = find(asked, check=check, loop=loop, progress=progress)
     best, said = {}, list[str]()
-    if compare:
-
-        def verified(some: Sequence[Ranked]) -> list[Ranked]:
-            return loop.verified(top(some, check)) if check else []
-
-        best = best_of_kinds(ranked, verified)
+    if compare is not None:
+        everything = rank(_candidates(asked, compare), wanted, slo, prefill=prefill, progress=progress)
+        best = best_of_kinds(everything, lambda some: loop.verified(top(some, check)) if loop else [])
         said.append(split_pays(best))
-    prices = Prices(ranked, asked.budget, loop.checked if check else None, _unseen(asked, wanted, ranked[0]))
-    changes = Changes(ranked, wanted, slo, prefill, loop.run if check else None)
-    systems = [each.candidate.system for each in changes.systems()]
+    changes = Changes(prices.ranked, wanted, slo, prefill, loop.elsewhere if loop else None)
+    systems = [each.candidate.system for each in changes.field]
     found = sensitivity(prices, changes, market(systems, wanted, slo))
     would_flip = flips(changes, assumed(systems, lambda system: spread(system).tpot))
     ranked = prices.ranked
-    sure = intervals(ranked[0], wanted, slo, prefill, loop.repeated(ranked[0]) if check else None)
+    sure = intervals(ranked[0], wanted, slo, prefill, loop.repeated(ranked[0]) if loop else None)
     ties = near_ties(ranked)
     return Planned(
         demand=wanted,
@@ -138,43 +140,18 @@ def make_plan(
     )
 
 
-class _Loop:
-    """The event loop on the trace that was asked for; what it has run it remembers."""
-
-    def __init__(self, asked: PlanRequest, seed: int) -> None:
-        self._asked, self._seed = asked, seed
-        self._known: dict[Candidate, Ranked] = {}
-
-    def verified(self, some: Sequence[Ranked], progress: Progress | None = None) -> list[Ranked]:
-        """These, checked, the best first."""
-        asked = self._asked
-        return verify(some, asked.trace, asked.slo, prefill=asked.prefill, seed=self._seed, progress=progress)
-
-    def checked(self, ranked: Ranked) -> Ranked:
-        if ranked.candidate not in self._known:
-            self._known[ranked.candidate] = self.verified([ranked])[0]
-        return self._known[ranked.candidate]
-
-    def run(self, ranked: Ranked, given: Situation) -> Ranked:
-        """A candidate in another situation."""
-        asked = self._asked
-        found = estimate(given.system, ranked.candidate.replicas, given.demand, given.slo, asked.prefill)
-        other = Ranked(Candidate(given.system, ranked.candidate.replicas), found)
-        trace = _longer(asked.trace, given.prompts)
-        return verify([other], trace, given.slo, prefill=asked.prefill, seed=self._seed)[0]
-
-    def repeated(self, ranked: Ranked) -> Callable[[System], RunResult]:
-        """What runs another system under that candidate's load."""
-        asked = self._asked
-        part = at_rate(windows(asked.trace, REQUESTS), ranked.rate)
-        replicas = min(ranked.estimate.replicas, len(part.arrivals))
-
-        def run(system: System) -> RunResult:
-            return simulate(
-                system, part, seed=self._seed, slo=asked.slo, prefill=asked.prefill, replicas=replicas
-            )  # fmt: skip
-
-        return run
+def find(
+    asked: PlanRequest, *, check: int = TOP, loop: EventRuns | None = None, progress: Progress | None = None
+) -> Prices:
+    """All candidates, the best first, as they stand at these prices and at others. With `loop` it checks the best
+    `check`, and whatever else would be first by formula."""
+    wanted = asked.demand
+    ranked = rank(_candidates(asked, asked.inventory), wanted, asked.slo, prefill=asked.prefill, progress=progress)
+    if loop is not None:
+        ranked = _merged(ranked, loop.verified(top(ranked, check), progress))
+    prices = Prices(ranked, asked.budget, loop, _unseen(asked))
+    prices.settle()
+    return prices
 
 
 def _merged(ranked: Sequence[Ranked], checked: Sequence[Ranked]) -> list[Ranked]:
@@ -183,42 +160,32 @@ def _merged(ranked: Sequence[Ranked], checked: Sequence[Ranked]) -> list[Ranked]
     return [*checked, *(each for each in ranked if each.candidate not in known)]
 
 
-def _candidates(asked: PlanRequest, wanted: Demand, inventory: Inventory) -> tuple[Candidate, ...]:
-    tokens = max(1, round(wanted.context))
+def _candidates(asked: PlanRequest, inventory: Inventory) -> tuple[Candidate, ...]:
+    tokens = max(1, round(asked.demand.context))
     return candidates(asked.model, inventory, asked.budget, asked.prefill, tokens, asked.speculation)
 
 
-def _unseen(asked: PlanRequest, wanted: Demand, winner: Ranked) -> Callable[[str, float], list[Ranked]]:
+def _unseen(asked: PlanRequest) -> Unseen:
     """Candidates, by formula, that the budget leaves out until a device's price is so many times what it is, and that
-    then cost less than the winner."""
+    then cost less than `most` dollars an hour."""
     inventory, now = asked.inventory, {have.device.name: have.device for have in asked.inventory.have}
-    known = {without_prices(each.system) for each in _candidates(asked, wanted, inventory)}
 
-    def unseen(name: str, factor: float) -> list[Ranked]:
+    def unseen(name: str, factor: float, most: float) -> list[Ranked]:
+        known = {without_prices(each.system) for each in _candidates(asked, inventory)}
         have = tuple(replace(each, device=at_price(each.device, name, factor)) for each in inventory.have)
-        most = price(changed_devices(winner.candidate.system, lambda device: at_price(device, name, factor)))
-        most *= winner.estimate.replicas
         new = [
             each
-            for each in _candidates(asked, wanted, replace(inventory, have=have))
-            if without_prices(each.system) not in known and (price(each.system) < most or math.isinf(wanted.rate))
+            for each in _candidates(asked, replace(inventory, have=have))
+            if without_prices(each.system) not in known and price(each.system) < most
         ]
         found = []
         for each in sorted(new, key=lambda each: price(each.system))[:_UNSEEN]:
             system = changed_devices(each.system, lambda device: now[device.name])
-            yields = estimate(system, each.replicas, wanted, asked.slo, asked.prefill, parts=False)
+            yields = estimate(system, each.replicas, asked.demand, asked.slo, asked.prefill, parts=False)
             found.append(Ranked(Candidate(system, each.replicas), yields))
         return found
 
     return unseen
-
-
-def _longer(trace: Trace, factor: float) -> Trace:
-    """The trace with prompts so many times as long, which share nothing."""
-    if factor == 1:
-        return trace
-    arrivals = [replace(each, prompt=max(1, round(each.prompt * factor)), blocks=()) for each in trace.arrivals]
-    return replace(trace, arrivals=tuple(arrivals))
 
 
 def _plan(name: str, winner: Ranked, asked: Demand, slo: Slo) -> Plan:

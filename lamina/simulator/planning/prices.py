@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lamina.simulator.costs.hardware import Device
 from lamina.simulator.costs.systems import System
+from lamina.simulator.planning.candidates import Candidate
 from lamina.simulator.planning.planner import Ranked
 from lamina.simulator.planning.quantities import changed_devices
 from lamina.simulator.planning.ties import RATIO_ERROR, lossless
@@ -25,6 +27,7 @@ _CERTAIN = 1e-9
 _SERVES = 1e30
 """What serves all comes before what does not, whatever the latter gives for a dollar."""
 _Floats = NDArray[np.float64]
+Unseen = Callable[[str, float, float], Sequence[Ranked]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,21 +40,35 @@ class Change:
     checked: bool = True
 
 
-class Prices:
-    """All candidates, the winner first, within `budget` dollars an hour (None: any).
+class Checks(Protocol):
+    """The event loop."""
 
-    `check` runs a candidate through the event loop; None: formulas are believed. `unseen` lists candidates, by
-    formula, that are within the budget once a device's price is so many times what it is.
+    def full(self, ranked: Ranked) -> bool:
+        """Whether it ran that candidate for long enough to be believed."""
+        ...
+
+    def checked(self, ranked: Ranked) -> Ranked:
+        """The candidate after a run that is."""
+        ...
+
+
+class Prices:
+    """All candidates within `budget` dollars an hour (None: any), the winner first.
+
+    `loop` checks what would be first by formula; None: formulas are believed. `unseen(device, factor, most)` lists
+    candidates, by formula, that are within the budget once the device's price is so many times what it is, and then
+    cost less than `most`.
     """
 
     def __init__(
         self,
         ranked: Sequence[Ranked],
-        budget: float | None,
-        check: Callable[[Ranked], Ranked] | None,
-        unseen: Callable[[str, float], Sequence[Ranked]] = lambda name, factor: (),
+        budget: float | None = None,
+        loop: Checks | None = None,
+        unseen: Unseen = lambda name, factor, most: (),
     ) -> None:
-        self._every, self._budget, self._check, self._unseen = list(ranked), budget, check, unseen
+        self._every, self._budget, self._loop, self._unseen = list(ranked), budget, loop, unseen
+        self._checked: set[Candidate] = set()
         self._columns()
 
     @property
@@ -66,24 +83,54 @@ class Prices:
             if device.price
         }  # fmt: skip
 
+    def settle(self) -> None:
+        """Put the winner first, as prices are: of those that are tied with the best, the cheapest that loses
+        nothing."""
+        while True:
+            place = self._place("", 1.0)
+            if not self._believed(place):
+                continue
+            if not place:
+                return
+            self._every.insert(0, self._every.pop(place))
+            self._columns()
+
     def change(self, name: str, farthest: float) -> Change | None:
         """The nearest factor, between 1 and `farthest`, of the price of that device at which another candidate is
         first; None: the winner still is at all of them."""
         if farthest < 1 and self._budget is not None:
-            self._add(self._unseen(name, farthest))
+            self._add(self._unseen(name, farthest, self._most(name, farthest)))
         while True:
             factor, place = self._nearest(name, farthest)
             if not place:
                 return None
-            found = self._every[place]
-            if self._check is None or found.result is not None:
-                return Change(factor, found.name, found.result is not None)
-            self._every[place] = self._check(found)
-            self._columns()
+            if self._believed(place):
+                return Change(factor, self._every[place].name, self._loop is not None)
+
+    def _believed(self, place: int) -> bool:
+        """Whether that candidate's standing is believed. One that was not checked is now, and may stand otherwise."""
+        found = self._every[place]
+        if self._loop is None or found.candidate in self._checked or self._loop.full(found):
+            return True
+        self._checked.add(found.candidate)
+        self._every[place] = self._loop.checked(found)
+        self._columns()
+        return False
+
+    def _most(self, name: str, factor: float) -> float:
+        """What the winner costs at that price; infinite where it doesn't serve all, or all that can be."""
+        first = self._every[0]
+        if not first.serves or math.isinf(first.estimate.demanded):
+            return math.inf
+        share = sum(device.price * n for device, n in first.candidate.system.devices if device.name == name)
+        return first.estimate.price + first.estimate.replicas * share * (factor - 1)
 
     def winner(self, name: str, factor: float) -> Ranked:
         """What is first where that device costs so many times what it does."""
-        return self._every[int(self._first(name, np.array([factor]))[0])]
+        return self._every[self._place(name, factor)]
+
+    def _place(self, name: str, factor: float) -> int:
+        return int(self._first(name, np.array([factor]))[0])
 
     def _add(self, more: Sequence[Ranked]) -> None:
         known = {without_prices(each.candidate.system) for each in self._every}
@@ -129,7 +176,7 @@ class Prices:
         before, factor, place = (float(factors[at - 1]) if at else 1.0), float(factors[at]), int(firsts[at])
         for _ in range(_HALVINGS):
             middle = math.sqrt(before * factor)
-            if first := int(self._first(name, np.array([middle]))[0]):
+            if first := self._place(name, middle):
                 factor, place = middle, first
             else:
                 before = middle

@@ -107,10 +107,8 @@ class Changes:
         self._now: dict[str, Estimate] = {}
 
     @property
-    def rivals(self) -> int:
-        return len(self._rivals)
-
-    def systems(self) -> list[Ranked]:
+    def field(self) -> list[Ranked]:
+        """The winner, and what it is compared with."""
         return [self._winner, *self._rivals]
 
     def change(self, quantity: Quantity, farthest: float) -> Change | None:
@@ -206,7 +204,7 @@ def sensitivity(prices: Prices, changes: Changes, quantities: Sequence[Quantity]
         found.append(Sensitivity(f"price of {name}", price, "$/h", rise, fall, FARTHEST, len(prices.ranked) - 1))
     for quantity in quantities:
         rise, fall = changes.change(quantity, FAR), changes.change(quantity, 1 / FAR)
-        found.append(Sensitivity(quantity.what, quantity.now, quantity.unit, rise, fall, FAR, changes.rivals))
+        found.append(Sensitivity(quantity.what, quantity.now, quantity.unit, rise, fall, FAR, len(changes.field) - 1))
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from lamina.simulator.planning.planner import Ranked, mixes
 
@@ -48,19 +48,3 @@ def near_ties(ranked: Sequence[Ranked]) -> tuple[Ranked, ...]:
         if each is not first and tied(each, first) and (first.result is None or each.result is not None)
     ]
     return tuple(sorted(found, key=lambda each: not lossless(each)))  # sorting keeps the order among equals
-
-
-def settled(ranked: Sequence[Ranked], check: Callable[[Ranked], Ranked]) -> list[Ranked]:
-    """The candidates with the one to take in the first place: of those that are tied with the best, the cheapest that
-    loses nothing. `check` runs one through the event loop; it is asked where the best was checked and that one not."""
-    first = ranked[0]
-    if lossless(first):
-        return list(ranked)
-    rest = list(ranked)
-    for each in [each for each in mixes(ranked) if lossless(each) and tied(each, first)]:
-        place = rest.index(each)
-        if first.result is not None and each.result is None:
-            rest[place] = each = check(each)
-        if tied(each, first):
-            return [each, *rest[:place], *rest[place + 1 :]]
-    return rest
