@@ -23,7 +23,7 @@ class EventRuns:
     """Runs of candidates on one trace. Each candidate is run once."""
 
     def __init__(self, trace: Trace, slo: Slo, prefill: bool, seed: int) -> None:
-        self._trace, self._slo, self._prefill, self._seed = trace, slo, prefill, seed
+        self._trace, self._slo, self._prefill, self.seed = trace, slo, prefill, seed
         self._known: dict[Candidate, Ranked] = {}
 
     def full(self, ranked: Ranked) -> bool:
@@ -39,7 +39,7 @@ class EventRuns:
 
     def verified(self, some: Sequence[Ranked], progress: Progress | None = None) -> list[Ranked]:
         """The best of these after full runs, the best first."""
-        return verify(some, self._trace, self._slo, prefill=self._prefill, seed=self._seed, progress=progress)
+        return verify(some, self._trace, self._slo, prefill=self._prefill, seed=self.seed, progress=progress)
 
     def elsewhere(self, ranked: Ranked, given: Situation) -> Ranked:
         """A candidate in another situation, at the rate that it would take there."""
@@ -49,7 +49,7 @@ class EventRuns:
         if not found.taken:
             return other
         trace = _longer(self._trace, given.prompts)
-        return verify([other], trace, given.slo, prefill=self._prefill, seed=self._seed)[0]
+        return verify([other], trace, given.slo, prefill=self._prefill, seed=self.seed)[0]
 
     def repeated(self, ranked: Ranked) -> Callable[[System], RunResult]:
         """What runs another system under the load of that candidate's own run."""
@@ -58,7 +58,7 @@ class EventRuns:
 
         def run(system: System) -> RunResult:
             return simulate(
-                system, part, seed=self._seed, slo=self._slo, prefill=self._prefill, replicas=replicas
+                system, part, seed=self.seed, slo=self._slo, prefill=self._prefill, replicas=replicas
             )  # fmt: skip
 
         return run

@@ -18,7 +18,7 @@ from lamina.simulator.planning.intervals import intervals
 from lamina.simulator.planning.inventory import Inventory
 from lamina.simulator.planning.kinds import best_of_kinds, split_pays
 from lamina.simulator.planning.plan_file import Plan, Prediction, TraceSummary, engine_keywords
-from lamina.simulator.planning.planner import TOP, Ranked, limited, mixes, rank, top
+from lamina.simulator.planning.planner import TOP, Ranked, limited, mixes, rank, search, top
 from lamina.simulator.planning.prices import Prices, Unseen, at_price, without_prices
 from lamina.simulator.planning.quantities import assumed, changed_devices, market
 from lamina.simulator.planning.sensitivity import Changes, Flip, Sensitivity, flips, sensitivity
@@ -145,19 +145,13 @@ def find(
 ) -> Prices:
     """All candidates, the best first, as they stand at these prices and at others. With `loop` it checks the best
     `check`, and whatever else would be first by formula."""
-    wanted = asked.demand
-    ranked = rank(_candidates(asked, asked.inventory), wanted, asked.slo, prefill=asked.prefill, progress=progress)
+    wanted, slo, prefill = asked.demand, asked.slo, asked.prefill
+    ranked = rank(_candidates(asked, asked.inventory), wanted, slo, prefill=prefill, progress=progress)
     if loop is not None:
-        ranked = _merged(ranked, loop.verified(top(ranked, check), progress))
+        ranked = search(ranked, asked.trace, slo, count=check, prefill=prefill, seed=loop.seed, progress=progress)
     prices = Prices(ranked, asked.budget, loop, _unseen(asked))
     prices.settle()
     return prices
-
-
-def _merged(ranked: Sequence[Ranked], checked: Sequence[Ranked]) -> list[Ranked]:
-    """What was checked first, then the others in their order."""
-    known = {each.candidate for each in checked}
-    return [*checked, *(each for each in ranked if each.candidate not in known)]
 
 
 def _candidates(asked: PlanRequest, inventory: Inventory) -> tuple[Candidate, ...]:
