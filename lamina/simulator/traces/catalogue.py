@@ -11,6 +11,7 @@ from lamina.simulator.traces.arrivals import Arrival, Trace, head, scaled
 from lamina.simulator.traces.figures import published
 from lamina.simulator.traces.files import FORMATS, read
 from lamina.simulator.traces.rounded import spread
+from lamina.simulator.traces.sessions import coding_agents
 from lamina.simulator.traces.synthetic import distance, synthetic
 
 FILES = {
@@ -22,17 +23,22 @@ FILES = {
 gzip, under CC-BY 4.0 (`LICENCE-azure.txt`)."""
 
 
+AGENTS = "coding-agents"
+
+
 def trace(name: str | Path, count: int | None = None, seed: int = 0, folder: Path | None = None) -> Trace:
     """The trace of that name, or in the file at that path: its first `count` requests, or all.
 
     A published one is read from `folder` where it has the file, or from this package where that has it. Else it is
     drawn with `seed`, `count` requests or as many as the published one has; its name ends with "(synthetic)", and its
     remarks say how far it is from the published one. Times that were rounded are spread within their step, and remarks
-    say so. Raises InvalidRequest.
+    say so. "coding-agents" are sessions that are drawn (`sessions.coding_agents`). Raises InvalidRequest.
     """
+    if str(name) == AGENTS:
+        return coding_agents(*(() if count is None else (count,)), seed=seed)
     known = FILES.get(str(name))
     if known is None and not os.path.isfile(name):  # unlike Path's own, no name is too long for it
-        raise InvalidRequest(f"the trace is {str(name)!r:.200}; allowed are {', '.join(FILES)}, or {FORMATS}")
+        raise InvalidRequest(f"the trace is {str(name)!r:.200}; allowed are {', '.join((*FILES, AGENTS))}, or {FORMATS}")
     path = Path(name) if known is None else file_of(str(name), folder)
     if path is None:
         figures = published()[str(name)]
