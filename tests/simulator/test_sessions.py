@@ -45,8 +45,7 @@ def test_the_same_seed_and_the_name_in_the_catalogue() -> None:
 
 
 def test_one_that_comes_after_waits_for_it_and_computes_only_what_is_fresh() -> None:
-    """Two steps of a session: the second comes 5 s after the first one's end, and shares all but 100 tokens, whole pages
-    of them."""
+    """Two steps of a session: the second comes 5 s after the first one's end, and shares all but 100 tokens."""
     first = Arrival(1.0, 3200, 50)
     session = Trace("t", (first, Arrival(1.0, 3350, 20, (), 0, 5.0, 3250)))
     alone = simulate(SYSTEM, Trace("t", (first,)))
@@ -59,7 +58,9 @@ def test_one_that_comes_after_waits_for_it_and_computes_only_what_is_fresh() -> 
 
 @settings(max_examples=25, deadline=None)
 @given(
-    rows=st.lists(st.tuples(st.integers(1, 800), st.integers(1, 30), st.floats(0, 3), st.booleans()), min_size=1, max_size=15),
+    rows=st.lists(
+        st.tuples(st.integers(1, 800), st.integers(1, 30), st.floats(0, 3), st.booleans()), min_size=1, max_size=15
+    ),
     replicas=st.integers(1, 2),
 )
 def test_every_step_of_every_session_is_served_in_its_order(

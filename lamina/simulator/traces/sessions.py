@@ -1,6 +1,6 @@
 """Agentic sessions: requests that come after others, with tools or users between them, and contexts that grow.
 
-`coding_agents` draws them from published quantiles, which `session_figures.toml` beside this file has with their sources.
+`coding_agents` draws them from published quantiles. `session_figures.toml` beside this file has them, with sources.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def coding_agents(count: int = 2000, seed: int = 0, rate: float = SESSIONS) -> T
     arrivals: list[Arrival] = []
     begun = 0
     for at, session in zip(starts, sessions, strict=False):
-        most = min(int(np.searchsorted(session.ends, last - at, side="right")), count - len(arrivals))
+        most = min(int(np.searchsorted(at + session.ends, last, side="right")), count - len(arrivals))
         begun += most > 0
         arrivals += _steps(session, at, most, len(arrivals))
     prompts = [arrival.prompt for arrival in arrivals]
@@ -104,8 +104,8 @@ def _steps(session: _Session, at: float, count: int, first: int) -> list[Arrival
 
 
 def open_loop(trace: Trace, ttft: float, tpot: float) -> Trace:
-    """The trace with times of its own in place of waiting: as if each request took `ttft` seconds to its first token and
-    `tpot` for each after it. Shared tokens become shared blocks, whole ones. For what must know arrivals beforehand."""
+    """The trace with times of arrival in place of waiting: as if each request took `ttft` seconds to its first token
+    and `tpot` for each after it. Shared tokens become shared blocks, whole ones. For what must know arrivals before."""
     if all(arrival.after is None for arrival in trace.arrivals):
         return trace
     fresh = 1 + max((block for arrival in trace.arrivals for block in arrival.blocks), default=-1)
@@ -123,9 +123,7 @@ def open_loop(trace: Trace, ttft: float, tpot: float) -> Trace:
         fresh += max(0, more)
         prompts.append(contexts[-1][: max(len(arrival.blocks), arrival.prompt // BLOCK)])
     order = sorted(range(len(at)), key=at.__getitem__)
-    arrivals = tuple(
-        Arrival(at[n], trace.arrivals[n].prompt, trace.arrivals[n].output, prompts[n]) for n in order
-    )
+    arrivals = tuple(Arrival(at[n], trace.arrivals[n].prompt, trace.arrivals[n].output, prompts[n]) for n in order)
     said = f"each request takes {ttft:g} s to its first token and {tpot:g} s for each after it, for times of arrival"
     return replace(trace, arrivals=arrivals, remarks=(*trace.remarks, said))
 
@@ -141,7 +139,8 @@ def _drawn(quantiles: dict[str, Any], rng: np.random.Generator, count: int) -> F
 
 
 def _lognormal(figures: dict[str, Any], rng: np.random.Generator, count: int) -> Integers:
-    """Whole numbers of tokens, at least 1."""
+    """Whole numbers of tokens, at least 1, and no more than are left of a context that is compacted."""
     spread = math.sqrt(2 * math.log(figures["mean"] / figures["median"]))
     drawn = rng.lognormal(math.log(figures["median"]), spread, count)
-    return np.maximum(np.rint(drawn), 1).astype(np.int64)
+    prompt = _figures()["prompt"]
+    return np.clip(np.rint(drawn), 1, prompt["compacted"] * prompt["window"]).astype(np.int64)
