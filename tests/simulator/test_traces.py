@@ -35,7 +35,7 @@ from lamina.simulator.traces.arrivals import (
     split,
     tokens,
 )
-from lamina.simulator.traces.catalogue import FILES, file_of, trace
+from lamina.simulator.traces.catalogue import FILES, WINDOWS, file_of, trace, windows
 from lamina.simulator.traces.figures import LEVELS, Quantiles, minutes_of, published
 from lamina.simulator.traces.files import read
 from lamina.simulator.traces.rounded import spread, step_of
@@ -516,7 +516,7 @@ def test_compressed_files_are_read_and_bounded(tmp_path: Path, monkeypatch: pyte
 
 def test_an_unknown_trace_lists_the_known_ones(tmp_path: Path) -> None:
     for name in ("azure", "", "a\0b", str(tmp_path), tmp_path / "none.csv"):
-        with pytest.raises(InvalidRequest, match="allowed are azure-conv, azure-code, mooncake-conversation, or a CSV"):
+        with pytest.raises(InvalidRequest, match="conversation, coding-agents, or a CSV"):
             trace(name)
 
 
@@ -529,3 +529,32 @@ def test_a_damaged_file_is_not_replaced_by_a_drawn_one(tmp_path: Path) -> None:
 def test_too_short_for_figures() -> None:
     with pytest.raises(InvalidRequest, match="figures need requests at different times"):
         measure(Trace("t", (Arrival(0.0, 5, 5),) * 3), "", "")
+
+
+# Excerpts
+
+
+@settings(max_examples=30)
+@given(st.integers(20, 400), st.integers(1, 400), st.integers(0, 5))
+def test_an_excerpt_has_so_many_requests_in_their_order(total: int, count: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    found = Trace("t", tuple(Arrival(float(n), int(rng.integers(1, 999)), n + 1) for n in range(total)))
+    part = windows(found, count)
+    length = max(1, count // WINDOWS)
+    assert len(part.arrivals) == (total if total <= count else count // length * length)
+    outputs = [arrival.output for arrival in part.arrivals]
+    assert outputs == sorted(set(outputs))
+
+
+def test_an_excerpt_is_like_the_whole() -> None:
+    """Mean lengths and context of 2,000 of Azure's requests are within 3 % of the whole's."""
+    for name in ("azure-conv", "azure-code"):
+        whole = trace(name)
+        part = windows(whole, 2000)
+        for measured in (
+            lambda a: a.prompt,
+            lambda a: a.output,
+            lambda a: a.output * (a.prompt + a.output / 2),
+        ):
+            means = [np.mean([measured(arrival) for arrival in each.arrivals]) for each in (part, whole)]
+            assert means[0] == pytest.approx(means[1], rel=0.03)

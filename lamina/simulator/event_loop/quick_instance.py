@@ -45,7 +45,8 @@ class Unusual(Exception):
 def is_usual(system: System, trace: Trace, prefix_cache: bool) -> bool:
     """Whether `QuickInstance` can stand for the real scheduler, as far as that is known beforehand."""
     named = prefix_cache and any(arrival.blocks for arrival in trace.arrivals)
-    return not named and not system.model.states
+    sessions = any(arrival.after is not None for arrival in trace.arrivals)
+    return not named and not sessions and not system.model.states
 
 
 class DecodeCosts:

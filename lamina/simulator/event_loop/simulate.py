@@ -156,11 +156,9 @@ def _result(
 ) -> RunResult:
     start = trace.arrivals[0].at
     seconds = max((life.last for life in lives), default=start) - start
-    ttft = [life.first - life.arrival.at for life in lives]
+    ttft = [life.first - life.at for life in lives]
     tpot = [(life.last - life.first) / (life.tokens - 1) for life in lives if life.tokens > 1]
-    met = sum(
-        slo.met(life.first - life.arrival.at, (life.last - life.first) / max(1, life.tokens - 1)) for life in lives
-    )
+    met = sum(slo.met(life.first - life.at, (life.last - life.first) / max(1, life.tokens - 1)) for life in lives)
     model, attention, network = (min(1.0, busy / (seconds * replicas)) if seconds else 0.0 for busy in totals.busy)
     held, capacity = system.decode if isinstance(system, Disaggregated) else system, system.capacity
     # The last kind attends; where there are prompts, a model and attention apart, the model is as busy as these.

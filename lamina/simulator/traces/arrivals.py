@@ -132,14 +132,14 @@ def split(trace: Trace, replicas: int) -> tuple[Trace, ...]:
     )
 
 
-def tokens(arrival: Arrival, salt: int, before: Sequence[int] = ()) -> tuple[int, ...]:
+def tokens(arrival: Arrival, salt: int, shared: Sequence[int] = ()) -> tuple[int, ...]:
     """The prompt as token ids for a prefix cache: those of two prompts are equal as far as their blocks are.
 
-    It begins with the `shared` first ones of `before`, the ids that the request it comes after ended with. All tokens
-    of block b are 2b, and all that are in no block 2 `salt` + 1: `salt` is the request's own number, 0 or more. So a
-    prompt is made of a few shared ints, and takes 8 bytes a token.
+    It begins with the ids `shared`, of the request it comes after. All tokens of block b are 2b, and all that are in no
+    block 2 `salt` + 1: `salt` is the request's own number, 0 or more. So a prompt is made of a few ints that many have,
+    and takes 8 bytes a token.
     """
-    ids = list(before[: arrival.shared])
+    ids = list(shared)
     for block in arrival.blocks:
         ids += [2 * block] * BLOCK
     del ids[arrival.prompt :]

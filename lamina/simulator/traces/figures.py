@@ -19,6 +19,7 @@ from lamina.errors import InvalidRequest
 from lamina.system.text_files import read_toml
 
 Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
 
 _TAIL = (92.5, 95, 96, 97, 98, 99, 99.25, 99.5, 99.7, 99.8, 99.9, 99.95, 100)  # of long ones, it carries the mean
 LEVELS = tuple(percent / 100 for percent in (0, 1, 2, *range(5, 95, 5), *_TAIL))
@@ -107,7 +108,7 @@ class Figures:
         return (self.count - 1) / self.seconds
 
 
-def minutes_of(at: Floats) -> tuple[NDArray[np.int64], float]:
+def minutes_of(at: Floats) -> tuple[Integers, float]:
     """How many of these times are in each of equal parts of about a minute, and the seconds of a part. Times begin at
     0; the last part has the last of them."""
     parts = max(1, round(float(at[-1]) / 60))

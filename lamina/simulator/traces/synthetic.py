@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.traces.arrivals import BLOCK, MAX_REQUESTS, Arrival, Trace, blocks_of
-from lamina.simulator.traces.figures import Figures, Floats, Quantiles, Sharing, minutes_of
-
-Integers = NDArray[np.int64]
+from lamina.simulator.traces.figures import Figures, Floats, Integers, Quantiles, Sharing, minutes_of
 
 _CANDIDATES = 64  # earlier requests that one which goes on chooses from; by trial, see `synthetic`
 
