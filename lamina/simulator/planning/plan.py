@@ -10,8 +10,9 @@ from lamina.simulator.costs.speculation import Speculation
 from lamina.simulator.event_loop.simulate import Progress, Slo
 from lamina.simulator.planning import reasons
 from lamina.simulator.planning.candidates import candidates
+from lamina.simulator.planning.deployment import engine_keywords
 from lamina.simulator.planning.inventory import Inventory
-from lamina.simulator.planning.plan_file import Plan, Prediction, TraceSummary, engine_keywords
+from lamina.simulator.planning.plan_file import Plan, Prediction, TraceSummary
 from lamina.simulator.planning.planner import TOP, Ranked, limited, mixes, rank, rivals, top, verify
 from lamina.simulator.planning.reasons import Sensitivity
 from lamina.simulator.reports.data import Point
