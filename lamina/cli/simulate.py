@@ -39,7 +39,7 @@ Rate = Annotated[str, typer.Option(help="Requests a second: trace (as it has the
 Hardware = Annotated[Path | None, typer.Option(help="A TOML file with more devices and links.")]
 Prefill = Annotated[bool, typer.Option("--prefill/--no-prefill", help="Prompts are computed here, or elsewhere.")]
 EfficiencyName = Annotated[
-    str, typer.Option(help="Of devices without measurements: roofline (their best), or typical (see hardware.toml).")
+    str, typer.Option(help="Of devices without measurements: roofline (their best), typical, vllm, sglang or trtllm.")
 ]
 Weights = Annotated[
     str, typer.Option(help="auto, bfloat16, float32, int4, int8, a kind such as q4_k, or bytes a weight such as 0.61.")
@@ -102,12 +102,11 @@ class PlanOptions:
         from lamina.simulator.planning import inventory as inventories
 
         catalogue = catalogues.load(self.hardware)
+        reached = catalogue.efficiency(self.efficiency)
         have = inventories.read(self.inventory, catalogue) if self.inventory else inventories.default(catalogue)
         if not self.any_system:
             have = inventories.deployable(have)
-        if parse_efficiency(self.efficiency):
-            return have
-        return inventories.with_efficiency(have, catalogue.typical)
+        return inventories.with_efficiency(have, reached)
 
 
 @flatten_options
@@ -116,7 +115,7 @@ def plan(asked: PlanOptions) -> None:
     if asked.check is not None:
         _check(asked.check, asked)
         return
-    slo, rate, roofline = parse_slo(asked.slo), parse_rate(asked.rate), parse_efficiency(asked.efficiency)
+    slo, rate = parse_slo(asked.slo), parse_rate(asked.rate)
     if not 0 <= asked.verify <= 100:
         raise InvalidRequest(f"verify is {asked.verify}; allowed are 0 to 100")
     check_suffix("out", asked.out, ".toml")
@@ -125,6 +124,7 @@ def plan(asked: PlanOptions) -> None:
     if asked.html is not None and not asked.verify:
         raise InvalidRequest("--html and --verify 0 were given; a report needs at least one that is checked")
 
+    from lamina.simulator.costs import hardware as catalogues
     from lamina.simulator.costs.models import model as shape_of
     from lamina.simulator.planning.plan import PlanRequest, make_plan
     from lamina.simulator.planning.plan_file import write
@@ -147,7 +147,8 @@ def plan(asked: PlanOptions) -> None:
     if asked.as_json:
         print_json(plan_record(found))
     else:
-        print_plan(found, asked.slo, asked.budget, roofline, asked.prefill, asked.out)
+        reached = catalogues.load(asked.hardware).said_of(asked.efficiency)
+        print_plan(found, asked.slo, asked.budget, reached, asked.prefill, asked.out)
         if not asked.any_system:
             typer.echo("\nNot considered: prompts computed on other devices, which no engine here deploys (--any).")
 
@@ -191,7 +192,7 @@ def simulate(asked: SimulateOptions) -> None:
     """Systems beside each other on one trace: throughput, cost, latencies, utilisation."""
     if asked.as_json and asked.as_csv:
         raise InvalidRequest("--json and --csv were given; allowed is one of the two")
-    slo, rate, roofline = parse_slo(asked.slo), parse_rate(asked.rate), parse_efficiency(asked.efficiency)
+    slo, rate = parse_slo(asked.slo), parse_rate(asked.rate)
 
     from lamina.simulator.costs import hardware as catalogues
     from lamina.simulator.costs.models import model as shape_of
@@ -202,7 +203,7 @@ def simulate(asked: SimulateOptions) -> None:
     from lamina.simulator.traces.catalogue import trace as trace_of
 
     catalogue = catalogues.load(asked.hardware)
-    known = catalogue if roofline else catalogues.with_efficiency(catalogue)
+    known = catalogues.with_efficiency(catalogue, catalogue.efficiency(asked.efficiency))
     shape, drafts = shape_of(asked.model).with_weights(asked.weights), parse_speculation(asked)
     choice = Choice(shape, known, parse_policy(asked.policy), asked.lanes, asked.link, drafts)
     systems = [build(name, choice) for name in _names(asked.system)]
@@ -212,7 +213,7 @@ def simulate(asked: SimulateOptions) -> None:
     with ProgressBars() as progress:
         results = compare(
             systems, trace, slo=slo, prefill=asked.prefill, seed=asked.seed, progress=progress,
-            assumptions=assumed(catalogue, roofline, asked.prefill, trace, choice),
+            assumptions=assumed(catalogue.said_of(asked.efficiency), asked.prefill, trace, choice),
         )  # fmt: skip
     if asked.out is not None:
         write_runs(asked.out, systems, results, slo)
@@ -281,13 +282,6 @@ def parse_rate(words: str) -> float | None:
     if not 0 < value <= 1e6:  # NaN compares false
         raise InvalidRequest(f"rate is {words!r:.80}; allowed are trace, max, or requests a second up to 1e6")
     return value
-
-
-def parse_efficiency(name: str) -> bool:
-    """Whether devices without measurements reach their best ("roofline"). Raises InvalidRequest."""
-    if name not in ("roofline", "typical"):
-        raise InvalidRequest(f"efficiency is {name!r:.80}; allowed are roofline, typical")
-    return name == "roofline"
 
 
 def parse_policy(words: str | None) -> Any:

@@ -121,7 +121,7 @@ def _score(requests: float) -> str:
     return f"{requests:.0f}" if math.isfinite(requests) else "free"
 
 
-def print_plan(found: Planned, slo: str, budget: float | None, roofline: bool, prefill: bool, out: Path | None) -> None:
+def print_plan(found: Planned, slo: str, budget: float | None, reached: str, prefill: bool, out: Path | None) -> None:
     asked = found.demand
     rate = "as many as are served" if math.isinf(asked.rate) else f"{asked.rate:.3g}/s"
     bound = "" if budget is None else f", up to ${budget:g} an hour"
@@ -145,12 +145,7 @@ def print_plan(found: Planned, slo: str, budget: float | None, roofline: bool, p
         for sentence in sentences:
             typer.echo(f"  {sentence}")
     typer.echo("\nAssumed")
-    if roofline:
-        typer.echo(
-            "  Devices without measurements reach their best, all the time: an upper bound (--efficiency typical)."
-        )
-    else:
-        typer.echo("  Devices without measurements reach what is typical: [typical] in hardware.toml has the sources.")
+    typer.echo(f"  {reached[0].upper()}{reached[1:]}.")
     if not prefill:
         typer.echo("  Prompts are computed elsewhere, at no cost here.")
     for what, said in chosen(found.plan.system.model, found.plan.system.speculation).items():

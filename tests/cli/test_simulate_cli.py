@@ -238,7 +238,7 @@ def test_a_check_prints_promised_beside_measured(planned: tuple[Any, Path], monk
         (["plan", "--hardware", "no.toml"], "no.toml: there is no such file"),
         (["plan", "--rate", "often"], "rate is 'often'; allowed are trace, max"),
         (["plan", "--count", "0"], "count is 0"),
-        (["plan", "--efficiency", "best"], "efficiency is 'best'; allowed are roofline, typical"),
+        (["plan", "--efficiency", "best"], "efficiency is 'best'; allowed are roofline, typical, vllm"),
         (["plan", "--verify", "-1"], "verify is -1"),
         (["plan", "--out", "plan.json"], "--out is 'plan.json'; allowed are names that end in .toml"),
         (["plan", "--html", "x.html", "--verify", "0"], "a report needs at least one that is checked"),

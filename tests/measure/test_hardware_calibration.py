@@ -65,7 +65,10 @@ TRUE = Device(
 )  # fmt: skip
 CALL = 20e-6  # of TRUE's layer_overhead, what a call of attention costs by itself
 SIZES = st.one_of(st.just(0.0), st.floats(1e-3, 10))
-LINK = Link("true", bandwidth=3e9, round_trip=250e-6, worker_time=150e-6, row_time=6e-6, query_first_time=190e-6)
+LINK = Link(
+    "true", bandwidth=3e9, round_trip=250e-6, worker_time=150e-6, row_time=6e-6, query_first_time=190e-6,
+    announce_time=300e-6, announce_row_time=4e-6,
+)  # fmt: skip
 
 
 def colocated(device: Device = TRUE) -> Colocated:
@@ -82,6 +85,11 @@ def forward(rows: int) -> float:
     """What TRUE's dense layers take, without what the engine and a call of attention add."""
     parts = replace(TRUE.efficiency, step_overhead=0.0, row_overhead=0.0, layer_overhead=50e-6 - CALL)
     return dense_time(SHAPE, replace(TRUE, efficiency=parts), 1, Load(rows, 0.0))
+
+
+def announced(workers: int, batch: int) -> float:
+    """Seconds until `workers` have accepted a batch, beyond what that takes in the process."""
+    return LINK.announce_time + workers * batch * LINK.announce_row_time
 
 
 def first(workers: int, batch: int, context: int) -> float:
@@ -102,8 +110,12 @@ def timings(**changes: Any) -> Timings:
         exchange={
             (workers, batch): offloaded(workers).step(Load(batch, 64)).seconds
             - colocated().step(Load(batch, 64)).seconds
+            - announced(workers, batch)
             for batch, _ in FULL.exchange
             for workers in FULL.workers
+        },
+        announce={
+            (workers, batch): announced(workers, batch) for batch, _ in FULL.exchange for workers in FULL.workers
         },
         query_first={
             (workers, *cell): first(workers, *cell) - offloaded(workers).step(Load(*cell)).seconds
@@ -150,18 +162,22 @@ def test_a_link_is_what_the_exchange_costs_and_another_channel_as_much_more_as_i
     taken = timings()
     local, grpc = fit_links(SHAPE, taken, fitted(taken))
     assert (local.name, grpc.name) == ("local-channel", "grpc-loopback")
-    for name in ("bandwidth", "round_trip", "worker_time", "row_time", "query_first_time"):
+    for name in (
+        *("bandwidth", "round_trip", "worker_time", "row_time", "query_first_time"),
+        *("announce_time", "announce_row_time"),
+    ):
         assert getattr(local, name) == pytest.approx(getattr(LINK, name)), name
     assert grpc.round_trip == pytest.approx(LINK.round_trip + 300e-6)
     assert grpc.query_first_time == pytest.approx(LINK.query_first_time + 150e-6, rel=0.05)
+    assert grpc.announce_time == pytest.approx(LINK.announce_time + 300e-6)
     assert grpc.bandwidth == pytest.approx(1e9)
     assert fit_exchange(SHAPE, {}, 1e9) == (0.0, 0.0, 0.0)
 
 
 def test_without_an_exchange_a_round_trip_is_that_of_a_small_message():
-    taken = timings(exchange={}, query_first={})
+    taken = timings(exchange={}, query_first={}, announce={})
     local, grpc = fit_links(SHAPE, taken, fitted(taken))
-    assert local.query_first_time == 0.0
+    assert local.query_first_time == local.announce_time == grpc.announce_time == 0.0
     assert local.round_trip == pytest.approx(60e-6)
     assert grpc.round_trip == pytest.approx(300e-6, rel=0.3)
 
@@ -247,11 +263,13 @@ class Fake:
     def attention(self, batch: int, context: int, steps: int) -> list[float]:
         return [timings().attention[batch, context]] * steps
 
-    def layers(self, batch: int, context: int, steps: int, count: int = 0, query_first: bool = False) -> list[float]:
-        if query_first:
-            return [first(count, batch, context)] * steps
-        system = offloaded(count) if count else colocated()
-        return [system.step(Load(batch, context)).seconds] * steps
+    def layers(
+        self, batch: int, context: int, steps: int, count: int = 0, query_first: bool = False
+    ) -> dict[str, list[float]]:
+        before = 1e-3 + (announced(count, batch) if count else 0.0)
+        system, taken = offloaded(count) if count else colocated(), announced(count, batch) if count else 0.0
+        whole = first(count, batch, context) if query_first else system.step(Load(batch, context)).seconds
+        return {"announce": [before] * steps, "run": [whole - taken] * steps}
 
     def messages(self, channel: str, sizes: list[int], times: int) -> dict[str, list[float]]:
         return {str(size): [seconds] * times for size, seconds in timings().messages[channel].items()}
@@ -320,7 +338,7 @@ def test_every_number_that_was_measured_says_when_where_and_how():
     for entry, names in (
         (device, ("flops", "bandwidth", "memory")),
         (device.efficiency, ("dense", "attention", "layer_overhead", "attention_row_overhead", "step_overhead")),
-        (found.links[0], ("bandwidth", "round_trip", "worker_time", "row_time", "query_first_time")),
+        (found.links[0], ("bandwidth", "round_trip", "worker_time", "row_time", "query_first_time", "announce_time")),
     ):  # fmt: skip
         for name in names:
             assert "measured here, 2024-02-29, A processor" in entry.sources[name], name

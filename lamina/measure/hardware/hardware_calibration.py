@@ -215,11 +215,13 @@ class _Rounds:
     def _exchange(self, kernels: Child, workers: Child) -> None:
         for batch, context in self._amount.exchange:
             cell = {"batch": batch, "context": context, "steps": self._amount.steps}
-            self._add(kernels.ask("layers", **cell), "layers", 0, batch)
-            for count in self._amount.workers:
-                self._add(workers.ask("layers", count=count, **cell), "layers", count, batch)
-                first = workers.ask("layers", count=count, query_first=True, **cell)
-                self._add(first, "query first", count, batch, context)
+            for count in (0, *self._amount.workers):  # 0: in the process
+                taken = workers.ask("layers", count=count, **cell) if count else kernels.ask("layers", **cell)
+                self._add(taken["run"], "layers", count, batch)
+                self._add(taken["announce"], "announce", count, batch)
+                if count:
+                    first = workers.ask("layers", count=count, query_first=True, **cell)
+                    self._add(first["run"], "query first", count, batch, context)
         for channel in CHANNELS:
             sizes, times = list(self._amount.sizes), self._amount.messages
             for size, values in workers.ask("messages", channel=channel, sizes=sizes, times=times).items():
@@ -246,7 +248,7 @@ class _Rounds:
 
     def timings(self) -> Timings:
         """The medians over all rounds."""
-        layers = self._medians("layers")
+        layers, announced = self._medians("layers"), self._medians("announce")
         contexts = self._medians("context")
         return Timings(
             bandwidth=statistics.median(rate for drift in self.drifts for rate in (drift.before, drift.after)),
@@ -256,6 +258,9 @@ class _Rounds:
             attention=self._medians("attention"),
             exchange={
                 (count, batch): seconds - layers[0, batch] for (count, batch), seconds in layers.items() if count
+            },
+            announce={
+                (count, batch): seconds - announced[0, batch] for (count, batch), seconds in announced.items() if count
             },
             query_first={
                 (count, batch, context): seconds - layers[count, batch]
@@ -328,6 +333,8 @@ class _Sources:
                 "worker_time": asked,
                 "row_time": asked,
                 "query_first_time": f"{asked}, with q first, beyond q, k and v together",
+                "announce_time": f"{asked}: until all have accepted a batch",
+                "announce_row_time": f"{asked}: until all have accepted a batch, what grows with the sequences",
             }
             found.append(replace(link, sources=sources))
         return tuple(found)
@@ -361,6 +368,9 @@ def _raw(timings: Timings) -> tuple[str, ...]:
     exchange = ", ".join(
         f"{rows} rows at {count} {seconds * 1e3:.2f}" for (count, rows), seconds in timings.exchange.items()
     )
+    announced = ", ".join(
+        f"{rows} rows at {count} {seconds * 1e3:.2f}" for (count, rows), seconds in timings.announce.items()
+    )
     first = ", ".join(
         f"{rows} rows at {count} {seconds * 1e3:.2f}" for (count, rows, _), seconds in timings.query_first.items()
     )
@@ -372,6 +382,7 @@ def _raw(timings: Timings) -> tuple[str, ...]:
         f"All linear maps, and a forward pass without attention, ms: {dense}.",
         f"Attention of one layer, us: {attention}.",
         f"A step's layers with attention workers, ms more than in one process: {exchange}.",
+        f"Until all have accepted the step's batch, ms more than in one process: {announced}.",
         f"The same with q first, ms more than with q, k and v together: {first}.",
         f"Messages there, and a short answer back, us: {sent}.",
     )

@@ -131,7 +131,10 @@ def _result(
     )
     model, attention, network = (min(1.0, busy / (seconds * replicas)) if seconds else 0.0 for busy in totals.busy)
     held, capacity = system.decode if isinstance(system, Disaggregated) else system, system.capacity
-    busy = (model, attention) if len(system.devices) == 2 else (min(1.0, model + attention),)
+    # The last kind attends; where there are prompts, a model and attention apart, the model is as busy as these.
+    busy = {1: (min(1.0, model + attention),), 2: (model, attention)}.get(
+        len(system.devices), (model, attention, attention)
+    )
     return RunResult(
         system=system.name if replicas == 1 else f"{replicas} of {system.name}",
         model=system.model.name,

@@ -38,7 +38,7 @@ def undeployable(system: System) -> str:
             return f"no kernels here run on {device.name}, of kind {device.kind}; allowed are {' and '.join(COMPUTES)}"
     if not isinstance(system, Offloaded):
         return ""
-    ranks, replicas, share = system.model_count, system.model_replicas, local_share(system)
+    ranks, replicas, share = system.model_count, system.model_replicas, system.local_share
     if ranks > 1 and replicas > 1:
         return f"each layer is cut among {ranks} devices and there are {replicas} replicas; an engine does one of both"
     if ranks > 1 and system.lanes > 1:
@@ -72,7 +72,7 @@ def engine_keywords(system: System, longest: int) -> dict[str, Any]:
         found |= {
             "attention_workers": holders,
             "shard": system.shard,
-            "local_share": local_share(system),
+            "local_share": system.local_share,
             "query_first": "auto" if system.overlap else "never",
         }
         if ranks == 1:  # ranks have one batch under way
@@ -102,10 +102,10 @@ def _memories(system: Offloaded, holders: int) -> dict[str, int]:
     the prompts take that are being computed."""
     a_token, a_state = system.model.kv_bytes_per_token(system.kv_element), system.model.state_bytes_held
     room = float(system.prompt_tokens)
-    if not local_share(system):
+    if not system.local_share:
         room = min(room, _PROMPTS * system.model.max_context)
     own = room * a_token + _PROMPTS * a_state
-    workers = system.attention_count * system.attention_device.memory * system.memory_share
+    workers = system.attention_count * system.attention_device.memory * system.attention_memory_share
     if system.workers is not None:  # processes of one machine, which has the weights too
         workers -= system.model.weight_bytes + own
     return {"kv_memory": max(1, int(workers / holders)), "kv_local": max(1, int(own))}
@@ -122,11 +122,6 @@ def _numbers(system: System) -> dict[str, Any]:
     found: dict[str, Any] = {"weights": dtype}
     kept = _DTYPES.get(getattr(system, "kv_element", 2.0))
     return found if kept in (None, dtype) else found | {"kv_dtype": kept}
-
-
-def local_share(system: Offloaded) -> float:
-    """The share of the KV that the model devices attend themselves."""
-    return float(getattr(system, "local_share", 0.0))
 
 
 def check_engine(engine: Mapping[str, Any]) -> None:
