@@ -33,7 +33,9 @@ _UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 Model = Annotated[str, typer.Option("--model", "-m", help="A model the simulator knows, or a path to a config.json.")]
 TraceName = Annotated[str, typer.Option("--trace", help="A published trace by name, or a file in its format.")]
-TraceDir = Annotated[Path | None, typer.Option(help="Where files of published traces are. Default: they are drawn.")]
+TraceDir = Annotated[
+    Path | None, typer.Option(help="Where files of published traces are. Azure's are built in; Mooncake's is drawn.")
+]
 SloText = Annotated[str, typer.Option("--slo", help='Such as "tpot=100ms,ttft=2s"; "none" for any time.')]
 Rate = Annotated[str, typer.Option(help="Requests a second: trace (as it has them), max, or a number.")]
 Hardware = Annotated[Path | None, typer.Option(help="A TOML file with more devices and links.")]
@@ -83,7 +85,7 @@ class PlanOptions:
     num_speculative_tokens: Drafts = 8
     acceptance: Acceptance = None
     proposed: Proposed = 1.0
-    verify: Annotated[int, typer.Option(help="How many of the best the event loop checks; 0: none.")] = 5
+    verify: Annotated[int, typer.Option(help="How many of the best the event loop checks; 0: none.")] = 24
     out: Annotated[Path | None, typer.Option(help="Write the winner here, for --plan and --check.")] = None
     html: Annotated[Path | None, typer.Option(help="Write a report here.")] = None
     plot: Annotated[Path | None, typer.Option(help="Write the Pareto plot here, as PNG.")] = None
@@ -93,18 +95,22 @@ class PlanOptions:
     minutes: Annotated[
         float | None, typer.Option(help="How long --check serves. Default: 2, or more where requests are rare.")
     ] = None
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Also the best of each kind of system, each optimised alone: does a split pay?"),
+    ] = False
     as_json: Json = False
     seed: Seed = 0
 
-    def devices(self) -> Inventory:
-        """The inventory, with the efficiency that was asked for."""
+    def devices(self, everything: bool) -> Inventory:
+        """The inventory, with the efficiency that was asked for; `everything`: what no engine deploys, too."""
         from lamina.simulator.costs import hardware as catalogues
         from lamina.simulator.planning import inventory as inventories
 
         catalogue = catalogues.load(self.hardware)
         reached = catalogue.efficiency(self.efficiency)
         have = inventories.read(self.inventory, catalogue) if self.inventory else inventories.default(catalogue)
-        if not self.any_system:
+        if not everything:
             have = inventories.deployable(have)
         return inventories.with_efficiency(have, reached)
 
@@ -130,12 +136,13 @@ def plan(asked: PlanOptions) -> None:
     from lamina.simulator.planning.plan_file import write
     from lamina.simulator.traces.catalogue import trace as trace_of
 
-    shape, devices = shape_of(asked.model).with_weights(asked.weights), asked.devices()
+    shape, devices = shape_of(asked.model).with_weights(asked.weights), asked.devices(asked.any_system)
     trace = trace_of(asked.trace, asked.count, asked.seed, asked.trace_dir)
     drafts = parse_speculation(asked)
     request = PlanRequest(asked.model, shape, devices, trace, slo, asked.budget, rate, asked.prefill, drafts)
+    compared = asked.devices(everything=True) if asked.compare else None
     with ProgressBars() as progress:
-        found = make_plan(request, check=asked.verify, seed=asked.seed, progress=progress)
+        found = make_plan(request, check=asked.verify, seed=asked.seed, compare=compared, progress=progress)
     if asked.out is not None:
         write(asked.out, found.plan)
     if asked.plot is not None:
@@ -149,6 +156,8 @@ def plan(asked: PlanOptions) -> None:
     else:
         reached = catalogues.load(asked.hardware).said_of(asked.efficiency)
         print_plan(found, asked.slo, asked.budget, reached, asked.prefill, asked.out)
+        for remark in trace.remarks:
+            typer.echo(f"\nThe trace {trace.name}: {remark}.")
         if not asked.any_system:
             typer.echo("\nNot considered: prompts computed on other devices, which no engine here deploys (--any).")
 

@@ -65,7 +65,7 @@ def plan_page(found: Planned, title: str) -> str:
     plan: dict[str, Any] = {
         "chosen": found.winner.name,
         "why": list(found.why),
-        "what would change it": [str(each) for each in found.sensitivity],
+        "what would change it": [str(each) for each in (*found.sensitivity, *found.assumptions)],
         "ranking": [_row(each) for each in found.mixes(_ROWS)],
         "engine": dict(found.plan.engine),
         "points": found.points(),
@@ -140,7 +140,16 @@ def print_plan(found: Planned, slo: str, budget: float | None, reached: str, pre
     typer.echo(
         "\n* as simulated, the others by formula. DOP(a, b): a devices share the dense layers, b hold KV and attend."
     )
-    for title, sentences in (("Why", found.why), ("What would change it", found.sensitivity)):
+    if found.best_of:
+        typer.echo("\nBest against best, each optimised alone under the same budget:\n")
+        compared = [{"kind": name, **_short_row(each)} for name, each in found.best_of.items()]
+        print_rows([tuple(compared[0]), *(tuple(row.values()) for row in compared)])
+    flips = found.assumptions or ("nothing that is assumed, within what is likely and half as far again",)
+    for title, sentences in (
+        ("Why", found.why),
+        ("What would change it", found.sensitivity),
+        ("Which assumption would flip it", flips),
+    ):
         typer.echo(f"\n{title}")
         for sentence in sentences:
             typer.echo(f"  {sentence}")
@@ -235,7 +244,14 @@ def plan_record(found: Planned) -> dict[str, Any]:
         "candidates": len(found.ranked),
         "ranking": [record(each) for each in found.mixes(_ROWS)],
         "why": list(found.why),
+        "ties": [each.name for each in found.ties],
+        "intervals": {
+            name: {part: _finite(value) for part, value in asdict(each).items()}
+            for name, each in found.intervals.items()
+        },
         "sensitivity": [asdict(each) for each in found.sensitivity],
+        "assumptions": [{**asdict(each), "likely": each.likely} for each in found.assumptions],
+        "best_of": {name: record(each) for name, each in found.best_of.items()},
         "engine": dict(found.plan.engine),
         "remarks": found.plan.remarks(),
     }

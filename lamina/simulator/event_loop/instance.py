@@ -3,10 +3,11 @@ counted, and the clock moves by what the cost model says of each batch."""
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections import Counter
+import math
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from heapq import heappop, heappush
 
 from lamina.errors import EngineError, InvalidRequest
 from lamina.scheduling.control_plane import ControlPlane, Step, refusal
@@ -34,12 +35,17 @@ UNLIMITED = 1 << 40
 
 @dataclass(slots=True)
 class Life:
-    """One request: when it arrived, had its first and its last token, and how many it has."""
+    """One request: when it arrived (`at`), had its first and its last token, and how many it has."""
 
     arrival: Arrival
     first: float = 0.0
     last: float = 0.0
     tokens: int = 0
+    at: float = -1.0
+
+    def __post_init__(self) -> None:
+        if self.at < 0:  # it did not wait for another
+            self.at = self.arrival.at
 
 
 @dataclass(slots=True)
@@ -79,7 +85,8 @@ class Instance:
     """One instance of a system on its part of the trace.
 
     Without `prefill` a prompt takes no time up to its first token. Such a request may have `begun` elsewhere: then that
-    token is not counted again.
+    token is not counted again. Requests come as the trace says, or as they are `offered`. `ended` is told the number
+    and the life of each that has ended. By default it is `follow`: those that come after it do so here.
     """
 
     def __init__(
@@ -90,16 +97,27 @@ class Instance:
         prefix_cache: bool,
         totals: Totals,
         begun: Mapping[int, Life] | None = None,
+        *,
+        offered: bool = False,
+        ended: Callable[[int, Life], None] | None = None,
     ) -> None:
         self._system, self._trace, self._prefill = system, trace, prefill
         self._totals = totals
         self._begun = begun or {}  # by the number of its arrival
-        self._times = [arrival.at for arrival in trace.arrivals]
-        self._fed = 0  # arrivals that the scheduler was given
+        arrivals = trace.arrivals
+        self._due = [] if offered else [(a.at, number) for number, a in enumerate(arrivals) if a.after is None]
+        self._arrived: deque[int] = deque()  # that the scheduler was not given yet
+        self._followers: dict[int, list[int]] = {}  # by the number of the one they come after
+        for number, arrival in enumerate(arrivals):
+            if arrival.after is not None:
+                self._followers.setdefault(arrival.after, []).append(number)
+        self._shared: dict[int, tuple[int, ...]] = {}  # of those to come: tokens of the one before that they begin with
+        self._when: dict[int, float] = {}  # those that came after others
+        self._told = ended or self.follow
         self._ahead = 0  # prompt tokens of the arrivals that have no token yet
-        self._named = prefix_cache and any(arrival.blocks for arrival in trace.arrivals)
-        longest = max(arrival.prompt + arrival.output for arrival in trace.arrivals)
-        self._blank = (0,) * 0 if self._named else (0,) * max(arrival.prompt for arrival in trace.arrivals)
+        self._named = prefix_cache and any(arrival.blocks or arrival.shared for arrival in arrivals)
+        longest = max(arrival.prompt + arrival.output for arrival in arrivals)
+        self._blank = (0,) * 0 if self._named else (0,) * max(arrival.prompt for arrival in arrivals)
         holders = holders_of(system)
         heads = kv_heads(system.model) if holders > 1 else 1  # equal holders are one that stands for all
         groups = page_groups(system)
@@ -141,45 +159,79 @@ class Instance:
 
     def run(self, report: Callable[[int], None]) -> list[Life]:
         """Serve the trace to its end. Returns the requests that were served."""
-        arrivals, scheduler = self._trace.arrivals, self._scheduler
-        while True:
-            self._feed()
-            if self._fed == len(arrivals) and not scheduler.has_work:
-                break
-            step = self._control.plan()
-            if step is None:
-                if self._fed == len(arrivals):
-                    raise EngineError(f"system {self._system.name!r} cannot go on, with {self._pages} pages")
-                self._now = max(self._now, arrivals[self._fed].at)
-                continue
-            if self._accept(step) and step.plan is not None:
-                before = self._now
-                self._advance(step.plan)
-                self._record(step.plan, before)
-                if self._totals.steps % 64 == 0:
-                    report(len(self._ended))
-        self._totals.reused += scheduler.counters.reused_tokens
-        self._totals.preemptions += scheduler.counters.preempted
+        while self.step():
+            if self._totals.steps % 64 == 0:
+                report(len(self._ended))
+        return self.finish()
+
+    def step(self) -> bool:
+        """Run the next batch, or let the time of the next arrival come. False where there is nothing to do."""
+        self._feed()
+        step = self._control.plan() if self._scheduler.has_work else None
+        if step is None:
+            if self._due:
+                self._now = max(self._now, self._due[0][0])
+            elif self._lives:
+                raise EngineError(f"system {self._system.name!r} cannot go on, with {self._pages} pages")
+            return bool(self._due)
+        if self._accept(step) and step.plan is not None:
+            before = self._now
+            self._advance(step.plan)
+            self._record(step.plan, before)
+        return True
+
+    def finish(self) -> list[Life]:
+        """Count what the scheduler has counted. Returns the requests that were served."""
+        self._totals.reused += self._scheduler.counters.reused_tokens
+        self._totals.preemptions += self._scheduler.counters.preempted
         return self._ended
+
+    @property
+    def next_at(self) -> float:
+        """When the next batch can begin, in seconds; infinite where nothing is to do."""
+        if self._lives or self._arrived:
+            return self._now
+        return max(self._now, self._due[0][0]) if self._due else math.inf
+
+    def offer(self, number: int, at: float) -> None:
+        """The trace's request of that number comes at that second."""
+        heappush(self._due, (at, number))
+
+    def follow(self, number: int, life: Life) -> None:
+        """Those that come after a request which has ended, here."""
+        for after in self._followers.get(number, ()):
+            arrival = self._trace.arrivals[after]
+            self._when[after] = at = max(arrival.at, life.last + arrival.gap)
+            self.offer(after, at)
 
     def _feed(self) -> None:
         """Give the scheduler the requests that have arrived, as far ahead as it looks."""
-        arrivals, scheduler = self._trace.arrivals, self._scheduler
-        while self._fed < len(arrivals) and arrivals[self._fed].at <= self._now:
-            number, arrival = self._fed, arrivals[self._fed]
+        arrivals, scheduler, arrived = self._trace.arrivals, self._scheduler, self._arrived
+        while self._due and self._due[0][0] <= self._now:
+            arrived.append(heappop(self._due)[1])
+        while arrived:
+            number = arrived[0]
+            arrival = arrivals[number]
             many = self._ahead and self._ahead + arrival.prompt > BACKLOG_TOKENS
             if many or len(self._lives) - len(scheduler.running) >= BACKLOG:
                 return
-            self._fed += 1
-            prompt = tokens(arrival, number) if self._named else self._blank[: arrival.prompt]
+            arrived.popleft()
+            shared = self._shared.pop(number, ())
+            prompt = tokens(arrival, number, shared) if self._named else self._blank[: arrival.prompt]
             try:
                 (sequence,) = scheduler.add(Request(str(number), prompt, arrival.output))
             except InvalidRequest:  # it fits nowhere, as a server would say
-                self._totals.rejected += 1
+                self._reject(number)
                 continue
-            self._lives[sequence] = self._begun.get(number) or Life(arrival)
+            self._lives[sequence] = self._begun.get(number) or Life(arrival, at=self._when.get(number, arrival.at))
             self._ahead += arrival.prompt
             self._totals.prompt_tokens += arrival.prompt
+
+    def _reject(self, number: int) -> None:
+        """A request, and all that were to come after it."""
+        self._totals.rejected += 1
+        for after in self._followers.get(number, ()):
+            self._reject(after)
 
     def _accept(self, step: Step) -> bool:
         """Announce the step to the holders. Whether all accept."""
@@ -194,7 +246,7 @@ class Instance:
         for hopeless in self._control.refused(step, answers):
             del self._lives[hopeless]
             self._ahead -= len(hopeless.request.prompt)
-            self._totals.rejected += 1
+            self._reject(int(hopeless.request.id))
         return False
 
     def _advance(self, plan: Plan) -> None:
@@ -229,7 +281,7 @@ class Instance:
 
     def _count(self, cost: StepCost, decode: int, prefill: int) -> None:
         totals, seconds, running = self._totals, cost.seconds, len(self._scheduler.running)
-        waiting = len(self._lives) - running + bisect_right(self._times, self._now) - self._fed
+        waiting = len(self._lives) - running + len(self._arrived)
         totals.steps += 1
         for tier, busy in enumerate((cost.model, cost.attention, cost.network)):
             totals.busy[tier] += busy
@@ -271,8 +323,17 @@ class Instance:
             if reason is not None:
                 del lives[sequence]
                 self._ended.append(life)
+                self._leave(sequence, life)
         if usual:
             gaps[now - before] += usual
+
+    def _leave(self, sequence: ScheduledSequence, life: Life) -> None:
+        """A request has ended: others may come after it, and begin with its tokens."""
+        number = int(sequence.request.id)
+        for after in self._followers.get(number, ()):
+            if self._named and (shared := self._trace.arrivals[after].shared):
+                self._shared[after] = tuple(sequence.tokens[:shared])
+        self._told(number, life)
 
 
 def holders_of(system: System) -> int:

@@ -2,63 +2,135 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from lamina.errors import InvalidRequest
 from lamina.simulator.traces.arrivals import Arrival, Trace, head, scaled
-from lamina.simulator.traces.figures import published
+from lamina.simulator.traces.figures import Floats, Integers, published
 from lamina.simulator.traces.files import FORMATS, read
-from lamina.simulator.traces.synthetic import synthetic
+from lamina.simulator.traces.rounded import spread
+from lamina.simulator.traces.sessions import coding_agents
+from lamina.simulator.traces.synthetic import distance, synthetic
 
 FILES = {
     "azure-conv": ("azure_conv_2023.csv", "AzureLLMInferenceTrace_conv.csv"),
     "azure-code": ("azure_code_2023.csv", "AzureLLMInferenceTrace_code.csv"),
     "mooncake-conversation": ("mooncake_conversation.jsonl", "conversation_trace.jsonl"),
 }
-"""By name, what a trace's file is called; the last one is the publisher's own."""
+"""By name, what a trace's file is called; the last one is the publisher's own. Azure's are beside this file, packed by
+gzip, under CC-BY 4.0 (`LICENCE-azure.txt`)."""
+
+
+AGENTS = "coding-agents"
 
 
 def trace(name: str | Path, count: int | None = None, seed: int = 0, folder: Path | None = None) -> Trace:
     """The trace of that name, or in the file at that path: its first `count` requests, or all.
 
-    A published one is read from `folder` where it has the file; else it is drawn with `seed`, `count` requests or as
-    many as the published one has, and its name ends with "(synthetic)". Raises InvalidRequest.
+    A published one is read from `folder` where it has the file, or from this package where that has it. Else it is
+    drawn with `seed`, `count` requests or as many as the published one has; its name ends with "(synthetic)", and its
+    remarks say how far it is from the published one. Times that were rounded are spread within their step, and remarks
+    say so. "coding-agents" are sessions that are drawn (`sessions.coding_agents`). Raises InvalidRequest.
     """
+    if str(name) == AGENTS:
+        return coding_agents(seed=seed) if count is None else coding_agents(count, seed)
     known = FILES.get(str(name))
     if known is None and not os.path.isfile(name):  # unlike Path's own, no name is too long for it
-        raise InvalidRequest(f"the trace is {str(name)!r:.200}; allowed are {', '.join(FILES)}, or {FORMATS}")
-    if known is None:
-        found, named = Path(name), None
-    else:
-        files = [folder / file for file in known if (folder / file).is_file()] if folder else []
-        if not files:
-            return synthetic(published()[str(name)], count, seed=seed)
-        found, named = files[0], str(name)
-    whole = read(found, named)
+        raise InvalidRequest(
+            f"the trace is {str(name)!r:.200}; allowed are {', '.join((*FILES, AGENTS))}, or {FORMATS}"
+        )
+    path = Path(name) if known is None else file_of(str(name), folder)
+    if path is None:
+        figures = published()[str(name)]
+        drawn = synthetic(figures, count, seed=seed)
+        return replace(drawn, remarks=(distance(drawn, figures),))
+    whole = spread(read(path, None if known is None else str(name)))
     return whole if count is None else head(whole, count)
+
+
+def file_of(name: str, folder: Path | None = None) -> Path | None:
+    """Where the file of a published trace is: in the folder, or in this package; None where it is in neither."""
+    here = Path(__file__).with_name(f"{FILES[name][0]}.gz")
+    files = [folder / file for file in FILES[name]] if folder else []
+    return next((file for file in (*files, here) if file.is_file()), None)
 
 
 WINDOWS = 16
 """That an excerpt is taken from."""
+_SHIFTS = 64
 
 
 def windows(trace: Trace, count: int, parts: int = WINDOWS) -> Trace:
     """`count` of a trace's requests, from windows that lie evenly over it, one after another: loads and lengths change
-    over a day, and its beginning alone would be another trace. All of it where it has no more."""
-    total = len(trace.arrivals)
+    over a day, and its beginning alone would be another trace. All of it where it has no more.
+
+    Of `_SHIFTS` places where the windows can begin it is the one whose mean lengths, context and squared prompts are
+    nearest to the whole's, and whose windows' rates vary as all such windows' do. What is lost: a load that stays high
+    for longer than a window. Of sessions it takes whole ones, evenly, at most `count` steps of them.
+    """
+    arrivals, total = trace.arrivals, len(trace.arrivals)
     if total <= count:
         return trace
+    if any(arrival.after is not None for arrival in arrivals):
+        return _sessions(trace, count)
     length = max(1, count // parts)
-    taken: list[Arrival] = []
+    parts = count // length
+    at, prompt, output = (np.array([getattr(a, name) for a in arrivals], np.float64) for name in _COLUMNS)
+    features = np.stack([prompt, output, output * (prompt + output / 2), prompt**2])
+    sums = np.concatenate([np.zeros((4, 1)), np.cumsum(features, 1)], 1)
+    whole = features.mean(1)
+    varies = _variation(at, np.arange(0, total - length, max(1, length // 4)), length)
+    nearest, begins = math.inf, np.arange(parts)
+    for shift in range(_SHIFTS):
+        middles = (np.arange(parts) + (shift + 0.5) / _SHIFTS) * total / parts
+        first = np.clip(middles - length / 2, 0, total - length).astype(int)
+        means = (sums[:, first + length] - sums[:, first]).sum(1) / (length * parts)
+        off = float(((means / whole - 1) ** 2).sum()) + (_variation(at, first, length) - varies) ** 2
+        if off < nearest:
+            nearest, begins = off, first
     gap = trace.seconds / (total - 1)
-    for part in range(count // length):
-        first = part * (total - length) // max(1, count // length - 1)
-        arrivals = trace.arrivals[first : first + length]
+    taken: list[Arrival] = []
+    for begin in begins.tolist():
         start = taken[-1].at + gap if taken else 0.0
-        taken += [replace(arrival, at=start + arrival.at - arrivals[0].at) for arrival in arrivals]
-    return Trace(trace.name, tuple(taken))
+        window = arrivals[begin : begin + length]
+        taken += [replace(arrival, at=start + arrival.at - window[0].at) for arrival in window]
+    return replace(trace, arrivals=tuple(taken))
+
+
+_COLUMNS = ("at", "prompt", "output")
+
+
+def _variation(at: Floats, first: Integers, length: int) -> float:
+    """How the seconds vary that windows of so many requests take."""
+    seconds = at[first + length - 1] - at[first]
+    return float(seconds.std() / seconds.mean()) if seconds.any() else 0.0
+
+
+def _sessions(trace: Trace, count: int) -> Trace:
+    """Every nth session, so much earlier that as many begin in a second."""
+    roots: list[int] = []  # of each request, the number of its session
+    begun = 0
+    for arrival in trace.arrivals:
+        roots.append(begun if arrival.after is None else roots[arrival.after])
+        begun += arrival.after is None
+    share = count / len(roots)
+    while True:
+        kept = [number for number, root in enumerate(roots) if int((root + 1) * share) > int(root * share)]
+        if len(kept) <= count or share * begun < 2:
+            break
+        share *= 0.9
+    numbers = {number: place for place, number in enumerate(kept)}
+    taken = []
+    for number in kept:
+        arrival = trace.arrivals[number]
+        after = None if arrival.after is None else numbers[arrival.after]
+        taken.append(replace(arrival, at=arrival.at * share, after=after))
+    return replace(trace, arrivals=tuple(taken[:count]))
 
 
 def at_rate(trace: Trace, rate: float) -> Trace:
