@@ -21,6 +21,7 @@ from lamina.measure.bench.settings import Settings
 from lamina.measure.hardware.busy import Beside
 from lamina.measure.hardware.child import Child
 from lamina.measure.hardware.fitting import BUSY, DRIFT
+from lamina.simulator.costs.uncertainty import spread
 from lamina.simulator.event_loop.results import RunResult
 from lamina.simulator.event_loop.simulate import Slo, simulate
 from lamina.simulator.planning.plan_file import Plan, read
@@ -30,7 +31,6 @@ from lamina.system.progress import Progress
 
 LEAST, _USUAL = 20, 48
 """Requests of a check: fewer have no 99th percentile worth the name."""
-_TIMES, _RATES = (0.85, 1.18), (0.95, 1.05)
 _READ = 1 << 28  # bytes of a reading of the memory's rate
 
 
@@ -164,13 +164,13 @@ def sent(name: str, outcomes: Sequence[Outcome]) -> Trace:
 
 
 def _figures(plan: Plan, promised: RunResult, answered: Sequence[Outcome], result: Result) -> list[Figure]:
-    limits = _milliseconds(plan.slo)
+    limits, factors = _milliseconds(plan.slo), spread(plan.system)
     ttft = sorted(each.ttft for each in answered)
     tpot = sorted(each.tpot for each in answered if each.tpot is not None)
     found = []
     for what, given, range_of, values in (
-        ("TTFT", promised.ttft, _TIMES, ttft),
-        ("TPOT", promised.tpot, _TIMES, tpot),
+        ("TTFT", promised.ttft, factors.ttft, ttft),
+        ("TPOT", promised.tpot, factors.tpot, tpot),
     ):
         low, high = range_of
         for name, seconds, taken in (
@@ -181,7 +181,7 @@ def _figures(plan: Plan, promised: RunResult, answered: Sequence[Outcome], resul
             ms = seconds * 1e3
             found.append(Figure(f"{what} {name}", "ms", ms, ms * low, ms * high, taken * 1e3))
     share = sum(meets(each, limits) for each in answered) / len(answered)
-    low, high = _RATES
+    low, high = factors.goodput
     for name, unit, value, taken in (
         ("in time", "%", promised.slo_share * 100, share * 100),
         ("output", "tok/s", promised.tokens_per_second, result.summary.output_throughput),
