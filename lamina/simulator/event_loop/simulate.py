@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System, power, price
+from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System, before_first_token, power, price
 from lamina.simulator.event_loop.failures import FailingInstance, Failures
 from lamina.simulator.event_loop.instance import Instance
 from lamina.simulator.event_loop.lives import Life, Totals
@@ -165,9 +165,12 @@ def _result(
 ) -> RunResult:
     start = trace.arrivals[0].at
     seconds = max((life.last for life in lives), default=start) - start
-    ttft = [life.first - life.at for life in lives]
+    ttft = [life.first - life.at + before_first_token(system, life.arrival.prompt) for life in lives]
     tpot = [(life.last - life.first) / (life.tokens - 1) for life in lives if life.tokens > 1]
-    met = sum(slo.met(life.first - life.at, (life.last - life.first) / max(1, life.tokens - 1)) for life in lives)
+    met = sum(
+        slo.met(first, (life.last - life.first) / max(1, life.tokens - 1))
+        for first, life in zip(ttft, lives, strict=True)
+    )
     model, attention, network = (min(1.0, busy / (seconds * replicas)) if seconds else 0.0 for busy in totals.busy)
     held, capacity = system.decode if isinstance(system, Disaggregated) else system, system.capacity
     # The last kind attends; where there are prompts, a model and attention apart, the model is as busy as these.
