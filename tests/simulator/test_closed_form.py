@@ -6,22 +6,23 @@ import math
 from dataclasses import replace
 from functools import cache
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from planning import EPYC, FHBN, H100, SLO, STEADY, dop, together
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.costs.cost_model import KvPolicy
+from lamina.simulator.costs.cost_model import KvPolicy, Load
 from lamina.simulator.costs.systems import Disaggregated, System
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.planning.reasons import changed
 from lamina.simulator.steady_state.closed_form import TARGET, estimate, sequences
-from lamina.simulator.steady_state.steady import Wait, in_time, largest, queue
+from lamina.simulator.steady_state.service import largest
 from lamina.simulator.traces import catalogue as traces
 from lamina.simulator.traces.arrivals import Arrival, Trace
 from lamina.simulator.traces.catalogue import at_rate, windows
-from lamina.simulator.traces.demand import demand, mean_and_variation
+from lamina.simulator.traces.demand import demand, left_of_outputs, streams
 
 
 @cache
@@ -38,19 +39,29 @@ def test_a_sequence_is_met_for_as_long_as_it_decodes() -> None:
     assert found.context == pytest.approx((10 * 105 + 90 * 1045 + 20 * 110) / 120)
     assert (found.prompt, found.output, found.longest) == (400, 40, 1090)
     assert found.rate == pytest.approx(2 / 4)
-    assert found.gap_variation == pytest.approx(1 / 4)
-    assert found.prompt_pairs == pytest.approx((100**2 + 1000**2 + 100**2) / 3 / 2)
+    assert found.sample.at.tolist() == pytest.approx([0, 0.5, 2])  # in mean gaps
     assert demand(Trace("alike", (Arrival(0.0, 64, 8),) * 3)).context == 64 + 8 / 2
     assert demand(Trace("at once", (Arrival(0.0, 64, 8),) * 3)).rate == math.inf
 
 
-def test_parts_have_their_own_rates_around_the_wholes() -> None:
-    found = demand(conversation())
-    assert len(found.parts) == 6
-    assert mean_and_variation([1 / part.relative for part in found.parts])[0] == pytest.approx(1)
-    faster = found.at_rate(2 * found.rate)
-    assert [part.rate for part in faster.parts] == pytest.approx([2 * part.rate for part in found.parts])
-    assert demand(traces.head(conversation(), 100)).parts == ()  # too few to tell from chance
+def test_what_an_instance_gets_of_a_sample() -> None:
+    sample = demand(conversation()).sample
+    (whole,) = streams(sample, 1, 2000)
+    assert whole.at.tolist() == pytest.approx(sample.at.tolist())
+    (every_third,) = streams(sample, 3, 400)
+    assert every_third.prompts.tolist() == sample.prompts[::3].tolist()
+    assert [len(each) for each in streams(sample, 12, 300)] == [100] * 3
+    (part,) = streams(sample, 1, 256)
+    assert len(part) == 256
+    assert part.at[-1] == pytest.approx(255)  # at the same rate
+    assert (np.diff(part.at) >= 0).all()
+
+
+def test_what_is_left_of_outputs_is_met_half_way() -> None:
+    left = left_of_outputs(demand(Trace("alike", tuple(Arrival(float(n), 10, 101) for n in range(50)))).sample)
+    assert np.sort(left).tolist() == pytest.approx([1 + int(100 * (n + 0.5) / 64) for n in range(64)], abs=1)
+    lone = demand(Trace("one token", (Arrival(0.0, 10, 1),) * 3))
+    assert not len(left_of_outputs(lone.sample))
 
 
 @given(st.floats(0.1, 10))
@@ -80,22 +91,6 @@ def test_an_excerpt_comes_from_everywhere() -> None:
     assert (len(faster.arrivals) - 1) / faster.seconds == pytest.approx(50)
 
 
-# Queues
-
-
-def test_waiting_is_as_queueing_theory_has_it() -> None:
-    busy, service = 0.8, 2.0
-    poisson = queue(busy / service, service, 1.0, 1.0)
-    assert poisson.seconds == pytest.approx(busy / (1 - busy) * service)  # M/M/1
-    assert poisson.share == pytest.approx(busy)
-    assert queue(busy / service, service, 1.0, 0.0).seconds == pytest.approx(poisson.seconds / 2)  # M/D/1
-    assert queue(0.5, 2.0, 1.0, 1.0).seconds == math.inf
-    rate = 1 / service
-    assert in_time([poisson], 3.0) == pytest.approx(1 - busy * math.exp(-rate * (1 - busy) * 3.0))  # M/M/1
-    assert in_time([], 0.0) == 1.0
-    assert in_time([Wait(1.0, 0.5)], -1.0) == 0.0
-
-
 @given(st.integers(0, 1000), st.integers(0, 1000))
 def test_the_largest_that_passes_is_found(limit: int, most: int) -> None:
     assert largest(most, lambda batch: batch <= limit) == min(limit, most)
@@ -121,13 +116,11 @@ def test_littles_law_holds() -> None:
     found = estimate(together(4), 1, STEADY, SLO)
     assert found.taken == 4.0
     assert found.serves
-    assert found.batch == pytest.approx(found.taken * STEADY.output * found.tpot)
+    assert found.batch == pytest.approx(found.taken * STEADY.output * found.tpot, rel=0.1)  # long ones are slower
     assert found.tokens_per_second == pytest.approx(found.taken * STEADY.output)
 
 
 def test_a_lone_sequence_takes_the_systems_own_step() -> None:
-    from lamina.simulator.costs.cost_model import Load
-
     found = estimate(together(4), 1, STEADY.at_rate(1e-6), SLO, prefill=False)
     assert found.tpot == pytest.approx(together(4).step(Load(1, STEADY.context)).seconds, rel=1e-3)
 

@@ -135,7 +135,7 @@ def rank(
     for done, each in enumerate(steady):
         if done >= CLOSER and _order(min(closer, key=_order)) <= _order(each):
             break
-        closer.append(look(each.candidate, True, len(every) + done) if demand.parts else each)
+        closer.append(look(each.candidate, True, len(every) + done))
     ranked = sorted(closer, key=_order) + steady[len(closer) :]
     if progress is not None:
         progress("ranking", total, total)
