@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import random
 import time
 from collections import Counter
@@ -13,7 +12,7 @@ from unittest import mock
 import scenario as events
 from attention_host import AttentionHost
 from disk import Disk
-from engine_host import AGAIN_S, EngineHost, kv_config
+from engine_host import EngineHost, kv_config
 from invariants import books, left_over
 from network import Line
 from scenario import Answer, Event, Outcome, Scenario, Submit, prompt_of
@@ -79,7 +78,6 @@ class Cluster:
     def run(self) -> Outcome:
         """Let everything happen."""
         scenario = self.scenario
-        gc.disable()
         patched = mock.patch.multiple(time, time=self._wall, sleep=_sleeps)
         patched.start()
         try:
@@ -100,9 +98,6 @@ class Cluster:
         finally:
             self._close()
             patched.stop()
-            gc.enable()
-            gc.collect()
-            gc.freeze()  # collections, which freed seats make too, look at what is new: else each would take 0.3 s
         self.counts["tokens"] = sum(len(each) for answer in self.answers.values() for each in answer.samples)
         self.counts["slices"] = self.engine_host.slices
         self.counts += self.engine_host.reached
@@ -337,7 +332,7 @@ class Cluster:
         """It did not start. Its supervisor starts another."""
         self.say(f"the engine does not start: {why}")
         self._engine_dies()
-        self.time.after(AGAIN_S, self._start_engine)
+        self.time.after(self.scenario.setup.again, self._start_engine)
 
     def _on_KillServer(self, event: events.KillServer) -> bool | None:
         if self._link is None:
