@@ -156,7 +156,8 @@ _MOST = {
     Disk: 3, JumpClock: 3,
 }  # fmt: skip
 _USUAL = 10  # the most events of any other kind
-_MOST_OF_STORM = {KillEngine: 12, KillServer: 4, Drain: 3, Join: 3, Leave: 8}  # others: as the storm has faults
+# Of others as many as the storm has faults.
+_MOST_OF_STORM = {KillEngine: 12, KillServer: 4, Drain: 3, Join: 3, Leave: 8, JumpClock: 6, Disk: 12}
 
 
 def possible(kind: type[Event], setup: Setup) -> bool:
