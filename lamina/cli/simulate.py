@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lamina.cli.options import check_suffix, flatten_options
-from lamina.cli.simulator_output import plan_page, plan_record, print_plan, write_runs
-from lamina.cli.terminal import ProgressBars, print_json, print_rows
+from lamina.cli.simulator_output import plan_page, plan_record, print_check, print_plan, write_runs
+from lamina.cli.terminal import ProgressBars, print_json
 from lamina.errors import InvalidRequest
 from lamina.system.text_files import write_text
 
 if TYPE_CHECKING:
+    from lamina.measure.hardware import Calibration
     from lamina.simulator.costs.speculation import Speculation
     from lamina.simulator.event_loop.simulate import Slo
     from lamina.simulator.planning.inventory import Inventory
@@ -89,7 +90,10 @@ class PlanOptions:
     html: Annotated[Path | None, typer.Option(help="Write a report here.")] = None
     plot: Annotated[Path | None, typer.Option(help="Write the Pareto plot here, as PNG.")] = None
     check: Annotated[
-        Path | None, typer.Option(help="Run this plan here instead, and print predicted beside measured.")
+        Path | None, typer.Option(help="Serve this plan here instead, with its trace: promised beside measured.")
+    ] = None
+    minutes: Annotated[
+        float | None, typer.Option(help="How long --check serves. Default: 2, or more where requests are rare.")
     ] = None
     compare: Annotated[
         bool,
@@ -115,7 +119,7 @@ class PlanOptions:
 def plan(asked: PlanOptions) -> None:
     """Which mix of machines, and how many of each, gives the most for a dollar within the latency that users accept."""
     if asked.check is not None:
-        _check(asked.check, asked.as_json)
+        _check(asked.check, asked)
         return
     slo, rate = parse_slo(asked.slo), parse_rate(asked.rate)
     if not 0 <= asked.verify <= 100:
@@ -247,9 +251,13 @@ def calibrate_hardware(
     from lamina.measure.hardware import calibrate
 
     check_suffix("out", out, ".toml")
-    with ProgressBars() as progress:
-        found = calibrate(model, progress, quick, date=date.today().isoformat(), price=price, power=power)
-    write_text(out, found.dumps())
+
+    def keep(found: Calibration) -> None:
+        write_text(out, found.dumps())
+
+    with ProgressBars(lines=True) as progress:
+        found = calibrate(model, progress, quick, date=date.today().isoformat(), price=price, power=power, keep=keep)
+    keep(found)
     for remark in found.remarks:
         typer.echo(remark, err=True)
     names = [device.name for device in found.devices] + [link.name for link in found.links]
@@ -318,35 +326,27 @@ def parse_speculation(asked: PlanOptions | SimulateOptions) -> Speculation | Non
     return Speculation(acceptance, asked.num_speculative_tokens, asked.proposed, name, draft)
 
 
-def _check(path: Path, as_json: bool) -> None:
-    """Run a plan here: its decode steps as predicted and as measured."""
+def _check(path: Path, asked: PlanOptions) -> None:
+    """Serve a plan here with the requests that it was made for: what it promised, and what was measured."""
     from dataclasses import asdict
 
-    from lamina.measure.hardware.plan_check import check
+    from lamina.measure.bench.plan_check import check
     from lamina.simulator.planning.plan_file import read
+    from lamina.simulator.traces.catalogue import FILES
+    from lamina.simulator.traces.catalogue import trace as trace_of
 
     plan = read(path)
     for remark in plan.remarks():
         typer.echo(f"{path}: {remark}", err=True)
-    with ProgressBars() as progress:
-        rows = check(plan, progress=progress)
-    if as_json:
-        print_json(*(asdict(row) for row in rows))
-        return
-    typer.echo("milliseconds a decode step")
-    print_rows(
-        [("batch", "context", "predicted", "measured", "difference")]
-        + [
-            (
-                str(row.batch),
-                f"{row.context:.0f}",
-                f"{row.predicted_ms:.2f}",
-                f"{row.measured_ms:.2f}",
-                f"{row.predicted_ms / row.measured_ms - 1:+.0%}",
-            )
-            for row in rows
-        ]
-    )
+    planned = plan.trace.name.removesuffix(" (synthetic)")
+    trace = trace_of(planned if planned in FILES else asked.trace, asked.count, asked.seed, asked.trace_dir)
+    with ProgressBars(lines=True) as progress:
+        found = check(path, trace, minutes=asked.minutes, progress=progress)
+    if asked.as_json:
+        figures = [asdict(each) | {"difference": each.difference, "holds": each.holds} for each in found.figures]
+        print_json(asdict(found) | {"figures": figures, "remarks": found.noise.remarks})
+    else:
+        print_check(found)
 
 
 def _names(words: str) -> list[str]:

@@ -18,6 +18,7 @@ from lamina.errors import InvalidRequest
 from lamina.system.text_files import write_text
 
 if TYPE_CHECKING:
+    from lamina.measure.bench.plan_check import Check, Figure
     from lamina.simulator.costs.systems import System
     from lamina.simulator.event_loop.results import RunResult
     from lamina.simulator.event_loop.simulate import Slo
@@ -160,12 +161,50 @@ def print_plan(found: Planned, slo: str, budget: float | None, reached: str, pre
         typer.echo(f"  {what.capitalize()}: {said}.")
     for remark in found.plan.remarks():
         typer.echo(f"  To deploy: {remark}.")
-    if out is not None and not found.plan.engine:
-        typer.echo(
-            f"\n{out}: written; an engine computes prompts and decodes in one place, so it cannot deploy this one"
+    if out is None:
+        return
+    from lamina.simulator.planning.deployment import commands, undeployable
+
+    if why := undeployable(found.plan.system):
+        typer.echo(f"\n{out}: written; no engine here is that: {why}")
+        return
+    typer.echo(f"\n{out}: written. To deploy it, and to measure here what it promises:")
+    for line in (*commands(out, found.plan.replicas, found.plan.engine), f"lamina plan --check {out}"):
+        typer.echo(f"  {line}")
+
+
+def print_check(found: Check) -> None:
+    """What was promised beside what was measured, and how steady the machine was."""
+    typer.echo(f"{found.requests} requests of {found.trace}, served here in {found.seconds:.0f} s\n")
+    rows = [("", "promised", "90 % interval", "measured", "difference", "holds")]
+    for each in found.figures:
+        points = each.unit == "%"
+        rows.append(
+            (
+                f"{each.name}, {each.unit}" if each.unit != "$" else each.name,
+                _figure(each, each.promised),
+                f"{_figure(each, each.low)} to {_figure(each, each.high)}",
+                _figure(each, each.measured),
+                f"{each.difference * 100:+.1f}{' points' if points else '%'}",
+                "yes" if each.holds else "no",
+            )
         )
-    elif out is not None:
-        typer.echo(f"\n{out}: deploy it with `lamina generate --plan {out}`, compare with `lamina plan --check {out}`")
+    print_rows(rows)
+    noise = found.noise
+    typer.echo(
+        f"\nmachine: others used {noise.others:.0%} of the cores; memory was read at {noise.before / 1e9:.1f} GB/s "
+        f"before, {noise.after / 1e9:.1f} after"
+    )
+    for remark in noise.remarks:
+        typer.echo(f"beware: {remark}")
+    for kind, count in found.failed.items():
+        typer.echo(f"failed: {count} x {kind}")
+    for note in found.notes:
+        typer.echo(note)
+
+
+def _figure(figure: Figure, value: float) -> str:
+    return f"{value:.3g}" if figure.unit == "$" else f"{value:.1f}"
 
 
 def plan_record(found: Planned) -> dict[str, Any]:

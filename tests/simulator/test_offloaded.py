@@ -12,6 +12,7 @@ from lamina.errors import InvalidRequest
 from lamina.scheduling.step_model import Choice, StepModel
 from lamina.simulator.costs.cost_model import Load, attention_time, dense_time, exchange_time
 from lamina.simulator.costs.hardware import Device
+from lamina.simulator.costs.models import model
 from lamina.simulator.costs.offloaded import best_local_share
 from lamina.simulator.costs.systems import Colocated, Disaggregated, power, price
 from lamina.simulator.event_loop.instance import holders_of
@@ -116,6 +117,13 @@ def test_a_step_is_what_the_engine_expects_of_the_same_tiers(
     step = system.step(load)
     seconds = expected.seconds(Choice(lanes, share, fused=True), tokens)
     assert step.seconds == pytest.approx(max(seconds, step.network), rel=1e-6)
+
+
+def test_weights_of_eight_bits_send_activations_of_sixteen() -> None:
+    """DeepSeek-V3, 64 sequences: 128 heads x 576 numbers of queries, 128 x 512 of outputs and a latent of 576 are
+    139,840 a layer and token; x 61 layers x 2 bytes x 64 = 1,091.9 MB a step, though its weights have 1 byte."""
+    latent = model("deepseek-v3")
+    assert exchange_time(latent, FHBN, 45.7e9, Load(64, 8192)).nbytes == 64 * 61 * 139_840 * 2 == 1_091_870_720
 
 
 def test_workers_without_weights_may_use_more_of_their_memory() -> None:

@@ -57,6 +57,7 @@ _LIMITS = {
     "experts": _SHARE,
     "experts_compute": (0.0, _SHARE[1]),
     "first_token_overhead": _TIME,
+    "prompt_token_overhead": _TIME,
     "flops": (1.0, 1e18),
     "flops_8bit": (0.0, 1e18),
     "memory": (1.0, 1e16),
@@ -163,8 +164,9 @@ class Efficiency:
     attention_row_overhead: float = 0.0
     """Seconds a sequence and layer, of attention."""
     first_token_overhead: float = 0.0
-    """Seconds that a request waits for its first token beside all steps: reading it, tokens, answering. No device is
-    busy then."""
+    """Seconds that a request waits for its first token beside all steps: its way in and out. No device is busy then."""
+    prompt_token_overhead: float = 0.0
+    """The same for each token of its prompt: text becomes tokens."""
     sources: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -176,6 +178,10 @@ class Efficiency:
         """The share of a device's FLOPs that matrices with `element` bytes a weight reach."""
         reached = self.compute_8bit if element <= 1 and self.compute_8bit else self.compute
         return reached or at(self.dense, tokens)
+
+    def before_first_token(self, prompt: float) -> float:
+        """Seconds that a request with so many tokens waits for its first one beside all steps."""
+        return self.first_token_overhead + prompt * self.prompt_token_overhead
 
 
 ROOFLINE = Efficiency()

@@ -25,11 +25,10 @@ from lamina.simulator.event_loop.instance import (
     BACKLOG,
     BACKLOG_TOKENS,
     UNLIMITED,
-    Life,
-    Totals,
     holders_of,
     page_groups,
 )
+from lamina.simulator.event_loop.lives import Life, Totals
 from lamina.simulator.event_loop.results import Sampled
 from lamina.simulator.traces.arrivals import Arrival, Trace
 

@@ -13,11 +13,12 @@ from lamina.simulator.costs.uncertainty import Interval, spread
 from lamina.simulator.event_loop.simulate import Progress, Slo
 from lamina.simulator.planning import reasons
 from lamina.simulator.planning.candidates import Candidate, candidates
+from lamina.simulator.planning.deployment import engine_keywords
 from lamina.simulator.planning.event_runs import EventRuns
 from lamina.simulator.planning.intervals import intervals
 from lamina.simulator.planning.inventory import Inventory
 from lamina.simulator.planning.kinds import best_of_kinds, split_pays
-from lamina.simulator.planning.plan_file import Plan, Prediction, TraceSummary, engine_keywords
+from lamina.simulator.planning.plan_file import Plan, Prediction, TraceSummary
 from lamina.simulator.planning.planner import TOP, Ranked, limited, mixes, rank, search, top
 from lamina.simulator.planning.prices import Prices, Unseen, at_price, without_prices
 from lamina.simulator.planning.quantities import assumed, changed_devices, market

@@ -60,6 +60,7 @@ class Service:
 
     def __init__(self, system: System, demand: Demand, slo: Slo, prefill: bool) -> None:
         self._demand, self._slo = demand, slo
+        self._reached = system.devices[0][0].efficiency
         self._apart = system if isinstance(system, Disaggregated) and prefill else None
         self._decode = system.decode if isinstance(system, Disaggregated) else system
         self._here = prefill and self._apart is None
@@ -147,6 +148,7 @@ class Service:
 
     def _point(self, rate: float, stream: Sample, arrived: Floats, served: Served) -> Point:
         ttft = served.first - (arrived if self._slo.ttft is not None else served.entered)
+        ttft = ttft + self._reached.first_token_overhead + stream.prompts * self._reached.prompt_token_overhead
         share = (_kept(ttft, bound(self._slo.ttft)) * _kept(served.pace, bound(self._slo.tpot))).mean()
         after = stream.outputs - 1
         many = after > 0
