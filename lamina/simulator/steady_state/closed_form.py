@@ -25,7 +25,7 @@ from itertools import pairwise
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.hardware import Device
-from lamina.simulator.costs.systems import Disaggregated, Offloaded, System, price
+from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System, price
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.steady_state.service import FOREVER, PAGE, Point, Service, bound, held, largest
 from lamina.simulator.traces.demand import Demand
@@ -247,9 +247,16 @@ def _free_device(device: Device) -> Device:
 def _free(system: System) -> System:
     """The system without prices."""
     if isinstance(system, Disaggregated):
-        prefill, decode = (replace(part, device=_free_device(part.device)) for part in (system.prefill, system.decode))
-        return replace(system, prefill=prefill, decode=decode)
-    if isinstance(system, Offloaded):
-        model, attention = _free_device(system.model_device), _free_device(system.attention_device)
-        return replace(system, model_device=model, attention_device=attention)
+        return replace(system, prefill=_free_colocated(system.prefill), decode=_free_instance(system.decode))
+    return _free_instance(system)
+
+
+def _free_instance(system: Colocated | Offloaded) -> Colocated | Offloaded:
+    if isinstance(system, Colocated):
+        return _free_colocated(system)
+    model, attention = _free_device(system.model_device), _free_device(system.attention_device)
+    return replace(system, model_device=model, attention_device=attention)
+
+
+def _free_colocated(system: Colocated) -> Colocated:
     return replace(system, device=_free_device(system.device))

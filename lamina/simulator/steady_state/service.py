@@ -110,7 +110,7 @@ class Service:
     def alone(self, requests: int) -> Point:
         """With one request at a time."""
         stream = streams(self._demand.sample, 1, requests)[0]
-        return replace(self._at(stream, _APART * np.arange(len(stream)), 0.0, 1), rate=0.0)
+        return replace(self._at(stream, _APART * np.arange(len(stream), dtype=np.float64), 0.0, 1), rate=0.0)
 
     def _at(self, stream: Sample, arrived: Floats, rate: float, places: int) -> Point:
         requests = replace(self._prepare(stream), at=arrived)
