@@ -76,7 +76,7 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--published", action="store_true")
-    parser.add_argument("--trace-dir", type=Path, default=None, help="where the traces' files are; else they are drawn")
+    parser.add_argument("--trace-dir", type=Path, default=None, help="where the traces' files are")
     parser.add_argument("--count", type=int, default=None)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")

@@ -32,7 +32,9 @@ _UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 Model = Annotated[str, typer.Option("--model", "-m", help="A model the simulator knows, or a path to a config.json.")]
 TraceName = Annotated[str, typer.Option("--trace", help="A published trace by name, or a file in its format.")]
-TraceDir = Annotated[Path | None, typer.Option(help="Where files of published traces are. Default: they are drawn.")]
+TraceDir = Annotated[
+    Path | None, typer.Option(help="Where files of published traces are. Azure's are built in; Mooncake's is drawn.")
+]
 SloText = Annotated[str, typer.Option("--slo", help='Such as "tpot=100ms,ttft=2s"; "none" for any time.')]
 Rate = Annotated[str, typer.Option(help="Requests a second: trace (as it has them), max, or a number.")]
 Hardware = Annotated[Path | None, typer.Option(help="A TOML file with more devices and links.")]
@@ -82,7 +84,7 @@ class PlanOptions:
     num_speculative_tokens: Drafts = 8
     acceptance: Acceptance = None
     proposed: Proposed = 1.0
-    verify: Annotated[int, typer.Option(help="How many of the best the event loop checks; 0: none.")] = 5
+    verify: Annotated[int, typer.Option(help="How many of the best the event loop checks; 0: none.")] = 24
     out: Annotated[Path | None, typer.Option(help="Write the winner here, for --plan and --check.")] = None
     html: Annotated[Path | None, typer.Option(help="Write a report here.")] = None
     plot: Annotated[Path | None, typer.Option(help="Write the Pareto plot here, as PNG.")] = None
@@ -144,6 +146,8 @@ def plan(asked: PlanOptions) -> None:
         print_json(plan_record(found))
     else:
         print_plan(found, asked.slo, asked.budget, roofline, asked.prefill, asked.out)
+        for remark in trace.remarks:
+            typer.echo(f"\nThe trace {trace.name}: {remark}.")
         if not asked.any_system:
             typer.echo("\nNot considered: prompts computed on other devices, which no engine here deploys (--any).")
 

@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.traces.arrivals import Trace, blocks_of
-from lamina.simulator.traces.catalogue import FILES, trace
-from lamina.simulator.traces.figures import LEVELS, Figures, Floats, Quantiles, Sharing
+from lamina.simulator.traces.catalogue import FILES, file_of
+from lamina.simulator.traces.figures import LEVELS, Figures, Floats, Quantiles, Sharing, minutes_of
+from lamina.simulator.traces.files import read
+from lamina.simulator.traces.rounded import step_of
 
 AZURE = "Azure LLM inference trace 2023 (Splitwise, ISCA 2024), github.com/Azure/AzurePublicDataset"
 MOONCAKE = "Mooncake, FAST'25 release, conversation trace, github.com/kvcache-ai/Mooncake"
@@ -42,10 +45,10 @@ def derive(folder: Path) -> str:
         *wrapped(levels, "# "),
     ]
     for name in FILES:
-        real = trace(name, folder=folder)
-        if real.name != name:
+        path = file_of(name, folder)
+        if path is None:
             raise SystemExit(f"{folder} has none of {', '.join(FILES[name])}")
-        figures = measure(real, *SOURCES[name])
+        figures = measure(read(path, name), *SOURCES[name])
         lines += ["", f"[{name}]", *table(figures)]
         if figures.sharing:
             lines += ["", f"[{name}.sharing]", *table(figures.sharing)]
@@ -57,10 +60,13 @@ def measure(trace: Trace, source: str, licence: str) -> Figures:
     if len(trace.arrivals) < 2 or not trace.seconds:
         raise InvalidRequest(f"{trace.name} has one moment; figures need requests at different times")
     prompt, output, gaps = lengths_of(trace, "prompt"), lengths_of(trace, "output"), gaps_of(trace)
-    step = step_cv = 0.0
-    if np.mean(gaps == 0) > 0.5:
-        step = float(np.median(gaps[gaps > 0]))
-        step_cv = step_variation(trace, step)
+    step, at = step_of(trace), times_of(trace)
+    counts, part = minutes_of(at)
+    local = np.ones(len(at))  # of each request: the rate over the trace's
+    for _ in range(3):  # what varies about a load is chance, and a load is what is left without chance
+        dispersion = step_variation(at, step, local) if step else variation(gaps * local[1:])
+        load = load_of(counts, dispersion**2)
+        local = load[np.minimum(at // part, len(load) - 1).astype(int)]
     return Figures(
         name=trace.name,
         source=source,
@@ -71,11 +77,14 @@ def measure(trace: Trace, source: str, licence: str) -> Figures:
         output_mean=rounded(output.mean()),
         prompt=quantiles_of(prompt),
         output=quantiles_of(output),
+        context=rounded(float((output * (prompt + output / 2)).sum() / output.sum())),
         rank_correlation=rounded(rank_correlation(prompt, output)),
         gap_cv=rounded(variation(gaps)),
-        gaps=None if step else quantiles_of(gaps),
+        minute_cv=rounded(float(counts.std() / counts.mean())),
+        load=tuple(rounded(value) for value in load) if len(set(load)) > 1 else (),
+        gaps=None if step else quantiles_of(gaps * local[1:]),
         step=rounded(step),
-        step_cv=rounded(step_cv),
+        step_cv=rounded(step_variation(at, step, local)) if step else 0.0,
         sharing=sharing_of(trace, prompt) if all(arrival.blocks for arrival in trace.arrivals) else None,
     )
 
@@ -125,16 +134,30 @@ def lengths_of(trace: Trace, name: str) -> Floats:
     return np.array([getattr(arrival, name) for arrival in trace.arrivals], np.float64)
 
 
+def times_of(trace: Trace) -> Floats:
+    return np.array([arrival.at for arrival in trace.arrivals], np.float64) - trace.arrivals[0].at
+
+
 def gaps_of(trace: Trace) -> Floats:
     return np.diff(np.array([arrival.at for arrival in trace.arrivals], np.float64))
 
 
-def step_variation(trace: Trace, step: float) -> float:
-    """The root of variance / mean of how many arrive in each step, with those in which none does."""
-    times = np.array([arrival.at for arrival in trace.arrivals]) - trace.arrivals[0].at
-    _, counts = np.unique(np.rint(times / step), return_counts=True)
-    mean = len(times) / (np.rint(times[-1] / step) + 1)
-    return math.sqrt(max(0.0, float(np.sum(counts.astype(np.float64) ** 2) / len(times) - mean)))
+def load_of(counts: NDArray[np.int64], dispersion: float) -> Floats:
+    """The rate of equal parts over the whole's, of counts of requests in them. Of the counts' variance, what requests
+    that come by chance would have is left out: `dispersion` / mean, of the squared mean. All 1 where that is all."""
+    share = counts / counts.mean()
+    slow = 1 - dispersion / counts.mean() / max(share.var(), 1e-12)
+    return 1 + (share - 1) * math.sqrt(max(0.0, slow))
+
+
+def step_variation(at: Floats, step: float, local: Floats) -> float:
+    """The root of variance / mean of how many arrive in each step, with those in which none does. The variance is about
+    what is expected there: `local` is each request's rate over the whole's."""
+    numbers = np.rint(at / step).astype(int)
+    counts = np.bincount(numbers)
+    rates = np.bincount(numbers, local) / np.maximum(counts, 1)
+    expected = counts.mean() * np.where(counts, rates, 1.0)
+    return math.sqrt(float(((counts - expected) ** 2).mean() / counts.mean()))
 
 
 def variation(gaps: Floats) -> float:
@@ -156,6 +179,8 @@ def table(figures: Any) -> list[str]:
         value = getattr(figures, field.name)
         if isinstance(value, Quantiles):
             lines += [f"{field.name} = [", *wrapped(", ".join(map(number, value.values)) + ",", "    "), "]"]
+        elif isinstance(value, tuple) and value:
+            lines += [f"{field.name} = [", *wrapped(", ".join(map(number, value)) + ",", "    "), "]"]
         elif isinstance(value, str) and field.name != "name":
             lines.append(f'{field.name} = "{value}"')
         elif isinstance(value, (int, float)) and value:

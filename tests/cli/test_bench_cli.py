@@ -98,7 +98,7 @@ def test_prompts_differ_between_runs_and_not_with_a_seed():
         (Behaviour(tokens_a_chunk=5), [], "5.00 a chunk"),
         (Behaviour(stops_after=3), [], "12 answers were shorter"),
         (Behaviour(), ["--dataset", "shared-prefix", "--prefix-len", "9", "--num-prefixes", "2"], "2 prefixes of 9"),
-        (Behaviour(), ["--dataset", "trace", "--trace", "azure-code", "--speed", "1e6"], "(synthetic) x1e+06"),
+        (Behaviour(), ["--dataset", "trace", "--trace", "azure-code", "--speed", "1e6"], "the trace azure-code x1e+06"),
         (Behaviour(context=None), ["--dataset", "trace", "--request-rate", "inf"], "the server does not say it"),
         (Behaviour(context=300), ["--dataset", "trace", "--request-rate", "900"], "were cut to 300 tokens"),
         (Behaviour(models=False), ["--model", "other"], "other"),

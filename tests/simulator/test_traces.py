@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
+import hashlib
 import json
 import math
 import os
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,18 +29,22 @@ from lamina.simulator.traces.arrivals import (
     Trace,
     all_at_once,
     blocks_of,
+    closed_loop,
     head,
     scaled,
     split,
     tokens,
 )
-from lamina.simulator.traces.catalogue import FILES, trace
-from lamina.simulator.traces.figures import LEVELS, Quantiles, published
+from lamina.simulator.traces.catalogue import FILES, file_of, trace
+from lamina.simulator.traces.figures import LEVELS, Quantiles, minutes_of, published
 from lamina.simulator.traces.files import read
+from lamina.simulator.traces.rounded import spread, step_of
 from lamina.simulator.traces.synthetic import synthetic
+from lamina.system.text_files import read_toml
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("LAMINA_TEST_DATA", ROOT.parent / "shared" / "data")) / "traces"
+PACKAGE = ROOT / "lamina" / "simulator" / "traces"
 NAMES = tuple(FILES)
 HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens"
 ROW = "2023-11-16 18:15:46.6805900,374,44"
@@ -52,19 +60,21 @@ _traces = st.builds(Trace, st.just("t"), _arrivals)
 # What is published
 
 
-@needs_data
 @pytest.mark.parametrize(
     ("name", "count", "prompt", "output", "seconds"),
     [
         ("azure-conv", 19366, 1154.7, 211.1, 3501.721937),
         ("azure-code", 8819, 2047.8, 27.9, 3435.948056),
-        ("mooncake-conversation", 12031, 12035.1, 342.6, 3536.999),
+        pytest.param("mooncake-conversation", 12031, 12035.1, 342.6, 3536.999, marks=needs_data),
     ],
 )
 def test_published_traces_are_those_of_the_papers(
     name: str, count: int, prompt: float, output: float, seconds: float
 ) -> None:
-    found = trace(name, folder=DATA)
+    """Azure's come with the package."""
+    path = file_of(name, DATA if name == "mooncake-conversation" else None)
+    assert path is not None
+    found = read(path, name)
     numbers = summary(found)
     assert found.name == name
     assert numbers["requests"] == count == len(found.arrivals)
@@ -75,11 +85,31 @@ def test_published_traces_are_those_of_the_papers(
 
 
 @needs_data
+def test_shipped_traces_are_the_published_files() -> None:
+    said = (PACKAGE / "LICENCE-azure.txt").read_text("utf-8")
+    for name in ("azure_conv_2023.csv", "azure_code_2023.csv"):
+        shipped = gzip.decompress((PACKAGE / f"{name}.gz").read_bytes())
+        assert shipped == (DATA / name).read_bytes()
+        assert f"{hashlib.sha256(shipped).hexdigest()}  {name}" in said
+    assert "CC-BY 4.0" in said
+
+
+def test_wheels_have_what_the_package_reads() -> None:
+    """A wheel has the files beside modules that pyproject.toml names."""
+    known = read_toml(ROOT / "pyproject.toml")["tool"]["setuptools"]["package-data"]["lamina.simulator.traces"]
+    for path in PACKAGE.iterdir():
+        if path.suffix not in (".py", "") and path.is_file():
+            assert any(path.match(pattern) for pattern in known), path.name
+
+
+@needs_data
 def test_figures_are_what_the_script_derives() -> None:
-    committed = ROOT / "lamina" / "simulator" / "traces" / "trace_figures.toml"
+    committed = PACKAGE / "trace_figures.toml"
     assert trace_figures.derive(DATA) == committed.read_text("utf-8")
     for name, (source, licence) in trace_figures.SOURCES.items():
-        assert published()[name] == measure(trace(name, folder=DATA), source, licence)
+        path = file_of(name, DATA)
+        assert path is not None
+        assert published()[name] == measure(read(path, name), source, licence)
 
 
 @needs_data
@@ -109,20 +139,65 @@ def test_synthetic_is_like_the_trace(name: str) -> None:
     assert numbers["prompt_mean"] == pytest.approx(figures.prompt_mean, rel=0.02)
     assert numbers["output_mean"] == pytest.approx(figures.output_mean, rel=0.02)
     assert numbers["rank_correlation"] == pytest.approx(figures.rank_correlation, abs=0.05)
-    assert numbers["gap_cv"] == pytest.approx(figures.gap_cv, rel=0.15)
+    assert numbers["gap_cv"] == pytest.approx(figures.step_cv if figures.step else figures.gap_cv, rel=0.15)
     assert numbers["rate"] == pytest.approx(figures.rate, rel=0.01)
     for lengths, of in (("prompt", figures.prompt), ("output", figures.output)):
         values = np.quantile([getattr(arrival, lengths) for arrival in drawn.arrivals], LEVELS[3:-3])
         np.testing.assert_allclose(values, of.values[3:-3], rtol=0.02, atol=1)
 
 
-def test_synthetic_comes_in_the_steps_that_a_trace_was_rounded_to() -> None:
-    figures = published()["mooncake-conversation"]
-    assert (figures.step, figures.gaps) == (3.0, None)
-    times = np.array([arrival.at for arrival in synthetic(figures).arrivals])
-    assert not (times % 3).any()
-    counts = np.bincount((times // 3).astype(int))
-    assert counts.var() / counts.mean() == pytest.approx(figures.step_cv**2, rel=0.2)
+@pytest.mark.parametrize("name", ["azure-conv", "mooncake-conversation"])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_load_of_what_is_drawn_changes_as_much(name: str, seed: int) -> None:
+    figures = published()[name]
+    at = np.array([arrival.at for arrival in synthetic(figures, seed=seed).arrivals])
+    counts, part = minutes_of(at)
+    assert 55 < part < 65
+    assert counts.std() / counts.mean() == pytest.approx(figures.minute_cv, rel=0.1)
+    slow = np.convolve(counts, np.ones(5) / 5, "valid") / counts.mean()
+    published_slow = np.convolve(figures.load, np.ones(5) / 5, "valid")
+    assert np.corrcoef(slow, published_slow)[0, 1] > 0.8
+
+
+def test_what_is_drawn_says_how_far_it_is_from_the_published_one() -> None:
+    (said,) = trace("mooncake-conversation", 3000).remarks
+    assert "as its file is not here (--trace-dir)" in said
+    assert re.search(r"mean prompt 1\d{4} \(12035\), output 34\d \(343\), context in decode 1\d{4} \(13126\)", said)
+    assert re.search(r"variation of counts a minute 0\.\d\d \(0\.12\), shared blocks 3\d% \(37%\)", said)
+    assert not trace("azure-conv", 10).remarks
+
+
+# Times that were rounded
+
+
+@needs_data
+def test_rounded_times_are_spread_within_their_step() -> None:
+    path = file_of("mooncake-conversation", DATA)
+    assert path is not None
+    rounded, found = read(path), trace("mooncake-conversation", folder=DATA)
+    assert step_of(rounded) == pytest.approx(3.0, abs=0.001)
+    assert found.remarks == ("times were rounded to 3 s; they are spread within it by chance",)
+    later = np.array([b.at - a.at for a, b in zip(rounded.arrivals, found.arrivals, strict=True)])
+    assert later.min() > -0.01
+    assert later.max() < 3.01
+    assert len({arrival.at for arrival in found.arrivals}) == len(found.arrivals)
+    assert [replace(a, at=0.0) for a in found.arrivals] == [replace(a, at=0.0) for a in rounded.arrivals]
+    assert summary(found)["gap_cv"] ** 2 == pytest.approx(1.02, abs=0.02)  # 9.2 where they come at once
+    assert not step_of(found)
+    assert trace("mooncake-conversation", folder=DATA) == found
+
+
+@settings(max_examples=30)
+@given(step=st.sampled_from([0.1, 1.0, 60.0]), seed=st.integers(0, 9), jitter=st.booleans())
+def test_any_step_is_found_where_it_matters(step: float, seed: int, jitter: bool) -> None:
+    rng = np.random.default_rng(seed)
+    exact = np.sort(rng.random(300) * 100 * step)
+    at = np.floor(exact / step) * step + (rng.random(300) * 0.001 * step if jitter else 0)
+    even = Trace("t", tuple(Arrival(float(when), 5, 5) for when in np.sort(at)))
+    if not jitter:  # else hardly two have the same
+        assert step_of(even) == pytest.approx(step, rel=1e-3)
+    assert step_of(Trace("t", tuple(Arrival(float(when), 5, 5) for when in exact))) == 0
+    assert spread(all_at_once(even)) == all_at_once(even)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -142,20 +217,22 @@ def test_synthetic_conversations_share_as_much(seed: int) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_same_seed_same_trace(name: str) -> None:
-    assert trace(name, 300, seed=5) == trace(name, 300, seed=5)
-    assert trace(name, 300, seed=5) != trace(name, 300, seed=6)
+    figures = published()[name]
+    assert synthetic(figures, 300, seed=5) == synthetic(figures, 300, seed=5)
+    assert synthetic(figures, 300, seed=5) != synthetic(figures, 300, seed=6)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_without_its_file_a_trace_is_drawn(name: str, tmp_path: Path) -> None:
+def test_without_its_file_a_trace_is_drawn(tmp_path: Path) -> None:
+    name = "mooncake-conversation"
     assert trace(name, 10).name == trace(name, 10, folder=tmp_path).name == f"{name} (synthetic)"
     assert len(trace(name).arrivals) == published()[name].count
+    assert trace("azure-code", 10, folder=tmp_path).name == "azure-code"
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_few_can_be_drawn(name: str, count: int) -> None:
-    assert len(trace(name, count).arrivals) == count
+    assert len(synthetic(published()[name], count).arrivals) == count
 
 
 @pytest.mark.parametrize(
@@ -223,6 +300,21 @@ def test_a_split_keeps_each_request_once(found: Trace, data: st.DataObject) -> N
     assert head(found, replicas).arrivals == tuple(part.arrivals[0] for part in parts)
 
 
+def test_a_closed_loop_is_users_who_wait_for_their_own() -> None:
+    found = closed_loop(Trace("t", tuple(Arrival(float(n), 5 + n, 5) for n in range(5))), 2, 1.5)
+    assert [(a.at, a.prompt, a.after, a.gap) for a in found.arrivals] == [
+        (0.0, 5, None, 0.0), (0.0, 6, None, 0.0), (0.0, 7, 0, 1.5), (0.0, 8, 1, 1.5), (0.0, 9, 2, 1.5),
+    ]  # fmt: skip
+    one, two = split(found, 2)
+    assert [a.after for a in one.arrivals] == [None, 0, 1]
+    assert [a.prompt for a in two.arrivals] == [6, 8]
+    for users, think, message in ((0, 1.0, "users is 0"), (6, 1.0, "users is 6"), (2, math.nan, "think is nan")):
+        with pytest.raises(InvalidRequest, match=message):
+            closed_loop(found, users, think)
+    with pytest.raises(InvalidRequest, match="replicas is 3; allowed is 1 to 2, as t by 2 users has sessions"):
+        split(found, 3)
+
+
 def test_what_cannot_be_made_is_named() -> None:
     found = Trace("t", tuple(Arrival(float(n), 5, 5) for n in range(3)))
     for factor in (0, -1.0, math.nan, math.inf):
@@ -254,6 +346,14 @@ def test_what_cannot_be_made_is_named() -> None:
         ((Arrival(0.0, 1025, 1, (1,)),), "blocks that are 1; allowed are 2 or 3 for 1025 tokens"),
         ((Arrival(0.0, 1024, 1, (1, 2, 3)),), "blocks that are 3; allowed are 2 for 1024 tokens"),
         ((Arrival(0.0, 1, 1, (-1,)),), "blocks that have -1"),
+        ((Arrival(0.0, 1, 1, (), None, 1.0),), "request 0 of the trace t has the gap 1.0 and shares 0 tokens"),
+        ((Arrival(0.0, 1, 1, (), 0),), "comes after 0; allowed are indices of earlier requests"),
+        ((Arrival(0.0, 5, 5), Arrival(0.0, 9, 1, (), 0, math.inf)), "has the gap inf; allowed are finite seconds"),
+        (
+            (Arrival(0.0, 5, 5), Arrival(0.0, 99, 1, (), 0, 1.0, 11)),
+            "shares 11 tokens with request 0; allowed are 0 to 10",
+        ),
+        ((Arrival(0.0, 5, 5), Arrival(0.0, 9, 1, (), 0, 1.0, 9)), "shares 9 tokens with request 0; allowed are 0 to 8"),
     ],
 )
 def test_a_trace_names_what_is_wrong(arrivals: tuple[Arrival, ...], message: str) -> None:
@@ -397,6 +497,21 @@ def test_any_text_is_a_trace_or_an_error(tmp_path_factory: pytest.TempPathFactor
     path.write_bytes((before + text).encode("utf-8", "surrogatepass"))
     with contextlib.suppress(InvalidRequest):
         assert read(path).arrivals
+
+
+def test_compressed_files_are_read_and_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "t.csv.gz"
+    packed = gzip.compress(f"{HEADER}\n{ROW}\n{ROW}".encode())
+    path.write_bytes(packed)
+    assert (read(path).name, len(read(path).arrivals)) == ("t", 2)
+    for damaged in (packed[:-12], packed[:20] + b"\0\0\0" + packed[23:], packed[:4]):
+        path.write_bytes(damaged)
+        with pytest.raises(InvalidRequest, match=r"t\.csv\.gz cannot be read: "):
+            read(path)
+    path.write_bytes(gzip.compress(f"{HEADER}\n".encode() + f"{ROW}\n".encode() * 10_000))
+    monkeypatch.setattr(trace_files, "MAX_BYTES", 100_000)
+    with pytest.raises(InvalidRequest, match="allowed are 1048576 bytes, and 100000 in all"):
+        read(path)
 
 
 def test_an_unknown_trace_lists_the_known_ones(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def _of_trace(settings: Settings, seed: int) -> tuple[list[Item], str]:
         raise InvalidRequest(f"request-rate is {settings.request_rate!r}; allowed are numbers above 0, or inf")
     else:
         found = at_rate(found, settings.request_rate)
-    return of_trace(found), f"the trace {found.name}"
+    return of_trace(found), "; ".join((f"the trace {found.name}", *found.remarks))
 
 
 async def bench(settings: Settings, progress: Progress | None = None) -> Result:

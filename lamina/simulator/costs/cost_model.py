@@ -89,15 +89,23 @@ class Load:
 
     def divided(self, lanes: int) -> Load:
         """The largest of `lanes` equal parts, whole sequences each."""
+        return self._scaled(-(-self.decode // lanes), 1 / lanes)
+
+    def part(self, share: float) -> Load:
+        """This share of the sequences and of the prompts."""
+        return self._scaled(self.decode * share, share)
+
+    def _scaled(self, decode: float, share: float) -> Load:
+        """With so many in decode, and this share of the prefill."""
         return Load(
-            -(-self.decode // lanes),
+            decode,
             self.context,
-            self.prefill_tokens / lanes,
-            self.prefill_pairs / lanes,
-            self.prefill_keys / lanes,
-            self.prefix_tokens / lanes,
-            self.prefix_pairs / lanes,
-            self.prompts / lanes,
+            self.prefill_tokens * share,
+            self.prefill_pairs * share,
+            self.prefill_keys * share,
+            self.prefix_tokens * share,
+            self.prefix_pairs * share,
+            self.prompts * share,
             self.drafts,
         )
 

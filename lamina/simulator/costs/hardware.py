@@ -209,6 +209,11 @@ class Link:
         _check(self, f"link {_named('link', self.name)!r}")
 
 
+def connection(link: Link, *ends: Device) -> float:
+    """Bytes a second of one connection: no more than either end's network card has."""
+    return min([link.bandwidth, *(device.network for device in ends if device.network)])
+
+
 @dataclass(frozen=True, slots=True)
 class Catalogue:
     """Devices and links by name, in lower case. `typical`: an efficiency for devices without measurements."""

@@ -86,6 +86,17 @@ class Speculation:
         return load.drafts * step + reading
 
 
+def draft_model(speculation: Speculation | None) -> ModelShape | None:
+    """The model whose weights and KV the drafts need."""
+    return None if speculation is None else speculation.draft
+
+
+def check_drafts(speculation: Speculation | None, model: ModelShape) -> None:
+    """Raise InvalidRequest where a model cannot have such drafts."""
+    if speculation is not None:
+        speculation.check(model)
+
+
 def token_cost(speculation: Speculation | None, load: Load, step: Callable[[Load], StepCost]) -> StepCost:
     """What one more token of each decoding sequence costs, by `step` of a batch with drafts, and all of its prefill.
 

@@ -276,10 +276,11 @@ class Instance:
 
 
 def holders_of(system: System) -> int:
-    """How many holders of KV must be told apart: 1 where all of them have the same of each sequence."""
-    if isinstance(system, Offloaded) and system.shard == "heads" and kv_heads(system.model) % system.attention_count:
-        return system.attention_count
-    return 1
+    """How many holders of KV must be told apart: 1 where all of them have the same of each sequence. Where KV is kept
+    beside the weights too, sequences move between the two as the engine moves them, so they are one pool."""
+    if not isinstance(system, Offloaded) or system.shard != "heads" or system.local_share:
+        return 1
+    return system.attention_count if kv_heads(system.model) % system.attention_count else 1
 
 
 def page_groups(system: System) -> Groups:

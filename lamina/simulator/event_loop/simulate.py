@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.costs.systems import Disaggregated, System, power, price
+from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System, power, price
 from lamina.simulator.event_loop.instance import Instance, Life, Totals
+from lamina.simulator.event_loop.quick_instance import DecodeCosts, QuickInstance, Unusual, is_usual
 from lamina.simulator.event_loop.results import RunResult
 from lamina.simulator.event_loop.statistics import distribution, weighted_distribution
 from lamina.simulator.traces.arrivals import Arrival, Trace, split
@@ -58,31 +59,62 @@ def simulate(
     """
     if type(seed) is not int:
         raise InvalidRequest(f"seed is {seed!r:.80}; allowed is a whole number")
-    totals, lives = Totals(), list[Life]()
-    done = 0
+    parts, told = split(trace, replicas), 0
 
     def report(finished: int) -> None:
+        nonlocal told
+        told = max(told, finished)  # a run that begins again
         if progress is not None:
-            progress("simulating", done + finished, len(trace.arrivals))
+            progress("simulating", told, len(trace.arrivals))
 
     with _without_collector():
-        for part in split(trace, replicas):
-            if isinstance(system, Disaggregated):
-                lives += _disaggregated(system, part, prefill, prefix_cache, totals, report)
-            else:
-                lives += Instance(system, part, prefill, prefix_cache, totals).run(report)
-            done += len(part.arrivals)
-            report(0)
+        try:
+            totals, lives = _served(system, parts, _Instances(prefill, prefix_cache), report)
+        except Unusual:
+            totals, lives = _served(system, parts, _Instances(prefill, prefix_cache, quick=False), report)
     return _result(system, trace, replicas, seed, slo or Slo(), totals, lives)
 
 
+class _Instances:
+    """Makes instances for a run: quick ones, where they may stand for the real scheduler."""
+
+    def __init__(self, prefill: bool, prefix_cache: bool, quick: bool = True) -> None:
+        self.prefill, self._prefix_cache, self._quick = prefill, prefix_cache, quick
+        self._costs: dict[int, DecodeCosts] = {}
+
+    def of(
+        self, system: Colocated | Offloaded, trace: Trace, totals: Totals, begun: Mapping[int, Life] | None = None
+    ) -> Instance | QuickInstance:
+        """One instance of a system. Requests that have `begun` elsewhere have neither prompts nor prefixes here."""
+        prefill, prefix_cache = (self.prefill, self._prefix_cache) if begun is None else (False, False)
+        if self._quick and is_usual(system, trace, prefix_cache):
+            costs = self._costs.setdefault(id(system), DecodeCosts(system))
+            return QuickInstance(system, trace, prefill, totals, begun, costs)
+        return Instance(system, trace, prefill, prefix_cache, totals, begun)
+
+
+def _served(
+    system: System, parts: Sequence[Trace], instances: _Instances, report: Callable[[int], None]
+) -> tuple[Totals, list[Life]]:
+    """Each part of a trace by an instance of its own."""
+    totals, lives = Totals(), list[Life]()
+    done = 0
+
+    def told(more: int) -> None:
+        report(done + more)
+
+    for part in parts:
+        if isinstance(system, Disaggregated):
+            lives += _disaggregated(system, part, instances, totals, told)
+        else:
+            lives += instances.of(system, part, totals).run(told)
+        done += len(part.arrivals)
+        told(0)
+    return totals, lives
+
+
 def _disaggregated(
-    system: Disaggregated,
-    trace: Trace,
-    prefill: bool,
-    prefix_cache: bool,
-    totals: Totals,
-    report: Callable[[int], None],
+    system: Disaggregated, trace: Trace, instances: _Instances, totals: Totals, report: Callable[[int], None]
 ) -> list[Life]:
     """Prompts to their first token on one instance, then decode on the other as their KV arrives, one after another.
     The first tier is the prefill instance, the last the decode instance; steps and samples are the latter's."""
@@ -90,9 +122,9 @@ def _disaggregated(
     finished: list[Life] = []
     arrived = list(trace.arrivals)
     moved: dict[int, Life] = {}
-    if prefill:
+    if instances.prefill:
         prompts = Trace(trace.name, tuple(replace(arrival, output=1) for arrival in trace.arrivals))
-        lives = Instance(system.prefill, prompts, True, prefix_cache, before).run(lambda done: None)
+        lives = instances.of(system.prefill, prompts, before).run(lambda done: None)
         wanted = {id(short): whole.output for short, whole in zip(prompts.arrivals, trace.arrivals, strict=True)}
         finished = [life for life in lives if wanted[id(life.arrival)] == 1]
         arrived, free_at = [], 0.0
@@ -109,9 +141,9 @@ def _disaggregated(
             arrived.append(Arrival(free_at + system.link.round_trip, prompt, output))
     if arrived:
         rest = Trace(trace.name, tuple(arrived))
-        finished += Instance(system.decode, rest, False, False, after, moved).run(report)
+        finished += instances.of(system.decode, rest, after, moved).run(report)
     after.busy = [sum(before.busy), after.busy[0] + after.busy[1], after.busy[2]]
-    if prefill:
+    if instances.prefill:
         after.prompt_tokens, after.reused = before.prompt_tokens, before.reused
     after.rejected += before.rejected
     after.preemptions += before.preemptions
@@ -131,7 +163,10 @@ def _result(
     )
     model, attention, network = (min(1.0, busy / (seconds * replicas)) if seconds else 0.0 for busy in totals.busy)
     held, capacity = system.decode if isinstance(system, Disaggregated) else system, system.capacity
-    busy = (model, attention) if len(system.devices) == 2 else (min(1.0, model + attention),)
+    # The last kind attends; where there are prompts, a model and attention apart, the model is as busy as these.
+    busy = {1: (min(1.0, model + attention),), 2: (model, attention)}.get(
+        len(system.devices), (model, attention, attention)
+    )
     return RunResult(
         system=system.name if replicas == 1 else f"{replicas} of {system.name}",
         model=system.model.name,

@@ -107,8 +107,8 @@ def assumed(catalogue: Catalogue, roofline: bool, prefill: bool, trace: Trace, c
             "prompts are computed elsewhere, at no cost here: decode alone, as in the Lamina paper's evaluation"
         )
     said |= chosen(choice.model, choice.speculation)
-    if trace.name.endswith("(synthetic)"):
-        said["trace"] = "drawn from the published trace's quantiles, as its file is not here"
+    if trace.remarks:
+        said["trace"] = "; ".join(trace.remarks)
     return said
 
 

@@ -272,9 +272,15 @@ def _from_table(kind: type[_T], table: Any, where: str, catalogue: Catalogue, **
         raise InvalidRequest(f"{where}: {error}") from error
 
 
+def _has_keys(kind: Any, table: Any) -> bool:
+    """Whether all keys of a table are fields of a dataclass."""
+    return isinstance(table, Mapping) and set(table) <= {item.name for item in fields(kind)}
+
+
 def _read(hint: Any, value: Any, where: str, catalogue: Catalogue, given: Mapping[str, Any]) -> Any:
-    if get_origin(hint) in (types.UnionType, Union):  # of one type with None, which a file says by leaving it out
-        hint = next(each for each in get_args(hint) if each is not type(None))
+    if get_origin(hint) in (types.UnionType, Union):  # None is what a file leaves out
+        several = [each for each in get_args(hint) if each is not type(None)]
+        hint = next((each for each in several if is_dataclass(each) and _has_keys(each, value)), several[0])
     if hint is Device:
         return catalogue.device(text(where, value))
     if hint is Link:

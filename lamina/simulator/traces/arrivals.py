@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,22 +21,35 @@ MAX_REQUESTS = 1 << 21
 class Arrival:
     """One request: seconds after the trace's start, tokens of prompt and output. `blocks` names each `BLOCK` tokens of
     the prompt, so that equal names mean equal tokens; empty: it shares nothing. The last block may be filled in part,
-    or have no name: then its tokens are this request's own."""
+    or have no name: then its tokens are this request's own.
+
+    With `after`, the index of an earlier request, it comes `gap` seconds after that one's last token, and not before
+    `at`: a user who thinks, an agent whose tool runs. Its prompt begins with `shared` tokens of that one's prompt and
+    output, as they were. Times of arrival up to `at` say when its session began.
+    """
 
     at: float
     prompt: int
     output: int
     blocks: tuple[int, ...] = ()
+    after: int | None = None
+    gap: float = 0.0
+    shared: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
     """Requests by time of arrival, at least one. Raises InvalidRequest, which names the first wrong one by its index:
     times are finite, 0 or more and never fall; prompt and output are 1 to `MAX_TOKENS` tokens; names of blocks are 0 or
-    more, and none or one for each block of the prompt."""
+    more, and none or one for each block of the prompt; `after` is an earlier request's index, `gap` finite and 0 or
+    more, and `shared` no more tokens than that one has, and fewer than the prompt.
+
+    `remarks` say in words what was done to it, or how far it is from what it stands for.
+    """
 
     name: str
     arrivals: tuple[Arrival, ...]
+    remarks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.arrivals) <= MAX_REQUESTS:
@@ -44,7 +58,10 @@ class Trace:
             )
         before = 0.0
         for index, arrival in enumerate(self.arrivals):
-            if wrong := _wrong(arrival, before):
+            wrong = _wrong(arrival, before)
+            if not wrong and (arrival.after, arrival.gap, arrival.shared) != (None, 0.0, 0):
+                wrong = _wrong_session(arrival, index, self.arrivals)
+            if wrong:
                 raise InvalidRequest(f"request {index} of the trace {self.name} {wrong}")
             before = arrival.at
 
@@ -59,38 +76,70 @@ def scaled(trace: Trace, rate_factor: float) -> Trace:
     if not 0 < rate_factor < math.inf:
         raise InvalidRequest(f"rate_factor is {rate_factor!r}; allowed are finite numbers above 0")
     arrivals = tuple(replace(arrival, at=arrival.at / rate_factor) for arrival in trace.arrivals)
-    return Trace(f"{trace.name} x{rate_factor:g}", arrivals)
+    return replace(trace, name=f"{trace.name} x{rate_factor:g}", arrivals=arrivals)
 
 
 def all_at_once(trace: Trace) -> Trace:
     """The same requests as a closed backlog: all of them are there at second 0."""
-    return Trace(f"{trace.name} at once", tuple(replace(arrival, at=0.0) for arrival in trace.arrivals))
+    arrivals = tuple(replace(arrival, at=0.0) for arrival in trace.arrivals)
+    return replace(trace, name=f"{trace.name} at once", arrivals=arrivals)
 
 
 def head(trace: Trace, count: int) -> Trace:
     """The first `count` requests. Raises InvalidRequest where there are fewer."""
     if type(count) is not int or not 1 <= count <= len(trace.arrivals):
         raise InvalidRequest(f"count is {count!r}; allowed is 1 to {len(trace.arrivals)}, as {trace.name} has")
-    return Trace(trace.name, trace.arrivals[:count])
+    return replace(trace, arrivals=trace.arrivals[:count])
+
+
+def closed_loop(trace: Trace, users: int, think: float = 0.0) -> Trace:
+    """The same requests by `users` who take them in turn, each `think` seconds after the end of their last one. All
+    users begin at second 0. Raises InvalidRequest unless each gets one."""
+    if type(users) is not int or not 1 <= users <= len(trace.arrivals):
+        raise InvalidRequest(f"users is {users!r:.80}; allowed is 1 to {len(trace.arrivals)}, as {trace.name} has")
+    if not 0 <= think < math.inf:
+        raise InvalidRequest(f"think is {think!r:.80}; allowed are finite seconds from 0 on")
+    arrivals = tuple(
+        Arrival(0.0, a.prompt, a.output, a.blocks, *((n - users, think) if n >= users else ()))
+        for n, a in enumerate(trace.arrivals)
+    )
+    return replace(trace, name=f"{trace.name} by {users} users", arrivals=arrivals)
 
 
 def split(trace: Trace, replicas: int) -> tuple[Trace, ...]:
-    """The requests dealt out in turn, as a round-robin router does. Times stay. Raises InvalidRequest unless each
-    replica gets one."""
+    """The requests dealt out in turn, as a round-robin router does, but those that come after one go where that is.
+    Times stay. Raises InvalidRequest unless each replica gets one."""
     if type(replicas) is not int or not 1 <= replicas <= len(trace.arrivals):
         raise InvalidRequest(f"replicas is {replicas!r}; allowed is 1 to {len(trace.arrivals)}, as {trace.name} has")
     if replicas == 1:
         return (trace,)
-    return tuple(Trace(f"{trace.name} {n + 1}/{replicas}", trace.arrivals[n::replicas]) for n in range(replicas))
+    parts: list[list[Arrival]] = [[] for _ in range(replicas)]
+    places: list[tuple[int, int]] = []  # of each request: its part, and its index there
+    begun = 0
+    for arrival in trace.arrivals:
+        if arrival.after is None:
+            part, dealt = begun % replicas, arrival
+            begun += 1
+        else:
+            part, index = places[arrival.after]
+            dealt = replace(arrival, after=index)
+        places.append((part, len(parts[part])))
+        parts[part].append(dealt)
+    if begun < replicas:
+        raise InvalidRequest(f"replicas is {replicas}; allowed is 1 to {begun}, as {trace.name} has sessions")
+    return tuple(
+        replace(trace, name=f"{trace.name} {n + 1}/{replicas}", arrivals=tuple(part)) for n, part in enumerate(parts)
+    )
 
 
-def tokens(arrival: Arrival, salt: int) -> tuple[int, ...]:
+def tokens(arrival: Arrival, salt: int, before: Sequence[int] = ()) -> tuple[int, ...]:
     """The prompt as token ids for a prefix cache: those of two prompts are equal as far as their blocks are.
 
-    All tokens of block b are 2b, and all that are in no block 2 `salt` + 1: `salt` is the request's own number, 0 or
-    more. So a prompt is made of a few shared ints, and takes 8 bytes a token.
+    It begins with the `shared` first ones of `before`, the ids that the request it comes after ended with. All tokens
+    of block b are 2b, and all that are in no block 2 `salt` + 1: `salt` is the request's own number, 0 or more. So a
+    prompt is made of a few shared ints, and takes 8 bytes a token.
     """
-    ids: list[int] = []
+    ids = list(before[: arrival.shared])
     for block in arrival.blocks:
         ids += [2 * block] * BLOCK
     del ids[arrival.prompt :]
@@ -132,4 +181,18 @@ def _wrong(arrival: Arrival, before: float) -> str:
         return f"has an output whose length {wrong}"
     if arrival.blocks and (wrong := wrong_blocks(arrival.blocks, arrival.prompt)):
         return f"has blocks that {wrong}"
+    return ""
+
+
+def _wrong_session(arrival: Arrival, index: int, arrivals: Sequence[Arrival]) -> str:
+    after, gap, shared = arrival.after, arrival.gap, arrival.shared
+    if after is None:
+        return f"has the gap {gap!r:.80} and shares {shared!r:.80} tokens; allowed is neither, as it comes after none"
+    if type(after) is not int or not 0 <= after < index:
+        return f"comes after {after!r:.80}; allowed are indices of earlier requests, 0 to {index - 1}"
+    if type(gap) not in (float, int) or not 0 <= gap < math.inf:
+        return f"has the gap {gap!r:.80}; allowed are finite seconds from 0 on"
+    most = min(arrival.prompt - 1, arrivals[after].prompt + arrivals[after].output)
+    if type(shared) is not int or not 0 <= shared <= most or (shared and arrival.blocks):
+        return f"shares {shared!r:.80} tokens with request {after}; allowed are 0 to {most}, and 0 for one with blocks"
     return ""

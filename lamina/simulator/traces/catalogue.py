@@ -10,34 +10,43 @@ from lamina.errors import InvalidRequest
 from lamina.simulator.traces.arrivals import Arrival, Trace, head, scaled
 from lamina.simulator.traces.figures import published
 from lamina.simulator.traces.files import FORMATS, read
-from lamina.simulator.traces.synthetic import synthetic
+from lamina.simulator.traces.rounded import spread
+from lamina.simulator.traces.synthetic import distance, synthetic
 
 FILES = {
     "azure-conv": ("azure_conv_2023.csv", "AzureLLMInferenceTrace_conv.csv"),
     "azure-code": ("azure_code_2023.csv", "AzureLLMInferenceTrace_code.csv"),
     "mooncake-conversation": ("mooncake_conversation.jsonl", "conversation_trace.jsonl"),
 }
-"""By name, what a trace's file is called; the last one is the publisher's own."""
+"""By name, what a trace's file is called; the last one is the publisher's own. Azure's are beside this file, packed by
+gzip, under CC-BY 4.0 (`LICENCE-azure.txt`)."""
 
 
 def trace(name: str | Path, count: int | None = None, seed: int = 0, folder: Path | None = None) -> Trace:
     """The trace of that name, or in the file at that path: its first `count` requests, or all.
 
-    A published one is read from `folder` where it has the file; else it is drawn with `seed`, `count` requests or as
-    many as the published one has, and its name ends with "(synthetic)". Raises InvalidRequest.
+    A published one is read from `folder` where it has the file, or from this package where that has it. Else it is
+    drawn with `seed`, `count` requests or as many as the published one has; its name ends with "(synthetic)", and its
+    remarks say how far it is from the published one. Times that were rounded are spread within their step, and remarks
+    say so. Raises InvalidRequest.
     """
     known = FILES.get(str(name))
     if known is None and not os.path.isfile(name):  # unlike Path's own, no name is too long for it
         raise InvalidRequest(f"the trace is {str(name)!r:.200}; allowed are {', '.join(FILES)}, or {FORMATS}")
-    if known is None:
-        found, named = Path(name), None
-    else:
-        files = [folder / file for file in known if (folder / file).is_file()] if folder else []
-        if not files:
-            return synthetic(published()[str(name)], count, seed=seed)
-        found, named = files[0], str(name)
-    whole = read(found, named)
+    path = Path(name) if known is None else file_of(str(name), folder)
+    if path is None:
+        figures = published()[str(name)]
+        drawn = synthetic(figures, count, seed=seed)
+        return replace(drawn, remarks=(distance(drawn, figures),))
+    whole = spread(read(path, None if known is None else str(name)))
     return whole if count is None else head(whole, count)
+
+
+def file_of(name: str, folder: Path | None = None) -> Path | None:
+    """Where the file of a published trace is: in the folder, or in this package; None where it is in neither."""
+    here = Path(__file__).with_name(f"{FILES[name][0]}.gz")
+    files = [folder / file for file in FILES[name]] if folder else []
+    return next((file for file in (*files, here) if file.is_file()), None)
 
 
 WINDOWS = 16

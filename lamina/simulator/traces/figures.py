@@ -70,11 +70,16 @@ class Sharing:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """A trace in numbers. Lengths are tokens, times seconds; correlations are Spearman's.
+    """A trace in numbers. Lengths are tokens, times seconds; correlations are Spearman's. `context` is the mean number
+    of tokens a sequence has in decode, over all that decode at a time: E[o (p + o / 2)] / E[o].
 
-    Where more than half of the gaps between arrivals are 0, times were rounded to multiples of `step`: then there are
-    no `gaps`, as they would show only the rounding, and `step_cv` is the coefficient of variation of the gaps of a
-    renewal process that has as unequal counts of arrivals a step (the root of variance / mean).
+    `load` is the rate over the trace's, in equal parts of about a minute, without what is chance (below); none where
+    all of it may be. `minute_cv` is how the counts of these parts vary, chance included. Gaps between arrivals are
+    those of the same trace at an even load.
+
+    Where times were rounded to multiples of `step` there are no `gaps`, as they would show only the rounding, and
+    `step_cv` is the coefficient of variation of the gaps of a renewal process that has as unequal counts of arrivals a
+    step (the root of variance / mean).
     """
 
     name: str
@@ -86,8 +91,11 @@ class Figures:
     output_mean: float
     prompt: Quantiles
     output: Quantiles
+    context: float
     rank_correlation: float
     gap_cv: float
+    minute_cv: float
+    load: tuple[float, ...] = ()
     gaps: Quantiles | None = None
     step: float = 0.0
     step_cv: float = 0.0
@@ -97,6 +105,14 @@ class Figures:
     def rate(self) -> float:
         """Requests a second, between the first and the last."""
         return (self.count - 1) / self.seconds
+
+
+def minutes_of(at: Floats) -> tuple[NDArray[np.int64], float]:
+    """How many of these times are in each of equal parts of about a minute, and the seconds of a part. Times begin at
+    0; the last part has the last of them."""
+    parts = max(1, round(float(at[-1]) / 60))
+    counts, _ = np.histogram(at, parts, (0.0, max(float(at[-1]), 1e-9)))
+    return counts.astype(np.int64), float(at[-1]) / parts
 
 
 @functools.cache
@@ -114,6 +130,7 @@ def _from_toml(name: str, table: dict[str, Any]) -> Figures:
     for key in ("prompt", "output", "gaps"):
         if key in fields:
             fields[key] = quantiles(fields[key])
+    fields["load"] = tuple(fields.get("load", ()))
     if sharing := fields.pop("sharing", None):
         fields["sharing"] = Sharing(
             **{**sharing, "depth": quantiles(sharing["depth"]), "lag": quantiles(sharing["lag"])}

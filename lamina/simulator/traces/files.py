@@ -1,24 +1,28 @@
 """Traces in the two formats that are published: the Azure LLM inference trace's CSV, and Mooncake's JSON lines.
 
-The first line decides which one a file has, not its name. Any error is an InvalidRequest that names the file, the line
-and the value. A request without prompt or output is wrong too: the published traces have none, and to leave it out
-would change the load unseen.
+The first line decides which one a file has, not its name. Either may be packed by gzip. Any error is an InvalidRequest
+that names the file, the line and the value. A request without prompt or output is wrong too: the published traces have
+none, and to leave it out would change the load unseen.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from itertools import chain
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.traces.arrivals import MAX_REQUESTS, Arrival, Trace, wrong_blocks, wrong_tokens
 
 MAX_BYTES = 256 << 20
+_GZIP = b"\x1f\x8b"
 MAX_LINE = 1 << 20  # bytes; the names of the blocks of 2**24 tokens fit
 HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens"
 FORMATS = f"a CSV file that begins with {HEADER} (Azure LLM inference trace) or one of JSON objects (Mooncake)"
@@ -44,10 +48,13 @@ def read(path: str | Path, name: str | None = None) -> Trace:
             arrivals = _arrivals(chain([(number, first)], lines), _mooncake, 1e3)
         else:
             raise InvalidRequest(f"line {number} is {first!r:.80}; allowed is {FORMATS}")
-        return Trace(Path(path).stem if name is None else name, tuple(arrivals))
+        return Trace(
+            Path(path).name.removesuffix(".gz").rpartition(".")[0] or Path(path).name if name is None else name,
+            tuple(arrivals),
+        )
     except InvalidRequest as error:
         raise InvalidRequest(f"{path}: {error}") from error
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+    except (OSError, EOFError, zlib.error, ValueError) as error:  # ValueError: a NUL in the path
         raise InvalidRequest(f"{path} cannot be read: {error}") from error
 
 
@@ -73,9 +80,12 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """The number and text of each line that is not blank."""
     if not path.is_file():
         raise InvalidRequest("there is no such file" if not path.exists() else "it is no file")
-    with path.open("rb") as stream:
-        if (size := os.fstat(stream.fileno()).st_size) > MAX_BYTES:
+    with path.open("rb") as file:
+        if (size := os.fstat(file.fileno()).st_size) > MAX_BYTES:
             raise InvalidRequest(f"it has {size} bytes; allowed are {MAX_BYTES}")
+        packed = file.read(len(_GZIP)) == _GZIP
+        file.seek(0)
+        stream = cast(BinaryIO, gzip.GzipFile(fileobj=file)) if packed else file
         number = taken = 0
         while line := stream.readline(MAX_LINE + 1):
             number, taken = number + 1, taken + len(line)

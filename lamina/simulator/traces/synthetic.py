@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.traces.arrivals import BLOCK, MAX_REQUESTS, Arrival, Trace, blocks_of
-from lamina.simulator.traces.figures import Figures, Floats, Quantiles, Sharing
+from lamina.simulator.traces.figures import Figures, Floats, Quantiles, Sharing, minutes_of
 
 Integers = NDArray[np.int64]
 
@@ -21,9 +21,9 @@ def synthetic(figures: Figures, count: int | None = None, seed: int = 0) -> Trac
 
     Lengths have its quantiles and, by a Gaussian copula (r = 2 sin(π ρ / 6) for Spearman's ρ), its rank correlation.
     One is drawn from each 1 / count of the distribution, so that the mean is no matter of luck. Arrivals are a renewal
-    process whose gaps have the trace's quantiles, or, where its times were rounded, gamma distributed ones that are
-    rounded down alike. Gaps are scaled to give the rate exactly (before any rounding). What is lost: how the load
-    changes over the hour or the day, and any dependence of a gap or a length on those before it.
+    process whose gaps have the trace's quantiles, or are gamma distributed where its times were rounded. It runs faster
+    and slower as the trace's load does, from its beginning, and is scaled to give the rate exactly. What is lost: any
+    dependence of a gap or a length on those before it.
 
     Shared prefixes are those of a simple model, as its figures say: each prompt begins with the common blocks; how
     deep it shares beyond is drawn like a third length; and the blocks are those of an earlier prompt, taken as one turn
@@ -46,14 +46,11 @@ def synthetic(figures: Figures, count: int | None = None, seed: int = 0) -> Trac
         gaps = _gamma_gaps(rng, figures.step_cv, count - 1)
     else:
         gaps = figures.gaps.at(_stratified(rng, rng.random(count - 1)))
-    if gaps.any():
-        gaps *= (count - 1) / figures.rate / gaps.sum()
-    exact = np.concatenate([np.zeros(1), np.cumsum(gaps)])
-    at = np.floor(exact / figures.step) * figures.step if figures.step else exact
+    at = _at(gaps, figures)
     blocks: list[tuple[int, ...]] = [()] * count
     if sharing := figures.sharing:
         depth = sharing.depth.at(_stratified(rng, _correlated(normal[0], normal[2], sharing.correlation)))
-        blocks = _conversations(rng, sharing, exact, prompt, depth)
+        blocks = _conversations(rng, sharing, at, prompt, depth)
     columns = zip(at.tolist(), prompt.tolist(), output.tolist(), blocks, strict=True)
     return Trace(f"{figures.name} (synthetic)", tuple(Arrival(*column) for column in columns))
 
@@ -61,7 +58,7 @@ def synthetic(figures: Figures, count: int | None = None, seed: int = 0) -> Trac
 def _conversations(
     rng: np.random.Generator, sharing: Sharing, at: Floats, prompt: Integers, depth: Floats
 ) -> list[tuple[int, ...]]:
-    """The names of each prompt's blocks. `at` [s] is before any rounding, as else few were ever found by their lag."""
+    """The names of each prompt's blocks, by the times of arrival `at` [s]."""
     total = np.array([blocks_of(int(tokens)) for tokens in prompt])
     whole = prompt // BLOCK
     wanted = np.rint(depth * np.maximum(total - sharing.common, 0)).astype(np.int64)
@@ -86,6 +83,51 @@ def _conversations(
         blocks.append(start + tuple(range(fresh, fresh + new)))
         fresh += new
     return blocks
+
+
+def _at(gaps: Floats, figures: Figures) -> Floats:
+    """Times of arrival [s], from gaps of any mean at an even load, on which the trace's own load is laid."""
+    even = np.concatenate([np.zeros(1), np.cumsum(gaps)])
+    if not even[-1]:
+        return even
+    even *= len(gaps) / figures.rate / even[-1]
+    if not figures.load:
+        return even
+    share = np.concatenate([np.zeros(1), np.cumsum(figures.load)]) / sum(figures.load)  # of requests, up to each part
+    rounds, rest = np.divmod(even / figures.seconds, 1.0)
+    at: Floats = (rounds + np.interp(rest, share, np.linspace(0.0, 1.0, len(share)))) * figures.seconds
+    at *= even[-1] / at[-1]
+    return at
+
+
+def distance(drawn: Trace, figures: Figures) -> str:
+    """How far a drawn trace is from the one it stands for, in words."""
+    at = np.array([arrival.at for arrival in drawn.arrivals])
+    prompt, output = (np.array([getattr(a, name) for a in drawn.arrivals]) for name in ("prompt", "output"))
+    counts, _ = minutes_of(at)
+    pairs = [
+        ("mean prompt", f"{prompt.mean():.0f}", f"{figures.prompt_mean:.0f}"),
+        ("output", f"{output.mean():.0f}", f"{figures.output_mean:.0f}"),
+        ("context in decode", f"{(output * (prompt + output / 2)).sum() / output.sum():.0f}", f"{figures.context:.0f}"),
+    ]
+    if len(counts) > 1:
+        varies = f"{counts.std() / counts.mean():.2f}"
+        pairs.append(("variation of counts a minute", varies, f"{figures.minute_cv:.2f}"))
+    if figures.sharing:
+        pairs.append(("shared blocks", f"{reused_share(drawn):.0%}", f"{figures.sharing.reused:.0%}"))
+    said = ", ".join(f"{name} {mine} ({published})" for name, mine, published in pairs)
+    return f"drawn from the published trace's figures, as its file is not here (--trace-dir); drawn (published): {said}"
+
+
+def reused_share(trace: Trace) -> float:
+    """Of all blocks of prompts, how many a cache that forgets nothing has from earlier prompts."""
+    known: set[int] = set()
+    shared = total = 0
+    for arrival in trace.arrivals:
+        shared += next((n for n, block in enumerate(arrival.blocks) if block not in known), len(arrival.blocks))
+        total += len(arrival.blocks)
+        known.update(arrival.blocks)
+    return shared / total if total else 0.0
 
 
 def _gamma_gaps(rng: np.random.Generator, cv: float, count: int) -> Floats:

@@ -1,0 +1,297 @@
+"""Attention elsewhere: what devices with the weights do, what those with the KV do, and what crosses between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from lamina.errors import InvalidRequest
+from lamina.simulator.costs.capacity import MEMORY_SHARE, SEQUENCE_TOKENS, UNBOUNDED, Capacity, capacity_of, room_beside
+from lamina.simulator.costs.cost_model import (
+    FULL,
+    Exchange,
+    KvPolicy,
+    Load,
+    StepCost,
+    attention_time,
+    busiest_share,
+    dense_time,
+    exchange_time,
+    kv_heads,
+    kv_projection_time,
+    prefill_attention_time,
+    prefill_state_time,
+    state_share,
+    state_time,
+)
+from lamina.simulator.costs.hardware import Device, Link, connection
+from lamina.simulator.costs.models import ModelShape
+from lamina.simulator.costs.speculation import Speculation, best_drafts, check_drafts, draft_model, token_cost
+from lamina.simulator.costs.tables import number_within, whole
+
+MOST = 1 << 24
+"""Bounds of devices of a kind, of lanes, and of tokens of a batch."""
+MOST_LANES = 8
+"""Batches under way at a time that an engine has with one model worker (`MAX_LANES` of `lamina/config.py`)."""
+_SHARES = 20
+"""Steps in which `best_local_share` goes."""
+PAGE_SIZE = 16
+"""Tokens of a KV page: vLLM's default."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """One of several batches in rotation, by what each tier does for it, in seconds."""
+
+    dense: float
+    local: float
+    """Of attention on the model devices."""
+    attention: float
+    exchange: Exchange
+    hidden: float
+    """The seconds of attention that are hidden where q goes first: attention begins when q arrives. Those of states are
+    not, which need k and v first of all."""
+    hop: float = 0.0
+    """Of its way from one replica of the weights to the next, in each layer."""
+
+    @property
+    def alone(self) -> float:
+        """Both tiers attend at once."""
+        return self.dense + self.hop + max(self.local, self.exchange.seconds + self.attention - self.hidden)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offloaded:
+    """Lamina: dense layers on `model_count` devices, KV and attention on `attention_count` others: DOP(a, b).
+
+    `local_share`: the share of the KV that stays beside the weights, in whole sequences, and is attended there while
+    the rest is attended elsewhere. It is more where the attention devices are full, and less where the model devices
+    are. 0: the model devices keep none.
+
+    `lanes` batches rotate: while one is attended, another is in the dense layers, of which there are `model_replicas`
+    (the paper: lanes - 1 of them; each is `model_count` devices). Batches with prompts stay on the first of them, as in
+    the engine. `overlap`: q goes first where that makes a step shorter, as the engine finds out by trying, so that
+    attention over the past begins when q arrives; else q, k and v go together, and the token's own key is attended with
+    its past. `workers`: attention worker processes, where one machine is shared by several; else there is one a device.
+    `attention_memory_share`: of devices without weights.
+    """
+
+    model: ModelShape
+    model_device: Device
+    attention_device: Device
+    link: Link
+    model_count: int = 1
+    attention_count: int = 1
+    model_replicas: int = 1
+    lanes: int = 1
+    overlap: bool = True
+    shard: str = "heads"
+    batch_tokens: int = 2048
+    max_sequences: int = 4096
+    policy: KvPolicy = FULL
+    kv_element: float = 2.0
+    memory_share: float = MEMORY_SHARE
+    attention_memory_share: float = MEMORY_SHARE
+    sequence_tokens: int = SEQUENCE_TOKENS
+    workers: int | None = None
+    speculation: Speculation | None = None
+    local_share: float = 0.0
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        check_drafts(self.speculation, self.model)
+        counts = (
+            *("model_count", "attention_count", "model_replicas", "lanes", "batch_tokens", "max_sequences"),
+            "sequence_tokens",
+        )
+        for name in counts if self.workers is None else (*counts, "workers"):
+            whole(name, getattr(self, name), 1, MOST)
+        number_within("kv_element", self.kv_element, 0.25, 8)
+        for name in ("memory_share", "attention_memory_share"):
+            number_within(name, getattr(self, name), 0.01, 1)
+        number_within("local_share", self.local_share, 0, 1)
+        if self.shard not in ("heads", "sequence"):
+            raise InvalidRequest(f"shard is {self.shard!r}; allowed are heads, sequence")
+        if self.local_share and self.model_replicas > 1:
+            raise InvalidRequest(
+                f"local_share is {self.local_share:g} with {self.model_replicas} replicas of the weights, of which one "
+                "could read what is there; allowed is 0"
+            )
+
+    @property
+    def name(self) -> str:
+        dop = f"DOP({self.model_count}, {self.attention_count})"
+        more = f", {self.lanes} lanes" if self.lanes > 1 else ""
+        more += f", {self.model_replicas} replicas of the weights" if self.model_replicas > 1 else ""
+        more += f", {self.local_share:.0%} local" if self.local_share else ""
+        return self.label or f"{dop} {self.model_device.name} + {self.attention_device.name}{more}"
+
+    @property
+    def obstacle(self) -> str:
+        """Why no engine here runs it, in words; "" where one does (`lamina/config.py`, `lamina/launch/builder.py`)."""
+        tensor, replicas = self.model_count > 1, self.model_replicas
+        if tensor and replicas > 1:
+            return f"each of {replicas} replicas of the weights has one device in the engine, not {self.model_count}"
+        if tensor and self.lanes > 1:
+            return f"tensor-parallel model workers have one batch under way in the engine, not {self.lanes}"
+        if tensor and self.local_share:
+            return "tensor-parallel model workers keep no KV in the engine while there are attention workers"
+        most = replicas + 1 if replicas > 1 else MOST_LANES
+        return f"the engine has up to {most} batches under way, not {self.lanes}" if self.lanes > most else ""
+
+    @property
+    def max_batch_tokens(self) -> int:
+        return self.batch_tokens
+
+    @property
+    def devices(self) -> tuple[tuple[Device, int], ...]:
+        model = (self.model_device, self.model_count * self.model_replicas)
+        return model, (self.attention_device, self.attention_count)
+
+    @property
+    def capacity(self) -> Capacity:
+        """What fits, in both tiers where KV is kept in both. Raises InvalidRequest where the weights do not."""
+        here, there = self._tiers()
+        return Capacity(min(UNBOUNDED, here.tokens + there.tokens), min(UNBOUNDED, here.sequences + there.sequences))
+
+    def _tiers(self) -> tuple[Capacity, Capacity]:
+        """What fits beside the weights, and on the attention devices."""
+        model, draft, beside = self.model, draft_model(self.speculation), self._model_room
+        there = self.attention_count * self.attention_device.memory * self.attention_memory_share
+        found = capacity_of(model, self.policy, self.kv_element, self.sequence_tokens, there)
+        drafted = 0.0 if draft is None else draft.kv_bytes_per_token()
+        if drafted:  # the draft model's KV of all sequences is beside the weights
+            found = Capacity(min(found.tokens, int(beside / drafted)), found.sequences)
+        room = beside - found.tokens * drafted
+        if not self.local_share or room <= 0:
+            return Capacity(0, 0), found
+        count = self.model_count
+        copies = busiest_share(model, count) * count, state_share(model, count) * count
+        return capacity_of(model, self.policy, self.kv_element, self.sequence_tokens, room, copies, drafted), found
+
+    @property
+    def _model_room(self) -> float:
+        """Bytes beside the weights."""
+        draft = draft_model(self.speculation)
+        return room_beside(self.model, self.model_device, self.model_count, self.memory_share, draft)
+
+    @property
+    def kv_tokens(self) -> int:
+        return self.capacity.tokens
+
+    @property
+    def prompt_tokens(self) -> int:
+        a_token = self.model.kv_bytes_per_token(self.kv_element)
+        return int(self._model_room / a_token) if a_token else UNBOUNDED
+
+    @property
+    def wire(self) -> float:
+        """Bytes a second between a replica of the weights and the attention devices: over one network card for each
+        device that both sides have."""
+        return self._wire(1)
+
+    def _wire(self, replicas: int) -> float:
+        cards = min(self.model_count * replicas, self.attention_count)
+        return cards * connection(self.link, self.model_device, self.attention_device)
+
+    def local_part(self, load: Load) -> float:
+        """The share of this load's KV that the model devices keep: `local_share`, as far as there is room."""
+        if not self.local_share:
+            return 0.0
+        tokens = load.decode * self.policy.tokens_held(load.context)
+        here, there = (min(each.tokens, each.sequences * max(1.0, load.context)) for each in self._tiers())
+        tokens = max(tokens, 1.0)
+        if tokens >= here + there:
+            return here / max(1.0, here + there)
+        return min(max(self.local_share, 1 - there / tokens), here / tokens)
+
+    def lane(self, load: Load, query_first: bool = False, share: float | None = None) -> Lane:
+        """One batch, with the tiers to itself; `query_first`: q is sent before k and v. `share`: of its KV, what the
+        model devices keep (None: as `local_part` says)."""
+        model, device, count = self.model, self.model_device, self.model_count
+        share = self.local_part(load) if share is None else share
+        dense, local = self._dense(load), self._attending(load.part(share)) if share else 0.0
+        away = load.part(1 - share) if share else load
+        by_heads = self.shard == "heads"
+        cells = max(1, away.decode * (kv_heads(model) if by_heads else self.attention_count))
+        busiest = -(-cells // self.attention_count) / cells  # whole heads, dealt out evenly over all sequences
+        attention = attention_time(model, self.attention_device, away, self.policy, self.kv_element, busiest=busiest)
+        states = state_share(model, self.attention_count, away.decode)
+        mixing = attention + state_time(model, self.attention_device, away, states)
+        exchange, hop = self._exchange(away), self._hop(load)
+        if not query_first:
+            return Lane(dense, local, mixing, exchange, 0.0, hop)
+        late = kv_projection_time(model, device, count, load) + exchange.keys
+        more = model.attentions * self.link.query_first_time
+        return Lane(dense + more, local, mixing, exchange, min(attention, late), hop)
+
+    def _dense(self, load: Load) -> float:
+        """Seconds of all that the model devices do beside attention in decode."""
+        model, device, count = self.model, self.model_device, self.model_count
+        dense = dense_time(model, device, count, load)
+        dense += prefill_attention_time(model, device, count, load, self.kv_element)
+        dense += prefill_state_time(model, device, count, load)
+        return dense if self.speculation is None else dense + self.speculation.draft_time(device, load)
+
+    def _attending(self, load: Load) -> float:
+        """Seconds in which the model devices attend, and mix states, for what they keep."""
+        model, device, count = self.model, self.model_device, self.model_count
+        attention = attention_time(
+            model, device, load, self.policy, self.kv_element, busiest=busiest_share(model, count), queries=1 / count
+        )
+        return attention + state_time(model, device, load, state_share(model, count))
+
+    def query_first(self, load: Load) -> bool:
+        """Whether the engine sends q before k and v, in decode of all these sequences."""
+        return self.overlap and self._ordered(load, True).seconds < self._ordered(load).seconds
+
+    def drafted(self, load: Load) -> Load:
+        """A batch of decode alone, with the drafts that pay."""
+        if self.speculation is None:
+            return load
+        return self.speculation.load(load, best_drafts(self.speculation, load, self._step)[0])
+
+    def step(self, load: Load) -> StepCost:
+        """All sequences go on by one token, by speculation in the mean: `lanes` batches with their shares of them."""
+        return token_cost(self.speculation, load, self._step)
+
+    def _step(self, load: Load) -> StepCost:
+        """In the better order of messages."""
+        together = self._ordered(load)
+        if not self.overlap:
+            return together
+        return min(together, self._ordered(load, True), key=lambda cost: cost.seconds)
+
+    def _ordered(self, load: Load, query_first: bool = False) -> StepCost:
+        lanes, replicas = int(min(self.lanes, max(1, load.decode))), self.model_replicas
+        share, part = self.local_part(load), load.divided(lanes)
+        lane = self.lane(part, query_first, share)
+        # The largest lane sets the pace; all of them together have no more sequences than there are.
+        whole = self._exchange(load.part(1 - share) if share else load, replicas)
+        full = load.decode / -(-load.decode // lanes) if load.decode else lanes
+        model, attention = lanes * (lane.dense + lane.local), full * lane.attention
+        seconds = max(lane.alone, model / min(lanes, replicas), attention, whole.busy)
+        if replicas > 1 and load.prefill_tokens:  # one batch has the prompts, and stays on one replica
+            seconds = max(seconds, self._dense(replace(load, decode=part.decode)))
+        return StepCost(seconds, model / replicas, attention, whole.busy, whole.nbytes)
+
+    def _exchange(self, load: Load, replicas: int = 1) -> Exchange:
+        ranges = min(self.attention_count, max(1, int(load.context) // PAGE_SIZE))
+        copies = 1 if self.shard == "heads" else ranges
+        wire = self._wire(replicas)
+        return exchange_time(self.model, self.link, wire, load, copies=copies, workers=self.workers or 1)
+
+    def _hop(self, load: Load) -> float:
+        """Seconds of a lane's way to the next replica, with the residual stream and what attention gave, a layer."""
+        if self.model_replicas == 1:
+            return 0.0
+        wire = self.model_count * connection(self.link, self.model_device, self.model_device)
+        width = sum(group.layers * (self.model.hidden + group.output_elements) for group in self.model.groups)
+        moved = load.tokens * width * self.model.activation / wire
+        return (self.model.attentions + self.model.states) * self.link.round_trip / 2 + moved
+
+
+def best_local_share(system: Offloaded, load: Load) -> float:
+    """The share of this load's KV beside the weights with which a step is shortest, as the engine's "auto" finds it by
+    trying; the smallest of those that are equal."""
+    shares = (part / _SHARES for part in range(_SHARES + 1))
+    return min(shares, key=lambda share: (replace(system, local_share=share).step(load).seconds, share))

@@ -1,0 +1,478 @@
+"""One instance of a system in the event loop, at a cost a step that does not grow with the batch.
+
+The decisions are those of the real `Scheduler` (`instance.py` runs it) where requests share no prefixes and nothing has
+states: first come, first served; decode first, then prompts in chunks; a sequence is admitted once there is room for
+all its known tokens and a page for each that runs; the youngest gives way where pages are short. Such sequences differ
+in three numbers alone, so those in decode are counts: when each ends, how many begin a page in each step, and the sum
+of their contexts. Where windows let pages go, or holders have different heads, the real one is asked as soon as pages
+could be short. `tests/simulator/test_quick_instance.py` holds the two to the same requests at the same seconds.
+
+Seconds of a batch of decode alone are computed for contexts 4 % apart, and straight between them; so steps to the next
+request that comes or ends are one sum.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
+from heapq import heappop, heappush
+
+from lamina.errors import EngineError
+from lamina.simulator.costs.cost_model import Load, StepCost
+from lamina.simulator.costs.systems import PAGE_SIZE, System
+from lamina.simulator.event_loop.instance import (
+    BACKLOG,
+    BACKLOG_TOKENS,
+    UNLIMITED,
+    Life,
+    Totals,
+    holders_of,
+    page_groups,
+)
+from lamina.simulator.event_loop.results import Sampled
+from lamina.simulator.traces.arrivals import Arrival, Trace
+
+_GRID = 16
+"""Contexts to a doubling whose seconds are computed."""
+_STRIDE = 2 ** (1 / _GRID) - 1
+Numbers = tuple[float, float, float, float, float]
+
+
+class Unusual(Exception):
+    """The real scheduler has to decide: a batch with more sequences than tokens, one sequence that fills the KV, or
+    pages that are short and not alike."""
+
+
+def is_usual(system: System, trace: Trace, prefix_cache: bool) -> bool:
+    """Whether `QuickInstance` can stand for the real scheduler, as far as that is known beforehand."""
+    named = prefix_cache and any(arrival.blocks for arrival in trace.arrivals)
+    return not named and not system.model.states
+
+
+class DecodeCosts:
+    """Costs of batches of decode alone, remembered for all instances of a system."""
+
+    def __init__(self, system: System) -> None:
+        self._system = system
+        self._known: dict[tuple[int, int], tuple[float, StepCost, StepCost]] = {}
+
+    def __call__(self, batch: int, context: int) -> Numbers:
+        """Of so many sequences, with so many tokens in all: the numbers of a `StepCost`."""
+        mean = context / batch
+        return self._between(mean, *self._ends(batch, mean))
+
+    def line(self, batch: int, context: int) -> tuple[float, Numbers, Numbers]:
+        """Up to which mean context costs go straight on, what a step costs, and the one after it."""
+        mean = context / batch
+        low, a, b = self._ends(batch, mean)
+        return low * (1 + _STRIDE), self._between(mean, low, a, b), self._between(mean + 1, low, a, b)
+
+    def _ends(self, batch: int, mean: float) -> tuple[float, StepCost, StepCost]:
+        place = int(math.log2(mean) * _GRID)
+        found = self._known.get((batch, place))
+        if found is None:
+            low, high = 2 ** (place / _GRID), 2 ** ((place + 1) / _GRID)
+            step = self._system.step
+            found = self._known[batch, place] = low, step(Load(batch, low)), step(Load(batch, high))
+        return found
+
+    def _between(self, mean: float, low: float, a: StepCost, b: StepCost) -> Numbers:
+        part = (mean - low) / (low * _STRIDE)
+        return (
+            a.seconds + part * (b.seconds - a.seconds),
+            a.model + part * (b.model - a.model),
+            a.attention + part * (b.attention - a.attention),
+            a.network + part * (b.network - a.network),
+            a.link_bytes + part * (b.link_bytes - a.link_bytes),
+        )
+
+
+class _Sequence:
+    """A request in the instance. `known` tokens are to be computed before it can sample; `computed` of them were when
+    step `since` began, and one more in each step after it where it decodes."""
+
+    __slots__ = ("computed", "ends", "known", "life", "number", "output", "preempted", "prompt", "since")
+
+    def __init__(self, number: int, arrival: Arrival, life: Life) -> None:
+        self.number, self.life = number, life
+        self.prompt, self.output = arrival.prompt, arrival.output
+        self.known = arrival.prompt
+        self.computed = self.since = self.ends = 0
+        self.preempted = False
+
+    def at(self, step: int) -> int:
+        """Tokens with KV when that step begins, if it decodes."""
+        return self.computed + step - self.since
+
+
+class QuickInstance:
+    """As `Instance`. Raises Unusual where the real scheduler must be asked; nothing of `totals` is changed then."""
+
+    def __init__(
+        self,
+        system: System,
+        trace: Trace,
+        prefill: bool,
+        totals: Totals,
+        begun: Mapping[int, Life] | None = None,
+        costs: Callable[[int, int], Numbers] | None = None,
+    ) -> None:
+        self._system, self._trace, self._prefill = system, trace, prefill
+        self._into, self._totals = totals, Totals(samples=totals.samples)
+        self._begun = begun or {}
+        self._costs = costs or DecodeCosts(system)
+        self._times = [arrival.at for arrival in trace.arrivals]
+        self._pages = self._free = system.capacity.tokens // PAGE_SIZE
+        longest = max(arrival.prompt + arrival.output for arrival in trace.arrivals)
+        self._possible = min(self._pages * PAGE_SIZE, longest)
+        self._budget = system.max_batch_tokens if prefill else UNLIMITED
+        self._room = system.prompt_tokens
+        self._groups = page_groups(system)
+        holders = holders_of(system)
+        self._alike = holders == 1 and self._groups == ((1, None),)
+        self._spared = self._pages // 8 if holders > 1 else 0  # holders are not equally full
+        self._fed = self._ahead = self._alive = self._step = 0
+        self._waiting: list[tuple[int, _Sequence]] = []  # a heap
+        self._prompts: list[_Sequence] = []  # with KV, and more than their last token to compute; by number
+        self._running = self._decoding = self._context = 0
+        self._ending: dict[int, list[_Sequence]] = {}  # by the step that is their last
+        self._phases = [0] * PAGE_SIZE  # of those in decode: how many begin a page in a step, by the step modulo a page
+        self._late: dict[_Sequence, float] = {}  # in decode, whose last token was before the last step: its second
+        self._ended: list[Life] = []
+        self._now = 0.0
+
+    def run(self, report: Callable[[int], None]) -> list[Life]:
+        """Serve the trace to its end. Returns the requests that were served."""
+        arrivals, totals = self._trace.arrivals, self._totals
+        while True:
+            behind = self._feed()
+            if self._fed == len(arrivals) and not self._alive:
+                break
+            if not (behind or self._waiting or self._prompts or self._late) and self._stride():
+                continue
+            rows, stalled = self._plan()
+            if not rows and self._decoding == len(stalled):
+                if self._fed == len(arrivals):
+                    raise EngineError(f"system {self._system.name!r} cannot go on, with {self._pages} pages")
+                self._now = max(self._now, arrivals[self._fed].at)
+                continue
+            self._advance(rows, stalled, behind)
+            if totals.steps % 512 == 0:
+                report(len(self._ended))
+        self._into.add(totals)
+        return self._ended
+
+    def _stride(self) -> bool:
+        """Several steps of decode alone, in which nobody comes or ends: whether there are any."""
+        batch, step, totals = self._decoding, self._step, self._totals
+        most = totals.samples.unwanted
+        if not (batch and most > 1 and isinstance(self._costs, DecodeCosts)):
+            return False
+        most = min(most, min(end for end, each in self._ending.items() if each) - step)
+        high, now, after = self._costs.line(batch, self._context)
+        most = min(most, int(high - self._context / batch))
+        first = now[0]
+        slope = after[0] - first
+        if self._fed < len(self._times):
+            left, head = self._times[self._fed] - self._now, first - slope / 2
+            least = (
+                (math.sqrt(head * head + 2 * slope * left) - head) / slope if slope > 1e-12 * first else left / first
+            )
+            most = min(most, math.ceil(least))
+        if most < 2 or batch * (most // PAGE_SIZE + 1) > self._free:
+            return False
+        seconds, *busy, nbytes = (most * a + (b - a) * most * (most - 1) / 2 for a, b in zip(now, after, strict=True))
+        self._free -= most // PAGE_SIZE * batch
+        self._free -= sum(self._phases[(step + each) % PAGE_SIZE] for each in range(most % PAGE_SIZE))
+        self._step += most
+        self._now += seconds
+        self._context += batch * most
+        totals.samples.skip(most)
+        totals.gaps[seconds / most] += batch * most
+        totals.peak = max(totals.peak, batch)
+        totals.steps += most
+        totals.busy = [a + b for a, b in zip(totals.busy, busy, strict=True)]
+        totals.link_bytes += nbytes
+        totals.decode_seconds += seconds
+        totals.decode_rows += seconds * batch
+        return True
+
+    def _feed(self) -> int:
+        """Take up the requests that have arrived, as far ahead as the scheduler looks. Returns how many are left."""
+        arrivals, now = self._trace.arrivals, self._now
+        while self._fed < len(arrivals) and arrivals[self._fed].at <= now:
+            number, arrival = self._fed, arrivals[self._fed]
+            many = self._ahead and self._ahead + arrival.prompt > BACKLOG_TOKENS
+            if many or self._alive - self._running >= BACKLOG:
+                return bisect_right(self._times, now) - self._fed
+            self._fed += 1
+            if arrival.prompt + arrival.output > self._possible + 1:
+                if not self._alike:
+                    raise Unusual
+                self._totals.rejected += 1
+                continue
+            life = self._begun.get(number) or Life(arrival)
+            heappush(self._waiting, (number, _Sequence(number, arrival, life)))
+            self._alive += 1
+            self._ahead += arrival.prompt
+            self._totals.prompt_tokens += arrival.prompt
+        return 0
+
+    def _plan(self) -> tuple[list[tuple[_Sequence, int]], list[_Sequence]]:
+        """The rows of prompts, with their tokens, and the sequences in decode that get no page. All others decode."""
+        begin = self._phases[self._step % PAGE_SIZE]
+        last = sum(each.known - each.computed == 1 for each in self._prompts)
+        if self._decoding + last >= self._budget:
+            raise Unusual
+        left = self._budget - self._decoding - last
+        rows, wanted, shares = [], begin, left
+        for each in self._prompts:
+            if count := _limit(each, shares):
+                rows.append((each, count))
+                wanted += _pages(each.computed + count) - _pages(each.computed)
+                shares -= count if each.known - each.computed > 1 else 0
+        if wanted > self._free:
+            if not self._alike:
+                raise Unusual
+            return self._make_room(left)
+        self._free -= wanted
+        if self._waiting and shares > 0:
+            self._admit(rows, shares)
+        return rows, []
+
+    def _admit(self, rows: list[tuple[_Sequence, int]], left: int) -> None:
+        """Give KV to those that wait, in turn, while there is room: rows of `left` tokens in all."""
+        most = self._system.max_sequences
+        planned = dict(rows)
+        while self._waiting and left > 0 and self._running < most:
+            each = self._waiting[0][1]
+            if self._running:
+                spare = self._free - self._running - self._spared
+                for other in self._prompts:
+                    done = other.computed + planned.get(other, 0)
+                    spare -= _pages(other.known) - _pages(done) if other.known - done > 1 else 0
+                if _pages(each.known) + 1 > spare:
+                    if not self._alike:
+                        raise Unusual
+                    return
+            heappop(self._waiting)
+            count = _affordable(0, _limit(each, left), self._free)
+            self._running += 1
+            self._prompts.append(each)
+            self._prompts.sort(key=lambda sequence: sequence.number)
+            if not count:
+                return
+            self._free -= _pages(count)
+            rows.append((each, count))
+            planned[each] = count
+            left -= count
+
+    def _make_room(self, left: int) -> tuple[list[tuple[_Sequence, int]], list[_Sequence]]:
+        """As `_plan`, where pages are short: they are given by number, and the youngest give way."""
+        step, prompts = self._step, set(self._prompts)
+        decoding = [each for ending in self._ending.values() for each in ending]
+        idle = sorted([*decoding, *prompts], key=lambda each: each.number)
+        rows: list[tuple[_Sequence, int]] = []
+        stalled: list[_Sequence] = []
+        short, at = False, 0
+        while at < len(idle):
+            each = idle[at]
+            at += 1
+            done = each.computed if each in prompts else each.at(step)
+            want = _limit(each, left) if each in prompts else 1
+            if not want:
+                continue
+            while not (count := _affordable(done, want, self._free)):
+                if len(idle) > at:
+                    self._preempt(idle.pop(), prompts)
+                elif len(idle) > 1:
+                    short = True
+                    break
+                else:
+                    raise Unusual
+            self._free -= _pages(done + count) - _pages(done)
+            if each not in prompts:
+                if not count:
+                    stalled.append(each)
+            elif count:
+                rows.append((each, count))
+                left -= count if each.known - each.computed > 1 else 0
+        if not short and left > 0:
+            self._admit(rows, left)
+        return rows, stalled
+
+    def _preempt(self, victim: _Sequence, prompts: set[_Sequence]) -> None:
+        """Take its KV away; it waits, and all its tokens are computed again."""
+        if victim in prompts:
+            self._prompts.remove(victim)
+            self._free += _pages(victim.computed)
+        else:
+            done = victim.at(self._step)
+            self._ending[victim.ends].remove(victim)
+            self._leave(victim, done)
+            self._free += _pages(done)
+            last = self._late.pop(victim, self._now)
+            victim.life.tokens += done + 1 - victim.known
+            victim.life.last = last
+            victim.known = done + 1
+        victim.computed = 0
+        victim.preempted = True
+        self._running -= 1
+        self._totals.preemptions += 1
+        heappush(self._waiting, (victim.number, victim))
+
+    def _enter(self, each: _Sequence, step: int) -> None:
+        """It decodes from that step on, with all its known tokens but the last computed."""
+        each.computed, each.since = each.known - 1, step
+        each.ends = step + each.output - (each.known - each.prompt) - 1
+        self._ending.setdefault(each.ends, []).append(each)
+        self._phases[(step - each.computed) % PAGE_SIZE] += 1
+        self._context += each.computed
+        self._decoding += 1
+
+    def _leave(self, each: _Sequence, done: int) -> None:
+        self._phases[(each.since - each.computed) % PAGE_SIZE] -= 1
+        self._context -= done
+        self._decoding -= 1
+
+    def _advance(self, rows: list[tuple[_Sequence, int]], stalled: list[_Sequence], behind: int) -> None:
+        """Let the batch's time pass. Every row that samples has a token then."""
+        step, before = self._step, self._now
+        for each in stalled:  # as if it began a step later
+            self._ending[each.ends].remove(each)
+            self._leave(each, each.at(step))
+            self._late.setdefault(each, before)
+        decode, context = self._decoding, self._context
+        seconds = self._charge(rows, decode, context, behind)
+        self._now = now = before + seconds
+        self._step = step + 1
+        gaps = self._totals.gaps
+        usual = decode
+        if self._late:
+            for each in [each for each in self._late if each not in stalled]:
+                gaps[now - self._late.pop(each)] += 1
+                usual -= 1
+        if usual:
+            gaps[now - before] += usual
+        self._context += decode
+        for each in sorted(self._ending.pop(step, ()), key=lambda each: each.number):
+            self._leave(each, each.at(step + 1))
+            self._end(each, each.at(step + 1))
+        for each in stalled:
+            each.since += 1
+            each.ends += 1
+            self._ending.setdefault(each.ends, []).append(each)
+            self._phases[(each.since - each.computed) % PAGE_SIZE] += 1
+            self._context += each.at(step + 1)
+            self._decoding += 1
+        for each, count in sorted(rows, key=lambda row: row[1] > 1):
+            each.computed += count
+            if each.computed == each.known:
+                self._prompts.remove(each)
+                self._sample(each, step + 1)
+
+    def _sample(self, each: _Sequence, step: int) -> None:
+        """Its known tokens are computed: it has one more, and decodes unless that is its last."""
+        life, now = each.life, self._now
+        if each.known == each.prompt:
+            self._ahead -= each.prompt
+            if not life.tokens:  # else it has this one from elsewhere
+                life.first = life.last = now
+                life.tokens = 1
+        else:
+            self._totals.gaps[now - life.last] += 1
+            life.tokens += 1
+            life.last = now
+        each.known += 1
+        if each.known - each.prompt >= each.output:
+            self._end(each, each.computed)
+            return
+        self._enter(each, step)
+        if life.last != now:
+            self._late[each] = life.last
+
+    def _end(self, each: _Sequence, computed: int) -> None:
+        life = each.life
+        if each.known - each.prompt < each.output:
+            life.tokens += each.output - (each.known - each.prompt)
+            life.last = self._now
+        self._free += _pages(computed)
+        self._running -= 1
+        self._alive -= 1
+        self._ended.append(life)
+
+    def _charge(self, rows: list[tuple[_Sequence, int]], decode: int, context: int, behind: int) -> float:
+        """Count a batch's cost. Returns its seconds."""
+        tokens = prefix_tokens = prompts = 0
+        pairs = keys = prefix_pairs = 0.0
+        for each, count in rows:
+            start = each.computed
+            if count == 1 and start >= each.prompt:
+                decode += 1
+                context += start
+                continue
+            if not self._prefill and not each.preempted:
+                continue  # computed elsewhere
+            # What is too long for the room beside the dense layers is read by decode's holders.
+            elsewhere = 0 if each.prompt <= self._room else start
+            tokens += count
+            prompts += start + count >= each.prompt
+            pairs += count * (start - elsewhere + (count + 1) / 2)
+            keys += start - elsewhere + count
+            if elsewhere:
+                prefix_tokens += count
+                prefix_pairs += count * elsewhere
+        if tokens:
+            mean = context / decode if decode else 0.0
+            cost = self._system.step(Load(decode, mean, tokens, pairs, keys, prefix_tokens, prefix_pairs, prompts))
+            spent = cost.seconds, cost.model, cost.attention, cost.network, cost.link_bytes
+        else:
+            spent = self._costs(decode, context) if decode else (0.0,) * 5
+        seconds, model, attention, network, nbytes = spent
+        totals = self._totals
+        totals.steps += 1
+        busy = totals.busy
+        busy[0] += model
+        busy[1] += attention
+        busy[2] += network
+        totals.link_bytes += nbytes
+        waiting = self._alive - self._running + behind
+        if decode:
+            totals.peak = max(totals.peak, decode)
+            totals.decode_seconds += seconds
+            totals.decode_rows += seconds * decode
+        if waiting > 0:
+            totals.saturated_seconds += seconds
+            totals.saturated_tokens += decode
+            totals.saturated_rows += seconds * decode
+        if seconds and totals.samples.due():
+            shares = (min(1.0, part / seconds) for part in (model, attention, network))
+            taken = 1 - self._free / self._pages if self._alike else self._taken()
+            totals.samples.add(Sampled(self._now, seconds, decode, tokens, self._running, waiting, taken, *shares))
+        return seconds
+
+    def _taken(self) -> float:
+        """Of the pages, the share that is taken, where windows let some go."""
+        decoding = [each.at(self._step) + 1 for ending in self._ending.values() for each in ending]
+        taken = 0
+        for tokens in (*decoding, *(each.computed for each in self._prompts)):
+            for layers, window in self._groups:
+                first = 0 if window is None else window.kept_from(tokens) // PAGE_SIZE
+                taken += layers * (_pages(tokens) - first)
+        return taken / (self._pages * sum(layers for layers, _ in self._groups))
+
+
+def _pages(tokens: int) -> int:
+    return -(-tokens // PAGE_SIZE)
+
+
+def _limit(each: _Sequence, left: int) -> int:
+    """Tokens of its next row, where prompts have so many left of the batch."""
+    ahead = each.known - each.computed
+    return 1 if ahead == 1 else min(ahead, left)
+
+
+def _affordable(done: int, want: int, free: int) -> int:
+    """How many of the next `want` tokens fit into the last page and the free ones."""
+    return min(want, (_pages(done) + free) * PAGE_SIZE - done)
