@@ -87,7 +87,7 @@ class PlanOptions:
     num_speculative_tokens: Drafts = 8
     acceptance: Acceptance = None
     proposed: Proposed = 1.0
-    verify: Annotated[int, typer.Option(help="How many of the best the event loop checks; 0: none.")] = 5
+    verify: Annotated[int, typer.Option(help="How many of the best the event loop checks; 0: none.")] = 24
     out: Annotated[Path | None, typer.Option(help="Write the winner here, for --plan and --check.")] = None
     html: Annotated[Path | None, typer.Option(help="Write a report here.")] = None
     plot: Annotated[Path | None, typer.Option(help="Write the Pareto plot here, as PNG.")] = None

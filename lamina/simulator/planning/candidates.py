@@ -9,16 +9,18 @@ from itertools import product
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.capacity import SEQUENCE_TOKENS
-from lamina.simulator.costs.cost_model import KvPolicy, kv_heads
+from lamina.simulator.costs.cost_model import KvPolicy, Load, kv_heads
 from lamina.simulator.costs.hardware import Device
 from lamina.simulator.costs.models import ModelShape
+from lamina.simulator.costs.offloaded import best_local_share
 from lamina.simulator.costs.speculation import Speculation
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System, price
 from lamina.simulator.planning.inventory import Inventory
 
 DEGREES = (1, 2, 4, 8)
 """Devices that share the dense layers: those of one machine."""
-LANES = (1, 2, 3)
+LANES = ((1, 1), (2, 1), (3, 1), (3, 2))
+"""Batches in rotation where attention is elsewhere, and replicas of the weights: the paper has one fewer than lanes."""
 BATCH_TOKENS = (512, 2048, 8192)
 """Tokens a batch where prompts come in chunks: fewer for an even pace, more for prompts that are soon read."""
 MAX_CANDIDATES = 20_000
@@ -55,7 +57,7 @@ def candidates(
         raise InvalidRequest(f"budget is {budget}; allowed are dollars an hour above 0")
     found: list[Candidate] = []
     cheapest: System | None = None
-    for system in _systems(model, inventory, prefill):
+    for system in _systems(model, inventory, prefill, sequence_tokens):
         if model.states:
             system = _for_sequences(system, sequence_tokens)
         if speculation is not None:
@@ -98,17 +100,23 @@ def _for_sequences(system: System, tokens: int) -> System:
     return replace(system, sequence_tokens=tokens)
 
 
-def _systems(model: ModelShape, inventory: Inventory, prefill: bool) -> Iterator[System]:
+def _systems(model: ModelShape, inventory: Inventory, prefill: bool, context: int) -> Iterator[System]:
     wanted = set(inventory.systems)
     whole = "colocated" in wanted and (prefill or "chunked" not in wanted)
+    chunks = BATCH_TOKENS if prefill else BATCH_TOKENS[-1:]
     for policy in inventory.policies:
         if "chunked" in wanted:
-            yield from _colocated(model, inventory, policy, BATCH_TOKENS if prefill else BATCH_TOKENS[-1:])
+            yield from _colocated(model, inventory, policy, chunks)
         if whole:
             yield from _colocated(model, inventory, policy)
         if "disaggregated" in wanted and prefill:
-            yield from _disaggregated(inventory, list(_colocated(model, inventory, policy)))
-        yield from _offloaded(model, inventory, policy, BATCH_TOKENS if prefill else BATCH_TOKENS[-1:])
+            yield from _disaggregated(model, inventory, policy)
+        for system in _offloaded(model, inventory, policy):
+            for tokens in chunks:
+                yield replace(system, batch_tokens=tokens)
+            if system.lanes == 1 and (share := _local_share(system, context)):
+                for tokens in chunks:
+                    yield replace(system, batch_tokens=tokens, local_share=share)
 
 
 def _colocated(
@@ -126,24 +134,41 @@ def _colocated(
                 yield replace(whole, chunked_prefill=True, batch_tokens=tokens)
 
 
-def _disaggregated(inventory: Inventory, instances: list[Colocated]) -> Iterator[Disaggregated]:
+def _disaggregated(model: ModelShape, inventory: Inventory, policy: KvPolicy) -> Iterator[Disaggregated]:
+    """Prompts apart; decode in one place, or with attention elsewhere again, on as many devices as a machine has."""
+    instances = list(_colocated(model, inventory, policy))
     for prefill, decode, link in product(instances, instances, inventory.links):
         yield Disaggregated(prefill=prefill, decode=decode, link=link)
+    for apart in _offloaded(model, inventory, policy):
+        if apart.lanes == 2 and apart.attention_count in DEGREES and apart.shard == "heads":
+            for prefill in instances:
+                if prefill.device == apart.model_device:
+                    yield Disaggregated(
+                        prefill=prefill, decode=replace(apart, batch_tokens=BATCH_TOKENS[-1]), link=apart.link
+                    )
 
 
-def _offloaded(
-    model: ModelShape, inventory: Inventory, policy: KvPolicy, batch_tokens: tuple[int, ...]
-) -> Iterator[Offloaded]:
+def _offloaded(model: ModelShape, inventory: Inventory, policy: KvPolicy) -> Iterator[Offloaded]:
     for attention, dense in product(inventory.have, inventory.have):
         if ("lamina-cpu" if attention.device.kind == "cpu" else "lamina") not in inventory.systems:
             continue
         for degree, count in product(_degrees(dense.device, dense.count), range(1, attention.count + 1)):
-            for shard, lanes, link, tokens in product(_shards(model, count), LANES, inventory.links, batch_tokens):
+            for shard, (lanes, replicas), link in product(_shards(model, count), LANES, inventory.links):
                 yield Offloaded(
                     model=model, model_device=dense.device, attention_device=attention.device, link=link,
-                    model_count=degree, attention_count=count, lanes=lanes, shard=shard, batch_tokens=tokens,
+                    model_count=degree, attention_count=count, model_replicas=replicas, lanes=lanes, shard=shard,
                     policy=policy,
                 )  # fmt: skip
+
+
+def _local_share(system: Offloaded, context: int) -> float:
+    """The share of the KV that the model devices keep in a batch that fills half of both tiers; 0 where none pays."""
+    try:
+        both = replace(system, local_share=1.0).capacity
+        batch = max(1, min(both.tokens // context, both.sequences, system.max_sequences) // 2)
+        return best_local_share(system, Load(batch, context))
+    except InvalidRequest:
+        return 0.0
 
 
 def _degrees(device: Device, count: int) -> Iterator[int]:

@@ -12,7 +12,7 @@ from lamina.simulator.planning import reasons
 from lamina.simulator.planning.candidates import candidates
 from lamina.simulator.planning.inventory import Inventory
 from lamina.simulator.planning.plan_file import Plan, Prediction, TraceSummary, engine_keywords
-from lamina.simulator.planning.planner import TOP, Ranked, limited, mixes, rank, rivals, top, verify
+from lamina.simulator.planning.planner import TOP, Ranked, limited, mixes, rank, rivals, search
 from lamina.simulator.planning.reasons import Sensitivity
 from lamina.simulator.reports.data import Point
 from lamina.simulator.traces.arrivals import Trace
@@ -72,7 +72,7 @@ class Planned:
 
 
 def make_plan(asked: PlanRequest, *, check: int = TOP, seed: int = 0, progress: Progress | None = None) -> Planned:
-    """Rank all candidates, simulate the best `check` of them, and explain the first.
+    """Rank all candidates, have the event loop check the best `check` of them, and explain the first.
 
     Raises InvalidRequest where nothing fits, or nothing meets the SLO.
     """
@@ -84,9 +84,7 @@ def make_plan(asked: PlanRequest, *, check: int = TOP, seed: int = 0, progress: 
     )
     ranked = rank(every, wanted, slo, prefill=prefill, progress=progress)
     if check:
-        chosen = top(ranked, check)
-        checked = verify(chosen, asked.trace, slo, prefill=prefill, seed=seed, progress=progress)
-        ranked = checked + [each for each in ranked if each not in chosen]
+        ranked = search(ranked, asked.trace, slo, count=check, prefill=prefill, seed=seed, progress=progress)
     return Planned(
         demand=wanted,
         ranked=tuple(ranked),

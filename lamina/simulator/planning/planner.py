@@ -1,6 +1,7 @@
-"""Which of many systems gives most for a dollar: all by the closed form, the best few through the event loop.
+"""Which of many systems gives most for a dollar: all by the closed form, the best through the event loop.
 
-`candidates` enumerates, `rank` estimates and sorts, `verify` simulates. `reasons` explains why one wins. Pure.
+`candidates` enumerates, `rank` estimates and sorts, `search` simulates the best of them by `verify`. `reasons` explains
+why one wins. Pure.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System
@@ -17,22 +19,33 @@ from lamina.simulator.planning.candidates import Candidate, candidates
 from lamina.simulator.steady_state.closed_form import ATTAINMENT, TARGET, Estimate, estimate
 from lamina.simulator.steady_state.misfits import none_meets
 from lamina.simulator.traces.arrivals import Trace
-from lamina.simulator.traces.catalogue import at_rate, windows
+from lamina.simulator.traces.catalogue import WINDOWS, at_rate, windows
 from lamina.simulator.traces.demand import Demand
 
-__all__ = ["Candidate", "Ranked", "best", "candidates", "limited", "mixes", "rank", "rivals", "top", "verify"]
+__all__ = ["Candidate", "Ranked", "best", "candidates", "limited", "mixes", "rank", "rivals", "search", "top", "verify"]
 
-CLOSER = 50
+CLOSER = 200
 """How many candidates are estimated part by part, at least, the best under a steady load first. The others follow by
 their steady load, once none of them can be the best."""
-TOP = 5
+TOP = 24
 """How many the event loop checks."""
-REQUESTS = 2000
-"""Of the trace, for each that is checked, at least."""
+WAVES = 4
+"""How often it checks the next, where none of those before serves what is asked for."""
+RUNGS = ((6, 0.05), (3, 0.03))
+"""By what the first excerpts are shorter, and by how much their share may be less than `ATTAINMENT`."""
+FINALISTS = 4
+REQUESTS = 2400
+"""Of the trace, for each finalist, at least."""
 MOST_REQUESTS = 6000
 _LIVES = 8
 """As many requests as are in decode at a time, so often: a run has to be longer than its beginning."""
-TRIES, SLOWER = 3, 0.8
+_WINDOW = 100
+"""Requests of each window of an excerpt, at least."""
+ALMOST = 0.93
+"""Of what is needed, what may be enough on a longer excerpt."""
+TRIES, SLOWER, FASTER = 3, 0.88, 1.06
+_MORE, _WORTH = 2, 0.005
+"""Replicas more than the closed form has, at most; and a gain that is worth one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +79,19 @@ class Ranked:
         return self.goodput * 3600 / self.estimate.price if self.estimate.price else math.inf
 
     @property
+    def share(self) -> float:
+        """Of the requests taken, those within the SLO."""
+        return self.estimate.share if self.result is None else self.result.slo_share
+
+    def nearly(self, part: float) -> bool:
+        """Whether all that is asked for is served, this part of what is needed within the SLO."""
+        whole = math.isinf(self.estimate.demanded) or self.rate >= self.estimate.demanded * (1 - 1e-9)
+        return whole and self.share >= ATTAINMENT * part
+
+    @property
     def serves(self) -> bool:
         """Whether all that is asked for is served, enough of it within the SLO."""
-        if self.result is None:
-            return self.estimate.serves
-        demanded = self.estimate.demanded
-        whole = math.isinf(demanded) or self.rate >= demanded * (1 - 1e-9)
-        return whole and self.result.slo_share >= ATTAINMENT
+        return self.estimate.serves if self.result is None else self.nearly(1.0)
 
 
 def described(system: System, replicas: int = 1) -> str:
@@ -116,7 +135,7 @@ def rank(
     for done, each in enumerate(steady):
         if done >= CLOSER and _order(min(closer, key=_order)) <= _order(each):
             break
-        closer.append(look(each.candidate, True, len(every) + done) if demand.parts else each)
+        closer.append(look(each.candidate, True, len(every) + done))
     ranked = sorted(closer, key=_order) + steady[len(closer) :]
     if progress is not None:
         progress("ranking", total, total)
@@ -146,14 +165,18 @@ def mixes(ranked: Sequence[Ranked]) -> list[Ranked]:
 
 
 def top(ranked: Sequence[Ranked], count: int = TOP) -> list[Ranked]:
-    """The best `count` mixes, and among them the best of each kind of system."""
+    """The best `count`: the best of each kind of system, then of each mix, then others that get a request through."""
     useful = mixes(ranked)
     kinds: dict[type, Ranked] = {}
     for each in useful:
         kinds.setdefault(type(each.candidate.system), each)
-    chosen = list(kinds.values())[:count]
-    chosen += [each for each in useful if each not in chosen][: count - len(chosen)]
-    return [each for each in useful if each in chosen]
+    others = (each for each in ranked if each.estimate.goodput)
+    chosen: dict[int, Ranked] = {}
+    for each in chain(kinds.values(), useful, others):
+        if len(chosen) == count:
+            break
+        chosen.setdefault(id(each), each)
+    return [each for each in ranked if id(each) in chosen]
 
 
 def rivals(ranked: Sequence[Ranked]) -> list[Ranked]:
@@ -176,6 +199,30 @@ def limited(ranked: Ranked) -> System:
     return replace(system, max_sequences=most)
 
 
+def search(
+    ranked: Sequence[Ranked],
+    trace: Trace,
+    slo: Slo,
+    *,
+    count: int = TOP,
+    prefill: bool = True,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[Ranked]:
+    """All that were ranked: those that the event loop checked first, in its order. It checks the best `count`, and the
+    next as many while none of them serves all that is asked for, though others do by the closed form."""
+    checked: list[Ranked] = []
+    left = list(ranked)
+    for _ in range(WAVES):
+        chosen = top(left, count)
+        checked += verify(chosen, trace, slo, prefill=prefill, seed=seed, progress=progress)
+        taken = {id(each) for each in chosen}
+        left = [each for each in left if id(each) not in taken]
+        if any(each.serves for each in checked) or not any(each.serves for each in left):
+            break
+    return sorted(checked, key=lambda each: not each.serves) + left
+
+
 def verify(
     chosen: Sequence[Ranked],
     trace: Trace,
@@ -186,39 +233,143 @@ def verify(
     requests: int = REQUESTS,
     progress: Progress | None = None,
 ) -> list[Ranked]:
-    """Simulate each at the rate that it would take, and sort by goodput for a dollar. Candidates that serve all with
-    `ATTAINMENT` of it within the SLO come first. One that doesn't keep it is tried at lower rates, `SLOWER` times each.
+    """Simulate each at the rate that it would take, by successive halving (Jamieson and Talwalkar 2016): all of them
+    on a short excerpt of the trace, the better ones on longer ones, and the last `FINALISTS` on `requests`, or on more
+    where more are in decode at a time, up to `MOST_REQUESTS`. More go that far while none of them serves what is asked
+    for. Sorted by goodput for a dollar, the finalists first; those that serve all with `ATTAINMENT` of it within the
+    SLO come before others.
 
-    Of the trace it takes `requests`, or more where more are in decode at a time: up to `MOST_REQUESTS`.
+    One that does not keep the SLO gets another replica if there is one, else lower rates.
     """
-    found = []
-    for number, each in enumerate(chosen):
+    field = [(more, more is each) for each in chosen for more in (each, *_fewer(each))]
+    rungs = [(requests // part, allowance) for part, allowance in RUNGS]
+    told = _Told(progress, sum(max(FINALISTS, len(field) // 3**rung) for rung in range(len(rungs) + 1)))
 
-        def report(what: str, done: int, total: int, number: int = number) -> None:
-            if progress is not None:
-                progress(what, number * total + min(done, total - 1), len(chosen) * total)
+    def run(each: Ranked, grows: bool, length: int, allowance: float) -> Ranked:
+        check = _Check(trace, slo, prefill, seed, length, requests, allowance, told.next())
+        return check.of(each, grows)
 
-        decoding = each.estimate.batch * each.estimate.replicas
-        part = windows(trace, max(requests, min(MOST_REQUESTS, round(_LIVES * decoding))))
-        rate, best = each.estimate.taken, each
-        for _ in range(TRIES):
-            result = simulate(
-                limited(each), at_rate(part, rate), seed=seed, slo=slo, prefill=prefill, progress=report,
-                replicas=min(each.estimate.replicas, len(part.arrivals)),
-            )  # fmt: skip
-            run = replace(each, result=result, rate=rate)
-            if best.result is None or run.goodput > best.goodput or result.slo_share >= ATTAINMENT:
-                best = run
-            if result.slo_share >= ATTAINMENT or each.estimate.share < TARGET:
-                break  # or no rate would do
-            rate *= SLOWER
-        found.append(best)
-    if progress is not None:
-        progress("simulating", len(chosen), len(chosen))
-    return sorted(found, key=_order)
+    out: list[tuple[Ranked, bool]] = []
+    for rung, (length, allowance) in enumerate(rungs if len(field) > FINALISTS else ()):
+        tried = [(run(each, grows, length, allowance), grows) for each, grows in field]
+        tried.sort(key=lambda pair: _order(pair[0], allowance))
+        keep = max(FINALISTS, len(field) // 3 ** (rung + 1))
+        field, out = tried[:keep], tried[keep:] + out
+    finals: list[Ranked] = []
+    for number, (each, grows) in enumerate((*field, *out)):
+        if len(finals) >= FINALISTS and any(final.serves for final in finals):
+            break
+        if number < len(field) or each.nearly(ALMOST):
+            finals.append(run(each, grows, requests, 0.0))
+    told.end()
+    found: dict[Candidate, Ranked] = {}
+    for each in (*sorted(finals, key=_order), *(each for each, _ in out)):
+        found.setdefault(each.candidate, each)
+    return list(found.values())
 
 
-def _order(ranked: Ranked) -> tuple[bool, float, float, float, str]:
+def _fewer(ranked: Ranked) -> list[Ranked]:
+    """The same with a replica fewer, where that might do."""
+    found, count = ranked.estimate, ranked.estimate.replicas - 1
+    each = found.capacity / ranked.candidate.replicas
+    if not count or math.isinf(found.demanded) or count * each < ALMOST * found.demanded:
+        return []
+    return [_with_replicas(ranked, count)]
+
+
+def _with_replicas(ranked: Ranked, count: int) -> Ranked:
+    found = ranked.estimate
+    few = found.replicas / count
+    return replace(
+        ranked, estimate=replace(found, replicas=count, price=found.price / few, batch=found.batch * few), result=None
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Check:
+    """Runs on an excerpt of about `length` requests of a trace, where finalists get `requests`. A share counts as
+    enough with `allowance` less, since excerpts differ."""
+
+    trace: Trace
+    slo: Slo
+    prefill: bool
+    seed: int
+    length: int
+    requests: int
+    allowance: float
+    report: Progress
+
+    @property
+    def enough(self) -> float:
+        return ATTAINMENT - self.allowance
+
+    def of(self, ranked: Ranked, grows: bool) -> Ranked:
+        """It at the rate that is asked for, with more replicas where that takes some and it `grows`. Where not all is
+        taken, or the last excerpt says that it is too much, at the best rate that is found."""
+        found = ranked.estimate
+        if found.taken < found.demanded * (1 - 1e-9):
+            return self._fastest(self._run(ranked, ranked.rate or found.taken))
+        best = self._run(ranked, found.demanded)
+        most = min(found.replicas + _MORE, ranked.candidate.replicas) if grows else 0
+        while best.share < self.enough and best.estimate.replicas < most:
+            more = self._run(_with_replicas(best, best.estimate.replicas + 1), found.demanded)
+            if more.share <= best.share + _WORTH:
+                break
+            best = more
+        return best if best.share >= self.enough or self.allowance else self._fastest(best)
+
+    def _fastest(self, best: Ranked) -> Ranked:
+        """At the rate with the most goodput, of some that are near; with enough in time if that can be."""
+        found, rate, slower = best.estimate, best.rate, best.share < self.enough
+        for _ in range(TRIES if found.share >= TARGET else 0):  # else no rate would do
+            rate = rate * SLOWER if slower else min(rate * FASTER, found.demanded)
+            if rate == best.rate:
+                break
+            other = self._run(best, rate)
+            better = other.share >= self.enough and (slower or other.goodput > best.goodput * (1 + _WORTH))
+            if better or (slower and other.goodput > best.goodput):
+                best = other
+            if better == slower:
+                break  # the first that keeps the SLO, or the last that is worth it
+        return best
+
+    def _run(self, ranked: Ranked, rate: float) -> Ranked:
+        decoding = ranked.estimate.batch * ranked.estimate.replicas
+        most = MOST_REQUESTS * self.length // self.requests
+        wanted = max(self.length, min(most, round(_LIVES * decoding * self.length / self.requests)))
+        part = windows(self.trace, wanted, max(1, min(WINDOWS, wanted // _WINDOW)))
+        result = simulate(
+            limited(ranked), at_rate(part, rate), seed=self.seed, slo=self.slo, prefill=self.prefill,
+            replicas=min(ranked.estimate.replicas, len(part.arrivals)), progress=self.report,
+        )  # fmt: skip
+        return replace(ranked, result=result, rate=rate)
+
+
+class _Told:
+    """Progress over many runs, which never falls."""
+
+    def __init__(self, progress: Progress | None, runs: int) -> None:
+        self._progress, self._runs, self._run, self._most = progress, runs, -1, 0
+
+    def next(self) -> Progress:
+        """The progress of the next run."""
+        self._run += 1
+
+        def report(what: str, done: int, total: int) -> None:
+            at = int(1000 * min(1.0, (self._run + min(1.0, done / max(1, total))) / self._runs))
+            if self._progress is not None and self._most < at < 1000:
+                self._most = at
+                self._progress(what, at, 1000)
+
+        return report
+
+    def end(self) -> None:
+        if self._progress is not None:
+            self._progress("simulating", 1000, 1000)
+
+
+def _order(ranked: Ranked, allowance: float = 0.0) -> tuple[bool, float, float, float, str]:
     found = ranked.estimate
     spare = found.capacity / ranked.candidate.replicas * found.replicas
-    return not ranked.serves, -ranked.goodput_per_dollar, -spare, found.tpot, ranked.name
+    serves = ranked.serves or (allowance > 0 and ranked.nearly(1 - allowance / ATTAINMENT))
+    return not serves, -ranked.goodput_per_dollar, -spare, found.tpot, ranked.name
