@@ -22,6 +22,7 @@ from lamina.system.text_files import write_text
 if TYPE_CHECKING:
     from lamina.measure.hardware import Calibration
     from lamina.simulator.costs.speculation import Speculation
+    from lamina.simulator.event_loop.failures import Failures
     from lamina.simulator.event_loop.simulate import Slo
     from lamina.simulator.planning.inventory import Inventory
 
@@ -32,7 +33,9 @@ _SLO = re.compile(r"(ttft|tpot)=(\d{1,9}(?:\.\d{1,9})?)(us|ms|s)", re.ASCII)
 _UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 Model = Annotated[str, typer.Option("--model", "-m", help="A model the simulator knows, or a path to a config.json.")]
-TraceName = Annotated[str, typer.Option("--trace", help="A published trace by name, or a file in its format.")]
+TraceName = Annotated[
+    str, typer.Option("--trace", help="A published trace by name, coding-agents, or a file in a published format.")
+]
 TraceDir = Annotated[
     Path | None, typer.Option(help="Where files of published traces are. Azure's are built in; Mooncake's is drawn.")
 ]
@@ -135,9 +138,11 @@ def plan(asked: PlanOptions) -> None:
     from lamina.simulator.planning.plan import PlanRequest, make_plan
     from lamina.simulator.planning.plan_file import write
     from lamina.simulator.traces.catalogue import trace as trace_of
+    from lamina.simulator.traces.sessions import open_loop
 
     shape, devices = shape_of(asked.model).with_weights(asked.weights), asked.devices(asked.any_system)
     trace = trace_of(asked.trace, asked.count, asked.seed, asked.trace_dir)
+    trace = open_loop(trace, slo.ttft or 1.0, slo.tpot or 0.05)  # a plan needs times of arrival
     drafts = parse_speculation(asked)
     request = PlanRequest(asked.model, shape, devices, trace, slo, asked.budget, rate, asked.prefill, drafts)
     compared = asked.devices(everything=True) if asked.compare else None
@@ -182,6 +187,17 @@ class SimulateOptions:
         str | None, typer.Option(help="A KV policy as NAME=READ,HELD: shares of the bytes read and held.")
     ] = None
     prefill: Prefill = True
+    users: Annotated[
+        int | None, typer.Option(help="So many users take the requests in turn, each after its last one's end.")
+    ] = None
+    think: Annotated[float, typer.Option(help="Seconds that a user waits before the next request; needs --users.")] = (
+        0.0
+    )
+    lose_worker_every: Annotated[
+        float | None, typer.Option(help="Each instance loses a worker every so many seconds.")
+    ] = None
+    worker_restart: Annotated[float, typer.Option(help="Seconds until a lost worker is replaced.")] = 10.0
+    redundancy: Annotated[str, typer.Option(help="Of KV, for workers that are lost: none, replica, parity.")] = "none"
     efficiency: EfficiencyName = "typical"
     weights: Weights = "auto"
     speculate: Speculate = None
@@ -201,13 +217,20 @@ def simulate(asked: SimulateOptions) -> None:
     """Systems beside each other on one trace: throughput, cost, latencies, utilisation."""
     if asked.as_json and asked.as_csv:
         raise InvalidRequest("--json and --csv were given; allowed is one of the two")
+    if asked.think and asked.users is None:
+        raise InvalidRequest(f"--think {asked.think:g} was given; it needs --users")
+    if asked.users is not None and asked.rate != "trace":
+        raise InvalidRequest(
+            "--users and --rate were given; allowed is one of the two: users wait for their own requests"
+        )
     slo, rate = parse_slo(asked.slo), parse_rate(asked.rate)
+    failures = parse_failures(asked)
 
     from lamina.simulator.costs import hardware as catalogues
     from lamina.simulator.costs.models import model as shape_of
     from lamina.simulator.planning.comparison import Choice, assumed, build, compare
     from lamina.simulator.reports.report import table, to_csv, to_json
-    from lamina.simulator.traces.arrivals import all_at_once
+    from lamina.simulator.traces.arrivals import all_at_once, closed_loop
     from lamina.simulator.traces.catalogue import at_rate
     from lamina.simulator.traces.catalogue import trace as trace_of
 
@@ -219,10 +242,12 @@ def simulate(asked: SimulateOptions) -> None:
     trace = trace_of(asked.trace, asked.count or None, asked.seed, asked.trace_dir)
     if rate is not None:
         trace = all_at_once(trace) if math.isinf(rate) else at_rate(trace, rate)
+    if asked.users is not None:
+        trace = closed_loop(trace, asked.users, asked.think)
     with ProgressBars() as progress:
         results = compare(
             systems, trace, slo=slo, prefill=asked.prefill, seed=asked.seed, progress=progress,
-            assumptions=assumed(catalogue.said_of(asked.efficiency), asked.prefill, trace, choice),
+            assumptions=assumed(catalogue.said_of(asked.efficiency), asked.prefill, trace, choice), failures=failures,
         )  # fmt: skip
     if asked.out is not None:
         write_runs(asked.out, systems, results, slo)
@@ -324,6 +349,17 @@ def parse_speculation(asked: PlanOptions | SimulateOptions) -> Speculation | Non
         )
     draft = None if name == NGRAM else shape_of(name)
     return Speculation(acceptance, asked.num_speculative_tokens, asked.proposed, name, draft)
+
+
+def parse_failures(asked: SimulateOptions) -> Failures | None:
+    """Workers that are lost; None where none is. Raises InvalidRequest."""
+    from lamina.simulator.event_loop.failures import Failures
+
+    if asked.lose_worker_every is None:
+        if asked.redundancy != "none" or asked.worker_restart != 10.0:
+            raise InvalidRequest("--redundancy or --worker-restart was given; it needs --lose-worker-every")
+        return None
+    return Failures(asked.lose_worker_every, asked.redundancy, asked.worker_restart)
 
 
 def _check(path: Path, asked: PlanOptions) -> None:

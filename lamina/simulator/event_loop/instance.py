@@ -57,7 +57,7 @@ class Instance:
     ) -> None:
         self._system, self._trace, self._prefill = system, trace, prefill
         self._totals = totals
-        self._begun = begun or {}  # by the number of its arrival
+        self._begun = {} if begun is None else begun  # by the number of its arrival
         arrivals = trace.arrivals
         self._due = [] if offered else [(a.at, number) for number, a in enumerate(arrivals) if a.after is None]
         self._arrived: deque[int] = deque()  # that the scheduler was not given yet
@@ -66,7 +66,7 @@ class Instance:
             if arrival.after is not None:
                 self._followers.setdefault(arrival.after, []).append(number)
         self._shared: dict[int, tuple[int, ...]] = {}  # of those to come: tokens of the one before that they begin with
-        self._when: dict[int, float] = {}  # those that came after others
+        self._when: dict[int, float] = {}  # those that were offered: when they come
         self._told = ended or self.follow
         self._ahead = 0  # prompt tokens of the arrivals that have no token yet
         self._named = prefix_cache and any(arrival.blocks or arrival.shared for arrival in arrivals)
@@ -109,6 +109,12 @@ class Instance:
     def contexts(self) -> list[int]:
         """Tokens with KV of each sequence that runs."""
         return [sequence.computed for sequence in self._scheduler.running]
+
+    @property
+    def load(self) -> int:
+        """Tokens of all that runs or waits."""
+        waiting = sum(self._trace.arrivals[number].prompt for number in (*self._arrived, *(n for _, n in self._due)))
+        return sum(self.contexts) + self._ahead + waiting
 
     def pause(self, seconds: float) -> None:
         """Nothing runs for so long."""
@@ -170,16 +176,16 @@ class Instance:
             return self._now
         return max(self._now, self._due[0][0]) if self._due else math.inf
 
-    def offer(self, number: int, at: float) -> None:
-        """The trace's request of that number comes at that second."""
+    def offer(self, number: int, at: float, since: float | None = None) -> None:
+        """The trace's request of that number comes at that second; it has waited elsewhere `since` another one."""
+        self._when[number] = at if since is None else since
         heappush(self._due, (at, number))
 
     def follow(self, number: int, life: Life) -> None:
         """Those that come after a request which has ended, here."""
         for after in self._followers.get(number, ()):
             arrival = self._trace.arrivals[after]
-            self._when[after] = at = max(arrival.at, life.last + arrival.gap)
-            self.offer(after, at)
+            self.offer(after, max(arrival.at, life.last + arrival.gap))
 
     def _feed(self) -> None:
         """Give the scheduler the requests that have arrived, as far ahead as it looks."""

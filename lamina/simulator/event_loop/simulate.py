@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System, before_first_token, power, price
+from lamina.simulator.event_loop.coupled import serve_sessions
 from lamina.simulator.event_loop.failures import FailingInstance, Failures
 from lamina.simulator.event_loop.instance import Instance
 from lamina.simulator.event_loop.lives import Life, Totals
@@ -131,8 +132,11 @@ def _disaggregated(
     finished: list[Life] = []
     arrived = list(trace.arrivals)
     moved: dict[int, Life] = {}
-    if instances.prefill:
-        prompts = Trace(trace.name, tuple(replace(arrival, output=1) for arrival in trace.arrivals))
+    if instances.prefill and any(arrival.after is not None for arrival in arrived):
+        finished = serve_sessions(system, trace, instances.prefix_cache, before, after, report)
+        arrived = []
+    elif instances.prefill:
+        prompts = replace(trace, arrivals=tuple(replace(arrival, output=1) for arrival in trace.arrivals))
         lives = instances.of(system.prefill, prompts, before).run(lambda done: None)
         wanted = {id(short): whole.output for short, whole in zip(prompts.arrivals, trace.arrivals, strict=True)}
         finished = [life for life in lives if wanted[id(life.arrival)] == 1]

@@ -247,16 +247,13 @@ def _free_device(device: Device) -> Device:
 def _free(system: System) -> System:
     """The system without prices."""
     if isinstance(system, Disaggregated):
-        return replace(system, prefill=_free_colocated(system.prefill), decode=_free_instance(system.decode))
-    return _free_instance(system)
+        prefill = replace(system.prefill, device=_free_device(system.prefill.device))
+        return replace(system, prefill=prefill, decode=_free_part(system.decode))
+    return _free_part(system)
 
 
-def _free_instance(system: Colocated | Offloaded) -> Colocated | Offloaded:
-    if isinstance(system, Colocated):
-        return _free_colocated(system)
-    model, attention = _free_device(system.model_device), _free_device(system.attention_device)
-    return replace(system, model_device=model, attention_device=attention)
-
-
-def _free_colocated(system: Colocated) -> Colocated:
+def _free_part(system: Colocated | Offloaded) -> Colocated | Offloaded:
+    if isinstance(system, Offloaded):
+        model, attention = _free_device(system.model_device), _free_device(system.attention_device)
+        return replace(system, model_device=model, attention_device=attention)
     return replace(system, device=_free_device(system.device))
