@@ -247,8 +247,8 @@ def _free_device(device: Device) -> Device:
 def _free(system: System) -> System:
     """The system without prices."""
     if isinstance(system, Disaggregated):
-        prefill, decode = (replace(part, device=_free_device(part.device)) for part in (system.prefill, system.decode))
-        return replace(system, prefill=prefill, decode=decode)
+        prefill, decode = _free(system.prefill), _free(system.decode)
+        return replace(system, prefill=prefill, decode=decode)  # type: ignore[arg-type]  # each of its own kind
     if isinstance(system, Offloaded):
         model, attention = _free_device(system.model_device), _free_device(system.attention_device)
         return replace(system, model_device=model, attention_device=attention)
