@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from lamina.simulator.costs.cost_model import Load
 from lamina.simulator.costs.systems import Offloaded, System
 
-LEVELS = 14
-"""Of sequences in decode, powers of 4: by them b changes, and d where attention is elsewhere, as each may hide part of
-the other."""
+LEVELS = 8
+"""Of sequences in decode, from 1, 4, 64, 1024, ...: by them b changes, and d where attention is elsewhere, as each may
+hide part of the other."""
 _PLACES = 80
 """Of a table with two values for each power of 2."""
-_LENGTHS = 4
+_LENGTHS = 3
 """Prompts, from the shortest to the longest, whose attention is computed."""
 _SOME = 16
 """Sequences in decode beside which it is computed too, where attention is elsewhere."""
@@ -41,6 +41,8 @@ class Batches:
     def __init__(self, system: System, context: float, prefill: bool) -> None:
         self.system, self.context, self.prefill = system, context, prefill
         self.hides = isinstance(system, Offloaded)
+        self._rotates = isinstance(system, Offloaded) and system.lanes > 1
+        self._bare: dict[tuple[int, int], float] = {}
         self.steps = np.full(_PLACES, -1.0)
         self.slopes = np.full(LEVELS, -1.0)
         self.dense = np.full(((LEVELS if self.hides else 1) if prefill else 0, _PLACES), -1.0)
@@ -50,7 +52,7 @@ class Batches:
         alone = _known(self.steps, count, self._alone)
         level = level_of(count)
         if self.slopes[level] < 0:
-            near = 4 ** (level - 1)
+            near = _first(level)
             longer = self.system.step(Load(near, 2 * self.context)).seconds
             self.slopes[level] = max(0.0, longer - self._alone(near)) / (near * self.context)
         return alone
@@ -58,7 +60,7 @@ class Batches:
     def reach(self, count: int, tokens: int) -> float:
         """d of so many tokens, `count` of them in decode."""
         level = level_of(count) if self.hides else 0
-        near = 4 ** (level - 1) if level else 0
+        near = _first(level)
         return _known(self.dense[level], tokens, lambda tokens: self._computed(near, tokens)) if tokens else 0.0
 
     def added(self, count: int, tokens: int) -> float:
@@ -76,10 +78,10 @@ class Batches:
             if chosen.any():
                 some = lengths[chosen]
                 anchors = np.unique(np.geomspace(some.min(), some.max(), _LENGTHS).round())
-                for row, beside in enumerate((0, _SOME) if self.hides else (0,)):
+                for row, beside in enumerate((0, _SOME) if self._rotates else (0,)):
                     values = [self._past(round(each), most, beside) for each in anchors.tolist()]
                     found[row, chosen] = np.interp(some, anchors, values)
-        if not self.hides:
+        if not self._rotates:
             found[1] = found[0]
         return found
 
@@ -95,21 +97,23 @@ class Batches:
     def _past(self, length: int, most: int, beside: int) -> float:
         """By the chunk in the middle of the prompt."""
         chunk, context = min(length, most), self.context if beside else 0.0
+        if (beside, chunk) not in self._bare:
+            self._bare[beside, chunk] = self.system.step(Load(beside, context, chunk)).seconds
         before, within = (length - chunk) / 2, chunk * chunk / 2
-        here = length <= self.system.prompt_tokens
-        load = Load(
-            beside, context, chunk,
-            within + chunk * before * here, chunk + before * here,
-            0.0 if here else chunk, 0.0 if here else chunk * before,
-            chunk / length,
-        )  # fmt: skip
-        bare = self.system.step(Load(beside, context, chunk)).seconds
-        return max(0.0, self.system.step(load).seconds - bare) / chunk
+        load = Load(beside, context, chunk, within + chunk * before, chunk + before, prompts=chunk / length)
+        if length > self.system.prompt_tokens:  # what comes before has room where decode reads it alone
+            load = Load(beside, context, chunk, within, chunk, chunk, chunk * before, chunk / length)
+        return max(0.0, self.system.step(load).seconds - self._bare[beside, chunk]) / chunk
 
 
 def level_of(count: int) -> int:
-    """0 for none, 1 for up to 3, 2 for up to 15, and so on."""
-    return (count.bit_length() + 1) // 2
+    """0 for none, 1 for up to 3, 2 for up to 63, 3 for up to 1023, and so on."""
+    return (count.bit_length() + 5) // 4 if count else 0
+
+
+def _first(level: int) -> int:
+    """The fewest sequences of a level."""
+    return max(1, 16 ** (level - 1) // 4) if level else 0
 
 
 def _known(table: NDArray[np.float64], at: int, value: Callable[[int], float]) -> float:

@@ -38,7 +38,7 @@ STEEPNESS = 8
 """The power of share / `TARGET` that requests count with, below it."""
 COARSE, FINE = 512, 2000
 """Requests of the sample that a rate is tried with."""
-_TRIES, _SPARE = {COARSE: 6, FINE: 9}, 3
+_TRIES, _SPARE = {COARSE: 8, FINE: 12}, 3
 """Rates that are tried to find the best one, and to find what there is to spare."""
 _CLOSE = 0.02
 """Of a rate, how closely the best one is found."""

@@ -26,11 +26,13 @@ _DONE, _DECODE, _DENSE = 0, 1, 2
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Of one instance: sequences at a time, tokens of KV that they hold, and tokens of a batch."""
+    """Of one instance: sequences at a time, tokens of KV that they hold, and tokens of a batch. `usual`: tokens that
+    each of those holds which are there at first."""
 
     sequences: int
     held: float
     batch: int
+    usual: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ def replay(batches: Batches, requests: Requests, limits: Limits, present: Intege
     while True:
         ended, count, tokens = _compiled()(
             requests.at, requests.prompts, requests.outputs, requests.past, requests.read, requests.held, present,
-            limits.sequences, float(limits.held), limits.batch, batches.context, batches.hides,
+            limits.sequences, float(limits.held), limits.batch, float(limits.usual), batches.context, batches.hides,
             batches.steps, batches.slopes, batches.dense, first, pace, entered,
         )  # fmt: skip
         if ended == _DONE:
@@ -109,11 +111,11 @@ def _between(table: Any, at: int) -> Any:
 
 @numba.extending.register_jitable  # type: ignore[untyped-decorator]
 def _level(count: int) -> int:
-    """0 for none, 1 for up to 3, 2 for up to 15, and so on: powers of 4."""
-    level = 0
-    while count:
+    """As `level_of` of `batches`, compiled."""
+    level = 1 if count else 0
+    while count >= 4:
         level += 1
-        count //= 4
+        count //= 16
     return level
 
 
@@ -153,7 +155,7 @@ def _pop(keys: Any, names: Any, size: int) -> int:
 
 def _run(
     at: Any, prompts: Any, outputs: Any, past: Any, read: Any, held: Any, present: Any,
-    places: int, room: float, budget: int, context: float, hides: bool,
+    places: int, room: float, budget: int, usual: float, context: float, hides: bool,
     steps: Any, slopes: Any, dense: Any, first: Any, pace: Any, entered: Any,
 ) -> tuple[int, int, int]:  # fmt: skip
     """The loop. Returns why it ended, and of how many sequences and tokens the seconds are wanted."""
@@ -167,7 +169,7 @@ def _run(
         count += 1
     now, batch, alone = at[0], 0, 0.0
     more = 0.0  # tokens of KV beyond the mean context of each
-    free = room - count * context
+    free = room - count * usual
     admitted = computing = 0  # requests before these are let in; have all of their prompt
     left = 0  # tokens of the prompt under way
     while computing < number:
@@ -235,7 +237,7 @@ def _run(
             gone = _pop(keys, names, count)
             count -= 1
             if gone < 0:
-                free += context
+                free += usual
             else:
                 pace[gone] = (now - first[gone]) / (outputs[gone] - 1)
                 free += held[gone]

@@ -99,10 +99,8 @@ class Service:
     def at(self, rate: float, places: int, replicas: int, requests: int) -> Point:
         """Of `replicas` that take requests in turn, one with `rate` requests a second and up to `places` sequences at a
         time: in the mean over about `requests` of the sample."""
-        points = [
-            self._at(stream, stream.at * (1 / rate), rate, places)
-            for stream in streams(self._demand.sample, replicas, requests)
-        ]
+        taken = streams(self._demand.sample, replicas, requests)
+        points = [self._at(each, each.seconds(rate), rate, places) for each in taken]
         count = len(points)
         names = ("tpot", "ttft", "share", "batch")
         return Point(rate, **{name: sum(getattr(point, name) for point in points) / count for name in names})
@@ -110,12 +108,13 @@ class Service:
     def alone(self, requests: int) -> Point:
         """With one request at a time."""
         stream = streams(self._demand.sample, 1, requests)[0]
-        return replace(self._at(stream, _APART * np.arange(len(stream)), 0.0, 1), rate=0.0)
+        return replace(self._at(stream, np.linspace(0.0, _APART * len(stream), len(stream)), 0.0, 1), rate=0.0)
 
     def _at(self, stream: Sample, arrived: Floats, rate: float, places: int) -> Point:
         requests = replace(self._prepare(stream), at=arrived)
         present = self._present(rate, places)
-        limits = Limits(places, self._decode.capacity.tokens, self._budget)
+        policy, usual = self._decode.policy, held(self._decode, self._demand.context + PAGE / 2)
+        limits = Limits(places, self._decode.capacity.tokens * policy.held, self._budget, usual)
         if self._apart is None:
             served = replay(self._batches, requests, limits, present)
         else:
@@ -130,8 +129,10 @@ class Service:
         batches, link = self._beforehand(system)
         before, number = system.prefill, len(stream)
         past = batches.past(stream.prompts, before.max_batch_tokens)
-        alone = replace(requests, outputs=np.ones(number, np.int64), past=past)
-        limit = Limits(before.max_sequences, before.capacity.tokens, before.max_batch_tokens)
+        alone = replace(
+            requests, outputs=np.ones(number, np.int64), past=past, held=requests.prompts + np.float64(PAGE / 2)
+        )
+        limit = Limits(before.max_sequences, before.capacity.tokens, before.max_batch_tokens, 0.0)
         prompts = replay(batches, alone, limit, present[:0])
         order = np.flatnonzero(stream.outputs > 1)
         if not len(order):

@@ -39,6 +39,11 @@ class Sample:
     def __len__(self) -> int:
         return len(self.at)
 
+    def seconds(self, rate: float) -> NDArray[np.float64]:
+        """The times at so many requests a second."""
+        at: NDArray[np.float64] = self.at / rate
+        return at
+
     def with_prompts(self, factor: float) -> Sample:
         """Prompts `factor` times as long."""
         return replace(self, prompts=np.maximum(1, np.rint(self.prompts * factor)).astype(np.int64))
