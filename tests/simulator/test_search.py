@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from planning import BIG, H20, H100, SLO, there_are, together
 
 from lamina.simulator.costs.hardware import Device
-from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, price
+from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded
 from lamina.simulator.event_loop.results import RunResult
 from lamina.simulator.planning import planner
 from lamina.simulator.planning.candidates import Candidate, candidates
@@ -44,11 +44,12 @@ def test_all_are_simulated_and_few_of_them_for_long(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(planner, "simulate", counted)
     systems = [replace(together(4), batch_tokens=512 + 64 * n) for n in range(20)]
-    found = verify(ranked(*systems), TRACE, SLO, requests=300)
+    short = head(TRACE, 120)
+    found = verify(ranked(*systems), short, SLO, requests=120)
     assert len(lengths) == len(found) == 20
-    assert {runs[0] for runs in lengths.values()} == {50}
-    assert sum(max(runs) == 300 for runs in lengths.values()) == FINALISTS
-    assert [each.result.requests for each in found[:FINALISTS]] == [300] * FINALISTS  # type: ignore[union-attr]
+    assert {runs[0] for runs in lengths.values()} == {20}
+    assert sum(max(runs) == 120 for runs in lengths.values()) == FINALISTS
+    assert [each.result.requests for each in found[:FINALISTS]] == [120] * FINALISTS  # type: ignore[union-attr]
 
 
 def test_what_the_event_loop_serves_is_found_behind_what_it_does_not() -> None:
@@ -66,10 +67,11 @@ def test_what_the_event_loop_serves_is_found_behind_what_it_does_not() -> None:
 
 
 def test_replicas_are_those_that_the_event_loop_needs() -> None:
-    (one,) = ranked(together(4), rate=200.0)
-    few = planner._with_replicas(one, 1)
-    assert few.estimate.price == pytest.approx(price(one.candidate.system))
-    (grown,) = verify([few], TRACE, SLO)
+    (one,) = ranked(together(4), rate=30.0)
+    assert one.estimate.replicas == 1
+    slow = replace(H100, bandwidth=H100.bandwidth / 3, flops=H100.flops / 3)
+    wrong = replace(one, candidate=Candidate(together(4, slow), 4))
+    (grown,) = verify([wrong], TRACE, SLO)
     assert 1 < grown.estimate.replicas <= 3
     assert grown.result is not None
     assert grown.result.price == pytest.approx(grown.estimate.price)
