@@ -25,7 +25,7 @@ from itertools import pairwise
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.hardware import Device
-from lamina.simulator.costs.systems import Disaggregated, Offloaded, System, price
+from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System, price
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.steady_state.service import FOREVER, PAGE, Point, Service, bound, held, largest
 from lamina.simulator.traces.demand import Demand
@@ -247,8 +247,12 @@ def _free_device(device: Device) -> Device:
 def _free(system: System) -> System:
     """The system without prices."""
     if isinstance(system, Disaggregated):
-        prefill, decode = (replace(part, device=_free_device(part.device)) for part in (system.prefill, system.decode))
-        return replace(system, prefill=prefill, decode=decode)
+        prefill = replace(system.prefill, device=_free_device(system.prefill.device))
+        return replace(system, prefill=prefill, decode=_free_whole(system.decode))
+    return _free_whole(system)
+
+
+def _free_whole(system: Colocated | Offloaded) -> Colocated | Offloaded:
     if isinstance(system, Offloaded):
         model, attention = _free_device(system.model_device), _free_device(system.attention_device)
         return replace(system, model_device=model, attention_device=attention)
