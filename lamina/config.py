@@ -15,6 +15,7 @@ from lamina.errors import InvalidRequest
 from lamina.scheduling import redundancy
 from lamina.scheduling.kv_layouts import SHARDS
 from lamina.scheduling.speculation import MAX_DRAFTS
+from lamina.system.byte_size import parse_size
 from lamina_protocols.layers import ColdTier
 from lamina_workers.devices.names import check_names
 from lamina_workers.errors import DeviceError
@@ -38,6 +39,7 @@ _INTEGERS = (
     ("max_model_len", 2**24),
     ("sequence_tokens", 2**24),
     ("max_batch_tokens", 2**20),
+    ("max_num_seqs", 2**16),
     ("threads", 1024),
     ("num_speculative_tokens", MAX_DRAFTS),
 )
@@ -45,8 +47,6 @@ _UNMEASURED: dict[str, Any] = {"lanes": 1, "query_first": "never", "local_share"
 DEFAULT_DRAFTS = 8
 MAX_WORKERS = 1024
 MAX_LANES = 8
-_POWERS = {"K": 1, "M": 2, "G": 3, "T": 4}
-_SIZE = re.compile(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*(?:([KMGT])(I?)(B?)|B?)\s*", re.IGNORECASE | re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +74,9 @@ class EngineConfig:
     """The longest sequence in tokens; None: the model's context, or as many as `kv_memory` holds if that is less."""
     kv_memory: int | str | None = None
     """Bytes of KV for each holder, or text such as "2GiB"; None: a quarter of the memory that is available."""
+    kv_local: int | str | None = None
+    """Beside attention workers, bytes of KV of the engine's own process, for prompts that are being computed and the
+    local share; of all its ranks together. None: `kv_memory`."""
     kv_cold: str | Path | None = None
     """A folder on a disk, for KV that nobody reads for long: it leaves memory, and comes back when it is read. With
     several machines it is a folder of each. None: all KV is in memory."""
@@ -90,6 +93,8 @@ class EngineConfig:
     such as KV and recurrent states. None: `max_model_len`, but 4096 at most."""
     max_batch_tokens: int | None = None
     """Tokens of a batch, of prefill chunks and decode together; None: 1024."""
+    max_num_seqs: int | None = None
+    """Sequences of a batch, at most; None: 256."""
     threads: int | None = None
     """CPU threads of one step; None: one for each core."""
     prefix_cache: bool = True
@@ -196,7 +201,7 @@ class EngineConfig:
         if self.rope_scaling is not None and not isinstance(self.rope_scaling, Mapping):
             raise InvalidRequest(f"rope_scaling is {self.rope_scaling!r:.80}; allowed is a mapping as in config.json")
         self._check_weights()
-        for name in ("kv_memory", "kv_resident"):
+        for name in ("kv_memory", "kv_local", "kv_resident"):
             if (size := getattr(self, name)) is not None:
                 object.__setattr__(self, name, parse_size(name, size))
         if self.deterministic and self.speculate is not None:
@@ -346,12 +351,14 @@ class EngineKeywords(TypedDict, total=False):
     compile: bool
     max_model_len: int | None
     kv_memory: int | str | None
+    kv_local: int | str | None
     kv_cold: str | Path | None
     kv_resident: int | str | None
     kv_dtype: str
     page_size: int
     sequence_tokens: int | None
     max_batch_tokens: int | None
+    max_num_seqs: int | None
     threads: int | None
     prefix_cache: bool
     deterministic: bool
@@ -379,21 +386,3 @@ class EngineKeywords(TypedDict, total=False):
     tls_dir: str | Path | None
     token_file: str | Path | None
     insecure: bool
-
-
-def parse_size(name: str, value: object) -> int:
-    """Bytes of `value`, an integer or text such as "2GiB", "500 MB" or "512M". A letter alone is a power of 1024, as
-    Docker and systemd have it. Raises InvalidRequest."""
-    size: float | None = None
-    if type(value) is int:
-        size = value
-    elif isinstance(value, str) and (match := _SIZE.fullmatch(value)):
-        number, letter, binary, byte = match.groups()
-        base = 1000 if byte and not binary else 1024
-        size = float(number) * base ** _POWERS[letter.upper()] if letter else float(number)
-    if size is None or not 1 <= size <= 2**50:
-        raise InvalidRequest(
-            f"{name} is {value!r:.80}; allowed are 1 byte to 1 PiB, as an integer or text with a unit of K, M, G or T: "
-            '"2GiB" and "2G" are 2 x 1024^3 bytes, "2GB" are 2 x 10^9'
-        )
-    return int(size)

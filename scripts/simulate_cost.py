@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from simulate.published import lamina_rows, mean_context, step3_rows
+from simulate.published import lamina_rows, mean_context, step3_rows, table
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.cost_model import Load
@@ -101,9 +101,8 @@ def main() -> None:
         print(json.dumps(facts, indent=1))
     else:
         show(rows)
-        print(f"\n{'published':84} {'there':>12} {'here':>12} {'differs':>8}")
-        for row in published:
-            print(f"{row.what + ', ' + row.unit:84} {row.published:12.6g} {row.ours:12.6g} {row.difference:8.1%}")
+        print("\nLamina (arXiv 2405.01814v2) and Step-3 (arXiv 2507.19427):")
+        print(*table(published), sep="\n")
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "cost.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")

@@ -9,7 +9,8 @@ The first is `lamina simulate`, with all its options (--help); without any, five
 Azure's conversation trace. The second runs the three models of arXiv 2405.01814v2 on its traces, all requests there
 from the start and decode alone, as the paper did, through its Lamina and vLLM systems of equal cost. vLLM is run twice:
 at the bare roofline, and with the one efficiency, the same for all cells, that puts the mean gain into the middle of
-what the paper printed. --count takes so many requests of each trace (all: 15 minutes).
+what the paper printed. --count takes so many requests of each trace (all: 15 minutes). Cells of KernelFlume and
+AFD-Ledger come first, with what had to be assumed for each.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
+from simulate.peers import afd_rows, kernelflume_rows
 from simulate.published import (
     BATCH_GAIN,
     GAINS,
@@ -28,6 +31,7 @@ from simulate.published import (
     fit_baseline,
     mean_context,
     overlap_rows,
+    table,
 )
 
 from lamina.cli.main import app
@@ -82,13 +86,16 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     traces = [trace(name, args.count, args.seed, args.trace_dir) for name in FILES]
+    peers = kernelflume_rows(load()) + afd_rows(load())
+    if not args.json:
+        print("KernelFlume (arXiv 2606.29207) and AFD-Ledger (arXiv 2608.04502), devices as peers.py says:")
+        print(*table(peers, notes=True), "", sep="\n", flush=True)
     baseline = fit_baseline({each.name: mean_context(each) for each in traces}, load())
     with ProgressBars() as progress:
         cells = list(evaluation(traces, load(), progress))
     if args.json:
-        print(
-            json.dumps({"vllm_efficiency": baseline.dense[0][1], "cells": [record(cell) for cell in cells]}, indent=1)
-        )
+        facts = {"vllm_efficiency": baseline.dense[0][1], "cells": [record(cell) for cell in cells]}
+        print(json.dumps({**facts, "peers": [asdict(row) for row in peers]}, indent=1))
     else:
         show(cells, baseline)
 

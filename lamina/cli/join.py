@@ -20,8 +20,8 @@ import typer
 
 from lamina.cli.options import JsonLines, Threads
 from lamina.cli.terminal import print_json, print_rows, show_bytes
-from lamina.config import parse_size
 from lamina.errors import InvalidRequest, LaminaError
+from lamina.system.byte_size import parse_size
 from lamina.system.child_process import KEY_VARIABLE
 from lamina.system.machine import this_machine
 

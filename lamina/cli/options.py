@@ -185,6 +185,9 @@ class EngineOptions:
     kv_memory: Annotated[
         str | None, _engine_option("Memory for the KV cache of each holder: bytes, or such as 2GiB.")
     ] = None
+    kv_local: Annotated[
+        str | None, _worker_option(help="Memory for the KV of the engine's own process. Default: kv-memory.")
+    ] = None
     kv_cold: Annotated[str | None, _engine_option("A folder on a disk, for the KV that nobody reads for long.")] = None
     kv_resident: Annotated[
         str | None, _engine_option("Of kv-memory, what to keep in memory beside kv-cold: bytes, or such as 2GiB.")
@@ -205,6 +208,7 @@ class EngineOptions:
     ] = None
     num_speculative_tokens: Annotated[int | None, _integer_option("The most drafts of a sequence.", "Engine")] = None
     max_model_len: Annotated[int | None, _integer_option("The longest context in tokens.", "Engine")] = None
+    max_num_seqs: Annotated[int | None, _integer_option("Sequences of a batch, at most.", "Engine")] = None
     sequence_tokens: Annotated[
         int | None, _integer_option("A usual length in tokens, to deal memory among unlike layers.", "Engine")
     ] = None

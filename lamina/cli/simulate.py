@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lamina.cli.options import check_suffix, flatten_options
-from lamina.cli.simulator_output import plan_page, plan_record, print_plan, write_runs
-from lamina.cli.terminal import ProgressBars, print_json, print_rows
+from lamina.cli.simulator_output import plan_page, plan_record, print_check, print_plan, write_runs
+from lamina.cli.terminal import ProgressBars, print_json
 from lamina.errors import InvalidRequest
 from lamina.system.text_files import write_text
 
 if TYPE_CHECKING:
+    from lamina.measure.hardware import Calibration
     from lamina.simulator.costs.speculation import Speculation
     from lamina.simulator.event_loop.failures import Failures
     from lamina.simulator.event_loop.simulate import Slo
@@ -43,7 +44,7 @@ Rate = Annotated[str, typer.Option(help="Requests a second: trace (as it has the
 Hardware = Annotated[Path | None, typer.Option(help="A TOML file with more devices and links.")]
 Prefill = Annotated[bool, typer.Option("--prefill/--no-prefill", help="Prompts are computed here, or elsewhere.")]
 EfficiencyName = Annotated[
-    str, typer.Option(help="Of devices without measurements: roofline (their best), or typical (see hardware.toml).")
+    str, typer.Option(help="Of devices without measurements: roofline (their best), typical, vllm, sglang or trtllm.")
 ]
 Weights = Annotated[
     str, typer.Option(help="auto, bfloat16, float32, int4, int8, a kind such as q4_k, or bytes a weight such as 0.61.")
@@ -92,32 +93,38 @@ class PlanOptions:
     html: Annotated[Path | None, typer.Option(help="Write a report here.")] = None
     plot: Annotated[Path | None, typer.Option(help="Write the Pareto plot here, as PNG.")] = None
     check: Annotated[
-        Path | None, typer.Option(help="Run this plan here instead, and print predicted beside measured.")
+        Path | None, typer.Option(help="Serve this plan here instead, with its trace: promised beside measured.")
     ] = None
+    minutes: Annotated[
+        float | None, typer.Option(help="How long --check serves. Default: 2, or more where requests are rare.")
+    ] = None
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Also the best of each kind of system, each optimised alone: does a split pay?"),
+    ] = False
     as_json: Json = False
     seed: Seed = 0
 
-    def devices(self) -> Inventory:
-        """The inventory, with the efficiency that was asked for."""
+    def devices(self, everything: bool) -> Inventory:
+        """The inventory, with the efficiency that was asked for; `everything`: what no engine deploys, too."""
         from lamina.simulator.costs import hardware as catalogues
         from lamina.simulator.planning import inventory as inventories
 
         catalogue = catalogues.load(self.hardware)
+        reached = catalogue.efficiency(self.efficiency)
         have = inventories.read(self.inventory, catalogue) if self.inventory else inventories.default(catalogue)
-        if not self.any_system:
+        if not everything:
             have = inventories.deployable(have)
-        if parse_efficiency(self.efficiency):
-            return have
-        return inventories.with_efficiency(have, catalogue.typical)
+        return inventories.with_efficiency(have, reached)
 
 
 @flatten_options
 def plan(asked: PlanOptions) -> None:
     """Which mix of machines, and how many of each, gives the most for a dollar within the latency that users accept."""
     if asked.check is not None:
-        _check(asked.check, asked.as_json)
+        _check(asked.check, asked)
         return
-    slo, rate, roofline = parse_slo(asked.slo), parse_rate(asked.rate), parse_efficiency(asked.efficiency)
+    slo, rate = parse_slo(asked.slo), parse_rate(asked.rate)
     if not 0 <= asked.verify <= 100:
         raise InvalidRequest(f"verify is {asked.verify}; allowed are 0 to 100")
     check_suffix("out", asked.out, ".toml")
@@ -126,19 +133,21 @@ def plan(asked: PlanOptions) -> None:
     if asked.html is not None and not asked.verify:
         raise InvalidRequest("--html and --verify 0 were given; a report needs at least one that is checked")
 
+    from lamina.simulator.costs import hardware as catalogues
     from lamina.simulator.costs.models import model as shape_of
     from lamina.simulator.planning.plan import PlanRequest, make_plan
     from lamina.simulator.planning.plan_file import write
     from lamina.simulator.traces.catalogue import trace as trace_of
     from lamina.simulator.traces.sessions import open_loop
 
-    shape, devices = shape_of(asked.model).with_weights(asked.weights), asked.devices()
+    shape, devices = shape_of(asked.model).with_weights(asked.weights), asked.devices(asked.any_system)
     trace = trace_of(asked.trace, asked.count, asked.seed, asked.trace_dir)
     trace = open_loop(trace, slo.ttft or 1.0, slo.tpot or 0.05)  # a plan needs times of arrival
     drafts = parse_speculation(asked)
     request = PlanRequest(asked.model, shape, devices, trace, slo, asked.budget, rate, asked.prefill, drafts)
+    compared = asked.devices(everything=True) if asked.compare else None
     with ProgressBars() as progress:
-        found = make_plan(request, check=asked.verify, seed=asked.seed, progress=progress)
+        found = make_plan(request, check=asked.verify, seed=asked.seed, compare=compared, progress=progress)
     if asked.out is not None:
         write(asked.out, found.plan)
     if asked.plot is not None:
@@ -150,7 +159,8 @@ def plan(asked: PlanOptions) -> None:
     if asked.as_json:
         print_json(plan_record(found))
     else:
-        print_plan(found, asked.slo, asked.budget, roofline, asked.prefill, asked.out)
+        reached = catalogues.load(asked.hardware).said_of(asked.efficiency)
+        print_plan(found, asked.slo, asked.budget, reached, asked.prefill, asked.out)
         for remark in trace.remarks:
             typer.echo(f"\nThe trace {trace.name}: {remark}.")
         if not asked.any_system:
@@ -210,10 +220,8 @@ def simulate(asked: SimulateOptions) -> None:
     if asked.think and asked.users is None:
         raise InvalidRequest(f"--think {asked.think:g} was given; it needs --users")
     if asked.users is not None and asked.rate != "trace":
-        raise InvalidRequest(
-            "--users and --rate were given; allowed is one of the two: users wait for their own requests"
-        )
-    slo, rate, roofline = parse_slo(asked.slo), parse_rate(asked.rate), parse_efficiency(asked.efficiency)
+        raise InvalidRequest("--users and --rate were given; allowed is one of the two, as users set their own rate")
+    slo, rate = parse_slo(asked.slo), parse_rate(asked.rate)
     failures = parse_failures(asked)
 
     from lamina.simulator.costs import hardware as catalogues
@@ -225,7 +233,7 @@ def simulate(asked: SimulateOptions) -> None:
     from lamina.simulator.traces.catalogue import trace as trace_of
 
     catalogue = catalogues.load(asked.hardware)
-    known = catalogue if roofline else catalogues.with_efficiency(catalogue)
+    known = catalogues.with_efficiency(catalogue, catalogue.efficiency(asked.efficiency))
     shape, drafts = shape_of(asked.model).with_weights(asked.weights), parse_speculation(asked)
     choice = Choice(shape, known, parse_policy(asked.policy), asked.lanes, asked.link, drafts)
     systems = [build(name, choice) for name in _names(asked.system)]
@@ -237,7 +245,7 @@ def simulate(asked: SimulateOptions) -> None:
     with ProgressBars() as progress:
         results = compare(
             systems, trace, slo=slo, prefill=asked.prefill, seed=asked.seed, progress=progress,
-            assumptions=assumed(catalogue, roofline, asked.prefill, trace, choice), failures=failures,
+            assumptions=assumed(catalogue.said_of(asked.efficiency), asked.prefill, trace, choice), failures=failures,
         )  # fmt: skip
     if asked.out is not None:
         write_runs(asked.out, systems, results, slo)
@@ -266,9 +274,13 @@ def calibrate_hardware(
     from lamina.measure.hardware import calibrate
 
     check_suffix("out", out, ".toml")
-    with ProgressBars() as progress:
-        found = calibrate(model, progress, quick, date=date.today().isoformat(), price=price, power=power)
-    write_text(out, found.dumps())
+
+    def keep(found: Calibration) -> None:
+        write_text(out, found.dumps())
+
+    with ProgressBars(lines=True) as progress:
+        found = calibrate(model, progress, quick, date=date.today().isoformat(), price=price, power=power, keep=keep)
+    keep(found)
     for remark in found.remarks:
         typer.echo(remark, err=True)
     names = [device.name for device in found.devices] + [link.name for link in found.links]
@@ -302,13 +314,6 @@ def parse_rate(words: str) -> float | None:
     if not 0 < value <= 1e6:  # NaN compares false
         raise InvalidRequest(f"rate is {words!r:.80}; allowed are trace, max, or requests a second up to 1e6")
     return value
-
-
-def parse_efficiency(name: str) -> bool:
-    """Whether devices without measurements reach their best ("roofline"). Raises InvalidRequest."""
-    if name not in ("roofline", "typical"):
-        raise InvalidRequest(f"efficiency is {name!r:.80}; allowed are roofline, typical")
-    return name == "roofline"
 
 
 def parse_policy(words: str | None) -> Any:
@@ -355,35 +360,27 @@ def parse_failures(asked: SimulateOptions) -> Failures | None:
     return Failures(asked.lose_worker_every, asked.redundancy, asked.worker_restart)
 
 
-def _check(path: Path, as_json: bool) -> None:
-    """Run a plan here: its decode steps as predicted and as measured."""
+def _check(path: Path, asked: PlanOptions) -> None:
+    """Serve a plan here with the requests that it was made for: what it promised, and what was measured."""
     from dataclasses import asdict
 
-    from lamina.measure.hardware.plan_check import check
+    from lamina.measure.bench.plan_check import check
     from lamina.simulator.planning.plan_file import read
+    from lamina.simulator.traces.catalogue import FILES
+    from lamina.simulator.traces.catalogue import trace as trace_of
 
     plan = read(path)
     for remark in plan.remarks():
         typer.echo(f"{path}: {remark}", err=True)
-    with ProgressBars() as progress:
-        rows = check(plan, progress=progress)
-    if as_json:
-        print_json(*(asdict(row) for row in rows))
-        return
-    typer.echo("milliseconds a decode step")
-    print_rows(
-        [("batch", "context", "predicted", "measured", "difference")]
-        + [
-            (
-                str(row.batch),
-                f"{row.context:.0f}",
-                f"{row.predicted_ms:.2f}",
-                f"{row.measured_ms:.2f}",
-                f"{row.predicted_ms / row.measured_ms - 1:+.0%}",
-            )
-            for row in rows
-        ]
-    )
+    planned = plan.trace.name.removesuffix(" (synthetic)")
+    trace = trace_of(planned if planned in FILES else asked.trace, asked.count, asked.seed, asked.trace_dir)
+    with ProgressBars(lines=True) as progress:
+        found = check(path, trace, minutes=asked.minutes, progress=progress)
+    if asked.as_json:
+        figures = [asdict(each) | {"difference": each.difference, "holds": each.holds} for each in found.figures]
+        print_json(asdict(found) | {"figures": figures, "remarks": found.noise.remarks})
+    else:
+        print_check(found)
 
 
 def _names(words: str) -> list[str]:

@@ -18,6 +18,7 @@ from lamina.errors import InvalidRequest
 from lamina.system.text_files import write_text
 
 if TYPE_CHECKING:
+    from lamina.measure.bench.plan_check import Check, Figure
     from lamina.simulator.costs.systems import System
     from lamina.simulator.event_loop.results import RunResult
     from lamina.simulator.event_loop.simulate import Slo
@@ -64,7 +65,7 @@ def plan_page(found: Planned, title: str) -> str:
     plan: dict[str, Any] = {
         "chosen": found.winner.name,
         "why": list(found.why),
-        "what would change it": [str(each) for each in found.sensitivity],
+        "what would change it": [str(each) for each in (*found.sensitivity, *found.assumptions)],
         "ranking": [_row(each) for each in found.mixes(_ROWS)],
         "engine": dict(found.plan.engine),
         "points": found.points(),
@@ -120,7 +121,7 @@ def _score(requests: float) -> str:
     return f"{requests:.0f}" if math.isfinite(requests) else "free"
 
 
-def print_plan(found: Planned, slo: str, budget: float | None, roofline: bool, prefill: bool, out: Path | None) -> None:
+def print_plan(found: Planned, slo: str, budget: float | None, reached: str, prefill: bool, out: Path | None) -> None:
     asked = found.demand
     rate = "as many as are served" if math.isinf(asked.rate) else f"{asked.rate:.3g}/s"
     bound = "" if budget is None else f", up to ${budget:g} an hour"
@@ -139,29 +140,71 @@ def print_plan(found: Planned, slo: str, budget: float | None, roofline: bool, p
     typer.echo(
         "\n* as simulated, the others by formula. DOP(a, b): a devices share the dense layers, b hold KV and attend."
     )
-    for title, sentences in (("Why", found.why), ("What would change it", found.sensitivity)):
+    if found.best_of:
+        typer.echo("\nBest against best, each optimised alone under the same budget:\n")
+        compared = [{"kind": name, **_short_row(each)} for name, each in found.best_of.items()]
+        print_rows([tuple(compared[0]), *(tuple(row.values()) for row in compared)])
+    flips = found.assumptions or ("nothing that is assumed, within what is likely and half as far again",)
+    for title, sentences in (
+        ("Why", found.why),
+        ("What would change it", found.sensitivity),
+        ("Which assumption would flip it", flips),
+    ):
         typer.echo(f"\n{title}")
         for sentence in sentences:
             typer.echo(f"  {sentence}")
     typer.echo("\nAssumed")
-    if roofline:
-        typer.echo(
-            "  Devices without measurements reach their best, all the time: an upper bound (--efficiency typical)."
-        )
-    else:
-        typer.echo("  Devices without measurements reach what is typical: [typical] in hardware.toml has the sources.")
+    typer.echo(f"  {reached[0].upper()}{reached[1:]}.")
     if not prefill:
         typer.echo("  Prompts are computed elsewhere, at no cost here.")
     for what, said in chosen(found.plan.system.model, found.plan.system.speculation).items():
         typer.echo(f"  {what.capitalize()}: {said}.")
     for remark in found.plan.remarks():
         typer.echo(f"  To deploy: {remark}.")
-    if out is not None and not found.plan.engine:
-        typer.echo(
-            f"\n{out}: written; an engine computes prompts and decodes in one place, so it cannot deploy this one"
+    if out is None:
+        return
+    from lamina.simulator.planning.deployment import commands, undeployable
+
+    if why := undeployable(found.plan.system):
+        typer.echo(f"\n{out}: written; no engine here is that: {why}")
+        return
+    typer.echo(f"\n{out}: written. To deploy it, and to measure here what it promises:")
+    for line in (*commands(out, found.plan.replicas, found.plan.engine), f"lamina plan --check {out}"):
+        typer.echo(f"  {line}")
+
+
+def print_check(found: Check) -> None:
+    """What was promised beside what was measured, and how steady the machine was."""
+    typer.echo(f"{found.requests} requests of {found.trace}, served here in {found.seconds:.0f} s\n")
+    rows = [("", "promised", "90 % interval", "measured", "difference", "holds")]
+    for each in found.figures:
+        points = each.unit == "%"
+        rows.append(
+            (
+                f"{each.name}, {each.unit}" if each.unit != "$" else each.name,
+                _figure(each, each.promised),
+                f"{_figure(each, each.low)} to {_figure(each, each.high)}",
+                _figure(each, each.measured),
+                f"{each.difference * 100:+.1f}{' points' if points else '%'}",
+                "yes" if each.holds else "no",
+            )
         )
-    elif out is not None:
-        typer.echo(f"\n{out}: deploy it with `lamina generate --plan {out}`, compare with `lamina plan --check {out}`")
+    print_rows(rows)
+    noise = found.noise
+    typer.echo(
+        f"\nmachine: others used {noise.others:.0%} of the cores; memory was read at {noise.before / 1e9:.1f} GB/s "
+        f"before, {noise.after / 1e9:.1f} after"
+    )
+    for remark in noise.remarks:
+        typer.echo(f"beware: {remark}")
+    for kind, count in found.failed.items():
+        typer.echo(f"failed: {count} x {kind}")
+    for note in found.notes:
+        typer.echo(note)
+
+
+def _figure(figure: Figure, value: float) -> str:
+    return f"{value:.3g}" if figure.unit == "$" else f"{value:.1f}"
 
 
 def plan_record(found: Planned) -> dict[str, Any]:
@@ -201,7 +244,14 @@ def plan_record(found: Planned) -> dict[str, Any]:
         "candidates": len(found.ranked),
         "ranking": [record(each) for each in found.mixes(_ROWS)],
         "why": list(found.why),
+        "ties": [each.name for each in found.ties],
+        "intervals": {
+            name: {part: _finite(value) for part, value in asdict(each).items()}
+            for name, each in found.intervals.items()
+        },
         "sensitivity": [asdict(each) for each in found.sensitivity],
+        "assumptions": [{**asdict(each), "likely": each.likely} for each in found.assumptions],
+        "best_of": {name: record(each) for name, each in found.best_of.items()},
         "engine": dict(found.plan.engine),
         "remarks": found.plan.remarks(),
     }

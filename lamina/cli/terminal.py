@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -17,18 +18,21 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 
+_BETWEEN = 5.0  # seconds between two lines of progress
 MOST_BYTES = 64 << 20
 """Of one text that is read whole."""
 
 
 class ProgressBars:
     """A `progress(what, done, total)` callable that draws one bar for each `what` on stderr, if that is a terminal.
+    Elsewhere it says nothing or, with `lines`, a line when `what` changes and every few seconds.
 
     May be called from any thread. A bar goes when it is full; `hide()` takes all away, so that text can be written, and
     the next report brings them back.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, lines: bool = False) -> None:
+        self._lines, self._said = lines, ("", 0.0)
         self._lock = threading.Lock()
         self._enabled = sys.stderr.isatty()
         self._display: Progress | None = None
@@ -36,6 +40,8 @@ class ProgressBars:
 
     def __call__(self, what: str, done: int, total: int | None) -> None:
         if not self._enabled:
+            if self._lines:
+                self._say(what, done, total)
             return
         with self._lock:
             if total is not None and done >= total:
@@ -54,6 +60,16 @@ class ProgressBars:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.hide()
+
+    def _say(self, what: str, done: int, total: int | None) -> None:
+        with self._lock:
+            before, at = self._said
+            now = time.monotonic()
+            if what == before and now < at + _BETWEEN and (total is None or done < total):
+                return
+            self._said = what, now
+        sys.stderr.write(f"{what}: {done} of {total}\n" if total else f"{what}\n")
+        sys.stderr.flush()
 
     def _draw(self, what: str, done: int, total: int | None) -> None:
         if self._display is None:

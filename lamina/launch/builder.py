@@ -265,8 +265,8 @@ def assemble(
     check_redundancy(config, sizes.limits, placement, pools.attention is not None)
     control = ControlPlane(sizes.limits, placement, _tuner(config, pools.attention is not None, local_tier))
     if config.autoscale is not None:
-        own = tuple(holders[rank] for rank in range(len(sizes.ranks)))
-        most = [Holder(each.pages, fused=each.fused, rank=each.rank) for each in own * (1 + config.most_workers)]
+        parts = (*enumerate(sizes.ranks), *list(enumerate(sizes.seats)) * config.most_workers)
+        most = [Holder(page_counts(each, sizes.attention_device), fused=True, rank=rank) for rank, each in parts]
         control.scheduler.admission.expect(place(dict(enumerate(most))))
     possible = control.scheduler.admission.most_hoped()
     check_room(config, sizes, placement, possible)

@@ -38,7 +38,7 @@ from lamina_workers.policies.catalogue import parse
 from lamina_workers.policies.policy import Policy
 
 DEFAULT_BATCH_TOKENS = 1024
-MAX_SEQUENCES = 256  # in one batch
+MAX_SEQUENCES = 256  # in one batch, where nothing else is said
 SEQUENCE_TOKENS = 4096  # of a usual sequence, at most
 
 
@@ -48,7 +48,7 @@ class Sizes:
 
     `packing`: which weights stay packed. `devices` has one for each model worker. `threads` are the CPU threads of one
     step on this machine, `own_threads` those of each model worker. `holder` is what holders of the whole model's KV are
-    built from, `ranks` the part of each rank.
+    built from, `seats` the part of each rank at an attention worker, `ranks` what each rank keeps itself.
     """
 
     dtype: torch.dtype
@@ -58,6 +58,7 @@ class Sizes:
     threads: int
     own_threads: int
     holder: HolderConfig
+    seats: tuple[HolderConfig, ...]
     ranks: tuple[HolderConfig, ...]
     limits: SchedulerConfig
 
@@ -65,6 +66,11 @@ class Sizes:
     def device(self) -> torch.device:
         """Where model worker 0 computes."""
         return self.devices[0]
+
+    def kv_device(self, rank: int) -> torch.device:
+        """Where a model worker keeps KV itself: on its own GPU, if KV is on GPUs and it has one."""
+        own = self.devices[rank]
+        return own if own.type == self.attention_device.type == "cuda" else self.attention_device
 
     @property
     def dtype_name(self) -> str:
@@ -100,8 +106,11 @@ def size_kv(files: ModelFiles, config: EngineConfig, machine: Machine) -> Sizes:
             for device in attention:
                 HeadPolicies.of(pool.config).check(device)
     limits = limits_of(config, files.model, holder, machine)
-    ranks = _rank_holders(holder, config.ranks)
-    return Sizes(dtype, packing, devices, attention[0], threads, own_threads, holder, ranks, limits)
+    seats = ranks = _rank_holders(holder, config.ranks)
+    if isinstance(config.kv_local, int):
+        _check_memory("kv_local", config.kv_local, holder, _most_memory(config, holder, machine))
+        ranks = _rank_holders(replace(holder, kv_memory=config.kv_local), config.ranks)
+    return Sizes(dtype, packing, devices, attention[0], threads, own_threads, holder, seats, ranks, limits)
 
 
 def _check_cold(cold: ColdTier, devices: Sequence[torch.device]) -> None:
@@ -243,19 +252,16 @@ def limits_of(config: EngineConfig, model: ModelConfig, holder: HolderConfig, ma
     asked = config.max_model_len
     if asked is not None and asked > context:
         raise InvalidRequest(f"max_model_len is {asked}; the model's context is {context} (see rope_scaling)")
-    least = _least_memory(holder)
-    on_cpu = any(device.type == "cpu" for device in attention_devices(config))
-    most = machine.memory + _disk(holder) if machine.memory and on_cpu else 1 << 50
-    if not least <= holder.kv_memory <= most:
-        what = "a page for each layer and KV head" + (", two records of each state" if state_pools(holder) else "")
-        raise InvalidRequest(f"kv_memory is {holder.kv_memory} bytes; allowed are {least} ({what}) to {most}")
+    elsewhere = config.cluster is not None and config.kv_local is not None  # and nobody here takes so much
+    most = 1 << 50 if elsewhere else _most_memory(config, holder, machine)
+    _check_memory("kv_memory", holder.kv_memory, holder, most)
     groups, states = page_groups(holder), state_pools(holder)
     evicts = any(group.policy is not None and group.policy.evicts for of_pool in groups for group in of_pool)
     # Which pages two sequences share is not known by positions once each has evicted its own.
     prefix_cache = config.prefix_cache and not evicts and not _keys_depend_on_length(model, asked or context)
     return SchedulerConfig(
         max_batch_tokens=config.max_batch_tokens or DEFAULT_BATCH_TOKENS,
-        max_sequences=min(MAX_SEQUENCES, config.max_batch_tokens or MAX_SEQUENCES),
+        max_sequences=min(config.max_num_seqs or MAX_SEQUENCES, config.max_batch_tokens or DEFAULT_BATCH_TOKENS),
         max_model_len=asked or context,
         page_size=config.page_size,
         page_groups=groups,
@@ -267,6 +273,20 @@ def limits_of(config: EngineConfig, model: ModelConfig, holder: HolderConfig, ma
         of_policy=RequestPolicies(holder, partial(page_groups, holder)),
         redundancy=redundancy.parse(config.redundancy),
     )
+
+
+def _check_memory(name: str, given: int, holder: HolderConfig, most: int) -> None:
+    """Raise InvalidRequest where a holder like `holder` cannot have so many bytes."""
+    least = _least_memory(holder)
+    if not least <= given <= most:
+        what = "a page for each layer and KV head" + (", two records of each state" if state_pools(holder) else "")
+        raise InvalidRequest(f"{name} is {given} bytes; allowed are {least} ({what}) to {most}")
+
+
+def _most_memory(config: EngineConfig, holder: HolderConfig, machine: Machine) -> int:
+    """Bytes that a holder of this machine may have."""
+    on_cpu = any(device.type == "cpu" for device in attention_devices(config))
+    return machine.memory + _disk(holder) if machine.memory and on_cpu else 1 << 50
 
 
 def _disk(holder: HolderConfig) -> int:

@@ -157,7 +157,7 @@ def begins(config: EngineConfig, files: ModelFiles, sizes: Sizes, identity: Iden
             packed=sizes.packing.packed,
             quantize=sizes.packing.quantize,
             device=str(sizes.devices[rank]),
-            attention_device=str(sizes.attention_device),
+            attention_device=str(sizes.kv_device(rank)),
             compile=config.compile,
             threads=sizes.own_threads,
             holder=sizes.ranks[rank % ranks],

@@ -12,7 +12,7 @@ from lamina_workers.policies.catalogue import parse
 from lamina_workers.policies.policy import LONGEST
 
 _FOR_ATTENTION_WORKERS = (
-    *("shard", "local_share", "query_first", "worker_timeout", "recovery_timeout"),
+    *("shard", "local_share", "kv_local", "query_first", "worker_timeout", "recovery_timeout"),
     *("local_channel", "data_channel", "tls_dir", "token_file"),
 )
 _DEFAULTS = {field.name: field.default for field in fields(EngineConfig)}

@@ -12,6 +12,7 @@ from lamina.errors import InvalidRequest
 from lamina.models import hub_download
 from lamina.models.aliases import ALIASES, Alias
 from lamina.models.cache import FileRecord, cache_folder, folder_name, get_or_create, kept_models
+from lamina.models.hub_ids import HUB_IDS
 from lamina.models.part_download import download_parts
 from lamina.system.progress import Progress
 from lamina_workers.errors import ModelFileError
@@ -34,11 +35,11 @@ def resolve(name: str | Path, progress: Progress | None = None) -> Path:
     """The folder of the model `name`: config.json, tokenizer, and safetensors weights or a record of the GGUF file that
     has them. Fetches what is not there.
 
-    `name` is an alias, a path to a folder or a GGUF file, the name of a model that was converted here, or a hub id. An
-    alias goes before a folder of that name (write `./name` for the folder). `progress` gets each step. Raises
-    InvalidRequest where the name means nothing, ModelFileError where something cannot be fetched or the files are
-    malformed or refused, DiskFullError where there is no room, UnsupportedModelError for a GGUF file that cannot be
-    converted.
+    `name` is an alias, a path to a folder or a GGUF file, the name of a model that was converted here, a name that the
+    planner has (`HUB_IDS`), or a hub id. An alias goes before a folder of that name (write `./name` for the folder).
+    `progress` gets each step. Raises InvalidRequest where the name means nothing, ModelFileError where something cannot
+    be fetched or the files are malformed or refused, DiskFullError where there is no room, UnsupportedModelError for a
+    GGUF file that cannot be converted.
     """
     text, progress = str(name), progress or _silent
     if not text.strip():
@@ -57,8 +58,9 @@ def resolve(name: str | Path, progress: Progress | None = None) -> Path:
         return _from_gguf(path)
     if (kept := kept_models().get(text)) is not None:
         return kept
-    if _HUB_ID.fullmatch(text) and not text.endswith(".gguf"):
-        return _checked(hub_download.download(text, progress))
+    hub_id = HUB_IDS.get(text.lower(), text)
+    if _HUB_ID.fullmatch(hub_id) and not hub_id.endswith(".gguf"):
+        return _checked(hub_download.download(hub_id, progress))
     raise InvalidRequest(f"no model {text!r:.200}; allowed is {_FORMS.format(aliases=', '.join(ALIASES))}")
 
 

@@ -36,6 +36,7 @@ _NOT_ARGUMENTS = (
 _SERVER = {field.name: str(field.type) for field in fields(ServerSettings) if field.name not in _NOT_ARGUMENTS}
 _OWN = {
     "model": "str",
+    "plan": "str | None",
     "served_model_name": "str | None",
     "api_key_file": "str | None",
     "operator_key_file": "str | None",
@@ -58,6 +59,7 @@ class ServePlan:
     operator_key_file: Path | None = None
     open: bool = False
     drain_timeout: float = 30.0
+    replicas: int = 1
 
     @classmethod
     def read(cls, arguments: Mapping[str, Any]) -> ServePlan:
@@ -68,6 +70,10 @@ class ServePlan:
             if given_name not in _ARGUMENTS:
                 raise InvalidRequest(f"unknown argument {given_name!r:.80}; known are {', '.join(sorted(_ARGUMENTS))}")
         given = {name: _value(name, value) for name, value in arguments.items() if value is not None}
+        replicas = 1
+        if (path := given.pop("plan", None)) is not None:
+            planned, replicas = _planned(path)
+            given = planned | given
         model: Any = given.get("model", DEFAULT_MODEL)
         name: Any = given.get("served_model_name")
         files = {argument: _path(given, argument) for argument in ("api_key_file", "operator_key_file")}
@@ -87,6 +93,7 @@ class ServePlan:
             operator_key_file=Path(given["operator_key_file"]) if "operator_key_file" in given else None,
             open=let_in,
             drain_timeout=float(drain),
+            replicas=replicas,
         )
 
     def settings_here(self) -> ServerSettings:
@@ -149,8 +156,9 @@ def build_app(args: Mapping[str, Any]) -> Any:
     """The `ray.serve.Application` that serves a model on the cluster that it runs in.
 
     `args` are options of `lamina serve`: model, attention_workers, shard, kv_memory, served_model_name, max_requests
-    and so on, and `open`. Text stands for numbers too, as in `serve run lamina.server.ray_serve:build_app model=NAME`.
-    Raises InvalidRequest for arguments that `lamina serve` would refuse, EngineError where Ray Serve is missing.
+    and so on, and `open`. With `plan`, a file of `lamina plan`, there are as many replicas as it has. Text stands for
+    numbers too, as in `serve run lamina.server.ray_serve:build_app model=NAME`. Raises InvalidRequest for arguments
+    that `lamina serve` would refuse, EngineError where Ray Serve is missing.
     """
     plan = ServePlan.read(args)
     serve = _serve_module()
@@ -160,7 +168,7 @@ def build_app(args: Mapping[str, Any]) -> Any:
 
     deployment = serve.deployment(
         name=DEPLOYMENT,
-        num_replicas=1,
+        num_replicas=plan.replicas,
         max_ongoing_requests=plan.settings.max_requests + _BESIDE,  # Serve's own default would be 5
         health_check_period_s=2,
         health_check_timeout_s=30,
@@ -188,6 +196,17 @@ def _value(name: str, value: Any) -> Any:
         return json.loads(value)
     except ValueError:
         return value
+
+
+def _planned(path: Any) -> tuple[dict[str, Any], int]:
+    """The arguments in a plan file, and how many replicas it has."""
+    from lamina.simulator.planning.plan_file import read
+
+    if not isinstance(path, (str, Path)):
+        raise InvalidRequest(f"plan is {path!r:.80}; allowed is the path of a file of `lamina plan --out`")
+    plan = read(path)
+    engine = {name: value for name, value in plan.keywords().items() if name != "cluster"}
+    return {"model": plan.model, **engine}, plan.replicas
 
 
 def _path(given: Mapping[str, Any], name: str) -> Any:

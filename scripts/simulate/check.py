@@ -32,8 +32,8 @@ from lamina.errors import LaminaError
 from lamina.measure.hardware import calibrate
 from lamina.measure.hardware.busy import busy
 from lamina.measure.hardware.child import Child
+from lamina.measure.hardware.decode_steps import TOKENS
 from lamina.measure.hardware.hardware_calibration import BYTES, FITTED, NAME
-from lamina.measure.hardware.plan_check import TOKENS
 from lamina.models.resolve import resolve
 from lamina.simulator.costs import hardware
 from lamina.simulator.costs.cost_model import Load, StepCost
@@ -129,7 +129,8 @@ def measure(cells: Iterable[Cell], model: str, rounds: int) -> dict[Cell, list[d
                 many: dict[str, Any] = {}
                 if workers:
                     many = {"attention_workers": workers, "local_share": 0, "lanes": 1, "query_first": "never"}
-                with Child("engine", {"model": model, "device": "cpu", **many}) as engine:
+                kept = {"device": "cpu", "weights": native_dtype(this_machine())[0]}
+                with Child("engine", {"model": model, **kept, **many}) as engine:
                     engine.ask("step", batch=1, context=16, tokens=16)  # warms up
                     for cell in found:
                         if cell.workers != workers:

@@ -1,11 +1,12 @@
 """Figures of papers beside what the formulas give: the simulator's own test, and its documentation.
 
 Each `Row` has one published number. Lamina is arXiv 2405.01814v2, Step-3 is arXiv 2507.19427. Numbers that the papers
-do not print, but that follow from theirs by arithmetic, say "derived".
+do not print, but that follow from theirs by arithmetic, are "derived"; none of them is a time that was measured.
 """
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -38,17 +39,30 @@ STEP3_COSTS = {
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One number as it was published and as it is here."""
+    """One number as it was published and as it is here. `origin`: "printed" in the paper, "derived" from what is, or
+    "reported" by others about a paper."""
 
     what: str
     published: float
     ours: float
     unit: str
     note: str = ""
+    origin: str = "printed"
 
     @property
     def difference(self) -> float:
         return self.ours / self.published - 1
+
+
+def table(rows: Iterable[Row], notes: bool = False) -> Iterator[str]:
+    """The rows in lines of up to 100 columns; with `notes`, what each had to assume below it."""
+    yield f"{'what':58} {'there':>10} {'here':>10} {'differs':>8}  origin"
+    for row in rows:
+        first, *more = textwrap.wrap(f"{row.what}, {row.unit}", 58)
+        yield f"{first:58} {row.published:10.5g} {row.ours:10.5g} {row.difference:8.1%}  {row.origin}"
+        yield from (f"  {line}" for line in more)
+        if notes and row.note:
+            yield from textwrap.wrap(row.note, 92, initial_indent="    ", subsequent_indent="    ")
 
 
 def equal_cost(name: str, catalogue: Catalogue, baseline: Efficiency = ROOFLINE) -> tuple[Offloaded, Colocated]:
@@ -72,7 +86,7 @@ def lamina_rows(catalogue: Catalogue) -> list[Row]:
     for name, (kv, ours, theirs) in published.items():
         offloaded, colocated = equal_cost(name, catalogue)
         rows += [
-            Row(f"{name}: KV of a token", kv, model(name).kv_bytes_per_token(), "bytes", "derived from table 3"),
+            Row(f"{name}: KV of a token", kv, model(name).kv_bytes_per_token(), "bytes", "table 3", "derived"),
             Row(f"{name}: price of {offloaded.name}", ours, price(offloaded), "$/h", "table 5"),
             Row(f"{name}: price of {colocated.name}", theirs, price(colocated), "$/h", "table 5"),
         ]
@@ -82,7 +96,8 @@ def lamina_rows(catalogue: Catalogue) -> list[Row]:
             884.7e6,
             300 * llama.exchange_bytes(),
             "bytes",
-            "derived: (2 + 2/G) e d B L",
+            "(2 + 2/G) e d B L",
+            "derived",
         )
     )
     room = h100.memory / (8192 * llama.kv_bytes_per_token())
@@ -91,7 +106,7 @@ def lamina_rows(catalogue: Catalogue) -> list[Row]:
         for context, need in zip((1024, 4096, 8192), needs, strict=True):
             ours = required_bandwidth(llama, h100, a, h20, b, 300, context)
             what = f"llama-3-70b: bandwidth for 300 sequences of {context}, DOP({a}, {b})"
-            rows.append(Row(what, need * 1e9, ours, "bytes/s", "derived from the formula and table 1"))
+            rows.append(Row(what, need * 1e9, ours, "bytes/s", "the formula and table 1", "derived"))
     return rows
 
 
@@ -130,9 +145,8 @@ def step3_rows(catalogue: Catalogue) -> list[Row]:
     for at, (context, gain) in enumerate((("8K", 2.35), ("32K", 2.79))):
         together = costs["h800"][at] + costs["h800"][2]
         ours = together / (costs["h20-step3"][at] + costs["h800"][2])
-        rows.append(
-            Row(f"qwen3-32b at {context}: h800 alone / h20 for attention", gain, ours, "times", "derived from table 6")
-        )
+        what = f"qwen3-32b at {context}: h800 alone / h20 for attention"
+        rows.append(Row(what, gain, ours, "times", "table 6", "derived"))
     return rows
 
 

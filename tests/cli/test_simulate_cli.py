@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from lamina.cli.main import app
 from lamina.cli.simulate import parse_policy, parse_rate, parse_slo
 from lamina.errors import InvalidRequest
-from lamina.measure.hardware import plan_check
+from lamina.measure.bench import plan_check
+from lamina.measure.bench.plan_check import Check, Figure, Noise
 from lamina.simulator.costs.cost_model import KvPolicy
 from lamina.simulator.costs.hardware import ROOFLINE, load, with_efficiency
 from lamina.simulator.costs.models import model
@@ -25,6 +26,7 @@ from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.planning import plan_file
 from lamina.simulator.planning.comparison import Choice, build
+from lamina.simulator.traces.arrivals import Trace
 
 INVENTORY = """
 links = ["fhbn-400g"]
@@ -103,7 +105,7 @@ def test_a_plan_is_printed_explained_and_written(planned: tuple[Any, Path]) -> N
 def test_a_plan_as_json(inventory: str) -> None:
     result = lamina("plan", "--inventory", inventory, "--verify", "0", "--json", "--rate", "max", *FEW)
     found = json.loads(result.stdout)
-    assert found["candidates"] > 100
+    assert found["candidates"] > 40
     first = found["ranking"][0]
     assert first["serves"]
     assert first["demanded"] is None
@@ -198,25 +200,30 @@ def test_the_roofline_and_prompts_elsewhere_are_faster() -> None:
     assert tokens() < tokens("--efficiency", "roofline") < tokens("--efficiency", "roofline", "--no-prefill")
 
 
-def test_a_check_prints_predicted_beside_measured(planned: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [plan_check.Row(1, 100.4, 20.0, 16.0), plan_check.Row(4, 1000.0, 30.0, 40.0)]
+def test_a_check_prints_promised_beside_measured(planned: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = (Figure("TTFT p50", "ms", 200.0, 170.0, 236.0, 160.0), Figure("in time", "%", 98.0, 93.1, 100.0, 96.5))
+    noise = Noise(0.2, 40e9, 30e9, 40e9)
+    made = Check("azure-conv at 1/s", 120, 121.5, figures, noise, {"timeout": 2}, ("client: well",))
     asked: list[Any] = []
 
-    def check(plan: Any, progress: Any) -> list[plan_check.Row]:
-        asked.append(plan)
-        return rows
+    def check(path: Path, trace: Trace, *, minutes: float, progress: Any) -> Check:
+        asked.append((path.name, trace.name, minutes))
+        return made
 
     monkeypatch.setattr(plan_check, "check", check)
     file = str(planned[1] / "plan.toml")
-    result = lamina("plan", "--check", file)
-    assert [line.split() for line in result.stdout.splitlines()[1:]] == [
-        ["batch", "context", "predicted", "measured", "difference"],
-        ["1", "100", "20.00", "16.00", "+25%"],
-        ["4", "1000", "30.00", "40.00", "-25%"],
-    ]
-    assert asked == [plan_file.read(file)]
-    lines = lamina("plan", "--check", file, "--json").stdout.splitlines()
-    assert [json.loads(line)["measured_ms"] for line in lines] == [16.0, 40.0]
+    result = lamina("plan", "--check", file, "--minutes", "2.5", *FEW)
+    lines = result.stdout.splitlines()
+    assert [line.split("  ")[0] for line in lines[2:5]] == ["", "TTFT p50, ms", "in time, %"]
+    assert lines[3].split()[3:] == ["200.0", "170.0", "to", "236.0", "160.0", "+25.0%", "no"]
+    assert lines[4].split()[3:] == ["98.0", "93.1", "to", "100.0", "96.5", "+1.5", "points", "yes"]
+    assert "beware: busy: others used 20% of the cores during the run" in lines
+    assert "failed: 2 x timeout" in lines
+    assert max(map(len, lines)) <= 100
+    assert asked == [("plan.toml", "azure-conv (synthetic)", 2.5)]
+    found = json.loads(lamina("plan", "--check", file, "--json", *FEW).stdout)
+    assert [each["measured"] for each in found["figures"]] == [160.0, 96.5]
+    assert len(found["remarks"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -231,7 +238,7 @@ def test_a_check_prints_predicted_beside_measured(planned: tuple[Any, Path], mon
         (["plan", "--hardware", "no.toml"], "no.toml: there is no such file"),
         (["plan", "--rate", "often"], "rate is 'often'; allowed are trace, max"),
         (["plan", "--count", "0"], "count is 0"),
-        (["plan", "--efficiency", "best"], "efficiency is 'best'; allowed are roofline, typical"),
+        (["plan", "--efficiency", "best"], "efficiency is 'best'; allowed are roofline, typical, vllm"),
         (["plan", "--verify", "-1"], "verify is -1"),
         (["plan", "--out", "plan.json"], "--out is 'plan.json'; allowed are names that end in .toml"),
         (["plan", "--html", "x.html", "--verify", "0"], "a report needs at least one that is checked"),

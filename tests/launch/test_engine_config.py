@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from lamina.config import DTYPES, KV_DTYPES, EngineConfig, parse_size
+from lamina.config import DTYPES, KV_DTYPES, EngineConfig
 from lamina.errors import InvalidRequest
+from lamina.system.byte_size import parse_size
 from lamina_kernels.paged import pages
 from lamina_protocols.layers import ColdTier
 

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from real_workers import write_tiny_model
 
 from lamina.errors import EngineError, InvalidRequest
-from lamina.measure.hardware import Calibration, calibrate
-from lamina.measure.hardware.busy import busy
+from lamina.measure.hardware import Calibration, calibrate, hardware_calibration
+from lamina.measure.hardware.busy import Beside, busy
 from lamina.measure.hardware.child import Child
 from lamina.measure.hardware.children import serve
 from lamina.measure.hardware.fitting import (
@@ -65,7 +65,10 @@ TRUE = Device(
 )  # fmt: skip
 CALL = 20e-6  # of TRUE's layer_overhead, what a call of attention costs by itself
 SIZES = st.one_of(st.just(0.0), st.floats(1e-3, 10))
-LINK = Link("true", bandwidth=3e9, round_trip=250e-6, worker_time=150e-6, row_time=6e-6, query_first_time=190e-6)
+LINK = Link(
+    "true", bandwidth=3e9, round_trip=250e-6, worker_time=150e-6, row_time=6e-6, query_first_time=190e-6,
+    announce_time=300e-6, announce_row_time=4e-6,
+)  # fmt: skip
 
 
 def colocated(device: Device = TRUE) -> Colocated:
@@ -82,6 +85,11 @@ def forward(rows: int) -> float:
     """What TRUE's dense layers take, without what the engine and a call of attention add."""
     parts = replace(TRUE.efficiency, step_overhead=0.0, row_overhead=0.0, layer_overhead=50e-6 - CALL)
     return dense_time(SHAPE, replace(TRUE, efficiency=parts), 1, Load(rows, 0.0))
+
+
+def announced(workers: int, batch: int) -> float:
+    """Seconds until `workers` have accepted a batch, beyond what that takes in the process."""
+    return LINK.announce_time + workers * batch * LINK.announce_row_time
 
 
 def first(workers: int, batch: int, context: int) -> float:
@@ -102,8 +110,12 @@ def timings(**changes: Any) -> Timings:
         exchange={
             (workers, batch): offloaded(workers).step(Load(batch, 64)).seconds
             - colocated().step(Load(batch, 64)).seconds
+            - announced(workers, batch)
             for batch, _ in FULL.exchange
             for workers in FULL.workers
+        },
+        announce={
+            (workers, batch): announced(workers, batch) for batch, _ in FULL.exchange for workers in FULL.workers
         },
         query_first={
             (workers, *cell): first(workers, *cell) - offloaded(workers).step(Load(*cell)).seconds
@@ -150,18 +162,22 @@ def test_a_link_is_what_the_exchange_costs_and_another_channel_as_much_more_as_i
     taken = timings()
     local, grpc = fit_links(SHAPE, taken, fitted(taken))
     assert (local.name, grpc.name) == ("local-channel", "grpc-loopback")
-    for name in ("bandwidth", "round_trip", "worker_time", "row_time", "query_first_time"):
+    for name in (
+        *("bandwidth", "round_trip", "worker_time", "row_time", "query_first_time"),
+        *("announce_time", "announce_row_time"),
+    ):
         assert getattr(local, name) == pytest.approx(getattr(LINK, name)), name
     assert grpc.round_trip == pytest.approx(LINK.round_trip + 300e-6)
     assert grpc.query_first_time == pytest.approx(LINK.query_first_time + 150e-6, rel=0.05)
+    assert grpc.announce_time == pytest.approx(LINK.announce_time + 300e-6)
     assert grpc.bandwidth == pytest.approx(1e9)
     assert fit_exchange(SHAPE, {}, 1e9) == (0.0, 0.0, 0.0)
 
 
 def test_without_an_exchange_a_round_trip_is_that_of_a_small_message():
-    taken = timings(exchange={}, query_first={})
+    taken = timings(exchange={}, query_first={}, announce={})
     local, grpc = fit_links(SHAPE, taken, fitted(taken))
-    assert local.query_first_time == 0.0
+    assert local.query_first_time == local.announce_time == grpc.announce_time == 0.0
     assert local.round_trip == pytest.approx(60e-6)
     assert grpc.round_trip == pytest.approx(300e-6, rel=0.3)
 
@@ -247,11 +263,13 @@ class Fake:
     def attention(self, batch: int, context: int, steps: int) -> list[float]:
         return [timings().attention[batch, context]] * steps
 
-    def layers(self, batch: int, context: int, steps: int, count: int = 0, query_first: bool = False) -> list[float]:
-        if query_first:
-            return [first(count, batch, context)] * steps
-        system = offloaded(count) if count else colocated()
-        return [system.step(Load(batch, context)).seconds] * steps
+    def layers(
+        self, batch: int, context: int, steps: int, count: int = 0, query_first: bool = False
+    ) -> dict[str, list[float]]:
+        before = 1e-3 + (announced(count, batch) if count else 0.0)
+        system, taken = offloaded(count) if count else colocated(), announced(count, batch) if count else 0.0
+        whole = first(count, batch, context) if query_first else system.step(Load(batch, context)).seconds
+        return {"announce": [before] * steps, "run": [whole - taken] * steps}
 
     def messages(self, channel: str, sizes: list[int], times: int) -> dict[str, list[float]]:
         return {str(size): [seconds] * times for size, seconds in timings().messages[channel].items()}
@@ -279,8 +297,9 @@ def calibration(fake: Fake | None = None) -> Calibration:
     device = sources.device(NAME, "cpu", SHAPE, about(), taken)
     links = sources.links(SHAPE, about(), taken, device)
     return Calibration(
-        (device,), links, sources.said(about()), "smollm2-135m", tuple(taken.cells), tuple(rounds.drifts), ("raw",)
-    )
+        (device,), links, sources.said(about()), "smollm2-135m", tuple(taken.cells), tuple(rounds.drifts), ("raw",),
+        2, 2,
+    )  # fmt: skip
 
 
 def test_rounds_of_a_machine_give_that_machine():
@@ -319,7 +338,7 @@ def test_every_number_that_was_measured_says_when_where_and_how():
     for entry, names in (
         (device, ("flops", "bandwidth", "memory")),
         (device.efficiency, ("dense", "attention", "layer_overhead", "attention_row_overhead", "step_overhead")),
-        (found.links[0], ("bandwidth", "round_trip", "worker_time", "row_time", "query_first_time")),
+        (found.links[0], ("bandwidth", "round_trip", "worker_time", "row_time", "query_first_time", "announce_time")),
     ):  # fmt: skip
         for name in names:
             assert "measured here, 2024-02-29, A processor" in entry.sources[name], name
@@ -338,6 +357,12 @@ def test_a_bandwidth_that_drifts_is_said_in_the_file():
     hardware.loads(found.dumps())
 
 
+def test_a_calibration_that_was_cut_says_so():
+    found = replace(calibration(), rounds=2, wanted=5)
+    assert found.remarks == ("it was cut after 2 of 5 rounds",)
+    assert "# Beware: it was cut after 2 of 5 rounds." in found.dumps()
+
+
 def test_others_that_are_at_work_are_said_in_the_file():
     found = replace(calibration(), drifts=(Drift("attention", 40e9, 40e9, 0.04), Drift("decode", 40e9, 40e9, 0.5)))
     assert found.remarks == ("others used up to 50% of the cores, before 1 of 2 groups of measurements",)
@@ -348,6 +373,30 @@ def test_use_of_the_cores_is_read_between_two_looks():
     assert busy(0.0, lambda: next(texts)) == pytest.approx(40 / 100)
     assert busy(0.0, lambda: "") == busy(0.0, lambda: "cpu  1 2 3 4 5 6 7 8") == 0.0
     assert 0 <= busy(0.01) <= 1
+
+
+def test_what_others_use_beside_a_tree_of_processes(tmp_path):
+    """Of 100 jiffies of two looks 60 are used: 25 by the tree of 7, its child 8 and 9 below that, 35 by others."""
+
+    def look(total, own):
+        (tmp_path / "stat").write_text(f"cpu  {total * 6 // 10} 0 0 {total * 4 // 10} 0 0 0 0 0 0\n")
+        for number, parent, used in ((7, 1, own), (8, 7, 0), (9, 8, 0), (10, 1, 500)):
+            (tmp_path / str(number)).mkdir(exist_ok=True)
+            fields = ["S", str(parent), *"0" * 9, str(used), "0", "0", "0"]
+            (tmp_path / str(number) / "stat").write_text(f"{number} (a (b) c) {' '.join(fields)}")
+
+    look(100, 0)
+    beside = Beside(7, proc=tmp_path)
+    look(200, 25)
+    assert beside.share() == pytest.approx(0.35)
+    assert Beside(os.getpid()).share() >= 0
+    assert Beside(7, proc=tmp_path / "none").share() == 0
+
+
+def test_a_model_without_layers_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(hardware_calibration, "from_folder", lambda _: replace(SHAPE, groups=()))
+    with pytest.raises(InvalidRequest, match="layers of the model is 0"):
+        calibrate(str(write_tiny_model(tmp_path / "m")))
 
 
 def test_a_negative_price_is_refused_before_anything_is_measured(tmp_path):
@@ -402,7 +451,7 @@ def test_a_process_reads_memory_and_ends_when_it_is_closed():
 
 
 def test_importing_loads_no_torch():
-    code = "import sys, lamina.measure.hardware, lamina.measure.hardware.plan_check; sys.exit('torch' in sys.modules)"
+    code = "import sys, lamina.measure.hardware, lamina.measure.hardware.decode_steps; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, env=dict(os.environ)).returncode == 0
 
 
@@ -444,9 +493,12 @@ def test_sequences_at_holders_grow_by_a_token_a_step(decoder, remote):
 def test_a_quick_calibration_measures_everything(tmp_path):
     folder = write_tiny_model(tmp_path / "m")
     told = []
+    kept = []
     found = calibrate(
-        str(folder), lambda what, done, total: told.append((done, total)), quick=True, date="2024-02-29", price=1.5
-    )
+        str(folder), lambda what, done, total: told.append((done, total)), quick=True, date="2024-02-29", price=1.5,
+        keep=kept.append,
+    )  # fmt: skip
+    assert [each.rounds for each in kept] == [*range(1, QUICK.rounds)]
     path = tmp_path / "machine.toml"
     path.write_text(found.dumps())
     known = hardware.load(path)

@@ -18,9 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lamina.errors import InvalidRequest, ModelFileError
 from lamina.models import cache as model_cache
 from lamina.models import resolve as models
+from lamina.models.aliases import ALIASES
 from lamina.models.cache import is_whole, verify
 from lamina.models.export import export
 from lamina.models.gguf_files import GgufFile
+from lamina.models.hub_ids import HUB_IDS
+from lamina.simulator.costs.models import PRESETS
 from lamina_workers.decoder.model_checkpoint import fingerprint, open_checkpoint
 from lamina_workers.decoder.packing import packed_kind
 
@@ -178,3 +181,19 @@ def test_smollm2_is_what_its_gguf_says(tmp_path: Path) -> None:
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
     with torch.no_grad():
         assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == " Paris"
+
+
+def test_models_of_the_planner_have_an_alias_or_an_id_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(PRESETS) == set(HUB_IDS) | (set(PRESETS) & set(ALIASES))
+    assert not set(HUB_IDS) & set(ALIASES)
+    asked: list[str] = []
+
+    def download(hub_id: str, progress: object) -> Path:
+        asked.append(hub_id)
+        raise ModelFileError("no hub here")
+
+    monkeypatch.setattr(models.hub_download, "download", download)
+    for name in (*HUB_IDS, "Llama-3-70B"):
+        with pytest.raises(ModelFileError, match="no hub here"):
+            models.resolve(name)
+    assert asked == [*HUB_IDS.values(), "meta-llama/Meta-Llama-3-70B-Instruct"]

@@ -73,7 +73,7 @@ def test_step_3_s_unit_costs(name: str, per_flop: float, per_byte: float) -> Non
 
 def test_every_number_of_the_catalogue_has_a_source() -> None:
     catalogue = load()
-    for entry in (*catalogue.devices.values(), *catalogue.links.values(), catalogue.typical):
+    for entry in (*catalogue.devices.values(), *catalogue.links.values(), *catalogue.engines.values()):
         for item in fields(entry):
             value = getattr(entry, item.name)
             if item.name not in ("name", "kind", "efficiency", "sources") and value != item.default:
@@ -84,7 +84,8 @@ def test_devices_of_the_catalogue_are_bare_rooflines() -> None:
     catalogue = load()
     assert {device.efficiency for device in catalogue.devices.values()} == {ROOFLINE}
     assert {device.kind for device in catalogue.devices.values()} == set(KINDS)
-    assert at(catalogue.typical.attention, 1e6) == 0.7
+    assert catalogue.typical == catalogue.efficiency("typical") == catalogue.engines["vllm"]
+    assert catalogue.efficiency("Roofline") == ROOFLINE
     assert load() is catalogue  # read once
 
 
@@ -128,9 +129,29 @@ def test_a_user_s_file_adds_and_replaces(tmp_path: Path) -> None:
     assert load(file).typical == load().typical
 
 
+def test_a_user_s_engine_has_its_efficiency_by_name(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('[[engine]]\nname = "Ours"\ncompute = 0.5\nexperts = 0.25\n')
+    catalogue = load(file)
+    assert catalogue.efficiency("ours") == Efficiency(compute=0.5, experts=0.25)
+    assert "what ours reached" in catalogue.said_of("OURS")
+    assert "this project's own engine was not measured" in catalogue.said_of("typical")
+    assert "an upper bound" in catalogue.said_of("roofline")
+    with pytest.raises(InvalidRequest, match="'best'; allowed are roofline, typical, vllm, sglang, trtllm, ours"):
+        catalogue.efficiency("best")
+    file.write_text('[[engine]]\nname = "typical"\n')
+    with pytest.raises(InvalidRequest, match="engine 'typical' is there twice"):
+        load(file)
+    file.write_text("[typical]\ncompute = 0.5\n")
+    assert (
+        load(file).said_of("typical") == "devices without measurements reach what [typical] of the hardware file says"
+    )
+
+
 def test_the_catalogue_can_be_written() -> None:
     catalogue = load()
-    assert loads(dumps(catalogue.devices.values(), catalogue.links.values(), catalogue.typical)) == catalogue
+    written = dumps(catalogue.devices.values(), catalogue.links.values(), catalogue.typical, catalogue.engines)
+    assert loads(written) == catalogue
 
 
 shares = st.floats(1e-6, 1.5)
@@ -144,6 +165,8 @@ efficiencies = st.builds(
     collective=shares,
     collective_latency=times,
     row_overhead=times,
+    compute_8bit=st.floats(0, 1.5),
+    first_token_overhead=times,
     sources=st.dictionaries(st.sampled_from(["dense", "collective"]), texts),
 )
 devices = st.builds(
@@ -182,7 +205,7 @@ def test_a_curve_stays_between_its_points(curve: tuple[tuple[float, float], ...]
         ("not toml", "it is not TOML"),
         ("a = " + "[" * 5000, "it is not TOML"),
         (DEVICE + "bandwidth = 1", "it is not TOML"),  # a key given twice
-        ("[x]", "the file has the key 'x'; allowed are device, link, typical"),
+        ("[x]", "the file has the key 'x'; allowed are device, link, engine, typical"),
         ("device = 1", "device is 1; allowed are tables"),
         ("[device]\nname = 'x'", "allowed are tables"),
         (

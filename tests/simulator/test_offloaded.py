@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina.config import MAX_LANES
 from lamina.errors import InvalidRequest
+from lamina.scheduling.step_model import Choice, StepModel
 from lamina.simulator.costs.cost_model import Load, attention_time, dense_time, exchange_time
 from lamina.simulator.costs.hardware import Device
-from lamina.simulator.costs.offloaded import MOST_LANES, best_local_share
+from lamina.simulator.costs.models import model
+from lamina.simulator.costs.offloaded import best_local_share
 from lamina.simulator.costs.systems import Colocated, Disaggregated, power, price
 from lamina.simulator.event_loop.instance import holders_of
 from lamina.simulator.event_loop.simulate import simulate
@@ -28,6 +29,7 @@ def test_kv_beside_the_weights_counts_too() -> None:
     722,960."""
     assert dop(4, 1).kv_tokens == 263_671
     assert BOTH.kv_tokens == 263_671 + 459_289 == 722_960
+    assert BOTH.name == "DOP(4, 1) h100 + h20, 50% local"
     assert holders_of(replace(BOTH, attention_count=3)) == 1
 
 
@@ -89,6 +91,41 @@ def test_a_better_device_is_never_slower(
         assert changed.step(load).seconds <= step.seconds * (1 + 1e-12)
 
 
+@settings(max_examples=100)
+@given(
+    each=st.integers(1, 200), context=st.floats(16, 1e5), share=st.sampled_from([0.0, 0.25, 0.5, 1.0]),
+    lanes=st.integers(1, 4), round_trip=st.floats(0, 1e-3),
+)  # fmt: skip
+def test_a_step_is_what_the_engine_expects_of_the_same_tiers(
+    each: int, context: float, share: float, lanes: int, round_trip: float
+) -> None:
+    """`StepModel` chooses lanes and the local share in the engine. Given what each tier takes for one lane, it expects
+    the step that is simulated, unless the wire, which it does not know, is the limit."""
+    link = replace(FHBN, round_trip=round_trip, bandwidth=1e15)
+    # One worker and one model device, so that no head is left over, and room for all.
+    devices = {"model_device": replace(H100, memory=1e15), "attention_device": replace(H20, memory=1e15, network=0.0)}
+    system = replace(dop(1, 1), link=link, lanes=lanes, local_share=share, overlap=False, **devices)
+    load, tokens = Load(each * lanes, context), each * lanes * context
+    lane = system.lane(load.divided(lanes), share=share)
+    whole = system.lane(load, share=share)
+    expected = StepModel(
+        local=whole.local / (share * tokens) if share else 0.0,
+        remote=whole.attention / ((1 - share) * tokens) if share < 1 else 0.0,
+        fixed=lane.exchange.seconds,
+        dense={(lanes, True): lanes * lane.dense},
+    )
+    step = system.step(load)
+    seconds = expected.seconds(Choice(lanes, share, fused=True), tokens)
+    assert step.seconds == pytest.approx(max(seconds, step.network), rel=1e-6)
+
+
+def test_weights_of_eight_bits_send_activations_of_sixteen() -> None:
+    """DeepSeek-V3, 64 sequences: 128 heads x 576 numbers of queries, 128 x 512 of outputs and a latent of 576 are
+    139,840 a layer and token; x 61 layers x 2 bytes x 64 = 1,091.9 MB a step, though its weights have 1 byte."""
+    latent = model("deepseek-v3")
+    assert exchange_time(latent, FHBN, 45.7e9, Load(64, 8192)).nbytes == 64 * 61 * 139_840 * 2 == 1_091_870_720
+
+
 def test_workers_without_weights_may_use_more_of_their_memory() -> None:
     """Seven cards of 48 GB at 0.98 hold 329 GB of KV: KernelFlume (arXiv 2606.29207) prints 330."""
     cards = replace(dop(2, 7), attention_device=replace(H20, memory=48e9), attention_memory_share=0.98)
@@ -110,18 +147,6 @@ def test_a_batch_with_prompts_stays_on_one_replica_and_others_go_round() -> None
     one, two = (exchange_time(BIG, FHBN, 45.7e9 * cards, load).busy for cards in (1, 2))
     assert system.step(load).network == pytest.approx(two)
     assert two == pytest.approx(one / 2)
-
-
-def test_what_no_engine_here_runs_says_so() -> None:
-    assert MOST_LANES == MAX_LANES
-    assert dop(4, 1).obstacle == dop(1, 4, lanes=3).obstacle == dop(1, 4, lanes=3, model_replicas=2).obstacle == ""
-    assert dop(1, 4, local_share=0.5).obstacle == ""
-    assert "one batch under way" in dop(2, 4, lanes=2).obstacle
-    assert "keep no KV" in BOTH.obstacle
-    assert "has one device" in dop(2, 4, model_replicas=2).obstacle
-    assert "up to 8 batches" in dop(1, 4, lanes=9).obstacle
-    assert "up to 3 batches" in dop(1, 4, lanes=4, model_replicas=2).obstacle
-    assert BOTH.name == "DOP(4, 1) h100 + h20, 50% local"
 
 
 @pytest.mark.parametrize(

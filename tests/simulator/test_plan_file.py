@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from planning import BIG, EPYC, FHBN, H20, H100, dop, together
+from planning import BIG, EPYC, FHBN, H20, H100, SMALL, dop, together
 
 from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest
 from lamina.llm import LLM
+from lamina.server.ray_serve import ServePlan
 from lamina.simulator.costs.cost_model import KvPolicy
 from lamina.simulator.costs.hardware import Device, Link
 from lamina.simulator.costs.models import model
@@ -22,17 +23,18 @@ from lamina.simulator.costs.speculation import Speculation
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System
 from lamina.simulator.costs.tables import MAX_BYTES
 from lamina.simulator.event_loop.simulate import Slo
-from lamina.simulator.planning.plan_file import Plan, Prediction, TraceSummary, dumps, engine_keywords, read, write
+from lamina.simulator.planning.deployment import commands, engine_keywords, undeployable
+from lamina.simulator.planning.plan_file import Plan, Prediction, TraceSummary, dumps, read, write
 
 HERE = Device("here", "cpu", flops=1e11, memory=8e9, bandwidth=2e10, price=0.1)
 SYSTEMS: dict[str, System] = {
     "colocated": together(4),
     "whole prompts": replace(together(4), chunked_prefill=False, max_sequences=77),
     "disaggregated": Disaggregated(prefill=together(2), decode=together(4, H20), link=FHBN),
+    "offloaded": dop(2, 4, policy=KvPolicy("streaming(sink=64, recent=256)", 0.3, 0.4, 4096)),
     "prompts, dense layers and attention apart": Disaggregated(prefill=together(2), decode=dop(2, 2), link=FHBN),
     "kept in both tiers": dop(2, 2, lanes=2, local_share=0.4, attention_memory_share=0.98),
     "replicas": dop(2, 2, lanes=3, model_replicas=2),
-    "offloaded": dop(2, 4, lanes=2, policy=KvPolicy("streaming(sink=64, recent=256)", 0.3, 0.4, 4096)),
     "on hosts": dop(2, 3, attention=EPYC, shard="sequence", workers=6),
     "experts": Colocated(model=model("qwen3-30b-a3b"), device=H100),
     "states": replace(dop(2, 4), model=model("kimi-linear-48b-a3b"), shard="sequence", sequence_tokens=1000),
@@ -92,22 +94,76 @@ def test_any_numbers_and_names_come_back(
 
 
 def test_the_engine_has_what_the_plan_counts_on() -> None:
-    offloaded = engine_keywords(dop(2, 4, lanes=2), 4096)
+    """Two H100 have 2 x 80 x 0.9 - 137.5 = 6.5 GB beside the weights, which is room for 19,836 tokens of a prompt; two
+    prompts of the whole context take less than eight."""
+    offloaded = engine_keywords(dop(2, 4), 4096)
     assert offloaded == {
-        "max_batch_tokens": 2048, "attention_workers": 4, "shard": "heads", "cluster": "auto",
-        "kv_memory": pytest.approx(0.9 * 96e9, rel=1e-6), "local_share": 0,
-        "model_workers": 2, "model_parallel": "tensor",
+        "device": "cuda", "attention_device": "cuda", "max_batch_tokens": 2048, "max_num_seqs": 4096,
+        "attention_workers": 4, "shard": "heads", "cluster": "auto", "query_first": "auto",
+        "kv_memory": pytest.approx(0.9 * 96e9, rel=1e-6), "kv_local": pytest.approx(6.5e9, rel=1e-4),
+        "local_share": 0, "model_workers": 2, "model_parallel": "tensor", "weights": "bfloat16",
     }  # fmt: skip
-    EngineConfig(**{**offloaded, "kv_memory": int(offloaded["kv_memory"])})
-    alone = replace(dop(2, 4, lanes=2), model=model("smollm2-135m"), model_count=1)
-    assert engine_keywords(alone, 4096)["lanes"] == 2
+    EngineConfig(**{**offloaded, **{name: int(offloaded[name]) for name in ("kv_memory", "kv_local")}})
     half = engine_keywords(dop(2, 4, policy=KvPolicy("auto", 0.3, 0.5)), 4096)
     assert half["kv_memory"] == pytest.approx(0.9 * 96e9, rel=1e-6)  # what is held less makes room for more tokens
     assert half["policy"] == "auto"
-    alone = engine_keywords(together(4), 4096)
+    alone = engine_keywords(replace(together(4), max_sequences=77), 4096)
     assert "attention_workers" not in alone
+    assert (alone["device"], alone["attention_device"], alone["max_num_seqs"]) == ("cuda", "cuda", 77)
     assert alone["kv_memory"] == pytest.approx(0.9 * 4 * 80e9 - BIG.weight_bytes, rel=1e-5)  # whole tokens
     assert engine_keywords(replace(together(4), chunked_prefill=False), 5000)["max_batch_tokens"] == 5000
+    hosts = engine_keywords(dop(2, 3, attention=EPYC, shard="sequence", workers=6, overlap=False), 4096)
+    assert (hosts["device"], hosts["attention_device"], hosts["query_first"]) == ("cuda", "cpu", "never")
+
+
+def test_replicas_of_the_weights_are_model_workers_in_rotation() -> None:
+    rotating = replace(dop(1, 4, lanes=3, model_replicas=2), model=SMALL)
+    engine = engine_keywords(rotating, 4096)
+    assert (engine["model_workers"], engine["model_parallel"], engine["lanes"]) == (2, "replicas", 3)
+    EngineConfig(**engine)
+
+
+TPU = replace(H100, name="tpu", kind="tpu")
+NOT_HERE: list[tuple[System, str]] = [
+    (SYSTEMS["disaggregated"], "prompts and decodes in one place"),
+    (dop(2, 4, lanes=2), "2 lanes where 2 devices share each layer"),
+    (dop(2, 4, lanes=1, model_replicas=2), "cut among 2 devices and there are 2 replicas"),
+    (replace(dop(1, 4, lanes=4, model_replicas=2), model=SMALL), "4 lanes; 2 replicas have 3 at most"),
+    (replace(together(4), device=TPU), "no kernels here run on tpu"),
+    (replace(dop(2, 4), model=model("deepseek-v2-lite")), "one KV head cannot be cut"),
+]
+
+
+@pytest.mark.parametrize(("system", "why"), NOT_HERE)
+def test_what_no_engine_is_has_no_keywords(system: System, why: str) -> None:
+    assert why in undeployable(system)
+    assert engine_keywords(system, 4096) == {}
+
+
+@pytest.mark.parametrize("kind", SYSTEMS)
+def test_what_is_deployed_is_a_config(kind: str) -> None:
+    engine = engine_keywords(SYSTEMS[kind], 4096)
+    assert bool(engine) == (undeployable(SYSTEMS[kind]) == "")
+    EngineConfig(**engine)
+
+
+def test_a_plan_says_what_to_run(tmp_path: Path) -> None:
+    file = tmp_path / "my plan.toml"
+    assert commands(file, 1, {}) == [f"lamina serve --plan '{file}'"]
+    every, one = commands(file, 3, {"cluster": "auto"})
+    assert every.startswith(f"serve run lamina.server.ray_serve:build_app plan='{file}'    # all 3 replicas")
+    assert one.startswith(f"lamina serve --plan '{file}'")
+
+
+def test_replicas_of_a_plan_are_replicas_of_ray_serve(tmp_path: Path) -> None:
+    file = tmp_path / "plan.toml"
+    write(file, plan_of(dop(2, 4), replicas=3))
+    plan = ServePlan.read({"plan": str(file), "max_requests": 7, "open": True})
+    assert (plan.replicas, plan.model, plan.settings.max_requests) == (3, "llama-3-70b", 7)
+    assert (plan.config.attention_workers, plan.config.model_workers, plan.config.cluster) == (4, 2, "auto")
+    assert ServePlan.read({"plan": str(file), "model": "./here", "attention_workers": 2}).config.attention_workers == 2
+    with pytest.raises(InvalidRequest, match="plan is 3; allowed is the path"):
+        ServePlan.read({"plan": 3})
 
 
 def test_the_engine_keeps_weights_and_drafts_as_planned() -> None:
@@ -117,7 +173,13 @@ def test_the_engine_keeps_weights_and_drafts_as_planned() -> None:
     assert (drafts["speculate"], drafts["num_speculative_tokens"]) == ("./draft", 4)
     ngrams = engine_keywords(SYSTEMS["n-grams"], 4096)
     assert (ngrams["speculate"], ngrams["num_speculative_tokens"]) == ("ngram", 8)
-    assert not {"weights", "quantize", "speculate"} & engine_keywords(together(4), 4096).keys()
+    plain = engine_keywords(together(4), 4096)
+    assert plain["weights"] == "bfloat16"  # else a file of packed ones would stay packed
+    assert not {"quantize", "speculate", "kv_dtype"} & plain.keys()
+    floats = replace(together(4), model=BIG.with_weights("float32"), device=replace(EPYC, interconnect=1e11))
+    assert {name: engine_keywords(floats, 4096)[name] for name in ("weights", "kv_dtype", "device")} == {
+        "weights": "float32", "kv_dtype": "bfloat16", "device": "cpu",
+    }  # fmt: skip
 
 
 def test_a_plan_says_that_no_gpu_keeps_weights_packed() -> None:
@@ -133,8 +195,11 @@ def test_devices_without_a_network_are_one_machine() -> None:
     local = Offloaded(model=small, model_device=HERE, attention_device=HERE, link=socket, workers=2)
     keywords = engine_keywords(local, 1000)
     assert "cluster" not in keywords
+    assert (keywords["device"], keywords["attention_device"]) == ("cpu", "cpu")
     assert keywords["attention_workers"] == 2
-    assert keywords["kv_memory"] == pytest.approx(0.9 * 8e9 / 2, rel=1e-6)
+    own = 8 * small.max_context * small.kv_bytes_per_token()
+    assert keywords["kv_local"] == int(own)
+    assert keywords["kv_memory"] == pytest.approx((0.9 * 8e9 - small.weight_bytes - own) / 2, rel=1e-6)
 
 
 class Recording(LLM):
@@ -146,7 +211,7 @@ class Recording(LLM):
 
 def test_a_plan_is_deployed_and_what_is_given_besides_wins(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "plan.toml"
-    write(file, plan_of(dop(2, 4, lanes=2), replicas=2))
+    write(file, plan_of(dop(2, 4), replicas=2))
     llm = Recording.from_plan(file)
     assert isinstance(llm, Recording)
     assert llm.asked[0] == "llama-3-70b"
@@ -171,7 +236,7 @@ def test_a_plan_is_deployed_and_what_is_given_besides_wins(tmp_path: Path, caplo
 def test_what_no_engine_does_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "plan.toml"
     write(file, plan_of(SYSTEMS["disaggregated"]))
-    with pytest.raises(InvalidRequest, match="allowed are plans of kind colocated and offloaded"):
+    with pytest.raises(InvalidRequest, match="no engine here is that: the engine computes prompts"):
         Recording.from_plan(file)
 
 
@@ -201,6 +266,7 @@ WRONG = [
     ("hidden = 8192", 'hidden = "8192"', "shape.hidden is '8192'; allowed are whole numbers"),
     ("groups = [", "groups = [3, ", "shape.groups[0] is 3; allowed is a table"),
     ("groups = [", "groups = 3 #", "shape.groups is 3; allowed is a list"),
+    ("groups = [", "groups = [] #", "shape.layers is 0; allowed are whole numbers from 1"),
     ("read = 0.3", "read = 3.0", "read of policy 'auto' is 3.0"),
     ('cluster = "auto"', "insecure = true", "engine has the key 'insecure'; allowed are dtype"),
     ('cluster = "auto"', 'token_file = "/etc/passwd"', "engine has the key 'token_file'"),
@@ -214,7 +280,8 @@ WRONG = [
 
 @pytest.mark.parametrize(("old", "new", "said"), WRONG)
 def test_what_is_wrong_is_named_with_the_file(tmp_path: Path, old: str, new: str, said: str) -> None:
-    text = dumps(plan_of(dop(2, 4, lanes=2, policy=KvPolicy("auto", 0.3))))
+    system = dop(2, 4, policy=KvPolicy("auto", 0.3))
+    text = dumps(plan_of(replace(system, lanes=2), engine=engine_keywords(system, 4096)))
     assert old in text
     file = tmp_path / "plan.toml"
     file.write_text(text.replace(old, new, 1), encoding="utf-8")

@@ -174,6 +174,17 @@ def test_chrome_trace() -> None:
     assert trace["otherData"]["makespan (us)"] == pytest.approx(makespan(events) * 1e6, abs=1e-3)
 
 
+def test_what_is_kept_beside_the_weights_is_attended_there_meanwhile() -> None:
+    """Two layers, one lane: 1 ms of dense layers, then 3 ms of attention here beside 2 ms elsewhere, over and over."""
+    times = LayerTimes(1e-3, 2e-3, 0, 0, 0, local_seconds=3e-3)
+    events = step_timeline(times, 2, 1, overlap=False)
+    here = named(events, "attention here")
+    assert [event.start for event in here.values()] == pytest.approx([1e-3, 5e-3])
+    assert makespan(events) == pytest.approx(2 * (1e-3 + 3e-3))
+    shorter = step_timeline(replace(times, local_seconds=1e-3), 2, 1, overlap=False)
+    assert makespan(shorter) == pytest.approx(2 * (1e-3 + 2e-3))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -1,6 +1,6 @@
 """Decode steps of an engine in this process: how long, how many tokens and bytes a second, beside what memory gives.
 
-`plan_check` measures a step, `simulator.costs.models` gives the bytes that it must read. The rate at which memory can
+`decode_steps` measures a step, `simulator.costs.models` gives the bytes that it must read. The rate at which memory can
 be read is measured in the same run, by another process that is idle while the engine computes, and between all its
 measurements.
 """
@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lamina.config import EngineConfig
-from lamina.measure.hardware.plan_check import Measured, measure_in_turn
+from lamina.measure.hardware.decode_steps import Measured, measure_in_turn
 from lamina.models.weight_memory import WeightMemory, weight_memory
 from lamina.simulator.costs.models import ModelShape, from_folder
 from lamina.simulator.costs.packing import Packing

@@ -9,6 +9,7 @@ import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from lamina.errors import EngineError, InvalidRequest
 from lamina.measure.bench.client import Client, ModelInfo, request_body
@@ -19,6 +20,9 @@ from lamina.measure.bench.settings import Settings
 from lamina.measure.bench.workloads import Item, Lengths, capped, drawn, fresh, of_trace
 from lamina.system.machine import this_machine
 from lamina.system.progress import Progress
+
+if TYPE_CHECKING:
+    from lamina.simulator.traces.arrivals import Trace
 
 _MARGIN = {"chat": 64, "completions": 8}  # tokens of a context that are left to a template and special tokens
 _MOST_WORDS = 3  # of failures that are listed in full
@@ -87,17 +91,18 @@ def _of_trace(settings: Settings, seed: int) -> tuple[list[Item], str]:
     return of_trace(found), "; ".join((f"the trace {found.name}", *found.remarks))
 
 
-async def bench(settings: Settings, progress: Progress | None = None) -> Result:
-    """Run it. Raises InvalidRequest for settings, EngineError where no server answers or every warm-up fails."""
+async def bench(settings: Settings, progress: Progress | None = None, trace: Trace | None = None) -> Result:
+    """Run it, with the requests of `trace` in place of those of the settings' workload. Raises InvalidRequest for
+    settings, EngineError where no server answers or every warm-up fails."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    items, said = items_of(settings)
+    items, said = items_of(settings) if trace is None else (of_trace(trace), f"the trace {trace.name}")
     nonce = secrets.randbits(62) if settings.seed is None else settings.seed
     async with Client(settings.base_url, settings.api_key, settings.timeout) as client:
         stop = asyncio.Event()
         with interruptible(stop):
             model, context = await _model(client, settings)
             notes = [f"workload: {said}"]
-            if settings.dataset == "trace":
+            if settings.dataset == "trace" or trace is not None:
                 items, note = _cut(items, settings, context)
                 notes += note
             words = await _words(client, settings, model)

@@ -16,7 +16,7 @@ from lamina.deploy.local_attention import LocalAttentionWorkers
 from lamina.deploy.worker_events import WorkerAddress
 from lamina.errors import EngineError
 from lamina.measure.batch_driver import PATIENCE
-from lamina.measure.hardware.held import Held
+from lamina.measure.hardware.held import Held, by_part
 from lamina.measure.hardware.loaded import decode_batch, load
 from lamina.scheduling.kv_layouts import apportion
 from lamina_protocols.messages import Announced, Announcement, Fault, Query, Request
@@ -48,14 +48,17 @@ class ExchangeBench:
         self._free.close()
 
     @torch.inference_mode()
-    def layers(self, count: int, batch: int, context: int, steps: int, query_first: bool = False) -> list[float]:
-        """Of one step of the model's own forward pass, attended by `count` workers that share it by heads."""
+    def layers(
+        self, count: int, batch: int, context: int, steps: int, query_first: bool = False
+    ) -> dict[str, list[float]]:
+        """Of steps of the model's own forward pass, attended by `count` workers that share it by heads: "announce" and
+        "run", as in `Seconds`."""
         held, found, decoder = self._held[count], [], self._loaded.decoder
         held.fill(batch, context)
         for _ in range(steps + 2):
             run = decoder.forward(decode_batch(batch, context, decoder.device), query_first=query_first)
-            found.append(sum(held.step(run, query_first)))
-        return found[2:]
+            found.append(held.step(run, query_first))
+        return by_part(found[2:])
 
     def messages(self, channel: str, sizes: list[int], times: int) -> dict[str, list[float]]:
         """Of small messages there and back ("0"), and of queries of so many bytes that the worker turns down, so that

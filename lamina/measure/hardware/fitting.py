@@ -5,10 +5,11 @@ A decode step is, as in `simulator.costs.cost_model`,
     step_overhead + rows * row_overhead                                   the engine, from two decode cells
     + dense(rows) / share of the roofline + layers * layer_overhead       the forward pass with attention left out
     + layers * (rows * attention_row_overhead + KV bytes / share)         attention alone
+    + announce_time + rows * workers * announce_row_time
     + layers * (round_trip + (workers - 1) * worker_time + rows * workers * row_time) + bytes / bandwidth
 
-where the last line is what asking attention workers costs beside attending in the process. Where q goes first it costs
-layers * query_first_time more, less what that hides (`Offloaded.lane`). All times are seconds.
+where the last two lines are what asking attention workers costs beside attending in the process. Where q goes first it
+costs layers * query_first_time more, less what that hides (`Offloaded.lane`). All times are seconds.
 """
 
 from __future__ import annotations
@@ -69,8 +70,9 @@ class Drift:
 class Timings:
     """What was measured on one device, medians. Keys of `linears` and `forward` are rows, of `attention` (batch,
     context), of `exchange` (workers, rows). `messages`: by channel, seconds by bytes that went there (0: a small
-    message); `exchange`: of a step's layers, beyond those of a step that attends in the process; `query_first`: of one
-    in which q goes first, beyond those of one where it does not, by (workers, rows, context)."""
+    message); `exchange`: of a step's layers, beyond those of a step that attends in the process; `announce`: until the
+    workers have accepted its batch, beyond what that takes in the process; `query_first`: of a step's layers in which q
+    goes first, beyond those of one where it does not, by (workers, rows, context)."""
 
     bandwidth: float
     flops: float
@@ -78,6 +80,7 @@ class Timings:
     forward: Mapping[int, float]
     attention: Mapping[tuple[int, int], float] = field(default_factory=dict)
     exchange: Mapping[tuple[int, int], float] = field(default_factory=dict)
+    announce: Mapping[tuple[int, int], float] = field(default_factory=dict)
     query_first: Mapping[tuple[int, int, int], float] = field(default_factory=dict)
     messages: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     cells: Sequence[Cell] = ()
@@ -165,6 +168,8 @@ def fit_links(model: ModelShape, timings: Timings, device: Device) -> tuple[Link
     local one; another costs as much more as its small messages take longer. `device`: as `fit_device` gives it."""
     local = timings.messages.get("local", {})
     trip, worker, row = fit_exchange(model, timings.exchange, rate_of(local)) if local else (0.0, 0.0, 0.0)
+    terms = [(1.0, float(workers * rows)) for workers, rows in timings.announce]
+    announce, announce_row = solve(terms, list(timings.announce.values())) if terms else (0.0, 0.0)
     names = {"local": "local-channel", "grpc": "grpc-loopback"}
     links = []
     for channel, taken in timings.messages.items():
@@ -175,6 +180,8 @@ def fit_links(model: ModelShape, timings: Timings, device: Device) -> tuple[Link
             round_trip=max(0.0, trip + longer) or taken[0],
             worker_time=worker,
             row_time=row,
+            announce_time=max(0.0, announce + longer) if timings.announce else 0.0,
+            announce_row_time=announce_row,
         )
         if timings.query_first:
             more = fit_query_first(model, device, link, timings.query_first)

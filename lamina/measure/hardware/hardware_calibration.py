@@ -21,6 +21,7 @@ from lamina.simulator.costs import hardware
 from lamina.simulator.costs.hardware import Device, Link
 from lamina.simulator.costs.model_configs import from_folder
 from lamina.simulator.costs.shapes import ModelShape
+from lamina.simulator.costs.tables import whole
 from lamina.system.progress import Progress
 
 NAME, GPU_NAME = "this-machine", "this-gpu"
@@ -67,7 +68,8 @@ QUICK = Amount(
 @dataclass(frozen=True, slots=True)
 class Calibration:
     """What was measured, as the simulator takes it. `about`: of what and when; `fitted`: the decode cells that two of
-    the numbers come from; `drifts`: how steady the machine was; `raw`: the other inputs of the fits, in words."""
+    the numbers come from; `drifts`: how steady the machine was; `raw`: the other inputs of the fits, in words. Of the
+    `wanted` rounds `rounds` were measured."""
 
     devices: tuple[Device, ...]
     links: tuple[Link, ...]
@@ -76,11 +78,14 @@ class Calibration:
     fitted: tuple[Cell, ...]
     drifts: tuple[Drift, ...]
     raw: tuple[str, ...]
+    rounds: int
+    wanted: int
 
     @property
     def remarks(self) -> tuple[str, ...]:
         """What may make the numbers wrong, one sentence each."""
-        return tuple(remarks_on(self.drifts))
+        cut = (f"it was cut after {self.rounds} of {self.wanted} rounds",) if self.rounds < self.wanted else ()
+        return (*cut, *remarks_on(self.drifts))
 
     def dumps(self) -> str:
         """TOML that `hardware.load` reads; what was measured stands before it, as remarks."""
@@ -106,19 +111,26 @@ def calibrate(
     price: float = 0.0,
     power: float = 0.0,
     amount: Amount | None = None,
+    keep: Callable[[Calibration], None] | None = None,
 ) -> Calibration:
     """Measure this machine with the shapes of `model`, in about a minute; it should have nothing else to do.
 
     `date` is for the sources; `price` (dollars an hour) and `power` (watts) can't be measured and are taken as given.
-    `quick` only sees whether everything runs. The model is loaded three times, by processes that measure in turn.
-    Raises what `LLM` raises for a model, InvalidRequest for a negative price, EngineError where something cannot be
-    measured.
+    `quick` only sees whether everything runs. `keep` gets what there is after each round, so that nothing is lost where
+    this is cut. The model is loaded three times, by processes that measure in turn. Raises what `LLM` raises for a
+    model, InvalidRequest for a negative price or a model without layers, EngineError where something fails.
     """
     amount = amount or (QUICK if quick else FULL)
     Device(NAME, "cpu", 1.0, 1.0, 1.0, price=price, power=power)  # raises for wrong values before anything is measured
     folder = str(resolve(model, progress))
+    shape = from_folder(folder)
+    whole("layers of the model", shape.layers, 1, 1 << 16)
     cells = [list(cell) for cell in (*amount.attention, *amount.exchange)]
-    rounds = _Rounds(amount, progress)
+    rounds, sources = _Rounds(amount, progress), _Sources(model, date, amount)
+
+    def found(about: Mapping[str, Any], done: int) -> Calibration:
+        return _calibration(rounds, sources, replace(shape, element=BYTES[about["dtype"]]), about, done, price, power)
+
     with ExitStack() as stack:
 
         def start(kind: str, **options: Any) -> Child:
@@ -127,24 +139,34 @@ def calibrate(
             return child
 
         kernels = start("kernels", cells=cells, quick=amount.quick)
-        workers = start("exchange", counts=list(amount.workers), cells=cells)
-        engine = start("engine", device="cpu")
         about = kernels.ask("about")
+        workers = start("exchange", counts=list(amount.workers), cells=cells)
+        engine = start("engine", device="cpu", weights=about["dtype"])  # a file of packed ones would stay packed
         engine.ask("step", batch=1, context=amount.fitted[0][1], tokens=8)  # warms up
         for number in range(amount.rounds):
             rounds.measure(number, kernels, workers, engine)
-        gpu = _gpu(folder, amount) if about["cuda"] else None
+            if keep is not None and number + 1 < amount.rounds:
+                keep(found(about, number + 1))
+        made = found(about, amount.rounds)
+        if not about["cuda"]:
+            return made
+        said, timings = _gpu(folder, amount)
+    gpu = sources.device(GPU_NAME, "gpu", replace(shape, element=BYTES[about["dtype"]]), said, timings)
+    return replace(made, devices=(*made.devices, gpu))
+
+
+def _calibration(
+    rounds: _Rounds, sources: _Sources, shape: ModelShape, about: Mapping[str, Any], done: int, price: float,
+    power: float,
+) -> Calibration:  # fmt: skip
+    """What so many rounds of this machine's CPU give."""
     timings = rounds.timings()
-    sources = _Sources(model, date, amount)
-    shape = replace(from_folder(folder), element=BYTES[about["dtype"]])
-    devices = [replace(sources.device(NAME, "cpu", shape, about, timings), price=price, power=power)]
-    if gpu is not None:
-        devices.append(sources.device(GPU_NAME, "gpu", shape, *gpu))
-    links = sources.links(shape, about, timings, devices[0])
-    cells_fitted = tuple(timings.cells)
+    device = replace(sources.device(NAME, "cpu", shape, about, timings), price=price, power=power)
+    links = sources.links(shape, about, timings, device)
     return Calibration(
-        tuple(devices), links, sources.said(about), model, cells_fitted, tuple(rounds.drifts), _raw(timings)
-    )
+        (device,), links, sources.said(about), sources.model, tuple(timings.cells), tuple(rounds.drifts), _raw(timings),
+        done, sources.amount.rounds,
+    )  # fmt: skip
 
 
 class _Rounds:
@@ -193,11 +215,13 @@ class _Rounds:
     def _exchange(self, kernels: Child, workers: Child) -> None:
         for batch, context in self._amount.exchange:
             cell = {"batch": batch, "context": context, "steps": self._amount.steps}
-            self._add(kernels.ask("layers", **cell), "layers", 0, batch)
-            for count in self._amount.workers:
-                self._add(workers.ask("layers", count=count, **cell), "layers", count, batch)
-                first = workers.ask("layers", count=count, query_first=True, **cell)
-                self._add(first, "query first", count, batch, context)
+            for count in (0, *self._amount.workers):  # 0: in the process
+                taken = workers.ask("layers", count=count, **cell) if count else kernels.ask("layers", **cell)
+                self._add(taken["run"], "layers", count, batch)
+                self._add(taken["announce"], "announce", count, batch)
+                if count:
+                    first = workers.ask("layers", count=count, query_first=True, **cell)
+                    self._add(first["run"], "query first", count, batch, context)
         for channel in CHANNELS:
             sizes, times = list(self._amount.sizes), self._amount.messages
             for size, values in workers.ask("messages", channel=channel, sizes=sizes, times=times).items():
@@ -224,7 +248,7 @@ class _Rounds:
 
     def timings(self) -> Timings:
         """The medians over all rounds."""
-        layers = self._medians("layers")
+        layers, announced = self._medians("layers"), self._medians("announce")
         contexts = self._medians("context")
         return Timings(
             bandwidth=statistics.median(rate for drift in self.drifts for rate in (drift.before, drift.after)),
@@ -234,6 +258,9 @@ class _Rounds:
             attention=self._medians("attention"),
             exchange={
                 (count, batch): seconds - layers[0, batch] for (count, batch), seconds in layers.items() if count
+            },
+            announce={
+                (count, batch): seconds - announced[0, batch] for (count, batch), seconds in announced.items() if count
             },
             query_first={
                 (count, batch, context): seconds - layers[count, batch]
@@ -306,6 +333,8 @@ class _Sources:
                 "worker_time": asked,
                 "row_time": asked,
                 "query_first_time": f"{asked}, with q first, beyond q, k and v together",
+                "announce_time": f"{asked}: until all have accepted a batch",
+                "announce_row_time": f"{asked}: until all have accepted a batch, what grows with the sequences",
             }
             found.append(replace(link, sources=sources))
         return tuple(found)
@@ -339,6 +368,9 @@ def _raw(timings: Timings) -> tuple[str, ...]:
     exchange = ", ".join(
         f"{rows} rows at {count} {seconds * 1e3:.2f}" for (count, rows), seconds in timings.exchange.items()
     )
+    announced = ", ".join(
+        f"{rows} rows at {count} {seconds * 1e3:.2f}" for (count, rows), seconds in timings.announce.items()
+    )
     first = ", ".join(
         f"{rows} rows at {count} {seconds * 1e3:.2f}" for (count, rows, _), seconds in timings.query_first.items()
     )
@@ -350,6 +382,7 @@ def _raw(timings: Timings) -> tuple[str, ...]:
         f"All linear maps, and a forward pass without attention, ms: {dense}.",
         f"Attention of one layer, us: {attention}.",
         f"A step's layers with attention workers, ms more than in one process: {exchange}.",
+        f"Until all have accepted the step's batch, ms more than in one process: {announced}.",
         f"The same with q first, ms more than with q, k and v together: {first}.",
         f"Messages there, and a short answer back, us: {sent}.",
     )

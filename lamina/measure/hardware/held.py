@@ -31,6 +31,11 @@ class Seconds(NamedTuple):
     run: float
 
 
+def by_part(steps: Sequence[Seconds]) -> dict[str, list[float]]:
+    """The seconds of several steps, by what they were spent on."""
+    return {"announce": [step.announce for step in steps], "run": [step.run for step in steps]}
+
+
 class Held:
     """Sequences at the holders of `ports`. Each holder keeps the KV heads `heads[number]` of all of them. KV is
     `dtype`, as the queries are."""

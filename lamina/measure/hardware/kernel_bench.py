@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lamina.measure.hardware.held import Held, attention_alone
+from lamina.measure.hardware.held import Held, attention_alone, by_part
 from lamina.measure.hardware.loaded import decode_batch, load
 from lamina.measure.hardware.reading import Bandwidth, synchronise
 from lamina.system.machine import this_machine
@@ -112,13 +112,13 @@ class KernelBench:
         return taken[2:]
 
     @torch.inference_mode()
-    def layers(self, batch: int, context: int, steps: int) -> list[float]:
-        """Of one step of the model's own forward pass, attended in this process."""
+    def layers(self, batch: int, context: int, steps: int) -> dict[str, list[float]]:
+        """Of steps of the model's own forward pass, attended in this process: "announce" and "run", as in `Seconds`."""
         held, found = self._filled(batch, context), []
         for _ in range(steps + 2):
             run = self._loaded.decoder.forward(decode_batch(batch, context, self._device))
-            found.append(sum(held.step(run)))
-        return found[2:]
+            found.append(held.step(run))
+        return by_part(found[2:])
 
     def _filled(self, batch: int, context: int) -> Held:
         """Sequences at a holder in this process."""

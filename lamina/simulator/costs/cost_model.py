@@ -137,7 +137,6 @@ def dense_time(model: ModelShape, device: Device, count: int, load: Load) -> flo
     tokens, efficiency = load.tokens, device.efficiency
     if not tokens:
         return 0.0
-    moved, flops = _dense_work(model, load)
     overhead = (
         efficiency.step_overhead + model.layers * efficiency.layer_overhead + load.decode * efficiency.row_overhead
     )
@@ -145,7 +144,12 @@ def dense_time(model: ModelShape, device: Device, count: int, load: Load) -> flo
         overhead += model.all_reduces * all_reduce_time(device, count, tokens * model.hidden * model.activation)
     if device.unpack:
         overhead += model.unpacked(tokens, load.decode_tokens, FEW_TOKENS) / device.unpack / count
-    return _roofline(moved, flops, device, model, tokens) / count / at(efficiency.dense, tokens) + overhead
+    experts = 0.0
+    if (flops := model.expert_flops(tokens)) > 0:
+        moved = model.experts_read(tokens) / efficiency.experts
+        flops /= efficiency.experts_compute or efficiency.experts
+        experts = _roofline(moved, flops, device, model, tokens)
+    return (_roofline(*_matrices(model, load), device, model, tokens) + experts) / count + overhead
 
 
 def kv_projection_time(model: ModelShape, device: Device, count: int, load: Load) -> float:
@@ -156,27 +160,28 @@ def kv_projection_time(model: ModelShape, device: Device, count: int, load: Load
     """
     if not load.tokens:
         return 0.0
-    moved, flops = _dense_work(model, load)
+    moved, flops = _matrices(model, load)
     whole = _roofline(moved, flops, device, model, load.tokens)
     less = flops - model.kv_projection_flops(load.tokens)
     others = _roofline(moved - model.kv_projection_bytes, less, device, model, load.tokens)
-    return (whole - others) / count / at(device.efficiency.dense, load.tokens)
+    return (whole - others) / count
 
 
-def _dense_work(model: ModelShape, load: Load) -> tuple[float, float]:
-    """Bytes and FLOPs of the dense layers of one batch, which has tokens."""
-    moved = model.weights_read(load.tokens) + 2 * model.activation * load.tokens * model.hidden
-    return moved, model.dense_flops(load.tokens, max(1, load.decode_tokens))
+def _matrices(model: ModelShape, load: Load) -> tuple[float, float]:
+    """Bytes and FLOPs of all but attention and experts for one batch, which has tokens."""
+    moved = model.weights_read(load.tokens, experts=False) + 2 * model.activation * load.tokens * model.hidden
+    return moved, model.dense_flops(load.tokens, max(1, load.decode_tokens), experts=False)
 
 
 def _roofline(moved: float, flops: float, device: Device, model: ModelShape, tokens: float) -> float:
-    """Seconds at the best rates of one device. CPUs multiply packed weights in 8 bits, those that unpack them for many
-    tokens in 16 then; other devices multiply in 16."""
-    element = model.element
+    """Seconds of matrices on one device, by what it reaches of its rates. CPUs multiply packed weights in 8 bits, those
+    that unpack them for many tokens in 16 then; other devices multiply in 16."""
+    element, efficiency = model.element, device.efficiency
     if model.packing is not None:
         packed = device.kind == "cpu" and (not device.unpack or tokens <= FEW_TOKENS)
         element = 1.0 if packed else 2.0
-    return max(moved / device.bandwidth, flops / rate(device, element))
+    share = at(efficiency.dense, tokens)
+    return max(moved / device.bandwidth / share, flops / rate(device, element) / efficiency.of_flops(element, tokens))
 
 
 def all_reduce_time(device: Device, count: int, nbytes: float) -> float:
@@ -244,7 +249,8 @@ def prefill_state_time(model: ModelShape, device: Device, count: int, load: Load
     flops = load.prefill_tokens * model.state_prompt_flops / device.flops
     moved = 2 * load.prompts * model.state_bytes / device.bandwidth
     efficiency = device.efficiency
-    return max(flops / at(efficiency.dense, load.prefill_tokens), moved / efficiency.attention[-1][1]) / count
+    reached = efficiency.of_flops(model.activation, load.prefill_tokens)
+    return max(flops / reached, moved / efficiency.attention[-1][1]) / count
 
 
 def prefill_attention_time(model: ModelShape, device: Device, count: int, load: Load, kv_element: float = 2.0) -> float:
@@ -254,12 +260,11 @@ def prefill_attention_time(model: ModelShape, device: Device, count: int, load: 
     if not load.prefill_pairs:
         return 0.0
     keys = load.prefill_pairs / load.prefill_tokens
-    flops = load.prefill_tokens * model.prefill_flops(keys) / rate(device, model.element)
+    efficiency = device.efficiency
+    flops = load.prefill_tokens * model.prefill_flops(keys) / rate(device, model.activation)
     moved = model.kv_bytes_read(load.prefill_keys, kv_element) / device.bandwidth
-    return (
-        max(flops / at(device.efficiency.dense, load.prefill_tokens), moved / device.efficiency.attention[-1][1])
-        / count
-    )
+    reached = efficiency.of_flops(model.activation, load.prefill_tokens)
+    return max(flops / reached, moved / efficiency.attention[-1][1]) / count
 
 
 def busiest_share(model: ModelShape, count: int) -> float:
@@ -305,7 +310,7 @@ class Exchange:
     stored: float
     """Of the KV and states of prefill rows, which no token waits for."""
     waiting: float
-    """Round trips, and what each worker and row takes beside its bytes."""
+    """The batch's announcement, round trips, and what each worker and row takes beside its bytes."""
     nbytes: float
 
     @property
@@ -336,11 +341,12 @@ def exchange_time(
     stored += load.prompts * model.state_bytes
     trips = (model.attentions if rows else 0) + (model.states if load.decode else 0)
     a_layer = link.round_trip + (workers - 1) * link.worker_time + rows * workers * link.row_time
+    announced = link.announce_time + load.decode * workers * link.announce_row_time if trips else 0.0
     return Exchange(
         queries=asked / wire,
         keys=kept / wire,
         outputs=answered / wire,
         stored=stored / wire,
-        waiting=trips * a_layer,
+        waiting=announced + trips * a_layer,
         nbytes=asked + answered + kept + stored,
     )

@@ -10,7 +10,9 @@ Numbers with their sources are in `hardware.toml` beside this file; users add th
     [device.efficiency.sources]
     [[link]]                    # see `Link`
     [link.sources]
-    [typical]                   # an Efficiency for devices without measurements
+    [[engine]]                  # an Efficiency that was measured of an engine, by its name
+    [engine.sources]
+    [typical]                   # an Efficiency for devices without measurements; the packaged one is an engine's
 
 All units are SI: bytes, seconds, FLOP, watts; prices are US dollars an hour. What is wrong is an InvalidRequest that
 names the file, the entry, the value and what is allowed.
@@ -22,7 +24,7 @@ import functools
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from importlib import resources
 from itertools import pairwise
@@ -41,12 +43,20 @@ else:
 Curve = tuple[tuple[float, float], ...]
 """(x, y) by rising x; between two points y goes straight over log x, outside it stays as at the end."""
 
+TYPICAL = "vllm"
+"""The engine whose efficiency devices without measurements are given, unless a file has [typical]. This project's own
+engine is not among those that were measured on GPUs."""
 KINDS = ("gpu", "tpu", "npu", "cpu")
 _MAX_POINTS, _MAX_TEXT = 256, 2000
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+-]{0,79}")
 _SHARE = (1e-6, 1.5)  # above 1 where caches answer what was counted as memory's bytes
 _TIME = (0.0, 60.0)
 _LIMITS = {
+    "compute": (0.0, _SHARE[1]),
+    "compute_8bit": (0.0, _SHARE[1]),
+    "experts": _SHARE,
+    "experts_compute": (0.0, _SHARE[1]),
+    "first_token_overhead": _TIME,
     "flops": (1.0, 1e18),
     "flops_8bit": (0.0, 1e18),
     "memory": (1.0, 1e16),
@@ -60,6 +70,8 @@ _LIMITS = {
     "worker_time": _TIME,
     "row_time": _TIME,
     "query_first_time": _TIME,
+    "announce_time": _TIME,
+    "announce_row_time": _TIME,
     "collective": _SHARE,
     "collective_latency": _TIME,
     "layer_overhead": _TIME,
@@ -128,6 +140,16 @@ class Efficiency:
 
     dense: Curve = ((1.0, 1.0),)
     attention: Curve = ((1.0, 1.0),)
+    compute: float = 0.0
+    """Share of the FLOPs that matrices reach where FLOPs bound them; `dense` is that of the bandwidth then. 0: `dense`
+    is the share of both."""
+    compute_8bit: float = 0.0
+    """The same for weights of 8 bits. 0: as `compute`."""
+    experts: float = 1.0
+    """Share of what other matrices reach that experts do where bytes bound them: their kernels work on few tokens each,
+    and the busiest device is waited for."""
+    experts_compute: float = 0.0
+    """The same where FLOPs bound them. 0: as `experts`."""
     collective: float = 1.0
     """Share of the interconnect that an all-reduce reaches."""
     collective_latency: float = 0.0
@@ -140,12 +162,20 @@ class Efficiency:
     """Seconds a sequence and batch: what the host does for each."""
     attention_row_overhead: float = 0.0
     """Seconds a sequence and layer, of attention."""
+    first_token_overhead: float = 0.0
+    """Seconds that a request waits for its first token beside all steps: reading it, tokens, answering. No device is
+    busy then."""
     sources: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         for name in ("dense", "attention"):
             object.__setattr__(self, name, _curve(f"efficiency.{name}", getattr(self, name)))
         _check(self, "efficiency")
+
+    def of_flops(self, element: float, tokens: float) -> float:
+        """The share of a device's FLOPs that matrices with `element` bytes a weight reach."""
+        reached = self.compute_8bit if element <= 1 and self.compute_8bit else self.compute
+        return reached or at(self.dense, tokens)
 
 
 ROOFLINE = Efficiency()
@@ -203,6 +233,11 @@ class Link:
     query_first_time: float = 0.0
     """Seconds a layer that it takes besides to send q before k and v: one message more, and at the model worker the
     attention of the rows' own tokens and a merge. 0 where nobody has measured it."""
+    announce_time: float = 0.0
+    """Seconds a step until all workers have accepted its batch, beyond what that takes in one process. 0 where nobody
+    has measured it."""
+    announce_row_time: float = 0.0
+    """Seconds a sequence, step and worker of that."""
     sources: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -216,11 +251,13 @@ def connection(link: Link, *ends: Device) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Catalogue:
-    """Devices and links by name, in lower case. `typical`: an efficiency for devices without measurements."""
+    """Devices, links and engines' efficiencies by name, in lower case. `typical`: an efficiency for devices without
+    measurements."""
 
     devices: Mapping[str, Device]
     links: Mapping[str, Link]
     typical: Efficiency = ROOFLINE
+    engines: Mapping[str, Efficiency] = field(default_factory=dict)
 
     def device(self, name: str) -> Device:
         """The device of that name, in any case. Raises InvalidRequest, which lists what is known."""
@@ -233,6 +270,27 @@ class Catalogue:
         if (found := self.links.get(str(name).lower())) is None:
             raise InvalidRequest(f"unknown link {name!r:.80}; known are {', '.join(self.links) or 'none'}")
         return found
+
+    def efficiency(self, name: str) -> Efficiency:
+        """The efficiency of that name: an engine's, `typical`, or `roofline`. Raises InvalidRequest, which lists
+        them."""
+        known = {"roofline": ROOFLINE, "typical": self.typical, **self.engines}
+        if (found := known.get(str(name).lower())) is None:
+            raise InvalidRequest(f"efficiency is {name!r:.80}; allowed are {', '.join(known)}")
+        return found
+
+    def said_of(self, name: str) -> str:
+        """What devices without measurements reach by the efficiency of that name, in words. Raises InvalidRequest."""
+        found = self.efficiency(name)
+        if found == ROOFLINE:
+            return "devices without measurements reach their best, all the time: an upper bound"
+        for engine, known in self.engines.items():
+            if found == known:
+                return (
+                    f"devices without measurements reach what {engine} reached of H100 and H200 (hardware.toml has the "
+                    "numbers); this project's own engine was not measured on GPUs"
+                )
+        return "devices without measurements reach what [typical] of the hardware file says"
 
 
 NOTHING = Catalogue({}, {})
@@ -253,11 +311,11 @@ def loads(text: str) -> Catalogue:
 
 
 def extended(catalogue: Catalogue, data: Mapping[str, Any]) -> Catalogue:
-    """The catalogue with the tables `device`, `link` and `typical` of a TOML file, which are added or replace those of
-    the same name. Raises InvalidRequest."""
-    known_keys(data, ("device", "link", "typical"), "the file")
+    """The catalogue with the tables `device`, `link`, `engine` and `typical` of a TOML file, which are added or replace
+    those of the same name. Raises InvalidRequest."""
+    known_keys(data, ("device", "link", "engine", "typical"), "the file")
     if not data:
-        raise InvalidRequest("it is empty; allowed are [[device]], [[link]] and [typical]")
+        raise InvalidRequest("it is empty; allowed are [[device]], [[link]], [[engine]] and [typical]")
     devices: dict[str, Device] = {}
     for table in tables_of(data, "device"):
         where = _entry("device", table, devices)
@@ -269,8 +327,16 @@ def extended(catalogue: Catalogue, data: Mapping[str, Any]) -> Catalogue:
     for table in tables_of(data, "link"):
         given = _arguments(Link, table, _entry("link", table, links))
         links[given["name"].lower()] = Link(**given)
-    typical = _read_efficiency(data["typical"], "typical") if "typical" in data else catalogue.typical
-    return Catalogue({**catalogue.devices, **devices}, {**catalogue.links, **links}, typical)
+    engines: dict[str, Efficiency] = {}
+    for table in tables_of(data, "engine"):
+        where = _entry("engine", table, (*engines, "roofline", "typical"))
+        engines[table["name"].lower()] = _read_efficiency({k: v for k, v in table.items() if k != "name"}, where)
+    typical = catalogue.typical
+    if "typical" in data:
+        typical = _read_efficiency(data["typical"], "typical")
+    return Catalogue(
+        {**catalogue.devices, **devices}, {**catalogue.links, **links}, typical, {**catalogue.engines, **engines}
+    )
 
 
 def with_efficiency(catalogue: Catalogue, efficiency: Efficiency | None = None) -> Catalogue:
@@ -279,7 +345,12 @@ def with_efficiency(catalogue: Catalogue, efficiency: Efficiency | None = None) 
     return replace(catalogue, devices={name: each.measured_or(used) for name, each in catalogue.devices.items()})
 
 
-def dumps(devices: Iterable[Device], links: Iterable[Link] = (), typical: Efficiency | None = None) -> str:
+def dumps(
+    devices: Iterable[Device],
+    links: Iterable[Link] = (),
+    typical: Efficiency | None = None,
+    engines: Mapping[str, Efficiency] | None = None,
+) -> str:
     """TOML that `load` and `loads` read back as the same; what has its default is left out."""
     parts = []
     for device in devices:
@@ -289,6 +360,8 @@ def dumps(devices: Iterable[Device], links: Iterable[Link] = (), typical: Effici
         parts.append("")
     for link in links:
         parts += ["[[link]]", *_lines(link), *_sources("link", link.sources), ""]
+    for name, engine in (engines or {}).items():
+        parts += ["[[engine]]", f"name = {toml_value(name)}", *_lines(engine), *_sources("engine", engine.sources), ""]
     if typical is not None:
         parts += _efficiency("typical", typical)
     return "\n".join(parts).rstrip("\n") + "\n"
@@ -296,10 +369,11 @@ def dumps(devices: Iterable[Device], links: Iterable[Link] = (), typical: Effici
 
 @functools.cache
 def _packaged() -> Catalogue:
-    return loads(resources.files("lamina.simulator.costs").joinpath("hardware.toml").read_text(encoding="utf-8"))
+    ours = loads(resources.files("lamina.simulator.costs").joinpath("hardware.toml").read_text(encoding="utf-8"))
+    return replace(ours, typical=ours.engines[TYPICAL])
 
 
-def _entry(kind: str, table: Mapping[str, Any], known: Mapping[str, Any]) -> str:
+def _entry(kind: str, table: Mapping[str, Any], known: Container[str]) -> str:
     """What to call that table in errors, its name checked."""
     if _named(kind, table.get("name")).lower() in known:
         raise InvalidRequest(f"{kind} {table['name']!r} is there twice; allowed is once in a file")

@@ -30,8 +30,6 @@ from lamina.simulator.costs.tables import number_within, whole
 
 MOST = 1 << 24
 """Bounds of devices of a kind, of lanes, and of tokens of a batch."""
-MOST_LANES = 8
-"""Batches under way at a time that an engine has with one model worker (`MAX_LANES` of `lamina/config.py`)."""
 _SHARES = 20
 """Steps in which `best_local_share` goes."""
 PAGE_SIZE = 16
@@ -47,11 +45,13 @@ class Lane:
     """Of attention on the model devices."""
     attention: float
     exchange: Exchange
-    hidden: float
-    """The seconds of attention that are hidden where q goes first: attention begins when q arrives. Those of states are
-    not, which need k and v first of all."""
-    hop: float = 0.0
+    hop: float
     """Of its way from one replica of the weights to the next, in each layer."""
+    past: float
+    """Of attention elsewhere without states."""
+    hidden: float = 0.0
+    """The seconds of `past` that are hidden where q goes first: attention begins when q arrives. Those of states are
+    not, which need k and v first of all."""
 
     @property
     def alone(self) -> float:
@@ -126,19 +126,6 @@ class Offloaded:
         return self.label or f"{dop} {self.model_device.name} + {self.attention_device.name}{more}"
 
     @property
-    def obstacle(self) -> str:
-        """Why no engine here runs it, in words; "" where one does (`lamina/config.py`, `lamina/launch/builder.py`)."""
-        tensor, replicas = self.model_count > 1, self.model_replicas
-        if tensor and replicas > 1:
-            return f"each of {replicas} replicas of the weights has one device in the engine, not {self.model_count}"
-        if tensor and self.lanes > 1:
-            return f"tensor-parallel model workers have one batch under way in the engine, not {self.lanes}"
-        if tensor and self.local_share:
-            return "tensor-parallel model workers keep no KV in the engine while there are attention workers"
-        most = replicas + 1 if replicas > 1 else MOST_LANES
-        return f"the engine has up to {most} batches under way, not {self.lanes}" if self.lanes > most else ""
-
-    @property
     def max_batch_tokens(self) -> int:
         return self.batch_tokens
 
@@ -207,8 +194,7 @@ class Offloaded:
     def lane(self, load: Load, query_first: bool = False, share: float | None = None) -> Lane:
         """One batch, with the tiers to itself; `query_first`: q is sent before k and v. `share`: of its KV, what the
         model devices keep (None: as `local_part` says)."""
-        model, device, count = self.model, self.model_device, self.model_count
-        share = self.local_part(load) if share is None else share
+        model, share = self.model, self.local_part(load) if share is None else share
         dense, local = self._dense(load), self._attending(load.part(share)) if share else 0.0
         away = load.part(1 - share) if share else load
         by_heads = self.shard == "heads"
@@ -217,12 +203,14 @@ class Offloaded:
         attention = attention_time(model, self.attention_device, away, self.policy, self.kv_element, busiest=busiest)
         states = state_share(model, self.attention_count, away.decode)
         mixing = attention + state_time(model, self.attention_device, away, states)
-        exchange, hop = self._exchange(away), self._hop(load)
-        if not query_first:
-            return Lane(dense, local, mixing, exchange, 0.0, hop)
-        late = kv_projection_time(model, device, count, load) + exchange.keys
-        more = model.attentions * self.link.query_first_time
-        return Lane(dense + more, local, mixing, exchange, min(attention, late), hop)
+        lane = Lane(dense, local, mixing, self._exchange(away), self._hop(load), attention)
+        return self._with_query_first(lane, load) if query_first else lane
+
+    def _with_query_first(self, lane: Lane, load: Load) -> Lane:
+        """The lane where q is sent before k and v."""
+        late = kv_projection_time(self.model, self.model_device, self.model_count, load) + lane.exchange.keys
+        more = self.model.attentions * self.link.query_first_time
+        return replace(lane, dense=lane.dense + more, hidden=min(lane.past, late))
 
     def _dense(self, load: Load) -> float:
         """Seconds of all that the model devices do beside attention in decode."""
@@ -242,7 +230,8 @@ class Offloaded:
 
     def query_first(self, load: Load) -> bool:
         """Whether the engine sends q before k and v, in decode of all these sequences."""
-        return self.overlap and self._ordered(load, True).seconds < self._ordered(load).seconds
+        together, first = self._orders(load)
+        return first is not None and first.seconds < together.seconds
 
     def drafted(self, load: Load) -> Load:
         """A batch of decode alone, with the drafts that pay."""
@@ -256,23 +245,29 @@ class Offloaded:
 
     def _step(self, load: Load) -> StepCost:
         """In the better order of messages."""
-        together = self._ordered(load)
-        if not self.overlap:
-            return together
-        return min(together, self._ordered(load, True), key=lambda cost: cost.seconds)
+        together, first = self._orders(load)
+        return together if first is None or first.seconds >= together.seconds else first
 
-    def _ordered(self, load: Load, query_first: bool = False) -> StepCost:
+    def _orders(self, load: Load) -> tuple[StepCost, StepCost | None]:
+        """With q, k and v together; and with q first, where that is tried."""
         lanes, replicas = int(min(self.lanes, max(1, load.decode))), self.model_replicas
         share, part = self.local_part(load), load.divided(lanes)
-        lane = self.lane(part, query_first, share)
+        lane = self.lane(part, share=share)
         # The largest lane sets the pace; all of them together have no more sequences than there are.
-        whole = self._exchange(load.part(1 - share) if share else load, replicas)
+        whole = lane.exchange
+        if part != load or replicas > 1:
+            whole = self._exchange(load.part(1 - share) if share else load, replicas)
         full = load.decode / -(-load.decode // lanes) if load.decode else lanes
-        model, attention = lanes * (lane.dense + lane.local), full * lane.attention
-        seconds = max(lane.alone, model / min(lanes, replicas), attention, whole.busy)
+        least = 0.0
         if replicas > 1 and load.prefill_tokens:  # one batch has the prompts, and stays on one replica
-            seconds = max(seconds, self._dense(replace(load, decode=part.decode)))
-        return StepCost(seconds, model / replicas, attention, whole.busy, whole.nbytes)
+            least = self._dense(replace(load, decode=part.decode))
+
+        def cost(lane: Lane) -> StepCost:
+            model, attention = lanes * (lane.dense + lane.local), full * lane.attention
+            seconds = max(lane.alone, model / min(lanes, replicas), attention, whole.busy, least)
+            return StepCost(seconds, model / replicas, attention, whole.busy, whole.nbytes)
+
+        return cost(lane), cost(self._with_query_first(lane, part)) if self.overlap else None
 
     def _exchange(self, load: Load, replicas: int = 1) -> Exchange:
         ranges = min(self.attention_count, max(1, int(load.context) // PAGE_SIZE))

@@ -98,8 +98,8 @@ class LayerGroup:
 @dataclass(frozen=True, slots=True)
 class ModelShape:
     """A model as the cost model sees it. `embedding`: parameters of the input table, which are stored and not
-    multiplied; `head`: those of the output layer (the same table where `tied`). `element`: bytes of a weight.
-    `vectors`: the last norm."""
+    multiplied; `head`: those of the output layer (the same table where `tied`). `element`: bytes of a weight; of 1, the
+    input table and the head keep 2, and so do activations and KV. `vectors`: the last norm."""
 
     name: str
     hidden: int
@@ -142,20 +142,24 @@ class ModelShape:
     @property
     def weight_bytes(self) -> float:
         """What the weights take in memory."""
-        if self.packing is None:
+        if self.packing is None and self.element >= 2:
             return self.parameters * self._float
         tables = self.embedding + (0 if self.tied else self.head)
         layers = self.packable - tables
         return tables * self._table + layers * self._stored + (self.parameters - self.packable) * self._float
 
-    def weights_read(self, tokens: float) -> float:
+    def weights_read(self, tokens: float, experts: bool = True) -> float:
         """Bytes of weights that a batch of `tokens` tokens reads: all but the input table, and of the experts as many
-        as the batch is expected to use."""
+        as the batch is expected to use (`experts` False: none)."""
         if tokens <= 0:
             return 0.0
         vectors = self.vectors + sum(group.layers * group.vectors for group in self.groups)
-        layers = self.matrices + self.expert_parameters(tokens)
-        return self.head * self._table + layers * self._stored + vectors * self._float
+        layers = self.matrices * self._stored + (self.experts_read(tokens) if experts else 0.0)
+        return self.head * self._table + layers + vectors * self._float
+
+    def experts_read(self, tokens: float) -> float:
+        """The part of `weights_read` that experts are."""
+        return self.expert_parameters(tokens) * self._stored
 
     @property
     def packable(self) -> int:
@@ -182,10 +186,15 @@ class ModelShape:
                 found += group.layers * group.experts_read(tokens) * group.expert
         return found
 
-    def dense_flops(self, tokens: float, sampled: float | None = None) -> float:
-        """FLOPs of all but attention for a batch of `tokens` tokens, of which `sampled` (None: all) need logits."""
-        layers = sum(group.layers * group.multiplied for group in self.groups)
-        return 2.0 * (layers * tokens + self.head * (tokens if sampled is None else sampled))
+    def dense_flops(self, tokens: float, sampled: float | None = None, experts: bool = True) -> float:
+        """FLOPs of all but attention for a batch of `tokens` tokens, of which `sampled` (None: all) need logits;
+        `experts` False: and of all but experts."""
+        dense = 2.0 * (self.matrices * tokens + self.head * (tokens if sampled is None else sampled))
+        return dense + (self.expert_flops(tokens) if experts else 0.0)
+
+    def expert_flops(self, tokens: float) -> float:
+        """The part of `dense_flops` that experts are."""
+        return 2.0 * tokens * sum(group.layers * group.top_k * group.expert for group in self.groups)
 
     def attention_work(self, context: float, element: float = 2.0) -> tuple[tuple[float, float], tuple[float, float]]:
         """Bytes of KV and FLOPs of one token that has `context` tokens before it and with it, over all layers: of the
@@ -296,8 +305,10 @@ class ModelShape:
 
     @property
     def _table(self) -> float:
-        """Bytes of a weight of the input table and the head in memory."""
-        return self._stored if self.packing is None else self.packing.table or self.packing.nbytes
+        """Bytes of a weight of the input table and the head in memory: where matrices have 8 bits, these keep 16."""
+        if self.packing is None:
+            return self._float if self.element >= 2 else self.activation
+        return self.packing.table or self.packing.nbytes
 
     @property
     def _stored(self) -> float:

@@ -18,7 +18,7 @@ from lamina.errors import InvalidRequest
 MAX_SLICES = 200_000
 """Layers times lanes times steps: a bound on the memory of a timeline, at up to five events each."""
 LINK_OUT, ATTENTION, LINK_BACK = "link out", "attention", "link back"
-_SLICE, _SEND, _SEND_KV, _ATTEND, _RETURN = range(5)
+_SLICE, _SEND, _SEND_KV, _ATTEND, _RETURN, _LOCAL = range(6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,8 @@ class LayerTimes:
     """Seconds of one layer of one lane. Raises InvalidRequest for a time that is negative or not finite.
 
     `send_q`, `send_kv` and `receive` occupy the link; `latency`, one way, occupies nothing. `kv_seconds` are the part
-    of `model_seconds` that projects k and v, last of all.
+    of `model_seconds` that projects k and v, last of all; `local_seconds` come after them on the same device, which
+    attends to what is kept beside the weights.
     """
 
     model_seconds: float
@@ -54,6 +55,7 @@ class LayerTimes:
     receive: float
     kv_seconds: float = 0.0
     latency: float = 0.0
+    local_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -93,7 +95,7 @@ def step_timeline(
     while waiting:
         ready, lane, index, part = heapq.heappop(waiting)
         resource, name, seconds = parts[part]
-        if part == _SLICE:
+        if part in (_SLICE, _LOCAL):
             resource = f"model {(lane + index) % replicas}"
         start = max(ready, free.get(resource, 0.0))
         end = free[resource] = start + seconds
@@ -115,6 +117,8 @@ def step_timeline(
                 follows = [(max(done, arrived.pop((lane, index))), _RETURN)]
             else:
                 arrived[lane, index] = done
+        if part == _SLICE and times.local_seconds:
+            follows.append((end, _LOCAL))  # the lane's next slice is ready later, and waits for the device
         for when, following in follows:
             heapq.heappush(waiting, (when, lane, index, following))
     return tuple(sorted(events, key=lambda event: (event.start, event.lane, event.step, event.layer)))
@@ -136,6 +140,7 @@ def _parts(times: LayerTimes, overlap: bool) -> dict[int, tuple[str, str, float]
     sending = ("send q", times.send_q) if overlap else ("send q, k, v", times.send_q + times.send_kv)
     return {
         _SLICE: ("model", "slice", times.model_seconds),
+        _LOCAL: ("model", "attention here", times.local_seconds),
         _SEND: (LINK_OUT, *sending),
         _SEND_KV: (LINK_OUT, "send k, v", times.send_kv),
         _ATTEND: (ATTENTION, "attention", times.attention_seconds),

@@ -15,6 +15,7 @@ from lamina.simulator.costs.models import ModelShape
 from lamina.simulator.costs.offloaded import best_local_share
 from lamina.simulator.costs.speculation import Speculation
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System, price
+from lamina.simulator.planning.deployment import undeployable
 from lamina.simulator.planning.inventory import Inventory
 
 DEGREES = (1, 2, 4, 8)
@@ -63,7 +64,7 @@ def candidates(
         if speculation is not None:
             system = speculating(system, speculation)
         count = _replicas(system, inventory)
-        if count < 1 or not _fits(system):
+        if count < 1 or (inventory.only_deployable and undeployable(system)) or not _fits(system):
             continue
         cost = price(system)
         if cheapest is None or cost < price(cheapest):

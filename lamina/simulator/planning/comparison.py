@@ -93,16 +93,9 @@ def compare(
     return results
 
 
-def assumed(catalogue: Catalogue, roofline: bool, prefill: bool, trace: Trace, choice: Choice) -> dict[str, str]:
-    """What a comparison takes for granted, in words."""
-    said = {}
-    if roofline:
-        said["efficiency"] = "the bare roofline: every device reaches its best, and nothing comes on top"
-    else:
-        said["efficiency"] = (
-            "; ".join(f"{name}: {source}" for name, source in catalogue.typical.sources.items())
-            or "as the hardware file says"
-        )
+def assumed(reached: str, prefill: bool, trace: Trace, choice: Choice) -> dict[str, str]:
+    """What a comparison takes for granted, in words; `reached`: of devices without measurements."""
+    said = {"efficiency": reached}
     said["memory"] = "90 % of each device's memory is for weights and KV, as vLLM's default"
     if not prefill:
         said["prefill"] = (
@@ -133,7 +126,7 @@ def step_trace(system: Offloaded, batch: float, context: float) -> str:
     load = system.drafted(Load(max(1, round(batch)), context))
     rows = load.divided(min(system.lanes, int(load.decode)))
     first = system.query_first(load)
-    lane = system.lane(rows, first)
+    lane = system.lane(rows, first, system.local_part(load))
     kv_seconds = kv_projection_time(system.model, system.model_device, system.model_count, rows)
     times = LayerTimes(
         lane.dense / layers,
@@ -143,6 +136,7 @@ def step_trace(system: Offloaded, batch: float, context: float) -> str:
         lane.exchange.outputs / layers,
         kv_seconds=min(lane.dense, kv_seconds) / layers,
         latency=lane.exchange.waiting / layers / 2,
+        local_seconds=lane.local / layers,
     )
     events = step_timeline(times, layers, system.lanes, first, system.model_replicas)
     return chrome_trace(events, system.lanes)

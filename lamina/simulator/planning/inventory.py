@@ -56,6 +56,8 @@ class Inventory:
     policies: tuple[KvPolicy, ...] = (FULL,)
     sources: Mapping[str, str] = field(default_factory=dict, hash=False)
     """By policy, where its shares are from."""
+    only_deployable: bool = False
+    """Whether candidates that no engine here is are left out."""
 
     def __post_init__(self) -> None:
         for name, given in (("have", self.have), ("policy", self.policies), ("systems", self.systems)):
@@ -90,13 +92,13 @@ def default(catalogue: Catalogue) -> Inventory:
 
 
 def deployable(inventory: Inventory) -> Inventory:
-    """The inventory without systems that no engine here is. Raises InvalidRequest where that leaves none."""
+    """The inventory for systems that an engine here is. Raises InvalidRequest where that leaves none."""
     systems = tuple(system for system in inventory.systems if system not in UNDEPLOYABLE)
     if not systems:
         raise InvalidRequest(
             f"systems are {', '.join(inventory.systems)}, which no engine here deploys; --any plans with them"
         )
-    return replace(inventory, systems=systems)
+    return replace(inventory, systems=systems, only_deployable=True)
 
 
 def with_efficiency(inventory: Inventory, efficiency: Efficiency) -> Inventory:

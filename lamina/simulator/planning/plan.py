@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from lamina.simulator.costs.shapes import ModelShape
 from lamina.simulator.costs.speculation import Speculation
+from lamina.simulator.costs.systems import price
+from lamina.simulator.costs.uncertainty import Interval, spread
 from lamina.simulator.event_loop.simulate import Progress, Slo
 from lamina.simulator.planning import reasons
-from lamina.simulator.planning.candidates import candidates
+from lamina.simulator.planning.candidates import Candidate, candidates
+from lamina.simulator.planning.deployment import engine_keywords
+from lamina.simulator.planning.event_runs import EventRuns
+from lamina.simulator.planning.intervals import intervals
 from lamina.simulator.planning.inventory import Inventory
-from lamina.simulator.planning.plan_file import Plan, Prediction, TraceSummary, engine_keywords
-from lamina.simulator.planning.planner import TOP, Ranked, limited, mixes, rank, rivals, search
-from lamina.simulator.planning.reasons import Sensitivity
+from lamina.simulator.planning.kinds import best_of_kinds, split_pays
+from lamina.simulator.planning.plan_file import Plan, Prediction, TraceSummary
+from lamina.simulator.planning.planner import TOP, Ranked, limited, mixes, rank, search, top
+from lamina.simulator.planning.prices import Prices, Unseen, at_price, without_prices
+from lamina.simulator.planning.quantities import assumed, changed_devices, market
+from lamina.simulator.planning.sensitivity import Changes, Flip, Sensitivity, flips, sensitivity
+from lamina.simulator.planning.ties import near_ties
 from lamina.simulator.reports.data import Point
+from lamina.simulator.steady_state.closed_form import estimate
 from lamina.simulator.traces.arrivals import Trace
 from lamina.simulator.traces.demand import Demand, demand
+
+_UNSEEN = 200
+"""Candidates beyond the budget that are looked at, the cheapest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +51,12 @@ class PlanRequest:
     prefill: bool = True
     speculation: Speculation | None = None
 
+    @property
+    def demand(self) -> Demand:
+        """What is to be served."""
+        whole = demand(self.trace)
+        return whole if self.rate is None else whole.at_rate(self.rate)
+
 
 @dataclass(frozen=True, slots=True)
 class Planned:
@@ -44,9 +64,17 @@ class Planned:
 
     demand: Demand
     ranked: tuple[Ranked, ...]
+    ties: tuple[Ranked, ...]
+    """Near ties with the winner: those that lose nothing before lossy ones, each the cheapest first."""
+    intervals: Mapping[str, Interval]
+    """The winner's numbers, each with its 90 % interval: see `intervals.intervals` for their names."""
     why: tuple[str, ...]
     sensitivity: tuple[Sensitivity, ...]
+    assumptions: tuple[Flip, ...]
+    """That would flip the answer, those that may well be otherwise first."""
     plan: Plan
+    best_of: Mapping[str, Ranked] = field(default_factory=dict)
+    """By kind of system (`kinds.KINDS`), the best of it; empty where that was not asked for."""
 
     @property
     def winner(self) -> Ranked:
@@ -71,27 +99,88 @@ class Planned:
         ]
 
 
-def make_plan(asked: PlanRequest, *, check: int = TOP, seed: int = 0, progress: Progress | None = None) -> Planned:
-    """Rank all candidates, have the event loop check the best `check` of them, and explain the first.
+def make_plan(
+    asked: PlanRequest,
+    *,
+    check: int = TOP,
+    seed: int = 0,
+    compare: Inventory | None = None,
+    progress: Progress | None = None,
+) -> Planned:
+    """Find the best candidate, and explain it. `check`: how many of the best the event loop runs; 0: formulas are
+    believed. With `compare`, devices with systems that need not be deployable, the best of each kind of system is found
+    as well.
 
     Raises InvalidRequest where nothing fits, or nothing meets the SLO.
     """
-    slo, prefill, wanted = asked.slo, asked.prefill, demand(asked.trace)
-    if asked.rate is not None:
-        wanted = wanted.at_rate(asked.rate)
-    every = candidates(
-        asked.model, asked.inventory, asked.budget, prefill, max(1, round(wanted.context)), asked.speculation
-    )
-    ranked = rank(every, wanted, slo, prefill=prefill, progress=progress)
-    if check:
-        ranked = search(ranked, asked.trace, slo, count=check, prefill=prefill, seed=seed, progress=progress)
+    slo, prefill, wanted = asked.slo, asked.prefill, asked.demand
+    loop = EventRuns(asked.trace, slo, prefill, seed) if check else None
+    prices = find(asked, check=check, loop=loop, progress=progress)
+    best, said = {}, list[str]()
+    if compare is not None:
+        everything = rank(_candidates(asked, compare), wanted, slo, prefill=prefill, progress=progress)
+        best = best_of_kinds(everything, lambda some: loop.verified(top(some, check)) if loop else [])
+        said.append(split_pays(best))
+    changes = Changes(prices.ranked, wanted, slo, prefill, loop.elsewhere if loop else None)
+    systems = [each.candidate.system for each in changes.field]
+    found = sensitivity(prices, changes, market(systems, wanted, slo))
+    would_flip = flips(changes, assumed(systems, lambda system: spread(system).tpot))
+    ranked = prices.ranked
+    sure = intervals(ranked[0], wanted, slo, prefill, loop.repeated(ranked[0]) if loop else None)
+    ties = near_ties(ranked)
     return Planned(
         demand=wanted,
         ranked=tuple(ranked),
-        why=tuple(reasons.why(ranked, wanted, slo, prefill)),
-        sensitivity=tuple(reasons.sensitivity(ranked[0], rivals(ranked), wanted, slo, prefill)),
+        ties=ties,
+        intervals=sure,
+        why=tuple(said + reasons.why(ranked, wanted, slo, prefill, sure, ties)),
+        sensitivity=tuple(found),
+        assumptions=tuple(would_flip),
         plan=_plan(asked.name, ranked[0], wanted, slo),
+        best_of=best,
     )
+
+
+def find(
+    asked: PlanRequest, *, check: int = TOP, loop: EventRuns | None = None, progress: Progress | None = None
+) -> Prices:
+    """All candidates, the best first, as they stand at these prices and at others. With `loop` it checks the best
+    `check`, and whatever else would be first by formula."""
+    wanted, slo, prefill = asked.demand, asked.slo, asked.prefill
+    ranked = rank(_candidates(asked, asked.inventory), wanted, slo, prefill=prefill, progress=progress)
+    if loop is not None:
+        ranked = search(ranked, asked.trace, slo, count=check, prefill=prefill, seed=loop.seed, progress=progress)
+    prices = Prices(ranked, asked.budget, loop, _unseen(asked))
+    prices.settle()
+    return prices
+
+
+def _candidates(asked: PlanRequest, inventory: Inventory) -> tuple[Candidate, ...]:
+    tokens = max(1, round(asked.demand.context))
+    return candidates(asked.model, inventory, asked.budget, asked.prefill, tokens, asked.speculation)
+
+
+def _unseen(asked: PlanRequest) -> Unseen:
+    """Candidates, by formula, that the budget leaves out until a device's price is so many times what it is, and that
+    then cost less than `most` dollars an hour."""
+    inventory, now = asked.inventory, {have.device.name: have.device for have in asked.inventory.have}
+
+    def unseen(name: str, factor: float, most: float) -> list[Ranked]:
+        known = {without_prices(each.system) for each in _candidates(asked, inventory)}
+        have = tuple(replace(each, device=at_price(each.device, name, factor)) for each in inventory.have)
+        new = [
+            each
+            for each in _candidates(asked, replace(inventory, have=have))
+            if without_prices(each.system) not in known and price(each.system) < most
+        ]
+        found = []
+        for each in sorted(new, key=lambda each: price(each.system))[:_UNSEEN]:
+            system = changed_devices(each.system, lambda device: now[device.name])
+            yields = estimate(system, each.replicas, asked.demand, asked.slo, asked.prefill, parts=False)
+            found.append(Ranked(Candidate(system, each.replicas), yields))
+        return found
+
+    return unseen
 
 
 def _plan(name: str, winner: Ranked, asked: Demand, slo: Slo) -> Plan:

@@ -23,15 +23,14 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs import hardware
 from lamina.simulator.costs.hardware import Catalogue, Device, Link
-from lamina.simulator.costs.packing import QUANTIZED
 from lamina.simulator.costs.shapes import ModelShape
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System
 from lamina.simulator.costs.tables import known_keys, number_within, read_tables, text, whole
 from lamina.simulator.event_loop.simulate import Slo
+from lamina.simulator.planning.deployment import check_engine, undeployable
 from lamina.system.text_files import toml_value, write_text
 
 VERSION = 1
@@ -40,13 +39,7 @@ KINDS: Mapping[str, type[System]] = {
     "disaggregated": Disaggregated,
     "offloaded": Offloaded,
 }
-ENGINE_KEYS = (
-    "dtype", "kv_memory", "kv_dtype", "page_size", "max_model_len", "max_batch_tokens", "threads", "prefix_cache",
-    "policy", "attention_workers", "shard", "cluster", "lanes", "local_share", "model_workers", "model_parallel",
-    "sequence_tokens", "weights", "quantize", "speculate", "num_speculative_tokens",
-)  # fmt: skip
-"""Keywords that a plan may set. Credentials and channels belong to the deployment."""
-_MAX_ITEMS, _MAX_NUMBER = 1024, 1e18
+_MAX_ITEMS, _MAX_NUMBER, _MAX_LAYERS = 1024, 1e18, 1 << 16
 _T = TypeVar("_T")
 _TABLES = ("predicted", "trace", "slo", "engine", "system", "shape", "device", "link")
 _KEYS = ("version", "model", "replicas", *_TABLES)
@@ -104,65 +97,20 @@ class Plan:
 
     def keywords(self, **overrides: Any) -> dict[str, Any]:
         """Keywords for `LLM`: the plan's, with others over them. Raises InvalidRequest where no engine can do it."""
-        if isinstance(self.system, Disaggregated):
-            raise InvalidRequest(
-                f"the plan is for {self.system.name}; the engine computes prompts and decodes in one place, so allowed "
-                "are plans of kind colocated and offloaded"
-            )
+        if why := undeployable(self.system):
+            raise InvalidRequest(f"the plan is for {self.system.name}, and no engine here is that: {why}")
         return {**self.engine, **overrides}
 
     def remarks(self) -> list[str]:
         """Where the engine differs from what was planned, in words."""
-        said = [f"the plan has {self.replicas} replicas; this deploys one of them"] if self.replicas > 1 else []
-        dense = self.system.devices[0][0]
+        said, dense = [], self.system.devices[0][0]
+        if self.replicas > 1:
+            said.append(f"the plan has {self.replicas} replicas; this is one of them")
         if self.system.model.packing is not None and dense.kind != "cpu":
             said.append(f"weights stay packed on CPUs alone, so an engine on {dense.name} computes with 16 bits")
+        if self.system.model.packing is None and self.system.model.element < 2:
+            said.append("weights of 8 bits are read from no checkpoint here, so an engine needs one with 16 bits")
         return said
-
-
-def engine_keywords(system: System, longest: int) -> dict[str, Any]:
-    """The keywords of `EngineConfig` that deploy one instance of a system. `longest`: tokens of the longest request."""
-    if not isinstance(system, (Colocated, Offloaded)):
-        return {}
-    capacity, model = system.capacity, system.model
-    shares = capacity.tokens * system.policy.held * model.kv_bytes_per_token(system.kv_element)
-    shares += capacity.sequences * model.state_bytes_held
-    found: dict[str, Any] = {"max_batch_tokens": min(system.max_batch_tokens, max(1024, longest), 1 << 20)}
-    holders = 1
-    if isinstance(system, Offloaded):
-        holders = system.workers or system.attention_count
-        found |= {"attention_workers": holders, "shard": system.shard, "local_share": 0.0}
-        if system.devices[0][1] == 1:  # ranks have one batch under way
-            found["lanes"] = system.lanes
-        if all(device.network > 0 for device, _ in system.devices):  # one without a network is where the other is
-            found["cluster"] = "auto"
-    if (ranks := system.devices[0][1]) > 1:
-        found |= {"model_workers": ranks, "model_parallel": "tensor"}
-    found["kv_memory"] = int(shares / holders)
-    if model.states and model.attentions:
-        found["sequence_tokens"] = system.sequence_tokens
-    if system.policy.name != "full":
-        found["policy"] = system.policy.name
-    if model.packing is not None and system.devices[0][0].kind == "cpu":
-        name = model.packing.name
-        found |= {"quantize": name} if name in QUANTIZED else {"weights": "packed"}
-    if (drafts := system.speculation) is not None:
-        found |= {"speculate": drafts.name, "num_speculative_tokens": drafts.tokens}
-    return found
-
-
-def check_engine(engine: Mapping[str, Any]) -> None:
-    """Raise InvalidRequest unless these are keywords that a plan may set, with values that an engine takes."""
-    known_keys(engine, ENGINE_KEYS, "engine")
-    workers = engine.get("attention_workers", 0)
-    if type(workers) is not int:
-        raise InvalidRequest(f"engine.attention_workers is {workers!r:.80}; allowed is a whole number")
-    if engine.get("cluster") not in (None, "auto"):  # a file may not send its reader's requests anywhere
-        raise InvalidRequest(f'engine.cluster is {engine["cluster"]!r:.80}; allowed is "auto", or none')
-    try:
-        EngineConfig(**engine)
-    except InvalidRequest as error:
-        raise InvalidRequest(f"engine: {error}") from error
 
 
 def read(path: str | Path) -> Plan:
@@ -203,6 +151,7 @@ def _from_toml(data: Mapping[str, Any]) -> Plan:
     parts = {kind: data[kind] for kind in ("device", "link") if kind in data}
     catalogue = hardware.extended(hardware.NOTHING, parts)
     shape = _from_table(ModelShape, data["shape"], "shape", catalogue)
+    whole("shape.layers", shape.layers, 1, _MAX_LAYERS)
     table = data["system"]
     if not isinstance(table, Mapping) or not isinstance(kind := table.get("kind"), str) or kind not in KINDS:
         raise InvalidRequest(f"system is {table!r:.80}; allowed is a table whose kind is {', '.join(KINDS)}")

@@ -1,27 +1,28 @@
-"""Why one candidate wins and what would have to change: asked of the closed form, by changing one thing at a time."""
+"""Why one candidate wins, in sentences: what it does and how sure that is, what limits it, what comes close, and how it
+compares with the best of the other kind."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-from lamina.simulator.costs.hardware import Device, Link
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System
+from lamina.simulator.costs.uncertainty import Interval
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.planning.offloading import compute_bound_devices, step_compared
 from lamina.simulator.planning.planner import Ranked, best
+from lamina.simulator.planning.quantities import links, scaled
+from lamina.simulator.planning.ties import RATIO_ERROR, advantage, lossless
 from lamina.simulator.steady_state.closed_form import ATTAINMENT, estimate
 from lamina.simulator.steady_state.misfits import slow_link
 from lamina.simulator.traces.demand import Demand
 
-FARTHEST = 10.0
-"""By what factor things are changed at most."""
 _MATTERS = 1.03
 """A gain that is worth a word, of twice as much of something."""
-_STEPS, _HALVINGS = 12, 8
 _EVERYTHING = math.inf
+_NAMED = 3
+"""Ties that are named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,43 +33,23 @@ class Limit:
     gain: float
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
-    """At `factor` times what it is, `winner` takes the first place."""
-
-    factor: float
-    winner: str
-
-
-@dataclass(frozen=True, slots=True)
-class Sensitivity:
-    """How far something has to rise or fall until another candidate wins; None where `FARTHEST` isn't enough."""
-
-    what: str
-    now: float
-    unit: str
-    rise: Change | None
-    fall: Change | None
-
-    def __str__(self) -> str:
-        changes = [
-            f"at {change.factor:.2f}x and {word} ({_plain(self.now * change.factor)} {self.unit}) "
-            f"{change.winner} is better"
-            for word, change in (("more", self.rise), ("less", self.fall))
-            if change is not None
-        ]
-        said = "; ".join(changes) if changes else f"the winner does not change up to {FARTHEST:g}x either way"
-        return f"{self.what}, now {_plain(self.now)} {self.unit}: {said}"
-
-
-def why(ranked: Sequence[Ranked], demand: Demand, slo: Slo, prefill: bool = True) -> list[str]:
-    """Plain sentences: what the first does, what limits it, and how it compares with the best of the other kind."""
+def why(
+    ranked: Sequence[Ranked],
+    demand: Demand,
+    slo: Slo,
+    prefill: bool = True,
+    sure: Mapping[str, Interval] | None = None,
+    ties: Sequence[Ranked] = (),
+) -> list[str]:
+    """Plain sentences. `sure`: the winner's intervals; `ties`: what is as good as it."""
     winner = ranked[0]
     found = winner.estimate
     said = [
         f"{winner.name}: {winner.goodput:.3g} requests/s within the SLO for ${found.price:.2f} an hour"
-        f"{f', {winner.goodput_per_dollar:.0f} for a dollar' if found.price else ''}{_by(winner)}."
+        f"{f', {winner.goodput_per_dollar:.0f} for a dollar' if found.price else ''}{_by(winner, sure or {})}."
     ]
+    if ties:
+        said.append(_ties_said(winner, ties))
     if not winner.serves and math.isinf(found.demanded):
         said.append(f"No system gets {ATTAINMENT:.0%} of the requests through within the SLO.")
     elif not winner.serves:
@@ -116,66 +97,6 @@ def limits(ranked: Ranked, demand: Demand, slo: Slo, prefill: bool = True) -> li
     return sorted(found, key=lambda limit: -limit.gain)
 
 
-def sensitivity(
-    winner: Ranked, rivals: Sequence[Ranked], demand: Demand, slo: Slo, prefill: bool = True
-) -> list[Sensitivity]:
-    """How far each price, each link and the prompts' length must change until one of the rivals gives more for a
-    dollar: one thing at a time, by the closed form, corrected by the ratio of the event loop's goodput to the closed
-    form's. A rival that serves all by the closed form but not by the event loop counts as one that does not."""
-    every = [winner, *rivals]
-    devices = {device.name: device for each in every for device, _ in each.candidate.system.devices}
-    links = {link.name: link for each in every for link in _links(each.candidate.system)}
-    asked = [
-        (f"price of {device.name}", device.price, "$/h", device.name, "price")
-        for device in devices.values()
-        if device.price
-    ]
-    for link in links.values():
-        asked.append((f"bandwidth of {link.name}", link.bandwidth / 1e9, "GB/s", link.name, "bandwidth"))
-        if link.round_trip:
-            asked.append((f"round trip of {link.name}", link.round_trip * 1e6, "us", link.name, "round_trip"))
-    asked.append(("mean prompt", demand.prompt, "tokens", "", ""))
-    found = []
-    for what, now, unit, name, number in asked:
-
-        def better(factor: float, name: str = name, number: str = number) -> str | None:
-            """The system that is first then; None: the winner still is. Ratios that the event loop found are kept."""
-            wanted = demand if name else demand.with_context(factor)
-            scores = []
-            for each in every:
-                system = _scaled(each.candidate.system, factor, name, number) if name else each.candidate.system
-                then = estimate(system, each.candidate.replicas, wanted, slo, prefill)
-                found = each.goodput / each.estimate.goodput
-                trusted = then.serves and (each.serves or not each.estimate.serves)
-                scores.append((trusted, then.goodput_per_dollar * found))
-            first = max(range(len(scores)), key=lambda place: (scores[place], -place))
-            return every[first].name if first else None
-
-        found.append(Sensitivity(what, now, unit, _nearest(better, FARTHEST), _nearest(better, 1 / FARTHEST)))
-    return found
-
-
-def _scaled(system: System, factor: float, name: str, *what: str) -> System:
-    """The system with these numbers of the device or link of that name so many times as large."""
-
-    def scale(part: Any) -> Any:
-        return replace(part, **{each: getattr(part, each) * factor for each in what})
-
-    return changed(system, scale, name)  # type: ignore[no-any-return]
-
-
-def changed(part: Any, change: Callable[[Any], Any], only: str | None = None) -> Any:
-    """A system with its devices and links changed, all or those of one name."""
-    new: dict[str, Any] = {}
-    for item in fields(part):
-        value = getattr(part, item.name)
-        if isinstance(value, (Device, Link)):
-            new[item.name] = change(value) if only in (None, value.name) else value
-        elif is_dataclass(value) and hasattr(value, "step"):
-            new[item.name] = changed(value, change, only)
-    return replace(part, **new)
-
-
 def _improvements(system: System) -> list[tuple[str, System]]:
     """In words, and with it: twice as much of each thing that its devices and links have."""
     made: list[tuple[str, System]] = []
@@ -185,38 +106,16 @@ def _improvements(system: System) -> list[tuple[str, System]]:
     joined = {device.name for device, count in system.devices if count > 1 and device.interconnect}
     for name, role in roles.items():
         made += [
-            (f"memory bandwidth of {name}{role}", _scaled(system, 2, name, "bandwidth")),
-            (f"memory of {name}{role}", _scaled(system, 2, name, "memory")),
-            (f"compute of {name}{role}", _scaled(system, 2, name, "flops", "flops_8bit")),
+            (f"memory bandwidth of {name}{role}", scaled(system, 2, name, "bandwidth")),
+            (f"memory of {name}{role}", scaled(system, 2, name, "memory")),
+            (f"compute of {name}{role}", scaled(system, 2, name, "flops", "flops_8bit")),
         ]
         if name in joined:
-            made.append((f"interconnect of {name}", _scaled(system, 2, name, "interconnect")))
-    for link in _links(system):
-        made.append((f"bandwidth of {link.name}", _scaled(system, 2, link.name, "bandwidth")))
-        made.append((f"messages a second of {link.name}", _scaled(system, 0.5, link.name, "round_trip")))
+            made.append((f"interconnect of {name}", scaled(system, 2, name, "interconnect")))
+    for link in links([system]).values():
+        made.append((f"bandwidth of {link.name}", scaled(system, 2, link.name, "bandwidth")))
+        made.append((f"messages a second of {link.name}", scaled(system, 0.5, link.name, "round_trip")))
     return made
-
-
-def _links(system: System) -> list[Link]:
-    return [] if isinstance(system, Colocated) else [system.link]
-
-
-def _nearest(better: Callable[[float], str | None], farthest: float) -> Change | None:
-    """The factor between 1 and `farthest`, nearest to 1, from which on another is better: steps first, then halving."""
-    before = 1.0
-    for step in range(1, _STEPS + 1):
-        factor = farthest ** (step / _STEPS)
-        name = better(factor)
-        if name is not None:
-            for _ in range(_HALVINGS):
-                middle = math.sqrt(before * factor)
-                if (other := better(middle)) is not None:
-                    factor, name = middle, other
-                else:
-                    before = middle
-            return Change(factor, name)
-        before = factor
-    return None
 
 
 def _gain(winner: Ranked, other: Ranked) -> tuple[float, str]:
@@ -228,17 +127,36 @@ def _gain(winner: Ranked, other: Ranked) -> tuple[float, str]:
     return (mine / theirs if theirs else math.inf), unit
 
 
-def _by(ranked: Ranked) -> str:
-    """Its other figures, and their source."""
-    found, result = ranked.estimate, ranked.result
-    if result is None:
-        return (
-            f", {found.tpot * 1000:.0f} ms a token, {found.ttft:.2f} s to the first, {found.batch:.0f} sequences in "
-            "decode in each, by the closed form"
-        )
+def _by(ranked: Ranked, sure: Mapping[str, Interval] | None = None) -> str:
+    """Its other figures, with their 90 % intervals where these are known, and their source."""
+    found, result, known = ranked.estimate, ranked.result, sure or {}
+
+    def within(name: str, form: Callable[[float], str]) -> str:
+        return f" ({form(known[name].low)} to {form(known[name].high)})" if name in known else ""
+
+    tpot, ttft, batch, share = found.tpot, found.ttft, found.batch, found.share
+    if result is not None:
+        tpot, ttft, batch, share = result.tpot.mean, result.ttft.mean, result.mean_batch, result.slo_share
     return (
-        f", {result.tpot.mean * 1000:.0f} ms a token, {result.ttft.mean:.2f} s to the first, {result.mean_batch:.0f} "
-        f"sequences in decode, {result.slo_share:.0%} in time, by the event loop"
+        f", {tpot * 1000:.0f}{within('tpot', lambda x: f'{x * 1000:.0f}')} ms a token, "
+        f"{ttft:.2f}{within('ttft', lambda x: f'{x:.2f}')} s to the first, {batch:.0f} sequences in decode in each, "
+        f"{share:.0%}{within('share', lambda x: f'{x:.0%}')} in time, by the "
+        f"{'closed form' if result is None else 'event loop'}{'; in brackets 90 % intervals' if known else ''}"
+    )
+
+
+def _ties_said(winner: Ranked, ties: Sequence[Ranked]) -> str:
+    first = winner.candidate.system.policy.name
+    names = "; ".join(
+        f"{each.name} (${each.estimate.price:.2f} an hour, {advantage(each, winner):.2f}x"
+        f"{'' if lossless(each) else ', lossy'})"
+        for each in ties[:_NAMED]
+    )
+    more = f", and {len(ties) - _NAMED} more" if len(ties) > _NAMED else ""
+    chosen = "the cheapest of them that loses nothing" if lossless(winner) else f"the cheapest, under {first}"
+    return (
+        f"As good, as far as anybody can say (a comparison is off by up to {RATIO_ERROR:.0%}): {names}{more}. "
+        f"The plan takes {chosen}."
     )
 
 
@@ -260,8 +178,3 @@ def _nothing_else(ranked: Sequence[Ranked], demand: Demand, slo: Slo, prefill: b
         if isinstance(system, Offloaded) and (said := slow_link(system, demand, slo, prefill)):
             return f"Offloading attention does not pay here: {said}."
     return "Offloading attention does not pay here: nothing that does fits the devices, the budget and the SLO."
-
-
-def _plain(value: float) -> str:
-    """Three digits, and no powers of ten where people count."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

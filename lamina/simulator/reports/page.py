@@ -58,6 +58,7 @@ dl{display:grid;grid-template-columns:minmax(7em,max-content) 1fr;gap:4px 16px;m
 dt{color:var(--soft);max-width:20em}dd{margin:0;min-width:0;grid-column:2}dd>ul,dd>p,dd>dl{margin-top:0}
 @media (max-width:600px){dl{grid-template-columns:1fr;gap:0}dd{margin:0 0 .5em;padding-left:.8em;grid-column:1}}
 """
+_CLEARLY = 1.02  # times as much, to be worth a word
 _OTHERS = 12  # systems up to which each batch is drawn in front of all others
 _LATENCIES = {"ttft": "Time to the first token", "tpot": "Time a token after it", "tbt": "Between tokens"}
 _TERMS = """<h2>Terms</h2><dl>
@@ -162,7 +163,7 @@ def _verdict(runs: Sequence[RunResult], names: Sequence[str]) -> list[str]:
         wanted = []
     for what, values, unit in wanted:
         place = max(range(len(runs)), key=values.__getitem__)
-        if not values[place] > 0:
+        if not values[place] > 0 or values[place] < _CLEARLY * min(values):  # the same load was offered to all
             continue
         ratio = f", {values[place] / values[0]:.2f} times {_text(names[0])}" if place and values[0] > 0 else ""
         met = runs[place].slo_share

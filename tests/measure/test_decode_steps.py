@@ -1,8 +1,7 @@
-"""Decode steps: from times of tokens to a step, and what a plan predicted beside it."""
+"""Decode steps: from times of tokens to a step."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
@@ -10,31 +9,7 @@ from real_workers import write_tiny_model
 
 from lamina.completions import TokenEvent
 from lamina.errors import EngineError, InvalidRequest
-from lamina.measure.hardware.plan_check import (
-    MOST_TOKENS,
-    TOKENS,
-    Measured,
-    cells_of,
-    check,
-    measure,
-    needed,
-    row,
-    steady,
-)
-from lamina.simulator.costs.cost_model import Load
-from lamina.simulator.costs.hardware import load
-from lamina.simulator.costs.models import model
-from lamina.simulator.costs.systems import Colocated
-from lamina.simulator.event_loop.simulate import Slo
-from lamina.simulator.planning import plan_file
-from lamina.simulator.planning.plan_file import Plan, Prediction, TraceSummary
-
-
-def plan(batch: float = 40.0, context: float = 900.0, name: str = "tiny") -> Plan:
-    system = Colocated(model=model("smollm2-135m"), device=load().device("epyc-genoa"))
-    predicted = Prediction("closed form", 1.0, 1.0, 0.05, 1.0, 1.0, batch, 1.0, 1.0)
-    trace = TraceSummary("some", 10, 0.0, 500.0, 100.0, context)
-    return Plan(name, system, predicted, trace, Slo(), engine={"max_batch_tokens": 512, "kv_memory": 16 << 20})
+from lamina.measure.hardware.decode_steps import Measured, measure, steady
 
 
 class Metronome:
@@ -102,40 +77,3 @@ def test_what_the_engine_cannot_take_is_refused_before_it_begins(tmp_path, batch
     with pytest.raises(InvalidRequest, match="allowed are"):
         measure(engine, batch, context, tokens=tokens)
     assert not engine.asked
-
-
-@pytest.mark.parametrize("longest", [60, 200, 4096, 131072])
-@pytest.mark.parametrize(("batch", "context"), [(1, 64), (0.2, 1e6), (40, 900), (7.4, 30)])
-def test_cells_of_a_plan_fit_and_are_few(batch, context, longest):
-    cells = cells_of(plan(batch, context), longest)
-    assert 1 <= len(cells) <= 4
-    assert len(set(cells)) == len(cells)
-    for many, tokens in cells:
-        assert 1 <= many <= 16
-        assert tokens >= 1
-        assert many * tokens <= MOST_TOKENS
-        assert tokens + needed(many, tokens, TOKENS) <= longest or tokens == 1
-
-
-def test_cells_of_a_plan_have_its_batch_and_its_context():
-    assert cells_of(plan(7.4, 900), 4096) == [(1, 64), (1, 900), (7, 64), (7, 900)]
-    assert cells_of(plan(1.0, 64), 4096) == [(1, 64)]
-
-
-def test_a_row_is_the_median_run_beside_the_systems_own_step():
-    made = plan()
-    runs = [Measured(4, 100.0 + at, seconds, 0, 1, 9, 0) for at, seconds in enumerate((0.03, 0.01, 0.02))]
-    found = row(made, runs)
-    assert (found.batch, found.context, found.measured_ms) == (4, 101.0, pytest.approx(20.0))
-    assert found.predicted_ms == pytest.approx(made.system.step(Load(4, 101.0)).seconds * 1e3)
-
-
-def test_a_plan_from_a_file_runs_here(tmp_path):
-    folder = write_tiny_model(tmp_path / "m")
-    path = tmp_path / "plan.toml"
-    plan_file.write(path, plan(batch=3, context=40, name=str(folder)))
-    told = []
-    rows = check(path, lambda what, done, total: told.append((what, done, total)), rounds=1)
-    assert [(each.batch, round(each.context) >= 40) for each in rows] == [(1, True), (1, True), (3, True), (3, True)]
-    assert all(each.measured_ms > 0 and math.isfinite(each.predicted_ms) for each in rows)
-    assert told[-1] == ("measuring", 4, 4)

@@ -1,7 +1,7 @@
-"""Decode steps of an engine that runs here, measured, and beside them what the cost model predicts of a plan.
+"""Decode steps of an engine that runs here, measured.
 
-A step is the median gap between two tokens of a sequence while all sequences decode and none is in prefill. The choice
-of cells and the step of a list of times are pure functions.
+A step is the median gap between two tokens of a sequence while all sequences decode and none is in prefill. The step of
+a list of times is a pure function.
 """
 
 from __future__ import annotations
@@ -12,12 +12,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lamina.errors import EngineError, InvalidRequest
-from lamina.simulator.costs.cost_model import Load
-from lamina.simulator.planning.plan_file import Plan, read
 from lamina.system.progress import Progress
 
 if TYPE_CHECKING:
@@ -27,10 +24,6 @@ TOKENS = 48
 """Steps that a cell measures."""
 CHUNK = 512
 """Prompt tokens that a step takes in at least, while others wait for their first token."""
-MOST_SEQUENCES = 16
-"""Of a cell of `check`, which is to be over in minutes."""
-MOST_TOKENS = 1 << 15
-"""Of all prompts of a cell of `check`."""
 _SHORT = 64
 _TOGETHER = 0.1
 """Of the mean gap of a sequence: tokens that are nearer than that came of one step, which verified drafts."""
@@ -56,17 +49,6 @@ class Measured:
     first: float
     p99: float = 0.0
     tokens: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One cell of a check; `context` is the mean of what each sequence read. Milliseconds a token of each sequence: a
-    decode step, or its share of one that verified drafts."""
-
-    batch: int
-    context: float
-    predicted_ms: float
-    measured_ms: float
 
 
 def measure(llm: LLM, batch: int, context: int, tokens: int = TOKENS, seed: int = 0, drafts: bool = False) -> Measured:
@@ -137,49 +119,6 @@ def steady(times: Times, context: int, least: int, drafts: bool = False) -> Meas
     low, middle, high = statistics.quantiles(gaps, n=4, method="inclusive")
     p99 = statistics.quantiles(gaps, n=100, method="inclusive")[-1]
     return Measured(len(times), statistics.fmean(read), middle, low, high, len(gaps), begin, p99, len(read) / len(gaps))
-
-
-def check(plan: Plan | str | Path, progress: Progress | None = None, rounds: int = 3) -> list[Row]:
-    """Run a plan (or the file that it is in) on this machine, and put what was predicted beside what was measured.
-
-    The prediction is for the plan's devices; what is measured is this machine, so the two say something of each other
-    where the plan was made with this machine's calibration. Raises InvalidRequest for a plan that no engine can run,
-    and what `LLM` raises.
-    """
-    from lamina.llm import LLM  # which loads torch
-
-    if not isinstance(plan, Plan):
-        plan = read(plan)
-    keywords = plan.keywords(prefix_cache=False)
-    drafts = keywords.get("speculate") is not None
-    with LLM(plan.model, progress=progress, **keywords) as llm:
-        found: dict[tuple[int, int], list[Measured]] = {}
-        for cell, run in measure_in_turn(llm, cells_of(plan, llm.max_model_len), TOKENS, rounds, progress, drafts):
-            found.setdefault(cell, []).append(run)
-    return [row(plan, runs) for runs in found.values()]
-
-
-def cells_of(plan: Plan, longest: int) -> list[tuple[int, int]]:
-    """(batch, context) worth measuring for a plan: one sequence and as many as it plans with, short and as long as
-    its trace's; cut to what `longest`, the most tokens of a sequence, and some minutes allow."""
-    many = max(1, min(MOST_SEQUENCES, round(plan.predicted.batch)))
-    cells: list[tuple[int, int]] = []
-    for batch in (1, many):
-        most = MOST_TOKENS // batch
-        while most > 1 and most + needed(batch, most, TOKENS) > longest:
-            most -= max(1, (most + needed(batch, most, TOKENS) - longest) // 2)
-        for context in (_SHORT, round(plan.trace.context)):
-            cell = (batch, max(1, min(context, most)))
-            if cell not in cells:
-                cells.append(cell)
-    return cells
-
-
-def row(plan: Plan, runs: Sequence[Measured]) -> Row:
-    """The median of several runs of a cell beside the plan's own prediction of it."""
-    batch, context = runs[0].batch, statistics.fmean(run.context for run in runs)
-    predicted = plan.system.step(Load(decode=batch, context=context)).seconds
-    return Row(batch, context, predicted * 1e3, statistics.median(run.seconds / run.tokens for run in runs) * 1e3)
 
 
 def _vocabulary(llm: LLM) -> int:

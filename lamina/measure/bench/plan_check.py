@@ -1,0 +1,199 @@
+"""What a plan promises beside what is measured: `lamina serve --plan`, a client, and the requests it was made for.
+
+The promise is the event loop's for the very requests that were sent: their times, and their tokens as the server
+counted them. How steady the machine was stands beside both.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lamina.errors import EngineError, InvalidRequest
+from lamina.measure.bench.measures import Outcome, meets, percentile
+from lamina.measure.bench.running import run_loop
+from lamina.measure.bench.serve import Result, bench
+from lamina.measure.bench.served import Served
+from lamina.measure.bench.settings import Settings
+from lamina.measure.hardware.busy import Beside
+from lamina.measure.hardware.child import Child
+from lamina.measure.hardware.fitting import BUSY, DRIFT
+from lamina.simulator.costs.uncertainty import spread
+from lamina.simulator.event_loop.results import RunResult
+from lamina.simulator.event_loop.simulate import Slo, simulate
+from lamina.simulator.planning.plan_file import Plan, read
+from lamina.simulator.traces.arrivals import Arrival, Trace
+from lamina.simulator.traces.catalogue import at_rate, windows
+from lamina.system.progress import Progress
+
+LEAST, _USUAL = 20, 48
+"""Requests of a check: fewer have no 99th percentile worth the name."""
+_READ = 1 << 28  # bytes of a reading of the memory's rate
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One number: what was promised, the interval around it, and what was measured. `unit` is ms, %, tok/s or $."""
+
+    name: str
+    unit: str
+    promised: float
+    low: float
+    high: float
+    measured: float
+
+    @property
+    def difference(self) -> float:
+        """Of what was promised from what was measured, as a share of the latter; in points where the unit is %."""
+        if self.unit == "%":
+            return (self.promised - self.measured) / 100
+        return self.promised / self.measured - 1 if self.measured else math.inf
+
+    @property
+    def holds(self) -> bool:
+        """Whether the interval has what was measured."""
+        return self.low <= self.measured <= self.high
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """How steady the machine was: the share of the cores that others used during the run, and the bytes a second that
+    a plain read reached before and after it; `planned` is the rate that the plan counts on."""
+
+    others: float
+    before: float
+    after: float
+    planned: float
+
+    @property
+    def remarks(self) -> list[str]:
+        """What may make the numbers wrong, a sentence each."""
+        found = []
+        if self.others > BUSY:
+            found.append(f"busy: others used {self.others:.0%} of the cores during the run")
+        low, high = sorted((self.before, self.after))
+        if high - low > DRIFT * high:
+            found.append(
+                f"unsteady: memory was read at {self.before / 1e9:.1f} GB/s before and {self.after / 1e9:.1f} after"
+            )
+        mean = (low + high) / 2
+        if self.planned and abs(mean - self.planned) > DRIFT * self.planned:
+            found.append(
+                f"other than planned: memory is read at {mean / 1e9:.1f} GB/s, the plan has {self.planned / 1e9:.1f}"
+            )
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A plan's figures over `seconds` of `requests`; `notes` are the client's, one line each."""
+
+    trace: str
+    requests: int
+    seconds: float
+    figures: tuple[Figure, ...]
+    noise: Noise
+    failed: Mapping[str, int]
+    notes: tuple[str, ...]
+
+
+def check(
+    path: Path, trace: Trace, *, minutes: float | None = None, progress: Progress | None = None, seed: int | None = None
+) -> Check:
+    """Serve a plan's file here for so many minutes, with requests of `trace` at the rate of one replica.
+
+    The prediction is for the plan's devices; what is measured is this machine, so the two say something of each other
+    where the plan was made with this machine's calibration. Raises InvalidRequest for a plan that no engine can run or
+    a trace too short, EngineError where the server does not come up or answers nothing.
+    """
+    plan = read(path)
+    plan.keywords()  # raises where no engine can do it, before anything is started
+    load = excerpt(trace, plan, minutes)
+    with Child("reading", {"size": _READ}) as memory, Served(path, progress) as server:
+        before = memory.ask("read")
+        beside = Beside(os.getpid())  # whose descendants the server's processes are
+        settings = Settings(
+            base_url=server.url, endpoint="completions", dataset="trace", num_warmups=2, ignore_eos=True, seed=seed,
+            slo=_milliseconds(plan.slo),
+        )  # fmt: skip
+        result = run_loop(bench(settings, progress, load))
+        others, after = beside.share(), memory.ask("read")
+    if result.run.unfinished:
+        raise KeyboardInterrupt
+    device = plan.system.devices[0][0]
+    noise = Noise(others, before, after, device.bandwidth if device.kind == "cpu" else 0.0)
+    return compare(plan, load.name, result, noise)
+
+
+def excerpt(trace: Trace, plan: Plan, minutes: float | None = None) -> Trace:
+    """The part of a trace that lasts so many minutes at the rate that the plan has for one replica; None: two, or as
+    long as some dozens of requests take. Raises InvalidRequest where it has less than those, or more than the trace."""
+    taken = plan.predicted.requests_per_second / max(0.01, plan.predicted.slo_share)  # what is in time is a share of it
+    rate = min(plan.trace.rate or math.inf, taken) / plan.replicas
+    minutes = max(2.0, _USUAL / rate / 60) if minutes is None else minutes
+    if not 0.1 <= minutes <= 24 * 60:
+        raise InvalidRequest(f"minutes is {minutes!r}; allowed are 0.1 to 1440")
+    count = round(rate * minutes * 60)
+    if not LEAST <= count <= len(trace.arrivals):
+        raise InvalidRequest(
+            f"{minutes:g} minutes at {rate:.3g} requests a second are {count} requests; allowed are {LEAST} to "
+            f"{len(trace.arrivals)}, as {trace.name} has: --minutes from {LEAST / rate / 60:.2g} to "
+            f"{len(trace.arrivals) / rate / 60:.3g}"
+        )
+    return at_rate(windows(trace, count), rate)
+
+
+def compare(plan: Plan, name: str, result: Result, noise: Noise) -> Check:
+    """What was promised for a run's own requests, beside the run. Raises EngineError where nothing was answered."""
+    answered = [each for each in result.run.outcomes if not each.error]
+    if not answered:
+        why = "; ".join(f"{kind}: {words}" for kind, words in result.details.items())
+        raise EngineError(f"the server answered none of {len(result.run.outcomes)} requests: {why:.500}")
+    promised = simulate(plan.system, sent(name, answered), slo=plan.slo)
+    figures = tuple(_figures(plan, promised, answered, result))
+    return Check(name, len(answered), result.run.seconds, figures, noise, result.summary.failures, result.notes)
+
+
+def sent(name: str, outcomes: Sequence[Outcome]) -> Trace:
+    """The requests of a run as a trace: when each was due, its tokens as the server counted them."""
+    ordered = sorted(outcomes, key=lambda each: each.due)
+    return Trace(name, tuple(Arrival(each.due, each.prompt_tokens, max(1, each.output_tokens)) for each in ordered))
+
+
+def _figures(plan: Plan, promised: RunResult, answered: Sequence[Outcome], result: Result) -> list[Figure]:
+    limits, factors = _milliseconds(plan.slo), spread(plan.system)
+    ttft = sorted(each.ttft for each in answered)
+    tpot = sorted(each.tpot for each in answered if each.tpot is not None)
+    found = []
+    for what, given, range_of, values in (
+        ("TTFT", promised.ttft, factors.ttft, ttft),
+        ("TPOT", promised.tpot, factors.tpot, tpot),
+    ):
+        low, high = range_of
+        for name, seconds, taken in (
+            ("mean", given.mean, sum(values) / max(1, len(values))),
+            ("p50", given.p50, percentile(values, 50) if values else 0.0),
+            ("p99", given.p99, percentile(values, 99) if values else 0.0),
+        ):
+            ms = seconds * 1e3
+            found.append(Figure(f"{what} {name}", "ms", ms, ms * low, ms * high, taken * 1e3))
+    share = sum(meets(each, limits) for each in answered) / len(answered)
+    low, high = factors.goodput
+    for name, unit, value, taken in (
+        ("in time", "%", promised.slo_share * 100, share * 100),
+        ("output", "tok/s", promised.tokens_per_second, result.summary.output_throughput),
+    ):
+        most = min(100.0, value * high) if unit == "%" else value * high
+        found.append(Figure(name, unit, value, value * low, most, taken))
+    if price := promised.price:
+        cost = price / 3600 / max(1e-9, result.summary.output_throughput) * 1e6
+        value = promised.dollars_per_million
+        found.append(Figure("$/M tokens", "$", value, value / high, value / low, cost))
+    return found
+
+
+def _milliseconds(slo: Slo) -> dict[str, float]:
+    return {name: value * 1e3 for name, value in (("ttft", slo.ttft), ("tpot", slo.tpot)) if value is not None}

@@ -1,0 +1,122 @@
+"""How far off a predicted number may be: factors of a 90 % interval, from what predictions of its class missed.
+
+`uncertainty.toml` beside this file has them, each with its source. Classes are by whose efficiency the devices have
+(an engine's that was measured on GPUs, a measurement of the machine at hand, the bare roofline) and by the model:
+dense, or sparse, which has experts or latents. Errors of different sources are independent here, so that logarithms of
+their factors add as squares do.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lamina.errors import InvalidRequest
+from lamina.simulator.costs.hardware import ROOFLINE, Efficiency, load
+from lamina.simulator.costs.models import ModelShape
+from lamina.simulator.costs.systems import Colocated, System
+from lamina.simulator.costs.tables import number_within, read_tables, tables_of, text
+
+Factors = tuple[float, float]
+"""What is true is within a predicted number times the first and times the second, in nine of ten cases."""
+_NUMBERS = ("tpot", "ttft", "goodput")
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A predicted number and the bounds between which it is in nine of ten cases. Raises InvalidRequest where `low` to
+    `high` does not hold `value`."""
+
+    low: float
+    value: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not self.low <= self.value <= self.high:  # NaN compares false
+            raise InvalidRequest(f"an interval is {self}; allowed is low <= value <= high")
+
+    def __contains__(self, number: float) -> bool:
+        return self.low <= number <= self.high
+
+    def overlaps(self, other: Interval) -> bool:
+        """Whether one number can be in both."""
+        return self.low <= other.high and other.low <= self.high
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Factors around predicted TPOT, TTFT and goodput (tokens or requests a second), and where they are from."""
+
+    tpot: Factors = (1.0, 1.0)
+    ttft: Factors = (1.0, 1.0)
+    goodput: Factors = (1.0, 1.0)
+    source: str = ""
+
+    def around(self, what: str, value: float) -> Interval:
+        """The interval of a predicted "tpot", "ttft" or "goodput"."""
+        if what not in _NUMBERS:
+            raise InvalidRequest(f"the number is {what!r:.80}; allowed are {', '.join(_NUMBERS)}")
+        low, high = getattr(self, what)
+        return Interval(low * value, value, high * value)
+
+    def beside(self, other: Spread) -> Spread:
+        """Of a number that both kinds of errors are in."""
+        return self._with(other, _combined)
+
+    def widest(self, other: Spread) -> Spread:
+        """Of a number that is in one class as well as in the other."""
+        if self == other:
+            return self
+        return self._with(other, lambda a, b: (min(a[0], b[0]), max(a[1], b[1])))
+
+    def _with(self, other: Spread, both: Callable[[Factors, Factors], Factors]) -> Spread:
+        source = "; ".join(filter(None, (self.source, other.source)))
+        tpot, ttft = both(self.tpot, other.tpot), both(self.ttft, other.ttft)
+        return Spread(tpot, ttft, both(self.goodput, other.goodput), source)
+
+
+def spread(system: System) -> Spread:
+    """How far off what is predicted of a system may be."""
+    kind = "sparse" if sparse(system.model) else "dense"
+    classes = [_table()[basis(device.efficiency), kind] for device, _ in system.devices]
+    found = functools.reduce(Spread.widest, classes)
+    return found if isinstance(system, Colocated) else found.beside(_table()["wire", kind])
+
+
+def sparse(model: ModelShape) -> bool:
+    """Whether a model has experts, or latents for KV."""
+    return any(group.experts or group.prompt_score_flops for group in model.groups)  # latents alone differ in prompts
+
+
+def basis(efficiency: Efficiency) -> str:
+    """Whose efficiency that is: of an engine of the packaged catalogue, "roofline", or "measured": a file's own."""
+    if efficiency == ROOFLINE:
+        return "roofline"
+    return next((name for name, known in load().engines.items() if known == efficiency), "measured")
+
+
+@functools.cache
+def _table() -> Mapping[tuple[str, str], Spread]:
+    return read_tables(Path(__file__).with_name("uncertainty.toml"), _read)
+
+
+def _read(data: Mapping[str, Any]) -> dict[tuple[str, str], Spread]:
+    found = {}
+    for table in tables_of(data, "spread"):
+        tpot, ttft, goodput = (_factors(name, table[name]) for name in _NUMBERS)
+        one = Spread(tpot, ttft, goodput, text("source", table["source"]))
+        found.update({(table["basis"], kind): one for kind in table["models"]})
+    return found
+
+
+def _factors(name: str, given: tuple[float, float]) -> Factors:
+    return number_within(f"{name}, low", given[0], 0, 1), number_within(f"{name}, high", given[1], 1, 100)
+
+
+def _combined(a: Factors, b: Factors) -> Factors:
+    low, high = (math.hypot(math.log(x), math.log(y)) for x, y in zip(a, b, strict=True))
+    return math.exp(-low), math.exp(high)

@@ -1,0 +1,148 @@
+"""From a system to the engine that is it: keywords of `EngineConfig`, what an engine can't be, and what to run."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lamina.config import MAX_LANES, EngineConfig
+from lamina.errors import InvalidRequest
+from lamina.simulator.costs.cost_model import kv_heads
+from lamina.simulator.costs.packing import QUANTIZED
+from lamina.simulator.costs.systems import Disaggregated, Offloaded, System
+from lamina.simulator.costs.tables import known_keys
+
+ENGINE_KEYS = (
+    "dtype", "kv_memory", "kv_local", "kv_dtype", "page_size", "max_model_len", "max_batch_tokens", "max_num_seqs",
+    "threads", "prefix_cache", "policy", "attention_workers", "autoscale", "shard", "redundancy", "cluster", "lanes",
+    "query_first", "local_share", "model_workers", "model_parallel", "device", "attention_device", "sequence_tokens",
+    "weights", "quantize", "speculate", "num_speculative_tokens",
+)  # fmt: skip
+"""Keywords that a plan may set. Credentials, channels and folders belong to the deployment."""
+COMPUTES = {"cpu": "cpu", "gpu": "cuda"}
+"""By the kind of a device, what the engine calls it."""
+_DTYPES = {4.0: "float32", 2.0: "bfloat16"}
+_PROMPTS = 8
+"""Prompts of the longest kind that the engine's own process has room for, where it keeps nothing else."""
+_SERVE = "serve run lamina.server.ray_serve:build_app plan={}"
+
+
+def undeployable(system: System) -> str:
+    """Why no engine here is that system, in words; "" where one is."""
+    if isinstance(system, Disaggregated):
+        return "the engine computes prompts and decodes in one place"
+    for device, _ in system.devices:
+        if device.kind not in COMPUTES:
+            return f"no kernels here run on {device.name}, of kind {device.kind}; allowed are {' and '.join(COMPUTES)}"
+    if not isinstance(system, Offloaded):
+        return ""
+    ranks, replicas, share = system.model_count, system.model_replicas, system.local_share
+    if ranks > 1 and replicas > 1:
+        return f"each layer is cut among {ranks} devices and there are {replicas} replicas; an engine does one of both"
+    if ranks > 1 and system.lanes > 1:
+        return f"{system.lanes} lanes where {ranks} devices share each layer, which add up one batch at a time"
+    if system.lanes > (most := replicas + 1 if replicas > 1 else MAX_LANES):
+        return f"{system.lanes} lanes; {replicas} replicas have {most} at most"
+    if share and (ranks > 1 or replicas > 1):
+        return f"{share:.0%} of the KV with one of {ranks * replicas} model workers; with several it is all elsewhere"
+    if system.shard == "heads" and system.attention_count > 1 and kv_heads(system.model) == 1:
+        return "the model's one KV head cannot be cut by heads"
+    return ""
+
+
+def engine_keywords(system: System, longest: int) -> dict[str, Any]:
+    """The keywords of `EngineConfig` that deploy one instance of a system; none where no engine is it. `longest`:
+    tokens of the longest request."""
+    if undeployable(system) or isinstance(system, Disaggregated):
+        return {}
+    capacity, model = system.capacity, system.model
+    dense, attention = system.devices[0][0], system.devices[-1][0]
+    found: dict[str, Any] = {
+        "device": COMPUTES[dense.kind],
+        "attention_device": COMPUTES[attention.kind],
+        "max_batch_tokens": min(system.max_batch_tokens, max(1024, longest), 1 << 20),
+        "max_num_seqs": min(system.max_sequences, 1 << 16),
+    }
+    ranks = system.devices[0][1]
+    if isinstance(system, Offloaded):
+        ranks = system.model_count
+        holders = system.workers or system.attention_count
+        found |= {
+            "attention_workers": holders,
+            "shard": system.shard,
+            "local_share": system.local_share,
+            "query_first": "auto" if system.overlap else "never",
+        }
+        if ranks == 1:  # ranks have one batch under way
+            found["lanes"] = system.lanes
+        if system.model_replicas > 1:
+            found |= {"model_workers": system.model_replicas, "model_parallel": "replicas"}
+        if all(device.network > 0 for device, _ in system.devices):  # one without a network is where the other is
+            found["cluster"] = "auto"
+        found |= _memories(system, holders)
+    else:
+        kept = capacity.tokens * system.policy.held * model.kv_bytes_per_token(system.kv_element)
+        found["kv_memory"] = int(kept + capacity.sequences * model.state_bytes_held)
+    if ranks > 1:
+        found |= {"model_workers": ranks, "model_parallel": "tensor"}
+    if model.states and model.attentions:
+        found["sequence_tokens"] = system.sequence_tokens
+    if system.policy.name != "full":
+        found["policy"] = system.policy.name
+    found |= _numbers(system)
+    if (drafts := system.speculation) is not None:
+        found |= {"speculate": drafts.name, "num_speculative_tokens": drafts.tokens}
+    return found
+
+
+def _memories(system: Offloaded, holders: int) -> dict[str, int]:
+    """Bytes of KV of each attention worker, and of the engine's own process: what the plan counts on there, or what
+    the prompts take that are being computed."""
+    a_token, a_state = system.model.kv_bytes_per_token(system.kv_element), system.model.state_bytes_held
+    room = float(system.prompt_tokens)
+    if not system.local_share:
+        room = min(room, _PROMPTS * system.model.max_context)
+    own = room * a_token + _PROMPTS * a_state
+    workers = system.attention_count * system.attention_device.memory * system.attention_memory_share
+    if system.workers is not None:  # processes of one machine, which has the weights too
+        workers -= system.model.weight_bytes + own
+    return {"kv_memory": max(1, int(workers / holders)), "kv_local": max(1, int(own))}
+
+
+def _numbers(system: System) -> dict[str, Any]:
+    """How weights and KV are kept: as the plan counts them."""
+    model, on_cpu = system.model, system.devices[0][0].kind == "cpu"
+    if model.packing is not None and on_cpu:
+        name = model.packing.name
+        return {"quantize": name} if name in QUANTIZED else {"weights": "packed"}
+    if (dtype := _DTYPES.get(model.element)) is None:
+        return {}
+    found: dict[str, Any] = {"weights": dtype}
+    kept = _DTYPES.get(getattr(system, "kv_element", 2.0))
+    return found if kept in (None, dtype) else found | {"kv_dtype": kept}
+
+
+def check_engine(engine: Mapping[str, Any]) -> None:
+    """Raise InvalidRequest unless these are keywords that a plan may set, with values that an engine takes."""
+    known_keys(engine, ENGINE_KEYS, "engine")
+    workers = engine.get("attention_workers", 0)
+    if type(workers) is not int:
+        raise InvalidRequest(f"engine.attention_workers is {workers!r:.80}; allowed is a whole number")
+    if engine.get("cluster") not in (None, "auto"):  # a file may not send its reader's requests anywhere
+        raise InvalidRequest(f'engine.cluster is {engine["cluster"]!r:.80}; allowed is "auto", or none')
+    try:
+        EngineConfig(**engine)
+    except InvalidRequest as error:
+        raise InvalidRequest(f"engine: {error}") from error
+
+
+def commands(path: Path, replicas: int, engine: Mapping[str, Any]) -> list[str]:
+    """What to run to deploy the plan in a file, a line each."""
+    one = f"lamina serve --plan {shlex.quote(str(path))}"
+    if replicas == 1:
+        return [one]
+    every = _SERVE.format(shlex.quote(str(path.absolute())))
+    each = "a Ray cluster with the devices of all" if engine.get("cluster") else "a Ray cluster of as many machines"
+    return [f"{every}    # all {replicas} replicas, on {each}", f"{one}    # or one of them by itself"]

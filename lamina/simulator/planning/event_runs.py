@@ -1,0 +1,72 @@
+"""The event loop as a plan asks for it: on the plan's own trace, with candidates as they are and as they might be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from lamina.simulator.costs.systems import System
+from lamina.simulator.event_loop.results import RunResult
+from lamina.simulator.event_loop.simulate import Progress, Slo, simulate
+from lamina.simulator.planning.candidates import Candidate
+from lamina.simulator.planning.planner import REQUESTS, Ranked, verify
+from lamina.simulator.planning.quantities import Situation
+from lamina.simulator.steady_state.closed_form import estimate
+from lamina.simulator.traces.arrivals import Trace
+from lamina.simulator.traces.catalogue import at_rate, windows
+
+_WHOLE = 0.9
+"""The share of the requests of a full run that is one: windows of an excerpt are cut evenly."""
+
+
+class EventRuns:
+    """Runs of candidates on one trace. Each candidate is run once."""
+
+    def __init__(self, trace: Trace, slo: Slo, prefill: bool, seed: int) -> None:
+        self._trace, self._slo, self._prefill, self.seed = trace, slo, prefill, seed
+        self._known: dict[Candidate, Ranked] = {}
+
+    def full(self, ranked: Ranked) -> bool:
+        """Whether a candidate was checked by a run as long as those of the best."""
+        least = _WHOLE * min(REQUESTS, len(self._trace.arrivals))
+        return ranked.result is not None and ranked.result.requests >= least
+
+    def checked(self, ranked: Ranked) -> Ranked:
+        """The candidate after a full run."""
+        if ranked.candidate not in self._known:
+            self._known[ranked.candidate] = self.verified([ranked])[0]
+        return self._known[ranked.candidate]
+
+    def verified(self, some: Sequence[Ranked], progress: Progress | None = None) -> list[Ranked]:
+        """The best of these after full runs, the best first."""
+        return verify(some, self._trace, self._slo, prefill=self._prefill, seed=self.seed, progress=progress)
+
+    def elsewhere(self, ranked: Ranked, given: Situation) -> Ranked:
+        """A candidate in another situation, at the rate that it would take there."""
+        count = ranked.candidate.replicas
+        found = estimate(given.system, count, given.demand, given.slo, self._prefill)
+        other = Ranked(Candidate(given.system, count), found)
+        if not found.taken:
+            return other
+        trace = _longer(self._trace, given.prompts)
+        return verify([other], trace, given.slo, prefill=self._prefill, seed=self.seed)[0]
+
+    def repeated(self, ranked: Ranked) -> Callable[[System], RunResult]:
+        """What runs another system under the load of that candidate's own run."""
+        part = at_rate(windows(self._trace, REQUESTS), ranked.rate)
+        replicas = min(ranked.estimate.replicas, len(part.arrivals))
+
+        def run(system: System) -> RunResult:
+            return simulate(
+                system, part, seed=self.seed, slo=self._slo, prefill=self._prefill, replicas=replicas
+            )  # fmt: skip
+
+        return run
+
+
+def _longer(trace: Trace, factor: float) -> Trace:
+    """The trace with prompts so many times as long, which share nothing."""
+    if factor == 1:
+        return trace
+    arrivals = [replace(each, prompt=max(1, round(each.prompt * factor)), blocks=()) for each in trace.arrivals]
+    return replace(trace, arrivals=tuple(arrivals))

@@ -1,0 +1,177 @@
+"""What a plan depends on, one thing at a time: links, load, limits, and what is assumed of devices. Each of them can be
+made so many times what it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+from lamina.simulator.costs.hardware import Device, Link
+from lamina.simulator.costs.systems import Colocated, System
+from lamina.simulator.event_loop.simulate import Slo
+from lamina.simulator.traces.demand import Demand
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What one system is asked to do."""
+
+    system: System
+    demand: Demand
+    slo: Slo
+    prompts: float = 1.0
+    """How many times as long as the trace's its prompts are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quantity:
+    """Something with the value `now`. `likely`: the factors of a 90 % interval around it, where it is assumed, and
+    `source` why."""
+
+    what: str
+    now: float
+    unit: str
+    change: Callable[[Situation, float], Situation]
+    likely: tuple[float, float] | None = None
+    source: str = ""
+
+
+def market(systems: Iterable[System], demand: Demand, slo: Slo) -> list[Quantity]:
+    """What others decide: links that can be bought, what users send and accept."""
+    found = []
+    for link in links(systems).values():
+        found.append(_link(link, "bandwidth", link.bandwidth / 1e9, "GB/s"))
+        if link.round_trip:
+            found.append(_link(link, "round trip", link.round_trip * 1e6, "us"))
+    found.append(Quantity("mean prompt", demand.prompt, "tokens", _longer_prompts))
+    if math.isfinite(demand.rate):
+        found.append(Quantity("load", demand.rate, "requests/s", _more_requests))
+    for name, seconds in (("tpot", slo.tpot), ("ttft", slo.ttft)):
+        if seconds is not None:
+            found.append(Quantity(f"{name} of the SLO", seconds * 1000, "ms", _slower_slo(name)))
+    return found
+
+
+def assumed(systems: Iterable[System], likely: Callable[[System], tuple[float, float]]) -> list[Quantity]:
+    """What the cost model assumes. `likely(system)`: the factors of a 90 % interval around a predicted pace."""
+    every = list(systems)
+    found = []
+    devices = {device.name: device for system in every for device, _ in system.devices}
+    for device in devices.values():
+        spreads = [likely(system) for system in every if device in dict(system.devices)]
+        slowest, fastest = max(spread[1] for spread in spreads), min(spread[0] for spread in spreads)
+        speed = (1 / slowest, 1 / fastest)
+        source = "residuals of the cost model against measured systems"
+        found.append(
+            Quantity(f"speed of {device.name}", 1.0, "of what is assumed", _faster(device.name), speed, source)
+        )
+    shares = {part.memory_share for system in every for part in _parts(system)}
+    if len(shares) == 1:
+        (share,) = shares
+        likely_share = (0.85 / share, min(1.0, 0.98) / share)
+        source = "vLLM's default is 0.9; 0.98 is reached where nothing else is on a device"
+        found.append(Quantity("memory for weights and KV", share * 100, "%", _memory, likely_share, source))
+    return found
+
+
+def links(systems: Iterable[System]) -> dict[str, Link]:
+    """The links of these systems, by name."""
+    found = {}
+    for system in systems:
+        if not isinstance(system, Colocated):
+            found[system.link.name] = system.link
+        for part in _parts(system):
+            if not isinstance(part, Colocated):
+                found[part.link.name] = part.link
+    return found
+
+
+def changed(part: Any, change: Callable[[Any], Any], only: str | None = None) -> Any:
+    """A system with its devices and links changed, all or those of one name."""
+    new: dict[str, Any] = {}
+    for item in fields(part):
+        value = getattr(part, item.name)
+        if isinstance(value, (Device, Link)):
+            new[item.name] = change(value) if only in (None, value.name) else value
+        elif is_dataclass(value) and hasattr(value, "step"):
+            new[item.name] = changed(value, change, only)
+    return replace(part, **new)
+
+
+def changed_devices(system: System, change: Callable[[Device], Device]) -> System:
+    """The system with each of its devices changed."""
+    return changed(system, lambda part: change(part) if isinstance(part, Device) else part)  # type: ignore[no-any-return]
+
+
+def scaled(system: System, factor: float, name: str | None, *what: str) -> System:
+    """The system with these numbers of the devices or links of that name (None: all) so many times as large. What a
+    part does not have stays away."""
+
+    def scale(part: Any) -> Any:
+        return replace(part, **{each: getattr(part, each) * factor for each in what if hasattr(part, each)})
+
+    return changed(system, scale, name)  # type: ignore[no-any-return]
+
+
+def faster(system: System, factor: float, name: str | None = None) -> System:
+    """The system with all devices, or those of one name, so many times as fast, in all that takes time."""
+    quick = scaled(system, factor, name, "flops", "flops_8bit", "bandwidth", "interconnect")
+
+    def overheads(part: Any) -> Any:
+        if not isinstance(part, Device):
+            return part
+        found = part.efficiency
+        times = [item.name for item in fields(found) if item.name.endswith(("_overhead", "_latency"))]
+        return replace(part, efficiency=replace(found, **{each: getattr(found, each) / factor for each in times}))
+
+    return changed(quick, overheads, name)  # type: ignore[no-any-return]
+
+
+def _parts(system: System) -> list[Any]:
+    """The instances of a system: where prompts are elsewhere, both."""
+    inner = [getattr(system, item.name) for item in fields(system)]
+    return [part for part in inner if is_dataclass(part) and hasattr(part, "step")] or [system]
+
+
+def _link(link: Link, what: str, now: float, unit: str) -> Quantity:
+    field = what.replace(" ", "_")
+
+    def change(given: Situation, factor: float) -> Situation:
+        return replace(given, system=scaled(given.system, factor, link.name, field))
+
+    return Quantity(f"{what} of {link.name}", now, unit, change)
+
+
+def _longer_prompts(given: Situation, factor: float) -> Situation:
+    return replace(given, demand=given.demand.with_context(factor), prompts=given.prompts * factor)
+
+
+def _more_requests(given: Situation, factor: float) -> Situation:
+    return replace(given, demand=given.demand.at_rate(given.demand.rate * factor))
+
+
+def _slower_slo(name: str) -> Callable[[Situation, float], Situation]:
+    def change(given: Situation, factor: float) -> Situation:
+        return replace(given, slo=replace(given.slo, **{name: getattr(given.slo, name) * factor}))
+
+    return change
+
+
+def _faster(name: str) -> Callable[[Situation, float], Situation]:
+    def change(given: Situation, factor: float) -> Situation:
+        return replace(given, system=faster(given.system, factor, name))
+
+    return change
+
+
+def _memory(given: Situation, factor: float) -> Situation:
+    def more(system: Any) -> Any:
+        inner = {item.name: getattr(system, item.name) for item in fields(system)}
+        new = {name: more(part) for name, part in inner.items() if is_dataclass(part) and hasattr(part, "step")}
+        if "memory_share" in inner:
+            new["memory_share"] = min(1.0, inner["memory_share"] * factor)
+        return replace(system, **new)
+
+    return replace(given, system=more(given.system))

@@ -1,0 +1,122 @@
+#!/usr/bin/env python3
+"""Whether what a plan says of prices holds: each price at which it says that another candidate wins, and each that it
+says does not matter, is planned again at other prices.
+
+A statement with a price is tried 2 % on either side of it: before it the winner must be first, beyond it another. One
+that says that nothing changes is tried at 2 and at 10 times the price, or a half and a tenth.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from lamina.simulator.costs import hardware
+from lamina.simulator.costs.models import model
+from lamina.simulator.event_loop.simulate import Slo
+from lamina.simulator.planning.event_runs import EventRuns
+from lamina.simulator.planning.inventory import Have, Inventory, with_efficiency
+from lamina.simulator.planning.plan import PlanRequest, find
+from lamina.simulator.planning.planner import Ranked
+from lamina.simulator.planning.prices import Prices, at_price, without_prices
+from lamina.simulator.planning.sensitivity import FARTHEST
+from lamina.simulator.traces.catalogue import trace, windows
+
+NEAR = 1.02
+"""How near to a price that is said it is tried."""
+ASKED = (
+    ("llama-3-70b", (("h100", 4), ("h20", 4)), "azure-conv", Slo(2.0, 0.1), 4.0, 60.0),
+    ("llama-3-70b", (("h200", 4), ("h20", 4), ("l40s", 8)), "azure-code", Slo(2.0, 0.1), 1.0, None),
+    ("qwen3-32b", (("h100", 2), ("a100-80g", 4), ("h20", 2)), "azure-conv", Slo(2.0, 0.05), 3.0, None),
+    ("qwen3-8b", (("l4", 8), ("l40s", 4), ("epyc-genoa", 2)), "azure-conv", Slo(3.0, 0.1), 4.0, None),
+    ("qwen3-32b", (("h100", 4), ("h20", 4)), "mooncake-conversation", Slo(30.0, 0.1), 0.3, 50.0),
+    ("llama-3.1-8b", (("h100", 1), ("a10g", 8), ("l4", 8)), "azure-code", Slo(1.0, 0.05), 3.0, 20.0),
+    ("qwen3-235b-a22b", (("h200", 8), ("h20", 8)), "azure-conv", Slo(3.0, 0.1), 6.0, None),
+    ("qwen2.5-7b", (("a10g", 4), ("l4", 4), ("h100", 1)), "azure-conv", Slo(2.0, 0.1), 2.0, None),
+    ("llama-3-8b", (("l40s", 4), ("a10g", 8)), "azure-code", Slo(2.0, 0.1), 2.0, 15.0),
+    ("qwen3-30b-a3b", (("h100", 2), ("l40s", 4), ("a100-80g", 2)), "azure-conv", Slo(2.0, 0.05), 5.0, None),
+)  # fmt: skip
+"""Model, devices, trace, SLO, requests a second, dollars an hour at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Try:
+    """One statement, and what planning again made of it."""
+
+    plan: int
+    device: str
+    said: str
+    holds: bool
+    found: str
+
+
+def requests(count: int) -> list[PlanRequest]:
+    """What is planned."""
+    known = hardware.load()
+    made = []
+    for name, devices, traced, slo, rate, budget in ASKED:
+        have = tuple(Have(known.device(device), n) for device, n in devices)
+        inventory = with_efficiency(Inventory(have, (known.link("fhbn-400g"),)), known.typical)
+        part = windows(trace(traced), count)
+        made.append(PlanRequest(name, model(name), inventory, part, slo, budget, rate))
+    return made
+
+
+def again(asked: PlanRequest, device: str, factor: float, check: int) -> Ranked:
+    """What is first where that device costs so many times what it does."""
+    have = tuple(replace(each, device=at_price(each.device, device, factor)) for each in asked.inventory.have)
+    there = replace(asked, inventory=replace(asked.inventory, have=have))
+    return find(there, check=check, loop=EventRuns(asked.trace, asked.slo, asked.prefill, 0)).ranked[0]
+
+
+def tries(number: int, asked: PlanRequest, check: int) -> Iterator[Try]:
+    """Every statement about prices of one plan."""
+    prices: Prices = find(asked, check=check, loop=EventRuns(asked.trace, asked.slo, asked.prefill, 0))
+    winner = prices.ranked[0]
+
+    def first(device: str, factor: float) -> tuple[bool, str]:
+        there = again(asked, device, factor, check)
+        same = without_prices(there.candidate.system) == without_prices(winner.candidate.system)
+        return same and there.estimate.replicas == winner.estimate.replicas, there.name
+
+    for device in prices.devices():
+        for farthest in (FARTHEST, 1 / FARTHEST):
+            change = prices.change(device, farthest)
+            if change is None:
+                for factor in (farthest ** (1 / 3), farthest):
+                    same, name = first(device, factor)
+                    yield Try(number, device, f"no change at {factor:.2f}x", same, name)
+                continue
+            step = NEAR if farthest > 1 else 1 / NEAR
+            before, one = first(device, change.factor / step)
+            after, other = first(device, change.factor * step)
+            said = f"at {change.factor:.3f}x {change.winner}"
+            yield Try(number, device, said, before and not after, f"before {one}; beyond {other}")
+
+
+def main() -> None:
+    asked = argparse.ArgumentParser(description=__doc__)
+    asked.add_argument("--tries", type=int, default=50, help="statements that are tried")
+    asked.add_argument("--requests", type=int, default=600, help="of each trace")
+    asked.add_argument("--check", type=int, default=24, help="candidates of a plan that the event loop checks")
+    given = asked.parse_args()
+    print(
+        f"Statements about prices, planned again within {NEAR - 1:.0%}; efficiency typical, {given.requests} requests"
+    )
+    held = done = 0
+    for number, request in enumerate(requests(given.requests)):
+        print(f"{number}: {request.name} on {request.trace.name} at {request.rate:g}/s, {request.slo}")
+        for each in tries(number, request, given.check):
+            done += 1
+            held += each.holds
+            print(f"  {'holds' if each.holds else 'FAILS'}  {each.device}: {each.said} ({each.found})", flush=True)
+            if done >= given.tries:
+                break
+        if done >= given.tries:
+            break
+    print(f"{held} of {done} hold")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+#!/usr/bin/env python3
+"""Cells measured on H100 and H200 beside what the simulator says of each engine's.
+
+usage: scripts/simulate_cells.py [--cells FILE] [--by model|devices] [--efficiency ENGINE] [--fit ENGINE] [--spread]
+
+First the efficiencies of each engine, which were fitted to every other cell; then, for the cells that they were fitted
+to and for those held out, the median of predicted over measured, the mean absolute error, and how often the 90 %
+interval of lamina/simulator/costs/uncertainty.toml holds. --efficiency predicts all cells by one engine's efficiencies:
+how far engines are apart. --fit fits an engine's anew (minutes), --spread prints the factors of uncertainty.toml. FILE
+is measured/gpu_cells.csv of LAMINA_TEST_DATA, or of ../shared/data; the cells are not part of this repository.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from simulate import gpu_cells
+from simulate.gpu_cells import Cell, Predicted, error, factors, grouped, holds, middle, predict
+
+from lamina.simulator.costs.hardware import Catalogue, Efficiency, load
+from lamina.simulator.costs.uncertainty import spread
+
+DATA = Path(os.environ.get("LAMINA_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+NUMBERS = ("tpot", "ttft", "goodput")
+
+
+def print_efficiencies(catalogue: Catalogue) -> None:
+    names = [name for name in Efficiency.__dataclass_fields__ if name != "sources"]
+    for name in names:
+        values = [getattr(each, name) for each in catalogue.engines.values()]
+        if any(value != getattr(Efficiency(), name) for value in values):
+            shown = (f"{value[0][1] if isinstance(value, tuple) else value:>10.2g}" for value in values)
+            print(f"{name:22}", *shown)
+
+
+def row(name: str, found: Sequence[Predicted], catalogue: Catalogue, efficiency: str | None) -> str:
+    shown = f"{name:34} {len(found):5}"
+    for what in ("tpot", "ttft"):
+        shown += f"  {middle(found, what):6.2f} {error(found, what):5.0%}"
+    held = []
+    for what in NUMBERS:
+        within = [
+            holds([each], what, getattr(spread(system_of(each.cell, catalogue, efficiency)), what)) for each in found
+        ]
+        held.append(f"{sum(within) / len(within):5.0%}")
+    return f"{shown}  {' '.join(held)}"
+
+
+def system_of(cell: Cell, catalogue: Catalogue, efficiency: str | None) -> gpu_cells.Colocated:
+    return gpu_cells.system(cell, catalogue, catalogue.engines[efficiency or cell.engine])
+
+
+def kind(cell: Cell) -> str:
+    return f"{cell.engine}, {'dense' if cell.dense else 'experts or latents'}"
+
+
+def fit(cells: Sequence[Cell], catalogue: Catalogue) -> Efficiency:
+    """Least squares of log(predicted / measured) with an outlier's weight bounded (soft L1), TTFT at 0.4 of TPOT's
+    weight, each number drawn to its start by a tenth of the width of its bounds."""
+    import numpy as np
+    from scipy.optimize import least_squares
+
+    bounds = {
+        "dense": (0.4, 0.85, 0.95), "attention": (0.2, 0.8, 0.95), "compute": (0.3, 0.65, 0.9),
+        "compute_8bit": (0.2, 0.6, 0.9), "experts": (0.15, 0.7, 1.2), "experts_compute": (0.05, 0.5, 1.2),
+        "collective": (0.2, 0.7, 1.0),
+        "collective_latency": (2e-6, 1e-5, 6e-5), "layer_overhead": (2e-6, 4e-5, 1.2e-4),
+        "step_overhead": (5e-4, 1e-3, 6e-3), "row_overhead": (0.0, 2e-5, 3e-4),
+        "first_token_overhead": (0.0, 0.05, 0.3),
+    }  # fmt: skip
+    low, start, high = (np.array([each[at] for each in bounds.values()]) for at in range(3))
+    first = (start - low) / (high - low)
+
+    def efficiency(at: Sequence[float]) -> Efficiency:
+        values = dict(zip(bounds, (low + (high - low) * np.asarray(at)).tolist(), strict=True))
+        curves = {name: ((1.0, values.pop(name)),) for name in ("dense", "attention")}
+        return Efficiency(**curves, **values)
+
+    def missed(at: Sequence[float]) -> list[float]:
+        found = [predict(cell, catalogue, efficiency(at)) for cell in cells]
+        tpot = [np.log(each.ratio("tpot")) for each in found]
+        ttft = [0.4 * np.log(each.ratio("ttft")) for each in found]
+        return [*tpot, *ttft, *(0.1 * (np.asarray(at) - first))]
+
+    found = least_squares(missed, first, bounds=(0, 1), loss="soft_l1", f_scale=0.1, diff_step=0.02, max_nfev=6)
+    return efficiency(found.x)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cells", type=Path, default=DATA / "measured" / "gpu_cells.csv")
+    parser.add_argument("--by", choices=("model", "devices"))
+    parser.add_argument("--efficiency", choices=tuple(load().engines))
+    parser.add_argument("--fit", choices=tuple(load().engines))
+    parser.add_argument("--spread", action="store_true")
+    args = parser.parse_args()
+    if not args.cells.is_file():
+        parser.error(f"there is no file {args.cells}; name one by --cells")
+    catalogue, cells = load(), gpu_cells.read(args.cells)
+    if args.fit:
+        found = fit([cell for cell in cells if cell.engine == args.fit and not cell.held_out], catalogue)
+        print(found)
+        return
+    print(f"{len(cells)} cells of a closed loop: Llama-3.1, Qwen3 and DeepSeek on H100 and H200, no SLO\n")
+    print(f"{'efficiency':22}", *(f"{name:>10}" for name in catalogue.engines))
+    print_efficiencies(catalogue)
+    asked = None if args.efficiency is None else catalogue.engines[args.efficiency]
+    predicted = [predict(cell, catalogue, asked) for cell in cells]
+    if args.spread:
+        for name, group in grouped([each for each in predicted if not each.cell.held_out], kind).items():
+            print(name, {what: tuple(round(each, 2) for each in factors(group, what)) for what in NUMBERS})
+        return
+    print(f"\n{'predicted / measured':34} cells  {'TPOT':>6} error  {'TTFT':>6} error  90 % holds: TPOT TTFT tokens/s")
+    for held in (False, True):
+        half = [each for each in predicted if each.cell.held_out == held]
+        for name, group in grouped(half, kind).items():
+            print(row(f"{name}, {'held out' if held else 'fitted'}", group, catalogue, args.efficiency))
+        print(row("all, held out" if held else "all, fitted", half, catalogue, args.efficiency))
+    if args.by is not None:
+        print()
+        for name, group in grouped(
+            predicted,
+            lambda cell: f"{cell.model} {cell.engine}{f' {cell.devices} {cell.device}' * (args.by == 'devices')}",
+        ).items():
+            print(row(name, group, catalogue, args.efficiency))
+
+
+if __name__ == "__main__":
+    main()
