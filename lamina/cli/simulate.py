@@ -13,10 +13,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lamina.cli.options import check_suffix, flatten_options
-from lamina.cli.simulator_output import plan_page, plan_record, print_check, print_plan, write_runs
+from lamina.cli.options import check_output, flatten_options, make_folder
+from lamina.cli.simulator_output import (
+    header,
+    pareto_axis,
+    plan_page,
+    plan_record,
+    print_check,
+    print_plan,
+    print_runs,
+    write_runs,
+)
 from lamina.cli.terminal import ProgressBars, print_json
 from lamina.errors import InvalidRequest
+from lamina.system.figures import needs_matplotlib
 from lamina.system.text_files import write_text
 
 if TYPE_CHECKING:
@@ -124,9 +134,11 @@ def plan(asked: PlanOptions) -> None:
     slo, rate = parse_slo(asked.slo), parse_rate(asked.rate)
     if not 0 <= asked.verify <= 100:
         raise InvalidRequest(f"verify is {asked.verify}; allowed are 0 to 100")
-    check_suffix("out", asked.out, ".toml")
-    check_suffix("html", asked.html, ".html")
-    check_suffix("plot", asked.plot, ".png")
+    check_output("out", asked.out, ".toml")
+    check_output("html", asked.html, ".html")
+    check_output("plot", asked.plot, ".png")
+    if asked.plot is not None:
+        needs_matplotlib()
     if asked.html is not None and not asked.verify:
         raise InvalidRequest("--html and --verify 0 were given; a report needs at least one that is checked")
 
@@ -141,25 +153,25 @@ def plan(asked: PlanOptions) -> None:
     drafts = parse_speculation(asked)
     request = PlanRequest(asked.model, shape, devices, trace, slo, asked.budget, rate, asked.prefill, drafts)
     compared = asked.devices(everything=True) if asked.compare else None
-    with ProgressBars() as progress:
+    with ProgressBars(lines=True) as progress:
         found = make_plan(request, check=asked.verify, seed=asked.seed, compare=compared, progress=progress)
     if asked.out is not None:
         write(asked.out, found.plan)
     if asked.plot is not None:
         from lamina.simulator.reports.plots import save_pareto
 
-        save_pareto(found.points(), found.winner.name, asked.plot)
+        save_pareto(found.points(), found.winner.name, asked.plot, pareto_axis(found))
     if asked.html is not None:
         write_text(asked.html, plan_page(found, f"A plan for {shape.name} on {trace.name}"))
     if asked.as_json:
         print_json(plan_record(found))
     else:
         reached = catalogues.load(asked.hardware).said_of(asked.efficiency)
-        print_plan(found, asked.slo, asked.budget, reached, asked.prefill, asked.out)
-        for remark in trace.remarks:
-            typer.echo(f"\nThe trace {trace.name}: {remark}.")
+        said = header(found.demand, shape.name, asked.slo, asked.efficiency, asked.budget)
+        remarks = [f"The trace {trace.name}: {remark}." for remark in trace.remarks]
         if not asked.any_system:
-            typer.echo("\nNot considered: prompts computed on other devices, which no engine here deploys (--any).")
+            remarks.append("Not considered: prompts computed on other devices, which no engine here deploys (--any).")
+        print_plan(found, said, reached, asked.prefill, asked.out, remarks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,14 +214,17 @@ def simulate(asked: SimulateOptions) -> None:
     if asked.as_json and asked.as_csv:
         raise InvalidRequest("--json and --csv were given; allowed is one of the two")
     slo, rate = parse_slo(asked.slo), parse_rate(asked.rate)
+    make_folder("out", asked.out)
 
     from lamina.simulator.costs import hardware as catalogues
     from lamina.simulator.costs.models import model as shape_of
     from lamina.simulator.planning.comparison import Choice, assumed, build, compare
-    from lamina.simulator.reports.report import table, to_csv, to_json
+    from lamina.simulator.planning.overload import overloads
+    from lamina.simulator.reports.report import to_csv, to_json
     from lamina.simulator.traces.arrivals import all_at_once
     from lamina.simulator.traces.catalogue import at_rate
     from lamina.simulator.traces.catalogue import trace as trace_of
+    from lamina.simulator.traces.demand import demand
 
     catalogue = catalogues.load(asked.hardware)
     known = catalogues.with_efficiency(catalogue, catalogue.efficiency(asked.efficiency))
@@ -219,21 +234,19 @@ def simulate(asked: SimulateOptions) -> None:
     trace = trace_of(asked.trace, asked.count or None, asked.seed, asked.trace_dir)
     if rate is not None:
         trace = all_at_once(trace) if math.isinf(rate) else at_rate(trace, rate)
-    with ProgressBars() as progress:
+    with ProgressBars(lines=True) as progress:
         results = compare(
             systems, trace, slo=slo, prefill=asked.prefill, seed=asked.seed, progress=progress,
             assumptions=assumed(catalogue.said_of(asked.efficiency), asked.prefill, trace, choice),
         )  # fmt: skip
+    load = demand(trace)
+    remarks = overloads(systems, results, load, slo, asked.prefill)
     if asked.out is not None:
-        write_runs(asked.out, systems, results, slo)
-    shown = to_json(results) if asked.as_json else to_csv(results) if asked.as_csv else table(results)
-    typer.echo(shown, nl=False)
-    if not (asked.as_json or asked.as_csv):
-        from lamina.simulator.reports.memory import kept, room
-
-        typer.echo(f"{choice.model.name} keeps {kept(choice.model)}")
-        for system in systems:
-            typer.echo(f"{system.name}: {room(system)}")
+        write_runs(asked.out, systems, results, slo, remarks)
+    if asked.as_json or asked.as_csv:
+        typer.echo(to_json(results) if asked.as_json else to_csv(results), nl=False)
+    else:
+        print_runs(results, systems, header(load, shape.name, asked.slo, asked.efficiency), remarks)
 
 
 def calibrate_hardware(
@@ -250,7 +263,7 @@ def calibrate_hardware(
 
     from lamina.measure.hardware import calibrate
 
-    check_suffix("out", out, ".toml")
+    check_output("out", out, ".toml")
 
     def keep(found: Calibration) -> None:
         write_text(out, found.dumps())
