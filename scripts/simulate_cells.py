@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from simulate import gpu_cells
@@ -69,15 +70,15 @@ def fit(cells: Sequence[Cell], catalogue: Catalogue) -> Efficiency:
         "collective": (0.2, 0.7, 1.0),
         "collective_latency": (2e-6, 1e-5, 6e-5), "layer_overhead": (2e-6, 4e-5, 1.2e-4),
         "step_overhead": (5e-4, 1e-3, 6e-3), "row_overhead": (0.0, 2e-5, 3e-4),
-        "first_token_overhead": (0.0, 0.05, 0.3),
+        "first_token_overhead": (0.0, 0.05, 0.3), "prompt_token_overhead": (0.0, 1e-5, 5e-5),
     }  # fmt: skip
     low, start, high = (np.array([each[at] for each in bounds.values()]) for at in range(3))
     first = (start - low) / (high - low)
 
     def efficiency(at: Sequence[float]) -> Efficiency:
         values = dict(zip(bounds, (low + (high - low) * np.asarray(at)).tolist(), strict=True))
-        curves = {name: ((1.0, values.pop(name)),) for name in ("dense", "attention")}
-        return Efficiency(**curves, **values)
+        dense, attention = values.pop("dense"), values.pop("attention")
+        return replace(Efficiency(**values), dense=((1.0, dense),), attention=((1.0, attention),))
 
     def missed(at: Sequence[float]) -> list[float]:
         found = [predict(cell, catalogue, efficiency(at)) for cell in cells]

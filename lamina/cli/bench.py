@@ -141,7 +141,7 @@ def decode(
             raise InvalidRequest(f"{name} is {value}; allowed are {'1' if name == 'rounds' else '2'} to {most}")
     _writable("save-result", save_result, ".json")
     if engine.plan is not None:
-        raise InvalidRequest("--plan was given; `lamina plan --check` measures the steps of a plan")
+        raise InvalidRequest("--plan was given; `lamina plan --check` measures what a plan promises")
     with ProgressBars() as progress:
         found = bench(
             model, engine.config(), [(b, c) for c in contexts for b in batches], steps=steps, rounds=rounds,

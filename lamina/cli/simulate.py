@@ -6,10 +6,9 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,6 +23,14 @@ from lamina.cli.simulator_output import (
     print_runs,
     write_runs,
 )
+from lamina.cli.simulator_words import (
+    DEFAULT_SLO,
+    parse_failures,
+    parse_policy,
+    parse_rate,
+    parse_slo,
+    parse_speculation,
+)
 from lamina.cli.terminal import ProgressBars, print_json
 from lamina.errors import InvalidRequest
 from lamina.system.figures import needs_matplotlib
@@ -31,18 +38,16 @@ from lamina.system.text_files import write_text
 
 if TYPE_CHECKING:
     from lamina.measure.hardware import Calibration
-    from lamina.simulator.costs.speculation import Speculation
-    from lamina.simulator.event_loop.simulate import Slo
     from lamina.simulator.planning.inventory import Inventory
 
-DEFAULT_MODEL, DEFAULT_TRACE, DEFAULT_SLO = "llama-3-70b", "azure-conv", "tpot=100ms,ttft=2s"
+DEFAULT_MODEL, DEFAULT_TRACE = "llama-3-70b", "azure-conv"
 DEFAULT_SYSTEMS = "chunked,colocated,disaggregated,lamina,lamina-cpu"
 DEFAULT_COUNT = 2000
-_SLO = re.compile(r"(ttft|tpot)=(\d{1,9}(?:\.\d{1,9})?)(us|ms|s)", re.ASCII)
-_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 Model = Annotated[str, typer.Option("--model", "-m", help="A model the simulator knows, or a path to a config.json.")]
-TraceName = Annotated[str, typer.Option("--trace", help="A published trace by name, or a file in its format.")]
+TraceName = Annotated[
+    str, typer.Option("--trace", help="A published trace by name, coding-agents, or a file in a published format.")
+]
 TraceDir = Annotated[
     Path | None, typer.Option(help="Where files of published traces are. Azure's are built in; Mooncake's is drawn.")
 ]
@@ -147,9 +152,11 @@ def plan(asked: PlanOptions) -> None:
     from lamina.simulator.planning.plan import PlanRequest, make_plan
     from lamina.simulator.planning.plan_file import write
     from lamina.simulator.traces.catalogue import trace as trace_of
+    from lamina.simulator.traces.sessions import open_loop
 
     shape, devices = shape_of(asked.model).with_weights(asked.weights), asked.devices(asked.any_system)
     trace = trace_of(asked.trace, asked.count, asked.seed, asked.trace_dir)
+    trace = open_loop(trace, slo.ttft or 1.0, slo.tpot or 0.05)  # a plan needs times of arrival
     drafts = parse_speculation(asked)
     request = PlanRequest(asked.model, shape, devices, trace, slo, asked.budget, rate, asked.prefill, drafts)
     compared = asked.devices(everything=True) if asked.compare else None
@@ -194,6 +201,17 @@ class SimulateOptions:
         str | None, typer.Option(help="A KV policy as NAME=READ,HELD: shares of the bytes read and held.")
     ] = None
     prefill: Prefill = True
+    users: Annotated[
+        int | None, typer.Option(help="So many users take the requests in turn, each after its last one's end.")
+    ] = None
+    think: Annotated[float, typer.Option(help="Seconds that a user waits before the next request; needs --users.")] = (
+        0.0
+    )
+    lose_worker_every: Annotated[
+        float | None, typer.Option(help="Each instance loses a worker every so many seconds.")
+    ] = None
+    worker_restart: Annotated[float, typer.Option(help="Seconds until a lost worker is replaced.")] = 10.0
+    redundancy: Annotated[str, typer.Option(help="Of KV, for workers that are lost: none, replica, parity.")] = "none"
     efficiency: EfficiencyName = "typical"
     weights: Weights = "auto"
     speculate: Speculate = None
@@ -213,15 +231,22 @@ def simulate(asked: SimulateOptions) -> None:
     """Systems beside each other on one trace: throughput, cost, latencies, utilisation."""
     if asked.as_json and asked.as_csv:
         raise InvalidRequest("--json and --csv were given; allowed is one of the two")
+    if asked.think and asked.users is None:
+        raise InvalidRequest(f"--think {asked.think:g} was given; it needs --users")
+    if asked.users is not None and asked.rate != "trace":
+        raise InvalidRequest(
+            "--users and --rate were given; allowed is one of the two: users wait for their own requests"
+        )
     slo, rate = parse_slo(asked.slo), parse_rate(asked.rate)
     make_folder("out", asked.out)
+    failures = parse_failures(asked)
 
     from lamina.simulator.costs import hardware as catalogues
     from lamina.simulator.costs.models import model as shape_of
     from lamina.simulator.planning.comparison import Choice, assumed, build, compare
     from lamina.simulator.planning.overload import overloads
     from lamina.simulator.reports.report import to_csv, to_json
-    from lamina.simulator.traces.arrivals import all_at_once
+    from lamina.simulator.traces.arrivals import all_at_once, closed_loop
     from lamina.simulator.traces.catalogue import at_rate
     from lamina.simulator.traces.catalogue import trace as trace_of
     from lamina.simulator.traces.demand import demand
@@ -234,10 +259,12 @@ def simulate(asked: SimulateOptions) -> None:
     trace = trace_of(asked.trace, asked.count or None, asked.seed, asked.trace_dir)
     if rate is not None:
         trace = all_at_once(trace) if math.isinf(rate) else at_rate(trace, rate)
+    if asked.users is not None:
+        trace = closed_loop(trace, asked.users, asked.think)
     with ProgressBars(lines=True) as progress:
         results = compare(
             systems, trace, slo=slo, prefill=asked.prefill, seed=asked.seed, progress=progress,
-            assumptions=assumed(catalogue.said_of(asked.efficiency), asked.prefill, trace, choice),
+            assumptions=assumed(catalogue.said_of(asked.efficiency), asked.prefill, trace, choice), failures=failures,
         )  # fmt: skip
     load = demand(trace)
     remarks = overloads(systems, results, load, slo, asked.prefill)
@@ -275,68 +302,6 @@ def calibrate_hardware(
         typer.echo(remark, err=True)
     names = [device.name for device in found.devices] + [link.name for link in found.links]
     typer.echo(f"{out}: {', '.join(names)}")
-
-
-def parse_slo(words: str) -> Slo:
-    """Such as "tpot=100ms,ttft=2s", each at most once; "none" for any time. Raises InvalidRequest."""
-    from lamina.simulator.event_loop.simulate import Slo
-
-    given: dict[str, float] = {}
-    for word in [] if words.strip() == "none" else words.split(","):
-        found = _SLO.fullmatch(word.strip())
-        if found is None or found[1] in given or not float(found[2]):
-            raise InvalidRequest(
-                f"slo is {words!r:.80}; allowed are ttft and tpot, once each, above 0, with us, ms or s, such as "
-                f'"{DEFAULT_SLO}", or "none"'
-            )
-        given[found[1]] = float(found[2]) * _UNITS[found[3]]
-    return Slo(**given)
-
-
-def parse_rate(words: str) -> float | None:
-    """Requests a second: None for "trace", infinite for "max". Raises InvalidRequest."""
-    if words in ("trace", "max"):
-        return None if words == "trace" else math.inf
-    try:
-        value = float(words)
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= 1e6:  # NaN compares false
-        raise InvalidRequest(f"rate is {words!r:.80}; allowed are trace, max, or requests a second up to 1e6")
-    return value
-
-
-def parse_policy(words: str | None) -> Any:
-    """A `KvPolicy` such as "auto=0.31,1": its name, and the shares of the KV read and held. Raises InvalidRequest."""
-    from lamina.simulator.costs.cost_model import FULL, KvPolicy
-
-    if words is None:
-        return FULL
-    name, _, shares = words.rpartition("=")
-    try:
-        read, held = (float(share) for share in shares.split(","))
-    except ValueError as error:
-        raise InvalidRequest(f"policy is {words!r:.80}; allowed is NAME=READ,HELD, such as auto=0.31,1") from error
-    return KvPolicy(name, read, held)
-
-
-def parse_speculation(asked: PlanOptions | SimulateOptions) -> Speculation | None:
-    """What drafts, with its acceptance; None where nothing does. Raises InvalidRequest."""
-    from lamina.simulator.costs.models import model as shape_of
-    from lamina.simulator.costs.speculation import NGRAM, Speculation
-
-    name, acceptance = asked.speculate, asked.acceptance
-    if name is None:
-        if acceptance is not None or asked.proposed != 1:
-            raise InvalidRequest("--acceptance or --proposed was given; it needs --speculate")
-        return None
-    if acceptance is None:
-        raise InvalidRequest(
-            "--speculate was given; it needs --acceptance, from 0 to 1: of the first drafts of rows, how many were "
-            "accepted, as `Completion.stats` or /metrics count them"
-        )
-    draft = None if name == NGRAM else shape_of(name)
-    return Speculation(acceptance, asked.num_speculative_tokens, asked.proposed, name, draft)
 
 
 def _check(path: Path, asked: PlanOptions) -> None:

@@ -5,6 +5,7 @@ Each is a msgpack array of its fields. An error that refuses a handshake names t
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, TypeAlias, TypeVar
@@ -40,6 +41,7 @@ Secret: TypeAlias = Annotated[bytes, _check_secret]
 Features: TypeAlias = Annotated[tuple[str, ...], check_features, Since(8)]
 
 
+@functools.cache
 def package_version() -> str:
     """The version of the installed package."""
     return importlib.metadata.version("lamina")

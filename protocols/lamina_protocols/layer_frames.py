@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from lamina_protocols import messages as m
@@ -76,22 +79,9 @@ class LayerFrame:
             and bool(has & {"v", "out"} or not self.d_v)
         )
 
-    def places(self) -> dict[str, Place]:
+    def places(self) -> Mapping[str, Place]:
         """Where each tensor stands, in their order."""
-        shapes = {
-            "q": (self.dtype, (self.queries, self.d_q)),
-            "k": (self.kv_dtype, (self.fresh, self.d_k)),
-            "v": (self.kv_dtype, (self.fresh, self.d_v)),
-            "out": (self.dtype, (self.queries, self.d_v)),
-            "lse": ("f32", (self.queries,)),
-        }
-        places, at = {}, HEAD_SIZE
-        for name in TENSORS[self.tag]:
-            dtype, shape = shapes[name]
-            at += padding(at)
-            places[name] = Place(at, nbytes(dtype, shape), dtype, shape)
-            at += places[name].size
-        return places
+        return _places(self.tag, self.queries, self.fresh, (self.d_q, self.d_k, self.d_v), self.dtype, self.kv_dtype)
 
     @property
     def size(self) -> int:
@@ -108,6 +98,26 @@ class LayerFrame:
         except (struct.error, OverflowError) as error:
             raise ProtocolError(f"{CLASSES[self.tag].__name__} of layer {layer}, {self}: {error}") from error
         return pack_prefix(Prefix(self.tag, _HEADER.size, self.size - HEAD_SIZE)) + packed
+
+
+@lru_cache(maxsize=256)  # of the few kinds that a batch has in all its layers
+def _places(
+    tag: int, queries: int, fresh: int, widths: tuple[int, int, int], dtype: str, kv_dtype: str
+) -> Mapping[str, Place]:
+    d_q, d_k, d_v = widths
+    shapes = {
+        "q": (dtype, (queries, d_q)),
+        "k": (kv_dtype, (fresh, d_k)),
+        "v": (kv_dtype, (fresh, d_v)),
+        "out": (dtype, (queries, d_v)),
+        "lse": ("f32", (queries,)),
+    }
+    places, at = {}, HEAD_SIZE
+    for name in TENSORS[tag]:
+        at += padding(at)
+        places[name] = Place(at, nbytes(*shapes[name]), *shapes[name])
+        at += places[name].size
+    return MappingProxyType(places)
 
 
 def frames_between(

@@ -5,6 +5,7 @@ Both directions share memory: `buffer` views the tensor, `from_buffer` views the
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 
@@ -47,6 +48,7 @@ def buffer(tensor: torch.Tensor) -> memoryview:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
+@functools.lru_cache(maxsize=1024)  # of what is the same in each layer and step
 def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Size in bytes of a tensor as a header describes it. Raises ProtocolError for an unknown dtype or a bad shape."""
     if dtype not in _WIRE:

@@ -8,6 +8,8 @@ of this repository. What is known of how they were measured, and what had to be 
 - SGLang's cells of Qwen3-32B: all users in step, whose outputs are all of one length.
 - FP8 checkpoints with vLLM and TensorRT-LLM keep KV in 8 bits but for latents: cells are there that 16 bits have no
   room for. SGLang's, and all of 16 bits, keep it in 16.
+- TensorRT-LLM's cells of Llama-3.1-8B: one user fewer than there are is served at a time. Their TTFT is larger than the
+  others' by the length of an answer over so many, whatever the model's parallelism.
 - "64" devices of DeepSeek are one machine of eight: 8 by tensor and expert parallelism. The same numbers are listed as
   of 8 devices.
 - A batch has 8192 tokens, as these engines have on such GPUs.
@@ -16,6 +18,7 @@ of this repository. What is known of how they were measured, and what had to be 
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +32,8 @@ from lamina.simulator.steady_state.closed_loop import closed_loop
 FIRST = 0.14
 """The share of users' first requests in a run without a warm-up."""
 BATCH_TOKENS = 8192
+FITTED = 13
+"""Numbers of an engine's efficiency that are fitted to its cells."""
 MODELS = {
     "Llama-3.1-70B": "llama-3.1-70b",
     "Llama-3.1-8B-Instruct": "llama-3.1-8b",
@@ -112,6 +117,7 @@ def system(cell: Cell, catalogue: Catalogue, efficiency: Efficiency) -> Colocate
         tensor_parallel=cell.devices,
         batch_tokens=BATCH_TOKENS,
         kv_element=kv,
+        max_sequences=cell.users - 1 if cell.engine == "trtllm" and cell.model == "llama-3.1-8b" else 4096,
     )
 
 
@@ -156,11 +162,13 @@ def tokens_per_second(cell: Cell, ttft: float, tpot: float) -> float:
 
 
 def factors(found: Sequence[Predicted], what: str) -> tuple[float, float]:
-    """Measured over predicted without the 3 % of cells at either end: of fewer than 33 cells the extremes, so that 90 %
-    of others lie between. `what` is "tpot", "ttft" or "goodput"."""
+    """Measured over predicted without the 3 % of cells at either end, so that 90 % of others lie between: widened by
+    sqrt(1 + p / n) in logarithms, since p numbers were fitted to these n cells. `what` is "tpot", "ttft" or
+    "goodput"."""
     ratios = sorted(1 / _ratio(each, what) for each in found)
     beyond = int(0.03 * len(ratios))
-    return min(1.0, ratios[beyond]), max(1.0, ratios[-1 - beyond])
+    wider = math.sqrt(1 + FITTED / len(ratios))
+    return min(1.0, ratios[beyond]) ** wider, max(1.0, ratios[-1 - beyond]) ** wider
 
 
 def _ratio(found: Predicted, what: str) -> float:

@@ -42,6 +42,8 @@ from lamina_protocols.layers import ColdTier
         ("rope_scaling", "yarn", "a mapping"),
         ("kv_memory", "2 parsecs", "1 byte to 1 PiB"),
         ("kv_resident", 0, "1 byte to 1 PiB"),
+        ("kv_local", "much", "1 byte to 1 PiB"),
+        ("max_num_seqs", 0, "an integer from 1 to 65536"),
         ("kv_cold", " ", "a folder on a disk, or None"),
         ("model_workers", 0, "1 to 1024"),
         ("attention_workers", ["a"], '"host:port"'),

@@ -1,4 +1,4 @@
-"""What holders of a model's KV are told of the policy."""
+"""What holders of a model's KV are told of the policy, and how much memory each has."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 from real_workers import write_tiny_model
 
 from lamina.config import EngineConfig
-from lamina.errors import PolicyError
-from lamina.launch.kv_sizing import holder_config, page_groups
+from lamina.errors import InvalidRequest, PolicyError
+from lamina.launch.kv_sizing import Sizes, holder_config, page_groups, size_kv
+from lamina.launch.model_files import load
 from lamina.system.machine import this_machine
 from lamina_protocols.layers import HolderConfig
 from lamina_workers.attention_worker.head_policies import HeadPolicies
@@ -46,3 +47,16 @@ def test_a_text_for_all_heads_gives_each_its_own(folder: Path, copies: int) -> N
 def test_blocks_that_are_no_whole_pages_are_refused(folder: Path) -> None:
     with pytest.raises(PolicyError, match=r"dilated: block is 24; allowed are multiples of the page size, 16"):
         HeadPolicies.of(holder(folder, "dilated(block=24, sink=0)"))
+
+
+def test_the_engines_own_process_may_have_less_kv_than_its_workers(folder: Path) -> None:
+    def sizes(**more: object) -> Sizes:
+        config = EngineConfig(attention_workers=2, kv_memory="4MiB", max_num_seqs=8, **more)  # type: ignore[arg-type]
+        return size_kv(load(folder, config, None), config, this_machine())
+
+    alike, less = sizes(), sizes(kv_local="1MiB")
+    assert [each.kv_memory for each in (*alike.seats, *alike.ranks)] == [4 << 20, 4 << 20]
+    assert [each.kv_memory for each in (*less.seats, *less.ranks)] == [4 << 20, 1 << 20]
+    assert less.limits.max_sequences == 8
+    with pytest.raises(InvalidRequest, match="kv_local is 1 bytes; allowed are"):
+        sizes(kv_local=1)

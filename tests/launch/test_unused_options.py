@@ -36,6 +36,8 @@ def holder(policy: str = "", window: int | None = None) -> HolderConfig:
         ({"worker_linger": 5, "journal": "j"}, []),
         ({"num_speculative_tokens": 3}, ["num_speculative_tokens=3 does nothing without speculate"]),
         ({"num_speculative_tokens": 3, "speculate": "ngram"}, []),
+        ({"kv_local": 1 << 30}, ["kv_local=1073741824 does nothing without attention_workers"]),
+        ({"kv_local": 1 << 30, "attention_workers": 1}, []),
         ({"kv_resident": 1 << 30}, ["kv_resident=1073741824 does nothing without kv_cold"]),
         ({"kv_resident": 1 << 30, "kv_cold": "d"}, []),
     ],

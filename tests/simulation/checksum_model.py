@@ -41,6 +41,7 @@ _SHIFTS = (np.arange(8) * 6).astype(np.uint64)
 _BIT_SHIFTS = (48 + np.arange(BITS)).astype(np.uint64)
 _HEADS = np.arange(KV_HEADS, dtype=np.uint64) * _HEAD + np.arange(1, LAYERS + 1, dtype=np.uint64)[:, None] * _LAYER
 _COEFFICIENTS = np.random.default_rng(7).integers(1 << 40, size=(LAYERS, 2 * KV_HEADS * WIDTH)).astype(np.int64)
+_ALL_HEADS, _ODD = np.arange(KV_HEADS), np.arange(1, 2 * KV_HEADS, 2)
 _LN2 = float(np.log(2.0)) / _SCALE
 
 
@@ -78,14 +79,17 @@ def _leaving(x: npt.NDArray[np.uint64], sums: Ints, layer: int) -> npt.NDArray[n
 
 def _bit_of(positions: Ints) -> Ints:
     """Which bit of k the odd query heads weigh, `[T, KV_HEADS]`."""
-    return (positions[:, None] + np.arange(KV_HEADS)) % BITS
+    return (positions[:, None] + _ALL_HEADS) % BITS
 
 
 def _candidates(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
     """The two likeliest tokens, alike likely, in order: `[T, 2]`."""
     one = (x % np.uint64(VOCABULARY)).astype(np.int64)
     other = (one + 1 + ((x >> np.uint64(20)) % np.uint64(VOCABULARY - 1)).astype(np.int64)) % VOCABULARY
-    return np.stack([np.minimum(one, other), np.maximum(one, other)], 1)
+    both = np.empty((len(x), 2), np.int64)
+    np.minimum(one, other, out=both[:, 0])
+    np.maximum(one, other, out=both[:, 1])
+    return both
 
 
 class Seen:
@@ -100,9 +104,18 @@ class Seen:
             return ((0, position + 1),)
         return tuple(next(self._policy.views(position, 1)).seen(position))
 
-    def count(self, position: int) -> int:
-        """How many keys the query at a position sees."""
-        return sum(end - first for first, end in self.ranges(position))
+    def counts(self, positions: Ints) -> Ints:
+        """How many keys the query at each position sees."""
+        if self._policy is None:
+            return positions + 1
+        return np.array([sum(end - first for first, end in self.ranges(p)) for p in positions.tolist()])
+
+    def sums(self, upto: Ints, positions: Ints) -> Ints:
+        """Over what each position sees, of running sums."""
+        if self._policy is None:
+            return upto[positions + 1]
+        ranges = [self.ranges(p) for p in positions.tolist()]
+        return np.stack([sum(upto[end] - upto[first] for first, end in each) for each in ranges])  # type: ignore[arg-type]
 
 
 class ChecksumDecoder:
@@ -133,7 +146,7 @@ class ChecksumDecoder:
     ) -> Forward:
         """As `Decoder.forward`. `hidden`, float32 `[T, 4]`: the stream, 16 bits in each number."""
         positions = batch.positions.numpy()
-        counts = np.array([self._seen.count(p) for p in positions.tolist()], np.float64)
+        counts = self._seen.counts(positions).astype(np.float64)
         bits = _bit_of(positions)
         x = _entering(batch.token_ids.numpy(), positions) if hidden is None else _unpacked(hidden)
         tokens, rows = len(positions), np.arange(len(positions))
@@ -141,7 +154,7 @@ class ChecksumDecoder:
             if attended is None:
                 v = _values(x, layer)
                 q = np.zeros((tokens, 2 * KV_HEADS, WIDTH), np.float32)
-                q[rows[:, None], np.arange(1, 2 * KV_HEADS, 2), bits] = _LN2
+                q[rows[:, None], _ODD, bits] = _LN2
                 k = np.zeros((tokens, KV_HEADS, WIDTH), np.float32)
                 k[..., :BITS] = v[..., 8:]
                 yield QueryReady(layer, torch.from_numpy(q), early=query_first)
@@ -162,10 +175,11 @@ def _summed(attended: npt.NDArray[np.float32], counts: npt.NDArray[np.float64], 
     """The sums of which the output has means, as integers `[T, 2 * KV_HEADS * WIDTH]`."""
     out = attended.reshape(len(counts), KV_HEADS, 2, WIDTH).astype(np.float64)
     even = np.rint(out[:, :, 0] * counts[:, None, None])
-    ones = np.take_along_axis(even, 8 + bits[:, :, None], 2)
-    odd = np.rint(out[:, :, 1] * (counts[:, None, None] + ones))
-    both = np.stack([even, odd], 2).reshape(len(counts), -1)
-    return np.nan_to_num(both, nan=1e9, posinf=1e9, neginf=-1e9).astype(np.int64)
+    ones = even[np.arange(len(counts))[:, None], _ALL_HEADS, 8 + bits]
+    out[:, :, 0] = even
+    out[:, :, 1] = np.rint(out[:, :, 1] * (counts[:, None] + ones)[..., None])
+    out[~np.isfinite(out)] = 1e9
+    return out.reshape(len(counts), -1).astype(np.int64)
 
 
 def _packed(x: npt.NDArray[np.uint64]) -> torch.Tensor:
@@ -189,7 +203,7 @@ class Reference:
     def append(self, tokens: list[int]) -> npt.NDArray[np.int64]:
         """The candidates for the token that follows the last of these."""
         lo, hi = self._length, self._length + len(tokens)
-        positions = np.arange(lo, hi)
+        positions, rows = np.arange(lo, hi), np.arange(len(tokens))[:, None]
         bits = _bit_of(positions)
         x = _entering(np.array(tokens), positions)
         for layer in range(LAYERS):
@@ -197,21 +211,21 @@ class Reference:
             plain, weighed = self._plain[layer], self._weighed[layer]
             plain[lo + 1 : hi + 1] = plain[lo] + np.cumsum(v, 0)
             weighed[lo + 1 : hi + 1] = weighed[lo] + np.cumsum(v[..., 8:, None] * v[..., None, :], 0)
-            even, odd = self._sums(plain, positions), self._sums(weighed, positions)
-            odd = even + np.take_along_axis(odd, bits[:, :, None, None], 2)[:, :, 0]
-            x = _leaving(x, np.stack([even, odd], 2).reshape(len(tokens), -1), layer)
+            both = np.empty((len(tokens), KV_HEADS, 2, WIDTH), np.int64)
+            both[:, :, 0] = even = self._seen.sums(plain, positions)
+            both[:, :, 1] = even + self._seen.sums(weighed, positions)[rows, _ALL_HEADS, bits]
+            x = _leaving(x, both.reshape(len(tokens), -1), layer)
         self._length = hi
         return _candidates(x[-1:])[0]
 
-    def _sums(self, upto: Ints, positions: Ints) -> Ints:
-        """Over what each position sees."""
-        ranges = [self._seen.ranges(p) for p in positions.tolist()]
-        return np.stack([sum(upto[end] - upto[first] for first, end in each) for each in ranges])  # type: ignore[arg-type]
 
-
-def text(prompt: tuple[int, ...], tokens: int, policy: str, seed: int | None, sample: int) -> Iterator[int]:
+@lru_cache(maxsize=4096)
+def text(prompt: tuple[int, ...], tokens: int, policy: str, seed: int | None, sample: int) -> tuple[int, ...]:
     """What the model generates: greedily, or with a temperature where there is a seed."""
-    reference = Reference(policy, len(prompt) + tokens)
+    return tuple(_text(Reference(policy, len(prompt) + tokens), prompt, tokens, seed, sample))
+
+
+def _text(reference: Reference, prompt: tuple[int, ...], tokens: int, seed: int | None, sample: int) -> Iterator[int]:
     low, high = reference.append(list(prompt))
     for position in range(tokens):
         token = low if seed is None or uniform(seed, sample, position) < 0.5 else high

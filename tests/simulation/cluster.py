@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import random
 import time
 from collections import Counter
@@ -13,7 +12,7 @@ from unittest import mock
 import scenario as events
 from attention_host import AttentionHost
 from disk import Disk
-from engine_host import AGAIN_S, EngineHost, kv_config
+from engine_host import EngineHost, kv_config
 from invariants import books, left_over
 from network import Line
 from scenario import Answer, Event, Outcome, Scenario, Submit, prompt_of
@@ -26,6 +25,7 @@ from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.request import Request
 from lamina_protocols.errors import LaminaError
+from lamina_workers.model_worker.remote_holder import RemoteHolder
 
 MOST_STEPS = 200_000  # of engines in one scenario; more means that one turns in place
 SETTLE_S = 0.5  # after the last answer, for closes to leave, before it is looked whether anything is left
@@ -35,6 +35,12 @@ CHECK_EVERY = 64  # steps
 
 def _sleeps(seconds: float) -> None:
     raise RuntimeError(f"something sleeps for {seconds} s that is not of virtual time")
+
+
+def _left(holder: RemoteHolder, asked: int) -> float:
+    """Seconds that a holder has for its answer. Compiled code notes by the machine's clock when it was asked: how fast
+    that is must change nothing here."""
+    return holder.holder.timeout
 
 
 class Cluster:
@@ -78,10 +84,13 @@ class Cluster:
 
     def run(self) -> Outcome:
         """Let everything happen."""
+        with contextlib.ExitStack() as patched:
+            patched.enter_context(mock.patch.multiple(time, time=self._wall, sleep=_sleeps))
+            patched.enter_context(mock.patch.object(RemoteHolder, "left", _left))
+            return self._run()
+
+    def _run(self) -> Outcome:
         scenario = self.scenario
-        gc.disable()
-        patched = mock.patch.multiple(time, time=self._wall, sleep=_sleeps)
-        patched.start()
         try:
             for pages in scenario.setup.workers:
                 self._add_host(pages)
@@ -99,10 +108,6 @@ class Cluster:
                         )
         finally:
             self._close()
-            patched.stop()
-            gc.enable()
-            gc.collect()
-            gc.freeze()  # collections, which freed seats make too, look at what is new: else each would take 0.3 s
         self.counts["tokens"] = sum(len(each) for answer in self.answers.values() for each in answer.samples)
         self.counts["slices"] = self.engine_host.slices
         self.counts += self.engine_host.reached
@@ -335,9 +340,10 @@ class Cluster:
 
     def engine_gave_up(self, why: str) -> None:
         """It did not start. Its supervisor starts another."""
-        self.say(f"the engine does not start: {why}")
+        folder = "" if self._disk is None else str(self._disk.folder)  # its name is another in each run
+        self.say(f"the engine does not start: {why.replace(folder, 'DISK')}")
         self._engine_dies()
-        self.time.after(AGAIN_S, self._start_engine)
+        self.time.after(self.scenario.setup.again, self._start_engine)
 
     def _on_KillServer(self, event: events.KillServer) -> bool | None:
         if self._link is None:

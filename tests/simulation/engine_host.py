@@ -20,7 +20,7 @@ from attention_host import AttentionHost
 from checksum_model import ChecksumDecoder, layer_specs
 from disk import Disk
 from model_host import ReplicaHosts, edges, part, waits
-from scenario import Scenario, Setup
+from scenario import STEP_S, Scenario, Setup
 from virtual_time import Process, Time, Wake
 
 from lamina.engine.engine import Engine
@@ -60,9 +60,7 @@ from lamina_workers.ports.remote import RemoteAttention, SeatOptions, connect
 PAGE_SIZE = 16
 MAX_MODEL_LEN = 512
 LOCAL = 0
-STEP_S = 100e-6  # that the model takes for a step
-AGAIN_S = 0.2  # between two attempts to connect to a worker
-HANDSHAKE_S = 3.0
+HANDSHAKE_S = 3.0  # at most
 CLAIM_S = 10.0
 # What the engine says of a worker whose messages cannot be: see `Replies`, `RemoteAttention`, `ModelWorker`, `Engine`.
 _BLAMES = ("was due, got", "nobody has asked for", "it sent a", "contradict the engine's books", "times in a row",
@@ -306,7 +304,7 @@ class EngineHost:
             for task in [process.start(partial(self._first, n, identity, found), f"connect-{n}") for n in numbers]:
                 task.join()
             if not found:
-                process.sleep(AGAIN_S)
+                process.sleep(self._setup.again)
         process.check()
         holders: dict[int, Holder] = {}
         ports: dict[int, AttentionPort] = {}
@@ -443,7 +441,7 @@ class EngineHost:
                     at = self._seat(port, identity)
                 except LaminaError as error:
                     self._owner.say(f"worker {number}: {error}")
-                    self.process.sleep(AGAIN_S)
+                    self.process.sleep(self._setup.again)
                     continue
                 self.ports[number], self._lost[number] = port, Wake(self.process)
                 engine = self.engine
@@ -452,7 +450,7 @@ class EngineHost:
                     port.watch(engine.leave)
             self._lost[number].wait()
             self.ports.pop(number, None)
-            self.process.sleep(AGAIN_S)
+            self.process.sleep(self._setup.again)
 
     def _lose(self, name: str) -> None:
         self._owner.say(f"{name} is lost")
@@ -474,7 +472,9 @@ class EngineHost:
             "float32",
             "checksum",
             SeatOptions(identity.engine, linger=self._setup.linger),
-            ChannelOptions(local_channel=False, timeout=HANDSHAKE_S, lost_after=self._setup.timeout),
+            ChannelOptions(
+                local_channel=False, timeout=min(HANDSHAKE_S, 10 * self._setup.timeout), lost_after=self._setup.timeout
+            ),
             edges(self.process, self._time, self._hosts),
         )
 

@@ -1,5 +1,6 @@
 """Draws a scenario from a seed by swarm testing: each seed turns on some faults and some features and leaves out others
-(Groce et al., ISSTA 2012), since what is always on hides what happens without it.
+(Groce et al., ISSTA 2012), since what is always on hides what happens without it. How dense faults are is drawn too:
+two of three seeds are storms, with a fault every few steps for as long as requests come.
 
 Knows nothing of how a cluster runs or of what is right. The same seed gives the same scenario with the same code.
 """
@@ -7,10 +8,11 @@ Knows nothing of how a cluster runs or of what is right. The same seed gives the
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from scenario import (
+    STEP_S,
     Cut,
     Delay,
     Disk,
@@ -39,8 +41,9 @@ from scenario import (
 PAGE_SIZE = 16
 MOST_PROMPT, MOST_TOKENS = 90, 48
 _SPARES = ("replica", "replica(2)")  # each takes a worker more
-_LONG = 8  # one seed of so many has long texts and few faults: growth elsewhere, copies and reading back take a while
+_LONG = 16  # one seed of so many has long texts and few faults: growth elsewhere, copies and reading back take a while
 _LONG_TOKENS = (8, 100, 200)
+_TURNS = 6  # latencies in a step: there and back for the announcement and each of two layers
 _SETTLING = 0.5  # seconds without faults before the end of a "safety" scenario's events, and after the last fault
 
 
@@ -57,27 +60,38 @@ class Shape:
 
 
 class Draw:
-    """What is drawn for one seed: its random numbers, what is built, and over how many seconds faults are spread."""
+    """What is drawn for one seed: its random numbers, what is built, and over how many seconds faults are spread.
+    `storm`: how many faults there are in one; 0: it is none."""
 
     def __init__(self, seed: int, shape: Shape) -> None:
         self.rng = random.Random(seed)
         self.shape = shape
         self.long = seed % _LONG == _LONG - 1
         self.tokens = _LONG_TOKENS if self.long else (1, 8, 24, MOST_TOKENS)
-        self.span = self.rng.choice((0.2, 1.0) if self.long else (0.05, 0.2, 0.2, 1.0, 3.0))
+        self.storm = self.rng.choice((0, 0, 100, 300, 600, 600))
         self.restarts = self.rng.random() < 0.25  # of the engine, over KV that stays: what takes most to come about
         self.setup = self._setup()
+        self.gap = self.rng.choice((1, 2, 4)) * (STEP_S + _TURNS * self.setup.latency)  # between two faults of a storm
+        quiet = (0.2, 1.0) if self.long else (0.05, 0.2, 0.2, 1.0, 3.0)
+        self.span = self.storm * self.gap if self.storm else self.rng.choice(quiet)
         self.workers = len(self.setup.workers)
-        self.requests = self.rng.choice((1, 3, 6, 10))
+        self.requests = self.rng.choice((8, 16, 32) if self.storm else (1, 3, 6, 10))
 
     def when(self) -> float:
         """A second in which faults are. Half of them come in bursts, since faults that meet are the hard ones."""
-        at = self.rng.random() * self.span
-        return round(at if self.rng.random() < 0.5 else at - at % (self.span / 4) + 0.002 * self.rng.random(), 5)
+        at, burst = self.rng.random() * self.span, 8 * self.gap if self.storm else self.span / 4
+        return round(at if self.rng.random() < 0.5 else at - at % burst + 0.002 * self.rng.random(), 5)
 
     def seconds(self) -> float:
-        """How long something lasts: from one step to beyond every timeout."""
+        """How long something lasts: from one step to beyond every timeout. In a storm mostly until the next faults, or
+        nothing would go on in it."""
+        if self.storm and self.rng.random() < 0.95:
+            return round(self.gap * self.rng.choice((0.25, 1, 4)), 5)
         return self.rng.choice((0.001, 0.005, 0.02, 0.1, 0.5 * self.setup.timeout, 2.5 * self.setup.timeout))
+
+    def back(self, *seconds: float) -> float:
+        """After how long something that is dead starts again; in a storm after some more faults."""
+        return round(self.gap * self.rng.choice((0.5, 2, 8, 32)), 5) if self.storm else self.rng.choice(seconds)
 
     def worker(self) -> int:
         """Any worker; those that join come after those of the setup, and may not be there."""
@@ -88,7 +102,7 @@ class Draw:
         least = self.shape.pages(MOST_PROMPT + self.tokens[-1])
         pages = rng.choice((4 * least, 4 * least, least, least + rng.randrange(40)))
         link = self.restarts or rng.random() < 0.5
-        timeout = rng.choice((0.05, 0.2, 1.0))
+        timeout = rng.choice((0.02, 0.05, 0.2) if self.storm else (0.05, 0.2, 1.0))
         workers = rng.choice((3, 4, 4) if self.long else (1, 2, 2, 3, 4))
         spares = ("parity", f"parity({workers - 1})") if self.long and rng.random() < 0.6 else ("none", "none")
         model_workers = rng.choice((1, 1, 1, 1, 2, 3))
@@ -110,13 +124,14 @@ class Draw:
             lease=rng.choice((1.5, 4.0)) * timeout,
             linger=5.0 if self.restarts else rng.choice((0.0, 1.0, 5.0)),
             latency=rng.choice((0.00005, 0.0002, 0.002)),
+            again=rng.choice((0.002, 0.02, 0.2)) if self.storm else 0.2,
         )
 
 
 FAULTS: dict[type[Event], Callable[[Draw], Event]] = {
-    KillWorker: lambda d: KillWorker(d.when(), d.worker(), d.rng.choice((0.001, 0.01, 0.1, 0.6)), d.rng.random() < 0.2),
-    KillEngine: lambda d: KillEngine(d.when(), d.rng.choice((0.001, 0.05, 0.5)), d.rng.choice((0, 0, 3, 40, 400))),
-    KillModelWorker: lambda d: KillModelWorker(d.when(), d.rng.randrange(1, 4), d.rng.choice((0.01, 0.3))),
+    KillWorker: lambda d: KillWorker(d.when(), d.worker(), d.back(0.001, 0.01, 0.1, 0.6), d.rng.random() < 0.2),
+    KillEngine: lambda d: KillEngine(d.when(), d.back(0.001, 0.05, 0.5), d.rng.choice((0, 0, 3, 40, 400))),
+    KillModelWorker: lambda d: KillModelWorker(d.when(), d.rng.randrange(1, 4), d.back(0.01, 0.3)),
     Freeze: lambda d: Freeze(d.when(), d.worker(), d.seconds()),
     FreezeEngine: lambda d: FreezeEngine(d.when(), d.seconds()),
     Slow: lambda d: Slow(d.when(), d.worker(), d.seconds(), d.rng.choice((3.0, 10.0, 100.0))),
@@ -141,6 +156,8 @@ _MOST = {
     Disk: 3, JumpClock: 3,
 }  # fmt: skip
 _USUAL = 10  # the most events of any other kind
+# Of others as many as the storm has faults.
+_MOST_OF_STORM = {KillEngine: 12, KillServer: 4, Drain: 3, Join: 3, Leave: 8, JumpClock: 6, Disk: 12}
 
 
 def possible(kind: type[Event], setup: Setup) -> bool:
@@ -167,14 +184,32 @@ def drawn(seed: int, shape: Shape, mode: Mode | None = None) -> Scenario:
     if rng.random() < 0.8 and KillWorker not in kinds:
         kinds.append(KillWorker)  # what most of recovery is about
     events: list[Event] = [*_requests(draw)]
-    for kind in kinds:
-        most = _MOST.get(kind, _USUAL)
-        events += [FAULTS[kind](draw) for _ in range(rng.randint(1, min(most, 3) if draw.long else most))]
+    events += [FAULTS[kind](draw) for kind in (_storm(draw, kinds) if draw.storm else _few(draw, kinds))]
     events += _cuts_before(draw, [event for event in events if isinstance(event, KillEngine)])
     events.sort(key=lambda event: event.at)
     heals = round(draw.span + _SETTLING, 3)
     mode = mode or chosen
     return Scenario(seed, draw.setup, tuple(events), mode, heals, heals if mode == "safety" else 600.0)
+
+
+def _few(draw: Draw, kinds: Iterable[type[Event]]) -> Iterator[type[Event]]:
+    """Some faults of each kind."""
+    for kind in kinds:
+        most = _MOST.get(kind, _USUAL)
+        for _ in range(draw.rng.randint(1, min(most, 3) if draw.long else most)):
+            yield kind
+
+
+def _storm(draw: Draw, kinds: Sequence[type[Event]]) -> Iterator[type[Event]]:
+    """As many faults as the storm has, some kinds far more often than others."""
+    if not kinds:
+        return
+    often = [draw.rng.choice((1, 3, 9)) for _ in kinds]
+    left = {kind: _MOST_OF_STORM.get(kind, draw.storm) for kind in kinds}
+    for kind in draw.rng.choices(kinds, often, k=draw.storm):
+        if left[kind]:
+            left[kind] -= 1
+            yield kind
 
 
 def _cuts_before(draw: Draw, deaths: Iterable[KillEngine]) -> Iterator[Cut]:

@@ -132,8 +132,7 @@ class End:
 
     def receive(self, timeout: float | None = None) -> memoryview:
         self.owner.check()
-        # Compiled code counts what is left by the machine's clock: those microseconds must not count here.
-        end = None if timeout is None else self._time.now + round(timeout, 2)
+        end = None if timeout is None else self._time.now + timeout
         while not self._frames:
             self._check()
             left = None if end is None else end - self._time.now

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
-from functools import lru_cache
 from typing import NamedTuple
 
 from scenario import (
@@ -35,7 +33,6 @@ from scenario import (
 from lamina.scheduling.blame import TRIES
 
 _START = 0.01  # seconds in which the first engine starts
-_TOKENS = 48  # of which texts are kept
 _ONCE = KillWorker, KillModelWorker, KillEngine, Reset, Flip  # each fails the batches under way, once
 _LASTING = Freeze, FreezeEngine, Slow, Delay, Cut  # each may fail one batch after the other
 
@@ -59,7 +56,7 @@ def violations(scenario: Scenario, outcome: Outcome) -> list[Violation]:
 def _wrong_texts(scenario: Scenario, outcome: Outcome) -> Iterator[Violation]:
     for number, answer in sorted(outcome.answers.items()):
         for sample, (tokens, end) in enumerate(zip(answer.samples, answer.ends, strict=True)):
-            right = _text(_plain(answer.submit), sample, scenario.setup.policy)[: answer.submit.tokens]
+            right = reference_text(answer.submit, sample, scenario.setup.policy)
             where = f"request {number}, sample {sample}"
             if len(tokens) > len(right):
                 yield Violation("too many tokens", f"{where}: {len(tokens)} tokens of {len(right)}")
@@ -73,17 +70,6 @@ def _wrong_texts(scenario: Scenario, outcome: Outcome) -> Iterator[Violation]:
                 yield Violation("too few tokens", f"{where}: it ended with {len(tokens)} tokens of {len(right)}")
             if end not in (None, "length") and not answer.left:
                 yield Violation(f"ended by {end}", f"{where}: nobody ended it, and it ended by {end!r}")
-
-
-def _plain(submit: Submit) -> Submit:
-    """A request with a text of which this one's is the beginning; the same for as many requests as possible."""
-    family = submit.family if submit.shared else 0
-    return replace(submit, at=0.0, tokens=max(submit.tokens, _TOKENS), family=family, priority=0)
-
-
-@lru_cache(maxsize=4096)
-def _text(submit: Submit, sample: int, policy: str) -> list[int]:
-    return reference_text(submit, sample, policy)
 
 
 def _unfinished(scenario: Scenario, outcome: Outcome) -> Iterator[Violation]:

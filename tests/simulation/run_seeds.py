@@ -57,7 +57,7 @@ def check(seed: int, scenario: Any = None) -> tuple[Counter[str], Failure | None
     """Run the scenario of a seed, or another one in its place. An exception is a failure too."""
     from generated import of_seed
     from oracle import violations
-    from scenario import run
+    from scenario import fault_events, run
 
     scenario = of_seed(seed) if scenario is None else scenario
     try:
@@ -66,6 +66,7 @@ def check(seed: int, scenario: Any = None) -> tuple[Counter[str], Failure | None
         return Counter(), Failure(seed, f"{type(error).__name__} of the run", (f"{type(error).__name__}: {error}",))
     found = violations(scenario, outcome)
     counts = outcome.counts + Counter(scenarios=1, milliseconds=int(outcome.seconds * 1000))
+    counts["fault events"] = fault_events(outcome.counts)
     failure = Failure(seed, found[0].kind, tuple(each.text for each in found)) if found else None
     return counts, failure
 
@@ -161,8 +162,9 @@ class Campaign:
     def _line(self, seconds: float) -> str:
         c = self.counts
         return (
-            f"{seconds:5.0f} s: {c['scenarios']:,} scenarios, {c['deaths']:,} deaths "
-            f"({deaths_an_hour(c, seconds):,.0f} an hour), {c['steps']:,} steps, {len(self.failures)} failures"
+            f"{seconds:5.0f} s: {c['scenarios']:,} scenarios, {c['fault events']:,} fault events, "
+            f"{c['deaths']:,} deaths ({deaths_an_hour(c, seconds):,.0f} an hour), {c['steps']:,} steps, "
+            f"{len(self.failures)} failures"
         )
 
 

@@ -7,6 +7,7 @@ of how scenarios are drawn, which tokens are right, and how a failing one gets s
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ class Setup:
 
     Seconds: after `timeout` without an answer a worker is lost; a worker ends a session after `lease` without a sign
     of life, and keeps the KV of an engine that is gone for `linger`; requests wait `wait` for a worker to join.
+    `again`: between two attempts to connect to a worker, or to start an engine.
     `checksum`: on each frame, so that a flipped bit ends the channel. `link`: an HTTP process with all clients stands
     before the engine, and outlives it.
     """
@@ -51,6 +53,7 @@ class Setup:
     linger: float = 5.0
     wait: float = 30.0
     latency: float = 0.0002
+    again: float = 0.2
     checksum: bool = True
 
 
@@ -263,6 +266,11 @@ class Outcome:
     seconds: float
 
 
+def fault_events(counts: Counter[str]) -> int:
+    """How many faults have happened, of all kinds, by an outcome's counts."""
+    return sum(counts[name] for name in {kind.__name__ for kind in Event.__subclasses__()} - {"Submit"})
+
+
 def prompt_of(submit: Submit) -> tuple[int, ...]:
     """The token ids of a request's prompt."""
     own = [*_drawn(1 + submit.family, submit.shared), *_drawn(1_000_003 + submit.request, submit.prompt)]
@@ -278,13 +286,21 @@ def _drawn(seed: int, count: int) -> Iterable[int]:
 
 
 VOCABULARY = 251
+STEP_S = 100e-6  # that the model takes for a step
+_TOKENS = 48  # of the texts that are kept, unless more are asked for
 
 
 def run(scenario: Scenario) -> Outcome:
     """Build the cluster of a scenario, let everything happen, and see what came of it. Deterministic."""
     from cluster import Cluster  # it loads torch and the engine
 
-    return Cluster(scenario).run()
+    gc.freeze()  # collections, which freed seats make too, look at what is new: else each would take 0.3 s
+    gc.disable()
+    try:
+        return Cluster(scenario).run()
+    finally:
+        gc.enable()
+        gc.collect()  # the cluster, a knot of cycles: frozen by the next run it would stay for ever
 
 
 def reference_text(submit: Submit, sample: int, policy: str = "") -> list[int]:
@@ -292,4 +308,5 @@ def reference_text(submit: Submit, sample: int, policy: str = "") -> list[int]:
     from checksum_model import text
 
     seed = submit.request if submit.samples > 1 else None
-    return list(text(prompt_of(submit), submit.tokens, policy, seed, sample))
+    # A text of fewer tokens is the beginning of one of more, which is kept.
+    return list(text(prompt_of(submit), max(submit.tokens, _TOKENS), policy, seed, sample)[: submit.tokens])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from statistics import median
 
 import scenario as vocabulary
 from generator import FAULTS, Shape, drawn
 from run_seeds import shown
-from scenario import Event, Leave, Scenario, Setup, Submit
+from scenario import STEP_S, Event, Leave, Scenario, Setup, Submit
 
 SHAPE = Shape(2, 4)
 
@@ -28,6 +29,19 @@ def test_seeds_turn_on_each_fault_and_each_setting_and_leave_it_out() -> None:
     for name in ("shard", "lanes", "prefix_cache", "drafts", "journal", "link", "local_tier", "query_first"):
         assert len(Counter(getattr(each.setup, name) for each in scenarios)) > 1, name
     assert Counter(each.mode for each in scenarios).keys() == {"safety", "liveness"}
+
+
+def test_some_seeds_are_storms_with_a_fault_every_few_steps() -> None:
+    gaps, calm = list[float](), 0
+    for seed in range(100):
+        scenario = drawn(seed, SHAPE)
+        faults = [event.at for event in scenario.events if not isinstance(event, Submit)]
+        calm += len(faults) < 80
+        if len(faults) >= 80:
+            gaps.append((faults[-1] - faults[0]) / len(faults) / (STEP_S + 6 * scenario.setup.latency))
+    assert calm > 20
+    assert len(gaps) > 20
+    assert median(gaps) < 4, gaps  # some have few faults beside those of which there are never many
 
 
 def test_events_are_in_order_and_end_before_all_is_healed() -> None:

@@ -35,6 +35,7 @@ def test_a_cluster_that_is_right_fails_no_seed(monkeypatch: pytest.MonkeyPatch) 
     counts, failure = run_seeds.check(3)
     assert failure is None
     assert (counts["scenarios"], counts["deaths"], counts["milliseconds"]) == (1, 1, 500)
+    assert counts["fault events"] == 1
 
 
 def test_a_failing_seed_prints_a_small_scenario(

@@ -67,7 +67,7 @@ def test_a_file_of_devices_alone_has_one_of_each_and_their_links(tmp_path: Path)
 def test_what_no_engine_deploys_is_left_out_unless_nothing_is_left(tmp_path: Path) -> None:
     found = inventory.deployable(inventory.default(hardware.load()))
     assert {*inventory.SYSTEMS} - {*found.systems} == {"disaggregated"}
-    alone = inventory.read(written(tmp_path, f'systems = ["disaggregated"]\n{HAVE}'))
+    alone = inventory.read(written(tmp_path, f'systems = ["disaggregated"]\nlinks = ["nvlink"]\n{HAVE}'))
     with pytest.raises(InvalidRequest, match="--any plans with them"):
         inventory.deployable(alone)
 
@@ -123,6 +123,12 @@ def test_only_devices_that_nobody_measured_become_typical(tmp_path: Path) -> Non
         ("links = 3\n" + HAVE, "links is 3"),
         ('systems = ["magic"]\n' + HAVE, "'magic'; allowed are colocated, chunked"),
         ("systems = []\n" + HAVE, "systems has 0 entries"),
+        ('systems = ["chunked", "chunked"]\n' + HAVE, "systems has 'chunked' twice"),
+        ('systems = ["lamina", "disaggregated"]\n' + HAVE, "links is empty, and systems are lamina, disaggregated"),
+        (
+            HAVE.replace("1", "1000000000000"),
+            "count of h100 is 1000000000000; allowed are whole numbers from 1 to 1024",
+        ),
         (HAVE + '[[policy]]\nname = "x"\nread = 0\n', "read of policy 'x' is 0"),
         (HAVE + '[[policy]]\nname = "x"\nheld = 1.5\n', "held of policy 'x' is 1.5"),
         (HAVE + '[[policy]]\nname = "x"\nread = "much"\n', "read of policy 'x' is 'much'"),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.hardware import load
 from lamina.simulator.costs.models import model
-from lamina.simulator.costs.systems import Colocated
+from lamina.simulator.costs.systems import Colocated, Disaggregated
 from lamina.simulator.event_loop.simulate import simulate
 from lamina.simulator.traces.arrivals import Arrival, Trace, closed_loop
 from lamina.simulator.traces.catalogue import trace, windows
@@ -109,3 +109,22 @@ def test_an_excerpt_of_sessions_has_whole_ones() -> None:
     assert all(arrival.after is None for arrival in opened.arrivals)
     assert "each request takes 1 s" in opened.remarks[-1]
     assert open_loop(opened, 1.0, 0.02) is opened
+
+
+def test_prompts_on_devices_of_their_own_serve_sessions_in_their_order() -> None:
+    """The third request has one token: it never gets to the decode instance, and the fourth still comes after it."""
+    system = Disaggregated(prefill=SYSTEM, decode=SYSTEM, link=load().link("ethernet-100g"))
+    rows = ((0, None, 800, 20), (0, 0, 900, 30), (0, 1, 1200, 1), (0, 2, 1300, 10), (0, None, 50, 40))
+    found = Trace(
+        "t",
+        tuple(
+            Arrival(at, prompt, output, (), after, *((2.0, 600) if after is not None else ()))
+            for at, after, prompt, output in rows
+        ),
+    )
+    result = simulate(system, found)
+    assert (result.finished, result.rejected) == (5, 0)
+    assert result.output_tokens == 101
+    assert result.seconds > 6.0
+    assert result.reused_tokens > 3 * 590
+    assert result.ttft.p99 < 1.0  # from when each comes

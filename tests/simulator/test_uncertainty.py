@@ -33,6 +33,16 @@ def test_a_spread_is_of_whose_efficiency_it_is_and_of_what_model() -> None:
     assert spread(together(efficiency=ROOFLINE)).tpot[0] == spread(together(efficiency=ROOFLINE)).goodput[1] == 1.0
 
 
+def test_an_engine_s_efficiency_is_less_sure_on_devices_that_nobody_measured_it_on() -> None:
+    elsewhere = replace(together(), device=replace(HARDWARE.device("h20"), efficiency=HARDWARE.typical))
+    low, high = spread(together()).tpot
+    assert spread(elsewhere).tpot[0] < low
+    assert spread(elsewhere).tpot[1] > high
+    assert "assumed: kernels" in spread(elsewhere).source
+    known = replace(elsewhere, device=replace(HARDWARE.device("h20"), efficiency=MEASURED))
+    assert "assumed: kernels" not in spread(known).source
+
+
 def test_a_wire_widens_and_two_kinds_of_devices_are_as_unsure_as_the_worse() -> None:
     fast = replace(HARDWARE.device("h100"), efficiency=HARDWARE.typical)
     known = replace(HARDWARE.device("h20"), efficiency=MEASURED)

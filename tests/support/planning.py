@@ -8,16 +8,20 @@ from lamina.simulator.costs.models import model
 from lamina.simulator.costs.systems import Colocated, Offloaded
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.planning.inventory import Have, Inventory
-from lamina.simulator.traces.demand import Demand
+from lamina.simulator.traces.arrivals import Arrival, Trace
+from lamina.simulator.traces.demand import Demand, demand
 
 KNOWN = hardware.load()
 H100, H20, EPYC, FHBN = KNOWN.device("h100"), KNOWN.device("h20"), KNOWN.device("epyc-genoa"), KNOWN.link("fhbn-400g")
 BIG, SMALL = model("llama-3-70b"), model("smollm2-135m")
 SLO = Slo(ttft=2.0, tpot=0.1)
 STEADY = Demand(
-    name="steady", requests=1000, rate=4.0, prompt=1000.0, output=200.0, context=1100.0, prompt_variation=0.5,
-    output_variation=0.5, gap_variation=1.0, prompts=tuple(float(125 * n) for n in range(1, 17)), longest=4000,
+    name="steady", requests=1000, rate=4.0, prompt=1000.0, output=200.0, context=1100.0, longest=4000,
+    sample=demand(Trace("steady", tuple(
+        Arrival(0.0, 125 * (1 + number * 7 % 16) - 62, max(1, 200 + 66 * (number * 3 % 7 - 3))) for number in range(700)
+    ))).sample,
 )  # fmt: skip
+"""Prompts of 63 to 1938 tokens, outputs of 2 to 398, that come by chance."""
 
 
 def dop(a: int, b: int, link: Link = FHBN, attention: Device = H20, **more: object) -> Offloaded:

@@ -141,7 +141,7 @@ def excerpt(trace: Trace, plan: Plan, minutes: float | None = None) -> Trace:
         raise InvalidRequest(
             f"{minutes:g} minutes at {rate:.3g} requests a second are {count} requests; allowed are {LEAST} to "
             f"{len(trace.arrivals)}, as {trace.name} has: --minutes from {LEAST / rate / 60:.2g} to "
-            f"{len(trace.arrivals) / rate / 60:.3g}"
+            f"{len(trace.arrivals) / rate / 60:.0f}"
         )
     return at_rate(windows(trace, count), rate)
 

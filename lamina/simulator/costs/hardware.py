@@ -5,7 +5,7 @@ Numbers with their sources are in `hardware.toml` beside this file; users add th
     [[device]]
     name = "my-gpu"             # needed, as kind, flops, memory, bandwidth and price are; see `Device`
     [device.sources]            # where each number is from
-    [device.efficiency]         # see `Efficiency`; curves are lists of [x, y]
+    [device.efficiency]         # see efficiency.py; curves are lists of [x, y]
     dense = [[1, 0.5], [256, 0.8]]
     [device.efficiency.sources]
     [[link]]                    # see `Link`
@@ -21,18 +21,17 @@ names the file, the entry, the value and what is allowed.
 from __future__ import annotations
 
 import functools
-import math
 import re
 import sys
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from importlib import resources
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.costs.tables import known_keys, number_within, read_tables, tables_of
+from lamina.simulator.costs.efficiency import ROOFLINE, Curve, Efficiency, at, check
+from lamina.simulator.costs.tables import known_keys, read_tables, tables_of
 from lamina.system.text_files import toml_value
 
 if sys.version_info >= (3, 11):
@@ -40,145 +39,22 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Curve = tuple[tuple[float, float], ...]
-"""(x, y) by rising x; between two points y goes straight over log x, outside it stays as at the end."""
+__all__ = [
+    "KINDS", "ROOFLINE", "TYPICAL", "Catalogue", "Curve", "Device", "Efficiency", "Link", "at", "connection", "dumps",
+    "extended", "load", "loads", "with_efficiency",
+]  # fmt: skip
 
 TYPICAL = "vllm"
 """The engine whose efficiency devices without measurements are given, unless a file has [typical]. This project's own
 engine is not among those that were measured on GPUs."""
 KINDS = ("gpu", "tpu", "npu", "cpu")
-_MAX_POINTS, _MAX_TEXT = 256, 2000
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+-]{0,79}")
-_SHARE = (1e-6, 1.5)  # above 1 where caches answer what was counted as memory's bytes
-_TIME = (0.0, 60.0)
-_LIMITS = {
-    "compute": (0.0, _SHARE[1]),
-    "compute_8bit": (0.0, _SHARE[1]),
-    "experts": _SHARE,
-    "experts_compute": (0.0, _SHARE[1]),
-    "first_token_overhead": _TIME,
-    "flops": (1.0, 1e18),
-    "flops_8bit": (0.0, 1e18),
-    "memory": (1.0, 1e16),
-    "bandwidth": (1.0, 1e16),
-    "price": (0.0, 1e6),
-    "power": (0.0, 1e6),
-    "interconnect": (0.0, 1e16),
-    "network": (0.0, 1e16),
-    "unpack": (0.0, 1e16),
-    "round_trip": _TIME,
-    "worker_time": _TIME,
-    "row_time": _TIME,
-    "query_first_time": _TIME,
-    "announce_time": _TIME,
-    "announce_row_time": _TIME,
-    "collective": _SHARE,
-    "collective_latency": _TIME,
-    "layer_overhead": _TIME,
-    "step_overhead": _TIME,
-    "row_overhead": _TIME,
-    "attention_row_overhead": _TIME,
-}
-
-
-def at(curve: Curve, x: float) -> float:
-    """The curve's y at `x`: straight over log x between two of its points, flat outside them."""
-    if x <= curve[0][0]:
-        return curve[0][1]
-    for (left, low), (right, high) in pairwise(curve):
-        if x < right:
-            return low + (high - low) * math.log(x / left) / math.log(right / left)
-    return curve[-1][1]
 
 
 def _named(kind: str, name: Any) -> str:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InvalidRequest(f"the name of a {kind} is {name!r:.80}; allowed are 1 to 80 letters, digits and ._+- ")
     return name
-
-
-def _check(entry: Efficiency | Device | Link, where: str) -> None:
-    """Raise InvalidRequest unless all numbers are within their limits, and all sources are texts about one."""
-    names = [item.name for item in fields(entry)]
-    for name in names:
-        if name in _LIMITS:
-            number_within(f"{where}: {name}", getattr(entry, name), *_LIMITS[name])
-    if not isinstance(entry.sources, Mapping):
-        raise InvalidRequest(f"{where}: sources is {entry.sources!r:.80}; allowed is a table of texts")
-    known_keys(entry.sources, [name for name in names if name not in ("name", "sources")], f"{where}: sources")
-    for name, text in entry.sources.items():
-        if not isinstance(text, str) or len(text) > _MAX_TEXT:
-            raise InvalidRequest(
-                f"{where}: sources.{name} is {text!r:.80}; allowed is a text of {_MAX_TEXT} characters"
-            )
-
-
-def _curve(what: str, points: Any) -> Curve:
-    if not isinstance(points, (list, tuple)) or not 1 <= len(points) <= _MAX_POINTS:
-        raise InvalidRequest(f"{what} is {points!r:.80}; allowed are 1 to {_MAX_POINTS} points [x, y]")
-    curve = []
-    for point in points:
-        if not isinstance(point, (list, tuple)) or len(point) != 2:
-            raise InvalidRequest(f"{what} has the point {point!r:.80}; allowed is [x, y]")
-        curve.append(
-            (number_within(f"{what}: x", point[0], 1e-6, 1e18), number_within(f"{what}: y", point[1], *_SHARE))
-        )
-    for (left, _), (right, _) in pairwise(curve):
-        if right <= left:
-            raise InvalidRequest(f"{what} has x = {right:g} after {left:g}; allowed are points by rising x")
-    return tuple(curve)
-
-
-@dataclass(frozen=True, slots=True)
-class Efficiency:
-    """What share of a device's best is reached, and what comes on top. The default is the bare roofline.
-
-    `dense` is over the tokens of a batch, `attention` over the bytes of KV that one layer of one device reads in a
-    step; both are shares of the larger of bytes / bandwidth and FLOPs / rate. Times are seconds. `sources` says for
-    each number where it is from.
-    """
-
-    dense: Curve = ((1.0, 1.0),)
-    attention: Curve = ((1.0, 1.0),)
-    compute: float = 0.0
-    """Share of the FLOPs that matrices reach where FLOPs bound them; `dense` is that of the bandwidth then. 0: `dense`
-    is the share of both."""
-    compute_8bit: float = 0.0
-    """The same for weights of 8 bits. 0: as `compute`."""
-    experts: float = 1.0
-    """Share of what other matrices reach that experts do where bytes bound them: their kernels work on few tokens each,
-    and the busiest device is waited for."""
-    experts_compute: float = 0.0
-    """The same where FLOPs bound them. 0: as `experts`."""
-    collective: float = 1.0
-    """Share of the interconnect that an all-reduce reaches."""
-    collective_latency: float = 0.0
-    """Of one all-reduce, beside its bytes."""
-    layer_overhead: float = 0.0
-    """Seconds a layer and batch: launches, norms, Python."""
-    step_overhead: float = 0.0
-    """Seconds a batch: scheduling, sampling, the output layer's launch."""
-    row_overhead: float = 0.0
-    """Seconds a sequence and batch: what the host does for each."""
-    attention_row_overhead: float = 0.0
-    """Seconds a sequence and layer, of attention."""
-    first_token_overhead: float = 0.0
-    """Seconds that a request waits for its first token beside all steps: reading it, tokens, answering. No device is
-    busy then."""
-    sources: Mapping[str, str] = field(default_factory=dict, hash=False)
-
-    def __post_init__(self) -> None:
-        for name in ("dense", "attention"):
-            object.__setattr__(self, name, _curve(f"efficiency.{name}", getattr(self, name)))
-        _check(self, "efficiency")
-
-    def of_flops(self, element: float, tokens: float) -> float:
-        """The share of a device's FLOPs that matrices with `element` bytes a weight reach."""
-        reached = self.compute_8bit if element <= 1 and self.compute_8bit else self.compute
-        return reached or at(self.dense, tokens)
-
-
-ROOFLINE = Efficiency()
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +87,7 @@ class Device:
             raise InvalidRequest(f"{where}: kind is {self.kind!r:.80}; allowed are {', '.join(KINDS)}")
         if not isinstance(self.efficiency, Efficiency):
             raise InvalidRequest(f"{where}: efficiency is {self.efficiency!r:.80}; allowed is an Efficiency")
-        _check(self, where)
+        check(self, where)
 
     def measured_or(self, efficiency: Efficiency) -> Device:
         """The device, with that efficiency if it is a bare roofline: nobody measured it."""
@@ -241,7 +117,7 @@ class Link:
     sources: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        _check(self, f"link {_named('link', self.name)!r}")
+        check(self, f"link {_named('link', self.name)!r}")
 
 
 def connection(link: Link, *ends: Device) -> float:

@@ -203,6 +203,12 @@ def price(system: System) -> float:
     return sum(device.price * count for device, count in system.devices)
 
 
+def before_first_token(system: System, prompt: float) -> float:
+    """Seconds that a request with so many tokens waits for its first one beside all steps; they are part of its TTFT,
+    and no device is busy then."""
+    return system.devices[0][0].efficiency.before_first_token(prompt)
+
+
 def power(system: System, utilisation: tuple[float, ...]) -> float:
     """Mean watts of all its devices, given for each kind the share of time that it is busy. 0: one isn't published."""
     if any(device.power <= 0 for device, _ in system.devices):

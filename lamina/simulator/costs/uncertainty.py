@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.costs.hardware import ROOFLINE, Efficiency, load
+from lamina.simulator.costs.hardware import ROOFLINE, Device, Efficiency, load
 from lamina.simulator.costs.models import ModelShape
 from lamina.simulator.costs.systems import Colocated, System
 from lamina.simulator.costs.tables import number_within, read_tables, tables_of, text
 
 Factors = tuple[float, float]
 """What is true is within a predicted number times the first and times the second, in nine of ten cases."""
+_MEASURED = ("h100", "h200")
+"""The devices that engines' efficiencies are fitted on."""
 _NUMBERS = ("tpot", "ttft", "goodput")
 
 
@@ -82,9 +84,16 @@ class Spread:
 def spread(system: System) -> Spread:
     """How far off what is predicted of a system may be."""
     kind = "sparse" if sparse(system.model) else "dense"
-    classes = [_table()[basis(device.efficiency), kind] for device, _ in system.devices]
-    found = functools.reduce(Spread.widest, classes)
+    found = functools.reduce(Spread.widest, [_of_device(device, kind) for device, _ in system.devices])
     return found if isinstance(system, Colocated) else found.beside(_table()["wire", kind])
+
+
+def _of_device(device: Device, kind: str) -> Spread:
+    """An engine's efficiency is surer where it was measured."""
+    name = basis(device.efficiency)
+    found = _table()[name, kind]
+    measured = name in ("roofline", "measured") or device.name in _MEASURED
+    return found if measured else found.beside(_table()["elsewhere", kind])
 
 
 def sparse(model: ModelShape) -> bool:

@@ -25,6 +25,11 @@ class HolderCounter:
         """Pages that are left in each pool."""
         return tuple(pool.free for pool in self._pools)
 
+    def grow(self, pages: Sequence[int]) -> None:
+        """There are so many free pages more in each pool, or fewer."""
+        for pool, more in zip(self._pools, pages, strict=True):
+            pool.free += more
+
     def take(self, share: HolderBatch) -> list[int] | None:
         """Apply the operations, and reserve for the rows: all of them, then the floor of each row's part, or none."""
         for operation in share.operations[max(0, self._applied - share.first) :]:

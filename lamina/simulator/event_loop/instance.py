@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
 from heapq import heappop, heappush
 
 from lamina.errors import EngineError, InvalidRequest
 from lamina.scheduling.control_plane import ControlPlane, Step, refusal
 from lamina.scheduling.holder import Holder
+from lamina.scheduling.kv_shares import Pages
 from lamina.scheduling.page_groups import PageGroup
 from lamina.scheduling.placement import Placement
 from lamina.scheduling.request import SNAPSHOT_TOKENS, Plan, Request, ScheduledSequence, SchedulerConfig
@@ -19,11 +19,11 @@ from lamina.simulator.costs.cost_model import Load, StepCost, kv_heads
 from lamina.simulator.costs.mixers import STATE_RECORDS
 from lamina.simulator.costs.systems import PAGE_SIZE, Offloaded, System
 from lamina.simulator.event_loop.holder_counter import HolderCounter
+from lamina.simulator.event_loop.lives import Life, Totals
 from lamina.simulator.event_loop.page_counter import Groups, PageCounter, Window
 from lamina.simulator.event_loop.record_counter import RecordCounter
 from lamina.simulator.event_loop.results import Sampled
-from lamina.simulator.event_loop.statistics import Samples
-from lamina.simulator.traces.arrivals import Arrival, Trace, tokens
+from lamina.simulator.traces.arrivals import Trace, tokens
 from lamina_protocols.messages import Announced
 
 BACKLOG, BACKLOG_TOKENS = 64, 1 << 22
@@ -33,60 +33,13 @@ UNLIMITED = 1 << 40
 """Tokens a batch, where prefill takes no time."""
 
 
-@dataclass(slots=True)
-class Life:
-    """One request: when it arrived (`at`), had its first and its last token, and how many it has."""
-
-    arrival: Arrival
-    first: float = 0.0
-    last: float = 0.0
-    tokens: int = 0
-    at: float = -1.0
-
-    def __post_init__(self) -> None:
-        if self.at < 0:  # it did not wait for another
-            self.at = self.arrival.at
-
-
-@dataclass(slots=True)
-class Totals:
-    """Sums over the steps of one instance or several. `busy`: seconds of model tier, attention and network; `gaps`: how
-    often each time between two tokens of a sequence came."""
-
-    steps: int = 0
-    busy: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
-    decode_seconds: float = 0.0
-    decode_rows: float = 0.0
-    peak: int = 0
-    link_bytes: float = 0.0
-    saturated_seconds: float = 0.0
-    saturated_tokens: int = 0
-    saturated_rows: float = 0.0
-    reused: int = 0
-    preemptions: int = 0
-    prompt_tokens: int = 0
-    rejected: int = 0
-    gaps: Counter[float] = field(default_factory=Counter)
-    samples: Samples = field(default_factory=Samples)
-
-    def add(self, other: Totals) -> None:
-        """All but the samples."""
-        for item in fields(self):
-            mine, more = getattr(self, item.name), getattr(other, item.name)
-            if item.name == "peak":
-                self.peak = max(mine, more)
-            elif item.name == "busy":
-                self.busy = [a + b for a, b in zip(mine, more, strict=True)]
-            elif item.name != "samples":
-                setattr(self, item.name, mine + more)
-
-
 class Instance:
     """One instance of a system on its part of the trace.
 
     Without `prefill` a prompt takes no time up to its first token. Such a request may have `begun` elsewhere: then that
     token is not counted again. Requests come as the trace says, or as they are `offered`. `ended` is told the number
-    and the life of each that has ended. By default it is `follow`: those that come after it do so here.
+    and the life of each that has ended. By default it is `follow`: those that come after it do so here. `pooled`: one
+    holder stands for all, also where heads do not divide evenly among them.
     """
 
     def __init__(
@@ -100,10 +53,11 @@ class Instance:
         *,
         offered: bool = False,
         ended: Callable[[int, Life], None] | None = None,
+        pooled: bool = False,
     ) -> None:
         self._system, self._trace, self._prefill = system, trace, prefill
         self._totals = totals
-        self._begun = begun or {}  # by the number of its arrival
+        self._begun = {} if begun is None else begun  # by the number of its arrival
         arrivals = trace.arrivals
         self._due = [] if offered else [(a.at, number) for number, a in enumerate(arrivals) if a.after is None]
         self._arrived: deque[int] = deque()  # that the scheduler was not given yet
@@ -112,33 +66,20 @@ class Instance:
             if arrival.after is not None:
                 self._followers.setdefault(arrival.after, []).append(number)
         self._shared: dict[int, tuple[int, ...]] = {}  # of those to come: tokens of the one before that they begin with
-        self._when: dict[int, float] = {}  # those that came after others
+        self._when: dict[int, float] = {}  # those that were offered: when they come
         self._told = ended or self.follow
         self._ahead = 0  # prompt tokens of the arrivals that have no token yet
         self._named = prefix_cache and any(arrival.blocks or arrival.shared for arrival in arrivals)
         longest = max(arrival.prompt + arrival.output for arrival in arrivals)
         self._blank = (0,) * 0 if self._named else (0,) * max(arrival.prompt for arrival in arrivals)
-        holders = holders_of(system)
-        heads = kv_heads(system.model) if holders > 1 else 1  # equal holders are one that stands for all
-        groups = page_groups(system)
-        layers = sum(count for count, _ in groups)
-        capacity = system.capacity
-        if not capacity.sequences:
+        holders, groups = 1 if pooled else holders_of(system), page_groups(system)
+        if not system.capacity.sequences:
             raise InvalidRequest(
                 f"system {system.name!r} has no room for one sequence's states; allowed is more memory"
             )
-        pages = [capacity.tokens // PAGE_SIZE * heads * layers // holders]
-        counts, states = [heads], dict[int, int]()
-        if system.model.states:  # whose layers go together, and whose heads do where all holders are alike
-            counts.append(system.model.state_heads if holders > 1 else 1)
-            pages.append(STATE_RECORDS * capacity.sequences * counts[1] // holders)
-            states = {1: 1}
-        self._counters = {
-            number: HolderCounter(
-                [PageCounter(pages[0], PAGE_SIZE, groups), *(RecordCounter(pages[pool], 1) for pool in states)]
-            )
-            for number in range(holders)
-        }
+        counts, pages = _pools(system, holders)
+        states = {1: 1} if system.model.states else {}
+        self._counters = {number: _counter(system, pages) for number in range(holders)}
         self._pages = sum(pages) * holders
         placement = Placement(
             {number: Holder(tuple(pages)) for number in range(holders)},
@@ -156,6 +97,48 @@ class Instance:
         self._lives: dict[ScheduledSequence, Life] = {}
         self._ended: list[Life] = []
         self._now = 0.0
+        self.slower = 1.0
+        """Times its own seconds that each batch takes."""
+
+    @property
+    def now(self) -> float:
+        """When the last batch ended, in seconds."""
+        return self._now
+
+    @property
+    def contexts(self) -> list[int]:
+        """Tokens with KV of each sequence that runs."""
+        return [sequence.computed for sequence in self._scheduler.running]
+
+    @property
+    def load(self) -> int:
+        """Tokens of all that runs or waits."""
+        waiting = sum(self._trace.arrivals[number].prompt for number in (*self._arrived, *(n for _, n in self._due)))
+        return sum(self.contexts) + self._ahead + waiting
+
+    def pause(self, seconds: float) -> None:
+        """Nothing runs for so long."""
+        self._now += seconds
+
+    def resize(self, system: System) -> bool:
+        """Go on as another system, with more memory for KV or with less, of an instance that is `pooled`. False, and
+        nothing is changed, where less would not hold what is there."""
+        (counter,), holder = self._counters.values(), self._control.placement.holders[0]
+        _, pages = _pools(system, 1)
+        more = tuple(new - old for new, old in zip(pages, holder.pages, strict=True))
+        if any(free + change < 0 for free, change in zip(counter.free, more, strict=True)):
+            return False
+        counter.grow(more)
+        holder.pages = tuple(pages)
+        self._scheduler.joined(Pages.of(0, more))
+        self._system, self._pages = system, sum(pages)
+        return True
+
+    def lose_kv(self) -> int:
+        """All KV is gone, and what runs begins anew. Returns how many tokens had it."""
+        for number, holder in self._control.placement.holders.items():
+            self._counters[number] = _counter(self._system, holder.pages)
+        return self._control.emptied(list(self._counters))
 
     def run(self, report: Callable[[int], None]) -> list[Life]:
         """Serve the trace to its end. Returns the requests that were served."""
@@ -193,16 +176,16 @@ class Instance:
             return self._now
         return max(self._now, self._due[0][0]) if self._due else math.inf
 
-    def offer(self, number: int, at: float) -> None:
-        """The trace's request of that number comes at that second."""
+    def offer(self, number: int, at: float, since: float | None = None) -> None:
+        """The trace's request of that number comes at that second; it has waited elsewhere `since` another one."""
+        self._when[number] = at if since is None else since
         heappush(self._due, (at, number))
 
     def follow(self, number: int, life: Life) -> None:
         """Those that come after a request which has ended, here."""
         for after in self._followers.get(number, ()):
             arrival = self._trace.arrivals[after]
-            self._when[after] = at = max(arrival.at, life.last + arrival.gap)
-            self.offer(after, at)
+            self.offer(after, max(arrival.at, life.last + arrival.gap))
 
     def _feed(self) -> None:
         """Give the scheduler the requests that have arrived, as far ahead as it looks."""
@@ -277,7 +260,7 @@ class Instance:
             mean = context / decode if decode else 0.0
             cost = self._system.step(Load(decode, mean, tokens, pairs, keys, prefix_tokens, prefix_pairs, prompts))
         self._count(cost, decode, tokens)
-        self._now += cost.seconds
+        self._now += cost.seconds * self.slower
 
     def _count(self, cost: StepCost, decode: int, prefill: int) -> None:
         totals, seconds, running = self._totals, cost.seconds, len(self._scheduler.running)
@@ -334,6 +317,24 @@ class Instance:
             if self._named and (shared := self._trace.arrivals[after].shared):
                 self._shared[after] = tuple(sequence.tokens[:shared])
         self._told(number, life)
+
+
+def _pools(system: System, holders: int) -> tuple[list[int], list[int]]:
+    """Heads of all holders and pages of each holder, by pool: KV, and states where the model has any. Equal holders are
+    one that stands for all, as if there were one head; so are layers that keep alike, and all layers with states."""
+    heads, capacity = kv_heads(system.model) if holders > 1 else 1, system.capacity
+    layers = sum(count for count, _ in page_groups(system))
+    counts, pages = [heads], [capacity.tokens // PAGE_SIZE * heads * layers // holders]
+    if system.model.states:
+        counts.append(system.model.state_heads if holders > 1 else 1)
+        pages.append(STATE_RECORDS * capacity.sequences * counts[1] // holders)
+    return counts, pages
+
+
+def _counter(system: System, pages: Sequence[int]) -> HolderCounter:
+    return HolderCounter(
+        [PageCounter(pages[0], PAGE_SIZE, page_groups(system)), *(RecordCounter(count, 1) for count in pages[1:])]
+    )
 
 
 def holders_of(system: System) -> int:

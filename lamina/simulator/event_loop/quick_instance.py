@@ -7,7 +7,8 @@ in three numbers alone, so those in decode are counts: when each ends, how many 
 of their contexts. Where windows let pages go, or holders have different heads, the real one is asked as soon as pages
 could be short. `tests/simulator/test_quick_instance.py` holds the two to the same requests at the same seconds.
 
-Seconds of a batch of decode alone are computed for contexts 4 % apart, and straight between them.
+Seconds of a batch of decode alone are computed for contexts 4 % apart, and straight between them; so steps to the next
+request that comes or ends are one sum.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ from lamina.simulator.event_loop.instance import (
     BACKLOG,
     BACKLOG_TOKENS,
     UNLIMITED,
-    Life,
-    Totals,
     holders_of,
     page_groups,
 )
+from lamina.simulator.event_loop.lives import Life, Totals
 from lamina.simulator.event_loop.results import Sampled
 from lamina.simulator.traces.arrivals import Arrival, Trace
 
 _GRID = 16
 """Contexts to a doubling whose seconds are computed."""
 _STRIDE = 2 ** (1 / _GRID) - 1
+Numbers = tuple[float, float, float, float, float]
 
 
 class Unusual(Exception):
@@ -56,16 +57,27 @@ class DecodeCosts:
         self._system = system
         self._known: dict[tuple[int, int], tuple[float, StepCost, StepCost]] = {}
 
-    def __call__(self, batch: int, context: int) -> tuple[float, float, float, float, float]:
+    def __call__(self, batch: int, context: int) -> Numbers:
         """Of so many sequences, with so many tokens in all: the numbers of a `StepCost`."""
         mean = context / batch
+        return self._between(mean, *self._ends(batch, mean))
+
+    def line(self, batch: int, context: int) -> tuple[float, Numbers, Numbers]:
+        """Up to which mean context costs go straight on, what a step costs, and the one after it."""
+        mean = context / batch
+        low, a, b = self._ends(batch, mean)
+        return low * (1 + _STRIDE), self._between(mean, low, a, b), self._between(mean + 1, low, a, b)
+
+    def _ends(self, batch: int, mean: float) -> tuple[float, StepCost, StepCost]:
         place = int(math.log2(mean) * _GRID)
         found = self._known.get((batch, place))
         if found is None:
             low, high = 2 ** (place / _GRID), 2 ** ((place + 1) / _GRID)
             step = self._system.step
             found = self._known[batch, place] = low, step(Load(batch, low)), step(Load(batch, high))
-        low, a, b = found
+        return found
+
+    def _between(self, mean: float, low: float, a: StepCost, b: StepCost) -> Numbers:
         part = (mean - low) / (low * _STRIDE)
         return (
             a.seconds + part * (b.seconds - a.seconds),
@@ -104,7 +116,7 @@ class QuickInstance:
         prefill: bool,
         totals: Totals,
         begun: Mapping[int, Life] | None = None,
-        costs: Callable[[int, int], tuple[float, float, float, float, float]] | None = None,
+        costs: Callable[[int, int], Numbers] | None = None,
     ) -> None:
         self._system, self._trace, self._prefill = system, trace, prefill
         self._into, self._totals = totals, Totals(samples=totals.samples)
@@ -137,6 +149,8 @@ class QuickInstance:
             behind = self._feed()
             if self._fed == len(arrivals) and not self._alive:
                 break
+            if not (behind or self._waiting or self._prompts or self._late) and self._stride():
+                continue
             rows, stalled = self._plan()
             if not rows and self._decoding == len(stalled):
                 if self._fed == len(arrivals):
@@ -148,6 +162,41 @@ class QuickInstance:
                 report(len(self._ended))
         self._into.add(totals)
         return self._ended
+
+    def _stride(self) -> bool:
+        """Several steps of decode alone, in which nobody comes or ends: whether there are any."""
+        batch, step, totals = self._decoding, self._step, self._totals
+        most = totals.samples.unwanted
+        if not (batch and most > 1 and isinstance(self._costs, DecodeCosts)):
+            return False
+        most = min(most, min(end for end, each in self._ending.items() if each) - step)
+        high, now, after = self._costs.line(batch, self._context)
+        most = min(most, int(high - self._context / batch))
+        first = now[0]
+        slope = after[0] - first
+        if self._fed < len(self._times):
+            left, head = self._times[self._fed] - self._now, first - slope / 2
+            least = (
+                (math.sqrt(head * head + 2 * slope * left) - head) / slope if slope > 1e-12 * first else left / first
+            )
+            most = min(most, math.ceil(least))
+        if most < 2 or batch * (most // PAGE_SIZE + 1) > self._free:
+            return False
+        seconds, *busy, nbytes = (most * a + (b - a) * most * (most - 1) / 2 for a, b in zip(now, after, strict=True))
+        self._free -= most // PAGE_SIZE * batch
+        self._free -= sum(self._phases[(step + each) % PAGE_SIZE] for each in range(most % PAGE_SIZE))
+        self._step += most
+        self._now += seconds
+        self._context += batch * most
+        totals.samples.skip(most)
+        totals.gaps[seconds / most] += batch * most
+        totals.peak = max(totals.peak, batch)
+        totals.steps += most
+        totals.busy = [a + b for a, b in zip(totals.busy, busy, strict=True)]
+        totals.link_bytes += nbytes
+        totals.decode_seconds += seconds
+        totals.decode_rows += seconds * batch
+        return True
 
     def _feed(self) -> int:
         """Take up the requests that have arrived, as far ahead as the scheduler looks. Returns how many are left."""

@@ -69,6 +69,10 @@ class RunResult:
     seed: int
     rejected: int = 0
     """Requests that could never have fitted."""
+    losses: int = 0
+    """Of workers."""
+    recomputed_tokens: int = 0
+    """Of contexts whose KV was lost with a worker, so often as it was."""
     saturated_seconds: float = 0.0
     """While a request waited for room: the steady state of a full system, without its beginning and its end."""
     saturated_tokens: int = 0

@@ -14,8 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System, power, price
-from lamina.simulator.event_loop.instance import Instance, Life, Totals
+from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System, before_first_token, power, price
+from lamina.simulator.event_loop.coupled import serve_sessions
+from lamina.simulator.event_loop.failures import FailingInstance, Failures
+from lamina.simulator.event_loop.instance import Instance
+from lamina.simulator.event_loop.lives import Life, Totals
 from lamina.simulator.event_loop.quick_instance import DecodeCosts, QuickInstance, Unusual, is_usual
 from lamina.simulator.event_loop.results import RunResult
 from lamina.simulator.event_loop.statistics import distribution, weighted_distribution
@@ -50,12 +53,14 @@ def simulate(
     prefix_cache: bool = True,
     replicas: int = 1,
     progress: Progress | None = None,
+    failures: Failures | None = None,
 ) -> RunResult:
     """Serve a trace by `replicas` instances of a system, which take requests in turn.
 
     Without `prefill` a prompt's KV is there as soon as it is admitted, at no cost: the paper's evaluation, which is of
     decode alone. With `prefix_cache` prompts whose blocks are named share them through the real prefix cache. `seed`
-    is kept in the result alone: nothing here is drawn by chance. Raises InvalidRequest where the model fits nowhere.
+    is kept in the result alone: nothing here is drawn by chance. Raises InvalidRequest where the model fits nowhere, or
+    where the system cannot have such `failures`.
     """
     if type(seed) is not int:
         raise InvalidRequest(f"seed is {seed!r:.80}; allowed is a whole number")
@@ -69,24 +74,27 @@ def simulate(
 
     with _without_collector():
         try:
-            totals, lives = _served(system, parts, _Instances(prefill, prefix_cache), report)
+            totals, lives = _served(system, parts, _Instances(prefill, prefix_cache, failures), report)
         except Unusual:
-            totals, lives = _served(system, parts, _Instances(prefill, prefix_cache, quick=False), report)
+            totals, lives = _served(system, parts, _Instances(prefill, prefix_cache, failures, quick=False), report)
     return _result(system, trace, replicas, seed, slo or Slo(), totals, lives)
 
 
 class _Instances:
     """Makes instances for a run: quick ones, where they may stand for the real scheduler."""
 
-    def __init__(self, prefill: bool, prefix_cache: bool, quick: bool = True) -> None:
-        self.prefill, self._prefix_cache, self._quick = prefill, prefix_cache, quick
+    def __init__(self, prefill: bool, prefix_cache: bool, failures: Failures | None = None, quick: bool = True) -> None:
+        self.prefill, self.prefix_cache, self._quick = prefill, prefix_cache, quick
+        self.failures = failures
         self._costs: dict[int, DecodeCosts] = {}
 
     def of(
         self, system: Colocated | Offloaded, trace: Trace, totals: Totals, begun: Mapping[int, Life] | None = None
     ) -> Instance | QuickInstance:
         """One instance of a system. Requests that have `begun` elsewhere have neither prompts nor prefixes here."""
-        prefill, prefix_cache = (self.prefill, self._prefix_cache) if begun is None else (False, False)
+        prefill, prefix_cache = (self.prefill, self.prefix_cache) if begun is None else (False, False)
+        if self.failures is not None:
+            return FailingInstance(system, trace, prefill, prefix_cache, totals, self.failures)
         if self._quick and is_usual(system, trace, prefix_cache):
             costs = self._costs.setdefault(id(system), DecodeCosts(system))
             return QuickInstance(system, trace, prefill, totals, begun, costs)
@@ -105,6 +113,8 @@ def _served(
 
     for part in parts:
         if isinstance(system, Disaggregated):
+            if instances.failures is not None:
+                instances.failures.reserved(system)
             lives += _disaggregated(system, part, instances, totals, told)
         else:
             lives += instances.of(system, part, totals).run(told)
@@ -122,8 +132,11 @@ def _disaggregated(
     finished: list[Life] = []
     arrived = list(trace.arrivals)
     moved: dict[int, Life] = {}
-    if instances.prefill:
-        prompts = Trace(trace.name, tuple(replace(arrival, output=1) for arrival in trace.arrivals))
+    if instances.prefill and any(arrival.after is not None for arrival in arrived):
+        finished = serve_sessions(system, trace, instances.prefix_cache, before, after, report)
+        arrived = []
+    elif instances.prefill:
+        prompts = replace(trace, arrivals=tuple(replace(arrival, output=1) for arrival in trace.arrivals))
         lives = instances.of(system.prefill, prompts, before).run(lambda done: None)
         wanted = {id(short): whole.output for short, whole in zip(prompts.arrivals, trace.arrivals, strict=True)}
         finished = [life for life in lives if wanted[id(life.arrival)] == 1]
@@ -156,9 +169,12 @@ def _result(
 ) -> RunResult:
     start = trace.arrivals[0].at
     seconds = max((life.last for life in lives), default=start) - start
-    ttft = [life.first - life.at for life in lives]
+    ttft = [life.first - life.at + before_first_token(system, life.arrival.prompt) for life in lives]
     tpot = [(life.last - life.first) / (life.tokens - 1) for life in lives if life.tokens > 1]
-    met = sum(slo.met(life.first - life.at, (life.last - life.first) / max(1, life.tokens - 1)) for life in lives)
+    met = sum(
+        slo.met(first, (life.last - life.first) / max(1, life.tokens - 1))
+        for first, life in zip(ttft, lives, strict=True)
+    )
     model, attention, network = (min(1.0, busy / (seconds * replicas)) if seconds else 0.0 for busy in totals.busy)
     held, capacity = system.decode if isinstance(system, Disaggregated) else system, system.capacity
     # The last kind attends; where there are prompts, a model and attention apart, the model is as busy as these.
@@ -193,6 +209,8 @@ def _result(
         link_bytes=totals.link_bytes,
         seed=seed,
         rejected=totals.rejected,
+        losses=totals.losses,
+        recomputed_tokens=totals.recomputed,
         saturated_seconds=totals.saturated_seconds / replicas,
         saturated_tokens=totals.saturated_tokens,
         saturated_batch=totals.saturated_rows / totals.saturated_seconds if totals.saturated_seconds else 0.0,

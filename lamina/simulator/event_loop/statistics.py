@@ -46,6 +46,15 @@ class Samples:
         self._seen += 1
         return (self._seen - 1) % self._every == 0
 
+    @property
+    def unwanted(self) -> int:
+        """How many of the next steps are not."""
+        return -self._seen % self._every
+
+    def skip(self, steps: int) -> None:
+        """Go past so many unwanted steps."""
+        self._seen += steps
+
     def add(self, sample: Sampled) -> None:
         self._kept.append(sample)
         if len(self._kept) >= MOST_SAMPLES:

@@ -14,6 +14,7 @@ from lamina.simulator.costs.shapes import ModelShape
 from lamina.simulator.costs.speculation import Speculation
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System
 from lamina.simulator.costs.timeline import LayerTimes, chrome_trace, step_timeline
+from lamina.simulator.event_loop.failures import Failures
 from lamina.simulator.event_loop.results import RunResult
 from lamina.simulator.event_loop.simulate import Progress, Slo, simulate
 from lamina.simulator.planning.candidates import DEGREES, speculating
@@ -77,6 +78,7 @@ def compare(
     seed: int = 0,
     assumptions: Mapping[str, str] | None = None,
     progress: Progress | None = None,
+    failures: Failures | None = None,
 ) -> list[RunResult]:
     """Each of the systems on the trace, in their order. `assumptions` are added to those of the results."""
     results = []
@@ -86,7 +88,7 @@ def compare(
             if progress is not None:
                 progress(what, number * total + done, len(systems) * total)
 
-        found = simulate(system, trace, seed=seed, slo=slo, prefill=prefill, progress=report)
+        found = simulate(system, trace, seed=seed, slo=slo, prefill=prefill, progress=report, failures=failures)
         results.append(replace(found, assumptions={**found.assumptions, **(assumptions or {})}))
     return results
 

@@ -69,6 +69,12 @@ class Inventory:
         _unequal("policy", [policy.name for policy in self.policies])
         if wrong := [system for system in self.systems if system not in SYSTEMS]:
             raise InvalidRequest(f"systems has {wrong[0]!r:.80}; allowed are {', '.join(SYSTEMS)}")
+        _unequal("systems", list(self.systems))
+        if not self.links and not {"chunked", "colocated"} & {*self.systems}:
+            raise InvalidRequest(
+                f"links is empty, and systems are {', '.join(self.systems)}, which need one; allowed are links by "
+                "name, or systems in one place: colocated, chunked"
+            )
 
     def count(self, device: Device) -> int:
         """How many there are of a device."""

@@ -135,7 +135,7 @@ def rank(
     for done, each in enumerate(steady):
         if done >= CLOSER and _order(min(closer, key=_order)) <= _order(each):
             break
-        closer.append(look(each.candidate, True, len(every) + done) if demand.parts else each)
+        closer.append(look(each.candidate, True, len(every) + done))
     ranked = sorted(closer, key=_order) + steady[len(closer) :]
     if progress is not None:
         progress("ranking", total, total)
@@ -241,31 +241,29 @@ def verify(
 
     One that does not keep the SLO gets another replica if there is one, else lower rates.
     """
-    field = [more for each in chosen for more in (each, *_fewer(each))]
+    field = [(more, more is each) for each in chosen for more in (each, *_fewer(each))]
     rungs = [(requests // part, allowance) for part, allowance in RUNGS]
-    done, whole = 0, sum(max(FINALISTS, len(field) // 3**rung) for rung in range(len(rungs) + 1))
-    told = _Told(progress, max(1, whole))
-    out: list[Ranked] = []
-    if len(field) > FINALISTS:
-        for rung, (length, allowance) in enumerate(rungs):
-            tried = []
-            for each in field:
-                tried.append(_checked(each, trace, slo, prefill, seed, length, requests, allowance, told.within(done)))
-                done += 1
-            tried.sort(key=lambda each: _order(each, allowance))
-            keep = max(FINALISTS, len(field) // 3 ** (rung + 1))
-            field, out = tried[:keep], tried[keep:] + out
+    told = _Told(progress, sum(max(FINALISTS, len(field) // 3**rung) for rung in range(len(rungs) + 1)))
+
+    def run(each: Ranked, grows: bool, length: int, allowance: float) -> Ranked:
+        check = _Check(trace, slo, prefill, seed, length, requests, allowance, told.next())
+        return check.of(each, grows)
+
+    out: list[tuple[Ranked, bool]] = []
+    for rung, (length, allowance) in enumerate(rungs if len(field) > FINALISTS else ()):
+        tried = [(run(each, grows, length, allowance), grows) for each, grows in field]
+        tried.sort(key=lambda pair: _order(pair[0], allowance))
+        keep = max(FINALISTS, len(field) // 3 ** (rung + 1))
+        field, out = tried[:keep], tried[keep:] + out
     finals: list[Ranked] = []
-    for each in (*field, *out):
+    for number, (each, grows) in enumerate((*field, *out)):
         if len(finals) >= FINALISTS and any(final.serves for final in finals):
             break
-        if len(finals) >= len(field) and not each.nearly(ALMOST):
-            continue
-        finals.append(_checked(each, trace, slo, prefill, seed, requests, requests, 0.0, told.within(done)))
-        done += 1
+        if number < len(field) or each.nearly(ALMOST):
+            finals.append(run(each, grows, requests, 0.0))
     told.end()
     found: dict[Candidate, Ranked] = {}
-    for each in (*sorted(finals, key=_order), *out):
+    for each in (*sorted(finals, key=_order), *(each for each, _ in out)):
         found.setdefault(each.candidate, each)
     return list(found.values())
 
@@ -287,78 +285,81 @@ def _with_replicas(ranked: Ranked, count: int) -> Ranked:
     )
 
 
-def _checked(
-    ranked: Ranked,
-    trace: Trace,
-    slo: Slo,
-    prefill: bool,
-    seed: int,
-    length: int,
-    requests: int,
-    allowance: float,
-    report: Progress,
-) -> Ranked:
-    """It, with the event loop's run on about `length` requests of the trace: at the rate that is asked for, or the best
-    that is found. A share counts as enough with `allowance` less: excerpts differ."""
-    lives = _LIVES * length / requests
-    enough = ATTAINMENT - allowance
+@dataclass(frozen=True, slots=True)
+class _Check:
+    """Runs on an excerpt of about `length` requests of a trace, where finalists get `requests`. A share counts as
+    enough with `allowance` less, since excerpts differ."""
 
-    def run(each: Ranked, rate: float) -> Ranked:
-        found = each.estimate
-        wanted = max(length, min(MOST_REQUESTS * length // requests, round(lives * found.batch * found.replicas)))
-        part = windows(trace, wanted, max(1, min(WINDOWS, wanted // _WINDOW)))
+    trace: Trace
+    slo: Slo
+    prefill: bool
+    seed: int
+    length: int
+    requests: int
+    allowance: float
+    report: Progress
+
+    @property
+    def enough(self) -> float:
+        return ATTAINMENT - self.allowance
+
+    def of(self, ranked: Ranked, grows: bool) -> Ranked:
+        """It at the rate that is asked for, with more replicas where that takes some and it `grows`. Where not all is
+        taken, or the last excerpt says that it is too much, at the best rate that is found."""
+        found = ranked.estimate
+        if found.taken < found.demanded * (1 - 1e-9):
+            return self._fastest(self._run(ranked, ranked.rate or found.taken))
+        best = self._run(ranked, found.demanded)
+        most = min(found.replicas + _MORE, ranked.candidate.replicas) if grows else 0
+        while best.share < self.enough and best.estimate.replicas < most:
+            more = self._run(_with_replicas(best, best.estimate.replicas + 1), found.demanded)
+            if more.share <= best.share + _WORTH:
+                break
+            best = more
+        return best if best.share >= self.enough or self.allowance else self._fastest(best)
+
+    def _fastest(self, best: Ranked) -> Ranked:
+        """At the rate with the most goodput, of some that are near; with enough in time if that can be."""
+        found, rate, slower = best.estimate, best.rate, best.share < self.enough
+        for _ in range(TRIES if found.share >= TARGET else 0):  # else no rate would do
+            rate = rate * SLOWER if slower else min(rate * FASTER, found.demanded)
+            if rate == best.rate:
+                break
+            other = self._run(best, rate)
+            better = other.share >= self.enough and (slower or other.goodput > best.goodput * (1 + _WORTH))
+            if better or (slower and other.goodput > best.goodput):
+                best = other
+            if better == slower:
+                break  # the first that keeps the SLO, or the last that is worth it
+        return best
+
+    def _run(self, ranked: Ranked, rate: float) -> Ranked:
+        decoding = ranked.estimate.batch * ranked.estimate.replicas
+        most = MOST_REQUESTS * self.length // self.requests
+        wanted = max(self.length, min(most, round(_LIVES * decoding * self.length / self.requests)))
+        part = windows(self.trace, wanted, max(1, min(WINDOWS, wanted // _WINDOW)))
         result = simulate(
-            limited(each), at_rate(part, rate), seed=seed, slo=slo, prefill=prefill, progress=report,
-            replicas=min(found.replicas, len(part.arrivals)),
+            limited(ranked), at_rate(part, rate), seed=self.seed, slo=self.slo, prefill=self.prefill,
+            replicas=min(ranked.estimate.replicas, len(part.arrivals)), progress=self.report,
         )  # fmt: skip
-        return replace(each, result=result, rate=rate)
-
-    found = ranked.estimate
-    if found.taken >= found.demanded * (1 - 1e-9):
-        best = run(ranked, found.demanded)
-        while not best.nearly(enough / ATTAINMENT) and best.estimate.replicas < ranked.candidate.replicas:
-            more = run(_with_replicas(best, best.estimate.replicas + 1), found.demanded)
-            better = more.share > best.share + _WORTH
-            if better:
-                best = more
-            if not better or best.estimate.replicas > found.replicas + _MORE:
-                break
-        if best.share >= enough or allowance:
-            return best
-    else:
-        best = run(ranked, ranked.rate or found.taken)
-    rate, down = best.rate, best.share < enough
-    for _ in range(TRIES):
-        rate = rate * SLOWER if down else min(rate * FASTER, found.demanded)
-        if found.share < TARGET or rate == best.rate:
-            break  # no rate would do, or none more is asked for
-        other = run(best, rate)
-        if down and (other.share >= enough or other.goodput > best.goodput):
-            best = other
-        if down:
-            if best.share >= enough:
-                break
-        elif other.share >= enough and other.goodput > best.goodput * (1 + _WORTH):
-            best = other
-        else:
-            break
-    return best
+        return replace(ranked, result=result, rate=rate)
 
 
 class _Told:
     """Progress over many runs, which never falls."""
 
     def __init__(self, progress: Progress | None, runs: int) -> None:
-        self._progress, self._runs, self._most = progress, runs, 0
+        self._progress, self._runs, self._run, self._most = progress, runs, -1, 0
 
-    def within(self, run: int) -> Progress:
-        """The progress of the run of that number."""
+    def next(self) -> Progress:
+        """The progress of the next run."""
+        self._run += 1
 
         def report(what: str, done: int, total: int) -> None:
-            at = int(1000 * min(1.0, (run + min(1.0, done / max(1, total))) / self._runs))
-            if self._progress is not None and at > self._most and at < 1000:
+            at = int(1000 * min(1.0, (self._run + min(1.0, done / max(1, total))) / self._runs))
+            if self._progress is not None and self._most < at < 1000:
                 self._most = at
-                self._progress("simulating", at, 1000)
+                self._progress(what, at, 1000)
 
         return report
 

@@ -1,21 +1,16 @@
-"""What a system yields in the steady state, without running it: sums over the batch, and a search over the rate.
+"""What a system yields, without the scheduler: the trace's own requests in a replay of a few sums a request.
 
-One replica has n sequences in decode, prompts of p and outputs of o tokens in the mean, M tokens a batch at most, and
-L requests a second:
-
-- A token takes t(n) = step(n, 0) / (1 - L w(n)) seconds, where w(n) = (step(n, q) - step(n, 0)) p / q is what a prompt
-  adds, in batches of q = min(M - n, max(p, n p / o)) of its tokens.
-- Requests share what passes, m(n) = n / (o t(n)) of them a second, so n is distributed as p(n) ~ prod L / m(k), and
-  beyond the batch limit c they wait, with the ratio L / m(c): processor sharing with rates that depend on n, exact for
-  Poisson arrivals and any lengths (Cohen 1979). Other arrivals spread n by their peakedness z = (1 + ca^2) / 2:
-  p(n)^(1/z).
-- Prefill is a G/G/1 queue with a request's work at M tokens a batch for service (`steady`).
-- TTFT is both waits, the batches that the prompt takes, and half of one that runs when it arrives. Where prompts have
-  instances of their own, the wait for decode and the way there come after the first token: TPOT has them.
-
-A trace's load changes over hours, so each of its parts has a steady state of its own, and shares and times are means
-over them: the pointwise stationary approximation (Green and Kolesar 1991). Where no TTFT is asked for, what is late
-in one part is served in another, and the whole trace is one.
+- A sample of the trace (`demand`), in its order and at the rate that is asked for, goes through one instance batch by
+  batch (`replay`): first come, first served, with a limit of sequences, of tokens of KV and of tokens a batch. Of r
+  replicas one takes every rth request. So bursts, loads that change and long prompts are those of the trace, times are
+  those of each request, and at low rates each meets an empty instance.
+- Batches take what the cost model says, interpolated (`batches`).
+- It begins with as many sequences in decode as Little's law has for the mean of the requests, with outputs half way
+  through; and it ends with the last first token. So a short excerpt stands for a long run.
+- Where prompts have instances of their own, there are three of these in a row: prompts, one after another over the
+  link, decode. The wait for decode and the way there come after the first token: TPOT has them.
+- The highest rate is searched for where the requests taken count most: those at `TARGET` within the SLO in full, fewer
+  the more the share falls short. Both grow smoothly with what the SLO allows.
 
 Left out, and in the event loop: prefixes that requests share, and preemption.
 """
@@ -23,26 +18,34 @@ Left out, and in the event loop: prefixes that requests share, and preemption.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from bisect import bisect_right, insort
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from itertools import pairwise
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.costs.systems import System, price
+from lamina.simulator.costs.hardware import Device
+from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System, price
 from lamina.simulator.event_loop.simulate import Slo
-from lamina.simulator.steady_state.steady import FOREVER, Point, Replica, bound, largest
+from lamina.simulator.steady_state.service import FOREVER, PAGE, Point, Service, bound, held, largest
 from lamina.simulator.traces.demand import Demand
 
 ATTAINMENT = 0.9
 """The share of requests within the SLO that counts as meeting it: as DistServe (OSDI 2024) has it."""
-TARGET = 0.95
-"""The share that is planned for, since the closed form finds up to 0.1 more than the event loop on the Azure traces: it
-takes the load for steady within each part, and a request's pace for the mean."""
-PAGE = 32
-"""Tokens a KV page of the engine; half of one is lost in the mean for each sequence."""
-_RATES, _COARSE = 16, 24
-"""Halvings to find a rate, and rates that are tried where none serves enough requests in time."""
-_HARDLY = 1e-9
-"""Requests a second at which each is alone."""
+TARGET = 0.92
+"""The share that is planned for: two points more, since a sample of the trace is not the trace."""
+STEEPNESS = 8
+"""The power of share / `TARGET` that requests count with, below it."""
+COARSE, FINE = 512, 2000
+"""Requests of the sample that a rate is tried with."""
+_TRIES, _SPARE = {COARSE: 8, FINE: 12}, 3
+"""Rates that are tried to find the best one, and to find what there is to spare."""
+_CLOSE = 0.02
+"""Of a rate, how closely the best one is found."""
+_FULL = 0.98
+"""Of what passes at most, the highest rate where requests may not wait for long."""
+_FEWER = (0.85, 0.7, 0.5)
+"""Of the sequences that the pace allows in the mean, limits that are tried too: bursts wait, and do not slow others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,30 +59,30 @@ class Estimate:
     batch: float = 0.0
     """Sequences in decode at a time, in each replica."""
     most: int = 0
-    """Sequences that fit into the KV and the TPOT that is asked for: the batch limit to deploy with."""
+    """Sequences at a time with which most requests are in time: the batch limit to deploy with."""
     fits: int
     """Sequences that fit into the KV."""
     tpot: float = math.inf
     ttft: float = math.inf
-    """Without waiting for a place, where no rate is asked for."""
+    """Without waiting for a place, where no TTFT is asked for."""
     share: float = 0.0
     """The share of the requests taken that is within the SLO."""
     taken: float = 0.0
     """The part of the demand's rate that is served; the rest has to go elsewhere."""
     capacity: float = 0.0
-    """The most that could be taken with `TARGET` of them within the SLO, or, where that can't be, with the most."""
+    """The most that could be taken by all replicas that there may be, as far as it was looked for."""
     tokens_per_second: float = 0.0
     demanded: float
 
     @property
     def goodput(self) -> float:
-        """Requests a second that are served so that `TARGET` of them are within the SLO; where that can't be, those
-        within it."""
-        return self.taken * (1 if self.share >= TARGET else self.share)
+        """Requests a second that count: all that are taken, where `TARGET` of them are within the SLO; else fewer, by
+        how much is missing (`STEEPNESS`), so that no small change of anything makes a large one of this."""
+        return self.taken * credit(self.share)
 
     @property
     def goodput_per_dollar(self) -> float:
-        """Requests within the SLO for a dollar."""
+        """Requests that count for a dollar."""
         return self.goodput * 3600 / self.price if self.price else math.inf
 
     @property
@@ -93,81 +96,164 @@ class Estimate:
         return self.share >= TARGET and (math.isinf(self.demanded) or self.taken >= self.demanded * (1 - 1e-9))
 
 
+def credit(share: float) -> float:
+    """What a request counts where so many are within the SLO."""
+    return math.pow(min(1.0, share / TARGET), STEEPNESS)
+
+
 def estimate(
     system: System, replicas: int, demand: Demand, slo: Slo, prefill: bool = True, parts: bool = True
 ) -> Estimate:
-    """What up to `replicas` of a system yield: as many as the demand's rate wants, all where it is infinite.
+    """What up to `replicas` of a system yield: as few as serve the demand, all where it is infinite or too much.
 
-    Without `prefill`, prompts are computed elsewhere and cost nothing here. Without `parts` the demand's load is taken
-    for steady, which is quick and never less. Where nothing fits or no batch is fast enough, `capacity` is 0; `tpot`
-    and `ttft` are then those of a lone sequence (infinite where not even the weights fit).
+    Without `prefill`, prompts are computed elsewhere and cost nothing here. Without `parts` fewer requests of the trace
+    are replayed, at fewer rates. Where nothing fits or no batch is fast enough, `capacity` is 0; `tpot` and `ttft` are
+    then those of a lone sequence (infinite where not even the weights fit).
     """
-    try:
-        fits = sequences(system, demand)
-    except InvalidRequest:  # not even the weights
-        fits = 0
-    nothing = Estimate(replicas=1, price=price(system), fits=fits, demanded=demand.rate)
-    if fits < 1:
-        return nothing
-    whole = Replica(system, demand, slo, prefill)
-    most = largest(fits, lambda batch: whole.pace(batch) <= min(bound(slo.tpot), FOREVER))
-    steady = not parts or not demand.parts or slo.ttft is None
-    over = [whole] if steady else [Replica(system, part, slo, prefill) for part in demand.parts]
-
-    def at(rate: float) -> Point:
-        """One replica at that rate, in the mean over the parts."""
-        return _mean([part.at(rate * part.relative, most) for part in over], rate)
-
-    best = _best(at, max(part.most(most) / part.relative for part in over)) if most else None
-    if best is None or not best.share:
-        alone = whole.at(_HARDLY, 1)
-        return replace(nothing, tpot=alone.tpot, ttft=alone.ttft)
-    count = replicas
-    if not math.isinf(demand.rate):
-        count = max(1, min(replicas, math.ceil(demand.rate / best.rate - 1e-9)))
-    taken = min(demand.rate / count, best.rate)
-    found = at(taken) if taken < best.rate else best
-    return Estimate(
-        replicas=count,
-        price=price(system) * count,
-        batch=found.batch,
-        most=most,
-        fits=fits,
-        tpot=found.tpot,
-        ttft=found.ttft,
-        share=found.share,
-        taken=taken * count,
-        capacity=best.rate * replicas,
-        tokens_per_second=taken * count * demand.output,
-        demanded=demand.rate,
-    )
+    found = _estimate(_free(system), replicas, demand, slo, prefill, FINE if parts else COARSE)
+    return replace(found, price=price(system) * found.replicas)
 
 
 def sequences(system: System, demand: Demand) -> int:
     """How many sequences' KV and states are held at a time, at their mean context: 0 where the longest doesn't fit.
     Raises InvalidRequest where the weights don't."""
-    policy, capacity = system.policy, system.capacity
-    room = capacity.tokens * policy.held
-    if room < policy.tokens_held(demand.longest):
+    capacity = system.capacity
+    room = capacity.tokens * system.policy.held
+    if room < held(system, demand.longest):
         return 0
-    by_pages = int(room / policy.tokens_held(demand.context + PAGE / 2))
+    by_pages = int(room / held(system, demand.context + PAGE / 2))
     return min(system.max_sequences, system.max_batch_tokens, by_pages, capacity.sequences)
 
 
-def _best(at: Callable[[float], Point], most: float) -> Point:
-    """The highest rate up to `most` with `TARGET` in time; where there is none, the one that serves most."""
-    low, high = 0.0, most
-    for _ in range(_RATES):
-        middle = (low + high) / 2
-        low, high = (middle, high) if at(middle).share >= TARGET else (low, middle)
-    if low:
-        return at(low)
-    tried = [at(most * (part + 1) / _COARSE) for part in range(_COARSE)]
-    return max(tried, key=lambda point: point.rate * point.share)
+@lru_cache(maxsize=1 << 14)
+def _estimate(system: System, replicas: int, demand: Demand, slo: Slo, prefill: bool, requests: int) -> Estimate:
+    """Remembered, as prices do not change it."""
+    try:
+        fits = sequences(system, demand)
+    except InvalidRequest:  # not even the weights
+        fits = 0
+    nothing = Estimate(replicas=1, price=0.0, fits=fits, demanded=demand.rate)
+    if fits < 1:
+        return nothing
+    service = Service(system, demand, slo, prefill)
+    pace = min(bound(slo.tpot), FOREVER)
+    if not (most := largest(fits, lambda batch: service.pace(batch) <= pace)):
+        lone = service.alone(requests)
+        return replace(nothing, tpot=lone.tpot, ttft=lone.ttft)
+    search = _Search(service, most, slo, requests)
+    if count := search.fewest(replicas, demand.rate):
+        found, places = search.at(demand.rate / count, count)
+        highest = search.best(count, found, _SPARE)
+    else:
+        count, alone = replicas, search.alone
+        highest = search.best(count, alone, _TRIES[requests], demand.rate / count) if alone.share else 0.0
+        if not highest:
+            return replace(nothing, tpot=alone.tpot, ttft=alone.ttft)
+        found, places = search.at(highest, count)
+    return Estimate(
+        replicas=count,
+        price=0.0,
+        batch=found.batch,
+        most=places,
+        fits=fits,
+        tpot=found.tpot,
+        ttft=found.ttft,
+        share=found.share,
+        taken=found.rate * count,
+        capacity=highest * replicas,
+        tokens_per_second=found.rate * count * demand.output,
+        demanded=demand.rate,
+    )
 
 
-def _mean(points: Sequence[Point], rate: float) -> Point:
-    """Of parts with equally many requests."""
-    count = len(points)
-    names = ("tpot", "ttft", "share", "batch")
-    return Point(rate=rate, **{name: sum(getattr(point, name) for point in points) / count for name in names})
+class _Search:
+    """For rates, counts and limits with which one system does best. Remembers what it tried."""
+
+    def __init__(self, service: Service, most: int, slo: Slo, requests: int) -> None:
+        self._service, self._most, self._requests = service, most, requests
+        self._full = 1.0 if slo.ttft is None else _FULL
+        fewer = _FEWER if slo.tpot is not None and requests == FINE else ()
+        self._places = [most, *(max(1, int(most * part)) for part in fewer)]
+        self._top = service.most(most) * self._full
+        self._tried: dict[tuple[float, int], tuple[Point, int]] = {}
+
+    @cached_property
+    def alone(self) -> Point:
+        return self._service.alone(self._requests)
+
+    def at(self, rate: float, replicas: int) -> tuple[Point, int]:
+        """One of so many at that rate, with the most sequences at a time that keep `TARGET`, or those that come closest
+        to it."""
+        if (rate, replicas) not in self._tried:
+            found, limit = self._service.at(rate, self._most, replicas, self._requests), self._most
+            for places in self._places[1:]:
+                if found.share >= TARGET or rate > self._service.most(places) * self._full:
+                    break
+                other = self._service.at(rate, places, replicas, self._requests)
+                if other.share <= found.share:
+                    break
+                found, limit = other, places
+            self._tried[rate, replicas] = found, limit
+        return self._tried[rate, replicas]
+
+    def fewest(self, replicas: int, rate: float) -> int:
+        """How many serve that rate, `TARGET` in time: 0 where up to `replicas` do not."""
+        least = self._least(rate)
+        if math.isinf(rate) or least > replicas:
+            return 0
+        if self._serves(rate, least):
+            return least
+        if self.alone.share < TARGET or not self._serves(rate, replicas):
+            return 0
+        return bisect_right(range(least + 1, replicas), False, key=lambda count: self._serves(rate, count)) + least + 1
+
+    def best(self, replicas: int, low: Point, tries: int, most: float = math.inf) -> float:
+        """The rate from that of `low` up to `most` at which the requests of one of so many count most.
+
+        The share falls with the rate, so between two rates no request counts more than at the lower one: where that
+        leaves most to be found is tried next.
+        """
+        rate, best, tried = min(self._top, most), low, [low]
+        for _ in range(tries):
+            point = self.at(rate, replicas)[0]
+            insort(tried, point, key=lambda each: each.rate)
+            best = max(best, point, key=_counts)
+            below, above = max(pairwise(tried), key=lambda each: each[1].rate * credit(each[0].share))
+            if above.rate * credit(below.share) <= _counts(best) * (1 + _CLOSE):
+                break
+            part = 0.5
+            if below.share > TARGET > above.share:
+                part = (below.share - TARGET) / (below.share - above.share)
+            rate = below.rate + min(0.8, max(0.2, part)) * (above.rate - below.rate)
+        return best.rate
+
+    def _least(self, rate: float) -> int:
+        """Fewer cannot keep up."""
+        return max(1, math.ceil(min(rate, 1e18) / self._top * (1 - 1e-9)))
+
+    def _serves(self, rate: float, count: int) -> bool:
+        return self.at(rate / count, count)[0].share >= TARGET
+
+
+def _counts(point: Point) -> float:
+    return point.rate * credit(point.share)
+
+
+@lru_cache(maxsize=1024)
+def _free_device(device: Device) -> Device:
+    return replace(device, price=0.0)
+
+
+def _free(system: System) -> System:
+    """The system without prices."""
+    if isinstance(system, Disaggregated):
+        prefill = replace(system.prefill, device=_free_device(system.prefill.device))
+        return replace(system, prefill=prefill, decode=_free_part(system.decode))
+    return _free_part(system)
+
+
+def _free_part(system: Colocated | Offloaded) -> Colocated | Offloaded:
+    if isinstance(system, Offloaded):
+        model, attention = _free_device(system.model_device), _free_device(system.attention_device)
+        return replace(system, model_device=model, attention_device=attention)
+    return replace(system, device=_free_device(system.device))

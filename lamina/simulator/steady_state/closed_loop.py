@@ -89,7 +89,8 @@ class _Run:
             self._end()
             for each in done:
                 self._begin(each)
-        overhead, first = self.system.device.efficiency.first_token_overhead, self.ttfts[: self.users]
+        overhead = self.system.device.efficiency.before_first_token(self.prompt)
+        first = self.ttfts[: self.users]
         later = self.ttfts[self.users : requests]
         return ClosedLoop(
             overhead + sum(first) / len(first), overhead + sum(later) / len(later), sum(self.tpots) / len(self.tpots)

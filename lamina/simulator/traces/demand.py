@@ -1,23 +1,65 @@
-"""What a trace asks for, as the few moments that a closed form needs. Pure arithmetic over the trace's requests."""
+"""What a trace asks for: a few means, and a sample of its requests. Pure arithmetic over the trace."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.traces.arrivals import Arrival, Trace
+from lamina.simulator.traces.catalogue import windows
 
-QUANTILES = 16
-"""Equally likely prompt lengths that stand for all of them."""
-PARTS = 6
-"""Of a trace, one after another, with as many requests each."""
+SAMPLE = 2000
+"""Requests that stand for a trace: windows that lie evenly over it."""
+LEVELS = 64
+"""Equally likely lengths that are left of an output, of sequences that decode."""
+_WINDOW = 64
+"""Requests of each window of an excerpt from a sample: a burst is longer than a few."""
 _MOMENT = 1e-6
 """Seconds in which all requests come at once."""
-_FEWEST = 50
-"""Requests of a part at least: fewer are chance."""
+_GOLDEN = (math.sqrt(5) - 1) / 2
+_STRIDE = 27
+"""Levels from one to the next: odd, and about the golden part of all."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Requests by time of arrival, one after another: times in mean gaps between two of them, so that any rate can be
+    asked for, and tokens of prompts and outputs. Equal to itself alone."""
+
+    at: NDArray[np.float64]
+    prompts: NDArray[np.int64]
+    outputs: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.at)
+
+    def seconds(self, rate: float) -> NDArray[np.float64]:
+        """The times at so many requests a second."""
+        at: NDArray[np.float64] = self.at / rate
+        return at
+
+    def with_prompts(self, factor: float) -> Sample:
+        """Prompts `factor` times as long."""
+        return replace(self, prompts=np.maximum(1, np.rint(self.prompts * factor)).astype(np.int64))
+
+    def taken(self, places: range, most: int) -> Sample:
+        """The requests at these places; `most` of them, in windows of low rates and high ones, as all have."""
+        count = max(1, most // _WINDOW)
+        chosen = np.asarray(places)
+        if len(places) > most and count < len(places) // _WINDOW:
+            windows = chosen[: len(places) // _WINDOW * _WINDOW].reshape(-1, _WINDOW)
+            by_rate = np.argsort(self.at[windows[:, -1]] - self.at[windows[:, 0]], kind="stable")
+            middles = (2 * np.arange(count) + 1) * len(windows) // (2 * count)
+            chosen = windows[np.sort(by_rate[middles])].ravel()
+        gaps = np.diff(self.at[chosen])
+        gaps[_WINDOW - 1 :: _WINDOW][np.diff(chosen)[_WINDOW - 1 :: _WINDOW] > places.step] = places.step
+        return _sample(np.concatenate(([0.0], np.cumsum(gaps))), self.prompts[chosen], self.outputs[chosen])
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +69,6 @@ class Demand:
     `context` is the mean number of tokens of KV that a sequence has while it decodes, over all that decode at a time:
     E[o (p + o / 2)] / E[o] for prompts p and outputs o, because a request is there for o steps and has p + o / 2 tokens
     in their mean. Where p and o are independent of each other and o is constant it is E[p] + E[o] / 2.
-    Variations are variances over squared means; `gap_variation` that of the times between arrivals (1: Poisson).
     """
 
     name: str
@@ -36,98 +77,84 @@ class Demand:
     prompt: float
     output: float
     context: float
-    prompt_variation: float
-    output_variation: float
-    gap_variation: float
-    prompts: tuple[float, ...]
-    """`QUANTILES` prompt lengths, by size."""
     longest: int
     """Prompt and output of the longest request."""
-    parts: tuple[Demand, ...] = ()
-    """The trace in pieces, one after another, since its load and lengths change; none where that would be chance."""
-    relative: float = 1.0
-    """Of a part: its rate over the whole's."""
-
-    @property
-    def prompt_pairs(self) -> float:
-        """Query-key pairs of a prompt's prefill, in the mean: each token meets those before it, E[p^2] / 2."""
-        return self.prompt**2 * (1 + self.prompt_variation) / 2
+    sample: Sample = field(repr=False)
 
     def at_rate(self, rate: float) -> Demand:
-        """The same lengths, so many requests a second. Raises InvalidRequest."""
+        """The same requests, so many a second. Raises InvalidRequest."""
         if not rate > 0:
             raise InvalidRequest(f"rate is {rate}; allowed is above 0 requests a second")
-        return replace(self, rate=rate, parts=tuple(part.at_rate(rate * part.relative) for part in self.parts))
+        return replace(self, rate=rate)
 
     def with_context(self, factor: float) -> Demand:
         """Prompts `factor` times as long, outputs as they are; the context grows by what the prompts do."""
+        sample = self.sample
+        weighted = float((sample.prompts * sample.outputs).sum() / sample.outputs.sum())
         return replace(
             self,
             prompt=self.prompt * factor,
-            context=self.context + self.prompt * (factor - 1) * self._prompt_weight,
-            prompts=tuple(length * factor for length in self.prompts),
+            context=self.context + weighted * (factor - 1),
             longest=math.ceil(self.longest * max(1.0, factor)),
-            parts=tuple(part.with_context(factor) for part in self.parts),
+            sample=sample.with_prompts(factor),
         )
-
-    @property
-    def _prompt_weight(self) -> float:
-        """What `context` has of prompts, over the mean prompt: above 1 where long prompts have long outputs."""
-        outputs = self.output * (1 + self.output_variation) / 2
-        return max(0.0, self.context - outputs) / self.prompt
 
 
 def demand(trace: Trace) -> Demand:
-    """The moments of a trace, and of its parts. Raises InvalidRequest where it has no requests."""
-    whole = _demand(trace.name, trace.arrivals)
-    length = len(trace.arrivals) // PARTS
-    if length < _FEWEST or math.isinf(whole.rate):
-        return whole
-    cut = [_demand(trace.name, trace.arrivals[part * length : (part + 1) * length]) for part in range(PARTS)]
-    if any(math.isinf(part.rate) for part in cut):
-        return whole
-    mean = PARTS / sum(1 / part.rate for part in cut)  # equally many requests each
-    relative = [part.rate / mean for part in cut]
-    return replace(
-        whole,
-        parts=tuple(
-            replace(part, rate=whole.rate * share, relative=share) for part, share in zip(cut, relative, strict=True)
-        ),
-    )
-
-
-def _demand(name: str, arrivals: Sequence[Arrival]) -> Demand:
-    if not arrivals:
-        raise InvalidRequest(f"trace {name!r} has no requests; allowed is at least one")
-    prompts = [float(each.prompt) for each in arrivals]
-    outputs = [float(each.output) for each in arrivals]
-    gaps = [later.at - earlier.at for earlier, later in pairwise(arrivals)]
-    span = arrivals[-1].at - arrivals[0].at
-    prompt, prompt_variation = mean_and_variation(prompts)
-    output, output_variation = mean_and_variation(outputs)
-    held = sum(o * (p + o / 2) for p, o in zip(prompts, outputs, strict=True))
+    """The means of a trace, and a sample of it. Requests that all come at once are taken to come by chance."""
+    arrivals = trace.arrivals
+    outputs = [each.output for each in arrivals]
+    part = windows(trace, SAMPLE).arrivals
+    span = trace.seconds
+    at = np.array([each.at for each in part]) if span > _MOMENT else _by_chance(len(part))
     return Demand(
-        name=name,
+        name=trace.name,
         requests=len(arrivals),
-        rate=len(gaps) / span if span > _MOMENT else math.inf,
-        prompt=prompt,
-        output=output,
-        context=held / sum(outputs),
-        prompt_variation=prompt_variation,
-        output_variation=output_variation,
-        gap_variation=mean_and_variation(gaps)[1] if span > _MOMENT else 1.0,
-        prompts=_quantiles(prompts),
+        rate=(len(arrivals) - 1) / span if span > _MOMENT else math.inf,
+        prompt=sum(each.prompt for each in arrivals) / len(arrivals),
+        output=sum(outputs) / len(arrivals),
+        context=context(arrivals),
         longest=max(each.prompt + each.output for each in arrivals),
+        sample=_sample(at, np.array([each.prompt for each in part]), np.array([each.output for each in part])),
     )
 
 
-def _quantiles(lengths: Sequence[float]) -> tuple[float, ...]:
-    """The middles of `QUANTILES` equal parts of the lengths by size."""
-    ordered = sorted(lengths)
-    return tuple(ordered[int((part + 0.5) / QUANTILES * len(ordered))] for part in range(QUANTILES))
+def context(arrivals: Sequence[Arrival]) -> float:
+    """Tokens of KV of a sequence that decodes, over all that do at a time."""
+    held = sum(each.output * (each.prompt + each.output / 2) for each in arrivals)
+    return held / sum(each.output for each in arrivals)
 
 
-def mean_and_variation(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and the variance over its square (0 where that is 0)."""
-    mean = sum(values) / len(values)
-    return mean, sum((value / mean - 1) ** 2 for value in values) / len(values) if mean else 0.0
+def _sample(at: NDArray[np.float64], prompts: NDArray[np.int64], outputs: NDArray[np.int64]) -> Sample:
+    """Its times in mean gaps."""
+    gap = (at[-1] - at[0]) / max(1, len(at) - 1) or 1.0
+    return Sample((at - at[0]) / gap, prompts, outputs)
+
+
+def _by_chance(count: int) -> NDArray[np.float64]:
+    """Times of a Poisson process, whose gaps have exactly the distribution that they should have, in a fixed order."""
+    return np.cumsum(-np.log(1 - (0.5 + np.arange(count) * _GOLDEN) % 1))
+
+
+@lru_cache(maxsize=256)
+def streams(sample: Sample, replicas: int, requests: int) -> tuple[Sample, ...]:
+    """What instances get of a sample that take requests in turn: every `replicas`th request. About `requests` in all,
+    of one instance or, where one gets fewer, of several."""
+    count = min(replicas, len(sample), max(1, round(requests * replicas / len(sample))))
+    return tuple(
+        sample.taken(range(first * min(replicas, len(sample)) // count, len(sample), replicas), requests // count)
+        for first in range(count)
+    )
+
+
+@lru_cache(maxsize=256)
+def left_of_outputs(sample: Sample) -> NDArray[np.int64]:
+    """Tokens that sequences in decode have left, `LEVELS` of them in no order: long outputs are met more often, and
+    each anywhere in it. None where every output is one token."""
+    after = np.sort(sample.outputs) - 1
+    longer = len(after) - np.arange(len(after))  # as many outputs have the tokens between one length and the next
+    tokens = np.concatenate(([0], np.cumsum(np.diff(after, prepend=0) * longer)))
+    wanted = (np.arange(LEVELS) + 0.5) / LEVELS * tokens[-1]
+    left = 1 + np.interp(wanted, tokens, np.concatenate(([0], after))).astype(np.int64)
+    spread: NDArray[np.int64] = left[np.arange(LEVELS) * _STRIDE % LEVELS] if tokens[-1] else left[:0]
+    return spread

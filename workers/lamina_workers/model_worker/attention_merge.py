@@ -31,7 +31,7 @@ from lamina_workers.model_worker.holder_traffic import HolderTraffic, check_answ
 from lamina_workers.model_worker.prompt_samples import SampleTraffic
 from lamina_workers.model_worker.state_traffic import StateExchange, StateHolder, check_heads
 from lamina_workers.model_worker.waiting import Suspended, Waiting
-from lamina_workers.ports.port import InProcess, Replies
+from lamina_workers.ports.port import Replies
 from lamina_workers.ports.timing import Stopwatch, Times
 
 Pausing = Generator[Event | Waiting, torch.Tensor | None, torch.Tensor]
@@ -290,7 +290,7 @@ class AttentionMerge:
 
     def _is_direct(self, replies: Replies) -> bool:
         """Whether a holder is on the model's device, so that nothing is copied."""
-        return isinstance(replies.port, InProcess) and replies.port.device == self._device
+        return replies.here is not None and replies.here.device == self._device
 
     def _attend(self, run: _PoolRun, layer: int, kv: KeyValueReady, suspends: bool) -> Suspended:
         """[T, heads * d_v]: the present merged with every holder's partial, in a layer of the pool."""

@@ -17,7 +17,7 @@ from lamina_protocols.messages import Attended, Exchange, Fresh, Query
 from lamina_protocols.routes import Route, Span
 from lamina_workers.decoder.model import KeyValueReady
 from lamina_workers.devices.staging import DIRECT, Staging
-from lamina_workers.ports.port import InProcess, Replies
+from lamina_workers.ports.port import Replies
 
 _SLOWEST = 1e8  # multiplications and additions a second of attention that any holder is trusted to do
 
@@ -82,7 +82,7 @@ def query_goes_first(routes: Mapping[Replies, Sequence[Route]], spans: int) -> b
     alone = (
         any(route.row.read for route in routed) and not any(route.row.fused for route in routed)
         for replies, routed in routes.items()
-        if not isinstance(replies.port, InProcess)
+        if replies.here is None
     )
     if not any(alone):
         return False
@@ -116,7 +116,7 @@ def holder_traffic(
     return HolderTraffic(
         replies=replies,
         way=DIRECT if direct else staging,
-        here=isinstance(replies.port, InProcess),
+        here=replies.here is not None,
         reads=rounds[-1].stop > 0,
         stores=any(end for _, _, _, end, _ in parts),
         fused=any(route.row.fused for route in routes),

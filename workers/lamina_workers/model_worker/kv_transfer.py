@@ -21,7 +21,7 @@ from lamina_workers.errors import HolderFault
 from lamina_workers.model_worker.kv_copy import Copy, Move
 from lamina_workers.model_worker.prompt_samples import check_sample, moved_sample
 from lamina_workers.model_worker.waiting import Waiting
-from lamina_workers.ports.port import InProcess, Replies
+from lamina_workers.ports.port import Replies
 
 _AHEAD = 4  # layers that are asked for before the first of them has come
 _FRAME = 256 << 10  # bytes of pages that are asked for at a time, about: each costs 0.1 ms besides what it carries
@@ -128,7 +128,7 @@ class KvTransfer:
         ]
         step = max(1, _FRAME // (sum(pages) * of_page))
         frames = [(first, min(step, count - first)) for first in range(0, count, step)]
-        here = any(isinstance(self._replies[origin].port, InProcess) for origin, *_ in copy.sources)
+        here = any(self._replies[origin].here is not None for origin, *_ in copy.sources)
         most = 1 if here or copy.circular else _FRAMES_AHEAD  # else both could wait for the other to read
         asked = 0
         left: set[int] = set()

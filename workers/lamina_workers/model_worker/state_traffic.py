@@ -22,7 +22,7 @@ from lamina_workers.devices.staging import Staging
 from lamina_workers.errors import HolderFault
 from lamina_workers.model_worker.holder_traffic import check_answer
 from lamina_workers.model_worker.waiting import Suspended, Waiting
-from lamina_workers.ports.port import AttentionPort, InProcess, Replies
+from lamina_workers.ports.port import AttentionPort, Replies
 from lamina_workers.ports.timing import Stopwatch, Times
 
 _SLOWEST = 1e8  # multiplications and additions a second that any holder is trusted to do
@@ -52,7 +52,7 @@ class StateHolder:
     ) -> None:  # fmt: skip
         first = list(accumulate((span.count for span in spans), initial=0))
         self.replies = replies
-        self.here = isinstance(replies.port, InProcess)
+        self.here = replies.here is not None
         self._spec, self._way = spec, way
         self._pieces = tuple(_pieces(spec, [(first[at.source], at.row.count, at.heads) for at in routes]))
         self._all = len(self._pieces) == 1 and self._pieces[0].n_heads == spec.heads

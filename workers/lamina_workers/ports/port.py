@@ -189,8 +189,10 @@ class Replies:
 
     def __init__(self, port: AttentionPort, clock: Callable[[], float] = time.perf_counter) -> None:
         self.port = port
+        self.here: InProcess | None = port if isinstance(port, InProcess) else None
         self.frames: FramePort | None = port if isinstance(port, FramePort) else None
         self.computing: ComputingPort | None = port if isinstance(port, ComputingPort) else None
+        self._channelled: Channelled | None = port if isinstance(port, Channelled) else None
         self._clock = clock
         self._exchanges = Exchanges()
         self._asked: dict[int, float] = {}  # seconds, by batch; each has one query under way at a time
@@ -202,7 +204,7 @@ class Replies:
     @property
     def channel(self) -> Channel | None:
         """The channel of the replies; None where the holder is in this process."""
-        return self.port.channel if isinstance(self.port, Channelled) else None
+        return self._channelled.channel if self._channelled is not None else None
 
     def expect(self, epoch: int, batch: int) -> None:
         """Keep replies to this batch until `forget`. A new epoch forgets all others."""

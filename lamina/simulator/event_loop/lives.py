@@ -1,0 +1,60 @@
+"""What becomes of requests in the event loop, and sums over the batches of an instance."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, fields
+
+from lamina.simulator.event_loop.statistics import Samples
+from lamina.simulator.traces.arrivals import Arrival
+
+
+@dataclass(slots=True)
+class Life:
+    """One request: when it arrived (`at`), had its first and its last token, and how many it has."""
+
+    arrival: Arrival
+    first: float = 0.0
+    last: float = 0.0
+    tokens: int = 0
+    at: float = -1.0
+
+    def __post_init__(self) -> None:
+        if self.at < 0:  # it did not wait for another
+            self.at = self.arrival.at
+
+
+@dataclass(slots=True)
+class Totals:
+    """Sums over the steps of one instance or several. `busy`: seconds of model tier, attention and network; `gaps`: how
+    often each time between two tokens of a sequence came; `losses`: of workers; `recomputed`: tokens whose KV went with
+    them and was not elsewhere."""
+
+    steps: int = 0
+    busy: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    decode_seconds: float = 0.0
+    decode_rows: float = 0.0
+    peak: int = 0
+    link_bytes: float = 0.0
+    saturated_seconds: float = 0.0
+    saturated_tokens: int = 0
+    saturated_rows: float = 0.0
+    reused: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    rejected: int = 0
+    losses: int = 0
+    recomputed: int = 0
+    gaps: Counter[float] = field(default_factory=Counter)
+    samples: Samples = field(default_factory=Samples)
+
+    def add(self, other: Totals) -> None:
+        """All but the samples."""
+        for item in fields(self):
+            mine, more = getattr(self, item.name), getattr(other, item.name)
+            if item.name == "peak":
+                self.peak = max(mine, more)
+            elif item.name == "busy":
+                self.busy = [a + b for a, b in zip(mine, more, strict=True)]
+            elif item.name != "samples":
+                setattr(self, item.name, mine + more)

@@ -1,0 +1,266 @@
+"""Requests through one instance, batch after batch, without pages, rows or a scheduler: what `event_loop` does in all
+detail is here a few sums a request, compiled.
+
+Admission and prompts are first come, first served; each batch has all sequences in decode and prompts' tokens up to its
+limit; and batches that nobody enters or leaves are one jump. Left out: prefixes that requests share, and preemption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from lamina.simulator.steady_state.batches import Batches
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+_DONE, _DECODE, _DENSE = 0, 1, 2
+"""What a run ended for: all is done, or seconds are wanted of so many sequences in decode, or of so many tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of one instance: sequences at a time, tokens of KV that they hold, and tokens of a batch. `usual`: tokens that
+    each of those holds which are there at first."""
+
+    sequences: int
+    held: float
+    batch: int
+    usual: float
+
+
+@dataclass(frozen=True, slots=True)
+class Requests:
+    """By time of arrival in seconds: tokens of prompt and output; seconds of a prompt token's past (with none in
+    decode, and beside some); and tokens of KV that each reads and holds in the mean while it decodes. An array each."""
+
+    at: Floats
+    prompts: Integers
+    outputs: Integers
+    past: Floats
+    read: Floats
+    held: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """Of each request, when it had its first token, seconds of each one after it, and when it was let in."""
+
+    first: Floats
+    pace: Floats
+    entered: Floats
+
+
+def replay(batches: Batches, requests: Requests, limits: Limits, present: Integers) -> Served:
+    """Serve them until the last has its first token; those that still decode then keep the pace that they had.
+
+    `present`: tokens that sequences which decode at first have left, each with the mean context.
+    """
+    number = len(requests.at)
+    first, pace, entered = np.zeros(number), np.zeros(number), np.zeros(number)
+    while True:
+        ended, count, tokens = _compiled()(
+            requests.at, requests.prompts, requests.outputs, requests.past, requests.read, requests.held, present,
+            limits.sequences, float(limits.held), limits.batch, float(limits.usual), batches.context, batches.hides,
+            batches.steps, batches.slopes, batches.dense, first, pace, entered,
+        )  # fmt: skip
+        if ended == _DONE:
+            return Served(first, pace, entered)
+        if ended == _DECODE:
+            batches.know(count)
+        else:
+            batches.reach(count, tokens)
+
+
+@cache
+def _compiled() -> Callable[..., tuple[int, int, int]]:
+    """From numba's cache on disk where there is one."""
+    try:
+        return numba.njit(cache=True)(_run)  # type: ignore[no-any-return]
+    except RuntimeError:  # no folder can be written to
+        return numba.njit(_run)  # type: ignore[no-any-return]
+
+
+@numba.extending.register_jitable  # type: ignore[untyped-decorator]
+def _between(table: Any, at: int) -> Any:
+    """Straight between the next of 1, 2, 3, 4, 6, 8, 12, ...; negative where one is not known."""
+    place, low = 0, 1
+    while 2 * low <= at:
+        low *= 2
+        place += 2
+    high = low + low // 2
+    if at >= high > low:
+        low, high = high, 2 * low
+        place += 1
+    first = table[place]
+    if at == low or first < 0:
+        return first
+    if high == low:
+        high += 1
+    last = table[place + 1 if low > 1 else place + 2]
+    if last < 0:
+        return last
+    return first + (last - first) * (at - low) / (high - low)
+
+
+@numba.extending.register_jitable  # type: ignore[untyped-decorator]
+def _level(count: int) -> int:
+    """As `level_of` of `batches`, compiled."""
+    level = 1 if count else 0
+    while count >= 4:
+        level += 1
+        count //= 16
+    return level
+
+
+@numba.extending.register_jitable  # type: ignore[untyped-decorator]
+def _push(keys: Any, names: Any, size: int, key: int, name: int) -> None:
+    """Into a heap of so many."""
+    at = size
+    while at:
+        above = (at - 1) // 2
+        if keys[above] <= key:
+            break
+        keys[at], names[at] = keys[above], names[above]
+        at = above
+    keys[at], names[at] = key, name
+
+
+@numba.extending.register_jitable  # type: ignore[untyped-decorator]
+def _pop(keys: Any, names: Any, size: int) -> int:
+    """The name with the least key; `size` counts it."""
+    found = names[0]
+    size -= 1
+    key, name = keys[size], names[size]
+    at = 0
+    while True:
+        below = 2 * at + 1
+        if below >= size:
+            break
+        if below + 1 < size and keys[below + 1] < keys[below]:
+            below += 1
+        if keys[below] >= key:
+            break
+        keys[at], names[at] = keys[below], names[below]
+        at = below
+    keys[at], names[at] = key, name
+    return found  # type: ignore[no-any-return]
+
+
+def _run(
+    at: Any, prompts: Any, outputs: Any, past: Any, read: Any, held: Any, present: Any,
+    places: int, room: float, budget: int, usual: float, context: float, hides: bool,
+    steps: Any, slopes: Any, dense: Any, first: Any, pace: Any, entered: Any,
+) -> tuple[int, int, int]:  # fmt: skip
+    """The loop. Returns why it ended, and of how many sequences and tokens the seconds are wanted."""
+    number = len(at)
+    keys = np.empty(number + len(present) + 1, np.int64)  # the number of the batch that gives the last token
+    names = np.empty(number + len(present) + 1, np.int64)
+    began = np.zeros(number, np.int64)  # the number of the batch that gave the first token
+    count = 0  # in decode
+    for left in present:
+        _push(keys, names, count, left, -1)
+        count += 1
+    now, batch, alone = at[0], 0, 0.0
+    more = 0.0  # tokens of KV beyond the mean context of each
+    free = room - count * usual
+    admitted = computing = 0  # requests before these are let in; have all of their prompt
+    left = 0  # tokens of the prompt under way
+    while computing < number:
+        while admitted < number and at[admitted] <= now:
+            inside = count + admitted - computing
+            if inside and (inside >= places or held[admitted] > free):
+                break
+            free -= held[admitted]
+            entered[admitted] = now
+            if admitted == computing:
+                left = prompts[admitted]
+            admitted += 1
+        alone = 0.0
+        if count:
+            alone = _between(steps, count)
+            slope = slopes[_level(count)]
+            if alone < 0 or slope < 0:
+                return _DECODE, count, 0
+            alone = max(alone / 4, alone + slope * more)
+        done, times, some = computing, 1, min(1, count)
+        if computing < admitted:  # a batch with prompts
+            space = max(1, budget - count)
+            if left >= space:  # several, if the first prompt fills them
+                if left > space:
+                    times = left // space
+                    if count:
+                        times = max(1, min(times, keys[0] - batch))
+                tokens, beside = space, space * past[some, done]
+                left -= times * space
+                done += left == 0
+            else:
+                tokens, beside = left, left * past[some, done]
+                done += 1
+                left = 0
+                while done < admitted and tokens < space:
+                    part = min(prompts[done], space - tokens)
+                    tokens += part
+                    beside += part * past[some, done]
+                    if part < prompts[done]:
+                        left = prompts[done] - part
+                        break
+                    done += 1
+            if dense.shape[0]:
+                level = _level(count) if hides else 0
+                whole, bare = _between(dense[level], count + tokens), 0.0
+                if whole < 0:
+                    return _DENSE, count, count + tokens
+                if count:
+                    bare = _between(dense[level], count)
+                    if bare < 0:
+                        return _DENSE, count, count
+                alone += max(0.0, whole - bare) + beside
+            if done < admitted and done > computing and not left:
+                left = prompts[done]
+        elif count:  # decode alone, until somebody leaves or comes
+            times = keys[0] - batch
+            if admitted < number and at[admitted] > now and at[admitted] - now < times * alone:
+                times = int((at[admitted] - now) / alone) + 1
+        else:
+            now = at[admitted]
+            continue
+        now += times * alone
+        batch += times
+        while count and keys[0] <= batch:
+            gone = _pop(keys, names, count)
+            count -= 1
+            if gone < 0:
+                free += usual
+            else:
+                pace[gone] = (now - first[gone]) / (outputs[gone] - 1)
+                free += held[gone]
+                more -= read[gone] - context
+        for each in range(computing, done):
+            first[each], pace[each] = now, 0.0
+            if outputs[each] > 1:
+                began[each] = batch
+                _push(keys, names, count, batch + outputs[each] - 1, each)
+                count += 1
+                more += read[each] - context
+            else:
+                free += held[each]
+        computing = done
+    for place in range(count):
+        each = names[place]
+        if each >= 0:
+            steps_taken = batch - began[each]
+            if steps_taken:
+                pace[each] = (now - first[each]) / steps_taken
+            else:
+                decode = _between(steps, count)
+                if decode < 0:
+                    return _DECODE, count, 0
+                pace[each] = decode
+    return _DONE, 0, 0

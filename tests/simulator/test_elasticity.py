@@ -1,0 +1,65 @@
+"""Fleets that grow and shrink: nothing is lost, what is asked for is paid for, and weightless workers cost less."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from lamina.errors import InvalidRequest
+from lamina.simulator.costs.hardware import load
+from lamina.simulator.costs.models import model
+from lamina.simulator.costs.systems import Colocated, Offloaded
+from lamina.simulator.event_loop.elasticity import Scaling, simulate_elastic
+from lamina.simulator.traces.arrivals import Arrival, Trace
+
+HARDWARE = load()
+DEVICE = replace(HARDWARE.device("h100"), memory=24e9)
+"""Room for 5.5 GB of KV beside the small model's weights, and for 21.6 GB without."""
+SMALL = model("llama-3-8b")
+INSTANCE = Colocated(model=SMALL, device=DEVICE)
+WORKER = Offloaded(model=SMALL, model_device=DEVICE, attention_device=DEVICE, link=HARDWARE.link("fhbn-400g"))
+_TIMES = (0.0, 1.0, *(5.0,) * 22)
+BURST = Trace("burst", tuple(Arrival(at, 8000, 300 + n) for n, at in enumerate(_TIMES)))
+SCALING = Scaling(start=0.5, patience=1.0, every=0.25)
+
+
+@pytest.mark.parametrize("system", [INSTANCE, WORKER])
+def test_a_burst_is_served_by_more_and_paid_for_as_long_as_they_are_there(system: Colocated | Offloaded) -> None:
+    found = simulate_elastic(system, BURST, SCALING)
+    assert found.finished == len(BURST.arrivals)
+    assert found.output_tokens == sum(arrival.output for arrival in BURST.arrivals)
+    assert found.started >= found.peak_units - 1 >= 1
+    assert 1 < found.mean_units < found.peak_units
+    assert found.dollars == pytest.approx(
+        DEVICE.price * (found.mean_units + isinstance(system, Offloaded)) * found.seconds / 3600
+    )
+    kept = simulate_elastic(system, BURST, replace(SCALING, most=1))
+    assert (kept.peak_units, kept.started, kept.mean_units) == (1, 0, 1.0)
+    assert kept.ttft.p99 > found.ttft.p99
+
+
+def test_a_later_start_is_waited_for() -> None:
+    soon, late = (simulate_elastic(INSTANCE, BURST, replace(SCALING, start=start)) for start in (0.1, 6.0))
+    assert late.ttft.p99 > soon.ttft.p99
+
+
+def test_a_worker_without_weights_has_room_for_more_than_an_instance() -> None:
+    instances, workers = (simulate_elastic(system, BURST, SCALING) for system in (INSTANCE, WORKER))
+    assert workers.peak_units < instances.peak_units
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"start": -1.0}, "start of the scaling is -1.0; allowed are finite seconds from 0 on"),
+        ({"patience": math.nan}, "patience of the scaling is nan"),
+        ({"every": 0.0}, "every of the scaling is 0.0"),
+        ({"high": 1.5}, "high of the scaling is 1.5"),
+        ({"most": 0}, "most of the scaling is 0; allowed are 1 to 4096"),
+    ],
+)
+def test_scaling_that_cannot_be(change: dict[str, float], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        Scaling(**{"start": 1.0, **change})  # type: ignore[arg-type]
