@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -267,6 +268,31 @@ def check_suffix(option: str, path: Path | None, suffix: str) -> None:
     """Raise InvalidRequest where a file is to be written under a name with another suffix."""
     if path is not None and path.suffix != suffix:
         raise InvalidRequest(f"--{option} is {str(path)!r:.200}; allowed are names that end in {suffix}")
+
+
+def check_output(option: str, path: Path | None, suffix: str) -> None:
+    """`check_suffix`, and that the file can be written: before the work whose result it is to hold. Raises
+    InvalidRequest."""
+    check_suffix(option, path, suffix)
+    if path is None:
+        return
+    if path.is_dir() or not path.parent.is_dir():
+        wrong = "a folder" if path.is_dir() else f"in {str(path.parent)!r:.200}, which is no folder"
+        raise InvalidRequest(f"--{option} is {str(path)!r:.200}, {wrong}; allowed are files in folders that there are")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise InvalidRequest(f"--{option} is {str(path)!r:.200}, which may not be written; allowed are others")
+
+
+def make_folder(option: str, path: Path | None) -> None:
+    """Make the folder that files will be written to, unless it is there. Raises InvalidRequest."""
+    if path is None:
+        return
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidRequest(f"--{option} is {str(path)!r:.200}: {error.strerror}; allowed is a folder") from error
+    if not os.access(path, os.W_OK):
+        raise InvalidRequest(f"--{option} is {str(path)!r:.200}, which may not be written; allowed is a folder")
 
 
 def _workers(words: list[str]) -> int | list[str] | None:

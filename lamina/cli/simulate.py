@@ -6,31 +6,43 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lamina.cli.options import check_suffix, flatten_options
-from lamina.cli.simulator_output import plan_page, plan_record, print_check, print_plan, write_runs
+from lamina.cli.options import check_output, flatten_options, make_folder
+from lamina.cli.simulator_output import (
+    header,
+    pareto_axis,
+    plan_page,
+    plan_record,
+    print_check,
+    print_plan,
+    print_runs,
+    write_runs,
+)
+from lamina.cli.simulator_words import (
+    DEFAULT_SLO,
+    parse_failures,
+    parse_policy,
+    parse_rate,
+    parse_slo,
+    parse_speculation,
+)
 from lamina.cli.terminal import ProgressBars, print_json
 from lamina.errors import InvalidRequest
+from lamina.system.figures import needs_matplotlib
 from lamina.system.text_files import write_text
 
 if TYPE_CHECKING:
     from lamina.measure.hardware import Calibration
-    from lamina.simulator.costs.speculation import Speculation
-    from lamina.simulator.event_loop.failures import Failures
-    from lamina.simulator.event_loop.simulate import Slo
     from lamina.simulator.planning.inventory import Inventory
 
-DEFAULT_MODEL, DEFAULT_TRACE, DEFAULT_SLO = "llama-3-70b", "azure-conv", "tpot=100ms,ttft=2s"
+DEFAULT_MODEL, DEFAULT_TRACE = "llama-3-70b", "azure-conv"
 DEFAULT_SYSTEMS = "chunked,colocated,disaggregated,lamina,lamina-cpu"
 DEFAULT_COUNT = 2000
-_SLO = re.compile(r"(ttft|tpot)=(\d{1,9}(?:\.\d{1,9})?)(us|ms|s)", re.ASCII)
-_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 Model = Annotated[str, typer.Option("--model", "-m", help="A model the simulator knows, or a path to a config.json.")]
 TraceName = Annotated[
@@ -127,9 +139,11 @@ def plan(asked: PlanOptions) -> None:
     slo, rate = parse_slo(asked.slo), parse_rate(asked.rate)
     if not 0 <= asked.verify <= 100:
         raise InvalidRequest(f"verify is {asked.verify}; allowed are 0 to 100")
-    check_suffix("out", asked.out, ".toml")
-    check_suffix("html", asked.html, ".html")
-    check_suffix("plot", asked.plot, ".png")
+    check_output("out", asked.out, ".toml")
+    check_output("html", asked.html, ".html")
+    check_output("plot", asked.plot, ".png")
+    if asked.plot is not None:
+        needs_matplotlib()
     if asked.html is not None and not asked.verify:
         raise InvalidRequest("--html and --verify 0 were given; a report needs at least one that is checked")
 
@@ -146,25 +160,25 @@ def plan(asked: PlanOptions) -> None:
     drafts = parse_speculation(asked)
     request = PlanRequest(asked.model, shape, devices, trace, slo, asked.budget, rate, asked.prefill, drafts)
     compared = asked.devices(everything=True) if asked.compare else None
-    with ProgressBars() as progress:
+    with ProgressBars(lines=True) as progress:
         found = make_plan(request, check=asked.verify, seed=asked.seed, compare=compared, progress=progress)
     if asked.out is not None:
         write(asked.out, found.plan)
     if asked.plot is not None:
         from lamina.simulator.reports.plots import save_pareto
 
-        save_pareto(found.points(), found.winner.name, asked.plot)
+        save_pareto(found.points(), found.winner.name, asked.plot, pareto_axis(found))
     if asked.html is not None:
         write_text(asked.html, plan_page(found, f"A plan for {shape.name} on {trace.name}"))
     if asked.as_json:
         print_json(plan_record(found))
     else:
         reached = catalogues.load(asked.hardware).said_of(asked.efficiency)
-        print_plan(found, asked.slo, asked.budget, reached, asked.prefill, asked.out)
-        for remark in trace.remarks:
-            typer.echo(f"\nThe trace {trace.name}: {remark}.")
+        said = header(found.demand, shape.name, asked.slo, asked.efficiency, asked.budget)
+        remarks = [f"The trace {trace.name}: {remark}." for remark in trace.remarks]
         if not asked.any_system:
-            typer.echo("\nNot considered: prompts computed on other devices, which no engine here deploys (--any).")
+            remarks.append("Not considered: prompts computed on other devices, which no engine here deploys (--any).")
+        print_plan(found, said, reached, asked.prefill, asked.out, remarks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,15 +236,18 @@ def simulate(asked: SimulateOptions) -> None:
     if asked.users is not None and asked.rate != "trace":
         raise InvalidRequest("--users and --rate were given; allowed is one of the two, as users set their own rate")
     slo, rate = parse_slo(asked.slo), parse_rate(asked.rate)
+    make_folder("out", asked.out)
     failures = parse_failures(asked)
 
     from lamina.simulator.costs import hardware as catalogues
     from lamina.simulator.costs.models import model as shape_of
     from lamina.simulator.planning.comparison import Choice, assumed, build, compare
-    from lamina.simulator.reports.report import table, to_csv, to_json
+    from lamina.simulator.planning.overload import overloads
+    from lamina.simulator.reports.report import to_csv, to_json
     from lamina.simulator.traces.arrivals import all_at_once, closed_loop
     from lamina.simulator.traces.catalogue import at_rate
     from lamina.simulator.traces.catalogue import trace as trace_of
+    from lamina.simulator.traces.demand import demand
 
     catalogue = catalogues.load(asked.hardware)
     known = catalogues.with_efficiency(catalogue, catalogue.efficiency(asked.efficiency))
@@ -242,21 +259,19 @@ def simulate(asked: SimulateOptions) -> None:
         trace = all_at_once(trace) if math.isinf(rate) else at_rate(trace, rate)
     if asked.users is not None:
         trace = closed_loop(trace, asked.users, asked.think)
-    with ProgressBars() as progress:
+    with ProgressBars(lines=True) as progress:
         results = compare(
             systems, trace, slo=slo, prefill=asked.prefill, seed=asked.seed, progress=progress,
             assumptions=assumed(catalogue.said_of(asked.efficiency), asked.prefill, trace, choice), failures=failures,
         )  # fmt: skip
+    load = demand(trace)
+    remarks = overloads(systems, results, load, slo, asked.prefill)
     if asked.out is not None:
-        write_runs(asked.out, systems, results, slo)
-    shown = to_json(results) if asked.as_json else to_csv(results) if asked.as_csv else table(results)
-    typer.echo(shown, nl=False)
-    if not (asked.as_json or asked.as_csv):
-        from lamina.simulator.reports.memory import kept, room
-
-        typer.echo(f"{choice.model.name} keeps {kept(choice.model)}")
-        for system in systems:
-            typer.echo(f"{system.name}: {room(system)}")
+        write_runs(asked.out, systems, results, slo, remarks)
+    if asked.as_json or asked.as_csv:
+        typer.echo(to_json(results) if asked.as_json else to_csv(results), nl=False)
+    else:
+        print_runs(results, systems, header(load, shape.name, asked.slo, asked.efficiency), remarks)
 
 
 def calibrate_hardware(
@@ -273,7 +288,7 @@ def calibrate_hardware(
 
     from lamina.measure.hardware import calibrate
 
-    check_suffix("out", out, ".toml")
+    check_output("out", out, ".toml")
 
     def keep(found: Calibration) -> None:
         write_text(out, found.dumps())
@@ -285,79 +300,6 @@ def calibrate_hardware(
         typer.echo(remark, err=True)
     names = [device.name for device in found.devices] + [link.name for link in found.links]
     typer.echo(f"{out}: {', '.join(names)}")
-
-
-def parse_slo(words: str) -> Slo:
-    """Such as "tpot=100ms,ttft=2s", each at most once; "none" for any time. Raises InvalidRequest."""
-    from lamina.simulator.event_loop.simulate import Slo
-
-    given: dict[str, float] = {}
-    for word in [] if words.strip() == "none" else words.split(","):
-        found = _SLO.fullmatch(word.strip())
-        if found is None or found[1] in given or not float(found[2]):
-            raise InvalidRequest(
-                f"slo is {words!r:.80}; allowed are ttft and tpot, once each, above 0, with us, ms or s, such as "
-                f'"{DEFAULT_SLO}", or "none"'
-            )
-        given[found[1]] = float(found[2]) * _UNITS[found[3]]
-    return Slo(**given)
-
-
-def parse_rate(words: str) -> float | None:
-    """Requests a second: None for "trace", infinite for "max". Raises InvalidRequest."""
-    if words in ("trace", "max"):
-        return None if words == "trace" else math.inf
-    try:
-        value = float(words)
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= 1e6:  # NaN compares false
-        raise InvalidRequest(f"rate is {words!r:.80}; allowed are trace, max, or requests a second up to 1e6")
-    return value
-
-
-def parse_policy(words: str | None) -> Any:
-    """A `KvPolicy` such as "auto=0.31,1": its name, and the shares of the KV read and held. Raises InvalidRequest."""
-    from lamina.simulator.costs.cost_model import FULL, KvPolicy
-
-    if words is None:
-        return FULL
-    name, _, shares = words.rpartition("=")
-    try:
-        read, held = (float(share) for share in shares.split(","))
-    except ValueError as error:
-        raise InvalidRequest(f"policy is {words!r:.80}; allowed is NAME=READ,HELD, such as auto=0.31,1") from error
-    return KvPolicy(name, read, held)
-
-
-def parse_speculation(asked: PlanOptions | SimulateOptions) -> Speculation | None:
-    """What drafts, with its acceptance; None where nothing does. Raises InvalidRequest."""
-    from lamina.simulator.costs.models import model as shape_of
-    from lamina.simulator.costs.speculation import NGRAM, Speculation
-
-    name, acceptance = asked.speculate, asked.acceptance
-    if name is None:
-        if acceptance is not None or asked.proposed != 1:
-            raise InvalidRequest("--acceptance or --proposed was given; it needs --speculate")
-        return None
-    if acceptance is None:
-        raise InvalidRequest(
-            "--speculate was given; it needs --acceptance, from 0 to 1: of the first drafts of rows, how many were "
-            "accepted, as `Completion.stats` or /metrics count them"
-        )
-    draft = None if name == NGRAM else shape_of(name)
-    return Speculation(acceptance, asked.num_speculative_tokens, asked.proposed, name, draft)
-
-
-def parse_failures(asked: SimulateOptions) -> Failures | None:
-    """Workers that are lost; None where none is. Raises InvalidRequest."""
-    from lamina.simulator.event_loop.failures import Failures
-
-    if asked.lose_worker_every is None:
-        if asked.redundancy != "none" or asked.worker_restart != 10.0:
-            raise InvalidRequest("--redundancy or --worker-restart was given; it needs --lose-worker-every")
-        return None
-    return Failures(asked.lose_worker_every, asked.redundancy, asked.worker_restart)
 
 
 def _check(path: Path, asked: PlanOptions) -> None:

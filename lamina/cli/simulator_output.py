@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from lamina.cli.terminal import print_rows
 from lamina.errors import InvalidRequest
 from lamina.system.text_files import write_text
 
@@ -24,26 +23,43 @@ if TYPE_CHECKING:
     from lamina.simulator.event_loop.simulate import Slo
     from lamina.simulator.planning.plan import Planned
     from lamina.simulator.planning.planner import Ranked
+    from lamina.simulator.traces.demand import Demand
 
-_ROWS = 10
+_ROWS, _RUNS = 10, 6
+"""Candidates that are listed, and of them runs that are drawn."""
+_NO_FLIP = "nothing that is assumed, within what is likely and half as far again"
+_PROMISED = (
+    ("tpot", "time a token (TPOT), mean, ms", 1e3, ".1f"),
+    ("ttft", "time to the first (TTFT), mean, s", 1.0, ".2f"),
+    ("share", "requests in time, %", 1e2, ".1f"),
+    ("requests_per_second", "requests/s in time", 1.0, ".3g"),
+    ("tokens_per_second", "output tokens/s", 1.0, ",.0f"),
+    ("batch", "sequences in decode, each replica", 1.0, ".0f"),
+    ("dollars_per_hour", "$ an hour", 1.0, ".2f"),
+    ("dollars_per_million", "$ a million output tokens", 1.0, ".2f"),
+)
+"""Keys of `Planned.intervals`, in words, with scale and format."""
 
 
-def write_runs(folder: Path, systems: Sequence[System], results: Sequence[RunResult], slo: Slo) -> None:
+def write_runs(
+    folder: Path, systems: Sequence[System], results: Sequence[RunResult], slo: Slo, remarks: Sequence[str]
+) -> None:
     """Write a comparison to one folder: tables, JSON, CSV, charts, a report and step timelines."""
     from lamina.simulator.costs.systems import Offloaded
     from lamina.simulator.planning.comparison import step_trace
     from lamina.simulator.reports.page import html
     from lamina.simulator.reports.plots import save_comparison, save_timeline
     from lamina.simulator.reports.report import samples_csv, table, to_csv, to_json
+    from lamina.simulator.reports.text import sentences
     from lamina.system.figures import NO_PLOTS
 
-    folder.mkdir(parents=True, exist_ok=True)
     run = results[0]
     title = f"{run.model} on {run.trace}"
-    write_text(folder / "results.txt", table(results))
+    said = "\n".join(["", *sentences(remarks, 0), ""]) if remarks else ""
+    write_text(folder / "results.txt", table(results) + said)
     write_text(folder / "results.json", to_json(results))
     write_text(folder / "results.csv", to_csv(results))
-    write_text(folder / "report.html", html(results, title, slo))
+    write_text(folder / "report.html", html(results, title, slo, remarks=remarks))
     for number, (system, result) in enumerate(zip(systems, results, strict=True), 1):
         write_text(folder / f"steps-{number}.csv", samples_csv(result))
         if isinstance(system, Offloaded):
@@ -60,47 +76,48 @@ def write_runs(folder: Path, systems: Sequence[System], results: Sequence[RunRes
 
 
 def plan_page(found: Planned, title: str) -> str:
+    """The page of a plan, with the runs of the winner and of the best others that were simulated for as long."""
     from lamina.simulator.reports.page import html
 
-    plan: dict[str, Any] = {
+    shown: dict[str, Any] = {
         "chosen": found.winner.name,
         "why": list(found.why),
-        "what would change it": [str(each) for each in (*found.sensitivity, *found.assumptions)],
+        "what it promises": [
+            dict(zip(("", "expected", "90 % interval"), row, strict=True)) for row in _promises(found)
+        ],
         "ranking": [_row(each) for each in found.mixes(_ROWS)],
+        "best of each kind": [{"kind": name, **_row(each)} for name, each in found.best_of.items()],
+        "what would change it": [str(each) for each in found.sensitivity],
+        "which assumption would flip it": [str(each) for each in found.assumptions] or [_NO_FLIP],
         "engine": dict(found.plan.engine),
-        "points": found.points(),
     }
-    return html([each.result for each in found.ranked if each.result is not None], title, found.plan.slo, plan)
+    plan = {name: value for name, value in shown.items() if value}
+    plan |= {"points": found.points(), "x": pareto_axis(found), "candidates": f"{_counted(found)}."}
+    runs = [each.result for each in (found.winner, *found.mixes(_ROWS)) if each.result is not None]
+    return html(_compared(runs), title, found.plan.slo, plan)
 
 
-def _row(ranked: Ranked) -> dict[str, Any]:
-    """One candidate as a row: results of the closed form, and of the event loop where it ran."""
-    found = ranked.estimate
-    row: dict[str, Any] = {
-        "system": ranked.name,
-        "$/h": f"{found.price:.2f}",
-        "serves": f"{found.taken:.3g}/s",
-        "in time": f"{found.share:.0%}",
-        "tokens/s": f"{found.tokens_per_second:.0f}",
-        "$/M": f"{found.dollars_per_million:.2f}",
-        "TPOT": f"{found.tpot * 1000:.0f} ms",
-        "TTFT": f"{found.ttft:.2f} s",
-        "batch": f"{found.batch:.0f}",
-        "req/$": _score(found.goodput_per_dollar),
-    }
-    if (result := ranked.result) is not None:
-        row |= {
-            "simulated": f"{ranked.rate:.3g}/s",
-            " in time": f"{result.slo_share:.0%}",
-            " TPOT": f"{result.tpot.mean * 1000:.0f} ms",
-            " TTFT": f"{result.ttft.mean:.2f} s",
-            " req/$": _score(ranked.goodput_per_dollar),
-        }
-    return row
+def _compared(runs: Sequence[RunResult]) -> list[RunResult]:
+    """The first run, and those of others on about as many requests: the event loop drops some after short excerpts."""
+    apart: dict[str, RunResult] = {}
+    for run in runs:
+        if run.requests * 2 > runs[0].requests:
+            apart.setdefault(run.system, run)
+    return list(apart.values())[:_RUNS]
 
 
-def _short_row(ranked: Ranked) -> dict[str, str]:
-    """One candidate as a row for a terminal: of the event loop where it ran, else of the closed form."""
+def pareto_axis(found: Planned) -> str:
+    from lamina.simulator.reports.data import FREE_LABEL, X_LABEL
+
+    return FREE_LABEL if found.free else X_LABEL
+
+
+def _counted(found: Planned) -> str:
+    return f"{len(found.ranked):,} candidates, of which {found.serving:,} serve it all"
+
+
+def _row(ranked: Ranked) -> dict[str, str]:
+    """One candidate as a row: of the event loop where it ran, which a star says, else of the closed form."""
     found, result = ranked.estimate, ranked.result
     serves, share, tpot, ttft = found.taken, found.share, found.tpot, found.ttft
     if result is not None:
@@ -121,60 +138,106 @@ def _score(requests: float) -> str:
     return f"{requests:.0f}" if math.isfinite(requests) else "free"
 
 
-def print_plan(found: Planned, slo: str, budget: float | None, reached: str, prefill: bool, out: Path | None) -> None:
-    asked = found.demand
+def _promises(found: Planned) -> list[tuple[str, str, str]]:
+    """The winner's numbers as rows: what it is, its value, and the interval."""
+    rows = []
+    for key, name, scale, form in _PROMISED:
+        if (sure := found.intervals.get(key)) is not None:
+            low, value, high = (format(each * scale, form) for each in (sure.low, sure.value, sure.high))
+            rows.append((name, value, f"{low} to {high}" if low != high else "exact"))
+    return rows
+
+
+def header(asked: Demand, model: str, slo: str, efficiency: str, budget: float | None = None) -> str:
+    """What is served, how fast, and by devices that reach what, in one sentence."""
     rate = "as many as are served" if math.isinf(asked.rate) else f"{asked.rate:.3g}/s"
     bound = "" if budget is None else f", up to ${budget:g} an hour"
-    typer.echo(
-        f"{found.plan.system.model.name} on {asked.name}: {asked.requests} requests, {rate}, prompts of "
-        f"{asked.prompt:.0f} and outputs of {asked.output:.0f} tokens in the mean; SLO {slo}{bound}"
+    return (
+        f"{model} on {asked.name}: {asked.requests} requests, {rate}, prompts of {asked.prompt:.0f} and outputs of "
+        f"{asked.output:.0f} tokens in the mean; SLO {slo}{bound}; efficiency {efficiency}"
     )
+
+
+def print_plan(
+    found: Planned, said: str, reached: str, prefill: bool, out: Path | None, remarks: Sequence[str] = ()
+) -> None:
+    """The plan in lines of up to 100 columns: `said` first, then why, what it promises, the candidates, and what would
+    change it. `reached`: of devices without measurements; `remarks`: more that is assumed."""
     from lamina.simulator.planning.comparison import chosen
     from lamina.simulator.reports.memory import kept, room
+    from lamina.simulator.reports.text import grid
 
-    typer.echo(f"It keeps {kept(found.plan.system.model)}; the winner has {room(found.plan.system)}")
-    serving = sum(each.serves for each in found.ranked)
-    typer.echo(f"{len(found.ranked)} candidates, of which {serving} serve it all; the best mixes:\n")
-    rows = [_short_row(each) for each in found.mixes(_ROWS)]
-    print_rows([tuple(rows[0]), *(tuple(row.values()) for row in rows)])
-    typer.echo(
-        "\n* as simulated, the others by formula. DOP(a, b): a devices share the dense layers, b hold KV and attend."
-    )
+    model = found.plan.system.model
+    _say([said, f"It keeps {kept(model)}; the winner has {room(found.plan.system)}"], indent=0)
+    _section("Why", found.why)
+    typer.echo("\nWhat it promises")
+    _lines(grid([("", "expected", "90 % interval"), *_promises(found)]))
+    typer.echo(f"\n{_counted(found)}; the best mixes:\n")
+    _table([_row(each) for each in found.mixes(_ROWS)])
+    note = "* as simulated, the others by formula. DOP(a, b): a devices share the dense layers, b hold KV and attend."
+    _say([note], indent=0)
     if found.best_of:
         typer.echo("\nBest against best, each optimised alone under the same budget:\n")
-        compared = [{"kind": name, **_short_row(each)} for name, each in found.best_of.items()]
-        print_rows([tuple(compared[0]), *(tuple(row.values()) for row in compared)])
-    flips = found.assumptions or ("nothing that is assumed, within what is likely and half as far again",)
-    for title, sentences in (
-        ("Why", found.why),
-        ("What would change it", found.sensitivity),
-        ("Which assumption would flip it", flips),
-    ):
-        typer.echo(f"\n{title}")
-        for sentence in sentences:
-            typer.echo(f"  {sentence}")
-    typer.echo("\nAssumed")
-    typer.echo(f"  {reached[0].upper()}{reached[1:]}.")
+        _table([{"kind": name, **_row(each)} for name, each in found.best_of.items()])
+    _section("What would change it", found.sensitivity)
+    _section("Which assumption would flip it", found.assumptions or (_NO_FLIP,))
+    assumed = [f"{reached[0].upper()}{reached[1:]}."]
     if not prefill:
-        typer.echo("  Prompts are computed elsewhere, at no cost here.")
-    for what, said in chosen(found.plan.system.model, found.plan.system.speculation).items():
-        typer.echo(f"  {what.capitalize()}: {said}.")
-    for remark in found.plan.remarks():
-        typer.echo(f"  To deploy: {remark}.")
+        assumed.append("Prompts are computed elsewhere, at no cost here.")
+    assumed += [f"{what.capitalize()}: {said}." for what, said in chosen(model, found.plan.system.speculation).items()]
+    _section("Assumed", (*assumed, *remarks, *(f"To deploy: {remark}." for remark in found.plan.remarks())))
     if out is None:
         return
     from lamina.simulator.planning.deployment import commands, undeployable
 
     if why := undeployable(found.plan.system):
-        typer.echo(f"\n{out}: written; no engine here is that: {why}")
+        typer.echo("")
+        _say([f"{out}: written; no engine here is that: {why}"], indent=0)
         return
     typer.echo(f"\n{out}: written. To deploy it, and to measure here what it promises:")
     for line in (*commands(out, found.plan.replicas, found.plan.engine), f"lamina plan --check {out}"):
         typer.echo(f"  {line}")
 
 
+def print_runs(results: Sequence[RunResult], systems: Sequence[System], said: str, remarks: Sequence[str]) -> None:
+    """A comparison in lines of up to 100 columns: `said` first, the table, `remarks`, and what there is room for."""
+    from lamina.simulator.reports.memory import kept, room
+    from lamina.simulator.reports.report import table
+
+    _say([said], indent=0)
+    typer.echo(f"\n{table(results)}")
+    _say(remarks, indent=0)
+    model = systems[0].model
+    _say([f"{model.name} keeps {kept(model)}", *(f"{system.name}: {room(system)}" for system in systems)], indent=0)
+
+
+def _section(title: str, said: Sequence[object]) -> None:
+    typer.echo(f"\n{title}")
+    _say([str(each) for each in said])
+
+
+def _say(said: Sequence[str], indent: int = 2) -> None:
+    from lamina.simulator.reports.text import sentences
+
+    _lines(sentences(said, indent))
+
+
+def _table(rows: Sequence[Mapping[str, str]]) -> None:
+    from lamina.simulator.reports.text import grid
+
+    head = tuple(rows[0])
+    _lines(grid([head, *(tuple(row.values()) for row in rows)], left=head.index("system") + 1))
+
+
+def _lines(lines: Sequence[str]) -> None:
+    for line in lines:
+        typer.echo(line)
+
+
 def print_check(found: Check) -> None:
     """What was promised beside what was measured, and how steady the machine was."""
+    from lamina.simulator.reports.text import grid
+
     typer.echo(f"{found.requests} requests of {found.trace}, served here in {found.seconds:.0f} s\n")
     rows = [("", "promised", "90 % interval", "measured", "difference", "holds")]
     for each in found.figures:
@@ -189,18 +252,16 @@ def print_check(found: Check) -> None:
                 "yes" if each.holds else "no",
             )
         )
-    print_rows(rows)
+    _lines(grid(rows))
     noise = found.noise
-    typer.echo(
-        f"\nmachine: others used {noise.others:.0%} of the cores; memory was read at {noise.before / 1e9:.1f} GB/s "
+    typer.echo("")
+    machine = (
+        f"machine: others used {noise.others:.0%} of the cores; memory was read at {noise.before / 1e9:.1f} GB/s "
         f"before, {noise.after / 1e9:.1f} after"
     )
-    for remark in noise.remarks:
-        typer.echo(f"beware: {remark}")
-    for kind, count in found.failed.items():
-        typer.echo(f"failed: {count} x {kind}")
-    for note in found.notes:
-        typer.echo(note)
+    beware = [f"beware: {remark}" for remark in noise.remarks]
+    failed = [f"failed: {count} x {kind}" for kind, count in found.failed.items()]
+    _say([machine, *beware, *failed, *found.notes], indent=0)
 
 
 def _figure(figure: Figure, value: float) -> str:

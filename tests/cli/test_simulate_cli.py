@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lamina.cli.main import app
-from lamina.cli.simulate import parse_policy, parse_rate, parse_slo
+from lamina.cli.simulator_words import parse_policy, parse_rate, parse_slo
 from lamina.errors import InvalidRequest
 from lamina.measure.bench import plan_check
 from lamina.measure.bench.plan_check import Check, Figure, Noise
@@ -90,6 +91,11 @@ def test_a_plan_is_printed_explained_and_written(planned: tuple[Any, Path]) -> N
         "Assumed\n",
     ):
         assert words in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 100
+    assert "ranking: " in result.stderr  # without a terminal, too
+    counted = re.search(r"[\d,]+ candidates, of which [\d,]+ serve it all", result.stdout)
+    assert counted is not None
+    assert counted[0] in (folder / "report.html").read_text(encoding="utf-8")
     assert "Offloading attention does not pay here" in result.stdout or "best without offloading" in result.stdout
     plan = plan_file.read(folder / "plan.toml")
     assert plan.model == "llama-3-70b"
@@ -151,6 +157,31 @@ def test_systems_are_compared_and_everything_is_written(tmp_path: Path) -> None:
     assert as_json[0]["assumptions"]["memory"].startswith("90 %")
     rows = list(csv.DictReader(io.StringIO(lamina("simulate", "--system", "chunked", *FEW, "--csv").stdout)))
     assert [float(row["tokens_per_second"]) for row in rows] == [as_json[0]["tokens_per_second"]]
+
+
+def test_overload_is_said_and_how_many_would_do(tmp_path: Path) -> None:
+    words = ["simulate", "--system", "chunked", "--rate", "40", *FEW, "--out", str(tmp_path / "runs")]
+    lines = lamina(*words).stdout.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert "SLO tpot=100ms,ttft=2s; efficiency typical" in " ".join(" ".join(lines[:2]).split())
+    said = " ".join(" ".join(lines).split())
+    found = re.search(r"4x h100 co-located: [\d.]+% within the SLO at 40 requests/s.* By formula (\d+) of it do", said)
+    assert found is not None
+    assert 2 < int(found[1]) < 40
+    for file in ("results.txt", "report.html"):
+        text = (tmp_path / "runs" / file).read_text(encoding="utf-8")
+        assert f"By formula {found[1]} of it do" in " ".join(text.split())
+    assert "By formula" not in lamina(*words, "--slo", "none").stdout
+
+
+def test_free_devices_are_planned_and_drawn(tmp_path: Path) -> None:
+    (tmp_path / "free.toml").write_text('systems = ["chunked"]\n[[have]]\ndevice = "h100"\ncount = 2\nprice = 0\n')
+    files = ["--html", str(tmp_path / "x.html"), "--plot", str(tmp_path / "x.png")]
+    words = ["plan", "-m", "llama-3-8b", "--inventory", str(tmp_path / "free.toml"), "--verify", "1", *FEW, *files]
+    result = lamina(*words)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    assert "output tokens a second, within the SLO" in (tmp_path / "x.html").read_text(encoding="utf-8")
 
 
 def test_packed_weights_and_drafts_are_faster_and_said() -> None:
@@ -242,6 +273,11 @@ def test_a_check_prints_promised_beside_measured(planned: tuple[Any, Path], monk
         (["plan", "--verify", "-1"], "verify is -1"),
         (["plan", "--out", "plan.json"], "--out is 'plan.json'; allowed are names that end in .toml"),
         (["plan", "--html", "x.html", "--verify", "0"], "a report needs at least one that is checked"),
+        (["plan", "--out", "absent/plan.toml"], "--out is 'absent/plan.toml', in 'absent', which is no folder"),
+        (["plan", "--html", "absent/x.html"], "--html is 'absent/x.html', in 'absent', which is no folder"),
+        (["plan", "--plot", "absent/x.png"], "--plot is 'absent/x.png', in 'absent', which is no folder"),
+        (["calibrate-hardware", "--out", "absent/x.toml"], "--out is 'absent/x.toml', in 'absent'"),
+        (["simulate", "--out", "/dev/null/runs"], "--out is '/dev/null/runs': Not a directory"),
         (["plan", "--check", "no.toml"], "no.toml: there is no such file"),
         (["plan", "-m", "llama-3.1-405b", *FEW], "'llama-3.1-405b' fits nowhere"),
         (["plan", "--slo", "tpot=1us", "--verify", "0", *FEW], "no system meets the SLO (tpot 0.001 ms)"),

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated_runs import candidates, plan
 
+from lamina.simulator.reports.data import numbered
 from lamina.simulator.reports.svg_charts import Bar, Curve, Spread, bars, panel, scatter, spreads
 
 SIZES = st.floats(0, 1e9, allow_subnormal=False)
@@ -91,10 +92,12 @@ def test_scatter(points: list[tuple[str, float, float, bool]], chosen: str) -> N
     parsed(scatter(points, chosen, chosen))
 
 
-def test_scatter_names_the_chosen() -> None:
+def test_scatter_numbers_the_frontier_and_has_a_star() -> None:
     chosen = str(plan()["chosen"])
-    root = parsed(scatter(candidates(), chosen, "about"))
-    assert texts(root).count(chosen) == 1
+    root = parsed(scatter(candidates(), chosen, "about", "tokens a joule"))
+    assert "tokens a joule" in texts(root)
+    assert {str(place + 1) for place in range(len(numbered(candidates())))} <= set(texts(root))
+    assert sum("translate" in element.get("transform", "") for element in root.iter("path")) == 1
     crosses = [element for element in root.iter("path") if "l5 5m0 -5" in element.get("d", "")]
     assert len(crosses) == sum(not point[3] for point in candidates())
     assert len(list(root.iter("circle"))) == sum(point[3] for point in candidates())

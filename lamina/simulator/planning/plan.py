@@ -84,18 +84,29 @@ class Planned:
         """The best `count` that differ in more than lanes, shards or the batch limit."""
         return mixes(self.ranked)[:count]
 
+    @property
+    def serving(self) -> int:
+        """How many of the candidates serve all that is asked for."""
+        return sum(each.serves for each in self.ranked)
+
+    @property
+    def free(self) -> bool:
+        """Whether there are devices without a price, so that requests for a dollar say nothing."""
+        return any(each.estimate.goodput and not each.estimate.price for each in self.ranked)
+
     def points(self) -> list[Point]:
-        """For a Pareto plot, by the closed form: name, output tokens a dollar, tokens a second of each user, and
-        whether it serves all."""
+        """For a Pareto plot, of what gets a request through: name, output tokens within the SLO a dollar (a second
+        where some are `free`), tokens a second of each user, and whether it serves all. As simulated, where it was
+        checked."""
         return [
             (
                 each.name,
-                each.estimate.goodput_per_dollar * self.demand.output,
-                1 / each.estimate.tpot,
-                each.estimate.serves,
+                (each.goodput if self.free else each.goodput_per_dollar) * self.demand.output,
+                1 / (each.estimate.tpot if each.result is None else each.result.tpot.mean or math.inf),
+                each.serves,
             )
             for each in self.ranked
-            if each.estimate.goodput and each.estimate.price
+            if each.estimate.goodput
         ]
 
 

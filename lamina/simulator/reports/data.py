@@ -16,8 +16,15 @@ Point = tuple[str, float, float, bool]
 """A candidate: its name, x, y, and whether it is feasible."""
 Line = tuple[tuple[float, float], ...]
 UNKNOWN = "–"
-X_LABEL, Y_LABEL = "output tokens a dollar, by the closed form", "tokens a second of each user"
+X_LABEL, Y_LABEL = "output tokens a dollar, within the SLO", "tokens a second of each user"
 """Axis labels of a Pareto plot."""
+FREE_LABEL = "output tokens a second, within the SLO"
+"""In place of `X_LABEL` where devices are free."""
+NUMBERED = 12
+ATTAINMENT = 0.9
+"""The share of requests within the SLO that counts as keeping it."""
+KEPT = f"among what has {ATTAINMENT:.0%} of its requests within the SLO"
+NONE_KEEPS = f"None has {ATTAINMENT:.0%} of its requests within the SLO: nothing is marked as the best"
 TIERS: tuple[tuple[str, Callable[[Sampled], float]], ...] = (
     ("model", lambda sample: sample.model_share),
     ("attention", lambda sample: sample.attention_share),
@@ -89,14 +96,21 @@ def columns(results: Sequence[RunResult]) -> tuple[Column, ...]:
     return tuple(column for column in COLUMNS if any(column.known(run) is not None for run in results))
 
 
+def keeps_slo(run: RunResult) -> bool:
+    """Whether enough of its requests are within the SLO; without one, whether enough finished."""
+    return run.slo_share >= ATTAINMENT
+
+
 def best_of(results: Sequence[RunResult]) -> tuple[frozenset[int], ...]:
-    """For each of `columns(results)` the places of its best value; none where all are alike."""
+    """For each of `columns(results)` the places of its best value, among what keeps the SLO; none where all
+    are alike."""
     marked: list[frozenset[int]] = []
+    kept = [(place, run) for place, run in enumerate(results) if keeps_slo(run)]
     for column in columns(results):
-        values = {place: value for place, run in enumerate(results) if (value := column.known(run)) is not None}
+        values = {place: value for place, run in kept if (value := column.known(run)) is not None}
         best = max(values.values(), key=lambda value: value * column.best) if values and column.best else None
         places = frozenset(place for place, value in values.items() if best is not None and words(value) == words(best))
-        marked.append(places if len(places) < len(results) else frozenset())
+        marked.append(places if len(places) < len(kept) else frozenset())
     return tuple(marked)
 
 
@@ -197,3 +211,9 @@ def frontier(points: Iterable[Point]) -> tuple[Point, ...]:
         if not best or point[2] > best[-1][2]:
             best.append(point)
     return tuple(reversed(best))
+
+
+def numbered(points: Iterable[Point]) -> tuple[Point, ...]:
+    """The points of the frontier that are named, in the order of their numbers: at most `NUMBERED`, with the largest
+    x."""
+    return frontier(points)[-NUMBERED:]

@@ -6,6 +6,7 @@ from a result or a plan is escaped.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from html import escape
@@ -15,6 +16,8 @@ from lamina.simulator.event_loop.results import Distribution, RunResult
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.reports import svg_charts
 from lamina.simulator.reports.data import (
+    KEPT,
+    NONE_KEEPS,
     TIERS,
     UNKNOWN,
     X_LABEL,
@@ -23,7 +26,9 @@ from lamina.simulator.reports.data import (
     best_of,
     checked,
     columns,
+    keeps_slo,
     labels,
+    numbered,
     over_time,
     printable,
     words,
@@ -42,7 +47,6 @@ ul{padding-left:1.2em;margin:.4em 0;max-width:80ch}li{margin:.15em 0}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:26px 34px;margin-top:12px}
 figure{margin:0;max-width:450px}figcaption{font-weight:650;margin-bottom:8px}figcaption span{font-weight:400}
 .wide{max-width:660px;margin-top:14px}
-.beside{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,460px),1fr));gap:0 40px}section{min-width:0}
 .scroll{overflow-x:auto;margin:8px 0;border:1px solid var(--rule);border-radius:4px;width:fit-content;max-width:100%}
 table{border-collapse:separate;border-spacing:0;font-variant-numeric:tabular-nums;font-size:13.5px}
 th,td{padding:6px 8px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--rule)}
@@ -56,7 +60,12 @@ td.best{font-weight:700;color:var(--best)}th.text{text-align:left}td.text{text-a
 td.text:first-child{min-width:18em}td.text+td.text{min-width:4em}
 dl{display:grid;grid-template-columns:minmax(7em,max-content) 1fr;gap:4px 16px;margin:.5em 0;max-width:90ch}
 dt{color:var(--soft);max-width:20em}dd{margin:0;min-width:0;grid-column:2}dd>ul,dd>p,dd>dl{margin-top:0}
-@media (max-width:600px){dl{grid-template-columns:1fr;gap:0}dd{margin:0 0 .5em;padding-left:.8em;grid-column:1}}
+ol{margin:.4em 0;padding-left:2.2em}
+@media (max-width:600px){.rows thead{display:none}.rows table,.rows tbody,.rows tr,.rows td{display:block}
+.rows tr{padding:6px 0;border-bottom:1px solid var(--rule)}
+.rows td,.rows td:first-child{display:flex;gap:1em;justify-content:space-between;position:static;border:0;
+padding:1px 8px;text-align:right;min-width:0}.rows td::before{content:attr(data-head);color:var(--soft)}
+dl{grid-template-columns:1fr;gap:0}dd{margin:0 0 .5em;padding-left:.8em;grid-column:1}}
 """
 _CLEARLY = 1.02  # times as much, to be worth a word
 _OTHERS = 12  # systems up to which each batch is drawn in front of all others
@@ -74,28 +83,35 @@ _TERMS = """<h2>Terms</h2><dl>
 
 
 def html(
-    results: Iterable[RunResult], title: str, slo: Slo | None = None, plan: Mapping[str, Any] | None = None
+    results: Iterable[RunResult],
+    title: str,
+    slo: Slo | None = None,
+    plan: Mapping[str, Any] | None = None,
+    remarks: Sequence[str] = (),
 ) -> str:
     """One page with table, charts and assumptions. It asks for nothing from elsewhere and runs no script.
 
-    The first system is the one that others are compared with. Of `plan`, which a planner makes, `points` are
-    candidates for a Pareto plot, with the name of the `chosen` one; everything else is shown under its key: texts,
-    numbers, lists of texts, mappings, and lists of mappings as tables. Raises InvalidRequest without results.
+    The first system is the one that others are compared with; `remarks` stand beside what is said of them. Of `plan`,
+    which a planner makes, `points` are candidates for a Pareto plot over `x`, with the name of the `chosen` one and
+    what `candidates` says of all; everything else is shown under its key: texts, numbers, lists of texts, mappings, and
+    lists of mappings as tables. Raises InvalidRequest without results.
     """
     runs = checked(results)
     names = labels(runs)
     given = dict(plan or {})
-    points = given.pop("points", ())
+    points, across = given.pop("points", ()), given.pop("x", X_LABEL)
+    about = given.pop("candidates", "")
     limits = {key: seconds for key, seconds in asdict(slo or Slo()).items() if seconds is not None}
+    said = [*_verdict(runs, names), *map(_text, remarks)]
     parts = [
         f"<h1>{_text(title)}</h1>",
         f'<p class="soft">{_text(_about(runs, limits))}</p>',
-        f'<div class="verdict">{"".join(f"<p>{line}</p>" for line in _verdict(runs, names))}</div>',
+        f'<div class="verdict">{"".join(f"<p>{line}</p>" for line in said)}</div>',
     ]
-    beside = [f"<section><h2>The plan</h2>{_sections(given)}</section>"] if given else []
+    if given:
+        parts.append(f"<h2>The plan</h2>{_sections(given)}")
     if points:
-        beside.append(f"<section><h2>Candidates</h2>{_candidates(points, given.get('chosen', ''))}</section>")
-    parts.append(f'<div class="beside">{"".join(beside)}</div>' if beside else "")
+        parts.append(f"<h2>Candidates</h2>{_candidates(points, given.get('chosen', ''), across, about)}")
     parts += ["<h2>Throughput and cost</h2>", _charts(_bar_charts(runs, names))]
     latencies = _latency_charts(runs, names, limits)
     if latencies:
@@ -161,14 +177,17 @@ def _verdict(runs: Sequence[RunResult], names: Sequence[str]) -> list[str]:
         )
         lines.append(f"<b>{_text(names[0])}</b>: {words(first.tokens_per_second)} output tokens a second{cost}.")
         wanted = []
+    kept = [place for place, run in enumerate(runs) if keeps_slo(run)]
+    if wanted and not kept:
+        lines.append(f"{NONE_KEEPS}.")
     for what, values, unit in wanted:
-        place = max(range(len(runs)), key=values.__getitem__)
-        if not values[place] > 0 or values[place] < _CLEARLY * min(values):  # the same load was offered to all
-            continue
+        if not kept:
+            break
+        place, *others = sorted(kept, key=lambda place: -values[place])
+        if not values[place] > 0 or (others and values[place] < _CLEARLY * values[others[0]]):
+            continue  # the same load was offered to all
         ratio = f", {values[place] / values[0]:.2f} times {_text(names[0])}" if place and values[0] > 0 else ""
-        met = runs[place].slo_share
-        caveat = f", but with {met:.0%} of its requests within the SLO" if met < 0.9 else ""
-        lines.append(f"{what}: <b>{_text(names[place])}</b>, {words(values[place])} {unit}{ratio}{caveat}.")
+        lines.append(f"{what}: <b>{_text(names[place])}</b>, {words(values[place])} {unit}{ratio}.")
     for run, name in zip(runs, names, strict=True):
         if run.finished < run.requests:
             never = f" ({run.rejected:,} could never have fitted)" if run.rejected else ""
@@ -184,14 +203,15 @@ def _bar_charts(runs: Sequence[RunResult], names: Sequence[str]) -> list[str]:
         ("Goodput", "requests/s within the SLO", [run.goodput for run in runs], True),
         ("Output a joule", "tok/J", [run.tokens_per_joule for run in runs], False),
     ):
-        top = max(values)
-        if not top > 0:
+        if not max(values) > 0:
             continue
         rows = []
-        for name, value in zip(names, values, strict=True):
+        top = max((value for run, value in zip(runs, values, strict=True) if keeps_slo(run)), default=math.inf)
+        for run, name, value in zip(runs, names, values, strict=True):
             known = value > 0 or known_zero
+            best = value == top and keeps_slo(run)
             ratio = f"{value / values[0]:.2f}×" if len(runs) > 1 and known and values[0] > 0 else ""
-            rows.append(svg_charts.Bar(name, value, words(value) if known else "not known", ratio, value == top))
+            rows.append(svg_charts.Bar(name, value, words(value) if known else "not known", ratio, best))
         charts.append(_figure(svg_charts.bars(rows, f"{caption} of each system, {unit}"), caption, unit))
     return charts
 
@@ -243,12 +263,17 @@ def _tier_charts(runs: Sequence[RunResult], names: Sequence[str]) -> list[str]:
     return charts
 
 
-def _candidates(points: Sequence[Point], chosen: str) -> str:
+def _candidates(points: Sequence[Point], chosen: str, across: str, about: str) -> str:
     fits = sum(point[3] for point in points)
+    said = about or f"{len(points):,} candidates, {fits:,} of them feasible."
+    said += " Discs are feasible, crosses are not; numbered are those that no feasible one beats in both."
     star = f" The star is {chosen}." if any(point[0] == chosen for point in points) else ""
-    said = f"{len(points):,} candidates, {fits:,} of them feasible (discs; crosses are not). The line joins the best."
-    drawing = svg_charts.scatter(points, chosen, f"{Y_LABEL} over {X_LABEL} of {len(points)} candidates")
-    return f'<p class="soft">{_text(said + star)}</p><figure class="wide">{drawing}</figure>'
+    drawing = svg_charts.scatter(points, chosen, f"{Y_LABEL} over {across} of {len(points)} candidates", across)
+    named = "".join(f"<li>{_text(point[0])}</li>" for point in numbered(points))
+    return (
+        f'<p class="soft">{_text(said + star)}</p><figure class="wide">{drawing}</figure>'
+        f"{f'<ol>{named}</ol>' if named else ''}"
+    )
 
 
 def _number_table(runs: Sequence[RunResult], names: Sequence[str]) -> str:
@@ -261,12 +286,13 @@ def _number_table(runs: Sequence[RunResult], names: Sequence[str]) -> str:
             for column, best in zip(shown, marked, strict=True)
         )
         rows.append(f'<tr><th scope="row">{_text(name)}</th>{cells}</tr>')
-    note = f'<p class="soft">Bold: best of its column. {UNKNOWN}: not known.</p>' if len(runs) > 1 else ""
+    said = f"Bold: best of its column, {KEPT}." if any(map(keeps_slo, runs)) else f"{NONE_KEEPS}."
+    note = f'<p class="soft">{said} {UNKNOWN}: not known.</p>' if len(runs) > 1 else ""
     return _scrolling(f'<th scope="col">system</th>{heads}', "".join(rows)) + note
 
 
-def _scrolling(head: str, body: str) -> str:
-    return f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+def _scrolling(head: str, body: str, kind: str = "scroll") -> str:
+    return f'<div class="{kind}" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _assumptions(runs: Sequence[RunResult], names: Sequence[str]) -> str:
@@ -311,5 +337,8 @@ def _rows(items: Sequence[Mapping[str, Any]]) -> str:
     keys = list(dict.fromkeys(key for item in items for key in item))
     kind = {key: ' class="text"' if any(isinstance(item.get(key), str) for item in items) else "" for key in keys}
     head = "".join(f'<th scope="col"{kind[key]}>{_text(key)}</th>' for key in keys)
-    rows = ("".join(f"<td{kind[key]}>{_tree(item.get(key, UNKNOWN))}</td>" for key in keys) for item in items)
-    return _scrolling(head, "".join(f"<tr>{row}</tr>" for row in rows))
+    rows = (
+        "".join(f'<td{kind[key]} data-head="{_text(key)}">{_tree(item.get(key, UNKNOWN))}</td>' for key in keys)
+        for item in items
+    )
+    return _scrolling(head, "".join(f"<tr>{row}</tr>" for row in rows), "scroll rows")

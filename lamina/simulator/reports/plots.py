@@ -19,7 +19,9 @@ from lamina.simulator.reports.data import (
     Point,
     checked,
     frontier,
+    keeps_slo,
     labels,
+    numbered,
     over_time,
     printable,
     time_unit,
@@ -50,7 +52,7 @@ def save_comparison(results: Iterable[RunResult], path: Path) -> None:
     with picture(path, 12.5, 2.4 + 0.62 * len(runs)) as figure:
         axes = figure.subplots(2, 3, sharey=True)
         for at, (title, values) in zip(axes[0], rates, strict=True):
-            _bars(at, title, values)
+            _bars(at, title, values, [keeps_slo(run) for run in runs])
         for at, (title, found) in zip(axes[1], latencies, strict=True):
             _spreads(at, title, found)
         axes[0][0].set_yticks(range(len(runs)), names)
@@ -89,12 +91,14 @@ def save_timeline(result: RunResult, path: Path) -> None:
         figure.suptitle(f"{printable(result.system, 60)}: {_about(result)}", x=0.01, ha="left", fontsize=11)
 
 
-def save_pareto(points: Sequence[Point], chosen: str, path: Path) -> None:
-    """Candidates (name, x, y, feasible): the frontier of the feasible ones as a line, `chosen` as a star."""
+def save_pareto(points: Sequence[Point], chosen: str, path: Path, across: str = X_LABEL) -> None:
+    """Candidates (name, x, y, feasible): the frontier of the feasible ones as a line, with the `numbered` of it
+    named below, `chosen` as a star. `across` is the name of the x axis."""
     if not points:
         raise InvalidRequest("there are no points to draw; allowed are one or more")
     best = frontier(points)
-    with picture(path, 8.0, 5.2) as figure:
+    named = numbered(points)
+    with picture(path, 8.0, 5.0 + 0.17 * len(named)) as figure:
         at = figure.subplots()
         for feasible, marker, colour, text in ((False, "x", "#9aa1aa", "not feasible"), (True, "o", BAR, "feasible")):
             mine = [point for point in points if point[3] is feasible]
@@ -103,43 +107,36 @@ def save_pareto(points: Sequence[Point], chosen: str, path: Path) -> None:
         if best:
             at.plot([p[1] for p in best], [p[2] for p in best], "o-", color=BEST, ms=5, lw=1.2, label="frontier")
         for point in [point for point in points if point[0] == chosen][:1]:
-            at.scatter([point[1]], [point[2]], s=170, marker="*", color=ACCENT, zorder=5, label="chosen", ec="white")
-        at.set_xlabel(X_LABEL, loc="right")
+            at.scatter(
+                [point[1]],
+                [point[2]],
+                s=170,
+                marker="*",
+                color=ACCENT,
+                zorder=5,
+                label=printable(f"chosen: {chosen}", 80),
+                ec="white",
+            )
+        for number, point in enumerate(named, 1):
+            at.annotate(str(number), point[1:3], xytext=(5, 5), textcoords="offset points", fontsize=8)
+        told = [f"{number}  {printable(point[0], 110)}" for number, point in enumerate(named, 1)]
+        at.set_xlabel(across, loc="right")
+        if told:
+            figure.supxlabel("\n".join(told), x=0.02, ha="left", fontsize=8)
         at.set_title(Y_LABEL, fontweight="normal", fontsize=9)
         at.set_xlim(left=0)
         at.set_ylim(bottom=0)
         at.xaxis.set_major_formatter("{x:,.10g}")
         at.yaxis.set_major_formatter("{x:,.10g}")
-        at.legend(frameon=False)
-        _name(at, best, chosen)
+        at.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.0, 1.06), ncols=2, borderaxespad=0)
 
 
-def _name(at: Axes, best: Sequence[Point], chosen: str) -> None:
-    """Names right of the frontier, where nothing feasible is: the chosen one's, and others at a line's distance."""
-    apart = 0.04 * at.get_ylim()[1]
-    taken = [point[2] for point in best if point[0] == chosen]
-    for point in best:
-        if point[0] == chosen:
-            weight, size = "bold", 9
-        elif all(abs(point[2] - y) >= apart for y in taken):
-            weight, size = "normal", 8
-            taken.append(point[2])
-        else:
-            continue
-        at.annotate(
-            printable(point[0], 36),
-            point[1:3],
-            xytext=(8, 2),
-            textcoords="offset points",
-            fontsize=size,
-            fontweight=weight,
-            annotation_clip=False,
-        )
-
-
-def _bars(at: Axes, title: str, values: Sequence[float]) -> None:
+def _bars(at: Axes, title: str, values: Sequence[float], kept: Sequence[bool]) -> None:
+    """The best of what keeps the SLO is darker."""
     top = max(values)
-    drawn = at.barh(range(len(values)), values, height=0.55, color=[BEST if v == top else BAR for v in values])
+    best = max((value for value, keeps in zip(values, kept, strict=True) if keeps), default=None)
+    colours = [BEST if keeps and value == best else BAR for value, keeps in zip(values, kept, strict=True)]
+    drawn = at.barh(range(len(values)), values, height=0.55, color=colours)
     at.bar_label(drawn, [words(value) if value else "–" for value in values], padding=4)
     at.set_title(title)
     at.set_xlim(0, top * 1.18 or 1.0)

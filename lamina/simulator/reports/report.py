@@ -15,10 +15,23 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from lamina.simulator.event_loop.results import Distribution, RunResult, Sampled
-from lamina.simulator.reports.data import UNKNOWN, best_of, checked, columns, labels, printable
+from lamina.simulator.reports.data import (
+    KEPT,
+    NONE_KEEPS,
+    UNKNOWN,
+    best_of,
+    checked,
+    columns,
+    keeps_slo,
+    labels,
+    printable,
+)
+from lamina.simulator.reports.text import WIDTH, sentences
 
 VERSION = 1
 """Of the JSON; it rises when a key changes its meaning."""
+_NAME = 48
+"""Letters of a system's name in a table, at most."""
 DERIVED: dict[str, Callable[[RunResult], float]] = {
     "tokens_per_second": lambda run: run.tokens_per_second,
     "tokens_per_dollar": lambda run: run.tokens_per_dollar,
@@ -44,21 +57,32 @@ _SAMPLED = tuple(item.name for item in dataclasses.fields(Sampled))
 
 
 def table(results: Iterable[RunResult]) -> str:
-    """Aligned plain text, a line a system; `*` marks the best of a column. Raises InvalidRequest without results."""
+    """Plain text in lines of up to `WIDTH` columns: a row a system, in as many blocks of columns as that takes. `*`
+    marks the best of a column, among what keeps the SLO. Raises InvalidRequest without results."""
     runs = checked(results)
-    shown = columns(runs)
-    rows = [("system", *(column.head for column in shown)), ("", *(column.unit for column in shown))]
-    marked = best_of(runs)
-    for place, (run, name) in enumerate(zip(runs, labels(runs), strict=True)):
-        cells = (column.text(run) + ("*" if place in best else " ") for column, best in zip(shown, marked, strict=True))
-        rows.append((printable(name, 48), *cells))
-    # heads end where numbers do: before the place of the mark
-    rows[:2] = [(row[0], *(cell + " " for cell in row[1:])) for row in rows[:2]]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [" ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
-    lines.insert(2, "-" * max(map(len, lines)))
+    names = [printable(name, _NAME) for name in labels(runs)]
+    blocks: list[list[list[str]]] = []
+    first = max(map(len, ("system", *names)))
+    left = 0
+    for column, best in zip(columns(runs), best_of(runs), strict=True):
+        # heads end where numbers do: before the place of the mark
+        cells = [f"{column.head} ", f"{column.unit} "]
+        cells += [column.text(run) + ("*" if place in best else " ") for place, run in enumerate(runs)]
+        room = max(map(len, cells)) + 1
+        if not blocks or room > left:
+            left = WIDTH - first
+            blocks.append([])
+        left -= room
+        blocks[-1].append([cell.rjust(room) for cell in cells])
+    lines: list[str] = []
+    for block in blocks:
+        rows = zip(("system", "", *names), *block, strict=True)
+        shown = ["".join([name.ljust(first), *cells]).rstrip() for name, *cells in rows]
+        shown.insert(2, "-" * max(map(len, shown)))
+        lines += ["", *shown] if lines else shown
     if len(runs) > 1:
-        lines.append(f"* best of its column; {UNKNOWN} not known")
+        note = f"* best of its column, {KEPT}" if any(map(keeps_slo, runs)) else NONE_KEEPS
+        lines += sentences([f"{note}; {UNKNOWN} not known"], 0)
     return "\n".join(lines) + "\n"
 
 

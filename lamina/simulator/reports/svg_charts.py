@@ -18,6 +18,7 @@ from lamina.simulator.reports.data import (
     Point,
     frontier,
     log_ticks,
+    numbered,
     printable,
     ticks,
     time_unit,
@@ -41,7 +42,6 @@ svg .limit{stroke:var(--attention);stroke-width:1.5;stroke-dasharray:5 3}
 svg .halo{stroke:var(--page);stroke-width:3px;paint-order:stroke;stroke-linejoin:round}"""
 
 WIDTH = 360
-_LETTER = 6.6  # mean width of a letter, with some room
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,8 +195,9 @@ def panel(
     return _svg(WIDTH, int(bottom) + 22, about, parts)
 
 
-def scatter(points: Sequence[Point], chosen: str, about: str) -> str:
-    """Candidates: feasible ones as discs, others as small crosses, the frontier as a line, `chosen` as a star."""
+def scatter(points: Sequence[Point], chosen: str, about: str, across: str = X_LABEL) -> str:
+    """Candidates: feasible ones as discs, others as small crosses, the frontier as a line with the
+    `numbered` of it, `chosen` as a star. `across` is the name of the x axis."""
     width, left, right, top, bottom = 520, 52.0, 508.0, 24.0, 330.0
     marks_x = ticks(max((point[1] for point in points), default=1.0), 5)
     marks_y = ticks(max((point[2] for point in points), default=1.0), 5)
@@ -217,7 +218,7 @@ def scatter(points: Sequence[Point], chosen: str, about: str) -> str:
         y = bottom - (bottom - top) * mark / marks_y[-1]
         parts.append(f'<path class="{"grid" if mark else "axis"}" d="M{left:.1f} {y:.1f}H{right:.1f}"/>')
         parts.append(f'<text class="s e" x="{left - 6:.1f}" y="{y + 4:.1f}">{_tick(mark)}</text>')
-    parts.append(f'<text class="s e" x="{right:.1f}" y="{bottom + 33:.1f}">{X_LABEL}</text>')
+    parts.append(f'<text class="s e" x="{right:.1f}" y="{bottom + 33:.1f}">{_text(across, 60)}</text>')
 
     best = frontier(points)
     ahead = set(best)
@@ -243,41 +244,13 @@ def scatter(points: Sequence[Point], chosen: str, about: str) -> str:
             f'<path d="{_STAR}" transform="translate({x:.1f} {y:.1f})" '
             'style="fill:var(--attention);stroke:var(--page);stroke-width:1.5"/>'
         )
-    wanted = [*winners[:1], *(point for point in best if point[0] != chosen)]
-    parts += _named(wanted, [at(point) for point in wanted], [at(point) for point in points], width)
+    for number, point in enumerate(numbered(points), 1):
+        x, y = at(point)
+        parts.append(f'<text class="halo s" x="{min(x + 6, width - 14):.1f}" y="{max(y - 6, 24):.1f}">{number}</text>')
     return _svg(width, int(bottom) + 38, about, parts)
 
 
 _STAR = "M0 -9L2.5 -3L9 -2.8L4 1.4L5.6 7.6L0 4.2L-5.6 7.6L-4 1.4L-9 -2.8L-2.5 -3Z"
-
-
-def _named(
-    wanted: Sequence[Point], places: Sequence[tuple[float, float]], every: Sequence[tuple[float, float]], right: float
-) -> list[str]:
-    """Texts beside points: the first's for certain; the others' where they cover no other text and hardly a point."""
-    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in places]
-    parts: list[str] = []
-    for point, (x, y) in zip(wanted, places, strict=True):
-        text = printable(point[0], 34)
-        long = _LETTER * len(text)
-        options = ((9, 4), (5, -9), (-9 - long, 4), (-long / 2, -10), (-long / 2, 19))
-        boxes = [(x + dx - 1, y + dy - 12, x + dx + long + 1, y + dy + 4) for dx, dy in options]
-        free = [
-            box
-            for box in boxes
-            if box[0] >= 56
-            and box[2] <= right
-            and box[1] >= 14
-            and not any(box[0] < o[2] and o[0] < box[2] and box[1] < o[3] and o[1] < box[3] for o in taken)
-            and sum(box[0] < px < box[2] and box[1] < py < box[3] for px, py in every) <= 1
-        ]
-        if not free and parts:
-            continue
-        box = free[0] if free else boxes[0 if x < right / 2 else 2]
-        taken.append(box)
-        weight = "" if parts else " b"
-        parts.append(f'<text class="halo{weight}" x="{box[0] + 1:.1f}" y="{box[3] - 4:.1f}">{escape(text)}</text>')
-    return parts
 
 
 def _share(value: float, start: float, end: float, logarithmic: bool) -> float:
