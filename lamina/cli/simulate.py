@@ -234,9 +234,7 @@ def simulate(asked: SimulateOptions) -> None:
     if asked.think and asked.users is None:
         raise InvalidRequest(f"--think {asked.think:g} was given; it needs --users")
     if asked.users is not None and asked.rate != "trace":
-        raise InvalidRequest(
-            "--users and --rate were given; allowed is one of the two: users wait for their own requests"
-        )
+        raise InvalidRequest("--users and --rate were given; allowed is one of the two, as users set their own rate")
     slo, rate = parse_slo(asked.slo), parse_rate(asked.rate)
     make_folder("out", asked.out)
     failures = parse_failures(asked)

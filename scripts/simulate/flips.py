@@ -22,6 +22,7 @@ from lamina.simulator.planning.planner import Ranked
 from lamina.simulator.planning.prices import Prices, at_price, without_prices
 from lamina.simulator.planning.sensitivity import FARTHEST
 from lamina.simulator.traces.catalogue import trace, windows
+from lamina.simulator.traces.demand import Demand
 
 NEAR = 1.02
 """How near to a price that is said it is tried."""
@@ -63,20 +64,21 @@ def requests(count: int) -> list[PlanRequest]:
     return made
 
 
-def again(asked: PlanRequest, device: str, factor: float, check: int) -> Ranked:
+def again(asked: PlanRequest, wanted: Demand, device: str, factor: float, check: int) -> Ranked:
     """What is first where that device costs so many times what it does."""
     have = tuple(replace(each, device=at_price(each.device, device, factor)) for each in asked.inventory.have)
     there = replace(asked, inventory=replace(asked.inventory, have=have))
-    return find(there, check=check, loop=EventRuns(asked.trace, asked.slo, asked.prefill, 0)).ranked[0]
+    return find(there, wanted, check=check, loop=EventRuns(asked.trace, asked.slo, asked.prefill, 0)).ranked[0]
 
 
 def tries(number: int, asked: PlanRequest, check: int) -> Iterator[Try]:
     """Every statement about prices of one plan."""
-    prices: Prices = find(asked, check=check, loop=EventRuns(asked.trace, asked.slo, asked.prefill, 0))
+    wanted = asked.demand
+    prices: Prices = find(asked, wanted, check=check, loop=EventRuns(asked.trace, asked.slo, asked.prefill, 0))
     winner = prices.ranked[0]
 
     def first(device: str, factor: float) -> tuple[bool, str]:
-        there = again(asked, device, factor, check)
+        there = again(asked, wanted, device, factor, check)
         same = without_prices(there.candidate.system) == without_prices(winner.candidate.system)
         return same and there.estimate.replicas == winner.estimate.replicas, there.name
 

@@ -42,6 +42,8 @@ class Case:
     ttft: float
     links: tuple[str, ...] = ("fhbn-400g",)
     budget: float | None = None
+    count: int | None = None
+    """Of the trace's requests, the first; None: all."""
 
 
 CASES = {
@@ -106,7 +108,7 @@ def regret(case: Case, requests: int) -> Regret:
     known = hardware.load()
     have = tuple(Have(known.device(name), count) for name, count in case.have)
     inventory = with_efficiency(Inventory(have, tuple(known.link(link) for link in case.links)), known.typical)
-    trace, slo = trace_of(case.trace), Slo(case.ttft, case.tpot)
+    trace, slo = trace_of(case.trace, case.count), Slo(case.ttft, case.tpot)
     asked = demand(trace).at_rate(case.rate)
     began = time.process_time()
     every = candidates(model(case.model), inventory, case.budget, sequence_tokens=max(1, round(asked.context)))

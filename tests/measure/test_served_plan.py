@@ -16,14 +16,15 @@ from lamina.measure.bench.running import Run
 from lamina.measure.bench.serve import Result
 from lamina.measure.bench.served import Served
 from lamina.measure.bench.settings import Settings
+from lamina.simulator.costs.hardware import Efficiency
 from lamina.simulator.costs.systems import Colocated
 from lamina.simulator.event_loop.simulate import Slo, simulate
 from lamina.simulator.planning import plan_file
 from lamina.simulator.planning.plan_file import Plan, Prediction, TraceSummary
 from lamina.simulator.traces.arrivals import Arrival, Trace
 
-SYSTEM = Colocated(model=SMALL, device=EPYC)
-PREDICTED = Prediction("event loop", 2.0, 100.0, 0.05, 1.0, 1.0, 4.0, 1.0, 1.0)
+SYSTEM = Colocated(model=SMALL, device=replace(EPYC, efficiency=Efficiency(layer_overhead=1e-5)))
+PREDICTED = Prediction("event loop", 4.0, 100.0, 0.05, 1.0, 1.0, 4.0, 1.0, 1.0)
 PLAN = Plan("tiny", SYSTEM, PREDICTED, TraceSummary("some", 10, 4.0, 500.0, 100.0, 900.0), Slo(1.0, 0.1), replicas=2)
 TRACE = Trace("some", tuple(Arrival(0.25 * n, 100 + n % 7 * 50, 10 + n % 5 * 3) for n in range(600)))
 STEADY = Noise(0.0, 40e9, 40e9, 40e9)
@@ -53,8 +54,10 @@ def test_a_check_sends_what_one_replica_would_get() -> None:
     found = excerpt(TRACE, PLAN, 2.0)
     assert len(found.arrivals) == 2 * 60 * 2
     assert found.seconds == pytest.approx((len(found.arrivals) - 1) / 2.0)
+    late = replace(PLAN, predicted=replace(PREDICTED, requests_per_second=1.0, slo_share=0.5))
+    assert len(excerpt(TRACE, late, 2.0).arrivals) == 119  # what it takes, half of it in time, in windows of 7
     unbounded = replace(PLAN, trace=replace(PLAN.trace, rate=0.0))
-    assert len(excerpt(TRACE, unbounded, 2.0).arrivals) == 119  # as many as are served, in windows of 7
+    assert len(excerpt(TRACE, unbounded, 2.0).arrivals) == 240
     for minutes in (0.01, float("nan"), 1e9):
         with pytest.raises(InvalidRequest, match="minutes is"):
             excerpt(TRACE, PLAN, minutes)

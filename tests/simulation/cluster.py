@@ -404,9 +404,12 @@ class Cluster:
             for connection in host.line.connections:
                 connection.reset()
 
-    def _on_Flip(self, event: events.Flip) -> None:
-        if (host := self._host(event.worker)) is not None:
-            host.line.flips.append((event.way, event.bit))
+    def _on_Flip(self, event: events.Flip) -> bool | None:
+        host = self._host(event.worker)
+        if host is None or host.line.flips:
+            return False  # else flips would pile up, and no frame get through at all
+        host.line.flips.append((event.way, event.bit))
+        return None
 
     def _on_JumpClock(self, event: events.JumpClock) -> None:
         self._wall_clock += event.seconds

@@ -9,9 +9,9 @@ from planted_bugs import PLANTS
 from run_seeds import check
 
 MINUTE = 60.0  # seconds of one core
-RARE = {"no_fence", "old_reply_accepted", "prefix_kept_of_an_unsound_end"}  # a minute of all cores is short for them
-# Where seed 0 takes a while to come to a seed that finds it: from seed 0 on, 18 and 3 seconds.
-FIRST = {"survivor_keeps_a_cut_position": 76, "client_gets_a_token_again": 12}
+RARE = {"no_fence"}  # a minute of all cores is short for it
+# Where seed 0 takes a while to come to a seed that finds it: from seed 0 on, 13 and 9 seconds.
+FIRST = {"survivor_keeps_a_cut_position": 10, "prefix_kept_of_an_unsound_end": 10}
 
 
 def first_failure(seconds: float, seed: int = 0) -> str:

@@ -151,7 +151,7 @@ def test_what_does_not_fit_takes_nothing() -> None:
     assert hasty.tpot > 0.001
 
 
-@settings(max_examples=40)
+@settings(max_examples=20, deadline=None)
 @given(
     system=st.sampled_from([together(4), dop(2, 4), dop(2, 3, lanes=2), dop(2, 2, attention=EPYC)]),
     what=st.sampled_from(["bandwidth", "flops", "memory", "interconnect"]),
@@ -168,7 +168,7 @@ def test_a_better_device_is_never_slower(system: System, what: str, factor: floa
     assert after.goodput >= before.goodput * (1 - 1e-2)
 
 
-@settings(max_examples=30)
+@settings(max_examples=15, deadline=None)
 @given(factor=st.floats(1.0, 100.0), lanes=st.integers(1, 3), loads=st.floats(0.1, 100.0))
 def test_a_better_link_is_never_slower(factor: float, lanes: int, loads: float) -> None:
     better = replace(FHBN, bandwidth=FHBN.bandwidth * factor, round_trip=FHBN.round_trip / factor)
@@ -185,7 +185,7 @@ def test_a_quick_look_is_like_a_thorough_one() -> None:
             assert quick.goodput == pytest.approx(whole.goodput, rel=0.25)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30, deadline=None)
 @given(
     lengths=st.lists(st.tuples(st.floats(0, 5), st.integers(1, 20_000), st.integers(1, 3000)), min_size=1, max_size=8),
     bandwidth=st.floats(1e6, 1e15),

@@ -126,7 +126,7 @@ def test_only_devices_that_nobody_measured_become_typical(tmp_path: Path) -> Non
         ('systems = ["chunked", "chunked"]\n' + HAVE, "systems has 'chunked' twice"),
         ('systems = ["lamina", "disaggregated"]\n' + HAVE, "links is empty, and systems are lamina, disaggregated"),
         (
-            HAVE.replace("1", "1000000000000"),
+            HAVE.replace("= 1\n", "= 1000000000000\n"),
             "count of h100 is 1000000000000; allowed are whole numbers from 1 to 1024",
         ),
         (HAVE + '[[policy]]\nname = "x"\nread = 0\n', "read of policy 'x' is 0"),

@@ -244,7 +244,8 @@ def test_what_limits_is_what_helps() -> None:
 
 def test_a_whole_plan_from_beginning_to_end() -> None:
     trace = traces.trace("azure-conv", 200, seed=1)
-    asked = PlanRequest("llama-3-70b", BIG, there_are((H100, 4), (H20, 2)), trace, SLO, budget=50.0)
+    inventory = there_are((H100, 4), (H20, 1), systems=("chunked", "lamina"))
+    asked = PlanRequest("llama-3-70b", BIG, inventory, trace, SLO, budget=50.0)
     found = make_plan(asked, check=2, seed=1)
     assert found.winner.result is not None
     assert found.winner.serves

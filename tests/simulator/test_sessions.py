@@ -83,13 +83,26 @@ def test_every_step_of_every_session_is_served_in_its_order(
 
 
 def test_users_in_a_closed_loop_never_have_more_under_way_than_they_are() -> None:
-    found = closed_loop(Trace("t", tuple(Arrival(float(n), 500, 20) for n in range(40))), 4, think=0.1)
-    result = simulate(SYSTEM, found)
+    found = Trace("t", tuple(Arrival(float(n), 500, 20) for n in range(40)))
+    result = simulate(SYSTEM, closed_loop(found, 4, think=0.1))
     assert result.finished == 40
     assert result.peak_batch <= 4
     alone = simulate(SYSTEM, closed_loop(found, 1))
     assert alone.peak_batch == 1
     assert alone.seconds > result.seconds
+
+
+def test_users_take_whole_sessions_in_turn() -> None:
+    rows = ((0, None), (0, 0), (3, None), (3, 2), (3, 3), (9, None))
+    found = Trace("t", tuple(Arrival(float(at), 50 + n, 5, (), after) for n, (at, after) in enumerate(rows)))
+    taken = closed_loop(found, 1, 2.0)
+    assert [(a.after, a.gap) for a in taken.arrivals] == [(None, 0.0), (0, 0), (1, 2.0), (2, 0), (3, 0), (4, 2.0)]
+    assert [a.after for a in closed_loop(found, 2).arrivals] == [None, 0, None, 2, 3, 1]
+    with pytest.raises(InvalidRequest, match="users is 4; allowed is 1 to 3"):
+        closed_loop(found, 4)
+    plain = Trace("t", tuple(Arrival(float(n), 50, 5) for n in range(9)))
+    with pytest.raises(InvalidRequest, match="t by 2 users has sessions that are mixed"):
+        closed_loop(closed_loop(plain, 2), 1)
 
 
 def test_what_comes_after_a_request_that_fits_nowhere_does_not_come() -> None:

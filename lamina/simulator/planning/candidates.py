@@ -64,7 +64,7 @@ def candidates(
         if speculation is not None:
             system = speculating(system, speculation)
         count = _replicas(system, inventory)
-        if count < 1 or (inventory.only_deployable and undeployable(system)) or not _fits(system):
+        if count < 1 or (inventory.only_deployable and undeployable(system)) or not fits(system):
             continue
         cost = price(system)
         if cheapest is None or cost < price(cheapest):
@@ -194,7 +194,7 @@ def _replicas(system: System, inventory: Inventory) -> int:
     return min(inventory.count(device) // count for device, count in needed.items())
 
 
-def _fits(system: System) -> bool:
+def fits(system: System) -> bool:
     """Whether weights and some KV have room."""
     parts = (system.prefill, system.decode) if isinstance(system, Disaggregated) else (system,)
     try:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from lamina.simulator.costs.systems import System
 from lamina.simulator.event_loop.results import RunResult
 from lamina.simulator.event_loop.simulate import Progress, Slo, simulate
-from lamina.simulator.planning.candidates import Candidate
+from lamina.simulator.planning.candidates import Candidate, fits
 from lamina.simulator.planning.planner import REQUESTS, Ranked, verify
 from lamina.simulator.planning.quantities import Situation
 from lamina.simulator.steady_state.closed_form import estimate
@@ -44,6 +44,9 @@ class EventRuns:
     def elsewhere(self, ranked: Ranked, given: Situation) -> Ranked:
         """A candidate in another situation, at the rate that it would take there."""
         count = ranked.candidate.replicas
+        if not fits(given.system):
+            nothing = replace(ranked.estimate, taken=0.0, share=0.0, capacity=0.0)
+            return Ranked(Candidate(given.system, count), nothing)
         found = estimate(given.system, count, given.demand, given.slo, self._prefill)
         other = Ranked(Candidate(given.system, count), found)
         if not found.taken:

@@ -126,10 +126,10 @@ def make_plan(
     """
     slo, prefill, wanted = asked.slo, asked.prefill, asked.demand
     loop = EventRuns(asked.trace, slo, prefill, seed) if check else None
-    prices = find(asked, check=check, loop=loop, progress=progress)
+    prices = find(asked, wanted, check=check, loop=loop, progress=progress)
     best, said = {}, list[str]()
     if compare is not None:
-        everything = rank(_candidates(asked, compare), wanted, slo, prefill=prefill, progress=progress)
+        everything = rank(_candidates(asked, wanted, compare), wanted, slo, prefill=prefill, progress=progress)
         best = best_of_kinds(everything, lambda some: loop.verified(top(some, check)) if loop else [])
         said.append(split_pays(best))
     changes = Changes(prices.ranked, wanted, slo, prefill, loop.elsewhere if loop else None)
@@ -153,41 +153,46 @@ def make_plan(
 
 
 def find(
-    asked: PlanRequest, *, check: int = TOP, loop: EventRuns | None = None, progress: Progress | None = None
+    asked: PlanRequest,
+    wanted: Demand,
+    *,
+    check: int = TOP,
+    loop: EventRuns | None = None,
+    progress: Progress | None = None,
 ) -> Prices:
-    """All candidates, the best first, as they stand at these prices and at others. With `loop` it checks the best
-    `check`, and whatever else would be first by formula."""
-    wanted, slo, prefill = asked.demand, asked.slo, asked.prefill
-    ranked = rank(_candidates(asked, asked.inventory), wanted, slo, prefill=prefill, progress=progress)
+    """All candidates for the demand, the best first, as they stand at these prices and at others. With `loop` it checks
+    the best `check`, and whatever else would be first by formula."""
+    slo, prefill = asked.slo, asked.prefill
+    ranked = rank(_candidates(asked, wanted, asked.inventory), wanted, slo, prefill=prefill, progress=progress)
     if loop is not None:
         ranked = search(ranked, asked.trace, slo, count=check, prefill=prefill, seed=loop.seed, progress=progress)
-    prices = Prices(ranked, asked.budget, loop, _unseen(asked))
+    prices = Prices(ranked, asked.budget, loop, _unseen(asked, wanted))
     prices.settle()
     return prices
 
 
-def _candidates(asked: PlanRequest, inventory: Inventory) -> tuple[Candidate, ...]:
-    tokens = max(1, round(asked.demand.context))
+def _candidates(asked: PlanRequest, wanted: Demand, inventory: Inventory) -> tuple[Candidate, ...]:
+    tokens = max(1, round(wanted.context))
     return candidates(asked.model, inventory, asked.budget, asked.prefill, tokens, asked.speculation)
 
 
-def _unseen(asked: PlanRequest) -> Unseen:
+def _unseen(asked: PlanRequest, wanted: Demand) -> Unseen:
     """Candidates, by formula, that the budget leaves out until a device's price is so many times what it is, and that
     then cost less than `most` dollars an hour."""
     inventory, now = asked.inventory, {have.device.name: have.device for have in asked.inventory.have}
 
     def unseen(name: str, factor: float, most: float) -> list[Ranked]:
-        known = {without_prices(each.system) for each in _candidates(asked, inventory)}
+        known = {without_prices(each.system) for each in _candidates(asked, wanted, inventory)}
         have = tuple(replace(each, device=at_price(each.device, name, factor)) for each in inventory.have)
         new = [
             each
-            for each in _candidates(asked, replace(inventory, have=have))
+            for each in _candidates(asked, wanted, replace(inventory, have=have))
             if without_prices(each.system) not in known and price(each.system) < most
         ]
         found = []
         for each in sorted(new, key=lambda each: price(each.system))[:_UNSEEN]:
             system = changed_devices(each.system, lambda device: now[device.name])
-            yields = estimate(system, each.replicas, asked.demand, asked.slo, asked.prefill, parts=False)
+            yields = estimate(system, each.replicas, wanted, asked.slo, asked.prefill, parts=False)
             found.append(Ranked(Candidate(system, each.replicas), yields))
         return found
 

@@ -24,7 +24,7 @@ from lamina.simulator.traces.demand import Demand
 
 __all__ = ["Candidate", "Ranked", "best", "candidates", "limited", "mixes", "rank", "rivals", "search", "top", "verify"]
 
-CLOSER = 200
+CLOSER = 60
 """How many candidates are estimated part by part, at least, the best under a steady load first. The others follow by
 their steady load, once none of them can be the best."""
 TOP = 24

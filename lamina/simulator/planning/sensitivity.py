@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lamina.simulator.event_loop.simulate import Slo
+from lamina.simulator.planning.candidates import fits
 from lamina.simulator.planning.planner import Ranked, mixes
 from lamina.simulator.planning.prices import Change, Prices
 from lamina.simulator.planning.quantities import Quantity, Situation
@@ -167,6 +168,8 @@ class Changes:
         given, at = self._at(each, quantity, factor), (each.name, quantity.what, factor)
         if given.system == each.candidate.system and given.demand == self._demand and given.slo == self._slo:
             at = (each.name, "", 1.0)  # it does not depend on this
+        if at not in self._known and not fits(given.system):
+            self._known[at] = False, 0.0
         if at not in self._known:
             now, count = each.estimate, each.candidate.replicas
             coarse = self._coarse(each)

@@ -248,11 +248,11 @@ def _free(system: System) -> System:
     """The system without prices."""
     if isinstance(system, Disaggregated):
         prefill = replace(system.prefill, device=_free_device(system.prefill.device))
-        return replace(system, prefill=prefill, decode=_free_part(system.decode))
-    return _free_part(system)
+        return replace(system, prefill=prefill, decode=_free_whole(system.decode))
+    return _free_whole(system)
 
 
-def _free_part(system: Colocated | Offloaded) -> Colocated | Offloaded:
+def _free_whole(system: Colocated | Offloaded) -> Colocated | Offloaded:
     if isinstance(system, Offloaded):
         model, attention = _free_device(system.model_device), _free_device(system.attention_device)
         return replace(system, model_device=model, attention_device=attention)

@@ -118,7 +118,7 @@ class Service:
             served = replay(self._batches, requests, limits, present)
         else:
             served = self._through(self._apart, stream, requests, limits, present)
-        return self._point(rate, stream, arrived, served)
+        return self._point(rate, places, stream, arrived, served)
 
     def _through(
         self, system: Disaggregated, stream: Sample, requests: Requests, limits: Limits, present: Integers
@@ -146,14 +146,14 @@ class Service:
         pace[order] = served.pace + (served.first - ready) / (rest.outputs - 1)
         return Served(prompts.first, pace, prompts.entered)
 
-    def _point(self, rate: float, stream: Sample, arrived: Floats, served: Served) -> Point:
+    def _point(self, rate: float, places: int, stream: Sample, arrived: Floats, served: Served) -> Point:
         ttft = served.first - (arrived if self._slo.ttft is not None else served.entered)
         share = (_kept(ttft, bound(self._slo.ttft)) * _kept(served.pace, bound(self._slo.tpot))).mean()
         after = stream.outputs - 1
         many = after > 0
         tpot = served.pace[many].mean() if many.any() else self._batches.know(1)
         batch = rate * (served.pace * after).mean()
-        return Point(rate, float(tpot), float(ttft.mean()), float(share), float(batch))
+        return Point(rate, float(tpot), float(ttft.mean()), float(share), min(float(batch), places))
 
     def _present(self, rate: float, places: int) -> Integers:
         """Tokens that sequences have left which decode already: as many as there are in the mean, by Little's law."""

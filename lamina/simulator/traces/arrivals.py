@@ -93,17 +93,30 @@ def head(trace: Trace, count: int) -> Trace:
 
 
 def closed_loop(trace: Trace, users: int, think: float = 0.0) -> Trace:
-    """The same requests by `users` who take them in turn, each `think` seconds after the end of their last one. All
-    users begin at second 0. Raises InvalidRequest unless each gets one."""
-    if type(users) is not int or not 1 <= users <= len(trace.arrivals):
-        raise InvalidRequest(f"users is {users!r:.80}; allowed is 1 to {len(trace.arrivals)}, as {trace.name} has")
+    """The same requests by `users` who take them in turn, each `think` seconds after the end of their last one; of a
+    trace with sessions, whole ones. All users begin at second 0. Raises InvalidRequest unless each gets one."""
+    lasts = [number for number, arrival in enumerate(trace.arrivals) if arrival.after is None]  # of each session
+    if type(users) is not int or not 1 <= users <= len(lasts):
+        raise InvalidRequest(f"users is {users!r:.80}; allowed is 1 to {len(lasts)}, as {trace.name} has")
     if not 0 <= think < math.inf:
         raise InvalidRequest(f"think is {think!r:.80}; allowed are finite seconds from 0 on")
-    arrivals = tuple(
-        Arrival(0.0, a.prompt, a.output, a.blocks, *((n - users, think) if n >= users else ()))
-        for n, a in enumerate(trace.arrivals)
-    )
-    return replace(trace, name=f"{trace.name} by {users} users", arrivals=arrivals)
+    arrivals: list[Arrival] = []
+    sessions: list[int] = []  # of each request, the number of its session
+    begun = 0
+    for number, arrival in enumerate(trace.arrivals):
+        moved = replace(arrival, at=0.0)
+        if arrival.after is not None:
+            sessions.append(sessions[arrival.after])
+            if sessions[-1] < begun - 1:
+                raise InvalidRequest(f"{trace.name} has sessions that are mixed; allowed are whole ones, in turn")
+        else:
+            sessions.append(begun)
+            if begun >= users:
+                moved = replace(moved, after=lasts[begun - users], gap=think)
+            begun += 1
+        lasts[sessions[-1]] = number
+        arrivals.append(moved)
+    return replace(trace, name=f"{trace.name} by {users} users", arrivals=tuple(arrivals))
 
 
 def split(trace: Trace, replicas: int) -> tuple[Trace, ...]:
