@@ -27,6 +27,7 @@ from lamina.simulator.costs.hardware import load, with_efficiency
 from lamina.simulator.costs.models import model
 from lamina.simulator.costs.systems import System, price
 from lamina.simulator.planning.comparison import Choice, build
+from lamina.simulator.reports.text import sentences
 from lamina.simulator.traces.catalogue import trace
 
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
@@ -46,9 +47,9 @@ def full(system: System, context: float, tpot: float) -> dict[str, Any]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    print(f"{'system':36} {'$/h':>7} {'context':>8} {'batch':>6} {'TPOT ms':>8} {'tokens/s':>9} {'$/M tokens':>11}")
+    print(f"{'system':40} {'$/h':>7} {'context':>8} {'batch':>6} {'TPOT ms':>8} {'tokens/s':>9} {'$/M tokens':>11}")
     for row in rows:
-        begin = f"{row['system']:36} {row['price']:7.2f} {row['context']:8.0f} {row['batch']:6}"
+        begin = f"{row['system']:40} {row['price']:7.2f} {row['context']:8.0f} {row['batch']:6}"
         if row["batch"]:
             print(
                 f"{begin} {row['tpot'] * 1e3:8.1f} {row['tokens_per_second']:9.0f} {row['dollars_per_million']:11.3f}"
@@ -100,6 +101,8 @@ def main() -> None:
     if args.json:
         print(json.dumps(facts, indent=1))
     else:
+        said = f"{args.model}, decode alone, a token within {args.tpot * 1e3:g} ms (no SLO for the first); "
+        print(*sentences([f"{said}{catalogue.said_of(args.efficiency)}"], 0), "", sep="\n")
         show(rows)
         print("\nLamina (arXiv 2405.01814v2) and Step-3 (arXiv 2507.19427):")
         print(*table(published), sep="\n")

@@ -5,7 +5,7 @@ usage: scripts/simulate_throughput.py [--model M] [--trace T] [--system S,S] [--
                                       [--out DIR] ...
        scripts/simulate_throughput.py --published [--trace-dir FOLDER] [--count N] [--json]
 
-The first is `lamina simulate`, with all its options (--help); without any, five systems serve 2,000 requests drawn like
+The first is `lamina simulate`, with all its options (--help); without any, five systems serve 2,000 requests of
 Azure's conversation trace. The second runs the three models of arXiv 2405.01814v2 on its traces, all requests there
 from the start and decode alone, as the paper did, through its Lamina and vLLM systems of equal cost. vLLM is run twice:
 at the bare roofline, and with the one efficiency, the same for all cells, that puts the mean gain into the middle of
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from lamina.cli.main import app
 from lamina.cli.terminal import ProgressBars
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.hardware import Efficiency, load
+from lamina.simulator.reports.text import sentences
 from lamina.simulator.traces.catalogue import FILES, trace
 
 
@@ -56,22 +58,33 @@ def record(cell: Cell) -> dict[str, object]:
     }
 
 
-def show(cells: list[Cell], baseline: Efficiency) -> None:
-    print(f"vLLM's efficiency, fitted: {baseline.dense[0][1]:.3f} of the roofline in all it does; Lamina's: 1\n")
-    head = ("model", "trace", "left out", "batch", "vLLM's", "ratio", "tokens/s", "gain, bare", "gain, fitted")
-    print("{:12} {:34} {:>8} {:>8} {:>8} {:>6} {:>9} {:>10} {:>12}".format(*head))
-    for cell in cells:
-        note = "  bound by the FLOPs of two H100" if compute_bound(cell.model, cell.trace) else ""
-        print(
-            f"{cell.model:12} {cell.trace:34} {cell.left_out:8} {cell.lamina.saturated_batch:8.1f} "
-            f"{cell.bare.saturated_batch:8.1f} {cell.batch_gain:6.2f} {cell.lamina.saturated_tokens_per_second:9.0f} "
-            f"{cell.bare_gain:10.2f} {cell.fitted_gain:12.2f}{note}"
-        )
+def head(baseline: Efficiency) -> list[str]:
+    said = (
+        "Lamina's evaluation (arXiv 2405.01814v2): three models, all requests there from the start, decode alone, no "
+        f"SLO; Lamina at the bare roofline, vLLM at it and at {baseline.dense[0][1]:.3f} of it in all it does, which "
+        f"is fitted. Published are gains of {GAINS[0]} to {GAINS[1]}, not by cell, and a mean batch ratio of "
+        f"{BATCH_GAIN}."
+    )
+    names = ("model", "trace", "left out", "batch", "vLLM's", "ratio", "tokens/s", "gain, bare", "fitted")
+    return [*sentences([said], 0), "", "{:11} {:26} {:>8} {:>8} {:>7} {:>6} {:>9} {:>10} {:>6}".format(*names)]
+
+
+def line(cell: Cell) -> str:
+    note = "*" if compute_bound(cell.model, cell.trace) else ""
+    return (
+        f"{cell.model:11} {cell.trace:26} {cell.left_out:8} {cell.lamina.saturated_batch:8.1f} "
+        f"{cell.bare.saturated_batch:7.1f} {cell.batch_gain:6.2f} {cell.lamina.saturated_tokens_per_second:9.0f} "
+        f"{cell.bare_gain:10.2f} {cell.fitted_gain:6.2f}{note}"
+    )
+
+
+def tail(cells: list[Cell]) -> Iterator[str]:
+    if any(compute_bound(cell.model, cell.trace) for cell in cells):
+        yield "* bound by the FLOPs of two H100"
     mean = sum(cell.batch_gain for cell in cells) / len(cells)
-    print(f"\nmean batch ratio {mean:.2f}, published {BATCH_GAIN}; both systems with 0.9 of their memory")
-    print(f"gains published: {GAINS[0]} to {GAINS[1]}, not by cell")
+    yield f"\nmean batch ratio {mean:.2f}; both systems with 0.9 of their memory"
     for row in overlap_rows(load()):
-        print(f"{row.what}: {row.ours:.1%}, published {row.published:.1%}")
+        yield f"{row.what}: {row.ours:.1%}, published {row.published:.1%}"
 
 
 def main() -> None:
@@ -86,18 +99,24 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     traces = [trace(name, args.count, args.seed, args.trace_dir) for name in FILES]
+    baseline = fit_baseline({each.name: mean_context(each) for each in traces}, load())
     peers = kernelflume_rows(load()) + afd_rows(load())
     if not args.json:
         print("KernelFlume (arXiv 2606.29207) and AFD-Ledger (arXiv 2608.04502), devices as peers.py says:")
         print(*table(peers, notes=True), "", sep="\n", flush=True)
-    baseline = fit_baseline({each.name: mean_context(each) for each in traces}, load())
-    with ProgressBars() as progress:
-        cells = list(evaluation(traces, load(), progress))
+        print(*head(baseline), sep="\n", flush=True)
+    cells = []
+    with ProgressBars(lines=True) as progress:
+        for cell in evaluation(traces, load(), progress):
+            cells.append(cell)
+            if not args.json:
+                progress.hide()
+                print(line(cell), flush=True)
     if args.json:
         facts = {"vllm_efficiency": baseline.dense[0][1], "cells": [record(cell) for cell in cells]}
         print(json.dumps({**facts, "peers": [asdict(row) for row in peers]}, indent=1))
     else:
-        show(cells, baseline)
+        print(*tail(cells), sep="\n")
 
 
 if __name__ == "__main__":

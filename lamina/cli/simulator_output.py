@@ -120,8 +120,10 @@ def _row(ranked: Ranked) -> dict[str, str]:
     """One candidate as a row: of the event loop where it ran, which a star says, else of the closed form."""
     found, result = ranked.estimate, ranked.result
     serves, share, tpot, ttft = found.taken, found.share, found.tpot, found.ttft
+    million = found.dollars_per_million
     if result is not None:
         serves, share, tpot, ttft = ranked.rate, result.slo_share, result.tpot.mean, result.ttft.mean
+        million = result.dollars_per_million
     return {
         "system": ranked.name,
         "$/h": f"{found.price:.2f}",
@@ -129,7 +131,7 @@ def _row(ranked: Ranked) -> dict[str, str]:
         "in time": f"{share:.0%}",
         "TPOT": f"{tpot * 1000:.0f} ms",
         "TTFT": f"{ttft:.2f} s",
-        "$/M tokens": f"{found.dollars_per_million:.2f}",
+        "$/M tokens": f"{million:.2f}",
         "req/$": _score(ranked.goodput_per_dollar),
     }
 

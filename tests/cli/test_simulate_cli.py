@@ -251,7 +251,7 @@ def test_a_check_prints_promised_beside_measured(planned: tuple[Any, Path], monk
     assert "beware: busy: others used 20% of the cores during the run" in lines
     assert "failed: 2 x timeout" in lines
     assert max(map(len, lines)) <= 100
-    assert asked == [("plan.toml", "azure-conv (synthetic)", 2.5)]
+    assert asked == [("plan.toml", "azure-conv", 2.5)]
     found = json.loads(lamina("plan", "--check", file, "--json", *FEW).stdout)
     assert [each["measured"] for each in found["figures"]] == [160.0, 96.5]
     assert len(found["remarks"]) == 2

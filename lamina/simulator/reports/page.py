@@ -267,7 +267,9 @@ def _candidates(points: Sequence[Point], chosen: str, across: str, about: str) -
     fits = sum(point[3] for point in points)
     said = about or f"{len(points):,} candidates, {fits:,} of them feasible."
     said += " Discs are feasible, crosses are not; numbered are those that no feasible one beats in both."
-    star = f" The star is {chosen}." if any(point[0] == chosen for point in points) else ""
+    star = ""
+    if any(point[0] == chosen for point in points):
+        star = f" The star is {chosen}: what gives most for a dollar, or the cheapest of ties, whatever its pace."
     drawing = svg_charts.scatter(points, chosen, f"{Y_LABEL} over {across} of {len(points)} candidates", across)
     named = "".join(f"<li>{_text(point[0])}</li>" for point in numbered(points))
     return (
