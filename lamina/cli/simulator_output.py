@@ -83,7 +83,7 @@ def plan_page(found: Planned, title: str) -> str:
         "chosen": found.winner.name,
         "why": list(found.why),
         "what it promises": [
-            dict(zip(("", "expected", "90 % interval"), row, strict=True)) for row in _promises(found)
+            dict(zip(("what", "expected", "90 % interval"), row, strict=True)) for row in _promises(found)
         ],
         "ranking": [_row(each) for each in found.mixes(_ROWS)],
         "best of each kind": [{"kind": name, **_row(each)} for name, each in found.best_of.items()],

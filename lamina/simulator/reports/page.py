@@ -28,6 +28,7 @@ from lamina.simulator.reports.data import (
     columns,
     keeps_slo,
     labels,
+    mostly_full,
     numbered,
     over_time,
     printable,
@@ -68,6 +69,7 @@ padding:1px 8px;text-align:right;min-width:0}.rows td::before{content:attr(data-
 dl{grid-template-columns:1fr;gap:0}dd{margin:0 0 .5em;padding-left:.8em;grid-column:1}}
 """
 _CLEARLY = 1.02  # times as much, to be worth a word
+_LOADED = 1.15  # the same where all keep up with the load that is offered: runs differ by how they end
 _OTHERS = 12  # systems up to which each batch is drawn in front of all others
 _LATENCIES = {"ttft": "Time to the first token", "tpot": "Time a token after it", "tbt": "Between tokens"}
 _TERMS = """<h2>Terms</h2><dl>
@@ -184,8 +186,9 @@ def _verdict(runs: Sequence[RunResult], names: Sequence[str]) -> list[str]:
         if not kept:
             break
         place, *others = sorted(kept, key=lambda place: -values[place])
-        if not values[place] > 0 or (others and values[place] < _CLEARLY * values[others[0]]):
-            continue  # the same load was offered to all
+        full = unit == "million" or any(mostly_full(runs[each]) for each in kept)
+        if not values[place] > 0 or (others and values[place] < (_CLEARLY if full else _LOADED) * values[others[0]]):
+            continue
         ratio = f", {values[place] / values[0]:.2f} times {_text(names[0])}" if place and values[0] > 0 else ""
         lines.append(f"{what}: <b>{_text(names[place])}</b>, {words(values[place])} {unit}{ratio}.")
     for run, name in zip(runs, names, strict=True):
