@@ -7,8 +7,8 @@ in three numbers alone, so those in decode are counts: when each ends, how many 
 of their contexts. Where windows let pages go, or holders have different heads, the real one is asked as soon as pages
 could be short. `tests/simulator/test_quick_instance.py` holds the two to the same requests at the same seconds.
 
-Seconds of a batch of decode alone are computed for contexts 4 % apart, and straight between them; so steps to the next
-request that comes or ends are one sum.
+Seconds of a batch of decode alone go straight on for a while (`decode_costs`), so steps to the next request that comes
+or ends are one sum.
 """
 
 from __future__ import annotations
@@ -19,23 +19,14 @@ from collections.abc import Callable, Mapping
 from heapq import heappop, heappush
 
 from lamina.errors import EngineError
-from lamina.simulator.costs.cost_model import Load, StepCost
+from lamina.simulator.costs.cost_model import Load
 from lamina.simulator.costs.systems import PAGE_SIZE, System
-from lamina.simulator.event_loop.instance import (
-    BACKLOG,
-    BACKLOG_TOKENS,
-    UNLIMITED,
-    holders_of,
-    page_groups,
-)
+from lamina.simulator.event_loop.decode_costs import DecodeCosts, Numbers
+from lamina.simulator.event_loop.instance import BACKLOG, BACKLOG_TOKENS, UNLIMITED, holders_of, page_groups
 from lamina.simulator.event_loop.lives import Life, Totals
+from lamina.simulator.event_loop.quick_sequence import Sequence, affordable, limit_of, pages_of
 from lamina.simulator.event_loop.results import Sampled
-from lamina.simulator.traces.arrivals import Arrival, Trace
-
-_GRID = 16
-"""Contexts to a doubling whose seconds are computed."""
-_STRIDE = 2 ** (1 / _GRID) - 1
-Numbers = tuple[float, float, float, float, float]
+from lamina.simulator.traces.arrivals import Trace
 
 
 class Unusual(Exception):
@@ -48,62 +39,6 @@ def is_usual(system: System, trace: Trace, prefix_cache: bool) -> bool:
     named = prefix_cache and any(arrival.blocks for arrival in trace.arrivals)
     sessions = any(arrival.after is not None for arrival in trace.arrivals)
     return not named and not sessions and not system.model.states
-
-
-class DecodeCosts:
-    """Costs of batches of decode alone, remembered for all instances of a system."""
-
-    def __init__(self, system: System) -> None:
-        self._system = system
-        self._known: dict[tuple[int, int], tuple[float, StepCost, StepCost]] = {}
-
-    def __call__(self, batch: int, context: int) -> Numbers:
-        """Of so many sequences, with so many tokens in all: the numbers of a `StepCost`."""
-        mean = context / batch
-        return self._between(mean, *self._ends(batch, mean))
-
-    def line(self, batch: int, context: int) -> tuple[float, Numbers, Numbers]:
-        """Up to which mean context costs go straight on, what a step costs, and the one after it."""
-        mean = context / batch
-        low, a, b = self._ends(batch, mean)
-        return low * (1 + _STRIDE), self._between(mean, low, a, b), self._between(mean + 1, low, a, b)
-
-    def _ends(self, batch: int, mean: float) -> tuple[float, StepCost, StepCost]:
-        place = int(math.log2(mean) * _GRID)
-        found = self._known.get((batch, place))
-        if found is None:
-            low, high = 2 ** (place / _GRID), 2 ** ((place + 1) / _GRID)
-            step = self._system.step
-            found = self._known[batch, place] = low, step(Load(batch, low)), step(Load(batch, high))
-        return found
-
-    def _between(self, mean: float, low: float, a: StepCost, b: StepCost) -> Numbers:
-        part = (mean - low) / (low * _STRIDE)
-        return (
-            a.seconds + part * (b.seconds - a.seconds),
-            a.model + part * (b.model - a.model),
-            a.attention + part * (b.attention - a.attention),
-            a.network + part * (b.network - a.network),
-            a.link_bytes + part * (b.link_bytes - a.link_bytes),
-        )
-
-
-class _Sequence:
-    """A request in the instance. `known` tokens are to be computed before it can sample; `computed` of them were when
-    step `since` began, and one more in each step after it where it decodes."""
-
-    __slots__ = ("computed", "ends", "known", "life", "number", "output", "preempted", "prompt", "since")
-
-    def __init__(self, number: int, arrival: Arrival, life: Life) -> None:
-        self.number, self.life = number, life
-        self.prompt, self.output = arrival.prompt, arrival.output
-        self.known = arrival.prompt
-        self.computed = self.since = self.ends = 0
-        self.preempted = False
-
-    def at(self, step: int) -> int:
-        """Tokens with KV when that step begins, if it decodes."""
-        return self.computed + step - self.since
 
 
 class QuickInstance:
@@ -133,12 +68,12 @@ class QuickInstance:
         self._alike = holders == 1 and self._groups == ((1, None),)
         self._spared = self._pages // 8 if holders > 1 else 0  # holders are not equally full
         self._fed = self._ahead = self._alive = self._step = 0
-        self._waiting: list[tuple[int, _Sequence]] = []  # a heap
-        self._prompts: list[_Sequence] = []  # with KV, and more than their last token to compute; by number
+        self._waiting: list[tuple[int, Sequence]] = []  # a heap
+        self._prompts: list[Sequence] = []  # with KV, and more than their last token to compute; by number
         self._running = self._decoding = self._context = 0
-        self._ending: dict[int, list[_Sequence]] = {}  # by the step that is their last
+        self._ending: dict[int, list[Sequence]] = {}  # by the step that is their last
         self._phases = [0] * PAGE_SIZE  # of those in decode: how many begin a page in a step, by the step modulo a page
-        self._late: dict[_Sequence, float] = {}  # in decode, whose last token was before the last step: its second
+        self._late: dict[Sequence, float] = {}  # in decode, whose last token was before the last step: its second
         self._ended: list[Life] = []
         self._now = 0.0
 
@@ -213,13 +148,13 @@ class QuickInstance:
                 self._totals.rejected += 1
                 continue
             life = self._begun.get(number) or Life(arrival)
-            heappush(self._waiting, (number, _Sequence(number, arrival, life)))
+            heappush(self._waiting, (number, Sequence(number, arrival, life)))
             self._alive += 1
             self._ahead += arrival.prompt
             self._totals.prompt_tokens += arrival.prompt
         return 0
 
-    def _plan(self) -> tuple[list[tuple[_Sequence, int]], list[_Sequence]]:
+    def _plan(self) -> tuple[list[tuple[Sequence, int]], list[Sequence]]:
         """The rows of prompts, with their tokens, and the sequences in decode that get no page. All others decode."""
         begin = self._phases[self._step % PAGE_SIZE]
         last = sum(each.known - each.computed == 1 for each in self._prompts)
@@ -228,9 +163,9 @@ class QuickInstance:
         left = self._budget - self._decoding - last
         rows, wanted, shares = [], begin, left
         for each in self._prompts:
-            if count := _limit(each, shares):
+            if count := limit_of(each, shares):
                 rows.append((each, count))
-                wanted += _pages(each.computed + count) - _pages(each.computed)
+                wanted += pages_of(each.computed + count) - pages_of(each.computed)
                 shares -= count if each.known - each.computed > 1 else 0
         if wanted > self._free:
             if not self._alike:
@@ -241,7 +176,7 @@ class QuickInstance:
             self._admit(rows, shares)
         return rows, []
 
-    def _admit(self, rows: list[tuple[_Sequence, int]], left: int) -> None:
+    def _admit(self, rows: list[tuple[Sequence, int]], left: int) -> None:
         """Give KV to those that wait, in turn, while there is room: rows of `left` tokens in all."""
         most = self._system.max_sequences
         planned = dict(rows)
@@ -251,39 +186,39 @@ class QuickInstance:
                 spare = self._free - self._running - self._spared
                 for other in self._prompts:
                     done = other.computed + planned.get(other, 0)
-                    spare -= _pages(other.known) - _pages(done) if other.known - done > 1 else 0
-                if _pages(each.known) + 1 > spare:
+                    spare -= pages_of(other.known) - pages_of(done) if other.known - done > 1 else 0
+                if pages_of(each.known) + 1 > spare:
                     if not self._alike:
                         raise Unusual
                     return
             heappop(self._waiting)
-            count = _affordable(0, _limit(each, left), self._free)
+            count = affordable(0, limit_of(each, left), self._free)
             self._running += 1
             self._prompts.append(each)
             self._prompts.sort(key=lambda sequence: sequence.number)
             if not count:
                 return
-            self._free -= _pages(count)
+            self._free -= pages_of(count)
             rows.append((each, count))
             planned[each] = count
             left -= count
 
-    def _make_room(self, left: int) -> tuple[list[tuple[_Sequence, int]], list[_Sequence]]:
+    def _make_room(self, left: int) -> tuple[list[tuple[Sequence, int]], list[Sequence]]:
         """As `_plan`, where pages are short: they are given by number, and the youngest give way."""
         step, prompts = self._step, set(self._prompts)
         decoding = [each for ending in self._ending.values() for each in ending]
         idle = sorted([*decoding, *prompts], key=lambda each: each.number)
-        rows: list[tuple[_Sequence, int]] = []
-        stalled: list[_Sequence] = []
+        rows: list[tuple[Sequence, int]] = []
+        stalled: list[Sequence] = []
         short, at = False, 0
         while at < len(idle):
             each = idle[at]
             at += 1
             done = each.computed if each in prompts else each.at(step)
-            want = _limit(each, left) if each in prompts else 1
+            want = limit_of(each, left) if each in prompts else 1
             if not want:
                 continue
-            while not (count := _affordable(done, want, self._free)):
+            while not (count := affordable(done, want, self._free)):
                 if len(idle) > at:
                     self._preempt(idle.pop(), prompts)
                 elif len(idle) > 1:
@@ -291,7 +226,7 @@ class QuickInstance:
                     break
                 else:
                     raise Unusual
-            self._free -= _pages(done + count) - _pages(done)
+            self._free -= pages_of(done + count) - pages_of(done)
             if each not in prompts:
                 if not count:
                     stalled.append(each)
@@ -302,16 +237,16 @@ class QuickInstance:
             self._admit(rows, left)
         return rows, stalled
 
-    def _preempt(self, victim: _Sequence, prompts: set[_Sequence]) -> None:
+    def _preempt(self, victim: Sequence, prompts: set[Sequence]) -> None:
         """Take its KV away; it waits, and all its tokens are computed again."""
         if victim in prompts:
             self._prompts.remove(victim)
-            self._free += _pages(victim.computed)
+            self._free += pages_of(victim.computed)
         else:
             done = victim.at(self._step)
             self._ending[victim.ends].remove(victim)
             self._leave(victim, done)
-            self._free += _pages(done)
+            self._free += pages_of(done)
             last = self._late.pop(victim, self._now)
             victim.life.tokens += done + 1 - victim.known
             victim.life.last = last
@@ -322,7 +257,7 @@ class QuickInstance:
         self._totals.preemptions += 1
         heappush(self._waiting, (victim.number, victim))
 
-    def _enter(self, each: _Sequence, step: int) -> None:
+    def _enter(self, each: Sequence, step: int) -> None:
         """It decodes from that step on, with all its known tokens but the last computed."""
         each.computed, each.since = each.known - 1, step
         each.ends = step + each.output - (each.known - each.prompt) - 1
@@ -331,12 +266,12 @@ class QuickInstance:
         self._context += each.computed
         self._decoding += 1
 
-    def _leave(self, each: _Sequence, done: int) -> None:
+    def _leave(self, each: Sequence, done: int) -> None:
         self._phases[(each.since - each.computed) % PAGE_SIZE] -= 1
         self._context -= done
         self._decoding -= 1
 
-    def _advance(self, rows: list[tuple[_Sequence, int]], stalled: list[_Sequence], behind: int) -> None:
+    def _advance(self, rows: list[tuple[Sequence, int]], stalled: list[Sequence], behind: int) -> None:
         """Let the batch's time pass. Every row that samples has a token then."""
         step, before = self._step, self._now
         for each in stalled:  # as if it began a step later
@@ -372,7 +307,7 @@ class QuickInstance:
                 self._prompts.remove(each)
                 self._sample(each, step + 1)
 
-    def _sample(self, each: _Sequence, step: int) -> None:
+    def _sample(self, each: Sequence, step: int) -> None:
         """Its known tokens are computed: it has one more, and decodes unless that is its last."""
         life, now = each.life, self._now
         if each.known == each.prompt:
@@ -392,17 +327,17 @@ class QuickInstance:
         if life.last != now:
             self._late[each] = life.last
 
-    def _end(self, each: _Sequence, computed: int) -> None:
+    def _end(self, each: Sequence, computed: int) -> None:
         life = each.life
         if each.known - each.prompt < each.output:
             life.tokens += each.output - (each.known - each.prompt)
             life.last = self._now
-        self._free += _pages(computed)
+        self._free += pages_of(computed)
         self._running -= 1
         self._alive -= 1
         self._ended.append(life)
 
-    def _charge(self, rows: list[tuple[_Sequence, int]], decode: int, context: int, behind: int) -> float:
+    def _charge(self, rows: list[tuple[Sequence, int]], decode: int, context: int, behind: int) -> float:
         """Count a batch's cost. Returns its seconds."""
         tokens = prefix_tokens = prompts = 0
         pairs = keys = prefix_pairs = 0.0
@@ -459,20 +394,5 @@ class QuickInstance:
         for tokens in (*decoding, *(each.computed for each in self._prompts)):
             for layers, window in self._groups:
                 first = 0 if window is None else window.kept_from(tokens) // PAGE_SIZE
-                taken += layers * (_pages(tokens) - first)
+                taken += layers * (pages_of(tokens) - first)
         return taken / (self._pages * sum(layers for layers, _ in self._groups))
-
-
-def _pages(tokens: int) -> int:
-    return -(-tokens // PAGE_SIZE)
-
-
-def _limit(each: _Sequence, left: int) -> int:
-    """Tokens of its next row, where prompts have so many left of the batch."""
-    ahead = each.known - each.computed
-    return 1 if ahead == 1 else min(ahead, left)
-
-
-def _affordable(done: int, want: int, free: int) -> int:
-    """How many of the next `want` tokens fit into the last page and the free ones."""
-    return min(want, (_pages(done) + free) * PAGE_SIZE - done)

@@ -16,10 +16,11 @@ from dataclasses import dataclass, replace
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System, before_first_token, power, price
 from lamina.simulator.event_loop.coupled import serve_sessions
+from lamina.simulator.event_loop.decode_costs import DecodeCosts
 from lamina.simulator.event_loop.failures import FailingInstance, Failures
 from lamina.simulator.event_loop.instance import Instance
 from lamina.simulator.event_loop.lives import Life, Totals
-from lamina.simulator.event_loop.quick_instance import DecodeCosts, QuickInstance, Unusual, is_usual
+from lamina.simulator.event_loop.quick_instance import QuickInstance, Unusual, is_usual
 from lamina.simulator.event_loop.results import RunResult
 from lamina.simulator.event_loop.statistics import distribution, weighted_distribution
 from lamina.simulator.traces.arrivals import Arrival, Trace, split
