@@ -333,8 +333,8 @@ def exchange_time(
     heads, all where they share ranges. `workers`: how many share one machine.
     """
     element, rows = model.activation, load.decode_tokens + load.prefix_tokens
-    asked = rows * copies * sum(group.layers * group.asked_elements for group in model.groups) * element
-    answered = rows * copies * sum(group.layers * group.output_elements for group in model.groups) * element
+    asked = rows * copies * model.asked_elements * element
+    answered = rows * copies * model.output_elements * element
     asked += load.decode * model.state_bytes_sent(element)
     answered += load.decode * model.state_bytes_returned(element)
     kept, stored = (model.kv_bytes_per_token(element) * count for count in (load.decode_tokens, load.prefill_tokens))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from lamina.simulator.costs.mixers import STATE_RECORDS, ChoiceShape, StateShape
 from lamina.simulator.costs.packing import FLOATS, Packing, packing
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots: what is cached has its place beside the fields
 class LayerGroup:
     """`layers` layers that are alike. Parameters and elements are for one of them.
 
@@ -46,31 +47,31 @@ class LayerGroup:
     state: StateShape | None = None
     choice: ChoiceShape | None = None
 
-    @property
+    @cached_property
     def attends(self) -> bool:
         return self.kv_heads > 0
 
-    @property
+    @cached_property
     def all_reduces(self) -> int:
         """By tensor parallelism: one behind what mixes tokens, one behind the MLP."""
         return (self.attends or self.state is not None) + (self.mlp > 0 or self.experts > 0)
 
-    @property
+    @cached_property
     def kept_elements(self) -> int:
         """What the cache keeps of a token, keys for choices included."""
         return self.kv_elements + (self.choice.key_elements if self.choice else 0)
 
-    @property
+    @cached_property
     def asked_elements(self) -> int:
         """What attention is sent of a token's queries, those for choices included."""
         return self.query_elements + (self.choice.query_elements if self.choice else 0)
 
-    @property
+    @cached_property
     def multiplied(self) -> int:
         """Parameters of one layer that a token is multiplied with."""
         return self.projections + self.mlp + self.top_k * self.expert
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         """Of one layer, all of them."""
         return self.projections + self.mlp + self.vectors + self.experts * self.expert
@@ -95,7 +96,7 @@ class LayerGroup:
         return self.choice.score_flops * keys + min(whole * keys, self.score_flops * self.read(keys))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ModelShape:
     """A model as the cost model sees it. `embedding`: parameters of the input table, which are stored and not
     multiplied; `head`: those of the output layer (the same table where `tied`). `element`: bytes of a weight; of 1, the
@@ -125,21 +126,21 @@ class ModelShape:
         published = self.published_weight_bytes if element == self.element else None
         return replace(self, element=element, published_weight_bytes=published, packing=None)
 
-    @property
+    @cached_property
     def activation(self) -> float:
         """Bytes of an activation: weights of 8 bits are multiplied with numbers that are kept in 16."""
         return max(2.0, self.element)
 
-    @property
+    @cached_property
     def layers(self) -> int:
         return sum(group.layers for group in self.groups)
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         layers = sum(group.layers * group.parameters for group in self.groups)
         return layers + self.embedding + self.vectors + (0 if self.tied else self.head)
 
-    @property
+    @cached_property
     def weight_bytes(self) -> float:
         """What the weights take in memory."""
         if self.packing is None and self.element >= 2:
@@ -161,12 +162,12 @@ class ModelShape:
         """The part of `weights_read` that experts are."""
         return self.expert_parameters(tokens) * self._stored
 
-    @property
+    @cached_property
     def packable(self) -> int:
         """Parameters of all matrices: what may be packed."""
         return self.parameters - self.vectors - sum(group.layers * group.vectors for group in self.groups)
 
-    @property
+    @cached_property
     def matrices(self) -> int:
         """Parameters of all layers that every token is multiplied with: all but experts, norms and biases."""
         return sum(group.layers * (group.projections + group.mlp) for group in self.groups)
@@ -228,62 +229,73 @@ class ModelShape:
         (chosen, _), (kept, _) = self.attention_work(context, element)
         return chosen + kept
 
-    @property
+    @cached_property
     def attentions(self) -> int:
         """Layers that attend."""
         return sum(group.layers for group in self.groups if group.attends)
 
-    @property
+    @cached_property
     def states(self) -> int:
         """Layers that have a recurrent state."""
         return sum(group.layers for group in self.groups if group.state is not None)
 
-    @property
+    @cached_property
     def all_reduces(self) -> int:
         return sum(group.layers * group.all_reduces for group in self.groups)
 
-    @property
+    @cached_property
     def state_heads(self) -> int:
         """Into how many parts the states can be cut; 0: there are none."""
         return min((group.state.heads for group in self.groups if group.state is not None), default=0)
 
-    @property
+    @cached_property
     def state_bytes(self) -> int:
         """Of one sequence's states over all layers, whatever its length: what each token reads, and writes."""
         return self._of_states(lambda state: state.nbytes)
 
-    @property
+    @cached_property
     def state_bytes_held(self) -> int:
         """What a sequence's states take in memory."""
         return STATE_RECORDS * self.state_bytes
 
-    @property
+    @cached_property
     def state_flops(self) -> int:
         """FLOPs of all states for one token in decode."""
         return self._of_states(lambda state: state.flops)
 
-    @property
+    @cached_property
     def state_prompt_flops(self) -> int:
         """FLOPs of all states for one token of a prompt."""
         return self._of_states(lambda state: state.prompt_flops)
 
     def state_bytes_sent(self, element: float = 2.0) -> float:
         """Bytes of q, k, v and the gates that one token sends to the states of all layers."""
-        return self._of_states(lambda state: state.channels) * element + self._of_states(lambda state: state.gate_bytes)
+        channels, gates, _ = self._state_messages
+        return channels * element + gates
 
     def state_bytes_returned(self, element: float = 2.0) -> float:
-        return self._of_states(lambda state: state.outputs) * element
+        return self._state_messages[2] * element
+
+    @cached_property
+    def asked_elements(self) -> int:
+        """Of the queries of one token, over all layers."""
+        return sum(group.layers * group.asked_elements for group in self.groups)
+
+    @cached_property
+    def output_elements(self) -> int:
+        """Of the outputs of attention of one token, over all layers."""
+        return sum(group.layers * group.output_elements for group in self.groups)
 
     def exchange_bytes(self, element: float = 2.0) -> float:
         """Bytes of q, k, v, gates and outputs that one token sends and gets back over all layers.
 
         For GQA this is (2 + 2/G) e d L (Lamina, arXiv 2405.01814v2). k and v are `kv_bytes_per_token` of it.
         """
-        there = sum(group.layers * (group.asked_elements + group.output_elements) for group in self.groups)
+        there = self.asked_elements + self.output_elements
         states = self.state_bytes_sent(element) + self.state_bytes_returned(element)
         return (there + self._kv_elements) * element + states
 
-    @property
+    @cached_property
     def kv_projection_bytes(self) -> float:
         """The part of `weights_read` that the projections of k and v are."""
         return self._kv_projections * self._stored
@@ -292,30 +304,36 @@ class ModelShape:
         """The part of `dense_flops` that the projections of k and v are."""
         return 2.0 * self._kv_projections * tokens
 
-    @property
+    @cached_property
     def _kv_projections(self) -> int:
         return sum(group.layers * group.kv_projections for group in self.groups)
 
-    @property
+    @cached_property
     def _kv_elements(self) -> int:
         return sum(group.layers * group.kept_elements for group in self.groups)
+
+    @cached_property
+    def _state_messages(self) -> tuple[int, int, int]:
+        """Of one token to all states: elements that are sent, bytes of the gates, elements that come back."""
+        of = self._of_states
+        return of(lambda state: state.channels), of(lambda state: state.gate_bytes), of(lambda state: state.outputs)
 
     def _of_states(self, number: Callable[[StateShape], int]) -> int:
         return sum(group.layers * number(group.state) for group in self.groups if group.state is not None)
 
-    @property
+    @cached_property
     def _table(self) -> float:
         """Bytes of a weight of the input table and the head in memory: where matrices have 8 bits, these keep 16."""
         if self.packing is None:
             return self._float if self.element >= 2 else self.activation
         return self.packing.table or self.packing.nbytes
 
-    @property
+    @cached_property
     def _stored(self) -> float:
         """Bytes of a matrix's weight of a layer in memory."""
         return self._float if self.packing is None else self.packing.nbytes
 
-    @property
+    @cached_property
     def _float(self) -> float:
         """Bytes of a weight that is not packed."""
         return self.element if self.published_weight_bytes is None else self.published_weight_bytes / self.parameters
