@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How much better the best plan is than the one that the planner chooses, by the event loop over all candidates.
 
-usage: scripts/simulate/regret.py [CASE ...] [--requests 1200]
+usage: scripts/simulate/regret.py [CASE ...] [--requests 2400]
 
 Each case is an inventory, a model, a trace at a rate, and an SLO; none was used to tune the planner. For each, every
 candidate with every number of replicas is simulated on the same excerpt of the trace, except where its price alone says
@@ -60,7 +60,7 @@ CASES = {
     "hosts": Case("llama-3-70b", (("h100", 4), ("epyc-genoa", 2)), "azure-conv", 3.0, 0.15, 4.0),
     "most": Case("llama-3-70b", (("h100", 4), ("h20", 2)), "azure-conv", math.inf, 0.1, 2.0, budget=50.0),
 }
-REQUESTS = 1200
+REQUESTS = 2400
 POINT = 0.01
 _HALVINGS, _MOST = 6, 1e4
 """To find the highest rate, and requests a second that none has."""
