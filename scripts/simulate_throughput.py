@@ -42,6 +42,9 @@ from lamina.simulator.costs.hardware import Efficiency, load
 from lamina.simulator.reports.text import sentences
 from lamina.simulator.traces.catalogue import FILES, trace
 
+DRAWN = " (synthetic)"
+"""At the end of the name of a trace that stands for a published one."""
+
 
 def record(cell: Cell) -> dict[str, object]:
     lamina, bare, fitted = cell.lamina, cell.bare, cell.fitted
@@ -72,7 +75,7 @@ def head(baseline: Efficiency) -> list[str]:
 def line(cell: Cell) -> str:
     note = "*" if compute_bound(cell.model, cell.trace) else ""
     return (
-        f"{cell.model:11} {cell.trace:26} {cell.left_out:8} {cell.lamina.saturated_batch:8.1f} "
+        f"{cell.model:11} {cell.trace.removesuffix(DRAWN):26} {cell.left_out:8} {cell.lamina.saturated_batch:8.1f} "
         f"{cell.bare.saturated_batch:7.1f} {cell.batch_gain:6.2f} {cell.lamina.saturated_tokens_per_second:9.0f} "
         f"{cell.bare_gain:10.2f} {cell.fitted_gain:6.2f}{note}"
     )
@@ -81,6 +84,8 @@ def line(cell: Cell) -> str:
 def tail(cells: list[Cell]) -> Iterator[str]:
     if any(compute_bound(cell.model, cell.trace) for cell in cells):
         yield "* bound by the FLOPs of two H100"
+    for name in dict.fromkeys(cell.trace for cell in cells if cell.trace.endswith(DRAWN)):
+        yield f"{name.removesuffix(DRAWN)} is drawn; the published one is read from --trace-dir"
     mean = sum(cell.batch_gain for cell in cells) / len(cells)
     yield f"\nmean batch ratio {mean:.2f}; both systems with 0.9 of their memory"
     for row in overlap_rows(load()):

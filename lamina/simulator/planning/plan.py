@@ -144,7 +144,7 @@ def make_plan(
         ranked=tuple(ranked),
         ties=ties,
         intervals=sure,
-        why=tuple(said + reasons.why(ranked, wanted, slo, prefill, sure, ties)),
+        why=tuple(said + reasons.why(ranked, wanted, slo, prefill, ties)),
         sensitivity=tuple(found),
         assumptions=tuple(would_flip),
         plan=_plan(asked.name, ranked[0], wanted, slo),

@@ -4,13 +4,13 @@ compares with the best of the other kind."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System
-from lamina.simulator.costs.uncertainty import Interval
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.planning.offloading import compute_bound_devices, step_compared
+from lamina.simulator.planning.overload import would_do
 from lamina.simulator.planning.planner import Ranked, best
 from lamina.simulator.planning.quantities import links, scaled
 from lamina.simulator.planning.ties import RATIO_ERROR, advantage, lossless
@@ -38,15 +38,14 @@ def why(
     demand: Demand,
     slo: Slo,
     prefill: bool = True,
-    sure: Mapping[str, Interval] | None = None,
     ties: Sequence[Ranked] = (),
 ) -> list[str]:
-    """Plain sentences. `sure`: the winner's intervals; `ties`: what is as good as it."""
+    """Plain sentences. `ties`: what is as good as it."""
     winner = ranked[0]
     found = winner.estimate
     said = [
         f"{winner.name}: {winner.goodput:.3g} requests/s within the SLO for ${found.price:.2f} an hour"
-        f"{f', {winner.goodput_per_dollar:.0f} for a dollar' if found.price else ''}{_by(winner, sure or {})}."
+        f"{f', {winner.goodput_per_dollar:.0f} for a dollar' if found.price else ''}{_by(winner)}."
     ]
     if ties:
         said.append(_ties_said(winner, ties))
@@ -55,7 +54,7 @@ def why(
     elif not winner.serves:
         said.append(
             f"No system here serves all {found.demanded:.3g} requests/s within the SLO; the rest would have to go "
-            "elsewhere."
+            f"elsewhere. {would_do(winner.candidate.system, demand, slo, prefill, found.replicas + 1)}."
         )
     said.append(_limits_said(limits(winner, demand, slo, prefill)))
     winner_device = winner.candidate.system.devices[-1][0].name if winner.candidate.offloaded else ""
@@ -127,21 +126,15 @@ def _gain(winner: Ranked, other: Ranked) -> tuple[float, str]:
     return (mine / theirs if theirs else math.inf), unit
 
 
-def _by(ranked: Ranked, sure: Mapping[str, Interval] | None = None) -> str:
-    """Its other figures, with their 90 % intervals where these are known, and their source."""
-    found, result, known = ranked.estimate, ranked.result, sure or {}
-
-    def within(name: str, form: Callable[[float], str]) -> str:
-        return f" ({form(known[name].low)} to {form(known[name].high)})" if name in known else ""
-
+def _by(ranked: Ranked) -> str:
+    """Its other figures, and their source."""
+    found, result = ranked.estimate, ranked.result
     tpot, ttft, batch, share = found.tpot, found.ttft, found.batch, found.share
     if result is not None:
         tpot, ttft, batch, share = result.tpot.mean, result.ttft.mean, result.mean_batch, result.slo_share
     return (
-        f", {tpot * 1000:.0f}{within('tpot', lambda x: f'{x * 1000:.0f}')} ms a token, "
-        f"{ttft:.2f}{within('ttft', lambda x: f'{x:.2f}')} s to the first, {batch:.0f} sequences in decode in each, "
-        f"{share:.0%}{within('share', lambda x: f'{x:.0%}')} in time, by the "
-        f"{'closed form' if result is None else 'event loop'}{'; in brackets 90 % intervals' if known else ''}"
+        f", {tpot * 1000:.0f} ms a token, {ttft:.2f} s to the first, {batch:.0f} sequences in decode in each, "
+        f"{share:.0%} in time, by the {'closed form' if result is None else 'event loop'}"
     )
 
 
