@@ -73,7 +73,12 @@ class Load:
 
     def __post_init__(self) -> None:
         # NaN compares false.
-        if not all(0 <= count < math.inf for count in (self.decode, self.context, self.prefill_tokens, self.drafts)):
+        if not (
+            0 <= self.decode < math.inf
+            and 0 <= self.context < math.inf
+            and 0 <= self.prefill_tokens < math.inf
+            and 0 <= self.drafts < math.inf
+        ):  # written out: it is asked a million times for a plan
             raise InvalidRequest(f"a batch is {self}; allowed are finite numbers, 0 or more")
         if not self.prefill_tokens and (self.prefill_pairs or self.prefix_pairs or self.prompts):
             raise InvalidRequest(f"a batch is {self}; allowed are pairs and ends of a prefill that has tokens")

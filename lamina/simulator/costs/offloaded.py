@@ -210,7 +210,9 @@ class Offloaded:
         """The lane where q is sent before k and v."""
         late = kv_projection_time(self.model, self.model_device, self.model_count, load) + lane.exchange.keys
         more = self.model.attentions * self.link.query_first_time
-        return replace(lane, dense=lane.dense + more, hidden=min(lane.past, late))
+        return Lane(
+            lane.dense + more, lane.local, lane.attention, lane.exchange, lane.hop, lane.past, min(lane.past, late)
+        )
 
     def _dense(self, load: Load) -> float:
         """Seconds of all that the model devices do beside attention in decode."""

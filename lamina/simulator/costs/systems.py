@@ -107,7 +107,9 @@ class Colocated:
     def _step(self, load: Load) -> StepCost:
         model, device, count = self.model, self.device, self.tensor_parallel
         # A prefix lies where everything lies: its pairs are like those of the rest of the prompt.
-        load = replace(load, prefill_pairs=load.prefill_pairs + load.prefix_pairs, prefix_pairs=0.0, prefix_tokens=0.0)
+        if load.prefix_tokens or load.prefix_pairs:
+            pairs = load.prefill_pairs + load.prefix_pairs
+            load = replace(load, prefill_pairs=pairs, prefix_pairs=0.0, prefix_tokens=0.0)
         dense = dense_time(model, device, count, load)
         dense += prefill_attention_time(model, device, count, load, self.kv_element)
         dense += prefill_state_time(model, device, count, load)
