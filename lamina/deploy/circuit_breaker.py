@@ -65,4 +65,4 @@ class CircuitBreaker:
 
     def left(self, now: float) -> float:
         """Seconds for which the worker is not used; 0 where it may be."""
-        return 0.0 if self._until is None else max(0.0, self._until - now)
+        return 0.0 if self._until is None else min(max(0.0, self._until - now), self.limits.most)  # rounding

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System
+from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System, before_first_token
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.steady_state.batches import Batches
 from lamina.simulator.steady_state.replay import Floats, Integers, Limits, Requests, Served, replay
@@ -60,6 +60,8 @@ class Service:
 
     def __init__(self, system: System, demand: Demand, slo: Slo, prefill: bool) -> None:
         self._demand, self._slo = demand, slo
+        self._wait = before_first_token(system, 0.0)  # beside all steps, and of each token of a prompt
+        self._wait_a_token = before_first_token(system, 1.0) - self._wait
         self._apart = system if isinstance(system, Disaggregated) and prefill else None
         self._decode = system.decode if isinstance(system, Disaggregated) else system
         self._here = prefill and self._apart is None
@@ -148,6 +150,7 @@ class Service:
 
     def _point(self, rate: float, places: int, stream: Sample, arrived: Floats, served: Served) -> Point:
         ttft = served.first - (arrived if self._slo.ttft is not None else served.entered)
+        ttft += self._wait + stream.prompts * self._wait_a_token
         share = (_kept(ttft, bound(self._slo.ttft)) * _kept(served.pace, bound(self._slo.tpot))).mean()
         after = stream.outputs - 1
         many = after > 0
