@@ -33,7 +33,7 @@ ADDRESSES = Setup(place="addresses")
 PROXIES = Setup(place="proxies")
 JOINING = Setup(options=("--allow-join", "--join-address", "127.0.0.1:0"))
 STAYS = (*USUAL, NoneRefused())  # while it recovers it takes requests
-LONG = Load(words=300, tokens=96)
+LONG = Load(words=200, tokens=64)
 
 ATTENTION = (
     Scenario("nothing fails", "nothing", checks=STAYS),
