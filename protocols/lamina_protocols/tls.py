@@ -20,9 +20,18 @@ def is_tls(sock: object) -> bool:
     return isinstance(sock, ssl.SSLSocket)
 
 
+_CHANGED = (
+    "bad record mac", "record layer failure", "record overflow", "wrong version number", "unexpected message",
+    "decode error",
+)  # fmt: skip
+"""In OpenSSL's words what ends an established connection whose bits have changed: the second is what 3.2 and later say
+of every record that is wrong, the others are alerts from the other side, or older versions'."""
+
+
 def is_corrupt(error: OSError) -> bool:
     """Whether bits have changed on the way, as this side has found or the other one says."""
-    return isinstance(error, ssl.SSLError) and "BAD_RECORD_MAC" in (error.reason or "")
+    said = str(error).lower()  # `reason` is None where Python does not know OpenSSL's number
+    return isinstance(error, ssl.SSLError) and any(each in said for each in _CHANGED)
 
 
 def handshake(sock: object) -> None:

@@ -87,12 +87,12 @@ def test_a_killed_attention_worker_changes_no_text() -> None:
         reference = streams(server.url, 16, **body)
 
         def kill() -> None:
-            until(lambda: server.status()["engine"]["running"] == 16, server.log)
+            until(lambda: server.status()["engine"]["running"] == 16, server)
             time.sleep(0.5)
             os.kill(server.attention_workers[0], signal.SIGKILL)
 
         assert streams(server.url, 16, kill, **body) == reference
-        until(lambda: len(server.attention_workers) == 2, server.log)
+        until(lambda: len(server.attention_workers) == 2, server)
         assert server.status()["engine"]["lost_holders"] == 1
         assert streams(server.url, 16, **body) == reference
 
@@ -114,18 +114,18 @@ def test_streams_outlive_a_killed_engine(options: tuple[str, ...]) -> None:
             thread.start()
             for _ in range(2):
                 before = server.engine
-                until(lambda: server.status()["engine"]["running"] >= 6, server.log)
+                until(lambda: server.status()["engine"]["running"] >= 6, server)
                 time.sleep(0.7)
                 os.kill(before, signal.SIGKILL)
-                until(lambda: server.get("/health")[0] == 503, server.log)
+                until(lambda: server.get("/health")[0] == 503, server)
                 refused.append(server.post("/v1/completions", prompt="a")[0])
-                until(lambda: server.get("/health")[0] == 200, server.log)
+                until(lambda: server.get("/health")[0] == 200, server)
             thread.join()
 
         assert streams(server.url, 6, kill, **body) == expected
         assert answers == [answer]
         assert refused == [503, 503]
-        until(lambda: quiet(server), server.log, 15)
+        until(lambda: quiet(server), server, 15)
 
 
 def test_a_killed_engine_is_told_and_comes_back() -> None:
@@ -139,14 +139,14 @@ def test_a_killed_engine_is_told_and_comes_back() -> None:
 
         thread = threading.Thread(target=lambda: asyncio.run(long()))
         thread.start()
-        until(lambda: server.status()["engine"]["running"] == 1, server.log)
+        until(lambda: server.status()["engine"]["running"] == 1, server)
         worker = server.attention_workers
         os.kill(server.engine, signal.SIGKILL)
         status, answer = server.get("/health")
         assert status in (200, 503)
         if status == 503:
             assert "engine" in answer["error"]["message"]
-        until(lambda: server.get("/health")[0] == 200, server.log)
+        until(lambda: server.get("/health")[0] == 200, server)
         thread.join(60)
         assert '"error"' not in events[0]
         assert events[0].rstrip().endswith("data: [DONE]")
@@ -160,8 +160,8 @@ def test_health_is_503_while_no_attention_worker_is_left() -> None:
     with serving(*ENGINE, "--attention-workers", "1", "--local-share", "0") as server:
         assert server.get("/health")[0] == 200
         os.kill(server.attention_workers[0], signal.SIGKILL)
-        until(lambda: "engine_halted" in str(server.get("/health")), server.log)  # another one takes seconds to start
-        until(lambda: server.get("/health")[0] == 200, server.log)
+        until(lambda: "engine_halted" in str(server.get("/health")), server)  # another one takes seconds to start
+        until(lambda: server.get("/health")[0] == 200, server)
         assert server.post("/v1/completions", prompt="One", max_tokens=2)[0] == 200
 
 
@@ -179,10 +179,10 @@ def test_attention_workers_that_go_while_the_engine_starts_again_end_nothing(
     with serving(*ENGINE, "--attention-workers", str(workers)) as server:
         before = server.engine
         os.kill(before, signal.SIGKILL)
-        until(lambda: server.children("engine_main") not in ([], [before]), server.log)
+        until(lambda: server.children("engine_main") not in ([], [before]), server)
         time.sleep(0.9)  # the engine loads, and knows its workers
         os.kill(server.attention_workers[0], number)
-        until(lambda: server.get("/health")[0] == 200, server.log)
+        until(lambda: server.get("/health")[0] == 200, server)
         assert streams(server.url, 2, max_tokens=4, temperature=0)
         assert server.process.poll() is None
 
@@ -192,7 +192,7 @@ def test_a_signal_to_every_process_of_the_service_lets_streams_end() -> None:
     with serving(*ENGINE) as server:
 
         def end() -> None:
-            until(lambda: server.status()["engine"]["running"] == 2, server.log)
+            until(lambda: server.status()["engine"]["running"] == 2, server)
             for pid in (server.process.pid, server.engine, server.http):
                 os.kill(pid, signal.SIGTERM)
 
@@ -207,7 +207,7 @@ def test_a_paused_engine_is_reached_again_by_a_new_http_process() -> None:
         os.kill(server.http, signal.SIGKILL)
         time.sleep(6.0)  # longer than one try to connect
         os.kill(server.engine, signal.SIGCONT)
-        until(lambda: connects(server.url), server.log, 20)
+        until(lambda: connects(server.url), server, 20)
         assert streams(server.url, 2, max_tokens=4, temperature=0)
 
 
@@ -217,10 +217,10 @@ def test_a_killed_http_process_comes_back_and_leaves_no_request_behind() -> None
         with contextlib.suppress(OSError):
             thread = threading.Thread(target=lambda: streams_that_break(server.url), daemon=True)
             thread.start()
-        until(lambda: server.status()["engine"]["running"] == 4, server.log)
+        until(lambda: server.status()["engine"]["running"] == 4, server)
         os.kill(server.http, signal.SIGKILL)
-        until(lambda: connects(server.url), server.log)
-        until(lambda: quiet(server), server.log, 10)
+        until(lambda: connects(server.url), server)
+        until(lambda: quiet(server), server, 10)
         assert server.engine == engine
         assert streams(server.url, 2, max_tokens=4, temperature=0)
 
@@ -243,9 +243,9 @@ def test_a_signal_lets_streams_end_and_refuses_new_ones(number: signal.Signals) 
         refused: list[int] = []
 
         def end() -> None:
-            until(lambda: server.status()["engine"]["running"] == 2, server.log)
+            until(lambda: server.status()["engine"]["running"] == 2, server)
             server.process.send_signal(number)
-            until(lambda: server.get("/health")[0] == 503, server.log)
+            until(lambda: server.get("/health")[0] == 503, server)
             refused.append(server.post("/v1/completions", prompt="a")[0])
 
         texts = streams(server.url, 2, end, max_tokens=150, temperature=0, ignore_eos=True)
@@ -260,7 +260,7 @@ def test_a_second_signal_ends_at_once() -> None:
     with serving(*ENGINE) as server:
         thread = threading.Thread(target=lambda: streams_that_break(server.url), daemon=True)
         thread.start()
-        until(lambda: server.status()["engine"]["running"] == 4, server.log)
+        until(lambda: server.status()["engine"]["running"] == 4, server)
         server.process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
         start = time.monotonic()
@@ -332,11 +332,11 @@ def test_random_disconnects_and_idle_connections_leave_nothing_behind(server: Se
     """10,000 requests: all of them together take no more memory than the first 2,000."""
     pids = [server.engine, server.http, *server.attention_workers]
     asyncio.run(leave_at_random(server.url, 2000, 1, idle=500))
-    until(lambda: quiet(server), server.log, 10)
+    until(lambda: quiet(server), server, 10)
     time.sleep(3.0)  # idle connections of the client are closed
     before = [resources(pid) for pid in pids]
     counts = asyncio.run(leave_at_random(server.url, 8000, 2, idle=500))
-    until(lambda: quiet(server), server.log, 10)
+    until(lambda: quiet(server), server, 10)
     assert counts["failed"] == 0
     assert counts["left"] > 1000 < counts["done"]
     time.sleep(3.0)
@@ -369,7 +369,7 @@ def test_a_client_that_leaves_frees_its_pages_within_a_second(server: Server) ->
         {"prompt": prompt(5, 5000), **long},  # leaves while it is read
     ):
         asyncio.run(leave(body, 0.7))
-        until(lambda: quiet(server), server.log, 1.0)
+        until(lambda: quiet(server), server, 1.0)
 
 
 def test_it_does_not_listen_for_everybody_without_a_key() -> None:

@@ -70,7 +70,7 @@ def test_models_take_turns_and_say_what_they_keep() -> None:
             assert first == text(server, "two")  # the same model, at the same worker, once the other has left it
             assert states(server) == {"one": "unloaded", "two": "loaded"}
             assert first == text(server, "one")
-            until(lambda: set(states(server).values()) == {"unloaded"}, server.log)
+            until(lambda: set(states(server).values()) == {"unloaded"}, server)
             assert server.get("/health")[0] == 200
             assert len(server.attention_workers) == 1
             until(lambda: listener.types[-1:] == ["AllBlocksCleared"], listener.types)

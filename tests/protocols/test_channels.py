@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import queue
 import socket
 import ssl
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from evaluate.fault_injection.proxy import Proxy, Toxic
 from transports import SECRET, TRANSPORTS, made_credentials, pair
 
 from lamina_protocols import codec, frames
@@ -336,6 +338,42 @@ def test_a_private_key_is_in_no_file_on_a_disk(tmp_path, monkeypatch):
 def test_tls_contexts_take_nothing_older():
     assert server_context(made_credentials(), False).minimum_version is ssl.TLSVersion.TLSv1_3
     assert client_context(made_credentials()).minimum_version is ssl.TLSVersion.TLSv1_3
+
+
+@dataclasses.dataclass(frozen=True)
+class FlipAt(Toxic):
+    """Changes a bit of one byte of each chunk."""
+
+    at: int = 0
+
+    def spoil(self, chunk, rng):
+        spoilt = bytearray(chunk)
+        spoilt[self.at] ^= 2
+        return [bytes(spoilt)], True
+
+
+@pytest.mark.parametrize("at", [0, 1, 20, -1])
+def test_both_ends_of_tls_notice_a_changed_bit(at):
+    """OpenSSL 3.2 and later say "record layer failure" of it, which was taken for a loss as any other."""
+    made = made_credentials()
+    arrived: queue.SimpleQueue[SocketChannel] = queue.SimpleQueue()
+    listener = Listener(
+        listen_tcp("127.0.0.1", 0), SECRET.__eq__, lambda channel, _: arrived.put(channel), server_context(made, True)
+    )
+    with contextlib.ExitStack() as stack:
+        stack.callback(listener.close)
+        proxy = stack.enter_context(Proxy(f"127.0.0.1:{listener.port}"))
+        near = connect_tcp("127.0.0.1", int(proxy.address.split(":")[1]), SECRET, 10, client_context(made))
+        far = arrived.get(timeout=10)
+        stack.callback(near.close)
+        stack.callback(far.close)
+        near.send(codec.encode(LAYER))
+        assert same(codec.decode(far.receive(10)), LAYER)
+        proxy.toxic = FlipAt(way="to", at=at)
+        near.send(codec.encode(LAYER))
+        for end in (far, near):
+            with pytest.raises(CorruptFrame, match="bits have changed"):
+                end.receive(10)
 
 
 @pytest.mark.parametrize("tls", [False, True])

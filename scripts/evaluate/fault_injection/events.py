@@ -32,7 +32,7 @@ class WaitUntilWhole:
     """Until the server is healthy and has all its attention workers."""
 
     def happen(self, world: World) -> None:
-        until(world.whole, world.server.log)
+        until(world.whole, world.server)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class TellToGo:
     def happen(self, world: World) -> None:
         process = world.processes(self.role)[self.which]
         world.send(self.role, (self.which,), signal.SIGTERM)
-        until(lambda: gone(process), world.server.log)
+        until(lambda: gone(process), world.server)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ class SpoilData:
 
     def happen(self, world: World) -> None:
         world.spoil(self.which, self.toxic, data_alone=True)
-        until(lambda: self.says in world.server.log)
+        until(lambda: self.says in world.server.log, world.server)
         world.spoil(self.which, HEALED)
 
 
@@ -130,7 +130,7 @@ class ReplaceAll:
     def happen(self, world: World) -> None:
         for which in range(world.setup.workers):
             world.replace(which)
-            until(world.whole, world.server.log)
+            until(world.whole, world.server)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +163,7 @@ class ClientsCome:
     def happen(self, world: World) -> None:
         world.clients.come(self.count)
         try:
-            until(lambda: world.workers() == self.workers, world.server.log)
+            until(lambda: world.workers() == self.workers, world.server)
         finally:
             world.clients.go()
 
@@ -187,9 +187,9 @@ class KillAgain:
 
     def happen(self, world: World) -> None:
         for _ in range(self.times):
-            until(world.whole, world.server.log)
+            until(world.whole, world.server)
             world.send(self.role, (0,), signal.SIGKILL)
-            until(lambda: not world.whole(), world.server.log)
+            until(lambda: not world.whole(), world.server)
 
 
 @dataclass(frozen=True, slots=True)

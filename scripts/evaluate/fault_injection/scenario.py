@@ -45,11 +45,11 @@ def run(
     texts: Texts,
     previous: Path | None = None,
     seconds: float = 8.0,
-    most: float = 120.0,
 ) -> Result:
-    """Start the service, let clients stream for `seconds`, have the events happen, wait until it has recovered (`most`
-    seconds), and let them stream on for `seconds`. Raises RuntimeError or OSError where the service does not start, or
-    an event cannot happen."""
+    """Start the service, let clients stream for `seconds`, have the events happen, wait until it has recovered (twice
+    the time that it may take at most), and let them stream on for `seconds`. Raises RuntimeError or OSError where the
+    service does not start, or an event cannot happen."""
+    most = 2 * max((check.seconds for check in scenario.checks if isinstance(check, Recovered)), default=60.0)
     with World(scenario.setup, scenario.load, model, folder, previous) as world:
         with world.clients:
             time.sleep(seconds)

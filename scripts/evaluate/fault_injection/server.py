@@ -50,7 +50,7 @@ class Server:
         return command
 
     def wait_until_serving(self) -> Server:
-        found = until(lambda: re.search(r"serving \S+ at (http://\S+)", self.log) or self._ended(), self.log)
+        found = until(lambda: re.search(r"serving \S+ at (http://\S+)", self.log) or self._ended(), self)
         if not isinstance(found, re.Match):
             raise RuntimeError(f"the server ended with {self.process.returncode}: {self.log}")
         self.url = found[1]
@@ -66,6 +66,9 @@ class Server:
     @property
     def log(self) -> str:
         return self._said.decode(errors="replace")
+
+    def __str__(self) -> str:
+        return self.log
 
     def children(self, what: str) -> list[int]:
         """The process ids of this server's children, and of theirs, whose command line has `what`: by their `--name`,
@@ -162,7 +165,7 @@ def gone(process: int) -> bool:
 
 
 def until(true: Callable[[], Any], say: object = "", seconds: float = PATIENCE) -> Any:
-    """What `true` gives once it is anything. Raises TimeoutError, with the text `say`."""
+    """What `true` gives once it is anything. Raises TimeoutError, with the text of `say`, such as a server's log."""
     deadline = time.monotonic() + seconds
     while not (found := true()):
         if time.monotonic() > deadline:

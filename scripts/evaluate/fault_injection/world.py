@@ -120,7 +120,7 @@ class World:
             stack.callback(self.server.close)
             self.server.wait_until_serving()
             self.start = time.monotonic() - began
-            until(self.whole, self.server.log)
+            until(self.whole, self.server)
             warm(self.server.url, self.load)
             self.clients = Clients(self.server.url, self.load)
             self._stack = stack.pop_all()
@@ -252,7 +252,7 @@ class World:
         )  # fmt: skip
         self._stack.callback(_end, machine)
         self._machines[name] = machine
-        waiting = until(lambda: [each for each in self._joining() if each["state"] == "waiting"], self.server.log)
+        waiting = until(lambda: [each for each in self._joining() if each["state"] == "waiting"], self.server)
         ask(f"{self.server.url}/joining/{waiting[0]['id']}", {"accept": True})
         self.expected += 1
 

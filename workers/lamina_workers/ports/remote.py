@@ -148,6 +148,8 @@ class RemoteAttention:
         try:
             self._channel.send(frame, self.patience)
         except (ChannelClosed, ProtocolError, TimeoutError) as error:  # the second: more than the worker takes
+            if isinstance(error, CorruptFrame):  # who waits for room reads meanwhile
+                self.on_corrupt()
             raise self._gone(str(error)) from error
 
     def receive_frame(self, timeout: float | None = None) -> memoryview:
