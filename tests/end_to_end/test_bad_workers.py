@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluate.fault_injection.proxy import Proxy, Toxic
+from evaluate.fault_injection.proxy import FlipAt, Proxy, Toxic
 from real_workers import ports, until, worker_process, write_tiny_model
 
 from lamina import LLM
@@ -83,12 +83,12 @@ def test_a_worker_behind_a_line_that_changes_bits_is_quarantined(model: Path) ->
         here = [address.replace("127.0.0.1", "0.0.0.0") for address in (proxy.address, good.address)]
         llm = stack.enter_context(running(model, here, insecure=True))
         expected = gather(llm)
-        # Some bits are HTTP/2's: then the stream breaks, a loss like any other. These are not to open the breaker.
+        # Other losses are not to open the breaker.
         llm._runtime.pools.attention.breakers._limits = replace(FLAPPING, threshold=1000), QUARANTINE  # type: ignore[union-attr]
 
         def spoil(count: int) -> None:
             if count == 5:
-                proxy.toxic = Toxic(flip=1.0)
+                proxy.toxic = FlipAt(least=500)
 
         end = time.monotonic() + 60
         while "quarantined" not in held(llm).values():

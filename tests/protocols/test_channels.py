@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import queue
 import socket
 import ssl
@@ -16,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from evaluate.fault_injection.proxy import Proxy, Toxic
+from evaluate.fault_injection.proxy import FlipAt, Proxy
 from transports import SECRET, TRANSPORTS, made_credentials, pair
 
 from lamina_protocols import codec, frames
@@ -338,18 +337,6 @@ def test_a_private_key_is_in_no_file_on_a_disk(tmp_path, monkeypatch):
 def test_tls_contexts_take_nothing_older():
     assert server_context(made_credentials(), False).minimum_version is ssl.TLSVersion.TLSv1_3
     assert client_context(made_credentials()).minimum_version is ssl.TLSVersion.TLSv1_3
-
-
-@dataclasses.dataclass(frozen=True)
-class FlipAt(Toxic):
-    """Changes a bit of one byte of each chunk."""
-
-    at: int = 0
-
-    def spoil(self, chunk, rng):
-        spoilt = bytearray(chunk)
-        spoilt[self.at] ^= 2
-        return [bytes(spoilt)], True
 
 
 @pytest.mark.parametrize("at", [0, 1, 20, -1])

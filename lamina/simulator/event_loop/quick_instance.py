@@ -291,9 +291,10 @@ class QuickInstance:
         if usual:
             gaps[now - before] += usual
         self._context += decode
-        for each in sorted(self._ending.pop(step, ()), key=lambda each: each.number):
-            self._leave(each, each.at(step + 1))
-            self._end(each, each.at(step + 1))
+        if ending := self._ending.pop(step, None):
+            for each in sorted(ending, key=lambda each: each.number):
+                self._leave(each, each.at(step + 1))
+                self._end(each, each.at(step + 1))
         for each in stalled:
             each.since += 1
             each.ends += 1
@@ -301,7 +302,7 @@ class QuickInstance:
             self._phases[(each.since - each.computed) % PAGE_SIZE] += 1
             self._context += each.at(step + 1)
             self._decoding += 1
-        for each, count in sorted(rows, key=lambda row: row[1] > 1):
+        for each, count in sorted(rows, key=lambda row: row[1] > 1) if len(rows) > 1 else rows:
             each.computed += count
             if each.computed == each.known:
                 self._prompts.remove(each)

@@ -18,6 +18,9 @@ from lamina.simulator.traces.catalogue import at_rate, windows
 _WHOLE = 0.9
 """The share of the requests of a full run that is one: windows of an excerpt are cut evenly."""
 
+_ELSEWHERE = REQUESTS // 2
+"""Requests of a run in another situation: of two systems, which are both run, only the better one is asked for."""
+
 
 class EventRuns:
     """Runs of candidates on one trace. Each candidate is run once."""
@@ -52,7 +55,7 @@ class EventRuns:
         if not found.taken:
             return other
         trace = _longer(self._trace, given.prompts)
-        return verify([other], trace, given.slo, prefill=self._prefill, seed=self.seed)[0]
+        return verify([other], trace, given.slo, prefill=self._prefill, seed=self.seed, requests=_ELSEWHERE)[0]
 
     def repeated(self, ranked: Ranked) -> Callable[[System], RunResult]:
         """What runs another system under the load of that candidate's own run."""

@@ -56,6 +56,22 @@ class Toxic:
             at += size
 
 
+@dataclass(frozen=True)
+class FlipAt(Toxic):
+    """Changes one bit of the byte at this place of each chunk of at least so many bytes: what is under a checksum, and
+    not, by chance, what a library beneath reads. gRPC ends its process on some bits of HTTP/2."""
+
+    at: int = -1
+    least: int = 1
+
+    def spoil(self, chunk: bytes, rng: random.Random) -> tuple[list[bytes], bool]:
+        if len(chunk) < self.least:
+            return [chunk], True
+        spoilt = bytearray(chunk)
+        spoilt[self.at] ^= 2
+        return [bytes(spoilt)], True
+
+
 class Proxy:
     """Listens on a port of loopback, by default a free one, and passes everything on to `target`, "host:port", through
     `toxic`.
