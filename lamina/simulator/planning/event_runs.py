@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from lamina.simulator.costs.systems import System
+from lamina.simulator.event_loop.quick_instance import is_usual
 from lamina.simulator.event_loop.results import RunResult
 from lamina.simulator.event_loop.simulate import Progress, Slo, simulate
 from lamina.simulator.planning.candidates import Candidate, fits
@@ -18,8 +19,7 @@ from lamina.simulator.traces.catalogue import at_rate, windows
 _WHOLE = 0.9
 """The share of the requests of a full run that is one: windows of an excerpt are cut evenly."""
 
-_ELSEWHERE = REQUESTS // 2
-"""Requests of a run in another situation: of two systems, which are both run, only the better one is asked for."""
+_ALL = 20_000
 
 
 class EventRuns:
@@ -40,6 +40,14 @@ class EventRuns:
             self._known[ranked.candidate] = self.verified([ranked])[0]
         return self._known[ranked.candidate]
 
+    def whole(self, ranked: Ranked) -> Ranked:
+        """The candidate after a run on all of the trace, up to `_ALL` requests; as it is where only the real scheduler
+        can run it, which takes minutes for so many."""
+        system, trace = ranked.candidate.system, self._trace
+        if ranked.result is None or not is_usual(system, trace, True):
+            return ranked
+        return verify([ranked], trace, self._slo, prefill=self._prefill, seed=self.seed, requests=_ALL)[0]
+
     def verified(self, some: Sequence[Ranked], progress: Progress | None = None) -> list[Ranked]:
         """The best of these after full runs, the best first."""
         return verify(some, self._trace, self._slo, prefill=self._prefill, seed=self.seed, progress=progress)
@@ -55,11 +63,12 @@ class EventRuns:
         if not found.taken:
             return other
         trace = _longer(self._trace, given.prompts)
-        return verify([other], trace, given.slo, prefill=self._prefill, seed=self.seed, requests=_ELSEWHERE)[0]
+        return verify([other], trace, given.slo, prefill=self._prefill, seed=self.seed, slower=False)[0]
 
     def repeated(self, ranked: Ranked) -> Callable[[System], RunResult]:
         """What runs another system under the load of that candidate's own run."""
-        part = at_rate(windows(self._trace, REQUESTS), ranked.rate)
+        requests = REQUESTS if ranked.result is None else ranked.result.requests
+        part = at_rate(windows(self._trace, requests), ranked.rate)
         replicas = min(ranked.estimate.replicas, len(part.arrivals))
 
         def run(system: System) -> RunResult:

@@ -33,6 +33,9 @@ WAVES = 4
 """How often it checks the next, where none of those before serves what is asked for."""
 RUNGS = ((6, 0.05), (3, 0.03))
 """By what the first excerpts are shorter, and by how much their share may be less than `ATTAINMENT`."""
+FLATTERY = 0.04
+"""How much more of an excerpt has to be in time: a load that stays high for longer than a window is lost in it. On
+azure-conv and 4 H100 near their limit 2 to 6 points more were in time of 2,400 requests than of all 19,366."""
 FINALISTS = 4
 REQUESTS = 2400
 """Of the trace, for each finalist, at least."""
@@ -57,6 +60,8 @@ class Ranked:
     estimate: Estimate
     result: RunResult | None = None
     rate: float = 0.0
+    needed: float = ATTAINMENT
+    """The share within the SLO that is enough."""
 
     @property
     def name(self) -> str:
@@ -86,7 +91,7 @@ class Ranked:
     def nearly(self, part: float) -> bool:
         """Whether all that is asked for is served, this part of what is needed within the SLO."""
         whole = math.isinf(self.estimate.demanded) or self.rate >= self.estimate.demanded * (1 - 1e-9)
-        return whole and self.share >= ATTAINMENT * part
+        return whole and self.share >= self.needed * part
 
     @property
     def serves(self) -> bool:
@@ -231,6 +236,7 @@ def verify(
     prefill: bool = True,
     seed: int = 0,
     requests: int = REQUESTS,
+    slower: bool = True,
     progress: Progress | None = None,
 ) -> list[Ranked]:
     """Simulate each at the rate that it would take, by successive halving (Jamieson and Talwalkar 2016): all of them
@@ -239,14 +245,14 @@ def verify(
     for. Sorted by goodput for a dollar, the finalists first; those that serve all with `ATTAINMENT` of it within the
     SLO come before others.
 
-    One that does not keep the SLO gets another replica if there is one, else lower rates.
+    One that does not keep the SLO gets another replica if there is one, else, with `slower`, lower rates.
     """
     field = [(more, more is each) for each in chosen for more in (each, *_fewer(each))]
     rungs = [(requests // part, allowance) for part, allowance in RUNGS]
     told = _Told(progress, sum(max(FINALISTS, len(field) // 3**rung) for rung in range(len(rungs) + 1)))
 
     def run(each: Ranked, grows: bool, length: int, allowance: float) -> Ranked:
-        check = _Check(trace, slo, prefill, seed, length, requests, allowance, told.next())
+        check = _Check(trace, slo, prefill, seed, length, requests, allowance, slower, told.next())
         return check.of(each, grows)
 
     out: list[tuple[Ranked, bool]] = []
@@ -297,11 +303,12 @@ class _Check:
     length: int
     requests: int
     allowance: float
+    slower: bool
     report: Progress
 
-    @property
-    def enough(self) -> float:
-        return ATTAINMENT - self.allowance
+    def keeps(self, ranked: Ranked) -> bool:
+        """Whether enough of it is within the SLO."""
+        return ranked.share >= ranked.needed - self.allowance
 
     def of(self, ranked: Ranked, grows: bool) -> Ranked:
         """It at the rate that is asked for, with more replicas where that takes some and it `grows`. Where not all is
@@ -311,22 +318,22 @@ class _Check:
             return self._fastest(self._run(ranked, ranked.rate or found.taken))
         best = self._run(ranked, found.demanded)
         most = min(found.replicas + _MORE, ranked.candidate.replicas) if grows else 0
-        while best.share < self.enough and best.estimate.replicas < most:
+        while not self.keeps(best) and best.estimate.replicas < most:
             more = self._run(_with_replicas(best, best.estimate.replicas + 1), found.demanded)
             if more.share <= best.share + _WORTH:
                 break
             best = more
-        return best if best.share >= self.enough or self.allowance else self._fastest(best)
+        return best if self.keeps(best) or self.allowance else self._fastest(best)
 
     def _fastest(self, best: Ranked) -> Ranked:
         """At the rate with the most goodput, of some that are near; with enough in time if that can be."""
-        found, rate, slower = best.estimate, best.rate, best.share < self.enough
-        for _ in range(TRIES if found.share >= TARGET else 0):  # else no rate would do
+        found, rate, slower = best.estimate, best.rate, not self.keeps(best)
+        for _ in range(TRIES if self.slower and found.share >= TARGET else 0):  # else no rate would do
             rate = rate * SLOWER if slower else min(rate * FASTER, found.demanded)
             if rate == best.rate:
                 break
             other = self._run(best, rate)
-            better = other.share >= self.enough and (slower or other.goodput > best.goodput * (1 + _WORTH))
+            better = self.keeps(other) and (slower or other.goodput > best.goodput * (1 + _WORTH))
             if better or (slower and other.goodput > best.goodput):
                 best = other
             if better == slower:
@@ -342,7 +349,8 @@ class _Check:
             limited(ranked), at_rate(part, rate), seed=self.seed, slo=self.slo, prefill=self.prefill,
             replicas=min(ranked.estimate.replicas, len(part.arrivals)), progress=self.report,
         )  # fmt: skip
-        return replace(ranked, result=result, rate=rate)
+        needed = ATTAINMENT + (FLATTERY if len(part.arrivals) < len(self.trace.arrivals) else 0.0)
+        return replace(ranked, result=result, rate=rate, needed=needed)
 
 
 class _Told:
@@ -371,5 +379,5 @@ class _Told:
 def _order(ranked: Ranked, allowance: float = 0.0) -> tuple[bool, float, float, float, str]:
     found = ranked.estimate
     spare = found.capacity / ranked.candidate.replicas * found.replicas
-    serves = ranked.serves or (allowance > 0 and ranked.nearly(1 - allowance / ATTAINMENT))
+    serves = ranked.serves or (allowance > 0 and ranked.nearly(1 - allowance / ranked.needed))
     return not serves, -ranked.goodput_per_dollar, -spare, found.tpot, ranked.name

@@ -51,6 +51,10 @@ class Checks(Protocol):
         """The candidate after a run that is."""
         ...
 
+    def whole(self, ranked: Ranked) -> Ranked:
+        """The candidate after a run on all of the trace."""
+        ...
+
 
 class Prices:
     """All candidates within `budget` dollars an hour (None: any), the winner first.
@@ -69,6 +73,7 @@ class Prices:
     ) -> None:
         self._every, self._budget, self._loop, self._unseen = list(ranked), budget, loop, unseen
         self._checked: set[Candidate] = set()
+        self._confirmed: set[Candidate] = set()
         self._columns()
 
     @property
@@ -85,10 +90,10 @@ class Prices:
 
     def settle(self) -> None:
         """Put the winner first, as prices are: of those that are tied with the best, the cheapest that loses
-        nothing."""
+        nothing. All of the trace is run for it, since excerpts flatter what is near its limit."""
         while True:
             place = self._place("", 1.0)
-            if not self._believed(place):
+            if not (self._believed(place) and self._confirm(place)):
                 continue
             if not place:
                 return
@@ -114,6 +119,16 @@ class Prices:
             return True
         self._checked.add(found.candidate)
         self._every[place] = self._loop.checked(found)
+        self._columns()
+        return False
+
+    def _confirm(self, place: int) -> bool:
+        """Whether that candidate has run on all of the trace. If not it does now, and may stand otherwise."""
+        found = self._every[place]
+        if self._loop is None or found.candidate in self._confirmed:
+            return True
+        self._confirmed.add(found.candidate)
+        self._every[place] = self._loop.whole(found)
         self._columns()
         return False
 
