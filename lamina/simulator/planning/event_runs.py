@@ -10,7 +10,7 @@ from lamina.simulator.event_loop.quick_instance import is_usual
 from lamina.simulator.event_loop.results import RunResult
 from lamina.simulator.event_loop.simulate import Progress, Slo, simulate
 from lamina.simulator.planning.candidates import Candidate, fits
-from lamina.simulator.planning.planner import REQUESTS, Ranked, verify
+from lamina.simulator.planning.planner import NOISE, REQUESTS, Ranked, rerun, verify
 from lamina.simulator.planning.quantities import Situation
 from lamina.simulator.steady_state.closed_form import estimate
 from lamina.simulator.traces.arrivals import Trace
@@ -46,7 +46,7 @@ class EventRuns:
         system, trace = ranked.candidate.system, self._trace
         if ranked.result is None or not is_usual(system, trace, True):
             return ranked
-        return verify([ranked], trace, self._slo, prefill=self._prefill, seed=self.seed, requests=_ALL)[0]
+        return rerun(ranked, trace, self._slo, _ALL, prefill=self._prefill, seed=self.seed)
 
     def verified(self, some: Sequence[Ranked], progress: Progress | None = None) -> list[Ranked]:
         """The best of these after full runs, the best first."""
@@ -63,7 +63,7 @@ class EventRuns:
         if not found.taken:
             return other
         trace = _longer(self._trace, given.prompts)
-        return verify([other], trace, given.slo, prefill=self._prefill, seed=self.seed, slower=False)[0]
+        return verify([other], trace, given.slo, prefill=self._prefill, seed=self.seed, allowance=NOISE)[0]
 
     def repeated(self, ranked: Ranked) -> Callable[[System], RunResult]:
         """What runs another system under the load of that candidate's own run."""

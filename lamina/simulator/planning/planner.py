@@ -22,7 +22,20 @@ from lamina.simulator.traces.arrivals import Trace
 from lamina.simulator.traces.catalogue import WINDOWS, at_rate, windows
 from lamina.simulator.traces.demand import Demand
 
-__all__ = ["Candidate", "Ranked", "best", "candidates", "limited", "mixes", "rank", "rivals", "search", "top", "verify"]
+__all__ = [
+    "Candidate",
+    "Ranked",
+    "best",
+    "candidates",
+    "limited",
+    "mixes",
+    "rank",
+    "rerun",
+    "rivals",
+    "search",
+    "top",
+    "verify",
+]
 
 CLOSER = 60
 """How many candidates are estimated part by part, at least, the best under a steady load first. The others follow by
@@ -36,6 +49,8 @@ RUNGS = ((6, 0.05), (3, 0.03))
 FLATTERY = 0.04
 """How much more of an excerpt has to be in time: a load that stays high for longer than a window is lost in it. On
 azure-conv and 4 H100 near their limit 2 to 6 points more were in time of 2,400 requests than of all 19,366."""
+NOISE = 0.02
+"""How much shares differ between excerpts: so much less is no change."""
 FINALISTS = 4
 REQUESTS = 2400
 """Of the trace, for each finalist, at least."""
@@ -236,7 +251,7 @@ def verify(
     prefill: bool = True,
     seed: int = 0,
     requests: int = REQUESTS,
-    slower: bool = True,
+    allowance: float = 0.0,
     progress: Progress | None = None,
 ) -> list[Ranked]:
     """Simulate each at the rate that it would take, by successive halving (Jamieson and Talwalkar 2016): all of them
@@ -245,20 +260,21 @@ def verify(
     for. Sorted by goodput for a dollar, the finalists first; those that serve all with `ATTAINMENT` of it within the
     SLO come before others.
 
-    One that does not keep the SLO gets another replica if there is one, else, with `slower`, lower rates.
+    One that does not keep the SLO gets another replica if there is one, else lower rates. `allowance`: how much less of
+    the longest excerpts may be in time; then no lower rates are tried.
     """
     field = [(more, more is each) for each in chosen for more in (each, *_fewer(each))]
-    rungs = [(requests // part, allowance) for part, allowance in RUNGS]
+    rungs = [(requests // part, less) for part, less in RUNGS]
     told = _Told(progress, sum(max(FINALISTS, len(field) // 3**rung) for rung in range(len(rungs) + 1)))
 
-    def run(each: Ranked, grows: bool, length: int, allowance: float) -> Ranked:
-        check = _Check(trace, slo, prefill, seed, length, requests, allowance, slower, told.next())
+    def run(each: Ranked, grows: bool, length: int, less: float) -> Ranked:
+        check = _Check(trace, slo, prefill, seed, length, requests, less, told.next())
         return check.of(each, grows)
 
     out: list[tuple[Ranked, bool]] = []
-    for rung, (length, allowance) in enumerate(rungs if len(field) > FINALISTS else ()):
-        tried = [(run(each, grows, length, allowance), grows) for each, grows in field]
-        tried.sort(key=lambda pair: _order(pair[0], allowance))
+    for rung, (length, less) in enumerate(rungs if len(field) > FINALISTS else ()):
+        tried = [(run(each, grows, length, less), grows) for each, grows in field]
+        tried.sort(key=lambda pair: _order(pair[0], less))
         keep = max(FINALISTS, len(field) // 3 ** (rung + 1))
         field, out = tried[:keep], tried[keep:] + out
     finals: list[Ranked] = []
@@ -266,12 +282,19 @@ def verify(
         if len(finals) >= FINALISTS and any(final.serves for final in finals):
             break
         if number < len(field) or each.nearly(ALMOST):
-            finals.append(run(each, grows, requests, 0.0))
+            finals.append(run(each, grows, requests, allowance))
     told.end()
     found: dict[Candidate, Ranked] = {}
-    for each in (*sorted(finals, key=_order), *(each for each, _ in out)):
+    finals.sort(key=lambda each: _order(each, allowance))
+    for each in (*finals, *(each for each, _ in out)):
         found.setdefault(each.candidate, each)
     return list(found.values())
+
+
+def rerun(ranked: Ranked, trace: Trace, slo: Slo, requests: int, *, prefill: bool = True, seed: int = 0) -> Ranked:
+    """What was checked, as it is, on about so many requests of the trace."""
+    told = _Told(None, 1).next()
+    return _Check(trace, slo, prefill, seed, requests, requests, 0.0, told).run(ranked, ranked.rate)
 
 
 def _fewer(ranked: Ranked) -> list[Ranked]:
@@ -303,7 +326,6 @@ class _Check:
     length: int
     requests: int
     allowance: float
-    slower: bool
     report: Progress
 
     def keeps(self, ranked: Ranked) -> bool:
@@ -315,11 +337,11 @@ class _Check:
         taken, or the last excerpt says that it is too much, at the best rate that is found."""
         found = ranked.estimate
         if found.taken < found.demanded * (1 - 1e-9):
-            return self._fastest(self._run(ranked, ranked.rate or found.taken))
-        best = self._run(ranked, found.demanded)
+            return self._fastest(self.run(ranked, ranked.rate or found.taken))
+        best = self.run(ranked, found.demanded)
         most = min(found.replicas + _MORE, ranked.candidate.replicas) if grows else 0
         while not self.keeps(best) and best.estimate.replicas < most:
-            more = self._run(_with_replicas(best, best.estimate.replicas + 1), found.demanded)
+            more = self.run(_with_replicas(best, best.estimate.replicas + 1), found.demanded)
             if more.share <= best.share + _WORTH:
                 break
             best = more
@@ -328,11 +350,11 @@ class _Check:
     def _fastest(self, best: Ranked) -> Ranked:
         """At the rate with the most goodput, of some that are near; with enough in time if that can be."""
         found, rate, slower = best.estimate, best.rate, not self.keeps(best)
-        for _ in range(TRIES if self.slower and found.share >= TARGET else 0):  # else no rate would do
+        for _ in range(TRIES if found.share >= TARGET else 0):  # else no rate would do
             rate = rate * SLOWER if slower else min(rate * FASTER, found.demanded)
             if rate == best.rate:
                 break
-            other = self._run(best, rate)
+            other = self.run(best, rate)
             better = self.keeps(other) and (slower or other.goodput > best.goodput * (1 + _WORTH))
             if better or (slower and other.goodput > best.goodput):
                 best = other
@@ -340,9 +362,9 @@ class _Check:
                 break  # the first that keeps the SLO, or the last that is worth it
         return best
 
-    def _run(self, ranked: Ranked, rate: float) -> Ranked:
+    def run(self, ranked: Ranked, rate: float) -> Ranked:
         decoding = ranked.estimate.batch * ranked.estimate.replicas
-        most = MOST_REQUESTS * self.length // self.requests
+        most = max(MOST_REQUESTS * self.length // self.requests, self.length)
         wanted = max(self.length, min(most, round(_LIVES * decoding * self.length / self.requests)))
         part = windows(self.trace, wanted, max(1, min(WINDOWS, wanted // _WINDOW)))
         result = simulate(

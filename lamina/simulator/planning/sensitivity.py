@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.planning.candidates import fits
-from lamina.simulator.planning.planner import Ranked, mixes
+from lamina.simulator.planning.planner import NOISE, Ranked, mixes
 from lamina.simulator.planning.prices import Change, Prices
 from lamina.simulator.planning.quantities import Quantity, Situation
 from lamina.simulator.planning.ties import RATIO_ERROR, lossless
@@ -196,7 +196,7 @@ def _handicap(ranked: Ranked) -> float:
 
 
 def _standing(ranked: Ranked) -> Standing:
-    return ranked.serves, ranked.goodput_per_dollar / _handicap(ranked)
+    return ranked.serves or ranked.nearly(1 - NOISE / ranked.needed), ranked.goodput_per_dollar / _handicap(ranked)
 
 
 def sensitivity(prices: Prices, changes: Changes, quantities: Sequence[Quantity]) -> list[Sensitivity]:
