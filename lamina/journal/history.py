@@ -83,13 +83,15 @@ class KnownRequest:
 
     def missing(self, received: Sequence[tuple[Sequence[int], bool]]) -> list[tuple[int, int | None, str | None, Any]]:
         """What a client lacks that has `received` these tokens of each sample, and whether its end: tuples of sample,
-        token, reason, logprobs. Raises ValueError for tokens that the sample does not have."""
+        token, reason, logprobs. Raises ValueError for tokens, or an end, that the sample does not have."""
         missing: list[tuple[int, int | None, str | None, Any]] = []
         for at, (sample, (tokens, ended)) in enumerate(zip(self.samples, received, strict=True)):
             had = len(tokens)
             if list(tokens) != sample.tokens[:had]:
                 raise ValueError(f"sample {at} has {len(sample.tokens)} tokens here, others than the {had} received")
             if ended:
+                if sample.reason is None:  # the end of the journal is lost
+                    raise ValueError(f"sample {at} goes on here, and has ended for the client")
                 continue
             last = len(sample.tokens) - 1
             for position in range(had, len(sample.tokens)):

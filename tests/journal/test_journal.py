@@ -431,6 +431,17 @@ def test_resumption_gives_what_a_client_has_not_received(received: Any, missing:
         assert known.missing(received) == missing
 
 
+def test_an_end_that_only_the_client_knows_is_no_resumption() -> None:
+    """The journal's last records were lost with its engine: the next one went on with what the client had ended."""
+    history = History()
+    history.apply(request())
+    known = history.find("a")
+    assert known is not None
+    assert known.missing([((), False)]) == []
+    with pytest.raises(ValueError, match="has ended for the client"):
+        known.missing([((), True)])
+
+
 def test_history_keeps_ended_requests_until_a_client_claims_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lamina.journal.history.FINISHED", 100_000)
     history = History()

@@ -65,7 +65,7 @@ def test_a_slower_link_ends_the_lead_of_what_needs_it_and_is_tried_there() -> No
     assert ranked[0].candidate.offloaded
     tried: list[tuple[str, float]] = []
 
-    def run(each: Ranked, given: Situation) -> Ranked:
+    def run(each: Ranked, given: Situation, allowance: float) -> Ranked:
         found = by_formula(each, given)
         tried.append((each.name, links([given.system])["fhbn-400g"].round_trip if each.candidate.offloaded else 0.0))
         return found
@@ -85,7 +85,7 @@ def test_what_does_not_hold_when_it_is_tried_is_not_said() -> None:
     (trip,) = [each for each in market([ranked[0].candidate.system], FULL_LOAD, PACE) if "round trip" in each.what]
     tried: list[Ranked] = []
 
-    def run(each: Ranked, given: Situation) -> Ranked:
+    def run(each: Ranked, given: Situation, allowance: float) -> Ranked:
         tried.append(each)
         return each  # as it is now: the winner wins
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from lamina.simulator.event_loop.quick_instance import is_usual
 from lamina.simulator.event_loop.results import RunResult
 from lamina.simulator.event_loop.simulate import Progress, Slo, simulate
 from lamina.simulator.planning.candidates import Candidate, fits
-from lamina.simulator.planning.planner import NOISE, REQUESTS, Ranked, rerun, verify
+from lamina.simulator.planning.planner import REQUESTS, Ranked, rerun, verify
 from lamina.simulator.planning.quantities import Situation
 from lamina.simulator.steady_state.closed_form import estimate
 from lamina.simulator.traces.arrivals import Trace
@@ -52,8 +53,10 @@ class EventRuns:
         """The best of these after full runs, the best first."""
         return verify(some, self._trace, self._slo, prefill=self._prefill, seed=self.seed, progress=progress)
 
-    def elsewhere(self, ranked: Ranked, given: Situation) -> Ranked:
-        """A candidate in another situation, at the rate that it would take there."""
+    def elsewhere(self, ranked: Ranked, given: Situation, allowance: float = 0.0) -> Ranked:
+        """A candidate in another situation: as it is where it serves there what is asked for, and no fewer replicas
+        would; else with the replicas, the batch limit and the rate that it would take. A share may be less by
+        `allowance`."""
         count = ranked.candidate.replicas
         if not fits(given.system):
             nothing = replace(ranked.estimate, taken=0.0, share=0.0, capacity=0.0)
@@ -63,7 +66,15 @@ class EventRuns:
         if not found.taken:
             return other
         trace = _longer(self._trace, given.prompts)
-        return verify([other], trace, given.slo, prefill=self._prefill, seed=self.seed, allowance=NOISE)[0]
+        before = ranked.estimate
+        if ranked.serves and found.replicas >= before.replicas and math.isfinite(given.demand.rate):
+            cost = found.price / found.replicas * before.replicas
+            same = replace(found, replicas=before.replicas, price=cost, most=before.most)
+            kept = replace(other, estimate=same, rate=given.demand.rate)
+            kept = rerun(kept, trace, given.slo, REQUESTS, prefill=self._prefill, seed=self.seed)
+            if kept.nearly(1 - allowance / kept.needed):
+                return kept
+        return verify([other], trace, given.slo, prefill=self._prefill, seed=self.seed, allowance=allowance)[0]
 
     def repeated(self, ranked: Ranked) -> Callable[[System], RunResult]:
         """What runs another system under the load of that candidate's own run."""

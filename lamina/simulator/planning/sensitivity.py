@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.planning.candidates import fits
@@ -33,7 +33,7 @@ _BEYOND = 1.02
 """How far beyond a change it is planned again."""
 _AGAIN = 3
 """Changes of one thing in one direction that are planned again."""
-Run = Callable[[Ranked, Situation], Ranked]
+Run = Callable[[Ranked, Situation, float], Ranked]
 """A candidate in a situation through the event loop, at the rate that it would take there."""
 Standing = tuple[bool, float]
 """Whether all is served, and requests for a dollar: more is better."""
@@ -123,8 +123,10 @@ class Changes:
             if self._run is None:
                 return Change(factor, rival.name, False)
             beyond = factor * _BEYOND if farthest > 1 else factor / _BEYOND
-            mine, theirs = (self._run(each, self._at(each, quantity, beyond)) for each in (self._winner, rival))
-            if _standing(theirs) > _standing(mine):
+            mine = self._run(self._winner, self._at(self._winner, quantity, beyond), NOISE)
+            theirs = self._run(rival, self._at(rival, quantity, beyond), 0.0)
+            if _standing(theirs) > _standing(mine, NOISE):
+                rival = replace(rival, estimate=replace(rival.estimate, replicas=theirs.estimate.replicas))
                 return Change(factor, rival.name, True)
             start = beyond
         return None
@@ -195,8 +197,8 @@ def _handicap(ranked: Ranked) -> float:
     return 1.0 if lossless(ranked) else 1 + RATIO_ERROR
 
 
-def _standing(ranked: Ranked) -> Standing:
-    return ranked.serves or ranked.nearly(1 - NOISE / ranked.needed), ranked.goodput_per_dollar / _handicap(ranked)
+def _standing(ranked: Ranked, allowance: float = 0.0) -> Standing:
+    return ranked.serves or ranked.nearly(1 - allowance / ranked.needed), ranked.goodput_per_dollar / _handicap(ranked)
 
 
 def sensitivity(prices: Prices, changes: Changes, quantities: Sequence[Quantity]) -> list[Sensitivity]:
