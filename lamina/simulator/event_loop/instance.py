@@ -265,18 +265,7 @@ class Instance:
     def _count(self, cost: StepCost, decode: int, prefill: int) -> None:
         totals, seconds, running = self._totals, cost.seconds, len(self._scheduler.running)
         waiting = len(self._lives) - running + len(self._arrived)
-        totals.steps += 1
-        for tier, busy in enumerate((cost.model, cost.attention, cost.network)):
-            totals.busy[tier] += busy
-        totals.link_bytes += cost.link_bytes
-        totals.peak = max(totals.peak, decode)
-        if decode:
-            totals.decode_seconds += seconds
-            totals.decode_rows += seconds * decode
-        if waiting > 0:
-            totals.saturated_seconds += seconds
-            totals.saturated_tokens += decode
-            totals.saturated_rows += seconds * decode
+        totals.count(seconds, (cost.model, cost.attention, cost.network), cost.link_bytes, decode, waiting)
         if seconds and totals.samples.due():
             free = sum(sum(counter.free) for counter in self._counters.values())
             shares = (min(1.0, busy / seconds) for busy in (cost.model, cost.attention, cost.network))

@@ -48,6 +48,23 @@ class Totals:
     gaps: Counter[float] = field(default_factory=Counter)
     samples: Samples = field(default_factory=Samples)
 
+    def count(
+        self, seconds: float, busy: tuple[float, float, float], link_bytes: float, decode: int, waiting: int
+    ) -> None:
+        """A batch of so many seconds, with so many sequences in decode while others wait."""
+        self.steps += 1
+        for tier, part in enumerate(busy):
+            self.busy[tier] += part
+        self.link_bytes += link_bytes
+        if decode:
+            self.peak = max(self.peak, decode)
+            self.decode_seconds += seconds
+            self.decode_rows += seconds * decode
+        if waiting > 0:
+            self.saturated_seconds += seconds
+            self.saturated_tokens += decode
+            self.saturated_rows += seconds * decode
+
     def add(self, other: Totals) -> None:
         """All but the samples."""
         for item in fields(self):

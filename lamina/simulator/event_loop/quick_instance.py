@@ -367,21 +367,8 @@ class QuickInstance:
             spent = self._costs(decode, context) if decode else (0.0,) * 5
         seconds, model, attention, network, nbytes = spent
         totals = self._totals
-        totals.steps += 1
-        busy = totals.busy
-        busy[0] += model
-        busy[1] += attention
-        busy[2] += network
-        totals.link_bytes += nbytes
         waiting = self._alive - self._running + behind
-        if decode:
-            totals.peak = max(totals.peak, decode)
-            totals.decode_seconds += seconds
-            totals.decode_rows += seconds * decode
-        if waiting > 0:
-            totals.saturated_seconds += seconds
-            totals.saturated_tokens += decode
-            totals.saturated_rows += seconds * decode
+        totals.count(seconds, (model, attention, network), nbytes, decode, waiting)
         if seconds and totals.samples.due():
             shares = (min(1.0, part / seconds) for part in (model, attention, network))
             taken = 1 - self._free / self._pages if self._alike else self._taken()

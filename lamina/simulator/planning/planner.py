@@ -16,6 +16,7 @@ from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, 
 from lamina.simulator.event_loop.results import RunResult
 from lamina.simulator.event_loop.simulate import Progress, Slo, simulate
 from lamina.simulator.planning.candidates import Candidate, candidates
+from lamina.simulator.planning.run_progress import RunProgress
 from lamina.simulator.steady_state.closed_form import ATTAINMENT, TARGET, Estimate, estimate
 from lamina.simulator.steady_state.misfits import none_meets
 from lamina.simulator.traces.arrivals import Trace
@@ -265,7 +266,7 @@ def verify(
     """
     field = [(more, more is each) for each in chosen for more in (each, *_fewer(each))]
     rungs = [(requests // part, less) for part, less in RUNGS]
-    told = _Told(progress, sum(max(FINALISTS, len(field) // 3**rung) for rung in range(len(rungs) + 1)))
+    told = RunProgress(progress, sum(max(FINALISTS, len(field) // 3**rung) for rung in range(len(rungs) + 1)))
 
     def run(each: Ranked, grows: bool, length: int, less: float) -> Ranked:
         check = _Check(trace, slo, prefill, seed, length, requests, less, told.next())
@@ -293,7 +294,7 @@ def verify(
 
 def rerun(ranked: Ranked, trace: Trace, slo: Slo, requests: int, *, prefill: bool = True, seed: int = 0) -> Ranked:
     """What was checked, as it is, on about so many requests of the trace."""
-    told = _Told(None, 1).next()
+    told = RunProgress(None, 1).next()
     return _Check(trace, slo, prefill, seed, requests, requests, 0.0, told).run(ranked, ranked.rate)
 
 
@@ -373,29 +374,6 @@ class _Check:
         )  # fmt: skip
         needed = ATTAINMENT + (FLATTERY if len(part.arrivals) < len(self.trace.arrivals) else 0.0)
         return replace(ranked, result=result, rate=rate, needed=needed)
-
-
-class _Told:
-    """Progress over many runs, which never falls."""
-
-    def __init__(self, progress: Progress | None, runs: int) -> None:
-        self._progress, self._runs, self._run, self._most = progress, runs, -1, 0
-
-    def next(self) -> Progress:
-        """The progress of the next run."""
-        self._run += 1
-
-        def report(what: str, done: int, total: int) -> None:
-            at = int(1000 * min(1.0, (self._run + min(1.0, done / max(1, total))) / self._runs))
-            if self._progress is not None and self._most < at < 1000:
-                self._most = at
-                self._progress(what, at, 1000)
-
-        return report
-
-    def end(self) -> None:
-        if self._progress is not None:
-            self._progress("simulating", 1000, 1000)
 
 
 def _order(ranked: Ranked, allowance: float = 0.0) -> tuple[bool, float, float, float, str]:
