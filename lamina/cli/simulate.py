@@ -237,7 +237,7 @@ def simulate(asked: SimulateOptions) -> None:
         raise InvalidRequest("--users and --rate were given; allowed is one of the two, as users set their own rate")
     slo, rate = parse_slo(asked.slo), parse_rate(asked.rate)
     make_folder("out", asked.out)
-    failures = parse_failures(asked)
+    failures = parse_failures(asked.lose_worker_every, asked.redundancy, asked.worker_restart)
 
     from lamina.simulator.costs import hardware as catalogues
     from lamina.simulator.costs.models import model as shape_of

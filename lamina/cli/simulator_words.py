@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lamina.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from lamina.cli.simulate import PlanOptions, SimulateOptions
     from lamina.simulator.costs.speculation import Speculation
     from lamina.simulator.event_loop.failures import Failures
     from lamina.simulator.event_loop.simulate import Slo
@@ -62,7 +61,20 @@ def parse_policy(words: str | None) -> Any:
     return KvPolicy(name, read, held)
 
 
-def parse_speculation(asked: PlanOptions | SimulateOptions) -> Speculation | None:
+class SpeculationOptions(Protocol):
+    """What `plan` and `simulate` are asked about drafts."""
+
+    @property
+    def speculate(self) -> str | None: ...
+    @property
+    def num_speculative_tokens(self) -> int: ...
+    @property
+    def acceptance(self) -> float | None: ...
+    @property
+    def proposed(self) -> float: ...
+
+
+def parse_speculation(asked: SpeculationOptions) -> Speculation | None:
     """What drafts, with its acceptance; None where nothing does. Raises InvalidRequest."""
     from lamina.simulator.costs.models import model as shape_of
     from lamina.simulator.costs.speculation import NGRAM, Speculation
@@ -81,12 +93,12 @@ def parse_speculation(asked: PlanOptions | SimulateOptions) -> Speculation | Non
     return Speculation(acceptance, asked.num_speculative_tokens, asked.proposed, name, draft)
 
 
-def parse_failures(asked: SimulateOptions) -> Failures | None:
-    """Workers that are lost; None where none is. Raises InvalidRequest."""
+def parse_failures(every: float | None, redundancy: str, restart: float) -> Failures | None:
+    """Workers that are lost, one of each instance every so many seconds; None where none is. Raises InvalidRequest."""
     from lamina.simulator.event_loop.failures import Failures
 
-    if asked.lose_worker_every is None:
-        if asked.redundancy != "none" or asked.worker_restart != 10.0:
+    if every is None:
+        if redundancy != "none" or restart != 10.0:
             raise InvalidRequest("--redundancy or --worker-restart was given; it needs --lose-worker-every")
         return None
-    return Failures(asked.lose_worker_every, asked.redundancy, asked.worker_restart)
+    return Failures(every, redundancy, restart)
