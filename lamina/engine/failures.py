@@ -126,21 +126,25 @@ class Failures:
             rows = self._in_flight.rows()
             self._halt()
         elif isinstance(fault, HolderLost) and (gone := [*self._worker.lost(), *fault.holders]):
-            self._lose(gone, fault)
+            # Where the books contradict the holders, the books may be wrong. Holders that vanish are no sign of that,
+            # however many do.
+            if self._lose(gone, fault) and fault.holders:
+                self._failed_in_vain(fault)
             return
         else:  # a pool in this process cannot be lost
             self._in_flight.drop(lane)
-        self._blame(rows, fault)
-        if not rows and not self._worker.missing:
+        if self._blame(rows, fault) or (not rows and not self._worker.missing):
             self._failed_in_vain(fault)
 
-    def _blame(self, rows: Sequence[PlannedRow], fault: HolderFault) -> None:
-        """These rows were in batches that failed. The request that is to blame ends with an error, once it is known."""
+    def _blame(self, rows: Sequence[PlannedRow], fault: HolderFault) -> bool:
+        """These rows were in batches that failed. The request that is to blame ends with an error, once it is known.
+        Returns whether it is."""
         culprit = self._scheduler.blame.failed(rows)
-        if culprit is not None and (request := self._registry.of(culprit)):
-            why = f"{TRIES} batches in a row failed with this request, the last of it alone: {fault}"
-            self._registry.fail(request, EngineError(why), fault)
-            self._failed_in_vain(fault)
+        if culprit is None or not (request := self._registry.of(culprit)):
+            return False
+        why = f"{TRIES} batches in a row failed with this request, the last of it alone: {fault}"
+        self._registry.fail(request, EngineError(why), fault)
+        return True
 
     def _failed_in_vain(self, fault: HolderFault) -> None:
         """A request has ended for its failures, or a batch without requests has failed."""
@@ -193,14 +197,14 @@ class Failures:
         if numbers := self._holders.numbers(name):
             self._lose(numbers)
 
-    def _lose(self, numbers: list[int], fault: HolderFault | None = None) -> None:
+    def _lose(self, numbers: list[int], fault: HolderFault | None = None) -> bool:
         """Holders are gone, with their attention workers: their KV is rebuilt elsewhere, and the batches under way run
-        again. A row of theirs may have been the reason."""
+        again. A row of theirs may have been the reason. Returns whether a request has ended for it."""
         numbers = self._holders.companions(numbers)
         rows = self._in_flight.rows(numbers)
         self._abandon()
         self._holders.lose(numbers)
-        self._blame(rows, fault or HolderLost("an attention worker is gone"))
+        return self._blame(rows, fault or HolderLost("an attention worker is gone"))
 
     def holders_changed(self, change: HolderChange) -> None:
         """After a loss: note what is to be rebuilt, report the names, and start the wait where no holder is left. What
@@ -227,7 +231,8 @@ class Failures:
         if not self._deadline.started:
             rows = self._in_flight.rows()
             self._halt()
-            self._blame(rows, RankLost(f"model worker {rank} is gone: {why}"))
+            if self._blame(rows, fault := RankLost(f"model worker {rank} is gone: {why}")):
+                self._failed_in_vain(fault)
 
     def _halt(self) -> None:
         """A needed rank is gone: nothing can be computed before it is back."""

@@ -188,6 +188,31 @@ def test_engine_goes_on_where_batches_go_well_between_those_that_fail() -> None:
         parts.failures.went_well()
 
 
+def test_engine_goes_on_however_many_attention_workers_vanish() -> None:
+    """Eight requests that ended while a storm took worker after worker ended the engine."""
+    parts = Parts()
+    parts.keeps = True
+    for _ in range(2 * MAX_IN_VAIN):
+        for _ in range(TRIES):
+            parts.worker.gone = [2]
+            parts.begin("a", holders=(2,))
+            parts.failures.failed(lane("a"), HolderLost("two is gone"))
+        assert parts.errors.pop("a")
+        parts.blame.forget(SEQUENCES["a"])
+
+
+def test_engine_ends_where_its_books_contradict_one_holder_after_another() -> None:
+    parts = Parts()
+    parts.keeps = True
+    with pytest.raises(EngineError, match="no batch goes well any more"):
+        for _ in range(TRIES * MAX_IN_VAIN):
+            parts.begin("a", holders=(2,))
+            parts.failures.failed(lane("a"), HolderLost("answers contradict the books", [2]))
+            if parts.errors:
+                parts.errors.clear()
+                parts.blame.forget(SEQUENCES["a"])
+
+
 def test_engine_waits_for_a_model_worker_when_a_batch_fails_for_the_lack_of_it() -> None:
     parts = Parts()
     parts.worker.missing = (1,)

@@ -255,8 +255,7 @@ class Cluster:
         if left or cleared or self.scenario.mode == "safety" or self.engine_host.engine is None:
             self.time.stop()
             return
-        self.engine_host.control.scheduler.running.prefix_cache.clear()
-        self.engine_host.engine.leave("nobody")  # wakes it
+        self.engine_host.engine.clear_prefixes()
         self.time.after(SETTLE_S, self._finish, self.time.now, True)
 
     # Events.

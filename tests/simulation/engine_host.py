@@ -126,6 +126,10 @@ class SimulatedEngine(Engine):
             self._owner.complain(f"an honest worker is blamed: {said}")
         self._handle(lane, fault)
 
+    def clear_prefixes(self) -> None:
+        """Give up all cached prefixes, between two batches."""
+        self._mailbox.post(self._control.scheduler.running.prefix_cache.clear)
+
     @property
     def holder_names(self) -> dict[int, str]:
         """Of the attention workers that are holders, by number."""

@@ -20,7 +20,7 @@ from lamina_protocols import codec, control
 from lamina_protocols.channels import Channel
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.layers import ColdTier, HolderConfig, LayerSpec
-from lamina_protocols.messages import Announced, Exchange, Fault, Fresh, Query, Request, answered
+from lamina_protocols.messages import Announced, Announcement, Exchange, Fault, Fresh, Query, Request, Survey, answered
 from lamina_protocols.pools import pools
 from lamina_protocols.tensors import DTYPES
 from lamina_workers.attention_server.layer_server import LayerServer, ServedBatch
@@ -72,11 +72,13 @@ class EngineSeat:
         )
         self.built: Future[None] = Future()
         self.sessions: dict[str, Session] = {}  # the live ones
+        self.opened = 0  # sessions so far
         self.away_since = clock()  # while there is no session: the end of the last one
         self.ended = ""  # why
         self.counters = Counters()
         self.traffic = Traffic()  # of sessions that have ended
         self._compute_dtype = hello.compute_dtype
+        self._surveyed = 0  # the last session that has asked what is kept
         self._worker: AttentionWorker | None = None
         self._port: LocalAttention | None = None
         self._layers: LayerServer | None = None
@@ -118,8 +120,9 @@ class EngineSeat:
         self._port = LocalAttention(self._worker, name)
         self.counters = self._worker.counters
 
-    def handle(self, frame: memoryview, reply: Callable[[list[bytes | memoryview]], None]) -> None:
-        """Handle one message, `reply`, and only then `settle`. Raises ProtocolError for a frame that is no request."""
+    def handle(self, frame: memoryview, reply: Callable[[list[bytes | memoryview]], None], session: int) -> None:
+        """Handle one message of the seat's session of that number, `reply`, and only then `settle`. Raises
+        ProtocolError for a frame that is no request, and for an announcement on its way since before a survey."""
         port = self._port
         if port is None:
             raise ProtocolError(f"seat {self.number} is gone")
@@ -128,6 +131,7 @@ class EngineSeat:
         request = codec.decode(frame)
         if not isinstance(request, Request):
             raise ProtocolError(f"an engine sends requests, got a {type(request).__name__}")
+        self._check_order(request, session)
         port.send(request)
         answer = port.receive() if answered(request) else None
         if answer is not None:
@@ -139,6 +143,18 @@ class EngineSeat:
         self._take_back(request, accepted, failed)
         if accepted:
             self._offer(request, port)
+
+    def _check_order(self, request: Request, session: int) -> None:
+        """An engine that comes back asks what is kept, and counts on it from then on. What it announced over a session
+        before, which it has given up, may still be on its way."""
+        if not isinstance(request, Announcement | Survey):
+            return
+        if session < self._surveyed:
+            raise ProtocolError(
+                f"session {session} of seat {self.number} announces, session {self._surveyed} has taken its place"
+            )
+        if isinstance(request, Survey):
+            self._surveyed = session
 
     def _carried(self, frame: memoryview, reply: Callable[[list[bytes | memoryview]], None]) -> bool:
         """Whether this was a layer's frame of a served batch, over a channel that compiled code cannot read."""
@@ -226,6 +242,8 @@ class Session:
         self.id = id_
         self.seat = seat
         self.ended = ""  # why
+        seat.opened += 1
+        self._number = seat.opened
         self.channel: Channel | None = None
         self.channel_kind = ""
         self._busy = 0.0
@@ -271,5 +289,5 @@ class Session:
             raise ProtocolError("a session without a channel")
         frame = channel.receive(0)
         begun = self._heard_at = self._clock()
-        self.seat.handle(frame, channel.post)
+        self.seat.handle(frame, channel.post, self._number)
         self._busy += self._clock() - begun
