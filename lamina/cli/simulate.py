@@ -33,6 +33,7 @@ from lamina.cli.simulator_words import (
 )
 from lamina.cli.terminal import ProgressBars, print_json
 from lamina.errors import InvalidRequest
+from lamina.system.cores import on_all_cores
 from lamina.system.figures import needs_matplotlib
 from lamina.system.text_files import write_text
 
@@ -161,7 +162,9 @@ def plan(asked: PlanOptions) -> None:
     request = PlanRequest(asked.model, shape, devices, trace, slo, asked.budget, rate, asked.prefill, drafts)
     compared = asked.devices(everything=True) if asked.compare else None
     with ProgressBars(lines=True) as progress:
-        found = make_plan(request, check=asked.verify, seed=asked.seed, compare=compared, progress=progress)
+        found = make_plan(
+            request, check=asked.verify, seed=asked.seed, compare=compared, progress=progress, mapped=on_all_cores
+        )
     if asked.out is not None:
         write(asked.out, found.plan)
     if asked.plot is not None:

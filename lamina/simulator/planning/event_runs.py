@@ -11,8 +11,9 @@ from lamina.simulator.event_loop.quick_instance import is_usual
 from lamina.simulator.event_loop.results import RunResult
 from lamina.simulator.event_loop.simulate import Progress, Slo, simulate
 from lamina.simulator.planning.candidates import Candidate, fits
-from lamina.simulator.planning.planner import REQUESTS, Ranked, rerun, verify
+from lamina.simulator.planning.planner import REQUESTS, Ranked, rerun, search, verify
 from lamina.simulator.planning.quantities import Situation
+from lamina.simulator.planning.run_progress import Mapped, one_by_one
 from lamina.simulator.steady_state.closed_form import estimate
 from lamina.simulator.traces.arrivals import Trace
 from lamina.simulator.traces.catalogue import at_rate, windows
@@ -24,10 +25,10 @@ _ALL = 20_000
 
 
 class EventRuns:
-    """Runs of candidates on one trace. Each candidate is run once."""
+    """Runs of candidates on one trace, several at a time where `mapped` does so. Each candidate is run once."""
 
-    def __init__(self, trace: Trace, slo: Slo, prefill: bool, seed: int) -> None:
-        self._trace, self._slo, self._prefill, self.seed = trace, slo, prefill, seed
+    def __init__(self, trace: Trace, slo: Slo, prefill: bool, seed: int, mapped: Mapped = one_by_one) -> None:
+        self._trace, self._slo, self._prefill, self._seed, self._mapped = trace, slo, prefill, seed, mapped
         self._known: dict[Candidate, Ranked] = {}
 
     def full(self, ranked: Ranked) -> bool:
@@ -47,11 +48,21 @@ class EventRuns:
         system, trace = ranked.candidate.system, self._trace
         if ranked.result is None or not is_usual(system, trace, True):
             return ranked
-        return rerun(ranked, trace, self._slo, _ALL, prefill=self._prefill, seed=self.seed)
+        return rerun(ranked, trace, self._slo, _ALL, prefill=self._prefill, seed=self._seed)
 
     def verified(self, some: Sequence[Ranked], progress: Progress | None = None) -> list[Ranked]:
         """The best of these after full runs, the best first."""
-        return verify(some, self._trace, self._slo, prefill=self._prefill, seed=self.seed, progress=progress)
+        return verify(
+            some, self._trace, self._slo, prefill=self._prefill, seed=self._seed, progress=progress,
+            mapped=self._mapped,
+        )  # fmt: skip
+
+    def search(self, ranked: Sequence[Ranked], count: int, progress: Progress | None = None) -> list[Ranked]:
+        """All of these, the best of those first that the event loop has checked: see `planner.search`."""
+        return search(
+            ranked, self._trace, self._slo, count=count, prefill=self._prefill, seed=self._seed, progress=progress,
+            mapped=self._mapped,
+        )  # fmt: skip
 
     def elsewhere(self, ranked: Ranked, given: Situation, allowance: float = 0.0) -> Ranked:
         """A candidate in another situation: as it is where it serves there what is asked for, and no fewer replicas
@@ -71,10 +82,10 @@ class EventRuns:
             cost = found.price / found.replicas * before.replicas
             same = replace(found, replicas=before.replicas, price=cost, most=before.most)
             kept = replace(other, estimate=same, rate=given.demand.rate)
-            kept = rerun(kept, trace, given.slo, REQUESTS, prefill=self._prefill, seed=self.seed)
+            kept = rerun(kept, trace, given.slo, REQUESTS, prefill=self._prefill, seed=self._seed)
             if kept.nearly(1 - allowance / kept.needed):
                 return kept
-        return verify([other], trace, given.slo, prefill=self._prefill, seed=self.seed, allowance=allowance)[0]
+        return verify([other], trace, given.slo, prefill=self._prefill, seed=self._seed, allowance=allowance)[0]
 
     def repeated(self, ranked: Ranked) -> Callable[[System], RunResult]:
         """What runs another system under the load of that candidate's own run."""
@@ -84,7 +95,7 @@ class EventRuns:
 
         def run(system: System) -> RunResult:
             return simulate(
-                system, part, seed=self.seed, slo=self._slo, prefill=self._prefill, replicas=replicas
+                system, part, seed=self._seed, slo=self._slo, prefill=self._prefill, replicas=replicas
             )  # fmt: skip
 
         return run

@@ -19,9 +19,10 @@ from lamina.simulator.planning.intervals import intervals
 from lamina.simulator.planning.inventory import Inventory
 from lamina.simulator.planning.kinds import best_of_kinds, split_pays
 from lamina.simulator.planning.plan_file import Plan, Prediction, TraceSummary
-from lamina.simulator.planning.planner import TOP, Ranked, limited, mixes, rank, search, top
+from lamina.simulator.planning.planner import TOP, Ranked, limited, mixes, rank, top
 from lamina.simulator.planning.prices import Prices, Unseen, at_price, without_prices
 from lamina.simulator.planning.quantities import assumed, changed_devices, market
+from lamina.simulator.planning.run_progress import Mapped, one_by_one
 from lamina.simulator.planning.sensitivity import Changes, Flip, Sensitivity, flips, sensitivity
 from lamina.simulator.planning.ties import near_ties
 from lamina.simulator.reports.data import Point
@@ -117,22 +118,25 @@ def make_plan(
     seed: int = 0,
     compare: Inventory | None = None,
     progress: Progress | None = None,
+    mapped: Mapped = one_by_one,
 ) -> Planned:
     """Find the best candidate, and explain it. `check`: how many of the best the event loop runs; 0: formulas are
     believed. With `compare`, devices with systems that need not be deployable, the best of each kind of system is found
-    as well.
+    as well. `mapped` runs what does not depend on each other.
 
     Raises InvalidRequest where nothing fits, or nothing meets the SLO.
     """
     slo, prefill, wanted = asked.slo, asked.prefill, asked.demand
-    loop = EventRuns(asked.trace, slo, prefill, seed) if check else None
-    prices = find(asked, wanted, check=check, loop=loop, progress=progress)
+    loop = EventRuns(asked.trace, slo, prefill, seed, mapped) if check else None
+    prices = find(asked, wanted, check=check, loop=loop, progress=progress, mapped=mapped)
     best, said = {}, list[str]()
     if compare is not None:
-        everything = rank(_candidates(asked, wanted, compare), wanted, slo, prefill=prefill, progress=progress)
+        every = _candidates(asked, wanted, compare)
+        everything = rank(every, wanted, slo, prefill=prefill, progress=progress, mapped=mapped)
         best = best_of_kinds(everything, lambda some: loop.verified(top(some, check)) if loop else [])
         said.append(split_pays(best))
-    changes = Changes(prices.ranked, wanted, slo, prefill, loop.elsewhere if loop else None)
+    run = loop.elsewhere if loop else None
+    changes = Changes(prices.ranked, wanted, slo, prefill, run, progress=progress, mapped=mapped)
     systems = [each.candidate.system for each in changes.field]
     found = sensitivity(prices, changes, market(systems, wanted, slo))
     would_flip = flips(changes, assumed(systems, lambda system: spread(system).tpot))
@@ -159,13 +163,15 @@ def find(
     check: int = TOP,
     loop: EventRuns | None = None,
     progress: Progress | None = None,
+    mapped: Mapped = one_by_one,
 ) -> Prices:
     """All candidates for the demand, the best first, as they stand at these prices and at others. With `loop` it checks
     the best `check`, and whatever else would be first by formula."""
     slo, prefill = asked.slo, asked.prefill
-    ranked = rank(_candidates(asked, wanted, asked.inventory), wanted, slo, prefill=prefill, progress=progress)
+    every = _candidates(asked, wanted, asked.inventory)
+    ranked = rank(every, wanted, slo, prefill=prefill, progress=progress, mapped=mapped)
     if loop is not None:
-        ranked = search(ranked, asked.trace, slo, count=check, prefill=prefill, seed=loop.seed, progress=progress)
+        ranked = loop.search(ranked, check, progress)
     prices = Prices(ranked, asked.budget, loop, _unseen(asked, wanted))
     prices.settle()
     return prices

@@ -7,7 +7,7 @@ why one wins. Pure.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -16,7 +16,7 @@ from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, 
 from lamina.simulator.event_loop.results import RunResult
 from lamina.simulator.event_loop.simulate import Progress, Slo, simulate
 from lamina.simulator.planning.candidates import Candidate, candidates
-from lamina.simulator.planning.run_progress import RunProgress
+from lamina.simulator.planning.run_progress import Mapped, RunProgress, one_by_one
 from lamina.simulator.steady_state.closed_form import ATTAINMENT, TARGET, Estimate, estimate
 from lamina.simulator.steady_state.misfits import none_meets
 from lamina.simulator.traces.arrivals import Trace
@@ -137,6 +137,7 @@ def rank(
     *,
     prefill: bool = True,
     progress: Progress | None = None,
+    mapped: Mapped = one_by_one,
 ) -> list[Ranked]:
     """The candidates by what they give for a dollar, best first. Candidates that serve the whole demand come before
     others.
@@ -144,22 +145,19 @@ def rank(
     Raises InvalidRequest where none gets a single request through within the SLO: naming the link where a faster one
     would help, with what it has and what it needs.
     """
-    total = len(every) + min(CLOSER, len(every))
+    told = RunProgress(progress, "ranking", len(every) + min(CLOSER, len(every)))
 
-    def look(candidate: Candidate, parts: bool, done: int) -> Ranked:
-        if progress is not None:
-            progress("ranking", min(done, total - 1), total)
+    def look(candidate: Candidate, parts: bool) -> Ranked:
         return Ranked(candidate, estimate(candidate.system, candidate.replicas, demand, slo, prefill, parts))
 
-    steady = sorted((look(candidate, False, done) for done, candidate in enumerate(every)), key=_order)
-    closer: list[Ranked] = []
-    for done, each in enumerate(steady):
-        if done >= CLOSER and _order(min(closer, key=_order)) <= _order(each):
+    steady = sorted(told.over(mapped(lambda candidate: look(candidate, False), every)), key=_order)
+    closer = list(told.over(mapped(lambda each: look(each.candidate, True), steady[:CLOSER])))
+    for each in steady[CLOSER:]:
+        if _order(min(closer, key=_order)) <= _order(each):
             break
-        closer.append(look(each.candidate, True, len(every) + done))
+        closer.append(look(each.candidate, True))
     ranked = sorted(closer, key=_order) + steady[len(closer) :]
-    if progress is not None:
-        progress("ranking", total, total)
+    told.end()
     if not ranked or not ranked[0].estimate.goodput:
         tried = [(each.name, each.candidate.system, each.estimate) for each in ranked]
         raise InvalidRequest(none_meets(tried, demand, slo, prefill))
@@ -229,6 +227,7 @@ def search(
     prefill: bool = True,
     seed: int = 0,
     progress: Progress | None = None,
+    mapped: Mapped = one_by_one,
 ) -> list[Ranked]:
     """All that were ranked: those that the event loop checked first, in its order. It checks the best `count`, and the
     next as many while none of them serves all that is asked for, though others do by the closed form."""
@@ -236,7 +235,7 @@ def search(
     left = list(ranked)
     for _ in range(WAVES):
         chosen = top(left, count)
-        checked += verify(chosen, trace, slo, prefill=prefill, seed=seed, progress=progress)
+        checked += verify(chosen, trace, slo, prefill=prefill, seed=seed, progress=progress, mapped=mapped)
         taken = {id(each) for each in chosen}
         left = [each for each in left if id(each) not in taken]
         if any(each.serves for each in checked) or not any(each.serves for each in left):
@@ -254,6 +253,7 @@ def verify(
     requests: int = REQUESTS,
     allowance: float = 0.0,
     progress: Progress | None = None,
+    mapped: Mapped = one_by_one,
 ) -> list[Ranked]:
     """Simulate each at the rate that it would take, by successive halving (Jamieson and Talwalkar 2016): all of them
     on a short excerpt of the trace, the better ones on longer ones, and the last `FINALISTS` on `requests`, or on more
@@ -266,24 +266,24 @@ def verify(
     """
     field = [(more, more is each) for each in chosen for more in (each, *_fewer(each))]
     rungs = [(requests // part, less) for part, less in RUNGS]
-    told = RunProgress(progress, sum(max(FINALISTS, len(field) // 3**rung) for rung in range(len(rungs) + 1)))
+    runs = sum(max(FINALISTS, len(field) // 3**rung) for rung in range(len(rungs) + 1))
+    told = RunProgress(progress, "simulating", runs)
 
-    def run(each: Ranked, grows: bool, length: int, less: float) -> Ranked:
-        check = _Check(trace, slo, prefill, seed, length, requests, less, told.next())
-        return check.of(each, grows)
+    def run(some: Sequence[tuple[Ranked, bool]], length: int, less: float) -> Iterator[Ranked]:
+        check = _Check(trace, slo, prefill, seed, length, requests, less)
+        return told.over(mapped(lambda pair: check.of(*pair), some))
 
     out: list[tuple[Ranked, bool]] = []
     for rung, (length, less) in enumerate(rungs if len(field) > FINALISTS else ()):
-        tried = [(run(each, grows, length, less), grows) for each, grows in field]
+        tried = [(each, grows) for each, (_, grows) in zip(run(field, length, less), field, strict=True)]
         tried.sort(key=lambda pair: _order(pair[0], less))
         keep = max(FINALISTS, len(field) // 3 ** (rung + 1))
         field, out = tried[:keep], tried[keep:] + out
-    finals: list[Ranked] = []
-    for number, (each, grows) in enumerate((*field, *out)):
+    finals = list(run(field[:FINALISTS], requests, allowance))
+    for pair in (*field[FINALISTS:], *(pair for pair in out if pair[0].nearly(ALMOST))):
         if len(finals) >= FINALISTS and any(final.serves for final in finals):
             break
-        if number < len(field) or each.nearly(ALMOST):
-            finals.append(run(each, grows, requests, allowance))
+        finals += run([pair], requests, allowance)
     told.end()
     found: dict[Candidate, Ranked] = {}
     finals.sort(key=lambda each: _order(each, allowance))
@@ -294,8 +294,7 @@ def verify(
 
 def rerun(ranked: Ranked, trace: Trace, slo: Slo, requests: int, *, prefill: bool = True, seed: int = 0) -> Ranked:
     """What was checked, as it is, on about so many requests of the trace."""
-    told = RunProgress(None, 1).next()
-    return _Check(trace, slo, prefill, seed, requests, requests, 0.0, told).run(ranked, ranked.rate)
+    return _Check(trace, slo, prefill, seed, requests, requests, 0.0).run(ranked, ranked.rate)
 
 
 def _fewer(ranked: Ranked) -> list[Ranked]:
@@ -327,7 +326,6 @@ class _Check:
     length: int
     requests: int
     allowance: float
-    report: Progress
 
     def keeps(self, ranked: Ranked) -> bool:
         """Whether enough of it is within the SLO."""
@@ -370,7 +368,7 @@ class _Check:
         part = windows(self.trace, wanted, max(1, min(WINDOWS, wanted // _WINDOW)))
         result = simulate(
             limited(ranked), at_rate(part, rate), seed=self.seed, slo=self.slo, prefill=self.prefill,
-            replicas=min(ranked.estimate.replicas, len(part.arrivals)), progress=self.report,
+            replicas=min(ranked.estimate.replicas, len(part.arrivals)),
         )  # fmt: skip
         needed = ATTAINMENT + (FLATTERY if len(part.arrivals) < len(self.trace.arrivals) else 0.0)
         return replace(ranked, result=result, rate=rate, needed=needed)

@@ -12,11 +12,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from lamina.simulator.event_loop.simulate import Slo
+from lamina.simulator.event_loop.simulate import Progress, Slo
 from lamina.simulator.planning.candidates import fits
 from lamina.simulator.planning.planner import NOISE, Ranked, mixes
 from lamina.simulator.planning.prices import Change, Prices
 from lamina.simulator.planning.quantities import Quantity, Situation
+from lamina.simulator.planning.run_progress import Mapped, RunProgress, one_by_one
 from lamina.simulator.planning.ties import RATIO_ERROR, lossless
 from lamina.simulator.steady_state.closed_form import Estimate, estimate
 from lamina.simulator.traces.demand import Demand
@@ -99,11 +100,20 @@ class Changes:
     """Winner and rivals under changes of anything but prices. `run`: None where formulas are believed."""
 
     def __init__(
-        self, ranked: Sequence[Ranked], demand: Demand, slo: Slo, prefill: bool, run: Run | None = None
+        self,
+        ranked: Sequence[Ranked],
+        demand: Demand,
+        slo: Slo,
+        prefill: bool,
+        run: Run | None = None,
+        *,
+        progress: Progress | None = None,
+        mapped: Mapped = one_by_one,
     ) -> None:
         self._winner = ranked[0]
         self._rivals = [each for each in mixes(ranked) if each is not ranked[0]][:CONTENDERS]
         self._demand, self._slo, self._prefill, self._run = demand, slo, prefill, run
+        self._progress, self._mapped = progress, mapped
         self._known: dict[tuple[str, str, float], Standing] = {}
         self._now: dict[str, Estimate] = {}
 
@@ -111,6 +121,13 @@ class Changes:
     def field(self) -> list[Ranked]:
         """The winner, and what it is compared with."""
         return [self._winner, *self._rivals]
+
+    def changes(self, every: Sequence[tuple[Quantity, float]]) -> list[Change | None]:
+        """`change` of each of these."""
+        told = RunProgress(self._progress, "comparing", len(every))
+        found = list(told.over(self._mapped(lambda pair: self.change(*pair), every)))
+        told.end()
+        return found
 
     def change(self, quantity: Quantity, farthest: float) -> Change | None:
         """The nearest factor between 1 and `farthest` at which another is first."""
@@ -207,8 +224,8 @@ def sensitivity(prices: Prices, changes: Changes, quantities: Sequence[Quantity]
     for name, price in prices.devices().items():
         rise, fall = prices.change(name, FARTHEST), prices.change(name, 1 / FARTHEST)
         found.append(Sensitivity(f"price of {name}", price, "$/h", rise, fall, FARTHEST, len(prices.ranked) - 1))
-    for quantity in quantities:
-        rise, fall = changes.change(quantity, FAR), changes.change(quantity, 1 / FAR)
+    both = changes.changes([(quantity, factor) for quantity in quantities for factor in (FAR, 1 / FAR)])
+    for quantity, rise, fall in zip(quantities, both[::2], both[1::2], strict=True):
         found.append(Sensitivity(quantity.what, quantity.now, quantity.unit, rise, fall, FAR, len(changes.field) - 1))
     return found
 
@@ -216,13 +233,12 @@ def sensitivity(prices: Prices, changes: Changes, quantities: Sequence[Quantity]
 def flips(changes: Changes, assumed: Sequence[Quantity]) -> list[Flip]:
     """The assumptions that would flip the answer, those that may well be otherwise first. Each is changed as far as it
     is likely to be, and half as far again."""
-    found = []
-    for quantity in assumed:
-        low, high = quantity.likely or (1.0, 1.0)
-        for farthest in (low**1.5, high**1.5):
-            change = changes.change(quantity, farthest) if farthest != 1 else None
-            if change is not None:
-                found.append(Flip(quantity.what, quantity.now, quantity.unit, change, low, high, quantity.source))
+    ends = [(each, end**1.5) for each in assumed for end in each.likely or () if end != 1]
+    found = [
+        Flip(each.what, each.now, each.unit, change, *(each.likely or (1.0, 1.0)), each.source)
+        for (each, _), change in zip(ends, changes.changes(ends), strict=True)
+        if change is not None
+    ]
     return sorted(found, key=lambda flip: (not flip.likely, abs(math.log(flip.change.factor))))
 
 
