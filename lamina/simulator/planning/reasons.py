@@ -170,4 +170,4 @@ def _nothing_else(ranked: Sequence[Ranked], demand: Demand, slo: Slo, prefill: b
         system = each.candidate.system
         if isinstance(system, Offloaded) and (said := slow_link(system, demand, slo, prefill)):
             return f"Offloading attention does not pay here: {said}."
-    return "Offloading attention does not pay here: no system that does fits the devices, the budget and the SLO."
+    return "Offloading attention does not pay here: no system with it fits the devices, the budget and the SLO."
