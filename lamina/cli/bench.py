@@ -52,7 +52,9 @@ _SETTINGS = opt.Described({
     "prefix_len": _option("Of shared-prefix: tokens that come before.", _WORKLOAD),
     "num_prefixes": _option("Of shared-prefix: how many different ones.", _WORKLOAD),
     "trace": _option("A published trace by name, or a file in its format.", _WORKLOAD),
-    "trace_dir": _option("Where files of published traces are. Azure's are built in; Mooncake's is drawn.", _WORKLOAD),
+    "trace_dir": _option(
+        "Folder of files of published traces. Azure's are built in; Mooncake's is drawn without its file.", _WORKLOAD
+    ),
     "speed": _option("A trace comes so many times as fast.", _WORKLOAD),
     "ignore_eos": _option("Go on past the end token (vLLM and Lamina).", _WORKLOAD, "--ignore-eos"),
     "seed": _option("Of everything drawn. Default: lengths and times of seed 0, new words.", _WORKLOAD),

@@ -50,7 +50,10 @@ TraceName = Annotated[
     str, typer.Option("--trace", help="A published trace by name, coding-agents, or a file in a published format.")
 ]
 TraceDir = Annotated[
-    Path | None, typer.Option(help="Where files of published traces are. Azure's are built in; Mooncake's is drawn.")
+    Path | None,
+    typer.Option(
+        help="Folder of files of published traces. Azure's are built in; Mooncake's is drawn without its file."
+    ),
 ]
 SloText = Annotated[str, typer.Option("--slo", help='Such as "tpot=100ms,ttft=2s"; "none" for any time.')]
 Rate = Annotated[str, typer.Option(help="Requests a second: trace (as it has them), max, or a number.")]
@@ -65,9 +68,10 @@ Weights = Annotated[
 Speculate = Annotated[str | None, typer.Option(help="What drafts: ngram, or a model the simulator knows.")]
 Drafts = Annotated[int, typer.Option("--num-speculative-tokens", help="Drafts of a sequence and step, at most.")]
 Acceptance = Annotated[
-    float | None, typer.Option(help="The chance of a draft, where those before it were accepted; needed to speculate.")
+    float | None,
+    typer.Option(help="The chance that a draft is accepted where all before it were; needed by --speculate."),
 ]
-Proposed = Annotated[float, typer.Option(help="Of n-grams, the share of steps in which there are drafts.")]
+Proposed = Annotated[float, typer.Option(help="For n-grams, the share of steps that have drafts.")]
 Seed = Annotated[int, typer.Option(help="For traces that are drawn.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -88,11 +92,15 @@ class PlanOptions:
     ] = None
     any_system: Annotated[
         bool,
-        typer.Option("--any", help="Also systems that no engine here deploys: prompts computed on other devices."),
+        typer.Option(
+            "--any", help="Also systems that no engine here can run, such as prompts computed on other devices."
+        ),
     ] = False
     hardware: Hardware = None
     rate: Rate = "trace"
-    count: Annotated[int | None, typer.Option(help="Only so many of the trace's requests.")] = None
+    count: Annotated[
+        int | None, typer.Option(help="How many of the trace's requests are taken, from its start. Default: all.")
+    ] = None
     trace_dir: TraceDir = None
     prefill: Prefill = True
     efficiency: EfficiencyName = "typical"
@@ -180,7 +188,9 @@ def plan(asked: PlanOptions) -> None:
         said = header(found.demand, shape.name, asked.slo, asked.efficiency, asked.budget)
         remarks = [f"The trace {trace.name}: {remark}." for remark in trace.remarks]
         if not asked.any_system:
-            remarks.append("Not considered: prompts computed on other devices, which no engine here deploys (--any).")
+            remarks.append(
+                "Not considered: prompts computed on other devices, which no engine here can run. --any considers them."
+            )
         print_plan(found, said, reached, asked.prefill, asked.out, remarks)
 
 
@@ -190,13 +200,15 @@ class SimulateOptions:
 
     model: Model = DEFAULT_MODEL
     trace: TraceName = DEFAULT_TRACE
-    system: Annotated[str, typer.Option(help="Which to compare, with commas; also such as lamina:h100x2+h20x4.")] = (
-        DEFAULT_SYSTEMS
-    )
+    system: Annotated[
+        str, typer.Option(help="Systems to compare, with commas; also with devices, such as lamina:h100x2+h20x4.")
+    ] = DEFAULT_SYSTEMS
     hardware: Hardware = None
     slo: SloText = DEFAULT_SLO
     rate: Rate = "trace"
-    count: Annotated[int | None, typer.Option(help="So many of the trace's requests; 0: all.")] = DEFAULT_COUNT
+    count: Annotated[
+        int | None, typer.Option(help="How many of the trace's requests are taken, from its start; 0: all.")
+    ] = DEFAULT_COUNT
     trace_dir: TraceDir = None
     link: Annotated[str | None, typer.Option(help="Between tiers. Default: fhbn-400g, to CPU hosts 25G.")] = None
     lanes: Annotated[int, typer.Option(help="Batches in rotation, where attention is elsewhere.")] = 2

@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 _ROWS, _RUNS = 10, 6
 """Candidates that are listed, and of them runs that are drawn."""
-_NO_FLIP = "nothing that is assumed, within what is likely and half as far again"
+_NO_FLIP = "None, even at 1.5 times the likely range of each"
 _PROMISED = (
-    ("tpot", "time a token (TPOT), mean, ms", 1e3, ".1f"),
-    ("ttft", "time to the first (TTFT), mean, s", 1.0, ".2f"),
-    ("share", "requests in time, %", 1e2, ".1f"),
-    ("requests_per_second", "requests/s in time", 1.0, ".3g"),
+    ("tpot", "time per output token (TPOT), mean, ms", 1e3, ".1f"),
+    ("ttft", "time to first token (TTFT), mean, s", 1.0, ".2f"),
+    ("share", "requests within the SLO, %", 1e2, ".1f"),
+    ("requests_per_second", "requests/s within the SLO", 1.0, ".3g"),
     ("tokens_per_second", "output tokens/s", 1.0, ",.0f"),
-    ("batch", "sequences in decode, each replica", 1.0, ".0f"),
+    ("batch", "sequences in decode per replica", 1.0, ".0f"),
     ("dollars_per_hour", "$ an hour", 1.0, ".2f"),
     ("dollars_per_million", "$ a million output tokens", 1.0, ".2f"),
 )
@@ -113,7 +113,7 @@ def pareto_axis(found: Planned) -> str:
 
 
 def _counted(found: Planned) -> str:
-    return f"{len(found.ranked):,} candidates, of which {found.serving:,} serve it all"
+    return f"{len(found.ranked):,} candidates, of which {found.serving:,} serve the whole load"
 
 
 def _row(ranked: Ranked) -> dict[str, str]:
@@ -156,7 +156,7 @@ def header(asked: Demand, model: str, slo: str, efficiency: str, budget: float |
     bound = "" if budget is None else f", up to ${budget:g} an hour"
     return (
         f"{model} on {asked.name}: {asked.requests} requests, {rate}, prompts of {asked.prompt:.0f} and outputs of "
-        f"{asked.output:.0f} tokens in the mean; SLO {slo}{bound}; efficiency {efficiency}"
+        f"{asked.output:.0f} tokens on average; SLO {slo}{bound}; efficiency {efficiency}"
     )
 
 
@@ -170,13 +170,16 @@ def print_plan(
     from lamina.simulator.reports.text import grid
 
     model = found.plan.system.model
-    _say([said, f"It keeps {kept(model)}; the winner has {room(found.plan.system)}"], indent=0)
+    _say([said, f"The model keeps {kept(model)}; the winner has {room(found.plan.system)}"], indent=0)
     _section("Why", found.why)
     typer.echo("\nWhat it promises")
     _lines(grid([("", "expected", "90 % interval"), *_promises(found)]))
-    typer.echo(f"\n{_counted(found)}; the best mixes:\n")
+    typer.echo(f"\n{_counted(found)}; the best mixes of devices:\n")
     _table([_row(each) for each in found.mixes(_ROWS)])
-    note = "* as simulated, the others by formula. DOP(a, b): a devices share the dense layers, b hold KV and attend."
+    note = (
+        "* by the event loop, the others by formula. In time: within the SLO. DOP(a, b): a devices share the dense "
+        "layers, b devices hold the KV and compute attention."
+    )
     _say([note], indent=0)
     if found.best_of:
         typer.echo("\nBest against best, each optimised alone under the same budget:\n")
@@ -194,7 +197,7 @@ def print_plan(
 
     if why := undeployable(found.plan.system):
         typer.echo("")
-        _say([f"{out}: written; no engine here is that: {why}"], indent=0)
+        _say([f"{out}: written, but no engine here can run it: {why}"], indent=0)
         return
     typer.echo(f"\n{out}: written. To deploy it, and to measure here what it promises:")
     for line in (*commands(out, found.plan.replicas, found.plan.engine), f"lamina plan --check {out}"):
@@ -258,8 +261,8 @@ def print_check(found: Check) -> None:
     noise = found.noise
     typer.echo("")
     machine = (
-        f"machine: others used {noise.others:.0%} of the cores; memory was read at {noise.before / 1e9:.1f} GB/s "
-        f"before, {noise.after / 1e9:.1f} after"
+        f"machine: other processes used {noise.others:.0%} of the cores; memory was read at "
+        f"{noise.before / 1e9:.1f} GB/s before, {noise.after / 1e9:.1f} after"
     )
     beware = [f"beware: {remark}" for remark in noise.remarks]
     failed = [f"failed: {count} x {kind}" for kind, count in found.failed.items()]

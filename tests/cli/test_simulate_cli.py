@@ -93,7 +93,7 @@ def test_a_plan_is_printed_explained_and_written(planned: tuple[Any, Path]) -> N
         assert words in result.stdout
     assert all(len(line) <= 100 for line in result.stdout.splitlines() if str(folder) not in line)
     assert "ranking: " in result.stderr  # without a terminal, too
-    counted = re.search(r"[\d,]+ candidates, of which [\d,]+ serve it all", result.stdout)
+    counted = re.search(r"[\d,]+ candidates, of which [\d,]+ serve the whole load", result.stdout)
     assert counted is not None
     assert counted[0] in (folder / "report.html").read_text(encoding="utf-8")
     assert "Offloading attention does not pay here" in result.stdout or "best without offloading" in result.stdout
@@ -165,12 +165,14 @@ def test_overload_is_said_and_how_many_would_do(tmp_path: Path) -> None:
     assert max(map(len, lines)) <= 100
     assert "SLO tpot=100ms,ttft=2s; efficiency typical" in " ".join(" ".join(lines[:2]).split())
     said = " ".join(" ".join(lines).split())
-    found = re.search(r"4x h100 co-located: [\d.]+% within the SLO at 40 requests/s.* By formula (\d+) of it do", said)
+    found = re.search(
+        r"4x h100 co-located: [\d.]+% within the SLO at 40 requests/s.* By formula (\d+) replicas would", said
+    )
     assert found is not None
     assert 2 < int(found[1]) < 40
     for file in ("results.txt", "report.html"):
         text = (tmp_path / "runs" / file).read_text(encoding="utf-8")
-        assert f"By formula {found[1]} of it do" in " ".join(text.split())
+        assert f"By formula {found[1]} replicas would keep the SLO" in " ".join(text.split())
     assert "By formula" not in lamina(*words, "--slo", "none").stdout
 
 
@@ -248,7 +250,7 @@ def test_a_check_prints_promised_beside_measured(planned: tuple[Any, Path], monk
     assert [line.split("  ")[0] for line in lines[2:5]] == ["", "TTFT p50, ms", "in time, %"]
     assert lines[3].split()[3:] == ["200.0", "170.0", "to", "236.0", "160.0", "+25.0%", "no"]
     assert lines[4].split()[3:] == ["98.0", "93.1", "to", "100.0", "96.5", "+1.5", "points", "yes"]
-    assert "beware: busy: others used 20% of the cores during the run" in lines
+    assert "beware: busy: other processes used 20% of the cores during the run" in lines
     assert "failed: 2 x timeout" in lines
     assert max(map(len, lines)) <= 100
     assert asked == [("plan.toml", "azure-conv", 2.5)]

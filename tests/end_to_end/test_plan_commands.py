@@ -55,6 +55,6 @@ def test_the_documents_lines_plan_deploy_and_check(tmp_path: Path) -> None:
     assert (plan.model, plan.engine["device"], plan.engine["weights"]) == ("smollm2-135m", "cpu", "bfloat16")
     assert len(run(tmp_path, [*known["generate --plan"], "--max-tokens", "8", "--temperature", "0"])) > 8
     checked = run(tmp_path, [*known["plan --check"], "--minutes", "1.6"])
-    for what in ("TTFT p50", "TTFT p99", "TPOT p50", "TPOT p99", "in time", "output", "$/M tokens", "machine: others"):
+    for what in ("TTFT p50", "TTFT p99", "TPOT p50", "TPOT p99", "in time", "output", "$/M tokens", "machine: other"):
         assert what in checked
     assert max(map(len, checked.splitlines()[:14])) <= 100

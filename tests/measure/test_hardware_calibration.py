@@ -365,7 +365,7 @@ def test_a_calibration_that_was_cut_says_so():
 
 def test_others_that_are_at_work_are_said_in_the_file():
     found = replace(calibration(), drifts=(Drift("attention", 40e9, 40e9, 0.04), Drift("decode", 40e9, 40e9, 0.5)))
-    assert found.remarks == ("others used up to 50% of the cores, before 1 of 2 groups of measurements",)
+    assert found.remarks == ("other processes used up to 50% of the cores, before 1 of 2 groups of measurements",)
 
 
 def test_use_of_the_cores_is_read_between_two_looks():

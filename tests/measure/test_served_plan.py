@@ -99,7 +99,7 @@ def test_a_machine_that_is_not_steady_is_said() -> None:
     assert STEADY.remarks == []
     assert Noise(0.04, 40e9, 36e9, 0.0).remarks == []
     busy, unsteady, other = Noise(0.3, 40e9, 20e9, 60e9).remarks
-    assert busy == "busy: others used 30% of the cores during the run"
+    assert busy == "busy: other processes used 30% of the cores during the run"
     assert unsteady == "unsteady: memory was read at 40.0 GB/s before and 20.0 after"
     assert other == "other than planned: memory is read at 30.0 GB/s, the plan has 60.0"
 

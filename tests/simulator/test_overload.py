@@ -22,7 +22,9 @@ BUSY = at_rate(trace("azure-conv", 300, 0), 20.0)
 
 def test_as_many_as_are_said_to_do_keep_the_slo_in_the_event_loop() -> None:
     (said,) = overloads([SYSTEM], [simulate(SYSTEM, BUSY, slo=SLO)], demand(BUSY), SLO)
-    found = re.search(r"% within the SLO at 20 requests/s.* By formula (\d+) of it do, for \$([\d,.]+) an hour", said)
+    found = re.search(
+        r"% within the SLO at 20 requests/s.* By formula (\d+) replicas .*, for \$([\d,.]+) an hour", said
+    )
     assert found is not None
     count = int(found[1])
     assert float(found[2]) == pytest.approx(44.24 * count)
@@ -38,5 +40,5 @@ def test_nothing_is_said_where_more_are_no_answer() -> None:
 
 
 def test_no_number_does() -> None:
-    assert would_do(SYSTEM, demand(BUSY), Slo(tpot=0.001)).startswith("By formula no number of it does: with few")
-    assert f"not even {MOST} of it do" in would_do(SYSTEM, demand(BUSY).at_rate(1e6), SLO)
+    assert would_do(SYSTEM, demand(BUSY), Slo(tpot=0.001)).startswith("By formula no number of replicas keeps the SLO")
+    assert f"not even {MOST} replicas keep the SLO" in would_do(SYSTEM, demand(BUSY).at_rate(1e6), SLO)

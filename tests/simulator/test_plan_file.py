@@ -236,7 +236,7 @@ def test_a_plan_is_deployed_and_what_is_given_besides_wins(tmp_path: Path, caplo
 def test_what_no_engine_does_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "plan.toml"
     write(file, plan_of(SYSTEMS["disaggregated"]))
-    with pytest.raises(InvalidRequest, match="no engine here is that: the engine computes prompts"):
+    with pytest.raises(InvalidRequest, match="no engine here can run: the engine computes prompts"):
         Recording.from_plan(file)
 
 

@@ -105,10 +105,10 @@ class TestTable:
         runs = [run(0, slo_share=0.4), run(3, slo_share=0.1)]
         text = table(runs)
         assert "*" not in text
-        assert "None has 90% of its requests within the SLO" in text
+        assert "No system has 90% of its requests within the SLO" in text
         page = html(runs, "t")
         assert "Most tokens" not in page
-        assert page.count("None has 90% of its requests within the SLO") == 2
+        assert page.count("No system has 90% of its requests within the SLO") == 2
         assert 'class="best"' not in page
         assert 'fill:var(--best)"/>' not in page.split("<h2>Latency")[0].split("<h2>Throughput")[1]
 

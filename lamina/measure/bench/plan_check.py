@@ -73,7 +73,7 @@ class Noise:
         """What may make the numbers wrong, a sentence each."""
         found = []
         if self.others > BUSY:
-            found.append(f"busy: others used {self.others:.0%} of the cores during the run")
+            found.append(f"busy: other processes used {self.others:.0%} of the cores during the run")
         low, high = sorted((self.before, self.after))
         if high - low > DRIFT * high:
             found.append(

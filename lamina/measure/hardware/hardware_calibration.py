@@ -356,7 +356,10 @@ def remarks_on(drifts: Sequence[Drift]) -> Iterator[str]:
     used = [drift.busy for drift in drifts]
     if max(used, default=0.0) > BUSY:
         often = sum(share > BUSY for share in used)
-        yield f"others used up to {max(used):.0%} of the cores, before {often} of {len(used)} groups of measurements"
+        yield (
+            f"other processes used up to {max(used):.0%} of the cores, before {often} of {len(used)} groups of "
+            "measurements"
+        )
 
 
 def _raw(timings: Timings) -> tuple[str, ...]:

@@ -38,16 +38,16 @@ def would_do(system: System, demand: Demand, slo: Slo, prefill: bool = True, lea
         return f"By formula {_none_does(found)}"
     count = max(least, found.replicas)
     cost = found.price / found.replicas * count
-    return f"By formula {count} of it do{f', for ${cost:,.2f} an hour' if cost else ''}"
+    return f"By formula {count} replicas would keep the SLO{f', for ${cost:,.2f} an hour' if cost else ''}"
 
 
 def _none_does(found: Estimate) -> str:
     if found.share >= ATTAINMENT:
-        return f"not even {MOST} of it do: they take {found.taken:.3g} requests/s"
+        return f"not even {MOST} replicas keep the SLO: they take {found.taken:.3g} requests/s"
     if not math.isfinite(found.tpot):
-        return "no number of it does: the trace's longest request does not fit"
-    alone = f"{found.tpot * 1000:.3g} ms a token and {found.ttft:.3g} s to the first"
-    return f"no number of it does: with few at a time it takes {alone}"
+        return "no number of replicas keeps the SLO: the trace's longest request does not fit"
+    alone = f"TPOT is {found.tpot * 1000:.3g} ms and TTFT {found.ttft:.3g} s"
+    return f"no number of replicas keeps the SLO: with few requests at a time {alone}"
 
 
 def _waiting(result: RunResult) -> str:

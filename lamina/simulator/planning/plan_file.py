@@ -98,7 +98,7 @@ class Plan:
     def keywords(self, **overrides: Any) -> dict[str, Any]:
         """Keywords for `LLM`: the plan's, with others over them. Raises InvalidRequest where no engine can do it."""
         if why := undeployable(self.system):
-            raise InvalidRequest(f"the plan is for {self.system.name}, and no engine here is that: {why}")
+            raise InvalidRequest(f"the plan is for {self.system.name}, which no engine here can run: {why}")
         return {**self.engine, **overrides}
 
     def remarks(self) -> list[str]:

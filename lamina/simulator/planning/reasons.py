@@ -45,18 +45,18 @@ def why(
     found = winner.estimate
     said = [
         f"{winner.name}: {winner.goodput:.3g} requests/s within the SLO for ${found.price:.2f} an hour"
-        f"{f', {winner.goodput_per_dollar:.0f} for a dollar' if found.price else ''}{_by(winner)}."
+        f"{f', {winner.goodput_per_dollar:.0f} requests for a dollar' if found.price else ''}{_by(winner)}."
     ]
     if ties:
         said.append(_ties_said(winner, ties))
     if not winner.serves and math.isinf(found.demanded):
-        said.append(f"No system gets {ATTAINMENT:.0%} of the requests through within the SLO.")
+        said.append(f"No system serves {ATTAINMENT:.0%} of the requests within the SLO.")
     elif not winner.serves:
         said.append(
             f"No system here serves all {found.demanded:.3g} requests/s within the SLO; the rest would have to go "
             f"elsewhere. {would_do(winner.candidate.system, demand, slo, prefill, found.replicas + 1)}."
         )
-    said.append(_limits_said(limits(winner, demand, slo, prefill)))
+    said.append(_limits_said("the winner", limits(winner, demand, slo, prefill)))
     winner_device = winner.candidate.system.devices[-1][0].name if winner.candidate.offloaded else ""
     others = (each.candidate.system for each in ranked if each.candidate.system.devices[-1][0].name != winner_device)
     other = best(ranked, not winner.candidate.offloaded)
@@ -70,13 +70,13 @@ def why(
     if winner.candidate.offloaded:
         said.append(f"It serves {gain:.2f}x the requests{unit} of the best without offloading, {theirs}.")
         if gain < 1:
-            said.append(f"That one gives more{unit}, but doesn't serve all that is asked for.")
+            said.append(f"The latter gives more{unit}, but does not serve all that is asked for.")
     else:
         compared = f"serves {1 - 1 / gain:.0%} fewer requests{unit}"
         if gain < 1:
             compared = f"serves {1 / gain - 1:.0%} more requests{unit}, but not all that is asked for"
-        said.append(f"Offloading attention does not pay here: the best that does, {theirs}, {compared}.")
-        said.append("There: " + _limits_said(limits(other, demand, slo, prefill)))
+        said.append(f"Offloading attention does not pay here: the best system that offloads it, {theirs}, {compared}.")
+        said.append(_limits_said("that system", limits(other, demand, slo, prefill)))
         here, there = winner.candidate.system, other.candidate.system
         whole = here.decode if isinstance(here, Disaggregated) else here
         if isinstance(whole, Colocated) and isinstance(there, Offloaded):
@@ -133,8 +133,8 @@ def _by(ranked: Ranked) -> str:
     if result is not None:
         tpot, ttft, batch, share = result.tpot.mean, result.ttft.mean, result.mean_batch, result.slo_share
     return (
-        f", {tpot * 1000:.0f} ms a token, {ttft:.2f} s to the first, {batch:.0f} sequences in decode in each, "
-        f"{share:.0%} in time, by the {'closed form' if result is None else 'event loop'}"
+        f", TPOT {tpot * 1000:.0f} ms, TTFT {ttft:.2f} s, {batch:.0f} sequences in decode per replica, "
+        f"{share:.0%} within the SLO, by the {'closed form' if result is None else 'event loop'}"
     )
 
 
@@ -142,23 +142,23 @@ def _ties_said(winner: Ranked, ties: Sequence[Ranked]) -> str:
     first = winner.candidate.system.policy.name
     names = "; ".join(
         f"{each.name} (${each.estimate.price:.2f} an hour, {advantage(each, winner):.2f}x"
-        f"{'' if lossless(each) else ', lossy'})"
+        f"{'' if lossless(each) else ', lossy policy'})"
         for each in ties[:_NAMED]
     )
     more = f", and {len(ties) - _NAMED} more" if len(ties) > _NAMED else ""
-    chosen = "the cheapest of them that loses nothing" if lossless(winner) else f"the cheapest, under {first}"
+    chosen = "the cheapest of them that reads all KV" if lossless(winner) else f"the cheapest, with the policy {first}"
     return (
-        f"As good, as far as anybody can say (a comparison is off by up to {RATIO_ERROR:.0%}): {names}{more}. "
+        f"Ties, as a comparison of two systems is off by up to {RATIO_ERROR:.0%}: {names}{more}. "
         f"The plan takes {chosen}."
     )
 
 
-def _limits_said(found: Sequence[Limit]) -> str:
+def _limits_said(what: str, found: Sequence[Limit]) -> str:
     matter = [limit for limit in found if limit.gain >= _MATTERS]
     if not matter:
-        return f"Nothing alone limits it: twice the {found[0].what} would serve {found[0].gain - 1:.0%} more."
+        return f"No single thing limits {what}: twice the {found[0].what} would serve {found[0].gain - 1:.0%} more."
     said = [f"twice the {limit.what} would serve {limit.gain - 1:.0%} more" for limit in matter[:3]]
-    return f"What limits it: {', '.join(said)}."
+    return f"What limits {what}: {', '.join(said)}."
 
 
 def _nothing_else(ranked: Sequence[Ranked], demand: Demand, slo: Slo, prefill: bool) -> str:
@@ -170,4 +170,4 @@ def _nothing_else(ranked: Sequence[Ranked], demand: Demand, slo: Slo, prefill: b
         system = each.candidate.system
         if isinstance(system, Offloaded) and (said := slow_link(system, demand, slo, prefill)):
             return f"Offloading attention does not pay here: {said}."
-    return "Offloading attention does not pay here: nothing that does fits the devices, the budget and the SLO."
+    return "Offloading attention does not pay here: no system with it fits the devices, the budget and the SLO."

@@ -23,8 +23,8 @@ FREE_LABEL = "output tokens a second, within the SLO"
 NUMBERED = 12
 ATTAINMENT = 0.9
 """The share of requests within the SLO that counts as keeping it."""
-KEPT = f"among what has {ATTAINMENT:.0%} of its requests within the SLO"
-NONE_KEEPS = f"None has {ATTAINMENT:.0%} of its requests within the SLO: nothing is marked as the best"
+KEPT = f"among systems with {ATTAINMENT:.0%} of their requests within the SLO"
+NONE_KEEPS = f"No system has {ATTAINMENT:.0%} of its requests within the SLO: nothing is marked as the best"
 TIERS: tuple[tuple[str, Callable[[Sampled], float]], ...] = (
     ("model", lambda sample: sample.model_share),
     ("attention", lambda sample: sample.attention_share),

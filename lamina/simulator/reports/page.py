@@ -71,7 +71,7 @@ dl{grid-template-columns:1fr;gap:0}dd{margin:0 0 .5em;padding-left:.8em;grid-col
 _CLEARLY = 1.02  # times as much, to be worth a word
 _LOADED = 1.15  # the same where all keep up with the load that is offered: runs differ by how they end
 _OTHERS = 12  # systems up to which each batch is drawn in front of all others
-_LATENCIES = {"ttft": "Time to the first token", "tpot": "Time a token after it", "tbt": "Between tokens"}
+_LATENCIES = {"ttft": "Time to first token", "tpot": "Time per output token", "tbt": "Time between tokens"}
 _TERMS = """<h2>Terms</h2><dl>
 <dt>TTFT</dt><dd>time to first token, from a request's arrival</dd>
 <dt>TPOT</dt><dd>time per output token after the first, mean of a request</dd>
@@ -123,7 +123,7 @@ def html(
         parts += ["<h2>Batch over time</h2>", f'<p class="soft">{note}</p>', _charts(_batch_charts(runs, names))]
         parts += [
             "<h2>Utilisation over time</h2>",
-            '<p class="soft">How much of a step each tier works; in the heads, its share of the whole run.</p>',
+            '<p class="soft">The busy share of each tier in a step; headings have its share of the whole run.</p>',
             _charts(_tier_charts(runs, names)),
         ]
     parts += ["<h2>All numbers</h2>", _number_table(runs, names), "<h2>What was assumed</h2>"]
@@ -269,10 +269,10 @@ def _tier_charts(runs: Sequence[RunResult], names: Sequence[str]) -> list[str]:
 def _candidates(points: Sequence[Point], chosen: str, across: str, about: str) -> str:
     fits = sum(point[3] for point in points)
     said = about or f"{len(points):,} candidates, {fits:,} of them feasible."
-    said += " Discs are feasible, crosses are not; numbered are those that no feasible one beats in both."
+    said += " Discs are feasible, crosses are not. The numbered ones are the Pareto frontier: none beats them in both."
     star = ""
     if any(point[0] == chosen for point in points):
-        star = f" The star is {chosen}: what gives most for a dollar, or the cheapest of ties, whatever its pace."
+        star = f" The star is {chosen}, the plan: most requests for a dollar, or the cheapest of ties."
     drawing = svg_charts.scatter(points, chosen, f"{Y_LABEL} over {across} of {len(points)} candidates", across)
     named = "".join(f"<li>{_text(point[0])}</li>" for point in numbered(points))
     return (

@@ -33,7 +33,7 @@ from lamina.simulator.traces.demand import Demand
 ATTAINMENT = 0.9
 """The share of requests within the SLO that counts as meeting it: as DistServe (OSDI 2024) has it."""
 TARGET = 0.94
-"""The share that is planned for: two points more, since a sample of the trace is not the trace."""
+"""The share that is planned for: four points more, since a sample of the trace is not the trace."""
 STEEPNESS = 8
 """The power of share / `TARGET` that requests count with, below it."""
 COARSE, FINE = 512, 2000
