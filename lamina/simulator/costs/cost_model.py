@@ -126,7 +126,8 @@ class StepCost:
     link_bytes: float = 0.0
 
     def shared(self, whole: StepCost, tokens: float) -> StepCost:
-        """A `tokens`th of this, and all that another step takes beyond it."""
+        """The cost of one token of each sequence, where a step gives `tokens` of them: this step, of decode alone,
+        divided by `tokens`, and in full what `whole`, the same step with prefill, takes beyond it."""
         keep = 1 / tokens - 1
         return StepCost(
             whole.seconds + keep * self.seconds,
@@ -221,8 +222,8 @@ def attention_time(
         return 0.0
     efficiency, read = device.efficiency, policy.tokens_read(load.context)
     queries = busiest if queries is None else queries
-    each = load.decode, load.decode_tokens
-    work = [(each[0] * nbytes, each[1] * flops) for nbytes, flops in model.attention_work(read, kv_element)]
+    rows, tokens = load.decode, load.decode_tokens
+    work = [(rows * nbytes, tokens * flops) for nbytes, flops in model.attention_work(read, kv_element)]
     if load.prefix_tokens:
         keys = load.prefix_pairs / load.prefix_tokens
         more = model.attention_work(keys, kv_element)
@@ -232,8 +233,8 @@ def attention_time(
         max(moved * busiest / device.bandwidth, flops * queries / rate(device, kv_element)) for moved, flops in work
     )
     moved = sum(moved for moved, _ in work)
-    rows = load.decode * model.attentions * efficiency.attention_row_overhead * busiest
-    return best / at(efficiency.attention, max(1.0, moved * busiest / model.attentions)) + rows
+    overhead = rows * model.attentions * efficiency.attention_row_overhead * busiest
+    return best / at(efficiency.attention, max(1.0, moved * busiest / model.attentions)) + overhead
 
 
 def state_time(model: ModelShape, device: Device, load: Load, share: float = 1.0) -> float:
@@ -270,6 +271,23 @@ def prefill_attention_time(model: ModelShape, device: Device, count: int, load: 
     moved = model.kv_bytes_read(load.prefill_keys, kv_element) / device.bandwidth
     reached = efficiency.of_flops(model.activation, load.prefill_tokens)
     return max(flops / reached, moved / efficiency.attention[-1][1]) / count
+
+
+def model_time(model: ModelShape, device: Device, count: int, load: Load, kv_element: float = 2.0) -> float:
+    """Seconds of all that `count` devices with the weights do for one batch beside attention and states in decode."""
+    seconds = dense_time(model, device, count, load)
+    seconds += prefill_attention_time(model, device, count, load, kv_element)
+    return seconds + prefill_state_time(model, device, count, load)
+
+
+def mixing_time(
+    model: ModelShape, device: Device, count: int, load: Load, policy: KvPolicy = FULL, kv_element: float = 2.0
+) -> float:
+    """Seconds of attention and states of one batch's decode rows, on `count` devices by tensor parallelism."""
+    attention = attention_time(
+        model, device, load, policy, kv_element, busiest=busiest_share(model, count), queries=1 / count
+    )
+    return attention + state_time(model, device, load, state_share(model, count))
 
 
 def busiest_share(model: ModelShape, count: int) -> float:

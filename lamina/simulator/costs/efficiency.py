@@ -71,7 +71,7 @@ def check(entry: Any, where: str) -> None:
     for name, text in entry.sources.items():
         if not isinstance(text, str) or len(text) > _MAX_TEXT:
             raise InvalidRequest(
-                f"{where}: sources.{name} is {text!r:.80}; allowed is a text of {_MAX_TEXT} characters"
+                f"{where}: sources.{name} is {text!r:.80}; allowed is a text of up to {_MAX_TEXT} characters"
             )
 
 

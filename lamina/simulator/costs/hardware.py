@@ -48,6 +48,8 @@ TYPICAL = "vllm"
 """The engine whose efficiency devices without measurements are given, unless a file has [typical]. This project's own
 engine is not among those that were measured on GPUs."""
 KINDS = ("gpu", "tpu", "npu", "cpu")
+_BUILT_IN = ("roofline", "typical")
+"""Names of efficiencies that no engine may have."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+-]{0,79}")
 
 
@@ -161,6 +163,8 @@ class Catalogue:
         if found == ROOFLINE:
             return "devices without measurements reach their best, all the time: an upper bound"
         for engine, known in self.engines.items():
+            if found == known and _packaged().engines.get(engine) != known:
+                return f"devices without measurements reach what {engine} of the hardware file says"
             if found == known:
                 return (
                     f"devices without measurements reach what {engine} reached of H100 and H200 (hardware.toml has the "
@@ -205,8 +209,10 @@ def extended(catalogue: Catalogue, data: Mapping[str, Any]) -> Catalogue:
         links[given["name"].lower()] = Link(**given)
     engines: dict[str, Efficiency] = {}
     for table in tables_of(data, "engine"):
-        where = _entry("engine", table, (*engines, "roofline", "typical"))
-        engines[table["name"].lower()] = _read_efficiency({k: v for k, v in table.items() if k != "name"}, where)
+        where = _entry("engine", table, engines)
+        if (name := table["name"].lower()) in _BUILT_IN:
+            raise InvalidRequest(f"{where} has a name that is taken; allowed are others than {', '.join(_BUILT_IN)}")
+        engines[name] = _read_efficiency({k: v for k, v in table.items() if k != "name"}, where)
     typical = catalogue.typical
     if "typical" in data:
         typical = _read_efficiency(data["typical"], "typical")

@@ -159,8 +159,9 @@ class ModelShape:
         return self.head * self._table + layers + vectors * self._float
 
     def experts_read(self, tokens: float) -> float:
-        """The part of `weights_read` that experts are."""
-        return self.expert_parameters(tokens) * self._stored
+        """The part of `weights_read` that experts are: those that so many tokens are expected to use."""
+        used = sum(group.layers * group.experts_read(tokens) * group.expert for group in self.groups)
+        return used * self._stored
 
     @cached_property
     def packable(self) -> int:
@@ -171,10 +172,6 @@ class ModelShape:
     def matrices(self) -> int:
         """Parameters of all layers that every token is multiplied with: all but experts, norms and biases."""
         return sum(group.layers * (group.projections + group.mlp) for group in self.groups)
-
-    def expert_parameters(self, tokens: float) -> float:
-        """Of the experts that so many tokens are expected to use."""
-        return sum(group.layers * group.experts_read(tokens) * group.expert for group in self.groups)
 
     def unpacked(self, tokens: float, sampled: float, most: float) -> float:
         """Packed weights that are multiplied with more than `most` tokens of a batch, of which `sampled` need
