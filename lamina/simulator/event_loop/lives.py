@@ -49,10 +49,17 @@ class Totals:
     samples: Samples = field(default_factory=Samples)
 
     def count(
-        self, seconds: float, busy: tuple[float, float, float], link_bytes: float, decode: int, waiting: int
+        self,
+        seconds: float,
+        busy: tuple[float, float, float],
+        link_bytes: float,
+        decode: int,
+        waiting: int,
+        steps: int = 1,
     ) -> None:
-        """A batch of so many seconds, with so many sequences in decode while others wait."""
-        self.steps += 1
+        """A batch of so many seconds, with so many sequences in decode while others wait; or `steps` of them, as long
+        as nobody waits."""
+        self.steps += steps
         for tier, part in enumerate(busy):
             self.busy[tier] += part
         self.link_bytes += link_bytes

@@ -117,7 +117,9 @@ class QuickInstance:
             most = min(most, math.ceil(least))
         if most < 2 or batch * (most // PAGE_SIZE + 1) > self._free:
             return False
-        seconds, *busy, nbytes = (most * a + (b - a) * most * (most - 1) / 2 for a, b in zip(now, after, strict=True))
+        seconds, model, attention, network, nbytes = (
+            most * a + (b - a) * most * (most - 1) / 2 for a, b in zip(now, after, strict=True)
+        )
         self._free -= most // PAGE_SIZE * batch
         self._free -= sum(self._phases[(step + each) % PAGE_SIZE] for each in range(most % PAGE_SIZE))
         self._step += most
@@ -125,12 +127,7 @@ class QuickInstance:
         self._context += batch * most
         totals.samples.skip(most)
         totals.gaps[seconds / most] += batch * most
-        totals.peak = max(totals.peak, batch)
-        totals.steps += most
-        totals.busy = [a + b for a, b in zip(totals.busy, busy, strict=True)]
-        totals.link_bytes += nbytes
-        totals.decode_seconds += seconds
-        totals.decode_rows += seconds * batch
+        totals.count(seconds, (model, attention, network), nbytes, batch, 0, most)
         return True
 
     def _feed(self) -> int:
