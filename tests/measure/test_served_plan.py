@@ -58,6 +58,9 @@ def test_a_check_sends_what_one_replica_would_get() -> None:
     assert len(excerpt(TRACE, late, 2.0).arrivals) == 119  # what it takes, half of it in time, in windows of 7
     unbounded = replace(PLAN, trace=replace(PLAN.trace, rate=0.0))
     assert len(excerpt(TRACE, unbounded, 2.0).arrivals) == 240
+    idle = replace(PLAN, predicted=replace(PREDICTED, requests_per_second=0.0))
+    with pytest.raises(InvalidRequest, match="the plan promises 0 requests a second"):
+        excerpt(TRACE, idle)
     for minutes in (0.01, float("nan"), 1e9):
         with pytest.raises(InvalidRequest, match="minutes is"):
             excerpt(TRACE, PLAN, minutes)

@@ -33,6 +33,7 @@ SYSTEMS: dict[str, System] = {
     "disaggregated": Disaggregated(prefill=together(2), decode=together(4, H20), link=FHBN),
     "offloaded": dop(2, 4, policy=KvPolicy("streaming(sink=64, recent=256)", 0.3, 0.4, 4096)),
     "prompts, dense layers and attention apart": Disaggregated(prefill=together(2), decode=dop(2, 2), link=FHBN),
+    "two links": Disaggregated(prefill=together(2), decode=dop(2, 2), link=replace(FHBN, name="other", bandwidth=1e9)),
     "kept in both tiers": dop(2, 2, lanes=2, local_share=0.4, attention_memory_share=0.98),
     "replicas": dop(2, 2, lanes=3, model_replicas=2),
     "on hosts": dop(2, 3, attention=EPYC, shard="sequence", workers=6),

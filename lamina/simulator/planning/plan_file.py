@@ -171,12 +171,16 @@ def _from_toml(data: Mapping[str, Any]) -> Plan:
 
 
 def _parts(system: System) -> tuple[list[Device], list[Link]]:
-    """The devices and links of a system."""
+    """The devices and links of a system. Raises InvalidRequest where two of a kind have one name."""
     devices: dict[str, Device] = {}
     for device, _ in system.devices:
         if devices.setdefault(device.name, device) != device:
             raise InvalidRequest(f"two devices are called {device.name!r}; allowed is one of a name in a plan")
-    return list(devices.values()), [] if isinstance(system, Colocated) else [system.link]
+    links: dict[str, Link] = {}
+    for part in (system, system.decode) if isinstance(system, Disaggregated) else (system,):
+        if not isinstance(part, Colocated) and links.setdefault(part.link.name, part.link) != part.link:
+            raise InvalidRequest(f"two links are called {part.link.name!r}; allowed is one of a name in a plan")
+    return list(devices.values()), list(links.values())
 
 
 def _to_table(part: Any, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from lamina.simulator.costs.hardware import Device, Link
-from lamina.simulator.costs.systems import Colocated, System
+from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.traces.demand import Demand
 
@@ -129,10 +129,9 @@ def faster(system: System, factor: float, name: str | None = None) -> System:
     return changed(quick, overheads, name)  # type: ignore[no-any-return]
 
 
-def _parts(system: System) -> list[Any]:
+def _parts(system: System) -> list[Colocated | Offloaded]:
     """The instances of a system: where prompts are elsewhere, both."""
-    inner = [getattr(system, item.name) for item in fields(system)]
-    return [part for part in inner if is_dataclass(part) and hasattr(part, "step")] or [system]
+    return [system.prefill, system.decode] if isinstance(system, Disaggregated) else [system]
 
 
 def _link(link: Link, what: str, now: float, unit: str) -> Quantity:
@@ -167,11 +166,11 @@ def _faster(name: str) -> Callable[[Situation, float], Situation]:
 
 
 def _memory(given: Situation, factor: float) -> Situation:
-    def more(system: Any) -> Any:
-        inner = {item.name: getattr(system, item.name) for item in fields(system)}
-        new = {name: more(part) for name, part in inner.items() if is_dataclass(part) and hasattr(part, "step")}
-        if "memory_share" in inner:
-            new["memory_share"] = min(1.0, inner["memory_share"] * factor)
-        return replace(system, **new)
+    def more(part: Colocated | Offloaded) -> Any:
+        names = ("memory_share", "attention_memory_share") if isinstance(part, Offloaded) else ("memory_share",)
+        return replace(part, **{name: min(1.0, getattr(part, name) * factor) for name in names})
 
-    return replace(given, system=more(given.system))
+    system = given.system
+    if isinstance(system, Disaggregated):
+        return replace(given, system=replace(system, prefill=more(system.prefill), decode=more(system.decode)))
+    return replace(given, system=more(system))

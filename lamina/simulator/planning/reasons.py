@@ -20,7 +20,6 @@ from lamina.simulator.traces.demand import Demand
 
 _MATTERS = 1.03
 """A gain that is worth a word, of twice as much of something."""
-_EVERYTHING = math.inf
 _NAMED = 3
 """Ties that are named."""
 
@@ -60,7 +59,7 @@ def why(
     winner_device = winner.candidate.system.devices[-1][0].name if winner.candidate.offloaded else ""
     others = (each.candidate.system for each in ranked if each.candidate.system.devices[-1][0].name != winner_device)
     other = best(ranked, not winner.candidate.offloaded)
-    bound = [f"{said}." for said in compute_bound_devices(others, demand.context)]
+    bound = [f"{sentence}." for sentence in compute_bound_devices(others, demand.context)]
     if other is None:
         said += bound
         said.append(_nothing_else(ranked, demand, slo, prefill))
@@ -72,9 +71,12 @@ def why(
         if gain < 1:
             said.append(f"That one gives more{unit}, but doesn't serve all that is asked for.")
     else:
-        compared = f"serves {1 - 1 / gain:.0%} fewer requests{unit}"
-        if gain < 1:
+        if gain >= 1:
+            compared = f"serves {1 - 1 / gain:.0%} fewer requests{unit}"
+        elif gain > 0:
             compared = f"serves {1 / gain - 1:.0%} more requests{unit}, but not all that is asked for"
+        else:
+            compared = "serves some requests within the SLO, where this one serves none"
         said.append(f"Offloading attention does not pay here: the best that does, {theirs}, {compared}.")
         said.append("There: " + _limits_said(limits(other, demand, slo, prefill)))
         here, there = winner.candidate.system, other.candidate.system
@@ -86,7 +88,7 @@ def why(
 
 def limits(ranked: Ranked, demand: Demand, slo: Slo, prefill: bool = True) -> list[Limit]:
     """What twice as much of each thing would give, at the most that one replica serves; the largest gain first."""
-    most = demand.at_rate(_EVERYTHING)
+    most = demand.at_rate(math.inf)
     system = ranked.candidate.system
     now = estimate(system, 1, most, slo, prefill).goodput
     found = []

@@ -1,6 +1,6 @@
 """The page of a report: runs, and a plan where there is one, as one file of HTML. Pure; `report.html` is its name.
 
-Charts are `svg_charts`', numbers `report_data`'s; here is what stands where, and in which words. Everything that comes
+Charts are `svg_charts`', numbers those of `data`; here is what stands where, and in which words. Everything that comes
 from a result or a plan is escaped.
 """
 

@@ -88,12 +88,17 @@ class Estimate:
     @property
     def dollars_per_million(self) -> float:
         """Dollars for a million output tokens."""
-        return self.price / (self.tokens_per_second * 3600) * 1e6 if self.tokens_per_second else math.inf
+        return cost_of_a_million(self.price, self.tokens_per_second)
 
     @property
     def serves(self) -> bool:
         """Whether the whole demand is served, `TARGET` of it within the SLO."""
         return self.share >= TARGET and (math.isinf(self.demanded) or self.taken >= self.demanded * (1 - 1e-9))
+
+
+def cost_of_a_million(price: float, tokens_per_second: float) -> float:
+    """Dollars for a million tokens, at `price` dollars an hour; infinite where there are none."""
+    return price / (tokens_per_second * 3600) * 1e6 if tokens_per_second else math.inf
 
 
 def credit(share: float) -> float:

@@ -28,6 +28,9 @@ PAGE = 32
 _APART = 1e5
 """Seconds after which a request is alone."""
 _UNLIMITED = 1 << 40
+"""Tokens of a batch, where prompts are computed elsewhere."""
+_LENGTHS = ("prompts", "outputs", "past", "read", "held")
+"""Fields of `Requests` beside its times."""
 _EDGE = 0.02
 """A time counts in part as kept from this share below its limit to as much above it, so that what is counted changes
 smoothly with the limit."""
@@ -86,7 +89,7 @@ class Service:
 
     def most(self, batch: int) -> float:
         """Requests a second that pass with up to so many sequences at a time."""
-        decode = batch / (self._demand.output * self.pace(batch))
+        decode = self._most_decoded(batch)
         if self._apart is None:
             return decode
         batches, link = self._beforehand(self._apart)
@@ -161,10 +164,10 @@ class Service:
     def _present(self, rate: float, places: int) -> Integers:
         """Tokens that sequences have left which decode already: as many as there are in the mean, by Little's law."""
         left = left_of_outputs(self._demand.sample)
-        count = largest(places, lambda batch: self.most_decoded(batch) <= rate)
+        count = largest(places, lambda batch: self._most_decoded(batch) <= rate)
         return np.resize(left, count if count < places and len(left) else 0)
 
-    def most_decoded(self, batch: int) -> float:
+    def _most_decoded(self, batch: int) -> float:
         """Requests a second that pass decode alone."""
         return batch / (self._demand.output * self.pace(batch))
 
@@ -187,9 +190,6 @@ class Service:
         a_token, first = system.transfer_bytes(2) - system.transfer_bytes(1), system.transfer_bytes(1)
         most = system.policy.window or math.inf
         return batches, lambda prompts: (first + (np.minimum(prompts, most) - 1) * a_token) / wire
-
-
-_LENGTHS = ("prompts", "outputs", "past", "read", "held")
 
 
 def held(system: System, context: FloatT) -> FloatT:
