@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+ATTAINMENT = 0.9
+"""The share of requests within the SLO that counts as keeping it: as DistServe (OSDI 2024) has it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Distribution:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -54,7 +55,7 @@ def candidates(
     Raises InvalidRequest where drafts cannot be verified; where there are none, naming what the model needs and what
     there is, or what the cheapest costs; and where there are more than `MAX_CANDIDATES`.
     """
-    if budget is not None and not 0 < budget < float("inf"):
+    if budget is not None and not 0 < budget < math.inf:
         raise InvalidRequest(f"budget is {budget}; allowed are dollars an hour above 0")
     found: list[Candidate] = []
     cheapest: System | None = None

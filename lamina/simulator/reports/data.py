@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.event_loop.results import RunResult, Sampled
+from lamina.simulator.event_loop.results import ATTAINMENT, RunResult, Sampled
 
 Point = tuple[str, float, float, bool]
 """A candidate: its name, x, y, and whether it is feasible."""
@@ -21,8 +21,6 @@ X_LABEL, Y_LABEL = "output tokens a dollar, within the SLO", "tokens a second of
 FREE_LABEL = "output tokens a second, within the SLO"
 """In place of `X_LABEL` where devices are free."""
 NUMBERED = 12
-ATTAINMENT = 0.9
-"""The share of requests within the SLO that counts as keeping it."""
 KEPT = f"among what has {ATTAINMENT:.0%} of its requests within the SLO"
 NONE_KEEPS = f"None has {ATTAINMENT:.0%} of its requests within the SLO: nothing is marked as the best"
 TIERS: tuple[tuple[str, Callable[[Sampled], float]], ...] = (
