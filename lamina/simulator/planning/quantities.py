@@ -144,7 +144,7 @@ def _link(link: Link, what: str, now: float, unit: str) -> Quantity:
 
 
 def _longer_prompts(given: Situation, factor: float) -> Situation:
-    return replace(given, demand=given.demand.with_context(factor), prompts=given.prompts * factor)
+    return replace(given, demand=given.demand.with_prompts(factor), prompts=given.prompts * factor)
 
 
 def _more_requests(given: Situation, factor: float) -> Situation:

@@ -88,7 +88,7 @@ class Demand:
             raise InvalidRequest(f"rate is {rate}; allowed is above 0 requests a second")
         return replace(self, rate=rate)
 
-    def with_context(self, factor: float) -> Demand:
+    def with_prompts(self, factor: float) -> Demand:
         """Prompts `factor` times as long, outputs as they are; the context grows by what the prompts do."""
         sample = self.sample
         weighted = float((sample.prompts * sample.outputs).sum() / sample.outputs.sum())
