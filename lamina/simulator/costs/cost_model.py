@@ -38,7 +38,7 @@ class KvPolicy:
             whole(f"window of policy {self.name!r}", self.window, 1, 1 << 24)
 
     def tokens_read(self, context: float) -> float:
-        """Of so many, in decode."""
+        """Tokens that decode reads of a sequence with so many."""
         return self.read * self._seen(context)
 
     def tokens_held(self, context: float) -> float:
@@ -85,7 +85,7 @@ class Load:
 
     @property
     def decode_tokens(self) -> float:
-        """Of the decoding sequences, drafts included. Each needs logits."""
+        """Tokens of the decoding sequences, drafts included. Each needs logits."""
         return self.decode * (1 + self.drafts)
 
     @property
@@ -101,7 +101,7 @@ class Load:
         return self._scaled(self.decode * share, share)
 
     def _scaled(self, decode: float, share: float) -> Load:
-        """With so many in decode, and this share of the prefill."""
+        """The batch with so many in decode, and this share of the prefill."""
         return Load(
             decode,
             self.context,
@@ -191,7 +191,7 @@ def _roofline(moved: float, flops: float, device: Device, model: ModelShape, tok
 
 
 def all_reduce_time(device: Device, count: int, nbytes: float) -> float:
-    """Of a ring over `count` devices: 2 (n - 1) / n of the bytes pass each link."""
+    """Seconds of an all-reduce by a ring over `count` devices: 2 (n - 1) / n of the bytes pass each link."""
     if device.interconnect <= 0:
         raise InvalidRequest(
             f"device {device.name!r} has no interconnect; allowed is tensor_parallel 1, or a device that has one"
@@ -325,25 +325,25 @@ class Exchange:
     """What one batch sends to the attention workers and gets back, over all layers. Times are seconds."""
 
     queries: float
-    """Of the queries' bytes, and of what states are sent."""
+    """The bytes of queries, and of what is sent to states."""
     keys: float
-    """Of k's and v's, of decode rows."""
+    """The bytes of k and v of decode rows."""
     outputs: float
-    """Of the partial outputs'."""
+    """The bytes of partial outputs."""
     stored: float
-    """Of the KV and states of prefill rows, which no token waits for."""
+    """The bytes of the KV and states of prefill rows, which no token waits for."""
     waiting: float
     """The batch's announcement, round trips, and what each worker and row takes beside its bytes."""
     nbytes: float
 
     @property
     def seconds(self) -> float:
-        """That a batch waits for, with nothing else under way."""
+        """Seconds that a batch waits, with nothing else under way."""
         return self.waiting + self.queries + self.keys + self.outputs
 
     @property
     def busy(self) -> float:
-        """Of the link, in its busier direction."""
+        """Seconds in which the link is busy in its busier direction."""
         return max(self.queries + self.keys + self.stored, self.outputs)
 
 

@@ -115,7 +115,7 @@ class Efficiency:
     collective: float = 1.0
     """Share of the interconnect that an all-reduce reaches."""
     collective_latency: float = 0.0
-    """Of one all-reduce, beside its bytes."""
+    """Seconds of one all-reduce beside its bytes."""
     layer_overhead: float = 0.0
     """Seconds a layer and batch: launches, norms, Python."""
     step_overhead: float = 0.0

@@ -41,13 +41,13 @@ class Lane:
 
     dense: float
     local: float
-    """Of attention on the model devices."""
+    """Attention on the model devices."""
     attention: float
     exchange: Exchange
     hop: float
-    """Of its way from one replica of the weights to the next, in each layer."""
+    """The way from one replica of the weights to the next, in each layer."""
     past: float
-    """Of attention elsewhere without states."""
+    """The part of `attention` that is not for states."""
     hidden: float = 0.0
     """The seconds of `past` that are hidden where q goes first: attention begins when q arrives. Those of states are
     not, which need k and v first of all."""
@@ -237,12 +237,12 @@ class Offloaded:
         return token_cost(self.speculation, load, self._step)
 
     def _step(self, load: Load) -> StepCost:
-        """In the better order of messages."""
+        """A batch in the better order of messages."""
         together, first = self._orders(load)
         return together if first is None or first.seconds >= together.seconds else first
 
     def _orders(self, load: Load) -> tuple[StepCost, StepCost | None]:
-        """With q, k and v together; and with q first, where that is tried."""
+        """A batch with q, k and v together; and one with q first, where that is tried."""
         lanes, replicas = int(min(self.lanes, max(1, load.decode))), self.model_replicas
         share, part = self.local_part(load), load.divided(lanes)
         lane = self.lane(part, share=share)

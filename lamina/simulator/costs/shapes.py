@@ -53,7 +53,7 @@ class LayerGroup:
 
     @cached_property
     def all_reduces(self) -> int:
-        """By tensor parallelism: one behind what mixes tokens, one behind the MLP."""
+        """All-reduces of a layer by tensor parallelism: one behind what mixes tokens, one behind the MLP."""
         return (self.attends or self.state is not None) + (self.mlp > 0 or self.experts > 0)
 
     @cached_property
@@ -73,7 +73,7 @@ class LayerGroup:
 
     @cached_property
     def parameters(self) -> int:
-        """Of one layer, all of them."""
+        """All parameters of one layer."""
         return self.projections + self.mlp + self.vectors + self.experts * self.expert
 
     def experts_read(self, tokens: float) -> float:
@@ -247,7 +247,7 @@ class ModelShape:
 
     @cached_property
     def state_bytes(self) -> int:
-        """Of one sequence's states over all layers, whatever its length: what each token reads, and writes."""
+        """Bytes of one sequence's states over all layers, whatever its length: what each token reads, and writes."""
         return self._of_states(lambda state: state.nbytes)
 
     @cached_property
@@ -275,12 +275,12 @@ class ModelShape:
 
     @cached_property
     def asked_elements(self) -> int:
-        """Of the queries of one token, over all layers."""
+        """Elements of one token's queries, over all layers."""
         return sum(group.layers * group.asked_elements for group in self.groups)
 
     @cached_property
     def output_elements(self) -> int:
-        """Of the outputs of attention of one token, over all layers."""
+        """Elements of one token's outputs of attention, over all layers."""
         return sum(group.layers * group.output_elements for group in self.groups)
 
     def exchange_bytes(self, element: float = 2.0) -> float:
@@ -311,7 +311,7 @@ class ModelShape:
 
     @cached_property
     def _state_messages(self) -> tuple[int, int, int]:
-        """Of one token to all states: elements that are sent, bytes of the gates, elements that come back."""
+        """One token's messages with all states: elements that are sent, bytes of the gates, elements that come back."""
         of = self._of_states
         return of(lambda state: state.channels), of(lambda state: state.gate_bytes), of(lambda state: state.outputs)
 

@@ -70,7 +70,7 @@ class ElasticResult:
 
     @property
     def dollars_per_million(self) -> float:
-        """Of output tokens."""
+        """Dollars for a million output tokens."""
         return 1e6 * self.dollars / self.output_tokens if self.output_tokens else math.inf
 
 
@@ -129,7 +129,7 @@ class _Fleet:
 
     @property
     def _units(self) -> int:
-        """That are paid for."""
+        """Units that are paid for."""
         return self._serving + len(self._coming)
 
     def _instance(self) -> Instance:

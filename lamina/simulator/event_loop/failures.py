@@ -90,7 +90,7 @@ class FailingInstance(Instance):
         self._back = math.inf  # when the lost worker's successor is there
 
     def step(self) -> bool:
-        """As an instance, after what has happened up to now."""
+        """A step of an instance, after the losses and returns up to now."""
         if self.now >= self._back:
             self.resize(self._whole)
             self._back = math.inf
@@ -115,7 +115,7 @@ class FailingInstance(Instance):
 
 
 def prefill_seconds(system: Colocated | Offloaded, contexts: Sequence[int]) -> float:
-    """In which these contexts are computed from their beginning, one after another."""
+    """Seconds in which these contexts are computed from their beginning, one after another."""
     seconds = 0.0
     for context in contexts:
         done = 0

@@ -42,7 +42,7 @@ def is_usual(system: System, trace: Trace, prefix_cache: bool) -> bool:
 
 
 class QuickInstance:
-    """As `Instance`. Raises Unusual where the real scheduler must be asked; nothing of `totals` is changed then."""
+    """Stands for an `Instance`. Raises Unusual where the real scheduler must be asked; `totals` is as before then."""
 
     def __init__(
         self,
@@ -201,7 +201,7 @@ class QuickInstance:
             left -= count
 
     def _make_room(self, left: int) -> tuple[list[tuple[Sequence, int]], list[Sequence]]:
-        """As `_plan`, where pages are short: they are given by number, and the youngest give way."""
+        """`_plan` where pages are short: they are given by number, and the youngest give way."""
         step, prompts = self._step, set(self._prompts)
         decoding = [each for ending in self._ending.values() for each in ending]
         idle = sorted([*decoding, *prompts], key=lambda each: each.number)
@@ -255,7 +255,7 @@ class QuickInstance:
         heappush(self._waiting, (victim.number, victim))
 
     def _enter(self, each: Sequence, step: int) -> None:
-        """It decodes from that step on, with all its known tokens but the last computed."""
+        """The sequence decodes from that step on, with all its known tokens but the last computed."""
         each.computed, each.since = each.known - 1, step
         each.ends = step + each.output - (each.known - each.prompt) - 1
         self._ending.setdefault(each.ends, []).append(each)
@@ -306,7 +306,7 @@ class QuickInstance:
                 self._sample(each, step + 1)
 
     def _sample(self, each: Sequence, step: int) -> None:
-        """Its known tokens are computed: it has one more, and decodes unless that is its last."""
+        """A sequence whose known tokens are computed has one more, and decodes unless that is its last."""
         life, now = each.life, self._now
         if each.known == each.prompt:
             self._ahead -= each.prompt
@@ -373,7 +373,7 @@ class QuickInstance:
         return seconds
 
     def _taken(self) -> float:
-        """Of the pages, the share that is taken, where windows let some go."""
+        """The share of the pages that is taken, where windows let some go."""
         decoding = [each.at(self._step) + 1 for ending in self._ending.values() for each in ending]
         taken = 0
         for tokens in (*decoding, *(each.computed for each in self._prompts)):

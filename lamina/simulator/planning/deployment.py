@@ -22,7 +22,7 @@ ENGINE_KEYS = (
 )  # fmt: skip
 """Keywords that a plan may set. Credentials, channels and folders belong to the deployment."""
 COMPUTES = {"cpu": "cpu", "gpu": "cuda"}
-"""By the kind of a device, what the engine calls it."""
+"""The engine's name of each kind of device."""
 _DTYPES = {4.0: "float32", 2.0: "bfloat16"}
 _PROMPTS = 8
 """Prompts of the longest kind that the engine's own process has room for, where it keeps nothing else."""

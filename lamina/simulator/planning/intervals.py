@@ -67,7 +67,7 @@ def intervals(
 
 
 def _figures(ranked: Ranked, system: System, demand: Demand, slo: Slo, prefill: bool, run: Run | None) -> _Figures:
-    """With the system in the candidate's place: by the event loop where it ran, or can run."""
+    """The numbers of the system in the candidate's place: by the event loop where it ran, or can run."""
     if run is not None:
         ranked = replace(ranked, result=run(system))
     if (found := ranked.result) is not None:

@@ -53,11 +53,11 @@ class Prediction:
     """The part of the simulator that predicts."""
     requests_per_second: float
     tokens_per_second: float
-    """Of output."""
+    """Output tokens."""
     tpot: float
     ttft: float
     slo_share: float
-    """Of requests that are within the SLO."""
+    """The share of the requests that is within the SLO."""
     batch: float
     """Sequences in decode, in one replica."""
     dollars_per_hour: float

@@ -1,4 +1,4 @@
-"""At which price of a device another candidate wins: over all candidates, as they stand under other prices.
+"""The price of a device at which another candidate wins: over all candidates, as they stand under other prices.
 
 Neither an estimate nor a run of the event loop depends on prices, so a candidate's standing at any price follows from
 the one that it has. What would be first there by formula alone is checked by the event loop before it is believed.
@@ -32,8 +32,8 @@ Unseen = Callable[[str, float, float], Sequence[Ranked]]
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """At `factor` times what it is, and beyond, `winner` takes the first place. `checked`: by the event loop, not by
-    formula alone."""
+    """A price at which the winner changes: at `factor` times what it is, and beyond, `winner` takes the first
+    place. `checked`: by the event loop, not by formula alone."""
 
     factor: float
     winner: str

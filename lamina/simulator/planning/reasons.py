@@ -99,7 +99,7 @@ def limits(ranked: Ranked, demand: Demand, slo: Slo, prefill: bool = True) -> li
 
 
 def _improvements(system: System) -> list[tuple[str, System]]:
-    """In words, and with it: twice as much of each thing that its devices and links have."""
+    """What is improved, in words, and the system with it: twice as much of each thing of its devices and links."""
     made: list[tuple[str, System]] = []
     roles = {device.name: "" for device, _ in system.devices}
     if isinstance(system, Offloaded) and len(roles) == 2:
@@ -129,7 +129,7 @@ def _gain(winner: Ranked, other: Ranked) -> tuple[float, str]:
 
 
 def _by(ranked: Ranked) -> str:
-    """Its other figures, and their source."""
+    """The other figures of a candidate, and their source."""
     found, result = ranked.estimate, ranked.result
     tpot, ttft, batch, share = found.tpot, found.ttft, found.batch, found.share
     if result is not None:

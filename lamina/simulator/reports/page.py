@@ -301,7 +301,7 @@ def _scrolling(head: str, body: str, kind: str = "scroll") -> str:
 
 
 def _assumptions(runs: Sequence[RunResult], names: Sequence[str]) -> str:
-    """By what it is about: what was assumed, and for which systems where not for all."""
+    """What was assumed, by subject, and for which systems where not for all."""
     entries = []
     for key in dict.fromkeys(key for run in runs for key in run.assumptions):
         texts: dict[str, list[str]] = {}

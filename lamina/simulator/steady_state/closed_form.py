@@ -42,11 +42,12 @@ COARSE, FINE = 512, 2000
 _TRIES, _SPARE = {COARSE: 8, FINE: 12}, 3
 """Rates that are tried to find the best one, and to find what there is to spare."""
 _CLOSE = 0.02
-"""Of a rate, how closely the best one is found."""
+"""How closely the best rate is found, as a share of it."""
 _FULL = 0.98
-"""Of what passes at most, the highest rate where requests may not wait for long."""
+"""The share of what passes at most that is the highest rate, where requests may not wait for long."""
 _FEWER = (0.85, 0.7, 0.5)
-"""Of the sequences that the pace allows in the mean, limits that are tried too: bursts wait, and do not slow others."""
+"""Shares of the sequences that the pace allows in the mean, which are tried as limits: bursts wait, and slow no others.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,7 +174,7 @@ def _estimate(system: System, replicas: int, demand: Demand, slo: Slo, prefill: 
 
 
 class _Search:
-    """For rates, counts and limits with which one system does best. Remembers what it tried."""
+    """A search for the rates, counts and limits with which one system does best. It remembers what it tried."""
 
     def __init__(self, service: Service, most: int, slo: Slo, requests: int) -> None:
         self._service, self._most, self._requests = service, most, requests

@@ -26,8 +26,8 @@ _DONE, _DECODE, _DENSE = 0, 1, 2
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Of one instance: sequences at a time, tokens of KV that they hold, and tokens of a batch. `usual`: tokens that
-    each of those holds which are there at first."""
+    """The limits of one instance: sequences at a time, tokens of KV that they hold, and tokens of a batch. `usual`:
+    tokens that each of those holds which are there at first."""
 
     sequences: int
     held: float
@@ -80,7 +80,7 @@ def replay(batches: Batches, requests: Requests, limits: Limits, present: Intege
 
 @cache
 def _compiled() -> Callable[..., tuple[int, int, int]]:
-    """From numba's cache on disk where there is one."""
+    """`_run`, compiled; from numba's cache on disk where there is one."""
     try:
         return numba.njit(cache=True)(_run)  # type: ignore[no-any-return]
     except RuntimeError:  # no folder can be written to
@@ -111,7 +111,7 @@ def _between(table: Any, at: int) -> Any:
 
 @numba.extending.register_jitable  # type: ignore[untyped-decorator]
 def _level(count: int) -> int:
-    """As `level_of` of `batches`, compiled."""
+    """`level_of` of `batches`, compiled."""
     level = 1 if count else 0
     while count >= 4:
         level += 1

@@ -44,7 +44,7 @@ class Point:
     tpot: float
     ttft: float
     share: float
-    """Of the requests, within the SLO."""
+    """The share of the requests that is within the SLO."""
     batch: float = 0.0
 
 
@@ -110,7 +110,7 @@ class Service:
         return Point(rate, **{name: sum(getattr(point, name) for point in points) / count for name in names})
 
     def alone(self, requests: int) -> Point:
-        """With one request at a time."""
+        """The instance with one request at a time."""
         stream = streams(self._demand.sample, 1, requests)[0]
         return replace(self._at(stream, np.linspace(0.0, _APART * len(stream), len(stream)), 0.0, 1), rate=0.0)
 

@@ -27,7 +27,7 @@ gzip, under CC-BY 4.0 (`LICENCE-azure.txt`)."""
 AGENTS = "coding-agents"
 """The name of the sessions that are drawn (`sessions.coding_agents`)."""
 WINDOWS = 16
-"""That an excerpt is taken from."""
+"""Windows that an excerpt is taken from."""
 _SHIFTS = 64
 """Places that are tried for them."""
 _COLUMNS = ("at", "prompt", "output")

@@ -63,8 +63,8 @@ def coding_agents(count: int = 2000, seed: int = 0, rate: float = SESSIONS) -> T
 
 
 class _Session(NamedTuple):
-    """By step: seconds since the last one's end, fresh tokens, tokens of output, and when it ends if each takes the
-    published median."""
+    """One session, by step: seconds since the last one's end, fresh tokens, tokens of output, and when it ends if each
+    takes the published median."""
 
     gaps: Floats
     fresh: Integers
