@@ -6,10 +6,11 @@ import math
 from dataclasses import replace
 
 import pytest
-from planning import FHBN, H20, H100, SLO, STEADY, dop, together
+from planning import BIG, FHBN, H20, H100, KNOWN, SLO, STEADY, dop, together
 
+from lamina.simulator.costs.cost_model import Load
 from lamina.simulator.costs.hardware import Link
-from lamina.simulator.costs.systems import Disaggregated, System
+from lamina.simulator.costs.systems import Colocated, Disaggregated, System
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.planning.candidates import Candidate
 from lamina.simulator.planning.planner import Ranked, rank
@@ -94,12 +95,10 @@ def test_what_does_not_hold_when_it_is_tried_is_not_said() -> None:
 
 
 def test_a_faster_device_is_faster_in_all() -> None:
-    quick = faster(together(4), 2.0)
-    load = [each.step for each in (together(4), quick)]
-    from lamina.simulator.costs.cost_model import Load
-
-    slow, fast = (step(Load(32, 1000)).seconds for step in load)
-    assert slow == pytest.approx(2 * fast)
+    packed = Colocated(model=BIG.with_weights("int4"), device=KNOWN.device("epyc-milan"))  # which unpacks weights
+    for system in (together(4), packed):
+        slow, fast = (each.step(Load(64, 1000)).seconds for each in (system, faster(system, 2.0)))
+        assert slow == pytest.approx(2 * fast)
     assert faster(dop(2, 1), 2.0, "h20").model_device == H100  # type: ignore[union-attr]
     assert scaled(dop(2, 1), 0.5, "fhbn-400g", "round_trip").link.round_trip == FHBN.round_trip / 2  # type: ignore[union-attr]
 

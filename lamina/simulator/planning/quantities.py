@@ -117,7 +117,7 @@ def scaled(system: System, factor: float, name: str | None, *what: str) -> Syste
 
 def faster(system: System, factor: float, name: str | None = None) -> System:
     """The system with all devices, or those of one name, so many times as fast, in all that takes time."""
-    quick = scaled(system, factor, name, "flops", "flops_8bit", "bandwidth", "interconnect")
+    quick = scaled(system, factor, name, "flops", "flops_8bit", "bandwidth", "interconnect", "unpack")
 
     def overheads(part: Any) -> Any:
         if not isinstance(part, Device):
