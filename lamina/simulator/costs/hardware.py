@@ -92,7 +92,7 @@ class Device:
         check(self, where)
 
     def measured_or(self, efficiency: Efficiency) -> Device:
-        """The device, with that efficiency if it is a bare roofline: nobody measured it."""
+        """The device, with that efficiency if it is a bare roofline, which means that it was not measured."""
         return replace(self, efficiency=efficiency) if self.efficiency == ROOFLINE else self
 
 
@@ -110,12 +110,12 @@ class Link:
     """Seconds a sequence, layer and worker, beside its bytes: encoding, waking, merging."""
     query_first_time: float = 0.0
     """Seconds a layer that it takes besides to send q before k and v: one message more, and at the model worker the
-    attention of the rows' own tokens and a merge. 0 where nobody has measured it."""
+    attention of the rows' own tokens and a merge. 0: not measured."""
     announce_time: float = 0.0
-    """Seconds a step until all workers have accepted its batch, beyond what that takes in one process. 0 where nobody
-    has measured it."""
+    """Seconds a step until all workers have accepted its batch, beyond what that takes in one process. 0: not
+    measured."""
     announce_row_time: float = 0.0
-    """Seconds a sequence, step and worker of that."""
+    """The part of that which grows with the batch: seconds a sequence, step and worker."""
     sources: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:

@@ -37,9 +37,9 @@ class Instance:
     """One instance of a system on its part of the trace.
 
     Without `prefill` a prompt takes no time up to its first token. Such a request may have `begun` elsewhere: then that
-    token is not counted again. Requests come as the trace says, or as they are `offered`. `ended` is told the number
-    and the life of each that has ended. By default it is `follow`: those that come after it do so here. `pooled`: one
-    holder stands for all, also where heads do not divide evenly among them.
+    token is not counted again. Requests come as the trace says, or as they are `offered`. `ended` gets the number and
+    the life of each request that has ended. By default it is `follow`, which brings its followers to this instance.
+    `pooled`: one holder stands for all, also where heads do not divide evenly among them.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Instance:
             if arrival.after is not None:
                 self._followers.setdefault(arrival.after, []).append(number)
         self._shared: dict[int, tuple[int, ...]] = {}  # of those to come: tokens of the one before that they begin with
-        self._when: dict[int, float] = {}  # those that were offered: when they come
+        self._when: dict[int, float] = {}  # by the number of an offered request: when it comes
         self._told = ended or self.follow
         self._ahead = 0  # prompt tokens of the arrivals that have no token yet
         self._named = prefix_cache and any(arrival.blocks or arrival.shared for arrival in arrivals)
@@ -182,7 +182,7 @@ class Instance:
         heappush(self._due, (at, number))
 
     def follow(self, number: int, life: Life) -> None:
-        """Those that come after a request which has ended, here."""
+        """Offer the followers of a request that has ended to this instance."""
         for after in self._followers.get(number, ()):
             arrival = self._trace.arrivals[after]
             self.offer(after, max(arrival.at, life.last + arrival.gap))

@@ -57,8 +57,8 @@ class Totals:
         waiting: int,
         steps: int = 1,
     ) -> None:
-        """A batch of so many seconds, with so many sequences in decode while others wait; or `steps` of them, as long
-        as nobody waits."""
+        """A batch of so many seconds, with so many sequences in decode while others wait; or `steps` of them, while
+        none waits."""
         self.steps += steps
         for tier, part in enumerate(busy):
             self.busy[tier] += part

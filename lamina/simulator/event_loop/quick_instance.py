@@ -99,7 +99,7 @@ class QuickInstance:
         return self._ended
 
     def _stride(self) -> bool:
-        """Several steps of decode alone, in which nobody comes or ends: whether there are any."""
+        """Take several steps of decode alone, in which no request comes or ends. False where there are none."""
         batch, step, totals = self._decoding, self._step, self._totals
         most = totals.samples.unwanted
         if not (batch and most > 1 and isinstance(self._costs, DecodeCosts)):

@@ -89,8 +89,8 @@ class Prices:
         }  # fmt: skip
 
     def settle(self) -> None:
-        """Put the winner first, as prices are: of those that are tied with the best, the cheapest that loses
-        nothing. All of the trace is run for it, since excerpts flatter what is near its limit."""
+        """Put the winner at these prices first. All of the trace is run for it, since excerpts flatter what is near
+        its limit."""
         while True:
             place = self._place("", 1.0)
             if not (self._believed(place) and self._confirm(place)):

@@ -150,8 +150,7 @@ def _ties_said(winner: Ranked, ties: Sequence[Ranked]) -> str:
     more = f", and {len(ties) - _NAMED} more" if len(ties) > _NAMED else ""
     chosen = "the cheapest of them that loses nothing" if lossless(winner) else f"the cheapest, under {first}"
     return (
-        f"As good, as far as anybody can say (a comparison is off by up to {RATIO_ERROR:.0%}): {names}{more}. "
-        f"The plan takes {chosen}."
+        f"As good within the error of a comparison (up to {RATIO_ERROR:.0%}): {names}{more}. The plan takes {chosen}."
     )
 
 

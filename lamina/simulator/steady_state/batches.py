@@ -6,7 +6,7 @@ A batch of n sequences in decode, which have c tokens of KV in all, and of q pro
 
 seconds, where C is the mean context: a is decode alone, b what a token of KV more takes, d the dense layers by tokens,
 and e what a token of a prompt of p takes beside, to attend to those before it. a and d are exact at 1, 2, 3, 4, 6, 8,
-12, ... sequences or tokens, and straight between. Tables are filled where somebody asks.
+12, ... sequences or tokens, and straight between. Tables are filled where they are asked for.
 """
 
 from __future__ import annotations

@@ -189,8 +189,8 @@ class _Search:
         return self._service.alone(self._requests)
 
     def at(self, rate: float, replicas: int) -> tuple[Point, int]:
-        """One of so many at that rate, with the most sequences at a time that keep `TARGET`, or those that come closest
-        to it."""
+        """One of so many instances at that rate, and its limit of sequences at a time: the highest that keeps `TARGET`,
+        or the one that comes closest to it."""
         if (rate, replicas) not in self._tried:
             found, limit = self._service.at(rate, self._most, replicas, self._requests), self._most
             for places in self._places[1:]:

@@ -1,7 +1,7 @@
 """Times of arrival that were rounded to a step, such as Mooncake's to 3 seconds: found, and spread again.
 
 Requests that came within a step then seem to come at once, and a trace that is played slower or faster shows bursts
-that nobody sent.
+that were never sent.
 """
 
 from __future__ import annotations
