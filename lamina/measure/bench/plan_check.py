@@ -176,11 +176,13 @@ def _figures(plan: Plan, promised: RunResult, answered: Sequence[Outcome], resul
         ("TTFT", promised.ttft, factors.ttft, ttft),
         ("TPOT", promised.tpot, factors.tpot, tpot),
     ):
+        if not values:  # every answer is one token
+            continue
         low, high = range_of
         for name, seconds, taken in (
-            ("mean", given.mean, sum(values) / max(1, len(values))),
-            ("p50", given.p50, percentile(values, 50) if values else 0.0),
-            ("p99", given.p99, percentile(values, 99) if values else 0.0),
+            ("mean", given.mean, sum(values) / len(values)),
+            ("p50", given.p50, percentile(values, 50)),
+            ("p99", given.p99, percentile(values, 99)),
         ):
             ms = seconds * 1e3
             found.append(Figure(f"{what} {name}", "ms", ms, ms * low, ms * high, taken * 1e3))
