@@ -84,7 +84,7 @@ def simulate_elastic(system: Colocated | Offloaded, trace: Trace, scaling: Scali
 
 
 class _Fleet:
-    """Units are instances, or the attention devices of one."""
+    """A fleet that serves a trace. Its units are instances, or the attention devices of one."""
 
     def __init__(self, system: Colocated | Offloaded, trace: Trace, scaling: Scaling) -> None:
         self._system = replace(system, attention_count=1) if isinstance(system, Offloaded) else system
@@ -133,8 +133,9 @@ class _Fleet:
         return self._serving + len(self._coming)
 
     def _instance(self) -> Instance:
-        nothing = (self._system, self._trace, False, False, self._totals)
-        return Instance(*nothing, offered=True, pooled=True, ended=self._ended)
+        return Instance(
+            self._system, self._trace, False, False, self._totals, offered=True, pooled=True, ended=self._ended
+        )
 
     def _place(self, now: float) -> None:
         """Give requests that wait, first come, first served, to the instance with the least load, if it has room."""

@@ -19,11 +19,10 @@ from collections.abc import Callable, Mapping
 from heapq import heappop, heappush
 
 from lamina.errors import EngineError
-from lamina.simulator.costs.cost_model import Load
 from lamina.simulator.costs.systems import PAGE_SIZE, System
 from lamina.simulator.event_loop.decode_costs import DecodeCosts, Numbers
 from lamina.simulator.event_loop.instance import BACKLOG, BACKLOG_TOKENS, UNLIMITED, holders_of, page_groups
-from lamina.simulator.event_loop.lives import Life, Totals
+from lamina.simulator.event_loop.lives import Life, PromptRows, Totals
 from lamina.simulator.event_loop.quick_sequence import Sequence, affordable, limit_of, pages_of
 from lamina.simulator.event_loop.results import Sampled
 from lamina.simulator.traces.arrivals import Trace
@@ -337,8 +336,7 @@ class QuickInstance:
 
     def _charge(self, rows: list[tuple[Sequence, int]], decode: int, context: int, behind: int) -> float:
         """Count a batch's cost. Returns its seconds."""
-        tokens = prefix_tokens = prompts = 0
-        pairs = keys = prefix_pairs = 0.0
+        prompts = PromptRows()
         for each, count in rows:
             start = each.computed
             if count == 1 and start >= each.prompt:
@@ -348,17 +346,9 @@ class QuickInstance:
             if not self._prefill and not each.preempted:
                 continue  # computed elsewhere
             # What is too long for the room beside the dense layers is read by decode's holders.
-            elsewhere = 0 if each.prompt <= self._room else start
-            tokens += count
-            prompts += start + count >= each.prompt
-            pairs += count * (start - elsewhere + (count + 1) / 2)
-            keys += start - elsewhere + count
-            if elsewhere:
-                prefix_tokens += count
-                prefix_pairs += count * elsewhere
-        if tokens:
-            mean = context / decode if decode else 0.0
-            cost = self._system.step(Load(decode, mean, tokens, pairs, keys, prefix_tokens, prefix_pairs, prompts))
+            prompts.add(start, count, each.prompt, 0 if each.prompt <= self._room else start)
+        if prompts.tokens:
+            cost = self._system.step(prompts.load(decode, context))
             spent = cost.seconds, cost.model, cost.attention, cost.network, cost.link_bytes
         else:
             spent = self._costs(decode, context) if decode else (0.0,) * 5
@@ -369,7 +359,9 @@ class QuickInstance:
         if seconds and totals.samples.due():
             shares = (min(1.0, part / seconds) for part in (model, attention, network))
             taken = 1 - self._free / self._pages if self._alike else self._taken()
-            totals.samples.add(Sampled(self._now, seconds, decode, tokens, self._running, waiting, taken, *shares))
+            totals.samples.add(
+                Sampled(self._now, seconds, decode, prompts.tokens, self._running, waiting, taken, *shares)
+            )
         return seconds
 
     def _taken(self) -> float:
