@@ -22,6 +22,7 @@ from simulate import gpu_cells
 from simulate.gpu_cells import Cell, Predicted, error, factors, grouped, holds, middle, predict
 
 from lamina.simulator.costs.hardware import Catalogue, Efficiency, load
+from lamina.simulator.costs.systems import Colocated
 from lamina.simulator.costs.uncertainty import spread
 
 DATA = Path(os.environ.get("LAMINA_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -50,7 +51,7 @@ def row(name: str, found: Sequence[Predicted], catalogue: Catalogue, efficiency:
     return f"{shown}  {' '.join(held)}"
 
 
-def system_of(cell: Cell, catalogue: Catalogue, efficiency: str | None) -> gpu_cells.Colocated:
+def system_of(cell: Cell, catalogue: Catalogue, efficiency: str | None) -> Colocated:
     return gpu_cells.system(cell, catalogue, catalogue.engines[efficiency or cell.engine])
 
 

@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from simulate.published import lamina_rows, mean_context, step3_rows, table
+from simulate.published import lamina_rows, step3_rows, table
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.cost_model import Load
@@ -29,6 +29,7 @@ from lamina.simulator.costs.systems import System, price
 from lamina.simulator.planning.comparison import Choice, build
 from lamina.simulator.reports.text import sentences
 from lamina.simulator.traces.catalogue import trace
+from lamina.simulator.traces.demand import mean_context
 
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 SYSTEMS = "chunked,lamina,lamina-cpu"
@@ -93,7 +94,9 @@ def main() -> None:
 
     catalogue = load(args.hardware)
     choice = Choice(model(args.model), catalogue if args.efficiency == "roofline" else with_efficiency(catalogue))
-    contexts = CONTEXTS if args.trace is None else [mean_context(trace(args.trace, None, args.seed, args.trace_dir))]
+    contexts: tuple[float, ...] = CONTEXTS
+    if args.trace is not None:
+        contexts = (mean_context(trace(args.trace, None, args.seed, args.trace_dir).arrivals),)
     systems = [build(name, choice) for name in args.system.split(",")]
     rows = [full(system, context, args.tpot) for system in systems for context in contexts]
     published = lamina_rows(catalogue) + step3_rows(catalogue)

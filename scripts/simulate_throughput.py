@@ -30,7 +30,6 @@ from simulate.published import (
     compute_bound,
     evaluation,
     fit_baseline,
-    mean_context,
     overlap_rows,
     table,
 )
@@ -41,6 +40,7 @@ from lamina.errors import InvalidRequest
 from lamina.simulator.costs.hardware import Efficiency, load
 from lamina.simulator.reports.text import sentences
 from lamina.simulator.traces.catalogue import FILES, trace
+from lamina.simulator.traces.demand import mean_context
 
 DRAWN = " (synthetic)"
 """At the end of the name of a trace that stands for a published one."""
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     traces = [trace(name, args.count, args.seed, args.trace_dir) for name in FILES]
-    baseline = fit_baseline({each.name: mean_context(each) for each in traces}, load())
+    baseline = fit_baseline({each.name: mean_context(each.arrivals) for each in traces}, load())
     peers = kernelflume_rows(load()) + afd_rows(load())
     if not args.json:
         print("KernelFlume (arXiv 2606.29207) and AFD-Ledger (arXiv 2608.04502), devices as peers.py says:")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from lamina.errors import InvalidRequest
 
 if TYPE_CHECKING:
+    from lamina.simulator.costs.cost_model import KvPolicy
     from lamina.simulator.costs.speculation import Speculation
     from lamina.simulator.event_loop.failures import Failures
     from lamina.simulator.event_loop.simulate import Slo
@@ -47,14 +48,17 @@ def parse_rate(words: str) -> float | None:
     return value
 
 
-def parse_policy(words: str | None) -> Any:
-    """A `KvPolicy` such as "auto=0.31,1": its name, and the shares of the KV read and held. Raises InvalidRequest."""
+def parse_policy(words: str | None) -> KvPolicy:
+    """The policy in words such as "auto=0.31,1": its name, and the shares of the KV read and held. None: everything is
+    read and held. Raises InvalidRequest."""
     from lamina.simulator.costs.cost_model import FULL, KvPolicy
 
     if words is None:
         return FULL
     name, _, shares = words.rpartition("=")
     try:
+        if not name:
+            raise ValueError("it has no name")
         read, held = (float(share) for share in shares.split(","))
     except ValueError as error:
         raise InvalidRequest(f"policy is {words!r:.80}; allowed is NAME=READ,HELD, such as auto=0.31,1") from error

@@ -2,7 +2,7 @@
 """Decode steps as the cost model predicts them from a calibration of this machine, beside steps that were measured.
 
 usage: scripts/simulate/check.py [--calibration this-machine.toml] [--model smollm2-135m] [--rounds 3]
-                                  [--json FILE] [--out DIR] [WORKERS:BATCHxCONTEXT ...]
+                                  [--json] [--out DIR] [WORKERS:BATCHxCONTEXT ...]
 
 Without --calibration this machine is calibrated first, as `lamina calibrate-hardware` does; nothing is fitted here.
 A cell is a decode step of BATCH sequences of CONTEXT tokens, in one process (0:4x64) or with attention workers on this

@@ -27,6 +27,7 @@ from statistics import fmean, median
 from lamina.simulator.costs.hardware import Catalogue, Efficiency
 from lamina.simulator.costs.models import model
 from lamina.simulator.costs.systems import Colocated
+from lamina.simulator.costs.uncertainty import sparse
 from lamina.simulator.steady_state.closed_loop import closed_loop
 
 FIRST = 0.14
@@ -63,7 +64,8 @@ class Cell:
 
     @property
     def dense(self) -> bool:
-        return self.model.startswith("llama") or self.model == "qwen3-32b"
+        """Without experts or latents."""
+        return not sparse(model(self.model))
 
     @property
     def held_out(self) -> bool:

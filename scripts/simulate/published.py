@@ -18,6 +18,7 @@ from lamina.simulator.costs.systems import Colocated, Offloaded, price
 from lamina.simulator.event_loop.results import RunResult
 from lamina.simulator.event_loop.simulate import Progress, simulate
 from lamina.simulator.traces.arrivals import Trace, all_at_once
+from lamina.simulator.traces.demand import mean_context
 
 EQUAL_COST = (("llama-33b", 1, 2, 2), ("llama-65b", 2, 4, 4), ("llama-3-70b", 2, 4, 4))
 """Lamina's table 5: a model, its DOP(a, b) of H100 and H20, and how many H100 vLLM has for about as much."""
@@ -201,16 +202,10 @@ class Cell:
 def evaluation(traces: Iterable[Trace], catalogue: Catalogue, progress: Progress | None = None) -> Iterator[Cell]:
     """Lamina's evaluation: each of its models on each trace, with the baseline that `fit_baseline` finds for them."""
     traces = list(traces)
-    baseline = fit_baseline({trace.name: mean_context(trace) for trace in traces}, catalogue)
+    baseline = fit_baseline({trace.name: mean_context(trace.arrivals) for trace in traces}, catalogue)
     for name, *_ in EQUAL_COST:
         for trace in traces:
             yield cell(name, trace, catalogue, baseline, progress)
-
-
-def mean_context(trace: Trace) -> float:
-    """Tokens of KV of a sequence, over all decode steps of a trace."""
-    steps = sum(arrival.output for arrival in trace.arrivals)
-    return sum((arrival.prompt + arrival.output / 2) * arrival.output for arrival in trace.arrivals) / steps
 
 
 def cell(name: str, trace: Trace, catalogue: Catalogue, baseline: Efficiency, progress: Progress | None = None) -> Cell:

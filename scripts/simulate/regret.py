@@ -62,6 +62,7 @@ CASES = {
 }
 REQUESTS = 2400
 POINT = 0.01
+"""How much less of the requests in time is no difference: excerpts of a trace differ by that."""
 _HALVINGS, _MOST = 6, 1e4
 """To find the highest rate, and requests a second that none has."""
 
@@ -152,9 +153,11 @@ def _measured(each: Ranked, part: Trace, slo: Slo, asked: Demand) -> Ranked:
     if not math.isinf(asked.rate):
         return at(asked.rate)
     low, high = 0.0, each.rate or each.estimate.taken or 1.0
-    best = at(high)
-    while (tried := at(high)).share >= ATTAINMENT and high < _MOST:
-        best, low, high = max(best, tried, key=_worth), high, 1.4 * high
+    best = tried = at(high)
+    while tried.share >= ATTAINMENT and high < _MOST:
+        low, high = high, 1.4 * high
+        tried = at(high)
+        best = max(best, tried, key=_worth)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         tried = at(middle)

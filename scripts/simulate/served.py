@@ -34,6 +34,7 @@ from lamina.simulator.planning.deployment import engine_keywords
 from lamina.simulator.planning.plan_file import Plan, Prediction, TraceSummary
 from lamina.simulator.traces.arrivals import Trace
 from lamina.simulator.traces.catalogue import trace as trace_of
+from lamina.simulator.traces.demand import demand
 from lamina.system.machine import native_dtype, this_machine
 
 LINK = "local-channel"
@@ -56,11 +57,10 @@ def system_of(workers: int, known: Catalogue, model: str) -> System:
 
 
 def plan_of(system: System, model: str, trace: Trace, rate: float) -> Plan:
-    count = len(trace.arrivals)
-    prompt = sum(each.prompt for each in trace.arrivals) / count
-    output = sum(each.output for each in trace.arrivals) / count
-    summary = TraceSummary(trace.name, count, rate, prompt, output, prompt + output / 2)
-    promised = Prediction("none: the check promises", rate, rate * output, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0)
+    """The plan file's content for that system, without a prediction: `check` makes it, for what it sends."""
+    asked = demand(trace).at_rate(rate)
+    summary = TraceSummary(asked.name, asked.requests, asked.rate, asked.prompt, asked.output, asked.context)
+    promised = Prediction("none: the check promises", rate, rate * asked.output, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0)
     return Plan(model, system, promised, summary, SLO, engine=engine_keywords(system, 8192))
 
 
@@ -101,9 +101,8 @@ def main() -> None:
     print()
     cells = [each for found in checks.values() for each in found.figures if each.unit != "$"]
     for workers, found in checks.items():
-        print(
-            f"{workers} attention workers: {', '.join(missed(found)) or 'all'} {'missed' if missed(found) else 'met'}"
-        )
+        off = missed(found)
+        print(f"{workers} attention workers: {', '.join(off) + ' missed' if off else 'all met'}")
     held = sum(each.holds for each in cells)
     print(f"intervals hold in {held} of {len(cells)} cells (asked {HELD:.0%})")
 

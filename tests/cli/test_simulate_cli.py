@@ -343,6 +343,9 @@ def test_rates_and_policies_are_read_strictly() -> None:
     assert parse_policy("streaming(sink=64, recent=256)=0.3,0.4") == KvPolicy(
         "streaming(sink=64, recent=256)", 0.3, 0.4
     )
+    for wrong in ("0.3,0.4", "=0.3,0.4", "auto", "auto=0.3", "auto=a,b"):
+        with pytest.raises(InvalidRequest, match="allowed is NAME=READ,HELD"):
+            parse_policy(wrong)
 
 
 def test_systems_have_the_papers_sizes_unless_devices_are_named() -> None:

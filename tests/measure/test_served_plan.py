@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,9 @@ def test_a_check_sends_what_one_replica_would_get() -> None:
     assert len(excerpt(TRACE, late, 2.0).arrivals) == 119  # what it takes, half of it in time, in windows of 7
     unbounded = replace(PLAN, trace=replace(PLAN.trace, rate=0.0))
     assert len(excerpt(TRACE, unbounded, 2.0).arrivals) == 240
+    idle = replace(PLAN, predicted=replace(PREDICTED, requests_per_second=0.0))
+    with pytest.raises(InvalidRequest, match="the plan promises 0 requests a second"):
+        excerpt(TRACE, idle)
     for minutes in (0.01, float("nan"), 1e9):
         with pytest.raises(InvalidRequest, match="minutes is"):
             excerpt(TRACE, PLAN, minutes)
@@ -70,6 +74,13 @@ def test_a_check_sends_what_one_replica_would_get() -> None:
 def test_a_promise_is_for_the_tokens_that_the_server_counted() -> None:
     outcomes = [Outcome(2.0, 2.1, 4.0, (3.0,), planned=9, prompt=11, output=0), Outcome(1.0, 1.0, 2.0, prompt=5)]
     assert sent("a", outcomes).arrivals == (Arrival(1.0, 5, 1), Arrival(2.0, 11, 1))
+
+
+def test_answers_of_one_token_have_no_time_a_token() -> None:
+    trace = Trace("short", tuple(Arrival(0.25 * n, 100, 1) for n in range(30)))
+    found = compare(PLAN, "short", result(perfect(trace)), STEADY)
+    assert [each.name for each in found.figures if each.unit == "ms"] == ["TTFT mean", "TTFT p50", "TTFT p99"]
+    assert all(math.isfinite(each.difference) for each in found.figures)
 
 
 def test_a_machine_as_simulated_measures_what_was_promised() -> None:

@@ -122,7 +122,8 @@ class SimulatedEngine(Engine):
     def _failed(self, lane: Lane, fault: HolderFault) -> None:
         """A batch failed: by what happened to a worker, never by what a worker said, for all are honest."""
         said = str(fault)
-        if not isinstance(fault, HolderLost | RankLost) or any(blame in said for blame in _BLAMES):
+        lost = isinstance(fault, HolderLost | RankLost) or " is lost: " in said  # the latter to a replica alone
+        if not lost or any(blame in said for blame in _BLAMES):
             self._owner.complain(f"an honest worker is blamed: {said}")
         self._handle(lane, fault)
 

@@ -71,7 +71,7 @@ def test_what_is_left_of_outputs_is_met_half_way() -> None:
 @given(st.floats(0.1, 10))
 def test_longer_prompts_lengthen_the_context_alone(factor: float) -> None:
     found = demand(Trace("two", (Arrival(0.0, 100, 10), Arrival(1.0, 900, 70), Arrival(4.0, 200, 20))))
-    longer = found.with_context(factor)
+    longer = found.with_prompts(factor)
     exact = sum(o * (factor * p + o / 2) for p, o in ((100, 10), (900, 70), (200, 20))) / 100
     assert longer.context == pytest.approx(exact)
     assert longer.output == found.output

@@ -50,6 +50,20 @@ def test_a_worker_without_weights_has_room_for_more_than_an_instance() -> None:
     assert workers.peak_units < instances.peak_units
 
 
+def test_what_a_first_token_waits_for_beside_all_steps_is_in_its_time() -> None:
+    slow = replace(DEVICE, efficiency=replace(DEVICE.efficiency, first_token_overhead=0.5))
+    for system, slower in ((INSTANCE, replace(INSTANCE, device=slow)), (WORKER, replace(WORKER, model_device=slow))):
+        quick, late = (simulate_elastic(each, BURST, SCALING) for each in (system, slower))
+        assert late.ttft.p50 == pytest.approx(quick.ttft.p50 + 0.5)
+        assert late.seconds == quick.seconds
+
+
+def test_a_fleet_without_room_for_kv_is_refused() -> None:
+    bare = replace(DEVICE, memory=(SMALL.weight_bytes + 1000) / 0.9)
+    with pytest.raises(InvalidRequest, match="has no room for KV; allowed is more memory"):
+        simulate_elastic(replace(INSTANCE, device=bare), BURST, SCALING)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -134,13 +134,16 @@ def test_a_user_s_engine_has_its_efficiency_by_name(tmp_path: Path) -> None:
     file.write_text('[[engine]]\nname = "Ours"\ncompute = 0.5\nexperts = 0.25\n')
     catalogue = load(file)
     assert catalogue.efficiency("ours") == Efficiency(compute=0.5, experts=0.25)
-    assert "what ours reached" in catalogue.said_of("OURS")
+    assert catalogue.said_of("OURS") == "devices without measurements reach what ours of the hardware file says"
+    assert "what vllm reached of H100 and H200" in catalogue.said_of("typical")
     assert "this project's own engine was not measured" in catalogue.said_of("typical")
     assert "an upper bound" in catalogue.said_of("roofline")
     with pytest.raises(InvalidRequest, match="'best'; allowed are roofline, typical, vllm, sglang, trtllm, ours"):
         catalogue.efficiency("best")
     file.write_text('[[engine]]\nname = "typical"\n')
-    with pytest.raises(InvalidRequest, match="engine 'typical' is there twice"):
+    with pytest.raises(
+        InvalidRequest, match="engine 'typical' has a name that is taken; allowed are others than roofline, typical"
+    ):
         load(file)
     file.write_text("[typical]\ncompute = 0.5\n")
     assert (

@@ -16,7 +16,7 @@ from lamina.errors import InvalidRequest
 from lamina.simulator.costs.cost_model import KvPolicy
 from lamina.simulator.costs.hardware import Device, Link
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System, price
-from lamina.simulator.event_loop.simulate import Slo
+from lamina.simulator.event_loop.simulate import Slo, simulate
 from lamina.simulator.planning.candidates import Candidate, candidates
 from lamina.simulator.planning.plan import PlanRequest, make_plan
 from lamina.simulator.planning.planner import TOP, Ranked, best, described, limited, mixes, rank, rivals, top, verify
@@ -24,6 +24,7 @@ from lamina.simulator.planning.quantities import changed
 from lamina.simulator.planning.reasons import limits, why
 from lamina.simulator.steady_state.closed_form import ATTAINMENT
 from lamina.simulator.traces import catalogue as traces
+from lamina.simulator.traces.arrivals import Arrival, Trace
 from lamina.simulator.traces.demand import Demand, demand
 
 # Candidates
@@ -232,6 +233,15 @@ def test_it_is_said_where_offloading_does_not_pay() -> None:
     assert "no system with it fits" in without
     hopeless = ranked(together(4), dop(2, 4, Link("modem", 7000.0, 0.1)))
     assert "link 'modem' is too slow" in " ".join(why(hopeless, STEADY, SLO))
+
+
+def test_a_winner_that_serves_nothing_in_time_is_compared_all_the_same() -> None:
+    """Where the event loop says so of all that it checked."""
+    found = ranked(together(4), dop(2, 4))
+    whole, split = (next(each for each in found if each.candidate.offloaded is kind) for kind in (False, True))
+    late = simulate(together(4), Trace("few", (Arrival(0.0, 10, 3),)), slo=Slo(tpot=1e-9))
+    said = " ".join(why([replace(whole, result=late, rate=4.0), split], STEADY, SLO))
+    assert "serves some requests within the SLO, where this one serves none" in said
 
 
 def test_what_limits_is_what_helps() -> None:

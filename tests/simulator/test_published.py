@@ -13,7 +13,6 @@ from simulate.published import (
     evaluation,
     fit_baseline,
     lamina_rows,
-    mean_context,
     overlap_rows,
     step3_rows,
     uniform,
@@ -61,10 +60,6 @@ def test_the_bare_roofline_does_not_reach_the_published_gains() -> None:
 def test_too_few_requests_are_named() -> None:
     with pytest.raises(InvalidRequest, match=r"20 requests of azure-conv .* do not fill DOP\(2, 4\)"):
         cell("llama-3-70b", synthetic(published()["azure-conv"], 20, seed=0), HARDWARE, uniform(1.0))
-
-
-def test_mean_context_counts_every_step() -> None:
-    assert mean_context(Trace("two", (Arrival(0, 100, 10), Arrival(0, 1000, 30)))) == (105 * 10 + 1015 * 30) / 40
 
 
 def test_the_evaluation_has_a_cell_for_each_model_and_trace() -> None:

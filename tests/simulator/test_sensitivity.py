@@ -6,10 +6,11 @@ import math
 from dataclasses import replace
 
 import pytest
-from planning import FHBN, H20, H100, SLO, STEADY, dop, together
+from planning import BIG, FHBN, H20, H100, KNOWN, SLO, STEADY, dop, together
 
+from lamina.simulator.costs.cost_model import Load
 from lamina.simulator.costs.hardware import Link
-from lamina.simulator.costs.systems import System
+from lamina.simulator.costs.systems import Colocated, Disaggregated, System
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.planning.candidates import Candidate
 from lamina.simulator.planning.planner import Ranked, rank
@@ -94,14 +95,25 @@ def test_what_does_not_hold_when_it_is_tried_is_not_said() -> None:
 
 
 def test_a_faster_device_is_faster_in_all() -> None:
-    quick = faster(together(4), 2.0)
-    load = [each.step for each in (together(4), quick)]
-    from lamina.simulator.costs.cost_model import Load
-
-    slow, fast = (step(Load(32, 1000)).seconds for step in load)
-    assert slow == pytest.approx(2 * fast)
+    packed = Colocated(model=BIG.with_weights("int4"), device=KNOWN.device("epyc-milan"))  # which unpacks weights
+    for system in (together(4), packed):
+        slow, fast = (each.step(Load(64, 1000)).seconds for each in (system, faster(system, 2.0)))
+        assert slow == pytest.approx(2 * fast)
     assert faster(dop(2, 1), 2.0, "h20").model_device == H100  # type: ignore[union-attr]
     assert scaled(dop(2, 1), 0.5, "fhbn-400g", "round_trip").link.round_trip == FHBN.round_trip / 2  # type: ignore[union-attr]
+
+
+def test_memory_is_changed_on_all_devices_with_kv() -> None:
+    split, apart = dop(2, 4), Disaggregated(prefill=together(2), decode=dop(2, 4), link=FHBN)
+    (memory,) = [each for each in assumed([split, apart], lambda system: (0.9, 1.1)) if "memory" in each.what]
+    more = memory.change(Situation(split, FULL_LOAD, PACE), 1.05).system
+    assert more == replace(split, memory_share=0.9 * 1.05, attention_memory_share=0.9 * 1.05)
+    whole = memory.change(Situation(apart, FULL_LOAD, PACE), 2.0).system
+    assert whole == replace(
+        apart,
+        prefill=replace(together(2), memory_share=1.0),
+        decode=replace(split, memory_share=1.0, attention_memory_share=1.0),
+    )
 
 
 def test_the_assumption_that_flips_the_answer_is_named_with_its_value() -> None:

@@ -30,7 +30,8 @@ from lamina.simulator.traces.catalogue import at_rate, windows
 from lamina.system.progress import Progress
 
 LEAST, _USUAL = 20, 48
-"""Requests of a check: fewer have no 99th percentile worth the name."""
+"""Requests of a check, at least and where no minutes are given: fewer than the first have no 99th percentile worth the
+name."""
 _READ = 1 << 28  # bytes of a reading of the memory's rate
 
 
@@ -130,9 +131,12 @@ def check(
 
 def excerpt(trace: Trace, plan: Plan, minutes: float | None = None) -> Trace:
     """The part of a trace that lasts so many minutes at the rate that the plan has for one replica; None: two, or as
-    long as some dozens of requests take. Raises InvalidRequest where it has less than those, or more than the trace."""
+    long as `_USUAL` requests take. Raises InvalidRequest where it has fewer than `LEAST` requests, or more than the
+    trace, and for a plan that promises none."""
     taken = plan.predicted.requests_per_second / max(0.01, plan.predicted.slo_share)  # what is in time is a share of it
     rate = min(plan.trace.rate or math.inf, taken) / plan.replicas
+    if not rate:
+        raise InvalidRequest("the plan promises 0 requests a second; allowed is a plan that serves some")
     minutes = max(2.0, _USUAL / rate / 60) if minutes is None else minutes
     if not 0.1 <= minutes <= 24 * 60:
         raise InvalidRequest(f"minutes is {minutes!r}; allowed are 0.1 to 1440")
@@ -172,11 +176,13 @@ def _figures(plan: Plan, promised: RunResult, answered: Sequence[Outcome], resul
         ("TTFT", promised.ttft, factors.ttft, ttft),
         ("TPOT", promised.tpot, factors.tpot, tpot),
     ):
+        if not values:  # every answer is one token
+            continue
         low, high = range_of
         for name, seconds, taken in (
-            ("mean", given.mean, sum(values) / max(1, len(values))),
-            ("p50", given.p50, percentile(values, 50) if values else 0.0),
-            ("p99", given.p99, percentile(values, 99) if values else 0.0),
+            ("mean", given.mean, sum(values) / len(values)),
+            ("p50", given.p50, percentile(values, 50)),
+            ("p99", given.p99, percentile(values, 99)),
         ):
             ms = seconds * 1e3
             found.append(Figure(f"{what} {name}", "ms", ms, ms * low, ms * high, taken * 1e3))

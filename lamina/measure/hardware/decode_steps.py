@@ -25,6 +25,7 @@ TOKENS = 48
 CHUNK = 512
 """Prompt tokens that a step takes in at least, while others wait for their first token."""
 _SHORT = 64
+"""Tokens of the prompt that warms an engine up."""
 _TOGETHER = 0.1
 """Of the mean gap of a sequence: tokens that are nearer than that came of one step, which verified drafts."""
 

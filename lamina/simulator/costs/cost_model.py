@@ -38,7 +38,7 @@ class KvPolicy:
             whole(f"window of policy {self.name!r}", self.window, 1, 1 << 24)
 
     def tokens_read(self, context: float) -> float:
-        """Of so many, in decode."""
+        """Tokens that decode reads of a sequence with so many."""
         return self.read * self._seen(context)
 
     def tokens_held(self, context: float) -> float:
@@ -85,7 +85,7 @@ class Load:
 
     @property
     def decode_tokens(self) -> float:
-        """Of the decoding sequences, drafts included. Each needs logits."""
+        """Tokens of the decoding sequences, drafts included. Each needs logits."""
         return self.decode * (1 + self.drafts)
 
     @property
@@ -101,7 +101,7 @@ class Load:
         return self._scaled(self.decode * share, share)
 
     def _scaled(self, decode: float, share: float) -> Load:
-        """With so many in decode, and this share of the prefill."""
+        """The batch with so many in decode, and this share of the prefill."""
         return Load(
             decode,
             self.context,
@@ -126,7 +126,8 @@ class StepCost:
     link_bytes: float = 0.0
 
     def shared(self, whole: StepCost, tokens: float) -> StepCost:
-        """A `tokens`th of this, and all that another step takes beyond it."""
+        """The cost of one token of each sequence, where a step gives `tokens` of them: this step, of decode alone,
+        divided by `tokens`, and in full what `whole`, the same step with prefill, takes beyond it."""
         keep = 1 / tokens - 1
         return StepCost(
             whole.seconds + keep * self.seconds,
@@ -190,7 +191,7 @@ def _roofline(moved: float, flops: float, device: Device, model: ModelShape, tok
 
 
 def all_reduce_time(device: Device, count: int, nbytes: float) -> float:
-    """Of a ring over `count` devices: 2 (n - 1) / n of the bytes pass each link."""
+    """Seconds of an all-reduce by a ring over `count` devices: 2 (n - 1) / n of the bytes pass each link."""
     if device.interconnect <= 0:
         raise InvalidRequest(
             f"device {device.name!r} has no interconnect; allowed is tensor_parallel 1, or a device that has one"
@@ -221,8 +222,8 @@ def attention_time(
         return 0.0
     efficiency, read = device.efficiency, policy.tokens_read(load.context)
     queries = busiest if queries is None else queries
-    each = load.decode, load.decode_tokens
-    work = [(each[0] * nbytes, each[1] * flops) for nbytes, flops in model.attention_work(read, kv_element)]
+    rows, tokens = load.decode, load.decode_tokens
+    work = [(rows * nbytes, tokens * flops) for nbytes, flops in model.attention_work(read, kv_element)]
     if load.prefix_tokens:
         keys = load.prefix_pairs / load.prefix_tokens
         more = model.attention_work(keys, kv_element)
@@ -232,8 +233,8 @@ def attention_time(
         max(moved * busiest / device.bandwidth, flops * queries / rate(device, kv_element)) for moved, flops in work
     )
     moved = sum(moved for moved, _ in work)
-    rows = load.decode * model.attentions * efficiency.attention_row_overhead * busiest
-    return best / at(efficiency.attention, max(1.0, moved * busiest / model.attentions)) + rows
+    overhead = rows * model.attentions * efficiency.attention_row_overhead * busiest
+    return best / at(efficiency.attention, max(1.0, moved * busiest / model.attentions)) + overhead
 
 
 def state_time(model: ModelShape, device: Device, load: Load, share: float = 1.0) -> float:
@@ -272,6 +273,23 @@ def prefill_attention_time(model: ModelShape, device: Device, count: int, load: 
     return max(flops / reached, moved / efficiency.attention[-1][1]) / count
 
 
+def model_time(model: ModelShape, device: Device, count: int, load: Load, kv_element: float = 2.0) -> float:
+    """Seconds of all that `count` devices with the weights do for one batch beside attention and states in decode."""
+    seconds = dense_time(model, device, count, load)
+    seconds += prefill_attention_time(model, device, count, load, kv_element)
+    return seconds + prefill_state_time(model, device, count, load)
+
+
+def mixing_time(
+    model: ModelShape, device: Device, count: int, load: Load, policy: KvPolicy = FULL, kv_element: float = 2.0
+) -> float:
+    """Seconds of attention and states of one batch's decode rows, on `count` devices by tensor parallelism."""
+    attention = attention_time(
+        model, device, load, policy, kv_element, busiest=busiest_share(model, count), queries=1 / count
+    )
+    return attention + state_time(model, device, load, state_share(model, count))
+
+
 def busiest_share(model: ModelShape, count: int) -> float:
     """The share of all KV that one of `count` tensor-parallel devices has at most: whole heads, so that more devices
     than heads spare nothing."""
@@ -307,25 +325,25 @@ class Exchange:
     """What one batch sends to the attention workers and gets back, over all layers. Times are seconds."""
 
     queries: float
-    """Of the queries' bytes, and of what states are sent."""
+    """The bytes of queries, and of what is sent to states."""
     keys: float
-    """Of k's and v's, of decode rows."""
+    """The bytes of k and v of decode rows."""
     outputs: float
-    """Of the partial outputs'."""
+    """The bytes of partial outputs."""
     stored: float
-    """Of the KV and states of prefill rows, which no token waits for."""
+    """The bytes of the KV and states of prefill rows, which no token waits for."""
     waiting: float
     """The batch's announcement, round trips, and what each worker and row takes beside its bytes."""
     nbytes: float
 
     @property
     def seconds(self) -> float:
-        """That a batch waits for, with nothing else under way."""
+        """Seconds that a batch waits, with nothing else under way."""
         return self.waiting + self.queries + self.keys + self.outputs
 
     @property
     def busy(self) -> float:
-        """Of the link, in its busier direction."""
+        """Seconds in which the link is busy in its busier direction."""
         return max(self.queries + self.keys + self.stored, self.outputs)
 
 

@@ -17,7 +17,7 @@ Curve = tuple[tuple[float, float], ...]
 _MAX_POINTS, _MAX_TEXT = 256, 2000
 _SHARE = (1e-6, 1.5)  # above 1 where caches answer what was counted as memory's bytes
 _TIME = (0.0, 60.0)
-LIMITS = {
+_LIMITS = {
     "compute": (0.0, _SHARE[1]),
     "compute_8bit": (0.0, _SHARE[1]),
     "experts": _SHARE,
@@ -63,15 +63,15 @@ def check(entry: Any, where: str) -> None:
     sources are texts about one."""
     names = [item.name for item in fields(entry)]
     for name in names:
-        if name in LIMITS:
-            number_within(f"{where}: {name}", getattr(entry, name), *LIMITS[name])
+        if name in _LIMITS:
+            number_within(f"{where}: {name}", getattr(entry, name), *_LIMITS[name])
     if not isinstance(entry.sources, Mapping):
         raise InvalidRequest(f"{where}: sources is {entry.sources!r:.80}; allowed is a table of texts")
     known_keys(entry.sources, [name for name in names if name not in ("name", "sources")], f"{where}: sources")
     for name, text in entry.sources.items():
         if not isinstance(text, str) or len(text) > _MAX_TEXT:
             raise InvalidRequest(
-                f"{where}: sources.{name} is {text!r:.80}; allowed is a text of {_MAX_TEXT} characters"
+                f"{where}: sources.{name} is {text!r:.80}; allowed is a text of up to {_MAX_TEXT} characters"
             )
 
 
@@ -115,7 +115,7 @@ class Efficiency:
     collective: float = 1.0
     """Share of the interconnect that an all-reduce reaches."""
     collective_latency: float = 0.0
-    """Of one all-reduce, beside its bytes."""
+    """Seconds of one all-reduce beside its bytes."""
     layer_overhead: float = 0.0
     """Seconds a layer and batch: launches, norms, Python."""
     step_overhead: float = 0.0

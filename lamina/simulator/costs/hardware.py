@@ -48,6 +48,8 @@ TYPICAL = "vllm"
 """The engine whose efficiency devices without measurements are given, unless a file has [typical]. This project's own
 engine is not among those that were measured on GPUs."""
 KINDS = ("gpu", "tpu", "npu", "cpu")
+_BUILT_IN = ("roofline", "typical")
+"""Names of efficiencies that no engine may have."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+-]{0,79}")
 
 
@@ -90,7 +92,7 @@ class Device:
         check(self, where)
 
     def measured_or(self, efficiency: Efficiency) -> Device:
-        """The device, with that efficiency if it is a bare roofline: nobody measured it."""
+        """The device, with that efficiency if it is a bare roofline, which means that it was not measured."""
         return replace(self, efficiency=efficiency) if self.efficiency == ROOFLINE else self
 
 
@@ -108,12 +110,12 @@ class Link:
     """Seconds a sequence, layer and worker, beside its bytes: encoding, waking, merging."""
     query_first_time: float = 0.0
     """Seconds a layer that it takes besides to send q before k and v: one message more, and at the model worker the
-    attention of the rows' own tokens and a merge. 0 where nobody has measured it."""
+    attention of the rows' own tokens and a merge. 0: not measured."""
     announce_time: float = 0.0
-    """Seconds a step until all workers have accepted its batch, beyond what that takes in one process. 0 where nobody
-    has measured it."""
+    """Seconds a step until all workers have accepted its batch, beyond what that takes in one process. 0: not
+    measured."""
     announce_row_time: float = 0.0
-    """Seconds a sequence, step and worker of that."""
+    """The part of that which grows with the batch: seconds a sequence, step and worker."""
     sources: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -161,6 +163,8 @@ class Catalogue:
         if found == ROOFLINE:
             return "devices without measurements reach their best, all the time: an upper bound"
         for engine, known in self.engines.items():
+            if found == known and _packaged().engines.get(engine) != known:
+                return f"devices without measurements reach what {engine} of the hardware file says"
             if found == known:
                 return (
                     f"devices without measurements reach what {engine} reached of H100 and H200 (hardware.toml has the "
@@ -205,8 +209,10 @@ def extended(catalogue: Catalogue, data: Mapping[str, Any]) -> Catalogue:
         links[given["name"].lower()] = Link(**given)
     engines: dict[str, Efficiency] = {}
     for table in tables_of(data, "engine"):
-        where = _entry("engine", table, (*engines, "roofline", "typical"))
-        engines[table["name"].lower()] = _read_efficiency({k: v for k, v in table.items() if k != "name"}, where)
+        where = _entry("engine", table, engines)
+        if (name := table["name"].lower()) in _BUILT_IN:
+            raise InvalidRequest(f"{where} has a name that is taken; allowed are others than {', '.join(_BUILT_IN)}")
+        engines[name] = _read_efficiency({k: v for k, v in table.items() if k != "name"}, where)
     typical = catalogue.typical
     if "typical" in data:
         typical = _read_efficiency(data["typical"], "typical")

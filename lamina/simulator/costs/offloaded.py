@@ -14,12 +14,11 @@ from lamina.simulator.costs.cost_model import (
     StepCost,
     attention_time,
     busiest_share,
-    dense_time,
     exchange_time,
     kv_heads,
     kv_projection_time,
-    prefill_attention_time,
-    prefill_state_time,
+    mixing_time,
+    model_time,
     state_share,
     state_time,
 )
@@ -29,9 +28,9 @@ from lamina.simulator.costs.speculation import Speculation, best_drafts, check_d
 from lamina.simulator.costs.tables import number_within, whole
 
 MOST = 1 << 24
-"""Bounds of devices of a kind, of lanes, and of tokens of a batch."""
+"""The most devices of a kind, lanes, and tokens of a batch."""
 _SHARES = 20
-"""Steps in which `best_local_share` goes."""
+"""Equal steps from 0 to 1, between which `best_local_share` chooses."""
 PAGE_SIZE = 16
 """Tokens of a KV page: vLLM's default."""
 
@@ -42,13 +41,13 @@ class Lane:
 
     dense: float
     local: float
-    """Of attention on the model devices."""
+    """Attention on the model devices."""
     attention: float
     exchange: Exchange
     hop: float
-    """Of its way from one replica of the weights to the next, in each layer."""
+    """The way from one replica of the weights to the next, in each layer."""
     past: float
-    """Of attention elsewhere without states."""
+    """The part of `attention` that is not for states."""
     hidden: float = 0.0
     """The seconds of `past` that are hidden where q goes first: attention begins when q arrives. Those of states are
     not, which need k and v first of all."""
@@ -99,11 +98,9 @@ class Offloaded:
 
     def __post_init__(self) -> None:
         check_drafts(self.speculation, self.model)
-        counts = (
-            *("model_count", "attention_count", "model_replicas", "lanes", "batch_tokens", "max_sequences"),
-            "sequence_tokens",
-        )
-        for name in counts if self.workers is None else (*counts, "workers"):
+        counts = ["model_count", "attention_count", "model_replicas", "lanes", "batch_tokens", "max_sequences"]
+        counts += ["sequence_tokens"] if self.workers is None else ["sequence_tokens", "workers"]
+        for name in counts:
             whole(name, getattr(self, name), 1, MOST)
         number_within("kv_element", self.kv_element, 0.25, 8)
         for name in ("memory_share", "attention_memory_share"):
@@ -216,19 +213,13 @@ class Offloaded:
 
     def _dense(self, load: Load) -> float:
         """Seconds of all that the model devices do beside attention in decode."""
-        model, device, count = self.model, self.model_device, self.model_count
-        dense = dense_time(model, device, count, load)
-        dense += prefill_attention_time(model, device, count, load, self.kv_element)
-        dense += prefill_state_time(model, device, count, load)
+        device = self.model_device
+        dense = model_time(self.model, device, self.model_count, load, self.kv_element)
         return dense if self.speculation is None else dense + self.speculation.draft_time(device, load)
 
     def _attending(self, load: Load) -> float:
         """Seconds in which the model devices attend, and mix states, for what they keep."""
-        model, device, count = self.model, self.model_device, self.model_count
-        attention = attention_time(
-            model, device, load, self.policy, self.kv_element, busiest=busiest_share(model, count), queries=1 / count
-        )
-        return attention + state_time(model, device, load, state_share(model, count))
+        return mixing_time(self.model, self.model_device, self.model_count, load, self.policy, self.kv_element)
 
     def query_first(self, load: Load) -> bool:
         """Whether the engine sends q before k and v, in decode of all these sequences."""
@@ -246,12 +237,12 @@ class Offloaded:
         return token_cost(self.speculation, load, self._step)
 
     def _step(self, load: Load) -> StepCost:
-        """In the better order of messages."""
+        """A batch in the better order of messages."""
         together, first = self._orders(load)
         return together if first is None or first.seconds >= together.seconds else first
 
     def _orders(self, load: Load) -> tuple[StepCost, StepCost | None]:
-        """With q, k and v together; and with q first, where that is tried."""
+        """A batch with q, k and v together; and one with q first, where that is tried."""
         lanes, replicas = int(min(self.lanes, max(1, load.decode))), self.model_replicas
         share, part = self.local_part(load), load.divided(lanes)
         lane = self.lane(part, share=share)

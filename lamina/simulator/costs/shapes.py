@@ -53,7 +53,7 @@ class LayerGroup:
 
     @cached_property
     def all_reduces(self) -> int:
-        """By tensor parallelism: one behind what mixes tokens, one behind the MLP."""
+        """All-reduces of a layer by tensor parallelism: one behind what mixes tokens, one behind the MLP."""
         return (self.attends or self.state is not None) + (self.mlp > 0 or self.experts > 0)
 
     @cached_property
@@ -73,7 +73,7 @@ class LayerGroup:
 
     @cached_property
     def parameters(self) -> int:
-        """Of one layer, all of them."""
+        """All parameters of one layer."""
         return self.projections + self.mlp + self.vectors + self.experts * self.expert
 
     def experts_read(self, tokens: float) -> float:
@@ -159,8 +159,9 @@ class ModelShape:
         return self.head * self._table + layers + vectors * self._float
 
     def experts_read(self, tokens: float) -> float:
-        """The part of `weights_read` that experts are."""
-        return self.expert_parameters(tokens) * self._stored
+        """The part of `weights_read` that experts are: those that so many tokens are expected to use."""
+        used = sum(group.layers * group.experts_read(tokens) * group.expert for group in self.groups)
+        return used * self._stored
 
     @cached_property
     def packable(self) -> int:
@@ -171,10 +172,6 @@ class ModelShape:
     def matrices(self) -> int:
         """Parameters of all layers that every token is multiplied with: all but experts, norms and biases."""
         return sum(group.layers * (group.projections + group.mlp) for group in self.groups)
-
-    def expert_parameters(self, tokens: float) -> float:
-        """Of the experts that so many tokens are expected to use."""
-        return sum(group.layers * group.experts_read(tokens) * group.expert for group in self.groups)
 
     def unpacked(self, tokens: float, sampled: float, most: float) -> float:
         """Packed weights that are multiplied with more than `most` tokens of a batch, of which `sampled` need
@@ -250,7 +247,7 @@ class ModelShape:
 
     @cached_property
     def state_bytes(self) -> int:
-        """Of one sequence's states over all layers, whatever its length: what each token reads, and writes."""
+        """Bytes of one sequence's states over all layers, whatever its length: what each token reads, and writes."""
         return self._of_states(lambda state: state.nbytes)
 
     @cached_property
@@ -278,12 +275,12 @@ class ModelShape:
 
     @cached_property
     def asked_elements(self) -> int:
-        """Of the queries of one token, over all layers."""
+        """Elements of one token's queries, over all layers."""
         return sum(group.layers * group.asked_elements for group in self.groups)
 
     @cached_property
     def output_elements(self) -> int:
-        """Of the outputs of attention of one token, over all layers."""
+        """Elements of one token's outputs of attention, over all layers."""
         return sum(group.layers * group.output_elements for group in self.groups)
 
     def exchange_bytes(self, element: float = 2.0) -> float:
@@ -314,7 +311,7 @@ class ModelShape:
 
     @cached_property
     def _state_messages(self) -> tuple[int, int, int]:
-        """Of one token to all states: elements that are sent, bytes of the gates, elements that come back."""
+        """One token's messages with all states: elements that are sent, bytes of the gates, elements that come back."""
         of = self._of_states
         return of(lambda state: state.channels), of(lambda state: state.gate_bytes), of(lambda state: state.outputs)
 

@@ -65,7 +65,7 @@ class Speculation:
             )
 
     def tokens_a_step(self, drafts: int) -> float:
-        """That a sequence gets in the mean of a step with so many drafts, where there are any."""
+        """Tokens that a sequence gets in the mean of a step with so many drafts, where there are any."""
         a = self.acceptance
         whole = drafts + 1 if a == 1 else (1 - a ** (drafts + 1)) / (1 - a)
         return 1 + self.proposed * (whole - 1)

@@ -15,13 +15,10 @@ from lamina.simulator.costs.cost_model import (
     KvPolicy,
     Load,
     StepCost,
-    attention_time,
     busiest_share,
-    dense_time,
-    prefill_attention_time,
-    prefill_state_time,
+    mixing_time,
+    model_time,
     state_share,
-    state_time,
 )
 from lamina.simulator.costs.hardware import Device, Link, connection
 from lamina.simulator.costs.models import ModelShape
@@ -110,15 +107,10 @@ class Colocated:
         if load.prefix_tokens or load.prefix_pairs:
             pairs = load.prefill_pairs + load.prefix_pairs
             load = replace(load, prefill_pairs=pairs, prefix_pairs=0.0, prefix_tokens=0.0)
-        dense = dense_time(model, device, count, load)
-        dense += prefill_attention_time(model, device, count, load, self.kv_element)
-        dense += prefill_state_time(model, device, count, load)
-        attention = attention_time(
-            model, device, load, self.policy, self.kv_element, busiest=busiest_share(model, count), queries=1 / count
-        )
-        attention += state_time(model, device, load, state_share(model, count))
+        dense = model_time(model, device, count, load, self.kv_element)
         if self.speculation is not None:
             dense += self.speculation.draft_time(device, load)
+        attention = mixing_time(model, device, count, load, self.policy, self.kv_element)
         return StepCost(dense + attention, dense, attention)
 
 

@@ -41,13 +41,6 @@ class Interval:
         if not self.low <= self.value <= self.high:  # NaN compares false
             raise InvalidRequest(f"an interval is {self}; allowed is low <= value <= high")
 
-    def __contains__(self, number: float) -> bool:
-        return self.low <= number <= self.high
-
-    def overlaps(self, other: Interval) -> bool:
-        """Whether one number can be in both."""
-        return self.low <= other.high and other.low <= self.high
-
 
 @dataclass(frozen=True, slots=True)
 class Spread:
@@ -58,19 +51,12 @@ class Spread:
     goodput: Factors = (1.0, 1.0)
     source: str = ""
 
-    def around(self, what: str, value: float) -> Interval:
-        """The interval of a predicted "tpot", "ttft" or "goodput"."""
-        if what not in _NUMBERS:
-            raise InvalidRequest(f"the number is {what!r:.80}; allowed are {', '.join(_NUMBERS)}")
-        low, high = getattr(self, what)
-        return Interval(low * value, value, high * value)
-
     def beside(self, other: Spread) -> Spread:
-        """Of a number that both kinds of errors are in."""
+        """The spread of a number that has both kinds of errors."""
         return self._with(other, _combined)
 
     def widest(self, other: Spread) -> Spread:
-        """Of a number that is in one class as well as in the other."""
+        """The spread of a number that is in both classes: the wider bound of each."""
         if self == other:
             return self
         return self._with(other, lambda a, b: (min(a[0], b[0]), max(a[1], b[1])))
@@ -89,7 +75,7 @@ def spread(system: System) -> Spread:
 
 
 def _of_device(device: Device, kind: str) -> Spread:
-    """An engine's efficiency is surer where it was measured."""
+    """The spread of one device, which is wider where an engine's efficiency was not measured on it."""
     name = basis(device.efficiency)
     found = _table()[name, kind]
     measured = name in ("roofline", "measured") or device.name in _MEASURED
@@ -123,7 +109,7 @@ def _read(data: Mapping[str, Any]) -> dict[tuple[str, str], Spread]:
 
 
 def _factors(name: str, given: tuple[float, float]) -> Factors:
-    return number_within(f"{name}, low", given[0], 0, 1), number_within(f"{name}, high", given[1], 1, 100)
+    return number_within(f"{name}, low", given[0], 0.01, 1), number_within(f"{name}, high", given[1], 1, 100)
 
 
 def _combined(a: Factors, b: Factors) -> Factors:

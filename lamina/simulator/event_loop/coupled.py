@@ -1,5 +1,5 @@
-"""Prompts on one instance and decode on another where requests come after others: both advance together, since the end
-of a request on the one brings the next to the other."""
+"""Prompts on one instance and decode on another: the way of KV from the one to the other; and both together where
+requests come after others, since the end of a request on the one brings the next to the other."""
 
 from __future__ import annotations
 
@@ -13,6 +13,24 @@ from lamina.simulator.event_loop.lives import Life, Totals
 from lamina.simulator.traces.arrivals import Trace
 
 
+class Transfer:
+    """The way of prompts' KV from the prefill instance to the decode instance, one prompt after another. Its bytes, and
+    its seconds as those of the network, are counted in `totals`."""
+
+    def __init__(self, system: Disaggregated, totals: Totals) -> None:
+        self._system, self._totals = system, totals
+        self._free_at = 0.0  # when the last prompt has left
+
+    def arrival(self, prompt: int, ready: float) -> float:
+        """The second at which the KV of a prompt of so many tokens is there. It is sent from second `ready` on."""
+        sent = self._system.transfer_bytes(prompt)
+        start = max(ready, self._free_at)
+        self._free_at = start + sent / self._system.wire
+        self._totals.link_bytes += sent
+        self._totals.busy[2] += self._free_at - start
+        return self._free_at + self._system.link.round_trip
+
+
 def serve_sessions(
     system: Disaggregated,
     trace: Trace,
@@ -21,25 +39,19 @@ def serve_sessions(
     after: Totals,
     report: Callable[[int], None],
 ) -> list[Life]:
-    """The requests that were served; `before` counts the prefill instance, `after` the decode instance and the way of
-    KV from the one to the other, one prompt after another. Prefixes are kept where prompts are computed: what was
-    decoded elsewhere is computed again with the next prompt that has it."""
+    """The requests that were served; `before` counts the prefill instance, `after` the decode instance and the way
+    there. Prefixes are kept where prompts are computed: what was decoded elsewhere is computed again with the next
+    prompt that has it."""
     finished: list[Life] = []
     begun: dict[int, Life] = {}
-    free_at = 0.0
+    transfer = Transfer(system, after)
 
     def computed(number: int, life: Life) -> None:
-        nonlocal free_at
         if trace.arrivals[number].output == 1:
             ended(number, life)
             return
-        sent = system.transfer_bytes(life.arrival.prompt)
-        start = max(life.last, free_at)
-        free_at = start + sent / system.wire
-        after.link_bytes += sent
-        after.busy[2] += free_at - start
         begun[number] = life
-        decode.offer(number, free_at + system.link.round_trip)
+        decode.offer(number, transfer.arrival(life.arrival.prompt, life.last))
 
     def ended(number: int, life: Life) -> None:
         finished.append(life)

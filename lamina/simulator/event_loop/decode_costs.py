@@ -11,7 +11,7 @@ _GRID = 16
 """Contexts to a doubling whose seconds are computed."""
 _STRIDE = 2 ** (1 / _GRID) - 1
 Numbers = tuple[float, float, float, float, float]
-"""Of a `StepCost`: seconds, those of model, attention and network, and bytes over the link."""
+"""The numbers of a `StepCost`: seconds, those of model, attention and network, and bytes over the link."""
 
 
 class DecodeCosts:
@@ -22,12 +22,12 @@ class DecodeCosts:
         self._known: dict[tuple[int, int], tuple[float, StepCost, StepCost]] = {}
 
     def __call__(self, batch: int, context: int) -> Numbers:
-        """Of so many sequences, with so many tokens in all: the numbers of a `StepCost`."""
+        """The cost of a batch of so many sequences, with so many tokens in all."""
         mean = context / batch
         return self._between(mean, *self._ends(batch, mean))
 
     def line(self, batch: int, context: int) -> tuple[float, Numbers, Numbers]:
-        """Up to which mean context costs go straight on, what a step costs, and the one after it."""
+        """The mean context up to which costs go straight on, what a step costs, and what the step after it costs."""
         mean = context / batch
         low, a, b = self._ends(batch, mean)
         return low * (1 + _STRIDE), self._between(mean, low, a, b), self._between(mean + 1, low, a, b)

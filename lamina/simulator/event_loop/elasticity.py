@@ -2,7 +2,7 @@
 attention workers beside one instance, which have none.
 
 What is counted is what is paid: every device from when it is asked for until it is let go. Decode alone is simulated;
-a prompt's KV is there as soon as it is admitted.
+a prompt's KV is there as soon as it is admitted. The seconds before a first token beside all steps are in its TTFT.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.costs.systems import Colocated, Offloaded, price
+from lamina.simulator.costs.systems import Colocated, Offloaded, before_first_token, price
 from lamina.simulator.event_loop.instance import Instance
 from lamina.simulator.event_loop.lives import Life, Totals
 from lamina.simulator.event_loop.results import Distribution
@@ -70,7 +70,7 @@ class ElasticResult:
 
     @property
     def dollars_per_million(self) -> float:
-        """Of output tokens."""
+        """Dollars for a million output tokens."""
         return 1e6 * self.dollars / self.output_tokens if self.output_tokens else math.inf
 
 
@@ -84,11 +84,14 @@ def simulate_elastic(system: Colocated | Offloaded, trace: Trace, scaling: Scali
 
 
 class _Fleet:
-    """Units are instances, or the attention devices of one."""
+    """A fleet that serves a trace. Its units are instances, or the attention devices of one."""
 
     def __init__(self, system: Colocated | Offloaded, trace: Trace, scaling: Scaling) -> None:
         self._system = replace(system, attention_count=1) if isinstance(system, Offloaded) else system
         self._trace, self._scaling = trace, scaling
+        self._room = self._system.capacity.tokens
+        if not self._room:
+            raise InvalidRequest(f"system {self._system.name!r} has no room for KV; allowed is more memory")
         self._totals, self._lives = Totals(), list[Life]()
         self._followers: dict[int, list[int]] = {}
         for number, arrival in enumerate(trace.arrivals):
@@ -102,7 +105,6 @@ class _Fleet:
         self._coming: list[float] = []  # seconds at which units that were asked for are there
         self._paid = 0.0  # unit seconds
         self._peak, self._started, self._less_since = 1, 0, math.inf
-        self._room = self._system.capacity.tokens
 
     def run(self) -> ElasticResult:
         look = before = begun = self._trace.arrivals[0].at
@@ -127,12 +129,13 @@ class _Fleet:
 
     @property
     def _units(self) -> int:
-        """That are paid for."""
+        """Units that are paid for."""
         return self._serving + len(self._coming)
 
     def _instance(self) -> Instance:
-        nothing = (self._system, self._trace, False, False, self._totals)
-        return Instance(*nothing, offered=True, pooled=True, ended=self._ended)
+        return Instance(
+            self._system, self._trace, False, False, self._totals, offered=True, pooled=True, ended=self._ended
+        )
 
     def _place(self, now: float) -> None:
         """Give requests that wait, first come, first served, to the instance with the least load, if it has room."""
@@ -154,6 +157,7 @@ class _Fleet:
             heappush(self._arrivals, (max(arrival.at, life.last + arrival.gap), after))
 
     def _look(self, now: float) -> None:
+        """Take what has come, let go what has nothing left, and compare the load with what there is."""
         scaling = self._scaling
         while self._coming and self._coming[0] <= now:
             heappop(self._coming)
@@ -193,9 +197,8 @@ class _Fleet:
 
     def _result(self, begun: float, end: float) -> ElasticResult:
         lives, system = self._lives, self._system
-        offloaded = isinstance(system, Offloaded)
         unit = system.attention_device.price if isinstance(system, Offloaded) else price(system)
-        fixed = price(system) - unit if offloaded else 0.0
+        fixed = price(system) - unit  # the weights beside one attention device
         return ElasticResult(
             system=system.name,
             finished=len(lives),
@@ -205,7 +208,7 @@ class _Fleet:
             mean_units=self._paid / (end - begun) if end > begun else 1.0,
             peak_units=self._peak,
             started=self._started,
-            ttft=distribution(life.first - life.at for life in lives),
+            ttft=distribution(life.first - life.at + before_first_token(system, life.arrival.prompt) for life in lives),
             tpot=distribution((life.last - life.first) / (life.tokens - 1) for life in lives if life.tokens > 1),
             tbt=weighted_distribution(self._totals.gaps),
         )

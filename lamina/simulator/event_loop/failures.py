@@ -20,9 +20,10 @@ from lamina.simulator.traces.arrivals import Trace
 
 @dataclass(frozen=True, slots=True)
 class Redundancy:
-    """What is kept in case that an attention worker is lost. `kept`: of the memory for KV, what is left for sequences.
-    `recovery`: of the seconds in which all running contexts would be computed again, how long nobody gets a token.
-    `slower`: times its own seconds that a batch takes, for the copies. `workers`: as many are needed."""
+    """Copies of KV for the loss of an attention worker. `kept`: the share of the memory for KV that is left for
+    sequences. `recovery`: how long no sequence gets a token, as a share of the seconds in which all running contexts
+    would be computed again. `slower`: how many times its own seconds a batch takes. `workers`: the fewest that it
+    needs."""
 
     kept: float
     recovery: float
@@ -90,7 +91,7 @@ class FailingInstance(Instance):
         self._back = math.inf  # when the lost worker's successor is there
 
     def step(self) -> bool:
-        """As an instance, after what has happened up to now."""
+        """A step of an instance, after the losses and returns up to now."""
         if self.now >= self._back:
             self.resize(self._whole)
             self._back = math.inf
@@ -115,7 +116,7 @@ class FailingInstance(Instance):
 
 
 def prefill_seconds(system: Colocated | Offloaded, contexts: Sequence[int]) -> float:
-    """In which these contexts are computed from their beginning, one after another."""
+    """Seconds in which these contexts are computed from their beginning, one after another."""
     seconds = 0.0
     for context in contexts:
         done = 0

@@ -15,11 +15,11 @@ from lamina.scheduling.kv_shares import Pages
 from lamina.scheduling.page_groups import PageGroup
 from lamina.scheduling.placement import Placement
 from lamina.scheduling.request import SNAPSHOT_TOKENS, Plan, Request, ScheduledSequence, SchedulerConfig
-from lamina.simulator.costs.cost_model import Load, StepCost, kv_heads
+from lamina.simulator.costs.cost_model import StepCost, kv_heads
 from lamina.simulator.costs.mixers import STATE_RECORDS
 from lamina.simulator.costs.systems import PAGE_SIZE, Offloaded, System
 from lamina.simulator.event_loop.holder_counter import HolderCounter
-from lamina.simulator.event_loop.lives import Life, Totals
+from lamina.simulator.event_loop.lives import Life, PromptRows, Totals
 from lamina.simulator.event_loop.page_counter import Groups, PageCounter, Window
 from lamina.simulator.event_loop.record_counter import RecordCounter
 from lamina.simulator.event_loop.results import Sampled
@@ -37,9 +37,9 @@ class Instance:
     """One instance of a system on its part of the trace.
 
     Without `prefill` a prompt takes no time up to its first token. Such a request may have `begun` elsewhere: then that
-    token is not counted again. Requests come as the trace says, or as they are `offered`. `ended` is told the number
-    and the life of each that has ended. By default it is `follow`: those that come after it do so here. `pooled`: one
-    holder stands for all, also where heads do not divide evenly among them.
+    token is not counted again. Requests come as the trace says, or as they are `offered`. `ended` gets the number and
+    the life of each request that has ended. By default it is `follow`, which brings its followers to this instance.
+    `pooled`: one holder stands for all, also where heads do not divide evenly among them.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Instance:
             if arrival.after is not None:
                 self._followers.setdefault(arrival.after, []).append(number)
         self._shared: dict[int, tuple[int, ...]] = {}  # of those to come: tokens of the one before that they begin with
-        self._when: dict[int, float] = {}  # those that were offered: when they come
+        self._when: dict[int, float] = {}  # by the number of an offered request: when it comes
         self._told = ended or self.follow
         self._ahead = 0  # prompt tokens of the arrivals that have no token yet
         self._named = prefix_cache and any(arrival.blocks or arrival.shared for arrival in arrivals)
@@ -182,7 +182,7 @@ class Instance:
         heappush(self._due, (at, number))
 
     def follow(self, number: int, life: Life) -> None:
-        """Those that come after a request which has ended, here."""
+        """Offer the followers of a request that has ended to this instance."""
         for after in self._followers.get(number, ()):
             arrival = self._trace.arrivals[after]
             self.offer(after, max(arrival.at, life.last + arrival.gap))
@@ -234,9 +234,8 @@ class Instance:
 
     def _advance(self, plan: Plan) -> None:
         """Let the batch's time pass."""
-        decode = context = tokens = prefix_tokens = prompts = 0
-        pairs = keys = prefix_pairs = 0.0
-        room = self._system.prompt_tokens
+        decode = context = 0
+        rows, room = PromptRows(), self._system.prompt_tokens
         for row in plan.rows:
             start, count, sequence = row.start, row.count, row.sequence
             prompt = len(sequence.request.prompt)
@@ -247,19 +246,11 @@ class Instance:
             if not self._prefill and not sequence.preemptions:
                 continue  # computed elsewhere
             # Past a hit, and where a prompt is too long for the room beside the dense layers, decode's holders read.
-            elsewhere = sequence.reused if prompt <= room else start
-            tokens += count
-            prompts += start + count >= prompt
-            pairs += count * (start - elsewhere + (count + 1) / 2)
-            keys += start - elsewhere + count
-            if elsewhere:
-                prefix_tokens += count
-                prefix_pairs += count * elsewhere
+            rows.add(start, count, prompt, sequence.reused if prompt <= room else start)
         cost = StepCost(0.0)
-        if decode or tokens:
-            mean = context / decode if decode else 0.0
-            cost = self._system.step(Load(decode, mean, tokens, pairs, keys, prefix_tokens, prefix_pairs, prompts))
-        self._count(cost, decode, tokens)
+        if decode or rows.tokens:
+            cost = self._system.step(rows.load(decode, context))
+        self._count(cost, decode, rows.tokens)
         self._now += cost.seconds * self.slower
 
     def _count(self, cost: StepCost, decode: int, prefill: int) -> None:

@@ -1,10 +1,12 @@
-"""What becomes of requests in the event loop, and sums over the batches of an instance."""
+"""What becomes of requests in the event loop, and sums: over the prompts of a batch, and over the batches of an
+instance."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, fields
 
+from lamina.simulator.costs.cost_model import Load
 from lamina.simulator.event_loop.statistics import Samples
 from lamina.simulator.traces.arrivals import Arrival
 
@@ -22,6 +24,42 @@ class Life:
     def __post_init__(self) -> None:
         if self.at < 0:  # it did not wait for another
             self.at = self.arrival.at
+
+
+@dataclass(slots=True)
+class PromptRows:
+    """The rows of prompts in one batch, added up: see `Load` for the sums."""
+
+    tokens: int = 0
+    pairs: float = 0.0
+    keys: float = 0.0
+    prefix_tokens: int = 0
+    prefix_pairs: float = 0.0
+    prompts: int = 0
+
+    def add(self, start: int, count: int, prompt: int, elsewhere: int) -> None:
+        """A row of `count` tokens from `start` on, of a prompt of so many; `elsewhere` of those before it are read
+        where decode reads."""
+        self.tokens += count
+        self.prompts += start + count >= prompt
+        self.pairs += count * (start - elsewhere + (count + 1) / 2)
+        self.keys += start - elsewhere + count
+        if elsewhere:
+            self.prefix_tokens += count
+            self.prefix_pairs += count * elsewhere
+
+    def load(self, decode: int, context: int) -> Load:
+        """The batch with so many sequences in decode besides, which have so many tokens in all."""
+        return Load(
+            decode,
+            context / decode if decode else 0.0,
+            self.tokens,
+            self.pairs,
+            self.keys,
+            self.prefix_tokens,
+            self.prefix_pairs,
+            self.prompts,
+        )
 
 
 @dataclass(slots=True)
@@ -49,10 +87,17 @@ class Totals:
     samples: Samples = field(default_factory=Samples)
 
     def count(
-        self, seconds: float, busy: tuple[float, float, float], link_bytes: float, decode: int, waiting: int
+        self,
+        seconds: float,
+        busy: tuple[float, float, float],
+        link_bytes: float,
+        decode: int,
+        waiting: int,
+        steps: int = 1,
     ) -> None:
-        """A batch of so many seconds, with so many sequences in decode while others wait."""
-        self.steps += 1
+        """A batch of so many seconds, with so many sequences in decode while others wait; or `steps` of them, while
+        none waits."""
+        self.steps += steps
         for tier, part in enumerate(busy):
             self.busy[tier] += part
         self.link_bytes += link_bytes

@@ -19,11 +19,10 @@ from collections.abc import Callable, Mapping
 from heapq import heappop, heappush
 
 from lamina.errors import EngineError
-from lamina.simulator.costs.cost_model import Load
 from lamina.simulator.costs.systems import PAGE_SIZE, System
 from lamina.simulator.event_loop.decode_costs import DecodeCosts, Numbers
 from lamina.simulator.event_loop.instance import BACKLOG, BACKLOG_TOKENS, UNLIMITED, holders_of, page_groups
-from lamina.simulator.event_loop.lives import Life, Totals
+from lamina.simulator.event_loop.lives import Life, PromptRows, Totals
 from lamina.simulator.event_loop.quick_sequence import Sequence, affordable, limit_of, pages_of
 from lamina.simulator.event_loop.results import Sampled
 from lamina.simulator.traces.arrivals import Trace
@@ -42,7 +41,7 @@ def is_usual(system: System, trace: Trace, prefix_cache: bool) -> bool:
 
 
 class QuickInstance:
-    """As `Instance`. Raises Unusual where the real scheduler must be asked; nothing of `totals` is changed then."""
+    """Stands for an `Instance`. Raises Unusual where the real scheduler must be asked; `totals` is as before then."""
 
     def __init__(
         self,
@@ -99,7 +98,7 @@ class QuickInstance:
         return self._ended
 
     def _stride(self) -> bool:
-        """Several steps of decode alone, in which nobody comes or ends: whether there are any."""
+        """Take several steps of decode alone, in which no request comes or ends. False where there are none."""
         batch, step, totals = self._decoding, self._step, self._totals
         most = totals.samples.unwanted
         if not (batch and most > 1 and isinstance(self._costs, DecodeCosts)):
@@ -117,7 +116,9 @@ class QuickInstance:
             most = min(most, math.ceil(least))
         if most < 2 or batch * (most // PAGE_SIZE + 1) > self._free:
             return False
-        seconds, *busy, nbytes = (most * a + (b - a) * most * (most - 1) / 2 for a, b in zip(now, after, strict=True))
+        seconds, model, attention, network, nbytes = (
+            most * a + (b - a) * most * (most - 1) / 2 for a, b in zip(now, after, strict=True)
+        )
         self._free -= most // PAGE_SIZE * batch
         self._free -= sum(self._phases[(step + each) % PAGE_SIZE] for each in range(most % PAGE_SIZE))
         self._step += most
@@ -125,12 +126,7 @@ class QuickInstance:
         self._context += batch * most
         totals.samples.skip(most)
         totals.gaps[seconds / most] += batch * most
-        totals.peak = max(totals.peak, batch)
-        totals.steps += most
-        totals.busy = [a + b for a, b in zip(totals.busy, busy, strict=True)]
-        totals.link_bytes += nbytes
-        totals.decode_seconds += seconds
-        totals.decode_rows += seconds * batch
+        totals.count(seconds, (model, attention, network), nbytes, batch, 0, most)
         return True
 
     def _feed(self) -> int:
@@ -204,7 +200,7 @@ class QuickInstance:
             left -= count
 
     def _make_room(self, left: int) -> tuple[list[tuple[Sequence, int]], list[Sequence]]:
-        """As `_plan`, where pages are short: they are given by number, and the youngest give way."""
+        """`_plan` where pages are short: they are given by number, and the youngest give way."""
         step, prompts = self._step, set(self._prompts)
         decoding = [each for ending in self._ending.values() for each in ending]
         idle = sorted([*decoding, *prompts], key=lambda each: each.number)
@@ -258,7 +254,7 @@ class QuickInstance:
         heappush(self._waiting, (victim.number, victim))
 
     def _enter(self, each: Sequence, step: int) -> None:
-        """It decodes from that step on, with all its known tokens but the last computed."""
+        """The sequence decodes from that step on, with all its known tokens but the last computed."""
         each.computed, each.since = each.known - 1, step
         each.ends = step + each.output - (each.known - each.prompt) - 1
         self._ending.setdefault(each.ends, []).append(each)
@@ -309,7 +305,7 @@ class QuickInstance:
                 self._sample(each, step + 1)
 
     def _sample(self, each: Sequence, step: int) -> None:
-        """Its known tokens are computed: it has one more, and decodes unless that is its last."""
+        """A sequence whose known tokens are computed has one more, and decodes unless that is its last."""
         life, now = each.life, self._now
         if each.known == each.prompt:
             self._ahead -= each.prompt
@@ -340,8 +336,7 @@ class QuickInstance:
 
     def _charge(self, rows: list[tuple[Sequence, int]], decode: int, context: int, behind: int) -> float:
         """Count a batch's cost. Returns its seconds."""
-        tokens = prefix_tokens = prompts = 0
-        pairs = keys = prefix_pairs = 0.0
+        prompts = PromptRows()
         for each, count in rows:
             start = each.computed
             if count == 1 and start >= each.prompt:
@@ -351,17 +346,9 @@ class QuickInstance:
             if not self._prefill and not each.preempted:
                 continue  # computed elsewhere
             # What is too long for the room beside the dense layers is read by decode's holders.
-            elsewhere = 0 if each.prompt <= self._room else start
-            tokens += count
-            prompts += start + count >= each.prompt
-            pairs += count * (start - elsewhere + (count + 1) / 2)
-            keys += start - elsewhere + count
-            if elsewhere:
-                prefix_tokens += count
-                prefix_pairs += count * elsewhere
-        if tokens:
-            mean = context / decode if decode else 0.0
-            cost = self._system.step(Load(decode, mean, tokens, pairs, keys, prefix_tokens, prefix_pairs, prompts))
+            prompts.add(start, count, each.prompt, 0 if each.prompt <= self._room else start)
+        if prompts.tokens:
+            cost = self._system.step(prompts.load(decode, context))
             spent = cost.seconds, cost.model, cost.attention, cost.network, cost.link_bytes
         else:
             spent = self._costs(decode, context) if decode else (0.0,) * 5
@@ -372,11 +359,13 @@ class QuickInstance:
         if seconds and totals.samples.due():
             shares = (min(1.0, part / seconds) for part in (model, attention, network))
             taken = 1 - self._free / self._pages if self._alike else self._taken()
-            totals.samples.add(Sampled(self._now, seconds, decode, tokens, self._running, waiting, taken, *shares))
+            totals.samples.add(
+                Sampled(self._now, seconds, decode, prompts.tokens, self._running, waiting, taken, *shares)
+            )
         return seconds
 
     def _taken(self) -> float:
-        """Of the pages, the share that is taken, where windows let some go."""
+        """The share of the pages that is taken, where windows let some go."""
         decoding = [each.at(self._step) + 1 for ending in self._ending.values() for each in ending]
         taken = 0
         for tokens in (*decoding, *(each.computed for each in self._prompts)):

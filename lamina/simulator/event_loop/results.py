@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+ATTAINMENT = 0.9
+"""The share of requests within the SLO that counts as keeping it: as DistServe (OSDI 2024) has it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Distribution:
-    """Of one latency over all requests, in seconds."""
+    """One latency over all requests, in seconds."""
 
     mean: float
     p50: float
@@ -26,7 +29,7 @@ class Sampled:
     running: int
     waiting: int
     kv_share: float
-    """Of the pages, how many are taken."""
+    """The share of the pages that is taken."""
     model_share: float
     attention_share: float
     network_share: float
@@ -65,14 +68,14 @@ class RunResult:
     attention_utilisation: float
     network_utilisation: float
     link_bytes: float
-    """That crossed between model and attention workers, or from prefill to decode."""
+    """Bytes that crossed between model and attention workers, or from prefill to decode."""
     seed: int
     rejected: int = 0
     """Requests that could never have fitted."""
     losses: int = 0
-    """Of workers."""
+    """Workers that were lost."""
     recomputed_tokens: int = 0
-    """Of contexts whose KV was lost with a worker, so often as it was."""
+    """Tokens of contexts whose KV was lost with a worker, counted as often as it was."""
     saturated_seconds: float = 0.0
     """While a request waited for room: the steady state of a full system, without its beginning and its end."""
     saturated_tokens: int = 0
@@ -85,7 +88,7 @@ class RunResult:
     state_sequences: int = 0
     """Sequences whose states there is room for in each instance; 0: the model has none."""
     assumptions: dict[str, str] = field(default_factory=dict)
-    """In words, each number that was assumed or fitted."""
+    """Each number that was assumed or fitted, in words."""
     samples: tuple[Sampled, ...] = ()
     """At most a few thousand steps, evenly over the run, for plots."""
 
@@ -95,7 +98,7 @@ class RunResult:
 
     @property
     def saturated_tokens_per_second(self) -> float:
-        """Of output, while requests waited for room; 0 where none ever did."""
+        """Output tokens a second while requests waited for room; 0 where none ever did."""
         return self.saturated_tokens / self.saturated_seconds if self.saturated_seconds else 0.0
 
     @property

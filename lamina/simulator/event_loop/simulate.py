@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System, before_first_token, power, price
-from lamina.simulator.event_loop.coupled import serve_sessions
+from lamina.simulator.event_loop.coupled import Transfer, serve_sessions
 from lamina.simulator.event_loop.decode_costs import DecodeCosts
 from lamina.simulator.event_loop.failures import FailingInstance, Failures
 from lamina.simulator.event_loop.instance import Instance
@@ -141,18 +141,13 @@ def _disaggregated(
         lives = instances.of(system.prefill, prompts, before).run(lambda done: None)
         wanted = {id(short): whole.output for short, whole in zip(prompts.arrivals, trace.arrivals, strict=True)}
         finished = [life for life in lives if wanted[id(life.arrival)] == 1]
-        arrived, free_at = [], 0.0
+        arrived, transfer = [], Transfer(system, after)
         for life in sorted(lives, key=lambda life: life.last):
             prompt, output = life.arrival.prompt, wanted[id(life.arrival)]
             if output == 1:
                 continue
-            sent = system.transfer_bytes(prompt)
-            start = max(life.last, free_at)
-            free_at = start + sent / system.wire
-            after.link_bytes += sent
-            after.busy[2] += free_at - start
             moved[len(arrived)] = life
-            arrived.append(Arrival(free_at + system.link.round_trip, prompt, output))
+            arrived.append(Arrival(transfer.arrival(prompt, life.last), prompt, output))
     if arrived:
         rest = Trace(trace.name, tuple(arrived))
         finished += instances.of(system.decode, rest, after, moved).run(report)

@@ -17,7 +17,7 @@ def distribution(values: Iterable[float]) -> Distribution:
 
 
 def weighted_distribution(counts: Mapping[float, int]) -> Distribution:
-    """The same of values with how often each came."""
+    """Mean and percentiles of values, by how often each came."""
     whole = sum(counts.values())
     if not whole:
         return Distribution(0.0, 0.0, 0.0, 0.0)
@@ -34,7 +34,7 @@ def weighted_distribution(counts: Mapping[float, int]) -> Distribution:
 
 
 class Samples:
-    """Of any number of steps, at most MOST_SAMPLES evenly over them: every nth, with n doubled when it is full."""
+    """A sample of at most MOST_SAMPLES of any number of steps: every nth of them, with n doubled when it is full."""
 
     def __init__(self) -> None:
         self._kept: list[Sampled] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -54,7 +55,7 @@ def candidates(
     Raises InvalidRequest where drafts cannot be verified; where there are none, naming what the model needs and what
     there is, or what the cheapest costs; and where there are more than `MAX_CANDIDATES`.
     """
-    if budget is not None and not 0 < budget < float("inf"):
+    if budget is not None and not 0 < budget < math.inf:
         raise InvalidRequest(f"budget is {budget}; allowed are dollars an hour above 0")
     found: list[Candidate] = []
     cheapest: System | None = None
@@ -123,7 +124,7 @@ def _systems(model: ModelShape, inventory: Inventory, prefill: bool, context: in
 def _colocated(
     model: ModelShape, inventory: Inventory, policy: KvPolicy, batch_tokens: tuple[int, ...] = ()
 ) -> Iterator[Colocated]:
-    """With prompts in chunks for each of these batch limits; with whole prompts where there are none."""
+    """Co-located systems: prompts come in chunks for each of these batch limits, and whole where there are none."""
     for have in inventory.have:
         for degree in _degrees(have.device, have.count):
             whole = Colocated(
@@ -179,7 +180,8 @@ def _degrees(device: Device, count: int) -> Iterator[int]:
 
 
 def _shards(model: ModelShape, count: int) -> tuple[str, ...]:
-    """By heads where every worker gets as many; else ranges of positions too, and those alone beyond the heads."""
+    """The ways to cut KV: heads where each worker gets as many, else ranges of positions too; beyond the heads those
+    alone."""
     heads = kv_heads(model)
     if count > heads:
         return ("sequence",)

@@ -26,7 +26,7 @@ LINK, CPU_LINK = "fhbn-400g", "ethernet-25g"
 """Between accelerators as in the Lamina paper; a CPU host of the catalogue has 37.5 Gbit/s, of which this is below."""
 MAX_COUNT = 1024
 _ROOM = 0.25
-"""Of the memory that may be used, what the KV of a co-located system should have at least."""
+"""The least share of the memory that may be used which the KV of a co-located system should have."""
 _SPEC = re.compile(r"([a-z-]+)(?::([^+:]+?)x(\d{1,4})(?:\+([^+:]+?)x(\d{1,4}))?)?", re.ASCII)
 _FORM = f"{', '.join(SYSTEMS)}, or one with its devices such as chunked:h100x4 or lamina:h100x2+h20x4"
 

@@ -11,7 +11,7 @@ from lamina.config import MAX_LANES, EngineConfig
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.cost_model import kv_heads
 from lamina.simulator.costs.packing import QUANTIZED
-from lamina.simulator.costs.systems import Disaggregated, Offloaded, System
+from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System
 from lamina.simulator.costs.tables import known_keys
 
 ENGINE_KEYS = (
@@ -22,7 +22,7 @@ ENGINE_KEYS = (
 )  # fmt: skip
 """Keywords that a plan may set. Credentials, channels and folders belong to the deployment."""
 COMPUTES = {"cpu": "cpu", "gpu": "cuda"}
-"""By the kind of a device, what the engine calls it."""
+"""The engine's name of each kind of device."""
 _DTYPES = {4.0: "float32", 2.0: "bfloat16"}
 _PROMPTS = 8
 """Prompts of the longest kind that the engine's own process has room for, where it keeps nothing else."""
@@ -111,7 +111,7 @@ def _memories(system: Offloaded, holders: int) -> dict[str, int]:
     return {"kv_memory": max(1, int(workers / holders)), "kv_local": max(1, int(own))}
 
 
-def _numbers(system: System) -> dict[str, Any]:
+def _numbers(system: Colocated | Offloaded) -> dict[str, Any]:
     """How weights and KV are kept: as the plan counts them."""
     model, on_cpu = system.model, system.devices[0][0].kind == "cpu"
     if model.packing is not None and on_cpu:
@@ -120,7 +120,7 @@ def _numbers(system: System) -> dict[str, Any]:
     if (dtype := _DTYPES.get(model.element)) is None:
         return {}
     found: dict[str, Any] = {"weights": dtype}
-    kept = _DTYPES.get(getattr(system, "kv_element", 2.0))
+    kept = _DTYPES.get(system.kv_element)
     return found if kept in (None, dtype) else found | {"kv_dtype": kept}
 
 

@@ -16,7 +16,7 @@ from lamina.simulator.event_loop.results import RunResult
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.planning.planner import Ranked, limited
 from lamina.simulator.planning.quantities import faster
-from lamina.simulator.steady_state.closed_form import estimate
+from lamina.simulator.steady_state.closed_form import cost_of_a_million, estimate
 from lamina.simulator.traces.demand import Demand
 
 Run = Callable[[System], RunResult]
@@ -58,16 +58,16 @@ def intervals(
         "tokens_per_second": _around(now.tokens, slow.tokens, fast.tokens),
         "batch": _around(now.batch, fast.batch, slow.batch),
     }
-    price = ranked.estimate.price
+    price, tokens = ranked.estimate.price, made["tokens_per_second"]
     made["dollars_per_hour"] = Interval(price, price, price)
     made["dollars_per_million"] = Interval(
-        *(_million(price, each) for each in reversed(_ends(made["tokens_per_second"])))
+        *(cost_of_a_million(price, each) for each in (tokens.high, tokens.value, tokens.low))
     )
     return made
 
 
 def _figures(ranked: Ranked, system: System, demand: Demand, slo: Slo, prefill: bool, run: Run | None) -> _Figures:
-    """With the system in the candidate's place: by the event loop where it ran, or can run."""
+    """The numbers of the system in the candidate's place: by the event loop where it ran, or can run."""
     if run is not None:
         ranked = replace(ranked, result=run(system))
     if (found := ranked.result) is not None:
@@ -81,12 +81,3 @@ def _figures(ranked: Ranked, system: System, demand: Demand, slo: Slo, prefill: 
 def _around(value: float, one: float, other: float) -> Interval:
     """The interval between two ends, which holds the value."""
     return Interval(min(value, one, other), value, max(value, one, other))
-
-
-def _ends(interval: Interval) -> tuple[float, float, float]:
-    return interval.low, interval.value, interval.high
-
-
-def _million(price: float, tokens_per_second: float) -> float:
-    """Dollars for a million tokens."""
-    return price / (tokens_per_second * 3600) * 1e6 if tokens_per_second else math.inf

@@ -55,7 +55,7 @@ class Inventory:
     systems: tuple[str, ...] = SYSTEMS
     policies: tuple[KvPolicy, ...] = (FULL,)
     sources: Mapping[str, str] = field(default_factory=dict, hash=False)
-    """By policy, where its shares are from."""
+    """The source of each policy's shares, by its name."""
     only_deployable: bool = False
     """Whether candidates that no engine here is are left out."""
 

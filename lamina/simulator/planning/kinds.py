@@ -24,8 +24,8 @@ def kind(system: System) -> str:
 def best_of_kinds(
     ranked: Sequence[Ranked], verified: Callable[[Sequence[Ranked]], Sequence[Ranked]]
 ) -> dict[str, Ranked]:
-    """The best of each kind that gets a request through, in the order of `KINDS`. `verified` checks the best of some
-    candidates, the first first, and returns those that it checked, the best first."""
+    """The best of each kind that gets a request through, in the order of `KINDS`. `verified` runs the best of some
+    candidates, which come in their order by formula, and returns what it ran, the best first."""
     found: dict[str, Ranked] = {}
     for name in KINDS:
         if mine := [each for each in ranked if kind(each.candidate.system) == name and each.estimate.goodput]:

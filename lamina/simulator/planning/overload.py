@@ -51,5 +51,5 @@ def _none_does(found: Estimate) -> str:
 
 
 def _waiting(result: RunResult) -> str:
-    """That it is overloaded: most of the time requests waited for room."""
+    """The words for a system whose requests waited for room most of the time; "" for others."""
     return ", overloaded: requests waited most of the time" if result.saturated_seconds > result.seconds / 2 else ""

@@ -39,7 +39,7 @@ KINDS: Mapping[str, type[System]] = {
     "disaggregated": Disaggregated,
     "offloaded": Offloaded,
 }
-_MAX_ITEMS, _MAX_NUMBER, _MAX_LAYERS = 1024, 1e18, 1 << 16
+_MAX_ITEMS, _MAX_NUMBER, _MAX_LAYERS, _MAX_PARAMETERS = 1024, 1e18, 1 << 16, 10**18
 _T = TypeVar("_T")
 _TABLES = ("predicted", "trace", "slo", "engine", "system", "shape", "device", "link")
 _KEYS = ("version", "model", "replicas", *_TABLES)
@@ -53,11 +53,11 @@ class Prediction:
     """The part of the simulator that predicts."""
     requests_per_second: float
     tokens_per_second: float
-    """Of output."""
+    """Output tokens."""
     tpot: float
     ttft: float
     slo_share: float
-    """Of requests that are within the SLO."""
+    """The share of the requests that is within the SLO."""
     batch: float
     """Sequences in decode, in one replica."""
     dollars_per_hour: float
@@ -151,7 +151,6 @@ def _from_toml(data: Mapping[str, Any]) -> Plan:
     parts = {kind: data[kind] for kind in ("device", "link") if kind in data}
     catalogue = hardware.extended(hardware.NOTHING, parts)
     shape = _from_table(ModelShape, data["shape"], "shape", catalogue)
-    whole("shape.layers", shape.layers, 1, _MAX_LAYERS)
     table = data["system"]
     if not isinstance(table, Mapping) or not isinstance(kind := table.get("kind"), str) or kind not in KINDS:
         raise InvalidRequest(f"system is {table!r:.80}; allowed is a table whose kind is {', '.join(KINDS)}")
@@ -171,12 +170,16 @@ def _from_toml(data: Mapping[str, Any]) -> Plan:
 
 
 def _parts(system: System) -> tuple[list[Device], list[Link]]:
-    """The devices and links of a system."""
+    """The devices and links of a system. Raises InvalidRequest where two of a kind have one name."""
     devices: dict[str, Device] = {}
     for device, _ in system.devices:
         if devices.setdefault(device.name, device) != device:
             raise InvalidRequest(f"two devices are called {device.name!r}; allowed is one of a name in a plan")
-    return list(devices.values()), [] if isinstance(system, Colocated) else [system.link]
+    links: dict[str, Link] = {}
+    for part in (system, system.decode) if isinstance(system, Disaggregated) else (system,):
+        if not isinstance(part, Colocated) and links.setdefault(part.link.name, part.link) != part.link:
+            raise InvalidRequest(f"two links are called {part.link.name!r}; allowed is one of a name in a plan")
+    return list(devices.values()), list(links.values())
 
 
 def _to_table(part: Any, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -216,9 +219,22 @@ def _from_table(kind: type[_T], table: Any, where: str, catalogue: Catalogue, **
         elif item.default is MISSING and item.default_factory is MISSING:
             raise InvalidRequest(f"{where} has no {name}; it is needed")
     try:
-        return kind(**made)
+        found = kind(**made)
     except InvalidRequest as error:
         raise InvalidRequest(f"{where}: {error}") from error
+    if isinstance(found, ModelShape):
+        _check_shape(found, where)
+    return found
+
+
+def _check_shape(shape: ModelShape, where: str) -> None:
+    """Raise InvalidRequest for numbers that the cost model cannot divide by or take powers of."""
+    whole(f"{where}.layers", shape.layers, 1, _MAX_LAYERS)
+    whole(f"{where}.hidden", shape.hidden, 1)
+    whole(f"{where}.parameters", shape.parameters, 1, _MAX_PARAMETERS)
+    number_within(f"{where}.element", shape.element, 0.1, 8)
+    for at, group in enumerate(shape.groups):
+        whole(f"{where}.groups[{at}].top_k", group.top_k, 0, group.experts)
 
 
 def _has_keys(kind: Any, table: Any) -> bool:

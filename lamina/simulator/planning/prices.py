@@ -1,4 +1,4 @@
-"""At which price of a device another candidate wins: over all candidates, as they stand under other prices.
+"""The price of a device at which another candidate wins: over all candidates, as they stand under other prices.
 
 Neither an estimate nor a run of the event loop depends on prices, so a candidate's standing at any price follows from
 the one that it has. What would be first there by formula alone is checked by the event loop before it is believed.
@@ -32,8 +32,8 @@ Unseen = Callable[[str, float, float], Sequence[Ranked]]
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """At `factor` times what it is, and beyond, `winner` takes the first place. `checked`: by the event loop, not by
-    formula alone."""
+    """A price at which the winner changes: at `factor` times what it is, and beyond, `winner` takes the first
+    place. `checked`: by the event loop, not by formula alone."""
 
     factor: float
     winner: str
@@ -89,8 +89,8 @@ class Prices:
         }  # fmt: skip
 
     def settle(self) -> None:
-        """Put the winner first, as prices are: of those that are tied with the best, the cheapest that loses
-        nothing. All of the trace is run for it, since excerpts flatter what is near its limit."""
+        """Put the winner at these prices first. All of the trace is run for it, since excerpts flatter what is near
+        its limit."""
         while True:
             place = self._place("", 1.0)
             if not (self._believed(place) and self._confirm(place)):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from lamina.simulator.costs.hardware import Device, Link
-from lamina.simulator.costs.systems import Colocated, System
+from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.traces.demand import Demand
 
@@ -117,7 +117,7 @@ def scaled(system: System, factor: float, name: str | None, *what: str) -> Syste
 
 def faster(system: System, factor: float, name: str | None = None) -> System:
     """The system with all devices, or those of one name, so many times as fast, in all that takes time."""
-    quick = scaled(system, factor, name, "flops", "flops_8bit", "bandwidth", "interconnect")
+    quick = scaled(system, factor, name, "flops", "flops_8bit", "bandwidth", "interconnect", "unpack")
 
     def overheads(part: Any) -> Any:
         if not isinstance(part, Device):
@@ -129,10 +129,9 @@ def faster(system: System, factor: float, name: str | None = None) -> System:
     return changed(quick, overheads, name)  # type: ignore[no-any-return]
 
 
-def _parts(system: System) -> list[Any]:
+def _parts(system: System) -> list[Colocated | Offloaded]:
     """The instances of a system: where prompts are elsewhere, both."""
-    inner = [getattr(system, item.name) for item in fields(system)]
-    return [part for part in inner if is_dataclass(part) and hasattr(part, "step")] or [system]
+    return [system.prefill, system.decode] if isinstance(system, Disaggregated) else [system]
 
 
 def _link(link: Link, what: str, now: float, unit: str) -> Quantity:
@@ -145,7 +144,7 @@ def _link(link: Link, what: str, now: float, unit: str) -> Quantity:
 
 
 def _longer_prompts(given: Situation, factor: float) -> Situation:
-    return replace(given, demand=given.demand.with_context(factor), prompts=given.prompts * factor)
+    return replace(given, demand=given.demand.with_prompts(factor), prompts=given.prompts * factor)
 
 
 def _more_requests(given: Situation, factor: float) -> Situation:
@@ -167,11 +166,11 @@ def _faster(name: str) -> Callable[[Situation, float], Situation]:
 
 
 def _memory(given: Situation, factor: float) -> Situation:
-    def more(system: Any) -> Any:
-        inner = {item.name: getattr(system, item.name) for item in fields(system)}
-        new = {name: more(part) for name, part in inner.items() if is_dataclass(part) and hasattr(part, "step")}
-        if "memory_share" in inner:
-            new["memory_share"] = min(1.0, inner["memory_share"] * factor)
-        return replace(system, **new)
+    def more(part: Colocated | Offloaded) -> Any:
+        names = ("memory_share", "attention_memory_share") if isinstance(part, Offloaded) else ("memory_share",)
+        return replace(part, **{name: min(1.0, getattr(part, name) * factor) for name in names})
 
-    return replace(given, system=more(given.system))
+    system = given.system
+    if isinstance(system, Disaggregated):
+        return replace(given, system=replace(system, prefill=more(system.prefill), decode=more(system.decode)))
+    return replace(given, system=more(system))

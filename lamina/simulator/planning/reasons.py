@@ -20,7 +20,6 @@ from lamina.simulator.traces.demand import Demand
 
 _MATTERS = 1.03
 """A gain that is worth a word, of twice as much of something."""
-_EVERYTHING = math.inf
 _NAMED = 3
 """Ties that are named."""
 
@@ -60,7 +59,7 @@ def why(
     winner_device = winner.candidate.system.devices[-1][0].name if winner.candidate.offloaded else ""
     others = (each.candidate.system for each in ranked if each.candidate.system.devices[-1][0].name != winner_device)
     other = best(ranked, not winner.candidate.offloaded)
-    bound = [f"{said}." for said in compute_bound_devices(others, demand.context)]
+    bound = [f"{sentence}." for sentence in compute_bound_devices(others, demand.context)]
     if other is None:
         said += bound
         said.append(_nothing_else(ranked, demand, slo, prefill))
@@ -72,9 +71,12 @@ def why(
         if gain < 1:
             said.append(f"The latter gives more{unit}, but does not serve all that is asked for.")
     else:
-        compared = f"serves {1 - 1 / gain:.0%} fewer requests{unit}"
-        if gain < 1:
+        if gain >= 1:
+            compared = f"serves {1 - 1 / gain:.0%} fewer requests{unit}"
+        elif gain > 0:
             compared = f"serves {1 / gain - 1:.0%} more requests{unit}, but not all that is asked for"
+        else:
+            compared = "serves some requests within the SLO, where this one serves none"
         said.append(f"Offloading attention does not pay here: the best system that offloads it, {theirs}, {compared}.")
         said.append(_limits_said("that system", limits(other, demand, slo, prefill)))
         here, there = winner.candidate.system, other.candidate.system
@@ -86,7 +88,7 @@ def why(
 
 def limits(ranked: Ranked, demand: Demand, slo: Slo, prefill: bool = True) -> list[Limit]:
     """What twice as much of each thing would give, at the most that one replica serves; the largest gain first."""
-    most = demand.at_rate(_EVERYTHING)
+    most = demand.at_rate(math.inf)
     system = ranked.candidate.system
     now = estimate(system, 1, most, slo, prefill).goodput
     found = []
@@ -97,7 +99,7 @@ def limits(ranked: Ranked, demand: Demand, slo: Slo, prefill: bool = True) -> li
 
 
 def _improvements(system: System) -> list[tuple[str, System]]:
-    """In words, and with it: twice as much of each thing that its devices and links have."""
+    """What is improved, in words, and the system with it: twice as much of each thing of its devices and links."""
     made: list[tuple[str, System]] = []
     roles = {device.name: "" for device, _ in system.devices}
     if isinstance(system, Offloaded) and len(roles) == 2:
@@ -127,7 +129,7 @@ def _gain(winner: Ranked, other: Ranked) -> tuple[float, str]:
 
 
 def _by(ranked: Ranked) -> str:
-    """Its other figures, and their source."""
+    """The other figures of a candidate, and their source."""
     found, result = ranked.estimate, ranked.result
     tpot, ttft, batch, share = found.tpot, found.ttft, found.batch, found.share
     if result is not None:

@@ -1,4 +1,4 @@
-"""Which candidates are as good as each other, as far as anybody can say, and which of them to take."""
+"""Which candidates are equally good, within the error of a comparison."""
 
 from __future__ import annotations
 

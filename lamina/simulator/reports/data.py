@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.event_loop.results import RunResult, Sampled
+from lamina.simulator.event_loop.results import ATTAINMENT, RunResult, Sampled
 
 Point = tuple[str, float, float, bool]
 """A candidate: its name, x, y, and whether it is feasible."""
@@ -19,10 +19,8 @@ UNKNOWN = "–"
 X_LABEL, Y_LABEL = "output tokens a dollar, within the SLO", "tokens a second of each user"
 """Axis labels of a Pareto plot."""
 FREE_LABEL = "output tokens a second, within the SLO"
-"""In place of `X_LABEL` where devices are free."""
+"""The label in place of `X_LABEL` where devices are free."""
 NUMBERED = 12
-ATTAINMENT = 0.9
-"""The share of requests within the SLO that counts as keeping it."""
 KEPT = f"among systems with {ATTAINMENT:.0%} of their requests within the SLO"
 NONE_KEEPS = f"No system has {ATTAINMENT:.0%} of its requests within the SLO: nothing is marked as the best"
 TIERS: tuple[tuple[str, Callable[[Sampled], float]], ...] = (
@@ -180,7 +178,7 @@ def log_ticks(low: float, high: float) -> tuple[float, float, tuple[float, ...]]
 
 
 def time_unit(seconds: float) -> tuple[float, str]:
-    """In what a run that long is drawn: the unit's seconds and name."""
+    """The unit of time in which a run that long is drawn: its seconds and its name."""
     if seconds > 3 * 3600:
         return 3600.0, "h"
     return (60.0, "min") if seconds > 300 else (1.0, "s")

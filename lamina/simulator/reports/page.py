@@ -1,6 +1,6 @@
 """The page of a report: runs, and a plan where there is one, as one file of HTML. Pure; `report.html` is its name.
 
-Charts are `svg_charts`', numbers `report_data`'s; here is what stands where, and in which words. Everything that comes
+Charts are `svg_charts`', numbers those of `data`; here is what stands where, and in which words. Everything that comes
 from a result or a plan is escaped.
 """
 
@@ -301,7 +301,7 @@ def _scrolling(head: str, body: str, kind: str = "scroll") -> str:
 
 
 def _assumptions(runs: Sequence[RunResult], names: Sequence[str]) -> str:
-    """By what it is about: what was assumed, and for which systems where not for all."""
+    """What was assumed, by subject, and for which systems where not for all."""
     entries = []
     for key in dict.fromkeys(key for run in runs for key in run.assumptions):
         texts: dict[str, list[str]] = {}

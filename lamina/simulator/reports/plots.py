@@ -1,6 +1,6 @@
 """The pictures of a report as PNG files, by matplotlib of the extra `plots`. It is imported when a picture is drawn.
 
-What they show is `report_data`'s, as in the page. Each raises InvalidRequest without matplotlib, without anything to
+What they show is from `data`, as in the page. Each raises InvalidRequest without matplotlib, without anything to
 draw, or for a path that cannot be written.
 """
 

@@ -29,7 +29,7 @@ from lamina.simulator.reports.data import (
 from lamina.simulator.reports.text import WIDTH, sentences
 
 VERSION = 1
-"""Of the JSON; it rises when a key changes its meaning."""
+"""The version of the JSON. It rises when a key changes its meaning."""
 _NAME = 48
 """Letters of a system's name in a table, at most."""
 DERIVED: dict[str, Callable[[RunResult], float]] = {
@@ -130,7 +130,7 @@ def _record(run: RunResult, samples: bool = True) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it: None for a number that is not finite."""
+    """The value as JSON has it: None for a number that is not finite."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -97,10 +97,8 @@ def bars(rows: Sequence[Bar], about: str) -> str:
 
 
 def spreads(rows: Sequence[Spread], unit: str, about: str, limit: float | None = None) -> str:
-    """From p50 (a disc) over p90 (a tick) to p99 (a diamond), one row each; a logarithmic axis where they differ much.
-
-    `limit` is drawn across: what an SLO allows.
-    """
+    """Percentiles, a row each: from p50 (a disc) over p90 (a tick) to p99 (a diamond). The axis is logarithmic where
+    they differ much. `limit` is drawn across: what an SLO allows."""
     values = [value for row in rows for value in (row.p50, row.p90, row.p99) if value > 0]
     known = [*values, limit] if limit else values
     low, high = (min(known), max(known)) if known else (0.0, 1.0)

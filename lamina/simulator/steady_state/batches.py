@@ -6,7 +6,7 @@ A batch of n sequences in decode, which have c tokens of KV in all, and of q pro
 
 seconds, where C is the mean context: a is decode alone, b what a token of KV more takes, d the dense layers by tokens,
 and e what a token of a prompt of p takes beside, to attend to those before it. a and d are exact at 1, 2, 3, 4, 6, 8,
-12, ... sequences or tokens, and straight between. Tables are filled where somebody asks.
+12, ... sequences or tokens, and straight between. Tables are filled where they are asked for.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from lamina.simulator.costs.cost_model import Load
 from lamina.simulator.costs.systems import Offloaded, System
 
 LEVELS = 8
-"""Of sequences in decode, from 1, 4, 64, 1024, ...: by them b changes, and d where attention is elsewhere, as each may
-hide part of the other."""
+"""Ranges of sequences in decode: none, from 1, from 4, from 64, from 1024, ... b differs by range; so does d where
+attention is elsewhere, as each may hide part of the other."""
 _PLACES = 80
-"""Of a table with two values for each power of 2."""
+"""Places of a table with two values for each power of 2."""
 _LENGTHS = 3
 """Prompts, from the shortest to the longest, whose attention is computed."""
 _SOME = 16
@@ -95,7 +95,7 @@ class Batches:
         return self.system.step(Load(near, self.context if near else 0.0, tokens - near)).seconds
 
     def _past(self, length: int, most: int, beside: int) -> float:
-        """By the chunk in the middle of the prompt."""
+        """e of a prompt, by the chunk in its middle."""
         chunk, context = min(length, most), self.context if beside else 0.0
         if (beside, chunk) not in self._bare:
             self._bare[beside, chunk] = self.system.step(Load(beside, context, chunk)).seconds

@@ -26,14 +26,15 @@ from itertools import pairwise
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.hardware import Device
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System, price
+from lamina.simulator.event_loop.results import ATTAINMENT
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.steady_state.service import FOREVER, PAGE, Point, Service, bound, held, largest
 from lamina.simulator.traces.demand import Demand
 
-ATTAINMENT = 0.9
-"""The share of requests within the SLO that counts as meeting it: as DistServe (OSDI 2024) has it."""
+__all__ = ["ATTAINMENT", "TARGET", "Estimate", "cost_of_a_million", "credit", "estimate", "sequences"]
+
 TARGET = 0.94
-"""The share that is planned for: four points more, since a sample of the trace is not the trace."""
+"""The share that is planned for: four points more than `ATTAINMENT`, since a sample of the trace is not the trace."""
 STEEPNESS = 8
 """The power of share / `TARGET` that requests count with, below it."""
 COARSE, FINE = 512, 2000
@@ -41,11 +42,12 @@ COARSE, FINE = 512, 2000
 _TRIES, _SPARE = {COARSE: 8, FINE: 12}, 3
 """Rates that are tried to find the best one, and to find what there is to spare."""
 _CLOSE = 0.02
-"""Of a rate, how closely the best one is found."""
+"""How closely the best rate is found, as a share of it."""
 _FULL = 0.98
-"""Of what passes at most, the highest rate where requests may not wait for long."""
+"""The share of what passes at most that is the highest rate, where requests may not wait for long."""
 _FEWER = (0.85, 0.7, 0.5)
-"""Of the sequences that the pace allows in the mean, limits that are tried too: bursts wait, and do not slow others."""
+"""Shares of the sequences that the pace allows in the mean, which are tried as limits: bursts wait, and slow no others.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,12 +90,17 @@ class Estimate:
     @property
     def dollars_per_million(self) -> float:
         """Dollars for a million output tokens."""
-        return self.price / (self.tokens_per_second * 3600) * 1e6 if self.tokens_per_second else math.inf
+        return cost_of_a_million(self.price, self.tokens_per_second)
 
     @property
     def serves(self) -> bool:
         """Whether the whole demand is served, `TARGET` of it within the SLO."""
         return self.share >= TARGET and (math.isinf(self.demanded) or self.taken >= self.demanded * (1 - 1e-9))
+
+
+def cost_of_a_million(price: float, tokens_per_second: float) -> float:
+    """Dollars for a million tokens, at `price` dollars an hour; infinite where there are none."""
+    return price / (tokens_per_second * 3600) * 1e6 if tokens_per_second else math.inf
 
 
 def credit(share: float) -> float:
@@ -167,7 +174,7 @@ def _estimate(system: System, replicas: int, demand: Demand, slo: Slo, prefill: 
 
 
 class _Search:
-    """For rates, counts and limits with which one system does best. Remembers what it tried."""
+    """A search for the rates, counts and limits with which one system does best. It remembers what it tried."""
 
     def __init__(self, service: Service, most: int, slo: Slo, requests: int) -> None:
         self._service, self._most, self._requests = service, most, requests
@@ -182,8 +189,8 @@ class _Search:
         return self._service.alone(self._requests)
 
     def at(self, rate: float, replicas: int) -> tuple[Point, int]:
-        """One of so many at that rate, with the most sequences at a time that keep `TARGET`, or those that come closest
-        to it."""
+        """One of so many instances at that rate, and its limit of sequences at a time: the highest that keeps `TARGET`,
+        or the one that comes closest to it."""
         if (rate, replicas) not in self._tried:
             found, limit = self._service.at(rate, self._most, replicas, self._requests), self._most
             for places in self._places[1:]:

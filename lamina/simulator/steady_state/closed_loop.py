@@ -127,7 +127,7 @@ class _Run:
         return done
 
     def _begin(self, each: _Prompt) -> None:
-        """Its first token is there."""
+        """The first token of a prompt is there."""
         self.ttfts.append(self.clock - each.arrival)
         number = len(self.ttfts)
         spread = self.variation * (2 * (number * _GOLDEN % 1) - 1)

@@ -2,7 +2,7 @@
 detail is here a few sums a request, compiled.
 
 Admission and prompts are first come, first served; each batch has all sequences in decode and prompts' tokens up to its
-limit; and batches that nobody enters or leaves are one jump. Left out: prefixes that requests share, and preemption.
+limit; and batches that no sequence enters or leaves are one jump. Left out: shared prefixes, and preemption.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _DONE, _DECODE, _DENSE = 0, 1, 2
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Of one instance: sequences at a time, tokens of KV that they hold, and tokens of a batch. `usual`: tokens that
-    each of those holds which are there at first."""
+    """The limits of one instance: sequences at a time, tokens of KV that they hold, and tokens of a batch. `usual`:
+    tokens that each of those holds which are there at first."""
 
     sequences: int
     held: float
@@ -80,7 +80,7 @@ def replay(batches: Batches, requests: Requests, limits: Limits, present: Intege
 
 @cache
 def _compiled() -> Callable[..., tuple[int, int, int]]:
-    """From numba's cache on disk where there is one."""
+    """`_run`, compiled; from numba's cache on disk where there is one."""
     try:
         return numba.njit(cache=True)(_run)  # type: ignore[no-any-return]
     except RuntimeError:  # no folder can be written to
@@ -111,7 +111,7 @@ def _between(table: Any, at: int) -> Any:
 
 @numba.extending.register_jitable  # type: ignore[untyped-decorator]
 def _level(count: int) -> int:
-    """As `level_of` of `batches`, compiled."""
+    """`level_of` of `batches`, compiled."""
     level = 1 if count else 0
     while count >= 4:
         level += 1
@@ -153,6 +153,65 @@ def _pop(keys: Any, names: Any, size: int) -> int:
     return found  # type: ignore[no-any-return]
 
 
+@numba.extending.register_jitable  # type: ignore[untyped-decorator]
+def _prompts_of_batch(
+    prompts: Any, past: Any, done: int, admitted: int, left: int, space: int, most: int
+) -> tuple[int, int, float, int, int]:
+    """The next batches with prompts, of up to `space` tokens of them. `done` is the prompt under way, of which `left`
+    tokens are to be computed. Returns how many batches are alike (up to `most`), their prompt tokens, the seconds of
+    those tokens' past, and `left` and `done` behind them."""
+    if left >= space:  # several batches, if the first prompt fills them
+        times = max(1, min(left // space, most)) if left > space else 1
+        beside = space * past[done]
+        left -= times * space
+        return times, space, beside, left, done + (left == 0)
+    tokens, beside = left, left * past[done]
+    done += 1
+    left = 0
+    while done < admitted and tokens < space:
+        part = min(prompts[done], space - tokens)
+        tokens += part
+        beside += part * past[done]
+        if part < prompts[done]:
+            left = prompts[done] - part
+            break
+        done += 1
+    return 1, tokens, beside, left, done
+
+
+@numba.extending.register_jitable  # type: ignore[untyped-decorator]
+def _added(dense: Any, count: int, tokens: int) -> tuple[float, int]:
+    """Seconds that prompt tokens add to a batch with `count` sequences in decode, as `Batches.added` has it. The second
+    is the number of tokens whose seconds are not known yet; 0: all are."""
+    whole, bare = _between(dense, count + tokens), 0.0
+    if whole < 0:
+        return 0.0, count + tokens
+    if count:
+        bare = _between(dense, count)
+        if bare < 0:
+            return 0.0, count
+    return max(0.0, whole - bare), 0
+
+
+@numba.extending.register_jitable  # type: ignore[untyped-decorator]
+def _paces_so_far(
+    names: Any, count: int, batch: int, began: Any, now: float, first: Any, pace: Any, steps: Any
+) -> bool:
+    """Set the paces of those that still decode at the end. False where the seconds of a step are not known yet."""
+    for place in range(count):
+        each = names[place]
+        if each >= 0:
+            steps_taken = batch - began[each]
+            if steps_taken:
+                pace[each] = (now - first[each]) / steps_taken
+            else:
+                decode = _between(steps, count)
+                if decode < 0:
+                    return False
+                pace[each] = decode
+    return True
+
+
 def _run(
     at: Any, prompts: Any, outputs: Any, past: Any, read: Any, held: Any, present: Any,
     places: int, room: float, budget: int, usual: float, context: float, hides: bool,
@@ -189,42 +248,21 @@ def _run(
             if alone < 0 or slope < 0:
                 return _DECODE, count, 0
             alone = max(alone / 4, alone + slope * more)
-        done, times, some = computing, 1, min(1, count)
+        done, times = computing, 1
         if computing < admitted:  # a batch with prompts
+            most = keys[0] - batch if count else left
             space = max(1, budget - count)
-            if left >= space:  # several, if the first prompt fills them
-                if left > space:
-                    times = left // space
-                    if count:
-                        times = max(1, min(times, keys[0] - batch))
-                tokens, beside = space, space * past[some, done]
-                left -= times * space
-                done += left == 0
-            else:
-                tokens, beside = left, left * past[some, done]
-                done += 1
-                left = 0
-                while done < admitted and tokens < space:
-                    part = min(prompts[done], space - tokens)
-                    tokens += part
-                    beside += part * past[some, done]
-                    if part < prompts[done]:
-                        left = prompts[done] - part
-                        break
-                    done += 1
+            times, tokens, beside, left, done = _prompts_of_batch(
+                prompts, past[min(1, count)], computing, admitted, left, space, most
+            )
             if dense.shape[0]:
-                level = _level(count) if hides else 0
-                whole, bare = _between(dense[level], count + tokens), 0.0
-                if whole < 0:
-                    return _DENSE, count, count + tokens
-                if count:
-                    bare = _between(dense[level], count)
-                    if bare < 0:
-                        return _DENSE, count, count
-                alone += max(0.0, whole - bare) + beside
+                added, wanted = _added(dense[_level(count) if hides else 0], count, tokens)
+                if wanted:
+                    return _DENSE, count, wanted
+                alone += added + beside
             if done < admitted and done > computing and not left:
                 left = prompts[done]
-        elif count:  # decode alone, until somebody leaves or comes
+        elif count:  # decode alone, until a sequence leaves or comes
             times = keys[0] - batch
             if admitted < number and at[admitted] > now and at[admitted] - now < times * alone:
                 times = int((at[admitted] - now) / alone) + 1
@@ -252,15 +290,6 @@ def _run(
             else:
                 free += held[each]
         computing = done
-    for place in range(count):
-        each = names[place]
-        if each >= 0:
-            steps_taken = batch - began[each]
-            if steps_taken:
-                pace[each] = (now - first[each]) / steps_taken
-            else:
-                decode = _between(steps, count)
-                if decode < 0:
-                    return _DECODE, count, 0
-                pace[each] = decode
+    if not _paces_so_far(names, count, batch, began, now, first, pace, steps):
+        return _DECODE, count, 0
     return _DONE, 0, 0

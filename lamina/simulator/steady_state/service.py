@@ -28,6 +28,9 @@ PAGE = 32
 _APART = 1e5
 """Seconds after which a request is alone."""
 _UNLIMITED = 1 << 40
+"""Tokens of a batch, where prompts are computed elsewhere."""
+_LENGTHS = ("prompts", "outputs", "past", "read", "held")
+"""Fields of `Requests` beside its times."""
 _EDGE = 0.02
 """A time counts in part as kept from this share below its limit to as much above it, so that what is counted changes
 smoothly with the limit."""
@@ -41,7 +44,7 @@ class Point:
     tpot: float
     ttft: float
     share: float
-    """Of the requests, within the SLO."""
+    """The share of the requests that is within the SLO."""
     batch: float = 0.0
 
 
@@ -86,7 +89,7 @@ class Service:
 
     def most(self, batch: int) -> float:
         """Requests a second that pass with up to so many sequences at a time."""
-        decode = batch / (self._demand.output * self.pace(batch))
+        decode = self._most_decoded(batch)
         if self._apart is None:
             return decode
         batches, link = self._beforehand(self._apart)
@@ -107,7 +110,7 @@ class Service:
         return Point(rate, **{name: sum(getattr(point, name) for point in points) / count for name in names})
 
     def alone(self, requests: int) -> Point:
-        """With one request at a time."""
+        """The instance with one request at a time."""
         stream = streams(self._demand.sample, 1, requests)[0]
         return replace(self._at(stream, np.linspace(0.0, _APART * len(stream), len(stream)), 0.0, 1), rate=0.0)
 
@@ -161,10 +164,10 @@ class Service:
     def _present(self, rate: float, places: int) -> Integers:
         """Tokens that sequences have left which decode already: as many as there are in the mean, by Little's law."""
         left = left_of_outputs(self._demand.sample)
-        count = largest(places, lambda batch: self.most_decoded(batch) <= rate)
+        count = largest(places, lambda batch: self._most_decoded(batch) <= rate)
         return np.resize(left, count if count < places and len(left) else 0)
 
-    def most_decoded(self, batch: int) -> float:
+    def _most_decoded(self, batch: int) -> float:
         """Requests a second that pass decode alone."""
         return batch / (self._demand.output * self.pace(batch))
 
@@ -187,9 +190,6 @@ class Service:
         a_token, first = system.transfer_bytes(2) - system.transfer_bytes(1), system.transfer_bytes(1)
         most = system.policy.window or math.inf
         return batches, lambda prompts: (first + (np.minimum(prompts, most) - 1) * a_token) / wire
-
-
-_LENGTHS = ("prompts", "outputs", "past", "read", "held")
 
 
 def held(system: System, context: FloatT) -> FloatT:

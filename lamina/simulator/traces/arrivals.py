@@ -12,9 +12,9 @@ from lamina.errors import InvalidRequest
 BLOCK = 512
 """Tokens that one name in `Arrival.blocks` stands for, as in Mooncake's traces."""
 MAX_TOKENS = 1 << 24
-"""Of one prompt or one output."""
+"""The most tokens of one prompt or one output."""
 MAX_REQUESTS = 1 << 21
-"""Of one trace."""
+"""The most requests of one trace."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class Trace:
 
     @property
     def seconds(self) -> float:
-        """From the first arrival to the last."""
+        """Seconds from the first arrival to the last."""
         return self.arrivals[-1].at - self.arrivals[0].at
 
 

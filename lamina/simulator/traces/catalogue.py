@@ -24,9 +24,13 @@ FILES = {
 }
 """By name, what a trace's file is called; the last one is the publisher's own. Azure's are beside this file, packed by
 gzip, under CC-BY 4.0 (`LICENCE-azure.txt`)."""
-
-
 AGENTS = "coding-agents"
+"""The name of the sessions that are drawn (`sessions.coding_agents`)."""
+WINDOWS = 16
+"""Windows that an excerpt is taken from."""
+_SHIFTS = 64
+"""Places that are tried for them."""
+_COLUMNS = ("at", "prompt", "output")
 
 
 def trace(name: str | Path, count: int | None = None, seed: int = 0, folder: Path | None = None) -> Trace:
@@ -58,11 +62,6 @@ def file_of(name: str, folder: Path | None = None) -> Path | None:
     here = Path(__file__).with_name(f"{FILES[name][0]}.gz")
     files = [folder / file for file in FILES[name]] if folder else []
     return next((file for file in (*files, here) if file.is_file()), None)
-
-
-WINDOWS = 16
-"""That an excerpt is taken from."""
-_SHIFTS = 64
 
 
 def windows(trace: Trace, count: int, parts: int = WINDOWS) -> Trace:
@@ -102,11 +101,8 @@ def windows(trace: Trace, count: int, parts: int = WINDOWS) -> Trace:
     return replace(trace, arrivals=tuple(taken))
 
 
-_COLUMNS = ("at", "prompt", "output")
-
-
 def _variation(at: Floats, first: Integers, length: int) -> float:
-    """How the seconds vary that windows of so many requests take."""
+    """The coefficient of variation of the seconds that windows of so many requests take."""
     seconds = at[first + length - 1] - at[first]
     return float(seconds.std() / seconds.mean()) if seconds.any() else 0.0
 

@@ -58,6 +58,7 @@ class Sample:
             middles = (2 * np.arange(count) + 1) * len(windows) // (2 * count)
             chosen = windows[np.sort(by_rate[middles])].ravel()
         gaps = np.diff(self.at[chosen])
+        # Between windows that were not neighbours a mean gap stands for what is left out.
         gaps[_WINDOW - 1 :: _WINDOW][np.diff(chosen)[_WINDOW - 1 :: _WINDOW] > places.step] = places.step
         return _sample(np.concatenate(([0.0], np.cumsum(gaps))), self.prompts[chosen], self.outputs[chosen])
 
@@ -87,7 +88,7 @@ class Demand:
             raise InvalidRequest(f"rate is {rate}; allowed is above 0 requests a second")
         return replace(self, rate=rate)
 
-    def with_context(self, factor: float) -> Demand:
+    def with_prompts(self, factor: float) -> Demand:
         """Prompts `factor` times as long, outputs as they are; the context grows by what the prompts do."""
         sample = self.sample
         weighted = float((sample.prompts * sample.outputs).sum() / sample.outputs.sum())
@@ -113,20 +114,20 @@ def demand(trace: Trace) -> Demand:
         rate=(len(arrivals) - 1) / span if span > _MOMENT else math.inf,
         prompt=sum(each.prompt for each in arrivals) / len(arrivals),
         output=sum(outputs) / len(arrivals),
-        context=context(arrivals),
+        context=mean_context(arrivals),
         longest=max(each.prompt + each.output for each in arrivals),
         sample=_sample(at, np.array([each.prompt for each in part]), np.array([each.output for each in part])),
     )
 
 
-def context(arrivals: Sequence[Arrival]) -> float:
+def mean_context(arrivals: Sequence[Arrival]) -> float:
     """Tokens of KV of a sequence that decodes, over all that do at a time."""
     held = sum(each.output * (each.prompt + each.output / 2) for each in arrivals)
     return held / sum(each.output for each in arrivals)
 
 
 def _sample(at: NDArray[np.float64], prompts: NDArray[np.int64], outputs: NDArray[np.int64]) -> Sample:
-    """Its times in mean gaps."""
+    """A sample of requests at these times, which become multiples of their mean gap."""
     gap = (at[-1] - at[0]) / max(1, len(at) - 1) or 1.0
     return Sample((at - at[0]) / gap, prompts, outputs)
 

@@ -23,7 +23,7 @@ Integers = NDArray[np.int64]
 
 _TAIL = (92.5, 95, 96, 97, 98, 99, 99.25, 99.5, 99.7, 99.8, 99.9, 99.95, 100)  # of long ones, it carries the mean
 LEVELS = tuple(percent / 100 for percent in (0, 1, 2, *range(5, 95, 5), *_TAIL))
-"""At which shares the committed quantiles are."""
+"""The shares at which quantiles are committed."""
 
 
 @dataclass(frozen=True, slots=True)

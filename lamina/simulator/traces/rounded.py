@@ -1,7 +1,7 @@
 """Times of arrival that were rounded to a step, such as Mooncake's to 3 seconds: found, and spread again.
 
 Requests that came within a step then seem to come at once, and a trace that is played slower or faster shows bursts
-that nobody sent.
+that were never sent.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import numpy as np
 from lamina.simulator.traces.arrivals import Trace
 
 _EQUAL = 0.2
-"""Of all requests, how many come at another's time at least where times were rounded."""
+"""The least share of the requests that come at another's time where times were rounded."""
 _OFF = 0.02
-"""Of a step, how far a time may be from a multiple of it: clocks are read late, and milliseconds are whole."""
+"""The share of a step by which a time may miss a multiple of it: clocks are read late, and milliseconds are whole."""
 
 
 def step_of(trace: Trace) -> float:

@@ -19,8 +19,9 @@ from lamina.simulator.traces.figures import Floats, Integers
 from lamina.system.text_files import read_toml
 
 SESSIONS = 0.05
-"""That begin in a second, in a trace that is drawn: assumed, as no site's is published."""
+"""Sessions that begin in a second, in a trace that is drawn: assumed, as no site's is published."""
 _AT_A_TIME = 16
+"""Sessions that are drawn together."""
 
 
 def coding_agents(count: int = 2000, seed: int = 0, rate: float = SESSIONS) -> Trace:
@@ -29,8 +30,8 @@ def coding_agents(count: int = 2000, seed: int = 0, rate: float = SESSIONS) -> T
 
     A step's prompt is all that its session had so far, and fresh tokens: what a tool or the user said. A context that
     would outgrow the window is compacted: it begins with the common instructions again, and the rest is new. Lengths,
-    counts and gaps are drawn independently of each other. The first steps are those if each takes the published median.
-    At first few sessions are under way, and contexts are short. Raises InvalidRequest.
+    counts and gaps are drawn independently of each other. Which steps come first is decided as if each took the
+    published median. At first few sessions are under way, and contexts are short. Raises InvalidRequest.
     """
     if type(count) is not int or not 1 <= count <= MAX_REQUESTS:
         raise InvalidRequest(f"count is {count!r}; allowed is 1 to {MAX_REQUESTS}")
@@ -62,8 +63,8 @@ def coding_agents(count: int = 2000, seed: int = 0, rate: float = SESSIONS) -> T
 
 
 class _Session(NamedTuple):
-    """By step: seconds since the last one's end, fresh tokens, tokens of output, and when it ends if each takes the
-    published median."""
+    """One session, by step: seconds since the last one's end, fresh tokens, tokens of output, and when it ends if each
+    takes the published median."""
 
     gaps: Floats
     fresh: Integers

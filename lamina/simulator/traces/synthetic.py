@@ -117,7 +117,7 @@ def distance(drawn: Trace, figures: Figures) -> str:
 
 
 def reused_share(trace: Trace) -> float:
-    """Of all blocks of prompts, how many a cache that forgets nothing has from earlier prompts."""
+    """The share of all blocks of prompts that a cache which forgets nothing has from earlier prompts."""
     known: set[int] = set()
     shared = total = 0
     for arrival in trace.arrivals:
@@ -128,7 +128,7 @@ def reused_share(trace: Trace) -> float:
 
 
 def _gamma_gaps(rng: np.random.Generator, cv: float, count: int) -> Floats:
-    """With the mean 1."""
+    """`count` gamma distributed gaps with the mean 1 and that coefficient of variation."""
     shape = 1 / cv**2 if cv > 1e-3 else math.inf
     return rng.gamma(shape, 1 / shape, count) if shape < math.inf else np.ones(count)
 

@@ -36,7 +36,7 @@ STAYS = (*USUAL, NoneRefused())  # while it recovers it takes requests
 
 
 def stays(seconds: float) -> tuple[Check, ...]:
-    """The same where it takes longer to recover."""
+    """The checks of `STAYS`, where it may take so many seconds to recover."""
     return NoneLost(), SameTexts(), Recovered(seconds), NothingLeft(), NoneRefused()
 
 
