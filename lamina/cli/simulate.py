@@ -39,7 +39,9 @@ from lamina.system.text_files import write_text
 
 if TYPE_CHECKING:
     from lamina.measure.hardware import Calibration
+    from lamina.simulator.event_loop.simulate import Slo
     from lamina.simulator.planning.inventory import Inventory
+    from lamina.simulator.traces.arrivals import Trace
 
 DEFAULT_MODEL, DEFAULT_TRACE = "llama-3-70b", "azure-conv"
 DEFAULT_SYSTEMS = "chunked,colocated,disaggregated,lamina,lamina-cpu"
@@ -160,12 +162,9 @@ def plan(asked: PlanOptions) -> None:
     from lamina.simulator.costs.models import model as shape_of
     from lamina.simulator.planning.plan import PlanRequest, make_plan
     from lamina.simulator.planning.plan_file import write
-    from lamina.simulator.traces.catalogue import trace as trace_of
-    from lamina.simulator.traces.sessions import open_loop
 
     shape, devices = shape_of(asked.model).with_weights(asked.weights), asked.devices(asked.any_system)
-    trace = trace_of(asked.trace, asked.count, asked.seed, asked.trace_dir)
-    trace = open_loop(trace, slo.ttft or 1.0, slo.tpot or 0.05)  # a plan needs times of arrival
+    trace = _arriving(asked.trace, asked, slo)
     drafts = parse_speculation(asked)
     request = PlanRequest(asked.model, shape, devices, trace, slo, asked.budget, rate, asked.prefill, drafts)
     compared = asked.devices(everything=True) if asked.compare else None
@@ -323,14 +322,16 @@ def _check(path: Path, asked: PlanOptions) -> None:
 
     from lamina.measure.bench.plan_check import check
     from lamina.simulator.planning.plan_file import read
-    from lamina.simulator.traces.catalogue import FILES
-    from lamina.simulator.traces.catalogue import trace as trace_of
+    from lamina.simulator.traces.catalogue import AGENTS, FILES
 
     plan = read(path)
     for remark in plan.remarks():
         typer.echo(f"{path}: {remark}", err=True)
     planned = plan.trace.name.removesuffix(" (synthetic)")
-    trace = trace_of(planned if planned in FILES else asked.trace, asked.count, asked.seed, asked.trace_dir)
+    name = planned if planned in (*FILES, AGENTS) else asked.trace
+    if name != planned:
+        typer.echo(f"{path}: its trace, {planned}, is not a published one; --trace {name} is served instead", err=True)
+    trace = _arriving(name, asked, plan.slo)
     with ProgressBars(lines=True) as progress:
         found = check(path, trace, minutes=asked.minutes, progress=progress)
     if asked.as_json:
@@ -338,6 +339,15 @@ def _check(path: Path, asked: PlanOptions) -> None:
         print_json(asdict(found) | {"figures": figures, "remarks": found.noise.remarks})
     else:
         print_check(found)
+
+
+def _arriving(name: str, asked: PlanOptions, slo: Slo) -> Trace:
+    """A trace by name, with times of arrival, which a plan and its check need."""
+    from lamina.simulator.traces.catalogue import trace as trace_of
+    from lamina.simulator.traces.sessions import open_loop
+
+    trace = trace_of(name, asked.count, asked.seed, asked.trace_dir)
+    return open_loop(trace, slo.ttft or 1.0, slo.tpot or 0.05)
 
 
 def _names(words: str) -> list[str]:

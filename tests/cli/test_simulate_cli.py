@@ -260,6 +260,29 @@ def test_a_check_prints_promised_beside_measured(planned: tuple[Any, Path], monk
 
 
 @pytest.mark.parametrize(
+    ("named", "served"), [("coding-agents", "coding-agents (synthetic)"), ("mine.csv", "azure-code")]
+)
+def test_a_check_serves_the_planned_trace_and_says_where_it_cannot(
+    planned: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str, served: str
+) -> None:
+    asked: list[str] = []
+
+    def check(path: Path, trace: Trace, *, minutes: float, progress: Any) -> Check:
+        assert all(arrival.after is None for arrival in trace.arrivals)
+        asked.append(trace.name)
+        return Check(trace.name, 1, 1.0, (), Noise(0.0, 1e9, 1e9, 1e9), {}, ())
+
+    monkeypatch.setattr(plan_check, "check", check)
+    file = tmp_path / "plan.toml"
+    text = (planned[1] / "plan.toml").read_text(encoding="utf-8")
+    file.write_text(text.replace('name = "azure-conv"', f'name = "{named}"'), encoding="utf-8")
+    result = lamina("plan", "--check", str(file), "--trace", "azure-code", "--count", "30")
+    assert asked == [served]
+    said = f"its trace, {named}, is not a published one; --trace {served} is served instead"
+    assert (said in result.stderr) == (named == "mine.csv")
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
         (["plan", "--slo", "tpot=fast"], "slo is 'tpot=fast'; allowed are ttft and tpot"),

@@ -31,7 +31,7 @@ def decode(*systems: System, asked: Demand = FULL_LOAD) -> list[Ranked]:
 
 def by_formula(each: Ranked, given: Situation) -> Ranked:
     """Stands for the event loop."""
-    found = estimate(given.system, 4, given.demand, given.slo, False, parts=False)
+    found = estimate(given.system, 4, given.demand, given.slo, False, fine=False)
     return Ranked(Candidate(given.system, 4), found)
 
 

@@ -22,6 +22,7 @@ _WHOLE = 0.9
 """The share of the requests of a full run that is one: windows of an excerpt are cut evenly."""
 
 _ALL = 20_000
+"""The most requests of a run on the whole trace."""
 
 
 class EventRuns:
@@ -94,9 +95,7 @@ class EventRuns:
         replicas = min(ranked.estimate.replicas, len(part.arrivals))
 
         def run(system: System) -> RunResult:
-            return simulate(
-                system, part, seed=self._seed, slo=self._slo, prefill=self._prefill, replicas=replicas
-            )  # fmt: skip
+            return simulate(system, part, seed=self._seed, slo=self._slo, prefill=self._prefill, replicas=replicas)
 
         return run
 

@@ -198,7 +198,7 @@ def _unseen(asked: PlanRequest, wanted: Demand) -> Unseen:
         found = []
         for each in sorted(new, key=lambda each: price(each.system))[:_UNSEEN]:
             system = changed_devices(each.system, lambda device: now[device.name])
-            yields = estimate(system, each.replicas, wanted, asked.slo, asked.prefill, parts=False)
+            yields = estimate(system, each.replicas, wanted, asked.slo, asked.prefill, fine=False)
             found.append(Ranked(Candidate(system, each.replicas), yields))
         return found
 

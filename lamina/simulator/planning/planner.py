@@ -39,10 +39,10 @@ __all__ = [
 ]
 
 CLOSER = 60
-"""How many candidates are estimated part by part, at least, the best under a steady load first. The others follow by
-their steady load, once none of them can be the best."""
+"""Candidates that are estimated again with more of the trace, at least, the best by the first estimate. The others
+follow by that one, once none of them can be the best."""
 TOP = 24
-"""How many the event loop checks."""
+"""Candidates that the event loop checks."""
 WAVES = 4
 """How often it checks the next, where none of those before serves what is asked for."""
 RUNGS = ((6, 0.05), (3, 0.03))
@@ -53,6 +53,7 @@ azure-conv and 4 H100 near their limit 2 to 6 points more were in time of 2,400 
 NOISE = 0.02
 """How much shares differ between excerpts: so much less is no change."""
 FINALISTS = 4
+"""Candidates that are run on the longest excerpt."""
 REQUESTS = 2400
 """Of the trace, for each finalist, at least."""
 MOST_REQUESTS = 6000
@@ -63,6 +64,7 @@ _WINDOW = 100
 ALMOST = 0.93
 """Of what is needed, what may be enough on a longer excerpt."""
 TRIES, SLOWER, FASTER = 3, 0.88, 1.06
+"""Rates that are tried, each so many times the one before."""
 _MORE, _WORTH = 2, 0.005
 """Replicas more than the closed form has, at most; and a gain that is worth one."""
 
@@ -147,8 +149,8 @@ def rank(
     """
     told = RunProgress(progress, "ranking", len(every) + min(CLOSER, len(every)))
 
-    def look(candidate: Candidate, parts: bool) -> Ranked:
-        return Ranked(candidate, estimate(candidate.system, candidate.replicas, demand, slo, prefill, parts))
+    def look(candidate: Candidate, fine: bool) -> Ranked:
+        return Ranked(candidate, estimate(candidate.system, candidate.replicas, demand, slo, prefill, fine))
 
     steady = sorted(told.over(mapped(lambda candidate: look(candidate, False), every)), key=_order)
     closer = list(told.over(mapped(lambda each: look(each.candidate, True), steady[:CLOSER])))

@@ -19,7 +19,7 @@ from lamina.simulator.costs.systems import System
 from lamina.simulator.planning.candidates import Candidate
 from lamina.simulator.planning.planner import Ranked
 from lamina.simulator.planning.quantities import changed_devices
-from lamina.simulator.planning.ties import RATIO_ERROR, lossless
+from lamina.simulator.planning.ties import handicap
 
 _STEPS, _HALVINGS = 160, 24
 """Factors that are looked at up to the farthest, and halvings between the two of them where the winner changes."""
@@ -157,7 +157,7 @@ class Prices:
         every = self._every
         self._serves = np.array([each.serves for each in every])
         self._goodput = np.array([each.goodput for each in every])
-        self._handicap = np.array([1.0 if lossless(each) else 1 + RATIO_ERROR for each in every])
+        self._handicap = np.array([handicap(each) for each in every])
         self._replicas = np.array([float(each.estimate.replicas) for each in every])
         self._unit = np.array([each.estimate.price / each.estimate.replicas for each in every])
 

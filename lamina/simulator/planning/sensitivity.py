@@ -18,7 +18,7 @@ from lamina.simulator.planning.planner import NOISE, Ranked, mixes
 from lamina.simulator.planning.prices import Change, Prices
 from lamina.simulator.planning.quantities import Quantity, Situation
 from lamina.simulator.planning.run_progress import Mapped, RunProgress, one_by_one
-from lamina.simulator.planning.ties import RATIO_ERROR, lossless
+from lamina.simulator.planning.ties import handicap
 from lamina.simulator.steady_state.closed_form import Estimate, estimate
 from lamina.simulator.traces.demand import Demand
 
@@ -195,27 +195,22 @@ class Changes:
             asked = given.demand
             if each.serves and not coarse.serves and math.isfinite(now.demanded) and coarse.taken:
                 asked = asked.at_rate(asked.rate * coarse.taken / now.demanded)
-            then = estimate(given.system, count, asked, given.slo, self._prefill, parts=False)
+            then = estimate(given.system, count, asked, given.slo, self._prefill, fine=False)
             ratio = each.goodput / coarse.goodput if coarse.goodput else 0.0
             trusted = then.serves and (each.serves or not coarse.serves)
-            self._known[at] = trusted, then.goodput_per_dollar * ratio / _handicap(each)
+            self._known[at] = trusted, then.goodput_per_dollar * ratio / handicap(each)
         return self._known[at]
 
     def _coarse(self, each: Ranked) -> Estimate:
         """As it is, as coarsely as it is estimated then."""
         if each.name not in self._now:
             system, count = each.candidate.system, each.candidate.replicas
-            self._now[each.name] = estimate(system, count, self._demand, self._slo, self._prefill, parts=False)
+            self._now[each.name] = estimate(system, count, self._demand, self._slo, self._prefill, fine=False)
         return self._now[each.name]
 
 
-def _handicap(ranked: Ranked) -> float:
-    """By how much more a candidate has to be better than others: one that loses something, by what errors are."""
-    return 1.0 if lossless(ranked) else 1 + RATIO_ERROR
-
-
 def _standing(ranked: Ranked, allowance: float = 0.0) -> Standing:
-    return ranked.serves or ranked.nearly(1 - allowance / ranked.needed), ranked.goodput_per_dollar / _handicap(ranked)
+    return ranked.serves or ranked.nearly(1 - allowance / ranked.needed), ranked.goodput_per_dollar / handicap(ranked)
 
 
 def sensitivity(prices: Prices, changes: Changes, quantities: Sequence[Quantity]) -> list[Sensitivity]:

@@ -19,6 +19,11 @@ def lossless(ranked: Ranked) -> bool:
     return policy.read == policy.held == 1 and policy.window is None
 
 
+def handicap(ranked: Ranked) -> float:
+    """How many times better than others a candidate has to be: one that loses something, by what errors are."""
+    return 1.0 if lossless(ranked) else 1 + RATIO_ERROR
+
+
 def advantage(one: Ranked, other: Ranked) -> float:
     """How many times the requests for a dollar that `one` gives, of those of `other`. Where both are free: of the
     requests a second that they could take. 0 where only the other is free."""

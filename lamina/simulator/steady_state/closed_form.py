@@ -109,15 +109,15 @@ def credit(share: float) -> float:
 
 
 def estimate(
-    system: System, replicas: int, demand: Demand, slo: Slo, prefill: bool = True, parts: bool = True
+    system: System, replicas: int, demand: Demand, slo: Slo, prefill: bool = True, fine: bool = True
 ) -> Estimate:
     """What up to `replicas` of a system yield: as few as serve the demand, all where it is infinite or too much.
 
-    Without `prefill`, prompts are computed elsewhere and cost nothing here. Without `parts` fewer requests of the trace
-    are replayed, at fewer rates. Where nothing fits or no batch is fast enough, `capacity` is 0; `tpot` and `ttft` are
-    then those of a lone sequence (infinite where not even the weights fit).
+    Without `prefill`, prompts are computed elsewhere and cost nothing here. Where it is not `fine`, fewer requests of
+    the trace are replayed, at fewer rates. Where nothing fits or no batch is fast enough, `capacity` is 0; `tpot` and
+    `ttft` are then those of a lone sequence (infinite where not even the weights fit).
     """
-    found = _estimate(_free(system), replicas, demand, slo, prefill, FINE if parts else COARSE)
+    found = _estimate(_free(system), replicas, demand, slo, prefill, FINE if fine else COARSE)
     return replace(found, price=price(system) * found.replicas)
 
 

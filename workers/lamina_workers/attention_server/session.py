@@ -121,8 +121,8 @@ class EngineSeat:
         self.counters = self._worker.counters
 
     def handle(self, frame: memoryview, reply: Callable[[list[bytes | memoryview]], None], session: int) -> None:
-        """Handle one message of the seat's session of that number, `reply`, and only then `settle`. Raises
-        ProtocolError for a frame that is no request, and for an announcement on its way since before a survey."""
+        """Handle one message of the `session` with that number: `reply` first, then `settle`. Raises ProtocolError for
+        a frame that is no request, and for an announcement of a session that a later one has followed."""
         port = self._port
         if port is None:
             raise ProtocolError(f"seat {self.number} is gone")
