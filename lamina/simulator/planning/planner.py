@@ -275,14 +275,14 @@ def verify(
         check = _Check(trace, slo, prefill, seed, length, requests, less)
         return told.over(mapped(lambda pair: check.of(*pair), some))
 
-    out: list[tuple[Ranked, bool]] = []
+    # Each excerpt begins anew: short ones cut bursts badly, and ask for replicas that longer ones do not need.
+    out: list[tuple[Ranked, tuple[Ranked, bool]]] = []
     for rung, (length, less) in enumerate(rungs if len(field) > FINALISTS else ()):
-        tried = [(each, grows) for each, (_, grows) in zip(run(field, length, less), field, strict=True)]
-        tried.sort(key=lambda pair: _order(pair[0], less))
+        tried = sorted(zip(run(field, length, less), field, strict=True), key=lambda pair: _order(pair[0], less))
         keep = max(FINALISTS, len(field) // 3 ** (rung + 1))
-        field, out = tried[:keep], tried[keep:] + out
+        field, out = [pair for _, pair in tried[:keep]], tried[keep:] + out
     finals = list(run(field[:FINALISTS], requests, allowance))
-    for pair in (*field[FINALISTS:], *(pair for pair in out if pair[0].nearly(ALMOST))):
+    for pair in (*field[FINALISTS:], *(pair for each, pair in out if each.nearly(ALMOST))):
         if len(finals) >= FINALISTS and any(final.serves for final in finals):
             break
         finals += run([pair], requests, allowance)
