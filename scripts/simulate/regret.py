@@ -4,9 +4,10 @@
 usage: scripts/simulate/regret.py [CASE ...] [--requests 2400]
 
 Each case is an inventory, a model, a trace at a rate, and an SLO; none was used to tune the planner. For each, every
-candidate with every number of replicas is simulated on the same excerpt of the trace, except where its price alone says
-that it cannot be better. Regret is what is lost of the requests within the SLO for a dollar. It is all of them where
-the best serves what is asked for and the chosen one does not, by more than a point: excerpts of a trace differ by that.
+candidate with every number of replicas is simulated on the same excerpt of the trace. Left out are those whose price
+alone says that they cannot be better, and those that by the closed form can take no `HOPELESS` part of the load.
+Regret is what is lost of the requests within the SLO for a dollar. It is all of them where the best serves what is
+asked for and the chosen one does not, by more than a point: excerpts of a trace differ by that.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ CASES = {
 }
 REQUESTS = 2400
 POINT = 0.01
+HOPELESS = 0.6
+"""Of what is asked for, what a candidate must be able to take by the closed form, which was never that wrong."""
 """How much less of the requests in time is no difference: excerpts of a trace differ by that."""
 _HALVINGS, _MOST = 6, 1e4
 """To find the highest rate, and requests a second that none has."""
@@ -127,6 +130,8 @@ def regret(case: Case, requests: int) -> Regret:
             bound = asked.rate * 3600 / tried.estimate.price if tried.estimate.price else math.inf
             if best.serves and bound <= best.goodput_per_dollar:
                 break  # even with all in time
+            if count * each.estimate.capacity < HOPELESS * asked.rate * each.candidate.replicas < math.inf:
+                continue
             measured = _measured(tried, part, slo, asked)
             simulated += 1
             if (measured.serves, measured.goodput_per_dollar) > (best.serves, best.goodput_per_dollar):
