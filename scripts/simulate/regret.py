@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """How much better the best plan is than the one that the planner chooses, by the event loop over all candidates.
 
-usage: scripts/simulate/regret.py [CASE ...] [--requests 2400]
+usage: scripts/simulate/regret.py [CASE ...] [--requests 20000]
 
 Each case is an inventory, a model, a trace at a rate, and an SLO; none was used to tune the planner. For each, every
-candidate with every number of replicas is simulated on the same excerpt of the trace. Left out are those whose price
-alone says that they cannot be better, and those that by the closed form can take no `HOPELESS` part of the load.
-Regret is what is lost of the requests within the SLO for a dollar. It is all of them where the best serves what is
-asked for and the chosen one does not, by more than a point: excerpts of a trace differ by that.
+candidate with every number of replicas is simulated on all of the trace, or the same excerpt of it. Left out are those
+whose price alone says that they cannot be better, and those that by the closed form can take no `HOPELESS` part of the
+load. Regret is what is lost of the requests within the SLO for a dollar. It is all of them where the best serves what
+is asked for and the chosen one does not, by more than a point.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from lamina.simulator.costs import hardware
 from lamina.simulator.costs.models import model
 from lamina.simulator.costs.systems import price
 from lamina.simulator.event_loop.simulate import Slo, simulate
-from lamina.simulator.planning.candidates import candidates
+from lamina.simulator.planning.event_runs import EventRuns
 from lamina.simulator.planning.inventory import Have, Inventory, with_efficiency
-from lamina.simulator.planning.planner import Ranked, limited, rank, search
+from lamina.simulator.planning.plan import PlanRequest, find
+from lamina.simulator.planning.planner import Ranked, limited
 from lamina.simulator.steady_state.closed_form import ATTAINMENT
 from lamina.simulator.traces.arrivals import Trace
 from lamina.simulator.traces.catalogue import at_rate, windows
 from lamina.simulator.traces.catalogue import trace as trace_of
-from lamina.simulator.traces.demand import Demand, demand
+from lamina.simulator.traces.demand import Demand
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ CASES = {
     "hosts": Case("llama-3-70b", (("h100", 4), ("epyc-genoa", 2)), "azure-conv", 3.0, 0.15, 4.0),
     "most": Case("llama-3-70b", (("h100", 4), ("h20", 2)), "azure-conv", math.inf, 0.1, 2.0, budget=50.0),
 }
-REQUESTS = 2400
+REQUESTS = 20_000
 POINT = 0.01
 HOPELESS = 0.6
 """Of what is asked for, what a candidate must be able to take by the closed form, which was never that wrong."""
@@ -113,14 +114,13 @@ def regret(case: Case, requests: int) -> Regret:
     have = tuple(Have(known.device(name), count) for name, count in case.have)
     inventory = with_efficiency(Inventory(have, tuple(known.link(link) for link in case.links)), known.typical)
     trace, slo = trace_of(case.trace, case.count), Slo(case.ttft, case.tpot)
-    asked = demand(trace).at_rate(case.rate)
+    request = PlanRequest(case.model, model(case.model), inventory, trace, slo, case.budget, case.rate)
+    asked = request.demand
     began = time.process_time()
-    every = candidates(model(case.model), inventory, case.budget, sequence_tokens=max(1, round(asked.context)))
-    ranked = rank(every, asked, slo)
-    found = search(ranked, trace, slo)
+    ranked = find(request, asked, loop=EventRuns(trace, slo, True, 0)).ranked
     seconds = time.process_time() - began
     part = windows(trace, requests)
-    chosen = best = _measured(found[0], part, slo, asked)
+    chosen = best = _measured(ranked[0], part, slo, asked)
     simulated = 1
     for each in sorted(ranked, key=lambda each: price(each.candidate.system)):
         for count in range(1, each.candidate.replicas + 1):
@@ -138,7 +138,7 @@ def regret(case: Case, requests: int) -> Regret:
                 best = measured
             if measured.serves:
                 break
-    return Regret(len(every), simulated, seconds, chosen, best)
+    return Regret(len(ranked), simulated, seconds, chosen, best)
 
 
 def _with_replicas(each: Ranked, count: int) -> Ranked:
