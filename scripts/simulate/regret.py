@@ -5,9 +5,9 @@ usage: scripts/simulate/regret.py [CASE ...] [--requests 20000]
 
 Each case is an inventory, a model, a trace at a rate, and an SLO; none was used to tune the planner. For each, every
 candidate with every number of replicas is simulated on all of the trace, or the same excerpt of it. Left out are those
-whose price alone says that they cannot be better, and those that by the closed form can take no `HOPELESS` part of the
-load. Regret is what is lost of the requests within the SLO for a dollar. It is all of them where the best serves what
-is asked for and the chosen one does not, by more than a point.
+whose price alone says that they cannot be better and, where the best serves all, those that by the closed form can take
+no `HOPELESS` part of the load. Regret is what is lost of the requests within the SLO for a dollar. It is all of them
+where the best serves what is asked for and the chosen one does not, by more than a point.
 """
 
 from __future__ import annotations
@@ -130,7 +130,8 @@ def regret(case: Case, requests: int) -> Regret:
             bound = asked.rate * 3600 / tried.estimate.price if tried.estimate.price else math.inf
             if best.serves and bound <= best.goodput_per_dollar:
                 break  # even with all in time
-            if count * each.estimate.capacity < HOPELESS * asked.rate * each.candidate.replicas < math.inf:
+            able = count * each.estimate.capacity / each.candidate.replicas
+            if best.serves and able < HOPELESS * asked.rate:
                 continue
             measured = _measured(tried, part, slo, asked)
             simulated += 1
@@ -143,7 +144,9 @@ def regret(case: Case, requests: int) -> Regret:
 
 def _with_replicas(each: Ranked, count: int) -> Ranked:
     cost = price(each.candidate.system) * count
-    return replace(each, estimate=replace(each.estimate, replicas=count, price=cost, taken=each.estimate.demanded))
+    able = each.estimate.capacity / each.candidate.replicas * count
+    taken = able if math.isinf(each.estimate.demanded) else each.estimate.demanded
+    return replace(each, estimate=replace(each.estimate, replicas=count, price=cost, taken=taken))
 
 
 def _measured(each: Ranked, part: Trace, slo: Slo, asked: Demand) -> Ranked:
