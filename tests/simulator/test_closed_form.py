@@ -182,7 +182,7 @@ def test_a_quick_look_is_like_a_thorough_one() -> None:
     asked = demand(conversation())
     for system in (together(4), dop(2, 4)):
         for rate in (1.0, math.inf):
-            quick, whole = (estimate(system, 2, asked.at_rate(rate), SLO, parts=parts) for parts in (False, True))
+            quick, whole = (estimate(system, 2, asked.at_rate(rate), SLO, fine=fine) for fine in (False, True))
             assert quick.goodput == pytest.approx(whole.goodput, rel=0.25)
 
 
