@@ -18,6 +18,7 @@ class Mapped(Protocol):
 
 
 def one_by_one(function: Callable[[A], B], items: Iterable[A], /) -> Iterator[B]:
+    """The `Mapped` of a single process."""
     return map(function, items)
 
 
@@ -40,5 +41,6 @@ class RunProgress:
             self._progress(self._what, self._done, self._runs)
 
     def end(self) -> None:
+        """All runs are done, or no more are needed."""
         if self._progress is not None:
             self._progress(self._what, self._runs, self._runs)
