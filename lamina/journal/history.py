@@ -55,14 +55,19 @@ class KnownSample:
 
 @dataclass(slots=True)
 class KnownRequest:
-    """A request as it was submitted, and its samples. `tries`: how often since its last token it was in a batch of
-    suspects."""
+    """A request as it was submitted, and its samples. `tries`: how many engines have had it in a batch of
+    suspects since its last token."""
 
     request: Mapping[str, Any]
     params: Mapping[str, Any]
     seed: int
     samples: list[KnownSample]
     tries: int = 0
+
+    @property
+    def deaths(self) -> int:
+        """How many engines may have died of it since its last token: the last one died with it under way."""
+        return self.tries + 1
 
     @property
     def open(self) -> bool:

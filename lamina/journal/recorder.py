@@ -42,11 +42,13 @@ class Recorder:
         self._address = address
         self._places: dict[int, tuple[str, int]] = {}  # numbers are never reused
         self._parts: dict[ScheduledSequence, tuple[Part, ...]] = {}  # by the journal's last record
+        self._deaths: dict[str, int] = {}  # of engines, by request that goes on without a token since
 
     # While the engine runs.
 
     def begun(self, request: EngineRequest, known: Mapping[int, Sequence[int]] | None) -> None:
         """A request has begun. Its samples in `known` go on from these tokens, the others have ended."""
+        self._deaths.pop(request.id, None)  # of an earlier one with that id
         _, fields, params, seed = encode_request(request)
         self._journal.append(RequestRecord(fields, params, seed))
         if known is None or request.received is None:
@@ -58,11 +60,12 @@ class Recorder:
 
     def begins(self, suspects: Iterable[str]) -> None:
         """A batch is about to begin, with these requests where it has suspects alone. All that was noted is written
-        before: the engine may die of a request that has just come."""
+        before: the engine may die of a request that has just come. It dies once, in however many batches it was."""
         requests = self._journal.history.requests
         for request_id in suspects:
-            if request_id in requests:
-                self._journal.append(TriedRecord(request_id, requests[request_id].tries + 1))
+            deaths = self._deaths.get(request_id, 0)
+            if request_id in requests and requests[request_id].tries < deaths:
+                self._journal.append(TriedRecord(request_id, deaths))
         self._journal.commit()
 
     def batch(self, plan: Plan, outputs: Mapping[str, Sequence[EngineOutput]]) -> None:
@@ -89,6 +92,8 @@ class Recorder:
             end = row.start + row.known + max(0, len(own) - 1)  # the last token has no KV
             given = [(output.token, _report(output)) for output in own if output.token is not None]
             tokens, reports = zip(*given, strict=True) if given else ((), ())
+            if tokens:
+                self._deaths.pop(request_id, None)
             rows.append(BatchRow(request_id, sequence.sample, row.handle, end, tokens, reason, reports))
         if rows:
             self._journal.append(BatchRecord(tuple(rows)))
@@ -162,6 +167,7 @@ class Recorder:
         """The unfinished requests of the previous engine, in the order in which they came."""
         requests = self._journal.history.requests
         self._journal.history.unclaimed.update(requests)
+        self._deaths = {request_id: known.deaths for request_id, known in requests.items()}
         return [(decode_request(known.request, known.params, known.seed), known) for known in list(requests.values())]
 
     def adopt(self, known: KnownRequest, found: Mapping[KvLocation, RecoveredHolder]) -> dict[int, Adoption]:

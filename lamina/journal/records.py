@@ -81,7 +81,7 @@ class EndRecord(NamedTuple):
 
 
 class TriedRecord(NamedTuple):
-    """A request is in a batch of suspects for the `tries`th time since its last token: an engine that dies now may die
+    """A request is in a batch of suspects of the `tries`th engine since its last token: an engine that dies now may die
     of it."""
 
     request_id: str

@@ -55,7 +55,7 @@ class Resumption:
         if self._recorder is None:
             return
         for request, known in self._recorder.unfinished():
-            deaths = known.tries + 1  # the last engine died with it under way
+            deaths = known.deaths
             if deaths >= TRIES:
                 logger.error("request %s is not taken up: %d engines died of it", request.id, deaths)
                 self._deadly.add(request.id)

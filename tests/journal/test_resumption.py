@@ -713,3 +713,33 @@ def test_request_that_kills_engines_is_taken_up_twice_and_no_other_is_lost(
     assert client.errors == {"deadly": "3 engines died with this request, the last of it alone"}
     del client.got["deadly"]
     same(client, expected)
+
+
+def test_two_engines_that_die_while_a_long_prompt_is_computed_are_not_counted_as_more(
+    model: Decoder, tmp_path: Path
+) -> None:
+    """Each batch of a suspect's prompt counted as an engine that may die of it, so the next engine refused it."""
+    asked = {"long": (LONG, {"max_tokens": 8})}
+    whole, client = Client(asked), Forgiving(asked)
+    whole.run(World(model, tmp_path / "whole").life(Fate()))
+    world = World(model, tmp_path / "killed", max_batch_tokens=16)
+
+    def life_of(batches: int) -> Life:
+        life, seen = world.life(Fate()), list[object]()
+        scheduled = life.engine._registry.scheduled
+
+        def count(requests: Mapping[Any, EngineRequest]) -> None:
+            seen.append(requests)
+            if len(seen) == batches:
+                raise Killed
+            scheduled(requests)
+
+        life.engine._registry.scheduled = count  # type: ignore[method-assign]
+        return life
+
+    for resumed, batches in enumerate((2, 5)):
+        with pytest.raises(Killed):
+            client.run(life_of(batches), resumed=resumed > 0)
+    client.run(life_of(-1), resumed=True)
+    assert client.errors == {}
+    same(client, whole)
