@@ -31,6 +31,7 @@ class EventRuns:
     def __init__(self, trace: Trace, slo: Slo, prefill: bool, seed: int, mapped: Mapped = one_by_one) -> None:
         self._trace, self._slo, self._prefill, self._seed, self._mapped = trace, slo, prefill, seed, mapped
         self._known: dict[Candidate, Ranked] = {}
+        self._by_formula: dict[Candidate, Ranked] = {}
 
     def full(self, ranked: Ranked) -> bool:
         """Whether a candidate was checked by a run as long as those of the best."""
@@ -38,9 +39,10 @@ class EventRuns:
         return ranked.result is not None and ranked.result.requests >= least
 
     def checked(self, ranked: Ranked) -> Ranked:
-        """The candidate after a full run."""
+        """The candidate after a full run. It begins anew with what the closed form said, since a short excerpt may have
+        cut its rate or its replicas badly."""
         if ranked.candidate not in self._known:
-            self._known[ranked.candidate] = self.verified([ranked])[0]
+            self._known[ranked.candidate] = self.verified([self._by_formula.get(ranked.candidate, ranked)])[0]
         return self._known[ranked.candidate]
 
     def whole(self, ranked: Ranked) -> Ranked:
@@ -60,6 +62,7 @@ class EventRuns:
 
     def search(self, ranked: Sequence[Ranked], count: int, progress: Progress | None = None) -> list[Ranked]:
         """All of these, the best of those first that the event loop has checked: see `planner.search`."""
+        self._by_formula = {each.candidate: each for each in ranked}
         return search(
             ranked, self._trace, self._slo, count=count, prefill=self._prefill, seed=self._seed, progress=progress,
             mapped=self._mapped,

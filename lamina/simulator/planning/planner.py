@@ -31,6 +31,7 @@ __all__ = [
     "limited",
     "mixes",
     "rank",
+    "reachable",
     "rerun",
     "rivals",
     "search",
@@ -294,6 +295,14 @@ def verify(
     return list(found.values())
 
 
+def reachable(ranked: Ranked) -> float:
+    """Requests a second within the SLO that a run at the rates tried may count, by the closed form's share. More than
+    `Estimate.goodput`, which counts less where the SLO is missed."""
+    found = ranked.estimate
+    rate = min(found.taken * FASTER**TRIES, found.demanded) if found.share >= TARGET else found.taken
+    return rate * found.share
+
+
 def rerun(ranked: Ranked, trace: Trace, slo: Slo, requests: int, *, prefill: bool = True, seed: int = 0) -> Ranked:
     """What was checked, as it is, on about so many requests of the trace."""
     return _Check(trace, slo, prefill, seed, requests, requests, 0.0).run(ranked, ranked.rate)
@@ -338,7 +347,7 @@ class _Check:
         taken, or the last excerpt says that it is too much, at the best rate that is found."""
         found = ranked.estimate
         if found.taken < found.demanded * (1 - 1e-9):
-            return self._fastest(self.run(ranked, ranked.rate or found.taken))
+            return self._fastest(self.run(ranked, found.taken))
         best = self.run(ranked, found.demanded)
         most = min(found.replicas + _MORE, ranked.candidate.replicas) if grows else 0
         while not self.keeps(best) and best.estimate.replicas < most:

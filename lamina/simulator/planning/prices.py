@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from lamina.simulator.costs.hardware import Device
 from lamina.simulator.costs.systems import System
 from lamina.simulator.planning.candidates import Candidate
-from lamina.simulator.planning.planner import Ranked
+from lamina.simulator.planning.planner import Ranked, reachable
 from lamina.simulator.planning.quantities import changed_devices
 from lamina.simulator.planning.ties import handicap
 
@@ -152,11 +152,17 @@ class Prices:
         self._every += [each for each in more if without_prices(each.candidate.system) not in known]
         self._columns()
 
+    def _counted(self, each: Ranked) -> float:
+        """Requests a second within the SLO. Of one that the event loop has not run for long, as many as it may find."""
+        if self._loop is None or self._loop.full(each):
+            return each.goodput
+        return max(each.goodput, reachable(each))
+
     def _columns(self) -> None:
         """One number for each candidate."""
         every = self._every
         self._serves = np.array([each.serves for each in every])
-        self._goodput = np.array([each.goodput for each in every])
+        self._goodput = np.array([self._counted(each) for each in every])
         self._handicap = np.array([handicap(each) for each in every])
         self._replicas = np.array([float(each.estimate.replicas) for each in every])
         self._unit = np.array([each.estimate.price / each.estimate.replicas for each in every])

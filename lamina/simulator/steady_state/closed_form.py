@@ -181,7 +181,7 @@ class _Search:
         self._full = 1.0 if slo.ttft is None else _FULL
         fewer = _FEWER if slo.tpot is not None and requests == FINE else ()
         self._places = [most, *(max(1, int(most * part)) for part in fewer)]
-        self._top = service.most(most) * self._full
+        self._tops = [service.most(places) * self._full for places in self._places]
         self._tried: dict[tuple[float, int], tuple[Point, int]] = {}
 
     @cached_property
@@ -193,11 +193,11 @@ class _Search:
         or the one that comes closest to it."""
         if (rate, replicas) not in self._tried:
             found, limit = self._service.at(rate, self._most, replicas, self._requests), self._most
-            for places in self._places[1:]:
-                if found.share >= TARGET or rate > self._service.most(places) * self._full:
+            for places, top in zip(self._places[1:], self._tops[1:], strict=True):
+                if found.share >= TARGET or rate > top:
                     break
                 other = self._service.at(rate, places, replicas, self._requests)
-                if other.share <= found.share:
+                if other.share < found.share:
                     break
                 found, limit = other, places
             self._tried[rate, replicas] = found, limit
@@ -217,26 +217,30 @@ class _Search:
     def best(self, replicas: int, low: Point, tries: int, most: float = math.inf) -> float:
         """The rate from that of `low` up to `most` at which the requests of one of so many count most.
 
-        The share falls with the rate, so between two rates no request counts more than at the lower one: where that
-        leaves most to be found is tried next.
+        The most that each limit passes is tried first, since a limit keeps bursts from slowing others only where it
+        binds. Then, as the share mostly falls with the rate, no request counts much more between two rates than at the
+        lower one: where that leaves most to be found is tried next.
         """
-        rate, best, tried = min(self._top, most), low, [low]
+        tried, best = [low], low
+        first = list(dict.fromkeys(min(top, most) for top in self._tops))
         for _ in range(tries):
-            point = self.at(rate, replicas)[0]
-            insort(tried, point, key=lambda each: each.rate)
-            best = max(best, point, key=_counts)
-            below, above = max(pairwise(tried), key=lambda each: each[1].rate * credit(each[0].share))
-            if above.rate * credit(below.share) <= _counts(best) * (1 + _CLOSE):
-                break
-            part = 0.5
-            if below.share > TARGET > above.share:
-                part = (below.share - TARGET) / (below.share - above.share)
-            rate = below.rate + min(0.8, max(0.2, part)) * (above.rate - below.rate)
+            if first and first[0] > _counts(best):
+                rate = first.pop(0)
+            else:
+                first, (below, above) = [], max(pairwise(tried), key=lambda each: each[1].rate * credit(each[0].share))
+                if above.rate * credit(below.share) <= _counts(best) * (1 + _CLOSE):
+                    break
+                part = 0.5
+                if below.share > TARGET > above.share:
+                    part = (below.share - TARGET) / (below.share - above.share)
+                rate = below.rate + min(0.8, max(0.2, part)) * (above.rate - below.rate)
+            insort(tried, self.at(rate, replicas)[0], key=lambda each: each.rate)
+            best = max(tried, key=_counts)
         return best.rate
 
     def _least(self, rate: float) -> int:
         """Fewer cannot keep up."""
-        return max(1, math.ceil(min(rate, 1e18) / self._top * (1 - 1e-9)))
+        return max(1, math.ceil(min(rate, 1e18) / self._tops[0] * (1 - 1e-9)))
 
     def _serves(self, rate: float, count: int) -> bool:
         return self.at(rate / count, count)[0].share >= TARGET
