@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from oracle import violations
-from scenario import Delay, KillEngine, KillWorker, Leave, Scenario, Setup, Submit, run
+from scenario import Delay, KillEngine, KillWorker, Leave, Reset, Scenario, Setup, Submit, run
 
 FOUND = {
     # A request that came while a worker was away was told that the KV memory could never hold it, though the worker
@@ -29,7 +29,28 @@ FOUND = {
         ),
         heals=0.6,
     ),
-}
+    # All channels to a worker broke. A replica of the model was there again before the engine, took a new seat, and
+    # asked for a batch that the seat had never seen: an honest worker was blamed.
+    "replica before the engine": Scenario(
+        seed=319440182297,
+        setup=Setup(
+            workers=(352, 352), local_pages=88, lanes=2, query_first=True, max_batch_tokens=512, model_workers=3,
+            journal=True, latency=0.002, again=0.002,
+        ),
+        events=(
+            Submit(0.0, request=0, prompt=4, tokens=1, priority=1),
+            Submit(0.0, request=1, prompt=48, tokens=1, family=1),
+            Submit(0.0, request=2, prompt=75, tokens=8, priority=1),
+            Submit(0.0, request=5, prompt=1, tokens=12),
+            KillWorker(0.0, worker=1, back=0.2),
+            Reset(0.02452, worker=0),
+            Reset(0.06, worker=2),
+            Reset(0.16854, worker=0),
+            Reset(0.19413, worker=0),
+        ),
+        heals=0.27,
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FOUND)

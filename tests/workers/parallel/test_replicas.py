@@ -280,6 +280,7 @@ class Rotating:
         self.peers: list[Peer] = []
         self._stack, self._model = stack, model
         self._channels: list[Any] = []
+        self.threads: list[threading.Thread] = []
         self.rig = Rig(
             tiny_decoder(**overrides or {}),
             weights=(1,) * count,
@@ -332,6 +333,7 @@ class Rotating:
         self._channels.append(channel)
         thread = threading.Thread(target=self._serve, args=(channel, f"model-{rank}"), daemon=True)
         thread.start()
+        self.threads.append(thread)
         until(lambda: bool(ready or failed))
         assert not failed
         return ready[0]
@@ -505,6 +507,40 @@ def test_a_replica_that_cannot_reach_an_attention_worker_is_left_out_and_tries_a
         before = dict(workers.slices)
         rig.generate(PROMPTS, max_tokens=12)
         assert all(workers.slices[rank] > before[rank] + 10 for rank in range(3))
+
+
+def test_a_replica_does_not_take_a_seat_that_model_worker_0_has_left(model) -> None:
+    """It asked there for a batch that the worker had never seen, and the worker was blamed."""
+    with contextlib.ExitStack() as stack:
+        rotating = Rotating(stack, model, 2, 1, lanes=2)
+        until(rotating.all_connected)
+        server = AttentionServer(ServerConfig("left", rotating.servers[0].config.kv_memory))
+        address = server.start()
+        stack.callback(server.stop, 0.0)
+        (peer,) = rotating.peers
+        peer.answer(peer_messages.Joined, 10.0)  # to the rig's own, which nobody has read yet
+        said = peer.ask(peer_messages.Join(7, "left", address), peer_messages.Joined, 10.0)
+        assert isinstance(said, peer_messages.Failed)
+        assert "model worker 0 has no seat at attention worker left" in said.reason
+        until(lambda: server.status().seats == 0)
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_replicas_leave_the_kv_to_the_next_engine_unless_they_are_told_to_stop(model, stops) -> None:
+    with contextlib.ExitStack() as stack:
+        rotating = Rotating(stack, model, 2, 1, lanes=2)
+        until(rotating.all_connected)
+        (server,), (peer,) = rotating.servers, rotating.peers
+        (seat,) = server._leases._seats.values()
+        seat.linger = 60.0
+        server._leases.end(next(iter(seat.sessions.values())), "the engine was killed")
+        if stops:
+            peer.tell(peer_messages.Stop())
+        else:
+            peer.close("killed")
+        rotating.threads[0].join(30.0)
+        until(lambda: server.status().channels == 0)
+        assert server.status().lingering == (0 if stops else 1)
 
 
 def test_a_fault_at_a_replica_runs_the_batch_again(model, expected, monkeypatch) -> None:

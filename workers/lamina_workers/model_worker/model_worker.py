@@ -206,16 +206,21 @@ class ModelWorker:
             self._decoder,
             self._to_device(work),
             query_goes_first(routes, len(work.spans)),
-            lambda forward: self._in_slices(forward, work, batch, shares, suspends),
+            lambda forward: self._in_slices(forward, work, batch, shares, routes, suspends),
             self._watch,
             self._clock,
         )
 
     @torch.inference_mode()
     def _in_slices(
-        self, forward: Pausing, work: BatchWork, batch: int, shares: Mapping[int, HolderBatch], suspends: bool
+        self,
+        forward: Pausing,
+        work: BatchWork,
+        batch: int,
+        shares: Mapping[int, HolderBatch],
+        routes: Mapping[Replies, Sequence[Route]],
+        suspends: bool,
     ) -> Generator[Waiting, None, torch.Tensor]:
-        routes = {self._replies[number]: share.routes for number, share in shares.items()}
         for replies in routes:
             replies.expect(self._epoch, batch)
         try:

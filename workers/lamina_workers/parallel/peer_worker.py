@@ -6,7 +6,7 @@ One thread loads and computes everything.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from lamina_protocols.channels import Channel, Credentials
 from lamina_protocols.errors import LaminaError, ProtocolError
 from lamina_protocols.routes import HolderBatch
 from lamina_protocols.versions import FEATURES, PREVIOUS, PREVIOUS_RELEASE, PROTOCOL_VERSION, shared
-from lamina_workers.errors import HolderFault, RankLost, faults
+from lamina_workers.errors import HolderFault, HolderLost, RankLost, faults
 from lamina_workers.model_worker.layer_slices import Context, SlicedBatch, Waits, likeliest
 from lamina_workers.model_worker.model_worker import ModelWorker
 from lamina_workers.model_worker.waiting import Waiting
@@ -58,7 +58,8 @@ class PeerWorker:
         self._load = load
         self._edges = edges
         self._waits = waits or Waits()
-        self._started: dict[int, tuple[SlicedBatch, tuple[int, ...]]] = {}  # and the rows without logits
+        # With the rows without logits, and the ports to its holders, which may be others by its next slice.
+        self._started: dict[int, tuple[SlicedBatch, tuple[int, ...], dict[int, AttentionPort]]] = {}
         self._batches: dict[int, tuple[int, Mapping[int, HolderBatch]]] = {}  # announced: own number, shares
 
     def serve(self) -> None:
@@ -79,18 +80,22 @@ class PeerWorker:
         if begin.ranks == 1:
             self._worker = parts.worker(None, self._ports, begin.epoch)
         self._send(peer_messages.Ready(str(parts.device)))
+        stopped = False
         try:
             while True:
                 if self._runs and not self._channel.ready():
                     self._go_on(self._channel)
                     continue
                 command = self._receive()
-                if isinstance(command, peer_messages.Stop):
+                if stopped := isinstance(command, peer_messages.Stop):
                     return
                 self._obey(command)
         finally:
             for port in self._ports.values():
-                port.close()
+                if isinstance(port, RemoteAttention):
+                    port.close(keeps=not stopped)  # the next engine looks for the KV of one that died
+                else:
+                    port.close()
             for port in self._ports.values():
                 if isinstance(port, RemoteAttention):
                     port.parted()  # the process ends, and the thread that says goodbye with it
@@ -118,7 +123,8 @@ class PeerWorker:
                 self._start(command.batch, self._execute(command))
             case peer_messages.StartBatch(batch):
                 entered = self._standing.enter(peer_codec.work_of(command), batch, command.shares, command.suspends)
-                self._started[batch] = entered, command.plain
+                ports = {number: self._ports[number] for number in command.shares}
+                self._started[batch] = entered, command.plain, ports
             case peer_messages.Slice(batch):
                 self._start(batch, self._slice(command))
             case peer_messages.Drop(batch):
@@ -212,7 +218,7 @@ class PeerWorker:
         batch = command.batch
         if batch not in self._started:
             raise ProtocolError(f"a slice of batch {batch} is wanted, which was not entered")
-        entered, plain = self._started[batch]
+        entered, plain, ports = self._started[batch]
         layers = len(self._begin.holder.layers)
         if command.number > layers:
             raise ProtocolError(f"slice {command.number} is wanted, of {layers + 1}")
@@ -222,7 +228,7 @@ class PeerWorker:
                 left = yield from entered.slice(command.number, context, command.last)
         except HolderFault as fault:
             self._leave_batch(batch)
-            self._faulted(batch, fault)
+            self._faulted(batch, fault, [number for number, port in ports.items() if port.closed])
             return
         seconds = entered.model_seconds, entered.attention_seconds
         if isinstance(left, Context):
@@ -235,7 +241,7 @@ class PeerWorker:
     def _leave_batch(self, batch: int) -> None:
         if batch not in self._started:
             return
-        entered, _ = self._started.pop(batch)
+        entered, *_ = self._started.pop(batch)
         if batch in self._runs:
             run, _ = self._runs.pop(batch)
             run.close()
@@ -250,9 +256,10 @@ class PeerWorker:
             return
         self._send(peer_messages.Copied(command.batch, room))
 
-    def _faulted(self, batch: int, fault: HolderFault) -> None:
-        lost = self._standing.lost()
-        self._send(peer_messages.BatchFailed(batch, str(fault)[:4096], tuple(lost), isinstance(fault, RankLost)))
+    def _faulted(self, batch: int, fault: HolderFault, gone: Sequence[int] = ()) -> None:
+        """`gone`: holders whose ports in this batch have closed, and may have been replaced."""
+        lost = tuple(dict.fromkeys((*self._standing.lost(), *gone)))
+        self._send(peer_messages.BatchFailed(batch, str(fault)[:4096], lost, isinstance(fault, RankLost)))
 
     # Holders.
 
@@ -275,7 +282,7 @@ class PeerWorker:
         if not join.address:
             return self._parts.pool(join)
         begin = self._begin
-        return connect(
+        port = connect(
             join.address,
             join.name,
             begin.holder,
@@ -290,6 +297,10 @@ class PeerWorker:
             ),
             self._edges,
         )
+        if join.seat == 0 and not port.resumed:
+            port.close()
+            raise HolderLost(f"model worker 0 has no seat at attention worker {join.name}, at {join.address}")
+        return port
 
     def _leave(self, number: int) -> None:
         port = self._ports.pop(number, None)

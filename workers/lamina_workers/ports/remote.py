@@ -106,7 +106,7 @@ class RemoteAttention:
         self._closed = runtime.signal()
         self._on_draining: Callable[[str], None] = lambda name: None
         self._lock = threading.Lock()
-        self._parts = False
+        self._parts = self._keeps = False
         self._parting: Running | None = None
         interval = max(_BEAT_S[0], min(welcome.lease / 6, _BEAT_S[1]))
         self._heart = runtime.start(lambda: self._beat(interval), "lamina-heartbeat")
@@ -195,15 +195,16 @@ class RemoteAttention:
     def overdue(self, timeout: float) -> HolderLost:
         return self._gone(f"no reply within {timeout:.1f} seconds")
 
-    def close(self) -> None:
+    def close(self, keeps: bool = False) -> None:
         """End the session in order: with the seat's last channel the worker frees its KV, even where it would have
-        kept it for a lost engine. A `receive` that waits raises HolderLost. Waits for nobody: a thread says goodbye,
-        and `parted` waits for that."""
+        kept it for a lost engine. With `keeps` it ends as that of a lost engine does. A `receive` that waits raises
+        HolderLost. Waits for nobody: a thread says goodbye, and `parted` waits for that."""
         self._end("closed on this side")
         with self._lock:
             if self._parts:
                 return
             self._parts = True
+            self._keeps = keeps
             try:
                 self._parting = self._runtime.start(self._part, "lamina-closing", daemon=False)
                 return
@@ -218,7 +219,8 @@ class RemoteAttention:
 
     def _part(self) -> None:
         try:
-            self._client.goodbye(self._goodbye, _GOODBYE_S)
+            if not self._keeps:
+                self._client.goodbye(self._goodbye, _GOODBYE_S)
         except LaminaError as error:  # a worker that does not hear it keeps the KV a while
             logger.debug("attention worker %s: %s", self.name, error)
         self._client.close()  # so that a heartbeat without an answer is not waited for
