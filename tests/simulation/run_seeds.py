@@ -9,6 +9,7 @@ the system unless it is given, and printed. The status is 1 where anything was f
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import faulthandler
 import logging
@@ -81,6 +82,7 @@ def work(first: int, step: int, pipe: Connection) -> None:
         os._exit(3)
 
     signal.signal(signal.SIGPROF, stuck)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     torch.set_num_threads(1)
     logging.getLogger("lamina").setLevel(logging.CRITICAL)
     ignore_killed()
@@ -127,14 +129,16 @@ class Campaign:
         self._children[ours], self._last[ours] = child, first
 
     def run(self, seconds: float) -> float:
-        """Let them run so long, and say each while what was counted. Returns the seconds that it took."""
+        """Let them run so long, or until Ctrl-C, and say each while what was counted. Returns the seconds that it
+        took."""
         began = said = time.monotonic()
-        while (left := began + seconds - time.monotonic()) > 0:
-            for ready in wait(list(self._children), timeout=min(left, 1.0)):
-                self._read(ready)  # type: ignore[arg-type]  # only connections are waited for
-            if time.monotonic() - said > _PROGRESS:
-                said = time.monotonic()
-                say(self._line(said - began))
+        with contextlib.suppress(KeyboardInterrupt):
+            while (left := began + seconds - time.monotonic()) > 0:
+                for ready in wait(list(self._children), timeout=min(left, 1.0)):
+                    self._read(ready)  # type: ignore[arg-type]  # only connections are waited for
+                if time.monotonic() - said > _PROGRESS:
+                    said = time.monotonic()
+                    say(self._line(said - began))
         took = time.monotonic() - began
         for pipe, child in self._children.items():
             pipe.close()

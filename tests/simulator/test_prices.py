@@ -101,6 +101,16 @@ def test_a_rival_is_checked_before_it_is_believed() -> None:
     assert all(each.result is not None for each in prices.ranked)
 
 
+def test_the_loop_is_asked_for_all_that_it_may_find() -> None:
+    """Where nothing serves all, formulas count those that miss the SLO for little, and the loop for what is in time: by
+    the formula 8 H20 win at 4.3 times the price of an H100."""
+    first, rival = checked(ranked(WHOLE), share=0.7), ranked(together(8, H20), taken=2.0, share=0.8)
+    found = Prices([first, rival], None, Loop()).change("h100", 2.0)
+    assert found is not None
+    assert found.winner == rival.name
+    assert found.factor == pytest.approx(2.8 / price(WHOLE) / (2.0 / price(together(8, H20))), rel=1e-3)
+
+
 def test_of_ties_the_cheapest_that_loses_nothing_is_taken_once_it_is_checked() -> None:
     """As where a policy that reads 0.3 of the KV gives the same for a dollar as none."""
     lossy, whole = checked(ranked(LOSSY)), ranked(WHOLE)
