@@ -300,7 +300,6 @@ def calibrate_hardware(
     """Measure this machine into a hardware file that plan and simulate take: bandwidth, GEMM, kernels, exchange."""
     from datetime import date
 
-    from lamina.measure.bench.stream_cost import with_streams
     from lamina.measure.hardware import calibrate
 
     check_output("out", out, ".toml")
@@ -310,8 +309,6 @@ def calibrate_hardware(
 
     with ProgressBars(lines=True) as progress:
         found = calibrate(model, progress, quick, date=date.today().isoformat(), price=price, power=power, keep=keep)
-        keep(found)
-        found = with_streams(found, model, progress, quick)
     keep(found)
     for remark in found.remarks:
         typer.echo(remark, err=True)

@@ -104,7 +104,6 @@ class Row:
 def predict(cell: Cell, context: float, model: ModelShape, known: Catalogue) -> StepCost:
     """A decode step of that cell, from the calibration alone."""
     device = known.device(NAME)
-    device = replace(device, efficiency=replace(device.efficiency, stream_overhead=0.0))  # tokens go to nobody
     system: Colocated | Offloaded
     if cell.workers:
         system = Offloaded(

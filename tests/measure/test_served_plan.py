@@ -119,4 +119,4 @@ def test_a_machine_that_is_not_steady_is_said() -> None:
 def test_a_server_that_does_not_come_up_is_an_error_with_its_words(tmp_path: Path) -> None:
     plan_file.write(tmp_path / "plan.toml", replace(PLAN, model="no-such-model"))
     with pytest.raises(EngineError, match="no model 'no-such-model'"):
-        Served(("--plan", str(tmp_path / "plan.toml")))
+        Served(tmp_path / "plan.toml")

@@ -113,7 +113,7 @@ def check(
     plan = read(path)
     plan.keywords()  # raises where no engine can do it, before anything is started
     load = excerpt(trace, plan, minutes)
-    with Child("reading", {"size": _READ}) as memory, Served(("--plan", str(path.absolute())), progress) as server:
+    with Child("reading", {"size": _READ}) as memory, Served(path, progress) as server:
         before = memory.ask("read")
         beside = Beside(os.getpid())  # whose descendants the server's processes are
         settings = Settings(

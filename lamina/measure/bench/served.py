@@ -1,11 +1,11 @@
-"""`lamina serve` as a process of this one: started, found, ended."""
+"""`lamina serve` with a plan, as a process of this one: started, found, ended."""
 
 from __future__ import annotations
 
 import re
 import threading
 from collections import deque
-from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 
 from lamina.errors import EngineError
@@ -21,19 +21,18 @@ _SERVING = re.compile(r"serving .* at (http://\S+)")
 
 
 class Served:
-    """A server on a free port of this host, with these arguments: a model, or `--plan` and a file. Use it as a context
-    manager. `url` is where it listens.
+    """A server on a free port of this host. Use it as a context manager. `url` is where it listens.
 
     Raises EngineError with its last words where it does not come up.
     """
 
-    def __init__(self, arguments: Sequence[str], progress: Progress | None = None, patience: float = PATIENCE) -> None:
+    def __init__(self, plan: Path, progress: Progress | None = None, patience: float = PATIENCE) -> None:
         self.url = ""
         self._said: deque[str] = deque(maxlen=_LAST)
         self._known = threading.Event()
         if progress is not None:
             progress("starting the server", 0, None)
-        command = module_command(_MODULE, "serve", *arguments, "--host", "127.0.0.1", "--port", "0")
+        command = module_command(_MODULE, "serve", "--plan", str(plan.absolute()), "--host", "127.0.0.1", "--port", "0")
         self._process = ChildProcess("serve", command, self._heard, lambda _: self._known.set(), merge_stderr=True)
         try:
             if not self._known.wait(patience) or not self.url:

@@ -143,8 +143,9 @@ def dense_time(model: ModelShape, device: Device, count: int, load: Load) -> flo
     tokens, efficiency = load.tokens, device.efficiency
     if not tokens:
         return 0.0
-    overhead = efficiency.step_overhead + model.layers * efficiency.layer_overhead
-    overhead += load.decode * (efficiency.row_overhead + efficiency.stream_overhead)
+    overhead = (
+        efficiency.step_overhead + model.layers * efficiency.layer_overhead + load.decode * efficiency.row_overhead
+    )
     if count > 1:
         overhead += model.all_reduces * all_reduce_time(device, count, tokens * model.hidden * model.activation)
     if device.unpack:

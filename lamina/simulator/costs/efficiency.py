@@ -44,7 +44,6 @@ _LIMITS = {
     "layer_overhead": _TIME,
     "step_overhead": _TIME,
     "row_overhead": _TIME,
-    "stream_overhead": _TIME,
     "attention_row_overhead": _TIME,
 }
 
@@ -123,9 +122,6 @@ class Efficiency:
     """Seconds a batch: scheduling, sampling, the output layer's launch."""
     row_overhead: float = 0.0
     """Seconds a sequence and batch: what the host does for each."""
-    stream_overhead: float = 0.0
-    """Seconds a sequence and batch that sending its token to a client takes: where the server and its clients share the
-    engine's cores. 0: they have cores of their own."""
     attention_row_overhead: float = 0.0
     """Seconds a sequence and layer, of attention."""
     first_token_overhead: float = 0.0
