@@ -227,7 +227,8 @@ class _Search:
             if first and first[0] > _counts(best):
                 rate = first.pop(0)
             else:
-                first, (below, above) = [], max(pairwise(tried), key=lambda each: each[1].rate * credit(each[0].share))
+                first.clear()
+                below, above = max(pairwise(tried), key=lambda each: each[1].rate * credit(each[0].share))
                 if above.rate * credit(below.share) <= _counts(best) * (1 + _CLOSE):
                     break
                 part = 0.5
