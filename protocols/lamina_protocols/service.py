@@ -155,7 +155,8 @@ class GrpcChannel:
         self._arriving.end(self)
         self._out.put(None)
         self._in.put(None)
-        if self._reader is not None and self._reader is not threading.current_thread():
+        started = self._reader is not None or self._serves  # what came may end the session before `start` has returned
+        if started and self._reader is not threading.current_thread():
             # Breaking the stream off could overtake the last message, which says why it ends.
             self._part()
         else:

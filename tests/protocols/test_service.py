@@ -257,3 +257,35 @@ def test_who_does_not_read_is_not_sent_more_than_a_bound():
     thread.join(5)
     assert not thread.is_alive()
     assert len(sent) == 64
+
+
+def test_a_close_while_the_stream_starts_does_not_overtake_the_last_message(monkeypatch) -> None:
+    """The first frame came, was answered and ended the session before `start` had returned: the reason was cut off."""
+    cancelled: list[bool] = []
+    closed = threading.Event()
+    channel = GrpcChannel(False)
+
+    def incoming() -> Iterator[bytes]:
+        def end() -> None:
+            channel.post([b"the reason"])
+            channel.close()
+
+        ending = threading.Thread(target=end)
+        ending.start()
+        ending.join(10.0)
+        closed.set()
+        yield from ()
+
+    begin = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        begin(thread)
+        if thread.name == "lamina-stream":
+            closed.wait(10.0)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    channel.start(incoming(), lambda: cancelled.append(True), serves=True)
+    assert closed.is_set()
+    assert not cancelled
+    assert b"the reason" in b"".join(channel.outgoing())
+    assert not cancelled
