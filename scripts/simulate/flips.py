@@ -80,7 +80,8 @@ def tries(number: int, asked: PlanRequest, check: int) -> Iterator[Try]:
     def first(device: str, factor: float) -> tuple[bool, str]:
         there = again(asked, wanted, device, factor, check)
         same = without_prices(there.candidate.system) == without_prices(winner.candidate.system)
-        return same and there.estimate.replicas == winner.estimate.replicas, there.name
+        affordable = min(winner.estimate.replicas, there.candidate.replicas)  # a budget may leave fewer of the winner
+        return same and there.estimate.replicas == affordable, there.name
 
     for device in prices.devices():
         for farthest in (FARTHEST, 1 / FARTHEST):

@@ -17,6 +17,7 @@ from lamina.simulator.planning.run_progress import Mapped, one_by_one
 from lamina.simulator.steady_state.closed_form import estimate
 from lamina.simulator.traces.arrivals import Trace
 from lamina.simulator.traces.catalogue import at_rate, windows
+from lamina.simulator.traces.demand import Demand
 
 _WHOLE = 0.9
 """The share of the requests of a full run that is one: windows of an excerpt are cut evenly."""
@@ -31,7 +32,7 @@ class EventRuns:
     def __init__(self, trace: Trace, slo: Slo, prefill: bool, seed: int, mapped: Mapped = one_by_one) -> None:
         self._trace, self._slo, self._prefill, self._seed, self._mapped = trace, slo, prefill, seed, mapped
         self._known: dict[Candidate, Ranked] = {}
-        self._by_formula: dict[Candidate, Ranked] = {}
+        self._demand: Demand | None = None
 
     def full(self, ranked: Ranked) -> bool:
         """Whether a candidate was checked by a run as long as those of the best."""
@@ -39,11 +40,15 @@ class EventRuns:
         return ranked.result is not None and ranked.result.requests >= least
 
     def checked(self, ranked: Ranked) -> Ranked:
-        """The candidate after a full run. It begins anew with what the closed form said, since a short excerpt may have
-        cut its rate or its replicas badly."""
-        if ranked.candidate not in self._known:
-            self._known[ranked.candidate] = self.verified([self._by_formula.get(ranked.candidate, ranked)])[0]
-        return self._known[ranked.candidate]
+        """The candidate after a full run. It begins anew with what the closed form says when it looks closely, since a
+        coarse look or a short excerpt may have cut its rate or its replicas badly."""
+        asked = ranked.candidate
+        if asked not in self._known:
+            if self._demand is not None:
+                found = estimate(asked.system, asked.replicas, self._demand, self._slo, self._prefill)
+                ranked = Ranked(asked, found) if found.taken else ranked
+            self._known[asked] = self.verified([ranked])[0]
+        return self._known[asked]
 
     def whole(self, ranked: Ranked) -> Ranked:
         """The candidate after a run on all of the trace, up to `_ALL` requests; as it is where only the real scheduler
@@ -60,9 +65,11 @@ class EventRuns:
             mapped=self._mapped,
         )  # fmt: skip
 
-    def search(self, ranked: Sequence[Ranked], count: int, progress: Progress | None = None) -> list[Ranked]:
+    def search(
+        self, ranked: Sequence[Ranked], count: int, demand: Demand, progress: Progress | None = None
+    ) -> list[Ranked]:
         """All of these, the best of those first that the event loop has checked: see `planner.search`."""
-        self._by_formula = {each.candidate: each for each in ranked}
+        self._demand = demand
         return search(
             ranked, self._trace, self._slo, count=count, prefill=self._prefill, seed=self._seed, progress=progress,
             mapped=self._mapped,

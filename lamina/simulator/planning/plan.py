@@ -171,7 +171,7 @@ def find(
     every = _candidates(asked, wanted, asked.inventory)
     ranked = rank(every, wanted, slo, prefill=prefill, progress=progress, mapped=mapped)
     if loop is not None:
-        ranked = loop.search(ranked, check, progress)
+        ranked = loop.search(ranked, check, wanted, progress)
     prices = Prices(ranked, asked.budget, loop, _unseen(asked, wanted))
     prices.settle()
     return prices
