@@ -68,13 +68,13 @@ def again(asked: PlanRequest, wanted: Demand, device: str, factor: float, check:
     """What is first where that device costs so many times what it does."""
     have = tuple(replace(each, device=at_price(each.device, device, factor)) for each in asked.inventory.have)
     there = replace(asked, inventory=replace(asked.inventory, have=have))
-    return find(there, wanted, check=check, loop=EventRuns(asked.trace, asked.slo, asked.prefill, 0)).ranked[0]
+    return find(there, wanted, check=check, loop=EventRuns(asked.trace, wanted, asked.slo, asked.prefill, 0)).ranked[0]
 
 
 def tries(number: int, asked: PlanRequest, check: int) -> Iterator[Try]:
     """Every statement about prices of one plan."""
     wanted = asked.demand
-    prices: Prices = find(asked, wanted, check=check, loop=EventRuns(asked.trace, asked.slo, asked.prefill, 0))
+    prices: Prices = find(asked, wanted, check=check, loop=EventRuns(asked.trace, wanted, asked.slo, asked.prefill, 0))
     winner = prices.ranked[0]
 
     def first(device: str, factor: float) -> tuple[bool, str]:

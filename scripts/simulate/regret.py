@@ -117,7 +117,7 @@ def regret(case: Case, requests: int) -> Regret:
     request = PlanRequest(case.model, model(case.model), inventory, trace, slo, case.budget, case.rate)
     asked = request.demand
     began = time.process_time()
-    ranked = find(request, asked, loop=EventRuns(trace, slo, True, 0)).ranked
+    ranked = find(request, asked, loop=EventRuns(trace, asked, slo, True, 0)).ranked
     seconds = time.process_time() - began
     part = windows(trace, requests)
     chosen = best = _measured(ranked[0], part, slo, asked)

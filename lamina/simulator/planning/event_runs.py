@@ -29,10 +29,12 @@ _ALL = 20_000
 class EventRuns:
     """Runs of candidates on one trace, several at a time where `mapped` does so. Each candidate is run once."""
 
-    def __init__(self, trace: Trace, slo: Slo, prefill: bool, seed: int, mapped: Mapped = one_by_one) -> None:
-        self._trace, self._slo, self._prefill, self._seed, self._mapped = trace, slo, prefill, seed, mapped
+    def __init__(
+        self, trace: Trace, demand: Demand, slo: Slo, prefill: bool, seed: int, mapped: Mapped = one_by_one
+    ) -> None:
+        self._trace, self._demand, self._slo = trace, demand, slo
+        self._prefill, self._seed, self._mapped = prefill, seed, mapped
         self._known: dict[Candidate, Ranked] = {}
-        self._demand: Demand | None = None
 
     def full(self, ranked: Ranked) -> bool:
         """Whether a candidate was checked by a run as long as those of the best."""
@@ -44,10 +46,8 @@ class EventRuns:
         coarse look or a short excerpt may have cut its rate or its replicas badly."""
         asked = ranked.candidate
         if asked not in self._known:
-            if self._demand is not None:
-                found = estimate(asked.system, asked.replicas, self._demand, self._slo, self._prefill)
-                ranked = Ranked(asked, found) if found.taken else ranked
-            self._known[asked] = self.verified([ranked])[0]
+            found = estimate(asked.system, asked.replicas, self._demand, self._slo, self._prefill)
+            self._known[asked] = self.verified([Ranked(asked, found) if found.taken else ranked])[0]
         return self._known[asked]
 
     def whole(self, ranked: Ranked) -> Ranked:
@@ -65,11 +65,8 @@ class EventRuns:
             mapped=self._mapped,
         )  # fmt: skip
 
-    def search(
-        self, ranked: Sequence[Ranked], count: int, demand: Demand, progress: Progress | None = None
-    ) -> list[Ranked]:
+    def search(self, ranked: Sequence[Ranked], count: int, progress: Progress | None = None) -> list[Ranked]:
         """All of these, the best of those first that the event loop has checked: see `planner.search`."""
-        self._demand = demand
         return search(
             ranked, self._trace, self._slo, count=count, prefill=self._prefill, seed=self._seed, progress=progress,
             mapped=self._mapped,

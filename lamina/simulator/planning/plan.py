@@ -127,7 +127,7 @@ def make_plan(
     Raises InvalidRequest where nothing fits, or nothing meets the SLO.
     """
     slo, prefill, wanted = asked.slo, asked.prefill, asked.demand
-    loop = EventRuns(asked.trace, slo, prefill, seed, mapped) if check else None
+    loop = EventRuns(asked.trace, wanted, slo, prefill, seed, mapped) if check else None
     prices = find(asked, wanted, check=check, loop=loop, progress=progress, mapped=mapped)
     best, said = {}, list[str]()
     if compare is not None:
@@ -171,7 +171,7 @@ def find(
     every = _candidates(asked, wanted, asked.inventory)
     ranked = rank(every, wanted, slo, prefill=prefill, progress=progress, mapped=mapped)
     if loop is not None:
-        ranked = loop.search(ranked, check, wanted, progress)
+        ranked = loop.search(ranked, check, progress)
     prices = Prices(ranked, asked.budget, loop, _unseen(asked, wanted))
     prices.settle()
     return prices
