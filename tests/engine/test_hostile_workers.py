@@ -4,6 +4,7 @@ streams go on with the same text, and the liar alone is lost."""
 from __future__ import annotations
 
 import dataclasses
+import queue
 import threading
 import time
 from collections.abc import Iterator
@@ -33,34 +34,57 @@ PATIENCE = 1.5  # seconds that the engine waits for a worker's answer
 
 
 class Stream(threading.Thread):
-    """A stream that lasts: one request after another with the same text. `longest`: seconds between two tokens."""
+    """A stream that lasts: one request after another with the same text. `longest`: seconds between two tokens.
+
+    A request that begins beside a liar has KV at the liar and may fail with it, so none begins between `hold` and
+    `release`."""
 
     def __init__(self, rig: Rig, expected: list[int]) -> None:
         super().__init__(daemon=True)
         self.wrong: list[Any] = []
-        self.tokens = 0
         self.longest = 0.0
         self.ended = False
         self._rig = rig
         self.expected = expected
+        self._beginning = threading.Lock()
+        self._begun = threading.Event()
         self.start()
 
     def run(self) -> None:
         while not self.ended:
-            _, inbox = self._rig.submit(PROMPT[::-1], SamplingParams(max_tokens=len(self.expected)).with_defaults({}))
             said: list[int] = []
-            last = time.monotonic()
-            while len(said) < len(self.expected):
-                for output in inbox.get(timeout=60):
-                    if output.error is not None:
-                        self.wrong.append(output.error)
-                        return
-                    said.append(output.token)
+            with self._beginning:
+                request = SamplingParams(max_tokens=len(self.expected)).with_defaults({})
+                _, inbox = self._rig.submit(PROMPT[::-1], request)
+                last = time.monotonic()
+                going = self._hear(inbox, said)  # with its first token a request has its workers
+                self._begun.set()
+            while going and len(said) < len(self.expected):
+                going = self._hear(inbox, said)
                 now = time.monotonic()
                 self.longest, last = max(self.longest, now - last), now
-                self.tokens += 1
+            if not going:
+                return
             if said != self.expected:
                 self.wrong.append(said)
+
+    def hold(self) -> None:
+        """A request has begun, and no other begins."""
+        self._begun.clear()
+        assert self._begun.wait(60), "the stream has stopped"
+        self._beginning.acquire()
+
+    def release(self) -> None:
+        self._beginning.release()
+
+    def _hear(self, inbox: queue.SimpleQueue[Any], said: list[int]) -> bool:
+        """Add the next tokens to `said`; False if the request has failed."""
+        for output in inbox.get(timeout=60):
+            if output.error is not None:
+                self.wrong.append(output.error)
+                return False
+            said.append(output.token)
+        return True
 
 
 class Scene:
@@ -81,11 +105,20 @@ class Scene:
         self.stream = Stream(self.rig, long)
 
     def join(self) -> Any:
-        """The liar joins the engine."""
+        """The liar joins the engine, beside a request of the stream that has no KV there."""
         self._joined += 1
-        port = port_to(self._address, f"liar-{self._joined}", self.rig.holder, lost_after=PATIENCE, **self._options)
-        self.rig.engine.join(port, Holder((self.rig.pages,), 1, name=port.name))
+        self.stream.hold()
+        try:
+            port = port_to(self._address, f"liar-{self._joined}", self.rig.holder, lost_after=PATIENCE, **self._options)
+            self.rig.engine.join(port, Holder((self.rig.pages,), 1, name=port.name))
+        except LaminaError:
+            self.stream.release()
+            raise
         return port
+
+    def leave(self, port: Any) -> None:
+        self.rig.engine.leave(port.name)
+        self.stream.release()
 
     def told(self) -> Any:
         """What a request is told that is kept by all three: its tokens, or its error."""
@@ -97,7 +130,7 @@ class Scene:
     def lied(self, name: str, port: Any) -> list[str]:
         """The liar has done what it could: what it has cost others."""
         said = self.told()
-        self.rig.engine.leave(port.name)
+        self.leave(port)
         costs = []
         if not self.rig.engine.alive:
             raise AssertionError(f"{name}: the engine has ended")
@@ -138,7 +171,7 @@ def answers(scene: Scene) -> dict[int, bytes]:
     scene.liar.bend = note
     port = scene.join()
     assert scene.told() == scene.expected
-    scene.rig.engine.leave(port.name)
+    scene.leave(port)
     return seen
 
 
