@@ -4,10 +4,11 @@
 usage: scripts/simulate/regret.py [CASE ...] [--requests 20000]
 
 Each case is an inventory, a model, a trace at a rate, and an SLO; none was used to tune the planner. For each, every
-candidate with every number of replicas is simulated on all of the trace, or the same excerpt of it. Left out are those
-whose price alone says that they cannot be better and, where the best serves all, those that by the closed form can take
-no `HOPELESS` part of the load. Regret is what is lost of the requests within the SLO for a dollar. It is all of them
-where the best serves what is asked for and the chosen one does not, by more than a point.
+candidate with every number of replicas is simulated on all of the trace, or the same excerpt of it: at the rate that is
+asked for or, where it does not serve that, at the highest that keeps the SLO. Left out are those whose price alone says
+that they cannot be better, and those that by the closed form can take no `HOPELESS` part of what the best takes. Regret
+is what is lost of the requests within the SLO for a dollar. It is all of them where the best serves what is asked for
+and the chosen one does not, by more than a point.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ CASES = {
 REQUESTS = 20_000
 POINT = 0.01
 HOPELESS = 0.6
-"""Of what is asked for, what a candidate must be able to take by the closed form, which was never that wrong."""
+"""Of what the best takes, what a candidate must be able to take by the closed form, which was never that wrong."""
 """How much less of the requests in time is no difference: excerpts of a trace differ by that."""
 _HALVINGS, _MOST = 6, 1e4
 """To find the highest rate, and requests a second that none has."""
@@ -131,7 +132,9 @@ def regret(case: Case, requests: int) -> Regret:
             if best.serves and bound <= best.goodput_per_dollar:
                 break  # even with all in time
             able = count * each.estimate.capacity / each.candidate.replicas
-            if best.serves and able < HOPELESS * asked.rate:
+            full = best.serves and not math.isinf(asked.rate)
+            least = asked.rate if full else best.goodput_per_dollar * tried.estimate.price / 3600
+            if able < HOPELESS * least:
                 continue
             measured = _measured(tried, part, slo, asked)
             simulated += 1
@@ -150,7 +153,7 @@ def _with_replicas(each: Ranked, count: int) -> Ranked:
 
 
 def _measured(each: Ranked, part: Trace, slo: Slo, asked: Demand) -> Ranked:
-    """At the rate that is asked for; where that is infinite, at the highest that keeps the SLO."""
+    """At the rate that is asked for if it serves that, else at the highest that keeps the SLO."""
 
     def at(rate: float) -> Ranked:
         result = simulate(
@@ -158,11 +161,12 @@ def _measured(each: Ranked, part: Trace, slo: Slo, asked: Demand) -> Ranked:
         )
         return replace(each, result=result, rate=rate)
 
-    if not math.isinf(asked.rate):
-        return at(asked.rate)
-    low, high = 0.0, each.rate or each.estimate.taken or 1.0
+    endless = math.isinf(asked.rate)
+    low, high = 0.0, (each.rate or each.estimate.taken or 1.0) if endless else asked.rate
     best = tried = at(high)
-    while tried.share >= ATTAINMENT and high < _MOST:
+    if best.serves and not endless:
+        return best
+    while endless and tried.share >= ATTAINMENT and high < _MOST:
         low, high = high, 1.4 * high
         tried = at(high)
         best = max(best, tried, key=_worth)
@@ -175,7 +179,7 @@ def _measured(each: Ranked, part: Trace, slo: Slo, asked: Demand) -> Ranked:
 
 
 def _worth(each: Ranked) -> tuple[bool, float]:
-    return each.serves, each.goodput
+    return each.share >= ATTAINMENT, each.goodput
 
 
 if __name__ == "__main__":

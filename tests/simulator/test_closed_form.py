@@ -142,6 +142,15 @@ def test_more_than_can_be_taken_goes_elsewhere() -> None:
     assert (unbounded.replicas, unbounded.serves) == (5, True)
 
 
+def test_a_load_that_is_exactly_what_passes_is_taken() -> None:
+    """Where there is nothing to spare no rate is left to be tried, which ended the plan."""
+    whole = estimate(together(4), 1, STEADY.at_rate(math.inf), Slo(tpot=0.1), prefill=False)
+    one = estimate(together(4), 2, STEADY.at_rate(whole.capacity), Slo(tpot=0.1), prefill=False)
+    assert one.serves
+    assert one.taken == whole.capacity
+    assert one.capacity >= whole.capacity
+
+
 def test_what_does_not_fit_takes_nothing() -> None:
     for system in (together(1), dop(1, 4)):  # 137 GB of weights on 80 GB
         assert estimate(system, 1, STEADY, SLO).goodput == 0

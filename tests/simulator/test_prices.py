@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -77,9 +78,9 @@ class Loop:
     def full(self, each: Ranked) -> bool:
         return each.result is not None
 
-    def checked(self, each: Ranked) -> Ranked:
-        self.asked.append(each.candidate.system)
-        return checked(each, share=0.5 if each.candidate.system in self.failing else 1.0)
+    def checked(self, some: Sequence[Ranked]) -> list[Ranked]:
+        self.asked += [each.candidate.system for each in some]
+        return [checked(each, share=0.5 if each.candidate.system in self.failing else 1.0) for each in some]
 
     def whole(self, each: Ranked) -> Ranked:
         return each

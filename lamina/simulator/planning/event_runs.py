@@ -11,7 +11,7 @@ from lamina.simulator.event_loop.quick_instance import is_usual
 from lamina.simulator.event_loop.results import RunResult
 from lamina.simulator.event_loop.simulate import Progress, Slo, simulate
 from lamina.simulator.planning.candidates import Candidate, fits
-from lamina.simulator.planning.planner import REQUESTS, Ranked, rerun, search, verify
+from lamina.simulator.planning.planner import MOST_REQUESTS, REQUESTS, Ranked, rerun, search, verify
 from lamina.simulator.planning.quantities import Situation
 from lamina.simulator.planning.run_progress import Mapped, one_by_one
 from lamina.simulator.steady_state.closed_form import estimate
@@ -41,14 +41,25 @@ class EventRuns:
         least = _WHOLE * min(REQUESTS, len(self._trace.arrivals))
         return ranked.result is not None and ranked.result.requests >= least
 
-    def checked(self, ranked: Ranked) -> Ranked:
-        """The candidate after a full run. It begins anew with what the closed form says when it looks closely, since a
-        coarse look or a short excerpt may have cut its rate or its replicas badly."""
+    def _excerpt(self, ranked: Ranked) -> bool:
+        """Whether that run can stand beside runs in other situations, which are on excerpts: all of a trace is less
+        kind than these."""
+        found = ranked.result
+        return self.full(ranked) and found is not None and found.requests <= MOST_REQUESTS
+
+    def checked(self, some: Sequence[Ranked]) -> list[Ranked]:
+        """The candidates after full runs. Each begins anew with what the closed form says when it looks closely, since
+        a coarse look or a short excerpt may have cut its rate or its replicas badly."""
+        new = [each for each in some if each.candidate not in self._known]
+        for each, found in zip(new, self._mapped(self._full_run, new), strict=True):
+            self._known[each.candidate] = found
+        return [self._known[each.candidate] for each in some]
+
+    def _full_run(self, ranked: Ranked) -> Ranked:
         asked = ranked.candidate
-        if asked not in self._known:
-            found = estimate(asked.system, asked.replicas, self._demand, self._slo, self._prefill)
-            self._known[asked] = self.verified([Ranked(asked, found) if found.taken else ranked])[0]
-        return self._known[asked]
+        found = estimate(asked.system, asked.replicas, self._demand, self._slo, self._prefill)
+        begins = Ranked(asked, found) if found.taken else ranked
+        return verify([begins], self._trace, self._slo, prefill=self._prefill, seed=self._seed)[0]
 
     def whole(self, ranked: Ranked) -> Ranked:
         """The candidate after a run on all of the trace, up to `_ALL` requests; as it is where only the real scheduler
@@ -76,6 +87,8 @@ class EventRuns:
         """A candidate in another situation: as it is where it serves there what is asked for, and no fewer replicas
         would; else with the replicas, the batch limit and the rate that it would take. A share may be less by
         `allowance`."""
+        if given == Situation(ranked.candidate.system, self._demand, self._slo) and self._excerpt(ranked):
+            return ranked  # nothing that it depends on is another
         count = ranked.candidate.replicas
         if not fits(given.system):
             nothing = replace(ranked.estimate, taken=0.0, share=0.0, capacity=0.0)

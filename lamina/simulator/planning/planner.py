@@ -53,8 +53,8 @@ FLATTERY = 0.04
 azure-conv and 4 H100 near their limit 2 to 6 points more were in time of 2,400 requests than of all 19,366."""
 NOISE = 0.02
 """How much shares differ between excerpts: so much less is no change."""
-FINALISTS = 4
-"""Candidates that are run on the longest excerpt."""
+FINALISTS = 12
+"""Candidates that are run on the longest excerpt: what could win if something were otherwise is compared with these."""
 REQUESTS = 2400
 """Of the trace, for each finalist, at least."""
 MOST_REQUESTS = 6000
@@ -278,7 +278,9 @@ def verify(
 
     # Each excerpt begins anew: short ones cut bursts badly, and ask for replicas that longer ones do not need.
     out: list[tuple[Ranked, tuple[Ranked, bool]]] = []
-    for rung, (length, less) in enumerate(rungs if len(field) > FINALISTS else ()):
+    for rung, (length, less) in enumerate(rungs):
+        if len(field) <= FINALISTS:
+            break
         tried = sorted(zip(run(field, length, less), field, strict=True), key=lambda pair: _order(pair[0], less))
         keep = max(FINALISTS, len(field) // 3 ** (rung + 1))
         field, out = [pair for _, pair in tried[:keep]], tried[keep:] + out

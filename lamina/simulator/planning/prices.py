@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Protocol
 
 import numpy as np
@@ -24,6 +25,8 @@ from lamina.simulator.planning.ties import handicap
 _STEPS, _HALVINGS = 160, 24
 """Factors that are looked at up to the farthest, and halvings between the two of them where the winner changes."""
 _CERTAIN = 1e-9
+_TOGETHER = 4
+"""Candidates that are checked at the same time, where the first at these prices is looked for."""
 _SERVES = 1e30
 """What serves all comes before what does not, whatever the latter gives for a dollar."""
 _Floats = NDArray[np.float64]
@@ -47,8 +50,8 @@ class Checks(Protocol):
         """Whether it ran that candidate for long enough to be believed."""
         ...
 
-    def checked(self, ranked: Ranked) -> Ranked:
-        """The candidate after a run that is."""
+    def checked(self, some: Sequence[Ranked]) -> list[Ranked]:
+        """The candidates after runs that are."""
         ...
 
     def whole(self, ranked: Ranked) -> Ranked:
@@ -92,8 +95,11 @@ class Prices:
         """Put the winner at these prices first. All of the trace is run for it, since excerpts flatter what is near
         its limit."""
         while True:
+            if unsure := self._unsure():
+                self._check(unsure)
+                continue
             place = self._place("", 1.0)
-            if not (self._believed(place) and self._confirm(place)):
+            if not self._confirm(place):
                 continue
             if not place:
                 return
@@ -111,16 +117,21 @@ class Prices:
                 return None
             if self._believed(place):
                 return Change(factor, self._every[place].name, self._loop is not None)
+            self._check([place])
 
     def _believed(self, place: int) -> bool:
-        """Whether that candidate's standing is believed. One that was not checked is now, and may stand otherwise."""
+        """Whether that candidate's standing is believed."""
         found = self._every[place]
-        if self._loop is None or found.candidate in self._checked or self._loop.full(found):
-            return True
-        self._checked.add(found.candidate)
-        self._every[place] = self._loop.checked(found)
-        self._columns()
-        return False
+        return self._loop is None or found.candidate in self._checked or self._loop.full(found)
+
+    def _check(self, places: Sequence[int]) -> None:
+        """Have the event loop run these candidates, which may stand otherwise then."""
+        if self._loop is not None:
+            some = [self._every[place] for place in places]
+            self._checked.update(each.candidate for each in some)
+            for place, found in zip(places, self._loop.checked(some), strict=True):
+                self._every[place] = found
+            self._columns()
 
     def _confirm(self, place: int) -> bool:
         """Whether that candidate has run on all of the trace. If not it does now, and may stand otherwise."""
@@ -143,6 +154,12 @@ class Prices:
     def winner(self, name: str, factor: float) -> Ranked:
         """What is first where that device costs so many times what it does."""
         return self._every[self._place(name, factor)]
+
+    def _unsure(self) -> list[int]:
+        """The places of the first candidates at these prices, the best first, as far as they are not believed."""
+        first, key = self._place("", 1.0), self._keys("", np.array([1.0]))[:, 0]
+        order = [first, *np.argsort(-key, kind="stable")[:_TOGETHER].tolist()]
+        return list(dict.fromkeys(takewhile(lambda place: not self._believed(place), order)))[:_TOGETHER]
 
     def _place(self, name: str, factor: float) -> int:
         return int(self._first(name, np.array([factor]))[0])
@@ -169,6 +186,12 @@ class Prices:
 
     def _first(self, name: str, factors: _Floats) -> NDArray[np.intp]:
         """The place of the first candidate at each of these factors; among equals the one that is before the other."""
+        key = self._keys(name, factors)
+        best = np.argmax(key, axis=0)
+        return np.where(key[0] * (1 + _CERTAIN) >= key[best, np.arange(key.shape[1])], 0, best)
+
+    def _keys(self, name: str, factors: _Floats) -> _Floats:
+        """How each candidate stands at each of these factors: more is better."""
         share = [sum(d.price * n for d, n in each.candidate.system.devices if d.name == name) for each in self._every]
         unit = self._unit[:, None] + np.array(share)[:, None] * (factors - 1)
         replicas = np.broadcast_to(self._replicas[:, None], unit.shape)
@@ -182,9 +205,7 @@ class Prices:
             replicas = fewer
         cost = np.maximum(unit * replicas, 1e-12)
         score = np.where(replicas > 0, goodput / cost / self._handicap[:, None], -1.0)
-        key = np.where(serves, _SERVES * score, score)
-        best = np.argmax(key, axis=0)
-        return np.where(key[0] * (1 + _CERTAIN) >= key[best, np.arange(key.shape[1])], 0, best)
+        return np.where(serves, _SERVES * score, score)
 
     def _nearest(self, name: str, farthest: float) -> tuple[float, int]:
         """The factor nearest to 1 at which the winner is not first, and the place of what is: 0 where it always is."""

@@ -2,8 +2,8 @@
 as prices and load (`sensitivity`), and what the cost model assumes (`flips`).
 
 Prices are exact (`prices`). For the rest the closed form is asked about the best mixes, and what it finds is planned
-again: the event loop runs winner and rival just beyond the change. Where the winner still keeps its place, the search
-goes on from there.
+again: the event loop runs winner and rival just beyond the change. Where the winner still keeps its place, it runs them
+at the farthest factor, and between the two.
 """
 
 from __future__ import annotations
@@ -30,10 +30,13 @@ CONTENDERS = 12
 """Mixes that are looked at where something other than a price changes, the best first."""
 _STEPS, _HALVINGS = 4, 5
 _CLEARLY = 1 + 1e-9
+_LOADS, _WIDER = 8, 1.04
+"""Loads that are tried to have the closed form say what the event loop found, each so many times the one before."""
 _BEYOND = 1.02
 """How far beyond a change it is planned again."""
-_AGAIN = 3
-"""Changes of one thing in one direction that are planned again."""
+_BETWEEN = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
+"""Parts of the way to the farthest factor at which it is planned again where another wins there, and not at the change
+of the closed form."""
 Run = Callable[[Ranked, Situation, float], Ranked]
 """A candidate in a situation through the event loop, at the rate that it would take there."""
 Standing = tuple[bool, float]
@@ -115,7 +118,7 @@ class Changes:
         self._demand, self._slo, self._prefill, self._run = demand, slo, prefill, run
         self._progress, self._mapped = progress, mapped
         self._known: dict[tuple[str, str, float], Standing] = {}
-        self._now: dict[str, Estimate] = {}
+        self._now: dict[str, tuple[float, Estimate]] = {}
 
     @property
     def field(self) -> list[Ranked]:
@@ -130,31 +133,44 @@ class Changes:
         return found
 
     def change(self, quantity: Quantity, farthest: float) -> Change | None:
-        """The nearest factor between 1 and `farthest` at which another is first."""
-        start = 1.0
-        for _ in range(_AGAIN):
-            found = self._nearest(quantity, start, farthest)
-            if found is None:
-                return None
-            factor, rival = found
-            if self._run is None:
-                return Change(factor, rival.name, False)
-            beyond = factor * _BEYOND if farthest > 1 else factor / _BEYOND
-            mine = self._run(self._winner, self._at(self._winner, quantity, beyond), NOISE)
-            theirs = self._run(rival, self._at(rival, quantity, beyond), 0.0)
-            if _standing(theirs) > _standing(mine, NOISE):
-                rival = replace(rival, estimate=replace(rival.estimate, replicas=theirs.estimate.replicas))
-                return Change(factor, rival.name, True)
-            start = beyond
-        return None
-
-    def _nearest(self, quantity: Quantity, start: float, farthest: float) -> tuple[float, Ranked] | None:
-        """By the closed form, beyond `start`: steps first, then halvings."""
-        if (start - farthest) * (1 - farthest) <= 0:
+        """The nearest factor between 1 and `farthest` at which another is first. Where the event loop does not find
+        what the closed form says, it looks at `farthest` and, if another is first there, between the two."""
+        found = self._nearest(quantity, farthest)
+        if found is None:
             return None
-        before = start
+        factor, rival = found
+        if self._run is None:
+            return Change(factor, rival.name, False)
+        near = factor * _BEYOND if farthest > 1 else factor / _BEYOND
+        if first := self._first(quantity, near, rival, self._run):
+            return Change(factor, first.name, True)
+        ends = near >= farthest if farthest > 1 else near <= farthest
+        if ends or not (first := self._first_by_formula(quantity, farthest, self._run)):
+            return None
+        for part in _BETWEEN:
+            at = near * (farthest / near) ** part
+            if nearer := self._first_by_formula(quantity, at, self._run):
+                return Change(at, nearer.name, True)
+        return Change(farthest, first.name, True)
+
+    def _first_by_formula(self, quantity: Quantity, factor: float, run: Run) -> Ranked | None:
+        """`_first` of the best rival by the closed form."""
+        rival = self._better(quantity, factor)
+        return rival and self._first(quantity, factor, rival, run)
+
+    def _first(self, quantity: Quantity, factor: float, rival: Ranked, run: Run) -> Ranked | None:
+        """The rival, with the replicas that it then has, if the event loop says that it is before the winner there."""
+        mine = run(self._winner, self._at(self._winner, quantity, factor), NOISE)
+        theirs = run(rival, self._at(rival, quantity, factor), 0.0)
+        if _standing(theirs) <= _standing(mine, NOISE):
+            return None
+        return replace(rival, estimate=replace(rival.estimate, replicas=theirs.estimate.replicas))
+
+    def _nearest(self, quantity: Quantity, farthest: float) -> tuple[float, Ranked] | None:
+        """By the closed form: steps first, then halvings."""
+        before = 1.0
         for step in range(1, _STEPS + 1):
-            factor = start * (farthest / start) ** (step / _STEPS)
+            factor = farthest ** (step / _STEPS)
             rival = self._better(quantity, factor)
             if rival is None:
                 before = factor
@@ -182,31 +198,62 @@ class Changes:
         return quantity.change(Situation(each.candidate.system, self._demand, self._slo), factor)
 
     def _then(self, each: Ranked, quantity: Quantity, factor: float) -> Standing:
-        """How a candidate stands then by the closed form, corrected by what the event loop found now. One that serves
-        all, other than the closed form said, is asked for as much less; one that does not serves nothing then."""
+        """How a candidate stands then by the closed form, corrected by what the event loop found now."""
         given, at = self._at(each, quantity, factor), (each.name, quantity.what, factor)
-        if given.system == each.candidate.system and given.demand == self._demand and given.slo == self._slo:
-            at = (each.name, "", 1.0)  # it does not depend on this
+        if given == Situation(each.candidate.system, self._demand, self._slo):
+            return _standing(each)  # it does not depend on this
         if at not in self._known and not fits(given.system):
             self._known[at] = False, 0.0
         if at not in self._known:
-            now, count = each.estimate, each.candidate.replicas
-            coarse = self._coarse(each)
-            asked = given.demand
-            if each.serves and not coarse.serves and math.isfinite(now.demanded) and coarse.taken:
-                asked = asked.at_rate(asked.rate * coarse.taken / now.demanded)
-            then = estimate(given.system, count, asked, given.slo, self._prefill, fine=False)
-            ratio = each.goodput / coarse.goodput if coarse.goodput else 0.0
-            trusted = then.serves and (each.serves or not coarse.serves)
+            load, now = self._corrected(each)
+            then = self._estimated(each, given, load)
+            ratio = each.goodput / now.goodput if now.goodput else 0.0
+            trusted = then.serves and (each.serves or not now.serves)
             self._known[at] = trusted, then.goodput_per_dollar * ratio / handicap(each)
         return self._known[at]
 
-    def _coarse(self, each: Ranked) -> Estimate:
-        """As it is, as coarsely as it is estimated then."""
+    def _corrected(self, each: Ranked) -> tuple[float, Estimate]:
+        """How many times the load the closed form is asked for, to say of now what the event loop found; and what it
+        says then."""
         if each.name not in self._now:
-            system, count = each.candidate.system, each.candidate.replicas
-            self._now[each.name] = estimate(system, count, self._demand, self._slo, self._prefill, fine=False)
+            given = Situation(each.candidate.system, self._demand, self._slo)
+            plain = self._estimated(each, given, 1.0)
+            self._now[each.name] = self._agreeing(each, given, plain) or (1.0, plain)
         return self._now[each.name]
+
+    def _agreeing(self, each: Ranked, given: Situation, plain: Estimate) -> tuple[float, Estimate] | None:
+        """The load nearest to the real one, of those near it, at which a candidate serves all by the closed form with
+        as many replicas as the event loop found. None where nothing is to be corrected, or no load agrees."""
+        count = each.estimate.replicas
+        agrees = plain.serves and plain.replicas == count
+        if agrees or not each.serves or not plain.capacity or math.isinf(plain.demanded):
+            return None
+
+        def tried(load: float) -> tuple[float, Estimate] | None:
+            found = self._estimated(each, given, load)
+            return (load, found) if found.serves and found.replicas == count else None
+
+        more = plain.serves and plain.replicas < count
+        one = plain.capacity / each.candidate.replicas / plain.demanded
+        wrong, load = 1.0, max(1.0, one * (count - 1)) if more else min(1.0, one * count)
+        found = tried(load)
+        for _ in range(_LOADS):
+            if found is not None:
+                break
+            wrong, load = load, load * _WIDER if more else load / _WIDER
+            found = tried(load)
+        for _ in range(_HALVINGS if found else 0):
+            middle = math.sqrt(wrong * load)
+            if nearer := tried(middle):
+                found, load = nearer, middle
+            else:
+                wrong = middle
+        return found
+
+    def _estimated(self, each: Ranked, given: Situation, load: float) -> Estimate:
+        """By the closed form, coarsely, at so many times the load."""
+        asked = given.demand if load == 1 else given.demand.at_rate(given.demand.rate * load)
+        return estimate(given.system, each.candidate.replicas, asked, given.slo, self._prefill, fine=False)
 
 
 def _standing(ranked: Ranked, allowance: float = 0.0) -> Standing:

@@ -228,6 +228,8 @@ class _Search:
                 rate = first.pop(0)
             else:
                 first.clear()
+                if len(tried) == 1:
+                    break  # that of `low` is all that passes
                 below, above = max(pairwise(tried), key=lambda each: each[1].rate * credit(each[0].share))
                 if above.rate * credit(below.share) <= _counts(best) * (1 + _CLOSE):
                     break
