@@ -269,8 +269,10 @@ def verify(
     """
     field = [(more, more is each) for each in chosen for more in (each, *_fewer(each))]
     rungs = [(requests // part, less) for part, less in RUNGS]
-    runs = sum(max(FINALISTS, len(field) // 3**rung) for rung in range(len(rungs) + 1))
-    told = RunProgress(progress, "simulating", runs)
+    sizes = [len(field)]
+    while len(sizes) <= len(rungs) and sizes[-1] > FINALISTS:
+        sizes.append(max(FINALISTS, sizes[-1] // 3))
+    told = RunProgress(progress, "simulating", sum(sizes))
 
     def run(some: Sequence[tuple[Ranked, bool]], length: int, less: float) -> Iterator[Ranked]:
         check = _Check(trace, slo, prefill, seed, length, requests, less)
@@ -278,11 +280,8 @@ def verify(
 
     # Each excerpt begins anew: short ones cut bursts badly, and ask for replicas that longer ones do not need.
     out: list[tuple[Ranked, tuple[Ranked, bool]]] = []
-    for rung, (length, less) in enumerate(rungs):
-        if len(field) <= FINALISTS:
-            break
+    for (length, less), keep in zip(rungs, sizes[1:], strict=False):
         tried = sorted(zip(run(field, length, less), field, strict=True), key=lambda pair: _order(pair[0], less))
-        keep = max(FINALISTS, len(field) // 3 ** (rung + 1))
         field, out = [pair for _, pair in tried[:keep]], tried[keep:] + out
     finals = list(run(field[:FINALISTS], requests, allowance))
     for pair in (*field[FINALISTS:], *(pair for each, pair in out if each.nearly(ALMOST))):
