@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from lamina.simulator.event_loop.simulate import Progress, Slo
 from lamina.simulator.planning.candidates import fits
-from lamina.simulator.planning.planner import NOISE, Ranked, mixes
+from lamina.simulator.planning.planner import FINALISTS, NOISE, Ranked, mixes
 from lamina.simulator.planning.prices import Change, Prices
 from lamina.simulator.planning.quantities import Quantity, Situation
 from lamina.simulator.planning.run_progress import Mapped, RunProgress, one_by_one
@@ -26,8 +26,6 @@ FARTHEST = 10.0
 """By what factor prices are changed at most."""
 FAR = 4.0
 """By what factor other things are."""
-CONTENDERS = 12
-"""Mixes that are looked at where something other than a price changes, the best first."""
 _STEPS, _HALVINGS = 4, 5
 _CLEARLY = 1 + 1e-9
 _LOADS, _WIDER = 8, 1.04
@@ -114,7 +112,8 @@ class Changes:
         mapped: Mapped = one_by_one,
     ) -> None:
         self._winner = ranked[0]
-        self._rivals = [each for each in mixes(ranked) if each is not ranked[0]][:CONTENDERS]
+        # The best of the other mixes: of so many there are full runs.
+        self._rivals = [each for each in mixes(ranked) if each is not ranked[0]][:FINALISTS]
         self._demand, self._slo, self._prefill, self._run = demand, slo, prefill, run
         self._progress, self._mapped = progress, mapped
         self._known: dict[tuple[str, str, float], Standing] = {}
