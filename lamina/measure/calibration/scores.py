@@ -15,7 +15,8 @@ import torch
 from lamina.measure.calibration.capture import Captured
 from lamina_kernels.dense import rotate
 from lamina_workers.decoder.config import ModelConfig
-from lamina_workers.decoder.rope import RopeConfig, Rotary
+from lamina_workers.decoder.rope import Rotary
+from lamina_workers.decoder.rope_keys import RopeConfig
 
 Scores = npt.NDArray[np.float64]
 

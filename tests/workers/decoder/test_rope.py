@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lamina_workers.decoder.rope import ROPE_TYPES, RopeConfig, Rotary, inverse_frequencies
+from lamina_workers.decoder.rope import Rotary, inverse_frequencies
+from lamina_workers.decoder.rope_keys import ROPE_TYPES, RopeConfig
 
 
 def config(kind: str, **fields: float) -> RopeConfig:

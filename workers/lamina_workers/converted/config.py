@@ -14,7 +14,7 @@ from lamina_workers.converted.modeling import model_class, read_config, transfor
 from lamina_workers.decoder.config import ModelConfig, Residuals
 from lamina_workers.decoder.config_keys import Keys
 from lamina_workers.decoder.layer_kinds import ATTENTION
-from lamina_workers.decoder.rope import RopeConfig
+from lamina_workers.decoder.rope_keys import RopeConfig
 from lamina_workers.errors import ModelFileError, UnsupportedModelError
 
 _SWITCHING_ROPES = ("dynamic", "longrope")

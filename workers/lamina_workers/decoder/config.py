@@ -21,8 +21,7 @@ from lamina_workers.decoder.index_config import read_index
 from lamina_workers.decoder.latent_config import LatentConfig, latent_scale, read_latent
 from lamina_workers.decoder.layer_kinds import Mixers, read_kinds
 from lamina_workers.decoder.moe_config import MoeConfig, read_moe
-from lamina_workers.decoder.rope import RopeConfig
-from lamina_workers.decoder.rope_keys import read_rope, read_ropes
+from lamina_workers.decoder.rope_keys import RopeConfig, read_rope, read_ropes
 from lamina_workers.decoder.state_config import StateConfig, read_states
 from lamina_workers.errors import ModelFileError, UnsupportedModelError
 

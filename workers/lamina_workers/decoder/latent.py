@@ -13,7 +13,8 @@ import torch
 
 from lamina_kernels.dense import HeadLinears, Linear, rms_norm, rotate
 from lamina_workers.decoder.latent_config import LatentConfig
-from lamina_workers.decoder.rope import RopeConfig, head_order
+from lamina_workers.decoder.rope import head_order
+from lamina_workers.decoder.rope_keys import RopeConfig
 
 Rotation = tuple[torch.Tensor, torch.Tensor] | None
 """cos and sin of the batch's positions, float32 `[T, d / 2]`; None in a layer without RoPE."""

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from lamina_workers.decoder.config_keys import Keys
-from lamina_workers.decoder.rope import RopeConfig, scaled_attention
+from lamina_workers.decoder.rope_keys import RopeConfig, scaled_attention
 from lamina_workers.errors import UnsupportedModelError
 
 

@@ -8,53 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
-
-
-@dataclass(frozen=True, slots=True)
-class RopeConfig:
-    """One RoPE. `theta` is the base; `positions` the length that the config calls max_position_embeddings.
-
-    `original` is the length of pre-training (yarn, longrope, llama3; elsewhere equal to `positions`). Each scaling
-    reads the fields that its formula names and ignores the others. Of each head the first `turned` numbers are turned;
-    0: all. `interleaved`: number 2i is turned against 2i + 1, else i against i + turned / 2. Of both, `head_order`
-    makes halves that are turned against each other.
-    """
-
-    kind: str
-    theta: float
-    positions: int
-    original: int
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 0.0
-    mscale_all_dim: float = 0.0
-    attention_factor: float | None = None
-    truncate: bool = True
-    short_factor: tuple[float, ...] = ()
-    long_factor: tuple[float, ...] = ()
-    turned: int = 0
-    interleaved: bool = False
-
-    @property
-    def by_length(self) -> bool:
-        """Whether a token's frequencies depend on the length of its sequence."""
-        return self.kind in ("dynamic", "longrope")
-
-    @property
-    def context(self) -> int:
-        """Positions that this RoPE is made for. Some configs already count the factor in, the others don't."""
-        if self.kind in ("default", "llama3", "longrope"):
-            return self.positions
-        return int((self.original if self.kind == "yarn" else self.positions) * self.factor)
+from lamina_workers.decoder.rope_keys import RopeConfig, scaled_attention
 
 
 def head_order(rope: RopeConfig, dim: int) -> torch.Tensor | None:
@@ -165,11 +123,6 @@ def _exponents(dim: int, device: torch.device | str = "cpu") -> torch.Tensor:
 def _powers(theta: float, dim: int) -> torch.Tensor:
     powers: torch.Tensor = theta ** _exponents(dim)
     return powers
-
-
-def scaled_attention(factor: float, weight: float) -> float:
-    """YaRN's factor of attention (arXiv 2309.00071, section 3.4) for a context `factor` times as long."""
-    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def _llama3(rope: RopeConfig, base: torch.Tensor) -> torch.Tensor:
