@@ -16,7 +16,7 @@ from lamina.scheduling import redundancy
 from lamina.scheduling.kv_layouts import SHARDS
 from lamina.scheduling.speculation import MAX_DRAFTS
 from lamina.system.byte_size import parse_size
-from lamina_protocols.layers import ColdTier
+from lamina_protocols.messages.layers import ColdTier
 from lamina_workers.devices.names import check_names
 from lamina_workers.errors import DeviceError
 

@@ -56,7 +56,7 @@ def join(
     from lamina.joining.records import joining_folder
     from lamina.joining.stream import host_name
     from lamina.joining.worker import JoinOptions
-    from lamina_protocols.channels import AddressError
+    from lamina_protocols.channels.channels import AddressError
     from lamina_protocols.errors import ProtocolError
 
     machine = this_machine()

@@ -20,7 +20,7 @@ from lamina.joining.pairing import JOIN_PORT
 from lamina.server.http.api_keys import keys_from_environment, keys_from_file
 from lamina.system.child_process import KEY_VARIABLE
 from lamina.system.machine import kv_share, this_machine
-from lamina_protocols.channels import AddressError, is_loopback, split_address
+from lamina_protocols.channels.channels import AddressError, is_loopback, split_address
 
 if TYPE_CHECKING:
     from lamina.server.processes.server_plan import JoinPlan

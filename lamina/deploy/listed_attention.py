@@ -8,7 +8,7 @@ from lamina.deploy.restarts import Slot
 from lamina.deploy.supervision import AttentionSupervisor, Worker
 from lamina.deploy.worker_events import WorkerAddress
 from lamina.system.progress import Progress
-from lamina_protocols.channels import Credentials
+from lamina_protocols.channels.channels import Credentials
 
 
 class ListedWorkers(AttentionSupervisor[Worker]):
@@ -96,7 +96,7 @@ def answers(worker: WorkerAddress, timeout: float = 2.0) -> float | None:
     """For how many seconds a worker has run, None where none answers within `timeout`. A refusal is an answer, of a new
     worker: connecting raises its reason. Raises ConnectionRefusedError where the host answers that nothing listens at
     the port, ConnectionError where the two ends cannot agree on TLS."""
-    from lamina_protocols.service import WorkerClient, WorkerRefused, WorkerUnreachable  # loads grpc
+    from lamina_protocols.channels.grpc_client import WorkerClient, WorkerRefused, WorkerUnreachable  # loads grpc
 
     with WorkerClient(worker.address, worker.credentials) as client:
         try:

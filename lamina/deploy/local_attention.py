@@ -14,8 +14,8 @@ from lamina.deploy.restarts import Slot
 from lamina.deploy.supervision import AttentionSupervisor
 from lamina.deploy.worker_events import WorkerAddress
 from lamina.system.child_process import end_all, module_command
-from lamina_protocols.channels import Credentials
-from lamina_protocols.layers import ColdTier
+from lamina_protocols.channels.channels import Credentials
+from lamina_protocols.messages.layers import ColdTier
 
 _LISTENING = re.compile(r"listening (\S+:\d+)")
 

@@ -8,7 +8,7 @@ from lamina.deploy.local_worker import LocalWorker
 from lamina.deploy.restarts import Slot
 from lamina.deploy.supervision import ModelSupervisor
 from lamina.system.child_process import end_all, module_command
-from lamina_protocols.versions import PROTOCOL_VERSION, VARIABLE
+from lamina_protocols.channels.versions import PROTOCOL_VERSION, VARIABLE
 
 
 class LocalModelWorkers(ModelSupervisor[LocalWorker]):

@@ -26,8 +26,8 @@ from lamina.deploy.supervision import AttentionSupervisor, Worker
 from lamina.deploy.worker_events import WAITING, WorkerAddress
 from lamina.system.child_process import KEY_VARIABLE
 from lamina.system.progress import Progress
-from lamina_protocols.channels import Credentials, join_address
-from lamina_protocols.layers import ColdTier
+from lamina_protocols.channels.channels import Credentials, join_address
+from lamina_protocols.messages.layers import ColdTier
 from lamina_workers.devices.openmp import share_cores
 from lamina_workers.process.credentials import create_credentials
 

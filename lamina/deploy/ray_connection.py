@@ -16,8 +16,8 @@ from importlib import metadata
 from typing import Any
 
 from lamina.errors import EngineError, InvalidRequest
-from lamina_protocols.channels import is_loopback, split_address
-from lamina_protocols.versions import PROTOCOL_VERSION, VersionMismatch, check_neighbours
+from lamina_protocols.channels.channels import is_loopback, split_address
+from lamina_protocols.channels.versions import PROTOCOL_VERSION, VersionMismatch, check_neighbours
 
 NAMESPACE = "lamina"
 MODEL, ATTENTION = "lamina_model", "lamina_attention"  # resources that `ray start --resources` gives a node
@@ -121,7 +121,7 @@ def head_address() -> str:
 def require_authentication() -> None:
     """Raise EngineError where other hosts reach the cluster's head and it answers a caller that shows nothing: such a
     cluster runs any program for anybody, as the user who started it."""
-    from lamina_protocols.grpc_core import grpc  # takes a while
+    from lamina_protocols.channels.grpc_core import grpc  # takes a while
 
     address = head_address()
     if is_loopback(split_address(address)[0]):

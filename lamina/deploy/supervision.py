@@ -29,7 +29,7 @@ from lamina.deploy.worker_events import (
 from lamina.errors import EngineError
 from lamina.system.child_process import GRACE
 from lamina.system.progress import Progress
-from lamina_protocols.channels import Credentials
+from lamina_protocols.channels.channels import Credentials
 
 logger = logging.getLogger("lamina")
 

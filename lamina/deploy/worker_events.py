@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from lamina.system.progress import Progress
-from lamina_protocols.channels import Credentials
+from lamina_protocols.channels.channels import Credentials
 
 logger = logging.getLogger("lamina")
 

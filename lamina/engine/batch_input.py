@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lamina.messages.engine_request import EngineRequest
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.request import Plan, PlannedRow, ScheduledSequence
-from lamina_protocols.routes import Span
+from lamina_protocols.messages.routes import Span
 from lamina_workers.decoder.logprobs import PromptTokens
 from lamina_workers.decoder.sampler import RowSampling, TokenCounts, TokenHistory
 from lamina_workers.model_worker.interface import BatchWork

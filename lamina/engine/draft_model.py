@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from lamina.engine.proposer import Wanted
 from lamina.messages.engine_request import EngineRequest
 from lamina.scheduling.request import ScheduledSequence
-from lamina_protocols.messages import Close, Open, Operation, Row
-from lamina_protocols.routes import HolderBatch, Route, Span
+from lamina_protocols.messages.messages import Close, Open, Operation, Row
+from lamina_protocols.messages.routes import HolderBatch, Route, Span
 from lamina_workers.decoder.sampler import RowSampling
 from lamina_workers.errors import HolderFault, faults
 from lamina_workers.model_worker.interface import BatchWork

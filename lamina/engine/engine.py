@@ -42,8 +42,8 @@ from lamina.scheduling.holder import Holder
 from lamina.scheduling.prefix_events import PrefixSink
 from lamina.scheduling.request import Plan, ScheduledSequence
 from lamina.scheduling.speculation import Speculation
-from lamina_protocols.channels import Credentials
-from lamina_protocols.messages import Announced
+from lamina_protocols.channels.channels import Credentials
+from lamina_protocols.messages.messages import Announced
 from lamina_workers.decoder.logprobs import RowLogprobs
 from lamina_workers.decoder.sampler import Sampled, TokenHistory
 from lamina_workers.errors import HolderFault, faults

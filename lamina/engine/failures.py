@@ -21,7 +21,7 @@ from lamina.scheduling.blame import TRIES
 from lamina.scheduling.holder import Holder
 from lamina.scheduling.request import PlannedRow
 from lamina.scheduling.scheduler import Scheduler
-from lamina_protocols.channels import Credentials
+from lamina_protocols.channels.channels import Credentials
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
 from lamina_workers.model_worker.interface import Workers
 from lamina_workers.ports.port import AttentionPort

@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 
 from lamina.scheduling.control_plane import ControlPlane
 from lamina.scheduling.holder import Holder
-from lamina_protocols.channels import Credentials
+from lamina_protocols.channels.channels import Credentials
 from lamina_workers.errors import HolderFault
 from lamina_workers.model_worker.interface import Seat, Workers
 from lamina_workers.parallel.peers import Peer

@@ -10,8 +10,8 @@ from functools import partial
 
 from lamina.scheduling.control_plane import ControlPlane
 from lamina.scheduling.kv_shares import Pages, Part
-from lamina_protocols.messages import Row
-from lamina_protocols.routes import HolderBatch, Route
+from lamina_protocols.messages.messages import Row
+from lamina_protocols.messages.routes import HolderBatch, Route
 from lamina_workers.model_worker.interface import Workers
 from lamina_workers.model_worker.kv_copy import Move
 from lamina_workers.model_worker.waiting import Waiting

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from lamina.messages.engine_request import NOTHING_SPARED, KvSavings
 from lamina.messages.snapshot import BATCH_BUCKETS
-from lamina_protocols.messages import Announced
-from lamina_protocols.usage import Usage
+from lamina_protocols.messages.messages import Announced, Usage
 
 if TYPE_CHECKING:
     from lamina.engine.holders import HolderChange

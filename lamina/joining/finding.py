@@ -8,7 +8,7 @@ from lamina.joining.discovery import FoundServer, find
 from lamina.joining.pairing import JOIN_PORT, fingerprint
 from lamina.joining.records import KnownServer
 from lamina.joining.stream import JoinFailed, MessageStream, connect
-from lamina_protocols.channels import ChannelClosed, split_address
+from lamina_protocols.channels.channels import ChannelClosed, split_address
 
 _FIND_S = 4.0  # seconds for which servers of the network may answer
 

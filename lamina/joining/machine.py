@@ -22,9 +22,9 @@ from lamina.joining.records import KnownServer, forget, known_servers, remember
 from lamina.joining.stream import ALIVE_S, HELLO_S, SILENT_S, JoinFailed, JoinRefused, MessageStream, printable
 from lamina.joining.worker import JoinOptions, MachineWorker
 from lamina.version import __version__
-from lamina_protocols.channels import ChannelClosed
+from lamina_protocols.channels.channels import ChannelClosed
+from lamina_protocols.channels.versions import PROTOCOL_VERSION
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.versions import PROTOCOL_VERSION
 
 _LOOK_S = 0.5  # between two looks at everything
 _AGAIN_S = 10.0  # until an offer is repeated that the server could not use

@@ -18,7 +18,7 @@ from lamina.joining.book import ID_SIZE, KEY_SIZE, Machine, pack, unpack
 from lamina.joining.pairing import read_bytes
 from lamina.system.private_folder import check_own, lock, state_folder
 from lamina.system.text_files import read_text, write_text
-from lamina_protocols.channels import Credentials
+from lamina_protocols.channels.channels import Credentials
 from lamina_protocols.errors import ProtocolError
 from lamina_workers.process.credentials import create_credentials
 

@@ -23,10 +23,9 @@ from lamina.joining.book import ID_SIZE, KEY_SIZE, WAITING_S, MachineBook, NoRoo
 from lamina.joining.discovery import Announcement, NoDiscovery
 from lamina.joining.records import ServerRecords
 from lamina.joining.stream import HELLO_S, SILENT_S, JoinListener, MessageStream, host_name, reachable
-from lamina_protocols.channels import ChannelClosed, Credentials, join_address
+from lamina_protocols.channels.channels import ChannelClosed, Credentials, certificate_bytes, join_address
+from lamina_protocols.channels.versions import PREVIOUS, PROTOCOL_VERSION, VersionMismatch, check_neighbours
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.tls import certificate_bytes
-from lamina_protocols.versions import PREVIOUS, PROTOCOL_VERSION, VersionMismatch, check_neighbours
 
 logger = logging.getLogger("lamina")
 

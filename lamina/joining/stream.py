@@ -14,9 +14,16 @@ from contextlib import suppress
 from typing import Any
 
 from lamina.errors import LaminaError
-from lamina_protocols.channels import ChannelClosed, Credentials, join_address
+from lamina_protocols.channels.channels import (
+    ChannelClosed,
+    Credentials,
+    handshake,
+    join_address,
+    peer_certificate,
+    server_context,
+    unchecked_context,
+)
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.tls import handshake, peer_certificate, server_context, unchecked_context
 
 MAX_MESSAGE = 16 << 10  # bytes
 HANDSHAKE_S = 10.0  # seconds

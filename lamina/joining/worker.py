@@ -16,7 +16,7 @@ from typing import Any
 from lamina.deploy.local_worker import LocalWorker
 from lamina.deploy.restarts import Backoff, Slot
 from lamina.system.child_process import module_command
-from lamina_protocols.channels import Credentials, join_address, split_address
+from lamina_protocols.channels.channels import Credentials, join_address, split_address
 from lamina_workers.process.credentials import TOKEN_NAME, make_credentials
 
 LEAVING_S = 12.0  # for a worker to end in order

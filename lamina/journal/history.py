@@ -25,7 +25,7 @@ from lamina.journal.records import (
 from lamina.sampling_params import MAX_SAMPLES
 from lamina.scheduling.kv_shares import GONE, Part, Share
 from lamina.scheduling.request import RetainedKv
-from lamina_protocols.messages import PartHeld
+from lamina_protocols.messages.messages import PartHeld
 
 FINISHED = 16 << 20  # bytes of ended requests that are kept, for clients that may have missed the last outputs
 _REQUEST = 4096  # bytes about, of a request without its tokens

@@ -26,7 +26,7 @@ from lamina.journal.history import History
 from lamina.journal.records import Record, RequestRecord, from_plain, to_plain
 from lamina.messages.request_codec import decode_request
 from lamina.system.private_folder import check_own, lock
-from lamina_protocols.control import package_version
+from lamina_protocols.channels.control import package_version
 
 logger = logging.getLogger("lamina")
 

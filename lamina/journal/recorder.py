@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lamina.scheduling.kv_shares import Part
     from lamina.scheduling.placement import Placement
     from lamina.scheduling.request import Plan, ScheduledSequence
-    from lamina_protocols.messages import Surveyed
+    from lamina_protocols.messages.messages import Surveyed
 
 
 class Recorder:

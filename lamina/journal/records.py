@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
-from lamina_protocols.fields import shown
+from lamina_protocols.frames.fields import shown
 
 
 class HeldPart(NamedTuple):

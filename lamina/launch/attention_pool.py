@@ -24,10 +24,10 @@ from lamina.launch.model_files import ModelFiles
 from lamina.scheduling.autoscaling import Autoscaler
 from lamina.scheduling.holder import Holder
 from lamina.system.progress import Progress
-from lamina_protocols.channels import Credentials, is_loopback, split_address
-from lamina_protocols.layers import HolderConfig
-from lamina_protocols.messages import Surveyed
-from lamina_protocols.service import WorkerUnreachable
+from lamina_protocols.channels.channels import Credentials, is_loopback, split_address
+from lamina_protocols.channels.grpc_client import WorkerUnreachable
+from lamina_protocols.messages.layers import HolderConfig
+from lamina_protocols.messages.messages import Surveyed
 from lamina_workers.errors import HolderFault, HolderLost
 from lamina_workers.model_worker.interface import Seat
 from lamina_workers.parallel.tensor_parallel import seat

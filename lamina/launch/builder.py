@@ -42,7 +42,7 @@ from lamina.scheduling.step_tuner import StepTuner
 from lamina.system.machine import this_machine
 from lamina.system.progress import Progress
 from lamina.text.tokenizer import Tokenizer
-from lamina_protocols.messages import Surveyed
+from lamina_protocols.messages.messages import Surveyed
 from lamina_workers.attention_worker.device_worker import attention_worker
 from lamina_workers.attention_worker.page_layout import page_counts
 from lamina_workers.converted.decoder import ConvertedDecoder

@@ -16,8 +16,8 @@ from lamina.journal.journal import Facts, Journal, Run
 from lamina.journal.recorder import Recorder, found
 from lamina.messages.engine_request import EngineRequest
 from lamina.scheduling.placement import Placement
-from lamina_protocols.layers import HolderConfig
-from lamina_protocols.messages import Surveyed
+from lamina_protocols.messages.layers import HolderConfig
+from lamina_protocols.messages.messages import Surveyed
 from lamina_workers.model_worker.interface import Workers
 from lamina_workers.parallel.peers import Peer
 

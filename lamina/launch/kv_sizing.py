@@ -22,8 +22,8 @@ from lamina.scheduling.page_groups import PageGroup
 from lamina.scheduling.placement import Placement
 from lamina.scheduling.request import SNAPSHOT_TOKENS, SchedulerConfig
 from lamina.system.machine import Machine, kv_share, native_dtype
-from lamina_protocols.layers import STATES, ColdTier, HolderConfig, LayerSpec
-from lamina_protocols.pools import pools
+from lamina_protocols.messages.layers import STATES, ColdTier, HolderConfig, LayerSpec
+from lamina_protocols.messages.pools import pools
 from lamina_workers.attention_worker.cold_file import check_folder
 from lamina_workers.attention_worker.head_policies import HeadPolicies
 from lamina_workers.attention_worker.page_layout import page_cost

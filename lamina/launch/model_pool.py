@@ -16,8 +16,8 @@ from lamina.launch.journal_setup import Identity
 from lamina.launch.kv_sizing import Sizes
 from lamina.launch.model_files import ModelFiles
 from lamina.system.progress import Progress
+from lamina_protocols.channels.sockets import listen_tcp
 from lamina_protocols.errors import LaminaError
-from lamina_protocols.socket_connections import listen_tcp
 from lamina_workers.errors import DeviceError, KernelsUnavailable, NotEnoughMemory, RanksError
 from lamina_workers.parallel import peer_messages
 from lamina_workers.parallel.collectives import Meeting

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from lamina.policy_file import AUTO
 from lamina.scheduling.page_groups import PageGroup, PolicyKv
-from lamina_protocols.layers import STATES, HolderConfig
+from lamina_protocols.messages.layers import STATES, HolderConfig
 from lamina_workers.errors import PolicyError
 from lamina_workers.policies.catalogue import parse
 from lamina_workers.policies.policy import LONGEST, Policy

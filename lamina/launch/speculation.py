@@ -16,8 +16,8 @@ from lamina.launch.model_files import ModelFiles, load
 from lamina.system.machine import this_machine
 from lamina.system.progress import Progress
 from lamina.text.tokenizer import Tokenizer
-from lamina_protocols.layers import HolderConfig
-from lamina_protocols.pools import pools
+from lamina_protocols.messages.layers import HolderConfig
+from lamina_protocols.messages.pools import pools
 from lamina_workers.attention_worker.device_worker import attention_worker
 from lamina_workers.attention_worker.page_layout import page_cost
 from lamina_workers.converted.models import decoder_of

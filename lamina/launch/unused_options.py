@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from lamina.config import EngineConfig
-from lamina_protocols.layers import STATES, HolderConfig, LayerSpec
-from lamina_protocols.pools import pools
+from lamina_protocols.messages.layers import STATES, HolderConfig, LayerSpec
+from lamina_protocols.messages.pools import pools
 from lamina_workers.policies.catalogue import parse
 from lamina_workers.policies.policy import LONGEST
 

@@ -8,9 +8,9 @@ from types import MappingProxyType
 import torch
 
 from lamina_kernels.states.layout import StateConstants
-from lamina_protocols.layers import HolderConfig
-from lamina_protocols.messages import Announced, Announcement, Fresh, Operation
-from lamina_protocols.routes import Route, Span
+from lamina_protocols.messages.layers import HolderConfig
+from lamina_protocols.messages.messages import Announced, Announcement, Fresh, Operation
+from lamina_protocols.messages.routes import Route, Span
 from lamina_workers.decoder.model import Forward
 from lamina_workers.model_worker.attention_merge import AttentionMerge
 from lamina_workers.model_worker.state_traffic import send_constants

@@ -21,8 +21,8 @@ import torch
 from numpy.lib.format import open_memmap
 
 from lamina.measure.probe import Probe
-from lamina_protocols.layers import STATES, HolderConfig
-from lamina_protocols.pools import pools
+from lamina_protocols.messages.layers import STATES, HolderConfig
+from lamina_protocols.messages.pools import pools
 from lamina_workers.attention_worker.head_policies import HeadPolicies
 from lamina_workers.attention_worker.kv_pool import KVPool
 from lamina_workers.policies.catalogue import parse

@@ -20,11 +20,10 @@ from lamina.measure.batch_driver import BatchDriver
 from lamina.models.resolve import resolve
 from lamina.system.machine import native_dtype, this_machine
 from lamina.text.tokenizer import Tokenizer
-from lamina_protocols.layers import STATES, HolderConfig
-from lamina_protocols.messages import Announced, Close, Fork, Open, Operation, Row
-from lamina_protocols.pools import pools
-from lamina_protocols.routes import Route, Span
-from lamina_protocols.usage import Usage
+from lamina_protocols.messages.layers import STATES, HolderConfig
+from lamina_protocols.messages.messages import Announced, Close, Fork, Open, Operation, Row, Usage
+from lamina_protocols.messages.pools import pools
+from lamina_protocols.messages.routes import Route, Span
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.converted.models import decoder_of, load_model, model_config
 from lamina_workers.decoder.config import ModelConfig

@@ -143,7 +143,7 @@ class EngineActor:
     def status(self) -> dict[str, Any]:
         """The model, this process, whether its engine is alive, the other model workers, and every attention worker
         with its own status."""
-        from lamina_protocols.service import WorkerClient
+        from lamina_protocols.channels.grpc_client import WorkerClient
 
         rows = []
         for worker, status in self._workers:

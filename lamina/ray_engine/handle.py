@@ -30,7 +30,7 @@ from lamina.ray_engine.actor import MODEL_FILES, file_hashes
 from lamina.ray_engine.head_watch import HeadWatch
 from lamina.ray_engine.owner import STOPPING, EngineOwner, result
 from lamina.system.progress import Progress
-from lamina_protocols.channels import split_address
+from lamina_protocols.channels.channels import split_address
 
 if TYPE_CHECKING:
     from lamina.client.remote_client import RemoteEngine

@@ -17,8 +17,8 @@ from lamina.scheduling.request import Outcome, Plan, PlannedRow, ScheduledSequen
 from lamina.scheduling.scheduler import Scheduler
 from lamina.scheduling.spares import Spares
 from lamina.scheduling.step_tuner import StepTuner
-from lamina_protocols.messages import Announced
-from lamina_protocols.routes import HolderBatch
+from lamina_protocols.messages.messages import Announced
+from lamina_protocols.messages.routes import HolderBatch
 
 
 class Step(NamedTuple):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lamina_protocols.messages import Close, Operation, Surveyed
-from lamina_protocols.routes import HolderBatch, Route
-from lamina_protocols.versions import FEATURES
+from lamina_protocols.channels.versions import FEATURES
+from lamina_protocols.messages.messages import Close, Operation, Surveyed
+from lamina_protocols.messages.routes import HolderBatch, Route
 
 
 @dataclass(slots=True)

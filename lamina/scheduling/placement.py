@@ -17,9 +17,9 @@ from lamina.scheduling.holder import Holder
 from lamina.scheduling.kv_shares import Handover, Layout, Pages, Part, Place, Share, under
 from lamina.scheduling.request import Plan
 from lamina.scheduling.routing import Routing
-from lamina_protocols.messages import Bound, Close, Fork, Open, Operation
-from lamina_protocols.routes import HolderBatch
-from lamina_protocols.versions import BOUND
+from lamina_protocols.channels.versions import BOUND
+from lamina_protocols.messages.messages import Bound, Close, Fork, Open, Operation
+from lamina_protocols.messages.routes import HolderBatch
 
 
 def prefers_local(local: int, total: int, tokens: int, share: float) -> bool:

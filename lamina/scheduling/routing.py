@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from lamina.scheduling.holder import Holder
 from lamina.scheduling.kv_shares import Part, Place, Share
 from lamina.scheduling.request import Plan, PlannedRow
-from lamina_protocols.messages import Row
-from lamina_protocols.routes import HolderBatch, Route
+from lamina_protocols.messages.messages import Row
+from lamina_protocols.messages.routes import HolderBatch, Route
 
 
 @dataclass(frozen=True, slots=True)

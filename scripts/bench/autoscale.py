@@ -75,7 +75,7 @@ class Stages:
 
 
 def joining(model: str, standby: bool, streams: int, tokens: int) -> None:
-    from lamina_protocols.service import WorkerClient
+    from lamina_protocols.channels.grpc_client import WorkerClient
 
     stages = Stages()
     for busy in (0, streams):

@@ -107,7 +107,7 @@ def joins(llm: Any, address: str, asked: list[list[int]]) -> None:
     thread.join()
     ((began, ended),) = busy
     report("join", before, gaps, began, began + 2.0)
-    from lamina_protocols.service import WorkerClient
+    from lamina_protocols.channels.grpc_client import WorkerClient
 
     with WorkerClient(address, None) as client:
         stored = client.status(5.0).stored

@@ -15,8 +15,8 @@ import time
 
 import torch
 
-from lamina_protocols.layers import HolderConfig, Index, LayerSpec
-from lamina_protocols.messages import Announced, Announcement, Exchange, Fresh, Open, Row
+from lamina_protocols.messages.layers import HolderConfig, Index, LayerSpec
+from lamina_protocols.messages.messages import Announced, Announcement, Exchange, Fresh, Open, Row
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 
 SHAPES = {

@@ -23,7 +23,7 @@ from lamina.launch import model_files  # noqa: E402
 from lamina.launch.model_files import ModelFiles  # noqa: E402
 from lamina.measure.probe import Probe  # noqa: E402
 from lamina.system.machine import native_dtype, this_machine  # noqa: E402
-from lamina_protocols.layers import HolderConfig  # noqa: E402
+from lamina_protocols.messages.layers import HolderConfig  # noqa: E402
 from lamina_workers.attention_worker.page_layout import page_cost  # noqa: E402
 from lamina_workers.converted.models import decoder_of  # noqa: E402
 from lamina_workers.decoder.model import Decoder  # noqa: E402

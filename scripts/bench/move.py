@@ -28,10 +28,10 @@ from lamina_workers.devices.openmp import share_cores
 
 share_cores()  # before torch is imported
 
-from lamina_protocols import codec  # noqa: E402
-from lamina_protocols.channels import Channel, ChannelClosed  # noqa: E402
-from lamina_protocols.messages import Query  # noqa: E402
-from lamina_protocols.socket_connections import Listener, connect_unix, listen_unix  # noqa: E402
+from lamina_protocols.channels.channels import Channel, ChannelClosed  # noqa: E402
+from lamina_protocols.channels.sockets import Listener, connect_unix, listen_unix  # noqa: E402
+from lamina_protocols.frames import codec  # noqa: E402
+from lamina_protocols.messages.messages import Query  # noqa: E402
 
 SECRET = bytes(32)
 

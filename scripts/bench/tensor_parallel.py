@@ -39,7 +39,7 @@ class Rank:
 
         from lamina.measure.hardware.held import Held
         from lamina_kernels import dense
-        from lamina_protocols.layers import HolderConfig
+        from lamina_protocols.messages.layers import HolderConfig
         from lamina_workers.attention_worker.attention_worker import AttentionWorker
         from lamina_workers.attention_worker.page_layout import attention_kernels, page_cost, page_layout
         from lamina_workers.decoder.config import ModelConfig

@@ -27,14 +27,15 @@ from pathlib import Path
 import torch
 
 from lamina.system.machine import this_machine
-from lamina_protocols import codec, control
-from lamina_protocols.channels import Channel, ChannelClosed
-from lamina_protocols.frames import Prefix, pack_prefix, read_prefix
-from lamina_protocols.grpc_core import grpc
-from lamina_protocols.messages import Attended, Fresh, Query
-from lamina_protocols.service import GrpcChannel, WorkerClient
-from lamina_protocols.service_server import handlers, server_options
-from lamina_protocols.socket_connections import Listener, connect_tcp, connect_unix, listen_tcp, listen_unix
+from lamina_protocols.channels import control
+from lamina_protocols.channels.channels import Channel, ChannelClosed
+from lamina_protocols.channels.grpc_client import GrpcChannel, WorkerClient
+from lamina_protocols.channels.grpc_core import grpc
+from lamina_protocols.channels.grpc_server import handlers, server_options
+from lamina_protocols.channels.sockets import Listener, connect_tcp, connect_unix, listen_tcp, listen_unix
+from lamina_protocols.frames import codec
+from lamina_protocols.frames.frames import Prefix, pack_prefix, read_prefix
+from lamina_protocols.messages.messages import Attended, Fresh, Query
 
 SIZES = (1 << 10, 16 << 10, 256 << 10)
 SECRET = bytes(32)

@@ -15,7 +15,7 @@ from real_workers import write_tiny_model
 
 from lamina import LLM, EngineError
 from lamina import llm as llm_module
-from lamina_protocols.socket_channel import SocketChannel
+from lamina_protocols.channels.sockets import SocketChannel
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 

@@ -18,8 +18,8 @@ from lamina.deploy.listed_attention import ListedWorkers, answers
 from lamina.deploy.local_attention import LocalAttentionWorkers, attention_command
 from lamina.deploy.worker_events import WorkerAddress
 from lamina.errors import EngineError
-from lamina_protocols.layers import ColdTier
-from lamina_protocols.service import WorkerClient, WorkerRefused
+from lamina_protocols.channels.grpc_client import WorkerClient, WorkerRefused
+from lamina_protocols.messages.layers import ColdTier
 
 FAKE = """
 import os, sys

@@ -25,7 +25,7 @@ from lamina.sampling_params import SamplingParams
 from lamina.scheduling.holder import Holder
 from lamina.scheduling.step_model import Batch
 from lamina.scheduling.step_tuner import StepTuner
-from lamina_protocols.messages import Announcement, Exchange, Fresh, Query
+from lamina_protocols.messages.messages import Announcement, Exchange, Fresh, Query
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.errors import KVError

@@ -27,7 +27,7 @@ from lamina.scheduling.running import Counters
 from lamina.scheduling.step_model import Batch
 from lamina.scheduling.step_tuner import StepTuner
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.messages import Advanced, Fault, Reply
+from lamina_protocols.messages.messages import Advanced, Fault, Reply
 from lamina_workers.attention_worker.state_pool import StatePool
 from lamina_workers.errors import ModelFileError, RanksError
 from lamina_workers.ports.remote import RemoteAttention

@@ -16,7 +16,7 @@ from real_workers import WorkerProcess, until, worker_process, write_tiny_model
 
 from lamina import LLM
 from lamina.errors import InvalidRequest
-from lamina_protocols.layers import HolderConfig
+from lamina_protocols.messages.layers import HolderConfig
 from lamina_workers.attention_worker.page_layout import page_bytes
 from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.errors import PolicyError, RanksError

@@ -12,7 +12,7 @@ from engine_rig import BytesPort, Rig
 from policy_bench import STATIC, TIGHT, under
 from scripted_drafts import Scripted, texts_of
 
-from lamina_protocols.messages import Announcement, Exchange, Fresh
+from lamina_protocols.messages.messages import Announcement, Exchange, Fresh
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.errors import HolderLost

@@ -19,7 +19,7 @@ import lamina.llm
 from lamina import LLM
 from lamina.deploy.local_models import LocalModelWorkers, model_command
 from lamina.launch.builder import start
-from lamina_protocols.versions import FEATURES
+from lamina_protocols.channels.versions import FEATURES
 
 pytestmark = pytest.mark.real
 

@@ -91,7 +91,7 @@ def test_greedy_tokens_equal_transformers_one_by_one_and_together(path, prompts,
 @pytest.mark.timeout(900)
 def test_bfloat16_agrees_with_float32_as_often_as_transformers_does(path, unpacked, reference, prompts):
     from lamina.measure.probe import Probe
-    from lamina_protocols.layers import HolderConfig
+    from lamina_protocols.messages.layers import HolderConfig
     from lamina_workers.decoder.config import ModelConfig
     from lamina_workers.decoder.model import Decoder
     from lamina_workers.decoder.model_checkpoint import open_checkpoint

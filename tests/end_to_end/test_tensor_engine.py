@@ -22,8 +22,8 @@ from lamina.deploy.local_models import LocalModelWorkers, model_command
 from lamina.errors import EngineError, InvalidRequest, LaminaError
 from lamina.launch.builder import start
 from lamina.scheduling.kv_layouts import SHARDS
-from lamina_protocols.channels import ChannelClosed, split_address
-from lamina_protocols.socket_connections import connect_tcp
+from lamina_protocols.channels.channels import ChannelClosed, split_address
+from lamina_protocols.channels.sockets import connect_tcp
 from lamina_workers.parallel.tensor_parallel import TensorParallelWorkers
 from lamina_workers.process.credentials import load_credentials, make_credentials
 

@@ -16,7 +16,7 @@ from lamina.engine.proposer import Wanted
 from lamina.messages.engine_request import EngineRequest
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.request import Request, ScheduledSequence
-from lamina_protocols.messages import Request as Message
+from lamina_protocols.messages.messages import Request as Message
 from lamina_workers.attention_worker.device_worker import attention_worker
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.decoder.sampler import RowSampling, sample

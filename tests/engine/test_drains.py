@@ -19,7 +19,7 @@ from lamina import LLM
 from lamina.errors import EngineError, InvalidRequest
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.step_tuner import StepTuner
-from lamina_protocols.messages import Fetch, FetchPages, Request
+from lamina_protocols.messages.messages import Fetch, FetchPages, Request
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.errors import HolderLost, KVError
 

@@ -13,7 +13,7 @@ from lamina.errors import EngineError, InvalidRequest
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.step_tuner import StepTuner
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.messages import Announcement, Attended, Exchange, Fresh, Query
+from lamina_protocols.messages.messages import Announcement, Attended, Exchange, Fresh, Query
 from lamina_workers.ports.port import LocalAttention
 
 rng = random.Random(7)

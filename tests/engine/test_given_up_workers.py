@@ -10,7 +10,7 @@ from engine_rig import BytesPort, Rig, collect
 
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.refusals import TRIES
-from lamina_protocols.messages import Request, answered
+from lamina_protocols.messages.messages import Request, answered
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0).with_defaults({})

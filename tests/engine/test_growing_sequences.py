@@ -15,7 +15,7 @@ from scripted_drafts import Scripted, texts_of
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling import balance
 from lamina.scheduling.holder import Holder
-from lamina_protocols.messages import Announcement, Bound, Request
+from lamina_protocols.messages.messages import Announcement, Bound, Request
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 
 chance = random.Random(3)

@@ -20,11 +20,11 @@ from real_workers import until
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.holder import Holder
 from lamina.server.processes.link import pack
-from lamina_protocols import codec, control
+from lamina_protocols.channels import control
 from lamina_protocols.errors import LaminaError
-from lamina_protocols.frames import read_prefix
-from lamina_protocols.messages import Announced
-from lamina_protocols.usage import Usage
+from lamina_protocols.frames import codec
+from lamina_protocols.frames.frames import read_prefix
+from lamina_protocols.messages.messages import Announced, Usage
 from lamina_workers.decoder.model import Decoder
 
 pytestmark = pytest.mark.real  # some minutes

@@ -15,7 +15,7 @@ from lamina.sampling_params import SamplingParams
 from lamina.scheduling.holder import Holder
 from lamina.scheduling.step_model import Batch
 from lamina.scheduling.step_tuner import StepTuner
-from lamina_protocols.messages import Announcement, Close, Fetch, FetchPages, Fresh, FreshPages, Open
+from lamina_protocols.messages.messages import Announcement, Close, Fetch, FetchPages, Fresh, FreshPages, Open
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.errors import HolderLost, KVError
 from lamina_workers.ports.port import LocalAttention

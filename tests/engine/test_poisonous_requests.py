@@ -14,7 +14,7 @@ from lamina.sampling_params import SamplingParams
 from lamina.scheduling.blame import TRIES
 from lamina.scheduling.holder import Holder
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.messages import Announcement, Exchange, Query, Request
+from lamina_protocols.messages.messages import Announcement, Exchange, Query, Request
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.attention_worker.device_worker import attention_worker
 from lamina_workers.errors import HolderLost

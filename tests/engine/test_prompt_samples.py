@@ -13,8 +13,7 @@ from policy_bench import under
 
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.step_tuner import StepTuner
-from lamina_protocols.messages import Announcement, Exchange, Fresh
-from lamina_protocols.query_samples import FetchedSample, Sample
+from lamina_protocols.messages.messages import Announcement, Exchange, FetchedSample, Fresh, Sample
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.errors import HolderLost

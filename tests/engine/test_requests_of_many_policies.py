@@ -11,7 +11,7 @@ from scripted_drafts import Scripted, texts_of
 
 from lamina.errors import PolicyError
 from lamina.sampling_params import SamplingParams
-from lamina_protocols.messages import Announcement, Close, Fork, Open
+from lamina_protocols.messages.messages import Announcement, Close, Fork, Open
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.errors import HolderLost
 

@@ -15,7 +15,7 @@ import transformers
 from engine_rig import DEVICE, BytesPort, Rig
 from policy_bench import STATIC, TIGHT, under
 
-from lamina_protocols.layers import HolderConfig
+from lamina_protocols.messages.layers import HolderConfig
 from lamina_workers.attention_worker.page_layout import page_layout
 from lamina_workers.decoder.checkpoint import Checkpoint
 from lamina_workers.decoder.config import ModelConfig

@@ -27,7 +27,7 @@ from lamina.sampling_params import SamplingParams
 from lamina.scheduling.control_plane import ControlPlane
 from lamina.scheduling.holder import Holder
 from lamina.scheduling.placement import Placement
-from lamina_protocols.messages import Announcement, Attended, Exchange, Query, Reply
+from lamina_protocols.messages.messages import Announcement, Attended, Exchange, Query, Reply
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.errors import HolderLost

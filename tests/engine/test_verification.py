@@ -15,7 +15,7 @@ from lamina.sampling_params import SamplingParams
 from lamina.scheduling.step_tuner import StepTuner
 from lamina.scheduling.verification import verified
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.messages import Announcement, Attended, Exchange, Fresh
+from lamina_protocols.messages.messages import Announcement, Attended, Exchange, Fresh
 from lamina_workers.decoder.sampler import RowSampling, TokenHistory, sample
 from lamina_workers.errors import HolderLost
 from lamina_workers.ports.port import LocalAttention

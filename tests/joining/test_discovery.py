@@ -10,7 +10,7 @@ from lamina.joining import discovery, finding
 from lamina.joining.discovery import FoundServer, NoDiscovery
 from lamina.joining.records import KnownServer
 from lamina.joining.stream import JoinFailed
-from lamina_protocols.channels import AddressError, ChannelClosed
+from lamina_protocols.channels.channels import AddressError, ChannelClosed
 
 ID = "ab" * 32
 

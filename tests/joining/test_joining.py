@@ -20,9 +20,8 @@ from lamina.joining.records import known_servers
 from lamina.joining.server import JoinServer
 from lamina.joining.stream import MAX_MESSAGE, JoinListener, JoinRefused, MessageStream, connect
 from lamina.version import __version__
-from lamina_protocols.channels import ChannelClosed
-from lamina_protocols.tls import certificate_bytes
-from lamina_protocols.versions import PROTOCOL_VERSION
+from lamina_protocols.channels.channels import ChannelClosed, certificate_bytes
+from lamina_protocols.channels.versions import PROTOCOL_VERSION
 from lamina_workers.process.credentials import create_credentials
 
 

@@ -14,7 +14,7 @@ from pairwise import crossing
 from lamina.errors import EngineError, InvalidRequest
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.holder import Holder
-from lamina_protocols.messages import Announcement, Exchange, Fresh
+from lamina_protocols.messages.messages import Announcement, Exchange, Fresh
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.errors import HolderLost
 from lamina_workers.ports.port import LocalAttention

@@ -22,7 +22,7 @@ from lamina.journal.history import FINISHED, History, KnownSample, KvLocation, R
 from lamina.journal.journal import Facts, Journal, Run, _packed
 from lamina.journal.records import from_plain
 from lamina.scheduling import kv_shares
-from lamina_protocols.messages import PartHeld
+from lamina_protocols.messages.messages import PartHeld
 
 FACTS = Facts("m" * 8, 16, "float32", 2)
 PART = ("127.0.0.1:1", 0, 7, 0, (0, 1), 0, 64)

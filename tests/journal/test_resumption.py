@@ -41,7 +41,7 @@ from lamina.scheduling.holder import Holder
 from lamina.scheduling.placement import Placement
 from lamina.scheduling.request import Request, SchedulerConfig
 from lamina.scheduling.step_tuner import StepTuner
-from lamina_protocols.messages import Surveyed
+from lamina_protocols.messages.messages import Surveyed
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.model_worker.model_worker import ModelWorker

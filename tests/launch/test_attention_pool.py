@@ -14,8 +14,8 @@ from lamina.config import EngineConfig
 from lamina.deploy.worker_events import WorkerAddress
 from lamina.launch.attention_pool import AttentionPool
 from lamina.launch.journal_setup import Identity
-from lamina_protocols.layers import HolderConfig, LayerSpec
-from lamina_protocols.service import WorkerUnreachable
+from lamina_protocols.channels.grpc_client import WorkerUnreachable
+from lamina_protocols.messages.layers import HolderConfig, LayerSpec
 from lamina_workers.errors import HolderLost
 
 HOLDER = HolderConfig((LayerSpec(0, 4, 2, 16, 16, 0.25),), 16, "float32", 1 << 20)

@@ -12,7 +12,7 @@ from lamina.config import DTYPES, KV_DTYPES, EngineConfig
 from lamina.errors import InvalidRequest
 from lamina.system.byte_size import parse_size
 from lamina_kernels.paged import pages
-from lamina_protocols.layers import ColdTier
+from lamina_protocols.messages.layers import ColdTier
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from lamina.launch.kv_sizing import page_groups
 from lamina.launch.request_policies import RequestPolicies
 from lamina.scheduling.page_groups import PageGroup
-from lamina_protocols.layers import HolderConfig, Index, LayerSpec
+from lamina_protocols.messages.layers import HolderConfig, Index, LayerSpec
 from lamina_workers.errors import PolicyError
 from lamina_workers.policies.catalogue import POLICIES, parse
 from lamina_workers.policies.policy import Windowed

@@ -13,7 +13,7 @@ from real_workers import write_tiny_model
 from lamina import LLM
 from lamina.config import EngineConfig
 from lamina.launch.unused_options import unused_options
-from lamina_protocols.layers import HolderConfig, LayerSpec
+from lamina_protocols.messages.layers import HolderConfig, LayerSpec
 
 
 def holder(policy: str = "", window: int | None = None) -> HolderConfig:

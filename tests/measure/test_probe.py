@@ -10,7 +10,7 @@ from hybrid_families import FAMILIES
 from reference_models import load, reference
 
 from lamina.measure.probe import Probe
-from lamina_protocols.layers import HolderConfig
+from lamina_protocols.messages.layers import HolderConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values:FutureWarning")
 

@@ -18,15 +18,13 @@ import torch
 from evaluate.fault_injection.proxy import FlipAt, Proxy
 from transports import SECRET, TRANSPORTS, made_credentials, pair
 
-from lamina_protocols import codec, frames
-from lamina_protocols import messages as m
-from lamina_protocols.channels import ChannelClosed, Credentials, checksum
+from lamina_protocols.channels.channels import ChannelClosed, Credentials, checksum, client_context, server_context
+from lamina_protocols.channels.sockets import Listener, SocketChannel, connect_tcp, listen_tcp
 from lamina_protocols.errors import CorruptFrame, ProtocolError
-from lamina_protocols.frames import Prefix, blank_frame, pack_prefix, read_prefix
-from lamina_protocols.query_samples import FetchedSample, FetchSample, Sample
-from lamina_protocols.socket_channel import SocketChannel
-from lamina_protocols.socket_connections import Listener, connect_tcp, listen_tcp
-from lamina_protocols.tls import client_context, server_context
+from lamina_protocols.frames import codec, frames
+from lamina_protocols.frames.frames import Prefix, blank_frame, pack_prefix, read_prefix
+from lamina_protocols.messages import messages as m
+from lamina_protocols.messages.messages import FetchedSample, FetchSample, Sample
 
 LAYER = m.Exchange(1, 2, 3, torch.randn(7, 16), torch.randn(5, 16), torch.randn(5, 32))
 OPEN = m.Open(1, 0, (0, 1), 0, 1000)

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lamina_protocols import codec
-from lamina_protocols import messages as m
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.frames import LAYOUT
+from lamina_protocols.frames import codec
+from lamina_protocols.frames.frames import LAYOUT
+from lamina_protocols.messages import messages as m
 
 _int = st.integers(0, 2**62 - 1)
 _rows = st.builds(

@@ -13,11 +13,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lamina_protocols import codec
-from lamina_protocols import messages as m
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.frames import LAYOUT
-from lamina_protocols.query_samples import FetchedSample, FetchSample, Sample
+from lamina_protocols.frames import codec
+from lamina_protocols.frames.frames import LAYOUT
+from lamina_protocols.messages import messages as m
+from lamina_protocols.messages.messages import FetchedSample, FetchSample, Sample
 
 _PREFIX = struct.Struct("<4sHHIQ")
 TAGS = range(21)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lamina_protocols import control
-from lamina_protocols.control import (
+from lamina_protocols.channels import control
+from lamina_protocols.channels.control import (
     Alive,
     Goodbye,
     Heartbeat,
@@ -24,9 +24,9 @@ from lamina_protocols.control import (
     pack,
     unpack,
 )
+from lamina_protocols.channels.versions import BOUND, PROTOCOL_VERSION
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.layers import LayerSpec
-from lamina_protocols.versions import BOUND, PROTOCOL_VERSION
+from lamina_protocols.messages.layers import LayerSpec
 
 LAYERS = (
     LayerSpec(0, 6, 2, 16, 32, 0.25),

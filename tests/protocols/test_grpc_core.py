@@ -11,7 +11,7 @@ import pytest
 
 CALL = """
 import os
-from lamina_protocols.service import WorkerClient, WorkerUnreachable
+from lamina_protocols.channels.grpc_client import WorkerClient, WorkerUnreachable
 try:
     WorkerClient("127.0.0.1:1").status(5)
 except WorkerUnreachable:

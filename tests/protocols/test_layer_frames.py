@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from lamina_kernels.cpu import exchange_blocks
-from lamina_protocols import codec, layer_frames
-from lamina_protocols import messages as m
 from lamina_protocols.errors import ProtocolError
+from lamina_protocols.frames import codec, layer_frames
+from lamina_protocols.messages import messages as m
 
 Q, K, V = torch.arange(48.0).view(3, 16), torch.ones(2, 16).bfloat16(), torch.ones(2, 8).bfloat16()
 MESSAGES = [

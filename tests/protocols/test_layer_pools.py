@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.layers import HolderConfig, Index, LayerSpec
-from lamina_protocols.pools import pools
+from lamina_protocols.messages.layers import HolderConfig, Index, LayerSpec
+from lamina_protocols.messages.pools import pools
 
 FULL = LayerSpec(kv_layer=0, heads=4, kv_heads=2, d_k=32, d_v=32, scale=1.0)
 NEAR = LayerSpec(kv_layer=0, heads=8, kv_heads=4, d_k=16, d_v=16, scale=1.0, window=7)

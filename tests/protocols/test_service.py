@@ -12,12 +12,13 @@ import pytest
 import torch
 from transports import OneStream, made_credentials, pair, serving
 
-from lamina_protocols import codec, control, service_server
-from lamina_protocols.channels import ChannelClosed, Credentials
+from lamina_protocols.channels import control, grpc_server
+from lamina_protocols.channels.channels import ChannelClosed, Credentials
+from lamina_protocols.channels.grpc_client import GrpcChannel, WorkerClient, WorkerRefused, WorkerUnreachable
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.frames import Prefix, pack_prefix
-from lamina_protocols.messages import Query
-from lamina_protocols.service import GrpcChannel, WorkerClient, WorkerRefused, WorkerUnreachable
+from lamina_protocols.frames import codec
+from lamina_protocols.frames.frames import Prefix, pack_prefix
+from lamina_protocols.messages.messages import Query
 from lamina_workers.process.credentials import create_credentials
 
 QUERY = Query(1, 2, 3, torch.randn(4, 16))
@@ -79,7 +80,7 @@ def test_half_a_call_of_a_stranger_keeps_no_thread(method):
 
 def test_half_a_call_with_the_token_ends_in_time(monkeypatch):
     """A call whose message did not come was waited for as long as its connection lived."""
-    monkeypatch.setattr(service_server, "_MESSAGE_S", 1.0)
+    monkeypatch.setattr(grpc_server, "_MESSAGE_S", 1.0)
     with (
         serving(OneStream(), None, token="right") as address,
         half_calls(address, 8, "/lamina.Attention/Status", "right") as calls,
@@ -99,7 +100,7 @@ def test_a_connection_has_no_more_than_some_calls_at_once():
 
     with serving(OneStream(), None, threads=64) as address, grpc.insecure_channel(address) as channel:
         batch = channel.stream_stream("/lamina.Attention/Batch")
-        calls = [batch(nothing()) for _ in range(service_server._MOST_CALLS)]
+        calls = [batch(nothing()) for _ in range(grpc_server._MOST_CALLS)]
         heartbeat = channel.unary_unary("/lamina.Attention/Heartbeat")
         waits = heartbeat.future(control.pack(control.Heartbeat("s")))
         with pytest.raises(grpc.FutureTimeoutError):

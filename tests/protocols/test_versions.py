@@ -11,10 +11,11 @@ from typing import Annotated, Any
 import msgpack
 import pytest
 
-from lamina_protocols import codec, control
+from lamina_protocols.channels import control
+from lamina_protocols.channels.versions import BOUND, FEATURES, PREVIOUS, PROTOCOL_VERSION, check_neighbours, shared
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.fields import Record, Since
-from lamina_protocols.versions import BOUND, FEATURES, PREVIOUS, PROTOCOL_VERSION, check_neighbours, shared
+from lamina_protocols.frames import codec
+from lamina_protocols.frames.fields import Record, Since
 from lamina_workers.parallel import peer_codec
 
 SENT = {

@@ -15,7 +15,7 @@ from ray_nodes import GENERATE, HEAD, OTHER, PORT, Namespaces, all_end, cluster,
 
 from lamina.deploy.ray_connection import compare_versions, explain
 from lamina.errors import EngineError
-from lamina_protocols.versions import PREVIOUS, PROTOCOL_VERSION
+from lamina_protocols.channels.versions import PREVIOUS, PROTOCOL_VERSION
 
 
 def test_a_version_that_is_no_neighbour_is_refused_by_both_names() -> None:
@@ -39,7 +39,7 @@ def test_too_few_nodes_are_an_error_that_says_what_to_start(nodes: Namespaces) -
     said = nodes.run("""
 from lamina.deploy.ray_connection import connect, require
 from lamina.errors import EngineError
-from lamina_protocols.versions import PREVIOUS, PROTOCOL_VERSION
+from lamina_protocols.channels.versions import PREVIOUS, PROTOCOL_VERSION
 connect("auto")
 start = time.monotonic()
 try:
@@ -57,7 +57,7 @@ def test_no_cluster_is_an_error_that_says_what_to_start(nodes: Namespaces) -> No
     said = nodes.run("""
 from lamina.deploy.ray_connection import connect
 from lamina.errors import EngineError
-from lamina_protocols.versions import PREVIOUS, PROTOCOL_VERSION
+from lamina_protocols.channels.versions import PREVIOUS, PROTOCOL_VERSION
 try:
     connect("10.77.0.1:1")
 except EngineError as error:
@@ -86,7 +86,7 @@ def test_a_cluster_that_lets_everybody_in_is_refused(nodes: Namespaces, tmp_path
     code = """
 from lamina.deploy.ray_connection import connect, require_authentication
 from lamina.errors import EngineError
-from lamina_protocols.versions import PREVIOUS, PROTOCOL_VERSION
+from lamina_protocols.channels.versions import PREVIOUS, PROTOCOL_VERSION
 connect("auto")
 try:
     require_authentication()
@@ -108,7 +108,7 @@ def test_a_node_with_another_version_is_refused_before_anything_starts(nodes: Na
     said = nodes.run("""
 from lamina.deploy.ray_connection import connect, require
 from lamina.errors import EngineError
-from lamina_protocols.versions import PREVIOUS, PROTOCOL_VERSION
+from lamina_protocols.channels.versions import PREVIOUS, PROTOCOL_VERSION
 connect("auto")
 try:
     require({"odd_one": 1})
@@ -124,9 +124,9 @@ def test_workers_come_up_refuse_strangers_and_are_replaced(nodes: Namespaces) ->
     said = nodes.run("""
 from lamina.deploy.ray_connection import connect
 from lamina.deploy.ray_attention import RayAttentionWorkers
-from lamina_protocols.channels import Credentials
+from lamina_protocols.channels.channels import Credentials
 from lamina_protocols.errors import LaminaError
-from lamina_protocols.service import WorkerClient
+from lamina_protocols.channels.grpc_client import WorkerClient
 
 connect("auto")
 cluster = RayAttentionWorkers(2, kv_memory=1 << 24, threads=1)

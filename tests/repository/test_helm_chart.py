@@ -17,7 +17,7 @@ import lamina
 from lamina.deploy.ray_connection import ATTENTION, MODEL
 from lamina.server.http.api_keys import KEY_VARIABLE
 from lamina.server.ray_serve import DEPLOYMENT, ServePlan
-from lamina_protocols.channels import split_address
+from lamina_protocols.channels.channels import split_address
 from lamina_workers.process.credentials import load_credentials
 from tests.repository.test_deploy_files import parse, paths, provided
 from tests.support.helm import CHART, render

@@ -16,7 +16,7 @@ from lamina.scheduling.control_plane import Step
 from lamina.scheduling.holder import Holder
 from lamina.scheduling.kv_layouts import SHARDS
 from lamina.scheduling.prefix_nodes import common_length
-from lamina_protocols.messages import Announced
+from lamina_protocols.messages.messages import Announced
 
 
 def prompt(length: int, salt: int = 0) -> list[int]:

@@ -16,7 +16,7 @@ from lamina.scheduling.kv_shares import Layout, Pages, Share
 from lamina.scheduling.page_groups import PageGroup, PolicyKv
 from lamina.scheduling.placement import Placement
 from lamina.scheduling.request import Request, ScheduledSequence, SchedulerConfig
-from lamina_protocols.messages import Bound, Close, Open
+from lamina_protocols.messages.messages import Bound, Close, Open
 from lamina_workers.policies.catalogue import parse
 
 PAGE, END = 16, 4096

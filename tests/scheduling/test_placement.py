@@ -14,8 +14,8 @@ from lamina.scheduling.kv_layouts import SHARDS
 from lamina.scheduling.kv_shares import NO_PAGES, Pages, Share
 from lamina.scheduling.placement import Placement
 from lamina.scheduling.request import Plan, PlannedRow, Rebuild, Request, ScheduledSequence
-from lamina_protocols.messages import Close, Fork, Open, Row
-from lamina_protocols.routes import HolderBatch
+from lamina_protocols.messages.messages import Close, Fork, Open, Row
+from lamina_protocols.messages.routes import HolderBatch
 
 LOCAL = 0
 END = 96

@@ -19,8 +19,8 @@ from lamina.scheduling.page_groups import PageGroup
 from lamina.scheduling.placement import Placement
 from lamina.scheduling.request import Request, ScheduledSequence, SchedulerConfig
 from lamina.scheduling.step_tuner import StepTuner
-from lamina_protocols.messages import Announced, Close, Fork, Open, Operation, Row
-from lamina_protocols.routes import HolderBatch
+from lamina_protocols.messages.messages import Announced, Close, Fork, Open, Operation, Row
+from lamina_protocols.messages.routes import HolderBatch
 
 PAGE, END, EVERY = 4, 64, 8
 KV = ((4, 2), (1, 1))  # heads and layers of each pool of KV

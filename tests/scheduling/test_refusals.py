@@ -10,8 +10,8 @@ from pools import LOCAL, Pool, World
 
 from lamina.scheduling.refusals import TRIES, Refusals
 from lamina.scheduling.request import PlannedRow, Request, ScheduledSequence
-from lamina_protocols.messages import Announced
-from lamina_protocols.routes import HolderBatch
+from lamina_protocols.messages.messages import Announced
+from lamina_protocols.messages.routes import HolderBatch
 
 
 class Liar(Pool):

@@ -10,8 +10,8 @@ from pools import World as Tiers
 from scheduler_world import MIXED, Groups, World, config, prompt
 
 from lamina.scheduling.request import ScheduledSequence
-from lamina_protocols.messages import Announced
-from lamina_protocols.routes import HolderBatch
+from lamina_protocols.messages.messages import Announced
+from lamina_protocols.messages.routes import HolderBatch
 
 
 @pytest.mark.parametrize("groups", [((2, None),), ((1, None), (1, 6)), MIXED])

@@ -12,7 +12,7 @@ from lamina.scheduling.placement import Placement
 from lamina.scheduling.redundancy import parse
 from lamina.scheduling.request import Request, ScheduledSequence, SchedulerConfig
 from lamina.scheduling.spares import Owner
-from lamina_protocols.messages import Announced, Close, Fork, Open
+from lamina_protocols.messages.messages import Announced, Close, Fork, Open
 
 PAGE, END, PAGES = 4, 64, 400
 

@@ -25,8 +25,8 @@ from lamina.scheduling.request import Request
 from lamina.server.frontend import EngineUnavailable, Frontend, Served
 from lamina.server.processes.engine_link import EngineLink
 from lamina.server.processes.link import EngineListener, SocketWire, pack, unpack
+from lamina_protocols.channels.sockets import connect_unix
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.socket_connections import connect_unix
 from lamina_workers.decoder.model import Decoder
 
 SECRET = secrets.token_bytes(32)

@@ -12,8 +12,8 @@ from typing import Any
 from network import Connection, Line
 from virtual_time import Process, Time
 
-from lamina_protocols import control
-from lamina_protocols.channels import Channel, ChannelClosed
+from lamina_protocols.channels import control
+from lamina_protocols.channels.channels import Channel, ChannelClosed
 from lamina_protocols.errors import LaminaError
 from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig
 from lamina_workers.attention_server.loop import ComputeLoop

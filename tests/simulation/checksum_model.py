@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from scenario import VOCABULARY
 
-from lamina_protocols.layers import LayerSpec
+from lamina_protocols.messages.layers import LayerSpec
 from lamina_workers.decoder.model import Batch, Forward, KeyValueReady, QueryReady
 from lamina_workers.decoder.sampler import uniform
 from lamina_workers.policies.catalogue import parse

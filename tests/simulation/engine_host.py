@@ -44,7 +44,7 @@ from lamina.scheduling.speculation import Speculation, left_to_draft
 from lamina.scheduling.step_model import Batch
 from lamina.scheduling.step_tuner import StepTuner
 from lamina_protocols.errors import LaminaError
-from lamina_protocols.layers import HolderConfig
+from lamina_protocols.messages.layers import HolderConfig
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.attention_worker.page_layout import page_cost
 from lamina_workers.errors import HolderFault, HolderLost, RankLost

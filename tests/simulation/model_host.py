@@ -17,8 +17,8 @@ from checksum_model import ChecksumDecoder
 from network import Client, Connection, Line
 from virtual_time import Process, Time, Wake
 
-from lamina_protocols import control
-from lamina_protocols.channels import Channel, Credentials
+from lamina_protocols.channels import control
+from lamina_protocols.channels.channels import Channel, Credentials
 from lamina_protocols.errors import LaminaError
 from lamina_workers.model_worker.layer_slices import Waits
 from lamina_workers.model_worker.model_worker import ModelWorker

@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 from virtual_time import Process, Time, Wake
 
-from lamina_protocols import control
-from lamina_protocols.channels import ChannelClosed, check_size, checksum, verified
+from lamina_protocols.channels import control
+from lamina_protocols.channels.channels import ChannelClosed, check_size, checksum, verified
+from lamina_protocols.channels.grpc_client import Busy, WorkerBusy, WorkerRefused, WorkerUnreachable
 from lamina_protocols.errors import LaminaError, ProtocolError
-from lamina_protocols.service import Busy, WorkerBusy, WorkerRefused, WorkerUnreachable
 
 Direction = Literal["to worker", "to engine"]
 WINDOW = 1 << 16  # bytes under way on a connection that nobody has read, above which a sender waits

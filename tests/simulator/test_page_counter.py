@@ -8,9 +8,9 @@ import pytest
 
 from lamina.simulator.event_loop.holder_counter import HolderCounter
 from lamina.simulator.event_loop.page_counter import Groups, PageCounter, Window
-from lamina_protocols.layers import HolderConfig, LayerSpec
-from lamina_protocols.messages import Close, Fork, Open, Operation, Row
-from lamina_protocols.routes import HolderBatch, Route
+from lamina_protocols.messages.layers import HolderConfig, LayerSpec
+from lamina_protocols.messages.messages import Close, Fork, Open, Operation, Row
+from lamina_protocols.messages.routes import HolderBatch, Route
 from lamina_workers.attention_worker.head_policies import HeadPolicies
 from lamina_workers.attention_worker.kv_store import KVStore, PoolExhausted
 

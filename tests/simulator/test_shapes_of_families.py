@@ -10,8 +10,8 @@ from reference_models import COMMON
 from transformers import AutoConfig
 
 from lamina.simulator.costs.models import from_config
-from lamina_protocols.layers import STATES, HolderConfig
-from lamina_protocols.pools import pools
+from lamina_protocols.messages.layers import STATES, HolderConfig
+from lamina_protocols.messages.pools import pools
 from lamina_workers.attention_worker.page_layout import page_bytes
 from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.families import FAMILIES

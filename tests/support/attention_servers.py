@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from lamina_protocols.layers import HolderConfig, LayerSpec
-from lamina_protocols.messages import Announced, Announcement, Attended, Exchange, Fresh, Open, Row
+from lamina_protocols.messages.layers import HolderConfig, LayerSpec
+from lamina_protocols.messages.messages import Announced, Announcement, Attended, Exchange, Fresh, Open, Row
 from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig
 from lamina_workers.ports.data_channel import ChannelOptions
 from lamina_workers.ports.remote import RemoteAttention, SeatOptions, connect

@@ -29,10 +29,10 @@ from lamina.scheduling.refusals import TRIES
 from lamina.scheduling.request import Request as TokenRequest
 from lamina.scheduling.request import SchedulerConfig
 from lamina.scheduling.step_tuner import StepTuner
-from lamina_protocols import codec
+from lamina_protocols.channels.versions import FEATURES
 from lamina_protocols.errors import LaminaError
-from lamina_protocols.messages import Fault, Message, Reply, Request, answered
-from lamina_protocols.versions import FEATURES
+from lamina_protocols.frames import codec
+from lamina_protocols.messages.messages import Fault, Message, Reply, Request, answered
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.errors import HolderFault, HolderLost, KVError, RankLost

@@ -12,7 +12,7 @@ import torch
 
 from lamina_kernels.states import reference
 from lamina_kernels.states.layout import StateLayout, StateRows
-from lamina_protocols.layers import LayerSpec
+from lamina_protocols.messages.layers import LayerSpec
 from lamina_workers.decoder.model import Batch, Decoder, KeyValueReady, StateReady
 
 

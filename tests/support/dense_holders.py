@@ -8,10 +8,20 @@ from typing import Any
 
 import torch
 
-from lamina_protocols.layers import HolderConfig, LayerSpec
-from lamina_protocols.messages import Announced, Announcement, Attended, Exchange, Fresh, Query, Reply, Request, Row
-from lamina_protocols.routes import Route, Span
-from lamina_protocols.versions import FEATURES
+from lamina_protocols.channels.versions import FEATURES
+from lamina_protocols.messages.layers import HolderConfig, LayerSpec
+from lamina_protocols.messages.messages import (
+    Announced,
+    Announcement,
+    Attended,
+    Exchange,
+    Fresh,
+    Query,
+    Reply,
+    Request,
+    Row,
+)
+from lamina_protocols.messages.routes import Route, Span
 from lamina_workers.decoder.model import KeyValueReady, QueryReady
 
 LAYERS, HEADS, KV_HEADS, D = 2, 6, 2, 16

@@ -34,11 +34,11 @@ from lamina.scheduling.request import Request as TokenRequest
 from lamina.scheduling.request import SchedulerConfig
 from lamina.scheduling.step_model import Batch
 from lamina.scheduling.step_tuner import StepTuner
-from lamina_protocols import codec
+from lamina_protocols.channels.versions import FEATURES
 from lamina_protocols.errors import LaminaError
-from lamina_protocols.layers import HolderConfig
-from lamina_protocols.messages import Fault, Message, Reply, Request, answered
-from lamina_protocols.versions import FEATURES
+from lamina_protocols.frames import codec
+from lamina_protocols.messages.layers import HolderConfig
+from lamina_protocols.messages.messages import Fault, Message, Reply, Request, answered
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.attention_worker.device_worker import attention_worker
 from lamina_workers.attention_worker.head_policies import HeadPolicies

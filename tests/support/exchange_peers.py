@@ -18,12 +18,13 @@ import torch
 from dense_holders import Holder
 from transports import pair
 
-from lamina_protocols import codec, control
-from lamina_protocols.channels import Channel, ChannelClosed
-from lamina_protocols.layers import HolderConfig
-from lamina_protocols.messages import Reply
-from lamina_protocols.socket_channel import SocketChannel
-from lamina_protocols.versions import PROTOCOL_VERSION
+from lamina_protocols.channels import control
+from lamina_protocols.channels.channels import Channel, ChannelClosed
+from lamina_protocols.channels.sockets import SocketChannel
+from lamina_protocols.channels.versions import PROTOCOL_VERSION
+from lamina_protocols.frames import codec
+from lamina_protocols.messages.layers import HolderConfig
+from lamina_protocols.messages.messages import Reply
 from lamina_workers.attention_server.loop import ComputeLoop
 from lamina_workers.attention_server.session import EngineSeat, Session
 from lamina_workers.attention_worker.attention_worker import AttentionWorker

@@ -10,12 +10,12 @@ from typing import Any
 import msgpack
 import torch
 
-from lamina_protocols import codec, layer_frames
-from lamina_protocols.control import FAREWELL
+from lamina_protocols.channels.control import FAREWELL
 from lamina_protocols.errors import LaminaError
-from lamina_protocols.fields import Record
-from lamina_protocols.frames import PREFIX_SIZE, Prefix, pack_prefix, read_prefix
-from lamina_protocols.messages import Fault
+from lamina_protocols.frames import codec, layer_frames
+from lamina_protocols.frames.fields import Record
+from lamina_protocols.frames.frames import PREFIX_SIZE, Prefix, pack_prefix, read_prefix
+from lamina_protocols.messages.messages import Fault
 
 NUMBERS = (0, 1, 7, 1 << 31, 1 << 32, (1 << 62) - 1, 1 << 63, -1)
 OTHERS = (

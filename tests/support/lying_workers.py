@@ -6,11 +6,11 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lamina_protocols import control
-from lamina_protocols.channels import Channel
-from lamina_protocols.layers import HolderConfig
-from lamina_protocols.service import GrpcChannel
-from lamina_protocols.socket_channel import SocketChannel
+from lamina_protocols.channels import control
+from lamina_protocols.channels.channels import Channel
+from lamina_protocols.channels.grpc_client import GrpcChannel
+from lamina_protocols.channels.sockets import SocketChannel
+from lamina_protocols.messages.layers import HolderConfig
 from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig
 from lamina_workers.ports.data_channel import ChannelOptions
 from lamina_workers.ports.remote import RemoteAttention, connect

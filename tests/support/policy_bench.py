@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lamina_protocols.layers import HolderConfig, LayerSpec
-from lamina_protocols.messages import (
+from lamina_protocols.messages.layers import HolderConfig, LayerSpec
+from lamina_protocols.messages.messages import (
     Announced,
     Announcement,
     Attended,
@@ -24,9 +24,9 @@ from lamina_protocols.messages import (
     Operation,
     Query,
     Row,
+    Sample,
+    Usage,
 )
-from lamina_protocols.query_samples import Sample
-from lamina_protocols.usage import Usage
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.attention_worker.page_layout import page_cost
 from lamina_workers.decoder.model import Decoder

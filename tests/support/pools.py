@@ -15,8 +15,8 @@ from lamina.scheduling.page_groups import PageGroup
 from lamina.scheduling.placement import Placement
 from lamina.scheduling.request import Outcome, Request, ScheduledSequence, SchedulerConfig
 from lamina.scheduling.step_tuner import StepTuner
-from lamina_protocols.messages import Announced, Bound, Close, Fork, Open, Row
-from lamina_protocols.routes import HolderBatch
+from lamina_protocols.messages.messages import Announced, Bound, Close, Fork, Open, Row
+from lamina_protocols.messages.routes import HolderBatch
 
 PAGE, LAYERS, END = 4, 2, 64
 LOCAL = 10  # the number of the pool in the model worker's process

@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 
 from lamina import LLM
-from lamina_protocols.channels import Credentials
-from lamina_protocols.control import WorkerStatus
-from lamina_protocols.service import WorkerClient
+from lamina_protocols.channels.channels import Credentials
+from lamina_protocols.channels.control import WorkerStatus
+from lamina_protocols.channels.grpc_client import WorkerClient
 from lamina_workers.attention_worker.kv_store import KVStore
 from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.ports.port import LocalAttention

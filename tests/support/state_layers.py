@@ -9,8 +9,8 @@ import torch
 
 from lamina_kernels.states import reference
 from lamina_kernels.states.layout import StateConstants, StateLayout, StateRows
-from lamina_protocols.layers import STATES, HolderConfig, LayerSpec
-from lamina_protocols.messages import Constants
+from lamina_protocols.messages.layers import STATES, HolderConfig, LayerSpec
+from lamina_protocols.messages.messages import Constants
 
 HEADS, D_K, D_V = 4, 16, 32
 KEY_HEADS = {"lightning": 4, "gated_delta": 2, "mamba2": 1, "kda": 4}

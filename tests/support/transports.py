@@ -12,13 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
-from lamina_protocols import control
-from lamina_protocols.channels import Channel, Credentials
-from lamina_protocols.service import GrpcChannel, WorkerClient
-from lamina_protocols.service_server import TokenInterceptor, handlers, health_handlers, server_credentials
-from lamina_protocols.service_server import server_options as options
-from lamina_protocols.socket_connections import Listener, connect_tcp, connect_unix, listen_tcp, listen_unix
-from lamina_protocols.tls import client_context, server_context
+from lamina_protocols.channels import control
+from lamina_protocols.channels.channels import Channel, Credentials, client_context, server_context
+from lamina_protocols.channels.grpc_client import GrpcChannel, WorkerClient
+from lamina_protocols.channels.grpc_server import TokenInterceptor, handlers, health_handlers, server_credentials
+from lamina_protocols.channels.grpc_server import server_options as options
+from lamina_protocols.channels.sockets import Listener, connect_tcp, connect_unix, listen_tcp, listen_unix
 from lamina_workers.process.credentials import create_credentials
 
 TRANSPORTS = ("local", "tcp", "tcp+tls", "grpc", "grpc+tls", "tcp+sum", "grpc+sum")

@@ -6,8 +6,8 @@ import dataclasses
 
 import torch
 
-from lamina_protocols.layers import HolderConfig, LayerSpec
-from lamina_protocols.pools import pools
+from lamina_protocols.messages.layers import HolderConfig, LayerSpec
+from lamina_protocols.messages.pools import pools
 
 NEAR = LayerSpec(kv_layer=0, heads=8, kv_heads=4, d_k=16, d_v=16, scale=0.3, window=40)
 FULL = LayerSpec(kv_layer=0, heads=4, kv_heads=2, d_k=32, d_v=32, scale=0.2)

@@ -9,8 +9,9 @@ import runpy
 import sys
 from typing import Any
 
-from lamina_protocols import fields, versions
+from lamina_protocols.channels import versions
 from lamina_protocols.errors import ProtocolError
+from lamina_protocols.frames import fields
 
 LATER = {"Bound"}  # records of version 8
 RELEASE = "0.1.0"
@@ -29,7 +30,8 @@ def become_seven() -> None:
     fields.Record.of = known  # type: ignore[method-assign]
     fields._one_of = lambda records: one_of([each for each in records if each.cls.__name__ not in LATER])
 
-    from lamina_protocols import codec, control
+    from lamina_protocols.channels import control
+    from lamina_protocols.frames import codec
 
     layout_of = codec.Layout.of
 

@@ -33,7 +33,7 @@ from lamina.text.structured_output import (
     check_json_schema,
 )
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.messages import Exchange
+from lamina_protocols.messages.messages import Exchange
 
 HARD = 'start: "ab" e{0,500}\ne: (/[a-z]/ | "a" | "ab" | "abc"){1,50}'
 ODD = ['a"b', "é", "🎉", "\n\t\\", "\x01", "/x/"]

@@ -91,7 +91,7 @@ def _seconds(text: str) -> float:
 
 
 def _server(args: argparse.Namespace) -> AttentionServer:
-    from lamina_protocols.layers import ColdTier
+    from lamina_protocols.messages.layers import ColdTier
     from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig
     from lamina_workers.process.credentials import CredentialFiles
 

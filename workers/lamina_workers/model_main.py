@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     secret = sys.stdin.readline(_MAX_SECRET).strip()
     if args.die_with_parent:
         threading.Thread(target=_follow_parent, name="lamina-parent", daemon=True).start()
-    from lamina_protocols.channels import ChannelClosed
+    from lamina_protocols.channels.channels import ChannelClosed
     from lamina_protocols.errors import LaminaError
 
     try:
@@ -71,10 +71,9 @@ def serve(
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     share_cores()
-    from lamina_protocols.channels import Credentials, split_address
-    from lamina_protocols.socket_connections import connect_tcp, connect_unix
-    from lamina_protocols.tls import client_context
-    from lamina_protocols.versions import PREVIOUS, VARIABLE
+    from lamina_protocols.channels.channels import Credentials, client_context, split_address
+    from lamina_protocols.channels.sockets import connect_tcp, connect_unix
+    from lamina_protocols.channels.versions import PREVIOUS, VARIABLE
     from lamina_workers.parallel.peer_worker import PeerWorker
     from lamina_workers.process.credentials import load_credentials
 

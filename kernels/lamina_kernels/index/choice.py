@@ -1,7 +1,7 @@
 """The choice of keys by a layer's own index: which blocks of keys each token reads, as the model was trained.
 
-The rule is that of `lamina_protocols.layers.Index`. MiniMax-M3 has it with blocks of 128 keys and one index query for
-each KV head; DeepSeek V3.2 (arXiv 2512.02556) with single keys and 64 weighted index queries.
+The rule is that of `lamina_protocols.messages.layers.Index`. MiniMax-M3 has it with blocks of 128 keys and one index
+query for each KV head; DeepSeek V3.2 (arXiv 2512.02556) with single keys and 64 weighted index queries.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from lamina_kernels.dense import Linear, soft_cap
-from lamina_protocols.layers import LayerSpec
+from lamina_protocols.messages.layers import LayerSpec
 from lamina_workers.decoder.checkpoint import TensorSource
 from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.decoder_weights import load_weights

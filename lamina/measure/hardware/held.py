@@ -14,9 +14,9 @@ import torch
 
 from lamina.errors import EngineError
 from lamina.measure.batch_driver import BatchDriver
-from lamina_protocols.layers import HolderConfig, LayerSpec
-from lamina_protocols.messages import Close, Open, Row
-from lamina_protocols.routes import Route, Span
+from lamina_protocols.messages.layers import HolderConfig, LayerSpec
+from lamina_protocols.messages.messages import Close, Open, Row
+from lamina_protocols.messages.routes import Route, Span
 from lamina_workers.decoder.model import Forward, KeyValueReady, QueryReady
 from lamina_workers.ports.port import AttentionPort
 

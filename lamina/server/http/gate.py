@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lamina.server.http.errors import ApiError, shown
 from lamina.server.models import ModelState
 from lamina.server.settings import TENANT, ServerSettings
-from lamina_protocols.channels import is_loopback
+from lamina_protocols.channels.channels import is_loopback
 
 logger = logging.getLogger("lamina")
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lamina.deploy.worker_events import WorkerAddress
-from lamina_protocols.channels import Credentials
+from lamina_protocols.channels.channels import Credentials
 from lamina_workers.process.exit import die_with_parent
 
 LOG_LEVEL = "LAMINA_LOG_LEVEL"  # the variable with the log level of children

@@ -20,10 +20,10 @@ from lamina.client.remote_client import fetch
 from lamina.client.remote_host import EngineHost
 from lamina.errors import EngineError, LaminaError
 from lamina.messages.request_codec import Command
-from lamina_protocols.channels import Channel, ChannelClosed
+from lamina_protocols.channels.channels import Channel, ChannelClosed
+from lamina_protocols.channels.sockets import Listener, connect_unix, listen_unix
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.frames import PREFIX_SIZE, Prefix, pack_prefix, read_prefix
-from lamina_protocols.socket_connections import Listener, connect_unix, listen_unix
+from lamina_protocols.frames.frames import PREFIX_SIZE, Prefix, pack_prefix, read_prefix
 
 logger = logging.getLogger("lamina")
 

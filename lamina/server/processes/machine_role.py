@@ -11,7 +11,7 @@ from lamina.deploy.worker_events import WorkerAddress
 from lamina.errors import InvalidRequest
 from lamina.server.processes.attention_role import AttentionRole
 from lamina.server.processes.server_plan import Reporter, ServerPlan
-from lamina_protocols.channels import join_address
+from lamina_protocols.channels.channels import join_address
 
 if TYPE_CHECKING:
     from lamina.joining.server import JoinServer

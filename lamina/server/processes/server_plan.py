@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lamina.server.settings import ServerSettings
-from lamina_protocols.layers import ColdTier
+from lamina_protocols.messages.layers import ColdTier
 
 
 class Reporter(Protocol):

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from lamina.simulator.event_loop.page_counter import PageCounter
 from lamina.simulator.event_loop.record_counter import RecordCounter
-from lamina_protocols.messages import Bound, Close, Fork, Open, Operation, Row
-from lamina_protocols.routes import HolderBatch
+from lamina_protocols.messages.messages import Bound, Close, Fork, Open, Operation, Row
+from lamina_protocols.messages.routes import HolderBatch
 
 
 class HolderCounter:

@@ -24,7 +24,7 @@ from lamina.simulator.event_loop.page_counter import Groups, PageCounter, Window
 from lamina.simulator.event_loop.record_counter import RecordCounter
 from lamina.simulator.event_loop.results import Sampled
 from lamina.simulator.traces.arrivals import Trace, tokens
-from lamina_protocols.messages import Announced
+from lamina_protocols.messages.messages import Announced
 
 BACKLOG, BACKLOG_TOKENS = 64, 1 << 22
 """Requests, and tokens of their prompts, that the scheduler is given ahead of those it has admitted; the others wait in

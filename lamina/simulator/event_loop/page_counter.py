@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lamina.errors import EngineError
-from lamina_protocols.messages import Bound, Close, Fork, Open, Operation, Row
+from lamina_protocols.messages.messages import Bound, Close, Fork, Open, Operation, Row
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lamina.errors import EngineError
-from lamina_protocols.messages import Close, Fork, Open, Operation, Row
+from lamina_protocols.messages.messages import Close, Fork, Open, Operation, Row
 
 
 class RecordCounter:

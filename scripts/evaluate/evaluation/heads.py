@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lamina.measure.probe import Probe
-from lamina_protocols.layers import HolderConfig
+from lamina_protocols.messages.layers import HolderConfig
 from lamina_workers.attention_worker.head_policies import HeadPolicies
 from lamina_workers.policies.policy import Policy
 

@@ -13,7 +13,7 @@ import torch
 
 from lamina.measure.kept_kv import KeptKV
 from lamina.measure.probe import Probe, together
-from lamina_protocols.usage import Usage
+from lamina_protocols.messages.messages import Usage
 
 from .tasks import Prompt, Task
 

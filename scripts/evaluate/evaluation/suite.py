@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lamina.measure.probe import together
-from lamina_protocols.usage import Usage
+from lamina_protocols.messages.messages import Usage
 
 from .measures import Quality, Score, quality, score
 from .running import Outcome, all_of, held_share, missed_share, read_share

@@ -36,14 +36,14 @@ from attention_servers import (
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from transports import made_credentials
 
-from lamina_protocols import codec, control, socket_connections
-from lamina_protocols.channels import ChannelClosed, Credentials
-from lamina_protocols.layers import Index
-from lamina_protocols.messages import Announced, Announcement, Close, Fault, Open, Query
-from lamina_protocols.service import WorkerClient, WorkerRefused, WorkerUnreachable
-from lamina_protocols.socket_channel import SocketChannel
-from lamina_protocols.socket_connections import connect_tcp, connect_unix
-from lamina_protocols.versions import PROTOCOL_VERSION
+from lamina_protocols.channels import control, sockets
+from lamina_protocols.channels.channels import ChannelClosed, Credentials
+from lamina_protocols.channels.grpc_client import WorkerClient, WorkerRefused, WorkerUnreachable
+from lamina_protocols.channels.sockets import SocketChannel, connect_tcp, connect_unix
+from lamina_protocols.channels.versions import PROTOCOL_VERSION
+from lamina_protocols.frames import codec
+from lamina_protocols.messages.layers import Index
+from lamina_protocols.messages.messages import Announced, Announcement, Close, Fault, Open, Query
 from lamina_workers.attention_server import session
 from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig, ServerError
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
@@ -278,8 +278,8 @@ def test_a_secret_opens_one_channel_in_a_private_folder():
 @pytest.mark.parametrize("way", ["local", "tcp"])
 def test_of_connections_that_show_a_secret_at_once_one_is_welcome(way, monkeypatch):
     """A second one was welcome, and closed then, until the first one's channel was attached."""
-    tune = socket_connections._tune
-    monkeypatch.setattr(socket_connections, "_tune", lambda sock: time.sleep(0.1) or tune(sock))
+    tune = sockets._tune
+    monkeypatch.setattr(sockets, "_tune", lambda sock: time.sleep(0.1) or tune(sock))
     with running() as (_, address), WorkerClient(address) as client:
         welcome = client.hello(hello(data_channel="tcp"), 10)
 

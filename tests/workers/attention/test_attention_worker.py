@@ -11,8 +11,8 @@ from engine_rig import DEVICE
 from kv_pools import pool_of
 
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.layers import HolderConfig, LayerSpec
-from lamina_protocols.messages import (
+from lamina_protocols.messages.layers import HolderConfig, LayerSpec
+from lamina_protocols.messages.messages import (
     Announced,
     Announcement,
     Attended,

@@ -11,9 +11,9 @@ import pytest
 from attention_servers import WAYS, connected, one_batch, running, until
 from evaluate.fault_injection.proxy import Proxy, Toxic
 
-from lamina_protocols import codec
-from lamina_protocols.messages import Announced, Announcement
-from lamina_protocols.service import WorkerClient, WorkerUnreachable
+from lamina_protocols.channels.grpc_client import WorkerClient, WorkerUnreachable
+from lamina_protocols.frames import codec
+from lamina_protocols.messages.messages import Announced, Announcement
 from lamina_workers.errors import HolderLost
 
 ANNOUNCEMENT = Announcement(1, 1, 0, (), ())

@@ -9,8 +9,8 @@ import datetime
 import pytest
 from attention_servers import ASKED, WAYS, connected, one_batch, open_port, running, until
 
-from lamina_protocols.channels import Credentials
-from lamina_protocols.service import WorkerClient, WorkerUnreachable
+from lamina_protocols.channels.channels import Credentials
+from lamina_protocols.channels.grpc_client import WorkerClient, WorkerUnreachable
 from lamina_workers.process import credentials
 from lamina_workers.process.credentials import create_credentials
 

@@ -24,8 +24,8 @@ from real_workers import write_tiny_model
 from lamina import LLM
 from lamina.errors import InvalidRequest
 from lamina_kernels.paged import memory
-from lamina_protocols.layers import ColdTier
-from lamina_protocols.messages import Fetch, Fetched, FetchedPages, FetchPages
+from lamina_protocols.messages.layers import ColdTier
+from lamina_protocols.messages.messages import Fetch, Fetched, FetchedPages, FetchPages
 from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig
 from lamina_workers.attention_worker import cold_pages
 from lamina_workers.attention_worker.cold_file import OS_PAGE, ColdFile, check_folder, unnamed_file

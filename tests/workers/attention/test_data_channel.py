@@ -12,10 +12,10 @@ from attention_servers import connected
 from test_remote import Scripted
 from transports import serving
 
-from lamina_protocols import control
-from lamina_protocols.channels import ChannelClosed
+from lamina_protocols.channels import control
+from lamina_protocols.channels.channels import ChannelClosed
+from lamina_protocols.channels.sockets import is_here
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.socket_connections import is_here
 from lamina_workers.ports.data_channel import check_local
 
 SECRET = bytes(32)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lamina_protocols.errors import LaminaError
-from lamina_protocols.layers import HolderConfig, LayerSpec
-from lamina_protocols.messages import (
+from lamina_protocols.messages.layers import HolderConfig, LayerSpec
+from lamina_protocols.messages.messages import (
     Announced,
     Announcement,
     Attended,

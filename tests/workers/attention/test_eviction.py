@@ -8,8 +8,8 @@ import torch
 from kv_pools import pool_of
 from policy_bench import GROUP, HEADS, KV_HEADS, LAYERS, PAGE, SCALE, Bench, D, close, pages_held, peaked, towards
 
-from lamina_protocols.layers import HolderConfig, LayerSpec
-from lamina_protocols.messages import Announced, Announcement, Open, Row
+from lamina_protocols.messages.layers import HolderConfig, LayerSpec
+from lamina_protocols.messages.messages import Announced, Announcement, Open, Row
 from lamina_workers.attention_worker.eviction import Float32
 from lamina_workers.attention_worker.head_policies import HeadPolicies
 from lamina_workers.attention_worker.heavy_pages import CountedQuery, HeavyPages

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina_protocols.layers import HolderConfig, LayerSpec
+from lamina_protocols.messages.layers import HolderConfig, LayerSpec
 from lamina_workers.attention_worker.head_policies import HeadPolicies, Retention
 from lamina_workers.errors import PolicyError
 from lamina_workers.policies.catalogue import parse

@@ -16,13 +16,14 @@ from attention_servers import ASKED, KV_MEMORY, LAYERS, connected, open_port, pr
 from lies import SILENT, lies_about, some
 from test_leases import ENGINE, HALF, Sender
 
-from lamina_protocols import codec, control
-from lamina_protocols import messages as m
-from lamina_protocols.channels import ChannelClosed
-from lamina_protocols.frames import Prefix, pack_prefix
-from lamina_protocols.query_samples import FetchSample, Sample
-from lamina_protocols.service import WorkerClient, WorkerRefused
-from lamina_protocols.versions import PROTOCOL_VERSION
+from lamina_protocols.channels import control
+from lamina_protocols.channels.channels import ChannelClosed
+from lamina_protocols.channels.grpc_client import WorkerClient, WorkerRefused
+from lamina_protocols.channels.versions import PROTOCOL_VERSION
+from lamina_protocols.frames import codec
+from lamina_protocols.frames.frames import Prefix, pack_prefix
+from lamina_protocols.messages import messages as m
+from lamina_protocols.messages.messages import FetchSample, Sample
 from lamina_workers.ports.remote import RemoteAttention
 
 pytestmark = pytest.mark.real  # some minutes

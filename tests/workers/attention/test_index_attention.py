@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.layers import HolderConfig, Index, LayerSpec
-from lamina_protocols.messages import Announced, Announcement, Attended, Exchange, Open, Query, Row
+from lamina_protocols.messages.layers import HolderConfig, Index, LayerSpec
+from lamina_protocols.messages.messages import Announced, Announcement, Attended, Exchange, Open, Query, Row
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.attention_worker.head_policies import HeadPolicies
 from lamina_workers.errors import KVError, PolicyError

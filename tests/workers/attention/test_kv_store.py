@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from lamina_protocols.layers import HolderConfig, LayerSpec
-from lamina_protocols.messages import Bound, Close, Fork, Open, Row
+from lamina_protocols.messages.layers import HolderConfig, LayerSpec
+from lamina_protocols.messages.messages import Bound, Close, Fork, Open, Row
 from lamina_workers.attention_worker.head_policies import HeadPolicies
 from lamina_workers.attention_worker.kv_store import KVStore
 from lamina_workers.attention_worker.page_pool import NO_PAGE

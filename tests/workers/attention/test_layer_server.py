@@ -18,9 +18,10 @@ from exchange_peers import EXCHANGES, Served, exchanged, frame, served, sockets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina_protocols import codec
-from lamina_protocols.channels import ChannelClosed
-from lamina_protocols.messages import (
+from lamina_protocols.channels.channels import ChannelClosed
+from lamina_protocols.channels.sockets import SocketChannel
+from lamina_protocols.frames import codec
+from lamina_protocols.messages.messages import (
     Announced,
     Announcement,
     Attended,
@@ -35,7 +36,6 @@ from lamina_protocols.messages import (
     Row,
     Survey,
 )
-from lamina_protocols.socket_channel import SocketChannel
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 
 HELD = dataclasses.replace(CONFIG, kv_memory=1 << 22)

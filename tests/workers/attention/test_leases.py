@@ -18,10 +18,13 @@ import torch
 from attention_servers import ASKED, FULL, KV_MEMORY, LAYERS, PAGES, WAYS, connected, open_port, process, running, until
 from transports import pair
 
-from lamina_protocols import codec, control
-from lamina_protocols.channels import ChannelClosed
-from lamina_protocols.layers import HolderConfig
-from lamina_protocols.messages import (
+from lamina_protocols.channels import control
+from lamina_protocols.channels.channels import ChannelClosed
+from lamina_protocols.channels.grpc_client import WorkerBusy, WorkerRefused
+from lamina_protocols.channels.waiting import Waiter
+from lamina_protocols.frames import codec
+from lamina_protocols.messages.layers import HolderConfig
+from lamina_protocols.messages.messages import (
     MAX_PARTS,
     Announced,
     Announcement,
@@ -38,8 +41,6 @@ from lamina_protocols.messages import (
     Survey,
     Surveyed,
 )
-from lamina_protocols.service import WorkerBusy, WorkerRefused
-from lamina_protocols.waiting import Waiter
 from lamina_workers.attention_server import session
 from lamina_workers.attention_server.loop import ComputeLoop
 from lamina_workers.attention_server.session import EngineSeat, Session

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lamina_kernels import select
-from lamina_protocols.layers import HolderConfig, LayerSpec
+from lamina_protocols.messages.layers import HolderConfig, LayerSpec
 from lamina_workers.attention_worker import page_layout as page_layouts
 from lamina_workers.attention_worker.page_layout import page_count, page_layout
 from lamina_workers.errors import KernelsUnavailable, KVError, UnsupportedModelError

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 
 from lamina_kernels.paged.pages import Pages
 from lamina_kernels.partial import Partial, merge
-from lamina_protocols.layers import HolderConfig, LayerSpec
-from lamina_protocols.messages import Close, Fork, Open, Operation, Row
-from lamina_protocols.usage import Usage
+from lamina_protocols.messages.layers import HolderConfig, LayerSpec
+from lamina_protocols.messages.messages import Close, Fork, Open, Operation, Row, Usage
 from lamina_workers.attention_worker.eviction import gap as gap_of
 from lamina_workers.attention_worker.head_policies import HeadPolicies
 from lamina_workers.attention_worker.kv_store import KVStore

@@ -11,8 +11,7 @@ from kv_pools import pool_of
 from policy_bench import GROUP, HEADS, KV_HEADS, LAYERS, Bench, D
 
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.messages import Exchange, Fresh, Query, Row
-from lamina_protocols.query_samples import FetchedSample, FetchSample, Sample
+from lamina_protocols.messages.messages import Exchange, FetchedSample, FetchSample, Fresh, Query, Row, Sample
 from lamina_workers.policies.chooser import Shown
 from lamina_workers.policies.query_samples import QuerySamples
 

@@ -13,10 +13,11 @@ import pytest
 from attention_servers import ASKED, WAYS, connected, one_batch, open_port, process, running, until
 from transports import OneStream, serving
 
-from lamina_protocols import codec, control
-from lamina_protocols.channels import AddressError
-from lamina_protocols.messages import Announced, Announcement, Fresh
-from lamina_protocols.service import GrpcChannel, WorkerRefused
+from lamina_protocols.channels import control
+from lamina_protocols.channels.channels import AddressError
+from lamina_protocols.channels.grpc_client import GrpcChannel, WorkerRefused
+from lamina_protocols.frames import codec
+from lamina_protocols.messages.messages import Announced, Announcement, Fresh
 from lamina_workers.errors import HolderLost
 from lamina_workers.ports import remote
 

@@ -11,9 +11,9 @@ from state_layers import D_K, D_V, HEADS, KINDS, Inputs, config, constants
 
 from lamina_kernels.states import layout
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.layers import STATES
-from lamina_protocols.messages import Advance, Fetch, FetchPages, Fork, FreshPages, Open, Query, Row
-from lamina_protocols.pools import pools
+from lamina_protocols.messages.layers import STATES
+from lamina_protocols.messages.messages import Advance, Fetch, FetchPages, Fork, FreshPages, Open, Query, Row
+from lamina_protocols.messages.pools import pools
 from lamina_workers.attention_worker.batch import Counters
 from lamina_workers.attention_worker.page_layout import CPU
 from lamina_workers.attention_worker.state_pool import StatePool

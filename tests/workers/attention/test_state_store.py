@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from lamina_protocols.layers import HolderConfig, LayerSpec
-from lamina_protocols.messages import Close, Fork, Open, Row
+from lamina_protocols.messages.layers import HolderConfig, LayerSpec
+from lamina_protocols.messages.messages import Close, Fork, Open, Row
 from lamina_workers.attention_worker.state_store import NO_RECORD, StateStore
 from lamina_workers.errors import KVError, PoolExhausted, TornParts
 

@@ -11,9 +11,9 @@ import pytest
 from attention_servers import ASKED, KV_MEMORY, WAYS, connected, one_batch, open_port, running
 from real_workers import worker_process
 
-from lamina_protocols import control
-from lamina_protocols.service import WorkerClient, WorkerRefused
-from lamina_protocols.versions import BOUND, FEATURES, PREVIOUS, PREVIOUS_RELEASE, PROTOCOL_VERSION
+from lamina_protocols.channels import control
+from lamina_protocols.channels.grpc_client import WorkerClient, WorkerRefused
+from lamina_protocols.channels.versions import BOUND, FEATURES, PREVIOUS, PREVIOUS_RELEASE, PROTOCOL_VERSION
 from lamina_workers.ports.remote import Edges
 
 SEVEN = Path(__file__).parents[2] / "support" / "version_seven.py"

@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from lamina_protocols.layers import HolderConfig, LayerSpec
+from lamina_protocols.messages.layers import HolderConfig, LayerSpec
 from lamina_workers.attention_server import warm_up as module
 from lamina_workers.attention_server.warm_up import warm_up
 

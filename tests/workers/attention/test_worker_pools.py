@@ -15,8 +15,8 @@ from kv_pools import pool_of
 from two_pools import PAGES, SIZE, attend, pool_numbers, two_pools
 
 from lamina_protocols.errors import LaminaError, ProtocolError
-from lamina_protocols.layers import HolderConfig
-from lamina_protocols.messages import (
+from lamina_protocols.messages.layers import HolderConfig
+from lamina_protocols.messages.messages import (
     Advance,
     Announced,
     Announcement,
@@ -37,7 +37,7 @@ from lamina_protocols.messages import (
     Survey,
     Surveyed,
 )
-from lamina_protocols.pools import pools
+from lamina_protocols.messages.pools import pools
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.errors import KVError, UnsupportedModelError
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from dense_holders import BOTH, CONFIG, LAYERS, Holder, HolderHere, Model, route
 
-from lamina_protocols.messages import Attended, Exchange, Fault, Fresh, Query, Reply
-from lamina_protocols.routes import Route, Span
+from lamina_protocols.messages.messages import Attended, Exchange, Fault, Fresh, Query, Reply
+from lamina_protocols.messages.routes import Route, Span
 from lamina_workers.decoder.model import KeyValueReady, QueryReady
 from lamina_workers.errors import HolderFault, HolderLost
 from lamina_workers.model_worker.attention_merge import AttentionMerge

@@ -26,11 +26,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairwise import crossing
 
-from lamina_protocols.control import FAREWELL
+from lamina_protocols.channels.control import FAREWELL
+from lamina_protocols.channels.sockets import SocketChannel
 from lamina_protocols.errors import LaminaError
-from lamina_protocols.messages import Announced, Announcement, Attended, Fault, Fresh, Open, Reply, Row
-from lamina_protocols.routes import Route, Span
-from lamina_protocols.socket_channel import SocketChannel
+from lamina_protocols.messages.messages import Announced, Announcement, Attended, Fault, Fresh, Open, Reply, Row
+from lamina_protocols.messages.routes import Route, Span
 from lamina_workers.errors import HolderLost
 from lamina_workers.model_worker.attention_merge import AttentionMerge
 from lamina_workers.model_worker.waiting import Waiting, result

@@ -11,10 +11,10 @@ from exchange_peers import Joints
 from hybrid_families import FAMILIES
 from reference_models import DECODED, PROMPT, load, reference
 
-from lamina_protocols.layers import STATES, HolderConfig
-from lamina_protocols.messages import Open, Row
-from lamina_protocols.pools import pools
-from lamina_protocols.routes import HolderBatch, Route, Span
+from lamina_protocols.messages.layers import STATES, HolderConfig
+from lamina_protocols.messages.messages import Open, Row
+from lamina_protocols.messages.pools import pools
+from lamina_protocols.messages.routes import HolderBatch, Route, Span
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.decoder.sampler import RowSampling

@@ -12,13 +12,14 @@ from engine_rig import BytesPort
 from kv_pools import pool_of
 
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.layers import HolderConfig, LayerSpec
-from lamina_protocols.messages import (
+from lamina_protocols.messages.layers import HolderConfig, LayerSpec
+from lamina_protocols.messages.messages import (
     Announced,
     Announcement,
     Fetch,
     Fetched,
     FetchedPages,
+    FetchedSample,
     FetchPages,
     Fresh,
     FreshPages,
@@ -27,8 +28,7 @@ from lamina_protocols.messages import (
     Survey,
     Surveyed,
 )
-from lamina_protocols.query_samples import FetchedSample
-from lamina_protocols.routes import HolderBatch, Route
+from lamina_protocols.messages.routes import HolderBatch, Route
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.attention_worker.page_layout import page_bytes
 from lamina_workers.errors import HolderFault, HolderLost, KVError

@@ -12,8 +12,8 @@ import torch
 from dense_holders import CONFIG, Holder, Model, route
 
 from lamina_kernels.states.layout import StateConstants
-from lamina_protocols.messages import Announced, Announcement, Constants, Fault, Open, Query, Reply
-from lamina_protocols.routes import HolderBatch, Span
+from lamina_protocols.messages.messages import Announced, Announcement, Constants, Fault, Open, Query, Reply
+from lamina_protocols.messages.routes import HolderBatch, Span
 from lamina_workers.decoder.model import Batch, Forward
 from lamina_workers.decoder.sampler import RowSampling
 from lamina_workers.errors import HolderFault, HolderLost, RankLost

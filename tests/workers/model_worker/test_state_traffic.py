@@ -13,9 +13,19 @@ from attention_servers import WAYS, connected, running
 from exchange_peers import EXCHANGES, Joints, exchanged
 from state_layers import D_V, HEADS, KINDS, Inputs, config, constants
 
-from lamina_protocols.layers import HolderConfig, LayerSpec
-from lamina_protocols.messages import Advance, Advanced, Announced, Announcement, Attended, Fault, Fork, Open, Row
-from lamina_protocols.routes import HolderBatch, Route, Span
+from lamina_protocols.messages.layers import HolderConfig, LayerSpec
+from lamina_protocols.messages.messages import (
+    Advance,
+    Advanced,
+    Announced,
+    Announcement,
+    Attended,
+    Fault,
+    Fork,
+    Open,
+    Row,
+)
+from lamina_protocols.messages.routes import HolderBatch, Route, Span
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.model import KeyValueReady, QueryReady, StateReady
 from lamina_workers.errors import HolderFault, HolderLost

@@ -14,9 +14,19 @@ from engine_rig import BytesPort
 from kv_pools import pool_of
 from two_pools import attend, pool_numbers, two_pools
 
-from lamina_protocols.layers import HolderConfig
-from lamina_protocols.messages import Announced, Announcement, Close, Fetch, Fetched, FreshPages, Open, Operation, Row
-from lamina_protocols.routes import HolderBatch, Route, Span
+from lamina_protocols.messages.layers import HolderConfig
+from lamina_protocols.messages.messages import (
+    Announced,
+    Announcement,
+    Close,
+    Fetch,
+    Fetched,
+    FreshPages,
+    Open,
+    Operation,
+    Row,
+)
+from lamina_protocols.messages.routes import HolderBatch, Route, Span
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.model import KeyValueReady, QueryReady
 from lamina_workers.model_worker.attention_merge import AttentionMerge

@@ -10,9 +10,9 @@ import pytest
 import torch
 from real_workers import write_tiny_model
 
-from lamina_protocols.layers import HolderConfig
-from lamina_protocols.messages import Open, Row
-from lamina_protocols.routes import HolderBatch, Route, Span
+from lamina_protocols.messages.layers import HolderConfig
+from lamina_protocols.messages.messages import Open, Row
+from lamina_protocols.messages.routes import HolderBatch, Route, Span
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.converted.models import model_config
 from lamina_workers.decoder.checkpoint import Checkpoint

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lamina_protocols.messages import FetchedPages
+from lamina_protocols.messages.messages import FetchedPages
 from lamina_workers.model_worker.kv_copy import Copy, Move
 
 LAYERS, PAGES, SIZE = 2, 3, 64

@@ -19,15 +19,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transports import pair
 
-from lamina_protocols import control
-from lamina_protocols import messages as m
-from lamina_protocols.channels import Channel, ChannelClosed
+from lamina_protocols.channels import control
+from lamina_protocols.channels.channels import Channel, ChannelClosed
+from lamina_protocols.channels.sockets import connect_unix
+from lamina_protocols.channels.versions import FEATURES, PREVIOUS, PREVIOUS_RELEASE, PROTOCOL_VERSION
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.frames import LAYOUT, MAX_HEADER
-from lamina_protocols.layers import ColdTier, HolderConfig, LayerSpec
-from lamina_protocols.routes import HolderBatch, Route, Span
-from lamina_protocols.socket_connections import connect_unix
-from lamina_protocols.versions import FEATURES, PREVIOUS, PREVIOUS_RELEASE, PROTOCOL_VERSION
+from lamina_protocols.frames.frames import LAYOUT, MAX_HEADER
+from lamina_protocols.messages import messages as m
+from lamina_protocols.messages.layers import ColdTier, HolderConfig, LayerSpec
+from lamina_protocols.messages.routes import HolderBatch, Route, Span
 from lamina_workers.decoder.logprobs import PromptTokens
 from lamina_workers.decoder.sampler import RowSampling
 from lamina_workers.errors import HolderFault, HolderLost, RankLost

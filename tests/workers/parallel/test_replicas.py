@@ -26,12 +26,12 @@ from lamina import LLM
 from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest
 from lamina.sampling_params import SamplingParams
-from lamina_protocols.channels import Channel
+from lamina_protocols.channels.channels import Channel
+from lamina_protocols.channels.sockets import connect_unix
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.layers import HolderConfig
-from lamina_protocols.messages import Close, Exchange, Row
-from lamina_protocols.routes import HolderBatch, Route, Span
-from lamina_protocols.socket_connections import connect_unix
+from lamina_protocols.messages.layers import HolderConfig
+from lamina_protocols.messages.messages import Close, Exchange, Row
+from lamina_protocols.messages.routes import HolderBatch, Route, Span
 from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.model import Batch, Decoder, KeyValueReady

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from lamina_protocols.layers import HolderConfig, LayerSpec
+from lamina_protocols.messages.layers import HolderConfig, LayerSpec
 from lamina_workers.errors import HolderLost
 from lamina_workers.parallel import peer_messages
 from lamina_workers.parallel.tensor_parallel import TensorParallelWorkers

@@ -15,7 +15,7 @@ from bench.index_baselines import ScanSegment
 from kv_pools import pool_of
 from policy_bench import GROUP, HEADS, KV_HEADS, LAYERS, PAGE, Bench, D
 
-from lamina_protocols.messages import Attended, Fresh, Query, Row
+from lamina_protocols.messages.messages import Attended, Fresh, Query, Row
 from lamina_workers.errors import KernelsUnavailable, PolicyError
 from lamina_workers.indexes import faiss_host
 from lamina_workers.indexes.key_index import Floats, Segment

@@ -28,7 +28,7 @@ from policy_bench import (
     towards,
 )
 
-from lamina_protocols.messages import Fetch, Fetched
+from lamina_protocols.messages.messages import Fetch, Fetched
 from lamina_workers.errors import KVError, PolicyError
 from lamina_workers.policies.catalogue import POLICIES, parse
 

@@ -28,7 +28,7 @@ from policy_bench import (
     towards,
 )
 
-from lamina_protocols.messages import Announced, Announcement, Row
+from lamina_protocols.messages.messages import Announced, Announcement, Row
 from lamina_workers.policies.catalogue import parse
 
 LONG = 1120  # tokens, with which every policy has something to choose

@@ -10,7 +10,7 @@ import stat
 import pytest
 from cryptography import x509
 
-from lamina_protocols.channels import Credentials
+from lamina_protocols.channels.channels import Credentials
 from lamina_workers.process import credentials
 from lamina_workers.process.credentials import (
     CredentialFiles,

@@ -18,7 +18,7 @@ from lamina.config import EngineConfig
 from lamina.deploy.local_attention import LocalAttentionWorkers
 from lamina.errors import InvalidRequest
 from lamina.launch import attention_pool
-from lamina_protocols.layers import HolderConfig, LayerSpec
+from lamina_protocols.messages.layers import HolderConfig, LayerSpec
 from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.attention_worker.device_worker import DeviceWorker, attention_worker
@@ -191,7 +191,7 @@ class TestWorkers:
 LIMITED = """
 import resource, sys
 from lamina_protocols.errors import LaminaError
-from lamina_protocols.layers import HolderConfig, LayerSpec
+from lamina_protocols.messages.layers import HolderConfig, LayerSpec
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 spec = LayerSpec(kv_layer=0, heads=4, kv_heads=2, d_k=16, d_v=16, scale=0.25)
 config = HolderConfig(layers=(spec,), page_size=16, dtype="float32", kv_memory=1 << 45)

@@ -20,23 +20,24 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
-from lamina_protocols import control
-from lamina_protocols.channels import SECRET_SIZE, Credentials, is_loopback, join_address, split_address
-from lamina_protocols.errors import LaminaError, ProtocolError
-from lamina_protocols.frames import MAX_FRAME, Arriving
-from lamina_protocols.grpc_core import grpc
-from lamina_protocols.layers import ColdTier
-from lamina_protocols.service import MAX_MESSAGE, GrpcChannel
-from lamina_protocols.service_server import (
-    TokenInterceptor,
-    handlers,
-    health_handlers,
-    server_options,
+from lamina_protocols.channels import control
+from lamina_protocols.channels.channels import SECRET_SIZE, Credentials, is_loopback, join_address, split_address
+from lamina_protocols.channels.grpc_client import MAX_MESSAGE, GrpcChannel
+from lamina_protocols.channels.grpc_core import grpc
+from lamina_protocols.channels.grpc_server import TokenInterceptor, handlers, health_handlers, server_options
+from lamina_protocols.channels.sockets import (
+    LOCAL_FOLDER,
+    LOCAL_SOCKET,
+    Listener,
+    SocketChannel,
+    listen_tcp,
+    listen_unix,
 )
-from lamina_protocols.socket_channel import SocketChannel
-from lamina_protocols.socket_connections import LOCAL_FOLDER, LOCAL_SOCKET, Listener, listen_tcp, listen_unix
-from lamina_protocols.tensors import DTYPES
-from lamina_protocols.versions import shared
+from lamina_protocols.channels.versions import shared
+from lamina_protocols.errors import LaminaError, ProtocolError
+from lamina_protocols.frames.fields import DTYPES
+from lamina_protocols.frames.frames import MAX_FRAME, Arriving
+from lamina_protocols.messages.layers import ColdTier
 from lamina_workers.attention_server.certificates import ServerCertificates
 from lamina_workers.attention_server.layer_checks import check_layers
 from lamina_workers.attention_server.leases import MAX_SEATS, MAX_SESSIONS, Leases

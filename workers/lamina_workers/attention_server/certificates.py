@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from lamina_protocols.channels import Credentials
-from lamina_protocols.grpc_core import grpc
-from lamina_protocols.service_server import server_credentials
-from lamina_protocols.socket_connections import Listener
-from lamina_protocols.tls import TlsContext, server_context
+from lamina_protocols.channels.channels import Credentials, TlsContext, server_context
+from lamina_protocols.channels.grpc_core import grpc
+from lamina_protocols.channels.grpc_server import server_credentials
+from lamina_protocols.channels.sockets import Listener
 
 logger = logging.getLogger("lamina")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.layers import LATENT, STATES, LayerSpec
-from lamina_protocols.pools import pool_shape
+from lamina_protocols.messages.layers import LATENT, STATES, LayerSpec
+from lamina_protocols.messages.pools import pool_shape
 
 _MAX_LAYERS, _MAX_HEADS, _MAX_WIDTH = 1 << 12, 1 << 10, 1 << 14  # a worker takes time and memory for each of them
 _MAX_POOLS = 64  # shapes of layers: each has an arena and tables of its own

@@ -16,10 +16,10 @@ import numpy as np
 from lamina_kernels.cpu import exchange_blocks as blocks
 from lamina_kernels.cpu.layer_work import LayerWork, functions
 from lamina_kernels.cpu.serve_loop import answer_kernel, serve_kernel
-from lamina_protocols.channels import Channel
-from lamina_protocols.layer_frames import frames_between, set_batch, set_layer
-from lamina_protocols.layers import LayerSpec
-from lamina_protocols.tensors import dtype_name
+from lamina_protocols.channels.channels import Channel
+from lamina_protocols.frames.fields import dtype_name
+from lamina_protocols.frames.layer_frames import frames_between, set_batch, set_layer
+from lamina_protocols.messages.layers import LayerSpec
 from lamina_workers.ports.direct import Buffer, DirectChannel, compiled, direct_channel, enabled
 
 _COUNTED_MS = 50  # how late counters may be while a batch is under way

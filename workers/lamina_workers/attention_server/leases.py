@@ -11,11 +11,11 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-from lamina_protocols import control
-from lamina_protocols.channels import Channel
+from lamina_protocols.channels import control
+from lamina_protocols.channels.channels import Channel
+from lamina_protocols.channels.grpc_client import Busy
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.layers import ColdTier
-from lamina_protocols.service import Busy
+from lamina_protocols.messages.layers import ColdTier
 from lamina_workers.attention_server.loop import ComputeLoop
 from lamina_workers.attention_server.session import EngineSeat, Session, Traffic
 from lamina_workers.attention_worker.batch import Counters

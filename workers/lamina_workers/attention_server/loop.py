@@ -13,12 +13,12 @@ import queue
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from lamina_protocols import codec
-from lamina_protocols.channels import Channel
-from lamina_protocols.control import CORRUPT, FAREWELL
+from lamina_protocols.channels.channels import Channel
+from lamina_protocols.channels.control import CORRUPT, FAREWELL
+from lamina_protocols.channels.waiting import Waiter
 from lamina_protocols.errors import CorruptFrame, LaminaError, ProtocolError
-from lamina_protocols.messages import Fault
-from lamina_protocols.waiting import Waiter
+from lamina_protocols.frames import codec
+from lamina_protocols.messages.messages import Fault
 from lamina_workers.attention_server.layer_server import LayerServer
 from lamina_workers.attention_server.session import EngineSeat, Session
 

@@ -16,13 +16,24 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from lamina_kernels.cpu.layer_work import LayerWork
-from lamina_protocols import codec, control
-from lamina_protocols.channels import Channel
+from lamina_protocols.channels import control
+from lamina_protocols.channels.channels import Channel
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.layers import ColdTier, HolderConfig, LayerSpec
-from lamina_protocols.messages import Announced, Announcement, Exchange, Fault, Fresh, Query, Request, Survey, answered
-from lamina_protocols.pools import pools
-from lamina_protocols.tensors import DTYPES
+from lamina_protocols.frames import codec
+from lamina_protocols.frames.fields import DTYPES
+from lamina_protocols.messages.layers import ColdTier, HolderConfig, LayerSpec
+from lamina_protocols.messages.messages import (
+    Announced,
+    Announcement,
+    Exchange,
+    Fault,
+    Fresh,
+    Query,
+    Request,
+    Survey,
+    answered,
+)
+from lamina_protocols.messages.pools import pools
 from lamina_workers.attention_server.layer_server import LayerServer, ServedBatch
 from lamina_workers.attention_server.warm_up import warm_up
 from lamina_workers.attention_worker.attention_worker import AttentionWorker

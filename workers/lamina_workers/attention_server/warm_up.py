@@ -12,10 +12,10 @@ from functools import lru_cache
 
 import torch
 
-from lamina_protocols.layers import ATTENTION, HolderConfig
-from lamina_protocols.messages import Announcement, Exchange, Fault, Open, Row
-from lamina_protocols.pools import pools
-from lamina_protocols.tensors import DTYPES
+from lamina_protocols.frames.fields import DTYPES
+from lamina_protocols.messages.layers import ATTENTION, HolderConfig
+from lamina_protocols.messages.messages import Announcement, Exchange, Fault, Open, Row
+from lamina_protocols.messages.pools import pools
 from lamina_workers.attention_worker.device_worker import attention_worker
 from lamina_workers.ports.port import LocalAttention
 

@@ -17,8 +17,8 @@ import torch
 
 from lamina_kernels.cpu.layer_work import LayerWork
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.layers import ATTENTION, LATENT, STATES, HolderConfig
-from lamina_protocols.messages import (
+from lamina_protocols.messages.layers import ATTENTION, LATENT, STATES, HolderConfig
+from lamina_protocols.messages.messages import (
     MAX_PARTS,
     Advance,
     Announced,
@@ -27,6 +27,7 @@ from lamina_protocols.messages import (
     Exchange,
     Fetch,
     FetchPages,
+    FetchSample,
     Fresh,
     FreshPages,
     Operation,
@@ -35,12 +36,12 @@ from lamina_protocols.messages import (
     Reply,
     Request,
     Row,
+    Sample,
     Survey,
     Surveyed,
+    Usage,
 )
-from lamina_protocols.pools import Pool, pools
-from lamina_protocols.query_samples import FetchSample, Sample
-from lamina_protocols.usage import Usage
+from lamina_protocols.messages.pools import Pool, pools
 from lamina_workers.attention_worker.batch import Batch, Counters
 from lamina_workers.attention_worker.dealing import dealt, only_bounds, pool_of
 from lamina_workers.attention_worker.kv_pool import KVPool

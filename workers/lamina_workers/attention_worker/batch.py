@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lamina_protocols.messages import Row
+from lamina_protocols.messages.messages import Row
 from lamina_workers.attention_worker.decode_rows import DecodeRows
 from lamina_workers.attention_worker.page_pool import Int32
 from lamina_workers.attention_worker.prompt_queries import BatchSamples

@@ -21,7 +21,7 @@ from numba import boolean, int32, int64
 
 from lamina_kernels.paged.pages import Pages
 from lamina_kernels.paged.rows import Ints
-from lamina_protocols.messages import Row
+from lamina_protocols.messages.messages import Row
 from lamina_workers.attention_worker.cold_file import ColdFile, Run
 from lamina_workers.attention_worker.kv_store import KVStore
 from lamina_workers.attention_worker.page_pool import NO_PAGE, Int32

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lamina_protocols.messages import Bound, Close, Fork, Open, Operation, Row
+from lamina_protocols.messages.messages import Bound, Close, Fork, Open, Operation, Row
 from lamina_workers.attention_worker.pool import Ints, LayerPool
 from lamina_workers.errors import KVError
 

@@ -18,7 +18,7 @@ import torch
 from lamina_kernels.paged.pages import Pages
 from lamina_kernels.paged.rows import EVERYTHING, Rows, Table, visible
 from lamina_kernels.select import Grown, Kernels
-from lamina_protocols.messages import Row
+from lamina_protocols.messages.messages import Row
 from lamina_workers.attention_worker.kv_store import KVStore
 from lamina_workers.attention_worker.reading import Reading
 from lamina_workers.attention_worker.row_builder import Origin

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from lamina_protocols.layers import HolderConfig
-from lamina_protocols.messages import Attended, Exchange, Fresh, Query, Reply, Request
+from lamina_protocols.messages.layers import HolderConfig
+from lamina_protocols.messages.messages import Attended, Exchange, Fresh, Query, Reply, Request
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.attention_worker.page_layout import CPU
 from lamina_workers.devices.staging import Cuda, Runtime, Staged

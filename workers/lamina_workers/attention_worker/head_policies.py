@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from lamina_kernels.paged.rows import Ints
-from lamina_protocols.layers import HolderConfig, LayerSpec
+from lamina_protocols.messages.layers import HolderConfig, LayerSpec
 from lamina_workers.errors import PolicyError
 from lamina_workers.policies.catalogue import parse
 from lamina_workers.policies.policy import LONGEST, Bools, Policy, within

@@ -14,7 +14,7 @@ import torch
 
 from lamina_kernels.paged.pages import Pages, gather_keys
 from lamina_kernels.paged.rows import Ints
-from lamina_protocols.layers import LayerSpec
+from lamina_protocols.messages.layers import LayerSpec
 from lamina_workers.attention_worker.eviction import Float32
 from lamina_workers.attention_worker.kv_parts import Part
 from lamina_workers.attention_worker.page_pool import NO_PAGE

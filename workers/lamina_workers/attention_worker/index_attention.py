@@ -19,8 +19,8 @@ from lamina_kernels.paged.pages import Pages
 from lamina_kernels.paged.rows import Ints, Rows, Table
 from lamina_kernels.partial import Partial, empty
 from lamina_kernels.select import Kernels
-from lamina_protocols.layers import Index, LayerSpec
-from lamina_protocols.messages import Row
+from lamina_protocols.messages.layers import Index, LayerSpec
+from lamina_protocols.messages.messages import Row
 from lamina_workers.attention_worker.adaptive import Tallies
 from lamina_workers.attention_worker.kv_parts import Part
 from lamina_workers.attention_worker.kv_store import KVStore

@@ -8,8 +8,8 @@ import torch
 
 from lamina_kernels.paged.pages import Pages, gather, gather_heads, whole
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.layers import HolderConfig
-from lamina_protocols.messages import Fetch, Fetched, FetchedPages, FetchPages, FreshPages
+from lamina_protocols.messages.layers import HolderConfig
+from lamina_protocols.messages.messages import Fetch, Fetched, FetchedPages, FetchPages, FreshPages
 from lamina_workers.attention_worker.kv_parts import Part
 from lamina_workers.attention_worker.kv_store import KVStore
 from lamina_workers.attention_worker.paged_reader import PagedReader

@@ -16,8 +16,8 @@ import torch
 from lamina_kernels.cpu.layer_work import LayerWork, layer_work
 from lamina_kernels.paged.pages import Pages, store_whole
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.frames import MAX_PAYLOAD
-from lamina_protocols.messages import (
+from lamina_protocols.frames.frames import MAX_PAYLOAD
+from lamina_protocols.messages.messages import (
     Attended,
     Bound,
     Close,
@@ -26,7 +26,9 @@ from lamina_protocols.messages import (
     Fetch,
     Fetched,
     FetchedPages,
+    FetchedSample,
     FetchPages,
+    FetchSample,
     Fresh,
     FreshPages,
     Operation,
@@ -34,10 +36,10 @@ from lamina_protocols.messages import (
     Query,
     Reply,
     Row,
+    Sample,
+    Usage,
 )
-from lamina_protocols.pools import Pool
-from lamina_protocols.query_samples import FetchedSample, FetchSample, Sample
-from lamina_protocols.usage import Usage
+from lamina_protocols.messages.pools import Pool
 from lamina_workers.attention_worker.batch import Counters, KVBatch
 from lamina_workers.attention_worker.cold_file import check_folder
 from lamina_workers.attention_worker.cold_pages import ColdPages

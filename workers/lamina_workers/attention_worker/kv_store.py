@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lamina_kernels.paged.rows import Ints
-from lamina_protocols.layers import HolderConfig
-from lamina_protocols.messages import Bound, Close, Fork, Open, Operation, Row
+from lamina_protocols.messages.layers import HolderConfig
+from lamina_protocols.messages.messages import Bound, Close, Fork, Open, Operation, Row
 from lamina_workers.attention_worker.eviction import PageAttention, evicted, freed_slots, remaining_slots, staying
 from lamina_workers.attention_worker.head_policies import Group, HeadPolicies
 from lamina_workers.attention_worker.kv_parts import Absorbed, Part, Reservation

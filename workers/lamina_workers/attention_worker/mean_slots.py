@@ -13,7 +13,7 @@ import torch
 
 from lamina_kernels.paged.pages import Pages, gather
 from lamina_kernels.partial import Partial
-from lamina_protocols.layers import LayerSpec
+from lamina_protocols.messages.layers import LayerSpec
 from lamina_workers.attention_worker.kv_parts import Absorbed
 
 AT_ONCE = 256  # pages that are read at a time, so that little memory is taken

@@ -11,8 +11,8 @@ import torch
 from lamina_kernels.paged.pages import DTYPES, Order, PageLayout
 from lamina_kernels.select import Kernels, kernels
 from lamina_kernels.sketches.sketches import SketchLayout
-from lamina_protocols.layers import ATTENTION, LATENT, STATES, HolderConfig
-from lamina_protocols.pools import pools
+from lamina_protocols.messages.layers import ATTENTION, LATENT, STATES, HolderConfig
+from lamina_protocols.messages.pools import pools
 from lamina_workers.attention_worker.head_policies import HeadPolicies
 from lamina_workers.attention_worker.state_records import state_layout, state_pages
 from lamina_workers.errors import KernelsUnavailable, KVError, PolicyError, UnsupportedModelError

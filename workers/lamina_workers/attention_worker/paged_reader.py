@@ -16,9 +16,8 @@ from lamina_kernels.paged.pages import Pages, gather_keys
 from lamina_kernels.partial import Partial, empty
 from lamina_kernels.select import Kernels
 from lamina_kernels.sketches import sketches
-from lamina_protocols.layers import HolderConfig, LayerSpec
-from lamina_protocols.messages import Fork, Open, Row
-from lamina_protocols.usage import Usage
+from lamina_protocols.messages.layers import HolderConfig, LayerSpec
+from lamina_protocols.messages.messages import Fork, Open, Row, Usage
 from lamina_workers.attention_worker.adaptive import AdaptiveAttention, Tallies, Touch
 from lamina_workers.attention_worker.head_policies import HeadPolicies, read_alike
 from lamina_workers.attention_worker.heavy_pages import HeavyPages

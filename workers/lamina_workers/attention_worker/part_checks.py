@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lamina_protocols.messages import Bound, Open
+from lamina_protocols.messages.messages import Bound, Open
 from lamina_workers.attention_worker.eviction import check_evicted, freed_slots, staying
 from lamina_workers.attention_worker.kv_parts import Part
 from lamina_workers.attention_worker.page_pool import NO_PAGE

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
-from lamina_protocols.layers import HolderConfig
+from lamina_protocols.messages.layers import HolderConfig
 from lamina_workers.attention_worker.page_pool import Int32, PagePool
 from lamina_workers.errors import KVError, PoolExhausted
 

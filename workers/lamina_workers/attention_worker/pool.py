@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
-from lamina_protocols.layers import HolderConfig
-from lamina_protocols.messages import (
+from lamina_protocols.messages.layers import HolderConfig
+from lamina_protocols.messages.messages import (
     Advance,
     Constants,
     Exchange,
     Fetch,
     FetchPages,
+    FetchSample,
     Fresh,
     FreshPages,
     Operation,
@@ -22,9 +23,9 @@ from lamina_protocols.messages import (
     Query,
     Reply,
     Row,
+    Sample,
+    Usage,
 )
-from lamina_protocols.query_samples import FetchSample, Sample
-from lamina_protocols.usage import Usage
 
 Layered = Query | Fresh | Exchange | Sample | Advance  # a layer's message, of a batch in flight
 Ints = tuple[int, ...]

@@ -14,9 +14,8 @@ import numpy as np
 import torch
 
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.layers import HolderConfig
-from lamina_protocols.messages import Row
-from lamina_protocols.query_samples import FetchedSample, FetchSample, Sample
+from lamina_protocols.messages.layers import HolderConfig
+from lamina_protocols.messages.messages import FetchedSample, FetchSample, Row, Sample
 from lamina_workers.attention_worker.adaptive import AdaptiveAttention
 from lamina_workers.attention_worker.kv_parts import Part
 from lamina_workers.attention_worker.kv_store import KVStore

@@ -14,7 +14,7 @@ import torch
 
 from lamina_kernels.paged.pages import PageLayout
 from lamina_kernels.paged.rows import Ints, Rows
-from lamina_protocols.messages import Row
+from lamina_protocols.messages.messages import Row
 from lamina_workers.attention_worker.adaptive import Cell, Group
 from lamina_workers.attention_worker.eviction import counts, gap, readable
 from lamina_workers.attention_worker.heavy_pages import CountedQuery

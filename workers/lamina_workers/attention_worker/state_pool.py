@@ -16,24 +16,24 @@ from lamina_kernels.paged import memory
 from lamina_kernels.states import advance as kernel
 from lamina_kernels.states.layout import StateConstants, StateRows
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.frames import MAX_PAYLOAD
-from lamina_protocols.layers import LayerSpec
-from lamina_protocols.messages import (
+from lamina_protocols.frames.frames import MAX_PAYLOAD
+from lamina_protocols.messages.layers import LayerSpec
+from lamina_protocols.messages.messages import (
     Advance,
     Advanced,
     Constants,
     Fetch,
     FetchedPages,
     FetchPages,
+    FetchSample,
     FreshPages,
     Operation,
     PartHeld,
     Reply,
     Row,
+    Usage,
 )
-from lamina_protocols.pools import Pool
-from lamina_protocols.query_samples import FetchSample
-from lamina_protocols.usage import Usage
+from lamina_protocols.messages.pools import Pool
 from lamina_workers.attention_worker.batch import Counters
 from lamina_workers.attention_worker.pool import Layered
 from lamina_workers.attention_worker.state_records import state_layout, state_pages

@@ -5,7 +5,7 @@ Promises both sides of the cut the same layout."""
 from __future__ import annotations
 
 from lamina_kernels.states.layout import StateLayout
-from lamina_protocols.layers import HolderConfig
+from lamina_protocols.messages.layers import HolderConfig
 from lamina_workers.errors import KVError, UnsupportedModelError
 
 

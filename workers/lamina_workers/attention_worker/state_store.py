@@ -17,8 +17,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from lamina_protocols.layers import HolderConfig
-from lamina_protocols.messages import Bound, Close, Fork, Open, Operation, Row
+from lamina_protocols.messages.layers import HolderConfig
+from lamina_protocols.messages.messages import Bound, Close, Fork, Open, Operation, Row
 from lamina_workers.attention_worker.page_pool import Int32
 from lamina_workers.attention_worker.part_table import PartTable
 from lamina_workers.errors import KVError, PoolExhausted, TornParts

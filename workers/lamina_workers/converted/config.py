@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lamina_protocols.layers import LayerSpec
+from lamina_protocols.messages.layers import LayerSpec
 from lamina_workers.converted.dry_run import NO_ATTENTIONS, Attentions, dry_run
 from lamina_workers.converted.modeling import model_class, read_config, transformers
 from lamina_workers.decoder.config import ModelConfig, Residuals

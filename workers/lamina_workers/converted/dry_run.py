@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lamina_protocols.layers import LayerSpec
+from lamina_protocols.messages.layers import LayerSpec
 from lamina_workers.converted.attention_calls import AttentionCall, attention_by, masks_seen
 from lamina_workers.converted.modeling import build, converting
 from lamina_workers.errors import UnsupportedModelError

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lamina_protocols.layers import Index, LayerSpec
+from lamina_protocols.messages.layers import Index, LayerSpec
 from lamina_workers.decoder.config_keys import Keys
 from lamina_workers.decoder.families import FAMILIES
 from lamina_workers.decoder.family import Family
@@ -50,7 +50,7 @@ class ModelConfig:
     `sinks`: each query head has an attention sink, in every layer.
     `latent`: attention is over latents. Then there is one KV head, `head_dim` is the latent with what is rotated behind
     it, and `v_head_dim` the latent alone, which is v.
-    `index`: of the layers that are `indexed`, see `lamina_protocols.layers.Index`.
+    `index`: of the layers that are `indexed`, see `lamina_protocols.messages.layers.Index`.
     Per layer: `indexed`, `windows` (None attends all), `rotary` (False: no RoPE), `sparse` (True: experts in place of
     an MLP), `mixers`. `window_rope`: RoPE of layers with a window, where it is another one. `scale` multiplies q.k.
     Soft caps c turn x into c * tanh(x / c), `soft_cap` for attention. The other scales multiply what the embedding

@@ -1,6 +1,6 @@
 """A layer's own index: what it computes of the residual stream beside q, k and v, and its tensors.
 
-Holders choose by it which keys are attended; see `lamina_protocols.layers.Index`.
+Holders choose by it which keys are attended; see `lamina_protocols.messages.layers.Index`.
 """
 
 from __future__ import annotations

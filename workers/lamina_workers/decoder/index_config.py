@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lamina_protocols.layers import Index
+from lamina_protocols.messages.layers import Index
 from lamina_workers.decoder.config_keys import Keys
 from lamina_workers.decoder.family import Family
 from lamina_workers.errors import ModelFileError, UnsupportedModelError

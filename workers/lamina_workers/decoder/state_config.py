@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lamina_kernels.states.layout import CONVS, SIZES
-from lamina_protocols.layers import LayerSpec
+from lamina_protocols.messages.layers import LayerSpec
 from lamina_workers.decoder.config_keys import Keys
 from lamina_workers.decoder.family import Family
 from lamina_workers.errors import ModelFileError, UnsupportedModelError

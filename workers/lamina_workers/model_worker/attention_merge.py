@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 
 from lamina_kernels.partial import Partial, empty, with_sinks
-from lamina_protocols.layers import STATES, HolderConfig, LayerSpec
-from lamina_protocols.pools import Pool, pools
-from lamina_protocols.routes import Route, Span
+from lamina_protocols.messages.layers import STATES, HolderConfig, LayerSpec
+from lamina_protocols.messages.pools import Pool, pools
+from lamina_protocols.messages.routes import Route, Span
 from lamina_workers.attention_worker.page_layout import CPU, attention_kernels
 from lamina_workers.decoder.model import Event, Forward, KeyValueReady, QueryReady, StateReady
 from lamina_workers.devices.staging import DIRECT, Staging, staging_for

@@ -22,7 +22,7 @@ from lamina_kernels.cpu.merge import merge_block, merge_kernel
 from lamina_kernels.paged.pages import FLOATS
 from lamina_kernels.partial import Partial, with_sinks
 from lamina_protocols.errors import LaminaError
-from lamina_protocols.pools import Pool
+from lamina_protocols.messages.pools import Pool
 from lamina_workers.decoder.model import KeyValueReady
 from lamina_workers.devices.staging import DIRECT
 from lamina_workers.model_worker.holder_traffic import HolderTraffic

@@ -11,8 +11,8 @@ import torch
 
 from lamina_kernels.paged.pages import Pages
 from lamina_kernels.partial import Partial, empty
-from lamina_protocols.layers import HolderConfig
-from lamina_protocols.routes import Span
+from lamina_protocols.messages.layers import HolderConfig
+from lamina_protocols.messages.routes import Span
 from lamina_workers.attention_worker.head_policies import HeadPolicies, read_alike
 from lamina_workers.attention_worker.page_layout import attention_kernels, page_layout
 from lamina_workers.attention_worker.row_builder import Asked, RowBuilder

@@ -12,9 +12,9 @@ import numpy.typing as npt
 import torch
 
 from lamina_kernels.partial import Partial
-from lamina_protocols.layers import LayerSpec
-from lamina_protocols.messages import Attended, Exchange, Fresh, Query
-from lamina_protocols.routes import Route, Span
+from lamina_protocols.messages.layers import LayerSpec
+from lamina_protocols.messages.messages import Attended, Exchange, Fresh, Query
+from lamina_protocols.messages.routes import Route, Span
 from lamina_workers.decoder.model import KeyValueReady
 from lamina_workers.devices.staging import DIRECT, Staging
 from lamina_workers.ports.port import Replies

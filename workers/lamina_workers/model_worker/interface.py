@@ -6,9 +6,9 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
 
-from lamina_protocols.channels import Credentials
-from lamina_protocols.messages import Announced, Surveyed
-from lamina_protocols.routes import HolderBatch, Span
+from lamina_protocols.channels.channels import Credentials
+from lamina_protocols.messages.messages import Announced, Surveyed
+from lamina_protocols.messages.routes import HolderBatch, Span
 from lamina_workers.decoder.logprobs import PromptTokens
 from lamina_workers.decoder.sampler import RowSampling, Sampled
 from lamina_workers.model_worker.kv_copy import Move

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from lamina_protocols.messages import Fetched, FetchedPages
+from lamina_protocols.messages.messages import Fetched, FetchedPages
 
 
 class Move(NamedTuple):

@@ -11,11 +11,20 @@ from typing import TypeVar
 
 import torch
 
-from lamina_protocols.layers import STATES, HolderConfig
-from lamina_protocols.messages import Fetch, Fetched, FetchedPages, FetchPages, Fresh, FreshPages
-from lamina_protocols.pools import Pool, pools
-from lamina_protocols.query_samples import FetchedSample, FetchSample, Sample
-from lamina_protocols.routes import Route
+from lamina_protocols.messages.layers import STATES, HolderConfig
+from lamina_protocols.messages.messages import (
+    Fetch,
+    Fetched,
+    FetchedPages,
+    FetchedSample,
+    FetchPages,
+    FetchSample,
+    Fresh,
+    FreshPages,
+    Sample,
+)
+from lamina_protocols.messages.pools import Pool, pools
+from lamina_protocols.messages.routes import Route
 from lamina_workers.attention_worker.page_layout import page_bytes
 from lamina_workers.errors import HolderFault
 from lamina_workers.model_worker.kv_copy import Copy, Move

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import torch
 
-from lamina_protocols.channels import Channel
+from lamina_protocols.channels.channels import Channel
+from lamina_protocols.channels.waiting import Waiter
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.routes import HolderBatch
-from lamina_protocols.waiting import Waiter
+from lamina_protocols.messages.routes import HolderBatch
 from lamina_workers.decoder.model import Batch, Decoder, QueryReady
 from lamina_workers.decoder.sampler import RowSampling, Sampled, sample
 from lamina_workers.model_worker.attention_merge import Pausing

@@ -13,10 +13,10 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 
 import torch
 
-from lamina_protocols.channels import Credentials
-from lamina_protocols.layers import HolderConfig
-from lamina_protocols.messages import Announced, Announcement
-from lamina_protocols.routes import HolderBatch, Route
+from lamina_protocols.channels.channels import Credentials
+from lamina_protocols.messages.layers import HolderConfig
+from lamina_protocols.messages.messages import Announced, Announcement
+from lamina_protocols.messages.routes import HolderBatch, Route
 from lamina_workers.decoder.logprobs import PromptScores
 from lamina_workers.decoder.model import Batch, Decoder, Forward
 from lamina_workers.decoder.prompt_scores import PromptScorer

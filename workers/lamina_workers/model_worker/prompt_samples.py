@@ -8,9 +8,9 @@ from functools import reduce
 import numpy as np
 import torch
 
-from lamina_protocols.layers import LayerSpec
-from lamina_protocols.query_samples import FetchedSample, Sample
-from lamina_protocols.routes import Route
+from lamina_protocols.messages.layers import LayerSpec
+from lamina_protocols.messages.messages import FetchedSample, Sample
+from lamina_protocols.messages.routes import Route
 from lamina_workers.attention_worker.prompt_queries import sampled_positions
 from lamina_workers.devices.staging import Staging
 from lamina_workers.model_worker.holder_traffic import index_of

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from lamina_kernels.cpu import exchange_blocks as blocks
-from lamina_protocols.layer_frames import frames_between, seconds_stand, set_batch, set_layer
-from lamina_protocols.layers import LayerSpec
-from lamina_protocols.messages import Attended
-from lamina_protocols.tensors import dtype_name
+from lamina_protocols.frames.fields import dtype_name
+from lamina_protocols.frames.layer_frames import frames_between, seconds_stand, set_batch, set_layer
+from lamina_protocols.messages.layers import LayerSpec
+from lamina_protocols.messages.messages import Attended
 from lamina_workers.model_worker.holder_traffic import HolderTraffic, check_answer
 from lamina_workers.ports.direct import Buffer
 from lamina_workers.ports.port import FramePort

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 
 from lamina_kernels.states.layout import StateConstants
-from lamina_protocols.layers import LayerSpec
-from lamina_protocols.messages import Advance, Advanced, Constants
-from lamina_protocols.routes import Route, Span
+from lamina_protocols.messages.layers import LayerSpec
+from lamina_protocols.messages.messages import Advance, Advanced, Constants
+from lamina_protocols.messages.routes import Route, Span
 from lamina_workers.decoder.model import StateReady
 from lamina_workers.devices.staging import Staging
 from lamina_workers.errors import HolderFault

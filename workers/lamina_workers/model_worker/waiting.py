@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from lamina_protocols.channels import Channel
+from lamina_protocols.channels.channels import Channel
 
 R = TypeVar("R")
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import get_args
 
-from lamina_protocols.channels import Channel
-from lamina_protocols.codec import Codec
+from lamina_protocols.channels.channels import Channel
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.routes import HolderBatch
+from lamina_protocols.frames.codec import Codec
+from lamina_protocols.messages.routes import HolderBatch
 from lamina_workers.model_worker.interface import BatchWork
 from lamina_workers.parallel.peer_messages import Command, Execute, Report, StartBatch
 

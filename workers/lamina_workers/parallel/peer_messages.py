@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lamina_protocols.control import Features
-from lamina_protocols.layers import HolderConfig
-from lamina_protocols.messages import Announced, Surveyed
-from lamina_protocols.routes import HolderBatch, Span
+from lamina_protocols.channels.control import Features
+from lamina_protocols.messages.layers import HolderConfig
+from lamina_protocols.messages.messages import Announced, Surveyed
+from lamina_protocols.messages.routes import HolderBatch, Span
 from lamina_workers.decoder.logprobs import PromptTokens
 from lamina_workers.model_worker.kv_copy import Move
 

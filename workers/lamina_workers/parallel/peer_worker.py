@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from lamina_protocols import control
-from lamina_protocols.channels import Channel, Credentials
+from lamina_protocols.channels import control
+from lamina_protocols.channels.channels import Channel, Credentials
+from lamina_protocols.channels.versions import FEATURES, PREVIOUS, PREVIOUS_RELEASE, PROTOCOL_VERSION, shared
 from lamina_protocols.errors import LaminaError, ProtocolError
-from lamina_protocols.routes import HolderBatch
-from lamina_protocols.versions import FEATURES, PREVIOUS, PREVIOUS_RELEASE, PROTOCOL_VERSION, shared
+from lamina_protocols.messages.routes import HolderBatch
 from lamina_workers.errors import HolderFault, HolderLost, RankLost, faults
 from lamina_workers.model_worker.layer_slices import Context, SlicedBatch, Waits, likeliest
 from lamina_workers.model_worker.model_worker import ModelWorker

@@ -19,11 +19,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lamina_protocols.channels import SECRET_SIZE, Channel, ChannelClosed, Credentials, join_address
+from lamina_protocols.channels.channels import (
+    SECRET_SIZE,
+    Channel,
+    ChannelClosed,
+    Credentials,
+    join_address,
+    server_context,
+)
+from lamina_protocols.channels.sockets import Listener, listen_tcp, listen_unix
+from lamina_protocols.channels.versions import PROTOCOL_VERSION, check_neighbours, shared
 from lamina_protocols.errors import LaminaError, ProtocolError
-from lamina_protocols.socket_connections import Listener, listen_tcp, listen_unix
-from lamina_protocols.tls import server_context
-from lamina_protocols.versions import PROTOCOL_VERSION, check_neighbours, shared
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
 from lamina_workers.parallel import peer_codec, peer_messages
 

@@ -18,11 +18,11 @@ from typing import TypeVar
 
 import torch
 
-from lamina_protocols.channels import Credentials
-from lamina_protocols.layers import HolderConfig
-from lamina_protocols.messages import Announced
-from lamina_protocols.pools import pools
-from lamina_protocols.routes import HolderBatch
+from lamina_protocols.channels.channels import Credentials
+from lamina_protocols.messages.layers import HolderConfig
+from lamina_protocols.messages.messages import Announced
+from lamina_protocols.messages.pools import pools
+from lamina_protocols.messages.routes import HolderBatch
 from lamina_workers.decoder.sampler import Sampled, sample
 from lamina_workers.errors import HolderFault, RankLost
 from lamina_workers.model_worker.holder_traffic import slowest_seconds

@@ -13,11 +13,11 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 
 import torch
 
-from lamina_protocols.channels import Credentials
-from lamina_protocols.layers import HolderConfig
-from lamina_protocols.messages import Announced, Surveyed
-from lamina_protocols.routes import HolderBatch
-from lamina_protocols.versions import shared
+from lamina_protocols.channels.channels import Credentials
+from lamina_protocols.channels.versions import shared
+from lamina_protocols.messages.layers import HolderConfig
+from lamina_protocols.messages.messages import Announced, Surveyed
+from lamina_protocols.messages.routes import HolderBatch
 from lamina_workers.attention_worker.page_layout import page_counts
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.decoder.sampler import Sampled, sample

@@ -17,7 +17,7 @@ import torch
 from lamina_kernels.paged.pages import Pages
 from lamina_kernels.partial import Partial
 from lamina_kernels.sketches.sketches import Sketches
-from lamina_protocols.layers import LayerSpec
+from lamina_protocols.messages.layers import LayerSpec
 from lamina_workers.policies.policy import Policy
 from lamina_workers.policies.query_samples import QuerySamples
 

@@ -26,7 +26,7 @@ import torch
 from lamina_kernels.paged.rows import Ints
 from lamina_kernels.partial import Partial
 from lamina_kernels.sketches import sketches
-from lamina_protocols.layers import LayerSpec
+from lamina_protocols.messages.layers import LayerSpec
 from lamina_workers.indexes import faiss_host
 from lamina_workers.indexes.key_index import Found, KeyIndex
 from lamina_workers.policies.chooser import Choice, Chooser, Float32, Holding, Int32, Items, Shown, everything

@@ -16,7 +16,7 @@ import torch
 from lamina_kernels.paged.rows import Ints
 from lamina_kernels.sketches import sketches
 from lamina_kernels.sketches.sketches import Sketches
-from lamina_protocols.layers import LayerSpec
+from lamina_protocols.messages.layers import LayerSpec
 from lamina_workers.policies.chooser import Adaptive, Float32, Holding, Int32, Items
 from lamina_workers.policies.policy import LONGEST
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from lamina_kernels.sketches.layout import LEVELS
-from lamina_protocols.layers import LayerSpec
+from lamina_protocols.messages.layers import LayerSpec
 from lamina_workers.policies.chooser import Choice, Chooser, Holding, Int32, Items, everything
 from lamina_workers.policies.page_budget import Bounds, Budgeted, best, bounds, lists
 from lamina_workers.policies.policy import LONGEST

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from lamina_kernels.paged.rows import Ints
-from lamina_protocols.layers import LayerSpec
+from lamina_protocols.messages.layers import LayerSpec
 from lamina_workers.policies.chooser import Choice, Chooser, Float32, Holding, Int32, Items, everything
 from lamina_workers.policies.page_budget import Bounds, Budgeted, ScannedItems, best, lists, planned
 from lamina_workers.policies.policy import LONGEST

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from lamina_kernels.sketches import sketches
-from lamina_protocols.layers import LayerSpec
+from lamina_protocols.messages.layers import LayerSpec
 from lamina_workers.errors import PolicyError
 from lamina_workers.policies.chooser import Adaptive, Choice, Chooser, Holding, Items
 from lamina_workers.policies.policy import LONGEST

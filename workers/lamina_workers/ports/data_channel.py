@@ -12,11 +12,17 @@ import stat
 import tempfile
 from dataclasses import dataclass
 
-from lamina_protocols import control
-from lamina_protocols.channels import Channel, ChannelClosed, Credentials, is_loopback, split_address
-from lamina_protocols.service import WorkerClient, WorkerRefused
-from lamina_protocols.socket_connections import LOCAL_FOLDER, LOCAL_SOCKET, connect_tcp, connect_unix, is_here
-from lamina_protocols.tls import client_context
+from lamina_protocols.channels import control
+from lamina_protocols.channels.channels import (
+    Channel,
+    ChannelClosed,
+    Credentials,
+    client_context,
+    is_loopback,
+    split_address,
+)
+from lamina_protocols.channels.grpc_client import WorkerClient, WorkerRefused
+from lamina_protocols.channels.sockets import LOCAL_FOLDER, LOCAL_SOCKET, connect_tcp, connect_unix, is_here
 
 logger = logging.getLogger("lamina")
 

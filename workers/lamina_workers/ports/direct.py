@@ -16,9 +16,9 @@ import torch
 
 from lamina_kernels.cpu import exchange_blocks
 from lamina_kernels.cpu.layer_work import functions
-from lamina_protocols.alignment import padding
-from lamina_protocols.channels import Channel
-from lamina_protocols.socket_channel import SocketChannel
+from lamina_protocols.channels.channels import Channel
+from lamina_protocols.channels.sockets import SocketChannel
+from lamina_protocols.frames.frames import padding
 
 SWITCH = "LAMINA_EXCHANGE"  # "python": layers are exchanged and computed from Python, as where nothing else is possible
 _NOTHING = memoryview(b"")

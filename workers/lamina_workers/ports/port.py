@@ -14,15 +14,17 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 
 from lamina_kernels.cpu.layer_work import LayerWork
-from lamina_protocols.channels import Channel
+from lamina_protocols.channels.channels import Channel
+from lamina_protocols.channels.versions import FEATURES
 from lamina_protocols.errors import LaminaError, ProtocolError
-from lamina_protocols.messages import (
+from lamina_protocols.messages.messages import (
     Advanced,
     Announced,
     Attended,
     Fault,
     Fetched,
     FetchedPages,
+    FetchedSample,
     PartHeld,
     Reply,
     Request,
@@ -30,8 +32,6 @@ from lamina_protocols.messages import (
     Surveyed,
     answered,
 )
-from lamina_protocols.query_samples import FetchedSample
-from lamina_protocols.versions import FEATURES
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.errors import HolderFault, HolderLost
 from lamina_workers.ports.direct import DirectChannel, enabled

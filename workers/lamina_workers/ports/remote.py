@@ -12,14 +12,15 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lamina_protocols import codec, control
-from lamina_protocols.channels import Channel, ChannelClosed, Credentials, split_address
-from lamina_protocols.control import CORRUPT, FAREWELL
+from lamina_protocols.channels import control
+from lamina_protocols.channels.channels import Channel, ChannelClosed, Credentials, split_address
+from lamina_protocols.channels.control import CORRUPT, FAREWELL
+from lamina_protocols.channels.grpc_client import WorkerBusy, WorkerClient, WorkerRefused
+from lamina_protocols.channels.versions import FEATURES, PROTOCOL_VERSION, refused_by_previous, shared
 from lamina_protocols.errors import CorruptFrame, LaminaError, ProtocolError
-from lamina_protocols.layers import HolderConfig
-from lamina_protocols.messages import Fault, Reply, Request, answered
-from lamina_protocols.service import WorkerBusy, WorkerClient, WorkerRefused
-from lamina_protocols.versions import FEATURES, PROTOCOL_VERSION, refused_by_previous, shared
+from lamina_protocols.frames import codec
+from lamina_protocols.messages.layers import HolderConfig
+from lamina_protocols.messages.messages import Fault, Reply, Request, answered
 from lamina_workers.errors import HolderLost
 from lamina_workers.ports.data_channel import ChannelOptions, open_channel
 from lamina_workers.ports.direct import DirectChannel, direct_channel

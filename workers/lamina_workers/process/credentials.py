@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lamina_protocols.channels import Credentials
+from lamina_protocols.channels.channels import Credentials
 from lamina_protocols.errors import LaminaError
 
 if TYPE_CHECKING:

@@ -19,14 +19,29 @@ from typing import Any, NamedTuple
 import msgpack
 import torch
 
-from lamina_protocols import messages as m
-from lamina_protocols.alignment import padding
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.fields import Record, shown, unpack_array, unpack_ints
-from lamina_protocols.frames import MAX_HEADER, MAX_PAYLOAD, PREFIX_SIZE, Prefix, pack_prefix, read_prefix
-from lamina_protocols.layer_frames import CLASSES, HEAD_SIZE, TAGS, TENSORS, frame_of, read_head
-from lamina_protocols.query_samples import FetchedSample, FetchSample, Sample
-from lamina_protocols.tensors import buffer, dtype_name, from_buffer, nbytes
+from lamina_protocols.frames.fields import (
+    Record,
+    buffer,
+    dtype_name,
+    from_buffer,
+    nbytes,
+    shown,
+    unpack_array,
+    unpack_ints,
+)
+from lamina_protocols.frames.frames import (
+    MAX_HEADER,
+    MAX_PAYLOAD,
+    PREFIX_SIZE,
+    Prefix,
+    pack_prefix,
+    padding,
+    read_prefix,
+)
+from lamina_protocols.frames.layer_frames import CLASSES, HEAD_SIZE, TAGS, TENSORS, frame_of, read_head
+from lamina_protocols.messages import messages as m
+from lamina_protocols.messages.messages import FetchedSample, FetchSample, Sample
 
 _ZEROS = bytes(64)
 LAYERED = (m.Query, m.Fresh, m.Exchange, m.Attended)

@@ -9,7 +9,7 @@ from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.layers import STATES, HolderConfig, LayerSpec
+from lamina_protocols.messages.layers import STATES, HolderConfig, LayerSpec
 
 _RECORDS = 2  # of a sequence, in a pool of states: after its last batch, and before it
 _NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "float8_e4m3fn": 1}

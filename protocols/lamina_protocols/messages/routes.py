@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lamina_protocols.messages import Operation, Row
+from lamina_protocols.messages.messages import Operation, Row
 
 
 class Route(NamedTuple):  # of which a batch makes many: a dataclass takes three times as long

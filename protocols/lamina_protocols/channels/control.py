@@ -12,11 +12,17 @@ from typing import Annotated, Any, TypeAlias, TypeVar
 
 import msgpack
 
-from lamina_protocols.channels import SECRET_SIZE
+from lamina_protocols.channels.channels import SECRET_SIZE
+from lamina_protocols.channels.versions import (
+    PREVIOUS,
+    PREVIOUS_RELEASE,
+    PROTOCOL_VERSION,
+    check_features,
+    check_neighbours,
+)
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.fields import Record, Since, shown, unpack_array
-from lamina_protocols.layers import LayerSpec
-from lamina_protocols.versions import PREVIOUS, PREVIOUS_RELEASE, PROTOCOL_VERSION, check_features, check_neighbours
+from lamina_protocols.frames.fields import Record, Since, shown, unpack_array
+from lamina_protocols.messages.layers import LayerSpec
 
 MAX_CONTROL = 1 << 20  # bytes; a Hello of 1,000 layers takes 40 kB
 DATA_CHANNELS = ("grpc", "tcp")

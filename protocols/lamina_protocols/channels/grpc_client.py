@@ -15,11 +15,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from lamina_protocols import control
-from lamina_protocols.channels import CHECKSUM_SIZE, ChannelClosed, Credentials, check_size, checksum, verified
+from lamina_protocols.channels import control
+from lamina_protocols.channels.channels import CHECKSUM_SIZE, ChannelClosed, Credentials, check_size, checksum, verified
+from lamina_protocols.channels.grpc_core import grpc
 from lamina_protocols.errors import LaminaError, ProtocolError
-from lamina_protocols.frames import MAX_FRAME, Arriving, Prefix, blank_frame, read_prefix
-from lamina_protocols.grpc_core import grpc
+from lamina_protocols.frames.frames import MAX_FRAME, Arriving, Prefix, blank_frame, read_prefix
 
 SERVICE = "lamina.Attention"
 SESSION_KEY, CHECKSUM_KEY = "lamina-session", "lamina-checksum"  # metadata of the stream

@@ -19,12 +19,11 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from lamina_protocols import messages as m
-from lamina_protocols.alignment import padding
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.frames import PREFIX_SIZE, Prefix, pack_prefix
-from lamina_protocols.layers import LayerSpec
-from lamina_protocols.tensors import dtype_name, nbytes
+from lamina_protocols.frames.fields import dtype_name, nbytes
+from lamina_protocols.frames.frames import PREFIX_SIZE, Prefix, pack_prefix, padding
+from lamina_protocols.messages import messages as m
+from lamina_protocols.messages.layers import LayerSpec
 
 _HEADER = struct.Struct("<qqIIHHBBH4xIf")
 HEAD_SIZE = PREFIX_SIZE + _HEADER.size  # 64: where the first tensor begins

@@ -11,7 +11,7 @@ import select
 import threading
 from typing import Protocol
 
-from lamina_protocols.channels import Channel, ChannelClosed
+from lamina_protocols.channels.channels import Channel, ChannelClosed
 
 
 class Poller(Protocol):

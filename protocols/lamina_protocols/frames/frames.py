@@ -1,6 +1,8 @@
 """The fixed prefix of a frame: what a channel must read to know how much follows.
 
 prefix   magic "LMNA", layout u16, tag u16, header bytes u32, payload bytes u64  (little-endian, 20 bytes)
+
+Where tensors lie inside a payload. Importing this loads no torch: code that only reads frames needs none.
 """
 
 from __future__ import annotations
@@ -11,8 +13,15 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from lamina_protocols.alignment import ALIGNMENT, padding
 from lamina_protocols.errors import ProtocolError
+
+ALIGNMENT = 64  # of every tensor inside a payload: one cache line, the widest SIMD register
+
+
+def padding(offset: int) -> int:
+    """Bytes from `offset` to the next multiple of the alignment."""
+    return -offset % ALIGNMENT
+
 
 MAGIC = b"LMNA"
 LAYOUT = 7  # of frames: the first version of the protocol that lays them out like this

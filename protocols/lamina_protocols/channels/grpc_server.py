@@ -16,12 +16,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, Protocol, TypeVar
 
-from lamina_protocols import control
-from lamina_protocols.channels import Credentials
-from lamina_protocols.errors import LaminaError
-from lamina_protocols.frames import Arriving
-from lamina_protocols.grpc_core import grpc
-from lamina_protocols.service import (
+from lamina_protocols.channels import control
+from lamina_protocols.channels.channels import Credentials
+from lamina_protocols.channels.grpc_client import (
     CHECKSUM_KEY,
     KEEPALIVE_MS,
     SERVICE,
@@ -30,6 +27,9 @@ from lamina_protocols.service import (
     GrpcChannel,
     channel_options,
 )
+from lamina_protocols.channels.grpc_core import grpc
+from lamina_protocols.errors import LaminaError
+from lamina_protocols.frames.frames import Arriving
 
 logger = logging.getLogger("lamina")
 

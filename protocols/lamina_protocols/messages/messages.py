@@ -7,6 +7,14 @@ what is kept of a prompt's queries goes as in `query_samples`.
 A layer with a recurrent state has one message instead: `Advance`, answered by `Advanced`.
 A holder that cannot go on answers with a `Fault` in place of the reply. An engine that resumes the work of a previous
 engine asks by `Survey` what is kept.
+
+The messages that carry a sample of a prompt's queries to the holders whose policies learn from them.
+
+A holder says in `Announced.samples` what it wants of each row that brings it no queries: a prompt that is attended
+elsewhere, or beyond the holder's range. It gets one `Sample` for each such row and layer, once the row's K and V of the
+layer are on their way. A sample moves with the KV of its part, by `FetchSample` and `Sample`.
+
+What KV policies have saved at one part; `Announced` carries it.
 """
 
 from __future__ import annotations
@@ -15,11 +23,82 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.query_samples import FetchedSample, FetchSample, Sample
-from lamina_protocols.usage import Usage
 
 if TYPE_CHECKING:
     import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Some of a prompt's queries, for the part `handle` of a row of the batch. It has no answer.
+
+    positions: those of the tokens, ascending. heads: the part's KV heads that are asked. q: of two bytes a number,
+    `[positions * heads * group, query_width]`, by position, then KV head, then its query heads.
+    """
+
+    epoch: int
+    batch: int
+    layer: int
+    handle: int
+    heads: tuple[int, ...]
+    positions: tuple[int, ...]
+    q: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class FetchSample:
+    """Ask for what is kept of the queries at positions [lo, hi) to a part in one layer; and for all later ones
+    too where the part's range ends at `hi`. Needs no announcement, changes nothing."""
+
+    epoch: int
+    batch: int
+    layer: int
+    handle: int
+    lo: int
+    hi: int
+
+
+@dataclass(frozen=True, slots=True)
+class FetchedSample:
+    """The answer. heads, positions and q as in `Sample`, all empty where nothing is kept."""
+
+    epoch: int
+    batch: int
+    layer: int
+    heads: tuple[int, ...]
+    positions: tuple[int, ...]
+    q: torch.Tensor
+
+
+_MOST_MASS = 2.0**62  # as many queries as there may be
+
+
+def _check_mass(value: float) -> None:
+    if not 0 <= value <= _MOST_MASS:
+        raise ProtocolError(f"attention mass of {value:g}, allowed: 0 to {_MOST_MASS:g}")
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What policies have saved at one part. All numbers are counted, none is computed from a formula.
+
+    `read` and `whole` are of decode so far, over all its layers and KV heads: the bytes read, of KV and to choose among
+    it, and the bytes that reading everything would have taken. `missed` is the sum, over `queries` query vectors, of
+    the estimated attention mass that they did not read; `worst` is the largest; `coarse` is the sum of what they read
+    in 4 bits. `held` pages are in use now, where keeping everything would take `kept`; `resident` of them are in
+    memory.
+    """
+
+    read: int
+    whole: int
+    missed: Annotated[float, _check_mass]
+    queries: int
+    worst: Annotated[float, _check_mass]
+    held: int
+    kept: int
+    resident: int
+    coarse: Annotated[float, _check_mass] = 0.0
+
 
 MAX_PARTS = 4096  # in one `Surveyed`
 

@@ -1,0 +1,1 @@
+"""How bytes get to another process: sockets, gRPC, TLS, the handshake."""

@@ -1,0 +1,1 @@
+"""Messages as bytes, and bytes as messages, checked."""

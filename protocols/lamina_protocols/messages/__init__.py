@@ -1,0 +1,1 @@
+"""What a message says: dataclasses without bytes or sockets."""
