@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lamina_kernels.cpu.merge import check_merge
+from lamina_kernels.attention.merge import check_merge
 from lamina_kernels.paged.page_lists import ListPlan, through_rows
 from lamina_kernels.paged.pages import (
     AppendPlan,

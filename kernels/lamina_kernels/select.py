@@ -121,7 +121,7 @@ def kernels(device: torch.device) -> Kernels:
         raise ValueError(f"LAMINA_KERNELS must be {' or '.join(choices)} for the device {device.type}, got {name!r}")
     chosen: Kernels
     if name == "cpu":
-        from lamina_kernels.cpu import decode as cpu_decode
+        from lamina_kernels.attention import decode as cpu_decode
 
         chosen = cpu_decode
     elif name == "reference":

@@ -19,7 +19,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from lamina.measure.hardware.reading import Bandwidth, allocate, repeat, synchronise
-from lamina_kernels.cpu.emitter import cpu_has
+from lamina_kernels.compile.emitter import cpu_has
 
 __all__ = [
     "Attend", "Bandwidth", "allocate", "huge_pages", "machine", "peers", "repeat", "sdpa_prefill", "synchronise",

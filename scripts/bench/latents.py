@@ -26,10 +26,10 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from lamina_kernels.cpu import decode
-from lamina_kernels.cpu.emitter import VB, VF, Emitter, Kind, kind_of
-from lamina_kernels.cpu.launch import launch
-from lamina_kernels.dense import HeadLinears
+from lamina_kernels.attention import decode
+from lamina_kernels.compile.emitter import VB, VF, Emitter, Kind, kind_of
+from lamina_kernels.compile.launch import launch
+from lamina_kernels.dense.dense import HeadLinears
 from lamina_kernels.paged.pages import Pages
 from lamina_kernels.paged.rows import Rows
 

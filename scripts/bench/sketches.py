@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from kernel_peers import machine
 
-from lamina_kernels.cpu import decode as cpu_decode
-from lamina_kernels.cpu.merge import merge_into
+from lamina_kernels.attention import decode as cpu_decode
+from lamina_kernels.attention.merge import merge_into
 from lamina_kernels.paged.pages import PageLayout, Pages
 from lamina_kernels.paged.rows import Rows
 from lamina_kernels.sketches import sketches

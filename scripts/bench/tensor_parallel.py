@@ -38,7 +38,7 @@ class Rank:
         import torch
 
         from lamina.measure.hardware.held import Held
-        from lamina_kernels import dense
+        from lamina_kernels.dense import dense
         from lamina_protocols.messages.layers import HolderConfig
         from lamina_workers.attention_worker.attention_worker import AttentionWorker
         from lamina_workers.attention_worker.page_layout import attention_kernels, page_cost, page_layout

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from numba import carray, types
 
-from lamina_kernels.cpu.calls import PARALLEL, address_of, call
-from lamina_kernels.cpu.intrinsics import take
+from lamina_kernels.compile.calls import PARALLEL, address_of, call
+from lamina_kernels.compile.intrinsics import take
 
 
 @numba.njit

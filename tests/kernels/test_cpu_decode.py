@@ -30,8 +30,8 @@ from paged_attention import (
 )
 
 from lamina_kernels import reference
-from lamina_kernels.cpu import decode as cpu_decode
-from lamina_kernels.cpu import launch
+from lamina_kernels.attention import decode as cpu_decode
+from lamina_kernels.compile import launch
 from lamina_kernels.paged.pages import FLOATS, Order, PageLayout, Pages
 from lamina_kernels.paged.rows import EVERYTHING
 from lamina_kernels.partial import merge

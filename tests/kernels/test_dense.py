@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina_kernels import dense
-from lamina_kernels.dense import Linear, add_rms_norm, gelu_tanh_mul, rms_norm, rotate, silu_mul, split_heads
+from lamina_kernels.dense import dense
+from lamina_kernels.dense.dense import Linear, add_rms_norm, gelu_tanh_mul, rms_norm, rotate, silu_mul, split_heads
 
 # bfloat16 keeps 8 bits: a result may be half a unit of the last place off, and norms of q and k round twice.
 TOLERANCE = {torch.float32: {"rtol": 2e-6, "atol": 2e-6}, torch.bfloat16: {"rtol": 2**-7, "atol": 1e-6}}

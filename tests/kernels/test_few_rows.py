@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lamina_kernels.cpu import few_rows
+from lamina_kernels.dense import few_rows
 
 pytestmark = pytest.mark.skipif(
     not few_rows.can_multiply(torch.zeros(4, 32, dtype=torch.bfloat16)), reason="this CPU has no AVX512_BF16"

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lamina_kernels.cpu.gate_loops import gate_output, recurrence_gates
+from lamina_kernels.dense.gate_loops import gate_output, recurrence_gates
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lamina_kernels import reference
-from lamina_kernels.cpu import decode
-from lamina_kernels.index.choice import Queries, chosen_blocks
+from lamina_kernels.attention import decode
+from lamina_kernels.attention.index_choice import Queries, chosen_blocks
 from lamina_kernels.paged.pages import PageLayout, Pages
 from lamina_kernels.select import Kernels
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from numba.core import caching
 
-from lamina_kernels.cpu import kernel_cache
+from lamina_kernels.compile import launch
 
 CODE = "import numba\n\ndef make():\n    return numba.njit('int64(int64)', cache=True)(lambda x: x + 41)\n"
 
@@ -30,7 +30,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    monkeypatch.setattr(kernel_cache, "_warned", [])
+    monkeypatch.setattr(launch, "_warned", [])
     return module.make
 
 

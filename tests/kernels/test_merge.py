@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamina_kernels import reference
-from lamina_kernels.cpu import decode as cpu_decode
-from lamina_kernels.cpu import launch
+from lamina_kernels.attention import decode as cpu_decode
+from lamina_kernels.compile import launch
 from lamina_kernels.partial import Partial, empty, merge
 from lamina_kernels.select import Kernels
 

@@ -22,7 +22,7 @@ from paged_attention import Row, World, attend, build, errors
 from lamina.simulator.costs.cost_model import Load, attention_time
 from lamina.simulator.costs.hardware import load
 from lamina.simulator.costs.models import model
-from lamina_kernels.cpu import decode as cpu_decode
+from lamina_kernels.attention import decode as cpu_decode
 
 HEADS, GROUP, WIDTH = 8, 8, 128
 """Of Llama-3-70B: KV heads, query heads to each, and numbers of a key and of a value."""

@@ -10,8 +10,8 @@ import pytest
 from llvmlite import ir
 from numba.core.registry import cpu_target
 
-from lamina_kernels.cpu.emitter import I64, VI, Emitter, cpu_has
-from lamina_kernels.packed.fours import Fours, fours_of_cpu, multiply_fours
+from lamina_kernels.compile.emitter import I64, VI, Emitter, cpu_has
+from lamina_kernels.packed.micro import Fours, fours_of_cpu, multiply_fours
 
 ZEROS = {4: 8, 5: 16, 6: 32, 8: 128}
 

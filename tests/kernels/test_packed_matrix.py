@@ -8,7 +8,7 @@ import pytest
 import torch
 from gguf.quants import dequantize
 
-from lamina_kernels.dense import Linear
+from lamina_kernels.dense.dense import Linear
 from lamina_kernels.packed import matrix as packed
 from lamina_kernels.packed.layout import Format
 from lamina_kernels.packed.matrix import PackedMatrix

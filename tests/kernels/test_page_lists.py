@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lamina_kernels import reference
-from lamina_kernels.cpu import decode as cpu_decode
+from lamina_kernels.attention import decode as cpu_decode
 from lamina_kernels.paged.page_lists import through_rows
 from lamina_kernels.paged.pages import Pages
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamina_kernels import reference
-from lamina_kernels.cpu import decode as cpu_decode
+from lamina_kernels.attention import decode as cpu_decode
 from lamina_kernels.paged.pages import (
     DTYPES,
     FLOATS,

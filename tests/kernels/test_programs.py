@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from numba import carray, types
 
-from lamina_kernels.cpu import few_rows, programs
-from lamina_kernels.cpu.calls import address_of, call
-from lamina_kernels.cpu.intrinsics import pointer, take
-from lamina_kernels.cpu.launch import FINISHED, HEADER, TAKEN, block_type
-from lamina_kernels.cpu.programs import Program, Step
+from lamina_kernels.compile import programs
+from lamina_kernels.compile.calls import address_of, call
+from lamina_kernels.compile.intrinsics import pointer, take
+from lamina_kernels.compile.launch import FINISHED, HEADER, TAKEN, block_type
+from lamina_kernels.compile.programs import Program, Step
+from lamina_kernels.dense import few_rows
 
 pytestmark = pytest.mark.skipif(not programs.can_run(), reason="torch has another OpenMP, or this is no Linux")
 

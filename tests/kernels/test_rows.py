@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from paged_attention import Row, World, build, take
 
 from lamina_kernels import reference
-from lamina_kernels.cpu import decode as cpu_decode
+from lamina_kernels.attention import decode as cpu_decode
 from lamina_kernels.paged.pages import PageLayout
 from lamina_kernels.paged.rows import EVERYTHING, Rows, check_rows, visible
 from lamina_kernels.select import Kernels

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lamina_kernels import reference
-from lamina_kernels.cpu import decode as cpu_decode
+from lamina_kernels.attention import decode as cpu_decode
 from lamina_kernels.select import kernels
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -76,7 +76,7 @@ print(chosen.__name__, "triton" in sys.modules)
 @pytest.mark.parametrize(
     ("device", "environment", "wanted"),
     [
-        ("cpu", {}, "lamina_kernels.cpu.decode False"),
+        ("cpu", {}, "lamina_kernels.attention.decode False"),
         ("cpu", {"LAMINA_KERNELS": "triton", "TRITON_INTERPRET": "1"}, "lamina_kernels.gpu.decode True"),
         ("cuda", {}, "lamina_kernels.gpu.decode True"),
     ],

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina_kernels.cpu import decode as cpu_decode
+from lamina_kernels.attention import decode as cpu_decode
 from lamina_kernels.paged.pages import FLOATS, Order, PageLayout, Pages, gather
 from lamina_kernels.partial import Partial, merge
 from lamina_kernels.sketches import reference as sketch_reference

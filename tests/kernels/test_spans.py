@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lamina_kernels.cpu import few_rows, programs
-from lamina_kernels.cpu.gate_loops import gate_output, recurrence_gates
-from lamina_kernels.dense import Linear, add_rms_norm, gelu_tanh_mul, rms_norm, silu_mul, split_heads
+from lamina_kernels.compile import programs
+from lamina_kernels.dense import few_rows
+from lamina_kernels.dense.dense import Linear, add_rms_norm, gelu_tanh_mul, rms_norm, silu_mul, split_heads
+from lamina_kernels.dense.gate_loops import gate_output, recurrence_gates
+from lamina_kernels.dense_spans import MAX_ROWS, Behind, Gate, Heads, Map, Span, Spans, States
 from lamina_kernels.packed.layout import Format
 from lamina_kernels.packed.matrix import PackedMatrix
-from lamina_kernels.spans import MAX_ROWS, Behind, Gate, Heads, Map, Span, Spans, States
 from tests.support.packed_weights import random_packed
 
 HIDDEN, INNER, HEADS, KV_HEADS, D, VOCAB, EPS = 64, 1056, 6, 2, 32, 36, 1e-5

@@ -7,7 +7,7 @@ import struct
 import pytest
 import torch
 
-from lamina_kernels.cpu import exchange_blocks
+from lamina_kernels.exchange import exchange_blocks
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.frames import codec, layer_frames
 from lamina_protocols.messages import messages as m

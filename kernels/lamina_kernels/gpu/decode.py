@@ -20,8 +20,7 @@ import triton
 
 from lamina_kernels.gpu.kv_append import append, describe, plan_append
 from lamina_kernels.gpu.merge_partials import OUTPUT, merge_into, merge_outputs
-from lamina_kernels.gpu.split_kv import records, split, split_kernel
-from lamina_kernels.gpu.stream_k import lean_kernel
+from lamina_kernels.gpu.split_kv import lean_kernel, records, split, split_kernel
 from lamina_kernels.gpu.tuning import FEW_ROWS, dot_type, launch, padded, programs, tuning_for
 from lamina_kernels.paged.page_lists import ListPlan, through_rows
 from lamina_kernels.paged.pages import Order, PageLayout, Pages, check_order, copy, gather

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lamina_kernels.cpu.merge import check_merge
+from lamina_kernels.attention.merge import check_merge
 from lamina_kernels.gpu.kv_append import rounded
 from lamina_kernels.gpu.tuning import launch, padded
 from lamina_kernels.paged.pages import check_range

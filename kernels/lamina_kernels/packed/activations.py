@@ -18,11 +18,11 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
-from lamina_kernels.cpu import emitter, intrinsics
-from lamina_kernels.cpu import launch as launching
-from lamina_kernels.cpu.emitter import F32, I8, I32, I64, LANES, VF, VI, VS, VY, Emitter, Value
-from lamina_kernels.cpu.intrinsics import from_half, literals, take
-from lamina_kernels.cpu.launch import FINISHED, HEADER, TAKEN, block_type, launch, source_fingerprint
+from lamina_kernels.compile import emitter, intrinsics
+from lamina_kernels.compile import launch as launching
+from lamina_kernels.compile.emitter import F32, I8, I32, I64, LANES, VF, VI, VS, VY, Emitter, Value
+from lamina_kernels.compile.intrinsics import from_half, literals, take
+from lamina_kernels.compile.launch import FINISHED, HEADER, TAKEN, block_type, launch, source_fingerprint
 from lamina_kernels.packed.layout import BLOCK
 
 LINE = 64

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from lamina_kernels.cpu.emitter import cpu_has
+from lamina_kernels.compile.emitter import cpu_has
 from lamina_kernels.packed import activations, unpack
 from lamina_kernels.packed import multiply as few
 from lamina_kernels.packed.layout import BLOCK, LAYOUTS, ROWS, Format, packed_bytes, tile_bytes

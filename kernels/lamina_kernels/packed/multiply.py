@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from numba import carray, types
 
-from lamina_kernels.cpu import emitter, intrinsics
-from lamina_kernels.cpu import launch as launching
-from lamina_kernels.cpu.intrinsics import take
-from lamina_kernels.cpu.launch import FINISHED, HEADER, TAKEN, block_type, launch, source_fingerprint
-from lamina_kernels.packed import activations, fours, layout, micro
+from lamina_kernels.compile import emitter, intrinsics
+from lamina_kernels.compile import launch as launching
+from lamina_kernels.compile.intrinsics import take
+from lamina_kernels.compile.launch import FINISHED, HEADER, TAKEN, block_type, launch, source_fingerprint
+from lamina_kernels.packed import activations, layout, micro
 from lamina_kernels.packed.layout import LAYOUTS, Format, packed_bytes
 from lamina_kernels.packed.micro import GROUP, multiply_tile
 
@@ -84,7 +84,7 @@ def blocks_of(format: Format, n_in: int) -> int:
 def load_kernel(format: Format) -> int:
     """The kernel's address. From numba's cache on disk where it is there."""
     number, arguments = int(format), _ARGUMENTS  # closed over, so parts of the cache's key
-    fingerprint = source_fingerprint(emitter, intrinsics, launching, layout, fours, micro, activations)
+    fingerprint = source_fingerprint(emitter, intrinsics, launching, layout, micro, activations)
 
     @numba.cfunc(types.void(types.voidptr), cache=True)  # type: ignore[untyped-decorator]
     def kernel(block: Any) -> None:

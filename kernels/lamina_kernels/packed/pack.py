@@ -2,6 +2,8 @@
 
 A matrix may be packed a few rows at a time: packed rows follow one another in memory, so a multiple of `layout.ROWS`
 of them begins where those before end.
+
+Loads and stores of whole numbers at any address, for compiled code.
 """
 
 from __future__ import annotations
@@ -12,17 +14,50 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from llvmlite import ir
 from numba import carray, njit, types
+from numba.extending import intrinsic
 
-from lamina_kernels.cpu import emitter, intrinsics
-from lamina_kernels.cpu import launch as launching
-from lamina_kernels.cpu.intrinsics import pointer, take
-from lamina_kernels.cpu.launch import HEADER, TAKEN, launch, source_fingerprint
+from lamina_kernels.compile import emitter, intrinsics
+from lamina_kernels.compile import launch as launching
+from lamina_kernels.compile.emitter import I64, Emitter
+from lamina_kernels.compile.intrinsics import pointer, take
+from lamina_kernels.compile.launch import HEADER, TAKEN, launch, source_fingerprint
 from lamina_kernels.packed import layout as layouts
-from lamina_kernels.packed import words
 from lamina_kernels.packed.layout import BLOCK, LAYOUTS, ROWS, Format, packed_bytes, tiles_of
 from lamina_kernels.packed.matrix import PackedMatrix
-from lamina_kernels.packed.words import load8, load16, load32, store8, store16, store32
+
+
+def _load(bits: int) -> Any:
+    """An intrinsic (address): the unsigned number of `bits` there, as int64."""
+
+    def typed(context: Any, address: Any) -> Any:
+        def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            e = Emitter(builder)
+            return builder.zext(e.load(e.pointer(args[0]), ir.IntType(bits), 1), I64)
+
+        return types.int64(types.int64), emit
+
+    return intrinsic(typed)
+
+
+def _store(bits: int) -> Any:
+    """An intrinsic (address, number): the lower `bits` of an int64 are put there."""
+
+    def typed(context: Any, address: Any, number: Any) -> Any:
+        def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            e = Emitter(builder)
+            e.store(builder.trunc(args[1], ir.IntType(bits)), e.pointer(args[0]), 1)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), emit
+
+    return intrinsic(typed)
+
+
+load8, load16, load32 = _load(8), _load(16), _load(32)
+store8, store16, store32 = _store(8), _store(16), _store(32)
+
 
 BLOCKS = {
     "Q4_0": (Format.U4, 32, 18),
@@ -329,7 +364,7 @@ def _pack_shares(block: Any) -> None:
 
 @cache
 def _pack_kernel() -> int:
-    fingerprint = source_fingerprint(intrinsics, emitter, launching, layouts, words)
+    fingerprint = source_fingerprint(intrinsics, emitter, launching, layouts)
 
     @numba.cfunc(types.void(types.voidptr), cache=True)  # type: ignore[untyped-decorator]
     def kernel(block: Any) -> None:

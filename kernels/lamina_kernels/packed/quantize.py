@@ -12,11 +12,11 @@ from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from lamina_kernels.cpu import emitter, intrinsics
-from lamina_kernels.cpu import launch as launching
-from lamina_kernels.cpu.emitter import F32, I32, LANES, VF, VI, Emitter
-from lamina_kernels.cpu.intrinsics import pointer, take
-from lamina_kernels.cpu.launch import HEADER, TAKEN, launch, source_fingerprint
+from lamina_kernels.compile import emitter, intrinsics
+from lamina_kernels.compile import launch as launching
+from lamina_kernels.compile.emitter import F32, I32, LANES, VF, VI, Emitter
+from lamina_kernels.compile.intrinsics import pointer, take
+from lamina_kernels.compile.launch import HEADER, TAKEN, launch, source_fingerprint
 from lamina_kernels.packed.layout import BLOCK, ROWS
 from lamina_kernels.packed.matrix import PackedMatrix
 from lamina_kernels.packed.pack import CODES, FORMATS, can_pack, pack_codes, room_for

@@ -14,12 +14,12 @@ import numba
 import numpy as np
 from numba import carray, njit, types
 
-from lamina_kernels.cpu import emitter, intrinsics, trees
-from lamina_kernels.cpu import launch as launching
-from lamina_kernels.cpu.intrinsics import pointer, take
-from lamina_kernels.cpu.launch import FINISHED, TAKEN, source_fingerprint
-from lamina_kernels.sketches import blend_micro, loops
-from lamina_kernels.sketches.blend_micro import AHEAD, FEW, HEADS, BlendCodes, BlendMeans
+from lamina_kernels.compile import emitter, intrinsics, trees
+from lamina_kernels.compile import launch as launching
+from lamina_kernels.compile.intrinsics import pointer, take
+from lamina_kernels.compile.launch import FINISHED, TAKEN, source_fingerprint
+from lamina_kernels.sketches import choice_micro, loops
+from lamina_kernels.sketches.choice_micro import AHEAD, FEW, HEADS, BlendCodes, BlendMeans
 from lamina_kernels.sketches.loops import ITEM, PART, SCAN, floats
 
 LEAST = np.float32(1e-30)  # the smallest share of a head's mass that is not nothing: one over it is still a number
@@ -42,7 +42,7 @@ def _blend(a: Any, item: Any, task: Any, shift: int) -> None:
         for row in range(0, a.group, FEW):
             rows, weights, of_row = min(FEW, a.group - row), shares + row * stride, a.sums + shift + row * a.d_v * 4
             total = a.totals + shift + row * 4
-            blend_micro.blend_means(
+            choice_micro.blend_means(
                 BlendMeans(
                     rows, end - first, others, table, means, a.scanned_bytes, a.d_v, weights, stride, of_row, total
                 )
@@ -51,7 +51,7 @@ def _blend(a: Any, item: Any, task: Any, shift: int) -> None:
     first, end = listed * task.number // parts, listed * (task.number + 1) // parts
     if first < end:
         for row in range(0, a.group, HEADS):
-            blend_micro.blend_codes(
+            choice_micro.blend_codes(
                 BlendCodes(
                     rows=min(HEADS, a.group - row),
                     n=end - first,
@@ -116,7 +116,7 @@ def _blend_parts(block: Any) -> None:
 @cache
 def blend_kernel() -> int:
     """The address of the kernel that adds up what was not chosen, compiled where numba's cache does not have it yet."""
-    fingerprint = source_fingerprint(loops, blend_micro, trees, intrinsics, emitter, launching)
+    fingerprint = source_fingerprint(loops, choice_micro, trees, intrinsics, emitter, launching)
 
     @numba.cfunc(types.void(types.voidptr), cache=True)  # type: ignore[untyped-decorator]
     def kernel(block: Any) -> None:

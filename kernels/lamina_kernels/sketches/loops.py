@@ -17,17 +17,17 @@ import numba
 import numpy as np
 from numba import carray, literally, njit, types
 
-from lamina_kernels.cpu import emitter, intrinsics, microkernels, trees
-from lamina_kernels.cpu import launch as launching
-from lamina_kernels.cpu import moves as cpu_moves
-from lamina_kernels.cpu.emitter import LANES, Kind
-from lamina_kernels.cpu.intrinsics import LOG2E, pointer, take
-from lamina_kernels.cpu.launch import FINISHED, HEADER, TAKEN, source_fingerprint
-from lamina_kernels.cpu.moves import PAGES
-from lamina_kernels.cpu.trees import LINE
-from lamina_kernels.sketches import blend_micro, choice_micro, micro, seal_micro
-from lamina_kernels.sketches.blend_micro import AHEAD
-from lamina_kernels.sketches.choice_micro import FEW
+from lamina_kernels.attention import microkernels
+from lamina_kernels.attention import moves as cpu_moves
+from lamina_kernels.attention.moves import PAGES
+from lamina_kernels.compile import emitter, intrinsics, trees
+from lamina_kernels.compile import launch as launching
+from lamina_kernels.compile.emitter import LANES, Kind
+from lamina_kernels.compile.intrinsics import LOG2E, pointer, take
+from lamina_kernels.compile.launch import FINISHED, HEADER, TAKEN, source_fingerprint
+from lamina_kernels.compile.trees import LINE
+from lamina_kernels.sketches import choice_micro, micro, seal_micro
+from lamina_kernels.sketches.choice_micro import AHEAD, FEW
 from lamina_kernels.sketches.micro import HEADS, Bound, Judge, Masses
 from lamina_kernels.sketches.seal_micro import SealKeys, SealValues
 
@@ -296,7 +296,7 @@ def _scan_tasks(unit: int, block: Any) -> None:
 
 def _fingerprint() -> int:
     return source_fingerprint(
-        micro, seal_micro, choice_micro, blend_micro, trees, microkernels, intrinsics, emitter, launching, cpu_moves
+        micro, seal_micro, choice_micro, trees, microkernels, intrinsics, emitter, launching, cpu_moves
     )
 
 

@@ -16,9 +16,9 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from lamina_kernels.cpu.emitter import F32, I32, I64, LANES, V16, VB, VF, VI, VS, VY, Emitter, Value, cpu_has
-from lamina_kernels.cpu.intrinsics import LOG2E, Address, from_half, literals, signature_of, to_half, unpack
-from lamina_kernels.cpu.trees import LINE, tree
+from lamina_kernels.compile.emitter import F32, I32, I64, LANES, V16, VB, VF, VI, VS, VY, Emitter, Value, cpu_has
+from lamina_kernels.compile.intrinsics import LOG2E, Address, from_half, literals, signature_of, to_half, unpack
+from lamina_kernels.compile.trees import LINE, tree
 
 HEADS = 8  # query heads computed together
 CASES = tuple(range(1, HEADS + 1))

@@ -13,9 +13,9 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from lamina_kernels.cpu.emitter import F32, I64, LANES, VF, VH, VI, VS, Emitter, Kind, Value
-from lamina_kernels.cpu.intrinsics import Address, from_half, literals, to_half, unpack
-from lamina_kernels.cpu.trees import LINE, tree
+from lamina_kernels.compile.emitter import F32, I64, LANES, VF, VH, VI, VS, Emitter, Kind, Value
+from lamina_kernels.compile.intrinsics import Address, from_half, literals, to_half, unpack
+from lamina_kernels.compile.trees import LINE, tree
 
 
 def _smaller(e: Emitter, a: Value, b: Value) -> Value:

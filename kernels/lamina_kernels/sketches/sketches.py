@@ -18,13 +18,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lamina_kernels.cpu.emitter import LANES, kind_of
-from lamina_kernels.cpu.launch import block_type, launch, load_each
+from lamina_kernels.compile.emitter import LANES, kind_of
+from lamina_kernels.compile.launch import block_type, launch, load_each
 from lamina_kernels.paged.pages import Order, PageLayout, Pages
 from lamina_kernels.partial import Partial
 from lamina_kernels.sketches import reference
 from lamina_kernels.sketches.blend_loops import blend_kernel
-from lamina_kernels.sketches.blend_micro import AHEAD
+from lamina_kernels.sketches.choice_micro import AHEAD
 from lamina_kernels.sketches.items import MISSED, Choice, Items, check_items, check_scan
 from lamina_kernels.sketches.layout import LEVELS, Sketches, SketchLayout, check_sealed
 from lamina_kernels.sketches.loops import (

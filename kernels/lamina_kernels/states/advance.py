@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lamina_kernels.cpu.launch import block_type, launch, load_each
+from lamina_kernels.compile.launch import block_type, launch, load_each
 from lamina_kernels.states.blocks import BLOCK, TILE
 from lamina_kernels.states.layout import (
     DTYPES,

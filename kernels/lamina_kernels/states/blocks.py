@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import carray, njit
 
-from lamina_kernels.cpu.intrinsics import pointer
+from lamina_kernels.compile.intrinsics import pointer
 from lamina_kernels.states import micro
 from lamina_kernels.states.inputs import floats, give, move, take_tokens
 from lamina_kernels.states.micro import Multiply

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numba import carray, njit
 
-from lamina_kernels.cpu.intrinsics import pointer
+from lamina_kernels.compile.intrinsics import pointer
 from lamina_kernels.states import micro
 from lamina_kernels.states.layout import EPSILON
 from lamina_kernels.states.micro import Convolve

@@ -13,10 +13,10 @@ import numba
 import numpy as np
 from numba import carray, literally, njit, types
 
-from lamina_kernels.cpu import emitter, intrinsics
-from lamina_kernels.cpu import launch as launching
-from lamina_kernels.cpu.intrinsics import pointer, take
-from lamina_kernels.cpu.launch import FINISHED, HEADER, TAKEN, source_fingerprint
+from lamina_kernels.compile import emitter, intrinsics
+from lamina_kernels.compile import launch as launching
+from lamina_kernels.compile.intrinsics import pointer, take
+from lamina_kernels.compile.launch import FINISHED, HEADER, TAKEN, source_fingerprint
 from lamina_kernels.states import blocks, inputs, micro
 from lamina_kernels.states.inputs import floats, give, move, take_tokens
 from lamina_kernels.states.micro import Read, Write

@@ -12,8 +12,8 @@ import numpy as np
 from numba.core import types
 from numba.extending import intrinsic
 
-from lamina_kernels.cpu.emitter import F32, I32, I64, VF, VH, VS, Emitter, Value, fetches_near
-from lamina_kernels.cpu.intrinsics import LOG2E, Address, from_half, literals, to_half, unpack
+from lamina_kernels.compile.emitter import F32, I32, I64, VF, VH, VS, Emitter, Value, fetches_near
+from lamina_kernels.compile.intrinsics import LOG2E, Address, from_half, literals, to_half, unpack
 
 LN2 = 0.6931471805599453
 

@@ -22,7 +22,7 @@ import torch
 from lamina.measure.calibration.capture import Captured, joined
 from lamina.measure.calibration.scores import Scores
 from lamina.measure.calibration.torch_path import TorchPath, attend
-from lamina_kernels.dense import soft_cap
+from lamina_kernels.dense.dense import soft_cap
 from lamina_protocols.messages.layers import LayerSpec
 from lamina_workers.policies.full import Full
 from lamina_workers.policies.policy import Policy, within

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from lamina.measure.calibration.capture import Captured
-from lamina_kernels.dense import rotate
+from lamina_kernels.dense.dense import rotate
 from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.rope import Rotary
 from lamina_workers.decoder.rope_keys import RopeConfig

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lamina_kernels.dense import Linear, soft_cap
+from lamina_kernels.dense.dense import Linear, soft_cap
 from lamina_protocols.messages.layers import LayerSpec
 from lamina_workers.decoder.checkpoint import TensorSource
 from lamina_workers.decoder.config import ModelConfig

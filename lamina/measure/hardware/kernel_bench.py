@@ -15,7 +15,7 @@ from lamina.measure.hardware.held import Held, attention_alone, by_part
 from lamina.measure.hardware.loaded import decode_batch, load
 from lamina.measure.hardware.reading import Bandwidth, synchronise
 from lamina.system.machine import this_machine
-from lamina_kernels.dense import Linear
+from lamina_kernels.dense.dense import Linear
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.ports.port import LocalAttention
 

@@ -14,7 +14,7 @@ from lamina.config import EngineConfig
 from lamina.launch.kv_sizing import holder_config
 from lamina.models.resolve import resolve
 from lamina.system.machine import native_dtype, this_machine
-from lamina_kernels import dense
+from lamina_kernels.dense import dense
 from lamina_protocols.messages.layers import HolderConfig
 from lamina_workers.attention_worker.page_layout import attention_kernels, page_cost, page_layout
 from lamina_workers.decoder.config import ModelConfig

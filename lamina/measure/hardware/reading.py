@@ -18,11 +18,11 @@ import torch
 from numba import carray, literally, njit, types
 from numba.extending import intrinsic
 
-from lamina_kernels.cpu import emitter, intrinsics
-from lamina_kernels.cpu import launch as launching
-from lamina_kernels.cpu.emitter import I64, VI, Emitter
-from lamina_kernels.cpu.intrinsics import literals, take
-from lamina_kernels.cpu.launch import HEADER, TAKEN, block_type, launch, source_fingerprint
+from lamina_kernels.compile import emitter, intrinsics
+from lamina_kernels.compile import launch as launching
+from lamina_kernels.compile.emitter import I64, VI, Emitter
+from lamina_kernels.compile.intrinsics import literals, take
+from lamina_kernels.compile.launch import HEADER, TAKEN, block_type, launch, source_fingerprint
 from lamina_kernels.paged import memory
 
 SETTLE = 0.3  # seconds after which the threads of an earlier computation no longer spin

@@ -75,8 +75,8 @@ def _prepare() -> None:
     """Import what any model needs, and have the first kernel loaded: most of the time that a start takes."""
     from lamina.launch import builder  # noqa: F401
     from lamina.server.processes import link  # noqa: F401
-    from lamina_kernels.cpu.exchange_loop import exchange_kernel
-    from lamina_kernels.cpu.launch import load_each
+    from lamina_kernels.compile.launch import load_each
+    from lamina_kernels.exchange.exchange_loop import exchange_kernel
 
     for _ in load_each((exchange_kernel,)):
         pass

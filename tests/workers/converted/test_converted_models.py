@@ -260,7 +260,7 @@ def test_slices_that_are_spans_compute_what_the_slices_compute(
     for spans in (True, False):
         with Checkpoint(tmp_path) as checkpoint, torch.inference_mode():
             if not spans:
-                monkeypatch.setattr("lamina_kernels.cpu.programs.can_run", lambda: False)
+                monkeypatch.setattr("lamina_kernels.compile.programs.can_run", lambda: False)
             decoder = decoder_of(config, load_model(config, checkpoint, torch.bfloat16, torch.device("cpu")))
             assert isinstance(decoder, ConvertedDecoder)
             assert decoder.in_slices

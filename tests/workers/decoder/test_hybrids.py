@@ -15,8 +15,9 @@ from hybrid_families import FAMILIES
 from reference_models import Tensors, check_against, load, reference
 from safetensors.torch import load_file
 
-from lamina_kernels.cpu import few_rows, programs
-from lamina_kernels.spans import Spans
+from lamina_kernels.compile import programs
+from lamina_kernels.dense import few_rows
+from lamina_kernels.dense_spans import Spans
 from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.graphs import Captured, Compiled, Work
 from lamina_workers.decoder.model import Batch, Decoder, Forward, KeyValueReady, QueryReady, StateReady

@@ -12,7 +12,7 @@ from engine_rig import DEVICE
 from reference_models import Tensors, check_against, load, reference
 from safetensors.torch import load_file
 
-from lamina_kernels.dense import repacks
+from lamina_kernels.dense.dense import repacks
 from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.model import Batch, Decoder, Forward, KeyValueReady, QueryReady
 from lamina_workers.errors import ModelFileError

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from lamina.models.gguf_conversion import convert
 from lamina.models.gguf_files import GgufFile
-from lamina_kernels.dense import Linear
+from lamina_kernels.dense.dense import Linear
 from lamina_kernels.packed.matrix import PackedMatrix
 from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.decoder_weights import DecoderWeights, load_weights

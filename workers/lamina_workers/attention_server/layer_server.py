@@ -13,9 +13,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lamina_kernels.cpu import exchange_blocks as blocks
-from lamina_kernels.cpu.layer_work import LayerWork, functions
-from lamina_kernels.cpu.serve_loop import answer_kernel, serve_kernel
+from lamina_kernels.exchange import exchange_blocks as blocks
+from lamina_kernels.exchange.layer_work import LayerWork, functions
+from lamina_kernels.exchange.serve_loop import answer_kernel, serve_kernel
 from lamina_protocols.channels.channels import Channel
 from lamina_protocols.frames.fields import dtype_name
 from lamina_protocols.frames.layer_frames import frames_between, set_batch, set_layer

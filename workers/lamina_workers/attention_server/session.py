@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from lamina_kernels.cpu.layer_work import LayerWork
+from lamina_kernels.exchange.layer_work import LayerWork
 from lamina_protocols.channels import control
 from lamina_protocols.channels.channels import Channel
 from lamina_protocols.errors import ProtocolError

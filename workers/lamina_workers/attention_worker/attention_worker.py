@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lamina_kernels.cpu.layer_work import LayerWork
+from lamina_kernels.exchange.layer_work import LayerWork
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.messages.layers import ATTENTION, LATENT, STATES, HolderConfig
 from lamina_protocols.messages.messages import (

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from lamina_kernels.index.choice import AT_ONCE, Queries, chosen_blocks
+from lamina_kernels.attention.index_choice import AT_ONCE, Queries, chosen_blocks
 from lamina_kernels.paged.pages import Pages
 from lamina_kernels.paged.rows import Ints, Rows, Table
 from lamina_kernels.partial import Partial, empty

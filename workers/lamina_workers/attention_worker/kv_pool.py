@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lamina_kernels.cpu.layer_work import LayerWork, layer_work
+from lamina_kernels.exchange.layer_work import LayerWork, layer_work
 from lamina_kernels.paged.pages import Pages, store_whole
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.frames.frames import MAX_PAYLOAD

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import torch
 
-from lamina_kernels.cpu.layer_work import LayerReading
+from lamina_kernels.exchange.layer_work import LayerReading
 from lamina_kernels.paged.pages import Pages, gather_keys
 from lamina_kernels.partial import Partial, empty
 from lamina_kernels.select import Kernels

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lamina_kernels import dense
+from lamina_kernels.dense import dense
 from lamina_workers.converted.recording import Operation, Recording, Ref, Size, Weight, leaves, mapped
 
 

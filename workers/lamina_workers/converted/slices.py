@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lamina_kernels.dense import Linear
+from lamina_kernels.dense.dense import Linear
 from lamina_workers.converted.cuts import Cuts, Live
 from lamina_workers.converted.fusion import Joined
 from lamina_workers.converted.recording import (

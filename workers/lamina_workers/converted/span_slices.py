@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from lamina_kernels.cpu import programs
-from lamina_kernels.dense import Weight
-from lamina_kernels.spans import MAX_ROWS, Behind, Heads, Map, Span, Spans
+from lamina_kernels.compile import programs
+from lamina_kernels.dense.dense import Weight
+from lamina_kernels.dense_spans import MAX_ROWS, Behind, Heads, Map, Span, Spans
 from lamina_workers.converted.fusion import RmsNorm, SplitHeads, apply_linear, part, silu_mul
 from lamina_workers.converted.recording import Operation, Ref
 from lamina_workers.converted.slices import Binding, Key, Slices

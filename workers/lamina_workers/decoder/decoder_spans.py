@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from lamina_kernels.cpu import programs
-from lamina_kernels.dense import Linear, Weight, gelu_tanh_mul, silu_mul
-from lamina_kernels.spans import Behind, Gate, Heads, Span, Spans, States
+from lamina_kernels.compile import programs
+from lamina_kernels.dense.dense import Linear, Weight, gelu_tanh_mul, silu_mul
+from lamina_kernels.dense_spans import Behind, Gate, Heads, Span, Spans, States
 from lamina_workers.decoder.config import ModelConfig, Residuals
 from lamina_workers.decoder.decoder_weights import DecoderWeights, MixerWeights
 from lamina_workers.decoder.moe import Mlp

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from lamina_kernels.dense import HeadLinears, Linear, repacks
+from lamina_kernels.dense.dense import HeadLinears, Linear, repacks
 from lamina_kernels.packed.layout import ROWS
 from lamina_kernels.packed.matrix import PackedMatrix
 from lamina_workers.decoder.checkpoint import Renamed, TensorSource, check_tensors

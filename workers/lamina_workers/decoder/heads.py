@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lamina_kernels.dense import rms_norm, split_heads
+from lamina_kernels.dense.dense import rms_norm, split_heads
 from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.decoder_weights import MixerWeights
 from lamina_workers.decoder.index import beside

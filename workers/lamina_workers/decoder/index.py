@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from lamina_kernels.dense import Linear, rms_norm, rotate, split_heads
+from lamina_kernels.dense.dense import Linear, rms_norm, rotate, split_heads
 from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.latent import EPS, Rotation
 from lamina_workers.decoder.rope import head_order

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lamina_kernels.dense import HeadLinears, Linear, rms_norm, rotate
+from lamina_kernels.dense.dense import HeadLinears, Linear, rms_norm, rotate
 from lamina_workers.decoder.latent_config import LatentConfig
 from lamina_workers.decoder.rope import head_order
 from lamina_workers.decoder.rope_keys import RopeConfig

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lamina_kernels.dense import Linear, add_rms_norm, layer_norm, rms_norm, soft_cap
-from lamina_kernels.spans import MAX_ROWS
+from lamina_kernels.dense.dense import Linear, add_rms_norm, layer_norm, rms_norm, soft_cap
+from lamina_kernels.dense_spans import MAX_ROWS
 from lamina_kernels.states.layout import StateConstants
 from lamina_workers.decoder.checkpoint import TensorSource
 from lamina_workers.decoder.config import ModelConfig

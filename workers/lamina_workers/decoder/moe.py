@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from lamina_kernels.dense import Linear, gelu_tanh_mul, silu_mul
+from lamina_kernels.dense.dense import Linear, gelu_tanh_mul, silu_mul
 from lamina_workers.decoder.moe_config import MoeConfig
 
 

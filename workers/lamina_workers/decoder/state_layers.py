@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from lamina_kernels.cpu.gate_loops import gate_output, recurrence_gates
-from lamina_kernels.dense import Linear, compiled
+from lamina_kernels.dense.dense import Linear, compiled
+from lamina_kernels.dense.gate_loops import gate_output, recurrence_gates
 from lamina_kernels.states.layout import StateConstants
 
 Map = Callable[[torch.Tensor], torch.Tensor]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from lamina_kernels.dense import Linear
+from lamina_kernels.dense.dense import Linear
 from lamina_kernels.states.layout import StateConstants
 from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.family import States

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from lamina_kernels.dense import Linear, repacks
+from lamina_kernels.dense.dense import Linear, repacks
 from lamina_kernels.packed.matrix import PackedMatrix
 from lamina_kernels.packed.pack import can_pack
 from lamina_workers.decoder.checkpoint import TensorSource

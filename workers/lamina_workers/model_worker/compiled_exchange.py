@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from lamina_kernels.cpu import exchange_blocks as blocks
-from lamina_kernels.cpu.exchange_loop import exchange_kernel
-from lamina_kernels.cpu.layer_work import LayerWork, functions
-from lamina_kernels.cpu.merge import merge_block, merge_kernel
+from lamina_kernels.attention.merge import merge_block, merge_kernel
+from lamina_kernels.exchange import exchange_blocks as blocks
+from lamina_kernels.exchange.exchange_loop import exchange_kernel
+from lamina_kernels.exchange.layer_work import LayerWork, functions
 from lamina_kernels.paged.pages import FLOATS
 from lamina_kernels.partial import Partial, with_sinks
 from lamina_protocols.errors import LaminaError

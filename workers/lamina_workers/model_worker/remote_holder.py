@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lamina_kernels.cpu import exchange_blocks as blocks
+from lamina_kernels.exchange import exchange_blocks as blocks
 from lamina_protocols.frames.fields import dtype_name
 from lamina_protocols.frames.layer_frames import frames_between, seconds_stand, set_batch, set_layer
 from lamina_protocols.messages.layers import LayerSpec

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from lamina_kernels import dense
-from lamina_kernels.cpu.exchange_loop import exchange_kernel
-from lamina_kernels.cpu.launch import load_each
+from lamina_kernels.compile.launch import load_each
+from lamina_kernels.dense import dense
+from lamina_kernels.exchange.exchange_loop import exchange_kernel
 from lamina_kernels.sketches import sketches
 from lamina_kernels.states import advance
 from lamina_protocols.messages.layers import STATES, HolderConfig

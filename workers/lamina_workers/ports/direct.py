@@ -14,8 +14,8 @@ from functools import cache
 import numpy as np
 import torch
 
-from lamina_kernels.cpu import exchange_blocks
-from lamina_kernels.cpu.layer_work import functions
+from lamina_kernels.exchange import exchange_blocks
+from lamina_kernels.exchange.layer_work import functions
 from lamina_protocols.channels.channels import Channel
 from lamina_protocols.channels.sockets import SocketChannel
 from lamina_protocols.frames.frames import padding

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 
-from lamina_kernels.cpu.layer_work import LayerWork
+from lamina_kernels.exchange.layer_work import LayerWork
 from lamina_protocols.channels.channels import Channel
 from lamina_protocols.channels.versions import FEATURES
 from lamina_protocols.errors import LaminaError, ProtocolError

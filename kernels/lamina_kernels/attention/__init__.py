@@ -1,0 +1,1 @@
+"""Attention over pages on CPUs: lists of pages, compiled loops, shares of work, merges."""

@@ -1,0 +1,1 @@
+"""How kernels of CPUs are compiled, cached and called: numba, its instructions, programs of calls."""

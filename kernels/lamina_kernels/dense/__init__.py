@@ -1,0 +1,1 @@
+"""The dense operations of decode steps on CPUs."""

@@ -1,0 +1,1 @@
+"""A decode step's exchange between both sides of the cut without Python."""

@@ -1,1 +1,0 @@
-"""The choice of keys by a layer's own index."""
