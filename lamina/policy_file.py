@@ -2,7 +2,7 @@
 
     version = 1
     model = "smollm2-135m"      # for readers
-    fingerprint = "..."         # of `lamina_workers.decoder.checkpoint.fingerprint`; "": any model of this shape
+    fingerprint = "..."         # of `lamina_workers.checkpoints.checkpoint.fingerprint`; "": any model of this shape
     [about]                     # remarks for readers: texts, numbers, true or false
     [[layer]]                   # one for each layer, in order
     heads = ["full", "streaming(sink=64, recent=256)"]
@@ -23,7 +23,7 @@ from typing import Any
 
 from lamina.errors import PolicyError
 from lamina.system.text_files import read_text, read_toml, toml_value, write_text
-from lamina_workers.decoder.config import ModelConfig
+from lamina_workers.model_config.config import ModelConfig
 from lamina_workers.policies.catalogue import parse
 from lamina_workers.policies.policy import LONGEST
 from lamina_workers.policies.span import BLOCK

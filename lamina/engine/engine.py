@@ -44,8 +44,7 @@ from lamina.scheduling.request import Plan, ScheduledSequence
 from lamina.scheduling.speculation import Speculation
 from lamina_protocols.channels.channels import Credentials
 from lamina_protocols.messages.messages import Announced
-from lamina_workers.decoder.logprobs import RowLogprobs
-from lamina_workers.decoder.sampler import Sampled, TokenHistory
+from lamina_workers.decoder.sampler import RowLogprobs, Sampled, TokenHistory
 from lamina_workers.errors import HolderFault, faults
 from lamina_workers.model_worker.interface import Workers
 from lamina_workers.model_worker.waiting import Waiting

@@ -17,8 +17,7 @@ from lamina.journal.resumption import Resumption
 from lamina.messages.engine_request import EngineOutput, EngineRequest, ignore_outputs, unwatched
 from lamina.scheduling.blame import TRIES
 from lamina.scheduling.request import Outcome, Plan, PlannedRow, RetainedKv, ScheduledSequence
-from lamina_workers.decoder.logprobs import PromptScores, RowLogprobs
-from lamina_workers.decoder.sampler import TokenHistory
+from lamina_workers.decoder.sampler import PromptScores, RowLogprobs, TokenHistory
 
 if TYPE_CHECKING:
     from lamina.journal.history import KvLocation, RecoveredHolder

@@ -47,8 +47,8 @@ from lamina_workers.attention_worker.device_worker import attention_worker
 from lamina_workers.attention_worker.page_layout import page_counts
 from lamina_workers.converted.decoder import ConvertedDecoder
 from lamina_workers.converted.models import Weights, decoder_of
-from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.shard import Shard
+from lamina_workers.model_config.config import ModelConfig
 from lamina_workers.model_worker.interface import Workers
 from lamina_workers.model_worker.model_worker import ModelWorker
 from lamina_workers.model_worker.warmup import prepare_kernels

@@ -27,13 +27,13 @@ from lamina_protocols.messages.pools import pools
 from lamina_workers.attention_worker.cold_file import check_folder
 from lamina_workers.attention_worker.head_policies import HeadPolicies
 from lamina_workers.attention_worker.page_layout import page_cost
+from lamina_workers.checkpoints.model_checkpoint import fingerprint
+from lamina_workers.checkpoints.weight_loader import Packing
 from lamina_workers.converted.models import way
-from lamina_workers.decoder.config import ModelConfig
-from lamina_workers.decoder.model_checkpoint import fingerprint
-from lamina_workers.decoder.packing import Packing
 from lamina_workers.decoder.shard import Shard, heads_of
 from lamina_workers.devices.available import find_each, memory_available
 from lamina_workers.errors import KVError, PolicyError, RanksError
+from lamina_workers.model_config.config import ModelConfig
 from lamina_workers.policies.catalogue import parse
 from lamina_workers.policies.policy import Policy
 

@@ -17,12 +17,12 @@ from lamina.models.resolve import resolve
 from lamina.sampling_params import SamplingParams
 from lamina.system.progress import Progress
 from lamina.text.tokenizer import Tokenizer, read_json
+from lamina_workers.checkpoints.model_checkpoint import fingerprint, open_checkpoint
+from lamina_workers.checkpoints.weight_loader import Packing, kept_bytes, packed_kind
 from lamina_workers.converted.models import Weights, for_ranks, load_model, model_config, way
-from lamina_workers.decoder.config import ModelConfig
-from lamina_workers.decoder.model_checkpoint import fingerprint, open_checkpoint
-from lamina_workers.decoder.packing import Packing, kept_bytes, packed_kind
 from lamina_workers.decoder.shard import Shard
 from lamina_workers.devices.available import room_for
+from lamina_workers.model_config.config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)

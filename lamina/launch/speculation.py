@@ -20,8 +20,8 @@ from lamina_protocols.messages.layers import HolderConfig
 from lamina_protocols.messages.pools import pools
 from lamina_workers.attention_worker.device_worker import attention_worker
 from lamina_workers.attention_worker.page_layout import page_cost
+from lamina_workers.checkpoints.weight_loader import Packing
 from lamina_workers.converted.models import decoder_of
-from lamina_workers.decoder.packing import Packing
 from lamina_workers.decoder.shard import WHOLE
 from lamina_workers.model_worker.model_worker import ModelWorker
 from lamina_workers.model_worker.warmup import prepare_kernels

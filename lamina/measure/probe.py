@@ -25,10 +25,10 @@ from lamina_protocols.messages.messages import Announced, Close, Fork, Open, Ope
 from lamina_protocols.messages.pools import pools
 from lamina_protocols.messages.routes import Route, Span
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
+from lamina_workers.checkpoints.model_checkpoint import open_checkpoint
 from lamina_workers.converted.models import decoder_of, load_model, model_config
-from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.model import Batch, Decoder, Forward, KeyValueReady, QueryReady, StateReady
-from lamina_workers.decoder.model_checkpoint import open_checkpoint
+from lamina_workers.model_config.config import ModelConfig
 from lamina_workers.ports.port import LocalAttention
 
 _HOLDER = 0

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from lamina_workers.decoder.checkpoint import TensorSource
-from lamina_workers.decoder.config import read_config_json
-from lamina_workers.decoder.model_checkpoint import open_checkpoint
-from lamina_workers.decoder.packed_tensors import EVERY, unpack_into
-from lamina_workers.decoder.safetensors_files import SINGLE_FILE
+from lamina_workers.checkpoints.checkpoint import TensorSource
+from lamina_workers.checkpoints.model_checkpoint import open_checkpoint
+from lamina_workers.checkpoints.packed_tensors import EVERY, unpack_into
+from lamina_workers.checkpoints.safetensors_files import SINGLE_FILE
+from lamina_workers.model_config.config import read_config_json
 
 _NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 _BLOCK = 16 << 20  # numbers

@@ -18,10 +18,10 @@ import numpy as np
 from lamina.models.cache import FileRecord, write_file
 from lamina.models.gguf_files import GgufFile
 from lamina.models.gguf_tokenizer import tokenizer_files
-from lamina_workers.decoder.config import ModelConfig
-from lamina_workers.decoder.gguf_checkpoint import RECORD, GgufEntry, GgufRecord
+from lamina_workers.checkpoints.gguf_checkpoint import RECORD, GgufEntry, GgufRecord
 from lamina_workers.decoder.weight_names import norm_names, tensor_shapes
 from lamina_workers.errors import ModelFileError, UnsupportedModelError
+from lamina_workers.model_config.config import ModelConfig
 
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",

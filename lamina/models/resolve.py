@@ -105,7 +105,7 @@ def _convert(gguf: Path, folder: Path, path: str) -> dict[str, FileRecord]:
 
 
 def _checked(folder: Path) -> Path:
-    from lamina_workers.decoder.model_checkpoint import check_weights  # it loads torch
+    from lamina_workers.checkpoints.model_checkpoint import check_weights  # it loads torch
 
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():

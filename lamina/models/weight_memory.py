@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lamina_kernels.packed.pack import bytes_of, can_pack
+from lamina_workers.checkpoints.gguf_checkpoint import read_record
+from lamina_workers.checkpoints.model_checkpoint import open_checkpoint
+from lamina_workers.checkpoints.safetensors_files import find_tensors
+from lamina_workers.checkpoints.weight_loader import QUANTIZE, Packing
 from lamina_workers.converted.models import model_config, way
-from lamina_workers.decoder.gguf_checkpoint import read_record
-from lamina_workers.decoder.model_checkpoint import open_checkpoint
-from lamina_workers.decoder.packing import QUANTIZE, Packing
-from lamina_workers.decoder.safetensors_files import find_tensors
 
 FLOATS = {"bfloat16": 2, "float32": 4}
 """Bytes of a weight that is not packed."""

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from lamina.messages.engine_request import EngineRequest
     from lamina.scheduling.request import SchedulerConfig
     from lamina.text.tokenizer import Tokenizer
-    from lamina_workers.decoder.config import ModelConfig
+    from lamina_workers.model_config.config import ModelConfig
 
 _POLL = 0.2  # seconds
 _PATIENCE = 86400.0  # seconds that requests wait for another engine; its owner ends them where there will be none

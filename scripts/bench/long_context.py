@@ -44,7 +44,7 @@ class Prompts:
         from lamina.models.resolve import resolve
         from lamina.system.machine import native_dtype
         from lamina.text.tokenizer import Tokenizer
-        from lamina_workers.decoder.model_checkpoint import fingerprint
+        from lamina_workers.checkpoints.model_checkpoint import fingerprint
 
         path = resolve(args.model)
         original = json.loads((path / "config.json").read_text())["max_position_embeddings"]

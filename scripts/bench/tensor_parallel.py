@@ -42,10 +42,10 @@ class Rank:
         from lamina_protocols.messages.layers import HolderConfig
         from lamina_workers.attention_worker.attention_worker import AttentionWorker
         from lamina_workers.attention_worker.page_layout import attention_kernels, page_cost, page_layout
-        from lamina_workers.decoder.config import ModelConfig
+        from lamina_workers.checkpoints.model_checkpoint import open_checkpoint
         from lamina_workers.decoder.model import Decoder
-        from lamina_workers.decoder.model_checkpoint import open_checkpoint
         from lamina_workers.decoder.shard import Shard, with_ranks
+        from lamina_workers.model_config.config import ModelConfig
         from lamina_workers.parallel.collectives import Meeting, join
         from lamina_workers.ports.port import LocalAttention
 

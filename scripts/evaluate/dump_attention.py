@@ -31,10 +31,10 @@ from lamina.measure.probe import Probe
 from lamina.models.resolve import resolve
 from lamina.system.machine import native_dtype, this_machine
 from lamina.text.tokenizer import Tokenizer
-from lamina_workers.decoder.config import ModelConfig
+from lamina_workers.checkpoints.model_checkpoint import open_checkpoint
 from lamina_workers.decoder.decoder_weights import load_weights
 from lamina_workers.decoder.model import Decoder
-from lamina_workers.decoder.model_checkpoint import open_checkpoint
+from lamina_workers.model_config.config import ModelConfig
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from lamina.measure.calibration.capture import Captured, capture, joined
 from lamina.measure.calibration.data import corpus
 from lamina.measure.calibration.torch_path import TorchPath, attend
 from lamina.policy_file import Heads, PolicyFile, write
-from lamina_workers.decoder.model_checkpoint import fingerprint, open_checkpoint
+from lamina_workers.checkpoints.model_checkpoint import fingerprint, open_checkpoint
 from lamina_workers.policies.full import Full
 from lamina_workers.policies.heavy_hitter import HeavyHitter
 

@@ -48,8 +48,8 @@ from lamina.policy_file import head_policies
 from lamina.system.machine import native_dtype, this_machine
 from lamina.text.tokenizer import Tokenizer
 from lamina_workers.attention_worker.page_layout import attention_kernels
-from lamina_workers.decoder.config import ModelConfig
-from lamina_workers.decoder.model_checkpoint import fingerprint
+from lamina_workers.checkpoints.model_checkpoint import fingerprint
+from lamina_workers.model_config.config import ModelConfig
 
 import torch  # isort: skip  # after lamina, which sets up its threads
 from rich.console import Console

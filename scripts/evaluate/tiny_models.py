@@ -15,10 +15,10 @@ from lamina.config import EngineConfig
 from lamina.launch.kv_sizing import holder_config
 from lamina.measure.probe import Probe
 from lamina.system.machine import this_machine
+from lamina_workers.checkpoints.model_checkpoint import open_checkpoint
 from lamina_workers.converted.config import converted_config
 from lamina_workers.converted.models import decoder_of, load_model, model_config
 from lamina_workers.decoder.model import Decoder
-from lamina_workers.decoder.model_checkpoint import open_checkpoint
 
 VOCABULARY = 97
 PROMPT, DECODED = 41, 6

@@ -18,8 +18,8 @@ from lamina import LLM
 from lamina.errors import InvalidRequest
 from lamina_protocols.messages.layers import HolderConfig
 from lamina_workers.attention_worker.page_layout import page_bytes
-from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.errors import PolicyError, RanksError
+from lamina_workers.model_config.config import ModelConfig
 
 LATENT = {"q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 24}
 LATENT |= {"num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": None}

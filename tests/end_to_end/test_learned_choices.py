@@ -15,7 +15,7 @@ from scripted_drafts import Always, Scripted, texts_of
 
 from lamina import LLM, Completion
 from lamina.errors import InvalidRequest, PolicyError
-from lamina_workers.decoder.config import ModelConfig
+from lamina_workers.model_config.config import ModelConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values:FutureWarning")
 

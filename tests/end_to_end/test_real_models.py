@@ -15,7 +15,7 @@ from real_workers import WorkerProcess, worker_process
 
 from lamina import LLM, InvalidRequest
 from lamina.models.export import export
-from lamina_workers.decoder.config import ModelConfig
+from lamina_workers.model_config.config import ModelConfig
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 

@@ -92,9 +92,9 @@ def test_greedy_tokens_equal_transformers_one_by_one_and_together(path, prompts,
 def test_bfloat16_agrees_with_float32_as_often_as_transformers_does(path, unpacked, reference, prompts):
     from lamina.measure.probe import Probe
     from lamina_protocols.messages.layers import HolderConfig
-    from lamina_workers.decoder.config import ModelConfig
+    from lamina_workers.checkpoints.model_checkpoint import open_checkpoint
     from lamina_workers.decoder.model import Decoder
-    from lamina_workers.decoder.model_checkpoint import open_checkpoint
+    from lamina_workers.model_config.config import ModelConfig
 
     prompt = prompts[-1]
     half = transformers.AutoModelForCausalLM.from_pretrained(unpacked, dtype=torch.bfloat16).eval()
@@ -114,9 +114,9 @@ def test_bfloat16_agrees_with_float32_as_often_as_transformers_does(path, unpack
 LOAD = """
 import resource, sys, torch
 from lamina_workers.decoder.model import Decoder
-from lamina_workers.decoder.config import ModelConfig
-from lamina_workers.decoder.model_checkpoint import open_checkpoint
-from lamina_workers.decoder.packing import Packing, kept_bytes
+from lamina_workers.model_config.config import ModelConfig
+from lamina_workers.checkpoints.model_checkpoint import open_checkpoint
+from lamina_workers.checkpoints.weight_loader import Packing, kept_bytes
 
 config = ModelConfig.from_folder(sys.argv[1])
 torch.ones(8, 64, dtype=torch.bfloat16) @ torch.ones(64, 64, dtype=torch.bfloat16)

@@ -17,11 +17,11 @@ from policy_bench import STATIC, TIGHT, under
 
 from lamina_protocols.messages.layers import HolderConfig
 from lamina_workers.attention_worker.page_layout import page_layout
-from lamina_workers.decoder.checkpoint import Checkpoint
-from lamina_workers.decoder.config import ModelConfig
+from lamina_workers.checkpoints.checkpoint import Checkpoint
 from lamina_workers.decoder.graphs import Captured, Tensors, Work
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.errors import UnsupportedModelError
+from lamina_workers.model_config.config import ModelConfig
 from lamina_workers.policies.catalogue import POLICIES
 
 Reference = transformers.PreTrainedModel

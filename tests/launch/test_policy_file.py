@@ -17,7 +17,7 @@ from lamina.cli.policy import policy_app
 from lamina.errors import InvalidRequest, PolicyError
 from lamina.policy_file import PolicyFile, dumps, import_duo, import_moa, kept, kept_share, read, read_alphas, write
 from lamina.system.text_files import MAX_BYTES
-from lamina_workers.decoder.config import ModelConfig
+from lamina_workers.model_config.config import ModelConfig
 from lamina_workers.policies.catalogue import parse
 
 GOOD = 'version = 1\nmodel = "tiny"\nfingerprint = ""\n[[layer]]\nheads = ["full", "streaming"]\n'

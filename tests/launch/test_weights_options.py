@@ -13,7 +13,7 @@ from lamina.errors import InvalidRequest
 from lamina.launch.model_files import ModelFiles, load
 from lamina.models.export import export
 from lamina.models.resolve import resolve
-from lamina_workers.decoder.packing import Packing
+from lamina_workers.checkpoints.weight_loader import Packing
 
 CPU = (torch.device("cpu"),)
 

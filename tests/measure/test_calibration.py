@@ -44,12 +44,12 @@ from lamina.measure.calibration.torch_path import TorchPath, attend
 from lamina.measure.calibration.windows import plans
 from lamina.measure.probe import Probe
 from lamina.policy_file import Heads, PolicyFile, kept_share
-from lamina_workers.decoder.config import ModelConfig
+from lamina_workers.checkpoints.model_checkpoint import fingerprint
 from lamina_workers.decoder.decoder_weights import load_weights
 from lamina_workers.decoder.model import Decoder
-from lamina_workers.decoder.model_checkpoint import fingerprint
 from lamina_workers.decoder.rope import Rotary
 from lamina_workers.errors import UnsupportedModelError
+from lamina_workers.model_config.config import ModelConfig
 from lamina_workers.policies.catalogue import parse
 from lamina_workers.policies.full import Full
 from lamina_workers.policies.policy import Policy

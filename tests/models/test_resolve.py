@@ -24,8 +24,8 @@ from lamina.models.export import export
 from lamina.models.gguf_files import GgufFile
 from lamina.models.hub_ids import HUB_IDS
 from lamina.simulator.costs.models import PRESETS
-from lamina_workers.decoder.model_checkpoint import fingerprint, open_checkpoint
-from lamina_workers.decoder.packing import packed_kind
+from lamina_workers.checkpoints.model_checkpoint import fingerprint, open_checkpoint
+from lamina_workers.checkpoints.weight_loader import packed_kind
 
 
 @pytest.fixture(autouse=True)

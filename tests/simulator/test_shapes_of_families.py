@@ -13,8 +13,8 @@ from lamina.simulator.costs.models import from_config
 from lamina_protocols.messages.layers import STATES, HolderConfig
 from lamina_protocols.messages.pools import pools
 from lamina_workers.attention_worker.page_layout import page_bytes
-from lamina_workers.decoder.config import ModelConfig
-from lamina_workers.decoder.families import FAMILIES
+from lamina_workers.model_config.config import ModelConfig
+from lamina_workers.model_config.families import FAMILIES
 
 PAGE_SIZE = 16
 _LATENT = {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 24}

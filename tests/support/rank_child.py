@@ -15,14 +15,13 @@ import torch
 from dense_attention import DenseAttention
 from safetensors.torch import save_file
 
-from lamina_workers.decoder.checkpoint import Checkpoint
-from lamina_workers.decoder.collective import Collective
-from lamina_workers.decoder.config import ModelConfig
+from lamina_workers.checkpoints.checkpoint import Checkpoint
+from lamina_workers.checkpoints.model_checkpoint import open_checkpoint
 from lamina_workers.decoder.decoder_weights import load_weights
 from lamina_workers.decoder.model import Decoder
-from lamina_workers.decoder.model_checkpoint import open_checkpoint
-from lamina_workers.decoder.shard import Shard, with_ranks
+from lamina_workers.decoder.shard import Collective, Shard, with_ranks
 from lamina_workers.errors import RankLost
+from lamina_workers.model_config.config import ModelConfig
 from lamina_workers.parallel.collectives import Meeting, join
 
 CHUNKS = [7, 1, 14, 1, 1]

@@ -10,8 +10,8 @@ from dense_attention import DenseAttention
 from engine_rig import DEVICE
 from safetensors.torch import load_file
 
-from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.model import Decoder
+from lamina_workers.model_config.config import ModelConfig
 
 COMMON = {
     "vocab_size": 97,

@@ -17,7 +17,7 @@ from lamina.sampling_params import SamplingParams
 from lamina.scheduling.kv_shares import Pages
 from lamina.scheduling.request import Plan, Request
 from lamina.scheduling.scheduler import Scheduler
-from lamina_workers.decoder.logprobs import RowLogprobs
+from lamina_workers.decoder.sampler import RowLogprobs
 
 PROMPT = (1, 2, 3)
 

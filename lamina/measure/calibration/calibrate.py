@@ -27,11 +27,11 @@ from lamina.system.machine import this_machine
 from lamina.system.progress import Progress
 from lamina.text.tokenizer import Tokenizer
 from lamina_workers.attention_worker.page_layout import page_cost
+from lamina_workers.checkpoints.model_checkpoint import fingerprint, open_checkpoint
 from lamina_workers.converted.config import ConvertedConfig
-from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.model import Decoder
-from lamina_workers.decoder.model_checkpoint import fingerprint, open_checkpoint
 from lamina_workers.errors import UnsupportedModelError
+from lamina_workers.model_config.config import ModelConfig
 from lamina_workers.policies.streaming import Streaming
 
 DEFAULT_CONTEXT = 8192  # tokens, where the model's own is longer

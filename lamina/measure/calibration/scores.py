@@ -14,9 +14,9 @@ import torch
 
 from lamina.measure.calibration.capture import Captured
 from lamina_kernels.dense.dense import rotate
-from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.rope import Rotary
-from lamina_workers.decoder.rope_keys import RopeConfig
+from lamina_workers.model_config.config import ModelConfig
+from lamina_workers.model_config.rope_config import RopeConfig
 
 Scores = npt.NDArray[np.float64]
 

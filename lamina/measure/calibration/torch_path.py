@@ -14,11 +14,11 @@ import torch.nn.functional as F
 
 from lamina_kernels.dense.dense import Linear, soft_cap
 from lamina_protocols.messages.layers import LayerSpec
-from lamina_workers.decoder.checkpoint import TensorSource
-from lamina_workers.decoder.config import ModelConfig
+from lamina_workers.checkpoints.checkpoint import TensorSource
 from lamina_workers.decoder.decoder_weights import load_weights
 from lamina_workers.decoder.model import Batch, Decoder, QueryReady, StateReady
 from lamina_workers.errors import UnsupportedModelError
+from lamina_workers.model_config.config import ModelConfig
 from lamina_workers.policies.policy import Policy, within
 
 Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

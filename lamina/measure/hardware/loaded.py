@@ -17,10 +17,10 @@ from lamina.system.machine import native_dtype, this_machine
 from lamina_kernels.dense import dense
 from lamina_protocols.messages.layers import HolderConfig
 from lamina_workers.attention_worker.page_layout import attention_kernels, page_cost, page_layout
-from lamina_workers.decoder.config import ModelConfig
+from lamina_workers.checkpoints.model_checkpoint import fingerprint, open_checkpoint
 from lamina_workers.decoder.decoder_weights import DecoderWeights, load_weights
 from lamina_workers.decoder.model import Batch, Decoder
-from lamina_workers.decoder.model_checkpoint import fingerprint, open_checkpoint
+from lamina_workers.model_config.config import ModelConfig
 
 STEPS = 256
 """Decode steps that a cell has room for."""

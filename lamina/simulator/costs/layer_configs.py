@@ -10,7 +10,7 @@ from dataclasses import replace
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.mixers import ChoiceShape, StateShape
 from lamina.simulator.costs.shapes import LayerGroup
-from lamina_workers.decoder.config_keys import Keys
+from lamina_workers.model_config.config_keys import Keys
 
 NOTHING = LayerGroup(1, 0, 0, 0, 0, 0, 0, 0, 0)
 """A layer without a mixer, and without an MLP."""

@@ -20,9 +20,9 @@ from lamina.simulator.costs import config_words as words
 from lamina.simulator.costs import layer_configs as parts
 from lamina.simulator.costs.shapes import LayerGroup, ModelShape
 from lamina.system.text_files import read_text
-from lamina_workers.decoder.config_keys import Keys
-from lamina_workers.decoder.families import FAMILIES
-from lamina_workers.decoder.family import Family
+from lamina_workers.model_config.config_keys import Keys
+from lamina_workers.model_config.families import FAMILIES
+from lamina_workers.model_config.family import Family
 
 _MAX_CONFIG_BYTES = 4 << 20
 _MAX_LAYERS = 1024

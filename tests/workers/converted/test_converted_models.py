@@ -16,15 +16,15 @@ from safetensors.torch import load_file, save_file
 
 from lamina.errors import InvalidRequest
 from lamina.launch.model_files import rescaled
+from lamina_workers.checkpoints.checkpoint import Checkpoint
 from lamina_workers.converted.config import converted_config
 from lamina_workers.converted.decoder import ConvertedDecoder, packed_of, unpacked
 from lamina_workers.converted.modeling import converting
 from lamina_workers.converted.models import decoder_of, for_ranks, load_model, model_config
 from lamina_workers.converted.weights import cut_live
-from lamina_workers.decoder.checkpoint import Checkpoint
-from lamina_workers.decoder.logprobs import PromptTokens
 from lamina_workers.decoder.model import Batch, KeyValueReady
 from lamina_workers.decoder.prompt_scores import PromptScorer
+from lamina_workers.decoder.sampler import PromptTokens
 from lamina_workers.errors import ModelFileError, RanksError, UnsupportedModelError
 
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from lamina_workers.decoder.checkpoint import Checkpoint
-from lamina_workers.decoder.safetensors_files import find_tensors, read_header
+from lamina_workers.checkpoints.checkpoint import Checkpoint
+from lamina_workers.checkpoints.safetensors_files import find_tensors, read_header
 from lamina_workers.errors import ModelFileError
 
 TENSORS = {
@@ -206,7 +206,7 @@ def test_pickles_are_refused_by_name(tmp_path: Path, name: str) -> None:
 _LOAD = """
 import sys
 from pathlib import Path
-from lamina_workers.decoder.checkpoint import Checkpoint
+from lamina_workers.checkpoints.checkpoint import Checkpoint
 
 def peak():  # getrusage would begin with the peak of the process that started this one
     status = Path("/proc/self/status").read_text()

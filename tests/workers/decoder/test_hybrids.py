@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from lamina_kernels.compile import programs
 from lamina_kernels.dense import few_rows
 from lamina_kernels.dense_spans import Spans
-from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.graphs import Captured, Compiled, Work
 from lamina_workers.decoder.model import Batch, Decoder, Forward, KeyValueReady, QueryReady, StateReady
 from lamina_workers.decoder.shard import Shard, with_ranks
 from lamina_workers.errors import ModelFileError, RanksError, UnsupportedModelError
+from lamina_workers.model_config.config import ModelConfig
 
 # Newer transformers would rather have it called `cache`, older ones know only this name.
 pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values:FutureWarning")

@@ -13,9 +13,9 @@ from reference_models import Tensors, check_against, load, reference
 from safetensors.torch import load_file
 
 from lamina_kernels.dense.dense import repacks
-from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.model import Batch, Decoder, Forward, KeyValueReady, QueryReady
 from lamina_workers.errors import ModelFileError
+from lamina_workers.model_config.config import ModelConfig
 
 # Newer transformers would rather have it called `cache`, older ones know only this name.
 pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values:FutureWarning")

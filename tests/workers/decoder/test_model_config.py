@@ -11,8 +11,8 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.errors import ModelFileError, UnsupportedModelError
+from lamina_workers.model_config.config import ModelConfig
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

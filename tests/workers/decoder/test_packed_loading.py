@@ -19,13 +19,13 @@ from lamina.models.gguf_conversion import convert
 from lamina.models.gguf_files import GgufFile
 from lamina_kernels.dense.dense import Linear
 from lamina_kernels.packed.matrix import PackedMatrix
-from lamina_workers.decoder.config import ModelConfig
+from lamina_workers.checkpoints.model_checkpoint import open_checkpoint
+from lamina_workers.checkpoints.weight_loader import Packing, kept_bytes, packed_kind
 from lamina_workers.decoder.decoder_weights import DecoderWeights, load_weights
 from lamina_workers.decoder.model import Decoder
-from lamina_workers.decoder.model_checkpoint import open_checkpoint
-from lamina_workers.decoder.packing import Packing, kept_bytes, packed_kind
 from lamina_workers.decoder.shard import WHOLE, Shard, with_ranks
 from lamina_workers.errors import ModelFileError
+from lamina_workers.model_config.config import ModelConfig
 
 SIZES: dict[str, Any] = {
     "vocab_size": 304,

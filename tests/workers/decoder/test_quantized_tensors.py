@@ -11,11 +11,11 @@ import torch
 from engine_rig import TINY, Tensors
 from safetensors.torch import save_file
 
-from lamina_workers.decoder.config import ModelConfig
+from lamina_workers.checkpoints.model_checkpoint import fingerprint, open_checkpoint
+from lamina_workers.checkpoints.weight_loader import Packing
 from lamina_workers.decoder.decoder_weights import load_weights
-from lamina_workers.decoder.model_checkpoint import fingerprint, open_checkpoint
-from lamina_workers.decoder.packing import Packing
 from lamina_workers.errors import ModelFileError, UnsupportedModelError
+from lamina_workers.model_config.config import ModelConfig
 
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # the column of each four bits (AutoAWQ, packing_utils.py)
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lamina_workers.decoder.rope import Rotary, inverse_frequencies
-from lamina_workers.decoder.rope_keys import ROPE_TYPES, RopeConfig
+from lamina_workers.model_config.rope_config import ROPE_TYPES, RopeConfig
 
 
 def config(kind: str, **fields: float) -> RopeConfig:

@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from test_model import check_against, reference
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from lamina_workers.decoder.checkpoint import Checkpoint
-from lamina_workers.decoder.config import ModelConfig
+from lamina_workers.checkpoints.checkpoint import Checkpoint
+from lamina_workers.decoder.decoder_weights import from_mxfp4
 from lamina_workers.decoder.model import Decoder
-from lamina_workers.decoder.stacked_experts import from_mxfp4
 from lamina_workers.errors import ModelFileError, UnsupportedModelError
+from lamina_workers.model_config.config import ModelConfig
 
 # Newer transformers would rather have it called `cache`, older ones know only this name.
 pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values:FutureWarning")

@@ -14,8 +14,8 @@ from lamina_protocols.messages.layers import HolderConfig
 from lamina_protocols.messages.messages import Open, Row
 from lamina_protocols.messages.routes import HolderBatch, Route, Span
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
+from lamina_workers.checkpoints.checkpoint import Checkpoint
 from lamina_workers.converted.models import model_config
-from lamina_workers.decoder.checkpoint import Checkpoint
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.model_worker.interface import BatchWork
 from lamina_workers.model_worker.model_worker import ModelWorker

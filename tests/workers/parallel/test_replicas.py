@@ -34,8 +34,8 @@ from lamina_protocols.messages.messages import Close, Exchange, Row
 from lamina_protocols.messages.routes import HolderBatch, Route, Span
 from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
+from lamina_workers.checkpoints.model_checkpoint import fingerprint
 from lamina_workers.decoder.model import Batch, Decoder, KeyValueReady
-from lamina_workers.decoder.model_checkpoint import fingerprint
 from lamina_workers.decoder.sampler import RowSampling, sample
 from lamina_workers.model_worker.attention_merge import LayerExchange
 from lamina_workers.model_worker.interface import BatchWork

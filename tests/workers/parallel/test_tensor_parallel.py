@@ -29,12 +29,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from lamina_workers.decoder.collective import Alone
-from lamina_workers.decoder.config import ModelConfig
 from lamina_workers.decoder.model import Decoder
-from lamina_workers.decoder.shard import WHOLE, Shard, local, rank_shape, with_ranks
+from lamina_workers.decoder.shard import WHOLE, Alone, Shard, local, rank_shape, with_ranks
 from lamina_workers.decoder.weight_names import tensor_shapes
 from lamina_workers.errors import RankLost, RanksError
+from lamina_workers.model_config.config import ModelConfig
 from lamina_workers.parallel.collectives import Meeting, join
 from lamina_workers.parallel.rank_sockets import MOST_BYTES, Lines
 

@@ -11,11 +11,11 @@ from typing import Any
 from lamina_protocols.messages.layers import LayerSpec
 from lamina_workers.converted.dry_run import NO_ATTENTIONS, Attentions, dry_run
 from lamina_workers.converted.modeling import model_class, read_config, transformers
-from lamina_workers.decoder.config import ModelConfig, Residuals
-from lamina_workers.decoder.config_keys import Keys
-from lamina_workers.decoder.layer_kinds import ATTENTION
-from lamina_workers.decoder.rope_keys import RopeConfig
 from lamina_workers.errors import ModelFileError, UnsupportedModelError
+from lamina_workers.model_config.config import ModelConfig, Residuals
+from lamina_workers.model_config.config_keys import Keys
+from lamina_workers.model_config.mixers import ATTENTION
+from lamina_workers.model_config.rope_config import RopeConfig
 
 _SWITCHING_ROPES = ("dynamic", "longrope")
 """RoPE that rotates all keys otherwise once a sequence is longer than the model was trained for."""

@@ -7,20 +7,19 @@ from pathlib import Path
 
 import torch
 
+from lamina_workers.checkpoints.checkpoint import TensorSource
+from lamina_workers.checkpoints.weight_loader import UNPACKED, Packing
 from lamina_workers.converted.config import ConvertedConfig, converted_config
 from lamina_workers.converted.decoder import ConvertedDecoder
 from lamina_workers.converted.self_check import check
 from lamina_workers.converted.weights import ConvertedWeights, cut_live, load_converted
-from lamina_workers.decoder.checkpoint import TensorSource
-from lamina_workers.decoder.collective import Collective
-from lamina_workers.decoder.config import ModelConfig, read_config_json
 from lamina_workers.decoder.decoder_weights import DecoderWeights, load_weights
-from lamina_workers.decoder.families import FAMILIES
 from lamina_workers.decoder.graphs import sliced
 from lamina_workers.decoder.model import Decoder
-from lamina_workers.decoder.packing import UNPACKED, Packing
-from lamina_workers.decoder.shard import WHOLE, Shard, with_ranks
+from lamina_workers.decoder.shard import WHOLE, Collective, Shard, with_ranks
 from lamina_workers.errors import RanksError, UnsupportedModelError
+from lamina_workers.model_config.config import ModelConfig, read_config_json
+from lamina_workers.model_config.families import FAMILIES
 
 _NATIVE_TYPES = [None, *(family.model_type for family in FAMILIES.values())]
 

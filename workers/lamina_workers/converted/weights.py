@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from lamina_kernels.paged import memory
+from lamina_workers.checkpoints.checkpoint import TensorSource
 from lamina_workers.converted.config import ConvertedConfig
 from lamina_workers.converted.cuts import Cuts, cut
 from lamina_workers.converted.fusion import Joined, fused, joined_weights, plain_norms, plain_rope
 from lamina_workers.converted.modeling import build, converting, load, model_class, read_config
 from lamina_workers.converted.recording import NotRecorded, Recording, record
 from lamina_workers.converted.slices import Slices
-from lamina_workers.decoder.checkpoint import TensorSource
 from lamina_workers.errors import UnsupportedModelError
 
 logger = logging.getLogger("lamina")

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 
 import torch
 
-from lamina_workers.decoder.collective import Collective
-from lamina_workers.decoder.latent import Rotation
+from lamina_workers.decoder.choices import Rotation
 from lamina_workers.decoder.model import Batch, Decoder, Forward
 from lamina_workers.decoder.moe import Experts
+from lamina_workers.decoder.shard import Collective
 
 logger = logging.getLogger("lamina")
 

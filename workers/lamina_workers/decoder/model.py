@@ -7,6 +7,10 @@ Between two yields stands one plain function of tensors: `_before_attention`, or
 few rows and the machine can, both are one compiled program, a span from one attention to the next.
 A rank of several has a decoder of its own heads, columns, experts and tokens. Its driver attends those heads only, and
 the sums over ranks are made inside `_after_attention`. All ranks run the same batches in the same order.
+
+A decoder's weights as spans between mixers, where the machine can run them.
+
+What attention projects, as heads: normed as a family does it, and rotated.
 """
 
 from __future__ import annotations
@@ -16,23 +20,156 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 
-from lamina_kernels.dense.dense import Linear, add_rms_norm, layer_norm, rms_norm, soft_cap
-from lamina_kernels.dense_spans import MAX_ROWS
+from lamina_kernels.compile import programs
+from lamina_kernels.dense.dense import (
+    Linear,
+    Weight,
+    add_rms_norm,
+    gelu_tanh_mul,
+    layer_norm,
+    rms_norm,
+    silu_mul,
+    soft_cap,
+    split_heads,
+)
+from lamina_kernels.dense_spans import MAX_ROWS, Behind, Gate, Heads, Span, Spans, States
 from lamina_kernels.states.layout import StateConstants
-from lamina_workers.decoder.checkpoint import TensorSource
-from lamina_workers.decoder.config import ModelConfig
-from lamina_workers.decoder.decoder_spans import decoder_spans
+from lamina_workers.checkpoints.checkpoint import TensorSource
+from lamina_workers.checkpoints.weight_loader import UNPACKED, Packing
+from lamina_workers.decoder.choices import LatentAttention, Rotation, beside, query_rows
 from lamina_workers.decoder.decoder_weights import DecoderWeights, MixerWeights, load_weights
-from lamina_workers.decoder.heads import project, split
-from lamina_workers.decoder.latent import Rotation, query_rows
-from lamina_workers.decoder.packing import UNPACKED, Packing
+from lamina_workers.decoder.moe import Mlp
 from lamina_workers.decoder.rope import LayerRotations
 from lamina_workers.decoder.shard import WHOLE, Shard, local, rank_shape
+from lamina_workers.decoder.state_layers import OutputGate
+from lamina_workers.model_config.config import ModelConfig, Residuals
 
 if TYPE_CHECKING:
-    from lamina_workers.decoder.collective import Collective
     from lamina_workers.decoder.prompt_scores import PromptScorer
+    from lamina_workers.decoder.shard import Collective
+
+
+def decoder_spans(config: ModelConfig, weights: DecoderWeights, query_first: bool = False) -> Spans | None:
+    """Span i ends before the mixer of layer i, with the inputs of a state, or with q, k and v (`query_first`: with the
+    normed residual stream); the one past the last layer ends with the logits, or with the normed stream where the head
+    has to be applied to that. None where a map is neither packed nor multiplied by `few_rows`, or a layer is not built
+    as those of Llama or Qwen3-Next."""
+    family = config.family
+    if family.norm != "rms" or family.qk_norm not in ("", "head") or config.residuals != Residuals():
+        return None
+    plain = not (family.norms.parallel or family.normed_stream)
+    if not plain or config.v_head_dim != config.head_dim:
+        return None
+    if not programs.can_run() or weights.norm.dtype != torch.bfloat16:  # packed maps take float32 too
+        return None
+    behind: list[Behind | None] = [None]
+    ends: list[Heads | States | Weight | None] = []
+    for layer in weights.layers:
+        found, inputs = _behind(layer), _inputs(config, layer)
+        if found is None or inputs is None:
+            return None
+        behind.append(found)
+        ends.append(None if query_first and isinstance(inputs, Heads) else inputs)
+    norms = [*(layer.input_norm for layer in weights.layers if layer.input_norm is not None), weights.norm]
+    ends.append(_head(weights.head))
+    return Spans([Span(*parts) for parts in zip(behind, norms, ends, strict=True)], config.rms_norm_eps)
+
+
+def _behind(layer: MixerWeights) -> Behind | None:
+    """What follows the mixer, where it is one MLP."""
+    if len(layer.mlps) != 1 or layer.joins or layer.latent is not None or layer.input_norm is None:
+        return None
+    (of,) = layer.mlps
+    mlp = of.mlp
+    if not isinstance(mlp, Mlp) or mlp.gating not in (silu_mul, gelu_tanh_mul) or of.norm is None:
+        return None
+    output, gate_up, down = layer.output.few_rows, mlp.gate_up.few_rows, mlp.down.few_rows
+    gate = None if layer.gate is None else _gate(layer.gate, layer.input_norm)
+    if output is None or gate_up is None or down is None or (gate is None and layer.gate is not None):
+        return None
+    return Behind(
+        output, of.norm, gate_up, down, mlp.gating is gelu_tanh_mul, layer.attended_norm, of.norm_behind, gate
+    )
+
+
+def _gate(gate: OutputGate, entering: torch.Tensor) -> Gate | None:
+    by = gate.map.few_rows if isinstance(gate.map, Linear) else None
+    if by is None or not gate.fuses:
+        return None
+    return Gate(by, entering, gate.activation is F.silu, gate.norm, gate.group, gate.eps)
+
+
+def _inputs(config: ModelConfig, layer: MixerWeights) -> Heads | States | None:
+    """What a mixer reads, where it is attention or a gated delta net."""
+    qkv, state = layer.qkv.few_rows, layer.state
+    if qkv is None or layer.index is not None:
+        return None
+    if state is None:
+        return Heads(qkv, config.num_attention_heads, config.num_key_value_heads, layer.qk_norms)
+    gates = None if state.gates is None else state.gates.few_rows
+    if gates is None or not state.fuses or state.constants.conv is None or state.rate is None or state.offset is None:
+        return None
+    return States(qkv, gates, state.rate, state.offset)
+
+
+def _head(head: Linear) -> Weight | None:
+    found = head.few_rows
+    return found[0] if found is not None and found[1] is None else None
+
+
+def project(
+    config: ModelConfig, layer: MixerWeights, normed: torch.Tensor, rotation: Rotation
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q `[T, heads, query_width]`, k `[T, kv_heads, key_width]` and v `[T, kv_heads, d_v]` of the normed residual
+    stream, `[T, hidden_size]`, with what the layer's index has of it."""
+    projected = layer.qkv(normed)
+    q, k, v = split(config, layer, projected, config.num_attention_heads, config.num_key_value_heads, rotation)
+    if layer.index is not None:
+        q, k = beside(q, k, *layer.index(normed, projected, rotation))
+    return q, k, v
+
+
+def split(
+    config: ModelConfig,
+    layer: MixerWeights,
+    projected: torch.Tensor,
+    heads: int,
+    kv_heads: int,
+    rotation: Rotation,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q `[T, heads, d_k]`, k `[T, kv_heads, d_k]` and v `[T, kv_heads, d_v]` from what `layer` projects of them, side
+    by side. Either number of heads may be 0."""
+    if layer.latent is not None:
+        return _over_latents(layer.latent, projected, heads, kv_heads, rotation)
+    kind, norms, eps = config.family.qk_norm, layer.qk_norms, config.rms_norm_eps
+    d, d_v = config.head_dim, config.v_head_dim
+    if norms is None or kind == "head":
+        return split_heads(projected, heads, kv_heads, rotation, norms, eps, d_v)
+    if kind == "whole":
+        q, k, v = projected.split((heads * d, kv_heads * d, kv_heads * d_v), -1)
+        pairs = zip((q, k), norms, strict=True)
+        normed = [rms_norm(x.contiguous(), weight, eps) if x.shape[1] else x for x, weight in pairs]
+        return split_heads(torch.cat([*normed, v], -1), heads, kv_heads, rotation, d_v=d_v)
+    q, k, v = split_heads(projected, heads, kv_heads, rotation, d_v=d_v)
+    pairs = zip((q, k), norms, strict=True)
+    q, k = (rms_norm(x.flatten(0, 1), weight, eps).view_as(x) if x.numel() else x for x, weight in pairs)
+    return q, k, v
+
+
+def _over_latents(
+    latent: LatentAttention,
+    projected: torch.Tensor,
+    heads: int,
+    kv_heads: int,
+    rotation: Rotation,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k and v; without `heads` no q, without `kv_heads` no k, and no v either way."""
+    first = query_rows(latent.config, heads) if heads else 0
+    none = projected.new_empty(len(projected), kv_heads, 0)
+    q = latent.queries(projected[:, :first], rotation) if heads else none
+    return q, latent.keys(projected[:, first:], rotation) if kv_heads else none, none
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from lamina_kernels.dense.dense import Linear, gelu_tanh_mul, silu_mul
-from lamina_workers.decoder.moe_config import MoeConfig
+from lamina_workers.model_config.mixers import MoeConfig
 
 
 def relu2(x: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from lamina_workers.decoder.logprobs import PromptScores, PromptTokens, RowLogprobs
-from lamina_workers.decoder.sampler import report
+from lamina_workers.decoder.sampler import PromptScores, PromptTokens, RowLogprobs, report
 
 _BLOCK = 1 << 24  # logits at a time, 64 MiB of float32
 

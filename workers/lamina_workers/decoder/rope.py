@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from lamina_workers.decoder.rope_keys import RopeConfig, scaled_attention
+from lamina_workers.model_config.rope_config import RopeConfig, scaled_attention
 
 
 def head_order(rope: RopeConfig, dim: int) -> torch.Tensor | None:

@@ -3,15 +3,59 @@
 A rank owns KV heads with the query heads that read them,
 columns of the MLP's intermediate dimension or whole experts, and rows of the vocabulary; all contiguous, and uneven
 where they do not divide. For whatever holds or attends KV a rank is a model with fewer heads, numbered from 0.
+
+The operations that the ranks of one model do together, as the decoder sees them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
-from lamina_workers.decoder.config import ModelConfig
-from lamina_workers.decoder.state_config import StateConfig
+import torch
+
 from lamina_workers.errors import RanksError
+from lamina_workers.model_config.config import ModelConfig
+from lamina_workers.model_config.mixers import StateConfig
+
+
+class Collective(Protocol):
+    """One rank's end of a group. All ranks call the same in the same order, with the same shapes.
+
+    `seconds`: time spent here since the beginning. Raises RankLost where another rank is gone or silent; then the group
+    is closed, which the others notice in turn.
+    """
+
+    rank: int
+    ranks: int
+    seconds: float
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks of x, any contiguous shape, in place of x: the same bits on each rank."""
+        ...
+
+    def gather_columns(self, x: torch.Tensor, widths: Sequence[int]) -> torch.Tensor | None:
+        """All parts side by side, `[n, sum(widths)]`, on rank 0; None elsewhere. x: `[n, widths[rank]]`."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Alone:
+    """The group of one rank: nothing to do."""
+
+    rank, ranks, seconds = 0, 1, 0.0
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def gather_columns(self, x: torch.Tensor, widths: Sequence[int]) -> torch.Tensor | None:
+        return x
+
+    def close(self) -> None:
+        pass
+
 
 _SUPER = 256  # columns of a block of ggml's K kinds
 _BLOCK = 64  # columns and rows are cut at multiples of it where there are enough: kernels take whole registers

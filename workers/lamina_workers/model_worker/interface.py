@@ -9,8 +9,7 @@ from typing import NamedTuple, Protocol, TypeVar
 from lamina_protocols.channels.channels import Credentials
 from lamina_protocols.messages.messages import Announced, Surveyed
 from lamina_protocols.messages.routes import HolderBatch, Span
-from lamina_workers.decoder.logprobs import PromptTokens
-from lamina_workers.decoder.sampler import RowSampling, Sampled
+from lamina_workers.decoder.sampler import PromptTokens, RowSampling, Sampled
 from lamina_workers.model_worker.kv_copy import Move
 from lamina_workers.model_worker.waiting import Waiting
 from lamina_workers.ports.port import AttentionPort

@@ -17,10 +17,9 @@ from lamina_protocols.channels.channels import Credentials
 from lamina_protocols.messages.layers import HolderConfig
 from lamina_protocols.messages.messages import Announced, Announcement
 from lamina_protocols.messages.routes import HolderBatch, Route
-from lamina_workers.decoder.logprobs import PromptScores
 from lamina_workers.decoder.model import Batch, Decoder, Forward
 from lamina_workers.decoder.prompt_scores import PromptScorer
-from lamina_workers.decoder.sampler import Sampled, sample
+from lamina_workers.decoder.sampler import PromptScores, Sampled, sample
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
 from lamina_workers.model_worker.attention_merge import AttentionMerge, Pausing
 from lamina_workers.model_worker.holder_traffic import query_goes_first

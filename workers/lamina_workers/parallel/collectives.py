@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-from lamina_workers.decoder.collective import Alone, Collective
+from lamina_workers.decoder.shard import Alone, Collective
 from lamina_workers.errors import RankLost
 from lamina_workers.parallel.rank_sockets import MOST_BYTES, Lines
 

@@ -11,12 +11,11 @@ from typing import Protocol
 import torch
 
 from lamina_workers.attention_worker.device_worker import attention_worker
+from lamina_workers.checkpoints.model_checkpoint import fingerprint, open_checkpoint
+from lamina_workers.checkpoints.weight_loader import Packing
 from lamina_workers.converted.models import decoder_of, for_ranks, load_model, model_config
-from lamina_workers.decoder.collective import Collective
 from lamina_workers.decoder.model import Decoder
-from lamina_workers.decoder.model_checkpoint import fingerprint, open_checkpoint
-from lamina_workers.decoder.packing import Packing
-from lamina_workers.decoder.shard import WHOLE, Shard
+from lamina_workers.decoder.shard import WHOLE, Collective, Shard
 from lamina_workers.devices import available as devices
 from lamina_workers.errors import ModelFileError
 from lamina_workers.model_worker.model_worker import ModelWorker

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from lamina_workers.decoder.collective import Collective
+from lamina_workers.decoder.shard import Collective
 from lamina_workers.errors import RankLost
 from lamina_workers.parallel import collectives, peer_messages
 from lamina_workers.parallel.peers import Peer

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lamina_workers.decoder.checkpoint import Checkpoint, TensorSource
-from lamina_workers.decoder.gguf_checkpoint import GgufCheckpoint, file_of, read_record
-from lamina_workers.decoder.quantized_tensors import QuantizedTensors, read_quantization
-from lamina_workers.decoder.safetensors_files import find_tensors
+from lamina_workers.checkpoints.checkpoint import Checkpoint, TensorSource
+from lamina_workers.checkpoints.gguf_checkpoint import GgufCheckpoint, file_of, read_record
+from lamina_workers.checkpoints.quantized_tensors import QuantizedTensors, read_quantization
+from lamina_workers.checkpoints.safetensors_files import find_tensors
 from lamina_workers.errors import ModelFileError
 
 _SAMPLED = 32  # tensors

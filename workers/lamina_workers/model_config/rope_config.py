@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lamina_workers.decoder.config_keys import Keys
-from lamina_workers.decoder.family import Family
 from lamina_workers.errors import ModelFileError, UnsupportedModelError
+from lamina_workers.model_config.config_keys import Keys
+from lamina_workers.model_config.family import Family
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 _RANGES = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from lamina_workers.decoder.family import ExpertNames, Family, Norms, States
+from lamina_workers.model_config.family import ExpertNames, Family, Norms, States
 
 _QWEN = {"sliding_window": 4096, "max_window_layers": 28}
 _GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}

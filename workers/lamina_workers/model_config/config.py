@@ -14,16 +14,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lamina_protocols.messages.layers import Index, LayerSpec
-from lamina_workers.decoder.config_keys import Keys
-from lamina_workers.decoder.families import FAMILIES
-from lamina_workers.decoder.family import Family
-from lamina_workers.decoder.index_config import read_index
-from lamina_workers.decoder.latent_config import LatentConfig, latent_scale, read_latent
-from lamina_workers.decoder.layer_kinds import Mixers, read_kinds
-from lamina_workers.decoder.moe_config import MoeConfig, read_moe
-from lamina_workers.decoder.rope_keys import RopeConfig, read_rope, read_ropes
-from lamina_workers.decoder.state_config import StateConfig, read_states
 from lamina_workers.errors import ModelFileError, UnsupportedModelError
+from lamina_workers.model_config.config_keys import Keys
+from lamina_workers.model_config.families import FAMILIES
+from lamina_workers.model_config.family import Family
+from lamina_workers.model_config.mixers import (
+    LatentConfig,
+    Mixers,
+    MoeConfig,
+    StateConfig,
+    latent_scale,
+    read_index,
+    read_kinds,
+    read_latent,
+    read_moe,
+    read_states,
+)
+from lamina_workers.model_config.rope_config import RopeConfig, read_rope, read_ropes
 
 _MAX_CONFIG_BYTES = 4 << 20
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}

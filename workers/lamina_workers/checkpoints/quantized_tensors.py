@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from lamina_workers.decoder.checkpoint import TensorSource
-from lamina_workers.decoder.config import read_config_json
-from lamina_workers.decoder.config_keys import Keys
-from lamina_workers.decoder.packed_tensors import Codes, PackedTensor
+from lamina_workers.checkpoints.checkpoint import TensorSource
+from lamina_workers.checkpoints.packed_tensors import Codes, PackedTensor
 from lamina_workers.errors import ModelFileError, UnsupportedModelError
+from lamina_workers.model_config.config import read_config_json
+from lamina_workers.model_config.config_keys import Keys
 
 logger = logging.getLogger("lamina")
 

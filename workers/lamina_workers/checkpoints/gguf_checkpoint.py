@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lamina_workers.decoder.packed_tensors import GgmlBlocks, PackedTensor, block_of
+from lamina_workers.checkpoints.packed_tensors import GgmlBlocks, PackedTensor, block_of
 from lamina_workers.errors import ModelFileError
 
 RECORD = "gguf.json"

@@ -14,8 +14,8 @@ from typing import Protocol
 
 import torch
 
-from lamina_workers.decoder.packed_tensors import PackedTensor
-from lamina_workers.decoder.safetensors_files import TensorInfo, find_tensors
+from lamina_workers.checkpoints.packed_tensors import PackedTensor
+from lamina_workers.checkpoints.safetensors_files import TensorInfo, find_tensors
 from lamina_workers.errors import ModelFileError
 
 _DTYPES = {
