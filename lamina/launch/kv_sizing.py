@@ -24,8 +24,6 @@ from lamina.scheduling.request import SNAPSHOT_TOKENS, SchedulerConfig
 from lamina.system.machine import Machine, kv_share, native_dtype
 from lamina_protocols.messages.layers import STATES, ColdTier, HolderConfig, LayerSpec
 from lamina_protocols.messages.pools import pools
-from lamina_workers.attention_worker.cold_file import check_folder
-from lamina_workers.attention_worker.head_policies import HeadPolicies
 from lamina_workers.attention_worker.page_layout import page_cost
 from lamina_workers.checkpoints.model_checkpoint import fingerprint
 from lamina_workers.checkpoints.weight_loader import Packing
@@ -33,6 +31,8 @@ from lamina_workers.converted.models import way
 from lamina_workers.decoder.shard import Shard, heads_of
 from lamina_workers.devices.available import find_each, memory_available
 from lamina_workers.errors import KVError, PolicyError, RanksError
+from lamina_workers.kv_pages.cold_file import check_folder
+from lamina_workers.kv_pages.head_policies import HeadPolicies
 from lamina_workers.model_config.config import ModelConfig
 from lamina_workers.policies.catalogue import parse
 from lamina_workers.policies.policy import Policy

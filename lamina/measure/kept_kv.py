@@ -23,8 +23,8 @@ from numpy.lib.format import open_memmap
 from lamina.measure.probe import Probe
 from lamina_protocols.messages.layers import STATES, HolderConfig
 from lamina_protocols.messages.pools import pools
-from lamina_workers.attention_worker.head_policies import HeadPolicies
 from lamina_workers.attention_worker.kv_pool import KVPool
+from lamina_workers.kv_pages.head_policies import HeadPolicies
 from lamina_workers.policies.catalogue import parse
 from lamina_workers.policies.policy import within
 

@@ -15,7 +15,7 @@ from lamina.launch.kv_sizing import Sizes, holder_config, page_groups, size_kv
 from lamina.launch.model_files import load
 from lamina.system.machine import this_machine
 from lamina_protocols.messages.layers import HolderConfig
-from lamina_workers.attention_worker.head_policies import HeadPolicies
+from lamina_workers.kv_pages.head_policies import HeadPolicies
 from lamina_workers.model_config.config import ModelConfig
 from lamina_workers.policies.catalogue import parse
 

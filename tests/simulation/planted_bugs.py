@@ -18,7 +18,7 @@ from lamina.scheduling.running import RunningSequences
 from lamina.scheduling.scheduler import Scheduler
 from lamina_protocols.messages.messages import Announced, Announcement, Close, Operation, Reply
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
-from lamina_workers.attention_worker.kv_store import KVStore
+from lamina_workers.kv_pages.kv_store import KVStore
 from lamina_workers.ports.port import Replies
 
 Plant = Callable[[pytest.MonkeyPatch], None]

@@ -11,8 +11,8 @@ from lamina.simulator.event_loop.page_counter import Groups, PageCounter, Window
 from lamina_protocols.messages.layers import HolderConfig, LayerSpec
 from lamina_protocols.messages.messages import Close, Fork, Open, Operation, Row
 from lamina_protocols.messages.routes import HolderBatch, Route
-from lamina_workers.attention_worker.head_policies import HeadPolicies
-from lamina_workers.attention_worker.kv_store import KVStore, PoolExhausted
+from lamina_workers.kv_pages.head_policies import HeadPolicies
+from lamina_workers.kv_pages.kv_store import KVStore, PoolExhausted
 
 SIZE = 4
 FAR = 1 << 20

@@ -15,8 +15,8 @@ from lamina.simulator.event_loop.simulate import simulate
 from lamina.simulator.traces.arrivals import Arrival, Trace
 from lamina_protocols.messages.layers import HolderConfig, LayerSpec
 from lamina_protocols.messages.messages import Close, Fork, Open, Operation, Row
-from lamina_workers.attention_worker.state_store import StateStore
 from lamina_workers.errors import PoolExhausted
+from lamina_workers.kv_pages.state_store import StateStore
 
 FAR = 1 << 20
 

@@ -41,12 +41,12 @@ from lamina_protocols.messages.layers import HolderConfig
 from lamina_protocols.messages.messages import Fault, Message, Reply, Request, answered
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.attention_worker.device_worker import attention_worker
-from lamina_workers.attention_worker.head_policies import HeadPolicies
 from lamina_workers.attention_worker.page_layout import page_cost
 from lamina_workers.decoder.decoder_weights import published_shapes
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.decoder.weight_names import tensor_shapes
 from lamina_workers.errors import HolderLost
+from lamina_workers.kv_pages.head_policies import HeadPolicies
 from lamina_workers.model_config.config import ModelConfig
 from lamina_workers.model_worker.model_worker import ModelWorker
 from lamina_workers.ports.port import AttentionPort, LocalAttention

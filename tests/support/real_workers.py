@@ -24,7 +24,7 @@ from lamina import LLM
 from lamina_protocols.channels.channels import Credentials
 from lamina_protocols.channels.control import WorkerStatus
 from lamina_protocols.channels.grpc_client import WorkerClient
-from lamina_workers.attention_worker.kv_store import KVStore
+from lamina_workers.kv_pages.kv_store import KVStore
 from lamina_workers.model_config.config import ModelConfig
 from lamina_workers.ports.port import LocalAttention
 from lamina_workers.ports.remote import RemoteAttention

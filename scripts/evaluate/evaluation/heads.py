@@ -14,7 +14,7 @@ import torch
 
 from lamina.measure.probe import Probe
 from lamina_protocols.messages.layers import HolderConfig
-from lamina_workers.attention_worker.head_policies import HeadPolicies
+from lamina_workers.kv_pages.head_policies import HeadPolicies
 from lamina_workers.policies.policy import Policy
 
 from .measures import cosine, exact_attention, relative_error

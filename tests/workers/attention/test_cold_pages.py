@@ -28,11 +28,11 @@ from lamina_protocols.messages.layers import ColdTier
 from lamina_protocols.messages.messages import Fetch, Fetched, FetchedPages, FetchPages
 from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig
 from lamina_workers.attention_worker import cold_pages
-from lamina_workers.attention_worker.cold_file import OS_PAGE, ColdFile, check_folder, unnamed_file
 from lamina_workers.attention_worker.cold_pages import ColdPages
 from lamina_workers.attention_worker.kv_pool import KVPool
-from lamina_workers.attention_worker.page_pool import Int32
 from lamina_workers.errors import KVError
+from lamina_workers.kv_pages.cold_file import OS_PAGE, ColdFile, check_folder, unnamed_file
+from lamina_workers.kv_pages.parts import Int32
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="private mappings are dropped as Linux does it")
 
@@ -203,7 +203,7 @@ def test_a_full_disk_leaves_pages_in_memory(
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("lamina_workers.attention_worker.cold_file.os.pwrite", full)
+    monkeypatch.setattr("lamina_workers.kv_pages.cold_file.os.pwrite", full)
     for _ in range(20):
         twins.decode(2)
         time.sleep(0.002)

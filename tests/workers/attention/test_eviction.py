@@ -10,11 +10,10 @@ from policy_bench import GROUP, HEADS, KV_HEADS, LAYERS, PAGE, SCALE, Bench, D, 
 
 from lamina_protocols.messages.layers import HolderConfig, LayerSpec
 from lamina_protocols.messages.messages import Announced, Announcement, Open, Row
-from lamina_workers.attention_worker.eviction import Float32
-from lamina_workers.attention_worker.head_policies import HeadPolicies
-from lamina_workers.attention_worker.heavy_pages import CountedQuery, HeavyPages
-from lamina_workers.attention_worker.kv_store import KVStore
-from lamina_workers.attention_worker.page_pool import NO_PAGE
+from lamina_workers.kv_pages.eviction import CountedQuery, Float32, HeavyPages
+from lamina_workers.kv_pages.head_policies import HeadPolicies
+from lamina_workers.kv_pages.kv_store import KVStore
+from lamina_workers.kv_pages.parts import NO_PAGE
 from lamina_workers.policies.policy import Bools
 from lamina_workers.policies.query_samples import QuerySamples
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamina_protocols.messages.layers import HolderConfig, LayerSpec
-from lamina_workers.attention_worker.head_policies import HeadPolicies, Retention
 from lamina_workers.errors import PolicyError
+from lamina_workers.kv_pages.head_policies import HeadPolicies, Retention
 from lamina_workers.policies.catalogue import parse
 from lamina_workers.policies.policy import Policy, within
 

@@ -11,8 +11,8 @@ from lamina_protocols.errors import ProtocolError
 from lamina_protocols.messages.layers import HolderConfig, Index, LayerSpec
 from lamina_protocols.messages.messages import Announced, Announcement, Attended, Exchange, Open, Query, Row
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
-from lamina_workers.attention_worker.head_policies import HeadPolicies
 from lamina_workers.errors import KVError, PolicyError
+from lamina_workers.kv_pages.head_policies import HeadPolicies
 
 SPEC = LayerSpec(0, 6, 2, 16, 16, 0.25, index=Index(width=16, heads=1, block=16, top=2, local=1))
 CONFIG = HolderConfig((SPEC,), 16, "float32", 1 << 20)

@@ -10,10 +10,10 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from lamina_protocols.messages.layers import HolderConfig, LayerSpec
 from lamina_protocols.messages.messages import Bound, Close, Fork, Open, Row
-from lamina_workers.attention_worker.head_policies import HeadPolicies
-from lamina_workers.attention_worker.kv_store import KVStore
-from lamina_workers.attention_worker.page_pool import NO_PAGE
 from lamina_workers.errors import KVError, PoolExhausted, TornParts
+from lamina_workers.kv_pages.head_policies import HeadPolicies
+from lamina_workers.kv_pages.kv_store import KVStore
+from lamina_workers.kv_pages.parts import NO_PAGE
 
 SIZE = 16
 WINDOW = 20

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from lamina_workers.attention_worker.page_pool import PagePool
 from lamina_workers.errors import KVError
+from lamina_workers.kv_pages.parts import PagePool
 
 
 def pool(n_pages: int) -> tuple[PagePool, list[Callable[[], None]]]:

@@ -16,12 +16,12 @@ from lamina_kernels.paged.pages import Pages
 from lamina_kernels.partial import Partial, merge
 from lamina_protocols.messages.layers import HolderConfig, LayerSpec
 from lamina_protocols.messages.messages import Close, Fork, Open, Operation, Row, Usage
-from lamina_workers.attention_worker.eviction import gap as gap_of
-from lamina_workers.attention_worker.head_policies import HeadPolicies
-from lamina_workers.attention_worker.kv_store import KVStore
 from lamina_workers.attention_worker.page_layout import attention_kernels, page_layout
 from lamina_workers.attention_worker.paged_reader import PagedReader
 from lamina_workers.errors import KVError
+from lamina_workers.kv_pages.eviction import gap as gap_of
+from lamina_workers.kv_pages.head_policies import HeadPolicies
+from lamina_workers.kv_pages.kv_store import KVStore
 from lamina_workers.policies.policy import Policy
 
 LAYERS, KV_HEADS, GROUP, D_K, D_V, SIZE = 2, 3, 2, 16, 32, 16

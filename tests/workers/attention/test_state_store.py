@@ -10,8 +10,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from lamina_protocols.messages.layers import HolderConfig, LayerSpec
 from lamina_protocols.messages.messages import Close, Fork, Open, Row
-from lamina_workers.attention_worker.state_store import NO_RECORD, StateStore
 from lamina_workers.errors import KVError, PoolExhausted, TornParts
+from lamina_workers.kv_pages.state_store import NO_RECORD, StateStore
 
 MIXERS = 3
 HEADS = 2

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lamina_protocols.messages.layers import HolderConfig, LayerSpec
-from lamina_workers.attention_server import warm_up as module
-from lamina_workers.attention_server.warm_up import warm_up
+from lamina_workers.attention_server import session as module
+from lamina_workers.attention_server.session import warm_up
 
 CPU = torch.device("cpu")
 

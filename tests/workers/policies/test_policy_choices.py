@@ -110,7 +110,7 @@ def test_razor_has_a_mean_stand_for_what_it_let_go(dtype: str) -> None:
 
 
 def test_razor_lets_go_of_a_long_prompt_in_several_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lamina_workers.attention_worker.kv_store.ABSORBED_AT_ONCE", 5)
+    monkeypatch.setattr("lamina_workers.kv_pages.kv_store.ABSORBED_AT_ONCE", 5)
     bench = Bench(TIGHT["razor"])
     handle = bench.open()
     bench.prefill(handle, 300)

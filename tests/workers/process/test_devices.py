@@ -22,11 +22,11 @@ from lamina_protocols.messages.layers import HolderConfig, LayerSpec
 from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.attention_worker.device_worker import DeviceWorker, attention_worker
-from lamina_workers.attention_worker.head_policies import HeadPolicies
 from lamina_workers.attention_worker.page_layout import page_cost
 from lamina_workers.devices import available as devices
 from lamina_workers.devices.available import find, find_each, memory_available, room_for
 from lamina_workers.errors import DeviceError, KernelsUnavailable, NotEnoughMemory, PolicyError
+from lamina_workers.kv_pages.head_policies import HeadPolicies
 
 CPU = torch.device("cpu")
 SPEC = LayerSpec(kv_layer=0, heads=4, kv_heads=2, d_k=16, d_v=16, scale=0.25)

@@ -2,6 +2,10 @@
 
 It serves one engine at a time, with one session or several. One thread, that of a `ComputeLoop`, makes every torch
 call. It reads socket channels itself; a thread of gRPC reads a gRPC stream for it.
+
+Whether a worker can keep layers as an engine describes them: each number is bounded before anything is made.
+
+TLS of an attention worker: its gRPC server and its socket listener show the newest certificate that can be used.
 """
 
 from __future__ import annotations
@@ -14,17 +18,31 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
 from lamina_protocols.channels import control
-from lamina_protocols.channels.channels import SECRET_SIZE, Credentials, is_loopback, join_address, split_address
+from lamina_protocols.channels.channels import (
+    SECRET_SIZE,
+    Credentials,
+    TlsContext,
+    is_loopback,
+    join_address,
+    server_context,
+    split_address,
+)
 from lamina_protocols.channels.grpc_client import MAX_MESSAGE, GrpcChannel
 from lamina_protocols.channels.grpc_core import grpc
-from lamina_protocols.channels.grpc_server import TokenInterceptor, handlers, health_handlers, server_options
+from lamina_protocols.channels.grpc_server import (
+    TokenInterceptor,
+    handlers,
+    health_handlers,
+    server_credentials,
+    server_options,
+)
 from lamina_protocols.channels.sockets import (
     LOCAL_FOLDER,
     LOCAL_SOCKET,
@@ -37,15 +55,105 @@ from lamina_protocols.channels.versions import shared
 from lamina_protocols.errors import LaminaError, ProtocolError
 from lamina_protocols.frames.fields import DTYPES
 from lamina_protocols.frames.frames import MAX_FRAME, Arriving
-from lamina_protocols.messages.layers import ColdTier
-from lamina_workers.attention_server.certificates import ServerCertificates
-from lamina_workers.attention_server.layer_checks import check_layers
+from lamina_protocols.messages.layers import LATENT, STATES, ColdTier, LayerSpec
+from lamina_protocols.messages.pools import pool_shape
 from lamina_workers.attention_server.leases import MAX_SEATS, MAX_SESSIONS, Leases
 from lamina_workers.attention_server.loop import ComputeLoop
 from lamina_workers.attention_server.session import Session
 from lamina_workers.devices.available import find
 
+_MAX_LAYERS, _MAX_HEADS, _MAX_WIDTH = 1 << 12, 1 << 10, 1 << 14  # a worker takes time and memory for each of them
+_MAX_POOLS = 64  # shapes of layers: each has an arena and tables of its own
+_MAX_CONV = 64  # wide
+_MAX_CHOSEN = 1 << 16  # blocks of an index, and keys of a block
+
+
+def check_layers(layers: Sequence[LayerSpec]) -> None:
+    """Raise ProtocolError, which names what is wrong and what is allowed."""
+    if not 0 < len(layers) <= _MAX_LAYERS:
+        raise ProtocolError(f"{len(layers)} layers, allowed: 1 to {_MAX_LAYERS}")
+    for spec in layers:
+        _check_layer(spec)
+    shapes = len({pool_shape(spec) for spec in layers})
+    if shapes > _MAX_POOLS:
+        raise ProtocolError(f"layers of {shapes} shapes, allowed: up to {_MAX_POOLS}, each with a pool of pages")
+
+
+def _check_layer(spec: LayerSpec) -> None:
+    """Raise ProtocolError for a layer of which a worker could not even reckon what it takes."""
+    wide = 0 < spec.d_k <= _MAX_WIDTH and 0 < spec.d_v <= (spec.d_k if spec.kind == LATENT else _MAX_WIDTH)
+    if not wide or not 0 < spec.kv_heads <= spec.heads <= _MAX_HEADS or spec.kv_layer >= _MAX_LAYERS:
+        raise ProtocolError(
+            f"layer {spec.kv_layer} of {spec.heads} heads, {spec.kv_heads} of K and V, {spec.d_k} and "
+            f"{spec.d_v} wide; allowed: below {_MAX_LAYERS}, up to {_MAX_HEADS} heads, up to {_MAX_WIDTH} wide"
+        )
+    if spec.key_heads > spec.kv_heads or spec.conv > _MAX_CONV or len(spec.decays) not in (0, spec.kv_heads):
+        raise ProtocolError(
+            f"layer {spec.kv_layer} of {spec.key_heads} key heads, a convolution {spec.conv} wide and "
+            f"{len(spec.decays)} decays; allowed: up to {spec.kv_heads} heads, up to {_MAX_CONV} wide, a decay a head"
+        )
+    state, attention = (spec.key_heads, spec.conv, len(spec.decays)), (spec.window, spec.soft_cap, spec.index)
+    if any(part is not None for part in attention) if spec.kind in STATES else any(state):
+        raise ProtocolError(
+            f"layer {spec.kv_layer} of kind {spec.kind!r:.80} has what only another kind has; allowed: a window, a "
+            "soft cap and an index of attention; key heads, a convolution and decays of a state"
+        )
+    if (index := spec.index) is None:
+        return
+    sizes = (index.width, _MAX_WIDTH), (index.heads, _MAX_HEADS), (index.block, _MAX_CHOSEN), (index.top, _MAX_CHOSEN)
+    if not all(0 < size <= most for size, most in sizes) or index.local > index.top:
+        raise ProtocolError(
+            f"layer {spec.kv_layer} with {index}; allowed: up to {_MAX_WIDTH} wide, {_MAX_HEADS} heads, {_MAX_CHOSEN} "
+            "blocks of as many keys"
+        )
+    if spec.window is not None:
+        raise ProtocolError(
+            f"layer {spec.kv_layer} has an index and a window of {spec.window}; allowed: attention that sees all keys"
+        )
+
+
 logger = logging.getLogger("lamina")
+
+
+class ServerCertificates:
+    """The certificate in use, if there is one. `renewed` gives new credentials, None where they are as before. Raises
+    ValueError for a first certificate that cannot be used.
+
+    `context` is that of sockets, None without TLS. What is connected keeps the certificate that it was shown.
+    """
+
+    def __init__(self, first: Credentials, mutual: bool, renewed: Callable[[], Credentials | None]) -> None:
+        self._mutual = mutual
+        self._renewed = renewed
+        self._newest = first
+        self.context = self._context_of(first) if first.cert else None
+
+    def bind(self, server: grpc.Server, address: str) -> int:
+        """Have a gRPC server listen. The port. Raises RuntimeError where it cannot."""
+        if self.context is None:
+            return int(server.add_insecure_port(address))
+        return int(server.add_secure_port(address, server_credentials(lambda: self._newest, self._mutual)))
+
+    def renew(self, listener: Listener | None) -> None:
+        """Take a new certificate where there is one, for the listener too."""
+        if self.context is None or (found := self._renewed()) is None:
+            return
+        try:
+            self.context = self._context_of(found)
+        except ValueError as error:  # between the writing of a certificate and that of its key
+            logger.warning("the certificate from before stays in use: %s", error)
+            return
+        self._newest = found
+        if listener is not None:
+            listener.tls = self.context
+        logger.info("there is a new certificate, which new connections are shown")
+
+    def _context_of(self, credentials: Credentials) -> TlsContext:
+        try:
+            return server_context(credentials, self._mutual)
+        except (OSError, ValueError) as error:  # the first: of ssl
+            raise ValueError(f"the certificate or its key cannot be used: {error}") from error
+
 
 _GRPC_THREADS = MAX_SESSIONS + 8  # handlers at once: the streams, and unary calls
 _MAX_CALLS = MAX_SESSIONS + 32

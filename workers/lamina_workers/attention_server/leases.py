@@ -19,7 +19,7 @@ from lamina_protocols.messages.layers import ColdTier
 from lamina_workers.attention_server.loop import ComputeLoop
 from lamina_workers.attention_server.session import EngineSeat, Session, Traffic
 from lamina_workers.attention_worker.batch import Counters
-from lamina_workers.attention_worker.cold_file import check_folder
+from lamina_workers.kv_pages.cold_file import check_folder
 
 if TYPE_CHECKING:
     import torch

@@ -19,7 +19,7 @@ from lamina_kernels.partial import Partial
 from lamina_kernels.select import Kernels
 from lamina_protocols.messages.layers import LayerSpec
 from lamina_protocols.messages.messages import Row, Usage
-from lamina_workers.attention_worker.kv_parts import Part
+from lamina_workers.kv_pages.parts import Part
 from lamina_workers.policies.chooser import Adaptive, Choice, Chooser, Holding, Int32, Items, Observer, Shown
 from lamina_workers.policies.policy import Policy
 

@@ -10,9 +10,9 @@ import torch
 
 from lamina_protocols.messages.messages import Row
 from lamina_workers.attention_worker.decode_rows import DecodeRows
-from lamina_workers.attention_worker.page_pool import Int32
+from lamina_workers.attention_worker.paged_reader import Readings
 from lamina_workers.attention_worker.prompt_queries import BatchSamples
-from lamina_workers.attention_worker.reading import Readings
+from lamina_workers.kv_pages.parts import Int32
 
 
 @dataclass(slots=True)

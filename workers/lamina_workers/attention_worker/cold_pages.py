@@ -22,11 +22,11 @@ from numba import boolean, int32, int64
 from lamina_kernels.paged.pages import Pages
 from lamina_kernels.paged.rows import Ints
 from lamina_protocols.messages.messages import Row
-from lamina_workers.attention_worker.cold_file import ColdFile, Run
-from lamina_workers.attention_worker.kv_store import KVStore
-from lamina_workers.attention_worker.page_pool import NO_PAGE, Int32
-from lamina_workers.attention_worker.reading import Reading
+from lamina_workers.attention_worker.paged_reader import Reading
 from lamina_workers.errors import KVError
+from lamina_workers.kv_pages.cold_file import ColdFile, Run
+from lamina_workers.kv_pages.kv_store import KVStore
+from lamina_workers.kv_pages.parts import NO_PAGE, Int32
 
 IDLE = 128  # batches that a page was not read in, after which it leaves
 LEAST = 16  # the same where there is more in memory than wanted

@@ -19,9 +19,9 @@ from lamina_kernels.paged.pages import Pages
 from lamina_kernels.paged.rows import EVERYTHING, Rows, Table, visible
 from lamina_kernels.select import Grown, Kernels
 from lamina_protocols.messages.messages import Row
-from lamina_workers.attention_worker.kv_store import KVStore
-from lamina_workers.attention_worker.reading import Reading
+from lamina_workers.attention_worker.paged_reader import Reading
 from lamina_workers.attention_worker.row_builder import Origin
+from lamina_workers.kv_pages.kv_store import KVStore
 
 MOST_TOKENS = 32  # of a row; those of prompts have more
 _KEPT = 32  # plans of where K and V go, each of another number of vectors

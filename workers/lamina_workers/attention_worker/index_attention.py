@@ -22,9 +22,9 @@ from lamina_kernels.select import Kernels
 from lamina_protocols.messages.layers import Index, LayerSpec
 from lamina_protocols.messages.messages import Row
 from lamina_workers.attention_worker.adaptive import Tallies
-from lamina_workers.attention_worker.kv_parts import Part
-from lamina_workers.attention_worker.kv_store import KVStore
 from lamina_workers.attention_worker.row_builder import Asked, RowBuilder
+from lamina_workers.kv_pages.kv_store import KVStore
+from lamina_workers.kv_pages.parts import Part
 from lamina_workers.policies.full import Full
 
 

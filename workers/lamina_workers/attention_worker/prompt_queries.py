@@ -17,9 +17,9 @@ from lamina_protocols.errors import ProtocolError
 from lamina_protocols.messages.layers import HolderConfig
 from lamina_protocols.messages.messages import FetchedSample, FetchSample, Row, Sample
 from lamina_workers.attention_worker.adaptive import AdaptiveAttention
-from lamina_workers.attention_worker.kv_parts import Part
-from lamina_workers.attention_worker.kv_store import KVStore
 from lamina_workers.indexes.key_index import Positions
+from lamina_workers.kv_pages.kv_store import KVStore
+from lamina_workers.kv_pages.parts import Part
 from lamina_workers.policies.query_samples import QuerySamples
 
 _NOTHING = torch.empty(0, 0, dtype=torch.bfloat16)

@@ -35,11 +35,11 @@ from lamina_protocols.messages.messages import (
 )
 from lamina_protocols.messages.pools import Pool
 from lamina_workers.attention_worker.batch import Counters
+from lamina_workers.attention_worker.page_layout import state_layout, state_pages
 from lamina_workers.attention_worker.pool import Layered
-from lamina_workers.attention_worker.state_records import state_layout, state_pages
-from lamina_workers.attention_worker.state_store import StatePart, StateStore, Step
 from lamina_workers.devices.available import room_for
 from lamina_workers.errors import KVError, UnsupportedModelError
+from lamina_workers.kv_pages.state_store import StatePart, StateStore, Step
 
 
 @dataclass(slots=True)

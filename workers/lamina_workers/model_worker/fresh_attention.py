@@ -13,10 +13,10 @@ from lamina_kernels.paged.pages import Pages
 from lamina_kernels.partial import Partial, empty
 from lamina_protocols.messages.layers import HolderConfig
 from lamina_protocols.messages.routes import Span
-from lamina_workers.attention_worker.head_policies import HeadPolicies, read_alike
 from lamina_workers.attention_worker.page_layout import attention_kernels, page_layout
 from lamina_workers.attention_worker.row_builder import Asked, RowBuilder
 from lamina_workers.devices.staging import DIRECT
+from lamina_workers.kv_pages.head_policies import HeadPolicies, read_alike
 from lamina_workers.model_worker.holder_traffic import index_of, vectors_of
 
 _FEW_VECTORS = 4096  # query vectors of a batch's own tokens that one thread attends

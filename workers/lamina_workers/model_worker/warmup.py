@@ -13,8 +13,8 @@ from lamina_kernels.sketches import sketches
 from lamina_kernels.states import advance
 from lamina_protocols.messages.layers import STATES, HolderConfig
 from lamina_protocols.messages.pools import pools
-from lamina_workers.attention_worker.head_policies import HeadPolicies
 from lamina_workers.attention_worker.page_layout import attention_kernels, page_layout
+from lamina_workers.kv_pages.head_policies import HeadPolicies
 from lamina_workers.ports.direct import enabled
 
 

@@ -19,9 +19,8 @@ import numpy as np
 
 from lamina_protocols.messages.layers import HolderConfig
 from lamina_protocols.messages.messages import Bound, Close, Fork, Open, Operation, Row
-from lamina_workers.attention_worker.page_pool import Int32
-from lamina_workers.attention_worker.part_table import PartTable
 from lamina_workers.errors import KVError, PoolExhausted, TornParts
+from lamina_workers.kv_pages.parts import Int32, PartTable
 
 NO_RECORD = -1  # in a table: zeros, the state before the first token
 
