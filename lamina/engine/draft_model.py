@@ -17,9 +17,8 @@ from lamina_protocols.messages.messages import Close, Open, Operation, Row
 from lamina_protocols.messages.routes import HolderBatch, Route, Span
 from lamina_workers.decoder.sampler import RowSampling
 from lamina_workers.errors import HolderFault, faults
-from lamina_workers.model_worker.interface import BatchWork
+from lamina_workers.model_worker.interface import BatchWork, result
 from lamina_workers.model_worker.model_worker import ModelWorker
-from lamina_workers.model_worker.waiting import result
 
 logger = logging.getLogger("lamina")
 

@@ -46,8 +46,7 @@ from lamina_protocols.channels.channels import Credentials
 from lamina_protocols.messages.messages import Announced
 from lamina_workers.decoder.sampler import RowLogprobs, Sampled, TokenHistory
 from lamina_workers.errors import HolderFault, faults
-from lamina_workers.model_worker.interface import Workers
-from lamina_workers.model_worker.waiting import Waiting
+from lamina_workers.model_worker.interface import Waiting, Workers
 from lamina_workers.ports.port import AttentionPort
 
 if TYPE_CHECKING:

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from lamina.engine.stats import EngineStats
 from lamina.scheduling.control_plane import ControlPlane, Step
 from lamina.scheduling.request import PlannedRow
-from lamina_workers.model_worker.interface import Workers
-from lamina_workers.model_worker.waiting import Waiting
+from lamina_workers.model_worker.interface import Waiting, Workers
 from lamina_workers.parallel.peers import Peer
 
 

@@ -12,9 +12,8 @@ from lamina.scheduling.control_plane import ControlPlane
 from lamina.scheduling.kv_shares import Pages, Part
 from lamina_protocols.messages.messages import Row
 from lamina_protocols.messages.routes import HolderBatch, Route
-from lamina_workers.model_worker.interface import Workers
+from lamina_workers.model_worker.interface import Waiting, Workers
 from lamina_workers.model_worker.kv_copy import Move
-from lamina_workers.model_worker.waiting import Waiting
 from lamina_workers.parallel.peers import Peer
 
 

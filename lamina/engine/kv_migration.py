@@ -17,8 +17,7 @@ from lamina.scheduling.control_plane import ControlPlane
 from lamina.scheduling.kv_shares import NO_PAGES, Layout, Pages, Part
 from lamina.scheduling.request import ScheduledSequence
 from lamina_workers.errors import HolderFault
-from lamina_workers.model_worker.interface import Workers
-from lamina_workers.model_worker.waiting import Waiting, result
+from lamina_workers.model_worker.interface import Waiting, Workers, result
 from lamina_workers.parallel.peers import Peer
 
 AT_ONCE = 4  # moves under way, at most

@@ -21,8 +21,7 @@ from lamina.scheduling.read_back import ReadBack
 from lamina.scheduling.request import ScheduledSequence
 from lamina.scheduling.spares import SpareCopy
 from lamina_workers.errors import HolderFault
-from lamina_workers.model_worker.interface import Workers
-from lamina_workers.model_worker.waiting import Waiting
+from lamina_workers.model_worker.interface import Waiting, Workers
 from lamina_workers.parallel.peers import Peer
 
 if TYPE_CHECKING:

@@ -50,8 +50,7 @@ from lamina_workers.converted.models import Weights, decoder_of
 from lamina_workers.decoder.shard import Shard
 from lamina_workers.model_config.config import ModelConfig
 from lamina_workers.model_worker.interface import Workers
-from lamina_workers.model_worker.model_worker import ModelWorker
-from lamina_workers.model_worker.warmup import prepare_kernels
+from lamina_workers.model_worker.model_worker import ModelWorker, prepare_kernels
 from lamina_workers.parallel.peers import Peer
 from lamina_workers.parallel.replicas import PipelineReplicas
 from lamina_workers.parallel.tensor_parallel import TensorParallelWorkers

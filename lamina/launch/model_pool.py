@@ -21,8 +21,7 @@ from lamina_protocols.errors import LaminaError
 from lamina_workers.errors import DeviceError, KernelsUnavailable, NotEnoughMemory, RanksError
 from lamina_workers.parallel import peer_messages
 from lamina_workers.parallel.collectives import Meeting
-from lamina_workers.parallel.peers import Peer, PeerListener
-from lamina_workers.parallel.rank_group import SLACK, RankGroup
+from lamina_workers.parallel.peers import SLACK, Peer, PeerListener, RankGroup
 
 if TYPE_CHECKING:
     import torch

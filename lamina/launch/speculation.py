@@ -23,8 +23,7 @@ from lamina_workers.attention_worker.page_layout import page_cost
 from lamina_workers.checkpoints.weight_loader import Packing
 from lamina_workers.converted.models import decoder_of
 from lamina_workers.decoder.shard import WHOLE
-from lamina_workers.model_worker.model_worker import ModelWorker
-from lamina_workers.model_worker.warmup import prepare_kernels
+from lamina_workers.model_worker.model_worker import ModelWorker, prepare_kernels
 from lamina_workers.ports.port import LocalAttention
 
 NGRAM = "ngram"

@@ -13,8 +13,8 @@ from lamina_protocols.messages.messages import Announced, Announcement, Fresh, O
 from lamina_protocols.messages.routes import Route, Span
 from lamina_workers.decoder.model import Forward
 from lamina_workers.model_worker.attention_merge import AttentionMerge
+from lamina_workers.model_worker.interface import result
 from lamina_workers.model_worker.state_traffic import send_constants
-from lamina_workers.model_worker.waiting import result
 from lamina_workers.ports.port import AttentionPort, Replies
 
 PATIENCE = 60.0  # seconds for an announcement's answer

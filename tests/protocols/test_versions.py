@@ -16,7 +16,7 @@ from lamina_protocols.channels.versions import BOUND, FEATURES, PREVIOUS, PROTOC
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.frames import codec
 from lamina_protocols.frames.fields import Record, Since
-from lamina_workers.parallel import peer_codec
+from lamina_workers.parallel import peer_messages
 
 SENT = {
     "Hello": (
@@ -63,7 +63,7 @@ def read(name: str) -> Any:
     data = bytes.fromhex(SENT[name])
     if name in ("Hello", "Welcome", "Alive"):
         return control.unpack(getattr(control, name), data)
-    return (peer_codec if name.startswith("peer ") else codec).decode(bytearray(data))
+    return (peer_messages if name.startswith("peer ") else codec).decode(bytearray(data))
 
 
 @pytest.mark.parametrize("name", SENT)
@@ -73,7 +73,7 @@ def test_messages_of_the_previous_version_are_read_and_sent_unchanged(name: str)
     if name in ("Hello", "Welcome", "Alive"):
         again = control.pack(message)
     else:
-        again = b"".join((peer_codec if name.startswith("peer ") else codec).encode(message))
+        again = b"".join((peer_messages if name.startswith("peer ") else codec).encode(message))
     assert again.hex() == SENT[name]
 
 
@@ -110,7 +110,7 @@ def test_all_that_came_later_is_left_out_of_what_a_model_worker_of_the_previous_
     assert begin.features == joined.features == ()
     for message in (begin, joined):
         newer = dataclasses.replace(message, features=(BOUND,))
-        assert peer_codec.decode(bytearray(b"".join(peer_codec.encode(newer)))) == newer
+        assert peer_messages.decode(bytearray(b"".join(peer_messages.encode(newer)))) == newer
 
 
 @dataclasses.dataclass(frozen=True)

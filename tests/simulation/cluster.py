@@ -25,7 +25,7 @@ from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.request import Request
 from lamina_protocols.errors import LaminaError
-from lamina_workers.model_worker.remote_holder import RemoteHolder
+from lamina_workers.model_worker.compiled_exchange import RemoteHolder
 
 MOST_STEPS = 200_000  # of engines in one scenario; more means that one turns in place
 SETTLE_S = 0.5  # after the last answer, for closes to leave, before it is looked whether anything is left

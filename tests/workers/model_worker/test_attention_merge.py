@@ -15,7 +15,7 @@ from lamina_workers.decoder.model import KeyValueReady, QueryReady
 from lamina_workers.errors import HolderFault, HolderLost
 from lamina_workers.model_worker.attention_merge import AttentionMerge
 from lamina_workers.model_worker.holder_traffic import query_goes_first
-from lamina_workers.model_worker.waiting import Waiting, result
+from lamina_workers.model_worker.interface import Waiting, result
 from lamina_workers.ports.port import Replies
 
 

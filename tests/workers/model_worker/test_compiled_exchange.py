@@ -33,7 +33,7 @@ from lamina_protocols.messages.messages import Announced, Announcement, Attended
 from lamina_protocols.messages.routes import Route, Span
 from lamina_workers.errors import HolderLost
 from lamina_workers.model_worker.attention_merge import AttentionMerge
-from lamina_workers.model_worker.waiting import Waiting, result
+from lamina_workers.model_worker.interface import Waiting, result
 from lamina_workers.ports.port import Replies
 from lamina_workers.ports.remote import RemoteAttention, SeatOptions, connect
 

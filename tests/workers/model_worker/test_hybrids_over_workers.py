@@ -18,9 +18,8 @@ from lamina_protocols.messages.routes import HolderBatch, Route, Span
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.decoder.sampler import RowSampling
-from lamina_workers.model_worker.interface import BatchWork
+from lamina_workers.model_worker.interface import BatchWork, result
 from lamina_workers.model_worker.model_worker import ModelWorker
-from lamina_workers.model_worker.waiting import result
 
 # Newer transformers would rather have it called `cache`, older ones know only this name.
 pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values:FutureWarning")

@@ -32,10 +32,10 @@ from lamina_protocols.messages.routes import HolderBatch, Route
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.attention_worker.page_layout import page_bytes
 from lamina_workers.errors import HolderFault, HolderLost, KVError
+from lamina_workers.model_worker.interface import result
 from lamina_workers.model_worker.kv_copy import Move
 from lamina_workers.model_worker.model_worker import ModelWorker
 from lamina_workers.model_worker.prompt_samples import check_sample
-from lamina_workers.model_worker.waiting import result
 
 SPEC = LayerSpec(kv_layer=0, heads=4, kv_heads=2, d_k=16, d_v=32, scale=0.3)
 LAYERS = tuple(dataclasses.replace(SPEC, kv_layer=layer) for layer in range(3))

@@ -17,9 +17,8 @@ from lamina_protocols.messages.routes import HolderBatch, Span
 from lamina_workers.decoder.model import Batch, Forward
 from lamina_workers.decoder.sampler import RowSampling
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
-from lamina_workers.model_worker.interface import BatchWork
+from lamina_workers.model_worker.interface import BatchWork, result
 from lamina_workers.model_worker.model_worker import ModelWorker
-from lamina_workers.model_worker.waiting import result
 
 SPAN = Span(5, 1)
 WORK = BatchWork((SPAN,), (6,), [3], (0,), (RowSampling(),))

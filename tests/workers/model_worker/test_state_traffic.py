@@ -30,10 +30,10 @@ from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.model import KeyValueReady, QueryReady, StateReady
 from lamina_workers.errors import HolderFault, HolderLost
 from lamina_workers.model_worker.attention_merge import AttentionMerge
+from lamina_workers.model_worker.interface import result
 from lamina_workers.model_worker.kv_copy import Move
 from lamina_workers.model_worker.model_worker import ModelWorker
 from lamina_workers.model_worker.state_traffic import send_constants
-from lamina_workers.model_worker.waiting import result
 from lamina_workers.ports.port import LocalAttention, Replies, survey
 
 ALL = tuple(range(HEADS))

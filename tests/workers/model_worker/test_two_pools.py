@@ -31,9 +31,9 @@ from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.model import KeyValueReady, QueryReady
 from lamina_workers.model_worker.attention_merge import AttentionMerge
 from lamina_workers.model_worker.compiled_exchange import CompiledExchange
+from lamina_workers.model_worker.interface import result
 from lamina_workers.model_worker.kv_copy import Move
 from lamina_workers.model_worker.model_worker import ModelWorker
-from lamina_workers.model_worker.waiting import result
 from lamina_workers.ports.direct import enabled
 from lamina_workers.ports.port import AttentionPort, LocalAttention, Replies
 

@@ -17,9 +17,8 @@ from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.checkpoints.checkpoint import Checkpoint
 from lamina_workers.converted.models import model_config
 from lamina_workers.decoder.model import Decoder
-from lamina_workers.model_worker.interface import BatchWork
+from lamina_workers.model_worker.interface import BatchWork, result
 from lamina_workers.model_worker.model_worker import ModelWorker
-from lamina_workers.model_worker.waiting import result
 from lamina_workers.ports.port import LocalAttention
 
 END = 160

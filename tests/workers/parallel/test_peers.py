@@ -30,10 +30,9 @@ from lamina_protocols.messages.layers import ColdTier, HolderConfig, LayerSpec
 from lamina_protocols.messages.routes import HolderBatch, Route, Span
 from lamina_workers.decoder.sampler import PromptTokens, RowSampling
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
-from lamina_workers.model_worker.interface import BatchWork
+from lamina_workers.model_worker.interface import BatchWork, Waiting
 from lamina_workers.model_worker.kv_copy import Move
-from lamina_workers.model_worker.waiting import Waiting
-from lamina_workers.parallel import peer_codec, peer_messages
+from lamina_workers.parallel import peer_messages
 from lamina_workers.parallel.peer_worker import PeerWorker
 from lamina_workers.parallel.peers import UNIX, Peer, PeerListener
 
@@ -82,24 +81,24 @@ MESSAGES: list[Any] = [
 
 
 def frame(message: Any) -> bytearray:
-    return bytearray(b"".join(peer_codec.encode(message)))
+    return bytearray(b"".join(peer_messages.encode(message)))
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
 def test_message_comes_back_as_it_was(message: Any) -> None:
-    assert peer_codec.decode(frame(message)) == message
+    assert peer_messages.decode(frame(message)) == message
 
 
 def test_work_comes_back_without_its_sampling() -> None:
-    command = peer_codec.decode(frame(peer_codec.execute(5, WORK)))
+    command = peer_messages.decode(frame(peer_messages.execute(5, WORK)))
     assert isinstance(command, peer_messages.Execute)
     assert command.batch == 5
-    assert peer_codec.work_of(command) == dataclasses.replace(WORK, sampling=())
+    assert peer_messages.work_of(command) == dataclasses.replace(WORK, sampling=())
 
 
 def test_logits_come_back_to_the_bit() -> None:
     logits = torch.randn(3, 101)
-    back = peer_codec.decode(frame(peer_messages.Chosen(5, 0.5, 0.25, (7,), logits)))
+    back = peer_messages.decode(frame(peer_messages.Chosen(5, 0.5, 0.25, (7,), logits)))
     assert isinstance(back, peer_messages.Chosen)
     assert torch.equal(back.logits, logits)
 
@@ -119,9 +118,9 @@ def test_logits_come_back_to_the_bit() -> None:
     ids=str,
 )
 def test_work_that_contradicts_itself_is_refused(change: dict[str, Any]) -> None:
-    command = dataclasses.replace(peer_codec.execute(5, WORK), **change)
+    command = dataclasses.replace(peer_messages.execute(5, WORK), **change)
     with pytest.raises(ProtocolError):
-        peer_codec.work_of(typing.cast(peer_messages.Execute, peer_codec.decode(frame(command))))
+        peer_messages.work_of(typing.cast(peer_messages.Execute, peer_messages.decode(frame(command))))
 
 
 def test_secrets_are_not_shown() -> None:
@@ -133,7 +132,7 @@ def test_secrets_are_not_shown() -> None:
 def test_too_large_a_message_is_refused_by_who_sends_it() -> None:
     routes = tuple(Route(at, (0,), m.Row(at, 2**40, 1, (0, 2**40), True), (0, 0)) for at in range(MAX_HEADER // 16))
     with pytest.raises(ProtocolError, match="Announce too large"):
-        peer_codec.encode(peer_messages.Announce(1, True, {1: HolderBatch(0, (), routes)}))
+        peer_messages.encode(peer_messages.Announce(1, True, {1: HolderBatch(0, (), routes)}))
 
 
 @given(st.sampled_from([frame(message) for message in MESSAGES]), st.data())
@@ -142,20 +141,20 @@ def test_any_changed_byte_is_a_message_or_refused(good: bytearray, data: st.Data
     for _ in range(data.draw(st.integers(1, 3))):
         bad[data.draw(st.integers(0, len(bad) - 1))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(ProtocolError):
-        peer_codec.decode(bad)
+        peer_messages.decode(bad)
 
 
 @given(st.integers(95, 140), st.binary(max_size=200), st.binary(max_size=64))
 def test_any_bytes_are_a_message_or_refused(tag: int, header: bytes, payload: bytes) -> None:
     prefix = struct.pack("<4sHHIQ", b"LMNA", LAYOUT, tag, len(header), len(payload))
     with contextlib.suppress(ProtocolError):
-        peer_codec.decode(bytearray(prefix + header + payload))
+        peer_messages.decode(bytearray(prefix + header + payload))
 
 
 @given(st.sampled_from([frame(message) for message in MESSAGES]), st.data())
 def test_a_cut_frame_is_refused(good: bytearray, data: st.DataObject) -> None:
     with pytest.raises(ProtocolError):
-        peer_codec.decode(good[: data.draw(st.integers(0, len(good) - 1))])
+        peer_messages.decode(good[: data.draw(st.integers(0, len(good) - 1))])
 
 
 # Channels.
@@ -187,13 +186,13 @@ class Rig:
         """One that is ready, and its own end."""
         channel = self.connect(self.listener.invite(rank, name))
         greet(channel, name)
-        assert peer_codec.receive(channel, 5.0) == dataclasses.replace(BEGIN, rank=rank)
-        peer_codec.send(channel, peer_messages.Ready("cpu"))
+        assert peer_messages.receive(channel, 5.0) == dataclasses.replace(BEGIN, rank=rank)
+        peer_messages.send(channel, peer_messages.Ready("cpu"))
         return self.ready.get(timeout=5.0), channel
 
 
 def greet(channel: Channel, name: str, protocol: int = PROTOCOL_VERSION) -> None:
-    peer_codec.send(channel, peer_messages.Hello(name, protocol, control.package_version()))
+    peer_messages.send(channel, peer_messages.Hello(name, protocol, control.package_version()))
 
 
 @pytest.fixture
@@ -208,11 +207,11 @@ def rig() -> Iterator[Rig]:
 def test_who_is_invited_loads_and_becomes_ready(rig: Rig) -> None:
     channel = rig.connect(rig.listener.invite(3, "model-3"))
     greet(channel, "model-3")
-    begin = peer_codec.receive(channel, 5.0)
+    begin = peer_messages.receive(channel, 5.0)
     assert isinstance(begin, peer_messages.Begin)
     assert begin.rank == 3
-    peer_codec.send(channel, peer_messages.Progress("loading", 1, 2))
-    peer_codec.send(channel, peer_messages.Ready("cuda:3"))
+    peer_messages.send(channel, peer_messages.Progress("loading", 1, 2))
+    peer_messages.send(channel, peer_messages.Ready("cuda:3"))
     peer = rig.ready.get(timeout=5.0)
     assert (peer.rank, peer.name, peer.said.device, peer.closed) == (3, "model-3", "cuda:3", False)
     assert rig.progress == [(3, "loading", 1, 2)]
@@ -246,13 +245,13 @@ def test_who_is_somebody_else_does_not_begin(rig: Rig, hello: tuple[Any, ...], w
     assert rank == 1
     assert why in said.reason
     with pytest.raises(ChannelClosed):
-        peer_codec.receive(channel, 5.0)
+        peer_messages.receive(channel, 5.0)
 
 
 def test_a_model_worker_of_the_previous_version_begins_without_what_it_lacks(rig: Rig) -> None:
     channel = rig.connect(rig.listener.invite(1, "model-1"))
-    peer_codec.send(channel, peer_messages.Hello("model-1", PREVIOUS, PREVIOUS_RELEASE))
-    begin = peer_codec.receive(channel, 5.0)
+    peer_messages.send(channel, peer_messages.Hello("model-1", PREVIOUS, PREVIOUS_RELEASE))
+    begin = peer_messages.receive(channel, 5.0)
     assert isinstance(begin, peer_messages.Begin)
     assert begin.features == ()
 
@@ -266,12 +265,12 @@ def test_a_model_worker_greets_its_first_as_that_understands() -> None:
 def test_who_cannot_load_says_why_and_who_ends_says_nothing(rig: Rig) -> None:
     channel = rig.connect(rig.listener.invite(1, "model-1"))
     greet(channel, "model-1")
-    peer_codec.receive(channel, 5.0)
-    peer_codec.send(channel, peer_messages.Failed("DeviceError", "device is 'cuda:7'"))
+    peer_messages.receive(channel, 5.0)
+    peer_messages.send(channel, peer_messages.Failed("DeviceError", "device is 'cuda:7'"))
     assert rig.failed.get(timeout=5.0) == (1, peer_messages.Failed("DeviceError", "device is 'cuda:7'"))
     again = rig.connect(rig.listener.invite(1, "model-1.1"))
     greet(again, "model-1.1")
-    peer_codec.receive(again, 5.0)
+    peer_messages.receive(again, 5.0)
     again.close()
     rank, said = rig.failed.get(timeout=5.0)
     assert (rank, said.kind) == (1, "")
@@ -281,9 +280,9 @@ def test_reports_are_sorted_by_batch(rig: Rig) -> None:
     peer, channel = rig.peer()
     for batch in (1, 2):
         peer.expect(batch)
-    peer_codec.send(channel, peer_messages.Copied(2, True))
-    peer_codec.send(channel, peer_messages.Copied(7, True))  # nobody waits for that
-    peer_codec.send(channel, peer_messages.Answers(1, {}))
+    peer_messages.send(channel, peer_messages.Copied(2, True))
+    peer_messages.send(channel, peer_messages.Copied(7, True))  # nobody waits for that
+    peer_messages.send(channel, peer_messages.Answers(1, {}))
     assert peer.take(peer_messages.Answers, 1, 5.0) == peer_messages.Answers(1, {})
     assert peer.ready(2)
     assert peer.take(peer_messages.Copied, 2, 5.0).room
@@ -292,17 +291,17 @@ def test_reports_are_sorted_by_batch(rig: Rig) -> None:
 def test_a_fault_names_its_batch(rig: Rig) -> None:
     peer, channel = rig.peer()
     peer.expect(1)
-    peer_codec.send(channel, peer_messages.BatchFailed(1, "no such part", ()))
+    peer_messages.send(channel, peer_messages.BatchFailed(1, "no such part", ()))
     with pytest.raises(HolderFault, match="model worker 1: no such part"):
         peer.take(peer_messages.Answers, 1, 5.0)
-    peer_codec.send(channel, peer_messages.BatchFailed(1, "attention-0 is lost", (4,)))
+    peer_messages.send(channel, peer_messages.BatchFailed(1, "attention-0 is lost", (4,)))
     with pytest.raises(HolderLost):
         peer.take(peer_messages.Answers, 1, 5.0)
     assert peer.lost == {4}
     peer.forget()
-    peer_codec.send(channel, peer_messages.BatchFailed(1, "an older batch", ()))
-    peer_codec.send(channel, peer_messages.BatchFailed(1, "other ranks", (), alone=True))
-    peer_codec.send(channel, peer_messages.LeftGroup())
+    peer_messages.send(channel, peer_messages.BatchFailed(1, "an older batch", ()))
+    peer_messages.send(channel, peer_messages.BatchFailed(1, "other ranks", (), alone=True))
+    peer_messages.send(channel, peer_messages.LeftGroup())
     assert peer.ask(peer_messages.LeaveGroup(), peer_messages.LeftGroup, 5.0) == peer_messages.LeftGroup()
     assert not peer.closed
 
@@ -311,7 +310,7 @@ def test_a_fault_names_its_batch(rig: Rig) -> None:
     "says",
     [
         lambda channel: channel.close(),
-        lambda channel: peer_codec.send(channel, peer_messages.Copied(1, True)),
+        lambda channel: peer_messages.send(channel, peer_messages.Copied(1, True)),
         lambda channel: channel.send([b"no frame at all, but long enough to be one"]),
         lambda channel: None,
     ],
@@ -343,7 +342,7 @@ def test_close_tells_all_to_stop_and_waits_for_them(rig: Rig) -> None:
     heard: list[Any] = []
 
     def play() -> None:
-        heard.append(peer_codec.receive(channel, 5.0))
+        heard.append(peer_messages.receive(channel, 5.0))
         channel.close()
 
     thread = threading.Thread(target=play)
@@ -374,12 +373,12 @@ def test_who_parts_sleeps_until_its_batches_are_over() -> None:
         run = (waiting for _ in range(1))
         next(run)
         worker._runs[1] = typing.cast(Any, run), waiting
-        peer_codec.send(theirs, peer_messages.Stop())
-        reply = threading.Timer(0.5, holder.send, [[bytes(peer_codec.encode(peer_messages.LeftGroup())[0])]])
+        peer_messages.send(theirs, peer_messages.Stop())
+        reply = threading.Timer(0.5, holder.send, [[bytes(peer_messages.encode(peer_messages.LeftGroup())[0])]])
         reply.start()
         begun, used = time.monotonic(), time.thread_time()
         worker._obey(peer_messages.LeaveGroup())
         assert time.monotonic() - begun > 0.4
         assert time.thread_time() - used < 0.1
-        assert peer_codec.receive(theirs, 5.0) == peer_messages.LeftGroup()
+        assert peer_messages.receive(theirs, 5.0) == peer_messages.LeftGroup()
         reply.join()

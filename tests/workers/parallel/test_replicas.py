@@ -38,7 +38,7 @@ from lamina_workers.checkpoints.model_checkpoint import fingerprint
 from lamina_workers.decoder.model import Batch, Decoder, KeyValueReady
 from lamina_workers.decoder.sampler import RowSampling, sample
 from lamina_workers.model_worker.attention_merge import LayerExchange
-from lamina_workers.model_worker.interface import BatchWork
+from lamina_workers.model_worker.interface import BatchWork, Waiting
 from lamina_workers.model_worker.layer_slices import (
     SlicedBatch,
     Waits,
@@ -49,8 +49,7 @@ from lamina_workers.model_worker.layer_slices import (
     rotation,
 )
 from lamina_workers.model_worker.model_worker import ModelWorker
-from lamina_workers.model_worker.waiting import Waiting
-from lamina_workers.parallel import peer_codec, peer_messages
+from lamina_workers.parallel import peer_messages
 from lamina_workers.parallel.peer_worker import PeerWorker
 from lamina_workers.parallel.peers import UNIX, Peer, PeerListener
 from lamina_workers.parallel.replicas import PipelineReplicas
@@ -134,11 +133,11 @@ def test_tokens_are_chosen_where_the_logits_are_unless_more_is_wanted() -> None:
 def test_commands_of_slices_cross_as_they_are() -> None:
     work = BatchWork((Span(4, 2), Span(9, 1)), (6, 12), (5, 6, 7), (1, 2), (RowSampling(), RowSampling()))
     shares = {3: replace(share((9, (0, 9), True)), operations=(Close(7),)), 4: HolderBatch(2, (Close(8),), ())}
-    command = peer_codec.start_batch(8, work, shares, (0,), suspends=True)
+    command = peer_messages.start_batch(8, work, shares, (0,), suspends=True)
     told = crossed(command)
     assert (told.batch, told.suspends, told.plain) == (8, True, (0,))
     assert told.shares == {3: share((9, (0, 9), True))}  # operations were announced, and are nobody else's business
-    assert peer_codec.work_of(told) == replace(work, sampling=())
+    assert peer_messages.work_of(told) == replace(work, sampling=())
     hidden = torch.randn(3, 64)
     for message in (
         peer_messages.Slice(8, 0, False, torch.empty(0), torch.empty(0)),
@@ -153,7 +152,7 @@ def test_commands_of_slices_cross_as_they_are() -> None:
 
 
 def crossed(message: Any) -> Any:
-    return peer_codec.decode(bytearray(b"".join(peer_codec.encode(message))))
+    return peer_messages.decode(bytearray(b"".join(peer_messages.encode(message))))
 
 
 # A forward pass in pieces.
@@ -235,7 +234,7 @@ class Replies:
 
 @pytest.mark.parametrize("transport", ["local", "tcp+tls", "grpc"])
 def test_the_first_of_several_is_waited_for(transport) -> None:
-    frame = peer_codec.encode(peer_messages.Slice(1, 0, False, torch.zeros(40, 1000), torch.empty(0)))
+    frame = peer_messages.encode(peer_messages.Slice(1, 0, False, torch.zeros(40, 1000), torch.empty(0)))
     with pair(transport) as (near, far), pair("local") as (other, quiet):
         waits, waitings = Waits(), [Waiting(Replies(quiet), 1), Waiting(Replies(far), 1)]
         assert not waits.until_any(waitings, 0.05)

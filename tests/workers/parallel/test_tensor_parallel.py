@@ -34,8 +34,7 @@ from lamina_workers.decoder.shard import WHOLE, Alone, Shard, local, rank_shape,
 from lamina_workers.decoder.weight_names import tensor_shapes
 from lamina_workers.errors import RankLost, RanksError
 from lamina_workers.model_config.config import ModelConfig
-from lamina_workers.parallel.collectives import Meeting, join
-from lamina_workers.parallel.rank_sockets import MOST_BYTES, Lines
+from lamina_workers.parallel.collectives import MOST_BYTES, Lines, Meeting, join
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},

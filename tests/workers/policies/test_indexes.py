@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 
 from lamina_workers.errors import KernelsUnavailable, KVError
 from lamina_workers.indexes import faiss_host
-from lamina_workers.indexes.graph_index import build_graph
-from lamina_workers.indexes.graph_links import connect, link, reachable
+from lamina_workers.indexes.graph_index import build_graph, connect, link, reachable
 from lamina_workers.indexes.ivf_index import build_ivf
 from lamina_workers.indexes.key_index import Found, KeyIndex, Segment, ascending, merge
 from lamina_workers.indexes.query_sample import QuerySample

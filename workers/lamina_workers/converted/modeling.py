@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from lamina_protocols.errors import LaminaError
 from lamina_workers.checkpoints.checkpoint import TensorSource
 from lamina_workers.converted.attention_calls import MASKED, NAME, attend, masked_as
-from lamina_workers.converted.experts import experts
+from lamina_workers.converted.recording import experts
 from lamina_workers.errors import ModelFileError, UnsupportedModelError
 
 logger = logging.getLogger("lamina")

@@ -1,4 +1,7 @@
-"""`Workers`, the interface between an engine and its model workers, and the values that cross it."""
+"""`Workers`, the interface between an engine and its model workers, and the values that cross it.
+
+Runs that wait for replies: suspended, so that one thread can drive several.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,53 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
 
-from lamina_protocols.channels.channels import Credentials
+import torch
+
+from lamina_protocols.channels.channels import Channel, Credentials
 from lamina_protocols.messages.messages import Announced, Surveyed
 from lamina_protocols.messages.routes import HolderBatch, Span
 from lamina_workers.decoder.sampler import PromptTokens, RowSampling, Sampled
 from lamina_workers.model_worker.kv_copy import Move
-from lamina_workers.model_worker.waiting import Waiting
 from lamina_workers.ports.port import AttentionPort
 from lamina_workers.ports.timing import Link, Times
+
+R = TypeVar("R")
+
+
+class Replying(Protocol):
+    """A source of replies to batches: a port's `Replies`, a process that computes for this one, or a feeder of runs."""
+
+    @property
+    def channel(self) -> Channel | None:
+        """What replies come over; None where they come from this process."""
+
+    def ready(self, batch: int) -> bool:
+        """Whether a reply to that batch is there, or will never come."""
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Why a run is suspended: a reply of `replies` to `batch` is not there yet. A run that is resumed earlier waits."""
+
+    replies: Replying
+    batch: int
+
+    def over(self) -> bool:
+        """Whether the run would go on at once."""
+        return self.replies.ready(self.batch)
+
+
+def result(run: Generator[Waiting, None, R]) -> R:
+    """What a run returns, each of its waits waited out."""
+    try:
+        while True:
+            next(run)
+    except StopIteration as stop:
+        returned: R = stop.value
+        return returned
+
+
+Suspended = Generator[Waiting, None, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)

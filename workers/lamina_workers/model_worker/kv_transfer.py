@@ -27,9 +27,9 @@ from lamina_protocols.messages.pools import Pool, pools
 from lamina_protocols.messages.routes import Route
 from lamina_workers.attention_worker.page_layout import page_bytes
 from lamina_workers.errors import HolderFault
+from lamina_workers.model_worker.interface import Waiting
 from lamina_workers.model_worker.kv_copy import Copy, Move
 from lamina_workers.model_worker.prompt_samples import check_sample, moved_sample
-from lamina_workers.model_worker.waiting import Waiting
 from lamina_workers.ports.port import Replies
 
 _AHEAD = 4  # layers that are asked for before the first of them has come

@@ -19,7 +19,7 @@ from lamina_protocols.messages.routes import HolderBatch
 from lamina_workers.decoder.model import Batch, Decoder, QueryReady
 from lamina_workers.decoder.sampler import RowSampling, Sampled, sample
 from lamina_workers.model_worker.attention_merge import Pausing
-from lamina_workers.model_worker.waiting import Suspended, Waiting
+from lamina_workers.model_worker.interface import Suspended, Waiting
 from lamina_workers.ports.timing import Stopwatch
 
 

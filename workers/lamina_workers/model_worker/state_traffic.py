@@ -21,7 +21,7 @@ from lamina_workers.decoder.model import StateReady
 from lamina_workers.devices.staging import Staging
 from lamina_workers.errors import HolderFault
 from lamina_workers.model_worker.holder_traffic import check_answer
-from lamina_workers.model_worker.waiting import Suspended, Waiting
+from lamina_workers.model_worker.interface import Suspended, Waiting
 from lamina_workers.ports.port import AttentionPort, Replies
 from lamina_workers.ports.timing import Stopwatch, Times
 

@@ -1,13 +1,18 @@
 """A model worker beyond 0: obeys the commands of model worker 0 over a channel, with a decoder and ports of its own.
 
 One thread loads and computes everything.
+
+What a model worker beyond 0 computes with: its decoder, and pools of KV in its process.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Mapping, Sequence
+import json
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -16,15 +21,96 @@ from lamina_protocols.channels.channels import Channel, Credentials
 from lamina_protocols.channels.versions import FEATURES, PREVIOUS, PREVIOUS_RELEASE, PROTOCOL_VERSION, shared
 from lamina_protocols.errors import LaminaError, ProtocolError
 from lamina_protocols.messages.routes import HolderBatch
-from lamina_workers.errors import HolderFault, HolderLost, RankLost, faults
+from lamina_workers.attention_worker.device_worker import attention_worker
+from lamina_workers.checkpoints.model_checkpoint import fingerprint, open_checkpoint
+from lamina_workers.checkpoints.weight_loader import Packing
+from lamina_workers.converted.models import decoder_of, for_ranks, load_model, model_config
+from lamina_workers.decoder.model import Decoder
+from lamina_workers.decoder.shard import WHOLE, Collective, Shard
+from lamina_workers.devices import available as devices
+from lamina_workers.errors import HolderFault, HolderLost, ModelFileError, RankLost, faults
+from lamina_workers.model_worker.interface import Waiting
 from lamina_workers.model_worker.layer_slices import Context, SlicedBatch, Waits, likeliest
-from lamina_workers.model_worker.model_worker import ModelWorker
-from lamina_workers.model_worker.waiting import Waiting
-from lamina_workers.parallel import collectives, peer_codec, peer_messages
-from lamina_workers.parallel.peer_parts import Load, LoadedParts
+from lamina_workers.model_worker.model_worker import ModelWorker, prepare_kernels
+from lamina_workers.parallel import collectives, peer_messages
 from lamina_workers.ports.data_channel import ChannelOptions
-from lamina_workers.ports.port import AttentionPort, survey
+from lamina_workers.ports.port import AttentionPort, LocalAttention, survey
 from lamina_workers.ports.remote import THIS_PROCESS, Edges, RemoteAttention, SeatOptions, connect
+
+
+class PeerParts(Protocol):
+    """What a model worker computes with, once it is loaded."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def pool(self, join: peer_messages.Join) -> LocalAttention:
+        """A port to a new pool in this process."""
+
+    def worker(self, group: Collective | None, ports: Mapping[int, AttentionPort], epoch: int) -> ModelWorker:
+        """The worker, one of `group` where it is one of several ranks."""
+
+    def enter_group(self, group: Collective) -> None: ...
+
+    def leave_group(self) -> None:
+        """It wakes the ranks that wait for this one."""
+
+
+Load = Callable[[peer_messages.Begin, str | Path, Callable[[str, int, int], None]], PeerParts]
+"""Loads what `Begin` says from a folder, and reports how far it is. Raises LaminaError."""
+
+
+class LoadedParts:
+    """The decoder and its holders, loaded from `folder` as `begin` says: a `Load`."""
+
+    def __init__(
+        self, begin: peer_messages.Begin, folder: str | Path, progress: Callable[[str, int, int], None]
+    ) -> None:
+        path = Path(folder)
+        if (found := fingerprint(path)) != begin.model:
+            raise ModelFileError(f"the model in {path} has fingerprint {found:.16}, model worker 0's {begin.model:.16}")
+        model = model_config(path)
+        if begin.rope_scaling:
+            model = model.with_rope_scaling(json.loads(begin.rope_scaling))
+        self._begin = begin
+        self._config = for_ranks(model, begin.ranks)
+        self._shard = Shard(begin.rank, begin.ranks) if begin.ranks > 1 else WHOLE
+        self._decoder: Decoder | None = None
+        self.device = devices.find("device", begin.device)
+        dtype: torch.dtype = getattr(torch, begin.dtype)
+        torch.set_num_threads(begin.threads)
+        self._attention_device = devices.find("attention_device", begin.attention_device, prefer_gpu=False)
+        prepare_kernels(begin.holder, dtype, (self.device, self._attention_device), progress)
+        with open_checkpoint(path) as checkpoint, torch.inference_mode():
+            self._weights = load_model(
+                self._config,
+                checkpoint,
+                dtype,
+                self.device,
+                lambda *done: progress("loading", *done),
+                self._shard,
+                Packing(begin.packed, begin.quantize),
+            )
+
+    def pool(self, join: peer_messages.Join) -> LocalAttention:
+        holder = self._begin.holder
+        holder = replace(holder, kv_memory=holder.kv_memory * join.part // max(1, join.of))
+        return LocalAttention(attention_worker(holder, self._begin.threads, self._attention_device))
+
+    def worker(self, group: Collective | None, ports: Mapping[int, AttentionPort], epoch: int) -> ModelWorker:
+        begin = self._begin
+        with torch.inference_mode():
+            self._decoder = decoder_of(self._config, self._weights, self._shard, group, begin.compile)
+        return ModelWorker(self._decoder, begin.holder, ports, begin.threads, begin.patience, epoch=epoch)
+
+    def enter_group(self, group: Collective) -> None:
+        if self._decoder is not None:
+            self._decoder.collective = group
+
+    def leave_group(self) -> None:
+        if self._decoder is not None and self._decoder.collective is not None:
+            self._decoder.collective.close()
+
 
 _Run = Generator[Waiting, None, None]
 
@@ -107,10 +193,10 @@ class PeerWorker:
         return peer_messages.Hello(self._name, PROTOCOL_VERSION, control.package_version(), tuple(sorted(FEATURES)))
 
     def _receive(self) -> peer_messages.Command | peer_messages.Report:
-        return peer_codec.receive(self._channel)
+        return peer_messages.receive(self._channel)
 
     def _send(self, report: peer_messages.Report) -> None:
-        peer_codec.send(self._channel, report)
+        peer_messages.send(self._channel, report)
 
     def _report(self, what: str, done: int, total: int) -> None:
         self._send(peer_messages.Progress(what, done, total))
@@ -122,7 +208,7 @@ class PeerWorker:
             case peer_messages.Execute():
                 self._start(command.batch, self._execute(command))
             case peer_messages.StartBatch(batch):
-                entered = self._standing.enter(peer_codec.work_of(command), batch, command.shares, command.suspends)
+                entered = self._standing.enter(peer_messages.work_of(command), batch, command.shares, command.suspends)
                 ports = {number: self._ports[number] for number in command.shares}
                 self._started[batch] = entered, command.plain, ports
             case peer_messages.Slice(batch):
@@ -202,7 +288,7 @@ class PeerWorker:
         self._send(peer_messages.Answers(command.batch, answers))
 
     def _execute(self, command: peer_messages.Execute) -> _Run:
-        work = peer_codec.work_of(command)
+        work = peer_messages.work_of(command)
         if command.batch not in self._batches:
             raise ProtocolError(f"batch {command.batch} is to be executed, but was not announced")
         own, shares = self._batches.pop(command.batch)

@@ -2,6 +2,8 @@
 their reports.
 
 A process connects once, with a secret that it got when it was invited.
+
+How rank 0 gathers the ranks of one model: into a new group after each failure.
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
 
 from lamina_protocols.channels.channels import (
     SECRET_SIZE,
@@ -30,8 +34,9 @@ from lamina_protocols.channels.channels import (
 from lamina_protocols.channels.sockets import Listener, listen_tcp, listen_unix
 from lamina_protocols.channels.versions import PROTOCOL_VERSION, check_neighbours, shared
 from lamina_protocols.errors import LaminaError, ProtocolError
+from lamina_workers.decoder.shard import Collective
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
-from lamina_workers.parallel import peer_codec, peer_messages
+from lamina_workers.parallel import collectives, peer_messages
 
 UNIX = "unix:"
 _LOADING_S = 600.0  # without a word
@@ -90,7 +95,7 @@ class Peer:
     def tell(self, command: peer_messages.Command) -> None:
         """Raises RankLost where it is gone."""
         try:
-            peer_codec.send(self._channel, command)
+            peer_messages.send(self._channel, command)
         except ChannelClosed as error:
             raise self.give_up(str(error)) from error
 
@@ -165,7 +170,7 @@ class Peer:
 
     def _receive(self, timeout: float | None) -> None:
         try:
-            report: Any = peer_codec.receive(self._channel, timeout)
+            report: Any = peer_messages.receive(self._channel, timeout)
         except TimeoutError as error:
             raise self.give_up(f"it has said nothing for {timeout:g} s") from error
         except (ChannelClosed, ProtocolError) as error:
@@ -293,13 +298,13 @@ class PeerListener:
         self._on_ready(peer)
 
     def _load(self, rank: int, name: str, channel: Channel) -> peer_messages.Ready | peer_messages.Failed:
-        hello = peer_codec.receive(channel, _LOADING_S)
+        hello = peer_messages.receive(channel, _LOADING_S)
         if not isinstance(hello, peer_messages.Hello) or hello.name != name:
             raise ProtocolError(f"expected the Hello of {name}, got {type(hello).__name__}")
         check_neighbours(PROTOCOL_VERSION, hello.protocol)
-        peer_codec.send(channel, replace(self._begin(rank), features=tuple(sorted(shared(hello.features)))))
+        peer_messages.send(channel, replace(self._begin(rank), features=tuple(sorted(shared(hello.features)))))
         while True:
-            report = peer_codec.receive(channel, _LOADING_S)
+            report = peer_messages.receive(channel, _LOADING_S)
             match report:
                 case peer_messages.Progress(what, done, total):
                     self._progress(rank, what, done, total)
@@ -307,3 +312,91 @@ class PeerListener:
                     return report
                 case _:
                     raise ProtocolError(f"{type(report).__name__} from a model worker that loads")
+
+
+SLACK = 5.0  # seconds for an answer beyond the time in which the rank itself may wait for others
+
+
+class RankGroup:
+    """The ranks beyond 0, and the groups that they form with rank 0: after each failure another one.
+
+    `meeting(generation)` says where. `timeout`: seconds that a rank may wait for another one's part of a sum, which is
+    as long as that one may wait for its holders.
+    """
+
+    def __init__(
+        self,
+        peers: Sequence[Peer],
+        meeting: Callable[[int], collectives.Meeting],
+        device: torch.device,
+        timeout: float,
+    ) -> None:
+        self.peers = {peer.rank: peer for peer in peers}
+        self.timeout = timeout
+        self._meeting = meeting
+        self._device = device
+        self._generation = 0
+        self._current: Collective | None = None
+        self._met: collectives.Meeting | None = None  # where the last one met
+
+    @property
+    def missing(self) -> tuple[int, ...]:
+        return tuple(rank for rank, peer in self.peers.items() if peer.closed)
+
+    def form(self) -> Collective:
+        """A new group of all ranks. Raises RankLost where one does not come."""
+        self.leave()
+        self._generation += 1
+        meeting = self._met = self._meeting(self._generation)
+        command = peer_messages.JoinGroup(self._generation, meeting.path, meeting.host, meeting.port, self.timeout)
+        for peer in self.peers.values():
+            peer.tell(command)
+        cause: RankLost | None = None
+        try:
+            self._current = group = collectives.join(0, 1 + len(self.peers), meeting, self.timeout, self._device)
+        except RankLost as error:
+            cause = error
+        for peer in self.peers.values():  # each answer is read, or it would be taken for one to the next meeting
+            try:
+                met = peer.answer(peer_messages.JoinedGroup, self.timeout + SLACK)
+            except RankLost as error:
+                cause = error
+                continue
+            if isinstance(met, peer_messages.Failed) or met.generation != self._generation:
+                cause = peer.give_up(f"it met another group than {self._generation}")
+            elif met.reason:
+                cause = cause or RankLost(met.reason)
+        if cause is not None:
+            self.leave()
+            raise cause
+        return group
+
+    def leave(self) -> None:
+        """Leave the group, where there is one. It wakes the ranks that wait for this one."""
+        if self._current is not None:
+            self._current.close()
+            self._current = None
+        if self._met is not None:
+            self._met.over()
+            self._met = None
+
+    def disband(self, wait: float) -> None:
+        """Have all leave the group and wait for commands: then all their reports are here.
+
+        Raises RankLost where one is gone, or does not come back within `wait` seconds.
+        """
+        gone: RankLost | None = None
+        asked = []
+        for peer in self.peers.values():
+            try:
+                peer.tell(peer_messages.LeaveGroup())
+                asked.append(peer)
+            except RankLost as error:
+                gone = error
+        for peer in asked:
+            try:
+                peer.answer(peer_messages.LeftGroup, wait)
+            except RankLost as error:
+                gone = error
+        if gone is not None:
+            raise gone

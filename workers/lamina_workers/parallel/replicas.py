@@ -26,12 +26,11 @@ from lamina_protocols.messages.routes import HolderBatch
 from lamina_workers.decoder.sampler import Sampled, sample
 from lamina_workers.errors import HolderFault, RankLost
 from lamina_workers.model_worker.holder_traffic import slowest_seconds
-from lamina_workers.model_worker.interface import BatchWork, Returned, Seat, accepts
+from lamina_workers.model_worker.interface import BatchWork, Returned, Seat, Waiting, accepts
 from lamina_workers.model_worker.kv_copy import Move
 from lamina_workers.model_worker.layer_slices import Context, SlicedBatch, Waits, chosen, plain_rows, rotates, rotation
 from lamina_workers.model_worker.model_worker import ModelWorker
-from lamina_workers.model_worker.waiting import Waiting
-from lamina_workers.parallel import peer_codec, peer_messages
+from lamina_workers.parallel import peer_messages
 from lamina_workers.parallel.peers import Peer
 from lamina_workers.ports.port import AttentionPort, Transported
 from lamina_workers.ports.timing import Link, Times
@@ -218,7 +217,7 @@ class PipelineReplicas:
         allowed = self._allowed(shares)
         left: Context | torch.Tensor | None = None
         try:
-            command = peer_codec.start_batch(batch, work, shares, plain, suspends)
+            command = peer_messages.start_batch(batch, work, shares, plain, suspends)
             for each in started:  # they prepare while the first slice is computed
                 each.peer.expect(batch)
                 each.peer.tell(command)

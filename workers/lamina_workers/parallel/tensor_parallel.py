@@ -22,13 +22,11 @@ from lamina_workers.attention_worker.page_layout import page_counts
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.decoder.sampler import Sampled, sample
 from lamina_workers.errors import HolderFault, HolderLost, RankLost, faults
-from lamina_workers.model_worker.interface import BatchWork, Returned, Seat, accepts
+from lamina_workers.model_worker.interface import BatchWork, Returned, Seat, Waiting, accepts, result
 from lamina_workers.model_worker.kv_copy import Move
 from lamina_workers.model_worker.model_worker import ModelWorker
-from lamina_workers.model_worker.waiting import Waiting, result
-from lamina_workers.parallel import peer_codec, peer_messages
-from lamina_workers.parallel.peers import Peer
-from lamina_workers.parallel.rank_group import SLACK, RankGroup
+from lamina_workers.parallel import peer_messages
+from lamina_workers.parallel.peers import SLACK, Peer, RankGroup
 from lamina_workers.ports.port import AttentionPort, Transported
 from lamina_workers.ports.timing import Link, Times
 
@@ -144,7 +142,7 @@ class TensorParallelWorkers:
         if self._under_way is None or self._under_way[0] != batch:
             raise HolderFault(f"batch {batch} was given up")
         (_, own, its), self._under_way = self._under_way, None
-        command = peer_codec.execute(batch, work)
+        command = peer_messages.execute(batch, work)
         try:
             for peer in self._peers.values():
                 peer.expect(batch)

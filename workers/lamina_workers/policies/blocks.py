@@ -1,0 +1,131 @@
+"""Policies that see whole blocks of keys: what two of them share. Pure arithmetic on positions.
+
+`dilated`: a window with gaps. Blocks near the query, and every so many-th block before as far as the window reaches
+(the dilated sliding window of Longformer, arXiv 2004.05150, in blocks of keys), beside the first tokens.
+
+Gaps move with the query, so what is in the window is kept; what lies behind it is freed.
+
+`sharded`: blocks near the query, and every stride-th block before (S2-Attention's heterogeneous context sharding,
+arXiv 2407.17678). Only for checkpoints that were trained with it. The blocks between are freed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import ClassVar
+
+import numpy as np
+
+from lamina_kernels.paged.rows import Ints
+from lamina_workers.errors import PolicyError
+from lamina_workers.policies.policy import LONGEST, Bools, Policy, View
+
+
+class BlockPolicy(Policy):
+    """All queries of a block of `unit` tokens see the same blocks of keys."""
+
+    def seen_blocks(self, number: int) -> Ints:
+        """The blocks of keys that queries in block `number` see, different and ascending; that block is the last."""
+        raise NotImplementedError(f"policy {self.name} sees no blocks")
+
+    def views(self, start: int, count: int) -> Iterator[View]:
+        first, end = start, start + count
+        while first < end:
+            number = first // self.unit
+            last = min(end, (number + 1) * self.unit)
+            yield View(first, last - first, ranges=_ranges(self, number))
+            first = last
+
+
+@lru_cache(maxsize=4096)  # the steps of a block see the same
+def _ranges(policy: BlockPolicy, number: int) -> Ints:
+    """The keys that queries in a block see: `[n, 2]`, neighbouring blocks together. Not to be written to."""
+    numbers = policy.seen_blocks(number)
+    ends = np.flatnonzero(np.append(np.diff(numbers) != 1, True))
+    begins = np.append(0, ends[:-1] + 1)
+    ranges = np.stack([numbers[begins], numbers[ends] + 1], 1) * policy.unit
+    ranges.setflags(write=False)
+    return ranges
+
+
+@dataclass(frozen=True)
+class Dilated(BlockPolicy):
+    """Query block qb sees key block kb <= qb where qb - kb < local, or qb - kb < reach is a multiple of `dilation`;
+    and the `sink` first tokens, which are whole blocks."""
+
+    name: ClassVar[str] = "dilated"
+    block: int = 64
+    sink: int = 64
+    local: int = 4
+    reach: int = 64
+    dilation: int = 4
+
+    def __post_init__(self) -> None:
+        self.check("block", 4, 4096)  # a view is made for each
+        for name, low in (("sink", 0), ("local", 1), ("reach", self.local), ("dilation", 1)):
+            self.check(name, low, LONGEST)
+        if self.sink % self.block:
+            raise PolicyError(f"{self.name}: sink is {self.sink}; allowed are multiples of the block, {self.block}")
+
+    @property
+    def sinks(self) -> int:
+        return self.sink
+
+    @property
+    def unit(self) -> int:
+        return self.block
+
+    def seen_from(self, start: int) -> int:
+        return max(0, start // self.block - self.reach + 1) * self.block
+
+    def seen_blocks(self, number: int) -> Ints:
+        near = max(0, number - self.local + 1)
+        farthest = (min(number, self.reach - 1)) // self.dilation * self.dilation
+        far = np.arange(number - farthest, near, self.dilation)
+        window = np.concatenate([far, np.arange(near, number + 1)])
+        sinks = min(self.sink // self.block, number + 1)
+        return np.concatenate([np.arange(sinks), window[window >= sinks]])
+
+
+@dataclass(frozen=True)
+class Sharded(BlockPolicy):
+    """Query block qb sees key block kb <= qb where qb - kb < local or (kb + offset) mod stride = 0.
+
+    KV head h has the offset `offset` + h * `step`: so the heads of a layer keep different blocks, together all of them.
+    """
+
+    name: ClassVar[str] = "sharded"
+    block: int = 64
+    local: int = 16
+    stride: int = 8
+    offset: int = 0
+    step: int = 1
+
+    def __post_init__(self) -> None:
+        self.check("block", 4, 4096)  # a view is made for each
+        for name, low in (("local", 1), ("stride", 1), ("offset", 0), ("step", 0)):
+            self.check(name, low, LONGEST)
+
+    def of_head(self, head: int) -> Sharded:
+        return replace(self, offset=(self.offset + head * self.step) % self.stride, step=0)
+
+    @property
+    def unit(self) -> int:
+        return self.block
+
+    def seen_from(self, start: int) -> int:
+        return max(0, start // self.block - self.local + 1) * self.block
+
+    def stays(self, positions: Ints, size: int) -> Bools:
+        ends: Bools = self._far(positions // self.block) | self._far((positions + size - 1) // self.block)
+        return ends
+
+    def seen_blocks(self, number: int) -> Ints:
+        near = max(0, number - self.local + 1)
+        return np.concatenate([np.arange(-self.offset % self.stride, near, self.stride), np.arange(near, number + 1)])
+
+    def _far(self, blocks: Ints) -> Bools:
+        far: Bools = (blocks + self.offset) % self.stride == 0
+        return far
