@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from lamina.errors import InvalidRequest
-from lamina.scheduling import redundancy
-from lamina.scheduling.kv_layouts import SHARDS
+from lamina.kv import redundancy
+from lamina.kv.kv_shares import SHARDS
 from lamina.scheduling.speculation import MAX_DRAFTS
 from lamina.system.byte_size import parse_size
 from lamina_protocols.messages.layers import ColdTier

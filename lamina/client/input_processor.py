@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from lamina.client.pooling import Pooling, check_pooling
 from lamina.errors import InvalidRequest, cut
+from lamina.kv.request import Request, check_length
 from lamina.messages.engine_request import EngineRequest
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling.request import Request, check_length
 from lamina.text.template_kwargs import check_template_kwargs
 from lamina.text.tokenizer import Tokenizer
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
 
 from lamina.completions import FinishReason
+from lamina.kv.prefix_nodes import PrefixSink
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.messages.request_codec import Command
 from lamina.messages.snapshot import Snapshot
-from lamina.scheduling.prefix_events import PrefixSink
 
 Delivery: TypeAlias = tuple[EngineRequest, list[EngineOutput]]
 """A request and its outputs of one batch: the arguments of an `EngineRequest.sink`."""

@@ -19,10 +19,10 @@ from typing import Any
 from lamina.client.interface import Event, Wire
 from lamina.completions import FinishReason
 from lamina.errors import EngineError
+from lamina.kv.prefix_nodes import PrefixSink
 from lamina.messages.engine_request import EngineOutput, EngineRequest, KvSavings
 from lamina.messages.request_codec import Command, decode_output, encode_request, encode_resumed
 from lamina.messages.snapshot import Snapshot
-from lamina.scheduling.prefix_events import PrefixSink
 from lamina.system.progress import Progress
 from lamina.system.timers import Cancellable, later
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from lamina.client.interface import EngineClient, Event
 from lamina.errors import EngineError, LaminaError
+from lamina.kv.prefix_nodes import PrefixEvent
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.messages.request_codec import Command, decode_request, encode_output
-from lamina.scheduling.prefix_events import PrefixEvent
 from lamina.system.timers import later
 
 SWITCH_INTERVAL = 1e-4

@@ -6,7 +6,7 @@ import logging
 from dataclasses import replace
 
 from lamina.engine.kv_migration import KvMigration
-from lamina.scheduling.balance import kept, next_move
+from lamina.kv.relocation import kept, next_move
 from lamina.scheduling.control_plane import ControlPlane
 
 logger = logging.getLogger("lamina")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from lamina.kv.request import Plan, PlannedRow, ScheduledSequence
 from lamina.messages.engine_request import EngineRequest
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling.request import Plan, PlannedRow, ScheduledSequence
 from lamina_protocols.messages.routes import Span
 from lamina_workers.decoder.sampler import PromptTokens, RowSampling, TokenCounts, TokenHistory
 from lamina_workers.model_worker.interface import BatchWork

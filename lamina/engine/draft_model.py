@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lamina.engine.proposer import Wanted
+from lamina.kv.request import ScheduledSequence
 from lamina.messages.engine_request import EngineRequest
-from lamina.scheduling.request import ScheduledSequence
 from lamina_protocols.messages.messages import Close, Open, Operation, Row
 from lamina_protocols.messages.routes import HolderBatch, Route, Span
 from lamina_workers.decoder.sampler import RowSampling

@@ -1,6 +1,6 @@
 """Has drafts proposed before a batch is planned, and measures afterwards what they were worth.
 
-The model verifies them: see `lamina/scheduling/verification.py`.
+The model verifies them: see `lamina/scheduling/scheduler.py`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from lamina.engine.masks import Advance, Masks
 from lamina.engine.proposer import Proposer, Wanted
 from lamina.engine.stats import EngineStats
+from lamina.kv.request import Outcome, Plan, ScheduledSequence
 from lamina.messages.engine_request import EngineRequest
-from lamina.scheduling.request import Outcome, Plan, ScheduledSequence
+from lamina.scheduling.scheduler import before_the_end
 from lamina.scheduling.speculation import Speculation, SpeculationCounts
-from lamina.scheduling.verification import before_the_end
 
 if TYPE_CHECKING:
     from lamina.engine.observers import BatchDone

@@ -14,9 +14,9 @@ from typing import NamedTuple
 from lamina.engine.holders import HolderChange, Holders
 from lamina.engine.kv_migration import AT_ONCE, KvMigration
 from lamina.errors import EngineError, InvalidRequest
+from lamina.kv.relocation import elsewhere, to_preempt
+from lamina.kv.request import ScheduledSequence
 from lamina.scheduling.control_plane import ControlPlane
-from lamina.scheduling.draining import elsewhere, to_preempt
-from lamina.scheduling.request import ScheduledSequence
 
 logger = logging.getLogger("lamina")
 

@@ -35,12 +35,12 @@ from lamina.engine.stats import EngineStats, savings
 from lamina.engine.tiering import TierController
 from lamina.errors import EngineError, InvalidRequest
 from lamina.journal.history import KvLocation, RecoveredHolder
+from lamina.kv.placement import Holder
+from lamina.kv.prefix_nodes import PrefixSink
+from lamina.kv.request import Plan, ScheduledSequence
 from lamina.messages.engine_request import EngineRequest
 from lamina.messages.snapshot import Snapshot
 from lamina.scheduling.control_plane import ControlPlane, Step, refusal, torn
-from lamina.scheduling.holder import Holder
-from lamina.scheduling.prefix_events import PrefixSink
-from lamina.scheduling.request import Plan, ScheduledSequence
 from lamina.scheduling.speculation import Speculation
 from lamina_protocols.channels.channels import Credentials
 from lamina_protocols.messages.messages import Announced

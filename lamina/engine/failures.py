@@ -15,11 +15,11 @@ from lamina.engine.holders import HolderChange, Holders
 from lamina.engine.in_flight import InFlight, Lane
 from lamina.engine.request_registry import RequestRegistry
 from lamina.errors import EngineError
+from lamina.kv.placement import Holder
+from lamina.kv.request import PlannedRow
 from lamina.messages.engine_request import unwatched
-from lamina.scheduling import refusals
+from lamina.scheduling import blame
 from lamina.scheduling.blame import TRIES
-from lamina.scheduling.holder import Holder
-from lamina.scheduling.request import PlannedRow
 from lamina.scheduling.scheduler import Scheduler
 from lamina_protocols.channels.channels import Credentials
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
@@ -166,7 +166,7 @@ class Failures:
         requests alone are suspects."""
         names = self._holders.names
         said = "; ".join(f"{names.get(number, 'this machine')}: {what}" for number, what in guilty.items())
-        why = f"{refusals.TRIES} answers without progress contradict the engine's books: {said}"
+        why = f"{blame.TRIES} answers without progress contradict the engine's books: {said}"
         return HolderLost(why, [number for number in guilty if number in names])
 
     def _abandon(self) -> None:

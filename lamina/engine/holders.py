@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from lamina.kv.placement import Holder
 from lamina.scheduling.control_plane import ControlPlane
-from lamina.scheduling.holder import Holder
 from lamina_protocols.channels.channels import Credentials
 from lamina_workers.errors import HolderFault
 from lamina_workers.model_worker.interface import Seat, Workers

@@ -7,8 +7,8 @@ from collections.abc import Collection, Generator
 from dataclasses import dataclass, field
 
 from lamina.engine.stats import EngineStats
+from lamina.kv.request import PlannedRow
 from lamina.scheduling.control_plane import ControlPlane, Step
-from lamina.scheduling.request import PlannedRow
 from lamina_workers.model_worker.interface import Waiting, Workers
 from lamina_workers.parallel.peers import Peer
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from functools import partial
 
+from lamina.kv.kv_shares import Pages, Part
 from lamina.scheduling.control_plane import ControlPlane
-from lamina.scheduling.kv_shares import Pages, Part
 from lamina_protocols.messages.messages import Row
 from lamina_protocols.messages.routes import HolderBatch, Route
 from lamina_workers.model_worker.interface import Waiting, Workers

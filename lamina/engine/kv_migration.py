@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from lamina.engine.kv_copies import CHUNK, Copying, CopyPace, KvCopies, edge, nothing
+from lamina.kv.kv_shares import NO_PAGES, Layout, Pages, Part
+from lamina.kv.request import ScheduledSequence
 from lamina.scheduling.control_plane import ControlPlane
-from lamina.scheduling.kv_shares import NO_PAGES, Layout, Pages, Part
-from lamina.scheduling.request import ScheduledSequence
 from lamina_workers.errors import HolderFault
 from lamina_workers.model_worker.interface import Waiting, Workers, result
 from lamina_workers.parallel.peers import Peer

@@ -1,7 +1,7 @@
 """Copies KV to spares in the gaps between batches, catches up where there is nothing else to do, and reads back what is
 lost.
 
-Which spares there should be, and what they lack, is decided by `lamina.scheduling.spares`; here is when and how fast.
+Which spares there should be, and what they lack, is decided by `lamina.kv.spares`; here is when and how fast.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING
 from lamina.engine.kv_copies import CHUNK, Copying, CopyPace, KvCopies
 from lamina.engine.observers import BatchDone
 from lamina.errors import EngineError
+from lamina.kv.kv_shares import GONE, Layout, Pages, Part
+from lamina.kv.prefix_nodes import Node
+from lamina.kv.request import ScheduledSequence
+from lamina.kv.spares import ReadBack, SpareCopy
 from lamina.scheduling.control_plane import ControlPlane
-from lamina.scheduling.kv_shares import GONE, Layout, Pages, Part
-from lamina.scheduling.prefix_nodes import Node
-from lamina.scheduling.read_back import ReadBack
-from lamina.scheduling.request import ScheduledSequence
-from lamina.scheduling.spares import SpareCopy
 from lamina_workers.errors import HolderFault
 from lamina_workers.model_worker.interface import Waiting, Workers
 from lamina_workers.parallel.peers import Peer

@@ -14,7 +14,7 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 from lamina.errors import InvalidRequest
-from lamina.scheduling.request import ScheduledSequence
+from lamina.kv.request import ScheduledSequence
 
 if TYPE_CHECKING:
     from lamina.text.structured_output import Constraint

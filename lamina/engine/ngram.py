@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lamina.engine.proposer import Wanted
-from lamina.scheduling.request import ScheduledSequence
+from lamina.kv.request import ScheduledSequence
 
 LONGEST = 3  # tokens of an n-gram that are looked for
 _COMPARED = 32  # tokens before two matches that are compared, to find the longer one

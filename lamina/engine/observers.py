@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from lamina.kv.request import Plan
 from lamina.messages.engine_request import EngineOutput
-from lamina.scheduling.request import Plan
 from lamina_workers.ports.timing import Times
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+from lamina.kv.request import ScheduledSequence
 from lamina.messages.engine_request import EngineRequest
-from lamina.scheduling.request import ScheduledSequence
 
 
 class Wanted(NamedTuple):

@@ -14,9 +14,9 @@ from lamina.completions import FinishReason
 from lamina.engine.masks import Advance, Masks
 from lamina.errors import EngineError, InvalidRequest, LaminaError
 from lamina.journal.resumption import Resumption
+from lamina.kv.request import Outcome, Plan, PlannedRow, RetainedKv, ScheduledSequence
 from lamina.messages.engine_request import EngineOutput, EngineRequest, ignore_outputs, unwatched
 from lamina.scheduling.blame import TRIES
-from lamina.scheduling.request import Outcome, Plan, PlannedRow, RetainedKv, ScheduledSequence
 from lamina_workers.decoder.sampler import PromptScores, RowLogprobs, TokenHistory
 
 if TYPE_CHECKING:

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 
 from lamina.engine.stats import EngineStats
+from lamina.kv.kv_shares import Pages
 from lamina.messages.engine_request import KvSavings
 from lamina.messages.snapshot import EXCHANGE_BUCKETS, HolderSnapshot, SequenceSnapshot, Snapshot
 from lamina.scheduling.control_plane import ControlPlane
-from lamina.scheduling.kv_shares import Pages
 from lamina.scheduling.speculation import SpeculationCounts
 from lamina_workers.ports.timing import Link
 

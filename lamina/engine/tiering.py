@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from lamina.engine.balancing import Balancer
 from lamina.engine.kv_migration import AT_ONCE, KvMigration
 from lamina.engine.observers import BatchDone
+from lamina.kv.kv_shares import Layout, under
+from lamina.kv.request import ScheduledSequence
 from lamina.scheduling.control_plane import ControlPlane
-from lamina.scheduling.kv_shares import Layout, under
-from lamina.scheduling.request import ScheduledSequence
-from lamina.scheduling.step_model import Batch
+from lamina.scheduling.step_tuner import Batch
 
 if TYPE_CHECKING:
     from lamina.engine.holders import HolderChange

@@ -22,9 +22,9 @@ from lamina.journal.records import (
     SampleRecord,
     TriedRecord,
 )
+from lamina.kv.kv_shares import GONE, Part, Share
+from lamina.kv.request import RetainedKv
 from lamina.sampling_params import MAX_SAMPLES
-from lamina.scheduling.kv_shares import GONE, Part, Share
-from lamina.scheduling.request import RetainedKv
 from lamina_protocols.messages.messages import PartHeld
 
 FINISHED = 16 << 20  # bytes of ended requests that are kept, for clients that may have missed the last outputs

@@ -27,9 +27,9 @@ from lamina_workers.decoder.sampler import RowLogprobs
 
 if TYPE_CHECKING:
     from lamina.journal.journal import Journal
-    from lamina.scheduling.kv_shares import Part
-    from lamina.scheduling.placement import Placement
-    from lamina.scheduling.request import Plan, ScheduledSequence
+    from lamina.kv.kv_shares import Part
+    from lamina.kv.placement import Placement
+    from lamina.kv.request import Plan, ScheduledSequence
     from lamina_protocols.messages.messages import Surveyed
 
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lamina.errors import LaminaError
 from lamina.journal.history import KvLocation, RecoveredHolder
+from lamina.kv.kv_shares import GONE
+from lamina.kv.request import RetainedKv
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.scheduling.blame import TRIES
-from lamina.scheduling.kv_shares import GONE
-from lamina.scheduling.request import RetainedKv
 
 if TYPE_CHECKING:
     from lamina.journal.recorder import Recorder

@@ -17,12 +17,12 @@ from lamina.deploy.worker_breakers import WorkerBreakers
 from lamina.deploy.worker_events import AttentionWorkers, WorkerAddress
 from lamina.engine.holders import seated
 from lamina.errors import EngineError, InvalidRequest, LaminaError, WorkersUnavailable
+from lamina.kv.placement import Holder
 from lamina.launch.autoscaling import Autoscaling
 from lamina.launch.journal_setup import Identity
 from lamina.launch.kv_sizing import Sizes, attention_devices
 from lamina.launch.model_files import ModelFiles
 from lamina.scheduling.autoscaling import Autoscaler
-from lamina.scheduling.holder import Holder
 from lamina.system.progress import Progress
 from lamina_protocols.channels.channels import Credentials, is_loopback, split_address
 from lamina_protocols.channels.grpc_client import WorkerUnreachable

@@ -11,9 +11,8 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from lamina.deploy.worker_events import AttentionWorkers
-from lamina.scheduling.autoscaling import Autoscaler
+from lamina.scheduling.autoscaling import Autoscaler, kv_load
 from lamina.scheduling.control_plane import ControlPlane
-from lamina.scheduling.kv_load import kv_load
 
 if TYPE_CHECKING:
     from lamina.engine.engine import Engine

@@ -24,6 +24,8 @@ from lamina.engine.failures import FailureReports, nobody, unlost
 from lamina.errors import InvalidRequest, UnsupportedModelError
 from lamina.journal.journal import Journal, Run
 from lamina.journal.recorder import Recorder
+from lamina.kv.placement import Holder, Placement
+from lamina.kv.request import SchedulerConfig
 from lamina.launch.attention_pool import LOCAL, AttentionPool, connect_attention
 from lamina.launch.check_redundancy import check_redundancy
 from lamina.launch.journal_setup import Identity, identify, open_journal, recover
@@ -34,9 +36,6 @@ from lamina.launch.speculation import DraftFiles, find_drafts, load_proposer
 from lamina.launch.unused_options import unused_options
 from lamina.messages.engine_request import EngineRequest, unwatched
 from lamina.scheduling.control_plane import ControlPlane
-from lamina.scheduling.holder import Holder
-from lamina.scheduling.placement import Placement
-from lamina.scheduling.request import SchedulerConfig
 from lamina.scheduling.speculation import Speculation
 from lamina.scheduling.step_tuner import StepTuner
 from lamina.system.machine import this_machine

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest
-from lamina.scheduling.placement import Placement
-from lamina.scheduling.request import SchedulerConfig
+from lamina.kv.placement import Placement
+from lamina.kv.request import SchedulerConfig
 
 
 def check_redundancy(config: EngineConfig, limits: SchedulerConfig, placement: Placement, workers: bool) -> None:

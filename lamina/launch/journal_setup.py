@@ -14,8 +14,8 @@ from lamina.engine.engine import Engine
 from lamina.errors import JournalError
 from lamina.journal.journal import Facts, Journal, Run
 from lamina.journal.recorder import Recorder, found
+from lamina.kv.placement import Placement
 from lamina.messages.engine_request import EngineRequest
-from lamina.scheduling.placement import Placement
 from lamina_protocols.messages.layers import HolderConfig
 from lamina_protocols.messages.messages import Surveyed
 from lamina_workers.model_worker.interface import Workers

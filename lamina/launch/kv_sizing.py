@@ -14,13 +14,13 @@ import torch
 
 from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest
+from lamina.kv import redundancy
+from lamina.kv.pages import PageGroup
+from lamina.kv.placement import Placement
+from lamina.kv.request import SNAPSHOT_TOKENS, SchedulerConfig
 from lamina.launch.model_files import ModelFiles
 from lamina.launch.request_policies import RequestPolicies
 from lamina.policy_file import head_policies
-from lamina.scheduling import redundancy
-from lamina.scheduling.page_groups import PageGroup
-from lamina.scheduling.placement import Placement
-from lamina.scheduling.request import SNAPSHOT_TOKENS, SchedulerConfig
 from lamina.system.machine import Machine, kv_share, native_dtype
 from lamina_protocols.messages.layers import STATES, ColdTier, HolderConfig, LayerSpec
 from lamina_protocols.messages.pools import pools

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from lamina.kv.pages import PageGroup, PolicyKv
 from lamina.policy_file import AUTO
-from lamina.scheduling.page_groups import PageGroup, PolicyKv
 from lamina_protocols.messages.layers import STATES, HolderConfig
 from lamina_workers.errors import PolicyError
 from lamina_workers.policies.catalogue import parse

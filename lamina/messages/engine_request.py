@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lamina.completions import FinishReason
 from lamina.errors import LaminaError
+from lamina.kv.request import Request, ScheduledSequence
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling.request import Request, ScheduledSequence
 from lamina_workers.decoder.sampler import PromptScores, RowLogprobs
 
 if TYPE_CHECKING:

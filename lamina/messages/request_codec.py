@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from lamina.errors import EngineError, InvalidRequest, LaminaError, PolicyError
+from lamina.kv.request import Request
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling.request import Request
 from lamina_workers.decoder.sampler import PromptScores, RowLogprobs
 
 Command: TypeAlias = tuple[Any, ...]

@@ -34,8 +34,8 @@ from lamina_protocols.channels.channels import split_address
 
 if TYPE_CHECKING:
     from lamina.client.remote_client import RemoteEngine
+    from lamina.kv.request import SchedulerConfig
     from lamina.messages.engine_request import EngineRequest
-    from lamina.scheduling.request import SchedulerConfig
     from lamina.text.tokenizer import Tokenizer
     from lamina_workers.model_config.config import ModelConfig
 

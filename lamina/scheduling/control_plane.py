@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from lamina.scheduling.holder import Holder
-from lamina.scheduling.kv_shares import Pages
-from lamina.scheduling.placement import Placement
-from lamina.scheduling.request import Outcome, Plan, PlannedRow, ScheduledSequence, SchedulerConfig
+from lamina.kv.kv_shares import Pages
+from lamina.kv.placement import Holder, Placement
+from lamina.kv.request import Outcome, Plan, PlannedRow, ScheduledSequence, SchedulerConfig
+from lamina.kv.spares import Spares
 from lamina.scheduling.scheduler import Scheduler
-from lamina.scheduling.spares import Spares
 from lamina.scheduling.step_tuner import StepTuner
 from lamina_protocols.messages.messages import Announced
 from lamina_protocols.messages.routes import HolderBatch

@@ -25,8 +25,7 @@ from typing import Any
 
 from move import start_worker
 
-from lamina.scheduling.step_model import Batch
-from lamina.scheduling.step_tuner import StepTuner
+from lamina.scheduling.step_tuner import Batch, StepTuner
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 SLOWER = 3.0

@@ -29,9 +29,9 @@ from typing import Any
 from lamina.client.remote_client import RemoteEngine
 from lamina.journal.journal import Facts, Journal
 from lamina.journal.records import BatchRecord, BatchRow, RequestRecord
+from lamina.kv.request import Request
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling.request import Request
 from lamina.server.processes.child_protocol import line, parse
 from lamina.server.processes.link import SocketWire
 from lamina.server.processes.supervisor import ENGINE_MODULE

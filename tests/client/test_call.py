@@ -16,9 +16,9 @@ from lamina.client.async_outputs import AsyncOutputs
 from lamina.client.call import Call
 from lamina.completions import Completion, Interrupted, TokenEvent
 from lamina.errors import EngineError
+from lamina.kv.request import Request
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling.request import Request
 
 CTRL_C = "\x03"  # the token at which the tokenizer behaves as if the user had pressed it
 

@@ -10,9 +10,9 @@ from letter_tokenizer import END, LetterTokenizer
 from lamina.client.output_processor import OutputProcessor
 from lamina.completions import TokenEvent
 from lamina.errors import EngineError
+from lamina.kv.request import Request
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling.request import Request
 from lamina_workers.decoder.sampler import RowLogprobs
 
 

@@ -15,10 +15,10 @@ from looped_wire import AHEAD, Loop, check_plain
 from lamina.client.remote_client import RemoteEngine
 from lamina.completions import FinishReason
 from lamina.errors import EngineError, InvalidRequest, LaminaError
+from lamina.kv.request import Request
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.messages.request_codec import decode_request, encode_request
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling.request import Request
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.decoder.sampler import PromptScores, RowLogprobs
 

@@ -16,8 +16,8 @@ from engine_rig import Rig, tiny_decoder
 from kv_pools import pool_of
 
 from lamina.engine import kv_spares
+from lamina.kv import relocation
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling import balance, growth
 from lamina.scheduling.blame import TRIES
 
 ONE = os.environ.get("LAMINA_CHAOS_SEED")
@@ -52,8 +52,8 @@ def sampling(which: int, max_tokens: int = TOKENS) -> SamplingParams:
 @pytest.fixture(autouse=True)
 def growth_and_balance_always_pay(monkeypatch):
     """So that joins change where sequences grow, and what they have follows."""
-    monkeypatch.setattr(growth, "WORTH", 1)
-    monkeypatch.setattr(balance, "PAYS", 1)
+    monkeypatch.setattr(relocation, "WORTH", 1)
+    monkeypatch.setattr(relocation, "PAYS", 1)
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,9 @@ from kv_pools import pool_of
 from policy_bench import LOOSE, under
 
 from lamina.errors import EngineError
+from lamina.kv.placement import Holder
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling.holder import Holder
-from lamina.scheduling.step_model import Batch
-from lamina.scheduling.step_tuner import StepTuner
+from lamina.scheduling.step_tuner import Batch, StepTuner
 from lamina_protocols.messages.messages import Announcement, Exchange, Fresh, Query
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.model import Decoder

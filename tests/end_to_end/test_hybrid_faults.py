@@ -22,10 +22,9 @@ from real_workers import WorkerProcess, until, worker_process
 
 from lamina import LLM
 from lamina.errors import EngineError, InvalidRequest
+from lamina.kv.running import Counters
 from lamina.launch import kv_sizing
-from lamina.scheduling.running import Counters
-from lamina.scheduling.step_model import Batch
-from lamina.scheduling.step_tuner import StepTuner
+from lamina.scheduling.step_tuner import Batch, StepTuner
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.messages.messages import Advanced, Fault, Reply
 from lamina_workers.attention_worker.state_pool import StatePool

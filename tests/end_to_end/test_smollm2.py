@@ -14,9 +14,9 @@ from real_models import token_prompts
 
 import lamina
 from lamina import LLM, EngineError, InvalidRequest, SamplingParams
+from lamina.kv.kv_shares import Share
 from lamina.models.export import export
 from lamina.models.resolve import resolve
-from lamina.scheduling.kv_shares import Share
 
 pytestmark = [pytest.mark.data, pytest.mark.real]
 

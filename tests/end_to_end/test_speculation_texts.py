@@ -11,8 +11,8 @@ import pytest
 from real_workers import write_tiny_model
 
 from lamina import LLM, Completion, SamplingParams
+from lamina.kv.request import ScheduledSequence
 from lamina.messages.snapshot import Snapshot
-from lamina.scheduling.request import ScheduledSequence
 from lamina.scheduling.speculation import Speculation, left_to_draft
 
 PROMPTS = [[5, 6, 7] * 9, [*[40, 41, 42, 43] * 5, 40, 41], [9]]

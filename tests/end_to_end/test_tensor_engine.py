@@ -20,8 +20,8 @@ from lamina import LLM
 from lamina.config import EngineConfig
 from lamina.deploy.local_models import LocalModelWorkers, model_command
 from lamina.errors import EngineError, InvalidRequest, LaminaError
+from lamina.kv.kv_shares import SHARDS
 from lamina.launch.builder import start
-from lamina.scheduling.kv_layouts import SHARDS
 from lamina_protocols.channels.channels import ChannelClosed, split_address
 from lamina_protocols.channels.sockets import connect_tcp
 from lamina_workers.parallel.tensor_parallel import TensorParallelWorkers

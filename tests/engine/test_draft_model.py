@@ -13,9 +13,9 @@ from engine_rig import DEVICE, holder_config, tiny_decoder
 from lamina.engine import draft_model
 from lamina.engine.draft_model import LOCAL, DraftModel, DraftModelProposer
 from lamina.engine.proposer import Wanted
+from lamina.kv.request import Request, ScheduledSequence
 from lamina.messages.engine_request import EngineRequest
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling.request import Request, ScheduledSequence
 from lamina_protocols.messages.messages import Request as Message
 from lamina_workers.attention_worker.device_worker import attention_worker
 from lamina_workers.decoder.model import Decoder

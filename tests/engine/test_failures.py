@@ -13,10 +13,10 @@ from lamina.engine.failures import MAX_IN_VAIN, FailureReports, Failures
 from lamina.engine.holders import HolderChange
 from lamina.engine.in_flight import Lane
 from lamina.errors import EngineError
+from lamina.kv.placement import Holder
+from lamina.kv.request import Request, ScheduledSequence
 from lamina.scheduling.blame import TRIES, Blame
 from lamina.scheduling.control_plane import Step
-from lamina.scheduling.holder import Holder
-from lamina.scheduling.request import Request, ScheduledSequence
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
 from lamina_workers.model_worker.interface import Returned
 

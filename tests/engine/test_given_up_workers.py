@@ -9,7 +9,7 @@ import pytest
 from engine_rig import BytesPort, Rig, collect
 
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling.refusals import TRIES
+from lamina.scheduling.blame import REFUSALS
 from lamina_protocols.messages.messages import Request, answered
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 
@@ -70,6 +70,6 @@ def test_messages_lost_now_and_then_cost_no_holder(decoder):
 
     rig = rig_with(decoder, loses, shard="heads")
     assert rig.generate([LONG], max_tokens=12) == expected
-    assert len(sent) > 10 * TRIES
+    assert len(sent) > 10 * REFUSALS
     assert not any(port.closed for port in rig.ports.values())
     rig.close()

@@ -12,9 +12,9 @@ from kv_pools import pool_of
 from running_streams import Streams, held
 from scripted_drafts import Scripted, texts_of
 
+from lamina.kv import relocation
+from lamina.kv.placement import Holder
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling import balance
-from lamina.scheduling.holder import Holder
 from lamina_protocols.messages.messages import Announcement, Bound, Request
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 
@@ -48,7 +48,7 @@ def stored(rig: Rig, number: int) -> int:
 @pytest.mark.parametrize("shard", ["heads", "sequence", "heads+sequence"])
 @pytest.mark.parametrize("lanes", [1, 2])
 def test_running_sequences_go_on_at_a_holder_that_joins_and_no_byte_moves(decoder, expected, shard, lanes, monkeypatch):
-    monkeypatch.setattr(balance, "PAYS", TOKENS)  # no move does
+    monkeypatch.setattr(relocation, "PAYS", TOKENS)  # no move does
     rig = Rig(decoder, shard=shard, weights=(1, 1), lanes=lanes, prefix_cache=True)
     streams = Streams(rig, PROMPTS, TOKENS, 20)
     with held(rig):
@@ -128,7 +128,7 @@ def test_what_a_drained_holder_would_get_goes_elsewhere_at_once(decoder, expecte
 
 def test_a_holder_that_cannot_be_told_keeps_what_it_has(decoder, expected, monkeypatch):
     """Of the previous version of the protocol."""
-    monkeypatch.setattr(balance, "PAYS", TOKENS)  # no move does
+    monkeypatch.setattr(relocation, "PAYS", TOKENS)  # no move does
     seen: list[Request] = []
     rig = Rig(decoder, shard="heads", weights=(1,), port=lambda worker: BytesPort(worker, seen.append))
     for holder in rig.placement.holders.values():

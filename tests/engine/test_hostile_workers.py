@@ -17,8 +17,8 @@ from lies import BYTES, SILENT, lies_about, some
 from lying_workers import Farm, LyingServer, port_to, server_of
 from real_workers import until
 
+from lamina.kv.placement import Holder
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling.holder import Holder
 from lamina.server.processes.link import pack
 from lamina_protocols.channels import control
 from lamina_protocols.errors import LaminaError

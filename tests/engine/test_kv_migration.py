@@ -11,10 +11,9 @@ from engine_rig import LOCAL, BytesPort, Restless, Rig, collect
 from kv_pools import pool_of
 from pairwise import crossing
 
+from lamina.kv.placement import Holder
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling.holder import Holder
-from lamina.scheduling.step_model import Batch
-from lamina.scheduling.step_tuner import StepTuner
+from lamina.scheduling.step_tuner import Batch, StepTuner
 from lamina_protocols.messages.messages import Announcement, Close, Fetch, FetchPages, Fresh, FreshPages, Open
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.errors import HolderLost, KVError

@@ -6,9 +6,9 @@ import random
 
 from lamina.engine.ngram import LONGEST, NgramProposer
 from lamina.engine.proposer import Wanted
+from lamina.kv.request import Request, ScheduledSequence
 from lamina.messages.engine_request import EngineRequest
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling.request import Request, ScheduledSequence
 
 
 def _wanted(tokens: list[int], depth: int) -> Wanted:

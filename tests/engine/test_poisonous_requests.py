@@ -10,9 +10,9 @@ import pytest
 from engine_rig import BytesPort, Rig, collect, tiny_decoder
 
 from lamina.errors import EngineError
+from lamina.kv.placement import Holder
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.blame import TRIES
-from lamina.scheduling.holder import Holder
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.messages.messages import Announcement, Exchange, Query, Request
 from lamina_workers.attention_worker.attention_worker import AttentionWorker

@@ -11,9 +11,9 @@ from dense_attention import DenseAttention
 from engine_rig import Restless, Rig, tiny_decoder
 
 from lamina.errors import EngineError, InvalidRequest
+from lamina.kv.request import Request
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling.request import Request
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.decoder.sampler import PromptScores
 

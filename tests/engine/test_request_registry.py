@@ -6,9 +6,9 @@ import pytest
 from registry_rig import PROMPT, Choice, Rig, constrained
 
 from lamina.errors import EngineError
+from lamina.kv.request import Request
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling.request import Request
 from lamina_workers.decoder.sampler import RowLogprobs
 
 

@@ -21,12 +21,11 @@ from lamina.engine.observers import BatchDone
 from lamina.engine.snapshots import take_snapshot
 from lamina.engine.stats import EngineStats
 from lamina.errors import EngineError
+from lamina.kv.placement import Holder, Placement
 from lamina.messages.engine_request import KvSavings
 from lamina.messages.snapshot import BATCH_BUCKETS, EXCHANGE_BUCKETS, Snapshot
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.control_plane import ControlPlane
-from lamina.scheduling.holder import Holder
-from lamina.scheduling.placement import Placement
 from lamina_protocols.messages.messages import Announcement, Attended, Exchange, Query, Reply
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.model import Decoder

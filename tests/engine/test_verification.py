@@ -12,8 +12,8 @@ from scripted_drafts import Scripted, texts_of
 from small_grammars import EOS, GRAMMARS, TOKENIZER, VOCABULARY
 
 from lamina.sampling_params import SamplingParams
+from lamina.scheduling.scheduler import verified
 from lamina.scheduling.step_tuner import StepTuner
-from lamina.scheduling.verification import verified
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.messages.messages import Announcement, Attended, Exchange, Fresh
 from lamina_workers.decoder.sampler import RowSampling, TokenHistory, sample

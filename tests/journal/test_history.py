@@ -12,8 +12,8 @@ from kv_pools import pool_of
 from pairwise import crossing
 
 from lamina.errors import EngineError, InvalidRequest
+from lamina.kv.placement import Holder
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling.holder import Holder
 from lamina_protocols.messages.messages import Announcement, Exchange, Fresh
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.errors import HolderLost

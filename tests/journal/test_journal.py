@@ -21,7 +21,7 @@ from lamina.errors import JournalError
 from lamina.journal.history import FINISHED, History, KnownSample, KvLocation, Record, RecoveredHolder, adoption
 from lamina.journal.journal import Facts, Journal, Run, _packed
 from lamina.journal.records import from_plain
-from lamina.scheduling import kv_shares
+from lamina.kv import kv_shares
 from lamina_protocols.messages.messages import PartHeld
 
 FACTS = Facts("m" * 8, 16, "float32", 2)

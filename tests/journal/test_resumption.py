@@ -30,16 +30,15 @@ from lamina.engine.engine import Engine
 from lamina.errors import EngineError, JournalError
 from lamina.journal.journal import Facts, Journal
 from lamina.journal.recorder import Recorder
+from lamina.kv import relocation
+from lamina.kv.placement import Holder, Placement
+from lamina.kv.request import Request, SchedulerConfig
 from lamina.launch.journal_setup import recover
 from lamina.launch.kv_sizing import page_groups
 from lamina.launch.request_policies import RequestPolicies
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling import growth
 from lamina.scheduling.control_plane import ControlPlane
-from lamina.scheduling.holder import Holder
-from lamina.scheduling.placement import Placement
-from lamina.scheduling.request import Request, SchedulerConfig
 from lamina.scheduling.step_tuner import StepTuner
 from lamina_protocols.messages.messages import Surveyed
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
@@ -406,7 +405,7 @@ def test_kv_stays_when_an_engine_dies_around_a_join(
 ) -> None:
     """Where sequences grow from now on is in the journal with the next batch. Until then a part may have been ended
     that the journal believes to be open."""
-    monkeypatch.setattr(growth, "WORTH", 1)
+    monkeypatch.setattr(relocation, "WORTH", 1)
     asked = {"long": (LONG, {"max_tokens": 30, "logprobs": 0}), "short": (LONG[:20], {"max_tokens": 30, "n": 2})}
     Client(asked).run(World(model, tmp_path / "alone", workers=1).life(Fate()), resumed=False)
 

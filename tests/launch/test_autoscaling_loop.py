@@ -14,13 +14,12 @@ from engine_rig import Rig, holder_config, tiny_decoder
 from lamina.deploy.worker_events import AttentionWorkers
 from lamina.engine.engine import Engine
 from lamina.engine.stats import EngineStats
+from lamina.kv.placement import Holder
 from lamina.launch import autoscaling
 from lamina.launch.autoscaling import Autoscaling
 from lamina.messages.snapshot import Snapshot
-from lamina.scheduling.autoscaling import Autoscaler, Decision
+from lamina.scheduling.autoscaling import Autoscaler, Decision, KvLoad, kv_load
 from lamina.scheduling.control_plane import ControlPlane
-from lamina.scheduling.holder import Holder
-from lamina.scheduling.kv_load import KvLoad, kv_load
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.ports.port import LocalAttention
 

@@ -6,12 +6,11 @@ import pytest
 
 from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest
+from lamina.kv.pages import PageGroup
+from lamina.kv.placement import Holder, Placement
+from lamina.kv.redundancy import parse
+from lamina.kv.request import SchedulerConfig
 from lamina.launch.check_redundancy import check_redundancy
-from lamina.scheduling.holder import Holder
-from lamina.scheduling.page_groups import PageGroup
-from lamina.scheduling.placement import Placement
-from lamina.scheduling.redundancy import parse
-from lamina.scheduling.request import SchedulerConfig
 from lamina_workers.policies.catalogue import parse as policy
 
 KEPT = PageGroup(1)

@@ -7,9 +7,9 @@ from functools import partial
 
 import pytest
 
+from lamina.kv.pages import PageGroup
 from lamina.launch.kv_sizing import page_groups
 from lamina.launch.request_policies import RequestPolicies
-from lamina.scheduling.page_groups import PageGroup
 from lamina_protocols.messages.layers import HolderConfig, Index, LayerSpec
 from lamina_workers.errors import PolicyError
 from lamina_workers.policies.catalogue import POLICIES, parse

@@ -15,12 +15,12 @@ from lamina.engine.draft_model import DraftModelProposer
 from lamina.engine.ngram import NgramProposer
 from lamina.engine.proposer import Wanted
 from lamina.errors import InvalidRequest
+from lamina.kv.request import Request, ScheduledSequence
 from lamina.launch.kv_sizing import size_kv
 from lamina.launch.model_files import load
 from lamina.launch.speculation import find_drafts, load_proposer
 from lamina.messages.engine_request import EngineRequest
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling.request import Request, ScheduledSequence
 from lamina.system.machine import this_machine
 
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lamina.scheduling.autoscaling import PATIENCE, Autoscaler, Decision
-from lamina.scheduling.kv_load import KvLoad
+from lamina.scheduling.autoscaling import PATIENCE, Autoscaler, Decision, KvLoad
 
 ROOM = 10_000  # tokens of a worker, and of the engine's own holder
 

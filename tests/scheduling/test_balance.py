@@ -6,11 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lamina.scheduling.balance import PAYS, Kept, next_move
-from lamina.scheduling.holder import Holder
-from lamina.scheduling.kv_shares import Share
-from lamina.scheduling.placement import Placement
-from lamina.scheduling.request import Request, ScheduledSequence
+from lamina.kv.kv_shares import Share
+from lamina.kv.placement import Holder, Placement
+from lamina.kv.relocation import PAYS, Kept, next_move
+from lamina.kv.request import Request, ScheduledSequence
 
 END = 4096
 

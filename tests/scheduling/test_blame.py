@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pools import World
 
+from lamina.kv.request import PlannedRow, Request, ScheduledSequence
 from lamina.scheduling.blame import TRIES, Blame
 from lamina.scheduling.control_plane import Step
-from lamina.scheduling.request import PlannedRow, Request, ScheduledSequence
 
 
 class Poisoned(World):

@@ -11,11 +11,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from pools import LAYERS, LOCAL, Pool, World
 
 from lamina.errors import EngineError
-from lamina.scheduling import growth, kv_rebuild
+from lamina.kv import kv_rebuild, relocation
+from lamina.kv.kv_shares import SHARDS
+from lamina.kv.placement import Holder
+from lamina.kv.prefix_nodes import common_length
 from lamina.scheduling.control_plane import Step
-from lamina.scheduling.holder import Holder
-from lamina.scheduling.kv_layouts import SHARDS
-from lamina.scheduling.prefix_nodes import common_length
 from lamina_protocols.messages.messages import Announced
 
 
@@ -260,7 +260,7 @@ def test_pages_that_only_two_prefixes_share_are_counted_once() -> None:
 @pytest.fixture(autouse=True, scope="module")
 def growth_always_pays() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(growth, "WORTH", 1)
+        patch.setattr(relocation, "WORTH", 1)
         yield
 
 

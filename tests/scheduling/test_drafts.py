@@ -6,8 +6,8 @@ import pytest
 from scheduler_world import World, config, next_token
 
 from lamina.errors import InvalidRequest
-from lamina.scheduling.request import Request, ScheduledSequence
-from lamina.scheduling.verification import before_the_end, verified
+from lamina.kv.request import Request, ScheduledSequence
+from lamina.scheduling.scheduler import before_the_end, verified
 
 
 @pytest.mark.parametrize(

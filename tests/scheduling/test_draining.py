@@ -10,14 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lamina.errors import ContextTooLong
+from lamina.kv.kv_shares import SHARDS, Layout, Pages
+from lamina.kv.pages import PageGroup
+from lamina.kv.placement import Holder, Placement
+from lamina.kv.relocation import elsewhere, to_preempt
+from lamina.kv.request import Request, SchedulerConfig
 from lamina.scheduling.control_plane import ControlPlane
-from lamina.scheduling.draining import elsewhere, to_preempt
-from lamina.scheduling.holder import Holder
-from lamina.scheduling.kv_layouts import SHARDS
-from lamina.scheduling.kv_shares import Layout, Pages
-from lamina.scheduling.page_groups import PageGroup
-from lamina.scheduling.placement import Placement
-from lamina.scheduling.request import Request, SchedulerConfig
 
 LENGTH = 512
 HERE = (100, 101)

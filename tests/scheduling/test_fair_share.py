@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scheduler_world import World, config, prompt
 
-from lamina.scheduling.fair_share import BEFORE, BESIDE, REMEMBERED, FairShare, even
+from lamina.scheduling.admission import BEFORE, BESIDE, REMEMBERED, FairShare, even
 
 WANTED = st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 300), min_size=1)
 

@@ -8,14 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lamina.kv.kv_shares import SHARDS, Layout, Pages, Share
+from lamina.kv.pages import PageGroup, PolicyKv
+from lamina.kv.placement import Holder, Placement
+from lamina.kv.relocation import MOST_RANGES, WORTH
+from lamina.kv.request import Request, ScheduledSequence, SchedulerConfig
 from lamina.scheduling.control_plane import ControlPlane
-from lamina.scheduling.growth import MOST_RANGES, WORTH
-from lamina.scheduling.holder import Holder
-from lamina.scheduling.kv_layouts import SHARDS
-from lamina.scheduling.kv_shares import Layout, Pages, Share
-from lamina.scheduling.page_groups import PageGroup, PolicyKv
-from lamina.scheduling.placement import Placement
-from lamina.scheduling.request import Request, ScheduledSequence, SchedulerConfig
 from lamina_protocols.messages.messages import Bound, Close, Open
 from lamina_workers.policies.catalogue import parse
 

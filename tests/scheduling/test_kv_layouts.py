@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lamina.errors import EngineError
-from lamina.scheduling.kv_layouts import SHARDS, apportion, layout
-from lamina.scheduling.kv_shares import Share
+from lamina.kv.kv_shares import SHARDS, Share, apportion, layout
 
 
 @given(

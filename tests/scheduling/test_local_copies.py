@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pools import LAYERS, LOCAL, World
 
-from lamina.scheduling.kv_shares import Share
-from lamina.scheduling.local_copies import LocalCopies
-from lamina.scheduling.request import ScheduledSequence
+from lamina.kv.kv_shares import Share
+from lamina.kv.local_copies import LocalCopies
+from lamina.kv.request import ScheduledSequence
 
 TOKEN = LAYERS  # pages of 4 tokens, 4 heads: what a token takes of a pool, on average
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from lamina.errors import EngineError
-from lamina.scheduling.kv_shares import Pages, Share
-from lamina.scheduling.page_groups import PageGroup
-from lamina.scheduling.page_ledger import PageLedger
-from lamina.scheduling.placement import Placement
-from lamina.scheduling.request import Request, ScheduledSequence, SchedulerConfig
+from lamina.kv.kv_shares import Pages, Share
+from lamina.kv.page_ledger import PageLedger
+from lamina.kv.pages import PageGroup
+from lamina.kv.placement import Placement
+from lamina.kv.request import Request, ScheduledSequence, SchedulerConfig
 
 CONFIG = SchedulerConfig(
     max_batch_tokens=16, max_sequences=8, max_model_len=64, page_size=4, page_groups=((PageGroup(2),),)

@@ -9,11 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lamina.errors import EngineError
-from lamina.scheduling.holder import Holder
-from lamina.scheduling.kv_layouts import SHARDS
-from lamina.scheduling.kv_shares import NO_PAGES, Pages, Share
-from lamina.scheduling.placement import Placement
-from lamina.scheduling.request import Plan, PlannedRow, Rebuild, Request, ScheduledSequence
+from lamina.kv.kv_shares import NO_PAGES, SHARDS, Pages, Share
+from lamina.kv.placement import Holder, Placement
+from lamina.kv.request import Plan, PlannedRow, Rebuild, Request, ScheduledSequence
 from lamina_protocols.messages.messages import Close, Fork, Open, Row
 from lamina_protocols.messages.routes import HolderBatch
 

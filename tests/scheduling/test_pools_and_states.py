@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 from scheduler_world import next_token
 
 from lamina.errors import InvalidRequest
+from lamina.kv.pages import PageGroup
+from lamina.kv.placement import Holder, Placement
+from lamina.kv.request import Request, ScheduledSequence, SchedulerConfig
 from lamina.scheduling.control_plane import ControlPlane, Step, refusal, torn
-from lamina.scheduling.holder import Holder
-from lamina.scheduling.page_groups import PageGroup
-from lamina.scheduling.placement import Placement
-from lamina.scheduling.request import Request, ScheduledSequence, SchedulerConfig
 from lamina.scheduling.step_tuner import StepTuner
 from lamina_protocols.messages.messages import Announced, Close, Fork, Open, Operation, Row
 from lamina_protocols.messages.routes import HolderBatch

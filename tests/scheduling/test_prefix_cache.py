@@ -5,12 +5,11 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina.scheduling.kv_shares import Layout, Pages, Share
-from lamina.scheduling.page_groups import PageGroup
-from lamina.scheduling.page_runs import PageRuns
-from lamina.scheduling.prefix_cache import Match, PrefixCache
-from lamina.scheduling.prefix_events import PrefixEvent
-from lamina.scheduling.request import Request, ScheduledSequence, SchedulerConfig
+from lamina.kv.kv_shares import Layout, Pages, Share
+from lamina.kv.pages import PageGroup, PageRuns
+from lamina.kv.prefix_cache import Match, PrefixCache
+from lamina.kv.prefix_nodes import PrefixEvent
+from lamina.kv.request import Request, ScheduledSequence, SchedulerConfig
 
 
 class Keeper:

@@ -6,8 +6,8 @@ import pytest
 
 from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest
-from lamina.scheduling.kv_shares import Share
-from lamina.scheduling.redundancy import NONE, Redundancy, groups, parse
+from lamina.kv.kv_shares import Share
+from lamina.kv.redundancy import NONE, Redundancy, groups, parse
 
 END = 512
 

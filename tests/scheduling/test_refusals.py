@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pools import LOCAL, Pool, World
 
-from lamina.scheduling.refusals import TRIES, Refusals
-from lamina.scheduling.request import PlannedRow, Request, ScheduledSequence
+from lamina.kv.request import PlannedRow, Request, ScheduledSequence
+from lamina.scheduling.blame import REFUSALS, Refusals
 from lamina_protocols.messages.messages import Announced
 from lamina_protocols.messages.routes import HolderBatch
 
@@ -84,7 +84,7 @@ def test_pool_is_given_up_after_so_many_answers() -> None:
     world = World((4000, 4000))
     world.pools[2] = Liar(4000, None, False, 1 << 30)
     samples(world, [(9, 4)] * 4)
-    for tries in range(TRIES):
+    for tries in range(REFUSALS):
         assert not world.given_up, tries
         world.begin()
     assert world.given_up == [2]
@@ -97,7 +97,7 @@ def test_pool_in_this_process_is_found_too() -> None:
     world = World((400,), local=400)
     world.pools[LOCAL] = Liar(400, 0, False, 1 << 30)
     samples(world, [(9, 4)])
-    for _ in range(TRIES):
+    for _ in range(REFUSALS):
         world.begin()
     assert world.given_up == [LOCAL]
 
@@ -108,7 +108,7 @@ def row(sequence: ScheduledSequence, start: int) -> PlannedRow:
 
 def test_lost_kv_is_counted_until_as_much_is_computed_as_was_lost() -> None:
     refusals, one = Refusals(), ScheduledSequence(Request("0", (1,) * 90, 1), 0, 0, [1] * 90)
-    for _ in range(TRIES - 1):
+    for _ in range(REFUSALS - 1):
         assert not refusals.lacks(1, row(one, 20), 10)
     refusals.passed(row(one, 24))
     assert refusals.lacks(1, row(one, 28), 24)

@@ -10,8 +10,8 @@ from hypothesis import settings
 from scheduler_world import Machine, OneHolder, config
 
 from lamina.errors import EngineError
-from lamina.scheduling.kv_shares import Pages
-from lamina.scheduling.request import Request
+from lamina.kv.kv_shares import Pages
+from lamina.kv.request import Request
 from lamina.scheduling.scheduler import Scheduler
 
 Machine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -6,8 +6,8 @@ import pytest
 from scheduler_world import MIXED, Groups, OneHolder, World, batches, config, most, prompt
 
 from lamina.errors import InvalidRequest
-from lamina.scheduling.kv_shares import Pages
-from lamina.scheduling.request import Request, ScheduledSequence
+from lamina.kv.kv_shares import Pages
+from lamina.kv.request import Request, ScheduledSequence
 from lamina.scheduling.scheduler import Scheduler
 
 

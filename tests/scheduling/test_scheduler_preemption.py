@@ -9,7 +9,7 @@ from pools import LAYERS, LOCAL, Pool
 from pools import World as Tiers
 from scheduler_world import MIXED, Groups, World, config, prompt
 
-from lamina.scheduling.request import ScheduledSequence
+from lamina.kv.request import ScheduledSequence
 from lamina_protocols.messages.messages import Announced
 from lamina_protocols.messages.routes import HolderBatch
 

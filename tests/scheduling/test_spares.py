@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from lamina.kv.kv_shares import GONE, Pages
+from lamina.kv.pages import PageGroup
+from lamina.kv.placement import Holder, Placement
+from lamina.kv.redundancy import parse
+from lamina.kv.request import Request, ScheduledSequence, SchedulerConfig
+from lamina.kv.spares import Owner
 from lamina.scheduling.control_plane import ControlPlane
-from lamina.scheduling.holder import Holder
-from lamina.scheduling.kv_shares import GONE, Pages
-from lamina.scheduling.page_groups import PageGroup
-from lamina.scheduling.placement import Placement
-from lamina.scheduling.redundancy import parse
-from lamina.scheduling.request import Request, ScheduledSequence, SchedulerConfig
-from lamina.scheduling.spares import Owner
 from lamina_protocols.messages.messages import Announced, Close, Fork, Open
 
 PAGE, END, PAGES = 4, 64, 400

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from lamina.scheduling.request import Request, ScheduledSequence
+from lamina.kv.request import Request, ScheduledSequence
 from lamina.scheduling.speculation import Speculation, left_to_draft
 
 Cost = Callable[[int, int], float]  # seconds of a step, by rows and tokens

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated_steps import World
 
-from lamina.scheduling.step_model import Batch
-from lamina.scheduling.step_tuner import StepTuner
+from lamina.scheduling.step_tuner import Batch, StepTuner
 
 SEQUENCES = 8
 

@@ -18,10 +18,10 @@ from engine_rig import Rig, collect
 
 from lamina.client.remote_client import RemoteEngine
 from lamina.errors import EngineError
+from lamina.kv.request import Request
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.models.resolve import resolve
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling.request import Request
 from lamina.server.frontend import EngineUnavailable, Frontend, Served
 from lamina.server.processes.engine_link import EngineLink
 from lamina.server.processes.link import EngineListener, SocketWire, pack, unpack

@@ -18,10 +18,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from lamina.completions import Completion, Sample, Timing, Usage
 from lamina.errors import EngineError
+from lamina.kv.request import Request
 from lamina.messages.engine_request import EngineRequest
 from lamina.messages.snapshot import BATCH_BUCKETS, EXCHANGE_BUCKETS, HolderSnapshot, Snapshot
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling.request import Request
 from lamina.server.frontend import DeadlineExceeded
 from lamina.server.metrics.metrics import MAX_VALUES, ServerMetrics
 from lamina.server.models import ModelState

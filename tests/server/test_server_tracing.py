@@ -10,9 +10,9 @@ import pytest
 
 from lamina.completions import Completion, Sample, Timing, Usage
 from lamina.errors import EngineError
+from lamina.kv.request import Request
 from lamina.messages.engine_request import EngineRequest
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling.request import Request
 from lamina.server.frontend import Unobserved
 from lamina.server.metrics.tracing import Tracer
 

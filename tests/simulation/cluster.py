@@ -21,9 +21,9 @@ from virtual_time import Time
 
 from lamina.engine.engine import Engine
 from lamina.errors import EngineError
+from lamina.kv.request import Request
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling.request import Request
 from lamina_protocols.errors import LaminaError
 from lamina_workers.model_worker.compiled_exchange import RemoteHolder
 

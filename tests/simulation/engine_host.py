@@ -32,17 +32,15 @@ from lamina.engine.proposer import Wanted
 from lamina.errors import JournalError
 from lamina.journal.journal import Facts, Journal
 from lamina.journal.recorder import Recorder
+from lamina.kv import redundancy
+from lamina.kv.kv_shares import Handover, Pages, Part, Share
+from lamina.kv.placement import Holder, Placement
+from lamina.kv.request import ScheduledSequence, SchedulerConfig
 from lamina.launch.journal_setup import Identity, _past_epochs, recover
 from lamina.launch.kv_sizing import learns, page_groups
-from lamina.scheduling import redundancy
 from lamina.scheduling.control_plane import ControlPlane
-from lamina.scheduling.holder import Holder
-from lamina.scheduling.kv_shares import Handover, Pages, Part, Share
-from lamina.scheduling.placement import Placement
-from lamina.scheduling.request import ScheduledSequence, SchedulerConfig
 from lamina.scheduling.speculation import Speculation, left_to_draft
-from lamina.scheduling.step_model import Batch
-from lamina.scheduling.step_tuner import StepTuner
+from lamina.scheduling.step_tuner import Batch, StepTuner
 from lamina_protocols.errors import LaminaError
 from lamina_protocols.messages.layers import HolderConfig
 from lamina_workers.attention_worker.attention_worker import AttentionWorker

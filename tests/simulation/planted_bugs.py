@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from lamina.journal.history import KnownRequest
-from lamina.scheduling.holder import Holder
-from lamina.scheduling.request import Plan
-from lamina.scheduling.running import RunningSequences
+from lamina.kv.placement import Holder
+from lamina.kv.request import Plan
+from lamina.kv.running import RunningSequences
 from lamina.scheduling.scheduler import Scheduler
 from lamina_protocols.messages.messages import Announced, Announcement, Close, Operation, Reply
 from lamina_workers.attention_worker.attention_worker import AttentionWorker

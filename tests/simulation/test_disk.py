@@ -11,10 +11,10 @@ from disk import Disk
 from lamina.errors import JournalError
 from lamina.journal.journal import Facts, Journal
 from lamina.journal.records import BatchRecord, BatchRow, RequestRecord
+from lamina.kv.request import Request
 from lamina.messages.engine_request import EngineRequest
 from lamina.messages.request_codec import encode_request
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling.request import Request
 
 FACTS = Facts("model", 16, "float32", 2)
 

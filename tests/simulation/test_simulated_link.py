@@ -10,9 +10,9 @@ from server_link import ServerLink
 
 from lamina.completions import FinishReason
 from lamina.errors import EngineError
+from lamina.kv.request import Request
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling.request import Request
 
 
 class Agenda:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamina.errors import InvalidRequest
-from lamina.scheduling.step_model import Choice, StepModel
+from lamina.scheduling.step_tuner import Choice, StepModel
 from lamina.simulator.costs.cost_model import Load, attention_time, dense_time, exchange_time
 from lamina.simulator.costs.hardware import Device
 from lamina.simulator.costs.models import model

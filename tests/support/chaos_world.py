@@ -18,16 +18,15 @@ from kv_pools import pool_of
 
 from lamina.engine.engine import Engine
 from lamina.engine.in_flight import Lane
+from lamina.kv import redundancy
+from lamina.kv.placement import Holder, Placement
+from lamina.kv.request import Request as TokenRequest
+from lamina.kv.request import SchedulerConfig
 from lamina.launch.kv_sizing import page_groups
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling import redundancy
+from lamina.scheduling.blame import REFUSALS
 from lamina.scheduling.control_plane import ControlPlane
-from lamina.scheduling.holder import Holder
-from lamina.scheduling.placement import Placement
-from lamina.scheduling.refusals import TRIES
-from lamina.scheduling.request import Request as TokenRequest
-from lamina.scheduling.request import SchedulerConfig
 from lamina.scheduling.step_tuner import StepTuner
 from lamina_protocols.channels.versions import FEATURES
 from lamina_protocols.errors import LaminaError
@@ -372,7 +371,7 @@ class World:
                 self.complain(
                     f"{port.name}: {store.free_pages} free, {cached.get((number, 0), 0)} cached of {store.n_pages}"
                 )
-        if self.engine.given_up and self.lost_messages < TRIES:
+        if self.engine.given_up and self.lost_messages < REFUSALS:
             self.complain(f"honest holders {self.engine.given_up} were given up")
         self.scheduler.running.prefix_cache.clear()
         self.engine.leave("nobody")  # wakes it

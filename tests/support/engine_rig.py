@@ -23,17 +23,15 @@ from scripted_drafts import Always
 
 from lamina.engine.engine import Engine
 from lamina.engine.proposer import Proposer
+from lamina.kv.placement import Holder, Placement
+from lamina.kv.request import Request as TokenRequest
+from lamina.kv.request import SchedulerConfig
 from lamina.launch.kv_sizing import learns, page_groups
 from lamina.launch.request_policies import RequestPolicies
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.control_plane import ControlPlane
-from lamina.scheduling.holder import Holder
-from lamina.scheduling.placement import Placement
-from lamina.scheduling.request import Request as TokenRequest
-from lamina.scheduling.request import SchedulerConfig
-from lamina.scheduling.step_model import Batch
-from lamina.scheduling.step_tuner import StepTuner
+from lamina.scheduling.step_tuner import Batch, StepTuner
 from lamina_protocols.channels.versions import FEATURES
 from lamina_protocols.errors import LaminaError
 from lamina_protocols.frames import codec

@@ -9,11 +9,10 @@ from itertools import accumulate
 
 from scheduler_world import next_token
 
+from lamina.kv.pages import PageGroup
+from lamina.kv.placement import Holder, Placement
+from lamina.kv.request import Outcome, Request, ScheduledSequence, SchedulerConfig
 from lamina.scheduling.control_plane import ControlPlane, Rebuilt, Step, refusal
-from lamina.scheduling.holder import Holder
-from lamina.scheduling.page_groups import PageGroup
-from lamina.scheduling.placement import Placement
-from lamina.scheduling.request import Outcome, Request, ScheduledSequence, SchedulerConfig
 from lamina.scheduling.step_tuner import StepTuner
 from lamina_protocols.messages.messages import Announced, Bound, Close, Fork, Open, Row
 from lamina_protocols.messages.routes import HolderBatch

@@ -12,10 +12,10 @@ from scheduler_world import OneHolder, config
 from lamina.engine.masks import Masks
 from lamina.engine.request_registry import RequestRegistry
 from lamina.errors import InvalidRequest
+from lamina.kv.kv_shares import Pages
+from lamina.kv.request import Plan, Request
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling.kv_shares import Pages
-from lamina.scheduling.request import Plan, Request
 from lamina.scheduling.scheduler import Scheduler
 from lamina_workers.decoder.sampler import RowLogprobs
 

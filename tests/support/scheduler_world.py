@@ -12,10 +12,10 @@ from typing import NamedTuple
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from lamina.scheduling import kv_shares
-from lamina.scheduling.kv_shares import Layout, Pages, Share
-from lamina.scheduling.page_groups import PageGroup
-from lamina.scheduling.request import Plan, PlannedRow, Request, ScheduledSequence, SchedulerConfig
+from lamina.kv import kv_shares
+from lamina.kv.kv_shares import Layout, Pages, Share
+from lamina.kv.pages import PageGroup
+from lamina.kv.request import Plan, PlannedRow, Request, ScheduledSequence, SchedulerConfig
 from lamina.scheduling.scheduler import Scheduler
 from lamina_workers.policies.catalogue import parse
 from lamina_workers.policies.full import Full

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 
 from lamina.engine.proposer import Wanted
-from lamina.scheduling.request import ScheduledSequence
+from lamina.kv.request import ScheduledSequence
 from lamina.scheduling.speculation import Speculation, left_to_draft
 
 Texts = Mapping[tuple[tuple[int, ...], int], Sequence[int]]

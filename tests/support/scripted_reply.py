@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from lamina.completions import Completion, Sample, Timing, TokenEvent, TokenLogprob, Usage
+from lamina.kv.request import Request
 from lamina.messages.engine_request import EngineRequest
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling.request import Request
 from lamina.server.chat.preparing import PreparedChat
 from lamina.server.chat.reply_parser import Delta, ReplyParser
 

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from lamina.scheduling.step_model import Batch
+from lamina.scheduling.step_tuner import Batch
 
 
 class Chooser(Protocol):

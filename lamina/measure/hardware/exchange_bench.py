@@ -15,10 +15,10 @@ import torch
 from lamina.deploy.local_attention import LocalAttentionWorkers
 from lamina.deploy.worker_events import WorkerAddress
 from lamina.errors import EngineError
+from lamina.kv.kv_shares import apportion
 from lamina.measure.batch_driver import PATIENCE
 from lamina.measure.hardware.held import Held, by_part
 from lamina.measure.hardware.loaded import decode_batch, load
-from lamina.scheduling.kv_layouts import apportion
 from lamina_protocols.messages.messages import Announced, Announcement, Fault, Query, Request
 from lamina_workers.ports.data_channel import ChannelOptions
 from lamina_workers.ports.remote import RemoteAttention, connect

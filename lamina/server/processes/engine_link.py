@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lamina.client.input_processor import InputProcessor
 from lamina.client.remote_client import RemoteEngine
 from lamina.errors import LaminaError
-from lamina.scheduling.prefix_events import PrefixSink
+from lamina.kv.prefix_nodes import PrefixSink
 from lamina.server.frontend import Frontend, Served
 from lamina.server.processes.link import SocketWire
 from lamina.text.tokenizer import Tokenizer, read_json

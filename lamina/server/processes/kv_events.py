@@ -23,7 +23,7 @@ from typing import Any
 import msgpack
 
 from lamina.errors import InvalidRequest
-from lamina.scheduling.prefix_events import PrefixEvent, PrefixSink
+from lamina.kv.prefix_nodes import PrefixEvent, PrefixSink
 
 logger = logging.getLogger("lamina")
 

@@ -9,12 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from heapq import heappop, heappush
 
 from lamina.errors import EngineError, InvalidRequest
+from lamina.kv.kv_shares import Pages
+from lamina.kv.pages import PageGroup
+from lamina.kv.placement import Holder, Placement
+from lamina.kv.request import SNAPSHOT_TOKENS, Plan, Request, ScheduledSequence, SchedulerConfig
 from lamina.scheduling.control_plane import ControlPlane, Step, refusal
-from lamina.scheduling.holder import Holder
-from lamina.scheduling.kv_shares import Pages
-from lamina.scheduling.page_groups import PageGroup
-from lamina.scheduling.placement import Placement
-from lamina.scheduling.request import SNAPSHOT_TOKENS, Plan, Request, ScheduledSequence, SchedulerConfig
 from lamina.simulator.costs.cost_model import StepCost, kv_heads
 from lamina.simulator.costs.mixers import STATE_RECORDS
 from lamina.simulator.costs.systems import PAGE_SIZE, Offloaded, System

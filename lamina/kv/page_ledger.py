@@ -9,13 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lamina.errors import EngineError
-from lamina.scheduling.kv_shares import NO_PAGES, Layouts, Pages, Place
-from lamina.scheduling.request import (
-    Plan,
-    PlannedRow,
-    ScheduledSequence,
-    SchedulerConfig,
-)
+from lamina.kv.kv_shares import NO_PAGES, Layouts, Pages, Place
+from lamina.kv.request import Plan, PlannedRow, ScheduledSequence, SchedulerConfig
 
 
 class PageLedger:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Set
 
-from lamina.scheduling.kv_shares import Layout, Layouts, Pages, Place
-from lamina.scheduling.page_ledger import PageLedger
-from lamina.scheduling.request import Plan, PlannedRow, ScheduledSequence, SchedulerConfig
-from lamina.scheduling.running import RunningSequences
+from lamina.kv.kv_shares import Layout, Layouts, Pages, Place
+from lamina.kv.page_ledger import PageLedger
+from lamina.kv.request import Plan, PlannedRow, ScheduledSequence, SchedulerConfig
+from lamina.kv.running import RunningSequences
 
 
 class LocalCopies:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lamina.errors import InvalidRequest
-from lamina.scheduling.kv_shares import Layout, Share
+from lamina.kv.kv_shares import Layout, Share
 
 MOST = 64  # replicas of a share, or shares behind one parity
 _GRAMMAR = re.compile(r"(none|replica|parity)(?:\(([0-9]{1,4})\))?")

@@ -17,12 +17,12 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Set
 from heapq import heappop, heappush
 
 from lamina.errors import EngineError
-from lamina.scheduling.kv_shares import NO_PAGES, Pages, Place
-from lamina.scheduling.page_runs import PageRuns, Run
-from lamina.scheduling.prefix_events import PrefixEvents
-from lamina.scheduling.prefix_nodes import (
+from lamina.kv.kv_shares import NO_PAGES, Pages, Place
+from lamina.kv.pages import PageRuns, Run
+from lamina.kv.prefix_nodes import (
     Match,
     Node,
+    PrefixEvents,
     Tree,
     closest_child,
     contradiction,
@@ -33,7 +33,7 @@ from lamina.scheduling.prefix_nodes import (
     pending_down_to,
     place_of,
 )
-from lamina.scheduling.request import ScheduledSequence, SchedulerConfig
+from lamina.kv.request import ScheduledSequence, SchedulerConfig
 
 
 class PrefixCache:

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from lamina.errors import ContextTooLong, InvalidRequest
-from lamina.scheduling.kv_shares import Layout, Pages, Part
-from lamina.scheduling.page_groups import PageGroup, PolicyKv
-from lamina.scheduling.page_runs import Runs
-from lamina.scheduling.redundancy import NONE, Redundancy
+from lamina.kv.kv_shares import Layout, Pages, Part
+from lamina.kv.pages import PageGroup, PolicyKv, Runs
+from lamina.kv.redundancy import NONE, Redundancy
 
 if TYPE_CHECKING:
     from lamina.completions import FinishReason

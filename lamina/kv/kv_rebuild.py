@@ -11,13 +11,12 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from lamina.errors import EngineError
-from lamina.scheduling.kv_shares import GONE, Layout, Layouts, Pages, Share
-from lamina.scheduling.page_runs import PageRuns
-from lamina.scheduling.prefix_cache import PrefixCache
-from lamina.scheduling.prefix_nodes import Node, common_length
-from lamina.scheduling.read_back import ReadBack, ReadBacks
-from lamina.scheduling.request import Rebuild, ScheduledSequence, SchedulerConfig
-from lamina.scheduling.spares import Spare, Spares
+from lamina.kv.kv_shares import GONE, Layout, Layouts, Pages, Share
+from lamina.kv.pages import PageRuns
+from lamina.kv.prefix_cache import PrefixCache
+from lamina.kv.prefix_nodes import Node, common_length
+from lamina.kv.request import Rebuild, ScheduledSequence, SchedulerConfig
+from lamina.kv.spares import ReadBack, ReadBacks, Spare, Spares
 
 _Beginning = tuple[int, str, tuple[int, ...], int, int, tuple[int, ...]]
 

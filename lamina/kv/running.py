@@ -11,13 +11,13 @@ from collections.abc import Callable, Container, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 
 from lamina.errors import EngineError
-from lamina.scheduling.kv_shares import Handover, Layout, Layouts, Pages, Place
-from lamina.scheduling.page_ledger import PageLedger
-from lamina.scheduling.page_runs import PageRuns, Run
-from lamina.scheduling.prefix_cache import PrefixCache
-from lamina.scheduling.prefix_nodes import Node, tree_of
-from lamina.scheduling.request import RetainedKv, ScheduledSequence, SchedulerConfig
-from lamina.scheduling.spares import Spares
+from lamina.kv.kv_shares import Handover, Layout, Layouts, Pages, Place
+from lamina.kv.page_ledger import PageLedger
+from lamina.kv.pages import PageRuns, Run
+from lamina.kv.prefix_cache import PrefixCache
+from lamina.kv.prefix_nodes import Node, tree_of
+from lamina.kv.request import RetainedKv, ScheduledSequence, SchedulerConfig
+from lamina.kv.spares import Spares
 
 Order = tuple[int, int, int]
 _LATE = 1024  # tokens that are copied at a time, at most

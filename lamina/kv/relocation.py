@@ -3,17 +3,27 @@
 A sequence need not grow where it began. From the next page border above all that is planned, another holder of the same
 heads can take over: no byte moves, and the old holder's pages are read as before. So a holder that joins is of use at
 once, one that is drained gets nothing more, and a sequence at a full holder goes on at another one.
+
+Which KV is worth moving after a holder has joined, so that a step waits less for the holder that reads most. Pure.
+
+A step takes as long as the holder with the most KV to read. What a sequence has at that one moves to the one that reads
+least, where the steps that it will still take pay for the copy. Each move brings the two closer and never past each
+other, so moves come to an end and none is taken back.
+
+Where the sequences go that have KV at draining holders, and which of them is computed again instead. Pure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Sequence, Set
+from collections import Counter
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence, Set
 from typing import NamedTuple
 
-from lamina.scheduling.kv_shares import Handover, Layouts, Pages, Place, Share
-from lamina.scheduling.page_ledger import PageLedger
-from lamina.scheduling.request import ScheduledSequence, SchedulerConfig
-from lamina.scheduling.running import RunningSequences
+from lamina.kv.kv_shares import Handover, Layout, Layouts, Pages, Place, Share, under
+from lamina.kv.page_ledger import PageLedger
+from lamina.kv.placement import Placement
+from lamina.kv.request import ScheduledSequence, SchedulerConfig
+from lamina.kv.running import RunningSequences
 
 WORTH = 64  # tokens that a sequence must still be able to get for a part more to pay
 MOST_RANGES = 8  # of the same heads; each is a row more in every batch
@@ -161,3 +171,77 @@ def _divisible(each: Growing) -> bool:
     share, layout = each.share, each.sequence.layout
     alike = sum(other.pool == share.pool and other.heads[0] in share.heads for other in layout)
     return alike < MOST_RANGES or share.lo >= each.at
+
+
+PAYS = (
+    128  # tokens that a sequence must still be able to get: copying a page takes as long as reading it about 60 times
+)
+_UNEVEN = 0.25  # of what the busiest holder reads, that the other one must read less
+
+
+class Kept(NamedTuple):
+    """What a sequence has of a share: so many pages, which each of its steps reads."""
+
+    sequence: ScheduledSequence
+    share: Share
+    pages: int
+
+
+class Balancing(NamedTuple):
+    """Have a share of a sequence move to another holder."""
+
+    sequence: ScheduledSequence
+    share: Share
+    to: int
+
+
+def kept(config: SchedulerConfig, sequences: Iterable[ScheduledSequence]) -> list[Kept]:
+    """What these sequences have, of pools without states."""
+    found = []
+    for sequence in sequences:
+        for share in sequence.layout:
+            if share.pool not in config.states:
+                pages = config.held((share,), 0, sequence.computed, sequence.floor).get(share.at, 0)
+                found.append(Kept(sequence, share, pages))
+    return found
+
+
+def next_move(every: Sequence[Kept], weights: Mapping[int, int], layouts: Layouts) -> Balancing | None:
+    """The move that pays most; None where none pays. `weights` are those of the holders: one with a larger weight reads
+    as much more in the same time."""
+    read: Counter[int] = Counter()
+    for each in every:
+        read[each.share.holder] += each.pages
+    best: tuple[float, Balancing] | None = None
+    for sequence, share, pages in every:
+        here = share.holder
+        if not pages or here not in weights or not sequence.decodes or sequence.longest - sequence.computed < PAYS:
+            continue
+        for to in layouts.hosts(share):
+            before, after = read[here] / weights[here], (read[to] + pages) / weights[to]
+            uneven = read[to] / weights[to] <= (1 - _UNEVEN) * before
+            if to != here and uneven and after <= before - pages / weights[here]:
+                gain = before - after
+                if best is None or gain * pages > best[0]:
+                    best = gain * pages, Balancing(sequence, share, to)
+    return None if best is None else best[1]
+
+
+def elsewhere(placement: Placement, layout: Layout, free: Pages) -> list[Layout]:
+    """Layouts without draining holders, the best first: their shares at the holders with the most of these free pages
+    and the others where they are, or all in the local pools."""
+    draining = placement.draining
+    others = [placement.substitute(share, free) if share.holder in draining else share for share in layout]
+    found = tuple(share for share in others if share is not None)
+    layouts = found if len(found) == len(layout) else (), under(placement.layout(0, local=True), layout[0].policy)
+    return [each for each in layouts if each]
+
+
+def to_preempt(
+    kept: Iterable[ScheduledSequence], moving: Container[ScheduledSequence], stuck: Sequence[ScheduledSequence]
+) -> ScheduledSequence | None:
+    """Which of the sequences `kept` at draining holders gives its KV back: the youngest idle one of those that are
+    `stuck`, without room elsewhere. None while one of them still moves: its end may give room."""
+    if any(sequence in moving for sequence in kept):
+        return None
+    return next((sequence for sequence in reversed(stuck) if not sequence.in_flight), None)
