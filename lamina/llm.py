@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from lamina.config import EngineKeywords
     from lamina.launch.builder import Runtime
-    from lamina.ray_engine.handle import ClusterRuntime
+    from lamina.ray_cluster.handle import ClusterRuntime
     from lamina.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("lamina")
@@ -340,7 +340,7 @@ def _start_runtime(model: str | Path, config: EngineConfig, progress: Progress |
     if config.cluster is not None or config.attention_workers or config.autoscale:
         _reach_workers()
     if config.cluster is not None:
-        from lamina.ray_engine.handle import start_on_cluster
+        from lamina.ray_cluster.handle import start_on_cluster
 
         return start_on_cluster(model, config, progress)
     if (config.attention_workers or config.autoscale) and not share_cores():

@@ -30,8 +30,8 @@ _SAMPLE = 1.0  # seconds over which rates are measured
 @cluster_app.command()
 def status(address: Address = "auto", as_json: JsonLines = False) -> None:
     """The engines of a cluster, and what each of their attention workers holds and does. Takes a second."""
-    from lamina.deploy.ray_connection import connection
-    from lamina.ray_engine.handle import engine_status
+    from lamina.ray_cluster.connection import connection
+    from lamina.ray_cluster.handle import engine_status
 
     with connection(address) as ray:
         before, start = engine_status(ray), time.monotonic()
@@ -55,8 +55,8 @@ def status(address: Address = "auto", as_json: JsonLines = False) -> None:
 @cluster_app.command()
 def down(address: Address = "auto") -> None:
     """End every engine on a cluster, and their workers. Ray itself stays."""
-    from lamina.deploy.ray_connection import connection
-    from lamina.ray_engine.handle import end_engines
+    from lamina.ray_cluster.connection import connection
+    from lamina.ray_cluster.handle import end_engines
 
     with connection(address) as ray:
         ended = end_engines(ray)
@@ -70,8 +70,8 @@ def drain(
 ) -> None:
     """Move what a worker holds to the others while requests go on, then use it no more. What has no room is computed
     again."""
-    from lamina.deploy.ray_connection import connection
-    from lamina.ray_engine import handle as ray_engine
+    from lamina.ray_cluster import handle as ray_engine
+    from lamina.ray_cluster.connection import connection
 
     with connection(address) as ray:
         engine = ray_engine.drain(ray, worker)

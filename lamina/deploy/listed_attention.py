@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from lamina.deploy.restarts import Slot
-from lamina.deploy.supervision import AttentionSupervisor, Worker
+from lamina.deploy.supervision import AttentionSupervisor, Slot, Worker
 from lamina.deploy.worker_events import WorkerAddress
 from lamina.system.progress import Progress
 from lamina_protocols.channels.channels import Credentials

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from lamina.deploy.restarts import incarnation
+from lamina.deploy.supervision import incarnation
 from lamina.joining.pairing import Offer, read_bytes, read_memory, read_name
 from lamina_protocols.errors import ProtocolError
 

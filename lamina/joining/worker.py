@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lamina.deploy.local_worker import LocalWorker
-from lamina.deploy.restarts import Backoff, Slot
+from lamina.deploy.local import LocalWorker
+from lamina.deploy.supervision import Backoff, Slot
 from lamina.system.child_process import module_command
 from lamina_protocols.channels.channels import Credentials, join_address, split_address
 from lamina_workers.process.credentials import TOKEN_NAME, make_credentials

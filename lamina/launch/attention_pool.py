@@ -12,8 +12,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lamina.config import EngineConfig
+from lamina.deploy.breakers import WorkerBreakers
 from lamina.deploy.listed_attention import ListedWorkers, answers
-from lamina.deploy.worker_breakers import WorkerBreakers
 from lamina.deploy.worker_events import AttentionWorkers, WorkerAddress
 from lamina.engine.holders import seated
 from lamina.errors import EngineError, InvalidRequest, LaminaError, WorkersUnavailable
@@ -241,7 +241,7 @@ def connect_attention(
 def _workers(config: EngineConfig, sizes: Sizes) -> AttentionWorkers | None:
     workers = config.attention_workers
     if isinstance(workers, int):
-        from lamina.deploy.local_attention import LocalAttentionWorkers
+        from lamina.deploy.local import LocalAttentionWorkers
 
         count, most = config.first_workers, config.most_workers
         if not most:

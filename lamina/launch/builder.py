@@ -17,7 +17,7 @@ import torch
 
 from lamina.client.input_processor import InputProcessor
 from lamina.config import EngineConfig
-from lamina.deploy.local_models import LocalModelWorkers
+from lamina.deploy.local import LocalModelWorkers
 from lamina.deploy.worker_events import AttentionWorkers, ModelWorkerProcesses
 from lamina.engine.engine import Engine
 from lamina.engine.failures import FailureReports, nobody, unlost

@@ -112,7 +112,7 @@ class Replica:
     """An ASGI application with an engine of its own on the cluster. It is constructed once the model is loaded."""
 
     def __init__(self, plan: ServePlan) -> None:
-        from lamina.ray_engine.handle import start_on_cluster
+        from lamina.ray_cluster.handle import start_on_cluster
         from lamina.server.app import create_app
         from lamina.server.frontend import Frontend, Served
         from lamina.server.metrics.metrics import ServerMetrics

@@ -27,7 +27,7 @@ import time
 from typing import Any
 
 import lamina  # before torch, for its threads
-from lamina.deploy.local_attention import LocalAttentionWorkers
+from lamina.deploy.local import LocalAttentionWorkers
 from lamina.deploy.supervision import AttentionSupervisor
 
 KV = "64MiB"  # of a server's holder: 2,900 tokens of SmolLM2-135M

@@ -9,8 +9,7 @@ from itertools import accumulate
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lamina.deploy.circuit_breaker import FLAPPING, QUARANTINE, BreakerLimits, CircuitBreaker
-from lamina.deploy.worker_breakers import WorkerBreakers
+from lamina.deploy.breakers import FLAPPING, QUARANTINE, BreakerLimits, CircuitBreaker, WorkerBreakers
 from lamina.deploy.worker_events import WorkerAddress
 
 SOON = BreakerLimits(threshold=2, window=100.0, timeout=0.05, most=0.1)

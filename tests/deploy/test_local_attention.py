@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from lamina.deploy.listed_attention import ListedWorkers, answers
-from lamina.deploy.local_attention import LocalAttentionWorkers, attention_command
+from lamina.deploy.local import LocalAttentionWorkers, attention_command
 from lamina.deploy.worker_events import WorkerAddress
 from lamina.errors import EngineError
 from lamina_protocols.channels.grpc_client import WorkerClient, WorkerRefused
@@ -188,7 +188,7 @@ PARENT = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background it is ignored
 sys.path[:0] = {paths!r}
-from lamina.deploy.local_attention import LocalAttentionWorkers
+from lamina.deploy.local import LocalAttentionWorkers
 {setup}
 cluster = LocalAttentionWorkers(2, kv_memory=1 << 24, threads=1, **options)
 cluster.start()

@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lamina.deploy.restarts import Backoff, Slot, incarnation
-from lamina.deploy.supervision import AttentionSupervisor, ModelSupervisor, Worker
+from lamina.deploy.supervision import AttentionSupervisor, Backoff, ModelSupervisor, Slot, Worker, incarnation
 from lamina.deploy.worker_events import WorkerAddress
 from lamina.errors import EngineError
 

@@ -18,7 +18,7 @@ from evaluate.fault_injection.proxy import FlipAt, Proxy, Toxic
 from real_workers import ports, until, worker_process, write_tiny_model
 
 from lamina import LLM
-from lamina.deploy.circuit_breaker import FLAPPING, QUARANTINE
+from lamina.deploy.breakers import FLAPPING, QUARANTINE
 
 pytestmark = pytest.mark.real
 

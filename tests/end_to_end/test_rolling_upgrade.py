@@ -17,7 +17,7 @@ from real_workers import ports, until, worker_process, write_tiny_model
 
 import lamina.llm
 from lamina import LLM
-from lamina.deploy.local_models import LocalModelWorkers, model_command
+from lamina.deploy.local import LocalModelWorkers, model_command
 from lamina.launch.builder import start
 from lamina_protocols.channels.versions import FEATURES
 

@@ -18,7 +18,7 @@ from real_workers import until, worker_process, write_tiny_model
 import lamina.llm
 from lamina import LLM
 from lamina.config import EngineConfig
-from lamina.deploy.local_models import LocalModelWorkers, model_command
+from lamina.deploy.local import LocalModelWorkers, model_command
 from lamina.errors import EngineError, InvalidRequest, LaminaError
 from lamina.kv.kv_shares import SHARDS
 from lamina.launch.builder import start

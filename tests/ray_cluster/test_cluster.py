@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from ray_nodes import GENERATE, HEAD, OTHER, PORT, Namespaces, all_end, cluster, join
 
-from lamina.deploy.ray_connection import compare_versions, explain
 from lamina.errors import EngineError
+from lamina.ray_cluster.connection import compare_versions, explain
 from lamina_protocols.channels.versions import PREVIOUS, PROTOCOL_VERSION
 
 
@@ -37,7 +37,7 @@ def test_an_error_of_ray_is_told_in_one_line() -> None:
 @pytest.mark.real
 def test_too_few_nodes_are_an_error_that_says_what_to_start(nodes: Namespaces) -> None:
     said = nodes.run("""
-from lamina.deploy.ray_connection import connect, require
+from lamina.ray_cluster.connection import connect, require
 from lamina.errors import EngineError
 from lamina_protocols.channels.versions import PREVIOUS, PROTOCOL_VERSION
 connect("auto")
@@ -55,7 +55,7 @@ except EngineError as error:
 @pytest.mark.real
 def test_no_cluster_is_an_error_that_says_what_to_start(nodes: Namespaces) -> None:
     said = nodes.run("""
-from lamina.deploy.ray_connection import connect
+from lamina.ray_cluster.connection import connect
 from lamina.errors import EngineError
 from lamina_protocols.channels.versions import PREVIOUS, PROTOCOL_VERSION
 try:
@@ -71,7 +71,7 @@ except EngineError as error:
 def test_no_process_on_the_cluster_imports_from_the_working_folder(nodes: Namespaces) -> None:
     """Ray has the processes of a job search the folder where its program began before all others."""
     said = nodes.run("""
-from lamina.deploy.ray_connection import connect, ray_module
+from lamina.ray_cluster.connection import connect, ray_module
 connect("auto")
 path = ray_module().remote(num_cpus=0)(lambda: __import__("sys").path).remote()
 say(path=ray_module().get(path), folder=os.getcwd())
@@ -84,7 +84,7 @@ def test_a_cluster_that_lets_everybody_in_is_refused(nodes: Namespaces, tmp_path
     """Whoever reached the head of a cluster without authentication ran programs on all nodes, and nothing said so. What
     this process would show does not count, as the head may not look."""
     code = """
-from lamina.deploy.ray_connection import connect, require_authentication
+from lamina.ray_cluster.connection import connect, require_authentication
 from lamina.errors import EngineError
 from lamina_protocols.channels.versions import PREVIOUS, PROTOCOL_VERSION
 connect("auto")
@@ -106,7 +106,7 @@ def test_a_node_with_another_version_is_refused_before_anything_starts(nodes: Na
     (tmp_path / "lamina_protocols" / "versions.py").write_text("PROTOCOL_VERSION = 99\n")
     join(nodes, """{"odd_one": 1}""", PYTHONPATH=str(tmp_path))
     said = nodes.run("""
-from lamina.deploy.ray_connection import connect, require
+from lamina.ray_cluster.connection import connect, require
 from lamina.errors import EngineError
 from lamina_protocols.channels.versions import PREVIOUS, PROTOCOL_VERSION
 connect("auto")
@@ -122,8 +122,8 @@ except EngineError as error:
 @pytest.mark.real
 def test_workers_come_up_refuse_strangers_and_are_replaced(nodes: Namespaces) -> None:
     said = nodes.run("""
-from lamina.deploy.ray_connection import connect
-from lamina.deploy.ray_attention import RayAttentionWorkers
+from lamina.ray_cluster.connection import connect
+from lamina.ray_cluster.attention import RayAttentionWorkers
 from lamina_protocols.channels.channels import Credentials
 from lamina_protocols.errors import LaminaError
 from lamina_protocols.channels.grpc_client import WorkerClient
@@ -179,8 +179,8 @@ say(addresses=addresses, answers=answers, killed=killed, given_up=given_up, stat
 @pytest.mark.real
 def test_workers_end_with_the_program_that_started_them(nodes: Namespaces) -> None:
     with nodes.program("""
-from lamina.deploy.ray_connection import connect
-from lamina.deploy.ray_attention import RayAttentionWorkers
+from lamina.ray_cluster.connection import connect
+from lamina.ray_cluster.attention import RayAttentionWorkers
 connect("auto")
 cluster = RayAttentionWorkers(2, kv_memory=1 << 24, threads=1)
 cluster.start()
@@ -294,8 +294,8 @@ def test_a_server_on_the_cluster_answers_comes_back_and_leaves_nothing(nodes: Na
         f"MODEL = {str(model)!r}\n"
         + """
 import re, subprocess, urllib.error, urllib.request
-from lamina.deploy.ray_connection import connection
-from lamina.ray_engine.handle import engine_status, engines
+from lamina.ray_cluster.connection import connection
+from lamina.ray_cluster.handle import engine_status, engines
 
 server = subprocess.Popen(
     [sys.executable, "-m", "lamina", "serve", MODEL, "--port", "0", "--cluster", "auto", "--attention-workers", "2",

@@ -10,7 +10,7 @@ from ray_nodes import Namespaces, all_end
 pytestmark = pytest.mark.real
 
 ASKED = """
-from lamina.deploy.ray_connection import connect
+from lamina.ray_cluster.connection import connect
 connect("auto")
 
 def asked():
@@ -32,7 +32,7 @@ def test_workers_come_and_go_and_the_clusters_autoscaler_is_asked_for_nodes(node
     said = nodes.run(
         ASKED
         + """
-from lamina.deploy.ray_attention import RayAttentionWorkers
+from lamina.ray_cluster.attention import RayAttentionWorkers
 workers = RayAttentionWorkers(1, kv_memory=1 << 24, threads=1, most=2)
 workers.start()
 news = queue.SimpleQueue()

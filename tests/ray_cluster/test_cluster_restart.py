@@ -24,8 +24,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Namespaces]:
 
 STREAMS = """
 import logging, threading
-from lamina.deploy.ray_connection import connection
-from lamina.ray_engine.handle import engine_status
+from lamina.ray_cluster.connection import connection
+from lamina.ray_cluster.handle import engine_status
 
 PROMPTS = ["the 1 2", "12 12 the the 12", "a"]
 told = []
@@ -103,13 +103,13 @@ def test_an_engine_that_cannot_live_ends_with_an_error_and_takes_its_workers_alo
     two: Namespaces, model: Path
 ) -> None:
     code = """
-import lamina.ray_engine.owner
+import lamina.ray_cluster.owner
 
 class Hopeless:
     def delay(self, now):
         return None
 
-lamina.ray_engine.owner.Backoff = Hopeless
+lamina.ray_cluster.owner.Backoff = Hopeless
 llm = on_cluster()
 engine, workers = processes(llm)
 stream = llm.stream("the 1 2", max_tokens=4000, ignore_eos=True)
@@ -181,7 +181,7 @@ say(whole=whole == [each[:100] for each in expected], same=got == expected, leng
 def test_the_engines_node_dies_and_it_goes_on_at_another(two: Namespaces, model: Path) -> None:
     """The last one: the second node is gone afterwards."""
     code = """
-from lamina.deploy.ray_connection import connect, prefer, ray_module
+from lamina.ray_cluster.connection import connect, prefer, ray_module
 
 connect("auto")
 ray = ray_module()

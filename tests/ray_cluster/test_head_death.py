@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from ray_nodes import GENERATE, HEAD, PORT, Namespaces, cluster
 
-from lamina.ray_engine.head_watch import LIMIT, HeadWatch
+from lamina.ray_cluster.handle import LIMIT, HeadWatch
 
 SERVES = """
 import logging, sys

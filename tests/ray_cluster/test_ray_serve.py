@@ -92,10 +92,10 @@ KEY = "a-key-of-the-tests"
 
 PROGRAM = """
 import http.client, subprocess, threading
-from lamina.deploy.ray_connection import ray_module
+from lamina.ray_cluster.connection import ray_module
 ray = ray_module()  # which keeps Ray's news off stdout
 from ray import serve
-from lamina.ray_engine.handle import engine_status
+from lamina.ray_cluster.handle import engine_status
 from lamina.server.ray_serve import build_app
 
 ray.init(address="auto", log_to_driver=False, logging_level="ERROR")

@@ -11,8 +11,8 @@ from ray_nodes import HEAD, PORT, cluster
 OTHER_PORT = PORT + 1000
 ENGINE = """
 import lamina
-from lamina.deploy.ray_connection import connection
-from lamina.ray_engine.handle import engine_status
+from lamina.ray_cluster.connection import connection
+from lamina.ray_cluster.handle import engine_status
 
 options = {{"dtype": "float32", "threads": 1, "kv_memory": 1 << 26, "local_channel": False, "local_share": 0}}
 with lamina.LLM({model!r}, cluster={address!r}, attention_workers=1, **options) as llm:

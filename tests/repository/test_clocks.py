@@ -15,7 +15,7 @@ SHOWN = {
     "lamina/cli/doctor.py": "in how many days a certificate ends",
     "lamina/cli/simulate.py": "the date of a report",
     "lamina/joining/server.py": "since when a machine is in its state",
-    "lamina/ray_engine/actor.py": "the age of a folder that an earlier process left",
+    "lamina/ray_cluster/actor.py": "the age of a folder that an earlier process left",
     "lamina/server/metrics/tracing.py": "the times of spans",
     "lamina/server/openai/answers.py": "`created`",
     "lamina/server/openai/model_routes.py": "`created`",

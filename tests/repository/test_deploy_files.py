@@ -20,7 +20,7 @@ import yaml
 
 import lamina
 from lamina.cli.main import app
-from lamina.deploy.ray_connection import ATTENTION, MODEL
+from lamina.ray_cluster.connection import ATTENTION, MODEL
 from lamina.server.app import create_app
 from lamina.server.frontend import Frontend
 from lamina.server.http.api_keys import KEY_VARIABLE

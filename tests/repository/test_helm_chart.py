@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 import lamina
-from lamina.deploy.ray_connection import ATTENTION, MODEL
+from lamina.ray_cluster.connection import ATTENTION, MODEL
 from lamina.server.http.api_keys import KEY_VARIABLE
 from lamina.server.ray_serve import DEPLOYMENT, ServePlan
 from lamina_protocols.channels.channels import split_address

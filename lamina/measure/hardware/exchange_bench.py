@@ -12,7 +12,7 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from lamina.deploy.local_attention import LocalAttentionWorkers
+from lamina.deploy.local import LocalAttentionWorkers
 from lamina.deploy.worker_events import WorkerAddress
 from lamina.errors import EngineError
 from lamina.kv.kv_shares import apportion

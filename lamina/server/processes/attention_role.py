@@ -6,8 +6,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from lamina.deploy.local_attention import LocalAttentionWorkers
-from lamina.deploy.restarts import WORKERS_BACK
+from lamina.deploy.local import LocalAttentionWorkers
+from lamina.deploy.supervision import WORKERS_BACK
 from lamina.deploy.worker_events import WorkerAddress
 from lamina.errors import EngineError
 from lamina.server.processes.child_protocol import line, pack_worker

@@ -36,7 +36,7 @@ from lamina_workers.devices.openmp import SPIN_COUNT, SPIN_COUNT_BESIDE_CLIENTS,
 if TYPE_CHECKING:
     from lamina.engine.engine import Engine
     from lamina.launch.builder import Runtime
-    from lamina.ray_engine.handle import ClusterRuntime
+    from lamina.ray_cluster.handle import ClusterRuntime
 
 logger = logging.getLogger("lamina")
 
@@ -173,7 +173,7 @@ def _start(
     model: str, config: EngineConfig, progress: Progress, workers: RelayedWorkers | None
 ) -> Runtime | ClusterRuntime:
     if config.cluster is not None:
-        from lamina.ray_engine.handle import start_on_cluster
+        from lamina.ray_cluster.handle import start_on_cluster
 
         return start_on_cluster(model, config, progress)
     from lamina.launch.builder import start

@@ -6,7 +6,7 @@ import urllib.parse
 from dataclasses import dataclass
 from typing import Any
 
-from lamina.deploy.restarts import Backoff, Slot
+from lamina.deploy.supervision import Backoff, Slot
 from lamina.system.child_process import ChildProcess
 
 

@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lamina.deploy.restarts import Slot
+from lamina.deploy.supervision import Slot
 from lamina.errors import (
     DiskFullError,
     EngineError,

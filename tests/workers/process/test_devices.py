@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from lamina.cli import options as cli_options
 from lamina.config import EngineConfig
-from lamina.deploy.local_attention import LocalAttentionWorkers
+from lamina.deploy.local import LocalAttentionWorkers
 from lamina.errors import InvalidRequest
 from lamina.launch import attention_pool
 from lamina_protocols.messages.layers import HolderConfig, LayerSpec

@@ -1,17 +1,82 @@
-"""The circuit breakers of one engine's attention workers, and the timers of those that are held back."""
+"""Whether a worker that fails again and again is used: a circuit breaker, in the words of SGLang's gateway. Pure.
+
+closed      the worker is used; `threshold` failures within `window` seconds open the breaker
+open        it is not used for `timeout` seconds
+half-open   it is tried; a failure within `window` seconds opens the breaker again, for twice as long, up to `most`
+
+The circuit breakers of one engine's attention workers, and the timers of those that are held back.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
-from lamina.deploy.circuit_breaker import FLAPPING, QUARANTINE, BreakerLimits, CircuitBreaker
 from lamina.deploy.worker_events import WorkerAddress
 from lamina.system.timers import Cancellable, later
+
+State = Literal["closed", "open", "half-open"]
+
+
+@dataclass(frozen=True, slots=True)
+class BreakerLimits:
+    """When a breaker opens, and for how long. Times in seconds."""
+
+    threshold: int
+    window: float
+    timeout: float
+    most: float
+
+
+FLAPPING = BreakerLimits(threshold=3, window=300.0, timeout=30.0, most=600.0)
+"""For losses of any kind. Each costs its requests up to `worker_timeout` seconds and a rebuild."""
+QUARANTINE = BreakerLimits(threshold=2, window=86_400.0, timeout=3600.0, most=86_400.0)
+"""For frames that came with changed bits. One is chance; a line, a network card or a memory that did it twice will do
+it again, and a checksum of 32 bits misses one change in four thousand million."""
+
+
+@dataclass(eq=False)
+class CircuitBreaker:
+    """The breaker of one worker. The caller passes the time of any steady clock, in seconds."""
+
+    limits: BreakerLimits = FLAPPING
+    _failures: deque[float] = field(default_factory=deque)
+    _opened: int = 0  # times in a row
+    _until: float | None = None  # until when it was open last
+
+    def failed(self, now: float) -> bool:
+        """The worker has failed. Returns whether that opens the breaker. One that is open stays as it is."""
+        state = self.state(now)
+        if state == "open":
+            return False
+        if state == "closed":
+            self._opened = 0
+        while self._failures and self._failures[0] <= now - self.limits.window:
+            self._failures.popleft()
+        self._failures.append(now)
+        if state == "closed" and len(self._failures) < self.limits.threshold:
+            return False
+        self._failures.clear()
+        self._until = now + min(self.limits.timeout * 2.0 ** min(self._opened, 30), self.limits.most)
+        self._opened += 1
+        return True
+
+    def state(self, now: float) -> State:
+        """The state at this time."""
+        if self._until is None or now >= self._until + self.limits.window:
+            return "closed"
+        return "open" if now < self._until else "half-open"
+
+    def left(self, now: float) -> float:
+        """Seconds for which the worker is not used; 0 where it may be."""
+        return 0.0 if self._until is None else min(max(0.0, self._until - now), self.limits.most)  # rounding
+
 
 logger = logging.getLogger("lamina")
 

@@ -14,10 +14,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lamina.deploy.ray_attention import environment
-from lamina.deploy.ray_connection import MODEL, TIMEOUT, explain, ray_module, shortage
-from lamina.deploy.restarts import Slot
-from lamina.deploy.supervision import ModelSupervisor, Worker
+from lamina.deploy.supervision import ModelSupervisor, Slot, Worker
+from lamina.ray_cluster.attention import environment
+from lamina.ray_cluster.connection import MODEL, TIMEOUT, explain, ray_module, shortage
 from lamina_protocols.channels.versions import PROTOCOL_VERSION, VARIABLE
 from lamina_workers.devices.openmp import share_cores
 from lamina_workers.process.credentials import create_credentials

@@ -15,8 +15,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lamina.config import EngineConfig
-from lamina.deploy.ray_attention import RayAttentionWorkers, environment
-from lamina.deploy.ray_connection import (
+from lamina.deploy.supervision import WORKERS_BACK, Backoff
+from lamina.errors import EngineError, JournalError, LaminaError, WorkersUnavailable
+from lamina.journal.journal import Run
+from lamina.ray_cluster.actor import EngineActor
+from lamina.ray_cluster.attention import RayAttentionWorkers, environment
+from lamina.ray_cluster.connection import (
     ATTENTION,
     MODEL,
     NAMESPACE,
@@ -27,10 +31,6 @@ from lamina.deploy.ray_connection import (
     require,
     shortage,
 )
-from lamina.deploy.restarts import WORKERS_BACK, Backoff
-from lamina.errors import EngineError, JournalError, LaminaError, WorkersUnavailable
-from lamina.journal.journal import Run
-from lamina.ray_engine.actor import EngineActor
 from lamina.system.progress import Progress
 
 if TYPE_CHECKING:

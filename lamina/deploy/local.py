@@ -1,21 +1,67 @@
-"""Attention workers as child processes of this one, on loopback."""
+"""One worker as a child process of this one, with the last lines of its output.
+
+Attention workers as child processes of this one, on loopback.
+
+Model workers 1 and up as child processes of this one.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from lamina.deploy.local_worker import LocalWorker
-from lamina.deploy.restarts import Slot
-from lamina.deploy.supervision import AttentionSupervisor
+from lamina.deploy.supervision import AttentionSupervisor, ModelSupervisor, Slot, Worker
 from lamina.deploy.worker_events import WorkerAddress
-from lamina.system.child_process import end_all, module_command
+from lamina.system.child_process import ChildProcess, end_all, module_command
 from lamina_protocols.channels.channels import Credentials
+from lamina_protocols.channels.versions import PROTOCOL_VERSION, VARIABLE
 from lamina_protocols.messages.layers import ColdTier
+
+logger = logging.getLogger("lamina")
+
+_MAX_LINE = 4096  # characters of a line that are kept
+_LAST_LINES = 12  # lines that an error shows
+
+
+class LocalWorker(Worker):
+    """A child process that runs `command`. Raises OSError where it cannot be started.
+
+    `takes(worker, line)` says whether a line was a message for the supervisor; all other lines are logged and, the
+    last of them, kept. `on_end(worker)` comes after the last line. Both are called on a thread of the child's.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        on_end: Callable[[LocalWorker], None],
+        *,
+        takes: Callable[[LocalWorker, str], bool] = lambda worker, line: False,
+        pass_fds: Sequence[int] = (),
+        environment: Mapping[str, str] | None = None,
+        deadline: float | None = None,
+    ) -> None:
+        super().__init__(deadline=deadline)
+        self.last_lines: deque[str] = deque(maxlen=_LAST_LINES)
+        self._takes = takes
+        self.process = ChildProcess(
+            name, command, self._hear, lambda _: on_end(self), pass_fds=pass_fds, environment=environment,
+            merge_stderr=True,
+        )  # fmt: skip
+        self.pid = self.process.pid
+
+    def _hear(self, process: ChildProcess, line: str) -> None:
+        line = line[:_MAX_LINE].rstrip()
+        if not self._takes(self, line):
+            self.last_lines.append(line)
+            logger.info("%s: %s", process.name, line)
+
 
 _LISTENING = re.compile(r"listening (\S+:\d+)")
 
@@ -110,3 +156,47 @@ def _readable(text: str) -> Iterator[int]:
         yield reading
     finally:
         os.close(reading)
+
+
+class LocalModelWorkers(ModelSupervisor[LocalWorker]):
+    """Model workers 1 to `count` - 1 in child processes, each with so many threads.
+
+    `command(name, address)` is what runs one; it reads its secret, in hex, from its first line of input. One thread
+    starts them all (`child_process` says why).
+    """
+
+    def __init__(
+        self,
+        count: int,
+        *,
+        threads: int,
+        command: Callable[[str, str], Sequence[str]] | None = None,
+    ) -> None:
+        super().__init__(count)
+        self._command = command or (lambda name, address: model_command(name, address, threads))
+
+    def _launch(self, slot: Slot[LocalWorker]) -> LocalWorker:
+        secret = self._invite(slot.number, slot.name)
+        worker = LocalWorker(
+            slot.name,
+            self._command(slot.name, self._address),
+            lambda worker: self._calls.put(lambda: self._ended(slot, worker.process.how(), worker.last_lines)),
+            environment={VARIABLE: str(PROTOCOL_VERSION)},
+        )
+        worker.up = True
+        worker.process.say(secret.hex())
+        return worker
+
+    def _kill(self, worker: LocalWorker) -> None:
+        worker.process.kill()
+
+    def _end(self, workers: Sequence[LocalWorker]) -> None:
+        end_all(worker.process for worker in workers)
+
+
+def model_command(name: str, address: str, threads: int) -> list[str]:
+    """What runs one model worker that ends with this process."""
+    return module_command(
+        "lamina_workers.model_main", "--connect", address, "--name", name,
+        "--threads", str(threads), "--die-with-parent",
+    )  # fmt: skip

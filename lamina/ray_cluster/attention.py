@@ -12,18 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lamina.deploy.ray_connection import (
-    ATTENTION,
-    NAMESPACE,
-    TIMEOUT,
-    explain,
-    ray_module,
-    request_nodes,
-    require,
-)
-from lamina.deploy.restarts import Slot
-from lamina.deploy.supervision import AttentionSupervisor, Worker
+from lamina.deploy.supervision import AttentionSupervisor, Slot, Worker
 from lamina.deploy.worker_events import WAITING, WorkerAddress
+from lamina.ray_cluster.connection import ATTENTION, NAMESPACE, TIMEOUT, explain, ray_module, request_nodes, require
 from lamina.system.child_process import KEY_VARIABLE
 from lamina.system.progress import Progress
 from lamina_protocols.channels.channels import Credentials, join_address

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from lamina.client.remote_host import SWITCH_INTERVAL, EngineHost, disclaim_later
 from lamina.config import EngineConfig
-from lamina.deploy.ray_connection import ray_module
-from lamina.deploy.ray_models import RayModelWorkers
 from lamina.deploy.relayed_attention import RelayedWorkers
 from lamina.deploy.worker_events import WorkerAddress, WorkerStatus
 from lamina.errors import EngineError, LaminaError
 from lamina.journal.journal import NAME, Run
 from lamina.models.cache import hash_file
+from lamina.ray_cluster.connection import ray_module
+from lamina.ray_cluster.models import RayModelWorkers
 from lamina.system.private_folder import sweep
 from lamina_workers.devices.openmp import share_cores
 

@@ -1,1 +1,0 @@
-"""An engine as a Ray actor."""
