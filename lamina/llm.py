@@ -17,8 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from lamina.client.call import Call
-from lamina.client.embedding_call import EmbeddingCall
+from lamina.client.call import Call, EmbeddingCall
 from lamina.client.input_processor import Conversation, Conversations, Prepared, Prompts
 from lamina.completions import Completion, Embedding, TokenEvent
 from lamina.config import DEFAULT_MODEL, EngineConfig

@@ -1,21 +1,30 @@
 """One call of a client: its prompts, submitted to an engine, and the outputs that come back.
 
 `Call` is the one body of the blocking, the streaming and the asynchronous methods of `LLM`.
+
+Outputs that an engine's thread hands to an asyncio event loop.
+
+A call whose answers are embeddings.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import queue
 import time
+import weakref
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from weakref import WeakKeyDictionary
 
-from lamina.client.async_outputs import AsyncOutputs
+from lamina.client.input_processor import InputProcessor, Prompts, check_dimensions, embedding
 from lamina.client.interface import Delivery
 from lamina.client.output_processor import OutputProcessor
-from lamina.completions import Completion, Interrupted, TokenEvent
+from lamina.completions import Completion, Embedding, Interrupted, TokenEvent
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.system.forks import check_process
 from lamina.system.progress import Progress
@@ -23,6 +32,86 @@ from lamina.system.progress import Progress
 if TYPE_CHECKING:
     from lamina.client.interface import EngineClient
     from lamina.text.tokenizer import Tokenizer
+
+
+class AsyncOutputs:
+    """A queue of the running event loop that other threads fill. One task takes from it.
+
+    `get` raises asyncio.TimeoutError once `seconds` have passed since the queue was made and it is empty. A queue with
+    `seconds` must be closed.
+    """
+
+    def __init__(self, seconds: float | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._waker = _Waker.of(self._loop)
+        self._items: deque[Delivery] = deque()
+        self._waiting: asyncio.Future[None] | None = None
+        self._late = False
+        self._timer = None if seconds is None else self._loop.call_later(max(0.0, seconds), self._expire)
+
+    def put(self, item: Delivery) -> None:
+        self._items.append(item)
+        self._waker.wake_for(self)
+
+    async def get(self) -> Delivery:
+        while not self._items and not self._late:
+            self._waiting = self._loop.create_future()
+            try:
+                await self._waiting
+            finally:
+                self._waiting = None
+        if not self._items:
+            raise asyncio.TimeoutError
+        return self._items.popleft()
+
+    def get_nowait(self) -> Delivery | None:
+        return self._items.popleft() if self._items else None
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def wake(self) -> None:
+        """Wake the task that waits in `get`, if there is one. For the event loop's thread."""
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+    def _expire(self) -> None:
+        self._late = True
+        self.wake()
+
+
+class _Waker:
+    """Wakes an event loop once for all queues that are filled in a row: a batch fills one for each of its requests."""
+
+    _known: ClassVar[WeakKeyDictionary[asyncio.AbstractEventLoop, _Waker]] = WeakKeyDictionary()
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = weakref.ref(loop)
+        self._filled: deque[AsyncOutputs] = deque()
+        self._called = False
+
+    @classmethod
+    def of(cls, loop: asyncio.AbstractEventLoop) -> _Waker:
+        """The waker of that loop. For the loop's thread."""
+        waker = cls._known.get(loop)
+        if waker is None:
+            waker = cls._known[loop] = cls(loop)
+        return waker
+
+    def wake_for(self, queue: AsyncOutputs) -> None:
+        """Wake the loop because `queue` was filled. For any thread."""
+        self._filled.append(queue)
+        if not self._called and (loop := self._loop()) is not None:
+            self._called = True
+            with suppress(RuntimeError):  # the loop was closed, so no task waits
+                loop.call_soon_threadsafe(self._run)
+
+    def _run(self) -> None:
+        self._called = False  # first, so that a thread that fills a queue from now on calls again
+        while self._filled:
+            self._filled.popleft().wake()
+
 
 _LONG_PREFILL = 2048  # tokens of all prompts from which progress is reported
 
@@ -206,3 +295,41 @@ def _follow_prefill(requests: Sequence[EngineRequest], progress: Progress) -> No
     if total > _LONG_PREFILL:
         for request in requests:
             request.prefilled = follower(request.id)
+
+
+class EmbeddingCall:
+    """The inputs of one call, checked. It is used once: `result()` blocks, `await` is the same for event loops. Both
+    give one embedding if the call is for one input, else a list."""
+
+    def __init__(
+        self,
+        serving: Serving,
+        processor: InputProcessor,
+        inputs: Prompts,
+        pooling: str,
+        dimensions: int | None,
+        normalize: bool,
+        priority: int,
+        owner: object = None,
+    ) -> None:
+        self._size, self._normalize = check_dimensions(dimensions), normalize
+        prepared = processor.prompts(inputs)
+        self._one = prepared.one
+        self._requests = processor.embeddings(prepared.prompts, pooling, priority)
+        self._call = Call(serving, self._requests, prepared.one, owner)
+
+    def result(self) -> Embedding | list[Embedding]:
+        """Wait for the embeddings."""
+        self._call.result()
+        return self._result()
+
+    def __await__(self) -> Generator[Any, None, Embedding | list[Embedding]]:
+        yield from self._call.__await__()
+        return self._result()
+
+    def _result(self) -> Embedding | list[Embedding]:
+        found = [
+            Embedding(embedding(request, pooled, self._size, self._normalize), len(request.request.prompt))
+            for request, pooled in zip(self._requests, self._call.pooled(), strict=True)
+        ]
+        return found[0] if self._one else found

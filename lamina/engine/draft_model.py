@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lamina.engine.proposer import Wanted
+from lamina.engine.drafting import Wanted
 from lamina.kv.request import ScheduledSequence
 from lamina.messages.engine_request import EngineRequest
 from lamina_protocols.messages.messages import Close, Open, Operation, Row

@@ -3,35 +3,33 @@
 One thread owns the loop and every torch call. Several batches can be under way, one a lane: while one waits for a
 holder another computes. Calls come through a mailbox, which is emptied between batches. Outputs leave once a batch
 and client, through a sink that does not block.
+
+Messages of any thread to the thread that runs an engine, in order.
 """
 
 from __future__ import annotations
 
 import logging
 import queue
+import threading
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lamina.completions import FinishReason
 from lamina.engine.batch_input import batch_work
-from lamina.engine.drafting import Drafting
-from lamina.engine.drains import Drains
+from lamina.engine.drafting import Drafting, Proposer
 from lamina.engine.failures import FailureReports, Failures, WaitDeadline
-from lamina.engine.holders import Holders
+from lamina.engine.holders import Drains, Holders
 from lamina.engine.in_flight import InFlight, Lane
 from lamina.engine.kv_migration import KvMigration
 from lamina.engine.kv_spares import SpareKeeper
-from lamina.engine.mailbox import Mailbox, refuse
 from lamina.engine.masks import Masks
-from lamina.engine.observers import BatchDone, BatchObserver
-from lamina.engine.proposer import Proposer
+from lamina.engine.observers import BatchDone, BatchObserver, EngineStats, savings, take_snapshot
 from lamina.engine.request_registry import RequestRegistry
-from lamina.engine.snapshots import take_snapshot
-from lamina.engine.stats import EngineStats, savings
 from lamina.engine.tiering import TierController
 from lamina.errors import EngineError, InvalidRequest
 from lamina.journal.history import KvLocation, RecoveredHolder
@@ -55,6 +53,81 @@ if TYPE_CHECKING:
     from lamina_workers.parallel.peers import Peer
 
 logger = logging.getLogger("lamina")
+
+
+def _unanswered(error: EngineError) -> None:
+    """A message needs no answer."""
+
+
+def refuse(done: Future[Any], error: EngineError) -> None:
+    """The answer of a call that the engine does not make any more."""
+    if done.set_running_or_notify_cancel():
+        done.set_exception(error)
+
+
+class _Letter(NamedTuple):
+    do: Callable[[], object]
+    refuse: Callable[[EngineError], object] = _unanswered
+
+
+class Mailbox:
+    """The mailbox of one engine. Its thread calls `shut` after it has stopped; until then it takes every message."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[_Letter | None] = queue.SimpleQueue()
+        self._door = threading.Lock()  # keeps a request out after the waiting ones have been refused
+        self._shut = threading.Event()
+        self._cause: BaseException | None = None
+
+    @property
+    def is_shut(self) -> bool:
+        """Whether the engine has stopped."""
+        return self._shut.is_set()
+
+    @property
+    def empty(self) -> bool:
+        """Whether no message waits at present."""
+        return self._queue.empty()
+
+    def request(self, do: Callable[[], object], refuse: Callable[[EngineError], object]) -> None:
+        """Have the engine's thread call `do` between two batches, or `refuse` where it stops before that. Raises
+        EngineError where it has stopped already."""
+        with self._door:
+            if self._shut.is_set():
+                raise self.error()
+            self._queue.put(_Letter(do, refuse))
+
+    def post(self, do: Callable[[], object]) -> None:
+        """As `request`, but dropped where the engine has stopped."""
+        self._queue.put(_Letter(do))
+
+    def end(self) -> None:
+        """Ask the engine to stop."""
+        self._queue.put(None)
+
+    def get(self, timeout: float | None) -> Callable[[], object] | None:
+        """The next call to make, or None where the engine is to stop. Waits for `timeout` seconds (None: without end),
+        then raises queue.Empty."""
+        letter = self._queue.get(timeout=timeout)
+        return None if letter is None else letter.do
+
+    def shut(self, cause: BaseException | None) -> None:
+        """The engine has stopped, by request or for this cause: refuse the requests that wait."""
+        self._cause = cause
+        with self._door:
+            self._shut.set()
+        while not self._queue.empty():
+            if (letter := self._queue.get()) is not None:
+                try:
+                    letter.refuse(self.error())
+                except Exception:  # any error; the other requests are refused all the same
+                    logger.exception("a caller could not be notified that the engine has stopped")
+
+    def error(self) -> EngineError:
+        """Why the engine does nothing any more."""
+        error = EngineError("the engine has stopped" + (f": {self._cause!r}" if self._cause else ""))
+        error.__cause__ = self._cause
+        return error
 
 
 class Engine:

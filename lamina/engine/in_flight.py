@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Collection, Generator
 from dataclasses import dataclass, field
 
-from lamina.engine.stats import EngineStats
+from lamina.engine.observers import EngineStats
 from lamina.kv.request import PlannedRow
 from lamina.scheduling.control_plane import ControlPlane, Step
 from lamina_workers.model_worker.interface import Waiting, Workers

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lamina.engine.kv_copies import CHUNK, Copying, CopyPace, KvCopies
+from lamina.engine.kv_migration import CHUNK, Copying, CopyPace, KvCopies
 from lamina.engine.observers import BatchDone
 from lamina.errors import EngineError
 from lamina.kv.kv_shares import GONE, Layout, Pages, Part

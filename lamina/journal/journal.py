@@ -22,8 +22,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 import msgpack
 
 from lamina.errors import JournalError, LaminaError
-from lamina.journal.history import History
-from lamina.journal.records import Record, RequestRecord, from_plain, to_plain
+from lamina.journal.history import History, Record, RequestRecord, from_plain, to_plain
 from lamina.messages.request_codec import decode_request
 from lamina.system.private_folder import check_own, lock
 from lamina_protocols.channels.control import package_version

@@ -9,17 +9,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lamina.completions import FinishReason
-from lamina.journal.history import Adoption, KnownRequest, KvLocation, RecoveredHolder, adoption
-from lamina.journal.records import (
+from lamina.journal.history import (
+    Adoption,
     BatchRecord,
     BatchRow,
     DropRecord,
     EndRecord,
     HeldPart,
     KeptRecord,
+    KnownRequest,
+    KvLocation,
+    RecoveredHolder,
     RequestRecord,
     SampleRecord,
     TriedRecord,
+    adoption,
 )
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.messages.request_codec import decode_request, encode_request

@@ -27,13 +27,12 @@ from lamina.journal.recorder import Recorder
 from lamina.kv.placement import Holder, Placement
 from lamina.kv.request import SchedulerConfig
 from lamina.launch.attention_pool import LOCAL, AttentionPool, connect_attention
-from lamina.launch.check_redundancy import check_redundancy
+from lamina.launch.checks import check_redundancy, unused_options
 from lamina.launch.journal_setup import Identity, identify, open_journal, recover
 from lamina.launch.kv_sizing import Sizes, check_room, indexed_pools, learns, size_kv
 from lamina.launch.model_files import ModelFiles, load
 from lamina.launch.model_pool import ModelWorkerPool, begins
 from lamina.launch.speculation import DraftFiles, find_drafts, load_proposer
-from lamina.launch.unused_options import unused_options
 from lamina.messages.engine_request import EngineRequest, unwatched
 from lamina.scheduling.control_plane import ControlPlane
 from lamina.scheduling.speculation import Speculation

@@ -8,8 +8,7 @@ import torch
 
 from lamina.config import EngineConfig
 from lamina.engine.draft_model import LOCAL, DraftModel, DraftModelProposer
-from lamina.engine.ngram import NgramProposer
-from lamina.engine.proposer import Proposer
+from lamina.engine.drafting import NgramProposer, Proposer
 from lamina.errors import InvalidRequest
 from lamina.launch.kv_sizing import Sizes, holder_config, state_pools
 from lamina.launch.model_files import ModelFiles, load

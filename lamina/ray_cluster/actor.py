@@ -18,7 +18,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lamina.client.remote_host import SWITCH_INTERVAL, EngineHost, disclaim_later
+from lamina.client.remote import SWITCH_INTERVAL, EngineHost, disclaim_later
 from lamina.config import EngineConfig
 from lamina.deploy.relayed_attention import RelayedWorkers
 from lamina.deploy.worker_events import WorkerAddress, WorkerStatus
@@ -131,7 +131,7 @@ class EngineActor:
         self._host.ask(commands)
 
     def events(self) -> Sequence[Event]:
-        from lamina.client.remote_client import fetch
+        from lamina.client.remote import fetch
 
         while not (fetched := fetch(self._events, _POLL)):
             if self._host is not None:

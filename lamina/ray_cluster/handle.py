@@ -40,7 +40,7 @@ from lamina.system.progress import Progress
 from lamina_protocols.channels.channels import split_address
 
 if TYPE_CHECKING:
-    from lamina.client.remote_client import RemoteEngine
+    from lamina.client.remote import RemoteEngine
     from lamina.kv.request import SchedulerConfig
     from lamina.messages.engine_request import EngineRequest
     from lamina.text.tokenizer import Tokenizer
@@ -136,7 +136,7 @@ def start_on_cluster(name: str | Path, config: EngineConfig, progress: Progress 
     `lamina.launch.builder.start`, and EngineError where there is no cluster, or it has too few resources, runs another
     version, or lets everybody in and `config` does not say that this is wanted.
     """
-    from lamina.client.remote_client import RemoteEngine
+    from lamina.client.remote import RemoteEngine
 
     own = connect(config.cluster or "auto")
     owner = EngineOwner(str(name), config)

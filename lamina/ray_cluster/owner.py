@@ -35,7 +35,7 @@ from lamina.system.progress import Progress
 
 if TYPE_CHECKING:
     from lamina.client.interface import Event
-    from lamina.client.remote_client import RemoteEngine
+    from lamina.client.remote import RemoteEngine
     from lamina.messages.request_codec import Command
 
 logger = logging.getLogger("lamina")

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Protocol
 
-from lamina.client.async_outputs import AsyncOutputs
-from lamina.client.call import Call
+from lamina.client.call import AsyncOutputs, Call
 from lamina.client.input_processor import InputProcessor
 from lamina.client.interface import Delivery, EngineClient
 from lamina.completions import Completion, TokenEvent

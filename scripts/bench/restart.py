@@ -26,9 +26,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lamina.client.remote_client import RemoteEngine
+from lamina.client.remote import RemoteEngine
+from lamina.journal.history import BatchRecord, BatchRow, RequestRecord
 from lamina.journal.journal import Facts, Journal
-from lamina.journal.records import BatchRecord, BatchRow, RequestRecord
 from lamina.kv.request import Request
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams

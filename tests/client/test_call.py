@@ -12,8 +12,7 @@ from typing import Any, cast
 import pytest
 from letter_tokenizer import LetterTokenizer
 
-from lamina.client.async_outputs import AsyncOutputs
-from lamina.client.call import Call
+from lamina.client.call import AsyncOutputs, Call
 from lamina.completions import Completion, Interrupted, TokenEvent
 from lamina.errors import EngineError
 from lamina.kv.request import Request

@@ -12,7 +12,7 @@ import pytest
 from engine_rig import Rig
 from looped_wire import AHEAD, Loop, check_plain
 
-from lamina.client.remote_client import RemoteEngine
+from lamina.client.remote import RemoteEngine
 from lamina.completions import FinishReason
 from lamina.errors import EngineError, InvalidRequest, LaminaError
 from lamina.kv.request import Request

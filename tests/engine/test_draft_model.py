@@ -12,7 +12,7 @@ from engine_rig import DEVICE, holder_config, tiny_decoder
 
 from lamina.engine import draft_model
 from lamina.engine.draft_model import LOCAL, DraftModel, DraftModelProposer
-from lamina.engine.proposer import Wanted
+from lamina.engine.drafting import Wanted
 from lamina.kv.request import Request, ScheduledSequence
 from lamina.messages.engine_request import EngineRequest
 from lamina.sampling_params import SamplingParams

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lamina.engine.mailbox import Mailbox
+from lamina.engine.engine import Mailbox
 from lamina.errors import EngineError
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import random
 
-from lamina.engine.ngram import LONGEST, NgramProposer
-from lamina.engine.proposer import Wanted
+from lamina.engine.drafting import LONGEST, NgramProposer, Wanted
 from lamina.kv.request import Request, ScheduledSequence
 from lamina.messages.engine_request import EngineRequest
 from lamina.sampling_params import SamplingParams

@@ -15,11 +15,9 @@ from engine_rig import BytesPort, Rig, collect
 from looped_wire import Loop
 from policy_bench import TIGHT, under
 
-from lamina.client.remote_client import RemoteEngine
+from lamina.client.remote import RemoteEngine
 from lamina.engine.holders import HolderChange
-from lamina.engine.observers import BatchDone
-from lamina.engine.snapshots import take_snapshot
-from lamina.engine.stats import EngineStats
+from lamina.engine.observers import BatchDone, EngineStats, take_snapshot
 from lamina.errors import EngineError
 from lamina.kv.placement import Holder, Placement
 from lamina.messages.engine_request import KvSavings

@@ -18,9 +18,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lamina.errors import JournalError
-from lamina.journal.history import FINISHED, History, KnownSample, KvLocation, Record, RecoveredHolder, adoption
+from lamina.journal.history import (
+    FINISHED,
+    History,
+    KnownSample,
+    KvLocation,
+    Record,
+    RecoveredHolder,
+    adoption,
+    from_plain,
+)
 from lamina.journal.journal import Facts, Journal, Run, _packed
-from lamina.journal.records import from_plain
 from lamina.kv import kv_shares
 from lamina_protocols.messages.messages import PartHeld
 

@@ -25,7 +25,7 @@ from scripted_drafts import Always, Scripted, Texts, texts_of
 from small_grammars import EOS, GRAMMARS, VOCABULARY
 
 from lamina import LLM
-from lamina.client.remote_client import RemoteEngine
+from lamina.client.remote import RemoteEngine
 from lamina.engine.engine import Engine
 from lamina.errors import EngineError, JournalError
 from lamina.journal.journal import Facts, Journal
@@ -34,8 +34,7 @@ from lamina.kv import relocation
 from lamina.kv.placement import Holder, Placement
 from lamina.kv.request import Request, SchedulerConfig
 from lamina.launch.journal_setup import recover
-from lamina.launch.kv_sizing import page_groups
-from lamina.launch.request_policies import RequestPolicies
+from lamina.launch.kv_sizing import RequestPolicies, page_groups
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.control_plane import ControlPlane

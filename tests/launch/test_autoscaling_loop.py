@@ -13,10 +13,10 @@ from engine_rig import Rig, holder_config, tiny_decoder
 
 from lamina.deploy.worker_events import AttentionWorkers
 from lamina.engine.engine import Engine
-from lamina.engine.stats import EngineStats
+from lamina.engine.observers import EngineStats
 from lamina.kv.placement import Holder
-from lamina.launch import autoscaling
-from lamina.launch.autoscaling import Autoscaling
+from lamina.launch import attention_pool
+from lamina.launch.attention_pool import Autoscaling
 from lamina.messages.snapshot import Snapshot
 from lamina.scheduling.autoscaling import Autoscaler, Decision, KvLoad, kv_load
 from lamina.scheduling.control_plane import ControlPlane
@@ -60,7 +60,7 @@ def looked(engine: Engine, look: Callable[[ControlPlane, EngineStats], Any]) -> 
 
 
 def test_workers_join_while_requests_wait_and_leave_when_idle(decoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autoscaling, "PERIOD", 0.01)
+    monkeypatch.setattr(attention_pool, "PERIOD", 0.01)
     plain = Rig(decoder, shard="heads")
     expected = plain.generate(PROMPTS, max_tokens=24)
     plain.close()

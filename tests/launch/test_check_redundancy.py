@@ -10,7 +10,7 @@ from lamina.kv.pages import PageGroup
 from lamina.kv.placement import Holder, Placement
 from lamina.kv.redundancy import parse
 from lamina.kv.request import SchedulerConfig
-from lamina.launch.check_redundancy import check_redundancy
+from lamina.launch.checks import check_redundancy
 from lamina_workers.policies.catalogue import parse as policy
 
 KEPT = PageGroup(1)

@@ -8,8 +8,7 @@ from functools import partial
 import pytest
 
 from lamina.kv.pages import PageGroup
-from lamina.launch.kv_sizing import page_groups
-from lamina.launch.request_policies import RequestPolicies
+from lamina.launch.kv_sizing import RequestPolicies, page_groups
 from lamina_protocols.messages.layers import HolderConfig, Index, LayerSpec
 from lamina_workers.errors import PolicyError
 from lamina_workers.policies.catalogue import POLICIES, parse

@@ -12,8 +12,7 @@ from real_workers import write_tiny_model
 
 from lamina.config import EngineConfig
 from lamina.engine.draft_model import DraftModelProposer
-from lamina.engine.ngram import NgramProposer
-from lamina.engine.proposer import Wanted
+from lamina.engine.drafting import NgramProposer, Wanted
 from lamina.errors import InvalidRequest
 from lamina.kv.request import Request, ScheduledSequence
 from lamina.launch.kv_sizing import size_kv

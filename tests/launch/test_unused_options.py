@@ -12,7 +12,7 @@ from real_workers import write_tiny_model
 
 from lamina import LLM
 from lamina.config import EngineConfig
-from lamina.launch.unused_options import unused_options
+from lamina.launch.checks import unused_options
 from lamina_protocols.messages.layers import HolderConfig, LayerSpec
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from engine_rig import Rig, collect
 
-from lamina.client.remote_client import RemoteEngine
+from lamina.client.remote import RemoteEngine
 from lamina.errors import EngineError
 from lamina.kv.request import Request
 from lamina.messages.engine_request import EngineOutput, EngineRequest

@@ -23,12 +23,11 @@ from model_host import ReplicaHosts, edges, part, waits
 from scenario import STEP_S, Scenario, Setup
 from virtual_time import Process, Time, Wake
 
-from lamina.engine.engine import Engine
+from lamina.engine.drafting import Wanted
+from lamina.engine.engine import Engine, Mailbox
 from lamina.engine.failures import FailureReports
 from lamina.engine.holders import seated
 from lamina.engine.in_flight import Lane
-from lamina.engine.mailbox import Mailbox
-from lamina.engine.proposer import Wanted
 from lamina.errors import JournalError
 from lamina.journal.journal import Facts, Journal
 from lamina.journal.recorder import Recorder

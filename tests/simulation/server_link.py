@@ -11,8 +11,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from lamina.client.interface import EngineClient, Event
-from lamina.client.remote_client import RemoteEngine
-from lamina.client.remote_host import EngineHost
+from lamina.client.remote import EngineHost, RemoteEngine
 from lamina.messages.engine_request import EngineRequest
 from lamina.server.processes.link import pack, unpack
 

@@ -9,8 +9,8 @@ import pytest
 from disk import Disk
 
 from lamina.errors import JournalError
+from lamina.journal.history import BatchRecord, BatchRow, RequestRecord
 from lamina.journal.journal import Facts, Journal
-from lamina.journal.records import BatchRecord, BatchRow, RequestRecord
 from lamina.kv.request import Request
 from lamina.messages.engine_request import EngineRequest
 from lamina.messages.request_codec import encode_request

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lamina.client.remote_client import RemoteEngine
+from lamina.client.remote import RemoteEngine
 from lamina.server.processes.child_protocol import line, parse
 from lamina.server.processes.link import SocketWire
 from lamina.server.processes.supervisor import ENGINE_MODULE

@@ -21,13 +21,12 @@ if TYPE_CHECKING:
 from kv_pools import pool_of
 from scripted_drafts import Always
 
+from lamina.engine.drafting import Proposer
 from lamina.engine.engine import Engine
-from lamina.engine.proposer import Proposer
 from lamina.kv.placement import Holder, Placement
 from lamina.kv.request import Request as TokenRequest
 from lamina.kv.request import SchedulerConfig
-from lamina.launch.kv_sizing import learns, page_groups
-from lamina.launch.request_policies import RequestPolicies
+from lamina.launch.kv_sizing import RequestPolicies, learns, page_groups
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.control_plane import ControlPlane

@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lamina.client.interface import Event
-from lamina.client.remote_client import fetch
-from lamina.client.remote_host import EngineHost
+from lamina.client.remote import EngineHost, fetch
 from lamina.errors import EngineError
 from lamina.messages.request_codec import Command
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping, Sequence
 
-from lamina.engine.proposer import Wanted
+from lamina.engine.drafting import Wanted
 from lamina.kv.request import ScheduledSequence
 from lamina.scheduling.speculation import Speculation, left_to_draft
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from lamina.client.pooling import Pooling
+from lamina.client.input_processor import Pooling
 from lamina.server.http.fields import Ignored, Strict, described
 from lamina.server.openai.schemas import Prompts
 

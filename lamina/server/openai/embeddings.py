@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from starlette.requests import Request
 from starlette.responses import Response
 
-from lamina.client.pooling import embedding
+from lamina.client.input_processor import embedding
 from lamina.errors import ContextTooLong, InvalidRequest
 from lamina.messages.engine_request import EngineRequest
 from lamina.server.frontend import Served

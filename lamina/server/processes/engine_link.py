@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lamina.client.input_processor import InputProcessor
-from lamina.client.remote_client import RemoteEngine
+from lamina.client.remote import RemoteEngine
 from lamina.errors import LaminaError
 from lamina.kv.prefix_nodes import PrefixSink
 from lamina.server.frontend import Frontend, Served

@@ -25,7 +25,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
 
-from lamina.client.remote_host import SWITCH_INTERVAL, disclaim_later
+from lamina.client.remote import SWITCH_INTERVAL, disclaim_later
 from lamina.config import EngineConfig
 from lamina.deploy.relayed_attention import RelayedWorkers
 from lamina.errors import EngineError, LaminaError

@@ -16,8 +16,7 @@ from typing import Any
 import msgpack
 
 from lamina.client.interface import EngineClient, Event
-from lamina.client.remote_client import fetch
-from lamina.client.remote_host import EngineHost
+from lamina.client.remote import EngineHost, fetch
 from lamina.errors import EngineError, LaminaError
 from lamina.messages.request_codec import Command
 from lamina_protocols.channels.channels import Channel, ChannelClosed
