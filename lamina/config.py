@@ -15,7 +15,7 @@ from lamina.errors import InvalidRequest
 from lamina.kv import redundancy
 from lamina.kv.kv_shares import SHARDS
 from lamina.scheduling.speculation import MAX_DRAFTS
-from lamina.system.byte_size import parse_size
+from lamina.system.text_files import parse_size
 from lamina_protocols.messages.layers import ColdTier
 from lamina_workers.devices.names import check_names
 from lamina_workers.errors import DeviceError

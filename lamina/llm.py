@@ -23,7 +23,7 @@ from lamina.completions import Completion, Embedding, TokenEvent
 from lamina.config import DEFAULT_MODEL, EngineConfig
 from lamina.errors import EngineError, InvalidRequest
 from lamina.sampling_params import SamplingKeywords, SamplingParams
-from lamina.system.forks import SPAWN, check_process
+from lamina.system.child_process import SPAWN, check_process
 from lamina.system.progress import Progress, StderrBars, watched
 from lamina_workers.devices.openmp import share_cores
 

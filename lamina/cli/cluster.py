@@ -13,8 +13,8 @@ import typer
 from lamina.cli.options import JsonLines, Threads, flatten_options
 from lamina.cli.terminal import print_json, print_rows, show_bytes
 from lamina.errors import InvalidRequest
-from lamina.system.byte_size import parse_size
 from lamina.system.machine import this_machine
+from lamina.system.text_files import parse_size
 
 cluster_app = typer.Typer(
     no_args_is_help=True,

@@ -21,9 +21,9 @@ import typer
 from lamina.cli.options import JsonLines, Threads
 from lamina.cli.terminal import print_json, print_rows, show_bytes
 from lamina.errors import InvalidRequest, LaminaError
-from lamina.system.byte_size import parse_size
 from lamina.system.child_process import KEY_VARIABLE
 from lamina.system.machine import this_machine
+from lamina.system.text_files import parse_size
 
 joining_app = typer.Typer(no_args_is_help=True, help="The machines that join a server: see, accept, refuse, remove.")
 
@@ -50,7 +50,7 @@ def join(
 ) -> None:
     """Give a server of this network the memory of this machine, until Ctrl-C. The first time, both show a code, and
     the server's operator accepts it; later it joins by itself."""
-    from lamina.joining.finding import host_and_port
+    from lamina.joining.discovery import host_and_port
     from lamina.joining.machine import JoiningMachine
     from lamina.joining.pairing import plain_name, read_name
     from lamina.joining.records import joining_folder

@@ -33,8 +33,8 @@ from lamina.cli.simulator_words import (
 )
 from lamina.cli.terminal import ProgressBars, print_json
 from lamina.errors import InvalidRequest
-from lamina.system.cores import on_all_cores
 from lamina.system.figures import needs_matplotlib
+from lamina.system.machine import on_all_cores
 from lamina.system.text_files import write_text
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from lamina.client.interface import Delivery
 from lamina.client.output_processor import OutputProcessor
 from lamina.completions import Completion, Embedding, Interrupted, TokenEvent
 from lamina.messages.engine_request import EngineOutput, EngineRequest
-from lamina.system.forks import check_process
+from lamina.system.child_process import check_process
 from lamina.system.progress import Progress
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from lamina.errors import InvalidRequest, cut
 from lamina.kv.request import Request, check_length
 from lamina.messages.engine_request import EngineRequest
 from lamina.sampling_params import SamplingParams
-from lamina.text.template_kwargs import check_template_kwargs
+from lamina.text.messages import check_template_kwargs
 from lamina.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

@@ -16,8 +16,7 @@ from typing import Any, Protocol
 from lamina.errors import InvalidRequest
 from lamina.joining import pairing
 from lamina.joining.book import ID_SIZE, KEY_SIZE, WAITING_S
-from lamina.joining.discovery import NoDiscovery
-from lamina.joining.finding import reach
+from lamina.joining.discovery import NoDiscovery, reach
 from lamina.joining.records import KnownServer, forget, known_servers, remember
 from lamina.joining.stream import ALIVE_S, HELLO_S, SILENT_S, JoinFailed, JoinRefused, MessageStream, printable
 from lamina.joining.worker import JoinOptions, MachineWorker

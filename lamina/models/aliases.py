@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lamina.models.part_download import Part
+from lamina.models.hub import Part
 from lamina.models.wheel_download import Wheel
 
 

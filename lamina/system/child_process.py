@@ -3,6 +3,8 @@
 A child imports nothing from the working folder, which may be a stranger's model, and gets no secret by its environment.
 It ends when this process does, however this process dies: its stdin is a pipe that closes then. A Lamina child
 also asks the system to kill it with the thread that started it, so one thread should start all children.
+
+Forked processes: an engine's threads stay in the process that made it, so a forked child can only be told so.
 """
 
 from __future__ import annotations
@@ -17,6 +19,20 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+from lamina.errors import EngineError
+
+SPAWN = "multiprocessing.get_context('spawn')"
+
+
+def check_process(process: int, what: str) -> None:
+    """Raise EngineError in a process that was forked from the one that made `what`."""
+    if process != os.getpid():
+        raise EngineError(
+            f"{what} was made in process {process}, and this is {os.getpid()}, forked from it, without its threads; "
+            f"make an LLM after the fork, or use {SPAWN}"
+        )
+
 
 GRACE = 5.0  # seconds between closing a child's stdin and killing it
 _MAX_LINE = 1 << 20  # characters; a longer line comes in parts

@@ -6,7 +6,8 @@ import secrets
 
 import pytest
 
-from lamina.joining import discovery, finding
+from lamina.joining import discovery
+from lamina.joining import discovery as finding
 from lamina.joining.discovery import FoundServer, NoDiscovery
 from lamina.joining.records import KnownServer
 from lamina.joining.stream import JoinFailed

@@ -10,7 +10,7 @@ import pytest
 
 from lamina.config import DTYPES, KV_DTYPES, EngineConfig
 from lamina.errors import InvalidRequest
-from lamina.system.byte_size import parse_size
+from lamina.system.text_files import parse_size
 from lamina_kernels.paged import pages
 from lamina_protocols.messages.layers import ColdTier
 

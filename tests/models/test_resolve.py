@@ -22,7 +22,7 @@ from lamina.models.aliases import ALIASES
 from lamina.models.cache import is_whole, verify
 from lamina.models.export import export
 from lamina.models.gguf_files import GgufFile
-from lamina.models.hub_ids import HUB_IDS
+from lamina.models.hub import HUB_IDS
 from lamina.simulator.costs.models import PRESETS
 from lamina_workers.checkpoints.model_checkpoint import fingerprint, open_checkpoint
 from lamina_workers.checkpoints.weight_loader import packed_kind

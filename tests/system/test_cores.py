@@ -7,13 +7,13 @@ import os
 
 import pytest
 
-from lamina.system import cores
-from lamina.system.cores import on_all_cores
+from lamina.system import machine
+from lamina.system.machine import on_all_cores
 
 
 @pytest.fixture(autouse=True, params=[1, 3])
 def processes(request, monkeypatch):
-    monkeypatch.setattr(cores, "_cores", lambda: request.param)
+    monkeypatch.setattr(machine, "_cores", lambda: request.param)
 
 
 def test_results_come_in_order_and_may_be_closures():
@@ -26,7 +26,7 @@ def test_nothing_of_nothing():
 
 
 def test_several_processes_take_part_and_all_end(monkeypatch):
-    monkeypatch.setattr(cores, "_cores", lambda: 3)
+    monkeypatch.setattr(machine, "_cores", lambda: 3)
     assert os.getpid() not in set(on_all_cores(lambda _: os.getpid(), range(30)))
     assert not multiprocessing.active_children()
 

@@ -29,8 +29,8 @@ from lamina.server.chat.formats.qwen3_coder import Qwen3Coder
 from lamina.server.chat.reply_parser import ReplyParser, Tags
 from lamina.server.chat.thinking import Thinking
 from lamina.server.chat.tools import ToolUse
+from lamina.text.messages import check_template_kwargs
 from lamina.text.structured_output import as_rule
-from lamina.text.template_kwargs import check_template_kwargs
 from lamina.text.tokenizer import Tokenizer
 
 _KEPT = 64  # formats; and of each, answers to whether the prompt opens the reasoning

@@ -8,7 +8,7 @@ from typing import Any
 
 from lamina.errors import InvalidRequest, cut
 from lamina.server.http.errors import refused
-from lamina.text.template_kwargs import EFFORT, SWITCHES
+from lamina.text.messages import EFFORT, SWITCHES
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 MAX_BUDGET = 2**31 - 1  # tokens
