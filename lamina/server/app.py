@@ -23,7 +23,8 @@ from lamina.server.http.gate import Gate, Metrics, NoMetrics, count_rejection
 from lamina.server.http.limits import ClientGone
 from lamina.server.machines import MachineDecision, MachineList, Machines
 from lamina.server.models import Models
-from lamina.server.openai import embedding_schemas, model_routes, response_schemas, schemas
+from lamina.server.openai import model_routes, response_schemas, schemas
+from lamina.server.openai import schemas as embedding_schemas
 from lamina.server.openai.chat import chat
 from lamina.server.openai.completions import completions
 from lamina.server.openai.embeddings import embeddings, rerank

@@ -33,7 +33,7 @@ from lamina.kv.request import Request
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
 from lamina.server.processes.child_protocol import line, parse
-from lamina.server.processes.link import SocketWire
+from lamina.server.processes.engine_link import SocketWire
 from lamina.server.processes.supervisor import ENGINE_MODULE
 from lamina.system.child_process import ChildProcess
 

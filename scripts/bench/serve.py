@@ -255,7 +255,7 @@ def measure_first_bytes(args: argparse.Namespace) -> dict[str, list[float]]:
     from lamina.config import EngineConfig
     from lamina.launch.builder import start
     from lamina.server.processes.child_protocol import line, parse
-    from lamina.server.processes.link import EngineListener
+    from lamina.server.processes.engine_link import EngineListener
     from lamina.system.child_process import ChildProcess, end_all
 
     runtime = start(MODEL, EngineConfig(kv_memory=KV_MEMORY))

@@ -19,7 +19,7 @@ from real_workers import until
 
 from lamina.kv.placement import Holder
 from lamina.sampling_params import SamplingParams
-from lamina.server.processes.link import pack
+from lamina.server.processes.engine_link import pack
 from lamina_protocols.channels import control
 from lamina_protocols.errors import LaminaError
 from lamina_protocols.frames import codec

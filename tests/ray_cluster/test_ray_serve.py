@@ -12,7 +12,7 @@ import pytest
 from ray_nodes import Namespaces, all_end, cluster
 
 from lamina.errors import InvalidRequest
-from lamina.server.http.api_keys import KEY_VARIABLE
+from lamina.server.http.gate import KEY_VARIABLE
 from lamina.server.ray_serve import ServePlan
 
 

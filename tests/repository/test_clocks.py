@@ -19,7 +19,7 @@ SHOWN = {
     "lamina/server/metrics/tracing.py": "the times of spans",
     "lamina/server/openai/answers.py": "`created`",
     "lamina/server/openai/model_routes.py": "`created`",
-    "lamina/server/openai/responses/response.py": "`created_at`",
+    "lamina/server/openai/responses/events.py": "`created_at`",
     "lamina/server/page/page.py": "the times of events",
     "lamina/server/processes/kv_events.py": "the times of events",
     "lamina/server/processes/supervisor.py": "the age of a folder that an earlier process left",

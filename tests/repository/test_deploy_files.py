@@ -23,10 +23,15 @@ from lamina.cli.main import app
 from lamina.ray_cluster.connection import ATTENTION, MODEL
 from lamina.server.app import create_app
 from lamina.server.frontend import Frontend
-from lamina.server.http.api_keys import KEY_VARIABLE
 from lamina.server.http.fields import read
-from lamina.server.openai.embedding_schemas import EmbeddingRequest, RerankRequest
-from lamina.server.openai.schemas import ChatRequest, CompletionRequest, TokenizeRequest
+from lamina.server.http.gate import KEY_VARIABLE
+from lamina.server.openai.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    RerankRequest,
+    TokenizeRequest,
+)
 from lamina.server.ray_serve import DEPLOYMENT, ServePlan
 from lamina.server.settings import ServerSettings
 

@@ -15,7 +15,7 @@ import yaml
 
 import lamina
 from lamina.ray_cluster.connection import ATTENTION, MODEL
-from lamina.server.http.api_keys import KEY_VARIABLE
+from lamina.server.http.gate import KEY_VARIABLE
 from lamina.server.ray_serve import DEPLOYMENT, ServePlan
 from lamina_protocols.channels.channels import split_address
 from lamina_workers.process.credentials import load_credentials

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from lamina.server.frontend import DeadlineExceeded, EngineUnavailable, Frontend
-from lamina.server.models import Models
-from lamina.server.residency import TURN, Decision, ModelUse, decide
+from lamina.server.models import TURN, Decision, Models, ModelUse, decide
 
 
 class Engine:

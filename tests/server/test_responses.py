@@ -14,12 +14,11 @@ from scripted_reply import completion, events, frames, prepared
 from server_rig import MODEL, Rig, serving, until
 
 from lamina import LLM
+from lamina.server.chat.chat_input import joined
 from lamina.server.chat.reply import replies
-from lamina.server.chat.turns import joined
 from lamina.server.http.errors import ApiError
 from lamina.server.openai.responses import items, store
-from lamina.server.openai.responses.events import ResponseEvents
-from lamina.server.openai.responses.response import ResponseObject
+from lamina.server.openai.responses.events import ResponseEvents, ResponseObject
 from lamina.server.openai.responses.schemas import ResponsesRequest
 from lamina.server.openai.responses.store import ResponseStore, StoredResponse
 

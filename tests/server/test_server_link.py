@@ -23,8 +23,7 @@ from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.models.resolve import resolve
 from lamina.sampling_params import SamplingParams
 from lamina.server.frontend import EngineUnavailable, Frontend, Served
-from lamina.server.processes.engine_link import EngineLink
-from lamina.server.processes.link import EngineListener, SocketWire, pack, unpack
+from lamina.server.processes.engine_link import EngineLink, EngineListener, SocketWire, pack, unpack
 from lamina_protocols.channels.sockets import connect_unix
 from lamina_protocols.errors import ProtocolError
 from lamina_workers.decoder.model import Decoder

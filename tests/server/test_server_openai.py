@@ -18,7 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from lamina import LLM
 from lamina.client.input_processor import InputProcessor
 from lamina.messages.engine_request import EngineRequest
-from lamina.server.chat.tools import ToolUse
+from lamina.server.chat.formats.tools import ToolUse
 from lamina.server.frontend import Frontend, Served
 from lamina.server.openai.schemas import ChatRequest, CompletionRequest
 from lamina.text.tokenizer import Tokenizer

@@ -18,10 +18,17 @@ from lamina.errors import InvalidRequest
 from lamina.messages.snapshot import EXCHANGE_BUCKETS, HolderSnapshot, SequenceSnapshot, Snapshot
 from lamina.server.frontend import Frontend, Served
 from lamina.server.models import Models
-from lamina.server.page.events import MOST, Events
-from lamina.server.page.page import PUBLIC_PATHS, add_page
-from lamina.server.page.recent_latencies import SECONDS, RecentLatencies
-from lamina.server.page.status import MAX_SEQUENCES, Labels, Percentiles, Server, percentiles, status
+from lamina.server.page.page import MOST, PUBLIC_PATHS, Events, add_page
+from lamina.server.page.status import (
+    MAX_SEQUENCES,
+    SECONDS,
+    Labels,
+    Percentiles,
+    RecentLatencies,
+    Server,
+    percentiles,
+    status,
+)
 from lamina.server.settings import ServerSettings
 from lamina.server.shares import KeyShares
 

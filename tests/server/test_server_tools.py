@@ -21,8 +21,8 @@ from lamina.errors import InvalidRequest
 from lamina.sampling_params import SamplingParams
 from lamina.server.chat.formats.family import Vocabulary
 from lamina.server.chat.formats.hermes import Hermes, HermesParser, call_text, system_note
-from lamina.server.chat.reply_parser import Delta
-from lamina.server.chat.tools import ToolUse
+from lamina.server.chat.formats.reply_parser import Delta
+from lamina.server.chat.formats.tools import ToolUse
 
 
 def tool(name: str, parameters: Any = None, **more: Any) -> dict[str, Any]:

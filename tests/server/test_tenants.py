@@ -19,7 +19,7 @@ from lamina.errors import InvalidRequest
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.messages.snapshot import EXCHANGE_BUCKETS, HolderSnapshot, SequenceSnapshot, Snapshot
 from lamina.server import service
-from lamina.server.chat.prompts import MAX_CHARACTERS
+from lamina.server.chat.preparing import MAX_CHARACTERS
 from lamina.server.frontend import Frontend, Served
 from lamina.server.settings import ServerSettings
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from lamina.client.interface import EngineClient, Event
 from lamina.client.remote import EngineHost, RemoteEngine
 from lamina.messages.engine_request import EngineRequest
-from lamina.server.processes.link import pack, unpack
+from lamina.server.processes.engine_link import pack, unpack
 
 
 class Time(Protocol):

@@ -12,7 +12,7 @@ from typing import Any
 
 from lamina.client.remote import RemoteEngine
 from lamina.server.processes.child_protocol import line, parse
-from lamina.server.processes.link import SocketWire
+from lamina.server.processes.engine_link import SocketWire
 from lamina.server.processes.supervisor import ENGINE_MODULE
 from lamina.system.child_process import ChildProcess
 

@@ -10,8 +10,8 @@ from lamina.completions import Completion, Sample, Timing, TokenEvent, TokenLogp
 from lamina.kv.request import Request
 from lamina.messages.engine_request import EngineRequest
 from lamina.sampling_params import SamplingParams
+from lamina.server.chat.formats.reply_parser import Delta, ReplyParser
 from lamina.server.chat.preparing import PreparedChat
-from lamina.server.chat.reply_parser import Delta, ReplyParser
 
 
 class MarkedParser(ReplyParser):

@@ -8,9 +8,9 @@ from typing import Any
 
 from lamina.completions import Completion, Sample, TokenEvent
 from lamina.server.anthropic.conversation import signature
+from lamina.server.chat.formats.reply_parser import Delta
 from lamina.server.chat.preparing import PreparedChat
 from lamina.server.chat.reply import FinishReason, Part, Reply, ReplyUsage, stop_string
-from lamina.server.chat.reply_parser import Delta
 from lamina.server.http.errors import ApiError
 from lamina.server.http.sse import event
 

@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lamina.server.anthropic.schemas import CountTokensRequest, MessagesRequest
-from lamina.server.chat.chat_input import ChatInput
+from lamina.server.chat.chat_input import ChatInput, joined
 from lamina.server.chat.thinking import Thinking, read_effort
-from lamina.server.chat.turns import joined
 from lamina.server.http.errors import ApiError, refused
 from lamina.server.http.fields import read_text
 from lamina.text.messages import MAX_MESSAGES

@@ -11,7 +11,7 @@ from lamina.server.anthropic.blocks import PING, MessageWriter
 from lamina.server.anthropic.conversation import chat_input, omits_thinking
 from lamina.server.anthropic.schemas import CountTokensRequest, MessagesRequest
 from lamina.server.chat.preparing import PreparedChat, prompt
-from lamina.server.http.json_response import json_response
+from lamina.server.http.errors import json_response
 from lamina.server.http.sse import EventStream, while_connected
 from lamina.server.service import GRACE, RequestContext, Service
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from lamina.completions import Completion, Sample, TokenEvent
+from lamina.server.chat.formats.reply_parser import Delta
 from lamina.server.chat.preparing import PreparedChat
-from lamina.server.chat.reply_parser import Delta
 
 Kind = Literal["reasoning", "content", "call"]
 FinishReason = Literal["stop", "length", "abort", "tool_calls"]

@@ -26,9 +26,9 @@ from lamina.server.chat.formats.hermes import OPEN, Hermes, in_words, system_not
 from lamina.server.chat.formats.llama3 import PYTHON_TAG, Llama3
 from lamina.server.chat.formats.mistral import CALLS, Mistral
 from lamina.server.chat.formats.qwen3_coder import Qwen3Coder
-from lamina.server.chat.reply_parser import ReplyParser, Tags
+from lamina.server.chat.formats.reply_parser import ReplyParser, Tags
+from lamina.server.chat.formats.tools import ToolUse
 from lamina.server.chat.thinking import Thinking
-from lamina.server.chat.tools import ToolUse
 from lamina.text.messages import check_template_kwargs
 from lamina.text.structured_output import as_rule
 from lamina.text.tokenizer import Tokenizer

@@ -1,5 +1,7 @@
 """Errors in OpenAI's shape, {"error": {"message", "type", "param", "code"}}, with a status for each error class. Where
 Anthropic's clients ask, they have Anthropic's shape.
+
+JSON as a whole response.
 """
 
 from __future__ import annotations
@@ -9,8 +11,22 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from starlette.responses import Response
+
 from lamina.errors import ContextTooLong, EngineError, InvalidRequest, LaminaError, ModelFileError, PolicyError
 from lamina.server.frontend import DeadlineExceeded, EngineUnavailable
+
+
+def json_response(content: Any) -> Response:
+    """A response with JSON in ASCII: text of requests and models may have half a surrogate pair, which UTF-8 cannot
+    hold."""
+    return json_text(json.dumps(content, separators=(",", ":")))
+
+
+def json_text(content: str) -> Response:
+    """What is JSON already, as a response."""
+    return Response(content.encode(), media_type="application/json")
+
 
 MESSAGES = "/v1/messages"
 """The path of Anthropic's clients, and the beginning of others."""

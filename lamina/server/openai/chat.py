@@ -11,22 +11,21 @@ from starlette.responses import Response
 
 from lamina.completions import Completion, Sample, TokenEvent
 from lamina.server.chat.chat_input import ChatInput
+from lamina.server.chat.formats.reply_parser import Delta
 from lamina.server.chat.preparing import PreparedChat
 from lamina.server.chat.reply import Reply, replies, text_of
-from lamina.server.chat.reply_parser import Delta
 from lamina.server.chat.thinking import Thinking
-from lamina.server.http.errors import ApiError, refused
-from lamina.server.http.json_response import json_response, json_text
+from lamina.server.http.errors import ApiError, json_response, json_text, refused
 from lamina.server.http.sse import EventStream, while_connected
 from lamina.server.openai import answers
 from lamina.server.openai.answers import Chunks, chat_logprob, dumps
-from lamina.server.openai.sampling_fields import (
+from lamina.server.openai.schemas import (
+    ChatRequest,
     check_prompt_logprobs,
     check_stream_options,
     response_format,
     structured,
 )
-from lamina.server.openai.schemas import ChatRequest
 from lamina.server.service import GRACE, RequestContext, Service
 
 

@@ -16,17 +16,15 @@ from starlette.responses import Response
 from lamina.completions import Completion, Sample, TokenEvent, TokenLogprob
 from lamina.messages.engine_request import EngineRequest
 from lamina.sampling_params import SamplingParams
-from lamina.server.chat.prompts import check_echo
+from lamina.server.chat.preparing import check_echo
 from lamina.server.chat.sampling import blaming, sampling
 from lamina.server.frontend import Served
-from lamina.server.http.errors import ApiError, refused
-from lamina.server.http.json_response import json_text
+from lamina.server.http.errors import ApiError, json_text, refused
 from lamina.server.http.sse import EventStream, while_connected
 from lamina.server.openai import answers
 from lamina.server.openai.answers import Chunks, TextLogprobs, dumps
-from lamina.server.openai.inputs import listed, token_ids
-from lamina.server.openai.sampling_fields import check_prompt_logprobs, check_stream_options, structured
-from lamina.server.openai.schemas import CompletionRequest
+from lamina.server.openai.embeddings import listed, token_ids
+from lamina.server.openai.schemas import CompletionRequest, check_prompt_logprobs, check_stream_options, structured
 from lamina.server.preparation import go_on
 from lamina.server.service import GRACE, RequestContext, Service
 from lamina.text.tokenizer import Tokenizer

@@ -1,4 +1,7 @@
-"""POST /v1/embeddings and /v1/rerank: the inputs are computed, and of their hidden states embeddings are made."""
+"""POST /v1/embeddings and /v1/rerank: the inputs are computed, and of their hidden states embeddings are made.
+
+Texts and token ids as completions and embeddings take them: one, or a list.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,47 @@ from typing import Any, TypeAlias
 from starlette.requests import Request
 from starlette.responses import Response
 
-from lamina.client.input_processor import embedding
+from lamina.client.input_processor import InputProcessor, embedding, is_one
 from lamina.errors import ContextTooLong, InvalidRequest
 from lamina.messages.engine_request import EngineRequest
+from lamina.server.chat.preparing import check_characters, encoded, truncated
 from lamina.server.frontend import Served
-from lamina.server.http.errors import ApiError, refused
-from lamina.server.http.json_response import json_text
+from lamina.server.http.errors import ApiError, json_text, refused
 from lamina.server.http.sse import while_connected
 from lamina.server.openai import answers
 from lamina.server.openai.answers import dumps
-from lamina.server.openai.embedding_schemas import MAX_INPUTS, EmbeddingRequest, PoolingRequest, RerankRequest
-from lamina.server.openai.inputs import listed, token_ids
+from lamina.server.openai.schemas import MAX_INPUTS, EmbeddingRequest, PoolingRequest, RerankRequest
 from lamina.server.service import GRACE, RequestContext, Service
+
+
+def listed(given: Any) -> list[Any]:
+    """One input or several, as a list."""
+    return [given] if is_one(given) or not isinstance(given, list) else given
+
+
+def token_ids(
+    param: str, given: Any, special: bool | None, keep: int | None, inputs: InputProcessor, max_tokens: int | None
+) -> list[list[int]]:
+    """The token ids of each input of the field `param`. `special`: whether special tokens are added, which None means
+    too; `keep` as in `truncated`. For a `PreparationPool`. Raises InvalidRequest, ApiError."""
+    several = listed(given)
+    names = [param] if several is not given else [f"{param}[{index}]" for index in range(len(several))]
+    check_characters(dict(zip(names, several, strict=True)), inputs)
+    return [
+        truncated(keep, _tokens(name, each, special is not False, keep is None, inputs), inputs, max_tokens)
+        for name, each in zip(names, several, strict=True)
+    ]
+
+
+def _tokens(name: str, given: Any, special: bool, whole: bool, inputs: InputProcessor) -> list[int]:
+    if isinstance(given, str):
+        if not given:
+            raise refused(name, given, "text of at least one character")
+        return encoded(given, special, inputs, name, whole)
+    if not isinstance(given, list) or not given or not all(type(token) is int for token in given):
+        raise refused(name, given, "text or token ids, at least one, or a list of these")
+    return given
+
 
 MAX_NUMBERS = 1 << 22  # of all embeddings of a request together
 _TOGETHER = 64  # inputs that are submitted at a time: enough to fill batches

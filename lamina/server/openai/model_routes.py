@@ -10,8 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from lamina.server.chat.chat_input import ChatInput
-from lamina.server.chat.preparing import prompt
-from lamina.server.chat.prompts import check_length, encoded
+from lamina.server.chat.preparing import check_length, encoded, prompt
 from lamina.server.frontend import STATES, Served
 from lamina.server.http.errors import ApiError, refused, shown
 from lamina.server.models import ServedModel

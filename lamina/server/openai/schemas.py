@@ -2,15 +2,21 @@
 
 Fields marked "Ignored" are accepted and change nothing. Unknown fields are refused by name. What `SamplingParams` or
 `Tokenizer` check is only described here.
+
+The fields of requests for embeddings, as OpenAI, vLLM and Jina name them, and of their answers.
+
+Fields that chats and completions share: what is refused, and the kinds of structured output.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
+from lamina.client.input_processor import Pooling
 from lamina.sampling_params import (
+    JSON_OBJECT,
     MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
     MAX_POLICY,
@@ -18,7 +24,8 @@ from lamina.sampling_params import (
     MAX_STOP_LENGTH,
     MAX_STOP_STRINGS,
 )
-from lamina.server.chat.sampling import SAMPLING
+from lamina.server.chat.sampling import SAMPLING, STRUCTURES
+from lamina.server.http.errors import ApiError, refused
 from lamina.server.http.fields import Ignored, Null, Strict, described
 from lamina.text.messages import ROLES
 
@@ -302,3 +309,175 @@ class DetokenizeRequest(Strict):
 
     model: str | None = None
     tokens: list[int] = Field(max_length=MAX_TOKENS, fail_fast=True)
+
+
+MAX_INPUTS = 2048  # OpenAI's
+MAX_DIMENSIONS = 1 << 16
+
+
+class PoolingRequest(Strict):
+    """What requests for embeddings have in common."""
+
+    model: str | None = Field(None, description="The name of the served model; none means that one.")
+    pooling: Pooling | None = Field(
+        None,
+        description="Of which hidden states: of the last token (default), the mean of all, or of the end-of-text token,"
+        " which is appended where it is missing.",
+    )
+    truncate_prompt_tokens: int | None = Field(
+        None, ge=-1, le=2**31 - 1, description="Keep only so many tokens of each input's end; -1 what fits."
+    )
+    add_special_tokens: bool | None = Field(None, description="Add the tokenizer's special tokens to texts (default).")
+    priority: int | None = Field(None, ge=-(2**31), le=2**31 - 1, description="A lower one is served first.")
+    cache_salt: str | None = Field(
+        None, min_length=1, max_length=512, description="Share prefixes only with requests of the same salt."
+    )
+    request_id: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9._:\-]{1,128}$", description="The end of the answer's id. Default: X-Request-Id."
+    )
+    user: Ignored = Field(None, description="Ignored: tenants differ by their API keys.")
+
+
+class EmbeddingRequest(PoolingRequest):
+    """POST /v1/embeddings."""
+
+    input: Prompts = Field(description="Text, texts, token ids, or lists of token ids. Instructions are part of it.")
+    encoding_format: Literal["float", "base64"] | None = Field(
+        None, description="Numbers (default), or base64 of float32, little-endian."
+    )
+    dimensions: int | None = Field(None, ge=1, le=MAX_DIMENSIONS, description="Keep only the first ones.")
+    normalize: bool | None = Field(None, description="Make the length 1 (default).")
+
+
+class RerankRequest(PoolingRequest):
+    """POST /v1/rerank."""
+
+    query: str = Field(min_length=1, description="What the documents are compared with.")
+    documents: Annotated[
+        Any,
+        described(
+            {
+                "type": "array",
+                "items": {
+                    "anyOf": [
+                        {"type": "string", "minLength": 1},
+                        {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]},
+                    ]
+                },
+                "minItems": 1,
+                "maxItems": MAX_INPUTS - 1,
+            }
+        ),
+    ] = Field(description="Texts, or objects with `text`.")
+    top_n: int | None = Field(None, ge=1, le=2**31 - 1, description="Give only the best. Default: all.")
+    return_documents: bool | None = Field(None, description="Repeat the documents' texts in the answer (default).")
+
+
+class EmbeddingUsage(BaseModel):
+    """Numbers of tokens."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingItem(BaseModel):
+    """The embedding of one input: numbers, or base64 of float32."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingList(BaseModel):
+    """The response of /v1/embeddings."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[EmbeddingItem]
+    usage: EmbeddingUsage
+
+
+class RerankDocument(BaseModel):
+    """A document of the request."""
+
+    text: str
+
+
+class RerankResult(BaseModel):
+    """A document's cosine with the query, from -1 to 1."""
+
+    index: int
+    relevance_score: float
+    document: RerankDocument | None = None
+
+
+class RerankList(BaseModel):
+    """The response of /v1/rerank: the best first."""
+
+    id: str
+    model: str
+    results: list[RerankResult]
+    usage: EmbeddingUsage
+
+
+def check_prompt_logprobs(fields: GenerationRequest) -> None:
+    """Raises ApiError where log probabilities of prompts are wanted in a stream."""
+    if fields.prompt_logprobs is not None and fields.stream:
+        raise ApiError(400, "prompt_logprobs is given, which is allowed only where stream is false", "prompt_logprobs")
+
+
+def check_stream_options(fields: GenerationRequest) -> None:
+    """Raises ApiError where there are stream options without a stream."""
+    if fields.stream_options is not None and not fields.stream:
+        raise ApiError(400, "stream_options is given, which is allowed only where stream is true", "stream_options")
+
+
+def structured(outputs: Any) -> dict[str, Any]:
+    """vLLM's `structured_outputs` as keywords of `SamplingParams`."""
+    if outputs is None:
+        return {}
+    allowed = f"an object with exactly one of {', '.join(STRUCTURES)} and json_object"
+    if not isinstance(outputs, dict):
+        raise refused("structured_outputs", outputs, allowed)
+    given = {name: value for name, value in outputs.items() if value is not None}
+    for name in given:
+        if name not in STRUCTURES and name != "json_object":
+            raise ApiError(
+                400, f"unknown field structured_outputs.{name[:80]}; allowed is {allowed}", "structured_outputs"
+            )
+    if len(given) != 1:
+        raise ApiError(
+            400, f"structured_outputs has {len(given)} of its fields; allowed is {allowed}", "structured_outputs"
+        )
+    ((name, value),) = given.items()
+    if name == "json_object":
+        if value is not True:
+            raise refused("structured_outputs.json_object", value, "true")
+        return {"json_schema": JSON_OBJECT}
+    return {STRUCTURES[name]: value}
+
+
+def response_format(wanted: Any) -> dict[str, Any]:
+    """OpenAI's `response_format` as keywords of `SamplingParams`."""
+    if wanted is None:
+        return {}
+    kind = wanted.get("type") if isinstance(wanted, dict) else None
+    if kind not in ("text", "json_object", "json_schema"):
+        raise refused("response_format", wanted, 'an object whose "type" is "text", "json_object" or "json_schema"')
+    unknown = wanted.keys() - {"type", *(["json_schema"] if kind == "json_schema" else [])}
+    if unknown:
+        raise ApiError(400, f"unknown field response_format.{min(unknown)[:80]}", "response_format")
+    if kind == "text":
+        return {}
+    if kind == "json_object":
+        return {"json_schema": JSON_OBJECT}
+    described = wanted.get("json_schema")
+    if not isinstance(described, dict) or not described.keys() <= {"name", "description", "schema", "strict"}:
+        allowed = 'an object with "name" and "schema", perhaps "description" and "strict"'
+        raise refused("response_format.json_schema", described, allowed)
+    schema = described.get("schema", {})
+    if not isinstance(schema, dict):
+        raise refused("response_format.json_schema.schema", schema, "an object")
+    return {"json_schema": schema}

@@ -1,29 +1,203 @@
 """The HTTP process's link to the engine of one model. A thread of its own connects to the engine that the supervisor
 named last, and connects again when the link breaks.
+
+The link between the HTTP process and the engine's: commands one way, events the other, over a Unix socket.
+
+A connection carries one direction, so each client has two, whose first frames have the same client name. Frames are
+those of the data channels, with msgpack as payload. A client sends a secret first; the socket is in a folder that only
+its owner can enter.
 """
 
 from __future__ import annotations
 
 import logging
+import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgpack
+
 from lamina.client.input_processor import InputProcessor
-from lamina.client.remote import RemoteEngine
-from lamina.errors import LaminaError
+from lamina.client.interface import EngineClient, Event
+from lamina.client.remote import EngineHost, RemoteEngine, fetch
+from lamina.errors import EngineError, LaminaError
 from lamina.kv.prefix_nodes import PrefixSink
+from lamina.messages.request_codec import Command
 from lamina.server.frontend import Frontend, Served
-from lamina.server.processes.link import SocketWire
 from lamina.text.tokenizer import Tokenizer, read_json
+from lamina_protocols.channels.channels import Channel, ChannelClosed
+from lamina_protocols.channels.sockets import Listener, connect_unix, listen_unix
+from lamina_protocols.errors import ProtocolError
+from lamina_protocols.frames.frames import PREFIX_SIZE, Prefix, pack_prefix, read_prefix
 
 if TYPE_CHECKING:
     from lamina.text.structured_output import Grammars
 
 logger = logging.getLogger("lamina")
+
+MAX_FRAME = 64 << 20  # bytes: 16 Mi tokens of prompts in one frame
+_TAG = 32767  # of a frame with plain data
+_POLL = 0.5  # seconds
+_COLLECT = 0.0003  # seconds from the first of a batch's outputs until all have come
+# seconds. An engine that dies closes its sockets, so this is only for one that is busy: while it loads its grammars
+# beside other load, none of its threads answers for some seconds.
+_CONNECT = 60.0
+_TOGETHER = 1 << 20  # bytes of commands in one frame
+_PAIRING = 10.0  # seconds for which the first connection of a client waits for the second
+
+
+def pack(value: Sequence[Any]) -> list[bytes | memoryview]:
+    """A frame with plain data, as buffers."""
+    payload: bytes = msgpack.packb(value)
+    return [pack_prefix(Prefix(_TAG, 0, len(payload))), payload]
+
+
+def unpack(frame: memoryview) -> tuple[Any, ...]:
+    """The data of a frame from `pack`, with tuples for all sequences. Raises ProtocolError."""
+    prefix = read_prefix(frame, MAX_FRAME)
+    if prefix.tag != _TAG or prefix.header or prefix.frame != len(frame):
+        raise ProtocolError(f"frame of {len(frame)} bytes with tag {prefix.tag} is no plain data")
+    try:
+        value = msgpack.unpackb(frame[PREFIX_SIZE:], use_list=False, strict_map_key=False)
+    except ValueError as error:
+        raise ProtocolError(f"plain data is malformed: {error}") from error
+    if not isinstance(value, tuple):
+        raise ProtocolError(f"plain data is a {type(value).__name__}, expected a sequence")
+    return value
+
+
+def _parts(commands: Sequence[Command]) -> Iterator[list[bytes | memoryview]]:
+    """The frames of commands. Small commands share a frame, but no frame grows beyond what the other side accepts."""
+    together: list[Command] = []
+    size = 0
+    for command in commands:
+        weight = len(msgpack.packb(command))
+        if together and size + weight > _TOGETHER:
+            yield pack(together)
+            together, size = [], 0
+        together.append(command)
+        size += weight
+    if together:
+        yield pack(together)
+
+
+class SocketWire:
+    """A connection to the engine behind an `EngineListener`: a `remote_client.Wire`. Raises EngineError."""
+
+    def __init__(self, path: str, secret: bytes, client: str) -> None:
+        self._channels: list[Channel] = []
+        try:
+            for direction in ("commands", "events"):
+                channel = connect_unix(path, secret, _CONNECT, MAX_FRAME)
+                self._channels.append(channel)
+                channel.send(pack((direction, client)))
+        except ChannelClosed as error:
+            self.close()
+            raise EngineError(f"the engine cannot be reached: {error}") from error
+        self._commands, self._events = self._channels
+
+    def ask(self, commands: Sequence[Command]) -> None:
+        try:
+            for part in _parts(commands):
+                self._commands.send(part)
+        except LaminaError as error:
+            raise EngineError(f"the engine's process is gone: {error}") from error
+
+    def events(self) -> Sequence[Event]:
+        try:
+            return unpack(self._events.receive())
+        except LaminaError as error:
+            raise EngineError(f"the engine's process is gone: {error}") from error
+
+    def close(self) -> None:
+        for channel in self._channels:
+            channel.close()
+
+
+class EngineListener:
+    """Serves `engine` to clients that connect to the socket `path` with the secret. The requests of a client that is
+    gone are ended."""
+
+    def __init__(self, path: str, secret: bytes, engine: EngineClient, clock: Callable[[], float]) -> None:
+        self._engine = engine
+        self._clock = clock
+        self._secret = secret
+        self._lock = threading.Lock()
+        self._waiting: dict[str, tuple[str, Channel, float]] = {}  # by client: the direction that came first, and when
+        self._listener = Listener(
+            listen_unix(path), self._admit, lambda channel, _: self._accept(channel), max_frame=MAX_FRAME
+        )
+
+    def close(self) -> None:
+        """Accept no more clients. Connected clients stay until they leave, or the engine stops."""
+        self._listener.close()
+        with self._lock:
+            for _, channel, _ in self._waiting.values():
+                channel.close()
+            self._waiting.clear()
+
+    def _admit(self, secret: bytes) -> bool:
+        return secret == self._secret
+
+    def _accept(self, channel: Channel) -> None:
+        """Take a connection, on a thread of its own. Its client is served once both of its connections are there."""
+        try:
+            direction, client = unpack(channel.receive(_PAIRING))
+        except (LaminaError, TimeoutError, ValueError):
+            channel.close()
+            return
+        now = self._clock()
+        with self._lock:
+            for name in [name for name, (_, _, since) in self._waiting.items() if since < now - _PAIRING]:
+                self._waiting.pop(name)[1].close()
+            other = self._waiting.pop(client, None)
+            if other is None:
+                self._waiting[client] = (direction, channel, now)
+                return
+        pair = dict([(direction, channel), other[:2]])
+        if pair.keys() != {"commands", "events"}:
+            channel.close()
+            other[1].close()
+            return
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        host = EngineHost(self._engine, events, self._clock)
+        gone = threading.Event()
+        for serve, args in ((self._receive, (pair["commands"], host)), (self._send, (pair["events"], host, events))):
+            threading.Thread(target=serve, args=(*args, gone), name="lamina-link", daemon=True).start()
+
+    def _receive(self, channel: Channel, host: EngineHost, gone: threading.Event) -> None:
+        try:
+            while not gone.is_set():
+                host.ask(unpack(channel.receive()))
+        except LaminaError as error:
+            logger.info("a client of the engine is gone: %s", error)
+        except Exception:  # a malformed command: this client is not served any more
+            logger.exception("a client of the engine sent what it must not")
+        finally:
+            gone.set()
+            host.abandon()
+            channel.close()
+
+    def _send(
+        self, channel: Channel, host: EngineHost, events: queue.SimpleQueue[Event], gone: threading.Event
+    ) -> None:
+        try:
+            while not gone.is_set():
+                host.report()
+                if fetched := fetch(events, _POLL, _COLLECT):
+                    channel.send(pack(fetched))
+                elif not self._engine.alive:
+                    channel.send(pack([("stopped", "the engine has stopped")]))
+                    return
+        except LaminaError:  # the thread that takes commands notices it too
+            gone.set()
+        finally:
+            channel.close()
+
 
 _INTERVAL = 0.25  # seconds between two checks of the link, and between two attempts to connect
 

@@ -74,7 +74,7 @@ def main() -> int:
 def _prepare() -> None:
     """Import what any model needs, and have the first kernel loaded: most of the time that a start takes."""
     from lamina.launch import builder  # noqa: F401
-    from lamina.server.processes import link  # noqa: F401
+    from lamina.server.processes import engine_link  # noqa: F401
     from lamina_kernels.compile.launch import load_each
     from lamina_kernels.exchange.exchange_loop import exchange_kernel
 
@@ -115,7 +115,7 @@ def _serve(
         supervisor.send("progress", what, done, total)
 
     try:
-        from lamina.server.processes.link import EngineListener
+        from lamina.server.processes.engine_link import EngineListener
 
         settings = EngineConfig(**config)
         runtime = _start(model, settings, progress, workers)

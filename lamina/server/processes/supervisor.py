@@ -3,6 +3,10 @@
 The death of one leaves the others. The listening socket is the supervisor's, so a new HTTP process goes on where the
 old one ended. Each model has an engine process of its own; which models are loaded, the HTTP process asks for. No torch
 is loaded here.
+
+The engine process of one model: started on demand, started again when it dies, ended when it is not needed.
+
+What the operating system gives a supervisor: the socket that the server listens on, and the signals that end it.
 """
 
 from __future__ import annotations
@@ -10,16 +14,18 @@ from __future__ import annotations
 import os
 import queue
 import secrets
+import signal
 import socket
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict
+import urllib.parse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lamina.deploy.supervision import Slot
+from lamina.deploy.supervision import Backoff, Slot
 from lamina.errors import (
     DiskFullError,
     EngineError,
@@ -30,14 +36,101 @@ from lamina.errors import (
     PolicyError,
     UnsupportedModelError,
 )
-from lamina.server.processes.attention_role import AttentionRole
+from lamina.server.processes.attention_role import AttentionRole, MachineRole
 from lamina.server.processes.child_protocol import LOG_LEVEL, line, parse
-from lamina.server.processes.engine_role import EngineRole
-from lamina.server.processes.listening import address_of, listening, signals
-from lamina.server.processes.machine_role import MachineRole
 from lamina.server.processes.server_plan import Reporter, ServerPlan
 from lamina.system.child_process import ChildProcess, end_all, module_command
 from lamina.system.private_folder import LOCK, for_sockets, lock, sweep
+
+
+@dataclass(eq=False)
+class EngineRole(Slot[ChildProcess]):
+    """The engine of the model that is served as `model`, which is loaded from `source`. Not loaded at first."""
+
+    model: str = ""
+    source: str = ""
+    due: float | None = None
+    starts: int = 0  # of all processes so far
+    loads: int = 0  # how often it was loaded
+    fresh: bool = True  # no process has been ready since it was last loaded
+    ending: bool = False  # it is being unloaded
+    facts: dict[str, Any] | None = None  # of the engine that is ready
+    loading: str = ""  # how far the start is
+
+    @property
+    def loaded(self) -> bool:
+        """Whether it is loaded, or to be."""
+        return self.worker is not None or self.due is not None
+
+    @property
+    def socket_name(self) -> str:
+        """Of each start another, so that no client reaches an engine by the name of the previous one."""
+        return f"engine-{self.number}.{self.starts}.sock"
+
+    @property
+    def file_name(self) -> str:
+        """The model's name as a name in a folder: no two names have the same."""
+        return urllib.parse.quote(self.model, safe="").replace(".", "%2E")
+
+    def load(self) -> None:
+        """Have it started; without effect where it is, or is about to be."""
+        if not self.loaded:
+            self.due, self.fresh, self.backoff = 0.0, True, Backoff(self.backoff.first)
+            self.loads += 1
+
+    def started(self, worker: ChildProcess) -> None:
+        """A process runs."""
+        self.worker, self.facts, self.loading = worker, None, ""
+
+    def ready(self, facts: dict[str, Any]) -> None:
+        """The process serves."""
+        self.facts, self.fresh = facts, False
+
+    def gone(self) -> None:
+        """It is not loaded any more, and not started again."""
+        self.give_up()
+        self.facts, self.ending, self.loading = None, False, ""
+
+
+@contextmanager
+def listening(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket that listens there. Raises InvalidRequest."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
+            0
+        ]
+        sock = socket.socket(family, kind)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(address)
+            sock.listen(2048)
+        except OSError:
+            sock.close()
+            raise
+    except (OSError, OverflowError) as error:
+        raise InvalidRequest(
+            f"cannot listen on {host}:{port}: {error}; --host and --port choose another place, port 0 a free one"
+        ) from error
+    with sock:
+        yield sock
+
+
+def address_of(sock: socket.socket) -> str:
+    """The URL of a listening socket."""
+    host, port = sock.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+@contextmanager
+def signals(on_signal: Callable[[], None]) -> Iterator[None]:
+    """SIGTERM and SIGINT call `on_signal`, which may be interrupted by itself."""
+    before = {number: signal.signal(number, lambda *_: on_signal()) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
 
 ENGINE_MODULE = "lamina.server.processes.engine_main"
 HTTP_MODULE = "lamina.server.processes.http_main"

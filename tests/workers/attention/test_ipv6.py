@@ -10,7 +10,7 @@ from attention_servers import WAYS, connected, one_batch, running
 
 from lamina.joining import discovery
 from lamina.joining.stream import JoinListener
-from lamina.server.processes.listening import address_of, listening
+from lamina.server.processes.supervisor import address_of, listening
 from lamina_protocols.channels.channels import AddressError, certificate_bytes, join_address, split_address
 from lamina_workers.parallel.peers import PeerListener
 from lamina_workers.process.credentials import create_credentials

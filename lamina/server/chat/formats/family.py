@@ -15,8 +15,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lamina.server.chat.reply_parser import ReplyParser, Tags
-from lamina.server.chat.tools import ToolUse, as_json
+from lamina.server.chat.formats.reply_parser import ReplyParser, Tags
+from lamina.server.chat.formats.tools import ToolUse, as_json
 
 THINK = Tags("<think>", "</think>")
 Message = dict[str, Any]

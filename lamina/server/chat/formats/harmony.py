@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from lamina.server.chat.formats.family import Family, Message, Thought, lark, one_call_a_message, one_of, schema_rule
-from lamina.server.chat.reply_parser import Delta, ReplyParser, Tags, begun
-from lamina.server.chat.tools import ToolUse
+from lamina.server.chat.formats.reply_parser import Delta, ReplyParser, Tags, begun
+from lamina.server.chat.formats.tools import ToolUse
 
 CHANNEL, MESSAGE, START, CONSTRAIN = "<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"
 ENDS = ("<|end|>", "<|return|>", "<|call|>")

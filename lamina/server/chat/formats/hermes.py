@@ -16,7 +16,7 @@ from typing import Any
 
 from lamina.server.chat.formats.family import MarkedFamily, Message, one_of, schema_rule
 from lamina.server.chat.formats.json_calls import JsonCallParser
-from lamina.server.chat.tools import ToolUse, as_json
+from lamina.server.chat.formats.tools import ToolUse, as_json
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 

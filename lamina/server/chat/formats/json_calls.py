@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from lamina.server.chat.reply_parser import Delta, ReplyParser
+from lamina.server.chat.formats.reply_parser import Delta, ReplyParser
 
 NAME = r"[a-zA-Z0-9_-]{1,128}"
 _HEAD = re.compile(

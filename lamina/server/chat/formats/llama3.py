@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from lamina.errors import InvalidRequest
 from lamina.server.chat.formats.family import Message, TaggedFamily, one_call_a_message, one_of, schema_rule
 from lamina.server.chat.formats.json_calls import JsonCallParser
-from lamina.server.chat.tools import ToolUse
+from lamina.server.chat.formats.tools import ToolUse
 
 PYTHON_TAG = "<|python_tag|>"
 _ONE = "single tool-calls at once"  # of the template's refusal of messages with several

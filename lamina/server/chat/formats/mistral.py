@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 from lamina.server.chat.formats.family import MarkedFamily, Message, new_id, one_of, schema_rule, short_id
 from lamina.server.chat.formats.json_calls import LONGEST_HEAD, NAME, JsonCallParser
-from lamina.server.chat.reply_parser import Delta, Tags
-from lamina.server.chat.tools import ToolUse
+from lamina.server.chat.formats.reply_parser import Delta, Tags
+from lamina.server.chat.formats.tools import ToolUse
 
 CALLS, ARGS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
 THINK = Tags("[THINK]", "[/THINK]")

@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lamina.server.chat.formats.family import MarkedFamily, one_of, schema_rule
-from lamina.server.chat.reply_parser import Delta, ReplyParser, begun
-from lamina.server.chat.tools import ToolUse
+from lamina.server.chat.formats.reply_parser import Delta, ReplyParser, begun
+from lamina.server.chat.formats.tools import ToolUse
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _FUNCTION, _END_FUNCTION = "<function=", "</function>"

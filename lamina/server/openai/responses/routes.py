@@ -10,20 +10,17 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from lamina.server.chat.chat_input import ChatInput
+from lamina.server.chat.chat_input import ChatInput, joined
 from lamina.server.chat.preparing import PreparedChat, prompt
 from lamina.server.chat.reply import replies
 from lamina.server.chat.thinking import Thinking, read_effort
-from lamina.server.chat.turns import joined
-from lamina.server.http.errors import ApiError, refused, shown
-from lamina.server.http.json_response import json_response
+from lamina.server.http.errors import ApiError, json_response, refused, shown
 from lamina.server.http.sse import EventStream, while_connected
 from lamina.server.openai.responses import items
-from lamina.server.openai.responses.events import ResponseEvents
-from lamina.server.openai.responses.response import ResponseObject
+from lamina.server.openai.responses.events import ResponseEvents, ResponseObject
 from lamina.server.openai.responses.schemas import InputTokensRequest, ResponsesRequest
 from lamina.server.openai.responses.store import MAX_TURNS, ResponseStore, StoredResponse, memory
-from lamina.server.openai.sampling_fields import response_format
+from lamina.server.openai.schemas import response_format
 from lamina.server.service import GRACE, RequestContext, Service
 from lamina.server.settings import TENANT
 from lamina.text.messages import MAX_MESSAGES
