@@ -24,10 +24,10 @@ from simulate.published import lamina_rows, step3_rows, table
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.cost_model import Load
 from lamina.simulator.costs.hardware import load, with_efficiency
-from lamina.simulator.costs.models import model
+from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import System, price
 from lamina.simulator.planning.comparison import Choice, build
-from lamina.simulator.reports.text import sentences
+from lamina.simulator.reports.report import sentences
 from lamina.simulator.traces.catalogue import trace
 from lamina.simulator.traces.demand import mean_context
 

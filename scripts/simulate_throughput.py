@@ -38,7 +38,7 @@ from lamina.cli.main import app
 from lamina.cli.terminal import ProgressBars
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.hardware import Efficiency, load
-from lamina.simulator.reports.text import sentences
+from lamina.simulator.reports.report import sentences
 from lamina.simulator.traces.catalogue import FILES, trace
 from lamina.simulator.traces.demand import mean_context
 

@@ -159,7 +159,7 @@ def plan(asked: PlanOptions) -> None:
         raise InvalidRequest("--html and --verify 0 were given; a report needs at least one that is checked")
 
     from lamina.simulator.costs import hardware as catalogues
-    from lamina.simulator.costs.models import model as shape_of
+    from lamina.simulator.costs.model_configs import model as shape_of
     from lamina.simulator.planning.plan import PlanRequest, make_plan
     from lamina.simulator.planning.plan_file import write
 
@@ -254,9 +254,9 @@ def simulate(asked: SimulateOptions) -> None:
     failures = parse_failures(asked.lose_worker_every, asked.redundancy, asked.worker_restart)
 
     from lamina.simulator.costs import hardware as catalogues
-    from lamina.simulator.costs.models import model as shape_of
+    from lamina.simulator.costs.model_configs import model as shape_of
     from lamina.simulator.planning.comparison import Choice, assumed, build, compare
-    from lamina.simulator.planning.overload import overloads
+    from lamina.simulator.planning.reasons import overloads
     from lamina.simulator.reports.report import to_csv, to_json
     from lamina.simulator.traces.arrivals import all_at_once, closed_loop
     from lamina.simulator.traces.catalogue import at_rate
@@ -344,7 +344,7 @@ def _check(path: Path, asked: PlanOptions) -> None:
 def _arriving(name: str, asked: PlanOptions, slo: Slo) -> Trace:
     """A trace by name, with times of arrival, which a plan and its check need."""
     from lamina.simulator.traces.catalogue import trace as trace_of
-    from lamina.simulator.traces.sessions import open_loop
+    from lamina.simulator.traces.synthetic import open_loop
 
     trace = trace_of(name, asked.count, asked.seed, asked.trace_dir)
     return open_loop(trace, slo.ttft or 1.0, slo.tpot or 0.05)

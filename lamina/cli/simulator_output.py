@@ -49,8 +49,7 @@ def write_runs(
     from lamina.simulator.planning.comparison import step_trace
     from lamina.simulator.reports.page import html
     from lamina.simulator.reports.plots import save_comparison, save_timeline
-    from lamina.simulator.reports.report import samples_csv, table, to_csv, to_json
-    from lamina.simulator.reports.text import sentences
+    from lamina.simulator.reports.report import samples_csv, sentences, table, to_csv, to_json
     from lamina.system.figures import NO_PLOTS
 
     run = results[0]
@@ -166,8 +165,7 @@ def print_plan(
     """The plan in lines of up to 100 columns: `said` first, then why, what it promises, the candidates, and what would
     change it. `reached`: of devices without measurements; `remarks`: more that is assumed."""
     from lamina.simulator.planning.comparison import chosen
-    from lamina.simulator.reports.memory import kept, room
-    from lamina.simulator.reports.text import grid
+    from lamina.simulator.reports.report import grid, kept, room
 
     model = found.plan.system.model
     _say([said, f"The model keeps {kept(model)}; the winner has {room(found.plan.system)}"], indent=0)
@@ -206,8 +204,7 @@ def print_plan(
 
 def print_runs(results: Sequence[RunResult], systems: Sequence[System], said: str, remarks: Sequence[str]) -> None:
     """A comparison in lines of up to 100 columns: `said` first, the table, `remarks`, and what there is room for."""
-    from lamina.simulator.reports.memory import kept, room
-    from lamina.simulator.reports.report import table
+    from lamina.simulator.reports.report import kept, room, table
 
     _say([said], indent=0)
     typer.echo(f"\n{table(results)}")
@@ -222,13 +219,13 @@ def _section(title: str, said: Sequence[object]) -> None:
 
 
 def _say(said: Sequence[str], indent: int = 2) -> None:
-    from lamina.simulator.reports.text import sentences
+    from lamina.simulator.reports.report import sentences
 
     _lines(sentences(said, indent))
 
 
 def _table(rows: Sequence[Mapping[str, str]]) -> None:
-    from lamina.simulator.reports.text import grid
+    from lamina.simulator.reports.report import grid
 
     head = tuple(rows[0])
     _lines(grid([head, *(tuple(row.values()) for row in rows)], left=head.index("system") + 1))
@@ -241,7 +238,7 @@ def _lines(lines: Sequence[str]) -> None:
 
 def print_check(found: Check) -> None:
     """What was promised beside what was measured, and how steady the machine was."""
-    from lamina.simulator.reports.text import grid
+    from lamina.simulator.reports.report import grid
 
     typer.echo(f"{found.requests} requests of {found.trace}, served here in {found.seconds:.0f} s\n")
     rows = [("", "promised", "90 % interval", "measured", "difference", "holds")]

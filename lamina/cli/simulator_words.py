@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from lamina.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from lamina.simulator.costs.cost_model import KvPolicy
-    from lamina.simulator.costs.speculation import Speculation
+    from lamina.simulator.costs.cost_model import KvPolicy, Speculation
     from lamina.simulator.event_loop.failures import Failures
     from lamina.simulator.event_loop.simulate import Slo
 
@@ -80,8 +79,8 @@ class SpeculationOptions(Protocol):
 
 def parse_speculation(asked: SpeculationOptions) -> Speculation | None:
     """What drafts, with its acceptance; None where nothing does. Raises InvalidRequest."""
-    from lamina.simulator.costs.models import model as shape_of
-    from lamina.simulator.costs.speculation import NGRAM, Speculation
+    from lamina.simulator.costs.cost_model import NGRAM, Speculation
+    from lamina.simulator.costs.model_configs import model as shape_of
 
     name, acceptance = asked.speculate, asked.acceptance
     if name is None:

@@ -235,7 +235,7 @@ def start(args: argparse.Namespace, folder: Path, room: Path) -> dict[str, Child
 def main() -> None:
     args = parse()
     from lamina.models.resolve import resolve
-    from lamina.simulator.costs.models import from_folder
+    from lamina.simulator.costs.model_configs import from_folder
     from lamina.system.machine import this_machine
 
     folder = resolve(args.model)

@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--log", default=os.devnull, metavar="FILE", help="for what the engines say")
     args = parser.parse_args()
     from lamina.models.resolve import resolve
-    from lamina.simulator.costs.models import from_folder
+    from lamina.simulator.costs.model_configs import from_folder
     from lamina.system.machine import this_machine
 
     folder = resolve(args.model)

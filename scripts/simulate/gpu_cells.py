@@ -25,7 +25,7 @@ from pathlib import Path
 from statistics import fmean, median
 
 from lamina.simulator.costs.hardware import Catalogue, Efficiency
-from lamina.simulator.costs.models import model
+from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import Colocated
 from lamina.simulator.costs.uncertainty import sparse
 from lamina.simulator.steady_state.closed_loop import closed_loop

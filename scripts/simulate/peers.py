@@ -16,7 +16,8 @@ from simulate.published import Row
 
 from lamina.simulator.costs.cost_model import Load, all_reduce_time, attention_time, rate
 from lamina.simulator.costs.hardware import Catalogue, Device, Efficiency, Link, at, with_efficiency
-from lamina.simulator.costs.models import ModelShape, model
+from lamina.simulator.costs.model_configs import model
+from lamina.simulator.costs.shapes import ModelShape
 from lamina.simulator.costs.systems import Colocated, Offloaded
 
 REACHED = Efficiency(

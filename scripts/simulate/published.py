@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.cost_model import Load, attention_time, dense_time, minimum_bandwidth
 from lamina.simulator.costs.hardware import ROOFLINE, Catalogue, Device, Efficiency
-from lamina.simulator.costs.models import ModelShape, model
+from lamina.simulator.costs.model_configs import model
+from lamina.simulator.costs.shapes import ModelShape
 from lamina.simulator.costs.systems import Colocated, Offloaded, price
 from lamina.simulator.event_loop.results import RunResult
 from lamina.simulator.event_loop.simulate import Progress, simulate

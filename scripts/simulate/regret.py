@@ -19,7 +19,7 @@ import time
 from dataclasses import dataclass, replace
 
 from lamina.simulator.costs import hardware
-from lamina.simulator.costs.models import model
+from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import price
 from lamina.simulator.event_loop.simulate import Slo, simulate
 from lamina.simulator.planning.event_runs import EventRuns

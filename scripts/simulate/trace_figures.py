@@ -20,11 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.traces.arrivals import Trace, blocks_of
+from lamina.simulator.traces.arrivals import Trace, blocks_of, step_of
 from lamina.simulator.traces.catalogue import FILES, file_of
 from lamina.simulator.traces.figures import LEVELS, Figures, Floats, Quantiles, Sharing, minutes_of
 from lamina.simulator.traces.files import read
-from lamina.simulator.traces.rounded import step_of
 
 AZURE = "Azure LLM inference trace 2023 (Splitwise, ISCA 2024), github.com/Azure/AzurePublicDataset"
 MOONCAKE = "Mooncake, FAST'25 release, conversation trace, github.com/kvcache-ai/Mooncake"

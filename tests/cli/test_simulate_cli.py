@@ -22,7 +22,7 @@ from lamina.measure.bench import plan_check
 from lamina.measure.bench.plan_check import Check, Figure, Noise
 from lamina.simulator.costs.cost_model import KvPolicy
 from lamina.simulator.costs.hardware import ROOFLINE, load, with_efficiency
-from lamina.simulator.costs.models import model
+from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.planning import plan_file

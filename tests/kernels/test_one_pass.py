@@ -21,7 +21,7 @@ from paged_attention import Row, World, attend, build, errors
 
 from lamina.simulator.costs.cost_model import Load, attention_time
 from lamina.simulator.costs.hardware import load
-from lamina.simulator.costs.models import model
+from lamina.simulator.costs.model_configs import model
 from lamina_kernels.attention import decode as cpu_decode
 
 HEADS, GROUP, WIDTH = 8, 8, 128

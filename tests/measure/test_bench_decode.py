@@ -16,7 +16,7 @@ from lamina.config import EngineConfig
 from lamina.measure.bench.decode import Result, bench, dtypes, kept_as, record, row, step_bytes, table
 from lamina.measure.hardware.decode_steps import Measured
 from lamina.models.resolve import WeightMemory
-from lamina.simulator.costs.models import model
+from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.packing import Packing
 from lamina.system.machine import Machine
 

@@ -41,7 +41,7 @@ from lamina.measure.hardware.reading import Bandwidth
 from lamina.simulator.costs import hardware
 from lamina.simulator.costs.cost_model import Load, attention_time, dense_time
 from lamina.simulator.costs.hardware import Device, Efficiency, Link, at
-from lamina.simulator.costs.models import model
+from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import Colocated, Offloaded
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.ports.port import LocalAttention

@@ -23,7 +23,7 @@ from lamina.models.cache import is_whole, verify
 from lamina.models.export import export
 from lamina.models.gguf_files import GgufFile
 from lamina.models.hub import HUB_IDS
-from lamina.simulator.costs.models import PRESETS
+from lamina.simulator.costs.model_configs import PRESETS
 from lamina_workers.checkpoints.model_checkpoint import fingerprint, open_checkpoint
 from lamina_workers.checkpoints.weight_loader import packed_kind
 

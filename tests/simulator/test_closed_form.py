@@ -15,7 +15,7 @@ from planning import EPYC, FHBN, H100, SLO, STEADY, dop, together
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.cost_model import KvPolicy, Load
-from lamina.simulator.costs.models import model
+from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import Disaggregated, System
 from lamina.simulator.event_loop.simulate import Slo, simulate
 from lamina.simulator.planning.candidates import Candidate

@@ -9,7 +9,7 @@ import pytest
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.cost_model import Load
 from lamina.simulator.costs.hardware import Efficiency, load
-from lamina.simulator.costs.models import model
+from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import Colocated
 from lamina.simulator.steady_state.closed_loop import closed_loop
 

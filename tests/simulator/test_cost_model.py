@@ -24,7 +24,7 @@ from lamina.simulator.costs.cost_model import (
     prefill_attention_time,
 )
 from lamina.simulator.costs.hardware import Efficiency, load
-from lamina.simulator.costs.models import model
+from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, power, price
 from lamina.simulator.event_loop.instance import holders_of
 

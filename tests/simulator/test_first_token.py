@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from lamina.simulator.costs.hardware import Efficiency, load
-from lamina.simulator.costs.models import model
+from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import Colocated
 from lamina.simulator.event_loop.simulate import Slo, simulate
 from lamina.simulator.steady_state.closed_form import estimate

@@ -12,7 +12,7 @@ import pytest
 
 from lamina.simulator.costs.cost_model import Load
 from lamina.simulator.costs.hardware import Efficiency, load
-from lamina.simulator.costs.models import model
+from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import Colocated, price
 
 LLAMA, H100 = model("llama-3.1-8b"), load().device("h100")

@@ -9,7 +9,7 @@ import pytest
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.hardware import load
-from lamina.simulator.costs.models import model
+from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded
 from lamina.simulator.event_loop.failures import REDUNDANCY, Failures, prefill_seconds
 from lamina.simulator.event_loop.simulate import simulate

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.costs.capacity import UNBOUNDED
 from lamina.simulator.costs.cost_model import (
     Load,
     attention_time,
@@ -20,8 +19,9 @@ from lamina.simulator.costs.cost_model import (
     state_time,
 )
 from lamina.simulator.costs.hardware import load
-from lamina.simulator.costs.mixers import ChoiceShape, StateShape
-from lamina.simulator.costs.models import PRESETS, model
+from lamina.simulator.costs.model_configs import PRESETS, model
+from lamina.simulator.costs.offloaded import UNBOUNDED
+from lamina.simulator.costs.shapes import ChoiceShape, StateShape
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded
 from lamina.simulator.event_loop.simulate import simulate
 from lamina.simulator.traces.arrivals import Arrival, Trace

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.costs.models import PRESETS, ModelShape, from_config, from_folder, model
+from lamina.simulator.costs.model_configs import PRESETS, from_config, from_folder, model
+from lamina.simulator.costs.shapes import ModelShape
 
 SMALL: dict[str, Any] = {
     "vocab_size": 131,

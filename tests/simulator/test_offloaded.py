@@ -12,7 +12,7 @@ from lamina.errors import InvalidRequest
 from lamina.scheduling.step_tuner import Choice, StepModel
 from lamina.simulator.costs.cost_model import Load, attention_time, dense_time, exchange_time
 from lamina.simulator.costs.hardware import Device
-from lamina.simulator.costs.models import model
+from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.offloaded import best_local_share
 from lamina.simulator.costs.systems import Colocated, Disaggregated, power, price
 from lamina.simulator.event_loop.instance import holders_of

@@ -8,14 +8,13 @@ import pytest
 from planning import EPYC, FHBN, H20, H100, SLO, STEADY, there_are
 
 from lamina.simulator.costs.cost_model import Load
-from lamina.simulator.costs.models import model
+from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded
 from lamina.simulator.planning.candidates import Candidate, candidates
 from lamina.simulator.planning.deployment import engine_keywords
-from lamina.simulator.planning.offloading import bound_by_compute, compute_bound_devices, step_compared
 from lamina.simulator.planning.planner import rank
-from lamina.simulator.planning.reasons import why
-from lamina.simulator.reports.memory import in_bytes, kept, room
+from lamina.simulator.planning.reasons import bound_by_compute, compute_bound_devices, step_compared, why
+from lamina.simulator.reports.report import in_bytes, kept, room
 
 LARGE = replace(H100, name="large", memory=141e9)
 

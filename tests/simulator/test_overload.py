@@ -7,10 +7,10 @@ import re
 import pytest
 
 from lamina.simulator.costs.hardware import load, with_efficiency
-from lamina.simulator.costs.models import model
+from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import Colocated
 from lamina.simulator.event_loop.simulate import Slo, simulate
-from lamina.simulator.planning.overload import MOST, overloads, would_do
+from lamina.simulator.planning.reasons import MOST, overloads, would_do
 from lamina.simulator.traces.arrivals import all_at_once
 from lamina.simulator.traces.catalogue import at_rate, trace
 from lamina.simulator.traces.demand import demand

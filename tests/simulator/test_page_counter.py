@@ -6,8 +6,7 @@ import random
 
 import pytest
 
-from lamina.simulator.event_loop.holder_counter import HolderCounter
-from lamina.simulator.event_loop.page_counter import Groups, PageCounter, Window
+from lamina.simulator.event_loop.counters import Groups, HolderCounter, PageCounter, Window
 from lamina_protocols.messages.layers import HolderConfig, LayerSpec
 from lamina_protocols.messages.messages import Close, Fork, Open, Operation, Row
 from lamina_protocols.messages.routes import HolderBatch, Route

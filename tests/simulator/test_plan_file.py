@@ -16,10 +16,9 @@ from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest
 from lamina.llm import LLM
 from lamina.server.ray_serve import ServePlan
-from lamina.simulator.costs.cost_model import KvPolicy
+from lamina.simulator.costs.cost_model import KvPolicy, Speculation
 from lamina.simulator.costs.hardware import Device, Link
-from lamina.simulator.costs.models import model
-from lamina.simulator.costs.speculation import Speculation
+from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System
 from lamina.simulator.costs.tables import MAX_BYTES
 from lamina.simulator.event_loop.simulate import Slo

@@ -12,10 +12,9 @@ from planning import EPYC, H20, H100, dop, together
 from ranked_candidates import LOSSY, SLOW, SPLIT, WHOLE, checked, ranked
 
 from lamina.simulator.costs.systems import System, price
-from lamina.simulator.planning.planner import Ranked
-from lamina.simulator.planning.prices import Prices, at_price, without_prices
+from lamina.simulator.planning.planner import RATIO_ERROR, Ranked
 from lamina.simulator.planning.quantities import changed_devices
-from lamina.simulator.planning.ties import RATIO_ERROR
+from lamina.simulator.planning.sensitivity import Prices, at_price, without_prices
 
 SYSTEMS = (WHOLE, SPLIT, SLOW, LOSSY, together(2), together(8, H20), dop(2, 2), dop(2, 1, attention=EPYC))
 

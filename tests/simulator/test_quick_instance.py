@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 from planning import H20, H100, SMALL, dop
 
 from lamina.simulator.costs.cost_model import KvPolicy, Load
-from lamina.simulator.costs.models import model
+from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded
-from lamina.simulator.event_loop.decode_costs import DecodeCosts
 from lamina.simulator.event_loop.instance import Instance, Life, Totals
-from lamina.simulator.event_loop.quick_instance import QuickInstance, Unusual, is_usual
+from lamina.simulator.event_loop.quick_instance import DecodeCosts, QuickInstance, Unusual, is_usual
 from lamina.simulator.event_loop.simulate import simulate
 from lamina.simulator.traces.arrivals import Arrival, Trace
 

@@ -8,9 +8,9 @@ import pytest
 
 from lamina.errors import EngineError
 from lamina.simulator.costs.hardware import load
-from lamina.simulator.costs.models import model
+from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import Colocated
-from lamina.simulator.event_loop.record_counter import RecordCounter
+from lamina.simulator.event_loop.counters import RecordCounter
 from lamina.simulator.event_loop.simulate import simulate
 from lamina.simulator.traces.arrivals import Arrival, Trace
 from lamina_protocols.messages.layers import HolderConfig, LayerSpec

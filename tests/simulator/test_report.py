@@ -21,8 +21,7 @@ from lamina.errors import InvalidRequest
 from lamina.simulator.event_loop.results import Distribution, RunResult, Sampled
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.reports.page import html
-from lamina.simulator.reports.report import samples_csv, table, to_csv, to_json
-from lamina.simulator.reports.text import WIDTH
+from lamina.simulator.reports.report import WIDTH, samples_csv, table, to_csv, to_json
 
 HOSTILE = "<script>alert('x')</script> & \"a\" \x1b[31m\x00\n=1+1"
 NAN = Distribution(math.nan, math.nan, math.nan, math.nan)

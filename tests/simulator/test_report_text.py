@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lamina.simulator.reports.text import WIDTH, grid, sentences
+from lamina.simulator.reports.report import WIDTH, grid, sentences
 
 NAMES = st.lists(st.text("ab x", min_size=1, max_size=12), min_size=1, max_size=30).map(" ".join)
 

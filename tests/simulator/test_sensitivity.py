@@ -14,9 +14,8 @@ from lamina.simulator.costs.systems import Colocated, Disaggregated, System
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.planning.candidates import Candidate
 from lamina.simulator.planning.planner import Ranked, rank
-from lamina.simulator.planning.prices import Change, Prices
 from lamina.simulator.planning.quantities import Situation, assumed, changed, faster, links, market, scaled
-from lamina.simulator.planning.sensitivity import Changes, Flip, Sensitivity, flips, sensitivity
+from lamina.simulator.planning.sensitivity import Change, Changes, Flip, Prices, Sensitivity, flips, sensitivity
 from lamina.simulator.steady_state.closed_form import estimate
 from lamina.simulator.traces.demand import Demand
 

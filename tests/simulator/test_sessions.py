@@ -9,13 +9,12 @@ from hypothesis import strategies as st
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.hardware import load
-from lamina.simulator.costs.models import model
+from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import Colocated, Disaggregated
 from lamina.simulator.event_loop.simulate import simulate
 from lamina.simulator.traces.arrivals import Arrival, Trace, closed_loop
 from lamina.simulator.traces.catalogue import trace, windows
-from lamina.simulator.traces.sessions import coding_agents, open_loop
-from lamina.simulator.traces.synthetic import reused_share
+from lamina.simulator.traces.synthetic import coding_agents, open_loop, reused_share
 
 SYSTEM = Colocated(model=model("llama-3-8b"), device=load().device("h100"))
 

@@ -9,7 +9,7 @@ from hybrid_families import FAMILIES as HYBRIDS
 from reference_models import COMMON
 from transformers import AutoConfig
 
-from lamina.simulator.costs.models import from_config
+from lamina.simulator.costs.model_configs import from_config
 from lamina_protocols.messages.layers import STATES, HolderConfig
 from lamina_protocols.messages.pools import pools
 from lamina_workers.attention_worker.page_layout import page_bytes

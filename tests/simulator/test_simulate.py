@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.cost_model import KvPolicy
 from lamina.simulator.costs.hardware import load
-from lamina.simulator.costs.models import model
+from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded
 from lamina.simulator.event_loop.instance import holders_of
+from lamina.simulator.event_loop.results import MOST_SAMPLES, Samples, distribution, weighted_distribution
 from lamina.simulator.event_loop.simulate import Slo, simulate
-from lamina.simulator.event_loop.statistics import MOST_SAMPLES, Samples, distribution, weighted_distribution
 from lamina.simulator.traces.arrivals import Arrival, Trace, all_at_once, scaled
 from lamina.simulator.traces.figures import published
 from lamina.simulator.traces.synthetic import synthetic

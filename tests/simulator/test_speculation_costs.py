@@ -10,10 +10,18 @@ from hypothesis import strategies as st
 from planning import BIG, EPYC, H20, H100, SMALL, STEADY, dop, together
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.costs.cost_model import Load, StepCost, attention_time, dense_time, exchange_time
+from lamina.simulator.costs.cost_model import (
+    Load,
+    Speculation,
+    StepCost,
+    attention_time,
+    best_drafts,
+    dense_time,
+    exchange_time,
+    token_cost,
+)
 from lamina.simulator.costs.hardware import Link
-from lamina.simulator.costs.models import model
-from lamina.simulator.costs.speculation import Speculation, best_drafts, token_cost
+from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import Colocated, Disaggregated
 from lamina.simulator.event_loop.simulate import Slo, simulate
 from lamina.simulator.steady_state.closed_form import estimate

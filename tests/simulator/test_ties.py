@@ -10,10 +10,9 @@ from planning import FHBN, H20, dop, together
 from ranked_candidates import LOSSY, SLOW, SPLIT, WHOLE, checked, ranked
 
 from lamina.simulator.costs.systems import Disaggregated
-from lamina.simulator.planning.kinds import BOTH, PREFILL, TOGETHER, best_of_kinds, kind, split_pays
-from lamina.simulator.planning.kinds import SPLIT as OFFLOADED
-from lamina.simulator.planning.planner import Ranked
-from lamina.simulator.planning.ties import RATIO_ERROR, advantage, lossless, near_ties, tied
+from lamina.simulator.planning.plan import BOTH, PREFILL, TOGETHER, best_of_kinds, kind, split_pays
+from lamina.simulator.planning.plan import SPLIT as OFFLOADED
+from lamina.simulator.planning.planner import RATIO_ERROR, Ranked, advantage, lossless, near_ties, tied
 
 
 def test_what_differs_by_less_than_the_error_is_a_tie() -> None:

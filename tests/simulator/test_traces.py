@@ -33,12 +33,13 @@ from lamina.simulator.traces.arrivals import (
     head,
     scaled,
     split,
+    spread,
+    step_of,
     tokens,
 )
 from lamina.simulator.traces.catalogue import FILES, WINDOWS, file_of, trace, windows
 from lamina.simulator.traces.figures import LEVELS, Quantiles, minutes_of, published
 from lamina.simulator.traces.files import read
-from lamina.simulator.traces.rounded import spread, step_of
 from lamina.simulator.traces.synthetic import synthetic
 from lamina.system.text_files import read_toml
 

@@ -9,7 +9,7 @@ import pytest
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.hardware import ROOFLINE, Efficiency, load
-from lamina.simulator.costs.models import model
+from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import Colocated, Offloaded
 from lamina.simulator.costs.uncertainty import Interval, Spread, basis, sparse, spread
 

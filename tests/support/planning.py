@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lamina.simulator.costs import hardware
 from lamina.simulator.costs.hardware import Device, Link
-from lamina.simulator.costs.models import model
+from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import Colocated, Offloaded
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.planning.inventory import Have, Inventory

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from lamina.config import EngineConfig
 from lamina.measure.hardware.decode_steps import Measured, measure_in_turn
 from lamina.models.resolve import WeightMemory, weight_memory
-from lamina.simulator.costs.models import ModelShape, from_folder
+from lamina.simulator.costs.model_configs import from_folder
 from lamina.simulator.costs.packing import Packing
+from lamina.simulator.costs.shapes import ModelShape
 from lamina.system.machine import Machine, native_dtype, this_machine
 from lamina.system.progress import Progress
 

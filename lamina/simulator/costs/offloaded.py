@@ -1,19 +1,25 @@
-"""Attention elsewhere: what devices with the weights do, what those with the KV do, and what crosses between them."""
+"""Attention elsewhere: what devices with the weights do, what those with the KV do, and what crosses between them.
+
+How much KV and how many states have room beside the weights.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.costs.capacity import MEMORY_SHARE, SEQUENCE_TOKENS, UNBOUNDED, Capacity, capacity_of, room_beside
 from lamina.simulator.costs.cost_model import (
     FULL,
     Exchange,
     KvPolicy,
     Load,
+    Speculation,
     StepCost,
     attention_time,
+    best_drafts,
     busiest_share,
+    check_drafts,
+    draft_model,
     exchange_time,
     kv_heads,
     kv_projection_time,
@@ -21,11 +27,63 @@ from lamina.simulator.costs.cost_model import (
     model_time,
     state_share,
     state_time,
+    token_cost,
 )
 from lamina.simulator.costs.hardware import Device, Link, connection
-from lamina.simulator.costs.models import ModelShape
-from lamina.simulator.costs.speculation import Speculation, best_drafts, check_drafts, draft_model, token_cost
+from lamina.simulator.costs.shapes import ModelShape
 from lamina.simulator.costs.tables import number_within, whole
+
+MEMORY_SHARE = 0.9
+"""The share of a device's memory for weights and KV; the rest is for activations. vLLM's default, too."""
+SEQUENCE_TOKENS = 4096
+"""Tokens of the sequences for which memory is divided between KV and states: the engine's default."""
+UNBOUNDED = 1 << 40
+"""Tokens, or sequences, of what takes no memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """How many tokens' KV fit, and how many sequences' states; `UNBOUNDED` of what a model does not have."""
+
+    tokens: int
+    sequences: int
+
+
+def room_beside(model: ModelShape, device: Device, count: int, share: float, draft: ModelShape | None = None) -> float:
+    """Bytes that weights leave for KV, a draft model's too, which are on one of the devices. Raises InvalidRequest
+    where they leave none."""
+    more = 0.0 if draft is None else draft.weight_bytes
+    room = count * device.memory * share - model.weight_bytes - more
+    if room <= 0:
+        beside = "" if draft is None else f", its draft model {more / 1e9:.1f} GB"
+        raise InvalidRequest(
+            f"model {model.name!r} has {model.weight_bytes / 1e9:.1f} GB of weights{beside}; {count}x {device.name} "
+            f"have {count * device.memory / 1e9:.1f} GB, of which {share:.0%} may be used; allowed is a model that "
+            "leaves room for KV"
+        )
+    return room
+
+
+def capacity_of(
+    model: ModelShape,
+    policy: KvPolicy,
+    kv_element: float,
+    sequence_tokens: int,
+    room: float,
+    copies: tuple[float, float] = (1.0, 1.0),
+    beside: float = 0.0,
+) -> Capacity:
+    """What so many bytes hold, divided as the engine does it: in proportion to what sequences of `sequence_tokens`
+    tokens take. `copies`: how often KV and states are kept; `beside`: bytes a token that something else takes."""
+    a_token = model.kv_bytes_per_token(kv_element) * copies[0]
+    a_sequence = model.state_bytes_held * copies[1]
+    if not a_sequence:
+        taken = a_token * policy.held + beside
+        return Capacity(int(room / taken) if taken else UNBOUNDED, UNBOUNDED)
+    sequences = room / (a_token * sequence_tokens + a_sequence)
+    tokens = int(sequences * sequence_tokens / policy.held) if a_token else UNBOUNDED
+    return Capacity(tokens, int(sequences))
+
 
 MOST = 1 << 24
 """The most devices of a kind, lanes, and tokens of a batch."""

@@ -9,21 +9,33 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.costs.capacity import MEMORY_SHARE, SEQUENCE_TOKENS, Capacity, capacity_of, room_beside
 from lamina.simulator.costs.cost_model import (
     FULL,
     KvPolicy,
     Load,
+    Speculation,
     StepCost,
     busiest_share,
+    check_drafts,
+    draft_model,
     mixing_time,
     model_time,
     state_share,
+    token_cost,
 )
 from lamina.simulator.costs.hardware import Device, Link, connection
-from lamina.simulator.costs.models import ModelShape
-from lamina.simulator.costs.offloaded import MOST, PAGE_SIZE, Lane, Offloaded
-from lamina.simulator.costs.speculation import Speculation, check_drafts, draft_model, token_cost
+from lamina.simulator.costs.offloaded import (
+    MEMORY_SHARE,
+    MOST,
+    PAGE_SIZE,
+    SEQUENCE_TOKENS,
+    Capacity,
+    Lane,
+    Offloaded,
+    capacity_of,
+    room_beside,
+)
+from lamina.simulator.costs.shapes import ModelShape
 from lamina.simulator.costs.tables import number_within, whole
 
 __all__ = ["PAGE_SIZE", "Colocated", "Disaggregated", "Lane", "Offloaded", "System", "power", "price"]

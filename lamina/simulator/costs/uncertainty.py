@@ -17,7 +17,7 @@ from typing import Any
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.hardware import ROOFLINE, Device, Efficiency, load
-from lamina.simulator.costs.models import ModelShape
+from lamina.simulator.costs.shapes import ModelShape
 from lamina.simulator.costs.systems import Colocated, System
 from lamina.simulator.costs.tables import number_within, read_tables, tables_of, text
 

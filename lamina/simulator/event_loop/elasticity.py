@@ -14,10 +14,8 @@ from heapq import heappop, heappush
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.systems import Colocated, Offloaded, before_first_token, price
-from lamina.simulator.event_loop.instance import Instance
-from lamina.simulator.event_loop.lives import Life, Totals
-from lamina.simulator.event_loop.results import Distribution
-from lamina.simulator.event_loop.statistics import distribution, weighted_distribution
+from lamina.simulator.event_loop.instance import Instance, Life, Totals
+from lamina.simulator.event_loop.results import Distribution, distribution, weighted_distribution
 from lamina.simulator.traces.arrivals import Trace
 
 

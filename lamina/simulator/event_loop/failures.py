@@ -13,8 +13,7 @@ from dataclasses import dataclass, replace
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.cost_model import Load
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System
-from lamina.simulator.event_loop.instance import Instance
-from lamina.simulator.event_loop.lives import Totals
+from lamina.simulator.event_loop.instance import Instance, Totals
 from lamina.simulator.traces.arrivals import Trace
 
 

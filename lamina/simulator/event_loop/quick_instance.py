@@ -9,6 +9,10 @@ could be short. `tests/simulator/test_quick_instance.py` holds the two to the sa
 
 Seconds of a batch of decode alone go straight on for a while (`decode_costs`), so steps to the next request that comes
 or ends are one sum.
+
+Costs of batches of decode alone: computed for contexts 4 % apart, and straight between them.
+
+A request in a `QuickInstance`, and how many pages and tokens it takes.
 """
 
 from __future__ import annotations
@@ -19,13 +23,98 @@ from collections.abc import Callable, Mapping
 from heapq import heappop, heappush
 
 from lamina.errors import EngineError
+from lamina.simulator.costs.cost_model import Load, StepCost
 from lamina.simulator.costs.systems import PAGE_SIZE, System
-from lamina.simulator.event_loop.decode_costs import DecodeCosts, Numbers
-from lamina.simulator.event_loop.instance import BACKLOG, BACKLOG_TOKENS, UNLIMITED, holders_of, page_groups
-from lamina.simulator.event_loop.lives import Life, PromptRows, Totals
-from lamina.simulator.event_loop.quick_sequence import Sequence, affordable, limit_of, pages_of
+from lamina.simulator.event_loop.instance import (
+    BACKLOG,
+    BACKLOG_TOKENS,
+    UNLIMITED,
+    Life,
+    PromptRows,
+    Totals,
+    holders_of,
+    page_groups,
+)
 from lamina.simulator.event_loop.results import Sampled
-from lamina.simulator.traces.arrivals import Trace
+from lamina.simulator.traces.arrivals import Arrival, Trace
+
+_GRID = 16
+"""Contexts to a doubling whose seconds are computed."""
+_STRIDE = 2 ** (1 / _GRID) - 1
+Numbers = tuple[float, float, float, float, float]
+"""The numbers of a `StepCost`: seconds, those of model, attention and network, and bytes over the link."""
+
+
+class DecodeCosts:
+    """Costs of batches of decode alone, remembered for all instances of a system."""
+
+    def __init__(self, system: System) -> None:
+        self._system = system
+        self._known: dict[tuple[int, int], tuple[float, StepCost, StepCost]] = {}
+
+    def __call__(self, batch: int, context: int) -> Numbers:
+        """The cost of a batch of so many sequences, with so many tokens in all."""
+        mean = context / batch
+        return self._between(mean, *self._ends(batch, mean))
+
+    def line(self, batch: int, context: int) -> tuple[float, Numbers, Numbers]:
+        """The mean context up to which costs go straight on, what a step costs, and what the step after it costs."""
+        mean = context / batch
+        low, a, b = self._ends(batch, mean)
+        return low * (1 + _STRIDE), self._between(mean, low, a, b), self._between(mean + 1, low, a, b)
+
+    def _ends(self, batch: int, mean: float) -> tuple[float, StepCost, StepCost]:
+        place = int(math.log2(mean) * _GRID)
+        found = self._known.get((batch, place))
+        if found is None:
+            low, high = 2 ** (place / _GRID), 2 ** ((place + 1) / _GRID)
+            step = self._system.step
+            found = self._known[batch, place] = low, step(Load(batch, low)), step(Load(batch, high))
+        return found
+
+    def _between(self, mean: float, low: float, a: StepCost, b: StepCost) -> Numbers:
+        part = (mean - low) / (low * _STRIDE)
+        return (
+            a.seconds + part * (b.seconds - a.seconds),
+            a.model + part * (b.model - a.model),
+            a.attention + part * (b.attention - a.attention),
+            a.network + part * (b.network - a.network),
+            a.link_bytes + part * (b.link_bytes - a.link_bytes),
+        )
+
+
+class Sequence:
+    """A request in the instance. `known` tokens are to be computed before it can sample; `computed` of them were when
+    step `since` began, and one more in each step after it where it decodes."""
+
+    __slots__ = ("computed", "ends", "known", "life", "number", "output", "preempted", "prompt", "since")
+
+    def __init__(self, number: int, arrival: Arrival, life: Life) -> None:
+        self.number, self.life = number, life
+        self.prompt, self.output = arrival.prompt, arrival.output
+        self.known = arrival.prompt
+        self.computed = self.since = self.ends = 0
+        self.preempted = False
+
+    def at(self, step: int) -> int:
+        """Tokens with KV when that step begins, if it decodes."""
+        return self.computed + step - self.since
+
+
+def pages_of(tokens: int) -> int:
+    """Pages that so many tokens take."""
+    return -(-tokens // PAGE_SIZE)
+
+
+def limit_of(each: Sequence, left: int) -> int:
+    """Tokens of its next row, where prompts have so many left of the batch."""
+    ahead = each.known - each.computed
+    return 1 if ahead == 1 else min(ahead, left)
+
+
+def affordable(done: int, want: int, free: int) -> int:
+    """How many of the next `want` tokens fit into the last page and the free ones."""
+    return min(want, (pages_of(done) + free) * PAGE_SIZE - done)
 
 
 class Unusual(Exception):

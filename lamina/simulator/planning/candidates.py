@@ -9,12 +9,10 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.costs.capacity import SEQUENCE_TOKENS
-from lamina.simulator.costs.cost_model import KvPolicy, Load, kv_heads
+from lamina.simulator.costs.cost_model import KvPolicy, Load, Speculation, kv_heads
 from lamina.simulator.costs.hardware import Device
-from lamina.simulator.costs.models import ModelShape
-from lamina.simulator.costs.offloaded import best_local_share
-from lamina.simulator.costs.speculation import Speculation
+from lamina.simulator.costs.offloaded import SEQUENCE_TOKENS, best_local_share
+from lamina.simulator.costs.shapes import ModelShape
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System, price
 from lamina.simulator.planning.deployment import undeployable
 from lamina.simulator.planning.inventory import Inventory

@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.costs.cost_model import FULL, KvPolicy, Load, kv_heads, kv_projection_time
+from lamina.simulator.costs.cost_model import FULL, KvPolicy, Load, Speculation, kv_heads, kv_projection_time
 from lamina.simulator.costs.hardware import Catalogue, Device
 from lamina.simulator.costs.shapes import ModelShape
-from lamina.simulator.costs.speculation import Speculation
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System
 from lamina.simulator.costs.timeline import LayerTimes, chrome_trace, step_timeline
 from lamina.simulator.event_loop.failures import Failures

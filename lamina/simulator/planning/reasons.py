@@ -1,22 +1,127 @@
 """Why one candidate wins, in sentences: what it does and how sure that is, what limits it, what comes close, and how it
-compares with the best of the other kind."""
+compares with the best of the other kind.
+
+What a model's layers make of moving attention and states to other devices: what bounds them there, and what a step
+spends on them in either place.
+
+What is said of a system that does not keep the SLO under a load, and how many of it would.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from lamina.simulator.costs.cost_model import Load, attention_time, busiest_share, rate, state_share, state_time
+from lamina.simulator.costs.hardware import Device
+from lamina.simulator.costs.shapes import ModelShape
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System
+from lamina.simulator.event_loop.results import RunResult
 from lamina.simulator.event_loop.simulate import Slo
-from lamina.simulator.planning.offloading import compute_bound_devices, step_compared
-from lamina.simulator.planning.overload import would_do
-from lamina.simulator.planning.planner import Ranked, best
+from lamina.simulator.planning.planner import RATIO_ERROR, Ranked, advantage, best, lossless
 from lamina.simulator.planning.quantities import links, scaled
-from lamina.simulator.planning.ties import RATIO_ERROR, advantage, lossless
-from lamina.simulator.steady_state.closed_form import ATTAINMENT, estimate
-from lamina.simulator.steady_state.misfits import slow_link
+from lamina.simulator.steady_state.closed_form import ATTAINMENT, Estimate, estimate, slow_link
 from lamina.simulator.traces.demand import Demand
+
+_FAR = 2.0
+"""How many times a device's FLOPs a byte attention must ask for, to be worth a word."""
+
+
+def bound_by_compute(model: ModelShape, device: Device, context: float, element: float = 2.0) -> str:
+    """The sentence that attention on a device is bound by its compute, by far; "" where it is not."""
+    work = model.attention_work(context, element)
+    nbytes, flops = (sum(part[at] for part in work) for at in (0, 1))
+    has = rate(device, element) / device.bandwidth
+    if not nbytes or flops < _FAR * has * nbytes:
+        return ""
+    return (
+        f"Attention of {model.name} on {device.name} is bound by compute: it takes {flops / nbytes:.0f} FLOPs a byte "
+        f"of KV, the device has {has:.0f} a byte of bandwidth, of which it uses {has * nbytes / flops:.0%} at best"
+    )
+
+
+def compute_bound_devices(systems: Iterable[System], context: float) -> list[str]:
+    """A sentence for each device on which these systems would attend, and whose compute bounds it."""
+    found: dict[str, str] = {}
+    for system in systems:
+        if isinstance(system, Offloaded) and system.attention_device.name not in found:
+            device = system.attention_device
+            found[device.name] = bound_by_compute(system.model, device, context, system.kv_element)
+    return [said for said in found.values() if said]
+
+
+def step_compared(offloaded: Offloaded, whole: Colocated, batch: float, context: float) -> str:
+    """The sentence of what a step of so many sequences spends on attention, states and the wire, and on the first two
+    where the dense layers are."""
+    load = Load(max(1, round(batch)), context)
+    lane = offloaded.lane(load)
+    states = state_time(
+        offloaded.model, offloaded.attention_device, load,
+        state_share(offloaded.model, offloaded.attention_count, load.decode),
+    )  # fmt: skip
+    count = whole.tensor_parallel
+    here = attention_time(
+        whole.model, whole.device, load, whole.policy, whole.kv_element,
+        busiest=busiest_share(whole.model, count), queries=1 / count,
+    )  # fmt: skip
+    here_states = state_time(whole.model, whole.device, load, state_share(whole.model, count))
+    there = _spent(lane.attention - states, states, bool(whole.model.states))
+    return (
+        f"For {load.decode:.0f} sequences of {context:.0f} tokens {there} a step on {offloaded.attention_count}x "
+        f"{offloaded.attention_device.name} and the wire {lane.exchange.seconds * 1000:.2g} ms; on {count}x "
+        f"{whole.device.name}, without a wire, {_spent(here, here_states, bool(whole.model.states))}"
+    )
+
+
+def _spent(attention: float, states: float, both: bool) -> str:
+    said = f"attention takes {attention * 1000:.2g} ms"
+    return f"{said} and states {states * 1000:.2g} ms" if both else said
+
+
+MOST = 256
+"""Replicas that are thought of."""
+
+
+def overloads(
+    systems: Sequence[System], results: Sequence[RunResult], demand: Demand, slo: Slo, prefill: bool = True
+) -> list[str]:
+    """A sentence for each system whose run did not keep the SLO. None where all requests are there from the start, or
+    any time is accepted: more replicas are no answer then."""
+    if math.isinf(demand.rate) or slo == Slo():
+        return []
+    return [
+        f"{result.system}: {result.slo_share:.1%} within the SLO at {demand.rate:.3g} requests/s"
+        f"{_waiting(result)}. {would_do(system, demand, slo, prefill)}."
+        for system, result in zip(systems, results, strict=True)
+        if result.slo_share < ATTAINMENT
+    ]
+
+
+def would_do(system: System, demand: Demand, slo: Slo, prefill: bool = True, least: int = 2) -> str:
+    """How many of a system, `least` or more, keep the SLO by the closed form, with their price; or that no number
+    does."""
+    found = estimate(system, MOST, demand, slo, prefill)
+    if not found.serves:
+        return f"By formula {_none_does(found)}"
+    count = max(least, found.replicas)
+    cost = found.price / found.replicas * count
+    return f"By formula {count} replicas would keep the SLO{f', for ${cost:,.2f} an hour' if cost else ''}"
+
+
+def _none_does(found: Estimate) -> str:
+    if found.share >= ATTAINMENT:
+        return f"not even {MOST} replicas keep the SLO: they take {found.taken:.3g} requests/s"
+    if not math.isfinite(found.tpot):
+        return "no number of replicas keeps the SLO: the trace's longest request does not fit"
+    alone = f"TPOT is {found.tpot * 1000:.3g} ms and TTFT {found.ttft:.3g} s"
+    return f"no number of replicas keeps the SLO: with few requests at a time {alone}"
+
+
+def _waiting(result: RunResult) -> str:
+    """The words for a system whose requests waited for room most of the time; "" for others."""
+    return ", overloaded: requests waited most of the time" if result.saturated_seconds > result.seconds / 2 else ""
+
 
 _MATTERS = 1.03
 """A gain that is worth a word, of twice as much of something."""

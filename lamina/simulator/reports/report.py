@@ -2,6 +2,10 @@
 
 Pure: returns texts. The same runs give the same bytes. Numbers that are not known (a power that is not published, a
 latency of no request) are a dash for people, null in JSON, and empty in CSV.
+
+What a model keeps of a sequence, and how much of it a system has room for, in words. KV and states stand apart.
+
+Text in 100 columns: tables whose names are folded, and sentences. Pure.
 """
 
 from __future__ import annotations
@@ -11,9 +15,13 @@ import dataclasses
 import io
 import json
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from lamina.simulator.costs.offloaded import UNBOUNDED
+from lamina.simulator.costs.shapes import STATE_RECORDS, ModelShape
+from lamina.simulator.costs.systems import System
 from lamina.simulator.event_loop.results import Distribution, RunResult, Sampled
 from lamina.simulator.reports.data import (
     KEPT,
@@ -26,7 +34,81 @@ from lamina.simulator.reports.data import (
     labels,
     printable,
 )
-from lamina.simulator.reports.text import WIDTH, sentences
+
+_UNITS = ("B", "KB", "MB", "GB", "TB")
+
+
+def kept(shape: ModelShape, element: float = 2.0) -> str:
+    """Such as "24.6 KB of KV a token (12 layers); 162 MB of states a sequence (36 layers, 2 records of 80.8 MB)"."""
+    said = []
+    if shape.attentions:
+        said.append(f"{in_bytes(shape.kv_bytes_per_token(element))} of KV a token ({_layers(shape.attentions)})")
+    if shape.states:
+        records = f"{STATE_RECORDS} records of {in_bytes(shape.state_bytes)}"
+        said.append(f"{in_bytes(shape.state_bytes_held)} of states a sequence ({_layers(shape.states)}, {records})")
+    return "; ".join(said) or "nothing"
+
+
+def room(system: System) -> str:
+    """Such as "room for 1,394,000 tokens of KV and 340 sequences' states"."""
+    capacity = system.capacity
+    said = []
+    if capacity.tokens < UNBOUNDED:
+        said.append(f"{capacity.tokens:,} tokens of KV")
+    if capacity.sequences < UNBOUNDED:
+        said.append(f"{capacity.sequences:,} sequences' states")
+    return f"room for {' and '.join(said) or 'any number of sequences'}"
+
+
+def in_bytes(count: float) -> str:
+    """Three digits and a decimal unit."""
+    power = 0
+    while count >= 999.5 and power + 1 < len(_UNITS):
+        count, power = count / 1000, power + 1
+    return f"{count:.3g} {_UNITS[power]}"
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer{'s' if count != 1 else ''}"
+
+
+WIDTH = 100
+"""Columns of everything that a command of the simulator prints."""
+_LEAST = 20
+"""Columns of the names, at least: what is longer than the rest leaves goes over `WIDTH` then."""
+
+
+def grid(rows: Sequence[Sequence[str]], left: int = 1, width: int = WIDTH) -> list[str]:
+    """Lines of a table, the first of `rows` its head. The first `left` columns are words and begin together, the last
+    of them is folded where the line would be longer than `width`; the others are numbers, and end together."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    name = left - 1
+    others = sum(widths) - widths[name] + 2 * (len(widths) - 1)
+    widths[name] = min(widths[name], max(_LEAST, width - others))
+    lines: list[str] = []
+    for row in rows:
+        first, *more = textwrap.wrap(row[name], widths[name]) or [""]
+        cells = [*row[:name], first, *row[left:]]
+        shown = [
+            cell.ljust(room) if at < left else cell.rjust(room)
+            for at, (cell, room) in enumerate(zip(cells, widths, strict=True))
+        ]
+        lines.append("  ".join(shown).rstrip())
+        before = " " * (sum(widths[:name]) + 2 * name)
+        lines += [f"{before}  {line}" if len(line) + 2 <= widths[name] else f"{before}{line}" for line in more]
+    return lines
+
+
+def sentences(said: Sequence[str], indent: int = 2, width: int = WIDTH) -> list[str]:
+    """Each in lines of at most `width` columns, of which the first begins `indent` columns in, the others two more."""
+    lines: list[str] = []
+    for sentence in said:
+        lines += textwrap.wrap(
+            sentence, width, initial_indent=" " * indent, subsequent_indent=" " * (indent + 2),
+            break_long_words=False, break_on_hyphens=False,
+        ) or [""]  # fmt: skip
+    return lines
+
 
 VERSION = 1
 """The version of the JSON. It rises when a key changes its meaning."""

@@ -16,8 +16,7 @@ import numpy as np
 
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System, before_first_token
 from lamina.simulator.event_loop.simulate import Slo
-from lamina.simulator.steady_state.batches import Batches
-from lamina.simulator.steady_state.replay import Floats, Integers, Limits, Requests, Served, replay
+from lamina.simulator.steady_state.replay import Batches, Floats, Integers, Limits, Requests, Served, replay
 from lamina.simulator.traces.demand import Demand, Sample, left_of_outputs, streams
 
 FloatT = TypeVar("FloatT", float, Floats)

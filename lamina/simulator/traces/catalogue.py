@@ -10,12 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.traces.arrivals import Arrival, Trace, head, scaled
+from lamina.simulator.traces.arrivals import Arrival, Trace, head, scaled, spread
 from lamina.simulator.traces.figures import Floats, Integers, published
 from lamina.simulator.traces.files import FORMATS, read
-from lamina.simulator.traces.rounded import spread
-from lamina.simulator.traces.sessions import coding_agents
-from lamina.simulator.traces.synthetic import distance, synthetic
+from lamina.simulator.traces.synthetic import coding_agents, distance, synthetic
 
 FILES = {
     "azure-conv": ("azure_conv_2023.csv", "AzureLLMInferenceTrace_conv.csv"),

@@ -2,6 +2,16 @@
 
 It gets the operations and rows of a real pool, and counts pages as `KVStore` does: a page is of one layer and one KV
 head, and shared by reference count. Heads that a part has, and layers that keep alike, go together.
+
+A pool of states that counts records instead of keeping them: those that an attention worker would take, share, free
+and refuse.
+
+A record is of one layer, one head and one position of a sequence. A part has those at the end of its last row and at
+its start, and writes its next row's over older ones that it shares with none. Heads that a part has, and layers, go
+together.
+
+A holder that counts pages and records instead of keeping KV and states: it gets the operations and rows of a real
+one, and answers as that would.
 """
 
 from __future__ import annotations
@@ -11,6 +21,7 @@ from dataclasses import dataclass
 
 from lamina.errors import EngineError
 from lamina_protocols.messages.messages import Bound, Close, Fork, Open, Operation, Row
+from lamina_protocols.messages.routes import HolderBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +66,8 @@ class PageCounter:
         self._lets_go = any(window is not None for _, window in groups)
         self._uses: list[int] = []  # by number, of sets of pages that go together
         self._spare: list[int] = []  # numbers that are free again
-        self._parts: dict[int, _Part] = {}
-        self._growing: list[tuple[_Part, Row]] = []  # of the rows that `take` is for
+        self._parts: dict[int, _PagePart] = {}
+        self._growing: list[tuple[_PagePart, Row]] = []  # of the rows that `take` is for
 
     def reserve(self, rows: Sequence[Row]) -> bool:
         """Whether there are pages for these rows; they are taken by `take`. What no row sees any more is let go."""
@@ -79,7 +90,7 @@ class PageCounter:
         """How far back a part can be cut: there all that a query sees must still be held."""
         return self._floor(self._parts[handle]) if self._lets_go else 0
 
-    def _let_go(self, part: _Part, start: int) -> None:
+    def _let_go(self, part: _PagePart, start: int) -> None:
         """Free what no query at `start` or later sees."""
         for run, (_, window) in zip(part.runs, self._groups, strict=True):
             if window is None:
@@ -92,14 +103,14 @@ class PageCounter:
                 del run.pages[:gone]
                 run.first += gone
 
-    def _floor(self, part: _Part) -> int:
+    def _floor(self, part: _PagePart) -> int:
         lowest = 0
         for run, (_, window) in zip(part.runs, self._groups, strict=True):
             if run.first and window is not None:
                 lowest = max(lowest, window.returns_to(part.lo + run.first * self._size))
         return lowest
 
-    def _wanted(self, part: _Part, row: Row) -> int:
+    def _wanted(self, part: _PagePart, row: Row) -> int:
         """Pages that the row needs: new ones, and copies of shared ones that it writes into."""
         end = self._end(part, row)
         wanted = 0
@@ -107,7 +118,7 @@ class PageCounter:
             wanted += run.cells * (max(0, end - run.first - len(run.pages)) + self._copies(part, run, row))
         return wanted
 
-    def _grow(self, part: _Part, row: Row) -> None:
+    def _grow(self, part: _PagePart, row: Row) -> None:
         end = self._end(part, row)
         for run in part.runs:
             if self._copies(part, run, row):
@@ -116,11 +127,11 @@ class PageCounter:
                 run.pages.append(self._new(run.cells))
         part.shared = False
 
-    def _end(self, part: _Part, row: Row) -> int:
+    def _end(self, part: _PagePart, row: Row) -> int:
         """Pages that the part has after the row, counted from its first position."""
         return -(-max(0, min(row.start + row.count, part.hi) - part.lo) // self._size)
 
-    def _copies(self, part: _Part, run: _Run, row: Row) -> bool:
+    def _copies(self, part: _PagePart, run: _Run, row: Row) -> bool:
         """Whether the row writes into a page that others have too."""
         begun = part.shared and max(0, row.start - part.lo) % self._size > 0
         return begun and bool(run.pages) and self._uses[run.pages[-1]] > 1
@@ -128,7 +139,9 @@ class PageCounter:
     def apply(self, operation: Operation) -> None:
         match operation:
             case Open(handle, _, heads, lo, hi):
-                self._parts[handle] = _Part(lo, hi, [_Run(layers * len(heads), 0, []) for layers, _ in self._groups])
+                self._parts[handle] = _PagePart(
+                    lo, hi, [_Run(layers * len(heads), 0, []) for layers, _ in self._groups]
+                )
             case Fork(handle, parent, length):
                 source = self._parts[parent]
                 inside = max(0, min(length, source.hi) - source.lo)
@@ -140,7 +153,7 @@ class PageCounter:
                     for page in run.pages:
                         self._uses[page] += 1
                     source.shared = source.shared or len(run.pages) == len(whole.pages)
-                self._parts[handle] = _Part(source.lo, source.hi, runs, inside % self._size > 0)
+                self._parts[handle] = _PagePart(source.lo, source.hi, runs, inside % self._size > 0)
             case Close(handle):
                 for run in self._parts.pop(handle).runs:
                     for page in run.pages:
@@ -180,9 +193,139 @@ class _Run:
         self.cells, self.first, self.pages = cells, first, pages
 
 
-class _Part:
+class _PagePart:
     __slots__ = ("hi", "lo", "runs", "shared")
 
     def __init__(self, lo: int, hi: int, runs: list[_Run], shared: bool = False) -> None:
         self.lo, self.hi, self.runs = lo, hi, runs
         self.shared = shared  # its last page may be another's too
+
+
+class RecordCounter:
+    """`free` of `pages` records are left, of so many layers."""
+
+    def __init__(self, pages: int, layers: int) -> None:
+        self.free = pages
+        self._layers = layers
+        self._parts: dict[int, _RecordPart] = {}
+
+    def apply(self, operation: Operation) -> None:
+        match operation:
+            case Open(handle, _, heads):
+                self._parts[handle] = _RecordPart(self._layers * len(heads), None, None)
+            case Fork(handle, parent, length):
+                source = self._parts[parent]
+                found = source.at(length)
+                if found is None and length:
+                    raise EngineError(f"part {parent} was forked at {length}, where it has no states")
+                if found is not None:
+                    found.uses += 1
+                self._parts[handle] = _RecordPart(source.cells, found, found)
+            case Close(handle):
+                part = self._parts.pop(handle)
+                for record in part.owned():
+                    self._release(part, record)
+            case _:
+                raise EngineError(f"{operation} is none that the simulator makes")
+
+    def reserve(self, rows: Sequence[Row]) -> bool:
+        """Whether there are records for these rows; they are taken by `take`."""
+        return sum(part.cells for row in rows if not (part := self._parts[row.handle]).reuses(row.start)) <= self.free
+
+    def take(self, rows: Sequence[Row]) -> None:
+        """Give each row's part the records at the row's end, and let it keep those at its start."""
+        for row in rows:
+            part = self._parts[row.handle]
+            source = part.at(row.start)
+            if source is None and row.start:
+                raise EngineError(f"{row} begins where its part has no states")
+            for record in part.owned():
+                if record is not source:
+                    self._release(part, record)
+            self.free -= part.cells
+            part.earlier, part.last = source, _Record(row.start + row.count)
+
+    def floor(self, handle: int) -> int:
+        """How far back a part can be cut: to the start of its last row."""
+        earlier = self._parts[handle].earlier
+        return 0 if earlier is None else earlier.position
+
+    def _release(self, part: _RecordPart, record: _Record) -> None:
+        record.uses -= 1
+        if not record.uses:
+            self.free += part.cells
+
+
+class _Record:
+    """The states of all a part's layers and heads at one position, which parts share."""
+
+    __slots__ = ("position", "uses")
+
+    def __init__(self, position: int) -> None:
+        self.position, self.uses = position, 1
+
+
+class _RecordPart:
+    """`last`, `earlier`: what it has, the same one in a new fork; None at position 0, where states are zeros."""
+
+    __slots__ = ("cells", "earlier", "last")
+
+    def __init__(self, cells: int, last: _Record | None, earlier: _Record | None) -> None:
+        self.cells, self.last, self.earlier = cells, last, earlier
+
+    def owned(self) -> list[_Record]:
+        return [record for record in dict.fromkeys((self.last, self.earlier)) if record is not None]
+
+    def at(self, position: int) -> _Record | None:
+        return next((record for record in self.owned() if record.position == position), None)
+
+    def reuses(self, start: int) -> bool:
+        """Whether a row from `start` writes over records of the part's own."""
+        return any(record.uses == 1 and record.position != start for record in self.owned())
+
+
+class HolderCounter:
+    """A holder with these pools, in their order. Unlike a worker it keeps the operations of a batch that it refuses;
+    they are numbered, and not applied again."""
+
+    def __init__(self, pools: Sequence[PageCounter | RecordCounter]) -> None:
+        self._pools = tuple(pools)
+        self._applied = 0
+        self._pool: dict[int, int] = {}  # by handle, of a part
+
+    @property
+    def free(self) -> tuple[int, ...]:
+        """Pages that are left in each pool."""
+        return tuple(pool.free for pool in self._pools)
+
+    def grow(self, pages: Sequence[int]) -> None:
+        """There are so many free pages more in each pool, or fewer."""
+        for pool, more in zip(self._pools, pages, strict=True):
+            pool.free += more
+
+    def take(self, share: HolderBatch) -> list[int] | None:
+        """Apply the operations, and reserve for the rows: all of them, then the floor of each row's part, or none."""
+        for operation in share.operations[max(0, self._applied - share.first) :]:
+            self._pools[self._pool_of(operation)].apply(operation)
+        self._applied = max(self._applied, share.first + len(share.operations))
+        rows: list[list[Row]] = [[] for _ in self._pools]
+        for route in share.routes:
+            rows[route.pool].append(route.row)
+        fits = [pool.reserve(of_pool) for pool, of_pool in zip(self._pools, rows, strict=True)]
+        if not all(fits):
+            return None
+        for pool, of_pool in zip(self._pools, rows, strict=True):
+            pool.take(of_pool)
+        return [self._pools[route.pool].floor(route.row.handle) for route in share.routes]
+
+    def _pool_of(self, operation: Operation) -> int:
+        match operation:
+            case Open(handle, pool):
+                self._pool[handle] = pool
+            case Fork(handle, parent):
+                self._pool[handle] = pool = self._pool[parent]
+            case Close(handle):
+                pool = self._pool.pop(handle)
+            case Bound(handle):
+                pool = self._pool[handle]
+        return pool
