@@ -16,7 +16,7 @@ import typer
 from lamina.cli import options as opt
 from lamina.cli.terminal import ProgressBars, print_json
 from lamina.errors import InvalidRequest
-from lamina.measure.bench.settings import Settings
+from lamina.measure.bench.workloads import Settings
 from lamina.system.child_process import KEY_VARIABLE
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure a server, or the decode steps of an engine.")
@@ -112,7 +112,7 @@ def serve(
     detailed = output.save_detailed
     _give(lambda about: record(result, **about, detailed=detailed), text(result), output.as_json, output.save_result)
     if output.plot is not None and result.summary.completed:
-        from lamina.measure.bench.plots import save_plot
+        from lamina.measure.bench.report import save_plot
 
         save_plot(result, output.plot)
     if result.run.unfinished:

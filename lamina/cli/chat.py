@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lamina.cli import options as opt
-from lamina.cli.generate import open_llm
+from lamina.cli.printing import open_llm
 from lamina.cli.terminal import ProgressBars, decode_argument, iter_lines, write
 from lamina.config import DEFAULT_MODEL
 from lamina.errors import ContextTooLong, InvalidRequest

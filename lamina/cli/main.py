@@ -17,10 +17,10 @@ from lamina.cli import options as opt
 from lamina.cli.bench import bench_app
 from lamina.cli.chat import chat
 from lamina.cli.cluster import attention_worker, cluster_app, credentials
-from lamina.cli.generate import generate
+from lamina.cli.doctor import models_app
 from lamina.cli.join import join, joining_app
-from lamina.cli.models import models_app
 from lamina.cli.policy import calibrate, policy_app
+from lamina.cli.printing import generate
 from lamina.cli.serve import serve
 from lamina.cli.simulate import calibrate_hardware, plan, simulate
 from lamina.cli.terminal import close_stdout, print_json, print_rows

@@ -32,7 +32,7 @@ from typing import Any, TypeAlias
 
 from lamina.measure.bench.running import run_loop
 from lamina.measure.bench.serve import Result, bench
-from lamina.measure.bench.settings import Settings
+from lamina.measure.bench.workloads import Settings
 from lamina.system.machine import this_machine
 
 MODEL = "smollm2-135m"

@@ -37,7 +37,7 @@ class Rank:
     def __init__(self, model: str, rank: int, ranks: int, place: str, rows: int, context: int, steps: int) -> None:
         import torch
 
-        from lamina.measure.hardware.held import Held
+        from lamina.measure.hardware.decode_bench import Held
         from lamina_kernels.dense import dense
         from lamina_protocols.messages.layers import HolderConfig
         from lamina_workers.attention_worker.attention_worker import AttentionWorker
@@ -81,7 +81,7 @@ class Rank:
         """Seconds of each step, and of collectives a layer of each step."""
         import torch
 
-        from lamina.measure.hardware.loaded import decode_batch
+        from lamina.measure.hardware.decode_bench import decode_batch
 
         collective = self._collectives[kind]
         self._decoder.collective, cpu = collective, torch.device("cpu")

@@ -4,7 +4,7 @@
     scripts/evaluate/eviction_budgets.py --context 8192 --share 0.34 --out budgets.toml
 
 For the last tokens of some texts, the model is run in float32 beside the full cache. What a head's output loses at each
-budget is weighed by the Fisher information (lamina/measure/calibration/influence.py), which estimates the KL divergence
+budget is weighed by the Fisher information (lamina/measure/calibration/evidence.py), which estimates the KL divergence
 that it causes. Budgets are then dealt to the heads where they save most, until --share of the KV is held. heavy_hitter
 holds the pages with most attention by a sample of the prompt's queries, razor the last ones and a mean for the others.
 """
@@ -22,9 +22,8 @@ import torch
 
 from lamina.config import DEFAULT_MODEL, EngineConfig
 from lamina.measure.calibration.calibrate import Workbench
-from lamina.measure.calibration.capture import Captured, capture, joined
+from lamina.measure.calibration.capture import Captured, TorchPath, attend, capture, joined
 from lamina.measure.calibration.data import corpus
-from lamina.measure.calibration.torch_path import TorchPath, attend
 from lamina.policy_file import Heads, PolicyFile, write
 from lamina_workers.checkpoints.model_checkpoint import fingerprint, open_checkpoint
 from lamina_workers.policies.full import Full

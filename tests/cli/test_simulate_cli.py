@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lamina.cli.main import app
-from lamina.cli.simulator_words import parse_policy, parse_rate, parse_slo
+from lamina.cli.simulate import parse_policy, parse_rate, parse_slo
 from lamina.errors import InvalidRequest
 from lamina.measure.bench import plan_check
 from lamina.measure.bench.plan_check import Check, Figure, Noise

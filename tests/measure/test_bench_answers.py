@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lamina.errors import ProtocolError
-from lamina.measure.bench import answers
-from lamina.measure.bench.answers import Answer
+from lamina.measure.bench import client
+from lamina.measure.bench.client import Answer
 
 
 def event(**fields):
@@ -71,7 +71,7 @@ def test_an_end_without_done_is_one_with_a_finish_reason():
 
 
 def test_streams_are_bounded(monkeypatch):
-    monkeypatch.setattr(answers, "MAX_STREAM", 1000)
+    monkeypatch.setattr(client, "MAX_STREAM", 1000)
     endless = Answer(0.0)
     for _ in range(100):
         endless.take(b": ping\n\n", 1.0)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lamina.errors import ProtocolError
-from lamina.measure.bench.sse import MAX_LINE, Chunk, EventStream, Usage, message, parse, plainly_text, read_usage
+from lamina.measure.bench.client import MAX_LINE, Chunk, EventStream, Usage, message, parse, plainly_text, read_usage
 
 ENDS = st.sampled_from([b"\n", b"\r\n"])
 PAYLOADS = st.lists(st.binary(max_size=40).map(lambda data: data.replace(b"\n", b"").replace(b"\r", b"").strip()))

@@ -29,19 +29,22 @@ from lamina import policy_file
 from lamina.cli.policy import calibrate, policy_app
 from lamina.errors import InvalidRequest, PolicyError
 from lamina.measure.calibration.calibrate import Calibration, Settings
-from lamina.measure.calibration.capture import Captured, capture, joined
+from lamina.measure.calibration.capture import Captured, TorchPath, attend, capture, joined
 from lamina.measure.calibration.data import Passkeys, corpus, passkeys, repeated, vocabulary_words
-from lamina.measure.calibration.evidence import Evidence, Wanted
-from lamina.measure.calibration.gating import ramp, train
-from lamina.measure.calibration.influence import influences
-from lamina.measure.calibration.methods import METHODS, Method, method_of
-from lamina.measure.calibration.moa import front, kept_shares, moa_lengths, moa_rules
+from lamina.measure.calibration.evidence import Evidence, Wanted, influences, ramp, train
+from lamina.measure.calibration.methods import (
+    METHODS,
+    Method,
+    front,
+    kept_shares,
+    method_of,
+    moa_lengths,
+    moa_rules,
+    plans,
+)
 from lamina.measure.calibration.quality import Quality, Target, compare, read
 from lamina.measure.calibration.report import heat_map, page, write_report
-from lamina.measure.calibration.scores import echo_and_induction, mean_attention, ranks
-from lamina.measure.calibration.selection import Trial, choose
-from lamina.measure.calibration.torch_path import TorchPath, attend
-from lamina.measure.calibration.windows import plans
+from lamina.measure.calibration.scores import Trial, choose, echo_and_induction, mean_attention, ranks
 from lamina.measure.probe import Probe
 from lamina.policy_file import Heads, PolicyFile, kept_share
 from lamina_workers.checkpoints.model_checkpoint import fingerprint

@@ -19,9 +19,9 @@ from real_workers import write_tiny_model
 
 from lamina.errors import EngineError, InvalidRequest
 from lamina.measure.hardware import Calibration, calibrate, hardware_calibration
-from lamina.measure.hardware.busy import Beside, busy
 from lamina.measure.hardware.child import Child
 from lamina.measure.hardware.children import serve
+from lamina.measure.hardware.decode_bench import Held, attention_alone
 from lamina.measure.hardware.fitting import (
     Cell,
     Drift,
@@ -36,8 +36,7 @@ from lamina.measure.hardware.fitting import (
     solve,
 )
 from lamina.measure.hardware.hardware_calibration import FITTED, FULL, NAME, QUICK, Amount, _Rounds, _Sources
-from lamina.measure.hardware.held import Held, attention_alone
-from lamina.measure.hardware.reading import Bandwidth
+from lamina.measure.hardware.reading import Bandwidth, Beside, busy
 from lamina.simulator.costs import hardware
 from lamina.simulator.costs.cost_model import Load, attention_time, dense_time
 from lamina.simulator.costs.hardware import Device, Efficiency, Link, at
@@ -451,7 +450,7 @@ def test_a_process_reads_memory_and_ends_when_it_is_closed():
 
 
 def test_importing_loads_no_torch():
-    code = "import sys, lamina.measure.hardware, lamina.measure.hardware.decode_steps; sys.exit('torch' in sys.modules)"
+    code = "import sys, lamina.measure.hardware, lamina.measure.hardware.decode_bench; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, env=dict(os.environ)).returncode == 0
 
 

@@ -12,11 +12,10 @@ from planning import EPYC, SMALL
 
 from lamina.errors import EngineError, InvalidRequest
 from lamina.measure.bench.measures import Outcome, summary
-from lamina.measure.bench.plan_check import LEAST, Noise, compare, excerpt, sent
+from lamina.measure.bench.plan_check import LEAST, Noise, Served, compare, excerpt, sent
 from lamina.measure.bench.running import Run
 from lamina.measure.bench.serve import Result
-from lamina.measure.bench.served import Served
-from lamina.measure.bench.settings import Settings
+from lamina.measure.bench.workloads import Settings
 from lamina.simulator.costs.hardware import Efficiency
 from lamina.simulator.costs.systems import Colocated
 from lamina.simulator.event_loop.simulate import Slo, simulate

@@ -16,8 +16,7 @@ from lamina.measure.bench.client import Client, ModelInfo, request_body
 from lamina.measure.bench.measures import Outcome, Summary, percentile, summary
 from lamina.measure.bench.prompts import Words, Writer, find_words, guessed_words
 from lamina.measure.bench.running import Clock, Run, interruptible, run
-from lamina.measure.bench.settings import Settings
-from lamina.measure.bench.workloads import Item, Lengths, capped, drawn, fresh, of_trace
+from lamina.measure.bench.workloads import Item, Lengths, Settings, capped, drawn, fresh, of_trace
 from lamina.system.machine import this_machine
 from lamina.system.progress import Progress
 

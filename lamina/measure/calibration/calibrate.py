@@ -15,12 +15,12 @@ from pathlib import Path
 from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest
 from lamina.launch.kv_sizing import holder_config
+from lamina.measure.calibration.capture import TorchPath
 from lamina.measure.calibration.data import TAIL, Corpus, corpus, passkeys
 from lamina.measure.calibration.evidence import NEEDLES, WORDS, Evidence, Subject, Wanted, gather
 from lamina.measure.calibration.methods import Method, method_of
 from lamina.measure.calibration.quality import Quality, Reading, Target, compare, read
-from lamina.measure.calibration.selection import Trial, choose
-from lamina.measure.calibration.torch_path import TorchPath
+from lamina.measure.calibration.scores import Trial, choose
 from lamina.measure.probe import Probe, loaded
 from lamina.policy_file import Heads, PolicyFile, kept_share
 from lamina.system.machine import this_machine

@@ -1,13 +1,133 @@
-"""Queries, keys and values of a prompt, as the real decoder makes them: what scores and searches look at."""
+"""Queries, keys and values of a prompt, as the real decoder makes them: what scores and searches look at.
+
+The decoder, differentiable with respect to what attention gives: for calibration, not for serving.
+
+It computes one sequence at a time. The weights are frozen; gradients flow to the outputs of the `Attention`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 from lamina.measure.probe import Probe
+from lamina_kernels.dense.dense import Linear, soft_cap
+from lamina_protocols.messages.layers import LayerSpec
+from lamina_workers.checkpoints.checkpoint import TensorSource
+from lamina_workers.decoder.decoder_weights import load_weights
+from lamina_workers.decoder.model import Batch, Decoder, QueryReady, StateReady
+from lamina_workers.errors import UnsupportedModelError
+from lamina_workers.model_config.config import ModelConfig
+from lamina_workers.policies.policy import Policy, within
+
+Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(layer, q `[kv_heads, group, T, d_k]`, k and v `[kv_heads, T, d_k or d_v]`, rotated) -> what attention gives, shaped
+as q but `d_v` wide."""
+
+_BLOCK = 256  # queries that are attended together under a policy
+
+
+class TorchPath:
+    """A decoder in float32 as one function of token ids and of an `Attention`, with gradients.
+
+    Raises ModelFileError where `source` is not this config's, UnsupportedModelError for attention that is not plain.
+    """
+
+    def __init__(self, config: ModelConfig, source: TensorSource) -> None:
+        others = {
+            "states": config.states,
+            "attention sinks": config.sinks,
+            "latents": config.latent,
+            "an index": config.index,
+        }
+        for name, found in others.items():
+            if found:
+                raise UnsupportedModelError(f"gates and influence need a model of plain attention; this one has {name}")
+        self.config = config
+        self.specs = config.layer_specs()
+        weights = load_weights(config, source, torch.float32, torch.device("cpu"))
+        self._whole = Decoder(config, weights)
+        plain = replace(config, logit_scale=1.0, logit_soft_cap=None)
+        self._trunk = Decoder(plain, replace(weights, head=_Identity(weights.norm.unsqueeze(0))))
+
+    def hidden(self, token_ids: torch.Tensor, attention: Attention, start: int = 0) -> torch.Tensor:
+        """The normed final hidden states, `[T, hidden_size]`, of tokens `[T]` at positions start, start + 1, ...
+
+        `attention` has the tokens before them.
+        """
+        count = len(token_ids)
+        lengths = torch.full((count,), start + count)
+        forward = self._trunk.forward(
+            Batch(token_ids, torch.arange(start, start + count), torch.arange(count), lengths)
+        )
+        event, q = next(forward), torch.empty(0)
+        try:
+            while True:
+                if isinstance(event, QueryReady):
+                    q, event = event.q, next(forward)
+                    continue
+                if isinstance(event, StateReady):
+                    raise TypeError(f"layer {event.layer} keeps a state")
+                group = self.specs[event.layer].group
+                queries = q.transpose(0, 1).unflatten(0, (-1, group))
+                attended = attention(event.layer, queries, event.k.transpose(0, 1), event.v.transpose(0, 1))
+                event = forward.send(attended.flatten(0, 1).transpose(0, 1))
+        except StopIteration as end:
+            found: torch.Tensor = end.value
+            return found
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Float32 `[n, vocab_size]` from normed hidden states `[n, hidden_size]`."""
+        return self._whole.head(hidden)
+
+
+class _Identity(Linear):
+    """Stands in for the head, where hidden states are wanted."""
+
+    def float32(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def attend(
+    spec: LayerSpec, policy: Policy, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int = 0
+) -> torch.Tensor:
+    """Attention as a static policy of that layer sees it, `[kv_heads, group, T, d]`, with a gradient.
+
+    q `[kv_heads, group, T, d]` at positions start, ...; k and v `[kv_heads, start + T, d]` from position 0 on.
+    """
+    whole = within(policy, spec.window)
+    group, count = q.shape[1], q.shape[2]
+    pieces = []
+    for first in range(0, count, _BLOCK):
+        end = min(first + _BLOCK, count)
+        index, mask = _visible(whole, start + first, start + end)
+        keys, values = (x[:, index].unsqueeze(1).expand(-1, group, -1, -1) for x in (k, v))
+        queries = q[:, :, first:end]
+        if spec.soft_cap is None:
+            pieces.append(F.scaled_dot_product_attention(queries, keys, values, mask, scale=spec.scale))
+        else:
+            scores = soft_cap(queries @ keys.transpose(-1, -2) * spec.scale, spec.soft_cap)
+            pieces.append(scores.masked_fill(~mask, -torch.inf).softmax(-1) @ values)
+    return torch.cat(pieces, 2)
+
+
+def _visible(policy: Policy, start: int, end: int) -> tuple[torch.Tensor | slice, torch.Tensor]:
+    """Which keys queries [start, end) may see, and which of them each does, bool `[end - start, keys]`."""
+    seen_from = policy.seen_from(start)
+    stay = torch.from_numpy(policy.stays(np.arange(seen_from), 1))
+    keys = torch.cat([stay.nonzero().squeeze(1), torch.arange(seen_from, end)])
+    rows = []
+    for view in policy.views(start, end - start):
+        at = torch.arange(view.start, view.start + view.count).unsqueeze(1)
+        seen = (keys <= at) & ((at - keys < view.window) | (keys < view.sinks))
+        if view.ranges is not None:
+            seen &= torch.from_numpy(view.ranged(keys.numpy()))
+        rows.append(seen)
+    return slice(0, end) if len(keys) == end else keys, torch.cat(rows)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,28 @@
-"""What calibration measures of a model's heads before it chooses: gathered once, kept in a file."""
+"""What calibration measures of a model's heads before it chooses: gathered once, kept in a file.
+
+How much the model's predictions change where a KV head sees less: the measure that windows are chosen by.
+
+For queries at the end of a long text, all that a policy would take away is at hand: d = out(policy) - out(everything).
+With g the gradient of the log-probability of tokens drawn from the model's own prediction, (g . d)^2 / 2 estimates the
+KL divergence that d causes (the Fisher information is the KL's curvature). MoA (arXiv 2406.14909, section 3) takes the
+first-order change of the loss, g . d, which is about 0 where a model has converged, and in which errors cancel.
+
+g . d needs no output of any policy. With w_k the weight of key k and c_k = w_k (g . v_k),
+
+    g . d = sum of c over the keys seen / sum of w over the keys seen - sum of all c
+
+so two cumulative sums over the keys give it for every window, and blocks of keys need no sums of their own.
+
+DuoAttention's gates (arXiv 2410.10819, section 2.3): how much of full attention each KV head needs, trained.
+
+    out = alpha * full + (1 - alpha) * streaming, one alpha a layer and KV head, from 1, clamped to [0, 1]
+    loss = mean squared error of the final hidden states on the hidden words + 0.05 * mean |alpha|
+
+AdamW, learning rate 0.02, no decay, rising over the first and falling over the last fifth of the steps; documents of
+many lengths with needles at many depths. Two things are simpler than there, because it has to run on two cores. Keys
+and values of a document come from the full model, once; the questions at its end alone are computed at each step. And a
+step asks for one needle of a document, where the paper asks for all ten.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +36,198 @@ import numpy as np
 import torch
 
 from lamina.errors import PolicyError
-from lamina.measure.calibration.capture import Captured, capture
+from lamina.measure.calibration.capture import Attention, Captured, TorchPath, attend, capture, joined
 from lamina.measure.calibration.data import TAIL, Corpus, Passkeys, passkeys, repeated
-from lamina.measure.calibration.gating import train
-from lamina.measure.calibration.influence import influences
 from lamina.measure.calibration.scores import Scores, echo_and_induction, mean_attention, ranks
-from lamina.measure.calibration.torch_path import TorchPath
 from lamina.measure.probe import Probe
 from lamina.system.progress import Progress
 from lamina.system.text_files import read_text
 from lamina.text.tokenizer import Tokenizer
-from lamina_workers.policies.policy import Policy
+from lamina_kernels.dense.dense import soft_cap
+from lamina_protocols.messages.layers import LayerSpec
+from lamina_workers.policies.full import Full
+from lamina_workers.policies.policy import Policy, within
 from lamina_workers.policies.streaming import Streaming
+
+
+def influences(
+    path: TorchPath,
+    context: Sequence[Captured],
+    token_ids: Sequence[int],
+    policies: Sequence[Policy],
+    samples: int = 2,
+    seed: int = 0,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> Scores:
+    """Estimated KL divergence in nats a token, float64 `[policies, layers, kv_heads]`, where one KV head follows a
+    policy of windows for these queries, and the rest of the model sees everything.
+
+    `context` has K and V of the tokens before `token_ids`, the queries judged. Each of `samples` is a backward pass
+    with other tokens drawn. `report(done, total)` counts layers.
+    """
+    start, layers = context[0].k.shape[1], path.config.num_hidden_layers
+    marks: list[torch.Tensor] = []
+    tails: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def attention(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        tails.append((q.detach(), k.detach(), v.detach()))
+        marks.append(torch.zeros_like(q, requires_grad=True))
+        report(layer + 1, 2 * layers)
+        return attend(path.specs[layer], Full(), q, *joined(context[layer], k, v), start) + marks[-1]
+
+    logits = path.logits(path.hidden(torch.tensor(token_ids), attention, start))
+    likelihood = torch.log_softmax(logits, -1)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.multinomial(likelihood.detach().exp(), samples, replacement=True, generator=generator)
+    gradients = [
+        torch.autograd.grad(likelihood.gather(1, each.unsqueeze(1)).sum(), marks, retain_graph=True)
+        for each in drawn.unbind(1)
+    ]
+    del logits, likelihood
+    found = np.zeros((len(policies), layers, path.config.num_key_value_heads))
+    for layer, (q, k, v) in enumerate(tails):
+        k, v = joined(context[layer], k, v)
+        spec = path.specs[layer]
+        seen = [_seen(within(policy, spec.window), start, q.shape[2]) for policy in policies]
+        for head in range(len(k)):
+            marked = torch.stack([gradient[layer][head] for gradient in gradients])
+            found[:, layer, head] = _of_head(spec, q[head], k[head], v[head], marked, seen, start)
+        report(layers + layer + 1, 2 * layers)
+    return found
+
+
+def _of_head(
+    spec: LayerSpec,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gradients: torch.Tensor,
+    seen: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    start: int,
+) -> list[float]:
+    """The influence of each entry of `seen` in one KV head: q `[group, T, d]`, k and v `[start + T, d]`, gradients
+    `[samples, group, T, d_v]`."""
+    count = q.shape[1]
+    scores = q @ k.T * spec.scale
+    if spec.soft_cap is not None:
+        scores = soft_cap(scores, spec.soft_cap)
+    age = torch.arange(start, start + count).unsqueeze(1) - torch.arange(len(k))
+    hidden = age < 0 if spec.window is None else (age < 0) | (age >= spec.window)
+    weights = scores.masked_fill_(hidden, -torch.inf).softmax(-1)
+    mass = _running(weights)  # [group, T, keys + 1]
+    rows = torch.arange(count)
+    total = np.zeros(len(seen))
+    for gradient in gradients:
+        change = _running(weights * (gradient @ v.T))
+        for number, (sinks, first) in enumerate(seen):
+            of_mass, of_change = (
+                sums[..., -1] - sums[:, rows, first] + sums[:, rows, sinks] for sums in (mass, change)
+            )
+            moved = of_change / of_mass - change[..., -1]
+            total[number] += float(moved.sum(0).square().mean()) / 2  # a group's heads move together
+    return [float(each) for each in total / len(gradients)]
+
+
+def _running(x: torch.Tensor) -> torch.Tensor:
+    """Sums of the first 0, 1, ... entries of the last dimension, float64: small differences of them matter."""
+    return torch.nn.functional.pad(x.cumsum(-1, dtype=torch.float64), (1, 0))
+
+
+def _seen(policy: Policy, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each query, int64 `[count]`: how many first keys it sees, and the first key of its window, no less."""
+    sinks, first = [], []
+    for view in policy.views(start, count):
+        at = torch.arange(view.start, view.start + view.count)
+        first.append((at - view.window + 1).clamp(min=0))
+        sinks.append(first[-1].clamp(max=view.sinks))
+    return torch.cat(sinks), torch.cat(first)
+
+
+RATE = 0.02
+PENALTY = 0.05
+RAMP = 0.2  # of the steps, at each end
+
+
+@dataclass(frozen=True, slots=True)
+class Gates:
+    """alpha float64 `[layers, kv_heads]` in [0, 1], and the loss of each step."""
+
+    alpha: Scores
+    losses: tuple[float, ...]
+
+
+def train(
+    path: TorchPath,
+    samples: Sequence[tuple[Passkeys, Sequence[Captured]]],
+    steps: int,
+    streaming: Streaming,
+    seed: int = 0,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> Gates:
+    """Gates after so many steps, each on a question about one of `samples`: a document with needles, and its K and V.
+
+    All questions come once, in random order, before any comes again. `report(done, total)` counts steps.
+    """
+    if steps < 1 or not samples:
+        raise ValueError(f"{steps} steps on {len(samples)} samples; allowed are at least one of each")
+    config = path.config
+    alpha = torch.ones(config.num_hidden_layers, config.num_key_value_heads, requires_grad=True)
+    optimiser = torch.optim.AdamW([alpha], lr=RATE, weight_decay=0.0)
+    questions = [(number, asked) for number, (hidden, _) in enumerate(samples) for asked in range(len(hidden.answers))]
+    generator = random.Random(seed)
+    order: list[tuple[int, int]] = []
+    targets: dict[tuple[int, int], torch.Tensor] = {}
+    losses = []
+    for step in range(steps):
+        order = order or generator.sample(questions, len(questions))
+        number, asked = order.pop()
+        hidden, context = samples[number]
+        question = hidden.question(asked)
+        first, end = question.answers[0]
+        tail, start = torch.tensor(question.tail[: end - 1]), len(question.document)
+        if (number, asked) not in targets:
+            with torch.no_grad():
+                targets[number, asked] = path.hidden(tail, _whole(path, context, start), start)[first - 1 :]
+        for group in optimiser.param_groups:
+            group["lr"] = RATE * ramp(step, steps)
+        with torch.no_grad():
+            alpha.clamp_(0, 1)
+        given = path.hidden(tail, _gated(path, context, start, alpha, streaming), start)[first - 1 :]
+        loss = (given - targets[number, asked]).float().square().mean() + PENALTY * alpha.abs().mean()
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+        report(step + 1, steps)
+    return Gates(alpha.detach().clamp(0, 1).double().numpy(), tuple(losses))
+
+
+def ramp(step: int, steps: int) -> float:
+    """The part of the learning rate at a step: linear up, flat, linear down."""
+    length = max(1.0, RAMP * steps)
+    return min(1.0, (step + 1) / length, (steps - step) / length)
+
+
+def _whole(path: TorchPath, context: Sequence[Captured], start: int) -> Attention:
+    """Everything attends everything: what the gates are to keep up with."""
+
+    def attention(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return attend(path.specs[layer], Full(), q, *joined(context[layer], k, v), start)
+
+    return attention
+
+
+def _gated(
+    path: TorchPath, context: Sequence[Captured], start: int, alpha: torch.Tensor, streaming: Streaming
+) -> Attention:
+    def attention(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        spec, gate = path.specs[layer], alpha[layer].view(-1, 1, 1, 1).to(q.dtype)
+        k, v = joined(context[layer], k, v)
+        full = attend(spec, Full(), q, k, v, start)
+        return gate * full + (1 - gate) * attend(spec, streaming, q, k, v, start)
+
+    return attention
+
 
 REPEATS = 4
 _LONGEST_UNIT = 2000  # random tokens that repeat (RazorAttention uses 2500; 4 of these fit a context of 8K)

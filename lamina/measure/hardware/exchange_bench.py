@@ -17,8 +17,7 @@ from lamina.deploy.worker_events import WorkerAddress
 from lamina.errors import EngineError
 from lamina.kv.kv_shares import apportion
 from lamina.measure.batch_driver import PATIENCE
-from lamina.measure.hardware.held import Held, by_part
-from lamina.measure.hardware.loaded import decode_batch, load
+from lamina.measure.hardware.decode_bench import Held, by_part, decode_batch, load
 from lamina_protocols.messages.messages import Announced, Announcement, Fault, Query, Request
 from lamina_workers.ports.data_channel import ChannelOptions
 from lamina_workers.ports.remote import RemoteAttention, connect

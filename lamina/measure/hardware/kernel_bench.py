@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from lamina.measure.hardware.held import Held, attention_alone, by_part
-from lamina.measure.hardware.loaded import decode_batch, load
+from lamina.measure.hardware.decode_bench import Held, attention_alone, by_part, decode_batch, load
 from lamina.measure.hardware.reading import Bandwidth, synchronise
 from lamina.system.machine import this_machine
 from lamina_kernels.dense.dense import Linear

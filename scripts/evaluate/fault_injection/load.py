@@ -19,7 +19,7 @@ from typing import Any
 
 import aiohttp
 
-from lamina.measure.bench.sse import DONE, EventStream
+from lamina.measure.bench.client import DONE, EventStream
 
 WORDS = ("the", "a", "sea", "ship", "king", "night", "river", "stone", "tree", "light", "under", "over", "again")
 REFUSED = (429, 503)

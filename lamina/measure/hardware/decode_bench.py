@@ -1,0 +1,309 @@
+"""Sequences of random KV at holders, and decode batches over them: an engine's step without an engine.
+
+The caller gives the forward pass of a batch: the model's own, or one of attention alone.
+
+Decode steps of an engine that runs here, measured.
+
+A step is the median gap between two tokens of a sequence while all sequences decode and none is in prefill. The step of
+a list of times is a pure function.
+
+A model as the engine loads it, for measuring its parts: files, weights, decoder, what its holders are built from.
+
+They come from where an engine gets them.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from lamina.config import EngineConfig
+from lamina.errors import EngineError, InvalidRequest
+from lamina.launch.kv_sizing import holder_config
+from lamina.measure.batch_driver import BatchDriver
+from lamina.models.resolve import resolve
+from lamina.system.machine import native_dtype, this_machine
+from lamina.system.progress import Progress
+from lamina_kernels.dense import dense
+from lamina_protocols.messages.layers import HolderConfig, LayerSpec
+from lamina_protocols.messages.messages import Close, Open, Row
+from lamina_protocols.messages.routes import Route, Span
+from lamina_workers.attention_worker.page_layout import attention_kernels, page_cost, page_layout
+from lamina_workers.checkpoints.model_checkpoint import fingerprint, open_checkpoint
+from lamina_workers.decoder.decoder_weights import DecoderWeights, load_weights
+from lamina_workers.decoder.model import Batch, Decoder, Forward, KeyValueReady, QueryReady
+from lamina_workers.model_config.config import ModelConfig
+from lamina_workers.ports.port import AttentionPort
+
+if TYPE_CHECKING:
+    from lamina.llm import LLM
+
+_ROOM = 1 << 20  # tokens by which a sequence may grow; takes no memory by itself
+_CHUNK = 1024  # tokens whose KV is stored at a time, as a prefill does
+
+
+class Seconds(NamedTuple):
+    """One batch: until all holders had accepted it, and until its forward pass was through."""
+
+    announce: float
+    run: float
+
+
+def by_part(steps: Sequence[Seconds]) -> dict[str, list[float]]:
+    """The seconds of several steps, by what they were spent on."""
+    return {"announce": [step.announce for step in steps], "run": [step.run for step in steps]}
+
+
+class Held:
+    """Sequences at the holders of `ports`. Each holder keeps the KV heads `heads[number]` of all of them. KV is
+    `dtype`, as the queries are."""
+
+    def __init__(
+        self,
+        config: HolderConfig,
+        ports: Mapping[int, AttentionPort],
+        heads: Mapping[int, tuple[int, ...]],
+        *,
+        dtype: torch.dtype,
+        threads: int,
+    ) -> None:
+        self._config = config
+        self._names = {number: port.name for number, port in ports.items()}
+        self._heads = heads
+        self._dtype = dtype
+        self._driver = BatchDriver(config, ports, threads, torch.device("cpu"))
+        self._handles = 0
+        self._sequences: list[int] = []
+        self._length = 0
+
+    def fill(self, batch: int, context: int) -> None:
+        """Keep `batch` sequences of `context` tokens, in the place of the previous ones."""
+        self.drop()
+        spec = self._config.layers[0]
+        for _ in range(batch):
+            self._handles += 1
+            opened = Open(self._handles, 0, (), 0, context + _ROOM)
+            for start in range(0, context, _CHUNK):
+                count = min(_CHUNK, context - start)
+                self._announce([opened] if not start else [], [Row(self._handles, start, count, None, True)])
+                k = torch.randn(count * spec.kv_heads, spec.key_width).to(self._dtype)
+                v = torch.randn(count * spec.kv_heads, spec.own_v).to(self._dtype)
+                for layer in range(len(self._config.layers)):
+                    for number, heads in self._heads.items():
+                        n = count * len(heads)
+                        self._driver.store(number, layer, k[:n], v[:n])
+                self._driver.end()
+            self._sequences.append(self._handles)
+        self._length = context
+
+    def drop(self) -> None:
+        """Free all sequences."""
+        if self._sequences:
+            self._announce([Close(handle) for handle in self._sequences], [])
+            self._driver.end()
+            self._sequences = []
+
+    def step(self, forward: Forward, query_first: bool = False) -> Seconds:
+        """One token more for each sequence, by a forward pass that has not begun. The holders attend it too, unless q
+        goes first: then the pass computes q before k and v, and they attend the tokens before."""
+        start, end = self._length, self._length + 1
+        read = (0, start if query_first else end)
+        began = time.perf_counter()
+        routes = self._announce([], [Row(handle, start, 1, read, True, True) for handle in self._sequences])
+        announced = time.perf_counter()
+        self._driver.drive_batch(forward, [Span(start, 1)] * len(self._sequences), routes)
+        done = time.perf_counter()
+        self._length = end
+        return Seconds(announced - began, done - announced)
+
+    def _announce(self, operations: Sequence[Open | Close], rows: Sequence[Row]) -> dict[int, list[Route]]:
+        """Begin a batch at all holders. Returns the rows with the heads of each holder."""
+        told = {
+            number: [replace(each, heads=heads) if isinstance(each, Open) else each for each in operations]
+            for number, heads in self._heads.items()
+        }
+        routes = {
+            number: [Route(at, heads, row, (row.start, row.start + row.count)) for at, row in enumerate(rows)]
+            for number, heads in self._heads.items()
+        }
+        for number, answer in self._driver.announce(told, routes).items():
+            if not answer.accepted:
+                raise EngineError(f"{self._names[number]} has no room: {answer.reason}")
+        return routes
+
+
+def attention_alone(layers: tuple[LayerSpec, ...], batch: int, dtype: torch.dtype) -> Forward:
+    """A forward pass of `batch` tokens that has no dense layers: it asks the same of every layer's attention."""
+    spec = layers[0]
+    q = torch.randn(batch, spec.heads, spec.query_width).to(dtype)
+    k, v = (
+        torch.randn(batch, spec.kv_heads, spec.key_width).to(dtype),
+        torch.randn(batch, spec.kv_heads, spec.own_v).to(dtype),
+    )
+
+    def run() -> Forward:
+        for layer in range(len(layers)):
+            yield QueryReady(layer, q)
+            yield KeyValueReady(layer, k, v)
+        return q
+
+    return run()
+
+
+TOKENS = 48
+"""Steps that a cell measures."""
+CHUNK = 512
+"""Prompt tokens that a step takes in at least, while others wait for their first token."""
+_SHORT = 64
+"""Tokens of the prompt that warms an engine up."""
+_TOGETHER = 0.1
+"""Of the mean gap of a sequence: tokens that are nearer than that came of one step, which verified drafts."""
+
+Times = Sequence[Sequence[float]]
+"""Of each sequence: when each of its tokens came, in seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A decode step of `batch` sequences, each of which read `context` tokens of KV in the mean.
+
+    `seconds` is the median, `low` and `high` are the quartiles over `gaps` gaps, `p99` the 99th percentile. `first`:
+    seconds from the start until all sequences had their first token. `tokens`: of a sequence in a step, in the mean.
+    """
+
+    batch: int
+    context: float
+    seconds: float
+    low: float
+    high: float
+    gaps: int
+    first: float
+    p99: float = 0.0
+    tokens: float = 1.0
+
+
+def measure(llm: LLM, batch: int, context: int, tokens: int = TOKENS, seed: int = 0, drafts: bool = False) -> Measured:
+    """Decode `batch` random prompts of `context` tokens, greedily and past any end token, and time the steps; with
+    `drafts` a step may give a sequence several tokens.
+
+    `llm` should have no prefix cache and be idle. Raises InvalidRequest where that is longer than it can take,
+    EngineError where the sequences did not decode together for long enough.
+    """
+    if batch < 1 or context < 1 or tokens < 2:
+        raise InvalidRequest(f"batch {batch}, context {context}, tokens {tokens}; allowed are 1, 1 and 2 or more")
+    count = needed(batch, context, tokens)
+    if context + count > llm.max_model_len:
+        raise InvalidRequest(
+            f"context is {context}, and {count} tokens are decoded after it; allowed are {llm.max_model_len} together"
+        )
+    random_ids = random.Random(seed)
+    vocabulary = _vocabulary(llm)
+    prompts = [[random_ids.randrange(vocabulary) for _ in range(context)] for _ in range(batch)]
+    times: list[list[float]] = [[] for _ in prompts]
+    start = time.perf_counter()
+    for event in llm.stream(prompts, max_tokens=count, ignore_eos=True, temperature=0):
+        times[event.prompt_index].append(time.perf_counter() - start)
+    return steady(times, context, tokens // 2, drafts)
+
+
+def measure_in_turn(
+    llm: LLM,
+    cells: Sequence[tuple[int, int]],
+    tokens: int,
+    rounds: int,
+    progress: Progress | None,
+    drafts: bool = False,
+) -> Iterator[tuple[tuple[int, int], Measured]]:
+    """Measure each (batch, context) in turn, `rounds` times, after a step that warms up."""
+    measure(llm, 1, _SHORT, tokens=8)
+    for number in range(rounds):
+        for at, (batch, context) in enumerate(cells):
+            if progress is not None:
+                progress("measuring", number * len(cells) + at, rounds * len(cells))
+            yield (batch, context), measure(llm, batch, context, tokens, number, drafts)
+    if progress is not None:
+        progress("measuring", rounds * len(cells), rounds * len(cells))
+
+
+def needed(batch: int, context: int, tokens: int) -> int:
+    """Tokens for each sequence, so that the first still decodes `tokens` when the last one's prompt is through."""
+    return tokens + (batch - 1) * (context // CHUNK + 1)
+
+
+def steady(times: Times, context: int, least: int, drafts: bool = False) -> Measured:
+    """The step while every sequence decodes. Raises EngineError where there are less than `least` gaps of it. With
+    `drafts`, tokens that came together count as one step's."""
+    begin, end = max(own[0] for own in times), min(own[-1] for own in times)
+    gaps, read = [], []
+    for own in times:
+        nearest = _TOGETHER * (own[-1] - own[0]) / max(1, len(own) - 1) if drafts else -1.0
+        step = own[0]
+        for number, (before, after) in enumerate(pairwise(own), 1):
+            if begin <= before and after <= end:
+                read.append(context + number)  # the token that is fed in attends itself
+                if after - before > nearest:
+                    gaps.append(after - step)
+            if after - before > nearest:
+                step = after
+    if len(read) < max(2, least) or len(gaps) < 2:
+        raise EngineError(f"all sequences decoded together for {len(read)} gaps, too few to measure a step")
+    low, middle, high = statistics.quantiles(gaps, n=4, method="inclusive")
+    p99 = statistics.quantiles(gaps, n=100, method="inclusive")[-1]
+    return Measured(len(times), statistics.fmean(read), middle, low, high, len(gaps), begin, p99, len(read) / len(gaps))
+
+
+def _vocabulary(llm: LLM) -> int:
+    from lamina_workers.converted.models import model_config
+
+    return model_config(llm.model_path).vocab_size
+
+
+STEPS = 256
+"""Decode steps that a cell has room for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """`threads`: of a step; `dtype`: of weights, queries and KV."""
+
+    config: ModelConfig
+    weights: DecoderWeights
+    decoder: Decoder
+    holder: HolderConfig
+    fingerprint: str
+    dtype: torch.dtype
+    threads: int
+
+
+def load(model: str, cells: Sequence[Sequence[int]], device: str = "cpu") -> Loaded:
+    """The model by its name, in the dtype and with the threads that an engine would choose, and a holder with room for
+    the largest of `cells`, each (batch, context). Raises what `LLM` raises for a model."""
+    path = resolve(model)
+    machine = this_machine()
+    config = ModelConfig.from_folder(path)
+    dtype: torch.dtype = getattr(torch, "bfloat16" if device == "cuda" else native_dtype(machine)[0])
+    torch.set_num_threads(machine.cores)
+    holder = holder_config(path, config, EngineConfig(), dtype, machine)
+    tokens = max(batch * (context + STEPS + holder.page_size) for batch, context in cells)
+    pages = -(-tokens // holder.page_size) * config.num_key_value_heads * len(holder.layers)
+    holder = replace(holder, kv_memory=pages * page_cost(holder))
+    for steps in (attention_kernels().prepare(page_layout(holder)), dense.prepare(dtype, torch.device(device))):
+        for _ in steps:
+            pass
+    with open_checkpoint(path) as checkpoint, torch.inference_mode():
+        weights = load_weights(config, checkpoint, dtype, torch.device(device))
+    return Loaded(config, weights, Decoder(config, weights), holder, fingerprint(path), dtype, machine.cores)
+
+
+def decode_batch(rows: int, position: int, device: torch.device) -> Batch:
+    """One token each of `rows` sequences, all at the same position."""
+    positions = torch.full((rows,), position, device=device)
+    lengths = positions + 1  # read by dynamic RoPE alone
+    return Batch(torch.zeros_like(positions), positions, torch.arange(rows, device=device), lengths)
