@@ -14,7 +14,7 @@ from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
 from lamina.text.stop_strings import StopMatcher
 from lamina.text.tokenizer import StreamDecoder, Tokenizer
-from lamina_workers.decoder.sampler import PromptScores, RowLogprobs
+from lamina_workers.decoder.logprobs import PromptScores, RowLogprobs
 
 
 class OutputProcessor:

@@ -37,7 +37,7 @@ from lamina_protocols.channels.channels import Credentials
 
 WORKERS_BACK = 10.0  # seconds that a restarted engine waits for all attention workers; then some are enough
 
-Restarted = TypeVar("W")
+Restarted = TypeVar("Restarted")
 
 
 @dataclass(eq=False)

@@ -9,7 +9,8 @@ from lamina.kv.request import Plan, PlannedRow, ScheduledSequence
 from lamina.messages.engine_request import EngineRequest
 from lamina.sampling_params import SamplingParams
 from lamina_protocols.messages.routes import Span
-from lamina_workers.decoder.sampler import PromptTokens, RowSampling, TokenCounts, TokenHistory
+from lamina_workers.decoder.logprobs import PromptTokens
+from lamina_workers.decoder.sampler import RowSampling, TokenCounts, TokenHistory
 from lamina_workers.model_worker.interface import BatchWork
 
 if TYPE_CHECKING:

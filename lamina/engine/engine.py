@@ -42,7 +42,8 @@ from lamina.scheduling.control_plane import ControlPlane, Step, refusal, torn
 from lamina.scheduling.speculation import Speculation
 from lamina_protocols.channels.channels import Credentials
 from lamina_protocols.messages.messages import Announced
-from lamina_workers.decoder.sampler import RowLogprobs, Sampled, TokenHistory
+from lamina_workers.decoder.logprobs import RowLogprobs
+from lamina_workers.decoder.sampler import Sampled, TokenHistory
 from lamina_workers.errors import HolderFault, faults
 from lamina_workers.model_worker.interface import Waiting, Workers
 from lamina_workers.ports.port import AttentionPort

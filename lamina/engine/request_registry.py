@@ -17,7 +17,8 @@ from lamina.journal.resumption import Resumption
 from lamina.kv.request import Outcome, Plan, PlannedRow, RetainedKv, ScheduledSequence
 from lamina.messages.engine_request import EngineOutput, EngineRequest, ignore_outputs, unwatched
 from lamina.scheduling.blame import TRIES
-from lamina_workers.decoder.sampler import PromptScores, RowLogprobs, TokenHistory
+from lamina_workers.decoder.logprobs import PromptScores, RowLogprobs
+from lamina_workers.decoder.sampler import TokenHistory
 
 if TYPE_CHECKING:
     from lamina.journal.history import KvLocation, RecoveredHolder

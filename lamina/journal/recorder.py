@@ -27,7 +27,7 @@ from lamina.journal.history import (
 )
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.messages.request_codec import decode_request, encode_request
-from lamina_workers.decoder.sampler import RowLogprobs
+from lamina_workers.decoder.logprobs import RowLogprobs
 
 if TYPE_CHECKING:
     from lamina.journal.journal import Journal

@@ -10,7 +10,7 @@ from lamina.completions import FinishReason
 from lamina.errors import LaminaError
 from lamina.kv.request import Request, ScheduledSequence
 from lamina.sampling_params import SamplingParams
-from lamina_workers.decoder.sampler import PromptScores, RowLogprobs
+from lamina_workers.decoder.logprobs import PromptScores, RowLogprobs
 
 if TYPE_CHECKING:
     from lamina.text.structured_output import Constraint

@@ -10,7 +10,7 @@ from lamina.errors import EngineError, InvalidRequest, LaminaError, PolicyError
 from lamina.kv.request import Request
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
-from lamina_workers.decoder.sampler import PromptScores, RowLogprobs
+from lamina_workers.decoder.logprobs import PromptScores, RowLogprobs
 
 Command: TypeAlias = tuple[Any, ...]
 """("submit", fields of the request, fields of the params, seed) | ("resume", these, and for each sample the tokens that

@@ -13,7 +13,7 @@ from lamina.errors import EngineError
 from lamina.kv.request import Request
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
-from lamina_workers.decoder.sampler import RowLogprobs
+from lamina_workers.decoder.logprobs import RowLogprobs
 
 
 class Prompt:

@@ -19,8 +19,8 @@ from lamina.kv.request import Request
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.messages.request_codec import decode_request, encode_request
 from lamina.sampling_params import SamplingParams
+from lamina_workers.decoder.logprobs import PromptScores, RowLogprobs
 from lamina_workers.decoder.model import Decoder
-from lamina_workers.decoder.sampler import PromptScores, RowLogprobs
 
 
 class FakeEngine:

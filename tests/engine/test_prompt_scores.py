@@ -14,8 +14,8 @@ from lamina.errors import EngineError, InvalidRequest
 from lamina.kv.request import Request
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
+from lamina_workers.decoder.logprobs import PromptScores
 from lamina_workers.decoder.model import Decoder
-from lamina_workers.decoder.sampler import PromptScores
 
 PROMPT = tuple(i * 37 % 101 for i in range(70))
 OTHER = (*PROMPT[:48], *range(5, 30))

@@ -9,7 +9,7 @@ from lamina.errors import EngineError
 from lamina.kv.request import Request
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
-from lamina_workers.decoder.sampler import RowLogprobs
+from lamina_workers.decoder.logprobs import RowLogprobs
 
 
 def test_registry_delivers_tokens_with_reports_and_times_until_the_request_ends() -> None:

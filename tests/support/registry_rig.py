@@ -17,7 +17,7 @@ from lamina.kv.request import Plan, Request
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.scheduler import Scheduler
-from lamina_workers.decoder.sampler import RowLogprobs
+from lamina_workers.decoder.logprobs import RowLogprobs
 
 PROMPT = (1, 2, 3)
 

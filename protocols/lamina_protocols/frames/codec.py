@@ -20,16 +20,7 @@ import msgpack
 import torch
 
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.frames.fields import (
-    Record,
-    buffer,
-    dtype_name,
-    from_buffer,
-    nbytes,
-    shown,
-    unpack_array,
-    unpack_ints,
-)
+from lamina_protocols.frames.fields import Record, shown, unpack_array, unpack_ints
 from lamina_protocols.frames.frames import (
     MAX_HEADER,
     MAX_PAYLOAD,
@@ -40,6 +31,7 @@ from lamina_protocols.frames.frames import (
     read_prefix,
 )
 from lamina_protocols.frames.layer_frames import CLASSES, HEAD_SIZE, TAGS, TENSORS, frame_of, read_head
+from lamina_protocols.frames.tensors import buffer, dtype_name, from_buffer, nbytes
 from lamina_protocols.messages import messages as m
 from lamina_protocols.messages.messages import FetchedSample, FetchSample, Sample
 

@@ -20,8 +20,8 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.frames.fields import dtype_name, nbytes
 from lamina_protocols.frames.frames import PREFIX_SIZE, Prefix, pack_prefix, padding
+from lamina_protocols.frames.tensors import dtype_name, nbytes
 from lamina_protocols.messages import messages as m
 from lamina_protocols.messages.layers import LayerSpec
 

@@ -22,9 +22,9 @@ from lamina_workers.converted.decoder import ConvertedDecoder, packed_of, unpack
 from lamina_workers.converted.modeling import converting
 from lamina_workers.converted.models import decoder_of, for_ranks, load_model, model_config
 from lamina_workers.converted.weights import cut_live
+from lamina_workers.decoder.logprobs import PromptTokens
 from lamina_workers.decoder.model import Batch, KeyValueReady
 from lamina_workers.decoder.prompt_scores import PromptScorer
-from lamina_workers.decoder.sampler import PromptTokens
 from lamina_workers.errors import ModelFileError, RanksError, UnsupportedModelError
 
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lamina_workers.decoder.logprobs import PromptScores, PromptTokens, RowLogprobs
 from lamina_workers.decoder.prompt_scores import PromptScorer
-from lamina_workers.decoder.sampler import PromptScores, PromptTokens, RowLogprobs
 
 VOCABULARY, WIDTH, TOKENS = 70, 8, 12
 HIDDEN = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(1))

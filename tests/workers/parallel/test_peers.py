@@ -28,7 +28,8 @@ from lamina_protocols.frames.frames import LAYOUT, MAX_HEADER
 from lamina_protocols.messages import messages as m
 from lamina_protocols.messages.layers import ColdTier, HolderConfig, LayerSpec
 from lamina_protocols.messages.routes import HolderBatch, Route, Span
-from lamina_workers.decoder.sampler import PromptTokens, RowSampling
+from lamina_workers.decoder.logprobs import PromptTokens
+from lamina_workers.decoder.sampler import RowSampling
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
 from lamina_workers.model_worker.interface import BatchWork, Waiting
 from lamina_workers.model_worker.kv_copy import Move

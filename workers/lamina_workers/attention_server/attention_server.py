@@ -53,8 +53,8 @@ from lamina_protocols.channels.sockets import (
 )
 from lamina_protocols.channels.versions import shared
 from lamina_protocols.errors import LaminaError, ProtocolError
-from lamina_protocols.frames.fields import DTYPES
 from lamina_protocols.frames.frames import MAX_FRAME, Arriving
+from lamina_protocols.frames.tensors import DTYPES
 from lamina_protocols.messages.layers import LATENT, STATES, ColdTier, LayerSpec
 from lamina_protocols.messages.pools import pool_shape
 from lamina_workers.attention_server.leases import MAX_SEATS, MAX_SESSIONS, Leases

@@ -17,8 +17,8 @@ from lamina_kernels.exchange import exchange_blocks as blocks
 from lamina_kernels.exchange.layer_work import LayerWork, functions
 from lamina_kernels.exchange.serve_loop import answer_kernel, serve_kernel
 from lamina_protocols.channels.channels import Channel
-from lamina_protocols.frames.fields import dtype_name
 from lamina_protocols.frames.layer_frames import frames_between, set_batch, set_layer
+from lamina_protocols.frames.tensors import dtype_name
 from lamina_protocols.messages.layers import LayerSpec
 from lamina_workers.ports.direct import Buffer, DirectChannel, compiled, direct_channel, enabled
 

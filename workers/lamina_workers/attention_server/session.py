@@ -29,7 +29,7 @@ from lamina_protocols.channels import control
 from lamina_protocols.channels.channels import Channel
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.frames import codec
-from lamina_protocols.frames.fields import DTYPES
+from lamina_protocols.frames.tensors import DTYPES
 from lamina_protocols.messages.layers import ATTENTION, ColdTier, HolderConfig, LayerSpec
 from lamina_protocols.messages.messages import (
     Announced,

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from lamina_workers.decoder.sampler import PromptScores, PromptTokens, RowLogprobs, report
+from lamina_workers.decoder.logprobs import PromptScores, PromptTokens, RowLogprobs
+from lamina_workers.decoder.sampler import report
 
 _BLOCK = 1 << 24  # logits at a time, 64 MiB of float32
 

@@ -25,8 +25,8 @@ from lamina_kernels.exchange.layer_work import LayerWork, functions
 from lamina_kernels.paged.pages import FLOATS
 from lamina_kernels.partial import Partial, with_sinks
 from lamina_protocols.errors import LaminaError
-from lamina_protocols.frames.fields import dtype_name
 from lamina_protocols.frames.layer_frames import frames_between, seconds_stand, set_batch, set_layer
+from lamina_protocols.frames.tensors import dtype_name
 from lamina_protocols.messages.layers import LayerSpec
 from lamina_protocols.messages.messages import Attended
 from lamina_protocols.messages.pools import Pool

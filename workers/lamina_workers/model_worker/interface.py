@@ -14,7 +14,8 @@ import torch
 from lamina_protocols.channels.channels import Channel, Credentials
 from lamina_protocols.messages.messages import Announced, Surveyed
 from lamina_protocols.messages.routes import HolderBatch, Span
-from lamina_workers.decoder.sampler import PromptTokens, RowSampling, Sampled
+from lamina_workers.decoder.logprobs import PromptTokens
+from lamina_workers.decoder.sampler import RowSampling, Sampled
 from lamina_workers.model_worker.kv_copy import Move
 from lamina_workers.ports.port import AttentionPort
 from lamina_workers.ports.timing import Link, Times

@@ -26,9 +26,10 @@ from lamina_protocols.messages.messages import Announced, Announcement
 from lamina_protocols.messages.pools import pools
 from lamina_protocols.messages.routes import HolderBatch, Route
 from lamina_workers.attention_worker.page_layout import attention_kernels, page_layout
+from lamina_workers.decoder.logprobs import PromptScores
 from lamina_workers.decoder.model import Batch, Decoder, Forward
 from lamina_workers.decoder.prompt_scores import PromptScorer
-from lamina_workers.decoder.sampler import PromptScores, Sampled, sample
+from lamina_workers.decoder.sampler import Sampled, sample
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
 from lamina_workers.kv_pages.head_policies import HeadPolicies
 from lamina_workers.model_worker.attention_merge import AttentionMerge, Pausing

@@ -27,7 +27,7 @@ from lamina_protocols.frames.codec import Codec
 from lamina_protocols.messages.layers import HolderConfig
 from lamina_protocols.messages.messages import Announced, Surveyed
 from lamina_protocols.messages.routes import HolderBatch, Span
-from lamina_workers.decoder.sampler import PromptTokens
+from lamina_workers.decoder.logprobs import PromptTokens
 from lamina_workers.model_worker.interface import BatchWork
 from lamina_workers.model_worker.kv_copy import Move
 
