@@ -66,13 +66,20 @@ def fit(cells: Sequence[Cell], catalogue: Catalogue) -> Efficiency:
     from scipy.optimize import least_squares
 
     bounds = {
-        "dense": (0.4, 0.85, 0.95), "attention": (0.2, 0.8, 0.95), "compute": (0.3, 0.65, 0.9),
-        "compute_8bit": (0.2, 0.6, 0.9), "experts": (0.15, 0.7, 1.2), "experts_compute": (0.05, 0.5, 1.2),
+        "dense": (0.4, 0.85, 0.95),
+        "attention": (0.2, 0.8, 0.95),
+        "compute": (0.3, 0.65, 0.9),
+        "compute_8bit": (0.2, 0.6, 0.9),
+        "experts": (0.15, 0.7, 1.2),
+        "experts_compute": (0.05, 0.5, 1.2),
         "collective": (0.2, 0.7, 1.0),
-        "collective_latency": (2e-6, 1e-5, 6e-5), "layer_overhead": (2e-6, 4e-5, 1.2e-4),
-        "step_overhead": (5e-4, 1e-3, 6e-3), "row_overhead": (0.0, 2e-5, 3e-4),
-        "first_token_overhead": (0.0, 0.05, 0.3), "prompt_token_overhead": (0.0, 1e-5, 5e-5),
-    }  # fmt: skip
+        "collective_latency": (2e-6, 1e-5, 6e-5),
+        "layer_overhead": (2e-6, 4e-5, 1.2e-4),
+        "step_overhead": (5e-4, 1e-3, 6e-3),
+        "row_overhead": (0.0, 2e-5, 3e-4),
+        "first_token_overhead": (0.0, 0.05, 0.3),
+        "prompt_token_overhead": (0.0, 1e-5, 5e-5),
+    }
     low, start, high = (np.array([each[at] for each in bounds.values()]) for at in range(3))
     first = (start - low) / (high - low)
 

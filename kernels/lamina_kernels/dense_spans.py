@@ -174,9 +174,13 @@ class _Builder:
         made = _Linear(shape_of(weight))
         if isinstance(weight, torch.Tensor):
             block = few_rows.Arguments(
-                shares=self.threads * _SHARES, w=weight.data_ptr(), rows=self.rows, n_in=made.n_in, n_out=made.n_out,
+                shares=self.threads * _SHARES,
+                w=weight.data_ptr(),
+                rows=self.rows,
+                n_in=made.n_in,
+                n_out=made.n_out,
                 size=size,
-            )  # fmt: skip
+            )
             made.reader, made.writers = block, [(block, "y", 0)]
             self.steps.append(Step(few_rows.load_kernel(), block, True))
         else:
@@ -224,9 +228,15 @@ class _Builder:
         """An operation of `gate_loops`. Returns the argument block."""
         shared = self.rows * width * groups >= PARALLEL
         block = gate_loops.Arguments(
-            operation=operation, size=2, shares=min(self.threads, self.rows) if shared else 1, rows=self.rows,
-            width=width, groups=groups, eps=eps, **fields,
-        )  # fmt: skip
+            operation=operation,
+            size=2,
+            shares=min(self.threads, self.rows) if shared else 1,
+            rows=self.rows,
+            width=width,
+            groups=groups,
+            eps=eps,
+            **fields,
+        )
         self.steps.append(Step(gate_loops.load_kernel(True), block, shared))
         return block
 

@@ -146,9 +146,13 @@ def decode(
         raise InvalidRequest("--plan was given; `lamina plan --check` measures what a plan promises")
     with ProgressBars() as progress:
         found = bench(
-            model, engine.config(), [(b, c) for c in contexts for b in batches], steps=steps, rounds=rounds,
+            model,
+            engine.config(),
+            [(b, c) for c in contexts for b in batches],
+            steps=steps,
+            rounds=rounds,
             progress=progress,
-        )  # fmt: skip
+        )
     _give(lambda about: record(found, **about), table(found), as_json, save_result)
 
 

@@ -124,11 +124,17 @@ def list_machines(url: Url = _URL, api_key: Key = None, as_json: JsonLines = Fal
         print_rows(
             [("machine", "code", "state", "at", "memory", "id")]
             + [
-                (each["name"], _spaced(each["code"]) or "-", each["state"], each["address"] or "-",
-                 show_bytes(each["memory"]), each["id"])
+                (
+                    each["name"],
+                    _spaced(each["code"]) or "-",
+                    each["state"],
+                    each["address"] or "-",
+                    show_bytes(each["memory"]),
+                    each["id"],
+                )
                 for each in machines
             ]
-        )  # fmt: skip
+        )
 
 
 @joining_app.command()

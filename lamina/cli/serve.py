@@ -219,9 +219,13 @@ def _workers(config: EngineConfig, keywords: Mapping[str, Any], max_loaded: int)
     threads = config.threads or machine.cores
     cold = config.cold_tier(memory, kv_share(machine, config.holders_here))
     return {
-        "engine": given, "workers": config.first_workers, "most_workers": config.most_workers, "kv_memory": memory,
-        "threads": threads, "cold": cold,
-    }  # fmt: skip
+        "engine": given,
+        "workers": config.first_workers,
+        "most_workers": config.most_workers,
+        "kv_memory": memory,
+        "threads": threads,
+        "cold": cold,
+    }
 
 
 def _joining(server: ServerOptions, config: EngineConfig, settings: ServerSettings) -> JoinPlan | None:

@@ -366,9 +366,15 @@ def simulate(asked: SimulateOptions) -> None:
         trace = closed_loop(trace, asked.users, asked.think)
     with ProgressBars(lines=True) as progress:
         results = compare(
-            systems, trace, slo=slo, prefill=asked.prefill, seed=asked.seed, progress=progress,
-            assumptions=assumed(catalogue.said_of(asked.efficiency), asked.prefill, trace, choice), failures=failures,
-        )  # fmt: skip
+            systems,
+            trace,
+            slo=slo,
+            prefill=asked.prefill,
+            seed=asked.seed,
+            progress=progress,
+            assumptions=assumed(catalogue.said_of(asked.efficiency), asked.prefill, trace, choice),
+            failures=failures,
+        )
     load = demand(trace)
     remarks = overloads(systems, results, load, slo, asked.prefill)
     if asked.out is not None:

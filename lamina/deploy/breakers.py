@@ -198,13 +198,16 @@ class WorkerBreakers:
                 if breakers.quarantine.failed(now):
                     logger.error(
                         "attention worker %s is quarantined for %.0f min: frames to or from it came with changed bits "
-                        "again; look at its line, network card and memory", name, breakers.quarantine.left(now) / 60,
-                    )  # fmt: skip
+                        "again; look at its line, network card and memory",
+                        name,
+                        breakers.quarantine.left(now) / 60,
+                    )
             elif breakers.flapping.failed(now):
                 logger.warning(
                     "attention worker %s was lost too often lately: it is not used for %.0f s, if there is another",
-                    name, breakers.flapping.left(now),
-                )  # fmt: skip
+                    name,
+                    breakers.flapping.left(now),
+                )
 
     def _hold(self, name: str, seconds: float, use: Callable[[], None]) -> None:
         """Call `use` in so many seconds, unless the worker leaves before. The caller has the lock."""

@@ -51,9 +51,14 @@ class LocalWorker(Worker):
         self.last_lines: deque[str] = deque(maxlen=_LAST_LINES)
         self._takes = takes
         self.process = ChildProcess(
-            name, command, self._hear, lambda _: on_end(self), pass_fds=pass_fds, environment=environment,
+            name,
+            command,
+            self._hear,
+            lambda _: on_end(self),
+            pass_fds=pass_fds,
+            environment=environment,
             merge_stderr=True,
-        )  # fmt: skip
+        )
         self.pid = self.process.pid
 
     def _hear(self, process: ChildProcess, line: str) -> None:
@@ -141,9 +146,18 @@ def attention_command(name: str, kv_memory: int, threads: int, cold: ColdTier | 
     """What runs one worker that ends with this process."""
     kept = () if cold is None else ("--kv-cold", cold.folder, "--kv-resident", str(int(cold.resident * kv_memory)))
     return module_command(
-        "lamina_workers.attention_main", "--listen", "127.0.0.1:0", "--name", name,
-        "--kv-memory", str(kv_memory), "--threads", str(threads), "--die-with-parent", *kept,
-    )  # fmt: skip
+        "lamina_workers.attention_main",
+        "--listen",
+        "127.0.0.1:0",
+        "--name",
+        name,
+        "--kv-memory",
+        str(kv_memory),
+        "--threads",
+        str(threads),
+        "--die-with-parent",
+        *kept,
+    )
 
 
 @contextmanager
@@ -197,6 +211,12 @@ class LocalModelWorkers(ModelSupervisor[LocalWorker]):
 def model_command(name: str, address: str, threads: int) -> list[str]:
     """What runs one model worker that ends with this process."""
     return module_command(
-        "lamina_workers.model_main", "--connect", address, "--name", name,
-        "--threads", str(threads), "--die-with-parent",
-    )  # fmt: skip
+        "lamina_workers.model_main",
+        "--connect",
+        address,
+        "--name",
+        name,
+        "--threads",
+        str(threads),
+        "--die-with-parent",
+    )

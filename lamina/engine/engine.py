@@ -171,13 +171,23 @@ class Engine:
         self._spares = SpareKeeper(worker, control, clock)
         self._deadline = WaitDeadline(wait, self._holders, self._scheduler, self._registry, clock)
         self._failures = Failures(
-            worker, self._scheduler, self._holders, (self._tiering, self._spares), self._in_flight, self._registry,
-            self._deadline, reports or FailureReports(),
-        )  # fmt: skip
+            worker,
+            self._scheduler,
+            self._holders,
+            (self._tiering, self._spares),
+            self._in_flight,
+            self._registry,
+            self._deadline,
+            reports or FailureReports(),
+        )
         self._holders.listeners = (self._stats, self._tiering, self._drains, self._failures, self._spares)
         self._observers: tuple[BatchObserver, ...] = (
-            self._failures, self._stats, self._tiering, self._drafting, self._spares,
-        )  # fmt: skip
+            self._failures,
+            self._stats,
+            self._tiering,
+            self._drafting,
+            self._spares,
+        )
 
     # Any thread.
 
@@ -318,11 +328,18 @@ class Engine:
 
     def _snapshot(self, sink: Callable[[Snapshot], None]) -> None:
         taken = take_snapshot(
-            self._stats, self._control, self._worker.links(), self._holders.names, self._worker.attention_seconds,
-            self._tiering.local_share, self._clock(), self._drafting.counts,
-            [request.spared for request in self._registry.requests.values()], self._failures.held_back,
+            self._stats,
+            self._control,
+            self._worker.links(),
+            self._holders.names,
+            self._worker.attention_seconds,
+            self._tiering.local_share,
+            self._clock(),
+            self._drafting.counts,
+            [request.spared for request in self._registry.requests.values()],
+            self._failures.held_back,
             self._spares.share,
-        )  # fmt: skip
+        )
         try:
             sink(taken)
         except Exception:  # any error of a client
@@ -453,9 +470,17 @@ class Engine:
         outputs = self._registry.outputs(outcomes, reports, now)
         tokens = sum(each.token is not None for each in outcomes)
         done = BatchDone(
-            plan, outputs.by_request, prompt_tokens, tokens, running, local, remote,
-            self._worker.times, self._worker.attention_seconds, now,
-        )  # fmt: skip
+            plan,
+            outputs.by_request,
+            prompt_tokens,
+            tokens,
+            running,
+            local,
+            remote,
+            self._worker.times,
+            self._worker.attention_seconds,
+            now,
+        )
         for observer in self._observers:
             observer.batch_done(done)
         self._registry.publish(plan, outputs, scored)

@@ -144,9 +144,21 @@ def _combined(old: Iterable[Part], target: Part, lo: int, hi: int) -> Iterable[M
     for source in old:
         heads = min(len(source.share.heads), len(target.share.heads))
         yield Move(
-            source.share.holder, source.handle, target.share.holder, target.handle, lo, hi, heads,
-            len(source.share.heads), 0, len(target.share.heads), 0, True, target.share.pool, True,
-        )  # fmt: skip
+            source.share.holder,
+            source.handle,
+            target.share.holder,
+            target.handle,
+            lo,
+            hi,
+            heads,
+            len(source.share.heads),
+            0,
+            len(target.share.heads),
+            0,
+            True,
+            target.share.pool,
+            True,
+        )
 
 
 def _moves(old: Iterable[Part], new: Iterable[Part], lo: int, hi: int, page_size: int) -> Iterable[Move]:

@@ -155,11 +155,20 @@ class TierController:
             self._step = seconds
         tuner.completed(
             Batch(
-                tuner.lanes, tuner.fused, done.local_tokens, done.remote_tokens, times.local, times.remote,
-                times.answered, times.waited, seconds, done.sampled, done.running,
+                tuner.lanes,
+                tuner.fused,
+                done.local_tokens,
+                done.remote_tokens,
+                times.local,
+                times.remote,
+                times.answered,
+                times.waited,
+                seconds,
+                done.sampled,
+                done.running,
             ),
             moving,
-        )  # fmt: skip
+        )
         self._say(done.now)
 
     def _say(self, now: float) -> None:

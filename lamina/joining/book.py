@@ -51,9 +51,14 @@ class Machine:
     def shown(self) -> dict[str, Any]:
         """What the operator sees, for JSON."""
         return {
-            "id": self.id, "name": self.name, "code": self.code, "address": self.address, "memory": self.memory,
-            "since": self.since, "state": self.state,
-        }  # fmt: skip
+            "id": self.id,
+            "name": self.name,
+            "code": self.code,
+            "address": self.address,
+            "memory": self.memory,
+            "since": self.since,
+            "state": self.state,
+        }
 
     @property
     def worker(self) -> str:

@@ -168,9 +168,13 @@ class JoiningMachine:
         nonce = secrets.token_bytes(pairing.NONCE_SIZE)
         committed = pairing.commitment(nonce).hex()
         stream.send(
-            "pair", version=__version__, protocol=PROTOCOL_VERSION, name=offer.name, memory=offer.memory,
+            "pair",
+            version=__version__,
+            protocol=PROTOCOL_VERSION,
+            name=offer.name,
+            memory=offer.memory,
             commitment=committed,
-        )  # fmt: skip
+        )
         try:
             answer = stream.expect("nonce", seconds=HELLO_S)
         except JoinRefused as error:

@@ -58,9 +58,14 @@ class PageRuns:
         return {share: Run(share, max(share.lo, self._end(known)), 0) for share in layout}
 
     def fork(
-        self, source: Runs, length: int, prefix: bool = False, floor: int = 0, users: int = 1,
+        self,
+        source: Runs,
+        length: int,
+        prefix: bool = False,
+        floor: int = 0,
+        users: int = 1,
         policy: str | None = None,
-    ) -> Runs:  # fmt: skip
+    ) -> Runs:
         """The leaves of an owner that shares the first `length` tokens of another, of that policy; None: of the
         other's. Those of a prefix are whole pages, which have this floor, and may be without users."""
         forks, cut = {}, self._end(length)

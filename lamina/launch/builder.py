@@ -184,8 +184,13 @@ def _build(
         undo.pop_all()
     logger.info(
         "%s: %s on %s, KV %s for %d tokens, %d threads",
-        name, sizes.dtype, sizes.device, sizes.holder.dtype, runtime.possible, sizes.threads,
-    )  # fmt: skip
+        name,
+        sizes.dtype,
+        sizes.device,
+        sizes.holder.dtype,
+        runtime.possible,
+        sizes.threads,
+    )
     return runtime
 
 
@@ -294,9 +299,18 @@ def assemble(
         unfinished = recover(pools.journal, engine, recorder, worker, placement, kept)
     pools.watch(engine)
     return Runtime(
-        files.path, files.model, files.tokenizer, sizes.limits, possible, inputs, engine,
-        threading.current_thread(), progress, pools, unfinished,
-    )  # fmt: skip
+        files.path,
+        files.model,
+        files.tokenizer,
+        sizes.limits,
+        possible,
+        inputs,
+        engine,
+        threading.current_thread(),
+        progress,
+        pools,
+        unfinished,
+    )
 
 
 def _model_workers(

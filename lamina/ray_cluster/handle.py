@@ -86,8 +86,11 @@ class HeadWatch:
                     "Ray's head at %s does not answer (%s): requests go on, and nothing can be started or started "
                     "again. Without this head, or one with its state, Ray ends its processes after %s s, this program "
                     "too; %s says how long, where nodes and this program are started",
-                    self._address, error, os.environ.get(LIMIT, f"{_LIMIT_S:g}"), LIMIT,
-                )  # fmt: skip
+                    self._address,
+                    error,
+                    os.environ.get(LIMIT, f"{_LIMIT_S:g}"),
+                    LIMIT,
+                )
             return
         if self._lost_at is not None:
             away = self._clock() - self._lost_at

@@ -254,9 +254,16 @@ class Scheduler:
         self.copies = LocalCopies(config, layouts, self.ledger, self.running, self._in_flight)
         self.growth = Growth(config, layouts, self.ledger, self.running)
         self._planner = RowPlanner(
-            self.ledger, self.running, self.admission, self.rebuilds, self.blame, self.fair_share,
-            config, self.copies, self.growth,
-        )  # fmt: skip
+            self.ledger,
+            self.running,
+            self.admission,
+            self.rebuilds,
+            self.blame,
+            self.fair_share,
+            config,
+            self.copies,
+            self.growth,
+        )
         self._batch_tokens = config.max_batch_tokens  # fewer when even a lone sequence was refused
         self._refused = False  # the last plan: the count of pages was wrong, so nothing is admitted by it
         self._stalled = False  # no room can be made before a batch in flight is over

@@ -48,9 +48,14 @@ def main() -> None:
     machine = this_machine()
     print(f"{machine.processor}, {machine.cores} cores; {args.model}, {args.shape}, {args.policy}", flush=True)
     with LLM(
-        args.model, policy=args.policy, kv_memory=memory, kv_resident=memory, kv_cold=args.folder,
-        max_model_len=room, rope_scaling=scaling if room > original else None,
-    ) as llm:  # fmt: skip
+        args.model,
+        policy=args.policy,
+        kv_memory=memory,
+        kv_resident=memory,
+        kv_cold=args.folder,
+        max_model_len=room,
+        rope_scaling=scaling if room > original else None,
+    ) as llm:
         (pool,) = (x for x in gc.get_objects() if type(x) is KVPool)
         ids = Tokenizer(llm.model_path).encode("\n\n".join(pydoc_data.topics.topics.values()))
         step = max(1, (len(ids) - context) // max(1, batch - 1))

@@ -161,13 +161,21 @@ def rows(found: Mapping[str, Sequence[Round]], shape: Shape, baseline: str, keep
         more = statistics.median(one.step - other.step for one, other in zip(own, base, strict=True)) / shape.layers
         cpu, base_cpu = (middle([one.cpu for one in each]) for each in (own, base))
         yield [
-            f"{shape.batch}x{shape.context}", name, f"{taken * 1e3:.2f}", f"{statistics.median(ratios):.2f}",
-            f"{min(ratios):.2f}-{max(ratios):.2f}", f"{least / taken:.0%}", "-" if keep else f"{rate:.0f}",
-            "-" if keep else f"{prefill:.2f}", f"{more * 1e3:+.3f}", shown(cpu, "{:.0f}"),
+            f"{shape.batch}x{shape.context}",
+            name,
+            f"{taken * 1e3:.2f}",
+            f"{statistics.median(ratios):.2f}",
+            f"{min(ratios):.2f}-{max(ratios):.2f}",
+            f"{least / taken:.0%}",
+            "-" if keep else f"{rate:.0f}",
+            "-" if keep else f"{prefill:.2f}",
+            f"{more * 1e3:+.3f}",
+            shown(cpu, "{:.0f}"),
             shown(cpu - base_cpu if cpu is not None and base_cpu is not None else None, "{:+.0f}"),
-            shown(middle([one.plan for one in own]), "{:.2f}"), shown(middle([one.announce for one in own]), "{:.2f}"),
+            shown(middle([one.plan for one in own]), "{:.2f}"),
+            shown(middle([one.announce for one in own]), "{:.2f}"),
             f"{statistics.median(one.others for one in own):.2f}",
-        ]  # fmt: skip
+        ]
     yield ["", "roofline", f"{least * 1e3:.2f}", "", f"{speed / 1e9:.1f} GB/s"] + [""] * (len(COLUMNS) - 5)
 
 

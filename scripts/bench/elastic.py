@@ -151,8 +151,13 @@ def main() -> None:
     from lamina_workers.attention_worker.page_layout import page_cost
 
     options: dict[str, Any] = {
-        "dtype": args.dtype, "threads": 1, "local_share": 0, "lanes": 1, "query_first": "never", "prefix_cache": True,
-    }  # fmt: skip
+        "dtype": args.dtype,
+        "threads": 1,
+        "local_share": 0,
+        "lanes": 1,
+        "query_first": "never",
+        "prefix_cache": True,
+    }
     try:
         for what in args.what:
             used = addresses[:1] if what == "join" else addresses

@@ -140,8 +140,11 @@ def start_worker(*flags: str, command: Sequence[str] = ("-m", "lamina_workers.at
     flags = ("--kv-memory", str(KV_MEMORY), "--threads", str(cores()), "--die-with-parent", *flags)
     process = subprocess.Popen(
         [sys.executable, *command, *flags],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     line = process.stdout.readline() if process.stdout else ""
     if not line.startswith("listening "):
         raise SystemExit(f"an attention worker ended with status {process.wait()}")

@@ -102,9 +102,13 @@ def lamina(args: argparse.Namespace, count: int, share: Any) -> Iterator[tuple[i
         if count:
             addresses, folder = stack.enter_context(workers(count, args.threads))
             options = {
-                "attention_workers": addresses, "tls_dir": folder, "token_file": folder / "token",
-                "local_share": share, "local_channel": False, "data_channel": args.channel,
-            }  # fmt: skip
+                "attention_workers": addresses,
+                "tls_dir": folder,
+                "token_file": folder / "token",
+                "local_share": share,
+                "local_channel": False,
+                "data_channel": args.channel,
+            }
         llm = stack.enter_context(
             lamina.LLM(args.file, threads=args.threads, kv_memory="512MiB", prefix_cache=False, **options)
         )
@@ -126,10 +130,19 @@ def workers(count: int, threads: int) -> Iterator[tuple[list[str], Path]]:
         made = Path(folder) / "tls"
         make_credentials(made, ["127.0.0.1"])
         command = [
-            sys.executable, "-m", "lamina_workers.attention_main", "--kv-memory", str(512 << 20),
-            "--tls-dir", str(made), "--token-file",
-            str(made / "token"), "--threads", str(max(1, threads // count)), "--die-with-parent",
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "lamina_workers.attention_main",
+            "--kv-memory",
+            str(512 << 20),
+            "--tls-dir",
+            str(made),
+            "--token-file",
+            str(made / "token"),
+            "--threads",
+            str(max(1, threads // count)),
+            "--die-with-parent",
+        ]
         processes = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(count)]
         try:
             addresses = []
@@ -149,19 +162,31 @@ def llamacpp(args: argparse.Namespace, count: int) -> Iterator[tuple[int, tuple[
     servers = [
         subprocess.Popen(
             [args.llamacpp / "ggml-rpc-server", "-p", str(port + number), *threads],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         for number in range(count)
-    ]  # fmt: skip
+    ]
     try:
         time.sleep(0.5)
         names = ",".join(f"127.0.0.1:{port + number}" for number in range(count))
         remote = ["--rpc", names, "-ngl", "99"] if count else ["-ngl", "0"]
         for context in args.contexts:
             command = [
-                args.llamacpp / "llama-bench", "-m", args.file, "-o", "json", "-r", "1", *threads, *remote,
-                "-p", str(context), "-n", "0",
-            ]  # fmt: skip
+                args.llamacpp / "llama-bench",
+                "-m",
+                args.file,
+                "-o",
+                "json",
+                "-r",
+                "1",
+                *threads,
+                *remote,
+                "-p",
+                str(context),
+                "-n",
+                "0",
+            ]
             prompt = _measured(command)
             decode = _measured([*command[:-4], "-p", "0", "-n", str(args.tokens), "-d", str(context)])
             yield context, (decode, prompt)

@@ -25,9 +25,14 @@ class JsonChild:
     ) -> None:
         with open(log, "a") as errors:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment,
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=environment,
                 start_new_session=first,
-            )  # fmt: skip
+            )
         self.pid = self._process.pid
         self._name, self._first = name, first
         if first:

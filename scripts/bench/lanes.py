@@ -76,8 +76,13 @@ def measure(llm: Any, worker: int, lanes: int, prompts: tuple[int, int, int], st
     own, its = time.process_time() - used[0], cpu_seconds(worker) - used[1]
     stream.end()
     batches = last.batches - first.batches
-    spans = (last.uptime - first.uptime, last.model_seconds - first.model_seconds,
-             last.attention_seconds - first.attention_seconds, own, its)  # fmt: skip
+    spans = (
+        last.uptime - first.uptime,
+        last.model_seconds - first.model_seconds,
+        last.attention_seconds - first.attention_seconds,
+        own,
+        its,
+    )
     tokens = last.generation_tokens - first.generation_tokens
     return Rate(tokens / spans[0], *(seconds / batches * 1e3 for seconds in spans))
 

@@ -85,9 +85,16 @@ def paged(heads: int, kv_heads: int, d_k: int, d_v: int, latent: bool, tokens: t
     table = np.arange(pages.n_pages, dtype=np.int32).reshape(threads, 1, kv_heads, entries)
     every = np.ones(threads, np.int64)
     rows = Rows(
-        first=np.arange(threads) * count * heads, count=every * count, start=every * past, kv_heads=every * kv_heads,
-        group=every * (heads // kv_heads), lo=every * 0, hi=every * (past + count), base=every * 0, tables=list(table),
-    )  # fmt: skip
+        first=np.arange(threads) * count * heads,
+        count=every * count,
+        start=every * past,
+        kv_heads=every * kv_heads,
+        group=every * (heads // kv_heads),
+        lo=every * 0,
+        hi=every * (past + count),
+        base=every * 0,
+        tables=list(table),
+    )
     q, plan = torch.randn(rows.n, d_k).bfloat16(), decode.plan(pages, rows, threads)
     return lambda: decode.attend(pages, plan, 0, q, d_k**-0.5)
 

@@ -151,8 +151,12 @@ def main() -> None:
     from lamina import LLM
 
     options = {
-        "prefix_cache": False, "lanes": 1, "kv_memory": "2GiB", "local_share": 1.0, "query_first": "never",
-    }  # fmt: skip
+        "prefix_cache": False,
+        "lanes": 1,
+        "kv_memory": "2GiB",
+        "local_share": 1.0,
+        "query_first": "never",
+    }
     worker, address = start_worker()
     with LLM(args.model, attention_workers=[address], **options) as llm:
         here, there = delays(llm, worker, args)

@@ -148,9 +148,13 @@ def serve(args: argparse.Namespace, batch: int, context: int) -> None:
     memory = f"{2 + (batch + 1) * context * 45_000 // 10**9}GB"
     workers = {"attention_workers": args.attention_workers, "shard": args.shard, "local_share": 0}
     llm = LLM(
-        args.model, policy=args.serve, kv_memory=memory, max_model_len=prompts.room, rope_scaling=prompts.scaling,
+        args.model,
+        policy=args.serve,
+        kv_memory=memory,
+        max_model_len=prompts.room,
+        rope_scaling=prompts.scaling,
         **(workers if args.attention_workers else {}),
-    )  # fmt: skip
+    )
     given = False
     with llm:
         for number, line in enumerate(sys.stdin):

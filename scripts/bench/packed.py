@@ -122,8 +122,12 @@ def memory(children: Mapping[str, Child], file: File) -> Iterator[list[str]]:
         child.run(Request(1, 64, STEPS, 0))
         found: Resident = resident(child.pid)
         own = found.now - child.libraries
-        yield [name, *(f"{each / 1e6:.0f}" for each in (child.libraries, own)), f"{(own - kv) / file.size:.2f}",
-               f"{found.peak / 1e6:.0f}"]  # fmt: skip
+        yield [
+            name,
+            *(f"{each / 1e6:.0f}" for each in (child.libraries, own)),
+            f"{(own - kv) / file.size:.2f}",
+            f"{found.peak / 1e6:.0f}",
+        ]
 
 
 def likelihoods(file: Path, names: Sequence[str]) -> Iterator[list[str]]:
@@ -170,11 +174,16 @@ def main() -> None:
 
     file, machine = read_file(args.file), this_machine()
     print(f"{machine.processor}, {machine.cores} cores, load {os.getloadavg()[0]:.1f}; {args.file.name}")
-    print(f"{file.size / 1e6:.0f} MB, {file.step / 1e6:.0f} MB of them read in a step, {file.kv_bytes} bytes of KV a "
-          f"token; {args.rounds} rounds")  # fmt: skip
+    print(
+        f"{file.size / 1e6:.0f} MB, {file.step / 1e6:.0f} MB of them read in a step, {file.kv_bytes} bytes of KV a "
+        f"token; {args.rounds} rounds"
+    )
     children = start(args)
-    print("\n" + table([["memory, MB", "libraries", "model", "without KV, of the file", "peak"],
-                        *memory(children, file)]), flush=True)  # fmt: skip
+    print(
+        "\n"
+        + table([["memory, MB", "libraries", "model", "without KV, of the file", "peak"], *memory(children, file)]),
+        flush=True,
+    )
     baselines = [name for name in BASELINES if name in children]
     heading = ["shape", "engine", "ms/step", "tokens/s", "roofline", "prefill/s"]
     heading += [cell for name in baselines for cell in (f"step of {name}", "prefill of it")]

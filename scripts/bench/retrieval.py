@@ -225,9 +225,16 @@ class Step:
         self._kernels.append(self._pages, places, 0, *(x.view(-1, x.shape[2]) for x in flat))
         one = np.ones(1, np.int64)
         rows = Rows(
-            one * 0, one, one * (self.tokens - 1), one * self.kv_heads, one * self.group, one * 0, one * self.tokens,
-            one * 0, [table],
-        )  # fmt: skip
+            one * 0,
+            one,
+            one * (self.tokens - 1),
+            one * self.kv_heads,
+            one * self.group,
+            one * 0,
+            one * self.tokens,
+            one * 0,
+            [table],
+        )
         self._plan = self._kernels.plan(self._pages, rows, threads)
         self.indexes: list[KeyIndex] = []
         self._list_plan = self._kernels.plan_lists(self._pages, self.kv_heads, self.group, threads)

@@ -174,10 +174,24 @@ def vllm(args: argparse.Namespace) -> Iterator[Callable[[int], float]]:
     with tempfile.TemporaryDirectory(prefix="bench-serve-") as room:
         model = export(resolve(MODEL), Path(room, "model"))  # vLLM reads no GGUF
         command = [
-            args.peer_python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
-            "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16",
-            "--max-model-len", "2048", "--max-num-seqs", str(args.streams), "--served-model-name", MODEL,
-        ]  # fmt: skip
+            args.peer_python,
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            str(model),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--dtype",
+            "bfloat16",
+            "--max-model-len",
+            "2048",
+            "--max-num-seqs",
+            str(args.streams),
+            "--served-model-name",
+            MODEL,
+        ]
         with _process(command, "", environment):
             url = f"http://127.0.0.1:{port}"
             _until_healthy(url)

@@ -88,8 +88,9 @@ def serve(model: str, config: Mapping[str, Any]) -> None:
             messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
             done: Any = llm.chat(messages, **sampling)
             first = min(each.timing.first_token for each in done)
-            drafts, accepted = (int(sum(each.stats.get(name, 0) for each in done)) for name in
-                                ("draft_tokens", "accepted_tokens"))  # fmt: skip
+            drafts, accepted = (
+                int(sum(each.stats.get(name, 0) for each in done)) for name in ("draft_tokens", "accepted_tokens")
+            )
             steps, read = 0, 0.0
             for each in done:
                 own = len(each.token_ids) - 1 - int(each.stats.get("accepted_tokens", 0))
@@ -129,8 +130,11 @@ def rows(found: Mapping[str, Sequence[Answered]], kind: str, workers: int) -> It
         cells = [kind, str(workers), name, f"{rate(own):.1f}"]
         if base:
             ratios = [rate([one]) / rate([other]) for one, other in zip(own, base, strict=True)]
-            pairs = [pair for one, other in zip(own, base, strict=True)
-                     for pair in zip(one.tokens, other.tokens, strict=True)]  # fmt: skip
+            pairs = [
+                pair
+                for one, other in zip(own, base, strict=True)
+                for pair in zip(one.tokens, other.tokens, strict=True)
+            ]
             cells += [f"{rate(own) / rate(base):.2f}", f"{statistics.median(ratios):.2f}"]
             cells += [f"{sum(a == b for a, b in pairs)} of {len(pairs)}"]
         else:
@@ -187,8 +191,10 @@ def main() -> None:
 
     machine = this_machine()
     print(f"{machine.processor}, {machine.cores} cores, load {os.getloadavg()[0]:.1f}")
-    print(f"{args.model}, draft {args.draft}, weights {args.weights or 'as chosen'}; {args.concurrent} at a time, "
-          f"temperature {args.temperature}")  # fmt: skip
+    print(
+        f"{args.model}, draft {args.draft}, weights {args.weights or 'as chosen'}; {args.concurrent} at a time, "
+        f"temperature {args.temperature}"
+    )
     for workers in map(int, args.workers.split(",")):
         ways = [Way(name, args, workers) for name in args.ways]
         for kind in args.prompts:

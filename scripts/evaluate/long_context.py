@@ -194,11 +194,18 @@ def make_prompts(args: argparse.Namespace, tokenizer: Tokenizer) -> list[Prompt]
     last, begin = max(0, len(text) - args.context), tokenizer.encode("")[:1]
     return [
         tasks.make_prompt(
-            encode, begin, text[last * at // max(1, args.texts - 1) :], args.context, args.steps, args.depths,
-            args.pairs, args.tasks, args.seed + at,
+            encode,
+            begin,
+            text[last * at // max(1, args.texts - 1) :],
+            args.context,
+            args.steps,
+            args.depths,
+            args.pairs,
+            args.tasks,
+            args.seed + at,
         )
         for at in range(args.texts)
-    ]  # fmt: skip
+    ]
 
 
 def about(args: argparse.Namespace, print_of: str, scaling: dict[str, Any] | None) -> dict[str, Any]:

@@ -54,9 +54,13 @@ def main() -> None:
     print(f"{INSTANCE_START:g} s, an attention worker in {WORKER_START:g} s\n")
     instance = Colocated(model=shape, device=device)
     worker = Offloaded(
-        model=shape, model_device=device, attention_device=device, link=catalogue.link("nccl-400g"), lanes=2,
+        model=shape,
+        model_device=device,
+        attention_device=device,
+        link=catalogue.link("nccl-400g"),
+        lanes=2,
         shard="sequence",
-    )  # fmt: skip
+    )
     rows = [
         ("instances", simulate_elastic(instance, trace, Scaling(INSTANCE_START))),
         ("attention workers", simulate_elastic(worker, trace, Scaling(WORKER_START))),

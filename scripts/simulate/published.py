@@ -73,9 +73,14 @@ def equal_cost(name: str, catalogue: Catalogue, baseline: Efficiency = ROOFLINE)
     a, b, parallel = next((a, b, parallel) for known, a, b, parallel in EQUAL_COST if known == name)
     shape, h100 = model(name), catalogue.device("h100")
     offloaded = Offloaded(
-        model=shape, model_device=h100, model_count=a, attention_device=catalogue.device("h20"), attention_count=b,
-        link=catalogue.link("fhbn-400g"), lanes=2,
-    )  # fmt: skip
+        model=shape,
+        model_device=h100,
+        model_count=a,
+        attention_device=catalogue.device("h20"),
+        attention_count=b,
+        link=catalogue.link("fhbn-400g"),
+        lanes=2,
+    )
     return offloaded, Colocated(model=shape, device=replace(h100, efficiency=baseline), tensor_parallel=parallel)
 
 

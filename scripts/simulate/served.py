@@ -51,9 +51,14 @@ def system_of(workers: int, known: Catalogue, model: str) -> System:
     if not workers:
         return Colocated(model=shape, device=device, kv_element=shape.element)
     return Offloaded(
-        model=shape, model_device=device, attention_device=device, link=known.link(LINK), overlap=False,
-        workers=workers, kv_element=shape.element,
-    )  # fmt: skip
+        model=shape,
+        model_device=device,
+        attention_device=device,
+        link=known.link(LINK),
+        overlap=False,
+        workers=workers,
+        kv_element=shape.element,
+    )
 
 
 def plan_of(system: System, model: str, trace: Trace, rate: float) -> Plan:

@@ -245,9 +245,12 @@ class Grown:
         self._until: list[int] = np.where(late, edge, EVERYTHING).tolist() if late.any() else []
 
     def next(
-        self, start: Sequence[int], count: Sequence[int], hi: Sequence[int],
+        self,
+        start: Sequence[int],
+        count: Sequence[int],
+        hi: Sequence[int],
         moved: Mapping[int, Table] = _NONE_MOVED,
-    ) -> Plan:  # fmt: skip
+    ) -> Plan:
         """The plan of the rows with other queries: the first position, how many they are and up to where they read, of
         each row. Where rows have more keys, these are before the queries or are the queries' own. The same plan as
         before, or another one. Rows in `moved`, by number, have other tables from now on, of the same layers and
@@ -260,9 +263,13 @@ class Grown:
         begins, counts, ends = (np.array(x, np.int64) for x in (start, count, hi))
         vectors = counts * rows.kv_heads * rows.group
         tables = [moved.get(number, table) for number, table in enumerate(rows.tables)] if moved else rows.tables
-        self._follow(self._dealt(dataclasses.replace(
-            rows, first=np.cumsum(vectors) - vectors, start=begins, count=counts, hi=ends, tables=tables
-        )))  # fmt: skip
+        self._follow(
+            self._dealt(
+                dataclasses.replace(
+                    rows, first=np.cumsum(vectors) - vectors, start=begins, count=counts, hi=ends, tables=tables
+                )
+            )
+        )
         return self._plan
 
     def _move(self, start: Sequence[int], hi: Sequence[int]) -> None:

@@ -88,8 +88,10 @@ def _warn(error: OSError) -> None:
         _warned.append(error)
         logger.warning(
             "compiled kernels cannot be kept, so that each process compiles them anew, which takes minutes: %s; "
-            "%s can name a folder that takes them", error, _PLACE,
-        )  # fmt: skip
+            "%s can name a folder that takes them",
+            error,
+            _PLACE,
+        )
 
 
 tolerate_disks()  # every module that has kernels imports this one before it compiles them

@@ -131,9 +131,18 @@ _V8, _V16, _VB = (ir.VectorType(ir.IntType(n), k) for n, k in ((8, 64), (16, 32)
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
 def multiply_tile(
-    context: Any, format: Any, rows: Any, x: Any, w: Any, y: Any, records: Any, blocks: Any, stride: Any, columns: Any,
+    context: Any,
+    format: Any,
+    rows: Any,
+    x: Any,
+    w: Any,
+    y: Any,
+    records: Any,
+    blocks: Any,
+    stride: Any,
+    columns: Any,
     size: Any,
-) -> Any:  # fmt: skip
+) -> Any:
     """y `[rows, columns]` = x times a tile of W.
 
     format: a compile-time constant. rows: 1 to GROUP, of x at lines of `round_rows`, `blocks` a row. stride: bytes from
@@ -186,9 +195,15 @@ def _multiply(e: Emitter, layout: Layout, xs: list[Value], tile: Value, records:
 
 
 def _block(
-    e: Emitter, layout: Layout, record: Value, i: Value, codes: Value, xs: list[Value], sums: list[Value],
+    e: Emitter,
+    layout: Layout,
+    record: Value,
+    i: Value,
+    codes: Value,
+    xs: list[Value],
+    sums: list[Value],
     factors: list[Value],
-) -> list[Value]:  # fmt: skip
+) -> list[Value]:
     """sums, and the products of one block."""
     b = e.b
     quads = _quads(e, layout, codes)

@@ -70,9 +70,15 @@ def arguments(format: Format, rows: int, n_in: int, n_out: int, size: int, share
     """An argument block; addresses, and where rows stand apart strides, are for the caller to set."""
     of = LAYOUTS[format]
     return Arguments(
-        shares=shares, rows=rows, records=of.groups(n_in), record=of.record, blocks=blocks_of(format, n_in),
-        n_out=n_out, stride=n_out * size, size=size,
-    )  # fmt: skip
+        shares=shares,
+        rows=rows,
+        records=of.groups(n_in),
+        record=of.record,
+        blocks=blocks_of(format, n_in),
+        n_out=n_out,
+        stride=n_out * size,
+        size=size,
+    )
 
 
 def blocks_of(format: Format, n_in: int) -> int:

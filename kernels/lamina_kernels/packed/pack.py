@@ -191,9 +191,12 @@ def room_for(format: Format, n_out: int, n_in: int, into: torch.Tensor | None) -
 
 
 def _pack(
-    matrix: PackedMatrix, source: torch.Tensor, halves: list[torch.Tensor] | None = None, columns: int = 0,
+    matrix: PackedMatrix,
+    source: torch.Tensor,
+    halves: list[torch.Tensor] | None = None,
+    columns: int = 0,
     block_bytes: int = 0,
-) -> int:  # fmt: skip
+) -> int:
     """The first row that is refused, or -1. halves: scales and minima of codes, one for `columns` numbers of a row."""
     threads = min(torch.get_num_threads(), 1 + matrix.nbytes // _ALONE)
     n_out, n_in = matrix.shape

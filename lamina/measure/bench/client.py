@@ -344,9 +344,15 @@ class Client:
         return answer
 
     async def send(
-        self, endpoint: str, body: bytes, *, due: float = 0.0, clock: Callable[[], float] = time.perf_counter,
-        planned: int = 0, asked: int = 0,
-    ) -> Outcome:  # fmt: skip
+        self,
+        endpoint: str,
+        body: bytes,
+        *,
+        due: float = 0.0,
+        clock: Callable[[], float] = time.perf_counter,
+        planned: int = 0,
+        asked: int = 0,
+    ) -> Outcome:
         """One request with a streamed answer; `body` is JSON that asks for a stream. Never raises but when cancelled:
         what goes wrong is the outcome's error."""
         sent = clock()
@@ -371,9 +377,17 @@ class Client:
                 answer.fail(_kind(fault), _words(fault))
         ended = clock() if answer.error else answer.ended
         return Outcome(
-            due, sent, ended, answer.chunks, planned, asked, **asdict(answer.usage), finish=answer.finish,
-            error=answer.error, detail=answer.detail,
-        )  # fmt: skip
+            due,
+            sent,
+            ended,
+            answer.chunks,
+            planned,
+            asked,
+            **asdict(answer.usage),
+            finish=answer.finish,
+            error=answer.error,
+            detail=answer.detail,
+        )
 
     @property
     def _session(self) -> aiohttp.ClientSession:

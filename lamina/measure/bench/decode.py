@@ -78,9 +78,15 @@ class Result:
 
 
 def bench(
-    model: str, options: Mapping[str, Any], cells: Sequence[tuple[int, int]], *, steps: int = 48, rounds: int = 3,
-    progress: Progress | None = None, read: Read | None = None,
-) -> Result:  # fmt: skip
+    model: str,
+    options: Mapping[str, Any],
+    cells: Sequence[tuple[int, int]],
+    *,
+    steps: int = 48,
+    rounds: int = 3,
+    progress: Progress | None = None,
+    read: Read | None = None,
+) -> Result:
     """Load a model and measure each (batch, context) in turn, `rounds` times. `read`: None measures here.
 
     Prompts are random tokens, and there is no prefix cache. Raises what `LLM` and `measure` raise.

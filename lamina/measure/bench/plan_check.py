@@ -178,9 +178,14 @@ def check(
         before = memory.ask("read")
         beside = Beside(os.getpid())  # whose descendants the server's processes are
         settings = Settings(
-            base_url=server.url, endpoint="completions", dataset="trace", num_warmups=2, ignore_eos=True, seed=seed,
+            base_url=server.url,
+            endpoint="completions",
+            dataset="trace",
+            num_warmups=2,
+            ignore_eos=True,
+            seed=seed,
             slo=_milliseconds(plan.slo),
-        )  # fmt: skip
+        )
         result = run_loop(bench(settings, progress, load))
         others, after = beside.share(), memory.ask("read")
     if result.run.unfinished:

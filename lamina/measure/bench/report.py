@@ -59,9 +59,12 @@ def _distribution(at: Axes, name: str, seconds: Sequence[float], limit: float | 
         every = max(1, len(ordered) // _POINTS)
         places = [*range(0, len(ordered), every), len(ordered) - 1]
         at.plot(
-            [ordered[place] * scale for place in places], [100 * (place + 1) / len(ordered) for place in places],
-            color=BEST, lw=1.6, drawstyle="steps-post",
-        )  # fmt: skip
+            [ordered[place] * scale for place in places],
+            [100 * (place + 1) / len(ordered) for place in places],
+            color=BEST,
+            lw=1.6,
+            drawstyle="steps-post",
+        )
         for share in (50, 99):
             at.axhline(share, color=SOFT, lw=0.7, ls=(0, (2, 2)))
         if limit is not None:

@@ -36,9 +36,14 @@ class Run:
 
 
 async def run(
-    due: Sequence[float], send: Send, *, max_concurrency: int | None = None, stop: asyncio.Event | None = None,
-    progress: Progress | None = None, what: str = "requests",
-) -> Run:  # fmt: skip
+    due: Sequence[float],
+    send: Send,
+    *,
+    max_concurrency: int | None = None,
+    stop: asyncio.Event | None = None,
+    progress: Progress | None = None,
+    what: str = "requests",
+) -> Run:
     """Send request i `due[i]` seconds after the start, or when there is room. With `stop` set, what is under way is
     given up."""
     outcomes: list[Outcome] = []

@@ -115,14 +115,22 @@ async def bench(settings: Settings, progress: Progress | None = None, trace: Tra
                 async def send(number: int, clock: Clock) -> Outcome:
                     item = items[number]
                     return await client.send(
-                        settings.endpoint, bodies[number], due=item.at, clock=clock, planned=item.prompt,
+                        settings.endpoint,
+                        bodies[number],
+                        due=item.at,
+                        clock=clock,
+                        planned=item.prompt,
                         asked=item.output,
-                    )  # fmt: skip
+                    )
 
                 return await run(
-                    [item.at for item in items], send, max_concurrency=settings.max_concurrency, stop=stop,
-                    progress=progress, what=what,
-                )  # fmt: skip
+                    [item.at for item in items],
+                    send,
+                    max_concurrency=settings.max_concurrency,
+                    stop=stop,
+                    progress=progress,
+                    what=what,
+                )
 
             if warming and not stop.is_set():
                 warmed = await measured(warming, bodies[0], "warm-ups")

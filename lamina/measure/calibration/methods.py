@@ -8,7 +8,7 @@ moa        a window that grows with the context, by a rule for each head (MoA)
 `windows`: each head has a window of its own. A greedy search widens the one that gives most for the tokens it costs.
 
 Steps along each head's convex hull are optimal for every budget that they end at, and nearly so between. There is one
-length and one budget, so it needs no integer program (`moa.py` does).
+length and one budget, so it needs no integer program (`methods.py` does).
 
 `moa`: windows that grow with the context, by a rule for each head (MoA, arXiv 2406.14909, section 4).
 

@@ -196,9 +196,13 @@ def fit_query_first(model: ModelShape, device: Device, link: Link, more: Mapping
     found = []
     for (workers, batch, context), seconds in more.items():
         system = Offloaded(
-            model=model, model_device=device, attention_device=device, link=link, workers=workers,
+            model=model,
+            model_device=device,
+            attention_device=device,
+            link=link,
+            workers=workers,
             kv_element=model.element,
-        )  # fmt: skip
+        )
         hidden = system.lane(Load(batch, context), query_first=True).hidden
         found.append((seconds + hidden) / model.layers)
     return statistics.median(found)

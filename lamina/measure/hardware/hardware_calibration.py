@@ -38,8 +38,17 @@ class Amount:
 
     rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 256, 1024)
     attention: tuple[tuple[int, int], ...] = (
-        (1, 32), (4, 32), (16, 32), (1, 512), (8, 256), (16, 256), (1, 4096), (4, 1024), (16, 512), (4, 4096),
-    )  # fmt: skip
+        (1, 32),
+        (4, 32),
+        (16, 32),
+        (1, 512),
+        (8, 256),
+        (16, 256),
+        (1, 4096),
+        (4, 1024),
+        (16, 512),
+        (4, 4096),
+    )
     exchange: tuple[tuple[int, int], ...] = ((1, 64), (4, 64), (16, 64))
     workers: tuple[int, ...] = (1, 2)
     sizes: tuple[int, ...] = (1 << 16, 1 << 20, 1 << 23)
@@ -156,17 +165,29 @@ def calibrate(
 
 
 def _calibration(
-    rounds: _Rounds, sources: _Sources, shape: ModelShape, about: Mapping[str, Any], done: int, price: float,
+    rounds: _Rounds,
+    sources: _Sources,
+    shape: ModelShape,
+    about: Mapping[str, Any],
+    done: int,
+    price: float,
     power: float,
-) -> Calibration:  # fmt: skip
+) -> Calibration:
     """What so many rounds of this machine's CPU give."""
     timings = rounds.timings()
     device = replace(sources.device(NAME, "cpu", shape, about, timings), price=price, power=power)
     links = sources.links(shape, about, timings, device)
     return Calibration(
-        (device,), links, sources.said(about), sources.model, tuple(timings.cells), tuple(rounds.drifts), _raw(timings),
-        done, sources.amount.rounds,
-    )  # fmt: skip
+        (device,),
+        links,
+        sources.said(about),
+        sources.model,
+        tuple(timings.cells),
+        tuple(rounds.drifts),
+        _raw(timings),
+        done,
+        sources.amount.rounds,
+    )
 
 
 class _Rounds:

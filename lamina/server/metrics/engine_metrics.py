@@ -136,9 +136,10 @@ class EngineMetrics:
             "lamina:kv_pages", "KV pages of a holder, by state.", labels=(*_LABELS, "worker", "state")
         )
         by_pool = GaugeMetricFamily(
-            "lamina:kv_pool_pages", "Where the layers keep several things, pages of each.",
+            "lamina:kv_pool_pages",
+            "Where the layers keep several things, pages of each.",
             labels=(*_LABELS, "worker", "pool", "state"),
-        )  # fmt: skip
+        )
         crossed = CounterMetricFamily(
             "lamina:attention_exchange_bytes", "Bytes to and from a worker.", labels=(*_LABELS, "worker", "direction")
         )
@@ -160,9 +161,10 @@ class EngineMetrics:
                 by_pool.add_metric((*self._values, name, str(pool), "taken"), total - free)
                 by_pool.add_metric((*self._values, name, str(pool), "free"), free)
         held = GaugeMetricFamily(
-            "lamina:attention_worker_held_back", "Attention workers that are there and not used, by the reason.",
+            "lamina:attention_worker_held_back",
+            "Attention workers that are there and not used, by the reason.",
             labels=(*_LABELS, "worker", "reason"),
-        )  # fmt: skip
+        )
         for name, reason in latest.held_back.items() if latest and self._alive else ():
             held.add_metric((*self._values, name, reason), 1)
         for name in latest.missing if latest else ():

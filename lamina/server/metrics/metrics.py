@@ -132,9 +132,10 @@ class ModelMetrics:
             where.add_metric((*self._model, residence), residence == self._residence)
         yield where
         waiting = GaugeMetricFamily(
-            "lamina:num_requests_waiting_for_model", "Requests that wait until the model is loaded.",
+            "lamina:num_requests_waiting_for_model",
+            "Requests that wait until the model is loaded.",
             labels=("model_name", "engine"),
-        )  # fmt: skip
+        )
         waiting.add_metric(self._model, self._waiting)
         yield waiting
         yield from self._engine.families()
@@ -243,9 +244,11 @@ class ServerMetrics:
             responses.add_metric(values, count)
         yield responses
         yield _histogram(
-            "http_request_duration_seconds", "From a request to the end of its response.", ("handler", "method"),
+            "http_request_duration_seconds",
+            "From a request to the end of its response.",
+            ("handler", "method"),
             self._durations,
-        )  # fmt: skip
+        )
 
 
 def _histogram(

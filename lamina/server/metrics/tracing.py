@@ -65,8 +65,11 @@ class Tracer:
 
         async def traced(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] == "http":
-                headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]
-                           if key in (b"traceparent", b"tracestate")}  # fmt: skip
+                headers = {
+                    key.decode("latin-1"): value.decode("latin-1")
+                    for key, value in scope["headers"]
+                    if key in (b"traceparent", b"tracestate")
+                }
                 if len(headers.get("tracestate", "")) > _MAX_STATE:
                     del headers["tracestate"]
                 _request.set((scope["path"], headers))

@@ -554,9 +554,14 @@ def _layers(keys: Keys, family: _Family, hidden: int, layers: int) -> Iterator[L
             group = chosen_blocks(group, keys, hidden)
         vectors = group.vectors + family.norms * hidden + mlp.get("vectors", 0)
         yield replace(
-            group, window=window, vectors=vectors, mlp=mlp.get("mlp", 0), experts=mlp.get("experts", 0),
-            top_k=mlp.get("top_k", 0), expert=mlp.get("expert", 0),
-        )  # fmt: skip
+            group,
+            window=window,
+            vectors=vectors,
+            mlp=mlp.get("mlp", 0),
+            experts=mlp.get("experts", 0),
+            top_k=mlp.get("top_k", 0),
+            expert=mlp.get("expert", 0),
+        )
 
 
 def _attention(keys: Keys, family: _Family, hidden: int) -> LayerGroup:

@@ -196,15 +196,21 @@ class Instance:
         self._pages = sum(pages) * holders
         placement = Placement(
             {number: Holder(tuple(pages)) for number in range(holders)},
-            heads=(tuple(counts),), page_size=PAGE_SIZE, max_model_len=longest, states=states,
-        )  # fmt: skip
+            heads=(tuple(counts),),
+            page_size=PAGE_SIZE,
+            max_model_len=longest,
+            states=states,
+        )
         config = SchedulerConfig(
             max_batch_tokens=system.max_batch_tokens if prefill else UNLIMITED,
-            max_sequences=system.max_sequences, max_model_len=longest, page_size=PAGE_SIZE,
+            max_sequences=system.max_sequences,
+            max_model_len=longest,
+            page_size=PAGE_SIZE,
             page_groups=(tuple(PageGroup(*group) for group in groups), *((),) * bool(states)),
-            prefix_cache=self._named, states=states,
+            prefix_cache=self._named,
+            states=states,
             snapshot_tokens=SNAPSHOT_TOKENS if states and self._named else None,
-        )  # fmt: skip
+        )
         self._control = ControlPlane(config, placement)
         self._scheduler = self._control.scheduler
         self._lives: dict[ScheduledSequence, Life] = {}

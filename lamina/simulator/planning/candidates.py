@@ -155,10 +155,17 @@ def _offloaded(model: ModelShape, inventory: Inventory, policy: KvPolicy) -> Ite
         for degree, count in product(_degrees(dense.device, dense.count), range(1, attention.count + 1)):
             for shard, (lanes, replicas), link in product(_shards(model, count), LANES, inventory.links):
                 yield Offloaded(
-                    model=model, model_device=dense.device, attention_device=attention.device, link=link,
-                    model_count=degree, attention_count=count, model_replicas=replicas, lanes=lanes, shard=shard,
+                    model=model,
+                    model_device=dense.device,
+                    attention_device=attention.device,
+                    link=link,
+                    model_count=degree,
+                    attention_count=count,
+                    model_replicas=replicas,
+                    lanes=lanes,
+                    shard=shard,
                     policy=policy,
-                )  # fmt: skip
+                )
 
 
 def _local_share(system: Offloaded, context: int) -> float:

@@ -159,9 +159,16 @@ def _built(kind: str, devices: Sequence[tuple[Device, int]], choice: Choice) -> 
         allowed = "a CPU host" if kind == "lamina-cpu" else "an accelerator; for CPU hosts there is lamina-cpu"
         raise InvalidRequest(f"{kind} has its attention on {other.name!r}, of kind {other.kind}; allowed is {allowed}")
     return Offloaded(
-        model=model, model_device=device, model_count=count, attention_device=other, attention_count=others,
-        link=link, lanes=choice.lanes, shard="heads" if others <= kv_heads(model) else "sequence", policy=policy,
-    )  # fmt: skip
+        model=model,
+        model_device=device,
+        model_count=count,
+        attention_device=other,
+        attention_count=others,
+        link=link,
+        lanes=choice.lanes,
+        shard="heads" if others <= kv_heads(model) else "sequence",
+        policy=policy,
+    )
 
 
 def _sized(kind: str, choice: Choice) -> list[tuple[Device, int]]:

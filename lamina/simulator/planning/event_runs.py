@@ -72,16 +72,27 @@ class EventRuns:
     def verified(self, some: Sequence[Ranked], progress: Progress | None = None) -> list[Ranked]:
         """The best of these after full runs, the best first."""
         return verify(
-            some, self._trace, self._slo, prefill=self._prefill, seed=self._seed, progress=progress,
+            some,
+            self._trace,
+            self._slo,
+            prefill=self._prefill,
+            seed=self._seed,
+            progress=progress,
             mapped=self._mapped,
-        )  # fmt: skip
+        )
 
     def search(self, ranked: Sequence[Ranked], count: int, progress: Progress | None = None) -> list[Ranked]:
         """All of these, the best of those first that the event loop has checked: see `planner.search`."""
         return search(
-            ranked, self._trace, self._slo, count=count, prefill=self._prefill, seed=self._seed, progress=progress,
+            ranked,
+            self._trace,
+            self._slo,
+            count=count,
+            prefill=self._prefill,
+            seed=self._seed,
+            progress=progress,
             mapped=self._mapped,
-        )  # fmt: skip
+        )
 
     def elsewhere(self, ranked: Ranked, given: Situation, allowance: float = 0.0) -> Ranked:
         """A candidate in another situation: as it is where it serves there what is asked for, and no fewer replicas

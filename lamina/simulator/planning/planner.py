@@ -380,9 +380,13 @@ class _Check:
         wanted = max(self.length, min(most, round(_LIVES * decoding * self.length / self.requests)))
         part = windows(self.trace, wanted, max(1, min(WINDOWS, wanted // _WINDOW)))
         result = simulate(
-            limited(ranked), at_rate(part, rate), seed=self.seed, slo=self.slo, prefill=self.prefill,
+            limited(ranked),
+            at_rate(part, rate),
+            seed=self.seed,
+            slo=self.slo,
+            prefill=self.prefill,
             replicas=min(ranked.estimate.replicas, len(part.arrivals)),
-        )  # fmt: skip
+        )
         needed = ATTAINMENT + (FLATTERY if len(part.arrivals) < len(self.trace.arrivals) else 0.0)
         return replace(ranked, result=result, rate=rate, needed=needed)
 

@@ -57,14 +57,21 @@ def step_compared(offloaded: Offloaded, whole: Colocated, batch: float, context:
     load = Load(max(1, round(batch)), context)
     lane = offloaded.lane(load)
     states = state_time(
-        offloaded.model, offloaded.attention_device, load,
+        offloaded.model,
+        offloaded.attention_device,
+        load,
         state_share(offloaded.model, offloaded.attention_count, load.decode),
-    )  # fmt: skip
+    )
     count = whole.tensor_parallel
     here = attention_time(
-        whole.model, whole.device, load, whole.policy, whole.kv_element,
-        busiest=busiest_share(whole.model, count), queries=1 / count,
-    )  # fmt: skip
+        whole.model,
+        whole.device,
+        load,
+        whole.policy,
+        whole.kv_element,
+        busiest=busiest_share(whole.model, count),
+        queries=1 / count,
+    )
     here_states = state_time(whole.model, whole.device, load, state_share(whole.model, count))
     there = _spent(lane.attention - states, states, bool(whole.model.states))
     return (

@@ -97,9 +97,11 @@ class Prices:
     def devices(self) -> dict[str, float]:
         """Dollars an hour of each device that has a price, by name."""
         return {
-            device.name: device.price for each in self._every for device, _ in each.candidate.system.devices
+            device.name: device.price
+            for each in self._every
+            for device, _ in each.candidate.system.devices
             if device.price
-        }  # fmt: skip
+        }
 
     def settle(self) -> None:
         """Put the winner at these prices first. All of the trace is run for it, since excerpts flatter what is near

@@ -104,9 +104,13 @@ def sentences(said: Sequence[str], indent: int = 2, width: int = WIDTH) -> list[
     lines: list[str] = []
     for sentence in said:
         lines += textwrap.wrap(
-            sentence, width, initial_indent=" " * indent, subsequent_indent=" " * (indent + 2),
-            break_long_words=False, break_on_hyphens=False,
-        ) or [""]  # fmt: skip
+            sentence,
+            width,
+            initial_indent=" " * indent,
+            subsequent_indent=" " * (indent + 2),
+            break_long_words=False,
+            break_on_hyphens=False,
+        ) or [""]
     return lines
 
 

@@ -193,10 +193,26 @@ def replay(batches: Batches, requests: Requests, limits: Limits, present: Intege
     first, pace, entered = np.zeros(number), np.zeros(number), np.zeros(number)
     while True:
         ended, count, tokens = _compiled()(
-            requests.at, requests.prompts, requests.outputs, requests.past, requests.read, requests.held, present,
-            limits.sequences, float(limits.held), limits.batch, float(limits.usual), batches.context, batches.hides,
-            batches.steps, batches.slopes, batches.dense, first, pace, entered,
-        )  # fmt: skip
+            requests.at,
+            requests.prompts,
+            requests.outputs,
+            requests.past,
+            requests.read,
+            requests.held,
+            present,
+            limits.sequences,
+            float(limits.held),
+            limits.batch,
+            float(limits.usual),
+            batches.context,
+            batches.hides,
+            batches.steps,
+            batches.slopes,
+            batches.dense,
+            first,
+            pace,
+            entered,
+        )
         if ended == _DONE:
             return Served(first, pace, entered)
         if ended == _DECODE:
@@ -340,10 +356,26 @@ def _paces_so_far(
 
 
 def _run(
-    at: Any, prompts: Any, outputs: Any, past: Any, read: Any, held: Any, present: Any,
-    places: int, room: float, budget: int, usual: float, context: float, hides: bool,
-    steps: Any, slopes: Any, dense: Any, first: Any, pace: Any, entered: Any,
-) -> tuple[int, int, int]:  # fmt: skip
+    at: Any,
+    prompts: Any,
+    outputs: Any,
+    past: Any,
+    read: Any,
+    held: Any,
+    present: Any,
+    places: int,
+    room: float,
+    budget: int,
+    usual: float,
+    context: float,
+    hides: bool,
+    steps: Any,
+    slopes: Any,
+    dense: Any,
+    first: Any,
+    pace: Any,
+    entered: Any,
+) -> tuple[int, int, int]:
     """The loop. Returns why it ended, and of how many sequences and tokens the seconds are wanted."""
     number = len(at)
     keys = np.empty(number + len(present) + 1, np.int64)  # the number of the batch that gives the last token

@@ -102,10 +102,12 @@ class _Recorder:
         )
         out = attended[-1].reshape(spec.heads, -1)
         masks = [seen(policy, n, self.holder.page_size) for policy in self.policies.reads[layer]]
-        mass = torch.stack([
-            torch.tensor(torch.nan) if (mask := masks[head // spec.group]) is None else weights[head][mask].sum()
-            for head in range(spec.heads)
-        ])  # fmt: skip
+        mass = torch.stack(
+            [
+                torch.tensor(torch.nan) if (mask := masks[head // spec.group]) is None else weights[head][mask].sum()
+                for head in range(spec.heads)
+            ]
+        )
         found = torch.stack([cosine(exact, out), relative_error(exact, out), mass])
         self._sums[layer] = self._sums.get(layer, torch.zeros_like(found)) + found
 

@@ -17,10 +17,12 @@ _TINY = torch.finfo(torch.float32).tiny
 def negative_log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """-log p(target) of each row, float32 `[n]`."""
     _same_rows(logits, targets)
-    return torch.cat([
-        part.logsumexp(-1) - part.gather(-1, at.unsqueeze(-1)).squeeze(-1)
-        for part, at in zip(logits.split(_ROWS), targets.split(_ROWS), strict=True)
-    ])  # fmt: skip
+    return torch.cat(
+        [
+            part.logsumexp(-1) - part.gather(-1, at.unsqueeze(-1)).squeeze(-1)
+            for part, at in zip(logits.split(_ROWS), targets.split(_ROWS), strict=True)
+        ]
+    )
 
 
 def divergence(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

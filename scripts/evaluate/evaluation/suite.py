@@ -51,8 +51,10 @@ def compare(prompts: Sequence[Prompt], full: Outcomes, other: Outcomes) -> dict[
         tasks = [next(of for of in prompt.tasks if of.name == name) for prompt in prompts]
         pair = tuple(all_of([each[name] for each in outcomes]) for outcomes in (full, other))
         targets = torch.tensor([token for of in tasks for token in of.tokens])
-        right = [[x for of, each in zip(tasks, outcomes, strict=True) for x in found(of, each[name].logits)]
-                 for outcomes in (full, other)]  # fmt: skip
+        right = [
+            [x for of, each in zip(tasks, outcomes, strict=True) for x in found(of, each[name].logits)]
+            for outcomes in (full, other)
+        ]
         compared[name] = Compared(quality(pair[0].logits, pair[1].logits, targets), score(*right), pair[1].usage)
         every.append(compared[name])
     compared[ALL] = Compared(

@@ -68,9 +68,16 @@ class _Fact:
 
 
 def make_prompt(
-    encode: Encode, begin: Sequence[int], text: Sequence[int], context: int, steps: int, depths: int, pairs: int,
-    names: Sequence[str], seed: int,
-) -> Prompt:  # fmt: skip
+    encode: Encode,
+    begin: Sequence[int],
+    text: Sequence[int],
+    context: int,
+    steps: int,
+    depths: int,
+    pairs: int,
+    names: Sequence[str],
+    seed: int,
+) -> Prompt:
     """A prompt from the beginning of `text` that is `context` tokens long with its longest task. `steps` tokens are
     asked of tasks that could be of any length; `depths` pass keys and `pairs` of words are hidden. `names` of TASKS."""
     rng = random.Random(f"{seed} prompt")

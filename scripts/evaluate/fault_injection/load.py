@@ -42,9 +42,13 @@ class Load:
     def body(self, number: int) -> dict[str, Any]:
         """A completion of that prompt, streamed, greedy, with the count of its tokens in each chunk."""
         return {
-            "prompt": self.prompt(number), "max_tokens": self.tokens, "temperature": 0, "ignore_eos": True,
-            "stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True},
-        }  # fmt: skip
+            "prompt": self.prompt(number),
+            "max_tokens": self.tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        }
 
 
 @dataclass(slots=True)

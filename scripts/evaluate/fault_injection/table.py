@@ -23,11 +23,19 @@ def table(rows: Iterable[Row], header: bool = True) -> str:
 
 def _cells(row: Row) -> list[str]:
     return [
-        row.scenario, row.failure, f"{row.start:.1f}", str(row.done), str(row.refused), str(row.lost),
-        str(row.tokens_lost), f"{_ms(row.ttft_before)} → {_ms(row.ttft_after)}",
-        f"{_ms(row.tpot_before)} → {_ms(row.tpot_after)}", f"{row.pause:.2f}",
-        "-" if row.recovery is None else f"{row.recovery:.1f}", str(row.recomputed),
-    ]  # fmt: skip
+        row.scenario,
+        row.failure,
+        f"{row.start:.1f}",
+        str(row.done),
+        str(row.refused),
+        str(row.lost),
+        str(row.tokens_lost),
+        f"{_ms(row.ttft_before)} → {_ms(row.ttft_after)}",
+        f"{_ms(row.tpot_before)} → {_ms(row.tpot_after)}",
+        f"{row.pause:.2f}",
+        "-" if row.recovery is None else f"{row.recovery:.1f}",
+        str(row.recomputed),
+    ]
 
 
 def _ms(seconds: float | None) -> str:

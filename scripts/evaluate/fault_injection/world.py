@@ -57,12 +57,13 @@ class ListedWorker:
 
     def _start(self, source: Path | None = None) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [
-                sys.executable, "-m", "lamina", "attention-worker", "--listen", self.address, *self._options
-            ],
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=source,
+            [sys.executable, "-m", "lamina", "attention-worker", "--listen", self.address, *self._options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            cwd=source,
             env=self._environment if source is None else self._environment | path_to(source),
-        )  # fmt: skip
+        )
         line = process.stdout.readline() if process.stdout else ""
         match = re.fullmatch(r"listening (\S+:\d+)", line.strip())
         if match is None:
@@ -244,12 +245,25 @@ class World:
             raise RuntimeError(f"the server takes no machines: {self.server.log}")
         machine = subprocess.Popen(
             [
-                sys.executable, "-m", "lamina", "join", "--server", f"127.0.0.1:{port[1]}", "--name", name,
-                "--memory", self.setup.kv_memory, "--threads", "1", "--yes",
+                sys.executable,
+                "-m",
+                "lamina",
+                "join",
+                "--server",
+                f"127.0.0.1:{port[1]}",
+                "--name",
+                name,
+                "--memory",
+                self.setup.kv_memory,
+                "--threads",
+                "1",
+                "--yes",
             ],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
             env=self._environment | {"XDG_STATE_HOME": str(self._folder / name)},
-        )  # fmt: skip
+        )
         self._stack.callback(_end, machine)
         self._machines[name] = machine
         waiting = until(lambda: [each for each in self._joining() if each["state"] == "waiting"], self.server)

@@ -166,9 +166,16 @@ class AdaptiveAttention:
                     self._observers[policy] = chooser
 
     def show(
-        self, row: Row, part: Part, layer: int, spec: LayerSpec, heads: Sequence[int], stride: int,
-        positions: npt.NDArray[np.int64], q: torch.Tensor,
-    ) -> None:  # fmt: skip
+        self,
+        row: Row,
+        part: Part,
+        layer: int,
+        spec: LayerSpec,
+        heads: Sequence[int],
+        stride: int,
+        positions: npt.NDArray[np.int64],
+        q: torch.Tensor,
+    ) -> None:
         """Show choosers some queries of a row of a prompt to some KV heads of a part, `[positions, heads, group, d_k]`.
         Positions count from the part's first token."""
         tokens = min(row.start + row.count, part.held) - part.lo

@@ -271,9 +271,12 @@ class AttentionWorker:
         return self._accepted(message, floors, numbers, samples)
 
     def _accepted(
-        self, message: Announcement, floors: tuple[int, ...], numbers: Sequence[Sequence[int]],
+        self,
+        message: Announcement,
+        floors: tuple[int, ...],
+        numbers: Sequence[Sequence[int]],
         samples: tuple[int, ...] = (),
-    ) -> Announced:  # fmt: skip
+    ) -> Announced:
         """The answer to an announcement; `numbers`: of each pool, which of the rows are its own."""
         usages: tuple[Usage, ...] = ()
         of_row = {n: pool for pool, of_pool in zip(self.pools, numbers, strict=True) for n in of_pool}
@@ -282,9 +285,11 @@ class AttentionWorker:
         return Announced(message.epoch, message.batch, True, self.free_pages, floors, "", usages, (), samples)
 
     def _update(
-        self, operations: Sequence[Sequence[Operation]], rows: Sequence[Sequence[Row]],
+        self,
+        operations: Sequence[Sequence[Operation]],
+        rows: Sequence[Sequence[Row]],
         numbers: Sequence[Sequence[int]],
-    ) -> tuple[int, ...]:  # fmt: skip
+    ) -> tuple[int, ...]:
         """Update all pools, or none: the floor of each row. Raises as a pool does; where some parts are torn, with the
         starts of all rows."""
         total = sum(map(len, numbers))

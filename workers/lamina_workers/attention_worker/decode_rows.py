@@ -33,9 +33,15 @@ class DecodeRows:
     store. `counted`: whether what is read is counted. `floors`: of the rows' parts."""
 
     def __init__(
-        self, store: KVStore, kernels: Kernels, pages: Pages, rows: Sequence[Row], readings: Sequence[_Growing],
-        places: Any, counted: bool,
-    ) -> None:  # fmt: skip
+        self,
+        store: KVStore,
+        kernels: Kernels,
+        pages: Pages,
+        rows: Sequence[Row],
+        readings: Sequence[_Growing],
+        places: Any,
+        counted: bool,
+    ) -> None:
         self._store = store
         self._kernels = kernels
         self._pages = pages
@@ -59,9 +65,14 @@ class DecodeRows:
 
     @staticmethod
     def of(
-        store: KVStore, kernels: Kernels, pages: Pages, rows: Sequence[Row], readings: Sequence[tuple[Reading, int]],
-        places: Any, counted: bool,
-    ) -> DecodeRows | None:  # fmt: skip
+        store: KVStore,
+        kernels: Kernels,
+        pages: Pages,
+        rows: Sequence[Row],
+        readings: Sequence[tuple[Reading, int]],
+        places: Any,
+        counted: bool,
+    ) -> DecodeRows | None:
         """Begin a series with a batch that is in flight, which its `readings`, with their numbers of layers, attend by
         plans alone; `places` where any row stores. None where the next batch would not simply follow."""
         stores = [row for row in rows if row.store]

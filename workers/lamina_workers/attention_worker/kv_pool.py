@@ -269,9 +269,19 @@ class KVPool:
         stores = tuple(row for row in rows if row.store)
         missing, written = set(self._kv_layers), self._begin_cold(rows, batch.readings)
         return KVBatch(
-            rows, batch.fused, stores, missing, places, self.reader.sealed(stores), batch.readings, delay,
-            None, written, batch.series.counts(), batch.series,
-        )  # fmt: skip
+            rows,
+            batch.fused,
+            stores,
+            missing,
+            places,
+            self.reader.sealed(stores),
+            batch.readings,
+            delay,
+            None,
+            written,
+            batch.series.counts(),
+            batch.series,
+        )
 
     def floors(self, batch: KVBatch) -> Sequence[int]:
         return batch.series.floors if batch.series is not None else (0,) * len(batch.rows)

@@ -214,9 +214,14 @@ def _with_heads(recording: Recording, rope: Callable[..., Any]) -> Recording:
                 if table not in angles:
                     tokens, width = old[table.number].shapes[table.item or 0][1:]
                     new.append(
-                        Operation(half_angles, (Ref(moved[table.number], table.item),), {}, [(tokens, width // 2)],
-                                  [torch.float32])
-                    )  # fmt: skip
+                        Operation(
+                            half_angles,
+                            (Ref(moved[table.number], table.item),),
+                            {},
+                            [(tokens, width // 2)],
+                            [torch.float32],
+                        )
+                    )
                     angles[table] = Ref(len(new) - 1)
             args = (Ref(moved[whole.number]), *(angles[table] for table in tables), *norms)
             new.append(Operation(function, args, {}, shapes, old[whole.number].dtypes * 3))

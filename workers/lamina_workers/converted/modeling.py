@@ -131,8 +131,12 @@ def load(kind: Any, config: Any, checkpoint: TensorSource, dtype: torch.dtype) -
             trust_remote_code=False,
             use_kernels=False,
         )
-    for problem, key in (("lacks", "missing_keys"), ("has unexpected", "unexpected_keys"),
-                         ("has of another shape", "mismatched_keys"), ("cannot give", "error_msgs")):  # fmt: skip
+    for problem, key in (
+        ("lacks", "missing_keys"),
+        ("has unexpected", "unexpected_keys"),
+        ("has of another shape", "mismatched_keys"),
+        ("cannot give", "error_msgs"),
+    ):
         if wrong := sorted(map(str, found.get(key) or ())):
             more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
             raise ModelFileError(f"the checkpoint {problem} {', '.join(wrong[:5])}{more}")

@@ -238,9 +238,15 @@ class KVStore(PartTable[Part]):
         used = self._slots(held - source.lo)
         table, freed = source.table[:, :, :used].copy(), np.minimum(source.freed, used)
         part = dataclasses.replace(
-            source, policies=policies, held=held, stored=min(held, source.stored), table=table, freed=freed,
-            absent=None if source.freed.any() else 0, frees_from=None,
-        )  # fmt: skip
+            source,
+            policies=policies,
+            held=held,
+            stored=min(held, source.stored),
+            table=table,
+            freed=freed,
+            absent=None if source.freed.any() else 0,
+            frees_from=None,
+        )
         if policies.keepers != source.policies.keepers:
             self._take_over(part, parent, length)
         self._pool.share(part.table[part.table != NO_PAGE])

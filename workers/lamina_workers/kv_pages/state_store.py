@@ -126,10 +126,14 @@ class StateStore(PartTable[StatePart]):
     def follows(self, rows: Iterable[Row]) -> bool:
         """Whether each row is the next token of a part whose older records can be written: no other part has them."""
         return all(
-            part.whole and row.store and row.count == 1 and 0 < part.before < part.held == row.start < part.hi
+            part.whole
+            and row.store
+            and row.count == 1
+            and 0 < part.before < part.held == row.start < part.hi
             and not self._shared(part.earlier)
-            for row in rows if (part := self._parts[row.handle])
-        )  # fmt: skip
+            for row in rows
+            if (part := self._parts[row.handle])
+        )
 
     def follow(self, rows: Iterable[Row]) -> None:
         """As `update` and `commit` for rows that follow: what a part's last row read is now what its next one writes,

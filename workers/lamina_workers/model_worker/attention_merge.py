@@ -136,9 +136,13 @@ class LayerExchange:
     as layers. ids: epoch and number of the batch; `layers` are all of the model."""
 
     def __init__(
-        self, ids: tuple[int, int], traffic: Sequence[HolderTraffic], samples: Sequence[SampleTraffic],
-        layers: Sequence[LayerSpec], times: Times,
-    ) -> None:  # fmt: skip
+        self,
+        ids: tuple[int, int],
+        traffic: Sequence[HolderTraffic],
+        samples: Sequence[SampleTraffic],
+        layers: Sequence[LayerSpec],
+        times: Times,
+    ) -> None:
         self._epoch, self.batch = ids
         self.samples = samples
         self._layers = layers
@@ -343,9 +347,14 @@ class AttentionMerge:
             self.times = times
 
     def _begun(
-        self, lane: _Lane, number: int, ids: tuple[int, int], spans: Sequence[Span],
-        routes: Mapping[Replies, Sequence[Route]], times: Times,
-    ) -> _PoolRun:  # fmt: skip
+        self,
+        lane: _Lane,
+        number: int,
+        ids: tuple[int, int],
+        spans: Sequence[Span],
+        routes: Mapping[Replies, Sequence[Route]],
+        times: Times,
+    ) -> _PoolRun:
         """Begin a batch in the layers of one pool of attention, of whose parts the routes are."""
         layers, present, _ = lane.pools[number]
         traffic, samples = [], []
@@ -366,9 +375,14 @@ class AttentionMerge:
         return _PoolRun(layers, present, tuple(traffic), exchange, not unfused)
 
     def _begun_states(
-        self, lane: _Lane, number: int, ids: tuple[int, int], spans: Sequence[Span],
-        routes: Mapping[Replies, Sequence[Route]], times: Times,
-    ) -> StateExchange:  # fmt: skip
+        self,
+        lane: _Lane,
+        number: int,
+        ids: tuple[int, int],
+        spans: Sequence[Span],
+        routes: Mapping[Replies, Sequence[Route]],
+        times: Times,
+    ) -> StateExchange:
         """Begin a batch in the layers of one pool of states."""
         spec = self._pools[number].config.layers[0]
         check_heads(spec, len(spans), routes)

@@ -62,9 +62,15 @@ class RemoteHolder:
     """One holder elsewhere: its frames' memory and the block that expects its answers."""
 
     def __init__(
-        self, holder: HolderTraffic, port: FramePort, block: Any, spec: LayerSpec, layers: int, dtype: torch.dtype,
+        self,
+        holder: HolderTraffic,
+        port: FramePort,
+        block: Any,
+        spec: LayerSpec,
+        layers: int,
+        dtype: torch.dtype,
         tokens: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         gathered = Gathered(holder, spec, tokens, dtype.itemsize)
         name = dtype_name(dtype)
         asked, answer = frames_between(gathered.queries, gathered.fresh, spec, name, name)
@@ -180,9 +186,13 @@ class CompiledExchange:
     batch. Then it can `begin` another batch of the same shape."""
 
     def __init__(
-        self, number: int, pool: Pool, holders: Sequence[tuple[HolderTraffic, FramePort | LayerWork]],
-        tokens: int, dtype: torch.dtype,
-    ) -> None:  # fmt: skip
+        self,
+        number: int,
+        pool: Pool,
+        holders: Sequence[tuple[HolderTraffic, FramePort | LayerWork]],
+        tokens: int,
+        dtype: torch.dtype,
+    ) -> None:
         spec = pool.config.layers[0]  # as any of them
         self._number, self._layers = number, np.array(pool.layers)
         self._spec, self._tokens = spec, tokens
@@ -205,10 +215,15 @@ class CompiledExchange:
             answers.append((holder, self._place(block, holder, work, dtype)))
         address = self._scratch.ctypes.data
         self._block = blocks.Exchange(
-            functions=functions().ctypes.data, scratch=address, polls=address + 16,
-            n_remotes=len(elsewhere), remotes=ctypes.addressof(self._blocks),
-            n_here=len(self._here), here=ctypes.addressof(here), carried=len(elsewhere) - len(self._lent),
-        )  # fmt: skip
+            functions=functions().ctypes.data,
+            scratch=address,
+            polls=address + 16,
+            n_remotes=len(elsewhere),
+            remotes=ctypes.addressof(self._blocks),
+            n_here=len(self._here),
+            here=ctypes.addressof(here),
+            carried=len(elsewhere) - len(self._lent),
+        )
         self._keep += [here, answers]
         self._answer = self._merged(answers, dtype)
         self._result = blocks.WAITING  # of a call that was made while the batch was suspended, or its error

@@ -47,9 +47,14 @@ class StateHolder:
     """
 
     def __init__(
-        self, spec: LayerSpec, way: Staging, patience: float, replies: Replies, spans: Sequence[Span],
+        self,
+        spec: LayerSpec,
+        way: Staging,
+        patience: float,
+        replies: Replies,
+        spans: Sequence[Span],
         routes: Sequence[Route],
-    ) -> None:  # fmt: skip
+    ) -> None:
         first = list(accumulate((span.count for span in spans), initial=0))
         self.replies = replies
         self.here = replies.here is not None

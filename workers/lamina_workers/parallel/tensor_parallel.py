@@ -204,11 +204,19 @@ class TensorParallelWorkers:
         shown = credentials or Credentials()
         joins = [
             peer_messages.Join(
-                number + rank, port.name, port.address, rank, self._heads[rank], sum(self._heads),
-                shown.ca, shown.cert, shown.key, shown.token,
+                number + rank,
+                port.name,
+                port.address,
+                rank,
+                self._heads[rank],
+                sum(self._heads),
+                shown.ca,
+                shown.cert,
+                shown.key,
+                shown.token,
             )
             for rank in self._peers
-        ]  # fmt: skip
+        ]
         seats, resumed, failed = list[Seat](), list[bool](), ""
         for join in joins:
             self._peers[join.seat].tell(join)

@@ -285,11 +285,24 @@ def connect(
     split_address(address)
     session = secrets.token_hex(16)
     hello = control.Hello(
-        PROTOCOL_VERSION, control.package_version(), session, model, compute_dtype, holder.dtype, holder.page_size,
-        holder.layers, channel.local_channel, channel.data_channel,
-        secrets.token_hex(16) if seat.engine is None else seat.engine, seat.seat, seat.seat_share, seat.linger,
-        holder.sequence_tokens, holder.sketches, tuple(sorted(FEATURES)),
-    )  # fmt: skip
+        PROTOCOL_VERSION,
+        control.package_version(),
+        session,
+        model,
+        compute_dtype,
+        holder.dtype,
+        holder.page_size,
+        holder.layers,
+        channel.local_channel,
+        channel.data_channel,
+        secrets.token_hex(16) if seat.engine is None else seat.engine,
+        seat.seat,
+        seat.seat_share,
+        seat.linger,
+        holder.sequence_tokens,
+        holder.sketches,
+        tuple(sorted(FEATURES)),
+    )
     client = edges.client(address, channel.shown)
     try:
         welcome = _greet(client, hello, channel.timeout, edges.runtime)

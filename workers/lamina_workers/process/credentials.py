@@ -126,10 +126,16 @@ def create_credentials(hosts: Sequence[str]) -> Credentials:
 
     def certificate(subject: x509.Name, public: ec.EllipticCurvePublicKey, is_ca: bool) -> x509.CertificateBuilder:
         usage = x509.KeyUsage(
-            digital_signature=not is_ca, key_cert_sign=is_ca, crl_sign=is_ca, content_commitment=False,
-            key_encipherment=False, data_encipherment=False, key_agreement=False, encipher_only=False,
+            digital_signature=not is_ca,
+            key_cert_sign=is_ca,
+            crl_sign=is_ca,
+            content_commitment=False,
+            key_encipherment=False,
+            data_encipherment=False,
+            key_agreement=False,
+            encipher_only=False,
             decipher_only=False,
-        )  # fmt: skip
+        )
         return (
             x509.CertificateBuilder()
             .subject_name(subject)
