@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("lamina", "workers/lamina_workers", "kernels/lamina_kernels", "protocols/lamina_protocols")
 _WORDS = """
 each found at left whole own most kept known said held given asked begun rest there those these this that here such same
-both some any none nobody somebody whoever gone made taken wanted meant missed told shown seen heard spent by of to without
-beside among between"""
+both some any none nobody somebody whoever gone made taken wanted meant missed told shown seen heard spent by of to
+without beside among between"""
 REFUSED = frozenset(_WORDS.split())
 ANNEXES = ("lamina/server/", "lamina/joining/", "lamina/simulator/", "lamina/measure/", "lamina/cli/")
 """Folders that are read less; names there are counted, not refused."""
