@@ -104,7 +104,7 @@ class LLM:
         """One replica of the engine that a plan file (`lamina plan --out`) describes. `model` and fields of
         `EngineConfig` override the plan's. Raises InvalidRequest where the file is wrong or no engine can do what it
         plans, and what `LLM(...)` raises."""
-        from lamina.simulator.planning.plan_file import read
+        from lamina.plan_file import read
 
         plan = read(path)
         keywords = plan.keywords(**overrides)

@@ -263,7 +263,7 @@ def _joining(server: ServerOptions, config: EngineConfig, settings: ServerSettin
 
 def _planned(path: Path, keywords: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The model and the engine's keywords of a plan file. Keywords of the command line override them."""
-    from lamina.simulator.planning.plan_file import read
+    from lamina.plan_file import read
 
     plan = read(path)
     for remark in plan.remarks():

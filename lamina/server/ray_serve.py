@@ -200,7 +200,7 @@ def _value(name: str, value: Any) -> Any:
 
 def _planned(path: Any) -> tuple[dict[str, Any], int]:
     """The arguments in a plan file, and how many replicas it has."""
-    from lamina.simulator.planning.plan_file import read
+    from lamina.plan_file import read
 
     if not isinstance(path, (str, Path)):
         raise InvalidRequest(f"plan is {path!r:.80}; allowed is the path of a file of `lamina plan --out`")

@@ -15,6 +15,7 @@ from planning import BIG, EPYC, FHBN, H20, H100, SMALL, dop, together
 from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest
 from lamina.llm import LLM
+from lamina.plan_file import read as read_engine_plan
 from lamina.server.ray_serve import ServePlan
 from lamina.simulator.costs.cost_model import KvPolicy, Speculation
 from lamina.simulator.costs.hardware import Device, Link
@@ -67,6 +68,20 @@ def test_what_is_written_is_read_back_equal(kind: str, tmp_path: Path) -> None:
     assert again == plan
     assert again.system == plan.system
     assert dumps(again) == dumps(plan)
+    assert_engine_reads_the_same(tmp_path / "plan.toml", plan)
+
+
+def assert_engine_reads_the_same(file: Path, plan: Plan) -> None:
+    """The engine's reader knows of systems what the simulator does: all but their full names, and the decode side of
+    two that no engine is."""
+    planned, engine_plan = plan.one_replica, read_engine_plan(file)
+    devices = planned.system.devices[:1] if planned.system.kind == "disaggregated" else planned.system.devices
+    system = replace(planned.system, name=engine_plan.system.name, devices=devices)
+    if system.kind != "offloaded":
+        system = replace(system, kv_heads=engine_plan.system.kv_heads)
+    assert engine_plan == replace(planned, system=system)
+    assert engine_plan.system.undeployable() == undeployable(plan.system)
+    assert engine_plan.remarks() == planned.remarks()
 
 
 @given(
@@ -184,9 +199,11 @@ def test_the_engine_keeps_weights_and_drafts_as_planned() -> None:
 
 def test_a_plan_says_that_no_gpu_keeps_weights_packed() -> None:
     packed = plan_of(replace(together(4), model=BIG.with_weights("int4")))
-    assert packed.remarks() == ["weights stay packed on CPUs alone, so an engine on h100 computes with 16 bits"]
+    assert packed.one_replica.remarks() == [
+        "weights stay packed on CPUs alone, so an engine on h100 computes with 16 bits"
+    ]
     assert "quantize" not in packed.engine
-    assert plan_of(SYSTEMS["packed"]).remarks() == []
+    assert plan_of(SYSTEMS["packed"]).one_replica.remarks() == []
 
 
 def test_devices_without_a_network_are_one_machine() -> None:

@@ -4,52 +4,49 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lamina.config import MAX_LANES, EngineConfig
-from lamina.errors import InvalidRequest
+from lamina.plan_file import COMPUTES, PlannedDevice, PlannedSystem
 from lamina.simulator.costs.cost_model import kv_heads
 from lamina.simulator.costs.packing import QUANTIZED
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System
-from lamina.simulator.costs.tables import known_keys
 
-ENGINE_KEYS = (
-    "dtype", "kv_memory", "kv_local", "kv_dtype", "page_size", "max_model_len", "max_batch_tokens", "max_num_seqs",
-    "threads", "prefix_cache", "policy", "attention_workers", "autoscale", "shard", "redundancy", "cluster", "lanes",
-    "query_first", "local_share", "model_workers", "model_parallel", "device", "attention_device", "sequence_tokens",
-    "weights", "quantize", "speculate", "num_speculative_tokens",
-)  # fmt: skip
-"""Keywords that a plan may set. Credentials, channels and folders belong to the deployment."""
-COMPUTES = {"cpu": "cpu", "gpu": "cuda"}
-"""The engine's name of each kind of device."""
 _DTYPES = {4.0: "float32", 2.0: "bfloat16"}
 _PROMPTS = 8
 """Prompts of the longest kind that the engine's own process has room for, where it keeps nothing else."""
 _SERVE = "serve run lamina.server.ray_serve:build_app plan={}"
 
 
+def planned_system(system: System) -> PlannedSystem:
+    """What decides of a system whether an engine can be it."""
+    devices = tuple(PlannedDevice(device.name, device.kind) for device, _ in system.devices)
+    planned = PlannedSystem(
+        name=system.name,
+        kind="disaggregated" if isinstance(system, Disaggregated) else "colocated",
+        devices=devices,
+        weight_bytes=system.model.element,
+        packed=system.model.packing is not None,
+    )
+    if not isinstance(system, Offloaded):
+        return planned
+    return replace(
+        planned,
+        kind="offloaded",
+        kv_heads=kv_heads(system.model),
+        model_count=system.model_count,
+        attention_count=system.attention_count,
+        model_replicas=system.model_replicas,
+        lanes=system.lanes,
+        local_share=system.local_share,
+        shard=system.shard,
+    )
+
+
 def undeployable(system: System) -> str:
     """Why no engine here is that system, in words; "" where one is."""
-    if isinstance(system, Disaggregated):
-        return "the engine computes prompts and decodes in one place"
-    for device, _ in system.devices:
-        if device.kind not in COMPUTES:
-            return f"no kernels here run on {device.name}, of kind {device.kind}; allowed are {' and '.join(COMPUTES)}"
-    if not isinstance(system, Offloaded):
-        return ""
-    ranks, replicas, share = system.model_count, system.model_replicas, system.local_share
-    if ranks > 1 and replicas > 1:
-        return f"each layer is cut among {ranks} devices and there are {replicas} replicas; an engine does one of both"
-    if ranks > 1 and system.lanes > 1:
-        return f"{system.lanes} lanes where {ranks} devices share each layer, which add up one batch at a time"
-    if system.lanes > (most := replicas + 1 if replicas > 1 else MAX_LANES):
-        return f"{system.lanes} lanes; {replicas} replicas have {most} at most"
-    if share and (ranks > 1 or replicas > 1):
-        return f"{share:.0%} of the KV with one of {ranks * replicas} model workers; with several it is all elsewhere"
-    if system.shard == "heads" and system.attention_count > 1 and kv_heads(system.model) == 1:
-        return "the model's one KV head cannot be cut by heads"
-    return ""
+    return planned_system(system).undeployable()
 
 
 def engine_keywords(system: System, longest: int) -> dict[str, Any]:
@@ -59,7 +56,7 @@ def engine_keywords(system: System, longest: int) -> dict[str, Any]:
         return {}
     capacity, model = system.capacity, system.model
     dense, attention = system.devices[0][0], system.devices[-1][0]
-    found: dict[str, Any] = {
+    keywords: dict[str, Any] = {
         "device": COMPUTES[dense.kind],
         "attention_device": COMPUTES[attention.kind],
         "max_batch_tokens": min(system.max_batch_tokens, max(1024, longest), 1 << 20),
@@ -69,46 +66,46 @@ def engine_keywords(system: System, longest: int) -> dict[str, Any]:
     if isinstance(system, Offloaded):
         ranks = system.model_count
         holders = system.workers or system.attention_count
-        found |= {
+        keywords |= {
             "attention_workers": holders,
             "shard": system.shard,
             "local_share": system.local_share,
             "query_first": "auto" if system.overlap else "never",
         }
         if ranks == 1:  # ranks have one batch under way
-            found["lanes"] = system.lanes
+            keywords["lanes"] = system.lanes
         if system.model_replicas > 1:
-            found |= {"model_workers": system.model_replicas, "model_parallel": "replicas"}
+            keywords |= {"model_workers": system.model_replicas, "model_parallel": "replicas"}
         if all(device.network > 0 for device, _ in system.devices):  # one without a network is where the other is
-            found["cluster"] = "auto"
-        found |= _memories(system, holders)
+            keywords["cluster"] = "auto"
+        keywords |= _memories(system, holders)
     else:
-        kept = capacity.tokens * system.policy.held * model.kv_bytes_per_token(system.kv_element)
-        found["kv_memory"] = int(kept + capacity.sequences * model.state_bytes_held)
+        kv_bytes = capacity.tokens * system.policy.held * model.kv_bytes_per_token(system.kv_element)
+        keywords["kv_memory"] = int(kv_bytes + capacity.sequences * model.state_bytes_held)
     if ranks > 1:
-        found |= {"model_workers": ranks, "model_parallel": "tensor"}
+        keywords |= {"model_workers": ranks, "model_parallel": "tensor"}
     if model.states and model.attentions:
-        found["sequence_tokens"] = system.sequence_tokens
+        keywords["sequence_tokens"] = system.sequence_tokens
     if system.policy.name != "full":
-        found["policy"] = system.policy.name
-    found |= _numbers(system)
+        keywords["policy"] = system.policy.name
+    keywords |= _numbers(system)
     if (drafts := system.speculation) is not None:
-        found |= {"speculate": drafts.name, "num_speculative_tokens": drafts.tokens}
-    return found
+        keywords |= {"speculate": drafts.name, "num_speculative_tokens": drafts.tokens}
+    return keywords
 
 
 def _memories(system: Offloaded, holders: int) -> dict[str, int]:
     """Bytes of KV of each attention worker, and of the engine's own process: what the plan counts on there, or what
     the prompts take that are being computed."""
-    a_token, a_state = system.model.kv_bytes_per_token(system.kv_element), system.model.state_bytes_held
+    token_bytes, state_bytes = system.model.kv_bytes_per_token(system.kv_element), system.model.state_bytes_held
     room = float(system.prompt_tokens)
     if not system.local_share:
         room = min(room, _PROMPTS * system.model.max_context)
-    own = room * a_token + _PROMPTS * a_state
+    local = room * token_bytes + _PROMPTS * state_bytes
     workers = system.attention_count * system.attention_device.memory * system.attention_memory_share
     if system.workers is not None:  # processes of one machine, which has the weights too
-        workers -= system.model.weight_bytes + own
-    return {"kv_memory": max(1, int(workers / holders)), "kv_local": max(1, int(own))}
+        workers -= system.model.weight_bytes + local
+    return {"kv_memory": max(1, int(workers / holders)), "kv_local": max(1, int(local))}
 
 
 def _numbers(system: Colocated | Offloaded) -> dict[str, Any]:
@@ -119,30 +116,16 @@ def _numbers(system: Colocated | Offloaded) -> dict[str, Any]:
         return {"quantize": name} if name in QUANTIZED else {"weights": "packed"}
     if (dtype := _DTYPES.get(model.element)) is None:
         return {}
-    found: dict[str, Any] = {"weights": dtype}
-    kept = _DTYPES.get(system.kv_element)
-    return found if kept in (None, dtype) else found | {"kv_dtype": kept}
-
-
-def check_engine(engine: Mapping[str, Any]) -> None:
-    """Raise InvalidRequest unless these are keywords that a plan may set, with values that an engine takes."""
-    known_keys(engine, ENGINE_KEYS, "engine")
-    workers = engine.get("attention_workers", 0)
-    if type(workers) is not int:
-        raise InvalidRequest(f"engine.attention_workers is {workers!r:.80}; allowed is a whole number")
-    if engine.get("cluster") not in (None, "auto"):  # a file may not send its reader's requests anywhere
-        raise InvalidRequest(f'engine.cluster is {engine["cluster"]!r:.80}; allowed is "auto", or none')
-    try:
-        EngineConfig(**engine)
-    except InvalidRequest as error:
-        raise InvalidRequest(f"engine: {error}") from error
+    keywords: dict[str, Any] = {"weights": dtype}
+    kv_dtype = _DTYPES.get(system.kv_element)
+    return keywords if kv_dtype in (None, dtype) else keywords | {"kv_dtype": kv_dtype}
 
 
 def commands(path: Path, replicas: int, engine: Mapping[str, Any]) -> list[str]:
     """What to run to deploy the plan in a file, a line each."""
-    one = f"lamina serve --plan {shlex.quote(str(path))}"
+    replica = f"lamina serve --plan {shlex.quote(str(path))}"
     if replicas == 1:
-        return [one]
-    every = _SERVE.format(shlex.quote(str(path.absolute())))
-    each = "a Ray cluster with the devices of all" if engine.get("cluster") else "a Ray cluster of as many machines"
-    return [f"{every}    # all {replicas} replicas, on {each}", f"{one}    # or one of them by itself"]
+        return [replica]
+    fleet = _SERVE.format(shlex.quote(str(path.absolute())))
+    place = "a Ray cluster with the devices of all" if engine.get("cluster") else "a Ray cluster of as many machines"
+    return [f"{fleet}    # all {replicas} replicas, on {place}", f"{replica}    # or one of them by itself"]

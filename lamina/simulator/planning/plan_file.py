@@ -24,16 +24,16 @@ from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from lamina.errors import InvalidRequest
+from lamina.plan_file import VERSION, EnginePlan
 from lamina.simulator.costs import hardware
 from lamina.simulator.costs.hardware import Catalogue, Device, Link
 from lamina.simulator.costs.shapes import ModelShape
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System
 from lamina.simulator.costs.tables import known_keys, number_within, read_tables, text, whole
 from lamina.simulator.event_loop.simulate import Slo
-from lamina.simulator.planning.deployment import check_engine, undeployable
+from lamina.simulator.planning.deployment import planned_system
 from lamina.system.text_files import toml_value, write_text
 
-VERSION = 1
 KINDS: Mapping[str, type[System]] = {
     "colocated": Colocated,
     "disaggregated": Disaggregated,
@@ -91,26 +91,12 @@ class Plan:
     engine: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        text("model", self.model)
-        whole("replicas", self.replicas, 1, 1 << 20)
-        check_engine(self.engine)
+        _ = self.one_replica  # checks the model's name, the replicas and the keywords
 
-    def keywords(self, **overrides: Any) -> dict[str, Any]:
-        """Keywords for `LLM`: the plan's, with others over them. Raises InvalidRequest where no engine can do it."""
-        if why := undeployable(self.system):
-            raise InvalidRequest(f"the plan is for {self.system.name}, which no engine here can run: {why}")
-        return {**self.engine, **overrides}
-
-    def remarks(self) -> list[str]:
-        """Where the engine differs from what was planned, in words."""
-        said, dense = [], self.system.devices[0][0]
-        if self.replicas > 1:
-            said.append(f"the plan has {self.replicas} replicas; this is one of them")
-        if self.system.model.packing is not None and dense.kind != "cpu":
-            said.append(f"weights stay packed on CPUs alone, so an engine on {dense.name} computes with 16 bits")
-        if self.system.model.packing is None and self.system.model.element < 2:
-            said.append("weights of 8 bits are read from no checkpoint here, so an engine needs one with 16 bits")
-        return said
+    @property
+    def one_replica(self) -> EnginePlan:
+        """The part of the plan that an engine needs."""
+        return EnginePlan(self.model, self.engine, planned_system(self.system), self.replicas)
 
 
 def read(path: str | Path) -> Plan:
