@@ -396,4 +396,4 @@ def test_systems_have_the_papers_sizes_unless_devices_are_named() -> None:
 def test_help_loads_nothing_heavy() -> None:
     code = "import sys, lamina.cli.main; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
-    assert {"torch", "numpy", "matplotlib", "lamina.simulator.event_loop.simulate"}.isdisjoint(loaded)
+    assert {"torch", "numpy", "pydantic", "matplotlib", "lamina.simulator.event_loop.simulate"}.isdisjoint(loaded)

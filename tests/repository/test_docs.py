@@ -100,9 +100,7 @@ def test_readme_lists_every_room_once() -> None:
         indent, name = len(line) - len(line.lstrip()), line.split()[0].rstrip("/")
         stack = [around for around in stack if around[0] < indent]
         stack.append((indent, f"{stack[-1][1]}/{name}" if stack else name))
-        assert (
-            stack[-1][1] not in folders or stack[-1][1] == "lamina"
-        )  # in the core and in the annexes
+        assert stack[-1][1] not in folders or stack[-1][1] == "lamina"  # in the core and in the annexes
         folders.add(stack[-1][1])
     listed = [folder for folder in folders if folder.startswith(tuple(f"{package}/" for package in PACKAGES))]
     rooms = [init.parent for package in PACKAGES for init in (ROOT / package).rglob("*/__init__.py")]
@@ -118,3 +116,16 @@ def test_design_shows_the_import_order_of_the_contracts() -> None:
         name = name or list(shown)[-1]
         shown[name] = f"{shown.get(name, '')} {order.strip()}"
     assert {name: [layer.strip() for layer in order.split(">")] for name, order in shown.items()} == expected
+
+
+def test_every_room_is_of_the_core_or_an_annex() -> None:
+    configs = (read_toml(ROOT / name)["tool"]["importlinter"] for name in ("pyproject.toml", "scripts/layers.toml"))
+    loaded, read = (
+        next(contract for contract in config["contracts"] if contract["name"].startswith("the core stands"))
+        for config in configs
+    )
+    assert loaded == read
+    rooms = [path for path in (ROOT / "lamina").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
+    names = {f"lamina.{room.stem}" for room in rooms} - {"lamina.__init__"}
+    listed = [*loaded["source_modules"], *loaded["forbidden_modules"]]
+    assert sorted(listed) == sorted(names | {"lamina_workers", "lamina_kernels", "lamina_protocols"})
