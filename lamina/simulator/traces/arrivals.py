@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from lamina.errors import InvalidRequest
 
 BLOCK = 512
@@ -227,30 +225,34 @@ _OFF = 0.02
 
 def step_of(trace: Trace) -> float:
     """The seconds that times were rounded to; 0 where they were not, or where it makes no difference."""
-    at = np.array([arrival.at for arrival in trace.arrivals])
-    distinct = np.unique(at)
-    if len(distinct) < 3 or len(distinct) > (1 - _EQUAL) * len(at):
+    import numpy as np  # here, since the command line reads this file's names at its start
+
+    times = np.array([arrival.at for arrival in trace.arrivals])
+    distinct = np.unique(times)
+    if len(distinct) < 3 or len(distinct) > (1 - _EQUAL) * len(times):
         return 0.0
     gaps = np.diff(distinct)
     steps = np.rint(gaps / gaps.min())
     step = float(gaps.sum() / steps.sum())
-    off = distinct - distinct[0] - step * np.concatenate([[0.0], np.cumsum(steps)])
-    return step if np.abs(off).max() <= _OFF * step else 0.0
+    misses = distinct - distinct[0] - step * np.concatenate([[0.0], np.cumsum(steps)])
+    return step if np.abs(misses).max() <= _OFF * step else 0.0
 
 
 def spread(trace: Trace) -> Trace:
     """The trace with times that were rounded spread within their step by chance, always the same, in their order. As
     it is where they were not rounded."""
+    import numpy as np
+
     step = step_of(trace)
     if not step:
         return trace
-    at = np.array([arrival.at for arrival in trace.arrivals])
-    later = at + np.random.default_rng(0).random(len(at)) * step
+    times = np.array([arrival.at for arrival in trace.arrivals])
+    later = times + np.random.default_rng(0).random(len(times)) * step
     later = np.sort(later)  # steps do not overlap, so that each stays in its own
-    said = f"times were rounded to {step:.3g} s; they are spread within it by chance"
+    remark = f"times were rounded to {step:.3g} s; they are spread within it by chance"
     moved = zip(trace.arrivals, later.tolist(), strict=True)
     return replace(
         trace,
         arrivals=tuple(replace(arrival, at=when) for arrival, when in moved),
-        remarks=(*trace.remarks, said),
+        remarks=(*trace.remarks, remark),
     )
