@@ -81,10 +81,17 @@ ONCE = [Row(2000, 1, 0, 1777)]  # a decode query that sees every key, so that th
 
 
 @st.composite
-def worlds(draw: st.DrawFn, kernels: Kernels, dtype: torch.dtype, order: Order) -> World:
-    """Some sequences with every combination of what a row may ask for, told in any order."""
-    page_size = draw(st.sampled_from([16, 32, 48, 80, 256] if order is Order.CHANNELS else [1, 5, 16, 37, 256]))
-    layout = PageLayout(page_size, draw(st.sampled_from(SIZES)), draw(st.sampled_from(SIZES)), dtype, order)
+def worlds(draw: st.DrawFn, kernels: Kernels, dtype: torch.dtype, order: Order, free: bool = False) -> World:
+    """Some sequences with every combination of what a row may ask for, told in any order. Pages are those of
+    `LAYOUTS`, or of any size where `free`: a kernel is compiled for each."""
+    by_channels = order is Order.CHANNELS
+    if free:
+        page_size = draw(st.sampled_from([16, 32, 48, 80, 256] if by_channels else [1, 5, 16, 37, 256]))
+        d_k, d_v = draw(st.sampled_from(SIZES)), draw(st.sampled_from(SIZES))
+    else:
+        shape = draw(st.sampled_from([layout for layout in LAYOUTS if layout.dtype is dtype] or LAYOUTS))
+        page_size, d_k, d_v = shape.page_size if by_channels else shape.page_size // 3, shape.d_k, shape.d_v
+    layout = PageLayout(page_size, d_k, d_v, dtype, order)
     heads = draw(st.integers(1, 3))
     sequences = draw(st.lists(any_sequence(heads), min_size=1, max_size=3))
     world = build(kernels, layout, sequences, heads, draw(st.integers(1, 16)), draw(st.integers(0, 99)))
@@ -96,6 +103,15 @@ def worlds(draw: st.DrawFn, kernels: Kernels, dtype: torch.dtype, order: Order) 
 @given(data=st.data(), cap=st.sampled_from([None, 3.0]), threads=st.integers(1, 4))
 def test_any_batch_is_right(kernels: Kernels, dtype: torch.dtype, order: Order, data, cap, threads: int) -> None:
     world = data.draw(worlds(kernels, dtype, order))
+    assert max(errors(kernels, world, threads, cap)) <= 1
+
+
+@pytest.mark.soak
+@every_case
+@settings(max_examples=40)
+@given(data=st.data(), cap=st.sampled_from([None, 3.0]), threads=st.integers(1, 4))
+def test_any_batch_of_any_size_is_right(kernels: Kernels, dtype: torch.dtype, order: Order, data, cap, threads) -> None:
+    world = data.draw(worlds(kernels, dtype, order, free=True))
     assert max(errors(kernels, world, threads, cap)) <= 1
 
 
