@@ -45,9 +45,8 @@ class LocalWorker(Worker):
         takes: Callable[[LocalWorker, str], bool] = lambda worker, line: False,
         pass_fds: Sequence[int] = (),
         environment: Mapping[str, str] | None = None,
-        deadline: float | None = None,
     ) -> None:
-        super().__init__(deadline=deadline)
+        super().__init__()
         self.last_lines: deque[str] = deque(maxlen=_LAST_LINES)
         self._takes = takes
         self.process = ChildProcess(
@@ -103,6 +102,7 @@ class LocalAttentionWorkers(AttentionSupervisor[LocalWorker]):
         self._timeout = timeout
 
     def _launch(self, slot: Slot[LocalWorker]) -> LocalWorker:
+        slot.deadline = self._clock() + self._timeout
         with _readable(self._token) as descriptor:
             return LocalWorker(
                 slot.name,
@@ -110,7 +110,6 @@ class LocalAttentionWorkers(AttentionSupervisor[LocalWorker]):
                 lambda worker: self._calls.put(lambda: self._process_ended(slot, worker)),
                 takes=lambda worker, line: self._takes(slot, worker, line),
                 pass_fds=[descriptor],
-                deadline=self._clock() + self._timeout,
             )
 
     def _placed(self, index: int) -> list[str]:

@@ -1,11 +1,11 @@
-"""The thread that starts, watches, restarts and ends the workers of one engine, one worker a slot.
+"""Workers that are started, watched and started again, one worker a slot.
 
-`SlotSupervisor` has the loop. `AttentionSupervisor` and `ModelSupervisor` add what their engine gets to know. What
-runs a worker, a child process or a Ray actor, is in the classes made from these two.
-
-When an ended worker starts again: the delay, the limit of restarts, and the name of each start.
-
-Pure: the caller passes the time of any steady clock, in seconds.
+A `Slot` has a worker, or the time of its next start, which `Backoff` puts off a little longer after each end. Both are
+pure: the caller passes the time of any steady clock, in seconds. `SlotLoop` is the loop of one thread over some slots:
+it starts what is due, makes the calls of other threads, and acts on what is late. The supervisor of a server is made
+from it, and `SlotSupervisor`, which runs the workers of one engine on a thread of its own. `AttentionSupervisor` and
+`ModelSupervisor` add what their engine gets to know. What runs a worker, a child process or a Ray actor, is in the
+classes made from these two.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ from lamina.system.child_process import GRACE
 from lamina.system.progress import Progress
 from lamina_protocols.channels.channels import Credentials
 
-WORKERS_BACK = 10.0  # seconds that a restarted engine waits for all attention workers; then some are enough
+logger = logging.getLogger("lamina")
+
+_STANDBY_AFTER = 5.0  # seconds, in which those that are needed have the cores
 
 Restarted = TypeVar("Restarted")
 
@@ -74,7 +76,7 @@ def incarnation(name: str, restarts: int) -> str:
 
 @dataclass(eq=False)
 class Slot(Generic[Restarted]):
-    """Room for one worker: the worker, or the time of the next start.
+    """Room for one worker: the worker, and when it is late, or the time of the next start.
 
     A slot is started while `is_due`, has its worker until `ended`, and is due again after a delay, or never. A `vacant`
     slot is not counted until it is opened: it has no worker, one that is about to end, or a standby.
@@ -86,6 +88,7 @@ class Slot(Generic[Restarted]):
     due: float | None = 0.0  # when the next worker starts, while there is none; None: never
     restarts: int = 0
     vacant: bool = False
+    deadline: float | None = None  # when its worker must be up, or must have ended
     backoff: Backoff = field(default_factory=Backoff)
 
     @property
@@ -128,17 +131,11 @@ class Slot(Generic[Restarted]):
         self.worker = self.due = None
 
 
-logger = logging.getLogger("lamina")
-
-_STANDBY_AFTER = 5.0  # seconds, in which those that are needed have the cores
-
-
 @dataclass(eq=False, kw_only=True)
 class Worker:
     """What the supervisor knows of a worker; the classes made from it add what runs it."""
 
     up: bool = False
-    deadline: float | None = None  # when it must be up
     address: WorkerAddress | None = None  # of an attention worker that is up
     pid: int | None = None
     given_up: bool = False  # by the engine, which is not notified of its end
@@ -146,23 +143,79 @@ class Worker:
     standby: WorkerAddress | None = None  # of an attention worker that is ready, and of which the engine does not know
 
 
-W = TypeVar("W", bound=Worker)
-
-
-class SlotSupervisor(ABC, Generic[W]):
-    """`kind` workers ("attention", "model"), one for each of `numbers`. `clock` is in seconds.
+class SlotLoop(ABC, Generic[Restarted]):
+    """A loop over `slots`: each turn is `_start_due`, `_watch`, `_check_deadlines`. `clock` is in seconds.
 
     One thread runs every method with an underscore; `_calls` is how other threads reach it.
     """
 
-    def __init__(self, kind: str, numbers: Iterable[int], clock: Callable[[], float]) -> None:
-        self._kind = kind
+    def __init__(self, slots: Sequence[Slot[Restarted]], clock: Callable[[], float] = time.monotonic) -> None:
+        self._slots = slots
         self._clock = clock
-        self._slots: list[Slot[W]] = [
-            Slot(f"{kind}-{number}", number, backoff=Backoff(ever=True)) for number in numbers
-        ]
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._closed = threading.Event()
+        self._closed = threading.Event()  # nothing is started any more
+
+    @abstractmethod
+    def _launch(self, slot: Slot[Restarted]) -> Restarted | None:
+        """Start a worker; None where none is needed after all. Raises OSError where it cannot be started."""
+
+    @abstractmethod
+    def _not_launched(self, slot: Slot[Restarted], error: OSError) -> None:
+        """A worker could not be started."""
+
+    @abstractmethod
+    def _late(self, slot: Slot[Restarted], worker: Restarted) -> None:
+        """A worker's deadline is over."""
+
+    def _turn(self) -> None:
+        self._start_due()
+        self._watch()
+        self._check_deadlines()
+
+    def _start_due(self) -> None:
+        now = self._clock()
+        for slot in self._slots:
+            if slot.is_due(now) and not self._closed.is_set():
+                slot.deadline = None
+                try:
+                    slot.worker = self._launch(slot)
+                except OSError as error:
+                    self._not_launched(slot, error)
+
+    def _watch(self) -> None:
+        """Take what happens until the next start or deadline."""
+        times = [time for time in self._times() if time is not None]
+        self._take(max(0.0, min(times) - self._clock()) if times else None)
+
+    def _times(self) -> list[float | None]:
+        """When there is something to do."""
+        starts = [] if self._closed.is_set() else [slot.next_start for slot in self._slots]
+        return starts + [slot.deadline for slot in self._slots if slot.worker is not None]
+
+    def _take(self, seconds: float | None) -> None:
+        """Make the calls of other threads; wait so long for the first (None: without limit)."""
+        with suppress(queue.Empty):
+            self._calls.get(timeout=seconds)()
+            while not self._closed.is_set():
+                self._calls.get_nowait()()
+
+    def _check_deadlines(self) -> None:
+        now = self._clock()
+        for slot in self._slots:
+            if slot.worker is not None and slot.deadline is not None and slot.deadline <= now:
+                slot.deadline = None
+                self._late(slot, slot.worker)
+
+
+W = TypeVar("W", bound=Worker)
+
+
+class SlotSupervisor(SlotLoop[W]):
+    """`kind` workers ("attention", "model"), one for each of `numbers`. `clock` is in seconds."""
+
+    def __init__(self, kind: str, numbers: Iterable[int], clock: Callable[[], float]) -> None:
+        super().__init__([Slot(f"{kind}-{number}", number, backoff=Backoff(ever=True)) for number in numbers], clock)
+        self._kind = kind
         self._thread = threading.Thread(target=self._supervise, name=f"lamina-{kind}-workers", daemon=True)
 
     def lost(self, name: str) -> None:
@@ -187,10 +240,6 @@ class SlotSupervisor(ABC, Generic[W]):
     # How a worker is run.
 
     @abstractmethod
-    def _launch(self, slot: Slot[W]) -> W:
-        """Start a worker. Raises OSError where it cannot be started."""
-
-    @abstractmethod
     def _kill(self, worker: W) -> None:
         """End a worker at once; its end is noticed as any other."""
 
@@ -206,14 +255,12 @@ class SlotSupervisor(ABC, Generic[W]):
     def _broken(self, error: Exception) -> None:
         """The workers are no longer watched."""
 
-    # The loop.
+    # The thread.
 
     def _supervise(self) -> None:
         try:
             while not self._closed.is_set():
-                self._start_due()
-                self._watch()
-                self._check_deadlines()
+                self._turn()
         except Exception as error:  # the workers must end, and a waiting thread must get the error
             logger.exception("the %s workers are no longer watched", self._kind)
             self._broken(error)
@@ -222,38 +269,11 @@ class SlotSupervisor(ABC, Generic[W]):
             for slot in self._slots:
                 slot.give_up()
 
-    def _start_due(self) -> None:
-        now = self._clock()
-        for slot in self._slots:
-            if slot.is_due(now) and not self._closed.is_set():
-                try:
-                    slot.worker = self._launch(slot)
-                except OSError as error:
-                    self._not_launched(slot, error)
-
     def _not_launched(self, slot: Slot[W], error: OSError) -> None:
         self._ended(slot, f"it cannot be started: {error}")
 
-    def _watch(self) -> None:
-        """Take what happens until the next start or deadline."""
-        times = [slot.next_start if slot.worker is None else slot.worker.deadline for slot in self._slots]
-        due = [time for time in times if time is not None]
-        self._take(max(0.0, min(due) - self._clock()) if due else None)
-
-    def _take(self, seconds: float | None) -> None:
-        """Make the calls of other threads; wait so long for the first (None: without limit)."""
-        with suppress(queue.Empty):
-            self._calls.get(timeout=seconds)()
-            while not self._closed.is_set():
-                self._calls.get_nowait()()
-
-    def _check_deadlines(self) -> None:
-        now = self._clock()
-        for slot in self._slots:
-            worker = slot.worker
-            if worker is not None and worker.deadline is not None and worker.deadline <= now:
-                worker.deadline = None
-                self._kill(worker) if worker.retired else self._overdue(slot, worker)
+    def _late(self, slot: Slot[W], worker: W) -> None:
+        self._kill(worker) if worker.retired else self._overdue(slot, worker)
 
     def _give_up(self, name: str) -> None:
         for slot in self._slots:
@@ -344,7 +364,7 @@ class AttentionSupervisor(SlotSupervisor[W]):
             worker = slot.worker
             if worker is not None and slot.name == name and not worker.retired:
                 slot.vacate()
-                worker.retired, worker.deadline = True, self._clock() + GRACE
+                worker.retired, slot.deadline = True, self._clock() + GRACE
                 self._dismiss(worker)
 
     def _prepare(self) -> None:
@@ -392,10 +412,13 @@ class AttentionSupervisor(SlotSupervisor[W]):
         """A worker is up. No effect the second time."""
         if worker.up:
             return
-        if any(slot.vacant and slot.worker is worker for slot in self._slots):
-            worker.standby, worker.deadline = address, None
-            return
-        worker.up, worker.address, worker.deadline = True, address, None
+        slot = next((slot for slot in self._slots if slot.worker is worker), None)
+        if slot is not None:
+            slot.deadline = None
+            if slot.vacant:
+                worker.standby = address
+                return
+        worker.up, worker.address = True, address
         logger.info("%s: process %s at %s", address.name, worker.pid, address.address)
         if self._started.is_set():
             self._membership.joined(address)

@@ -104,10 +104,10 @@ class MachineWorker:
         """Take what has happened, and kill what has not done its part in time."""
         while not self._events.empty():
             self._events.get_nowait()()
-        worker, now = self._slot.worker, time.monotonic()
+        worker = self._slot.worker
         if worker is not None:
-            due = [time for time in (worker.deadline, worker.end_by) if time is not None]
-            if due and now >= min(due):
+            due = [time for time in (self._slot.deadline, worker.end_by) if time is not None]
+            if due and time.monotonic() >= min(due):
                 worker.process.kill()
 
     def close(self, at_once: bool = False) -> None:
@@ -138,14 +138,13 @@ class MachineWorker:
                 self._command(["--die-with-parent", *(word for pair in arguments.items() for word in pair)]),
                 lambda worker: self._events.put(lambda: self._gone(worker)),
                 takes=self._heard,
-                deadline=time.monotonic() + _UP_S,
             )
         except OSError as error:
             folder.cleanup()
             self._said(f"the worker cannot be started: {error}; {self._slot.ended(time.monotonic())}")
             return
         worker.you, worker.credentials, worker.folder = you, made, folder
-        self._slot.worker = worker
+        self._slot.worker, self._slot.deadline = worker, time.monotonic() + _UP_S
 
     def _heard(self, worker: LocalWorker, line: str) -> bool:
         """On a thread of the child's."""
@@ -156,7 +155,7 @@ class MachineWorker:
 
     def _listening(self, worker: LocalWorker, port: int) -> None:
         if isinstance(worker, _Process):
-            worker.up, worker.port, worker.deadline = True, port, None
+            worker.up, worker.port, self._slot.deadline = True, port, None
             worker.forget_key()
             gib = self._options.memory / 2**30
             self._said(f"the worker listens at {join_address(worker.you, port)} with {gib:.1f} GiB")

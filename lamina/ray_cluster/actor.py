@@ -14,13 +14,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lamina.client.remote import SWITCH_INTERVAL, EngineHost, disclaim_later
 from lamina.config import EngineConfig
-from lamina.deploy.relayed_attention import RelayedWorkers
+from lamina.deploy.relayed_attention import Drained, RelayedWorkers, Wish
 from lamina.deploy.worker_events import WorkerAddress, WorkerStatus
 from lamina.errors import EngineError, LaminaError
 from lamina.journal.journal import NAME, Run
@@ -51,12 +51,11 @@ MODEL_FILES = (
 class EngineActor:
     """The process of model worker 0, where the engine lives. Each method is one call through Ray.
 
-    Its events are those of `client.interface`, and ("lost", worker), ("drained", worker), ("grow", workers) and
-    ("retire", worker).
+    Its events are for the engine's client, and its wishes for the owner of the attention workers.
     """
 
     def __init__(self) -> None:
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()  # events and wishes
         self._attention: RelayedWorkers | None = None
         self._model_workers: RayModelWorkers | None = None  # beyond this one
         self._runtime: Any = None
@@ -66,7 +65,7 @@ class EngineActor:
         self._ended = False  # it has been asked to end
         self._update = threading.Lock()
         self._last_update = 0
-        self._workers: tuple[tuple[WorkerAddress | None, WorkerStatus], ...] = ()
+        self._slots: tuple[tuple[WorkerAddress | None, WorkerStatus], ...] = ()
         share_cores()  # before anything imports torch
         sys.setswitchinterval(SWITCH_INTERVAL)
         logger.addHandler(_Forward(self._events))
@@ -94,7 +93,7 @@ class EngineActor:
         config = dataclasses.replace(config, journal=self._journal)
         with self._update:
             if workers and self._attention is None:
-                self._attention = self._relayed_workers()
+                self._attention = RelayedWorkers(self._events.put)
             if self._attention is not None:
                 self._attention.optional = config.first_workers == 0
         if config.model_workers > 1:
@@ -110,17 +109,19 @@ class EngineActor:
         return {"folder": str(folder), "files": file_hashes(folder), "limits": limits, "possible": possible}
 
     def update_workers(
-        self, number: int, workers: Sequence[tuple[WorkerAddress | None, WorkerStatus]], drained: Collection[str]
+        self,
+        number: int,
+        slots: Sequence[tuple[WorkerAddress | None, WorkerStatus]],
+        workers: Sequence[WorkerAddress],
     ) -> None:
-        """Set the slots for attention workers and the workers that are there; no engine uses `drained` ones any more.
-        Calls may overtake one another: an older `number` than the last has no effect."""
+        """Set the slots for attention workers, and the workers that the engine may use. Calls may overtake one another:
+        an older `number` than the last has no effect."""
         with self._update:
             if number <= self._last_update:
                 return
-            self._last_update, self._workers = number, tuple(workers)
-            self._attention = self._attention or self._relayed_workers()
-            there = [worker for worker, _ in workers if worker is not None]
-            self._attention.there([worker for worker in there if worker.name not in drained])
+            self._last_update, self._slots = number, tuple(slots)
+            self._attention = self._attention or RelayedWorkers(self._events.put)
+            self._attention.update(workers)
 
     def files(self) -> dict[str, bytes]:
         """The model's small files by name."""
@@ -130,15 +131,17 @@ class EngineActor:
     def ask(self, commands: Sequence[Command]) -> None:
         self._host.ask(commands)
 
-    def events(self) -> Sequence[Event]:
+    def events(self) -> tuple[list[Event], list[Wish]]:
+        """The next events and the next wishes; waits for one of either."""
         from lamina.client.remote import fetch
 
         while not (fetched := fetch(self._events, _POLL)):
             if self._host is not None:
                 if not self._runtime.engine.alive:
-                    return [("stopped", "the engine has stopped")]
+                    return [("stopped", "the engine has stopped")], []
                 self._host.report()
-        return fetched
+        wishes: list[Any] = [event for event in fetched if isinstance(event, Wish)]
+        return [event for event in fetched if not isinstance(event, Wish)], wishes
 
     def status(self) -> dict[str, Any]:
         """The model, this process, whether its engine is alive, the other model workers, and every attention worker
@@ -146,7 +149,7 @@ class EngineActor:
         from lamina_protocols.channels.grpc_client import WorkerClient
 
         rows = []
-        for worker, status in self._workers:
+        for worker, status in self._slots:
             row = dataclasses.asdict(status)
             if worker is not None:
                 try:
@@ -168,7 +171,7 @@ class EngineActor:
     def drain(self, worker: str) -> None:
         """Move a worker's KV to the others, and use it no more."""
         self._runtime.drain(worker)
-        self._events.put(("drained", worker))
+        self._events.put(Drained(worker))
 
     def stop(self) -> None:
         """End the engine, for good; unfinished requests end with an EngineError."""
@@ -177,9 +180,6 @@ class EngineActor:
             self._runtime.stop()
             shutil.rmtree(self._journal, ignore_errors=True)
 
-    def _relayed_workers(self) -> RelayedWorkers:
-        return RelayedWorkers(lambda *event: self._events.put(event))
-
     def _report(self, what: str, done: int, total: int | None) -> None:
         self._events.put(("progress", what, done, total))
 
@@ -187,7 +187,7 @@ class EngineActor:
 class _Forward(logging.Handler):
     """Sends log records to the process that uses the engine."""
 
-    def __init__(self, events: queue.SimpleQueue[Event]) -> None:
+    def __init__(self, events: queue.SimpleQueue[Any]) -> None:
         super().__init__(logging.INFO)
         self._forwarded = events
 

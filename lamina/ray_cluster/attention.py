@@ -174,8 +174,8 @@ class RayAttentionWorkers(AttentionSupervisor[_RayAttentionWorker]):
     def _launch(self, slot: Slot[_RayAttentionWorker]) -> _RayAttentionWorker:
         if slot.base not in self._actors:
             self._actors[slot.base] = self._create(slot.name)
-        deadline = None if self._started.is_set() else self._clock() + TIMEOUT
-        return _RayAttentionWorker(actor=self._actors[slot.base], deadline=deadline)
+        slot.deadline = None if self._started.is_set() else self._clock() + TIMEOUT
+        return _RayAttentionWorker(actor=self._actors[slot.base])
 
     def _create(self, name: str) -> Any:
         options: dict[str, Any] = {

@@ -82,6 +82,7 @@ class RayModelWorkers(ModelSupervisor[_RayModelWorker]):
 
     def _launch(self, slot: Slot[_RayModelWorker]) -> _RayModelWorker:
         secret = self._invite(slot.number, slot.name)
+        slot.deadline = self._clock() + TIMEOUT
         actor = (
             ray_module()
             .remote(ModelActor)
@@ -97,7 +98,6 @@ class RayModelWorkers(ModelSupervisor[_RayModelWorker]):
             actor=actor,
             asked=actor.process.remote(),
             serving=actor.serve.remote(self._model, self._address, secret, slot.name, self._threads, self._ca),
-            deadline=self._clock() + TIMEOUT,
         )
 
     def _watch(self) -> None:
@@ -111,7 +111,7 @@ class RayModelWorkers(ModelSupervisor[_RayModelWorker]):
             if worker.serving in ready:
                 self._serving_ended(slot, worker)
             elif worker.asked in ready:
-                asked, worker.asked, worker.deadline = worker.asked, None, None
+                asked, worker.asked, slot.deadline = worker.asked, None, None
                 with contextlib.suppress(ray.exceptions.RayError):  # it has died, which the other call reports
                     worker.pid = ray.get(asked)
                     worker.up = True

@@ -7,15 +7,20 @@ actor is started, anywhere on the cluster, and gets their addresses. All actors 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
+import queue
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lamina.config import EngineConfig
-from lamina.deploy.supervision import WORKERS_BACK, Backoff
+from lamina.deploy.relayed_attention import AttentionRelay, Drained, Retire, Wish
+from lamina.deploy.supervision import Backoff
+from lamina.deploy.worker_events import WorkerAddress
 from lamina.errors import EngineError, JournalError, LaminaError, WorkersUnavailable
 from lamina.journal.journal import Run
 from lamina.ray_cluster.actor import EngineActor
@@ -69,16 +74,16 @@ class EngineOwner:
         self._actor: Any = None
         self._serves = False  # it has started once
         self._died: tuple[Any, str] | None = None  # an actor that died before that, and why
-        self._born = 0.0  # when the actor was placed
-        self._drained: set[str] = set()
         self._progress: Progress | None = None
-        self._changed = threading.Event()  # the attention workers, or the actor
+        self._relay = AttentionRelay(self._count, config.most_workers)
+        self._updates = itertools.count(1)  # of an actor's attention workers
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # for the thread of the relay
         self._ended = threading.Event()
         self._lock = threading.Lock()
         self._ending = threading.Lock()
         self._backoff = Backoff()
         self._restarter: threading.Thread | None = None
-        self._relay = threading.Thread(target=self._relay_workers, name="lamina-owner", daemon=True)
+        self._relaying = threading.Thread(target=self._relay_workers, name="lamina-owner", daemon=True)
 
     def place(self) -> RayWire:
         """Start the engine's actor. Raises EngineError where the cluster has too little."""
@@ -110,7 +115,7 @@ class EngineOwner:
                 kv_resident=resident,
             )
             self._progress = progress
-            self._relay.start()
+            self._relaying.start()
         facts = self._load()
         with self._lock:
             self._serves, died = True, self._died
@@ -127,7 +132,7 @@ class EngineOwner:
         """End the engine, and then its workers. Harmless the second time."""
         ray = ray_module()
         self._ended.set()
-        self._changed.set()
+        self._calls.put(lambda: None)  # wakes the thread
         with self._ending:
             if not ray.is_initialized():  # Python is ending, and Ray ended first: the cluster ends our actors
                 return
@@ -138,7 +143,7 @@ class EngineOwner:
                 self._actor = None
             if self._workers is not None:
                 self._workers.close()
-        for thread in (self._relay, self._restarter):  # they must not call Ray once it is gone
+        for thread in (self._relaying, self._restarter):  # they must not call Ray once it is gone
             if thread is not None and thread.is_alive() and thread is not threading.current_thread():
                 thread.join(STOPPING)
 
@@ -153,37 +158,28 @@ class EngineOwner:
                 self._died = (actor, why)
                 return
             self._actor = None
+            self._calls.put(lambda: self._relay.serve(None))
             self._restarter = threading.Thread(
                 target=self._restart, args=(actor, why), name="lamina-restart", daemon=True
             )
             self._restarter.start()
 
-    def take_event(self, kind: str, *fields: Any) -> bool:
-        """Whether an event of the engine's actor was for the owner, and not for the client of the engine."""
-        if kind == "lost" and self._workers is not None:
-            self._workers.lost(*fields)
-        elif kind == "grow" and self._workers is not None:
-            self._workers.grow(*fields)
-        elif kind == "retire" and self._workers is not None:
-            self._workers.retire(*fields)
-        elif kind == "drained":
-            self._drained.update(fields)
-            if self._workers is not None and self._config.autoscale is not None:
-                self._workers.retire(*fields)
-            self._changed.set()
-        elif kind == "stopped":  # there is no engine left to serve
-            threading.Thread(target=self.stop, name="lamina-stop", daemon=True).start()
-            return False
-        else:
-            return False
-        return True
+    def take_wish(self, wish: Wish) -> None:
+        """The engine wants something of its attention workers."""
+        if isinstance(wish, Drained) and self._config.autoscale is not None:
+            wish = Retire(wish.name)
+        self._calls.put(lambda: self._do(wish))
+
+    def engine_stopped(self) -> None:
+        """There is no engine left to serve."""
+        threading.Thread(target=self.stop, name="lamina-stop", daemon=True).start()
 
     # The engine's actor.
 
     def _place(self) -> RayWire:
         ray = ray_module()
         actor = self._create(ray)
-        self._actor, self._born = actor, time.monotonic()
+        self._actor = actor
         if self._ended.is_set():  # `stop` did not see it
             ray.kill(actor)
             raise EngineError("the engine has stopped")
@@ -194,7 +190,7 @@ class EngineOwner:
         if node != self._node:
             self._node, self._nodes = node, self._nodes + 1
         logger.info("%s: process %d at %s", self.name, process, host)
-        self._changed.set()
+        self._calls.put(lambda: self._relay.serve(partial(self._update, actor)))
         return RayWire(self, actor)
 
     def _create(self, ray: Any) -> Any:
@@ -270,12 +266,11 @@ class EngineOwner:
     # The attention workers, on a thread that sends their addresses to the engine's actor.
 
     def _relay_workers(self) -> None:
-        sent: tuple[Any, Any, Any] = (None, None, None)
-        workers, number = self._workers, 0
-        if workers is None:
+        pool = self._workers
+        if pool is None:
             return
         try:
-            workers.start(self._progress)
+            workers = pool.start(self._progress)
         except LaminaError as error:
             self._failure = error
             return
@@ -283,21 +278,29 @@ class EngineOwner:
             logger.exception("cannot start the attention workers")
             self._failure = EngineError(f"cannot start the attention workers: {error}")
             return
-        workers.watch(lambda _: self._changed.set(), lambda _: self._changed.set())
-        while not self._ended.is_set():
-            self._changed.wait(_POLL)
-            self._changed.clear()
-            now = actor, slots, _ = self._actor, workers.described(), frozenset(self._drained)
-            there = sum(worker is not None for worker, _ in slots)
-            wanted = 1 if time.monotonic() > self._born + WORKERS_BACK else len(slots)
-            if actor is None or now == sent or (actor is not sent[0] and there < wanted):
-                continue
-            number, sent = number + 1, now
-            try:
-                actor.update_workers.remote(number, *now[1:])
-            except Exception:  # Ray's connection may be gone; the engine goes on with the workers it has
-                logger.exception("cannot send the engine its attention workers")
-                return
+        pool.watch(
+            lambda worker: self._calls.put(lambda: self._relay.joined(worker)),
+            lambda name: self._calls.put(lambda: self._relay.left(name)),
+        )
+        try:
+            self._relay.begin(pool, workers)
+            slots = pool.described()
+            while not self._ended.is_set():
+                with contextlib.suppress(queue.Empty):
+                    self._calls.get(timeout=_POLL)()
+                self._relay.introduce()
+                if slots != (slots := pool.described()):
+                    self._relay.update()
+        except Exception:  # Ray's connection may be gone; the engine goes on with the workers it has
+            logger.exception("cannot send the engine its attention workers")
+
+    def _update(self, actor: Any, workers: Sequence[WorkerAddress]) -> None:
+        slots = () if self._workers is None else self._workers.described()
+        actor.update_workers.remote(next(self._updates), slots, workers)
+
+    def _do(self, wish: Wish) -> None:
+        self._relay.take(wish)
+        self._relay.update()
 
 
 class RayWire:
@@ -311,8 +314,13 @@ class RayWire:
         self._call(self._actor.ask, list(commands))
 
     def events(self) -> Sequence[Event]:
-        fetched: Sequence[Event] = self._call(self._actor.events)
-        return [event for event in fetched if not self._owner.take_event(*event)]
+        events: Sequence[Event]
+        events, wishes = self._call(self._actor.events)
+        for wish in wishes:
+            self._owner.take_wish(wish)
+        if any(event[0] == "stopped" for event in events):
+            self._owner.engine_stopped()
+        return events
 
     def _call(self, method: Any, *arguments: Any) -> Any:
         ray = ray_module()

@@ -116,13 +116,13 @@ class Launcher:
         self.refuses = ""  # the name of a worker that cannot be started
         self.breaks = False  # the next start is a bug
 
-    def launch(self, name: str, deadline: float | None) -> Worker:
+    def launch(self, name: str) -> Worker:
         if self.breaks:
             raise RuntimeError("a bug")
         if name == self.refuses:
             raise OSError("no memory")
         self.launched.put(name)
-        return Worker(deadline=deadline)
+        return Worker()
 
 
 class Attention(AttentionSupervisor[Worker]):
@@ -141,7 +141,8 @@ class Attention(AttentionSupervisor[Worker]):
             slot.backoff.first = 0.001
 
     def _launch(self, slot: Slot[Worker]) -> Worker:
-        worker = self.fake.launch(slot.name, self._deadline and self._clock() + self._deadline)
+        worker = self.fake.launch(slot.name)
+        slot.deadline = self._deadline and self._clock() + self._deadline
         if self.auto:
             address = WorkerAddress(slot.name, "h:1")
             self._calls.put(lambda: self._joined(worker, address))
@@ -175,7 +176,7 @@ class Models(ModelSupervisor[Worker]):
         self.start("address", lambda rank, name: b"", lambda *ended: self.ended.put(ended))
 
     def _launch(self, slot: Slot[Worker]) -> Worker:
-        return self.fake.launch(slot.name, None)
+        return self.fake.launch(slot.name)
 
     def _kill(self, worker: Worker) -> None:
         slot = next(slot for slot in self._slots if slot.worker is worker)

@@ -1,18 +1,17 @@
 """A server's attention workers: the supervisor starts them, and the engine that is loaded gets them.
 
-Machines of the same network that join a server: the supervisor takes them, the HTTP process shows them and says what
-the operator decides, and their attention workers go to the engine as those that are started here.
+Beside them are the workers of machines of the same network that join the server: the supervisor takes the machines, the
+HTTP process shows them and sends what the operator decides, and their attention workers go to the engine as well.
 """
 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lamina.deploy.local import LocalAttentionWorkers
-from lamina.deploy.supervision import WORKERS_BACK
+from lamina.deploy.relayed_attention import AttentionRelay, Wish
 from lamina.deploy.worker_events import WorkerAddress
 from lamina.errors import EngineError, InvalidRequest
 from lamina.server.processes.child_protocol import line, pack_worker
@@ -23,12 +22,10 @@ from lamina_protocols.channels.channels import join_address
 if TYPE_CHECKING:
     from lamina.joining.server import JoinServer
 
-_AGAIN = 1.0  # seconds until the next look for workers, where none is there
-
 
 class AttentionRole:
-    """The attention workers of one server. `post` has a call made on the supervisor's thread, for which all other
-    methods are; `failed` gets the error of a start."""
+    """The attention workers of one server. Its methods are for the supervisor's thread, on which `post` has a call
+    made; `failed` gets the error of a start."""
 
     def __init__(
         self,
@@ -37,112 +34,81 @@ class AttentionRole:
         post: Callable[[Callable[[], None]], None],
         failed: Callable[[EngineError], None],
     ) -> None:
-        self.due: float | None = None  # when the engine gets the workers that are there
         self._plan = plan
         self._report = report
         self._post = post
         self._failed = failed
-        self._processes: LocalAttentionWorkers | None = None
-        self._workers: dict[str, WorkerAddress] = {}
-        self._count = plan.workers  # that there are to be
-        self._up = False  # the first start is over
+        self._pool: LocalAttentionWorkers | None = None
+        self._limit = max(plan.workers, plan.most_workers)
+        self._relay = AttentionRelay(plan.workers, self._limit)
         self._engine: ChildProcess | None = None  # the engine that has the workers, or waits for them
+
+    @property
+    def due(self) -> float | None:
+        """When to call `introduce`; None: there is no engine that waits for workers."""
+        return self._relay.due
 
     def begin(self) -> None:
         """Start the workers, on a thread: it takes seconds."""
         plan = self._plan
-        most = max(plan.workers, plan.most_workers)
-        if not most:
-            self._up = True
+        if not self._limit:
+            self._relay.begin(None, ())
             return
-        processes = self._processes = LocalAttentionWorkers(
-            plan.workers, kv_memory=plan.kv_memory, threads=plan.threads, most=most, cold=plan.cold
+        pool = self._pool = LocalAttentionWorkers(
+            plan.workers, kv_memory=plan.kv_memory, threads=plan.threads, most=self._limit, cold=plan.cold
         )
 
         def start() -> None:
             try:
-                result: tuple[WorkerAddress, ...] | EngineError = processes.start(self._report.progress)
+                workers = pool.start(self._report.progress)
             except EngineError as error:
-                result = error
-            self._post(lambda: self._started(result))
+                failure = error
+                self._post(lambda: self._failed(failure))
+            else:
+                self._post(lambda: self._started(pool, workers))
 
         threading.Thread(target=start, name="lamina-workers", daemon=True).start()
 
     def close(self) -> None:
         """End the workers."""
-        if self._processes is not None:
-            self._processes.close()
+        if self._pool is not None:
+            self._pool.close()
 
     def serve(self, engine: ChildProcess) -> None:
         """A new engine is to get the workers: once all are there, or some after a while."""
         self._engine = engine
-        if self._up:
-            self.due = time.monotonic() + WORKERS_BACK
-            self.introduce()
+        self._relay.serve(lambda workers: engine.say(line("workers", [pack_worker(worker) for worker in workers])))
 
     def introduce(self) -> None:
         """Send a new engine the workers that are there, if it is time."""
-        if self.due is None or self._engine is None:
-            return
-        now = time.monotonic()
-        if len(self._workers) >= self._count or (self._workers and now >= self.due):
-            self.due = None
-            self._engine.say(line("workers", [pack_worker(worker) for worker in self._workers.values()]))
-        elif now >= self.due:
-            self.due = now + _AGAIN
+        self._relay.introduce()
 
-    def lost(self, name: str) -> None:
-        """The engine has given up a worker."""
-        self._workers.pop(name, None)
-        if self._processes is not None:
-            self._processes.lost(name)
-
-    def grow(self, count: int) -> None:
-        """The engine wants so many workers. They are the supervisor's, and stay when another engine comes."""
-        if self._processes is not None and count > self._count:
-            self._count = min(count, self._plan.most_workers)
-            self._processes.grow(self._count)
-
-    def retire(self, name: str) -> None:
-        """The engine has drained a worker, which is not needed any more."""
-        if self._processes is not None and self._workers.pop(name, None) is not None:
-            self._count -= 1
-            self._processes.retire(name)
+    def take(self, wish: Wish) -> None:
+        """The engine wants something of the workers."""
+        self._relay.take(wish)
 
     def joined(self, worker: WorkerAddress) -> None:
         """A worker is there."""
-        self._workers[worker.name] = worker
         self._report.said(f"attention worker {worker.name} is there")
-        self._notify("joined", pack_worker(worker))
-
-    def drain(self, name: str) -> bool:
-        """Have the engine move what a worker holds elsewhere, and say "drained" then. Whether there is an engine that
-        has it."""
-        return name in self._workers and self._notify("drain", name)
+        self._relay.joined(worker)
 
     def left(self, name: str) -> None:
         """A worker is gone."""
-        self._workers.pop(name, None)
-        self._notify("left", name)
+        self._relay.left(name)
 
-    def _started(self, result: tuple[WorkerAddress, ...] | EngineError) -> None:
-        if isinstance(result, EngineError):
-            self._failed(result)
-            return
-        self._up = True
-        self._workers |= {worker.name: worker for worker in result}
-        self.due = time.monotonic() + WORKERS_BACK
-        if self._processes is not None:
-            self._processes.watch(
-                lambda worker: self._post(lambda: self.joined(worker)), lambda name: self._post(lambda: self.left(name))
-            )
-
-    def _notify(self, word: str, *items: object) -> bool:
-        """Send the engine a message, unless it waits for all workers. Whether it was sent."""
-        if not self._up or self._engine is None or self.due is not None or self._engine.status is not None:
+    def drain(self, name: str) -> bool:
+        """Have the engine move what a worker holds elsewhere, and send "drained" then. Whether there is an engine that
+        has it."""
+        if self._engine is None or self._engine.status is not None or not self._relay.has(name):
             return False
-        self._engine.say(line(word, *items))
+        self._engine.say(line("drain", name))
         return True
+
+    def _started(self, pool: LocalAttentionWorkers, workers: tuple[WorkerAddress, ...]) -> None:
+        self._relay.begin(pool, workers)
+        pool.watch(
+            lambda worker: self._post(lambda: self.joined(worker)), lambda name: self._post(lambda: self.left(name))
+        )
 
 
 class MachineRole:
@@ -187,7 +153,7 @@ class MachineRole:
                 self._report.said(str(error))
 
     def released(self, name: str) -> None:
-        """A worker that wants to go is drained, or cannot be."""
+        """A worker that is to go is drained, or cannot be."""
         if self._server is not None:
             self._server.released(name)
 

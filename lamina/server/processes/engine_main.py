@@ -6,8 +6,7 @@ OpenMP reads is set.
 
 received   ["prepare", needs workers], perhaps, first
            ["engine", model, config, socket, secret, waits for workers, needs some]
-           ["workers", [[name, address, token, capacity, CA, place]]]   ["joined", worker]   ["left", name]
-           ["drain", name]   ["stop"]
+           ["workers", [[name, address, token, capacity, CA, place]]]   ["drain", name]   ["stop"]
 sent       ["progress", what, done, total]   ["ready", facts]   ["failed", kind, why]   ["lost", name]
            ["possible", tokens of one sequence]   ["drained", name]   ["grow", workers]   ["retire", name]
 """
@@ -23,11 +22,13 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import astuple
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from lamina.client.remote import SWITCH_INTERVAL, disclaim_later
 from lamina.config import EngineConfig
-from lamina.deploy.relayed_attention import RelayedWorkers
+from lamina.deploy.relayed_attention import RelayedWorkers, Wish
 from lamina.errors import EngineError, LaminaError
 from lamina.server.processes.child_protocol import SupervisorPipe, begin, unpack_worker
 from lamina.system.progress import Progress
@@ -55,7 +56,7 @@ def main() -> int:
     _, model, config, path, secret, waits, needs = first
     if not model:
         return 0  # the supervisor does not need this process
-    workers = RelayedWorkers(supervisor.send, optional=not needs) if waits else None
+    workers = RelayedWorkers(partial(_tell, supervisor), optional=not needs) if waits else None
     ended: queue.SimpleQueue[int] = queue.SimpleQueue()
     stop = threading.Event()
     threading.Thread(
@@ -82,6 +83,10 @@ def _prepare() -> None:
         pass
 
 
+def _tell(supervisor: SupervisorPipe, wish: Wish) -> None:
+    supervisor.send(type(wish).__name__.lower(), *astuple(wish))
+
+
 def _listen(
     messages: Any, workers: RelayedWorkers | None, stop: threading.Event, ended: queue.SimpleQueue[int]
 ) -> None:
@@ -91,11 +96,7 @@ def _listen(
         elif workers is None:
             continue
         elif word == "workers":
-            workers.there([unpack_worker(fields) for fields in items[0]])
-        elif word == "joined":
-            workers.joined(unpack_worker(items[0]))
-        elif word == "left":
-            workers.left(items[0])
+            workers.update([unpack_worker(fields) for fields in items[0]])
         elif word == "drain":
             workers.drains.put(items[0])
     ended.put(0)

@@ -1,18 +1,13 @@
 """`lamina serve`: engines, the HTTP process and attention workers side by side, and started again when they die.
 
 The death of one leaves the others. The listening socket is the supervisor's, so a new HTTP process goes on where the
-old one ended. Each model has an engine process of its own; which models are loaded, the HTTP process asks for. No torch
-is loaded here.
-
-The engine process of one model: started on demand, started again when it dies, ended when it is not needed.
-
-What the operating system gives a supervisor: the socket that the server listens on, and the signals that end it.
+old one ended. Each model has an engine process of its own, an `EngineRole`; which models are loaded, the HTTP process
+asks for. No torch is loaded here.
 """
 
 from __future__ import annotations
 
 import os
-import queue
 import secrets
 import signal
 import socket
@@ -20,12 +15,13 @@ import tempfile
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lamina.deploy.supervision import Backoff, Slot
+from lamina.deploy.relayed_attention import Grow, Lost, Retire
+from lamina.deploy.supervision import Backoff, Slot, SlotLoop
 from lamina.errors import (
     DiskFullError,
     EngineError,
@@ -146,30 +142,27 @@ _SPARE_AFTER = 5.0  # seconds between the coming or going of a model and the sta
 _LEAVING = 10.0  # seconds after which an engine that is unloaded is killed
 
 
-class Supervisor:
+class Supervisor(SlotLoop[ChildProcess]):
     """Runs one server until a signal, or until it cannot go on. For the main thread, which starts every child."""
 
     def __init__(self, plan: ServerPlan, report: Reporter) -> None:
         self._plan = plan
         self._report = report
-        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # events, for the main thread
         lone = len(plan.models) == 1
         self._engines = {
             name: EngineRole("engine" if lone else f"engine of {name}", number, model=name, source=source)
             for number, (name, source) in enumerate(plan.models.items())
         }
         self._http: Slot[ChildProcess] = Slot("http")
+        self._spare: Slot[ChildProcess] = Slot("spare engine", due=None)  # it has imported everything, without a model
+        super().__init__([self._http, *self._engines.values(), self._spare])
         self._serves = False  # the HTTP process listens
         self._attention = AttentionRole(plan, report, self._calls.put, self._failed)
         self._machines = MachineRole(plan, report, self._calls.put, self._attention, self._say_http)
-        self._spare: ChildProcess | None = None  # an engine process that has imported everything, without a model
-        self._spare_due: float | None = None
         self._secret = secrets.token_hex(32)
         self._folder = Path()
         self._socket: socket.socket | None = None
         self._announced = False
-        self._stopping = False
-        self._kills: dict[ChildProcess, float] = {}  # when children that are to end are not waited for any longer
         self._failure: LaminaError | None = None  # why the server cannot go on
 
     def run(self) -> None:
@@ -190,10 +183,11 @@ class Supervisor:
                 self._machines.begin()
                 next(iter(self._engines.values())).load()
                 while not self._over():
-                    self._start_due()
-                    self._take()
+                    self._turn()
             finally:
-                self._end()
+                end_all(slot.worker for slot in self._slots if slot.worker is not None)
+                self._machines.close()
+                self._attention.close()
         if self._failure is not None:
             raise self._failure
 
@@ -205,45 +199,49 @@ class Supervisor:
     # The loop.
 
     def _over(self) -> bool:
-        return self._failure is not None or (self._stopping and self._http.worker is None)
+        return self._failure is not None or (self._closed.is_set() and self._http.worker is None)
 
-    def _start_due(self) -> None:
-        if self._stopping:
+    def _times(self) -> list[float | None]:
+        return [*super()._times(), self._attention.due]
+
+    def _check_deadlines(self) -> None:
+        super()._check_deadlines()
+        self._attention.introduce()
+
+    def _late(self, slot: Slot[ChildProcess], worker: ChildProcess) -> None:
+        worker.kill()
+
+    def _launch(self, slot: Slot[ChildProcess]) -> ChildProcess | None:
+        if isinstance(slot, EngineRole):
+            return self._start_engine(slot)
+        return self._start_http() if slot is self._http else self._start_spare()
+
+    def _not_launched(self, slot: Slot[ChildProcess], error: OSError) -> None:
+        if slot is self._spare:  # an engine does without
             return
-        now = time.monotonic()
-        if self._http.is_due(now):
-            self._start(self._http, self._start_http)
-        for engine in self._engines.values():
-            if engine.is_due(now):
-                self._start(engine, lambda engine=engine: self._start_engine(engine))  # type: ignore[misc]
-        if self._spare_due is not None and now >= self._spare_due:
-            self._start_spare()
+        if slot.restarts == 0 and not self._announced:  # out of processes or memory, say
+            raise EngineError(f"cannot start the {slot.base} process: {error}") from error
+        self._restart(slot, f"the {slot.base} process cannot be started: {error}")
 
     def _wait_for_spare(self) -> None:
-        """Models come or go: have a spare process in a while, when nobody waits for a core."""
-        if self._plan.settings.on_demand and "cluster" not in self._plan.engine and not self._stopping:
-            self._spare_due = time.monotonic() + _SPARE_AFTER
+        """Models come or go: have a spare process in a while, when no start waits for a core."""
+        if self._plan.settings.on_demand and "cluster" not in self._plan.engine and not self._closed.is_set():
+            self._spare.due = self._clock() + _SPARE_AFTER
 
-    def _start_spare(self) -> None:
+    def _start_spare(self) -> ChildProcess | None:
         """Start the process of the next engine: most of an engine's start is what every model needs."""
-        self._spare_due = None
-        if self._spare is None and any(not engine.loaded for engine in self._engines.values()):
-            with suppress(OSError):  # an engine does without
-                self._spare = self._spawn("spare engine", ENGINE_MODULE)
-                self._spare.say(line("prepare", bool(self._plan.workers)))
+        self._spare.due = None
+        if all(engine.loaded for engine in self._engines.values()):
+            return None
+        worker = self._spawn(self._spare.base, ENGINE_MODULE)
+        worker.say(line("prepare", bool(self._plan.workers)))
+        return worker
 
-    def _start(self, role: Slot[ChildProcess], start: Callable[[], None]) -> None:
-        try:
-            start()
-        except OSError as error:  # out of processes or memory, say
-            if role.restarts == 0 and not self._announced:
-                raise EngineError(f"cannot start the {role.base} process: {error}") from error
-            self._restart(role, f"the {role.base} process cannot be started: {error}")
-
-    def _start_engine(self, engine: EngineRole) -> None:
+    def _start_engine(self, engine: EngineRole) -> ChildProcess:
         plan = self._plan
         engine.starts += 1
-        worker, self._spare = self._spare or self._spawn(engine.base, ENGINE_MODULE), None
+        worker = self._spare.worker or self._spawn(engine.base, ENGINE_MODULE)
+        self._spare.give_up()
         engine.started(worker)
         keywords = self._journal(engine) | {name: value for name, value in plan.engine.items() if name != "journal"}
         waits = plan.waits, bool(plan.workers)
@@ -251,27 +249,29 @@ class Supervisor:
         if plan.waits:
             self._attention.serve(worker)
         self._notify_http(engine)
+        return worker
 
     def _journal(self, engine: EngineRole) -> dict[str, str]:
         """The engine's keyword for its journal, a folder of its own for each model."""
-        given = self._plan.engine.get("journal")
-        if given is None and not self._plan.journal:
+        option = self._plan.engine.get("journal")
+        if option is None and not self._plan.journal:
             return {}
-        folder = self._folder / "journal" if given is None else Path(given)
+        folder = self._folder / "journal" if option is None else Path(option)
         return {"journal": str(folder if len(self._engines) == 1 else folder / engine.file_name)}
 
     def _socket_of(self, engine: EngineRole) -> str:
         return str(for_sockets(self._folder) / engine.socket_name)
 
-    def _start_http(self) -> None:
+    def _start_http(self) -> ChildProcess | None:
         if self._socket is None:
-            return
+            return None
         self._serves = False
         worker = self._http.worker = self._spawn("http", HTTP_MODULE, self._socket.fileno())
         worker.say(line("http", asdict(self._plan.settings), self._socket.fileno(), self._secret))
         for engine in self._engines.values():
             self._notify_http(engine)
         self._machines.tell()
+        return worker
 
     def _spawn(self, name: str, module: str, *descriptors: int) -> ChildProcess:
         return ChildProcess(
@@ -287,16 +287,6 @@ class Supervisor:
         """On a thread of the child's."""
         if (message := parse(text)) is not None:
             self._calls.put(lambda: self._take_message(child, *message))
-
-    def _take(self) -> None:
-        """Take the next event, or what is due before it."""
-        try:
-            call = self._calls.get(timeout=self._until_next())
-        except queue.Empty:
-            self._check_deadlines()
-        else:
-            call()
-            self._attention.introduce()
 
     def _take_message(self, child: ChildProcess, word: str, *items: Any) -> None:
         engine = self._engine_of(child)
@@ -321,12 +311,12 @@ class Supervisor:
             engine.facts["possible"] = items[0]
             self._say_http("possible", engine.model, items[0])
         elif word == "lost":
-            self._attention.lost(items[0])
+            self._attention.take(Lost(items[0]))
             self._machines.lost(items[0])
         elif word == "grow":
-            self._attention.grow(items[0])
+            self._attention.take(Grow(items[0]))
         elif word == "retire":
-            self._attention.retire(items[0])
+            self._attention.take(Retire(items[0]))
         elif word == "drained":
             self._machines.released(items[0])
 
@@ -352,7 +342,7 @@ class Supervisor:
             self._failed(_KINDS.get(kind, EngineError)(why))
         elif word == "serving":
             self._serves = True
-        elif word == "load" and not self._stopping:
+        elif word == "load" and not self._closed.is_set():
             self._engines[items[0]].load()
         elif word == "unload":
             self._unload(self._engines[items[0]])
@@ -377,9 +367,8 @@ class Supervisor:
             self._report.said("serving again")
 
     def _ended(self, child: ChildProcess) -> None:
-        self._kills.pop(child, None)
-        if child is self._spare:
-            self._spare = None
+        if child is self._spare.worker:
+            self._spare.worker = None
         elif child is self._http.worker:
             self._http_ended(child)
         elif (engine := self._engine_of(child)) is not None:
@@ -387,12 +376,12 @@ class Supervisor:
 
     def _http_ended(self, child: ChildProcess) -> None:
         self._http.worker = None
-        if not self._stopping and not self._failure:
+        if not self._closed.is_set() and not self._failure:
             self._died(self._http, child, self._serves)
 
     def _engine_ended(self, engine: EngineRole, child: ChildProcess) -> None:
         engine.worker, was_ready, engine.facts = None, engine.facts is not None, None
-        if self._stopping or self._failure:
+        if self._closed.is_set() or self._failure:
             return
         if engine.ending:
             self._report.said(f"{engine.model} is unloaded")
@@ -411,7 +400,7 @@ class Supervisor:
         self._restart(role, how)
 
     def _restart(self, role: Slot[ChildProcess], how: str) -> None:
-        then = role.ended(time.monotonic())
+        then = role.ended(self._clock())
         if role.due is not None:
             self._report.said(f"{how}; {then}")
         elif isinstance(role, EngineRole) and self._plan.settings.on_demand:
@@ -432,7 +421,7 @@ class Supervisor:
         elif not engine.ending:
             engine.ending = True
             engine.worker.say(line("stop"))
-            self._kills[engine.worker] = time.monotonic() + _LEAVING
+            engine.deadline = self._clock() + _LEAVING
 
     def _unloaded(self, engine: EngineRole, why: str = "") -> None:
         """An engine is not started again before it is loaded. Its process, if there still is one, ends by itself."""
@@ -457,35 +446,17 @@ class Supervisor:
         if self._http.worker is not None:
             self._http.worker.say(line(word, *items))
 
-    # Time, and the end.
-
-    def _until_next(self) -> float | None:
-        roles: list[Slot[ChildProcess]] = [] if self._stopping else [self._http, *self._engines.values()]
-        times = [*(role.next_start for role in roles), self._attention.due, self._spare_due, *self._kills.values()]
-        due = [each for each in times if each is not None]
-        return max(0.0, min(due) - time.monotonic()) if due else None
-
-    def _check_deadlines(self) -> None:
-        self._attention.introduce()
-        now = time.monotonic()
-        for child in [child for child, at in self._kills.items() if now >= at]:
-            del self._kills[child]
-            child.kill()
+    # The end.
 
     def _stop(self) -> None:
         """The first signal lets requests end, the second does not."""
-        again, self._stopping, self._spare_due = self._stopping, True, None
-        if again or self._http.worker is None or not self._serves:
-            if self._http.worker is not None:
-                self._http.worker.kill()
+        again, worker = self._closed.is_set(), self._http.worker
+        self._closed.set()
+        if worker is None:
+            return
+        if again or not self._serves:
+            worker.kill()
             return
         self._report.said(f"ending once requests under way have ended, in {self._plan.drain:g} s at most")
-        self._http.worker.say(line("drain", self._plan.drain))
-        self._kills[self._http.worker] = time.monotonic() + self._plan.drain + _FORCED
-
-    def _end(self) -> None:
-        roles: list[Slot[ChildProcess]] = [self._http, *self._engines.values()]
-        children = [self._spare, *(role.worker for role in roles)]
-        end_all(child for child in children if child is not None)
-        self._machines.close()
-        self._attention.close()
+        worker.say(line("drain", self._plan.drain))
+        self._http.deadline = self._clock() + self._plan.drain + _FORCED
