@@ -288,7 +288,7 @@ def assemble(
         proposer=proposer,
         reports=FailureReports(
             lost=unlost if pools.attention is None else pools.attention.lost,
-            held_back=nobody if pools.attention is None else pools.attention.breakers.held,
+            held_back=nobody if pools.attention is None else pools.attention.held_back,
             rebuilt=unwatched if progress is None else partial(progress, "rebuilding lost KV"),
             room=lambda tokens: inputs.has_room(max(possible, tokens)),
             drained=unlost if pools.attention is None else pools.attention.workers.drained,

@@ -50,7 +50,7 @@ def gather(llm: LLM, after: Callable[[int], None] = lambda count: None) -> list[
 
 def held(llm: LLM) -> dict[str, str]:
     pool = llm._runtime.pools.attention  # type: ignore[union-attr]
-    return dict(pool.breakers.held()) if pool else {}
+    return dict(pool.held_back()) if pool else {}
 
 
 def test_a_worker_that_hangs_again_and_again_is_held_back(model: Path) -> None:
@@ -84,7 +84,7 @@ def test_a_worker_behind_a_line_that_changes_bits_is_quarantined(model: Path) ->
         llm = stack.enter_context(running(model, here, insecure=True))
         expected = gather(llm)
         # Other losses are not to open the breaker.
-        llm._runtime.pools.attention.breakers._limits = replace(FLAPPING, threshold=1000), QUARANTINE  # type: ignore[union-attr]
+        llm._runtime.pools.attention._limits = replace(FLAPPING, threshold=1000), QUARANTINE  # type: ignore[union-attr]
 
         def spoil(count: int) -> None:
             if count == 5:

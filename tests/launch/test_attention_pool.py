@@ -1,7 +1,8 @@
-"""How an engine lets its attention workers go."""
+"""How an engine takes attention workers, holds back those that fail again and again, and lets all go."""
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 from attention_servers import until
 
 from lamina.config import EngineConfig
+from lamina.deploy.breakers import BreakerLimits
 from lamina.deploy.worker_events import WorkerAddress
 from lamina.launch.attention_pool import AttentionPool
 from lamina.launch.journal_setup import Identity
@@ -19,6 +21,8 @@ from lamina_protocols.messages.layers import HolderConfig, LayerSpec
 from lamina_workers.errors import HolderLost
 
 HOLDER = HolderConfig((LayerSpec(0, 4, 2, 16, 16, 0.25),), 16, "float32", 1 << 20)
+SOON = BreakerLimits(threshold=2, window=100.0, timeout=0.05, longest=0.1)
+LATE = BreakerLimits(threshold=2, window=100.0, timeout=3600.0, longest=3600.0)
 
 
 class Workers:
@@ -106,7 +110,6 @@ def test_worker_that_is_lost_again_and_again_is_not_connected_to() -> None:
     )  # another one
 
     def connect(worker: Any) -> Any:
-        pool.breakers.known(worker)
         raise WorkerUnreachable("no answer")
 
     pool._connect = connect  # type: ignore[method-assign]
@@ -115,7 +118,7 @@ def test_worker_that_is_lost_again_and_again_is_not_connected_to() -> None:
         workers.joined(WorkerAddress(f"a.{number}", "x:1", place="x:1"))
         until(lambda number=number: len(log) == min(number + 1, 3))
     assert log == ["a.0 lost", "a.1 lost", "a.2 lost"]
-    assert pool.breakers.held() == {"a.3": "open"}
+    assert pool.held_back() == {"a.3": "open"}
     pool.close()
 
 
@@ -130,3 +133,124 @@ def test_worker_on_trial_gets_no_kv_before_it_has_answered_heartbeats() -> None:
     with pytest.raises(HolderLost, match="attention worker a was lost on trial, before it had any KV"):
         pool._try(cast(Any, SimpleNamespace(closed=True, name="a", close=int)))
     pool.close()
+
+
+class Engine:
+    """Uses workers when it may; `others`: whether it has another one. `tried` has the names of those on trial."""
+
+    def __init__(self, flapping: BreakerLimits = LATE, quarantine: BreakerLimits = LATE) -> None:
+        self.others = True
+        self.used: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.tried: list[str] = []
+        self.workers = Workers([])
+        self.pool = AttentionPool(
+            cast(Any, self.workers),
+            EngineConfig(),
+            HOLDER,
+            "model",
+            "float32",
+            Identity(),
+            limits=(flapping, quarantine),
+        )
+        self.pool._connect = self._connect  # type: ignore[method-assign]
+        self.pool._try = lambda port: self.tried.append(port.name)  # type: ignore[method-assign]
+        self.pool._alone = lambda: not self.others  # type: ignore[method-assign]
+        joins = lambda port, *_: self.used.put(port.name)  # noqa: E731
+        self.pool.watch(cast(Any, SimpleNamespace(join=joins, leave=lambda name: None, leaving=None)))
+
+    def joins(self, name: str, place: str = "") -> None:
+        self.workers.joined(WorkerAddress(name, "h:1", place=place))
+
+    def loses(self, name: str, place: str = "") -> None:
+        self.joins(name, place)
+        assert self.used.get(timeout=5) == name
+        self.pool.lost(name)
+
+    @staticmethod
+    def _connect(worker: WorkerAddress) -> Any:
+        return SimpleNamespace(
+            name=worker.name, capacity=1 << 20, resumed=False, page_layout="", watch=lambda *_: None, close=lambda: None
+        )
+
+
+def test_worker_that_flaps_is_held_back_by_its_place_until_the_time_is_over() -> None:
+    engine = Engine(SOON)
+    engine.loses("w", "slot")
+    engine.loses("w.1", "slot")
+    engine.joins("w.2", "slot")
+    assert engine.pool.held_back() == {"w.2": "open"}
+    engine.joins("v")
+    assert engine.used.get(timeout=5) == "v"  # nobody else waits
+    assert engine.used.get(timeout=5) == "w.2"
+    assert engine.tried == ["w.2"]
+    assert engine.pool.held_back() == {}
+    engine.pool.lost("w.2")
+    engine.joins("w.3", "slot")
+    assert engine.pool.held_back() == {"w.3": "open"}
+    engine.pool.close()
+
+
+def test_worker_that_leaves_while_it_is_held_back_is_not_used() -> None:
+    engine = Engine(SOON)
+    engine.loses("w", "slot")
+    engine.loses("w.1", "slot")
+    engine.joins("w.2", "slot")
+    engine.workers.left("w.2")
+    assert engine.pool.held_back() == {}
+    time.sleep(0.1)
+    assert engine.used.empty()
+
+
+def test_last_worker_is_used_though_its_breaker_is_open() -> None:
+    engine = Engine()
+    engine.loses("w", "slot")
+    engine.loses("w.1", "slot")
+    engine.joins("w.2", "slot")
+    assert engine.used.empty()
+    engine.loses("v")
+    engine.others = False
+    engine.pool.lost("v")  # it was the only other one
+    assert engine.used.get(timeout=5) == "w.2"
+    engine.pool.lost("w.2")
+    engine.joins("w.3", "slot")
+    assert engine.used.get(timeout=5) == "w.3"
+    assert engine.tried == []
+    engine.pool.close()
+
+
+def test_quarantined_worker_is_not_used_even_where_it_is_the_last() -> None:
+    engine = Engine()
+    engine.others = False
+    for name in ("w", "w.1"):
+        engine.joins(name, "slot")
+        assert engine.used.get(timeout=5) == name
+        engine.pool.corrupt(name)
+        engine.pool.lost(name)
+    engine.joins("w.2", "slot")
+    engine.pool.lost("v")
+    assert engine.pool.held_back() == {"w.2": "quarantined"}
+    engine.pool.close()
+    assert engine.used.empty()
+
+
+def test_worker_that_failed_and_has_joined_again_is_held_back_all_the_same() -> None:
+    """Its connection was still being made when it left and came back: its place was forgotten, and the snapshot, which
+    asks who is held back, ended the engine."""
+    engine = Engine()
+    engine.loses("w", "slot")
+    engine.joins("w", "slot")
+    assert engine.used.get(timeout=5) == "w"  # it connects
+    engine.pool.lost("w")
+    engine.joins("w", "slot")
+    engine.pool.lost("w")
+    assert engine.pool.held_back() == {"w": "open"}
+    engine.pool.close()
+
+
+def test_failures_of_unknown_workers_count_for_nobody() -> None:
+    engine = Engine()
+    for _ in range(5):
+        engine.pool.lost("w")
+        engine.pool.corrupt("w")
+    engine.joins("w")
+    assert engine.used.get(timeout=5) == "w"
