@@ -78,7 +78,7 @@ class EngineConfig:
     """Beside attention workers, bytes of KV of the engine's own process, for prompts that are being computed and the
     local share; of all its ranks together. None: `kv_memory`."""
     kv_cold: str | Path | None = None
-    """A folder on a disk, for KV that nobody reads for long: it leaves memory, and comes back when it is read. With
+    """A folder on a disk: KV pages that were not read for a while move there, and come back when they are read. With
     several machines it is a folder of each. None: all KV is in memory."""
     kv_resident: int | str | None = None
     """With `kv_cold`, the bytes of `kv_memory` that each holder should keep in memory, or text such as "2GiB": beyond
@@ -104,8 +104,8 @@ class EngineConfig:
     are computed each time (no prefix cache), and what is "auto" is not measured: one lane, q, k and v together, and no
     KV in the engine's process beside attention workers."""
     policy: str | Path | None = None
-    """What each KV head reads and keeps: None or "full" for everything, "auto" for the keys that matter, another policy
-    for all heads such as "streaming(sink=64, recent=256)", or the path of a policy file, which ends in .toml."""
+    """What each KV head reads and keeps: "full" for everything, as does None, "auto" for the keys that matter, another
+    policy for all heads such as "streaming(sink=64, recent=256)", or the path of a policy file, which ends in .toml."""
     sketches: bool = False
     """Keep sketches of all pages of KV, so that requests may name policies that choose by them, such as "auto", where
     `policy` does not choose. They take a part of `kv_memory`."""

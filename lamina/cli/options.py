@@ -1,19 +1,23 @@
 """The arguments and options that commands share: their names, help and syntax.
 
 A group of options is a frozen dataclass, and `flatten_options` gives its fields to Typer. `SamplingParams` and
-`EngineConfig` check the values (`checked_by`). None stands for their defaults, which `--help` shows.
+`EngineConfig` check the values (`checked_by`), and what stands there below a field is its option's help, unless the
+option has another form than the field (`helps`). None stands for their defaults, which `--help` shows.
 """
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
+import itertools
 import os
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, get_args, get_type_hints
+from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -37,26 +41,6 @@ def _number(text: str) -> float:
         raise typer.BadParameter(f"{text!r} is not a number") from None
 
 
-def _integer_option(help: str, panel: str = "Sampling", **more: Any) -> Any:
-    return typer.Option(help=help, rich_help_panel=panel, parser=_integer, metavar="INTEGER", **more)
-
-
-def _number_option(help: str) -> Any:
-    return typer.Option(help=help, rich_help_panel="Sampling", parser=_number, metavar="NUMBER")
-
-
-def _form_option(help: str, *names: str) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel="Form of the text")
-
-
-def _engine_option(help: str) -> Any:
-    return typer.Option(help=help, rich_help_panel="Engine")
-
-
-def _worker_option(*names: str, help: str, **more: Any) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel="Attention workers", **more)
-
-
 MODELS = "A name from `lamina models ls`, a folder, a GGUF file or a hub id."
 
 
@@ -67,6 +51,16 @@ def complete_model(incomplete: str) -> list[str]:
 
     return [name for name in dict.fromkeys([*ALIASES, *kept_models()]) if name.startswith(incomplete)]
 
+
+_OF_FORM = ("json_schema", "regex", "choice", "grammar")
+_OF_WORKERS = (
+    *("kv_local", "attention_workers", "autoscale", "shard", "redundancy", "cluster", "local_share", "lanes"),
+    *("query_first", "data_channel", "local_channel", "tls_dir", "token_file", "insecure"),
+)
+_SYNTAX: Mapping[Any, Mapping[str, Any]] = {
+    int | None: {"parser": _integer, "metavar": "INTEGER"},
+    float | None: {"parser": _number, "metavar": "NUMBER"},
+}
 
 JsonLines = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
 Model = Annotated[
@@ -83,8 +77,17 @@ ModelNames = Annotated[
         autocompletion=complete_model,
     ),
 ]
+Threads = Annotated[
+    int | None, typer.Option(help="CPU threads.", rich_help_panel="Engine", parser=_integer, metavar="INTEGER")
+]
 Slices = Annotated[bool, typer.Option("--slices", help="Also what lives across each attention, a token.")]
-Threads = Annotated[int | None, _integer_option("CPU threads.", "Engine")]
+
+
+@dataclass(frozen=True, slots=True)
+class _Flag:
+    """Beside a type: the option's only name, so that there is no --no-NAME."""
+
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,37 +126,34 @@ class SamplingOptions:
     """How tokens are chosen: fields of `SamplingParams`."""
 
     checked_by: ClassVar[type] = SamplingParams
-    max_tokens: Annotated[
-        int | None,
-        _integer_option(
-            "The most tokens to generate. Default: 256; for `lamina chat` what the context has room for.",
-            show_default=False,
-        ),
-    ] = None
-    min_tokens: Annotated[int | None, _integer_option("Do not stop before this many tokens.")] = None
-    temperature: Annotated[float | None, _number_option("0 always takes the likeliest token.")] = None
-    top_p: Annotated[float | None, _number_option("Keep the likeliest tokens that together reach this.")] = None
-    top_k: Annotated[int | None, _integer_option("Keep the k likeliest tokens; 0 keeps all.")] = None
-    min_p: Annotated[float | None, _number_option("Drop tokens less likely than this share of the likeliest.")] = None
-    repetition_penalty: Annotated[float | None, _number_option("Above 1 makes tokens seen before less likely.")] = None
-    presence_penalty: Annotated[float | None, _number_option("-2 to 2, once for any token used.")] = None
-    frequency_penalty: Annotated[float | None, _number_option("-2 to 2, for each time a token was used.")] = None
-    seed: Annotated[
-        int | None, _integer_option("The same seed gives the same text, up to rounding: see --deterministic.")
-    ] = None
-    stop: Annotated[
-        list[str] | None, typer.Option(help="End where this appears. Repeatable.", rich_help_panel="Sampling")
-    ] = None
-    n: Annotated[int | None, _integer_option("Samples for each prompt.")] = None
-    logprobs: Annotated[int | None, _integer_option("With --json: report this many likeliest tokens too.")] = None
-    ignore_eos: Annotated[
-        bool | None, typer.Option("--ignore-eos", help="Go on past the end token.", rich_help_panel="Sampling")
-    ] = None
-
-    json_schema: Annotated[str | None, _form_option("JSON that fits this JSON Schema: its text, or @FILE.")] = None
-    regex: Annotated[str | None, _form_option("All of it matches this regular expression.")] = None
-    choice: Annotated[list[str] | None, _form_option("It is one of these. Repeatable.")] = None
-    grammar: Annotated[str | None, _form_option("It fits this grammar (Lark, llguidance's dialect), or @FILE.")] = None
+    panels: ClassVar[Mapping[str, str]] = {"": "Sampling"} | dict.fromkeys(_OF_FORM, "Form of the text")
+    helps: ClassVar[Mapping[str, str]] = {
+        "max_tokens": "The most tokens to generate. Default: 256; for `lamina chat` what the context has room for.",
+        "seed": "The same seed gives the same text, up to rounding: see --deterministic.",
+        "stop": "End where this appears. Repeatable.",
+        "logprobs": "With --json: report this many likeliest tokens too.",
+        "json_schema": "JSON that fits this JSON Schema: its text, or @FILE.",
+        "choice": "The text is one of these. Repeatable.",
+        "grammar": "The text fits this grammar (Lark, llguidance's dialect), or @FILE.",
+    }
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    stop: list[str] | None = None
+    n: int | None = None
+    logprobs: int | None = None
+    ignore_eos: Annotated[bool | None, _Flag("--ignore-eos")] = None
+    json_schema: str | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
 
     def params(self, **defaults: Any) -> SamplingParams:
         """The options that were given over `defaults`, checked. Raises InvalidRequest."""
@@ -170,85 +170,51 @@ class EngineOptions:
     """The options of every command that loads a model: fields of `EngineConfig`, and a plan file with some of them."""
 
     checked_by: ClassVar[type] = EngineConfig
-    dtype: Annotated[str | None, _engine_option("float32, bfloat16 or auto.")] = None
-    weights: Annotated[
-        str | None, _engine_option("Weights that the files have in few bits: packed, bfloat16, float32 or auto.")
-    ] = None
-    quantize: Annotated[str | None, _engine_option("Pack weights that the files have as floats: int4 or int8.")] = None
-    device: Annotated[
-        str | None, _engine_option("Of the dense layers: cpu, cuda, cuda:N or auto; with commas, one a model worker.")
-    ] = None
-    attention_device: Annotated[
-        str | None, _engine_option("Of KV and attention: cpu, cuda, cuda:N or auto; with commas, one a worker.")
-    ] = None
-    compile: Annotated[bool | None, _engine_option("Send the dense layers through torch.compile.")] = None
-    threads: Threads = None
-    kv_memory: Annotated[
-        str | None, _engine_option("Memory for the KV cache of each holder: bytes, or such as 2GiB.")
-    ] = None
-    kv_local: Annotated[
-        str | None, _worker_option(help="Memory for the KV of the engine's own process. Default: kv-memory.")
-    ] = None
-    kv_cold: Annotated[str | None, _engine_option("A folder on a disk, for the KV that nobody reads for long.")] = None
-    kv_resident: Annotated[
-        str | None, _engine_option("Of kv-memory, what to keep in memory beside kv-cold: bytes, or such as 2GiB.")
-    ] = None
-    kv_dtype: Annotated[str | None, _engine_option("Of the KV cache: float32, bfloat16, float16, int8 or auto.")] = None
-    deterministic: Annotated[
-        bool | None,
-        _engine_option("One text for a request that runs alone, in bfloat16 too; computes shared prefixes each time."),
-    ] = None
-    policy: Annotated[
-        str | None, _engine_option("What each KV head reads and keeps: full, auto, a policy, or a .toml file.")
-    ] = None
-    sketches: Annotated[
-        bool | None, _engine_option("Keep sketches of KV, so that requests may name policies that choose by them.")
-    ] = None
-    speculate: Annotated[
-        str | None, _engine_option("Draft tokens to be verified together: ngram, or a smaller model.")
-    ] = None
-    num_speculative_tokens: Annotated[int | None, _integer_option("The most drafts of a sequence.", "Engine")] = None
-    max_model_len: Annotated[int | None, _integer_option("The longest context in tokens.", "Engine")] = None
-    max_num_seqs: Annotated[int | None, _integer_option("Sequences of a batch, at most.", "Engine")] = None
-    sequence_tokens: Annotated[
-        int | None, _integer_option("A usual length in tokens, to deal memory among unlike layers.", "Engine")
-    ] = None
-    model_workers: Annotated[int | None, _integer_option("Processes that share the dense layers.", "Engine")] = None
-    model_parallel: Annotated[
-        str | None, _engine_option("How model workers share: tensor cuts each layer, replicas take batches in turn.")
-    ] = None
-    attention_workers: Annotated[
-        list[str] | None,
-        _worker_option(help="How many to start, or HOST:PORT of running ones: repeated, or with commas."),
-    ] = None
-    autoscale: Annotated[
-        str | None, _worker_option(help="The least and the most to have, as KV grows.", metavar="MIN:MAX")
-    ] = None
-    shard: Annotated[str | None, _worker_option(help="heads, sequence or heads+sequence.")] = None
-    redundancy: Annotated[
-        str | None, _worker_option(help="Copies of KV for a loss: none, replica, replica(N), parity or parity(K).")
-    ] = None
-    cluster: Annotated[str | None, _worker_option(help="Run on a Ray cluster: auto, or its address.")] = None
-    local_share: Annotated[
-        str | None, _worker_option(help="Of the KV, what stays in this process: 0 to 1 or auto.")
-    ] = None
-    lanes: Annotated[str | None, _worker_option(help="Batches under way at once: a number or auto.")] = None
-    query_first: Annotated[
-        str | None, _worker_option(help="Whether q leaves before k and v: always, never or auto.")
-    ] = None
-    data_channel: Annotated[str | None, _worker_option(help="Between hosts: grpc or tcp.")] = None
-    local_channel: Annotated[
-        bool | None, _worker_option("--local-channel/--no-local-channel", help="A Unix socket on one host, or not.")
-    ] = None
-    tls_dir: Annotated[str | None, _worker_option(help="Folder with the workers' ca.pem.")] = None
-    token_file: Annotated[str | None, _worker_option(help="File with the workers' token.")] = None
-    insecure: Annotated[
-        bool | None, _worker_option("--insecure", help="Use other hosts without TLS or token, Ray without token.")
-    ] = None
-    plan: Annotated[
-        Path | None,
-        _engine_option("A file from `lamina plan`: its model and engine. Options given beside it override its own."),
-    ] = None
+    panels: ClassVar[Mapping[str, str]] = {"": "Engine"} | dict.fromkeys(_OF_WORKERS, "Attention workers")
+    helps: ClassVar[Mapping[str, str]] = {
+        "attention_workers": "How many to start, or HOST:PORT of running ones: repeated, or with commas.",
+        "autoscale": "MIN:MAX, the least and the most attention workers, as KV grows.",
+        "device": "Of the dense layers: cpu, cuda, cuda:N or auto; with commas, one a model worker.",
+        "attention_device": "Of KV and attention: cpu, cuda, cuda:N or auto; with commas, one a worker.",
+        "kv_local": "Memory for the KV of the engine's own process. Default: kv-memory.",
+        "plan": "A file from `lamina plan`: its model and engine. Options given beside it override its own.",
+    }
+    dtype: str | None = None
+    weights: str | None = None
+    quantize: str | None = None
+    device: str | None = None
+    attention_device: str | None = None
+    compile: bool | None = None
+    threads: int | None = None
+    kv_memory: str | None = None
+    kv_local: str | None = None
+    kv_cold: str | None = None
+    kv_resident: str | None = None
+    kv_dtype: str | None = None
+    deterministic: bool | None = None
+    policy: str | None = None
+    sketches: bool | None = None
+    speculate: str | None = None
+    num_speculative_tokens: int | None = None
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    sequence_tokens: int | None = None
+    model_workers: int | None = None
+    model_parallel: str | None = None
+    attention_workers: list[str] | None = None
+    autoscale: str | None = None
+    shard: str | None = None
+    redundancy: str | None = None
+    cluster: str | None = None
+    local_share: str | None = None
+    lanes: str | None = None
+    query_first: str | None = None
+    data_channel: str | None = None
+    local_channel: bool | None = None
+    tls_dir: str | None = None
+    token_file: str | None = None
+    insecure: Annotated[bool | None, _Flag("--insecure")] = None
+    plan: Path | None = None
 
     def config(self) -> dict[str, Any]:
         """The options that were given, as keywords for `LLM`."""
@@ -328,15 +294,44 @@ class Described:
     options: Mapping[str, Any]
 
 
-def _show_defaults(group: Any, hints: Mapping[str, Any]) -> None:
-    """Have `--help` show the default of the class that checks a group, for options that are None by themselves, but
-    not where the help says it in words."""
-    defaults = {field.name: field.default for field in fields(getattr(group, "checked_by", group))}
+def _setting_docs(checked_by: type) -> dict[str, str]:
+    """The first sentence of what stands below each field of a class of settings: the option's help."""
+    tree = ast.parse(inspect.getsource(sys.modules[checked_by.__module__]))
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == checked_by.__name__)
+    docs: dict[str, str] = {}
+    for field, doc in itertools.pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(doc, ast.Expr):
+            text = " ".join(str(ast.literal_eval(doc.value)).split())
+            docs[field.target.id] = re.sub(r"(?<=\.) .*", "", text).replace("None: ", "default: ")
+    return {name: re.sub(r"`(\w+)`", lambda word: _shown(word[1], docs), text) for name, text in docs.items()}
+
+
+def _shown(word: str, settings: Container[str]) -> str:
+    """A name in a help text: that of a setting is an option here."""
+    return "--" + word.replace("_", "-") if word in settings else word
+
+
+def _checked_options(group: Any, hints: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a group whose values another class checks: help from that class's own words, its defaults, a
+    syntax by type."""
+    docs = _setting_docs(group.checked_by) | group.helps
+    defaults = {field.name: field.default for field in fields(group.checked_by)}
+    options: dict[str, Any] = {}
     for name, hint in hints.items():
-        default, option = defaults.get(name), get_args(hint)[1]
-        shown = isinstance(default, str | int | float) and not isinstance(default, bool)
-        if shown and hasattr(group, "checked_by") and option.show_default is not False:
-            option.show_default = str(default)
+        kind, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        default = defaults.get(name)
+        shown = isinstance(default, str | int | float) and not isinstance(default, bool) and name not in group.helps
+        options[name] = Annotated[
+            kind,
+            typer.Option(
+                *(mark.name for mark in marks),
+                help=docs[name],
+                rich_help_panel=group.panels.get(name, group.panels[""]),
+                show_default=str(default) if shown else False,
+                **_SYNTAX.get(kind, {}),
+            ),
+        ]
+    return options
 
 
 def flatten_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -360,7 +355,8 @@ def flatten_options(command: Callable[..., None]) -> Callable[..., None]:
                 hints = {name: Annotated[hints[name], option] for name, option in mark.options.items()}
             elif isinstance(mark, Without):
                 hints = {name: hint for name, hint in hints.items() if name not in mark.names}
-        _show_defaults(group, hints)
+        if hasattr(group, "checked_by"):
+            hints = _checked_options(group, hints)
         every = {field.name: field for field in fields(group)}
         taken = [every[name] for name in hints]
         groups[own.name] = group, [field.name for field in taken]
