@@ -22,6 +22,7 @@ from lamina.client.input_processor import Conversation, Conversations, Prepared,
 from lamina.completions import Completion, Embedding, TokenEvent
 from lamina.config import DEFAULT_MODEL, EngineConfig
 from lamina.errors import EngineError, InvalidRequest
+from lamina.messages.engine_request import Received
 from lamina.sampling_params import SamplingKeywords, SamplingParams
 from lamina.system.child_process import SPAWN, check_process
 from lamina.system.progress import Progress, StderrBars, watched
@@ -262,7 +263,7 @@ class LLM:
         """
         unfinished = self._runtime.unfinished if not self._resumed else ()
         self._resumed = True
-        again = [replace(request, received=(((), False),) * request.params.n) for request in unfinished]
+        again = [replace(request, received=(Received(),) * request.params.n) for request in unfinished]
         call = Call(self._runtime, again)
         call.result()
         return call.completions()

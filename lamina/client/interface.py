@@ -1,25 +1,18 @@
-"""An engine as its callers see it, and the events that cross a connection."""
+"""An engine as its callers see it, and a connection to one in another process."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 from lamina.completions import FinishReason
 from lamina.kv.prefix_nodes import PrefixSink
+from lamina.messages.engine_messages import Command, Event
 from lamina.messages.engine_request import EngineOutput, EngineRequest
-from lamina.messages.request_codec import Command
 from lamina.messages.snapshot import Snapshot
 
 Delivery: TypeAlias = tuple[EngineRequest, list[EngineOutput]]
 """A request and its outputs of one batch: the arguments of an `EngineRequest.sink`."""
-
-Event: TypeAlias = tuple[Any, ...]
-"""("outputs", id, outputs, scheduled, cached tokens, preemptions, savings, drafts) | ("prefilled", id, done, total) |
-("progress", what, done, total) | ("snapshot", number, fields) | ("prefix", event) | ("log", level, text) |
-("halted", whether) | ("stopped", why).
-
-Times are seconds since the request was submitted. Those of a snapshot are of the engine's clock."""
 
 
 class EngineClient(Protocol):

@@ -1,10 +1,8 @@
-"""An engine in another process: requests go out as plain data, outputs come back in batches.
+"""An engine in another process: commands go out, events come back, over a `Wire`.
 
-Clients use `RemoteEngine` in the place of an `Engine`; `EngineHost` is beside the real one. Between them a `Wire`
-carries commands and events, which hold numbers, text, tuples and dicts only. If the wire breaks and another engine may
-come, requests wait, and go on over the next wire from the last token that was received.
-
-The engine's end of a connection to a client in another process.
+Clients use `RemoteEngine` in the place of an `Engine`. `EngineHost` is the other end, beside the real engine. If the
+wire breaks and another engine may come, requests wait, and go on over the next wire from the last token that was
+received.
 """
 
 from __future__ import annotations
@@ -17,26 +15,38 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
-from lamina.client.interface import EngineClient, Event, Wire
+from lamina.client.interface import EngineClient, Wire
 from lamina.completions import FinishReason
 from lamina.errors import EngineError, LaminaError
 from lamina.kv.prefix_nodes import PrefixEvent, PrefixSink
-from lamina.messages.engine_request import EngineOutput, EngineRequest, KvSavings
-from lamina.messages.request_codec import (
+from lamina.messages.engine_messages import (
+    Abort,
+    Close,
     Command,
-    decode_output,
-    decode_request,
-    encode_output,
-    encode_request,
-    encode_resumed,
+    Event,
+    FollowPrefixes,
+    Halted,
+    Logged,
+    Prefilled,
+    PrefixChanged,
+    Progressed,
+    RequestOutputs,
+    SnapshotTaken,
+    Stopped,
+    Submit,
+    TakeSnapshot,
 )
+from lamina.messages.engine_request import NOTHING_SPARED, EngineOutput, EngineRequest, KvSavings, Received
+from lamina.messages.request_codec import decode_output, encode_output
 from lamina.messages.snapshot import Snapshot
 from lamina.system.progress import Progress
 from lamina.system.timers import Cancellable, later
 
 logger = logging.getLogger("lamina")
+
+_Event = TypeVar("_Event")
 
 
 @dataclasses.dataclass(slots=True)
@@ -50,8 +60,8 @@ class _Open:
     aborts: list[tuple[int | None, FinishReason]] = dataclasses.field(default_factory=list)
     resumed: bool = False  # a previous engine began it
 
-    def received(self) -> tuple[tuple[tuple[int, ...], bool], ...]:
-        return tuple((tuple(tokens), sample in self.ended) for sample, tokens in enumerate(self.tokens))
+    def received(self) -> tuple[Received, ...]:
+        return tuple(Received(tuple(tokens), sample in self.ended) for sample, tokens in enumerate(self.tokens))
 
 
 class RemoteEngine:
@@ -78,8 +88,8 @@ class RemoteEngine:
         self._holds = holds
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._open: dict[str, _Open] = {}
-        self._asked: dict[int, Callable[[Snapshot], None]] = {}  # sinks of snapshots, by the number of the question
-        self._last_asked = 0
+        self._snapshot_sinks: dict[int, Callable[[Snapshot], None]] = {}  # by the number of the question
+        self._last_snapshot = 0
         self._prefix_sink: PrefixSink | None = None
         self._door = threading.Lock()
         self._why = ""  # why the engine stopped; empty while it runs
@@ -116,12 +126,11 @@ class RemoteEngine:
         with self._door:
             if not self.alive:
                 raise EngineError(self._why or self._parted)
-            received = request.received
-            known = (((), False),) * request.params.n if received is None else received
-            ended = {sample for sample, (_, over) in enumerate(known) if over}
-            self._open[request.id] = _Open(request, self._clock(), [list(tokens) for tokens, _ in known], ended)
+            samples = (Received(),) * request.params.n if request.received is None else request.received
+            ended = {index for index, (_, over) in enumerate(samples) if over}
+            self._open[request.id] = _Open(request, self._clock(), [list(tokens) for tokens, _ in samples], ended)
             if not self._parted:  # else `rejoin` submits it
-                self._commands.put(encode_request(request) if received is None else encode_resumed(request, received))
+                self._commands.put(Submit(request.request, request.params, request.seed, request.received))
 
     def abort(self, request: EngineRequest, sample: int | None = None, reason: FinishReason = "abort") -> None:
         with self._door:
@@ -129,15 +138,15 @@ class RemoteEngine:
             if entry is not None:
                 entry.aborts.append((sample, reason))
             if not self._parted:
-                self._commands.put(("abort", request.id, sample, reason))
+                self._commands.put(Abort(request.id, sample, reason))
                 return
             if entry is None:
                 return
-            ends = [at for at in range(request.params.n) if at not in entry.ended and sample in (None, at)]
+            ends = [index for index in range(request.params.n) if index not in entry.ended and sample in (None, index)]
             entry.ended.update(ends)
             if len(entry.ended) == request.params.n:  # the next engine need not go on with it
                 del self._open[request.id]
-        _notify(request.sink, request, [EngineOutput(at, None, reason, at=self._clock()) for at in ends])
+        _notify(request.sink, request, [EngineOutput(index, None, reason, at=self._clock()) for index in ends])
 
     def rejoin(self, wire: Wire) -> bool:
         """Go on over another wire, once the previous one is closed: submit again what has not ended, from the last
@@ -151,13 +160,14 @@ class RemoteEngine:
                 self._timer.cancel()
             self._commands = queue.SimpleQueue()
             self._parted = ""
-            for request_id, entry in self._open.items():
+            for entry in self._open.values():
+                request = entry.request
                 entry.start, entry.resumed = self._clock(), True
-                self._commands.put(encode_resumed(entry.request, entry.received()))
+                self._commands.put(Submit(request.request, request.params, request.seed, entry.received()))
                 for sample, reason in entry.aborts:
-                    self._commands.put(("abort", request_id, sample, reason))
+                    self._commands.put(Abort(request.id, sample, reason))
             if self._prefix_sink is not None:
-                self._commands.put(("prefix events",))
+                self._commands.put(FollowPrefixes())
             self._begin(wire)
         return True
 
@@ -165,21 +175,21 @@ class RemoteEngine:
         with self._door:
             if self._why or self._parted:
                 return
-            self._last_asked += 1
-            self._asked[self._last_asked] = sink
-            self._commands.put(("snapshot", self._last_asked))
+            self._last_snapshot += 1
+            self._snapshot_sinks[self._last_snapshot] = sink
+            self._commands.put(TakeSnapshot(self._last_snapshot))
 
     def prefix_events(self, sink: PrefixSink) -> None:
         with self._door:
             self._prefix_sink = sink
             if not self._parted:  # else `rejoin` asks
-                self._commands.put(("prefix events",))
+                self._commands.put(FollowPrefixes())
 
     def close(self) -> None:
         if self._parted:
             self._stop("the engine is gone, and was not waited for")
             return
-        self._commands.put(("close",))
+        self._commands.put(Close())
 
     def join(self, timeout: float) -> bool:
         """Wait until the engine has stopped and every request has ended. False after `timeout` seconds."""
@@ -202,7 +212,7 @@ class RemoteEngine:
         try:
             while not self._why:
                 for event in wire.events():
-                    self._take(*event)
+                    self._take(event)
         except EngineError as error:
             self._part(str(error))
         except Exception as error:  # whatever it is, no client may wait for ever
@@ -210,60 +220,51 @@ class RemoteEngine:
             self._stop(f"its outputs could not be read: {error!r}")
         commands.put(None)
 
-    def _take(self, kind: str, *fields: Any) -> None:
-        if kind == "outputs":
-            self._outputs(*fields)
-        elif kind == "prefilled":
-            request_id, done, total = fields
-            if (entry := self._open.get(request_id)) is not None:
-                _notify(entry.request.prefilled, done, total)
-        elif kind == "progress":
-            if self._progress is not None:
-                _notify(self._progress, *fields)
-        elif kind == "snapshot":
-            number, plain = fields
-            if (sink := self._asked.pop(number, None)) is not None:
-                _notify(sink, Snapshot.from_dict(plain))
-        elif kind == "prefix":
-            if self._prefix_sink is not None:
-                _notify(self._prefix_sink, *fields)
-        elif kind == "halted":
-            (self._halted,) = fields
-        elif kind == "log":
-            logger.log(*fields)
-        elif kind == "stopped":
-            self._stop(*fields)
+    def _take(self, event: Event) -> None:
+        match event:
+            case RequestOutputs():
+                self._outputs(event)
+            case Prefilled():
+                if (entry := self._open.get(event.id)) is not None:
+                    _notify(entry.request.prefilled, event.done, event.total)
+            case Progressed():
+                if self._progress is not None:
+                    _notify(self._progress, event.what, event.done, event.total)
+            case SnapshotTaken():
+                if (sink := self._snapshot_sinks.pop(event.number, None)) is not None:
+                    _notify(sink, event.snapshot)
+            case PrefixChanged():
+                if self._prefix_sink is not None:
+                    _notify(self._prefix_sink, event.event)
+            case Halted():
+                self._halted = event.halted
+            case Logged():
+                logger.log(event.level, event.text)
+            case Stopped():
+                self._stop(event.why)
 
-    def _outputs(
-        self,
-        request_id: str,
-        outputs: Sequence[tuple[Any, ...]],
-        scheduled: float | None,
-        cached: int,
-        preempted: int,
-        savings: Sequence[float],
-        drafts: Sequence[int],
-    ) -> None:
-        entry = self._open.get(request_id)
+    def _outputs(self, event: RequestOutputs) -> None:
+        entry = self._open.get(event.id)
         if entry is None:  # its client could not take its outputs
             return
         request = entry.request
         if not entry.resumed or request.scheduled is None:
-            request.scheduled = None if scheduled is None else entry.start + scheduled
-            request.cached_tokens = cached
-        request.preemptions, request.spared = preempted, KvSavings(*savings)
-        request.drafted, request.accepted = drafts
-        decoded = [decode_output(output, entry.start) for output in outputs]
+            request.scheduled = None if event.scheduled is None else entry.start + event.scheduled
+            request.cached_tokens = event.cached_tokens
+        request.preemptions = event.preemptions
+        request.spared = KvSavings(*event.spared) if event.spared else NOTHING_SPARED
+        request.drafted, request.accepted = event.drafted, event.accepted
+        decoded = [decode_output(output, entry.start) for output in event.outputs]
         # A sample that was aborted while there was no engine has ended here, and the next one ends it once more.
-        decoded = [each for each in decoded if each.sample not in entry.ended or each.error is not None]
+        decoded = [output for output in decoded if output.sample not in entry.ended or output.error is not None]
         for output in decoded:
             if output.token is not None:
                 entry.tokens[output.sample].append(output.token)
         entry.ended.update(output.sample for output in decoded if output.finish_reason is not None)
         if len(entry.ended) == request.params.n or any(output.error is not None for output in decoded):
-            self._open.pop(request_id, None)
+            self._open.pop(event.id, None)
         if not _notify(request.sink, request, decoded):
-            self._open.pop(request_id, None)
+            self._open.pop(event.id, None)
             self.abort(request)
 
     def _part(self, why: str) -> None:
@@ -275,7 +276,7 @@ class RemoteEngine:
             if self._why or self._parted:
                 return
             self._parted = why
-            self._asked.clear()
+            self._snapshot_sinks.clear()
             self._timer = self._later(self._patience, partial(self._give_up, why))
 
     def give_up(self, why: str) -> None:
@@ -297,7 +298,7 @@ class RemoteEngine:
             self._why = why
             unfinished = [entry.request for entry in self._open.values()]
             self._open.clear()
-            self._asked.clear()
+            self._snapshot_sinks.clear()
             if self._timer is not None:
                 self._timer.cancel()
         for request in unfinished:
@@ -315,7 +316,7 @@ def _notify(callback: Callable[..., Any], *arguments: Any) -> bool:
     return True
 
 
-def fetch(events: queue.SimpleQueue[Event], timeout: float, collect: float = 0.0) -> list[Event]:
+def fetch(events: queue.SimpleQueue[_Event], timeout: float, collect: float = 0.0) -> list[_Event]:
     """All events that are there; waits up to `timeout` seconds for the first, and gives none if none comes. Then it
     waits `collect` seconds more: to take each event on its own would interrupt the thread that puts them there."""
     try:
@@ -337,12 +338,12 @@ _CLAIM = 10.0  # seconds after an engine's start
 
 
 class EngineHost:
-    """Does a client's commands at `engine`, and puts the events that follow into `events`. A request with a schema or
-    grammar is submitted on a thread of its own, where that is compiled: all others go on meanwhile."""
+    """Does a client's commands at `engine`, and gives `send` the events that follow, on any thread. A request with a
+    schema or grammar is submitted on a thread of its own, where that is compiled: all others go on meanwhile."""
 
-    def __init__(self, engine: EngineClient, events: queue.SimpleQueue[Event], clock: Callable[[], float]) -> None:
+    def __init__(self, engine: EngineClient, send: Callable[[Event], None], clock: Callable[[], float]) -> None:
         self._engine = engine
-        self._events = events
+        self._send = send
         self._clock = clock
         self._open: dict[str, tuple[EngineRequest, set[int]]] = {}  # by id, with the samples that have ended
         self._halted = False  # what the client knows
@@ -352,29 +353,24 @@ class EngineHost:
 
     def ask(self, commands: Sequence[Command]) -> None:
         """Do commands, in order. For one thread at a time."""
-        for kind, *fields in commands:
-            if kind in ("submit", "resume"):
-                self._submit(*fields)
-            elif kind == "abort":
-                request_id, sample, reason = fields
-                if (entry := self._open.get(request_id)) is not None:
-                    abort = partial(self._engine.abort, entry[0], sample, reason)
-                    if request_id in self._late:
-                        self._compiling.submit(abort)
-                    else:
-                        abort()
-            elif kind == "snapshot":
-                self._snapshot(*fields)
-            elif kind == "prefix events":
-                self._engine.prefix_events(self._prefix_event)
-            elif kind == "close":
-                self._engine.close()
+        for command in commands:
+            match command:
+                case Submit():
+                    self._submit(command)
+                case Abort():
+                    self._abort(command)
+                case TakeSnapshot():
+                    self._snapshot(command.number)
+                case FollowPrefixes():
+                    self._engine.prefix_events(self._prefix_event)
+                case Close():
+                    self._engine.close()
 
     def report(self) -> None:
         """Notify the client where the engine is halted now, or goes on. For the thread that sends events."""
         if (halted := self._engine.halted) != self._halted:
             self._halted = halted
-            self._events.put(("halted", halted))
+            self._send(Halted(halted))
 
     def abandon(self) -> None:
         """The client is gone: end all that has not ended."""
@@ -391,29 +387,29 @@ class EngineHost:
     def _prefix_event(self, event: PrefixEvent) -> bool:
         """On the engine's thread."""
         if not self._gone:
-            self._events.put(("prefix", event))
+            self._send(PrefixChanged(event))
         return not self._gone
 
     def _snapshot(self, number: int) -> None:
-        self._engine.snapshot(lambda snapshot: self._events.put(("snapshot", number, snapshot.as_dict())))
+        self._engine.snapshot(lambda snapshot: self._send(SnapshotTaken(number, snapshot)))
 
-    def _submit(
-        self,
-        fields: dict[str, Any],
-        params: dict[str, Any],
-        seed: int,
-        received: Sequence[tuple[Sequence[int], bool]] | None = None,
-    ) -> None:
-        request = decode_request(fields, params, seed)
-        ended: set[int] = set()
-        if received is not None:
-            if len(received) != request.params.n:
-                raise EngineError(f"{len(received)} samples were received of {request.params.n}")
-            request.received = tuple((tuple(tokens), bool(over)) for tokens, over in received)
-            ended = {sample for sample, (_, over) in enumerate(request.received) if over}
+    def _abort(self, command: Abort) -> None:
+        if (entry := self._open.get(command.id)) is None:
+            return
+        abort = partial(self._engine.abort, entry[0], command.sample, command.reason)
+        if command.id in self._late:
+            self._compiling.submit(abort)
+        else:
+            abort()
+
+    def _submit(self, command: Submit) -> None:
+        request = EngineRequest(command.request, command.params, command.seed, received=command.received)
+        if request.received is not None and len(request.received) != request.params.n:
+            raise EngineError(f"{len(request.received)} samples were received of {request.params.n}")
+        ended = {index for index, sample in enumerate(request.received or ()) if sample.ended}
         request.submitted = self._clock()
         request.sink = self._deliver
-        request.prefilled = lambda done, total: self._events.put(("prefilled", request.id, done, total))
+        request.prefilled = lambda done, total: self._send(Prefilled(request.id, done, total))
         self._open[request.id] = (request, ended)
         if request.params.constrained:
             self._late.add(request.id)
@@ -434,11 +430,18 @@ class EngineHost:
             entry[1].update(output.sample for output in outputs if output.finish_reason is not None)
             if len(entry[1]) == request.params.n or any(output.error is not None for output in outputs):
                 del self._open[request_id]
-        encoded = [encode_output(output, start) for output in outputs]
-        scheduled = None if request.scheduled is None else request.scheduled - start
-        drafts = (request.drafted, request.accepted)
-        known = (scheduled, request.cached_tokens, request.preemptions, request.spared, drafts)
-        self._events.put(("outputs", request_id, encoded, *known))
+        self._send(
+            RequestOutputs(
+                request_id,
+                [encode_output(output, start) for output in outputs],
+                None if request.scheduled is None else request.scheduled - start,
+                request.cached_tokens,
+                request.preemptions,
+                () if request.spared is NOTHING_SPARED else request.spared,
+                request.drafted,
+                request.accepted,
+            )
+        )
 
 
 def disclaim_later(disclaim: Callable[[], None]) -> None:

@@ -16,7 +16,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 from lamina.kv.kv_shares import GONE, Part, Share
 from lamina.kv.request import RetainedKv
-from lamina.sampling_params import MAX_SAMPLES
+from lamina.messages.engine_request import EngineRequest
+from lamina.messages.request_codec import decode_request, encode_params, encode_request
+from lamina.sampling_params import MAX_SAMPLES, SamplingParams
 from lamina_protocols.frames.fields import shown
 from lamina_protocols.messages.messages import PartHeld
 
@@ -41,6 +43,14 @@ class RequestRecord(NamedTuple):
     request: Mapping[str, Any]
     params: Mapping[str, Any]
     seed: int
+
+    @classmethod
+    def of(cls, request: EngineRequest) -> RequestRecord:
+        return cls(encode_request(request.request), encode_params(request.params), request.seed)
+
+    def restored(self) -> EngineRequest:
+        """The request, without a sink. Raises TypeError, KeyError or InvalidRequest where it is none."""
+        return EngineRequest(decode_request(self.request), SamplingParams(**self.params), self.seed)
 
 
 class SampleRecord(NamedTuple):

@@ -23,7 +23,6 @@ import msgpack
 
 from lamina.errors import JournalError, LaminaError
 from lamina.journal.history import History, Record, RequestRecord, from_plain, to_plain
-from lamina.messages.request_codec import decode_request
 from lamina.system.private_folder import check_own, lock
 from lamina_protocols.channels.control import package_version
 
@@ -195,7 +194,7 @@ class Journal:
                 try:
                     record = from_plain(plain)
                     if isinstance(record, RequestRecord):
-                        decode_request(*record)  # raises where it is no request of this version
+                        record.restored()  # raises where it is no request of this version
                     self.history.apply(record)
                 except (LaminaError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
                     raise _damaged(self._path, offset, f"a record that does not fit: {error}") from error

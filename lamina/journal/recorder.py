@@ -26,7 +26,6 @@ from lamina.journal.history import (
     adoption,
 )
 from lamina.messages.engine_request import EngineOutput, EngineRequest
-from lamina.messages.request_codec import decode_request, encode_request
 from lamina_workers.decoder.logprobs import RowLogprobs
 
 if TYPE_CHECKING:
@@ -53,8 +52,7 @@ class Recorder:
     def begun(self, request: EngineRequest, known: Mapping[int, Sequence[int]] | None) -> None:
         """A request has begun. Its samples in `known` go on from these tokens, the others have ended."""
         self._deaths.pop(request.id, None)  # of an earlier one with that id
-        _, fields, params, seed = encode_request(request)
-        self._journal.append(RequestRecord(fields, params, seed))
+        self._journal.append(RequestRecord.of(request))
         if known is None or request.received is None:
             return
         for at, (tokens, _) in enumerate(request.received):
@@ -172,7 +170,10 @@ class Recorder:
         requests = self._journal.history.requests
         self._journal.history.unclaimed.update(requests)
         self._deaths = {request_id: known.deaths for request_id, known in requests.items()}
-        return [(decode_request(known.request, known.params, known.seed), known) for known in list(requests.values())]
+        return [
+            (RequestRecord(known.request, known.params, known.seed).restored(), known)
+            for known in list(requests.values())
+        ]
 
     def adopt(self, known: KnownRequest, found: Mapping[KvLocation, RecoveredHolder]) -> dict[int, Adoption]:
         """Take up what holders still have of the KV of its unfinished samples. Returns that, by sample."""

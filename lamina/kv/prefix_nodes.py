@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from lamina.kv.kv_shares import Layout, Place, Share
 from lamina.kv.pages import Runs
@@ -178,11 +178,31 @@ def shares_of(node: Node) -> Iterator[tuple[Node, Share]]:
         yield from ((each, share) for share in (each.layout if each.writer is None else each.writer.layout))
 
 
-PrefixEvent: TypeAlias = tuple[Any, ...]
-"""("stored", hashes, parent's hash or None, tokens, block size, key) | ("removed", hashes) | ("cleared",).
+class BlocksStored(NamedTuple):
+    """Consecutive blocks of `block` tokens are in the cache, behind the block `parent`; None: at the begin of a prompt.
 
-Hashes are unsigned integers of 64 bits. `key` is the same for all blocks that the same requests may share, "" for those
-that any request may."""
+    Hashes are unsigned integers of 64 bits. `key` is the same for all blocks that the same requests may share, "" for
+    those that any request may."""
+
+    hashes: tuple[int, ...]
+    parent: int | None
+    tokens: tuple[int, ...]
+    block: int
+    key: str
+
+
+class BlocksRemoved(NamedTuple):
+    """The cache has these blocks no more."""
+
+    hashes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksCleared:
+    """The cache is empty."""
+
+
+PrefixEvent: TypeAlias = BlocksStored | BlocksRemoved | BlocksCleared
 
 PrefixSink: TypeAlias = Callable[[PrefixEvent], bool]
 """Takes an event, and returns at once: False where it wants no more."""
@@ -202,7 +222,7 @@ class PrefixEvents:
         before gets nothing more."""
         self._sink = sink
         self._hashes.clear()
-        self._send(("cleared",))
+        self._send(BlocksCleared())
         for node in nodes:
             self._store(node)
 
@@ -220,7 +240,7 @@ class PrefixEvents:
     def removed(self, node: Node) -> None:
         """A node's KV is not kept for others any more."""
         if (hashes := self._hashes.pop(node, None)) is not None:
-            self._send(("removed", hashes))
+            self._send(BlocksRemoved(hashes))
 
     def _store(self, node: Node) -> None:
         if self._sink is None or node.parent is None:
@@ -233,7 +253,7 @@ class PrefixEvents:
             last = _hash(last, node.tokens[start : start + self._block])
             hashes.append(last)
         self._hashes[node] = tuple(hashes)
-        self._send(("stored", self._hashes[node], parent, node.tokens, self._block, _key(tree)))
+        self._send(BlocksStored(self._hashes[node], parent, node.tokens, self._block, _key(tree)))
 
     def _send(self, event: PrefixEvent) -> None:
         if self._sink is not None and not self._sink(event):

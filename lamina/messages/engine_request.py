@@ -61,6 +61,13 @@ class KvSavings(NamedTuple):
 NOTHING_SPARED = KvSavings()
 
 
+class Received(NamedTuple):
+    """The tokens of one sample that its client has, and whether the sample has ended."""
+
+    tokens: tuple[int, ...] = ()
+    ended: bool = False
+
+
 def ignore_outputs(request: EngineRequest, outputs: list[EngineOutput]) -> None:
     """The sink of a request that was not submitted."""
 
@@ -92,9 +99,8 @@ class EngineRequest:
     spared: KvSavings = NOTHING_SPARED
     pooled: tuple[float, ...] = ()  # the sum of the prompt's hidden states so far, where that is wanted
     unfinished: int = 0
-    received: tuple[tuple[tuple[int, ...], bool], ...] | None = None
-    """For a request that another engine began: the tokens of each sample that its client has, and whether the sample
-    has ended."""
+    received: tuple[Received, ...] | None = None
+    """For a request that another engine began: what its client has of each sample."""
     sequences: tuple[ScheduledSequence, ...] = ()
     constraints: tuple[Constraint, ...] = ()
 

@@ -16,23 +16,20 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lamina.client.remote import SWITCH_INTERVAL, EngineHost, disclaim_later
+from lamina.client.remote import SWITCH_INTERVAL, EngineHost, disclaim_later, fetch
 from lamina.config import EngineConfig
 from lamina.deploy.relayed_attention import Drained, RelayedWorkers, Wish
 from lamina.deploy.worker_events import WorkerAddress, WorkerStatus
 from lamina.errors import EngineError, LaminaError
 from lamina.journal.journal import NAME, Run
+from lamina.messages.engine_messages import Event, Logged, Progressed, Stopped, pack_events, unpack_commands
 from lamina.models.cache import hash_file
 from lamina.ray_cluster.connection import ray_module
 from lamina.ray_cluster.models import RayModelWorkers
 from lamina.system.private_folder import sweep
 from lamina_workers.devices.openmp import share_cores
-
-if TYPE_CHECKING:
-    from lamina.client.interface import Event
-    from lamina.messages.request_codec import Command
 
 logger = logging.getLogger("lamina")
 
@@ -55,7 +52,7 @@ class EngineActor:
     """
 
     def __init__(self) -> None:
-        self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()  # events and wishes
+        self._events: queue.SimpleQueue[Event | Wish] = queue.SimpleQueue()
         self._attention: RelayedWorkers | None = None
         self._model_workers: RayModelWorkers | None = None  # beyond this one
         self._runtime: Any = None
@@ -99,7 +96,7 @@ class EngineActor:
         if config.model_workers > 1:
             self._model_workers = RayModelWorkers(config.model_workers, model=model, threads=config.threads)
         self._runtime = start(model, config, self._report, self._attention, run, self._model_workers)
-        self._host = EngineHost(self._runtime.engine, self._events, time.monotonic)
+        self._host = EngineHost(self._runtime.engine, self._events.put, time.monotonic)
         if self._ended:
             self.stop()
             raise EngineError("the engine was ended while it started")
@@ -128,20 +125,20 @@ class EngineActor:
         folder = self._runtime.model_path
         return {name: (folder / name).read_bytes() for name in MODEL_FILES if (folder / name).is_file()}
 
-    def ask(self, commands: Sequence[Command]) -> None:
-        self._host.ask(commands)
+    def ask(self, commands: bytes) -> None:
+        """Do packed commands, in order."""
+        self._host.ask(unpack_commands(commands))
 
-    def events(self) -> tuple[list[Event], list[Wish]]:
-        """The next events and the next wishes; waits for one of either."""
-        from lamina.client.remote import fetch
-
+    def events(self) -> tuple[bytes, list[Wish]]:
+        """The next events, packed, and the next wishes; waits for one of either."""
         while not (fetched := fetch(self._events, _POLL)):
             if self._host is not None:
                 if not self._runtime.engine.alive:
-                    return [("stopped", "the engine has stopped")], []
+                    fetched = [Stopped("the engine has stopped")]
+                    break
                 self._host.report()
-        wishes: list[Any] = [event for event in fetched if isinstance(event, Wish)]
-        return [event for event in fetched if not isinstance(event, Wish)], wishes
+        wishes = [event for event in fetched if isinstance(event, Wish)]
+        return pack_events(event for event in fetched if not isinstance(event, Wish)), wishes
 
     def status(self) -> dict[str, Any]:
         """The model, this process, whether its engine is alive, the other model workers, and every attention worker
@@ -181,18 +178,18 @@ class EngineActor:
             shutil.rmtree(self._journal, ignore_errors=True)
 
     def _report(self, what: str, done: int, total: int | None) -> None:
-        self._events.put(("progress", what, done, total))
+        self._events.put(Progressed(what, done, total))
 
 
 class _Forward(logging.Handler):
     """Sends log records to the process that uses the engine."""
 
-    def __init__(self, events: queue.SimpleQueue[Any]) -> None:
+    def __init__(self, events: queue.SimpleQueue[Event | Wish]) -> None:
         super().__init__(logging.INFO)
         self._forwarded = events
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._forwarded.put(("log", record.levelno, self.format(record)))
+        self._forwarded.put(Logged(record.levelno, self.format(record)))
 
 
 def file_hashes(folder: Path) -> dict[str, str]:

@@ -23,6 +23,7 @@ from lamina.deploy.supervision import Backoff
 from lamina.deploy.worker_events import WorkerAddress
 from lamina.errors import EngineError, JournalError, LaminaError, WorkersUnavailable
 from lamina.journal.journal import Run
+from lamina.messages.engine_messages import Command, Event, Stopped, pack_commands, unpack_events
 from lamina.ray_cluster.actor import EngineActor
 from lamina.ray_cluster.attention import RayAttentionWorkers, environment
 from lamina.ray_cluster.connection import (
@@ -39,9 +40,7 @@ from lamina.ray_cluster.connection import (
 from lamina.system.progress import Progress
 
 if TYPE_CHECKING:
-    from lamina.client.interface import Event
     from lamina.client.remote import RemoteEngine
-    from lamina.messages.request_codec import Command
 
 logger = logging.getLogger("lamina")
 
@@ -311,14 +310,15 @@ class RayWire:
         self._actor = actor
 
     def ask(self, commands: Sequence[Command]) -> None:
-        self._call(self._actor.ask, list(commands))
+        for packed in pack_commands(commands):
+            self._call(self._actor.ask, packed)
 
     def events(self) -> Sequence[Event]:
-        events: Sequence[Event]
-        events, wishes = self._call(self._actor.events)
+        packed, wishes = self._call(self._actor.events)
         for wish in wishes:
             self._owner.take_wish(wish)
-        if any(event[0] == "stopped" for event in events):
+        events = unpack_events(packed)
+        if any(isinstance(event, Stopped) for event in events):
             self._owner.engine_stopped()
         return events
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 from engine_rig import Rig
-from looped_wire import AHEAD, Loop, check_plain
+from looped_wire import AHEAD, Loop
 
 from lamina.client.remote import RemoteEngine
 from lamina.completions import FinishReason
 from lamina.errors import EngineError, InvalidRequest, LaminaError
 from lamina.kv.request import Request
-from lamina.messages.engine_request import EngineOutput, EngineRequest
-from lamina.messages.request_codec import decode_request, encode_request
+from lamina.messages.engine_messages import Progressed, Submit, pack_commands, unpack_commands
+from lamina.messages.engine_request import EngineOutput, EngineRequest, Received
 from lamina.sampling_params import SamplingParams
 from lamina_workers.decoder.logprobs import PromptScores, RowLogprobs
 from lamina_workers.decoder.model import Decoder
@@ -89,10 +89,10 @@ def test_a_request_survives_the_journey() -> None:
         prompt_logprobs=4,
     )
     core = Request("7", (1, 2), 10, 2, frozenset({5, 9}), 2, -3, "a salt", scored_from=1, pooled=True)
-    command = encode_request(EngineRequest(core, params, seed=2**63))
-    check_plain(command)
-    request = decode_request(*command[1:])
-    assert (request.request, request.params, request.seed) == (core, params, 2**63)
+    for received in (None, (Received((1, 2), ended=True), Received())):
+        submit = Submit(core, params, 2**63, received)
+        [packed] = pack_commands([submit])
+        assert unpack_commands(packed) == (submit,)
 
 
 def test_outputs_come_back_whole_on_the_callers_clock(pair: Pair) -> None:
@@ -182,7 +182,7 @@ def test_prefill_and_progress_are_told(pair: Pair) -> None:
     request.prefilled = lambda done, total: told.put((done, total))
     pair.engine.submitted.get(timeout=5).prefilled(2, 3)
     assert told.get(timeout=5) == (2, 3)
-    pair.wire.put(("progress", "loading", 5, None))
+    pair.wire.put(Progressed("loading", 5, None))
     assert pair.progress.get(timeout=5) == ("loading", 5, None)
 
 
@@ -354,6 +354,6 @@ def test_times_go_on_where_they_were() -> None:
 
 
 def test_samples_that_were_received_must_be_those_of_the_request(pair: Pair) -> None:
-    command = encode_request(pair.submit())
+    request = pair.submit()
     with pytest.raises(EngineError, match="2 samples were received of 1"):
-        pair.wire._host.ask([("resume", *command[1:], (((), False), ((), False)))])
+        pair.wire._host.ask([Submit(request.request, request.params, 0, (Received(), Received()))])

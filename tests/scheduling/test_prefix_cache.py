@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from lamina.kv.kv_shares import Layout, Pages, Share
 from lamina.kv.pages import PageGroup, PageRuns
 from lamina.kv.prefix_cache import Match, PrefixCache
-from lamina.kv.prefix_nodes import PrefixEvent
+from lamina.kv.prefix_nodes import BlocksCleared, BlocksRemoved, BlocksStored, PrefixEvent
 from lamina.kv.request import Request, ScheduledSequence, SchedulerConfig
 
 
@@ -266,14 +266,13 @@ class Router:
         self.blocks: dict[int, tuple[int, ...]] = {}
 
     def take(self, event: PrefixEvent) -> bool:
-        kind, *fields = event
-        if kind == "cleared":
+        if isinstance(event, BlocksCleared):
             self.blocks.clear()
-        elif kind == "removed":
-            for each in fields[0]:
+        elif isinstance(event, BlocksRemoved):
+            for each in event.hashes:
                 del self.blocks[each]
         else:
-            hashes, parent, tokens, size, _ = fields
+            hashes, parent, tokens, size, _ = event
             assert size == self.page_size
             assert len(tokens) == size * len(hashes)
             before = () if parent is None else self.blocks[parent]
@@ -324,9 +323,9 @@ def test_blocks_of_other_salts_have_other_hashes_and_say_so() -> None:
         sequence = keeper.start((1, 2, 3, 4), salt=salt)
         keeper.compute(sequence, 4)
         keeper.finish(sequence)
-    (_, open_hashes, *_, no_key), (_, salted, *_, key) = events[1:]
-    assert not set(open_hashes) & set(salted)
-    assert (no_key, len(key)) == ("", 16)
+    shared, salted = (event for event in events if isinstance(event, BlocksStored))
+    assert not set(shared.hashes) & set(salted.hashes)
+    assert (shared.key, len(salted.key)) == ("", 16)
 
 
 def test_a_listener_that_wants_no_more_gets_nothing_more() -> None:
@@ -334,4 +333,4 @@ def test_a_listener_that_wants_no_more_gets_nothing_more() -> None:
     events: list[PrefixEvent] = []
     keeper.tree.events.listen(lambda event: bool(events.append(event)), keeper.tree)
     keeper.keep((1, 2))
-    assert events == [("cleared",)]
+    assert events == [BlocksCleared()]

@@ -11,13 +11,14 @@ import msgpack
 import pytest
 
 from lamina.errors import InvalidRequest
+from lamina.kv.prefix_nodes import BlocksCleared, BlocksRemoved, BlocksStored
 from lamina.server.processes import kv_events
 from lamina.server.processes.kv_events import KvEventPublisher
 from lamina.server.settings import ServerSettings
 
 zmq = pytest.importorskip("zmq")
 
-STORED = ("stored", (1 << 63, 7), None, (5, 6, 7, 8), 2, "")
+STORED = BlocksStored((1 << 63, 7), None, (5, 6, 7, 8), 2, "")
 PATIENCE = 5000  # ms
 
 
@@ -84,11 +85,11 @@ def test_each_model_has_its_port_and_numbers_and_events_are_vllms(context: Any) 
                 "extra_keys": [None, None],
             }
         ]  # fmt: skip
-        publisher.sink("a")(("removed", (7,)))
+        publisher.sink("a")(BlocksRemoved((7,)))
         topic, number, events = first.next()
         assert topic == b"kv@10.0.0.7@a"
         assert events == [{"type": "BlockRemoved", "block_hashes": [7], "medium": "CPU"}]
-        publisher.sink("a")(("cleared",))
+        publisher.sink("a")(BlocksCleared())
         assert first.next()[1:] == (number + 1, [{"type": "AllBlocksCleared"}])
     finally:
         publisher.close()
@@ -97,7 +98,7 @@ def test_each_model_has_its_port_and_numbers_and_events_are_vllms(context: Any) 
 def joined(publisher: KvEventPublisher, model: str, subscriber: Subscriber) -> None:
     """Publish until a subscriber gets it: a subscription takes a moment."""
     while not subscriber.socket.poll(20):
-        publisher.sink(model)(("cleared",))
+        publisher.sink(model)(BlocksCleared())
     while subscriber.socket.poll(50):
         subscriber.socket.recv_multipart()
 
@@ -109,7 +110,7 @@ def test_what_was_missed_is_replayed_within_bounds(context: Any, monkeypatch: py
     publisher = KvEventPublisher(f"tcp://127.0.0.1:{port}", f"tcp://127.0.0.1:{port + 1}", ("a",), "n")
     try:
         for _ in range(5):
-            publisher.sink("a")(("cleared",))
+            publisher.sink("a")(BlocksCleared())
         while publisher._streams["a"].number < 5:  # on a thread of its own
             time.sleep(0.01)
         asking = context.socket(zmq.DEALER)

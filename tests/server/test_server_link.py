@@ -13,17 +13,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import pytest
 from engine_rig import Rig, collect
 
 from lamina.client.remote import RemoteEngine
 from lamina.errors import EngineError
 from lamina.kv.request import Request
+from lamina.messages.engine_messages import Abort, RequestOutputs, pack_events, unpack_events
 from lamina.messages.engine_request import EngineOutput, EngineRequest
+from lamina.messages.request_codec import encode_request
 from lamina.models.resolve import resolve
 from lamina.sampling_params import SamplingParams
 from lamina.server.frontend import EngineUnavailable, Frontend, Served
-from lamina.server.processes.engine_link import EngineLink, EngineListener, SocketWire, pack, unpack
+from lamina.server.processes.engine_link import EngineLink, EngineListener, SocketWire, frame, payload
 from lamina_protocols.channels.sockets import connect_unix
 from lamina_protocols.errors import ProtocolError
 from lamina_workers.decoder.model import Decoder
@@ -113,18 +116,35 @@ def test_strangers_and_half_clients_are_let_go(path: str, connect: Connect) -> N
     for first, second in ((("commands", "x"), ("commands", "x")), (("events",), ("events", "y"))):
         for said in (first, second):
             channels.append(connect_unix(path, SECRET, 5.0))
-            channels[-1].send(pack(said))
+            channels[-1].send(frame(msgpack.packb(said)))
     channels.append(connect_unix(path, SECRET, 5.0))
-    channels[-1].send(pack(["no", "direction", "at", "all"]))
+    channels[-1].send(frame(msgpack.packb(["no", "direction", "at", "all"])))
     assert len(collect(ask(connect("b"), (1, 2, 3), 4, "1"))[0]) == 4
     for channel in channels:
         channel.close()
 
 
-@pytest.mark.parametrize("command", [("submit", {"id": "x"}, {}, 0), ("submit",), ("abort", "x"), 7])
+REQUEST = encode_request(Request("x", (1,), 1))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        (0, {"id": "x"}, {}, 0, None),
+        (0, REQUEST, {"temper": 1}, 0, None),
+        (0, REQUEST | {"unheard": 1}, {}, 0, None),
+        (0, REQUEST, {}, -1, None),
+        (0, REQUEST, {}, 0, (((1,), 2),)),
+        (0,),
+        (1, "x"),
+        (1, "x", None, "tired"),
+        (9,),
+        7,
+    ],
+)
 def test_a_command_that_makes_no_sense_ends_that_client_alone(rig: Rig, path: str, command: Any) -> None:
     wire = SocketWire(path, SECRET, "a")
-    wire.ask([command])
+    wire._commands.send(frame(msgpack.packb([command])))
     with pytest.raises(EngineError):
         read_to_the_end(wire)
     wire.close()
@@ -143,7 +163,7 @@ def test_an_engine_that_is_not_there_is_an_error(tmp_path: Path) -> None:
 
 def test_commands_that_together_are_too_large_for_a_frame_are_sent(rig: Rig, path: str) -> None:
     wire = SocketWire(path, SECRET, "a")
-    wire.ask([("abort", "x" * (1 << 20), None, "abort")] * 80)
+    wire.ask([Abort("x" * (1 << 20), None, "abort")] * 80)
     engine = RemoteEngine(wire, time.monotonic)
     assert len(collect(ask(engine, (1, 2, 3), 4, "1"))[0]) == 4
     wire.close()
@@ -200,11 +220,13 @@ def until(true: Callable[[], bool]) -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_bytes_that_are_no_frame_are_a_protocol_error(seed: int) -> None:
-    frame = bytearray(b"".join(pack([("outputs", "1", [(0, 5, None, None, None, 0.5)])])))
+    outputs = RequestOutputs("1", ((0, 5, None, 0.5),), None, 0, 0, (), 0, 0)
+    data = bytearray(b"".join(frame(pack_events([outputs]))))
+    assert unpack_events(payload(memoryview(data))) == (outputs,)
     rng = os.urandom(4)
-    frame[rng[0] % len(frame)] ^= 1 + rng[1] % 255
+    data[rng[0] % len(data)] ^= 1 + rng[1] % 255
     with contextlib.suppress(ProtocolError):
-        unpack(memoryview(frame))
-    for cut in (0, 5, len(frame) - 1):
+        unpack_events(payload(memoryview(data)))
+    for cut in (0, 5, len(data) - 1):
         with pytest.raises(ProtocolError):
-            unpack(memoryview(frame[:cut]))
+            payload(memoryview(data[:cut]))

@@ -10,10 +10,17 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
-from lamina.client.interface import EngineClient, Event
+from lamina.client.interface import EngineClient
 from lamina.client.remote import EngineHost, RemoteEngine
+from lamina.messages.engine_messages import (
+    Command,
+    Event,
+    pack_commands,
+    pack_events,
+    unpack_commands,
+    unpack_events,
+)
 from lamina.messages.engine_request import EngineRequest
-from lamina.server.processes.engine_link import pack, unpack
 
 
 class Time(Protocol):
@@ -50,7 +57,7 @@ class _Later:
 class NoWire:
     """Nobody waits for it: `SimulatedClient` sends commands itself, and is given events."""
 
-    def ask(self, commands: Sequence[tuple[Any, ...]]) -> None:
+    def ask(self, commands: Sequence[Command]) -> None:
         raise AssertionError("commands go out by SimulatedClient.flush")
 
     def events(self) -> Sequence[Event]:
@@ -66,7 +73,7 @@ class SimulatedClient(RemoteEngine):
     def _begin(self, wire: object) -> None:
         self._halted = False
 
-    def waiting(self) -> list[tuple[Any, ...]]:
+    def waiting(self) -> list[Command]:
         """The commands to be sent, taken out."""
         commands = []
         while not self._commands.empty():
@@ -77,7 +84,7 @@ class SimulatedClient(RemoteEngine):
     def arrived(self, events: Sequence[Event]) -> None:
         """What the engine has sent."""
         for event in events:
-            self._take(*event)
+            self._take(event)
 
     def parted(self, why: str) -> None:
         """The connection broke."""
@@ -92,25 +99,25 @@ class _Direction:
         self,
         time: Time,
         delay: Callable[[], float],
-        take: Callable[[tuple[Any, ...]], None],
+        take: Callable[[bytes], None],
         receiver: Process | None = None,
     ) -> None:
         self._time, self._delay, self._take, self._receiver = time, delay, take, receiver
         self._last = 0.0
         self.cut = False
 
-    def send(self, items: Sequence[Any]) -> None:
+    def send(self, packed: bytes) -> None:
         self._last = max(self._last, self._time.now + self._delay())
-        self._time.at(self._last, self._arrive, memoryview(b"".join(pack(items))))
+        self._time.at(self._last, self._arrive, packed)
 
-    def _arrive(self, frame: memoryview) -> None:
+    def _arrive(self, packed: bytes) -> None:
         receiver = self._receiver
         if self.cut or (receiver is not None and not receiver.alive):
             return
         if receiver is not None and self._time.now < receiver.frozen_until:
-            self._time.at(receiver.frozen_until, self._arrive, frame)
+            self._time.at(receiver.frozen_until, self._arrive, packed)
             return
-        self._take(unpack(frame))
+        self._take(packed)
 
 
 class _Connection:
@@ -119,11 +126,11 @@ class _Connection:
     def __init__(
         self, link: ServerLink, engine: EngineClient, process: Process, time: Time, delay: Callable[[], float]
     ) -> None:
-        self._host = EngineHost(engine, self, lambda: time.now)  # type: ignore[arg-type]  # of a queue it uses `put`
+        self._host = EngineHost(engine, self.put, lambda: time.now)
         self._time = time
         self._events: list[Event] = []
-        self._to_engine = _Direction(time, delay, self._host.ask, process)
-        self._to_client = _Direction(time, delay, link.client.arrived)
+        self._to_engine = _Direction(time, delay, lambda packed: self._host.ask(unpack_commands(packed)), process)
+        self._to_client = _Direction(time, delay, lambda packed: link.client.arrived(unpack_events(packed)))
 
     def put(self, event: Event) -> None:
         """An event of the host, on the engine's thread. Those of one batch leave together."""
@@ -131,15 +138,16 @@ class _Connection:
         if len(self._events) == 1:
             self._time.after(0.0, self._flush)
 
-    def ask(self, commands: Sequence[tuple[Any, ...]]) -> None:
-        self._to_engine.send(commands)
+    def ask(self, commands: Sequence[Command]) -> None:
+        for packed in pack_commands(commands):
+            self._to_engine.send(packed)
 
     def _flush(self) -> None:
         if self._to_client.cut:
             return
         self._host.report()
         events, self._events = self._events, []
-        self._to_client.send(events)
+        self._to_client.send(pack_events(events))
 
     def end(self, engine_lives: bool) -> None:
         """The connection breaks. An engine that lives sees it, and ends the client's requests."""

@@ -13,7 +13,6 @@ from lamina.journal.history import BatchRecord, BatchRow, RequestRecord
 from lamina.journal.journal import Facts, Journal
 from lamina.kv.request import Request
 from lamina.messages.engine_request import EngineRequest
-from lamina.messages.request_codec import encode_request
 from lamina.sampling_params import SamplingParams
 
 FACTS = Facts("model", 16, "float32", 2)
@@ -29,8 +28,8 @@ def disk() -> Iterator[Disk]:
 def begun(disk: Disk) -> Journal:
     """A journal with one request."""
     journal = Journal(disk.folder, FACTS, calls=disk)
-    _, *fields = encode_request(EngineRequest(Request("a", (1, 2), 9), SamplingParams(max_tokens=9), 0))
-    journal.append(RequestRecord(*fields))
+    request = EngineRequest(Request("a", (1, 2), 9), SamplingParams(max_tokens=9), 0)
+    journal.append(RequestRecord.of(request))
     journal.commit()
     return journal
 

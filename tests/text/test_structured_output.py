@@ -21,7 +21,7 @@ from tokenizers import AddedToken
 
 from lamina import LLM
 from lamina.errors import EngineError, InvalidRequest
-from lamina.messages.request_codec import decode_request, encode_request
+from lamina.messages.engine_messages import Submit, pack_commands, unpack_commands
 from lamina.sampling_params import JSON_OBJECT, SamplingParams
 from lamina.text import structured_output
 from lamina.text.structured_output import (
@@ -499,9 +499,10 @@ def test_what_is_asked_for_survives_the_way_to_an_engine_elsewhere(model) -> Non
         engine = Rig(model, grammars=GRAMMARS)
         params = SamplingParams(max_tokens=3, **asked).with_defaults({})
         ticket, inbox = engine.submit([1], params)
-        _, request, fields, seed = json.loads(json.dumps(encode_request(ticket)))
-        request["prompt"] = tuple(request["prompt"])
-        assert decode_request(request, fields, seed).params == params
+        [packed] = pack_commands([Submit(ticket.request, ticket.params, ticket.seed)])
+        [submit] = unpack_commands(packed)
+        assert isinstance(submit, Submit)
+        assert submit.params == params
         collect(inbox)
         engine.close()
 

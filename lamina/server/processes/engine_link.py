@@ -1,11 +1,11 @@
-"""The HTTP process's link to the engine of one model. A thread of its own connects to the engine that the supervisor
-named last, and connects again when the link breaks.
-
-The link between the HTTP process and the engine's: commands one way, events the other, over a Unix socket.
+"""The link between the HTTP process and an engine's: commands one way, events the other, over a Unix socket.
 
 A connection carries one direction, so each client has two, whose first frames have the same client name. Frames are
-those of the data channels, with msgpack as payload. A client sends a secret first; the socket is in a folder that only
-its owner can enter.
+those of the data channels, with packed messages as payload. A client sends a secret first; the socket is in a folder
+that only its owner can enter.
+
+`EngineLink` is the HTTP process's end for one model: a thread of its own connects to the engine that the supervisor
+named last, and connects again when the link breaks. `EngineListener` is the engine's end.
 """
 
 from __future__ import annotations
@@ -15,23 +15,33 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgpack
 
 from lamina.client.input_processor import InputProcessor
-from lamina.client.interface import EngineClient, Event
+from lamina.client.interface import EngineClient
 from lamina.client.remote import EngineHost, RemoteEngine, fetch
 from lamina.errors import EngineError, LaminaError
-from lamina.kv.prefix_nodes import PrefixSink
-from lamina.messages.request_codec import Command
+from lamina.kv.prefix_nodes import BlocksCleared, PrefixSink
+from lamina.messages.engine_messages import (
+    Command,
+    Event,
+    Stopped,
+    pack_commands,
+    pack_events,
+    unpack,
+    unpack_commands,
+    unpack_events,
+)
 from lamina.server.frontend import Frontend, Served
 from lamina.text.tokenizer import Tokenizer, read_json
 from lamina_protocols.channels.channels import Channel, ChannelClosed
 from lamina_protocols.channels.sockets import Listener, connect_unix, listen_unix
 from lamina_protocols.errors import ProtocolError
+from lamina_protocols.frames.fields import field_of
 from lamina_protocols.frames.frames import PREFIX_SIZE, Prefix, pack_prefix, read_prefix
 
 if TYPE_CHECKING:
@@ -40,61 +50,48 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lamina")
 
 MAX_FRAME = 64 << 20  # bytes: 16 Mi tokens of prompts in one frame
-_TAG = 32767  # of a frame with plain data
+_TAG = 32767  # of a frame with messages
 _POLL = 0.5  # seconds
 _COLLECT = 0.0003  # seconds from the first of a batch's outputs until all have come
 # seconds. An engine that dies closes its sockets, so this is only for one that is busy: while it loads its grammars
 # beside other load, none of its threads answers for some seconds.
 _CONNECT = 60.0
-_TOGETHER = 1 << 20  # bytes of commands in one frame
 _PAIRING = 10.0  # seconds for which the first connection of a client waits for the second
 
 
-def pack(value: Sequence[Any]) -> list[bytes | memoryview]:
-    """A frame with plain data, as buffers."""
-    payload: bytes = msgpack.packb(value)
+class _Hello(NamedTuple):
+    """The first message on a connection."""
+
+    direction: Literal["commands", "events"]
+    client: str
+
+
+_HELLO = field_of(_Hello)
+
+
+def frame(payload: bytes) -> list[bytes | memoryview]:
+    """A frame with packed messages, as buffers."""
     return [pack_prefix(Prefix(_TAG, 0, len(payload))), payload]
 
 
-def unpack(frame: memoryview) -> tuple[Any, ...]:
-    """The data of a frame from `pack`, with tuples for all sequences. Raises ProtocolError."""
+def payload(frame: memoryview) -> memoryview:
+    """The packed messages of a frame. Raises ProtocolError."""
     prefix = read_prefix(frame, MAX_FRAME)
     if prefix.tag != _TAG or prefix.header or prefix.frame != len(frame):
-        raise ProtocolError(f"frame of {len(frame)} bytes with tag {prefix.tag} is no plain data")
-    try:
-        value = msgpack.unpackb(frame[PREFIX_SIZE:], use_list=False, strict_map_key=False)
-    except ValueError as error:
-        raise ProtocolError(f"plain data is malformed: {error}") from error
-    if not isinstance(value, tuple):
-        raise ProtocolError(f"plain data is a {type(value).__name__}, expected a sequence")
-    return value
-
-
-def _parts(commands: Sequence[Command]) -> Iterator[list[bytes | memoryview]]:
-    """The frames of commands. Small commands share a frame, but no frame grows beyond what the other side accepts."""
-    together: list[Command] = []
-    size = 0
-    for command in commands:
-        weight = len(msgpack.packb(command))
-        if together and size + weight > _TOGETHER:
-            yield pack(together)
-            together, size = [], 0
-        together.append(command)
-        size += weight
-    if together:
-        yield pack(together)
+        raise ProtocolError(f"frame of {len(frame)} bytes with tag {prefix.tag} has no messages")
+    return frame[PREFIX_SIZE:]
 
 
 class SocketWire:
-    """A connection to the engine behind an `EngineListener`: a `remote_client.Wire`. Raises EngineError."""
+    """A connection to the engine behind an `EngineListener`: a `client.interface.Wire`. Raises EngineError."""
 
     def __init__(self, path: str, secret: bytes, client: str) -> None:
         self._channels: list[Channel] = []
         try:
-            for direction in ("commands", "events"):
+            for hello in (_Hello("commands", client), _Hello("events", client)):
                 channel = connect_unix(path, secret, _CONNECT, MAX_FRAME)
                 self._channels.append(channel)
-                channel.send(pack((direction, client)))
+                channel.send(frame(msgpack.packb(hello)))
         except ChannelClosed as error:
             self.close()
             raise EngineError(f"the engine cannot be reached: {error}") from error
@@ -102,14 +99,14 @@ class SocketWire:
 
     def ask(self, commands: Sequence[Command]) -> None:
         try:
-            for part in _parts(commands):
-                self._commands.send(part)
+            for packed in pack_commands(commands):
+                self._commands.send(frame(packed))
         except LaminaError as error:
             raise EngineError(f"the engine's process is gone: {error}") from error
 
     def events(self) -> Sequence[Event]:
         try:
-            return unpack(self._events.receive())
+            return unpack_events(payload(self._events.receive()))
         except LaminaError as error:
             raise EngineError(f"the engine's process is gone: {error}") from error
 
@@ -146,8 +143,8 @@ class EngineListener:
     def _accept(self, channel: Channel) -> None:
         """Take a connection, on a thread of its own. Its client is served once both of its connections are there."""
         try:
-            direction, client = unpack(channel.receive(_PAIRING))
-        except (LaminaError, TimeoutError, ValueError):
+            direction, client = _HELLO.unpack(unpack(payload(channel.receive(_PAIRING))))
+        except (LaminaError, TimeoutError):
             channel.close()
             return
         now = self._clock()
@@ -164,7 +161,7 @@ class EngineListener:
             other[1].close()
             return
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        host = EngineHost(self._engine, events, self._clock)
+        host = EngineHost(self._engine, events.put, self._clock)
         gone = threading.Event()
         for serve, args in ((self._receive, (pair["commands"], host)), (self._send, (pair["events"], host, events))):
             threading.Thread(target=serve, args=(*args, gone), name="lamina-link", daemon=True).start()
@@ -172,7 +169,9 @@ class EngineListener:
     def _receive(self, channel: Channel, host: EngineHost, gone: threading.Event) -> None:
         try:
             while not gone.is_set():
-                host.ask(unpack(channel.receive()))
+                host.ask(unpack_commands(payload(channel.receive())))
+        except ProtocolError as error:
+            logger.error("a client of the engine sent what it must not: %s", error)
         except LaminaError as error:
             logger.info("a client of the engine is gone: %s", error)
         except Exception:  # a malformed command: this client is not served any more
@@ -189,9 +188,9 @@ class EngineListener:
             while not gone.is_set():
                 host.report()
                 if fetched := fetch(events, _POLL, _COLLECT):
-                    channel.send(pack(fetched))
+                    channel.send(frame(pack_events(fetched)))
                 elif not self._engine.alive:
-                    channel.send(pack([("stopped", "the engine has stopped")]))
+                    channel.send(frame(pack_events([Stopped("the engine has stopped")])))
                     return
         except LaminaError:  # the thread that takes commands notices it too
             gone.set()
@@ -258,7 +257,7 @@ class EngineLink:
 
     def _gone(self) -> None:
         if self._kept is not None:
-            self._kept(("cleared",))
+            self._kept(BlocksCleared())
         self._changed.set()
 
     def _keep(self) -> None:

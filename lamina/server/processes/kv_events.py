@@ -23,7 +23,7 @@ from typing import Any
 import msgpack
 
 from lamina.errors import InvalidRequest
-from lamina.kv.prefix_nodes import PrefixEvent, PrefixSink
+from lamina.kv.prefix_nodes import BlocksCleared, BlocksRemoved, BlocksStored, PrefixEvent, PrefixSink
 
 logger = logging.getLogger("lamina")
 
@@ -198,23 +198,23 @@ class KvEventPublisher:
 
 def wire_event(event: PrefixEvent) -> dict[str, Any]:
     """An event as vLLM writes it."""
-    kind, *fields = event
-    if kind == "stored":
-        hashes, parent, tokens, block, key = fields
-        return {
-            "type": "BlockStored",
-            "block_hashes": list(hashes),
-            "parent_block_hash": parent,
-            "token_ids": list(tokens),
-            "block_size": block,
-            "lora_id": None,
-            "medium": _MEDIUM,
-            "lora_name": None,
-            "extra_keys": [[key] if key else None] * len(hashes),
-        }
-    if kind == "removed":
-        return {"type": "BlockRemoved", "block_hashes": list(fields[0]), "medium": _MEDIUM}
-    return {"type": "AllBlocksCleared"}
+    match event:
+        case BlocksStored():
+            return {
+                "type": "BlockStored",
+                "block_hashes": list(event.hashes),
+                "parent_block_hash": event.parent,
+                "token_ids": list(event.tokens),
+                "block_size": event.block,
+                "lora_id": None,
+                "medium": _MEDIUM,
+                "lora_name": None,
+                "extra_keys": [[event.key] if event.key else None] * len(event.hashes),
+            }
+        case BlocksRemoved():
+            return {"type": "BlockRemoved", "block_hashes": list(event.hashes), "medium": _MEDIUM}
+        case BlocksCleared():
+            return {"type": "AllBlocksCleared"}
 
 
 def _later(endpoint: str, number: int) -> str:

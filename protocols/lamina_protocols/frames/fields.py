@@ -2,10 +2,11 @@
 
 `pack` trusts its input; `unpack` trusts nothing, and raises ProtocolError for a wrong type or range.
 
-An annotation is `int` (0 to 2^62), `float` (finite), `bool`, `str`, `bytes`, `tuple[T, ...]`, `tuple[int, int]` (a
-range, low end first), `Mapping[int, T]`, a dataclass or NamedTuple, a union of these, or `T | None`. With
-`Annotated[T, check]`, `check` gets each value that has come, and raises ProtocolError for one that is not allowed.
-A field that is `Annotated[T, Since(N)]` stands last, has a default, and may be missing.
+An annotation is `int` (0 to 2^62), `float` (finite), `bool`, `str`, `bytes`, `Literal`, `tuple[T, ...]`,
+`tuple[int, int]` (a range, low end first), `Mapping[int, T]`, a dataclass or NamedTuple, a union of these, or
+`T | None`. With `Annotated[T, check]`, `check` gets each value that has come, and raises ProtocolError for one that is
+not allowed. With `Annotated[T, Field(pack, unpack)]` these two pack and unpack T, whatever it is. A field that is
+`Annotated[T, Since(N)]` stands last, has a default, and may be missing.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import math
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from types import NoneType, SimpleNamespace, UnionType
-from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import msgpack
 
@@ -151,10 +152,13 @@ def field_of(kind: Any) -> Field:
         return _FIELDS[kind]
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        field = field_of(args[0])
-        for check in args[1:]:
-            field = field if isinstance(check, Since) else _checked(field, check)
+        by_hand = next((mark for mark in args[1:] if isinstance(mark, Field)), None)
+        field = by_hand or field_of(args[0])
+        for mark in args[1:]:
+            field = field if isinstance(mark, (Field, Since)) else _checked(field, mark)
         return field
+    if origin is Literal:
+        return _choice(args)
     if origin is tuple and args[1:] == (Ellipsis,):
         return _list_of(field_of(args[0]))
     if origin is Mapping and args[0] is int:
@@ -162,7 +166,7 @@ def field_of(kind: Any) -> Field:
     if origin in (Union, UnionType) and args[1:] == (NoneType,):
         return _optional(field_of(args[0]))
     if origin in (Union, UnionType):
-        return _one_of([Record.of(each) for each in args])
+        return _one_of(args)
     if not hasattr(kind, "__annotations__"):
         raise TypeError(f"a field of type {kind} cannot be sent")
     record = Record.of(kind)
@@ -205,20 +209,35 @@ def _by_number(field: Field) -> Field:
     return Field(lambda mapping: [[number, field.pack(value)] for number, value in mapping.items()], unpack)
 
 
-def _one_of(records: Sequence[Record]) -> Field:
-    """Any of `records`, with its index in front."""
-    index = {rec.cls: i for i, rec in enumerate(records)}
+def _choice(allowed: tuple[Any, ...]) -> Field:
+    def unpack(value: Any) -> Any:
+        if value not in allowed:
+            raise ProtocolError(f"got {shown(value)}, allowed: {', '.join(map(str, allowed))}")
+        return value
+
+    return Field(lambda value: value, unpack)
+
+
+def _one_of(kinds: Sequence[Any]) -> Field:
+    """Any of these dataclasses and NamedTuples, with its index in front of its fields."""
+    classes = [get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in kinds]
+    fields = [field_of(kind) for kind in kinds]
+    indexes = {cls: index for index, cls in enumerate(classes)}
+    if len(indexes) < len(classes):
+        raise TypeError(f"{', '.join(cls.__name__ for cls in classes)}: one is there twice")
 
     def pack(value: Any) -> list[Any]:
-        at = index[type(value)]
-        return [at, *records[at].pack(value)]
+        index = indexes[type(value)]
+        return [index, *fields[index].pack(value)]
 
     def unpack(value: Any) -> Any:
         if type(value) is not tuple or not value:
             raise ProtocolError(f"expected a tagged record, got {shown(value)}")
-        if type(value[0]) is not int or not 0 <= value[0] < len(records):
-            raise ProtocolError(f"unknown record {shown(value[0])}, allowed: 0 to {len(records) - 1}")
-        return records[value[0]].unpack(value[1:])
+        index = value[0]
+        if type(index) is not int or not 0 <= index < len(fields):
+            names = ", ".join(f"{number} {cls.__name__}" for cls, number in indexes.items())
+            raise ProtocolError(f"unknown record {shown(index)}, allowed: {names}")
+        return fields[index].unpack(value[1:])
 
     return Field(pack, unpack)
 
