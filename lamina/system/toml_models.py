@@ -6,6 +6,7 @@ integer and true no number. What is wrong is an InvalidRequest that names the pl
 
 from __future__ import annotations
 
+import functools
 import json
 import types
 from collections.abc import Callable, Mapping
@@ -20,13 +21,29 @@ from lamina.system.text_files import read_toml
 
 MAX_BYTES = 1 << 20
 _UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
+_WORDS = {
+    "Input should be": "allowed is",
+    "a valid string": "a text",
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+    "a valid boolean": "true or false",
+    "a valid array": "a list",
+    "a valid dictionary": "a table",
+    "an object": "a table",
+    "greater than or equal to": "a number of at least",
+    "less than or equal to": "a number of at most",
+}
+"""What pydantic calls things, and what this project does."""
 _T = TypeVar("_T")
+
+
+_STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Table(BaseModel):
     """A table of a TOML file: no key but its fields. Dataclasses in its fields are as strict."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = _STRICT
 
 
 def read_tables(path: str | Path, parse: Callable[[dict[str, Any]], _T]) -> _T:
@@ -41,36 +58,66 @@ def read_tables(path: str | Path, parse: Callable[[dict[str, Any]], _T]) -> _T:
 
 def validated(schema: type[_T], data: Mapping[str, Any], where: str = "") -> _T:
     """The tables as a `Table` or dataclass. `where`: what errors call the place of `data`; "": the file."""
+    # As JSON: where Python's own values are checked strictly, a list is no tuple and a table no dataclass.
+    text = json.dumps([data], default=_date)
     try:
-        # As JSON, since a list is no tuple and a table no dataclass where Python's own values are strictly checked.
-        return TypeAdapter(schema).validate_json(json.dumps(data, default=_date), strict=True)
+        tables: tuple[_T] = _adapter(schema).validate_json(text, strict=True)  # type: ignore[arg-type]  # types are hashable
     except ValidationError as error:
-        raise InvalidRequest(_words(schema, dict(error.errors(include_url=False)[0]), where)) from error
+        errors = sorted(error.errors(include_url=False), key=lambda fault: fault["type"] not in _UNKNOWN_KEY)
+        raise InvalidRequest(
+            _words(schema, data, dict(errors[0]), where)
+        ) from error  # a key that is misspelt is not missing
+    return tables[0]
+
+
+@functools.cache
+def _adapter(schema: Any) -> TypeAdapter[Any]:
+    table: Any = tuple[schema]  # in a tuple, since a dataclass alone has no config
+    return TypeAdapter(table, config=_STRICT)
 
 
 def _date(value: Any) -> dict[str, str]:
     return {"date": str(value)}  # TOML has dates; no schema here does
 
 
-def _words(schema: type, error: Mapping[str, Any], where: str) -> str:
-    steps, kind = list(error["loc"]), error["type"]
+def _is_not_misspelt(fault: Any) -> bool:
+    """Sorts unknown keys first: a key that is misspelt is missing, too."""
+    return fault["type"] not in _UNKNOWN_KEY
+
+
+def _words(schema: type, data: Any, error: Mapping[str, Any], where: str) -> str:
+    steps, kind = list(error["loc"])[1:], error["type"]
+    if kind == "missing" and isinstance(steps[-1], int):
+        return (
+            f"{_place(data, steps[:-1], where)} is {error['input']!r:.80}; it has no item {steps[-1]}, which is needed"
+        )
     if kind == "missing":
-        return f"{_place(where, steps[:-1])} has no {steps[-1]}; it is needed"
+        return f"{_place(data, steps[:-1], where)} has no {steps[-1]}; it is needed"
     if kind in _UNKNOWN_KEY:
         allowed = ", ".join(_keys(schema, steps[:-1]))
-        return f"{_place(where, steps[:-1])} has the key {steps[-1]!r:.80}; allowed are {allowed}"
+        return f"{_place(data, steps[:-1], where)} has the key {steps[-1]!r:.80}; allowed are {allowed}"
     if kind == "value_error":
         reason = error["ctx"]["error"]
-        return f"{_place(where, steps)}: {reason}" if where or steps else str(reason)
-    allowed = error["msg"].replace("Input should be", "allowed is").replace("a valid dictionary", "a table")
-    return f"{_place(where, steps)} is {error['input']!r:.80}; {allowed}"
+        return f"{_place(data, steps, where)}: {reason}" if where or steps else str(reason)
+    allowed = error["msg"]
+    for pydantic_words, words in _WORDS.items():
+        allowed = allowed.replace(pydantic_words, words)
+    return f"{_place(data, steps, where)} is {error['input']!r:.80}; {allowed}"
 
 
-def _place(where: str, steps: list[str | int]) -> str:
-    """A place in a file in words, such as `shape.groups[0].top_k`."""
+def _place(data: Any, steps: list[str | int], where: str) -> str:
+    """A place in a file in words, such as `shape.groups[0].top_k` or `device 'h100'.price`."""
     path = where
     for step in steps:
-        path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else step
+        try:
+            data = data[step]
+        except (LookupError, TypeError):  # a step that is pydantic's, not the file's
+            data = None
+        name = data.get("name") if isinstance(step, int) and isinstance(data, Mapping) else None
+        if isinstance(step, int):
+            path += f" {name!r:.80}" if isinstance(name, str) else f"[{step}]"
+        else:
+            path += f".{step}" if path else step
     return path or "it"
 
 

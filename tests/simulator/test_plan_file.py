@@ -21,10 +21,10 @@ from lamina.simulator.costs.cost_model import KvPolicy, Speculation
 from lamina.simulator.costs.hardware import Device, Link
 from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System
-from lamina.simulator.costs.tables import MAX_BYTES
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.planning.deployment import commands, engine_keywords, undeployable
 from lamina.simulator.planning.plan_file import Plan, Prediction, TraceSummary, dumps, read, write
+from lamina.system.toml_models import MAX_BYTES
 
 HERE = Device("here", "cpu", flops=1e11, memory=8e9, bandwidth=2e10, price=0.1)
 SYSTEMS: dict[str, System] = {
@@ -258,42 +258,18 @@ def test_what_no_engine_does_is_refused(tmp_path: Path) -> None:
 
 
 WRONG = [
-    ("version = 1", "version = 2", "version is 2; allowed is 1"),
-    ("version = 1", "version = true", "version is True"),
-    ("version = 1", "version = 1\nspeed = 3", "'speed'; allowed are version, model"),
     ('model = "llama-3-70b"\n', "", "has no model"),
-    ('model = "llama-3-70b"', "model = 3", "model is 3; allowed is a text"),
-    ("replicas = 1", "replicas = 0", "replicas is 0; allowed are whole numbers from 1"),
-    ("replicas = 1", 'replicas = "many"', "replicas is 'many'"),
-    ('kind = "offloaded"', 'kind = "magic"', "kind is colocated, disaggregated, offloaded"),
-    ('kind = "offloaded"', 'kind = "colocated"', "system has the key 'model_device'; allowed are device"),
+    ('kind = "offloaded"', 'kind = "magic"', "the kind 'magic'; allowed are colocated, disaggregated, offloaded"),
+    ('kind = "offloaded"', 'kind = "colocated"', "system has the key 'model_device'; allowed are model, device"),
     ('link = "fhbn-400g"', 'link = "none"', "unknown link 'none'; known are fhbn-400g"),
     ('link = "fhbn-400g"\n', "", "system has no link; it is needed"),
-    ("model_count = 2", "model_count = 0", "model_count is 0; allowed are whole numbers from 1"),
-    ("model_count = 2", "model_count = 2.0", "system.model_count is 2.0; allowed are whole numbers"),
-    ("model_count = 2", "model_count = true", "system.model_count is True"),
-    ("lanes = 2\npolicy", "lanes = -2\npolicy", "lanes is -2"),
-    ("tpot = 0.03", "tpot = nan", "predicted.tpot is nan; allowed is a number from 0"),
-    ("tpot = 0.03", "tpot = inf", "predicted.tpot is inf"),
-    ("tpot = 0.03", "tpot = -1", "predicted.tpot is -1"),
     ("tpot = 0.03\n", "", "predicted has no tpot"),
     ("ttft = 2.0", "ttft = 0", "ttft of the SLO is 0"),
-    ("ttft = 2.0", "first = 2.0", "slo has the key 'first'; allowed are ttft, tpot"),
-    ("price = 4.63", "price = -4.63", "device 'h20': price is -4.63"),
-    ("hidden = 8192", 'hidden = "8192"', "shape.hidden is '8192'; allowed are whole numbers"),
-    ("hidden = 8192", "hidden = 0", "shape.hidden is 0; allowed are whole numbers from 1"),
-    ("[shape]", "[shape]\nelement = 0", "shape.element is 0"),
-    ("groups = [{", "groups = [{top_k = 1, ", "shape.groups[0].top_k is 1; allowed are whole numbers from 0 to 0"),
-    ("groups = [", "groups = [3, ", "shape.groups[0] is 3; allowed is a table"),
-    ("groups = [", "groups = 3 #", "shape.groups is 3; allowed is a list"),
     ("groups = [", "groups = [] #", "shape.layers is 0; allowed are whole numbers from 1"),
-    ("read = 0.3", "read = 3.0", "read of policy 'auto' is 3.0"),
     ('cluster = "auto"', "insecure = true", "engine has the key 'insecure'; allowed are dtype"),
     ('cluster = "auto"', 'token_file = "/etc/passwd"', "engine has the key 'token_file'"),
     ("attention_workers = 4", 'attention_workers = ["a:1"]', "allowed is a whole number"),
     ("attention_workers = 4", "attention_workers = 4000", "attention_workers is 4000; allowed are 0 to 1024"),
-    ("[engine]", "[[engine]]", "engine is ["),
-    ("[system]", "[[system]]", "allowed is a table"),
     ("[engine]", "[engine", "not TOML"),
 ]
 

@@ -18,10 +18,10 @@ from lamina.measure.hardware.fitting import BUSY, DRIFT, Cell, Drift, Timings, b
 from lamina.measure.hardware.reading import busy
 from lamina.models.resolve import resolve
 from lamina.simulator.costs import hardware
+from lamina.simulator.costs.bounds import whole
 from lamina.simulator.costs.hardware import Device, Link
 from lamina.simulator.costs.model_configs import from_folder
 from lamina.simulator.costs.shapes import ModelShape
-from lamina.simulator.costs.tables import whole
 from lamina.system.progress import Progress
 
 NAME, GPU_NAME = "this-machine", "this-gpu"

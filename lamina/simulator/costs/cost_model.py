@@ -19,9 +19,9 @@ from dataclasses import dataclass, replace
 
 from lamina.errors import InvalidRequest
 from lamina.scheduling.speculation import MAX_DRAFTS
+from lamina.simulator.costs.bounds import Text, number_within, text, whole
 from lamina.simulator.costs.hardware import Device, Link, at
 from lamina.simulator.costs.shapes import ModelShape
-from lamina.simulator.costs.tables import number_within, text, whole
 
 FEW_TOKENS = 32
 """Tokens of a batch up to which packed weights are multiplied as they are on every CPU."""
@@ -34,7 +34,7 @@ class KvPolicy:
     """What remains under a KV policy, as shares of everything: of the bytes that decode reads, and of the bytes held.
     With a `window`, no more than so many tokens are read and held of a sequence."""
 
-    name: str = "full"
+    name: Text = "full"
     read: float = 1.0
     held: float = 1.0
     window: int | None = None

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.costs.tables import known_keys, number_within
+from lamina.simulator.costs.bounds import number_within
 
 Curve = tuple[tuple[float, float], ...]
 """(x, y) by rising x; between two points y goes straight over log x, outside it stays as at the end."""
@@ -67,7 +67,9 @@ def check(entry: Any, where: str) -> None:
             number_within(f"{where}: {name}", getattr(entry, name), *_LIMITS[name])
     if not isinstance(entry.sources, Mapping):
         raise InvalidRequest(f"{where}: sources is {entry.sources!r:.80}; allowed is a table of texts")
-    known_keys(entry.sources, [name for name in names if name not in ("name", "sources")], f"{where}: sources")
+    numbers = [name for name in names if name not in ("name", "sources")]
+    if unknown := [name for name in entry.sources if name not in numbers]:
+        raise InvalidRequest(f"{where}: sources has the key {unknown[0]!r:.80}; allowed are {', '.join(numbers)}")
     for name, text in entry.sources.items():
         if not isinstance(text, str) or len(text) > _MAX_TEXT:
             raise InvalidRequest(

@@ -23,16 +23,19 @@ from __future__ import annotations
 import functools
 import re
 import sys
-from collections.abc import Container, Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Field
 
 from lamina.errors import InvalidRequest
+from lamina.simulator.costs.bounds import MAX_ENTRIES
 from lamina.simulator.costs.efficiency import ROOFLINE, Curve, Efficiency, at, check
-from lamina.simulator.costs.tables import known_keys, read_tables, tables_of
 from lamina.system.text_files import toml_value
+from lamina.system.toml_models import Table, read_tables, validated
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -47,6 +50,7 @@ __all__ = [
 TYPICAL = "vllm"
 """The engine whose efficiency devices without measurements are given, unless a file has [typical]. This project's own
 engine is not among those that were measured on GPUs."""
+_T = TypeVar("_T")
 KINDS = ("gpu", "tpu", "npu", "cpu")
 _BUILT_IN = ("roofline", "typical")
 """Names of efficiencies that no engine may have."""
@@ -139,33 +143,33 @@ class Catalogue:
 
     def device(self, name: str) -> Device:
         """The device of that name, in any case. Raises InvalidRequest, which lists what is known."""
-        if (found := self.devices.get(str(name).lower())) is None:
+        if (device := self.devices.get(str(name).lower())) is None:
             raise InvalidRequest(f"unknown device {name!r:.80}; known are {', '.join(self.devices) or 'none'}")
-        return found
+        return device
 
     def link(self, name: str) -> Link:
         """The link of that name, in any case. Raises InvalidRequest, which lists what is known."""
-        if (found := self.links.get(str(name).lower())) is None:
+        if (link := self.links.get(str(name).lower())) is None:
             raise InvalidRequest(f"unknown link {name!r:.80}; known are {', '.join(self.links) or 'none'}")
-        return found
+        return link
 
     def efficiency(self, name: str) -> Efficiency:
         """The efficiency of that name: an engine's, `typical`, or `roofline`. Raises InvalidRequest, which lists
         them."""
-        known = {"roofline": ROOFLINE, "typical": self.typical, **self.engines}
-        if (found := known.get(str(name).lower())) is None:
-            raise InvalidRequest(f"efficiency is {name!r:.80}; allowed are {', '.join(known)}")
-        return found
+        efficiencies = {"roofline": ROOFLINE, "typical": self.typical, **self.engines}
+        if (efficiency := efficiencies.get(str(name).lower())) is None:
+            raise InvalidRequest(f"efficiency is {name!r:.80}; allowed are {', '.join(efficiencies)}")
+        return efficiency
 
     def said_of(self, name: str) -> str:
         """What devices without measurements reach by the efficiency of that name, in words. Raises InvalidRequest."""
-        found = self.efficiency(name)
-        if found == ROOFLINE:
+        efficiency = self.efficiency(name)
+        if efficiency == ROOFLINE:
             return "devices without measurements reach their best, all the time: an upper bound"
-        for engine, known in self.engines.items():
-            if found == known and _packaged().engines.get(engine) != known:
+        for engine, measured in self.engines.items():
+            if efficiency == measured and _packaged().engines.get(engine) != measured:
                 return f"devices without measurements reach what {engine} of the hardware file says"
-            if found == known:
+            if efficiency == measured:
                 return (
                     f"devices without measurements reach what {engine} reached of H100 and H200 (hardware.toml has the "
                     "numbers); this project's own engine was not measured on GPUs"
@@ -181,8 +185,8 @@ def load(path: str | Path | None = None) -> Catalogue:
 
     Raises InvalidRequest, which names the file.
     """
-    ours = _packaged()
-    return ours if path is None else read_tables(path, lambda data: extended(ours, data))
+    packaged = _packaged()
+    return packaged if path is None else read_tables(path, lambda data: extended(packaged, data))
 
 
 def loads(text: str) -> Catalogue:
@@ -193,29 +197,20 @@ def loads(text: str) -> Catalogue:
 def extended(catalogue: Catalogue, data: Mapping[str, Any]) -> Catalogue:
     """The catalogue with the tables `device`, `link`, `engine` and `typical` of a TOML file, which are added or replace
     those of the same name. Raises InvalidRequest."""
-    known_keys(data, ("device", "link", "engine", "typical"), "the file")
     if not data:
         raise InvalidRequest("it is empty; allowed are [[device]], [[link]], [[engine]] and [typical]")
-    devices: dict[str, Device] = {}
-    for table in tables_of(data, "device"):
-        where = _entry("device", table, devices)
-        given = _arguments(Device, table, where)
-        if "efficiency" in given:
-            given["efficiency"] = _read_efficiency(given["efficiency"], where)
-        devices[given["name"].lower()] = Device(**given)
-    links: dict[str, Link] = {}
-    for table in tables_of(data, "link"):
-        given = _arguments(Link, table, _entry("link", table, links))
-        links[given["name"].lower()] = Link(**given)
-    engines: dict[str, Efficiency] = {}
-    for table in tables_of(data, "engine"):
-        where = _entry("engine", table, engines)
-        if (name := table["name"].lower()) in _BUILT_IN:
-            raise InvalidRequest(f"{where} has a name that is taken; allowed are others than {', '.join(_BUILT_IN)}")
-        engines[name] = _read_efficiency({k: v for k, v in table.items() if k != "name"}, where)
-    typical = catalogue.typical
-    if "typical" in data:
-        typical = _read_efficiency(data["typical"], "typical")
+    file = validated(_File, data)
+    devices = _by_name("device", file.device)
+    links = _by_name("link", file.link)
+    engines = {
+        name: validated(Efficiency, table.model_extra or {}, f"engine {table.name!r}")
+        for name, table in _by_name("engine", file.engine).items()
+    }
+    if reserved := [name for name in engines if name in _BUILT_IN]:
+        raise InvalidRequest(
+            f"engine {reserved[0]!r} has a name that is taken; allowed are others than {', '.join(_BUILT_IN)}"
+        )
+    typical = catalogue.typical if file.typical is None else file.typical
     return Catalogue(
         {**catalogue.devices, **devices}, {**catalogue.links, **links}, typical, {**catalogue.engines, **engines}
     )
@@ -223,8 +218,9 @@ def extended(catalogue: Catalogue, data: Mapping[str, Any]) -> Catalogue:
 
 def with_efficiency(catalogue: Catalogue, efficiency: Efficiency | None = None) -> Catalogue:
     """The catalogue with an efficiency for devices without measurements: the typical one unless another is given."""
-    used = catalogue.typical if efficiency is None else efficiency
-    return replace(catalogue, devices={name: each.measured_or(used) for name, each in catalogue.devices.items()})
+    efficiency = catalogue.typical if efficiency is None else efficiency
+    devices = {name: device.measured_or(efficiency) for name, device in catalogue.devices.items()}
+    return replace(catalogue, devices=devices)
 
 
 def dumps(
@@ -251,32 +247,35 @@ def dumps(
 
 @functools.cache
 def _packaged() -> Catalogue:
-    ours = loads(resources.files("lamina.simulator.costs").joinpath("hardware.toml").read_text(encoding="utf-8"))
-    return replace(ours, typical=ours.engines[TYPICAL])
+    catalogue = loads(resources.files("lamina.simulator.costs").joinpath("hardware.toml").read_text(encoding="utf-8"))
+    return replace(catalogue, typical=catalogue.engines[TYPICAL])
 
 
-def _entry(kind: str, table: Mapping[str, Any], known: Container[str]) -> str:
-    """What to call that table in errors, its name checked."""
-    if _named(kind, table.get("name")).lower() in known:
-        raise InvalidRequest(f"{kind} {table['name']!r} is there twice; allowed is once in a file")
-    return f"{kind} {table['name']!r}"
+class _Engine(Table, extra="allow"):
+    """The fields of an `Efficiency`, and a name."""
+
+    name: str
 
 
-def _read_efficiency(table: Any, where: str) -> Efficiency:
-    if not isinstance(table, dict):
-        raise InvalidRequest(f"{where}: efficiency is {table!r:.80}; allowed is a table")
-    try:
-        return Efficiency(**_arguments(Efficiency, table, "efficiency"))
-    except InvalidRequest as error:
-        raise InvalidRequest(f"{where}: {error}") from error
+_Tables = Annotated[tuple[_T, ...], Field(max_length=MAX_ENTRIES)]
 
 
-def _arguments(kind: type, table: Mapping[str, Any], where: str) -> dict[str, Any]:
-    needed = [item.name for item in fields(kind) if item.default is MISSING and item.default_factory is MISSING]
-    known_keys(table, [item.name for item in fields(kind)], where)
-    if missing := [name for name in needed if name not in table]:
-        raise InvalidRequest(f"{where}: {missing[0]} is missing; needed are {', '.join(needed)}")
-    return dict(table)
+class _File(Table):
+    device: _Tables[Device] = ()
+    link: _Tables[Link] = ()
+    engine: _Tables[_Engine] = ()
+    typical: Efficiency | None = None
+
+
+def _by_name(kind: str, entries: Iterable[_T]) -> dict[str, _T]:
+    """Entries of a file by their names in lower case."""
+    named: dict[str, _T] = {}
+    for entry in entries:
+        name: str = _named(kind, entry.name)  # type: ignore[attr-defined]  # each kind has one
+        if name.lower() in named:
+            raise InvalidRequest(f"{kind} {name!r} is there twice; allowed is once in a file")
+        named[name.lower()] = entry
+    return named
 
 
 def _efficiency(heading: str, efficiency: Efficiency) -> list[str]:

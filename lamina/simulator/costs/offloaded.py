@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from lamina.errors import InvalidRequest
+from lamina.simulator.costs.bounds import Text, number_within, whole
 from lamina.simulator.costs.cost_model import (
     FULL,
     Exchange,
@@ -31,7 +32,6 @@ from lamina.simulator.costs.cost_model import (
 )
 from lamina.simulator.costs.hardware import Device, Link, connection
 from lamina.simulator.costs.shapes import ModelShape
-from lamina.simulator.costs.tables import number_within, whole
 
 MEMORY_SHARE = 0.9
 """The share of a device's memory for weights and KV; the rest is for activations. vLLM's default, too."""
@@ -152,7 +152,7 @@ class Offloaded:
     workers: int | None = None
     speculation: Speculation | None = None
     local_share: float = 0.0
-    label: str = ""
+    label: Text = ""
 
     def __post_init__(self) -> None:
         check_drafts(self.speculation, self.model)

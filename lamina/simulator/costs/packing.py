@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.costs.tables import number_within, text
+from lamina.simulator.costs.bounds import number_within, text
 from lamina_kernels.packed.layout import LAYOUTS, ROWS, Format
 
 FLOATS: Mapping[str, float] = {"float32": 4.0, "bfloat16": 2.0}

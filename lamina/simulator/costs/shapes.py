@@ -9,10 +9,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Annotated
+
+from pydantic import Field
 
 from lamina.errors import InvalidRequest
+from lamina.simulator.costs.bounds import MAX_INTEGER, MAX_ITEMS, Amount, Count, Text, whole
 from lamina.simulator.costs.packing import FLOATS, Packing, packing
-from lamina.simulator.costs.tables import whole
 
 STATE_RECORDS = 2
 """States that a holder keeps of a sequence: the one at its end, and the one before its last batch, from which that can
@@ -96,10 +99,10 @@ class ChoiceShape:
     all read, and scored by `query_elements` numbers at `score_flops` FLOPs a key. Where all are 0 the choice of an
     earlier layer is used."""
 
-    tokens: int
-    key_elements: int = 0
-    query_elements: int = 0
-    score_flops: int = 0
+    tokens: Count
+    key_elements: Count = 0
+    query_elements: Count = 0
+    score_flops: Count = 0
 
     def __post_init__(self) -> None:
         whole("tokens of a choice", self.tokens, 1, 1 << 30)
@@ -123,21 +126,21 @@ class LayerGroup:
     works on queries and outputs instead (DeepSeek-V2, arXiv 2405.04434, section 2.1). Prompts are not absorbed.
     """
 
-    layers: int
-    kv_heads: int
-    projections: int
-    kv_projections: int
-    mlp: int
-    kv_elements: int
-    query_elements: int
-    output_elements: int
-    score_flops: int
-    experts: int = 0
-    top_k: int = 0
-    expert: int = 0
-    window: int | None = None
-    vectors: int = 0
-    prompt_score_flops: int = 0
+    layers: Count
+    kv_heads: Count
+    projections: Count
+    kv_projections: Count
+    mlp: Count
+    kv_elements: Count
+    query_elements: Count
+    output_elements: Count
+    score_flops: Count
+    experts: Count = 0
+    top_k: Count = 0
+    expert: Count = 0
+    window: Count | None = None
+    vectors: Count = 0
+    prompt_score_flops: Count = 0
     state: StateShape | None = None
     choice: ChoiceShape | None = None
 
@@ -196,17 +199,17 @@ class ModelShape:
     multiplied; `head`: those of the output layer (the same table where `tied`). `element`: bytes of a weight; of 1, the
     input table and the head keep 2, and so do activations and KV. `vectors`: the last norm."""
 
-    name: str
-    hidden: int
-    groups: tuple[LayerGroup, ...]
-    embedding: int
-    head: int
+    name: Text
+    hidden: Annotated[int, Field(ge=1, le=MAX_INTEGER)]
+    groups: Annotated[tuple[LayerGroup, ...], Field(max_length=MAX_ITEMS)]
+    embedding: Count
+    head: Count
     tied: bool
-    max_context: int
-    element: float = 2.0
-    published_weight_bytes: float | None = None
+    max_context: Count
+    element: Annotated[float, Field(ge=0.1, le=8)] = 2.0
+    published_weight_bytes: Amount | None = None
     """The weights' bytes as a paper prints them, where they differ from the count; they are used then."""
-    vectors: int = 0
+    vectors: Count = 0
     packing: Packing | None = None
     """How matrices are kept in few bits; None: all weights take `element` bytes each."""
 

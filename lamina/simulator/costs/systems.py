@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from lamina.errors import InvalidRequest
+from lamina.simulator.costs.bounds import Text, number_within, whole
 from lamina.simulator.costs.cost_model import (
     FULL,
     KvPolicy,
@@ -36,7 +37,6 @@ from lamina.simulator.costs.offloaded import (
     room_beside,
 )
 from lamina.simulator.costs.shapes import ModelShape
-from lamina.simulator.costs.tables import number_within, whole
 
 __all__ = ["PAGE_SIZE", "Colocated", "Disaggregated", "Lane", "Offloaded", "System", "power", "price"]
 
@@ -63,7 +63,7 @@ class Colocated:
     memory_share: float = MEMORY_SHARE
     sequence_tokens: int = SEQUENCE_TOKENS
     speculation: Speculation | None = None
-    label: str = ""
+    label: Text = ""
 
     def __post_init__(self) -> None:
         check_drafts(self.speculation, self.model)
@@ -135,7 +135,7 @@ class Disaggregated:
     prefill: Colocated
     decode: Colocated | Offloaded
     link: Link
-    label: str = ""
+    label: Text = ""
 
     def __post_init__(self) -> None:
         if self.prefill.model != self.decode.model:

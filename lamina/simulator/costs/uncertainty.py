@@ -13,19 +13,21 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from lamina.errors import InvalidRequest
+from lamina.simulator.costs.bounds import Text
 from lamina.simulator.costs.hardware import ROOFLINE, Device, Efficiency, load
 from lamina.simulator.costs.shapes import ModelShape
 from lamina.simulator.costs.systems import Colocated, System
-from lamina.simulator.costs.tables import number_within, read_tables, tables_of, text
+from lamina.system.toml_models import Table, read_tables, validated
 
 Factors = tuple[float, float]
 """What is true is within a predicted number times the first and times the second, in nine of ten cases."""
 _MEASURED = ("h100", "h200")
 """The devices that engines' efficiencies are fitted on."""
-_NUMBERS = ("tpot", "ttft", "goodput")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +72,16 @@ class Spread:
 def spread(system: System) -> Spread:
     """How far off what is predicted of a system may be."""
     kind = "sparse" if sparse(system.model) else "dense"
-    found = functools.reduce(Spread.widest, [_of_device(device, kind) for device, _ in system.devices])
-    return found if isinstance(system, Colocated) else found.beside(_table()["wire", kind])
+    widest = functools.reduce(Spread.widest, [_of_device(device, kind) for device, _ in system.devices])
+    return widest if isinstance(system, Colocated) else widest.beside(_table()["wire", kind])
 
 
 def _of_device(device: Device, kind: str) -> Spread:
     """The spread of one device, which is wider where an engine's efficiency was not measured on it."""
     name = basis(device.efficiency)
-    found = _table()[name, kind]
+    measured_spread = _table()[name, kind]
     measured = name in ("roofline", "measured") or device.name in _MEASURED
-    return found if measured else found.beside(_table()["elsewhere", kind])
+    return measured_spread if measured else measured_spread.beside(_table()["elsewhere", kind])
 
 
 def sparse(model: ModelShape) -> bool:
@@ -91,7 +93,7 @@ def basis(efficiency: Efficiency) -> str:
     """Whose efficiency that is: of an engine of the packaged catalogue, "roofline", or "measured": a file's own."""
     if efficiency == ROOFLINE:
         return "roofline"
-    return next((name for name, known in load().engines.items() if known == efficiency), "measured")
+    return next((name for name, engine in load().engines.items() if engine == efficiency), "measured")
 
 
 @functools.cache
@@ -99,17 +101,28 @@ def _table() -> Mapping[tuple[str, str], Spread]:
     return read_tables(Path(__file__).with_name("uncertainty.toml"), _read)
 
 
+_Bounds = tuple[Annotated[float, Field(ge=0.01, le=1)], Annotated[float, Field(ge=1, le=100)]]
+
+
+class _Entry(Table):
+    basis: str
+    models: tuple[Literal["dense", "sparse"], ...]
+    tpot: _Bounds
+    ttft: _Bounds
+    goodput: _Bounds
+    source: Text
+
+
+class _File(Table):
+    spread: tuple[_Entry, ...]
+
+
 def _read(data: Mapping[str, Any]) -> dict[tuple[str, str], Spread]:
-    found = {}
-    for table in tables_of(data, "spread"):
-        tpot, ttft, goodput = (_factors(name, table[name]) for name in _NUMBERS)
-        one = Spread(tpot, ttft, goodput, text("source", table["source"]))
-        found.update({(table["basis"], kind): one for kind in table["models"]})
-    return found
-
-
-def _factors(name: str, given: tuple[float, float]) -> Factors:
-    return number_within(f"{name}, low", given[0], 0.01, 1), number_within(f"{name}, high", given[1], 1, 100)
+    return {
+        (entry.basis, kind): Spread(entry.tpot, entry.ttft, entry.goodput, entry.source)
+        for entry in validated(_File, data).spread
+        for kind in entry.models
+    }
 
 
 def _combined(a: Factors, b: Factors) -> Factors:

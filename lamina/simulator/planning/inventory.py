@@ -20,13 +20,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BeforeValidator, Field
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs import hardware
+from lamina.simulator.costs.bounds import whole
 from lamina.simulator.costs.cost_model import FULL, KvPolicy
 from lamina.simulator.costs.hardware import Catalogue, Device, Efficiency, Link
-from lamina.simulator.costs.tables import known_keys, read_tables, tables_of, text, whole
+from lamina.system.toml_models import Table, read_tables, validated
 
 UNDEPLOYABLE = ("disaggregated",)
 SYSTEMS = ("colocated", "chunked", "disaggregated", "lamina", "lamina-cpu")
@@ -35,7 +38,6 @@ attention on CPU hosts."""
 MAX_COUNT = 1024
 MAX_ENTRIES = 64
 _MAX_TEXT = 2000
-_KEYS = ("systems", "links", "have", "policy", "device", "link")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +62,15 @@ class Inventory:
     """Whether candidates that no engine here is are left out."""
 
     def __post_init__(self) -> None:
-        for name, given in (("have", self.have), ("policy", self.policies), ("systems", self.systems)):
-            if not 1 <= len(given) <= MAX_ENTRIES:
-                raise InvalidRequest(f"{name} has {len(given)} entries; allowed are 1 to {MAX_ENTRIES}")
+        for name, entries in (("have", self.have), ("policy", self.policies), ("systems", self.systems)):
+            if not 1 <= len(entries) <= MAX_ENTRIES:
+                raise InvalidRequest(f"{name} has {len(entries)} entries; allowed are 1 to {MAX_ENTRIES}")
         for have in self.have:
             whole(f"count of {have.device.name}", have.count, 1, MAX_COUNT)
         _unequal("have", [have.device.name.lower() for have in self.have])
         _unequal("policy", [policy.name for policy in self.policies])
-        if wrong := [system for system in self.systems if system not in SYSTEMS]:
-            raise InvalidRequest(f"systems has {wrong[0]!r:.80}; allowed are {', '.join(SYSTEMS)}")
+        if unknown := [system for system in self.systems if system not in SYSTEMS]:
+            raise InvalidRequest(f"systems has {unknown[0]!r:.80}; allowed are {', '.join(SYSTEMS)}")
         _unequal("systems", list(self.systems))
         if not self.links and not {"chunked", "colocated"} & {*self.systems}:
             raise InvalidRequest(
@@ -111,61 +113,71 @@ def with_efficiency(inventory: Inventory, efficiency: Efficiency) -> Inventory:
 def read(path: str | Path, catalogue: Catalogue | None = None) -> Inventory:
     """The inventory in a file, over the catalogue's devices and links (default: the packaged ones). Raises
     InvalidRequest, which names the file, the value and what is allowed."""
-    known = catalogue or hardware.load()
-    return read_tables(path, lambda data: _from_tables(data, known))
+    return read_tables(path, lambda data: _from_tables(data, catalogue or hardware.load()))
+
+
+def _one_or_several(names: Any) -> Any:
+    return [names] if isinstance(names, str) else names
+
+
+_Text = Annotated[str, Field(max_length=_MAX_TEXT)]
+_Names = Annotated[list[str], Field(max_length=MAX_ENTRIES), BeforeValidator(_one_or_several)]
+_T = TypeVar("_T")
+_Tables = Annotated[tuple[_T, ...], Field(max_length=MAX_ENTRIES)]
+
+
+class _Have(Table):
+    device: _Text
+    count: Annotated[int, Field(ge=1, le=MAX_COUNT)]
+    price: float | None = None
+
+
+class _Policy(Table):
+    name: _Text
+    read: float = 1.0
+    held: float = 1.0
+    window: int | None = None
+    source: _Text = ""
+
+
+class _File(Table):
+    systems: _Names = Field(default_factory=lambda: list(SYSTEMS))
+    links: _Names = Field(default_factory=list)
+    have: _Tables[_Have] = ()
+    policy: _Tables[_Policy] = ()
+    device: _Tables[dict[str, Any]] = ()
+    link: tuple[dict[str, Any], ...] = ()
 
 
 def _from_tables(data: Mapping[str, Any], catalogue: Catalogue) -> Inventory:
-    known_keys(data, _KEYS, "the file")
+    file = validated(_File, data)
+    if any("count" in table for table in file.device):
+        raise InvalidRequest(
+            "[[device]] has the key 'count'; how many there are says a table [[have]], with device and count"
+        )
     parts = {kind: data[kind] for kind in ("device", "link") if kind in data}
-    for table in tables_of(data, "device", MAX_ENTRIES):
-        if "count" in table:
-            raise InvalidRequest(
-                "[[device]] has the key 'count'; how many there are says a table [[have]], with device and count"
-            )
-    known = hardware.extended(catalogue, parts) if parts else catalogue
-    have = tuple(_have(table, known) for table in tables_of(data, "have", MAX_ENTRIES))
+    catalogue = hardware.extended(catalogue, parts) if parts else catalogue
+    have = tuple(_have(table, catalogue) for table in file.have)
     if not have:  # a file of calibrate-hardware: this machine
-        have = tuple(Have(known.device(table["name"]), 1) for table in tables_of(data, "device", MAX_ENTRIES))
+        have = tuple(Have(catalogue.device(table["name"]), 1) for table in file.device)
     if not have:
         raise InvalidRequest("it has no [[have]]; needed is at least one, with device and count")
-    policies, sources = [], {}
-    for table in tables_of(data, "policy", MAX_ENTRIES):
-        policy = _policy(table)
-        policies.append(policy)
-        sources[policy.name] = text(f"source of policy {policy.name!r}", table.get("source", ""), _MAX_TEXT)
-    names = _texts(data, "links") or ([] if "have" in data else [table["name"] for table in tables_of(data, "link")])
-    _unequal("links", [name.lower() for name in names])
+    links = file.links or ([] if "have" in data else [table["name"] for table in file.link])
+    _unequal("links", [name.lower() for name in links])
     return Inventory(
         have=have,
-        links=tuple(known.link(name) for name in names),
-        systems=tuple(_texts(data, "systems")) if "systems" in data else SYSTEMS,
-        policies=tuple(policies) or (FULL,),
-        sources=sources,
+        links=tuple(catalogue.link(name) for name in links),
+        systems=tuple(file.systems),
+        policies=tuple(KvPolicy(table.name, table.read, table.held, table.window) for table in file.policy) or (FULL,),
+        sources={table.name: table.source for table in file.policy},
     )
 
 
-def _have(table: Mapping[str, Any], known: Catalogue) -> Have:
-    known_keys(table, ("device", "count", "price"), "[[have]]")
-    device = known.device(text("device of [[have]]", table.get("device"), _MAX_TEXT))
-    if "price" in table:
-        device = replace(device, price=table["price"])  # which checks it
-    return Have(device, whole(f"count of {device.name}", table.get("count"), 1, MAX_COUNT))
-
-
-def _policy(table: Mapping[str, Any]) -> KvPolicy:
-    known_keys(table, ("name", "read", "held", "window", "source"), "[[policy]]")
-    name = text("name of [[policy]]", table.get("name"), _MAX_TEXT)
-    return KvPolicy(name, table.get("read", 1.0), table.get("held", 1.0), table.get("window"))
-
-
-def _texts(data: Mapping[str, Any], key: str) -> list[str]:
-    """A list of names; one may stand alone."""
-    given = data.get(key, [])
-    names = [given] if isinstance(given, str) else given
-    if not isinstance(names, list) or len(names) > MAX_ENTRIES or not all(isinstance(name, str) for name in names):
-        raise InvalidRequest(f"{key} is {given!r:.80}; allowed are up to {MAX_ENTRIES} names in a list")
-    return names
+def _have(table: _Have, catalogue: Catalogue) -> Have:
+    device = catalogue.device(table.device)
+    if table.price is not None:
+        device = replace(device, price=table.price)  # which checks it
+    return Have(device, table.count)
 
 
 def _unequal(what: str, names: list[str]) -> None:

@@ -17,51 +17,50 @@ InvalidRequest that names the file, the value and what is allowed; nothing in a 
 
 from __future__ import annotations
 
-import types
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar
 
 from lamina.errors import InvalidRequest
 from lamina.plan_file import VERSION, EnginePlan
 from lamina.simulator.costs import hardware
-from lamina.simulator.costs.hardware import Catalogue, Device, Link
+from lamina.simulator.costs.bounds import Amount, Count, Text, whole
+from lamina.simulator.costs.cost_model import draft_model
+from lamina.simulator.costs.hardware import Device, Link
 from lamina.simulator.costs.shapes import ModelShape
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System
-from lamina.simulator.costs.tables import known_keys, number_within, read_tables, text, whole
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.planning.deployment import planned_system
 from lamina.system.text_files import toml_value, write_text
+from lamina.system.toml_models import Table, read_tables, validated
 
 KINDS: Mapping[str, type[System]] = {
     "colocated": Colocated,
     "disaggregated": Disaggregated,
     "offloaded": Offloaded,
 }
-_MAX_ITEMS, _MAX_NUMBER, _MAX_LAYERS, _MAX_PARAMETERS = 1024, 1e18, 1 << 16, 10**18
+_MAX_LAYERS, _MAX_PARAMETERS = 1 << 16, 10**18
 _T = TypeVar("_T")
-_TABLES = ("predicted", "trace", "slo", "engine", "system", "shape", "device", "link")
-_KEYS = ("version", "model", "replicas", *_TABLES)
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """What all replicas together are predicted to yield: rates a second, times in seconds, prices in dollars."""
 
-    source: str
+    source: Text
     """The part of the simulator that predicts."""
-    requests_per_second: float
-    tokens_per_second: float
+    requests_per_second: Amount
+    tokens_per_second: Amount
     """Output tokens."""
-    tpot: float
-    ttft: float
-    slo_share: float
+    tpot: Amount
+    ttft: Amount
+    slo_share: Amount
     """The share of the requests that is within the SLO."""
-    batch: float
+    batch: Amount
     """Sequences in decode, in one replica."""
-    dollars_per_hour: float
-    dollars_per_million: float
+    dollars_per_hour: Amount
+    dollars_per_million: Amount
     """Of output tokens."""
 
 
@@ -69,12 +68,12 @@ class Prediction:
 class TraceSummary:
     """What was planned for: means of tokens, requests a second (0: as many as are served), and of how many requests."""
 
-    name: str
-    requests: int
-    rate: float
-    prompt: float
-    output: float
-    context: float
+    name: Text
+    requests: Count
+    rate: Amount
+    prompt: Amount
+    output: Amount
+    context: Amount
     """Tokens of KV of a sequence in decode."""
 
 
@@ -111,7 +110,7 @@ def write(path: str | Path, plan: Plan) -> None:
 
 def dumps(plan: Plan) -> str:
     """The file's text: `read` gives back an equal plan."""
-    kind = next(name for name, known in KINDS.items() if isinstance(plan.system, known))
+    kind = next(name for name, system_type in KINDS.items() if isinstance(plan.system, system_type))
     system = {"kind": kind, **_to_table(plan.system, leave_out=("model",))}
     top = {"version": VERSION, "model": plan.model, "replicas": plan.replicas}
     tables = {
@@ -128,31 +127,98 @@ def dumps(plan: Plan) -> str:
     return "\n".join(lines) + "\n\n" + hardware.dumps(*_parts(plan.system))
 
 
+class _File(Table):
+    version: Literal[1]
+    model: Text
+    replicas: int = 1
+    predicted: Prediction
+    trace: TraceSummary
+    slo: Slo = Slo()
+    engine: dict[str, Any]
+    system: dict[str, Any]
+    shape: ModelShape
+    device: tuple[dict[str, Any], ...] = ()
+    link: tuple[dict[str, Any], ...] = ()
+
+
 def _from_toml(data: Mapping[str, Any]) -> Plan:
-    if (version := data.get("version")) != VERSION or type(version) is not int:
-        raise InvalidRequest(f"version is {version!r:.80}; allowed is {VERSION}")
-    known_keys(data, _KEYS, "it")
-    if missing := [name for name in ("model", "predicted", "trace", "engine", "system", "shape") if name not in data]:
-        raise InvalidRequest(f"it has no {missing[0]}; needed are model, predicted, trace, engine, system and shape")
-    parts = {kind: data[kind] for kind in ("device", "link") if kind in data}
-    catalogue = hardware.extended(hardware.NOTHING, parts)
-    shape = _from_table(ModelShape, data["shape"], "shape", catalogue)
-    table = data["system"]
-    if not isinstance(table, Mapping) or not isinstance(kind := table.get("kind"), str) or kind not in KINDS:
-        raise InvalidRequest(f"system is {table!r:.80}; allowed is a table whose kind is {', '.join(KINDS)}")
-    rest = {name: value for name, value in table.items() if name != "kind"}
-    engine = data["engine"]
-    if not isinstance(engine, Mapping):
-        raise InvalidRequest(f"engine is {engine!r:.80}; allowed is a table")
+    if type(data.get("version")) is not int or data["version"] != VERSION:  # first: other versions have other keys
+        raise InvalidRequest(f"version is {data.get('version')!r:.80}; allowed is {VERSION}")
+    file = validated(_File, data)
+    _check_shape(file.shape, "shape")
     return Plan(
-        model=text("model", data["model"]),
-        system=_from_table(KINDS[kind], rest, "system", catalogue, model=shape),
-        predicted=_from_table(Prediction, data["predicted"], "predicted", catalogue),
-        trace=_from_table(TraceSummary, data["trace"], "trace", catalogue),
-        slo=_from_table(Slo, data.get("slo", {}), "slo", catalogue),
-        replicas=data.get("replicas", 1),
-        engine=dict(engine),
+        model=file.model,
+        system=_read_system(data),
+        predicted=file.predicted,
+        trace=file.trace,
+        slo=file.slo,
+        replicas=file.replicas,
+        engine=file.engine,
     )
+
+
+def _read_system(data: Mapping[str, Any]) -> System:
+    """The system of a plan's tables. Raises InvalidRequest."""
+    parts = {kind: data[kind] for kind in ("device", "link") if kind in data}
+    hardware.extended(hardware.NOTHING, parts)  # raises where they are wrong
+    named = {kind: {table["name"].lower(): table for table in tables} for kind, tables in parts.items()}
+    table = dict(data["system"])
+    kind = table.pop("kind", None)
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise InvalidRequest(f"system has the kind {kind!r:.80}; allowed are {', '.join(KINDS)}")
+    if kind != "disaggregated":
+        return _instance(KINDS[kind], table, "system", data["shape"], named)
+    sides: dict[str, Any] = {}
+    for name in ("prefill", "decode"):
+        side = table.pop(name, None)
+        if not isinstance(side, Mapping):
+            raise InvalidRequest(f"system.{name} is {side!r:.80}; allowed is a table, which is needed")
+        instance = Offloaded if name == "decode" and "model_device" in side else Colocated
+        sides[name] = _instance(instance, side, f"system.{name}", data["shape"], named)
+    between = validated(_Between, _complete(table, "system", named), "system")
+    return Disaggregated(**sides, link=between.link, label=between.label)
+
+
+class _Between(Table):
+    """What a disaggregated system has beside its two instances."""
+
+    link: Link
+    label: Text = ""
+
+
+def _instance(
+    kind: type[_T], table: Mapping[str, Any], where: str, shape: Any, named: Mapping[str, Mapping[str, Any]]
+) -> _T:
+    """A system on one set of devices, with the model of the file."""
+    if "model" in table:
+        raise InvalidRequest(f"{where} has the key 'model'; the model's numbers are in [shape]")
+    system = validated(kind, _complete({**table, "model": shape}, where, named), where)
+    if (draft := draft_model(system.speculation)) is not None:  # type: ignore[attr-defined]  # both kinds have it
+        _check_shape(draft, f"{where}.speculation.draft")
+    return system
+
+
+def _complete(table: Mapping[str, Any], where: str, named: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """A table with the devices and links in place of their names."""
+    complete = dict(table)
+    for key in ("device", "model_device", "attention_device", "link"):
+        if key in table:
+            kind = "link" if key == "link" else "device"
+            tables, name = named.get(kind, {}), table[key]
+            if not isinstance(name, str) or name.lower() not in tables:
+                raise InvalidRequest(
+                    f"{where}.{key}: unknown {kind} {name!r:.80}; known are {', '.join(tables) or 'none'}"
+                )
+            complete[key] = tables[name.lower()]
+    return complete
+
+
+def _check_shape(shape: ModelShape, where: str) -> None:
+    """Raise InvalidRequest for sums that the cost model cannot divide by or take powers of."""
+    whole(f"{where}.layers", shape.layers, 1, _MAX_LAYERS)
+    whole(f"{where}.parameters", shape.parameters, 1, _MAX_PARAMETERS)
+    for index, group in enumerate(shape.groups):
+        whole(f"{where}.groups[{index}].top_k", group.top_k, 0, group.experts)
 
 
 def _parts(system: System) -> tuple[list[Device], list[Link]]:
@@ -184,69 +250,5 @@ def _plain(value: Any, leave_out: tuple[str, ...]) -> Any:
     if is_dataclass(value):
         return _to_table(value, leave_out)
     if isinstance(value, tuple):
-        return [_plain(each, leave_out) for each in value]
+        return [_plain(item, leave_out) for item in value]
     return value
-
-
-def _from_table(kind: type[_T], table: Any, where: str, catalogue: Catalogue, **given: Any) -> _T:
-    """A dataclass from a table. Its fields of the names in `given` have those values, inner ones too, and the table
-    doesn't. Raises InvalidRequest, which names the key, the value and what is allowed."""
-    if not isinstance(table, Mapping):
-        raise InvalidRequest(f"{where} is {table!r:.80}; allowed is a table")
-    hints = get_type_hints(kind)
-    items = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]  # a dataclass, whatever its type
-    known = [name for name in items if name not in given]
-    known_keys(table, known, where)
-    made = {name: value for name, value in given.items() if name in items}
-    for name in known:
-        item = items[name]
-        if name in table:
-            made[name] = _read(hints[name], table[name], f"{where}.{name}", catalogue, given)
-        elif item.default is MISSING and item.default_factory is MISSING:
-            raise InvalidRequest(f"{where} has no {name}; it is needed")
-    try:
-        found = kind(**made)
-    except InvalidRequest as error:
-        raise InvalidRequest(f"{where}: {error}") from error
-    if isinstance(found, ModelShape):
-        _check_shape(found, where)
-    return found
-
-
-def _check_shape(shape: ModelShape, where: str) -> None:
-    """Raise InvalidRequest for numbers that the cost model cannot divide by or take powers of."""
-    whole(f"{where}.layers", shape.layers, 1, _MAX_LAYERS)
-    whole(f"{where}.hidden", shape.hidden, 1)
-    whole(f"{where}.parameters", shape.parameters, 1, _MAX_PARAMETERS)
-    number_within(f"{where}.element", shape.element, 0.1, 8)
-    for at, group in enumerate(shape.groups):
-        whole(f"{where}.groups[{at}].top_k", group.top_k, 0, group.experts)
-
-
-def _has_keys(kind: Any, table: Any) -> bool:
-    """Whether all keys of a table are fields of a dataclass."""
-    return isinstance(table, Mapping) and set(table) <= {item.name for item in fields(kind)}
-
-
-def _read(hint: Any, value: Any, where: str, catalogue: Catalogue, given: Mapping[str, Any]) -> Any:
-    if get_origin(hint) in (types.UnionType, Union):  # None is what a file leaves out
-        several = [each for each in get_args(hint) if each is not type(None)]
-        hint = next((each for each in several if is_dataclass(each) and _has_keys(each, value)), several[0])
-    if hint is Device:
-        return catalogue.device(text(where, value))
-    if hint is Link:
-        return catalogue.link(text(where, value))
-    if is_dataclass(hint):
-        return _from_table(hint, value, where, catalogue, **given)  # type: ignore[arg-type]  # a type, not an instance
-    if get_origin(hint) is tuple:
-        if not isinstance(value, list) or len(value) > _MAX_ITEMS:
-            raise InvalidRequest(f"{where} is {value!r:.80}; allowed is a list of up to {_MAX_ITEMS}")
-        inner = get_args(hint)[0]
-        return tuple(_read(inner, each, f"{where}[{at}]", catalogue, given) for at, each in enumerate(value))
-    if hint is str:
-        return text(where, value)
-    if hint is bool:
-        if type(value) is not bool:
-            raise InvalidRequest(f"{where} is {value!r:.80}; allowed are true and false")
-        return value
-    return whole(where, value) if hint is int else number_within(where, value, 0, _MAX_NUMBER)

@@ -15,9 +15,9 @@ from collections import deque
 from dataclasses import dataclass
 
 from lamina.errors import InvalidRequest
+from lamina.simulator.costs.bounds import number_within, whole
 from lamina.simulator.costs.cost_model import Load
 from lamina.simulator.costs.systems import Colocated
-from lamina.simulator.costs.tables import number_within, whole
 
 _MOST_USERS, _MOST_ROUNDS, _MOST_TOKENS = 1 << 14, 1000, 1 << 24
 _GOLDEN = (math.sqrt(5) - 1) / 2
