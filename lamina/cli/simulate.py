@@ -422,7 +422,7 @@ def _check(path: Path, asked: PlanOptions) -> None:
     from lamina.simulator.traces.catalogue import AGENTS, FILES
 
     plan = read(path)
-    for remark in plan.one_replica.remarks():
+    for remark in plan.one_replica().remarks():
         typer.echo(f"{path}: {remark}", err=True)
     planned = plan.trace.name.removesuffix(" (synthetic)")
     name = planned if planned in (*FILES, AGENTS) else asked.trace

@@ -188,7 +188,9 @@ def print_plan(
     if not prefill:
         assumed.append("Prompts are computed elsewhere, at no cost here.")
     assumed += [f"{what.capitalize()}: {said}." for what, said in chosen(model, found.plan.system.speculation).items()]
-    _section("Assumed", (*assumed, *remarks, *(f"To deploy: {remark}." for remark in found.plan.one_replica.remarks())))
+    _section(
+        "Assumed", (*assumed, *remarks, *(f"To deploy: {remark}." for remark in found.plan.one_replica().remarks()))
+    )
     if out is None:
         return
     from lamina.simulator.planning.deployment import commands, undeployable
@@ -316,7 +318,7 @@ def plan_record(found: Planned) -> dict[str, Any]:
         "assumptions": [{**asdict(each), "likely": each.likely} for each in found.assumptions],
         "best_of": {name: record(each) for name, each in found.best_of.items()},
         "engine": dict(found.plan.engine),
-        "remarks": found.plan.one_replica.remarks(),
+        "remarks": found.plan.one_replica().remarks(),
     }
 
 

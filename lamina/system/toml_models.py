@@ -35,8 +35,6 @@ _WORDS = {
 }
 """What pydantic calls things, and what this project does."""
 _T = TypeVar("_T")
-
-
 _STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
@@ -60,13 +58,12 @@ def validated(schema: type[_T], data: Mapping[str, Any], where: str = "") -> _T:
     """The tables as a `Table` or dataclass. `where`: what errors call the place of `data`; "": the file."""
     # As JSON: where Python's own values are checked strictly, a list is no tuple and a table no dataclass.
     text = json.dumps([data], default=_date)
+    adapter = _adapter(schema)  # type: ignore[arg-type]  # a type can be hashed
     try:
-        tables: tuple[_T] = _adapter(schema).validate_json(text, strict=True)  # type: ignore[arg-type]  # types are hashable
+        tables: tuple[_T] = adapter.validate_json(text, strict=True)
     except ValidationError as error:
-        errors = sorted(error.errors(include_url=False), key=lambda fault: fault["type"] not in _UNKNOWN_KEY)
-        raise InvalidRequest(
-            _words(schema, data, dict(errors[0]), where)
-        ) from error  # a key that is misspelt is not missing
+        faults = sorted(error.errors(include_url=False), key=_is_not_misspelt)
+        raise InvalidRequest(_words(schema, data, faults[0], where)) from error
     return tables[0]
 
 
@@ -85,12 +82,10 @@ def _is_not_misspelt(fault: Any) -> bool:
     return fault["type"] not in _UNKNOWN_KEY
 
 
-def _words(schema: type, data: Any, error: Mapping[str, Any], where: str) -> str:
+def _words(schema: type, data: Any, error: Any, where: str) -> str:
     steps, kind = list(error["loc"])[1:], error["type"]
     if kind == "missing" and isinstance(steps[-1], int):
-        return (
-            f"{_place(data, steps[:-1], where)} is {error['input']!r:.80}; it has no item {steps[-1]}, which is needed"
-        )
+        return f"{_place(data, steps[:-1], where)} is {error['input']!r:.80}; its item {steps[-1]} is needed"
     if kind == "missing":
         return f"{_place(data, steps[:-1], where)} has no {steps[-1]}; it is needed"
     if kind in _UNKNOWN_KEY:
@@ -114,10 +109,10 @@ def _place(data: Any, steps: list[str | int], where: str) -> str:
         except (LookupError, TypeError):  # a step that is pydantic's, not the file's
             data = None
         name = data.get("name") if isinstance(step, int) and isinstance(data, Mapping) else None
-        if isinstance(step, int):
-            path += f" {name!r:.80}" if isinstance(name, str) else f"[{step}]"
-        else:
+        if isinstance(step, str):
             path += f".{step}" if path else step
+        else:
+            path += f" {name!r:.80}" if isinstance(name, str) else f"[{step}]"
     return path or "it"
 
 

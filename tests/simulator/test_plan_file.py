@@ -74,7 +74,7 @@ def test_what_is_written_is_read_back_equal(kind: str, tmp_path: Path) -> None:
 def assert_engine_reads_the_same(file: Path, plan: Plan) -> None:
     """The engine's reader knows of systems what the simulator does: all but their full names, and the decode side of
     two that no engine is."""
-    planned, engine_plan = plan.one_replica, read_engine_plan(file)
+    planned, engine_plan = plan.one_replica(), read_engine_plan(file)
     devices = planned.system.devices[:1] if planned.system.kind == "disaggregated" else planned.system.devices
     system = replace(planned.system, name=engine_plan.system.name, devices=devices)
     if system.kind != "offloaded":
@@ -199,11 +199,11 @@ def test_the_engine_keeps_weights_and_drafts_as_planned() -> None:
 
 def test_a_plan_says_that_no_gpu_keeps_weights_packed() -> None:
     packed = plan_of(replace(together(4), model=BIG.with_weights("int4")))
-    assert packed.one_replica.remarks() == [
+    assert packed.one_replica().remarks() == [
         "weights stay packed on CPUs alone, so an engine on h100 computes with 16 bits"
     ]
     assert "quantize" not in packed.engine
-    assert plan_of(SYSTEMS["packed"]).one_replica.remarks() == []
+    assert plan_of(SYSTEMS["packed"]).one_replica().remarks() == []
 
 
 def test_devices_without_a_network_are_one_machine() -> None:

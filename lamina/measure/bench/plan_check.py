@@ -172,7 +172,7 @@ def check(
     a trace too short, EngineError where the server does not come up or answers nothing.
     """
     plan = read(path)
-    plan.one_replica.keywords()  # raises where no engine can do it, before anything is started
+    plan.one_replica().keywords()  # raises where no engine can do it, before anything is started
     load = excerpt(trace, plan, minutes)
     with Child("reading", {"size": _READ}) as memory, Served(path, progress) as server:
         before = memory.ask("read")

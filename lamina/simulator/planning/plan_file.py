@@ -90,9 +90,8 @@ class Plan:
     engine: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _ = self.one_replica  # checks the model's name, the replicas and the keywords
+        self.one_replica()  # raises InvalidRequest for a name, replicas or keywords that no engine has
 
-    @property
     def one_replica(self) -> EnginePlan:
         """The part of the plan that an engine needs."""
         return EnginePlan(self.model, self.engine, planned_system(self.system), self.replicas)
