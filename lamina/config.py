@@ -177,10 +177,10 @@ class EngineConfig:
                 object.__setattr__(self, name, check_names(name, getattr(self, name)))
             except DeviceError as error:
                 raise InvalidRequest(str(error)) from error
-        for name, low, most in _SECONDS:
+        for name, low, high in _SECONDS:
             value = getattr(self, name)
-            if type(value) not in (int, float) or not low <= value <= most:
-                raise InvalidRequest(f"{name} is {value!r:.80}; allowed are {low} to {most} seconds")
+            if type(value) not in (int, float) or not low <= value <= high:
+                raise InvalidRequest(f"{name} is {value!r:.80}; allowed are {low} to {high} seconds")
         for name, what in (
             ("journal", "a folder, or None"),
             ("kv_cold", "a folder on a disk, or None"),
@@ -216,9 +216,9 @@ class EngineConfig:
                     object.__setattr__(self, name, fixed)
         if self.autoscale is not None:
             self._check_autoscale()
-        most = self.most_workers if isinstance(self.attention_workers, int) else len(self.attention_workers)
-        if (spares := redundancy.parse(self.redundancy)) and most:  # without any now, some may still join
-            redundancy.check_workers(spares, most)
+        workers = self.most_workers if isinstance(self.attention_workers, int) else len(self.attention_workers)
+        if (spares := redundancy.parse(self.redundancy)) and workers:  # without any now, some may still join
+            redundancy.check_workers(spares, workers)
 
     @property
     def ranks(self) -> int:
@@ -243,8 +243,8 @@ class EngineConfig:
     @property
     def first_workers(self) -> int:
         """How many attention workers are started at first, here or on the cluster."""
-        given = self.attention_workers if isinstance(self.attention_workers, int) else 0
-        return given or (0 if self.autoscale is None else self.autoscale[0])
+        count = self.attention_workers if isinstance(self.attention_workers, int) else 0
+        return count or (0 if self.autoscale is None else self.autoscale[0])
 
     @property
     def most_workers(self) -> int:
@@ -301,10 +301,10 @@ class EngineConfig:
             raise InvalidRequest(
                 f'attention_workers is {workers!r:.80}; allowed are 0 to {MAX_WORKERS}, or a list of "host:port"'
             )
-        most = self.replicas + 1 if self.replicas > 1 else MAX_LANES
-        if self.lanes != "auto" and (type(self.lanes) is not int or not 1 <= self.lanes <= most):
-            beside = f" with {self.replicas} replicas" if self.replicas > 1 else ""
-            raise InvalidRequest(f'lanes is {self.lanes!r:.80}{beside}; allowed are 1 to {most}, or "auto"')
+        limit = self.replicas + 1 if self.replicas > 1 else MAX_LANES
+        if self.lanes != "auto" and (type(self.lanes) is not int or not 1 <= self.lanes <= limit):
+            reason = f" with {self.replicas} replicas" if self.replicas > 1 else ""
+            raise InvalidRequest(f'lanes is {self.lanes!r:.80}{reason}; allowed are 1 to {limit}, or "auto"')
         share = self.local_share
         number = isinstance(share, (int, float)) and not isinstance(share, bool)
         if share != "auto" and not (number and 0 <= float(share) <= 1):
@@ -318,21 +318,25 @@ class EngineConfig:
             raise InvalidRequest(f'cluster is {self.cluster!r:.80}; allowed is "auto", "host:port" or None')
 
     def _check_autoscale(self) -> None:
-        given, workers = self.autoscale, self.attention_workers
-        pair = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else ()
-        if len(pair) != 2 or any(type(each) is not int for each in pair) or not 0 <= pair[0] <= pair[1] <= MAX_WORKERS:
+        value, workers = self.autoscale, self.attention_workers
+        pair = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else ()
+        if (
+            len(pair) != 2
+            or any(type(number) is not int for number in pair)
+            or not 0 <= pair[0] <= pair[1] <= MAX_WORKERS
+        ):
             raise InvalidRequest(
-                f"autoscale is {given!r:.80}; allowed are two numbers, the least and the most attention workers, from "
+                f"autoscale is {value!r:.80}; allowed are two numbers, the least and the most attention workers, from "
                 f"0 to {MAX_WORKERS}, the second not below the first"
             )
         object.__setattr__(self, "autoscale", pair)
-        least, most = pair
-        if not isinstance(workers, int) or (workers and not least <= workers <= most):
+        minimum, maximum = pair
+        if not isinstance(workers, int) or (workers and not minimum <= workers <= maximum):
             raise InvalidRequest(
-                f"autoscale is {least} to {most} and attention_workers {workers!r:.80}; allowed beside autoscale is a "
-                "number in its range, with which it begins; addresses name workers that other programs start"
+                f"autoscale is {minimum} to {maximum} and attention_workers {workers!r:.80}; allowed beside autoscale "
+                "is a number in its range, with which it begins; addresses name workers that other programs start"
             )
-        if not least and not workers and (self.local_share == 0 or self.model_workers > 1):
+        if not minimum and not workers and (self.local_share == 0 or self.model_workers > 1):
             what = "local_share is 0" if self.local_share == 0 else f"model_workers is {self.model_workers}"
             raise InvalidRequest(
                 f"autoscale begins with 0 attention workers and {what}, so nothing could hold KV before one starts; "

@@ -75,11 +75,11 @@ class LLM:
         progress: Progress | Literal[False] | None = None,
         **config: Unpack[EngineKeywords],
     ) -> None:
-        known = EngineConfig.__dataclass_fields__
+        options = EngineConfig.__dataclass_fields__
         for name in config:
-            if name not in known:
-                near = get_close_matches(name, known, n=2)
-                hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
+            if name not in options:
+                near = get_close_matches(name, options, n=2)
+                hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(options)}"
                 raise InvalidRequest(f"unknown keyword {name!r} for LLM: {hint}")
         self._name, self._process = str(model), os.getpid()
         bars = StderrBars() if progress is None and watched() else None

@@ -52,9 +52,9 @@ class PolicyFile:
     about: About = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, given in (("model", self.model), ("fingerprint", self.fingerprint)):
-            if not isinstance(given, str) or len(given) > _MAX_TEXT:
-                raise PolicyError(f"{name} is {given!r:.80}; allowed is a text of up to {_MAX_TEXT} characters")
+        for name, text in (("model", self.model), ("fingerprint", self.fingerprint)):
+            if not isinstance(text, str) or len(text) > _MAX_TEXT:
+                raise PolicyError(f"{name} is {text!r:.80}; allowed is a text of up to {_MAX_TEXT} characters")
         if not _FINGERPRINT.fullmatch(self.fingerprint):
             raise PolicyError(f'fingerprint is {self.fingerprint!r:.80}; allowed are hexadecimal digits, or ""')
         if not 1 <= len(self.heads) <= MAX_LAYERS:
@@ -86,9 +86,9 @@ class PolicyFile:
 
 def kept(policy: str, length: int) -> int:
     """How many of `length` tokens a head under that policy keeps, before rounding to pages."""
-    known = parse(policy)
-    window = min(known.kept_from(length), length)
-    return length - window + known.staying(0, window, 1)
+    rule = parse(policy)
+    window = min(rule.kept_from(length), length)
+    return length - window + rule.staying(0, window, 1)
 
 
 def kept_share(heads: Sequence[Sequence[str]], length: int) -> float:
@@ -214,8 +214,8 @@ def import_moa(path: str | Path, group: int = 1, context: int = 8192) -> PolicyF
         raise PolicyError(f"group is {group}; allowed are 1 or more query heads for each KV head")
     try:
         data = _json(path)
-        of = {"alphas": (-LONGEST, LONGEST), "betas": (0, 1)}
-        alphas, betas = (_table(data, name, *limits) for name, limits in of.items())
+        limits_by_table = {"alphas": (-LONGEST, LONGEST), "betas": (0, 1)}
+        alphas, betas = (_table(data, name, *limits) for name, limits in limits_by_table.items())
         if [*map(len, alphas)] != [*map(len, betas)]:
             raise PolicyError("betas has another shape than alphas; allowed is the same")
         if uneven := [len(layer) for layer in alphas if len(layer) % group]:

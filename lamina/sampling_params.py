@@ -127,12 +127,12 @@ class SamplingParams:
         }
         if checked["max_tokens"] is not None and checked["min_tokens"] > checked["max_tokens"]:
             raise _refused("min_tokens", self.min_tokens, f"at most max_tokens, which is {self.max_tokens}")
-        given = [name for name in _CONSTRAINTS if checked[name] is not None]
-        if given and checked["max_tokens"] == 0:
-            raise _refused("max_tokens", 0, f"1 or more beside {given[0]}")
-        if len(given) > 1:
+        constraints = [name for name in _CONSTRAINTS if checked[name] is not None]
+        if constraints and checked["max_tokens"] == 0:
+            raise _refused("max_tokens", 0, f"1 or more beside {constraints[0]}")
+        if len(constraints) > 1:
             raise InvalidRequest(
-                f"{' and '.join(given)} are given; allowed is at most one of {', '.join(_CONSTRAINTS)}"
+                f"{' and '.join(constraints)} are given; allowed is at most one of {', '.join(_CONSTRAINTS)}"
             )
         for name, value in checked.items():
             object.__setattr__(self, name, value)
@@ -151,11 +151,11 @@ class SamplingParams:
     @classmethod
     def from_keywords(cls, **keywords: Any) -> SamplingParams:
         """Like the constructor, but an unknown keyword is an `InvalidRequest` that names the nearest ones."""
-        known = [f.name for f in dataclasses.fields(cls)]
+        names = [f.name for f in dataclasses.fields(cls)]
         for name in keywords:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=2)
-                hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=2)
+                hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(names)}"
                 raise InvalidRequest(f"unknown sampling parameter {name!r}: {hint}")
         return cls(**keywords)
 

@@ -203,26 +203,26 @@ class KnownRequest:
     @property
     def known(self) -> dict[int, list[int]]:
         """The tokens of the samples that have not ended."""
-        return {at: list(sample.tokens) for at, sample in enumerate(self.samples) if sample.reason is None}
+        return {index: list(sample.tokens) for index, sample in enumerate(self.samples) if sample.reason is None}
 
     def missing(self, received: Sequence[tuple[Sequence[int], bool]]) -> list[tuple[int, int | None, str | None, Any]]:
         """What a client lacks that has `received` these tokens of each sample, and whether its end: tuples of sample,
         token, reason, logprobs. Raises ValueError for tokens, or an end, that the sample does not have."""
         missing: list[tuple[int, int | None, str | None, Any]] = []
-        for at, (sample, (tokens, ended)) in enumerate(zip(self.samples, received, strict=True)):
+        for index, (sample, (tokens, ended)) in enumerate(zip(self.samples, received, strict=True)):
             had = len(tokens)
             if list(tokens) != sample.tokens[:had]:
-                raise ValueError(f"sample {at} has {len(sample.tokens)} tokens here, others than the {had} received")
+                raise ValueError(f"sample {index} has {len(sample.tokens)} tokens here, others than the {had} received")
             if ended:
                 if sample.reason is None:  # the end of the journal is lost
-                    raise ValueError(f"sample {at} goes on here, and has ended for the client")
+                    raise ValueError(f"sample {index} goes on here, and has ended for the client")
                 continue
             last = len(sample.tokens) - 1
             for position in range(had, len(sample.tokens)):
                 reason = sample.reason if position == last else None
-                missing.append((at, sample.tokens[position], reason, sample.logprobs[position]))
+                missing.append((index, sample.tokens[position], reason, sample.logprobs[position]))
             if sample.reason is not None and had > last:
-                missing.append((at, None, sample.reason, None))
+                missing.append((index, None, sample.reason, None))
         return missing
 
 
@@ -237,7 +237,7 @@ class History:
         self.finished: OrderedDict[str, KnownRequest] = OrderedDict()
         self.unclaimed: set[str] = set()
         self._sizes: dict[str, int] = {}  # of finished requests, in bytes
-        self._kept = 0  # their sum
+        self._finished_size = 0  # their sum
 
     def apply(self, record: Record) -> None:
         """Raises ValueError, KeyError, IndexError or TypeError for a record that does not follow those before it."""
@@ -257,16 +257,16 @@ class History:
                 self._forget(request["id"])
                 samples = [KnownSample() for _ in range(request["n"])]
                 self.requests[request["id"]] = KnownRequest(request, params, seed, samples)
-            case SampleRecord(request_id, at, tokens, logprobs, reason, handle, computed, parts):
+            case SampleRecord(request_id, index, tokens, logprobs, reason, handle, computed, parts):
                 if len(tokens) != len(logprobs):
                     raise ValueError(f"{len(tokens)} tokens with {len(logprobs)} reports")
-                self.requests[request_id].samples[at] = KnownSample(
+                self.requests[request_id].samples[index] = KnownSample(
                     list(tokens), list(logprobs), reason, handle, computed, parts
                 )
                 self._ended(request_id)
             case EndRecord(request_id, ends):
-                for at, reason in ends:
-                    self.requests[request_id].samples[at].reason = reason
+                for index, reason in ends:
+                    self.requests[request_id].samples[index].reason = reason
                 self._ended(request_id)
             case TriedRecord(request_id, tries):
                 self.requests[request_id].tries = tries
@@ -290,25 +290,25 @@ class History:
     def _ended(self, request_id: str) -> None:
         """A request has ended when all samples have. One that was aborted is not kept: its client does not come
         back."""
-        known = self.requests[request_id]
-        if known.open:
+        request = self.requests[request_id]
+        if request.open:
             return
         del self.requests[request_id]
-        if any(sample.reason == "abort" for sample in known.samples):
+        if any(sample.reason == "abort" for sample in request.samples):
             return
-        for sample in known.samples:
+        for sample in request.samples:
             sample.handle, sample.parts = 0, ()
-        self.finished[request_id] = known
-        self._sizes[request_id] = known.size
-        self._kept += known.size
-        spare = (each for each in list(self.finished) if each not in self.unclaimed)
-        while self._kept > FINISHED and (oldest := next(spare, None)) is not None:
+        self.finished[request_id] = request
+        self._sizes[request_id] = request.size
+        self._finished_size += request.size
+        spare = (other_id for other_id in list(self.finished) if other_id not in self.unclaimed)
+        while self._finished_size > FINISHED and (oldest := next(spare, None)) is not None:
             self._forget(oldest)
 
     def _forget(self, request_id: str) -> None:
         """Drop a finished request; harmless for any other."""
         self.finished.pop(request_id, None)
-        self._kept -= self._sizes.pop(request_id, 0)
+        self._finished_size -= self._sizes.pop(request_id, 0)
 
     def find(self, request_id: str) -> KnownRequest | None:
         """A request that is unfinished, or has finished lately."""
@@ -316,15 +316,15 @@ class History:
 
     def records(self) -> Iterator[Record]:
         """The fewest records that give this state."""
-        for request_id, known in [*self.finished.items(), *self.requests.items()]:
-            yield RequestRecord(known.request, known.params, known.seed)
-            for at, s in enumerate(known.samples):
+        for request_id, request in [*self.finished.items(), *self.requests.items()]:
+            yield RequestRecord(request.request, request.params, request.seed)
+            for index, s in enumerate(request.samples):
                 if s != KnownSample():
                     yield SampleRecord(
-                        request_id, at, tuple(s.tokens), tuple(s.logprobs), s.reason, s.handle, s.computed, s.parts
+                        request_id, index, tuple(s.tokens), tuple(s.logprobs), s.reason, s.handle, s.computed, s.parts
                     )
-            if known.tries:
-                yield TriedRecord(request_id, known.tries)
+            if request.tries:
+                yield TriedRecord(request_id, request.tries)
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,7 +352,7 @@ def adoption(
     have the holder GONE, and are taken over like those of a lost holder. None where the sample must be computed from
     its start."""
     computed = min(sample.computed, prompt + len(sample.tokens) - 1)
-    there: list[tuple[Share, int, PartHeld | None]] = []
+    shares: list[tuple[Share, int, PartHeld | None]] = []
     states: list[tuple[int, int]] = []  # after how many tokens each part of states has them
     for address, rank, handle, pool, heads, lo, hi in sample.parts:
         holder = found.get(KvLocation(address, rank))
@@ -360,24 +360,24 @@ def adoption(
         if holder is not None and part is not None and part.pool == pool < len(holder.first_heads):
             local = tuple(head - holder.first_heads[pool] for head in heads)
             if (part.heads, part.lo) == (local, lo) and part.hi <= hi:
-                there.append((Share(holder.number, heads, lo, part.hi, pool, policy), handle, part))
+                shares.append((Share(holder.number, heads, lo, part.hi, pool, policy), handle, part))
                 if pool in holder.states:
                     states.append((part.held, part.floor))
                 if part.hi < hi:  # the engine died before it wrote where the rest grows
-                    there.append((Share(GONE, heads, part.hi, hi, pool, policy), 0, None))
+                    shares.append((Share(GONE, heads, part.hi, hi, pool, policy), 0, None))
                 continue
-        there.append((Share(GONE, heads, lo, hi, pool, policy), 0, None))
-    parts = [(share, part) for share, _, part in there if part is not None]
+        shares.append((Share(GONE, heads, lo, hi, pool, policy), 0, None))
+    parts = [(share, part) for share, _, part in shares if part is not None]
     computed = min([computed, *(part.held for share, part in parts if part.held < share.hi)])
     floor = max((part.floor for _, part in parts), default=0)
-    if not parts or computed < max(1, floor) or any(computed not in at for at in states):
+    if not parts or computed < max(1, floor) or any(computed not in lengths for lengths in states):
         return None
     layout: list[Share] = []
-    kept: list[Part] = []
-    for share, handle, part in there:
+    usable_parts: list[Part] = []
+    for share, handle, part in shares:
         layout.append(share)
         if part is not None:
-            kept.append(Part(handle, share))
-    if not any(part.share.lo < computed for part in kept):
+            usable_parts.append(Part(handle, share))
+    if not any(part.share.lo < computed for part in usable_parts):
         return None
-    return Adoption(RetainedKv(sample.handle, tuple(layout), computed, floor), tuple(kept))
+    return Adoption(RetainedKv(sample.handle, tuple(layout), computed, floor), tuple(usable_parts))

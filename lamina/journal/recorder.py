@@ -55,10 +55,10 @@ class Recorder:
         self._journal.append(RequestRecord.of(request))
         if known is None or request.received is None:
             return
-        for at, (tokens, _) in enumerate(request.received):
-            reason = None if at in known else "stop"  # the client knows the true one
+        for index, (tokens, _) in enumerate(request.received):
+            reason = None if index in known else "stop"  # the client knows the true one
             reports = (None,) * len(tokens)
-            self._journal.append(SampleRecord(request.id, at, tuple(tokens), reports, reason, 0, 0, ()))
+            self._journal.append(SampleRecord(request.id, index, tuple(tokens), reports, reason, 0, 0, ()))
 
     def begins(self, suspects: Iterable[str]) -> None:
         """A batch is about to begin, with these requests where it has suspects alone. All that was noted is written
@@ -82,18 +82,18 @@ class Recorder:
             request_id = sequence.request.id
             if row.rebuild or request_id not in self._journal.history.requests:
                 continue
-            own = sampled.get((request_id, sequence.sample), [])
-            reason = own[-1].finish_reason if own else None
-            if not own and sequence.finish_reason is not None:  # it ended meanwhile
+            row_outputs = sampled.get((request_id, sequence.sample), [])
+            reason = row_outputs[-1].finish_reason if row_outputs else None
+            if not row_outputs and sequence.finish_reason is not None:  # it ended meanwhile
                 self._parts.pop(sequence, None)
                 continue
-            if not own or reason is sequence.finish_reason is None:
+            if not row_outputs or reason is sequence.finish_reason is None:
                 self._keep(sequence, row.handle)
             else:
                 self._parts.pop(sequence, None)
-            end = row.start + row.known + max(0, len(own) - 1)  # the last token has no KV
-            given = [(output.token, _report(output)) for output in own if output.token is not None]
-            tokens, reports = zip(*given, strict=True) if given else ((), ())
+            end = row.start + row.known + max(0, len(row_outputs) - 1)  # the last token has no KV
+            token_reports = [(output.token, _report(output)) for output in row_outputs if output.token is not None]
+            tokens, reports = zip(*token_reports, strict=True) if token_reports else ((), ())
             if tokens:
                 self._deaths.pop(request_id, None)
             rows.append(BatchRow(request_id, sequence.sample, row.handle, end, tokens, reason, reports))
@@ -106,12 +106,12 @@ class Recorder:
         if self._parts.get(sequence) == parts:
             return
         self._parts[sequence] = parts
-        held = tuple(
+        parts_held = tuple(
             HeldPart(*self._place(share.holder), part.handle, share.pool, share.heads, share.lo, share.hi)
             for part in parts
             for share in (part.share,)
         )
-        self._journal.append(KeptRecord(sequence.request.id, sequence.sample, held))
+        self._journal.append(KeptRecord(sequence.request.id, sequence.sample, parts_held))
 
     def _place(self, number: int) -> tuple[str, int]:
         place = self._places.get(number)
@@ -146,15 +146,15 @@ class Recorder:
     def missing(self, request: EngineRequest) -> list[EngineOutput] | None:
         """The outputs that a client has not received; None where its request and tokens are not those of the
         journal."""
-        known = self._journal.history.find(request.id)
-        if known is None or request.received is None or not _same(known, request):
+        entry = self._journal.history.find(request.id)
+        if entry is None or request.received is None or not _same(entry, request):
             return None
         try:
-            missing = known.missing(request.received)
+            missing = entry.missing(request.received)
         except ValueError:
             return None
         self.claimed(request.id)
-        return [_output(*each, at=request.submitted) for each in missing]
+        return [_output(*fields, at=request.submitted) for fields in missing]
 
     def claimed(self, request_id: str) -> None:
         """A client has come for a request, or none will: it need not be kept any longer."""
@@ -169,23 +169,23 @@ class Recorder:
         """The unfinished requests of the previous engine, in the order in which they came."""
         requests = self._journal.history.requests
         self._journal.history.unclaimed.update(requests)
-        self._deaths = {request_id: known.deaths for request_id, known in requests.items()}
+        self._deaths = {request_id: entry.deaths for request_id, entry in requests.items()}
         return [
-            (RequestRecord(known.request, known.params, known.seed).restored(), known)
-            for known in list(requests.values())
+            (RequestRecord(entry.request, entry.params, entry.seed).restored(), entry)
+            for entry in list(requests.values())
         ]
 
     def adopt(self, known: KnownRequest, found: Mapping[KvLocation, RecoveredHolder]) -> dict[int, Adoption]:
         """Take up what holders still have of the KV of its unfinished samples. Returns that, by sample."""
         prompt, policy = len(known.request["prompt"]), known.request.get("policy", "")
         adoptions = {
-            at: adopted
-            for at, sample in enumerate(known.samples)
+            index: adopted
+            for index, sample in enumerate(known.samples)
             if sample.reason is None and (adopted := adoption(sample, prompt, found, policy)) is not None
         }
-        for at, adopted in adoptions.items():
+        for index, adopted in adoptions.items():
             self._placement.adopt(adopted.kept.handle, adopted.parts)
-            known.samples[at].computed = adopted.kept.computed
+            known.samples[index].computed = adopted.kept.computed
         return adoptions
 
 
@@ -202,9 +202,9 @@ def found(
 
 
 def _same(known: KnownRequest, request: EngineRequest) -> bool:
-    asked, fields = request.request, known.request
+    core, fields = request.request, known.request
     recorded = (tuple(fields["prompt"]), fields["max_tokens"], fields["n"], fields.get("policy", ""), known.seed)
-    return recorded == (asked.prompt, asked.max_tokens, asked.n, asked.policy, request.seed)
+    return recorded == (core.prompt, core.max_tokens, core.n, core.policy, request.seed)
 
 
 def _report(output: EngineOutput) -> Any:
@@ -213,5 +213,5 @@ def _report(output: EngineOutput) -> Any:
 
 
 def _output(sample: int, token: int | None, reason: Any, logprobs: Any, at: float) -> EngineOutput:
-    report = None if logprobs is None else RowLogprobs(logprobs[0], tuple(tuple(each) for each in logprobs[1]))
+    report = None if logprobs is None else RowLogprobs(logprobs[0], tuple(tuple(pair) for pair in logprobs[1]))
     return EngineOutput(sample, token, reason, report, at=at)

@@ -42,7 +42,7 @@ class Resumption:
         self._recorder = recorder
         self._scheduler = scheduler
         self._grammars = grammars
-        self._gone = False  # whether a part of an adopted sequence is lost
+        self._parts_lost = False  # whether a part of an adopted sequence is lost
         self._unclaimed: dict[str, EngineRequest] = {}  # for which no client has come yet
         self._deadly: set[str] = set()  # requests that are not taken up, since engines died of them
 
@@ -54,8 +54,8 @@ class Resumption:
         """The journal's requests. The caller queues each one before it takes the next."""
         if self._recorder is None:
             return
-        for request, known in self._recorder.unfinished():
-            deaths = known.deaths
+        for request, entry in self._recorder.unfinished():
+            deaths = entry.deaths
             if deaths >= TRIES:
                 logger.error("request %s is not taken up: %d engines died of it", request.id, deaths)
                 self._deadly.add(request.id)
@@ -70,16 +70,16 @@ class Resumption:
                 self._recorder.drop(request.id)
                 continue
             self._unclaimed[request.id] = request
-            computed = {at: sample.computed for at, sample in enumerate(known.samples)}
-            anew = _lacks_scores(request, (sample.tokens for sample in known.samples))
-            adopted = {} if anew else self._recorder.adopt(known, found)
-            kept = {sample: each.kept for sample, each in adopted.items()}
-            self._gone |= any(share.holder == GONE for each in kept.values() for share in each.layout)
-            yield Begun(request, known.known, computed, kept, deaths)
+            computed = {index: sample.computed for index, sample in enumerate(entry.samples)}
+            anew = _lacks_scores(request, (sample.tokens for sample in entry.samples))
+            adopted = {} if anew else self._recorder.adopt(entry, found)
+            retained = {sample: part.kept for sample, part in adopted.items()}
+            self._parts_lost |= any(share.holder == GONE for part in retained.values() for share in part.layout)
+            yield Begun(request, entry.known, computed, retained, deaths)
 
     def rebuild(self) -> None:
         """Have the lost parts of adopted sequences computed again, after holders have said how much room they have."""
-        if self._gone:
+        if self._parts_lost:
             self._scheduler.lost(GONE)
 
     def is_deadly(self, request: EngineRequest) -> bool:
@@ -103,16 +103,16 @@ class Resumption:
         """The tokens from which a request goes on that the journal does not have, by sample."""
         if self._recorder is not None:
             self._recorder.drop(request.id)
-        return {at: tokens for at, (tokens, ended) in enumerate(request.received or ()) if not ended}
+        return {index: tokens for index, (tokens, ended) in enumerate(request.received or ()) if not ended}
 
     def disclaim(self) -> list[EngineRequest]:
         """The requests for which no client has come. They are not kept for one any longer."""
-        left = list(self._unclaimed.values())
+        requests = list(self._unclaimed.values())
         self._unclaimed.clear()
-        for request in left:
+        for request in requests:
             if self._recorder is not None:
                 self._recorder.claimed(request.id)
-        return left
+        return requests
 
 
 def _lacks_scores(request: EngineRequest, tokens: Iterable[Sequence[int]]) -> bool:

@@ -50,8 +50,8 @@ class KvSavings(NamedTuple):
         """The savings as shares of what reading and keeping everything would take; empty where no policy saved any."""
         if not self.whole:
             return {}
-        kept = max(1, self.kept)
-        shares = {"kv_read": self.read / self.whole, "kv_held": self.held / kept, "kv_resident": self.resident / kept}
+        pages = max(1, self.kept)
+        shares = {"kv_read": self.read / self.whole, "kv_held": self.held / pages, "kv_resident": self.resident / pages}
         if self.queries:
             shares |= {"missed_mass": self.missed / self.queries, "missed_mass_worst": self.worst}
             shares["coarse_mass"] = self.coarse / self.queries

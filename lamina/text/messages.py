@@ -109,11 +109,11 @@ def _check_message(name: str, message: object) -> dict[str, Any]:
         raise InvalidRequest(f"{name}.role is {cut(role)}; allowed are {', '.join(ROLES)}")
     of_assistant = role == "assistant"
     more = {"assistant": ("tool_calls", "refusal", *_REASONING), "tool": ("tool_call_id",)}.get(role, ())
-    known = ("role", "content", "name", *more)
+    keys = ("role", "content", "name", *more)
     for key, value in message.items():
         is_ignored = value is None or (key in _EMPTY and not value) or (key in _IGNORED and of_assistant)
-        if key not in known and not is_ignored:
-            raise InvalidRequest(f"{name} has {cut(key)}; allowed for {role} are {', '.join(known)}")
+        if key not in keys and not is_ignored:
+            raise InvalidRequest(f"{name} has {cut(key)}; allowed for {role} are {', '.join(keys)}")
     calls = message.get("tool_calls") or []
     content = message.get("content")
     if content is None and calls:

@@ -20,25 +20,25 @@ class StopMatcher:
     def __init__(self, stops: Sequence[str], include: bool = False) -> None:
         self._patterns = [_Pattern(stop) for stop in stops]
         self._include = include
-        self._held = ""
+        self._pending = ""
 
     def push(self, text: str) -> tuple[str, bool]:
         """Add text; what may be shown now, and whether a stop string ended it. Once it has, push no more."""
-        seen = len(self._held)
-        text = self._held + text
-        for end in range(seen + 1, len(text) + 1):
+        old_length = len(self._pending)
+        text = self._pending + text
+        for end in range(old_length + 1, len(text) + 1):
             complete = [len(p.text) for p in self._patterns if p.advance(text[end - 1])]
             if complete:
-                self._held = ""
+                self._pending = ""
                 return text[: end if self._include else end - max(complete)], True
-        shown = len(text) - max((p.matched for p in self._patterns), default=0)
-        self._held = text[shown:]
-        return text[:shown], False
+        split = len(text) - max((p.matched for p in self._patterns), default=0)
+        self._pending = text[split:]
+        return text[:split], False
 
     def finish(self) -> str:
         """The text ends here: what was held back."""
-        rest, self._held = self._held, ""
-        return rest
+        pending, self._pending = self._pending, ""
+        return pending
 
 
 class _Pattern:

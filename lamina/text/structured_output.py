@@ -145,11 +145,11 @@ class Constraint:
         self._tokens += len(tokens)
         self.foreseen = ()
         self._go_on(tokens)
-        if self.spent > (most := MASK_SECONDS + MASK_SECONDS_A_TOKEN * self._tokens):
+        if self.spent > (limit := MASK_SECONDS + MASK_SECONDS_A_TOKEN * self._tokens):
             raise InvalidRequest(
                 f"the text cannot be held to what is asked for any further: the masks of {self._tokens} tokens took "
                 f"{self.spent:.1f} s; allowed are {MASK_SECONDS:g} s and {MASK_SECONDS_A_TOKEN:g} s a token, here "
-                f"{most:.1f} s. Ask for a less ambiguous schema or grammar"
+                f"{limit:.1f} s. Ask for a less ambiguous schema or grammar"
             )
 
     def after(self, drafts: int) -> NDArray[np.int32]:
@@ -162,10 +162,10 @@ class Constraint:
         unwanted = (*tokens, *self._shape.eos_ids) if ignore_eos else tuple(tokens)
         if not unwanted:
             return ()
-        left = self.after(drafts).view(np.uint32).copy()
+        mask = self.after(drafts).view(np.uint32).copy()
         for token in unwanted:
-            left[token // 32] &= np.uint32(~(1 << token % 32) & 0xFFFFFFFF)
-        return unwanted if left.any() else ()
+            mask[token // 32] &= np.uint32(~(1 << token % 32) & 0xFFFFFFFF)
+        return unwanted if mask.any() else ()
 
     def _go_on(self, tokens: Sequence[int]) -> None:
         began = time.thread_time()
@@ -252,12 +252,12 @@ class Grammars:
         cannot be enforced. Takes a millisecond mostly, a second at worst, and the first time a tokenizer's loading."""
         if not params.constrained:
             return ()
-        asked = _asked(params)
+        language = _asked(params)
         with self._lock:
             tokenizer, shape = self._loaded = self._loaded or self._load()
-            found = self._compiled.pop(asked, None)
-            matcher, pace = found or (_on_deep_stack(lambda: _compile(tokenizer, *asked)), _Pace())
-            self._compiled[asked] = matcher, pace
+            entry = self._compiled.pop(language, None)
+            matcher, pace = entry or (_on_deep_stack(lambda: _compile(tokenizer, *language)), _Pace())
+            self._compiled[language] = matcher, pace
             if len(self._compiled) > _KEPT:
                 self._compiled.popitem(last=False)
             copies = [matcher.deep_copy() for _ in range(count)]
@@ -266,9 +266,9 @@ class Grammars:
         except InvalidRequest as error:
             reason = str(error)
         # Who keeps the error would keep all that its traceback names, and a matcher can have 50 MB.
-        del matcher, copies, found
-        self._compiled.pop(asked, None)
-        raise InvalidRequest(f"{asked[0]} cannot be used: {reason}")
+        del matcher, copies, entry
+        self._compiled.pop(language, None)
+        raise InvalidRequest(f"{language[0]} cannot be used: {reason}")
 
     def _load(self) -> tuple[LLTokenizer, _Shape]:
         if not self._eos_ids:
@@ -358,8 +358,8 @@ def _unusable(name: str, reason: str) -> InvalidRequest:
 
 def _short(reason: str) -> str:
     """An error of llguidance on one line of bounded length, without its excerpts of a grammar."""
-    kept = [line for line in reason.splitlines() if not _EXCERPT.match(line)]
-    line = " ".join(" ".join(kept).replace("<non-verbose/>", "").split())
+    lines = [line for line in reason.splitlines() if not _EXCERPT.match(line)]
+    line = " ".join(" ".join(lines).replace("<non-verbose/>", "").split())
     line = line.rpartition("failed to compile JSON schema: ")[2]
     pattern, _, error = line.rpartition(" error: ")  # of a regular expression, which may be long
     if pattern:

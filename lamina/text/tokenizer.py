@@ -189,7 +189,7 @@ class StreamDecoder:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._window: list[int] = []
-        self._given = 0  # characters of the window's text that were returned
+        self._returned = 0  # characters of the window's text that were returned
         self._waiting = 0  # tokens since the text last ended with a whole character
 
     def push(self, token_id: int) -> str:
@@ -213,7 +213,7 @@ class StreamDecoder:
         return self._take(text, len(text))
 
     def _take(self, text: str, end: int) -> str:
-        begin, self._given = self._given, max(self._given, end)
+        begin, self._returned = self._returned, max(self._returned, end)
         return text[begin:end]
 
     def _shorten(self, text: str) -> None:
@@ -224,16 +224,16 @@ class StreamDecoder:
         """
         newest = len(self._window) - _CONTEXT
         for begin in range(newest, newest - _MOST_BYTES, -1):
-            rest = self._decode(self._window[begin:])
-            given = self._given - (len(text) - len(rest))
-            if given > 0 and text.endswith(rest):
+            tail = self._decode(self._window[begin:])
+            returned = self._returned - (len(text) - len(tail))
+            if returned > 0 and text.endswith(tail):
                 del self._window[:begin]
-                self._given = given
+                self._returned = returned
                 return
         if len(self._window) >= _LONGEST:
             del self._window[:newest]
-            rest = self._decode(self._window)
-            self._given = len(rest) - _open_end(rest)
+            tail = self._decode(self._window)
+            self._returned = len(tail) - _open_end(tail)
 
     def _shows_nothing(self, token_id: int) -> bool:
         is_hidden = self._skip_special_tokens and token_id in self._tokenizer.special_ids

@@ -148,8 +148,8 @@ of every record that is wrong, the others are alerts from the other side, or old
 
 def is_corrupt(error: OSError) -> bool:
     """Whether bits have changed on the way, as this side has found or the other one says."""
-    said = str(error).lower()  # `reason` is None where Python does not know OpenSSL's number
-    return isinstance(error, ssl.SSLError) and any(each in said for each in _CHANGED)
+    message = str(error).lower()  # `reason` is None where Python does not know OpenSSL's number
+    return isinstance(error, ssl.SSLError) and any(sign in message for sign in _CHANGED)
 
 
 def handshake(sock: object) -> None:

@@ -133,9 +133,9 @@ class GrpcChannel:
     def receive(self, timeout: float | None = None) -> memoryview:
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self._frames:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
             try:
-                self._take(self._in.get(timeout=left))
+                self._take(self._in.get(timeout=remaining))
             except queue.Empty:
                 raise TimeoutError(f"no frame within {timeout} seconds") from None
         return self._frames.popleft()
@@ -175,8 +175,8 @@ class GrpcChannel:
         if self._trailer:
             buffers = [*buffers, checksum(buffers)]
         self.bytes_sent += size + self._trailer
-        whole = size + self._trailer <= self._max_message
-        return (b"".join(buffers),) if whole else _messages(buffers, self._max_message)
+        is_one_message = size + self._trailer <= self._max_message
+        return (b"".join(buffers),) if is_one_message else _messages(buffers, self._max_message)
 
     def _read(self, incoming: Iterable[bytes]) -> None:
         try:
@@ -280,9 +280,9 @@ class WorkerClient:
             data = self._calls[name](control.pack(message), timeout=timeout, metadata=self._metadata)
         except grpc.RpcError as error:
             code = error.code() if isinstance(error, grpc.Call) else None
-            gone = code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+            unreachable = code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
             busy = code is grpc.StatusCode.RESOURCE_EXHAUSTED
-            kind = WorkerUnreachable if gone else WorkerBusy if busy else WorkerRefused
+            kind = WorkerUnreachable if unreachable else WorkerBusy if busy else WorkerRefused
             raise kind(f"{name} at {self.address}: {_details(error)}") from error
         except ValueError as error:  # gRPC raises it once this side has closed the channel
             raise WorkerUnreachable(f"{name} at {self.address}: {error}") from error
@@ -336,8 +336,8 @@ def _details(error: grpc.RpcError) -> str:
     """The reason for a failed call, from the other side or from gRPC."""
     if not isinstance(error, grpc.Call):
         return str(error)
-    said = error.details() or "no details"
-    if failed := _TLS_FAILED.search(said):
+    details = error.details() or "no details"
+    if failed := _TLS_FAILED.search(details):
         reason = failed[1].removeprefix("CERTIFICATE_VERIFY_FAILED: ").replace("_", " ")
-        said = f"TLS fails: {reason if reason != 'WRONG VERSION NUMBER' else 'the other side speaks none'}"
-    return f"{said} ({error.code().name})"
+        details = f"TLS fails: {reason if reason != 'WRONG VERSION NUMBER' else 'the other side speaks none'}"
+    return f"{details} ({error.code().name})"

@@ -14,8 +14,8 @@ _KNOWN_BELOW = (1, 86)  # later versions may not know these names, and would com
 
 def _experiments() -> str | None:
     """What `GRPC_EXPERIMENTS` should be; None: as it is."""
-    known = tuple(map(int, version("grpcio").split(".")[:2])) < _KNOWN_BELOW
-    return EXPERIMENTS if known and "GRPC_EXPERIMENTS" not in os.environ else None
+    is_tested = tuple(map(int, version("grpcio").split(".")[:2])) < _KNOWN_BELOW
+    return EXPERIMENTS if is_tested and "GRPC_EXPERIMENTS" not in os.environ else None
 
 
 if (_chosen := _experiments()) is not None:

@@ -74,11 +74,11 @@ class TokenInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc sh
         self._quiet_until = 0.0
 
     def intercept_service(self, continuation: Callable[[Any], Any], details: Any) -> Any:
-        given = [value for key, value in details.invocation_metadata if key == "authorization"]
-        matches = [hmac.compare_digest(_encoded(value), self._expected) for value in given]
+        tokens = [value for key, value in details.invocation_metadata if key == "authorization"]
+        matches = [hmac.compare_digest(_encoded(value), self._expected) for value in tokens]
         if any(matches) or details.method == f"/{HEALTH}/Check":
             return continuation(details)
-        reason = "the token is wrong" if given else "a token is needed"
+        reason = "the token is wrong" if tokens else "a token is needed"
 
         def refuse(_: Any, context: grpc.ServicerContext) -> Any:
             if (now := time.monotonic()) > self._quiet_until:  # strangers cannot fill the log
@@ -154,16 +154,16 @@ def _message(incoming: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
 def server_credentials(newest: Callable[[], Credentials], mutual: bool) -> grpc.ServerCredentials:
     """TLS of a server; with `mutual`, clients must show a certificate of the CA. Each connection gets the certificate
     that is the `newest` then."""
-    known = newest()
+    current = newest()
 
     def configuration() -> grpc.ServerCertificateConfiguration:
-        return grpc.ssl_server_certificate_configuration([(known.key, known.cert)], known.ca if mutual else None)
+        return grpc.ssl_server_certificate_configuration([(current.key, current.cert)], current.ca if mutual else None)
 
     def fetch() -> grpc.ServerCertificateConfiguration | None:
-        nonlocal known
-        if (found := newest()) is known:
+        nonlocal current
+        if (latest := newest()) is current:
             return None
-        known = found
+        current = latest
         return configuration()
 
     return grpc.dynamic_ssl_server_credentials(configuration(), fetch, mutual)

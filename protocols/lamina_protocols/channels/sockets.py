@@ -78,13 +78,13 @@ class SocketChannel:
         self._unreadable: ProtocolError | None = None  # what came in is no frame; sending still works
         self._arrivals = select.poll()
         self._arrivals.register(sock, select.POLLIN)
-        self._both = select.poll()
-        self._both.register(sock, select.POLLIN | select.POLLOUT)
+        self._readiness = select.poll()
+        self._readiness.register(sock, select.POLLIN | select.POLLOUT)
         self._room = select.poll()
         self._room.register(sock, select.POLLOUT)
         self._unsent: list[memoryview] = []
         self._frames: deque[memoryview] = deque()
-        self._held = 0  # bytes of them
+        self._queued_size = 0  # bytes of them
         self._prefix_memory = memoryview(bytearray(PREFIX_SIZE))
         self._prefix: Prefix | None = None  # of the frame that is arriving
         self._memory = self._missing = self._prefix_memory  # its memory, and the part still to be filled
@@ -96,10 +96,10 @@ class SocketChannel:
             while not self.flush():
                 if timeout is not None and deadline is None:
                     deadline = time.monotonic() + timeout
-                left = None if deadline is None else deadline - time.monotonic()
-                if left is not None and left <= 0:
+                remaining = None if deadline is None else deadline - time.monotonic()
+                if remaining is not None and remaining <= 0:
                     raise TimeoutError(f"a frame was not read within {timeout} seconds")
-                self._wait_for_room(left)
+                self._wait_for_room(remaining)
 
     def post(self, buffers: Sequence[bytes | memoryview]) -> None:
         with self._busy:
@@ -138,12 +138,12 @@ class SocketChannel:
                 # waiting: it may hold bytes that no poll reports.
                 self._arrivals.poll(None if timeout is None else timeout * 1e3)
             while not self._frames and not self._pump():
-                left = None if deadline is None else deadline - time.monotonic()
-                if left is not None and left <= 0:
+                remaining = None if deadline is None else deadline - time.monotonic()
+                if remaining is not None and remaining <= 0:
                     raise TimeoutError(f"no frame within {timeout} seconds")
-                self._arrivals.poll(None if left is None else left * 1e3 + 1)
+                self._arrivals.poll(None if remaining is None else remaining * 1e3 + 1)
             frame = self._frames.popleft()
-            self._held -= len(frame)
+            self._queued_size -= len(frame)
             return frame
 
     def ready(self) -> bool:
@@ -220,9 +220,9 @@ class SocketChannel:
         """Wait until more can be sent, so long at most. Incoming frames are read meanwhile, else two large frames could
         wait for each other; above a bound they are not."""
         milliseconds = None if seconds is None else seconds * 1e3 + 1
-        if self._held > _HELD:
+        if self._queued_size > _HELD:
             self._room.poll(milliseconds)
-        elif any(event & ~select.POLLOUT for _, event in self._both.poll(milliseconds)):
+        elif any(event & ~select.POLLOUT for _, event in self._readiness.poll(milliseconds)):
             self._pump()
 
     def _pump(self) -> bool:
@@ -268,7 +268,7 @@ class SocketChannel:
         self._arriving.end(self)
         frame = verified(self._memory, prefix.frame)
         self._frames.append(frame)
-        self._held += len(frame)
+        self._queued_size += len(frame)
         self.bytes_received += len(self._memory)
         self._prefix, self._memory, self._missing = None, self._prefix_memory, self._prefix_memory
         return True
@@ -358,8 +358,8 @@ class Listener:
             self._greetings[sock] = address
             if len(self._greetings) <= _GREETINGS:
                 return
-            most = max(Counter(self._greetings.values()).items(), key=lambda item: item[1])[0]
-            oldest = next(each for each, source in self._greetings.items() if source == most)
+            crowded = max(Counter(self._greetings.values()).items(), key=lambda item: item[1])[0]
+            oldest = next(greeting for greeting, source in self._greetings.items() if source == crowded)
             del self._greetings[oldest]
             with contextlib.suppress(OSError):  # its thread wakes and closes it
                 socket.socket.shutdown(oldest, socket.SHUT_RDWR)
@@ -403,10 +403,10 @@ def is_here(host: str) -> bool:
     if is_loopback(host):
         return True
     try:
-        found = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)
+        addresses = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)
     except (OSError, UnicodeError):
         return False
-    for family, kind, protocol, _, address in found:
+    for family, kind, protocol, _, address in addresses:
         try:
             with socket.socket(family, kind, protocol) as probe:
                 probe.connect(address)  # sends nothing

@@ -73,7 +73,7 @@ class Arriving:
     call `end`."""
 
     def __init__(self, most: int) -> None:
-        self._most = most
+        self._limit = most
         self._sizes: WeakKeyDictionary[object, int] = WeakKeyDictionary()  # by channel
 
     def begin(self, channel: object, size: int) -> None:
@@ -81,8 +81,8 @@ class Arriving:
         if size <= _SMALL:
             return
         others = sum(list(self._sizes.values()))
-        if others + size > self._most:
-            raise ProtocolError(f"a frame of {size} bytes beside others of {others}; allowed together: {self._most}")
+        if others + size > self._limit:
+            raise ProtocolError(f"a frame of {size} bytes beside others of {others}; allowed together: {self._limit}")
         self._sizes[channel] = size
 
     def end(self, channel: object) -> None:

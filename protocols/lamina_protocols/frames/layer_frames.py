@@ -111,11 +111,11 @@ def _places(
         "out": (dtype, (queries, d_v)),
         "lse": ("f32", (queries,)),
     }
-    places, at = {}, HEAD_SIZE
+    places, offset = {}, HEAD_SIZE
     for name in TENSORS[tag]:
-        at += padding(at)
-        places[name] = Place(at, nbytes(*shapes[name]), *shapes[name])
-        at += places[name].size
+        offset += padding(offset)
+        places[name] = Place(offset, nbytes(*shapes[name]), *shapes[name])
+        offset += places[name].size
     return MappingProxyType(places)
 
 
@@ -127,8 +127,8 @@ def frames_between(
     kind = m.Exchange if queries and fresh else m.Query if queries else m.Fresh
     d_q, q_type = (spec.query_width, dtype) if queries else (0, "")
     d_k, own_v, kv_type = (spec.key_width, spec.own_v, kv_dtype) if fresh else (0, 0, "")
-    asked = LayerFrame(TAGS[kind], 0, 0, queries, fresh, d_q, d_k, own_v, q_type, kv_type)
-    return asked, LayerFrame(TAGS[m.Attended], 0, 0, queries=queries, d_v=spec.d_v, dtype=dtype)
+    request = LayerFrame(TAGS[kind], 0, 0, queries, fresh, d_q, d_k, own_v, q_type, kv_type)
+    return request, LayerFrame(TAGS[m.Attended], 0, 0, queries=queries, d_v=spec.d_v, dtype=dtype)
 
 
 def set_batch(head: memoryview, epoch: int, batch: int) -> None:

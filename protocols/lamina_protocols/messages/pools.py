@@ -51,7 +51,7 @@ def pool_shape(spec: LayerSpec) -> Hashable:
 
 
 def _renumbered(config: HolderConfig, members: list[int]) -> tuple[LayerSpec, ...]:
-    within = {number: at for at, number in enumerate(members)}
+    within = {number: index for index, number in enumerate(members)}
     for number in members:
         source = config.layers[number].kv_layer
         if source not in within:
