@@ -149,14 +149,13 @@ class Holders:
 
     def ask_for_room(self, numbers: Iterable[int]) -> None:
         """Have holders apply the operations that wait; these say at least how many pages they have left."""
-        placement = self._control.placement
-        batches = placement.outgoing() | {number: placement.holders[number].outgoing() for number in numbers}
+        step = self._control.inquiry(numbers)
         try:
-            _, answers = self._worker.announce_now(batches)
+            _, answers = self._worker.announce_now(step.batches)
         except HolderFault as fault:  # the first batch meets it again, and handles it
             logger.warning("%s", fault)
             return
-        self._control.answered(batches, answers)
+        step.accepted(answers)
 
 
 _EVICTED = 32  # cached prefixes that are given up between two steps, at most

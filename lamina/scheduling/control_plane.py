@@ -1,8 +1,7 @@
 """Scheduler and placement as one: what is computed next, which holder reads and stores what, and what follows from the
 holders' answers. Pure: engine and simulator use the same decisions.
 
-The life of a step: `plan`, then `accepted` or `refused` as the holders answer; once its batch is complete `recorded`,
-or `dropped` where it failed.
+`ControlPlane.plan` gives a `Step`, which takes the holders' answers and the tokens of its batch.
 """
 
 from __future__ import annotations
@@ -10,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from lamina.kv.kv_shares import Pages
+from lamina.errors import EngineError
+from lamina.kv.kv_shares import NO_PAGES, Pages
 from lamina.kv.placement import Holder, Placement
 from lamina.kv.request import Outcome, Plan, PlannedRow, ScheduledSequence, SchedulerConfig
 from lamina.kv.spares import Spares
@@ -18,19 +18,6 @@ from lamina.scheduling.scheduler import Scheduler
 from lamina.scheduling.step_tuner import StepTuner
 from lamina_protocols.messages.messages import Announced
 from lamina_protocols.messages.routes import HolderBatch
-
-
-class Step(NamedTuple):
-    """What is announced together: a plan, and the operations and rows of each holder that it concerns. Without a plan a
-    step carries operations alone."""
-
-    plan: Plan | None
-    batches: Mapping[int, HolderBatch]
-
-    @property
-    def rows(self) -> tuple[PlannedRow, ...]:
-        """The rows that are computed."""
-        return () if self.plan is None else self.plan.rows
 
 
 class Rebuilt(NamedTuple):
@@ -61,7 +48,6 @@ class ControlPlane:
     def __init__(self, config: SchedulerConfig, placement: Placement, tuner: StepTuner | None = None) -> None:
         self.placement = placement
         self.scheduler = Scheduler(config, placement)
-        self._least = Pages()  # that holders must have left, where their last answers were in doubt
         self.tuner = tuner or StepTuner()
 
     @property
@@ -81,101 +67,15 @@ class ControlPlane:
         work."""
         plan = self.scheduler.plan(self.tuner.lanes)
         if plan is None:
-            return Step(None, self.placement.outgoing()) if alone and self.placement.pending else None
-        return Step(plan, self.placement.place(plan, fuses=self.tuner.fused))
+            return Step(None, self.placement.outgoing(), self) if alone and self.placement.pending else None
+        return Step(plan, self.placement.place(plan, fuses=self.tuner.fused), self)
 
-    def accepted(self, step: Step, answers: Mapping[int, Announced]) -> None:
-        """Every holder has accepted. Without rows the step is over with this."""
-        free = self._applied(step.batches, answers)
-        if step.plan is None:
-            self.scheduler.ledger.update_free(free)
-        else:
-            self.scheduler.accepted(step.plan, free, self._floors(step.plan, step.batches, answers))
-
-    def at_fault(self, step: Step, answers: Mapping[int, Announced]) -> dict[int, str]:
-        """The holders whose answers the books contradict too often, and what they say. Asked once of each answer,
-        before anything else is done with it."""
-        refusals, found = self.scheduler.refusals, {}
-        for number, answer in answers.items():
-            starts: dict[PlannedRow, int] = {}  # a sequence can have several parts there
-            for route, start in zip(step.batches[number].routes, answer.starts, strict=False):  # or there are none
-                row = step.rows[route.source]
-                starts[row] = min(start, starts.get(row, start))
-            for row, start in starts.items():
-                if start < row.start and refusals.lacks(number, row, start):
-                    found[number] = answer.reason
-        least, self._least = self.scheduler.ledger.room(), Pages()
-        full = {number for number, answer in answers.items() if not (answer.accepted or answer.starts)}
-        said = {(number, pool): free for number, a in answers.items() for pool, free in enumerate(a.free_pages)}
-        if full or any(free < least.get(at, 0) for at, free in said.items()):
-            # What is taken is counted anew: after a batch that failed the ledger does not know all of it.
-            self._least = self.placement.pages - self.scheduler.running.most()
-        for number, answer in answers.items():
-            pools = len(self.placement.holders[number].pages)
-            if len(answer.free_pages) != pools:
-                found[number] = f"it has {len(answer.free_pages)} pools, {pools} are expected"
-            left = [self._least.get((number, pool), 0) for pool in range(pools)]
-            if refusals.full(number, number in full and (min(left) >= 0 or not step.batches[number].routes)):
-                least_left = " and ".join(map(str, left))
-                found[number] = f"{answer.reason}, while {least_left} pages or more must be free"
-        return found
-
-    def refused(self, step: Step, answers: Mapping[int, Announced]) -> tuple[ScheduledSequence, ...]:
-        """A holder has refused, others may have accepted: undo the step, and make room for the next one or have lost KV
-        computed again. Returns the sequences that can never go on, which have ended."""
-        free = self._applied(step.batches, answers)
-        if step.plan is None:
-            self.scheduler.ledger.update_free(free)
-            return ()
-        if torn(answers):
-            starts = [row.start for row in step.rows]
-            for number, answer in answers.items():
-                for route, start in zip(step.batches[number].routes, answer.starts, strict=False):  # or there are none
-                    starts[route.source] = min(starts[route.source], start)
-            self.scheduler.torn(step.plan, free, self._floors(step.plan, step.batches, answers), starts)
-            return ()
-        believed = self.scheduler.refusals.believed
-        refusers = {number for number, answer in answers.items() if not answer.accepted and believed(number)}
-        return self.scheduler.refused(step.plan, free, self.placement.places(refusers))
-
-    def answered(self, batches: Mapping[int, HolderBatch], answers: Mapping[int, Announced]) -> None:
-        """Holders have answered an announcement of operations outside of any step."""
-        self.scheduler.ledger.update_free(self._applied(batches, answers))
-
-    def recorded(self, plan: Plan, tokens: Sequence[int | None]) -> list[Outcome]:
-        """The batch is complete: see `Scheduler.record`."""
-        return self.scheduler.record(plan, tokens)
-
-    def dropped(self, step: Step) -> None:
-        """The batch failed. Nothing of it counts; its rows are planned again."""
-        if step.plan is not None:
-            self.scheduler.drop(step.plan)
-
-    def _applied(self, batches: Mapping[int, HolderBatch], answers: Mapping[int, Announced]) -> Pages:
-        """Note which holders have applied their operations. Returns the pages that they have left, as far as that can
-        be."""
-        free, holders = Pages(), self.placement.holders
-        for number, answer in answers.items():
-            if answer.accepted:
-                holders[number].accepted(batches[number])
-            for pool, (said, whole) in enumerate(zip(answer.free_pages, holders[number].pages, strict=False)):
-                # Where it refuses, the pages that closes free are not free yet, and they may be more than is known.
-                least = self._least.get((number, pool), 0) if answer.accepted else 0
-                free[number, pool] = min(max(said, least), whole)
-        return free
-
-    def _floors(self, plan: Plan, batches: Mapping[int, HolderBatch], answers: Mapping[int, Announced]) -> list[int]:
-        """For each row the highest floor of the parts that were asked, local copies aside. Of states it is the row's
-        start, whatever was answered."""
-        floors, states = [0] * len(plan.rows), self.placement.states
-        for number, answer in answers.items():
-            if any(answer.floors) or (states and answer.accepted):
-                for route, said in zip(batches[number].routes, answer.floors, strict=True):
-                    floor = route.row.start if route.pool in states else said
-                    copied = plan.rows[route.source].sequence.local_copy
-                    if not copied or number not in self.placement.local_pools:
-                        floors[route.source] = max(floors[route.source], floor)
-        return floors
+    def inquiry(self, numbers: Iterable[int]) -> Step:
+        """A step without rows: the operations that wait for any holder, and an announcement to each of these holders,
+        whose answers say how many pages they have left."""
+        holders = self.placement.holders
+        asked = {number: holders[number].outgoing() for number in numbers}
+        return Step(None, self.placement.outgoing() | asked, self)
 
     # Holders.
 
@@ -246,3 +146,136 @@ class ControlPlane:
         """How many tokens of KV the plan's rows read, in the local pools and elsewhere."""
         local, total = self.placement.local_tokens((row.sequence.layout, row.start + 1) for row in plan.rows)
         return local, total - local
+
+
+class Step:
+    """What is announced together: a plan, and the operations and rows of each holder that it concerns. Without a plan a
+    step carries operations alone.
+
+    Its life: the holders' answers are checked by `at_fault`, then they are `accepted` or `refused`. Once its batch is
+    complete it is `recorded`, or `dropped` where it failed.
+    """
+
+    __slots__ = ("_control", "_least", "batches", "plan")
+
+    def __init__(self, plan: Plan | None, batches: Mapping[int, HolderBatch], control: ControlPlane) -> None:
+        self.plan = plan
+        self.batches = batches
+        self._control = control
+        self._least = NO_PAGES  # that holders must have left, where their answers are in doubt
+
+    @property
+    def rows(self) -> tuple[PlannedRow, ...]:
+        """The rows that are computed."""
+        return () if self.plan is None else self.plan.rows
+
+    # The holders' answers.
+
+    def at_fault(self, answers: Mapping[int, Announced]) -> dict[int, str]:
+        """The holders whose answers the books contradict too often, and what they say. Called once, before anything
+        else is done with the answers."""
+        return self._impossible_starts(answers) | self._false_refusals(answers)
+
+    def _impossible_starts(self, answers: Mapping[int, Announced]) -> dict[int, str]:
+        """The holders that say too often that they lack KV which the books say they have."""
+        refusals, guilty = self._control.scheduler.refusals, dict[int, str]()
+        for number, answer in answers.items():
+            starts: dict[PlannedRow, int] = {}  # a sequence can have several parts there
+            for route, start in zip(self.batches[number].routes, answer.starts, strict=False):  # or there are none
+                row = self.rows[route.source]
+                starts[row] = min(start, starts.get(row, start))
+            for row, start in starts.items():
+                if start < row.start and refusals.lacks(number, row, start):
+                    guilty[number] = answer.reason
+        return guilty
+
+    def _false_refusals(self, answers: Mapping[int, Announced]) -> dict[int, str]:
+        """The holders that say too often that they are full while the books say that there is room, and those whose
+        number of pools is wrong."""
+        scheduler, holders = self._control.scheduler, self._control.placement.holders
+        room = scheduler.ledger.room()
+        refusers = {number for number, answer in answers.items() if not (answer.accepted or answer.starts)}
+        if refusers or any(
+            free < room.get((number, pool), 0)
+            for number, answer in answers.items()
+            for pool, free in enumerate(answer.free_pages)
+        ):
+            # What is taken is counted anew: after a batch that failed the ledger does not know all of it.
+            self._least = self._control.placement.pages - scheduler.running.most()
+        guilty: dict[int, str] = {}
+        for number, answer in answers.items():
+            pools = len(holders[number].pages)
+            if len(answer.free_pages) != pools:
+                guilty[number] = f"it has {len(answer.free_pages)} pools, {pools} are expected"
+            least = [self._least.get((number, pool), 0) for pool in range(pools)]
+            falsely = number in refusers and (min(least) >= 0 or not self.batches[number].routes)
+            if scheduler.refusals.full(number, falsely):
+                pages = " and ".join(map(str, least))
+                guilty[number] = f"{answer.reason}, while {pages} pages or more must be free"
+        return guilty
+
+    def accepted(self, answers: Mapping[int, Announced]) -> None:
+        """Every holder has accepted. Without rows the step is over with this, and some may have refused."""
+        scheduler, free = self._control.scheduler, self._applied(answers)
+        if self.plan is None:
+            scheduler.ledger.update_free(free)
+        else:
+            scheduler.accepted(self.plan, free, self._floors(self.plan, answers))
+
+    def refused(self, answers: Mapping[int, Announced]) -> tuple[ScheduledSequence, ...]:
+        """A holder has refused, others may have accepted: undo the step, and make room for the next one or have lost KV
+        computed again. Returns the sequences that can never go on, which have ended."""
+        scheduler, free = self._control.scheduler, self._applied(answers)
+        if self.plan is None:
+            scheduler.ledger.update_free(free)
+            return ()
+        if torn(answers):
+            starts = [row.start for row in self.rows]
+            for number, answer in answers.items():
+                for route, start in zip(self.batches[number].routes, answer.starts, strict=False):  # or there are none
+                    starts[route.source] = min(starts[route.source], start)
+            scheduler.torn(self.plan, free, self._floors(self.plan, answers), starts)
+            return ()
+        believed = scheduler.refusals.believed
+        refusers = {number for number, answer in answers.items() if not answer.accepted and believed(number)}
+        return scheduler.refused(self.plan, free, self._control.placement.places(refusers))
+
+    def _applied(self, answers: Mapping[int, Announced]) -> Pages:
+        """Note which holders have applied their operations. Returns the pages that they have left, as far as that can
+        be."""
+        free, holders = Pages(), self._control.placement.holders
+        for number, answer in answers.items():
+            if answer.accepted:
+                holders[number].accepted(self.batches[number])
+            for pool, (count, total) in enumerate(zip(answer.free_pages, holders[number].pages, strict=False)):
+                # Where it refuses, the pages that closes free are not free yet, and they may be more than is known.
+                least = self._least.get((number, pool), 0) if answer.accepted else 0
+                free[number, pool] = min(max(count, least), total)
+        return free
+
+    def _floors(self, plan: Plan, answers: Mapping[int, Announced]) -> list[int]:
+        """For each row the highest floor of the parts that were asked, local copies aside. Of states it is the row's
+        start, whatever was answered."""
+        placement = self._control.placement
+        floors, states = [0] * len(plan.rows), placement.states
+        for number, answer in answers.items():
+            if any(answer.floors) or (states and answer.accepted):
+                for route, cut in zip(self.batches[number].routes, answer.floors, strict=True):
+                    floor = route.row.start if route.pool in states else cut
+                    copied = plan.rows[route.source].sequence.local_copy
+                    if not copied or number not in placement.local_pools:
+                        floors[route.source] = max(floors[route.source], floor)
+        return floors
+
+    # Its batch.
+
+    def recorded(self, tokens: Sequence[int | None]) -> list[Outcome]:
+        """The batch is complete: see `Scheduler.record`. Raises EngineError for a step without a plan."""
+        if self.plan is None:
+            raise EngineError("a step without rows has no tokens to record")
+        return self._control.scheduler.record(self.plan, tokens)
+
+    def dropped(self) -> None:
+        """The batch failed. Nothing of it counts; its rows are planned again."""
+        if self.plan is not None:
+            self._control.scheduler.drop(self.plan)

@@ -41,7 +41,7 @@ class Poisoned(World):
         for step in failed:
             for name in self.poisonous(step):
                 self.tries[name] = self.tries.get(name, 0) + 1
-            self.control.dropped(step)
+            step.dropped()
         culprit = self.control.scheduler.blame.failed([row for step in failed for row in step.rows])
         if culprit is not None:
             self.ended.append(culprit.request.id)

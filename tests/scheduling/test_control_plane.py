@@ -35,7 +35,7 @@ def accepted(world: World, step: Step, floors: dict[int, tuple[int, ...]]) -> No
         number: Announced(0, 0, True, answer.free_pages, floors.get(number, answer.floors))
         for number, answer in world.announce(step).items()
     }
-    world.control.accepted(step, answers)
+    step.accepted(answers)
 
 
 def test_recorded_step_gives_the_outcomes_of_its_samples() -> None:
@@ -44,7 +44,7 @@ def test_recorded_step_gives_the_outcomes_of_its_samples() -> None:
     step = planned(world)
     assert [(row.start, row.count) for row in step.rows] == [(0, 6)]
     assert world.control.plan(alone=False) is None
-    world.control.accepted(step, world.announce(step))
+    step.accepted(world.announce(step))
     world.in_flight.append(step)
     (outcome,) = world.finish()
     assert (outcome.sequence, outcome.finish_reason) == (sequence, "length")
@@ -57,7 +57,7 @@ def test_operations_alone_are_a_step_that_is_over_once_accepted() -> None:
     world.finish()
     step = planned(world)
     assert not step.rows
-    world.control.accepted(step, world.announce(step))
+    step.accepted(world.announce(step))
     assert not world.control.has_work
     assert not world.pools[1].parts
 
@@ -71,7 +71,7 @@ def test_holder_of_an_accepted_part_gets_its_operations_once_when_another_refuse
     assert (world.pools[1].applied, world.pools[2].applied) == (1, 0)
     step = planned(world)
     assert {number: len(batch.operations) for number, batch in step.batches.items()} == {1: 0, 2: 1}
-    world.control.dropped(step)
+    step.dropped()
     world.run()
     world.check_end()
 
@@ -80,11 +80,11 @@ def test_rows_are_planned_again_after_their_step_is_dropped() -> None:
     world = World()
     world.add(prompt(6))
     step = planned(world)
-    world.control.dropped(step)  # its answers never came
+    step.dropped()  # its answers never came
     again = planned(world)
     assert [(row.start, row.count) for row in again.rows] == [(row.start, row.count) for row in step.rows]
-    world.control.accepted(again, world.announce(again))
-    world.control.dropped(again)  # its batch failed
+    again.accepted(world.announce(again))
+    again.dropped()  # its batch failed
     world.run()
     world.check_end()
 
@@ -96,7 +96,7 @@ def test_sequence_that_can_never_go_on_is_returned_by_the_refusal_that_ends_it()
     while not ended:
         world.pools[1].refuses = True
         step = planned(world)
-        ended = world.control.refused(step, world.announce(step))
+        ended = step.refused(world.announce(step))
     assert ended == (sequence,)
     assert sequence.finish_reason == "abort"
 
@@ -304,7 +304,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.world.in_flight)
     @rule()
     def fail(self) -> None:
-        self.world.control.dropped(self.world.in_flight.pop())
+        self.world.in_flight.pop().dropped()
 
     @rule(data=st.data())
     def refuse(self, data: st.DataObject) -> None:

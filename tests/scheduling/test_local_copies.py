@@ -126,7 +126,7 @@ def test_refusal_of_the_local_pool_closes_copies_and_preempts_nobody() -> None:
     world.pools[LOCAL].refuses = True
     planned = world.control.plan()
     assert planned is not None
-    world.control.refused(planned, world.announce(planned))  # it is not asked whether that can be
+    planned.refused(world.announce(planned))  # it is not asked whether that can be
     assert not copied.local_copy
     step(world)
     assert not copied.local_copy  # none is made before a plan was accepted

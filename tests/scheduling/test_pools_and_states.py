@@ -190,19 +190,19 @@ class World:
             return False
         self.steps += 1
         answers = {number: self.stores[number].announce(batch) for number, batch in step.batches.items()}
-        assert not self.control.at_fault(step, answers), "an honest holder would be given up"
+        assert not step.at_fault(answers), "an honest holder would be given up"
         assert not torn(answers)
         if refusal(answers) is not None:
             self.refusals += 1
-            self.control.refused(step, answers)
+            step.refused(answers)
             return True
-        self.control.accepted(step, answers)
+        step.accepted(answers)
         if step.plan is not None and fails:
-            self.control.dropped(step)
+            step.dropped()
         elif step.plan is not None:
             self._compute(step)
             tokens = [next_token(row.sequence.tokens, row.sequence.sample) for row in step.rows if row.sample]
-            self.control.recorded(step.plan, tokens)
+            step.recorded(tokens)
         self.check()
         return True
 

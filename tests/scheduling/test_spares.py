@@ -45,9 +45,9 @@ class World:
             number: Announced(0, 0, True, tuple(free.get((number, 0), 0) for _ in (0,)), (0,) * len(batch.routes))
             for number, batch in step.batches.items()
         }
-        self.control.accepted(step, answers)
+        step.accepted(answers)
         if step.plan is not None:
-            self.control.recorded(step.plan, [7] * sum(row.samples for row in step.rows))
+            step.recorded([7] * sum(row.samples for row in step.rows))
         self.control.scheduler.check_integrity()
 
     def owners(self) -> Iterator[tuple[Owner, int]]:

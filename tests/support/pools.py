@@ -161,14 +161,14 @@ class World:
         if step is None:
             return False
         answers = self.announce(step)
-        if guilty := self.control.at_fault(step, answers):
+        if guilty := step.at_fault(answers):
             self.give_up(step, guilty)  # the other answers are not read
             return True
         self.said |= {number: answer.free_pages[0] for number, answer in answers.items()}
         if refusal(answers) is not None:
-            self.control.refused(step, answers)
+            step.refused(answers)
             return True
-        self.control.accepted(step, answers)
+        step.accepted(answers)
         self.plans.append([(row.sequence.request.id, row.start, row.count) for row in step.rows])
         if step.rows:
             self.in_flight.append(step)
@@ -177,7 +177,7 @@ class World:
     def give_up(self, step: Step, guilty: Iterable[int]) -> None:
         """These pools have contradicted the books too often."""
         for each in (*self.in_flight, step):
-            self.control.dropped(each)
+            each.dropped()
         self.in_flight.clear()
         for number in guilty:
             self.given_up.append(number)
@@ -192,7 +192,7 @@ class World:
         for source in range(len(plan.rows)):
             self._attend(step, source)
         tokens = [next_token(row.sequence.tokens, row.sequence.sample) for row in plan.rows if row.sample]
-        return self.control.recorded(plan, tokens)
+        return step.recorded(tokens)
 
     def _attend(self, step: Step, source: int) -> None:
         row = step.rows[source]

@@ -279,7 +279,7 @@ class Instance:
         if self._accept(step) and step.plan is not None:
             before = self._now
             self._advance(step.plan)
-            self._record(step.plan, before)
+            self._record(step, before)
         return True
 
     def finish(self) -> list[Life]:
@@ -343,9 +343,9 @@ class Instance:
             floors = counter.take(batch)
             answers[number] = Announced(0, 0, floors is not None, counter.free, tuple(floors or ()))
         if refusal(answers) is None:
-            self._control.accepted(step, answers)
+            step.accepted(answers)
             return True
-        for hopeless in self._control.refused(step, answers):
+        for hopeless in step.refused(answers):
             del self._lives[hopeless]
             self._ahead -= len(hopeless.request.prompt)
             self._reject(int(hopeless.request.id))
@@ -383,12 +383,12 @@ class Instance:
                 Sampled(self._now, seconds, decode, prefill, running, waiting, 1 - free / self._pages, *shares)
             )
 
-    def _record(self, plan: Plan, before: float) -> None:
+    def _record(self, step: Step, before: float) -> None:
         """Every row that samples has a token now."""
         now, lives, gaps = self._now, self._lives, self._totals.gaps
-        sampled = [-1 - row.sequence.arrival for row in plan.rows if row.sample]
+        sampled = [-1 - row.sequence.arrival for row in step.rows if row.sample]
         usual = 0
-        for sequence, _, reason in self._control.recorded(plan, sampled):
+        for sequence, _, reason in step.recorded(sampled):
             life = lives[sequence]
             if len(sequence.tokens) == len(sequence.request.prompt) + 1:
                 self._ahead -= len(sequence.request.prompt)
