@@ -1,10 +1,8 @@
-"""The step loop: plan, announce, execute, record, publish. One batch on one screen.
+"""The step loop of an engine, and the mailbox of its thread. What becomes of one batch is in `batch.py`.
 
 One thread owns the loop and every torch call. Several batches can be under way, one a lane: while one waits for a
 holder another computes. Calls come through a mailbox, which is emptied between batches. Outputs leave once a batch
 and client, through a sink that does not block.
-
-Messages of any thread to the thread that runs an engine, in order.
 """
 
 from __future__ import annotations
@@ -12,40 +10,35 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lamina.completions import FinishReason
-from lamina.engine.batch_input import batch_work
+from lamina.engine.batch import Batch, BatchParts
 from lamina.engine.drafting import Drafting, Proposer
 from lamina.engine.failures import FailureReports, Failures, WaitDeadline
 from lamina.engine.holders import Drains, Holders
-from lamina.engine.in_flight import InFlight, Lane
+from lamina.engine.in_flight import InFlight
 from lamina.engine.kv_migration import KvMigration
 from lamina.engine.kv_spares import SpareKeeper
 from lamina.engine.masks import Masks
-from lamina.engine.observers import BatchDone, BatchObserver, EngineStats, savings, take_snapshot
+from lamina.engine.observers import EngineStats, take_snapshot
 from lamina.engine.request_registry import RequestRegistry
 from lamina.engine.tiering import TierController
 from lamina.errors import EngineError, InvalidRequest
 from lamina.journal.history import KvLocation, RecoveredHolder
 from lamina.kv.placement import Holder
 from lamina.kv.prefix_nodes import PrefixSink
-from lamina.kv.request import Plan, ScheduledSequence
 from lamina.messages.engine_request import EngineRequest
 from lamina.messages.snapshot import Snapshot
-from lamina.scheduling.control_plane import ControlPlane, Step, refusal, torn
+from lamina.scheduling.control_plane import ControlPlane
 from lamina.scheduling.speculation import Speculation
 from lamina_protocols.channels.channels import Credentials
-from lamina_protocols.messages.messages import Announced
-from lamina_workers.decoder.logprobs import RowLogprobs
-from lamina_workers.decoder.sampler import Sampled, TokenHistory
-from lamina_workers.errors import HolderFault, faults
-from lamina_workers.model_worker.interface import Waiting, Workers
+from lamina_workers.errors import HolderFault
+from lamina_workers.model_worker.interface import Workers
 from lamina_workers.ports.port import AttentionPort
 
 if TYPE_CHECKING:
@@ -161,8 +154,8 @@ class Engine:
         self._stats = EngineStats(clock())
         self._masks = Masks(self._mailbox.post)
         self._drafting = Drafting(proposer, speculation, self._stats, clock)
-        self._registry = RequestRegistry(self._scheduler, clock, self._masks, grammars, recorder, self._drafting.ended)
-        self._in_flight = InFlight(worker, control, self._stats)
+        self._registry = RequestRegistry(self._scheduler, clock, self._masks, grammars, recorder, self._drafting)
+        self._in_flight = InFlight(worker, self._stats)
         migration = KvMigration(worker, control, clock)
         names = {number: holder.name for number, holder in control.placement.holders.items() if holder.name}
         self._holders = Holders(worker, control, names)
@@ -170,23 +163,27 @@ class Engine:
         self._tiering = TierController(control, migration, clock)
         self._spares = SpareKeeper(worker, control, clock)
         self._deadline = WaitDeadline(wait, self._holders, self._scheduler, self._registry, clock)
+        spares = (self._spares,) if self._spares.on else ()
         self._failures = Failures(
             worker,
             self._scheduler,
-            self._holders,
-            (self._tiering, self._spares),
-            self._in_flight,
-            self._registry,
-            self._deadline,
-            reports or FailureReports(),
+            holders=self._holders,
+            copiers=(self._tiering, *spares),
+            in_flight=self._in_flight,
+            registry=self._registry,
+            deadline=self._deadline,
+            reports=reports or FailureReports(),
         )
-        self._holders.listeners = (self._stats, self._tiering, self._drains, self._failures, self._spares)
-        self._observers: tuple[BatchObserver, ...] = (
-            self._failures,
-            self._stats,
-            self._tiering,
-            self._drafting,
-            self._spares,
+        self._holders.listeners = (self._stats, self._tiering, self._drains, self._failures, *spares)
+        self._parts = BatchParts(
+            worker=worker,
+            control=control,
+            registry=self._registry,
+            holders=self._holders,
+            tiering=self._tiering,
+            stats=self._stats,
+            observers=(self._failures, self._stats, self._tiering, self._drafting, *spares),
+            clock=clock,
         )
 
     # Any thread.
@@ -327,21 +324,21 @@ class Engine:
             do()
 
     def _snapshot(self, sink: Callable[[Snapshot], None]) -> None:
-        taken = take_snapshot(
+        snapshot = take_snapshot(
             self._stats,
             self._control,
-            self._worker.links(),
-            self._holders.names,
-            self._worker.attention_seconds,
-            self._tiering.local_share,
-            self._clock(),
-            self._drafting.counts,
-            [request.spared for request in self._registry.requests.values()],
-            self._failures.held_back,
-            self._spares.share,
+            links=self._worker.links(),
+            names=self._holders.names,
+            attention_seconds=self._worker.attention_seconds,
+            local_share=self._tiering.local_share,
+            now=self._clock(),
+            drafts=self._drafting.counts,
+            spared=[request.spared for request in self._registry.requests.values()],
+            held_back=self._failures.held_back,
+            kv_redundant=self._spares.share,
         )
         try:
-            sink(taken)
+            sink(snapshot)
         except Exception:  # any error of a client
             logger.exception("a client could not take its snapshot")
 
@@ -362,7 +359,7 @@ class Engine:
             if step is None:
                 self._in_flight.full = True
                 break
-            self._in_flight.add(self._begin(step))
+            self._in_flight.add(Batch(self._parts, step))
         if self._in_flight:
             self._advance(self._in_flight.next())
         elif self._tiering.busy or self._spares.busy:
@@ -370,12 +367,14 @@ class Engine:
 
     def _move(self, waits: bool = False) -> None:
         """Move sequences between holders, and let drained workers go. With `waits` there is nothing else to do."""
-        if self._tiering.busy or self._drains.under_way:
+        drains = self._drains.under_way
+        if drains or self._tiering.busy:
             self._in_flight.full = False  # a move may have freed pages
         try:
-            self._drains.step(self._in_flight.holders)
+            if drains:
+                self._drains.step(self._in_flight.holders)
             self._tiering.step(waits)
-            if self._spares.step(waits):
+            if self._spares.on and self._spares.step(waits):
                 self._in_flight.full = False
         except HolderFault as fault:
             logger.warning("moving sequences failed: %s", fault)
@@ -383,112 +382,13 @@ class Engine:
                 self._drains.give_up(fault)
             self._failures.failed_outside()
 
-    def _begin(self, step: Step) -> Lane:
-        # Looked up now, since requests may end while the batch is under way.
-        requests = {row.sequence: self._registry.requests[row.sequence.request.id] for row in step.rows}
-        histories = {s: history for s in requests if (history := self._registry.histories.get(s)) is not None}
-        lane = Lane(step)
-        lane.run = self._batch(lane, requests, histories)
-        return lane
-
-    def _advance(self, lane: Lane) -> None:
+    def _advance(self, batch: Batch) -> None:
         """Go on with a batch until it is over, or until it waits while there are others to go on with."""
         try:
-            lane.waiting = next(lane.run)
+            batch.waiting = next(batch.run)
             while len(self._in_flight) == 1 == self._control.tuner.lanes:
-                lane.waiting = next(lane.run)
+                batch.waiting = next(batch.run)
         except StopIteration:
-            self._in_flight.over(lane)
+            self._in_flight.over(batch)
         except HolderFault as fault:
-            self._failures.failed(lane, fault)
-
-    def _batch(
-        self,
-        lane: Lane,
-        requests: Mapping[ScheduledSequence, EngineRequest],
-        histories: Mapping[ScheduledSequence, TokenHistory],
-    ) -> Generator[Waiting, None, None]:
-        """One batch: from the control plane's step to the outputs that its clients get.
-
-        Any error of its announcement and its computing is a HolderFault. Any other ends the engine: its books would be
-        half written."""
-        step, since = lane.step, self._clock()
-        self._registry.begins(step.rows)
-        with faults():
-            batch, answers = yield from self._worker.announce(step.batches)
-        agreed = self._agreed(step, answers)
-        self._stats.announce_seconds += self._clock() - since
-        if agreed and step.plan is not None and step.rows:
-            self._registry.scheduled(requests)
-            with faults():
-                work = batch_work(step.plan, requests, histories, self._registry.constraints)
-                sampled = yield from self._worker.execute(work, batch, step.batches, self._control.tuner.lanes > 1)
-            self._record(step.plan, sampled, since)
-            self._failures.went_well()
-
-    def _agreed(self, step: Step, answers: Mapping[int, Announced]) -> bool:
-        """Whether every holder accepts. Where one refuses, the scheduler has made room for its next plan."""
-        if guilty := self._control.at_fault(step, answers):
-            raise self._failures.given_up(guilty)
-        if (why := refusal(answers)) is not None and step.plan is not None:
-            if torn(answers):
-                logger.warning("a batch runs again: %s", why)
-            else:
-                short = {number for number, answer in answers.items() if not answer.accepted}
-                self._tiering.abandon(short)  # moves take pages that others need
-            for sequence in self._control.refused(step, answers):
-                self._registry.forget(sequence)
-                if request := self._registry.of(sequence):
-                    self._registry.fail(request, EngineError(f"the holders have no room: {why}"))
-            return False
-        self._control.accepted(step, answers)
-        for request_id, spared in savings(step, answers).items():
-            if known := self._registry.requests.get(request_id):
-                self._stats.spared(known.spared, spared)
-                known.spared = spared
-        return True
-
-    def _record(self, plan: Plan, sampled: Sampled, since: float) -> None:
-        """A batch that began at `since` is computed: its tokens go to the control plane, its outputs to clients."""
-        now, running = self._clock(), len(self._scheduler.running)
-        self._scheduler.fair_share.took(sum(row.count for row in plan.rows), now - since)
-        local, remote = self._control.tokens_read(plan)
-        reports: dict[ScheduledSequence, list[RowLogprobs | None]] = {}
-        drawn = iter(zip(sampled.tokens, sampled.logprobs, strict=True))
-        for row in (row for row in plan.rows if row.sample):
-            of_row = list(islice(drawn, row.samples))
-            reports[row.sequence] = [report for _, report in of_row]
-            if of_row[0][0] is None and not row.drafts:
-                self._corrupted(row.sequence)
-        for row, found in zip(plan.scored, sampled.prompts, strict=True):
-            if not found.finite:
-                self._corrupted(row.sequence)
-        scored = self._registry.scored(plan, sampled.prompts)
-        prompt_tokens = self._registry.follow_prefill(plan)
-        outcomes = self._control.recorded(plan, sampled.tokens)
-        self._drafting.recorded(plan, outcomes, self._registry.requests)
-        outputs = self._registry.outputs(outcomes, reports, now)
-        tokens = sum(each.token is not None for each in outcomes)
-        done = BatchDone(
-            plan,
-            outputs.by_request,
-            prompt_tokens,
-            tokens,
-            running,
-            local,
-            remote,
-            self._worker.times,
-            self._worker.attention_seconds,
-            now,
-        )
-        for observer in self._observers:
-            observer.batch_done(done)
-        self._registry.publish(plan, outputs, scored)
-
-    def _corrupted(self, sequence: ScheduledSequence) -> None:
-        """The logits of a sequence are not finite: its request ends, and its KV does not enter the prefix cache."""
-        self._stats.corrupted += 1
-        self._scheduler.end(sequence, "abort", keep=False)
-        self._registry.forget(sequence)
-        if request := self._registry.of(sequence):
-            self._registry.fail(request, EngineError("the model's logits are not finite for this request"))
+            self._failures.failed(batch, fault)

@@ -7,18 +7,17 @@ fail ends.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from lamina.engine.batch import Batch
 from lamina.engine.holders import HolderChange, Holders
-from lamina.engine.in_flight import InFlight, Lane
+from lamina.engine.in_flight import InFlight
 from lamina.engine.request_registry import RequestRegistry
 from lamina.errors import EngineError
 from lamina.kv.placement import Holder
 from lamina.kv.request import PlannedRow
-from lamina.messages.engine_request import unwatched
-from lamina.scheduling import blame
 from lamina.scheduling.blame import TRIES
 from lamina.scheduling.scheduler import Scheduler
 from lamina_protocols.channels.channels import Credentials
@@ -35,19 +34,6 @@ logger = logging.getLogger("lamina")
 MAX_IN_VAIN = 8  # requests that end for their failures, and no batch goes well, after which the engine ends
 
 
-def unasked(tokens: int) -> None:
-    """The `room` of an engine that nobody asks how much it has."""
-
-
-def unlost(name: str) -> None:
-    """The `lost` and the `drained` of an engine without attention workers."""
-
-
-def nobody() -> Mapping[str, str]:
-    """The `held_back` of an engine that uses every attention worker."""
-    return {}
-
-
 @dataclass(frozen=True, slots=True)
 class FailureReports:
     """Callbacks of an engine's owner; none may block. `lost` gets the name of each attention worker that is lost,
@@ -55,11 +41,11 @@ class FailureReports:
     how many tokens one sequence can have, once lost workers are back, now that one has joined or has gone for good.
     `held_back` gives the attention workers that are there and not used, and why: see `Snapshot`."""
 
-    lost: Callable[[str], None] = unlost
-    rebuilt: Callable[[int, int], None] = unwatched
-    room: Callable[[int], None] = unasked
-    drained: Callable[[str], None] = unlost
-    held_back: Callable[[], Mapping[str, str]] = nobody
+    lost: Callable[[str], None] | None = None
+    rebuilt: Callable[[int, int], None] | None = None
+    room: Callable[[int], None] | None = None
+    drained: Callable[[str], None] | None = None
+    held_back: Callable[[], Mapping[str, str]] | None = None
 
 
 class Copier(Protocol):
@@ -76,6 +62,7 @@ class Failures:
         self,
         worker: Workers[Peer],
         scheduler: Scheduler,
+        *,
         holders: Holders,
         copiers: Sequence[Copier],
         in_flight: InFlight,
@@ -98,30 +85,28 @@ class Failures:
     @property
     def held_back(self) -> Mapping[str, str]:
         """The attention workers that are there and not used, and why."""
-        return self._reports.held_back()
+        return {} if self._reports.held_back is None else self._reports.held_back()
 
     # Batches.
 
-    def went_well(self) -> None:
-        """A batch was computed."""
-        self._in_vain = 0
-
     def batch_done(self, done: BatchDone) -> None:
-        """Report how many lost tokens are computed again by now."""
+        """A batch was computed: report how many lost tokens are computed again by now."""
+        self._in_vain = 0
         if self._rebuild is None:
             return
         before, due = self._rebuild
         rebuilt = self._scheduler.counters.rebuilt_tokens - before
-        self._reports.rebuilt(min(rebuilt, due), due)
+        if self._reports.rebuilt is not None:
+            self._reports.rebuilt(min(rebuilt, due), due)
         if rebuilt >= due:
             logger.info("%d tokens of lost KV are computed again", due)
             self._rebuild = None
 
-    def failed(self, lane: Lane, fault: HolderFault) -> None:
+    def failed(self, batch: Batch, fault: HolderFault) -> None:
         """A batch cannot go on. It runs again, unless one of its requests is found to be to blame, and ends. Raises
         EngineError where the engine is to blame."""
         logger.warning("a batch failed and runs again: %s", fault, exc_info=fault.__cause__)
-        rows: Sequence[PlannedRow] = lane.step.rows
+        rows: Sequence[PlannedRow] = batch.step.rows
         if isinstance(fault, RankLost):
             rows = self._in_flight.rows()
             self._halt()
@@ -132,7 +117,7 @@ class Failures:
                 self._failed_in_vain(fault)
             return
         else:  # a pool in this process cannot be lost
-            self._in_flight.drop(lane)
+            self._in_flight.drop(batch)
         if self._blame(rows, fault) or (not rows and not self._worker.missing):
             self._failed_in_vain(fault)
 
@@ -161,14 +146,6 @@ class Failures:
         elif gone := self._worker.lost():
             self._lose(gone)
 
-    def given_up(self, guilty: Mapping[int, str]) -> HolderFault:
-        """The error for holders whose answers the books contradict. Those in this process cannot be lost: then the
-        requests alone are suspects."""
-        names = self._holders.names
-        said = "; ".join(f"{names.get(number, 'this machine')}: {what}" for number, what in guilty.items())
-        why = f"{blame.TRIES} answers without progress contradict the engine's books: {said}"
-        return HolderLost(why, [number for number in guilty if number in names])
-
     def _abandon(self) -> None:
         """Give up every batch and every move under way."""
         self._abandon_copies()
@@ -190,7 +167,7 @@ class Failures:
         except HolderFault as fault:  # another rank cannot connect to it
             logger.warning("%s", fault)
             port.close()
-            self._reports.lost(port.name)
+            self._report_lost((port.name,))
 
     def leave(self, name: str) -> None:
         """An attention worker is gone. Harmless for one that has left already."""
@@ -210,15 +187,21 @@ class Failures:
         """After a loss: note what is to be rebuilt, report the names, and start the wait where no holder is left. What
         is lost may come back, so there is as much room as before."""
         if change.kind != "lost":
-            self._reports.room(self._scheduler.admission.most_hoped())
-            for name in change.names if change.kind == "drained" else ():
-                self._reports.drained(name)
+            if self._reports.room is not None:
+                self._reports.room(self._scheduler.admission.most_hoped())
+            if change.kind == "drained" and self._reports.drained is not None:
+                for name in change.names:
+                    self._reports.drained(name)
             return
         self._rebuild = (self._scheduler.counters.rebuilt_tokens, change.rebuilt) if change.rebuilt else None
-        for name in change.names:
-            self._reports.lost(name)
+        self._report_lost(change.names)
         if self._holders.empty:
             self._deadline.start()
+
+    def _report_lost(self, names: Iterable[str]) -> None:
+        if self._reports.lost is not None:
+            for name in names:
+                self._reports.lost(name)
 
     # Model workers.
 

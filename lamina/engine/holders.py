@@ -22,9 +22,10 @@ from lamina.errors import EngineError, InvalidRequest
 from lamina.kv.placement import Holder
 from lamina.kv.relocation import elsewhere, to_preempt
 from lamina.kv.request import ScheduledSequence
+from lamina.scheduling.blame import TRIES
 from lamina.scheduling.control_plane import ControlPlane
 from lamina_protocols.channels.channels import Credentials
-from lamina_workers.errors import HolderFault
+from lamina_workers.errors import HolderFault, HolderLost
 from lamina_workers.model_worker.interface import Seat, Workers
 from lamina_workers.parallel.peers import Peer
 from lamina_workers.ports.port import AttentionPort
@@ -93,6 +94,14 @@ class Holders:
         """These holders, and all others at the same attention workers."""
         names = {self.names[number] for number in numbers}
         return [number for number, name in self.names.items() if name in names]
+
+    def contradicted(self, guilty: Mapping[int, str]) -> HolderLost:
+        """The error for holders whose answers the books contradict. Those in this process cannot be lost: then the
+        requests alone are suspects."""
+        names = self.names
+        answers = "; ".join(f"{names.get(number, 'this machine')}: {what}" for number, what in guilty.items())
+        why = f"{TRIES} answers without progress contradict the engine's books: {answers}"
+        return HolderLost(why, [number for number in guilty if number in names])
 
     # Changes.
 

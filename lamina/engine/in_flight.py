@@ -3,85 +3,75 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Generator
-from dataclasses import dataclass, field
+from collections.abc import Collection
 
+from lamina.engine.batch import Batch
 from lamina.engine.observers import EngineStats
 from lamina.kv.request import PlannedRow
-from lamina.scheduling.control_plane import ControlPlane, Step
-from lamina_workers.model_worker.interface import Waiting, Workers
+from lamina_workers.model_worker.interface import Workers
 from lamina_workers.parallel.peers import Peer
-
-
-@dataclass(eq=False, slots=True)
-class Lane:
-    """A batch under way. `run` is the batch as a generator, suspended on `waiting`."""
-
-    step: Step
-    run: Generator[Waiting, None, None] = field(init=False)
-    waiting: Waiting | None = None
 
 
 class InFlight:
     """The lanes in use. `full`: no further batch can be planned before the state changes."""
 
-    def __init__(self, worker: Workers[Peer], control: ControlPlane, stats: EngineStats) -> None:
+    def __init__(self, worker: Workers[Peer], stats: EngineStats) -> None:
         self.full = False
         self._worker = worker
-        self._control = control
         self._stats = stats
-        self._lanes: deque[Lane] = deque()  # the one that went on last is the last
+        self._batches: deque[Batch] = deque()  # the one that went on last is the last
 
     def __len__(self) -> int:
-        return len(self._lanes)
+        return len(self._batches)
 
-    def add(self, lane: Lane) -> None:
+    def add(self, batch: Batch) -> None:
         """One batch more has begun."""
-        self._lanes.append(lane)
+        self._batches.append(batch)
 
     @property
     def holders(self) -> frozenset[int]:
         """The holders that a batch under way concerns."""
-        return frozenset(number for lane in self._lanes for number in lane.step.batches)
+        return frozenset(number for batch in self._batches for number in batch.step.batches)
 
     def rows(self, numbers: Collection[int] | None = None) -> list[PlannedRow]:
         """The rows of every batch that concerns one of these holders (None: of every batch)."""
         return [
             row
-            for lane in self._lanes
-            if numbers is None or any(number in lane.step.batches for number in numbers)
-            for row in lane.step.rows
+            for batch in self._batches
+            if numbers is None or any(number in batch.step.batches for number in numbers)
+            for row in batch.step.rows
         ]
 
-    def next(self) -> Lane:
+    def next(self) -> Batch:
         """The batch to go on with: the first whose reply has come, or the one that has waited longest."""
-        lane = next((lane for lane in self._lanes if lane.waiting is None or lane.waiting.over()), self._lanes[0])
-        self._lanes.remove(lane)
-        self._lanes.append(lane)
-        return lane
+        batches = self._batches
+        batch = next((batch for batch in batches if batch.waiting is None or batch.waiting.over()), batches[0])
+        batches.remove(batch)
+        batches.append(batch)
+        return batch
 
-    def over(self, lane: Lane) -> None:
+    def over(self, batch: Batch) -> None:
         """A batch has ended."""
-        self._lanes.remove(lane)
+        self._batches.remove(batch)
         self.full = False
 
-    def drop(self, lane: Lane) -> None:
+    def drop(self, batch: Batch) -> None:
         """A batch has failed. Nothing of it counts; it is planned again."""
         self._stats.failed_batches += 1
-        self.over(lane)
-        self._control.dropped(lane.step)
+        self.over(batch)
+        batch.step.dropped()
 
     def abandon(self) -> None:
         """Give up every batch. None of them counts; they are planned again."""
-        self._stats.failed_batches += len(self._lanes)
+        self._stats.failed_batches += len(self._batches)
         self.close()
-        for lane in self._lanes:
-            self._control.dropped(lane.step)
-        self._lanes.clear()
+        for batch in self._batches:
+            batch.step.dropped()
+        self._batches.clear()
         self.full = False
         self._worker.next_epoch()
 
     def close(self) -> None:
         """End every batch where it is; the scheduler is not notified."""
-        for lane in self._lanes:
-            lane.run.close()
+        for batch in self._batches:
+            batch.run.close()

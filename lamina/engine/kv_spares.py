@@ -36,7 +36,8 @@ _KEPT_FREE = 16  # the part of each pool that spares do not take: else they come
 
 
 class SpareKeeper:
-    """Keeps the spares of one engine up to date. `tokens` counts copied tokens.
+    """Keeps the spares of one engine up to date, where it is `on`: the config has redundancy. `tokens` counts copied
+    tokens.
 
     Everything is called between two batches. `step` raises HolderFault where a holder is gone.
     """
@@ -50,7 +51,7 @@ class SpareKeeper:
         self._reads = self._rebuilds.reads
         self._copies = KvCopies(worker, control)
         self._clock = clock
-        self._on = bool(control.scheduler.config.redundancy)
+        self.on = bool(control.scheduler.config.redundancy)
         self._since: float | None = None  # when a holder was lost, until the spares are there again
         self._due = False  # whether something may lack a spare
         self._last = clock()
@@ -63,7 +64,7 @@ class SpareKeeper:
     @property
     def busy(self) -> bool:
         """Whether there is something to copy."""
-        return self._on and (self._due or self._run is not None or bool(self._reads))
+        return self.on and (self._due or self._run is not None or bool(self._reads))
 
     def batch_done(self, done: BatchDone) -> None:
         """There are more tokens."""
@@ -72,13 +73,13 @@ class SpareKeeper:
     def holders_changed(self, change: HolderChange) -> None:
         """Spares may be lost, or possible now."""
         self._due = True
-        if self._on and change.kind == "lost":
+        if self.on and change.kind == "lost":
             self._since = self._clock()
 
     @property
     def share(self) -> float:
         """The share of the KV at attention workers that has all its spares; 0 where there is none."""
-        counts = [self._spares.covered(owner, tokens) for owner, tokens in self._owners()] if self._on else []
+        counts = [self._spares.covered(owner, tokens) for owner, tokens in self._owners()] if self.on else []
         covered, total = (sum(column) for column in zip((0, 0), *counts, strict=True))
         return covered / total if total else 0.0
 

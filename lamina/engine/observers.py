@@ -109,6 +109,7 @@ _NO_EXCHANGES = (0,) * (len(EXCHANGE_BUCKETS) + 1)
 def take_snapshot(
     stats: EngineStats,
     control: ControlPlane,
+    *,
     links: Mapping[int, Link],
     names: Mapping[int, str],
     attention_seconds: float,

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from operator import add
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from lamina.completions import FinishReason
 from lamina.engine.masks import Advance, Masks
@@ -18,11 +19,12 @@ from lamina.kv.request import Outcome, Plan, PlannedRow, RetainedKv, ScheduledSe
 from lamina.messages.engine_request import EngineOutput, EngineRequest, ignore_outputs, unwatched
 from lamina.scheduling.blame import TRIES
 from lamina_workers.decoder.logprobs import PromptScores, RowLogprobs
-from lamina_workers.decoder.sampler import TokenHistory
+from lamina_workers.decoder.sampler import Sampled, TokenHistory
 
 if TYPE_CHECKING:
     from lamina.journal.history import KvLocation, RecoveredHolder
     from lamina.journal.recorder import Recorder
+    from lamina.scheduling.control_plane import Step
     from lamina.scheduling.scheduler import Scheduler
     from lamina.text.structured_output import Constraint, Grammars
 
@@ -30,15 +32,31 @@ logger = logging.getLogger("lamina")
 
 
 class Outputs(NamedTuple):
-    """The outputs of a batch by request id, and the requests whose text does not follow its constraint."""
+    """The outputs of a batch by request id, those of `scored` prompts apart, and the requests whose text does not
+    follow its constraint. `sampled` counts its tokens, `prompt_tokens` those of prompts that it computed, `corrupted`
+    the rows without finite logits."""
 
     by_request: dict[str, list[EngineOutput]]
+    scored: dict[str, list[EngineOutput]]
     strayed: list[tuple[EngineRequest, InvalidRequest]]
+    sampled: int
+    prompt_tokens: int
+    corrupted: int
+
+
+class SampleListener(Protocol):
+    """A part of the engine that learns from samples."""
+
+    def recorded(self, plan: Plan, outcomes: Sequence[Outcome], requests: Mapping[str, EngineRequest]) -> None:
+        """A batch is recorded, with these outcomes; no sample has been forgotten for it yet."""
+
+    def ended(self, sequence: ScheduledSequence) -> None:
+        """A sample has ended."""
 
 
 class RequestRegistry:
     """`requests` by id, and for the samples that need them `histories` of tokens and `constraints`. With a `recorder`
-    every output is in the journal before a client gets it. `ended` is called with each sample that has ended."""
+    every output is in the journal before a client gets it."""
 
     def __init__(
         self,
@@ -47,7 +65,7 @@ class RequestRegistry:
         masks: Masks,
         grammars: Grammars | None = None,
         recorder: Recorder | None = None,
-        ended: Callable[[ScheduledSequence], None] = lambda _: None,
+        listener: SampleListener | None = None,
     ) -> None:
         self.requests: dict[str, EngineRequest] = {}
         self.histories: dict[ScheduledSequence, TokenHistory] = {}
@@ -56,7 +74,7 @@ class RequestRegistry:
         self._clock = clock
         self._masks = masks
         self._recorder = recorder
-        self._ended = ended
+        self._listener = listener
         self._resumption = Resumption(recorder, scheduler, grammars)
 
     def of(self, sample: ScheduledSequence) -> EngineRequest | None:
@@ -94,62 +112,119 @@ class RequestRegistry:
             tried = rows if self._scheduler.blame.on_trial(rows) else ()
             self._recorder.begins(dict.fromkeys(row.sequence.request.id for row in tried))
 
-    def outputs(
+    def record(self, step: Step, sampled: Sampled, now: float) -> Outputs:
+        """A batch is computed: record its tokens, and make the outputs that `publish` sends. Samples that are complete
+        end, and requests whose logits are not finite fail."""
+        if (plan := step.plan) is None:
+            raise EngineError("a step without rows has no outputs")
+        corrupted = 0
+        reports: dict[ScheduledSequence, list[RowLogprobs | None]] = {}
+        drawn = iter(zip(sampled.tokens, sampled.logprobs, strict=True))
+        for row in (row for row in plan.rows if row.sample):
+            of_row = list(islice(drawn, row.samples))
+            reports[row.sequence] = [report for _, report in of_row]
+            if of_row[0][0] is None and not row.drafts:
+                corrupted += 1
+                self._corrupted(row.sequence)
+        for row, scores in zip(plan.scored, sampled.prompts, strict=True):
+            if not scores.finite:
+                corrupted += 1
+                self._corrupted(row.sequence)
+        # Both look at sequences as they were before the batch is recorded.
+        scored = self._scored(plan, sampled.prompts) if sampled.prompts else {}
+        prompt_tokens = self._follow_prefill(plan)
+        outcomes = step.recorded(sampled.tokens)
+        if self._listener is not None:
+            self._listener.recorded(plan, outcomes, self.requests)
+        by_request, strayed = self._outputs(outcomes, reports, now)
+        tokens = sum(outcome.token is not None for outcome in outcomes)
+        return Outputs(by_request, scored, strayed, tokens, prompt_tokens, corrupted)
+
+    def _corrupted(self, sequence: ScheduledSequence) -> None:
+        """The logits of a sequence are not finite: its request ends, and its KV does not enter the prefix cache."""
+        self._scheduler.end(sequence, "abort", keep=False)
+        self.forget(sequence)
+        if request := self.of(sequence):
+            self.fail(request, EngineError("the model's logits are not finite for this request"))
+
+    def _outputs(
         self, outcomes: Sequence[Outcome], reports: Mapping[ScheduledSequence, Sequence[RowLogprobs | None]], now: float
-    ) -> Outputs:
-        """The outputs of a complete batch; `reports` are the log probabilities of each sequence's tokens. Ends the
-        samples that are complete by their constraint."""
-        batch, new = Outputs({}, []), dict[ScheduledSequence, list[Outcome]]()
+    ) -> tuple[dict[str, list[EngineOutput]], list[tuple[EngineRequest, InvalidRequest]]]:
+        """The outputs of a recorded batch, and the requests that do not follow their constraint; `reports` are the log
+        probabilities of each sequence's tokens. Ends the samples that are complete by their constraint."""
+        by_request: dict[str, list[EngineOutput]] = {}
+        strayed: list[tuple[EngineRequest, InvalidRequest]] = []
+        of_sequence: dict[ScheduledSequence, list[Outcome]] = {}
         for outcome in outcomes:
-            new.setdefault(outcome.sequence, []).append(outcome)
-        followed = [
-            Advance(sequence, constraint, [outcome.token for outcome in those if outcome.token is not None])
-            for sequence, those in new.items()
-            if those[-1].finish_reason != "stop" and (constraint := self.constraints.get(sequence)) is not None
+            of_sequence.setdefault(outcome.sequence, []).append(outcome)
+        advances = [
+            Advance(sequence, constraint, [outcome.token for outcome in new if outcome.token is not None])
+            for sequence, new in of_sequence.items()
+            if new[-1].finish_reason != "stop" and (constraint := self.constraints.get(sequence)) is not None
         ]
-        advanced = {each.sequence: each for each in self._masks.begin(followed, self._advanced)} if followed else {}
-        for sequence, those in new.items():
+        finished = self._masks.begin(advances, self._advanced) if advances else ()
+        advanced = {advance.sequence: advance for advance in finished}
+        for sequence, new in of_sequence.items():
             if (history := self.histories.get(sequence)) is not None:
-                for outcome in those:
+                for outcome in new:
                     if outcome.token is not None:
                         history.append(outcome.token)
-            reason = those[-1].finish_reason
+            reason = new[-1].finish_reason
             if (advance := advanced.get(sequence)) is not None:
                 if advance.error is not None:
-                    batch.strayed.append((self.requests[sequence.request.id], advance.error))
+                    strayed.append((self.requests[sequence.request.id], advance.error))
                 elif advance.constraint.finished:
                     self._scheduler.end(sequence, "stop")
                     reason = "stop"
             elif sequence.held and reason == "length":
                 reason = None  # it may be "stop": `_advanced` ends the sample
-            reasons = [*(None for _ in those[1:]), reason]
-            batch.by_request.setdefault(sequence.request.id, []).extend(
+            reasons = [*(None for _ in new[1:]), reason]
+            by_request.setdefault(sequence.request.id, []).extend(
                 EngineOutput(sequence.sample, outcome.token, end, report, at=now)
-                for outcome, end, report in zip(those, reasons, reports[sequence], strict=False)
+                for outcome, end, report in zip(new, reasons, reports[sequence], strict=False)
             )
             if reason is not None:
                 self.forget(sequence)
-        return batch
+        return by_request, strayed
 
-    def scored(self, plan: Plan, scores: Sequence[PromptScores]) -> dict[str, list[EngineOutput]]:
-        """The outputs with the scores of a complete batch that is not recorded yet, by request id. Sums of hidden
+    def _scored(self, plan: Plan, prompts: Sequence[PromptScores]) -> dict[str, list[EngineOutput]]:
+        """The outputs with the scores of prompts of a batch that is not recorded yet, by request id. Sums of hidden
         states are put together, and leave with the last of them."""
         outputs: dict[str, list[EngineOutput]] = {}
-        for row, found in zip(plan.scored, scores, strict=True):
+        for row, scores in zip(plan.scored, prompts, strict=True):
             request = self.requests.get(row.sequence.request.id)
             if request is None:  # it has ended meanwhile
                 continue
             if request.request.pooled:
-                request.pooled = tuple(map(add, request.pooled, found.hidden)) if request.pooled else found.hidden
+                request.pooled = tuple(map(add, request.pooled, scores.hidden)) if request.pooled else scores.hidden
                 if row.scored.stop < request.request.scored_to:
                     continue
-                found = PromptScores(row.scored.start, hidden=request.pooled)
-            outputs[request.id] = [EngineOutput(row.sequence.sample, None, scores=found)]
+                scores = PromptScores(row.scored.start, hidden=request.pooled)
+            outputs[request.id] = [EngineOutput(row.sequence.sample, None, scores=scores)]
         return outputs
 
-    def publish(self, plan: Plan, outputs: Outputs, scored: Mapping[str, list[EngineOutput]]) -> None:
-        """Write a complete batch to the journal, then send its outputs to the clients, after those of `scored`. The
-        journal has no scores: a client that comes back without them has them computed again."""
+    def _follow_prefill(self, plan: Plan) -> int:
+        """Notify clients how far their prompts are computed. Returns how many tokens of prompts the batch had."""
+        computed = 0
+        for row in plan.rows:
+            prompt = len(row.sequence.request.prompt)
+            if row.start >= prompt or row.rebuild:
+                continue
+            computed += min(row.count, prompt - row.start)
+            request = self.requests.get(row.sequence.request.id)
+            if request is None:
+                continue
+            try:
+                request.prefilled(min(row.start + row.count, prompt), prompt)
+            except Exception:  # any error of a client
+                logger.exception("a client could not follow its prefill")
+                request.prefilled = unwatched
+        return computed
+
+    def publish(self, plan: Plan, outputs: Outputs) -> None:
+        """Write a recorded batch to the journal, then send its outputs to the clients, scores first. The journal has no
+        scores: a client that comes back without them has them computed again."""
+        scored = outputs.scored
         if self._recorder is not None:
             self._recorder.batch(plan, outputs.by_request)
         for request_id in dict.fromkeys((*scored, *outputs.by_request)):
@@ -263,28 +338,11 @@ class RequestRegistry:
         """A sample has ended."""
         self.histories.pop(sequence, None)
         self.constraints.pop(sequence, None)
-        self._ended(sequence)
+        if self._listener is not None:
+            self._listener.ended(sequence)
         request = self.requests.get(sequence.request.id)
         if request is not None:
             request.preemptions += sequence.preemptions
-
-    def follow_prefill(self, plan: Plan) -> int:
-        """Notify clients how far their prompts are computed. Returns how many tokens of prompts the batch had."""
-        computed = 0
-        for row in plan.rows:
-            prompt = len(row.sequence.request.prompt)
-            if row.start >= prompt or row.rebuild:
-                continue
-            computed += min(row.count, prompt - row.start)
-            request = self.requests.get(row.sequence.request.id)
-            if request is None:
-                continue
-            try:
-                request.prefilled(min(row.start + row.count, prompt), prompt)
-            except Exception:  # any error of a client
-                logger.exception("a client could not follow its prefill")
-                request.prefilled = unwatched
-        return computed
 
     def _advanced(self, advance: Advance) -> None:
         """A constraint for which no batch waited has gone on: end its sample where no token may follow."""

@@ -29,27 +29,27 @@ _GAPS = 4  # between batches, of which a move for balance alone uses one: nobody
 
 
 class Balancer:
-    """Idle until `begin`, and again once nothing pays any more."""
+    """Idle until `begin`, and again once nothing pays any more; `active` between these."""
 
     def __init__(self, control: ControlPlane, migration: KvMigration) -> None:
         self._placement = control.placement
         self._scheduler = control.scheduler
         self._migration = migration
-        self._active = False
+        self.active = False
         self._moves = self._gap = 0
 
     def leaves_out(self) -> bool:
         """Whether moves leave out the gap between two batches that is now: those under way are for balance alone."""
         self._gap = (self._gap + 1) % _GAPS
-        return self._active and self._gap > 0 and not self._placement.draining
+        return self.active and self._gap > 0 and not self._placement.draining
 
     def begin(self) -> None:
         """A holder has joined."""
-        self._active = True
+        self.active = True
 
     def step(self) -> None:
         """Between two batches: begin the next move, where none is under way."""
-        if not self._active or self._migration.under_way or self._placement.draining:
+        if self._migration.under_way or self._placement.draining:
             return
         running = self._scheduler.running
         weights = {number: holder.weight for number, holder in self._placement.holders.items()}
@@ -61,7 +61,7 @@ class Balancer:
             if self._migration.begin(move.sequence, layout):
                 self._moves += 1
                 return
-        self._active = False
+        self.active = False
         if self._moves:
             logger.info("%d moves of KV to holders that have joined: what is left would not pay", self._moves)
             self._moves = 0
@@ -126,7 +126,8 @@ class TierController:
         if self._placement.tiers:
             self._placement.local_share = self._control.tuner.share
             self._choose()
-        self._balancer.step()
+        if self._balancer.active:
+            self._balancer.step()
         if self.busy and (waits or not self._balancer.leaves_out()):
             self._moving = True
             self._migration.step(PAUSE * self._step, waits)

@@ -20,7 +20,7 @@ from lamina.config import EngineConfig
 from lamina.deploy.local import LocalModelWorkers
 from lamina.deploy.worker_events import AttentionWorkers, ModelWorkerProcesses
 from lamina.engine.engine import Engine
-from lamina.engine.failures import FailureReports, nobody, unlost
+from lamina.engine.failures import FailureReports
 from lamina.errors import InvalidRequest, UnsupportedModelError
 from lamina.journal.journal import Journal, Run
 from lamina.journal.recorder import Recorder
@@ -33,7 +33,7 @@ from lamina.launch.kv_sizing import Sizes, check_room, indexed_pools, learns, si
 from lamina.launch.model_files import ModelFiles, load
 from lamina.launch.model_pool import ModelWorkerPool, begins
 from lamina.launch.speculation import DraftFiles, find_drafts, load_proposer
-from lamina.messages.engine_request import EngineRequest, unwatched
+from lamina.messages.engine_request import EngineRequest
 from lamina.scheduling.control_plane import ControlPlane
 from lamina.scheduling.speculation import Speculation
 from lamina.scheduling.step_tuner import StepTuner
@@ -287,11 +287,11 @@ def assemble(
         speculation=Speculation(config.most_drafts) if proposer is not None else None,
         proposer=proposer,
         reports=FailureReports(
-            lost=unlost if pools.attention is None else pools.attention.lost,
-            held_back=nobody if pools.attention is None else pools.attention.held_back,
-            rebuilt=unwatched if progress is None else partial(progress, "rebuilding lost KV"),
+            lost=None if pools.attention is None else pools.attention.lost,
+            held_back=None if pools.attention is None else pools.attention.held_back,
+            rebuilt=None if progress is None else partial(progress, "rebuilding lost KV"),
             room=lambda tokens: inputs.has_room(max(possible, tokens)),
-            drained=unlost if pools.attention is None else pools.attention.workers.drained,
+            drained=None if pools.attention is None else pools.attention.workers.drained,
         ),
     )
     unfinished: tuple[EngineRequest, ...] = ()

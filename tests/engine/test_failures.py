@@ -11,12 +11,10 @@ import pytest
 
 from lamina.engine.failures import MAX_IN_VAIN, FailureReports, Failures
 from lamina.engine.holders import HolderChange
-from lamina.engine.in_flight import Lane
 from lamina.errors import EngineError
 from lamina.kv.placement import Holder
 from lamina.kv.request import Request, ScheduledSequence
 from lamina.scheduling.blame import TRIES, Blame
-from lamina.scheduling.control_plane import Step
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
 from lamina_workers.model_worker.interface import Returned
 
@@ -77,9 +75,15 @@ class Parts:
         admission = SimpleNamespace(most_hoped=lambda: 100)
         scheduler = SimpleNamespace(counters=self.counters, blame=self.blame, admission=admission)
         registry = SimpleNamespace(of=lambda sequence: self.requests.get(sequence.request.id), fail=self._fail)
-        parts = self.worker, scheduler, self.holders, (tiering,), in_flight, registry, self.deadline
         reports = FailureReports(lambda name: self.reported.append((name,)), lambda *n: self.reported.append(n))
-        self.failures = Failures(*cast(Any, parts), reports)
+        parts: dict[str, Any] = {
+            "holders": self.holders,
+            "copiers": (tiering,),
+            "in_flight": in_flight,
+            "registry": registry,
+            "deadline": self.deadline,
+        }
+        self.failures = Failures(cast(Any, self.worker), cast(Any, scheduler), reports=reports, **parts)
 
     def note(self, *call: object) -> None:
         self.calls.append(call)
@@ -129,9 +133,9 @@ SEQUENCES: dict[str, Any] = {
 }
 
 
-def lane(*requests: str) -> Lane:
+def lane(*requests: str) -> Any:
     rows = tuple(SimpleNamespace(sequence=SEQUENCES[name], start=7, count=1, known=1) for name in requests)
-    return Lane(Step(cast(Any, SimpleNamespace(rows=rows)), {}))
+    return SimpleNamespace(step=SimpleNamespace(rows=rows))
 
 
 ABANDON = ["abandon moves", "abandon batches"]
@@ -185,7 +189,7 @@ def test_engine_goes_on_where_batches_go_well_between_those_that_fail() -> None:
             parts.failures.failed(lane("a"), FAULT)
         assert parts.errors.pop("a")
         parts.blame.forget(SEQUENCES["a"])
-        parts.failures.went_well()
+        parts.failures.batch_done(cast(Any, None))
 
 
 def test_engine_goes_on_however_many_attention_workers_vanish() -> None:

@@ -153,6 +153,6 @@ def test_old_kv_follows_in_the_background_where_that_pays(decoder):
     join(rig)
     assert streams.tokens() == expected
     assert rig.engine._tiering._migration.sequences > 0
-    assert not rig.engine._tiering._balancer._active
+    assert not rig.engine._tiering._balancer.active
     assert rig.scheduler.counters.preempted == 0
     rig.close()

@@ -9,13 +9,13 @@ import torch
 from real_workers import write_tiny_model
 
 from lamina import LLM
-from lamina.engine import engine
+from lamina.engine import batch
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.model_worker import model_worker
 
 PLACES = {
-    "the batch's input": (engine, "batch_work"),
+    "the batch's input": (batch, "batch_work"),
     "attention": (AttentionWorker, "handle"),
     "dense layers": (Decoder, "forward"),
     "sampling": (model_worker, "sample"),

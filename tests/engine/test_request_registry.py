@@ -143,8 +143,7 @@ def test_follow_prefill_reports_progress_and_counts_prompt_tokens_only(caplog: p
     computed = 0
     while long.unfinished or broken.unfinished:
         plan = rig.plan()
-        computed += rig.registry.follow_prefill(plan)
-        rig.step(plan=plan)
+        computed += rig.step(plan=plan).prompt_tokens
     assert seen == sorted(seen)
     assert seen[-1] == (30, 30)
     assert computed == 30 + 4

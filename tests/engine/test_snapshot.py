@@ -320,7 +320,15 @@ def test_snapshot_sums_the_holders_of_one_worker_over_ranks(decoder: Decoder) ->
     links = rig.engine._worker.links()
     links = {0: links[1], 2: links[1]._replace(in_process=False, channel="tcp")}
     control = ControlPlane(rig.scheduler.config, placement)
-    seen = take_snapshot(EngineStats(0.0, returned_workers=2), control, links, {2: "a", 3: "a"}, 0.0, 1.0, 1.0)
+    seen = take_snapshot(
+        EngineStats(0.0, returned_workers=2),
+        control,
+        links=links,
+        names={2: "a", 3: "a"},
+        attention_seconds=0.0,
+        local_share=1.0,
+        now=1.0,
+    )
     rig.close()
     assert seen.returned_workers == 2
     shown = {holder.name: (holder.local, holder.channel, holder.total_pages) for holder in seen.holders}

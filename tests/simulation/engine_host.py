@@ -23,11 +23,11 @@ from model_host import ReplicaHosts, edges, part, waits
 from scenario import STEP_S, Scenario, Setup
 from virtual_time import Process, Time, Wake
 
+from lamina.engine import batch
 from lamina.engine.drafting import Wanted
 from lamina.engine.engine import Engine, Mailbox
 from lamina.engine.failures import FailureReports
 from lamina.engine.holders import seated
-from lamina.engine.in_flight import Lane
 from lamina.errors import JournalError
 from lamina.journal.journal import Facts, Journal
 from lamina.journal.recorder import Recorder
@@ -116,13 +116,13 @@ class SimulatedEngine(Engine):
         self._handle = self._failures.failed
         self._failures.failed = self._failed  # type: ignore[method-assign]
 
-    def _failed(self, lane: Lane, fault: HolderFault) -> None:
+    def _failed(self, failing: batch.Batch, fault: HolderFault) -> None:
         """A batch failed: by what happened to a worker, never by what a worker said, for all are honest."""
         said = str(fault)
         lost = isinstance(fault, HolderLost | RankLost) or " is lost: " in said  # the latter to a replica alone
         if not lost or any(blame in said for blame in _BLAMES):
             self._owner.complain(f"an honest worker is blamed: {said}")
-        self._handle(lane, fault)
+        self._handle(failing, fault)
 
     def clear_prefixes(self) -> None:
         """Give up all cached prefixes, between two batches."""

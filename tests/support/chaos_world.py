@@ -16,8 +16,8 @@ import torch
 from engine_rig import LOCAL, holder_config
 from kv_pools import pool_of
 
+from lamina.engine.batch import Batch
 from lamina.engine.engine import Engine
-from lamina.engine.in_flight import Lane
 from lamina.kv import redundancy
 from lamina.kv.placement import Holder, Placement
 from lamina.kv.request import Request as TokenRequest
@@ -208,13 +208,13 @@ class SteppedEngine(Engine):
         self.given_up: list[int] = []  # holders that still answered
         failed, left = self._failures.failed, self._deadline.left
 
-        def noted(lane: Lane, fault: HolderFault) -> None:
+        def noted(batch: Batch, fault: HolderFault) -> None:
             if isinstance(fault, HolderLost | RankLost):
                 self.losses += 1
                 self.given_up += list(getattr(fault, "holders", ()))
             else:
                 self.faults.append(fault)
-            failed(lane, fault)
+            failed(batch, fault)
 
         self._failures.failed = noted  # type: ignore[method-assign]
         self._deadline.left = lambda: left() or 0.0  # type: ignore[method-assign]  # nobody else brings any news

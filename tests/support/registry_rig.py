@@ -5,12 +5,14 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Sequence
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, cast
 
 from scheduler_world import OneHolder, config
 
 from lamina.engine.masks import Masks
-from lamina.engine.request_registry import RequestRegistry
+from lamina.engine.request_registry import Outputs, RequestRegistry
 from lamina.errors import InvalidRequest
 from lamina.kv.kv_shares import Pages
 from lamina.kv.request import Plan, Request
@@ -18,6 +20,7 @@ from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.scheduler import Scheduler
 from lamina_workers.decoder.logprobs import RowLogprobs
+from lamina_workers.decoder.sampler import Sampled
 
 PROMPT = (1, 2, 3)
 
@@ -80,13 +83,15 @@ class Rig:
         self.scheduler.accepted(plan, Pages({(0, 0): 60}), [0] * len(plan.rows))
         return plan
 
-    def step(self, token: int = 7, plan: Plan | None = None) -> None:
+    def step(self, token: int = 7, plan: Plan | None = None) -> Outputs:
         """One batch, in which every row that samples gives `token`."""
         plan = plan or self.plan()
-        rows = [row for row in plan.rows if row.sample]
-        reports = {row.sequence: [RowLogprobs(-1.0, ())] for row in rows}
-        outcomes = self.scheduler.record(plan, [token] * len(rows))
-        self.registry.publish(plan, self.registry.outputs(outcomes, reports, self.now), {})
+        rows = sum(row.sample for row in plan.rows)
+        step = SimpleNamespace(plan=plan, recorded=partial(self.scheduler.record, plan))
+        sampled = Sampled([token] * rows, [RowLogprobs(-1.0, ())] * rows)
+        outputs = self.registry.record(cast(Any, step), sampled, self.now)
+        self.registry.publish(plan, outputs)
+        return outputs
 
     def tokens(self, name: str = "a", sample: int = 0) -> list[int]:
         return [o.token for o in self.got.get(name, []) if o.token is not None and o.sample == sample]

@@ -93,6 +93,7 @@ class World:
         replies.port.send(Announcement(1, self.batch, self.done[number], tuple(operations), tuple(rows)))
         self.done[number] += len(operations)
         assert replies.take(Announced, self.batch, timeout=20.0).accepted
+        replies.accepted(self.batch)
 
     def forward(
         self, spans: Mapping[int, Span], early: bool

@@ -367,7 +367,7 @@ class CompiledExchange:
             for remote, direct in self._lent[:lent]:
                 direct.reclaim(remote.unsent())
         result: int = x.result
-        if result != blocks.TIMEOUT:  # there is no waiting for who does not read either
+        if result != blocks.TIMEOUT:  # a holder that does not read would be waited for
             for remote, _ in self._lent:
                 remote.port.flush()
         return result
@@ -425,12 +425,12 @@ class ExchangeMaker:
         return made
 
     def _way(self, holder: HolderTraffic, batch: int, dtype: torch.dtype, tokens: int) -> FramePort | LayerWork | None:
-        computing = holder.replies.computing
+        replies = holder.replies
         if holder.way is not DIRECT:
             return None
-        if computing is None:
-            return holder.replies.frames
-        work = computing.layer_work(batch, self._number)
+        if replies.computing is None:
+            return replies.frames
+        work = replies.work(batch, self._number)
         if work is None or not work.query == work.loaded == dtype:
             return None
         # Compiled code checks nothing: what the holder planned must be what it gets. Where it is not, Python says so.

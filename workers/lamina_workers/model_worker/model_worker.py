@@ -155,8 +155,11 @@ class ModelWorker:
         self._epoch = self._epoch + 1 if epoch is None else epoch
         self._sampled.clear()
 
-    def announce(self, shares: Mapping[int, HolderBatch]) -> Generator[Waiting, None, tuple[int, dict[int, Announced]]]:
-        """Announce the next batch to the holders concerned. Returns its number, and every reply, refusals included.
+    def announce(
+        self, shares: Mapping[int, HolderBatch], computes: bool = True
+    ) -> Generator[Waiting, None, tuple[int, dict[int, Announced]]]:
+        """Announce the next batch to the holders concerned, which `computes` its layers. Returns its number, and every
+        reply, refusals included.
 
         Raises HolderFault where a holder answers with a fault, HolderLost where it is gone.
         """
@@ -187,7 +190,11 @@ class ModelWorker:
             raise faults[worst]
         if not any(share.routes for share in shares.values()) or not all(reply.accepted for reply in answers.values()):
             self.forget(batch, shares)
-        elif sampled := {number: reply.samples for number, reply in answers.items() if reply.samples}:
+            return batch, answers
+        for number, share in shares.items() if computes else ():
+            if share.routes:
+                self._replies[number].accepted(batch)
+        if sampled := {number: reply.samples for number, reply in answers.items() if reply.samples}:
             self._sampled[batch] = sampled
         return batch, answers
 
@@ -294,7 +301,7 @@ class ModelWorker:
 
         Whole pages go as they lie where they begin alike and all these holders lay them out alike; so do states, which
         are of one position: a move of them is of [0, that position)."""
-        batch, answers = yield from self.announce(shares)
+        batch, answers = yield from self.announce(shares, computes=False)
         sampling = {
             (number, route.row.handle): route
             for number, share in shares.items()

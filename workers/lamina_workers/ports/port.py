@@ -173,8 +173,8 @@ class FramePort(Protocol):
 class ComputingPort(Protocol):
     """A port to a holder in this process whose layers compiled code may compute."""
 
-    def layer_work(self, batch: int, pool: int) -> LayerWork | None:
-        """The work of an accepted batch in the layers of a pool; None where it needs Python."""
+    def works(self, batch: int) -> Sequence[LayerWork | None]:
+        """The work of a batch that was just accepted in the layers of each pool; None where it needs Python."""
 
     def worked(self, batch: int, pool: int, layers: range, work: LayerWork) -> None:
         """These layers of it are done, by their numbers within the pool."""
@@ -197,6 +197,7 @@ class Replies:
         self._exchanges = Exchanges()
         self._asked: dict[int, float] = {}  # seconds, by batch; each has one query under way at a time
         self._waiting: dict[int, deque[Reply]] = {}  # by batch under way
+        self._works: dict[int, Sequence[LayerWork | None]] = {}  # by batch, of a holder in this process; see `accepted`
         self._collected: dict[int, Callable[[], bool]] = {}  # by batch: who takes its answers off the channel instead
         self._epoch = 0
         self._faults = 0  # since a batch was computed
@@ -211,6 +212,7 @@ class Replies:
         if epoch > self._epoch:
             self._epoch = epoch
             self._waiting.clear()
+            self._works.clear()
             self._asked.clear()
         self._waiting.setdefault(batch, deque())
 
@@ -230,8 +232,20 @@ class Replies:
     def forget(self, batch: int) -> None:
         """Drop further replies to this batch."""
         self._waiting.pop(batch, None)
+        self._works.pop(batch, None)
         self._asked.pop(batch, None)
         self._collected.pop(batch, None)
+
+    def accepted(self, batch: int) -> None:
+        """Every holder has accepted a batch with rows here: the holder's work comes with that, where compiled code can
+        do it."""
+        if self.computing is not None:
+            self._works[batch] = self.computing.works(batch)
+
+    def work(self, batch: int, pool: int) -> LayerWork | None:
+        """The work of an accepted batch in the layers of a pool; None where it needs Python."""
+        works = self._works.get(batch)
+        return works[pool] if works else None
 
     def collected(self, batch: int, collect: Callable[[], bool] | None) -> None:
         """Until `collect` is None, or the batch is forgotten, it takes the answers of this batch off the channel, and
@@ -377,9 +391,12 @@ class LocalAttention:
         """Whether a reply is there: always, once something that has one was sent."""
         return bool(self._replies)
 
+    def works(self, batch: int) -> Sequence[LayerWork | None]:
+        return [self.layer_work(batch, pool) for pool in range(len(self._worker.pools))]
+
     def layer_work(self, batch: int, pool: int) -> LayerWork | None:
-        self.settle()
-        return self._worker.layer_work(batch, pool) if enabled() and not self.failing(batch) else None
+        """The work of a batch that was just accepted in the layers of one pool; None where it needs Python."""
+        return self._worker.layer_work(batch, pool) if enabled() else None
 
     def worked(self, batch: int, pool: int, layers: range, work: LayerWork) -> None:
         self._worker.worked(batch, pool, layers, work)
