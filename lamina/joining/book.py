@@ -125,10 +125,6 @@ class MachineBook:
         """The operator does not want a machine, or it has gone before it was accepted."""
         self._machines.pop(id, None)
 
-    def by_code(self, code: str) -> str | None:
-        """The machine that waits with this code."""
-        return next((machine.id for machine in self._machines.values() if code and machine.code == code), None)
-
     # One that is.
 
     def comes_back(self, id: object, key: object) -> str | None:

@@ -225,7 +225,8 @@ def parse() -> argparse.Namespace:
 def start(args: argparse.Namespace, folder: Path, room: Path) -> dict[str, Child]:
     """The engines by name, those of another checkout behind those of this one, and the bandwidth. `room`: for the
     weights as those peers read them that know no GGUF."""
-    from lamina.models.export import export
+    sys.path.append(str(Path(__file__).parents[1]))  # behind this folder and what is installed
+    from model_export import export
 
     unpacked = export(folder, room / "model") if {"vllm", "hf"} & set(args.names) else folder
     options = Options(args.attention_workers, args.shard, args.lanes, args.keep, args.first, args.query_first)

@@ -40,7 +40,9 @@ class Prompts:
     """The prompts of a model, each another piece of a text, and their K and V."""
 
     def __init__(self, args: argparse.Namespace, batch: int, context: int, folder: Path) -> None:
-        from lamina.measure.kept_kv import KeptKV
+        sys.path.append(str(Path(__file__).parents[1] / "evaluate"))  # behind this folder and what is installed
+        from evaluation.kept_kv import KeptKV
+
         from lamina.models.resolve import resolve
         from lamina.system.machine import native_dtype
         from lamina.text.tokenizer import Tokenizer

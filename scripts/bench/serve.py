@@ -159,7 +159,9 @@ def server(args: argparse.Namespace, endpoint: str) -> Iterator[Callable[[int], 
 @contextmanager
 def vllm(args: argparse.Namespace) -> Iterator[Callable[[int], float]]:
     """vLLM's CPU server on both cores, as many sequences at once as there are streams."""
-    from lamina.models.export import export
+    sys.path.append(str(Path(__file__).parents[1]))  # behind this folder and what is installed
+    from model_export import export
+
     from lamina.models.resolve import resolve
 
     port = _free_port()

@@ -20,6 +20,7 @@ import argparse
 import importlib
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,8 +33,10 @@ from kernel_peers import machine
 
 from lamina_kernels.paged import memory
 from lamina_kernels.states import advance as states
-from lamina_kernels.states import reference
 from lamina_kernels.states.layout import StateConstants, StateLayout, StateRows
+
+sys.path.append(str(Path(__file__).parents[2] / "tests" / "support"))  # behind this folder and what is installed
+import state_reference as reference
 
 LEAST_BYTES = 256e6  # of the records of all layers, read ones alone: many times the caches
 SHAPES = {  # kind, d_k, d_v, heads, key heads

@@ -28,7 +28,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 
-from lamina.models.export import export
+sys.path.append(str(Path(__file__).parents[1]))  # behind this folder and what is installed
+from model_export import export
+
 from lamina.models.resolve import resolve
 
 CLOSE = 1e-3

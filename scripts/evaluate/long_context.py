@@ -34,6 +34,7 @@ from typing import Any
 
 from evaluation import tasks
 from evaluation.heads import Fidelity, read_heads
+from evaluation.kept_kv import KeptKV
 from evaluation.running import Outcome, held_share, keep, known, missed_share, read_share, read_tasks
 from evaluation.suite import ALL, Compared, compare
 from evaluation.tasks import Prompt
@@ -41,7 +42,6 @@ from evaluation.tasks import Prompt
 from lamina.config import DEFAULT_MODEL, DTYPES, KV_DTYPES, EngineConfig
 from lamina.errors import LaminaError
 from lamina.launch.kv_sizing import holder_config
-from lamina.measure.kept_kv import KeptKV
 from lamina.measure.probe import Probe, loaded
 from lamina.models.resolve import resolve
 from lamina.policy_file import head_policies

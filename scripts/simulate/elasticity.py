@@ -13,11 +13,11 @@ import argparse
 from dataclasses import replace
 
 import numpy as np
+from elastic_fleet import ElasticResult, Scaling, simulate_elastic
 
 from lamina.simulator.costs.hardware import load, with_efficiency
 from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import Colocated, Offloaded
-from lamina.simulator.event_loop.elasticity import ElasticResult, Scaling, simulate_elastic
 from lamina.simulator.traces.arrivals import Arrival, Trace
 
 INSTANCE_START, WORKER_START = 10.8, 0.412

@@ -24,11 +24,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
 
+from simulate.closed_loop import closed_loop
+
 from lamina.simulator.costs.hardware import Catalogue, Efficiency
 from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import Colocated
 from lamina.simulator.costs.uncertainty import sparse
-from lamina.simulator.steady_state.closed_loop import closed_loop
 
 FIRST = 0.14
 """The share of users' first requests in a run without a warm-up."""

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from model_export import export
 from real_models import fetched, greedy_tokens, token_prompts
 from real_workers import WorkerProcess, worker_process
 
 from lamina import LLM, InvalidRequest
-from lamina.models.export import export
 from lamina_workers.model_config.config import ModelConfig
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]

@@ -10,12 +10,12 @@ import threading
 import pytest
 import torch
 import transformers
+from model_export import export
 from real_models import token_prompts
 
 import lamina
 from lamina import LLM, EngineError, InvalidRequest, SamplingParams
 from lamina.kv.kv_shares import Share
-from lamina.models.export import export
 from lamina.models.resolve import resolve
 
 pytestmark = [pytest.mark.data, pytest.mark.real]

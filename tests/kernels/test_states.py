@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import state_reference as reference
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lamina_kernels.paged import memory
 from lamina_kernels.states import advance as states
-from lamina_kernels.states import reference
 from lamina_kernels.states.layout import KINDS, StateConstants, StateLayout, StateRows
 
 every_kind = pytest.mark.parametrize("kind", KINDS)

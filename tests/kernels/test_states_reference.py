@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 
 import pytest
+import state_reference as reference
 import torch
 from torch.nn.functional import silu, softplus
 from transformers.models.kimi_linear import modeling_kimi_linear as kimi
 from transformers.models.minimax import modeling_minimax as minimax
 from transformers.models.nemotron_h import modeling_nemotron_h as nemotron
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen
-
-from lamina_kernels.states import reference
 
 T, H, D_K, D_V = 70, 4, 32, 16
 

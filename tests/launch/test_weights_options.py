@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from gguf_writing import tiny, write_gguf
+from model_export import export
 
 from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest
 from lamina.launch.model_files import ModelFiles, load
-from lamina.models.export import export
 from lamina.models.resolve import resolve
 from lamina_workers.checkpoints.weight_loader import Packing
 

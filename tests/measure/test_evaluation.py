@@ -17,6 +17,7 @@ from dense_attention import DenseAttention
 from engine_rig import holder_config
 from evaluate.evaluation import tasks
 from evaluate.evaluation.heads import read_heads, seen
+from evaluate.evaluation.kept_kv import KeptKV, reads_prompts_whole
 from evaluate.evaluation.measures import (
     agreement,
     cosine,
@@ -32,7 +33,6 @@ from evaluate.evaluation.suite import ALL, compare, found
 from evaluate.evaluation.tasks import Prompt, Task
 
 from lamina.errors import InvalidRequest
-from lamina.measure.kept_kv import KeptKV, reads_prompts_whole
 from lamina.measure.probe import Probe
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.policies.catalogue import parse

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from gguf_writing import FAMILIES, tiny, write_gguf
+from model_export import export
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lamina.errors import LaminaError, ModelFileError, UnsupportedModelError
-from lamina.models.export import export
 from lamina.models.gguf_conversion import convert
 from lamina.models.gguf_files import GgufFile
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 from gguf_writing import write_tiny_llama
+from model_export import export
 
-from lamina.models.export import export
 from lamina.models.gguf_conversion import convert
 from lamina.models.gguf_files import GgufFile
 

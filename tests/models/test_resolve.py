@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from gguf_writing import write_tiny_llama
+from model_export import export
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lamina.errors import InvalidRequest, ModelFileError
@@ -20,7 +21,6 @@ from lamina.models import cache as model_cache
 from lamina.models import resolve as models
 from lamina.models.aliases import ALIASES
 from lamina.models.cache import is_whole, verify
-from lamina.models.export import export
 from lamina.models.gguf_files import GgufFile
 from lamina.models.hub import HUB_IDS
 from lamina.simulator.costs.model_configs import PRESETS

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from simulate.closed_loop import closed_loop
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.cost_model import Load
 from lamina.simulator.costs.hardware import Efficiency, load
 from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import Colocated
-from lamina.simulator.steady_state.closed_loop import closed_loop
 
 DEVICE = replace(load().device("h100"), efficiency=Efficiency(step_overhead=0.002, first_token_overhead=0.5))
 SYSTEM = Colocated(model=model("llama-3.1-8b"), device=DEVICE, batch_tokens=1000)

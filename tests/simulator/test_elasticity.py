@@ -6,12 +6,12 @@ import math
 from dataclasses import replace
 
 import pytest
+from simulate.elastic_fleet import Scaling, simulate_elastic
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.hardware import load
 from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import Colocated, Offloaded
-from lamina.simulator.event_loop.elasticity import Scaling, simulate_elastic
 from lamina.simulator.traces.arrivals import Arrival, Trace
 
 HARDWARE = load()

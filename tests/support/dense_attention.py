@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import state_reference as reference
 import torch
 
-from lamina_kernels.states import reference
 from lamina_kernels.states.layout import StateLayout, StateRows
 from lamina_protocols.messages.layers import LayerSpec
 from lamina_workers.decoder.model import Batch, Decoder, KeyValueReady, StateReady

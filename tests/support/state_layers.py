@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import state_reference as reference
 import torch
 
-from lamina_kernels.states import reference
 from lamina_kernels.states.layout import StateConstants, StateLayout, StateRows
 from lamina_protocols.messages.layers import STATES, HolderConfig, LayerSpec
 from lamina_protocols.messages.messages import Constants

@@ -3,7 +3,7 @@
 A layer of linear attention, of the delta rule or of a state space keeps, of each sequence and head, one record: a state
 and the last inputs of its convolution (`kernels/lamina_kernels/states/layout.py`). `states/advance.py` takes tokens
 into it: `plan` checks a batch and deals it to threads once for all layers, `with_pages` gives the next batch's plan of
-the same rows, `advance` does one layer. Recurrences in plain torch are in `states/reference.py`.
+the same rows, `advance` does one layer. Recurrences in plain torch are in `tests/support/state_reference.py`.
 
 - A record is read from one page and written to another, or to the same. A source that is no target stays as it is, so
   a batch can run again.

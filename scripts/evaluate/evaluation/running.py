@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lamina.measure.kept_kv import KeptKV
 from lamina.measure.probe import Probe, together
 from lamina_protocols.messages.messages import Usage
 
+from .kept_kv import KeptKV
 from .tasks import Prompt, Task
 
 Progress = Callable[[int], None]
