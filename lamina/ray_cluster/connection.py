@@ -201,7 +201,8 @@ def _versions(resources: Mapping[str, int]) -> dict[str, int | None]:
     def installed() -> int | None:  # sent by value: it must run where there is no Lamina, or another one
         import importlib
 
-        for module in ("versions", "messages"):  # the second had it up to version 7
+        # The number is where it is now, or where older packages had it; "messages" up to version 7.
+        for module in ("channels.versions", "versions", "messages"):
             try:
                 return int(importlib.import_module(f"lamina_protocols.{module}").PROTOCOL_VERSION)
             except (ImportError, AttributeError):
