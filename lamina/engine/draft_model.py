@@ -75,7 +75,7 @@ class DraftModelProposer:
     def propose(self, wanted: Sequence[Wanted]) -> list[tuple[int, ...]]:
         """As `Proposer.propose`."""
         self._call += 1
-        drafts: dict[ScheduledSequence, list[int]] = {each.sequence: [] for each in wanted}
+        drafts: dict[ScheduledSequence, list[int]] = {want.sequence: [] for want in wanted}
         if self._failures < _TRIES:
             try:
                 with faults():
@@ -84,7 +84,7 @@ class DraftModelProposer:
             except HolderFault as fault:
                 self._failed(fault)
                 return [()] * len(wanted)
-        return [tuple(drafts[each.sequence]) for each in wanted]
+        return [tuple(drafts[want.sequence]) for want in wanted]
 
     def ended(self, sequence: ScheduledSequence) -> None:
         """Forget a sequence. Harmless for one that is not known."""
@@ -93,36 +93,36 @@ class DraftModelProposer:
 
     def _draft(self, wanted: Sequence[Wanted], drafts: Mapping[ScheduledSequence, list[int]]) -> None:
         """Read what is new, then draft one token of each sequence at a time."""
-        unread = self._unread([each for each in wanted if len(each.sequence.tokens) < self._model.context])
+        unread = self._unread([want for want in wanted if len(want.sequence.tokens) < self._model.context])
         while unread:
             drawn = self._run(unread, drafts)
             going = []
-            for each, token in drawn:
+            for want, token in drawn:
                 if token is None or token >= self._model.vocabulary:
                     continue
-                so_far = drafts[each.sequence]
+                so_far = drafts[want.sequence]
                 so_far.append(token)
-                if len(so_far) < min(each.depth, self._model.context - len(each.sequence.tokens)):
-                    going.append(each)
-            unread = [(each, drafts[each.sequence][-1:], True) for each in going]
+                if len(so_far) < min(want.depth, self._model.context - len(want.sequence.tokens)):
+                    going.append(want)
+            unread = [(want, drafts[want.sequence][-1:], True) for want in going]
 
     def _unread(self, wanted: Sequence[Wanted]) -> list[tuple[Wanted, list[int], bool]]:
         """For each sequence the tokens that are to be read now, and whether these are all: short ones first, of which
         several fit into a chunk."""
-        pieces, left = [], CHUNK
-        for each in wanted:
-            tokens = each.sequence.tokens
-            read = self._read.get(each.sequence) or self._open(each.sequence)
+        pieces, budget = [], CHUNK
+        for want in wanted:
+            tokens = want.sequence.tokens
+            read = self._read.get(want.sequence) or self._open(want.sequence)
             read.call = self._call
             read.cut(tokens)
             if max(piece := tokens[read.same :]) < self._model.vocabulary:
-                pieces.append((each, piece))
+                pieces.append((want, piece))
         chosen = []
-        for each, piece in sorted(pieces, key=lambda piece: len(piece[1])):
-            count = len(piece) if len(piece) <= each.depth + 2 else min(len(piece), left)
-            left -= count if len(piece) > each.depth + 2 else 0
+        for want, piece in sorted(pieces, key=lambda piece: len(piece[1])):
+            count = len(piece) if len(piece) <= want.depth + 2 else min(len(piece), budget)
+            budget -= count if len(piece) > want.depth + 2 else 0
             if count:
-                chosen.append((each, piece[:count], count == len(piece)))
+                chosen.append((want, piece[:count], count == len(piece)))
         return chosen
 
     def _open(self, sequence: ScheduledSequence) -> _Read:
@@ -153,31 +153,31 @@ class DraftModelProposer:
                     return []
         self._accepted += len(self._operations)
         self._operations.clear()
-        reads = [self._read[each.sequence] for each, _, _ in pieces]
+        reads = [self._read[want.sequence] for want, _, _ in pieces]
         spans = tuple(Span(len(read.fed), len(ids)) for read, (_, ids, _) in zip(reads, pieces, strict=True))
         token_ids = [token for _, ids, _ in pieces for token in ids]
         ends, end = [], 0
         for _, ids, _ in pieces:
             end += len(ids)
             ends.append(end - 1)
-        drawing = [(each, at) for (each, _, whole), at in zip(pieces, ends, strict=True) if whole]
+        drawing = [(want, position) for (want, _, complete), position in zip(pieces, ends, strict=True) if complete]
         work = BatchWork(
             spans,
-            tuple(len(each.sequence.request.prompt) for each, _, _ in pieces),
+            tuple(len(want.sequence.request.prompt) for want, _, _ in pieces),
             token_ids,
-            tuple(at for _, at in drawing),
-            tuple(sampling(each.request, each.sequence, len(drafts[each.sequence])) for each, _ in drawing),
+            tuple(position for _, position in drawing),
+            tuple(sampling(want.request, want.sequence, len(drafts[want.sequence])) for want, _ in drawing),
         )
         sampled = result(worker.execute(work, batch, share, suspends=False))
         for read, (_, ids, _) in zip(reads, pieces, strict=True):
             read.fed += ids
-        return [(each, token) for (each, _), token in zip(drawing, sampled.tokens, strict=True)]
+        return [(want, token) for (want, _), token in zip(drawing, sampled.tokens, strict=True)]
 
     def _routes(self, pieces: Sequence[tuple[Wanted, list[int], bool]]) -> list[Route]:
         routes = []
         for pool, heads in enumerate(self._model.heads):
-            for source, (each, ids, _) in enumerate(pieces):
-                read = self._read[each.sequence]
+            for source, (want, ids, _) in enumerate(pieces):
+                read = self._read[want.sequence]
                 start, end = len(read.fed), len(read.fed) + len(ids)
                 row = Row(self._part(read, pool), start, len(ids), (0, end), True, chooses=len(ids) == 1)
                 routes.append(Route(source, tuple(range(heads)), row, (start, end), pool))

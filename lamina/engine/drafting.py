@@ -1,13 +1,9 @@
-"""Has drafts proposed before a batch is planned, and measures afterwards what they were worth.
+"""Drafts: guesses of the next tokens of sequences, which the model verifies (see `lamina/scheduling/scheduler.py`).
 
-The model verifies them: see `lamina/scheduling/scheduler.py`.
-
-`Proposer`, what guesses the next tokens of sequences. The guesses are drafts, which the model verifies.
-
-Drafts from a sequence's own text: what followed where its last tokens stood before (prompt lookup). Pure.
-
-The tokens that follow the longest match are proposed. What was copied from before is copied further, as long as the
-text follows it.
+`Drafting` has them proposed before a batch is planned, and measures afterwards what they were worth. A `Proposer` makes
+them. `NgramProposer` takes them from a sequence's own text: what followed where its last tokens stood before (prompt
+lookup). The tokens that follow the longest match are proposed. What was copied from before is copied further, as long
+as the text follows it.
 """
 
 from __future__ import annotations
@@ -62,7 +58,7 @@ class NgramProposer:
 
     def propose(self, wanted: Sequence[Wanted]) -> list[tuple[int, ...]]:
         """As `Proposer.propose`. After a match of one or two tokens there are no more drafts than these."""
-        return [self._text(each.sequence).drafts(each.depth) for each in wanted]
+        return [self._text(want.sequence).drafts(want.depth) for want in wanted]
 
     def _text(self, sequence: ScheduledSequence) -> _Text:
         text = self._texts.get(sequence)
@@ -111,16 +107,16 @@ class _Text:
     def _best(self, copied: int) -> tuple[int, int]:
         """The position behind the longest match of the text's end and its length; (0, 0) without one. `copied`: where
         the last draft's source goes on, 0 without one."""
-        tokens, key, found = self._tokens, 0, 0
+        tokens, key, longest = self._tokens, 0, 0
         for size, after in enumerate(self._after[: len(tokens)], 1):
             key |= tokens[-size] << (size - 1) * _BITS
             if key not in after:
                 break
-            found = after[key]
-        candidates = [at for at in (found, copied) if at]
-        lengths = [(self._length(at), at) for at in candidates]
-        length, at = max(lengths, default=(0, 0))
-        return (at, length) if length else (0, 0)
+            longest = after[key]
+        candidates = [position for position in (longest, copied) if position]
+        lengths = [(self._length(position), position) for position in candidates]
+        length, position = max(lengths, default=(0, 0))
+        return (position, length) if length else (0, 0)
 
     def _length(self, at: int) -> int:
         """How many tokens before `at` are those at the text's end, `_COMPARED` at most."""
@@ -161,15 +157,15 @@ class Drafting:
             return
         began = self._clock()
         depths = zip(decoding, self._speculation.depths(decoding), strict=True)
-        wanted = [
+        wants = [
             Wanted(sequence, registry.requests[sequence.request.id], depth)
             for sequence, depth in depths
             if depth > 0 and not sequence.drafts and not _slow(registry, sequence)
         ]
-        if not wanted:
+        if not wants:
             return
         looks = []
-        for (sequence, _, depth), proposed in zip(wanted, self._proposer.propose(wanted), strict=True):
+        for (sequence, _, depth), proposed in zip(wants, self._proposer.propose(wants), strict=True):
             drafts = before_the_end(sequence, proposed[:depth])
             constraint = registry.constraints.get(sequence)
             if drafts and constraint is not None:
@@ -190,8 +186,8 @@ class Drafting:
                 tokens.setdefault(outcome.sequence, []).append(outcome.token)
         for row in plan.rows:
             if row.drafts and (new := tokens.get(row.sequence)):
-                same = takewhile(lambda pair: pair[0] == pair[1], zip(row.drafts, new, strict=False))
-                accepted = sum(1 for _ in same)
+                matches = takewhile(lambda pair: pair[0] == pair[1], zip(row.drafts, new, strict=False))
+                accepted = sum(1 for _ in matches)
                 self._speculation.recorded(row.sequence, len(row.drafts), accepted)
                 request = requests[row.sequence.request.id]
                 request.drafted += len(row.drafts)

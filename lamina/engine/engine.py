@@ -275,7 +275,7 @@ class Engine:
         self._control.placement.number_from(last_handle, 0)
         requests = self._registry.recover(found)
         if requests:
-            self._holders.ask_for_room(each.number for each in found.values())
+            self._holders.ask_for_room(holder.number for holder in found.values())
             self._registry.rebuild()
         return requests
 

@@ -110,10 +110,10 @@ class Failures:
         if isinstance(fault, RankLost):
             rows = self._in_flight.rows()
             self._halt()
-        elif isinstance(fault, HolderLost) and (gone := [*self._worker.lost(), *fault.holders]):
+        elif isinstance(fault, HolderLost) and (lost := [*self._worker.lost(), *fault.holders]):
             # Where the books contradict the holders, the books may be wrong. Holders that vanish are no sign of that,
             # however many do.
-            if self._lose(gone, fault) and fault.holders:
+            if self._lose(lost, fault) and fault.holders:
                 self._failed_in_vain(fault)
             return
         else:  # a pool in this process cannot be lost
@@ -143,8 +143,8 @@ class Failures:
         self._abandon_copies()
         if self._worker.missing:
             self._halt()
-        elif gone := self._worker.lost():
-            self._lose(gone)
+        elif lost := self._worker.lost():
+            self._lose(lost)
 
     def _abandon(self) -> None:
         """Give up every batch and every move under way."""
@@ -316,5 +316,5 @@ class WaitDeadline:
     def _why(self) -> str:
         if missing := self._holders.missing:
             return f"model worker {', '.join(map(str, missing))} has not come back for {self._timeout:g} s"
-        left = "no attention worker is left" if self._holders.empty else "no holder that is left has room for this"
-        return f"{left}, and none has joined for {self._timeout:g} s; start an attention worker and try again"
+        reason = "no attention worker is left" if self._holders.empty else "no holder that is left has room for this"
+        return f"{reason}, and none has joined for {self._timeout:g} s; start an attention worker and try again"

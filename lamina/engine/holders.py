@@ -3,10 +3,8 @@
 Each change goes to the model worker and the control plane first, then to the listeners in their order. Everything is
 called between two batches, on the engine's thread.
 
-Drains of attention workers: each is a mark at the worker's holders, which the mover follows.
-
-A marked holder gets no new sequence. What it keeps moves to other holders while all sequences go on, and the worker is
-let go once its holders are empty. Everything is called between two batches.
+`Drains` let attention workers go without a loss. The holders of such a worker are marked: they get no new sequence, and
+what they keep moves to other holders while all sequences go on. Once they are empty the worker leaves.
 """
 
 from __future__ import annotations
@@ -88,7 +86,7 @@ class Holders:
 
     def numbers(self, name: str) -> list[int]:
         """The holders of that name, one a rank; empty for an unknown name."""
-        return [number for number, known in self.names.items() if known == name]
+        return [number for number, holder_name in self.names.items() if holder_name == name]
 
     def companions(self, numbers: Sequence[int]) -> list[int]:
         """These holders, and all others at the same attention workers."""
@@ -129,9 +127,11 @@ class Holders:
         names = self._drop(numbers)
         for name in names:
             logger.warning("attention worker %s is lost", name)
-        left = ", ".join(dict.fromkeys(self.names.values())) or ("any that joins" if self.empty else "this machine")
+        places = ", ".join(dict.fromkeys(self.names.values())) or ("any that joins" if self.empty else "this machine")
         had = f"; spares had {spared}" if spared else ""
-        logger.warning("on %s: %d tokens of lost KV are computed again, %d from the start%s", left, rebuilt, anew, had)
+        logger.warning(
+            "on %s: %d tokens of lost KV are computed again, %d from the start%s", places, rebuilt, anew, had
+        )
         self._changed(HolderChange("lost", names, rebuilt))
 
     def let_go(self, numbers: Sequence[int]) -> None:
@@ -226,8 +226,8 @@ class Drains:
         """Why a worker cannot be drained; "" where it can."""
         numbers = self._holders.numbers(name)
         if not numbers:
-            known = ", ".join(dict.fromkeys(self._holders.names.values()))
-            return f"no attention worker is called {name!r:.80}; there are {known}"
+            names = ", ".join(dict.fromkeys(self._holders.names.values()))
+            return f"no attention worker is called {name!r:.80}; there are {names}"
         if name in self._drains:
             return f"{name} is being drained already"
         if {number for number, _ in self._control.placement.capacity} <= set(numbers):
@@ -272,16 +272,16 @@ class Drains:
         """Begin moves away from draining holders. Where none is possible any more, one sequence gives its KV back, and
         is computed again elsewhere."""
         scheduler, draining = self._control.scheduler, self._control.placement.draining
-        cache, kept = scheduler.running.prefix_cache, scheduler.running.kept_by(draining)
+        cache, sequences = scheduler.running.prefix_cache, scheduler.running.kept_by(draining)
         for _ in range(_EVICTED):
             cache.evict(self._control.placement.places(draining))
         moving, stuck = self._migration.under_way, list[ScheduledSequence]()
-        for sequence in kept:
+        for sequence in sequences:
             if len(self._migration.under_way) >= AT_ONCE:
                 return
             if sequence.decodes and sequence not in moving and not self._begin(sequence):
                 stuck.append(sequence)
-        victim = to_preempt(kept, self._migration.under_way, stuck)
+        victim = to_preempt(sequences, self._migration.under_way, stuck)
         if victim is not None:
             scheduler.admission.preempt(victim)
 
@@ -290,5 +290,5 @@ class Drains:
         scheduler = self._control.scheduler
         room = scheduler.ledger.unpromised() + scheduler.running.prefix_cache.evictable
         layouts = elsewhere(self._control.placement, sequence.layout, room)
-        there = {share.at for layout in layouts for share in layout}
-        return any(self._migration.begin(sequence, layout) for layout in layouts) or scheduler.copies.in_use(there)
+        targets = {share.at for layout in layouts for share in layout}
+        return any(self._migration.begin(sequence, layout) for layout in layouts) or scheduler.copies.in_use(targets)

@@ -317,15 +317,15 @@ class KvMigration:
         sequence, size = moving.sequence, self._scheduler.config.page_size
         last = max((part.share.hi for part in moving.new), default=0)
         while True:
-            whole = sequence.computed >= last  # nothing more comes to what moves
-            if not (whole or sequence.in_flight) and sequence.computed - moving.at <= max(_LAST, size):
+            complete = sequence.computed >= last  # nothing more comes to what moves
+            if not (complete or sequence.in_flight) and sequence.computed - moving.at <= max(_LAST, size):
                 break
             end = min(sequence.computed, last, moving.at + CHUNK)
-            end -= 0 if whole else end % size  # whole pages go faster, and the last one may be being written
+            end -= 0 if complete else end % size  # whole pages go faster, and the last one may be being written
             if end > moving.at:
                 if not (yield from self._some(moving, end)):
                     return
-            elif whole and not sequence.in_flight:
+            elif complete and not sequence.in_flight:
                 break
             else:
                 yield None
@@ -384,8 +384,8 @@ class KvMigration:
         ledger, running = self._scheduler.ledger, self._scheduler.running
         if not (ledger.unpromised() + running.giving_way).covers(needed):
             return False
-        while not (left := ledger.unpromised()).covers(needed):
-            short = left.short_of(needed)
+        while not (free := ledger.unpromised()).covers(needed):
+            short = free.short_of(needed)
             if not running.evict(short) and not self._scheduler.copies.give_back(short):
                 return False
         return True
@@ -402,10 +402,10 @@ class KvMigration:
 
     def _promise(self) -> None:
         """Note in the ledger the pages that moves have taken, and will still take."""
-        config, promised, taken = self._scheduler.config, NO_PAGES, NO_PAGES
+        config, promised, moving_pages = self._scheduler.config, NO_PAGES, NO_PAGES
         for moving in self._queue:
             fresh = moving.fresh
             promised += config.pages_for(fresh, len(moving.sequence.tokens))
             promised -= config.held(fresh, 0, moving.taken, 0, moving.sequence.floor)
-            taken += config.held(fresh, 0, moving.due, 0)
-        self._scheduler.ledger.promised, self._scheduler.ledger.moving = promised, taken
+            moving_pages += config.held(fresh, 0, moving.due, 0)
+        self._scheduler.ledger.promised, self._scheduler.ledger.moving = promised, moving_pages

@@ -123,15 +123,15 @@ class SpareKeeper:
                 logger.info("%.0f%% of the KV has spares, %.1f s after a loss", 100 * self.share, after)
             return False
         sources = self._parts(copy.handle, copy.spare.of)
-        rows, taken = (copy.lo, copy.hi, copy.lo), partial(self._spares.took, copy)
+        rows, on_taken = (copy.lo, copy.hi, copy.lo), partial(self._spares.took, copy)
         self._spares.begins(copy)
         self._work, self._end = copy, copy.hi
         if len(sources) != len(copy.spare.of):
             raise EngineError(f"of the shares {copy.spare.of} {len(sources)} have parts")
         if len(sources) > 1:
-            self._run = self._copies.combine(sources, copy.spare.part, rows, taken)
+            self._run = self._copies.combine(sources, copy.spare.part, rows, on_taken)
         else:
-            self._run = self._copies.copy(sources, (copy.spare.part,), rows, 0, 0, taken)
+            self._run = self._copies.copy(sources, (copy.spare.part,), rows, 0, 0, on_taken)
         return True
 
     def _begin_reading(self, read: ReadBack) -> bool:
@@ -144,8 +144,8 @@ class SpareKeeper:
             self._rebuilds.read_back(read)
         else:
             others = self._parts(read.handle, tuple(share for share in read.spare.of if share != read.share))
-            rows, taken = (read.at, self._end, read.at), partial(self._reads.took, read, self._end)
-            self._work, self._run = read, self._copies.combine((*others, read.spare.part), read.part, rows, taken)
+            rows, on_taken = (read.at, self._end, read.at), partial(self._reads.took, read, self._end)
+            self._work, self._run = read, self._copies.combine((*others, read.spare.part), read.part, rows, on_taken)
         return True
 
     def _parts(self, handle: int, shares: Layout) -> tuple[Part, ...]:
@@ -155,8 +155,8 @@ class SpareKeeper:
         """Whether there is room for what is to be read, now that spares and prefixes have gone as far as they must."""
         scheduler = self._control.scheduler
         needed = scheduler.config.held((read.share,), read.at, read.end, 0)
-        while not (left := scheduler.ledger.unpromised()).covers(needed):
-            if not scheduler.running.evict(left.short_of(needed)):
+        while not (free := scheduler.ledger.unpromised()).covers(needed):
+            if not scheduler.running.evict(free.short_of(needed)):
                 return False
         return True
 
@@ -235,5 +235,5 @@ class SpareKeeper:
     def _room(self) -> Pages:
         """The pages that spares may take: nobody is promised them, and some stay free."""
         running = self._control.scheduler.running
-        some = Pages({at: pages // _KEPT_FREE for at, pages in self._control.placement.pages.items()})
-        return running.headroom() - running.giving_way - some
+        reserve = Pages({place: pages // _KEPT_FREE for place, pages in self._control.placement.pages.items()})
+        return running.headroom() - running.giving_way - reserve

@@ -68,13 +68,13 @@ class Masks:
         while waited and done.acquire(timeout=max(0.0, end - time.monotonic())):
             waited -= 1
         with self._lock:
-            there = [advance for advance in advances if advance.over and not advance.late]
+            ready = [advance for advance in advances if advance.over and not advance.late]
             for advance in advances:
                 advance.late = advance.late or not advance.over
         for advance in advances:
             advance.sequence.held = advance.late
             self.late += advance.late
-        return there
+        return ready
 
     def close(self) -> None:
         """End the threads, without waiting for them."""

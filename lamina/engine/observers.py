@@ -1,8 +1,5 @@
-"""What the parts of an engine get after each batch, and their interface.
-
-The counters of an engine.
-
-Snapshots of an engine, made of the counters of its parts.
+"""What is known of an engine's work: `BatchDone`, which each `BatchObserver` gets after a batch, the counters that
+`EngineStats` keeps of them, and the snapshots that are made of the counters of all parts.
 """
 
 from __future__ import annotations
@@ -94,7 +91,7 @@ def savings(step: Step, answers: Mapping[int, Announced]) -> dict[str, KvSavings
         if len(answer.usages) == len(routes):
             for route, usage in zip(routes, answer.usages, strict=True):
                 usages.setdefault(step.rows[route.source].sequence.request.id, []).append(usage)
-    return {request_id: _saved(each) for request_id, each in usages.items()}
+    return {request_id: _saved(request_usages) for request_id, request_usages in usages.items()}
 
 
 def _saved(usages: list[Usage]) -> KvSavings:
@@ -125,7 +122,7 @@ def take_snapshot(
     `spared`: what policies have saved of each request. `held_back`, `kv_redundant`: see `Snapshot`."""
     scheduler = control.scheduler
     drafts = drafts or SpeculationCounts()
-    held, resident = (sum(column) for column in zip((0.0, 0.0), *((x.held, x.resident) for x in spared), strict=True))
+    total, resident = (sum(column) for column in zip((0.0, 0.0), *((x.held, x.resident) for x in spared), strict=True))
     counters, uptime, named = scheduler.counters, now - stats.began, _Names(control, links, names)
     counted = asdict(stats) | {"batch_counts": tuple(stats.batch_counts), "missing": tuple(stats.missing)}
     return Snapshot(
@@ -137,7 +134,7 @@ def take_snapshot(
         lanes=control.tuner.lanes,
         local_share=local_share,
         kv_redundant=kv_redundant,
-        kv_resident=min(1.0, resident / held) if held else 1.0,
+        kv_resident=min(1.0, resident / total) if total else 1.0,
         prefix_queries=counters.looked_up_tokens,
         prefix_hits=counters.found_tokens,
         preemptions=counters.preempted,
@@ -173,8 +170,8 @@ class _Names:
     def __init__(self, control: ControlPlane, links: Mapping[int, Link], names: Mapping[int, str]) -> None:
         self._control = control
         self._links = links
-        known = control.placement.holders
-        self._others = {n: holder.rank for n, holder in known.items() if holder.rank and n not in links}
+        holders = control.placement.holders
+        self._others = {n: holder.rank for n, holder in holders.items() if holder.rank and n not in links}
         self._names = {number: names.get(number, link.name) for number, link in links.items()}
         self._names |= {number: names.get(number, f"rank-{rank}") for number, rank in self._others.items()}
 

@@ -298,9 +298,9 @@ class RequestRegistry:
         """Before `run`: go on with the unfinished requests of the previous engine, with the KV that was found. Returns
         them. A client that wants the outputs of one submits it again, with what it has received."""
         requests = []
-        for request, known, computed, kept, deaths in self._resumption.unfinished(found):
+        for request, tokens, computed, retained, deaths in self._resumption.unfinished(found):
             requests.append(request)
-            self._begin_request(request, known, kept, recorded=True)
+            self._begin_request(request, tokens, retained, recorded=True)
             for sequence in request.sequences:  # the engine may have died of the row after what was computed
                 self._scheduler.blame.suspect(sequence, deaths, computed[sequence.sample], len(sequence.tokens))
         return tuple(requests)

@@ -1,8 +1,9 @@
-"""Measures decode batches for `StepTuner`, and moves sequences until the share of KV in the local pools is as it wants.
+"""Which sequences move between holders, and when.
 
-Without both local pools and other holders it only measures, and lets moves go on.
+`TierController` measures decode batches for `StepTuner`, and moves sequences until the share of KV in the local pools
+is as the tuner wants. Without both local pools and other holders it only measures, and lets moves go on.
 
-Moves KV to a holder that has joined, in the background and one move at a time, as far as that pays.
+`Balancer` moves KV to a holder that has joined, in the background and one move at a time, as far as that pays.
 """
 
 from __future__ import annotations
@@ -77,13 +78,13 @@ WORTH = 16  # tokens that a sequence must still generate for a move to pay
 def to_move(candidates: Sequence[int], off: float, most: int) -> list[int]:
     """Which sequences, given as numbers of tokens, should change their tier so that about `off` tokens do: at most
     `most` indices. A sequence that brings the sum hardly closer is not moved."""
-    left, chosen = dict(enumerate(candidates)), list[int]()
-    while left and len(chosen) < most:
-        at = min(left, key=lambda place: abs(off - left[place]))
-        tokens = left.pop(at)
+    candidate_tokens, chosen = dict(enumerate(candidates)), list[int]()
+    while candidate_tokens and len(chosen) < most:
+        index = min(candidate_tokens, key=lambda place: abs(off - candidate_tokens[place]))
+        tokens = candidate_tokens.pop(index)
         if off - abs(off - tokens) <= 0.2 * tokens:
             break
-        chosen.append(at)
+        chosen.append(index)
         off -= tokens
     return chosen
 
@@ -201,7 +202,7 @@ class TierController:
             and self._placement.is_local(sequence.layout) == (off <= 0)
         ]
         chosen = to_move([len(sequence.tokens) for sequence in candidates], abs(off), AT_ONCE - len(under_way))
-        for at in chosen:
-            sequence = candidates[at]
+        for index in chosen:
+            sequence = candidates[index]
             if layout := self._placement.layout(sequence.longest, local=off > 0):
                 self._migration.begin(sequence, under(layout, sequence.request.policy))

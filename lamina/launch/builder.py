@@ -172,8 +172,8 @@ def _build(
     sizes = size_kv(files, config, this_machine())
     drafts = find_drafts(files, sizes, config, progress)
     torch.set_num_threads(sizes.own_threads)
-    for said in unused_options(config, sizes.holder, attention_workers is not None):
-        logger.warning("%s", said)
+    for warning in unused_options(config, sizes.holder, attention_workers is not None):
+        logger.warning("%s", warning)
     with ExitStack() as undo:
         journal = open_journal(config, files.fingerprint, sizes.holder, run)
         if journal is not None:
@@ -325,18 +325,18 @@ def _model_workers(
         decoder = decoder_of(files.model, weights, Shard(0, config.ranks), collective, config.compile)
     epoch = pools.identity.past_epochs + 1
     holder = sizes.ranks[0]
-    here = {LOCAL: LocalAttention(attention_worker(holder, sizes.own_threads, sizes.attention_device))}
-    own = ModelWorker(decoder, holder, here, sizes.own_threads, config.worker_timeout, epoch=epoch)
+    ports = {LOCAL: LocalAttention(attention_worker(holder, sizes.own_threads, sizes.attention_device))}
+    worker = ModelWorker(decoder, holder, ports, sizes.own_threads, config.worker_timeout, epoch=epoch)
     if group is not None:
         others = {rank: rank for rank in range(1, config.ranks)}
-        return TensorParallelWorkers(own, decoder, group, pools=others, heads=sizes.first_heads, config=holder)
+        return TensorParallelWorkers(worker, decoder, group, pools=others, heads=sizes.first_heads, config=holder)
     if pools.models is not None:
         if isinstance(decoder, ConvertedDecoder) and not decoder.in_slices:
-            name, asked = files.model.architecture, config.replicas
-            raise UnsupportedModelError(f"{name} is not cut into slices, so it runs on 1 replica, not {asked}")
+            name, replicas = files.model.architecture, config.replicas
+            raise UnsupportedModelError(f"{name} is not cut into slices, so it runs on 1 replica, not {replicas}")
         peers = pools.models.peers()
-        return PipelineReplicas(own, peers, here=here, config=holder, patience=config.worker_timeout)
-    return own
+        return PipelineReplicas(worker, peers, here=ports, config=holder, patience=config.worker_timeout)
+    return worker
 
 
 def _tuner(config: EngineConfig, beside_others: bool, local_tier: bool) -> StepTuner:

@@ -27,27 +27,27 @@ _DEFAULTS = {field.name: field.default for field in fields(EngineConfig)}
 def unused_options(config: EngineConfig, holder: HolderConfig, relayed: bool = False) -> Iterator[str]:
     """A sentence for each option that was given in vain; `holder` is what the model's KV is kept by. `relayed`: there
     are attention workers that the config does not name."""
-    given = {name for name, default in _DEFAULTS.items() if getattr(config, name) != default}
+    changed = {name for name, default in _DEFAULTS.items() if getattr(config, name) != default}
     if config.deterministic:
-        given -= {"local_share", "query_first"}  # they follow from it
+        changed -= {"local_share", "query_first"}  # they follow from it
     workers = config.attention_workers or config.autoscale or relayed
     if not workers and config.cluster is None:
         for name in _FOR_ATTENTION_WORKERS:
-            if name in given:
+            if name in changed:
                 yield f"{name}={getattr(config, name)!r:.80} does nothing without attention_workers"
-    if "num_speculative_tokens" in given and config.speculate is None:
+    if "num_speculative_tokens" in changed and config.speculate is None:
         yield f"num_speculative_tokens={config.num_speculative_tokens} does nothing without speculate"
-    if "kv_resident" in given and config.kv_cold is None:
+    if "kv_resident" in changed and config.kv_cold is None:
         yield f"kv_resident={config.kv_resident} does nothing without kv_cold"
-    if "model_parallel" in given and config.model_workers == 1:
+    if "model_parallel" in changed and config.model_workers == 1:
         yield f"model_parallel={config.model_parallel!r} does nothing with one model worker"
-    if "sequence_tokens" in given and len(pools(holder)) == 1:
+    if "sequence_tokens" in changed and len(pools(holder)) == 1:
         yield f"sequence_tokens={config.sequence_tokens} does nothing with this model: its layers keep the same"
-    if "worker_linger" in given and not config.linger:
+    if "worker_linger" in changed and not config.linger:
         yield f"worker_linger={config.worker_linger:g} does nothing without a journal"
     if all(spec.kind in STATES for spec in holder.layers):
         for name in ("policy", "sketches", "kv_dtype", "kv_cold", "autoscale", "shard"):
-            if name in given and (name != "shard" or workers):
+            if name in changed and (name != "shard" or workers):
                 yield f"{name}={str(getattr(config, name))!r:.80} does nothing with this model: no layer keeps KV"
     if config.sketches and any(spec.index for spec in holder.layers):
         yield "sketches=True does nothing with this model: an index of its own chooses what is read"
@@ -57,17 +57,17 @@ def unused_options(config: EngineConfig, holder: HolderConfig, relayed: bool = F
         yield f"speculate={str(config.speculate)!r:.80} does nothing for requests under {what}"
     narrow = [spec for spec in holder.layers if spec.window is not None and spec.policies]
     if narrow:
-        whole = sum(any(parse(text).adaptive for text in spec.policies) for spec in narrow)
+        adaptive = sum(any(parse(text).adaptive for text in spec.policies) for spec in narrow)
         unseen = sum(map(_changes_nothing, narrow))
         what = f"policy={str(config.policy)!r:.80}"
         every = len(holder.layers)
         if unseen:
             yield f"{what} changes nothing in {unseen} of {every} layers: their own windows are as narrow"
-        if whole:
-            others = "and chooses in the others" if whole < every else "so it chooses nothing"
-            yield f"{what} reads all of the model's own window in {whole} of {every} layers, {others}"
-        if unseen + whole < len(narrow):
-            narrowed = len(narrow) - unseen - whole
+        if adaptive:
+            others = "and chooses in the others" if adaptive < every else "so it chooses nothing"
+            yield f"{what} reads all of the model's own window in {adaptive} of {every} layers, {others}"
+        if unseen + adaptive < len(narrow):
+            narrowed = len(narrow) - unseen - adaptive
             yield f"{what} hides some of the model's own window, sinks too, in {narrowed} of {every} layers"
 
 
@@ -88,26 +88,26 @@ def check_redundancy(config: EngineConfig, limits: SchedulerConfig, placement: P
     """Raise InvalidRequest where spares could never be kept; `workers`: whether there are attention workers."""
     if not limits.redundancy:
         return
-    asked = f'redundancy is "{limits.redundancy}"'
+    option = f'redundancy is "{limits.redundancy}"'
     if not workers:
         raise InvalidRequest(
-            f"{asked} with attention_workers={config.attention_workers!r:.80}: the engine's own process is the only "
+            f"{option} with attention_workers={config.attention_workers!r:.80}: the engine's own process is the only "
             'holder of KV; allowed are "none", or attention workers'
         )
     if limits.states:
         raise InvalidRequest(
-            f"{asked}, but {len(limits.states)} pools of this model have recurrent states, of which each token changes "
-            'all; allowed with such a model is "none"'
+            f"{option}, but {len(limits.states)} pools of this model have recurrent states, of which each token "
+            'changes all; allowed with such a model is "none"'
         )
     if not limits.unbounded(""):
         why = "windows of the model's own" if config.policy is None else f"policy={str(config.policy)!r:.80}"
         raise InvalidRequest(
-            f"{asked} with {why}, by which heads let go of KV that a lost part would be computed from; allowed are "
+            f"{option} with {why}, by which heads let go of KV that a lost part would be computed from; allowed are "
             '"none", or a policy that keeps everything'
         )
     layouts = {h.page_layout: f"{h.name} ({h.page_layout})" for h in placement.holders.values() if h.name}
     if limits.redundancy.kind == "parity" and len(layouts) > 1:
         raise InvalidRequest(
-            f"{asked}, but attention workers lay out their pages differently, so their bytes cannot be XORed: "
+            f"{option}, but attention workers lay out their pages differently, so their bytes cannot be XORed: "
             f'{" and ".join(layouts.values())}; use "replica", or workers of one kind'
         )

@@ -81,12 +81,20 @@ def recover(
     epochs = [surveyed.last_epoch for surveyed in surveys.values()]
     past = _past_epochs(journal)
     known = max(
-        [past, *(part.handle for each in journal.history.requests.values() for s in each.samples for part in s.parts)]
+        [
+            past,
+            *(
+                part.handle
+                for request in journal.history.requests.values()
+                for s in request.samples
+                for part in s.parts
+            ),
+        ]
     )
     # A holder that claims absurd numbers may refuse new ones: all others would refuse any that are larger still.
     placement.number_from(0, max([known, *(handle for handle in handles if handle < known + _PARTS)]))
     worker.begin_after(max([past, *(epoch for epoch in epochs if epoch < past + _EPOCHS)]))
-    handles = [sample.handle for each in journal.history.requests.values() for sample in each.samples]
+    handles = [sample.handle for request in journal.history.requests.values() for sample in request.samples]
     unfinished = engine.recover(found(surveys, placement, worker.address), max(handles, default=0))
     if unfinished:
         logger.warning("%d requests of the previous engine go on", len(unfinished))

@@ -59,13 +59,13 @@ class RequestPolicies:
         Any thread may call."""
         if not text:
             return self._engine
-        found = self._of.get(text)
-        if found is None:
-            found = self._known(text)
+        policy_kv = self._of.get(text)
+        if policy_kv is None:
+            policy_kv = self._known(text)
             if len(self._of) >= _KNOWN:
                 self._of.clear()
-            self._of[text] = found
-        return found
+            self._of[text] = policy_kv
+        return policy_kv
 
     def _known(self, text: str) -> PolicyKv:
         policy = parse(AUTO if text == "auto" else text)

@@ -52,17 +52,17 @@ class ModelFiles:
         for is not possible."""
         with open_checkpoint(self.path) as checkpoint:
             kind = packed_kind(checkpoint)
-        asked = f"quantize is {config.quantize!r}" if config.quantize else f"weights is {config.weights!r}"
+        option = f"quantize is {config.quantize!r}" if config.quantize else f"weights is {config.weights!r}"
         obstacle = self._obstacle(devices, dtype)
         if config.quantize:
             if kind is not None:
-                raise InvalidRequest(f"{asked}, but the weights are packed already, as {kind}; allowed is None")
+                raise InvalidRequest(f"{option}, but the weights are packed already, as {kind}; allowed is None")
             if obstacle:
-                raise InvalidRequest(f"{asked}, but {obstacle}; allowed here is None")
+                raise InvalidRequest(f"{option}, but {obstacle}; allowed here is None")
             return Packing(quantize=config.quantize)
         if config.weights == "packed" and (obstacle or kind is None):
             why = obstacle or "the checkpoint has floats, which quantize=... would pack"
-            raise InvalidRequest(f"{asked}, but {why}; allowed here are auto, bfloat16 and float32")
+            raise InvalidRequest(f"{option}, but {why}; allowed here are auto, bfloat16 and float32")
         return Packing(packed=config.weights in ("auto", "packed") and kind is not None and not obstacle)
 
     def _obstacle(self, devices: Sequence[torch.device], dtype: torch.dtype) -> str:

@@ -74,8 +74,8 @@ class ControlPlane:
         """A step without rows: the operations that wait for any holder, and an announcement to each of these holders,
         whose answers say how many pages they have left."""
         holders = self.placement.holders
-        asked = {number: holders[number].outgoing() for number in numbers}
-        return Step(None, self.placement.outgoing() | asked, self)
+        inquiries = {number: holders[number].outgoing() for number in numbers}
+        return Step(None, self.placement.outgoing() | inquiries, self)
 
     # Holders.
 

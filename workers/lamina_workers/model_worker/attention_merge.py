@@ -242,7 +242,7 @@ class AttentionMerge:
         self._watch = watch or Stopwatch(time.perf_counter)
         self._config = config
         self._pools = pools(config)
-        where = {n: (p, at) for p, pool in enumerate(self._pools) for at, n in enumerate(pool.layers)}
+        where = {n: (p, position) for p, pool in enumerate(self._pools) for position, n in enumerate(pool.layers)}
         self._places = [where[number] for number in range(len(config.layers))]  # of a layer: its pool, its number there
         self._threads = threads
         self._patience = patience
@@ -298,15 +298,15 @@ class AttentionMerge:
             {replies: [route for route in routed if route.pool == number] for replies, routed in routes.items()}
             for number in range(len(self._pools))
         ]
-        begun = [(n, ids, spans, of_pool, times) for n, of_pool in enumerate(of_pools)]
-        runs = {each[0]: self._begun(lane, *each) for each in begun if each[0] in lane.pools}
-        states = {each[0]: self._begun_states(lane, *each) for each in begun if each[0] not in lane.pools}
+        arguments = [(n, ids, spans, of_pool, times) for n, of_pool in enumerate(of_pools)]
+        runs = {each[0]: self._begun(lane, *each) for each in arguments if each[0] in lane.pools}
+        states = {each[0]: self._begun_states(lane, *each) for each in arguments if each[0] not in lane.pools}
         all_compiled: dict[int, CompiledExchange | None] = {}  # by pool
         try:
             event = next(forward)
             tokens = sum(span.count for span in spans)
             for n, run in runs.items():
-                made = None
+                compiled_exchange = None
                 if (
                     run.fused
                     and not run.exchange.samples
@@ -314,8 +314,8 @@ class AttentionMerge:
                     and isinstance(event, QueryReady | StateReady)
                 ):
                     dtype = (event.q if isinstance(event, QueryReady) else event.x).dtype
-                    made = lane.pools[n].exchanges.begin(run.traffic, ids, tokens, dtype, times)
-                all_compiled[n] = made
+                    compiled_exchange = lane.pools[n].exchanges.begin(run.traffic, ids, tokens, dtype, times)
+                all_compiled[n] = compiled_exchange
             while True:
                 while isinstance(event, Waiting):
                     yield event
@@ -403,7 +403,7 @@ class AttentionMerge:
         spec, exchange = run.layers[layer], run.exchange
         q = exchange.q
         exchange.send(kv)
-        whole = run.present.attend(layer, q, kv.k, kv.v)
+        merged = run.present.attend(layer, q, kv.k, kv.v)
         for holder in exchange.readers:
             waits = time.perf_counter()
             if suspends and not holder.replies.ready(exchange.batch):
@@ -413,21 +413,21 @@ class AttentionMerge:
             past = exchange.take(holder, waits)
             n = len(q) * spec.heads if holder.queries is None else len(holder.queries)
             check_answer(holder.replies, past.out, (n, spec.d_v), q.dtype)
-            if whole is None:
+            if merged is None:
                 if holder.queries is None and past.out.shape == (len(q) * spec.heads, spec.d_v):
-                    whole = past
+                    merged = past
                     continue
-                whole = empty(len(q) * spec.heads, spec.d_v, q.dtype, q.device)
+                merged = empty(len(q) * spec.heads, spec.d_v, q.dtype, q.device)
             try:
                 for piece, index in holder.pieces(past):
-                    self._kernels.merge_into(whole, piece, index)
+                    self._kernels.merge_into(merged, piece, index)
             except ValueError as error:
                 raise HolderFault(f"{holder.replies.port.name}: {error}") from error
-        if whole is None:
+        if merged is None:
             raise HolderFault(f"nothing attends layer {exchange.layer}: no holder fuses and no present was computed")
         if exchange.remote:
             exchange.finish()
-        out = whole.out if kv.sinks is None else with_sinks(whole, kv.sinks)
+        out = merged.out if kv.sinks is None else with_sinks(merged, kv.sinks)
         return out.view(len(q), -1)
 
 

@@ -5,7 +5,8 @@ compiled code can call, or elsewhere. Over a plain socket compiled code sends an
 Python carries them. What compiled code was not told of, it leaves on the socket: `Replies` reads it, with the errors
 that it always has.
 
-One holder elsewhere, as a compiled exchange sees it: its frames' memory, and the block that expects answers.
+`ExchangeMaker` gives a batch its `CompiledExchange`, which has a `RemoteHolder` for each holder elsewhere, with the
+memory of its frames, and for each holder in this process the work that its accepted announcement has brought.
 """
 
 from __future__ import annotations
@@ -73,15 +74,15 @@ class RemoteHolder:
     ) -> None:
         gathered = Gathered(holder, spec, tokens, dtype.itemsize)
         name = dtype_name(dtype)
-        asked, answer = frames_between(gathered.queries, gathered.fresh, spec, name, name)
+        query, answer = frames_between(gathered.queries, gathered.fresh, spec, name, name)
         self.holder = holder
         self.port = port
         self.direct = port.direct
         self.queries = gathered.queries
-        self.largest = max(asked.size, answer.size if holder.reads else 0)  # bytes of its frames
-        places = asked.places()
-        self._sent = Buffer(asked.size)
-        self._sent.bytes[: blocks.HEAD] = memoryview(asked.head(0))
+        self.largest = max(query.size, answer.size if holder.reads else 0)  # bytes of its frames
+        places = query.places()
+        self._sent = Buffer(query.size)
+        self._sent.bytes[: blocks.HEAD] = memoryview(query.head(0))
         for field in places:
             gathered.fields[f"{field}_to"] = self._sent.address + places[field].at
         self._head = Buffer(blocks.HEAD)
@@ -94,7 +95,7 @@ class RemoteHolder:
         block.layers, block.head, block.frame = layers, self._head.address, self.frame.address
         block.size = answer.size if holder.reads else 0
         block.channel, block.timed = 0 if self.direct is None else self.direct.address, 1
-        block.sent_frame, block.sent_size = self._sent.address, asked.size
+        block.sent_frame, block.sent_size = self._sent.address, query.size
         block.taken = self.taken.ctypes.data
         out, lse = (answer.places()[field] for field in ("out", "lse"))
         self.out = self.frame.tensor(out.at, out.size, dtype).view(-1, spec.d_v)
@@ -115,9 +116,9 @@ class RemoteHolder:
         block = self._block
         if block.sent >= block.sent_size:
             return _NOTHING
-        rest = self._sent.bytes[block.sent : block.sent_size]
+        remainder = self._sent.bytes[block.sent : block.sent_size]
         block.sent = block.sent_size
-        return rest
+        return remainder
 
     def left(self, asked: int) -> float:
         """Seconds that the holder still has for its answer, since it was `asked` by the clock of `monotonic_ns`; 0 for
@@ -196,7 +197,7 @@ class CompiledExchange:
         spec = pool.config.layers[0]  # as any of them
         self._number, self._layers = number, np.array(pool.layers)
         self._spec, self._tokens = spec, tokens
-        self._here: list[tuple[HolderTraffic, LayerWork]] = [
+        self._locals: list[tuple[HolderTraffic, LayerWork]] = [
             (holder, way) for holder, way in holders if isinstance(way, LayerWork)
         ]
         elsewhere = [(holder, way) for holder, way in holders if not isinstance(way, LayerWork)]
@@ -210,8 +211,8 @@ class CompiledExchange:
         self._keep: list[Any] = []
         self._taken_here: dict[Replies, Any] = {}  # nanoseconds of each layer
         answers = [(remote.holder, Partial(remote.out, remote.lse)) for remote in self._remotes if remote.queries]
-        here = (blocks.Here * max(len(self._here), 1))()
-        for (holder, work), block in zip(self._here, here, strict=False):
+        local_blocks = (blocks.Here * max(len(self._locals), 1))()
+        for (holder, work), block in zip(self._locals, local_blocks, strict=False):
             answers.append((holder, self._place(block, holder, work, dtype)))
         address = self._scratch.ctypes.data
         self._block = blocks.Exchange(
@@ -220,11 +221,11 @@ class CompiledExchange:
             polls=address + 16,
             n_remotes=len(elsewhere),
             remotes=ctypes.addressof(self._blocks),
-            n_here=len(self._here),
-            here=ctypes.addressof(here),
+            n_here=len(self._locals),
+            here=ctypes.addressof(local_blocks),
             carried=len(elsewhere) - len(self._lent),
         )
-        self._keep += [here, answers]
+        self._keep += [local_blocks, answers]
         self._answer = self._merged(answers, dtype)
         self._result = blocks.WAITING  # of a call that was made while the batch was suspended, or its error
         self._failure: LaminaError | None = None
@@ -245,8 +246,13 @@ class CompiledExchange:
             setattr(block, field, value)
         out = torch.empty(gathered.queries, spec.d_v, dtype=dtype)
         lse = torch.empty(gathered.queries)
-        taken = self._taken_here[holder.replies] = np.zeros(work.layers[-1] + 1, np.int64)
-        block.work, block.out, block.lse, block.taken = work.address, out.data_ptr(), lse.data_ptr(), taken.ctypes.data
+        nanoseconds = self._taken_here[holder.replies] = np.zeros(work.layers[-1] + 1, np.int64)
+        block.work, block.out, block.lse, block.taken = (
+            work.address,
+            out.data_ptr(),
+            lse.data_ptr(),
+            nanoseconds.ctypes.data,
+        )
         return Partial(out, lse)
 
     def _merged(self, answers: Sequence[tuple[HolderTraffic, Partial]], dtype: torch.dtype) -> Partial:
@@ -255,21 +261,21 @@ class CompiledExchange:
         total = self._tokens * spec.heads
         if len(answers) == 1 and answers[0][0].queries is None and len(answers[0][1].out) == total:
             return answers[0][1]
-        whole = Partial(torch.empty(total, spec.d_v, dtype=dtype), torch.empty(total))
+        merged = Partial(torch.empty(total, spec.d_v, dtype=dtype), torch.empty(total))
         merges = []
         for holder, answer in answers:
             for piece, index in holder.pieces(answer):
                 n = len(piece.lse)
-                at = piece.out.data_ptr(), piece.lse.data_ptr()
-                merges.append(merge_block(whole, at, piece.out.dtype, n, index))
+                pointers = piece.out.data_ptr(), piece.lse.data_ptr()
+                merges.append(merge_block(merged, pointers, piece.out.dtype, n, index))
                 self._keep += [piece, index]
         addresses = np.array([ctypes.addressof(block) for block in merges], np.int64)
         x = self._block
         x.n_merges, x.merges, x.merge_kernel = len(merges), addresses.ctypes.data, merge_kernel()[0]
-        x.whole, x.whole_lse, x.whole_out = total, whole.lse.data_ptr(), whole.out.data_ptr()
-        x.whole_bytes = whole.out.nbytes
-        self._keep += [merges, addresses, whole]
-        return whole
+        x.whole, x.whole_lse, x.whole_out = total, merged.lse.data_ptr(), merged.out.data_ptr()
+        x.whole_bytes = merged.out.nbytes
+        self._keep += [merges, addresses, merged]
+        return merged
 
     @property
     def fits(self) -> bool:
@@ -320,9 +326,9 @@ class CompiledExchange:
     def _carry(self, remote: RemoteHolder, suspends: bool) -> Generator[Waiting, None, None]:
         """Send the frames that Python carries, or receive the one that is due."""
         if self._block.begun == blocks.ASKED:
-            for each in self._remotes:
-                if each.direct is None:
-                    each.carry()
+            for other in self._remotes:
+                if other.direct is None:
+                    other.carry()
             return
         replies = remote.holder.replies
         if suspends and not replies.ready(self._batch):
@@ -380,7 +386,7 @@ class CompiledExchange:
             remote.close(self._asked)
             if remote.queries:
                 remote.holder.replies.measured((remote.taken[done] * 1e-9).tolist())
-        for holder, work in self._here:
+        for holder, work in self._locals:
             replies = holder.replies
             if replies.computing is not None:
                 replies.computing.worked(self._batch, self._number, range(len(done)), work)
@@ -398,7 +404,7 @@ class ExchangeMaker:
     def __init__(self, number: int, pool: Pool) -> None:
         self._number, self._pool = number, pool
         # By what they are made from, with what keeps that; the last one used comes last.
-        self._made: dict[tuple[Any, ...], tuple[CompiledExchange, Sequence[HolderTraffic]]] = {}
+        self._exchanges: dict[tuple[Any, ...], tuple[CompiledExchange, Sequence[HolderTraffic]]] = {}
 
     def begin(
         self, traffic: Sequence[HolderTraffic], ids: tuple[int, int], tokens: int, dtype: torch.dtype, times: Times
@@ -413,16 +419,16 @@ class ExchangeMaker:
         if len(holders) < len(traffic):
             return None
         key = (tokens, dtype, *map(_shape, holders))
-        made, kept = self._made.pop(key, (None, traffic))
-        if made is None:
-            made = CompiledExchange(self._number, self._pool, holders, tokens, dtype)
-        self._made[key] = made, kept
-        while len(self._made) > 1 and sum(tokens for tokens, *_ in self._made) > _KEPT_TOKENS:
-            del self._made[next(iter(self._made))]
-        if not made.fits:
+        exchange, origin = self._exchanges.pop(key, (None, traffic))
+        if exchange is None:
+            exchange = CompiledExchange(self._number, self._pool, holders, tokens, dtype)
+        self._exchanges[key] = exchange, origin
+        while len(self._exchanges) > 1 and sum(tokens for tokens, *_ in self._exchanges) > _KEPT_TOKENS:
+            del self._exchanges[next(iter(self._exchanges))]
+        if not exchange.fits:
             return None
-        made.begin(traffic, ids, times)
-        return made
+        exchange.begin(traffic, ids, times)
+        return exchange
 
     def _way(self, holder: HolderTraffic, batch: int, dtype: torch.dtype, tokens: int) -> FramePort | LayerWork | None:
         replies = holder.replies
@@ -441,5 +447,5 @@ class ExchangeMaker:
 def _shape(holder_way: tuple[HolderTraffic, FramePort | LayerWork]) -> tuple[Any, ...]:
     """What an exchange is made from, of one holder. Indices of the same rows are the same object."""
     holder, way = holder_way
-    rounds = tuple((at.start, at.stop) for at in holder.rounds)
+    rounds = tuple((piece.start, piece.stop) for piece in holder.rounds)
     return id(way), holder.reads, holder.stores, id(holder.queries), id(holder.fresh), rounds

@@ -49,14 +49,14 @@ class HolderTraffic:
         if len(self.rounds) == 1 or self.queries is None:
             yield past, self.queries
             return
-        for at in self.rounds:
-            yield Partial(past.out[at], past.lse[at]), self.queries[at]
+        for piece in self.rounds:
+            yield Partial(past.out[piece], past.lse[piece]), self.queries[piece]
 
     def send_query(self, epoch: int, batch: int, layer: int, q: torch.Tensor) -> None:
-        some = self.way.down(q, self.queries)
+        part = self.way.down(q, self.queries)
         self.way.landed()
         self.replies.asked(batch)
-        self.replies.port.send(Query(epoch, batch, layer, some))
+        self.replies.port.send(Query(epoch, batch, layer, part))
 
     def send_fresh(self, epoch: int, batch: int, layer: int, kv: KeyValueReady) -> None:
         k, v = self.way.down(kv.k, self.fresh), self.way.down(kv.v, self.fresh)
@@ -65,10 +65,10 @@ class HolderTraffic:
 
     def send_both(self, epoch: int, batch: int, layer: int, q: torch.Tensor, kv: KeyValueReady) -> None:
         k, v = self.way.down(kv.k, self.fresh), self.way.down(kv.v, self.fresh)
-        some = self.way.down(q, self.queries)
+        part = self.way.down(q, self.queries)
         self.way.landed()
         self.replies.asked(batch)
-        self.replies.port.send(Exchange(epoch, batch, layer, some, k, v))
+        self.replies.port.send(Exchange(epoch, batch, layer, part, k, v))
 
     def take(self, batch: int, layer: int) -> tuple[Partial, float]:
         """The answer, where the model is, and how many seconds the holder took for it."""

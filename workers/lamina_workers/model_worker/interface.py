@@ -1,6 +1,7 @@
 """`Workers`, the interface between an engine and its model workers, and the values that cross it.
 
-Runs that wait for replies: suspended, so that one thread can drive several.
+What takes time there is a run: a generator that is suspended while it is `Waiting` for a reply, so that one thread can
+drive several.
 """
 
 from __future__ import annotations

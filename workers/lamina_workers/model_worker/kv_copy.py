@@ -84,9 +84,9 @@ def _assembled(pieces: Sequence[tuple[torch.Tensor, Move]]) -> torch.Tensor:
         return first
     whole = first.new_empty(move.hi - move.lo, move.target_heads, first.shape[-1])
     for vectors, move in pieces:
-        of = vectors.view(move.hi - move.lo, move.source_heads, vectors.shape[-1])
-        taken = of[:, move.source_first : move.source_first + move.heads]
-        whole[:, move.target_first : move.target_first + move.heads] = taken
+        by_head = vectors.view(move.hi - move.lo, move.source_heads, vectors.shape[-1])
+        chosen_heads = by_head[:, move.source_first : move.source_first + move.heads]
+        whole[:, move.target_first : move.target_first + move.heads] = chosen_heads
     return whole.flatten(0, -2)
 
 
@@ -100,9 +100,9 @@ def _put_together(pieces: Sequence[tuple[torch.Tensor, Move]]) -> torch.Tensor:
     layers, count, size = len(first), first.shape[1] // move.source_heads, first.shape[2]
     joined = first.new_empty(layers, move.target_heads, count, size)
     for pages, move in pieces:
-        of = pages.view(layers, move.source_heads, count, size)
-        taken = of[:, move.source_first : move.source_first + move.heads]
-        joined[:, move.target_first : move.target_first + move.heads] = taken
+        by_head = pages.view(layers, move.source_heads, count, size)
+        chosen_heads = by_head[:, move.source_first : move.source_first + move.heads]
+        joined[:, move.target_first : move.target_first + move.heads] = chosen_heads
     return joined.view(layers, -1, size)
 
 
@@ -112,7 +112,7 @@ def _xored(pieces: Sequence[tuple[torch.Tensor, Move]]) -> torch.Tensor:
     layers, count, size = len(first), first.shape[1] // move.source_heads, first.shape[2]
     joined = first.new_zeros(layers, move.target_heads, count, size)
     for pages, move in pieces:
-        of = pages.view(layers, move.source_heads, count, size)
-        taken = of[:, move.source_first : move.source_first + move.heads]
-        joined[:, move.target_first : move.target_first + move.heads].bitwise_xor_(taken)
+        by_head = pages.view(layers, move.source_heads, count, size)
+        chosen_heads = by_head[:, move.source_first : move.source_first + move.heads]
+        joined[:, move.target_first : move.target_first + move.heads].bitwise_xor_(chosen_heads)
     return joined.view(layers, -1, size)

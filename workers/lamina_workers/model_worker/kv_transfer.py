@@ -60,9 +60,9 @@ class KvTransfer:
         names = {self._replies[number].port.page_layout for number in holders}
         alike = len(names) == 1 and names != {""}
         for number, pool in enumerate(pools(self._holder)):
-            if own := [move for move in moves if move.pool == number]:
-                yield from self._pool(Copy(own), number, pool, alike)
-                yield from self._samples(own, pool, sampling)
+            if pool_moves := [move for move in moves if move.pool == number]:
+                yield from self._pool(Copy(pool_moves), number, pool, alike)
+                yield from self._samples(pool_moves, pool, sampling)
 
     def _arrived(self, kind: type[R], origins: Iterable[int], layer: int) -> Generator[Waiting, None, list[R]]:
         """The next answer of each of these holders. It is suspended even where that is there: what follows takes
@@ -76,15 +76,15 @@ class KvTransfer:
 
     def _pool(self, copy: Copy, number: int, pool: Pool, alike: bool) -> Generator[Waiting, None, None]:
         """Copy what one pool keeps. `alike`: the holders lay out their pages alike."""
-        left = set(range(len(pool.layers)))
+        layers_left = set(range(len(pool.layers)))
         if copy.xor and not (copy.paged and alike):
             raise HolderFault("pages are to be XORed of holders that lay them out differently")
         if (copy.paged and alike) or pool.config.layers[0].kind in STATES:  # states have no vectors
-            left = yield from self._pages(copy, number, pool.config)
-        if copy.xor and left:
-            raise HolderFault(f"pages of {len(left)} layers are to be XORed, of which a mean has replaced some")
+            layers_left = yield from self._pages(copy, number, pool.config)
+        if copy.xor and layers_left:
+            raise HolderFault(f"pages of {len(layers_left)} layers are to be XORed, of which a mean has replaced some")
         layers = zip(pool.layers, pool.config.layers, strict=True)
-        yield from self._vectors(copy, [layer for layer, spec in layers if spec.kv_layer in left])
+        yield from self._vectors(copy, [layer for layer, spec in layers if spec.kv_layer in layers_left])
 
     def _samples(
         self, moves: Sequence[Move], pool: Pool, sampling: Mapping[tuple[int, int], Route]
@@ -107,12 +107,12 @@ class KvTransfer:
 
     def _vectors(self, copy: Copy, layers: Sequence[int]) -> Generator[Waiting, None, None]:
         """Copy these layers token by token."""
-        asked = 0
+        requests = 0
         for number, layer in enumerate(layers):
-            for ahead in layers[asked : number + _AHEAD]:
+            for ahead in layers[requests : number + _AHEAD]:
                 for origin, handle, lo, hi in copy.sources:
                     self._send(origin, Fetch(*self._ids, ahead, handle, lo, hi))
-            asked = max(asked, number + _AHEAD)
+            requests = max(requests, number + _AHEAD)
             arrived = yield from self._arrived(Fetched, (origin for origin, *_ in copy.sources), layer)
             for source, reply in zip(copy.sources, arrived, strict=True):
                 self._check(layer, *source, copy, reply)
@@ -122,10 +122,10 @@ class KvTransfer:
     def _check(self, layer: int, origin: int, handle: int, lo: int, hi: int, copy: Copy, reply: Fetched) -> None:
         """Raise HolderLost unless the vectors of one layer are those that were asked of a part."""
         spec, vectors = self._holder.layers[layer], (hi - lo) * copy.heads[origin, handle]
-        found = tuple(reply.k.shape), tuple(reply.v.shape)
+        shapes = tuple(reply.k.shape), tuple(reply.v.shape)
         floats = reply.k.is_floating_point() and reply.k.dtype == reply.v.dtype
-        if not floats or found != ((vectors, spec.key_width), (vectors, spec.own_v)):
-            raise self._replies[origin].unfit(f"{vectors} vectors of K and of V were due, got {reply.k.dtype} {found}")
+        if not floats or shapes != ((vectors, spec.key_width), (vectors, spec.own_v)):
+            raise self._replies[origin].unfit(f"{vectors} vectors of K and of V were due, got {reply.k.dtype} {shapes}")
 
     def _pages(self, copy: Copy, pool: int, config: HolderConfig) -> Generator[Waiting, None, set[int]]:
         """Copy all layers of a pool with KV page by page. Returns those of which an origin has not all pages."""
@@ -137,27 +137,27 @@ class KvTransfer:
         ]
         step = max(1, _FRAME // (sum(pages) * of_page))
         frames = [(first, min(step, count - first)) for first in range(0, count, step)]
-        here = any(self._replies[origin].here is not None for origin, *_ in copy.sources)
-        most = 1 if here or copy.circular else _FRAMES_AHEAD  # else both could wait for the other to read
-        asked = 0
-        left: set[int] = set()
+        in_process = any(self._replies[origin].here is not None for origin, *_ in copy.sources)
+        window = 1 if in_process or copy.circular else _FRAMES_AHEAD  # else both could wait for the other to read
+        requests = 0
+        layers_left: set[int] = set()
         for number, (first, layers) in enumerate(frames):
-            if asked < number + (most + 1) // 2:  # several at once: each time a process is woken
-                for ahead in frames[asked : number + most]:
+            if requests < number + (window + 1) // 2:  # several at once: each time a process is woken
+                for ahead in frames[requests : number + window]:
                     for origin, handle, lo, hi in copy.sources:
                         self._send(origin, FetchPages(*self._ids, *ahead, handle, lo, hi))
-                asked = number + most
+                requests = number + window
             arrived = yield from self._arrived(FetchedPages, (origin for origin, *_ in copy.sources), first)
             for reply, due, (origin, *_) in zip(arrived, pages, copy.sources, strict=True):
-                found = reply.pages.dtype, tuple(reply.pages.shape)
-                if (reply.pages.numel() or states) and found != (torch.uint8, (layers * due, of_page)):
-                    raise self._replies[origin].unfit(f"pages [{layers * due}, {of_page}] were due, got {found}")
+                shapes = reply.pages.dtype, tuple(reply.pages.shape)
+                if (reply.pages.numel() or states) and shapes != (torch.uint8, (layers * due, of_page)):
+                    raise self._replies[origin].unfit(f"pages [{layers * due}, {of_page}] were due, got {shapes}")
             if all(reply.pages.numel() for reply in arrived):
                 for target, content in copy.pages(arrived, layers):
                     self._send(target, FreshPages(*self._ids, pool, first, layers, content))
             else:
-                left.update(range(first, first + layers))
-        return left
+                layers_left.update(range(first, first + layers))
+        return layers_left
 
     def _send(self, number: int, message: Fetch | Fresh | FetchPages | FetchSample | FreshPages | Sample) -> None:
         self._replies[number].port.send(message)

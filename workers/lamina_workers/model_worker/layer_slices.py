@@ -70,22 +70,24 @@ def likeliest(logits: torch.Tensor, plain: Sequence[int]) -> tuple[tuple[int, ..
     the other rows, on the host."""
     if not plain:
         return (), logits.cpu()
-    rest = [i for i in range(len(logits)) if i not in set(plain)]
+    remainder = [i for i in range(len(logits)) if i not in set(plain)]
     tokens = sample(logits[list(plain)], [RowSampling()] * len(plain)).tokens
-    return tuple(0 if token is None else token + 1 for token in tokens), logits[rest].cpu()
+    return tuple(0 if token is None else token + 1 for token in tokens), logits[remainder].cpu()
 
 
 def chosen(sampling: Sequence[RowSampling], tokens: Sequence[int], logits: torch.Tensor) -> Sampled:
     """The tokens of all rows: the plain ones as `likeliest` chose them, the others sampled here."""
     plain = plain_rows(sampling)
-    rest = [i for i in range(len(sampling)) if i not in set(plain)]
-    if len(tokens) != len(plain) or len(logits) != len(rest):
-        raise ProtocolError(f"{len(tokens)} tokens and {len(logits)} rows of logits, due {len(plain)} and {len(rest)}")
-    sampled = sample(logits, [sampling[i] for i in rest])
+    remainder = [i for i in range(len(sampling)) if i not in set(plain)]
+    if len(tokens) != len(plain) or len(logits) != len(remainder):
+        raise ProtocolError(
+            f"{len(tokens)} tokens and {len(logits)} rows of logits, due {len(plain)} and {len(remainder)}"
+        )
+    sampled = sample(logits, [sampling[i] for i in remainder])
     result = Sampled([None] * len(sampling), [None] * len(sampling))
     for i, found in zip(plain, tokens, strict=True):
         result.tokens[i] = found - 1 if found else None
-    for i, token, report in zip(rest, sampled.tokens, sampled.logprobs, strict=True):
+    for i, token, report in zip(remainder, sampled.tokens, sampled.logprobs, strict=True):
         result.tokens[i], result.logprobs[i] = token, report
     return result
 

@@ -2,9 +2,7 @@
 
 Owns the decoder, the attention merge, the ports to the holders, and the numbering of epochs and batches. A plan comes
 as spans of tokens and the routes of their rows. Announcing and executing are generators, suspended while they wait for
-a holder.
-
-Loads the kernels that a model worker needs before its first batch.
+a holder. `prepare_kernels` loads the kernels that all this needs before the first batch.
 """
 
 from __future__ import annotations
@@ -118,9 +116,9 @@ class ModelWorker:
 
     def prepare(self, port: AttentionPort) -> None:
         """A holder is about to join. Any thread may call."""
-        for known in list(self._prepared):
-            if known.closed:  # another rank could not connect to it
-                self._prepared.pop(known, None)
+        for prepared in list(self._prepared):
+            if prepared.closed:  # another rank could not connect to it
+                self._prepared.pop(prepared, None)
         self._prepared[port] = Replies(port, self._clock)
 
     def leave(self, number: int) -> None:
@@ -167,15 +165,15 @@ class ModelWorker:
         batch = self._batch
         answers: dict[int, Announced] = {}
         faults: dict[int, HolderFault] = {}
-        asked = []
+        recipients = []
         for number, share in shares.items():
             self._replies[number].expect(self._epoch, batch)
             try:
                 self._send(number, Announcement(self._epoch, batch, share.first, share.operations, share.rows))
-                asked.append(number)
+                recipients.append(number)
             except HolderFault as fault:
                 faults[number] = fault
-        for number in asked:  # all answers are read before one is blamed
+        for number in recipients:  # all answers are read before one is blamed
             try:
                 answers[number] = yield from self._answer(number, batch)
                 self._check(answers[number], shares[number], self._replies[number])
@@ -357,9 +355,9 @@ class ModelWorker:
 
     @staticmethod
     def _check(answer: Announced, share: HolderBatch, replies: Replies) -> None:
-        found = (len(answer.floors), len(answer.usages) or len(share.routes))
-        if answer.accepted and found != (len(share.routes), len(share.routes)):
-            raise replies.unfit(f"floors and usages of {found} rows, {len(share.routes)} were announced")
+        counts = (len(answer.floors), len(answer.usages) or len(share.routes))
+        if answer.accepted and counts != (len(share.routes), len(share.routes)):
+            raise replies.unfit(f"floors and usages of {counts} rows, {len(share.routes)} were announced")
         rows = [route.row for route in share.routes]
         if answer.samples and (
             len(answer.samples) != len(rows)
@@ -367,7 +365,7 @@ class ModelWorker:
         ):
             raise replies.unfit(f"samples of {answer.samples} were asked of rows that bring queries, or of no prompt")
         starts = [route.row.start for route in share.routes] if answer.starts else []
-        bounded = [min(max(0, most), start) for most, start in zip(answer.starts, starts, strict=False)]
+        bounded = [min(max(0, bound), start) for bound, start in zip(answer.starts, starts, strict=False)]
         if len(starts) != len(answer.starts) or bounded != list(answer.starts):
             raise replies.unfit(f"rows that start at {starts} can start at {answer.starts} at most")
 

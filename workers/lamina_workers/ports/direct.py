@@ -90,14 +90,14 @@ class DirectChannel:
 
     def reclaim(self, unsent: memoryview = _NOTHING) -> None:
         """The compiled call is over. `unsent`: what is left of the frame that it was sending."""
-        block, begun = self._block, _NOTHING
+        block, partial = self._block, _NOTHING
         if block.current:
-            begun = self._frames[block.current][: block.have]
+            partial = self._frames[block.current][: block.have]
             exchange_blocks.Expected.from_address(block.current).claimed = 0
             block.current = block.have = 0
         received, sent = block.received, block.sent
         block.received = block.sent = 0
-        self.channel.reclaim(received, sent, begun, unsent)
+        self.channel.reclaim(received, sent, partial, unsent)
 
 
 @cache

@@ -282,20 +282,20 @@ class Replies:
 
     def measured(self, seconds: Iterable[float]) -> None:
         """Exchanges of a batch took so long which were not read here."""
-        for taken in seconds:
-            self._exchanges.add(taken)
+        for duration in seconds:
+            self._exchanges.add(duration)
 
     def take(self, kind: type[R], batch: int, layer: int | None = None, timeout: float | None = None) -> R:
         """The next reply to that batch, which must be of that kind (and layer); waits for it.
 
         Raises HolderFault for a fault, HolderLost where the port is gone or gives any other reply.
         """
-        replies, left = self._waiting[batch], timeout
+        replies, remaining = self._waiting[batch], timeout
         until = self._clock() + timeout if timeout is not None and not replies else None
         while not replies:
-            self.sort(self.port.receive(left))
+            self.sort(self.port.receive(remaining))
             if until is not None:
-                left = max(0.0, until - self._clock())
+                remaining = max(0.0, until - self._clock())
         reply = replies.popleft()
         if isinstance(reply, Fault):
             self._faults += 1
@@ -316,8 +316,8 @@ class Replies:
         """Keep a reply for its batch, if that is expected."""
         if reply.epoch == self._epoch and reply.batch in self._waiting:
             self._waiting[reply.batch].append(reply)
-            if (asked := self._asked.pop(reply.batch, None)) is not None:
-                self._exchanges.add(self._clock() - asked)
+            if (since := self._asked.pop(reply.batch, None)) is not None:
+                self._exchanges.add(self._clock() - since)
 
 
 class LocalAttention:
