@@ -32,7 +32,7 @@ from lamina.journal.journal import Facts, Journal
 from lamina.kv.request import Request
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
-from lamina.server.processes.child_protocol import line, parse
+from lamina.server.processes.child_protocol import FROM_CHILD, TO_ENGINE, Failed, Ready, StartEngine
 from lamina.server.processes.engine_link import SocketWire
 from lamina.server.processes.supervisor import ENGINE_MODULE
 from lamina.system.child_process import ChildProcess
@@ -46,20 +46,20 @@ class EngineProcess:
     """One engine; `seconds` from its start until it serves."""
 
     def __init__(self, model: str, config: dict[str, Any], socket: Path) -> None:
-        said: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
+        said: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.socket = str(socket)
         start = time.perf_counter()
         self.child = ChildProcess(
             "engine",
             [sys.executable, "-m", ENGINE_MODULE],
-            lambda _, text: said.put(parse(text) or [""]),
-            lambda _: said.put(["ended"]),
+            lambda _, text: said.put(FROM_CHILD.parse(text)),
+            lambda _: said.put("ended"),
             environment=os.environ | {"PYTHONUNBUFFERED": "1"},
         )
-        self.child.say(line("engine", model, config, self.socket, SECRET, False))
-        while (word := said.get(timeout=PATIENCE))[0] != "ready":
-            if word[0] in ("failed", "ended"):
-                raise SystemExit(f"the engine did not start: {word}")
+        self.child.say(TO_ENGINE.line(StartEngine(model, config, self.socket, SECRET, False, False)))
+        while not isinstance(message := said.get(timeout=PATIENCE), Ready):
+            if isinstance(message, (Failed, str)):
+                raise SystemExit(f"the engine did not start: {message}")
         self.seconds = time.perf_counter() - start
 
     def kill(self) -> None:

@@ -270,7 +270,7 @@ def _until_healthy(url: str) -> None:
 def measure_first_bytes(args: argparse.Namespace) -> dict[str, list[float]]:
     from lamina.config import EngineConfig
     from lamina.launch.builder import start
-    from lamina.server.processes.child_protocol import line, parse
+    from lamina.server.processes.child_protocol import FROM_CHILD, TO_HTTP, Connected, EngineReady, StartHttp
     from lamina.server.processes.engine_link import EngineListener
     from lamina.system.child_process import ChildProcess, end_all
 
@@ -282,7 +282,9 @@ def measure_first_bytes(args: argparse.Namespace) -> dict[str, list[float]]:
         EngineListener(path, bytes.fromhex(secret), recorder, time.monotonic)
         said: queue.SimpleQueue[Any] = queue.SimpleQueue()
         command = [sys.executable, "-m", "lamina.server.processes.http_main"]
-        child = ChildProcess("http", command, lambda _, text: said.put(parse(text)), said.put, pass_fds=[sock.fileno()])
+        child = ChildProcess(
+            "http", command, lambda _, text: said.put(FROM_CHILD.parse(text)), said.put, pass_fds=[sock.fileno()]
+        )
         facts = {
             "socket": path,
             "folder": str(runtime.model_path),
@@ -291,9 +293,9 @@ def measure_first_bytes(args: argparse.Namespace) -> dict[str, list[float]]:
             "vocab_size": runtime.model.vocab_size,
             "restarts": 0,
         }
-        child.say(line("http", {"model": MODEL}, sock.fileno(), secret))
-        child.say(line("ready", facts))
-        while said.get(timeout=PATIENCE) != ["connected"]:
+        child.say(TO_HTTP.line(StartHttp({"model": MODEL}, sock.fileno(), secret)))
+        child.say(TO_HTTP.line(EngineReady(MODEL, facts)))
+        while said.get(timeout=PATIENCE) != Connected(MODEL):
             pass
         url = f"http://127.0.0.1:{sock.getsockname()[1]}"
         for streams in dict.fromkeys((1, args.streams)):

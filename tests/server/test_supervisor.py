@@ -18,12 +18,12 @@ import pytest
 from supervisor_run import run_beside
 
 from lamina.errors import EngineError, InvalidRequest
+from lamina.server.processes.child_protocol import Load, Unload
 from lamina.server.processes.server_plan import ServerPlan
 from lamina.server.processes.supervisor import Supervisor
 from lamina.server.settings import ServerSettings
 from lamina.system.private_folder import lock
 
-TESTS = Path(__file__).parents[1] / "support"
 PATIENCE = 30.0
 
 
@@ -83,7 +83,7 @@ class World:
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.setenv("FAKE_CHILD_FOLDER", str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", str(TESTS))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     monkeypatch.setattr("lamina.server.processes.supervisor.ENGINE_MODULE", "fake_server_child")
     monkeypatch.setattr("lamina.server.processes.supervisor.HTTP_MODULE", "fake_server_child")
     return World(tmp_path)
@@ -212,7 +212,7 @@ class Report:
     def said(self, message): print(message, flush=True)
 s.Supervisor(ServerPlan({"m": "m"}, {}, ServerSettings(model="m"), "127.0.0.1", 0), Report()).run()
 """
-    environment = os.environ | {"FAKE_CHILD_FOLDER": str(tmp_path), "PYTHONPATH": str(TESTS)}
+    environment = os.environ | {"FAKE_CHILD_FOLDER": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline().startswith("serving m")
@@ -264,8 +264,8 @@ def two(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
     return world
 
 
-def wants(world: World, word: str, model: str) -> Callable[[], None]:
-    return lambda: world.supervisor._calls.put(lambda: world.supervisor._take_from_http(word, model))
+def wants(world: World, message: Load | Unload) -> Callable[[], None]:
+    return lambda: world.supervisor._calls.put(lambda: world.supervisor._take_from_http(message))
 
 
 def said_of(world: World, model: str) -> list[str]:
@@ -278,8 +278,8 @@ def test_models_come_and_go_as_the_http_process_wants_them(two: World) -> None:
 
     spare = two.until(lambda: count(two, "spare", "prepare") == 1)
     two.run(
-        two.serving, spare, wants(two, "unload", "m"), then("m", "unloaded"), wants(two, "load", "n"),
-        then("n", "ready"), wants(two, "unload", "n"), then("n", "unloaded"), wants(two, "load", "m"),
+        two.serving, spare, wants(two, Unload("m")), then("m", "unloaded"), wants(two, Load("n")),
+        then("n", "ready"), wants(two, Unload("n")), then("n", "unloaded"), wants(two, Load("m")),
         then("m", "ready"), two.signal,
     )  # fmt: skip
     assert [said[0] for said in two.heard("engine")] == ["engine", "stop", "engine"]
@@ -292,9 +292,9 @@ def test_models_come_and_go_as_the_http_process_wants_them(two: World) -> None:
 
 def test_a_model_that_does_not_load_leaves_the_server(two: World) -> None:
     failed = two.until(lambda: ["unloaded", "n", "no such model"] in two.heard("http"))
-    two.run(two.serving, two.behave("engine-n", "fails"), wants(two, "load", "n"), failed, two.signal)
+    two.run(two.serving, two.behave("engine-n", "fails"), wants(two, Load("n")), failed, two.signal)
 
 
 def test_a_process_that_dies_while_it_loads_a_further_model_leaves_the_server(two: World) -> None:
     failed = two.until(lambda: any(said[:2] == ["unloaded", "n"] and said[2] for said in two.heard("http")))
-    two.run(two.serving, two.behave("engine-n", "dies"), wants(two, "load", "n"), failed, two.signal)
+    two.run(two.serving, two.behave("engine-n", "dies"), wants(two, Load("n")), failed, two.signal)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lamina.client.remote import RemoteEngine
-from lamina.server.processes.child_protocol import line, parse
+from lamina.server.processes.child_protocol import FROM_CHILD, TO_ENGINE, Failed, Ready, StartEngine
 from lamina.server.processes.engine_link import SocketWire
 from lamina.server.processes.supervisor import ENGINE_MODULE
 from lamina.system.child_process import ChildProcess
@@ -33,19 +33,19 @@ class EngineProcess:
     def start(self) -> RemoteEngine:
         """Returns once it serves. Raises RuntimeError with what it says where it does not."""
         self.starts += 1
-        said: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
+        said: queue.SimpleQueue[Any] = queue.SimpleQueue()
         path = str(self._folder / f"engine-{self.starts}.sock")
         self._child = ChildProcess(
             "engine",
             [sys.executable, "-m", ENGINE_MODULE],
-            lambda _, text: said.put(parse(text) or [""]),
-            lambda child: said.put(["ended", child.how()]),
+            lambda _, text: said.put(FROM_CHILD.parse(text)),
+            lambda child: said.put(f"ended, {child.how()}"),
             environment=os.environ | {"PYTHONUNBUFFERED": "1"},
         )
-        self._child.say(line("engine", self._model, self._config, path, SECRET, False, False))
-        while (word := said.get(timeout=PATIENCE))[0] != "ready":
-            if word[0] in ("failed", "ended"):
-                raise RuntimeError(f"the engine did not start: {word}")
+        self._child.say(TO_ENGINE.line(StartEngine(self._model, self._config, path, SECRET, False, False)))
+        while not isinstance(message := said.get(timeout=PATIENCE), Ready):
+            if isinstance(message, (Failed, str)):
+                raise RuntimeError(f"the engine did not start: {message}")
         self._wire = SocketWire(path, bytes.fromhex(SECRET), f"client-{self.starts}")
         if self.remote is None:
             self.remote = RemoteEngine(self._wire, time.monotonic, patience=PATIENCE)

@@ -13,7 +13,8 @@ import threading
 import time
 from pathlib import Path
 
-from lamina.server.processes.child_protocol import SupervisorPipe, receive
+from lamina.deploy.relayed_attention import Drained
+from lamina.server.processes.child_protocol import Connected, Failed, Progressed, Ready, Serving, SupervisorPipe
 from lamina_workers.process.exit import die_with_parent
 
 FOLDER = Path(os.environ["FAKE_CHILD_FOLDER"])
@@ -23,7 +24,7 @@ def main() -> None:
     die_with_parent()
     pipe = SupervisorPipe()
     print("something that prints")  # noqa: T201  # it must not be taken for what is said
-    lines = receive()
+    lines = map(json.loads, sys.stdin)
     first = next(lines)
     if first[0] == "prepare":
         note("spare", first)
@@ -37,28 +38,28 @@ def main() -> None:
     (FOLDER / f"{role}.pid").write_text(str(os.getpid()))
     behaviour = (FOLDER / f"{role}.txt").read_text() if (FOLDER / f"{role}.txt").exists() else ""
     if behaviour == "fails":
-        pipe.send("failed", "InvalidRequest", "no such model")
+        pipe.send(Failed("InvalidRequest", "no such model"))
         sys.exit(1)
     if behaviour == "dies":
         sys.exit(3)
     if behaviour == "has no workers":
         (FOLDER / f"{role}.txt").unlink()
-        pipe.send("failed", "WorkersUnavailable", "no attention worker can be used")
+        pipe.send(Failed("WorkersUnavailable", "no attention worker can be used"))
         sys.exit(1)
     if role.startswith("engine"):
-        pipe.send("progress", "loading", 1, 2)
-        pipe.send("ready", {"folder": "somewhere", "context": 100, "possible": 50})
-        pipe.send("progress", "rebuilding lost KV", 1, 2)
+        pipe.send(Progressed("loading", 1, 2))
+        pipe.send(Ready({"folder": "somewhere", "context": 100, "possible": 50}))
+        pipe.send(Progressed("rebuilding lost KV", 1, 2))
     else:
-        pipe.send("serving")
+        pipe.send(Serving())
     for message in lines:
         note(role, message)
         if message[0] == "ready":
-            pipe.send("connected", message[1])
+            pipe.send(Connected(message[1]))
         if message[0] == "stop":
             sys.exit(0)
         if message[0] == "drain" and role == "engine":
-            pipe.send("drained", message[1])
+            pipe.send(Drained(message[1]))
         elif message[0] == "drain" and behaviour != "drains for ever":
             threading.Thread(target=leave, daemon=True).start()
 

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lamina.server.processes.child_protocol import line
+from lamina.server.processes.child_protocol import TO_HTTP, StartHttp
 from lamina.server.settings import ServerSettings
 
 KEY = "key"
@@ -39,7 +39,7 @@ class HttpProcess:
             settings = asdict(ServerSettings(model="tiny", api_keys=(KEY,), max_body=16 << 20)) | {"api_keys": [KEY]}
             assert self._process.stdin is not None
             assert self._process.stdout is not None
-            self._process.stdin.write(line("http", settings, listener.fileno(), "00" * 32) + "\n")
+            self._process.stdin.write(TO_HTTP.line(StartHttp(settings, listener.fileno(), "00" * 32)) + "\n")
             self._process.stdin.flush()
             said = self._process.stdout.readline()
             assert "serving" in said, (said, self.log)

@@ -14,7 +14,7 @@ from lamina.deploy.local import LocalAttentionWorkers
 from lamina.deploy.relayed_attention import AttentionRelay, Wish
 from lamina.deploy.worker_events import WorkerAddress
 from lamina.errors import EngineError, InvalidRequest
-from lamina.server.processes.child_protocol import line, pack_worker
+from lamina.server.processes.child_protocol import TO_ENGINE, DrainWorker, MachinesChanged, ToHttp, Workers
 from lamina.server.processes.server_plan import Reporter, ServerPlan
 from lamina.system.child_process import ChildProcess
 from lamina_protocols.channels.channels import join_address
@@ -77,7 +77,7 @@ class AttentionRole:
     def serve(self, engine: ChildProcess) -> None:
         """A new engine is to get the workers: once all are there, or some after a while."""
         self._engine = engine
-        self._relay.serve(lambda workers: engine.say(line("workers", [pack_worker(worker) for worker in workers])))
+        self._relay.serve(lambda workers: engine.say(TO_ENGINE.line(Workers(workers))))
 
     def introduce(self) -> None:
         """Send a new engine the workers that are there, if it is time."""
@@ -101,7 +101,7 @@ class AttentionRole:
         has it."""
         if self._engine is None or self._engine.status is not None or not self._relay.has(name):
             return False
-        self._engine.say(line("drain", name))
+        self._engine.say(TO_ENGINE.line(DrainWorker(name)))
         return True
 
     def _started(self, pool: LocalAttentionWorkers, workers: tuple[WorkerAddress, ...]) -> None:
@@ -121,7 +121,7 @@ class MachineRole:
         report: Reporter,
         post: Callable[[Callable[[], None]], None],
         attention: AttentionRole,
-        say_http: Callable[..., None],
+        say_http: Callable[[ToHttp], None],
     ) -> None:
         self._plan = plan
         self._report = report
@@ -142,7 +142,7 @@ class MachineRole:
     def tell(self) -> None:
         """Send a new HTTP process the machines."""
         if self._server is not None:
-            self._say_http("machines", self._server.machines)
+            self._say_http(MachinesChanged(self._server.machines))
 
     def decide(self, id: str, accept: bool) -> None:
         """The operator's decision."""
@@ -179,7 +179,7 @@ class MachineRole:
         self._post(lambda: None if self._attention.drain(name) else self.released(name))
 
     def changed(self, machines: list[dict[str, Any]]) -> None:
-        self._post(lambda: self._say_http("machines", machines))
+        self._post(lambda: self._say_http(MachinesChanged(machines)))
 
     def said(self, message: str) -> None:
         self._post(lambda: self._report.said(message))

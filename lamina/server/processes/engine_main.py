@@ -3,12 +3,6 @@
 It receives the model to load and the attention workers to use; it sends the progress of loading, and that it serves. It
 ends when its stdin closes, when it is told to, and when the engine stops. torch is imported after the environment that
 OpenMP reads is set.
-
-received   ["prepare", needs workers], perhaps, first
-           ["engine", model, config, socket, secret, waits for workers, needs some]
-           ["workers", [[name, address, token, capacity, CA, place]]]   ["drain", name]   ["stop"]
-sent       ["progress", what, done, total]   ["ready", facts]   ["failed", kind, why]   ["lost", name]
-           ["possible", tokens of one sequence]   ["drained", name]   ["grow", workers]   ["retire", name]
 """
 
 from __future__ import annotations
@@ -19,18 +13,30 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import astuple
-from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from lamina.client.remote import SWITCH_INTERVAL, disclaim_later
 from lamina.config import EngineConfig
-from lamina.deploy.relayed_attention import RelayedWorkers, Wish
+from lamina.deploy.relayed_attention import Drained, RelayedWorkers
 from lamina.errors import EngineError, LaminaError
-from lamina.server.processes.child_protocol import SupervisorPipe, begin, unpack_worker
+from lamina.server.processes.child_protocol import (
+    TO_ENGINE,
+    DrainWorker,
+    Failed,
+    Possible,
+    Prepare,
+    Progressed,
+    Ready,
+    StartEngine,
+    Stop,
+    SupervisorPipe,
+    ToEngine,
+    Workers,
+    begin,
+)
 from lamina.system.progress import Progress
 from lamina_workers.devices.openmp import SPIN_COUNT, SPIN_COUNT_BESIDE_CLIENTS, share_cores
 
@@ -45,18 +51,18 @@ logger = logging.getLogger("lamina")
 def main() -> int:
     """The exit status: 0 where the supervisor wanted it to end, 1 where the engine did not start or has stopped."""
     sys.setswitchinterval(SWITCH_INTERVAL)
-    supervisor, messages = begin("engine")
+    supervisor, messages = begin("engine", TO_ENGINE)
     logging.getLogger("lamina.choices").setLevel(logging.INFO)  # whatever the log level
-    nothing = ["", "", {}, "", "", False, False]
-    first = next(messages, nothing)
-    share_cores(SPIN_COUNT if first[-1] else SPIN_COUNT_BESIDE_CLIENTS)
-    if first[0] == "prepare":
+    order = next(messages, None)
+    if not isinstance(order, (Prepare, StartEngine)):
+        return 0  # the supervisor is gone
+    share_cores(SPIN_COUNT if order.needs_workers else SPIN_COUNT_BESIDE_CLIENTS)
+    if isinstance(order, Prepare):
         _prepare()
-        first = next(messages, nothing)
-    _, model, config, path, secret, waits, needs = first
-    if not model:
+        order = next(messages, None)
+    if not isinstance(order, StartEngine):
         return 0  # the supervisor does not need this process
-    workers = RelayedWorkers(partial(_tell, supervisor), optional=not needs) if waits else None
+    workers = RelayedWorkers(supervisor.send, optional=not order.needs_workers) if order.waits else None
     ended: queue.SimpleQueue[int] = queue.SimpleQueue()
     stop = threading.Event()
     threading.Thread(
@@ -64,7 +70,7 @@ def main() -> int:
     ).start()
     threading.Thread(
         target=_serve,
-        args=(supervisor, model, config, path, secret, workers, stop, ended),
+        args=(supervisor, order, workers, stop, ended),
         name="lamina-serve",
         daemon=True,
     ).start()
@@ -83,52 +89,43 @@ def _prepare() -> None:
         pass
 
 
-def _tell(supervisor: SupervisorPipe, wish: Wish) -> None:
-    supervisor.send(type(wish).__name__.lower(), *astuple(wish))
-
-
 def _listen(
-    messages: Any, workers: RelayedWorkers | None, stop: threading.Event, ended: queue.SimpleQueue[int]
+    messages: Iterator[ToEngine], workers: RelayedWorkers | None, stop: threading.Event, ended: queue.SimpleQueue[int]
 ) -> None:
-    for word, *items in messages:
-        if word == "stop":
+    for message in messages:
+        if isinstance(message, Stop):
             stop.set()
-        elif workers is None:
-            continue
-        elif word == "workers":
-            workers.update([unpack_worker(fields) for fields in items[0]])
-        elif word == "drain":
-            workers.drains.put(items[0])
+        elif isinstance(message, Workers) and workers is not None:
+            workers.update(message.workers)
+        elif isinstance(message, DrainWorker) and workers is not None:
+            workers.drains.put(message.name)
     ended.put(0)
 
 
 def _serve(
     supervisor: SupervisorPipe,
-    model: str,
-    config: Mapping[str, Any],
-    path: str,
-    secret: str,
+    order: StartEngine,
     workers: RelayedWorkers | None,
     stop: threading.Event,
     ended: queue.SimpleQueue[int],
 ) -> None:
     def progress(what: str, done: int, total: int | None) -> None:
-        supervisor.send("progress", what, done, total)
+        supervisor.send(Progressed(what, done, total))
 
     try:
         from lamina.server.processes.engine_link import EngineListener
 
-        settings = EngineConfig(**config)
-        runtime = _start(model, settings, progress, workers)
-        EngineListener(path, bytes.fromhex(secret), runtime.engine, time.monotonic)
+        settings = EngineConfig(**order.config)
+        runtime = _start(order.model, settings, progress, workers)
+        EngineListener(order.socket, bytes.fromhex(order.secret), runtime.engine, time.monotonic)
         facts = _facts(runtime) | {"patience": settings.recovery_timeout}
     except BaseException as error:  # of any kind, torch's own too: the supervisor must not wait for ever
         if not isinstance(error, LaminaError):
             logger.exception("the engine did not start")
-        supervisor.send("failed", type(error).__name__, " ".join(str(error).split()) or type(error).__name__)
+        supervisor.send(Failed(type(error).__name__, " ".join(str(error).split()) or type(error).__name__))
         ended.put(1)
         return
-    supervisor.send("ready", facts)
+    supervisor.send(Ready(facts))
     if (inputs := getattr(runtime, "inputs", None)) is not None:  # on a cluster they are elsewhere
         inputs.grammars.load()  # while the HTTP process loads its own: later it would hold up more requests
     if (disclaim := getattr(runtime.engine, "disclaim", None)) is not None:
@@ -137,7 +134,7 @@ def _serve(
     while runtime.engine.alive:
         if inputs is not None and inputs.possible != possible:  # an attention worker has joined, or is gone for good
             possible = inputs.possible
-            supervisor.send("possible", possible)
+            supervisor.send(Possible(possible))
         while workers is not None and not workers.drains.empty():
             _drain(cast("Runtime", runtime).engine, workers.drains.get_nowait(), supervisor)
         if stop.wait(0.2):
@@ -154,7 +151,7 @@ def _drain(engine: Engine, name: str, supervisor: SupervisorPipe) -> None:
     def over(done: Future[int]) -> None:
         if (error := done.exception()) is not None:
             logger.warning("%s", error)
-        supervisor.send("drained", name)
+        supervisor.send(Drained(name))
 
     with suppress(EngineError):  # it has stopped
         engine.drain(name).add_done_callback(over)

@@ -2,12 +2,6 @@
 
 It receives where to listen and the state of each model's engine; it sends that it listens, that it has connected to an
 engine, and which models it wants loaded or unloaded. It loads no torch.
-
-received   ["http", settings, listening descriptor, secret]   ["loading", model, what]   ["ready", model, facts]
-           ["dead", model, why]   ["unloaded", model, why]   ["possible", model, tokens]
-           ["machines", list]   ["drain", seconds]
-sent       ["serving"]   ["connected", model]   ["load", model]   ["unload", model]   ["machine", id, accept]
-           ["failed", kind, why]
 """
 
 from __future__ import annotations
@@ -24,7 +18,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -35,7 +29,26 @@ from lamina.server.http.protocol import LimitedProtocol
 from lamina.server.machines import Machines
 from lamina.server.metrics.metrics import ServerMetrics
 from lamina.server.models import Models
-from lamina.server.processes.child_protocol import SupervisorPipe, begin
+from lamina.server.processes.child_protocol import (
+    TO_HTTP,
+    Connected,
+    DecideMachine,
+    DrainRequests,
+    EngineDead,
+    EngineLoading,
+    EnginePossible,
+    EngineReady,
+    EngineUnloaded,
+    Failed,
+    Load,
+    MachinesChanged,
+    Serving,
+    StartHttp,
+    SupervisorPipe,
+    ToHttp,
+    Unload,
+    begin,
+)
 from lamina.server.processes.engine_link import EngineLink
 from lamina.server.processes.kv_events import KvEventPublisher
 from lamina.server.settings import ServerSettings
@@ -59,23 +72,22 @@ def main() -> int:
     os.nice(_NICE)
     with suppress(AttributeError):  # glibc's. By default it keeps blocks of up to 32 MB once one of them was freed
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
-    supervisor, messages = begin("http")
+    supervisor, messages = begin("http", TO_HTTP)
     first = next(messages, None)
-    if first is None:
+    if not isinstance(first, StartHttp):
         return 0
-    _, fields, descriptor, secret = first
     try:
-        settings = ServerSettings(**fields)
+        settings = ServerSettings(**first.settings)
         metrics = ServerMetrics(*settings.models)
         tracer = _tracer(settings)
         models = _models(settings, metrics, tracer, supervisor)
-        machines = Machines(settings, partial(supervisor.send, "machine") if settings.joining else None)
+        machines = Machines(settings, partial(_decide, supervisor) if settings.joining else None)
         app = create_app(models, settings, metrics, machines)
         events = _publisher(settings)
     except Exception as error:
         if not isinstance(error, LaminaError):
             logger.exception("the server cannot be put together")
-        supervisor.send("failed", type(error).__name__, " ".join(str(error).split()))
+        supervisor.send(Failed(type(error).__name__, " ".join(str(error).split())))
         return 1
     config = uvicorn.Config(
         app if tracer is None else tracer.middleware(app),
@@ -93,8 +105,8 @@ def main() -> int:
     links = {
         model.name: EngineLink(
             model.frontend,
-            bytes.fromhex(secret),
-            partial(supervisor.send, "connected", model.name),
+            bytes.fromhex(first.secret),
+            partial(supervisor.send, Connected(model.name)),
             None if events is None else events.sink(model.name),
         )
         for model in models
@@ -103,13 +115,17 @@ def main() -> int:
         target=_listen, args=(messages, links, models, machines, server), name="lamina-supervisor", daemon=True
     ).start()
     threading.Thread(target=_say_when_serving, args=(server, supervisor), name="lamina-start", daemon=True).start()
-    server.run(sockets=[socket.socket(fileno=descriptor)])
+    server.run(sockets=[socket.socket(fileno=first.descriptor)])
     if tracer is not None:
         tracer.close()
     if events is not None:
         events.close()
     sys.stderr.flush()
     os._exit(0)  # threads that wait for the engine or the supervisor would keep the process
+
+
+def _decide(supervisor: SupervisorPipe, id: str, accept: bool) -> None:
+    supervisor.send(DecideMachine(id, accept))
 
 
 class _Loader:
@@ -119,10 +135,10 @@ class _Loader:
         self._supervisor = supervisor
 
     def load(self, name: str) -> None:
-        self._supervisor.send("load", name)
+        self._supervisor.send(Load(name))
 
     def unload(self, name: str) -> None:
-        self._supervisor.send("unload", name)
+        self._supervisor.send(Unload(name))
 
 
 def _models(
@@ -181,38 +197,35 @@ def _publisher(settings: ServerSettings) -> KvEventPublisher | None:
 
 
 def _listen(
-    messages: Iterator[list[Any]],
+    messages: Iterator[ToHttp],
     links: Mapping[str, EngineLink],
     models: Models,
     machines: Machines,
     server: uvicorn.Server,
 ) -> None:
-    for word, *items in messages:
-        if word == "drain":
-            threading.Thread(target=_drain, args=(models, server, items[0]), daemon=True).start()
-            continue
-        if word == "machines":
-            machines.update(items[0])
-            continue
-        name, about = items
-        link = links[name]
-        if word == "loading":
-            link.begins(about)
-        elif word == "ready":
-            link.ready(about)
-        elif word == "possible":
-            link.possible(about)
-        elif word == "dead":
-            link.dead(about)
-        elif word == "unloaded":
-            link.unloaded(about)
+    for message in messages:
+        match message:
+            case DrainRequests(seconds):
+                threading.Thread(target=_drain, args=(models, server, seconds), daemon=True).start()
+            case MachinesChanged(rows):
+                machines.update(rows)
+            case EngineLoading(model, progress):
+                links[model].begins(progress)
+            case EngineReady(model, facts):
+                links[model].ready(facts)
+            case EnginePossible(model, tokens):
+                links[model].possible(tokens)
+            case EngineDead(model, why):
+                links[model].dead(why)
+            case EngineUnloaded(model, why):
+                links[model].unloaded(why)
     os._exit(0)  # the supervisor is gone
 
 
 def _say_when_serving(server: uvicorn.Server, supervisor: SupervisorPipe) -> None:
     while not server.started:
         time.sleep(0.01)
-    supervisor.send("serving")
+    supervisor.send(Serving())
 
 
 def _drain(models: Models, server: uvicorn.Server, seconds: float) -> None:

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lamina.deploy.relayed_attention import Grow, Lost, Retire
+from lamina.deploy.relayed_attention import Drained, Grow, Lost, Retire
 from lamina.deploy.supervision import Backoff, Slot, SlotLoop
 from lamina.errors import (
     DiskFullError,
@@ -33,10 +33,37 @@ from lamina.errors import (
     UnsupportedModelError,
 )
 from lamina.server.processes.attention_role import AttentionRole, MachineRole
-from lamina.server.processes.child_protocol import LOG_LEVEL, line, parse
+from lamina.server.processes.child_protocol import (
+    FROM_CHILD,
+    LOG_LEVEL,
+    TO_ENGINE,
+    TO_HTTP,
+    Connected,
+    DecideMachine,
+    DrainRequests,
+    EngineDead,
+    EngineLoading,
+    EnginePossible,
+    EngineReady,
+    EngineUnloaded,
+    Failed,
+    FromChild,
+    Load,
+    Possible,
+    Prepare,
+    Progressed,
+    Ready,
+    Serving,
+    StartEngine,
+    StartHttp,
+    Stop,
+    ToHttp,
+    Unload,
+)
 from lamina.server.processes.server_plan import Reporter, ServerPlan
 from lamina.system.child_process import ChildProcess, end_all, module_command
 from lamina.system.private_folder import LOCK, for_sockets, lock, sweep
+from lamina_protocols.errors import ProtocolError
 
 
 @dataclass(eq=False)
@@ -234,7 +261,7 @@ class Supervisor(SlotLoop[ChildProcess]):
         if all(engine.loaded for engine in self._engines.values()):
             return None
         worker = self._spawn(self._spare.base, ENGINE_MODULE)
-        worker.say(line("prepare", bool(self._plan.workers)))
+        worker.say(TO_ENGINE.line(Prepare(bool(self._plan.workers))))
         return worker
 
     def _start_engine(self, engine: EngineRole) -> ChildProcess:
@@ -244,8 +271,9 @@ class Supervisor(SlotLoop[ChildProcess]):
         self._spare.give_up()
         engine.started(worker)
         keywords = self._journal(engine) | {name: value for name, value in plan.engine.items() if name != "journal"}
-        waits = plan.waits, bool(plan.workers)
-        worker.say(line("engine", engine.source, keywords, self._socket_of(engine), self._secret, *waits))
+        socket_path, needs_workers = self._socket_of(engine), bool(plan.workers)
+        order = StartEngine(engine.source, keywords, socket_path, self._secret, plan.waits, needs_workers)
+        worker.say(TO_ENGINE.line(order))
         if plan.waits:
             self._attention.serve(worker)
         self._notify_http(engine)
@@ -267,7 +295,7 @@ class Supervisor(SlotLoop[ChildProcess]):
             return None
         self._serves = False
         worker = self._http.worker = self._spawn("http", HTTP_MODULE, self._socket.fileno())
-        worker.say(line("http", asdict(self._plan.settings), self._socket.fileno(), self._secret))
+        worker.say(TO_HTTP.line(StartHttp(asdict(self._plan.settings), self._socket.fileno(), self._secret)))
         for engine in self._engines.values():
             self._notify_http(engine)
         self._machines.tell()
@@ -285,40 +313,46 @@ class Supervisor(SlotLoop[ChildProcess]):
 
     def _received(self, child: ChildProcess, text: str) -> None:
         """On a thread of the child's."""
-        if (message := parse(text)) is not None:
-            self._calls.put(lambda: self._take_message(child, *message))
+        try:
+            message = FROM_CHILD.parse(text)
+        except ProtocolError as error:
+            failure = EngineError(f"the {child.name} process sent what this version does not know: {error}")
+            self._calls.put(lambda: self._failed(failure))
+            return
+        if message is not None:
+            self._calls.put(lambda: self._take_message(child, message))
 
-    def _take_message(self, child: ChildProcess, word: str, *items: Any) -> None:
+    def _take_message(self, child: ChildProcess, message: FromChild) -> None:
         engine = self._engine_of(child)
-        if word == "progress":
-            self._report.progress(*items)
+        if isinstance(message, Progressed):
+            self._report.progress(message.what, message.done, message.total)
         if engine is not None:
-            self._take_from_engine(engine, word, *items)
+            self._take_from_engine(engine, message)
         elif child is self._http.worker:
-            self._take_from_http(word, *items)
+            self._take_from_http(message)
 
-    def _take_from_engine(self, engine: EngineRole, word: str, *items: Any) -> None:
-        if word == "progress" and engine.facts is None:  # a ready one has progress too, when it computes lost KV again
-            what, done, total = items
-            engine.loading = f"{what}, {done} of {total}" if total else f"{what}, {done}"
-            self._notify_http(engine)
-        elif word == "ready":
-            engine.ready(items[0] | {"socket": self._socket_of(engine), "restarts": engine.restarts})
-            self._notify_http(engine)
-        elif word == "failed":
-            self._not_loaded(engine, *items)
-        elif word == "possible" and engine.facts is not None:
-            engine.facts["possible"] = items[0]
-            self._say_http("possible", engine.model, items[0])
-        elif word == "lost":
-            self._attention.take(Lost(items[0]))
-            self._machines.lost(items[0])
-        elif word == "grow":
-            self._attention.take(Grow(items[0]))
-        elif word == "retire":
-            self._attention.take(Retire(items[0]))
-        elif word == "drained":
-            self._machines.released(items[0])
+    def _take_from_engine(self, engine: EngineRole, message: FromChild) -> None:
+        match message:
+            case Progressed(what, done, total):
+                if engine.facts is None:  # a ready one has progress too, when it computes lost KV again
+                    engine.loading = f"{what}, {done} of {total}" if total else f"{what}, {done}"
+                    self._notify_http(engine)
+            case Ready(facts):
+                engine.ready(facts | {"socket": self._socket_of(engine), "restarts": engine.restarts})
+                self._notify_http(engine)
+            case Failed(kind, why):
+                self._not_loaded(engine, kind, why)
+            case Possible(tokens):
+                if engine.facts is not None:
+                    engine.facts["possible"] = tokens
+                    self._say_http(EnginePossible(engine.model, tokens))
+            case Lost(name):
+                self._attention.take(message)
+                self._machines.lost(name)
+            case Grow() | Retire():
+                self._attention.take(message)
+            case Drained(name):
+                self._machines.released(name)
 
     def _not_loaded(self, engine: EngineRole, kind: str, why: str) -> None:
         """An engine could not load its model; its process is about to end."""
@@ -336,20 +370,21 @@ class Supervisor(SlotLoop[ChildProcess]):
         """Whether it is the first start of the first model: without it there is no server."""
         return engine.number == 0 and engine.loads == 1 and engine.restarts == 0
 
-    def _take_from_http(self, word: str, *items: Any) -> None:
-        if word == "failed":
-            kind, why = items
-            self._failed(_KINDS.get(kind, EngineError)(why))
-        elif word == "serving":
-            self._serves = True
-        elif word == "load" and not self._closed.is_set():
-            self._engines[items[0]].load()
-        elif word == "unload":
-            self._unload(self._engines[items[0]])
-        elif word == "connected":
-            self._connected(self._engines[items[0]])
-        elif word == "machine":
-            self._machines.decide(*items)
+    def _take_from_http(self, message: FromChild) -> None:
+        match message:
+            case Failed(kind, why):
+                self._failed(_KINDS.get(kind, EngineError)(why))
+            case Serving():
+                self._serves = True
+            case Load(model):
+                if not self._closed.is_set():
+                    self._engines[model].load()
+            case Unload(model):
+                self._unload(self._engines[model])
+            case Connected(model):
+                self._connected(self._engines[model])
+            case DecideMachine(id, accept):
+                self._machines.decide(id, accept)
 
     def _connected(self, engine: EngineRole) -> None:
         """The HTTP process reaches an engine."""
@@ -420,31 +455,31 @@ class Supervisor(SlotLoop[ChildProcess]):
             self._unloaded(engine)
         elif not engine.ending:
             engine.ending = True
-            engine.worker.say(line("stop"))
+            engine.worker.say(TO_ENGINE.line(Stop()))
             engine.deadline = self._clock() + _LEAVING
 
     def _unloaded(self, engine: EngineRole, why: str = "") -> None:
         """An engine is not started again before it is loaded. Its process, if there still is one, ends by itself."""
         engine.gone()
         self._wait_for_spare()
-        self._say_http("unloaded", engine.model, why)
+        self._say_http(EngineUnloaded(engine.model, why))
 
     def _engine_of(self, child: ChildProcess) -> EngineRole | None:
         return next((engine for engine in self._engines.values() if engine.worker is child), None)
 
     def _notify_http(self, engine: EngineRole, dead: str = "") -> None:
         if engine.facts is not None:
-            self._say_http("ready", engine.model, engine.facts)
+            self._say_http(EngineReady(engine.model, engine.facts))
         elif dead:
-            self._say_http("dead", engine.model, dead)
+            self._say_http(EngineDead(engine.model, dead))
         elif engine.loaded:
-            self._say_http("loading", engine.model, engine.loading)
+            self._say_http(EngineLoading(engine.model, engine.loading))
         else:
-            self._say_http("unloaded", engine.model, "")
+            self._say_http(EngineUnloaded(engine.model, ""))
 
-    def _say_http(self, word: str, *items: Any) -> None:
+    def _say_http(self, message: ToHttp) -> None:
         if self._http.worker is not None:
-            self._http.worker.say(line(word, *items))
+            self._http.worker.say(TO_HTTP.line(message))
 
     # The end.
 
@@ -458,5 +493,5 @@ class Supervisor(SlotLoop[ChildProcess]):
             worker.kill()
             return
         self._report.said(f"ending once requests under way have ended, in {self._plan.drain:g} s at most")
-        worker.say(line("drain", self._plan.drain))
+        worker.say(TO_HTTP.line(DrainRequests(self._plan.drain)))
         self._http.deadline = self._clock() + self._plan.drain + _FORCED
