@@ -13,10 +13,10 @@ from lamina_protocols.channels.channels import Credentials
 class ListedWorkers(AttentionSupervisor[Worker]):
     """Workers at given addresses ("host:port"). They are neither started nor ended here.
 
-    `answers(address)` is for how many seconds a worker has run there, None where none answers; it may take as long as
-    `interval`, the seconds between two attempts. A worker that was drained is not taken again, but the next process at
-    its address is. `credentials` are asked for before each attempt. All are to answer within `timeout` seconds, or
-    within `refused` where nothing listens at the port. `clock` is in seconds.
+    `answers(address)` gives the seconds since the start of the worker at that address, None where no worker answers; it
+    may take as long as `interval`, the seconds between two attempts. A worker that was drained is not taken again, but
+    the next process at its address is. `credentials` are asked for before each attempt. All are to answer within
+    `timeout` seconds, or within `refused` where nothing listens at the port. `clock` is in seconds.
     """
 
     def __init__(
@@ -92,9 +92,9 @@ class ListedWorkers(AttentionSupervisor[Worker]):
 
 
 def answers(worker: WorkerAddress, timeout: float = 2.0) -> float | None:
-    """For how many seconds a worker has run, None where none answers within `timeout`. A refusal is an answer, of a new
-    worker: connecting raises its reason. Raises ConnectionRefusedError where the host answers that nothing listens at
-    the port, ConnectionError where the two ends cannot agree on TLS."""
+    """The seconds since a worker's start, None where no worker answers within `timeout`. A refusal is an answer, of a
+    new worker: connecting raises its reason. Raises ConnectionRefusedError where the host answers that nothing listens
+    at the port, ConnectionError where the two ends cannot agree on TLS."""
     from lamina_protocols.channels.grpc_client import WorkerClient, WorkerRefused, WorkerUnreachable  # loads grpc
 
     with WorkerClient(worker.address, worker.credentials) as client:

@@ -1,8 +1,6 @@
-"""One worker as a child process of this one, with the last lines of its output.
+"""Workers as child processes of this one: attention workers, on loopback, and model workers 1 and up.
 
-Attention workers as child processes of this one, on loopback.
-
-Model workers 1 and up as child processes of this one.
+A `LocalWorker` is one such process, with the last lines of its output.
 """
 
 from __future__ import annotations
@@ -74,7 +72,7 @@ class LocalAttentionWorkers(AttentionSupervisor[LocalWorker]):
     """`count` attention workers in child processes, each with `kv_memory` bytes of KV and so many threads; up to `most`
     where more are asked for.
 
-    `devices` names that of each, where it is not the CPU; `cold` is where KV goes that nobody reads. `command(name)` is
+    `devices` names that of each, where it is not the CPU; `cold` is where KV goes that is not read. `command(name)` is
     what runs a worker; it gets `--token-file FILE` at its end, and must print `listening HOST:PORT` within `timeout`
     seconds. A standby takes no memory for KV. One thread starts them all (`child_process` says why).
     """
@@ -143,7 +141,9 @@ class LocalAttentionWorkers(AttentionSupervisor[LocalWorker]):
 
 def attention_command(name: str, kv_memory: int, threads: int, cold: ColdTier | None = None) -> list[str]:
     """What runs one worker that ends with this process."""
-    kept = () if cold is None else ("--kv-cold", cold.folder, "--kv-resident", str(int(cold.resident * kv_memory)))
+    cold_options = (
+        () if cold is None else ("--kv-cold", cold.folder, "--kv-resident", str(int(cold.resident * kv_memory)))
+    )
     return module_command(
         "lamina_workers.attention_main",
         "--listen",
@@ -155,7 +155,7 @@ def attention_command(name: str, kv_memory: int, threads: int, cold: ColdTier | 
         "--threads",
         str(threads),
         "--die-with-parent",
-        *kept,
+        *cold_options,
     )
 
 

@@ -65,14 +65,14 @@ class AttentionRelay:
     """The owner's side: the workers of `pool`, and others that join, for one engine after the other.
 
     A new engine gets the workers once `count` are there, or some after a while; later it gets them with each change.
-    The engine may have the pool grow up to `most` workers. They are the owner's, and stay when another engine comes.
+    The engine may have the pool grow up to `limit` workers. They are the owner's, and stay when another engine comes.
     For one thread.
     """
 
-    def __init__(self, count: int, most: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, count: int, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.due: float | None = None  # when an engine that waits gets the workers that are there
         self._count = count
-        self._most = most
+        self._limit = limit
         self._clock = clock
         self._pool: AttentionWorkers | None = None
         self._up = False  # the first start is over
@@ -130,7 +130,7 @@ class AttentionRelay:
         """The engine wants something of the workers, or has drained one."""
         if isinstance(wish, Grow):
             if self._pool is not None and wish.count > self._count:
-                self._count = min(wish.count, self._most)
+                self._count = min(wish.count, self._limit)
                 self._pool.grow(self._count)
             return
         worker = self._workers.pop(wish.name, None)  # the engine does not use it any more

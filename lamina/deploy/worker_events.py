@@ -121,36 +121,36 @@ class ModelWorkerProcesses(Protocol):
 
 
 class MembershipEvents:
-    """Workers that joined or left, kept until there is a listener. `joined`, `left` and `deliver` are for one thread
-    at a time."""
+    """Workers that joined or left, which wait until there is a listener. `joined`, `left` and `deliver` are for one
+    thread at a time."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kept: list[WorkerAddress | str] = []
+        self._events: list[WorkerAddress | str] = []
         self._listeners: tuple[OnJoined, OnLeft] | None = None
 
     def listen(self, on_joined: OnJoined, on_left: OnLeft) -> None:
-        """Have all events go to these two. Kept events go with the next event, or with `deliver`."""
+        """Have all events go to these two. Events that wait go with the next event, or with `deliver`."""
         with self._lock:
             self._listeners = (on_joined, on_left)
 
     def joined(self, worker: WorkerAddress) -> None:
-        self._kept.append(worker)
+        self._events.append(worker)
         self.deliver()
 
     def left(self, name: str) -> None:
-        self._kept.append(name)
+        self._events.append(name)
         self.deliver()
 
     def deliver(self) -> None:
-        """Pass on the kept events, in order, if there is a listener."""
+        """Pass on the events that wait, in order, if there is a listener."""
         with self._lock:
             listeners = self._listeners
         if listeners is None:
             return
         on_joined, on_left = listeners
-        while self._kept:
-            event = self._kept.pop(0)
+        while self._events:
+            event = self._events.pop(0)
             try:
                 on_joined(event) if isinstance(event, WorkerAddress) else on_left(event)
             except Exception:  # the other workers must still be watched

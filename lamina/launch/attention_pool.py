@@ -354,7 +354,7 @@ class Autoscaling:
         self._autoscaler = autoscaler
         self._clock = clock
         self._closed = threading.Event()
-        self._asked = False  # the engine, which may be in a long batch
+        self._waits = False  # for the engine's thread, which may be in a long batch
         self._leaving: set[str] = set()  # workers that are drained; none of them is in the number that is wanted
 
     def begin(self) -> None:
@@ -367,13 +367,13 @@ class Autoscaling:
 
     def _run(self) -> None:
         while not self._closed.wait(PERIOD) and self._engine.alive:
-            if not self._asked:
-                self._asked = True
+            if not self._waits:
+                self._waits = True
                 self._engine.look(self.decide)
 
     def decide(self, control: ControlPlane, stats: EngineStats) -> None:
         """Decide, and do what follows. For the engine's thread."""
-        self._asked = False
+        self._waits = False
         if self._closed.is_set():
             return
         try:
@@ -429,14 +429,16 @@ def _workers(config: EngineConfig, sizes: Sizes) -> AttentionWorkers | None:
     if isinstance(workers, int):
         from lamina.deploy.local import LocalAttentionWorkers
 
-        count, most = config.first_workers, config.most_workers
-        if not most:
+        count, limit = config.first_workers, config.most_workers
+        if not limit:
             return None
         devices = [str(device) for device in attention_devices(config)]
         kv_memory = sizes.holder.kv_memory
         threads = max(1, sizes.threads // max(1, count))  # they attend a layer at the same time
         cold = sizes.holder.cold
-        return LocalAttentionWorkers(count, kv_memory=kv_memory, threads=threads, most=most, devices=devices, cold=cold)
+        return LocalAttentionWorkers(
+            count, kv_memory=kv_memory, threads=threads, most=limit, devices=devices, cold=cold
+        )
     files = CredentialFiles(config.tls_dir, config.token_file)
     for address in workers:
         guarded = files.current.ca and files.current.token

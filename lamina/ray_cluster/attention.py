@@ -62,9 +62,9 @@ class AttentionActor:
         from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig
 
         machine = this_machine()
-        own = max(1 << 28, machine.memory_available // (2 * _workers_here()))
+        node_share = max(1 << 28, machine.memory_available // (2 * _workers_here()))
         if self._kv_memory is None:
-            self._kv_memory = own
+            self._kv_memory = node_share
         if self._server is None:
             host = self.host()
             self._credentials = create_credentials([host])
@@ -76,12 +76,12 @@ class AttentionActor:
                     threads=self._threads or machine.cores,
                     device=f"cuda:{gpu}" if self._device == "cuda" else self._device,
                     credentials=self._credentials,
-                    cold=ColdTier.of(self._kv_cold, self._kv_resident or own, self._kv_memory),
+                    cold=ColdTier.of(self._kv_cold, self._kv_resident or node_share, self._kv_memory),
                 )
             )
             self._address = self._server.start()
-        shown = Credentials(ca=self._credentials.ca, token=self._credentials.token)
-        return self._address, self._kv_memory, os.getpid(), shown
+        client_credentials = Credentials(ca=self._credentials.ca, token=self._credentials.token)
+        return self._address, self._kv_memory, os.getpid(), client_credentials
 
     def run(self) -> None:
         """Returns when the server stops. The call fails when the process dies: this is how its end is noticed."""
@@ -96,8 +96,8 @@ class AttentionActor:
 def _workers_here() -> int:
     """How many attention workers this process's node is meant for."""
     ray = ray_module()
-    here = ray.get_runtime_context().get_node_id()
-    nodes = [node for node in ray.nodes() if node["NodeID"] == here]
+    node_id = ray.get_runtime_context().get_node_id()
+    nodes = [node for node in ray.nodes() if node["NodeID"] == node_id]
     return max(1, *(int(node["Resources"].get(ATTENTION, 1)) for node in nodes))
 
 
@@ -232,9 +232,13 @@ class RayAttentionWorkers(AttentionSupervisor[_RayAttentionWorker]):
             self._fail(why)
             return
         if not worker.host:
-            others = [each.worker for each in self._slots if each is not slot and each.worker is not None]
-            taken = {other.gpu for other in others if other.host == answer}
-            worker.host, worker.gpu = answer, next(gpu for gpu in range(len(self._slots)) if gpu not in taken)
+            others = [
+                other_slot.worker
+                for other_slot in self._slots
+                if other_slot is not slot and other_slot.worker is not None
+            ]
+            used_gpus = {other.gpu for other in others if other.host == answer}
+            worker.host, worker.gpu = answer, next(gpu for gpu in range(len(self._slots)) if gpu not in used_gpus)
             worker.arriving = worker.actor.serve.remote(worker.gpu)
             return
         address, kv_memory, worker.pid, credentials = answer
@@ -260,7 +264,7 @@ class RayAttentionWorkers(AttentionSupervisor[_RayAttentionWorker]):
         return "Ray starts it again"
 
     def _overdue(self, slot: Slot[_RayAttentionWorker], worker: _RayAttentionWorker) -> None:
-        missing = ", ".join(each.name for each in self._slots if each.worker is None or not each.worker.up)
+        missing = ", ".join(unready.name for unready in self._slots if unready.worker is None or not unready.worker.up)
         self._fail(f"{missing} did not start within {TIMEOUT:g} s; see Ray's logs of workers")
 
     def _kill(self, worker: _RayAttentionWorker) -> None:
@@ -279,7 +283,7 @@ class RayAttentionWorkers(AttentionSupervisor[_RayAttentionWorker]):
 
 
 def environment(threads: int | None) -> dict[str, str]:
-    """Variables of a Lamina process on Ray, set before it starts: Ray hides no GPU, nobody needs the server's keys,
+    """Variables of a Lamina process on Ray, set before it starts: Ray hides no GPU, no process needs the server's keys,
     OpenMP has so many threads."""
     variables = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", KEY_VARIABLE: ""}
     return variables if threads is None else variables | {"OMP_NUM_THREADS": str(threads)}

@@ -72,11 +72,11 @@ def connection(address: str) -> Iterator[Any]:
     The connection ends with the block, unless the program was connected before.
     """
     ray = ray_module()
-    own = connect(address)
+    connected_here = connect(address)
     try:
         yield ray
     finally:
-        if own:
+        if connected_here:
             ray.shutdown()
 
 
@@ -164,11 +164,11 @@ def request_nodes(bundle: Mapping[str, int], count: int) -> None:
 def shortage(name: str, count: int) -> str:
     """An error text: the cluster has too little of a resource, how much it has, and what would bring more."""
     ray = ray_module()
-    there = ray.cluster_resources().get(name, 0)
+    total = ray.cluster_resources().get(name, 0)
     free = ray.available_resources().get(name, 0)
-    used = f", {there - free:g} of them in use" if free < there else ""
+    used = f", {total - free:g} of them in use" if free < total else ""
     return (
-        f"the cluster has {there:g} {name}{used}; asked for are {count}. A node that joins brings one: "
+        f"the cluster has {total:g} {name}{used}; asked for are {count}. A node that joins brings one: "
         f"""`ray start --address=HEAD:6379 --resources='{{"{name}": 1}}'`"""
     )
 
@@ -210,7 +210,7 @@ def _versions(resources: Mapping[str, int]) -> dict[str, int | None]:
         return None
 
     task = ray.remote(num_cpus=0, max_retries=0)(installed)
-    asked = {
+    calls = {
         node["NodeManagerAddress"]: task.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         ).remote()
@@ -218,9 +218,9 @@ def _versions(resources: Mapping[str, int]) -> dict[str, int | None]:
         if node["Alive"] and any(node["Resources"].get(name) for name in resources)
     }
     try:
-        return dict(zip(asked, ray.get(list(asked.values()), timeout=TIMEOUT), strict=True))
+        return dict(zip(calls, ray.get(list(calls.values()), timeout=TIMEOUT), strict=True))
     except RayError as error:
-        raise EngineError(f"cannot ask the nodes {', '.join(asked)} for their versions: {error}") from error
+        raise EngineError(f"cannot ask the nodes {', '.join(calls)} for their versions: {error}") from error
 
 
 def explain(error: Exception) -> str:

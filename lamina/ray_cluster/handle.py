@@ -2,10 +2,9 @@
 
 Only plain data crosses: requests, tokens, small files of the model. All actors end with the process that started them.
 
-Says in the log when the head of a Ray cluster cannot be reached, which ends nothing at first.
-
-Requests need no head: messages go from process to process. But Ray ends each process of its own after a while without
-one, the program that is connected too, and says so in logs that nobody reads.
+A `HeadWatch` writes to the log when the cluster's head cannot be reached. Requests need no head: messages go from
+process to process. But after a while without a head Ray ends each of its processes, and this program, with no more than
+a line in its own logs.
 """
 
 from __future__ import annotations
@@ -141,7 +140,7 @@ def start_on_cluster(name: str | Path, config: EngineConfig, progress: Progress 
     """
     from lamina.client.remote import RemoteEngine
 
-    own = connect(config.cluster or "auto")
+    own_connection = connect(config.cluster or "auto")
     owner = EngineOwner(str(name), config)
     engine = None
     try:
@@ -149,16 +148,16 @@ def start_on_cluster(name: str | Path, config: EngineConfig, progress: Progress 
             require_authentication()
         engine = RemoteEngine(owner.place(), time.monotonic, progress, _PATIENCE, holds=True)
         owner.attach(engine)
-        return _runtime(owner, engine, owner.load(progress), progress, own)
+        return _runtime(owner, engine, owner.load(progress), progress, own_connection)
     except BaseException:  # Ctrl-C included: no caller will end them
-        _end(owner, own)
+        _end(owner, own_connection)
         if engine is not None:
             engine.give_up("the engine did not start")
         raise
 
 
 def _runtime(
-    owner: EngineOwner, engine: RemoteEngine, facts: Mapping[str, Any], progress: Progress | None, own: bool
+    owner: EngineOwner, engine: RemoteEngine, facts: Mapping[str, Any], progress: Progress | None, own_connection: bool
 ) -> ClusterRuntime:
     """A runtime with the files that text needs: the engine's own where this process has the same, else copies."""
     from lamina.text.tokenizer import Tokenizer, read_json
@@ -187,7 +186,7 @@ def _runtime(
         progress=progress,
         owner=owner,
         files=copies,
-        own_connection=own,
+        own_connection=own_connection,
         watch=HeadWatch(head, partial(check_reachable, *split_address(head))),
     )
 
@@ -222,9 +221,9 @@ def end_engines(ray: Any) -> list[str]:
         with contextlib.suppress(ray.exceptions.RayError):
             ray.get(actor.stop.remote(), timeout=STOPPING)
     deadline = time.monotonic() + STOPPING
-    while (left := [name for name in _names(ray) if name.partition("/")[0] in ended]) and time.monotonic() < deadline:
+    while (names := [name for name in _names(ray) if name.partition("/")[0] in ended]) and time.monotonic() < deadline:
         time.sleep(_POLL)
-    for name in left:
+    for name in names:
         with contextlib.suppress(ValueError):  # it has ended meanwhile
             ray.kill(ray.get_actor(name, namespace=NAMESPACE))
     return list(ended)
@@ -234,12 +233,12 @@ def drain(ray: Any, worker: str) -> str:
     """Have the engine that uses this worker move its KV away. Returns the engine's name. Raises InvalidRequest where
     no engine has the worker, or several have one of that name."""
     engine, _, name = worker.rpartition("/")
-    known = {
+    workers = {
         engine_name: [row["name"] for row in status["workers"]] for engine_name, status in engine_status(ray).items()
     }
-    users = [each for each, names in known.items() if name in names and engine in ("", each)]
+    users = [user for user, names in workers.items() if name in names and engine in ("", user)]
     if len(users) != 1:
-        allowed = ", ".join(f"{each}/{row}" for each, names in known.items() for row in names)
+        allowed = ", ".join(f"{user}/{row}" for user, names in workers.items() for row in names)
         raise InvalidRequest(f"worker is {worker!r}; allowed are {allowed or 'none: no engine runs here'}")
     result(engines(ray)[users[0]].drain.remote(name))
     return users[0]

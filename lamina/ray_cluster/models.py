@@ -61,7 +61,7 @@ class ModelActor:
 class _RayModelWorker(Worker):
     actor: Any
     serving: Any  # the call that waits for its end
-    asked: Any  # the call that waits for its process id; None once that is here
+    process: Any  # the call that waits for its process id; None once that has come
     why: str = ""  # it was killed
 
 
@@ -96,7 +96,7 @@ class RayModelWorkers(ModelSupervisor[_RayModelWorker]):
         )
         return _RayModelWorker(
             actor=actor,
-            asked=actor.process.remote(),
+            process=actor.process.remote(),
             serving=actor.serve.remote(self._model, self._address, secret, slot.name, self._threads, self._ca),
         )
 
@@ -104,16 +104,16 @@ class RayModelWorkers(ModelSupervisor[_RayModelWorker]):
         """Take what happens within a moment."""
         ray = ray_module()
         workers = [(slot, slot.worker) for slot in self._slots if slot.worker is not None]
-        waiting = [call for _, worker in workers for call in (worker.serving, worker.asked) if call is not None]
+        waiting = [call for _, worker in workers for call in (worker.serving, worker.process) if call is not None]
         ready = set(ray.wait(waiting, timeout=_POLL)[0]) if waiting else set()
         self._take(0.0 if waiting else _POLL)
         for slot, worker in workers:
             if worker.serving in ready:
                 self._serving_ended(slot, worker)
-            elif worker.asked in ready:
-                asked, worker.asked, slot.deadline = worker.asked, None, None
+            elif worker.process in ready:
+                process_call, worker.process, slot.deadline = worker.process, None, None
                 with contextlib.suppress(ray.exceptions.RayError):  # it has died, which the other call reports
-                    worker.pid = ray.get(asked)
+                    worker.pid = ray.get(process_call)
                     worker.up = True
 
     def _serving_ended(self, slot: Slot[_RayModelWorker], worker: _RayModelWorker) -> None:

@@ -86,8 +86,8 @@ class EngineOwner:
 
     def place(self) -> RayWire:
         """Start the engine's actor. Raises EngineError where the cluster has too little."""
-        wanted = {MODEL: self._config.model_workers} | ({ATTENTION: self._count} if self._count else {})
-        require(wanted)
+        resources = {MODEL: self._config.model_workers} | ({ATTENTION: self._count} if self._count else {})
+        require(resources)
         return self._place()
 
     def attach(self, engine: RemoteEngine) -> None:

@@ -33,7 +33,7 @@ class ServerPlan:
     """What is to run. `models` are the models by the names under which they are served, `engine` the keywords of
     `EngineConfig` for each, as JSON can hold them; `workers` how many attention workers the supervisor starts, and
     `most_workers` how many it may have later. Each has `threads` threads and `kv_memory` bytes of KV, which goes to
-    `cold` when nobody reads it. An attention worker serves one engine at a time, so with workers at most one model is
+    `cold` when it is not read. An attention worker serves one engine at a time, so with workers at most one model is
     loaded."""
 
     models: Mapping[str, str]
