@@ -192,7 +192,7 @@ def test_models_of_the_planner_have_an_alias_or_an_id_of_the_hub(monkeypatch: py
         asked.append(hub_id)
         raise ModelFileError("no hub here")
 
-    monkeypatch.setattr(models.hub_download, "download", download)
+    monkeypatch.setattr(models.hub, "download", download)
     for name in (*HUB_IDS, "Llama-3-70B"):
         with pytest.raises(ModelFileError, match="no hub here"):
             models.resolve(name)
