@@ -16,7 +16,8 @@ if not torch.cuda.is_available():
 if not __debug__:  # python -O drops asserts, some of which act, except in files that pytest rewrites
     pytest.register_assert_rewrite(*(path.stem for path in (Path(__file__).parent / "support").glob("*.py")))
 
-from engine_rig import DEVICE, tiny_decoder
+from engine_rig import DEVICE
+from tiny_decoders import decoder_of
 
 from lamina_workers.attention_worker.page_layout import attention_kernels
 from lamina_workers.decoder.model import Decoder
@@ -57,16 +58,10 @@ def _nothing_old_is_collected() -> None:
 @pytest.fixture(scope="session")
 def decoder() -> Decoder:
     """The tiny decoder, full attention in every layer."""
-    return tiny_decoder()
+    return decoder_of("full")
 
 
 @pytest.fixture(scope="session")
 def windowed() -> Decoder:
     """A tiny decoder whose middle layer has a sliding window of 21 tokens."""
-    return tiny_decoder(
-        architectures=["Qwen3ForCausalLM"],
-        model_type="qwen3",
-        use_sliding_window=True,
-        sliding_window=21,
-        layer_types=["full_attention", "sliding_attention", "full_attention"],
-    )
+    return decoder_of("windowed")

@@ -25,7 +25,7 @@ from lamina import LLM
 from lamina.errors import InvalidRequest
 from lamina_workers.process.credentials import load_credentials, make_credentials
 
-pytestmark = pytest.mark.real  # engine/test_exchanges.py has what needs no process
+pytestmark = pytest.mark.real  # engine/test_one_text.py has what needs no process
 
 rng = random.Random(23)
 PROMPTS = [[rng.randrange(101) for _ in range(n)] for n in (1, 17, 70, 150)]

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from real_workers import WorkerProcess, until, worker_process, write_tiny_model
+from real_workers import write_tiny_model
+from tiny_decoders import LATENTS
 
 from lamina import LLM
 from lamina.errors import InvalidRequest
@@ -21,15 +17,7 @@ from lamina_workers.attention_worker.page_layout import page_bytes
 from lamina_workers.errors import PolicyError, RanksError
 from lamina_workers.model_config.config import ModelConfig
 
-LATENT = {"q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 24}
-LATENT |= {"num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": None}
-EXPERTS = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "n_group": 4, "topk_group": 2}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "deepseek_v2": LATENT | EXPERTS | {"architectures": ["DeepseekV2ForCausalLM"], "q_lora_rank": None},
-    "deepseek_v3": LATENT | EXPERTS | {"architectures": ["DeepseekV3ForCausalLM"], "first_k_dense_replace": 1},
-    "minicpm3": LATENT | {"architectures": ["MiniCPM3ForCausalLM"], "tie_word_embeddings": False},
-}
-every_family = pytest.mark.parametrize("family", FAMILIES)
+every_family = pytest.mark.parametrize("family", LATENTS)
 rng = random.Random(31)
 PROMPTS = [[rng.randrange(101) for _ in range(n)] for n in (1, 17, 70, 150)]
 SHARED = [rng.randrange(101) for _ in range(80)]
@@ -38,13 +26,7 @@ SHARED = [rng.randrange(101) for _ in range(80)]
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
-    return {name: write_tiny_model(folder / name, **config) for name, config in FAMILIES.items()}
-
-
-@pytest.fixture(scope="module")
-def worker() -> Iterator[WorkerProcess]:
-    with worker_process() as process:
-        yield process
+    return {name: write_tiny_model(folder / name, **config) for name, config in LATENTS.items()}
 
 
 def engine(model: Path, **config: Any) -> LLM:
@@ -71,22 +53,6 @@ def test_deepseek_v3_keeps_576_numbers_a_token_and_layer(dtype: str) -> None:
     assert page_bytes(HolderConfig(specs, 32, dtype, 1)) == 32 * (512 + 64) * size
 
 
-@pytest.mark.real
-@pytest.mark.parametrize("family", FAMILIES)
-def test_one_text_in_every_placement(family: str, models: dict[str, Path]) -> None:
-    with engine(models[family]) as llm:
-        expected = texts(llm)
-    for placement in (
-        {"attention_workers": 1},
-        {"attention_workers": 1, "query_first": "always"},
-        {"attention_workers": 2, "shard": "sequence"},
-        {"model_workers": 2},
-        {"model_workers": 2, "attention_workers": 1},
-    ):
-        with engine(models[family], **placement) as llm:
-            assert texts(llm) == expected, placement
-
-
 def first_logprobs(model: Path, **config: Any) -> dict[tuple[int, int], float]:
     """The 20 likeliest tokens behind each prompt, by number of the prompt and token."""
     with engine(model, **config) as llm:
@@ -110,19 +76,6 @@ def test_bfloat16_changes_first_tokens_by_little(family: str, attention: int, mo
     assert 0 < differ(exact, first_logprobs(models[family], dtype="bfloat16", attention_workers=attention)) < 0.1
 
 
-def test_a_worker_reached_over_grpc_and_without_compiled_exchanges(
-    models: dict[str, Path], worker: WorkerProcess, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with engine(models["deepseek_v3"]) as llm:
-        expected = texts(llm)
-    for way in ({"local_channel": False}, {"python": True}):
-        if way.pop("python", False):
-            monkeypatch.setenv("LAMINA_EXCHANGE", "python")
-        until(lambda: not worker.status().session)  # the last engine's
-        with engine(models["deepseek_v3"], attention_workers=[worker.address], **way) as llm:
-            assert texts(llm) == expected
-
-
 def test_heads_cannot_be_cut(models: dict[str, Path]) -> None:
     with pytest.raises(InvalidRequest, match="with 2 attention_workers, but the model has one KV head"):
         engine(models["deepseek_v3"], attention_workers=2, shard="heads")
@@ -142,25 +95,6 @@ def test_prefixes_and_preemption(models: dict[str, Path], attention: int) -> Non
         assert counters.preempted > 0
         assert texts(llm, prompts, 100) == expected
         assert counters.reused_tokens > 0
-
-
-@pytest.mark.real
-def test_a_worker_killed_changes_no_text(models: dict[str, Path]) -> None:
-    with engine(models["deepseek_v3"]) as llm:
-        expected = texts(llm, max_tokens=400)
-    with engine(models["deepseek_v3"], attention_workers=2, shard="sequence") as llm:
-        members = llm._runtime.pools.attention.workers  # type: ignore[union-attr]
-
-        def kill() -> None:
-            time.sleep(0.5)
-            os.kill(members.status()[0].process or 0, signal.SIGKILL)
-
-        killer = threading.Thread(target=kill)
-        killer.start()
-        assert texts(llm, max_tokens=400) == expected
-        killer.join()
-        names = llm._runtime.engine._holders.names  # type: ignore[union-attr]
-        until(lambda: sorted(names.values()) == ["attention-0.1", "attention-1"], 30.0)
 
 
 @pytest.mark.real

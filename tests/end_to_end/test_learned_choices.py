@@ -12,6 +12,7 @@ import torch
 import transformers
 from real_workers import WorkerProcess, until, worker_process, write_tiny_model
 from scripted_drafts import Always, Scripted, texts_of
+from tiny_decoders import BLOCK_INDEX, TOKEN_INDEX
 
 from lamina import LLM, Completion
 from lamina.errors import InvalidRequest, PolicyError
@@ -19,49 +20,11 @@ from lamina_workers.model_config.config import ModelConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values:FutureWarning")
 
-M3 = {
-    "architectures": ["MiniMaxM3VLForCausalLM"],
-    "model_type": "minimax_m3_vl_text",
-    "rope_theta": None,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
-    "intermediate_size": 40,
-    "dense_intermediate_size": 96,
-    "shared_intermediate_size": 48,
-    "num_local_experts": 5,
-    "num_experts_per_tok": 2,
-    "mlp_layer_types": ["dense", "sparse", "sparse"],
-    "index_n_heads": 3,
-    "index_head_dim": 16,
-    "index_block_size": 16,
-    "index_topk_blocks": 3,
-    "layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
-}
 PROMPTS = [[(3 * i * i + n) % 101 for i in range(n)] for n in (1, 17, 70, 200)]
 LENGTH = 24
 
 
-V32 = {
-    "architectures": ["DeepseekV32ForCausalLM"],
-    "model_type": "deepseek_v32",
-    "num_key_value_heads": 6,
-    "rope_theta": None,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-    "kv_lora_rank": 32,
-    "q_lora_rank": 24,
-    "qk_nope_head_dim": 12,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 20,
-    "n_routed_experts": 8,
-    "moe_intermediate_size": 40,
-    "num_experts_per_tok": 3,
-    "n_group": 4,
-    "topk_group": 2,
-    "first_k_dense_replace": 1,
-    "index_topk": 40,
-    "index_n_heads": 24,
-    "index_head_dim": 32,
-}
-MODELS = {"blocks of MiniMax-M3": M3, "tokens of DeepSeek V3.2": V32}
+MODELS = {"blocks of MiniMax-M3": BLOCK_INDEX, "tokens of DeepSeek V3.2": TOKEN_INDEX}
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -175,14 +138,6 @@ def test_a_worker_that_is_killed_changes_nothing(
         again = generated(llm)
         assert [list(each.token_ids) for each in again] == texts
         assert off(reference, again) < 1e-4
-
-
-@pytest.mark.real
-def test_ranks_change_nothing(model: Path, reference: transformers.PreTrainedModel) -> None:
-    with engine(model, model_workers=2, kv_memory="16MiB") as llm:
-        assert off(reference, generated(llm)) < 1e-4
-    with engine(model, model_workers=2, attention_workers=2, local_share=0, kv_memory="16MiB") as llm:
-        assert off(reference, generated(llm)) < 1e-4
 
 
 @pytest.mark.parametrize("count", [0, 2])

@@ -8,12 +8,12 @@ import random
 from collections.abc import Iterator
 
 import pytest
-from engine_rig import BytesPort, Rig
+from engine_rig import Rig
+from faulty_ports import FaultyPorts
 from policy_bench import STATIC, TIGHT, under
 from scripted_drafts import Scripted, texts_of
 
 from lamina_protocols.messages.messages import Announcement, Exchange, Fresh
-from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.errors import HolderLost
 from lamina_workers.policies.catalogue import POLICIES
@@ -21,6 +21,7 @@ from lamina_workers.policies.catalogue import POLICIES
 rng = random.Random(7)
 PROMPTS = [[rng.randrange(101) for _ in range(n)] for n in (3, 40, 150)]
 GREEDY = {"max_tokens": 24, "temperature": 0}
+CHOOSING = [policy for policy in POLICIES if policy not in STATIC]  # the others are models of `test_one_text`
 KEEPS_LITTLE = ("streaming", "sharded", "razor", "heavy_hitter")
 SHARDS = {
     "heads": {"shard": "heads", "weights": (1, 1)},
@@ -79,13 +80,12 @@ FEW = ["heads", "heads and ranges"]
 MANY = [*FEW, *(pytest.param(name, marks=pytest.mark.soak) for name in SHARDS if name not in FEW)]
 
 
+@pytest.mark.parametrize("policy", CHOOSING, indirect=True)
 @pytest.mark.parametrize("placement", MANY)
 def test_shards(policy, model, expected, placement):
     """A policy that chooses pages reads prompts exactly, so the first token is the same."""
     got = said(Rig(model, max_batch_tokens=64, **SHARDS[placement]))
     assert whole(got)
-    if policy in STATIC:
-        assert got == expected
     assert [text[0][0] for text in got] == [text[0][0] for text in expected]
 
 
@@ -118,30 +118,16 @@ def test_preemption(policy, model):
         assert got == said(Rig(model), prompts, max_tokens=50)
 
 
+@pytest.mark.parametrize("policy", CHOOSING, indirect=True)
 @pytest.mark.parametrize("death", [90, *(pytest.param(n, marks=pytest.mark.soak) for n in (12, 61, 140))])
 @pytest.mark.parametrize("placement", MANY)
-def test_a_lost_holder(policy, model, expected, placement, death):
+def test_a_lost_holder(policy, model, placement, death):
     """The holder that takes over computes the lost KV again."""
-    seen = 0
-    died: list[BytesPort] = []
-
-    def mortal(worker: AttentionWorker) -> BytesPort:
-        def before(request: object) -> None:
-            nonlocal seen
-            seen += isinstance(request, (Announcement, Exchange, Fresh))
-            if seen == death and not died:
-                died.append(port)
-                raise HolderLost("killed")
-
-        port = BytesPort(worker, before)
-        return port
-
+    mortal = FaultyPorts(death, HolderLost("killed"), (Announcement, Exchange, Fresh))
     rig = Rig(model, port=mortal, max_batch_tokens=64, **SHARDS[placement])
     got = said(rig)
-    assert len(died) == 1
+    assert len(mortal.struck) == 1
     assert whole(got)
-    if policy in STATIC:
-        assert got == expected
 
 
 @pytest.mark.parametrize("shard", [{}, SHARDS["heads"], SHARDS["ranges"]], ids=["one holder", "heads", "ranges"])

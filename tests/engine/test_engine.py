@@ -6,6 +6,7 @@ import random
 
 import pytest
 from engine_rig import BytesPort, Rig, collect, tiny_decoder
+from faulty_ports import FaultyPorts, SpoiltPorts
 from kv_pools import pool_of
 from pairwise import crossing
 
@@ -13,8 +14,7 @@ from lamina.errors import EngineError, InvalidRequest
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.step_tuner import StepTuner
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.messages.messages import Announcement, Attended, Exchange, Fresh, Query
-from lamina_workers.ports.port import LocalAttention
+from lamina_protocols.messages.messages import Announcement, Exchange, Fresh, Query
 
 rng = random.Random(7)
 PROMPTS = [[rng.randrange(101) for _ in range(n)] for n in (1, 2, 15, 16, 17, 33, 70, 150)]
@@ -156,51 +156,21 @@ MESSAGES = {
 }
 
 
-class Breaking:
-    """Ports that lose one message: the first that `wanted` picks never arrives."""
-
-    def __init__(self, wanted):
-        self._wanted = wanted
-        self.broken = 0
-
-    def __call__(self, worker):
-        return BytesPort(worker, self._before)
-
-    def _before(self, request):
-        if not self.broken and self._wanted(request):
-            self.broken += 1
-            raise ProtocolError("cut off")
-
-
 @each_model(message=MESSAGES, layer=(0, 1, 2))
 def test_batch_runs_again_when_an_exchange_fails_at_any_layer(model, sampling, expected, message, layer):
     kind, placement = message
-    seen = []
-
-    def wanted(request):
-        if isinstance(request, kind) and request.layer == layer:
-            seen.append(request)
-        return len(seen) == (9 if kind is Exchange else 1)
-
-    breaking = Breaking(wanted)
-    assert answers(model, sampling, port=breaking, **placement, max_batch_tokens=64) == expected
-    assert breaking.broken == 1
+    of_layer = lambda request: isinstance(request, kind) and request.layer == layer  # noqa: E731
+    ports = FaultyPorts(9 if kind is Exchange else 1, ProtocolError("cut off"), of_layer)
+    assert answers(model, sampling, port=ports, **placement, max_batch_tokens=64) == expected
+    assert len(ports.struck) == 1
 
 
 @pytest.mark.parametrize("kind", [Announcement, Fresh, Exchange])
 def test_holders_stay_in_step_when_one_loses_a_message(decoder, kind):
-    seen = []
-
-    def wanted(request):
-        if isinstance(request, kind):
-            seen.append(request)
-        return len(seen) == (1 if kind is Fresh else 15)
-
-    breaking = Breaking(wanted)
-    greedy = {"max_tokens": 10}
+    ports = FaultyPorts(1 if kind is Fresh else 15, ProtocolError("cut off"), kind)
     placement = PLACEMENTS["ranges on three" if kind is Fresh else "heads on two"]
-    assert answers(decoder, greedy, port=breaking, **placement) == answers(decoder, greedy)
-    assert breaking.broken == 1
+    assert answers(decoder, {"max_tokens": 10}, port=ports, **placement) == answers(decoder, {"max_tokens": 10})
+    assert len(ports.struck) == 1
 
 
 def test_engine_goes_on_when_the_sink_of_a_client_raises(decoder):
@@ -215,51 +185,25 @@ def test_engine_goes_on_when_the_sink_of_a_client_raises(decoder):
 
 
 def test_announcement_is_sent_again_when_it_is_lost(decoder):
-    seen = []
-
-    def wanted(request):
-        seen.append(request)
-        return len(seen) > 30 and isinstance(request, Announcement)
-
-    breaking = Breaking(wanted)
-    greedy = {"max_tokens": 10}
-    assert answers(decoder, greedy, port=breaking) == answers(decoder, greedy)
-    assert breaking.broken == 1
+    ports = FaultyPorts(8, ProtocolError("cut off"), Announcement)
+    assert answers(decoder, {"max_tokens": 10}, port=ports) == answers(decoder, {"max_tokens": 10})
+    assert len(ports.struck) == 1
 
 
 def test_requests_end_with_an_error_when_a_holder_always_fails(decoder):
-    def lose(request):
-        if isinstance(request, Fresh | Exchange):
-            raise ProtocolError("gone")
-
-    rig = Rig(decoder, port=lambda worker: BytesPort(worker, lose))
+    rig = Rig(decoder, port=FaultyPorts(range(1, 1000), ProtocolError("gone"), (Fresh, Exchange)))
     with pytest.raises(EngineError, match="3 batches in a row failed"):
         rig.generate([[1, 2, 3]], max_tokens=4)
     assert rig.engine.alive
     rig.close()
 
 
-class Poisoning(LocalAttention):
-    """A holder whose answers are not numbers, for the first row of every batch of two, once it is `on`."""
-
-    on = False
-
-    def layer_work(self, batch, pool):
-        """Answers pass by here."""
-
-    def receive(self, timeout=None):
-        reply = super().receive(timeout)
-        heads = 6
-        if self.on and isinstance(reply, Attended) and len(reply.out) == 2 * heads:
-            reply.out[:heads] = float("nan")
-        return reply
-
-
 def test_row_without_finite_logits_fails_alone(decoder):
-    rig = Rig(decoder, **SPLIT, port=Poisoning)
+    ports = SpoiltPorts(lambda out: out[:6] if len(out) == 2 * 6 else out[:0])  # the first row of two, six heads
+    rig = Rig(decoder, **SPLIT, port=ports)
     good, bad = [5, 6, 7], [1, 2, 3]
     (alone,) = rig.generate([good], max_tokens=8)
-    rig.ports[1].on = True
+    ports.on = True
     params = SamplingParams(max_tokens=8).with_defaults({})
     _, first = rig.submit(bad, params)
     _, second = rig.submit(good, params)

@@ -6,39 +6,26 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from engine_rig import BytesPort, Rig, collect
+from engine_rig import BytesPort, Rig, Unnoticed, collect
 
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.blame import REFUSALS
 from lamina_protocols.messages.messages import Request, answered
-from lamina_workers.attention_worker.attention_worker import AttentionWorker
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0).with_defaults({})
 LONG = [3 + at % 90 for at in range(700)]
 
 
-class LossyPort(BytesPort):
-    """A port that loses messages without a reply, once `loses`; nobody notices."""
+def rig_with(decoder: Any, loses: Callable[[Request], bool], **options: Any) -> Rig:
+    """Messages without a reply to worker 2 are lost where `loses`; nobody notices."""
 
-    def __init__(self, worker: AttentionWorker, name: str, loses: Callable[[Request], bool]) -> None:
-        super().__init__(worker)
-        self.name = name
-        self._loses = loses
+    def before(request: Request) -> None:
+        if not answered(request) and loses(request):
+            raise Unnoticed
 
-    def send(self, request: Request) -> None:
-        if answered(request) or not self._loses(request):
-            super().send(request)
-
-
-def rig_with(decoder: Any, loses: Callable[[int, Request], bool], **options: Any) -> Rig:
-    made: list[int] = []
-
-    def port(worker: AttentionWorker) -> LossyPort:
-        made.append(len(made) + 1)
-        number = made[-1]
-        return LossyPort(worker, f"worker-{number}", lambda request: loses(number, request))
-
-    return Rig(decoder, weights=(1, 1, 1), max_batch_tokens=64, port=port, **options)
+    rig = Rig(decoder, weights=(1, 1, 1), max_batch_tokens=64, port=BytesPort, **options)
+    rig.ports[2].before = before
+    return rig
 
 
 @pytest.mark.parametrize("lanes", [1, 2])
@@ -48,7 +35,7 @@ def test_link_that_loses_every_store_message_costs_its_holder(decoder, shard, la
     rig = Rig(decoder)
     expected = [rig.generate([prompt], max_tokens=12)[0] for prompt in (LONG, LONG[:5])]
     rig.close()
-    rig = rig_with(decoder, lambda number, request: number == 2, shard=shard, lanes=lanes)
+    rig = rig_with(decoder, lambda request: True, shard=shard, lanes=lanes)
     inboxes = [rig.submit(prompt, GREEDY)[1] for prompt in (LONG, LONG[:5])]
     assert [collect(inbox) for inbox in inboxes] == expected
     assert rig.ports[2].closed
@@ -64,9 +51,9 @@ def test_messages_lost_now_and_then_cost_no_holder(decoder):
     rig.close()
     sent: list[Request] = []
 
-    def loses(number: int, request: Request) -> bool:
-        sent.extend([request] * (number == 2))
-        return number == 2 and len(sent) % 10 == 0
+    def loses(request: Request) -> bool:
+        sent.append(request)
+        return len(sent) % 10 == 0
 
     rig = rig_with(decoder, loses, shard="heads")
     assert rig.generate([LONG], max_tokens=12) == expected

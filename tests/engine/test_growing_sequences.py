@@ -7,16 +7,14 @@ import time
 from typing import Any
 
 import pytest
-from engine_rig import BytesPort, Rig, collect
+from engine_rig import BytesPort, Rig, collect, one_process
 from kv_pools import pool_of
 from running_streams import Streams, held
 from scripted_drafts import Scripted, texts_of
 
 from lamina.kv import relocation
-from lamina.kv.placement import Holder
 from lamina.sampling_params import SamplingParams
 from lamina_protocols.messages.messages import Announcement, Bound, Request
-from lamina_workers.attention_worker.attention_worker import AttentionWorker
 
 chance = random.Random(3)
 PROMPTS = [[chance.randrange(101) for _ in range(n)] for n in (3, 40, 70, 150)]
@@ -26,33 +24,20 @@ PAGES = 9  # of 16 tokens of a sequence: three layers, three heads
 
 @pytest.fixture(scope="module")
 def expected(decoder: Any) -> list[list[int]]:
-    rig = Rig(decoder)
-    tokens = rig.generate(PROMPTS, max_tokens=TOKENS)
-    rig.close()
-    return [sample for (sample,) in tokens]
-
-
-def join(rig: Rig, pages: int | None = None, port: Any = BytesPort) -> int:
-    number = max(rig.workers) + 1
-    rig.workers[number] = AttentionWorker(rig.holder)
-    joining = port(rig.workers[number])
-    joining.name = f"worker-{number}"
-    rig.engine.join(joining, Holder((pages or rig.pages,)))
-    return number
+    return [sample for (sample,) in one_process(decoder, PROMPTS, max_tokens=TOKENS)]
 
 
 def stored(rig: Rig, number: int) -> int:
     return rig.workers[number].counters.vectors_stored
 
 
-@pytest.mark.parametrize("shard", ["heads", "sequence", "heads+sequence"])
-@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize(("shard", "lanes"), [("heads", 1), ("sequence", 2), ("heads+sequence", 1)])
 def test_running_sequences_go_on_at_a_holder_that_joins_and_no_byte_moves(decoder, expected, shard, lanes, monkeypatch):
     monkeypatch.setattr(relocation, "PAYS", TOKENS)  # no move does
     rig = Rig(decoder, shard=shard, weights=(1, 1), lanes=lanes, prefix_cache=True)
     streams = Streams(rig, PROMPTS, TOKENS, 20)
     with held(rig):
-        number = join(rig)
+        number = rig.join()
     streams.read(40)
     with held(rig):
         before = [stored(rig, old) for old in (1, 2)]
@@ -75,16 +60,12 @@ def test_text_stays_the_same_whatever_joins_drains_and_is_lost(decoder, seed):
     prompts = [
         prefix[: drawn.randint(1, 40)] + [drawn.randrange(101) for _ in range(drawn.randint(1, 60))] for _ in range(6)
     ]
-    reference = Rig(decoder, pages=4000)
-    answers = reference.generate(prompts, max_tokens=90, n=2)
-    reference.close()
+    answers = one_process(decoder, prompts, max_tokens=90, n=2)
     proposer = Scripted(texts_of(prompts, answers), "some", 101, seed) if seed % 2 else None
     rig = Rig(
         decoder, shard=shard, weights=(1, 1), lanes=1 + seed % 2, max_batch_tokens=48, pages=700, port=BytesPort,
         prefix_cache=drawn.random() < 0.7, proposer=proposer,
     )  # fmt: skip
-    for number, port in rig.ports.items():
-        port.name = f"worker-{number}"
     params = SamplingParams(max_tokens=90, n=2).with_defaults({})
     submitted = []
     for prompt in prompts:
@@ -93,7 +74,7 @@ def test_text_stays_the_same_whatever_joins_drains_and_is_lost(decoder, seed):
         names = list(rig.engine._holders.names.values())
         happens = drawn.random()
         if happens < 0.5:
-            join(rig)
+            rig.join()
         elif happens < 0.75 and len(names) > 1:
             rig.engine.drain(drawn.choice(names))
         elif len(names) > 1:
@@ -106,7 +87,7 @@ def test_text_stays_the_same_whatever_joins_drains_and_is_lost(decoder, seed):
 def test_a_sequence_at_a_full_holder_goes_on_at_another_and_nobody_gives_way(decoder, expected):
     rig = Rig(decoder, shard="heads", weights=(1,), pages=PAGES * 30)  # of which the prompts take 20
     streams = Streams(rig, PROMPTS, TOKENS, 1)
-    number = join(rig, pages=10_000)
+    number = rig.join()
     assert streams.tokens() == expected
     assert rig.scheduler.counters.preempted == 0
     assert stored(rig, number) > 0
@@ -134,7 +115,7 @@ def test_a_holder_that_cannot_be_told_keeps_what_it_has(decoder, expected, monke
     for holder in rig.placement.holders.values():
         holder.features = frozenset()
     streams = Streams(rig, PROMPTS, TOKENS, 1)
-    number = join(rig)
+    number = rig.join()
     assert streams.tokens() == expected
     assert stored(rig, number) == 0
     operations = [each for message in seen if isinstance(message, Announcement) for each in message.operations]
@@ -145,12 +126,9 @@ def test_a_holder_that_cannot_be_told_keeps_what_it_has(decoder, expected, monke
 def test_old_kv_follows_in_the_background_where_that_pays(decoder):
     rig = Rig(decoder, shard="heads", weights=(1,))
     asked = [prompt * 2 for prompt in PROMPTS[1:]]
-    params = {"max_tokens": 600}
-    reference = Rig(decoder)
-    expected = [sample for (sample,) in reference.generate(asked, **params)]
-    reference.close()
+    expected = [sample for (sample,) in one_process(decoder, asked, max_tokens=600)]
     streams = Streams(rig, asked, 600, 5)
-    join(rig)
+    rig.join()
     assert streams.tokens() == expected
     assert rig.engine._tiering._migration.sequences > 0
     assert not rig.engine._tiering._balancer.active

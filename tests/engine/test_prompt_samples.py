@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from engine_rig import LOCAL, BytesPort, Rig
+from faulty_ports import FaultyPorts
 from kv_pools import pool_of
 from policy_bench import under
 
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.step_tuner import StepTuner
-from lamina_protocols.messages.messages import Announcement, Exchange, FetchedSample, Fresh, Sample
+from lamina_protocols.messages.messages import Announcement, Exchange, FetchedSample, Fresh, Reply, Sample
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.errors import HolderLost
@@ -103,24 +104,11 @@ def test_every_range_gets_all_later_queries(model: Decoder) -> None:
 
 def lost(model: Decoder, death: int, **placed: object) -> Rig:
     """As `serving`; the holder that has message number `death` of its kind dies of it."""
-    seen = 0
-    died: list[BytesPort] = []
-
-    def mortal(worker: AttentionWorker) -> BytesPort:
-        def before(request: object) -> None:
-            nonlocal seen
-            seen += isinstance(request, (Announcement, Exchange, Fresh, Sample))
-            if seen == death and not died:
-                died.append(port)
-                raise HolderLost("killed")
-
-        port = BytesPort(worker, before)
-        return port
-
+    mortal = FaultyPorts(death, HolderLost("killed"), (Announcement, Exchange, Fresh, Sample))
     rig = serving(model, port=mortal, **placed)
-    assert len(died) == 1
+    (dead,) = mortal.struck
     for number, port in rig.ports.items():
-        if port in died:
+        if port is dead:
             del rig.workers[number]
     return rig
 
@@ -141,13 +129,14 @@ def moving(rig: Rig, name: str) -> None:
 def test_a_sample_moves_with_its_part(ends: Callable[[Rig], None], model: Decoder, expected: Found) -> None:
     answers: list[FetchedSample] = []
 
-    class Port(BytesPort):
-        def receive(self, timeout: float | None = None) -> object:  # type: ignore[override]
-            reply = super().receive(timeout)
-            answers.extend([reply] if isinstance(reply, FetchedSample) else [])
-            return reply
+    def bend(reply: Reply) -> Reply:
+        answers.extend([reply] if isinstance(reply, FetchedSample) else [])
+        return reply
 
-    rig = Rig(model, max_batch_tokens=64, prefix_cache=True, port=Port, **HEADS)  # type: ignore[arg-type]
+    def port(worker: AttentionWorker) -> BytesPort:
+        return BytesPort(worker, bend=bend)
+
+    rig = Rig(model, max_batch_tokens=64, prefix_cache=True, port=port, **HEADS)  # type: ignore[arg-type]
     _, inbox = rig.submit(PROMPT, SamplingParams(max_tokens=400, temperature=0).with_defaults({}))
     inbox.get(timeout=60)
     ends(rig)

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import pytest
 from engine_rig import BytesPort, Rig, collect
+from faulty_ports import FaultyPorts, SpoiltPorts
 from looped_wire import Loop
 from policy_bench import TIGHT, under
 
@@ -153,24 +154,17 @@ def test_snapshot_counts_waiting_samples(decoder: Decoder) -> None:
     rig.close()
 
 
-class Mortal(BytesPort):
-    """A port that is lost at the next exchange after `doomed` is set."""
-
-    def __init__(self, worker: AttentionWorker) -> None:
-        super().__init__(worker, self._check)
-        self.doomed = False
-
-    def _check(self, request: object) -> None:
-        if self.doomed and isinstance(request, Exchange):
-            raise HolderLost("killed")
-
-
 def test_snapshot_lists_a_lost_holder_as_missing_until_another_joins(decoder: Decoder) -> None:
-    rig = Rig(decoder, shard="heads", weights=(1, 1, 1), port=Mortal)
+    rig = Rig(decoder, shard="heads", weights=(1, 1, 1), port=BytesPort)
     request, inbox = rig.submit(PROMPTS[3], greedy(1500))
     inbox.get(timeout=20)
+
+    def killed(request: object) -> None:
+        if isinstance(request, Exchange):
+            raise HolderLost("killed")
+
     port: Any = rig.ports[2]
-    port.doomed = True
+    port.before = killed
     seen = wait_until(rig.engine, lambda seen: seen.lost_holders == 1 and seen.rebuilt_tokens > 0)
     assert seen.missing == ("worker-2",)
     assert [holder.name for holder in seen.holders] == ["worker-1", "worker-3"]
@@ -190,7 +184,7 @@ def test_snapshot_lists_a_lost_holder_as_missing_until_another_joins(decoder: De
 
 def test_an_engine_without_holders_is_halted_for_clients_far_away_too(decoder: Decoder) -> None:
     """Nothing outside of the engine knew that nobody could be served any more."""
-    rig = Rig(decoder, shard="heads", weights=(1,), port=Mortal)
+    rig = Rig(decoder, shard="heads", weights=(1,), port=BytesPort)
     near = RemoteEngine(Loop(rig.engine, time.monotonic), time.monotonic)
     far = RemoteEngine(Loop(near, time.monotonic), time.monotonic)
     (only,) = look(rig.engine).holders
@@ -220,21 +214,10 @@ def until(true: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-class Poisoning(LocalAttention):
-    """A holder whose answers are not numbers."""
-
-    def layer_work(self, batch: int, pool: int) -> None:
-        """Answers pass by here."""
-
-    def receive(self, timeout: float | None = None) -> Reply:
-        reply = super().receive(timeout)
-        if isinstance(reply, Attended):
-            reply.out[:] = float("nan")
-        return reply
-
-
 def test_snapshot_counts_samples_without_finite_logits(decoder: Decoder) -> None:
-    rig = Rig(decoder, shard="heads", weights=(1, 1), port=Poisoning)
+    ports = SpoiltPorts(lambda out: out)
+    ports.on = True
+    rig = Rig(decoder, shard="heads", weights=(1, 1), port=ports)
     with pytest.raises(EngineError, match="not finite"):
         rig.generate([PROMPTS[1]], max_tokens=3)
     assert look(rig.engine).corrupted == 1
@@ -261,15 +244,9 @@ def test_snapshot_sums_what_policies_save(decoder: Decoder, monkeypatch: pytest.
     rig.close()
 
 
-class Hesitant(BytesPort):
-    """A port over which announcements take their time, and nothing else does."""
-
-    def __init__(self, worker: AttentionWorker) -> None:
-        super().__init__(worker, lambda request: time.sleep(0.02 * isinstance(request, Announcement)))
-
-
 def test_snapshot_counts_the_time_of_announcements(decoder: Decoder) -> None:
-    rig = Rig(decoder, shard="heads", weights=(1, 1), port=Hesitant)
+    ports = FaultyPorts(range(1000), lambda port: time.sleep(0.02), Announcement)
+    rig = Rig(decoder, shard="heads", weights=(1, 1), port=ports)
     rig.generate([[5] * 20], max_tokens=5)
     seen = look(rig.engine)
     assert seen.batches == 5

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from engine_rig import BytesPort, Rig, collect, tiny_decoder
+from faulty_ports import SpoiltPorts
 from pairwise import crossing
 from scripted_drafts import Scripted, texts_of
 from small_grammars import EOS, GRAMMARS, TOKENIZER, VOCABULARY
@@ -15,10 +16,9 @@ from lamina.sampling_params import SamplingParams
 from lamina.scheduling.scheduler import verified
 from lamina.scheduling.step_tuner import StepTuner
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.messages.messages import Announcement, Attended, Exchange, Fresh
+from lamina_protocols.messages.messages import Announcement, Exchange, Fresh
 from lamina_workers.decoder.sampler import RowSampling, TokenHistory, sample
 from lamina_workers.errors import HolderLost
-from lamina_workers.ports.port import LocalAttention
 
 rng = random.Random(5)
 PROMPTS = [[rng.randrange(101) for _ in range(n)] for n in (1, 15, 16, 33, 70)]
@@ -251,26 +251,12 @@ def test_worker_that_goes_in_the_middle_of_a_verification_costs_no_token(model, 
     assert rig.engine._stats.failed_batches == 1
 
 
-class Poisoning(LocalAttention):
-    """A holder whose answers are not numbers for the last token of every row of five, once it is `on`."""
-
-    on = False
-
-    def layer_work(self, batch, pool):
-        """Answers pass by here."""
-
-    def receive(self, timeout=None):
-        reply = super().receive(timeout)
-        if self.on and isinstance(reply, Attended) and len(reply.out) == 5 * 6:
-            reply.out[-6:] = float("nan")
-        return reply
-
-
 def test_logits_that_are_not_finite_after_a_draft_fail_nobody(decoder):
     """The row gives its tokens up to there, or where they are not finite either it is tried again without drafts."""
     plain = answers(decoder, PROMPTS[:1])[0]
-    rig = Rig(decoder, shard="heads", port=Poisoning, proposer=scripted(decoder, plain, 4, PROMPTS[:1]))
-    rig.ports[1].on = True
+    ports = SpoiltPorts(lambda out: out[-6:] if len(out) == 5 * 6 else out[:0])  # the last token of a row of five
+    rig = Rig(decoder, shard="heads", port=ports, proposer=scripted(decoder, plain, 4, PROMPTS[:1]))
+    ports.on = True
     assert rig.generate(PROMPTS[:1], max_tokens=40) == plain
     assert rig.engine._stats.batches > 20  # 9 where nothing is spoilt
     rig.close()

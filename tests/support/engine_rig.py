@@ -18,7 +18,6 @@ import torch
 if TYPE_CHECKING:
     from lamina.text.structured_output import Grammars
 
-from kv_pools import pool_of
 from scripted_drafts import Always
 
 from lamina.engine.drafting import Proposer
@@ -26,7 +25,7 @@ from lamina.engine.engine import Engine
 from lamina.kv.placement import Holder, Placement
 from lamina.kv.request import Request as TokenRequest
 from lamina.kv.request import SchedulerConfig
-from lamina.launch.kv_sizing import RequestPolicies, learns, page_groups
+from lamina.launch.kv_sizing import RequestPolicies, indexed_pools, learns, page_groups, state_pools
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.control_plane import ControlPlane
@@ -36,6 +35,7 @@ from lamina_protocols.errors import LaminaError
 from lamina_protocols.frames import codec
 from lamina_protocols.messages.layers import HolderConfig
 from lamina_protocols.messages.messages import Fault, Message, Reply, Request, answered
+from lamina_protocols.messages.pools import pools
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.attention_worker.device_worker import attention_worker
 from lamina_workers.attention_worker.page_layout import page_cost
@@ -43,7 +43,6 @@ from lamina_workers.decoder.decoder_weights import published_shapes
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.decoder.weight_names import tensor_shapes
 from lamina_workers.errors import HolderLost
-from lamina_workers.kv_pages.head_policies import HeadPolicies
 from lamina_workers.model_config.config import ModelConfig
 from lamina_workers.model_worker.model_worker import ModelWorker
 from lamina_workers.ports.port import AttentionPort, LocalAttention
@@ -104,25 +103,37 @@ def holder_config(
     decoder: Decoder, pages: int = 2000, page_size: int = 16, policy: str = "", sketches: bool = False
 ) -> HolderConfig:
     """What a holder of that decoder's KV is built from, with room for `pages`, where all heads have that policy."""
-    specs = decoder.config.layer_specs()
+    specs = tuple(decoder.config.layer_specs())
     layers = tuple(replace(spec, policies=(policy,) * spec.kv_heads) for spec in specs) if policy else specs
-    config = HolderConfig(layers, page_size, "float32", 1, sketches=sketches)
-    return replace(config, kv_memory=pages * page_cost(config))
+    config = HolderConfig(layers, page_size, "float32", 1 << 30, sketches=sketches, sequence_tokens=256)
+    return replace(config, kv_memory=pages * sum(page_cost(pool.config) for pool in pools(config)))
+
+
+class Unnoticed(Exception):
+    """A message is lost on its way."""
 
 
 class BytesPort:
     """A port that turns every message into bytes and back, both ways: nothing else crosses the cut.
 
-    `before(request)` may raise a LaminaError: the message is lost, and a fault takes the place of the next reply.
+    `before(request)` may raise a LaminaError: the message is lost, and a fault takes the place of the next reply; a
+    HolderLost closes the port. Where it raises `Unnoticed`, a message without a reply is lost and nothing tells so.
+    `bend(reply)` gives what is received in place of a reply.
     """
 
-    def __init__(self, worker: AttentionWorker, before: Callable[[Request], None] = lambda request: None) -> None:
+    def __init__(
+        self,
+        worker: AttentionWorker,
+        before: Callable[[Request], None] = lambda request: None,
+        bend: Callable[[Reply], Reply] = lambda reply: reply,
+    ) -> None:
         self.name = "bytes"
         self.closed = False
         self._inner = LocalAttention(worker)
         self.page_layout = self._inner.page_layout
         self.features = FEATURES
-        self._before = before
+        self.before = before
+        self._bend = bend
         self._lost = ""
         self._replies: deque[bytearray] = deque()
 
@@ -130,7 +141,10 @@ class BytesPort:
         if self.closed:
             raise HolderLost(f"{self.name} is closed")
         try:
-            self._before(request)
+            self.before(request)
+        except Unnoticed:
+            if not answered(request):
+                return
         except HolderLost:
             self.closed = True
             raise
@@ -147,7 +161,7 @@ class BytesPort:
     def receive(self, timeout: float | None = None) -> Reply:
         if self.closed or not self._replies:
             raise HolderLost(f"{self.name} has nothing to say")
-        return codec.decode(self._replies.popleft())  # type: ignore[return-value]  # a reply comes back as one
+        return self._bend(codec.decode(self._replies.popleft()))  # type: ignore[arg-type]  # a reply comes back as one
 
     def ready(self) -> bool:
         return self.closed or bool(self._replies)
@@ -212,7 +226,9 @@ class Rig:
         around: Callable[[ModelWorker, dict[int, AttentionPort]], Any] = lambda worker, ports: worker,
     ) -> None:
         self.pages = pages
+        self._port = port
         self.holder = holder_config(decoder, pages, page_size, policy, sketches)
+        states = state_pools(self.holder)
         limits = SchedulerConfig(
             max_batch_tokens=max_batch_tokens,
             max_sequences=64,
@@ -220,33 +236,35 @@ class Rig:
             page_size=page_size,
             page_groups=page_groups(self.holder),
             prefix_cache=prefix_cache,
+            states=states,
+            snapshot_tokens=2 * page_size if states and prefix_cache else None,
             max_drafts=0 if proposer is None else drafts,
             of_policy=RequestPolicies(self.holder, partial(page_groups, self.holder)),
         )
-        holders = {
-            number: Holder((pages,), weight, fused=shard is None, name=f"worker-{number}")
-            for number, weight in enumerate(weights, 1)
+        # What chooses runs on CPUs alone.
+        self._device = torch.device("cpu" if learns(self.holder) else DEVICE)
+        self._fused = shard is None
+        self.workers = {
+            number: attention_worker(self.holder, device=self._device) for number in range(1, len(weights) + 1)
         }
-        where = torch.device(
-            "cpu" if HeadPolicies.of(self.holder).sketched else DEVICE
-        )  # what chooses runs on CPUs alone
-        self.workers = {number: attention_worker(self.holder, device=where) for number in holders}
         self.ports = {number: port(worker) for number, worker in self.workers.items()}
+        holders = {number: self._holder(number, weight) for number, weight in enumerate(weights, 1)}
         ports = dict(self.ports)
         if local_pool:
-            holders[LOCAL] = Holder((local_pool,), fused=True)
-            self.workers[LOCAL] = attention_worker(
-                holder_config(decoder, local_pool, page_size, policy, sketches), device=where
-            )
+            local = holder_config(decoder, local_pool, page_size, policy, sketches)
+            self.workers[LOCAL] = attention_worker(local, device=self._device)
+            holders[LOCAL] = Holder(_page_counts(self.workers[LOCAL]), fused=True)
             ports[LOCAL] = LocalAttention(self.workers[LOCAL])
         self.placement = Placement(
             holders,
-            heads=((decoder.config.num_key_value_heads,),),
+            heads=(tuple(pool.config.layers[0].kv_heads for pool in pools(self.holder)),),
             page_size=page_size,
             max_model_len=max_model_len,
             shard=shard or "heads",
             local_pools=(LOCAL,) if local_pool else (),
             local_tier=local_tier,
+            states=states,
+            indexed=indexed_pools(self.holder),
             samples=learns(self.holder),
         )
         tuner = tuner or StepTuner((lanes,), None if local_tier else 0.0, (fuses,))
@@ -265,6 +283,20 @@ class Rig:
         self._thread = threading.Thread(target=self.engine.run, daemon=True)
         self._thread.start()
         self._submitted = 0
+
+    def _holder(self, number: int, weight: int = 1) -> Holder:
+        """That worker as placement sees it."""
+        counts = _page_counts(self.workers[number])
+        return Holder(counts, weight, fused=self._fused, name=f"worker-{number}")
+
+    def join(self, port: Callable[[AttentionWorker], Any] | None = None) -> int:
+        """One worker more, of as many pages. Returns its number."""
+        number = max(self.workers) + 1
+        self.workers[number] = attention_worker(self.holder, device=self._device)
+        self.ports[number] = (port or self._port)(self.workers[number])
+        self.ports[number].name = f"worker-{number}"
+        self.engine.join(self.ports[number], self._holder(number))
+        return number
 
     def submit(self, prompt: Sequence[int], params: SamplingParams, priority: int = 0) -> tuple[EngineRequest, Any]:
         """Queue one prompt; its outputs come through the queue that is returned."""
@@ -300,7 +332,20 @@ class Rig:
         self._thread.join()
         self.scheduler.check_integrity()
         for worker in self.workers.values():
-            pool_of(worker).store.check_integrity()
+            for pool in worker.pools:
+                pool.check_integrity()
+
+
+def one_process(decoder: Decoder, prompts: Sequence[Sequence[int]], **sampling: Any) -> list[list[list[int]]]:
+    """The output tokens of each sample of each prompt in one process, to which nothing happens."""
+    rig = Rig(decoder)
+    texts = rig.generate(prompts, **sampling)
+    rig.close()
+    return texts
+
+
+def _page_counts(worker: AttentionWorker) -> tuple[int, ...]:
+    return tuple(pool.n_pages for pool in worker.pools)
 
 
 def collect(inbox: Any, n: int = 1) -> list[list[int]]:

@@ -4,6 +4,7 @@ interactions and implications for software testing")."""
 
 from __future__ import annotations
 
+import heapq
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,9 +14,12 @@ import pytest
 Combination = tuple[int, ...]  # of each axis the number of its value
 
 
-def crossing(indirect: Sequence[str] = (), **axes: Iterable[Any]) -> pytest.MarkDecorator:
+def crossing(
+    indirect: Sequence[str] = (), marks: Sequence[pytest.MarkDecorator] = (), **axes: Iterable[Any]
+) -> pytest.MarkDecorator:
     """`parametrize` over all combinations of the axes, those outside of a covering set marked soak. The values of a
-    mapping are named by its keys, others by themselves. `indirect` are axes that are fixtures."""
+    mapping are named by its keys, others by themselves. `indirect` are axes that are fixtures.
+    `marks` are those of the covering set."""
     names: list[list[str]] = []
     values: list[list[Any]] = []
     for axis in axes.values():
@@ -27,9 +31,9 @@ def crossing(indirect: Sequence[str] = (), **axes: Iterable[Any]) -> pytest.Mark
         tuple(axes),
         [
             pytest.param(
-                *(axis[at] for axis, at in zip(values, combination, strict=True)),
-                id="-".join(axis[at] for axis, at in zip(names, combination, strict=True)),
-                marks=() if combination in fast else pytest.mark.soak,
+                *(axis[number] for axis, number in zip(values, combination, strict=True)),
+                id="-".join(axis[number] for axis, number in zip(names, combination, strict=True)),
+                marks=marks if combination in fast else pytest.mark.soak,
             )
             for combination in itertools.product(*map(range, sizes))
         ],
@@ -38,14 +42,21 @@ def crossing(indirect: Sequence[str] = (), **axes: Iterable[Any]) -> pytest.Mark
 
 
 def covering(sizes: Sequence[int]) -> Iterator[Combination]:
-    """Combinations of which each pair of values of two axes of such sizes is in one: always the one next that has most
-    of the pairs that are left. A single axis gives each of its values."""
+    """Combinations of which each pair of values of two axes of such sizes is in one: always the first of those that
+    have most of the pairs that are missing. A single axis gives each of its values."""
     combinations = list(itertools.product(*map(range, sizes)))
-    left = set().union(*map(_pairs, combinations))
-    while left:
-        best = max(combinations, key=lambda combination: len(_pairs(combination) & left))
-        left -= _pairs(best)
-        yield best
+    missing = set().union(*map(_pairs, combinations))
+    # What a combination adds never grows, so an old count that is still the largest needs no other to be counted again.
+    heap = [(-len(missing), number) for number in range(len(combinations))]
+    while missing:
+        _, number = heapq.heappop(heap)
+        pairs = _pairs(combinations[number]) & missing
+        entry = (-len(pairs), number)
+        if heap and heap[0] < entry:
+            heapq.heappush(heap, entry)
+            continue
+        missing -= pairs
+        yield combinations[number]
 
 
 def _pairs(combination: Combination) -> set[tuple[tuple[int, int], ...]]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import cycle
+from typing import Any
 
 from engine_rig import Rig
 
@@ -12,11 +14,21 @@ from lamina.sampling_params import SamplingParams
 
 
 class Streams:
-    """Requests of which each has its first `begun` of so many tokens."""
+    """Requests of which each has its first `begun` of so many tokens. The `samplings` take turns."""
 
-    def __init__(self, rig: Rig, prompts: Sequence[Sequence[int]], tokens: int, begun: int = 1) -> None:
-        params = SamplingParams(max_tokens=tokens).with_defaults({})
-        self._inboxes = [rig.submit(prompt, params)[1] for prompt in prompts]
+    def __init__(
+        self,
+        rig: Rig,
+        prompts: Sequence[Sequence[int]],
+        tokens: int,
+        begun: int = 1,
+        samplings: Sequence[Mapping[str, Any]] = ({},),
+    ) -> None:
+        params = [
+            SamplingParams(max_tokens=tokens, **sampling).with_defaults({"do_sample": True} if sampling else {})
+            for sampling in samplings
+        ]
+        self._inboxes = [rig.submit(prompt, one)[1] for prompt, one in zip(prompts, cycle(params))]
         self._tokens: list[list[int]] = [[] for _ in prompts]
         self._whole = tokens
         self.read(begun)

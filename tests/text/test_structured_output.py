@@ -14,7 +14,8 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
-from engine_rig import BytesPort, Rig, collect, tiny_decoder
+from engine_rig import Rig, collect, tiny_decoder
+from faulty_ports import FaultyPorts
 from llguidance import LLParserLimits
 from small_grammars import EOS, GRAMMARS, TOKENIZER, VOCABULARY
 from tokenizers import AddedToken
@@ -358,18 +359,11 @@ def test_preemption_and_lanes_change_no_token(model, sampling) -> None:
 
 
 def test_a_batch_that_fails_and_runs_again_advances_once(model) -> None:
-    sent = 0
-
-    def breaks(request: Any) -> None:
-        nonlocal sent
-        sent += isinstance(request, Exchange)
-        if isinstance(request, Exchange) and sent % 17 == 0:
-            raise ProtocolError("cut off")
-
+    ports = FaultyPorts(range(17, 1000, 17), ProtocolError("cut off"), Exchange)
     sampling = SAMPLINGS[1]
     expected = answers(model, regex=WORD, **sampling)
-    assert answers(model, rig={"port": lambda worker: BytesPort(worker, breaks)}, regex=WORD, **sampling) == expected
-    assert sent > 3 * 17
+    assert answers(model, rig={"port": ports}, regex=WORD, **sampling) == expected
+    assert len(ports.struck) > 2
 
 
 def reasons(model, **sampling: Any) -> list[tuple[str, Any]]:
