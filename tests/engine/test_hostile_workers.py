@@ -18,8 +18,8 @@ from lying_workers import Farm, LyingServer, port_to, server_of
 from real_workers import until
 
 from lamina.kv.placement import Holder
+from lamina.messages.engine_messages import RequestOutputs, pack_events
 from lamina.sampling_params import SamplingParams
-from lamina.server.processes.engine_link import pack
 from lamina_protocols.channels import control
 from lamina_protocols.errors import LaminaError
 from lamina_protocols.frames import codec
@@ -296,7 +296,7 @@ def test_what_a_worker_makes_up_of_its_savings_can_be_sent_to_clients(scene):
     while ended < 8:
         ended += sum(output.finish_reason is not None for output in inbox.get(timeout=60))
     assert request.spared.read > 1 << 64
-    pack([("outputs", request.id, [], None, 0, 0, request.spared)])
+    pack_events([RequestOutputs(request.id, [], None, 0, 0, request.spared, 0, 0)])
     assert not scene.lied("savings", port)
 
 
