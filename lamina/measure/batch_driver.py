@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 import torch
 
-from lamina_kernels.states.layout import StateConstants
+from lamina_kernels.states.operands import StateConstants
 from lamina_protocols.messages.layers import HolderConfig
 from lamina_protocols.messages.messages import Announced, Announcement, Fresh, Operation
 from lamina_protocols.messages.routes import Route, Span

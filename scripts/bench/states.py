@@ -33,7 +33,8 @@ from kernel_peers import machine
 
 from lamina_kernels.paged import memory
 from lamina_kernels.states import advance as states
-from lamina_kernels.states.layout import StateConstants, StateLayout, StateRows
+from lamina_kernels.states.layout import StateLayout
+from lamina_kernels.states.operands import StateConstants, StateRows
 
 sys.path.append(str(Path(__file__).parents[2] / "tests" / "support"))  # behind this folder and what is installed
 import state_reference as reference

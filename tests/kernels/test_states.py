@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from lamina_kernels.paged import memory
 from lamina_kernels.states import advance as states
-from lamina_kernels.states.layout import KINDS, StateConstants, StateLayout, StateRows
+from lamina_kernels.states.layout import KINDS, StateLayout
+from lamina_kernels.states.operands import StateConstants, StateRows
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 

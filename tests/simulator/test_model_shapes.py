@@ -30,11 +30,11 @@ INDEX = {"q_lora_rank": 20, "index_topk": 16, "index_head_dim": 12, "index_n_hea
 DELTA = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
-    "linear_key_head_dim": 6,
-    "linear_value_head_dim": 10,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 32,
     "head_dim": 8,
 }
-MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 12, "mamba_n_groups": 2, "mamba_d_state": 16}
+MAMBA = {"mamba_n_heads": 6, "mamba_d_head": 16, "mamba_n_groups": 2, "mamba_d_state": 48}
 GRANITE = {**MAMBA, "shared_intermediate_size": 30, "layer_types": ["linear_attention", "full_attention"] * 2}
 NEMOTRON = {
     **MOE,
@@ -42,18 +42,19 @@ NEMOTRON = {
     "n_routed_experts": 5,
     "moe_shared_expert_intermediate_size": 28,
     "mamba_num_heads": 8,
-    "mamba_head_dim": 12,
+    "mamba_head_dim": 16,
     "n_groups": 2,
     "ssm_state_size": 16,
     "head_dim": 8,
 }
+DSA = {"model_type": "glm_moe_dsa", "n_routed_experts": 8, **MOE, **MLA, **INDEX}
 M3 = {
     "num_local_experts": 5,
     "num_experts_per_tok": 2,
     "shared_intermediate_size": 30,
     "dense_intermediate_size": 44,
     "head_dim": 8,
-    "index_head_dim": 12,
+    "index_head_dim": 8,
     "index_n_heads": 2,
     "layer_types": ["full_attention", "minimax_m3_sparse"] * 2,
     "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
@@ -171,15 +172,8 @@ def test_a_tied_table_is_kept_once_and_read_as_the_head() -> None:
     [
         ({}, [None] * 4),
         ({"sliding_window": 7}, [7] * 4),
-        ({"sliding_window": None, "model_type": "mistral"}, [None] * 4),
-        ({"model_type": "mistral"}, [4096] * 4),
         ({"sliding_window": 7, "sliding_window_pattern": 3}, [7, 7, None, 7]),
-        ({"sliding_window": 7, "model_type": "gemma2", "head_dim": 8}, [7, None, 7, None]),
-        ({"sliding_window": 7, "model_type": "qwen2"}, [None] * 4),
-        (
-            {"sliding_window": 7, "model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1},
-            [None, 7, 7, 7],
-        ),
+        ({"sliding_window": 7, "max_window_layers": 1}, [None, 7, 7, 7]),
         ({"sliding_window": 7, "use_sliding_window": False}, [None] * 4),
         ({"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"] * 2}, [7, None, 7, None]),
         ({"attention_chunk_size": 5, "layer_types": ["full_attention"] + ["chunked_attention"] * 3}, [None, 5, 5, 5]),
@@ -241,8 +235,11 @@ def test_which_layers_have_experts(more: dict[str, Any], sparse: int) -> None:
         ("glm_moe_dsa", {"n_routed_experts": 8, **MOE, **MLA, **INDEX}),
         ("glm_moe_dsa", {"n_routed_experts": 8, **MOE, **MLA, **INDEX, "indexer_types": ["full", "shared"] * 2}),
         ("minicpm3", {**MLA, "q_lora_rank": 20, "v_head_dim": None}),
-        ("minimax", {"num_local_experts": 5, "num_experts_per_tok": 2}),
-        ("minimax", {"num_local_experts": 5, "layer_types": [*["linear_attention"] * 3, "full_attention"]}),
+        ("minimax", {"num_local_experts": 5, "num_experts_per_tok": 2, "head_dim": 16}),
+        (
+            "minimax",
+            {"num_local_experts": 5, "head_dim": 16, "layer_types": ["linear_attention", "full_attention"] * 2},
+        ),
         ("qwen3_next", {**DELTA, **MOE, "num_experts": 6, "shared_expert_intermediate_size": 40}),
         ("qwen3_5_text", DELTA),
         ("qwen3_5_moe_text", {**DELTA, **MOE, "num_experts": 6, "shared_expert_intermediate_size": 40}),
@@ -252,10 +249,10 @@ def test_which_layers_have_experts(more: dict[str, Any], sparse: int) -> None:
         ("granitemoehybrid", {**GRANITE, "num_local_experts": 5}),
         ("granitemoehybrid", {**GRANITE, "num_local_experts": 0, "mamba_proj_bias": True, "attention_bias": True}),
         ("falcon_h1", {**MAMBA, "mamba_d_ssm": 96, "head_dim": 8}),
-        ("falcon_h1", {**MAMBA, "mamba_d_ssm": 96, "mamba_rms_norm": True, "projectors_bias": True, "mlp_bias": True}),
+        ("falcon_h1", {**MAMBA, "mamba_d_ssm": 96, "mamba_rms_norm": True, "mlp_bias": True}),
         (
             "kimi_linear",
-            {**MOE, **MLA, "num_local_experts": 5, "linear_head_dim": 6, "linear_num_heads": 4, "q_lora_rank": None},
+            {**MOE, **MLA, "num_local_experts": 5, "linear_head_dim": 16, "linear_num_heads": 4, "q_lora_rank": None},
         ),
         ("minimax_m3_vl_text", M3),
     ],
@@ -282,8 +279,8 @@ def test_a_missing_key_is_named(missing: str) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"num_key_value_heads": 4}, "num_key_value_heads is 4; it must divide num_attention_heads 6"),
-        ({"hidden_size": 50}, "head_dim is missing"),
+        ({"num_key_value_heads": 4}, "num_key_value_heads 4 must divide num_attention_heads 6"),
+        ({"hidden_size": 50}, "hidden_size 50 is not a multiple of num_attention_heads 6"),
         ({"hidden_size": True}, "hidden_size is True"),
         ({"hidden_size": "48"}, "hidden_size is '48'"),
         ({"hidden_size": 1e9}, "hidden_size is 1000000000.0"),
@@ -293,7 +290,7 @@ def test_a_missing_key_is_named(missing: str) -> None:
         ({"num_local_experts": 4, "num_experts_per_tok": 5}, "num_experts_per_tok is 5"),
         ({"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2}, "moe_intermediate_size is missing"),
         ({"moe_num_experts": 4}, "the config has moe_num_experts, but none of n_routed_experts"),
-        ({"kv_lora_rank": 16}, "qk_rope_head_dim is missing"),
+        ({**MLA, "qk_rope_head_dim": None}, "qk_rope_head_dim is missing"),
         ({**MLA, "v_head_dim": None}, "v_head_dim is missing"),
         ({"layer_types": ["full_attention"]}, "layer_types has 1 entries"),
         ({"layer_types": ["linear_attention"] * 4}, "expected a list of 'full_attention'"),
@@ -301,11 +298,43 @@ def test_a_missing_key_is_named(missing: str) -> None:
         ({"mamba_d_state": 16}, "the config has mamba_d_state; layers of that kind are not described"),
         ({"index_topk": 2048}, "index_topk"),
         ({"is_encoder_decoder": True}, "only decoders"),
+        (
+            {
+                "sliding_window": 7,
+                "attention_chunk_size": 5,
+                "layer_types": ["sliding_attention", "chunked_attention"] * 2,
+            },
+            "windows of two widths",
+        ),
+        ({"model_type": "qwen3_5_text", **DELTA, "linear_key_head_dim": 12}, "a state has 12 x 32 numbers"),
+        ({**DSA, "index_topk_pattern": "FXFF"}, "index_topk_pattern is 'FXFF'; allowed are F and S, one a layer"),
     ],
 )
 def test_what_a_config_may_not_say(more: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
         small(**more)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"hidden_act": "gelu"},
+        {"rope_scaling": {"rope_type": "unheard of"}},
+        {"partial_rotary_factor": 0.5},
+        {"architectures": ["LlamaForCausalLM"], "model_type": "relabelled"},
+    ],
+)
+def test_what_the_engine_refuses_is_counted_where_it_costs_nothing(more: dict[str, Any]) -> None:
+    assert small(**{"model_type": "llama", **more}) == small(model_type="llama") == small()
+
+
+def test_layers_that_take_the_choice_of_the_one_before() -> None:
+    shape = small(**DSA, indexer_types=["full", "full", "shared", "full"])
+    choices = [(group.layers, group.choice and group.choice.key_elements) for group in shape.groups]
+    assert choices == [(2, 12), (1, 0), (1, 12)]
+    assert small(**DSA, index_topk_pattern="FFSF") == shape
+    assert small(**DSA, index_topk_freq=2) == shape
+    assert {group.choice and group.choice.key_elements for group in small(**DSA).groups} == {12}
 
 
 def test_a_model_of_text_and_pictures_is_what_it_decodes_with() -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import state_reference as reference
 import torch
 
-from lamina_kernels.states.layout import StateLayout, StateRows
+from lamina_kernels.states.layout import StateLayout
+from lamina_kernels.states.operands import StateRows
 from lamina_protocols.messages.layers import LayerSpec
 from lamina_workers.decoder.model import Batch, Decoder, KeyValueReady, StateReady
 

@@ -8,7 +8,8 @@ import numpy as np
 import state_reference as reference
 import torch
 
-from lamina_kernels.states.layout import StateConstants, StateLayout, StateRows
+from lamina_kernels.states.layout import StateLayout
+from lamina_kernels.states.operands import StateConstants, StateRows
 from lamina_protocols.messages.layers import STATES, HolderConfig, LayerSpec
 from lamina_protocols.messages.messages import Constants
 

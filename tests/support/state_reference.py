@@ -10,16 +10,8 @@ import numpy as np
 import torch
 from torch.nn.functional import silu
 
-from lamina_kernels.states.layout import (
-    EPSILON,
-    Pages,
-    StateConstants,
-    StateLayout,
-    StateRows,
-    check_inputs,
-    check_tables,
-    input_sizes,
-)
+from lamina_kernels.states.layout import EPSILON, StateLayout
+from lamina_kernels.states.operands import Pages, StateConstants, StateRows, check_inputs, check_tables, input_sizes
 
 Result = tuple[torch.Tensor, torch.Tensor]
 

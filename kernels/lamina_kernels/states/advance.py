@@ -18,17 +18,17 @@ import torch
 
 from lamina_kernels.compile.launch import block_type, launch, load_each
 from lamina_kernels.states.blocks import BLOCK, TILE
-from lamina_kernels.states.layout import (
+from lamina_kernels.states.layout import StateLayout
+from lamina_kernels.states.loops import ARGUMENTS, ITEM, SCRATCH, advance_kernel
+from lamina_kernels.states.operands import (
     DTYPES,
     Pages,
     StateConstants,
-    StateLayout,
     StateRows,
     check_inputs,
     check_tables,
     input_sizes,
 )
-from lamina_kernels.states.loops import ARGUMENTS, ITEM, SCRATCH, advance_kernel
 
 SHARES = 8  # of a thread, of items of one token
 _Arguments = block_type(ARGUMENTS)

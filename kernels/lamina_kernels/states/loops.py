@@ -47,7 +47,7 @@ ARGUMENTS = np.dtype(
         *HEADER,
         *((name, "i8") for name in ("arena", "record", "delta", "by_channel", "d_k", "d_v", "conv", "gates_size")),
         *((name, "i8") for name in ("items", "starts", "source", "target", "zeros")),
-        *((name, "i8") for name in ("dtype", "itemsize", "x", "gates", "out")),  # dtype: its place in `layout.DTYPES`
+        *((name, "i8") for name in ("dtype", "itemsize", "x", "gates", "out")),  # dtype: its place in `operands.DTYPES`
         *((name, "i8") for name in ("heads", "key_heads", "channels", "weights", "bias", "skip", "log_decays")),
         *((name, "i8") for name in ("scratch_bytes", *SCRATCH)),
         ("scale", "f8"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from dense_holders import CONFIG, Holder, Model, route
 
-from lamina_kernels.states.layout import StateConstants
+from lamina_kernels.states.operands import StateConstants
 from lamina_protocols.messages.messages import Announced, Announcement, Constants, Fault, Open, Query, Reply
 from lamina_protocols.messages.routes import HolderBatch, Span
 from lamina_workers.decoder.model import Batch, Forward

@@ -18,7 +18,7 @@ import torch
 from lamina_kernels.compile import programs
 from lamina_kernels.dense.dense import Weight
 from lamina_kernels.dense_spans import MAX_ROWS, Behind, Heads, Map, Span, Spans
-from lamina_kernels.states.layout import StateConstants
+from lamina_kernels.states.operands import StateConstants
 from lamina_workers.converted.attention_calls import AttentionCall
 from lamina_workers.converted.config import ConvertedConfig
 from lamina_workers.converted.cuts import Live

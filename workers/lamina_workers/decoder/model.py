@@ -35,7 +35,7 @@ from lamina_kernels.dense.dense import (
     split_heads,
 )
 from lamina_kernels.dense_spans import MAX_ROWS, Behind, Gate, Heads, Span, Spans, States
-from lamina_kernels.states.layout import StateConstants
+from lamina_kernels.states.operands import StateConstants
 from lamina_workers.checkpoints.checkpoint import TensorSource
 from lamina_workers.checkpoints.weight_loader import UNPACKED, Packing
 from lamina_workers.decoder.choices import LatentAttention, Rotation, beside, query_rows

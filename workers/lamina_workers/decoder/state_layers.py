@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from lamina_kernels.dense.dense import Linear, compiled
 from lamina_kernels.dense.gate_loops import gate_output, recurrence_gates
-from lamina_kernels.states.layout import StateConstants
+from lamina_kernels.states.operands import StateConstants
 
 Map = Callable[[torch.Tensor], torch.Tensor]
 Sum = Callable[[torch.Tensor], torch.Tensor]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from lamina_kernels.dense.dense import Linear
-from lamina_kernels.states.layout import StateConstants
+from lamina_kernels.states.operands import StateConstants
 from lamina_protocols.messages.layers import Index
 from lamina_workers.checkpoints.weight_loader import ALL, Loader
 from lamina_workers.decoder.shard import RankShape, Shard

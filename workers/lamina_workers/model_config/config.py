@@ -125,7 +125,12 @@ class ModelConfig:
 
         Raises UnsupportedModelError for what Lamina lacks, ModelFileError for what is missing or out of bounds.
         """
-        architecture, family, keys = _read_family(raw)
+        return cls.of_family(*_family(raw), raw)
+
+    @classmethod
+    def of_family(cls, architecture: str, family: Family, raw: Mapping[str, Any]) -> ModelConfig:
+        """Check a parsed config.json as one of `family`, which `architecture` names. Raises what `from_dict` raises."""
+        family, keys = _read_family(family, raw)
         mixers, sparse = read_kinds(keys, family)
         layers = len(mixers)
         hidden = keys.integer("hidden_size", 1, 1 << 17)
@@ -255,9 +260,8 @@ def read_config_json(path: str | Path) -> dict[str, Any]:
     return raw
 
 
-def _read_family(raw: Mapping[str, Any]) -> tuple[str, Family, Keys]:
-    """The architecture's name, its family with what the config changes of it, and the keys by their usual names."""
-    architecture, family = _family(raw)
+def _read_family(family: Family, raw: Mapping[str, Any]) -> tuple[Family, Keys]:
+    """A family with what the config changes of it, and the config's keys by their usual names."""
     if family.multimodal and isinstance(text := raw.get("text_config"), Mapping):
         raw = {**raw, **text}
     keys = Keys({**raw, **{name: raw[key] for key, name in family.aliases.items() if key in raw}}, family.defaults)
@@ -265,7 +269,7 @@ def _read_family(raw: Mapping[str, Any]) -> tuple[str, Family, Keys]:
         raise UnsupportedModelError("use_bidirectional_attention is not supported; supported: causal attention")
     if keys.given("rope_interleave"):
         family = replace(family, interleaved=keys.flag("rope_interleave", True))
-    return architecture, family, keys
+    return family, keys
 
 
 def _family(raw: Mapping[str, Any]) -> tuple[str, Family]:

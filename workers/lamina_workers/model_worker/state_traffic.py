@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from lamina_kernels.states.layout import StateConstants
+from lamina_kernels.states.operands import StateConstants
 from lamina_protocols.messages.layers import LayerSpec
 from lamina_protocols.messages.messages import Advance, Advanced, Constants
 from lamina_protocols.messages.routes import Route, Span
