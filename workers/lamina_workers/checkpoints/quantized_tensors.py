@@ -62,7 +62,7 @@ def read_quantization(folder: Path) -> Quantization | None:
         raise ModelFileError(f"{folder}: quantization_config is {said!r:.80}, expected an object")
     keys = Keys(said, {})
     method = keys.text("quant_method", "")
-    if method == "mxfp4":  # gpt-oss; see `stacked_experts`
+    if method == "mxfp4":  # gpt-oss; see `decoder_weights`
         return None
     readers = {"gptq": _gptq, "awq": _awq, "compressed-tensors": _compressed}
     if method not in readers:

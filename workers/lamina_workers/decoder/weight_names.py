@@ -32,7 +32,7 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def state_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
     """The tensors of the state layer `layer`."""
     family, states = _described(config)
-    at, hidden = f"model.layers.{layer}.{family.at}", config.hidden_size
+    at, hidden = f"model.layers.{layer}.{family.module}", config.hidden_size
     key_heads = states.key_heads // states.key_copies
 
     def width(roles: Sequence[str]) -> int:
@@ -70,7 +70,7 @@ def load_state(
     """The rank's part of a state layer: the map to q, k and v, what its gates are made from, the gate of its output,
     and the map of that."""
     family, states = _described(config)
-    at = f"model.layers.{layer}.{family.at}"
+    at = f"model.layers.{layer}.{family.module}"
     heads, key_heads = shape.states, shape.state_keys
     sources = {role: name for name, roles in family.maps.items() for role in roles}
 

@@ -52,57 +52,71 @@ class Residuals:
 class ModelConfig:
     """One model's shape. Names are those of Hugging Face's config.json where it has one.
 
-    `max_position_embeddings` counts what RoPE scaling adds; `rope.positions` is the file's own number.
-    `kv_copies`: how often each KV head of the checkpoint stands here, one after another, so that more ranks can share.
-    `sinks`: each query head has an attention sink, in every layer.
-    `latent`: attention is over latents. Then there is one KV head, `head_dim` is the latent with what is rotated behind
-    it, and `v_head_dim` the latent alone, which is v.
-    `index`: of the layers that are `indexed`, see `lamina_protocols.messages.layers.Index`.
-    Per layer: `indexed`, `windows` (None attends all), `rotary` (False: no RoPE), `sparse` (True: experts in place of
-    an MLP), `mixers`. `window_rope`: RoPE of layers with a window, where it is another one. `scale` multiplies q.k.
-    Soft caps c turn x into c * tanh(x / c), `soft_cap` for attention. The other scales multiply what the embedding
-    gives, the logits, and an MLP's gate. `states`: what layers with a state have. How a family computes and names its
-    tensors is in `families`.
+    How a family computes and names its tensors is in `families`. Tuples "by layer" have one item a layer.
     """
 
     architecture: str
+    """The key of its family in `FAMILIES`."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
+    """The width of an MLP that is no expert."""
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
+    """1 where attention is over latents."""
     head_dim: int
+    """The numbers of q and k in a head; over latents: those of the latent and of what is rotated behind it."""
     v_head_dim: int
+    """The numbers of v in a head; over latents: those of the latent, which is v."""
     rms_norm_eps: float
     max_position_embeddings: int
+    """With what RoPE scaling adds; `rope.positions` is the file's own number."""
     tie_word_embeddings: bool
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
     activation: str
+    """That of MLPs, as kernels name it."""
     scale: float
+    """It multiplies q.k."""
     soft_cap: float | None
+    """A cap c turns a logit x of attention into c * tanh(x / c)."""
     logit_soft_cap: float | None
+    """The same of the model's logits."""
     embedding_scale: float
+    """It multiplies the embedding."""
     residuals: Residuals
     logit_scale: float
+    """It multiplies the logits."""
     sinks: bool
+    """Each query head has an attention sink, in every layer."""
     windows: tuple[int | None, ...]
+    """By layer, the tokens that attention reads at most; None: all."""
     rotary: tuple[bool, ...]
+    """By layer, whether attention has RoPE."""
     sparse: tuple[bool, ...]
+    """By layer, whether there are experts in place of an MLP."""
     mixers: tuple[Mixers, ...]
+    """By layer, attention and states in the order in which they are computed."""
     moe: MoeConfig | None
     rope: RopeConfig
     window_rope: RopeConfig | None
+    """RoPE of layers with a window, where it is another one."""
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     states: StateConfig | None = None
+    """The states of the layers that have one."""
     gate_scale: float = 1.0
+    """It multiplies an MLP's gate."""
     kv_copies: int = 1
+    """How often each KV head of the checkpoint stands here, one after another, so that more ranks can share."""
     latent: LatentConfig | None = None
+    """The latents that attention is over; None: it is over K and V."""
     index: Index | None = None
+    """How layers that are `indexed` choose what they read."""
     indexed: tuple[bool, ...] = ()
+    """By layer, whether it has an index; empty: none has."""
 
     @property
     def rotary_dim(self) -> int:
@@ -185,9 +199,9 @@ class ModelConfig:
 
     def with_rope_scaling(self, scaling: Mapping[str, Any]) -> ModelConfig:
         """This model with another RoPE scaling, given as config.json's `rope_scaling`; the base stays unless given."""
-        given = {"rope_theta": self.rope.theta, "partial_rotary_factor": self.rope.turned / self.rotary_dim, **scaling}
+        own_parameters = {"rope_theta": self.rope.theta, "partial_rotary_factor": self.rope.turned / self.rotary_dim}
         family = replace(self.family, interleaved=self.rope.interleaved)
-        other = read_rope(given, self.rope.positions, self.rotary_dim, family)
+        other = read_rope({**own_parameters, **scaling}, self.rope.positions, self.rotary_dim, family)
         window_rope = self.window_rope
         if any(window is not None for window in self.windows) and self.family.windows == "pattern":
             window_rope = window_rope or self.rope  # a window needs no scaling
@@ -278,25 +292,27 @@ def _family(raw: Mapping[str, Any]) -> tuple[str, Family]:
     if isinstance(named, list) and named and isinstance(named[0], str):
         if (family := FAMILIES.get(named[0])) is not None:
             return named[0], family
-        wanted = f"architecture {named[0]!r}"
+        request = f"architecture {named[0]!r}"
     else:
-        wanted = f"model_type {raw.get('model_type')!r}"
+        request = f"model_type {raw.get('model_type')!r}"
         for architecture, family in FAMILIES.items():
             if family.model_type == raw.get("model_type"):
                 return architecture, family
-    raise UnsupportedModelError(f"{wanted} is not supported; supported: {', '.join(FAMILIES)}")
+    raise UnsupportedModelError(f"{request} is not supported; supported: {', '.join(FAMILIES)}")
 
 
 def _activation(keys: Keys, family: Family) -> str:
     """The activation of MLPs, as kernels name it."""
     if family.ungated_mlp:
-        name, known, given = "mlp_hidden_act", _UNGATED, keys.text("mlp_hidden_act")
+        name, kernels, activation = "mlp_hidden_act", _UNGATED, keys.text("mlp_hidden_act")
     else:
-        name, known = "hidden_activation" if keys.given("hidden_activation") else "hidden_act", _ACTIVATIONS
-        given = keys.text(name, "silu")
-    if given not in known:
-        raise UnsupportedModelError(f"{name} {given!r} is not supported; supported: {', '.join(map(repr, known))}")
-    return known[given]
+        name, kernels = "hidden_activation" if keys.given("hidden_activation") else "hidden_act", _ACTIVATIONS
+        activation = keys.text(name, "silu")
+    if activation not in kernels:
+        raise UnsupportedModelError(
+            f"{name} {activation!r} is not supported; supported: {', '.join(map(repr, kernels))}"
+        )
+    return kernels[activation]
 
 
 def _heads(keys: Keys, hidden: int, latent: LatentConfig | None) -> tuple[int, int, int]:
@@ -363,17 +379,17 @@ def _windows(keys: Keys, family: Family, rotary: tuple[bool, ...]) -> tuple[int 
 
 def _residuals(keys: Keys, family: Family, added: float) -> Residuals:
     """`added`: what all that is added to the residual stream is multiplied by."""
-    found = {"attention": (1.0, added), "state": (1.0, added), "mlp": (1.0, added)}
-    for part, (kept, scale) in family.factors.items():
-        found[part] = keys.number(kept, -1e6, 1e6, default=1.0), keys.number(scale, -1e6, 1e6, default=1.0)
+    factors = {"attention": (1.0, added), "state": (1.0, added), "mlp": (1.0, added)}
+    for part, (stream, addition) in family.factors.items():
+        factors[part] = keys.number(stream, -1e6, 1e6, default=1.0), keys.number(addition, -1e6, 1e6, default=1.0)
     if family.mixers == "both":  # what multiplies v multiplies the output; with a bias it would not
         into, out = (keys.number(f"attention_{way}_multiplier", 1e-6, 1e6, default=1.0) for way in ("in", "out"))
         if into != 1.0 and keys.flag("attention_bias", False):
             raise UnsupportedModelError("attention_bias is not supported with attention_in_multiplier")
-        found["attention"] = 1.0, into * out
-        found["state"] = 1.0, keys.number("ssm_out_multiplier", 1e-6, 1e6, default=1.0)
-        found["mlp"] = 1.0, _mlp_multipliers(keys)[1]
-    return Residuals(**found)
+        factors["attention"] = 1.0, into * out
+        factors["state"] = 1.0, keys.number("ssm_out_multiplier", 1e-6, 1e6, default=1.0)
+        factors["mlp"] = 1.0, _mlp_multipliers(keys)[1]
+    return Residuals(**factors)
 
 
 def _mlp_multipliers(keys: Keys) -> tuple[float, ...]:

@@ -45,9 +45,9 @@ class Keys:
             raise ModelFileError(f"{name} is {value!r:.80}, expected true or false")
         return value
 
-    def holds(self, said: bool | str) -> bool:
-        """What a family says, or else the flag of the name that it gives; false where that is absent."""
-        return said if isinstance(said, bool) else self.flag(said, False)
+    def holds(self, fact: bool | str) -> bool:
+        """A family's fact, or else the flag of the name that it gives; false where that is absent."""
+        return fact if isinstance(fact, bool) else self.flag(fact, False)
 
     def text(self, name: str, default: str | None = None) -> str:
         value = self._value(name, default)
@@ -59,7 +59,7 @@ class Keys:
         """A list of `allowed` values, of which the first `length` are returned (None: all)."""
         value = self._value(name, [])
         if type(value) is not list or not all(type(item) in (int, str) and item in allowed for item in value):
-            raise ModelFileError(f"{name} is {value!r:.80}, expected a list of {_said(allowed)}")
+            raise ModelFileError(f"{name} is {value!r:.80}, expected a list of {_listing(allowed)}")
         if length is not None and len(value) < length:
             raise ModelFileError(f"{name} has {len(value)} entries, expected {length}, one a layer")
         return tuple(value[:length])
@@ -86,7 +86,7 @@ class Keys:
         return value
 
 
-def _said(allowed: Collection[Any]) -> str:
+def _listing(allowed: Collection[Any]) -> str:
     if isinstance(allowed, range):
         return f"integers from {allowed.start} to {allowed.stop - 1}"
     return ", ".join(repr(item) for item in allowed)

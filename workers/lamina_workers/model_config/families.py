@@ -315,7 +315,7 @@ FAMILIES = {
         shared_gate=False,
         ungated_mlp=True,
         groups="sigmoid",
-        states=replace(_MAMBA2, at="mixer"),
+        states=replace(_MAMBA2, module="mixer"),
         mixers="alternating",
         experts=ExpertNames(maps=("", "up_proj", "down_proj"), shared="mlp.shared_experts"),
         norms=Norms("norm", before_mlp="norm"),

@@ -1,12 +1,5 @@
-"""The layers of a model that keep a state, as its config.json says them.
-
-Mixtures of experts as a config.json describes them, checked once.
-
-What the layers of a model are: attention, a state, both, or an MLP alone.
-
-Layers' own indexes as a config.json describes them, checked once.
-
-Attention over latents as a config.json describes it, checked once.
+"""What the layers of a model are made of, as its config.json says it: attention over heads or latents, indexes,
+recurrent states, and MLPs or experts. All is checked once.
 """
 
 from __future__ import annotations
@@ -26,34 +19,39 @@ from lamina_workers.model_config.rope_config import RopeConfig, scaled_attention
 
 @dataclass(frozen=True, slots=True)
 class StateConfig:
-    """The shape of a model's layers that keep a state: `heads` states of `d_k` times `d_v` numbers in each.
-
-    Each of the `key_heads` heads of q and k belongs to heads / key_heads states; `key_copies`: how often each of the
-    checkpoint stands here, one after another, so that more ranks can share. `conv`: the width of the convolution; 0:
-    none. `scale` multiplies q. `slopes`, by head: lightning's log decay a token, before a layer's own factor.
-    `bias`: of the maps into and out of the layer; `conv_bias`: of the convolution; `skip`: an input adds to the output
-    past the state. `norm`: the numbers of the output that are normed together, with the epsilon `eps`; 0: none are;
-    `norm_first`: before the output is multiplied by its gate. `step`: the bounds of Mamba2's dt. `factors` multiply
-    what is projected: the output's gate, v, k, q and dt. How a family computes and names its tensors is in `families`.
-    """
+    """The states of a model's layers that keep one. How a family computes and names its tensors is in `families`."""
 
     kind: str
+    """That of the layers' `LayerSpec`."""
     heads: int
+    """States of a layer, each of `d_k` times `d_v` numbers."""
     key_heads: int
+    """Heads of q and k. Each belongs to heads / key_heads states."""
     d_k: int
     d_v: int
     conv: int
+    """The width of the convolution; 0: there is none."""
     scale: float
+    """It multiplies q."""
     norm: int
+    """The numbers of the output that are normed together; 0: none are."""
     eps: float
+    """The norm's epsilon."""
     norm_first: bool = True
+    """The output is normed before it is multiplied by its gate."""
     slopes: tuple[float, ...] = ()
+    """By head, lightning's log decay a token, before a layer's own factor."""
     bias: bool = False
+    """The maps into and out of the layer have biases."""
     conv_bias: bool = False
     skip: bool = False
+    """An input adds to the output past the state."""
     step: tuple[float, float] = (0.0, math.inf)
+    """The bounds of Mamba2's dt."""
     factors: tuple[float, ...] = (1.0,) * 5
+    """They multiply what is projected: the output's gate, v, k, q and dt."""
     key_copies: int = 1
+    """How often each head of q and k of the checkpoint stands here, one after another, so that more ranks can share."""
 
     @property
     def width(self) -> int:
@@ -122,15 +120,15 @@ def _mamba2(keys: Keys, family: Family) -> StateConfig:
     named = {"n_heads": "mamba_num_heads", "d_head": "mamba_head_dim", "n_groups": "n_groups"} if nemotron else {}
     named |= {"d_state": "ssm_state_size", "d_conv": "conv_kernel", "conv_bias": "use_conv_bias"} if nemotron else {}
 
-    def name(of: str) -> str:
-        return named.get(of, f"mamba_{of}")
+    def name(key: str) -> str:
+        return named.get(key, f"mamba_{key}")
 
     heads, groups = keys.integer(name("n_heads"), 1, 4096), keys.integer(name("n_groups"), 1, 4096, default=1)
     inner = keys.integer("mamba_expand", 1, 64, default=2) * keys.integer("hidden_size", 1, 1 << 17)
     if family.mixers == "both":
         inner = keys.integer("mamba_d_ssm", 1, 1 << 20)
-    given = keys.get(name("d_head")) not in (None, "auto")
-    d_v = keys.integer(name("d_head"), 1, 1024) if given else inner // heads
+    has_width = keys.get(name("d_head")) not in (None, "auto")
+    d_v = keys.integer(name("d_head"), 1, 1024) if has_width else inner // heads
     if not nemotron and heads * d_v != inner:
         raise ModelFileError(f"mamba_n_heads {heads} of {d_v} numbers are {heads * d_v}; allowed: {inner}")
     if heads % groups:
@@ -156,12 +154,12 @@ def _mamba2(keys: Keys, family: Family) -> StateConfig:
 
 def _factors(keys: Keys) -> tuple[float, ...]:
     """Falcon-H1's, with that of the input."""
-    each = keys.numbers("ssm_multipliers", 1e-6, 1e6, 5) if keys.given("ssm_multipliers") else (1.0,) * 5
+    multipliers = keys.numbers("ssm_multipliers", 1e-6, 1e6, 5) if keys.given("ssm_multipliers") else (1.0,) * 5
     into = keys.number("ssm_in_multiplier", 1e-6, 1e6, default=1.0)
-    found = tuple(into * factor for factor in each)
-    if found != (1.0,) * 5 and (keys.flag("mamba_proj_bias", False) or keys.flag("projectors_bias", False)):
+    factors = tuple(into * multiplier for multiplier in multipliers)
+    if factors != (1.0,) * 5 and (keys.flag("mamba_proj_bias", False) or keys.flag("projectors_bias", False)):
         raise UnsupportedModelError("mamba_proj_bias is not supported with ssm_multipliers; supported: false")
-    return found
+    return factors
 
 
 def _step(keys: Keys) -> tuple[float, float]:
@@ -178,9 +176,9 @@ def _kda(keys: Keys, family: Family) -> StateConfig:
     table = {name: value for name, value in keys.table("linear_attn_config").items() if value is not None}
     nested = {"head_dim": "linear_head_dim", "num_heads": "linear_num_heads"}
     nested["short_conv_kernel_size"] = "linear_conv_kernel_dim"
-    own = Keys({name: table.get(key, keys.get(name)) for key, name in nested.items()}, {})
-    heads, d = own.integer("linear_num_heads", 1, 4096), own.integer("linear_head_dim", 1, 1024)
-    conv, eps = own.integer("linear_conv_kernel_dim", 2, 64), keys.number(family.eps, 0.0, 1.0, default=1e-6)
+    linear = Keys({name: table.get(key, keys.get(name)) for key, name in nested.items()}, {})
+    heads, d = linear.integer("linear_num_heads", 1, 4096), linear.integer("linear_head_dim", 1, 1024)
+    conv, eps = linear.integer("linear_conv_kernel_dim", 2, 64), keys.number(family.eps, 0.0, 1.0, default=1e-6)
     return StateConfig("kda", heads, heads, d, d, conv, d**-0.5, norm=d, eps=eps)
 
 
@@ -194,45 +192,43 @@ _READERS: dict[str, Callable[[Keys, Family], StateConfig]] = {
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """How a router's logits choose experts and weigh them, beyond the `top_k` best of a softmax.
-
-    `groups`: experts stand in so many groups of neighbours, and only those of the `top_groups` best are chosen. A
-    group is as good as its best expert, with `sigmoid` as its two best together. `sigmoid`: scores are sigmoids, and a
-    bias of each expert is added to choose, not to weigh. `scale` multiplies the weights.
-    """
+    """How a router's logits choose experts and weigh them, beyond the `top_k` best of a softmax."""
 
     groups: int = 1
+    """Experts stand in so many groups of neighbours. A group is as good as its best expert; with `sigmoid` as its two
+    best together."""
     top_groups: int = 1
+    """The best groups, in which experts are chosen."""
     sigmoid: bool = False
+    """Scores are sigmoids, and a bias of each expert is added to choose, not to weigh."""
     scale: float = 1.0
+    """It multiplies the weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class MoeConfig:
-    """Mixture of experts: of `experts` MLPs of `intermediate_size`, each token takes the `top_k` best.
-
-    `normalize`: the weights of those taken are divided by their sum. `bias`: of the router and of every expert.
-    `clamp`: the gate, of the model's other MLPs too, is `lamina_workers.decoder.moe.ClampedGate` with this limit, and
-    `alpha`; None: silu.
-    `shared`: the width of one more expert that all tokens take, weighted by a gate of its own where `shared_gate`; 0:
-    there is none.
-    `latent`: the width of what experts take and give, between a map down to it and one up from it; 0: the model's.
-    `stacked`: how the checkpoint keeps all experts of a layer in one tensor; "": each has its own. See
-    `stacked_experts`.
-    """
+    """Mixture of experts: of `experts` MLPs of `intermediate_size`, each token takes the `top_k` best."""
 
     experts: int
     top_k: int
     intermediate_size: int
     normalize: bool
+    """The weights of the experts taken are divided by their sum."""
     bias: bool = False
+    """The router and every expert have biases."""
     clamp: float | None = None
+    """The limit of the gate, of the model's other MLPs too: `lamina_workers.decoder.moe.ClampedGate`; None: silu."""
     alpha: float = 1.0
+    """The clamped gate's factor."""
     shared: int = 0
+    """The width of one more expert, which all tokens take; 0: there is none."""
     shared_gate: bool = True
+    """The shared expert is weighted by a gate of its own."""
     stacked: Literal["", "rows", "floats", "mxfp4"] = ""
+    """How the checkpoint keeps all experts of a layer in one tensor, see `decoder_weights`; "": each has its own."""
     choice: Choice = Choice()
     latent: int = 0
+    """The width of what experts take and give, between a map down to it and one up from it; 0: the model's."""
 
 
 def read_moe(
@@ -241,19 +237,19 @@ def read_moe(
     """The experts of a model, None where there are none, and which of its layers have them: `sparse`, if given."""
     config: MoeConfig | None
     if family.groups:
-        config, found = _grouped(keys, family, layers)
+        config, layout = _grouped(keys, family, layers)
     elif family.expert_size:
-        config, found = _plain(keys, family, layers)
+        config, layout = _plain(keys, family, layers)
     else:
         return None, (False,) * layers
     if config is None:
-        return None, found
+        return None, layout
     if family.experts.always:
         config = replace(config, stacked="rows")
     if family.clamped:
         clamp = keys.number("swiglu_limit", 0.0, 1e6, default=7.0)
         config = replace(config, clamp=clamp, alpha=keys.number("swiglu_alpha", 0.0, 1e3, default=1.702))
-    return config, found if sparse is None else sparse
+    return config, layout if sparse is None else sparse
 
 
 def _plain(keys: Keys, family: Family, layers: int) -> tuple[MoeConfig | None, tuple[bool, ...]]:
@@ -345,9 +341,9 @@ def read_kinds(keys: Keys, family: Family) -> tuple[tuple[Mixers, ...], tuple[bo
     Raises UnsupportedModelError for another kind of layer, ModelFileError where kinds and num_hidden_layers differ.
     """
     if family.states is None or family.mixers == "both":
-        both: Mixers = ATTENTION if family.states is None else ("state", "attention")
-        return (both,) * keys.integer("num_hidden_layers", 1, 1024), None
-    if (kinds := _given(keys)) is None:
+        mixers: Mixers = ATTENTION if family.states is None else ("state", "attention")
+        return (mixers,) * keys.integer("num_hidden_layers", 1, 1024), None
+    if (kinds := _kinds(keys)) is None:
         every = keys.integer("full_attention_interval", 1, 1024)
         layers = keys.integer("num_hidden_layers", 1, 1024)
         return tuple(_STATE if (layer + 1) % every else ATTENTION for layer in range(layers)), None
@@ -363,7 +359,7 @@ def read_kinds(keys: Keys, family: Family) -> tuple[tuple[Mixers, ...], tuple[bo
     return tuple(allowed[str(kind)] for kind in kinds), sparse
 
 
-def _given(keys: Keys) -> Sequence[object] | None:
+def _kinds(keys: Keys) -> Sequence[object] | None:
     if keys.given("hybrid_override_pattern"):
         return [_LETTERS.get(letter, letter) for letter in keys.text("hybrid_override_pattern")]
     if not keys.given("layer_types") and (full := keys.table("linear_attn_config").get("full_attn_layers")) is not None:
@@ -427,16 +423,16 @@ def _of_tokens(keys: Keys, layers: int, rotary: int) -> tuple[Index, tuple[bool,
 class LatentConfig:
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): k and v of all heads are linear in one vector of
     `rank` numbers, the latent, but for `rotary` more numbers of k, which are rotated and shared by all heads.
-
-    `query_rank`: of the vector that queries are made of; 0: of the residual stream. A head of q and k has `plain`
-    numbers beside the rotated ones, a head of v has `value`.
     """
 
     query_rank: int
+    """The numbers of the vector that queries are made of; 0: they are made of the residual stream."""
     rank: int
     plain: int
+    """The numbers of a head of q and k beside the rotated ones."""
     rotary: int
     value: int
+    """The numbers of a head of v."""
 
 
 def read_latent(keys: Keys, hidden: int) -> LatentConfig:

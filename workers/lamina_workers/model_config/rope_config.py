@@ -42,18 +42,16 @@ _FULL, _WINDOWED = "full_attention", "sliding_attention"  # kinds of layers, whe
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """One RoPE. `theta` is the base; `positions` the length that the config calls max_position_embeddings.
-
-    `original` is the length of pre-training (yarn, longrope, llama3; elsewhere equal to `positions`). Each scaling
-    reads the fields that its formula names and ignores the others. Of each head the first `turned` numbers are turned;
-    0: all. `interleaved`: number 2i is turned against 2i + 1, else i against i + turned / 2. Of both, `head_order`
-    makes halves that are turned against each other.
-    """
+    """One RoPE. A scaling reads the fields that its formula names, and ignores the others."""
 
     kind: str
+    """One of `ROPE_TYPES`."""
     theta: float
+    """The base."""
     positions: int
+    """What the config calls max_position_embeddings."""
     original: int
+    """The length of pre-training for yarn, longrope and llama3; elsewhere `positions`."""
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -66,7 +64,10 @@ class RopeConfig:
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
     turned: int = 0
+    """The first numbers of each head, which are turned; 0: all."""
     interleaved: bool = False
+    """Number 2i is turned against 2i + 1; False: i against i + turned / 2. Of both, `head_order` makes halves that are
+    turned against each other."""
 
     @property
     def by_length(self) -> bool:
@@ -87,17 +88,17 @@ def read_ropes(keys: Keys, dim: int, family: Family) -> tuple[RopeConfig, RopeCo
     Parameters are where transformers 4 (`rope_scaling` beside `rope_theta`) or 5 (`rope_parameters`) puts them.
     """
     positions = keys.integer("max_position_embeddings", 1, 1 << 30)
-    found = keys.table("rope_scaling") or keys.table("rope_parameters")
+    parameters = keys.table("rope_scaling") or keys.table("rope_parameters")
     if family.multimodal:
-        found = {name: value for name, value in found.items() if name not in _PLACES}
-    beside = {name: keys.get(name) for name in _BESIDE if keys.given(name)}
+        parameters = {name: value for name, value in parameters.items() if name not in _PLACES}
+    defaults = {name: keys.get(name) for name in _BESIDE if keys.given(name)}
     local = {"rope_theta": keys.get("rope_local_base_freq")} if keys.given("rope_local_base_freq") else None
-    if _FULL in found or _WINDOWED in found:
-        both = Keys(found, {_FULL: {}, _WINDOWED: {}})
-        found, local = both.table(_FULL), {**(local or beside), **both.table(_WINDOWED)}
-    whole = read_rope({**beside, **found}, positions, dim, family)
-    windowed = whole if local is None else read_rope(local, positions, dim, family)
-    return whole, None if windowed == whole else windowed
+    if _FULL in parameters or _WINDOWED in parameters:
+        by_kind = Keys(parameters, {_FULL: {}, _WINDOWED: {}})
+        parameters, local = by_kind.table(_FULL), {**(local or defaults), **by_kind.table(_WINDOWED)}
+    rope = read_rope({**defaults, **parameters}, positions, dim, family)
+    windowed = rope if local is None else read_rope(local, positions, dim, family)
+    return rope, None if windowed == rope else windowed
 
 
 def read_rope(parameters: Mapping[str, Any], positions: int, dim: int, family: Family) -> RopeConfig:
