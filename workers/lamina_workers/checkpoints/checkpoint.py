@@ -52,16 +52,16 @@ class TensorSource(Protocol):
 
 def check_tensors(source: TensorSource, wanted: dict[str, tuple[int, ...]], ignored: set[str]) -> None:
     """Raise ModelFileError unless `source` has exactly the tensors `wanted`. Takes no memory for any."""
-    found = set(source.names())
-    unexpected = found - wanted.keys() - ignored
+    tensor_names = set(source.names())
+    unexpected = tensor_names - wanted.keys() - ignored
     unexpected = {name for name in unexpected if not name.endswith("rotary_emb.inv_freq")}  # older files, computed here
-    for problem, names in (("lacks", wanted.keys() - found), ("has unexpected", unexpected)):
+    for problem, names in (("lacks", wanted.keys() - tensor_names), ("has unexpected", unexpected)):
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             raise ModelFileError(f"the checkpoint {problem} {', '.join(sorted(names)[:5])}{more}")
     for name, shape in wanted.items():
-        if (given := tuple(source.shape(name))) != shape:
-            raise ModelFileError(f"tensor {name} has shape {list(given)}, the config wants {list(shape)}")
+        if (stored_shape := tuple(source.shape(name))) != shape:
+            raise ModelFileError(f"tensor {name} has shape {list(stored_shape)}, the config wants {list(shape)}")
 
 
 class Renamed:

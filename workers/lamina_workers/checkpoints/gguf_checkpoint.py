@@ -40,8 +40,8 @@ class GgufEntry:
     def nbytes(self) -> int:
         if self.kind in _FLOATS:
             return math.prod(self.shape) * _FLOATS[self.kind].itemsize
-        each, size = block_of(self.kind)
-        return math.prod(self.shape) // each * size
+        numbers, size = block_of(self.kind)
+        return math.prod(self.shape) // numbers * size
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +69,15 @@ def read_record(folder: Path) -> GgufRecord | None:
             raise ModelFileError(f"{path} has {size} bytes; allowed are {_MAX_RECORD_BYTES}")
         raw: Any = json.loads(path.read_text(encoding="utf-8"))
         tensors = {str(name): _entry(path, name, entry) for name, entry in raw["tensors"].items()}
-        found = GgufRecord(str(raw["file"]), int(raw["size"]), int(raw["header"]), str(raw["sha256"]), tensors)
+        record = GgufRecord(str(raw["file"]), int(raw["size"]), int(raw["header"]), str(raw["sha256"]), tensors)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelFileError(f"cannot read {path}: {error!r:.200}") from error
-    if not 0 < found.header <= min(found.size, _MAX_HEADER_BYTES):
-        raise ModelFileError(f"{path} has a header of {found.header} bytes; allowed are 1 to {_MAX_HEADER_BYTES}")
+    if not 0 < record.header <= min(record.size, _MAX_HEADER_BYTES):
+        raise ModelFileError(f"{path} has a header of {record.header} bytes; allowed are 1 to {_MAX_HEADER_BYTES}")
     for name, entry in tensors.items():
-        if entry.offset + entry.nbytes > found.size:
-            raise ModelFileError(f"{path}: tensor {name!r} leaves the {found.size} bytes of the file")
-    return found
+        if entry.offset + entry.nbytes > record.size:
+            raise ModelFileError(f"{path}: tensor {name!r} leaves the {record.size} bytes of the file")
+    return record
 
 
 def _entry(path: Path, name: str, raw: Mapping[str, Any]) -> GgufEntry:
@@ -87,8 +87,8 @@ def _entry(path: Path, name: str, raw: Mapping[str, Any]) -> GgufEntry:
             f"{path}: tensor {name!r:.80} has shape {shape!r:.80} at {offset!r:.80}; allowed are sizes"
         )
     entry = GgufEntry(str(raw["kind"]), tuple(shape), offset, heads, float(raw["added"]))
-    each = 1 if entry.kind in _FLOATS else block_of(entry.kind)[0]
-    if shape[-1] % each or (heads and shape[0] % (2 * heads)) or not math.isfinite(entry.added):
+    numbers = 1 if entry.kind in _FLOATS else block_of(entry.kind)[0]
+    if shape[-1] % numbers or (heads and shape[0] % (2 * heads)) or not math.isfinite(entry.added):
         raise ModelFileError(f"{path}: tensor {name!r:.80} of {entry.kind} has shape {shape!r:.80}")
     return entry
 
@@ -146,12 +146,12 @@ class GgufCheckpoint:
             data = self._data(entry)
             if entry.offset % dtype.itemsize:
                 data = data.clone()
-            found = data.view(dtype).view(entry.shape)
+            values = data.view(dtype).view(entry.shape)
         else:
-            found = self._blocks(entry).floats().view(entry.shape)
+            values = self._blocks(entry).floats().view(entry.shape)
         if entry.permuted:
-            found = found[unpermuted(entry)]
-        return found.float() - entry.added if entry.added else found
+            values = values[unpermuted(entry)]
+        return values.float() - entry.added if entry.added else values
 
     def packed(self, name: str) -> PackedTensor | None:
         entry = self._entry(name)

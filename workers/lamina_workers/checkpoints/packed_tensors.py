@@ -53,10 +53,10 @@ class GgmlBlocks:
 
     def cut(self, rows: torch.Tensor, columns: slice = EVERY) -> GgmlBlocks | None:
         begin, end, _ = columns.indices(self.n_in)
-        each, size = block_of(self.kind)
-        if begin % each or end % each:
+        numbers, size = block_of(self.kind)
+        if begin % numbers or end % numbers:
             return None
-        raw = self.raw[:, begin // each * size : end // each * size]
+        raw = self.raw[:, begin // numbers * size : end // numbers * size]
         return GgmlBlocks(self.kind, raw, end - begin, rows if self.order is None else self.order[rows])
 
     def pack(self, into: torch.Tensor) -> PackedMatrix:
@@ -72,13 +72,13 @@ class GgmlBlocks:
         from gguf.quants import dequantize
 
         try:
-            found = dequantize(self._rows().contiguous().numpy(), GGMLQuantizationType[self.kind])
+            values = dequantize(self._rows().contiguous().numpy(), GGMLQuantizationType[self.kind])
         except NotImplementedError as error:
             raise UnsupportedModelError(
                 f"weights are quantised as {self.kind}, which cannot be read; allowed are {', '.join(BLOCKS)}, and "
                 "what the gguf package dequantises"
             ) from error
-        return torch.from_numpy(found).float().view(self.shape)
+        return torch.from_numpy(values).float().view(self.shape)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,17 +109,17 @@ class Codes:
     def cut(self, rows: torch.Tensor, columns: slice = EVERY) -> Codes | None:
         begin, end, _ = columns.indices(self.n_in)
         group = self.n_in // self.scales.shape[1]
-        kept = [self.scales] if self.mins is None else [self.scales, self.mins]
+        tables = [self.scales] if self.mins is None else [self.scales, self.mins]
         if end - begin < self.n_in:
             if begin % BLOCK or end % BLOCK or (group % BLOCK and group < self.n_in):
                 return None
-            of = slice(begin // BLOCK, end // BLOCK)
-            kept = [_by_block(x, self.n_in)[:, of] for x in kept]
+            blocks = slice(begin // BLOCK, end // BLOCK)
+            tables = [_by_block(x, self.n_in)[:, blocks] for x in tables]
 
         def read(wanted: torch.Tensor) -> torch.Tensor:
             return self.read(rows[wanted])[:, begin:end]
 
-        scales, *mins = (chosen(x, rows) for x in kept)
+        scales, *mins = (chosen(x, rows) for x in tables)
         return Codes(self.bits, end - begin, read, scales, mins[0] if mins else None)
 
     def pack(self, into: torch.Tensor) -> PackedMatrix:
@@ -147,8 +147,8 @@ def block_of(kind: str) -> tuple[int, int]:
         return BLOCKS[kind][1:]
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType  # only for kinds that are seldom met
 
-    found: tuple[int, int] = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
-    return found
+    block: tuple[int, int] = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    return block
 
 
 def chosen(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -164,10 +164,10 @@ def unpack_into(out: torch.Tensor, tensor: PackedTensor, rows: torch.Tensor, col
     """Write rows and columns of a packed matrix to out, `[n, columns]` of any dtype and device, some rows at a time."""
     step = max(1, _CHUNK // (4 * tensor.shape[1]))
     for first in range(0, len(rows), step):
-        of = rows[first : first + step]
-        part = tensor.cut(of, columns)
-        floats = part.floats() if part is not None else _floats_of(tensor.cut(of))[:, columns]
-        out[first : first + len(of)].copy_(floats)
+        numbers = rows[first : first + step]
+        part = tensor.cut(numbers, columns)
+        floats = part.floats() if part is not None else _floats_of(tensor.cut(numbers))[:, columns]
+        out[first : first + len(numbers)].copy_(floats)
 
 
 def _floats_of(part: PackedTensor | None) -> torch.Tensor:

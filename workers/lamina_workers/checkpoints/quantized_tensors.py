@@ -55,12 +55,12 @@ def read_quantization(folder: Path) -> Quantization | None:
     """What the folder's config.json says of its weights; None where they are floats, or of a way that the model's own
     family reads. Raises UnsupportedModelError for a way that is not known."""
     raw = read_config_json(folder)
-    said = raw.get("quantization_config", raw.get("compression_config"))
-    if said is None:
+    section = raw.get("quantization_config", raw.get("compression_config"))
+    if section is None:
         return None
-    if not isinstance(said, Mapping):
-        raise ModelFileError(f"{folder}: quantization_config is {said!r:.80}, expected an object")
-    keys = Keys(said, {})
+    if not isinstance(section, Mapping):
+        raise ModelFileError(f"{folder}: quantization_config is {section!r:.80}, expected an object")
+    keys = Keys(section, {})
     method = keys.text("quant_method", "")
     if method == "mxfp4":  # gpt-oss; see `decoder_weights`
         return None
@@ -69,10 +69,10 @@ def read_quantization(folder: Path) -> Quantization | None:
         raise UnsupportedModelError(
             f"{folder}: weights are quantised by {method!r:.80}; supported are {', '.join(METHODS)}"
         )
-    found = readers[method](keys)
-    if found.bits not in _BITS:
-        raise UnsupportedModelError(f"{folder}: {method} weights of {found.bits} bits; supported are 4 and 8")
-    return found
+    quantization = readers[method](keys)
+    if quantization.bits not in _BITS:
+        raise UnsupportedModelError(f"{folder}: {method} weights of {quantization.bits} bits; supported are 4 and 8")
+    return quantization
 
 
 def _gptq(keys: Keys) -> Quantization:
@@ -100,10 +100,10 @@ def _compressed(keys: Keys) -> Quantization:
             f"compressed-tensors' format is {way!r:.80}; supported are {', '.join(_COMPRESSED)}"
         )
     groups = keys.table("config_groups")
-    found = {_scheme(name, group, way) for name, group in groups.items()}
-    if len(found) != 1:
-        raise UnsupportedModelError(f"compressed-tensors with {len(found)} schemes of weights; supported is one")
-    return found.pop()
+    schemes = {_scheme(name, group, way) for name, group in groups.items()}
+    if len(schemes) != 1:
+        raise UnsupportedModelError(f"compressed-tensors with {len(schemes)} schemes of weights; supported is one")
+    return schemes.pop()
 
 
 def _scheme(name: str, group: Any, way: str) -> Quantization:
@@ -122,57 +122,57 @@ class QuantizedTensors:
     """The tensors of `source`, with one `weight` in the place of the parts that each quantised weight has there."""
 
     def __init__(self, source: TensorSource, quantization: Quantization) -> None:
-        self._source, self._of = source, quantization
+        self._source, self._quantization = source, quantization
         parts, names = _PARTS[quantization.way], set(source.names())
         scale = "scales" if "scales" in parts else "weight_scale"
         self._maps = {name.removesuffix(f".{scale}") for name in names if name.endswith(f".{scale}")}
-        hidden = {f"{at}.{part}" for at in self._maps for part in (*parts, *_UNUSED)}
-        self._parts = {at: tuple(part for part in parts if f"{at}.{part}" in names) for at in self._maps}
+        hidden = {f"{stem}.{part}" for stem in self._maps for part in (*parts, *_UNUSED)}
+        self._parts = {stem: tuple(part for part in parts if f"{stem}.{part}" in names) for stem in self._maps}
         self._plain = names - hidden
         self._warned = False
 
     def names(self) -> Iterable[str]:
-        return [*self._plain, *(f"{at}.weight" for at in self._maps)]
+        return [*self._plain, *(f"{stem}.weight" for stem in self._maps)]
 
     def shape(self, name: str) -> Sequence[int]:
-        at = self._quantized(name)
-        return self._source.shape(name) if at is None else self._shape(at)
+        stem = self._quantized(name)
+        return self._source.shape(name) if stem is None else self._shape(stem)
 
     def tensor(self, name: str) -> torch.Tensor:
-        at = self._quantized(name)
-        if at is None:
+        stem = self._quantized(name)
+        if stem is None:
             return self._source.tensor(name)
-        if (order := self._act_order(at)) is not None:
-            return self._ordered(at, order)
-        return self._codes(at).floats()
+        if (order := self._act_order(stem)) is not None:
+            return self._ordered(stem, order)
+        return self._codes(stem).floats()
 
     def packed(self, name: str) -> PackedTensor | None:
-        at = self._quantized(name)
-        if at is None:
+        stem = self._quantized(name)
+        if stem is None:
             return self._source.packed(name)
-        if self._act_order(at) is not None:
+        if self._act_order(stem) is not None:
             if not self._warned:
                 logger.warning("%s is unpacked: its inputs are grouped in an order of their own (desc_act)", name)
                 self._warned = True
             return None
-        return self._codes(at)
+        return self._codes(stem)
 
     def release(self, name: str) -> None:
-        at = self._quantized(name)
-        for each in [name] if at is None else [f"{at}.{part}" for part in self._parts[at]]:
-            self._source.release(each)
+        stem = self._quantized(name)
+        for part_name in [name] if stem is None else [f"{stem}.{part}" for part in self._parts[stem]]:
+            self._source.release(part_name)
 
     def _quantized(self, name: str) -> str | None:
         """What a name begins with, where it is that of a quantised weight."""
-        at = name.removesuffix(".weight")
-        return at if at != name and at in self._maps else None
+        stem = name.removesuffix(".weight")
+        return stem if stem != name and stem in self._maps else None
 
-    def _shape(self, at: str) -> tuple[int, int]:
-        way, pack = self._of.way, 32 // self._of.bits
+    def _shape(self, stem: str) -> tuple[int, int]:
+        way, pack = self._quantization.way, 32 // self._quantization.bits
         which = {"gptq": "qweight", "awq": "qweight", "pack-quantized": "weight_packed"}.get(way, "weight")
-        shape = tuple(self._source.shape(f"{at}.{which}"))
+        shape = tuple(self._source.shape(f"{stem}.{which}"))
         if len(shape) != 2:
-            raise ModelFileError(f"tensor {at}.{which} has shape {list(shape)}, expected two dimensions")
+            raise ModelFileError(f"tensor {stem}.{which} has shape {list(shape)}, expected two dimensions")
         first, second = shape
         if way == "gptq":
             return second, first * pack
@@ -180,99 +180,105 @@ class QuantizedTensors:
             return second * pack, first
         return first, second * (pack if way == "pack-quantized" else 1)
 
-    def _part(self, at: str, part: str, shape: tuple[int, ...], integers: bool = True) -> torch.Tensor:
+    def _part(self, stem: str, part: str, shape: tuple[int, ...], integers: bool = True) -> torch.Tensor:
         """A part of a weight, checked."""
-        name = f"{at}.{part}"
-        if part not in self._parts[at]:
+        name = f"{stem}.{part}"
+        if part not in self._parts[stem]:
             raise ModelFileError(f"the checkpoint lacks {name}")
         tensor = self._source.tensor(name)
-        wanted = torch.int8 if (part, self._of.way) == ("weight", "int-quantized") else torch.int32
-        if (tensor.dtype != wanted) if integers else not tensor.is_floating_point():
-            raise ModelFileError(f"tensor {name} holds {tensor.dtype}, expected {wanted if integers else 'floats'}")
+        dtype = torch.int8 if (part, self._quantization.way) == ("weight", "int-quantized") else torch.int32
+        if (tensor.dtype != dtype) if integers else not tensor.is_floating_point():
+            raise ModelFileError(f"tensor {name} holds {tensor.dtype}, expected {dtype if integers else 'floats'}")
         if tuple(tensor.shape) != shape:
             raise ModelFileError(f"tensor {name} has shape {list(tensor.shape)}, expected {list(shape)}")
         return tensor
 
-    def _codes(self, at: str) -> Codes:
-        if self._of.way in _COMPRESSED:
-            return self._compressed(at)
-        bits, pack = self._of.bits, 32 // self._of.bits
-        n_out, n_in = self._shape(at)
-        groups = self._groups(at, n_in)
-        scales = self._part(at, "scales", (groups, n_out), integers=False).float().T.contiguous()
-        zeros = self._part(at, "qzeros", (groups, n_out // pack))
+    def _codes(self, stem: str) -> Codes:
+        if self._quantization.way in _COMPRESSED:
+            return self._compressed(stem)
+        bits, pack = self._quantization.bits, 32 // self._quantization.bits
+        n_out, n_in = self._shape(stem)
+        groups = self._groups(stem, n_in)
+        scales = self._part(stem, "scales", (groups, n_out), integers=False).float().T.contiguous()
+        zeros = self._part(stem, "qzeros", (groups, n_out // pack))
         if n_out % pack:
-            raise ModelFileError(f"tensor {at}.qzeros has {n_out} outputs, expected a multiple of {pack}")
-        zero = _unpacked(zeros, bits, self._order()) + self._of.less  # [groups, n_out]
+            raise ModelFileError(f"tensor {stem}.qzeros has {n_out} outputs, expected a multiple of {pack}")
+        zero = _unpacked(zeros, bits, self._order()) + self._quantization.less  # [groups, n_out]
         zero = (zero & ((1 << bits) - 1)).T
-        packed = self._part(at, "qweight", (n_in // pack, n_out) if self._of.way == "gptq" else (n_in, n_out // pack))
+        packed = self._part(
+            stem, "qweight", (n_in // pack, n_out) if self._quantization.way == "gptq" else (n_in, n_out // pack)
+        )
 
         def read(rows: torch.Tensor) -> torch.Tensor:
-            if self._of.way == "gptq":
+            if self._quantization.way == "gptq":
                 return _unpacked(packed[:, rows].T, bits).to(torch.uint8)
             first = int(rows.min()) // pack
-            some = packed[:, first : int(rows.max()) // pack + 1]
-            return _unpacked(some, bits, _AWQ_ORDER)[:, rows - first * pack].T.to(torch.uint8)
+            words = packed[:, first : int(rows.max()) // pack + 1]
+            return _unpacked(words, bits, _AWQ_ORDER)[:, rows - first * pack].T.to(torch.uint8)
 
         return Codes(bits, n_in, read, scales, _mins(zero, scales, bits))
 
-    def _compressed(self, at: str) -> Codes:
-        bits, half, pack = self._of.bits, 1 << (self._of.bits - 1), 32 // self._of.bits
-        n_out, n_in = self._shape(at)
-        whole, packs = (n_out, n_in), self._of.way == "pack-quantized"
-        if packs and "weight_shape" in self._parts[at]:
-            said = self._source.tensor(f"{at}.weight_shape").flatten().tolist()
-            if said != list(whole):
-                raise ModelFileError(f"tensor {at}.weight_shape is {said!r:.80}, expected {list(whole)}")
-        groups = self._groups(at, n_in)
-        given = tuple(self._source.shape(f"{at}.weight_scale"))
-        one = given in ((1,), (), (1, 1)) and n_out > 1  # of the whole tensor
-        shape = given if one else (n_out, groups)
-        scales = self._part(at, "weight_scale", shape, integers=False).float().reshape(-1, groups)
+    def _compressed(self, stem: str) -> Codes:
+        bits, half, pack = self._quantization.bits, 1 << (self._quantization.bits - 1), 32 // self._quantization.bits
+        n_out, n_in = self._shape(stem)
+        weight_shape, packs = (n_out, n_in), self._quantization.way == "pack-quantized"
+        if packs and "weight_shape" in self._parts[stem]:
+            listed_shape = self._source.tensor(f"{stem}.weight_shape").flatten().tolist()
+            if listed_shape != list(weight_shape):
+                raise ModelFileError(
+                    f"tensor {stem}.weight_shape is {listed_shape!r:.80}, expected {list(weight_shape)}"
+                )
+        groups = self._groups(stem, n_in)
+        scale_shape = tuple(self._source.shape(f"{stem}.weight_scale"))
+        one = scale_shape in ((1,), (), (1, 1)) and n_out > 1  # of the whole tensor
+        shape = scale_shape if one else (n_out, groups)
+        scales = self._part(stem, "weight_scale", shape, integers=False).float().reshape(-1, groups)
         scales = scales.expand(n_out, groups).contiguous()
         mins = None
-        if "weight_zero_point" in self._parts[at]:
-            points = self._source.tensor(f"{at}.weight_zero_point")
+        if "weight_zero_point" in self._parts[stem]:
+            points = self._source.tensor(f"{stem}.weight_zero_point")
             if packs and points.dtype == torch.int32 and tuple(points.shape) == (-(-n_out // pack), groups):
                 zero = _unpacked(points.T, bits).T[:n_out]
             elif points.numel() in (1, n_out * groups) and not points.is_floating_point():
                 zero = points.int().reshape(-1, groups).expand(n_out, groups) + half
             else:
-                raise ModelFileError(f"tensor {at}.weight_zero_point has shape {list(points.shape)} of {points.dtype}")
+                raise ModelFileError(
+                    f"tensor {stem}.weight_zero_point has shape {list(points.shape)} of {points.dtype}"
+                )
             mins = _mins(zero, scales, bits)
         if packs:
-            packed = self._part(at, "weight_packed", (n_out, n_in // pack))
+            packed = self._part(stem, "weight_packed", (n_out, n_in // pack))
             return Codes(bits, n_in, lambda rows: _unpacked(packed[rows], bits).to(torch.uint8), scales, mins)
-        weight = self._part(at, "weight", whole)
+        weight = self._part(stem, "weight", weight_shape)
         return Codes(bits, n_in, lambda rows: (weight[rows].short() + half).to(torch.uint8), scales, mins)
 
-    def _groups(self, at: str, n_in: int) -> int:
-        group = self._of.group or n_in
+    def _groups(self, stem: str, n_in: int) -> int:
+        group = self._quantization.group or n_in
         if n_in % group:
-            raise ModelFileError(f"{at} has {n_in} inputs in groups of {group}; allowed are groups that divide them")
+            raise ModelFileError(f"{stem} has {n_in} inputs in groups of {group}; allowed are groups that divide them")
         return n_in // group
 
     def _order(self) -> torch.Tensor | None:
-        return _AWQ_ORDER if self._of.way == "awq" else None
+        return _AWQ_ORDER if self._quantization.way == "awq" else None
 
-    def _act_order(self, at: str) -> torch.Tensor | None:
+    def _act_order(self, stem: str) -> torch.Tensor | None:
         """The group of each input, int64, where those of a group do not follow one another."""
-        name = {"gptq": "g_idx", "pack-quantized": "weight_g_idx"}.get(self._of.way, "")
-        if name not in self._parts[at]:
+        name = {"gptq": "g_idx", "pack-quantized": "weight_g_idx"}.get(self._quantization.way, "")
+        if name not in self._parts[stem]:
             return None
-        n_in = self._shape(at)[1]
-        groups = self._part(at, name, (n_in,)).long()
-        count = self._groups(at, n_in)
+        n_in = self._shape(stem)[1]
+        groups = self._part(stem, name, (n_in,)).long()
+        count = self._groups(stem, n_in)
         if int(groups.min()) < 0 or int(groups.max()) >= count:
-            raise ModelFileError(f"tensor {at}.{name} has groups outside of 0 to {count - 1}")
+            raise ModelFileError(f"tensor {stem}.{name} has groups outside of 0 to {count - 1}")
         return None if torch.equal(groups, torch.arange(n_in) // (n_in // count)) else groups
 
-    def _ordered(self, at: str, groups: torch.Tensor) -> torch.Tensor:
+    def _ordered(self, stem: str, groups: torch.Tensor) -> torch.Tensor:
         """Floats whose inputs are of any groups."""
-        codes = self._codes(at)
+        codes = self._codes(stem)
         numbers = codes.read(torch.arange(len(codes.scales))).float()
         if codes.mins is None:
-            return (numbers - (1 << (self._of.bits - 1))) * codes.scales[:, groups]
+            return (numbers - (1 << (self._quantization.bits - 1))) * codes.scales[:, groups]
         return numbers * codes.scales[:, groups] + codes.mins[:, groups]
 
 

@@ -44,8 +44,8 @@ def find_tensors(folder: Path) -> dict[str, TensorInfo]:
     Raises ModelFileError where a file is missing, truncated or malformed, lies outside the folder, or where
     there are only pickled weights, which would run code when loaded.
     """
-    found = _named(folder)
-    return {f"model.{name}": info for name, info in found.items()} if "embed_tokens.weight" in found else found
+    tensors = _named(folder)
+    return {f"model.{name}": info for name, info in tensors.items()} if "embed_tokens.weight" in tensors else tensors
 
 
 def _named(folder: Path) -> dict[str, TensorInfo]:
@@ -56,12 +56,12 @@ def _named(folder: Path) -> dict[str, TensorInfo]:
         raise _no_weights(folder)
     weight_map = _read_index(_inside(folder, INDEX_FILE))
     shards = {name: read_header(_inside(folder, name)) for name in sorted(set(weight_map.values()))}
-    found = {}
+    tensors = {}
     for tensor, shard in weight_map.items():
         if tensor not in shards[shard]:
             raise ModelFileError(f"{folder / INDEX_FILE} places tensor {tensor!r} in {shard}, which does not have it")
-        found[tensor] = shards[shard][tensor]
-    return found
+        tensors[tensor] = shards[shard][tensor]
+    return tensors
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
@@ -179,8 +179,10 @@ def _inside(folder: Path, name: str) -> Path:
 def _no_weights(folder: Path) -> ModelFileError:
     if not folder.is_dir():
         return ModelFileError(f"{folder} is no folder")
-    wanted = f"{SINGLE_FILE}, or {INDEX_FILE} with its shards"
+    weight_files = f"{SINGLE_FILE}, or {INDEX_FILE} with its shards"
     for file in sorted(folder.iterdir()):
         if file.suffix in _PICKLES:
-            return ModelFileError(f"{file} is refused: pickled weights can run code when loaded; allowed is {wanted}")
-    return ModelFileError(f"{folder} has no weights; expected {wanted}")
+            return ModelFileError(
+                f"{file} is refused: pickled weights can run code when loaded; allowed is {weight_files}"
+            )
+    return ModelFileError(f"{folder} has no weights; expected {weight_files}")

@@ -1,6 +1,6 @@
-"""Takes a checkpoint's tensors, or a rank's parts of them, one by one.
+"""The loader of weights: it takes a checkpoint's tensors, or a rank's parts of them, one by one.
 
-Which weights stay in few bits, and where they lie.
+`Packing` says which weights stay in few bits or become so, and an `Arena` is where they lie on a CPU.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ from lamina_workers.checkpoints.checkpoint import TensorSource
 from lamina_workers.checkpoints.packed_tensors import EVERY, PackedTensor, chosen, unpack_into
 from lamina_workers.errors import ModelFileError
 
+logger = logging.getLogger("lamina")
+
+ALL = (EVERY,)
+"""All rows of a tensor."""
 ALIGNMENT = 64
 """Of each tensor in memory, in bytes: a cache line."""
 QUANTIZE = {"int4": 4, "int8": 8}
@@ -55,19 +59,19 @@ class Arena:
     bytes that are taken, which count when they are written."""
 
     def __init__(self, room: int) -> None:
-        self._left = room
+        self._room = room
         self._block = torch.empty(0, dtype=torch.uint8)
         self._used = 0
 
     def take(self, n_bytes: int) -> torch.Tensor:
         """Uint8 `[n_bytes]`, aligned to a cache line."""
         if n_bytes > len(self._block) - self._used:
-            self._block = memory.allocate(max(1, n_bytes, min(_ARENA, self._left)))
-            self._left -= len(self._block)
+            self._block = memory.allocate(max(1, n_bytes, min(_ARENA, self._room)))
+            self._room -= len(self._block)
             self._used = 0
-        taken = self._block[self._used : self._used + n_bytes]
+        piece = self._block[self._used : self._used + n_bytes]
         self._used += n_bytes + -n_bytes % ALIGNMENT
-        return taken
+        return piece
 
 
 def pack_all(
@@ -75,26 +79,26 @@ def pack_all(
 ) -> list[PackedMatrix]:
     """Matrices `(name, what it is, kind)`, the floats among them quantised to `bits`. Neighbours of one format whose
     tiles follow one another become one. Raises ModelFileError naming a tensor that cannot be packed."""
-    found: list[PackedMatrix] = []
+    matrices: list[PackedMatrix] = []
     room = arena.take(sum(bytes_of(kind, *matrix.shape) for _, matrix, kind in parts))
     first = 0
     for name, matrix, kind in parts:
         n_bytes = bytes_of(kind, *matrix.shape)
         into = room[first : first + n_bytes]
         try:
-            made = quantize(matrix, bits, into) if isinstance(matrix, torch.Tensor) else matrix.pack(into)
+            result = quantize(matrix, bits, into) if isinstance(matrix, torch.Tensor) else matrix.pack(into)
         except ValueError as error:
             raise ModelFileError(f"tensor {name} cannot be packed: {error}") from error
-        before = found[-1] if found else None
-        if before is not None and before.format == made.format and before.shape[0] % ROWS == 0:
-            rows = before.shape[0] + made.shape[0]
-            found[-1] = PackedMatrix(
-                (rows, made.shape[1]), made.format, room[first - before.nbytes : first + made.nbytes]
+        before = matrices[-1] if matrices else None
+        if before is not None and before.format == result.format and before.shape[0] % ROWS == 0:
+            rows = before.shape[0] + result.shape[0]
+            matrices[-1] = PackedMatrix(
+                (rows, result.shape[1]), result.format, room[first - before.nbytes : first + result.nbytes]
             )
         else:
-            found.append(made)
+            matrices.append(result)
         first += n_bytes
-    return found
+    return matrices
 
 
 def packed_kind(source: TensorSource) -> str | None:
@@ -117,11 +121,6 @@ def kept_bytes(source: TensorSource, dtype: torch.dtype, packing: Packing) -> in
         else:
             total += math.prod(shape) * dtype.itemsize
     return total
-
-
-logger = logging.getLogger("lamina")
-
-ALL = (EVERY,)
 
 
 class Loader:
@@ -175,9 +174,9 @@ class Loader:
     ) -> list[Linear]:
         """Maps whose outputs stand in the same tensors: of each, the names of those and its rows in them. `order` and
         `turned` as in `linear`, of the first map."""
-        found: list[Linear] = []
+        linears: list[Linear] = []
         for parts in maps:
-            rows, own_order = [of for _, of in parts], order if not found else None
+            rows, own_order = [slices for _, slices in parts], order if not linears else None
             biases = self._join([f"{name}.bias" for name, _ in parts], rows, counts=False) if bias else None
             if own_order is not None and biases is not None:
                 _reorder(biases[:turned], own_order)
@@ -189,19 +188,19 @@ class Loader:
                 weight = self._join([f"{name}.weight" for name, _ in parts], rows, counts=False)
                 if own_order is not None:
                     _reorder(weight[:turned], own_order)
-            found.append(Linear(weight, biases))
+            linears.append(Linear(weight, biases))
         for name in dict.fromkeys(name for parts in maps for name, _ in parts):
             for part in ("weight", "bias") if bias else ("weight",):
                 self._count(f"{name}.{part}")
-        return found
+        return linears
 
     def matrix(self, name: str, rows: Sequence[slice] = ALL) -> PackedMatrix | None:
         """The embedding, where it stays packed or becomes so, for its rows to be looked up."""
-        found = self._packed([name], [rows], wide=True)
-        if found is None:
+        matrices = self._packed([name], [rows], wide=True)
+        if matrices is None:
             return None
         self._count(name)
-        return found[0]
+        return matrices[0]
 
     def head(self, name: str, rows: Sequence[slice]) -> Linear:
         """The map to logits."""
@@ -257,13 +256,13 @@ class Loader:
 
     def pieces(self, parts: Sequence[tuple[str, Sequence[slice]]]) -> list[torch.Tensor]:
         """As `float32`, rows of tensors of which one may have several."""
-        found = []
+        tensors = []
         for name, rows in parts:
-            whole = self._tensor(name)
-            found.append(torch.cat([whole[part] for part in rows]).to(self.device, torch.float32, copy=True))
+            tensor = self._tensor(name)
+            tensors.append(torch.cat([tensor[part] for part in rows]).to(self.device, torch.float32, copy=True))
         for name in dict.fromkeys(name for name, _ in parts):
             self._count(name)
-        return found
+        return tensors
 
     def skip(self, name: str) -> None:
         """Nothing of this tensor is kept."""
@@ -286,13 +285,13 @@ class Loader:
         if any(len(shape) != 2 for shape in shapes):
             return None
         parts: list[tuple[str, PackedTensor | torch.Tensor, str]] = []
-        for name, of in zip(names, _numbers(shapes, rows, order, turned), strict=True):
+        for name, numbers in zip(names, _numbers(shapes, rows, order, turned), strict=True):
             tensor = self._source.packed(name)
             kind = self._packing.kind_of(tensor, plain, wide)
             if kind is None:
                 return None
             part: PackedTensor | torch.Tensor | None
-            part = chosen(self._tensor(name), of)[:, columns] if tensor is None else tensor.cut(of, columns)
+            part = chosen(self._tensor(name), numbers)[:, columns] if tensor is None else tensor.cut(numbers, columns)
             if part is None or not can_pack(kind, *part.shape):
                 self._warn(name, kind, tensor, columns)
                 return None
@@ -320,14 +319,14 @@ class Loader:
         """The tensors `names`, concatenated along their first dimension in a copy of the loader's dtype. `counts`: they
         are not wanted again."""
         shapes = [self._source.shape(name) for name in names]
-        n_rows = sum(_length(part, shape[0]) for of, shape in zip(rows, shapes, strict=True) for part in of)
+        n_rows = sum(_length(part, shape[0]) for slices, shape in zip(rows, shapes, strict=True) for part in slices)
         width = [_length(columns, n) for n in shapes[0][1:]]
         joined = self._empty((n_rows, *width))
         first = 0
-        for name, of in zip(names, rows, strict=True):
+        for name, slices in zip(names, rows, strict=True):
             packed = self._source.packed(name)
             tensor = self._tensor(name) if packed is None else None
-            for part in of:
+            for part in slices:
                 n = _length(part, self._source.shape(name)[0])
                 into = joined[first : first + n]
                 if packed is not None:
@@ -359,22 +358,24 @@ class Loader:
 
 def _reorder(heads: torch.Tensor, order: torch.Tensor) -> None:
     """Put the rows of each head in another order."""
-    each = heads.view(-1, len(order), *heads.shape[1:])
-    each.copy_(each[:, order.to(heads.device)])
+    by_head = heads.view(-1, len(order), *heads.shape[1:])
+    by_head.copy_(by_head[:, order.to(heads.device)])
 
 
 def _numbers(
     shapes: Sequence[tuple[int, ...]], rows: Sequence[Sequence[slice]], order: torch.Tensor | None, turned: int
 ) -> list[torch.Tensor]:
     """The numbers of the rows that are kept of each tensor, heads in their `order`."""
-    found = [torch.cat([torch.arange(n)[part] for part in of]) for (n, *_), of in zip(shapes, rows, strict=True)]
+    numbers = [
+        torch.cat([torch.arange(n)[part] for part in parts]) for (n, *_), parts in zip(shapes, rows, strict=True)
+    ]
     if order is None:
-        return found
+        return numbers
     starts = [sum(shape[0] for shape in shapes[:i]) for i in range(len(shapes))]
-    whole = torch.cat([of + start for of, start in zip(found, starts, strict=True)])
-    _reorder(whole[:turned], order.cpu())
-    split = whole.split([len(of) for of in found])  # a head is in one tensor
-    return [of - start for of, start in zip(split, starts, strict=True)]
+    joined = torch.cat([in_tensor + start for in_tensor, start in zip(numbers, starts, strict=True)])
+    _reorder(joined[:turned], order.cpu())
+    split = joined.split([len(in_tensor) for in_tensor in numbers])  # a head is in one tensor
+    return [in_joined - start for in_joined, start in zip(split, starts, strict=True)]
 
 
 def _like(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -122,8 +122,8 @@ def masked_as(
     **options: Any,
 ) -> torch.Tensor | None:
     """What transformers calls for a mask. A placeholder, known again by `attend`."""
-    seen = _masks.get()
-    if seen is None or mask_function is None:
+    masks = _masks.get()
+    if masks is None or mask_function is None:
         return None
     placeholder = torch.empty(batch_size, 1, q_length, kv_length, dtype=torch.bool, device="meta")
     mask: Mask | UnsupportedModelError
@@ -136,7 +136,7 @@ def masked_as(
         mask = UnsupportedModelError(f"a layer's mask depends on more than positions: {error}")
         if isinstance(local, int):
             mask = Mask(chunk=local)  # up to so many positions it is causal
-    seen[id(placeholder)] = placeholder, mask
+    masks[id(placeholder)] = placeholder, mask
     return placeholder
 
 
@@ -151,12 +151,12 @@ def _refuse_unknown(module: torch.nn.Module, options: Mapping[str, Any]) -> None
 def _known(module: torch.nn.Module, mask: torch.Tensor | None) -> Mask | None:
     if mask is None:
         return None
-    found = (_masks.get() or {}).get(id(mask))
-    if found is None:
+    entry = (_masks.get() or {}).get(id(mask))
+    if entry is None:
         raise UnsupportedModelError(f"{type(module).__name__} gives its attention a mask that its own code has made")
-    if isinstance(found[1], UnsupportedModelError):
-        raise found[1]
-    return found[1]
+    if isinstance(entry[1], UnsupportedModelError):
+        raise entry[1]
+    return entry[1]
 
 
 def _mask_of(sees: Callable[..., Any]) -> Mask:

@@ -131,14 +131,14 @@ def converted_config(raw: Mapping[str, Any]) -> ConvertedConfig:
     what is missing or out of bounds."""
     architecture, kind = model_class(raw)
     config = read_config(raw)
-    found = dry_run(kind, config)
-    spec, keys = found.specs[0], Keys(raw, {})
+    attentions = dry_run(kind, config)
+    spec, keys = attentions.specs[0], Keys(raw, {})
     vocabulary, positions = getattr(config, "vocab_size", None), getattr(config, "max_position_embeddings", None)
-    for name, value, most in (("vocab_size", vocabulary, 1 << 22), ("max_position_embeddings", positions, 1 << 30)):
-        if type(value) is not int or not 1 <= value <= most:
-            raise ModelFileError(f"{name} is {value!r}, expected an integer from 1 to {most}")
-    context = min(filter(None, (positions, found.context, _trained(config))))
-    layers = len(found.specs)
+    for name, value, limit in (("vocab_size", vocabulary, 1 << 22), ("max_position_embeddings", positions, 1 << 30)):
+        if type(value) is not int or not 1 <= value <= limit:
+            raise ModelFileError(f"{name} is {value!r}, expected an integer from 1 to {limit}")
+    context = min(filter(None, (positions, attentions.context, _trained(config))))
+    layers = len(attentions.specs)
     return ConvertedConfig(
         architecture=architecture,
         vocab_size=int(vocabulary or 0),
@@ -163,7 +163,7 @@ def converted_config(raw: Mapping[str, Any]) -> ConvertedConfig:
         residuals=Residuals(),
         logit_scale=1.0,
         sinks=False,
-        windows=tuple(each.window for each in found.specs),
+        windows=tuple(spec.window for spec in attentions.specs),
         rotary=(False,) * layers,
         sparse=(False,) * layers,
         mixers=(ATTENTION,) * layers,
@@ -174,14 +174,14 @@ def converted_config(raw: Mapping[str, Any]) -> ConvertedConfig:
         eos_token_ids=keys.token_ids("eos_token_id"),
         raw=json.dumps(raw, sort_keys=True),
         version=transformers().__version__,
-        attentions=found,
+        attentions=attentions,
     )
 
 
 def _trained(config: Any) -> int | None:
     """The positions up to which RoPE does not switch; None where it never does."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    tables = rope.values() if all(isinstance(each, dict) for each in rope.values()) else [rope]
+    tables = rope.values() if all(isinstance(value, dict) for value in rope.values()) else [rope]
     limits = []
     for table in tables:
         if table.get("rope_type", table.get("type")) in _SWITCHING_ROPES:

@@ -30,12 +30,12 @@ def stepwise(
     def body() -> torch.Tensor:
         with attention_by(ask):
             if "logits_to_keep" in inspect.signature(model.forward).parameters:
-                found: torch.Tensor = model(
+                logits: torch.Tensor = model(
                     input_ids=token_ids, position_ids=positions, use_cache=False, logits_to_keep=sampled
                 ).logits
-                return found[0]
-            found = model(input_ids=token_ids, position_ids=positions, use_cache=False).logits
-            return found[0, sampled]
+                return logits[0]
+            logits = model(input_ids=token_ids, position_ids=positions, use_cache=False).logits
+            return logits[0, sampled]
 
     runner = greenlet(body)
     try:

@@ -47,25 +47,27 @@ def cut(recording: Recording) -> Cuts:
     needs = [_needs(operation) for operation in operations]
     levels: list[int] = []
     for operation, needed in zip(operations, needs, strict=True):
-        level = max((levels[each] for each in needed), default=-1)
+        level = max((levels[operand] for operand in needed), default=-1)
         levels.append(level if operation.attention is None else operation.attention)
-    wanted = _wanted(recording, needs)
+    numbers = _wanted(recording, needs)
     uses: dict[int, list[int]] = {}
-    for number in wanted:
-        for each in needs[number]:
-            uses.setdefault(each, []).append(number)
+    for number in numbers:
+        for operand in needs[number]:
+            uses.setdefault(operand, []).append(number)
     items: dict[int, set[int | None]] = {}
-    for number in wanted:
+    for number in numbers:
         for leaf in leaves((operations[number].args, operations[number].kwargs)):
             if isinstance(leaf, Ref):
                 items.setdefault(leaf.number, set()).add(leaf.item)
     attentions = [number for number, operation in enumerate(operations) if operation.attention is not None]
     live: list[tuple[Live, ...]] = [()]
     for index in range(1, len(attentions)):
-        sources = {each.ref.number for each in live[-1]} | {attentions[index - 1]}
-        found = _smallest(operations, uses, levels, items, sources, index)
+        sources = {operand.ref.number for operand in live[-1]} | {attentions[index - 1]}
+        live_numbers = _smallest(operations, uses, levels, items, sources, index)
         live.append(
-            tuple(part for number in found for part in _parts(operations[number], number, items.get(number, set())))
+            tuple(
+                part for number in live_numbers for part in _parts(operations[number], number, items.get(number, set()))
+            )
         )
     _check_writes(operations, live)
     return Cuts(tuple(live), tuple(levels))
@@ -78,18 +80,18 @@ def _needs(operation: Operation) -> set[int]:
 
 def _wanted(recording: Recording, needs: list[set[int]]) -> list[int]:
     """The operations that the logits come from."""
-    found, left = set(), [recording.logits.number]
-    while left:
-        number = left.pop()
-        if number not in found:
-            found.add(number)
-            left.extend(needs[number])
-    return sorted(found)
+    reached, stack = set(), [recording.logits.number]
+    while stack:
+        number = stack.pop()
+        if number not in reached:
+            reached.add(number)
+            stack.extend(needs[number])
+    return sorted(reached)
 
 
 def _parts(operation: Operation, number: int, items: set[int | None]) -> list[Live]:
     """Its results that are used, as what can live across a cut. Raises NotRecorded where one is not of one token."""
-    found = []
+    parts = []
     for item in sorted(items, key=lambda each: each or 0):
         shape, dtype = operation.shapes[item or 0], operation.dtypes[item or 0]
         axes = [axis for axis, size in enumerate(shape) if isinstance(size, Size)]
@@ -98,8 +100,8 @@ def _parts(operation: Operation, number: int, items: set[int | None]) -> list[Li
         width = 1
         for axis, size in enumerate(shape):
             width *= 1 if axis == axes[0] else size
-        found.append(Live(Ref(number, item), dtype, shape, axes[0], width))
-    return found
+        parts.append(Live(Ref(number, item), dtype, shape, axes[0], width))
+    return parts
 
 
 def _cost(operation: Operation, number: int, items: set[int | None]) -> int:
@@ -119,12 +121,12 @@ def _smallest(
 ) -> list[int]:
     """The operations whose results live across attention `index`. Each operation is an edge, as wide as its results are
     large; what comes from it is behind that edge. `sources` are what there was behind the attention before."""
-    inside, left = set(sources), list(sources)
-    while left:
-        for user in uses.get(left.pop(), ()):
+    inside, stack = set(sources), list(sources)
+    while stack:
+        for user in uses.get(stack.pop(), ()):
             if levels[user] < index and user not in inside:
                 inside.add(user)
-                left.append(user)
+                stack.append(user)
     start, end = -1, -2
     room: dict[tuple[int, int], dict[tuple[int, int], int]] = {}
 
@@ -160,10 +162,10 @@ def _path(room: Room, start: tuple[int, int], end: tuple[int, int]) -> list[tupl
     """A shortest way with room left; empty where there is none."""
     came = _reached(room, start)
     path = []
-    at = end
-    while at in came and at != start:
-        path.append((came[at], at))
-        at = came[at]
+    node = end
+    while node in came and node != start:
+        path.append((came[node], node))
+        node = came[node]
     return path
 
 
@@ -171,11 +173,11 @@ def _reached(room: Room, start: tuple[int, int]) -> dict[tuple[int, int], tuple[
     came = {start: start}
     queue = deque([start])
     while queue:
-        at = queue.popleft()
-        for to, wide in room.get(at, {}).items():
-            if wide > 0 and to not in came:
-                came[to] = at
-                queue.append(to)
+        node = queue.popleft()
+        for neighbour, wide in room.get(node, {}).items():
+            if wide > 0 and neighbour not in came:
+                came[neighbour] = node
+                queue.append(neighbour)
     return came
 
 

@@ -48,27 +48,27 @@ class SpanSlices:
     """`run` computes a slice where it `can`."""
 
     def __init__(self, slices: Slices) -> None:
-        found = {index: _matched(slices, index) for index in range(1, slices.count)} if programs.can_run() else {}
-        self._kept = {index: match for index, match in found.items() if match is not None}
-        eps = {match.eps for match in self._kept.values()}
+        matches = {index: _matched(slices, index) for index in range(1, slices.count)} if programs.can_run() else {}
+        self._matches = {index: match for index, match in matches.items() if match is not None}
+        eps = {match.eps for match in self._matches.values()}
         if len(eps) != 1:
-            self._kept = {}
-        self._places = {index: place for place, index in enumerate(self._kept)}
-        self._spans = Spans([match.span for match in self._kept.values()], eps.pop() if eps else 0.0)
+            self._matches = {}
+        self._places = {index: place for place, index in enumerate(self._matches)}
+        self._spans = Spans([match.span for match in self._matches.values()], eps.pop() if eps else 0.0)
 
     def can(self, index: int, rows: int) -> bool:
-        return index in self._kept and 0 < rows <= MAX_ROWS
+        return index in self._matches and 0 < rows <= MAX_ROWS
 
     def run(
         self, index: int, tables: Sequence[Any], live: Sequence[torch.Tensor], attended: torch.Tensor
     ) -> list[torch.Tensor]:
         """What `Slices.run` returns, from what that takes."""
-        match = self._kept[index]
+        match = self._matches[index]
         hidden = live[0] if match.residual is None else tables[match.residual]
         rotation = None if match.tables is None else (tables[match.tables[0]], tables[match.tables[1]])
-        whole = attended.view(attended.shape[1], -1)
-        leaves, *made = self._spans.run(self._places[index], hidden[0], whole, rotation)
-        return [made[0][None]] if match.tables is None else [*made, leaves[None]]
+        outputs = attended.view(attended.shape[1], -1)
+        leaves, *results = self._spans.run(self._places[index], hidden[0], outputs, rotation)
+        return [results[0][None]] if match.tables is None else [*results, leaves[None]]
 
 
 def _matched(slices: Slices, index: int) -> _Match | None:
@@ -147,8 +147,8 @@ class _Walk:
     def _keeps(self, operation: Operation) -> bool:
         name = getattr(operation.function, "__name__", "")
         if operation.function is part:
-            whole = self._binding.operations[operation.args[0].number].shapes[0][-1]
-            return bool(operation.args[1:3] == (0, whole))
+            width = self._binding.operations[operation.args[0].number].shapes[0][-1]
+            return bool(operation.args[1:3] == (0, width))
         return name in _SAME or (name == "__getitem__" and operation.args[1] == _WHOLE)
 
     def at(self, ref: Any, function: Any) -> Operation:
@@ -163,10 +163,10 @@ class _Walk:
     def rows(self, ref: Any) -> tuple[Map, Any]:
         """A map for few rows, and what it is applied to."""
         operation = self.at(ref, apply_linear)
-        found: Map | None = self._binding.constant(operation.args[1]).few_rows
-        if found is None:
+        few_rows: Map | None = self._binding.constant(operation.args[1]).few_rows
+        if few_rows is None:
             raise LookupError
-        return found, operation.args[0]
+        return few_rows, operation.args[0]
 
     def norm(self, ref: Any) -> tuple[torch.Tensor, Any, float]:
         """A norm's weight, what it is applied to, and its eps."""
@@ -247,8 +247,8 @@ class ConvertedDecoder(Decoder):
         from lamina_workers.converted.coroutine import stepwise  # greenlet is needed by such models alone
 
         scorer, sampled = batch.scorer, batch.sampled
-        wanted = sampled if scorer is None else torch.cat((sampled, scorer.rows))
-        run = stepwise(self._model, batch.token_ids[None], None if counted else batch.positions[None], wanted)
+        rows = sampled if scorer is None else torch.cat((sampled, scorer.rows))
+        run = stepwise(self._model, batch.token_ids[None], None if counted else batch.positions[None], rows)
         try:
             call = next(run)
             for layer in range(self.config.num_hidden_layers):
@@ -272,40 +272,40 @@ class ConvertedDecoder(Decoder):
         ids, positions = batch.token_ids[None], batch.positions[None]
         last = self.config.num_hidden_layers
         if hidden is None or attended is None:
-            found, tables = slices.first(ids, positions)
-            whole: torch.Tensor | None = None
+            values, tables = slices.first(ids, positions)
+            outputs: torch.Tensor | None = None
         else:
             tables = slices.tables(layer + 1, ids, positions)
-            found, whole = unpacked(slices.live(layer), hidden), self._as_called(layer, attended)
+            values, outputs = unpacked(slices.live(layer), hidden), self._as_called(layer, attended)
         while True:
-            if whole is None:
-                *own, live = _split(found, len(slices.live(layer)))
-                q, k, v = own[0][:3]
-                sinks = own[0][3] if len(own[0]) > 3 else slices.sinks[layer]
+            if outputs is None:
+                *call, live = _split(values, len(slices.live(layer)))
+                q, k, v = call[0][:3]
+                sinks = call[0][3] if len(call[0]) > 3 else slices.sinks[layer]
                 packed = packed_of(slices.live(layer), live, batch.token_ids)
-                whole = yield from self._attended(layer, q, k, v, sinks, packed)
+                outputs = yield from self._attended(layer, q, k, v, sinks, packed)
             else:
-                live = found
+                live = values
             layer += 1
             if layer == last:
                 break
-            found, whole = self._slice(slices, layer, tables, live, whole), None
+            values, outputs = self._slice(slices, layer, tables, live, outputs), None
 
-        def logits(kept: torch.Tensor) -> torch.Tensor:
+        def logits(tokens: torch.Tensor) -> torch.Tensor:
             """Past the last attention, of some of the tokens."""
-            if len(kept) == len(ids[0]) and _in_order(kept):
-                found = self._slice(slices, last, tables, live, whole)
+            if len(tokens) == len(ids[0]) and _in_order(tokens):
+                values = self._slice(slices, last, tables, live, outputs)
             else:
                 parts = zip(slices.live(last - 1), live, strict=True)
-                found = self._slice(
+                values = self._slice(
                     slices,
                     last,
-                    slices.tables(last, ids[:, kept], positions[:, kept]),
-                    [x.index_select(part.axis, kept) for part, x in parts],
-                    whole.index_select(1, kept),
+                    slices.tables(last, ids[:, tokens], positions[:, tokens]),
+                    [x.index_select(part.axis, tokens) for part, x in parts],
+                    outputs.index_select(1, tokens),
                 )
-            left: torch.Tensor = found[0][0]
-            return left.float()
+            result: torch.Tensor = values[0][0]
+            return result.float()
 
         if (scorer := batch.scorer) is not None:
             scorer.score(lambda rows: logits(scorer.rows[rows]), None)
@@ -377,14 +377,14 @@ def unpacked(parts: Sequence[Live], hidden: torch.Tensor) -> list[torch.Tensor]:
     """What `packed_of` has put together."""
     mixed = len({part.dtype for part in parts}) > 1
     widths = [part.bytes if mixed else part.width for part in parts]
-    found: list[torch.Tensor] = []
+    pieces: list[torch.Tensor] = []
     if not parts:
-        return found
+        return pieces
     for piece, x in zip(parts, hidden.split(widths, 1), strict=True):
-        own = x.contiguous().view(piece.dtype) if mixed else x
+        values = x.contiguous().view(piece.dtype) if mixed else x
         shape = [size for axis, size in enumerate(piece.shape) if axis != piece.axis]
-        found.append(own.reshape(len(hidden), *shape).movedim(0, piece.axis))
-    return found
+        pieces.append(values.reshape(len(hidden), *shape).movedim(0, piece.axis))
+    return pieces
 
 
 def _split(found: list[Any], live: int) -> tuple[list[Any], list[Any]]:

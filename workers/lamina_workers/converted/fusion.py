@@ -64,20 +64,25 @@ def half_angles(x: torch.Tensor) -> torch.Tensor:
 
 def plain_norms(model: torch.nn.Module) -> dict[str, RmsNorm]:
     """The modules, by name, that compute what `dense.rms_norm` computes, found by trying one of each class and eps."""
-    found: dict[str, RmsNorm] = {}
+    norms: dict[str, RmsNorm] = {}
     tried: dict[Any, bool] = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        own = list(module.parameters())
-        if "RMSNorm" not in type(module).__name__ or len(own) != 1 or weight is None or not isinstance(eps, float):
+        parameters = list(module.parameters())
+        if (
+            "RMSNorm" not in type(module).__name__
+            or len(parameters) != 1
+            or weight is None
+            or not isinstance(eps, float)
+        ):
             continue
         key = type(module), eps, tuple(weight.shape)
         if key not in tried:
             tried[key] = _is_plain_norm(module, eps, tuple(weight.shape))
         if tried[key]:
-            found[name] = RmsNorm(eps)
-    return found
+            norms[name] = RmsNorm(eps)
+    return norms
 
 
 def _is_plain_norm(module: torch.nn.Module, eps: float, shape: tuple[int, ...]) -> bool:
@@ -103,8 +108,8 @@ def plain_rope(model: torch.nn.Module) -> tuple[Any, Callable[..., Any]] | None:
     angles = torch.randn(3, 4, generator=generator)
     cos, sin = (torch.cat((x, x), -1)[None] for x in (angles.cos(), angles.sin()))
     try:
-        found = function(q, k, cos, sin)
-        for x, rotated in zip((q, k), found, strict=True):
+        results = function(q, k, cos, sin)
+        for x, rotated in zip((q, k), results, strict=True):
             expected = dense.rotate(x[0].transpose(0, 1), angles.cos(), angles.sin()).transpose(0, 1)[None]
             if not torch.allclose(rotated, expected, atol=1e-5):
                 return None
@@ -130,13 +135,13 @@ def fused(recording: Recording, rope: Callable[..., Any] | None) -> Recording:
             if first not in joined:
                 joined[first] = len(new)
                 new.append(_joined(translated(operation.args[0]), operation, names, operations))
-            widths = [operations[each].shapes[0][-1] for each in names]
-            at = names.index(number)
-            begin = sum(widths[:at])
-            args = (Ref(joined[first]), begin, begin + widths[at], operation.shapes[0])
+            widths = [operations[member].shapes[0][-1] for member in names]
+            place = names.index(number)
+            begin = sum(widths[:place])
+            args = (Ref(joined[first]), begin, begin + widths[place], operation.shapes[0])
             new.append(Operation(part, args, {}, operation.shapes, operation.dtypes))
         else:
-            after = tuple(renamed[Ref(each)].number for each in operation.after)
+            after = tuple(renamed[Ref(earlier)].number for earlier in operation.after)
             args, kwargs = translated(operation.args), translated(operation.kwargs)
             new.append(replace(operation, args=args, kwargs=kwargs, after=after))
         last = len(new) - 1
@@ -149,7 +154,7 @@ def fused(recording: Recording, rope: Callable[..., Any] | None) -> Recording:
 
 
 def joined_weights(recording: Recording) -> list[Joined]:
-    return [leaf for each in recording.operations for leaf in leaves(each.args) if isinstance(leaf, Joined)]
+    return [leaf for operation in recording.operations for leaf in leaves(operation.args) if isinstance(leaf, Joined)]
 
 
 def _groups(operations: list[Operation]) -> dict[int, tuple[int, list[int]]]:
@@ -167,11 +172,11 @@ def _groups(operations: list[Operation]) -> dict[int, tuple[int, list[int]]]:
 
 def _joined(x: Any, like: Operation, group: list[int], operations: list[Operation]) -> Operation:
     members = [operations[number] for number in group]
-    biases = tuple(each.args[2].name for each in members if len(each.args) > 2 and each.args[2] is not None)
-    names = Joined(tuple(each.args[1].name for each in members), biases)
+    biases = tuple(member.args[2].name for member in members if len(member.args) > 2 and member.args[2] is not None)
+    names = Joined(tuple(member.args[1].name for member in members), biases)
     rows = like.shapes[0][:-1]
     tokens = next((size for size in rows if isinstance(size, Size)), 1)
-    width = sum(each.shapes[0][-1] for each in members)
+    width = sum(member.shapes[0][-1] for member in members)
     return Operation(apply_linear, (x, names), {}, [(tokens, width)], like.dtypes)
 
 
@@ -187,9 +192,9 @@ def _gate(recording: Recording) -> None:
         gate = _at(operations, gate.args[0])
         if gate is None or gate.function is not part or gate.args[0] != up.args[0]:
             continue
-        whole, (_, width) = gate.args[0], operations[gate.args[0].number].shapes[0]
+        product, (_, width) = gate.args[0], operations[gate.args[0].number].shapes[0]
         if gate.args[1:3] == (0, width // 2) and up.args[1:3] == (width // 2, width):
-            operation.function, operation.args = silu_mul, (whole, operation.shapes[0])
+            operation.function, operation.args = silu_mul, (product, operation.shapes[0])
 
 
 def silu_mul(gate_up: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -207,9 +212,9 @@ def _with_heads(recording: Recording, rope: Callable[..., Any]) -> Recording:
     moved: dict[int, int] = {}
     angles: dict[Any, Ref] = {}
     for number, operation in enumerate(old):
-        found = _heads(old, operation, rope) if operation.attention is not None else None
-        if found is not None:
-            whole, function, tables, norms, shapes = found
+        match = _heads(old, operation, rope) if operation.attention is not None else None
+        if match is not None:
+            projected, function, tables, norms, shapes = match
             for table in tables:
                 if table not in angles:
                     tokens, width = old[table.number].shapes[table.item or 0][1:]
@@ -223,11 +228,11 @@ def _with_heads(recording: Recording, rope: Callable[..., Any]) -> Recording:
                         )
                     )
                     angles[table] = Ref(len(new) - 1)
-            args = (Ref(moved[whole.number]), *(angles[table] for table in tables), *norms)
-            new.append(Operation(function, args, {}, shapes, old[whole.number].dtypes * 3))
-            made = len(new) - 1
-            own = [Ref(made, item) for item in range(3)]
-            new.append(replace(operation, args=(*own, _moved(operation.args[3], moved)), after=()))
+            args = (Ref(moved[projected.number]), *(angles[table] for table in tables), *norms)
+            new.append(Operation(function, args, {}, shapes, old[projected.number].dtypes * 3))
+            last = len(new) - 1
+            heads = [Ref(last, item) for item in range(3)]
+            new.append(replace(operation, args=(*heads, _moved(operation.args[3], moved)), after=()))
         else:
             args, kwargs = _moved(operation.args, moved), _moved(operation.kwargs, moved)
             new.append(replace(operation, args=args, kwargs=kwargs, after=tuple(moved[n] for n in operation.after)))
@@ -255,10 +260,10 @@ def _heads(old: list[Operation], attention: Operation, rope: Callable[..., Any])
     q_shape, k_shape = rotated.shapes
     heads, kv_heads, d = q_shape[1], k_shape[1], q_shape[3]
     ends = [heads * d, (heads + kv_heads) * d, (heads + 2 * kv_heads) * d]
-    places = [each.args[1:3] for each in (of_q, of_k, of_v)]
+    places = [part.args[1:3] for part in (of_q, of_k, of_v)]
     if places != list(zip([0, *ends], ends, strict=False)) or old[of_q.args[0].number].shapes[0][-1] != ends[-1]:
         return None
-    if len({each.args[0] for each in (of_q, of_k, of_v)}) != 1 or v_norm is not None:
+    if len({part.args[0] for part in (of_q, of_k, of_v)}) != 1 or v_norm is not None:
         return None
     if (q_norm is None) != (k_norm is None) or (q_norm is not None and q_norm[0] != k_norm[0]):
         return None

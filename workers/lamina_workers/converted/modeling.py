@@ -57,16 +57,21 @@ def model_class(raw: Mapping[str, Any]) -> tuple[str, Any]:
     module, kind = transformers(), raw.get("model_type")
     names = module.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     named = raw.get("architectures")
-    asked = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
+    architecture = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
     if not isinstance(kind, str) or kind not in names or kind not in module.CONFIG_MAPPING:
         why = " and its code is remote, which is never run" if raw.get("auto_map") else ""
         raise UnsupportedModelError(
             f"neither Lamina nor transformers {module.__version__} has a causal language model for model_type "
-            f"{kind!r}, architecture {asked!r}{why}"
+            f"{kind!r}, architecture {architecture!r}{why}"
         )
     name = names[kind]
-    if asked is not None and asked != name and hasattr(module, asked) and asked in set(names.values()):
-        name = asked
+    if (
+        architecture is not None
+        and architecture != name
+        and hasattr(module, architecture)
+        and architecture in set(names.values())
+    ):
+        name = architecture
     return name, getattr(module, name)
 
 
@@ -118,7 +123,7 @@ def load(kind: Any, config: Any, checkpoint: TensorSource, dtype: torch.dtype) -
     names = [name for name in checkpoint.names() if not name.endswith("rotary_emb.inv_freq")]
     _check_size(build(kind, config, dtype), {name: math.prod(checkpoint.shape(name)) for name in names})
     with converting("loading", seconds=3600.0):
-        model, found = kind.from_pretrained(
+        model, report = kind.from_pretrained(
             None,
             config=config,
             state_dict={name: checkpoint.tensor(name) for name in names},
@@ -137,7 +142,7 @@ def load(kind: Any, config: Any, checkpoint: TensorSource, dtype: torch.dtype) -
         ("has of another shape", "mismatched_keys"),
         ("cannot give", "error_msgs"),
     ):
-        if wrong := sorted(map(str, found.get(key) or ())):
+        if wrong := sorted(map(str, report.get(key) or ())):
             more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
             raise ModelFileError(f"the checkpoint {problem} {', '.join(wrong[:5])}{more}")
     return _quiet(model)
@@ -147,7 +152,7 @@ def load(kind: Any, config: Any, checkpoint: TensorSource, dtype: torch.dtype) -
 def converting(what: str, seconds: float = DEADLINE) -> Iterator[None]:
     """Whatever transformers raises in here is raised as an UnsupportedModelError, and so is a deadline that passes."""
     module = transformers()
-    level, shown = module.logging.get_verbosity(), module.logging.is_progress_bar_enabled()
+    level, has_progress = module.logging.get_verbosity(), module.logging.is_progress_bar_enabled()
     module.logging.set_verbosity_error()
     module.logging.disable_progress_bar()
     try:
@@ -163,7 +168,7 @@ def converting(what: str, seconds: float = DEADLINE) -> Iterator[None]:
         raise UnsupportedModelError(f"{what} the model failed: {type(error).__name__}: {_first_line(error)}") from error
     finally:
         module.logging.set_verbosity(level)
-        if shown:
+        if has_progress:
             module.logging.enable_progress_bar()
 
 
@@ -188,17 +193,17 @@ def _quiet(model: Any) -> torch.nn.Module:
     for module in model.modules():
         if hasattr(module, "warn_if_padding_and_no_attention_mask"):
             module.warn_if_padding_and_no_attention_mask = lambda *_: None
-    found: torch.nn.Module = model.eval().requires_grad_(False)
-    return found
+    quiet: torch.nn.Module = model.eval().requires_grad_(False)
+    return quiet
 
 
 def _check_size(model: torch.nn.Module, given: Mapping[str, int]) -> None:
     """Raise ModelFileError where a checkpoint is smaller than its model, before memory is taken for what it lacks."""
-    wanted = {name: parameter.numel() for name, parameter in model.named_parameters()}  # tied ones once
-    if sum(wanted.values()) > sum(given.values()):
-        lacks = sorted(wanted.keys() - given.keys())[:5]
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}  # tied ones once
+    if sum(sizes.values()) > sum(given.values()):
+        lacks = sorted(sizes.keys() - given.keys())[:5]
         raise ModelFileError(
-            f"the checkpoint has {sum(given.values())} weights, the config wants {sum(wanted.values())}; "
+            f"the checkpoint has {sum(given.values())} weights, the config wants {sum(sizes.values())}; "
             f"it lacks {', '.join(lacks)}"
         )
 
@@ -207,25 +212,25 @@ def _plain(value: Any) -> Any:
     """A config.json without what asks for more than numbers."""
     if isinstance(value, Mapping):
         return {
-            key: _plain(each) for key, each in value.items() if key not in _DROPPED and not str(key).startswith("_")
+            key: _plain(item) for key, item in value.items() if key not in _DROPPED and not str(key).startswith("_")
         }
     return value
 
 
 def _check_numbers(value: Any, name: str) -> None:
     if isinstance(value, Mapping):
-        for key, each in value.items():
-            _check_numbers(each, str(key))
+        for key, item in value.items():
+            _check_numbers(item, str(key))
     elif isinstance(value, list):
         if len(value) > (1 << 16):
             raise ModelFileError(f"{name} has {len(value)} entries; allowed are {1 << 16}")
-        for each in value:
-            _check_numbers(each, name)
+        for item in value:
+            _check_numbers(item, name)
     elif isinstance(value, int) and not isinstance(value, bool):
         layers = name.endswith(("layers", "n_layer"))
-        most = _MAX_LAYERS if layers else _MAX_INTEGER
-        if abs(value) > most:
-            raise ModelFileError(f"{name} is {value}; allowed are at most {most}")
+        limit = _MAX_LAYERS if layers else _MAX_INTEGER
+        if abs(value) > limit:
+            raise ModelFileError(f"{name} is {value}; allowed are at most {limit}")
 
 
 def _first_line(error: BaseException) -> str:

@@ -95,19 +95,19 @@ def model_config(folder: str | Path) -> ModelConfig:
     """The facts of the model in `folder`. Raises ModelFileError, and UnsupportedModelError where neither a native
     family nor the converter runs it."""
     raw = read_config_json(folder)
-    found: ModelConfig | UnsupportedModelError
+    native: ModelConfig | UnsupportedModelError
     try:
-        found = ModelConfig.from_dict(raw)
+        native = ModelConfig.from_dict(raw)
     except UnsupportedModelError as error:
-        found = error
-    if isinstance(found, ModelConfig) and raw.get("model_type") in _NATIVE_TYPES:
-        return found
+        native = error
+    if isinstance(native, ModelConfig) and raw.get("model_type") in _NATIVE_TYPES:
+        return native
     try:  # also a type that names a native class, such as exaone, and has names of its own for tensors
         return converted_config(raw)
     except UnsupportedModelError as error:
-        if isinstance(found, ModelConfig):
-            return found
-        raise UnsupportedModelError(f"{found}. It is not converted either: {error}") from error
+        if isinstance(native, ModelConfig):
+            return native
+        raise UnsupportedModelError(f"{native}. It is not converted either: {error}") from error
 
 
 def way(config: ModelConfig) -> str:

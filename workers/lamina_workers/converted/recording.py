@@ -90,10 +90,10 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """An integer: `slope` times the number of tokens, and `rest`."""
+    """An integer: `slope` times the number of tokens, and `constant`."""
 
     slope: int
-    rest: int
+    constant: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +140,7 @@ def record(model: torch.nn.Module, norms: Mapping[str, Callable[..., Any]], rope
     Raises NotRecorded."""
     first, second, third = (_Recorder(model, tokens, norms, rope).run() for tokens in SIZES)
     if not len(first.operations) == len(second.operations) == len(third.operations):
-        raise NotRecorded(f"{[len(each.operations) for each in (first, second, third)]} operations")
+        raise NotRecorded(f"{[len(recorder.operations) for recorder in (first, second, third)]} operations")
     if not first.logits == second.logits == third.logits:
         raise NotRecorded("the logits come from different operations")
     merged = []
@@ -157,28 +157,28 @@ def record(model: torch.nn.Module, norms: Mapping[str, Callable[..., Any]], rope
 
 def at(tree: Any, tokens: int) -> Any:
     """`tree` with the sizes that it has for a number of tokens."""
-    return mapped(tree, lambda leaf: leaf.slope * tokens + leaf.rest if isinstance(leaf, Size) else leaf)
+    return mapped(tree, lambda leaf: leaf.slope * tokens + leaf.constant if isinstance(leaf, Size) else leaf)
 
 
 def mapped(tree: Any, of: Callable[[Any], Any]) -> Any:
     """`tree`, a nest of tuples, lists, dicts and slices, with `of` each leaf."""
     if isinstance(tree, (tuple, list)):
         return (
-            type(tree)([mapped(each, of) for each in tree])
+            type(tree)([mapped(item, of) for item in tree])
             if type(tree) in (tuple, list)
-            else tuple(mapped(each, of) for each in tree)
+            else tuple(mapped(item, of) for item in tree)
         )
     if isinstance(tree, dict):
-        return {key: mapped(each, of) for key, each in tree.items()}
+        return {key: mapped(item, of) for key, item in tree.items()}
     if isinstance(tree, slice):
         return slice(mapped(tree.start, of), mapped(tree.stop, of), mapped(tree.step, of))
     return of(tree)
 
 
 def leaves(tree: Any) -> list[Any]:
-    found: list[Any] = []
-    mapped(tree, found.append)
-    return found
+    items: list[Any] = []
+    mapped(tree, items.append)
+    return items
 
 
 def set_item(x: torch.Tensor, *args: Any) -> torch.Tensor:
@@ -197,8 +197,8 @@ def _merge(a: Any, b: Any) -> Any:
     if isinstance(a, slice):
         return slice(_merge(a.start, b.start), _merge(a.stop, b.stop), _merge(a.step, b.step))
     if type(a) is int and a != b:
-        slope, rest = divmod(b - a, SIZES[1] - SIZES[0])
-        if rest:
+        slope, remainder = divmod(b - a, SIZES[1] - SIZES[0])
+        if remainder:
             raise NotRecorded(f"{a} and {b} of {SIZES[0]} and {SIZES[1]} tokens")
         return Size(slope, a - slope * SIZES[0])
     if isinstance(a, torch.Tensor):
@@ -219,20 +219,20 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self._model, self._tokens, self._norms, self._rope = model, tokens, norms, rope
         self.operations: list[Operation] = []
-        self._known: dict[int, Any] = {}  # by id of a tensor
-        self._kept: list[Any] = []  # so that no id is used again
+        self._refs: dict[int, Any] = {}  # by id of a tensor
+        self._results: list[Any] = []  # so that no id is used again
         self._written: dict[int, int] = {}  # the last operation that wrote to a memory
         self._read: dict[int, list[int]] = {}
         self._attentions = 0
         for kind in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
             for name, tensor in kind:
-                self._known.setdefault(id(tensor), Weight(name))
+                self._refs.setdefault(id(tensor), Weight(name))
         self._parts = {id(module): Part(name) for name, module in model.named_modules()}
 
     def run(self) -> Recording:
         ids, positions = (torch.zeros(1, self._tokens, dtype=torch.int64, device="meta") for _ in range(2))
-        self._known[id(ids)], self._known[id(positions)] = Input("token_ids"), Input("positions")
-        self._kept += [ids, positions]
+        self._refs[id(ids)], self._refs[id(positions)] = Input("token_ids"), Input("positions")
+        self._results += [ids, positions]
         patched = [(self._model.get_submodule(name), function) for name, function in self._norms.items()]
         for module, function in patched:
             module.forward = lambda x, module=module, function=function: self.leaf(function, (module.weight, x), x)
@@ -251,10 +251,10 @@ class _Recorder(TorchFunctionMode):
                 del module.forward
             if self._rope is not None:
                 code.apply_rotary_pos_emb = plain
-        found = self._known.get(id(logits))
-        if not isinstance(found, Ref):
+        ref = self._refs.get(id(logits))
+        if not isinstance(ref, Ref):
             raise NotRecorded("the logits come from nowhere")
-        return Recording(self.operations, found)
+        return Recording(self.operations, ref)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -267,7 +267,7 @@ class _Recorder(TorchFunctionMode):
             return result
         if name in _SAME and args and result is args[0]:
             return result
-        if not any(isinstance(each, torch.Tensor) for each in leaves(result)):
+        if not any(isinstance(leaf, torch.Tensor) for leaf in leaves(result)):
             return result
         if "out" in kwargs:
             raise NotRecorded(f"{name} writes to another tensor")
@@ -306,7 +306,7 @@ class _Recorder(TorchFunctionMode):
         self, function: Callable[..., Any] | None, args: Any, kwargs: Any, result: Any, writes: bool = False
     ) -> None:
         number, after = len(self.operations), set()
-        tensors = [each for each in leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+        tensors = [value for value in leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
         for tensor in tensors:
             memory = tensor.untyped_storage()._cdata
             if (last := self._written.get(memory)) is not None:
@@ -315,25 +315,25 @@ class _Recorder(TorchFunctionMode):
         encoded = [mapped(tree, self._encoded) for tree in (args, kwargs)]
         if writes:
             memory = args[0].untyped_storage()._cdata
-            if isinstance(self._known.get(id(args[0])), (Weight, Input)):
+            if isinstance(self._refs.get(id(args[0])), (Weight, Input)):
                 raise NotRecorded(f"{function} writes to what the model does not own")
             after.update(reader for reader in self._read[memory] if reader != number)
             self._written[memory] = number
         results = list(result) if isinstance(result, (tuple, list)) else [result]
         for item, tensor in enumerate(results):
             if isinstance(tensor, torch.Tensor):
-                self._known[id(tensor)] = Ref(number, item if isinstance(result, (tuple, list)) else None)
-        self._kept.append((args, kwargs, result))
-        shapes = [tuple(each.shape) if isinstance(each, torch.Tensor) else None for each in results]
-        tensors = [each for each in results if isinstance(each, torch.Tensor)]
-        dtypes, memory = [each.dtype for each in tensors], tuple(each.untyped_storage()._cdata for each in tensors)
+                self._refs[id(tensor)] = Ref(number, item if isinstance(result, (tuple, list)) else None)
+        self._results.append((args, kwargs, result))
+        shapes = [tuple(value.shape) if isinstance(value, torch.Tensor) else None for value in results]
+        tensors = [value for value in results if isinstance(value, torch.Tensor)]
+        dtypes, memory = [value.dtype for value in tensors], tuple(value.untyped_storage()._cdata for value in tensors)
         args, kwargs = encoded
         self.operations.append(Operation(function, args, kwargs, shapes, dtypes, tuple(sorted(after)), writes, memory))
 
     def _encoded(self, leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
-            if id(leaf) in self._known:
-                return self._known[id(leaf)]
+            if id(leaf) in self._refs:
+                return self._refs[id(leaf)]
             if leaf.is_meta:
                 raise NotRecorded("a tensor that no operation has made")
             return leaf

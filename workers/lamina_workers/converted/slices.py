@@ -43,34 +43,34 @@ class Step:
 
 
 class Slice:
-    """What is computed from some values, `given`, to others, `wanted`, both by their keys."""
+    """What is computed from some values, `inputs`, to others, `outputs`, both by their keys."""
 
     def __init__(
-        self, binding: Binding, given: Sequence[Key], wanted: Sequence[Key], after: Sequence[Key] = ()
+        self, binding: Binding, inputs: Sequence[Key], outputs: Sequence[Key], after: Sequence[Key] = ()
     ) -> None:
         """`after`: what must have run too."""
         self._values: list[Any] = [None]  # the number of tokens
         self._places: dict[Key, int] = {}
         self._sizes: list[tuple[int, Size]] = []
-        self._given = [self._place(key) for key in given]
+        self._inputs = [self._place(key) for key in inputs]
         steps = []
-        for number in binding.between(given, [*wanted, *after]):
+        for number in binding.between(inputs, [*outputs, *after]):
             operation = binding.operations[number]
             results = self._results(number, operation)
             steps.append(Step(*self._call(binding, operation), results))
         self._steps = [(step.function, step.args, step.result) for step in steps]
-        self._wanted = [self._found(binding, key) for key in wanted]
+        self._outputs = [self._found(binding, key) for key in outputs]
 
-    def __call__(self, tokens: int, given: Sequence[Any]) -> list[Any]:
+    def __call__(self, tokens: int, inputs: Sequence[Any]) -> list[Any]:
         values = self._values.copy()
         values[0] = tokens
         for place, size in self._sizes:
-            values[place] = size.slope * tokens + size.rest
-        for place, value in zip(self._given, given, strict=True):
+            values[place] = size.slope * tokens + size.constant
+        for place, value in zip(self._inputs, inputs, strict=True):
             values[place] = value
         for function, args, result in self._steps:
             values[result] = function(*args(values))
-        return [values[place] if item is None else values[place][item] for place, item in self._wanted]
+        return [values[place] if item is None else values[place][item] for place, item in self._outputs]
 
     def _place(self, key: Key, value: Any = None) -> int:
         self._values.append(value)
@@ -164,29 +164,29 @@ class Binding:
         ends = [weight.data_ptr() + weight.nbytes for weight in weights]
         if all(end == after.data_ptr() for end, after in zip(ends, weights[1:], strict=False)):
             first = weights[0]
-            whole = first.as_strided((sum(map(len, weights)), first.shape[1]), (first.shape[1], 1))
+            joined = first.as_strided((sum(map(len, weights)), first.shape[1]), (first.shape[1], 1))
         else:
-            whole = torch.cat(weights)
+            joined = torch.cat(weights)
         biases = [_tensor(self.model, name) for name in names.biases]
-        return Linear(whole, torch.cat(biases) if biases else None)
+        return Linear(joined, torch.cat(biases) if biases else None)
 
     def needs(self, number: int) -> Iterable[Key]:
         operation = self.operations[number]
         yield from (leaf for leaf in leaves((operation.args, operation.kwargs)) if isinstance(leaf, (Ref, Input)))
         yield from map(Ref, operation.after)
 
-    def between(self, given: Sequence[Key], wanted: Sequence[Key]) -> list[int]:
-        """The operations that make `wanted` of `given`, in order."""
-        have = set(given)
-        found: set[int] = set()
-        left = list(wanted)
-        while left:
-            key = left.pop()
-            if not isinstance(key, Ref) or key in have or Ref(key.number) in have or key.number in found:
+    def between(self, inputs: Sequence[Key], outputs: Sequence[Key]) -> list[int]:
+        """The operations that make `outputs` of `inputs`, in order."""
+        have = set(inputs)
+        numbers: set[int] = set()
+        stack = list(outputs)
+        while stack:
+            key = stack.pop()
+            if not isinstance(key, Ref) or key in have or Ref(key.number) in have or key.number in numbers:
                 continue
-            found.add(key.number)
-            left.extend(self.needs(key.number))
-        return sorted(found)
+            numbers.add(key.number)
+            stack.extend(self.needs(key.number))
+        return sorted(numbers)
 
 
 INPUTS: tuple[Key, Key] = (Input("token_ids"), Input("positions"))
@@ -202,11 +202,11 @@ class Slices:
         self._attentions = [n for n, operation in enumerate(recording.operations) if operation.attention is not None]
         self._logits = recording.logits
         self._shared = [self._tables(index) for index in range(len(self._attentions) + 1)]
-        self._made: dict[int, Slice] = {}
+        self._table_slices: dict[int, Slice] = {}
         args = [recording.operations[number].args[3] for number in self._attentions]
         self.sinks = [_tensor(model, arg.name) if isinstance(arg, Weight) else None for arg in args]
         """Of each attention, `[heads]`, where they are weights as they are."""
-        self._rest = [self._slice(index) for index in range(1, len(self._attentions) + 1)]
+        self._slices = [self._slice(index) for index in range(1, len(self._attentions) + 1)]
         first = [*self._keys(0), *self._shared[0]]
         self._first = Slice(self.binding, INPUTS, first, self._before(0))
 
@@ -234,23 +234,25 @@ class Slices:
 
     def first(self, token_ids: torch.Tensor, positions: torch.Tensor) -> tuple[list[Any], list[Any]]:
         """Up to the first attention: q, k, v and sinks, and what later slices share."""
-        found = self._first(token_ids.shape[-1], (token_ids, positions))
-        count = len(found) - len(self._shared[0])
-        return found[:count], found[count:]
+        values = self._first(token_ids.shape[-1], (token_ids, positions))
+        count = len(values) - len(self._shared[0])
+        return values[:count], values[count:]
 
     def tables(self, index: int, token_ids: torch.Tensor, positions: torch.Tensor) -> list[Any]:
         """What slices from `index` on share, which `run` takes; for all tokens of a batch, or for some."""
-        if index not in self._made:
-            self._made[index] = Slice(self.binding, INPUTS, self._shared[index])
-        found = dict(
-            zip(self._shared[index], self._made[index](token_ids.shape[-1], (token_ids, positions)), strict=True)
+        if index not in self._table_slices:
+            self._table_slices[index] = Slice(self.binding, INPUTS, self._shared[index])
+        tables = dict(
+            zip(
+                self._shared[index], self._table_slices[index](token_ids.shape[-1], (token_ids, positions)), strict=True
+            )
         )
-        return [found.get(key) for key in self._shared[0]]
+        return [tables.get(key) for key in self._shared[0]]
 
     def run(self, index: int, tables: list[Any], live: Sequence[Any], attended: torch.Tensor) -> list[Any]:
         """Slice `index` > 0. attended: `[1, T, heads, d_v]`. Returns q, k, v and sinks and what lives on, or the
         logits `[1, T, vocab]`."""
-        return self._rest[index - 1](attended.shape[1], (*tables, *live, attended))
+        return self._slices[index - 1](attended.shape[1], (*tables, *live, attended))
 
     def _keys(self, index: int) -> list[Key]:
         """Of what a slice gives: of its attention, then of what lives across that."""
@@ -266,30 +268,34 @@ class Slices:
         return [Ref(number) for number in self.binding.operations[self._attentions[index]].after]
 
     def _slice(self, index: int) -> Slice:
-        given = [*self._shared[0], *(live.ref for live in self._cuts.live[index - 1]), Ref(self._attentions[index - 1])]
-        return Slice(self.binding, given, self._keys(index), self._before(index))
+        inputs = [
+            *self._shared[0],
+            *(live.ref for live in self._cuts.live[index - 1]),
+            Ref(self._attentions[index - 1]),
+        ]
+        return Slice(self.binding, inputs, self._keys(index), self._before(index))
 
     def _tables(self, index: int) -> list[Key]:
         """What depends on no attention, and is taken by slices from `index` on, behind the first attention."""
-        found: dict[Key, None] = {}
+        tables: dict[Key, None] = {}
         levels = self._cuts.levels
         for later in range(max(1, index), len(self._attentions) + 1):
-            given = [*(live.ref for live in self._cuts.live[later - 1]), Ref(self._attentions[later - 1])]
-            wanted = self._keys(later)
-            for number in self.binding.between(given, [*wanted, *self._before(later)]):
+            inputs = [*(live.ref for live in self._cuts.live[later - 1]), Ref(self._attentions[later - 1])]
+            outputs = self._keys(later)
+            for number in self.binding.between(inputs, [*outputs, *self._before(later)]):
                 if levels[number] >= 0:
                     for key in self.binding.needs(number):
-                        if isinstance(key, Input) or (levels[key.number] < 0 and key not in given):
-                            found[key] = None
-            for key in wanted:
+                        if isinstance(key, Input) or (levels[key.number] < 0 and key not in inputs):
+                            tables[key] = None
+            for key in outputs:
                 if isinstance(key, Ref) and levels[key.number] < 0:
-                    found[key] = None
-        return list(found)
+                    tables[key] = None
+        return list(tables)
 
 
 def _tensor(model: torch.nn.Module, name: str) -> torch.Tensor:
-    owner, _, own = name.rpartition(".")
-    tensor: torch.Tensor = getattr(model.get_submodule(owner), own)
+    owner, _, attribute = name.rpartition(".")
+    tensor: torch.Tensor = getattr(model.get_submodule(owner), attribute)
     return tensor.detach()
 
 

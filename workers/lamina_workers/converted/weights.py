@@ -48,17 +48,17 @@ def load_converted(
     UnsupportedModelError where the model computes something of one token from another outside of attention."""
     raw = json.loads(config.raw)
     kind, theirs = model_class(raw)[1], read_config(raw)
-    found: tuple[Recording, Cuts] | None = None
+    cuts: tuple[Recording, Cuts] | None = None
     try:
         recording = _recorded(kind, theirs, dtype)
-        found = recording, cut(recording)
+        cuts = recording, cut(recording)
     except NotRecorded as why:
         logger.info("%s runs as its own module, not in slices: %s", config.architecture, why)
     _check_greenlet(config.architecture)
     model = load(kind, theirs, checkpoint, dtype)
-    together = [] if found is None else joined_weights(found[0])
+    together = [] if cuts is None else joined_weights(cuts[0])
     _settle(model, checkpoint, device, progress or (lambda done, total: None), together)
-    slices = None if found is None else Slices(*found, model, device)
+    slices = None if cuts is None else Slices(*cuts, model, device)
     return ConvertedWeights(model, slices, dtype, device)
 
 
@@ -80,11 +80,11 @@ def cut_live(config: ConvertedConfig, dtype: torch.dtype) -> tuple[tuple[str, ..
     """What lives across each attention, as text for people. Raises UnsupportedModelError where nothing can be cut."""
     raw = json.loads(config.raw)
     try:
-        found = cut(_recorded(model_class(raw)[1], read_config(raw), dtype))
+        cuts = cut(_recorded(model_class(raw)[1], read_config(raw), dtype))
     except NotRecorded as why:
         raise UnsupportedModelError(f"{config.architecture} is not cut into slices: {why}") from why
     return tuple(
-        tuple(f"{part.width} x {str(part.dtype).removeprefix('torch.')}" for part in live) for live in found.live
+        tuple(f"{part.width} x {str(part.dtype).removeprefix('torch.')}" for part in live) for live in cuts.live
     )
 
 
@@ -111,14 +111,17 @@ def _settle(
     weights = [p for p in model.parameters() if not (id(p) in looked_up - others and p.data_ptr() in views)]
     room = sum(math.prod(p.shape) * p.itemsize + _ALIGNMENT for p in weights)
     arena, used = memory.allocate(room), 0
-    order = {id(model.get_parameter(name)): n for n, name in enumerate(name for of in together for name in of.weights)}
+    order = {
+        id(model.get_parameter(name)): n
+        for n, name in enumerate(name for joined in together for name in joined.weights)
+    }
     weights.sort(key=lambda p: order.get(id(p), len(order)))
     for done, parameter in enumerate(weights):
-        kept = arena[used : used + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
+        piece = arena[used : used + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
         used += parameter.nbytes + -parameter.nbytes % _ALIGNMENT
-        kept.copy_(parameter.data)
+        piece.copy_(parameter.data)
         name = views.get(parameter.data_ptr())
-        parameter.data = kept
+        parameter.data = piece
         if name is not None:
             checkpoint.release(name)
         progress(done + 1, len(weights))

@@ -49,15 +49,15 @@ class LatentAttention:
 
     def queries(self, projected: torch.Tensor, rotation: Rotation) -> torch.Tensor:
         """What attends latents, `[n, heads, rank + rotary]`. projected: `[n, query_rank]`, or all heads of q."""
-        at = self.config
+        sizes = self.config
         if self.query_up is not None and self.query_norm is not None:
             projected = self.query_up(rms_norm(projected.contiguous(), self.query_norm, EPS))
-        q = projected.view(len(projected), self.key_up.heads, at.plain + at.rotary)
-        found = q.new_empty(len(q), q.shape[1], at.rank + at.rotary)
-        found[..., : at.rank] = self.key_up(q[..., : at.plain])
-        still = q[..., at.plain :]
-        found[..., at.rank :] = still if rotation is None else rotate(still, *rotation)
-        return found
+        q = projected.view(len(projected), self.key_up.heads, sizes.plain + sizes.rotary)
+        queries = q.new_empty(len(q), q.shape[1], sizes.rank + sizes.rotary)
+        queries[..., : sizes.rank] = self.key_up(q[..., : sizes.plain])
+        still = q[..., sizes.plain :]
+        queries[..., sizes.rank :] = still if rotation is None else rotate(still, *rotation)
+        return queries
 
     def keys(self, projected: torch.Tensor, rotation: Rotation) -> torch.Tensor:
         """The latents, with what is rotated behind them: `[n, 1, rank + rotary]`. projected: `[n, rank + rotary]`."""
@@ -167,8 +167,8 @@ def load_index(
         return HeadIndex(projection, (q_norm, k_norm), len(shape.kv_heads), config.rms_norm_eps)
     up, of_k, weights, norm = names
     rotary = config.latent.rotary
-    own = head_order(replace(config.rope, interleaved=config.family.index_interleaved), rotary)
-    order = None if own is None else torch.cat((own, torch.arange(rotary, index.width)))
+    rotary_order = head_order(replace(config.rope, interleaved=config.family.index_interleaved), rotary)
+    order = None if rotary_order is None else torch.cat((rotary_order, torch.arange(rotary, index.width)))
     bias = load.copy(f"{norm}.bias")
     return LatentIndex(
         query_norm=load.norm(f"model.layers.{layer}.self_attn.q_a_layernorm", 0.0),

@@ -66,21 +66,21 @@ def published_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]])
     if moe is None or not moe.stacked:
         return dict(shapes)
     part, named = _part(config), config.family.experts
-    found = {name: shape for name, shape in shapes.items() if not part.fullmatch(name)}
+    published = {name: shape for name, shape in shapes.items() if not part.fullmatch(name)}
     hidden, size = config.hidden_size, moe.intermediate_size
     for layer in (layer for layer, sparse in enumerate(config.sparse) if sparse):
         for name, n_out, n_in in zip(named.stacked, (2 * size, hidden), (hidden, size), strict=True):
-            at = f"model.layers.{layer}.{named.block}.{name}"
+            stacked_name = f"model.layers.{layer}.{named.block}.{name}"
             if moe.stacked == "rows":
-                found[at] = moe.experts, n_out, n_in
+                published[stacked_name] = moe.experts, n_out, n_in
                 continue
-            found[f"{at}_bias"] = moe.experts, n_out
+            published[f"{stacked_name}_bias"] = moe.experts, n_out
             if moe.stacked == "mxfp4":
-                found[f"{at}_blocks"] = moe.experts, n_out, n_in // MXFP4_BLOCK, MXFP4_BLOCK // 2
-                found[f"{at}_scales"] = moe.experts, n_out, n_in // MXFP4_BLOCK
+                published[f"{stacked_name}_blocks"] = moe.experts, n_out, n_in // MXFP4_BLOCK, MXFP4_BLOCK // 2
+                published[f"{stacked_name}_scales"] = moe.experts, n_out, n_in // MXFP4_BLOCK
             else:
-                found[at] = moe.experts, n_in, n_out
-    return found
+                published[stacked_name] = moe.experts, n_in, n_out
+    return published
 
 
 def _part(config: ModelConfig) -> re.Pattern[str]:
@@ -124,14 +124,14 @@ class SeparateExperts:
         if (part := self._part.fullmatch(name)) is None:
             return self._source.tensor(name)
         expert, rows = int(part[2]), self._rows[part[3]]
-        stacked = [self._source.tensor(each) for each in self._stacked(part)]
+        stacked = [self._source.tensor(stacked_name) for stacked_name in self._stacked(part)]
         if part[4] == "bias" or self._kind == "rows":
             return stacked[0][expert, rows]
         if self._kind == "floats":
             return stacked[0][expert].T[rows]
-        for each, tensor in zip(self._stacked(part), stacked, strict=True):
+        for stacked_name, tensor in zip(self._stacked(part), stacked, strict=True):
             if tensor.dtype != torch.uint8:
-                raise ModelFileError(f"tensor {each} holds {tensor.dtype}, expected torch.uint8")
+                raise ModelFileError(f"tensor {stacked_name} holds {tensor.dtype}, expected torch.uint8")
         blocks, scales = stacked
         return from_mxfp4(blocks[expert, rows], scales[expert, rows])
 
@@ -141,15 +141,15 @@ class SeparateExperts:
 
     def release(self, name: str) -> None:
         part = self._part.fullmatch(name)
-        for each in [name] if part is None else self._stacked(part):
-            self._source.release(each)
+        for tensor_name in [name] if part is None else self._stacked(part):
+            self._source.release(tensor_name)
 
     def _stacked(self, part: re.Match[str]) -> list[str]:
         """The tensors that a part of an expert is in."""
-        at = f"{part[1]}.{self._named.stacked[part[3] == self._named.maps[2]]}"
+        prefix = f"{part[1]}.{self._named.stacked[part[3] == self._named.maps[2]]}"
         if part[4] == "bias":
-            return [f"{at}_bias"]
-        return [f"{at}_blocks", f"{at}_scales"] if self._kind == "mxfp4" else [at]
+            return [f"{prefix}_bias"]
+        return [f"{prefix}_blocks", f"{prefix}_scales"] if self._kind == "mxfp4" else [prefix]
 
 
 def from_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -199,13 +199,13 @@ def _mlp(
 ) -> Mlp:
     """`columns` of an MLP that is `whole` wide. bias: whether there are any, and whether that of the sum is kept."""
     gate, up, down = names
-    own = part_of(columns)
+    rank_part = part_of(columns)
     if gate == up:
-        gate_up = load.linear([gate], bias[0], [[own, part_of(columns, 1, whole)]])
+        gate_up = load.linear([gate], bias[0], [[rank_part, part_of(columns, 1, whole)]])
     else:
         maps = [name for name in (gate, up) if name]
-        gate_up = load.linear(maps, bias[0], [[own]] * len(maps))
-    return Mlp(gate_up, load.summed(down, bias[0], own, bias[1]), gating)
+        gate_up = load.linear(maps, bias[0], [[rank_part]] * len(maps))
+    return Mlp(gate_up, load.summed(down, bias[0], rank_part, bias[1]), gating)
 
 
 def _gating(config: ModelConfig) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -217,13 +217,13 @@ def _gating(config: ModelConfig) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def _experts(config: ModelConfig, moe: MoeConfig, load: Loader, layer: int, shard: Shard, shape: RankShape) -> Experts:
     router, names = mlp_names(config, layer)
-    own = names[part_of(shape.experts)]
-    for name in (name for names_of_one in names if names_of_one not in own for name in names_of_one if name):
+    rank_names = names[part_of(shape.experts)]
+    for name in (name for names_of_one in names if names_of_one not in rank_names for name in names_of_one if name):
         load.skip(f"{name}.weight")
         if moe.bias:
             load.skip(f"{name}.bias")
     gating, size = _gating(config), moe.intermediate_size
-    experts = [_mlp(load, each, range(size), size, (moe.bias, True), gating) for each in own]
+    experts = [_mlp(load, maps, range(size), size, (moe.bias, True), gating) for maps in rank_names]
     shared = None
     if moe.shared:
         gate, of_shared = shared_names(config, layer)
@@ -232,8 +232,8 @@ def _experts(config: ModelConfig, moe: MoeConfig, load: Loader, layer: int, shar
     latent = None
     if moe.latent:
         into, out = latent_names(config, layer)
-        whole = slice(0, moe.latent)
-        latent = load.linear([into], config.mlp_bias), load.summed(out, config.mlp_bias, whole, shard.rank == 0)
+        columns = slice(0, moe.latent)
+        latent = load.linear([into], config.mlp_bias), load.summed(out, config.mlp_bias, columns, shard.rank == 0)
     bias = load.float32(f"{router}.{CHOICE_BIAS}") if moe.choice.sigmoid else None
     chooses = Router(load.linear([str(router)], moe.bias, plain=True), moe, bias)
     return Experts(chooses, experts, shape.experts.start, shared, latent)
@@ -307,28 +307,30 @@ def load_weights(
     if config.family.renamed:
         source = Renamed(source, config.family.renamed)
     config = found_stacked(config, source.names())
-    wanted = tensor_shapes(config)
+    shapes = tensor_shapes(config)
     ignored = {name for name in source.names() if re.fullmatch(config.family.unread, name)}
     if config.tie_word_embeddings:
         ignored.add(f"{HEAD}.weight")
     if config.latent is not None:  # layers behind the last one predict further tokens, and are not used here
         behind = f"model.layers.{config.num_hidden_layers}."
         ignored |= {name for name in source.names() if name.startswith(behind)}
-    check_tensors(source, published_shapes(config, wanted), ignored)
+    check_tensors(source, published_shapes(config, shapes), ignored)
     if config.moe is not None and config.moe.stacked:
-        source = SeparateExperts(source, config, wanted)
+        source = SeparateExperts(source, config, shapes)
     shape = rank_shape(config, shard)
-    room = sum(math.prod(of) * dtype.itemsize + ALIGNMENT for of in _kept_shapes(config, shard, shape))
-    load = Loader(source, dtype, device, progress or (lambda done, total: None), len(wanted), room, packing)
-    own = (part_of(shape.vocabulary),)
+    room = sum(
+        math.prod(tensor_shape) * dtype.itemsize + ALIGNMENT for tensor_shape in _kept_shapes(config, shard, shape)
+    )
+    load = Loader(source, dtype, device, progress or (lambda done, total: None), len(shapes), room, packing)
+    rank_rows = (part_of(shape.vocabulary),)
     if split_embedding is None:
         split_embedding = device.type != "cpu"
-    looked_up = own if split_embedding else ALL
+    looked_up = rank_rows if split_embedding else ALL
     # The largest tensor first, while the copy that is made of it stands beside little else.
     if config.tie_word_embeddings:
-        embedding, head = _load_tied(load, own, looked_up, shard)
+        embedding, head = _load_tied(load, rank_rows, looked_up, shard)
     else:
-        head = load.head(HEAD, own)
+        head = load.head(HEAD, rank_rows)
         name = f"{EMBEDDING}.weight"
         packed = load.matrix(name, looked_up)
         embedding = load.lookup(name, looked_up) if packed is None else packed
@@ -344,9 +346,9 @@ def _load_tied(
     name = f"{EMBEDDING}.weight"
     packed = load.matrix(name, looked_up)
     if packed is not None:
-        whole = looked_up == own or own[0] == slice(0, packed.shape[0])
+        covers_table = looked_up == own or own[0] == slice(0, packed.shape[0])
         aligned = not own[0].start % ROWS and (not own[0].stop % ROWS or own[0].stop == packed.shape[0])
-        part = packed if whole else packed.part(own[0]) if aligned else load.matrix(name, own)
+        part = packed if covers_table else packed.part(own[0]) if aligned else load.matrix(name, own)
         if part is None:
             raise ValueError(f"a part of {name} is not packed, all of it is")
         return packed, Linear([part])
@@ -374,7 +376,7 @@ def _kept_shapes(config: ModelConfig, shard: Shard, shape: RankShape) -> list[Se
 
 
 def _load_mixers(config: ModelConfig, load: Loader, shard: Shard, shape: RankShape) -> list[MixerWeights]:
-    found: list[MixerWeights] = []
+    mixers: list[MixerWeights] = []
     for layer, kinds in enumerate(config.mixers):
         before, behind = (
             load.norm(f"model.layers.{layer}.{name}", config.family.norm_offset) if name and kinds else None
@@ -383,11 +385,11 @@ def _load_mixers(config: ModelConfig, load: Loader, shard: Shard, shape: RankSha
         for i, kind in enumerate(kinds):
             load_mixer = _load_state if kind == "state" else _load_attention
             mixer = load_mixer(config, load, layer, shard, shape)
-            found.append(replace(mixer, input_norm=before, attended_norm=behind, joins=i < len(kinds) - 1))
+            mixers.append(replace(mixer, input_norm=before, attended_norm=behind, joins=i < len(kinds) - 1))
         if config.has_mlp(layer):
             mlp = load_mlp(config, load, layer, shard, shape)
-            found[-1] = replace(found[-1], mlps=(*found[-1].mlps, mlp))
-    return found
+            mixers[-1] = replace(mixers[-1], mlps=(*mixers[-1].mlps, mlp))
+    return mixers
 
 
 def _load_state(config: ModelConfig, load: Loader, layer: int, shard: Shard, shape: RankShape) -> MixerWeights:
@@ -428,9 +430,9 @@ def _load_latent(
     config: ModelConfig, latent: LatentConfig, load: Loader, layer: int, shape: RankShape
 ) -> tuple[Linear, LatentAttention]:
     """The map to queries, or to what they are made of, and to latents; and what follows it."""
-    at, heads = f"model.layers.{layer}.self_attn", len(shape.heads)
+    prefix, heads = f"model.layers.{layer}.self_attn", len(shape.heads)
     of_query, of_latent = latent.plain + latent.rotary, latent.rank + latent.rotary
-    own = [part_of(shape.heads, of_query)]
+    rank_queries = [part_of(shape.heads, of_query)]
     order_of = partial(rotated_last, rope=config.rope, rotary=latent.rotary)
     query_order, latent_order = order_of(of_query, heads), order_of(of_latent, 1)
     first = query_rows(latent, heads)
@@ -438,14 +440,14 @@ def _load_latent(
     if latent_order is not None:
         before = torch.arange(first) if latent.query_rank or query_order is None else query_order
         order = torch.cat((before, first + latent_order))
-    rows = [ALL if latent.query_rank else own, ALL]
+    rows = [ALL if latent.query_rank else rank_queries, ALL]
     projection = load.linear(projection_names(config, layer), rows=rows, order=order, turned=first + of_latent)
     query_norm = query_up = None
     if latent.query_rank:
-        query_norm = load.norm(f"{at}.q_a_layernorm", 0.0)
-        query_up = load.linear([f"{at}.q_b_proj"], rows=[own], order=query_order, turned=heads * of_query)
-    norm = load.norm(f"{at}.kv_a_layernorm", 0.0)
-    up = load.rows(f"{at}.kv_b_proj.weight", part_of(shape.heads, latent.plain + latent.value))
+        query_norm = load.norm(f"{prefix}.q_a_layernorm", 0.0)
+        query_up = load.linear([f"{prefix}.q_b_proj"], rows=[rank_queries], order=query_order, turned=heads * of_query)
+    norm = load.norm(f"{prefix}.kv_a_layernorm", 0.0)
+    up = load.rows(f"{prefix}.kv_b_proj.weight", part_of(shape.heads, latent.plain + latent.value))
     of_heads = up.view(heads, -1, latent.rank)
     key_up, value_up = of_heads[:, : latent.plain].transpose(1, 2), of_heads[:, latent.plain :]
     ups = (HeadLinears(load.keep(x)) for x in (key_up, value_up))
@@ -460,7 +462,13 @@ def _qkv_rows(config: ModelConfig, shape: RankShape) -> list[list[slice]]:
         return rows
     k_first = config.num_attention_heads * d
     firsts = (0, k_first, k_first + config.num_key_value_heads // config.kv_copies * d)
-    return [[slice(each.start + at, each.stop + at) for at, of in zip(firsts, rows, strict=True) for each in of]]
+    return [
+        [
+            slice(part.start + first, part.stop + first)
+            for first, parts in zip(firsts, rows, strict=True)
+            for part in parts
+        ]
+    ]
 
 
 def _head_rows(config: ModelConfig, shape: RankShape, gate: bool = False) -> list[slice]:

@@ -52,10 +52,10 @@ class CudaGraphs:
         self._pool: Any = None
 
     def record(self, work: Work) -> tuple[Callable[[], None], Tensors]:
-        own, current = torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)
+        stream, current = torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)
         graph = torch.cuda.CUDAGraph()
-        own.wait_stream(current)
-        with torch.cuda.stream(own):
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
             for _ in range(WARMUPS):
                 work()
             # Not `torch.cuda.graph`, which waits for the whole device. thread_local: what other threads do is theirs.
@@ -64,7 +64,7 @@ class CudaGraphs:
                 results = work()
             finally:
                 graph.capture_end()
-        current.wait_stream(own)
+        current.wait_stream(stream)
         self._pool = graph.pool()
         graph.replay()
         return graph.replay, results
@@ -110,7 +110,7 @@ class _Around(Decoder):
         """Whether the work after the attention of a layer is the same for all tokens, without other ranks. With experts
         the host must see which have work; and a graph would go on calling a group that was replaced."""
         layer = self._weights.layers[index]
-        experts = any(isinstance(of.mlp, Experts) for of in layer.mlps)
+        experts = any(isinstance(weights.mlp, Experts) for weights in layer.mlps)
         return self._collective is None and not experts and layer.state is None
 
 
@@ -161,8 +161,8 @@ class _Run(_Around):
         if size is not None:
             inputs = self._inputs_of(size)
             # `normed` is in what the query's graph gives, and the angles are where q had them.
-            _, whole = self._graphs["query", index, size].results
-            work = partial(self._plain._keys_values, index, whole, rotation and inputs.rotation)
+            _, all_normed = self._graphs["query", index, size].results
+            work = partial(self._plain._keys_values, index, all_normed, rotation and inputs.rotation)
             if (graph := self._launched("keys", index, size, work)) is not None:
                 k, v = graph.first(len(normed))
                 return k, v
@@ -210,20 +210,20 @@ class _Run(_Around):
         return inputs
 
     def _inputs_of(self, size: int) -> _Inputs:
-        found = self._inputs.get(size)
-        if found is None:
+        inputs = self._inputs.get(size)
+        if inputs is None:
             config = self.config
 
             def zeros(width: int, dtype: torch.dtype) -> torch.Tensor:
                 return torch.zeros(size, width, dtype=dtype, device=self.device)
 
             half = config.rotary_dim // 2
-            found = self._inputs[size] = _Inputs(
+            inputs = self._inputs[size] = _Inputs(
                 hidden=zeros(config.hidden_size * (2 if config.family.mixers == "both" else 1), self.dtype),
                 rotation=(zeros(half, torch.float32), zeros(half, torch.float32)),
                 attended=zeros(config.num_attention_heads * config.v_head_dim, self.dtype),
             )
-        return found
+        return inputs
 
 
 class Captured(_Around):
@@ -270,7 +270,7 @@ class Compiled(_Around):
             alone._weights = replace(decoder._weights, layers=(layer,))
         self._before = torch.compile(Decoder._before_attention, dynamic=True, **options)
         self._first = torch.compile(Decoder._before_query, dynamic=True, **options)
-        self._rest = torch.compile(Decoder._keys_values, dynamic=True, **options)
+        self._keys_of = torch.compile(Decoder._keys_values, dynamic=True, **options)
         self._after = torch.compile(Decoder._after_attention, dynamic=True, **options)
 
     def _before_attention(
@@ -284,7 +284,7 @@ class Compiled(_Around):
         return q, normed
 
     def _keys_values(self, index: int, normed: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
-        k, v = self._rest(self._layers[index], 0, normed, rotation)
+        k, v = self._keys_of(self._layers[index], 0, normed, rotation)
         return k, v
 
     def _after_attention(self, index: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:

@@ -67,10 +67,10 @@ def decoder_spans(config: ModelConfig, weights: DecoderWeights, query_first: boo
     behind: list[Behind | None] = [None]
     ends: list[Heads | States | Weight | None] = []
     for layer in weights.layers:
-        found, inputs = _behind(layer), _inputs(config, layer)
-        if found is None or inputs is None:
+        span, inputs = _behind(layer), _inputs(config, layer)
+        if span is None or inputs is None:
             return None
-        behind.append(found)
+        behind.append(span)
         ends.append(None if query_first and isinstance(inputs, Heads) else inputs)
     norms = [*(layer.input_norm for layer in weights.layers if layer.input_norm is not None), weights.norm]
     ends.append(_head(weights.head))
@@ -81,24 +81,24 @@ def _behind(layer: MixerWeights) -> Behind | None:
     """What follows the mixer, where it is one MLP."""
     if len(layer.mlps) != 1 or layer.joins or layer.latent is not None or layer.input_norm is None:
         return None
-    (of,) = layer.mlps
-    mlp = of.mlp
-    if not isinstance(mlp, Mlp) or mlp.gating not in (silu_mul, gelu_tanh_mul) or of.norm is None:
+    (weights,) = layer.mlps
+    mlp = weights.mlp
+    if not isinstance(mlp, Mlp) or mlp.gating not in (silu_mul, gelu_tanh_mul) or weights.norm is None:
         return None
     output, gate_up, down = layer.output.few_rows, mlp.gate_up.few_rows, mlp.down.few_rows
     gate = None if layer.gate is None else _gate(layer.gate, layer.input_norm)
     if output is None or gate_up is None or down is None or (gate is None and layer.gate is not None):
         return None
     return Behind(
-        output, of.norm, gate_up, down, mlp.gating is gelu_tanh_mul, layer.attended_norm, of.norm_behind, gate
+        output, weights.norm, gate_up, down, mlp.gating is gelu_tanh_mul, layer.attended_norm, weights.norm_behind, gate
     )
 
 
 def _gate(gate: OutputGate, entering: torch.Tensor) -> Gate | None:
-    by = gate.map.few_rows if isinstance(gate.map, Linear) else None
-    if by is None or not gate.fuses:
+    few_rows = gate.map.few_rows if isinstance(gate.map, Linear) else None
+    if few_rows is None or not gate.fuses:
         return None
-    return Gate(by, entering, gate.activation is F.silu, gate.norm, gate.group, gate.eps)
+    return Gate(few_rows, entering, gate.activation is F.silu, gate.norm, gate.group, gate.eps)
 
 
 def _inputs(config: ModelConfig, layer: MixerWeights) -> Heads | States | None:
@@ -115,8 +115,8 @@ def _inputs(config: ModelConfig, layer: MixerWeights) -> Heads | States | None:
 
 
 def _head(head: Linear) -> Weight | None:
-    found = head.few_rows
-    return found[0] if found is not None and found[1] is None else None
+    few_rows = head.few_rows
+    return few_rows[0] if few_rows is not None and few_rows[1] is None else None
 
 
 def project(
@@ -167,9 +167,9 @@ def _over_latents(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q, k and v; without `heads` no q, without `kv_heads` no k, and no v either way."""
     first = query_rows(latent.config, heads) if heads else 0
-    none = projected.new_empty(len(projected), kv_heads, 0)
-    q = latent.queries(projected[:, :first], rotation) if heads else none
-    return q, latent.keys(projected[:, first:], rotation) if kv_heads else none, none
+    empty = projected.new_empty(len(projected), kv_heads, 0)
+    q = latent.queries(projected[:, :first], rotation) if heads else empty
+    return q, latent.keys(projected[:, first:], rotation) if kv_heads else empty, empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,10 +293,10 @@ class Decoder:
 
     @collective.setter
     def collective(self, collective: Collective | None) -> None:
-        given = (collective.rank, collective.ranks) if collective is not None else (0, 1)
-        if given != (self.shard.rank, self.shard.ranks):
+        place = (collective.rank, collective.ranks) if collective is not None else (0, 1)
+        if place != (self.shard.rank, self.shard.ranks):
             raise ValueError(
-                f"rank {self.shard.rank} of {self.shard.ranks} got a collective of rank {given[0]} of {given[1]}"
+                f"rank {self.shard.rank} of {self.shard.ranks} got a collective of rank {place[0]} of {place[1]}"
             )
         self._collective = collective if self.shard.ranks > 1 else None
 
@@ -346,13 +346,13 @@ class Decoder:
                 hidden, attended = hidden[batch.sampled], attended[batch.sampled]
             hidden, entering = self._span(index + 1, hidden, attended, angles[index + 1], query_first)
             attended = None
-        whole = self._gathered(logits := self._logits(hidden, entering))
-        return logits.new_empty(0, self.config.vocab_size) if whole is None else whole
+        gathered = self._gathered(logits := self._logits(hidden, entering))
+        return logits.new_empty(0, self.config.vocab_size) if gathered is None else gathered
 
     def _score(self, scorer: PromptScorer, hidden: torch.Tensor, attended: torch.Tensor) -> None:
         """Score tokens of prompts. hidden, attended: of the last layer, of all tokens."""
-        left = self._after_attention(len(self._weights.layers) - 1, hidden[scorer.rows], attended[scorer.rows])
-        normed = self._norm(left, self._weights.norm)
+        final = self._after_attention(len(self._weights.layers) - 1, hidden[scorer.rows], attended[scorer.rows])
+        normed = self._norm(final, self._weights.norm)
         scorer.score(lambda part: self._gathered(self.head(normed[part])), normed)
 
     def _gathered(self, logits: torch.Tensor) -> torch.Tensor | None:
@@ -434,15 +434,15 @@ class Decoder:
         """The residual stream that enters layer 0, `[T, hidden_size]`."""
         scale = self.config.embedding_scale
         if not self._split_embedding or self._collective is None:
-            found = self._weights.embedded(token_ids)
+            embedded = self._weights.embedded(token_ids)
         else:
             rows = token_ids - self._first_token
             foreign = (rows < 0) | (rows >= self._weights.embedding.shape[0])
-            found = self._weights.embedded(rows.masked_fill(foreign, 0))
-            found = self._collective.all_reduce(found.masked_fill_(foreign.unsqueeze(-1), 0))
+            embedded = self._weights.embedded(rows.masked_fill(foreign, 0))
+            embedded = self._collective.all_reduce(embedded.masked_fill_(foreign.unsqueeze(-1), 0))
         if scale == 1.0:
-            return found
-        return found * torch.tensor(scale, dtype=self.dtype, device=self.device)  # rounded first, as in training
+            return embedded
+        return embedded * torch.tensor(scale, dtype=self.dtype, device=self.device)  # rounded first, as in training
 
     def _before_attention(
         self, index: int, hidden: torch.Tensor, rotation: Rotation
@@ -493,13 +493,13 @@ class Decoder:
             return torch.cat((hidden, delta), -1)
         delta = sum(joined, delta)
         hidden = self._kept(hidden, layer.residual)
-        for of in layer.mlps:
+        for weights in layer.mlps:
             if family.norms.parallel:
                 hidden = hidden + delta
             else:
-                normed, hidden = self._add(delta, hidden, of.norm)
-            hidden = self._kept(normed if family.normed_stream else hidden, of.residual)
-            delta = self._added(of.mlp(normed), of.norm_behind, of.residual)
+                normed, hidden = self._add(delta, hidden, weights.norm)
+            hidden = self._kept(normed if family.normed_stream else hidden, weights.residual)
+            delta = self._added(weights.mlp(normed), weights.norm_behind, weights.residual)
         return hidden + delta
 
     def _add(

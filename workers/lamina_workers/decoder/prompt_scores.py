@@ -21,16 +21,16 @@ Logits = Callable[[torch.Tensor], torch.Tensor | None]
 
 
 class PromptScorer:
-    """Scores what is `asked` of one batch's prompts, over a vocabulary of `vocab_size`.
+    """Scores `parts` of one batch's prompts, over a vocabulary of `vocab_size`.
 
     rows: int64 `[R]` on `device`, the indices of all their tokens in the batch. A forward pass calls `score` once; from
     then on `scores` has the answers, in order, at ranks beyond 0 without log probabilities.
     """
 
-    def __init__(self, asked: Sequence[PromptTokens], vocab_size: int, device: torch.device) -> None:
-        self._asked = asked
+    def __init__(self, parts: Sequence[PromptTokens], vocab_size: int, device: torch.device) -> None:
+        self._parts = parts
         self._block = max(1, _BLOCK // vocab_size)
-        places = [at for part in asked for at in range(part.first, part.first + part.count)]
+        places = [place for part in parts for place in range(part.first, part.first + part.count)]
         self.rows = torch.tensor(places, dtype=torch.int64, device=device)
         self.scores: list[PromptScores] = []
 
@@ -38,31 +38,31 @@ class PromptScorer:
         """hidden: `[R, hidden_size]` of the rows, what leaves the last norm; None where only log probabilities are
         asked. All ranks make the same calls of `logits`."""
         reports, ranks = self._reports(logits)
-        begun = scored = 0
-        for part in self._asked:
-            end, last = begun + part.count, scored + len(part.targets)
+        first = scored = 0
+        for part in self._parts:
+            end, last = first + part.count, scored + len(part.targets)
             if part.targets or hidden is None:
                 self.scores.append(PromptScores(part.start, tuple(reports[scored:last]), tuple(ranks[scored:last])))
             else:
-                total = hidden[begun:end].float().sum(0)
+                total = hidden[first:end].float().sum(0)
                 self.scores.append(PromptScores(part.start, hidden=tuple(total.tolist())))
-            begun, scored = end, last
+            first, scored = end, last
 
     def _reports(self, logits: Logits) -> tuple[list[RowLogprobs], list[int]]:
         """The report and the rank of each target."""
         numbers, targets, tops = list[int](), list[int](), list[int]()
-        begun = 0
-        for part in self._asked:
-            numbers += range(begun, begun + len(part.targets))
+        place = 0
+        for part in self._parts:
+            numbers += range(place, place + len(part.targets))
             targets += part.targets
             tops += [part.top] * len(part.targets)
-            begun += part.count
+            place += part.count
         reports, ranks = list[RowLogprobs](), list[int]()
-        for at in range(0, len(numbers), self._block):
-            end = at + self._block
-            block = logits(torch.tensor(numbers[at:end], device=self.rows.device))
+        for first in range(0, len(numbers), self._block):
+            end = first + self._block
+            block = logits(torch.tensor(numbers[first:end], device=self.rows.device))
             if block is not None:
-                own = block.gather(1, torch.tensor(targets[at:end], device=block.device).unsqueeze(1))
-                ranks += ((block > own).sum(1) + 1).tolist()
-                reports += report(block, targets[at:end], tops[at:end])
+                logits_of_targets = block.gather(1, torch.tensor(targets[first:end], device=block.device).unsqueeze(1))
+                ranks += ((block > logits_of_targets).sum(1) + 1).tolist()
+                reports += report(block, targets[first:end], tops[first:end])
         return reports, ranks

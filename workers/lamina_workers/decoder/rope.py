@@ -112,8 +112,8 @@ class LayerRotations:
         self, positions: torch.Tensor, lengths: torch.Tensor | None
     ) -> list[tuple[torch.Tensor, torch.Tensor] | None]:
         """As `Rotary` says, by layer."""
-        found = {rope: rotary(positions, lengths) for rope, rotary in self._rotaries.items()}
-        return [*(None if rope is None else found[rope] for rope in self._of_layers), None]
+        rotations = {rope: rotary(positions, lengths) for rope, rotary in self._rotaries.items()}
+        return [*(None if rope is None else rotations[rope] for rope in self._of_layers), None]
 
 
 def _exponents(dim: int, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -131,9 +131,9 @@ def _llama3(rope: RopeConfig, base: torch.Tensor) -> torch.Tensor:
     longest = rope.original / rope.low_freq_factor
     shortest = rope.original / rope.high_freq_factor
     smooth = (rope.original / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    between = (1 - smooth) * base / rope.factor + smooth * base
+    blend = (1 - smooth) * base / rope.factor + smooth * base
     scaled = torch.where(wavelength > longest, base / rope.factor, base)
-    return torch.where((wavelength >= shortest) & (wavelength <= longest), between, scaled)
+    return torch.where((wavelength >= shortest) & (wavelength <= longest), blend, scaled)
 
 
 def _yarn(rope: RopeConfig, dim: int) -> torch.Tensor:

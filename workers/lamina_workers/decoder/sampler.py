@@ -68,7 +68,7 @@ class TokenHistory:
         fresh = [token for token in dict.fromkeys(drafts) if token not in self._slots]
         tokens = np.concatenate([self.tokens, np.array(fresh, np.int64)])
         counts = np.concatenate([self.counts, np.zeros(len(fresh), np.float32)])
-        slots = {token: len(self._slots) + at for at, token in enumerate(fresh)}
+        slots = {token: len(self._slots) + offset for offset, token in enumerate(fresh)}
         for token in drafts:
             counts[slots[token] if token in slots else self._slots[token]] += 1
         return TokenCounts(tokens, counts)
@@ -231,11 +231,11 @@ def _suppress(logits: torch.Tensor, rows: Sequence[RowSampling]) -> None:
     for i, row in enumerate(rows):
         if row.suppressed:
             logits[i, list(row.suppressed)] = -torch.inf
-    held = [(i, row.allowed) for i, row in enumerate(rows) if row.allowed is not None]
-    if held:
-        eights = np.stack([allowed for _, allowed in held]).astype("<i4", copy=False).view(np.uint8)
-        added = torch.from_numpy(np.take(_OPEN, eights, axis=0).reshape(len(held), -1)[:, : logits.shape[1]])
-        for (i, _), row_added in zip(held, added.to(logits.device), strict=True):
+    masks = [(i, row.allowed) for i, row in enumerate(rows) if row.allowed is not None]
+    if masks:
+        eights = np.stack([allowed for _, allowed in masks]).astype("<i4", copy=False).view(np.uint8)
+        added = torch.from_numpy(np.take(_OPEN, eights, axis=0).reshape(len(masks), -1)[:, : logits.shape[1]])
+        for (i, _), row_added in zip(masks, added.to(logits.device), strict=True):
             logits[i] += row_added
 
 
@@ -260,20 +260,20 @@ def _filter(probs: torch.Tensor, scaled: torch.Tensor, rows: Sequence[RowSamplin
     device, vocabulary = scaled.device, scaled.shape[1]
     limits = torch.tensor([[row.min_p, row.top_p] for row in rows], dtype=torch.float64, device=device)
     top_k = torch.tensor([[row.top_k if row.top_k > 0 else vocabulary] for row in rows], device=device)
-    left = torch.tensor([i for i, row in enumerate(rows) if row.filtered], dtype=torch.int64, device=device)
+    pending = torch.tensor([i for i, row in enumerate(rows) if row.filtered], dtype=torch.int64, device=device)
     for size in (*(rung for rung in _RUNGS if rung < vocabulary), vocabulary):
-        if not len(left):
+        if not len(pending):
             return
-        values, tokens = _likeliest(scaled.index_select(0, left), size)
-        p = probs[left.unsqueeze(1), tokens]
-        length, settled = _prefix(p.double(), top_k[left], limits[left, :1], limits[left, 1:], vocabulary)
+        values, tokens = _likeliest(scaled.index_select(0, pending), size)
+        p = probs[pending.unsqueeze(1), tokens]
+        length, settled = _prefix(p.double(), top_k[pending], limits[pending, :1], limits[pending, 1:], vocabulary)
         # Beyond the last token seen may be its equals, of lower ids: a prefix that ends among them is not settled.
         settled &= (values.gather(1, length - 1) > values[:, -1:]) | (size == vocabulary)
         p.masked_fill_(torch.arange(size, device=device) >= length, 0)
         done = settled.squeeze(1)
-        probs.index_fill_(0, left[done], 0)
-        probs[left[done].unsqueeze(1), tokens[done]] = p[done]
-        left = left[~done]
+        probs.index_fill_(0, pending[done], 0)
+        probs[pending[done].unsqueeze(1), tokens[done]] = p[done]
+        pending = pending[~done]
 
 
 def _prefix(
@@ -283,15 +283,15 @@ def _prefix(
 
     p: float64 `[n, seen]`, falling, probabilities over the whole vocabulary.
     """
-    seen = p.shape[1]
+    width = p.shape[1]
     mass = p.cumsum(1)
     length = torch.where(min_p > 0, (p >= min_p * p[:, :1]).sum(1, keepdim=True), vocabulary).minimum(top_k)
-    settled = (length < seen) | (length == vocabulary)
+    settled = (length < width) | (length == vocabulary)
     # top_p is a share of what the others left: of 1 where that is everything.
-    left = torch.where(length == vocabulary, 1.0, mass.gather(1, length.clamp(max=seen) - 1))
-    nucleus = (mass - p < top_p * left).sum(1, keepdim=True)
+    share = torch.where(length == vocabulary, 1.0, mass.gather(1, length.clamp(max=width) - 1))
+    nucleus = (mass - p < top_p * share).sum(1, keepdim=True)
     length = torch.where(top_p < 1, length.minimum(nucleus), length)
-    return length.clamp(max=seen), settled
+    return length.clamp(max=width), settled
 
 
 def _likeliest(values: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -299,10 +299,10 @@ def _likeliest(values: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Ten
     if size == values.shape[1]:
         ordered = values.sort(dim=1, descending=True, stable=True)
         return ordered.values, ordered.indices
-    found, tokens = values.topk(size)
+    likeliest, tokens = values.topk(size)
     tokens, order = tokens.sort(dim=1)  # topk leaves equals in any order
-    found, order = found.gather(1, order).sort(dim=1, descending=True, stable=True)
-    return found, tokens.gather(1, order)
+    likeliest, order = likeliest.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return likeliest, tokens.gather(1, order)
 
 
 def _invert(probs: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
@@ -329,24 +329,24 @@ def _pass(weights: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.T
     target = u.unsqueeze(1) * sums[:, -1:]
     index = torch.searchsorted(sums, target, right=True)
     weight = weights.gather(1, index)
-    rest = (target - (sums.gather(1, index) - weight)) / weight
-    return index.squeeze(1), rest.clamp(0, _BELOW_ONE).squeeze(1)
+    fraction = (target - (sums.gather(1, index) - weight)) / weight
+    return index.squeeze(1), fraction.clamp(0, _BELOW_ONE).squeeze(1)
 
 
 def _report(
     logits: torch.Tensor, tokens: Sequence[int | None], rows: Sequence[RowSampling]
 ) -> list[RowLogprobs | None]:
-    found: list[RowLogprobs | None] = [None] * len(rows)
-    asked = [
+    reports: list[RowLogprobs | None] = [None] * len(rows)
+    requests = [
         (i, token, row.logprobs)
         for i, (token, row) in enumerate(zip(tokens, rows, strict=True))
         if token is not None and row.logprobs is not None
     ]
-    if asked:
-        numbers, chosen, counts = zip(*asked, strict=True)
+    if requests:
+        numbers, chosen, counts = zip(*requests, strict=True)
         for i, of_row in zip(numbers, report(_select(logits, numbers), chosen, counts), strict=True):
-            found[i] = of_row
-    return found
+            reports[i] = of_row
+    return reports
 
 
 def report(logits: torch.Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[RowLogprobs]:
@@ -355,10 +355,10 @@ def report(logits: torch.Tensor, tokens: Sequence[int], counts: Sequence[int]) -
     logprobs = logits.float().log_softmax(-1)
     chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device).unsqueeze(1)).squeeze(1).tolist()
     if not any(counts):
-        return [RowLogprobs(own, ()) for own in chosen]
+        return [RowLogprobs(logprob, ()) for logprob in chosen]
     # A fixed number is looked for, so that among equals the rest of the batch has no say.
     values, ids = _likeliest(logprobs, min(_RUNGS[0], logprobs.shape[1]))
     return [
-        RowLogprobs(own, tuple(zip(row_ids[:count], row_values[:count], strict=True)))
-        for own, count, row_ids, row_values in zip(chosen, counts, ids.tolist(), values.tolist(), strict=True)
+        RowLogprobs(logprob, tuple(zip(row_ids[:count], row_values[:count], strict=True)))
+        for logprob, count, row_ids, row_values in zip(chosen, counts, ids.tolist(), values.tolist(), strict=True)
     ]

@@ -148,13 +148,13 @@ def rank_shape(config: ModelConfig, shard: Shard) -> RankShape:
     kv_heads = config.num_key_value_heads
     if shard.ranks > kv_heads:
         raise ValueError(f"{shard.ranks} ranks cannot share {kv_heads} KV heads; with_ranks makes them enough")
-    own = heads_of(kv_heads, shard)
+    kv_range = heads_of(kv_heads, shard)
     group, states = config.num_attention_heads // kv_heads, config.states
     state_keys = _apportion(0 if states is None else states.key_heads, shard)
     state_group = 0 if states is None else states.heads // states.key_heads
     return RankShape(
-        heads=range(own.start * group, own.stop * group),
-        kv_heads=own,
+        heads=range(kv_range.start * group, kv_range.stop * group),
+        kv_heads=kv_range,
         columns=_apportion(config.intermediate_size, shard, _columns_block(config.intermediate_size, shard)),
         experts=_apportion(config.moe.experts if config.moe is not None else 0, shard),
         shared=_apportion(config.moe.shared if config.moe is not None else 0, shard, _BLOCK),
@@ -205,7 +205,7 @@ def _apportion(total: int, shard: Shard, block: int = 1) -> range:
     """The share of `total` things: blocks of `block` where each rank gets one, the first ranks one more if uneven."""
     if total < block * shard.ranks:
         block = 1
-    each, more = divmod(total // block, shard.ranks)
-    first = (each * shard.rank + min(shard.rank, more)) * block
+    share, more = divmod(total // block, shard.ranks)
+    first = (share * shard.rank + min(shard.rank, more)) * block
     last = shard.rank == shard.ranks - 1  # takes what fills no block
-    return range(first, total if last else first + (each + (shard.rank < more)) * block)
+    return range(first, total if last else first + (share + (shard.rank < more)) * block)

@@ -33,27 +33,27 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True)
 class OutputGate:
-    """What a mixer's output is multiplied by: sigmoid or SiLU of a map of the stream that the mixer has read.
-
-    `map` has as many outputs as the mixer; None: there is no gate. `norm`: `[width]`, the weights of a norm over each
-    `group` numbers of the output; None: there is none. `first`: the norm is before the gate. `whole`: the numbers that
-    are normed together, where other ranks have some of them; else `group`. `scale` multiplies what the map gives.
-    """
+    """What a mixer's output is multiplied by: sigmoid or SiLU of a map of the stream that the mixer has read."""
 
     map: Map | None
+    """It has as many outputs as the mixer; None: there is no gate."""
     activation: Map
     norm: torch.Tensor | None = None
+    """`[width]`, the weights of a norm over each `group` numbers of the output; None: there is none."""
     group: int = 0
-    whole: int = 0
+    norm_size: int = 0
+    """The numbers that are normed together, where other ranks have some of them; else `group`."""
     first: bool = True
+    """The norm is before the gate."""
     eps: float = 0.0
     scale: float = 1.0
+    """It multiplies what the map gives."""
 
     @property
     def fuses(self) -> bool:
         """Whether one kernel does what follows the map: nothing is scaled, and normed before the gate, on one rank."""
-        known = self.activation in (torch.sigmoid, F.silu) and self.scale == 1.0
-        return known and (self.norm is None or (self.first and self.whole == self.group))
+        computed = self.activation in (torch.sigmoid, F.silu) and self.scale == 1.0
+        return computed and (self.norm is None or (self.first and self.norm_size == self.group))
 
     def __call__(self, out: torch.Tensor, stream: torch.Tensor, total: Sum | None) -> torch.Tensor:
         """out, the mixer's output: `[n, width]`; stream: `[n, hidden_size]`. -> `[n, width]`, in the dtype of `out`.
@@ -75,9 +75,9 @@ class OutputGate:
     def _normed(self, x: torch.Tensor, total: Sum | None) -> torch.Tensor:
         grouped = x.unflatten(-1, (-1, self.group))
         squares = grouped.square().sum(-1, keepdim=True)
-        if self.whole > self.group and total is not None:
+        if self.norm_size > self.group and total is not None:
             squares = total(squares.flatten(1)).unsqueeze(-1)
-        normed = grouped * torch.rsqrt(squares / self.whole + self.eps)
+        normed = grouped * torch.rsqrt(squares / self.norm_size + self.eps)
         weighted: torch.Tensor = normed.flatten(-2) * self.norm
         return weighted
 

@@ -32,7 +32,7 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def state_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
     """The tensors of the state layer `layer`."""
     family, states = _described(config)
-    at, hidden = f"model.layers.{layer}.{family.module}", config.hidden_size
+    prefix, hidden = f"model.layers.{layer}.{family.module}", config.hidden_size
     key_heads = states.key_heads // states.key_copies
 
     def width(roles: Sequence[str]) -> int:
@@ -40,27 +40,27 @@ def state_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
 
     shapes: dict[str, tuple[int, ...]] = {}
     for name, roles in family.maps.items():
-        shapes[f"{at}.{name}.weight"] = width(roles), hidden
+        shapes[f"{prefix}.{name}.weight"] = width(roles), hidden
         if states.bias:
-            shapes[f"{at}.{name}.bias"] = (width(roles),)
-    shapes[f"{at}.{family.out}.weight"] = hidden, states.heads * states.d_v
+            shapes[f"{prefix}.{name}.bias"] = (width(roles),)
+    shapes[f"{prefix}.{family.out}.weight"] = hidden, states.heads * states.d_v
     if states.bias:
-        shapes[f"{at}.{family.out}.bias"] = (hidden,)
+        shapes[f"{prefix}.{family.out}.bias"] = (hidden,)
     for name, roles in family.conv.items():
-        shapes[f"{at}.{name}.weight"] = width(roles), 1, states.conv
+        shapes[f"{prefix}.{name}.weight"] = width(roles), 1, states.conv
         if states.conv_bias:
-            shapes[f"{at}.{name}.bias"] = (width(roles),)
+            shapes[f"{prefix}.{name}.bias"] = (width(roles),)
     for role, (down, up) in family.low_rank.items():
-        shapes[f"{at}.{down}.weight"] = states.d_v, hidden
-        shapes[f"{at}.{up}.weight"] = width((role,)), states.d_v
+        shapes[f"{prefix}.{down}.weight"] = states.d_v, hidden
+        shapes[f"{prefix}.{up}.weight"] = width((role,)), states.d_v
     if GATE_ROLES[states.kind]:
         decays = width(("decay",)) if "decay" in family.low_rank else states.heads
-        shapes[f"{at}.A_log"] = (1, 1, states.heads, 1) if "decay" in family.low_rank else (states.heads,)
-        shapes[f"{at}.dt_bias"] = (decays,)
+        shapes[f"{prefix}.A_log"] = (1, 1, states.heads, 1) if "decay" in family.low_rank else (states.heads,)
+        shapes[f"{prefix}.dt_bias"] = (decays,)
     if states.skip:
-        shapes[f"{at}.D"] = (states.heads,)
+        shapes[f"{prefix}.D"] = (states.heads,)
     if states.norm:
-        shapes[f"{at}.{family.norm}.weight"] = (_norm_width(states),)
+        shapes[f"{prefix}.{family.norm}.weight"] = (_norm_width(states),)
     return shapes
 
 
@@ -70,13 +70,16 @@ def load_state(
     """The rank's part of a state layer: the map to q, k and v, what its gates are made from, the gate of its output,
     and the map of that."""
     family, states = _described(config)
-    at = f"model.layers.{layer}.{family.module}"
+    prefix = f"model.layers.{layer}.{family.module}"
     heads, key_heads = shape.states, shape.state_keys
     sources = {role: name for name, roles in family.maps.items() for role in roles}
 
     def parts(roles: Sequence[str]) -> list[tuple[str, list[slice]]]:
         return [
-            (f"{at}.{sources[role]}", _rows(states, family.maps[sources[role]], family.by_head, role, heads, key_heads))
+            (
+                f"{prefix}.{sources[role]}",
+                _rows(states, family.maps[sources[role]], family.by_head, role, heads, key_heads),
+            )
             for role in roles
         ]
 
@@ -87,14 +90,14 @@ def load_state(
     plain = [part for part in (("q", "k", "v"), ("z",), roles) if part and part[0] in sources]
     maps = dict(zip(plain, load.apart([parts(part) for part in plain], states.bias), strict=True))
     low = {
-        role: LowRank(load.linear([f"{at}.{down}"]), load.linear([f"{at}.{up}"], rows=[own_rows(role)]))
+        role: LowRank(load.linear([f"{prefix}.{down}"]), load.linear([f"{prefix}.{up}"], rows=[own_rows(role)]))
         for role, (down, up) in family.low_rank.items()
     }
     gate_map = low.get("z") or maps[("z",)]
-    own = slice(heads.start, heads.stop)
-    conv, conv_bias = _convolution(states, family, load, at, (heads, key_heads)) if states.conv else (None, None)
-    skip = load.float32(f"{at}.D", [own]) if states.skip else None
-    decays = states.spec(0, layer, config.num_hidden_layers).decays[own]
+    rank_heads = slice(heads.start, heads.stop)
+    conv, conv_bias = _convolution(states, family, load, prefix, (heads, key_heads)) if states.conv else (None, None)
+    skip = load.float32(f"{prefix}.D", [rank_heads]) if states.skip else None
+    decays = states.spec(0, layer, config.num_hidden_layers).decays[rank_heads]
     weights = StateWeights(
         states.kind,
         StateConstants(
@@ -108,27 +111,29 @@ def load_state(
         ),
         maps.get(roles),
         low.get("decay"),
-        -load.float32(f"{at}.A_log").flatten()[own].exp() if roles else None,
-        load.float32(f"{at}.dt_bias", own_rows("decay") if "decay" in low else [own]) if roles else None,
+        -load.float32(f"{prefix}.A_log").flatten()[rank_heads].exp() if roles else None,
+        load.float32(f"{prefix}.dt_bias", own_rows("decay") if "decay" in low else [rank_heads]) if roles else None,
         states.step,
         states.factors[-1],
     )
     columns = slice(heads.start * states.d_v, heads.stop * states.d_v)
-    gate = _gate(states, family, load, f"{at}.{family.norm}.weight", gate_map, columns)
-    output = load.summed(f"{at}.{family.out}", states.bias, columns, shard.rank == 0)
+    gate = _gate(states, family, load, f"{prefix}.{family.norm}.weight", gate_map, columns)
+    output = load.summed(f"{prefix}.{family.out}", states.bias, columns, shard.rank == 0)
     return maps["q", "k", "v"], weights, gate, output
 
 
 def _convolution(
-    states: StateConfig, family: States, load: Loader, at: str, own: tuple[range, range]
+    states: StateConfig, family: States, load: Loader, prefix: str, heads: tuple[range, range]
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Its weights `[channels, conv]` and its bias, in the order q, k, v, of a rank's `own` heads and key heads."""
-    where = {role: (f"{at}.{name}", roles) for name, roles in family.conv.items() for role in roles}
-    parts = [(where[role][0], _rows(states, where[role][1], False, role, *own)) for role in "qkv"]
+    """Its weights `[channels, conv]` and its bias, in the order q, k, v, of a rank's `heads` and key heads."""
+    where = {role: (f"{prefix}.{name}", roles) for name, roles in family.conv.items() for role in roles}
+    parts = [(where[role][0], _rows(states, where[role][1], False, role, *heads)) for role in "qkv"]
     weights = load.pieces([(f"{name}.weight", rows) for name, rows in parts])
     factors = dict(zip(("z", "v", "k", "q", "step"), states.factors, strict=True))
     weight = torch.cat([part * factors[role] for role, part in zip("qkv", weights, strict=True)]).squeeze(1)
-    return weight, torch.cat(load.pieces([(f"{name}.bias", of) for name, of in parts])) if states.conv_bias else None
+    return weight, torch.cat(
+        load.pieces([(f"{name}.bias", rows) for name, rows in parts])
+    ) if states.conv_bias else None
 
 
 def _gate(
@@ -143,7 +148,7 @@ def _gate(
         _ACTIVATIONS[family.gate],
         weight.repeat(width // len(weight)),
         group=min(states.norm, width),
-        whole=states.norm,
+        norm_size=states.norm,
         first=states.norm_first,
         eps=states.eps,
         scale=states.factors[0],
@@ -163,8 +168,10 @@ def _rows(
         return []
     n_keys = states.key_heads // states.key_copies
     group = states.heads // n_keys  # value heads of a key head
-    sizes = {each: _unit(states, each) * (1 if each in _BY_KEY else group) for each in roles}  # of a key head
-    before = sum(sizes[each] for each in roles[: list(roles).index(role)])
+    sizes = {
+        part_role: _unit(states, part_role) * (1 if part_role in _BY_KEY else group) for part_role in roles
+    }  # of a key head
+    before = sum(sizes[part_role] for part_role in roles[: list(roles).index(role)])
     unit = _unit(states, role)
     if role in _BY_KEY:
         places = [(head // states.key_copies, 0) for head in key_heads]
@@ -203,8 +210,8 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     for name in (EMBEDDING,) if config.tie_word_embeddings else (EMBEDDING, HEAD):
         linear(name, config.vocab_size, hidden)
     for layer in range(config.num_hidden_layers):
-        at = f"model.layers.{layer}"
-        shapes.update({f"{at}.{name}.weight": (hidden,) for name in norm_names(family) if name})
+        prefix = f"model.layers.{layer}"
+        shapes.update({f"{prefix}.{name}.weight": (hidden,) for name in norm_names(family) if name})
         if "state" in config.mixers[layer]:
             shapes.update(state_shapes(config, layer))
         if "attention" in config.mixers[layer]:
@@ -237,10 +244,12 @@ def _mlp_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
     for names in mlps:
         mlp(names, moe.intermediate_size, moe.bias, moe.latent or hidden)
     if moe.latent:
-        for name, of in zip(latent_names(config, layer), ((moe.latent, hidden), (hidden, moe.latent)), strict=True):
-            shapes[f"{name}.weight"] = of
+        for name, latent_shape in zip(
+            latent_names(config, layer), ((moe.latent, hidden), (hidden, moe.latent)), strict=True
+        ):
+            shapes[f"{name}.weight"] = latent_shape
             if config.mlp_bias:
-                shapes[f"{name}.bias"] = of[:1]
+                shapes[f"{name}.bias"] = latent_shape[:1]
     if moe.shared:
         gate, names = shared_names(config, layer)
         if gate is not None:
@@ -249,30 +258,30 @@ def _mlp_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _latent_shapes(latent: LatentConfig, at: str, heads: int, hidden: int) -> dict[str, tuple[int, ...]]:
+def _latent_shapes(latent: LatentConfig, prefix: str, heads: int, hidden: int) -> dict[str, tuple[int, ...]]:
     """The tensors of the attention `at` but its output's."""
     of_queries = heads * (latent.plain + latent.rotary)
     shapes: dict[str, tuple[int, ...]] = {
-        f"{at}.kv_a_proj_with_mqa.weight": (latent.rank + latent.rotary, hidden),
-        f"{at}.kv_a_layernorm.weight": (latent.rank,),
-        f"{at}.kv_b_proj.weight": (heads * (latent.plain + latent.value), latent.rank),
+        f"{prefix}.kv_a_proj_with_mqa.weight": (latent.rank + latent.rotary, hidden),
+        f"{prefix}.kv_a_layernorm.weight": (latent.rank,),
+        f"{prefix}.kv_b_proj.weight": (heads * (latent.plain + latent.value), latent.rank),
     }
     if not latent.query_rank:
-        return shapes | {f"{at}.q_proj.weight": (of_queries, hidden)}
+        return shapes | {f"{prefix}.q_proj.weight": (of_queries, hidden)}
     return shapes | {
-        f"{at}.q_a_proj.weight": (latent.query_rank, hidden),
-        f"{at}.q_a_layernorm.weight": (latent.query_rank,),
-        f"{at}.q_b_proj.weight": (of_queries, latent.query_rank),
+        f"{prefix}.q_a_proj.weight": (latent.query_rank, hidden),
+        f"{prefix}.q_a_layernorm.weight": (latent.query_rank,),
+        f"{prefix}.q_b_proj.weight": (of_queries, latent.query_rank),
     }
 
 
 def _attention_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
-    at, family, hidden = f"model.layers.{layer}.self_attn", config.family, config.hidden_size
+    prefix, family, hidden = f"model.layers.{layer}.self_attn", config.family, config.hidden_size
     d, heads, kv_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads // config.kv_copies
     widths = heads * d, kv_heads * d, kv_heads * config.v_head_dim
     shapes: dict[str, tuple[int, ...]] = {}
     if config.latent is not None:
-        shapes.update(_latent_shapes(config.latent, at, heads, hidden))
+        shapes.update(_latent_shapes(config.latent, prefix, heads, hidden))
     else:
         names = projection_names(config, layer)
         projected = (2 * widths[0] if family.gated else widths[0], *widths[1:])
@@ -280,14 +289,14 @@ def _attention_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, .
             shapes[f"{name}.weight"] = width, hidden
             if config.qkv_bias:
                 shapes[f"{name}.bias"] = (width,)
-    shapes[f"{at}.o_proj.weight"] = hidden, heads * (config.latent.value if config.latent else config.v_head_dim)
+    shapes[f"{prefix}.o_proj.weight"] = hidden, heads * (config.latent.value if config.latent else config.v_head_dim)
     if config.o_bias:
-        shapes[f"{at}.o_proj.bias"] = (hidden,)
+        shapes[f"{prefix}.o_proj.bias"] = (hidden,)
     if family.qk_norm:
         for name, width in zip(family.qk_norm_names, widths, strict=False):
-            shapes[f"{at}.{name}.weight"] = (width if family.qk_norm == "whole" else d,)
+            shapes[f"{prefix}.{name}.weight"] = (width if family.qk_norm == "whole" else d,)
     if config.sinks:
-        shapes[f"{at}.sinks"] = (heads,)
+        shapes[f"{prefix}.sinks"] = (heads,)
     if config.index is not None and config.indexed[layer]:
         shapes.update(_index_shapes(config, config.index, layer, kv_heads))
     return shapes
@@ -311,19 +320,19 @@ def _index_shapes(config: ModelConfig, index: Index, layer: int, kv_heads: int) 
 def projection_names(config: ModelConfig, layer: int) -> list[str]:
     """The maps to q, k and v of a layer; one name where one map has all. Of latent attention those to queries, or to
     what they are made of, and to latents."""
-    at, joined = f"model.layers.{layer}.self_attn", config.family.qkv
+    prefix, joined = f"model.layers.{layer}.self_attn", config.family.qkv
     if config.latent is not None:
-        return [f"{at}.{'q_a' if config.latent.query_rank else 'q'}_proj", f"{at}.kv_a_proj_with_mqa"]
-    return [f"{at}.{joined}"] if joined else [f"{at}.{part}_proj" for part in "qkv"]
+        return [f"{prefix}.{'q_a' if config.latent.query_rank else 'q'}_proj", f"{prefix}.kv_a_proj_with_mqa"]
+    return [f"{prefix}.{joined}"] if joined else [f"{prefix}.{part}_proj" for part in "qkv"]
 
 
 def index_names(config: ModelConfig, layer: int) -> tuple[str, str, str, str]:
     """The maps and norms of a layer's index: to index queries and keys, and their norms; with latents to index queries,
     keys and weights, and the norm of keys."""
-    at = f"model.layers.{layer}.self_attn.indexer"
+    prefix = f"model.layers.{layer}.self_attn.indexer"
     if config.latent is not None:
-        return f"{at}.wq_b", f"{at}.wk", f"{at}.weights_proj", f"{at}.k_norm"
-    return f"{at}.q_proj", f"{at}.k_proj", f"{at}.q_norm", f"{at}.k_norm"
+        return f"{prefix}.wq_b", f"{prefix}.wk", f"{prefix}.weights_proj", f"{prefix}.k_norm"
+    return f"{prefix}.q_proj", f"{prefix}.k_proj", f"{prefix}.q_norm", f"{prefix}.k_norm"
 
 
 def norm_names(family: Family) -> tuple[str, str, str, str]:
@@ -339,28 +348,30 @@ def mlp_names(config: ModelConfig, layer: int) -> tuple[str | None, list[tuple[s
         return None, [_plain_names(config.family, f"model.layers.{layer}.mlp")]
     named = config.family.experts
     block, maps = f"model.layers.{layer}.{named.block}", named.maps
-    return f"{block}.{named.router}", [_at(f"{block}.experts.{each}", maps) for each in range(config.moe.experts)]
+    return f"{block}.{named.router}", [
+        _under(f"{block}.experts.{number}", maps) for number in range(config.moe.experts)
+    ]
 
 
 def shared_names(config: ModelConfig, layer: int) -> tuple[str | None, tuple[str, str, str]]:
     """The gate of the expert that all tokens take, if it has one, and its own (gate, up, down)."""
-    at = f"model.layers.{layer}.{config.family.experts.shared}"
+    prefix = f"model.layers.{layer}.{config.family.experts.shared}"
     gated = config.moe is not None and config.moe.shared_gate
-    return f"{at}_gate" if gated else None, _plain_names(config.family, at)
+    return f"{prefix}_gate" if gated else None, _plain_names(config.family, prefix)
 
 
-def _plain_names(family: Family, at: str) -> tuple[str, str, str]:
+def _plain_names(family: Family, prefix: str) -> tuple[str, str, str]:
     if family.gate_up:
-        return _at(at, (family.gate_up, family.gate_up, "down_proj"))
-    return _at(at, ("" if family.ungated_mlp else "gate_proj", "up_proj", "down_proj"))
+        return _under(prefix, (family.gate_up, family.gate_up, "down_proj"))
+    return _under(prefix, ("" if family.ungated_mlp else "gate_proj", "up_proj", "down_proj"))
 
 
-def _at(at: str, maps: tuple[str, str, str]) -> tuple[str, str, str]:
+def _under(prefix: str, maps: tuple[str, str, str]) -> tuple[str, str, str]:
     gate, up, down = maps
-    return gate and f"{at}.{gate}", f"{at}.{up}", f"{at}.{down}"
+    return gate and f"{prefix}.{gate}", f"{prefix}.{up}", f"{prefix}.{down}"
 
 
 def latent_names(config: ModelConfig, layer: int) -> tuple[str, str]:
     """The maps before and behind experts that are of another width than the model."""
-    at = f"model.layers.{layer}.{config.family.experts.block}"
-    return f"{at}.fc1_latent_proj", f"{at}.fc2_latent_proj"
+    prefix = f"model.layers.{layer}.{config.family.experts.block}"
+    return f"{prefix}.fc1_latent_proj", f"{prefix}.fc2_latent_proj"
