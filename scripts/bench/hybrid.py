@@ -28,7 +28,7 @@ import torch  # noqa: E402
 from cpu_time import go_first  # noqa: E402
 
 from lamina.llm import LLM  # noqa: E402
-from lamina.measure.hardware.decode_bench import measure  # noqa: E402
+from lamina.measure.hardware.decode_steps import measure  # noqa: E402
 from lamina.system.machine import this_machine  # noqa: E402
 
 LAYERS, HIDDEN, VOCABULARY = 8, 2048, 32_768

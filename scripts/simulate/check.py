@@ -31,7 +31,7 @@ from typing import Any
 from lamina.errors import LaminaError
 from lamina.measure.hardware import calibrate
 from lamina.measure.hardware.child import Child
-from lamina.measure.hardware.decode_bench import TOKENS
+from lamina.measure.hardware.decode_steps import TOKENS
 from lamina.measure.hardware.hardware_calibration import BYTES, FITTED, NAME
 from lamina.measure.hardware.reading import busy
 from lamina.models.resolve import resolve

@@ -14,7 +14,7 @@ from lamina.cli.bench import bench_app
 from lamina.cli.main import Commands
 from lamina.config import EngineConfig
 from lamina.measure.bench.decode import Result, bench, dtypes, kept_as, record, row, step_bytes, table
-from lamina.measure.hardware.decode_bench import Measured
+from lamina.measure.hardware.decode_steps import Measured
 from lamina.models.resolve import WeightMemory
 from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.packing import Packing

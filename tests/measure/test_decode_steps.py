@@ -9,7 +9,7 @@ from real_workers import write_tiny_model
 
 from lamina.completions import TokenEvent
 from lamina.errors import EngineError, InvalidRequest
-from lamina.measure.hardware.decode_bench import Measured, measure, steady
+from lamina.measure.hardware.decode_steps import Measured, measure, steady
 
 
 class Metronome:

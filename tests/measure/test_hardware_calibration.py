@@ -450,7 +450,7 @@ def test_a_process_reads_memory_and_ends_when_it_is_closed():
 
 
 def test_importing_loads_no_torch():
-    code = "import sys, lamina.measure.hardware, lamina.measure.hardware.decode_bench; sys.exit('torch' in sys.modules)"
+    code = "import sys, lamina.measure.hardware, lamina.measure.hardware.decode_steps; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, env=dict(os.environ)).returncode == 0
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lamina.config import EngineConfig
-from lamina.measure.hardware.decode_bench import Measured, measure_in_turn
+from lamina.measure.hardware.decode_steps import Measured, measure_in_turn
 from lamina.models.resolve import WeightMemory, weight_memory
 from lamina.simulator.costs.model_configs import from_folder
 from lamina.simulator.costs.packing import Packing

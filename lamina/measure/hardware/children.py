@@ -55,7 +55,7 @@ def engine(**options: Any) -> Answers:
     from dataclasses import asdict
 
     from lamina.llm import LLM
-    from lamina.measure.hardware.decode_bench import measure
+    from lamina.measure.hardware.decode_steps import measure
 
     llm = LLM(prefix_cache=False, **options)
     return {"step": lambda **cell: asdict(measure(llm, **cell)), "close": llm.close}
