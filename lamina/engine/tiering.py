@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from lamina.engine.kv_migration import AT_ONCE, KvMigration
 from lamina.engine.observers import BatchDone
 from lamina.kv.kv_shares import Layout, under
-from lamina.kv.relocation import kept, next_move
+from lamina.kv.relocation import kept_shares, next_move
 from lamina.kv.request import ScheduledSequence
 from lamina.scheduling.control_plane import ControlPlane
 from lamina.scheduling.step_tuner import Batch
@@ -55,7 +55,7 @@ class Balancer:
         running = self._scheduler.running
         weights = {number: holder.weight for number, holder in self._placement.holders.items()}
         remote = [s for s in running if running.movable(s) and not self._placement.is_local(s.layout)]
-        move = next_move(kept(self._scheduler.config, remote), weights, self._placement)
+        move = next_move(kept_shares(self._scheduler.config, remote), weights, self._placement)
         if move is not None:
             taker = replace(move.share, holder=move.to)
             layout = tuple(taker if share == move.share else share for share in move.sequence.layout)

@@ -43,41 +43,41 @@ class KvRebuild:
         prefixes.clear({holder, GONE})
         return tokens
 
-    def _promote(self, holder: int, kept: Iterable[ScheduledSequence], free: Pages) -> int:
+    def _promote(self, holder: int, sequences: Iterable[ScheduledSequence], free: Pages) -> int:
         tokens = 0
-        for sequence in kept:
+        for sequence in sequences:
             self._wait_no_more(sequence)
-            lacks: dict[Share, int] = {}
-            read: list[Share] = []
+            from_position: dict[Share, int] = {}
+            awaited: list[Share] = []
             for lost in [share for share in sequence.layout if share.holder == holder]:
                 spare = self._spares.replica(sequence.handle or 0, lost)
                 if spare is not None:
                     share = self._spares.promote(sequence, lost, spare, 1)
                     sequence.runs[share].hi = 0  # it grows from now on
-                    lacks[share] = spare.stored
-                elif (back := self.reads.begin(sequence, lost, free)) is not None:
-                    lacks[back.share] = back.end
-                    read.append(back.share)
-            if lacks:
+                    from_position[share] = spare.stored
+                elif (read := self.reads.begin(sequence, lost, free)) is not None:
+                    from_position[read.share] = read.end
+                    awaited.append(read.share)
+            if from_position:
                 sequence.stored = 0
-                self._miss(sequence, lacks, tuple(read))
+                self._plan_recompute(sequence, from_position, tuple(awaited))
                 tokens += sequence.computed if sequence.rebuild is None else sequence.rebuild.at
         return tokens
 
     def _promote_prefix(self, node: Node, holder: int, free: Pages) -> None:
         """Have spares take over all that a lost holder had of a prefix, or nothing."""
         lost = [share for share in node.layout if share.holder == holder]
-        found: dict[Share, Spare | Share | None] = {}
+        substitutes: dict[Share, Spare | Share | None] = {}
         for share in lost:
             end = min(node.length, share.hi)
             if share.lo >= end:  # it has nothing there yet
-                found[share] = self._layouts.substitute(share, free)
+                substitutes[share] = self._layouts.substitute(share, free)
                 continue
             spare = self._spares.replica(node.handle or 0, share) or self._spares.parity(node, share)
-            found[share] = spare if spare is not None and spare.stored >= end else None
-        if not lost or node.read or None in found.values():
+            substitutes[share] = spare if spare is not None and spare.stored >= end else None
+        if not lost or node.read or None in substitutes.values():
             return
-        for share, taker in found.items():
+        for share, taker in substitutes.items():
             if isinstance(taker, Share):
                 self._spares.reopen(node, share, taker, min(node.users, 1))
             elif taker is not None and taker.of == (share,):
@@ -90,15 +90,15 @@ class KvRebuild:
 
         Returns how many tokens are computed again, and the sequences that cannot be rebuilt in part.
         """
-        begun: dict[_Beginning, ScheduledSequence] = {}
+        sources: dict[_Beginning, ScheduledSequence] = {}
         hopeless: list[ScheduledSequence] = []
         tokens = 0
         for sequence in kept:
-            taken = self._begin(sequence, holder, free, begun)
-            if taken is None:
+            pages = self._begin(sequence, holder, free, sources)
+            if pages is None:
                 hopeless.append(sequence)
                 continue
-            free -= taken
+            free -= pages
             if sequence.rebuild is not None:
                 tokens += sequence.rebuild.end - max(sequence.rebuild.at, sequence.rebuild.length)
         return tokens, hopeless
@@ -113,12 +113,12 @@ class KvRebuild:
             sequence.rebuild = None
 
     def _begin(
-        self, sequence: ScheduledSequence, holder: int, free: Pages, begun: dict[_Beginning, ScheduledSequence]
+        self, sequence: ScheduledSequence, holder: int, free: Pages, sources: dict[_Beginning, ScheduledSequence]
     ) -> Pages | None:
-        """Have one sequence's shares taken over; `begun` has those that are computed again by their beginning. Returns
-        the pages that it takes; None where no holder has them, or the remaining shares are not enough to compute the
-        lost."""
-        if sequence.handle is None or self._config.states:  # states of earlier positions are nowhere
+        """Have one sequence's shares taken over. `sources` has the sequences that are computed again, by their
+        beginning. Returns the pages that it takes; None where no holder has them, or the remaining shares are not
+        enough to compute the lost ones."""
+        if sequence.handle is None or self._config.states:  # no holder has states of earlier positions
             return None
         self._wait_no_more(sequence)
         lost = tuple(share for share in sequence.layout if share.holder == holder)
@@ -126,22 +126,22 @@ class KvRebuild:
             return Pages()
         if sequence.floor > min(share.lo for share in lost) or len(lost) == len(sequence.layout):  # too little is left
             return None
-        source, length = self._source(sequence, lost, begun)
+        source, length = self._source(sequence, lost, sources)
         substitutes = self._substitutes(sequence, lost, free, source, length)
         if substitutes is None:
             return None
         sequence.stored = 0
-        kept = tuple(share for share in sequence.layout if share.holder != holder)
-        self._runs.relocate(sequence.runs, kept, substitutes)
-        sequence.layout = (*kept, *substitutes)
-        self._miss(sequence, {share: share.lo for share in substitutes})
+        survivors = tuple(share for share in sequence.layout if share.holder != holder)
+        self._runs.relocate(sequence.runs, survivors, substitutes)
+        sequence.layout = (*survivors, *substitutes)
+        self._plan_recompute(sequence, {share: share.lo for share in substitutes})
         if source is not None and sequence.rebuild is not None:
             sequence.rebuild.source, sequence.rebuild.source_handle = source, source.handle
             sequence.rebuild.length, sequence.rebuild.lost = length, holder
         else:
             self._layouts.replace(sequence.handle, holder, substitutes)
             if sequence.rebuild is not None and (key := self._beginning(sequence, sequence.rebuild.missing)):
-                begun.setdefault(key, sequence)
+                sources.setdefault(key, sequence)
         return self._config.pages_for(substitutes, len(sequence.tokens), length)
 
     def read_back(self, read: ReadBack) -> None:
@@ -162,11 +162,12 @@ class KvRebuild:
         self.reads.give_up(read)
         owner = read.owner
         if isinstance(owner, Node):
-            owner.layout = tuple(replace(each, holder=GONE) if each == read.share else each for each in owner.layout)
+            gone = replace(read.share, holder=GONE)
+            owner.layout = tuple(gone if share == read.share else share for share in owner.layout)
         elif owner.rebuild is not None:
             owner.rebuild.read = tuple(share for share in owner.rebuild.read if share != read.share)
             owner.stored = 0
-            self._miss(owner, {read.share: read.at})
+            self._plan_recompute(owner, {read.share: read.at})
 
     def ready(self, sequence: ScheduledSequence) -> bool:
         """Whether a sequence's next row can be planned: not while it waits for the rebuild of its source, or shares are
@@ -177,8 +178,8 @@ class KvRebuild:
         if rebuild is None or rebuild.source is None or sequence.handle is None:
             return True
         source = rebuild.source
-        same = source.handle is not None and source.handle == rebuild.source_handle
-        if not same or rebuild.missing[0] not in source.layout or source.computed < rebuild.length:
+        same_source = source.handle is not None and source.handle == rebuild.source_handle
+        if not same_source or rebuild.missing[0] not in source.layout or source.computed < rebuild.length:
             self._wait_no_more(sequence)
             return True
         if source.rebuild is not None and source.rebuild.at < rebuild.length:
@@ -200,16 +201,16 @@ class KvRebuild:
             self._layouts.replace(sequence.handle, rebuild.lost, rebuild.missing)
 
     def _source(
-        self, sequence: ScheduledSequence, lost: Layout, begun: dict[_Beginning, ScheduledSequence]
+        self, sequence: ScheduledSequence, lost: Layout, sources: dict[_Beginning, ScheduledSequence]
     ) -> tuple[ScheduledSequence | None, int]:
         """The sequence off which the lost share can be forked, and how many tokens of it; whole pages."""
         unbounded = self._config.unbounded(sequence.request.policy)
         key = self._beginning(sequence, lost) if sequence.rebuild is None and unbounded else None
-        source = begun.get(key) if key is not None else None
+        source = sources.get(key) if key is not None else None
         if source is None or source.rebuild is None:
             return None, 0
-        same = min(common_length(source.tokens, sequence.tokens), source.rebuild.end, sequence.computed)
-        return source, same - same % self._config.page_size
+        length = min(common_length(source.tokens, sequence.tokens), source.rebuild.end, sequence.computed)
+        return source, length - length % self._config.page_size
 
     def _beginning(self, sequence: ScheduledSequence, lost: Layout) -> _Beginning | None:
         """What sequences have in common of which one can be forked off the other: pool, policy, heads and range of a
@@ -227,30 +228,33 @@ class KvRebuild:
         self, sequence: ScheduledSequence, lost: Layout, free: Pages, source: ScheduledSequence | None, length: int
     ) -> Layout | None:
         if source is not None and source.rebuild is not None:
-            taken: list[Share] = list(source.rebuild.missing)
+            substitutes: list[Share] = list(source.rebuild.missing)
         else:
-            found = [self._layouts.substitute(share, free) for share in lost]
-            taken = [share for share in found if share is not None]
-        needed = self._config.pages_for(tuple(taken), len(sequence.tokens), length)
-        return tuple(taken) if len(taken) == len(lost) and free.covers(needed) else None
+            candidates = [self._layouts.substitute(share, free) for share in lost]
+            substitutes = [share for share in candidates if share is not None]
+        needed = self._config.pages_for(tuple(substitutes), len(sequence.tokens), length)
+        return tuple(substitutes) if len(substitutes) == len(lost) and free.covers(needed) else None
 
-    def _miss(self, sequence: ScheduledSequence, lacks: dict[Share, int], read: Layout = ()) -> None:
-        """These shares are to be computed from these positions on, and those that were missing before where that was
-        left off. What is `read` back is waited for."""
-        rebuild = sequence.rebuild
-        read = (*(share for share in (rebuild.read if rebuild else ()) if share in sequence.layout), *read)
-        before = {} if rebuild is None else dict.fromkeys(rebuild.missing, rebuild.at)
-        begins = {share: max(share.lo, at) for share, at in (before | lacks).items() if share in sequence.layout}
-        begins = {share: at for share, at in begins.items() if at < min(share.hi, sequence.computed)}
+    def _plan_recompute(
+        self, sequence: ScheduledSequence, from_position: dict[Share, int], awaited: Layout = ()
+    ) -> None:
+        """Have each share computed again from its position on. Shares of an earlier loss go on where they are. The
+        sequence also waits until the shares `awaited` are read back."""
+        earlier = sequence.rebuild
+        starts = {} if earlier is None else dict.fromkeys(earlier.missing, earlier.at)
+        starts |= from_position
+        starts = {share: max(share.lo, start) for share, start in starts.items() if share in sequence.layout}
+        starts = {share: start for share, start in starts.items() if start < min(share.hi, sequence.computed)}
         sequence.rebuild = None
-        if begins:
-            at, end = min(begins.values()), min(sequence.computed, max(share.hi for share in begins))
-            sequence.rebuild = Rebuild(tuple(begins), at, end, at)
+        if starts:
+            start, end = min(starts.values()), min(sequence.computed, max(share.hi for share in starts))
+            sequence.rebuild = Rebuild(tuple(starts), start, end, start)
             self._rewrites(sequence)
-        if read:
-            whole = sequence.computed
-            sequence.rebuild = sequence.rebuild or Rebuild((), whole, whole, whole)
-            sequence.rebuild.read = read
+        reads = (*(share for share in (earlier.read if earlier else ()) if share in sequence.layout), *awaited)
+        if reads:
+            end = sequence.computed  # nothing to compute
+            sequence.rebuild = sequence.rebuild or Rebuild((), end, end, end)
+            sequence.rebuild.read = reads
 
     def _rewrites(self, sequence: ScheduledSequence) -> None:
         """What the next row of a rebuild stores is the sequence's own afterwards, also where a share has it already,

@@ -74,18 +74,18 @@ class Pages(dict[Place, int]):
 
     def __add__(self, other: Mapping[Place, int]) -> Pages:
         result = Pages(self)
-        for at, pages in other.items():
-            result._set(at, result.get(at, 0) + pages)
+        for place, pages in other.items():
+            result._set(place, result.get(place, 0) + pages)
         return result
 
     def __sub__(self, other: Mapping[Place, int]) -> Pages:
         result = Pages(self)
-        for at, pages in other.items():
-            result._set(at, result.get(at, 0) - pages)
+        for place, pages in other.items():
+            result._set(place, result.get(place, 0) - pages)
         return result
 
     def __mul__(self, times: int) -> Pages:
-        return Pages({at: pages * times for at, pages in self.items() if pages * times})
+        return Pages({place: pages * times for place, pages in self.items() if pages * times})
 
     def _set(self, at: Place, pages: int) -> None:
         if pages:
@@ -95,11 +95,11 @@ class Pages(dict[Place, int]):
 
     def covers(self, needed: Mapping[Place, int]) -> bool:
         """Whether every pool has the pages that are needed of it, 0 or fewer always."""
-        return all(pages <= 0 or self.get(at, 0) >= pages for at, pages in needed.items())
+        return all(pages <= 0 or self.get(place, 0) >= pages for place, pages in needed.items())
 
     def short_of(self, needed: Mapping[Place, int]) -> set[Place]:
         """The pools that have fewer pages than are needed of them."""
-        return {at for at, pages in needed.items() if pages > max(0, self.get(at, 0))}
+        return {place for place, pages in needed.items() if pages > max(0, self.get(place, 0))}
 
 
 NO_PAGES = Pages()
@@ -214,18 +214,18 @@ def _by_range(
     cuts = [min(end, pages * page_size) for pages in accumulate(counts, initial=0)]
     used = [(number, lo, hi) for (number, _), (lo, hi) in zip(holders, pairwise(cuts), strict=True) if lo < hi]
     return tuple(
-        Share(number, heads, lo, end if at == len(used) - 1 else hi) for at, (number, lo, hi) in enumerate(used)
+        Share(number, heads, lo, end if index == len(used) - 1 else hi) for index, (number, lo, hi) in enumerate(used)
     )
 
 
 def apportion(total: int, weights: Sequence[int]) -> list[int]:
     """`total` cut by weight into whole numbers (largest remainders; of equal ones the first)."""
-    whole = sum(weights)
-    if whole <= 0:
+    weight_sum = sum(weights)
+    if weight_sum <= 0:
         raise EngineError(f"weights {list(weights)} have no sum to share by")
-    exact = [total * weight / whole for weight in weights]
+    exact = [total * weight / weight_sum for weight in weights]
     counts = [int(share) for share in exact]
-    by_remainder = sorted(range(len(weights)), key=lambda at: counts[at] - exact[at])
-    for at in by_remainder[: total - sum(counts)]:
-        counts[at] += 1
+    by_remainder = sorted(range(len(weights)), key=lambda index: counts[index] - exact[index])
+    for index in by_remainder[: total - sum(counts)]:
+        counts[index] += 1
     return counts

@@ -1,8 +1,8 @@
 """Copies of prompts in the local pools, which are read while the prompts are computed. Pure.
 
 A prompt, or a rebuild, of a sequence elsewhere is read at its holders or, sooner, in a copy beside the model. A copy
-takes pages that nobody else was promised, and gives them back before any sequence has to wait or is preempted. It may
-begin at any position: what lies below is read at the holders.
+takes pages that were not promised to others, and gives them back before any sequence has to wait or is preempted. It
+may begin at any position: what lies below is read at the holders.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class LocalCopies:
             if sequence.local_copy and sequence not in planned:
                 room -= self._pages(_layout(sequence), _end(sequence))
         for row, layout in layouts.items():
-            whole = self._pages(layout, _end(row.sequence))
-            if room.covers(whole) and self._take(row, layout):
-                room -= whole
+            pages = self._pages(layout, _end(row.sequence))
+            if room.covers(pages) and self._take(row, layout):
+                room -= pages
             else:
                 self._running.drop_local_copy(row.sequence)
 

@@ -28,12 +28,12 @@ class PageLedger:
         self._unanswered: dict[Plan, Pages] = {}  # the pages that the rows of each will take
 
     def joined(self, pages: Pages) -> None:
-        """There is one holder more, empty."""
+        """A holder has joined, empty."""
         self.free += pages
 
     def left(self, holder: int) -> None:
-        """A holder is gone, with all it had. No plan may wait for an answer."""
-        self.free = Pages({at: pages for at, pages in self.free.items() if at[0] != holder})
+        """A holder was lost, with all its KV. No plan may wait for an answer."""
+        self.free = Pages({place: pages for place, pages in self.free.items() if place[0] != holder})
 
     def room(self) -> Pages:
         """The least pages that are free once every plan is answered and every operation accepted. Can be negative."""
@@ -79,10 +79,12 @@ class PageLedger:
             records = self._config.records(sequence.layout)
         if not sequence.copies and 0 < start % size <= size - count:
             return records
-        layout, floor, held = sequence.layout, sequence.floor, self._config.held
+        layout, floor, pages_between = sequence.layout, sequence.floor, self._config.held
         shared = min(start, max((run.lo for run in sequence.runs.values()), default=0))
         before = max(start, min(sequence.stored, start + count))
-        pages = held(layout, shared, start + count, floor, start) - held(layout, shared, before, floor)
+        pages = pages_between(layout, shared, start + count, floor, start) - pages_between(
+            layout, shared, before, floor
+        )
         if sequence.copies and start % size:
             pages += self._config.page_set(layout, start)
         return pages + records if records else pages

@@ -1,9 +1,8 @@
-"""Which sequences and prefixes share which pages, so that each page is counted once. Pure.
+"""How pages are counted: once where sequences and prefixes share them (`PageRuns`), and only where the layers and heads
+of a pool keep them (`PageGroup`). Pure.
 
-What an owner, a sequence or a prefix, has of a share is a path of runs, from a root to a leaf of its own. All owners
-below a run have its pages; nobody else has them. So a leaf's pages are free once its owner is closed.
-
-Which pages of a sequence the layers and heads of a pool keep.
+An owner is a sequence or a prefix. What it has of a share is a path of runs, from a root to a leaf of its own. All
+owners below a run have its pages, and no others. So a leaf's pages are free once its owner is closed.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ class Run:
 
     def path(self) -> Iterator[Run]:
         """This run and those above it."""
-        at: Run | None = self
-        while at is not None:
-            yield at
-            at = at.parent
+        run: Run | None = self
+        while run is not None:
+            yield run
+            run = run.parent
 
 
 Runs = dict[Share, Run]
@@ -54,7 +53,7 @@ class PageRuns:
         self._weigh = weigh
 
     def open(self, layout: Layout, known: int = 0) -> Runs:
-        """The leaves of a new sequence. Nobody knows who has the pages of its first `known` tokens, too."""
+        """The leaves of a new sequence. Which others have the pages of its first `known` tokens too is unknown."""
         return {share: Run(share, max(share.lo, self._end(known)), 0) for share in layout}
 
     def fork(
@@ -97,10 +96,10 @@ class PageRuns:
             self.unused -= self._pages(leaf)
 
     def relocate(self, runs: Runs, kept: Container[Share] = (), new: Layout = ()) -> None:
-        """A sequence has lost all shares but these, and has new ones, which nobody shares."""
-        gone = {share: leaf for share, leaf in runs.items() if share not in kept}
-        self.close(gone)
-        for share in gone:
+        """A sequence has lost all shares but these, and has new ones, which it shares with none."""
+        lost_leaves = {share: leaf for share, leaf in runs.items() if share not in kept}
+        self.close(lost_leaves)
+        for share in lost_leaves:
             del runs[share]
         runs.update(self.open(new))
 
@@ -136,7 +135,7 @@ class PageRuns:
             self.unused += self._pages(leaf) - before
 
     def own(self, runs: Iterable[Run]) -> Pages:
-        """The pages of these leaves of prefixes, which nobody else has."""
+        """The pages of these leaves of prefixes, which no other owner has."""
         pages = NO_PAGES
         for run in runs:
             pages += self._pages(run)

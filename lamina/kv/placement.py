@@ -1,12 +1,9 @@
-"""Which holder keeps what of each sequence, and the operations for each holder. Pure.
+"""Which holder keeps what of each sequence (`Placement`), and the operations and rows for each holder. Pure.
 
 A sequence has a handle. What a holder keeps of it in one pool is a part with a handle of its own: a holder has one in
 each pool, and can have several after a loss. Whatever opens, forks or closes parts goes at once into the outbox of each
-holder, and waits there until the holder accepts it.
-
-A holder as placement sees it: its pool of KV, and the operations that wait for it.
-
-The rows of a plan for each holder: what the parts of each sequence read and store in a batch. Pure.
+holder, and waits there until the holder accepts it. `Routing` makes the rows of a plan for each holder: what the parts
+of each sequence read and store in a batch.
 """
 
 from __future__ import annotations
@@ -69,8 +66,8 @@ class Holder:
 
     def keep(self, handle: int) -> None:
         """Do not close this part of the previous engine."""
-        at = self.outbox.index(Close(handle))
-        del self.outbox[at], self._freed[at]
+        index = self.outbox.index(Close(handle))
+        del self.outbox[index], self._freed[index]
 
     def empty(self, first: int = 0) -> None:
         """The holder has nothing of this engine; its next operation has number `first`."""
@@ -97,7 +94,7 @@ class Routing:
     numbered through all ranks.
 
     What the pools of `states` keep is read before a row and stored after it. `indexed`: the pools where an index of the
-    model's own chooses among all keys of a sequence; whoever attends a row there has all of them, the row's own too.
+    model's own chooses among all keys of a sequence; a part that attends a row there has all of them, the row's too.
     Where policies learn from prompts' queries (`samples`), rows say how long their prompts are, and parts that neither
     read nor store one have a row too, by which they can ask for queries.
     """
@@ -115,10 +112,10 @@ class Routing:
         routes: dict[int, list[Route]] = {}
         again: dict[int, list[Route]] = {}  # further parts of a sequence come after all first ones
         for source, row in enumerate(plan.rows):
-            seen = set[Place]()
-            for at, route in self._routes(source, row, parts[row.handle], fuses):
-                (again if at in seen else routes).setdefault(at[0], []).append(route)
-                seen.add(at)
+            places = set[Place]()
+            for place, route in self._routes(source, row, parts[row.handle], fuses):
+                (again if place in places else routes).setdefault(place[0], []).append(route)
+                places.add(place)
         for number, more in again.items():
             routes[number] += more
         return {
@@ -258,11 +255,11 @@ class Placement:
     def layouts(self, length: int, tokens: int = 0, beside: Iterable[tuple[Layout, int]] = ()) -> tuple[Layout, ...]:
         """The possible layouts of a new sequence of `tokens` tokens that grows up to `length`. The first brings the
         share of local KV closest to `local_share`, given the layouts and tokens of the sequences `beside` it."""
-        both = tuple(layout for layout in (self.layout(length, local=True), self.layout(length)) if layout)
-        if len(both) < 2:
-            return both
+        alternatives = tuple(layout for layout in (self.layout(length, local=True), self.layout(length)) if layout)
+        if len(alternatives) < 2:
+            return alternatives
         local, total = self.local_tokens(beside)
-        return both if prefers_local(local, total, tokens, self.local_share) else both[::-1]
+        return alternatives if prefers_local(local, total, tokens, self.local_share) else alternatives[::-1]
 
     def layout(self, length: int, local: bool = False) -> Layout:
         """Shares for a new sequence of up to `length` tokens, in the local tier where `local`. The first holder
@@ -278,9 +275,11 @@ class Placement:
             if not taking:
                 return ()
             turn = self._turn % len(taking)
-            for pool, own in enumerate(heads):
+            for pool, pool_heads in enumerate(heads):
                 shard = "heads" if pool in self.states else self._shard
-                shares = kv_shares.layout(shard, taking[turn:] + taking[:turn], own, length, self._page_size, self._end)
+                shares = kv_shares.layout(
+                    shard, taking[turn:] + taking[:turn], pool_heads, length, self._page_size, self._end
+                )
                 layout += tuple(replace(share, pool=pool) for share in shares) if pool else shares
         return self._layouts.setdefault(layout, layout) if self._shard == "heads" else layout
 
@@ -341,13 +340,13 @@ class Placement:
     # Holders come and go.
 
     def joined(self, number: int, holder: Holder) -> None:
-        """There is one holder more, empty. Numbers are never reused."""
+        """A holder has joined, empty. Numbers are never reused."""
         if number in self.holders:
             raise EngineError(f"holder {number} joined twice")
         self.holders[number] = holder
 
     def lost(self, number: int) -> None:
-        """A holder is gone, with its KV."""
+        """A holder was lost, with its KV."""
         del self.holders[number]
 
     def emptied(self, number: int) -> None:
@@ -418,18 +417,18 @@ class Placement:
 
     def replace(self, handle: int, lost: int, shares: Layout, source: int | None = None, length: int = 0) -> None:
         """Open a lost holder's part of a sequence elsewhere: empty, or as forks of the source's shares."""
-        kept = [part for part in self._parts[handle] if part.share.holder != lost]
+        other_parts = [part for part in self._parts[handle] if part.share.holder != lost]
         if source is None:
-            self._parts[handle] = kept + [self._open(share) for share in shares]
+            self._parts[handle] = other_parts + [self._open(share) for share in shares]
         else:
             parts = [part for part in self._parts[source] if part.share in shares]
-            self._parts[handle] = kept + self._fork(parts, length)
+            self._parts[handle] = other_parts + self._fork(parts, length)
 
     def grow(self, handle: int, handovers: Sequence[Handover]) -> None:
         """Have shares of a sequence grow elsewhere: their parts end, or are closed where they have nothing yet."""
         parts: list[Part] = []
         for part in self._parts[handle]:
-            handover = next((each for each in handovers if each.share == part.share), None)
+            handover = next((candidate for candidate in handovers if candidate.share == part.share), None)
             if handover is None:
                 parts.append(part)
                 continue
@@ -454,7 +453,7 @@ class Placement:
     def promote(self, handle: int, lost: Share, part: Part | None, share: Share) -> None:
         """`part` takes the place of a sequence's lost part of share `lost`, if there is one; None: an empty one for
         `share` does."""
-        others = [each for each in self._parts[handle] if each.share != lost]
+        others = [other for other in self._parts[handle] if other.share != lost]
         self._parts[handle] = [*others, self._open(share) if part is None else part]
 
     def fork_part(self, part: Part, length: int, share: Share) -> Part:
@@ -480,16 +479,16 @@ class Placement:
 
     def close_parts(self, parts: Iterable[Part], freed: Pages) -> None:
         """Close parts, which frees these pages or more."""
-        left = dict(freed)
+        freed_pages = dict(freed)
         for part in parts:
-            self._queue(part.share, Close(part.handle), left.pop(part.share.at, 0))
+            self._queue(part.share, Close(part.handle), freed_pages.pop(part.share.at, 0))
 
     def moved(self, handle: int, old: Iterable[Part], new: Iterable[Part], freed: Pages) -> None:
         """The `new` parts of a sequence have all tokens of the `old` ones, and take their place; that frees these pages
         or more."""
-        gone = set(old)
-        self._parts[handle] = [part for part in self._parts[handle] if part not in gone] + list(new)
-        self.close_parts(gone, freed)
+        old_parts = set(old)
+        self._parts[handle] = [part for part in self._parts[handle] if part not in old_parts] + list(new)
+        self.close_parts(old_parts, freed)
 
     # Plans.
 

@@ -7,7 +7,7 @@ Requests of several policies share what is the same under all of them: the KV of
 other policies, and where a policy chooses what decoded tokens read, KV differs, and has a tree for each policy.
 
 A node of a model with states has their records after its last token, a snapshot, and can be forked there alone. So each
-snapshot is a node. Nobody needs a snapshot to go on: it gives way even where the pages of its node are in use.
+snapshot is a node. No sequence needs a snapshot to go on: it gives way even where the pages of its node are in use.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class PrefixCache:
         self._runs, self._fork, self._close, self._wake = runs, fork, close, wake
         self._roots: dict[Tree, Node] = {}
         self._tick = 0
-        self._held: dict[ScheduledSequence, Node] = {}  # the deepest node whose pages a running sequence shares
+        self._deepest: dict[ScheduledSequence, Node] = {}  # the deepest node whose pages a running sequence shares
         self._pending: dict[ScheduledSequence, Node] = {}  # the deepest node that a running sequence is about to write
         # Heaps of (tick, handle, leaf), by the pools that keep a leaf or what is above it; ticks may be out of date.
         self._unused: dict[frozenset[Place], list[tuple[int, int, Node]]] = {}
@@ -73,17 +73,17 @@ class PrefixCache:
         return self._runs.unused + self.snapshots if self.snapshots else self._runs.unused
 
     def match(self, tokens: tuple[int, ...], salt: Hashable = None, policy: str = "") -> Match:
-        """The longest prefix of `tokens`, without the last token, whose logits are wanted, that there is for requests
-        of that salt and policy."""
+        """The longest prefix of `tokens` in the trees for that salt and policy. The last token is left out, since its
+        logits are wanted."""
         roots = [self._roots[tree] for tree in dict.fromkeys(self._trees(salt, policy)) if tree in self._roots]
         matches = [longest_match(root, tokens, self._page_size) for root in roots]
         return max(matches, key=lambda match: (match.length, match.promised), default=Match())
 
     def _trees(self, salt: Hashable, policy: str) -> tuple[Tree, Tree]:
         """The tree of prompts under a policy, and that of all that is computed under it, decoded tokens too."""
-        of = self._config.policy(policy)
-        prompts = salt, None if of.whole_prompts else policy
-        return prompts, (salt, policy) if of.chooses else prompts
+        policy_kv = self._config.policy(policy)
+        prompts = salt, None if policy_kv.whole_prompts else policy
+        return prompts, (salt, policy) if policy_kv.chooses else prompts
 
     def _written(self, writer: ScheduledSequence) -> tuple[Tree, int, Tree]:
         """The tree of a sequence's first tokens, how many these are, and the tree of all its tokens."""
@@ -103,8 +103,8 @@ class PrefixCache:
 
     def enter(self, writer: ScheduledSequence) -> None:
         """Enter the whole pages of the writer's tokens as pending nodes, where the tree lacks them."""
-        tree, known, _ = self._written(writer)
-        tokens = self._whole_pages(writer, known)
+        tree, length, _ = self._written(writer)
+        tokens = self._whole_pages(writer, length)
         node = self._branch(tokens, tree)
         # Not below another writer's pending node, which may be discarded before this one is computed.
         if node is not None and node.writer is None and node.length < len(tokens):
@@ -149,9 +149,9 @@ class PrefixCache:
 
     def _keep(self, sequence: ScheduledSequence) -> Node | None:
         """The deepest new node with whole pages that a sequence has computed; None where there is none."""
-        first, known, every = self._written(sequence)
-        of_first = self._kept(sequence, first, min(known, sequence.computed))
-        longer = first != every and len(self._whole_pages(sequence, sequence.computed)) > known
+        first, first_length, every = self._written(sequence)
+        of_first = self._kept(sequence, first, min(first_length, sequence.computed))
+        longer = first != every and len(self._whole_pages(sequence, sequence.computed)) > first_length
         return (self._kept(sequence, every, sequence.computed) if longer else None) or of_first
 
     def _kept(self, sequence: ScheduledSequence, tree: Tree, length: int) -> Node | None:
@@ -172,23 +172,23 @@ class PrefixCache:
 
     def hold(self, sequence: ScheduledSequence, node: Node, length: int) -> None:
         """Keep the nodes whose pages `sequence` shares: it was forked off `node` at `length`, or `node` off it."""
-        whole = length - length % self._page_size
-        while node.parent is not None and node.parent.length >= whole:
+        shared = length - length % self._page_size
+        while node.parent is not None and node.parent.length >= shared:
             node = node.parent
-        self._held[sequence] = node
+        self._deepest[sequence] = node
         self._tick += 1
-        for held in path_up(node):
-            if held.users == 0:
-                self._runs.use(held.runs, 1)
-            held.users += 1
-            held.tick = self._tick
+        for ancestor in path_up(node):
+            if ancestor.users == 0:
+                self._runs.use(ancestor.runs, 1)
+            ancestor.users += 1
+            ancestor.tick = self._tick
 
     def release(self, sequence: ScheduledSequence) -> None:
         """Undo `hold`. Nodes without users may be evicted."""
-        held = self._held.pop(sequence, None)
-        if held is None:
+        deepest = self._deepest.pop(sequence, None)
+        if deepest is None:
             return
-        for node in path_up(held):
+        for node in path_up(deepest):
             node.users -= 1
             if node.users == 0 and node.handle is not None:
                 self._runs.use(node.runs, -1)
@@ -196,15 +196,15 @@ class PrefixCache:
 
     def held_by(self, sequence: ScheduledSequence) -> Node | None:
         """The deepest node whose pages a sequence shares."""
-        return self._held.get(sequence)
+        return self._deepest.get(sequence)
 
     def knows(self, sequence: ScheduledSequence) -> bool:
         """Whether a sequence shares pages with a node, or is the writer of one."""
-        return sequence in self._held or sequence in self._pending
+        return sequence in self._deepest or sequence in self._pending
 
     def unused_pages(self, node: Node) -> Pages:
         """The pages that would not be evictable any more if `node` were held."""
-        leaves = (leaf for held in path_up(node) if held.users == 0 for leaf in held.runs.values())
+        leaves = (leaf for ancestor in path_up(node) if ancestor.users == 0 for leaf in ancestor.runs.values())
         return self._runs.own({run for leaf in leaves for run in leaf.path() if not run.users})
 
     def evict(self, at: Set[Place]) -> bool:
@@ -223,18 +223,18 @@ class PrefixCache:
     def _evict_snapshot(self, at: Set[Place]) -> bool:
         """Close the oldest node in use with a snapshot in one of these pools, below which all is pending; what is
         pending is forgotten."""
-        found = [
+        candidates = [
             node
             for node in self
             if any(share.at in at and share.pool in self._config.states for share in node.layout)
             and all(child.writer is not None for child in node.children)
         ]
-        if found:
-            oldest = min(found, key=lambda node: node.tick)
+        if candidates:
+            oldest = min(candidates, key=lambda node: node.tick)
             for writer in [child.writer for child in oldest.children if child.writer is not None]:
                 self.discard(writer)
             self._evict(oldest)
-        return bool(found)
+        return bool(candidates)
 
     def clear(self, holders: Set[int] | None = None) -> None:
         """Drop every node, or those that have a share at one of these holders with all below them, pending ones too.
@@ -274,12 +274,12 @@ class PrefixCache:
             return None
         node = self._roots.setdefault(tree, Node(tokens=(), length=0, parent=None, tree=tree))
         while node.length < len(tokens):
-            child, same = closest_child(node, tokens[node.length :])
-            same -= same % self._page_size
-            if child is None or same == 0:
+            child, common = closest_child(node, tokens[node.length :])
+            common -= common % self._page_size
+            if child is None or common == 0:
                 break
-            if same < len(child.tokens):
-                end = node.length + same
+            if common < len(child.tokens):
+                end = node.length + common
                 return self._split(child, end) if end < len(tokens) else None
             node = child
         return node
@@ -294,14 +294,14 @@ class PrefixCache:
         parent = node.parent
         if parent is None or node.read or (node.handle is not None and length < node.floor):
             return None
-        at = place_of(parent, node.tokens)
-        same = length - parent.length
+        index = place_of(parent, node.tokens)
+        common = length - parent.length
         upper = Node(
-            node.tokens[:same], length, parent, node.writer, floor=node.floor, users=node.users, tick=node.tick
+            node.tokens[:common], length, parent, node.writer, floor=node.floor, users=node.users, tick=node.tick
         )
         upper.children.append(node)
-        parent.children[at] = upper
-        node.parent, node.tokens = upper, node.tokens[same:]
+        parent.children[index] = upper
+        node.parent, node.tokens = upper, node.tokens[common:]
         if node.handle is not None:
             upper.handle, upper.layout = self._fork(node.handle, length), node.layout
             upper.runs = self._runs.fork(node.runs, length, True, node.floor, min(node.users, 1))
@@ -352,8 +352,8 @@ class PrefixCache:
             return NO_PAGES
         records = self._config.records(node.layout)
         self.snapshots -= records
-        users = [sequence for sequence, held in self._held.items() if node.users and node in path_up(held)]
-        standing = [each for each in users if node.length in each.forked & {each.floor, each.computed}]
+        users = [sequence for sequence, deepest in self._deepest.items() if node.users and node in path_up(deepest)]
+        standing = [user for user in users if node.length in user.forked & {user.floor, user.computed}]
         if len(standing) == 1:
             standing[0].forked.discard(node.length)
         return NO_PAGES if standing else records
@@ -379,10 +379,10 @@ class PrefixCache:
     def check_integrity(self, running: Iterable[ScheduledSequence], spares: Iterable[Run] = ()) -> list[int]:
         """Raise EngineError if nodes, users and counts contradict each other. Returns the handles of all nodes."""
         alive = set(running)
-        if strangers := (self._held.keys() | self._pending.keys()) - alive:
+        if strangers := (self._deepest.keys() | self._pending.keys()) - alive:
             names = sorted(sequence.request.id for sequence in strangers)
             raise EngineError(f"the prefix tree knows requests that are not running: {names}")
-        users = Counter(node for held in self._held.values() for node in path_up(held))
+        users = Counter(node for deepest in self._deepest.values() for node in path_up(deepest))
         handles = []
         unused = {run for leaf in spares for run in leaf.path() if not run.users}
         for node in self._nodes():

@@ -1,9 +1,8 @@
-"""The nodes of the prefix cache: a radix tree over token ids.
+"""The nodes of the prefix cache, a radix tree over token ids, and what changes in it (`PrefixEvents`). Pure.
 
-What changes in the prefix cache, block by block, for routers that send requests where their prefix is. Pure.
-
-A block is `page_size` tokens of a prefix. Its hash is that of its parent's hash and its tokens, so it stands for the
-whole prefix that it ends; prefixes of other salts and policies have other hashes.
+Changes are told block by block, for routers that send requests where their prefix is. A block is `page_size` tokens of
+a prefix. Its hash is that of its parent's hash and its tokens, so it stands for the whole prefix that it ends; prefixes
+of other salts and policies have other hashes.
 """
 
 from __future__ import annotations
@@ -63,23 +62,23 @@ def longest_match(root: Node, tokens: tuple[int, ...], page_size: int) -> Match:
     """The longest prefix of `tokens`, without the last one, that the tree below `root` has; nodes are multiples of
     `page_size` tokens. A fork inside a page costs a copy of it, so it is used only where it saves half a page or more.
     """
-    node, at = root, 0
+    node, position = root, 0
     source, length, pending, promised = None, 0, None, 0
-    while at < len(tokens) - 1:
-        child, same = closest_child(node, tokens[at:-1])
+    while position < len(tokens) - 1:
+        child, common = closest_child(node, tokens[position:-1])
         if child is None:
             break
-        reach = at + same
-        whole = reach - reach % page_size
+        reach = position + common
+        page_end = reach - reach % page_size
         if child.writer is None:
-            usable = reach if 2 * (reach - whole) >= page_size else whole
-            if usable > at and usable >= child.floor and not child.read:
+            usable = reach if 2 * (reach - page_end) >= page_size else page_end
+            if usable > position and usable >= child.floor and not child.read:
                 source, length = child, usable
-        elif whole > at:
-            pending, promised = child, whole
-        if same < len(child.tokens):
+        elif page_end > position:
+            pending, promised = child, page_end
+        if common < len(child.tokens):
             break
-        node, at = child, child.length
+        node, position = child, child.length
     return Match(source, length, pending, promised)
 
 
@@ -90,13 +89,13 @@ def place_of(parent: Node, tokens: tuple[int, ...]) -> int:
 
 def closest_child(node: Node, tokens: tuple[int, ...]) -> tuple[Node | None, int]:
     """The child that shares the most tokens, and how many. It is next to the place of `tokens` in the order."""
-    best, most = None, 0
-    at = place_of(node, tokens)
-    for child in node.children[max(at - 1, 0) : at + 1]:
-        same = common_length(child.tokens, tokens)
-        if same > most:
-            best, most = child, same
-    return best, most
+    best, longest = None, 0
+    index = place_of(node, tokens)
+    for child in node.children[max(index - 1, 0) : index + 1]:
+        common = common_length(child.tokens, tokens)
+        if common > longest:
+            best, longest = child, common
+    return best, longest
 
 
 def common_length(a: Sequence[int], b: Sequence[int]) -> int:
@@ -124,10 +123,10 @@ def tree_of(node: Node) -> Tree:
 
 def path_up(node: Node) -> Iterator[Node]:
     """The node and its ancestors, without the root."""
-    at: Node | None = node
-    while at is not None and at.parent is not None:
-        yield at
-        at = at.parent
+    ancestor: Node | None = node
+    while ancestor is not None and ancestor.parent is not None:
+        yield ancestor
+        ancestor = ancestor.parent
 
 
 def pending_down_to(node: Node | None) -> Iterator[Node]:
@@ -174,8 +173,10 @@ def is_at(node: Node, holders: Container[int] | None) -> bool:
 
 def shares_of(node: Node) -> Iterator[tuple[Node, Share]]:
     """The shares of a node and of those above it: a pending node is kept where its writer is."""
-    for each in path_up(node):
-        yield from ((each, share) for share in (each.layout if each.writer is None else each.writer.layout))
+    for ancestor in path_up(node):
+        yield from (
+            (ancestor, share) for share in (ancestor.layout if ancestor.writer is None else ancestor.writer.layout)
+        )
 
 
 class BlocksStored(NamedTuple):
@@ -218,8 +219,8 @@ class PrefixEvents:
         self._hashes: dict[Node, tuple[int, ...]] = {}  # of the blocks that a node has beyond its parent
 
     def listen(self, sink: PrefixSink, nodes: Iterable[Node]) -> None:
-        """Send `sink` that nothing is there, then these nodes, parents first, and from now on what changes. The sink
-        before gets nothing more."""
+        """Send `sink` that the cache is cleared, then these nodes, parents first, and from now on what changes. The
+        previous sink gets nothing more."""
         self._sink = sink
         self._hashes.clear()
         self._send(BlocksCleared())
@@ -227,7 +228,7 @@ class PrefixEvents:
             self._store(node)
 
     def stored(self, node: Node) -> None:
-        """A node's KV is there."""
+        """A node's KV is stored."""
         self.entered += 1
         self._store(node)
 

@@ -53,11 +53,11 @@ NONE = Redundancy()
 def parse(text: object) -> Redundancy:
     """The redundancy that a text names: "replica" is one replica, "parity" is over two shares. Raises InvalidRequest
     for anything else."""
-    found = _GRAMMAR.fullmatch(text) if isinstance(text, str) else None
-    if found is None or (found[1] == "none" and found[2]):
+    match = _GRAMMAR.fullmatch(text) if isinstance(text, str) else None
+    if match is None or (match[1] == "none" and match[2]):
         raise InvalidRequest(f"redundancy is {text!r:.80}; allowed is {_ALLOWED}")
-    kind, least = found[1], {"none": 0, "replica": 1, "parity": 2}[found[1]]
-    count = int(found[2] or least)
+    kind, least = match[1], {"none": 0, "replica": 1, "parity": 2}[match[1]]
+    count = int(match[2] or least)
     if count < least or count > MOST:
         raise InvalidRequest(f"redundancy is {text!r:.80}; allowed is {kind}({least}) to {kind}({MOST})")
     return Redundancy(kind, count)  # type: ignore[arg-type]  # the grammar has these kinds alone
@@ -84,16 +84,16 @@ def groups(layout: Layout, redundancy: Redundancy, holders: Callable[[Share], tu
     """
     if redundancy.kind == "replica":
         return [(share,) for share in layout]
-    found: list[Layout] = []
-    begun: dict[Hashable, list[Share]] = {}
+    complete: list[Layout] = []
+    unfinished: dict[Hashable, list[Share]] = {}
     for share in layout:
-        there = holders(share)
-        key = there, share.pool, share.policy, share.lo, share.hi
-        group = begun.setdefault(key, [])
+        hosts = holders(share)
+        key = hosts, share.pool, share.policy, share.lo, share.hi
+        group = unfinished.setdefault(key, [])
         if any(share.holder == other.holder for other in group):
-            found.append((share,))
+            complete.append((share,))
             continue
         group.append(share)
-        if len(group) >= min(redundancy.count, len(there) - 1):
-            found.append(tuple(begun.pop(key)))
-    return found + [tuple(group) for group in begun.values()]
+        if len(group) >= min(redundancy.count, len(hosts) - 1):
+            complete.append(tuple(unfinished.pop(key)))
+    return complete + [tuple(group) for group in unfinished.values()]

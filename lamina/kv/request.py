@@ -308,11 +308,12 @@ class SchedulerConfig:
     def chunk(self, sequence: ScheduledSequence, most: int) -> int:
         """How many of a sequence's next `most` tokens one row has: it ends where states are kept for others."""
         start, last = sequence.next, len(sequence.request.prompt) - 1
+        count = most
         if self.snapshot_tokens is not None:
-            most = min(most, self.snapshot_tokens - start % self.snapshot_tokens)
+            count = min(count, self.snapshot_tokens - start % self.snapshot_tokens)
         if self.states and sequence.siblings and start < last:
-            most = min(most, last - start)
-        return most
+            count = min(count, last - start)
+        return count
 
     def records(self, layout: Layout, times: int = 1) -> Pages:
         """So many records of every state."""
@@ -344,11 +345,11 @@ class SchedulerConfig:
             first, end = -(-max(lo, share.lo) // size), -(-min(hi, share.hi) // size)
             if end <= first:
                 continue
-            at = min(floor, share.hi), min(start, share.hi)
+            bounds = min(floor, share.hi), min(start, share.hi)
             groups = self.groups(share.policy)[share.pool]
-            kept = sum(group.cells(share.heads) * group.kept(first, end, *at, size) for group in groups)
+            pages_of_share = sum(group.cells(share.heads) * group.kept(first, end, *bounds, size) for group in groups)
             if groups:
-                pages[share.at] = pages.get(share.at, 0) + kept
+                pages[share.at] = pages.get(share.at, 0) + pages_of_share
         return pages
 
     def pages_for(self, layout: Layout, length: int, shared: int = 0) -> Pages:
@@ -362,9 +363,9 @@ class SchedulerConfig:
                 continue
             first = max(share.lo, shared) // size
             groups = self.groups(share.policy)[share.pool]
-            most = sum(group.cells(share.heads) * group.most(first, needed, length, size) for group in groups)
+            pages_of_share = sum(group.cells(share.heads) * group.most(first, needed, length, size) for group in groups)
             if groups:
-                pages[share.at] = pages.get(share.at, 0) + most
+                pages[share.at] = pages.get(share.at, 0) + pages_of_share
         return pages
 
 

@@ -20,7 +20,7 @@ from lamina.kv.request import RetainedKv, ScheduledSequence, SchedulerConfig
 from lamina.kv.spares import Spares
 
 Order = tuple[int, int, int]
-_LATE = 1024  # tokens that are copied at a time, at most
+_COPIED_TOKENS = 1024  # at a time, at most
 
 
 @dataclass(slots=True)
@@ -109,8 +109,10 @@ class RunningSequences:
     def adopt(self, sequence: ScheduledSequence, kept: RetainedKv, there: Container[Place]) -> None:
         """Take up a sequence that holders have already. Shares in pools that are not `there` count once they are
         opened elsewhere. Which pages other sequences share is not known, so none counts as its own."""
-        found = tuple(share for share in kept.layout if share.at in there)
-        self._ledger.took(self._config.held(found, 0, kept.computed, kept.floor) + self._config.records(found, 2))
+        present_shares = tuple(share for share in kept.layout if share.at in there)
+        self._ledger.took(
+            self._config.held(present_shares, 0, kept.computed, kept.floor) + self._config.records(present_shares, 2)
+        )
         sequence.handle, sequence.layout, sequence.floor = kept.handle, kept.layout, kept.floor
         sequence.runs = self.runs.open(kept.layout, kept.computed)
         sequence.computed = sequence.planned = kept.computed
@@ -159,7 +161,7 @@ class RunningSequences:
             self.prefix_cache.keep(sequence)
         self.close(sequence)
 
-    # Whose they are, and where.
+    # Their tenants and holders.
 
     def tokens_by_tenant(self) -> Counter[str]:
         """The tokens of each tenant's sequences with KV."""
@@ -190,12 +192,12 @@ class RunningSequences:
         """The KV of a movable, idle sequence is in this layout now; new shares have no pages of other sequences."""
         self._leave_cache(sequence)
         self.drop_local_copy(sequence)
-        kept = [share for share in layout if share in sequence.runs]
-        self.runs.relocate(sequence.runs, kept, tuple(share for share in layout if share not in kept))
+        old_shares = [share for share in layout if share in sequence.runs]
+        self.runs.relocate(sequence.runs, old_shares, tuple(share for share in layout if share not in old_shares))
         sequence.layout, sequence.stored = layout, 0
         self.spares.keep(sequence.handle or 0, layout)
-        sequence.copies = sequence.copies and bool(kept)
-        sequence.forked = sequence.forked if kept else set()
+        sequence.copies = sequence.copies and bool(old_shares)
+        sequence.forked = sequence.forked if old_shares else set()
 
     def grow(self, sequence: ScheduledSequence, handovers: Sequence[Handover]) -> None:
         """Have shares of a sequence grow elsewhere, from above all that is planned on."""
@@ -203,9 +205,9 @@ class RunningSequences:
             raise EngineError(f"request {sequence.request.id} cannot grow elsewhere now")
         self._layouts.grow(sequence.handle, handovers)
         self.runs.grow(sequence.runs, handovers)
-        others = [share for share in sequence.layout if all(share != each.share for each in handovers)]
-        ended = {each.share: each.ended for each in handovers if each.ended is not None}
-        sequence.layout = (*others, *ended.values(), *(each.taker for each in handovers))
+        others = [share for share in sequence.layout if all(share != handover.share for handover in handovers)]
+        ended = {handover.share: handover.ended for handover in handovers if handover.ended is not None}
+        sequence.layout = (*others, *ended.values(), *(handover.taker for handover in handovers))
         self.spares.ended(sequence.handle, ended, sequence.layout)
 
     # Pages.
@@ -230,14 +232,14 @@ class RunningSequences:
 
     def _pages_beyond(self, sequence: ScheduledSequence, layout: Layout, first: int) -> Pages:
         """Pages that a sequence has in these of its shares of the positions from `first` on."""
-        rebuild, held = sequence.rebuild, self._config.held
+        rebuild, pages_between = sequence.rebuild, self._config.held
         if rebuild is None:
-            return held(layout, first, sequence.computed, sequence.floor)
-        there = tuple(share for share in layout if share not in rebuild.read)
-        whole = tuple(share for share in there if share not in rebuild.missing)
-        missing = tuple(share for share in there if share in rebuild.missing)
-        pages = held(whole, first, sequence.computed, sequence.floor)
-        return pages + held(missing, first, rebuild.at, rebuild.at)
+            return pages_between(layout, first, sequence.computed, sequence.floor)
+        present_shares = tuple(share for share in layout if share not in rebuild.read)
+        complete_shares = tuple(share for share in present_shares if share not in rebuild.missing)
+        missing = tuple(share for share in present_shares if share in rebuild.missing)
+        pages = pages_between(complete_shares, first, sequence.computed, sequence.floor)
+        return pages + pages_between(missing, first, rebuild.at, rebuild.at)
 
     @property
     def giving_way(self) -> Pages:
@@ -253,32 +255,32 @@ class RunningSequences:
     def headroom(self) -> Pages:
         """Pages left for new sequences. The running ones keep what their known tokens need, and a page set each."""
         config = self._config
-        left = self._ledger.unpromised() + self.giving_way
+        room = self._ledger.unpromised() + self.giving_way
         alike: dict[int, list[ScheduledSequence]] = {}  # by layout: placement makes equal ones once
         for sequence in self.sequences if config.states else ():
-            left -= config.records(sequence.layout, 2 - sequence.own_records)
+            room -= config.records(sequence.layout, 2 - sequence.own_records)
         for sequence in self.sequences:
             alike.setdefault(id(sequence.layout), []).append(sequence)
-            known, planned = len(sequence.tokens), sequence.planned
-            if known - planned > 1:
-                left -= config.pages_for(sequence.layout, known) - config.pages_for(sequence.layout, planned)
+            length, planned = len(sequence.tokens), sequence.planned
+            if length - planned > 1:
+                room -= config.pages_for(sequence.layout, length) - config.pages_for(sequence.layout, planned)
             if sequence.rebuild is not None:
-                left -= config.held(sequence.rebuild.missing, sequence.rebuild.planned, sequence.rebuild.end, 0)
-                left -= config.held(sequence.rebuild.read, 0, sequence.rebuild.planned, 0)
+                room -= config.held(sequence.rebuild.missing, sequence.rebuild.planned, sequence.rebuild.end, 0)
+                room -= config.held(sequence.rebuild.read, 0, sequence.rebuild.planned, 0)
         for sequences in alike.values():
             layout = sequences[0].layout
             if all(share.lo == 0 and share.hi >= config.max_model_len for share in layout):
-                left -= config.page_set(layout, 0) * len(sequences)
+                room -= config.page_set(layout, 0) * len(sequences)
                 continue
             for sequence in sequences:
-                left -= config.page_set(layout, len(sequence.tokens))
-        return left
+                room -= config.page_set(layout, len(sequence.tokens))
+        return room
 
     def most(self) -> Pages:
         """The most pages that can be taken, batches under way and failed ones included: each sequence may have all its
-        known tokens there, drafts, and a copy of a page. Pages of which nobody knows who has them count for each. What
-        a policy lets go is counted until it must be gone: a row or a copy later, and never in a share whose range is
-        full."""
+        known tokens there, drafts, and a copy of a page. Pages of unknown owners count for each sequence. What a
+        policy lets go is counted until it must have been freed: a row or a copy later, and never in a share whose range
+        is full."""
         pages = self._ledger.moving + self.spares.doubtful
         leaves = {leaf for sequence in self.sequences for leaf in sequence.runs.values()}
         prefixes = (leaf for node in self.prefix_cache for leaf in node.runs.values())
@@ -286,27 +288,27 @@ class RunningSequences:
             pages += self._most(run, run.hi, run.floor)
         pages += self.prefix_cache.snapshots
         for sequence in self.sequences:
-            known = len(sequence.tokens) + self._config.max_drafts
+            length = len(sequence.tokens) + self._config.max_drafts
             floor = sequence.floor if sequence.rebuild is None else 0
             pages += self._config.page_set(sequence.layout, sequence.computed)
             pages += self._config.records(sequence.layout, 2)
             for leaf in sequence.runs.values():
-                pages += self._most(leaf, known, floor)
+                pages += self._most(leaf, length, floor)
             for share in (part.share for part in sequence.local_copy):
-                pages += self._config.page_set((share,), share.lo) * -((share.lo - known) // self._config.page_size)
+                pages += self._config.page_set((share,), share.lo) * -((share.lo - length) // self._config.page_size)
         return pages
 
     def _most(self, run: Run, end: int, floor: int) -> Pages:
         share = run.share
-        gone = max(0, floor - max(_LATE, self._config.max_batch_tokens)) if floor < share.hi else 0
-        return self._config.held((share,), run.lo if run.parent else share.lo, end, 0, gone)
+        freed_to = max(0, floor - max(_COPIED_TOKENS, self._config.max_batch_tokens)) if floor < share.hi else 0
+        return self._config.held((share,), run.lo if run.parent else share.lo, end, 0, freed_to)
 
     def needed(self, sequence: ScheduledSequence, layout: Layout, node: Node | None, length: int) -> Pages:
         """Spare pages that a sequence needs: for all its known tokens, the first `length` of which it shares with
         `node`, and a page set to grow."""
-        config, known = self._config, len(sequence.tokens)
-        whole = length - length % config.page_size
-        needed = config.pages_for(layout, known, whole) + config.page_set(layout, known)
+        config, known_length = self._config, len(sequence.tokens)
+        shared = length - length % config.page_size
+        needed = config.pages_for(layout, known_length, shared) + config.page_set(layout, known_length)
         return needed if node is None else needed + self.prefix_cache.unused_pages(node)
 
     def _leave_cache(self, sequence: ScheduledSequence) -> None:

@@ -1,13 +1,12 @@
-"""The spares of sequences and cached prefixes: what they lack, and which takes a lost part's place. Pure.
+"""The spares of sequences and cached prefixes (`Spares`), and lost shares that are read back (`ReadBacks`). Pure.
 
 A spare is a part of its owner's that no row reads. Forks of an owner fork its spares, so pages that several owners
-share are kept once in spares too. Its pages count as unused ones, like those of prefixes that nobody uses, and go first
-where others need them: a spare is never a reason that a sequence waits or is preempted.
+share are kept once in spares too. Its pages count as unused ones, like those of unused prefixes, and go first where
+others need them: a spare is never a reason that a sequence waits or is preempted.
 
-Lost shares that are read back: the bytes of a lost part are the XOR of the parity's and of the others' of its group.
-
-A share gets another holder at once; its part is opened once its turn comes, as a fork where an owner that shares pages
-with it was read back before. The engine makes the copies. Pure.
+A replica takes a lost part's place. With parity the lost part is read back: its bytes are the XOR of the parity's and
+of those of the others of its group. The lost share gets another holder at once. Its part is opened once its turn comes,
+as a fork where an owner that shares pages with it was read back before. The engine makes the copies.
 """
 
 from __future__ import annotations
@@ -57,11 +56,11 @@ class Spares:
         self._redundancy = config.redundancy
         self._layouts = layouts
         self._runs = runs
-        self._of: dict[int, list[Spare]] = {}
+        self._by_owner: dict[int, list[Spare]] = {}
         self._groups: dict[Layout, list[Layout]] = {}  # of layouts, while the holders stay the same
 
     def __iter__(self) -> Iterator[Spare]:
-        return (spare for spares in self._of.values() for spare in spares)
+        return (spare for spares in self._by_owner.values() for spare in spares)
 
     @property
     def leaves(self) -> Iterator[Run]:
@@ -84,7 +83,7 @@ class Spares:
 
     def of(self, handle: int) -> tuple[Spare, ...]:
         """The spares of one owner."""
-        return tuple(self._of.get(handle, ()))
+        return tuple(self._by_owner.get(handle, ()))
 
     # Their owners are forked, moved and closed.
 
@@ -108,12 +107,12 @@ class Spares:
         """Shares of an owner end where the values have it, above all that is stored: so do their spares. Those of
         shares that are not in its new layout are closed, as are those whose holders do not know `Bound`."""
         for spare in self.of(handle):
-            of = tuple(ended.get(share, share) for share in spare.of)
-            end = max(share.hi for share in of)
-            if not set(of).issubset(layout) or (part := self._layouts.bound(spare.part, end)) is None:
+            shares = tuple(ended.get(share, share) for share in spare.of)
+            end = max(share.hi for share in shares)
+            if not set(shares).issubset(layout) or (part := self._layouts.bound(spare.part, end)) is None:
                 self._drop(handle, spare)
             else:
-                spare.of, spare.part, spare.run.share = of, part, part.share
+                spare.of, spare.part, spare.run.share = shares, part, part.share
 
     def cut(self, handle: int, length: int) -> None:
         """The first `length` tokens of an owner count, the others are computed again."""
@@ -125,8 +124,8 @@ class Spares:
 
     def give_up(self, at: Container[Place]) -> bool:
         """Close the last spare in these pools. False where there is none."""
-        for handle in reversed(self._of):
-            for spare in self._of[handle]:
+        for handle in reversed(self._by_owner):
+            for spare in self._by_owner[handle]:
                 if spare.part.share.at in at:
                     self._drop(handle, spare)
                     return True
@@ -135,28 +134,28 @@ class Spares:
     def leave(self, holders: Container[int]) -> None:
         """Close all spares at these holders."""
         self.holders_changed()
-        for handle in list(self._of):
+        for handle in list(self._by_owner):
             for spare in self.of(handle):
                 if spare.part.share.holder in holders:
                     self._drop(handle, spare)
 
     def holders_changed(self) -> None:
-        """Holders have come or gone. Spares at lost ones are gone too."""
+        """Holders have come or gone. Spares at lost holders are lost too."""
         self._groups.clear()
-        there = self._layouts.pages
-        for handle in list(self._of):
+        present_places = self._layouts.pages
+        for handle in list(self._by_owner):
             for spare in self.of(handle):
-                if spare.part.share.at not in there:
+                if spare.part.share.at not in present_places:
                     self._drop(handle, spare)
 
     def _keep(self, handle: int, spare: Spare) -> Spare:
-        self._of.setdefault(handle, []).append(spare)
+        self._by_owner.setdefault(handle, []).append(spare)
         return spare
 
     def _remove(self, handle: int, spare: Spare) -> None:
-        self._of[handle].remove(spare)
-        if not self._of[handle]:
-            del self._of[handle]
+        self._by_owner[handle].remove(spare)
+        if not self._by_owner[handle]:
+            del self._by_owner[handle]
 
     def _drop(self, handle: int, spare: Spare) -> None:
         self._remove(handle, spare)
@@ -183,29 +182,29 @@ class Spares:
         share pages with the owner. None where it lacks nothing, or there is no `room` for it."""
         if owner.handle is None or not self._protects(owner.layout):
             return None
-        wanted, size = self._wanted(owner.layout), self._config.page_size
+        protected, size = self._wanted(owner.layout), self._config.page_size
         for present in self.of(owner.handle):
-            if present.of not in wanted or not self._apart(present):
+            if present.of not in protected or not self._apart(present):
                 self._drop(owner.handle, present)
-        for group in wanted:
+        for group in protected:
             end = min(length, group[0].hi)
             end -= end % size
             least_here = least if group[0].hi > length else size
-            own = [spare for spare in self.of(owner.handle) if spare.of == group]
+            group_spares = [spare for spare in self.of(owner.handle) if spare.of == group]
             for number in range(self._redundancy.copies):
-                spare: Spare | None = own[number] if number < len(own) else None
-                at = group[0].lo if spare is None else spare.stored
-                if end - at < max(size, least_here):
+                spare: Spare | None = group_spares[number] if number < len(group_spares) else None
+                position = group[0].lo if spare is None else spare.stored
+                if end - position < max(size, least_here):
                     continue
-                if (found := self._further(owner, group, spare, at, end, others)) is not None:
+                if (source := self._further(owner, group, spare, position, end, others)) is not None:
                     if spare is not None:
                         self._drop(owner.handle, spare)
-                    spare, at = self._fork(found[0], owner.handle, found[1], group), found[1]
+                    spare, position = self._fork(source[0], owner.handle, source[1], group), source[1]
                 if spare is None and (spare := self._open(owner.handle, group, room)) is None:
                     continue
-                stop = min(end, at + max(size, most - most % size))
-                if at < stop and room.covers(self._config.held((spare.part.share,), at, stop, 0)):
-                    return SpareCopy(owner.handle, spare, at, stop)
+                stop = min(end, position + max(size, most - most % size))
+                if position < stop and room.covers(self._config.held((spare.part.share,), position, stop, 0)):
+                    return SpareCopy(owner.handle, spare, position, stop)
         return None
 
     def begins(self, copy: SpareCopy) -> None:
@@ -247,13 +246,13 @@ class Spares:
         """Of how many tokens, by head, an owner of `length` tokens has all its spares, and how many it has at
         attention workers."""
         covered = total = 0
-        of = self.of(owner.handle or 0)
+        spares = self.of(owner.handle or 0)
         for share in () if self._layouts.is_local(owner.layout) else owner.layout:
             end = min(length, share.hi)
             if end <= share.lo:
                 continue
             total += (end - share.lo) * len(share.heads)
-            stored = [min(spare.stored, end) for spare in of if share in spare.of]
+            stored = [min(spare.stored, end) for spare in spares if share in spare.of]
             if len(stored) >= self._redundancy.copies:
                 covered += max(0, min(stored) - share.lo) * len(share.heads)
         return covered, total
@@ -287,9 +286,9 @@ class Spares:
 
     def _open(self, handle: int, group: Layout, room: Pages) -> Spare | None:
         """An empty spare at the holder with the most room; None where no holder can have it."""
-        taken, pool = self._taken(handle, group), group[0].pool
-        there = self._layouts.hosts(group[0], alike=len(group) > 1)
-        numbers = [number for number in there if number not in taken]
+        excluded, pool = self._taken(handle, group), group[0].pool
+        hosts = self._layouts.hosts(group[0], alike=len(group) > 1)
+        numbers = [number for number in hosts if number not in excluded]
         if not numbers:
             return None
         best = max(numbers, key=lambda number: room.get((number, pool), 0))
@@ -313,31 +312,31 @@ class Spares:
         leaf = owner.runs.get(group[0])
         if leaf is None or owner.handle is None or leaf.lo <= at:
             return None
-        taken, best, most = self._taken(owner.handle, group, spare), None, at
+        excluded, best, reach = self._taken(owner.handle, group, spare), None, at
         for other in others():
             for theirs in self.of(other.handle or 0) if other is not owner else ():
-                known = theirs.stored > most and under(theirs.of, group[0].policy) == group
-                if not known or theirs.part.share.holder in taken or theirs.of[0] not in other.runs:
+                usable = theirs.stored > reach and under(theirs.of, group[0].policy) == group
+                if not usable or theirs.part.share.holder in excluded or theirs.of[0] not in other.runs:
                     continue
-                same = min(theirs.stored, self._runs.common(leaf, other.runs[theirs.of[0]]), end)
-                if same > most:
-                    best, most = theirs, same
-        return None if best is None else (best, most)
+                common = min(theirs.stored, self._runs.common(leaf, other.runs[theirs.of[0]]), end)
+                if common > reach:
+                    best, reach = theirs, common
+        return None if best is None else (best, reach)
 
     # A lost part is replaced.
 
     def replica(self, handle: int, lost: Share) -> Spare | None:
         """The replica of a lost share that has the most; None where none has anything."""
-        found = (spare for spare in self.of(handle) if spare.of == (lost,) and spare.stored > lost.lo)
-        return max(found, key=lambda spare: spare.stored, default=None)
+        replicas = (spare for spare in self.of(handle) if spare.of == (lost,) and spare.stored > lost.lo)
+        return max(replicas, key=lambda spare: spare.stored, default=None)
 
     def parity(self, owner: Owner, lost: Share) -> Spare | None:
         """The parity from which a lost share can be read: it is there, and so are the others of the group."""
-        there = self._layouts.pages
+        present_places = self._layouts.pages
         for spare in self.of(owner.handle or 0):
             others = [share for share in spare.of if share != lost]
-            whole = others and all(share in owner.layout and share.at in there for share in others)
-            if lost in spare.of and whole and spare.stored > lost.lo:
+            readable = others and all(share in owner.layout and share.at in present_places for share in others)
+            if lost in spare.of and readable and spare.stored > lost.lo:
                 return spare
         return None
 
@@ -364,9 +363,9 @@ class Spares:
 
     def replaced(self, owner: Owner, lost: Share, share: Share) -> None:
         """An owner has `share` in the place of a lost one, with the same KV: the other spares protect it."""
-        owner.layout = tuple(share if each == lost else each for each in owner.layout)
+        owner.layout = tuple(share if other == lost else other for other in owner.layout)
         for spare in self.of(owner.handle or 0):
-            spare.of = tuple(share if each == lost else each for each in spare.of)
+            spare.of = tuple(share if other == lost else other for other in spare.of)
 
 
 @dataclass(eq=False, slots=True)
@@ -446,14 +445,14 @@ class ReadBacks:
 
     def unreadable(self) -> list[ReadBack]:
         """What was due and cannot be read back any more, since holders are gone; it is due no more."""
-        there, due = self._layouts.pages, self._due
-        gone = [
+        present_places, due = self._layouts.pages, self._due
+        unreadable = [
             read
             for read in due
-            if not self.readable(read) or any(share.at not in there for share in (read.share, *read.spare.of))
+            if not self.readable(read) or any(share.at not in present_places for share in (read.share, *read.spare.of))
         ]
-        self._due = deque(read for read in due if read not in gone)
-        return [read for read in gone if self._stands(read)]
+        self._due = deque(read for read in due if read not in unreadable)
+        return [read for read in unreadable if self._stands(read)]
 
     def give_up(self, read: ReadBack) -> None:
         """A share is not read back; it has a part all the same."""
@@ -468,10 +467,10 @@ class ReadBacks:
         """Another holder for a lost share, apart from its group where that is possible."""
         *_, top = spare.run.path()
         if top not in self._places:
-            left = [share for share in spare.of if share != lost]
-            there = self._layouts.hosts(left[0], alike=True)
-            taken = {spare.part.share.holder, *(share.holder for share in left)}
-            numbers = [number for number in there if number not in taken] or there
+            group_rest = [share for share in spare.of if share != lost]
+            hosts = self._layouts.hosts(group_rest[0], alike=True)
+            excluded = {spare.part.share.holder, *(share.holder for share in group_rest)}
+            numbers = [number for number in hosts if number not in excluded] or hosts
             if not numbers:
                 return None
             self._places[top] = max(numbers, key=lambda number: free.get((number, lost.pool), 0))
@@ -479,20 +478,20 @@ class ReadBacks:
 
     def _open(self, read: ReadBack) -> None:
         """Open the part of a share: empty, or as a fork of one that was read back and has the same pages."""
-        best, most = None, read.at
+        best, length = None, read.at
         for other in self._read:
             if other.owner.handle != other.handle or other.share not in other.owner.runs:
                 continue
-            same = min(self._runs.common(read.spare.run, other.spare.run), other.end, read.end)
-            if same > most and replace(other.share, policy=read.share.policy) == read.share:
-                best, most = other, same
+            common = min(self._runs.common(read.spare.run, other.spare.run), other.end, read.end)
+            if common > length and replace(other.share, policy=read.share.policy) == read.share:
+                best, length = other, common
         if best is None or best.part is None:
             (read.part,) = self._layouts.open_beside((read.share,))
         else:
-            read.part = self._layouts.fork_part(best.part, most, read.share)
+            read.part = self._layouts.fork_part(best.part, length, read.share)
             leaf, prefix = read.owner.runs.pop(read.share), isinstance(read.owner, Node)
             source = {best.share: best.owner.runs[best.share]}
-            read.owner.runs |= self._runs.fork(source, most, prefix, 0, leaf.users, read.share.policy)
+            read.owner.runs |= self._runs.fork(source, length, prefix, 0, leaf.users, read.share.policy)
             self._runs.close({read.share: leaf})
-            read.at = most
+            read.at = length
         self._layouts.promote(read.handle, read.share, read.part, read.share)

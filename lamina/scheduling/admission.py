@@ -1,14 +1,16 @@
-"""Which waiting sequence gets KV next, once there is room for all that it has and will have: of each tenant the first
-by order; among tenants of one priority, that of the one with the least KV.
+"""Which waiting sequence gets KV next (`Admission`), and how much of a batch each tenant gets (`FairShare`). Pure.
 
-How much of a batch each tenant gets while several have work. Pure: callers give the seconds of batches.
+A sequence gets KV once there is room for all that it has and will have. It is the first of its tenant by order; among
+tenants of one priority, the tenant with the least KV comes first.
 
 A batch ends for all of its rows together, so a tenant that asks for little waits for what the others put beside it.
-While several tenants have work a batch takes at most `BESIDE` times as long as one of the tenant alone that asks for
-least. Its tokens are dealt max-min fairly: each tenant gets an even share; what it does not need goes to the others.
+While several tenants have work, a batch takes at most `BESIDE` times as long as a batch of the tenant alone that asks
+for least. Its tokens are dealt max-min fairly: each tenant gets an even share, and what it does not need goes to the
+others. Callers give the seconds of batches.
 
-A batch cannot be stopped, so whoever comes next waits for the one under way. While another tenant may come back, which
-was there in the last `REMEMBERED` batches, a batch takes at most `BEFORE` times as long as one of a single token.
+A batch cannot be stopped, so the next request waits for the batch under way. A tenant that had work in the last
+`REMEMBERED` batches may come back. While there is such a tenant, a batch takes at most `BEFORE` times as long as one of
+a single token.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ class FairShare:
 
     def __init__(self) -> None:
         self._batches = 0
-        self._seen: dict[str, int] = {}  # by tenant: the last batch for which it had work
+        self._last_batches: dict[str, int] = {}  # by tenant: the last batch for which it had work
         self._measured: dict[int, tuple[float, float]] = {}  # tokens and seconds of batches, by the tokens' bit length
 
     def took(self, tokens: int, seconds: float) -> None:
@@ -50,12 +52,13 @@ class FairShare:
         """How many of at most `most` tokens each tenant gets of what it wants, one or more; None where it is alone and
         has been for a while, so that it gets what it likes."""
         self._batches += 1
-        self._seen |= dict.fromkeys(wanted, self._batches)
-        self._seen = {each: at for each, at in self._seen.items() if at > self._batches - REMEMBERED}
-        if len(self._seen) < 2 or not wanted:
+        self._last_batches |= dict.fromkeys(wanted, self._batches)
+        forgotten = self._batches - REMEMBERED
+        self._last_batches = {tenant: batch for tenant, batch in self._last_batches.items() if batch > forgotten}
+        if len(self._last_batches) < 2 or not wanted:
             return None
         limit = BESIDE * self._seconds(min(wanted.values())) if len(wanted) > 1 else float("inf")
-        if len(self._seen) > len(wanted):
+        if len(self._last_batches) > len(wanted):
             limit = min(limit, BEFORE * self._seconds(1))
         return even(wanted, self._within(limit, most))
 
@@ -77,11 +80,13 @@ class FairShare:
 
 
 def even(wanted: Mapping[str, int], total: int) -> dict[str, int]:
-    """`total` dealt max-min fairly: nobody gets more than it wants, and less only where nobody gets over one more.
-    Everybody gets one, even where there are fewer."""
+    """`total` dealt max-min fairly: a tenant gets no more than it wants, and less only where the others get at most one
+    more. Each tenant gets one, even where there are fewer."""
     dealt: dict[str, int] = {}
-    for left, tenant in zip(range(len(wanted), 0, -1), sorted(wanted, key=lambda each: wanted[each]), strict=True):
-        dealt[tenant] = max(1, min(wanted[tenant], total // left))
+    for tenants_left, tenant in zip(
+        range(len(wanted), 0, -1), sorted(wanted, key=lambda name: wanted[name]), strict=True
+    ):
+        dealt[tenant] = max(1, min(wanted[tenant], total // tenants_left))
         total -= dealt[tenant]
     return dealt
 
@@ -100,9 +105,9 @@ class Admission:
         self._waiting: dict[str, list[tuple[Order, ScheduledSequence]]] = {}
         self._short: dict[str, tuple[ScheduledSequence, tuple[Pages, ...], int]] = {}
         """By tenant: the first, the pages it needs, and how many prefixes had been entered then."""
-        self._hoped: dict[str, int] = {}  # by policy: the longest before a loss
-        self._most: Layouts | None = None  # with all the holders that there may be
-        self._longest_there: dict[str, int] = {}  # by policy
+        self._longest_before_loss: dict[str, int] = {}  # by policy
+        self._expected: Layouts | None = None  # with all holders that may join
+        self._longest_expected: dict[str, int] = {}  # by policy
         self._stranded: list[ScheduledSequence] = []
         self._longest: tuple[Pages, dict[str, int]] = NO_PAGES, {}
         """The holders' pages, and the longest sequence that they allow, by policy."""
@@ -115,16 +120,18 @@ class Admission:
     @property
     def queued_tokens(self) -> int:
         """The known tokens of all sequences that wait for room, stranded ones included."""
-        waiting = (each for _, each in chain.from_iterable(self._waiting.values()))
-        return sum(len(each.tokens) for each in chain(waiting, self._stranded) if each.finish_reason is None)
+        waiting = (sequence for _, sequence in chain.from_iterable(self._waiting.values()))
+        return sum(
+            len(sequence.tokens) for sequence in chain(waiting, self._stranded) if sequence.finish_reason is None
+        )
 
     def longest_possible(self, policy: str = "") -> int:
         """The most tokens of one sequence that the context and the holders' memory can ever hold under a policy. Raises
         what `SchedulerConfig.policy` raises."""
         self._config.policy(policy)
-        most, capacity = self._config.max_model_len, self._layouts.capacity
+        context, capacity = self._config.max_model_len, self._layouts.capacity
         if not capacity:  # there is no holder at present
-            return most
+            return context
         if capacity != self._longest[0] or len(self._longest[1]) >= _POLICIES:
             self._longest = capacity, {}
         longest = self._longest[1]
@@ -133,40 +140,41 @@ class Admission:
         return longest[policy]
 
     def most_hoped(self, policy: str = "") -> int:
-        """As `longest_possible`, where lost holders come back, and all join that there may be."""
-        here, there = max(self.longest_possible(policy), self._hoped.get(policy, 0)), self._longest_there
-        if self._most is None:
-            return here
-        if policy not in there:
-            if len(there) >= _POLICIES:
-                there.clear()
-            there[policy] = self._longest_at(self._most, policy)
-        return max(here, there[policy])
+        """As `longest_possible`, once lost holders have come back, and all expected ones have joined."""
+        present = max(self.longest_possible(policy), self._longest_before_loss.get(policy, 0))
+        expected = self._longest_expected
+        if self._expected is None:
+            return present
+        if policy not in expected:
+            if len(expected) >= _POLICIES:
+                expected.clear()
+            expected[policy] = self._longest_at(self._expected, policy)
+        return max(present, expected[policy])
 
     def expect(self, most: Layouts) -> None:
-        """More holders join where they are wanted: these are all that there may be. What fits there is waited for."""
-        self._most = most
+        """More holders join where they are wanted, up to these. What fits there is waited for."""
+        self._expected = most
 
     def losing(self) -> None:
         """Holders are about to be lost: what fits now is waited for."""
         if self._layouts.capacity:
-            policies = islice({"": 0} | self._longest[1] | self._hoped, _POLICIES)
-            self._hoped = {policy: self.most_hoped(policy) for policy in policies}
+            policies = islice({"": 0} | self._longest[1] | self._longest_before_loss, _POLICIES)
+            self._longest_before_loss = {policy: self.most_hoped(policy) for policy in policies}
 
     def left(self) -> None:
-        """Holders are gone for good."""
-        self._hoped.clear()
+        """Holders have left for good."""
+        self._longest_before_loss.clear()
 
     def _longest_at(self, layouts: Layouts, policy: str) -> int:
-        most = self._config.max_model_len
+        context = self._config.max_model_len
 
         def fits(length: int) -> bool:
             every = (under(layout, policy) for layout in layouts.layouts(length))
             return any(layouts.capacity.covers(self._config.pages_for(layout, length)) for layout in every)
 
-        if fits(most):  # usual, and much sooner known than by a search
-            return most
-        return bisect_right(range(1, most + 1), False, key=lambda length: not fits(length))
+        if fits(context):  # usual, and much sooner known than by a search
+            return context
+        return bisect_right(range(1, context + 1), False, key=lambda length: not fits(length))
 
     def _holds(self, layout: Layout, length: int) -> bool:
         """Whether `length` tokens could ever be kept in this layout."""
@@ -192,7 +200,7 @@ class Admission:
         self._short.clear()
 
     def joined(self) -> None:
-        """There is one holder more, which may keep stranded sequences."""
+        """A holder has joined, which may keep stranded sequences."""
         self.look_again()
         for sequence in self._stranded:
             self.queue(sequence)
@@ -200,8 +208,11 @@ class Admission:
 
     def wanted(self) -> dict[str, int]:
         """About how many tokens the waiting sequences have of each tenant that can be admitted any."""
-        first = [each for each in self._first() if not self._full(each) and not self._still_short(each)]
-        return {each.request.tenant: len(each.tokens) * len(self._waiting[each.request.tenant]) for each in first}
+        first = [sequence for sequence in self._first() if not self._full(sequence) and not self._still_short(sequence)]
+        return {
+            sequence.request.tenant: len(sequence.tokens) * len(self._waiting[sequence.request.tenant])
+            for sequence in first
+        }
 
     def _first(self) -> list[ScheduledSequence]:
         """The first waiting sequence of each tenant."""
@@ -217,22 +228,22 @@ class Admission:
             queue = self._waiting.get(tenant)
             if queue and queue[0][1] is sequence and sequence.finish_reason is None and self._still_short(sequence):
                 victims = (self._victims(sequence, needed) for needed in alternatives)
-                for victim in next((each for each in victims if each), []):
+                for victim in next((alternative for alternative in victims if alternative), []):
                     self.preempt(victim)
 
     def _victims(self, sequence: ScheduledSequence, needed: Pages) -> list[ScheduledSequence]:
         """The youngest sequences whose preemption makes room for one that needs these pages; none where that takes more
         than its tenant's share."""
         running, tenant, victims = self._running, sequence.request.tenant, []
-        left, tokens = running.headroom(), running.tokens_by_tenant()
-        for each in reversed(running.sequences):
-            least = tokens[tenant] + len(sequence.tokens) + len(each.tokens)
-            less_urgent = each.request.priority >= sequence.request.priority and not each.in_flight
-            if each.request.tenant != tenant and less_urgent and tokens[each.request.tenant] >= least:
-                victims.append(each)
-                tokens[each.request.tenant] -= len(each.tokens)
-                left += running.own_pages(each, each.layout)
-                if left.covers(needed):
+        room, tokens = running.headroom(), running.tokens_by_tenant()
+        for candidate in reversed(running.sequences):
+            least = tokens[tenant] + len(sequence.tokens) + len(candidate.tokens)
+            less_urgent = candidate.request.priority >= sequence.request.priority and not candidate.in_flight
+            if candidate.request.tenant != tenant and less_urgent and tokens[candidate.request.tenant] >= least:
+                victims.append(candidate)
+                tokens[candidate.request.tenant] -= len(candidate.tokens)
+                room += running.own_pages(candidate, candidate.layout)
+                if room.covers(needed):
                     return victims
         return []
 
@@ -240,9 +251,11 @@ class Admission:
         """Give KV to the first waiting sequence of one of these tenants, if it fits. It overtakes sequences that wait
         for a prefix, and those of tenants that have more KV."""
         tokens = self._running.tokens_by_tenant()
-        first = [each for each in self._first() if each.request.tenant in tenants]
-        first.sort(key=lambda each: (each.request.priority, tokens[each.request.tenant], each.order))
-        return next((found for each in first if (found := self._admit(self._waiting[each.request.tenant]))), None)
+        first = [sequence for sequence in self._first() if sequence.request.tenant in tenants]
+        first.sort(key=lambda sequence: (sequence.request.priority, tokens[sequence.request.tenant], sequence.order))
+        return next(
+            (admitted for sequence in first if (admitted := self._admit(self._waiting[sequence.request.tenant]))), None
+        )
 
     def _admit(self, waiting: list[tuple[Order, ScheduledSequence]]) -> ScheduledSequence | None:
         running, prefix_cache = self._running, self._running.prefix_cache
@@ -294,16 +307,20 @@ class Admission:
 
     def _full(self, sequence: ScheduledSequence) -> bool:
         """Whether a sequence's tenant has all the running sequences that it may have."""
-        running = sum(each.request.tenant == sequence.request.tenant for each in self._running)
+        running = sum(other.request.tenant == sequence.request.tenant for other in self._running)
         return running >= self._config.max_sequences
 
     def _still_short(self, sequence: ScheduledSequence) -> bool:
         """Whether a sequence that was short of pages before still is."""
-        known, alternatives, entered = self._short.get(sequence.request.tenant, (None, (), 0))
-        if sequence is not known or not self._running.sequences or entered != self._running.prefix_cache.events.entered:
+        short_sequence, alternatives, entered = self._short.get(sequence.request.tenant, (None, (), 0))
+        if (
+            sequence is not short_sequence
+            or not self._running.sequences
+            or entered != self._running.prefix_cache.events.entered
+        ):
             return False
-        left = self._running.headroom()
-        return not any(left.covers(needed) for needed in alternatives)
+        room = self._running.headroom()
+        return not any(room.covers(needed) for needed in alternatives)
 
     def _worth_waiting(self, sequence: ScheduledSequence, match: Match) -> bool:
         """Whether a prefix that is being computed saves a page or more, and its writer comes first in order.
@@ -317,17 +334,17 @@ class Admission:
     def _places(self, sequence: ScheduledSequence, match: Match) -> list[tuple[Layout, Match]]:
         """Where the sequence could run to its end, and what it would share of the prefix tree there; the best first. A
         prefix that was found is used where it is, unless only other holders have room."""
-        beside = ((each.layout, len(each.tokens)) for each in self._running)
+        others = ((other.layout, len(other.tokens)) for other in self._running)
         policy, tokens = sequence.request.policy, len(sequence.tokens)
-        layouts = [under(layout, policy) for layout in self._layouts.layouts(sequence.longest, tokens, beside)]
+        layouts = [under(layout, policy) for layout in self._layouts.layouts(sequence.longest, tokens, others)]
         anew = [(layout, Match()) for layout in layouts if self._holds(layout, sequence.longest)]
-        found = () if match.node is None else under(match.node.layout, policy)
-        if not found or not self._holds(found, sequence.longest):
+        match_layout = () if match.node is None else under(match.node.layout, policy)
+        if not match_layout or not self._holds(match_layout, sequence.longest):
             return anew
-        there = {share.holder for share in found}
+        holders = {share.holder for share in match_layout}
         return [
-            (found, match),
-            *((layout, none) for layout, none in anew if there.isdisjoint(share.holder for share in layout)),
+            (match_layout, match),
+            *((layout, no_match) for layout, no_match in anew if holders.isdisjoint(share.holder for share in layout)),
         ]
 
     def _with_room(
@@ -336,10 +353,10 @@ class Admission:
         """The first place that has the room now. A sequence that is alone always fits."""
         running = self._running
         alone = not running.sequences
-        left = NO_PAGES if alone else running.headroom()
-        alternatives = tuple(running.needed(sequence, layout, at.node, at.length) for layout, at in places)
+        room = NO_PAGES if alone else running.headroom()
+        alternatives = tuple(running.needed(sequence, layout, match.node, match.length) for layout, match in places)
         for place, needed in zip(places, alternatives, strict=True):
-            if left.covers(needed):
+            if room.covers(needed):
                 return place
         if alone:
             return places[0]
@@ -349,6 +366,6 @@ class Admission:
     def check_integrity(self) -> None:
         """Raise EngineError if a waiting sequence has KV."""
         for _, sequence in chain.from_iterable(self._waiting.values()):
-            known = sequence.computed or self._running.prefix_cache.knows(sequence)
-            if sequence.handle is not None or known:
+            has_kv = sequence.computed or self._running.prefix_cache.knows(sequence)
+            if sequence.handle is not None or has_kv:
                 raise EngineError(f"sample {sequence.sample} of request {sequence.request.id} waits, but has KV")

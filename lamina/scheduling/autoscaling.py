@@ -1,9 +1,7 @@
-"""How many attention workers an engine should have, by the growth of its KV. Pure.
+"""How many attention workers an engine should have (`Autoscaler`), by the growth of its KV (`KvLoad`). Pure.
 
-One more is wanted so early that it is there before the holders are full; one fewer when the others have had ample room
-for a while.
-
-How much KV the holders of an engine have room for, counted in tokens. Pure.
+One more worker is wanted so early that it has joined before the holders are full. One fewer is wanted once the others
+have had ample room for a while. Room is counted in tokens.
 """
 
 from __future__ import annotations
@@ -23,8 +21,8 @@ class KvLoad:
     """Tokens of sequences, at the holders that take sequences.
 
     `workers` has what each attention worker keeps, by its name, `worker` what the largest has room for; `total` is the
-    room of all holders, the engine's own included, and `left` what is left of it: prefixes that nobody uses count as
-    left, and it is negative where running sequences lack room. `queued` are the tokens of requests that wait for room;
+    room of all holders, the engine's own included, and `left` what is left of it: unused prefixes count as left, and it
+    is negative where running sequences lack room. `queued` are the tokens of requests that wait for room;
     `stranded`: one of these is too long for all holders together. `generated` counts tokens since the start.
     """
 
@@ -49,19 +47,19 @@ def kv_load(control: ControlPlane, generated: int) -> KvLoad | None:
         return None
 
     def tokens(pages: Pages, names: str | None = None) -> int:
-        held = Counter[int]()
+        pages_by_pool = Counter[int]()
         for (number, pool), count in pages.items():
             if (number, pool) in capacity and names in (None, placement.holders[number].name):
-                held[pool] += count
-        return min(held[pool] * config.page_size // each for pool, each in block.items())
+                pages_by_pool[pool] += count
+        return min(pages_by_pool[pool] * config.page_size // pages_of_block for pool, pages_of_block in block.items())
 
     running = scheduler.running
-    total, headroom, whole, left = tokens(capacity), running.headroom(), Counter[int](), Counter[int]()
+    total, headroom, pages_of_pool, free_of_pool = tokens(capacity), running.headroom(), Counter[int](), Counter[int]()
     for (number, pool), count in capacity.items():
-        whole[pool] += count
-        left[pool] += headroom.get((number, pool), 0)
+        pages_of_pool[pool] += count
+        free_of_pool[pool] += headroom.get((number, pool), 0)
     # The scarcest pool counts, records of states included, which no token takes.
-    share = min(left[pool] / count for pool, count in whole.items())
+    share = min(free_of_pool[pool] / count for pool, count in pages_of_pool.items())
     names = dict.fromkeys(placement.holders[number].name for number, _ in capacity)
     rooms = {name: tokens(capacity, name) for name in names if name}
     free = scheduler.ledger.free
@@ -108,20 +106,20 @@ class Autoscaler:
         self.start_seconds = start_seconds
         self.wanted = least
         self._patience = patience
-        self._seen: deque[tuple[float, int, int]] = deque()  # time, tokens generated, headroom; of the last seconds
-        self._there = 0  # workers, as those were seen
-        self._asked: tuple[float, int] | None = None  # when more were asked for, and how many were there
+        self._samples: deque[tuple[float, int, int]] = deque()  # time, tokens generated, headroom; of the last seconds
+        self._workers = 0  # workers, as those were seen
+        self._request: tuple[float, int] | None = None  # when more were asked for, and how many were there
         self._ample: float | None = None  # since when a worker is not needed
 
     def decide(self, load: KvLoad, now: float) -> Decision:
         """The decision at `now`. A worker that was lost is expected back."""
-        there = len(load.workers)
-        if there != self._there:
-            self._seen.clear()  # the room is another one
-            self._there = there
-        self._arrived(there, now)
-        self.wanted = max(self.wanted, min(there, self.most))
-        coming = max(0, self.wanted - there)
+        workers = len(load.workers)
+        if workers != self._workers:
+            self._samples.clear()  # the room is another one
+            self._workers = workers
+        self._arrived(workers, now)
+        self.wanted = max(self.wanted, min(workers, self.most))
+        coming = max(0, self.wanted - workers)
         headroom, growth = load.left - load.queued, self._growth(load, now)
         full_in = max(0.0, headroom / growth) if growth > 0 else None if headroom >= 0 else 0.0
         ahead = _AHEAD * self.start_seconds + _AHEAD_SECONDS
@@ -131,13 +129,13 @@ class Autoscaler:
         if more > 0:
             self._ample = None
             self.wanted = min(self.most, self.wanted + more)
-        elif self._one_too_many(load, there, coming, growth * ahead * _AMPLE, now):
+        elif self._one_too_many(load, workers, coming, growth * ahead * _AMPLE, now):
             leaves = min(load.workers, key=lambda name: load.workers[name])
             self.wanted -= 1
         if self.wanted == before:
             return Decision(before, full_in)
         if not leaves:
-            self._asked = self._asked or (now, there)
+            self._request = self._request or (now, workers)
         when = "KV does not grow" if full_in is None else f"KV is full in {full_in:.1f} s"
         reason = (
             f"attention workers {before} -> {self.wanted} of {self.least} to {self.most}: {when}, {load.left} of "
@@ -149,30 +147,30 @@ class Autoscaler:
     def _growth(self, load: KvLoad, now: float) -> float:
         """Tokens a second by which KV grows: what running sequences generate, or more where room has shrunk faster."""
         headroom = load.left - load.queued
-        self._seen.append((now, load.generated, headroom))
-        while len(self._seen) > 2 and now - self._seen[1][0] >= _WINDOW:
-            self._seen.popleft()
-        since, generated, _ = self._seen[0]
+        self._samples.append((now, load.generated, headroom))
+        while len(self._samples) > 2 and now - self._samples[1][0] >= _WINDOW:
+            self._samples.popleft()
+        since, generated, _ = self._samples[0]
         seconds = now - since
         generating = (load.generated - generated) / seconds if seconds > 0 else 0.0
-        losses = [before - after for (_, _, before), (_, _, after) in pairwise(self._seen)]
+        losses = [before - after for (_, _, before), (_, _, after) in pairwise(self._samples)]
         trend = sum(losses) - max(losses, default=0)  # a lone burst of prompts is no trend
         return max(generating, trend / _WINDOW)
 
     def _arrived(self, there: int, now: float) -> None:
         """Measure how long a worker that was asked for has taken."""
-        if self._asked is None:
+        if self._request is None:
             return
-        asked, before = self._asked
+        request_time, before = self._request
         if there > before:
-            took = now - asked
+            took = now - request_time
             self.start_seconds = max(took, (self.start_seconds + took) / 2)
-            self._asked = (asked, there) if there < self.wanted else None
+            self._request = (request_time, there) if there < self.wanted else None
 
     def _one_too_many(self, load: KvLoad, there: int, coming: int, growth: float, now: float) -> bool:
         """Whether the others have had ample room for a while: for so much growth, and a share of theirs besides."""
-        left = load.left - load.queued - load.worker
-        ample = left >= max(growth, _FREE * (load.total - load.worker))
+        room = load.left - load.queued - load.worker
+        ample = room >= max(growth, _FREE * (load.total - load.worker))
         if there <= self.least or coming or load.stranded or not ample:
             self._ample = None
             return False

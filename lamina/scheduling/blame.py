@@ -1,14 +1,12 @@
-"""Which sequences may have made a batch fail, and which one it was. Pure.
+"""Which sequences made batches fail (`Blame`), and which holders contradict the engine's books (`Refusals`). Pure.
 
 Every row of a failed batch makes its sequence a suspect. Where a suspect failed it is tried again in company of a few
 other suspects, then alone; below that place it is computed with all others, as after a loss. Past that place it is no
 suspect any more. Failures at other places are not counted together: holders also die by chance.
 
-Which holders answer what the engine's books contradict. Pure.
-
 A holder contradicts the books where it lacks KV that it was sent, or refuses though its pages cannot all be taken.
-That may happen once, as where a message was lost. A holder that goes on so is at fault, and is given up as one that
-does not answer.
+That may happen once, for example where a message was lost. A holder that goes on so is at fault, and is given up like
+one that does not answer.
 """
 
 from __future__ import annotations
@@ -117,12 +115,12 @@ class Blame:
 
     def on_trial(self, rows: Iterable[PlannedRow]) -> bool:
         """Whether one of these rows is tried again where it failed."""
-        known = ((row, places) for row in rows if (places := self._suspects.get(row.sequence)))
-        return any(row.start + row.count > places[-1].start for row, places in known)
+        suspect_rows = ((row, places) for row in rows if (places := self._suspects.get(row.sequence)))
+        return any(row.start + row.count > places[-1].start for row, places in suspect_rows)
 
     def next_trial(self, idle: Sequence[ScheduledSequence]) -> list[ScheduledSequence]:
         """The idle suspects to try together, with nothing else under way: one that failed in such a trial before alone,
         else the root of their number, so that many are cleared in few batches. Empty where none is where it failed."""
-        there = [each for each in idle if each in self._suspects and not self.in_company(each, 1)]
-        again = [each for each in there if self._failures(each) > 1]
-        return again[:1] or there[: isqrt(len(self._suspects) - 1) + 1] if there else []
+        suspects = [sequence for sequence in idle if sequence in self._suspects and not self.in_company(sequence, 1)]
+        repeaters = [sequence for sequence in suspects if self._failures(sequence) > 1]
+        return repeaters[:1] or suspects[: isqrt(len(self._suspects) - 1) + 1] if suspects else []

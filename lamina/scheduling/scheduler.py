@@ -2,10 +2,7 @@
 
 The life of a plan: `plan`, then `accepted` or `refused` as the holders answer; once its batch is complete `record`, or
 `drop` where it failed. Several plans may be in flight, with disjoint sequences. The same calls give the same plans.
-
-Which rows the next batch has, and what gives up its pages for them. Pure.
-
-Which drafts of a row are accepted. Pure.
+`RowPlanner` says which rows a plan has, and what gives up its pages for them.
 
 A token is a function of its logits, of the seed and of its position (`sampler.py`). So a draft is right where it equals
 the token that is sampled at its position, and the text is the same, token for token, as without drafts. A draft that
@@ -63,76 +60,79 @@ class RowPlanner:
         self._blame = blame
         self._fair_share = fair_share
         self._config = config
-        self._most_rows = config.max_sequences
+        self._max_rows = config.max_sequences
         self._copies = copies
         self._growth = growth
         self._turn = 0  # the number of the present plan
 
     def rows(self, lanes: int, budget: int, admits: bool) -> list[PlannedRow]:
         """Rows for the idle sequences by order, then for new ones where it `admits` any: `budget` tokens at most, of
-        which each tenant gets its share."""
+        which each tenant gets its share.
+
+        A sequence that decodes has one token, any other as many as its tenant's prompts may still have. Sequences are
+        admitted until one gets no pages."""
         rows: list[PlannedRow] = []
         if admits:
             self._admission.reclaim()
         present = [sequence for sequence in self._running if sequence.idle]
-        decodes, prefill, rows_left = self._dealt(present, budget)
+        decodes, prompt_tokens, tenant_rows = self._dealt(present, budget)
         idle = deque(present)
-        short = not admits  # or a sequence has got no pages
+        admits_more = admits
         self._turn += 1
-        while budget and len(rows) < self._most_rows:
-            younger = idle
+        while budget and len(rows) < self._max_rows:
             if idle and (lanes == 1 or len(rows) * lanes < max(lanes, len(self._running))):
-                sequence = idle.popleft()
+                sequence, younger = idle.popleft(), idle
                 if not self._rebuilds.ready(sequence) or (sequence.left == 1 and sequence not in decodes):
                     continue
-            elif not short and (admitted := self._admission.admit(+prefill & +rows_left)):
+            elif admits_more and (admitted := self._admission.admit(+prompt_tokens & +tenant_rows)):
                 # Even where its lane's share is full: otherwise none would be admitted while every lane is.
                 sequence, younger = admitted, deque()
             else:
                 break
-            left, tenant = sequence.left, sequence.request.tenant
-            limit = 1 if left == 1 else self._config.chunk(sequence, min(left, prefill[tenant], budget))
+            length, tenant = sequence.left, sequence.request.tenant
+            limit = 1 if length == 1 else self._config.chunk(sequence, min(length, prompt_tokens[tenant], budget))
             limit = self._blame.in_company(sequence, limit)
             if sequence.held and sequence.rebuild is None:
-                limit = min(limit, left - 1)
-            if limit == 0 or rows_left[tenant] == 0:
+                limit = min(limit, length - 1)
+            if limit == 0 or tenant_rows[tenant] == 0:
                 continue
             count = self._make_room(sequence, limit, younger)
             if count == 0:
-                short = True
+                admits_more = False
                 continue
             rows.append(self._ledger.reserve(sequence, count))
             sequence.turn = self._turn
             budget -= count
-            rows_left[tenant] -= 1
-            prefill[tenant] -= count if left > 1 or younger is not idle else 0
-        self._speculate(rows, budget, prefill)
+            tenant_rows[tenant] -= 1
+            if length > 1 or younger is not idle:
+                prompt_tokens[tenant] -= count
+        self._speculate(rows, budget, prompt_tokens)
         return rows
 
     def _speculate(self, rows: list[PlannedRow], budget: int, left: Counter[str]) -> None:
         """Let the rows that decode have their drafts: `budget` tokens at most, what is `left` of each tenant's share,
-        and no page that anybody may need."""
+        and no page that a sequence may need."""
         room: Pages | None = None
-        for at, row in enumerate(rows):
+        for index, row in enumerate(rows):
             sequence, tenant = row.sequence, row.sequence.request.tenant
             drafts, sequence.drafts = sequence.drafts, ()
             if not drafts or not row.decodes or sequence.local_copy:
                 continue
-            most = min(len(drafts), self._config.max_drafts, budget, left[tenant], left_to_draft(sequence))
+            count = min(len(drafts), self._config.max_drafts, budget, left[tenant], left_to_draft(sequence))
             # A row is attended where it is stored, so it does not cross from one share into the next.
             border = min(share.hi for share in sequence.layout if share.lo <= row.start < share.hi)
-            most = self._blame.in_company(sequence, min(1 + most, border - row.start)) - 1
-            while most > 0 and (cost := self._ledger.further(row, most)):
+            count = self._blame.in_company(sequence, min(1 + count, border - row.start)) - 1
+            while count > 0 and (cost := self._ledger.further(row, count)):
                 if room is None:
                     room = self._running.headroom() - self._running.giving_way
                 if room.covers(cost):
                     room -= cost
                     break
-                most -= 1
-            if most > 0:
-                rows[at] = self._ledger.speculate(row, drafts[:most])
-                budget -= most
-                left[tenant] -= most
+                count -= 1
+            if count > 0:
+                rows[index] = self._ledger.speculate(row, drafts[:count])
+                budget -= count
+                left[tenant] -= count
 
     def _dealt(
         self, idle: Sequence[ScheduledSequence], budget: int
@@ -143,25 +143,25 @@ class RowPlanner:
         Of a tenant that gets less than it wants, those decode that have waited longest, and half of what it gets goes
         to its prompts. The oldest sequence always decodes: it may be the only one for which there is room.
         """
-        wanted, drafts = Counter(self._admission.wanted()), Counter[str]()
+        demand, drafts = Counter(self._admission.wanted()), Counter[str]()
         decoding = defaultdict[str, list[ScheduledSequence]](list)
         for sequence in idle:
             tenant = sequence.request.tenant
-            wanted[tenant] += sequence.left
+            demand[tenant] += sequence.left
             if sequence.left == 1:
                 decoding[tenant].append(sequence)
                 drafts[tenant] += len(sequence.drafts)
-        dealt = self._fair_share.deal(wanted + drafts, budget)
-        decodes, prefill, rows_left = set(idle[:1]), Counter[str](), Counter[str]()
-        for tenant, wants in wanted.items():
-            rows, tokens, most = decoding[tenant], budget, self._most_rows
+        dealt = self._fair_share.deal(demand + drafts, budget)
+        decodes, prompt_tokens, tenant_rows = set(idle[:1]), Counter[str](), Counter[str]()
+        for tenant, wants in demand.items():
+            rows, tokens, row_limit = decoding[tenant], budget, self._max_rows
             if dealt is not None:
                 rows.sort(key=lambda each: each.turn)
-                tokens, most = dealt[tenant], max(1, most // len(dealt))
-                del rows[min(most, max(tokens - (wants - len(rows)), tokens // 2)) :]
+                tokens, row_limit = dealt[tenant], max(1, row_limit // len(dealt))
+                del rows[min(row_limit, max(tokens - (wants - len(rows)), tokens // 2)) :]
             decodes.update(rows)
-            prefill[tenant], rows_left[tenant] = max(1, tokens - len(rows)), most
-        return decodes, prefill, rows_left
+            prompt_tokens[tenant], tenant_rows[tenant] = max(1, tokens - len(rows)), row_limit
+        return decodes, prompt_tokens, tenant_rows
 
     def trial(self) -> list[ScheduledSequence]:
         """The suspects that are to be tried next, with nothing else under way."""
@@ -198,11 +198,11 @@ class RowPlanner:
             if not grown and self._growth.elsewhere(sequence, short):
                 grown = True
                 continue
-            victim = next((each for each in reversed(younger) if keeps_at(each, short)), None)
+            victim = next((candidate for candidate in reversed(younger) if keeps_at(candidate, short)), None)
             if victim is not None:
                 younger.remove(victim)
                 self._admission.preempt(victim)
-            elif any(each is not sequence and keeps_at(each, short) for each in self._running):
+            elif any(candidate is not sequence and keeps_at(candidate, short) for candidate in self._running):
                 break
             elif not prefix_cache.evict_used(short):
                 return 1
@@ -226,7 +226,7 @@ def verified(drafts: Sequence[int], sampled: Sequence[int | None]) -> list[int]:
 def before_the_end(sequence: ScheduledSequence, drafts: tuple[int, ...]) -> tuple[int, ...]:
     """The drafts before the first that would end the sequence, or cannot come yet: it need not be fed to be sampled."""
     stops = sequence.request.stop_token_ids
-    return drafts[: next((at for at, draft in enumerate(drafts) if draft in stops), len(drafts))]
+    return drafts[: next((index for index, draft in enumerate(drafts) if draft in stops), len(drafts))]
 
 
 class Scheduler:
@@ -293,30 +293,31 @@ class Scheduler:
         self.validate(request, taken=known is not None)
         if request.id in self._requests:
             raise InvalidRequest(f"request id {request.id!r} is in use; it must be unique among unfinished requests")
-        known = dict.fromkeys(range(request.n), ()) if known is None else known
-        if not known:
+        generated = dict.fromkeys(range(request.n), ()) if known is None else known
+        if not generated:
             raise InvalidRequest(f"request {request.id!r} has no sample that has not ended")
         samples = [
-            ScheduledSequence(request, at, self._arrivals, [*request.prompt, *known[at]]) for at in sorted(known)
+            ScheduledSequence(request, sample, self._arrivals, [*request.prompt, *generated[sample]])
+            for sample in sorted(generated)
         ]
         self._arrivals += 1
         self._requests[request.id] = samples
-        kept = kept or {}
+        retained = kept or {}
         first, *others = samples
-        first.scored = None if any(known.values()) else request.scored_from
-        if not known[first.sample]:  # other samples without tokens wait for its prompt
-            first.siblings = [each for each in others if not known[each.sample] and each.sample not in kept]
+        first.scored = None if any(generated.values()) else request.scored_from
+        if not generated[first.sample]:  # other samples without tokens wait for its prompt
+            first.siblings = [other for other in others if not generated[other.sample] and other.sample not in retained]
         for sequence in samples:
-            if sequence.sample in kept:
-                self.running.adopt(sequence, kept[sequence.sample], self._layouts.capacity)
+            if sequence.sample in retained:
+                self.running.adopt(sequence, retained[sequence.sample], self._layouts.capacity)
             elif sequence not in first.siblings:
                 self.admission.queue(sequence)
         return tuple(samples)
 
     def validate(self, request: Request, taken: bool = False) -> None:
         """Raise `InvalidRequest`, or PolicyError, where it can never run. One that was `taken` waits for room again."""
-        most, possible = self.config.max_model_len, self.admission.most_hoped(request.policy)
-        check_length(len(request.prompt), request.max_tokens, most, most if taken else possible)
+        context, possible = self.config.max_model_len, self.admission.most_hoped(request.policy)
+        check_length(len(request.prompt), request.max_tokens, context, context if taken else possible)
         if request.n < 1:
             raise InvalidRequest(f"n is {request.n}; allowed is 1 or more")
         if request.pooled and not self.config.pools:
@@ -357,8 +358,8 @@ class Scheduler:
         """The sequences that decode in the next plan, about: where tenants share, some may not. Their `drafts` may be
         set now: policies that choose allow none."""
         idle = [sequence for sequence in self.running if sequence.decodes and sequence.idle]
-        most = max(1, -(-len(self.running) // lanes))
-        return [each for each in idle[:most] if not self.config.policy(each.request.policy).chooses]
+        count = max(1, -(-len(self.running) // lanes))
+        return [decoding for decoding in idle[:count] if not self.config.policy(decoding.request.policy).chooses]
 
     def plan(self, lanes: int = 1) -> Plan | None:
         """The next batch, or None where nothing can be done before a plan in flight is over.
@@ -421,9 +422,13 @@ class Scheduler:
         if self.copies.in_use(refusers):
             self._stalled = True
             return ()
-        asked = {row.sequence for row in plan.rows if any(share.at in refusers for share in row.sequence.layout)}
-        there = [each for each in running if each in asked or running.keeps_at(each, refusers)] or running.sequences
-        youngest = next((sequence for sequence in reversed(there[1:]) if not sequence.in_flight), None)
+        refused_sequences = {
+            row.sequence for row in plan.rows if any(share.at in refusers for share in row.sequence.layout)
+        }
+        candidates = [
+            each for each in running if each in refused_sequences or running.keeps_at(each, refusers)
+        ] or running.sequences
+        youngest = next((sequence for sequence in reversed(candidates[1:]) if not sequence.in_flight), None)
         if youngest is not None:
             self.admission.preempt(youngest)
         elif self._in_flight:
@@ -433,7 +438,7 @@ class Scheduler:
         elif (tokens := sum(row.count for row in plan.rows)) > 1:
             self._batch_tokens = tokens // 2
         else:
-            hopeless = there[0]
+            hopeless = candidates[0]
             self.end(hopeless, "abort")
             return (hopeless,)
         return ()
@@ -545,24 +550,25 @@ class Scheduler:
     # Holders join and leave.
 
     def joined(self, pages: Pages) -> None:
-        """There is one holder more with these pages, which the layouts know already."""
+        """A holder with these pages has joined, which the layouts know already."""
         self.ledger.joined(pages)
         self._stalled = False
         self.admission.joined()
 
     def lost(self, holder: int) -> tuple[int, int, int]:
-        """A holder is gone, and the layouts know it. Spares take it over, or it is opened elsewhere and computed again.
+        """A holder was lost, and the layouts know it. Spares take its KV over, or it is opened elsewhere and computed
+        again.
 
         Nothing may be in flight. Returns how many tokens will be computed again for it; how many tokens had those
         sequences that cannot be rebuilt in part, which wait and begin anew; and how many need not: spares had them.
         """
         self._require_idle()
         self.ledger.left(holder)
-        kept, free = self.running.kept_by({holder}), self.ledger.unpromised()
-        spared = self.rebuilds.take_over(holder, kept, self.running.prefix_cache, free)
+        holder_sequences, free = self.running.kept_by({holder}), self.ledger.unpromised()
+        spared = self.rebuilds.take_over(holder, holder_sequences, self.running.prefix_cache, free)
         self.admission.look_again()
-        rebuilt, whole = self.rebuilds.lost(holder, kept, self.running.headroom())
-        return rebuilt, self._begin_anew(whole), spared
+        rebuilt, hopeless = self.rebuilds.lost(holder, holder_sequences, self.running.headroom())
+        return rebuilt, self._begin_anew(hopeless), spared
 
     def emptied(self, holder: int, pages: Pages) -> int:
         """A holder has lost all that it kept, and has all these pages free: what concerns it is computed again, from
@@ -572,9 +578,9 @@ class Scheduler:
         for sequence in self.running:
             sequence.local_copy = tuple(part for part in sequence.local_copy if part.share.holder != holder)
             self.running.drop_local_copy(sequence)
-        whole = self._begin_anew(self.running.kept_by({holder}))
+        tokens = self._begin_anew(self.running.kept_by({holder}))
         self.ledger.update_free(pages)
-        return whole
+        return tokens
 
     def _require_idle(self) -> None:
         if self._in_flight:

@@ -1,4 +1,4 @@
-"""How many drafts each sequence gets, by measured acceptance and measured steps. Pure.
+"""How many drafts each sequence gets, by measured acceptance (`Speculation`) and measured steps (`StepCosts`). Pure.
 
 A step verifies the drafts of its rows and gives each sequence one token more than were accepted. It takes longer the
 more drafts it has. So drafts are dealt to the positions that are most likely to be accepted, as many as give the most
@@ -7,8 +7,6 @@ tokens a second by what was measured; none where that is best.
 What steps without drafts take is measured first, and again from time to time. An account is kept of what speculation
 has gained or lost against them. While it is overdrawn there are no drafts, and where they do not pay they are tried
 only as far as `ALLOWANCE` of the time covers their expected loss.
-
-How long decode steps take, by their rows and by how many drafts they verify, as measured. Pure.
 """
 
 from __future__ import annotations
@@ -30,12 +28,12 @@ KNOWN = 512  # steps with the same rows after which a measurement is forgotten
 @dataclass(slots=True)
 class _Steps:
     """Steps of the same number of rows: by the number of their drafts the seconds that they took, and the number of the
-    last one. `begun`: numbers of drafts that there was a step with; the first one loads what it needs, and does not
-    count."""
+    last one. `warm` has the numbers of drafts of which a step has run; the first such step loads what it needs, and
+    does not count."""
 
     seconds: dict[int, deque[float]] = field(default_factory=dict)
     last: dict[int, int] = field(default_factory=dict)
-    begun: set[int] = field(default_factory=lambda: {0})
+    warm: set[int] = field(default_factory=lambda: {0})
     steps: int = 0
 
 
@@ -47,38 +45,38 @@ class StepCosts:
 
     def measured(self, rows: int, drafts: int, seconds: float) -> None:
         """A step of so many rows verified so many drafts, and took so many seconds."""
-        known, drafts = self._rows.setdefault(_rounded(rows), _Steps()), _rounded(drafts)
-        if not drafts and known.steps - known.last.get(0, 0) > FRESH:
-            known.seconds.pop(0, None)
-        known.steps += 1
-        if drafts not in known.begun:
-            known.begun.add(drafts)
+        steps, drafts = self._rows.setdefault(_rounded(rows), _Steps()), _rounded(drafts)
+        if not drafts and steps.steps - steps.last.get(0, 0) > FRESH:
+            steps.seconds.pop(0, None)
+        steps.steps += 1
+        if drafts not in steps.warm:
+            steps.warm.add(drafts)
             return
-        known.last[drafts] = known.steps
-        known.seconds.setdefault(drafts, deque(maxlen=WINDOW)).append(seconds)
-        for old in [each for each, last in known.last.items() if each and last < known.steps - KNOWN]:
-            del known.last[old], known.seconds[old]
+        steps.last[drafts] = steps.steps
+        steps.seconds.setdefault(drafts, deque(maxlen=WINDOW)).append(seconds)
+        for old in [number for number, last in steps.last.items() if number and last < steps.steps - KNOWN]:
+            del steps.last[old], steps.seconds[old]
 
     def stale(self, rows: int) -> bool:
         """Whether steps without drafts are to be measured, for the first time or anew."""
-        known = self._rows.get(_rounded(rows))
-        return known is None or len(known.seconds.get(0, ())) < FEW or known.steps - known.last[0] > FRESH
+        steps = self._rows.get(_rounded(rows))
+        return steps is None or len(steps.seconds.get(0, ())) < FEW or steps.steps - steps.last[0] > FRESH
 
     def seconds(self, rows: int, drafts: int = 0) -> float:
         """What a step with exactly so many drafts takes; 0 where none was measured."""
-        known, drafts = self._rows.get(_rounded(rows)), _rounded(drafts)
-        return median(known.seconds[drafts]) if known is not None and drafts in known.seconds else 0.0
+        steps, drafts = self._rows.get(_rounded(rows)), _rounded(drafts)
+        return median(steps.seconds[drafts]) if steps is not None and drafts in steps.seconds else 0.0
 
     def curve(self, rows: int, most: int) -> list[float]:
         """What a step takes with 0, 1, ... drafts, `most` at most: between two measured numbers in proportion, beyond
         the highest as that one, and never less for more drafts. It ends a draft a row or twice as far as was measured,
         so that drafts become more by degrees. Steps without drafts must have been measured."""
-        known = self._rows[_rounded(rows)]
-        marks = sorted(known.seconds)
-        curve = [median(known.seconds[0])]
+        steps = self._rows[_rounded(rows)]
+        marks = sorted(steps.seconds)
+        curve = [median(steps.seconds[0])]
         for low, high in pairwise(marks):
             below = curve[-1]
-            above = max(below, median(known.seconds[high]))
+            above = max(below, median(steps.seconds[high]))
             curve += [below + (above - below) * step / (high - low) for step in range(1, high - low + 1)]
         curve += curve[-1:] * max(rows, marks[-1])
         return curve[: most + 1]
@@ -142,7 +140,7 @@ class Speculation:
         self.most = most
         self.counts = SpeculationCounts(accepted_at=[0] * most)
         self._all = [_Acceptance() for _ in range(most)]  # by position
-        self._own: dict[ScheduledSequence, _Acceptance] = {}
+        self._acceptances: dict[ScheduledSequence, _Acceptance] = {}
         self._costs = StepCosts()
         self._account: float | None = None  # seconds; None until steps without drafts were measured
         self._tries = False  # the drafts dealt last do not pay by what is known
@@ -164,30 +162,30 @@ class Speculation:
         gains = sorted(self._gains(sequences), key=lambda gain: -gain[0])
         seconds = self._costs.curve(rows, len(gains))
         drafting, deep = self._drafting_seconds, Counter[int]()
-        emitted, best, taken, deepest = float(rows), (1 + _EVEN) * rows / seconds[0], 0, 0
-        for number, ((gain, at), step) in enumerate(zip(gains, seconds[1:], strict=False), 1):
+        emitted, best, draft_count, deepest = float(rows), (1 + _EVEN) * rows / seconds[0], 0, 0
+        for number, ((gain, index), step) in enumerate(zip(gains, seconds[1:], strict=False), 1):
             emitted += gain
-            deep[at] += 1
-            deepest = max(deepest, deep[at])
+            deep[index] += 1
+            deepest = max(deepest, deep[index])
             if (rate := emitted / (step + deepest * drafting)) > best:
-                best, taken = rate, number
-        if not taken and len(seconds) > 1:
-            taken = self._trial(rows, gains, seconds, drafting)
-        for _, at in gains[:taken]:
-            depths[at] += 1
+                best, draft_count = rate, number
+        if not draft_count and len(seconds) > 1:
+            draft_count = self._trial(rows, gains, seconds, drafting)
+        for _, index in gains[:draft_count]:
+            depths[index] += 1
         self._deepest = max(depths)
         return depths
 
     def _gains(self, sequences: Sequence[ScheduledSequence]) -> Iterator[tuple[float, int]]:
         """The chance of each position to become a token, and the number of its sequence; falling for a sequence."""
-        shared = [each.chance(HOPE) for each in self._all]
-        for at, sequence in enumerate(sequences):
-            own, chance = self._own.get(sequence), 1.0
+        shared = [acceptance.chance(HOPE) for acceptance in self._all]
+        for index, sequence in enumerate(sequences):
+            acceptance_of_sequence, chance = self._acceptances.get(sequence), 1.0
             for number, prior in enumerate(shared[: left_to_draft(sequence)]):
-                chance *= own.chance(prior) if own is not None else prior
+                chance *= acceptance_of_sequence.chance(prior) if acceptance_of_sequence is not None else prior
                 if number and chance < _UNLIKELY:
                     break
-                yield chance, at
+                yield chance, index
 
     def _trial(self, rows: int, gains: Sequence[tuple[float, int]], seconds: Sequence[float], drafting: float) -> int:
         """How many drafts are tried where they do not pay: one for each sequence, if the account covers the
@@ -209,19 +207,19 @@ class Speculation:
         self.counts.drafts += 1
         self.counts.draft_tokens += proposed
         self.counts.accepted_tokens += accepted
-        own = self._own.setdefault(sequence, _Acceptance())
+        acceptance = self._acceptances.setdefault(sequence, _Acceptance())
         for position in range(min(accepted + 1, proposed)):
             good = position < accepted
             self.counts.accepted_at[position] += good
             self._all[position].add(good, _SHARED_MEMORY)
-            own.add(good, _MEMORY)
+            acceptance.add(good, _MEMORY)
 
     def took(self, rows: int, tokens: int, emitted: int, seconds: float, drafting: float = 0.0) -> None:
         """A batch that only decodes was recorded: `tokens` computed in so many rows, drafts included, of which the
         sequences got `emitted`. `seconds` passed since the batch before was recorded, or since work came; the proposer
         took `drafting` of them. Batches with prefill are not given."""
-        for own in self._own.values():
-            own.fade()
+        for acceptance in self._acceptances.values():
+            acceptance.fade()
         self._tried = 0 if self._tries else self._tried + 1
         self._costs.measured(rows, tokens - rows, seconds - drafting)
         if self._account is None:
@@ -238,7 +236,7 @@ class Speculation:
 
     def ended(self, sequence: ScheduledSequence) -> None:
         """Forget a sequence. Harmless for one that is not known."""
-        self._own.pop(sequence, None)
+        self._acceptances.pop(sequence, None)
 
 
 def left_to_draft(sequence: ScheduledSequence) -> int:

@@ -1,14 +1,23 @@
 """How decode runs, decided by measured steps: how many lanes, how much of the KV is local, which order q, k and v have.
 
 The three depend on each other: lanes hide attention workers behind the model, a local share hides them behind the local
-pool. So one search tries all: the choice of which `StepModel` expects the shortest step is measured next, while one
-promises more than the best so far. Then the best measured one holds until the load or a tier's speed has changed. Pure.
+pool. So one search tries all of them. `StepModel` expects how long a step takes at each choice, from what was measured.
+The choice of the shortest expected step is measured next, until none promises more than the best so far. That one holds
+until the load or the speed of a tier has changed. Pure.
 
-How long a decode step takes, for any lanes, local share and order of q, k and v, by measured steps. Pure.
+                    the load changed, a tier drifted, or the pause is over
+       +---------+ -------------------------------------------------------> +--------+ --+ another choice promises
+       | settled |                                                          | search |   | a shorter step
+       +---------+ <------------------------------------------------------- +--------+ <-+
+            ^                        no choice promises more                    |
+            |                                                                   | all KV was local, and is to leave
+            |    the first choice was measured again     +---------+            |
+            +------------------------------------------- | confirm | <----------+
+                                                         +---------+
 
 Two tiers attend at once: the local pool, and attention workers, which take a round trip for each layer besides. While a
 batch waits for attention workers, a batch in another lane computes. What was not measured is assumed at its best, so
-that it is tried; tiers that share cores or memory slow each other down in ways that the model lacks.
+that it is tried. Tiers that share cores or memory slow each other down in ways that the model lacks.
 """
 
 from __future__ import annotations
@@ -20,9 +29,54 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any, NamedTuple
 
-HOPE = 1.7  # how many times faster the remote tier is assumed to be alone, until it is measured
-HIDDEN = 0.1  # of the dense layers' time, which q first is assumed to hide, until it is measured
-SPREAD = 1.9  # how many times more tokens one measurement must have than another to tell a call from its tokens
+logger = logging.getLogger("lamina")
+
+# Measurements.
+WINDOW_STEPS = 5
+"""Steps of one measurement, besides those after a change."""
+MIN_GAIN = 0.01
+"""A part of a step. A choice must promise so much to be tried, and give it to be kept though it is less simple."""
+
+# When a search begins.
+LOAD_CHANGE = 1.5
+"""A search begins once the number of sequences, or of their tokens, has changed by this factor."""
+MIN_DRIFT = 0.08
+"""A part of a step. A tier's time must change by more than that before it counts as drift."""
+DRIFT_STEPS = 4
+"""Steps in a row with drift before a search begins. By then most of a window is from after the change."""
+DRIFT_SUM = 3
+"""Multiples of MIN_DRIFT that the drift of these steps must sum up to."""
+STEPS_BETWEEN_SEARCHES = 300
+"""Steps from one search to the next without drift, at least."""
+MAX_PATIENCE = 32
+"""The highest factor of DRIFT_SUM and STEPS_BETWEEN_SEARCHES. A search that ends where it began doubles the factor."""
+
+# What a search may cost.
+MAX_MEASUREMENTS = 8
+"""Measurements after which a search ends with the best choice so far."""
+MAX_MOVES_IN_A_SEARCH = 3
+"""Batches during moves of KV in one search. With so few, moving the KV once more costs little."""
+COST_SHARE = 0.01
+"""The part of the time that searches may cost."""
+PAYBACK_STEPS = 50
+"""Steps within which a promised gain must outweigh what searches have cost beyond COST_SHARE."""
+
+# What the model assumes until it is measured.
+REMOTE_SPEEDUP = 1.7
+"""How many times faster the remote tier is alone than beside the local one."""
+HIDDEN_DENSE = 0.1
+"""The part of the dense layers' time that q first hides."""
+MIN_TOKEN_RATIO = 1.9
+"""One measurement must have so many times more tokens than another to tell a call's time from that of its tokens."""
+
+
+class Choice(NamedTuple):
+    """How decode runs: batches under way at a time, the local share of the KV that they read, and whether q, k and v of
+    a layer go together or q first."""
+
+    lanes: int
+    share: float
+    fused: bool
 
 
 class Batch(NamedTuple):
@@ -53,42 +107,296 @@ class Batch(NamedTuple):
         return self.local_tokens / max(1, self.tokens)
 
 
-_SUMMED = (
-    "local_tokens", "remote_tokens", "local_seconds", "remote_seconds", "answered", "waited", "seconds", "sampled",
-)  # fmt: skip
+@dataclass(slots=True)
+class _Search:
+    """A search that began at the choice `origin`."""
+
+    origin: Choice
+    scheduled: bool = True
+    """Whether the patience bounds how often such searches come. Else the load changed, and the debt bounds them."""
+    points: list[Batch] = field(default_factory=list)
+    """The medians that were measured, one for each choice."""
+    measurements: int = 0
+    shares: tuple[float, float] = (0.0, 1.0)
+    """The lowest and the highest local share that can be reached: holders may be full."""
+    moves: int = 0
+    """Batches in which sequences moved."""
+    confirms: bool = False
+    """Whether `origin` is being measured a second time."""
 
 
-def whole_step(parts: Sequence[Batch]) -> Batch:
-    """The batches of a step as one, in which each running sequence gets a token."""
-    summed: dict[str, Any] = {name: sum(getattr(part, name) for part in parts) for name in _SUMMED}
-    part = parts[-1]._replace(**summed)
-    scale = part.sequences / max(1, part.sampled)
-    return part._replace(**{name: scale * getattr(part, name) for name in _SUMMED})
+@dataclass(slots=True)
+class _Settled:
+    """The present choice holds, since `reference` was measured there."""
+
+    reference: Batch
+    steps: int = 0
+    drifts: list[float] = field(default_factory=list)
+    """Those of the last steps in a row, in multiples of MIN_DRIFT."""
 
 
-class Choice(NamedTuple):
-    """How decode runs: batches under way at a time, the local share of the KV that they read, and whether q, k and v of
-    a layer go together or q first."""
+class StepTuner:
+    """`lanes`, `share` and `fused` are the present choice, as in `Choice`. The arguments are the values that they may
+    have: numbers of lanes in ascending order, one share or None for any, and orders. With one value there is no choice.
+    `replicas` of the model compute."""
 
-    lanes: int
-    share: float
-    fused: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Alone:
-    """What the remote tier took for `tokens` of KV without the local one: `seconds` by its own clock, and `fixed` more
-    until its answers came. `beside`: what it would have taken beside the local tier; None where that is unknown."""
-
-    tokens: float
-    seconds: float
-    fixed: float
-    beside: float | None = None
+    def __init__(
+        self,
+        lanes: Sequence[int] = (1,),
+        share: float | None = None,
+        orders: Sequence[bool] = (True,),
+        replicas: int = 1,
+    ) -> None:
+        self.lanes = lanes[0]
+        self.share = 1.0 if share is None else share
+        self.fused = orders[0]
+        self.reason = ""  # where KV is read and why, in a line for people; empty until both tiers were tried
+        self._all_lanes, self._orders, self._any_share = tuple(lanes), tuple(orders), share is None
+        self._model = self._unmeasured = StepModel(replicas)
+        self._search = _Search(self.choice)  # the present one, or the last
+        self._settled: _Settled | None = None  # None: a search is under way
+        self._skip = 1  # batches that are not measured, because they began before a change
+        self._parts: list[Batch] = []  # the batches so far of a step of all lanes
+        self._window: deque[Batch] = deque(maxlen=WINDOW_STEPS)
+        self._patience = 1
+        self._debt = 0.0  # seconds that searches have cost beyond COST_SHARE of the time
+        self._token_seconds = 0.0  # what a token takes without a search
 
     @property
-    def slower(self) -> float:
-        """How many times slower it is beside the local tier."""
-        return self.beside / self.seconds if self.beside and self.seconds else 1.0
+    def choice(self) -> Choice:
+        """The present choice."""
+        return Choice(self.lanes, self.share, self.fused)
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is being tried."""
+        return self._settled is not None or not self._chooses
+
+    @property
+    def _chooses(self) -> bool:
+        return self._any_share or len(self._all_lanes) * len(self._orders) > 1
+
+    def reset(self) -> None:
+        """Holders have come or gone: forget what was measured."""
+        if self._chooses:
+            self._begin(scheduled=True)
+            self._model, self._patience = self._unmeasured, 1
+            self._debt = self._token_seconds = 0.0
+
+    def interrupted(self) -> None:
+        """Other work ran since the last decode batch: neither it nor the next batch is measured."""
+        self._parts.clear()
+        self._window.clear()
+        self._skip = max(1, self._skip)
+
+    def completed(self, batch: Batch, moving: bool = False) -> None:
+        """A decode batch is over. While sequences are moving it only counts as a cost of the search."""
+        if not self._chooses or not batch.tokens:
+            return
+        if self._token_seconds and not (self._settled and self._settled.steps):  # on the way back, too
+            self._debt += batch.seconds - self._token_seconds * batch.sampled
+        self._debt = max(0.0, self._debt - COST_SHARE * batch.seconds)
+        if moving:
+            self._search.moves += 1
+            self.interrupted()
+            return
+        if self._skip:
+            self._skip -= 1
+            return
+        self._parts.append(batch)
+        if len(self._parts) < self.lanes:
+            return
+        self._window.append(whole_step(self._parts))
+        self._parts.clear()
+        if len(self._window) == WINDOW_STEPS:
+            now = _median(self._window)
+            if self._settled is None:
+                self._measured(now)
+            else:
+                self._check(now, self._settled)
+
+    # Settled: the present choice holds.
+
+    def _check(self, now: Batch, settled: _Settled) -> None:
+        """Begin a search where the present choice may not be the best any more."""
+        settled.steps += 1
+        if _load_changed(now, settled.reference):
+            self._begin(scheduled=False)
+            self._token_seconds = 0.0
+            return
+        drift = _drift(now, settled.reference)
+        settled.drifts = [*settled.drifts, drift / MIN_DRIFT] if drift > MIN_DRIFT else []
+        drifted = len(settled.drifts) >= DRIFT_STEPS and sum(settled.drifts) >= self._patience * DRIFT_SUM
+        if drifted or (settled.steps >= self._patience * STEPS_BETWEEN_SEARCHES and not self._debt):
+            if not drifted:
+                self._model = replace(self._model, dense={})  # so that other lanes and orders are tried again
+            self._token_seconds = now.seconds / now.sequences
+            self._begin(scheduled=True)
+            self._measured(now)
+
+    # The search.
+
+    def _begin(self, scheduled: bool) -> None:
+        self._search, self._settled = _Search(self.choice, scheduled), None
+        self.interrupted()
+
+    def _measured(self, now: Batch) -> None:
+        """The present choice is measured: try the next one, or settle."""
+        search = self._search
+        if search.points and self._unlike_points(now):
+            search.points.clear()
+        search.measurements += 1
+        grain = 1 / now.sequences
+        low, high = search.shares
+        if now.share < self.share - 0.75 * grain:  # there is no room for more
+            high = now.share
+        elif now.share > self.share + 0.75 * grain:
+            low = now.share
+        search.shares = min(low, high), max(low, high)
+        present = Choice(now.lanes, now.share, now.fused)
+        search.points = [point for point in search.points if not self._same(point, present)]
+        search.points.append(now)
+        self._token_seconds = self._token_seconds or now.seconds / now.sequences
+        self._model = self._model.learned(search.points)
+        goes_on = search.measurements < MAX_MEASUREMENTS and not search.confirms
+        target = self._next(now, grain) if goes_on else None
+        if target is None:
+            self._settle(now)
+        else:
+            self._go(target)
+
+    def _go(self, to: Choice) -> None:
+        if to != self.choice:
+            self._skip = self.lanes + to.lanes - 1
+        self.lanes, self.share, self.fused = to
+        self.interrupted()
+
+    def _unlike_points(self, now: Batch) -> bool:
+        first = self._search.points[0]
+        return _load_changed(now, first) or abs(now.sequences - first.sequences) > 0.25 * first.sequences
+
+    def _next(self, now: Batch, grain: float) -> Choice | None:
+        """The choice to try next; None where none promises a shorter step. A search leaves its first choice for the
+        attention workers where that is worth what searches have cost so far: so tries are never a large part of the
+        time, however wrongly the model promises."""
+        points = self._search.points
+        untried = [choice for choice in self._choices(now) if not any(self._same(point, choice) for point in points)]
+        model = self._model
+        target = self._promising(model, untried, now)
+        if target is None and model.alone is None:
+            model = model.hoped(points)
+            target = self._promising(model, untried, now)
+        for tier, share in (("remote_tokens", 1 - grain), ("local_tokens", grain)):
+            if target is None and self._any_share and not any(getattr(point, tier) for point in points):
+                target = next((choice for choice in untried if abs(choice.share - share) < 0.5 * grain), None)
+        if target is not None and target.share < 1 and len(points) == 1 and not self._search.scheduled:
+            promised = max(0.0, now.seconds - model.seconds(target, now.tokens))
+            return target if self._debt <= PAYBACK_STEPS * promised else None
+        return target
+
+    def _choices(self, now: Batch) -> Iterator[Choice]:
+        """All that can be reached with the present load. Where all is local, nothing waits for an attention worker. One
+        lane more than was measured is tried at a time."""
+        low, high = self._search.shares
+        shares = [count / now.sequences for count in range(now.sequences + 1)] if self._any_share else [self.share]
+        max_lanes = min(now.sequences, 1 + max((lanes for lanes, _ in self._model.dense), default=0))
+        for share in shares:
+            if low <= share <= high or not self._any_share:
+                for lanes in self._all_lanes:
+                    if lanes == self._all_lanes[0] or (lanes <= max_lanes and share < 1):
+                        yield from (Choice(lanes, share, fused) for fused in self._orders[: 1 if share == 1 else None])
+
+    def _promising(self, model: StepModel, untried: Sequence[Choice], now: Batch) -> Choice | None:
+        """The choice with the shortest step by this model. None where it is no gain."""
+        if model.remote is None or (model.local is None and self._any_share):
+            return None
+        chosen = min(untried, key=lambda choice: model.seconds(choice, now.tokens), default=None)
+        best = min(point.seconds for point in self._search.points)
+        gains = chosen is not None and model.seconds(chosen, now.tokens) < (1 - MIN_GAIN) * best
+        return chosen if gains else None
+
+    def _same(self, point: Batch, choice: Choice) -> bool:
+        """Whether it was measured at that choice, as far as whole sequences allow."""
+        near = abs(point.share - choice.share) < 0.5 / point.sequences or not self._any_share
+        return near and (point.lanes, point.fused) == (choice.lanes, choice.fused)
+
+    def _settle(self, now: Batch) -> None:
+        """End the search with the best choice, or measure its first choice again before."""
+        search = self._search
+        shortest = min(point.seconds for point in search.points)
+        equal = [point for point in search.points if point.seconds <= (1 + MIN_GAIN) * shortest]
+        best = min(equal, key=lambda point: (point.remote_tokens > 0, point.lanes, not point.fused, point.seconds))
+        share = (best.share if best.local_tokens else 0.0) if self._any_share else self.share
+        choice = Choice(best.lanes, share, best.fused)
+        if self._any_share and not best.remote_tokens:  # also where more was wanted, but could not move
+            choice = Choice(self._all_lanes[0], 1.0, self._orders[0])
+        if self._needs_confirmation(choice):
+            search.confirms = True
+            self._go(search.origin)
+            return
+        self._go(choice)
+        self._patience = min(MAX_PATIENCE, 2 * self._patience) if self._same(best, search.origin) else 1
+        self._settled, self._token_seconds = _Settled(best), best.seconds / best.sequences
+        logger.info("%s", self._log_line(now))
+        if self._any_share:
+            self.reason = self._why(best) or self.reason
+
+    def _needs_confirmation(self, choice: Choice) -> bool:
+        """Whether all KV was local, is not to be, and was measured once: other work of the machine may have slowed just
+        that. So it is measured again, where moving there takes few steps."""
+        search = self._search
+        local = self._any_share and search.origin.share == 1
+        return local and choice.share < 1 and not search.confirms and search.moves <= MAX_MOVES_IN_A_SEARCH
+
+    def _why(self, best: Batch) -> str:
+        """Empty where this search has tried one tier alone."""
+        points = self._search.points
+        local_best = min((point.seconds for point in points if not point.remote_tokens), default=None)
+        remote_best = min((point.seconds for point in points if point.remote_tokens), default=None)
+        if local_best is None or remote_best is None:
+            return ""
+        workers, process = f"{remote_best * 1e3:.1f} ms", f"{local_best * 1e3:.1f} ms"
+        if not best.remote_tokens:
+            return f"decode: KV is read in this process ({process} a step; with the attention workers {workers})"
+        if not best.local_tokens:
+            return f"decode: KV is read by the attention workers ({workers} a step; in this process {process})"
+        return (
+            f"decode: {best.share:.0%} of the KV is read in this process, the rest by the attention workers "
+            f"({workers} a step; all in this process {process})"
+        )
+
+    def _log_line(self, now: Batch) -> str:
+        model = self._model
+        speeds = [f"local {model.local * 1e6:.3g}"] if model.local is not None else []
+        if model.remote is not None:
+            speeds.append(f"remote {model.remote * 1e6:.3g} and {model.fixed * 1e3:.2g} ms a step")
+        steps = ", ".join(
+            f"{point.lanes} x {point.share:.2f}{'' if point.fused else ' q first'}: {point.seconds * 1e3:.2f}"
+            for point in self._search.points
+        )
+        return (
+            f"decode runs in {self.lanes} lanes, reads {self.share:.0%} of the KV locally, and sends "
+            f"{'q, k and v together' if self.fused else 'q first'}, for {now.sequences} sequences of {now.tokens:.0f} "
+            f"tokens; us a token measured: {', '.join(speeds)}; ms a step measured by lanes x share: {steps}"
+        )
+
+
+def _load_changed(now: Batch, then: Batch) -> bool:
+    """Whether the load has changed so much that the choice is void."""
+    pairs = ((now.sequences, then.sequences), (now.tokens, then.tokens))
+    return any(max(pair) > LOAD_CHANGE * min(pair) for pair in pairs)
+
+
+def _drift(now: Batch, then: Batch) -> float:
+    """By which part of a step a tier's time for the same work has changed."""
+    change = abs(now.waited - then.waited) if now.lanes == 1 else 0.0  # else other batches ran meanwhile
+    if now.local_tokens and then.local_tokens:
+        before = then.local_seconds / then.local_tokens
+        change = max(change, abs(now.local_seconds / now.local_tokens - before) * now.local_tokens)
+    if now.remote_tokens and then.remote_tokens:
+        before = then.remote_seconds / then.remote_tokens
+        change = max(change, abs(now.remote_seconds / now.remote_tokens - before) * now.remote_tokens)
+    return change / max(1e-9, min(now.seconds, then.seconds))
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,26 +434,30 @@ class StepModel:
         if (lanes, fused) in self.dense:
             return self.dense[lanes, fused]
         if (lanes, not fused) in self.dense:
-            return (1 - HIDDEN) * self.dense[lanes, not fused]
-        fewer = [(at, order == fused, seconds) for (at, order), seconds in self.dense.items() if at < lanes]
+            return (1 - HIDDEN_DENSE) * self.dense[lanes, not fused]
+        fewer = [
+            (lane_count, order == fused, seconds)
+            for (lane_count, order), seconds in self.dense.items()
+            if lane_count < lanes
+        ]
         if fewer:
             return max(fewer)[2]
-        return min((seconds * lanes / at for (at, _), seconds in self.dense.items()), default=0.0)
+        return min((seconds * lanes / lane_count for (lane_count, _), seconds in self.dense.items()), default=0.0)
 
     def hoped(self, points: Sequence[Batch]) -> StepModel:
         """The best case while the remote tier was not measured alone. Alone it is faster, and its answers come at most
         as late as they were waited for beside the local tier, which may have kept the cores from the transport. Where
         the measurements do not tell a call from its tokens, its whole time may be the call."""
-        beside = [point for point in points if point.remote_tokens and point.local_tokens]
-        if not beside:
+        both_tiers = [point for point in points if point.remote_tokens and point.local_tokens]
+        if not both_tiers:
             return self
-        tokens, total = [point.remote_tokens for point in beside], beside[-1].tokens
-        if max(tokens) < SPREAD * min(tokens):
-            seconds = min(point.remote_seconds for point in beside)
+        tokens, total = [point.remote_tokens for point in both_tiers], both_tiers[-1].tokens
+        if max(tokens) < MIN_TOKEN_RATIO * min(tokens):
+            seconds = min(point.remote_seconds for point in both_tiers)
         else:
             seconds = self._beside_local(total)
-        fixed = min(self.fixed, *(point.waited for point in beside))
-        return replace(self, alone=Alone(total, seconds / HOPE, fixed))
+        fixed = min(self.fixed, *(point.waited for point in both_tiers))
+        return replace(self, alone=Alone(total, seconds / REMOTE_SPEEDUP, fixed))
 
     def _beside_local(self, tokens: float) -> float:
         return self.call + (self.remote or 0.0) * tokens
@@ -160,14 +472,14 @@ class StepModel:
     def learned(self, points: Sequence[Batch]) -> StepModel:
         """Updated with these measurements, the latest last."""
         model = self
-        both = [point for point in points if point.local_tokens and point.remote_tokens]
-        if both:
-            model = model._beside(both)
+        both_tiers = [point for point in points if point.local_tokens and point.remote_tokens]
+        if both_tiers:
+            model = model._beside(both_tiers)
         for point in points:
             if not point.remote_tokens:
-                model = model._local_alone(point, known=bool(both))
+                model = model._local_alone(point, known=bool(both_tiers))
             elif not point.local_tokens:
-                model = model._remote_alone(point, known=bool(both))
+                model = model._remote_alone(point, known=bool(both_tiers))
             model = model._dense_of(point)
         return model
 
@@ -175,21 +487,21 @@ class StepModel:
         """With the dense time that explains a measured step."""
         lanes, local, remote = point.lanes, point.local_seconds, point.remote_seconds
         if lanes == 1 or not point.remote_tokens:
-            rest = point.seconds - max(local, point.answered)
+            dense_seconds = point.seconds - max(local, point.answered)
         else:
             batch = lanes * point.seconds - max(local, lanes * self.fixed + remote)
-            rest = max(0.0, min(self.replicas * point.seconds - local, batch))
-            if remote > (1 - HIDDEN) * point.seconds:  # the remote tier is never idle: the rest may take less
+            dense_seconds = max(0.0, min(self.replicas * point.seconds - local, batch))
+            if remote > (1 - HIDDEN_DENSE) * point.seconds:  # the remote tier is never idle: the rest may take less
                 if not self.dense:
                     return self
-                rest = min(rest, self._dense(lanes, point.fused))
-        return replace(self, dense={**self.dense, (lanes, point.fused): rest})
+                dense_seconds = min(dense_seconds, self._dense(lanes, point.fused))
+        return replace(self, dense={**self.dense, (lanes, point.fused): dense_seconds})
 
     def _beside(self, points: Sequence[Batch]) -> StepModel:
         last = points[-1]
         few, many = (pick(points, key=lambda point: point.remote_tokens) for pick in (min, max))
         call = self.call
-        if many.remote_tokens >= SPREAD * few.remote_tokens:
+        if many.remote_tokens >= MIN_TOKEN_RATIO * few.remote_tokens:
             slope = (many.remote_seconds - few.remote_seconds) / (many.remote_tokens - few.remote_tokens)
             call = max(0.0, few.remote_seconds - max(0.0, slope) * few.remote_tokens)
         call = min(call, last.remote_seconds)
@@ -219,298 +531,54 @@ class StepModel:
         if known:
             return replace(self, alone=Alone(tokens, seconds, fixed, self._beside_local(tokens)))
         slower = self.alone.slower if self.alone else 1.0
-        beside = seconds * slower
-        call = min(self.call, beside)
-        seen = Alone(tokens, seconds, fixed, beside)
-        return replace(self, remote=(beside - call) / tokens, call=call, fixed=fixed * slower, alone=seen)
+        seconds_beside = seconds * slower
+        call = min(self.call, seconds_beside)
+        measurement = Alone(tokens, seconds, fixed, seconds_beside)
+        return replace(
+            self, remote=(seconds_beside - call) / tokens, call=call, fixed=fixed * slower, alone=measurement
+        )
 
 
-logger = logging.getLogger("lamina")
+@dataclass(frozen=True, slots=True)
+class Alone:
+    """What the remote tier took for `tokens` of KV without the local one: `seconds` by its own clock, and `fixed` more
+    until its answers came. `beside`: what it would have taken beside the local tier; None where that is unknown."""
 
-WINDOW = 5  # steps of one measurement, besides those after a change
-GAIN = 0.01  # of a step, that another choice must promise to be tried, and yield to be kept though it is less simple
-SEARCH = 8  # measurements, after which a search ends with the best choice so far
-DRIFT = 0.08  # of a step, by which a tier's time must change before a new search
-SURE = 4  # steps in a row with such a change; by then most of a window is from after the change
-PERSISTENT = 3  # times DRIFT, which they must sum up to
-FEW = 3  # batches beside moves in a search, with which moving once more costs little
-CHANGE = 1.5  # of the number of sequences or of their tokens, after which a new search begins
-COST = 0.01  # of the time, which searches may cost
-WORTH = 50  # steps, within which what a choice promises must outweigh what searches have cost beyond that
-PAUSE = 300  # steps between two of them, at least
-PATIENCE = 32  # times PERSISTENT and PAUSE, at most: each search that ends where it began doubles both
-
-
-class StepTuner:
-    """`lanes`, `share` and `fused` are the present choice, as in `Choice`. Given are the values that they may have:
-    numbers of lanes in ascending order, one share or None for any, and orders; one value stays as it is. `replicas` of
-    the model compute."""
-
-    def __init__(
-        self,
-        lanes: Sequence[int] = (1,),
-        share: float | None = None,
-        orders: Sequence[bool] = (True,),
-        replicas: int = 1,
-    ) -> None:
-        self.lanes = lanes[0]
-        self.share = 1.0 if share is None else share
-        self.fused = orders[0]
-        self._all_lanes, self._orders, self._any_share = tuple(lanes), tuple(orders), share is None
-        self._model = self._unmeasured = StepModel(replicas)
-        self._skip = 1  # batches that are not measured, because they began before a change
-        self._parts: list[Batch] = []  # the batches so far of a step of all lanes
-        self._window: deque[Batch] = deque(maxlen=WINDOW)
-        self._search: list[Batch] = []  # the medians at each choice
-        self._searched = 0  # measurements of this search
-        self._bounds = (0.0, 1.0)  # the shares that can be reached: holders may be full
-        self._moves = 0  # batches in which sequences moved, in this search
-        self._confirms = False  # whether the choice at which this search began is measured a second time
-        self._reference: Batch | None = None  # the measurement of the present choice; None while others are tried
-        self._begun_at = self.choice  # before the search
-        self._doubts: list[float] = []  # drifts of steps in a row, in multiples of DRIFT
-        self._patience = 1
-        self._held = 0  # steps of the present choice, since it was settled
-        self._debt = 0.0  # seconds that searches have cost beyond COST of the time
-        self._base = 0.0  # seconds a token without a search
-        self._paid = True  # whether this search is bounded by patience; else by the debt
-        self.reason = ""  # where KV is read and why, in a line for people; empty until both tiers were tried
+    tokens: float
+    seconds: float
+    fixed: float
+    beside: float | None = None
 
     @property
-    def choice(self) -> Choice:
-        """The present choice."""
-        return Choice(self.lanes, self.share, self.fused)
+    def slower(self) -> float:
+        """How many times slower it is beside the local tier."""
+        return self.beside / self.seconds if self.beside and self.seconds else 1.0
 
-    @property
-    def settled(self) -> bool:
-        """Whether nothing is being tried."""
-        return self._reference is not None or not self._chooses
 
-    @property
-    def _chooses(self) -> bool:
-        return self._any_share or len(self._all_lanes) * len(self._orders) > 1
+_SUMMED = (
+    "local_tokens",
+    "remote_tokens",
+    "local_seconds",
+    "remote_seconds",
+    "answered",
+    "waited",
+    "seconds",
+    "sampled",
+)
 
-    def reset(self) -> None:
-        """Holders have come or gone: forget what was measured."""
-        if self._chooses:
-            self._begin()
-            self._model, self._patience = self._unmeasured, 1
-            self._debt, self._base, self._paid = 0.0, 0.0, True
 
-    def interrupted(self) -> None:
-        """Other work ran since the last decode batch: neither it nor the next batch is measured."""
-        self._parts.clear()
-        self._window.clear()
-        self._skip = max(1, self._skip)
-
-    def completed(self, batch: Batch, moving: bool = False) -> None:
-        """A decode batch is over. While sequences are moving it only counts as a cost of the search."""
-        if not self._chooses or not batch.tokens:
-            return
-        if self._base and not (self._reference and self._held):  # on the way back, too
-            self._debt += batch.seconds - self._base * batch.sampled
-        self._debt = max(0.0, self._debt - COST * batch.seconds)
-        if moving:
-            self._moves += 1
-            self.interrupted()
-            return
-        if self._skip:
-            self._skip -= 1
-            return
-        self._parts.append(batch)
-        if len(self._parts) < self.lanes:
-            return
-        self._window.append(whole_step(self._parts))
-        self._parts.clear()
-        if len(self._window) == WINDOW:
-            now = _median(self._window)
-            if self._reference is None:
-                self._measured(now)
-            else:
-                self._hold(now, self._reference)
-
-    # While a choice holds.
-
-    def _hold(self, now: Batch, reference: Batch) -> None:
-        self._held += 1
-        if self._unlike(now, reference):
-            self._begin()
-            self._base, self._paid = 0.0, False
-            return
-        drift = self._drift(now, reference)
-        self._doubts = [*self._doubts, drift / DRIFT] if drift > DRIFT else []
-        doubted = len(self._doubts) >= SURE and sum(self._doubts) >= self._patience * PERSISTENT
-        if doubted or (self._held >= self._patience * PAUSE and not self._debt):
-            if not doubted:
-                self._model = replace(self._model, dense={})  # so that other lanes and orders are tried again
-            self._base, self._paid = now.seconds / now.sequences, True
-            self._begin()
-            self._measured(now)
-
-    def _unlike(self, now: Batch, then: Batch) -> bool:
-        """Whether the load has changed so much that the choice is void."""
-        pairs = ((now.sequences, then.sequences), (now.tokens, then.tokens))
-        return any(max(pair) > CHANGE * min(pair) for pair in pairs)
-
-    def _drift(self, now: Batch, then: Batch) -> float:
-        """By which part of a step a tier's time for the same work has changed."""
-        off = abs(now.waited - then.waited) if now.lanes == 1 else 0.0  # else other batches ran meanwhile
-        if now.local_tokens and then.local_tokens:
-            before = then.local_seconds / then.local_tokens
-            off = max(off, abs(now.local_seconds / now.local_tokens - before) * now.local_tokens)
-        if now.remote_tokens and then.remote_tokens:
-            before = then.remote_seconds / then.remote_tokens
-            off = max(off, abs(now.remote_seconds / now.remote_tokens - before) * now.remote_tokens)
-        return off / max(1e-9, min(now.seconds, then.seconds))
-
-    # The search.
-
-    def _begin(self) -> None:
-        self._reference, self._search, self._searched = None, [], 0
-        self._moves, self._confirms = 0, False
-        self._bounds, self._begun_at, self._held, self._doubts = (0.0, 1.0), self.choice, 0, []
-        self.interrupted()
-
-    def _measured(self, now: Batch) -> None:
-        """The present choice is measured: try the next one, or settle."""
-        if self._search and self._unlike_points(now):
-            self._search.clear()
-        self._searched += 1
-        grain = 1 / now.sequences
-        low, high = self._bounds
-        if now.share < self.share - 0.75 * grain:  # there is no room for more
-            high = now.share
-        elif now.share > self.share + 0.75 * grain:
-            low = now.share
-        self._bounds = min(low, high), max(low, high)
-        self._search = [
-            point for point in self._search if not self._same(point, Choice(now.lanes, now.share, now.fused))
-        ]
-        self._search.append(now)
-        self._base = self._base or now.seconds / now.sequences
-        self._model = self._model.learned(self._search)
-        target = self._next(now, grain) if self._searched < SEARCH and not self._confirms else None
-        if target is None:
-            self._settle(now)
-        else:
-            self._go(target)
-
-    def _go(self, to: Choice) -> None:
-        if to != self.choice:
-            self._skip = self.lanes + to.lanes - 1
-        self.lanes, self.share, self.fused = to
-        self.interrupted()
-
-    def _unlike_points(self, now: Batch) -> bool:
-        first = self._search[0]
-        return self._unlike(now, first) or abs(now.sequences - first.sequences) > 0.25 * first.sequences
-
-    def _next(self, now: Batch, grain: float) -> Choice | None:
-        """The choice to try next; None where none promises a shorter step. A search leaves its first choice for the
-        attention workers where that is worth what searches have cost so far: so tries are never a large part of the
-        time, however wrongly the model promises."""
-        free = [choice for choice in self._choices(now) if not any(self._same(point, choice) for point in self._search)]
-        model = self._model
-        target = self._promising(model, free, now)
-        if target is None and model.alone is None:
-            model = model.hoped(self._search)
-            target = self._promising(model, free, now)
-        for unseen, share in (("remote_tokens", 1 - grain), ("local_tokens", grain)):
-            if target is None and self._any_share and not any(getattr(point, unseen) for point in self._search):
-                target = next((choice for choice in free if abs(choice.share - share) < 0.5 * grain), None)
-        if target is not None and target.share < 1 and len(self._search) == 1 and not self._paid:
-            promised = max(0.0, now.seconds - model.seconds(target, now.tokens))
-            return target if self._debt <= WORTH * promised else None
-        return target
-
-    def _choices(self, now: Batch) -> Iterator[Choice]:
-        """All that can be reached with the present load. Where all is local, nothing waits for an attention worker. One
-        lane more than was measured is tried at a time."""
-        low, high = self._bounds
-        shares = [at / now.sequences for at in range(now.sequences + 1)] if self._any_share else [self.share]
-        most = min(now.sequences, 1 + max((lanes for lanes, _ in self._model.dense), default=0))
-        for share in shares:
-            if low <= share <= high or not self._any_share:
-                for lanes in self._all_lanes:
-                    if lanes == self._all_lanes[0] or (lanes <= most and share < 1):
-                        yield from (Choice(lanes, share, fused) for fused in self._orders[: 1 if share == 1 else None])
-
-    def _promising(self, model: StepModel, free: Sequence[Choice], now: Batch) -> Choice | None:
-        """The choice with the shortest step by this model. None where it is no gain."""
-        if model.remote is None or (model.local is None and self._any_share):
-            return None
-        chosen = min(free, key=lambda choice: model.seconds(choice, now.tokens), default=None)
-        best = min(point.seconds for point in self._search)
-        gains = chosen is not None and model.seconds(chosen, now.tokens) < (1 - GAIN) * best
-        return chosen if gains else None
-
-    def _same(self, point: Batch, choice: Choice) -> bool:
-        """Whether it was measured at that choice, as far as whole sequences allow."""
-        near = abs(point.share - choice.share) < 0.5 / point.sequences or not self._any_share
-        return near and (point.lanes, point.fused) == (choice.lanes, choice.fused)
-
-    def _settle(self, now: Batch) -> None:
-        least = min(point.seconds for point in self._search)
-        equal = [point for point in self._search if point.seconds <= (1 + GAIN) * least]
-        best = min(equal, key=lambda point: (point.remote_tokens > 0, point.lanes, not point.fused, point.seconds))
-        choice = Choice(
-            best.lanes, (best.share if best.local_tokens else 0.0) if self._any_share else self.share, best.fused
-        )
-        if self._any_share and not best.remote_tokens:  # also where more was wanted, but could not move
-            choice = Choice(self._all_lanes[0], 1.0, self._orders[0])
-        if self._leaves(choice):
-            self._confirms = True
-            self._go(self._begun_at)
-            return
-        self._go(choice)
-        again = self._same(best, self._begun_at)
-        self._patience = min(PATIENCE, 2 * self._patience) if again else 1
-        self._reference, self._base = best, best.seconds / best.sequences
-        logger.info("%s", self._said(now))
-        if self._any_share:
-            self.reason = self._why(best) or self.reason
-
-    def _leaves(self, choice: Choice) -> bool:
-        """Whether all KV was local, is not to be, and was measured once: other work of the machine may have slowed just
-        that. So it is measured again, where moving there takes few steps."""
-        local = self._any_share and self._begun_at.share == 1
-        return local and choice.share < 1 and not self._confirms and self._moves <= FEW
-
-    def _why(self, best: Batch) -> str:
-        """Empty where this search has tried one tier alone."""
-        here = min((point.seconds for point in self._search if not point.remote_tokens), default=None)
-        away = min((point.seconds for point in self._search if point.remote_tokens), default=None)
-        if here is None or away is None:
-            return ""
-        workers, own = f"{away * 1e3:.1f} ms", f"{here * 1e3:.1f} ms"
-        if not best.remote_tokens:
-            return f"decode: KV is read in this process ({own} a step; with the attention workers {workers})"
-        if not best.local_tokens:
-            return f"decode: KV is read by the attention workers ({workers} a step; in this process {own})"
-        return (
-            f"decode: {best.share:.0%} of the KV is read in this process, the rest by the attention workers "
-            f"({workers} a step; all in this process {own})"
-        )
-
-    def _said(self, now: Batch) -> str:
-        model = self._model
-        known = [f"local {model.local * 1e6:.3g}"] if model.local is not None else []
-        if model.remote is not None:
-            known.append(f"remote {model.remote * 1e6:.3g} and {model.fixed * 1e3:.2g} ms a step")
-        steps = ", ".join(
-            f"{p.lanes} x {p.share:.2f}{'' if p.fused else ' q first'}: {p.seconds * 1e3:.2f}" for p in self._search
-        )
-        return (
-            f"decode runs in {self.lanes} lanes, reads {self.share:.0%} of the KV locally, and sends "
-            f"{'q, k and v together' if self.fused else 'q first'}, for {now.sequences} sequences of {now.tokens:.0f} "
-            f"tokens; us a token measured: {', '.join(known)}; ms a step measured by lanes x share: {steps}"
-        )
+def whole_step(parts: Sequence[Batch]) -> Batch:
+    """The batches of a step as one, in which each running sequence gets a token."""
+    summed: dict[str, Any] = {name: sum(getattr(part, name) for part in parts) for name in _SUMMED}
+    part = parts[-1]._replace(**summed)
+    scale = part.sequences / max(1, part.sampled)
+    return part._replace(**{name: scale * getattr(part, name) for name in _SUMMED})
 
 
 def _median(steps: Sequence[Batch]) -> Batch:
     """The steps as one, with the median of each of its times. Lanes may overtake each other, so one of these steps may
     lack the lane that has all remote sequences: then the mean is what is known."""
-    whole = whole_step(steps)
+    total = whole_step(steps)
     names = ("local_seconds", "remote_seconds", "answered", "waited", "seconds")
-    medians = {name: median(getattr(step, name) for step in steps) or getattr(whole, name) for name in names}
-    return whole._replace(**medians)
+    medians = {name: median(getattr(step, name) for step in steps) or getattr(total, name) for name in names}
+    return total._replace(**medians)

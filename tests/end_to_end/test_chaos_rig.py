@@ -52,8 +52,8 @@ def sampling(which: int, max_tokens: int = TOKENS) -> SamplingParams:
 @pytest.fixture(autouse=True)
 def growth_and_balance_always_pay(monkeypatch):
     """So that joins change where sequences grow, and what they have follows."""
-    monkeypatch.setattr(relocation, "WORTH", 1)
-    monkeypatch.setattr(relocation, "PAYS", 1)
+    monkeypatch.setattr(relocation, "MIN_GROWTH", 1)
+    monkeypatch.setattr(relocation, "MIN_TOKENS", 1)
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ def stored(rig: Rig, number: int) -> int:
 
 @pytest.mark.parametrize(("shard", "lanes"), [("heads", 1), ("sequence", 2), ("heads+sequence", 1)])
 def test_running_sequences_go_on_at_a_holder_that_joins_and_no_byte_moves(decoder, expected, shard, lanes, monkeypatch):
-    monkeypatch.setattr(relocation, "PAYS", TOKENS)  # no move does
+    monkeypatch.setattr(relocation, "MIN_TOKENS", TOKENS)  # no move does
     rig = Rig(decoder, shard=shard, weights=(1, 1), lanes=lanes, prefix_cache=True)
     streams = Streams(rig, PROMPTS, TOKENS, 20)
     with held(rig):
@@ -109,7 +109,7 @@ def test_what_a_drained_holder_would_get_goes_elsewhere_at_once(decoder, expecte
 
 def test_a_holder_that_cannot_be_told_keeps_what_it_has(decoder, expected, monkeypatch):
     """Of the previous version of the protocol."""
-    monkeypatch.setattr(relocation, "PAYS", TOKENS)  # no move does
+    monkeypatch.setattr(relocation, "MIN_TOKENS", TOKENS)  # no move does
     seen: list[Request] = []
     rig = Rig(decoder, shard="heads", weights=(1,), port=lambda worker: BytesPort(worker, seen.append))
     for holder in rig.placement.holders.values():

@@ -404,7 +404,7 @@ def test_kv_stays_when_an_engine_dies_around_a_join(
 ) -> None:
     """Where sequences grow from now on is in the journal with the next batch. Until then a part may have been ended
     that the journal believes to be open."""
-    monkeypatch.setattr(relocation, "WORTH", 1)
+    monkeypatch.setattr(relocation, "MIN_GROWTH", 1)
     asked = {"long": (LONG, {"max_tokens": 30, "logprobs": 0}), "short": (LONG[:20], {"max_tokens": 30, "n": 2})}
     Client(asked).run(World(model, tmp_path / "alone", workers=1).life(Fate()), resumed=False)
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lamina.kv.kv_shares import Share
 from lamina.kv.placement import Holder, Placement
-from lamina.kv.relocation import PAYS, Kept, next_move
+from lamina.kv.relocation import MIN_TOKENS, KeptShare, next_move
 from lamina.kv.request import Request, ScheduledSequence
 
 END = 4096
@@ -20,10 +20,10 @@ def layouts(*weights: int) -> Placement:
     return Placement(holders, heads=((2,),), page_size=16, max_model_len=END)
 
 
-def kept(holder: int, pages: int, left: int = 1000) -> Kept:
+def kept(holder: int, pages: int, left: int = 1000) -> KeptShare:
     sequence = ScheduledSequence(Request("r", (1,) * 101, left), 0, 0, [1] * 101)
     sequence.handle, sequence.computed, sequence.planned = 1, 100, 100
-    return Kept(sequence, Share(holder, (0, 1), 0, END), pages)
+    return KeptShare(sequence, Share(holder, (0, 1), 0, END), pages)
 
 
 def weights(place: Placement) -> dict[int, int]:
@@ -43,11 +43,13 @@ def test_half_of_the_sequences_move_to_a_holder_that_reads_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pages", "left"), [((100,), 1000), ((100, 100), PAYS - 10), ((100, 90), 1000)], ids=["alone", "soon over", "even"]
+    ("pages", "left"),
+    [((100,), 1000), ((100, 100), MIN_TOKENS - 10), ((100, 90), 1000)],
+    ids=["alone", "soon over", "even"],
 )
 def test_nothing_moves_that_does_not_pay(pages: tuple[int, ...], left: int) -> None:
     place = layouts(1, 1)
-    every = [kept(at, some, left) for at, some in zip((1, 1) if left < PAYS else (1, 2), pages, strict=False)]
+    every = [kept(at, some, left) for at, some in zip((1, 1) if left < MIN_TOKENS else (1, 2), pages, strict=False)]
     assert next_move(every, weights(place), place) is None
 
 

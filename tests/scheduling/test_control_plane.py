@@ -260,7 +260,7 @@ def test_pages_that_only_two_prefixes_share_are_counted_once() -> None:
 @pytest.fixture(autouse=True, scope="module")
 def growth_always_pays() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(relocation, "WORTH", 1)
+        patch.setattr(relocation, "MIN_GROWTH", 1)
         yield
 
 

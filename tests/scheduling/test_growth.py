@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lamina.kv.kv_shares import SHARDS, Layout, Pages, Share
 from lamina.kv.pages import PageGroup, PolicyKv
 from lamina.kv.placement import Holder, Placement
-from lamina.kv.relocation import MOST_RANGES, WORTH
+from lamina.kv.relocation import MAX_RANGES, MIN_GROWTH
 from lamina.kv.request import Request, ScheduledSequence, SchedulerConfig
 from lamina.scheduling.control_plane import ControlPlane
 from lamina_protocols.messages.messages import Bound, Close, Open
@@ -149,7 +149,7 @@ def test_holders_are_left_with_about_the_same_part_of_their_pages() -> None:
         (Case(indexed=True), 1000, "an index chooses among all keys"),
         (Case(policy="page_top_k(budget=0.1)"), 1000, "a policy chooses"),
         (Case(policy="streaming(sink=16, recent=64)"), 1000, "it does not grow"),
-        (Case(), WORTH - 20, "it ends soon"),
+        (Case(), MIN_GROWTH - 20, "it ends soon"),
     ],
 )
 def test_a_sequence_grows_where_it_is(case: Case, max_tokens: int, why: str) -> None:
@@ -183,11 +183,11 @@ def test_what_has_not_begun_changes_its_place_as_a_whole() -> None:
 def test_a_sequence_has_a_bounded_number_of_parts() -> None:
     control = Case().control()
     sequence = running(control, 16)
-    for _ in range(MOST_RANGES + 4):
+    for _ in range(MAX_RANGES + 4):
         join(control, 4000)
         sequence.tokens += [1] * 32
         sequence.computed = sequence.planned = sequence.computed + 32
-    assert len(sequence.layout) == MOST_RANGES
+    assert len(sequence.layout) == MAX_RANGES
 
 
 def test_a_sequence_whose_holder_is_full_goes_on_where_there_is_room() -> None:
