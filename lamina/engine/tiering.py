@@ -19,7 +19,7 @@ from lamina.kv.kv_shares import Layout, under
 from lamina.kv.relocation import kept_shares, next_move
 from lamina.kv.request import ScheduledSequence
 from lamina.scheduling.control_plane import ControlPlane
-from lamina.scheduling.step_tuner import Batch
+from lamina.scheduling.step_tuner import MeasuredBatch
 
 if TYPE_CHECKING:
     from lamina.engine.holders import HolderChange
@@ -156,7 +156,7 @@ class TierController:
         if not moving:
             self._step = seconds
         tuner.completed(
-            Batch(
+            MeasuredBatch(
                 tuner.lanes,
                 tuner.fused,
                 done.local_tokens,

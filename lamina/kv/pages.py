@@ -15,7 +15,7 @@ from lamina.kv.kv_shares import NO_PAGES, Handover, Layout, Pages, Share
 
 
 @dataclass(eq=False, slots=True)
-class Run:
+class PageRun:
     """The pages of a share at positions [lo, hi); `hi` of a sequence's leaf is not kept, since it grows.
 
     `users` counts the leaves below that are in use. Without any, `floor` is the lowest floor of these leaves.
@@ -24,20 +24,20 @@ class Run:
     share: Share
     lo: int
     hi: int
-    parent: Run | None = None
+    parent: PageRun | None = None
     floor: int = 0
     users: int = 1
-    children: set[Run] = field(default_factory=set)
+    children: set[PageRun] = field(default_factory=set)
 
-    def path(self) -> Iterator[Run]:
+    def path(self) -> Iterator[PageRun]:
         """This run and those above it."""
-        run: Run | None = self
+        run: PageRun | None = self
         while run is not None:
             yield run
             run = run.parent
 
 
-Runs = dict[Share, Run]
+Runs = dict[Share, PageRun]
 """The leaves of one owner, by share."""
 
 
@@ -54,7 +54,7 @@ class PageRuns:
 
     def open(self, layout: Layout, known: int = 0) -> Runs:
         """The leaves of a new sequence. Which others have the pages of its first `known` tokens too is unknown."""
-        return {share: Run(share, max(share.lo, self._end(known)), 0) for share in layout}
+        return {share: PageRun(share, max(share.lo, self._end(known)), 0) for share in layout}
 
     def fork(
         self,
@@ -71,7 +71,7 @@ class PageRuns:
         for of_source, leaf in source.items():
             parent = self._ends(leaf, cut)
             share = of_source if policy in (None, of_source.policy) else replace(of_source, policy=policy)
-            forks[share] = fork = Run(share, max(share.lo, cut), length if prefix else 0, parent, floor, 0)
+            forks[share] = fork = PageRun(share, max(share.lo, cut), length if prefix else 0, parent, floor, 0)
             if parent is not None:
                 parent.children.add(fork)
                 for run in parent.path():
@@ -112,7 +112,7 @@ class PageRuns:
             else:
                 leaf.share = ended
                 runs[ended] = leaf
-            runs[taker] = Run(taker, taker.lo, 0)
+            runs[taker] = PageRun(taker, taker.lo, 0)
 
     def rewrite(self, runs: Runs, start: int) -> None:
         """A sequence writes its tokens from `start` on into pages of its own."""
@@ -127,14 +127,14 @@ class PageRuns:
                     parent.children.add(leaf)
                 self._use(leaf, 1)
 
-    def extend(self, leaf: Run, hi: int) -> None:
+    def extend(self, leaf: PageRun, hi: int) -> None:
         """The leaf of a prefix or spare has pages up to `hi` now."""
         before = self._pages(leaf)
         leaf.hi = hi
         if not leaf.users:
             self.unused += self._pages(leaf) - before
 
-    def own(self, runs: Iterable[Run]) -> Pages:
+    def own(self, runs: Iterable[PageRun]) -> Pages:
         """The pages of these leaves of prefixes, which no other owner has."""
         pages = NO_PAGES
         for run in runs:
@@ -142,7 +142,7 @@ class PageRuns:
         return pages
 
     @staticmethod
-    def common(a: Run, b: Run) -> int:
+    def common(a: PageRun, b: PageRun) -> int:
         """Up to which position two leaves have the same pages; 0 where they have none."""
         above = set(a.path())
         return next((run.hi for run in b.path() if run in above), 0)
@@ -150,10 +150,10 @@ class PageRuns:
     def _end(self, length: int) -> int:
         return length + -length % self._size
 
-    def _pages(self, run: Run) -> Pages:
+    def _pages(self, run: PageRun) -> Pages:
         return self._weigh((run.share,), run.lo, run.hi, run.floor)
 
-    def _use(self, leaf: Run, users: int) -> None:
+    def _use(self, leaf: PageRun, users: int) -> None:
         if not users:
             return
         for run in leaf.path():
@@ -164,21 +164,21 @@ class PageRuns:
                 run.floor = min((child.floor for child in run.children), default=run.floor)
                 self.unused += self._pages(run)
 
-    def _ends(self, leaf: Run, cut: int) -> Run | None:
+    def _ends(self, leaf: PageRun, cut: int) -> PageRun | None:
         """The run on a leaf's path that ends at `cut`, where whole pages end. None where the path begins there."""
         run = leaf
         while run.lo >= cut:
             if run.parent is None or run.parent.hi <= cut:
                 return run.parent
             run = run.parent
-        upper = Run(run.share, run.lo, cut, run.parent, run.floor, run.users, {run})
+        upper = PageRun(run.share, run.lo, cut, run.parent, run.floor, run.users, {run})
         if run.parent is not None:
             run.parent.children.remove(run)
             run.parent.children.add(upper)
         run.parent, run.lo = upper, cut
         return upper
 
-    def _cut_off(self, leaf: Run) -> None:
+    def _cut_off(self, leaf: PageRun) -> None:
         """Take a leaf without users off its path. Where a single run is left beside it, its parent is one with that."""
         parent, leaf.parent = leaf.parent, None
         if parent is None:

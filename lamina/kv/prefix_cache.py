@@ -18,7 +18,7 @@ from heapq import heappop, heappush
 
 from lamina.errors import EngineError
 from lamina.kv.kv_shares import NO_PAGES, Pages, Place
-from lamina.kv.pages import PageRuns, Run
+from lamina.kv.pages import PageRun, PageRuns
 from lamina.kv.prefix_nodes import (
     Match,
     Node,
@@ -376,7 +376,7 @@ class PrefixCache:
             if node.parent is not None:
                 yield node
 
-    def check_integrity(self, running: Iterable[ScheduledSequence], spares: Iterable[Run] = ()) -> list[int]:
+    def check_integrity(self, running: Iterable[ScheduledSequence], spares: Iterable[PageRun] = ()) -> list[int]:
         """Raise EngineError if nodes, users and counts contradict each other. Returns the handles of all nodes."""
         alive = set(running)
         if strangers := (self._deepest.keys() | self._pending.keys()) - alive:

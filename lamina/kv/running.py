@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from lamina.errors import EngineError
 from lamina.kv.kv_shares import Handover, Layout, Layouts, Pages, Place
 from lamina.kv.page_ledger import PageLedger
-from lamina.kv.pages import PageRuns, Run
+from lamina.kv.pages import PageRun, PageRuns
 from lamina.kv.prefix_cache import PrefixCache
 from lamina.kv.prefix_nodes import Node, tree_of
 from lamina.kv.request import RetainedKv, ScheduledSequence, SchedulerConfig
@@ -298,7 +298,7 @@ class RunningSequences:
                 pages += self._config.page_set((share,), share.lo) * -((share.lo - length) // self._config.page_size)
         return pages
 
-    def _most(self, run: Run, end: int, floor: int) -> Pages:
+    def _most(self, run: PageRun, end: int, floor: int) -> Pages:
         share = run.share
         freed_to = max(0, floor - max(_COPIED_TOKENS, self._config.max_batch_tokens)) if floor < share.hi else 0
         return self._config.held((share,), run.lo if run.parent else share.lo, end, 0, freed_to)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from lamina.errors import EngineError
 from lamina.kv.kv_shares import NO_PAGES, Layout, Layouts, Pages, Part, Place, Share, under
-from lamina.kv.pages import PageRuns, Run
+from lamina.kv.pages import PageRun, PageRuns
 from lamina.kv.prefix_nodes import Node
 from lamina.kv.redundancy import groups
 from lamina.kv.request import ScheduledSequence, SchedulerConfig
@@ -34,7 +34,7 @@ class Spare:
 
     of: Layout
     part: Part
-    run: Run
+    run: PageRun
     stored: int
     reach: int = 0
 
@@ -63,7 +63,7 @@ class Spares:
         return (spare for spares in self._by_owner.values() for spare in spares)
 
     @property
-    def leaves(self) -> Iterator[Run]:
+    def leaves(self) -> Iterator[PageRun]:
         """The runs of all spares."""
         return (spare.run for spare in self)
 
@@ -296,7 +296,7 @@ class Spares:
         if not room.covers(self._config.held((share,), share.lo, share.lo + self._config.page_size, 0)):
             return None
         (part,) = self._layouts.open_beside((share,))
-        return self._keep(handle, Spare(group, part, Run(share, share.lo, share.lo, users=0), share.lo))
+        return self._keep(handle, Spare(group, part, PageRun(share, share.lo, share.lo, users=0), share.lo))
 
     def _further(
         self,
@@ -357,7 +357,7 @@ class Spares:
     def reopen(self, owner: Owner, lost: Share, share: Share, users: int) -> None:
         """An empty part takes the place of one that was lost empty."""
         self._runs.close({lost: owner.runs.pop(lost)})
-        owner.runs[share] = Run(share, share.lo, share.lo, users=users)
+        owner.runs[share] = PageRun(share, share.lo, share.lo, users=users)
         self.replaced(owner, lost, share)
         self._layouts.promote(owner.handle or 0, lost, None, share)
 
@@ -391,7 +391,7 @@ class ReadBacks:
         self._spares = spares
         self._due: deque[ReadBack] = deque()
         self._read: list[ReadBack] = []  # since some were due
-        self._places: dict[Run, int] = {}  # by the top of what parities share: owners that share pages go together
+        self._places: dict[PageRun, int] = {}  # by the top of what parities share: owners that share pages go together
 
     def __bool__(self) -> bool:
         return bool(self._due)
@@ -406,7 +406,7 @@ class ReadBacks:
         if share is None:
             return None
         leaf = owner.runs.pop(lost)
-        owner.runs[share] = Run(share, share.lo, share.lo if isinstance(owner, Node) else 0, users=leaf.users)
+        owner.runs[share] = PageRun(share, share.lo, share.lo if isinstance(owner, Node) else 0, users=leaf.users)
         self._runs.close({lost: leaf})
         self._spares.replaced(owner, lost, share)
         self._layouts.replace(handle, lost.holder, ())

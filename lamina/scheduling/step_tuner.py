@@ -70,7 +70,7 @@ MIN_TOKEN_RATIO = 1.9
 """One measurement must have so many times more tokens than another to tell a call's time from that of its tokens."""
 
 
-class Choice(NamedTuple):
+class DecodeChoice(NamedTuple):
     """How decode runs: batches under way at a time, the local share of the KV that they read, and whether q, k and v of
     a layer go together or q first."""
 
@@ -79,7 +79,7 @@ class Choice(NamedTuple):
     fused: bool
 
 
-class Batch(NamedTuple):
+class MeasuredBatch(NamedTuple):
     """One decode batch, or those of all `lanes` together. It read `local_tokens` and `remote_tokens` of KV. The local
     pool attended for `local_seconds`, the slowest remote holder for `remote_seconds` by its own clock. `answered`
     seconds passed until its answers were read, the last `waited` of them without other work. `seconds` passed since the
@@ -111,10 +111,10 @@ class Batch(NamedTuple):
 class _Search:
     """A search that began at the choice `origin`."""
 
-    origin: Choice
+    origin: DecodeChoice
     scheduled: bool = True
     """Whether the patience bounds how often such searches come. Else the load changed, and the debt bounds them."""
-    points: list[Batch] = field(default_factory=list)
+    points: list[MeasuredBatch] = field(default_factory=list)
     """The medians that were measured, one for each choice."""
     measurements: int = 0
     shares: tuple[float, float] = (0.0, 1.0)
@@ -129,16 +129,16 @@ class _Search:
 class _Settled:
     """The present choice holds, since `reference` was measured there."""
 
-    reference: Batch
+    reference: MeasuredBatch
     steps: int = 0
     drifts: list[float] = field(default_factory=list)
     """Those of the last steps in a row, in multiples of MIN_DRIFT."""
 
 
 class StepTuner:
-    """`lanes`, `share` and `fused` are the present choice, as in `Choice`. The arguments are the values that they may
-    have: numbers of lanes in ascending order, one share or None for any, and orders. With one value there is no choice.
-    `replicas` of the model compute."""
+    """`lanes`, `share` and `fused` are the present choice, as in `DecodeChoice`. The arguments are the values that they
+    may have: numbers of lanes in ascending order, one share or None for any, and orders. With one value there is no
+    choice. `replicas` of the model compute."""
 
     def __init__(
         self,
@@ -156,16 +156,16 @@ class StepTuner:
         self._search = _Search(self.choice)  # the present one, or the last
         self._settled: _Settled | None = None  # None: a search is under way
         self._skip = 1  # batches that are not measured, because they began before a change
-        self._parts: list[Batch] = []  # the batches so far of a step of all lanes
-        self._window: deque[Batch] = deque(maxlen=WINDOW_STEPS)
+        self._parts: list[MeasuredBatch] = []  # the batches so far of a step of all lanes
+        self._window: deque[MeasuredBatch] = deque(maxlen=WINDOW_STEPS)
         self._patience = 1
         self._debt = 0.0  # seconds that searches have cost beyond COST_SHARE of the time
         self._token_seconds = 0.0  # what a token takes without a search
 
     @property
-    def choice(self) -> Choice:
+    def choice(self) -> DecodeChoice:
         """The present choice."""
-        return Choice(self.lanes, self.share, self.fused)
+        return DecodeChoice(self.lanes, self.share, self.fused)
 
     @property
     def settled(self) -> bool:
@@ -189,7 +189,7 @@ class StepTuner:
         self._window.clear()
         self._skip = max(1, self._skip)
 
-    def completed(self, batch: Batch, moving: bool = False) -> None:
+    def completed(self, batch: MeasuredBatch, moving: bool = False) -> None:
         """A decode batch is over. While sequences are moving it only counts as a cost of the search."""
         if not self._chooses or not batch.tokens:
             return
@@ -217,7 +217,7 @@ class StepTuner:
 
     # Settled: the present choice holds.
 
-    def _check(self, now: Batch, settled: _Settled) -> None:
+    def _check(self, now: MeasuredBatch, settled: _Settled) -> None:
         """Begin a search where the present choice may not be the best any more."""
         settled.steps += 1
         if _load_changed(now, settled.reference):
@@ -240,7 +240,7 @@ class StepTuner:
         self._search, self._settled = _Search(self.choice, scheduled), None
         self.interrupted()
 
-    def _measured(self, now: Batch) -> None:
+    def _measured(self, now: MeasuredBatch) -> None:
         """The present choice is measured: try the next one, or settle."""
         search = self._search
         if search.points and self._unlike_points(now):
@@ -253,7 +253,7 @@ class StepTuner:
         elif now.share > self.share + 0.75 * grain:
             low = now.share
         search.shares = min(low, high), max(low, high)
-        present = Choice(now.lanes, now.share, now.fused)
+        present = DecodeChoice(now.lanes, now.share, now.fused)
         search.points = [point for point in search.points if not self._same(point, present)]
         search.points.append(now)
         self._token_seconds = self._token_seconds or now.seconds / now.sequences
@@ -265,17 +265,17 @@ class StepTuner:
         else:
             self._go(target)
 
-    def _go(self, to: Choice) -> None:
+    def _go(self, to: DecodeChoice) -> None:
         if to != self.choice:
             self._skip = self.lanes + to.lanes - 1
         self.lanes, self.share, self.fused = to
         self.interrupted()
 
-    def _unlike_points(self, now: Batch) -> bool:
+    def _unlike_points(self, now: MeasuredBatch) -> bool:
         first = self._search.points[0]
         return _load_changed(now, first) or abs(now.sequences - first.sequences) > 0.25 * first.sequences
 
-    def _next(self, now: Batch, grain: float) -> Choice | None:
+    def _next(self, now: MeasuredBatch, grain: float) -> DecodeChoice | None:
         """The choice to try next; None where none promises a shorter step. A search leaves its first choice for the
         attention workers where that is worth what searches have cost so far: so tries are never a large part of the
         time, however wrongly the model promises."""
@@ -294,7 +294,7 @@ class StepTuner:
             return target if self._debt <= PAYBACK_STEPS * promised else None
         return target
 
-    def _choices(self, now: Batch) -> Iterator[Choice]:
+    def _choices(self, now: MeasuredBatch) -> Iterator[DecodeChoice]:
         """All that can be reached with the present load. Where all is local, nothing waits for an attention worker. One
         lane more than was measured is tried at a time."""
         low, high = self._search.shares
@@ -304,9 +304,11 @@ class StepTuner:
             if low <= share <= high or not self._any_share:
                 for lanes in self._all_lanes:
                     if lanes == self._all_lanes[0] or (lanes <= max_lanes and share < 1):
-                        yield from (Choice(lanes, share, fused) for fused in self._orders[: 1 if share == 1 else None])
+                        yield from (
+                            DecodeChoice(lanes, share, fused) for fused in self._orders[: 1 if share == 1 else None]
+                        )
 
-    def _promising(self, model: StepModel, untried: Sequence[Choice], now: Batch) -> Choice | None:
+    def _promising(self, model: StepModel, untried: Sequence[DecodeChoice], now: MeasuredBatch) -> DecodeChoice | None:
         """The choice with the shortest step by this model. None where it is no gain."""
         if model.remote is None or (model.local is None and self._any_share):
             return None
@@ -315,21 +317,21 @@ class StepTuner:
         gains = chosen is not None and model.seconds(chosen, now.tokens) < (1 - MIN_GAIN) * best
         return chosen if gains else None
 
-    def _same(self, point: Batch, choice: Choice) -> bool:
+    def _same(self, point: MeasuredBatch, choice: DecodeChoice) -> bool:
         """Whether it was measured at that choice, as far as whole sequences allow."""
         near = abs(point.share - choice.share) < 0.5 / point.sequences or not self._any_share
         return near and (point.lanes, point.fused) == (choice.lanes, choice.fused)
 
-    def _settle(self, now: Batch) -> None:
+    def _settle(self, now: MeasuredBatch) -> None:
         """End the search with the best choice, or measure its first choice again before."""
         search = self._search
         shortest = min(point.seconds for point in search.points)
         equal = [point for point in search.points if point.seconds <= (1 + MIN_GAIN) * shortest]
         best = min(equal, key=lambda point: (point.remote_tokens > 0, point.lanes, not point.fused, point.seconds))
         share = (best.share if best.local_tokens else 0.0) if self._any_share else self.share
-        choice = Choice(best.lanes, share, best.fused)
+        choice = DecodeChoice(best.lanes, share, best.fused)
         if self._any_share and not best.remote_tokens:  # also where more was wanted, but could not move
-            choice = Choice(self._all_lanes[0], 1.0, self._orders[0])
+            choice = DecodeChoice(self._all_lanes[0], 1.0, self._orders[0])
         if self._needs_confirmation(choice):
             search.confirms = True
             self._go(search.origin)
@@ -341,14 +343,14 @@ class StepTuner:
         if self._any_share:
             self.reason = self._why(best) or self.reason
 
-    def _needs_confirmation(self, choice: Choice) -> bool:
+    def _needs_confirmation(self, choice: DecodeChoice) -> bool:
         """Whether all KV was local, is not to be, and was measured once: other work of the machine may have slowed just
         that. So it is measured again, where moving there takes few steps."""
         search = self._search
         local = self._any_share and search.origin.share == 1
         return local and choice.share < 1 and not search.confirms and search.moves <= MAX_MOVES_IN_A_SEARCH
 
-    def _why(self, best: Batch) -> str:
+    def _why(self, best: MeasuredBatch) -> str:
         """Empty where this search has tried one tier alone."""
         points = self._search.points
         local_best = min((point.seconds for point in points if not point.remote_tokens), default=None)
@@ -365,7 +367,7 @@ class StepTuner:
             f"({workers} a step; all in this process {process})"
         )
 
-    def _log_line(self, now: Batch) -> str:
+    def _log_line(self, now: MeasuredBatch) -> str:
         model = self._model
         speeds = [f"local {model.local * 1e6:.3g}"] if model.local is not None else []
         if model.remote is not None:
@@ -381,13 +383,13 @@ class StepTuner:
         )
 
 
-def _load_changed(now: Batch, then: Batch) -> bool:
+def _load_changed(now: MeasuredBatch, then: MeasuredBatch) -> bool:
     """Whether the load has changed so much that the choice is void."""
     pairs = ((now.sequences, then.sequences), (now.tokens, then.tokens))
     return any(max(pair) > LOAD_CHANGE * min(pair) for pair in pairs)
 
 
-def _drift(now: Batch, then: Batch) -> float:
+def _drift(now: MeasuredBatch, then: MeasuredBatch) -> float:
     """By which part of a step a tier's time for the same work has changed."""
     change = abs(now.waited - then.waited) if now.lanes == 1 else 0.0  # else other batches ran meanwhile
     if now.local_tokens and then.local_tokens:
@@ -415,7 +417,7 @@ class StepModel:
     alone: Alone | None = None
     dense: Mapping[tuple[int, bool], float] = field(default_factory=dict)
 
-    def seconds(self, choice: Choice, tokens: float) -> float:
+    def seconds(self, choice: DecodeChoice, tokens: float) -> float:
         """Of a step that reads so many tokens of KV; what is unknown takes none. In it model workers are never idle,
         or the remote tier is not, or a batch waits for answers."""
         lanes, share, fused = choice
@@ -444,7 +446,7 @@ class StepModel:
             return max(fewer)[2]
         return min((seconds * lanes / lane_count for (lane_count, _), seconds in self.dense.items()), default=0.0)
 
-    def hoped(self, points: Sequence[Batch]) -> StepModel:
+    def hoped(self, points: Sequence[MeasuredBatch]) -> StepModel:
         """The best case while the remote tier was not measured alone. Alone it is faster, and its answers come at most
         as late as they were waited for beside the local tier, which may have kept the cores from the transport. Where
         the measurements do not tell a call from its tokens, its whole time may be the call."""
@@ -469,7 +471,7 @@ class StepModel:
         faster = min(1.0, self._beside_local(tokens) / (seen.beside * of_then)) if seen.beside else 1.0
         return seen.seconds * of_then * faster, seen.fixed
 
-    def learned(self, points: Sequence[Batch]) -> StepModel:
+    def learned(self, points: Sequence[MeasuredBatch]) -> StepModel:
         """Updated with these measurements, the latest last."""
         model = self
         both_tiers = [point for point in points if point.local_tokens and point.remote_tokens]
@@ -483,7 +485,7 @@ class StepModel:
             model = model._dense_of(point)
         return model
 
-    def _dense_of(self, point: Batch) -> StepModel:
+    def _dense_of(self, point: MeasuredBatch) -> StepModel:
         """With the dense time that explains a measured step."""
         lanes, local, remote = point.lanes, point.local_seconds, point.remote_seconds
         if lanes == 1 or not point.remote_tokens:
@@ -497,7 +499,7 @@ class StepModel:
                 dense_seconds = min(dense_seconds, self._dense(lanes, point.fused))
         return replace(self, dense={**self.dense, (lanes, point.fused): dense_seconds})
 
-    def _beside(self, points: Sequence[Batch]) -> StepModel:
+    def _beside(self, points: Sequence[MeasuredBatch]) -> StepModel:
         last = points[-1]
         few, many = (pick(points, key=lambda point: point.remote_tokens) for pick in (min, max))
         call = self.call
@@ -515,14 +517,14 @@ class StepModel:
             self, local=local, remote=(last.remote_seconds - call) / last.remote_tokens, call=call, fixed=fixed
         )
 
-    def _local_alone(self, alone: Batch, known: bool) -> StepModel:
+    def _local_alone(self, alone: MeasuredBatch, known: bool) -> StepModel:
         """`known`: its time beside the remote tier is measured, so that this one is its time alone."""
         seconds = alone.local_seconds / alone.local_tokens
         if known and self.local and seconds:
             return replace(self, local_alone=seconds / self.local)
         return replace(self, local=seconds / self.local_alone)
 
-    def _remote_alone(self, alone: Batch, known: bool) -> StepModel:
+    def _remote_alone(self, alone: MeasuredBatch, known: bool) -> StepModel:
         tokens, seconds = alone.remote_tokens, alone.remote_seconds
         if alone.lanes > 1:  # beside the model, and it is unknown when answers came
             call = min(self.call, seconds)
@@ -567,7 +569,7 @@ _SUMMED = (
 )
 
 
-def whole_step(parts: Sequence[Batch]) -> Batch:
+def whole_step(parts: Sequence[MeasuredBatch]) -> MeasuredBatch:
     """The batches of a step as one, in which each running sequence gets a token."""
     summed: dict[str, Any] = {name: sum(getattr(part, name) for part in parts) for name in _SUMMED}
     part = parts[-1]._replace(**summed)
@@ -575,7 +577,7 @@ def whole_step(parts: Sequence[Batch]) -> Batch:
     return part._replace(**{name: scale * getattr(part, name) for name in _SUMMED})
 
 
-def _median(steps: Sequence[Batch]) -> Batch:
+def _median(steps: Sequence[MeasuredBatch]) -> MeasuredBatch:
     """The steps as one, with the median of each of its times. Lanes may overtake each other, so one of these steps may
     lack the lane that has all remote sequences: then the mean is what is known."""
     total = whole_step(steps)

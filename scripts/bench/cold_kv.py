@@ -44,7 +44,7 @@ def main() -> None:
     room = context + 4096
     scaling = {"rope_type": "yarn", "factor": room / original, "original_max_position_embeddings": original}
     memory = 2 * 10**9 + batch * context * 30_000
-    idle, cold_pages.IDLE = cold_pages.IDLE, NEVER
+    idle, cold_pages.IDLE_BATCHES = cold_pages.IDLE_BATCHES, NEVER
     machine = this_machine()
     print(f"{machine.processor}, {machine.cores} cores; {args.model}, {args.shape}, {args.policy}", flush=True)
     with LLM(
@@ -82,7 +82,7 @@ def main() -> None:
         off, on = (statistics.median(times[watched]) for watched in (False, True))
         ratio = statistics.median(b / a for a, b in zip(times[False], times[True], strict=True))
         print(f"everything in memory: {off:.1f} ms/step without the tracker, {on:.1f} with it: {ratio:.3f}", flush=True)
-        cold_pages.IDLE = idle
+        cold_pages.IDLE_BATCHES = idle
         for _ in range(6):
             took, stats = decode(128)
             print(f"{took:6.1f} ms/step, kv_resident {stats.get('kv_resident', 1):.3f}; {memory_of(pool)}", flush=True)
@@ -99,19 +99,19 @@ def main() -> None:
 def forget(pool: Any) -> None:
     """Let everything leave that was saved."""
     cold = pool._cold
-    pages = (cold._valid() & cold._there).nonzero()[0]
-    pages = pages[cold._entered[cold._chunks(pages)]]
+    pages = (cold._valid() & cold._pages.in_memory).nonzero()[0]
+    pages = pages[cold._file_chunks[cold._chunks(pages)]]
     for first, end in cold_pages._runs(pages):
         cold._file.drop(first * cold._size, end * cold._size)
-    cold._there[pages] = False
-    cold._dropped = cold._clock
+    cold._pages.in_memory[pages] = False
+    cold._dropped_at = cold._clock
     print(f"{len(pages) / max(1, (pool.store.references > 0).sum()):.2f} of the pages leave; {memory_of(pool)}")
 
 
 def memory_of(pool: Any) -> str:
     held = int((pool.store.references > 0).sum()) * pool.pages.layout.page_bytes / 1e6
     cold = pool._cold
-    here = int(cold._there.sum()) * pool.pages.layout.page_bytes / 1e6
+    here = int(cold._pages.in_memory.sum()) * pool.pages.layout.page_bytes / 1e6
     return (
         f"{here:.0f} MB of {held:.0f} MB of pages in memory by count, Pss {pss():.0f} MB, page cache {cached():.0f} MB"
     )

@@ -25,7 +25,7 @@ from typing import Any
 
 from move import start_worker
 
-from lamina.scheduling.step_tuner import Batch, StepTuner
+from lamina.scheduling.step_tuner import MeasuredBatch, StepTuner
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 SLOWER = 3.0
@@ -36,13 +36,13 @@ class Watched(StepTuner):
 
     def __init__(self, share: float | None) -> None:
         super().__init__(share=share)
-        self.seen: list[tuple[Batch, bool, float, bool]] = []
+        self.seen: list[tuple[MeasuredBatch, bool, float, bool]] = []
 
-    def completed(self, batch: Batch, moving: bool = False) -> None:
+    def completed(self, batch: MeasuredBatch, moving: bool = False) -> None:
         super().completed(batch, moving)
         self.seen.append((batch, moving, self.share, self.settled))
 
-    def quiet(self) -> list[Batch]:
+    def quiet(self) -> list[MeasuredBatch]:
         """The batches of the last stretch in which nothing moved, without its first two."""
         still = list(itertools.takewhile(lambda one: not one[1], reversed(self.seen)))
         return [batch for batch, *_ in still[:-2]]
@@ -70,7 +70,7 @@ class Rig:
         AttentionWorker.read_delay = self.local_delay if "local" in who else 0.0
         self.slowed = set(who)
 
-    def measure(self, share: float | None, steps: int, most: int = 400) -> tuple[Watched, list[Batch]]:
+    def measure(self, share: float | None, steps: int, most: int = 400) -> tuple[Watched, list[MeasuredBatch]]:
         """Want that share (None: auto) until `steps` batches have run there, undisturbed."""
         tuner = self.control.tuner = Watched(share)
         until(lambda: (tuner.settled and len(tuner.quiet()) >= steps) or len(tuner.seen) >= most)
@@ -85,7 +85,7 @@ def until(condition: Callable[[], bool], seconds: float = 300.0) -> None:
         time.sleep(0.005)
 
 
-def step(batches: list[Batch]) -> float:
+def step(batches: list[MeasuredBatch]) -> float:
     """Milliseconds of a step."""
     return statistics.median(batch.seconds for batch in batches) * 1e3
 

@@ -23,7 +23,7 @@ from policy_bench import LOOSE, under
 from lamina.errors import EngineError
 from lamina.kv.placement import Holder
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling.step_tuner import Batch, StepTuner
+from lamina.scheduling.step_tuner import MeasuredBatch, StepTuner
 from lamina_protocols.messages.messages import Announcement, Exchange, Fresh, Query
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.model import Decoder
@@ -54,7 +54,7 @@ class Restless(StepTuner):
         super().__init__((lanes,), 0.5)
         self._rng = rng
 
-    def completed(self, batch: Batch, moving: bool = False) -> None:
+    def completed(self, batch: MeasuredBatch, moving: bool = False) -> None:
         if self._rng.random() < 0.1:
             self.share = self._rng.choice((0.0, 0.5, 1.0))
 

@@ -24,7 +24,7 @@ from lamina import LLM
 from lamina.errors import EngineError, InvalidRequest
 from lamina.kv.running import Counters
 from lamina.launch import kv_sizing
-from lamina.scheduling.step_tuner import Batch, StepTuner
+from lamina.scheduling.step_tuner import MeasuredBatch, StepTuner
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.messages.messages import Advanced, Fault, Reply
 from lamina_workers.attention_worker.state_pool import StatePool
@@ -201,7 +201,7 @@ def test_sequences_move_between_the_tiers(
 ) -> None:
     chance = random.Random(3)
 
-    def restless(tuner: StepTuner, batch: Batch, moving: bool = False) -> None:
+    def restless(tuner: StepTuner, batch: MeasuredBatch, moving: bool = False) -> None:
         if chance.random() < 0.3:
             tuner.share = chance.choice((0.0, 0.3, 0.7, 1.0))
 

@@ -13,7 +13,7 @@ from pairwise import crossing
 
 from lamina.kv.placement import Holder
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling.step_tuner import Batch, StepTuner
+from lamina.scheduling.step_tuner import MeasuredBatch, StepTuner
 from lamina_protocols.messages.messages import Announcement, Close, Fetch, FetchPages, Fresh, FreshPages, Open
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.errors import HolderLost, KVError
@@ -210,7 +210,7 @@ def test_stranded_request_ends_with_an_error_and_others_go_on(decoder):
 class Pushed(StepTuner):
     """A local share of 1 at first, and of 0 after the first batch."""
 
-    def completed(self, batch: Batch, moving: bool = False) -> None:
+    def completed(self, batch: MeasuredBatch, moving: bool = False) -> None:
         self.share = 0.0
 
 

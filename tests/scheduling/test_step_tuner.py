@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated_steps import World
 
-from lamina.scheduling.step_tuner import Batch, StepTuner
+from lamina.scheduling.step_tuner import MeasuredBatch, StepTuner
 
 SEQUENCES = 8
 
@@ -234,8 +234,8 @@ def test_there_is_one_lane_where_sequences_cannot_leave_the_local_tier() -> None
 def test_lanes_may_overtake_the_one_with_the_remote_sequences() -> None:
     """Of ten batches in two lanes two are of the slow lane, which alone has remote sequences."""
     tuner = StepTuner((2, 3), 0.5)
-    local = Batch(2, True, 4000, 0, 0.02, 0.0, 0.0, 0.0, 0.03, 4, 8)
-    remote = Batch(2, True, 0, 4000, 0.0, 0.06, 0.08, 0.05, 0.03, 4, 8)
+    local = MeasuredBatch(2, True, 4000, 0, 0.02, 0.0, 0.0, 0.0, 0.03, 4, 8)
+    remote = MeasuredBatch(2, True, 0, 4000, 0.0, 0.06, 0.08, 0.05, 0.03, 4, 8)
     for at in range(11):
         tuner.completed(remote if at in (4, 9) else local)
     assert tuner._model.remote == pytest.approx(0.06 / 4000)

@@ -39,7 +39,7 @@ from lamina.launch.journal_setup import Identity, _past_epochs, recover
 from lamina.launch.kv_sizing import learns, page_groups
 from lamina.scheduling.control_plane import ControlPlane
 from lamina.scheduling.speculation import Speculation, left_to_draft
-from lamina.scheduling.step_tuner import Batch, StepTuner
+from lamina.scheduling.step_tuner import MeasuredBatch, StepTuner
 from lamina_protocols.errors import LaminaError
 from lamina_protocols.messages.layers import HolderConfig
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
@@ -145,7 +145,7 @@ class Wavering(StepTuner):
     def __init__(self, setup: Setup) -> None:
         super().__init__((setup.lanes,), 0.5 if setup.local_tier else 0.0, (not setup.query_first,))
 
-    def completed(self, batch: Batch, moving: bool = False) -> None:
+    def completed(self, batch: MeasuredBatch, moving: bool = False) -> None:
         """Nothing is measured: these times are those of the machine that simulates."""
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamina.errors import InvalidRequest
-from lamina.scheduling.step_tuner import Choice, StepModel
+from lamina.scheduling.step_tuner import DecodeChoice, StepModel
 from lamina.simulator.costs.cost_model import Load, attention_time, dense_time, exchange_time
 from lamina.simulator.costs.hardware import Device
 from lamina.simulator.costs.model_configs import model
@@ -115,7 +115,7 @@ def test_a_step_is_what_the_engine_expects_of_the_same_tiers(
         dense={(lanes, True): lanes * lane.dense},
     )
     step = system.step(load)
-    seconds = expected.seconds(Choice(lanes, share, fused=True), tokens)
+    seconds = expected.seconds(DecodeChoice(lanes, share, fused=True), tokens)
     assert step.seconds == pytest.approx(max(seconds, step.network), rel=1e-6)
 
 

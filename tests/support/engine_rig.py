@@ -29,7 +29,7 @@ from lamina.launch.kv_sizing import RequestPolicies, indexed_pools, learns, page
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.control_plane import ControlPlane
-from lamina.scheduling.step_tuner import Batch, StepTuner
+from lamina.scheduling.step_tuner import MeasuredBatch, StepTuner
 from lamina_protocols.channels.versions import FEATURES
 from lamina_protocols.errors import LaminaError
 from lamina_protocols.frames import codec
@@ -185,7 +185,7 @@ class Restless(StepTuner):
         self._rng = random.Random(seed)
         self._often = often
 
-    def completed(self, batch: Batch, moving: bool = False) -> None:
+    def completed(self, batch: MeasuredBatch, moving: bool = False) -> None:
         if self._rng.random() < self._often:
             self.share = self._rng.choice((0.0, 0.3, 0.7, 1.0))
 

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from lamina.scheduling.step_tuner import Batch
+from lamina.scheduling.step_tuner import MeasuredBatch
 
 
 class Chooser(Protocol):
@@ -16,7 +16,7 @@ class Chooser(Protocol):
     share: float
     fused: bool
 
-    def completed(self, batch: Batch, moving: bool = False) -> None: ...
+    def completed(self, batch: MeasuredBatch, moving: bool = False) -> None: ...
 
 
 @dataclass
@@ -82,7 +82,7 @@ class World:
         for _ in range(lanes):
             wobble = 1 + self.noise * self.rng.uniform(-1, 1)
             chooser.completed(
-                Batch(
+                MeasuredBatch(
                     lanes, fused, self.here * self.tokens / lanes, (self.sequences - self.here) * self.tokens / lanes,
                     local * wobble / lanes, remote * wobble / lanes,
                     (max(answered, local) if answered else 0.0) / lanes, max(0.0, answered - local) / lanes,

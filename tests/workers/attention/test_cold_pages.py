@@ -43,7 +43,7 @@ LONG = 1120
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages leave after a few batches."""
-    for name, value in {"IDLE": 6, "LEAST": 2, "SWEEP": 2}.items():
+    for name, value in {"IDLE_BATCHES": 6, "MIN_IDLE_BATCHES": 2, "SWEEP_BATCHES": 2}.items():
         monkeypatch.setattr(cold_pages, name, value)
 
 
@@ -104,7 +104,7 @@ class Twins:
         """The pages of a part that are not in memory."""
         table = self.bench.worker.store.part(handle or self.handle).table
         pages = table[table >= 0]
-        found: Int32 = pages[~self.cold._there[pages]]
+        found: Int32 = pages[~self.cold._pages.in_memory[pages]]
         return found
 
 
@@ -120,12 +120,12 @@ def test_pages_that_no_choice_reads_leave_and_come_back(disk: Path, dtype: str) 
     twins = Twins(disk, dtype=dtype)
     twins.decode_until_cold()
     table = twins.bench.worker.store.part(twins.handle).table
-    assert not twins.cold._there[table[:, :, 30]].all()
+    assert not twins.cold._pages.in_memory[table[:, :, 30]].all()
     usage = twins.bench.usage(twins.handle)
     assert usage.held - usage.resident >= len(twins.gone()) - LAYERS * 3 * 2
     assert twins.twin.usage(twins.handle).resident == usage.held == usage.kept
     twins.decode(12, number=1)
-    assert twins.cold._there[table[:, :, 30]].all()
+    assert twins.cold._pages.in_memory[table[:, :, 30]].all()
 
 
 def test_everything_comes_back_where_a_part_is_read_whole(disk: Path) -> None:
@@ -164,16 +164,16 @@ def test_pages_that_nobody_holds_begin_anew(disk: Path) -> None:
     twins.both(lambda bench: bench.prefill(other, 200, chunk=50))
     twins.decode(8, handle=other)
     cold, unheld = twins.cold, twins.bench.worker.store.references == 0
-    entered = cold._entered[cold._chunks(np.arange(len(unheld)))]
-    assert not cold._there[unheld & entered].any()
-    assert not cold._marks.keys() - {other}
+    entered = cold._file_chunks[cold._chunks(np.arange(len(unheld)))]
+    assert not cold._pages.in_memory[unheld & entered].any()
+    assert not cold._head_reads.keys() - {other}
 
 
 def test_below_a_limit_the_longest_unread_leave_first(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cold_pages, "IDLE", 10_000)
+    monkeypatch.setattr(cold_pages, "IDLE_BATCHES", 10_000)
     twins = Twins(disk, pages=600, resident=0.6)
     twins.decode_until_cold(20)
-    kept = twins.cold._there[twins.bench.worker.store.part(twins.handle).table]
+    kept = twins.cold._pages.in_memory[twins.bench.worker.store.part(twins.handle).table]
     assert kept[:, :, 17].all()
     assert not kept.all()
     roomy = Twins(disk, pages=600)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina_workers.attention_worker.row_builder import Asked, RowBuilder, runs
+from lamina_workers.attention_worker.row_builder import RowBuilder, RowQueries, runs
 from lamina_workers.policies.catalogue import parse
 from lamina_workers.policies.policy import Policy, within
 
@@ -72,7 +72,7 @@ def test_every_vector_sees_what_its_policy_says(
     table = table_of(len(policies), 30)
     parsed = [None if text is None else within(parse(text), window) for text in policies]
     builder = RowBuilder(SIZE)
-    builder.add(Asked(7 * GROUP, start, count, GROUP, base, hi, base, table), parsed)
+    builder.add(RowQueries(7 * GROUP, start, count, GROUP, base, hi, base, table), parsed)
     rows = builder.rows()
     for layer in range(LAYERS):
         seen = keys_of(rows, layer)
@@ -94,7 +94,7 @@ def test_what_was_let_go_is_left_out(gap: tuple[int, int], hi: int) -> None:
     kept[:, 0, gap[0] : gap[1]] = -1
     razor, full = parse("razor"), parse("full")
     builder = RowBuilder(SIZE)
-    builder.add(Asked(0, 40, 5, GROUP, 0, hi, 0, kept), [razor, full], {razor: gap})
+    builder.add(RowQueries(0, 40, 5, GROUP, 0, hi, 0, kept), [razor, full], {razor: gap})
     seen = keys_of(builder.rows(), 1)
     for i in range(5):
         keys = range(min(hi, 41 + i))
@@ -105,7 +105,7 @@ def test_what_was_let_go_is_left_out(gap: tuple[int, int], hi: int) -> None:
 
 def test_queries_in_what_was_let_go_are_refused() -> None:
     razor = parse("razor")
-    asked = Asked(0, 11, 2, GROUP, 0, 13, 0, table_of(1, 4))
+    asked = RowQueries(0, 11, 2, GROUP, 0, 13, 0, table_of(1, 4))
     with pytest.raises(ValueError, match=r"queries from 11 on are not behind what was let go, \[4, 12\)"):
         RowBuilder(SIZE).add(asked, [razor], {razor: (1, 3)})
 
@@ -113,7 +113,7 @@ def test_queries_in_what_was_let_go_are_refused() -> None:
 def test_a_table_says_where_another_layers_window_has_freed_a_page() -> None:
     table = np.array([[[5, 6, 7]], [[-1, -1, 8]]], np.int32)
     builder = RowBuilder(SIZE)
-    builder.add(Asked(0, 11, 1, GROUP, 0, 12, 0, table), [parse("sharded(block=4, local=1, stride=2)")])
+    builder.add(RowQueries(0, 11, 1, GROUP, 0, 12, 0, table), [parse("sharded(block=4, local=1, stride=2)")])
     (found,) = builder.rows().tables
     assert found.tolist() == [[[5, 7]], [[-1, 8]]]
 

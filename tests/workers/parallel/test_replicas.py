@@ -584,7 +584,7 @@ def replicated(model: Path, replicas: int = 2, **options: Any) -> Any:
 
 def connected(llm: LLM, replicas: int) -> bool:
     """Whether all replicas are there and have a channel to every attention worker."""
-    replies = llm._runtime.engine._worker._own._replies.values()
+    replies = llm._runtime.engine._worker._worker._replies.values()
     remote = [reply.port for reply in replies if isinstance(reply.port, RemoteAttention)]
     return bool(remote) and all(port.status().channels == replicas for port in remote)
 

@@ -3,9 +3,8 @@
 It serves one engine at a time, with one session or several. One thread, that of a `ComputeLoop`, makes every torch
 call. It reads socket channels itself; a thread of gRPC reads a gRPC stream for it.
 
-Whether a worker can keep layers as an engine describes them: each number is bounded before anything is made.
-
-TLS of an attention worker: its gRPC server and its socket listener show the newest certificate that can be used.
+An engine's description of its layers is checked, and each number bounded, before anything is made. The gRPC server and
+the socket listener show the newest certificate that can be used.
 """
 
 from __future__ import annotations
@@ -101,7 +100,7 @@ def _check_layer(spec: LayerSpec) -> None:
     if (index := spec.index) is None:
         return
     sizes = (index.width, _MAX_WIDTH), (index.heads, _MAX_HEADS), (index.block, _MAX_CHOSEN), (index.top, _MAX_CHOSEN)
-    if not all(0 < size <= most for size, most in sizes) or index.local > index.top:
+    if not all(0 < size <= limit for size, limit in sizes) or index.local > index.top:
         raise ProtocolError(
             f"layer {spec.kv_layer} with {index}; allowed: up to {_MAX_WIDTH} wide, {_MAX_HEADS} heads, {_MAX_CHOSEN} "
             "blocks of as many keys"
@@ -136,14 +135,14 @@ class ServerCertificates:
 
     def renew(self, listener: Listener | None) -> None:
         """Take a new certificate where there is one, for the listener too."""
-        if self.context is None or (found := self._renewed()) is None:
+        if self.context is None or (credentials := self._renewed()) is None:
             return
         try:
-            self.context = self._context_of(found)
+            self.context = self._context_of(credentials)
         except ValueError as error:  # between the writing of a certificate and that of its key
             logger.warning("the certificate from before stays in use: %s", error)
             return
-        self._newest = found
+        self._newest = credentials
         if listener is not None:
             listener.tls = self.context
         logger.info("there is a new certificate, which new connections are shown")
@@ -203,13 +202,15 @@ class ServerConfig:
 
     def check(self) -> None:
         """Raise ServerError for a server that would be open to strangers, or contradicts itself."""
-        made = self.credentials
-        if bool(made.cert) != bool(made.key):
+        credentials = self.credentials
+        if bool(credentials.cert) != bool(credentials.key):
             raise ServerError("a certificate needs its key, and a key its certificate")
-        if self.mutual_tls and not (made.ca and made.cert):
+        if self.mutual_tls and not (credentials.ca and credentials.cert):
             raise ServerError("mutual TLS needs a CA besides the server's certificate and key")
-        if not is_loopback(self.host) and not self.insecure and not (made.cert and made.token):
-            lacking = " and ".join(what for what, there in (("TLS", made.cert), ("a token", made.token)) if not there)
+        if not is_loopback(self.host) and not self.insecure and not (credentials.cert and credentials.token):
+            lacking = " and ".join(
+                what for what, present in (("TLS", credentials.cert), ("a token", credentials.token)) if not present
+            )
             raise ServerError(
                 f"listening on {self.listen} without {lacking} would serve strangers; give both, "
                 "or allow it with --insecure"
@@ -243,8 +244,8 @@ class AttentionServer:
 
     def start(self) -> str:
         """Listen and serve. Returns the address, with its port. Raises ServerError where it cannot be listened on."""
-        config, made = self.config, self.config.credentials
-        interceptors = (TokenInterceptor(made.token),) if made.token else ()
+        config, credentials = self.config, self.config.credentials
+        interceptors = (TokenInterceptor(credentials.token),) if credentials.token else ()
         pool = ThreadPoolExecutor(_GRPC_THREADS, thread_name_prefix="lamina-grpc")
         server = grpc.server(
             pool,
@@ -256,7 +257,7 @@ class AttentionServer:
             (handlers(self, config.max_message, config.max_frame, self._arriving), health_handlers(self)),
         )
         try:
-            self._certificates = ServerCertificates(made, config.mutual_tls, config.renewed)
+            self._certificates = ServerCertificates(credentials, config.mutual_tls, config.renewed)
             port = self._certificates.bind(server, config.listen)
             self._open_channels()
         except ValueError as error:
@@ -311,8 +312,8 @@ class AttentionServer:
         except MemoryError as error:
             raise ProtocolError(f"no memory for {seat.config.kv_memory} bytes of KV") from error
         session.heard()
-        said = hello.protocol, hello.model or "no model named", hello.kv_dtype
-        logger.info("session %.8s: protocol %d, %s, KV %s", session.id, *said)
+        claims = hello.protocol, hello.model or "no model named", hello.kv_dtype
+        logger.info("session %.8s: protocol %d, %s, KV %s", session.id, *claims)
         ours, local, tcp = self.config, None, None
         if hello.local_channel and ours.local_channel and (path := self._open_local(session)):
             local = control.LocalOffer(path, secret)
@@ -342,11 +343,11 @@ class AttentionServer:
         return not self._leases.draining
 
     def attach(self, session: str, channel: GrpcChannel) -> None:
-        found = self._leases.session(session)
-        if found is None:
+        leased = self._leases.session(session)
+        if leased is None:
             raise ProtocolError("no such session at this worker")
-        self._leases.attach(found, channel, "grpc")
-        self._close_local(found)
+        self._leases.attach(leased, channel, "grpc")
+        self._close_local(leased)
 
     def _check(self, hello: control.Hello) -> None:
         ours = self.config

@@ -42,22 +42,22 @@ class ServedBatch:
         self._following[list(work.layers)] = (*work.layers[1:], len(self._following))
         reads, stores = work.queries > 0, work.fresh > 0
         names = dtype_name(work.query), dtype_name(work.loaded)
-        asked, answer = frames_between(work.queries, work.fresh, spec, *names)
-        self.frame, self.reply, self._head = Buffer(asked.size), Buffer(answer.size), Buffer(blocks.HEAD)
-        self._head.bytes[:] = memoryview(asked.head(0))
+        question, answer = frames_between(work.queries, work.fresh, spec, *names)
+        self.frame, self.reply, self._head = Buffer(question.size), Buffer(answer.size), Buffer(blocks.HEAD)
+        self._head.bytes[:] = memoryview(question.head(0))
         self.reply.bytes[: blocks.HEAD] = memoryview(answer.head(0))
-        for field, place in asked.places().items():
+        for field, place in question.places().items():
             setattr(block, field, self.frame.address + place.at)
         for field in ("out", "lse"):
             setattr(block, field, self.reply.address + answer.places()[field].at)
         block.layers, block.following = len(self._following), self._following.ctypes.data
         block.head = self._head.address
-        block.frame, block.size = self.frame.address, asked.size
+        block.frame, block.size = self.frame.address, question.size
         block.work, block.attends, block.stores = work.address, int(reads), int(stores)
         block.reply, block.reply_size = self.reply.address, answer.size if reads else 0
         self._block = block
         self.address = ctypes.addressof(block)
-        self.largest = max(asked.size, answer.size if reads else 0)  # bytes of its frames
+        self.largest = max(question.size, answer.size if reads else 0)  # bytes of its frames
 
     def begin(self, epoch: int, number: int) -> None:
         """A batch, as the first or as the next one."""
@@ -104,9 +104,9 @@ class ServedBatch:
         block = self._block
         if block.by != direct.address or block.sent >= block.reply_size:
             return _NOTHING
-        rest = self.reply.bytes[block.sent : block.reply_size]
+        unsent = self.reply.bytes[block.sent : block.reply_size]
         block.sent, block.claimed = block.reply_size, 0
-        return rest
+        return unsent
 
     def passed(self, layer: int) -> bool:
         """Python has done this layer. Whether the rest may still be done here."""
@@ -141,7 +141,7 @@ class LayerServer:
         """A channel, registered already, that may bring offered layers."""
         direct = direct_channel(channel)
         if direct is None:
-            return  # it is not even asked for a descriptor: whom a channel without one wakes is settled
+            return  # and do not ask it for a descriptor: a channel without one has its callback already
         descriptor = channel.watch(lambda: None)
         if descriptor in self._events:
             self._channels[descriptor] = direct
@@ -185,8 +185,8 @@ class LayerServer:
             return self._serve(lent, timeout)
         finally:
             for direct in lent.values():
-                rest = (batch.unsent(direct) for batch in self._batches[direct])
-                direct.reclaim(next((x for x in rest if len(x)), _NOTHING))
+                unsent = (batch.unsent(direct) for batch in self._batches[direct])
+                direct.reclaim(next((x for x in unsent if len(x)), _NOTHING))
             for batch in served:
                 batch.count()
                 if not batch.live:

@@ -31,8 +31,8 @@ MAX_SESSIONS = 64
 
 
 class Leases:
-    """The seats share `kv_memory` bytes, of which `cold` says where pages go that nobody reads. A session lives for
-    `lease` seconds without a sign of life.
+    """The seats share `kv_memory` bytes, of which `cold` says where pages go that are not read for a while. A session
+    lives for `lease` seconds without a sign of life.
 
     `closing` gets each session that has ended, to close its channel; it must not wait. Raises KVError for a folder that
     takes no KV.
@@ -156,11 +156,11 @@ class Leases:
                 if session.overdue():
                     self.end(session, f"no sign of life for {self._lease:g} seconds")
             for seat in self._lingering():
-                left = seat.away_since + seat.linger - self._clock()
-                if left <= 0:
+                seconds_left = seat.away_since + seat.linger - self._clock()
+                if seconds_left <= 0:
                     self._end_seat(seat, f"its engine has been away for {seat.linger:g} seconds")
                 else:
-                    pause = min(pause, left)
+                    pause = min(pause, seconds_left)
         return pause
 
     def status(self, version: str, uptime: float) -> control.WorkerStatus:
@@ -169,8 +169,8 @@ class Leases:
             seats, sessions, lingering = list(self._seats.values()), list(self._sessions.values()), self._lingering()
             counters = [self._totals, *(seat.counters for seat in seats)]
             traffic = Traffic()
-            for some in (self._traffic, *(x.traffic for x in seats), *(x.traffic for x in sessions)):
-                traffic.add(some)
+            for counts in (self._traffic, *(x.traffic for x in seats), *(x.traffic for x in sessions)):
+                traffic.add(counts)
             pools = [pool for seat in seats if (worker := seat.worker) is not None for pool in worker.pools]
             parts = [part for pool in pools for part in pool.parts().values()]
             now = self._clock()
@@ -206,12 +206,12 @@ class Leases:
     # Under the lock.
 
     def _new_seat(self, hello: control.Hello) -> EngineSeat:
-        taken = sum((Fraction(*seat.share) for seat in self._seats.values()), Fraction(0))
+        leased = sum((Fraction(*seat.share) for seat in self._seats.values()), Fraction(0))
         share = Fraction(*hello.share)
-        if taken + share > 1:
+        if leased + share > 1:
             raise ProtocolError(
                 f"seat {hello.seat} asks for {share} of the KV memory of worker {self._name}, its other "
-                f"{len(self._seats)} seats have {taken}; allowed: {1 - taken}"
+                f"{len(self._seats)} seats have {leased}; allowed: {1 - leased}"
             )
         seat = EngineSeat(hello, int(self._kv_memory * share), self._clock, self._cold)
         if not self._seats:
@@ -240,10 +240,10 @@ class Leases:
         if self._sessions:
             return f"worker {self._name} is busy with {engine}, served for {now - self._served_since:.1f} seconds"
         away = now - max(seat.away_since for seat in self._seats.values())
-        left = max(seat.away_since + seat.linger for seat in self._seats.values()) - now
+        seconds_left = max(seat.away_since + seat.linger for seat in self._seats.values()) - now
         return (
             f"worker {self._name} is busy: it keeps the KV of {engine}, which has been away for {away:.1f} seconds, "
-            f"for {max(0.0, left):.1f} seconds more"
+            f"for {max(0.0, seconds_left):.1f} seconds more"
         )
 
     # Called by the loop.

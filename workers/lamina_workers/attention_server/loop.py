@@ -32,7 +32,7 @@ class ComputeLoop:
     """`run` belongs to its thread; the rest may be called from any thread, and is done in the order of the calls.
 
     Callbacks, all on the loop's thread: `over(session, why)` when a session cannot go on, `failed(seat, why)` when a
-    seat cannot, `freed(seat)` when it is gone.
+    seat cannot, `freed(seat)` when it has ended.
     """
 
     def __init__(

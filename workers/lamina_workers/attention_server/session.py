@@ -3,10 +3,9 @@
 A seat has an attention worker of its own, which outlives its sessions where the engine asked for that. A session is one
 data channel, from its handshake on.
 
-The first token that an attention worker attends, before any engine waits for it.
-
-Kernels, threads and allocators of a process are made with their first use, which takes up to some ten milliseconds: a
-worker that joins would cost the sequences that go on there a pause.
+A new seat attends a first token before any engine waits for it (`warm_up`). Kernels, threads and allocators of a
+process are made with their first use, which takes up to some ten milliseconds. Without that, sequences that go on at a
+worker which joins would have a pause.
 """
 
 from __future__ import annotations
@@ -64,16 +63,18 @@ def warm_up(config: HolderConfig, compute_dtype: str, threads: int, device: torc
     """Have a worker of a few pages attend two tokens in all pools of plain attention, once for each kind of worker.
     Raises as `AttentionWorker` does."""
     config = replace(config, kv_memory=min(config.kv_memory, _MEMORY), cold=None)
-    kept = pools(config)
-    plain = [n for n, pool in enumerate(kept) if all(s.kind == ATTENTION and not s.index for s in pool.config.layers)]
-    heads = [tuple(range(pool.config.layers[0].kv_heads)) for pool in kept]
+    pool_configs = pools(config)
+    plain = [
+        n for n, pool in enumerate(pool_configs) if all(s.kind == ATTENTION and not s.index for s in pool.config.layers)
+    ]
+    heads = [tuple(range(pool.config.layers[0].kv_heads)) for pool in pool_configs]
     port = LocalAttention(attention_worker(config, threads, device))
     for batch in (1, 2):
         opens = tuple(Open(n, n, heads[n], 0, config.page_size) for n in plain) if batch == 1 else ()
         rows = tuple(Row(n, batch - 1, 1, (0, batch), True, True) for n in plain)
         port.send(Announcement(1, batch, 0 if batch == 1 else len(plain), opens, rows))
         failed = isinstance(port.receive(), Fault)
-        for layer in sorted(layer for n in plain for layer in kept[n].layers):
+        for layer in sorted(layer for n in plain for layer in pool_configs[n].layers):
             spec, dtype = config.layers[layer], DTYPES[compute_dtype]
             sizes = (spec.heads, spec.query_width), (spec.kv_heads, spec.key_width), (spec.kv_heads, spec.own_v)
             q, k, v = (torch.zeros(size, dtype=dtype, device=device) for size in sizes)
@@ -152,18 +153,18 @@ class EngineSeat:
 
     def check(self, hello: control.Hello) -> None:
         """Raise ProtocolError for a handshake that asks for another kind of seat than this one."""
-        here = f"of seat {self.number}"
-        control.check(f"model {here}", hello.model, self.model)
-        control.check(f"compute dtype {here}", hello.compute_dtype, self._compute_dtype)
-        control.check(f"KV dtype {here}", hello.kv_dtype, self.config.dtype)
-        control.check(f"page size {here}", hello.page_size, self.config.page_size)
-        control.check(f"tokens of a sequence {here}", hello.sequence_tokens, self.config.sequence_tokens)
-        control.check(f"sketches {here}", hello.sketches, self.config.sketches)
-        control.check(f"share {here}", hello.share, self.share)
-        control.check(f"number of layers {here}", len(hello.layers), len(self.config.layers))
+        place = f"of seat {self.number}"
+        control.check(f"model {place}", hello.model, self.model)
+        control.check(f"compute dtype {place}", hello.compute_dtype, self._compute_dtype)
+        control.check(f"KV dtype {place}", hello.kv_dtype, self.config.dtype)
+        control.check(f"page size {place}", hello.page_size, self.config.page_size)
+        control.check(f"tokens of a sequence {place}", hello.sequence_tokens, self.config.sequence_tokens)
+        control.check(f"sketches {place}", hello.sketches, self.config.sketches)
+        control.check(f"share {place}", hello.share, self.share)
+        control.check(f"number of layers {place}", len(hello.layers), len(self.config.layers))
         for number, (theirs, ours) in enumerate(zip(hello.layers, self.config.layers, strict=True)):
             for name in _LAYER_FIELDS:
-                control.check(f"{name} of layer {number} {here}", getattr(theirs, name), getattr(ours, name))
+                control.check(f"{name} of layer {number} {place}", getattr(theirs, name), getattr(ours, name))
 
     def build(self, threads: int, name: str, device: torch.device, layers: LayerServer) -> None:
         """Make the worker, whose decode batches are offered to `layers`. Raises as `AttentionWorker` does."""
@@ -234,10 +235,10 @@ class EngineSeat:
             if strayed or not batch.live or not worker.in_flight(number):
                 layers.withdraw(batch)
                 spare = [self._served.pop(key), *self._spare]
-                total = accumulate(each.largest for each in spare)
+                total = accumulate(allocation.largest for allocation in spare)
                 self._spare = [
-                    each
-                    for n, (each, size) in enumerate(zip(spare, total, strict=True))
+                    allocation
+                    for n, (allocation, size) in enumerate(zip(spare, total, strict=True))
                     if n < _SPARE or (size <= _SPARE_BYTES and n < _MOST_SERVED)
                 ]
 
@@ -341,6 +342,6 @@ class Session:
         if channel is None:
             raise ProtocolError("a session without a channel")
         frame = channel.receive(0)
-        begun = self._heard_at = self._clock()
+        start_time = self._heard_at = self._clock()
         self.seat.handle(frame, channel.post, self._number)
-        self._busy += self._clock() - begun
+        self._busy += self._clock() - start_time

@@ -19,7 +19,7 @@ from lamina_kernels.partial import Partial
 from lamina_kernels.select import Kernels
 from lamina_protocols.messages.layers import LayerSpec
 from lamina_protocols.messages.messages import Row, Usage
-from lamina_workers.kv_pages.parts import Part
+from lamina_workers.kv_pages.parts import KvPart
 from lamina_workers.policies.chooser import Adaptive, Choice, Chooser, Holding, Int32, Items, Observer, Shown
 from lamina_workers.policies.policy import Policy
 
@@ -31,7 +31,7 @@ class Cell(NamedTuple):
     with `first`. It may read `tokens` tokens."""
 
     handle: int
-    part: Part
+    part: KvPart
     head: int
     first: int
     tokens: int
@@ -92,7 +92,7 @@ class _Counts:
         self.chosen_by = 0.0  # bytes a cell
         self._cells = cells
         self._lengths: list[npt.NDArray[np.int64]] = []
-        self._missed: list[npt.NDArray[np.float32]] = []
+        self._missed_masses: list[npt.NDArray[np.float32]] = []
         self._coarse: list[npt.NDArray[np.float32]] = []
 
     def add(self, lengths: npt.NDArray[np.int64], choice: Choice) -> None:
@@ -100,7 +100,7 @@ class _Counts:
         self.layers += 1
         self.chosen_by += choice.read / len(lengths)
         self._lengths.append(lengths.copy())
-        self._missed.append(choice.missed.copy())
+        self._missed_masses.append(choice.missed.copy())
         if choice.coarse is not None:
             self._coarse.append(choice.coarse.copy())
 
@@ -110,19 +110,19 @@ class _Counts:
         if not self.layers:
             return [(0.0, 0.0, 0, 0.0, 0.0)] * self._cells
         read = np.sum(self._lengths, axis=0)
-        missed = np.stack(self._missed).reshape(self.layers, self._cells, -1)
-        known = missed >= 0  # NaN, unknown, is not
-        missed = np.where(known, missed, 0)
+        sums = np.stack(self._missed_masses).reshape(self.layers, self._cells, -1)
+        counted = sums >= 0  # NaN, unknown, is not
+        sums = np.where(counted, sums, 0)
         coarse = np.zeros(self._cells)
         if self._coarse:
             of_layers = np.stack(self._coarse).reshape(len(self._coarse), self._cells, -1)
             coarse = np.nan_to_num(of_layers).sum((0, 2), dtype=np.float64)
-        columns = read, missed.sum((0, 2), dtype=np.float64), known.sum((0, 2)), missed.max((0, 2)), coarse
+        columns = read, sums.sum((0, 2), dtype=np.float64), counted.sum((0, 2)), sums.max((0, 2)), coarse
         return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class CellGroup:
     """The cells of one policy in a batch. vectors: int64 `[cells * group]`, the numbers of theirs in the flat q;
     `plan` is the chooser's, `lists` the kernels'."""
 
@@ -168,7 +168,7 @@ class AdaptiveAttention:
     def show(
         self,
         row: Row,
-        part: Part,
+        part: KvPart,
         layer: int,
         spec: LayerSpec,
         heads: Sequence[int],
@@ -179,7 +179,8 @@ class AdaptiveAttention:
         """Show choosers some queries of a row of a prompt to some KV heads of a part, `[positions, heads, group, d_k]`.
         Positions count from the part's first token."""
         tokens = min(row.start + row.count, part.held) - part.lo
-        left, whole = max(0, row.prompt - row.start - row.count), min(row.prompt, part.hi) - part.lo
+        tokens_left = max(0, row.prompt - row.start - row.count)
+        prompt_tokens = min(row.prompt, part.hi) - part.lo
         slots = -(-tokens // self._pages.layout.page_size)
         for number, head in enumerate(heads):
             observer = self._observers.get(part.policies.reads[layer][head])
@@ -188,7 +189,18 @@ class AdaptiveAttention:
                 vectors = q[:, number].float().cpu().numpy()
                 observer.observe(
                     Shown(
-                        row.handle, layer, spec, head, positions, stride, vectors, table, tokens, left, whole, part.lo
+                        row.handle,
+                        layer,
+                        spec,
+                        head,
+                        positions,
+                        stride,
+                        vectors,
+                        table,
+                        tokens,
+                        tokens_left,
+                        prompt_tokens,
+                        part.lo,
                     )
                 )
 
@@ -221,7 +233,7 @@ class AdaptiveAttention:
         """Whether choosing is cheaper than reading everything, for cells of so many tokens each."""
         return self._choosers[policy].worth(tokens)
 
-    def group(self, policy: Adaptive, cells: Sequence[Cell], group: int) -> Group:
+    def group(self, policy: Adaptive, cells: Sequence[Cell], group: int) -> CellGroup:
         """Plan a batch's cells of one policy, each with `group` query heads."""
         size = self._pages.layout.page_size
         items = Items(
@@ -237,26 +249,26 @@ class AdaptiveAttention:
         lists = self._kernels.plan_lists(self._pages, len(cells), group, self._holding.threads)
         lacking = -items.tokens % size
         flat = torch.from_numpy(vectors.reshape(-1)).to(self._pages.arena.device)
-        return Group(policy, tuple(cells), flat, plan, lists, lacking, _Counts(len(cells)))
+        return CellGroup(policy, tuple(cells), flat, plan, lists, lacking, _Counts(len(cells)))
 
-    def attend(self, group: Group, layer: int, spec: LayerSpec, q: torch.Tensor) -> Partial:
+    def attend(self, group: CellGroup, layer: int, spec: LayerSpec, q: torch.Tensor) -> Partial:
         """q `[cells * group, d_k]`, cell by cell: attention over what the policy's chooser picks for each."""
         choice = self._choosers[group.policy].choose(group.plan, layer, spec, q)
         if self.touch is not None:
             self.touch(choice.pages, choice.counts)
         lengths = choice.counts * self._pages.layout.page_size - group.lacking
         group.counts.add(lengths, choice)
-        whole = self._kernels.attend_lists(
+        partial = self._kernels.attend_lists(
             self._pages, group.lists, choice.pages, lengths, q, spec.scale, spec.soft_cap
         )
         if choice.rest is not None:
-            self._kernels.merge_into(whole, choice.rest, None)
-        return whole
+            self._kernels.merge_into(partial, choice.rest, None)
+        return partial
 
-    def tally(self, group: Group) -> None:
+    def tally(self, group: CellGroup) -> None:
         """The batch is complete, or given up: what it has read is counted for its parts."""
         counts = group.counts
-        for cell, (read, missed, queries, worst, coarse) in zip(group.cells, counts.sums(), strict=True):
-            whole = cell.tokens * counts.layers
-            self._tallies.add(cell.handle, read * self._tallies.token_bytes + counts.chosen_by, whole)
-            self._tallies.miss(cell.handle, missed, queries, worst, coarse)
+        for cell, (read, missed_mass, queries, worst, coarse) in zip(group.cells, counts.sums(), strict=True):
+            tokens = cell.tokens * counts.layers
+            self._tallies.add(cell.handle, read * self._tallies.token_bytes + counts.chosen_by, tokens)
+            self._tallies.miss(cell.handle, missed_mass, queries, worst, coarse)

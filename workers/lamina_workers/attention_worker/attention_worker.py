@@ -6,8 +6,6 @@ stored first where a row attends its own tokens; else after its answer was given
 it: by `settle`, or before the next message. A batch's state is dropped when one of its handles is announced again or a
 new epoch comes: a late message of a dropped batch is refused, and never touches pages that belong to another part by
 then.
-
-Which pool of a worker an operation or a row belongs to.
 """
 
 from __future__ import annotations
@@ -64,7 +62,7 @@ def dealt(
 ) -> tuple[list[list[Operation]], tuple[Ints, ...]]:
     """The operations of each pool, and the numbers of its rows. Raises KVError for a part that is not there, or is
     there already."""
-    own: list[list[Operation]] = [[] for _ in pools]
+    operations_of_pool: list[list[Operation]] = [[] for _ in pools]
     numbers: list[list[int]] = [[] for _ in pools]
     new: dict[int, int | None] = {}  # by handle: its pool, None where it was closed
     for operation in operations:
@@ -79,10 +77,10 @@ def dealt(
         if isinstance(operation, Open | Fork) and _find(pools, handle, new) is not None:
             raise KVError(f"handle {handle} is in use; handles are never reused")
         new[handle] = None if isinstance(operation, Close) else pool
-        own[pool].append(operation)
+        operations_of_pool[pool].append(operation)
     for number, row in enumerate(rows):
         numbers[pool_of(pools, row.handle, new)].append(number)
-    return own, tuple(map(tuple, numbers))
+    return operations_of_pool, tuple(map(tuple, numbers))
 
 
 def pool_of(pools: Pools, handle: int, new: Mapping[int, int | None] | None = None) -> int:
@@ -136,7 +134,7 @@ class AttentionWorker:
         self.pools = tuple(self._pool(number, pool, threads) for number, pool in enumerate(of_pools))
         self.page_layout = "; ".join(pool.layout for pool in self.pools)
         # of each layer: its pool, and its number there
-        where = {n: (p, at) for p, pool in enumerate(of_pools) for at, n in enumerate(pool.layers)}
+        where = {n: (p, index) for p, pool in enumerate(of_pools) for index, n in enumerate(pool.layers)}
         self._places = [where[number] for number in range(len(config.layers))]
         self._epoch = 0
         self._last_batch = 0
@@ -190,15 +188,15 @@ class AttentionWorker:
     def layer_work(self, number: int, pool: int) -> LayerWork | None:
         """The work of a batch in flight in the layers of a pool, for compiled callers, which `worked` counts; None
         where it needs Python."""
-        own, batch = self.pools[pool], self._batches.get(number)
-        return own.layer_work(batch.pools[pool]) if batch is not None and isinstance(own, KVPool) else None
+        kv_pool, batch = self.pools[pool], self._batches.get(number)
+        return kv_pool.layer_work(batch.pools[pool]) if batch is not None and isinstance(kv_pool, KVPool) else None
 
     def worked(self, number: int, pool: int, layers: range, work: LayerWork) -> None:
         """These layers of a batch in flight, by their numbers within the pool, were stored and attended by compiled
         code."""
-        own, batch = self.pools[pool], self._batches.get(number)
-        if batch is not None and isinstance(own, KVPool):
-            own.worked(batch.pools[pool], layers, work)
+        kv_pool, batch = self.pools[pool], self._batches.get(number)
+        if batch is not None and isinstance(kv_pool, KVPool):
+            kv_pool.worked(batch.pools[pool], layers, work)
 
     def in_flight(self, number: int) -> bool:
         """Whether a batch was accepted and not dropped."""
@@ -252,7 +250,7 @@ class AttentionWorker:
         operations = message.operations[self._next_operation - message.first :]
         if not operations and message.epoch == self._epoch and self._followed(message):
             batch = self._batches[message.batch]
-            floors = batch.by_row(pool.floors(kept) for pool, kept in zip(self.pools, batch.pools, strict=True))
+            floors = batch.by_row(pool.floors(readings) for pool, readings in zip(self.pools, batch.pools, strict=True))
             return self._accepted(message, floors, batch.numbers)
         self._drop_superseded(message, operations)
         self._epoch, self._last_batch = message.epoch, message.batch
@@ -298,17 +296,19 @@ class AttentionWorker:
         refusal: PoolExhausted | None = None
         torn = False
         try:
-            for pool, some, own, at in zip(self.pools, operations, rows, numbers, strict=True):
-                begins = tuple(row.start for row in own)
+            for pool, pool_operations, pool_rows, pool_numbers in zip(
+                self.pools, operations, rows, numbers, strict=True
+            ):
+                begins = tuple(row.start for row in pool_rows)
                 try:
-                    for n, floor in zip(at, pool.update(some, own), strict=True):
+                    for n, floor in zip(pool_numbers, pool.update(pool_operations, pool_rows), strict=True):
                         floors[n] = floor
                     updated.append(pool)
                 except TornParts as error:
                     torn, begins = True, error.starts
                 except PoolExhausted as error:
                     refusal = refusal or error
-                for n, start in zip(at, begins, strict=True):
+                for n, start in zip(pool_numbers, begins, strict=True):
                     starts[n] = start
             if torn:
                 raise TornParts(tuple(starts))
@@ -322,14 +322,16 @@ class AttentionWorker:
 
     def _begin(self, message: Announcement, numbers: tuple[Ints, ...], rows: list[list[Row]]) -> Ints:
         """Begin a batch. Returns its `Announced.samples`."""
-        heads = sum(pool.size(own) for pool, own in zip(self.pools, rows, strict=True))
-        most = max(pool.most_heads for pool in self.pools)
-        self._drop_oldest(_IN_FLIGHT * most - heads)  # before memory is taken by token
-        kept = tuple(pool.begin(own, self._delay(own)) for pool, own in zip(self.pools, rows, strict=True))
+        heads = sum(pool.size(pool_rows) for pool, pool_rows in zip(self.pools, rows, strict=True))
+        max_heads = max(pool.most_heads for pool in self.pools)
+        self._drop_oldest(_IN_FLIGHT * max_heads - heads)  # before memory is taken by token
+        pool_batches = tuple(
+            pool.begin(pool_rows, self._delay(pool_rows)) for pool, pool_rows in zip(self.pools, rows, strict=True)
+        )
         handles = frozenset(row.handle for row in message.rows)
-        self._batches[message.batch] = Batch(message.rows, handles, numbers, kept, heads)
+        self._batches[message.batch] = Batch(message.rows, handles, numbers, pool_batches, heads)
         self.counters.batches += 1
-        return samples_of(self.pools, kept, numbers, len(message.rows))
+        return samples_of(self.pools, pool_batches, numbers, len(message.rows))
 
     def _followed(self, message: Announcement) -> bool:
         """Whether the announced batch could be made of one in flight, whose place it takes: it has that one's rows,
@@ -340,13 +342,15 @@ class AttentionWorker:
         last, batch = next(((n, b) for n, b in self._batches.items() if b.rows[0].handle == first), (0, None))
         if batch is None or len(batch.rows) != len(message.rows):
             return False
-        own = batch.dealt(message.rows)
-        pairs = list(zip(self.pools, batch.pools, own, strict=True))
-        if not all(pool.follows(kept, rows) for pool, kept, rows in pairs) or not self._resized(batch, message.rows):
+        rows_by_pool = batch.dealt(message.rows)
+        pairs = list(zip(self.pools, batch.pools, rows_by_pool, strict=True))
+        if not all(pool.follows(pool_batch, rows) for pool, pool_batch, rows in pairs) or not self._resized(
+            batch, message.rows
+        ):
             return False
         self._last_batch = message.batch
         self._next_operation = max(self._next_operation, message.first + len(message.operations))
-        batch.pools = tuple(pool.follow(kept, rows, self._delay(rows)) for pool, kept, rows in pairs)
+        batch.pools = tuple(pool.follow(pool_batch, rows, self._delay(rows)) for pool, pool_batch, rows in pairs)
         batch.rows = message.rows
         del self._batches[last]
         self._batches[message.batch] = batch
@@ -358,14 +362,14 @@ class AttentionWorker:
         for it. It counts so much then."""
         if [row.count for row in rows] == [row.count for row in batch.rows]:
             return True
-        most, others = max(pool.most_heads for pool in self.pools), batch.heads + _BATCH
+        max_heads, others = max(pool.most_heads for pool in self.pools), batch.heads + _BATCH
         try:
-            heads = sum(pool.size(some) for pool, some in zip(self.pools, batch.dealt(rows), strict=True))
+            heads = sum(pool.size(pool_rows) for pool, pool_rows in zip(self.pools, batch.dealt(rows), strict=True))
         except ProtocolError:
             return False
         if (
             heads > batch.heads
-            and sum(b.heads + _BATCH for b in self._batches.values()) - others > _IN_FLIGHT * most - heads
+            and sum(b.heads + _BATCH for b in self._batches.values()) - others > _IN_FLIGHT * max_heads - heads
         ):
             return False
         batch.heads = heads
@@ -391,11 +395,11 @@ class AttentionWorker:
                 self._drop(number)
 
     def _drop(self, number: int) -> None:
-        for pool, kept in zip(self.pools, self._batches.pop(number).pools, strict=True):
-            pool.end(kept)
+        for pool, pool_batch in zip(self.pools, self._batches.pop(number).pools, strict=True):
+            pool.end(pool_batch)
 
     def _survey(self, message: Survey) -> Surveyed:
-        """The batches in flight end: their engine is gone, or has none in flight while it asks."""
+        """The batches in flight end: their engine was lost, or has none in flight while it asks."""
         for number in list(self._batches):
             self._drop(number)
         self._fence = max(self._fence, self._epoch, message.epoch)

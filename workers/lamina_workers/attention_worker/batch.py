@@ -40,10 +40,12 @@ class Batch:
 
     def by_row(self, of_pools: Iterable[Sequence[int]]) -> tuple[int, ...]:
         """What each pool says of its rows, in the order of all rows."""
-        told = {
-            n: x for own, of_pool in zip(self.numbers, of_pools, strict=True) for n, x in zip(own, of_pool, strict=True)
+        values = {
+            n: x
+            for numbers, of_pool in zip(self.numbers, of_pools, strict=True)
+            for n, x in zip(numbers, of_pool, strict=True)
         }
-        return tuple(told[number] for number in range(len(told)))
+        return tuple(values[number] for number in range(len(values)))
 
 
 @dataclass(slots=True)

@@ -1,8 +1,8 @@
-"""Which pages of KV are in memory: those that nobody read for long leave it for a file, and come back when read.
+"""Which pages of KV are in memory: pages that were not read for a while leave it for a file, and come back when read.
 
-Knows when each page was read and written last, in batches, and moves no byte itself. Pages keep their numbers and
-addresses, so kernels, forks and moves know nothing of it: what left is read from the file wherever it is touched.
-Sketches stay in memory, so policies choose without a page.
+`ColdPages` knows in which batch each page was last read and written, and moves no byte itself (`ColdFile` does). Pages
+keep their numbers and addresses, so kernels, forks and moves do not see the difference: a page that left is read from
+the file wherever it is touched. Sketches stay in memory, so policies choose without a page.
 """
 
 from __future__ import annotations
@@ -28,20 +28,64 @@ from lamina_workers.kv_pages.cold_file import ColdFile, Run
 from lamina_workers.kv_pages.kv_store import KVStore
 from lamina_workers.kv_pages.parts import NO_PAGE, Int32
 
-IDLE = 128  # batches that a page was not read in, after which it leaves
-LEAST = 16  # the same where there is more in memory than wanted
-SWEEP = 16  # batches from one search for such pages to the next
-JOB = 16 << 20  # bytes that are written at a time, beside the batches
-WHOLE_CHUNK = 0.25  # of a chunk: where less would leave, its huge page is worth more
-RETRY = 4096  # batches from a full disk to the next try
-_FREED = 64  # chunks given back in one sweep
+IDLE_BATCHES = 128  # in which a page was not read, after which it leaves
+MIN_IDLE_BATCHES = 16  # the same while more pages are in memory than the limit allows
+SWEEP_BATCHES = 16  # from one search for such pages to the next
+JOB_BYTES = 16 << 20  # that are written at a time, beside the batches
+MIN_PART_OF_CHUNK = 0.25  # where less of a chunk would leave, its huge page is worth more
+RETRY_BATCHES = 4096  # from a full disk to the next try
+_FREED_CHUNKS = 64  # given back in one sweep, at most
 
 logger = logging.getLogger("lamina")
 
 
+@dataclass(slots=True)
+class _PageStates:
+    """What is known of each page, by its number. Times are numbers of batches."""
+
+    in_memory: npt.NDArray[np.bool_]
+    last_used: Int32
+    """When it was last read or written, as far as that is noted."""
+    last_written: Int32
+    saved_at: Int32
+    """After which batch it was saved; 0: never."""
+    writers: npt.NDArray[np.int16]
+    """Batches under way that may write it."""
+
+    @classmethod
+    def none_in_memory(cls, count: int) -> _PageStates:
+        in_memory, writers = np.zeros(count, np.bool_), np.zeros(count, np.int16)
+        last_used, last_written, saved_at = (np.zeros(count, np.int32) for _ in range(3))
+        return cls(in_memory, last_used, last_written, saved_at, writers)
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Bytes [first, end) of the memory, with pages of `page_bytes`."""
+
+    first: int
+    end: int
+    page_bytes: int
+
+    @property
+    def pages(self) -> Ints:
+        """The pages with a byte in it."""
+        return np.arange(self.first // self.page_bytes, -(-self.end // self.page_bytes))
+
+    @property
+    def inner_pages(self) -> slice:
+        """The pages that lie in it as a whole."""
+        return slice(-(-self.first // self.page_bytes), self.end // self.page_bytes)
+
+    def clipped(self, first_page: int, end_page: int) -> Run:
+        """The bytes in it of the pages [first_page, end_page)."""
+        return max(self.first, first_page * self.page_bytes), min(self.end, end_page * self.page_bytes)
+
+
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """Pages that are to leave, ascending; what is written for them since `clock`, in chunks that enter and beside."""
+    """`pages` are to leave, in ascending order. For them `runs` of bytes are written since batch `clock`: the chunks
+    `entering` the file as a whole, and pages of chunks that are the file's already."""
 
     pages: Ints
     clock: int
@@ -60,23 +104,24 @@ class ColdPages:
         self._limit, self._sketch_bytes = limit, sketch_bytes
         self._size = pages.layout.page_bytes
         self._store = store
-        n = pages.n_pages
-        self._there = np.zeros(n, np.bool_)  # takes memory
-        self._last = np.zeros(n, np.int32)  # batch in which it was read or written last, as far as that is noted,
-        self._wrote = np.zeros(n, np.int32)  # in which it was written,
-        self._saved = np.zeros(n, np.int32)  # and after which it was saved; 0: never
-        self._writing = np.zeros(n, np.int16)  # batches under way that may write it
-        self._entered = np.zeros(self._file.chunks, np.bool_)
-        self._marks: dict[int, Int32] = {}  # by part: the batch in which a layer's head was read whole, [layers, heads]
-        self._cold: dict[int, tuple[int, int]] = {}  # by part: how many pages of it had left, at which sweep
-        self._missing = np.zeros(n, np.int32)  # scratch
-        self._clock = self._noted = self._swept = self._dropped = self._retry = 0
-        self._leaving: Ints = np.empty(0, np.int64)
+        self._pages = _PageStates.none_in_memory(pages.n_pages)
+        self._file_chunks = np.zeros(self._file.chunks, np.bool_)  # whether a chunk is the file's
+        self._head_reads: dict[int, Int32] = {}  # by part: when a layer's head was last read whole, [layers, heads]
+        self._cold_counts: dict[
+            int, tuple[int, int]
+        ] = {}  # by part: the sweep, and how many of its pages had left then
+        self._scratch = np.zeros(pages.n_pages, np.int32)
+        self._clock = 0  # batches that have begun
+        self._noted_at = 0  # up to this batch `last_used` has what `_head_reads` has
+        self._swept_at = 0
+        self._dropped_at = 0  # when a page left last
+        self._retry_at = 0  # before that no page leaves, since the disk was full
+        self._queue: Ints = np.empty(0, np.int64)  # pages that are to leave, after those of the job
         self._job: _Job | None = None
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lamina-cold")
         _touch_kernel()  # compiled now rather than in the first step
 
-    # Told by the pool.
+    # Calls of the pool.
 
     def begin(self, rows: Sequence[Row], readings: Iterable[tuple[Sequence[int], Reading]]) -> Int32:
         """A batch begins: what its rows read comes back, unless a policy chooses among it. readings: with the layers
@@ -93,51 +138,53 @@ class ColdPages:
                     chosen = choosing.get(row.handle, ())
                     self.read(row.handle, layers, [head for head in heads if head not in chosen])
         written = self._pages_of(rows)
-        self._writing[written] += 1
-        self._last[written] = self._clock
-        self._there[written] = True
+        self._pages.writers[written] += 1
+        self._pages.last_used[written] = self._clock
+        self._pages.in_memory[written] = True
         self._step()
         return written
 
     def end(self, written: Int32) -> None:
         """A batch that began has ended."""
-        self._writing[written] -= 1
-        self._wrote[written] = self._last[written] = self._clock
+        self._pages.writers[written] -= 1
+        self._pages.last_written[written] = self._pages.last_used[written] = self._clock
 
     def read(self, handle: int, layers: Sequence[int], heads: Sequence[int]) -> None:
         """Some heads of a part are read whole, in some layers: what left comes back."""
         if not heads:
             return
         part = self._store.part(handle)
-        marks = self._marks.get(handle)
-        if marks is None:
-            marks = self._marks[handle] = np.zeros(part.table.shape[:2], np.int32)
+        reads = self._head_reads.get(handle)
+        if reads is None:
+            reads = self._head_reads[handle] = np.zeros(part.table.shape[:2], np.int32)
         cells = np.ix_(list(layers), list(heads))
-        if marks[cells].min() <= self._dropped:  # else nothing can have left since
+        if reads[cells].min() <= self._dropped_at:  # else nothing can have left since
             table = part.table[cells]
             pages = table[table != NO_PAGE]
-            self._fetch(pages[~self._there[pages]])
-        marks[cells] = self._clock
+            self._fetch(pages[~self._pages.in_memory[pages]])
+        reads[cells] = self._clock
 
     def touch(self, pages: Int32, counts: Ints) -> None:
         """The first counts[i] of the pages in row i are read: int32 `[items, most]`, int64 `[items]`."""
-        missing = _touch_kernel()(pages, counts, self._last, self._there, self._clock, self._missing)
+        missing = _touch_kernel()(
+            pages, counts, self._pages.last_used, self._pages.in_memory, self._clock, self._scratch
+        )
         if missing:
-            self._fetch(self._missing[:missing])
+            self._fetch(self._scratch[:missing])
 
     def forget(self, handle: int) -> None:
         """A part is closed."""
-        self._marks.pop(handle, None)
-        self._cold.pop(handle, None)
+        self._head_reads.pop(handle, None)
+        self._cold_counts.pop(handle, None)
 
     def resident(self, handle: int, held: int) -> int:
         """How many of the `held` pages of a part are in memory, as of the last search for pages that leave."""
-        swept, cold = self._cold.get(handle, (-1, 0))
-        if swept != self._swept:
+        swept, cold = self._cold_counts.get(handle, (-1, 0))
+        if swept != self._swept_at:
             table = self._store.part(handle).table
             pages = table[table != NO_PAGE]
-            cold = len(pages) - int(np.count_nonzero(self._there[pages]))
-            self._cold[handle] = self._swept, cold
+            cold = len(pages) - int(np.count_nonzero(self._pages.in_memory[pages]))
+            self._cold_counts[handle] = self._swept_at, cold
         return max(0, held - cold)
 
     def check_integrity(self) -> None:
@@ -146,8 +193,8 @@ class ColdPages:
         for page in np.flatnonzero(self._valid() & (self._store.references > 0)).tolist():
             if not self._file.agrees(page * size, (page + 1) * size):
                 raise KVError(f"page {page} was saved, and the file has something else")
-        gone = np.flatnonzero(~self._there & (self._store.references > 0))
-        if not self._entered[self._chunks(gone)].all():
+        dropped = np.flatnonzero(~self._pages.in_memory & (self._store.references > 0))
+        if not self._file_chunks[self._chunks(dropped)].all():
             raise KVError("a page has left from a chunk that is not the file's")
 
     # Pages that leave.
@@ -155,79 +202,83 @@ class ColdPages:
     def _step(self) -> None:
         if self._job is not None and self._job.written.done():
             self._finish(self._job)
-        if self._clock - self._swept >= SWEEP:
+        if self._clock - self._swept_at >= SWEEP_BATCHES:
             self._sweep()
-        if self._job is None and self._leaving.size:
+        if self._job is None and self._queue.size:
             self._job = self._begin_job()
 
     def _sweep(self) -> None:
         """Give back what is free, and find what should leave."""
         self._note()
-        self._swept = self._clock
-        wanted = max(0, self._limit - self._sketch_bytes * (self._store.n_pages - self._store.free_pages)) // self._size
-        self._free(int(np.count_nonzero(self._there)) > wanted)
-        self._leaving = np.empty(0, np.int64)
-        if self._clock < self._retry:
+        self._swept_at = self._clock
+        target = max(0, self._limit - self._sketch_bytes * (self._store.n_pages - self._store.free_pages)) // self._size
+        self._free(int(np.count_nonzero(self._pages.in_memory)) > target)
+        self._queue = np.empty(0, np.int64)
+        if self._clock < self._retry_at:
             return
-        there = self._there & (self._writing == 0) & (self._store.references > 0)
-        age = self._clock - self._last
-        leaves = there & (age > IDLE)
-        excess = int(np.count_nonzero(self._there)) - int(np.count_nonzero(leaves)) - wanted
+        candidates = self._pages.in_memory & (self._pages.writers == 0) & (self._store.references > 0)
+        age = self._clock - self._pages.last_used
+        leaves = candidates & (age > IDLE_BATCHES)
+        excess = int(np.count_nonzero(self._pages.in_memory)) - int(np.count_nonzero(leaves)) - target
         if excess > 0:
-            others = np.flatnonzero(there & ~leaves & (age > LEAST))
-            oldest = others if excess >= len(others) else others[np.argpartition(self._last[others], excess)[:excess]]
+            others = np.flatnonzero(candidates & ~leaves & (age > MIN_IDLE_BATCHES))
+            oldest = (
+                others
+                if excess >= len(others)
+                else others[np.argpartition(self._pages.last_used[others], excess)[:excess]]
+            )
             leaves[oldest] = True
         pages = np.flatnonzero(leaves)
         chunks = self._chunks(pages)
-        often = np.bincount(chunks, minlength=self._file.chunks) * self._size >= WHOLE_CHUNK * self._file.chunk
-        self._leaving = pages[(self._entered | often)[chunks]]
+        often = np.bincount(chunks, minlength=self._file.chunks) * self._size >= MIN_PART_OF_CHUNK * self._file.chunk
+        self._queue = pages[(self._file_chunks | often)[chunks]]
 
     def _note(self) -> None:
         """Note of pages when their heads were read whole."""
-        for handle, marks in self._marks.items():
-            newer = marks > self._noted
+        for handle, reads in self._head_reads.items():
+            newer = reads > self._noted_at
             if newer.any():
                 slots = np.where(newer[..., None], self._store.part(handle).table, NO_PAGE)
-                held = slots != NO_PAGE
-                self._last[slots[held]] = np.broadcast_to(marks[..., None], slots.shape)[held]
-        self._noted = self._clock
+                occupied = slots != NO_PAGE
+                self._pages.last_used[slots[occupied]] = np.broadcast_to(reads[..., None], slots.shape)[occupied]
+        self._noted_at = self._clock
 
     def _free(self, every: bool) -> None:
-        """Give back, memory and disk, what nobody holds of chunks that have entered, or of `every` chunk."""
-        unheld = np.flatnonzero((self._store.references == 0) & (self._there | (self._saved > 0)))
+        """Give back the memory and disk of pages that no part holds, in chunks of the file, or in `every` chunk."""
+        unheld = np.flatnonzero((self._store.references == 0) & (self._pages.in_memory | (self._pages.saved_at > 0)))
         if not every:
-            unheld = unheld[self._entered[self._chunks(unheld)]]
+            unheld = unheld[self._file_chunks[self._chunks(unheld)]]
         if not unheld.size:
             return
-        chunks, per = self._chunks(unheld), self._file.chunk
-        held = np.flatnonzero(self._store.references > 0)
+        chunks = self._chunks(unheld)
+        referenced = np.flatnonzero(self._store.references > 0)
         used = np.zeros(self._file.chunks, np.bool_)
-        used[self._chunks(held)] = used[self._chunks(held, last=True)] = True
-        for chunk in np.unique(chunks[~used[chunks]])[:_FREED].tolist():
+        used[self._chunks(referenced)] = used[self._chunks(referenced, last=True)] = True
+        for chunk in np.unique(chunks[~used[chunks]])[:_FREED_CHUNKS].tolist():
             self._file.leave(chunk)
-            self._entered[chunk] = False
-            inside = slice(-(-chunk * per // self._size), (chunk + 1) * per // self._size)
-            self._there[inside], self._saved[inside] = False, 0
-        rest = unheld[self._entered[chunks] & self._entered[self._chunks(unheld, last=True)]]
-        for first, end in _runs(rest):
+            self._file_chunks[chunk] = False
+            inside = self._chunk(chunk).inner_pages
+            self._pages.in_memory[inside], self._pages.saved_at[inside] = False, 0
+        discarded = unheld[self._file_chunks[chunks] & self._file_chunks[self._chunks(unheld, last=True)]]
+        for first, end in _runs(discarded):
             self._file.discard(first * self._size, end * self._size)
-        self._there[rest], self._saved[rest] = False, 0
+        self._pages.in_memory[discarded], self._pages.saved_at[discarded] = False, 0
 
     def _begin_job(self) -> _Job | None:
         """Begin to write what the next pages need to leave."""
-        pages = self._leaving[: max(1, JOB // self._size)]
+        pages = self._queue[: max(1, JOB_BYTES // self._size)]
         entering = np.unique(self._chunks(pages))
-        entering = entering[~self._entered[entering]][: max(1, JOB // self._file.chunk)]
+        entering = entering[~self._file_chunks[entering]][: max(1, JOB_BYTES // self._file.chunk)]
         if entering.size:  # pages beyond the last chunk that enters wait
             pages = pages[pages * self._size < (entering[-1] + 1) * self._file.chunk]
-        self._leaving = self._leaving[len(pages) :]
-        pages = pages[self._there[pages] & (self._writing[pages] == 0)]
+        self._queue = self._queue[len(pages) :]
+        pages = pages[self._pages.in_memory[pages] & (self._pages.writers[pages] == 0)]
         if not pages.size:
             return None
-        per, size = self._file.chunk, self._size
-        unsaved = pages[~self._valid(pages) & self._entered[self._chunks(pages)]]
-        runs = [(chunk * per, min((chunk + 1) * per, self._file.size)) for chunk in entering.tolist()]
-        runs += [(first * size, end * size) for first, end in _runs(unsaved)]
+        unsaved = pages[~self._valid(pages) & self._file_chunks[self._chunks(pages)]]
+        chunks = [self._chunk(number) for number in entering.tolist()]
+        runs = [(chunk.first, chunk.end) for chunk in chunks]
+        runs += [(first * self._size, end * self._size) for first, end in _runs(unsaved)]
         written = self._writer.submit(self._file.save, runs)
         return _Job(pages, self._clock, tuple(entering.tolist()), tuple(runs), written)
 
@@ -237,48 +288,54 @@ class ColdPages:
         try:
             job.written.result()
             for first, end in job.runs:
-                self._saved[-(-first // self._size) : end // self._size] = job.clock
+                self._pages.saved_at[-(-first // self._size) : end // self._size] = job.clock
             for chunk in job.entering:
                 self._enter(chunk, job.pages)
         except OSError as error:
             logger.warning("kv_cold: %s: %s; pages of KV stay in memory", self._folder, error.strerror or error)
-            self._retry, self._leaving = self._clock + RETRY, np.empty(0, np.int64)
+            self._retry_at, self._queue = self._clock + RETRY_BATCHES, np.empty(0, np.int64)
             return
         self._note()
         pages = job.pages
-        inside = self._entered[self._chunks(pages)] & self._entered[self._chunks(pages, last=True)]
-        pages = pages[inside & self._valid(pages) & self._there[pages] & (self._last[pages] < job.clock)]
+        inside = self._file_chunks[self._chunks(pages)] & self._file_chunks[self._chunks(pages, last=True)]
+        pages = pages[
+            inside & self._valid(pages) & self._pages.in_memory[pages] & (self._pages.last_used[pages] < job.clock)
+        ]
         for first, end in _runs(pages):
             self._file.drop(first * self._size, end * self._size)
-        self._there[pages] = False
-        self._dropped = self._clock
+        self._pages.in_memory[pages] = False
+        self._dropped_at = self._clock
 
-    def _enter(self, chunk: int, leaving: Ints) -> None:
-        """Let a chunk be the file's. It was saved a while ago: what was written since is saved now. What is not
-        `leaving` comes back at once."""
-        per, size = self._file.chunk, self._size
-        first, end = chunk * per, min((chunk + 1) * per, self._file.size)
-        pages = np.arange(first // size, -(-end // size))
-        whole = (pages * size >= first) & ((pages + 1) * size <= end)
-        stale = pages[self._there[pages] & ~(whole & self._valid(pages))]
-        runs = [(max(first, page * size), min(end, (page + 1) * size)) for page in stale.tolist()]
-        self._file.save(runs, wait=False)
-        self._file.enter(chunk)
-        self._entered[chunk] = True
-        for one, last in _runs(np.setdiff1d(pages[self._there[pages]], leaving)):
-            self._file.fetch(max(first, one * size), min(end, last * size))
+    def _enter(self, number: int, leaving: Ints) -> None:
+        """Let a chunk be the file's. It was saved a while ago: what was written since is saved now. Pages of it that
+        are not `leaving` come back at once."""
+        chunk = self._chunk(number)
+        pages, inner = chunk.pages, chunk.inner_pages
+        inside = (pages >= inner.start) & (pages < inner.stop)
+        stale = pages[self._pages.in_memory[pages] & ~(inside & self._valid(pages))]
+        self._file.save([chunk.clipped(page, page + 1) for page in stale.tolist()], wait=False)
+        self._file.enter(number)
+        self._file_chunks[number] = True
+        for first, end in _runs(np.setdiff1d(pages[self._pages.in_memory[pages]], leaving)):
+            self._file.fetch(*chunk.clipped(first, end))
 
     def _fetch(self, pages: Int32) -> None:
         """Pages that are read left: they come back."""
         for first, end in _runs(np.unique(pages).astype(np.int64)):
             self._file.fetch(first * self._size, end * self._size)
-        self._there[pages] = True
-        self._last[pages] = self._clock
+        self._pages.in_memory[pages] = True
+        self._pages.last_used[pages] = self._clock
 
     def _valid(self, pages: Ints | slice = slice(None)) -> npt.NDArray[np.bool_]:
         """Of pages: whether the file has what they hold."""
-        valid: npt.NDArray[np.bool_] = (self._saved[pages] > self._wrote[pages]) & (self._writing[pages] == 0)
+        valid: npt.NDArray[np.bool_] = (self._pages.saved_at[pages] > self._pages.last_written[pages]) & (
+            self._pages.writers[pages] == 0
+        )
         return valid
+
+    def _chunk(self, number: int) -> _Chunk:
+        first = number * self._file.chunk
+        return _Chunk(first, min(first + self._file.chunk, self._file.size), self._size)
 
     def _chunks(self, pages: Ints, last: bool = False) -> Ints:
         """The chunk of each page's first byte, or of its last one."""
@@ -287,15 +344,15 @@ class ColdPages:
 
     def _pages_of(self, rows: Sequence[Row]) -> Int32:
         """The pages that rows store to, in all layers and heads."""
-        size, found = self._store.config.page_size, []
+        size, tables = self._store.config.page_size, []
         for row in rows:
             part = self._store.part(row.handle)
             first, end = row.stored(part.lo, part.hi)
             if first < end:
-                found.append(part.table[:, :, (first - part.lo) // size : -(-(end - part.lo) // size)].reshape(-1))
-        pages: Int32 = np.concatenate(found) if found else np.empty(0, np.int32)
-        held: Int32 = pages[pages != NO_PAGE]
-        return held
+                tables.append(part.table[:, :, (first - part.lo) // size : -(-(end - part.lo) // size)].reshape(-1))
+        pages: Int32 = np.concatenate(tables) if tables else np.empty(0, np.int32)
+        occupied: Int32 = pages[pages != NO_PAGE]
+        return occupied
 
 
 def _runs(pages: Ints) -> list[tuple[int, int]]:
@@ -314,14 +371,14 @@ def _touch_kernel() -> Any:
     return numba.njit(signature, cache=True)(_touch)
 
 
-def _touch(pages: Any, counts: Any, last: Any, there: Any, clock: Any, missing: Any) -> Any:
-    found = 0
+def _touch(pages: Any, counts: Any, last_used: Any, in_memory: Any, clock: Any, missing: Any) -> Any:
+    count = 0
     for item in range(len(counts)):
         for place in range(counts[item]):
             page = pages[item, place]
-            last[page] = clock
-            if not there[page] and found < len(missing):
-                there[page] = True
-                missing[found] = page
-                found += 1
-    return found
+            last_used[page] = clock
+            if not in_memory[page] and count < len(missing):
+                in_memory[page] = True
+                missing[count] = page
+                count += 1
+    return count

@@ -38,7 +38,7 @@ class DecodeRows:
         kernels: Kernels,
         pages: Pages,
         rows: Sequence[Row],
-        readings: Sequence[_Growing],
+        readings: Sequence[_GrowingReading],
         places: Any,
         counted: bool,
     ) -> None:
@@ -85,11 +85,11 @@ class DecodeRows:
             return None
         if not all(map(store.owns_from, parts, _starts(stores))):
             return None
-        growing = [_Growing.of(kernels, *each) for each in readings]
-        some = [each for each in growing if each is not None]
-        if len(some) < len(growing):
+        growing = [_GrowingReading.of(kernels, *reading) for reading in readings]
+        decodable = [reading for reading in growing if reading is not None]
+        if len(decodable) < len(growing):
             return None
-        return DecodeRows(store, kernels, pages, rows, some, places, counted)
+        return DecodeRows(store, kernels, pages, rows, decodable, places, counted)
 
     def follows(self, rows: Sequence[Row]) -> bool:
         """Whether `next` can take these rows: they are the last ones, each further, and each part can simply take
@@ -147,8 +147,8 @@ class DecodeRows:
             slots = np.empty(shape, np.int64) if places is None else places.slots.numpy()
             changed = set(range(len(rows)))
         for number in changed:
-            own = slots[:, self._columns[number] : self._columns[number + 1]]
-            own[...] = self._store.slots(rows[number]).reshape(len(own), -1)
+            reading_slots = slots[:, self._columns[number] : self._columns[number + 1]]
+            reading_slots[...] = self._store.slots(rows[number]).reshape(len(reading_slots), -1)
         if places is None:
             places = self._kernels.plan_append(self._pages, torch.from_numpy(slots))
         if self._columns[-1] not in self._places:
@@ -157,7 +157,7 @@ class DecodeRows:
         return places, freeing
 
     def _as_before(self) -> bool:
-        """Whether nobody has got a share of the pages that are written next."""
+        """Whether the pages that are written next have still one owner."""
         if self._shares != self._store.shares:
             if not all(map(self._store.owns_from, self._growing, _starts(self._growing_rows))):
                 return False
@@ -165,7 +165,7 @@ class DecodeRows:
         return True
 
 
-class _Growing:
+class _GrowingReading:
     """A reading of `layers` layers whose plan moves on. `split`: whether some row of the batch is several of its own,
     each for some heads."""
 
@@ -176,20 +176,20 @@ class _Growing:
         self._reading, self._grown = reading, grown
 
     @staticmethod
-    def of(kernels: Kernels, reading: Reading, layers: int) -> _Growing | None:
+    def of(kernels: Kernels, reading: Reading, layers: int) -> _GrowingReading | None:
         """None where the next plan does not follow from this one."""
         if reading.plan is None or reading.rows is None or reading.origins is None:
             return None
         grown = kernels.grown(reading.plan)
-        return None if grown is None else _Growing(reading, layers, grown, reading.rows, reading.origins)
+        return None if grown is None else _GrowingReading(reading, layers, grown, reading.rows, reading.origins)
 
     def next(self, start: list[int], count: list[int], hi: list[int], moved: dict[int, Table]) -> None:
         """Of each row of the batch. Rows in `moved` have other tables."""
         if self.split:
-            start, count, hi = ([of[number] for number in self.numbers] for of in (start, count, hi))
+            start, count, hi = ([values[number] for number in self.numbers] for values in (start, count, hi))
             moved = {
-                at: table if heads is None else table[:, heads]
-                for at, (number, heads, _) in enumerate(self.origins if moved else ())
+                index: table if heads is None else table[:, heads]
+                for index, (number, heads, _) in enumerate(self.origins if moved else ())
                 if (table := moved.get(number)) is not None
             }
         self._reading.plan = self._grown.next(start, count, hi, moved)
@@ -199,11 +199,11 @@ class _Growing:
 class _Counter:
     """Counts what a batch of a series reads, by arithmetic over the rows of all readings together."""
 
-    def __init__(self, rows: Sequence[Row], readings: Sequence[_Growing]) -> None:
-        each = [reading.rows for reading in readings]
+    def __init__(self, rows: Sequence[Row], readings: Sequence[_GrowingReading]) -> None:
+        row_sets = [reading.rows for reading in readings]
         self._numbers = np.concatenate([reading.numbers for reading in readings])
         self._lo, self._window, self._sinks = (
-            np.concatenate([getattr(own, name) for own in each]) for name in ("lo", "window", "sinks")
+            np.concatenate([getattr(row_set, name) for row_set in row_sets]) for name in ("lo", "window", "sinks")
         )
         self._cells = np.concatenate([reading.rows.kv_heads * reading.layers for reading in readings])
         self._decoding = [number for number, row in enumerate(rows) if row.chooses]
@@ -211,9 +211,11 @@ class _Counter:
     def counts(self, rows: Sequence[Row]) -> tuple[tuple[int, float, float], ...]:
         last = np.array([row.start + row.count - 1 for row in rows])[self._numbers]
         hi = np.array([row.read[1] if row.read else 0 for row in rows])[self._numbers]
-        seen = visible(last, last, self._lo, hi, self._window, self._sinks)
-        keys = np.maximum(seen.end - seen.lo, 0) + np.maximum(seen.hi - seen.begin, 0)
-        read, every = (np.bincount(self._numbers, self._cells * of, len(rows)) for of in (keys, hi - self._lo))
+        visible_keys = visible(last, last, self._lo, hi, self._window, self._sinks)
+        keys = np.maximum(visible_keys.end - visible_keys.lo, 0) + np.maximum(visible_keys.hi - visible_keys.begin, 0)
+        read, every = (
+            np.bincount(self._numbers, self._cells * weights, len(rows)) for weights in (keys, hi - self._lo)
+        )
         return tuple((rows[n].handle, float(read[n]), float(every[n])) for n in self._decoding)
 
 
@@ -242,7 +244,7 @@ def _further(old: Row, new: Row) -> int:
 
 def _columns(rows: Sequence[Row], heads: Sequence[int]) -> list[int]:
     """Where the vectors that each row stores begin, and the last ones end. heads: of the rows' parts."""
-    return list(accumulate((row.count * own for row, own in zip(rows, heads, strict=True)), initial=0))
+    return list(accumulate((row.count * head_count for row, head_count in zip(rows, heads, strict=True)), initial=0))
 
 
 def _as_many(row: Row, other: Row) -> bool:

@@ -1,8 +1,7 @@
-"""A pool of attention layers at one worker: appends and attends the KV of its parts.
+"""A pool of attention layers at one worker (`KVPool`): appends and attends the KV of its parts.
 
-Promises that a batch touches the pages alone that its rows have reserved.
-
-What other holders fetch of a worker's parts: keys and values of a range, or whole pages as they lie.
+A batch touches only the pages that its rows have reserved. Other holders fetch keys and values of a range of a part, or
+whole pages as they lie (`KvFetch`).
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ from lamina_workers.errors import KVError
 from lamina_workers.kv_pages.cold_file import check_folder
 from lamina_workers.kv_pages.head_policies import HeadPolicies
 from lamina_workers.kv_pages.kv_store import KVStore
-from lamina_workers.kv_pages.parts import Int32, Part, Reservation
+from lamina_workers.kv_pages.parts import Int32, KvPart, Reservation
 
 
 class KvFetch:
@@ -90,21 +89,21 @@ class KvFetch:
         skip = lo - part.lo - first * size
         if (tables >= 0).all():
             all_k, all_v = gather_heads(self._pages, indices(tables).to(self._device))
-            some = slice(skip, skip + hi - lo)
-            flat_k, flat_v = (x[some].flatten(0, 1).cpu() for x in (all_k, all_v[..., : spec.own_v]))
+            tokens = slice(skip, skip + hi - lo)
+            flat_k, flat_v = (x[tokens].flatten(0, 1).cpu() for x in (all_k, all_v[..., : spec.own_v]))
             return Fetched(message.epoch, message.batch, message.layer, flat_k, flat_v)
         k = torch.empty(hi - lo, len(part.heads), spec.key_width, dtype=self._pages.layout.loaded)
         v = torch.empty(hi - lo, len(part.heads), spec.own_v, dtype=self._pages.layout.loaded)
         for head, table in enumerate(tables):
             pages = torch.from_numpy(np.maximum(table, 0))
             of_k, of_v = (x.cpu() for x in gather(self._pages, pages, hi - lo + skip))
-            gone = torch.from_numpy(np.repeat(table < 0, size)[: hi - lo + skip, None])
+            freed = torch.from_numpy(np.repeat(table < 0, size)[: hi - lo + skip, None])
             for_k, for_v = self._reader.mean(message.handle, spec.kv_layer, head)
-            k[:, head] = torch.where(gone, for_k.to(of_k.dtype), of_k)[skip:]
-            v[:, head] = torch.where(gone, for_v.to(of_v.dtype), of_v)[skip:, : spec.own_v]
+            k[:, head] = torch.where(freed, for_k.to(of_k.dtype), of_k)[skip:]
+            v[:, head] = torch.where(freed, for_v.to(of_v.dtype), of_v)[skip:, : spec.own_v]
         return Fetched(message.epoch, message.batch, message.layer, k.flatten(0, 1), v.flatten(0, 1))
 
-    def _held(self, message: Fetch | FetchPages) -> Part:
+    def _held(self, message: Fetch | FetchPages) -> KvPart:
         """The part of a request. Raises KVError unless it holds the positions that are asked for."""
         part, lo, hi = self._store.part(message.handle), message.lo, message.hi
         if not part.lo <= lo <= hi <= part.stored:
@@ -115,9 +114,9 @@ class KvFetch:
 def layers_of(message: FetchPages | FreshPages, config: HolderConfig) -> slice:
     """The layers with KV that a message of pages is about. Raises ProtocolError where some are not there."""
     first, end = message.layer, message.layer + message.layers
-    there = 1 + max(spec.kv_layer for spec in config.layers)
-    if not 0 <= first < end <= there:
-        raise ProtocolError(f"KV of layers [{first}, {end}), there are {there}")
+    layer_count = 1 + max(spec.kv_layer for spec in config.layers)
+    if not 0 <= first < end <= layer_count:
+        raise ProtocolError(f"KV of layers [{first}, {end}), there are {layer_count}")
     return slice(first, end)
 
 
@@ -178,7 +177,7 @@ class KVPool:
     def free_pages(self) -> int:
         return self.store.free_pages
 
-    def parts(self) -> dict[int, Part]:
+    def parts(self) -> dict[int, KvPart]:
         return self.store.parts()
 
     def has(self, handle: int) -> bool:
@@ -255,9 +254,9 @@ class KVPool:
         if not readings.each or (batch.stores and batch.missing) or not self.reader.goes_on(readings, rows):
             return False
         if batch.series is None and is_next(batch.rows, rows):
-            each = [(reading, readings.by_layer.count(number)) for number, reading in enumerate(readings.each)]
+            counts = [(reading, readings.by_layer.count(number)) for number, reading in enumerate(readings.each)]
             batch.series = DecodeRows.of(
-                self.store, self._kernels, self.pages, batch.rows, each, batch.places, readings.counted
+                self.store, self._kernels, self.pages, batch.rows, counts, batch.places, readings.counted
             )
         return batch.series is not None and batch.series.follows(rows)
 
@@ -298,7 +297,10 @@ class KVPool:
         layers: list[set[int]] = [set() for _ in readings.each]
         for number, spec in zip(readings.by_layer, self.config.layers, strict=False):  # or nothing reads
             layers[number].add(spec.kv_layer)
-        return self._cold.begin(rows, [(sorted(own), each) for own, each in zip(layers, readings.each, strict=True)])
+        return self._cold.begin(
+            rows,
+            [(sorted(layer_numbers), reading) for layer_numbers, reading in zip(layers, readings.each, strict=True)],
+        )
 
     def _end_cold(self, batch: KVBatch) -> None:
         if self._cold is not None and batch.written is not None:
@@ -312,8 +314,8 @@ class KVPool:
 
     def _plan(self, stores: Iterable[Row]) -> Any:
         slots = [self.store.slots(row) for row in stores]
-        each = np.concatenate([s.reshape(s.shape[0], -1) for s in slots], axis=1)
-        return self._kernels.plan_append(self.pages, torch.from_numpy(each))
+        columns = np.concatenate([s.reshape(s.shape[0], -1) for s in slots], axis=1)
+        return self._kernels.plan_append(self.pages, torch.from_numpy(columns))
 
     # Messages.
 
@@ -420,7 +422,7 @@ class KVPool:
         if not batch.readings.each:
             raise ProtocolError(f"query for batch {message.batch}, none of whose rows read")
         reading = batch.readings.of(layer)
-        begun = time.perf_counter()
+        start_time = time.perf_counter()
         try:
             out, lse = self.reader.attend(reading, layer, message.q)
         except ValueError as error:
@@ -430,7 +432,7 @@ class KVPool:
         self._counters.queries += len(message.q)
         if batch.samples is not None:
             self.reader.queries.asked(batch.samples, layer, message.q, self._has(batch, layer))
-        return Attended(message.epoch, message.batch, message.layer, out, lse, time.perf_counter() - begun)
+        return Attended(message.epoch, message.batch, message.layer, out, lse, time.perf_counter() - start_time)
 
     def _refused(self, message: Layered | Constants) -> ProtocolError:
         name, kind = type(message).__name__, self.config.layers[0].kind
@@ -450,8 +452,9 @@ class KVPool:
         if work is None and (readings := self.reader.layer_readings(batch.readings, self._numbers)) is not None:
             work = layer_work(readings, batch.places, batch.fused)
             if work is not None:
-                kept = list(self._works.items())[1 - _WORKS :]  # what they are made of stays, so no address comes again
-                self._works = {**dict(kept), key: work}
+                # What recent works are made of stays, so no address comes again.
+                recent_works = list(self._works.items())[1 - _WORKS :]
+                self._works = {**dict(recent_works), key: work}
         if work is not None:
             work.block.delay = round(batch.delay * 1e6)
         return work

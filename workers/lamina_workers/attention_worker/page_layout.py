@@ -1,10 +1,7 @@
-"""The shape, cost and number of a pool's pages: read off its `HolderConfig` and the kernels of its device.
+"""The shape, cost and number of a pool's pages of KV, or of its records of states.
 
-Promises both sides of the cut the same layout.
-
-The shape, cost and number of the records of a pool of states: read off its `HolderConfig`.
-
-Promises both sides of the cut the same layout.
+All are functions of the pool's `HolderConfig`, and pages of the kernels of its device too. So model workers and
+attention workers come to the same layout.
 """
 
 from __future__ import annotations
@@ -32,10 +29,10 @@ def state_layout(config: HolderConfig) -> StateLayout:
             "a head each, and a number of key heads that divides it"
         )
     decays = spec.kv_heads if spec.kind == "lightning" else 0
-    for each in config.layers:
-        if len(each.decays) != decays:
-            raise UnsupportedModelError(f"{len(each.decays)} decays of a {spec.kind} layer, {decays} are due")
-        if each.window or each.soft_cap or each.policies:
+    for layer in config.layers:
+        if len(layer.decays) != decays:
+            raise UnsupportedModelError(f"{len(layer.decays)} decays of a {spec.kind} layer, {decays} are due")
+        if layer.window or layer.soft_cap or layer.policies:
             raise UnsupportedModelError(f"a {spec.kind} layer with a window, a soft cap or policies, which states lack")
     try:
         return StateLayout(spec.kind, spec.d_k, spec.d_v, spec.conv)
@@ -143,4 +140,7 @@ def page_count(config: HolderConfig, device: torch.device = CPU) -> int:
 def page_counts(config: HolderConfig, device: torch.device = CPU) -> tuple[int, ...]:
     """How many pages each pool of a holder has. Raises as `page_count`, and as `state_pages`."""
     of_pools = [pool.config for pool in pools(config)]
-    return tuple(state_pages(of) if of.layers[0].kind in STATES else page_count(of, device) for of in of_pools)
+    return tuple(
+        state_pages(pool_config) if pool_config.layers[0].kind in STATES else page_count(pool_config, device)
+        for pool_config in of_pools
+    )

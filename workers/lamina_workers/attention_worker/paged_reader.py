@@ -1,11 +1,9 @@
-"""What a batch reads at one worker: each KV head of a part by its policy, by positions or by choice.
+"""What a batch reads at one worker (`PagedReader`): each KV head of a part by its policy, by positions or by choice.
 
-Plans once a batch what static policies see. In each layer it attends that, and adaptive policies choose the rest. It
-keeps the sketches by which they choose, and the means that stand for freed pages.
-
-What the rows of a batch read in layers that are read alike: collected row by row, once a batch.
-
-Promises that each vector of the flat q is either in the kernels' plan or in one cell of an adaptive policy.
+What static policies see is planned once a batch, row by row (`ReadingBuilder`), for all layers that are read alike.
+Each vector of the flat q is either in the kernels' plan or in one cell of an adaptive policy. In each layer the plan is
+attended, and adaptive policies choose what else is read. The reader keeps the sketches by which they choose, and the
+means that stand for freed pages.
 """
 
 from __future__ import annotations
@@ -25,15 +23,15 @@ from lamina_kernels.select import Kernels
 from lamina_kernels.sketches import sketches
 from lamina_protocols.messages.layers import HolderConfig, LayerSpec
 from lamina_protocols.messages.messages import Fork, Open, Row, Usage
-from lamina_workers.attention_worker.adaptive import AdaptiveAttention, Cell, Group, Tallies, Touch
+from lamina_workers.attention_worker.adaptive import AdaptiveAttention, Cell, CellGroup, Tallies, Touch
 from lamina_workers.attention_worker.index_attention import IndexAttention, IndexReading
 from lamina_workers.attention_worker.prompt_queries import PromptQueries
-from lamina_workers.attention_worker.row_builder import Asked, Origin, RowBuilder
+from lamina_workers.attention_worker.row_builder import Origin, RowBuilder, RowQueries
 from lamina_workers.errors import KVError
 from lamina_workers.kv_pages.eviction import CountedQuery, HeavyPages, MeanReading, MeanSlots, counts, gap, readable
 from lamina_workers.kv_pages.head_policies import HeadPolicies, read_alike
 from lamina_workers.kv_pages.kv_store import KVStore
-from lamina_workers.kv_pages.parts import Absorbed, Part
+from lamina_workers.kv_pages.parts import Absorbed, KvPart
 from lamina_workers.policies.chooser import Adaptive, Float32, Holding
 from lamina_workers.policies.policy import Policy
 from lamina_workers.policies.query_samples import QuerySamples
@@ -52,7 +50,7 @@ class Reading:
 
     plan: Any
     vectors: torch.Tensor | None
-    groups: tuple[Group, ...]
+    groups: tuple[CellGroup, ...]
     counts: tuple[tuple[int, float, int], ...]  # of decode rows: handle, tokens read by static heads, tokens they have
     means: MeanReading | None = None  # what stands for the pages that compensated policies have freed
     counted: tuple[CountedQuery, ...] = ()  # by whose attention pages will be evicted
@@ -126,7 +124,7 @@ class ReadingBuilder:
         """The numbers in the flat q, int64, of what the plan attends; None for all of it."""
         return torch.from_numpy(np.concatenate(self._vectors)) if self.planned < self._first else None
 
-    def _choose(self, row: Row, part: Part, policies: PartPolicies) -> None:
+    def _choose(self, row: Row, part: KvPart, policies: PartPolicies) -> None:
         """The heads that choose become cells, and None among the policies."""
         lo, hi = row.read or (0, 0)
         for number, policy in enumerate(policies):
@@ -135,7 +133,7 @@ class ReadingBuilder:
                 cell = Cell(row.handle, part, number, self._first + number * self.group, hi - lo)
                 self.cells.setdefault(policy, []).append(cell)
 
-    def _evict(self, row: Row, part: Part, policies: PartPolicies) -> None:
+    def _evict(self, row: Row, part: KvPart, policies: PartPolicies) -> None:
         """The queries that policies count which evict."""
         for policy in dict.fromkeys(policies):
             if policy is not None and policy.evicts and counts(part, policy, row.start, self.layout.page_size):
@@ -143,44 +141,44 @@ class ReadingBuilder:
                 position = row.start - part.lo
                 self.counted.append(CountedQuery(row.handle, part, heads, self._first, self.group, position))
 
-    def _gaps(self, part: Part, policies: PartPolicies) -> Gaps:
+    def _gaps(self, part: KvPart, policies: PartPolicies) -> Gaps:
         """The slots for which a mean stands, or whose pages were evicted, where there are any."""
         letting = [p for p in dict.fromkeys(policies) if p is not None and (p.compensated or p.evicts)]
-        found = {p: gap(part, p, self.layout.page_size) for p in letting}
-        return {policy: (first, end) for policy, (first, end) in found.items() if first < end}
+        gaps = {p: gap(part, p, self.layout.page_size) for p in letting}
+        return {policy: (first, end) for policy, (first, end) in gaps.items() if first < end}
 
-    def _plan(self, row: Row, part: Part, policies: PartPolicies, gaps: Gaps, static: Sequence[int]) -> None:
+    def _plan(self, row: Row, part: KvPart, policies: PartPolicies, gaps: Gaps, static: Sequence[int]) -> None:
         if static:
             lo, hi = row.read or (0, 0)
             table = readable(part) if gaps else part.table
-            asked = Asked(self.planned, row.start, row.count, self.group, lo, hi, part.lo, table)
-            self.rows.add(asked, policies, gaps)
+            row_queries = RowQueries(self.planned, row.start, row.count, self.group, lo, hi, part.lo, table)
+            self.rows.add(row_queries, policies, gaps)
             self.planned += row.count * len(static) * self.group
         if self.choosing:
             self._vectors.append(self._vectors_of(row, part, static))
 
-    def _vectors_of(self, row: Row, part: Part, heads: Sequence[int]) -> Ints:
+    def _vectors_of(self, row: Row, part: KvPart, heads: Sequence[int]) -> Ints:
         """A row's vectors of some heads, by their numbers in the part, token by token."""
         tokens = np.arange(row.count)[:, None, None] * (len(part.heads) * self.group)
         inside = np.array(heads, np.int64)[:, None] * self.group + np.arange(self.group)
         return (self._first + tokens + inside).reshape(-1)
 
-    def _count(self, row: Row, part: Part, policies: PartPolicies, gaps: Gaps, static: int) -> None:
+    def _count(self, row: Row, part: KvPart, policies: PartPolicies, gaps: Gaps, static: int) -> None:
         lo, hi = row.read or (0, 0)
         saved = sum(self._saved(part, policy, gaps[policy], hi) for policy in policies if policy and policy in gaps)
         self.counts.append((row.handle, _keys_seen(policies, row) - saved, (hi - lo) * static))
 
-    def _saved(self, part: Part, policy: Policy, gap: tuple[int, int], hi: int) -> float:
+    def _saved(self, part: KvPart, policy: Policy, gap: tuple[int, int], hi: int) -> float:
         """How many of the keys below `hi` a head does not read because their slots were freed. A mean that it reads
         for them, in float32, counts by its bytes."""
-        at = self.layout
-        first, end = (min(part.lo + slot * at.page_size, hi) for slot in gap)
+        layout = self.layout
+        first, end = (min(part.lo + slot * layout.page_size, hi) for slot in gap)
         if not policy.compensated:
             return end - first
-        return end - first - 4 * (at.d_k + at.d_v) * at.page_size / at.page_bytes
+        return end - first - 4 * (layout.d_k + layout.d_v) * layout.page_size / layout.page_bytes
 
 
-def reads_whole(row: Row, part: Part) -> bool:
+def reads_whole(row: Row, part: KvPart) -> bool:
     """Whether a row is one query of decode that reads all that its part has: only such a row may choose."""
     lo, hi = row.read or (0, 0)
     return row.chooses and row.count == 1 and lo == part.lo < hi
@@ -189,13 +187,13 @@ def reads_whole(row: Row, part: Part) -> bool:
 def _keys_seen(policies: Sequence[Policy | None], row: Row) -> int:
     """How many keys the last query of a row sees, over the heads that do not choose."""
     lo, hi = row.read or (0, 0)
-    seen, last = 0, row.start + row.count - 1
+    key_count, last = 0, row.start + row.count - 1
     for policy in policies:
         if policy is None:
             continue
         (view,) = policy.views(last, 1)
-        seen += view.keys(last, lo, hi)
-    return seen
+        key_count += view.keys(last, lo, hi)
+    return key_count
 
 
 _SAMPLES = 8  # samples of prompts' queries may take one in so many bytes of the KV memory, beside it
@@ -222,8 +220,8 @@ class PagedReader:
         self._samples = QuerySamples(config.kv_memory // _SAMPLES)
         self._heavy = HeavyPages(pages, self._samples)
         store.attention = self._heavy
-        at = pages.layout
-        self.tallies = Tallies(at.page_bytes / at.page_size)
+        layout = pages.layout
+        self.tallies = Tallies(layout.page_bytes / layout.page_size)
         self._index: IndexAttention | None = None
         if (index := config.layers[0].index) is not None:
             self._index = IndexAttention(pages, kernels, store, index, config.layers[0].group, threads)
@@ -231,10 +229,10 @@ class PagedReader:
         self._adaptive: AdaptiveAttention | None = None
         self._sketches: sketches.Sketches | None = None
         if policies.sketched:
-            self._sketches = sketches.Sketches.allocate(at, pages.n_pages, pages.arena.device)
-            for _ in sketches.prepare(at):
+            self._sketches = sketches.Sketches.allocate(layout, pages.n_pages, pages.arena.device)
+            for _ in sketches.prepare(layout):
                 pass
-            holding = Holding(self._sketches, at.page_size, threads, pages, self._samples, self._keys)
+            holding = Holding(self._sketches, layout.page_size, threads, pages, self._samples, self._keys)
             self._adaptive = AdaptiveAttention(pages, kernels, holding, _choosing(policies), self.tallies)
         self.queries = PromptQueries(config, store, self._adaptive, self._samples)
 
@@ -244,8 +242,8 @@ class PagedReader:
             return Readings()
         every = tuple(dict.fromkeys(self._store.part(row.handle).policies for row in rows))
         by_layer = read_alike(every)
-        each = tuple(self._reading(by_layer.index(number), rows) for number in range(1 + max(by_layer)))
-        return Readings(each, by_layer, any(policies.counted for policies in every))
+        readings = tuple(self._reading(by_layer.index(number), rows) for number in range(1 + max(by_layer)))
+        return Readings(readings, by_layer, any(policies.counted for policies in every))
 
     @property
     def sketch_bytes(self) -> int:
@@ -294,7 +292,7 @@ class PagedReader:
         )
 
     def layer_readings(self, readings: Readings, numbers: Sequence[int]) -> list[LayerReading] | None:
-        """How each layer of a batch is attended, for compiled callers, who know layers by `numbers`; None where that
+        """How each layer of a batch is attended, for compiled callers, which know layers by `numbers`; None where that
         needs Python."""
         if not all(reading.planned for reading in readings.each):
             return None
@@ -315,7 +313,7 @@ class PagedReader:
                 for head in part.heads:
                     if isinstance(policy := policies[head], Adaptive):
                         tokens.setdefault(policy, []).append(hi - lo)
-        return {policy for policy, those in tokens.items() if self._choosers.worth(policy, those)}
+        return {policy for policy, lengths in tokens.items() if self._choosers.worth(policy, lengths)}
 
     def attend(self, reading: Reading, layer: int, q: torch.Tensor) -> Partial:
         """q `[n, query_width]` of a layer, flat in row order: attention over what each vector's policy reads, or what
@@ -326,25 +324,25 @@ class PagedReader:
         reading.layers += 1
         for query in reading.counted:
             self._heavy.count(query, layer, spec, q)
-        whole = self._attend(reading, layer, spec, q)
+        partial = self._attend(reading, layer, spec, q)
         if reading.means is not None:
-            self._kernels.merge_into(whole, reading.means.attend(spec, q), reading.means.vectors)
-        return whole
+            self._kernels.merge_into(partial, reading.means.attend(spec, q), reading.means.vectors)
+        return partial
 
     def _attend(self, reading: Reading, layer: int, spec: LayerSpec, q: torch.Tensor) -> Partial:
         if reading.vectors is None:
             return self._kernels.attend(self._pages, reading.plan, spec.kv_layer, q, spec.scale, spec.soft_cap)
         if reading.plan is None and len(reading.groups) == 1:  # cells stand in the order of q
             return self._choosers.attend(reading.groups[0], layer, spec, q)
-        whole = empty(len(q), self._pages.layout.d_v, q.dtype, q.device)
+        merged = empty(len(q), self._pages.layout.d_v, q.dtype, q.device)
         if reading.plan is not None:
-            some = q[reading.vectors]
-            static = self._kernels.attend(self._pages, reading.plan, spec.kv_layer, some, spec.scale, spec.soft_cap)
-            whole.out[reading.vectors], whole.lse[reading.vectors] = static
+            vectors = q[reading.vectors]
+            static = self._kernels.attend(self._pages, reading.plan, spec.kv_layer, vectors, spec.scale, spec.soft_cap)
+            merged.out[reading.vectors], merged.lse[reading.vectors] = static
         for group in reading.groups:
             chosen = self._choosers.attend(group, layer, spec, q[group.vectors])
-            whole.out[group.vectors], whole.lse[group.vectors] = chosen
-        return whole
+            merged.out[group.vectors], merged.lse[group.vectors] = chosen
+        return merged
 
     def end(self, readings: Iterable[Reading], counts: Iterable[tuple[int, float, float]] = ()) -> None:
         """A batch is complete, or given up: what it has read is counted for its parts. `counts`: of parts, tokens read
@@ -352,14 +350,14 @@ class PagedReader:
         for handle, keys, every in counts:
             self.tallies.add(handle, keys * self.tallies.token_bytes, every)
         for reading in readings:
-            for handle, read, whole in reading.counts:
-                self.tallies.add(handle, read * self.tallies.token_bytes * reading.layers, whole * reading.layers)
+            for handle, read, total in reading.counts:
+                self.tallies.add(handle, read * self.tallies.token_bytes * reading.layers, total * reading.layers)
             for group in reading.groups:
                 self._choosers.tally(group)
 
     @property
     def _observers(self) -> Iterator[AdaptiveAttention | HeavyPages]:
-        """Who keeps something of parts."""
+        """All that keep something of parts."""
         return (observer for observer in (self._adaptive, self._heavy) if observer is not None)
 
     @property
@@ -419,7 +417,7 @@ class PagedReader:
         return self._adaptive is not None and self._adaptive.observes
 
     @staticmethod
-    def keeps_means(part: Part) -> bool:
+    def keeps_means(part: KvPart) -> bool:
         """Whether a mean may stand for pages that a part has freed."""
         return any(policy.compensated for policy in part.policies.distinct)
 
@@ -440,8 +438,8 @@ class PagedReader:
         part, size = self._store.part(handle), self._pages.layout.page_size
         table = part.table[self._config.layers[layer].kv_layer, part.heads.index(head), lo // size : -(-hi // size)]
         keys = gather_keys(self._pages, torch.from_numpy(table[None].astype(np.int64)))[:, 0]
-        found: Float32 = keys[lo % size : hi - lo // size * size].float().contiguous().numpy()
-        return found
+        key_rows: Float32 = keys[lo % size : hi - lo // size * size].float().contiguous().numpy()
+        return key_rows
 
     def usage(self, handle: int) -> Usage:
         """What a part has read and keeps; nothing where that is not counted."""

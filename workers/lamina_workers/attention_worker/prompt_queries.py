@@ -19,7 +19,7 @@ from lamina_protocols.messages.messages import FetchedSample, FetchSample, Row, 
 from lamina_workers.attention_worker.adaptive import AdaptiveAttention
 from lamina_workers.indexes.key_index import Positions
 from lamina_workers.kv_pages.kv_store import KVStore
-from lamina_workers.kv_pages.parts import Part
+from lamina_workers.kv_pages.parts import KvPart
 from lamina_workers.policies.query_samples import QuerySamples
 
 _NOTHING = torch.empty(0, 0, dtype=torch.bfloat16)
@@ -30,7 +30,7 @@ class SampledRow(NamedTuple):
     it does not read."""
 
     row: Row
-    part: Part
+    part: KvPart
     stride: int
     first: int
 
@@ -86,15 +86,15 @@ class PromptQueries:
         spec = self._config.layers[layer]
         for of_row in batch.rows.values():
             row, part, stride, first = of_row
-            own = _sampled_heads(layer, row, part)
-            if first < 0 or not own:
+            sampled_heads = _sampled_heads(layer, row, part)
+            if first < 0 or not sampled_heads:
                 continue
             positions = sampled_positions(row, stride)
             vectors = q[first : first + row.count * len(part.heads) * spec.group]
             by_head = vectors.view(row.count, len(part.heads), spec.group, spec.query_width)
             tokens = torch.from_numpy(positions - row.start)
-            numbers = torch.tensor([part.heads.index(head) for head in own])
-            picked = Picked(of_row, own, positions, stride, by_head[tokens][:, numbers].bfloat16())
+            numbers = torch.tensor([part.heads.index(head) for head in sampled_heads])
+            picked = Picked(of_row, sampled_heads, positions, stride, by_head[tokens][:, numbers].bfloat16())
             batch.waiting.setdefault(layer, {})[row.handle] = picked
         if stored:
             self.stored(batch, layer)
@@ -105,26 +105,28 @@ class PromptQueries:
         if batch is None or of_row is None or of_row.first >= 0:
             raise ProtocolError(f"a sample for part {message.handle}, of which batch {message.batch} wants none")
         row, spec = of_row.row, self._config.layers[layer]
-        own = _sampled_heads(layer, row, of_row.part)
+        sampled_heads = _sampled_heads(layer, row, of_row.part)
         positions = np.array(message.positions, np.int64)
         shape, heads = (len(positions) * len(message.heads) * spec.group, spec.query_width), of_row.part.heads
         fits = tuple(message.q.shape) == shape and shape[0] and message.q.is_floating_point()
-        asked = set(message.heads)
-        if not (fits and set(own) <= asked <= set(heads) and len(message.heads) == len(asked)):
+        message_heads = set(message.heads)
+        if not (
+            fits and set(sampled_heads) <= message_heads <= set(heads) and len(message.heads) == len(message_heads)
+        ):
             raise ProtocolError(
                 f"a sample of {message.q.dtype} {list(message.q.shape)} for the KV heads {message.heads} of part "
-                f"{message.handle}; allowed is one of {list(shape)} for heads of {heads}, {own} among them"
+                f"{message.handle}; allowed is one of {list(shape)} for heads of {heads}, {sampled_heads} among them"
             )
         if len(positions) > row.prompt or (np.diff(positions) <= 0).any() or (positions >= row.prompt).any():
             raise ProtocolError(
                 f"a sample of {len(positions)} positions for part {message.handle}; allowed are ascending ones below "
                 f"{row.prompt}"
             )
-        if not own:
+        if not sampled_heads:
             return
-        numbers = torch.tensor([message.heads.index(head) for head in own])
+        numbers = torch.tensor([message.heads.index(head) for head in sampled_heads])
         q = message.q.view(len(positions), len(message.heads), spec.group, -1)[:, numbers].bfloat16()
-        batch.waiting.setdefault(layer, {})[row.handle] = Picked(of_row, own, positions, of_row.stride, q)
+        batch.waiting.setdefault(layer, {})[row.handle] = Picked(of_row, sampled_heads, positions, of_row.stride, q)
         if stored:
             self.stored(batch, layer)
 
@@ -137,10 +139,10 @@ class PromptQueries:
         (row, part, stride, _), heads = picked.row, picked.heads
         skip = int(np.searchsorted(picked.positions, part.lo))
         positions, q = picked.positions[skip:] - part.lo, picked.q[skip:]
-        known = self._samples.add(row.handle, layer, heads, positions, q)
-        if self._choosers is not None and known < len(positions):
+        sampled = self._samples.add(row.handle, layer, heads, positions, q)
+        if self._choosers is not None and sampled < len(positions):
             self._choosers.show(
-                row, part, layer, self._config.layers[layer], heads, stride, positions[known:], q[known:]
+                row, part, layer, self._config.layers[layer], heads, stride, positions[sampled:], q[sampled:]
             )
 
     def fetch(self, layer: int, message: FetchSample) -> FetchedSample:
@@ -154,7 +156,7 @@ class PromptQueries:
         return FetchedSample(*ids, heads, tuple((positions + part.lo).tolist()), q.flatten(0, 2))
 
 
-def _sampled_heads(layer: int, row: Row, part: Part) -> tuple[int, ...]:
+def _sampled_heads(layer: int, row: Row, part: KvPart) -> tuple[int, ...]:
     """The KV heads of a part whose policies learn from the queries of a row's prompt, in a layer."""
     policies = part.policies.reads[layer]
     return tuple(head for head in part.heads if policies[head].sampled(0, row.prompt))

@@ -1,12 +1,12 @@
-"""From policies to the rows that kernels take: which vectors of q see which keys of a page table.
+"""From policies to the rows that kernels take (`RowBuilder`): which vectors of q see which keys of a page table.
 
 Pure arithmetic on numbers. It serves the past at a holder and the fresh tokens at the model worker alike, so static
 policies give the same text however a prompt is cut and sharded.
 
-Rows over ranges of keys: a page table of only the pages that hold them, in which keys and queries move up.
-
-A window that ends inside a range moves with each query, and it moves over pages that are left out at once: there the
-queries are cut apart. Where a table's pages begin elsewhere than those of the ranges, biases hide what is between.
+A policy may let queries see ranges of keys (`range_rows`). Then the row's table has the pages of these ranges alone,
+side by side, and keys and queries get lower positions. A window that ends inside a range moves with each query, and
+skips the pages that were left out: there the queries are cut into several rows. Where a table's pages begin elsewhere
+than those of the ranges, biases hide the tokens between them.
 """
 
 from __future__ import annotations
@@ -45,31 +45,53 @@ def range_rows(view: View, lo: int, hi: int, base: int, table: Table, size: int)
         raise ValueError(f"the view from {view.start} on has no ranges")
     last = view.start + view.count - 1
     lowest = max(lo, view.start - view.window + 1)
-    ends = np.clip(view.ranges, lowest, max(lowest, min(hi, last + 1)))
-    ends = ends[ends[:, 0] < ends[:, 1]] - base
-    if not len(ends):
+    ranges = np.clip(view.ranges, lowest, max(lowest, min(hi, last + 1)))
+    ranges = ranges[ranges[:, 0] < ranges[:, 1]]
+    if not len(ranges):
         yield RangeRow(view.start, view.count, view.start, base, base, EVERYTHING, table[:, :, :0], None)
         return
-    begin, stop = ends[:, 0] // size, -(-ends[:, 1] // size)
-    begin[1:] = np.maximum(begin[1:], stop[:-1])  # two ranges may share a page of a table that begins elsewhere
-    place = np.cumsum(stop - begin) - (stop - begin)  # where each range's pages go
-    moved = (begin - place) * size  # by how much each range's positions move
-    slots = np.arange(place[-1] + stop[-1] - begin[-1]) + np.repeat(begin - place, stop - begin)
-    chosen, shift = np.take(table, slots, 2), int(moved[-1])
-    bias = _bias(view, slots, base, chosen, size) if ((view.ranges - base) % size).any() else None
-    first, end = int(ends[0, 0] + base - moved[0]), int(ends[-1, 1] + base - shift)
-    edges = np.stack([begin, stop], 1) * size + base
-    for position, until in pairwise(_cuts(view, edges)):
-        hidden = position - view.window + 1  # the lowest key that this query's window shows
-        at = int(np.searchsorted(edges[:, 1], hidden, "right"))  # the first range above, or around
-        low, window = first, EVERYTHING
-        if at == len(edges):
-            low = end
-        elif hidden >= edges[at, 0]:
-            window = view.window - (shift - int(moved[at]))
+    packed = _packed(view, ranges, base, table, size)
+    query_shift = int(packed.shifts[-1])  # queries are behind all ranges
+    for position, until in pairwise(_cuts(view, packed.edges)):
+        first_key = position - view.window + 1  # the lowest key that this query's window shows
+        number = int(np.searchsorted(packed.edges[:, 1], first_key, "right"))  # the first range with such a key
+        row_lo, window = packed.lo, EVERYTHING
+        if number == len(packed.edges):
+            row_lo = packed.hi
+        elif first_key >= packed.edges[number, 0]:  # the window ends inside this range, and moves with each query
+            window = view.window - (query_shift - int(packed.shifts[number]))
         else:
-            low = max(first, int(edges[at, 0] - moved[at]))
-        yield RangeRow(position, until - position, position - shift, low, end, window, chosen, bias)
+            row_lo = max(packed.lo, int(packed.edges[number, 0] - packed.shifts[number]))
+        count = until - position
+        yield RangeRow(position, count, position - query_shift, row_lo, packed.hi, window, packed.table, packed.bias)
+
+
+class _Packed(NamedTuple):
+    """The pages of ranges, moved together to one table. Before, the pages of range i had positions `edges[i]`, int64
+    `[ranges, 2]`; now they have `shifts[i]` less. Positions [lo, hi) of the new table can be read."""
+
+    edges: Ints
+    shifts: Ints
+    table: Table
+    bias: Bias | None
+    lo: int
+    hi: int
+
+
+def _packed(view: View, ranges: Ints, base: int, table: Table, size: int) -> _Packed:
+    """A table of the pages of these ranges alone, which are some of the view's."""
+    entries = ranges - base
+    begin, end = entries[:, 0] // size, -(-entries[:, 1] // size)  # of each range: its entries of the table
+    begin[1:] = np.maximum(begin[1:], end[:-1])  # two ranges may share a page of a table that begins elsewhere
+    lengths = end - begin
+    moved_entries = begin - (np.cumsum(lengths) - lengths)
+    shifts = moved_entries * size
+    slots = np.arange(lengths.sum()) + np.repeat(moved_entries, lengths)
+    aligned = view.ranges is None or not ((view.ranges - base) % size).any()
+    bias = None if aligned else _bias(view, slots, base, table, size)
+    edges = np.stack([begin, end], 1) * size + base
+    lo, hi = int(ranges[0, 0] - shifts[0]), int(ranges[-1, 1] - shifts[-1])
+    return _Packed(edges, shifts, np.take(table, slots, 2), bias, lo, hi)
 
 
 def _cuts(view: View, edges: Ints) -> list[int]:
@@ -89,7 +111,7 @@ def _bias(view: View, slots: Ints, base: int, table: Table, size: int) -> Bias:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class RowQueries:
     """Queries at positions start, ..., start + count - 1 of one sequence, with `heads` KV heads of `group` query heads
     each: the vectors from `first` on, token by token. They may read positions [lo, hi), which `table`, int32
     `[layers, heads, entries]`, keeps from position `base` on."""
@@ -128,7 +150,7 @@ class RowBuilder:
         self._added = 0
         self.origins: list[Origin] | None = []  # of each row, where one is what another asked for at other positions
 
-    def add(self, asked: Asked, policies: Sequence[Policy | None], gaps: Gaps = _NO_GAPS) -> None:
+    def add(self, asked: RowQueries, policies: Sequence[Policy | None], gaps: Gaps = _NO_GAPS) -> None:
         """Rows for what each KV head's policy lets it see. None: this head is attended elsewhere, and has no vectors
         here. `gaps`: entries [first, end) of the table that a policy has freed, and leaves out; all queries are behind
         them."""
@@ -137,19 +159,21 @@ class RowBuilder:
         for policy, heads in runs(policies):
             if policy is None:
                 continue
-            some = heads.stop - heads.start < len(policies)
-            of_heads = dataclasses.replace(asked, table=asked.table[:, heads]) if some else asked
+            partial = heads.stop - heads.start < len(policies)
+            of_heads = dataclasses.replace(asked, table=asked.table[:, heads]) if partial else asked
             first, end = gaps.get(policy, (0, 0))
             for view in policy.views(asked.start, asked.count):
                 self._add(*self._closed(of_heads, view, (first, end)), before, stride)
                 if first < end or view.count < asked.count or view.ranges is not None:
                     self.origins = None
                 elif self.origins is not None:
-                    self.origins.append(Origin(self._added, heads if some else None, policy.steady_until(asked.start)))
+                    self.origins.append(
+                        Origin(self._added, heads if partial else None, policy.steady_until(asked.start))
+                    )
             before += (heads.stop - heads.start) * asked.group
         self._added += 1
 
-    def _closed(self, asked: Asked, view: View, gap: tuple[int, int]) -> tuple[Asked, View]:
+    def _closed(self, asked: RowQueries, view: View, gap: tuple[int, int]) -> tuple[RowQueries, View]:
         """Keys and queries without the entries of a gap: what lies behind it moves up."""
         first, end = gap
         if first >= end:
@@ -163,7 +187,7 @@ class RowBuilder:
         moved = dataclasses.replace(asked, start=asked.start - width, lo=lo, hi=hi, table=table)
         return moved, dataclasses.replace(view, start=view.start - width)
 
-    def _add(self, asked: Asked, view: View, before: int, stride: int) -> None:
+    def _add(self, asked: RowQueries, view: View, before: int, stride: int) -> None:
         table, lo, hi, base = asked.table, asked.lo, asked.hi, asked.base
         if view.ranges is None:
             rows = iter((RangeRow(view.start, view.count, view.start, lo, hi, view.window, table, None),))

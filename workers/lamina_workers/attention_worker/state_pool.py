@@ -39,7 +39,7 @@ from lamina_workers.attention_worker.page_layout import state_layout, state_page
 from lamina_workers.attention_worker.pool import Layered
 from lamina_workers.devices.available import room_for
 from lamina_workers.errors import KVError, UnsupportedModelError
-from lamina_workers.kv_pages.state_store import StatePart, StateStore, Step
+from lamina_workers.kv_pages.state_store import StatePart, StateStep, StateStore
 
 
 @dataclass(slots=True)
@@ -85,8 +85,8 @@ class StatePool:
             self.store = StateStore(config, self.n_pages)
             flat = memory.allocate(self.n_pages * shape.page_bytes)
         self._arena = flat.view(torch.float32).view(self.n_pages, shape.record)
-        self._constants = {at: _constants(spec) for at, spec in enumerate(config.layers) if not spec.conv}
-        self._steps: tuple[Step, ...] = ()  # of the last update
+        self._constants = {layer: _constants(spec) for layer, spec in enumerate(config.layers) if not spec.conv}
+        self._steps: tuple[StateStep, ...] = ()  # of the last update
 
     # Parts.
 
@@ -109,8 +109,8 @@ class StatePool:
 
     def usage(self, handle: int) -> Usage:
         """States are read in full, and there is nothing to leave out."""
-        held = sum(records.pages.size for records in self.store.part(handle).owned())
-        return Usage(0, 0, 0.0, 0, 0.0, held, held, held)
+        pages = sum(records.pages.size for records in self.store.part(handle).owned())
+        return Usage(0, 0, 0.0, 0, 0.0, pages, pages, pages)
 
     def update(self, operations: Sequence[Operation], rows: Sequence[Row]) -> tuple[int, ...]:
         self._steps = self.store.update(operations, rows)
@@ -175,8 +175,8 @@ class StatePool:
                 raise ProtocolError(
                     f"{name} of layer {message.layer} is {x.dtype} {list(x.shape)}, allowed: float32, {dimensions}-D"
                 )
-        given = (x.clone() if x.numel() else None for x in (message.conv, message.bias, message.skip))
-        constants = _constants(spec, *given)
+        copies = (x.clone() if x.numel() else None for x in (message.conv, message.bias, message.skip))
+        constants = _constants(spec, *copies)
         try:
             constants.check(self._shape, spec.kv_heads // spec.key_heads, spec.kv_heads)
         except ValueError as error:
@@ -190,7 +190,7 @@ class StatePool:
         if batch.plan is None or constants is None:
             lacks = "rows" if batch.plan is None else "constants"
             raise ProtocolError(f"inputs of layer {message.layer} for batch {message.batch}, which has no {lacks}")
-        begun = time.perf_counter()
+        start_time = time.perf_counter()
         try:
             out = kernel.advance(batch.plan, layer, message.x, message.gates, constants)
         except ValueError as error:
@@ -200,7 +200,7 @@ class StatePool:
         self._stored(batch, (layer,))
         self._counters.queries += batch.vectors
         self._counters.vectors_stored += batch.vectors
-        return Advanced(message.epoch, message.batch, message.layer, out, time.perf_counter() - begun)
+        return Advanced(message.epoch, message.batch, message.layer, out, time.perf_counter() - start_time)
 
     def settle(self) -> None:
         """Nothing waits to be stored."""
@@ -215,9 +215,9 @@ class StatePool:
         part = self.store.part(message.handle)
         records = part.at(message.hi)
         if records is None or message.lo != 0 or message.hi == 0:
-            there = sorted({each.position for each in part.written()})
+            positions = sorted({record.position for record in part.written()})
             raise KVError(
-                f"states of part {message.handle} at [{message.lo}, {message.hi}), it has those that end at {there}"
+                f"states of part {message.handle} at [{message.lo}, {message.hi}), it has those that end at {positions}"
             )
         index = torch.from_numpy(records.pages[self._layers_of(message)].reshape(-1).astype(np.int64))
         pages = self._arena[index].view(torch.uint8)
@@ -230,16 +230,16 @@ class StatePool:
         target = batch.plan.target[layers].reshape(-1)
         due = len(target), self._shape.page_bytes
         if message.pages.shape != due or message.pages.dtype != torch.uint8:
-            found = f"{message.pages.dtype} {list(message.pages.shape)}"
-            raise ProtocolError(f"fresh pages of batch {message.batch} are {found}, allowed: uint8 {list(due)}")
+            actual = f"{message.pages.dtype} {list(message.pages.shape)}"
+            raise ProtocolError(f"fresh pages of batch {message.batch} are {actual}, allowed: uint8 {list(due)}")
         self._arena[torch.from_numpy(target.astype(np.int64))] = message.pages.view(torch.float32)
         self._stored(batch, range(layers.start, layers.stop))
         self._counters.vectors_stored += message.layers * batch.vectors
 
     def _layers_of(self, message: FetchPages | FreshPages) -> slice:
-        first, end, there = message.layer, message.layer + message.layers, len(self.config.layers)
-        if not 0 <= first < end <= there:
-            raise ProtocolError(f"states of layers [{first}, {end}), there are {there}")
+        first, end, layer_count = message.layer, message.layer + message.layers, len(self.config.layers)
+        if not 0 <= first < end <= layer_count:
+            raise ProtocolError(f"states of layers [{first}, {end}), there are {layer_count}")
         return slice(first, end)
 
     def _stored(self, batch: StateBatch, layers: Iterable[int]) -> None:

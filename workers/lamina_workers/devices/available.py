@@ -36,11 +36,11 @@ def find_each(what: str, names: str | Sequence[str], count: int, prefer_gpu: boo
     if isinstance(names, tuple):
         if len(names) != count:
             raise DeviceError(f"{what} names {len(names)} devices for {count} workers; allowed is one for each")
-        found = [find(what, name, prefer_gpu) for name in names]
-        twice = [str(device) for device in found if device.type == "cuda" and found.count(device) > 1]
+        devices = [find(what, name, prefer_gpu) for name in names]
+        twice = [str(device) for device in devices if device.type == "cuda" and devices.count(device) > 1]
         if twice:
             raise DeviceError(f"{what} names {twice[0]} more than once; allowed is one worker a GPU")
-        return tuple(found)
+        return tuple(devices)
     if names == "auto":
         names = "cuda" if prefer_gpu and gpus >= max(1, count) else "cpu"
     if names == "cpu":
@@ -87,11 +87,11 @@ def room_for(what: str, wanted: int | Callable[[], int], device: torch.device) -
     except (MemoryError, OSError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if not _lacks_memory(error):
             raise
-        there = memory_available(device)
+        free_bytes = memory_available(device)
         count = wanted if isinstance(wanted, int) else wanted()
-        left = "an unknown number of" if there is None else str(there)
+        free_text = "an unknown number of" if free_bytes is None else str(free_bytes)
         raise NotEnoughMemory(
-            f"not enough memory on {device} for {what}: {count} bytes wanted, {left} bytes are there"
+            f"not enough memory on {device} for {what}: {count} bytes wanted, {free_text} bytes are there"
         ) from error
 
 

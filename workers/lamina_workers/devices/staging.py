@@ -161,14 +161,14 @@ class _Buffer:
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor | None:
         """A tensor in it, of any content; None where it would take more than `MOST`."""
-        wanted = dtype.itemsize
+        byte_count = dtype.itemsize
         for size in shape:
-            wanted *= size
-        if wanted > MOST:
+            byte_count *= size
+        if byte_count > MOST:
             return None
-        if self._bytes is None or len(self._bytes) < wanted:
-            self._bytes = self._allocate(max(LEAST, 1 << (wanted - 1).bit_length()))
-        return self._bytes[:wanted].view(dtype).view(*shape)
+        if self._bytes is None or len(self._bytes) < byte_count:
+            self._bytes = self._allocate(max(LEAST, 1 << (byte_count - 1).bit_length()))
+        return self._bytes[:byte_count].view(dtype).view(*shape)
 
 
 class _Set:

@@ -57,9 +57,9 @@ def graph(keys: Floats, neighbours: npt.NDArray[np.int32], entry: int) -> Any:
     """
     faiss = module()
     n, slots = neighbours.shape
-    kept = faiss.IndexScalarQuantizer(keys.shape[1], faiss.ScalarQuantizer.QT_bf16, faiss.METRIC_INNER_PRODUCT)
-    kept.add(keys)
-    index = faiss.IndexHNSW(kept, slots // 2)  # level 0 has 2 M slots; faiss's Python keeps a reference to `kept`
+    storage = faiss.IndexScalarQuantizer(keys.shape[1], faiss.ScalarQuantizer.QT_bf16, faiss.METRIC_INNER_PRODUCT)
+    storage.add(keys)
+    index = faiss.IndexHNSW(storage, slots // 2)  # level 0 has 2 M slots; faiss's Python keeps a reference to `storage`
     index.ntotal = n
     for name, values in (
         ("levels", np.ones(n, np.int32)),

@@ -2,9 +2,8 @@
 
 Queries are out of distribution for keys, so a graph of keys that are near each other leads a search astray; one that is
 projected from queries' exact neighbours does not (RetrievalAttention, arXiv:2409.10516; RoarGraph, arXiv:2408.08933).
-One graph serves all query heads of a KV head: its lists are the union of theirs. FAISS walks it.
-
-From lists of the keys that sampled queries rank best to a graph over the keys. Compiled, without the GIL.
+One graph serves all query heads of a KV head. It is made of lists of the keys that sampled queries rank best, of all
+these heads, in compiled code without the GIL. FAISS walks it.
 """
 
 from __future__ import annotations
@@ -44,15 +43,15 @@ def _ends(lists: Lists, jumps: npt.NDArray[np.int64], n: int) -> npt.NDArray[np.
 def _candidates(lists: Lists, jumps: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]) -> Links:
     """The keys that each key meets in the lists, as often as it meets them: int32 `[ends[n]]`."""
     met = np.empty(ends[-1], np.int32)
-    at = ends[:-1].copy()
+    cursors = ends[:-1].copy()
     k = lists.shape[1]
     for i in range(lists.shape[0]):
         for jump in jumps:
             for rank in range(k - jump):
                 a, b = lists[i, rank], lists[i, rank + jump]
-                met[at[a]], met[at[b]] = b, a
-                at[a] += 1
-                at[b] += 1
+                met[cursors[a]], met[cursors[b]] = b, a
+                cursors[a] += 1
+                cursors[b] += 1
     return met
 
 
@@ -69,7 +68,7 @@ def _prune(keys: Floats, met: Links, ends: npt.NDArray[np.int64], slots: int, de
     n = keys.shape[0]
     links = np.full((n, slots), -1, np.int32)
     times = np.zeros(n, np.int32)
-    kept = np.empty(degree, np.int32)
+    neighbours = np.empty(degree, np.int32)
     for key in range(n):
         segment = met[ends[key] : ends[key + 1]]
         distinct = np.empty(min(len(segment), n), np.int32)
@@ -93,19 +92,19 @@ def _prune(keys: Floats, met: Links, ends: npt.NDArray[np.int64], slots: int, de
             other = distinct[order[j]]
             far = _distance(keys[key], keys[other])
             for i in range(count):
-                if _distance(keys[kept[i]], keys[other]) < far:
+                if _distance(keys[neighbours[i]], keys[other]) < far:
                     hidden[j] = 1
                     break
             if hidden[j] == 0:
-                kept[count] = other
+                neighbours[count] = other
                 count += 1
         for j in range(len(order)):  # slots that are left go to hidden keys, the most asked for first
             if count == degree:
                 break
             if hidden[j] == 1:
-                kept[count] = distinct[order[j]]
+                neighbours[count] = distinct[order[j]]
                 count += 1
-        links[key, :count] = kept[:count]
+        links[key, :count] = neighbours[:count]
     return links
 
 
@@ -233,7 +232,7 @@ def build_graph(
     Uses as many threads as `faiss_host.set_threads` has set. Raises ValueError for keys or queries of a wrong shape,
     dtype or size, KernelsUnavailable without FAISS.
     """
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     check_keys(keys, lo)
     if queries.dtype != np.float32 or queries.ndim != 2 or queries.shape[1] != keys.shape[1]:
         raise ValueError(f"queries are {queries.dtype} {list(queries.shape)}; allowed is float32 [m, {keys.shape[1]}]")
@@ -249,7 +248,7 @@ def build_graph(
     if len(lonely):
         connect(links, entry, lonely, lists[_wanted_by(keys[lonely], queries, scores)])
     index = faiss_host.graph(keys, links, entry)
-    return GraphSegment(index, links, linked, lo, keys.shape[1], time.perf_counter() - begun)
+    return GraphSegment(index, links, linked, lo, keys.shape[1], time.perf_counter() - start_time)
 
 
 def _wanted_by(keys: Floats, queries: Floats, scores: Floats) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -258,10 +257,10 @@ def _wanted_by(keys: Floats, queries: Floats, scores: Floats) -> np.ndarray[Any,
     That is the largest (q.k - last) / (first - last) over the queries, where first and last are the inner products that
     the query's list begins and ends with: an inner product of k with a 1 added, and q and -last divided by the spread.
     """
-    some = np.linspace(0, len(queries) - 1, min(len(queries), _WANTED_BY)).astype(np.int64)
-    first, last = scores[some, 0], scores[some, -1]
+    sample = np.linspace(0, len(queries) - 1, min(len(queries), _WANTED_BY)).astype(np.int64)
+    first, last = scores[sample, 0], scores[sample, -1]
     spread = np.maximum(first - last, 1e-6 * np.abs(first) + 1e-30)
-    wanting = np.concatenate([queries[some], -last[:, None]], axis=1) / spread[:, None]
-    wanted = np.concatenate([keys, np.ones((len(keys), 1), np.float32)], axis=1)
-    best, _ = faiss_host.nearest(wanted, np.ascontiguousarray(wanting, np.float32), 1)
-    return some[best[:, 0]]
+    wanting = np.concatenate([queries[sample], -last[:, None]], axis=1) / spread[:, None]
+    augmented = np.concatenate([keys, np.ones((len(keys), 1), np.float32)], axis=1)
+    best, _ = faiss_host.nearest(augmented, np.ascontiguousarray(wanting, np.float32), 1)
+    return sample[best[:, 0]]

@@ -39,10 +39,10 @@ def build_ivf(keys: Floats, lo: int = 0, effort: int = 32) -> IvfSegment:
 
     There are 4 sqrt(n) lists, FAISS's advice for so many keys. Raises as `build_graph` does.
     """
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     check_keys(keys, lo)
     if effort < 1:
         raise ValueError(f"effort is {effort}; allowed is 1 or more")
     lists = min(len(keys), max(1, round(4 * len(keys) ** 0.5)))
     index = faiss_host.inverted_lists(np.ascontiguousarray(keys), lists)
-    return IvfSegment(index, lo, lists, effort, time.perf_counter() - begun)
+    return IvfSegment(index, lo, lists, effort, time.perf_counter() - start_time)

@@ -94,9 +94,9 @@ class KeyIndex:
 
     def search(self, q: Floats, k: int, effort: int | None = None) -> Found:
         """As `Segment.search`, over all segments: `min(k, hi - lo)` positions of each query."""
-        found = [segment.search(q, k, effort) for segment in self._segments]
+        results = [segment.search(q, k, effort) for segment in self._segments]
         nothing = Found(np.empty((len(q), 0), np.int64), np.empty((len(q), 0), np.float32), 0)
-        return merge(found, k) if found else nothing
+        return merge(results, k) if results else nothing
 
 
 def merge(found: list[Found], k: int) -> Found:

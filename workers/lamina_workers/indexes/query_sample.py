@@ -99,10 +99,10 @@ class QuerySample:
 
     def _thin(self) -> None:
         old = self._n - self._n // 4
-        kept = np.concatenate([np.arange(0, old, 2), np.arange(old, self._n)])
-        self._positions[: len(kept)] = self._positions[kept]
-        self._queries[: len(kept)] = self._queries[torch.from_numpy(kept)]
-        self._n = len(kept)
+        indices = np.concatenate([np.arange(0, old, 2), np.arange(old, self._n)])
+        self._positions[: len(indices)] = self._positions[indices]
+        self._queries[: len(indices)] = self._queries[torch.from_numpy(indices)]
+        self._n = len(indices)
 
 
 def _room(n: int, heads: int, group: int, d: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Memory of which parts lie in a file while nobody needs them. Knows bytes, and nothing of pages.
+"""Memory of which parts lie in a file while they are not needed. It is about bytes, and knows nothing of pages.
 
 The memory is cut into chunks. A chunk is anonymous, in huge pages, until something of it leaves memory: then it becomes
 a private mapping of the file. So every byte can be read and written at any time: what left is read from the file, and
@@ -33,7 +33,7 @@ Run = tuple[int, int]  # bytes [first, end)
 
 class ColdFile:
     """The bytes of `memory`, uint8 `[n]`, of which `save`d ones may leave by `drop`. The file is in `folder`, without a
-    name, and gone with the process. A chunk has `least_chunk` bytes or more. Raises KVError where there can be no file.
+    name, and ends with the process. A chunk has `least_chunk` bytes or more. Raises KVError where there can be no file.
 
     `save` may be called from any thread, the others by the one that writes to the memory.
     """
@@ -83,7 +83,8 @@ class ColdFile:
         self._advise(first, size, _RANDOM)  # its neighbours were not asked for
 
     def leave(self, chunk: int) -> None:
-        """Let a chunk, the content of which nobody needs, be anonymous memory again, zeros, and nothing on the disk."""
+        """Let a chunk, whose content is not needed any more, be anonymous memory again: zeros, and nothing on the
+        disk."""
         first, size = self._of(chunk)
         self._map(first, size, mmap.MAP_PRIVATE | _FIXED | _ANONYMOUS, -1, 0)
         if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -99,14 +100,14 @@ class ColdFile:
             os.posix_fadvise(self._file, first, end - first, os.POSIX_FADV_DONTNEED)
 
     def discard(self, first: int, end: int) -> None:
-        """As `drop`, of bytes whose content nobody needs, which then take no room on the disk either."""
+        """As `drop`, of bytes whose content is not needed any more. They then take no room on the disk either."""
         first, end = -(-first // OS_PAGE) * OS_PAGE, end // OS_PAGE * OS_PAGE
         if first < end:
             self._punch(first, end - first)
             self._advise(first, end - first, mmap.MADV_DONTNEED)
 
     def fetch(self, first: int, end: int) -> None:
-        """Begin to read bytes that were dropped. Returns at once; who reads them waits."""
+        """Begin to read bytes that were dropped. Returns at once; the thread that uses the bytes waits for them."""
         first = first // OS_PAGE * OS_PAGE
         self._advise(first, end - first, mmap.MADV_WILLNEED)
 
@@ -115,8 +116,8 @@ class ColdFile:
         return first, min(self.chunk, -(-self.size // OS_PAGE) * OS_PAGE - first)
 
     def _map(self, first: int, size: int, flags: int, file: int, offset: int) -> None:
-        found = self._libc.mmap(self._address + first, size, _READ_WRITE, flags, file, offset)
-        if found != self._address + first:
+        address = self._libc.mmap(self._address + first, size, _READ_WRITE, flags, file, offset)
+        if address != self._address + first:
             raise OSError(ctypes.get_errno(), "mmap of cold KV")
 
     def _advise(self, first: int, size: int, advice: int) -> None:
@@ -156,8 +157,8 @@ def unnamed_file(folder: str) -> int:
 def _file_system(file: int) -> int:
     """The number of a file's file system; 0 where unknown."""
     words = (ctypes.c_ulong * 32)()  # more than a `struct statfs`, which begins with it
-    found = ctypes.CDLL(None).fstatfs(file, words)
-    return 0 if found else words[0] & 0xFFFFFFFF
+    status = ctypes.CDLL(None).fstatfs(file, words)
+    return 0 if status else words[0] & 0xFFFFFFFF
 
 
 def _chunk_bytes(size: int, least: int) -> int:

@@ -1,16 +1,14 @@
-"""Which pages of a part are evicted by the attention that they have got, and how the others are read.
+"""Eviction by attention: which pages of a part it frees, and what stands for them.
 
 A policy that evicts says by positions alone how many of a part's slots below `freed` remain; the store frees the rest
 in every cell (a layer and KV head) of the policy at once. So all its cells hold equally many pages, if not the same.
 
-The mean key and mean value of the tokens that compensated policies have freed, attended as one slot more.
+`HeavyPages` counts how much attention each page has got. The sample of a prompt's queries, which is the denser the
+later, is counted with the first decode query, once all keys are stored. Shares are exact: they are computed from the
+keys themselves.
 
-Sums are kept in float32 for each part, layer and KV head; a fork begins with its parent's.
-
-How much attention each page of a part has got: what policies that evict go by.
-
-The sample of a prompt's queries, which is the denser the later, is counted with the first decode query, once all keys
-are there. Shares are exact: they are computed from the keys themselves.
+`MeanSlots` has the mean key and the mean value of the tokens that compensated policies have freed, which are attended
+as one slot more. Sums are kept in float32 for each part, layer and KV head; a fork begins with its parent's.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ from lamina_kernels.partial import Partial
 from lamina_protocols.messages.layers import LayerSpec
 from lamina_workers.errors import KVError
 from lamina_workers.kv_pages.head_policies import Group
-from lamina_workers.kv_pages.parts import NO_PAGE, Absorbed, Int32, Part
+from lamina_workers.kv_pages.parts import NO_PAGE, Absorbed, Int32, KvPart
 from lamina_workers.policies.policy import Bools, Policy
 from lamina_workers.policies.query_samples import QuerySamples
 
@@ -86,22 +84,22 @@ class MeanSlots:
 
     def absorb(self, absorbed: Absorbed) -> None:
         """Add up pages that were freed. Nothing may have been written to them yet."""
-        at = self._pages.layout
+        layout = self._pages.layout
         cells = torch.from_numpy(absorbed.cells)
         old = self._sums.get(absorbed.handle)
         if old is None:
             shape = absorbed.cells.shape
-            none = torch.zeros(shape, dtype=torch.int64)
-            old = _Sums(absorbed.lo, none, torch.zeros(*shape, at.d_k), torch.zeros(*shape, at.d_v))
+            zeros = torch.zeros(shape, dtype=torch.int64)
+            old = _Sums(absorbed.lo, zeros, torch.zeros(*shape, layout.d_k), torch.zeros(*shape, layout.d_v))
         tokens, k, v = old.tokens.clone(), old.k.clone(), old.v.clone()
-        tokens[cells] += absorbed.pages.shape[1] * at.page_size
+        tokens[cells] += absorbed.pages.shape[1] * layout.page_size
         flat = torch.from_numpy(absorbed.pages.astype(np.int64).reshape(-1))
-        of_k, of_v = torch.empty(len(flat), at.d_k), torch.empty(len(flat), at.d_v)
+        of_k, of_v = torch.empty(len(flat), layout.d_k), torch.empty(len(flat), layout.d_v)
         for first in range(0, len(flat), AT_ONCE):
-            some = flat[first : first + AT_ONCE]
-            page_k, page_v = gather(self._pages, some, len(some) * at.page_size)
-            of_k[first : first + AT_ONCE] = page_k.float().view(len(some), at.page_size, -1).sum(1)
-            of_v[first : first + AT_ONCE] = page_v.float().view(len(some), at.page_size, -1).sum(1)
+            numbers = flat[first : first + AT_ONCE]
+            page_k, page_v = gather(self._pages, numbers, len(numbers) * layout.page_size)
+            of_k[first : first + AT_ONCE] = page_k.float().view(len(numbers), layout.page_size, -1).sum(1)
+            of_v[first : first + AT_ONCE] = page_v.float().view(len(numbers), layout.page_size, -1).sum(1)
         k[cells] += of_k.view(*absorbed.pages.shape, -1).sum(1)
         v[cells] += of_v.view(*absorbed.pages.shape, -1).sum(1)
         self._sums[absorbed.handle] = _Sums(absorbed.lo, tokens, k, v)
@@ -121,14 +119,14 @@ class MeanSlots:
         if not cells:
             return None
         sums = [(self._sums[handle], head) for handle, head, _ in cells]
-        tokens = torch.stack([of.tokens[:, head] for of, head in sums], 1)
-        k = torch.stack([of.k[:, head] for of, head in sums], 1)
-        v = torch.stack([of.v[:, head] for of, head in sums], 1)
+        tokens = torch.stack([head_sums.tokens[:, head] for head_sums, head in sums], 1)
+        k = torch.stack([head_sums.k[:, head] for head_sums, head in sums], 1)
+        v = torch.stack([head_sums.v[:, head] for head_sums, head in sums], 1)
         counts = tokens.float().clamp(min=1).unsqueeze(-1)
         vectors = [of_cell for *_, of_cell in cells]
         numbers = torch.repeat_interleave(torch.arange(len(cells)), torch.tensor([len(x) for x in vectors]))
-        made = torch.cat(vectors), numbers, tokens.float().log(), k / counts, v / counts
-        return MeanReading(*(x.to(self._pages.arena.device) for x in made))
+        reading = torch.cat(vectors), numbers, tokens.float().log(), k / counts, v / counts
+        return MeanReading(*(x.to(self._pages.arena.device) for x in reading))
 
 
 Float32 = npt.NDArray[np.float32]
@@ -142,30 +140,31 @@ class PageAttention(Protocol):
         order. None while too few queries are counted in one of them."""
 
 
-def freed_slots(part: Part, group: Group) -> int:
+def freed_slots(part: KvPart, group: Group) -> int:
     """Below which slot a group has freed pages, the same in all of its cells where it evicts."""
     return int(part.freed[group.cells].max())
 
 
-def evicted(part: Part, group: Group, got: Float32, sinks: int, remaining: int) -> Bools:
+def evicted(part: KvPart, group: Group, got: Float32, sinks: int, remaining: int) -> Bools:
     """The slots to free, bool `[layers, heads, slots]`, so that `remaining` are left of those that `got`, float32
-    `[cells, slots]`, is about: those with most attention, and the first `sinks`. What is gone stays so."""
-    held = part.table[group.cells, : got.shape[1]] != NO_PAGE
-    got = np.where(held, got, -1)
+    `[cells, slots]`, is about: those with most attention, and the first `sinks`. What was evicted does not come
+    back."""
+    occupied = part.table[group.cells, : got.shape[1]] != NO_PAGE
+    got = np.where(occupied, got, -1)
     got[:, :sinks] = np.inf
-    gone = held.copy()
-    np.put_along_axis(gone, np.argsort(-got, axis=1, kind="stable")[:, :remaining], False, axis=1)
+    leaving = occupied.copy()
+    np.put_along_axis(leaving, np.argsort(-got, axis=1, kind="stable")[:, :remaining], False, axis=1)
     where = np.zeros((*group.cells.shape, got.shape[1]), np.bool_)
-    where[group.cells] = gone
+    where[group.cells] = leaving
     return where
 
 
-def remaining_slots(part: Part, group: Group, freed: int, size: int) -> int:
+def remaining_slots(part: KvPart, group: Group, freed: int, size: int) -> int:
     """How many of a group's slots below `freed` are held, where it evicts."""
     return group.policy.remaining(min(freed, group.sinks(part.lo, size)), freed)
 
 
-def gap(part: Part, policy: Policy, size: int) -> tuple[int, int]:
+def gap(part: KvPart, policy: Policy, size: int) -> tuple[int, int]:
     """The slots [first, end) of a part's heads of a policy for which a mean stands, or which are empty in `readable`.
     Pages have `size` tokens."""
     for group in part.groups:
@@ -176,7 +175,7 @@ def gap(part: Part, policy: Policy, size: int) -> tuple[int, int]:
     return 0, 0
 
 
-def counts(part: Part, policy: Policy, start: int, size: int) -> bool:
+def counts(part: KvPart, policy: Policy, start: int, size: int) -> bool:
     """Whether the attention of a decode step at `start` is counted: in every `every`-th, and until pages that are too
     many have been evicted."""
     for group in part.groups:
@@ -187,18 +186,18 @@ def counts(part: Part, policy: Policy, start: int, size: int) -> bool:
     return False
 
 
-def staying(part: Part, size: int) -> Bools:
+def staying(part: KvPart, size: int) -> Bools:
     """The slots of every layer and head, `[layers, heads, capacity]`, that are held behind what was freed; where pages
     are evicted, those that are left."""
     slots = np.arange(part.table.shape[2])
     stay = np.zeros(part.table.shape, np.bool_)
     for group in part.groups:
-        held = part.table[group.cells] != NO_PAGE
-        stay[group.cells] = held if group.policy.evicts else group.policy.stays(part.lo + slots * size, size)
+        occupied = part.table[group.cells] != NO_PAGE
+        stay[group.cells] = occupied if group.policy.evicts else group.policy.stays(part.lo + slots * size, size)
     return stay
 
 
-def readable(part: Part) -> Int32:
+def readable(part: KvPart) -> Int32:
     """The part's table; where groups have evicted, the pages that remain stand first."""
     table = part.table
     for group in part.groups:
@@ -206,17 +205,17 @@ def readable(part: Part) -> Int32:
         if freed:
             table = table.copy() if table is part.table else table
             pages = table[group.cells, :freed]
-            left = pages[pages != NO_PAGE].reshape(len(pages), -1)
-            table[group.cells, : left.shape[1]] = left
+            entries = pages[pages != NO_PAGE].reshape(len(pages), -1)
+            table[group.cells, : entries.shape[1]] = entries
     return table
 
 
-def check_evicted(handle: int, part: Part, group: Group, sinks: int, remaining: int) -> None:
+def check_evicted(handle: int, part: KvPart, group: Group, sinks: int, remaining: int) -> None:
     """Raise KVError unless so many pages of a group that evicts remain, and its sinks."""
-    held = part.table[group.cells, : freed_slots(part, group)] != NO_PAGE
-    if (held.sum(1) != remaining).any() or not held[:, :sinks].all():
+    occupied = part.table[group.cells, : freed_slots(part, group)] != NO_PAGE
+    if (occupied.sum(1) != remaining).any() or not occupied[:, :sinks].all():
         raise KVError(
-            f"part {handle} holds {held.sum(1)} pages that were not evicted; {group.policy} keeps {remaining}"
+            f"part {handle} holds {occupied.sum(1)} pages that were not evicted; {group.policy} keeps {remaining}"
         )
 
 
@@ -229,7 +228,7 @@ class CountedQuery(NamedTuple):
     its first vector in the flat q, with `group` for every head of the part; `position` counts from the part's first."""
 
     handle: int
-    part: Part
+    part: KvPart
     heads: tuple[int, ...]
     first: int
     group: int
@@ -264,26 +263,28 @@ class HeavyPages:
         """Count a query of a layer, and before it what is sampled of the prompt; q: `[n, d_k]`, flat."""
         counts, heads = self._counts.setdefault(query.handle, {}), list(query.heads)
         tables, size = query.part.table[spec.kv_layer, heads], self._pages.layout.page_size
-        held = tables[:, : query.position // size] != NO_PAGE  # equally many of each head
-        pages = tables[:, : held.shape[1]][held].reshape(len(heads), -1)
+        occupied = tables[:, : query.position // size] != NO_PAGE  # equally many of each head
+        pages = tables[:, : occupied.shape[1]][occupied].reshape(len(heads), -1)
         keys = gather_keys(self._pages, torch.from_numpy(pages.astype(np.int64)).to(self._pages.arena.device))
         vectors = q[query.first : query.first + len(query.part.heads) * query.group]
         by_head = vectors.unflatten(0, (-1, query.group))
-        for at, number in enumerate(heads):
-            before, slots = counts.get((spec.kv_layer, number)), np.flatnonzero(held[at])
-            positions, asked = self._asked(query, layer, number, by_head[number], 0 if before is None else before.at)
+        for index, number in enumerate(heads):
+            before, slots = counts.get((spec.kv_layer, number)), np.flatnonzero(occupied[index])
+            positions, queries_of_head = self._asked(
+                query, layer, number, by_head[number], 0 if before is None else before.at
+            )
             got = np.zeros((query.group, tables.shape[1]), np.float32)
-            seen, queries = np.zeros(tables.shape[1], np.float32), len(positions)
+            viewers, queries = np.zeros(tables.shape[1], np.float32), len(positions)
             if before is not None:
-                known = min(len(before.seen), len(seen))
-                got[:, :known], seen[:known] = before.got[:, :known], before.seen[:known]
+                previous = min(len(before.seen), len(viewers))
+                got[:, :previous], viewers[:previous] = before.got[:, :previous], before.seen[:previous]
                 queries += before.queries
             for lo in range(0, len(positions) if len(slots) else 0, _AT_ONCE):
-                some = slice(lo, lo + _AT_ONCE)
-                could = (slots + 1) * size <= positions[some, None]
-                got[:, slots] += _shares(asked[some], keys[:, at], could, spec)
-                seen[slots] += could.sum(0)
-            counts[spec.kv_layer, number] = _Count(query.position, queries, got, seen)
+                rows = slice(lo, lo + _AT_ONCE)
+                could = (slots + 1) * size <= positions[rows, None]
+                got[:, slots] += _shares(queries_of_head[rows], keys[:, index], could, spec)
+                viewers[slots] += could.sum(0)
+            counts[spec.kv_layer, number] = _Count(query.position, queries, got, viewers)
 
     def _asked(
         self, query: CountedQuery, layer: int, number: int, q: torch.Tensor, since: int
@@ -293,28 +294,28 @@ class HeavyPages:
         heads, positions, sampled = self._samples.between(query.handle, layer, since, query.position)
         if (head := query.part.heads[number]) not in heads:
             return np.array([query.position]), q[None]
-        both = torch.cat([sampled[:, heads.index(head)].to(q), q[None]])
-        return np.append(positions, query.position), both
+        vectors = torch.cat([sampled[:, heads.index(head)].to(q), q[None]])
+        return np.append(positions, query.position), vectors
 
     def of(self, handle: int, cells: Bools, slots: int) -> Float32 | None:
         """As `PageAttention.of`: a page's mean share of the queries that could see it, in the query head where it is
         largest."""
-        known = self._counts.get(handle, {})
-        counts = [known.get((layer, head)) for layer, head in np.argwhere(cells).tolist()]
+        of_part = self._counts.get(handle, {})
+        counts = [of_part.get((layer, head)) for layer, head in np.argwhere(cells).tolist()]
         rows = np.zeros((len(counts), slots), np.float32)
         for row, count in zip(rows, counts, strict=True):
             if count is None or count.queries < LEAST:
                 return None
-            there = min(slots, len(count.seen))
-            row[:there] = count.got[:, :there].max(0) / np.maximum(count.seen[:there], 1)
+            length = min(slots, len(count.seen))
+            row[:length] = count.got[:, :length].max(0) / np.maximum(count.seen[:length], 1)
         return rows
 
     def written(self, handle: int, start: int) -> None:
         """A part's tokens from `start` on are new, or differ from before."""
-        counts, kept = self._counts.get(handle, {}), start // self._pages.layout.page_size
+        counts, full_pages = self._counts.get(handle, {}), start // self._pages.layout.page_size
         for key, count in counts.items():
             if count.at > start:
-                counts[key] = replace(count, at=start, got=count.got[:, :kept], seen=count.seen[:kept])
+                counts[key] = replace(count, at=start, got=count.got[:, :full_pages], seen=count.seen[:full_pages])
 
     def fork(self, handle: int, parent: int, tokens: int) -> None:
         """A part is new, and has the first `tokens` of another."""
@@ -339,5 +340,5 @@ def _shares(q: torch.Tensor, keys: torch.Tensor, could: Bools, spec: LayerSpec) 
     by_page = weights.unflatten(2, (could.shape[1], -1)).sum(-1)
     by_page *= torch.from_numpy(could).to(keys.device)[:, None]
     shares = (by_page / by_page.sum(-1, keepdim=True)).nan_to_num_(0, 0)
-    found: Float32 = shares.sum(0).cpu().numpy()
-    return found
+    mass: Float32 = shares.sum(0).cpu().numpy()
+    return mass

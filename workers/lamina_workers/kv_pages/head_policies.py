@@ -1,7 +1,5 @@
 """The policies of KV heads: a holder's own, by the texts of its `HolderConfig`, or one that a part has for all heads.
-Parsed once for reading and for keeping.
-
-Promises that a stored layer keeps all that any layer which reads it can see.
+They are parsed once for reading and for keeping. A stored layer keeps all that any layer which reads it can see.
 """
 
 from __future__ import annotations
@@ -50,7 +48,7 @@ class HeadPolicies:
         readers: list[list[LayerPolicies]] = [[] for _ in range(1 + max(spec.kv_layer for spec in config.layers))]
         for spec, policies in zip(config.layers, reads, strict=True):
             readers[spec.kv_layer].append(policies)
-        every = [[(parse("full"),) * spec.kv_heads] for spec in config.layers]  # of a layer that nobody reads
+        every = [[(parse("full"),) * spec.kv_heads] for spec in config.layers]  # of a layer that is not read
         keepers = (
             tuple(map(_together, zip(*of_layer or unread, strict=True)))
             for of_layer, unread in zip(readers, every, strict=False)
@@ -123,8 +121,8 @@ class _Together(Policy):
         return max(policy.sinks for policy in self.policies)
 
     def stays(self, positions: Ints, size: int) -> Bools:
-        kept: Bools = np.any([policy.stays(positions, size) for policy in self.policies], axis=0)
-        return kept
+        union: Bools = np.any([policy.stays(positions, size) for policy in self.policies], axis=0)
+        return union
 
     def seen_from(self, start: int) -> int:
         return min(policy.seen_from(start) for policy in self.policies)
@@ -137,27 +135,27 @@ def _together(policies: Sequence[Policy]) -> Policy:
 
 def _asked(config: HolderConfig, policy: str) -> HeadPolicies:
     """The policies of a part that has its own."""
-    own = HeadPolicies.of(config)
-    if own.indexed:
+    present = HeadPolicies.of(config)
+    if present.indexed:
         raise PolicyError(f"the policy is {policy!r:.80}; allowed is none: the model's own index chooses what is read")
     layers = tuple(replace(spec, policies=(policy,) * spec.kv_heads) for spec in config.layers)
-    found = HeadPolicies.of(replace(config, layers=layers))
-    if found.sketched and not own.sketched:
+    requested = HeadPolicies.of(replace(config, layers=layers))
+    if requested.sketched and not present.sketched:
         raise PolicyError(
             f"the policy {policy:.80} chooses by sketches of pages, which this engine does not keep; allowed here are "
             "static policies, and any where the engine has sketches=True or a policy that chooses"
         )
-    if any(each.builds for each in found.distinct) and not any(each.builds for each in own.distinct):
+    if any(rule.builds for rule in requested.distinct) and not any(rule.builds for rule in present.distinct):
         raise PolicyError(
             f"the policy {policy:.80} builds an index of keys, which this engine does not; allowed here is the same "
             "without an index, or an engine whose own policy builds one"
         )
-    if any(each.evicts for each in found.distinct) and not any(each.evicts for each in own.distinct):
+    if any(rule.evicts for rule in requested.distinct) and not any(rule.evicts for rule in present.distinct):
         raise PolicyError(
             f"the policy {policy:.80} evicts what others could share, which this engine does not; allowed here are "
             "policies that do not, or an engine whose own policy evicts"
         )
-    return found
+    return requested
 
 
 def _parsed(spec: LayerSpec, page_size: int) -> LayerPolicies:
@@ -193,7 +191,7 @@ class Group:
 def read_alike(policies: tuple[HeadPolicies, ...]) -> tuple[int, ...]:
     """By layer, a number that the layers have in common which are read alike under each of these; from 0 on."""
     numbers: dict[tuple[int, ...], int] = {}
-    of_layers = zip(*(each.alike for each in policies), strict=True)
+    of_layers = zip(*(policy.alike for policy in policies), strict=True)
     return tuple(numbers.setdefault(alike, len(numbers)) for alike in of_layers)
 
 
@@ -207,14 +205,14 @@ class Retention:
 
     def groups(self, heads: tuple[int, ...]) -> tuple[Group, ...]:
         """The groups of a part of those heads, in their order."""
-        found = self._by_heads.get(heads)
-        if found is None:
+        groups_of_heads = self._by_heads.get(heads)
+        if groups_of_heads is None:
             groups = [
                 Group(policy, np.array([[layer[head] == policy for head in heads] for layer in self._keepers]))
                 for policy in self._releasing
             ]
-            found = self._by_heads[heads] = tuple(group for group in groups if group.cells.any())
-        return found
+            groups_of_heads = self._by_heads[heads] = tuple(group for group in groups if group.cells.any())
+        return groups_of_heads
 
 
 @lru_cache(maxsize=1 << 14)
@@ -227,5 +225,5 @@ def returns_to(policy: Policy, position: int) -> int:
 def lowest_length(policy: Policy, lo: int, freed: int, size: int) -> int:
     """The lowest length to which a part of that policy, of pages from position `lo` on, can return: the first `freed`
     of them are gone, but for what stays."""
-    gone = np.flatnonzero(~policy.stays(lo + np.arange(freed) * size, size))
-    return policy.returns_to(lo + (int(gone[-1]) + 1) * size) if len(gone) else 0
+    dropped_slots = np.flatnonzero(~policy.stays(lo + np.arange(freed) * size, size))
+    return policy.returns_to(lo + (int(dropped_slots[-1]) + 1) * size) if len(dropped_slots) else 0

@@ -5,7 +5,7 @@ holds its positions `lo + slot * page_size ...`; -1 where none is held. Forks sh
 shared page is copied before its first write. `update` is all or nothing: it either reserves every page that the
 batch can need, in every layer, or leaves the store as it was. Nothing else allocates.
 
-Whether operations on parts are possible, and whether a part holds what its policies keep, and nothing else.
+Operations on parts are checked before, and a part can be checked: it holds what its policies keep, and nothing else.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lamina_workers.kv_pages.eviction import (
     staying,
 )
 from lamina_workers.kv_pages.head_policies import Group, HeadPolicies
-from lamina_workers.kv_pages.parts import NO_PAGE, Absorbed, Int32, Part, PartTable, Reservation
+from lamina_workers.kv_pages.parts import NO_PAGE, Absorbed, Int32, KvPart, PartTable, Reservation
 
 
 def check_open(open_: Open, kv_heads: int) -> None:
@@ -42,7 +42,7 @@ def check_open(open_: Open, kv_heads: int) -> None:
         raise KVError(f"part {open_.handle} of heads {open_.heads} and range [{open_.lo}, {open_.hi}) is empty")
 
 
-def check_bound(bound: Bound, part: Part, size: int) -> None:
+def check_bound(bound: Bound, part: KvPart, size: int) -> None:
     """Raise KVError unless a part, of pages of `size` tokens, can end where it is told to."""
     lowest = max(part.lo + 1, part.floor(size) if part.held > bound.hi else 0)
     if not lowest <= bound.hi <= part.hi or (bound.hi - part.lo) % size:
@@ -52,11 +52,11 @@ def check_bound(bound: Bound, part: Part, size: int) -> None:
         )
 
 
-def check_part(handle: int, part: Part, n_pages: int, size: int) -> None:
+def check_part(handle: int, part: KvPart, n_pages: int, size: int) -> None:
     """Raise KVError unless a part holds what it should. Its pool has `n_pages` pages of `size` tokens."""
-    held = part.table[part.table != NO_PAGE]
-    if held.size and (held.min() < 0 or held.max() >= n_pages):
-        raise KVError(f"part {handle} names page {held.max()} of {n_pages}")
+    occupied = part.table[part.table != NO_PAGE]
+    if occupied.size and (occupied.min() < 0 or occupied.max() >= n_pages):
+        raise KVError(f"part {handle} names page {occupied.max()} of {n_pages}")
     if not part.lo <= part.stored <= part.held <= part.hi:
         raise KVError(f"part {handle} holds up to {part.stored}, {part.held}, outside [{part.lo}, {part.hi}]")
     for group in part.groups:
@@ -64,8 +64,8 @@ def check_part(handle: int, part: Part, n_pages: int, size: int) -> None:
             sinks = min(freed, group.sinks(part.lo, size))
             check_evicted(handle, part, group, sinks, group.policy.remaining(sinks, freed))
     slots = np.arange(part.table.shape[2])
-    gone = (slots < part.freed[..., None]) & ~staying(part, size)
-    inside = ~gone & (slots < -(-(part.held - part.lo) // size))
+    absent = (slots < part.freed[..., None]) & ~staying(part, size)
+    inside = ~absent & (slots < -(-(part.held - part.lo) // size))
     for layer, table in enumerate(part.table):
         if (table[inside[layer]] == NO_PAGE).any():
             raise KVError(f"part {handle} lacks a page in layer {layer} that it should hold")
@@ -76,7 +76,7 @@ def check_part(handle: int, part: Part, n_pages: int, size: int) -> None:
 ABSORBED_AT_ONCE = 32  # slots of a part, in every layer and head, for which a mean begins to stand in one step
 
 
-class KVStore(PartTable[Part]):
+class KVStore(PartTable[KvPart]):
     """The tables and pages of one pool, of which `config` is: numbers of pages, not their contents. Parts without a
     policy of their own have `policies`."""
 
@@ -112,7 +112,7 @@ class KVStore(PartTable[Part]):
             self.revert()
             raise
 
-    def can_go_on(self, parts: Sequence[Part], rows: Sequence[Row]) -> bool:
+    def can_go_on(self, parts: Sequence[KvPart], rows: Sequence[Row]) -> bool:
         """Whether each part can store its row: its range reaches so far, pages are not short, and no mean takes the
         place of pages that it frees."""
         size, more = self.config.page_size, 0
@@ -126,7 +126,7 @@ class KVStore(PartTable[Part]):
                 more += len(part.heads) * ((part.lo - part.held) // size - (part.lo - end) // size)
         return self._layers * more <= self._pool.free
 
-    def go_on(self, parts: Sequence[Part], rows: Sequence[Row]) -> tuple[set[int], set[int]]:
+    def go_on(self, parts: Sequence[KvPart], rows: Sequence[Row]) -> tuple[set[int], set[int]]:
         """Cut each part back to its row's start, free what no query from there on can see, and reserve for the row, for
         which there is room: as `update` would, where parts are different and own the pages that are written. Returns
         the parts, by number, that have other pages where they store, and those that have freed some; the table of the
@@ -134,9 +134,9 @@ class KVStore(PartTable[Part]):
         changed, freeing = set(), set()
         for number, (part, row) in enumerate(zip(parts, rows, strict=True)):
             if row.start < part.held:
-                used, held = self._slots(row.start - part.lo), self._slots(part.held - part.lo)
-                if used < held:
-                    tail = part.table[:, :, used:held]
+                used, held_slots = self._slots(row.start - part.lo), self._slots(part.held - part.lo)
+                if used < held_slots:
+                    tail = part.table[:, :, used:held_slots]
                     self._drop(tail, tail != NO_PAGE)
                     changed.add(number)
                 part.held, part.stored = row.start, min(part.stored, row.start)
@@ -168,10 +168,10 @@ class KVStore(PartTable[Part]):
 
     @property
     def shares(self) -> int:
-        """As long as this number stays the same, nobody has got a share of another part's pages."""
+        """As long as this number stays the same, no part has got a share of another part's pages."""
         return self._pool.shares
 
-    def owns_from(self, part: Part, position: int) -> bool:
+    def owns_from(self, part: KvPart, position: int) -> bool:
         """Whether no other part has the pages that hold a part's tokens from a position on, in any layer and head."""
         used = self._slots(part.held - part.lo)
         return not self._pool.shared(part.table[:, :, (position - part.lo) // self.config.page_size : used]).any()
@@ -189,10 +189,10 @@ class KVStore(PartTable[Part]):
         counted = np.zeros(self.n_pages, np.int32)
         for handle, part in self._parts.items():
             check_part(handle, part, self.n_pages, self.config.page_size)
-            held = part.table[part.table != NO_PAGE]
-            if (told := part.pages(self.config.page_size)[0]) != len(held):
-                raise KVError(f"part {handle} holds {len(held)} pages, and says {told}")
-            np.add.at(counted, held, 1)
+            occupied = part.table[part.table != NO_PAGE]
+            if (page_count := part.pages(self.config.page_size)[0]) != len(occupied):
+                raise KVError(f"part {handle} holds {len(occupied)} pages, and says {page_count}")
+            np.add.at(counted, occupied, 1)
         self._check_tables()
         self._pool.check_integrity(counted)
 
@@ -206,7 +206,7 @@ class KVStore(PartTable[Part]):
                 check_open(operation, self.config.layers[0].kv_heads)
                 freed = np.zeros((self._layers, len(heads)), np.int32)
                 policies = self._policies_of(handle, policy)
-                self._insert(handle, Part(policies, heads, lo, hi, lo, lo, self._table(len(heads), 0), freed))
+                self._insert(handle, KvPart(policies, heads, lo, hi, lo, lo, self._table(len(heads), 0), freed))
             case Fork(handle, parent, length, policy):
                 policies = self._policies_of(handle, policy)
                 self._insert(handle, self._forked(self.part(parent), parent, length, policies))
@@ -226,22 +226,22 @@ class KVStore(PartTable[Part]):
         except PolicyError as error:
             raise KVError(f"part {handle}: {error}") from error
 
-    def _forked(self, source: Part, parent: int, length: int, policies: HeadPolicies) -> Part:
+    def _forked(self, source: KvPart, parent: int, length: int, policies: HeadPolicies) -> KvPart:
         """What `source`, of handle `parent`, keeps of the sequence's first `length` tokens, for a part of these
         policies: all where its range ends below `length`, nothing where it begins there or above."""
-        held = max(source.lo, min(length, source.hi))
-        lowest = self.floor(source) if held > source.lo else 0
+        end = max(source.lo, min(length, source.hi))
+        lowest = self.floor(source) if end > source.lo else 0
         if length < lowest:
             raise KVError(f"cannot fork part {parent} at {length}, allowed: {lowest} or more")
-        if held > source.held:
+        if end > source.held:
             raise KVError(f"cannot fork part {parent} at {length}, it holds up to {source.held}")
-        used = self._slots(held - source.lo)
+        used = self._slots(end - source.lo)
         table, freed = source.table[:, :, :used].copy(), np.minimum(source.freed, used)
         part = dataclasses.replace(
             source,
             policies=policies,
-            held=held,
-            stored=min(held, source.stored),
+            held=end,
+            stored=min(end, source.stored),
             table=table,
             freed=freed,
             absent=None if source.freed.any() else 0,
@@ -252,17 +252,17 @@ class KVStore(PartTable[Part]):
         self._pool.share(part.table[part.table != NO_PAGE])
         return part
 
-    def _take_over(self, part: Part, parent: int, length: int) -> None:
+    def _take_over(self, part: KvPart, parent: int, length: int) -> None:
         """Count what the parent has let go of as let go by `part`, its fork of other policies, whose queries come from
         `length` on. Raises KVError where one of them sees some of it."""
         slots = np.arange(part.table.shape[2])
-        gone = (part.table == NO_PAGE) & (slots < self._slots(part.held - part.lo))
+        missing = (part.table == NO_PAGE) & (slots < self._slots(part.held - part.lo))
         stay = staying(part, self.config.page_size)
-        part.freed = np.where(gone, slots + 1, 0).max(axis=2, initial=0).astype(np.int32)
+        part.freed = np.where(missing, slots + 1, 0).max(axis=2, initial=0).astype(np.int32)
         lowest = np.zeros_like(part.freed)
         for group in part.groups:
             lowest[group.cells] = max(0, group.policy.seen_from(length) - part.lo) // self.config.page_size
-        if (gone & stay).any() or (part.freed > lowest).any():
+        if (missing & stay).any() or (part.freed > lowest).any():
             raise KVError(f"cannot fork part {parent} at {length} for other policies, which see what it has let go of")
         part.table[(slots < part.freed[..., None]) & ~stay] = NO_PAGE
         part.absent = None
@@ -288,17 +288,17 @@ class KVStore(PartTable[Part]):
             return 0
         return row.start if min(row.start, part.hi) <= part.stored else part.stored
 
-    def _cut(self, part: Part, row: Row) -> None:
+    def _cut(self, part: KvPart, row: Row) -> None:
         """Cut back to the row's start, then free."""
         self._cut_back(part, row.start)
         self._free(part, row)
 
-    def _cut_back(self, part: Part, start: int) -> None:
-        held, stored = part.held, part.stored
-        part.held, part.stored = (max(part.lo, min(upto, start)) for upto in (held, stored))
+    def _cut_back(self, part: KvPart, start: int) -> None:
+        end, stored = part.held, part.stored
+        part.held, part.stored = (max(part.lo, min(upto, start)) for upto in (end, stored))
 
         def undo() -> None:
-            part.held, part.stored = held, stored
+            part.held, part.stored = end, stored
 
         self._undo.append(undo)
         used = self._slots(part.held - part.lo)
@@ -306,25 +306,25 @@ class KVStore(PartTable[Part]):
         self._drop(tail, tail != NO_PAGE)
         part.absent = part.absent and None  # some of them may have been above
 
-    def _free(self, part: Part, row: Row) -> None:
+    def _free(self, part: KvPart, row: Row) -> None:
         """Free what no query from the row's start on can see, or a mean stands for."""
         for group in part.groups:
             lowest = group.policy.seen_from(row.start)
             if group.policy.compensated and row.chooses and row.read is not None:
                 lowest = self._absorbs_to(part, group, min(group.policy.kept_from(row.start), row.read[1]))
             freed = min(max(0, (lowest - part.lo) // self.config.page_size), self._slots(part.held - part.lo))
-            gone = self._let_go(part, group, freed)
-            if group.policy.compensated and gone.size:
-                pages = gone.reshape(np.count_nonzero(group.cells), -1)
+            leaving = self._let_go(part, group, freed)
+            if group.policy.compensated and leaving.size:
+                pages = leaving.reshape(np.count_nonzero(group.cells), -1)
                 self._absorbed.append(Absorbed(row.handle, part.lo, group.cells, pages))
 
-    def _absorbs_to(self, part: Part, group: Group, position: int) -> int:
+    def _absorbs_to(self, part: KvPart, group: Group, position: int) -> int:
         """Up to where pages below `position` are freed in this step. The mean takes time, so a long prompt's pages are
         freed in several steps."""
-        held = max(int(part.freed[group.cells].max()), group.sinks(part.lo, self.config.page_size))
-        return min(position, part.lo + (held + ABSORBED_AT_ONCE) * self.config.page_size)
+        absorbed = max(int(part.freed[group.cells].max()), group.sinks(part.lo, self.config.page_size))
+        return min(position, part.lo + (absorbed + ABSORBED_AT_ONCE) * self.config.page_size)
 
-    def _let_go(self, part: Part, group: Group, freed: int) -> Int32:
+    def _let_go(self, part: KvPart, group: Group, freed: int) -> Int32:
         """Free a group's slots below `freed`, but for those that stay. Returns the pages, int32 `[n]`, cell by cell."""
         before = part.freed.copy()
         part.freed[group.cells] = np.maximum(before[group.cells], freed)
@@ -335,12 +335,12 @@ class KVStore(PartTable[Part]):
         first = int(before[group.cells].min())
         view = part.table[:, :, first:freed]
         slots = np.arange(first, freed)
-        gone = (slots >= before[..., None]) & ~group.policy.stays(
+        leaving = (slots >= before[..., None]) & ~group.policy.stays(
             part.lo + slots * self.config.page_size, self.config.page_size
         )
-        return self._drop(view, group.cells[..., None] & gone & (view != NO_PAGE))
+        return self._drop(view, group.cells[..., None] & leaving & (view != NO_PAGE))
 
-    def _evict(self, part: Part, row: Row) -> None:
+    def _evict(self, part: KvPart, row: Row) -> None:
         """Free the pages behind the recent ones that have got the least attention, where that is known; parts whose
         range is full do so too."""
         lo, hi = row.read or (0, 0)
@@ -351,11 +351,11 @@ class KVStore(PartTable[Part]):
                 continue
             got = self.attention.of(row.handle, group.cells, freed) if self.attention is not None else None
             if got is not None:
-                gone = evicted(part, group, got, group.sinks(part.lo, self.config.page_size), remaining)
+                leaving = evicted(part, group, got, group.sinks(part.lo, self.config.page_size), remaining)
                 part.freed[group.cells] = freed
                 part.absent = part.frees_from = None
                 self._undo.append(partial(part.freed.__setitem__, ..., before))
-                self._drop(part.table[:, :, :freed], gone)
+                self._drop(part.table[:, :, :freed], leaving)
 
     def _drop(self, view: Int32, where: npt.NDArray[np.bool_]) -> Int32:
         """Free the pages that `view`, a slice of a table, names there, and return them."""
@@ -378,7 +378,7 @@ class KVStore(PartTable[Part]):
         needed = sum(shared) + sum(self._missing(*write) for write in writes)
         if needed > self._pool.free:
             raise PoolExhausted(f"{needed} pages needed, {self._pool.free} of {self.n_pages} are free")
-        copies = [self._own(*write) for write, some in zip(writes, shared, strict=True) if some]
+        copies = [self._own(*write) for write, is_shared in zip(writes, shared, strict=True) if is_shared]
         for part, _, end in writes:
             self._extend(part, end)
         return Reservation(
@@ -388,7 +388,7 @@ class KVStore(PartTable[Part]):
             tuple(self._absorbed),
         )
 
-    def _shared(self, part: Part, first: int, _end: int) -> npt.NDArray[np.bool_]:
+    def _shared(self, part: KvPart, first: int, _end: int) -> npt.NDArray[np.bool_]:
         """[layers, heads]: whether the page that `first` falls into holds tokens and belongs to others too."""
         slot, offset = divmod(first, self.config.page_size)
         if not offset:
@@ -397,10 +397,10 @@ class KVStore(PartTable[Part]):
         shared: npt.NDArray[np.bool_] = (pages != NO_PAGE) & self._pool.shared(pages)
         return shared
 
-    def _missing(self, part: Part, first: int, end: int) -> int:
+    def _missing(self, part: KvPart, first: int, end: int) -> int:
         return self._layers * len(part.heads) * (self._slots(end) - self._slots(first))
 
-    def _own(self, part: Part, first: int, end: int) -> tuple[Int32, Int32]:
+    def _own(self, part: KvPart, first: int, end: int) -> tuple[Int32, Int32]:
         """Replace shared pages that will be written. Returns the pages to copy from, and those to copy to."""
         shared = self._shared(part, first, end)
         if not shared.any():
@@ -415,22 +415,22 @@ class KVStore(PartTable[Part]):
         self._undo.append(lambda: table.__setitem__((layers, heads, slot), sources))
         return sources, targets
 
-    def _extend(self, part: Part, end: int) -> None:
-        table, held = part.table, part.held
-        start, stop = self._slots(held - part.lo), self._slots(end)
+    def _extend(self, part: KvPart, end: int) -> None:
+        table, previous = part.table, part.held
+        start, stop = self._slots(previous - part.lo), self._slots(end)
         self._widen(part, stop)
         fresh = part.table[:, :, start:stop]
 
         def undo() -> None:
             fresh[...] = NO_PAGE
-            part.table, part.held = table, held
+            part.table, part.held = table, previous
 
         self._undo.append(undo)
         if stop > start:
             fresh[...] = self._pool.take(fresh.size).reshape(fresh.shape)
         part.held = part.lo + end
 
-    def _widen(self, part: Part, slots: int) -> None:
+    def _widen(self, part: KvPart, slots: int) -> None:
         """Let a part's table have room for so many slots: where it has not, the part gets another table."""
         table = part.table
         if slots > table.shape[2]:
@@ -441,7 +441,7 @@ class KVStore(PartTable[Part]):
     def _slots(self, tokens: int) -> int:
         return -(-tokens // self.config.page_size)
 
-    def floor(self, part: Part) -> int:
+    def floor(self, part: KvPart) -> int:
         """The lowest length to which the part can return: there all that any query sees must still be held."""
         return part.floor(self.config.page_size)
 

@@ -1,10 +1,7 @@
-"""Pages by number: which are free, and how many parts share each. Knows no part, and nothing of a page's content.
+"""What a holder keeps of a sequence (`KvPart`), the parts of one pool, and the pages that they share (`PagePool`).
 
-The parts of one pool by handle, the pages that they share, and the bytes that their tables take.
-
-Each change appends to `_undo` what takes it back, so that an announcement is taken whole or not at all.
-
-What a holder keeps of a sequence, and what one accepted batch may write.
+The page pool knows which pages are free and how many parts share each, but no part and no page's content. Each change
+of the parts appends to `_undo` what takes it back, so that an announcement is taken as a whole or not at all.
 """
 
 from __future__ import annotations
@@ -27,7 +24,7 @@ NO_PAGE = -1  # where a table names none
 class PagePool:
     """`n_pages` pages. Each change appends to `undo` what takes it back; they are taken back in reverse order.
 
-    `shares` counts how often pages were shared: as long as it stays the same, nobody has got a page beside its owner.
+    `shares` counts how often pages were shared: as long as it stays the same, no part has got a page beside its owner.
     """
 
     def __init__(self, n_pages: int, undo: list[Callable[[], None]]) -> None:
@@ -43,7 +40,7 @@ class PagePool:
 
     @property
     def free(self) -> int:
-        """How many pages nobody has."""
+        """How many pages are in no part."""
         return self._free
 
     @property
@@ -59,7 +56,7 @@ class PagePool:
     def take(self, n: int) -> Int32:
         """`n` pages, int32 `[n]`; there must be as many free. Two takes give the pages that one take of both gives.
 
-        A pool that nobody uses gives the pages of a new one. Where pages lie decides how kernels group their sums, so
+        An unused pool gives the pages of a new one. Where pages lie decides how kernels group their sums, so
         an idle engine computes a request as it did the first time.
         """
         if self._mixed and self._free == self.n_pages:
@@ -95,7 +92,7 @@ class PagePool:
         self._undo.append(lambda: self._references.__setitem__(pages, self._references[pages] + 1))
 
     def release(self, pages: Int32) -> None:
-        """One part less has each of these pages. Those that nobody has any more are free."""
+        """One part less has each of these pages. Those that no part has any more are free."""
         self._references[pages] -= 1
         returned = pages[self._references[pages] == 0]
         self._stack[self._free : self._free + returned.size] = returned
@@ -213,7 +210,7 @@ NEVER = 1 << 62
 
 
 @dataclasses.dataclass(slots=True)
-class Part:
+class KvPart:
     """What this holder keeps of one sequence: KV heads `heads`, positions [lo, held) of at most [lo, hi). There are
     pages up to `held`, and KV in every layer up to `stored`: they differ while a batch is under way, and after one that
     did not end with all its layers. `policies` say what is read of it and kept."""
@@ -237,8 +234,10 @@ class Part:
     def floor(self, size: int) -> int:
         """The lowest length to which it can return, where a page has `size` tokens: there all that any query sees is
         still held."""
-        most = ((group, int(self.freed[group.cells].max())) for group in self.groups)
-        return max((lowest_length(group.policy, self.lo, freed, size) for group, freed in most if freed), default=0)
+        freed_by_group = ((group, int(self.freed[group.cells].max())) for group in self.groups)
+        return max(
+            (lowest_length(group.policy, self.lo, freed, size) for group, freed in freed_by_group if freed), default=0
+        )
 
     def next_free(self, size: int) -> int:
         """The lowest start of a row for which pages are freed, as far as some have been by now."""
@@ -252,8 +251,8 @@ class Part:
         slots = -(-(self.held - self.lo) // size)
         if self.absent is None:
             self.absent = int(np.count_nonzero(self.table[:, :, :slots] == NO_PAGE))
-        kept = self.freed.size * slots
-        return kept - self.absent, kept
+        page_count = self.freed.size * slots
+        return page_count - self.absent, page_count
 
     @property
     def nbytes(self) -> int:

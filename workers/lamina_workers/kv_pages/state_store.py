@@ -69,7 +69,7 @@ class StatePart:
 
     def at(self, position: int) -> Records | None:
         """What is written of this position; None where nothing is."""
-        return next((each for each in self.written() if each.position == position), None)
+        return next((record for record in self.written() if record.position == position), None)
 
     def written(self) -> tuple[Records, ...]:
         """What a row can start from, or a fork hold, besides nothing at all."""
@@ -77,11 +77,11 @@ class StatePart:
 
     def owned(self) -> Iterator[Records]:
         """The different records that take pages."""
-        yield from (each for each in dict.fromkeys((self.last, self.earlier)) if each.position)
+        yield from (record for record in dict.fromkeys((self.last, self.earlier)) if record.position)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Step:
+class StateStep:
     """What one row reads and writes. source, target: int32 `[mixers, heads]`; a source of NO_RECORD is zeros."""
 
     heads: tuple[int, ...]
@@ -98,7 +98,7 @@ class StateStore(PartTable[StatePart]):
         self._mixers = len(config.layers)
         self._kv_heads = config.layers[0].kv_heads
 
-    def update(self, operations: Iterable[Operation], rows: Sequence[Row]) -> tuple[Step, ...]:
+    def update(self, operations: Iterable[Operation], rows: Sequence[Row]) -> tuple[StateStep, ...]:
         """Apply operations in order, then give each row the records that it reads and those that it writes.
 
         Raises PoolExhausted (pages short), TornParts (a row starts where no record is) or KVError (unknown handle, a
@@ -114,7 +114,7 @@ class StateStore(PartTable[StatePart]):
             needed = sum(self._mixers * len(part.heads) for part, _, target in turned if target is None)
             if needed > self._pool.free:
                 raise PoolExhausted(f"{needed} pages needed, {self._pool.free} of {self.n_pages} are free")
-            return tuple(self._write(*each) for each in turned)
+            return tuple(self._write(*turn) for turn in turned)
         except BaseException:
             self.revert()
             raise
@@ -151,7 +151,10 @@ class StateStore(PartTable[StatePart]):
     def starts(self, rows: Iterable[Row]) -> tuple[int, ...]:
         """Where each row can start at most: at its own start, or below where a record is; 0 where there is none."""
         return tuple(
-            max((each.position for each in self.part(row.handle).written() if each.position <= row.start), default=0)
+            max(
+                (record.position for record in self.part(row.handle).written() if record.position <= row.start),
+                default=0,
+            )
             for row in rows
         )
 
@@ -191,8 +194,8 @@ class StateStore(PartTable[StatePart]):
                 source = self.part(parent)
                 records = source.at(length)
                 if records is None:
-                    there = sorted({each.position for each in source.written()})
-                    raise KVError(f"cannot fork part {parent} at {length}, it has states at {there}")
+                    positions = sorted({record.position for record in source.written()})
+                    raise KVError(f"cannot fork part {parent} at {length}, it has states at {positions}")
                 if length:
                     self._pool.share(records.pages)
                 self._insert(handle, StatePart(source.heads, source.hi, records, records))
@@ -227,8 +230,8 @@ class StateStore(PartTable[StatePart]):
                 raise KVError(f"part {row.handle} has {handles[row.handle]} rows; a part that is stored to has one")
 
     def _turn(self, part: StatePart, row: Row) -> Int32 | None:
-        """Let a part keep its records at the row's start alone, as `earlier`. Returns pages of it that nobody else has
-        and that the row can write to; None where it has none."""
+        """Let a part keep its records at the row's start alone, as `earlier`. Returns pages of it that no other part
+        has and that the row can write to; None where it has none."""
         source = part.at(row.start) or Records(0, np.full_like(part.last.pages, NO_RECORD))
         spare: Int32 | None = None
         for records in part.owned():
@@ -245,13 +248,13 @@ class StateStore(PartTable[StatePart]):
         """Whether several parts have these. They are taken, shared and released whole, so one page tells of all."""
         return bool(self._pool.shared(records.pages[0, :1])[0])
 
-    def _write(self, part: StatePart, row: Row, target: Int32 | None) -> Step:
+    def _write(self, part: StatePart, row: Row, target: Int32 | None) -> StateStep:
         """Give a part the records at the row's end, which nothing has written yet."""
         if target is None:
             target = self._pool.take(self._mixers * len(part.heads)).reshape(self._mixers, -1)
         source = part.earlier
         self._set(part, Records(row.start + row.count, target), source, False)
-        return Step(part.heads, row.count, source.pages, target)
+        return StateStep(part.heads, row.count, source.pages, target)
 
     def _set(self, part: StatePart, last: Records, earlier: Records, whole: bool) -> None:
         was = part.last, part.earlier, part.whole

@@ -27,7 +27,7 @@ from lamina_protocols.messages.layers import STATES, HolderConfig, LayerSpec
 from lamina_protocols.messages.pools import Pool, pools
 from lamina_protocols.messages.routes import Route, Span
 from lamina_workers.attention_worker.page_layout import CPU, attention_kernels, page_layout
-from lamina_workers.attention_worker.row_builder import Asked, RowBuilder
+from lamina_workers.attention_worker.row_builder import RowBuilder, RowQueries
 from lamina_workers.decoder.model import Event, Forward, KeyValueReady, QueryReady, StateReady
 from lamina_workers.devices.staging import DIRECT, Staging, staging_for
 from lamina_workers.errors import HolderFault
@@ -102,7 +102,7 @@ class FreshAttention:
                 start, count = spans[at].start, spans[at].count
                 base = start - start % size if blocks else start
                 rows.add(
-                    Asked(asked, start, count, spec.group, start, start + count, base, table), of_span.reads[layer]
+                    RowQueries(asked, start, count, spec.group, start, start + count, base, table), of_span.reads[layer]
                 )
                 asked += count * spec.heads
             self._plans.append(self._kernels.plan(self._pages, rows.rows(), threads))

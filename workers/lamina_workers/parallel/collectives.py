@@ -1,16 +1,13 @@
-"""What the ranks of one model do together: add up their parts, and bring the logits to rank 0.
+"""What the ranks of one model do together (`_Group`): add up their parts, and bring the logits to rank 0.
 
 torch.distributed is used in this file alone: gloo on CPUs, NCCL on GPUs. No group is global: a group whose member died
 is closed, and another one made in its place, in the same process, under the next generation.
 
 On a CPU the parts travel in the model's dtype and are added in float32 in the order of the ranks, so each rank gets the
-same bits, whatever else is in the batch. Parts of a decode step, some kilobytes, go over direct sockets
-(`rank_sockets`), larger ones over gloo.
-
-Direct sockets among the ranks of a model, one for each pair: for messages of some kilobytes, 60 and more a step.
-
-A rank sends to all and reads from all in its own thread: gloo hands each message from thread to thread twice, and where
-every core computes, each of those waits for a core.
+same bits, whatever else is in the batch. Parts of a decode step are some kilobytes, 60 and more a step. They go over
+direct sockets (`Lines`), one for each pair of ranks; larger ones go over gloo. A rank sends to all sockets and reads
+from all in its own thread. Gloo hands each message from thread to thread twice, and where every core computes, each
+hand-over waits for a core.
 """
 
 from __future__ import annotations
@@ -62,16 +59,16 @@ class Lines:
             card = json.dumps([address, listening.getsockname()[1], token.hex()]).encode()
             cards = swap(card.ljust(_CARD_BYTES))
             try:
-                self._connect({other: json.loads(each) for other, each in cards.items()})
+                self._connect({other: json.loads(card) for other, card in cards.items()})
                 self._accept(listening, token)
             except OSError as error:
                 self.close()
                 raise RankLost(f"rank {rank} of {ranks} could not reach the others: {error}") from error
-        for each in self._sockets.values():
-            each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            each.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
-            each.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
-            each.setblocking(False)
+        for line in self._sockets.values():
+            line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
+            line.setblocking(False)
 
     def exchange(self, out: memoryview, into: Mapping[int, memoryview]) -> None:
         """Send `out` to all other ranks and fill what `into` has for each: at most `MOST_BYTES` each."""
@@ -86,8 +83,8 @@ class Lines:
             raise RankLost(f"rank {self._rank} lost rank {peer} of {self._ranks}: {error}") from error
 
     def close(self) -> None:
-        for each in self._sockets.values():
-            each.close()
+        for line in self._sockets.values():
+            line.close()
 
     def _connect(self, cards: Mapping[int, tuple[str, int, str]]) -> None:
         """Connect to the ranks before this one. They need not accept yet: the system queues connections."""
@@ -106,8 +103,8 @@ class Lines:
         greeted: dict[int, tuple[socket.socket, bytearray]] = {}  # with their bytes so far, by descriptor
         try:
             while len(self._sockets) < self._ranks - 1:
-                left = deadline - time.monotonic()
-                events = poll.poll(left * 1e3) if left > 0 else ()
+                seconds_left = deadline - time.monotonic()
+                events = poll.poll(seconds_left * 1e3) if seconds_left > 0 else ()
                 if not events:
                     raise TimeoutError(f"not all came within {self._timeout:g} s")
                 for number, _ in events:
@@ -136,8 +133,8 @@ class Lines:
         if part and len(said) < _TOKEN_BYTES + 4:
             return False
         other = int.from_bytes(said[_TOKEN_BYTES:], "little")
-        known = secrets.compare_digest(bytes(said[:_TOKEN_BYTES]), token)
-        if known and self._rank < other < self._ranks and other not in self._sockets:
+        authentic = secrets.compare_digest(bytes(said[:_TOKEN_BYTES]), token)
+        if authentic and self._rank < other < self._ranks and other not in self._sockets:
             self._sockets[other] = line
         else:
             line.close()
@@ -225,24 +222,24 @@ class _Group(ABC):
         self.seconds = 0.0
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        begun = time.perf_counter()
+        start_time = time.perf_counter()
         if x.numel():
             self._add_up(x)
-        self.seconds += time.perf_counter() - begun
+        self.seconds += time.perf_counter() - start_time
         return x
 
     def gather_columns(self, x: torch.Tensor, widths: Sequence[int]) -> torch.Tensor | None:
-        begun = time.perf_counter()
-        whole = None
+        start_time = time.perf_counter()
+        gathered = None
         if self.rank:
             if x.numel():
                 self._give(x.contiguous())
         else:
             parts = [x, *(x.new_empty(len(x), width) for width in widths[1:])]
             self._take({other: part for other, part in enumerate(parts) if other and part.numel()})
-            whole = torch.cat(parts, 1)
-        self.seconds += time.perf_counter() - begun
-        return whole
+            gathered = torch.cat(parts, 1)
+        self.seconds += time.perf_counter() - start_time
+        return gathered
 
     @abstractmethod
     def close(self) -> None:
@@ -327,19 +324,19 @@ class CpuGroup(_Group):
     def _reduce_in_pieces(self, x: torch.Tensor) -> None:
         """Each rank adds up one piece of x `[n]` and sends the sum to all: the same bits, in less traffic."""
         pieces = list(x.tensor_split(self.ranks))
-        own = pieces[self.rank]
-        parts = [own] * self.ranks
+        piece = pieces[self.rank]
+        parts = [piece] * self.ranks
         for other in self._others:
-            parts[other] = torch.empty_like(own)
+            parts[other] = torch.empty_like(piece)
         self._exchange(_SUM, [pieces[other] for other in self._others], [parts[other] for other in self._others])
-        _add(parts, own)
-        self._exchange(_SUM, [own] * (self.ranks - 1), [pieces[other] for other in self._others])
+        _add(parts, piece)
+        self._exchange(_SUM, [piece] * (self.ranks - 1), [pieces[other] for other in self._others])
 
     def _swap(self, card: bytes) -> dict[int, bytes]:
-        own = torch.frombuffer(bytearray(card), dtype=torch.uint8)
-        cards = [torch.empty_like(own) for _ in self._others]
-        self._exchange(_READY, [own] * (self.ranks - 1), cards)
-        return {other: bytes(_bytes(found)) for other, found in zip(self._others, cards, strict=True)}
+        card_bytes = torch.frombuffer(bytearray(card), dtype=torch.uint8)
+        cards = [torch.empty_like(card_bytes) for _ in self._others]
+        self._exchange(_READY, [card_bytes] * (self.ranks - 1), cards)
+        return {other: bytes(_bytes(received)) for other, received in zip(self._others, cards, strict=True)}
 
     def _exchange(self, tag: int, out: Sequence[torch.Tensor], into: Sequence[torch.Tensor]) -> None:
         """Send `out` to the other ranks, in their order, while `into` is filled by them."""
@@ -360,8 +357,8 @@ class CpuGroup(_Group):
                 work.wait()
                 waited += 1
         except RuntimeError as error:  # torch has no narrower one for it
-            at = len(works) if len(works) < len(messages) else len(works) - 1 - waited
-            message = f"rank {self.rank} lost rank {messages[at][2]} of {self.ranks}: {_cause(error)}"
+            index = len(works) if len(works) < len(messages) else len(works) - 1 - waited
+            message = f"rank {self.rank} lost rank {messages[index][2]} of {self.ranks}: {_cause(error)}"
             work = None
             works.clear()
             self.close()

@@ -5,11 +5,8 @@ then on model worker 0 commands. `Join`, `Announce`, `Copy`, `SurveySeat`, `Leav
 each, in order. A failure of a command that names a batch comes as a `BatchFailed` of that batch: in the place of the
 answer where there is one, else by itself. The others have no answer.
 
-Model worker 0 numbers the batches, and the numbers grow.
-
-The messages between model worker 0 and the model workers beyond it as frames, and the way over a channel.
-
-The frames are those of `codec`, under tags of their own, and as strict.
+Model worker 0 numbers the batches, and the numbers grow. On a channel messages are frames of `codec`, under tags of
+their own, and as strictly checked.
 """
 
 from __future__ import annotations
@@ -341,9 +338,11 @@ def start_batch(
     batch: int, work: BatchWork, shares: Mapping[int, HolderBatch], plain: Sequence[int], suspends: bool
 ) -> StartBatch:
     """The command to take part in `work`, whose sampling stays here but for the `plain` rows."""
-    given = {number: HolderBatch(share.first, (), share.routes) for number, share in shares.items() if share.routes}
+    routes_only = {
+        number: HolderBatch(share.first, (), share.routes) for number, share in shares.items() if share.routes
+    }
     return StartBatch(
-        batch, suspends, given, tuple(plain), work.spans, work.prompts, tuple(work.token_ids), work.sampled
+        batch, suspends, routes_only, tuple(plain), work.spans, work.prompts, tuple(work.token_ids), work.sampled
     )
 
 
@@ -355,7 +354,7 @@ def work_of(command: Execute | StartBatch) -> BatchWork:
     if (
         len(token_ids) != tokens
         or len(command.prompts) != len(spans)
-        or any(not 0 <= at < tokens for at in command.sampled)
+        or any(not 0 <= index < tokens for index in command.sampled)
         or any(part.first + part.count > tokens or len(part.targets) not in (0, part.count) for part in scored)
     ):
         raise ProtocolError(
@@ -381,7 +380,7 @@ def decode(frame: bytearray | memoryview) -> Command | Report:
 
 
 def send(channel: Channel, message: Command | Report) -> None:
-    """Raises ChannelClosed where the other side is gone."""
+    """Raises ChannelClosed where the other side was lost."""
     channel.send(encode(message))
 
 

@@ -1,8 +1,6 @@
-"""A model worker beyond 0: obeys the commands of model worker 0 over a channel, with a decoder and ports of its own.
+"""A model worker beyond 0 (`PeerWorker`): obeys the commands of model worker 0 over a channel.
 
-One thread loads and computes everything.
-
-What a model worker beyond 0 computes with: its decoder, and pools of KV in its process.
+It computes with a decoder, ports, and pools of KV of its own (`LoadedParts`). One thread loads and computes everything.
 """
 
 from __future__ import annotations
@@ -67,8 +65,10 @@ class LoadedParts:
         self, begin: peer_messages.Begin, folder: str | Path, progress: Callable[[str, int, int], None]
     ) -> None:
         path = Path(folder)
-        if (found := fingerprint(path)) != begin.model:
-            raise ModelFileError(f"the model in {path} has fingerprint {found:.16}, model worker 0's {begin.model:.16}")
+        if (actual := fingerprint(path)) != begin.model:
+            raise ModelFileError(
+                f"the model in {path} has fingerprint {actual:.16}, model worker 0's {begin.model:.16}"
+            )
         model = model_config(path)
         if begin.rope_scaling:
             model = model.with_rope_scaling(json.loads(begin.rope_scaling))
@@ -149,8 +149,8 @@ class PeerWorker:
         self._batches: dict[int, tuple[int, Mapping[int, HolderBatch]]] = {}  # announced: own number, shares
 
     def serve(self) -> None:
-        """Raises ChannelClosed where model worker 0 is gone, LaminaError where the model cannot be loaded; model worker
-        0 has then got `Failed`."""
+        """Raises ChannelClosed where model worker 0 was lost, LaminaError where the model cannot be loaded; model
+        worker 0 has then got `Failed`."""
         self._send(self._hello())
         begin = self._receive()
         if not isinstance(begin, peer_messages.Begin):
@@ -279,22 +279,22 @@ class PeerWorker:
     def _announce(self, command: peer_messages.Announce) -> _Run:
         try:
             with faults():
-                own, answers = yield from self._standing.announce(command.shares)
+                number, answers = yield from self._standing.announce(command.shares)
         except HolderFault as fault:
             self._faulted(command.batch, fault)
             return
         if command.runs:
-            self._batches[command.batch] = own, command.shares
+            self._batches[command.batch] = number, command.shares
         self._send(peer_messages.Answers(command.batch, answers))
 
     def _execute(self, command: peer_messages.Execute) -> _Run:
         work = peer_messages.work_of(command)
         if command.batch not in self._batches:
             raise ProtocolError(f"batch {command.batch} is to be executed, but was not announced")
-        own, shares = self._batches.pop(command.batch)
+        number, shares = self._batches.pop(command.batch)
         try:
             with faults():
-                yield from self._standing.compute(work, own, shares, False)
+                yield from self._standing.compute(work, number, shares, False)
         except HolderFault as fault:
             self._parts.leave_group()  # it wakes the ranks that wait for this one's part
             self._faulted(command.batch, fault)
@@ -311,18 +311,18 @@ class PeerWorker:
         context = Context(command.hidden, command.attended) if command.number else None
         try:
             with faults():
-                left = yield from entered.slice(command.number, context, command.last)
+                output = yield from entered.slice(command.number, context, command.last)
         except HolderFault as fault:
             self._leave_batch(batch)
             self._faulted(batch, fault, [number for number, port in ports.items() if port.closed])
             return
         seconds = entered.model_seconds, entered.attention_seconds
-        if isinstance(left, Context):
-            self._send(peer_messages.Sliced(batch, *seconds, *left))
+        if isinstance(output, Context):
+            self._send(peer_messages.Sliced(batch, *seconds, *output))
             return
         self._leave_batch(batch)
-        tokens, rest = likeliest(left, plain)
-        self._send(peer_messages.Chosen(batch, *seconds, tokens, rest))
+        tokens, scores = likeliest(output, plain)
+        self._send(peer_messages.Chosen(batch, *seconds, tokens, scores))
 
     def _leave_batch(self, batch: int) -> None:
         if batch not in self._started:

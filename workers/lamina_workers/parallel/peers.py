@@ -1,9 +1,8 @@
 """Model worker 0's end of the channels to the model workers beyond it: admits their processes, has them load, and sorts
 their reports.
 
-A process connects once, with a secret that it got when it was invited.
-
-How rank 0 gathers the ranks of one model: into a new group after each failure.
+A process connects once, with a secret that it got when it was invited. The ranks of one model form a new group after
+each failure (`RankGroup`).
 """
 
 from __future__ import annotations
@@ -66,14 +65,14 @@ class Peer:
         self.lost: set[int] = set()  # holders of this worker that are gone
         self._channel = channel
         self._on_given_up = on_given_up
-        self._gone = ""  # why
+        self._failure = ""  # why
         self._waiting: dict[int, deque[peer_messages.Report]] = {}  # by batch under way
         self._answers: deque[peer_messages.Report] = deque()  # to what names no batch
 
     @property
     def closed(self) -> bool:
-        """Whether it is gone for good."""
-        return bool(self._gone)
+        """Whether it is lost for good."""
+        return bool(self._failure)
 
     @property
     def channel(self) -> Channel:
@@ -82,18 +81,18 @@ class Peer:
 
     def close(self, reason: str = "closed on this side") -> None:
         """Let it go: its process, which sees that, ends."""
-        self._gone = self._gone or reason
+        self._failure = self._failure or reason
         self._channel.close()
 
     def see_off(self, seconds: float) -> None:
         """Wait until it has closed its end, so long at most."""
         with contextlib.suppress(LaminaError, TimeoutError):
-            while not self._gone:
+            while not self._failure:
                 self._channel.receive(max(0.0, seconds))
         self.close()
 
     def tell(self, command: peer_messages.Command) -> None:
-        """Raises RankLost where it is gone."""
+        """Raises RankLost where it is lost."""
         try:
             peer_messages.send(self._channel, command)
         except ChannelClosed as error:
@@ -131,10 +130,10 @@ class Peer:
         Raises HolderFault where the batch failed at one of its holders, HolderLost where one of those is gone,
         RankLost where this worker is, where its report is of another kind, or after `timeout` seconds without one.
         """
-        said = self._waiting[batch]
-        while not said:
+        answers = self._waiting[batch]
+        while not answers:
             self._receive(timeout)
-        report = said.popleft()
+        report = answers.popleft()
         if isinstance(report, peer_messages.BatchFailed):
             raise (HolderLost if report.lost else HolderFault)(f"model worker {self.rank}: {report.reason}")
         if not isinstance(report, kind):
@@ -185,10 +184,10 @@ class Peer:
 
     def give_up(self, reason: str) -> RankLost:
         """It cannot be used any more; the error says so."""
-        if not self._gone:
+        if not self._failure:
             self._on_given_up(self.name)
         self.close(reason)
-        return RankLost(f"model worker {self.rank} ({self.name}) is lost: {self._gone}")
+        return RankLost(f"model worker {self.rank} ({self.name}) is lost: {self._failure}")
 
 
 class PeerListener:
@@ -242,8 +241,8 @@ class PeerListener:
         """The process of that name has ended: it may not connect any more, and its worker is lost."""
         with self._lock:
             self._invited.pop(name, None)
-            gone = [peer for peer in self._peers.values() if peer.name == name]
-        for peer in gone:
+            revoked = [peer for peer in self._peers.values() if peer.name == name]
+        for peer in revoked:
             peer.close("its process has ended")
 
     def close(self) -> None:
@@ -265,8 +264,8 @@ class PeerListener:
     def _invited_by(self, secret: bytes) -> tuple[int, str] | None:
         """The rank and name that were invited with that secret, where its process has not come yet."""
         with self._lock:
-            for name, (rank, known) in self._invited.items():
-                if hmac.compare_digest(secret, known):
+            for name, (rank, digest) in self._invited.items():
+                if hmac.compare_digest(secret, digest):
                     return rank, name
         return None
 
@@ -283,16 +282,16 @@ class PeerListener:
 
     def _enlist(self, rank: int, name: str, channel: Channel) -> None:
         try:
-            said = self._load(rank, name, channel)
+            answer = self._load(rank, name, channel)
         except TimeoutError:
-            said = peer_messages.Failed("", f"it has said nothing for {_LOADING_S:g} s")
+            answer = peer_messages.Failed("", f"it has said nothing for {_LOADING_S:g} s")
         except LaminaError as error:
-            said = peer_messages.Failed("", str(error))
-        if isinstance(said, peer_messages.Failed):
+            answer = peer_messages.Failed("", str(error))
+        if isinstance(answer, peer_messages.Failed):
             channel.close()
-            self._on_failed(rank, said)
+            self._on_failed(rank, answer)
             return
-        peer = Peer(rank, name, channel, said, self._on_given_up)
+        peer = Peer(rank, name, channel, answer, self._on_given_up)
         with self._lock:
             self._peers[rank] = peer
         self._on_ready(peer)
@@ -385,18 +384,18 @@ class RankGroup:
 
         Raises RankLost where one is gone, or does not come back within `wait` seconds.
         """
-        gone: RankLost | None = None
-        asked = []
+        loss: RankLost | None = None
+        peers = []
         for peer in self.peers.values():
             try:
                 peer.tell(peer_messages.LeaveGroup())
-                asked.append(peer)
+                peers.append(peer)
             except RankLost as error:
-                gone = error
-        for peer in asked:
+                loss = error
+        for peer in peers:
             try:
                 peer.answer(peer_messages.LeftGroup, wait)
             except RankLost as error:
-                gone = error
-        if gone is not None:
-            raise gone
+                loss = error
+        if loss is not None:
+            raise loss

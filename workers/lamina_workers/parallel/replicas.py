@@ -61,7 +61,7 @@ class PipelineReplicas:
 
     A batch rotates where every holder that stores some of it answers (see `layer_slices.rotates`). Other batches run
     whole on replica 0: prompts that this process attends or that are scored, rows at a first token, and all batches
-    where there is no other replica. A replica that is gone is left out until it is back; nothing needs it, so none is
+    where there is no other replica. A lost replica is left out until it is back; nothing needs it, so none is
     ever `missing`.
     """
 
@@ -77,8 +77,8 @@ class PipelineReplicas:
         patience: float = 10.0,
         waits: Waits | None = None,
     ) -> None:
-        self._own = own
-        self._here = frozenset(here)
+        self._worker = own
+        self._local_holders = frozenset(here)
         self._config = config
         self._patience = patience
         self._replicas: dict[int, _Replica] = {}
@@ -97,11 +97,11 @@ class PipelineReplicas:
     def attention_seconds(self) -> float:
         """As `Workers` says, plus the time in which slices at other replicas waited for attention or computed it. Where
         several wait at the same time that is more than the time that has passed."""
-        return self._own.attention_seconds + self._replica_attention
+        return self._worker.attention_seconds + self._replica_attention
 
     @property
     def times(self) -> Times:
-        return self._own.times
+        return self._worker.times
 
     @property
     def replicas(self) -> int:
@@ -111,44 +111,53 @@ class PipelineReplicas:
     # Batches.
 
     def announce(self, shares: Mapping[int, HolderBatch]) -> Generator[Waiting, None, tuple[int, dict[int, Announced]]]:
-        return self._patiently(self._own.announce(shares))
+        return self._patiently(self._worker.announce(shares))
 
     def announce_now(self, shares: Mapping[int, HolderBatch]) -> tuple[int, dict[int, Announced]]:
-        return self._own.announce_now(shares)
+        return self._worker.announce_now(shares)
 
     def execute(
         self, work: BatchWork, batch: int, shares: Mapping[int, HolderBatch], suspends: bool = True
     ) -> Generator[Waiting, None, Sampled]:
         """As `Workers.execute` says. Raises RankLost where a replica is gone that has a part in it; the next batch runs
         on the others."""
-        replicas = [None] if self._own.samples(batch) or work.scored else self._able(shares)
+        replicas = [None] if self._worker.samples(batch) or work.scored else self._able(shares)
         if len(replicas) == 1:
-            return self._patiently(self._own.execute(work, batch, shares, suspends))
+            return self._patiently(self._worker.execute(work, batch, shares, suspends))
         return self._patiently(self._rotate(replicas, work, batch, shares, suspends))
 
     def copy(
         self, moves: Sequence[Move], shares: Mapping[int, HolderBatch], accepted: Callable[[], None] = accepts
     ) -> Generator[Waiting, None, bool]:
-        return self._own.copy(moves, shares, accepted)
+        return self._worker.copy(moves, shares, accepted)
 
     def next_epoch(self) -> None:
-        self._own.next_epoch()
+        self._worker.next_epoch()
         self._tell_epoch()
 
     def begin_after(self, epoch: int) -> None:
-        self._own.begin_after(epoch)
+        self._worker.begin_after(epoch)
         self._tell_epoch()
 
     # Holders.
 
     def join(self, number: int, port: AttentionPort, credentials: Credentials | None = None) -> tuple[Seat, ...]:
-        """There is one holder more. Each other replica opens a channel of its own to it; until it has, batches that
+        """A holder has joined. Each other replica opens a channel of its own to it; until it has, batches that
         concern this holder do without that replica."""
-        self._own.join(number, port)
+        self._worker.join(number, port)
         if isinstance(port, Transported):
-            shown = credentials or Credentials()
+            credential_set = credentials or Credentials()
             join = peer_messages.Join(
-                number, port.name, port.address, 0, 1, 1, shown.ca, shown.cert, shown.key, shown.token
+                number,
+                port.name,
+                port.address,
+                0,
+                1,
+                1,
+                credential_set.ca,
+                credential_set.cert,
+                credential_set.key,
+                credential_set.token,
             )
             self._joins[number] = join
             for replica in self._replicas.values():
@@ -156,26 +165,26 @@ class PipelineReplicas:
         return ()
 
     def prepare(self, port: AttentionPort) -> None:
-        self._own.prepare(port)
+        self._worker.prepare(port)
 
     def leave(self, number: int) -> None:
-        self._own.leave(number)
+        self._worker.leave(number)
         self._joins.pop(number, None)
         for replica in self._replicas.values():
             self._disconnect(replica, number)
 
     def lost(self) -> list[int]:
-        return self._own.lost()
+        return self._worker.lost()
 
     def links(self) -> dict[int, Link]:
-        return self._own.links()
+        return self._worker.links()
 
     def address(self, number: int) -> str:
-        return self._own.address(number)
+        return self._worker.address(number)
 
     def features(self, number: int) -> frozenset[str]:
         """Replica 0 alone announces operations, so the others' versions do not matter."""
-        return self._own.features(number)
+        return self._worker.features(number)
 
     # Replicas.
 
@@ -183,14 +192,14 @@ class PipelineReplicas:
         """A replica is there, for the first time or again, as another process. No KV was lost with it."""
         replica = self._replicas[peer.rank] = _Replica(peer)
         self.slices.setdefault(peer.rank, 0)
-        self._tell(replica, peer_messages.BeginEpoch(self._own.epoch))
+        self._tell(replica, peer_messages.BeginEpoch(self._worker.epoch))
         for join in self._joins.values():
             self._connect(replica, join)
         return Returned([], [])
 
     def _able(self, shares: Mapping[int, HolderBatch]) -> list[_Replica | None]:
         """The replicas that compute a batch, in the order of the rotation; None is this process."""
-        if not rotates(shares, self._here):
+        if not rotates(shares, self._local_holders):
             return [None]
         numbers = {number for number, share in shares.items() if share.routes}
         able: list[_Replica | None] = [None]
@@ -210,51 +219,51 @@ class PipelineReplicas:
     ) -> Generator[Waiting, None, Sampled]:
         order = rotation(self._turn, len(self._config.layers), len(replicas))
         self._turn += 1
-        taking = [replicas[at] for at in dict.fromkeys(order)]
+        taking = [replicas[index] for index in dict.fromkeys(order)]
         started = [replica for replica in taking if replica is not None]
-        own: SlicedBatch | None = None
+        local_batch: SlicedBatch | None = None
         plain = plain_rows(work.sampling)
         allowed = self._allowed(shares)
-        left: Context | torch.Tensor | None = None
+        output: Context | torch.Tensor | None = None
         try:
             command = peer_messages.start_batch(batch, work, shares, plain, suspends)
-            for each in started:  # they prepare while the first slice is computed
-                each.peer.expect(batch)
-                each.peer.tell(command)
-            for number, at in enumerate(order):
-                context = left if isinstance(left, Context) else None
-                replica = replicas[at]
+            for helper in started:  # they prepare while the first slice is computed
+                helper.peer.expect(batch)
+                helper.peer.tell(command)
+            for number, index in enumerate(order):
+                context = output if isinstance(output, Context) else None
+                replica = replicas[index]
                 last = number + len(replicas) >= len(order) - 1  # of its slices that end with an attention
                 if replica is None:
-                    own = own or self._own.enter(work, batch, shares, suspends)
-                    left = yield from own.slice(number, context, last)
+                    local_batch = local_batch or self._worker.enter(work, batch, shares, suspends)
+                    output = yield from local_batch.slice(number, context, last)
                     self.slices[0] += 1
                     continue
                 peer = replica.peer
                 peer.tell(peer_messages.Slice(batch, number, last, *(context or _NOTHING)))
                 if not peer.ready(batch):
                     yield Waiting(peer, batch)
-                said = self._take(
+                answer = self._take(
                     replica, peer_messages.Sliced if number < len(order) - 1 else peer_messages.Chosen, batch, allowed
                 )
                 self.slices[peer.rank] += 1
-                if isinstance(said, peer_messages.Chosen):
+                if isinstance(answer, peer_messages.Chosen):
                     started.remove(replica)  # it has nothing left of this batch
                     peer.forget(batch)
                     with torch.inference_mode():
-                        return chosen(work.sampling, said.tokens, said.logits)
-                left = Context(said.hidden, said.attended)
+                        return chosen(work.sampling, answer.tokens, answer.logits)
+                output = Context(answer.hidden, answer.attended)
         finally:
-            if own is not None:
-                own.close()
-            self._own.forget(batch, shares)
-            for each in started:
-                each.peer.forget(batch)
-                self._tell(each, peer_messages.Drop(batch))
-        if not isinstance(left, torch.Tensor):
+            if local_batch is not None:
+                local_batch.close()
+            self._worker.forget(batch, shares)
+            for helper in started:
+                helper.peer.forget(batch)
+                self._tell(helper, peer_messages.Drop(batch))
+        if not isinstance(output, torch.Tensor):
             raise HolderFault(f"batch {batch} has come to its end without logits")
         with torch.inference_mode():
-            return sample(left, work.sampling)
+            return sample(output, work.sampling)
 
     def _take(
         self,
@@ -265,24 +274,24 @@ class PipelineReplicas:
     ) -> peer_messages.Sliced | peer_messages.Chosen:
         peer = replica.peer
         try:
-            said = peer.take(kind, batch, timeout)
+            answer = peer.take(kind, batch, timeout)
         except HolderFault:
             for number in sorted(peer.lost):  # only this replica's channel is lost for certain
                 self._disconnect(replica, number)
                 if number in self._joins:
                     self._connect(replica, self._joins[number])
             raise
-        self._replica_attention += said.attention_seconds
-        return said
+        self._replica_attention += answer.attention_seconds
+        return answer
 
     def _allowed(self, shares: Mapping[int, HolderBatch]) -> float:
         """Seconds that a replica may take for a slice: the time of its holders, for each batch that is under way."""
-        most = max(
+        slowest = max(
             slowest_seconds(pool.config.layers[0], (route for route in share.routes if route.pool == number))
             for number, pool in enumerate(pools(self._config))
             for share in shares.values()
         )
-        seconds = self._patience + most
+        seconds = self._patience + slowest
         return _SLACK + seconds * (1 + len(self._suspended))
 
     def _patiently(self, run: Generator[Waiting, None, R]) -> Generator[Waiting, None, R]:
@@ -306,7 +315,7 @@ class PipelineReplicas:
             self._suspended.pop(key, None)
             run.close()
 
-    # Commands beside batches. A replica that is gone shows when a batch needs it.
+    # Commands beside batches. A lost replica is noticed when a batch needs it.
 
     def _tell(self, replica: _Replica, command: peer_messages.Command) -> None:
         with contextlib.suppress(RankLost):
@@ -315,7 +324,7 @@ class PipelineReplicas:
     def _tell_epoch(self) -> None:
         for replica in self._replicas.values():
             replica.peer.forget()
-            self._tell(replica, peer_messages.BeginEpoch(self._own.epoch))
+            self._tell(replica, peer_messages.BeginEpoch(self._worker.epoch))
 
     def _connect(self, replica: _Replica, join: peer_messages.Join) -> None:
         if not replica.peer.closed:
@@ -332,10 +341,10 @@ class PipelineReplicas:
         peer = replica.peer
         try:
             while replica.asked and peer.answered():
-                said = peer.answer(peer_messages.Joined, 0.0)
+                answer = peer.answer(peer_messages.Joined, 0.0)
                 number = replica.asked.popleft()
-                if isinstance(said, peer_messages.Failed):
-                    logger.warning("model worker %d cannot use holder %d: %s", peer.rank, number, said.reason)
+                if isinstance(answer, peer_messages.Failed):
+                    logger.warning("model worker %d cannot use holder %d: %s", peer.rank, number, answer.reason)
                 elif number in self._joins and number not in replica.asked:
                     replica.holders.add(number)
         except RankLost as error:

@@ -61,7 +61,7 @@ class TensorParallelWorkers:
         heads: Sequence[int],
         config: HolderConfig,
     ) -> None:
-        self._own = own
+        self._worker = own
         self._decoder = decoder
         self._group = group
         self._peers = group.peers
@@ -71,14 +71,14 @@ class TensorParallelWorkers:
         self._joins: dict[int, peer_messages.Join] = {}  # where each holder at an attention worker is
         self._features: dict[int, frozenset[str]] = {}  # of the holders of other ranks
         self._batch = 0
-        self._apart = False  # the ranks have left their group
+        self._group_left = False  # the ranks have left their group, and must form it again
         self._under_way: tuple[int, int, dict[int, HolderBatch]] | None = None
         """A batch that all have accepted: its number, the number at rank 0, and rank 0's shares."""
         for number, rank in pools.items():
-            said = self._peers[rank].ask(peer_messages.Join(number), peer_messages.Joined, self._wait)
-            if isinstance(said, peer_messages.Failed):
-                raise RankLost(f"model worker {rank} has no pool: {said.reason}")
-            self._features[number] = shared(said.features)
+            answer = self._peers[rank].ask(peer_messages.Join(number), peer_messages.Joined, self._wait)
+            if isinstance(answer, peer_messages.Failed):
+                raise RankLost(f"model worker {rank} has no pool: {answer.reason}")
+            self._features[number] = shared(answer.features)
 
     @property
     def missing(self) -> tuple[int, ...]:
@@ -86,46 +86,46 @@ class TensorParallelWorkers:
 
     @property
     def times(self) -> Times:
-        return self._own.times
+        return self._worker.times
 
     @property
     def attention_seconds(self) -> float:
-        return self._own.attention_seconds
+        return self._worker.attention_seconds
 
     # Batches.
 
     def announce(self, shares: Mapping[int, HolderBatch]) -> Generator[Waiting, None, tuple[int, dict[int, Announced]]]:
         self._require_all()
         self._forget()
-        if self._apart:
+        if self._group_left:
             self._decoder.collective = self._group.form()
-            self._apart = False
+            self._group_left = False
         self._batch += 1
         batch, runs = self._batch, any(share.routes for share in shares.values())
-        asked: dict[int, dict[int, HolderBatch]] = {}
+        shares_by_rank: dict[int, dict[int, HolderBatch]] = {}
         for rank, peer in self._peers.items():
             concerned = self._of(rank, shares)
             if runs or concerned:
                 peer.expect(batch)
                 peer.tell(peer_messages.Announce(batch, runs, concerned))
-                asked[rank] = concerned
+                shares_by_rank[rank] = concerned
         answers: dict[int, Announced] = {}
         faults: list[HolderFault] = []
-        own, its = 0, self._of(0, shares)
+        local_number, local_shares = 0, self._of(0, shares)
         try:
-            own, answers = yield from self._own.announce(its)
+            local_number, answers = yield from self._worker.announce(local_shares)
         except HolderFault as fault:
             faults.append(fault)
-        for rank, concerned in asked.items():
+        for rank, concerned in shares_by_rank.items():
             try:
                 answers |= self._answers(self._peers[rank], batch, concerned)
             except HolderFault as fault:
                 faults.append(fault)
-        if gone := self.lost():
-            faults.append(HolderLost(f"holders {gone} are gone"))
+        if missing := self.lost():
+            faults.append(HolderLost(f"holders {missing} are lost"))
         refused = not all(answer.accepted for answer in answers.values())
         if runs:
-            self._under_way = batch, own, its
+            self._under_way = batch, local_number, local_shares
             if faults or refused:
                 self._forget()
         if faults:
@@ -141,14 +141,14 @@ class TensorParallelWorkers:
         """As `Workers.execute` says, but it is never suspended: the other ranks would wait in the midst of a sum."""
         if self._under_way is None or self._under_way[0] != batch:
             raise HolderFault(f"batch {batch} was given up")
-        (_, own, its), self._under_way = self._under_way, None
+        (_, local_number, local_shares), self._under_way = self._under_way, None
         command = peer_messages.execute(batch, work)
         try:
             for peer in self._peers.values():
                 peer.expect(batch)
                 peer.tell(command)
             with faults():
-                logits, scores = yield from self._own.compute(work, own, its, False)
+                logits, scores = yield from self._worker.compute(work, local_number, local_shares, False)
         except HolderFault as fault:
             self._leave_group(fault, batch)
         finally:
@@ -166,7 +166,7 @@ class TensorParallelWorkers:
             raise HolderFault(f"KV is to be copied between holders of the ranks {sorted(ranks)}; each has other heads")
         (rank,) = ranks
         if rank == 0:
-            return (yield from self._own.copy(moves, shares, accepted))
+            return (yield from self._worker.copy(moves, shares, accepted))
         self._batch += 1
         batch, peer = self._batch, self._peers[rank]
         peer.expect(batch)
@@ -184,16 +184,16 @@ class TensorParallelWorkers:
             peer.forget(batch)
 
     def next_epoch(self) -> None:
-        self._own.next_epoch()
+        self._worker.next_epoch()
         self._under_way = None
         for peer in self._peers.values():
             peer.forget()
-            self._try_to_tell(peer, peer_messages.BeginEpoch(self._own.epoch))
+            self._try_to_tell(peer, peer_messages.BeginEpoch(self._worker.epoch))
 
     def begin_after(self, epoch: int) -> None:
-        self._own.begin_after(epoch)
+        self._worker.begin_after(epoch)
         for peer in self._peers.values():
-            self._try_to_tell(peer, peer_messages.BeginEpoch(self._own.epoch))
+            self._try_to_tell(peer, peer_messages.BeginEpoch(self._worker.epoch))
 
     # Holders.
 
@@ -201,7 +201,7 @@ class TensorParallelWorkers:
         self._require_all()
         if not isinstance(port, Transported):
             raise HolderLost(f"{port.name} is no attention worker that other ranks could reach")
-        shown = credentials or Credentials()
+        credential_set = credentials or Credentials()
         joins = [
             peer_messages.Join(
                 number + rank,
@@ -210,10 +210,10 @@ class TensorParallelWorkers:
                 rank,
                 self._heads[rank],
                 sum(self._heads),
-                shown.ca,
-                shown.cert,
-                shown.key,
-                shown.token,
+                credential_set.ca,
+                credential_set.cert,
+                credential_set.key,
+                credential_set.token,
             )
             for rank in self._peers
         ]
@@ -221,16 +221,19 @@ class TensorParallelWorkers:
         for join in joins:
             self._peers[join.seat].tell(join)
         for join in joins:  # all answers are read before one is blamed
-            said = self._peers[join.seat].answer(peer_messages.Joined, self._wait)
-            if isinstance(said, peer_messages.Failed):
-                failed = failed or f"model worker {join.seat} cannot use attention worker {join.name}: {said.reason}"
+            answer = self._peers[join.seat].answer(peer_messages.Joined, self._wait)
+            if isinstance(answer, peer_messages.Failed):
+                failed = failed or f"model worker {join.seat} cannot use attention worker {join.name}: {answer.reason}"
             else:
-                seats.append(seat(join.seat, said.capacity, self._config))
-                resumed.append(said.resumed)
-                self._features[join.number] = shared(said.features)
+                seats.append(seat(join.seat, answer.capacity, self._config))
+                resumed.append(answer.resumed)
+                self._features[join.number] = shared(answer.features)
         try:
             if any(resumed) and not failed:
-                seats = [at._replace(kept=self._survey(at.rank, number + at.rank)) for at in seats]
+                seats = [
+                    seat_at_worker._replace(kept=self._survey(seat_at_worker.rank, number + seat_at_worker.rank))
+                    for seat_at_worker in seats
+                ]
         except RankLost:
             raise
         except HolderFault as fault:
@@ -240,47 +243,47 @@ class TensorParallelWorkers:
                 self._try_to_tell(self._peers[join.seat], peer_messages.Leave(join.number))
             port.close()
             raise HolderLost(failed)
-        self._own.join(number, port)
+        self._worker.join(number, port)
         for join in joins:
             self._owner[join.number], self._joins[join.number] = join.seat, join
         return tuple(seats)
 
     def prepare(self, port: AttentionPort) -> None:
-        self._own.prepare(port)
+        self._worker.prepare(port)
 
     def leave(self, number: int) -> None:
         rank = self._owner.pop(number, 0)
         self._joins.pop(number, None)
         self._features.pop(number, None)
         if rank == 0:
-            self._own.leave(number)
+            self._worker.leave(number)
             return
         self._peers[rank].lost.discard(number)
         self._try_to_tell(self._peers[rank], peer_messages.Leave(number))
 
     def lost(self) -> list[int]:
         lost = [number for peer in self._peers.values() for number in sorted(peer.lost) if number in self._owner]
-        return self._own.lost() + lost
+        return self._worker.lost() + lost
 
     def links(self) -> dict[int, Link]:
-        return self._own.links()
+        return self._worker.links()
 
     def address(self, number: int) -> str:
         if number not in self._owner:
-            return self._own.address(number)
+            return self._worker.address(number)
         join = self._joins.get(number)
         return join.address if join is not None else f"rank {self._owner[number]}"
 
     def features(self, number: int) -> frozenset[str]:
-        return self._features[number] if number in self._owner else self._own.features(number)
+        return self._features[number] if number in self._owner else self._worker.features(number)
 
     def _survey(self, rank: int, number: int) -> Surveyed:
         """The parts that a holder of another rank keeps; nothing may be under way. Earlier epochs are over there.
         Raises HolderFault."""
-        said = self._peers[rank].ask(peer_messages.SurveySeat(number), peer_messages.SeatSurveyed, self._wait)
-        if isinstance(said, peer_messages.Failed):
-            raise HolderFault(f"model worker {rank}: {said.reason}")
-        return said.held
+        answer = self._peers[rank].ask(peer_messages.SurveySeat(number), peer_messages.SeatSurveyed, self._wait)
+        if isinstance(answer, peer_messages.Failed):
+            raise HolderFault(f"model worker {rank}: {answer.reason}")
+        return answer.held
 
     # Ranks.
 
@@ -288,22 +291,22 @@ class TensorParallelWorkers:
         """A rank that was missing is there again, as another process with the same model. It takes up its seats at
         attention workers.
 
-        Raises RankLost where it is gone already.
+        Raises RankLost where it is lost already.
         """
         rank = peer.rank
         self._peers[rank] = peer
-        self._apart = True
-        peer.tell(peer_messages.BeginEpoch(self._own.epoch))
+        self._group_left = True
+        peer.tell(peer_messages.BeginEpoch(self._worker.epoch))
         back = Returned([], [])
         for number in [number for number, owner in self._owner.items() if owner == rank]:
             join = self._joins.get(number)
-            said = peer.ask(join or peer_messages.Join(number), peer_messages.Joined, self._wait)
-            if isinstance(said, peer_messages.Joined):
-                self._features[number] = shared(said.features)
-            if join is None and isinstance(said, peer_messages.Joined):
+            answer = peer.ask(join or peer_messages.Join(number), peer_messages.Joined, self._wait)
+            if isinstance(answer, peer_messages.Joined):
+                self._features[number] = shared(answer.features)
+            if join is None and isinstance(answer, peer_messages.Joined):
                 back.pools.append(number)
-            elif isinstance(said, peer_messages.Failed) or not said.resumed:
-                why = said.reason if isinstance(said, peer_messages.Failed) else "it has let go of the KV"
+            elif isinstance(answer, peer_messages.Failed) or not answer.resumed:
+                why = answer.reason if isinstance(answer, peer_messages.Failed) else "it has let go of the KV"
                 name = "its own pool" if join is None else join.name
                 logger.warning("model worker %d cannot take up %s: %s", rank, name, why)
                 back.gone.append(number)
@@ -321,14 +324,14 @@ class TensorParallelWorkers:
         """A batch failed at rank 0, perhaps because another rank has left the group: have all leave it, read their
         reports, and raise the fault that is to blame."""
         self._group.leave()  # it wakes the ranks that wait for rank 0
-        self._apart = True
+        self._group_left = True
         self._group.disband(self._wait)
         if not isinstance(fault, RankLost):
             raise fault
         for peer in self._peers.values():
-            for said in peer.faults(batch):
-                if not said.alone:
-                    raise (HolderLost if said.lost else HolderFault)(f"model worker {peer.rank}: {said.reason}")
+            for report in peer.faults(batch):
+                if not report.alone:
+                    raise (HolderLost if report.lost else HolderFault)(f"model worker {peer.rank}: {report.reason}")
         raise HolderFault(f"the ranks lost each other: {fault}")
 
     def _answers(self, peer: Peer, batch: int, shares: Mapping[int, HolderBatch]) -> Mapping[int, Announced]:
@@ -343,8 +346,8 @@ class TensorParallelWorkers:
     def _forget(self) -> None:
         """The batch that was announced last will not be executed."""
         if self._under_way is not None:
-            (batch, own, its), self._under_way = self._under_way, None
-            self._own.forget(own, its)
+            (batch, local_number, local_shares), self._under_way = self._under_way, None
+            self._worker.forget(local_number, local_shares)
             for peer in self._peers.values():
                 peer.tell(peer_messages.Drop(batch))
 

@@ -1,12 +1,11 @@
-"""Policies that see whole blocks of keys: what two of them share. Pure arithmetic on positions.
+"""Policies that see whole blocks of keys, `dilated` and `sharded`. Pure arithmetic on positions.
 
-`dilated`: a window with gaps. Blocks near the query, and every so many-th block before as far as the window reaches
-(the dilated sliding window of Longformer, arXiv 2004.05150, in blocks of keys), beside the first tokens.
+`dilated` is a window with gaps: blocks near the query, one block of every so many before them as far as the window
+reaches, and the first tokens (the dilated sliding window of Longformer, arXiv 2004.05150, in blocks of keys). Gaps move
+with the query, so what is in the window is kept, and what lies behind it is freed.
 
-Gaps move with the query, so what is in the window is kept; what lies behind it is freed.
-
-`sharded`: blocks near the query, and every stride-th block before (S2-Attention's heterogeneous context sharding,
-arXiv 2407.17678). Only for checkpoints that were trained with it. The blocks between are freed.
+`sharded` sees blocks near the query, and one of every `stride` blocks before them (S2-Attention's heterogeneous context
+sharding, arXiv 2407.17678). It is only for checkpoints that were trained with it. The blocks between are freed.
 """
 
 from __future__ import annotations

@@ -36,19 +36,19 @@ def parse(text: str) -> Policy:
     form = _FORM.fullmatch(text) if len(text) <= MAX_TEXT else None
     if form is None:
         raise PolicyError(f"a policy is written {text!r:.80}; allowed is name or name(parameter=number, ...)")
-    known = POLICIES.get(form[1])
-    if known is None:
+    policy_class = POLICIES.get(form[1])
+    if policy_class is None:
         raise PolicyError(f"there is no policy {form[1]!r:.40}; allowed are {', '.join(POLICIES)}")
-    fields = {f.name: f for f in dataclasses.fields(known)}
-    given: dict[str, Any] = {}
+    fields = {f.name: f for f in dataclasses.fields(policy_class)}
+    arguments: dict[str, Any] = {}
     for part in (form[2] or "").split(",") if (form[2] or "").strip() else []:
         parameter = _PARAMETER.fullmatch(part)
         name = parameter[1] if parameter else part.strip()
-        if parameter is None or name not in fields or name in given:
+        if parameter is None or name not in fields or name in arguments:
             allowed = f"each once, of {', '.join(fields)}, as name=value" if fields else "none"
-            raise PolicyError(f"{known.name} has the parameter {part.strip()!r:.60}; allowed is {allowed}")
-        given[name] = _value(known.name, name, str(fields[name].type), parameter[2])
-    return known(**given)
+            raise PolicyError(f"{policy_class.name} has the parameter {part.strip()!r:.60}; allowed is {allowed}")
+        arguments[name] = _value(policy_class.name, name, str(fields[name].type), parameter[2])
+    return policy_class(**arguments)
 
 
 def _value(policy: str, name: str, kind: str, text: str) -> Any:
@@ -57,5 +57,5 @@ def _value(policy: str, name: str, kind: str, text: str) -> Any:
             return text
         return int(text) if kind == "int" else float(text)
     except ValueError as error:
-        wanted = "a whole number" if kind == "int" else "a number"
-        raise PolicyError(f"{policy}: {name} is {text!r:.40}; allowed is {wanted}") from error
+        expected = "a whole number" if kind == "int" else "a number"
+        raise PolicyError(f"{policy}: {name} is {text!r:.40}; allowed is {expected}") from error

@@ -4,8 +4,8 @@ arXiv 2306.14048).
 H2O adds up the attention that each key gets from all queries, and evicts the least. Here it is pages that are counted,
 by a sample of the prompt's queries and every `every`-th of decode's (`attention_worker.heavy_pages`). A page's sum is
 divided by how many of them could see it, since an old page was seen by more (as SinkLoRA, arXiv 2406.05678,
-normalises). Prompts are read whole, so pages are freed only in decode. What is freed is gone: a page that would have
-become heavy later is not read again.
+normalises). Prompts are read whole, so pages are freed only in decode. What is freed does not come back: a page that
+would have become heavy later is not read again.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class Job:
         )
         try:
             self._thread.start()
-        except RuntimeError as error:  # there are too many threads already
+        except RuntimeError as error:  # too many threads already
             self.error = error
 
     def _run(self, build: Build, keys: Floats, queries: Floats, lo: int) -> None:
@@ -158,7 +158,7 @@ class IndexBuilds:
 
     def __init__(self, policy: BuildParameters, at: Holding) -> None:
         self._policy = policy
-        self._at = at
+        self._holding = at
         self._build = BUILDS[policy.index]
         self.asked = ASKED[policy.index]
         self.parts: dict[int, PartIndexes] = {}
@@ -176,13 +176,13 @@ class IndexBuilds:
     def sampled(self, cell: Cell) -> int:
         """At how many positions queries are known."""
         later = self.head(cell).later
-        return self._at.samples.positions(*cell) + (0 if later is None else len(later))
+        return self._holding.samples.positions(*cell) + (0 if later is None else len(later))
 
     # What happens to parts.
 
     def observe(self, shown: Shown) -> None:
         """Queries of a prompt have come, and keys with them."""
-        policy, size, cell = self._policy, self._at.page_size, Cell(shown.handle, shown.layer, shown.head)
+        policy, size, cell = self._policy, self._holding.page_size, Cell(shown.handle, shown.layer, shown.head)
         head = self.head(cell)
         lead = max(policy.recent, (shown.lo + shown.tokens + shown.left) // LEAD)
         if shown.left <= lead and shown.whole >= policy.least and head.index is None:
@@ -195,8 +195,8 @@ class IndexBuilds:
         source = self.parts.get(parent)
         if source is not None:
             part = self.parts[handle] = PartIndexes()
-            for key, known in source.heads.items():
-                head = part.heads[key] = HeadIndex(index=known.index, top=known.top)
+            for key, index_of_head in source.heads.items():
+                head = part.heads[key] = HeadIndex(index=index_of_head.index, top=index_of_head.top)
                 head.cut(tokens)
 
     def written(self, handle: int, start: int) -> None:
@@ -233,7 +233,7 @@ class IndexBuilds:
         """Index a head's keys up to the end of that stretch, if enough are new; its begin is where the first index
         begins."""
         head = self.head(cell)
-        least = self._policy.segment if head.index is not None else self._at.page_size
+        least = self._policy.segment if head.index is not None else self._holding.page_size
         enough = stretch.hi - max(stretch.lo, head.end) >= least
         if enough and not head.failed and cell not in self.building and self.sampled(cell) >= self.asked:
             self._due[cell] = stretch
@@ -254,9 +254,9 @@ class IndexBuilds:
             lo = segments[-1].hi
         while segments and segments[-1].hi - segments[-1].lo <= stretch.hi - lo:  # so that there are few, uneven ones
             lo = segments.pop().lo
-        keys = self._at.keys(*cell, lo, stretch.hi)
-        known = [self._at.samples.of(*cell), None if head.later is None else head.later.of(0)]
-        queries = [own for own in known if own is not None] or [np.empty((0, keys.shape[1]), np.float32)]
+        keys = self._holding.keys(*cell, lo, stretch.hi)
+        samples = [self._holding.samples.of(*cell), None if head.later is None else head.later.of(0)]
+        queries = [sample for sample in samples if sample is not None] or [np.empty((0, keys.shape[1]), np.float32)]
         self.building[cell] = Job(self._build, keys, np.concatenate(queries), lo)
 
     def _collect(self, cell: Cell, job: Job) -> None:
@@ -275,10 +275,10 @@ class IndexBuilds:
         else:
             self.counts["builds"] += 1
             self.seconds += job.segment.build_seconds
-            kept = [] if head.index is None else [s for s in head.index.segments if s.hi <= job.lo]
+            segments = [] if head.index is None else [s for s in head.index.segments if s.hi <= job.lo]
             if head.index is None:
                 head.top = self._policy.top
-            head.index = made([*kept, job.segment])
+            head.index = made([*segments, job.segment])
         self._report(cell.handle, part)
 
     def _report(self, handle: int, part: PartIndexes) -> None:

@@ -59,7 +59,7 @@ class IndexParameters(BuildParameters, Protocol):
 
 
 @dataclass(slots=True)
-class _Plan:
+class _IndexPlan:
     items: Items
     at: Bounds
     sampled: list[Ints]  # entries of each item that stand for all between its sinks and its last ones
@@ -73,7 +73,7 @@ class Indexed:
     def __init__(self, policy: IndexParameters, at: Holding, scanning: Chooser) -> None:
         faiss_host.module()  # imported, or found missing, now rather than in a step
         self._policy = policy
-        self._at = at
+        self._holding = at
         self._scanning = scanning
         self._builds = IndexBuilds(policy, at)
         self._counts = dict.fromkeys(COUNTS, 0)
@@ -93,7 +93,7 @@ class Indexed:
             "search_seconds": self._search_seconds,
             "indexed": sum(head.index is not None for head in heads),
             "index_bytes": sum(segments.values()),
-            "sample_bytes": self._at.samples.nbytes + sum(head.later.nbytes for head in heads if head.later),
+            "sample_bytes": self._holding.samples.nbytes + sum(head.later.nbytes for head in heads if head.later),
         }
 
     # What happens to parts.
@@ -111,9 +111,9 @@ class Indexed:
         self._builds.forget(handle)
         self._scanning.forget(handle)
 
-    def _prepare(self, plan: _Plan, i: int, cell: Cell, head: HeadIndex, q: Float32) -> None:
+    def _prepare(self, plan: _IndexPlan, i: int, cell: Cell, head: HeadIndex, q: Float32) -> None:
         """Keep a decode query q `[group, d_k]` where that helps, and want the index that an item lacks."""
-        builds, tokens, size = self._builds, int(plan.items.tokens[i]), self._at.page_size
+        builds, tokens, size = self._builds, int(plan.items.tokens[i]), self._holding.page_size
         if head.failed or tokens < self._policy.least:
             return
         helps = builds.asked and tokens % STRIDE == 0
@@ -126,15 +126,19 @@ class Indexed:
     def worth(self, tokens: Sequence[int]) -> bool:
         return max(tokens) >= self._policy.least or self._scanning.worth(tokens)
 
-    def plan(self, items: Items) -> _Plan:
+    def plan(self, items: Items) -> _IndexPlan:
         policy = self._policy
         for handle in dict.fromkeys(items.parts):
             self._builds.decodes(handle)
-        at = bounds(policy.sink, policy.recent, policy.budget, items, self._at.page_size)
-        return _Plan(items, at, [_spread(lo, hi) for lo, hi in zip(at.sinks.tolist(), at.recent.tolist(), strict=True)])
+        item_bounds = bounds(policy.sink, policy.recent, policy.budget, items, self._holding.page_size)
+        return _IndexPlan(
+            items,
+            item_bounds,
+            [_spread(lo, hi) for lo, hi in zip(item_bounds.sinks.tolist(), item_bounds.recent.tolist(), strict=True)],
+        )
 
-    def choose(self, plan: _Plan, layer: int, spec: LayerSpec, q: torch.Tensor) -> Choice:
-        items, size = plan.items, self._at.page_size
+    def choose(self, plan: _IndexPlan, layer: int, spec: LayerSpec, q: torch.Tensor) -> Choice:
+        items, size = plan.items, self._holding.page_size
         queries: Float32 = q.float().view(len(items), items.group, -1).numpy()
         finite = [bool(np.isfinite(query).all()) for query in queries]
         asking: dict[int, tuple[HeadIndex, KeyIndex]] = {}
@@ -152,38 +156,40 @@ class Indexed:
         others = tuple(i for i in range(len(items)) if i not in asking)
         if not asking:
             return self._by_scan(plan, others, layer, spec, q)
-        found = self._search([(index, queries[i], head.top) for i, (head, index) in asking.items()])
+        results = self._search([(index, queries[i], head.top) for i, (head, index) in asking.items()])
         log_mass, read = self._scan(plan, spec, q, list(asking))
         pages: list[Int32] = [np.empty(0, np.int32)] * len(items)
-        missed = np.zeros((len(items), items.group), np.float32)
-        for (i, (head, index)), hits in zip(asking.items(), found, strict=True):
+        missed_mass = np.zeros((len(items), items.group), np.float32)
+        for (i, (head, index)), hits in zip(asking.items(), results, strict=True):
             chosen = _chosen(plan.at, i, index.hi // size, hits.positions // size)
             logits = _capped(hits.scores * np.float32(spec.scale), spec.soft_cap)
-            missed[i] = _missed(plan, i, index.hi // size, chosen, log_mass[i], logits)
-            self._adapt(head, float(missed[i].max()), np.count_nonzero(chosen) / len(chosen))
+            missed_mass[i] = _missed(plan, i, index.hi // size, chosen, log_mass[i], logits)
+            self._adapt(head, float(missed_mass[i].max()), np.count_nonzero(chosen) / len(chosen))
             pages[i] = items.tables[i][spec.kv_layer][np.flatnonzero(chosen)]
             read += hits.distances * faiss_host.code_bytes(queries.shape[2])
         if not others:
-            return Choice(*lists(pages), missed.reshape(-1), read)
+            return Choice(*lists(pages), missed_mass.reshape(-1), read)
         of_group = (np.array(others)[:, None] * items.group + np.arange(items.group)).reshape(-1)
         vectors = torch.from_numpy(of_group)
         scanned = self._by_scan(plan, others, layer, spec, q[vectors])
         for i, row, count in zip(others, scanned.pages, scanned.counts.tolist(), strict=True):
             pages[i] = row[:count]
-        missed.reshape(-1)[of_group] = scanned.missed
-        rest = None
+        missed_mass.reshape(-1)[of_group] = scanned.missed
+        rest_partial = None
         if scanned.rest is not None:
-            rest = Partial(torch.zeros(len(q), scanned.rest.out.shape[1]), torch.full((len(q),), -torch.inf))
-            rest.out[vectors], rest.lse[vectors] = scanned.rest
+            rest_partial = Partial(torch.zeros(len(q), scanned.rest.out.shape[1]), torch.full((len(q),), -torch.inf))
+            rest_partial.out[vectors], rest_partial.lse[vectors] = scanned.rest
         coarse = np.zeros(len(q), np.float32)
         coarse[of_group] = 0 if scanned.coarse is None else scanned.coarse
-        return Choice(*lists(pages), missed.reshape(-1), read + scanned.read, rest, coarse)
+        return Choice(*lists(pages), missed_mass.reshape(-1), read + scanned.read, rest_partial, coarse)
 
-    def _by_scan(self, plan: _Plan, those: tuple[int, ...], layer: int, spec: LayerSpec, q: torch.Tensor) -> Choice:
+    def _by_scan(
+        self, plan: _IndexPlan, those: tuple[int, ...], layer: int, spec: LayerSpec, q: torch.Tensor
+    ) -> Choice:
         """What full scans choose for some of the items, whose queries q are."""
         if those not in plan.scanning:
             a, index = plan.items, list(those)
-            some = Items(
+            scanned_items = Items(
                 [a.parts[i] for i in index],
                 [a.heads[i] for i in index],
                 [a.tables[i] for i in index],
@@ -191,50 +197,56 @@ class Indexed:
                 a.begins[index],
                 a.group,
             )
-            worth = self._scanning.worth(some.tokens.tolist())
-            plan.scanning[those] = some, self._scanning.plan(some) if worth else None
-        some, scan = plan.scanning[those]
-        return everything(some, spec.kv_layer) if scan is None else self._scanning.choose(scan, layer, spec, q)
+            worth = self._scanning.worth(scanned_items.tokens.tolist())
+            plan.scanning[those] = scanned_items, self._scanning.plan(scanned_items) if worth else None
+        scanned_items, scan = plan.scanning[those]
+        return everything(scanned_items, spec.kv_layer) if scan is None else self._scanning.choose(scan, layer, spec, q)
 
     def _search(self, asked: Sequence[tuple[KeyIndex, Float32, int]]) -> list[Found]:
         """Of each index the best `top` keys of each query, `[group, d_k]`. Dealt out over the threads, this one among
         them: a search releases the GIL."""
-        begun = time.perf_counter()
+        start_time = time.perf_counter()
 
         def of(share: Sequence[tuple[KeyIndex, Float32, int]]) -> list[Found]:
             return [index.search(q, top) for index, q, top in share]
 
-        found: list[Found]
+        results: list[Found]
         if self._pool is None or len(asked) == 1:
-            found = of(asked)
+            results = of(asked)
         else:
-            threads = min(self._at.threads, len(asked))
+            threads = min(self._holding.threads, len(asked))
             others = [self._pool.submit(of, asked[t::threads]) for t in range(1, threads)]
             shares = [of(asked[::threads]), *(other.result() for other in others)]
-            found = [shares[i % threads][i // threads] for i in range(len(asked))]
-        self._search_seconds += time.perf_counter() - begun
-        for (_, q, _), hits in zip(asked, found, strict=True):
+            results = [shares[i % threads][i // threads] for i in range(len(asked))]
+        self._search_seconds += time.perf_counter() - start_time
+        for (_, q, _), hits in zip(asked, results, strict=True):
             self._counts["searches"] += 1
             self._counts["queries"] += len(q)
             self._counts["distances"] += hits.distances
-        return found
+        return results
 
-    def _scan(self, plan: _Plan, spec: LayerSpec, q: torch.Tensor, those: list[int]) -> tuple[Float32, int]:
+    def _scan(self, plan: _IndexPlan, spec: LayerSpec, q: torch.Tensor, those: list[int]) -> tuple[Float32, int]:
         """The log-mass of the pages from which some items' missed mass is estimated, float32 `[items, group, pages]`:
         sinks, sampled, last ones. And how many bytes were read."""
-        items, at = plan.items, plan.at
+        items, item_bounds = plan.items, plan.at
         if plan.scan is None:
-            ends = zip(at.sinks.tolist(), plan.sampled, at.recent.tolist(), at.sealed.tolist(), strict=True)
+            ends = zip(
+                item_bounds.sinks.tolist(),
+                plan.sampled,
+                item_bounds.recent.tolist(),
+                item_bounds.sealed.tolist(),
+                strict=True,
+            )
             columns = [np.concatenate([np.arange(a), s, np.arange(b, c)]) for a, s, b, c in ends]
             tables = [np.ascontiguousarray(t[:, c]) for t, c in zip(items.tables, columns, strict=True)]
             n = np.array([len(c) for c in columns], np.int64)
-            asked = sketches.Items(tables, n, np.zeros_like(n), n, n)
-            plan.scan = sketches.plan_scan(self._at.sketches, asked, items.group, self._at.threads)
+            scan_items = sketches.Items(tables, n, np.zeros_like(n), n, n)
+            plan.scan = sketches.plan_scan(self._holding.sketches, scan_items, items.group, self._holding.threads)
         active = np.zeros(len(items), np.bool_)
         active[those] = True
-        kernel = self._at.sketches
-        found = sketches.scan(kernel, plan.scan, spec.kv_layer, q, spec.scale, spec.soft_cap, 1.0, active)
-        return found.log_mass.numpy(), int(plan.scan.items.held[active].sum()) * kernel.layout.scanned_bytes
+        kernel = self._holding.sketches
+        scan_result = sketches.scan(kernel, plan.scan, spec.kv_layer, q, spec.scale, spec.soft_cap, 1.0, active)
+        return scan_result.log_mass.numpy(), int(plan.scan.items.held[active].sum()) * kernel.layout.scanned_bytes
 
     def _adapt(self, head: HeadIndex, missed: float, share: float) -> None:
         """Set how many keys a head asks for in the next step, by what it missed and the share of its pages that it
@@ -279,7 +291,7 @@ def _chosen(at: Bounds, i: int, indexed: int, found: Ints) -> npt.NDArray[np.boo
 
 
 def _missed(
-    plan: _Plan, i: int, indexed: int, chosen: npt.NDArray[np.bool_], log_mass: Float32, logits: Float32
+    plan: _IndexPlan, i: int, indexed: int, chosen: npt.NDArray[np.bool_], log_mass: Float32, logits: Float32
 ) -> Float32:
     """The share of item i's mass, float32 `[group]`, that the chosen entries leave out, by estimate.
 
@@ -288,22 +300,22 @@ def _missed(
     and, estimated by the sampled pages among them, of what is not indexed yet: so the share is rather too large. NaN
     where no page that is left out is sampled. log_mass: of sinks, sampled and last pages, `[group, pages or more]`.
     """
-    at, entries = plan.at, plan.sampled[i]
+    item_bounds, entries = plan.at, plan.sampled[i]
     left_out = len(chosen) - np.count_nonzero(chosen)
     if not left_out:
         return np.zeros(len(logits), np.float32)
     unread = ~chosen[entries]
     if not unread.any():
         return np.full(len(logits), np.nan, np.float32)
-    sinks, recent = int(at.sinks[i]), int(at.recent[i])
-    logs = log_mass[:, : sinks + len(entries) + int(at.sealed[i]) - recent].astype(np.float64)
+    sinks, recent = int(item_bounds.sinks[i]), int(item_bounds.recent[i])
+    logs = log_mass[:, : sinks + len(entries) + int(item_bounds.sealed[i]) - recent].astype(np.float64)
     peak = np.maximum(logs.max(1), logits.max(1))[:, None]
     masses = np.exp(logs - peak)
     sampled = masses[:, sinks : sinks + len(entries)]
-    rest = left_out * sampled[:, unread].mean(1)
+    unread_mass = left_out * sampled[:, unread].mean(1)
     read = np.exp(logits - peak).sum(1) + masses[:, :sinks].sum(1) + masses[:, sinks + len(entries) :].sum(1)
     later = entries >= indexed
     if later.any():
         read += (recent - indexed) * sampled[:, later].mean(1)
-    share: Float32 = (rest / (rest + read)).astype(np.float32)
+    share: Float32 = (unread_mass / (unread_mass + read)).astype(np.float32)
     return share

@@ -54,11 +54,11 @@ class Bounds:
 
 def bounds(sink: int, recent: int, budget: float, items: Items, page_size: int) -> Bounds:
     """The bounds of a decode step's items, by the parameters of `Budgeted`."""
-    held = -(-items.tokens // page_size)
+    page_counts = -(-items.tokens // page_size)
     sealed = items.tokens // page_size
     last = np.minimum(np.maximum(0, items.tokens - recent) // page_size, sealed)
     sinks = np.minimum(np.where(items.begins, -(-sink // page_size), 0), last)
-    return Bounds(held, sealed, sinks, last, np.ceil(budget * held).astype(np.int64))
+    return Bounds(page_counts, sealed, sinks, last, np.ceil(budget * page_counts).astype(np.int64))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,17 +71,19 @@ class ScannedItems:
 
     def masses(self, of: Sketches, spec: LayerSpec, q: torch.Tensor) -> tuple[Float32, int]:
         """The log-masses of a layer's pages, `[items, group, entries]` as in `sketches.Choice`, and the bytes read."""
-        found = sketches.scan(of, self.scan, spec.kv_layer, q, spec.scale, spec.soft_cap, 0.0)
-        return found.log_mass.cpu().numpy(), int(self.at.held.sum()) * of.layout.scanned_bytes
+        scan_result = sketches.scan(of, self.scan, spec.kv_layer, q, spec.scale, spec.soft_cap, 0.0)
+        return scan_result.log_mass.cpu().numpy(), int(self.at.held.sum()) * of.layout.scanned_bytes
 
 
 def planned(policy: Budgeted, items: Items, at: Holding) -> ScannedItems:
     """A decode step's items of a policy."""
-    of = bounds(policy.sink, policy.recent, policy.budget, items, at.page_size)
-    if of.whole:
-        return ScannedItems(items, of, None)
-    asked = sketches.Items(items.tables, of.sealed, of.sinks, of.recent, of.held)
-    return ScannedItems(items, of, sketches.plan_scan(at.sketches, asked, items.group, at.threads))
+    item_bounds = bounds(policy.sink, policy.recent, policy.budget, items, at.page_size)
+    if item_bounds.whole:
+        return ScannedItems(items, item_bounds, None)
+    scan_items = sketches.Items(
+        items.tables, item_bounds.sealed, item_bounds.sinks, item_bounds.recent, item_bounds.held
+    )
+    return ScannedItems(items, item_bounds, sketches.plan_scan(at.sketches, scan_items, items.group, at.threads))
 
 
 def best(scores: npt.NDArray[np.float32], number: int) -> Ints:
@@ -90,8 +92,8 @@ def best(scores: npt.NDArray[np.float32], number: int) -> Ints:
         return np.arange(len(scores))
     if number <= 0:
         return np.empty(0, np.int64)
-    found: Ints = np.sort(np.argpartition(scores, -number)[-number:])
-    return found
+    indices: Ints = np.sort(np.argpartition(scores, -number)[-number:])
+    return indices
 
 
 def lists(pages: Sequence[Int32]) -> tuple[Int32, Ints]:

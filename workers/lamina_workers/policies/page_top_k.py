@@ -37,7 +37,7 @@ class PageTopK(Budgeted):
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class _BoundingPlan:
     items: Items
     at: Bounds
 
@@ -45,44 +45,49 @@ class _Plan:
 class _Bounding:
     def __init__(self, policy: PageTopK, at: Holding) -> None:
         self._policy = policy
-        self._at = at
+        self._holding = at
 
     def worth(self, tokens: Sequence[int]) -> bool:
         return True
 
-    def plan(self, items: Items) -> _Plan:
+    def plan(self, items: Items) -> _BoundingPlan:
         policy = self._policy
-        at = bounds(policy.sink, policy.recent, policy.budget, items, self._at.page_size)
-        np.maximum(at.picks, policy.least, out=at.picks)
-        return _Plan(items, at)
+        item_bounds = bounds(policy.sink, policy.recent, policy.budget, items, self._holding.page_size)
+        np.maximum(item_bounds.picks, policy.least, out=item_bounds.picks)
+        return _BoundingPlan(items, item_bounds)
 
-    def choose(self, plan: _Plan, layer: int, spec: LayerSpec, q: torch.Tensor) -> Choice:
-        items, at = plan.items, plan.at
-        if at.whole:
+    def choose(self, plan: _BoundingPlan, layer: int, spec: LayerSpec, q: torch.Tensor) -> Choice:
+        items, item_bounds = plan.items, plan.at
+        if item_bounds.whole:
             return everything(items, spec.kv_layer)
         queries = q.float().view(len(items), items.group, -1)
         chosen: list[Int32] = []
         bounded = 0  # pages
-        missed = np.zeros((len(items), items.group), np.float32)
+        missed_mass = np.zeros((len(items), items.group), np.float32)
         for i, table in enumerate(items.tables):
-            pages, sinks, recent, picks = table[spec.kv_layer], int(at.sinks[i]), int(at.recent[i]), int(at.picks[i])
+            pages, sinks, recent, picks = (
+                table[spec.kv_layer],
+                int(item_bounds.sinks[i]),
+                int(item_bounds.recent[i]),
+                int(item_bounds.picks[i]),
+            )
             if picks >= recent - sinks:
                 chosen.append(pages)
                 continue
             bounded += recent - sinks
-            missed[i] = np.nan
-            found = best(self._bounds(queries[i], pages[sinks:recent]), picks) + sinks
-            chosen.append(np.concatenate([pages[:sinks], pages[found], pages[recent:]]))
-        layout = self._at.sketches.layout
+            missed_mass[i] = np.nan
+            page_slots = best(self._bounds(queries[i], pages[sinks:recent]), picks) + sinks
+            chosen.append(np.concatenate([pages[:sinks], pages[page_slots], pages[recent:]]))
+        layout = self._holding.sketches.layout
         read = bounded * 4 * layout.padded  # lows and steps, two bytes each
-        return Choice(*lists(chosen), missed.reshape(-1), read)
+        return Choice(*lists(chosen), missed_mass.reshape(-1), read)
 
     def _bounds(self, q: torch.Tensor, pages: Int32) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
         """For q, float32 `[group, d_k]`: of each page the bound of what q.k can be, float32 `[pages]`, the highest of
         all heads. max(q * low, q * high) is q * middle + |q| * half the width."""
         index = torch.from_numpy(pages.astype(np.int64))
-        half = self._at.sketches.steps[index].float() * (LEVELS / 2)
-        middle = self._at.sketches.lows[index].float() + half
+        half = self._holding.sketches.steps[index].float() * (LEVELS / 2)
+        middle = self._holding.sketches.lows[index].float() + half
         highest: np.ndarray[tuple[int], np.dtype[np.float32]] = (q @ middle.T + q.abs() @ half.T).amax(0).cpu().numpy()
         return highest
 

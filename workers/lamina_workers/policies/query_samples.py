@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class _Kept:
+class _LayerSample:
     """A sample of the KV heads `heads`, and how many parts have it."""
 
     heads: tuple[int, ...]
@@ -34,24 +34,24 @@ class QuerySamples:
     def __init__(self, limit: int) -> None:
         self.nbytes = 0
         self._limit = limit
-        self._parts: dict[int, dict[int, _Kept]] = {}  # by handle, then layer
-        self._said = False
+        self._parts: dict[int, dict[int, _LayerSample]] = {}  # by handle, then layer
+        self._logged = False
 
     def add(self, handle: int, layer: int, heads: tuple[int, ...], positions: Positions, q: torch.Tensor) -> int:
         """Keep queries of any float dtype, `[t, heads, group, d]`, at ascending positions, int64 `[t]`. Returns how
         many of the first are not new, or not kept. With other heads than before the sample begins anew."""
         if self.nbytes >= self._limit:
-            if not self._said:
-                self._said = True
+            if not self._logged:
+                self._logged = True
                 log.warning("samples of prompts' queries take %d bytes: no more are kept", self.nbytes)
             return len(positions)
         layers = self._parts.setdefault(handle, {})
-        kept = layers.get(layer)
-        if kept is not None and kept.heads != heads:  # a longer prompt interests more policies
-            self._leave(kept)
-            kept = None
-        if kept is None:
-            layers[layer] = _Kept(heads, QuerySample(*q.shape[1:]))
+        layer_sample = layers.get(layer)
+        if layer_sample is not None and layer_sample.heads != heads:  # a longer prompt interests more policies
+            self._leave(layer_sample)
+            layer_sample = None
+        if layer_sample is None:
+            layers[layer] = _LayerSample(heads, QuerySample(*q.shape[1:]))
         sample = self._own(layers, layer)
         self.nbytes -= sample.nbytes
         try:
@@ -61,55 +61,59 @@ class QuerySamples:
 
     def positions(self, handle: int, layer: int, head: int) -> int:
         """At how many positions queries to a part's KV head are kept."""
-        kept = self._parts.get(handle, {}).get(layer)
-        return len(kept.sample) if kept is not None and head in kept.heads else 0
+        layer_sample = self._parts.get(handle, {}).get(layer)
+        return len(layer_sample.sample) if layer_sample is not None and head in layer_sample.heads else 0
 
     def of(self, handle: int, layer: int, head: int) -> Floats | None:
         """The queries to a part's KV head, float32 `[n * group, d]`, by position; None where there are none."""
-        kept = self._parts.get(handle, {}).get(layer)
-        return kept.sample.of(kept.heads.index(head)) if kept is not None and head in kept.heads else None
+        layer_sample = self._parts.get(handle, {}).get(layer)
+        return (
+            layer_sample.sample.of(layer_sample.heads.index(head))
+            if layer_sample is not None and head in layer_sample.heads
+            else None
+        )
 
     def between(self, handle: int, layer: int, lo: int, hi: int) -> tuple[tuple[int, ...], Positions, torch.Tensor]:
         """The KV heads, and what is kept of positions [lo, hi): positions and queries, bfloat16 as in `QuerySample`."""
-        kept = self._parts.get(handle, {}).get(layer)
-        if kept is None:
+        layer_sample = self._parts.get(handle, {}).get(layer)
+        if layer_sample is None:
             return (), np.empty(0, np.int64), torch.empty(0, 0, dtype=torch.bfloat16)
-        positions = kept.sample.positions
+        positions = layer_sample.sample.positions
         first, end = np.searchsorted(positions, (lo, hi))
-        return kept.heads, positions[first:end], kept.sample.queries[first:end]
+        return layer_sample.heads, positions[first:end], layer_sample.sample.queries[first:end]
 
     def fork(self, handle: int, parent: int, tokens: int) -> None:
         """A part is new, and has the first `tokens` of another."""
         layers = self._parts.get(parent)
         if layers is not None:
-            for kept in layers.values():
-                kept.owners += 1
+            for layer_sample in layers.values():
+                layer_sample.owners += 1
             self._parts[handle] = dict(layers)
             self.cut(handle, tokens)
 
     def cut(self, handle: int, tokens: int) -> None:
         """A part's tokens from the first `tokens` on are new, or differ from before."""
         layers = self._parts.get(handle, {})
-        for layer, kept in list(layers.items()):
-            if len(kept.sample) and kept.sample.last >= tokens:
+        for layer, layer_sample in list(layers.items()):
+            if len(layer_sample.sample) and layer_sample.sample.last >= tokens:
                 self._own(layers, layer).cut(tokens)
 
     def forget(self, handle: int) -> None:
         """A part is closed."""
-        for kept in self._parts.pop(handle, {}).values():
-            self._leave(kept)
+        for layer_sample in self._parts.pop(handle, {}).values():
+            self._leave(layer_sample)
 
-    def _leave(self, kept: _Kept) -> None:
+    def _leave(self, kept: _LayerSample) -> None:
         """A part has a sample no more."""
         kept.owners -= 1
         if not kept.owners:
             self.nbytes -= kept.sample.nbytes
 
-    def _own(self, layers: dict[int, _Kept], layer: int) -> QuerySample:
+    def _own(self, layers: dict[int, _LayerSample], layer: int) -> QuerySample:
         """A part's sample, to be changed: no other part has it."""
-        kept = layers[layer]
-        if kept.owners > 1:
-            kept.owners -= 1
-            kept = layers[layer] = _Kept(kept.heads, kept.sample.copy())
-            self.nbytes += kept.sample.nbytes
-        return kept.sample
+        layer_sample = layers[layer]
+        if layer_sample.owners > 1:
+            layer_sample.owners -= 1
+            layer_sample = layers[layer] = _LayerSample(layer_sample.heads, layer_sample.sample.copy())
+            self.nbytes += layer_sample.sample.nbytes
+        return layer_sample.sample

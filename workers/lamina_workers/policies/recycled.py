@@ -56,39 +56,39 @@ class _FullStep:
 class _Recycling:
     def __init__(self, policy: Recycled, at: Holding) -> None:
         self._policy = policy
-        self._at = at
+        self._holding = at
         self._last: dict[int, dict[tuple[int, int], _FullStep]] = {}  # by part, then by layer and KV head
 
     def worth(self, tokens: Sequence[int]) -> bool:
         return True
 
     def plan(self, items: Items) -> ScannedItems:
-        return planned(self._policy, items, self._at)
+        return planned(self._policy, items, self._holding)
 
     def choose(self, plan: ScannedItems, layer: int, spec: LayerSpec, q: torch.Tensor) -> Choice:
         """`missed` is known in full steps alone: of what the step before read, since they themselves miss nothing."""
-        items, at = plan.items, plan.at
-        if at.whole:
+        items, item_bounds = plan.items, plan.at
+        if item_bounds.whole:
             return everything(items, spec.kv_layer)
         queries = q.float().view(len(items), items.group, -1).cpu().numpy()
-        known = [self._known(items, i, layer, queries[i]) for i in range(len(items))]
-        missed = np.full((len(items), items.group), np.nan, np.float32)
+        last_steps = [self._known(items, i, layer, queries[i]) for i in range(len(items))]
+        missed_mass = np.full((len(items), items.group), np.nan, np.float32)
         read, log_mass = 0, np.empty((len(items), items.group, 0), np.float32)
-        if None in known:
-            log_mass, read = plan.masses(self._at.sketches, spec, q)
+        if None in last_steps:
+            log_mass, read = plan.masses(self._holding.sketches, spec, q)
         pages: list[Int32] = []
-        for i, step in enumerate(known):
+        for i, step in enumerate(last_steps):
             table = items.tables[i][spec.kv_layer]
             if step is not None:
                 pages.append(np.concatenate([table[step.entries], table[step.upto :]]))
                 continue
             steps, key = self._last.setdefault(items.parts[i], {}), (layer, items.heads[i])
-            masses = log_mass[i, :, : int(at.sealed[i])]
+            masses = log_mass[i, :, : int(item_bounds.sealed[i])]
             if (before := steps.get(key)) is not None and before.tokens < items.tokens[i]:
-                missed[i] = _left_out(before, masses)
-            steps[key] = self._full_step(at, i, masses, int(items.tokens[i]), queries[i])
+                missed_mass[i] = _left_out(before, masses)
+            steps[key] = self._full_step(item_bounds, i, masses, int(items.tokens[i]), queries[i])
             pages.append(table)
-        return Choice(*lists(pages), missed.reshape(-1), read)
+        return Choice(*lists(pages), missed_mass.reshape(-1), read)
 
     def forget(self, handle: int) -> None:
         self._last.pop(handle, None)
@@ -121,8 +121,8 @@ def _left_out(step: _FullStep, log_mass: Float32) -> Float32:
     """The share of the mass, `[group]`, of the pages that are not read after a full step; log_mass `[group, pages]`."""
     others = np.ones(step.upto, np.bool_)
     others[step.entries] = False
-    left = log_mass[:, : step.upto][:, others[: log_mass.shape[1]]]
-    if not left.size:
+    unread = log_mass[:, : step.upto][:, others[: log_mass.shape[1]]]
+    if not unread.size:
         return np.zeros(len(log_mass), np.float32)
-    share: Float32 = np.exp(np.logaddexp.reduce(left, axis=1) - np.logaddexp.reduce(log_mass, axis=1))
+    share: Float32 = np.exp(np.logaddexp.reduce(unread, axis=1) - np.logaddexp.reduce(log_mass, axis=1))
     return share

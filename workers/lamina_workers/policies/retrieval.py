@@ -82,7 +82,7 @@ class Retrieval(Adaptive):
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class _RetrievingPlan:
     scan: Any  # the kernels' plan
     scanned: int  # bytes of sketches that every layer reads of all pages
 
@@ -95,27 +95,29 @@ class _Retrieving:
     at: Holding
 
     def worth(self, tokens: Sequence[int]) -> bool:
-        of = self.at.sketches.layout
+        layout = self.at.sketches.layout
         pages = sum(tokens) / self.at.page_size
-        sketched = pages * (of.scanned_bytes + IN_CODES * of.value_bytes)
-        return CALL + BYTE * sketched < pages * of.pages.page_bytes
+        sketched = pages * (layout.scanned_bytes + IN_CODES * layout.value_bytes)
+        return CALL + BYTE * sketched < pages * layout.pages.page_bytes
 
-    def plan(self, items: Items) -> _Plan:
-        size, policy, of = self.at.page_size, self.policy, self.at.sketches
-        held, sealed = -(-items.tokens // size), items.tokens // size
+    def plan(self, items: Items) -> _RetrievingPlan:
+        size, policy, page_sketches = self.at.page_size, self.policy, self.at.sketches
+        page_counts, sealed = -(-items.tokens // size), items.tokens // size
         recent = np.maximum(0, (items.tokens - policy.recent) // size)
-        sinks = np.minimum(np.where(items.begins, -(-policy.sink // size), 0), held)
-        asked = sketches.Items(items.tables, sealed, sinks, recent, held)
-        scan = sketches.plan_scan(of, asked, items.group, self.at.threads)
-        return _Plan(scan, int(sealed.sum()) * of.layout.scanned_bytes)
+        sinks = np.minimum(np.where(items.begins, -(-policy.sink // size), 0), page_counts)
+        scan_items = sketches.Items(items.tables, sealed, sinks, recent, page_counts)
+        scan = sketches.plan_scan(page_sketches, scan_items, items.group, self.at.threads)
+        return _RetrievingPlan(scan, int(sealed.sum()) * page_sketches.layout.scanned_bytes)
 
-    def choose(self, plan: _Plan, layer: int, spec: LayerSpec, q: torch.Tensor) -> Choice:
-        policy, of = self.policy, self.at.sketches
+    def choose(self, plan: _RetrievingPlan, layer: int, spec: LayerSpec, q: torch.Tensor) -> Choice:
+        policy, page_sketches = self.policy, self.at.sketches
         numbers = spec.kv_layer, q, spec.scale, spec.soft_cap
-        found = sketches.scan(of, plan.scan, *numbers, policy.missed, coarse=policy.coarse)
-        read = plan.scanned + int(found.coarse_counts.sum()) * of.layout.value_bytes
-        pages, counts, missed, coarse = (x.numpy() for x in (found.pages, found.counts, found.missed, found.coarse))
-        return Choice(pages, counts, missed, read, found.tail, coarse)
+        scan_result = sketches.scan(page_sketches, plan.scan, *numbers, policy.missed, coarse=policy.coarse)
+        read = plan.scanned + int(scan_result.coarse_counts.sum()) * page_sketches.layout.value_bytes
+        pages, counts, missed_mass, coarse = (
+            x.numpy() for x in (scan_result.pages, scan_result.counts, scan_result.missed, scan_result.coarse)
+        )
+        return Choice(pages, counts, missed_mass, read, scan_result.tail, coarse)
 
     def forget(self, handle: int) -> None:
         """Nothing is kept of parts."""

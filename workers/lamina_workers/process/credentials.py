@@ -61,7 +61,7 @@ def load_credentials(
 class CredentialFiles:
     """The credentials of a folder and a token file, as `load_credentials` reads them. Raises CredentialsError.
 
-    `current` has the newest that could be read. A new token is not taken: who has the old one would be locked out.
+    `current` has the newest that could be read. A new token is not taken: engines with the old one would be locked out.
     """
 
     def __init__(
@@ -69,15 +69,15 @@ class CredentialFiles:
     ) -> None:
         self._folder = None if tls_dir is None else Path(tls_dir)
         self._server = server
-        self._seen = self._state()
+        self._last_state = self._state()
         self.current = load_credentials(tls_dir, token_file, server)
 
     def renewed(self) -> Credentials | None:
         """The credentials where the folder's files have changed since the last call, None where they have not, or
         cannot be used."""
-        if self._folder is None or (state := self._state()) == self._seen:
+        if self._folder is None or (state := self._state()) == self._last_state:
             return None
-        self._seen = state
+        self._last_state = state
         try:
             self.current = replace(load_credentials(self._folder, None, self._server), token=self.current.token)
         except CredentialsError as error:
@@ -89,14 +89,14 @@ class CredentialFiles:
         """What shows that a file was replaced or written to."""
         if self._folder is None:
             return ()
-        found: list[tuple[int, int, int] | None] = []
+        states: list[tuple[int, int, int] | None] = []
         for name in ("ca.pem", "cert.pem", "key.pem"):
             try:
                 facts = (self._folder / name).stat()
-                found.append((facts.st_ino, facts.st_mtime_ns, facts.st_size))
+                states.append((facts.st_ino, facts.st_mtime_ns, facts.st_size))
             except OSError:
-                found.append(None)
-        return tuple(found)
+                states.append(None)
+        return tuple(states)
 
 
 def certificate_end(pem: bytes) -> datetime.datetime:
@@ -169,26 +169,31 @@ def make_credentials(directory: str | Path, hosts: Sequence[str]) -> Credentials
 
     Key and token are readable by their owner alone. Files that are there are not replaced. Raises CredentialsError.
     """
-    made = create_credentials(hosts)
+    credentials = create_credentials(hosts)
     folder = Path(directory)
-    files = {"ca.pem": made.ca, "cert.pem": made.cert, "key.pem": made.key, TOKEN_NAME: made.token.encode() + b"\n"}
+    files = {
+        "ca.pem": credentials.ca,
+        "cert.pem": credentials.cert,
+        "key.pem": credentials.key,
+        TOKEN_NAME: credentials.token.encode() + b"\n",
+    }
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if there := [name for name in files if (folder / name).exists()]:
-            raise CredentialsError(f"{folder} has {', '.join(there)} already; nothing was written")
+        if present := [name for name in files if (folder / name).exists()]:
+            raise CredentialsError(f"{folder} has {', '.join(present)} already; nothing was written")
         for name, content in files.items():
             mode = 0o600 if name in ("key.pem", TOKEN_NAME) else 0o644
             with open(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
                 file.write(content)
     except OSError as error:
         raise CredentialsError(f"cannot write credentials to {folder}: {error}") from error
-    return made
+    return credentials
 
 
 def _utc(certificate: x509.Certificate, name: str) -> datetime.datetime:
     """A date of a certificate; the package has called it by two names."""
-    found: datetime.datetime | None = getattr(certificate, f"{name}_utc", None)
-    return found or getattr(certificate, name).replace(tzinfo=datetime.timezone.utc)
+    moment: datetime.datetime | None = getattr(certificate, f"{name}_utc", None)
+    return moment or getattr(certificate, name).replace(tzinfo=datetime.timezone.utc)
 
 
 def _check_dates(path: Path, pem: bytes) -> None:
