@@ -4,21 +4,20 @@ Sequences at holders
 --------------------
 
 A holder keeps KV: a seat at an attention worker, or a pool in the engine's process. A sequence gets a layout when it is
-opened: for each holder a share, which is some KV heads at a range of positions (`lamina/kv/kv_shares.py`,
-`kv_shares.py`). Heads and ranges are given out in proportion to memory; the first holder changes from one sequence to
-the next, so three heads on two workers are even over many sequences. What a holder has of a sequence is a part with a
-handle of its own, so after a loss a holder can have several parts of one sequence. `Placement` turns a plan into rows
-for parts.
+opened: for each holder a share, which is some KV heads at a range of positions (`lamina/kv/kv_shares.py`). Heads and
+ranges are given out in proportion to memory; the first holder changes from one sequence to the next, so three heads on
+two workers are even over many sequences. What a holder has of a sequence is a part with a handle of its own, so after a
+loss a holder can have several parts of one sequence. `Placement` turns a plan into rows for parts.
 
 The rows of a part:
 
-- without attention workers, or on the local tier: who reads: the local holder, fused; who stores: the same
-- decode, by heads: who reads: each part, its heads, all of the past; who stores: the same
-- decode, by ranges: who reads: each part its range; who stores: the part whose range the token falls into
-- prompt: who reads: its local copy, fused; below where the copy begins, the parts; who stores: the parts and the
+- without attention workers, or on the local tier: read by the local holder, fused; stored by the same
+- decode, by heads: read by each part, its heads, all of the past; stored by the same
+- decode, by ranges: read by each part its range; stored by the part whose range the token falls into
+- prompt: read by its local copy, fused; below where the copy begins, the parts; stored by the parts and the
   local copy, which is closed at the prompt's end
-- prompt without a copy: who reads: the parts; who stores: the same
-- rebuild after a loss: who reads: as a prompt, from the first lost position on; who stores: the new parts alone
+- prompt without a copy: read by the parts; stored by the same
+- rebuild after a loss: read as a prompt is, from the first lost position on; stored by the new parts alone
 
 A model worker's process has one local pool. Whole sequences of the local tier are there, and local copies of prompts
 (and rebuilds) that are computed for attention workers. A copy is made where the ledger has pages for the whole prompt

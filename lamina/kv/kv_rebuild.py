@@ -1,4 +1,4 @@
-"""Has the lost parts of sequences computed again, and no more than that. Pure.
+"""The lost parts of sequences are computed again, and no more than that (`KvRebuild`). Pure.
 
 Each sequence that can be rebuilt in part gets substitutes for its lost shares. Its next rows compute the missing
 positions again, and only the substitutes store them. A spare is such a substitute that has most of them already. Of
@@ -162,8 +162,8 @@ class KvRebuild:
         self.reads.give_up(read)
         owner = read.owner
         if isinstance(owner, Node):
-            gone = replace(read.share, holder=GONE)
-            owner.layout = tuple(gone if share == read.share else share for share in owner.layout)
+            lost = replace(read.share, holder=GONE)
+            owner.layout = tuple(lost if share == read.share else share for share in owner.layout)
         elif owner.rebuild is not None:
             owner.rebuild.read = tuple(share for share in owner.rebuild.read if share != read.share)
             owner.stored = 0

@@ -1,6 +1,6 @@
-"""Shares of a sequence, and pages counted by pool of a holder.
+"""Shares of a sequence, how it is cut into them (`layout`), and pages counted by pool of a holder (`Pages`). Pure.
 
-How a sequence is cut over holders of different memory: by KV head, by range, or both. Pure.
+A sequence is cut over holders of different memory by KV head, by range, or both.
 """
 
 from __future__ import annotations

@@ -444,7 +444,7 @@ class ReadBacks:
             self._read.append(read)
 
     def unreadable(self) -> list[ReadBack]:
-        """What was due and cannot be read back any more, since holders are gone; it is due no more."""
+        """What was due and cannot be read back any more, since holders were lost; it is due no more."""
         present_places, due = self._layouts.pages, self._due
         unreadable = [
             read

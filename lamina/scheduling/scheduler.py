@@ -426,7 +426,9 @@ class Scheduler:
             row.sequence for row in plan.rows if any(share.at in refusers for share in row.sequence.layout)
         }
         candidates = [
-            each for each in running if each in refused_sequences or running.keeps_at(each, refusers)
+            candidate
+            for candidate in running
+            if candidate in refused_sequences or running.keeps_at(candidate, refusers)
         ] or running.sequences
         youngest = next((sequence for sequence in reversed(candidates[1:]) if not sequence.in_flight), None)
         if youngest is not None:

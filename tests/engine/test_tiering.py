@@ -177,7 +177,7 @@ def test_where_kv_is_read_is_said_once_for_each_place(caplog: pytest.LogCaptureF
     deployment = Deployment(lambda fused, lanes: 0.010)
     tuner = deployment.tuner = deployment.tiering._control.tuner = StepTuner()
     for seconds, share in ((0, 1.0), (1, 1.0), (2, 0.0), (100, 0.0), (200, 0.0)):
-        tuner.share, tuner.reason, tuner._reference = share, f"decode: {share}", SimpleNamespace()  # type: ignore[assignment]
+        tuner.share, tuner.reason, tuner._settled = share, f"decode: {share}", SimpleNamespace()  # type: ignore[assignment]
         with caplog.at_level("INFO", logger="lamina.choices"):
             deployment.tiering._say(seconds)
     assert [record.getMessage() for record in caplog.records] == ["decode: 1.0", "decode: 0.0"]
