@@ -21,155 +21,6 @@ from lamina_protocols.messages.messages import Bound, Close, Fork, Open, Operati
 from lamina_protocols.messages.routes import HolderBatch, Route
 
 
-@dataclass(slots=True)
-class Holder:
-    """A holder of KV that belongs to one model worker, its `rank`, and has heads of that rank only. `pages` is its
-    whole memory, by pool; a holder with a larger `weight` gets more of each sequence. `name` is that of its attention
-    worker, "" for a holder in a model worker's process; `page_layout` says how its pages lie.
-
-    `features` are those of `versions` that it has: it gets no operation of another. A `fused` holder attends the rows'
-    own tokens too. A `draining` one gets nothing new. Operations wait in the `outbox` until the holder has accepted
-    them; `closing` are the pages of each pool that the closes among them free, at least.
-    """
-
-    pages: tuple[int, ...]
-    weight: int = 1
-    fused: bool = False
-    rank: int = 0
-    name: str = ""
-    page_layout: str = ""
-    draining: bool = False
-    features: frozenset[str] = FEATURES
-    outbox: list[Operation] = field(default_factory=list)
-    first: int = 0  # the number of the first operation in the outbox
-    closing: list[int] = field(default_factory=list)
-    _freed: list[tuple[int, int]] = field(default_factory=list)  # by each operation in the outbox: pool, pages
-
-    def __post_init__(self) -> None:
-        self.closing = [0] * len(self.pages)
-
-    def queue(self, operation: Operation, pool: int = 0, freed: int = 0) -> None:
-        """Have the holder apply an operation, which frees so many pages of a pool or more."""
-        self.outbox.append(operation)
-        self._freed.append((pool, freed))
-        self.closing[pool] += freed
-
-    def outgoing(self, routes: tuple[Route, ...] = ()) -> HolderBatch:
-        """All operations that wait, and these rows."""
-        return HolderBatch(self.first, tuple(self.outbox), routes)
-
-    def keeps(self, kept: Surveyed) -> None:
-        """The holder has these parts of the previous engine. They are closed unless placement adopts them."""
-        self.empty(kept.next_operation)
-        for part in kept.parts:
-            self.queue(Close(part.handle))
-
-    def keep(self, handle: int) -> None:
-        """Do not close this part of the previous engine."""
-        index = self.outbox.index(Close(handle))
-        del self.outbox[index], self._freed[index]
-
-    def empty(self, first: int = 0) -> None:
-        """The holder has nothing of this engine; its next operation has number `first`."""
-        self.outbox.clear()
-        self._freed.clear()
-        self.first, self.closing = first, [0] * len(self.pages)
-
-    def accepted(self, batch: HolderBatch) -> list[int]:
-        """The holder has applied the batch's operations. Returns how many pages of each pool its closes have freed, at
-        least."""
-        done = max(0, batch.first + len(batch.operations) - self.first)
-        freed = [0] * len(self.pages)
-        for pool, pages in self._freed[:done]:
-            freed[pool] += pages
-            self.closing[pool] -= pages
-        del self.outbox[:done], self._freed[:done]
-        self.first += done
-        return freed
-
-
-@dataclass(frozen=True, slots=True)
-class Routing:
-    """Makes rows of plans. `holders` by number, which come and go; `heads` has the KV heads of each rank by pool,
-    numbered through all ranks.
-
-    What the pools of `states` keep is read before a row and stored after it. `indexed`: the pools where an index of the
-    model's own chooses among all keys of a sequence; a part that attends a row there has all of them, the row's too.
-    Where policies learn from prompts' queries (`samples`), rows say how long their prompts are, and parts that neither
-    read nor store one have a row too, by which they can ask for queries.
-    """
-
-    holders: Mapping[int, Holder]
-    heads: Sequence[Sequence[tuple[int, ...]]]
-    states: Container[int]
-    indexed: Container[int]
-    samples: bool
-
-    def batches(self, plan: Plan, parts: Mapping[int, Sequence[Part]], fuses: bool) -> dict[int, HolderBatch]:
-        """The rows of each holder that the plan concerns, and all operations that wait. `parts` are those of each
-        sequence by its handle. With `fuses` decode rows are attended where they are stored, else where the model is,
-        which can then send q before it has k and v."""
-        routes: dict[int, list[Route]] = {}
-        again: dict[int, list[Route]] = {}  # further parts of a sequence come after all first ones
-        for source, row in enumerate(plan.rows):
-            places = set[Place]()
-            for place, route in self._routes(source, row, parts[row.handle], fuses):
-                (again if place in places else routes).setdefault(place[0], []).append(route)
-                places.add(place)
-        for number, more in again.items():
-            routes[number] += more
-        return {
-            number: holder.outgoing(tuple(routes.get(number, ())))
-            for number, holder in self.holders.items()
-            if holder.outbox or number in routes
-        }
-
-    def heads_in(self, share: Share) -> tuple[int, ...]:
-        """A share's heads as the holder numbers them: within its rank."""
-        if len(self.heads) == 1 or share.holder not in self.holders:
-            return share.heads
-        first = self.heads[self.holders[share.holder].rank][share.pool][0]
-        return tuple(head - first for head in share.heads) if first else share.heads
-
-    def _routes(self, source: int, row: PlannedRow, parts: Sequence[Part], fuses: bool) -> list[tuple[Place, Route]]:
-        """A route for every part that reads or stores the row. Each head reads [0, start), or [0, end) where the part
-        that stores the row's tokens attends them too: always in a fused holder, and in decode unless q goes first.
-        States are read before the row, and stored after it. With an index each part attends them, unless a local copy
-        does."""
-        start, end = row.start, row.start + row.count
-        copy = row.sequence.local_copy
-        below = copy[0].share.lo if copy else start
-        chooses = row.decodes  # other rows read all
-        fuses = fuses and chooses and not copy
-        missing = row.sequence.rebuild.missing if row.rebuild and row.sequence.rebuild else ()
-        prompt = len(row.sequence.tokens) if self.samples and not chooses else 0
-        routes = []
-        for part in parts:
-            share = part.share
-            store = start < share.hi and end > share.lo and (not row.rebuild or share in missing)
-            # Decode is attended where it is stored: that spares the model worker its own attention and a merge.
-            # What is computed again is not: of the parts that hold it only the lost ones store it.
-            fused = self.holders[share.holder].fused or (store and fuses) or (share.pool in self.indexed and not copy)
-            fused = fused and share.pool not in self.states
-            read_end = min(end if fused else below, share.hi)
-            read = (share.lo, read_end) if read_end > share.lo else None
-            # What is computed again has been seen by the parts that were not lost.
-            sees = prompt if not row.rebuild or share in missing else 0
-            if read or store or (sees and start >= share.hi and share.pool not in self.states):
-                message = Row(part.handle, start, row.count, read, store, chooses, sees)
-                stored = message.stored(share.lo, share.hi)
-                routes.append((share.at, Route(source, self.heads_in(share), message, stored, share.pool)))
-        for part in copy:
-            message, share = Row(part.handle, start, row.count, (below, end), True), part.share
-            routes.append((share.at, Route(source, self.heads_in(share), message, (start, end), share.pool)))
-        return routes
-
-
-def prefers_local(local: int, total: int, tokens: int, share: float) -> bool:
-    """Whether a sequence of `tokens` tokens should be local so that `share` of all is; `local` of `total` are now."""
-    return share > 0 and local + tokens / 2 <= share * (total + tokens)
-
-
 class Placement:
     """The holders, and the parts of all sequences.
 
@@ -516,6 +367,155 @@ class Placement:
     def _queue(self, share: Share, operation: Operation, freed: int = 0) -> None:
         if share.holder in self.holders:  # not a lost one
             self.holders[share.holder].queue(operation, share.pool, freed)
+
+
+@dataclass(slots=True)
+class Holder:
+    """A holder of KV that belongs to one model worker, its `rank`, and has heads of that rank only. `pages` is its
+    whole memory, by pool; a holder with a larger `weight` gets more of each sequence. `name` is that of its attention
+    worker, "" for a holder in a model worker's process; `page_layout` says how its pages lie.
+
+    `features` are those of `versions` that it has: it gets no operation of another. A `fused` holder attends the rows'
+    own tokens too. A `draining` one gets nothing new. Operations wait in the `outbox` until the holder has accepted
+    them; `closing` are the pages of each pool that the closes among them free, at least.
+    """
+
+    pages: tuple[int, ...]
+    weight: int = 1
+    fused: bool = False
+    rank: int = 0
+    name: str = ""
+    page_layout: str = ""
+    draining: bool = False
+    features: frozenset[str] = FEATURES
+    outbox: list[Operation] = field(default_factory=list)
+    first: int = 0  # the number of the first operation in the outbox
+    closing: list[int] = field(default_factory=list)
+    _freed: list[tuple[int, int]] = field(default_factory=list)  # by each operation in the outbox: pool, pages
+
+    def __post_init__(self) -> None:
+        self.closing = [0] * len(self.pages)
+
+    def queue(self, operation: Operation, pool: int = 0, freed: int = 0) -> None:
+        """Have the holder apply an operation, which frees so many pages of a pool or more."""
+        self.outbox.append(operation)
+        self._freed.append((pool, freed))
+        self.closing[pool] += freed
+
+    def outgoing(self, routes: tuple[Route, ...] = ()) -> HolderBatch:
+        """All operations that wait, and these rows."""
+        return HolderBatch(self.first, tuple(self.outbox), routes)
+
+    def keeps(self, kept: Surveyed) -> None:
+        """The holder has these parts of the previous engine. They are closed unless placement adopts them."""
+        self.empty(kept.next_operation)
+        for part in kept.parts:
+            self.queue(Close(part.handle))
+
+    def keep(self, handle: int) -> None:
+        """Do not close this part of the previous engine."""
+        index = self.outbox.index(Close(handle))
+        del self.outbox[index], self._freed[index]
+
+    def empty(self, first: int = 0) -> None:
+        """The holder has nothing of this engine; its next operation has number `first`."""
+        self.outbox.clear()
+        self._freed.clear()
+        self.first, self.closing = first, [0] * len(self.pages)
+
+    def accepted(self, batch: HolderBatch) -> list[int]:
+        """The holder has applied the batch's operations. Returns how many pages of each pool its closes have freed, at
+        least."""
+        done = max(0, batch.first + len(batch.operations) - self.first)
+        freed = [0] * len(self.pages)
+        for pool, pages in self._freed[:done]:
+            freed[pool] += pages
+            self.closing[pool] -= pages
+        del self.outbox[:done], self._freed[:done]
+        self.first += done
+        return freed
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Makes rows of plans. `holders` by number, which come and go; `heads` has the KV heads of each rank by pool,
+    numbered through all ranks.
+
+    What the pools of `states` keep is read before a row and stored after it. `indexed`: the pools where an index of the
+    model's own chooses among all keys of a sequence; a part that attends a row there has all of them, the row's too.
+    Where policies learn from prompts' queries (`samples`), rows say how long their prompts are, and parts that neither
+    read nor store one have a row too, by which they can ask for queries.
+    """
+
+    holders: Mapping[int, Holder]
+    heads: Sequence[Sequence[tuple[int, ...]]]
+    states: Container[int]
+    indexed: Container[int]
+    samples: bool
+
+    def batches(self, plan: Plan, parts: Mapping[int, Sequence[Part]], fuses: bool) -> dict[int, HolderBatch]:
+        """The rows of each holder that the plan concerns, and all operations that wait. `parts` are those of each
+        sequence by its handle. With `fuses` decode rows are attended where they are stored, else where the model is,
+        which can then send q before it has k and v."""
+        routes: dict[int, list[Route]] = {}
+        again: dict[int, list[Route]] = {}  # further parts of a sequence come after all first ones
+        for source, row in enumerate(plan.rows):
+            places = set[Place]()
+            for place, route in self._routes(source, row, parts[row.handle], fuses):
+                (again if place in places else routes).setdefault(place[0], []).append(route)
+                places.add(place)
+        for number, more in again.items():
+            routes[number] += more
+        return {
+            number: holder.outgoing(tuple(routes.get(number, ())))
+            for number, holder in self.holders.items()
+            if holder.outbox or number in routes
+        }
+
+    def heads_in(self, share: Share) -> tuple[int, ...]:
+        """A share's heads as the holder numbers them: within its rank."""
+        if len(self.heads) == 1 or share.holder not in self.holders:
+            return share.heads
+        first = self.heads[self.holders[share.holder].rank][share.pool][0]
+        return tuple(head - first for head in share.heads) if first else share.heads
+
+    def _routes(self, source: int, row: PlannedRow, parts: Sequence[Part], fuses: bool) -> list[tuple[Place, Route]]:
+        """A route for every part that reads or stores the row. Each head reads [0, start), or [0, end) where the part
+        that stores the row's tokens attends them too: always in a fused holder, and in decode unless q goes first.
+        States are read before the row, and stored after it. With an index each part attends them, unless a local copy
+        does."""
+        start, end = row.start, row.start + row.count
+        copy = row.sequence.local_copy
+        below = copy[0].share.lo if copy else start
+        chooses = row.decodes  # other rows read all
+        fuses = fuses and chooses and not copy
+        missing = row.sequence.rebuild.missing if row.rebuild and row.sequence.rebuild else ()
+        prompt = len(row.sequence.tokens) if self.samples and not chooses else 0
+        routes = []
+        for part in parts:
+            share = part.share
+            store = start < share.hi and end > share.lo and (not row.rebuild or share in missing)
+            # Decode is attended where it is stored: that spares the model worker its own attention and a merge.
+            # What is computed again is not: of the parts that hold it only the lost ones store it.
+            fused = self.holders[share.holder].fused or (store and fuses) or (share.pool in self.indexed and not copy)
+            fused = fused and share.pool not in self.states
+            read_end = min(end if fused else below, share.hi)
+            read = (share.lo, read_end) if read_end > share.lo else None
+            # What is computed again has been seen by the parts that were not lost.
+            sees = prompt if not row.rebuild or share in missing else 0
+            if read or store or (sees and start >= share.hi and share.pool not in self.states):
+                message = Row(part.handle, start, row.count, read, store, chooses, sees)
+                stored = message.stored(share.lo, share.hi)
+                routes.append((share.at, Route(source, self.heads_in(share), message, stored, share.pool)))
+        for part in copy:
+            message, share = Row(part.handle, start, row.count, (below, end), True), part.share
+            routes.append((share.at, Route(source, self.heads_in(share), message, (start, end), share.pool)))
+        return routes
+
+
+def prefers_local(local: int, total: int, tokens: int, share: float) -> bool:
+    """Whether a sequence of `tokens` tokens should be local so that `share` of all is; `local` of `total` are now."""
+    return share > 0 and local + tokens / 2 <= share * (total + tokens)
 
 
 def _numbered(heads: Sequence[Sequence[int]]) -> list[tuple[tuple[int, ...], ...]]:

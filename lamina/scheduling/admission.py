@@ -29,67 +29,8 @@ from lamina.kv.running import Order, RunningSequences
 BESIDE = 1.5
 BEFORE = 2.0
 REMEMBERED = 1024
-
 _KNEE = 16  # tokens that take as long as a batch's fixed part, where nothing was measured near
 _WEIGHT = 0.2  # of the newest measurement
-
-
-class FairShare:
-    """Deals the tokens of batches to tenants, and knows how long batches take."""
-
-    def __init__(self) -> None:
-        self._batches = 0
-        self._last_batches: dict[str, int] = {}  # by tenant: the last batch for which it had work
-        self._measured: dict[int, tuple[float, float]] = {}  # tokens and seconds of batches, by the tokens' bit length
-
-    def took(self, tokens: int, seconds: float) -> None:
-        """A batch of so many tokens took so many seconds."""
-        measured = self._measured.get(tokens.bit_length(), (tokens, seconds))
-        mean = [old + _WEIGHT * (new - old) for old, new in zip(measured, (tokens, seconds), strict=True)]
-        self._measured[tokens.bit_length()] = mean[0], mean[1]
-
-    def deal(self, wanted: Mapping[str, int], most: int) -> dict[str, int] | None:
-        """How many of at most `most` tokens each tenant gets of what it wants, one or more; None where it is alone and
-        has been for a while, so that it gets what it likes."""
-        self._batches += 1
-        self._last_batches |= dict.fromkeys(wanted, self._batches)
-        forgotten = self._batches - REMEMBERED
-        self._last_batches = {tenant: batch for tenant, batch in self._last_batches.items() if batch > forgotten}
-        if len(self._last_batches) < 2 or not wanted:
-            return None
-        limit = BESIDE * self._seconds(min(wanted.values())) if len(wanted) > 1 else float("inf")
-        if len(self._last_batches) > len(wanted):
-            limit = min(limit, BEFORE * self._seconds(1))
-        return even(wanted, self._within(limit, most))
-
-    def _within(self, seconds: float, most: int) -> int:
-        """How many tokens, of at most `most`, a batch can have that is to take so long."""
-        low, high = 0, most
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self._seconds(middle) <= seconds else (low, middle - 1)
-        return low
-
-    def _seconds(self, tokens: int) -> float:
-        """How long a batch takes, by the measured ones that are nearest in size."""
-        if not self._measured:
-            return float(_KNEE + tokens)
-        near = min(self._measured, key=lambda bits: (abs(bits - tokens.bit_length()), bits))
-        mean, seconds = self._measured[near]
-        return seconds * (_KNEE + tokens) / (_KNEE + mean)
-
-
-def even(wanted: Mapping[str, int], total: int) -> dict[str, int]:
-    """`total` dealt max-min fairly: a tenant gets no more than it wants, and less only where the others get at most one
-    more. Each tenant gets one, even where there are fewer."""
-    dealt: dict[str, int] = {}
-    for tenants_left, tenant in zip(
-        range(len(wanted), 0, -1), sorted(wanted, key=lambda name: wanted[name]), strict=True
-    ):
-        dealt[tenant] = max(1, min(wanted[tenant], total // tenants_left))
-        total -= dealt[tenant]
-    return dealt
-
 
 _POLICIES = 64  # for which the longest sequence is known at a time
 
@@ -369,3 +310,60 @@ class Admission:
             has_kv = sequence.computed or self._running.prefix_cache.knows(sequence)
             if sequence.handle is not None or has_kv:
                 raise EngineError(f"sample {sequence.sample} of request {sequence.request.id} waits, but has KV")
+
+
+class FairShare:
+    """Deals the tokens of batches to tenants, and knows how long batches take."""
+
+    def __init__(self) -> None:
+        self._batches = 0
+        self._last_batches: dict[str, int] = {}  # by tenant: the last batch for which it had work
+        self._measured: dict[int, tuple[float, float]] = {}  # tokens and seconds of batches, by the tokens' bit length
+
+    def took(self, tokens: int, seconds: float) -> None:
+        """A batch of so many tokens took so many seconds."""
+        measured = self._measured.get(tokens.bit_length(), (tokens, seconds))
+        mean = [old + _WEIGHT * (new - old) for old, new in zip(measured, (tokens, seconds), strict=True)]
+        self._measured[tokens.bit_length()] = mean[0], mean[1]
+
+    def deal(self, wanted: Mapping[str, int], most: int) -> dict[str, int] | None:
+        """How many of at most `most` tokens each tenant gets of what it wants, one or more; None where it is alone and
+        has been for a while, so that it gets what it likes."""
+        self._batches += 1
+        self._last_batches |= dict.fromkeys(wanted, self._batches)
+        forgotten = self._batches - REMEMBERED
+        self._last_batches = {tenant: batch for tenant, batch in self._last_batches.items() if batch > forgotten}
+        if len(self._last_batches) < 2 or not wanted:
+            return None
+        limit = BESIDE * self._seconds(min(wanted.values())) if len(wanted) > 1 else float("inf")
+        if len(self._last_batches) > len(wanted):
+            limit = min(limit, BEFORE * self._seconds(1))
+        return even(wanted, self._within(limit, most))
+
+    def _within(self, seconds: float, most: int) -> int:
+        """How many tokens, of at most `most`, a batch can have that is to take so long."""
+        low, high = 0, most
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self._seconds(middle) <= seconds else (low, middle - 1)
+        return low
+
+    def _seconds(self, tokens: int) -> float:
+        """How long a batch takes, by the measured ones that are nearest in size."""
+        if not self._measured:
+            return float(_KNEE + tokens)
+        near = min(self._measured, key=lambda bits: (abs(bits - tokens.bit_length()), bits))
+        mean, seconds = self._measured[near]
+        return seconds * (_KNEE + tokens) / (_KNEE + mean)
+
+
+def even(wanted: Mapping[str, int], total: int) -> dict[str, int]:
+    """`total` dealt max-min fairly: a tenant gets no more than it wants, and less only where the others get at most one
+    more. Each tenant gets one, even where there are fewer."""
+    dealt: dict[str, int] = {}
+    for tenants_left, tenant in zip(
+        range(len(wanted), 0, -1), sorted(wanted, key=lambda name: wanted[name]), strict=True
+    ):
+        dealt[tenant] = max(1, min(wanted[tenant], total // tenants_left))
+        total -= dealt[tenant]
+    return dealt

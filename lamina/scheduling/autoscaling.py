@@ -15,85 +15,13 @@ from itertools import pairwise
 from lamina.kv.kv_shares import Pages
 from lamina.scheduling.control_plane import ControlPlane
 
-
-@dataclass(frozen=True, slots=True)
-class KvLoad:
-    """Tokens of sequences, at the holders that take sequences.
-
-    `workers` has what each attention worker keeps, by its name, `worker` what the largest has room for; `total` is the
-    room of all holders, the engine's own included, and `left` what is left of it: unused prefixes count as left, and it
-    is negative where running sequences lack room. `queued` are the tokens of requests that wait for room;
-    `stranded`: one of these is too long for all holders together. `generated` counts tokens since the start.
-    """
-
-    workers: Mapping[str, int]
-    worker: int
-    total: int
-    left: int
-    queued: int
-    stranded: bool
-    generated: int
-
-
-def kv_load(control: ControlPlane, generated: int) -> KvLoad | None:
-    """The load of an engine that has generated so many tokens; None where no holder keeps KV by the token."""
-    placement, scheduler = control.placement, control.scheduler
-    capacity, config = placement.capacity, scheduler.config
-    layout = placement.layout(1) or placement.layout(1, local=True)
-    block = Counter[int]()  # pages of `page_size` tokens, by pool
-    for (_, pool), pages in config.page_set(layout, 0).items():
-        block[pool] += pages
-    if not block:
-        return None
-
-    def tokens(pages: Pages, names: str | None = None) -> int:
-        pages_by_pool = Counter[int]()
-        for (number, pool), count in pages.items():
-            if (number, pool) in capacity and names in (None, placement.holders[number].name):
-                pages_by_pool[pool] += count
-        return min(pages_by_pool[pool] * config.page_size // pages_of_block for pool, pages_of_block in block.items())
-
-    running = scheduler.running
-    total, headroom, pages_of_pool, free_of_pool = tokens(capacity), running.headroom(), Counter[int](), Counter[int]()
-    for (number, pool), count in capacity.items():
-        pages_of_pool[pool] += count
-        free_of_pool[pool] += headroom.get((number, pool), 0)
-    # The scarcest pool counts, records of states included, which no token takes.
-    share = min(free_of_pool[pool] / count for pool, count in pages_of_pool.items())
-    names = dict.fromkeys(placement.holders[number].name for number, _ in capacity)
-    rooms = {name: tokens(capacity, name) for name in names if name}
-    free = scheduler.ledger.free
-    return KvLoad(
-        {name: room - tokens(free, name) for name, room in rooms.items()},
-        max(rooms.values(), default=total),  # alone the engine's own: all holders have the same memory
-        total,
-        int(share * total),
-        scheduler.admission.queued_tokens,
-        bool(scheduler.admission.stranded),
-        generated,
-    )
-
-
 START = 3.0  # seconds that a worker is expected to need before the first one was measured
 PATIENCE = 60.0  # seconds for which a worker was not needed before it goes
-
 _WINDOW = 10.0  # seconds over which growth is measured
 _AHEAD = 1.5  # of the seconds that a worker needs: it is wanted this early
 _AHEAD_SECONDS = 5.0  # and these besides: the next one may not be as quick as the last
 _AMPLE = 3.0  # as often as that, the growth must fit at the others for one to go
 _FREE = 0.25  # of the others' room must be left, too
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """`wanted` attention workers. `full_in`: seconds until the holders are full as KV grows now, None where it does not
-    grow. `leaves` is the worker that is to be drained and ended, "" for none; `reason` says why the number has changed,
-    "" where it has not."""
-
-    wanted: int
-    full_in: float | None = None
-    leaves: str = ""
-    reason: str = ""
 
 
 class Autoscaler:
@@ -179,3 +107,73 @@ class Autoscaler:
             return False
         self._ample = None
         return True
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """`wanted` attention workers. `full_in`: seconds until the holders are full as KV grows now, None where it does not
+    grow. `leaves` is the worker that is to be drained and ended, "" for none; `reason` says why the number has changed,
+    "" where it has not."""
+
+    wanted: int
+    full_in: float | None = None
+    leaves: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class KvLoad:
+    """Tokens of sequences, at the holders that take sequences.
+
+    `workers` has what each attention worker keeps, by its name, `worker` what the largest has room for; `total` is the
+    room of all holders, the engine's own included, and `left` what is left of it: unused prefixes count as left, and it
+    is negative where running sequences lack room. `queued` are the tokens of requests that wait for room;
+    `stranded`: one of these is too long for all holders together. `generated` counts tokens since the start.
+    """
+
+    workers: Mapping[str, int]
+    worker: int
+    total: int
+    left: int
+    queued: int
+    stranded: bool
+    generated: int
+
+
+def kv_load(control: ControlPlane, generated: int) -> KvLoad | None:
+    """The load of an engine that has generated so many tokens; None where no holder keeps KV by the token."""
+    placement, scheduler = control.placement, control.scheduler
+    capacity, config = placement.capacity, scheduler.config
+    layout = placement.layout(1) or placement.layout(1, local=True)
+    block = Counter[int]()  # pages of `page_size` tokens, by pool
+    for (_, pool), pages in config.page_set(layout, 0).items():
+        block[pool] += pages
+    if not block:
+        return None
+
+    def tokens(pages: Pages, names: str | None = None) -> int:
+        pages_by_pool = Counter[int]()
+        for (number, pool), count in pages.items():
+            if (number, pool) in capacity and names in (None, placement.holders[number].name):
+                pages_by_pool[pool] += count
+        return min(pages_by_pool[pool] * config.page_size // pages_of_block for pool, pages_of_block in block.items())
+
+    running = scheduler.running
+    total, headroom, pages_of_pool, free_of_pool = tokens(capacity), running.headroom(), Counter[int](), Counter[int]()
+    for (number, pool), count in capacity.items():
+        pages_of_pool[pool] += count
+        free_of_pool[pool] += headroom.get((number, pool), 0)
+    # The scarcest pool counts, records of states included, which no token takes.
+    share = min(free_of_pool[pool] / count for pool, count in pages_of_pool.items())
+    names = dict.fromkeys(placement.holders[number].name for number, _ in capacity)
+    rooms = {name: tokens(capacity, name) for name in names if name}
+    free = scheduler.ledger.free
+    return KvLoad(
+        {name: room - tokens(free, name) for name, room in rooms.items()},
+        max(rooms.values(), default=total),  # alone the engine's own: all holders have the same memory
+        total,
+        int(share * total),
+        scheduler.admission.queued_tokens,
+        bool(scheduler.admission.stranded),
+        generated,
+    )

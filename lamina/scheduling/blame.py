@@ -20,51 +20,7 @@ from lamina.kv.request import PlannedRow, ScheduledSequence
 
 REFUSALS = 3  # such answers, without progress between them, after which a holder is at fault
 
-
-class Refusals:
-    """The answers of one engine's holders that its books contradict."""
-
-    def __init__(self) -> None:
-        self._torn: dict[ScheduledSequence, tuple[int, Counter[int]]] = {}  # see `lacks`
-        self._full: Counter[int] = Counter()  # by holder, since it answered otherwise
-
-    def lacks(self, holder: int, row: PlannedRow, start: int) -> bool:
-        """A holder says that it has KV up to `start` alone, below the row's start. Whether it is at fault. Its refusals
-        are counted until the sequence has got as far beyond this row as it is cut back now."""
-        end, counts = self._torn.setdefault(row.sequence, (0, Counter()))
-        counts[holder] += 1
-        self._torn[row.sequence] = max(end, 2 * row.start - start), counts
-        return counts[holder] >= REFUSALS
-
-    def full(self, holder: int, falsely: bool) -> bool:
-        """A holder says falsely that it has too few pages, or answers otherwise. Whether it is at fault."""
-        self._full[holder] = self._full[holder] + 1 if falsely else 0
-        return self._full[holder] >= REFUSALS
-
-    def believed(self, holder: int) -> bool:
-        """Whether a holder has not just said falsely that it has too few pages."""
-        return not self._full[holder]
-
-    def passed(self, row: PlannedRow) -> None:
-        """A batch with this row went well."""
-        if row.sequence in self._torn and row.start >= self._torn[row.sequence][0]:
-            del self._torn[row.sequence]
-
-    def forget(self, sequence: ScheduledSequence) -> None:
-        """A sequence has ended."""
-        self._torn.pop(sequence, None)
-
-
 TRIES = 3  # failures of a sequence, the last one alone, after which it is to blame
-
-
-@dataclass(frozen=True, slots=True)
-class _Suspicion:
-    """A sequence failed so many times since it last got past a place: its tokens [start, end)."""
-
-    failures: int
-    start: int
-    end: int
 
 
 class Blame:
@@ -124,3 +80,46 @@ class Blame:
         suspects = [sequence for sequence in idle if sequence in self._suspects and not self.in_company(sequence, 1)]
         repeaters = [sequence for sequence in suspects if self._failures(sequence) > 1]
         return repeaters[:1] or suspects[: isqrt(len(self._suspects) - 1) + 1] if suspects else []
+
+
+@dataclass(frozen=True, slots=True)
+class _Suspicion:
+    """A sequence failed so many times since it last got past a place: its tokens [start, end)."""
+
+    failures: int
+    start: int
+    end: int
+
+
+class Refusals:
+    """The answers of one engine's holders that its books contradict."""
+
+    def __init__(self) -> None:
+        self._torn: dict[ScheduledSequence, tuple[int, Counter[int]]] = {}  # see `lacks`
+        self._full: Counter[int] = Counter()  # by holder, since it answered otherwise
+
+    def lacks(self, holder: int, row: PlannedRow, start: int) -> bool:
+        """A holder says that it has KV up to `start` alone, below the row's start. Whether it is at fault. Its refusals
+        are counted until the sequence has got as far beyond this row as it is cut back now."""
+        end, counts = self._torn.setdefault(row.sequence, (0, Counter()))
+        counts[holder] += 1
+        self._torn[row.sequence] = max(end, 2 * row.start - start), counts
+        return counts[holder] >= REFUSALS
+
+    def full(self, holder: int, falsely: bool) -> bool:
+        """A holder says falsely that it has too few pages, or answers otherwise. Whether it is at fault."""
+        self._full[holder] = self._full[holder] + 1 if falsely else 0
+        return self._full[holder] >= REFUSALS
+
+    def believed(self, holder: int) -> bool:
+        """Whether a holder has not just said falsely that it has too few pages."""
+        return not self._full[holder]
+
+    def passed(self, row: PlannedRow) -> None:
+        """A batch with this row went well."""
+        if row.sequence in self._torn and row.start >= self._torn[row.sequence][0]:
+            del self._torn[row.sequence]
+
+    def forget(self, sequence: ScheduledSequence) -> None:
+        """A sequence has ended."""
+        self._torn.pop(sequence, None)

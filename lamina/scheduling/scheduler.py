@@ -38,197 +38,6 @@ from lamina.scheduling.blame import Blame, Refusals
 from lamina.scheduling.speculation import left_to_draft
 
 
-class RowPlanner:
-    """Forms batches of the running sequences and of those that `admission` gives KV."""
-
-    def __init__(
-        self,
-        ledger: PageLedger,
-        running: RunningSequences,
-        admission: Admission,
-        rebuilds: KvRebuild,
-        blame: Blame,
-        fair_share: FairShare,
-        config: SchedulerConfig,
-        copies: LocalCopies,
-        growth: Growth,
-    ) -> None:
-        self._ledger = ledger
-        self._running = running
-        self._admission = admission
-        self._rebuilds = rebuilds
-        self._blame = blame
-        self._fair_share = fair_share
-        self._config = config
-        self._max_rows = config.max_sequences
-        self._copies = copies
-        self._growth = growth
-        self._turn = 0  # the number of the present plan
-
-    def rows(self, lanes: int, budget: int, admits: bool) -> list[PlannedRow]:
-        """Rows for the idle sequences by order, then for new ones where it `admits` any: `budget` tokens at most, of
-        which each tenant gets its share.
-
-        A sequence that decodes has one token, any other as many as its tenant's prompts may still have. Sequences are
-        admitted until one gets no pages."""
-        rows: list[PlannedRow] = []
-        if admits:
-            self._admission.reclaim()
-        present = [sequence for sequence in self._running if sequence.idle]
-        decodes, prompt_tokens, tenant_rows = self._dealt(present, budget)
-        idle = deque(present)
-        admits_more = admits
-        self._turn += 1
-        while budget and len(rows) < self._max_rows:
-            if idle and (lanes == 1 or len(rows) * lanes < max(lanes, len(self._running))):
-                sequence, younger = idle.popleft(), idle
-                if not self._rebuilds.ready(sequence) or (sequence.left == 1 and sequence not in decodes):
-                    continue
-            elif admits_more and (admitted := self._admission.admit(+prompt_tokens & +tenant_rows)):
-                # Even where its lane's share is full: otherwise none would be admitted while every lane is.
-                sequence, younger = admitted, deque()
-            else:
-                break
-            length, tenant = sequence.left, sequence.request.tenant
-            limit = 1 if length == 1 else self._config.chunk(sequence, min(length, prompt_tokens[tenant], budget))
-            limit = self._blame.in_company(sequence, limit)
-            if sequence.held and sequence.rebuild is None:
-                limit = min(limit, length - 1)
-            if limit == 0 or tenant_rows[tenant] == 0:
-                continue
-            count = self._make_room(sequence, limit, younger)
-            if count == 0:
-                admits_more = False
-                continue
-            rows.append(self._ledger.reserve(sequence, count))
-            sequence.turn = self._turn
-            budget -= count
-            tenant_rows[tenant] -= 1
-            if length > 1 or younger is not idle:
-                prompt_tokens[tenant] -= count
-        self._speculate(rows, budget, prompt_tokens)
-        return rows
-
-    def _speculate(self, rows: list[PlannedRow], budget: int, left: Counter[str]) -> None:
-        """Let the rows that decode have their drafts: `budget` tokens at most, what is `left` of each tenant's share,
-        and no page that a sequence may need."""
-        room: Pages | None = None
-        for index, row in enumerate(rows):
-            sequence, tenant = row.sequence, row.sequence.request.tenant
-            drafts, sequence.drafts = sequence.drafts, ()
-            if not drafts or not row.decodes or sequence.local_copy:
-                continue
-            count = min(len(drafts), self._config.max_drafts, budget, left[tenant], left_to_draft(sequence))
-            # A row is attended where it is stored, so it does not cross from one share into the next.
-            border = min(share.hi for share in sequence.layout if share.lo <= row.start < share.hi)
-            count = self._blame.in_company(sequence, min(1 + count, border - row.start)) - 1
-            while count > 0 and (cost := self._ledger.further(row, count)):
-                if room is None:
-                    room = self._running.headroom() - self._running.giving_way
-                if room.covers(cost):
-                    room -= cost
-                    break
-                count -= 1
-            if count > 0:
-                rows[index] = self._ledger.speculate(row, drafts[:count])
-                budget -= count
-                left[tenant] -= count
-
-    def _dealt(
-        self, idle: Sequence[ScheduledSequence], budget: int
-    ) -> tuple[set[ScheduledSequence], Counter[str], Counter[str]]:
-        """The sequences that may decode, and for each tenant how many tokens of prompts it may have beside them and
-        how many rows.
-
-        Of a tenant that gets less than it wants, those decode that have waited longest, and half of what it gets goes
-        to its prompts. The oldest sequence always decodes: it may be the only one for which there is room.
-        """
-        demand, drafts = Counter(self._admission.wanted()), Counter[str]()
-        decoding = defaultdict[str, list[ScheduledSequence]](list)
-        for sequence in idle:
-            tenant = sequence.request.tenant
-            demand[tenant] += sequence.left
-            if sequence.left == 1:
-                decoding[tenant].append(sequence)
-                drafts[tenant] += len(sequence.drafts)
-        dealt = self._fair_share.deal(demand + drafts, budget)
-        decodes, prompt_tokens, tenant_rows = set(idle[:1]), Counter[str](), Counter[str]()
-        for tenant, wants in demand.items():
-            rows, tokens, row_limit = decoding[tenant], budget, self._max_rows
-            if dealt is not None:
-                rows.sort(key=lambda each: each.turn)
-                tokens, row_limit = dealt[tenant], max(1, row_limit // len(dealt))
-                del rows[min(row_limit, max(tokens - (wants - len(rows)), tokens // 2)) :]
-            decodes.update(rows)
-            prompt_tokens[tenant], tenant_rows[tenant] = max(1, tokens - len(rows)), row_limit
-        return decodes, prompt_tokens, tenant_rows
-
-    def trial(self) -> list[ScheduledSequence]:
-        """The suspects that are to be tried next, with nothing else under way."""
-        idle = (sequence for sequence in self._running if sequence.idle and not sequence.held) if self._blame else ()
-        return self._blame.next_trial([sequence for sequence in idle if self._rebuilds.ready(sequence)])
-
-    def trial_rows(self, suspects: list[ScheduledSequence], budget: int) -> list[PlannedRow]:
-        """Rows for these suspects alone, as far as there is room."""
-        rows: list[PlannedRow] = []
-        for sequence in suspects:
-            younger = deque(s for s in self._running if s.order > sequence.order and s not in suspects)
-            want = self._config.chunk(sequence, min(sequence.left, budget))
-            count = self._make_room(sequence, want, younger) if budget else 0
-            if count:
-                rows.append(self._ledger.reserve(sequence, count))
-                budget -= count
-        return rows
-
-    def _make_room(self, sequence: ScheduledSequence, want: int, younger: deque[ScheduledSequence]) -> int:
-        """How many of `want` tokens the pages allow, after making room: 0 where it must wait for batches in flight.
-
-        Only what is kept in a pool that is short makes room. Cached prefixes and local copies go first. Where not one
-        token fits, the sequence goes on at other holders, if they have room. Else the youngest of the `younger` idle
-        ones is preempted, but not while a batch in flight has a copy there. A sequence that is alone in those pools
-        always gets one token: the holders decide.
-        """
-        prefix_cache, keeps_at, grown = self._running.prefix_cache, self._running.keeps_at, False
-        while (count := self._ledger.affordable(sequence, want)) < want:
-            short = self._ledger.short(sequence, count + 1)
-            if self._running.evict(short) or self._copies.give_back(short):
-                continue
-            if count or self._copies.in_use(short):
-                break
-            if not grown and self._growth.elsewhere(sequence, short):
-                grown = True
-                continue
-            victim = next((candidate for candidate in reversed(younger) if keeps_at(candidate, short)), None)
-            if victim is not None:
-                younger.remove(victim)
-                self._admission.preempt(victim)
-            elif any(candidate is not sequence and keeps_at(candidate, short) for candidate in self._running):
-                break
-            elif not prefix_cache.evict_used(short):
-                return 1
-        return count
-
-
-def verified(drafts: Sequence[int], sampled: Sequence[int | None]) -> list[int]:
-    """The new tokens: the drafts that are accepted, and one more. `sampled` has one token more than there are drafts.
-
-    None in it, where logits allow no token, ends them before: as the first token of its row it is sampled again."""
-    tokens: list[int] = []
-    for draft, token in zip_longest(drafts, sampled):
-        if token is None:
-            break
-        tokens.append(token)
-        if token != draft:
-            break
-    return tokens
-
-
-def before_the_end(sequence: ScheduledSequence, drafts: tuple[int, ...]) -> tuple[int, ...]:
-    """The drafts before the first that would end the sequence, or cannot come yet: it need not be fed to be sampled."""
-    stops = sequence.request.stop_token_ids
-    return drafts[: next((index for index, draft in enumerate(drafts) if draft in stops), len(drafts))]
-
-
 class Scheduler:
     """First come, first served within a priority and tenant: everything goes by `ScheduledSequence.order`. Tenants get
     equal shares of KV and of batches (`fair_share`). For one thread.
@@ -607,3 +416,194 @@ class Scheduler:
                 raise EngineError(f"{name} has {sequence.planned} tokens planned, which no plan in flight says")
         if flying:
             raise EngineError("a plan in flight has a sequence that is not running")
+
+
+class RowPlanner:
+    """Forms batches of the running sequences and of those that `admission` gives KV."""
+
+    def __init__(
+        self,
+        ledger: PageLedger,
+        running: RunningSequences,
+        admission: Admission,
+        rebuilds: KvRebuild,
+        blame: Blame,
+        fair_share: FairShare,
+        config: SchedulerConfig,
+        copies: LocalCopies,
+        growth: Growth,
+    ) -> None:
+        self._ledger = ledger
+        self._running = running
+        self._admission = admission
+        self._rebuilds = rebuilds
+        self._blame = blame
+        self._fair_share = fair_share
+        self._config = config
+        self._max_rows = config.max_sequences
+        self._copies = copies
+        self._growth = growth
+        self._turn = 0  # the number of the present plan
+
+    def rows(self, lanes: int, budget: int, admits: bool) -> list[PlannedRow]:
+        """Rows for the idle sequences by order, then for new ones where it `admits` any: `budget` tokens at most, of
+        which each tenant gets its share.
+
+        A sequence that decodes has one token, any other as many as its tenant's prompts may still have. Sequences are
+        admitted until one gets no pages."""
+        rows: list[PlannedRow] = []
+        if admits:
+            self._admission.reclaim()
+        present = [sequence for sequence in self._running if sequence.idle]
+        decodes, prompt_tokens, tenant_rows = self._dealt(present, budget)
+        idle = deque(present)
+        admits_more = admits
+        self._turn += 1
+        while budget and len(rows) < self._max_rows:
+            if idle and (lanes == 1 or len(rows) * lanes < max(lanes, len(self._running))):
+                sequence, younger = idle.popleft(), idle
+                if not self._rebuilds.ready(sequence) or (sequence.left == 1 and sequence not in decodes):
+                    continue
+            elif admits_more and (admitted := self._admission.admit(+prompt_tokens & +tenant_rows)):
+                # Even where its lane's share is full: otherwise none would be admitted while every lane is.
+                sequence, younger = admitted, deque()
+            else:
+                break
+            length, tenant = sequence.left, sequence.request.tenant
+            limit = 1 if length == 1 else self._config.chunk(sequence, min(length, prompt_tokens[tenant], budget))
+            limit = self._blame.in_company(sequence, limit)
+            if sequence.held and sequence.rebuild is None:
+                limit = min(limit, length - 1)
+            if limit == 0 or tenant_rows[tenant] == 0:
+                continue
+            count = self._make_room(sequence, limit, younger)
+            if count == 0:
+                admits_more = False
+                continue
+            rows.append(self._ledger.reserve(sequence, count))
+            sequence.turn = self._turn
+            budget -= count
+            tenant_rows[tenant] -= 1
+            if length > 1 or younger is not idle:
+                prompt_tokens[tenant] -= count
+        self._speculate(rows, budget, prompt_tokens)
+        return rows
+
+    def _speculate(self, rows: list[PlannedRow], budget: int, left: Counter[str]) -> None:
+        """Let the rows that decode have their drafts: `budget` tokens at most, what is `left` of each tenant's share,
+        and no page that a sequence may need."""
+        room: Pages | None = None
+        for index, row in enumerate(rows):
+            sequence, tenant = row.sequence, row.sequence.request.tenant
+            drafts, sequence.drafts = sequence.drafts, ()
+            if not drafts or not row.decodes or sequence.local_copy:
+                continue
+            count = min(len(drafts), self._config.max_drafts, budget, left[tenant], left_to_draft(sequence))
+            # A row is attended where it is stored, so it does not cross from one share into the next.
+            border = min(share.hi for share in sequence.layout if share.lo <= row.start < share.hi)
+            count = self._blame.in_company(sequence, min(1 + count, border - row.start)) - 1
+            while count > 0 and (cost := self._ledger.further(row, count)):
+                if room is None:
+                    room = self._running.headroom() - self._running.giving_way
+                if room.covers(cost):
+                    room -= cost
+                    break
+                count -= 1
+            if count > 0:
+                rows[index] = self._ledger.speculate(row, drafts[:count])
+                budget -= count
+                left[tenant] -= count
+
+    def _dealt(
+        self, idle: Sequence[ScheduledSequence], budget: int
+    ) -> tuple[set[ScheduledSequence], Counter[str], Counter[str]]:
+        """The sequences that may decode, and for each tenant how many tokens of prompts it may have beside them and
+        how many rows.
+
+        Of a tenant that gets less than it wants, those decode that have waited longest, and half of what it gets goes
+        to its prompts. The oldest sequence always decodes: it may be the only one for which there is room.
+        """
+        demand, drafts = Counter(self._admission.wanted()), Counter[str]()
+        decoding = defaultdict[str, list[ScheduledSequence]](list)
+        for sequence in idle:
+            tenant = sequence.request.tenant
+            demand[tenant] += sequence.left
+            if sequence.left == 1:
+                decoding[tenant].append(sequence)
+                drafts[tenant] += len(sequence.drafts)
+        dealt = self._fair_share.deal(demand + drafts, budget)
+        decodes, prompt_tokens, tenant_rows = set(idle[:1]), Counter[str](), Counter[str]()
+        for tenant, wants in demand.items():
+            rows, tokens, row_limit = decoding[tenant], budget, self._max_rows
+            if dealt is not None:
+                rows.sort(key=lambda each: each.turn)
+                tokens, row_limit = dealt[tenant], max(1, row_limit // len(dealt))
+                del rows[min(row_limit, max(tokens - (wants - len(rows)), tokens // 2)) :]
+            decodes.update(rows)
+            prompt_tokens[tenant], tenant_rows[tenant] = max(1, tokens - len(rows)), row_limit
+        return decodes, prompt_tokens, tenant_rows
+
+    def trial(self) -> list[ScheduledSequence]:
+        """The suspects that are to be tried next, with nothing else under way."""
+        idle = (sequence for sequence in self._running if sequence.idle and not sequence.held) if self._blame else ()
+        return self._blame.next_trial([sequence for sequence in idle if self._rebuilds.ready(sequence)])
+
+    def trial_rows(self, suspects: list[ScheduledSequence], budget: int) -> list[PlannedRow]:
+        """Rows for these suspects alone, as far as there is room."""
+        rows: list[PlannedRow] = []
+        for sequence in suspects:
+            younger = deque(s for s in self._running if s.order > sequence.order and s not in suspects)
+            want = self._config.chunk(sequence, min(sequence.left, budget))
+            count = self._make_room(sequence, want, younger) if budget else 0
+            if count:
+                rows.append(self._ledger.reserve(sequence, count))
+                budget -= count
+        return rows
+
+    def _make_room(self, sequence: ScheduledSequence, want: int, younger: deque[ScheduledSequence]) -> int:
+        """How many of `want` tokens the pages allow, after making room: 0 where it must wait for batches in flight.
+
+        Only what is kept in a pool that is short makes room. Cached prefixes and local copies go first. Where not one
+        token fits, the sequence goes on at other holders, if they have room. Else the youngest of the `younger` idle
+        ones is preempted, but not while a batch in flight has a copy there. A sequence that is alone in those pools
+        always gets one token: the holders decide.
+        """
+        prefix_cache, keeps_at, grown = self._running.prefix_cache, self._running.keeps_at, False
+        while (count := self._ledger.affordable(sequence, want)) < want:
+            short = self._ledger.short(sequence, count + 1)
+            if self._running.evict(short) or self._copies.give_back(short):
+                continue
+            if count or self._copies.in_use(short):
+                break
+            if not grown and self._growth.elsewhere(sequence, short):
+                grown = True
+                continue
+            victim = next((candidate for candidate in reversed(younger) if keeps_at(candidate, short)), None)
+            if victim is not None:
+                younger.remove(victim)
+                self._admission.preempt(victim)
+            elif any(candidate is not sequence and keeps_at(candidate, short) for candidate in self._running):
+                break
+            elif not prefix_cache.evict_used(short):
+                return 1
+        return count
+
+
+def verified(drafts: Sequence[int], sampled: Sequence[int | None]) -> list[int]:
+    """The new tokens: the drafts that are accepted, and one more. `sampled` has one token more than there are drafts.
+
+    None in it, where logits allow no token, ends them before: as the first token of its row it is sampled again."""
+    tokens: list[int] = []
+    for draft, token in zip_longest(drafts, sampled):
+        if token is None:
+            break
+        tokens.append(token)
+        if token != draft:
+            break
+    return tokens
+
+
+def before_the_end(sequence: ScheduledSequence, drafts: tuple[int, ...]) -> tuple[int, ...]:
+    """The drafts before the first that would end the sequence, or cannot come yet: it need not be fed to be sampled."""
+    stops = sequence.request.stop_token_ids
+    return drafts[: next((index for index, draft in enumerate(drafts) if draft in stops), len(drafts))]

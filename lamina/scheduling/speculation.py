@@ -19,79 +19,17 @@ from statistics import median
 
 from lamina.kv.request import ScheduledSequence
 
-WINDOW = 9  # measurements that count, of steps with the same rows and drafts
-FEW = 5  # measurements of steps without drafts that are needed
-FRESH = 128  # steps with drafts after which those without are measured anew: contexts grow, machines are shared
-KNOWN = 512  # steps with the same rows after which a measurement is forgotten
-
-
-@dataclass(slots=True)
-class _Steps:
-    """Steps of the same number of rows: by the number of their drafts the seconds that they took, and the number of the
-    last one. `warm` has the numbers of drafts of which a step has run; the first such step loads what it needs, and
-    does not count."""
-
-    seconds: dict[int, deque[float]] = field(default_factory=dict)
-    last: dict[int, int] = field(default_factory=dict)
-    warm: set[int] = field(default_factory=lambda: {0})
-    steps: int = 0
-
-
-class StepCosts:
-    """Measured steps. Numbers below 16 stand alone; above, those that differ by less than an eighth are one."""
-
-    def __init__(self) -> None:
-        self._rows: dict[int, _Steps] = {}
-
-    def measured(self, rows: int, drafts: int, seconds: float) -> None:
-        """A step of so many rows verified so many drafts, and took so many seconds."""
-        steps, drafts = self._rows.setdefault(_rounded(rows), _Steps()), _rounded(drafts)
-        if not drafts and steps.steps - steps.last.get(0, 0) > FRESH:
-            steps.seconds.pop(0, None)
-        steps.steps += 1
-        if drafts not in steps.warm:
-            steps.warm.add(drafts)
-            return
-        steps.last[drafts] = steps.steps
-        steps.seconds.setdefault(drafts, deque(maxlen=WINDOW)).append(seconds)
-        for old in [number for number, last in steps.last.items() if number and last < steps.steps - KNOWN]:
-            del steps.last[old], steps.seconds[old]
-
-    def stale(self, rows: int) -> bool:
-        """Whether steps without drafts are to be measured, for the first time or anew."""
-        steps = self._rows.get(_rounded(rows))
-        return steps is None or len(steps.seconds.get(0, ())) < FEW or steps.steps - steps.last[0] > FRESH
-
-    def seconds(self, rows: int, drafts: int = 0) -> float:
-        """What a step with exactly so many drafts takes; 0 where none was measured."""
-        steps, drafts = self._rows.get(_rounded(rows)), _rounded(drafts)
-        return median(steps.seconds[drafts]) if steps is not None and drafts in steps.seconds else 0.0
-
-    def curve(self, rows: int, most: int) -> list[float]:
-        """What a step takes with 0, 1, ... drafts, `most` at most: between two measured numbers in proportion, beyond
-        the highest as that one, and never less for more drafts. It ends a draft a row or twice as far as was measured,
-        so that drafts become more by degrees. Steps without drafts must have been measured."""
-        steps = self._rows[_rounded(rows)]
-        marks = sorted(steps.seconds)
-        curve = [median(steps.seconds[0])]
-        for low, high in pairwise(marks):
-            below = curve[-1]
-            above = max(below, median(steps.seconds[high]))
-            curve += [below + (above - below) * step / (high - low) for step in range(1, high - low + 1)]
-        curve += curve[-1:] * max(rows, marks[-1])
-        return curve[: most + 1]
-
-
-def _rounded(number: int) -> int:
-    """The lowest number that is not told from this one: it has the same four leading bits."""
-    shift = max(0, number.bit_length() - 4)
-    return number >> shift << shift
-
+WINDOW_STEPS = 9  # measurements that count, of steps with the same rows and drafts
+MIN_PLAIN_STEPS = 5  # measurements of steps without drafts that are needed
+PLAIN_STEPS_AGE = (
+    128  # steps with drafts after which those without are measured anew: contexts grow, machines are shared
+)
+MAX_AGE = 512  # steps with the same rows after which a measurement is forgotten
 
 MAX_DRAFTS = 16  # of a sequence in a step
 ALLOWANCE = 0.015  # of the time, that drafts which do not pay may cost
-CREDIT = 4.0  # steps, at most, that gains of before may cover
-HOPE = 0.7  # of the drafts at a position, which are assumed to be accepted until some were verified
+MAX_CREDIT = 4.0  # steps, at most, that gains of before may cover
+ASSUMED_ACCEPTANCE = 0.7  # of the drafts at a position, which are assumed to be accepted until some were verified
 _WEIGHT = 4.0  # of that, and of all sequences' acceptance beside a sequence's own, in verified drafts
 _MEMORY = 0.9  # of a sequence's acceptance, that is left after one more verified position
 _SHARED_MEMORY = 0.99  # the same of all sequences' at one position
@@ -99,36 +37,6 @@ _FADING = 0.98  # of a sequence's acceptance, that is left after a step in which
 _PAUSE = 4  # steps from one trial of drafts that do not pay to the next
 _UNLIKELY = 0.05  # a chance for which no draft but the first is worth its verification
 _EVEN = 0.02  # of a rate, by which drafts must be better than none
-
-
-@dataclass(slots=True)
-class SpeculationCounts:
-    """What became of all drafts. `drafts` counts the rows that had any, `accepted_at` the accepted ones by position."""
-
-    drafts: int = 0
-    draft_tokens: int = 0
-    accepted_tokens: int = 0
-    accepted_at: list[int] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class _Acceptance:
-    """Verified drafts and accepted ones, older ones counting less. A draft behind one that was not accepted is not
-    verified."""
-
-    verified: float = 0.0
-    accepted: float = 0.0
-
-    def add(self, accepted: bool, memory: float) -> None:
-        self.verified = memory * self.verified + 1
-        self.accepted = memory * self.accepted + accepted
-
-    def fade(self) -> None:
-        self.verified *= _FADING
-        self.accepted *= _FADING
-
-    def chance(self, prior: float) -> float:
-        return (self.accepted + _WEIGHT * prior) / (self.verified + _WEIGHT)
 
 
 class Speculation:
@@ -178,7 +86,7 @@ class Speculation:
 
     def _gains(self, sequences: Sequence[ScheduledSequence]) -> Iterator[tuple[float, int]]:
         """The chance of each position to become a token, and the number of its sequence; falling for a sequence."""
-        shared = [acceptance.chance(HOPE) for acceptance in self._all]
+        shared = [acceptance.chance(ASSUMED_ACCEPTANCE) for acceptance in self._all]
         for index, sequence in enumerate(sequences):
             acceptance_of_sequence, chance = self._acceptances.get(sequence), 1.0
             for number, prior in enumerate(shared[: left_to_draft(sequence)]):
@@ -193,7 +101,7 @@ class Speculation:
         number = min(rows, len(gains), len(seconds) - 1)
         emitted = rows + sum(gain for gain, _ in gains[:number])
         loss = seconds[number] + drafting - emitted / rows * seconds[0]
-        covered = (self._account or 0.0) >= min(loss, 0.99 * CREDIT * seconds[0])
+        covered = (self._account or 0.0) >= min(loss, 0.99 * MAX_CREDIT * seconds[0])
         self._tries = number > 0 and self._tried >= _PAUSE and covered
         return number if self._tries else 0
 
@@ -232,13 +140,110 @@ class Speculation:
                 self._account += plain * emitted / rows - usual
         # Drafting that takes longer once reads a prompt: where drafts pay, that pays off later.
         self._account -= drafting if self._tries else min(drafting, deepest * self._drafting_seconds)
-        self._account = min(self._account + ALLOWANCE * seconds, CREDIT * plain)
+        self._account = min(self._account + ALLOWANCE * seconds, MAX_CREDIT * plain)
 
     def ended(self, sequence: ScheduledSequence) -> None:
         """Forget a sequence. Harmless for one that is not known."""
         self._acceptances.pop(sequence, None)
 
 
+@dataclass(slots=True)
+class SpeculationCounts:
+    """What became of all drafts. `drafts` counts the rows that had any, `accepted_at` the accepted ones by position."""
+
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_at: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Acceptance:
+    """Verified drafts and accepted ones, older ones counting less. A draft behind one that was not accepted is not
+    verified."""
+
+    verified: float = 0.0
+    accepted: float = 0.0
+
+    def add(self, accepted: bool, memory: float) -> None:
+        self.verified = memory * self.verified + 1
+        self.accepted = memory * self.accepted + accepted
+
+    def fade(self) -> None:
+        self.verified *= _FADING
+        self.accepted *= _FADING
+
+    def chance(self, prior: float) -> float:
+        return (self.accepted + _WEIGHT * prior) / (self.verified + _WEIGHT)
+
+
 def left_to_draft(sequence: ScheduledSequence) -> int:
     """How many drafts can become tokens of the sequence: the last token that it may have is never a draft's."""
     return max(0, len(sequence.request.prompt) + sequence.request.max_tokens - len(sequence.tokens) - 1)
+
+
+@dataclass(slots=True)
+class _Steps:
+    """Steps of the same number of rows: by the number of their drafts the seconds that they took, and the number of the
+    last one. `warm` has the numbers of drafts of which a step has run; the first such step loads what it needs, and
+    does not count."""
+
+    seconds: dict[int, deque[float]] = field(default_factory=dict)
+    last: dict[int, int] = field(default_factory=dict)
+    warm: set[int] = field(default_factory=lambda: {0})
+    steps: int = 0
+
+
+class StepCosts:
+    """Measured steps. Numbers below 16 stand alone; above, those that differ by less than an eighth are one."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, _Steps] = {}
+
+    def measured(self, rows: int, drafts: int, seconds: float) -> None:
+        """A step of so many rows verified so many drafts, and took so many seconds."""
+        steps, drafts = self._rows.setdefault(_rounded(rows), _Steps()), _rounded(drafts)
+        if not drafts and steps.steps - steps.last.get(0, 0) > PLAIN_STEPS_AGE:
+            steps.seconds.pop(0, None)
+        steps.steps += 1
+        if drafts not in steps.warm:
+            steps.warm.add(drafts)
+            return
+        steps.last[drafts] = steps.steps
+        steps.seconds.setdefault(drafts, deque(maxlen=WINDOW_STEPS)).append(seconds)
+        for old in [number for number, last in steps.last.items() if number and last < steps.steps - MAX_AGE]:
+            del steps.last[old], steps.seconds[old]
+
+    def stale(self, rows: int) -> bool:
+        """Whether steps without drafts are to be measured, for the first time or anew."""
+        steps = self._rows.get(_rounded(rows))
+        return (
+            steps is None
+            or len(steps.seconds.get(0, ())) < MIN_PLAIN_STEPS
+            or steps.steps - steps.last[0] > PLAIN_STEPS_AGE
+        )
+
+    def seconds(self, rows: int, drafts: int = 0) -> float:
+        """What a step with exactly so many drafts takes; 0 where none was measured."""
+        steps, drafts = self._rows.get(_rounded(rows)), _rounded(drafts)
+        return median(steps.seconds[drafts]) if steps is not None and drafts in steps.seconds else 0.0
+
+    def curve(self, rows: int, most: int) -> list[float]:
+        """What a step takes with 0, 1, ... drafts, `most` at most: between two measured numbers in proportion, beyond
+        the highest as that one, and never less for more drafts. It ends a draft a row or twice as far as was measured,
+        so that drafts become more by degrees. Steps without drafts must have been measured."""
+        steps = self._rows[_rounded(rows)]
+        marks = sorted(steps.seconds)
+        curve = [median(steps.seconds[0])]
+        for low, high in pairwise(marks):
+            below = curve[-1]
+            above = max(below, median(steps.seconds[high]))
+            curve += [below + (above - below) * step / (high - low) for step in range(1, high - low + 1)]
+        curve += curve[-1:] * max(rows, marks[-1])
+        return curve[: most + 1]
+
+
+def _rounded(number: int) -> int:
+    """The lowest number that is not told from this one: it has the same four leading bits."""
+    shift = max(0, number.bit_length() - 4)
+    return number >> shift << shift
