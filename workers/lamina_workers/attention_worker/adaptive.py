@@ -42,8 +42,8 @@ class _Tally:
     """A part's `Usage` so far."""
 
     read: float = 0.0
-    whole: float = 0.0
-    missed: float = 0.0
+    total: float = 0.0
+    missed_mass: float = 0.0
     queries: int = 0
     worst: float = 0.0
     coarse: float = 0.0
@@ -60,13 +60,13 @@ class Tallies:
         """A part's queries read `read` bytes, where everything would have been `whole` tokens."""
         tally = self._of(handle)
         tally.read += read
-        tally.whole += whole * self.token_bytes
+        tally.total += whole * self.token_bytes
 
     def miss(self, handle: int, missed: float, queries: int, worst: float, coarse: float) -> None:
         """How much of the attention mass of some queries was not read, by estimate: `missed` is the sum over them,
         `worst` the largest, `coarse` the sum of what was read in 4 bits."""
         tally = self._of(handle)
-        tally.missed += missed
+        tally.missed_mass += missed
         tally.coarse += coarse
         tally.queries += queries
         tally.worst = max(tally.worst, worst)
@@ -81,7 +81,7 @@ class Tallies:
     def usage(self, handle: int, held: int, kept: int) -> Usage:
         """The usage of one part, which holds `held` pages where keeping everything would take `kept`."""
         t = self._by_handle.get(handle, _Tally())
-        return Usage(round(t.read), round(t.whole), t.missed, t.queries, t.worst, held, kept, held, t.coarse)
+        return Usage(round(t.read), round(t.total), t.missed_mass, t.queries, t.worst, held, kept, held, t.coarse)
 
 
 class _Counts:

@@ -237,13 +237,13 @@ class CountedQuery(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Count:
-    """What the pages of one head got up to position `at`. got: float32 `[group, slots]`, sums of shares; seen: float32
-    `[slots]`, how many queries could see a page; queries: how many there were. Never written."""
+    """What the pages of one head got up to position `position`. got: float32 `[group, slots]`, sums of shares; visible:
+    float32 `[slots]`, how many queries could see a page; queries: how many there were. Never written."""
 
-    at: int
+    position: int
     queries: int
     got: Float32
-    seen: Float32
+    visible: Float32
 
 
 class HeavyPages:
@@ -271,13 +271,13 @@ class HeavyPages:
         for index, number in enumerate(heads):
             before, slots = counts.get((spec.kv_layer, number)), np.flatnonzero(occupied[index])
             positions, queries_of_head = self._asked(
-                query, layer, number, by_head[number], 0 if before is None else before.at
+                query, layer, number, by_head[number], 0 if before is None else before.position
             )
             got = np.zeros((query.group, tables.shape[1]), np.float32)
             viewers, queries = np.zeros(tables.shape[1], np.float32), len(positions)
             if before is not None:
-                previous = min(len(before.seen), len(viewers))
-                got[:, :previous], viewers[:previous] = before.got[:, :previous], before.seen[:previous]
+                previous = min(len(before.visible), len(viewers))
+                got[:, :previous], viewers[:previous] = before.got[:, :previous], before.visible[:previous]
                 queries += before.queries
             for lo in range(0, len(positions) if len(slots) else 0, _AT_ONCE):
                 rows = slice(lo, lo + _AT_ONCE)
@@ -306,16 +306,18 @@ class HeavyPages:
         for row, count in zip(rows, counts, strict=True):
             if count is None or count.queries < LEAST:
                 return None
-            length = min(slots, len(count.seen))
-            row[:length] = count.got[:, :length].max(0) / np.maximum(count.seen[:length], 1)
+            length = min(slots, len(count.visible))
+            row[:length] = count.got[:, :length].max(0) / np.maximum(count.visible[:length], 1)
         return rows
 
     def written(self, handle: int, start: int) -> None:
         """A part's tokens from `start` on are new, or differ from before."""
         counts, full_pages = self._counts.get(handle, {}), start // self._pages.layout.page_size
         for key, count in counts.items():
-            if count.at > start:
-                counts[key] = replace(count, at=start, got=count.got[:, :full_pages], seen=count.seen[:full_pages])
+            if count.position > start:
+                counts[key] = replace(
+                    count, position=start, got=count.got[:, :full_pages], visible=count.visible[:full_pages]
+                )
 
     def fork(self, handle: int, parent: int, tokens: int) -> None:
         """A part is new, and has the first `tokens` of another."""

@@ -61,7 +61,7 @@ class IndexParameters(BuildParameters, Protocol):
 @dataclass(slots=True)
 class _IndexPlan:
     items: Items
-    at: Bounds
+    bounds: Bounds
     sampled: list[Ints]  # entries of each item that stand for all between its sinks and its last ones
     scan: Any = None  # the kernels' plan of sinks, sampled and last entries; None until an item has an index
     scanning: dict[tuple[int, ...], tuple[Items, Any]] = field(default_factory=dict)  # plans for some items, by these
@@ -119,7 +119,7 @@ class Indexed:
         helps = builds.asked and tokens % STRIDE == 0
         if helps and (head.index is not None or builds.sampled(cell) < builds.asked):
             head.offer(tokens, q)
-        builds.want(cell, Stretch(int(plan.at.sinks[i]) * size, int(plan.at.recent[i]) * size))
+        builds.want(cell, Stretch(int(plan.bounds.sinks[i]) * size, int(plan.bounds.recent[i]) * size))
 
     # Decode.
 
@@ -151,7 +151,7 @@ class Indexed:
             self._builds.go_on()
             if head.pause:
                 head.pause -= 1
-            elif head.index is not None and head.index.hi <= plan.at.recent[i] * size:
+            elif head.index is not None and head.index.hi <= plan.bounds.recent[i] * size:
                 asking[i] = head, head.index
         others = tuple(i for i in range(len(items)) if i not in asking)
         if not asking:
@@ -161,7 +161,7 @@ class Indexed:
         pages: list[Int32] = [np.empty(0, np.int32)] * len(items)
         missed_mass = np.zeros((len(items), items.group), np.float32)
         for (i, (head, index)), hits in zip(asking.items(), results, strict=True):
-            chosen = _chosen(plan.at, i, index.hi // size, hits.positions // size)
+            chosen = _chosen(plan.bounds, i, index.hi // size, hits.positions // size)
             logits = _capped(hits.scores * np.float32(spec.scale), spec.soft_cap)
             missed_mass[i] = _missed(plan, i, index.hi // size, chosen, log_mass[i], logits)
             self._adapt(head, float(missed_mass[i].max()), np.count_nonzero(chosen) / len(chosen))
@@ -228,7 +228,7 @@ class Indexed:
     def _scan(self, plan: _IndexPlan, spec: LayerSpec, q: torch.Tensor, those: list[int]) -> tuple[Float32, int]:
         """The log-mass of the pages from which some items' missed mass is estimated, float32 `[items, group, pages]`:
         sinks, sampled, last ones. And how many bytes were read."""
-        items, item_bounds = plan.items, plan.at
+        items, item_bounds = plan.items, plan.bounds
         if plan.scan is None:
             ends = zip(
                 item_bounds.sinks.tolist(),
@@ -300,7 +300,7 @@ def _missed(
     and, estimated by the sampled pages among them, of what is not indexed yet: so the share is rather too large. NaN
     where no page that is left out is sampled. log_mass: of sinks, sampled and last pages, `[group, pages or more]`.
     """
-    item_bounds, entries = plan.at, plan.sampled[i]
+    item_bounds, entries = plan.bounds, plan.sampled[i]
     left_out = len(chosen) - np.count_nonzero(chosen)
     if not left_out:
         return np.zeros(len(logits), np.float32)

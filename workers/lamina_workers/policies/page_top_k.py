@@ -39,7 +39,7 @@ class PageTopK(Budgeted):
 @dataclass(frozen=True, slots=True)
 class _BoundingPlan:
     items: Items
-    at: Bounds
+    bounds: Bounds
 
 
 class _Bounding:
@@ -57,7 +57,7 @@ class _Bounding:
         return _BoundingPlan(items, item_bounds)
 
     def choose(self, plan: _BoundingPlan, layer: int, spec: LayerSpec, q: torch.Tensor) -> Choice:
-        items, item_bounds = plan.items, plan.at
+        items, item_bounds = plan.items, plan.bounds
         if item_bounds.whole:
             return everything(items, spec.kv_layer)
         queries = q.float().view(len(items), items.group, -1)
