@@ -117,13 +117,13 @@ class Spans:
         `[n, heads, 2]`; or float32 `[n, n_out]`; or `[n, hidden]`.
         """
         key = index, len(hidden), torch.get_num_threads()
-        made = self._own.made.get(key)
-        if made is None:
+        program = self._own.made.get(key)
+        if program is None:
             if not 0 < len(hidden) <= MAX_ROWS:
                 raise ValueError(f"a span takes 1 to {MAX_ROWS} rows, got {len(hidden)}")
             builder = _Builder(self._own.room, len(hidden), key[2], self._eps)
-            made = self._own.made[key] = _Made(self._spans[index], builder)
-        return made.run(hidden, attended, rotation)
+            program = self._own.made[key] = _Made(self._spans[index], builder)
+        return program.run(hidden, attended, rotation)
 
 
 class _Own(threading.local):
@@ -163,34 +163,34 @@ class _Builder:
 
     def room(self, name: str, width: int) -> int:
         """Where `[rows, width]` inside a span are, for all spans of the thread."""
-        found = self._room.get((name, width))
-        if found is None:
-            found = self._room[name, width] = torch.empty(MAX_ROWS, width, dtype=_HALF)
-        return found.data_ptr()
+        buffer = self._room.get((name, width))
+        if buffer is None:
+            buffer = self._room[name, width] = torch.empty(MAX_ROWS, width, dtype=_HALF)
+        return buffer.data_ptr()
 
     def linear(self, x: int, by: Map, y: int = 0, size: int = 2) -> _Linear:
         """y = x W^T + b, for addresses; size: bytes of a number of y."""
         weight, bias = by
-        made = _Linear(shape_of(weight))
+        linear = _Linear(shape_of(weight))
         if isinstance(weight, torch.Tensor):
             block = few_rows.Arguments(
                 shares=self.threads * _SHARES,
                 w=weight.data_ptr(),
                 rows=self.rows,
-                n_in=made.n_in,
-                n_out=made.n_out,
+                n_in=linear.n_in,
+                n_out=linear.n_out,
                 size=size,
             )
-            made.reader, made.writers = block, [(block, "y", 0)]
+            linear.reader, linear.writers = block, [(block, "y", 0)]
             self.steps.append(Step(few_rows.load_kernel(), block, True))
         else:
-            self._packed(made, weight, size)
+            self._packed(linear, weight, size)
         if bias is not None:
-            added = self.small(ADD, made.n_out, made.n_out, y=_address("bias", bias, _HALF, made.n_out))
-            made.writers.append((added, "x", 0))
-        made.read(x)
-        made.write(y)
-        return made
+            added = self.small(ADD, linear.n_out, linear.n_out, y=_address("bias", bias, _HALF, linear.n_out))
+            linear.writers.append((added, "x", 0))
+        linear.read(x)
+        linear.write(y)
+        return linear
 
     def _packed(self, to: _Linear, parts: Sequence[PackedMatrix], size: int) -> None:
         """The steps of a packed map: x is rounded once, then each part writes beside the one before."""
@@ -276,12 +276,12 @@ class _Made:
             attended = attended.contiguous()
             leaving = torch.empty_like(hidden)
             self._residual.y, self._norm.second = entered, leaving.data_ptr()
-            given = _address("attended", attended, _HALF, rows * self._output.n_in)
+            attended_address = _address("attended", attended, _HALF, rows * self._output.n_in)
             if self._gate is None:
-                self._output.read(given)
+                self._output.read(attended_address)
             else:
                 entering, gate = self._gate
-                entering.x, gate.x = entered, given
+                entering.x, gate.x = entered, attended_address
         results: tuple[torch.Tensor, ...]
         if isinstance(span.then, Heads):
             results = self._place_heads(span.then, rotation)
@@ -320,11 +320,11 @@ def _gate(builder: _Builder, gate: Gate, width: int) -> tuple[Any, Any]:
     if n_out % size:
         raise ValueError(f"a norm by {size} of {n_out} numbers, allowed: a divisor")
     weight = 0 if gate.norm is None else _address("norm", gate.norm, torch.float32, n_out)
-    entered, by = builder.room("entered", width), builder.room("gate", n_out)
+    entered, gate_address = builder.room("entered", width), builder.room("gate", n_out)
     norm = builder.small(NORM, width, width, out=entered, weight=_address("norm", gate.entering, _HALF, width))
-    builder.linear(entered, gate.map, by)
+    builder.linear(entered, gate.map, gate_address)
     operation = gate_loops.SILU if gate.silu else gate_loops.SIGMOID
-    where = {"gate": by, "out": builder.room("mixed", n_out), "weight": weight}
+    where = {"gate": gate_address, "out": builder.room("mixed", n_out), "weight": weight}
     return norm, builder.gates(operation, size, n_out // size, gate.eps, **where)
 
 

@@ -72,7 +72,7 @@ def prepare(layout: PageLayout) -> Iterator[tuple[int, int]]:
 
 
 def plan(pages: Pages, rows: Rows, threads: int = 1) -> Plan:
-    """Check `rows` once for all layers. `threads` is of no use here."""
+    """As `select.Kernels.plan`; `threads` is of no use here."""
     return Plan(pages, rows, check_rows(pages, rows))
 
 
@@ -81,24 +81,24 @@ def grown(plan: Plan) -> None:
 
 
 def plan_append(pages: Pages, slots: torch.Tensor) -> AppendPlan:
-    """Check slots, int64 `[layers, n]` (page * page_size + offset for each vector), once for all layers."""
     check_slots(pages, slots)
     return AppendPlan(pages, slots)
 
 
 def append(pages: Pages, plan: AppendPlan, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Store k `[n, d_k]` and v `[n, d_v]`, of latents `[n, 0]`, rounded to the pages' dtype, at a layer's slots."""
     check_append(pages, plan, layer, k, v)
-    at = pages.layout
-    page, offset = plan.slots[layer] // at.page_size, plan.slots[layer] % at.page_size
-    if at.scaled:
-        k, pages.scales[page, 0, offset] = quantise(k, at.dtype)
-    pages.k[page, offset] = k.to(at.dtype).reshape(-1, at.key_width // at.k_pack, at.k_pack)
-    if at.latent:
+    pages_layout = pages.layout
+    page, offset = plan.slots[layer] // pages_layout.page_size, plan.slots[layer] % pages_layout.page_size
+    if pages_layout.scaled:
+        k, pages.scales[page, 0, offset] = quantise(k, pages_layout.dtype)
+    pages.k[page, offset] = k.to(pages_layout.dtype).reshape(
+        -1, pages_layout.key_width // pages_layout.k_pack, pages_layout.k_pack
+    )
+    if pages_layout.latent:
         return
-    if at.scaled:
-        v, pages.scales[page, 1, offset] = quantise(v, at.dtype)
-    pages.v[page, offset // at.v_pack, offset % at.v_pack] = v.to(at.dtype)
+    if pages_layout.scaled:
+        v, pages.scales[page, 1, offset] = quantise(v, pages_layout.dtype)
+    pages.v[page, offset // pages_layout.v_pack, offset % pages_layout.v_pack] = v.to(pages_layout.dtype)
 
 
 def attend(
@@ -110,26 +110,21 @@ def attend(
     soft_cap: float | None = None,
     out: torch.Tensor | None = None,
 ) -> Partial:
-    """Attention of q `[n, d_k]` over the pages of `layer`: out `[n, d_v]` in q's dtype, lse float32 `[n]`.
-
-    softmax(cap(scale * q.k) + bias) v over the keys that a query sees (`Rows`), where cap(x) is
-    soft_cap * tanh(x / soft_cap), or x without a soft cap.
-    """
     rows = plan.rows
     check_attend(pages, plan, layer, q, scale, soft_cap, out)
     result, lse = empty(rows.n, pages.layout.d_v, q.dtype) if out is None else (out, torch.empty(rows.n))
     for row, table in enumerate(rows.tables):
         first, count, stride = int(rows.first[row]), int(rows.count[row]), int(rows.stride[row])
         heads, group = int(rows.kv_heads[row]), int(rows.group[row])
-        own = first + torch.arange(count)[:, None] * stride + torch.arange(heads * group)
-        queries = q[own].float().view(count, heads, group, -1)
+        vectors = first + torch.arange(count)[:, None] * stride + torch.arange(heads * group)
+        queries = q[vectors].float().view(count, heads, group, -1)
         sums = torch.full((count, heads, group), -torch.inf)
         answers = torch.zeros(count, heads, group, pages.layout.d_v, dtype=q.dtype)
         keys = torch.arange(int(rows.lo[row]), max(int(rows.lo[row]), int(rows.hi[row])))
         age = (int(rows.start[row]) + torch.arange(count)).unsqueeze(1) - keys
         visible = (age >= 0) & ((age < int(rows.window[row])) | (keys < int(rows.sinks[row])))
-        seen = visible.any(0)  # a key that no query sees may lie in a freed page
-        keys, visible = keys[seen] - int(rows.base[row]), visible[:, seen]
+        visible_keys = visible.any(0)  # a key that no query sees may lie in a freed page
+        keys, visible = keys[visible_keys] - int(rows.base[row]), visible[:, visible_keys]
         for head in range(heads if len(keys) else 0):
             k, v = _read(pages, table[layer, head], keys, bool(rows.listed[row]))
             logits = torch.einsum("tgd,kd->tgk", queries[:, head], k) * scale
@@ -142,7 +137,7 @@ def attend(
             nothing = sums[:, head].unsqueeze(-1) == -torch.inf  # not so where a logit is NaN: that must be seen
             weights = torch.softmax(logits, -1).masked_fill(nothing, 0.0)
             answers[:, head] = (weights @ v).to(q.dtype)
-        result[own], lse[own] = answers.flatten(1, 2), sums.flatten(1)
+        result[vectors], lse[vectors] = answers.flatten(1, 2), sums.flatten(1)
     return Partial(result, lse)
 
 
@@ -152,8 +147,8 @@ def _read(pages: Pages, entries: Table, slots: torch.Tensor, listed: bool) -> tu
     place = table[slots] if listed else table[slots // size] * size + slots % size
     needed, inverse = torch.unique(place // size, return_inverse=True)
     k, v = gather(pages, needed, len(needed) * size)
-    at = inverse * size + place % size
-    return k[at, : pages.layout.d_k].float(), v[at].float()
+    index = inverse * size + place % size
+    return k[index, : pages.layout.d_k].float(), v[index].float()
 
 
 def merge_into(into: Partial, past: Partial, index: torch.Tensor | None) -> None:

@@ -41,8 +41,10 @@ class Kernels(Protocol):
         done, the first time before the first step."""
 
     def plan(self, pages: Pages, rows: Rows, threads: int = 1) -> Any:
-        """Check `rows`, and cut their work into equal shares for `threads`.
+        """Check `rows`, and cut their work into equal shares for `threads`, once for all layers.
 
+        Raises ValueError on rows that overlap, read beyond their table, or name pages that do not exist, and on pages
+        of another order. Page -1 is none: a layer where one is read cannot be attended.
         Their tables and biases may be kept, not copied: they must not change while the plan is used.
         """
 
@@ -64,7 +66,11 @@ class Kernels(Protocol):
         soft_cap: float | None = None,
         out: torch.Tensor | None = None,
     ) -> Partial:
-        """Attention of q `[n, d_k]` over the pages of `layer`."""
+        """Attention of q `[n, d_k]` over the pages of `layer`: out `[n, d_v]` in q's dtype, lse float32 `[n]`.
+
+        softmax(cap(scale * q.k) + bias) v over the keys that a query sees (`Rows`), where cap(x) is
+        soft_cap * tanh(x / soft_cap), or x without a soft cap.
+        """
 
     def plan_lists(self, pages: Pages, items: int, group: int, threads: int = 1) -> Any:
         """Room for so many lists of pages, each with a query of `group` heads."""
@@ -84,10 +90,12 @@ class Kernels(Protocol):
         Raises ValueError where a list that long names a page that does not exist."""
 
     def plan_append(self, pages: Pages, slots: torch.Tensor) -> Any:
-        """Check slots, int64 `[layers, n]`, which must not change while the plan is used."""
+        """Check slots, int64 `[layers, n]` (page * page_size + offset for each vector), once for all layers. They must
+        not change while the plan is used."""
 
     def append(self, pages: Pages, plan: Any, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Store k `[n, d_k]` and v `[n, d_v]` at the slots of `layer`. Of latents v is `[n, 0]`."""
+        """Store k `[n, d_k]` and v `[n, d_v]`, rounded to the pages' dtype, at the slots of `layer`. Of latents v is
+        `[n, 0]`."""
 
     def gather(self, pages: Pages, table: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Pages as dense k and v."""

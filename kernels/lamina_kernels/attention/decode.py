@@ -154,7 +154,6 @@ class Plan:
 
 
 def layout(page_size: int, d_k: int, d_v: int, dtype: torch.dtype, latent: bool = False) -> PageLayout:
-    """How these kernels lay out a page."""
     return PageLayout(page_size, d_k, d_v, dtype, Order.CHANNELS, latent)
 
 
@@ -168,11 +167,6 @@ def _attend_kernel(layout: PageLayout) -> int:
 
 
 def plan(pages: Pages, rows: Rows, threads: int = 1) -> Plan:
-    """Check `rows`, and cut their attention into `threads` equal shares, once for all layers.
-
-    Raises ValueError on rows that overlap, read beyond their table, or name pages that do not exist. Page -1 is none:
-    a layer where one is read cannot be attended.
-    """
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     check_order(pages, Order.CHANNELS)
@@ -200,12 +194,8 @@ def _point_to(a: Any, pieces: Pieces, starts: Ints, partials: int, d_v: int) -> 
 
 
 def grown(plan: Plan) -> Grown | None:
-    """Makes the plans of the next batches of a plan, of the same rows, each further than before. None where that does
-    not follow from the plan: for rows without keys, with lists or biases, with a window that ends before the queries;
-    and where rows of several tokens lie among each other in q.
-
-    Nothing is checked again: the pages of new keys must be in the plan's tables before they are read, and exist.
-    """
+    """As `select.Kernels.grown`. None for rows without keys, with lists or biases, with a window that ends before the
+    queries; and where rows of several tokens lie among each other in q."""
     rows: Rows = plan.keep[0]
     plain = (rows.lo < rows.hi) & (rows.listed == 0) & ((rows.window >= EVERYTHING) | (rows.hi >= rows.start))
     plain &= (rows.count == 1) | (rows.stride == rows.kv_heads * rows.group)
@@ -251,10 +241,7 @@ class Grown:
         hi: Sequence[int],
         moved: Mapping[int, Table] = _NONE_MOVED,
     ) -> Plan:
-        """The plan of the rows with other queries: the first position, how many they are and up to where they read, of
-        each row. Where rows have more keys, these are before the queries or are the queries' own. The same plan as
-        before, or another one. Rows in `moved`, by number, have other tables from now on, of the same layers and
-        heads."""
+        """As `select.Grown.next`: the same plan as before, or another one."""
         near = max(start) < self._deal_at and not any(map(gt, start, self._until))
         if count == self._count and not moved and near:
             self._move(start, hi)
@@ -318,22 +305,22 @@ def _assemble(
     missing: frozenset[int] = frozenset(),
 ) -> Plan:
     """A plan with scratch for `vectors` query vectors a piece, a multiple of TILE, and for so many partials."""
-    at, kind, threads = pages.layout, kind_of(pages.layout.dtype), len(starts) - 1
+    pages_layout, kind, threads = pages.layout, kind_of(pages.layout.dtype), len(starts) - 1
     listed = isinstance(rows, Rows) and bool(rows.listed.any())
     n, layers = (rows.n, rows.layers) if isinstance(rows, Rows) else (rows.items * rows.group, 1)
     sizes = {
-        "panel": vectors * at.d_k * 4 // kind.words[0],
+        "panel": vectors * pages_layout.d_k * 4 // kind.words[0],
         "scales": vectors * 4,
         "logits": TILE * ROW,
-        "sums": vectors * at.d_v * 4,
+        "sums": vectors * pages_layout.d_v * 4,
         "totals": vectors * 64,
         "peaks": vectors * 4,
         "decays": 2 * WORTH,
-        "tails": 2 * 32 * at.d_v * at.dtype.itemsize,
+        "tails": 2 * 32 * pages_layout.d_v * pages_layout.dtype.itemsize,
         "lists": 4 * STRIPS * 8,
         "slots": 3 * BLOCK * 4,
-        "gathered": BLOCK * (at.d_k + at.own_v) * at.dtype.itemsize * listed,
-        "spread": BLOCK * at.d_v * at.dtype.itemsize * at.latent,
+        "gathered": BLOCK * (pages_layout.d_k + pages_layout.own_v) * pages_layout.dtype.itemsize * listed,
+        "spread": BLOCK * pages_layout.d_v * pages_layout.dtype.itemsize * pages_layout.latent,
     }
     ends = list(accumulate(-(-sizes[name] // 64) * 64 for name in SCRATCH))
     # By numpy, since torch would wake a team of threads to write zeros.
@@ -345,26 +332,26 @@ def _assemble(
         **{name: base + start for name, start in zip(SCRATCH, [0, *ends[:-1]], strict=True)},
         **_describe(pages),
     )
-    keep = (rows, pieces, starts, scratch, _point_to(a, pieces, starts, partials, at.d_v))
-    return Plan(pages, n, layers, missing, kind.query, _attend_kernel(at), a, keep)
+    keep = (rows, pieces, starts, scratch, _point_to(a, pieces, starts, partials, pages_layout.d_v))
+    return Plan(pages, n, layers, missing, kind.query, _attend_kernel(pages_layout), a, keep)
 
 
 def _describe(pages: Pages) -> dict[str, int]:
     """The fields of the pages in every block of arguments."""
-    at = pages.layout
+    pages_layout = pages.layout
     return {
         "arena": pages.arena.data_ptr(),
-        "page_size": at.page_size,
-        "page_bytes": at.page_bytes,
-        "k_bytes": at.k_bytes,
-        "kv_bytes": at.kv_bytes,
-        "itemsize": at.dtype.itemsize,
-        "k_pack": at.k_pack,
-        "v_pack": at.v_pack,
-        "scaled": int(at.scaled),
-        "d_k": at.d_k,
-        "d_v": at.d_v,
-        "own_v": at.own_v,
+        "page_size": pages_layout.page_size,
+        "page_bytes": pages_layout.page_bytes,
+        "k_bytes": pages_layout.k_bytes,
+        "kv_bytes": pages_layout.kv_bytes,
+        "itemsize": pages_layout.dtype.itemsize,
+        "k_pack": pages_layout.k_pack,
+        "v_pack": pages_layout.v_pack,
+        "scaled": int(pages_layout.scaled),
+        "d_k": pages_layout.d_k,
+        "d_v": pages_layout.d_v,
+        "own_v": pages_layout.own_v,
     }
 
 
@@ -377,11 +364,8 @@ def attend(
     soft_cap: float | None = None,
     out: torch.Tensor | None = None,
 ) -> Partial:
-    """Attention of q `[n, d_k]` over the pages of `layer`: out `[n, d_v]` in q's dtype, lse float32 `[n]`.
-
-    As `reference.attend`. Where the CPU multiplies bfloat16, q and the weights are rounded to it; with KV in int8 they
-    are rounded to 16 bits. Sums are float32.
-    """
+    """As `select.Kernels.attend`. Where the CPU multiplies bfloat16, q and the weights are rounded to it; with KV in
+    int8 they are rounded to 16 bits. Sums are float32."""
     check_attend(pages, plan, layer, q, scale, soft_cap, out)
     out = q.new_empty(plan.n, pages.layout.d_v) if out is None else out
     lse = torch.empty(plan.n)
@@ -404,7 +388,7 @@ class CompiledLists(ListPlan):
 
 
 def plan_lists(pages: Pages, items: int, group: int, threads: int = 1) -> CompiledLists:
-    """Room for so many lists of pages, each with a query of `group` heads, `group` at most 128."""
+    """As `select.Kernels.plan_lists`; `group` is at most 128."""
     check_order(pages, Order.CHANNELS)
     lists = ListPlan(pages, items, group, threads)
     if group > MAX_ROWS:
@@ -442,7 +426,6 @@ class CompiledAppend(AppendPlan):
 
 
 def plan_append(pages: Pages, slots: torch.Tensor) -> CompiledAppend:
-    """Check slots, int64 `[layers, n]` (page * page_size + offset for each vector), once for all layers."""
     check_order(pages, Order.CHANNELS)
     check_slots(pages, slots)
     slots = slots.contiguous()
@@ -454,7 +437,6 @@ def plan_append(pages: Pages, slots: torch.Tensor) -> CompiledAppend:
 
 
 def append(pages: Pages, plan: CompiledAppend, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Store k `[n, d_k]` and v `[n, d_v]`, of latents `[n, 0]`, rounded to the pages' dtype, at a layer's slots."""
     check_append(pages, plan, layer, k, v)
     k, v = k.to(pages.layout.loaded).contiguous(), v.to(pages.layout.loaded).contiguous()
     a = plan.arguments

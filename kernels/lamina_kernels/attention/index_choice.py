@@ -50,9 +50,9 @@ def chosen_blocks(pages: Pages, asked: Queries, block: int, top: int, local: int
         scores = scores.masked_fill(torch.arange(n) > positions, -torch.inf)
     if block > 1:
         scores = F.pad(scores, (0, -n % block), value=-torch.inf).unflatten(-1, (-1, block)).amax(-1)
-        own, number = positions // block, torch.arange(scores.shape[-1])
-        scores.masked_fill_(number > own, -torch.inf)
-        scores.masked_fill_((number <= own) & (number > own - local), torch.inf)
+        own_block, number = positions // block, torch.arange(scores.shape[-1])
+        scores.masked_fill_(number > own_block, -torch.inf)
+        scores.masked_fill_((number <= own_block) & (number > own_block - local), torch.inf)
     elif local:
         scores.masked_fill_((torch.arange(n) <= positions) & (torch.arange(n) > positions - local), torch.inf)
     return scores.topk(top, -1, sorted=False).indices.sort(-1).values
@@ -60,50 +60,50 @@ def chosen_blocks(pages: Pages, asked: Queries, block: int, top: int, local: int
 
 def _plain(pages: Pages, asked: Queries, threads: int) -> torch.Tensor:
     """What each key scores, float32 `[t, kv_heads, keys]`; behind a token's position it means nothing."""
-    at, n = pages.layout, int(asked.positions.max()) + 1
-    found = asked.queries.new_full((*asked.queries.shape[:2], n), -torch.inf)
+    layout, n = pages.layout, int(asked.positions.max()) + 1
+    scores = asked.queries.new_full((*asked.queries.shape[:2], n), -torch.inf)
     one = len(asked.tables) == 1
     for number, table in enumerate(asked.tables):
-        some = slice(None) if one else slice(number, number + 1)
-        keys = int(asked.positions[some].max()) + 1
-        index = torch.from_numpy(table[: -(-keys // at.page_size)].astype(np.int64))
-        k = pages.k[index][:, :, at.d_k // at.k_pack :].reshape(-1, at.d_index).float()
-        if at.scaled:
+        queries = slice(None) if one else slice(number, number + 1)
+        keys = int(asked.positions[queries].max()) + 1
+        index = torch.from_numpy(table[: -(-keys // layout.page_size)].astype(np.int64))
+        k = pages.k[index][:, :, layout.d_k // layout.k_pack :].reshape(-1, layout.d_index).float()
+        if layout.scaled:
             k = k * pages.scales[index, 0].reshape(-1, 1)
-        products = torch.matmul(asked.queries[some], k[:keys].T)
+        products = torch.matmul(asked.queries[queries], k[:keys].T)
         if asked.weights is None:
-            found[some, :, :keys] = products.amax(2)
+            scores[queries, :, :keys] = products.amax(2)
         else:
-            found[some, :, :keys] = torch.matmul(asked.weights[some].unsqueeze(2), products.relu_()).squeeze(2)
-    return found
+            scores[queries, :, :keys] = torch.matmul(asked.weights[queries].unsqueeze(2), products.relu_()).squeeze(2)
+    return scores
 
 
 def _compiled(pages: Pages, asked: Queries, threads: int) -> torch.Tensor:
     """The same, by the compiled loop."""
-    at, kind = pages.layout, kind_of(pages.layout.dtype)
+    layout, kind = pages.layout, kind_of(pages.layout.dtype)
     t, kv_heads, heads, d = asked.queries.shape
-    unit = 2 if at.page_size % 32 == 0 else 1
+    unit = 2 if layout.page_size % 32 == 0 else 1
     width, items = 16 * unit, len(asked.tables)
     rows = t // items * kv_heads * heads  # of an item
     strips = np.array([asked.positions[n::items].max() for n in range(items)] if items > 1 else [asked.positions.max()])
     strips = strips // width + 1
     stride = int(strips.max()) * width
-    found = torch.full((t, kv_heads, stride), -torch.inf) if items > 1 else torch.empty(t, kv_heads, stride)
+    scores = torch.full((t, kv_heads, stride), -torch.inf) if items > 1 else torch.empty(t, kv_heads, stride)
     panel, of_q = _panel(kind, asked.queries.reshape(items, rows, d))
     tables = [np.ascontiguousarray(table) for table in asked.tables]
     weights = None if asked.weights is None else asked.weights.contiguous()
-    each = max(1, -(-int(strips.sum()) // (_PIECES * threads)))  # strips of a piece
-    counts = -(-strips // each)
+    piece_strips = max(1, -(-int(strips.sum()) // (_PIECES * threads)))  # strips of a piece
+    counts = -(-strips // piece_strips)
     item = np.repeat(np.arange(items), counts)
     pieces = np.zeros(len(item), PIECE)
-    pieces["begin"] = (np.arange(len(item)) - (np.cumsum(counts) - counts)[item]) * each
-    pieces["end"] = np.minimum(pieces["begin"] + each, strips[item])
+    pieces["begin"] = (np.arange(len(item)) - (np.cumsum(counts) - counts)[item]) * piece_strips
+    pieces["end"] = np.minimum(pieces["begin"] + piece_strips, strips[item])
     pieces["rows"] = rows
     pieces["table"] = np.array([table.ctypes.data for table in tables])[item]
     pieces["panel"] = panel.data_ptr() + item * panel[0].numel() * 4
     pieces["of_q"] = 0 if of_q is None else of_q.data_ptr() + item * rows * 4
     pieces["weights"] = 0 if weights is None else weights.data_ptr() + item * rows * 4
-    pieces["scores"] = found.data_ptr() + item * (rows // heads * stride * 4)
+    pieces["scores"] = scores.data_ptr() + item * (rows // heads * stride * 4)
     scratch = np.empty(len(pieces) * SCRATCH + 64, np.uint8)
     a = _Arguments(
         shares=len(pieces),
@@ -111,18 +111,18 @@ def _compiled(pages: Pages, asked: Queries, threads: int) -> torch.Tensor:
         scratch=scratch.ctypes.data + -scratch.ctypes.data % 64,
         heads=heads,
         stride=stride,
-        steps=d // at.k_pack,
+        steps=d // layout.k_pack,
         words=panel.shape[2] * panel.shape[4],
         arena=pages.arena.data_ptr(),
-        page_size=at.page_size,
-        page_bytes=at.page_bytes,
-        kv_bytes=at.kv_bytes,
-        itemsize=at.dtype.itemsize,
-        k_pack=at.k_pack,
-        d_k=at.d_k,
+        page_size=layout.page_size,
+        page_bytes=layout.page_bytes,
+        kv_bytes=layout.kv_bytes,
+        itemsize=layout.dtype.itemsize,
+        k_pack=layout.k_pack,
+        d_k=layout.d_k,
     )
     launch(score_kernel(kind, unit), ctypes.addressof(a), threads)
-    return found
+    return scores
 
 
 def _panel(kind: Kind, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -115,7 +115,7 @@ class HeadLinears:
         """x: `[n, heads, n_in]` -> `[n, heads, n_out]`. n may be 0."""
         by_head = x.transpose(0, 1)
         if self._few and 0 < len(x) <= few_rows.MAX_ROWS and not torch.compiler.is_compiling():
-            products = [few_rows.multiply(of, weight) for of, weight in zip(by_head, self._weight, strict=True)]
+            products = [few_rows.multiply(head_x, weight) for head_x, weight in zip(by_head, self._weight, strict=True)]
             return torch.stack(products, 1)
         return torch.bmm(by_head, self._weight.transpose(1, 2)).transpose(0, 1)
 
@@ -234,11 +234,11 @@ def _cut(parts: Sequence[PackedMatrix], rows: int) -> tuple[list[PackedMatrix], 
     second: list[PackedMatrix] = []
     for part in parts:
         n_out = part.shape[0]
-        here = min(max(rows, 0), n_out)
-        if here:
-            first.append(part.part(slice(0, here)))
-        if here < n_out:
-            second.append(part.part(slice(here, n_out)))
+        split = min(max(rows, 0), n_out)
+        if split:
+            first.append(part.part(slice(0, split)))
+        if split < n_out:
+            second.append(part.part(slice(split, n_out)))
         rows -= n_out
     return first, second
 
@@ -246,6 +246,6 @@ def _cut(parts: Sequence[PackedMatrix], rows: int) -> tuple[list[PackedMatrix], 
 def repacks(weight: torch.Tensor) -> bool:
     """Whether `Linear` makes a copy of W `[n_out, n_in]` in oneDNN's own layout instead of keeping it."""
     # Private operators: a torch without them multiplies the plain way.
-    known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    has_mkldnn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     half = weight.is_cpu and weight.dtype == torch.bfloat16
-    return bool(known and half and (cpu_has("amx-bf16") or not few_rows.can_multiply(weight)))
+    return bool(has_mkldnn and half and (cpu_has("amx-bf16") or not few_rows.can_multiply(weight)))

@@ -141,9 +141,9 @@ def recurrence_gates(x: torch.Tensor, rate: torch.Tensor, offset: torch.Tensor) 
     """float32 `[n, heads, 2]`: softplus(step + offset) * rate and sigmoid(beta), for x `[n, 2 * heads]`, step then
     beta; rate, offset: float32 `[heads]`."""
     x, heads = x.contiguous(), x.shape[1] // 2
-    for name, of in (("rate", rate), ("offset", offset)):
-        if of.shape != (heads,) or of.dtype != torch.float32 or not of.is_contiguous():
-            raise ValueError(f"{name} is {of.dtype} {list(of.shape)}, expected torch.float32 [{heads}]")
+    for name, parameter in (("rate", rate), ("offset", offset)):
+        if parameter.shape != (heads,) or parameter.dtype != torch.float32 or not parameter.is_contiguous():
+            raise ValueError(f"{name} is {parameter.dtype} {list(parameter.shape)}, expected torch.float32 [{heads}]")
     out = torch.empty(len(x), heads, 2)
     where = {"out": out.data_ptr(), "weight": rate.data_ptr(), "offset": offset.data_ptr()}
     _run(x, 1, operation=RECURRENCE, rows=len(x), width=heads, **where)

@@ -1,5 +1,22 @@
 """What the compiled halves of a layer's exchange are called with: blocks of numbers and addresses, and their results.
 
+One layer's exchange over time, and the field that marks each arrow (`a` EXCHANGE, `r` a REMOTE, `s` the SERVED of
+the holder, `c` a CHANNEL):
+
+    model's process                                           holder's process
+    begun 0         r.layer, r.live = 1, r.arrived = 0        s.live, s.layer: due, s.arrived = 0
+      | ask: a.asked
+      |---- q, k, v ---- r.sent up to r.sent_size ----------> c.current, c.have; s.claimed while a frame arrives
+    begun ASKED                                               s.arrived: the frame is whole
+      | attend here: a.local                                    | store and attend: s.nanoseconds
+    begun ATTENDED, from a.waits_since                          |
+      |<--- answer ---- s.sent up to s.reply_size; s.claimed, and s.by its channel, while some of it has not left
+      | r.arrived: the answer is whole                        s.layer: the next one of s.following; s.live = 0 after
+      | merge: into a.whole                                   the last one
+    begun 0, the next a.layer
+
+A wait that Python must look at ends with a result below, and a.at says which remote it is about.
+
 A frame is told by its first 64 bytes. All but the last eight must be those of the block that expects it, then comes the
 layer's number, which must be the one that is due. The layout is the codec's: callers fill blocks in from it.
 """

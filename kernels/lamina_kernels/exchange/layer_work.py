@@ -85,8 +85,8 @@ class LayerWork:
 @cache
 def functions() -> Any:
     """int64 addresses of NAMES; None where this system lacks one: then layers are computed from Python."""
-    found = [address_of(name) for name in NAMES]
-    return None if None in found else np.array(found, np.int64)
+    addresses = [address_of(name) for name in NAMES]
+    return None if None in addresses else np.array(addresses, np.int64)
 
 
 def layer_work(layers: Sequence[LayerReading], places: Any, fused: bool) -> LayerWork | None:
@@ -103,17 +103,17 @@ def layer_work(layers: Sequence[LayerReading], places: Any, fused: bool) -> Laye
             return None
     if first is None and places is None:
         return None
-    there = tuple(reading.layer for reading in layers)
-    numbers, floats = np.zeros((2, there[-1] + 1), np.int64), np.zeros((2, there[-1] + 1))
-    numbers[:, there] = [
+    layer_numbers = tuple(reading.layer for reading in layers)
+    numbers, floats = np.zeros((2, layer_numbers[-1] + 1), np.int64), np.zeros((2, layer_numbers[-1] + 1))
+    numbers[:, layer_numbers] = [
         [r.kv_layer for r in layers],
         [0 if r.plan is None else ctypes.addressof(r.plan.arguments) for r in layers],
     ]
-    floats[:, there] = [[r.scale for r in layers], [r.soft_cap or 0.0 for r in layers]]
+    floats[:, layer_numbers] = [[r.scale for r in layers], [r.soft_cap or 0.0 for r in layers]]
     pages: Pages = (first or places).pages  # type: ignore[union-attr]  # one of them is there
     block = _Work(
         functions=addresses.ctypes.data,
-        layers=there[-1] + 1,
+        layers=layer_numbers[-1] + 1,
         fused=int(fused),
         kv_layers=numbers[0].ctypes.data,
         plans=numbers[1].ctypes.data,
@@ -129,8 +129,8 @@ def layer_work(layers: Sequence[LayerReading], places: Any, fused: bool) -> Laye
         block.slots, block.slot_stride = places.slots.data_ptr(), places.slots.shape[1] * 8
     queries = 0 if first is None else first.n
     fresh = 0 if places is None else places.slots.shape[1]
-    keep, at = (numbers, floats, layers, places, addresses), pages.layout
-    return LayerWork(block, query, at.loaded, queries, fresh, there, keep)
+    keep, layout = (numbers, floats, layers, places, addresses), pages.layout
+    return LayerWork(block, query, layout.loaded, queries, fresh, layer_numbers, keep)
 
 
 @njit  # type: ignore[untyped-decorator]

@@ -71,7 +71,6 @@ class Plan:
 
 
 def layout(page_size: int, d_k: int, d_v: int, dtype: torch.dtype, latent: bool = False) -> PageLayout:
-    """How these kernels lay out a page."""
     return PageLayout(page_size, d_k, d_v, dtype, Order.TOKENS, latent)
 
 
@@ -81,42 +80,40 @@ def prepare(layout: PageLayout) -> Iterator[tuple[int, int]]:
 
 
 def plan(pages: Pages, rows: Rows, threads: int = 1) -> Plan:
-    """Check `rows`, and cut their attention into equal shares, once for all layers.
-
-    threads: how many programs there are in the interpreter; a GPU has its own number. All tables and biases of the
-    rows are copied to the device. Raises ValueError on rows that overlap, read beyond their table, or name pages that
-    do not exist, and on pages of another order. Page -1 is none: a layer where one is read cannot be attended.
-    """
+    """As `select.Kernels.plan`. In the interpreter `threads` is how many programs there are; a GPU has its own number.
+    All tables and biases of the rows are copied to the device."""
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     check_order(pages, Order.TOKENS)
-    at, device = pages.layout, pages.arena.device
-    if at.d_index:
-        raise ValueError(f"pages have index keys of {at.d_index} numbers, which these kernels do not know; allowed: 0")
+    pages_layout, device = pages.layout, pages.arena.device
+    if pages_layout.d_index:
+        raise ValueError(
+            f"pages have index keys of {pages_layout.d_index} numbers, which these kernels do not know; allowed: 0"
+        )
     missing = check_rows(pages, rows)
     table, tables = _joined(rows.tables, np.dtype(np.int32))
     bias, biases = _joined(rows.bias, np.dtype(np.float32))
-    whole = cut(dataclasses.replace(rows, tables=tables, bias=biases))
-    few = whole["rows"] <= FEW_ROWS
+    all_pieces = cut(dataclasses.replace(rows, tables=tables, bias=biases))
+    few = all_pieces["rows"] <= FEW_ROWS
     launches, outputs, partials = [], [], 0
-    for pieces in (whole[few], whole[~few]):
+    for pieces in (all_pieces[few], all_pieces[~few]):
         if len(pieces):
-            each, pieces, used = _launch(pages, pieces, programs(device, threads), partials)
-            each.arguments["pieces"] = records(pieces, table.ctypes.data, bias.ctypes.data, device)
-            launches.append(each)
+            step, pieces, used = _launch(pages, pieces, programs(device, threads), partials)
+            step.arguments["pieces"] = records(pieces, table.ctypes.data, bias.ctypes.data, device)
+            launches.append(step)
             outputs.append(pieces[pieces["parts"] > 1])
             partials += used
-    cut_ones = np.concatenate([*outputs, whole[:0]])
+    cut_ones = np.concatenate([*outputs, all_pieces[:0]])
     arguments = {
-        "partial_out": torch.empty(partials, at.d_v, device=device),
+        "partial_out": torch.empty(partials, pages_layout.d_v, device=device),
         "partial_lse": torch.empty(partials, device=device),
         "table": torch.from_numpy(table).to(device),
         "bias": torch.from_numpy(bias).to(device),
-        "DOT": dot_type(at.dtype),
+        "DOT": dot_type(pages_layout.dtype),
         "LISTED": bool(rows.listed.any()),
         "BIASED": bool(bias.size),
-        "WIDTH_K": padded(at.d_k - at.d_v if at.latent else at.d_k),
-        "WIDTH_V": padded(at.d_v),
+        "WIDTH_K": padded(pages_layout.d_k - pages_layout.d_v if pages_layout.latent else pages_layout.d_k),
+        "WIDTH_V": padded(pages_layout.d_v),
         **describe(pages),
     }
     return Plan(
@@ -205,12 +202,8 @@ def attend(
     soft_cap: float | None = None,
     out: torch.Tensor | None = None,
 ) -> Partial:
-    """Attention of q `[n, d_k]` over the pages of `layer`: out `[n, d_v]` in q's dtype, lse float32 `[n]`.
-
-    softmax(cap(scale * q.k) + bias) v over the keys that a query sees (`Rows`), where cap(x) is
-    soft_cap * tanh(x / soft_cap), or x without a soft cap. On a GPU q and the weights are rounded to the dtype of K
-    and V, to bfloat16 where those are quantised; sums are float32.
-    """
+    """As `select.Kernels.attend`. On a GPU q and the weights are rounded to the dtype of K and V, to bfloat16 where
+    those are quantised; sums are float32."""
     check_attend(pages, plan, layer, q, scale, soft_cap, out)
     result = Partial(
         q.new_empty(plan.n, pages.layout.d_v) if out is None else out,
@@ -225,15 +218,14 @@ def attend(
         "soft_cap": float(soft_cap or 0.0),
         "CAPPED": soft_cap is not None,
     }
-    for each in plan.launches:
-        launch(each.kernel, each.grid, arguments | each.arguments)
+    for step in plan.launches:
+        launch(step.kernel, step.grid, arguments | step.arguments)
     if len(plan.outputs):
         merge_outputs(plan.outputs, plan.most_rows, plan.partials, result)
     return result
 
 
 def plan_lists(pages: Pages, items: int, group: int, threads: int = 1) -> ListPlan:
-    """Room for so many lists of pages, each with a query of `group` heads."""
     return ListPlan(pages, items, group, threads)
 
 

@@ -28,22 +28,20 @@ def plan_append(pages: Pages, slots: torch.Tensor) -> AppendPlan:
 
 
 def append(pages: Pages, plan: AppendPlan, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Store k `[n, d_k]` and v `[n, d_v]`, of latents `[n, 0]`, rounded or quantised to the pages' dtype, at the plan's
-    slots of a layer."""
     check_append(pages, plan, layer, k, v)
-    n, at = len(k), pages.layout
+    n, layout = len(k), pages.layout
     if not n:
         return
-    if not at.scaled:
-        k, v = k.to(at.dtype), v.to(at.dtype)
+    if not layout.scaled:
+        k, v = k.to(layout.dtype), v.to(layout.dtype)
     arguments = {
         "slots": plan.slots[layer],
         "k": k.contiguous(),
         "v": v.contiguous(),
         "n": n,
-        "WIDTH_K": padded(at.d_k),
-        "WIDTH_V": padded(at.d_v),
-        "PEAK": PEAKS.get(at.dtype, 0.0),
+        "WIDTH_K": padded(layout.d_k),
+        "WIDTH_V": padded(layout.d_v),
+        "PEAK": PEAKS.get(layout.dtype, 0.0),
         "BLOCK": BLOCK,
     }
     launch(append_kernel, (int(triton.cdiv(n, BLOCK)),), arguments | describe(pages))
@@ -51,19 +49,19 @@ def append(pages: Pages, plan: AppendPlan, layer: int, k: torch.Tensor, v: torch
 
 def describe(pages: Pages) -> dict[str, Any]:
     """What every kernel gets of the pages. Offsets count numbers of the arena's dtype, those of scales float32."""
-    at = pages.layout
-    kind, stored = _KINDS.get(at.dtype, (PLAIN, at.dtype))
+    layout = pages.layout
+    kind, stored = _KINDS.get(layout.dtype, (PLAIN, layout.dtype))
     return {
         "arena": pages.arena.view(stored),
-        "scales": pages.arena.view(torch.float32) if at.scaled else pages.arena,
-        "PAGE": at.page_size,
-        "PAGE_NUMBERS": at.page_bytes // at.dtype.itemsize,
-        "PAGE_SCALES": at.page_bytes // 4,
-        "V_AT": 0 if at.latent else at.k_bytes // at.dtype.itemsize,
-        "SCALES_AT": at.kv_bytes // 4,
-        "D_K": at.d_k,
-        "D_V": at.d_v,
-        "LATENT": at.latent,
+        "scales": pages.arena.view(torch.float32) if layout.scaled else pages.arena,
+        "PAGE": layout.page_size,
+        "PAGE_NUMBERS": layout.page_bytes // layout.dtype.itemsize,
+        "PAGE_SCALES": layout.page_bytes // 4,
+        "V_AT": 0 if layout.latent else layout.k_bytes // layout.dtype.itemsize,
+        "SCALES_AT": layout.kv_bytes // 4,
+        "D_K": layout.d_k,
+        "D_V": layout.d_v,
+        "LATENT": layout.latent,
         "KIND": kind.value,
     }
 

@@ -26,8 +26,8 @@ class PackedMatrix:
     data: torch.Tensor
 
     def __post_init__(self) -> None:
-        (n_out, n_in), of = self.shape, LAYOUTS[self.format]
-        if n_out < 1 or n_in < 1 or n_in % (BLOCK if of.d < 0 else of.group):
+        (n_out, n_in), layout = self.shape, LAYOUTS[self.format]
+        if n_out < 1 or n_in < 1 or n_in % (BLOCK if layout.d < 0 else layout.group):
             raise ValueError(f"{self.format.name} cannot hold [{n_out}, {n_in}]")
         size, data = packed_bytes(self.format, n_out, n_in), self.data
         if data.dtype != torch.uint8 or data.shape != (size,) or not data.is_cpu or not data.is_contiguous():
@@ -76,8 +76,8 @@ class PackedMatrix:
             raise ValueError(
                 f"a part of {self.shape[0]} rows must begin and end at multiples of {ROWS}, got {start} to {stop}"
             )
-        of = tile_bytes(self.format, self.shape[1])
-        data = self.data[start // ROWS * of : -(-stop // ROWS) * of]
+        tile_size = tile_bytes(self.format, self.shape[1])
+        data = self.data[start // ROWS * tile_size : -(-stop // ROWS) * tile_size]
         return PackedMatrix((stop - start, self.shape[1]), self.format, data)
 
 
@@ -112,10 +112,10 @@ def multiply(parts: Sequence[PackedMatrix], x: torch.Tensor, dtype: torch.dtype 
         return y
     blocks = max(few.blocks_of(part.format, n_in) for part in parts)
     for first in range(0, len(x), _ROWS):
-        some = slice(first, first + _ROWS)
-        lines = activations.round_rows(x[some], blocks)
+        batch = slice(first, first + _ROWS)
+        lines = activations.round_rows(x[batch], blocks)
         for part, columns in places:
-            few.multiply_rounded(lines, n_in, part.data, part.format, part.shape[0], columns[some])
+            few.multiply_rounded(lines, n_in, part.data, part.format, part.shape[0], columns[batch])
     return y
 
 

@@ -68,12 +68,12 @@ def multiply_rounded(
 
 def arguments(format: Format, rows: int, n_in: int, n_out: int, size: int, shares: int) -> Any:
     """An argument block; addresses, and where rows stand apart strides, are for the caller to set."""
-    of = LAYOUTS[format]
+    layout = LAYOUTS[format]
     return Arguments(
         shares=shares,
         rows=rows,
-        records=of.groups(n_in),
-        record=of.record,
+        records=layout.groups(n_in),
+        record=layout.record,
         blocks=blocks_of(format, n_in),
         n_out=n_out,
         stride=n_out * size,

@@ -44,10 +44,10 @@ def check_lists(pages: Pages, plan: ListPlan, lists: Table, lengths: Ints, q: to
         raise ValueError(f"lists must be int32 [{plan.items}, most], contiguous, got {lists.dtype} {list(lists.shape)}")
     if lengths.dtype != np.int64 or lengths.shape != (plan.items,) or not lengths.flags.c_contiguous:
         raise ValueError(f"lengths must be int64 [{plan.items}], got {lengths.dtype} {list(lengths.shape)}")
-    most = lists.shape[1] * pages.layout.page_size
-    if lengths.min() < 0 or lengths.max() > most:
+    capacity = lists.shape[1] * pages.layout.page_size
+    if lengths.min() < 0 or lengths.max() > capacity:
         bad = lengths.min() if lengths.min() < 0 else lengths.max()
-        raise ValueError(f"lengths has {bad}, allowed: 0 to {most}")
+        raise ValueError(f"lengths has {bad}, allowed: 0 to {capacity}")
 
 
 def through_rows(plan_rows: Callable[[Pages, Rows, int], Any], attend: Attend) -> Attend:

@@ -52,10 +52,10 @@ class PageLayout:
         channels = self.order is Order.CHANNELS
         for name in ("page_size", "d_k", "d_v"):
             value, step = getattr(self, name), 1 if name == "page_size" and not channels else 16
-            most = MOST_OF_LATENT if self.latent and name != "page_size" else MOST
-            if value not in range(step, most + 1, step):
+            limit = MOST_OF_LATENT if self.latent and name != "page_size" else MOST
+            if value not in range(step, limit + 1, step):
                 steps = f"a multiple of {step}" if step > 1 else "a whole number"
-                raise ValueError(f"{name} must be {steps} from {step} to {most}, got {value!r}")
+                raise ValueError(f"{name} must be {steps} from {step} to {limit}, got {value!r}")
         if self.latent and self.d_v > self.d_k:
             raise ValueError(f"d_v of a latent, which is a part of K, must be at most d_k {self.d_k}, got {self.d_v}")
         if self.d_index not in range(0, MOST + 1, 16):
@@ -150,28 +150,28 @@ class Pages:
     @property
     def k(self) -> torch.Tensor:
         """A view of every K block, as `[n_pages, page_size, key_width / k_pack, k_pack]` whatever the order is."""
-        at = self.layout
-        block = self.arena[:, : at.k_bytes].view(at.dtype)
-        if at.order is Order.TOKENS:
-            return block.view(-1, at.page_size, at.key_width, 1)
-        return block.view(-1, at.key_width // at.k_pack, at.page_size, at.k_pack).transpose(1, 2)
+        layout = self.layout
+        block = self.arena[:, : layout.k_bytes].view(layout.dtype)
+        if layout.order is Order.TOKENS:
+            return block.view(-1, layout.page_size, layout.key_width, 1)
+        return block.view(-1, layout.key_width // layout.k_pack, layout.page_size, layout.k_pack).transpose(1, 2)
 
     @property
     def v(self) -> torch.Tensor:
         """A view of every V block, as `[n_pages, page_size / v_pack, v_pack, d_v]` whatever the order in memory. Raises
         ValueError for latents, which have none."""
-        at = self.layout
-        if at.latent:
+        layout = self.layout
+        if layout.latent:
             raise ValueError("pages of latents have no V block: V is the front of K")
-        block = self.arena[:, at.k_bytes : at.kv_bytes].view(at.dtype)
-        return block.view(-1, at.page_size // at.v_pack, at.d_v, at.v_pack).transpose(2, 3)
+        block = self.arena[:, layout.k_bytes : layout.kv_bytes].view(layout.dtype)
+        return block.view(-1, layout.page_size // layout.v_pack, layout.d_v, layout.v_pack).transpose(2, 3)
 
     @property
     def scales(self) -> torch.Tensor:
         """A view of every page's scales, float32 `[n_pages, 2, page_size]`: of K, of V; of latents `[n_pages, 1,
         page_size]`. Only of dtypes with scales."""
-        at = self.layout
-        return self.arena[:, at.kv_bytes :].view(torch.float32).view(-1, at.scale_blocks, at.page_size)
+        layout = self.layout
+        return self.arena[:, layout.kv_bytes :].view(torch.float32).view(-1, layout.scale_blocks, layout.page_size)
 
 
 def quantise(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -256,39 +256,39 @@ def gather(pages: Pages, table: torch.Tensor, tokens: int) -> tuple[torch.Tensor
 
     k `[tokens, key_width]`, v `[tokens, d_v]`.
     """
-    at = pages.layout
-    if not 0 <= tokens <= len(table) * at.page_size:
-        raise ValueError(f"tokens must be from 0 to {len(table) * at.page_size}, got {tokens}")
-    index = table[: -(-tokens // at.page_size)].long()
+    layout = pages.layout
+    if not 0 <= tokens <= len(table) * layout.page_size:
+        raise ValueError(f"tokens must be from 0 to {len(table) * layout.page_size}, got {tokens}")
+    index = table[: -(-tokens // layout.page_size)].long()
     check_range("table", index, pages.n_pages)
-    k = pages.k[index].reshape(-1, at.key_width)[:tokens]
-    v = k if at.latent else pages.v[index].reshape(-1, at.d_v)[:tokens]
-    if at.scaled:
-        scales = pages.scales[index].transpose(0, 1).reshape(at.scale_blocks, -1, 1)[:, :tokens]
+    k = pages.k[index].reshape(-1, layout.key_width)[:tokens]
+    v = k if layout.latent else pages.v[index].reshape(-1, layout.d_v)[:tokens]
+    if layout.scaled:
+        scales = pages.scales[index].transpose(0, 1).reshape(layout.scale_blocks, -1, 1)[:, :tokens]
         k, v = k.float() * scales[0], v.float() * scales[-1]
-    return k, v[:, : at.d_v]
+    return k, v[:, : layout.d_v]
 
 
 def gather_heads(pages: Pages, tables: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """As `gather`, of all heads at once, each with as many pages (int64 `[heads, pages]`): k
     `[tokens, heads, key_width]`, v `[tokens, heads, d_v]`. Whole pages are copied as they are, and put in order then:
     ten times as fast."""
-    at = pages.layout
+    layout = pages.layout
     heads, count = tables.shape
     check_range("tables", tables, pages.n_pages)
     if not count:
-        k, v = (pages.arena.new_empty((0, heads, d), dtype=at.loaded) for d in (at.key_width, at.d_v))
+        k, v = (pages.arena.new_empty((0, heads, d), dtype=layout.loaded) for d in (layout.key_width, layout.d_v))
         return k, v
-    some = Pages(at, pages.arena.index_select(0, tables.reshape(-1)))
-    k = _heads_keys(some, heads)
-    if at.latent:
-        return k, k[..., : at.d_v]
-    if at.scaled:
-        v = some.v.reshape(-1, at.page_size, at.d_v).float() * some.scales.unsqueeze(-1)[:, 1]
-        return k, v.view(heads, -1, at.d_v).transpose(0, 1).contiguous()
-    of_v = some.arena[:, at.k_bytes : at.kv_bytes].view(at.dtype)
-    v = of_v.view(heads, count, at.page_size // at.v_pack, at.d_v, at.v_pack).permute(1, 2, 4, 0, 3)
-    return k, v.reshape(count * at.page_size, heads, at.d_v)
+    selection = Pages(layout, pages.arena.index_select(0, tables.reshape(-1)))
+    k = _heads_keys(selection, heads)
+    if layout.latent:
+        return k, k[..., : layout.d_v]
+    if layout.scaled:
+        v = selection.v.reshape(-1, layout.page_size, layout.d_v).float() * selection.scales.unsqueeze(-1)[:, 1]
+        return k, v.view(heads, -1, layout.d_v).transpose(0, 1).contiguous()
+    of_v = selection.arena[:, layout.k_bytes : layout.kv_bytes].view(layout.dtype)
+    v = of_v.view(heads, count, layout.page_size // layout.v_pack, layout.d_v, layout.v_pack).permute(1, 2, 4, 0, 3)
+    return k, v.reshape(count * layout.page_size, heads, layout.d_v)
 
 
 def gather_keys(pages: Pages, tables: torch.Tensor) -> torch.Tensor:
@@ -301,37 +301,38 @@ def gather_keys(pages: Pages, tables: torch.Tensor) -> torch.Tensor:
 
 def _heads_keys(pages: Pages, heads: int) -> torch.Tensor:
     """Of all pages, head by head, the keys `[tokens, heads, key_width]`."""
-    at = pages.layout
-    if at.scaled:
-        scaled = pages.k.reshape(-1, at.page_size, at.key_width).float() * pages.scales.unsqueeze(-1)[:, 0]
-        return scaled.view(heads, -1, at.key_width).transpose(0, 1).contiguous()
-    word = torch.int32 if at.k_pack * at.dtype.itemsize == 4 else at.dtype  # what stands side by side is one number
-    words = at.key_width * at.dtype.itemsize // word.itemsize
-    of_k = pages.arena[:, : at.k_bytes].view(word)
-    if at.order is Order.TOKENS:
-        k = of_k.view(heads, -1, at.page_size, words).permute(1, 2, 0, 3)
+    layout = pages.layout
+    if layout.scaled:
+        scaled = pages.k.reshape(-1, layout.page_size, layout.key_width).float() * pages.scales.unsqueeze(-1)[:, 0]
+        return scaled.view(heads, -1, layout.key_width).transpose(0, 1).contiguous()
+    # What stands side by side is one number.
+    word = torch.int32 if layout.k_pack * layout.dtype.itemsize == 4 else layout.dtype
+    words = layout.key_width * layout.dtype.itemsize // word.itemsize
+    of_k = pages.arena[:, : layout.k_bytes].view(word)
+    if layout.order is Order.TOKENS:
+        k = of_k.view(heads, -1, layout.page_size, words).permute(1, 2, 0, 3)
     else:
-        k = of_k.view(heads, -1, words, at.page_size).permute(1, 3, 0, 2)
-    return k.contiguous().view(at.dtype).view(-1, heads, at.key_width)
+        k = of_k.view(heads, -1, words, layout.page_size).permute(1, 3, 0, 2)
+    return k.contiguous().view(layout.dtype).view(-1, heads, layout.key_width)
 
 
 def whole(pages: Pages, index: torch.Tensor) -> torch.Tensor:
     """The pages `index`, int64 `[n]`, as they lie: uint8 `[n, page_bytes]`. Those below 0 are zeros."""
-    some = index.clamp_min(0)
+    present = index.clamp_min(0)
     if pages.arena.is_cuda:
-        taken = pages.arena[some]
+        content = pages.arena[present]
     else:  # by one thread, which memory does not let wait for others
-        taken = torch.from_numpy(pages.arena.numpy().take(some.numpy(), axis=0))
+        content = torch.from_numpy(pages.arena.numpy().take(present.numpy(), axis=0))
     if bool((index < 0).any()):
-        taken[index < 0] = 0
-    return taken
+        content[index < 0] = 0
+    return content
 
 
 def store_whole(pages: Pages, index: torch.Tensor, content: torch.Tensor) -> None:
     """Let the pages `index`, int64 `[n]`, all different, be `content`, uint8 `[n, page_bytes]`, as `whole` gave it."""
-    wanted = (len(index), pages.layout.page_bytes)
-    if content.dtype != torch.uint8 or content.shape != wanted:
-        raise ValueError(f"pages must be uint8 {list(wanted)}, got {content.dtype} {list(content.shape)}")
+    shape = (len(index), pages.layout.page_bytes)
+    if content.dtype != torch.uint8 or content.shape != shape:
+        raise ValueError(f"pages must be uint8 {list(shape)}, got {content.dtype} {list(content.shape)}")
     check_range("index", index, pages.n_pages)
     if pages.arena.is_cuda:
         pages.arena[index] = content

@@ -117,10 +117,10 @@ class Visible(NamedTuple):
 def visible(first: Ints, last: Ints, lo: Ints, hi: Ints, window: Ints, sinks: Ints) -> Visible:
     """What queries at positions [first, last] see of the keys [lo, hi)."""
     hi = np.minimum(hi, last + 1)
-    whole = last - window + 1 <= np.maximum(lo, sinks)  # the window hides nothing from any of them
-    end = np.where(whole, lo, np.minimum(sinks, hi))
-    begin = np.where(whole, lo, np.maximum(np.maximum(lo, sinks), first - window + 1))
-    return Visible(lo, end, begin, hi, np.where(whole, EVERYTHING, window))
+    unlimited = last - window + 1 <= np.maximum(lo, sinks)  # the window hides nothing from any of them
+    end = np.where(unlimited, lo, np.minimum(sinks, hi))
+    begin = np.where(unlimited, lo, np.maximum(np.maximum(lo, sinks), first - window + 1))
+    return Visible(lo, end, begin, hi, np.where(unlimited, EVERYTHING, window))
 
 
 class Planned(Protocol):
@@ -149,8 +149,8 @@ def check_rows(pages: Pages, rows: Rows) -> frozenset[int]:
     Returns the layers in which entry -1, none, stands where a row reads: another window may have freed it there.
     """
     _check_cover(rows)
-    seen = visible(rows.start, rows.start + rows.count - 1, rows.lo, rows.hi, rows.window, rows.sinks)
-    ranges = np.stack(seen[:4], -1).tolist()
+    reads = visible(rows.start, rows.start + rows.count - 1, rows.lo, rows.hi, rows.window, rows.sinks)
+    ranges = np.stack(reads[:4], -1).tolist()
     size = pages.layout.page_size
     missing: set[int] = set()
     for row, (table, (lo, end, begin, hi)) in enumerate(zip(rows.tables, ranges, strict=True)):
@@ -162,12 +162,12 @@ def check_rows(pages: Pages, rows: Rows) -> frozenset[int]:
                 f"the table of row {row} must be int32 [{shape[0]}, {shape[1]}, entries], contiguous along the "
                 f"entries, got {table.dtype} {list(table.shape)}"
             )
-        held = base + table.shape[2] * unit
+        table_end = base + table.shape[2] * unit
         for first, stop in ((lo, end), (begin, hi)):
             if first >= stop:
                 continue
-            if first < base or stop > held:
-                raise ValueError(f"row {row} reads [{first}, {stop}), but its table holds [{base}, {held})")
+            if first < base or stop > table_end:
+                raise ValueError(f"row {row} reads [{first}, {stop}), but its table holds [{base}, {table_end})")
             used = table[:, :, (first - base) // unit : (stop - 1 - base) // unit + 1]
             low, high = int(used.min()), int(used.max())
             if low < -1 or high >= limit:
@@ -231,11 +231,11 @@ def check_attend(
     out: torch.Tensor | None,
 ) -> None:
     """Raise ValueError unless the arguments of `attend` fit the plan and the pages."""
-    at = pages.layout
+    layout = pages.layout
     check_made_for(plan.pages, pages)
-    check_vectors("q", q, plan.n, at.d_k, pages.arena.device)
+    check_vectors("q", q, plan.n, layout.d_k, pages.arena.device)
     if out is not None:
-        check_vectors("out", out, plan.n, at.d_v, pages.arena.device)
+        check_vectors("out", out, plan.n, layout.d_v, pages.arena.device)
         if out.dtype != q.dtype or not out.is_contiguous():
             raise ValueError(f"out must be contiguous {q.dtype} as q is, got {out.dtype} with strides {out.stride()}")
     if not 0 <= layer < plan.layers and plan.n:

@@ -72,16 +72,16 @@ def cut(rows: Rows) -> Pieces:
     if rows.bias:
         pieces["bias"], pieces["bias_stride"] = _addresses(rows.bias, row, head)
 
-    seen = visible(position, position + count - 1, rows.lo[row], rows.hi[row], rows.window[row], rows.sinks[row])
+    reads = visible(position, position + count - 1, rows.lo[row], rows.hi[row], rows.window[row], rows.sinks[row])
     apart, near = pieces.copy(), pieces
-    apart["lo"], apart["hi"], apart["window"] = seen.lo - base, seen.end - base, EVERYTHING
-    near["lo"], near["hi"], near["window"] = seen.begin - base, seen.hi - base, seen.window
-    empty = seen.begin >= seen.hi
+    apart["lo"], apart["hi"], apart["window"] = reads.lo - base, reads.end - base, EVERYTHING
+    near["lo"], near["hi"], near["window"] = reads.begin - base, reads.hi - base, reads.window
+    empty = reads.begin >= reads.hi
     near["lo"][empty] = near["hi"][empty] = 0
-    both = np.stack([apart, near], -1).reshape(-1)
-    some = both["lo"] < both["hi"]
-    some[1::2] |= ~some[::2]  # an output without keys must be written too
-    return both[some]
+    pairs = np.stack([apart, near], -1).reshape(-1)
+    nonempty = pairs["lo"] < pairs["hi"]
+    nonempty[1::2] |= ~nonempty[::2]  # an output without keys must be written too
+    return pairs[nonempty]
 
 
 def _addresses(arrays: Sequence[npt.NDArray[Any] | None], row: Ints, head: Ints) -> tuple[Ints, Ints]:
@@ -98,16 +98,16 @@ def deal(whole: Pieces, shares: int) -> tuple[Pieces, Ints]:
     lo, hi, rate = whole["lo"], whole["hi"], whole["rows"] + READ
     ends = np.cumsum((hi - lo + FIXED) * rate)
     edges = ends[-1] * np.arange(1, shares) // shares
-    at = np.searchsorted(ends, edges, "right")
-    key = (hi[at] - (ends[at] - edges) // rate[at]) // 32 * 32
-    late, early = hi[at] - key < MIN_KEYS, key - lo[at] < MIN_KEYS
-    at = at + late
+    index = np.searchsorted(ends, edges, "right")
+    key = (hi[index] - (ends[index] - edges) // rate[index]) // 32 * 32
+    late, early = hi[index] - key < MIN_KEYS, key - lo[index] < MIN_KEYS
+    index = index + late
     inside = ~late & ~early
     before = np.append(0, np.cumsum(hi - lo))  # keys laid end to end, which numbers every place to cut
-    place = before[at] + np.where(inside, key - lo[np.minimum(at, len(whole) - 1)], 0)
+    place = before[index] + np.where(inside, key - lo[np.minimum(index, len(whole) - 1)], 0)
 
     cuts, where = np.unique(place[inside], return_index=True)
-    cut_piece, key = at[inside][where], key[inside][where]
+    cut_piece, key = index[inside][where], key[inside][where]
     pieces = np.repeat(whole, 1 + np.bincount(cut_piece, minlength=len(whole)))
     number = cut_piece + 1 + np.arange(len(cuts))
     pieces["lo"][number] = pieces["hi"][number - 1] = key
@@ -116,5 +116,5 @@ def deal(whole: Pieces, shares: int) -> tuple[Pieces, Ints]:
     rows = np.where(pieces["parts"] > 1, pieces["rows"], 0)
     pieces["partial"] = np.where(rows > 0, np.cumsum(rows) - rows, -1)
     pieces["parts"][1:][pieces["output"][1:] == pieces["output"][:-1]] = 1
-    starts = at + np.searchsorted(cuts, place, "right")
+    starts = index + np.searchsorted(cuts, place, "right")
     return pieces, np.concatenate([[0], starts, [len(pieces)]])
