@@ -3,6 +3,7 @@ and import order that they name exist. docs/log.md keeps the names of its time."
 
 from __future__ import annotations
 
+import ast
 import re
 from functools import cache
 from pathlib import Path
@@ -105,6 +106,66 @@ def test_readme_lists_every_room_once() -> None:
     listed = [folder for folder in folders if folder.startswith(tuple(f"{package}/" for package in PACKAGES))]
     rooms = [init.parent for package in PACKAGES for init in (ROOT / package).rglob("*/__init__.py")]
     assert sorted(listed) == sorted(room.relative_to(ROOT).as_posix() for room in rooms)
+
+
+WALKS = {"A request's life": (50, 20), "A head's policy, from TOML to a list of pages": (29, 2)}
+WALKS["When an attention worker dies"] = (32, 15)
+
+
+def items(walk: str) -> list[str]:
+    """The numbered items of a walk of docs/design.md."""
+    text = (ROOT / "docs" / "design.md").read_text()
+    body = re.split(r"^## ", text[text.index(f"\n## {walk}\n") + 4 :], maxsplit=1, flags=re.MULTILINE)[0]
+    return re.split(r"^\d+\. ", body, flags=re.MULTILINE)[1:]
+
+
+def steps(walk: str) -> list[str]:
+    """The files that a walk names, in order: the paths in backticks, each whole, or a bare name in the folder of the
+    one before it."""
+    files: list[str] = []
+    for name in re.findall(r"`([\w/]+\.py)`", "".join(items(walk))):
+        path = name if "/" in name else f"{files[-1].rpartition('/')[0]}/{name}"
+        if not files or files[-1] != path:
+            files.append(path)
+    return files
+
+
+def first_of_items(walk: str) -> set[str]:
+    """The first file of each item, where it is named whole."""
+    return {name for item in items(walk) for name in re.findall(r"`([\w/]+\.py)`", item)[:1] if "/" in name}
+
+
+def imported_by(file: str) -> set[str]:
+    """The modules that a file imports anywhere, as dotted names."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse((ROOT / file).read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def module(file: str) -> str:
+    return re.sub(r"^(workers|kernels|protocols)/", "", file).removesuffix(".py").replace("/", ".")
+
+
+@pytest.mark.parametrize("walk", WALKS)
+def test_a_walk_is_as_short_as_it_should_be(walk: str) -> None:
+    files = steps(walk)
+    returns = sum(file in files[:index] for index, file in enumerate(files))
+    assert (len(set(files)), returns) <= WALKS[walk], f"{len(set(files))} files, {returns} returns"
+    assert returns <= WALKS[walk][1], f"{returns} returns"
+
+
+@pytest.mark.parametrize("walk", WALKS)
+def test_each_step_of_a_walk_is_an_import(walk: str) -> None:
+    """A file of a walk is imported by one before it, or imports one. A numbered item may begin anywhere: there the walk
+    goes on by a message, on another thread or in another process."""
+    files, begins = steps(walk), first_of_items(walk)
+    for index, file in enumerate(files[1:], 1):
+        before = set(files[:index])
+        known = any(module(file) in imported_by(other) for other in before)
+        connected = known or imported_by(file) & {module(other) for other in before}
+        assert connected or file in begins, f"no file before it knows {file}"
 
 
 def test_design_shows_the_import_order_of_the_contracts() -> None:

@@ -1,7 +1,7 @@
-"""Decode batches of a model without an engine: the model as the engine loads it, and sequences of random KV at holders.
+"""Decode batches of a model without an engine: the model as the engine loads it, and random KV at holders.
 
-Files, weights, decoder and what holders are built from come from where an engine gets them. The caller gives the forward
-pass of a batch: the model's own, or one of attention alone.
+Files, weights, decoder and what holders are built from come from where an engine gets them. The caller gives the
+forward pass of a batch: the model's own, or one of attention alone.
 """
 
 from __future__ import annotations
