@@ -42,9 +42,12 @@ def bound(node: ast.AST) -> Iterator[tuple[str, int]]:
 
 
 def assignments(tree: ast.AST) -> Iterator[tuple[str, int]]:
-    """Every name that is bound anywhere in a module, with its line."""
+    """Every name that is bound anywhere in a module, with its line, but for fields of classes."""
+    fields = {id(item) for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for item in node.body}
     for node in ast.walk(tree):
         targets: list[ast.AST] = []
+        if id(node) in fields:
+            continue
         if isinstance(node, ast.Assign):
             targets = list(node.targets)
         elif isinstance(node, (ast.AnnAssign, ast.NamedExpr, ast.For, ast.AsyncFor, ast.comprehension)):
