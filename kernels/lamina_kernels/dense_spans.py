@@ -104,7 +104,7 @@ class Spans:
     def __init__(self, spans: Sequence[Span], eps: float) -> None:
         self._spans = spans
         self._eps = eps
-        self._own = _Own()
+        self._memory = _ThreadMemory()
 
     def run(
         self, index: int, hidden: torch.Tensor, attended: torch.Tensor | None = None, rotation: Rotation = None
@@ -117,16 +117,16 @@ class Spans:
         `[n, heads, 2]`; or float32 `[n, n_out]`; or `[n, hidden]`.
         """
         key = index, len(hidden), torch.get_num_threads()
-        program = self._own.made.get(key)
+        program = self._memory.made.get(key)
         if program is None:
             if not 0 < len(hidden) <= MAX_ROWS:
                 raise ValueError(f"a span takes 1 to {MAX_ROWS} rows, got {len(hidden)}")
-            builder = _Builder(self._own.room, len(hidden), key[2], self._eps)
-            program = self._own.made[key] = _Made(self._spans[index], builder)
+            builder = _Builder(self._memory.room, len(hidden), key[2], self._eps)
+            program = self._memory.made[key] = _Made(self._spans[index], builder)
         return program.run(hidden, attended, rotation)
 
 
-class _Own(threading.local):
+class _ThreadMemory(threading.local):
     """What one thread has: programs by span, rows and threads, and room for what is inside a span, by name."""
 
     def __init__(self) -> None:

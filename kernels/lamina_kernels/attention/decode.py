@@ -1,11 +1,9 @@
 """Paged attention on a CPU, at the speed at which memory is read.
 
 `plan` checks a batch and deals its work to threads, once for all layers; `attend` then only fills in a block of
-arguments and launches the compiled loops.
-
-Deals lists of pages to threads, compiled: in numpy the arithmetic of `schedule` takes longer than the attention.
-
-Every list is one output; where a share ends inside one it is cut, at a multiple of 32 tokens, and its parts merge.
+arguments and launches the compiled loops. The work of lists of pages is dealt in a compiled loop too, `deal_lists`: in
+numpy the arithmetic of `schedule` takes longer than the attention. Every list is one output; where a share ends inside
+a list, the list is cut at a multiple of 32 tokens, and its parts are merged.
 """
 
 from __future__ import annotations
@@ -67,7 +65,7 @@ def deal_lists_kernel() -> Any:
 
 
 def _deal(pieces: Any, starts: Any, lists: Any, lengths: Any, group: int, size: int, n_pages: int, address: int) -> int:
-    items, most = lists.shape
+    items, entries = lists.shape
     shares = len(starts) - 1
     rate, total = group + READ, 0
     for i in range(items):
@@ -83,7 +81,7 @@ def _deal(pieces: Any, starts: Any, lists: Any, lengths: Any, group: int, size: 
             piece = pieces[n]
             piece.q, piece.stride, piece.group, piece.rows = i * group, group, group, group
             piece.position, piece.lo, piece.hi, piece.window = hi, lo, hi, EVERYTHING
-            piece.table, piece.layer_stride, piece.listed = address + i * most * 4, 0, 0
+            piece.table, piece.layer_stride, piece.listed = address + i * entries * 4, 0, 0
             piece.bias, piece.bias_stride, piece.output, piece.parts, piece.partial = 0, 0, i, 1, -1
             n += 1
             edge = total * (share + 1) // shares
@@ -106,8 +104,8 @@ def _deal(pieces: Any, starts: Any, lists: Any, lengths: Any, group: int, size: 
             lo = key
         if n - first > 1:
             pieces[first].parts = n - first
-            for at in range(first, n):
-                pieces[at].partial = partials
+            for number in range(first, n):
+                pieces[number].partial = partials
                 partials += group
     while share < shares:
         share += 1

@@ -79,8 +79,8 @@ def _add_up(a: Any, piece: Any, row: int, rows: int, logits: int, strip: int, wi
 def _strip(a: Any, table: Any, strip: int, width: int) -> tuple[int, int]:
     """Addresses of a strip of index keys, and of their scales."""
     page, offset = strip * width // a.page_size, strip * width % a.page_size
-    at = a.arena + np.int64(table[page]) * a.page_bytes
-    return at + (a.d_k * a.page_size + offset * a.k_pack) * a.itemsize, at + a.kv_bytes + offset * 4
+    page_address = a.arena + np.int64(table[page]) * a.page_bytes
+    return page_address + (a.d_k * a.page_size + offset * a.k_pack) * a.itemsize, page_address + a.kv_bytes + offset * 4
 
 
 @njit  # type: ignore[untyped-decorator]

@@ -129,30 +129,34 @@ def _attend_block(kind: int, unit: int, a: Any, piece: Any, row: int, keys: _Key
     scale = np.float32(a.scale if a.soft_cap else a.scale * LOG2E)
     of_q, of_k = a.scales + shift + row * 4, a.slots + shift
     for strip in range(strips):
-        at = strip * width * 4
-        place = logits + at
-        micro.dot(kind, unit, Dot(rows, panel, near[strip], far[strip], place, steps, stride, of_q, of_k + at, scale))
+        offset = strip * width * 4
+        place = logits + offset
+        micro.dot(
+            kind, unit, Dot(rows, panel, near[strip], far[strip], place, steps, stride, of_q, of_k + offset, scale)
+        )
     edge = begin < max(piece.lo, last - piece.window + 1) or begin + strips * width > min(piece.hi, first + 1)
     sums, totals = a.sums + shift + row * a.d_v * 4, a.totals + shift + row * 64
     peaks, decays = a.peaks + shift + row * 4, a.decays + shift
     for r in range(rows):
-        at = logits + r * ROW
+        row_logits = logits + r * ROW
         if a.soft_cap:
-            micro.cap(at, strips * unit, np.float32(a.soft_cap))
+            micro.cap(row_logits, strips * unit, np.float32(a.soft_cap))
         if piece.bias:
-            micro.shift(at, strips * unit, a.slots + shift + 8 * BLOCK)
+            micro.shift(row_logits, strips * unit, a.slots + shift + 8 * BLOCK)
         if edge:
             position = piece.position + (row + r) // piece.group
             lowest, highest = max(piece.lo, position - piece.window + 1), min(piece.hi, position + 1)
-            micro.mask(at, strips * unit, max(lowest - begin, -1), min(highest - begin, BLOCK))
+            micro.mask(row_logits, strips * unit, max(lowest - begin, -1), min(highest - begin, BLOCK))
         factors = a.slots + shift + 4 * BLOCK
-        micro.weigh(kind, at, strips * unit, peaks + r * 4, totals + r * 64, decays + r * 4, factors)
+        micro.weigh(kind, row_logits, strips * unit, peaks + r * 4, totals + r * 64, decays + r * 4, factors)
     tile = TILE if rows == TILE else 4  # of rows that share what is loaded of V
     for r in range(0, rows, tile):
-        at = sums + r * a.d_v * 4
+        tile_sums = sums + r * a.d_v * 4
         values, ahead = near.ctypes.data + 8 * STRIPS, (near if r else far).ctypes.data + 8 * STRIPS
         count, weights = min(tile, rows - r), logits + r * ROW
-        micro.accumulate(kind, unit, Accumulate(count, weights, values, ahead, strips, at, a.d_v, decays + r * 4))
+        micro.accumulate(
+            kind, unit, Accumulate(count, weights, values, ahead, strips, tile_sums, a.d_v, decays + r * 4)
+        )
 
 
 @njit  # type: ignore[untyped-decorator]

@@ -263,7 +263,7 @@ def _blend(
         b, e = builder, Emitter(builder)
         into_dtype, past_dtype, into, past, width, mine, other = args
         into, past, mine, other = e.pointer(into), e.pointer(past), e.splat(mine), e.splat(other)
-        whole, rest = b.lshr(width, I64(4)), b.and_(width, I64(LANES - 1))
+        registers, remainder = b.lshr(width, I64(4)), b.and_(width, I64(LANES - 1))
 
         def convert(to: int, source: int) -> None:
             def step(first: Value, lanes: int) -> list[Value]:
@@ -273,10 +273,10 @@ def _blend(
                 _narrow(e, to, e.fma(other, y, b.fmul(mine, x)), target, lanes)
                 return []
 
-            with b.if_then(b.icmp_signed(">", whole, I64(0))):
-                e.loop(whole, [], lambda i: step(b.shl(i, I64(4)), LANES))
-            with b.if_then(b.icmp_signed(">", rest, I64(0))):
-                e.loop(rest, [], lambda i: step(b.add(b.shl(whole, I64(4)), i), 1))
+            with b.if_then(b.icmp_signed(">", registers, I64(0))):
+                e.loop(registers, [], lambda i: step(b.shl(i, I64(4)), LANES))
+            with b.if_then(b.icmp_signed(">", remainder, I64(0))):
+                e.loop(remainder, [], lambda i: step(b.add(b.shl(registers, I64(4)), i), 1))
 
         e.choose(into_dtype, (0, 1, 2), lambda to: e.choose(past_dtype, (0, 1, 2), lambda source: convert(to, source)))
         return context.get_dummy_value()

@@ -165,9 +165,9 @@ def shift(context: Any, logits: Any, vectors: Any, biases: Any) -> Any:
         logits, biases = e.pointer(args[0]), e.pointer(args[2])
 
         def step(i: Value) -> list[Value]:
-            at = builder.shl(i, I64(6))
-            x = e.fma(e.load(e.at(biases, at), VF), e.number(LOG2E), e.load(e.at(logits, at), VF))
-            e.store(x, e.at(logits, at))
+            offset = builder.shl(i, I64(6))
+            x = e.fma(e.load(e.at(biases, offset), VF), e.number(LOG2E), e.load(e.at(logits, offset), VF))
+            e.store(x, e.at(logits, offset))
             return []
 
         e.loop(args[1], [], step)
@@ -249,11 +249,11 @@ def _make_integers(e: Emitter, weights: Value, vectors: Value, largest: Value, s
     """16 * vectors weights to `halves`, in place, the largest to 65535: with 8 bits, all weights beside that of an
     attention sink would be lost. Where the sums are not finite, what they are worth is NaN: that must be seen."""
     b = e.b
-    most = e.call("llvm.vector.reduce.fmax.v16f32", F32, largest)
-    usable = b.fcmp_ordered(">", most, F32(1e-33))
-    units = e.splat(b.select(usable, b.fdiv(F32(65535.0), most), F32(0.0)))
+    peak = e.call("llvm.vector.reduce.fmax.v16f32", F32, largest)
+    usable = b.fcmp_ordered(">", peak, F32(1e-33))
+    units = e.splat(b.select(usable, b.fdiv(F32(65535.0), peak), F32(0.0)))
     nothing = b.fmul(e.call("llvm.vector.reduce.fadd.v16f32", F32, F32(0.0), sums), F32(0.0))
-    e.store(b.fadd(b.fmul(most, F32(1 / 65535)), nothing), worth)
+    e.store(b.fadd(b.fmul(peak, F32(1 / 65535)), nothing), worth)
 
     def step(i: Value) -> list[Value]:
         scaled = b.fmul(e.load(e.at(weights, b.shl(i, I64(6))), VF), units)
@@ -308,12 +308,12 @@ class _Accumulation:
     def tile(self, count: int) -> None:
         b = self.b
         registers, log = b.lshr(self.o.d, I64(4)), (1 if count == TILE else 2) - self.exact  # 16 of sums at most
-        whole = b.lshr(registers, I64(log))
-        with b.if_then(b.icmp_signed(">", whole, I64(0))):
-            self.e.loop(whole, [], lambda i: self.columns(count, 1 << log, b.shl(i, I64(log))))
-        left = b.and_(registers, I64((1 << log) - 1))
-        with b.if_then(b.icmp_signed(">", left, I64(0))):
-            self.e.loop(left, [], lambda i: self.columns(count, 1, b.add(b.shl(whole, I64(log)), i)))
+        groups = b.lshr(registers, I64(log))
+        with b.if_then(b.icmp_signed(">", groups, I64(0))):
+            self.e.loop(groups, [], lambda i: self.columns(count, 1 << log, b.shl(i, I64(log))))
+        remainder = b.and_(registers, I64((1 << log) - 1))
+        with b.if_then(b.icmp_signed(">", remainder, I64(0))):
+            self.e.loop(remainder, [], lambda i: self.columns(count, 1, b.add(b.shl(groups, I64(log)), i)))
 
     def columns(self, count: int, chunks: int, first: Value) -> list[Value]:
         """`count` query vectors, `chunks` registers of channels from number `first` on."""
@@ -334,8 +334,8 @@ class _Accumulation:
         if self.exact:
             worth = [e.splat(e.load(e.at(o.decay, WORTH + 4 * r), F32)) for r in range(count)]
             highs, lows = totals[: len(places)], totals[len(places) :]
-            whole = [b.add(b.shl(high, e.bits(8)), low) for high, low in zip(highs, lows, strict=True)]
-            terms = zip(whole, faded(), strict=True)
+            integers = [b.add(b.shl(high, e.bits(8)), low) for high, low in zip(highs, lows, strict=True)]
+            terms = zip(integers, faded(), strict=True)
             totals = [e.fma(b.sitofp(t, VF), worth[i // chunks], old) for i, (t, old) in enumerate(terms)]
         for place, total in zip(places, totals, strict=True):
             e.store(total, place)

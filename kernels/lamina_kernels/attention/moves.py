@@ -55,11 +55,11 @@ def value_offset(a: Any, token: int) -> Any:
 def _quantise(source: int, n: int, codes: int) -> Any:
     """`pages.quantise` of one float32 vector to int8: writes the codes, returns the scale."""
     x, out = carray(pointer(source), (n,), np.float32), carray(pointer(codes), (n,), np.int8)
-    most = np.float32(0.0)
+    peak = np.float32(0.0)
     for i in range(n):
-        if not np.abs(x[i]) <= most:  # NaN is the largest, and stays it
-            most = np.abs(x[i]) if most == most else most
-    scale = most / np.float32(127.0)
+        if not np.abs(x[i]) <= peak:  # NaN is the largest, and stays it
+            peak = np.abs(x[i]) if peak == peak else peak
+    scale = peak / np.float32(127.0)
     usable = scale > 0 and scale < np.inf
     for i in range(n):
         code = np.rint(x[i] / scale) if usable else np.float32(0.0)

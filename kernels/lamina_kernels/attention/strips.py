@@ -1,13 +1,10 @@
 """Where the keys of a block are: strips of K and V, each of 16 or 32 tokens of a page.
 
-Mostly they are read where they lie. Put together in scratch are the strips of pieces that list tokens, the ends of V,
-and V of latents. Nothing here is checked: addresses and sizes come from `decode`.
-
-V of a latent: the front of K, turned from the order of a K block to that of a V block.
-
 K stands channel by channel, as its products with queries are summed over channels; V token by token, as its products
-with weights are summed over tokens. The turned copy of a block of keys is read by all query vectors of a piece, so
-among many of them turning costs little.
+with weights are summed over tokens. Mostly strips are read where they lie. Three kinds are put together in scratch:
+the strips of pieces that list tokens, the ends of V, and V of latents. V of a latent is the front of K, turned from the
+order of a K block to that of a V block; all query vectors of a piece read the turned copy, so among many of them
+turning costs little. Nothing here is checked: addresses and sizes come from `decode`.
 """
 
 from __future__ import annotations
@@ -94,20 +91,20 @@ class _Turn:
     def _load(self, places: list[Value]) -> list[Value]:
         """Whole registers of rows, each element's numbers in V's order."""
         e, vector = self.e, ir.VectorType(I8, self.row_bytes)
-        found = [e.load(place, vector) for place in places]
+        registers = [e.load(place, vector) for place in places]
         if self.row_bytes < _LINE:
-            both = range(2 * self.row_bytes)
-            found = [self._shuffle(x, y, both, 1) for x, y in zip(found[::2], found[1::2], strict=True)]
+            indices = range(2 * self.row_bytes)
+            registers = [self._shuffle(x, y, indices, 1) for x, y in zip(registers[::2], registers[1::2], strict=True)]
         if self.k_pack == 1:
-            return found
+            return registers
         order = [
-            at + (token * self.k_pack + channel) * self.size + byte
-            for at in range(0, _LINE, self.element)
+            start + (token * self.k_pack + channel) * self.size + byte
+            for start in range(0, _LINE, self.element)
             for channel in range(self.k_pack)
             for token in range(self.v_pack)
             for byte in range(self.size)
         ]
-        return [self._shuffle(x, x, order, 1) for x in found]
+        return [self._shuffle(x, x, order, 1) for x in registers]
 
     def _shuffle(self, x: Value, y: Value, order: Any, size: int) -> Value:
         """Elements of `size` bytes of x and y in another order, as bytes."""

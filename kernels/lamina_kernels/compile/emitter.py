@@ -153,12 +153,12 @@ class Emitter:
         """body(c), emitted for each case, runs for the smallest c >= value."""
         done = self.b.append_basic_block()
         for case in cases:
-            here, after = self.b.append_basic_block(), self.b.append_basic_block()
-            self.b.cbranch(self.b.icmp_signed("<=", value, I64(case)), here, after)
-            self.b.position_at_end(here)
+            block, next_block = self.b.append_basic_block(), self.b.append_basic_block()
+            self.b.cbranch(self.b.icmp_signed("<=", value, I64(case)), block, next_block)
+            self.b.position_at_end(block)
             body(case)
             self.b.branch(done)
-            self.b.position_at_end(after)
+            self.b.position_at_end(next_block)
         self.b.branch(done)
         self.b.position_at_end(done)
 

@@ -41,8 +41,8 @@ def unpack(cls: type[T], context: Any, e: Emitter, kind: Any, operands: Value) -
     """The operands that an intrinsic got as a `cls` of numba type `kind`: an int64, a float32 or a pointer a field."""
     values = []
     for i, declared in enumerate(get_type_hints(cls).values()):
-        to = types.float32 if declared is np.float32 else types.int64
-        value = context.cast(e.b, e.b.extract_value(operands, i), kind.types[i], to)
+        target = types.float32 if declared is np.float32 else types.int64
+        value = context.cast(e.b, e.b.extract_value(operands, i), kind.types[i], target)
         values.append(e.pointer(value) if declared is Address else value)
     return cls(*values)
 
@@ -99,12 +99,12 @@ def _gate_mul_half(inside: Callable[[Emitter, Value], Value]) -> Any:
                 return builder.select(builder.fcmp_ordered("<", x, e.number(-87.0)), e.number(-87.0), x)  # NaN stays
 
             def step(i: Value) -> list[Value]:
-                at = builder.shl(i, I64(5))
-                gate, up = (from_half(e, e.load(e.at(p, at), VS, 2)) for p in (gates, ups))
+                offset = builder.shl(i, I64(5))
+                gate, up = (from_half(e, e.load(e.at(p, offset), VS, 2)) for p in (gates, ups))
                 low = at_least(gate)
                 power = e.exp2(builder.fmul(at_least(inside(e, low)), e.number(-LOG2E)))
                 gated = builder.fdiv(low, builder.fadd(power, e.number(1.0)))
-                e.store(to_half(e, builder.fmul(gated, up)), e.at(out, at), 2)
+                e.store(to_half(e, builder.fmul(gated, up)), e.at(out, offset), 2)
                 return []
 
             e.loop(builder.lshr(args[3], I64(4)), [], step)
@@ -117,8 +117,8 @@ def _gate_mul_half(inside: Callable[[Emitter, Value], Value]) -> Any:
 
 def _gelu_inside(e: Emitter, x: Value) -> Value:
     cubic = e.b.fmul(e.b.fmul(x, x), e.number(GELU_SLOPE * GELU_CUBIC))
-    inside, most = e.b.fmul(x, e.b.fadd(cubic, e.number(GELU_SLOPE))), e.number(87.0)
-    return e.b.select(e.b.fcmp_ordered(">", inside, most), most, inside)  # x^3 may be infinite
+    inside, limit = e.b.fmul(x, e.b.fadd(cubic, e.number(GELU_SLOPE))), e.number(87.0)
+    return e.b.select(e.b.fcmp_ordered(">", inside, limit), limit, inside)  # x^3 may be infinite
 
 
 silu_mul_half, gelu_mul_half = _gate_mul_half(lambda e, x: x), _gate_mul_half(_gelu_inside)
@@ -131,8 +131,8 @@ def from_half(e: Emitter, bits: Value) -> Value:
 
 def to_half(e: Emitter, x: Value) -> Value:
     """16 float32 as bfloat16: to nearest, ties to even; NaN stays NaN."""
-    whole = e.b.bitcast(x, VI)
-    odd = e.b.and_(e.b.lshr(whole, e.bits(16)), e.bits(1))
-    near = e.b.add(e.b.add(whole, e.bits(0x7FFF)), odd)
-    kept = e.b.select(e.b.fcmp_unordered("uno", x, x), e.bits(0x7FC00000), near)
-    return e.b.trunc(e.b.lshr(kept, e.bits(16)), VS)
+    bits = e.b.bitcast(x, VI)
+    odd = e.b.and_(e.b.lshr(bits, e.bits(16)), e.bits(1))
+    near = e.b.add(e.b.add(bits, e.bits(0x7FFF)), odd)
+    result = e.b.select(e.b.fcmp_unordered("uno", x, x), e.bits(0x7FC00000), near)
+    return e.b.trunc(e.b.lshr(result, e.bits(16)), VS)

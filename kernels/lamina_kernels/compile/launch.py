@@ -1,9 +1,8 @@
-"""Runs a compiled kernel on several threads: on the team that torch keeps, where torch's OpenMP lets us.
+"""Runs a compiled kernel on several threads, and keeps compiled kernels where disks are read-only or full.
 
 A kernel is a numba `cfunc` of `void(void*)`. Its argument points to a block that begins with HEADER: every thread
-takes share numbers from `taken` until none is left, so the result is the same whatever threads come.
-
-Where numba keeps compiled kernels when disks are read-only or full.
+takes share numbers from `taken` until none is left, so the result is the same whatever threads come. The threads are
+the team that torch keeps, where torch's OpenMP allows that.
 
 By itself numba refuses to compile what it cannot keep: in the folder of the code, or else in the user's cache. After
 `tolerate_disks` a folder of the user below the system's folder for temporary files is next, and where that takes
@@ -42,7 +41,7 @@ class _InTemporaryFolder(caching.InTreeCacheLocator):  # type: ignore[misc]  # n
 
     def __init__(self, py_func: Any, py_file: str) -> None:
         super().__init__(py_func, py_file)
-        self._beside = Path(self.get_cache_path())
+        self._source_cache = Path(self.get_cache_path())
         self._cache_path: str = os.path.join(_user_folder(), self.get_suitable_cache_subpath(py_file))
 
     def ensure_cache_path(self) -> None:
@@ -52,9 +51,9 @@ class _InTemporaryFolder(caching.InTreeCacheLocator):  # type: ignore[misc]  # n
         if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & 0o077:
             raise PermissionError(f"{path} is not a folder of this user alone")  # what is in it is run
         super().ensure_cache_path()
-        for kept in sorted(self._beside.glob(f"{Path(self._py_file).stem}.*.nb[ci]")):  # an index after its code
-            if not (here := Path(self._cache_path, kept.name)).exists():
-                shutil.copy(kept, here)
+        for file in sorted(self._source_cache.glob(f"{Path(self._py_file).stem}.*.nb[ci]")):  # an index after its code
+            if not (target := Path(self._cache_path, file.name)).exists():
+                shutil.copy(file, target)
 
 
 class _ReadOnly(caching.InTreeCacheLocator):  # type: ignore[misc]  # as above
@@ -66,7 +65,7 @@ class _ReadOnly(caching.InTreeCacheLocator):  # type: ignore[misc]  # as above
 
 @cache
 def tolerate_disks() -> None:
-    """Have numba compile what it cannot keep, too: for the whole process, whoever's functions they are."""
+    """Have numba compile what it cannot keep, too: all functions of the process."""
     caching.CacheImpl._locator_classes += [_InTemporaryFolder, _ReadOnly]
     save = caching.IndexDataCacheFile.save
 

@@ -124,14 +124,15 @@ def _norm(x: int, weight: int, out: int, width: int, eps: float, tag: Any) -> No
 @njit(fastmath={"contract", "nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
 def _norm_row(a: Any, row: int, tag: Any) -> None:
     """out = rms_norm(x), all `[rows, width]`; where there is a y, second = x + y and out = rms_norm(second)."""
-    at = row * a.width * a.size
-    source = a.x + at
+    offset = row * a.width * a.size
+    source = a.x + offset
     if a.y:
-        source = a.second + at
-        x, y, total = vector(a.x + at, a.width, tag), vector(a.y + at, a.width, tag), vector(source, a.width, tag)
+        source = a.second + offset
+        x, y = vector(a.x + offset, a.width, tag), vector(a.y + offset, a.width, tag)
+        total = vector(source, a.width, tag)
         for i in range(a.width):
             total[i] = store(load(x[i]) + load(y[i]), tag)
-    _norm(source, a.weight, a.out + at, a.width, a.eps, tag)
+    _norm(source, a.weight, a.out + offset, a.width, a.eps, tag)
 
 
 @njit(fastmath={"nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
@@ -170,12 +171,12 @@ def _gate_row(a: Any, row: int, tag: Any) -> None:
     stride = a.width * a.size
     gate_at, up_at, out_at = a.x + 2 * row * stride, a.x + (2 * row + 1) * stride, a.out + row * stride
     gates, ups, out = vector(gate_at, a.width, tag), vector(up_at, a.width, tag), vector(out_at, a.width, tag)
-    whole = a.width // LANES * LANES if a.size == 2 else 0  # what is left to the loop takes a register's share
-    if whole and a.operation == GELU:
-        gelu_mul_half(gate_at, up_at, out_at, whole)
-    elif whole:
-        silu_mul_half(gate_at, up_at, out_at, whole)
-    for i in range(whole, a.width):
+    prefix = a.width // LANES * LANES if a.size == 2 else 0  # what is left to the loop takes a register's share
+    if prefix and a.operation == GELU:
+        gelu_mul_half(gate_at, up_at, out_at, prefix)
+    elif prefix:
+        silu_mul_half(gate_at, up_at, out_at, prefix)
+    for i in range(prefix, a.width):
         gate = load(gates[i])
         low = np.float32(-88.0) if gate < np.float32(-88.0) else gate  # in this form, NaN stays NaN
         inside = low

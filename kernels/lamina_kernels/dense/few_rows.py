@@ -149,12 +149,12 @@ def _dot(e: Emitter, xs: Sequence[Value], ws: Sequence[Value], steps: Value) -> 
     """Every x times every w, x by x: float32 values."""
 
     def step(index: Value, *sums: Value) -> list[Value]:
-        at = e.b.shl(index, I64(6))
+        offset = e.b.shl(index, I64(6))
         for w in ws:
-            e.fetch(e.at(w, e.b.add(at, I64(_AHEAD))))
-        left = [e.b.bitcast(e.load(e.at(w, at), VI, 2), VB) for w in ws]
-        right = [e.b.bitcast(e.load(e.at(x, at), VI, 2), VB) for x in xs]
-        pairs = [(x, w) for x in right for w in left]
+            e.fetch(e.at(w, e.b.add(offset, I64(_AHEAD))))
+        weights = [e.b.bitcast(e.load(e.at(w, offset), VI, 2), VB) for w in ws]
+        inputs = [e.b.bitcast(e.load(e.at(x, offset), VI, 2), VB) for x in xs]
+        pairs = [(x, w) for x in inputs for w in weights]
         name = "llvm.x86.avx512bf16.dpbf16ps.512"
         return [e.call(name, VF, total, x, w) for total, (x, w) in zip(sums, pairs, strict=True)]
 
@@ -189,5 +189,5 @@ def _half(e: Emitter, x: Value) -> Value:
     bits = e.b.bitcast(x, I32)
     odd = e.b.and_(e.b.lshr(bits, I32(16)), I32(1))
     near = e.b.add(e.b.add(bits, I32(0x7FFF)), odd)
-    kept = e.b.select(e.b.fcmp_unordered("uno", x, x), I32(0x7FC00000), near)
-    return e.b.trunc(e.b.lshr(kept, I32(16)), _I16)
+    result = e.b.select(e.b.fcmp_unordered("uno", x, x), I32(0x7FC00000), near)
+    return e.b.trunc(e.b.lshr(result, I32(16)), _I16)

@@ -64,14 +64,14 @@ def _output_row(a: Any, row: int, tag: Any) -> None:
             weight = carray(pointer(a.weight + group * a.width * 4), (a.width,), np.float32)
             factor = np.float32(1.0) / np.sqrt(_squares(x, a.width) / np.float32(a.width) + np.float32(a.eps))
             for i in range(a.width):
-                of = load(gate[i])
-                by = _sigmoid(of) if a.operation == SIGMOID else of * _sigmoid(of)
-                out[i] = store(load(x[i]) * factor * weight[i] * by, tag)
+                gate_value = load(gate[i])
+                gain = _sigmoid(gate_value) if a.operation == SIGMOID else gate_value * _sigmoid(gate_value)
+                out[i] = store(load(x[i]) * factor * weight[i] * gain, tag)
         else:
             for i in range(a.width):
-                of = load(gate[i])
-                by = _sigmoid(of) if a.operation == SIGMOID else of * _sigmoid(of)
-                out[i] = store(load(x[i]) * by, tag)
+                gate_value = load(gate[i])
+                gain = _sigmoid(gate_value) if a.operation == SIGMOID else gate_value * _sigmoid(gate_value)
+                out[i] = store(load(x[i]) * gain, tag)
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]

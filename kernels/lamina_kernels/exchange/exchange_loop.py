@@ -87,7 +87,7 @@ def _attend_here(a: Any, here: Any) -> None:
     for i in range(a.n_here):
         h = here[i]
         w = carray(pointer(h.work), (1,), WORK)[0]
-        begun = now(a.functions, a.scratch)
+        start = now(a.functions, a.scratch)
         if w.stores:
             k = _gather(a.functions, a.k, h.k_index, h.k_count, h.k_bytes, h.k_to)
             v = _gather(a.functions, a.v, h.v_index, h.v_count, h.v_bytes, h.v_to)
@@ -95,9 +95,9 @@ def _attend_here(a: Any, here: Any) -> None:
         if w.attends:
             q = _gather(a.functions, a.q, h.q_index, h.q_count, h.q_bytes, h.q_to)
             attend(w, a.layer, q, h.out, h.lse)
-        taken = now(a.functions, a.scratch) - begun
-        carray(pointer(h.taken), (w.layers,), np.int64)[a.layer] = taken
-        a.local += taken
+        duration = now(a.functions, a.scratch) - start
+        carray(pointer(h.taken), (w.layers,), np.int64)[a.layer] = duration
+        a.local += duration
     a.waits_since = now(a.functions, a.scratch)
     a.begun = ATTENDED
 
@@ -108,7 +108,7 @@ def _wait(a: Any, remotes: Any) -> Any:
     polls = carray(pointer(a.polls), (max(a.n_remotes, 1), 4), np.int16)
     descriptors = carray(pointer(a.polls), (max(a.n_remotes, 1), 2), np.int32)
     while True:
-        pending, carried, left, time = 0, -1, np.int64(1) << 62, now(a.functions, a.scratch)
+        pending, carried, wait_ns, time = 0, -1, np.int64(1) << 62, now(a.functions, a.scratch)
         for i in range(a.n_remotes):
             r = remotes[i]
             descriptors[i, 0] = -1
@@ -122,25 +122,25 @@ def _wait(a: Any, remotes: Any) -> Any:
                 pending += 1
                 descriptors[i, 0] = np.int32(c.descriptor)
                 polls[i, 2] = IN | (OUT if unsent else 0)
-                if a.asked + r.timeout - time < left:
-                    left, a.at = a.asked + r.timeout - time, i
+                if a.asked + r.timeout - time < wait_ns:
+                    wait_ns, a.at = a.asked + r.timeout - time, i
         if pending == 0:
             a.at = max(carried, 0)
             return 0 if carried < 0 else CARRY
-        rest = left // 1_000_000 + 1 if left > 0 else 1
-        n = poll(a.functions, a.polls, a.n_remotes, rest if a.waits else 0)
+        wait_ms = wait_ns // 1_000_000 + 1 if wait_ns > 0 else 1
+        n = poll(a.functions, a.polls, a.n_remotes, wait_ms if a.waits else 0)
         if n < 0:
             return INTERRUPTED
         if n == 0 and not a.waits:
             return WAITING
-        if n == 0 and left <= 0:
+        if n == 0 and wait_ns <= 0:
             return TIMEOUT
         for i in range(a.n_remotes if n > 0 else 0):
             if descriptors[i, 0] >= 0 and polls[i, 3] & ~OUT:
-                found = receive(carray(pointer(remotes[i].channel), (1,), CHANNEL)[0])
-                if found < 0 and found != AGAIN:
+                result = receive(carray(pointer(remotes[i].channel), (1,), CHANNEL)[0])
+                if result < 0 and result != AGAIN:
                     a.at = i
-                    return found
+                    return result
 
 
 @njit  # type: ignore[untyped-decorator]

@@ -61,10 +61,10 @@ def _expected(c: Any, header: int) -> Any:
         fits = seconds == 0 or (e.timed != 0 and seconds > 0 and seconds < np.inf)
         if e.live and e.arrived == 0 and e.claimed == 0 and fits and np.int64(layer) == e.layer:
             head = carray(pointer(e.head), (8,), np.int64)
-            same = True
+            match = True
             for word in range(SAME // 8):
-                same = same and words[word] == head[word]
-            if same:
+                match = match and words[word] == head[word]
+            if match:
                 return address
     return 0
 
@@ -95,13 +95,13 @@ def receive(c: Any) -> Any:
             error = _errno(c.functions)
             return AGAIN if error in (_EAGAIN, _EINTR) else OTHER
         c.have += n
-    found = c.current
+    block = c.current
     c.received += e.size
     c.current = 0
     c.have = 0
     e.claimed = 0
     e.arrived = now(c.functions, c.scratch + HEAD)
-    return found
+    return block
 
 
 @njit  # type: ignore[untyped-decorator]

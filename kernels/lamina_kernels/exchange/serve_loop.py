@@ -35,8 +35,8 @@ def _compute(s: Any, functions: int, scratch: int, late: bool) -> None:
     if s.attends:
         attend(w, s.layer, s.q, s.out, s.lse)
         number(s.reply + SAME)[0] = np.uint32(s.layer)
-        taken = now(functions, scratch) - s.arrived
-        carray(pointer(s.reply + SAME + 4), (1,), np.float32)[0] = np.float32(taken * 1e-9)
+        duration = now(functions, scratch) - s.arrived
+        carray(pointer(s.reply + SAME + 4), (1,), np.float32)[0] = np.float32(duration * 1e-9)
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -86,14 +86,14 @@ def _serve(a: Any) -> Any:
                 python = True
                 continue
             c = carray(pointer(address), (1,), CHANNEL)[0]
-            found = receive(c)
-            if found == AGAIN:
+            result = receive(c)
+            if result == AGAIN:
                 polls[i, 3] = 0
-            elif found < 0:
+            elif result < 0:
                 python = True
             else:
                 polls[i, 3] = 0
-                if _answer(address, found):
+                if _answer(address, result):
                     python = True
         if python:
             return 0

@@ -2,8 +2,8 @@
 
 `plan` checks a batch, cuts its work and copies what the kernels need to the device, once for all layers; `attend`
 then only launches. Pieces of few query vectors, which decoding asks, and pieces of many, of prompts, get tiles of
-their own. Each kind is attended split-KV (`split_kv`) where its pieces are about equally long, and stream-K
-(`stream_k`) where they are not.
+their own. Each kind is attended split-KV where its pieces are about equally long, and stream-K where they are
+not (`split_kv` has both).
 """
 
 from __future__ import annotations

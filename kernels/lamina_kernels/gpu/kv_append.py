@@ -90,19 +90,19 @@ def append_kernel(
 ) -> None:
     """BLOCK vectors of K, and those of V where there are any."""
     vector = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    held = vector < n
-    slot = tl.load(slots + vector, mask=held, other=0)
+    vector_mask = vector < n
+    slot = tl.load(slots + vector, mask=vector_mask, other=0)
     page, offset = slot // PAGE, slot % PAGE
     block, scale = arena + page * PAGE_NUMBERS, scales + page * PAGE_SCALES + SCALES_AT + offset
-    _store(k + vector * D_K, held, block + offset * D_K, scale, D_K, KIND, WIDTH_K, PEAK)
+    _store(k + vector * D_K, vector_mask, block + offset * D_K, scale, D_K, KIND, WIDTH_K, PEAK)
     if not LATENT:
-        _store(v + vector * D_V, held, block + V_AT + offset * D_V, scale + PAGE, D_V, KIND, WIDTH_V, PEAK)
+        _store(v + vector * D_V, vector_mask, block + V_AT + offset * D_V, scale + PAGE, D_V, KIND, WIDTH_V, PEAK)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _store(
     x: tl.tensor,
-    held: tl.tensor,
+    vector_mask: tl.tensor,
     place: tl.tensor,
     scale_place: tl.tensor,
     D: tl.constexpr,
@@ -111,7 +111,7 @@ def _store(
     PEAK: tl.constexpr,
 ) -> None:
     column = tl.arange(0, WIDTH)
-    mask = held[:, None] & (column < D)[None, :]
+    mask = vector_mask[:, None] & (column < D)[None, :]
     numbers = tl.load(x[:, None] + column[None, :], mask=mask, other=0.0)
     if KIND == PLAIN:
         tl.store(place[:, None] + column[None, :], numbers, mask=mask)
@@ -120,15 +120,15 @@ def _store(
         # Compared as integers NaN is above infinity and everything else, so one in a vector shows in its scale.
         peak = tl.max(numbers.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True)
         scale = tl.div_rn(peak, PEAK)
-        some = scale > 0
-        ratio = tl.div_rn(numbers, tl.broadcast_to(tl.where(some, scale, 1.0)[:, None], numbers.shape))
-        ratio = tl.where(some[:, None] & (ratio == ratio), tl.minimum(tl.maximum(ratio, -PEAK), PEAK), 0.0)
+        scale_mask = scale > 0
+        ratio = tl.div_rn(numbers, tl.broadcast_to(tl.where(scale_mask, scale, 1.0)[:, None], numbers.shape))
+        ratio = tl.where(scale_mask[:, None] & (ratio == ratio), tl.minimum(tl.maximum(ratio, -PEAK), PEAK), 0.0)
         if KIND == INT8:
             codes = ((ratio + 12582912.0) - 12582912.0).to(tl.int8)  # + 1.5 * 2**23: rounds to a whole, half to even
         else:
             codes = encoded(ratio)
         tl.store(place[:, None] + column[None, :], codes, mask=mask)
-        tl.store(scale_place, scale, mask=held)
+        tl.store(scale_place, scale, mask=vector_mask)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

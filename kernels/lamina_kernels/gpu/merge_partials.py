@@ -89,18 +89,18 @@ def merge_kernel(
     output = outputs + tl.program_id(0).to(tl.int64) * _FIELDS
     rows, group = tl.load(output + _ROWS), tl.load(output + _GROUP)
     row, column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
-    held = row < rows
-    mask = held[:, None] & (column < D_V)[None, :]
+    row_mask = row < rows
+    mask = row_mask[:, None] & (column < D_V)[None, :]
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     sums = tl.zeros([BLOCK, WIDTH], tl.float32)
     number = tl.load(output + _PARTIAL) + row
     for _ in range(tl.load(output + _PARTS).to(tl.int32)):
         numbers = tl.load(partial_out + number[:, None] * D_V + column[None, :], mask=mask, other=0.0)
-        sums, top, total = folded(sums, top, total, numbers, tl.load(partial_lse + number, mask=held, other=0.0))
+        sums, top, total = folded(sums, top, total, numbers, tl.load(partial_lse + number, mask=row_mask, other=0.0))
         number += rows
     vector = tl.load(output + _Q) + row // group * tl.load(output + _STRIDE) + row % group
-    settle(sums, top, total, out + vector[:, None] * D_V + column[None, :], lse + vector, mask, held)
+    settle(sums, top, total, out + vector[:, None] * D_V + column[None, :], lse + vector, mask, row_mask)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -119,22 +119,22 @@ def merge_into_kernel(
 ) -> None:
     """BLOCK vectors of past."""
     vector, column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
-    held = vector < n
+    vector_mask = vector < n
     if INDEXED:
-        target = tl.load(index + vector, mask=held, other=0)
-        held = held & (target >= 0) & (target < into_n)
+        target = tl.load(index + vector, mask=vector_mask, other=0)
+        vector_mask = vector_mask & (target >= 0) & (target < into_n)
     else:
         target = vector
-    mask = held[:, None] & (column < D_V)[None, :]
+    mask = vector_mask[:, None] & (column < D_V)[None, :]
     place = out + target[:, None] * D_V + column[None, :]
     mine = tl.load(place, mask=mask, other=0.0).to(tl.float32)
     other = tl.load(past_out + vector[:, None] * D_V + column[None, :], mask=mask, other=0.0).to(tl.float32)
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     sums = tl.zeros([BLOCK, WIDTH], tl.float32)
-    sums, top, total = folded(sums, top, total, mine, tl.load(lse + target, mask=held, other=0.0))
-    sums, top, total = folded(sums, top, total, other, tl.load(past_lse + vector, mask=held, other=0.0))
-    settle(sums, top, total, place, lse + target, mask, held)
+    sums, top, total = folded(sums, top, total, mine, tl.load(lse + target, mask=vector_mask, other=0.0))
+    sums, top, total = folded(sums, top, total, other, tl.load(past_lse + vector, mask=vector_mask, other=0.0))
+    settle(sums, top, total, place, lse + target, mask, vector_mask)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -154,12 +154,12 @@ def settle(
     place: tl.tensor,
     lse_place: tl.tensor,
     mask: tl.tensor,
-    held: tl.tensor,
+    vector_mask: tl.tensor,
 ) -> None:
     """Store what the sums come to, the weights in which are exp(lse - top): (0, -inf) where nothing was added."""
-    some = tl.where(total == 0.0, 1.0, total)
-    tl.store(place, rounded(sums / some[:, None], place.dtype.element_ty), mask=mask)
-    tl.store(lse_place, tl.where(total == 0.0, float("-inf"), finite(top) + tl.log2(some) * LN2), mask=held)
+    divisor = tl.where(total == 0.0, 1.0, total)
+    tl.store(place, rounded(sums / divisor[:, None], place.dtype.element_ty), mask=mask)
+    tl.store(lse_place, tl.where(total == 0.0, float("-inf"), finite(top) + tl.log2(divisor) * LN2), mask=vector_mask)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -1,13 +1,11 @@
-"""Paged attention in Triton, split-KV: every piece's keys are cut into the same number of chunks, a program each.
+"""Paged attention in Triton: the keys of a batch are cut into chunks, a program each or a share of them each.
 
-The schedule of FlashDecoding, right where pieces are about equally long; `stream_k` is for others and shares the
-attention of a chunk, which is here. The query heads of a KV head fill the rows of one tile, so K and V are read once.
-
-Paged attention in Triton, stream-K: all work is laid end to end and cut into equal shares, a program each.
-
-LeanAttention (arXiv 2405.10480) for batches whose rows differ in length. The host cuts (`schedule.deal`), so no
-program waits for another: the parts of a cut output are written out, and merged by `merge_partials`. The attention of
-a piece is that of `split_kv`.
+Split-KV (`split_kernel`) cuts every piece's keys into the same number of chunks, a program each: the schedule of
+FlashDecoding, right where pieces are about equally long. Stream-K (`lean_kernel`) lays all work end to end and cuts it
+into equal shares, a program each: LeanAttention (arXiv 2405.10480), for batches whose rows differ in length. There the
+host cuts (`schedule.deal`), so no program waits for another: the parts of a cut output are written out, and merged by
+`merge_partials`. Both use the attention of a chunk, `attend_chunk`, in which the query heads of a KV head fill the rows
+of one tile, so K and V are read once.
 """
 
 from __future__ import annotations
@@ -221,14 +219,14 @@ def attend_chunk(
     row, column_k, column_v = tl.arange(0, ROWS), tl.arange(0, WIDTH_K), tl.arange(0, WIDTH_V)
     if LATENT:  # K is V, loaded once, and what stands behind it
         column_k += D_V
-    held, mask_k, mask_v = row < rows, column_k < D_K, column_v < D_V
+    row_mask, mask_k, mask_v = row < rows, column_k < D_K, column_v < D_V
     vector = tl.load(piece + _Q) + row // group * tl.load(piece + _STRIDE) + row % group
     position, window = tl.load(piece + _POSITION).to(tl.int32) + row // group, tl.load(piece + _WINDOW).to(tl.int32)
     query_place = q + vector[:, None] * D_K + column_k[None, :]
-    query = tl.load(query_place, mask=held[:, None] & mask_k[None, :], other=0.0).to(DOT)
+    query = tl.load(query_place, mask=row_mask[:, None] & mask_k[None, :], other=0.0).to(DOT)
     if LATENT:
         front_place = q + vector[:, None] * D_K + column_v[None, :]
-        front = tl.load(front_place, mask=held[:, None] & mask_v[None, :], other=0.0).to(DOT)
+        front = tl.load(front_place, mask=row_mask[:, None] & mask_v[None, :], other=0.0).to(DOT)
 
     top, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, WIDTH_V], tl.float32)
@@ -264,13 +262,13 @@ def attend_chunk(
             v = tl.load(v_place, mask=inside[:, None] & mask_v[None, :], other=0)
         sums = tl.dot(weight.to(DOT), widened(v, KIND, DOT), sums * decay[:, None], input_precision="ieee")
 
-    mask = held[:, None] & mask_v[None, :]
+    mask = row_mask[:, None] & mask_v[None, :]
     if partial < 0:
-        settle(sums, top * LN2, total, out + vector[:, None] * D_V + column_v[None, :], lse + vector, mask, held)
+        settle(sums, top * LN2, total, out + vector[:, None] * D_V + column_v[None, :], lse + vector, mask, row_mask)
     else:
         number = partial + row
         place = partial_out + number[:, None] * D_V + column_v[None, :]
-        settle(sums, top * LN2, total, place, partial_lse + number, mask, held)
+        settle(sums, top * LN2, total, place, partial_lse + number, mask, row_mask)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -301,9 +299,9 @@ def biases(
     piece: tl.tensor, bias: tl.tensor, layer: tl.tensor, key: tl.tensor, lo: tl.tensor, hi: tl.tensor
 ) -> tl.tensor:
     """The bias of each key of a piece, 0 outside [lo, hi) and where the row has none."""
-    at = tl.load(piece + _BIAS)
-    own = bias + at + tl.load(piece + _BIAS_STRIDE) * layer
-    return tl.load(own + key, mask=key < tl.where(at < 0, lo, hi), other=0.0)
+    offset = tl.load(piece + _BIAS)
+    place = bias + offset + tl.load(piece + _BIAS_STRIDE) * layer
+    return tl.load(place + key, mask=key < tl.where(offset < 0, lo, hi), other=0.0)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

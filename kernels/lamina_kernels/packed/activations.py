@@ -131,20 +131,20 @@ def _round_block(e: Emitter, halves: list[Value], out: Value) -> None:
     sizes = [b.and_(b.bitcast(x, VI), e.bits(0x7FFFFFFF)) for x in halves]  # as integers they have the same order
     larger = b.select(b.icmp_unsigned(">", *sizes), *sizes)
     bits = e.call("llvm.vector.reduce.umax.v16i32", I32, larger)
-    most = b.bitcast(bits, F32)
+    peak = b.bitcast(bits, F32)
     finite = b.icmp_unsigned("<", bits, I32(0x7F800000))
-    usable = b.and_(finite, b.fcmp_ordered(">", most, F32(_LEAST)))
-    factor = b.select(usable, b.fdiv(F32(127.0), most), F32(0.0))
-    scale = b.select(usable, b.fmul(most, F32(1 / 127)), b.select(finite, F32(0.0), F32(float("nan"))))
-    by, sums = e.splat(factor), []
+    usable = b.and_(finite, b.fcmp_ordered(">", peak, F32(_LEAST)))
+    factor = b.select(usable, b.fdiv(F32(127.0), peak), F32(0.0))
+    scale = b.select(usable, b.fmul(peak, F32(1 / 127)), b.select(finite, F32(0.0), F32(float("nan"))))
+    factors, sums = e.splat(factor), []
     for half, x in enumerate(halves):
-        codes = e.nearest(b.fmul(x, by))
+        codes = e.nearest(b.fmul(x, factors))
         codes = b.select(e.splat(finite), codes, e.bits(0))
         e.store(b.trunc(codes, VY), e.at(out, half * LANES), LANES)
         sums.append(e.call("llvm.vector.reduce.add.v16i32", I32, codes))
-    whole = b.add(*sums)
-    fields = {SCALE: scale, SUM: b.fmul(scale, b.sitofp(whole, F32)), 60: I32(0)}
-    fields.update({place: b.mul(whole, I32(-zero)) for zero, place in ZEROS.items()})
+    code_sum = b.add(*sums)
+    fields = {SCALE: scale, SUM: b.fmul(scale, b.sitofp(code_sum, F32)), 60: I32(0)}
+    fields.update({place: b.mul(code_sum, I32(-zero)) for zero, place in ZEROS.items()})
     fields.update({place: b.mul(total, I32(-32)) for place, total in zip(HALF_ZEROS, sums, strict=True)})
     for place, value in fields.items():
         e.store(value, e.at(out, place))

@@ -1,10 +1,9 @@
 """The inner loops of packed weights, written as LLVM IR over the 16 rows of a tile.
 
-A code is unsigned and an activation int8: a quad of each is a product of fours (VPDPBUSD where the CPU has it) summed
-in int32, exactly, whatever instructions do it. Once a block the sum becomes float32 and is multiplied with both
-scales. Every CPU therefore gives the same result up to how it joins a product and a sum.
-
-Sums of products of codes and int8 by fours, exact in int32, with the instructions that a CPU has for them.
+A code is unsigned and an activation int8: a quad of each is a product of fours, summed in int32 with the instructions
+that the CPU has for it (`Fours`; VPDPBUSD at best). The sum is exact, whatever instructions make it. Once a block it
+becomes float32 and is multiplied with both scales. Every CPU therefore gives the same result up to how it joins a
+product and a sum.
 """
 
 from __future__ import annotations
@@ -61,14 +60,16 @@ def multiply_fours(
     fours = [_splat(e, e.load(x, I32), width) for x in xs]
     sums = []
     for part, first in enumerate(_split(e, total, parts)):
-        of = [_split(e, code, parts)[part] for code in codes]
+        part_codes = [_split(e, code, parts)[part] for code in codes]
         if kind is Fours.PAIRS:
-            sums.append(_by_pairs(e, first, of, fours, bits))
+            sums.append(_by_pairs(e, first, part_codes, fours, bits))
             continue
         name = "llvm.x86.avx512.vpdpbusd.256" if kind is Fours.VNNI_HALF else "llvm.aarch64.neon.sdot.v4i32.v16i8"
         if kind is Fours.DOT:
-            of, fours = ([_as_bytes(e, v, width) if v.type.element == I32 else v for v in vs] for vs in (of, fours))
-        for code, x in zip(of, fours, strict=True):
+            part_codes, fours = (
+                [_as_bytes(e, v, width) if v.type.element == I32 else v for v in vs] for vs in (part_codes, fours)
+            )
+        for code, x in zip(part_codes, fours, strict=True):
             first = e.call(name, first.type, first, code, x)
         sums.append(first)
     return _join(e, sums)
@@ -79,16 +80,16 @@ def _by_pairs(e: Emitter, total: Value, codes: Sequence[Value], fours: Sequence[
     b, width = e.b, LANES // 2
     pairs, words = ir.VectorType(ir.IntType(16), 2 * width), ir.VectorType(I32, width)
     ones = ir.Constant(pairs, [ir.Constant(ir.IntType(16), 1)] * (2 * width))
-    most = 128 if bits == 8 else (1 << bits) - 1
-    together = max(_LARGEST // (2 * 127 * most), 1)
+    largest_code = 128 if bits == 8 else (1 << bits) - 1
+    together = max(_LARGEST // (2 * 127 * largest_code), 1)
     for first in range(0, len(codes), together):
         sums = None
         for code, x in zip(codes[first : first + together], fours[first : first + together], strict=True):
-            left, right = _as_bytes(e, code, width), _as_bytes(e, x, width)
+            code_bytes, x_bytes = _as_bytes(e, code, width), _as_bytes(e, x, width)
             if bits == 8:  # |code| times x with code's sign
-                right = e.call("llvm.x86.avx2.psign.b", right.type, right, left)
-                left = e.call("llvm.abs.v32i8", left.type, left, ir.IntType(1)(0))
-            product = e.call("llvm.x86.avx2.pmadd.ub.sw", pairs, left, right)
+                x_bytes = e.call("llvm.x86.avx2.psign.b", x_bytes.type, x_bytes, code_bytes)
+                code_bytes = e.call("llvm.abs.v32i8", code_bytes.type, code_bytes, ir.IntType(1)(0))
+            product = e.call("llvm.x86.avx2.pmadd.ub.sw", pairs, code_bytes, x_bytes)
             sums = product if sums is None else b.add(sums, product)
         total = b.add(total, e.call("llvm.x86.avx2.pmadd.wd", words, sums, ones))
     return total
@@ -172,19 +173,19 @@ def _multiply(e: Emitter, layout: Layout, xs: list[Value], tile: Value, records:
     b = e.b
 
     def record(index: Value, *sums: Value) -> list[Value]:
-        at = e.at(tile, b.mul(index, I64(layout.record)))
+        place = e.at(tile, b.mul(index, I64(layout.record)))
         first = b.mul(index, I64(layout.blocks))
-        factors = [None if d < 0 else b.fpext(e.load(e.at(at, d), VH, 2), VF) for d in (layout.d, layout.dmin)]
+        factors = [None if d < 0 else b.fpext(e.load(e.at(place, d), VH, 2), VF) for d in (layout.d, layout.dmin)]
 
         def block(i: Value, *sums: Value) -> list[Value]:
-            codes = e.at(at, b.mul(i, I64(layout.block)))
+            codes = e.at(place, b.mul(i, I64(layout.block)))
             for line in range(0, layout.block, 64):
                 e.fetch(e.at(codes, _AHEAD + line))
             line = b.shl(b.add(first, i), I64(6))
-            return _block(e, layout, at, i, codes, [e.at(x, line) for x in xs], list(sums), factors)
+            return _block(e, layout, place, i, codes, [e.at(x, line) for x in xs], list(sums), factors)
 
         for line in range(layout.scale, layout.record, 64):
-            e.fetch(e.at(at, _AHEAD + line))
+            e.fetch(e.at(place, _AHEAD + line))
         if layout.blocks > 2:
             return list(e.loop(layout.blocks, sums, block))
         for i in range(layout.blocks):
@@ -211,11 +212,11 @@ def _block(
         for half in range(2):
             place = e.at(record, b.add(I64(layout.scale + 16 * half), b.shl(i, I64(5))))
             scale = b.fmul(factors[0], b.sitofp(e.load(place, VY, 16), VF))
-            of = range(4 * half, 4 * half + 4)
-            sums = [_add(e, layout, total, x, quads, of, scale) for total, x in zip(sums, xs, strict=True)]
+            half_quads = range(4 * half, 4 * half + 4)
+            sums = [_add(e, layout, total, x, quads, half_quads, scale) for total, x in zip(sums, xs, strict=True)]
         return sums
     places = zip((layout.scale, layout.min), factors, strict=True)
-    scale, minimum = (_numbers(e, layout, record, i, *of) for of in places)
+    scale, minimum = (_numbers(e, layout, record, i, *pair) for pair in places)
     sums = [_add(e, layout, total, x, quads, range(8), scale) for total, x in zip(sums, xs, strict=True)]
     if minimum is not None:
         sums = [e.fma(minimum, e.splat(e.load(e.at(x, SUM), F32)), s) for s, x in zip(sums, xs, strict=True)]
@@ -238,10 +239,10 @@ def _add(e: Emitter, layout: Layout, total: Value, x: Value, quads: list[Value],
     zero = max(layout.zero, 0)
     place = -1 if zero == 0 else HALF_ZEROS[which.start // 4] if layout.bits == 6 else ZEROS[zero]
     zeros = None if zero == 0 else e.at(x, place)
-    at = [e.at(x, 4 * q) for q in which]
-    whole = multiply_fours(e, fours_of_cpu(), [quads[q] for q in which], at, layout.bits, zeros)
-    by = e.b.fmul(scale, e.splat(e.load(e.at(x, SCALE), F32)))
-    return e.fma(e.b.sitofp(whole, VF), by, total)
+    fours = [e.at(x, 4 * q) for q in which]
+    product = multiply_fours(e, fours_of_cpu(), [quads[q] for q in which], fours, layout.bits, zeros)
+    factor = e.b.fmul(scale, e.splat(e.load(e.at(x, SCALE), F32)))
+    return e.fma(e.b.sitofp(product, VF), factor, total)
 
 
 def _quads(e: Emitter, layout: Layout, codes: Value) -> list[Value]:
@@ -253,10 +254,10 @@ def _quads(e: Emitter, layout: Layout, codes: Value) -> list[Value]:
     vectors = [e.load(e.at(codes, 64 * q), VI, 64) for q in range(4)]
     quads = [b.and_(v, low) for v in vectors] + [b.and_(b.lshr(v, e.bits(4)), low) for v in vectors]
     if layout.bits == 5:
-        bit, none = (ir.Constant(_V8, [ir.Constant(ir.IntType(8), x)] * 64) for x in (16, 0))
+        bit, zero = (ir.Constant(_V8, [ir.Constant(ir.IntType(8), x)] * 64) for x in (16, 0))
         for q in range(8):
             mask = b.bitcast(e.load(e.at(codes, layout.high + 8 * q), I64, 8), _MASK)
-            quads[q] = b.or_(quads[q], b.bitcast(b.select(mask, bit, none), VI))
+            quads[q] = b.or_(quads[q], b.bitcast(b.select(mask, bit, zero), VI))
     elif layout.bits == 6:
         high = [e.load(e.at(codes, layout.high + 64 * v), VI, 64) for v in range(2)]
         for q in range(8):

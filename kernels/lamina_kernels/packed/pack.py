@@ -1,9 +1,8 @@
 """Packs W into tiles: from ggml's blocks, and from codes with scales.
 
 A matrix may be packed a few rows at a time: packed rows follow one another in memory, so a multiple of `layout.ROWS`
-of them begins where those before end.
-
-Loads and stores of whole numbers at any address, for compiled code.
+of them begins where those before end. The compiled loops load and store whole numbers at any address (`load8` to
+`store32`), as blocks of ggml are not aligned.
 """
 
 from __future__ import annotations
@@ -74,9 +73,13 @@ BLOCKS = {
 CODES = {(4, False): "int4", (4, True): "int4_min", (5, False): "int5", (5, True): "int5_min", (8, False): "int8"}
 """Kinds of codes by their bits, and whether they have minima."""
 
-FORMATS = {kind: of[0] for kind, of in BLOCKS.items()} | {
-    "int4": Format.U4, "int4_min": Format.U4M, "int5": Format.U5, "int5_min": Format.U5M, "int8": Format.U8,
-}  # fmt: skip
+FORMATS = {kind: block[0] for kind, block in BLOCKS.items()} | {
+    "int4": Format.U4,
+    "int4_min": Format.U4M,
+    "int5": Format.U5,
+    "int5_min": Format.U5M,
+    "int8": Format.U8,
+}
 _SHARES = 8  # a thread
 _ALONE = 1 << 18  # bytes that one thread packs sooner than two begin
 _ARGUMENTS = np.dtype(
@@ -225,31 +228,31 @@ def _finite(half: int) -> Any:
 @njit  # type: ignore[untyped-decorator]
 def _put_nibble(address: int, row: int, nibble: int) -> None:
     """Bits 4 * row on of the 64 at `address`; rows come in order."""
-    at = address + (row >> 1)
-    store8(at, load8(at) | nibble << 4 if row & 1 else nibble)
+    place = address + (row >> 1)
+    store8(place, load8(place) | nibble << 4 if row & 1 else nibble)
 
 
 @njit  # type: ignore[untyped-decorator]
 def _pack_plain(a: Any, source: int, record: int, b: int, row: int) -> Any:
     """A block of Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0, whose nibbles stand as those of a tile do."""
-    out, at, good = record + b * a.block + 4 * row, source + 2, _finite(load16(source))
+    out, cursor, good = record + b * a.block + 4 * row, source + 2, _finite(load16(source))
     place = 2 * (b * ROWS + row)
     store16(record + a.scale + place, load16(source))
     if a.zero < 0:
-        good = good and _finite(load16(at))
-        store16(record + a.min + place, load16(at))
-        at += 2
+        good = good and _finite(load16(cursor))
+        store16(record + a.min + place, load16(cursor))
+        cursor += 2
     if a.bits == 8:
         for q in range(8):
-            store32(out + 64 * q, load32(at + 4 * q) ^ 0x80808080)
+            store32(out + 64 * q, load32(cursor + 4 * q) ^ 0x80808080)
         return good
     if a.bits == 5:
-        high = load32(at)
+        high = load32(cursor)
         for q in range(8):
             _put_nibble(record + b * a.block + a.high + 8 * q, row, high >> 4 * q & 15)
-        at += 4
+        cursor += 4
     for q in range(4):
-        store32(out + 64 * q, load32(at + 4 * q))
+        store32(out + 64 * q, load32(cursor + 4 * q))
     return good
 
 
@@ -259,16 +262,16 @@ def _pack_k4_k5(a: Any, source: int, record: int, row: int) -> Any:
     store16(record + a.d + 2 * row, d)
     store16(record + a.dmin + 2 * row, dmin)
     for b in range(4):
-        low, mins, rest = load8(scales + b), load8(scales + 4 + b), load8(scales + 8 + b)
+        low, mins, nibbles = load8(scales + b), load8(scales + 4 + b), load8(scales + 8 + b)
         store8(record + a.scale + ROWS * b + row, low & 63)
         store8(record + a.min + ROWS * b + row, mins & 63)
-        store8(record + a.scale + ROWS * (b + 4) + row, rest & 15 | (low >> 6) << 4)
-        store8(record + a.min + ROWS * (b + 4) + row, rest >> 4 | (mins >> 6) << 4)
-    high, at = source + 16, source + (48 if a.bits == 5 else 16)
+        store8(record + a.scale + ROWS * (b + 4) + row, nibbles & 15 | (low >> 6) << 4)
+        store8(record + a.min + ROWS * (b + 4) + row, nibbles >> 4 | (mins >> 6) << 4)
+    high, codes = source + 16, source + (48 if a.bits == 5 else 16)
     for pair in range(4):
         out = record + 2 * pair * a.block + 4 * row
         for q in range(4):
-            first, second = load32(at + 32 * pair + 4 * q), load32(at + 32 * pair + 16 + 4 * q)
+            first, second = load32(codes + 32 * pair + 4 * q), load32(codes + 32 * pair + 16 + 4 * q)
             store32(out + 64 * q, first & 0x0F0F0F0F | (second & 0x0F0F0F0F) << 4)
             store32(out + a.block + 64 * q, first >> 4 & 0x0F0F0F0F | second & 0xF0F0F0F0)
     if a.bits == 5:
@@ -341,10 +344,10 @@ def _pack_group(a: Any, tile: int, group: int, record: int) -> int:
                     good = _pack_plain(a, source + block * a.block_bytes, record, b, row) and good
                     continue
                 good = _pack_code_block(a, source + block * BLOCK, record, b, row) and good
-                place, at = 2 * (b * ROWS + row), 2 * (number * (a.n_in // a.columns) + block * BLOCK // a.columns)
-                store16(record + a.scale + place, load16(a.scales + at))
+                place, offset = 2 * (b * ROWS + row), 2 * (number * (a.n_in // a.columns) + block * BLOCK // a.columns)
+                store16(record + a.scale + place, load16(a.scales + offset))
                 if a.zero < 0:
-                    store16(record + a.min + place, load16(a.mins + at))
+                    store16(record + a.min + place, load16(a.mins + offset))
         if not good and bad < 0:
             bad = number
     return bad

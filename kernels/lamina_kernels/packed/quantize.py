@@ -89,8 +89,8 @@ def _search(context: Any, numbers: Any) -> Any:
         smaller = b.fneg(e.larger(*(b.fneg(x) for x in halves)))
         top = e.call("llvm.vector.reduce.fmax.v16f32", F32, larger)
         bottom = e.call("llvm.vector.reduce.fmin.v16f32", F32, smaller)
-        most = b.select(b.fcmp_ordered(">", top, b.fneg(bottom)), top, bottom)
-        inverses = b.fdiv(ir.Constant(VF, [F32(-x) for x in _TRIES]), e.splat(most))
+        extreme = b.select(b.fcmp_ordered(">", top, b.fneg(bottom)), top, bottom)
+        inverses = b.fdiv(ir.Constant(VF, [F32(-x) for x in _TRIES]), e.splat(extreme))
         products = squares = e.number(0.0)
         for i in range(BLOCK):
             x = e.splat(e.load(e.at(source, 4 * i), F32))
@@ -103,9 +103,9 @@ def _search(context: Any, numbers: Any) -> Any:
         gains = b.fmul(scales, products)  # by how much the squared error is less than without codes
         best = e.splat(e.call("llvm.vector.reduce.fmax.v16f32", F32, gains))
         lanes = b.select(b.fcmp_ordered("==", gains, best), ir.Constant(VI, list(range(LANES))), e.bits(LANES - 1))
-        found = b.extract_element(scales, e.call("llvm.vector.reduce.umin.v16i32", I32, lanes))
-        usable = b.fcmp_ordered(">", e.call("llvm.fabs.f32", F32, most), F32(_LEAST))
-        return b.select(usable, found, F32(0.0))
+        scale = b.extract_element(scales, e.call("llvm.vector.reduce.umin.v16i32", I32, lanes))
+        usable = b.fcmp_ordered(">", e.call("llvm.fabs.f32", F32, extreme), F32(_LEAST))
+        return b.select(usable, scale, F32(0.0))
 
     return types.float32(types.int64), emit
 
@@ -125,10 +125,10 @@ def _quantize_shares(block: Any) -> None:
             if a.search and a.bits == 4:
                 scales[number] = _search(a.x + number * BLOCK * 4)
             elif a.search:
-                most = _F(0.0)
+                peak = _F(0.0)
                 for i in range(BLOCK):
-                    most = max(most, abs(x[i]))
-                scales[number] = most / high
+                    peak = max(peak, abs(x[i]))
+                scales[number] = peak / high
             else:
                 scale = scales[number]
                 inverse = _F(1.0) / scale if scale != 0 else _F(0.0)

@@ -1,6 +1,6 @@
 """Tiles to rows of floats: some rows of W one behind the other, or those that are looked up.
 
-One block of a tile, 32 columns of 16 rows, as LLVM IR: from codes to rows of floats.
+`unpack_block` is the inner loop, in LLVM IR: a block of a tile, 32 columns of 16 rows, from codes to rows of floats.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _QUADS = BLOCK // 4
 class Unpacked(NamedTuple):
     """Where block `block` of a record goes: row r of the tile to out + r * stride bytes, for first <= r < end.
 
-    Rows that nobody wants go to `spare`, `BLOCK` numbers."""
+    Other rows go to `spare`, `BLOCK` numbers."""
 
     record: Address
     block: int
@@ -53,8 +53,10 @@ def unpack_block(context: Any, format: Any, size: Any, operands: Any) -> Any:
         o = unpack(Unpacked, context, e, operands, args[2])
         rows = []
         for row in range(ROWS):
-            here = builder.and_(builder.icmp_signed("<=", o.first, I64(row)), builder.icmp_signed(">", o.end, I64(row)))
-            rows.append(builder.select(here, e.at(o.out, builder.mul(o.stride, I64(row))), o.spare))
+            selection = builder.and_(
+                builder.icmp_signed("<=", o.first, I64(row)), builder.icmp_signed(">", o.end, I64(row))
+            )
+            rows.append(builder.select(selection, e.at(o.out, builder.mul(o.stride, I64(row))), o.spare))
         columns = _columns(e, layout, o.record, o.block)
         if out_bytes == 2:
             pairs = [half_pairs(e, *columns[i : i + 2]) for i in range(0, BLOCK, 2)]
@@ -106,8 +108,8 @@ def _factors(e: Emitter, layout: Layout, record: Value, block: Value) -> list[tu
     """Scale and minimum of the rows, for a whole block or for each of its halves."""
 
     def halves(offset: int, number: Value | None = None) -> Value:
-        at = I64(offset) if number is None else e.b.add(e.b.mul(number, I64(2 * ROWS)), I64(offset))
-        return e.b.fpext(e.load(e.at(record, at), VH, 2), VF)
+        place = I64(offset) if number is None else e.b.add(e.b.mul(number, I64(2 * ROWS)), I64(offset))
+        return e.b.fpext(e.load(e.at(record, place), VH, 2), VF)
 
     def whole(offset: int, number: Value, signed: bool) -> Value:
         x = e.load(e.at(record, e.b.add(e.b.mul(number, I64(ROWS)), I64(offset))), VY, 1)
@@ -129,9 +131,9 @@ def half_pairs(e: Emitter, low: Value, high: Value) -> Value:
     """Two vectors of float32 as pairs of bfloat16, the first in the lower half of each lane."""
     if cpu_has("avx512bf16"):
         name, kind = "llvm.x86.avx512bf16.cvtne2ps2bf16.512", VB
-        both = e.b.bitcast(e.call(name, kind, high, low), _V32)
+        halves = e.b.bitcast(e.call(name, kind, high, low), _V32)
         order = [i // 2 + LANES * (i % 2) for i in range(2 * LANES)]
-        return e.b.bitcast(e.b.shuffle_vector(both, both, ir.Constant(ir.VectorType(I32, 32), order)), VI)
+        return e.b.bitcast(e.b.shuffle_vector(halves, halves, ir.Constant(ir.VectorType(I32, 32), order)), VI)
     lower, upper = (e.b.zext(to_half(e, x), VI) for x in (low, high))
     return e.b.or_(lower, e.b.shl(upper, e.bits(16)))
 

@@ -80,10 +80,10 @@ def _blend(a: Any, item: Any, task: Any, shift: int) -> None:
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
 def _settle(a: Any, item: Any, number: int) -> None:
     """The tail of an item, from its parts."""
-    n, at, size = a.group * a.d_v, number * a.group * 4, a.group * (a.d_v + 2)
-    missing, coarse = floats(a.missing + at, a.group), floats(a.coarse + at, a.group)
-    tail_lse, lse = floats(a.tail_lse + at, a.group), floats(a.lse + at, a.group)
-    tail = floats(a.tail + at * a.d_v, n)
+    n, offset, size = a.group * a.d_v, number * a.group * 4, a.group * (a.d_v + 2)
+    missing, coarse = floats(a.missing + offset, a.group), floats(a.coarse + offset, a.group)
+    tail_lse, lse = floats(a.tail_lse + offset, a.group), floats(a.lse + offset, a.group)
+    tail = floats(a.tail + offset * a.d_v, n)
     for part in range(item.parts):
         result = floats(a.partials + (item.first_part + part) * size * 4, size)
         tail += result[:n]

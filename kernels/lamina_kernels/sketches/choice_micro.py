@@ -1,11 +1,8 @@
-"""The inner loops that choose pages by their mass, as LLVM IR over vectors of 16 floats.
+"""The inner loops that choose pages by their mass, and that add up the values of the pages that are not read exactly.
 
-Each public function is a numba intrinsic over int64 addresses and sizes. It works on rows of numbers, one a page.
-
-The inner loops that add up the values of pages that are not read exactly, by their means or by their 4-bit codes.
-
-LLVM IR over vectors of 16 floats. Each public function is a numba intrinsic over int64 addresses and sizes. How a
-sketch is laid out, `SketchLayout` says.
+These pages count by their means (`blend_means`) or by their 4-bit codes (`blend_codes`). All loops are LLVM IR over
+vectors of 16 floats, and work on rows of numbers, one a page. Each public function is a numba intrinsic over int64
+addresses and sizes. `SketchLayout` says how a sketch is laid out.
 """
 
 from __future__ import annotations
@@ -67,11 +64,11 @@ class _Blend:
 
     def tile(self, count: int) -> None:
         e, b = self.e, self.b
-        whole, left = b.lshr(self.o.d, I64(6)), b.and_(b.lshr(self.o.d, I64(4)), I64(3))
-        with b.if_then(b.icmp_signed(">", whole, I64(0))):
-            e.loop(whole, [], lambda i: self.columns(count, 4, b.shl(i, I64(2))))
-        with b.if_then(b.icmp_signed(">", left, I64(0))):
-            e.loop(left, [], lambda i: self.columns(count, 1, b.add(b.shl(whole, I64(2)), i)))
+        quads, remainder = b.lshr(self.o.d, I64(6)), b.and_(b.lshr(self.o.d, I64(4)), I64(3))
+        with b.if_then(b.icmp_signed(">", quads, I64(0))):
+            e.loop(quads, [], lambda i: self.columns(count, 4, b.shl(i, I64(2))))
+        with b.if_then(b.icmp_signed(">", remainder, I64(0))):
+            e.loop(remainder, [], lambda i: self.columns(count, 1, b.add(b.shl(quads, I64(2)), i)))
 
     def columns(self, count: int, chunks: int, first: Value) -> list[Value]:
         """`chunks` registers of channels from number `first` on."""
@@ -81,22 +78,22 @@ class _Blend:
             place = e.at(o.entries, b.shl(i, I64(2)))
             entry, later = (b.sext(e.load(e.at(place, 4 * k), I32), I64) for k in (0, AHEAD))
             far = self.mean_of(later, first)
-            for at in range(0, 32 * chunks, 64):
-                e.fetch(e.at(far, at))
+            for line in range(0, 32 * chunks, 64):
+                e.fetch(e.at(far, line))
             near = self.mean_of(entry, first)
             x = [from_half(e, e.load(e.at(near, 32 * c), VS, 2)) for c in range(chunks)]
             weight = e.at(o.weights, b.shl(entry, I64(2)))
-            own = [e.splat(e.load(e.at(weight, b.mul(o.stride, I64(r))), F32)) for r in range(count)]
-            new = [b.fadd(w, total) for w, total in zip(own, carried[:count], strict=True)]
-            terms = [(w, y) for w in own for y in x]
+            weights = [e.splat(e.load(e.at(weight, b.mul(o.stride, I64(r))), F32)) for r in range(count)]
+            new = [b.fadd(w, total) for w, total in zip(weights, carried[:count], strict=True)]
+            terms = [(w, y) for w in weights for y in x]
             return new + [e.fma(w, y, s) for (w, y), s in zip(terms, carried[count:], strict=True)]
 
-        found = e.loop(o.n, [e.number(0.0)] * (count + count * chunks), step)
+        sums = e.loop(o.n, [e.number(0.0)] * (count + count * chunks), step)
         for r in range(count):
-            e.store(b.extract_element(found[r], I32(0)), e.at(o.totals, 4 * r))
+            e.store(b.extract_element(sums[r], I32(0)), e.at(o.totals, 4 * r))
             for c in range(chunks):
-                at = b.shl(b.add(b.mul(o.d, I64(r)), b.shl(b.add(first, I64(c)), I64(4))), I64(2))
-                e.store(found[count + r * chunks + c], e.at(o.sums, at))
+                offset = b.shl(b.add(b.mul(o.d, I64(r)), b.shl(b.add(first, I64(c)), I64(4))), I64(2))
+                e.store(sums[count + r * chunks + c], e.at(o.sums, offset))
         return []
 
     def mean_of(self, entry: Value, first: Value) -> Value:
@@ -158,14 +155,14 @@ class _CodeBlend:
         weight = e.at(o.weights, b.shl(entry, I64(2)))
         shares, units = [], []
         for r in range(self.count):
-            own = e.load(e.at(weight, b.mul(o.stride, I64(r))), F32)
+            share = e.load(e.at(weight, b.mul(o.stride, I64(r))), F32)
             total = e.at(o.totals, 4 * r)
-            e.store(b.fadd(e.load(total, F32), own), total)
-            shares.append(e.splat(own))
-            units.append(e.splat(b.fdiv(own, self.sum_of(e.at(tokens, b.mul(o.size, I64(r)))))))
+            e.store(b.fadd(e.load(total, F32), share), total)
+            shares.append(e.splat(share))
+            units.append(e.splat(b.fdiv(share, self.sum_of(e.at(tokens, b.mul(o.size, I64(r)))))))
         steps, carried = e.at(codes, o.steps_at), [codes, self.codes_of(later)]
         _, far = e.loop(b.lshr(o.d, I64(4)), carried, partial(self.channels, steps, tokens, shares, units))
-        e.loop(b.lshr(b.sub(o.value_bytes, o.steps_at), I64(6)), [far], lambda _, at: self.fetch(at))
+        e.loop(b.lshr(b.sub(o.value_bytes, o.steps_at), I64(6)), [far], lambda _, line: self.fetch(line))
         return []
 
     def fetch(self, at: Value) -> list[Value]:
@@ -189,14 +186,14 @@ class _CodeBlend:
         """Register c of channels: add its values to the sums."""
         e, b, o, count = self.e, self.b, self.o, self.count
         begin = [codes, far, tokens] + [e.bits(0)] * (2 * count)
-        codes, far, _, *found = e.loop(b.lshr(o.size, I64(4)), begin, self.lines)
-        at = b.shl(c, I64(5))
-        step, low = (from_half(e, e.load(e.at(p, at), VS, 2)) for p in (steps, e.at(steps, b.shl(o.d, I64(1)))))
+        codes, far, _, *sums = e.loop(b.lshr(o.size, I64(4)), begin, self.lines)
+        offset = b.shl(c, I64(5))
+        step, low = (from_half(e, e.load(e.at(p, offset), VS, 2)) for p in (steps, e.at(steps, b.shl(o.d, I64(1)))))
         for r in range(count):
             place = e.at(o.sums, b.add(b.mul(self.row_bytes, I64(r)), b.shl(c, I64(6))))
-            whole = b.sitofp(b.add(found[2 * r], b.ashr(found[2 * r + 1], e.bits(4))), VF)
+            product = b.sitofp(b.add(sums[2 * r], b.ashr(sums[2 * r + 1], e.bits(4))), VF)
             total = e.fma(low, shares[r], e.load(place, VF))
-            e.store(e.fma(whole, b.fmul(step, units[r]), total), place)
+            e.store(e.fma(product, b.fmul(step, units[r]), total), place)
         return [codes, far]
 
     def lines(self, j: Value, codes: Value, far: Value, tokens: Value, *sums: Value) -> list[Value]:
@@ -208,8 +205,8 @@ class _CodeBlend:
             for half, mask in enumerate((0x0F0F0F0F, 0xF0F0F0F0)):
                 part = b.and_(stored, e.bits(mask))
                 for r in range(self.count):
-                    at = b.add(b.mul(self.o.size, I64(r)), I64(8 * k + 4 * half))
-                    word = e.splat(e.load(e.at(tokens, at), I32))
+                    offset = b.add(b.mul(self.o.size, I64(r)), I64(8 * k + 4 * half))
+                    word = e.splat(e.load(e.at(tokens, offset), I32))
                     new[2 * r + half] = e.add_fours(new[2 * r + half], part, word)
         return [e.at(codes, 2 * LINE), e.at(far, 2 * LINE), e.at(tokens, 16), *new]
 
@@ -246,9 +243,9 @@ def powers(context: Any, logs: Any, vectors: Any, shift: Any, out: Any) -> Any:
         logs, vectors, shift, out = e.pointer(args[0]), args[1], e.splat(args[2]), e.pointer(args[3])
 
         def step(i: Value, total: Value) -> list[Value]:
-            at = b.shl(i, I64(6))
-            y = e.exp2(b.fmul(b.fsub(e.load(e.at(logs, at), VF), shift), e.number(LOG2E)))
-            e.store(y, e.at(out, at))
+            offset = b.shl(i, I64(6))
+            y = e.exp2(b.fmul(b.fsub(e.load(e.at(logs, offset), VF), shift), e.number(LOG2E)))
+            e.store(y, e.at(out, offset))
             return [b.fadd(total, y)]
 
         (total,) = e.loop(vectors, [e.number(0.0)], step)
@@ -285,10 +282,10 @@ def normalise(context: Any, numbers: Any, vectors: Any, factor: Any, scores: Any
         numbers, vectors, factor, scores = e.pointer(args[0]), args[1], e.splat(args[2]), e.pointer(args[3])
 
         def step(i: Value) -> list[Value]:
-            at = b.shl(i, I64(6))
-            x, own = b.fmul(e.load(e.at(numbers, at), VF), factor), e.load(e.at(scores, at), VF)
-            e.store(x, e.at(numbers, at))
-            e.store(b.select(b.fcmp_ordered("<=", x, own), own, x), e.at(scores, at))
+            offset = b.shl(i, I64(6))
+            x, score = b.fmul(e.load(e.at(numbers, offset), VF), factor), e.load(e.at(scores, offset), VF)
+            e.store(x, e.at(numbers, offset))
+            e.store(b.select(b.fcmp_ordered("<=", x, score), score, x), e.at(scores, offset))
             return []
 
         e.loop(vectors, [], step)
@@ -308,23 +305,23 @@ def all_fit(
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         b, e = builder, Emitter(builder)
         rows, scores, limit, numbers = args[1], e.pointer(args[2]), e.splat(args[3]), e.pointer(args[4])
-        stride, vectors, most = args[5:]
+        stride, vectors, ceiling = args[5:]
         result = cgutils.alloca_once(builder, I64)
 
         def tile(count: int) -> None:
             def step(i: Value, *totals: Value) -> list[Value]:
-                at = b.shl(i, I64(6))
-                below = b.fcmp_ordered("<", e.load(e.at(scores, at), VF), limit)
-                own = [e.load(e.at(numbers, b.add(at, b.mul(stride, I64(r)))), VF) for r in range(count)]
-                parts = [b.select(below, x, e.number(0.0)) for x in own]
+                offset = b.shl(i, I64(6))
+                below = b.fcmp_ordered("<", e.load(e.at(scores, offset), VF), limit)
+                shares = [e.load(e.at(numbers, b.add(offset, b.mul(stride, I64(r)))), VF) for r in range(count)]
+                parts = [b.select(below, x, e.number(0.0)) for x in shares]
                 factors = parts if power else [e.number(1.0)] * count
                 return [e.fma(x, y, total) for x, y, total in zip(parts, factors, totals, strict=True)]
 
             totals = e.loop(vectors, [e.number(0.0)] * count, step)
             fits = ir.IntType(1)(1)
             for total in totals:
-                whole = e.call("llvm.vector.reduce.fadd.v16f32", F32, F32(0.0), total)
-                fits = b.and_(fits, b.fcmp_ordered("<=", whole, most))
+                row_sum = e.call("llvm.vector.reduce.fadd.v16f32", F32, F32(0.0), total)
+                fits = b.and_(fits, b.fcmp_ordered("<=", row_sum, ceiling))
             b.store(b.zext(fits, I64), result)
 
         e.choose(rows, range(1, FEW + 1), tile)

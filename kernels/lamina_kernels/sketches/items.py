@@ -100,18 +100,18 @@ def check_items(sketches: Sketches, items: Items, group: int) -> frozenset[int]:
     if group < 1:
         raise ValueError(f"group must be at least 1, got {group}")
     missing: set[int] = set()
-    for number, (table, held) in enumerate(zip(items.tables, items.held.tolist(), strict=True)):
+    for number, (table, n_entries) in enumerate(zip(items.tables, items.held.tolist(), strict=True)):
         layers = items.layers
-        if table.dtype != np.int32 or table.ndim != 2 or table.shape[0] != layers or table.shape[1] < held:
+        if table.dtype != np.int32 or table.ndim != 2 or table.shape[0] != layers or table.shape[1] < n_entries:
             raise ValueError(
-                f"the table of item {number} must be int32 [{layers}, {held} or more], "
+                f"the table of item {number} must be int32 [{layers}, {n_entries} or more], "
                 f"got {table.dtype} {list(table.shape)}"
             )
         if table.shape[1] > 1 and table.strides[1] != 4:
             raise ValueError(f"the table of item {number} must be contiguous along its entries, got {table.strides}")
-        if not held or not layers:
+        if not n_entries or not layers:
             continue
-        used = table[:, :held]
+        used = table[:, :n_entries]
         low, high = int(used.min()), int(used.max())
         if low < -1 or high >= sketches.n_pages:
             raise ValueError(

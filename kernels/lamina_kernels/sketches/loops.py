@@ -122,9 +122,9 @@ def _spread(a: Any, number: int, shift: int) -> None:
     """Lay out the queries of an item."""
     nothing = floats(a.nothing + shift, a.group)
     for row in range(a.group):
-        query, at = a.q + (number * a.group + row) * a.d_k * 4, shift + row * a.padded * 2
+        query, offset = a.q + (number * a.group + row) * a.d_k * 4, shift + row * a.padded * 2
         place = a.floats + shift + row * a.d_k * 4
-        nothing[row] = micro.spread(query, a.d_k, a.padded, place, a.halves + at, a.bounds + at)
+        nothing[row] = micro.spread(query, a.d_k, a.padded, place, a.halves + offset, a.bounds + offset)
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -138,18 +138,18 @@ def _scan_block(unit: int, a: Any, item: Any, number: int, first: int, pages: in
         near[page] = a.scanned + np.int64(table[entry]) * a.scanned_bytes
         far[page] = a.scanned + np.int64(table[min(entry + LANES, end - 1)]) * a.scanned_bytes
     for row in range(0, a.group, HEADS):
-        rows, at, place = min(HEADS, a.group - row), shift + row * a.padded * 2, shift + row * LANES * LINE
-        bounds, halves, tops, dots = a.bounds + at, a.halves + at, a.tops + place, a.dots + place
+        rows, offset, place = min(HEADS, a.group - row), shift + row * a.padded * 2, shift + row * LANES * LINE
+        bounds, halves, tops, dots = a.bounds + offset, a.halves + offset, a.tops + place, a.dots + place
         micro.bound(Bound(rows, pages, places, a.steps_at, a.padded // 32, bounds, halves, tops, dots))
     nothing = floats(a.nothing + shift, a.group)
     scale = np.float32(a.scale if a.soft_cap else a.scale * LOG2E)
     strips, size = a.page_size // (LANES * unit), a.page_size * 4
     for row in range(a.group):
-        place, at = shift + row * LANES * LINE, shift + row * LANES * 4
-        inverses, factors, bases = a.inverses + at, a.factors + at, a.bases + at
+        place, offset = shift + row * LANES * LINE, shift + row * LANES * 4
+        inverses, factors, bases = a.inverses + offset, a.factors + offset, a.bases + offset
         micro.settle_bounds(a.tops + place, a.dots + place, inverses, factors, bases, nothing[row], scale)
     for row in range(0, a.group, HEADS):
-        rows, at, place = min(HEADS, a.group - row), shift + row * LANES * 4, shift + row * LANES * LINE
+        rows, offset, place = min(HEADS, a.group - row), shift + row * LANES * 4, shift + row * LANES * LINE
         judged = Judge(
             rows=rows,
             pages=pages,
@@ -161,15 +161,16 @@ def _scan_block(unit: int, a: Any, item: Any, number: int, first: int, pages: in
             d=a.d_k,
             floats=a.floats + shift + row * a.d_k * 4,
             panel=a.panel + shift,
-            inverses=a.inverses + at,
-            factors=a.factors + at,
-            bases=a.bases + at,
+            inverses=a.inverses + offset,
+            factors=a.factors + offset,
+            bases=a.bases + offset,
             logits=a.logits + shift + row * LANES * size,
             tops=a.tops + place,
         )
         micro.judge(unit, judged)
     for row in range(a.group):
-        tops, logits, at = a.tops + shift + row * LANES * LINE, a.logits + shift + row * LANES * size, row * LANES * 4
+        tops, logits = a.tops + shift + row * LANES * LINE, a.logits + shift + row * LANES * size
+        offset = row * LANES * 4
         if a.soft_cap:
             microkernels.cap(logits, pages * size // LINE, np.float32(a.soft_cap))
             for page in range(pages):
@@ -177,7 +178,7 @@ def _scan_block(unit: int, a: Any, item: Any, number: int, first: int, pages: in
         out = a.log_mass + ((number * a.group + row) * a.capacity + first) * 4
         tokens = a.tokens + ((number * a.capacity + first) * a.group + row) * a.page_size
         stride = a.group * a.page_size
-        micro.masses(unit, Masses(tops, logits, pages, strips, a.bases + shift + at, out, tokens, stride))
+        micro.masses(unit, Masses(tops, logits, pages, strips, a.bases + shift + offset, out, tokens, stride))
         floats(out, LANES)[pages:] = -np.inf
 
 
@@ -196,8 +197,8 @@ def _threshold(squared: int, scores: int, shares: int, group: int, stride: int, 
         middle = (low + high) / np.float32(2.0) if number else low
         limit, fits = np.float32(2.0**middle), True
         for row in range(0, group, FEW):
-            rows, at = min(FEW, group - row), shares + row * stride
-            fits = fits and choice_micro.all_fit(squared, rows, scores, limit, at, stride, vectors, most) == 1
+            rows, address = min(FEW, group - row), shares + row * stride
+            fits = fits and choice_micro.all_fit(squared, rows, scores, limit, address, stride, vectors, most) == 1
         if fits:
             low, best = middle, limit
         else:
@@ -253,11 +254,11 @@ def _choose(a: Any, item: Any, number: int, shift: int) -> None:
     light = limit = np.float32(0.0)
     if vectors:
         for row in range(a.group):
-            logs, own = a.log_mass + (number * a.group + row) * stride, shares + row * stride
+            logs, row_shares = a.log_mass + (number * a.group + row) * stride, shares + row * stride
             peak = choice_micro.peak_of(logs, vectors)
-            total = choice_micro.powers(logs, vectors, peak, own)
+            total = choice_micro.powers(logs, vectors, peak, row_shares)
             lse[row] = peak + math.log(total)
-            choice_micro.normalise(own, vectors, np.float32(1.0) / total, scores)
+            choice_micro.normalise(row_shares, vectors, np.float32(1.0) / total, scores)
         score[:begin] = np.inf
         score[end:] = np.inf
         light = limit = _threshold(0, scores, shares, a.group, stride, vectors, np.float32(a.missed))
@@ -265,11 +266,11 @@ def _choose(a: Any, item: Any, number: int, shift: int) -> None:
             squares = np.float32(a.at_stake * a.at_stake)
             limit = max(light, _threshold(1, scores, shares, a.group, stride, vectors, squares))
     _pick(a, item, number, begin, end, score, light, limit)
-    at = number * a.group * 4
-    floats(a.missing + at, a.group)[:] = 0
-    floats(a.coarse + at, a.group)[:] = 0
-    floats(a.tail_lse + at, a.group)[:] = -np.inf
-    floats(a.tail + at * a.d_v, a.group * a.d_v)[:] = 0
+    offset = number * a.group * 4
+    floats(a.missing + offset, a.group)[:] = 0
+    floats(a.coarse + offset, a.group)[:] = 0
+    floats(a.tail_lse + offset, a.group)[:] = -np.inf
+    floats(a.tail + offset * a.d_v, a.group * a.d_v)[:] = 0
 
 
 @njit  # type: ignore[untyped-decorator]

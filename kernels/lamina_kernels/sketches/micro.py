@@ -96,24 +96,24 @@ def bound(context: Any, operands: Any) -> Any:
                 steps = e.pointer(b.add(e.load(e.at(o.places, b.shl(p, I64(3))), I64, 8), o.steps_at))
                 lows, row = e.at(steps, size), b.shl(p, I64(6))
 
-                def chunk(i: Value, *found: Value) -> list[Value]:
-                    at = b.shl(i, I64(6))
-                    step, low = e.load(e.at(steps, at), V16), e.load(e.at(lows, at), VI)
+                def chunk(i: Value, *results: Value) -> list[Value]:
+                    offset = b.shl(i, I64(6))
+                    step, low = e.load(e.at(steps, offset), V16), e.load(e.at(lows, offset), VI)
                     new = []
                     for r in range(count):
-                        product = b.add(step, e.load(e.at(o.bounds, b.add(at, b.mul(size, I64(r)))), V16))
-                        new.append(_larger_bits(e, product, found[r]))
+                        product = b.add(step, e.load(e.at(o.bounds, b.add(offset, b.mul(size, I64(r)))), V16))
+                        new.append(_larger_bits(e, product, results[r]))
                     for r in range(count):
-                        half = e.load(e.at(o.halves, b.add(at, b.mul(size, I64(r)))), VI)
-                        new.append(_add_halves(e, half, low, found[count + r]))
+                        half = e.load(e.at(o.halves, b.add(offset, b.mul(size, I64(r)))), VI)
+                        new.append(_add_halves(e, half, low, results[count + r]))
                     return new
 
-                found = e.loop(o.chunks, [_half_words(0)] * count + [e.number(0.0)] * count, chunk)
+                results = e.loop(o.chunks, [_half_words(0)] * count + [e.number(0.0)] * count, chunk)
                 for r in range(count):
-                    top, at = b.bitcast(found[r], VI), b.add(row, I64(LINE * LANES * r))
+                    top, place = b.bitcast(results[r], VI), b.add(row, I64(LINE * LANES * r))
                     top = _larger_bits(e, b.lshr(top, e.bits(16)), b.and_(top, e.bits(0xFFFF)))
-                    e.store(top, e.at(o.tops, at))
-                    e.store(found[count + r], e.at(o.dots, at))
+                    e.store(top, e.at(o.tops, place))
+                    e.store(results[count + r], e.at(o.dots, place))
                 return []
 
             e.loop(o.pages, [], page)
@@ -150,9 +150,9 @@ def settle_bounds(
         nothing, scale = e.splat(args[5]), e.splat(args[6])
         top = tree(e, tops, VI, lambda x, y: _larger_bits(e, x, y))
         top = b.sub(_larger_bits(e, top, e.bits(BIAS + LEAST)), e.bits(BIAS))
-        most = b.fmul(b.bitcast(b.shl(top, e.bits(16)), VF), e.number(SLACK / 127))
-        e.store(b.fdiv(e.number(1.0), most), inverses)
-        e.store(b.fmul(most, scale), factors)
+        peaks = b.fmul(b.bitcast(b.shl(top, e.bits(16)), VF), e.number(SLACK / 127))
+        e.store(b.fdiv(e.number(1.0), peaks), inverses)
+        e.store(b.fmul(peaks, scale), factors)
         e.store(b.fadd(b.fmul(tree(e, dots, VF, b.fadd), scale), nothing), bases)
         return context.get_dummy_value()
 
@@ -210,22 +210,22 @@ class _Judgement:
 
     def page(self, count: int, p: Value) -> list[Value]:
         e, b, o = self.e, self.b, self.o
-        at = b.shl(p, I64(2))
+        offset = b.shl(p, I64(2))
         near, far = (e.pointer(e.load(e.at(x, b.shl(p, I64(3))), I64, 8)) for x in (o.places, o.ahead))
-        self.make_panel(count, e.at(near, o.steps_at), at)
-        factors, bases = self.splats(count, o.factors, at), self.splats(count, o.bases, at)
+        self.make_panel(count, e.at(near, o.steps_at), offset)
+        factors, bases = self.splats(count, o.factors, offset), self.splats(count, o.bases, offset)
         worth = [[f, b.fmul(f, e.number(1 / 16))] for f in factors]
         target = e.at(o.logits, b.mul(p, self.size))
 
-        def strip(i: Value, near: Value, far: Value, *found: Value) -> list[Value]:
+        def strip(i: Value, near: Value, far: Value, *tops: Value) -> list[Value]:
             carried = [near, far, o.panel] + [e.bits(0)] * (self.width * count)
             near, far, _, *sums = e.loop(self.lines, carried, partial(self.line, count))
             start, new = b.mul(i, I64(self.width * LINE)), []
             for r in range(count):
-                top, own = found[r], b.add(start, b.mul(self.size, I64(LANES * r)))
+                top, position = tops[r], b.add(start, b.mul(self.size, I64(LANES * r)))
                 for u in range(self.width):
                     x = e.fma(b.sitofp(sums[self.width * r + u], VF), worth[r][u], bases[r])
-                    e.store(x, e.at(target, b.add(own, I64(LINE * u))))
+                    e.store(x, e.at(target, b.add(position, I64(LINE * u))))
                     top = e.larger(x, top)
                 new.append(top)
             return [near, far, *new]
@@ -234,10 +234,10 @@ class _Judgement:
             e.fetch(far)
             return [e.at(far, LINE)]
 
-        _, far, *found = e.loop(o.strips, [near, far] + [e.number(float("-inf"))] * count, strip)
+        _, far, *tops = e.loop(o.strips, [near, far] + [e.number(float("-inf"))] * count, strip)
         e.loop(self.others, [far], fetch)
         for r in range(count):
-            e.store(found[r], e.at(o.tops, b.add(b.shl(p, I64(6)), I64(LINE * LANES * r))))
+            e.store(tops[r], e.at(o.tops, b.add(b.shl(p, I64(6)), I64(LINE * LANES * r))))
         return []
 
     def splats(self, count: int, numbers: Value, at: Value) -> list[Value]:
@@ -269,9 +269,9 @@ class _Judgement:
         if width == 1:
             parts[1] = b.lshr(parts[1], e.bits(4))
         for r in range(count):
-            at = e.at(place, b.mul(self.o.d, I64(r)))
+            row_place = e.at(place, b.mul(self.o.d, I64(r)))
             for half in range(2):
-                word = e.splat(e.load(at if width == 2 or half == 0 else e.at(at, 4), I32))
+                word = e.splat(e.load(row_place if width == 2 or half == 0 else e.at(row_place, 4), I32))
                 slot = width * r + (half if width == 2 else 0)
                 new[slot] = e.add_fours(new[slot], parts[half], word)
         return [e.at(near, LINE), e.at(far, LINE), e.at(place, 8 // width), *new]
@@ -327,9 +327,9 @@ def masses(context: Any, unit: Any, operands: Any) -> Any:
             def step(i: Value, place: Value, *totals: Value) -> list[Value]:
                 powers = [_exp2(e, b.fsub(e.load(e.at(place, LINE * u), VF), peak)) for u in range(width)]
                 for u, x in enumerate(powers):
-                    whole = b.bitcast(e.fma(x, e.number(127.0), e.number(MAGIC)), VI)
-                    at = b.add(b.mul(i, I64(LANES * width)), I64(LANES * u))
-                    e.store(b.trunc(whole, VY), e.at(weights, at), 1)
+                    codes = b.bitcast(e.fma(x, e.number(127.0), e.number(MAGIC)), VI)
+                    offset = b.add(b.mul(i, I64(LANES * width)), I64(LANES * u))
+                    e.store(b.trunc(codes, VY), e.at(weights, offset), 1)
                 return [e.at(place, LINE * width), *(b.fadd(t, x) for t, x in zip(totals, powers, strict=True))]
 
             place, *totals = e.loop(strips, [place] + [e.number(0.0)] * width, step)
@@ -362,9 +362,9 @@ def _exp2(e: Emitter, x: Value) -> Value:
 def _log2(e: Emitter, x: Value) -> Value:
     """log2(x) to 2e-7, for x of at least 2^-126: exponent, and a Chebyshev polynomial of the fraction."""
     b = e.b
-    whole = b.bitcast(x, VI)
-    exponent = b.sitofp(b.sub(b.lshr(whole, e.bits(23)), e.bits(127)), VF)
-    mantissa = b.bitcast(b.or_(b.and_(whole, e.bits(0x7FFFFF)), e.bits(0x3F800000)), VF)
+    bits = b.bitcast(x, VI)
+    exponent = b.sitofp(b.sub(b.lshr(bits, e.bits(23)), e.bits(127)), VF)
+    mantissa = b.bitcast(b.or_(b.and_(bits, e.bits(0x7FFFFF)), e.bits(0x3F800000)), VF)
     w = b.fsub(mantissa, e.number(1.0))
     series = e.number(-0.012077020234711909)
     for c in (

@@ -37,33 +37,34 @@ class ScanPlan:
 def seal(pages: Pages, sketches: Sketches, page_ids: torch.Tensor) -> None:
     """Make the sketches of full pages, from what they hold; page_ids int64 `[n]`, each once."""
     check_sealed(pages, sketches, page_ids)
-    at, (size, d_k, d_v) = sketches.layout, _shape(sketches)
-    for some in page_ids.to(pages.arena.device).split(max(1, _AT_ONCE // (size * (d_k + d_v)))):
-        k, v = _read(pages, some)
-        finite = torch.isfinite(k).view(len(some), size, -1, 16).all(-1).all(1).repeat_interleave(16, -1)
+    layout, (size, d_k, d_v) = sketches.layout, _shape(sketches)
+    for batch in page_ids.to(pages.arena.device).split(max(1, _AT_ONCE // (size * (d_k + d_v)))):
+        k, v = _read(pages, batch)
+        finite = torch.isfinite(k).view(len(batch), size, -1, 16).all(-1).all(1).repeat_interleave(16, -1)
         k = torch.where(finite[:, None], k, torch.nan)
         v_seen = torch.where(torch.isfinite(v).all(1, keepdim=True), v, torch.nan)
-        sketches.scanned[some] = 0
-        sketches.values[some] = 0
-        codes, sketches.steps[some], sketches.lows[some] = coded(k)
-        sketches.scanned[some, : at.steps_at] = pack(codes, at.unit)
-        codes, sketches.value_steps[some], sketches.value_lows[some] = coded(v_seen)
-        sketches.values[some, : at.value_steps_at] = pack_values(codes)
-        sketches.means[some] = v.mean(1).bfloat16()
+        sketches.scanned[batch] = 0
+        sketches.values[batch] = 0
+        codes, sketches.steps[batch], sketches.lows[batch] = coded(k)
+        sketches.scanned[batch, : layout.steps_at] = pack(codes, layout.unit)
+        codes, sketches.value_steps[batch], sketches.value_lows[batch] = coded(v_seen)
+        sketches.values[batch, : layout.value_steps_at] = pack_values(codes)
+        sketches.means[batch] = v.mean(1).bfloat16()
 
 
 def _shape(sketches: Sketches) -> tuple[int, int, int]:
-    at = sketches.layout.pages
-    return at.page_size, at.d_k, at.d_v
+    layout = sketches.layout.pages
+    return layout.page_size, layout.d_k, layout.d_v
 
 
 def _read(pages: Pages, page_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What pages hold, float32: k `[n, page_size, d_k]`, v `[n, page_size, d_v]`."""
-    at, some = pages.layout, Pages(pages.layout, pages.arena[page_ids])
-    k, v = some.k.reshape(-1, at.page_size, at.key_width).float(), some.v.reshape(-1, at.page_size, at.d_v).float()
-    if at.scaled:
-        k, v = k * some.scales[:, 0, :, None], v * some.scales[:, 1, :, None]
-    return k[..., : at.d_k], v
+    layout, selection = pages.layout, Pages(pages.layout, pages.arena[page_ids])
+    k = selection.k.reshape(-1, layout.page_size, layout.key_width).float()
+    v = selection.v.reshape(-1, layout.page_size, layout.d_v).float()
+    if layout.scaled:
+        k, v = k * selection.scales[:, 0, :, None], v * selection.scales[:, 1, :, None]
+    return k[..., : layout.d_k], v
 
 
 def coded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -96,16 +97,16 @@ def pack_values(codes: torch.Tensor) -> torch.Tensor:
 
 def unpacked(sketches: Sketches, page_ids: torch.Tensor | slice = slice(None)) -> torch.Tensor:
     """The codes of the keys of pages `[n]`: uint8 `[n, page_size, d_k]`."""
-    at, d = sketches.layout, sketches.layout.pages.d_k
-    packed = sketches.scanned[page_ids, : at.steps_at]
+    layout, d = sketches.layout, sketches.layout.pages.d_k
+    packed = sketches.scanned[page_ids, : layout.steps_at]
     n = len(packed)
-    if at.unit == 2:  # [page, strip, line, token, channel] twice, for the tokens' halves
-        packed = packed.view(n, at.pages.page_size // 32, d // 4, 16, 4)
-        both = torch.stack([packed & 15, packed >> 4], 2).permute(0, 1, 2, 4, 3, 5)
+    if layout.unit == 2:  # [page, strip, line, token, channel] twice, for the tokens' halves
+        packed = packed.view(n, layout.pages.page_size // 32, d // 4, 16, 4)
+        halves = torch.stack([packed & 15, packed >> 4], 2).permute(0, 1, 2, 4, 3, 5)
     else:  # twice for the channels' halves
-        packed = packed.view(n, at.pages.page_size // 16, d // 8, 16, 4)
-        both = torch.stack([packed & 15, packed >> 4], 3).permute(0, 1, 4, 2, 3, 5)
-    return both.reshape(n, at.pages.page_size, d)
+        packed = packed.view(n, layout.pages.page_size // 16, d // 8, 16, 4)
+        halves = torch.stack([packed & 15, packed >> 4], 3).permute(0, 1, 4, 2, 3, 5)
+    return halves.reshape(n, layout.pages.page_size, d)
 
 
 def keys(sketches: Sketches, page_ids: torch.Tensor) -> torch.Tensor:
@@ -117,9 +118,9 @@ def keys(sketches: Sketches, page_ids: torch.Tensor) -> torch.Tensor:
 
 def values(sketches: Sketches, page_ids: torch.Tensor) -> torch.Tensor:
     """The values as the sketches of pages `[n]` have them: float32 `[n, page_size, d_v]`."""
-    at, n = sketches.layout, len(page_ids)
-    size, d = at.pages.page_size, at.pages.d_v
-    packed = sketches.values[page_ids, : at.value_steps_at].view(n, d // 16, size // 8, 16, 4)
+    layout, n = sketches.layout, len(page_ids)
+    size, d = layout.pages.page_size, layout.pages.d_v
+    packed = sketches.values[page_ids, : layout.value_steps_at].view(n, d // 16, size // 8, 16, 4)
     codes = torch.stack([packed & 15, packed >> 4], 3).permute(0, 2, 3, 5, 1, 4).reshape(n, size, d)
     steps, lows = (x[page_ids].float().unsqueeze(1) for x in (sketches.value_steps, sketches.value_lows))
     near: torch.Tensor = codes * steps + lows
@@ -131,12 +132,12 @@ def plan_scan(sketches: Sketches, items: Items, group: int, threads: int = 1) ->
     missing = check_items(sketches, items, group)
     capacity, device = max(1, int(items.held.max(initial=1))), sketches.scanned.device
     tables = np.zeros((items.layers, len(items), capacity), np.int32)
-    for number, (table, held) in enumerate(zip(items.tables, items.held.tolist(), strict=True)):
-        tables[:, number, :held] = np.maximum(table[:, :held], 0)
+    for number, (table, length) in enumerate(zip(items.tables, items.held.tolist(), strict=True)):
+        tables[:, number, :length] = np.maximum(table[:, :length], 0)
     entry = np.arange(capacity)
-    sealed, sinks, recent, held = (x[:, None] for x in (items.sealed, items.sinks, items.recent, items.held))
-    kept = (entry < held) & ((entry < sinks) | (entry >= recent) | (entry >= sealed))
-    masks = (torch.from_numpy(mask).to(device) for mask in (entry < sealed, kept, entry < held))
+    sealed, sinks, recent, lengths = (x[:, None] for x in (items.sealed, items.sinks, items.recent, items.held))
+    kept_mask = (entry < lengths) & ((entry < sinks) | (entry >= recent) | (entry >= sealed))
+    masks = (torch.from_numpy(mask).to(device) for mask in (entry < sealed, kept_mask, entry < lengths))
     on_device = torch.from_numpy(tables).to(device).long()
     return ScanPlan(sketches, items, group, missing, tables, on_device, *masks)
 
@@ -159,13 +160,13 @@ def scan(
         logits = soft_cap * torch.tanh(logits / soft_cap)
     log_mass = torch.logsumexp(logits, -1).masked_fill(~plan.sealed[:, None], -torch.inf)
     free = plan.held & ~plan.kept
-    left = leaving(log_mass, free, missed, coarse)
-    means = leaving(log_mass, free, missed, 0.0) & left
-    codes = left & ~means
+    tail_mask = leaving(log_mass, free, missed, coarse)
+    means = leaving(log_mass, free, missed, 0.0) & tail_mask
+    codes = tail_mask & ~means
     tail = _blended(sketches, tables, logits, means, codes)
     shares = torch.softmax(log_mass, -1)
     sums = torch.stack([shares.masked_fill(~mask[:, None], 0).sum(-1).flatten() for mask in (means, codes)]).cpu()
-    coarse_counts, chosen = codes.sum(-1).cpu(), (plan.held & ~left).cpu().numpy()
+    coarse_counts, chosen = codes.sum(-1).cpu(), (plan.held & ~tail_mask).cpu().numpy()
     entries = np.argsort(~chosen, axis=-1, kind="stable").astype(np.int32)
     pages = np.take_along_axis(plan.host_tables[layer], entries, -1)
     counts = torch.from_numpy(chosen.sum(-1))
@@ -181,11 +182,11 @@ def _logits(sketches: Sketches, tables: torch.Tensor, q: torch.Tensor, scale: fl
 
         views = sketches.scanned, sketches.steps, sketches.lows
         return sketch_logits(*views, tables, q.contiguous(), scale, size, sketches.layout.unit)
-    found = []
-    for some in tables.split(max(1, _AT_ONCE // (max(1, n) * size * d_k)), 1):
-        near = keys(sketches, some.reshape(-1)).view(n, -1, size, d_k)
-        found.append(torch.einsum("igd,ietd->iget", q, near) * scale)
-    return torch.cat(found, 2)
+    parts = []
+    for batch in tables.split(max(1, _AT_ONCE // (max(1, n) * size * d_k)), 1):
+        near = keys(sketches, batch.reshape(-1)).view(n, -1, size, d_k)
+        parts.append(torch.einsum("igd,ietd->iget", q, near) * scale)
+    return torch.cat(parts, 2)
 
 
 def choose(
@@ -229,10 +230,10 @@ def _blended(
 ) -> Partial:
     """`blend` of all items: each argument has them in front, the partial `[items * group]`."""
     n, group, _, size = logits.shape
-    some = (means | codes)[:, None, :, None]
-    of_tokens = logits.masked_fill(~some, -torch.inf)
+    mask = (means | codes)[:, None, :, None]
+    of_tokens = logits.masked_fill(~mask, -torch.inf)
     lse = torch.logsumexp(of_tokens, (-2, -1))
-    nothing = ~some.any(2)[..., 0]
+    nothing = ~mask.any(2)[..., 0]
     weights = torch.exp(of_tokens - lse.masked_fill(nothing, 0)[..., None, None])
     near = torch.where(means[..., None], sketches.means[tables].float(), 0)
     out = torch.einsum("ige,ied->igd", weights.sum(-1).masked_fill(~means[:, None], 0), near)

@@ -81,16 +81,16 @@ class _KeySeal:
         for j in range(LANES // 2):
             pair = b.add(first, I64(j))
 
-            def tokens(i: Value, *found: Value, pair: Value = pair) -> list[Value]:
-                both = self.load_keys(pair, b.shl(i, I64(4)))
-                new = [_smaller(e, x, low) for x, low in zip(both, found[:2], strict=True)]
-                new += [e.larger(x, high) for x, high in zip(both, found[2:4], strict=True)]
-                return [*new, e.fma(both[1], e.number(0.0), e.fma(both[0], e.number(0.0), found[4]))]
+            def tokens(i: Value, *bounds: Value, pair: Value = pair) -> list[Value]:
+                numbers = self.load_keys(pair, b.shl(i, I64(4)))
+                new = [_smaller(e, x, low) for x, low in zip(numbers, bounds[:2], strict=True)]
+                new += [e.larger(x, high) for x, high in zip(numbers, bounds[2:4], strict=True)]
+                return [*new, e.fma(numbers[1], e.number(0.0), e.fma(numbers[0], e.number(0.0), bounds[4]))]
 
-            *found, nothing = e.loop(self.vectors, [low_start] * 2 + [high_start] * 2 + [nothing], tokens)
+            *bounds, nothing = e.loop(self.vectors, [low_start] * 2 + [high_start] * 2 + [nothing], tokens)
             for half in range(2):
-                e.store(found[half], e.at(self.least, LINE * (2 * j + half)))
-                e.store(found[2 + half], e.at(self.most, LINE * (2 * j + half)))
+                e.store(bounds[half], e.at(self.least, LINE * (2 * j + half)))
+                e.store(bounds[2 + half], e.at(self.most, LINE * (2 * j + half)))
         return e.splat(e.call("llvm.vector.reduce.fadd.v16f32", F32, F32(0.0), nothing))
 
     def store_steps(self, group: Value, nothing: Value) -> None:
@@ -99,9 +99,9 @@ class _KeySeal:
         step, low = _step_and_low(e, least, tree(e, self.most, VF, e.larger))
         e.store(_inverse(e, from_half(e, step)), self.inverse)
         e.store(from_half(e, low), self.low_floats)
-        at = b.shl(group, I64(5))
-        e.store(step, e.at(self.o.steps, at), 2)
-        e.store(low, e.at(self.o.lows, at), 2)
+        offset = b.shl(group, I64(5))
+        e.store(step, e.at(self.o.steps, offset), 2)
+        e.store(low, e.at(self.o.lows, offset), 2)
 
     def strip(self, group: Value, first: Value, i: Value) -> list[Value]:
         """The codes of 16 channels of strip i."""
@@ -115,8 +115,8 @@ class _KeySeal:
                 quad = line if width == 2 else 2 * line + half
                 token = b.add(begin, I64(16 * half if width == 2 else 0))
                 for couple in range(2):
-                    both = self.load_keys(b.add(first, I64(2 * quad + couple)), token)
-                    for k, x in enumerate(both):
+                    numbers = self.load_keys(b.add(first, I64(2 * quad + couple)), token)
+                    for k, x in enumerate(numbers):
                         code = self.code_of(x, 4 * quad + 2 * couple + k)
                         word = b.or_(word, b.shl(code, e.bits(8 * (2 * couple + k) + 4 * half)))
             e.store(word, e.at(place, LINE * line))
@@ -125,8 +125,8 @@ class _KeySeal:
     def code_of(self, x: Value, channel: int) -> Value:
         """The codes of 16 numbers of one of the 16 channels."""
         e = self.e
-        own = e.splat(e.load(e.at(self.low_floats, 4 * channel), F32))
-        return _code(e, x, own, e.splat(e.load(e.at(self.inverse, 4 * channel), F32)))
+        low = e.splat(e.load(e.at(self.low_floats, 4 * channel), F32))
+        return _code(e, x, low, e.splat(e.load(e.at(self.inverse, 4 * channel), F32)))
 
     def load_keys(self, pair: Value, token: Value) -> list[Value]:
         """Channels 2 * pair and 2 * pair + 1 of 16 tokens from `token` on, as floats."""
@@ -143,8 +143,8 @@ class _KeySeal:
             pairs = e.load(e.at(keys, b.shl(place, I64(1))), VS, 2)
             byte = ir.Constant(VS, [ir.Constant(ir.IntType(16), 8)] * LANES)
             factor = e.load(e.at(self.o.scales, b.shl(token, I64(2))), VF)
-            both = b.ashr(b.shl(pairs, byte), byte), b.ashr(pairs, byte)
-            return [b.fmul(b.sitofp(b.sext(x, VI), VF), factor) for x in both]
+            numbers = b.ashr(b.shl(pairs, byte), byte), b.ashr(pairs, byte)
+            return [b.fmul(b.sitofp(b.sext(x, VI), VF), factor) for x in numbers]
         pairs = e.load(e.at(keys, b.shl(place, I64(2))), VI)
         return [b.bitcast(b.shl(pairs, e.bits(16)), VF), b.bitcast(b.and_(pairs, e.bits(0xFFFF0000)), VF)]
 
@@ -191,20 +191,20 @@ class _ValueSeal:
 
     def channels(self, i: Value) -> list[Value]:
         e, b, o = self.e, self.b, self.o
-        start, at = e.at(o.values, b.shl(i, I64(5 if self.code == Kind.FLOAT16 else 6))), b.shl(i, I64(5))
+        start, offset = e.at(o.values, b.shl(i, I64(5 if self.code == Kind.FLOAT16 else 6))), b.shl(i, I64(5))
 
-        def tokens(t: Value, total: Value, least: Value, most: Value, nothing: Value) -> list[Value]:
+        def tokens(t: Value, total: Value, bottom: Value, top: Value, nothing: Value) -> list[Value]:
             for x in self.load_values(start, t):
-                total, least, most = b.fadd(total, x), _smaller(e, x, least), e.larger(x, most)
+                total, bottom, top = b.fadd(total, x), _smaller(e, x, bottom), e.larger(x, top)
                 nothing = e.fma(x, e.number(0.0), nothing)
-            return [total, least, most, nothing]
+            return [total, bottom, top, nothing]
 
         begin = [e.number(x) for x in (0.0, float("inf"), float("-inf"), 0.0)]
-        total, least, most, nothing = e.loop(b.udiv(o.size, I64(self.pack)), begin, tokens)
-        e.store(to_half(e, b.fdiv(total, e.splat(b.sitofp(o.size, F32)))), e.at(o.mean, at), 2)
-        step, low = _step_and_low(e, b.fadd(least, nothing), most)
-        e.store(step, e.at(o.steps, at), 2)
-        e.store(low, e.at(o.lows, at), 2)
+        total, bottom, top, nothing = e.loop(b.udiv(o.size, I64(self.pack)), begin, tokens)
+        e.store(to_half(e, b.fdiv(total, e.splat(b.sitofp(o.size, F32)))), e.at(o.mean, offset), 2)
+        step, low = _step_and_low(e, b.fadd(bottom, nothing), top)
+        e.store(step, e.at(o.steps, offset), 2)
+        e.store(low, e.at(o.lows, offset), 2)
         inverse, low = _inverse(e, from_half(e, step)), from_half(e, low)
         lines = b.lshr(o.size, I64(3))
 

@@ -100,18 +100,18 @@ def seal(pages: Pages, sketches: Sketches, page_ids: torch.Tensor) -> None:
     check_sealed(pages, sketches, page_ids)
     if not len(page_ids):
         return
-    at, ids = pages.layout, page_ids.contiguous()
+    layout, ids = pages.layout, page_ids.contiguous()
     threads = min(1 + len(ids) // SEAL_SHARE, torch.get_num_threads())
     scratch = torch.empty(threads * SEAL_SCRATCH + 64, dtype=torch.uint8)
     a = _SealArguments(
         shares=threads,
         arena=pages.arena.data_ptr(),
-        page_size=at.page_size,
-        page_bytes=at.page_bytes,
-        k_bytes=at.k_bytes,
-        kv_bytes=at.kv_bytes,
-        d_k=at.d_k,
-        d_v=at.d_v,
+        page_size=layout.page_size,
+        page_bytes=layout.page_bytes,
+        k_bytes=layout.k_bytes,
+        kv_bytes=layout.kv_bytes,
+        d_k=layout.d_k,
+        d_v=layout.d_v,
         n=len(ids),
         ids=ids.data_ptr(),
         scratch=scratch.data_ptr() + -scratch.data_ptr() % 64,
@@ -122,17 +122,17 @@ def seal(pages: Pages, sketches: Sketches, page_ids: torch.Tensor) -> None:
 
 def _describe(sketches: Sketches) -> dict[str, int]:
     """The fields of the sketches in every block of arguments."""
-    at = sketches.layout
+    layout = sketches.layout
     return {
         "scanned": sketches.scanned.data_ptr(),
-        "scanned_bytes": at.scanned_bytes,
+        "scanned_bytes": layout.scanned_bytes,
         "values": sketches.values.data_ptr(),
-        "value_bytes": at.value_bytes,
-        "steps_at": at.steps_at,
-        "lows_at": at.lows_at,
-        "mean_at": at.mean_at,
-        "value_steps_at": at.value_steps_at,
-        "value_lows_at": at.value_lows_at,
+        "value_bytes": layout.value_bytes,
+        "steps_at": layout.steps_at,
+        "lows_at": layout.lows_at,
+        "mean_at": layout.mean_at,
+        "value_steps_at": layout.value_steps_at,
+        "value_lows_at": layout.value_lows_at,
     }
 
 
@@ -146,11 +146,11 @@ def plan_scan(sketches: Sketches, items: Items, group: int, threads: int = 1) ->
     if sketches.layout.pages.order is Order.TOKENS:
         return reference.plan_scan(sketches, items, group)
     missing = check_items(sketches, items, group)
-    at, n = sketches.layout, len(items)
+    layout, n = sketches.layout, len(items)
     capacity = max(-(-int(items.held.max(initial=1)) // LANES) * LANES, LANES)
     described, tasks, parts = _cut(items, threads)
-    scratch, addresses, thread_bytes = _together(_scratch_bytes(at, group, capacity), SCRATCH, threads)
-    between, of_items, _ = _together(_between_bytes(at, n, group, capacity, len(parts)), BETWEEN, 1)
+    scratch, addresses, thread_bytes = _together(_scratch_bytes(layout, group, capacity), SCRATCH, threads)
+    intermediates, of_items, _ = _together(_between_bytes(layout, n, group, capacity, len(parts)), BETWEEN, 1)
     done = np.zeros(max(len(tasks), 1), np.int64)
     coarse_counts, mean_counts = torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)
     result = Choice(
@@ -159,17 +159,17 @@ def plan_scan(sketches: Sketches, items: Items, group: int, threads: int = 1) ->
         torch.empty(n, capacity, dtype=torch.int32),
         torch.empty(n, dtype=torch.int64),
         torch.empty(n * group),
-        Partial(torch.empty(n * group, at.pages.d_v), torch.empty(n * group)),
+        Partial(torch.empty(n * group, layout.pages.d_v), torch.empty(n * group)),
         torch.empty(n * group),
         coarse_counts,
     )
     of_items |= {"coarse_counts": coarse_counts.data_ptr(), "mean_counts": mean_counts.data_ptr()}
     a = _ScanArguments(
         shares=threads,
-        page_size=at.pages.page_size,
-        d_k=at.pages.d_k,
-        d_v=at.pages.d_v,
-        padded=at.padded,
+        page_size=layout.pages.page_size,
+        d_k=layout.pages.d_k,
+        d_v=layout.pages.d_v,
+        padded=layout.padded,
         group=group,
         capacity=capacity,
         items=described.ctypes.data,
@@ -187,8 +187,8 @@ def plan_scan(sketches: Sketches, items: Items, group: int, threads: int = 1) ->
         **of_items,
         **_describe(sketches),
     )
-    keep = (described, done, scratch, between)
-    return ScanPlan(sketches, items, group, threads, missing, a, tasks, parts, mean_counts, result, keep)
+    memory = (described, done, scratch, intermediates)
+    return ScanPlan(sketches, items, group, threads, missing, a, tasks, parts, mean_counts, result, memory)
 
 
 def _together(sizes: Mapping[str, int], names: Sequence[str], copies: int) -> tuple[torch.Tensor, dict[str, int], int]:
@@ -251,9 +251,9 @@ def _cut(items: Items, threads: int) -> tuple[Any, Any, Any]:
     tasks = np.zeros(int(described["tasks"].sum()), TASK)
     tasks["item"] = np.repeat(np.arange(len(items)), described["tasks"])
     first = np.cumsum(described["tasks"]) - described["tasks"]
-    own = tasks["item"]
-    tasks["lo"] = (np.arange(len(tasks)) - first[own]) * length[own]
-    tasks["hi"] = np.minimum(tasks["lo"] + length[own], items.sealed[own])
+    item_of_task = tasks["item"]
+    tasks["lo"] = (np.arange(len(tasks)) - first[item_of_task]) * length[item_of_task]
+    tasks["hi"] = np.minimum(tasks["lo"] + length[item_of_task], items.sealed[item_of_task])
     described["parts"] = np.maximum(-(-items.sealed // PART_ENTRIES), 1)
     described["first_part"] = np.cumsum(described["parts"]) - described["parts"]
     parts = np.zeros(int(described["parts"].sum()), PART)

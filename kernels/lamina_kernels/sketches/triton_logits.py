@@ -86,20 +86,20 @@ def logits_kernel(
     first = tl.program_id(2) * TOKENS
     token, channel = first + tl.arange(0, TOKENS)[:, None], tl.arange(0, WIDTH)[None, :]
     if UNIT == 2:
-        at = token // 32 * (16 * D) + channel // 4 * 64 + token % 16 * 4 + channel % 4
+        place = token // 32 * (16 * D) + channel // 4 * 64 + token % 16 * 4 + channel % 4
         shift = token // 16 % 2 * 4 + channel * 0
     else:
-        at = token // 16 * (8 * D) + channel // 8 * 64 + token % 16 * 4 + channel % 4
+        place = token // 16 * (8 * D) + channel // 8 * 64 + token % 16 * 4 + channel % 4
         shift = channel // 4 % 2 * 4 + token * 0
-    packed = tl.load(scanned + page * page_bytes + at, mask=(token < SIZE) & (channel < D), other=0).to(tl.int32)
+    packed = tl.load(scanned + page * page_bytes + place, mask=(token < SIZE) & (channel < D), other=0).to(tl.int32)
     codes = ((packed >> shift) & 15).to(tl.float32)
-    own = tl.arange(0, WIDTH)
-    within = own < D
-    step = tl.load(steps + page * row + own, mask=within, other=0.0).to(tl.float32)
-    low = tl.load(lows + page * row + own, mask=within, other=0.0).to(tl.float32)
+    column = tl.arange(0, WIDTH)
+    within = column < D
+    step = tl.load(steps + page * row + column, mask=within, other=0.0).to(tl.float32)
+    low = tl.load(lows + page * row + column, mask=within, other=0.0).to(tl.float32)
     places = first + tl.arange(0, TOKENS)
     for head in range(GROUP):
         vector = item * GROUP + head
-        query = tl.load(q + vector * D + own, mask=within, other=0.0)
+        query = tl.load(q + vector * D + column, mask=within, other=0.0)
         sums = tl.sum(codes * (query * step)[None, :], 1) + tl.sum(query * low, 0)
         tl.store(out + (vector * entries + entry) * SIZE + places, sums * scale, mask=places < SIZE)

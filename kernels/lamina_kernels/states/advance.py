@@ -108,19 +108,19 @@ def with_pages(plan: Plan, source: Pages, target: Pages) -> Plan:
 
 
 def _items(layout: StateLayout, rows: StateRows) -> npt.NDArray[Any]:
-    items, at = np.zeros(rows.items, ITEM), 0
+    items, first = np.zeros(rows.items, ITEM), 0
     items["number"] = np.arange(rows.items)
     x = gates = out = 0
     for row, (count, heads) in enumerate(zip(rows.count.tolist(), rows.heads, strict=True)):
-        own, keys, width = items[at : at + len(heads)], rows.key_heads(row), rows.width(layout, row)
+        part, keys, width = items[first : first + len(heads)], rows.key_heads(row), rows.width(layout, row)
         ranks, places = np.searchsorted(keys, heads // rows.group), np.arange(len(heads))
-        own["count"], own["x"], own["width"] = count, x, width
-        own["q"], own["k"] = ranks * layout.d_k, (len(keys) + ranks) * layout.d_k
-        own["v"] = 2 * len(keys) * layout.d_k + places * layout.d_v
-        own["gates"], own["gates_width"] = gates + places * layout.gates, len(heads) * layout.gates
-        own["out"], own["out_width"] = out + places * layout.d_v, len(heads) * layout.d_v
-        own["head"], own["key"] = heads, heads // rows.group
-        at, x = at + len(heads), x + count * width
+        part["count"], part["x"], part["width"] = count, x, width
+        part["q"], part["k"] = ranks * layout.d_k, (len(keys) + ranks) * layout.d_k
+        part["v"] = 2 * len(keys) * layout.d_k + places * layout.d_v
+        part["gates"], part["gates_width"] = gates + places * layout.gates, len(heads) * layout.gates
+        part["out"], part["out_width"] = out + places * layout.d_v, len(heads) * layout.d_v
+        part["head"], part["key"] = heads, heads // rows.group
+        first, x = first + len(heads), x + count * width
         gates, out = gates + count * len(heads) * layout.gates, out + count * len(heads) * layout.d_v
     return items
 
@@ -157,13 +157,13 @@ def advance(plan: Plan, layer: int, x: torch.Tensor, gates: torch.Tensor, consta
     layout = plan.layout
     check_inputs(plan.sizes, x, gates)
     constants.check(layout, plan.group, plan.end)
-    numbers, given = x.contiguous(), gates.contiguous()
+    numbers, gate_numbers = x.contiguous(), gates.contiguous()
     out = torch.empty(plan.vectors, layout.d_v, dtype=x.dtype)
     a = plan.arguments
     a.taken = a.finished = 0
     a.source, a.target = plan.source[layer].ctypes.data, plan.target[layer].ctypes.data
     a.dtype, a.itemsize = DTYPES.index(x.dtype), x.itemsize
-    a.x, a.gates, a.out = numbers.data_ptr(), given.data_ptr(), out.data_ptr()
+    a.x, a.gates, a.out = numbers.data_ptr(), gate_numbers.data_ptr(), out.data_ptr()
     a.heads, a.key_heads, a.scale = constants.heads, constants.key_heads, constants.scale
     a.skip, a.log_decays = _address(constants.skip), _address(constants.decays)
     a.weights, a.bias = _address(constants.taps), _address(constants.shift)

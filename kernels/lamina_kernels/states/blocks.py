@@ -46,25 +46,25 @@ def multiply(m: int, n: int, steps: int, a: Matrix, b: Matrix, c: Matrix) -> Non
     for first in range(0, steps, _STEPS):
         count, column = min(_STEPS, steps - first), 0
         while column < n:
-            left = n - column
+            width = n - column
             for row in range(0, m, 4):
                 x, y = a.at + (row * a.row + first) * 4, b.at + (first * b.row + column) * 4
                 z = c.at + (row * c.row + column) * 4
                 o = Multiply(count, x, a.row * 4, y, b.row * 4, z, c.row * 4)
                 if m == 1:
-                    if left >= 64:
+                    if width >= 64:
                         micro.multiply_tile(1, 4, o)
                     else:
                         micro.multiply_tile(1, 1, o)
-                elif left >= 64:
+                elif width >= 64:
                     micro.multiply_tile(4, 4, o)
-                elif left >= 48:
+                elif width >= 48:
                     micro.multiply_tile(4, 3, o)
-                elif left >= 32:
+                elif width >= 32:
                     micro.multiply_tile(4, 2, o)
                 else:
                     micro.multiply_tile(4, 1, o)
-            column += min(64, left) if m > 1 or left >= 64 else 16
+            column += min(64, width) if m > 1 or width >= 64 else 16
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -101,10 +101,12 @@ def _scores(a: Any, item: Any, first: int, n: int, padded: int, shift: int) -> N
     row, forward = floats(a.backward + shift, padded), floats(a.forward + shift, padded)
     _clear(a.backward + shift, padded)
     for tile in range(0, padded, TILE):
-        place, at = tile * BLOCK * 4, tile * a.d_k * 4
-        multiply(TILE, tile + TILE, a.d_k, Matrix(q + at, a.d_k), Matrix(keys, BLOCK), Matrix(every + place, BLOCK))
+        place, offset = tile * BLOCK * 4, tile * a.d_k * 4
+        multiply(TILE, tile + TILE, a.d_k, Matrix(q + offset, a.d_k), Matrix(keys, BLOCK), Matrix(every + place, BLOCK))
         if a.delta:
-            multiply(TILE, tile + TILE, a.d_k, Matrix(k + at, a.d_k), Matrix(keys, BLOCK), Matrix(pairs + place, BLOCK))
+            multiply(
+                TILE, tile + TILE, a.d_k, Matrix(k + offset, a.d_k), Matrix(keys, BLOCK), Matrix(pairs + place, BLOCK)
+            )
         for i in range(tile, tile + TILE):
             forward[i] = decays[i] * (forward[i - 1] if i else np.float32(1.0))
             for j in range(i):

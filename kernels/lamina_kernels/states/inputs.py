@@ -21,9 +21,9 @@ def floats(address: int, n: int) -> Any:
 @njit  # type: ignore[untyped-decorator]
 def move(source: int, target: int, n: int) -> None:
     """Copy n numbers to where they may overlap those behind them."""
-    numbers, to = floats(source, n), floats(target, n)
+    numbers, destination = floats(source, n), floats(target, n)
     for i in range(n):
-        to[i] = numbers[i]
+        destination[i] = numbers[i]
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -57,8 +57,8 @@ def give(a: Any, item: Any, token: int, value: int, v: int) -> None:
 def _channels(a: Any, inputs: Any, column: int, place: int, n: int, out: Any) -> None:
     """Convolve n channels: those from `column` on of the inputs `[conv, channels]`, from `place` on of the weights."""
     weights, stride = a.weights + place * 4, (2 * a.d_k + a.d_v) * 4
-    at = inputs + column * 4
-    micro.convolve(Convolve(a.conv, at, stride, weights, a.channels * 4, a.bias + place * 4, out, n >> 4))
+    address = inputs + column * 4
+    micro.convolve(Convolve(a.conv, address, stride, weights, a.channels * 4, a.bias + place * 4, out, n >> 4))
 
 
 @njit  # type: ignore[untyped-decorator]

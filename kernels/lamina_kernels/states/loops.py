@@ -78,12 +78,12 @@ def _read(state: Any, ahead: Any, d_k: int, d_v: int, weights: Any, out: Any) ->
     """out = S^T weights; meanwhile the first half of the state at `ahead` is fetched."""
     column = 0
     while column < d_v:
-        left, far = d_v - column, ahead + column * d_k * 2
+        width, far = d_v - column, ahead + column * d_k * 2
         operands = Read(state + column * 4, d_v * 4, d_k, far, weights, out + column * 4)
-        if left >= 128:
+        if width >= 128:
             micro.read_state(8, operands)
             column += 128
-        elif left >= 64:
+        elif width >= 64:
             micro.read_state(4, operands)
             column += 64
         else:
@@ -96,15 +96,26 @@ def _write(share: int, state: Any, ahead: Any, d_k: int, d_v: int, written: Writ
     """S <- decays S + k change^T; out = S^T q; meanwhile the state at `ahead` is fetched: of each row 1 / share."""
     share, w, column = literally(share), written, 0
     while column < d_v:
-        left, at, far = d_v - column, column * 4, ahead + column * d_k * 4 // share
-        o = Write(state + at, w.target + at, d_v * 4, d_k, far, w.decays, w.keys, w.queries, w.change + at, w.out + at)
-        if left >= 128:
+        width, offset, far = d_v - column, column * 4, ahead + column * d_k * 4 // share
+        o = Write(
+            state + offset,
+            w.target + offset,
+            d_v * 4,
+            d_k,
+            far,
+            w.decays,
+            w.keys,
+            w.queries,
+            w.change + offset,
+            w.out + offset,
+        )
+        if width >= 128:
             if state == w.target:
                 micro.write_state(8, share, 0, o)
             else:
                 micro.write_state(8, share, 1, o)
             column += 128
-        elif left >= 64:
+        elif width >= 64:
             if state == w.target:
                 micro.write_state(4, share, 0, o)
             else:

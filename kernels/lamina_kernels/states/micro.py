@@ -84,13 +84,13 @@ def write_state(context: Any, vectors: Any, share: Any, streaming: Any, operands
         changes = [e.load(e.at(o.change, 64 * v), VF) for v in range(width)]
 
         def step(i: Value, row: Value, target: Value, far: Value, *sums: Value) -> list[Value]:
-            at, new = builder.shl(i, I64(2)), []
-            decay, key, query = (e.splat(e.load(e.at(p, at), F32)) for p in (o.decays, o.keys, o.queries))
+            offset, new = builder.shl(i, I64(2)), []
+            decay, key, query = (e.splat(e.load(e.at(p, offset), F32)) for p in (o.decays, o.keys, o.queries))
             for line in range(fetched):
                 e.fetch(e.at(far, 64 * line), fetches_near())
             for v, total in enumerate(sums):
-                kept = builder.fmul(decay, e.load(e.at(row, 64 * v), VF))
-                value = e.fma(key, changes[v], kept)
+                remainder = builder.fmul(decay, e.load(e.at(row, 64 * v), VF))
+                value = e.fma(key, changes[v], remainder)
                 if past:
                     store = builder.store(value, e.at(target, 64 * v), align=64)
                     store.set_metadata("nontemporal", builder.module.add_metadata([I32(1)]))
@@ -132,9 +132,9 @@ def multiply_tile(context: Any, rows: Any, vectors: Any, operands: Any) -> Any:
         offsets = [builder.mul(o.a_row, I64(r)) for r in range(height)]
 
         def step(i: Value, a: Value, b: Value, *sums: Value) -> list[Value]:
-            right = [e.load(e.at(b, 64 * v), VF) for v in range(width)]
-            left = [e.splat(e.load(e.at(a, offset), F32)) for offset in offsets]
-            pairs = [(x, y) for x in left for y in right]
+            columns = [e.load(e.at(b, 64 * v), VF) for v in range(width)]
+            rows = [e.splat(e.load(e.at(a, offset), F32)) for offset in offsets]
+            pairs = [(x, y) for x in rows for y in columns]
             new = [e.fma(x, y, total) for (x, y), total in zip(pairs, sums, strict=True)]
             return [e.at(a, 4), e.at(b, o.b_row), *new]
 
@@ -168,17 +168,17 @@ def convolve(context: Any, operands: Any) -> Any:
         o = unpack(Convolve, context, e, signature.args[0], args[0])
 
         def one(i: Value) -> list[Value]:
-            at = builder.shl(i, I64(6))
+            offset = builder.shl(i, I64(6))
 
             def tap(_: Value, x: Value, weight: Value, total: Value) -> list[Value]:
                 new = e.fma(e.load(weight, VF), e.load(x, VF), total)
                 return [e.at(x, o.stride), e.at(weight, o.weight_stride), new]
 
-            first = [e.at(o.inputs, at), e.at(o.weights, at), e.load(e.at(o.bias, at), VF)]
+            first = [e.at(o.inputs, offset), e.at(o.weights, offset), e.load(e.at(o.bias, offset), VF)]
             x = e.loop(o.taps, first, tap)[2]
             low = builder.select(builder.fcmp_ordered("<", x, e.number(-87.0)), e.number(-87.0), x)  # NaN stays
             power = e.exp2(builder.fmul(low, e.number(-LOG2E)))
-            e.store(builder.fdiv(low, builder.fadd(power, e.number(1.0))), e.at(o.out, at))
+            e.store(builder.fdiv(low, builder.fadd(power, e.number(1.0))), e.at(o.out, offset))
             return []
 
         e.loop(o.n, [], one)
@@ -224,14 +224,14 @@ def exponentials(context: Any, x: Any, out: Any, n: Any) -> Any:
         x, out = e.pointer(args[0]), e.pointer(args[1])
 
         def one(i: Value) -> list[Value]:
-            at, least = builder.shl(i, I64(6)), e.number(-200.0)
-            value = e.load(e.at(x, at), VF)
+            offset, least = builder.shl(i, I64(6)), e.number(-200.0)
+            value = e.load(e.at(x, offset), VF)
             value = builder.select(builder.fcmp_ordered("<", value, least), least, value)
             power = builder.fmul(value, e.number(LOG2E))
             lost = e.fma(value, e.number(LOG2E), builder.fneg(power))
-            rest = e.fma(value, e.number(LOG2E - float(np.float32(LOG2E))), lost)
+            error = e.fma(value, e.number(LOG2E - float(np.float32(LOG2E))), lost)
             result = e.exp2(power)
-            e.store(e.fma(result, builder.fmul(rest, e.number(LN2)), result), e.at(out, at))
+            e.store(e.fma(result, builder.fmul(error, e.number(LN2)), result), e.at(out, offset))
             return []
 
         e.loop(args[2], [], one)

@@ -111,12 +111,12 @@ class StateConstants:
             "decays": (self.heads,) if layout.kind == "lightning" else None,
         }
         for name, shape in shapes.items():
-            given = getattr(self, name)
-            if (given is None) != (shape is None):
-                wanted = "no tensor" if shape is None else f"float32 {list(shape)}"
-                raise ValueError(f"{name} of a {layout.kind} layer with conv {layout.conv} must be {wanted}")
-            if given is not None and (given.shape != shape or given.dtype != torch.float32):
-                raise ValueError(f"{name} must be float32 {list(shape or ())}, got {given.dtype} {list(given.shape)}")
+            tensor = getattr(self, name)
+            if (tensor is None) != (shape is None):
+                requirement = "no tensor" if shape is None else f"float32 {list(shape)}"
+                raise ValueError(f"{name} of a {layout.kind} layer with conv {layout.conv} must be {requirement}")
+            if tensor is not None and (tensor.shape != shape or tensor.dtype != torch.float32):
+                raise ValueError(f"{name} must be float32 {list(shape or ())}, got {tensor.dtype} {list(tensor.shape)}")
 
 
 def check_tables(layout: StateLayout, items: int, arena: torch.Tensor, source: Pages, target: Pages) -> None:
