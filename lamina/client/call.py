@@ -149,7 +149,7 @@ class Call:
         self._owner = owner
         self._open = len(requests)
         self._put: Callable[[Delivery], None]
-        self._held: dict[str, list[EngineOutput]] = {request.id: [] for request in requests}
+        self._buffers: dict[str, list[EngineOutput]] = {request.id: [] for request in requests}
         self._processors = {
             request.id: OutputProcessor(index, request, serving.tokenizer, partial(_stop, engine, request))
             for index, request in enumerate(requests)
@@ -269,11 +269,11 @@ class Call:
         self._put((request, outputs))
 
     def _hold(self, request: EngineRequest, outputs: list[EngineOutput]) -> None:
-        held = self._held[request.id]
-        held += outputs
+        buffer = self._buffers[request.id]
+        buffer += outputs
         if any(output.finish_reason is not None or output.error is not None for output in outputs):
-            self._held[request.id] = []
-            self._deliver(request, held)
+            self._buffers[request.id] = []
+            self._deliver(request, buffer)
 
 
 def _stop(engine: EngineClient, request: EngineRequest, sample: int) -> None:
@@ -328,8 +328,8 @@ class EmbeddingCall:
         return self._result()
 
     def _result(self) -> Embedding | list[Embedding]:
-        found = [
+        embeddings = [
             Embedding(embedding(request, pooled, self._size, self._normalize), len(request.request.prompt))
             for request, pooled in zip(self._requests, self._call.pooled(), strict=True)
         ]
-        return found[0] if self._one else found
+        return embeddings[0] if self._one else embeddings

@@ -130,7 +130,7 @@ class InputProcessor:
         filled = params.with_defaults(self._generation_config)
         self._check_token_ids("stop_token_ids", filled.stop_token_ids)
         self._check_token_ids("logit_bias", list(filled.logit_bias))
-        most = [self._most(prompt, filled.max_tokens) for prompt in prompts]
+        limits = [self._most(prompt, filled.max_tokens) for prompt in prompts]
         stops = frozenset(filled.stop_token_ids)
         if not filled.ignore_eos:
             stops |= {token for token in self.tokenizer.eos_ids if token < self.vocab_size}
@@ -152,7 +152,7 @@ class InputProcessor:
                 params=filled,
                 seed=secrets.randbits(64) if filled.seed is None else filled.seed,
             )
-            for prompt, max_tokens in zip(prompts, most, strict=True)
+            for prompt, max_tokens in zip(prompts, limits, strict=True)
         ]
 
     def embeddings(
@@ -179,7 +179,7 @@ class InputProcessor:
             raise InvalidRequest(f"prompts is {cut(prompts)}; allowed is text, a list of token ids, or a list of those")
         if is_one(prompts):
             return Prepared([self._prompt("the prompt", prompts)], one=True)
-        return Prepared([self._prompt(f"prompts[{index}]", given) for index, given in enumerate(prompts)], one=False)
+        return Prepared([self._prompt(f"prompts[{index}]", prompt) for index, prompt in enumerate(prompts)], one=False)
 
     def conversations(self, messages: Conversations, chat_template_kwargs: object = None) -> Prepared:
         """One conversation, or several, as the model's chat template writes them, with these variables."""
@@ -191,9 +191,9 @@ class InputProcessor:
     def _most(self, prompt: Sequence[int], max_tokens: int | None) -> int:
         """How many tokens may follow a prompt, once both are checked."""
         self._check_token_ids("the prompt", prompt)
-        most = max(1, self.max_model_len - len(prompt)) if max_tokens is None else max_tokens
-        check_length(len(prompt), most, self._context, self.possible)
-        return most
+        limit = max(1, self.max_model_len - len(prompt)) if max_tokens is None else max_tokens
+        check_length(len(prompt), limit, self._context, self.possible)
+        return limit
 
     def _prompt(self, name: str, prompt: object) -> list[int]:
         if isinstance(prompt, str):

@@ -127,12 +127,12 @@ class _Growing:
         if output.finish_reason is not None:
             text += self._decoder.finish()
         early = len(self.token_ids) < self._params.min_tokens
-        shown, stopped = (text, False) if early else self._matcher.push(text)
+        visible_text, stopped = (text, False) if early else self._matcher.push(text)
         if output.finish_reason is not None and not stopped:
-            shown += self._matcher.finish()
+            visible_text += self._matcher.finish()
         self.finish_reason = "stop" if stopped else output.finish_reason
-        self.pieces.append(shown)
-        return shown, stopped
+        self.pieces.append(visible_text)
+        return visible_text, stopped
 
     def end(self, reason: FinishReason) -> None:
         """End without a further token, and show what was held back."""
@@ -173,8 +173,8 @@ class PromptLogprobs(Sequence[TokenLogprob | None]):
     def __getitem__(self, at: int | slice) -> TokenLogprob | Sequence[TokenLogprob | None] | None:
         if isinstance(at, slice):
             return tuple(self[i] for i in range(*at.indices(len(self))))
-        found = self._reports[at]
-        return None if found is None else self._spelling.logprob(self._prompt[at], *found)
+        report = self._reports[at]
+        return None if report is None else self._spelling.logprob(self._prompt[at], *report)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and tuple(self) == tuple(other)

@@ -347,7 +347,7 @@ class EngineHost:
         self._clock = clock
         self._open: dict[str, tuple[EngineRequest, set[int]]] = {}  # by id, with the samples that have ended
         self._halted = False  # what the client knows
-        self._gone = False
+        self._abandoned = False
         self._compiling = ThreadPoolExecutor(1, "lamina-grammars")
         self._late: set[str] = set()  # ids of the requests that `_compiling` is still to submit
 
@@ -374,7 +374,7 @@ class EngineHost:
 
     def abandon(self) -> None:
         """The client is gone: end all that has not ended."""
-        self._gone = True
+        self._abandoned = True
         self._abandon()
         if self._late:
             self._compiling.submit(self._abandon)
@@ -386,9 +386,9 @@ class EngineHost:
 
     def _prefix_event(self, event: PrefixEvent) -> bool:
         """On the engine's thread."""
-        if not self._gone:
+        if not self._abandoned:
             self._send(PrefixChanged(event))
-        return not self._gone
+        return not self._abandoned
 
     def _snapshot(self, number: int) -> None:
         self._engine.snapshot(lambda snapshot: self._send(SnapshotTaken(number, snapshot)))

@@ -78,8 +78,8 @@ class Masks:
 
     def close(self) -> None:
         """End the threads, without waiting for them."""
-        for each in self._queues.values():
-            each.put((-1.0, 0, None))
+        for advance_queue in self._queues.values():
+            advance_queue.put((-1.0, 0, None))
 
     def _queue(self, slow: bool) -> queue.PriorityQueue[tuple[float, int, Advance | None]]:
         if slow not in self._queues:

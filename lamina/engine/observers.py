@@ -198,8 +198,8 @@ class _Names:
                 yield self._holder(number, Link(name, "", "in process", True, 0, 0, 0.0, _NO_EXCHANGES))
 
     def _holder(self, number: int, link: Link) -> HolderSnapshot:
-        holder, left = self._control.placement.holders[number], self._control.scheduler.ledger.free
-        pools = tuple((total, max(0, left.get((number, pool), 0))) for pool, total in enumerate(holder.pages))
+        holder, free_pages = self._control.placement.holders[number], self._control.scheduler.ledger.free
+        pools = tuple((total, max(0, free_pages.get((number, pool), 0))) for pool, total in enumerate(holder.pages))
         return HolderSnapshot(
             name=self._names[number],
             address=link.address,

@@ -103,8 +103,10 @@ class TierController:
         self._step = 0.01  # seconds of a recent decode batch
         self._moving = False  # whether sequences moved since the last decode batch
         self._placement.local_share = self._control.tuner.share
-        self._said: tuple[bool, bool] | None = None  # of the last line: whether all was local, whether nothing was
-        self._said_at = 0.0
+        self._last_place: tuple[bool, bool] | None = (
+            None  # of the last line: whether all was local, whether nothing was
+        )
+        self._last_report = 0.0
 
     @property
     def busy(self) -> bool:
@@ -177,9 +179,9 @@ class TierController:
         """A line where KV has another place than the last line said."""
         tuner = self._control.tuner
         place = (tuner.share == 1, tuner.share == 0)
-        due = self._said is None or now - self._said_at >= SAY_AFTER
-        if due and tuner.settled and tuner.reason and place != self._said:
-            self._said, self._said_at = place, now
+        due = self._last_place is None or now - self._last_report >= SAY_AFTER
+        if due and tuner.settled and tuner.reason and place != self._last_place:
+            self._last_place, self._last_report = place, now
             choices.info("%s", tuner.reason)
 
     def _interrupted(self) -> None:

@@ -243,12 +243,12 @@ def assemble(
     local_pools = () if pools.attention is None else tuple(holders)
     states = sizes.limits.states
     local_tier = bool(local_pools) and config.local_share != 0 and config.model_workers == 1
-    kept: dict[int, Surveyed] = {}
+    surveys: dict[int, Surveyed] = {}
     if pools.attention is not None:
         for number, name, holder, surveyed in pools.attention.join(worker, len(holders)):
             holder.name, holders[number] = name, holder
             if surveyed is not None:
-                kept[number] = surveyed
+                surveys[number] = surveyed
     for number, holder in holders.items():
         holder.features = worker.features(number)
     place = partial(
@@ -268,8 +268,8 @@ def assemble(
     control = ControlPlane(sizes.limits, placement, _tuner(config, pools.attention is not None, local_tier))
     if config.autoscale is not None:
         parts = (*enumerate(sizes.ranks), *list(enumerate(sizes.seats)) * config.most_workers)
-        most = [Holder(page_counts(each, sizes.attention_device), fused=True, rank=rank) for rank, each in parts]
-        control.scheduler.admission.expect(place(dict(enumerate(most))))
+        all_holders = [Holder(page_counts(part, sizes.attention_device), fused=True, rank=rank) for rank, part in parts]
+        control.scheduler.admission.expect(place(dict(enumerate(all_holders))))
     possible = control.scheduler.admission.most_hoped()
     check_room(config, sizes, placement, possible)
     prefix = "" if pools.journal is None else f"{pools.journal.starts}-"  # ids are never used again
@@ -296,7 +296,7 @@ def assemble(
     )
     unfinished: tuple[EngineRequest, ...] = ()
     if pools.journal is not None and recorder is not None:
-        unfinished = recover(pools.journal, engine, recorder, worker, placement, kept)
+        unfinished = recover(pools.journal, engine, recorder, worker, placement, surveys)
     pools.watch(engine)
     return Runtime(
         files.path,

@@ -80,7 +80,7 @@ def recover(
     handles = [part.handle for surveyed in surveys.values() for part in surveyed.parts]
     epochs = [surveyed.last_epoch for surveyed in surveys.values()]
     past = _past_epochs(journal)
-    known = max(
+    highest_number = max(
         [
             past,
             *(
@@ -92,7 +92,7 @@ def recover(
         ]
     )
     # A holder that claims absurd numbers may refuse new ones: all others would refuse any that are larger still.
-    placement.number_from(0, max([known, *(handle for handle in handles if handle < known + _PARTS)]))
+    placement.number_from(0, max([highest_number, *(handle for handle in handles if handle < highest_number + _PARTS)]))
     worker.begin_after(max([past, *(epoch for epoch in epochs if epoch < past + _EPOCHS)]))
     handles = [sample.handle for request in journal.history.requests.values() for sample in request.samples]
     unfinished = engine.recover(found(surveys, placement, worker.address), max(handles, default=0))

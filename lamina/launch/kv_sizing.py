@@ -50,28 +50,28 @@ class RequestPolicies:
         self._groups = groups
         attention = [spec for spec in holder.layers if spec.kind not in STATES]
         texts = dict.fromkeys(text for spec in attention for text in spec.policies or ("full",))
-        self._own = tuple(map(parse, texts))
-        self._of: dict[str, PolicyKv] = {}  # not an lru_cache, which no Ray actor could send
-        self._engine = self._kv("", self._own)
+        self._engine_policies = tuple(map(parse, texts))
+        self._policy_kvs: dict[str, PolicyKv] = {}  # not an lru_cache, which no Ray actor could send
+        self._engine = self._kv("", self._engine_policies)
 
     def __call__(self, text: str) -> PolicyKv:
         """What becomes of KV under a policy. Raises PolicyError where the text is none, or the engine cannot serve it.
         Any thread may call."""
         if not text:
             return self._engine
-        policy_kv = self._of.get(text)
+        policy_kv = self._policy_kvs.get(text)
         if policy_kv is None:
             policy_kv = self._known(text)
-            if len(self._of) >= _KNOWN:
-                self._of.clear()
-            self._of[text] = policy_kv
+            if len(self._policy_kvs) >= _KNOWN:
+                self._policy_kvs.clear()
+            self._policy_kvs[text] = policy_kv
         return policy_kv
 
     def _known(self, text: str) -> PolicyKv:
         policy = parse(AUTO if text == "auto" else text)
-        if set(self._own) == {policy}:
+        if set(self._engine_policies) == {policy}:
             return self._engine
-        if not self._own:
+        if not self._engine_policies:
             raise PolicyError(f"the policy is {text!r:.80}; allowed is none: no layer of this model keeps KV")
         return self._kv(str(policy), (policy,))
 
@@ -122,8 +122,8 @@ class Sizes:
 
     def kv_device(self, rank: int) -> torch.device:
         """Where a model worker keeps KV itself: on its own GPU, if KV is on GPUs and it has one."""
-        own = self.devices[rank]
-        return own if own.type == self.attention_device.type == "cuda" else self.attention_device
+        device = self.devices[rank]
+        return device if device.type == self.attention_device.type == "cuda" else self.attention_device
 
     @property
     def dtype_name(self) -> str:
@@ -247,8 +247,8 @@ def _of_heads(spec: LayerSpec, texts: tuple[str, ...], copies: int) -> tuple[str
                 "all"
             )
         texts = texts[:1] * -(-spec.kv_heads // copies)
-    own = [str(parse(text).of_head(head)) for head, text in enumerate(texts)]
-    return tuple(text for text in own for _ in range(copies))[: spec.kv_heads]
+    head_texts = [str(parse(text).of_head(head)) for head, text in enumerate(texts)]
+    return tuple(text for text in head_texts for _ in range(copies))[: spec.kv_heads]
 
 
 def _kv_share(config: EngineConfig, machine: Machine) -> int:
@@ -271,7 +271,8 @@ def _rank_holders(holder: HolderConfig, ranks: int) -> tuple[HolderConfig, ...]:
     if fewest < ranks:
         raise RanksError(f"the model cannot be cut among {ranks} ranks: a layer has {fewest} KV heads")
     holders = tuple(_rank_holder(holder, Shard(rank, ranks)) for rank in range(ranks))
-    if any([pool.layers for pool in pools(each)] != [pool.layers for pool in pools(holder)] for each in holders):
+    pool_layers = [pool.layers for pool in pools(holder)]
+    if any([pool.layers for pool in pools(rank_holder)] != pool_layers for rank_holder in holders):
         raise RanksError(
             f"the model's layers cannot be cut evenly among {ranks} ranks: their numbers of KV heads differ"
         )
@@ -282,14 +283,14 @@ def _rank_holder(holder: HolderConfig, shard: Shard) -> HolderConfig:
     layers = []
     for spec in holder.layers:
         per_key = spec.kv_heads // spec.key_heads if spec.key_heads else 1  # heads of one key stay together
-        own = heads_of(spec.kv_heads // per_key, shard)
-        heads = slice(own.start * per_key, own.stop * per_key)
+        head_groups = heads_of(spec.kv_heads // per_key, shard)
+        heads = slice(head_groups.start * per_key, head_groups.stop * per_key)
         layers.append(
             replace(
                 spec,
-                heads=len(own) * per_key * spec.group,
-                kv_heads=len(own) * per_key,
-                key_heads=len(own) if spec.key_heads else 0,
+                heads=len(head_groups) * per_key * spec.group,
+                kv_heads=len(head_groups) * per_key,
+                key_heads=len(head_groups) if spec.key_heads else 0,
                 policies=spec.policies[heads],
                 decays=spec.decays[heads],
             )
@@ -302,20 +303,20 @@ def limits_of(config: EngineConfig, model: ModelConfig, holder: HolderConfig, ma
     """The limits that the scheduler plans within. Raises InvalidRequest where settings contradict the model or the
     machine."""
     context = model.max_position_embeddings
-    asked = config.max_model_len
-    if asked is not None and asked > context:
-        raise InvalidRequest(f"max_model_len is {asked}; the model's context is {context} (see rope_scaling)")
+    max_model_len = config.max_model_len
+    if max_model_len is not None and max_model_len > context:
+        raise InvalidRequest(f"max_model_len is {max_model_len}; the model's context is {context} (see rope_scaling)")
     elsewhere = config.cluster is not None and config.kv_local is not None  # and nobody here takes so much
-    most = 1 << 50 if elsewhere else _most_memory(config, holder, machine)
-    _check_memory("kv_memory", holder.kv_memory, holder, most)
+    memory_limit = 1 << 50 if elsewhere else _most_memory(config, holder, machine)
+    _check_memory("kv_memory", holder.kv_memory, holder, memory_limit)
     groups, states = page_groups(holder), state_pools(holder)
     evicts = any(group.policy is not None and group.policy.evicts for of_pool in groups for group in of_pool)
     # Which pages two sequences share is not known by positions once each has evicted its own.
-    prefix_cache = config.prefix_cache and not evicts and not _keys_depend_on_length(model, asked or context)
+    prefix_cache = config.prefix_cache and not evicts and not _keys_depend_on_length(model, max_model_len or context)
     return SchedulerConfig(
         max_batch_tokens=config.max_batch_tokens or DEFAULT_BATCH_TOKENS,
         max_sequences=min(config.max_num_seqs or MAX_SEQUENCES, config.max_batch_tokens or DEFAULT_BATCH_TOKENS),
-        max_model_len=asked or context,
+        max_model_len=max_model_len or context,
         page_size=config.page_size,
         page_groups=groups,
         prefix_cache=prefix_cache,
@@ -365,20 +366,22 @@ def _least_memory(holder: HolderConfig) -> int:
 def check_room(config: EngineConfig, sizes: Sizes, placement: Placement, possible: int) -> None:
     """Raise InvalidRequest where sequences cannot be as long as the config asks: `possible` tokens of one can have
     KV."""
-    asked, holder = config.max_model_len, sizes.holder
+    max_model_len, holder = config.max_model_len, sizes.holder
     if possible < 1:
-        needed, there = sizes.limits.pages_for(placement.layout(1), 1), placement.capacity
-        number, pool = at = min(there.short_of(needed))
-        own = pools(holder)[pool].config
-        has, takes = there.get(at, 0) * page_cost(own), needed[at] * page_cost(own)
+        needed, capacity = sizes.limits.pages_for(placement.layout(1), 1), placement.capacity
+        number, pool = shortage = min(capacity.short_of(needed))
+        pool_config = pools(holder)[pool].config
+        has, takes = capacity.get(shortage, 0) * page_cost(pool_config), needed[shortage] * page_cost(pool_config)
+        name, kind = placement.holders[number].name or "this process", pool_config.layers[0].kind
         raise InvalidRequest(
-            f"{placement.holders[number].name or 'this process'} has {has} bytes for {own.layers[0].kind} layers, and "
-            f"one token takes {takes} there; allowed is a larger kv_memory, or more attention workers"
+            f"{name} has {has} bytes for {kind} layers, and one token takes {takes} there; allowed is "
+            "a larger kv_memory, or more attention workers"
         )
-    if asked is not None and asked > possible:
+    if max_model_len is not None and max_model_len > possible:
         workers = config.attention_workers or config.autoscale
         where = "the attention workers, with kv_memory of" if workers else "kv_memory of"
-        raise InvalidRequest(f"max_model_len is {asked}; {where} {holder.kv_memory} bytes holds {possible} tokens")
+        memory = f"{where} {holder.kv_memory} bytes"
+        raise InvalidRequest(f"max_model_len is {max_model_len}; {memory} holds {possible} tokens")
 
 
 def state_pools(holder: HolderConfig) -> dict[int, int]:
@@ -403,7 +406,7 @@ def page_groups(holder: HolderConfig, policy: str = "") -> tuple[tuple[PageGroup
     heads under the same policy. Layers that share the KV of another are not counted, nor are states. Raises PolicyError
     for a policy that the holders cannot serve."""
     states = state_pools(holder)
-    return tuple(() if at in states else _groups(pool.config, policy) for at, pool in enumerate(pools(holder)))
+    return tuple(() if number in states else _groups(pool.config, policy) for number, pool in enumerate(pools(holder)))
 
 
 def _groups(pool: HolderConfig, policy: str) -> tuple[PageGroup, ...]:
@@ -413,7 +416,7 @@ def _groups(pool: HolderConfig, policy: str) -> tuple[PageGroup, ...]:
         heads: dict[Policy | None, set[int]] = {}
         for head, of_head in enumerate(layer):
             heads.setdefault(of_head if of_head in policies.releasing else None, set()).add(head)
-        groups.update((of_head, frozenset(those)) for of_head, those in heads.items())
+        groups.update((of_head, frozenset(group_heads)) for of_head, group_heads in heads.items())
     return tuple(PageGroup(layers, of_head, heads) for (of_head, heads), layers in groups.items())
 
 

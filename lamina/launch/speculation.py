@@ -50,23 +50,23 @@ def find_drafts(files: ModelFiles, sizes: Sizes, config: EngineConfig, progress:
     _check_layers(config, files, sizes.holder)
     if config.speculate == NGRAM:
         return None
-    own = EngineConfig(
+    draft_config = EngineConfig(
         dtype=config.dtype,
         weights="auto" if config.weights == "packed" else config.weights,  # the draft's file may have them otherwise
         kv_dtype=config.kv_dtype,
         page_size=config.page_size,
         kv_memory=sizes.holder.kv_memory,
     )
-    draft = load(config.speculate, own, progress)
+    draft = load(config.speculate, draft_config, progress)
     try:
         _check_vocabulary(config, files.tokenizer, draft.tokenizer)
     finally:
         draft.tokenizer.close()
-    holder = holder_config(draft.path, draft.model, own, sizes.dtype, this_machine())
+    holder = holder_config(draft.path, draft.model, draft_config, sizes.dtype, this_machine())
     _check_layers(config, draft, holder)
     memory = holder.kv_memory * _token_bytes(holder) // _token_bytes(sizes.holder)  # for as many tokens
     vocabulary = min(files.model.vocab_size, draft.model.vocab_size)
-    packing = draft.packing(own, (sizes.device,), sizes.dtype)
+    packing = draft.packing(draft_config, (sizes.device,), sizes.dtype)
     return DraftFiles(draft, packing, replace(holder, kv_memory=max(memory, _token_bytes(holder))), vocabulary)
 
 

@@ -73,13 +73,13 @@ class FreshAttention:
         spec, size = self._layers[0], self._pages.layout.page_size
         first = np.cumsum([0, *(span.count for span in spans)])
         self._tokens = int(first[-1])
-        policies = [self._policies_of(spans[at].policy) for at in chosen]
+        policies = [self._policies_of(spans[index].policy) for index in chosen]
         blocks = any(policy.unit > 1 for of_span in policies for policy in of_span.distinct)
         tables, slots, vectors, fresh, used = [], [], [], [], 0
         every_head, every_kv_head = np.arange(spec.heads), np.arange(spec.kv_heads)
-        for at in chosen:
-            count, source = spans[at].count, int(first[at])
-            inside = spans[at].start % size if blocks else 0  # so that blocks are whole pages
+        for index in chosen:
+            count, source = spans[index].count, int(first[index])
+            inside = spans[index].start % size if blocks else 0  # so that blocks are whole pages
             pages = -(-(inside + count) // size)
             table = np.arange(used, used + spec.kv_heads * pages, dtype=np.int32).reshape(1, spec.kv_heads, pages)
             page, offset = np.divmod(np.arange(inside, inside + count), size)
@@ -94,17 +94,18 @@ class FreshAttention:
         self._fresh = self._placed(index_of(fresh, self._tokens * spec.kv_heads))
         self._slots = self._kernels.plan_append(self._pages, torch.from_numpy(np.concatenate(slots)[None]))
         # The holders are attending the past meanwhile, perhaps on these cores: a few tokens are not worth a team.
-        threads = self._threads if sum(spans[at].count for at in chosen) * spec.heads > _FEW_VECTORS else 1
+        threads = self._threads if sum(spans[index].count for index in chosen) * spec.heads > _FEW_VECTORS else 1
         self._plan_of = read_alike(tuple(dict.fromkeys(policies)))
         for layer in (self._plan_of.index(number) for number in range(1 + max(self._plan_of))):
-            rows, asked = RowBuilder(size), 0
-            for at, table, of_span in zip(chosen, tables, policies, strict=True):
-                start, count = spans[at].start, spans[at].count
+            rows, first_vector = RowBuilder(size), 0
+            for index, table, of_span in zip(chosen, tables, policies, strict=True):
+                start, count = spans[index].start, spans[index].count
                 base = start - start % size if blocks else start
                 rows.add(
-                    RowQueries(asked, start, count, spec.group, start, start + count, base, table), of_span.reads[layer]
+                    RowQueries(first_vector, start, count, spec.group, start, start + count, base, table),
+                    of_span.reads[layer],
                 )
-                asked += count * spec.heads
+                first_vector += count * spec.heads
             self._plans.append(self._kernels.plan(self._pages, rows.rows(), threads))
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Partial | None:
@@ -118,9 +119,9 @@ class FreshAttention:
         out, lse = self._kernels.attend(self._pages, plan, 0, DIRECT.down(q, self._queries), spec.scale, spec.soft_cap)
         if self._queries is None:
             return Partial(out, lse)
-        whole = empty(self._tokens * spec.heads, spec.d_v, out.dtype, out.device)
-        self._kernels.merge_into(whole, Partial(out, lse), self._queries)
-        return whole
+        result = empty(self._tokens * spec.heads, spec.d_v, out.dtype, out.device)
+        self._kernels.merge_into(result, Partial(out, lse), self._queries)
+        return result
 
     def _placed(self, index: torch.Tensor | None) -> torch.Tensor | None:
         return None if index is None else index.to(self._device)
@@ -157,11 +158,11 @@ class LayerExchange:
         """The next layer, and its queries. q: `[T, heads, d_k]`."""
         self.layer, self.q = layer, q
         self._early = False  # q is sent, k and v are not
-        self._asked = self._slowest = self._answered = 0.0
+        self._send_time = self._slowest = self._answered = 0.0
 
     def ask(self) -> None:
         """Send q alone to the holders that need no more: they attend the past while k and v are computed."""
-        self._early, self._asked = True, time.perf_counter()
+        self._early, self._send_time = True, time.perf_counter()
         for holder in self.readers:
             if not holder.fused:
                 holder.send_query(self._epoch, self.batch, self.layer, self.q)
@@ -169,7 +170,7 @@ class LayerExchange:
     def send(self, kv: KeyValueReady) -> None:
         """Send k and v, and q where `ask` has not."""
         if not self._early:
-            self._asked = time.perf_counter()
+            self._send_time = time.perf_counter()
         for holder in self._traffic:
             asks = holder.reads and (holder.fused or not self._early)
             if asks and holder.stores:
@@ -189,7 +190,7 @@ class LayerExchange:
         else:
             now = time.perf_counter()
             self._times.waited += now - waits
-            self._answered = now - self._asked
+            self._answered = now - self._send_time
             self._slowest = max(self._slowest, min(seconds, self._answered))  # whatever the holder says
         return past
 
@@ -298,9 +299,13 @@ class AttentionMerge:
             {replies: [route for route in routed if route.pool == number] for replies, routed in routes.items()}
             for number in range(len(self._pools))
         ]
-        arguments = [(n, ids, spans, of_pool, times) for n, of_pool in enumerate(of_pools)]
-        runs = {each[0]: self._begun(lane, *each) for each in arguments if each[0] in lane.pools}
-        states = {each[0]: self._begun_states(lane, *each) for each in arguments if each[0] not in lane.pools}
+        runs: dict[int, _PoolRun] = {}
+        states: dict[int, StateExchange] = {}
+        for n, of_pool in enumerate(of_pools):
+            if n in lane.pools:
+                runs[n] = self._pool_run(lane, n, ids, spans, of_pool, times)
+            else:
+                states[n] = self._state_exchange(lane, n, ids, spans, of_pool, times)
         all_compiled: dict[int, CompiledExchange | None] = {}  # by pool
         try:
             event = next(forward)
@@ -341,12 +346,12 @@ class AttentionMerge:
             result: torch.Tensor = stop.value
             return result
         finally:
-            for each in all_compiled.values():
-                if each is not None:
-                    each.close()
+            for compiled in all_compiled.values():
+                if compiled is not None:
+                    compiled.close()
             self.times = times
 
-    def _begun(
+    def _pool_run(
         self,
         lane: _Lane,
         number: int,
@@ -374,7 +379,7 @@ class AttentionMerge:
         exchange = LayerExchange(ids, traffic, [sample for sample in samples if sample], self._config.layers, times)
         return _PoolRun(layers, present, tuple(traffic), exchange, not unfused)
 
-    def _begun_states(
+    def _state_exchange(
         self,
         lane: _Lane,
         number: int,

@@ -148,21 +148,21 @@ def _vectors(
 
     Each part is a route: its first token in the batch, of how many tokens there are queries, the tokens [lo, hi) of the
     batch that it stores, and its KV heads."""
-    queries, fresh, cuts, asked, in_round, group = [], [], [0], 0, set[int](), heads // kv_heads
-    for first, reads, lo, hi, own in parts:
-        kv = np.array(own)
+    queries, fresh, cuts, n_vectors, in_round, group = [], [], [0], 0, set[int](), heads // kv_heads
+    for first, reads, lo, hi, part_heads in parts:
+        kv = np.array(part_heads)
         if reads:
             if first in in_round:
-                cuts.append(asked)
+                cuts.append(n_vectors)
                 in_round.clear()
             in_round.add(first)
-            asked += reads * len(own) * group
+            n_vectors += reads * len(part_heads) * group
             queries.append(
                 vectors_of(first, first + reads, (kv[:, None] * group + np.arange(group)).reshape(-1), heads)
             )
         if lo < hi:
             fresh.append(vectors_of(lo, hi, kv, kv_heads))
-    rounds = tuple(slice(lo, hi) for lo, hi in pairwise([*cuts, asked]))
+    rounds = tuple(slice(lo, hi) for lo, hi in pairwise([*cuts, n_vectors]))
     return index_of(queries, tokens * heads), rounds, index_of(fresh, tokens * kv_heads)
 
 

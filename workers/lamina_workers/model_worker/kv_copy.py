@@ -46,29 +46,30 @@ class Copy:
         self.paged = all(move.paged for move in moves)
         self.xor = any(move.xor for move in moves)
         self.circular = not {move.origin for move in moves}.isdisjoint(move.to for move in moves)
-        at = {source: index for index, source in enumerate(self.sources)}
+        source_numbers = {source: index for index, source in enumerate(self.sources)}
         self._targets: dict[tuple[int, int], list[tuple[int, Move]]] = {}  # answers, by holder and part
         for move in moves:
-            asked = at[move.origin, move.source, move.lo, move.hi]
-            self._targets.setdefault((move.to, move.target), []).append((asked, move))
+            source_number = source_numbers[move.origin, move.source, move.lo, move.hi]
+            self._targets.setdefault((move.to, move.target), []).append((source_number, move))
 
     def pages(self, arrived: Sequence[FetchedPages], layers: int) -> Iterator[tuple[int, torch.Tensor]]:
         """For each target holder the pages of its rows, as `FreshPages` has them; `arrived` answers `sources`, in
         order, each with all pages of so many layers."""
         rows: dict[int, list[torch.Tensor]] = {}
         for (number, _), pieces in self._targets.items():
-            several = [(arrived[at].pages.view(layers, -1, arrived[at].pages.shape[-1]), move) for at, move in pieces]
-            rows.setdefault(number, []).append(_put_together(several))
-        for number, each in rows.items():
-            joined = each[0] if len(each) == 1 else torch.cat(each, dim=1)
+            parts = [(arrived[source_number].pages, move) for source_number, move in pieces]
+            parts = [(pages.view(layers, -1, pages.shape[-1]), move) for pages, move in parts]
+            rows.setdefault(number, []).append(_put_together(parts))
+        for number, row_pages in rows.items():
+            joined = row_pages[0] if len(row_pages) == 1 else torch.cat(row_pages, dim=1)
             yield number, joined.flatten(0, -2)
 
     def filled(self, arrived: Sequence[Fetched]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """For each target holder k and v of its rows, as `Fresh` has them; `arrived` answers `sources`, in order."""
         rows: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for (number, _), pieces in self._targets.items():
-            k = _assembled([(arrived[at].k, move) for at, move in pieces])
-            v = _assembled([(arrived[at].v, move) for at, move in pieces])
+            k = _assembled([(arrived[source_number].k, move) for source_number, move in pieces])
+            v = _assembled([(arrived[source_number].v, move) for source_number, move in pieces])
             rows.setdefault(number, []).append((k, v))
         for number, several in rows.items():
             if len(several) == 1:
@@ -82,12 +83,12 @@ def _assembled(pieces: Sequence[tuple[torch.Tensor, Move]]) -> torch.Tensor:
     first, move = pieces[0]
     if len(pieces) == 1 and move.heads == move.source_heads == move.target_heads:
         return first
-    whole = first.new_empty(move.hi - move.lo, move.target_heads, first.shape[-1])
+    joined = first.new_empty(move.hi - move.lo, move.target_heads, first.shape[-1])
     for vectors, move in pieces:
         by_head = vectors.view(move.hi - move.lo, move.source_heads, vectors.shape[-1])
         chosen_heads = by_head[:, move.source_first : move.source_first + move.heads]
-        whole[:, move.target_first : move.target_first + move.heads] = chosen_heads
-    return whole.flatten(0, -2)
+        joined[:, move.target_first : move.target_first + move.heads] = chosen_heads
+    return joined.flatten(0, -2)
 
 
 def _put_together(pieces: Sequence[tuple[torch.Tensor, Move]]) -> torch.Tensor:

@@ -96,23 +96,23 @@ class KvTransfer:
                 targets.setdefault((move.to, move.target), []).append(move)
         for number, spec in zip(pool.layers, pool.config.layers, strict=True):
             ids = (*self._ids, number)
-            for target, those in targets.items():
-                for move in those:
+            for target, target_moves in targets.items():
+                for move in target_moves:
                     self._send(move.origin, FetchSample(*ids, move.source, move.lo, move.hi))
-                arrived = yield from self._arrived(FetchedSample, (move.origin for move in those), number)
-                for move, reply in zip(those, arrived, strict=True):
+                arrived = yield from self._arrived(FetchedSample, (move.origin for move in target_moves), number)
+                for move, reply in zip(target_moves, arrived, strict=True):
                     check_sample(self._replies[move.origin], reply, spec, sampling[target].row.prompt)
                 if (sample := moved_sample(ids, sampling[target], spec, arrived)) is not None:
                     self._send(target[0], sample)
 
     def _vectors(self, copy: Copy, layers: Sequence[int]) -> Generator[Waiting, None, None]:
         """Copy these layers token by token."""
-        requests = 0
+        next_request = 0
         for number, layer in enumerate(layers):
-            for ahead in layers[requests : number + _AHEAD]:
+            for ahead in layers[next_request : number + _AHEAD]:
                 for origin, handle, lo, hi in copy.sources:
                     self._send(origin, Fetch(*self._ids, ahead, handle, lo, hi))
-            requests = max(requests, number + _AHEAD)
+            next_request = max(next_request, number + _AHEAD)
             arrived = yield from self._arrived(Fetched, (origin for origin, *_ in copy.sources), layer)
             for source, reply in zip(copy.sources, arrived, strict=True):
                 self._check(layer, *source, copy, reply)
@@ -139,14 +139,14 @@ class KvTransfer:
         frames = [(first, min(step, count - first)) for first in range(0, count, step)]
         in_process = any(self._replies[origin].here is not None for origin, *_ in copy.sources)
         window = 1 if in_process or copy.circular else _FRAMES_AHEAD  # else both could wait for the other to read
-        requests = 0
+        next_request = 0
         layers_left: set[int] = set()
         for number, (first, layers) in enumerate(frames):
-            if requests < number + (window + 1) // 2:  # several at once: each time a process is woken
-                for ahead in frames[requests : number + window]:
+            if next_request < number + (window + 1) // 2:  # several at once: each time a process is woken
+                for ahead in frames[next_request : number + window]:
                     for origin, handle, lo, hi in copy.sources:
                         self._send(origin, FetchPages(*self._ids, *ahead, handle, lo, hi))
-                requests = number + window
+                next_request = number + window
             arrived = yield from self._arrived(FetchedPages, (origin for origin, *_ in copy.sources), first)
             for reply, due, (origin, *_) in zip(arrived, pages, copy.sources, strict=True):
                 shapes = reply.pages.dtype, tuple(reply.pages.shape)

@@ -85,8 +85,8 @@ def chosen(sampling: Sequence[RowSampling], tokens: Sequence[int], logits: torch
         )
     sampled = sample(logits, [sampling[i] for i in remainder])
     result = Sampled([None] * len(sampling), [None] * len(sampling))
-    for i, found in zip(plain, tokens, strict=True):
-        result.tokens[i] = found - 1 if found else None
+    for i, shifted_token in zip(plain, tokens, strict=True):
+        result.tokens[i] = shifted_token - 1 if shifted_token else None
     for i, token, report in zip(remainder, sampled.tokens, sampled.logprobs, strict=True):
         result.tokens[i], result.logprobs[i] = token, report
     return result
@@ -116,8 +116,8 @@ class SlicedBatch:
         self._query_first = query_first
         self._watch = watch
         self._clock = clock
-        self._wanted: tuple[int, Context | None, bool] | None = None
-        self._left: Context | None = None
+        self._next_slice: tuple[int, Context | None, bool] | None = None
+        self._result_context: Context | None = None
         self._run = drive(self._forward())
 
     def slice(
@@ -127,10 +127,10 @@ class SlicedBatch:
         further layer of the batch, so what this one stores must be answered. Returns its own context, on
         the host, or behind the last attention the logits, float32 `[S, vocab]`, where the model is. Raises as
         `AttentionMerge.run` does."""
-        self._wanted = number, context, last
-        self._left = None
+        self._next_slice = number, context, last
+        self._result_context = None
         self.model_seconds = 0.0
-        begun = self._clock()
+        start = self._clock()
         logits = torch.empty(0)
         while True:
             since, attending = self._clock(), self._watch.seconds
@@ -142,8 +142,8 @@ class SlicedBatch:
             if waiting is None or waiting.replies is self:
                 break
             yield waiting
-        self.attention_seconds = self._clock() - begun - self.model_seconds
-        return logits if self._left is None else self._left
+        self.attention_seconds = self._clock() - start - self.model_seconds
+        return logits if self._result_context is None else self._result_context
 
     def close(self) -> None:
         """The batch goes no further here."""
@@ -151,14 +151,14 @@ class SlicedBatch:
 
     def ready(self, batch: int) -> bool:
         """Whether a slice is wanted."""
-        return self._wanted is not None
+        return self._next_slice is not None
 
     def _forward(self) -> Pausing:
         device = self._decoder.device
         while True:
-            while self._wanted is None:
+            while self._next_slice is None:
                 yield Waiting(self, 0)
-            (number, context, last), self._wanted = self._wanted, None
+            (number, context, last), self._next_slice = self._next_slice, None
             first = self._query_first and not last
             if context is None:
                 forward = self._decoder.forward(self._batch, query_first=first)
@@ -173,10 +173,10 @@ class SlicedBatch:
             except StopIteration as stop:
                 logits: torch.Tensor = stop.value
                 return logits
-            found = yield event
-            if found is None or event.hidden is None:
+            attention_output = yield event
+            if attention_output is None or event.hidden is None:
                 raise ValueError(f"layer {event.layer} cannot be cut behind its attention: a part of it is missing")
-            self._left = Context(event.hidden.cpu(), found.flatten(1).cpu())
+            self._result_context = Context(event.hidden.cpu(), attention_output.flatten(1).cpu())
             forward.close()
 
 
@@ -204,8 +204,8 @@ class Waits:
                     return True
                 watched.append(channel)
             deadline = self._clock() + timeout
-            while (left := deadline - self._clock()) > 0:
-                if self._waiter.wait(left):  # it may wake for a part of a frame
+            while (seconds_left := deadline - self._clock()) > 0:
+                if self._waiter.wait(seconds_left):  # it may wake for a part of a frame
                     return True
             return False
         finally:

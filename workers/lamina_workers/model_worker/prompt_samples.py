@@ -38,14 +38,14 @@ class SampleTraffic:
             if not len(positions):
                 continue
             if route not in self._indices:
-                own = (np.array(heads)[:, None] * spec.group + np.arange(spec.group)).reshape(-1)
+                query_heads = (np.array(heads)[:, None] * spec.group + np.arange(spec.group)).reshape(-1)
                 tokens = (token + positions - row.start)[:, None]
-                picked = index_of([(tokens * spec.heads + own).reshape(-1)], len(q) * spec.heads)
+                picked = index_of([(tokens * spec.heads + query_heads).reshape(-1)], len(q) * spec.heads)
                 self._indices[route] = self._way.index(picked)
-            some = self._way.down(q, self._indices[route])
+            queries = self._way.down(q, self._indices[route])
             self._way.landed()
             self._port.send(
-                Sample(epoch, batch, layer, row.handle, heads, tuple(positions.tolist()), some.to(torch.bfloat16))
+                Sample(epoch, batch, layer, row.handle, heads, tuple(positions.tolist()), queries.to(torch.bfloat16))
             )
 
 
@@ -69,9 +69,9 @@ def moved_sample(
     positions = reduce(np.intersect1d, [np.array(sample.positions, np.int64) for sample in arrived])
     of_head: dict[int, torch.Tensor] = {}
     for sample in arrived:
-        kept = torch.from_numpy(np.searchsorted(np.array(sample.positions, np.int64), positions))
+        indices = torch.from_numpy(np.searchsorted(np.array(sample.positions, np.int64), positions))
         by_head = sample.q.view(-1, len(sample.heads), spec.group, spec.query_width) if sample.heads else sample.q
-        of_head |= {head: by_head[kept, number] for number, head in enumerate(sample.heads)}
+        of_head |= {head: by_head[indices, number] for number, head in enumerate(sample.heads)}
     heads = tuple(head for head in route.heads if head in of_head)
     if not len(positions) or not heads:
         return None

@@ -59,7 +59,7 @@ class StateHolder:
         self.replies = replies
         self.here = replies.here is not None
         self._spec, self._way = spec, way
-        self._pieces = tuple(_pieces(spec, [(first[at.source], at.row.count, at.heads) for at in routes]))
+        self._pieces = tuple(_pieces(spec, [(first[route.source], route.row.count, route.heads) for route in routes]))
         self._all = len(self._pieces) == 1 and self._pieces[0].n_heads == spec.heads
         self._all &= self._pieces[0].tokens == slice(0, first[-1])
         self._vectors = sum((piece.tokens.stop - piece.tokens.start) * piece.n_heads for piece in self._pieces)
@@ -79,30 +79,31 @@ class StateHolder:
         check_answer(self.replies, reply.out, (self._vectors, self._spec.d_v), dtype)
         return self._way.up(reply.out), reply.seconds
 
-    def put(self, out: torch.Tensor, whole: torch.Tensor | None, tokens: int) -> torch.Tensor:
+    def put(self, out: torch.Tensor, joined: torch.Tensor | None, tokens: int) -> torch.Tensor:
         """Put an answer to the others', `[tokens, heads, d_v]`; there are none yet where that is None."""
-        spec, at = self._spec, 0
+        spec, first_vector = self._spec, 0
         if self._all:
             return out.view(tokens, spec.heads, spec.d_v)
-        if whole is None:
-            whole = out.new_empty(tokens, spec.heads, spec.d_v)
+        if joined is None:
+            joined = out.new_empty(tokens, spec.heads, spec.d_v)
         for piece in self._pieces:
             count = piece.tokens.stop - piece.tokens.start
-            own = out[at : at + count * piece.n_heads].view(count, piece.n_heads, spec.d_v)
-            at, begin = at + count * piece.n_heads, 0
+            piece_out = out[first_vector : first_vector + count * piece.n_heads].view(count, piece.n_heads, spec.d_v)
+            first_vector, begin = first_vector + count * piece.n_heads, 0
             for heads in piece.heads:
                 n = heads.stop - heads.start
-                whole[piece.tokens, heads] = own[:, begin : begin + n]
+                joined[piece.tokens, heads] = piece_out[:, begin : begin + n]
                 begin += n
-        return whole
+        return joined
 
-    def _flat(self, x: torch.Tensor, of: str) -> torch.Tensor:
-        """The holder's part of x or gates, 1-D. Nothing is copied where it is all."""
+    def _flat(self, x: torch.Tensor, field: str) -> torch.Tensor:
+        """The holder's part of x or gates, 1-D; `field` of a piece has its slices. All of it is not copied."""
         if not self._all:
-            some = [
-                torch.cat([x[piece.tokens, at] for at in getattr(piece, of)], dim=1).view(-1) for piece in self._pieces
+            parts = [
+                torch.cat([x[piece.tokens, columns] for columns in getattr(piece, field)], dim=1).view(-1)
+                for piece in self._pieces
             ]
-            x = some[0] if len(some) == 1 else torch.cat(some)
+            x = parts[0] if len(parts) == 1 else torch.cat(parts)
         return self._way.down(x.reshape(-1, 1)).view(-1)
 
 
@@ -118,10 +119,10 @@ class StateExchange:
 
     def advance(self, state: StateReady, suspends: bool) -> Suspended:
         """What the states give for the inputs of a layer: `[T, heads * d_v]`. Raises HolderFault, HolderLost."""
-        tokens, asked = len(state.x), time.perf_counter()
+        tokens, start = len(state.x), time.perf_counter()
         for holder in self._holders:
             holder.send(self._epoch, self._batch, state)
-        whole: torch.Tensor | None = None
+        joined: torch.Tensor | None = None
         slowest = answered = 0.0
         for holder in self._holders:
             waits = time.perf_counter()
@@ -135,31 +136,31 @@ class StateExchange:
             else:
                 now = time.perf_counter()
                 self._times.waited += now - waits
-                answered = now - asked
+                answered = now - start
                 slowest = max(slowest, min(seconds, answered))  # whatever the holder says
-            whole = holder.put(out, whole, tokens)
+            joined = holder.put(out, joined, tokens)
         self._times.remote += slowest
         self._times.answered += answered
-        if whole is None:
+        if joined is None:
             raise HolderFault(f"no holder has the states of layer {state.layer}")
-        return whole.view(tokens, -1)
+        return joined.view(tokens, -1)
 
 
 def send_constants(port: AttentionPort, epoch: int, constants: Mapping[int, StateConstants]) -> None:
     """Tell a holder what it needs of layers with states besides their specs. Raises HolderLost."""
     nothing = torch.empty(0)
-    for layer, each in constants.items():
-        given = (nothing if x is None else x.cpu() for x in (each.conv, each.bias, each.skip))
-        port.send(Constants(epoch, 0, layer, *given))
+    for layer, of_layer in constants.items():
+        tensors = (nothing if x is None else x.cpu() for x in (of_layer.conv, of_layer.bias, of_layer.skip))
+        port.send(Constants(epoch, 0, layer, *tensors))
 
 
 def check_heads(spec: LayerSpec, spans: int, routes: Mapping[Replies, Sequence[Route]]) -> None:
     """Raise HolderFault where holders do not have every head of each of so many spans. spec: of any of the layers."""
-    there: list[set[int]] = [set() for _ in range(spans)]
+    span_heads: list[set[int]] = [set() for _ in range(spans)]
     for routed in routes.values():
         for route in routed:
-            there[route.source].update(route.heads)
-    for source, heads in enumerate(there):
+            span_heads[route.source].update(route.heads)
+    for source, heads in enumerate(span_heads):
         if len(heads) < spec.heads:
             head = min(set(range(spec.heads)) - heads)
             raise HolderFault(f"no holder has the state of head {head} for span {source}, it needs all {spec.heads}")
@@ -168,26 +169,26 @@ def check_heads(spec: LayerSpec, spans: int, routes: Mapping[Replies, Sequence[R
 def _pieces(spec: LayerSpec, parts: Iterable[tuple[int, int, tuple[int, ...]]]) -> list[Piece]:
     """Parts, each of a first token, a number of tokens and heads, as few pieces in their order."""
     pieces: list[Piece] = []
-    same: tuple[int, ...] = ()
+    last_heads: tuple[int, ...] = ()
     for first, count, heads in parts:
-        if pieces and heads == same and pieces[-1].tokens.stop == first:
+        if pieces and heads == last_heads and pieces[-1].tokens.stop == first:
             pieces[-1] = pieces[-1]._replace(tokens=slice(pieces[-1].tokens.start, first + count))
         else:
             keys = sorted({head // (spec.heads // spec.key_heads) for head in heads})
-            q, k = (_slices(keys, spec.d_k, at * spec.key_heads * spec.d_k) for at in range(2))
+            q, k = (_slices(keys, spec.d_k, number * spec.key_heads * spec.d_k) for number in range(2))
             v = _slices(heads, spec.d_v, 2 * spec.key_heads * spec.d_k)
             pieces.append(Piece(slice(first, first + count), (*q, *k, *v), _slices(heads, 1, 0), len(heads)))
-        same = heads
+        last_heads = heads
     return pieces
 
 
 def _slices(numbers: Sequence[int], width: int, begin: int) -> tuple[slice, ...]:
     """Where these, each `width` wide, stand from `begin` on; neighbours are one slice."""
-    found: list[slice] = []
+    slices: list[slice] = []
     for number in numbers:
-        at = begin + number * width
-        if found and found[-1].stop == at:
-            found[-1] = slice(found[-1].start, at + width)
+        start = begin + number * width
+        if slices and slices[-1].stop == start:
+            slices[-1] = slice(slices[-1].start, start + width)
         else:
-            found.append(slice(at, at + width))
-    return tuple(found)
+            slices.append(slice(start, start + width))
+    return tuple(slices)

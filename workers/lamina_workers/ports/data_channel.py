@@ -84,14 +84,15 @@ def check_local(path: str, host: str) -> None:
     if not is_here(host):
         raise ChannelClosed(f"a local channel is offered from another host, {host}")
     folder, name = os.path.split(path)
-    above, own = os.path.split(folder)
+    above, folder_name = os.path.split(folder)
     try:
-        known = {os.path.realpath(each) for each in (tempfile.gettempdir(), "/tmp")}
-        made = os.lstat(folder)
-        right = name == LOCAL_SOCKET and own.startswith(LOCAL_FOLDER) and os.path.realpath(above) in known
+        temporary_folders = {os.path.realpath(directory) for directory in (tempfile.gettempdir(), "/tmp")}
+        status = os.lstat(folder)
+        right = name == LOCAL_SOCKET and folder_name.startswith(LOCAL_FOLDER)
+        right = right and os.path.realpath(above) in temporary_folders
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL
         raise ChannelClosed(f"no local channel at {path!r:.200}: {error}") from error
-    private = stat.S_ISDIR(made.st_mode) and stat.S_IMODE(made.st_mode) == 0o700 and made.st_uid == os.getuid()
+    private = stat.S_ISDIR(status.st_mode) and stat.S_IMODE(status.st_mode) == 0o700 and status.st_uid == os.getuid()
     if not (right and private):
         raise ChannelClosed(
             f"a local channel is offered at {path!r:.200}; allowed: {LOCAL_FOLDER}*/{LOCAL_SOCKET} in the temporary "

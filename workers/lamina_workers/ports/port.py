@@ -195,7 +195,7 @@ class Replies:
         self._channelled: Channelled | None = port if isinstance(port, Channelled) else None
         self._clock = clock
         self._exchanges = Exchanges()
-        self._asked: dict[int, float] = {}  # seconds, by batch; each has one query under way at a time
+        self._query_times: dict[int, float] = {}  # seconds, by batch; each has one query under way at a time
         self._waiting: dict[int, deque[Reply]] = {}  # by batch under way
         self._works: dict[int, Sequence[LayerWork | None]] = {}  # by batch, of a holder in this process; see `accepted`
         self._collected: dict[int, Callable[[], bool]] = {}  # by batch: who takes its answers off the channel instead
@@ -213,12 +213,12 @@ class Replies:
             self._epoch = epoch
             self._waiting.clear()
             self._works.clear()
-            self._asked.clear()
+            self._query_times.clear()
         self._waiting.setdefault(batch, deque())
 
     def asked(self, batch: int) -> None:
         """A query of this batch is about to be sent."""
-        self._asked[batch] = self._clock()
+        self._query_times[batch] = self._clock()
 
     def link(self) -> Link:
         """The traffic so far."""
@@ -233,7 +233,7 @@ class Replies:
         """Drop further replies to this batch."""
         self._waiting.pop(batch, None)
         self._works.pop(batch, None)
-        self._asked.pop(batch, None)
+        self._query_times.pop(batch, None)
         self._collected.pop(batch, None)
 
     def accepted(self, batch: int) -> None:
@@ -316,7 +316,7 @@ class Replies:
         """Keep a reply for its batch, if that is expected."""
         if reply.epoch == self._epoch and reply.batch in self._waiting:
             self._waiting[reply.batch].append(reply)
-            if (since := self._asked.pop(reply.batch, None)) is not None:
+            if (since := self._query_times.pop(reply.batch, None)) is not None:
                 self._exchanges.add(self._clock() - since)
 
 
