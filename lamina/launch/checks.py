@@ -1,6 +1,7 @@
-"""What was asked for and does nothing with this model on these machines, to be said once when an engine starts.
+"""What is said of a config once the model and the machines are known, when an engine starts.
 
-Whether the redundancy that a config asks for is possible with this model and these attention workers.
+`unused_options` names what was asked for and does nothing with them. `check_redundancy` refuses a redundancy that the
+model or the attention workers cannot have.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""From a config and a machine to sizes: dtype, devices and threads, what holders of KV are built from, and the limits
-that the scheduler plans within.
+"""From a config and a machine to sizes (`size_kv`): dtype, devices and threads, what holders of KV are built from, and
+the limits that the scheduler plans within.
 
-The policies that requests may name, for the holders of one engine: checked, and what is kept under them.
+The policies that requests may name follow from the holders too: `RequestPolicies` checks them, and says what is kept
+under each.
 """
 
 from __future__ import annotations

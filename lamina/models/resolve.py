@@ -1,8 +1,7 @@
-"""From a model's name to a folder on this machine: an alias, a folder, a GGUF file, a hub id.
+"""From a model's name to a folder on this machine (`resolve`). A name is an alias, a folder, a GGUF file or a hub id.
 
-Models come from a package index, from the Hugging Face hub, or from this machine's disk.
-
-What a model's weights take in memory, by the ways in which an engine may keep them.
+An alias stands for files of a package index. A GGUF file, whichever it is, is given a folder as other models have one.
+Of a folder, `weight_memory` says how much memory the weights take in each way in which an engine may keep them.
 """
 
 from __future__ import annotations

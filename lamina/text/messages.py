@@ -1,6 +1,6 @@
 """The messages of a conversation: checked, and brought into the form that chat templates expect.
 
-Variables that a request gives to a model's chat template: `chat_template_kwargs`.
+A request may also give variables to the model's chat template, `chat_template_kwargs`: `check_template_kwargs`.
 """
 
 from __future__ import annotations

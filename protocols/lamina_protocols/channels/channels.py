@@ -1,8 +1,7 @@
-"""The channel, which carries whole frames in order; credentials, addresses and checksums.
+"""The channel, which carries whole frames in order, and what all kinds of it share: credentials, addresses, checksums.
 
-`socket_channel` implements it over Unix sockets and TCP, `service` over a gRPC stream.
-
-TLS of sockets: the contexts of a server and of a client, made from PEM bytes. TLS 1.3 and above.
+`sockets` implements it over Unix sockets and TCP, `grpc_client` over a gRPC stream. Sockets take their TLS from here
+too: the contexts of a server and of a client, made from PEM bytes. They speak TLS 1.3 and above.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""Channels over Unix sockets and TCP, with TLS or without, once both ends are connected (`socket_connections`).
-
-How both ends of a socket channel come together: the listening side, the connecting side, and their greeting.
+"""Channels over Unix sockets and TCP, with TLS or without, and how the two ends of one come together.
 
 The connecting side first sends a secret of 32 bytes, and one byte that says whether each frame is followed by its
-checksum. The listening side answers a right secret with one byte. After that both sides send frames.
+checksum. The listening side (`Listener`) answers a right secret with one byte. After that both sides send frames
+(`SocketChannel`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The fixed prefix of a frame: what a channel must read to know how much follows.
 
-prefix   magic "LMNA", layout u16, tag u16, header bytes u32, payload bytes u64  (little-endian, 20 bytes)
+    prefix   magic "LMNA", layout u16, tag u16, header bytes u32, payload bytes u64  (little-endian, 20 bytes)
 
-Where tensors lie inside a payload. Importing this loads no torch: code that only reads frames needs none.
+Tensors inside a payload begin at multiples of `ALIGNMENT`. Importing this loads no torch: code that only reads frames
+needs none.
 """
 
 from __future__ import annotations

@@ -1,20 +1,17 @@
 """The messages of a batch: one frozen dataclass each.
 
 The model worker sends one `Announcement` a batch to each holder, then per layer a `Query` and a `Fresh`, or both as
-one `Exchange`; the holder answers the announcement with `Announced` and each query with an `Attended`. KV moves from
-one holder to another by `Fetch` and `Fresh`, or, where both lay out pages alike, by `FetchPages` and `FreshPages`;
-what is kept of a prompt's queries goes as in `query_samples`.
-A layer with a recurrent state has one message instead: `Advance`, answered by `Advanced`.
-A holder that cannot go on answers with a `Fault` in place of the reply. An engine that resumes the work of a previous
-engine asks by `Survey` what is kept.
+one `Exchange`; the holder answers the announcement with `Announced` and each query with an `Attended`. A layer with a
+recurrent state has one message instead: `Advance`, answered by `Advanced`. A holder that cannot go on answers with a
+`Fault` in place of the reply.
 
-The messages that carry a sample of a prompt's queries to the holders whose policies learn from them.
+KV moves from one holder to another by `Fetch` and `Fresh`, or, where both lay out pages alike, by `FetchPages` and
+`FreshPages`. An engine that resumes the work of a previous engine asks by `Survey` what is kept.
 
-A holder says in `Announced.samples` what it wants of each row that brings it no queries: a prompt that is attended
-elsewhere, or beyond the holder's range. It gets one `Sample` for each such row and layer, once the row's K and V of the
-layer are on their way. A sample moves with the KV of its part, by `FetchSample` and `Sample`.
-
-What KV policies have saved at one part; `Announced` carries it.
+Some policies learn from a prompt's queries. A holder says in `Announced.samples` what it wants of each row that brings
+it no queries: a prompt that is attended elsewhere, or beyond the holder's range. It gets one `Sample` for each such row
+and layer, once the row's K and V of the layer are on their way. A sample moves with the KV of its part, by
+`FetchSample` and `Sample`. What policies have saved at one part comes back as `Usage` in `Announced`.
 """
 
 from __future__ import annotations

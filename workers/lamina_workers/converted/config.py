@@ -1,6 +1,7 @@
-"""The facts of a converted model, where the rest of Lamina looks for those of a native one.
+"""The facts of a converted model (`ConvertedConfig`), where the rest of Lamina looks for those of a native one.
 
-What each layer's attention is: one forward pass on the meta device, over tokens that do not exist.
+No description says what each layer's attention is. One forward pass on the meta device tells it, over a few tokens
+without weights (`dry_run`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The decoder of a converted model: what `Decoder` is to a native one, for the same drivers.
+"""The decoder of a converted model (`ConvertedDecoder`): what `Decoder` is to a native one, for the same drivers.
 
-Slices that are just what Lamina's spans compute: output projection, norm, gated MLP, norm, and heads or logits.
-
-There a slice of a few rows is one program, as in a native decoder, and the numbers are those of the slice.
+Some slices compute just what Lamina's spans compute: output projection, norm, gated MLP, norm, and heads or logits.
+`SpanSlices` recognises them. There a slice of a few rows is one program, as in a native decoder, and the numbers are
+those of the slice.
 """
 
 from __future__ import annotations

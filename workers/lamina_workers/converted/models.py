@@ -1,7 +1,7 @@
 """A model's folder, whichever way Lamina runs it: by a native family where there is one, else converted.
 
-What a converted model must hold before it serves: outside of attention each token is computed from itself alone, and
-slices compute what the module computes.
+A converted model is tried before it serves (`check`): outside of attention each token must be computed from itself
+alone, and the model's slices must compute what its module computes.
 """
 
 from __future__ import annotations

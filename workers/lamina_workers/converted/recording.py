@@ -3,7 +3,8 @@
 Python runs as it does always, so what a model does between operations costs nothing later. An integer that differs
 between two runs is a linear function of the number of tokens; where operations differ otherwise there is no recording.
 
-A mixture's experts as transformers' models call them, as one operation: which have work is known when it runs.
+A mixture's experts, as transformers' models call them, are one operation (`experts`): only at run time is it known
+which experts have work.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Multi-head latent attention, absorbed (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+"""The two variants of attention that a model may describe: attention over latents, and an index that chooses keys.
 
-k and v of all heads are linear in one latent a token. So q.k is a product of the latent with a query that has gone
-through the map to k, and a sum of values is that map's of a sum of latents. Attention then is over latents alone: one
-KV head, whose v is the front of its k, and nothing else is stored or sent.
+Multi-head latent attention (`LatentAttention`; DeepSeek-V2, arXiv 2405.04434, section 2.1) is computed absorbed. k and
+v of all heads are linear in one latent a token. So q.k is a product of the latent with a query that has gone through
+the map to k, and a sum of values is the map to v of a sum of latents. Attention then is over latents alone: one KV
+head, whose v is the front of its k, and nothing else is stored or sent.
 
-A layer's own index: what it computes of the residual stream beside q, k and v, and its tensors.
-
-Holders choose by it which keys are attended; see `lamina_protocols.messages.layers.Index`.
+An index (`HeadIndex`, `LatentIndex`) computes queries and keys of its own from the residual stream. They travel behind
+q and k (`beside`), and holders choose by them which keys are attended: see `lamina_protocols.messages.layers.Index`.
 """
 
 from __future__ import annotations

@@ -1,15 +1,12 @@
-"""A decoder's weights, and the part of each that a rank keeps.
+"""A decoder's weights (`DecoderWeights`), and the part of each that a rank keeps (`load_weights`).
 
 Maps whose outputs are split among ranks (q, k, v; gate and up; the head) are cut by rows, maps whose inputs are
 (attention's output, down) by columns, and the ranks' products are summed. The bias of such a sum belongs to rank 0
 alone: a share of it on each rank would be rounded once a rank. Norms and routers are whole on every rank.
 
-Experts that a checkpoint keeps together, one tensor for all of a layer, as tensors of each expert.
-
-In most, the rows of gate stand before those of up. gpt-oss has them alternating, in MXFP4 or as floats. Each read takes
-one part of one expert out of the file, so no layer's experts are dequantised at once.
-
-The weights of an MLP or of experts, and the part of them that a rank keeps.
+A checkpoint may keep all experts of a layer in one tensor; `SeparateExperts` shows it as tensors of each expert. In
+most such checkpoints the rows of gate stand before those of up. gpt-oss has them alternating, in MXFP4 or as floats.
+Each read takes one part of one expert out of the file, so no layer's experts are dequantised at once.
 """
 
 from __future__ import annotations

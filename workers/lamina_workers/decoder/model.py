@@ -4,13 +4,11 @@ It yields queries, keys and values, or the inputs of a state, and its driver sen
 numbered as holders do, by their mixers: an MLP alone belongs to the mixer before it, and a layer with two is two.
 
 Between two yields stands one plain function of tensors: `_before_attention`, or `_after_attention`. Where a batch has
-few rows and the machine can, both are one compiled program, a span from one attention to the next.
+few rows and the machine can, both are one compiled program, a span from one attention to the next (`decoder_spans`).
+Else `project` makes q, k and v of the residual stream: as heads, normed as the model's family does it, and rotated.
+
 A rank of several has a decoder of its own heads, columns, experts and tokens. Its driver attends those heads only, and
 the sums over ranks are made inside `_after_attention`. All ranks run the same batches in the same order.
-
-A decoder's weights as spans between mixers, where the machine can run them.
-
-What attention projects, as heads: normed as a family does it, and rotated.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """How a model is cut among ranks, each of which is a model worker: the heads, columns, experts and tokens of each.
 
-A rank owns KV heads with the query heads that read them,
-columns of the MLP's intermediate dimension or whole experts, and rows of the vocabulary; all contiguous, and uneven
-where they do not divide. For whatever holds or attends KV a rank is a model with fewer heads, numbered from 0.
-
-The operations that the ranks of one model do together, as the decoder sees them.
+A rank owns KV heads with the query heads that read them, columns of the MLP's intermediate dimension or whole experts,
+and rows of the vocabulary. All are contiguous, and uneven where they do not divide. For whatever holds or attends KV a
+rank is a model with fewer heads, numbered from 0. What ranks compute together goes through a `Collective`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The tensors of a checkpoint: their names, as Hugging Face models are published, and their shapes.
 
-The tensors of a layer that keeps a state: their names and shapes in a checkpoint, and a rank's parts of them.
+Layers that keep a state have many tensors, which models name and cut in different ways; so what a rank reads of them
+is here too, beside their names (`load_state`).
 """
 
 from __future__ import annotations

@@ -1,13 +1,11 @@
 """Between the model and the holders: q, k, v of a layer in, attention output out. Layers with states: `state_traffic`.
 
-The model worker computes the *present* (a batch's own tokens, causal inside each row), holders compute the *past*
-(keys below a row's start), and the partials merge. A holder in this process may be asked to fuse the two. A run that
-waits for a reply is suspended, so that one thread can drive several.
+The model worker computes the *present* (a batch's own tokens, causal inside each row; `FreshAttention`), holders
+compute the *past* (keys below a row's start), and `AttentionMerge` merges the partials. A holder in this process may be
+asked to fuse the two. A run that waits for a reply is suspended, so that one thread can drive several.
 
 Present and merging are where the model is: q, k and v lie there, a prompt's chunk is work for the device that computes
 fastest, and one tensor must cross back wherever the merge is. Only tensors to and from a holder elsewhere are copied.
-
-Attention of a batch's own tokens, computed where the model is.
 """
 
 from __future__ import annotations
