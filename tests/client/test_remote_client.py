@@ -95,6 +95,7 @@ def test_a_request_survives_the_journey() -> None:
         assert unpack_commands(packed) == (submit,)
 
 
+@pytest.mark.fault("F27")
 def test_outputs_come_back_whole_on_the_callers_clock(pair: Pair) -> None:
     before = time.monotonic()
     request = pair.submit(n=2, logprobs=1)
@@ -335,6 +336,7 @@ def test_where_new_requests_are_held_nobody_notices_the_gap() -> None:
     assert pair.remote.join(5)
 
 
+@pytest.mark.fault("F27")
 def test_times_go_on_where_they_were() -> None:
     pair = Waiting()
     request = pair.submit(max_tokens=9)

@@ -295,6 +295,7 @@ def test_listed_address_joins_again_when_it_answers() -> None:
         workers.close()
 
 
+@pytest.mark.fault("F18")
 def test_a_drained_worker_is_not_taken_again_and_the_next_process_at_its_address_is() -> None:
     hosts = Hosts("a:1", "b:2")
     workers = listed(hosts, "a:1", "b:2")

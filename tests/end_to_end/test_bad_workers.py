@@ -53,6 +53,7 @@ def held(llm: LLM) -> dict[str, str]:
     return dict(pool.held_back()) if pool else {}
 
 
+@pytest.mark.fault("F04")
 def test_a_worker_that_hangs_again_and_again_is_held_back(model: Path) -> None:
     """It was used each time that it answered again, and stopped everybody for `worker_timeout` each time."""
     with worker_process() as bad, worker_process() as good, running(model, [bad.address, good.address]) as llm:
@@ -75,6 +76,7 @@ def test_a_worker_that_hangs_again_and_again_is_held_back(model: Path) -> None:
         assert gather(llm) == expected
 
 
+@pytest.mark.fault("F08")
 def test_a_worker_behind_a_line_that_changes_bits_is_quarantined(model: Path) -> None:
     """Without TLS Lamina's checksum alone notices it. A host that is not loopback by its name gets one."""
     with contextlib.ExitStack() as stack:
@@ -101,6 +103,7 @@ def test_a_worker_behind_a_line_that_changes_bits_is_quarantined(model: Path) ->
         assert gather(llm) == expected
 
 
+@pytest.mark.fault("F12")
 def test_a_worker_that_gets_no_memory_costs_no_token(model: Path) -> None:
     with worker_process() as bad, worker_process() as good, running(model, [bad.address, good.address]) as llm:
         expected = gather(llm)

@@ -119,6 +119,7 @@ def survive(model: Path, expected: list[list[int]], seed: int) -> None:
             until(lambda: all_pages_free(llm))
 
 
+@pytest.mark.fault("F01")
 @pytest.mark.parametrize("seed", FAST)
 def test_killed_and_stopped_workers_change_no_token(model, expected, seed):
     survive(model, expected, seed)
@@ -161,6 +162,7 @@ def test_what_killed_workers_had_is_not_computed_again(model, expected, monkeypa
         until(lambda: all_pages_free(llm))
 
 
+@pytest.mark.fault("F04")
 def test_a_stopped_worker_is_lost_in_time_and_fenced_when_it_returns(model, expected):
     """The worker is no child of this engine: it goes on after its stop, and joins as a new one."""
     with contextlib.ExitStack() as stack:
@@ -194,6 +196,7 @@ def test_a_stopped_worker_is_lost_in_time_and_fenced_when_it_returns(model, expe
         until(lambda: all_pages_free(llm))
 
 
+@pytest.mark.fault("F02")
 def test_with_nobody_left_requests_end_with_an_error_in_time(model):
     """The only worker is no child of this engine, and does not come back."""
     with (
@@ -280,11 +283,13 @@ def through_proxies(
         until(lambda: all_pages_free(llm))
 
 
+@pytest.mark.fault("F07", "F08")
 @pytest.mark.parametrize("toxic", ["reset", "bit flips"])
 def test_what_the_network_does_changes_no_token(model, expected, workers, folder, toxic):
     through_proxies(model, expected, workers, folder, toxic, True, int(ONE or 1))
 
 
+@pytest.mark.fault("F05", "F06")
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", [int(ONE)] if ONE else [2, 3, 4])
 @pytest.mark.parametrize("tls", [True, False])

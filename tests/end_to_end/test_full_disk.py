@@ -74,6 +74,7 @@ def text(server: Server) -> str:
     return str(answer["choices"][0]["text"])
 
 
+@pytest.mark.fault("F28")
 @pytest.mark.parametrize("trouble", ["full", "read-only"])
 def test_a_server_serves_on_a_disk_that_takes_nothing_and_what_dies_comes_back(
     server: OnSmallDisk, trouble: str

@@ -65,6 +65,7 @@ def loaded(llm: LLM) -> Iterator[Load]:
         load.stop()
 
 
+@pytest.mark.fault("F18")
 def test_attention_workers_are_replaced_one_by_one_under_load(model: Path) -> None:
     with ExitStack() as stack:
         old = [stack.enter_context(worker_process(script=SEVEN)) for _ in range(2)]
@@ -87,6 +88,7 @@ def test_attention_workers_are_replaced_one_by_one_under_load(model: Path) -> No
             assert runtime.engine._scheduler.counters.rebuilt_tokens == 0  # type: ignore[union-attr]
 
 
+@pytest.mark.fault("F31")
 def test_a_rank_of_the_previous_version_is_followed_by_this_one(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 1 has version 7 until its process is killed; the features of its holders follow."""
     first = [True]

@@ -81,6 +81,7 @@ def test_it_answers_as_the_engine_does(server: Server) -> None:
     assert texts == expected
 
 
+@pytest.mark.fault("F01")
 def test_a_killed_attention_worker_changes_no_text() -> None:
     with serving(*ENGINE, "--attention-workers", "2") as server:
         body = {"max_tokens": 200, "temperature": 0, "ignore_eos": True}
@@ -97,6 +98,7 @@ def test_a_killed_attention_worker_changes_no_text() -> None:
         assert streams(server.url, 16, **body) == reference
 
 
+@pytest.mark.fault("F03", "F15")
 @pytest.mark.parametrize("options", [(), pytest.param(("--no-journal",), marks=pytest.mark.soak)])
 def test_streams_outlive_a_killed_engine(options: tuple[str, ...]) -> None:
     body = {"max_tokens": 150, "temperature": 0, "ignore_eos": True, "logprobs": 1}
@@ -128,6 +130,7 @@ def test_streams_outlive_a_killed_engine(options: tuple[str, ...]) -> None:
         until(lambda: quiet(server), server, 15)
 
 
+@pytest.mark.fault("F15")
 def test_a_killed_engine_is_told_and_comes_back() -> None:
     with serving(*ENGINE, "--attention-workers", "1") as server:
         before = streams(server.url, 2, max_tokens=8, temperature=0)
@@ -155,6 +158,7 @@ def test_a_killed_engine_is_told_and_comes_back() -> None:
         assert 'lamina:engine_restarts_total{engine="0",model_name="smollm2-135m"} 1.0' in server.get("/metrics")[1]
 
 
+@pytest.mark.fault("F02")
 def test_health_is_503_while_no_attention_worker_is_left() -> None:
     """It said 200 while every request waited for a worker."""
     with serving(*ENGINE, "--attention-workers", "1", "--local-share", "0") as server:
@@ -165,6 +169,7 @@ def test_health_is_503_while_no_attention_worker_is_left() -> None:
         assert server.post("/v1/completions", prompt="One", max_tokens=2)[0] == 200
 
 
+@pytest.mark.fault("F15")
 @pytest.mark.parametrize(
     ("workers", "number"),
     [
@@ -187,6 +192,7 @@ def test_attention_workers_that_go_while_the_engine_starts_again_end_nothing(
         assert server.process.poll() is None
 
 
+@pytest.mark.fault("F17")
 @pytest.mark.soak
 def test_a_signal_to_every_process_of_the_service_lets_streams_end() -> None:
     with serving(*ENGINE) as server:
@@ -211,6 +217,7 @@ def test_a_paused_engine_is_reached_again_by_a_new_http_process() -> None:
         assert streams(server.url, 2, max_tokens=4, temperature=0)
 
 
+@pytest.mark.fault("F13")
 def test_a_killed_http_process_comes_back_and_leaves_no_request_behind() -> None:
     with serving(*ENGINE) as server:
         engine = server.engine
@@ -237,6 +244,7 @@ def connects(url: str) -> bool:
         return False
 
 
+@pytest.mark.fault("F17")
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.soak)])
 def test_a_signal_lets_streams_end_and_refuses_new_ones(number: signal.Signals) -> None:
     with serving(*ENGINE) as server:
@@ -256,6 +264,7 @@ def test_a_signal_lets_streams_end_and_refuses_new_ones(number: signal.Signals) 
             server.get("/health")
 
 
+@pytest.mark.fault("F17")
 def test_a_second_signal_ends_at_once() -> None:
     with serving(*ENGINE) as server:
         thread = threading.Thread(target=lambda: streams_that_break(server.url), daemon=True)
@@ -275,6 +284,7 @@ def test_a_model_that_is_not_there_ends_it_with_an_error() -> None:
     server.close()
 
 
+@pytest.mark.fault("F15")
 @pytest.mark.soak
 def test_an_engine_that_cannot_start_again_ends_the_server(tmp_path: Any) -> None:
     from shutil import copytree
@@ -327,6 +337,7 @@ def resources(pid: int) -> tuple[int, int, int]:
     return len(os.listdir(f"/proc/{pid}/fd")), int(status["Threads"]), int(status["VmRSS"].split()[0])
 
 
+@pytest.mark.fault("F29")
 @pytest.mark.soak
 def test_random_disconnects_and_idle_connections_leave_nothing_behind(server: Server) -> None:
     """10,000 requests: all of them together take no more memory than the first 2,000."""
@@ -353,6 +364,7 @@ def test_random_disconnects_and_idle_connections_leave_nothing_behind(server: Se
         assert holder["total_pages"] - holder["free_pages"] == cached
 
 
+@pytest.mark.fault("F14")
 def test_a_client_that_leaves_frees_its_pages_within_a_second(server: Server) -> None:
     async def leave(body: dict[str, Any], after: float) -> None:
         async with aiohttp.ClientSession() as session:
@@ -372,6 +384,7 @@ def test_a_client_that_leaves_frees_its_pages_within_a_second(server: Server) ->
         until(lambda: quiet(server), server, 1.0)
 
 
+@pytest.mark.fault("F21")
 def test_it_does_not_listen_for_everybody_without_a_key() -> None:
     command = [sys.executable, "-m", "lamina", "serve", "--host", "0.0.0.0", "--port", "0"]
     environment = {name: value for name, value in os.environ.items() if name != "LAMINA_API_KEY"}

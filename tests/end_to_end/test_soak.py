@@ -19,6 +19,7 @@ def resident() -> int:
         return next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
 
 
+@pytest.mark.fault("F29")
 @pytest.mark.timeout(900)
 def test_memory_pages_and_threads_stay_as_they_are():
     rng = random.Random(3)

@@ -69,6 +69,7 @@ def counted(rig: Rig) -> tuple[int, int]:
     return counters.preempted, counters.rebuilt_tokens
 
 
+@pytest.mark.fault("F18")
 @pytest.mark.parametrize("shard", ["heads", "sequence", "heads+sequence"])
 @pytest.mark.parametrize("lanes", [1, 3])
 def test_two_workers_are_drained_at_once_and_nothing_is_computed_again(decoder, expected, shard, lanes):
@@ -86,6 +87,7 @@ def test_two_workers_are_drained_at_once_and_nothing_is_computed_again(decoder, 
     rig.close()
 
 
+@pytest.mark.fault("F18")
 def test_others_get_tokens_while_a_worker_is_drained(decoder, expected, monkeypatch):
     """All batches were given up to before the first sequence moved, and waited until the last one had."""
     monkeypatch.setattr("lamina_workers.model_worker.kv_transfer._FRAME", 1)  # a layer each
@@ -141,6 +143,7 @@ def test_a_worker_that_is_lost_meanwhile_is_not_drained(decoder, expected):
     rig.close()
 
 
+@pytest.mark.fault("F18")
 def test_a_drain_ends_with_the_fault_of_a_move_and_may_be_tried_again(decoder, expected):
     rig = Rig(decoder, shard="heads", weights=(1, 1), port=Fetched(2, fails(KVError("broken"))))
     streams = streams_of(rig)
@@ -258,6 +261,7 @@ def test_a_sequence_in_prefill_stays_until_its_prompt_is_computed(decoder, expec
     rig.close()
 
 
+@pytest.mark.fault("F18")
 @pytest.mark.real
 def test_eight_streams_over_two_processes_keep_their_text_while_one_is_drained(tmp_path: Path) -> None:
     model = write_tiny_model(tmp_path / "tiny")

@@ -28,6 +28,7 @@ def rig_with(decoder: Any, loses: Callable[[Request], bool], **options: Any) -> 
     return rig
 
 
+@pytest.mark.fault("F06")
 @pytest.mark.parametrize("lanes", [1, 2])
 @pytest.mark.parametrize("shard", ["heads", "sequence"])
 def test_link_that_loses_every_store_message_costs_its_holder(decoder, shard, lanes):
@@ -45,6 +46,7 @@ def test_link_that_loses_every_store_message_costs_its_holder(decoder, shard, la
     rig.close()
 
 
+@pytest.mark.fault("F06")
 def test_messages_lost_now_and_then_cost_no_holder(decoder):
     rig = Rig(decoder)
     expected = rig.generate([LONG], max_tokens=12)

@@ -181,6 +181,7 @@ def waits(name: str) -> bool:
     return field in ("epoch", "batch") and value.isdecimal() and value != "7"
 
 
+@pytest.mark.fault("F07")
 def test_no_answer_of_a_worker_costs_more_than_that_worker(scene):
     """One reply with impossible dimensions ended the engine, and with it every request."""
     seen = answers(scene)
@@ -204,6 +205,7 @@ def test_no_answer_of_a_worker_costs_more_than_that_worker(scene):
     assert not costs, "\n".join(costs)
 
 
+@pytest.mark.fault("F04")
 @pytest.mark.parametrize("silence", ["nothing", "half a frame", "half a prefix", "half a frame late", "does not read"])
 def test_a_silent_worker_stops_the_others_for_its_deadline_and_no_longer(scene, silence):
     """A deadline began anew with each frame, sending had none, and letting a silent worker go took two seconds more."""
@@ -249,6 +251,7 @@ def test_a_worker_that_ends_every_batch_is_let_go(scene):
         assert not [cost for cost in costs if "afterwards" in cost]
 
 
+@pytest.mark.fault("F07")
 @pytest.mark.parametrize("accepts", [False, True])
 @pytest.mark.parametrize("free", [None, 0, 1 << 40])
 def test_a_worker_that_says_it_is_full_is_let_go(scene, free, accepts):
@@ -300,6 +303,7 @@ def test_what_a_worker_makes_up_of_its_savings_can_be_sent_to_clients(scene):
     assert not scene.lied("savings", port)
 
 
+@pytest.mark.fault("F22")
 def test_no_handshake_of_a_worker_costs_more_than_that_worker(scene):
     """A worker that said it takes no frames, or a lease below 0, ended the engine or kept one of its cores."""
     lies = {

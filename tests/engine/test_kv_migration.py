@@ -146,6 +146,7 @@ def test_local_holder_takes_over_when_the_last_worker_leaves(decoder):
     rig.close()
 
 
+@pytest.mark.fault("F18")
 def test_last_worker_drains_to_the_local_holder(decoder):
     rig = Rig(decoder, shard="heads", local_pool=2500, local_tier=True, tuner=StepTuner(share=0.0), max_batch_tokens=64)
     params = SamplingParams(**GREEDY).with_defaults({})

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from engine_events import EVENTS, PLACEMENTS, WORKERS, expected, staged
 from pairwise import crossing
 from tiny_decoders import MODELS
 
 
+@pytest.mark.fault("F01")
 @crossing(model=MODELS, placement=tuple(PLACEMENTS), workers=tuple(WORKERS), event=tuple(EVENTS))
 def test_text_is_that_of_one_process(model: str, placement: str, workers: str, event: str) -> None:
     happens = EVENTS[event]

@@ -65,6 +65,7 @@ def outputs(inbox: Any) -> Iterator[Any]:
         yield from inbox.get(timeout=60)
 
 
+@pytest.mark.fault("F15")
 @pytest.mark.parametrize("lanes", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["announcement", "fault", "error", "death"])
 def test_request_on_which_batches_fail_ends_alone_and_others_lose_nothing(decoder, kind, lanes):

@@ -47,6 +47,7 @@ def test_wait_begun_for_a_model_worker_does_not_count_for_requests() -> None:
     assert deadline.left() == 60.0
 
 
+@pytest.mark.fault("F02")
 def test_engine_is_hopeless_while_no_holder_can_keep_a_token() -> None:
     """/health said 200, though every request waited and then failed: all holders were to go, or had no page."""
     now, room = [0.0], [9]

@@ -75,6 +75,7 @@ class Mortal:
             self.stored[place] += sum(row.count for row in request.rows if row.store)
 
 
+@pytest.mark.fault("F01")
 @crossing(("model",), model=MODELS, placement=PLACEMENTS, death=(1, 7, 60, 61, 62, 63, 64, 65, 150), lanes=(1, 2))
 def test_holder_death_at_any_message_changes_no_token(model, expected, placement, death, lanes):
     mortal = Mortal(death)
@@ -84,6 +85,7 @@ def test_holder_death_at_any_message_changes_no_token(model, expected, placement
     rig.close()
 
 
+@pytest.mark.fault("F01")
 @crossing(
     ("model",), model=MODELS, shard=("heads", "sequence", "heads+sequence"), deaths=((50, 51), (50, 90), (60, 61, 62))
 )
@@ -133,6 +135,7 @@ def test_only_the_lost_range_of_positions_is_computed_again(decoder):
     rig.close()
 
 
+@pytest.mark.fault("F02")
 def test_requests_end_with_an_error_when_no_holder_is_left(decoder):
     rig = Rig(decoder, port=Mortal(40), shard="heads", wait=0.3)
     with pytest.raises(EngineError, match=r"no attention worker is left, and none has joined for 0\.3 s"):
@@ -143,6 +146,7 @@ def test_requests_end_with_an_error_when_no_holder_is_left(decoder):
     rig.close()
 
 
+@pytest.mark.fault("F02")
 def test_new_holder_takes_over_when_none_was_left(decoder, expected_full):
     rig = Rig(decoder, port=Mortal(40), shard="heads")
     params = SamplingParams(**GREEDY).with_defaults({})
@@ -174,6 +178,7 @@ def test_new_holder_gets_new_sequences(decoder, expected_full):
     rig.close()
 
 
+@pytest.mark.fault("F18")
 @crossing(("model",), model=MODELS, shard=("heads", "sequence", "heads+sequence"), lanes=(1, 2))
 def test_drained_holder_hands_its_kv_over(model, expected, shard, lanes):
     rig = Rig(
@@ -223,6 +228,7 @@ def test_cancelled_drain_does_no_harm(decoder, stops):
     rig.close()
 
 
+@pytest.mark.fault("F29")
 def test_holders_keep_no_page_after_all_requests_ended(decoder):
     rig = Rig(decoder, shard="sequence", weights=(1, 2), local_pool=500, port=Mortal(100))
     rig.generate(PROMPTS, **GREEDY)

@@ -113,6 +113,7 @@ def test_journal_cut_at_any_byte_keeps_its_whole_records(tmp_path: Path) -> None
         journal.close()
 
 
+@pytest.mark.fault("F08")
 def test_journal_names_the_byte_of_a_flipped_bit(tmp_path: Path) -> None:
     whole = written(tmp_path, RECORDS)
     last = len(written(tmp_path / "all but one", RECORDS[:-1]))
@@ -176,6 +177,7 @@ def test_file_that_is_no_journal_is_refused(tmp_path: Path) -> None:
             Journal(tmp_path, FACTS)
 
 
+@pytest.mark.fault("F28")
 def test_second_engine_is_refused_while_the_first_lives(tmp_path: Path) -> None:
     first = Journal(tmp_path, FACTS)
     code = "import sys; from lamina.journal.journal import *; Journal(sys.argv[1], Facts('mmmmmmmm', 16, 'float32', 2))"
@@ -277,6 +279,7 @@ def test_journal_names_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
         Journal(tmp_path, FACTS)
 
 
+@pytest.mark.fault("F29")
 def test_journal_drops_ended_requests_when_it_has_grown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lamina.journal.journal._GROWN", 20_000)
     monkeypatch.setattr("lamina.journal.history.FINISHED", 1 << 20)
@@ -310,6 +313,7 @@ def too_large(journal: Journal) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (journal.size + 5, resource.RLIM_INFINITY))
 
 
+@pytest.mark.fault("F28")
 @pytest.mark.parametrize("fill", [full, too_large])
 def test_full_disk_turns_the_journal_off(
     tmp_path: Path, fill: Callable[[Journal], None], caplog: pytest.LogCaptureFixture

@@ -302,6 +302,7 @@ def steps(model: Decoder, folder: Path, **options: Any) -> int:
     return fate.seen
 
 
+@pytest.mark.fault("F15")
 @pytest.mark.parametrize("times", [1, pytest.param(12, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("name", WORLDS)
 def test_tokens_stay_the_same_when_an_engine_dies_at_any_moment(
@@ -683,6 +684,7 @@ class Forgiving(Client):
         return [name for name in super().open if name not in self.errors]
 
 
+@pytest.mark.fault("F15")
 @pytest.mark.parametrize("at_first_token", [False, True])
 def test_request_that_kills_engines_is_taken_up_twice_and_no_other_is_lost(
     at_first_token: bool, model: Decoder, expected: Client, tmp_path: Path
@@ -713,6 +715,7 @@ def test_request_that_kills_engines_is_taken_up_twice_and_no_other_is_lost(
     same(client, expected)
 
 
+@pytest.mark.fault("F15")
 def test_two_engines_that_die_while_a_long_prompt_is_computed_are_not_counted_as_more(
     model: Decoder, tmp_path: Path
 ) -> None:

@@ -51,6 +51,7 @@ def kept(folder: Path) -> list[str]:
     return [path.suffix for path in sorted(folder.rglob("*.nb*"))]
 
 
+@pytest.mark.fault("F28")
 def test_a_kernel_in_a_read_only_folder_is_kept_in_a_private_temporary_one(source, tmp_path, monkeypatch, caplog):
     read_only(monkeypatch)
     assert source()(1) == 42
@@ -81,6 +82,7 @@ def test_what_was_kept_before_the_folder_became_read_only_is_used(source, tmp_pa
     assert again.stats.cache_hits
 
 
+@pytest.mark.fault("F28")
 def test_a_full_disk_keeps_nothing_and_stops_nothing(source, tmp_path, monkeypatch, caplog):
     def full(self: Any, path: str) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

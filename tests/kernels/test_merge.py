@@ -107,6 +107,7 @@ def test_the_empty_one_is_neutral_to_the_bit(kernels: Kernels, into_dtype: torch
         assert equal(found, wanted)
 
 
+@pytest.mark.fault("F25")
 @both
 @every_into
 def test_nan_is_not_hidden_whatever_its_bits(kernels: Kernels, into_dtype: torch.dtype) -> None:

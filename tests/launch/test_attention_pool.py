@@ -122,6 +122,7 @@ def test_worker_that_is_lost_again_and_again_is_not_connected_to() -> None:
     pool.close()
 
 
+@pytest.mark.fault("F04")
 def test_worker_on_trial_gets_no_kv_before_it_has_answered_heartbeats() -> None:
     log: list[str] = []
     pool = AttentionPool(
@@ -173,6 +174,7 @@ class Engine:
         )
 
 
+@pytest.mark.fault("F04")
 def test_worker_that_flaps_is_held_back_by_its_place_until_the_time_is_over() -> None:
     engine = Engine(SOON)
     engine.loses("w", "slot")
@@ -201,6 +203,7 @@ def test_worker_that_leaves_while_it_is_held_back_is_not_used() -> None:
     assert engine.used.empty()
 
 
+@pytest.mark.fault("F04")
 def test_last_worker_is_used_though_its_breaker_is_open() -> None:
     engine = Engine()
     engine.loses("w", "slot")
@@ -218,6 +221,7 @@ def test_last_worker_is_used_though_its_breaker_is_open() -> None:
     engine.pool.close()
 
 
+@pytest.mark.fault("F08")
 def test_quarantined_worker_is_not_used_even_where_it_is_the_last() -> None:
     engine = Engine()
     engine.others = False

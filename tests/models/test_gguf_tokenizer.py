@@ -159,6 +159,7 @@ def test_what_cannot_be_built_is_named(
         build(write(tmp_path / "x.gguf", byte_level("smollm") | change))
 
 
+@pytest.mark.fault("F26")
 def test_a_long_token_is_refused_before_its_parts_are_looked_for(tmp_path: Path) -> None:
     """The time for a token grew with the square of its length: one of 16 MiB, which was allowed, took a day."""
     keys = sentencepiece()

@@ -39,6 +39,7 @@ def test_what_the_disk_gives_back_is_compared(tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.fault("F28")
 def test_a_killed_process_leaves_nothing_that_counts(tmp_path: Path) -> None:
     leftover = tmp_path / "x.partial"
     leftover.mkdir()
@@ -63,6 +64,7 @@ def test_who_waited_for_another_process_takes_what_that_made(tmp_path: Path, mon
     assert (folder / "a").read_bytes() == b"theirs"
 
 
+@pytest.mark.fault("F28")
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_is_named(tmp_path: Path) -> None:
     tiny_gguf = write_tiny_llama(tmp_path / "tiny.gguf")

@@ -152,6 +152,7 @@ def test_ready_and_timeout(transport):
         assert not far.ready()
 
 
+@pytest.mark.fault("F09")
 def test_a_frame_that_is_too_large_is_refused_by_who_sends_it(transport):
     error = r"frame of \d+ bytes, the other side takes up to 1000"
     with pair(transport, max_frame=1000) as (near, _), pytest.raises(ProtocolError, match=error):
@@ -183,6 +184,7 @@ def checksummed(message: m.Message) -> bytes:
     return b"".join([*buffers, checksum(buffers)])
 
 
+@pytest.mark.fault("F07")
 def test_a_frame_in_slices_of_one_byte(wire):
     raw, channel = wire
     for byte in checksummed(LAYER):
@@ -192,6 +194,7 @@ def test_a_frame_in_slices_of_one_byte(wire):
     assert same(codec.decode(channel.receive(0)), LAYER)
 
 
+@pytest.mark.fault("F08")
 def test_a_changed_bit_is_noticed_wherever_it_is(wire):
     good = checksummed(LAYER)
     for position in range(20, len(good), 97):
@@ -208,6 +211,7 @@ def test_a_changed_bit_is_noticed_wherever_it_is(wire):
         channel.close()
 
 
+@pytest.mark.fault("F07")
 def test_a_stream_that_ends_inside_a_frame(wire):
     raw, channel = wire
     raw.sendall(checksummed(LAYER)[:100])
@@ -216,6 +220,7 @@ def test_a_stream_that_ends_inside_a_frame(wire):
         channel.receive(5)
 
 
+@pytest.mark.fault("F09")
 @pytest.mark.parametrize(
     ("prefix", "error"),
     [
@@ -237,6 +242,7 @@ def test_a_lying_prefix_is_refused_before_memory_is_taken(wire, prefix, error):
     tracemalloc.stop()
 
 
+@pytest.mark.fault("F12")
 def test_a_frame_that_no_memory_is_there_for_is_refused(wire, monkeypatch):
     def none(*_: object) -> None:
         raise MemoryError
@@ -252,6 +258,7 @@ def test_a_frame_that_no_memory_is_there_for_is_refused(wire, monkeypatch):
         channel.receive(5)
 
 
+@pytest.mark.fault("F09")
 def test_a_claimed_frame_takes_pages_only_as_its_bytes_arrive():
     def resident() -> int:
         with open("/proc/self/statm") as file:
@@ -295,6 +302,7 @@ def listener_port_of_nobody() -> int:
         return free.getsockname()[1]
 
 
+@pytest.mark.fault("F20")
 def test_tls_takes_no_stranger_and_no_plaintext():
     made = made_credentials()
     arrived: list[SocketChannel] = []
@@ -361,6 +369,7 @@ def test_both_ends_of_tls_notice_a_changed_bit(at):
                 end.receive(10)
 
 
+@pytest.mark.fault("F20")
 @pytest.mark.parametrize("tls", [False, True])
 def test_silent_strangers_keep_nobody_away(tls):
     """Sixteen connections that said nothing were all that a listener had room for: it closed every further one."""

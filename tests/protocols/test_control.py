@@ -58,6 +58,7 @@ def test_messages_come_back_equal(message):
     assert unpack(type(message), pack(message)) == message
 
 
+@pytest.mark.fault("F19")
 def test_a_version_that_is_no_neighbour_is_refused_naming_both_before_anything_else_is_read():
     said = rf"protocol version: the engine has 77, this worker {PROTOCOL_VERSION}"
     for data in (pack(dataclasses.replace(HELLO, protocol=77)), msgpack.packb([77, "9.9.9", "new", "fields"])):
@@ -65,6 +66,7 @@ def test_a_version_that_is_no_neighbour_is_refused_naming_both_before_anything_e
             unpack(Hello, data)
 
 
+@pytest.mark.fault("F22")
 @given(st.binary(max_size=300), st.sampled_from([type(message) for message in ALL]))
 def test_random_bytes_are_refused_or_mean_something(data, kind):
     with contextlib.suppress(ProtocolError):
@@ -90,6 +92,7 @@ def test_fields_that_lack_or_exceed_are_refused(values):
         unpack(WorkerStatus, msgpack.packb(values))
 
 
+@pytest.mark.fault("F09")
 def test_large_messages_are_refused_on_both_sides():
     large = dataclasses.replace(HELLO, model="m" * control.MAX_CONTROL)
     with pytest.raises(ProtocolError, match="allowed: 1048576"):

@@ -33,6 +33,7 @@ class Slow(OneStream):
         raise ProtocolError("not now, says the worker")
 
 
+@pytest.mark.fault("F20")
 @pytest.mark.parametrize("token", ["", "wrong", "right-but-longer", "Bearer right"])
 def test_without_the_token_every_call_is_refused_streams_too(token):
     with serving(OneStream(), None, token="right") as address:
@@ -65,6 +66,7 @@ def half_calls(address: str, count: int, method: str, token: str = "") -> Iterat
             over.set()
 
 
+@pytest.mark.fault("F20")
 @pytest.mark.parametrize(
     "method", ["/lamina.Attention/Hello", "/grpc.health.v1.Health/Check", "/lamina.Attention/Batch"]
 )
@@ -110,6 +112,7 @@ def test_a_connection_has_no_more_than_some_calls_at_once():
         assert waits.result(10)
 
 
+@pytest.mark.fault("F20")
 def test_the_token_is_found_behind_others():
     with serving(OneStream(), None, token="right") as address, grpc.insecure_channel(address) as channel:
         call = channel.unary_unary("/lamina.Attention/Heartbeat")
@@ -130,6 +133,7 @@ def test_errors_tell_their_kind_and_nothing_from_inside(caplog):
     assert "a secret of the server" in caplog.text
 
 
+@pytest.mark.fault("F06")
 def test_calls_end_at_their_deadline():
     with serving(Slow(), None) as address, WorkerClient(address) as client:
         began = time.monotonic()
@@ -153,6 +157,7 @@ def test_what_is_no_control_message_is_refused():
         assert reply
 
 
+@pytest.mark.fault("F20")
 def test_tls_takes_a_client_of_its_ca_and_no_other():
     made = made_credentials()
     with serving(OneStream(), made) as address:
@@ -163,6 +168,7 @@ def test_tls_takes_a_client_of_its_ca_and_no_other():
             assert client.heartbeat("s", 5).state == "serving"
 
 
+@pytest.mark.fault("F20")
 def test_a_certificate_for_another_host_is_refused():
     made = create_credentials(["192.0.2.1", "worker.example"])
     with serving(OneStream(), made) as address:
@@ -171,6 +177,7 @@ def test_a_certificate_for_another_host_is_refused():
             client.heartbeat("s", 2)
 
 
+@pytest.mark.fault("F09")
 @pytest.mark.parametrize("size", [(1 << 20) - 200, 1 << 20, (1 << 20) + 1, 3 << 20])
 def test_frames_around_the_message_limit(size):
     """`pair` limits messages to 1 MiB; the header of this message takes less than 100 bytes."""
@@ -196,6 +203,7 @@ def frame() -> bytes:
     return b"".join(codec.encode(QUERY))
 
 
+@pytest.mark.fault("F07")
 @pytest.mark.parametrize(
     ("messages", "error"),
     [
@@ -215,6 +223,7 @@ def test_malformed_streams_are_refused(messages, error):
     channel.close()
 
 
+@pytest.mark.fault("F07")
 def test_a_stream_that_ends_inside_a_frame():
     channel = Loop(frame()[:50]).channel
     with pytest.raises(ChannelClosed, match="inside a frame"):

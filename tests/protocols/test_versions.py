@@ -66,6 +66,7 @@ def read(name: str) -> Any:
     return (peer_messages if name.startswith("peer ") else codec).decode(bytearray(data))
 
 
+@pytest.mark.fault("F31")
 @pytest.mark.parametrize("name", SENT)
 def test_messages_of_the_previous_version_are_read_and_sent_unchanged(name: str) -> None:
     message = read(name)
@@ -93,6 +94,7 @@ def test_a_newer_hello_is_read_without_what_nobody_knows_here() -> None:
         control.unpack(control.Hello, msgpack.packb([PROTOCOL_VERSION, *newer[1:]]))
 
 
+@pytest.mark.fault("F31")
 @pytest.mark.parametrize("other", [PREVIOUS - 1, PROTOCOL_VERSION + 2, "8", None, True, 8.0])
 def test_versions_that_are_no_neighbours_are_refused_naming_both(other: object) -> None:
     with pytest.raises(ProtocolError, match=rf"the engine has {other!r}, this worker {PROTOCOL_VERSION}; allowed"):

@@ -100,6 +100,7 @@ except EngineError as error:
     assert f"the Ray cluster at {HEAD}:{PORT} runs programs of everybody who reaches it" in said
 
 
+@pytest.mark.fault("F31")
 @pytest.mark.real
 def test_a_node_with_another_version_is_refused_before_anything_starts(nodes: Namespaces, tmp_path: Path) -> None:
     (tmp_path / "lamina_protocols").mkdir()
@@ -236,6 +237,7 @@ except lamina.InvalidRequest as error:
     assert "no model 'no-such-model'" in said["error"]
 
 
+@pytest.mark.fault("F18")
 @pytest.mark.real
 def test_the_command_line_sees_drains_and_ends_an_engine(nodes: Namespaces, model: Path) -> None:
     code = """
@@ -274,6 +276,7 @@ except lamina.EngineError as error:
     assert nodes.lamina("cluster", "status").stdout == "no engine runs on this cluster\n"
 
 
+@pytest.mark.fault("F16")
 @pytest.mark.real
 def test_an_engine_and_its_workers_end_with_the_program_that_started_them(nodes: Namespaces, model: Path) -> None:
     code = """
@@ -345,6 +348,7 @@ say(**facts)
     assert (said["engines"], said["status"], said["left"]) == (1, 0, 0)
 
 
+@pytest.mark.fault("F16")
 @pytest.mark.real
 def test_a_node_that_dies_under_load_costs_no_token(nodes: Namespaces, model: Path) -> None:
     """The last one: the second node is gone afterwards."""

@@ -52,6 +52,7 @@ def heads(nodes: Namespaces) -> list[int]:
     return [pid for pid in map(int, found.stdout.split()) if b"gcs_server" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
+@pytest.mark.fault("F16")
 @pytest.mark.real
 @pytest.mark.timeout(240)
 def test_requests_go_on_without_a_head_until_ray_ends_the_program(

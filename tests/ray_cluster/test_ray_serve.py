@@ -74,6 +74,7 @@ def test_wrong_arguments_are_refused_by_name(arguments: Any, message: str) -> No
         ServePlan.read(arguments)
 
 
+@pytest.mark.fault("F21")
 def test_without_a_key_nobody_is_let_in_unless_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
     with pytest.raises(InvalidRequest, match=r"no API key: set \$LAMINA_API_KEY"):

@@ -26,6 +26,7 @@ with lamina.LLM({model!r}, cluster={address!r}, attention_workers=1, **options) 
 """
 
 
+@pytest.mark.fault("F28")
 @pytest.mark.real
 @pytest.mark.timeout(240)
 def test_two_clusters_on_one_host_do_not_meet(tmp_path: Path, model: Path) -> None:

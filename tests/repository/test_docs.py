@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from fault_tests import fault_tests
 
 from lamina.system.text_files import read_toml
 
@@ -70,9 +71,10 @@ def test_document_names_tests_that_exist(document: Path) -> None:
     assert [f"{file}::{test}" for file, test in named if test not in defined(file)] == []
 
 
-def test_reliability_has_a_row_for_each_group_of_faults() -> None:
+def test_reliability_has_a_row_and_tests_for_each_group_of_faults() -> None:
     rows = re.findall(r"^\| (F\d\d) \|", (ROOT / "docs" / "reliability.md").read_text(), re.MULTILINE)
     assert rows == [f"F{number:02}" for number in range(1, 33)]
+    assert sorted(fault_tests()) == rows
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -59,6 +59,7 @@ class Poisoned(World):
         assert not self.control.has_work, "it does not end"
 
 
+@pytest.mark.fault("F15")
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 12)), min_size=1, max_size=8),
     poisons=st.dictionaries(st.integers(0, 7), st.integers(0, 25), max_size=3),

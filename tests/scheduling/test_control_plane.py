@@ -239,6 +239,7 @@ def test_local_copy_in_an_emptied_pool_costs_no_tokens() -> None:
     world.check_end()
 
 
+@pytest.mark.fault("F29")
 def test_pages_that_only_two_prefixes_share_are_counted_once() -> None:
     """Pages that prefixes shared with each other, and not with the one above them, were counted as nobody's."""
     world = World((400,), local=64, prefix_cache=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pools import LOCAL, Pool, World
@@ -39,6 +40,7 @@ def samples(world: World, asked: list[tuple[int, int]]) -> None:
 ASKED = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=1, max_size=12)
 
 
+@pytest.mark.fault("F07")
 @given(
     asked=ASKED, says=st.sampled_from([None, 0, 1, 10**12]), lanes=st.integers(1, 2), local=st.sampled_from([0, 256]),
     prefix_cache=st.booleans(), pages=st.sampled_from([200, 4000]), late=st.integers(0, 12),

@@ -14,6 +14,7 @@ from lamina_protocols.messages.messages import Announced
 from lamina_protocols.messages.routes import HolderBatch
 
 
+@pytest.mark.fault("F11")
 @pytest.mark.parametrize("groups", [((2, None),), ((1, None), (1, 6)), MIXED])
 @pytest.mark.parametrize("prefix_cache", [False, True])
 def test_oldest_sequence_always_advances_under_memory_pressure(groups: Groups, prefix_cache: bool) -> None:

@@ -77,6 +77,7 @@ def test_prefix_is_not_forked_below_the_window_after_a_refusal() -> None:
     world.check_end()
 
 
+@pytest.mark.fault("F25")
 @pytest.mark.parametrize("aborted", [False, True])
 def test_prefix_cache_never_takes_kv_that_is_not_to_be_kept(aborted: bool) -> None:
     world = World(config())
@@ -176,6 +177,7 @@ def test_next_turn_of_a_chat_reuses_the_kv_of_the_last() -> None:
     world.check_end()
 
 
+@pytest.mark.fault("F30")
 def test_prefix_cache_shares_nothing_between_salts() -> None:
     world = World(config())
     for salt in ("a", "b", None):

@@ -29,6 +29,7 @@ def server() -> Iterator[HttpProcess]:
         yield process
 
 
+@pytest.mark.fault("F23")
 def test_connect_is_refused(server: HttpProcess) -> None:
     """The parser called it an upgrade, so its head was parsed again until RecursionError: 2.5 s and 240 MB for 40 kB,
     and a log of 8,000 times what was sent."""
@@ -62,6 +63,7 @@ def test_many_upgrades_in_one_piece(server: HttpProcess) -> None:
     assert "RecursionError" not in server.log
 
 
+@pytest.mark.fault("F23")
 def test_many_requests_in_one_piece(server: HttpProcess) -> None:
     """Each connection could queue as many requests as fit into what is read at once, 4 kB of memory each."""
     with server.growth() as growth:
@@ -89,6 +91,7 @@ def test_many_headers(server: HttpProcess) -> None:
 # Bodies.
 
 
+@pytest.mark.fault("F23")
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -136,6 +139,7 @@ def test_many_lists_and_objects(server: HttpProcess) -> None:
     assert "more than 100000 lists and objects" in answer["error"]["message"]
 
 
+@pytest.mark.fault("F23")
 def test_bodies_that_stay_unfinished(server: HttpProcess) -> None:
     """Sixteen of them, each a byte short of 15.7 MB, took 241 MB, and nothing was refused."""
     whole, connections = 15_700_000, []
@@ -156,6 +160,7 @@ def test_bodies_that_stay_unfinished(server: HttpProcess) -> None:
     assert refused > 0
 
 
+@pytest.mark.fault("F23")
 def test_many_whole_bodies_at_once(server: HttpProcess) -> None:
     """All of them waited in memory for the threads that parse, and four were parsed together: 500 MB."""
     body = json.dumps({"prompt": "x", "metadata": ["y" * 24] * 440_000}).encode()
@@ -197,6 +202,7 @@ def test_a_body_that_nobody_reads(server: HttpProcess) -> None:
         assert drips(connection, 10)
 
 
+@pytest.mark.fault("F23")
 def test_idle_connections_make_room() -> None:
     """Silent ones took all open files, so that everybody else was reset until they had left."""
     with http_process(files=(160, 160)) as server:

@@ -103,6 +103,7 @@ def says(*words: str, last: str | None = "length") -> Callable[[EngineRequest], 
     return answer
 
 
+@pytest.mark.fault("F14")
 @pytest.mark.parametrize(
     ("path", "fields"),
     [
@@ -123,6 +124,7 @@ def test_a_client_that_leaves_ends_its_requests(rig: Rig, path: str, fields: dic
     assert until(lambda: rig.tickets == 0 and rig.frontend.active == 0)
 
 
+@pytest.mark.fault("F14")
 def test_a_client_that_leaves_while_queued(llm: LLM) -> None:
     script = Script()
     with serving(llm, frontend=scripted(llm, script)) as rig:
@@ -135,6 +137,7 @@ def test_a_client_that_leaves_while_queued(llm: LLM) -> None:
             assert script.aborted == script.tickets[-1:]
 
 
+@pytest.mark.fault("F14")
 def test_one_that_leaves_disturbs_nobody(rig: Rig) -> None:
     alone = rig.complete(max_tokens=24).json["choices"][0]["text"]
     connections = [rig.open(TEXT, {"prompt": "One", "stream": True} | LONG) for _ in range(4)]
@@ -148,6 +151,7 @@ def test_one_that_leaves_disturbs_nobody(rig: Rig) -> None:
     assert until(lambda: rig.tickets == 0)
 
 
+@pytest.mark.fault("F14")
 def test_what_has_ended_is_not_aborted(llm: LLM) -> None:
     script = Script(says("284", "284"))
     with serving(None, frontend=scripted(llm, script)) as rig:
@@ -190,6 +194,7 @@ def test_a_deadline_within_a_stream(llm: LLM, path: str) -> None:
         assert script.aborted == script.tickets
 
 
+@pytest.mark.fault("F02")
 def test_an_engine_that_fails_a_request(llm: LLM) -> None:
     def fail(ticket: EngineRequest) -> None:
         ticket.sink(ticket, [EngineOutput(0, None, error=EngineError("logits are NaN"))])
@@ -252,6 +257,7 @@ def test_an_engine_that_is_loading_or_dead(llm: LLM) -> None:
         assert rig.complete().status == 200
 
 
+@pytest.mark.fault("F02")
 def test_an_engine_without_attention_workers_is_not_healthy(llm: LLM) -> None:
     """/health said 200 as long as the engine lived, though every request waited and then failed."""
     script = Script(says("284"))
@@ -265,6 +271,7 @@ def test_an_engine_without_attention_workers_is_not_healthy(llm: LLM) -> None:
         assert rig.ask("/health").status == 200
 
 
+@pytest.mark.fault("F11")
 def test_overload(llm: LLM) -> None:
     script, counts = Script(), Counts()
     with serving(None, counts, scripted(llm, script), max_requests=2) as rig:
@@ -356,6 +363,7 @@ def test_names_that_a_server_without_keys_answers_to(boxes: tuple[Rig, Rig], hos
     assert keyed.ask(TEXT, {"prompt": "a"}, Host=host, Authorization="Bearer one").status == 200
 
 
+@pytest.mark.fault("F20")
 def test_keys(llm: LLM) -> None:
     script, counts = Script(says("284")), Counts()
     with serving(None, counts, scripted(llm, script), api_keys=("one", "two")) as rig:
@@ -379,6 +387,7 @@ def test_keys(llm: LLM) -> None:
         assert "one" not in json.dumps([str(ticket.request.salt) for ticket in script.tickets])
 
 
+@pytest.mark.fault("F30")
 def test_prefixes_are_shared_within_a_tenant_and_salt_only(llm: LLM) -> None:
     prompt = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 4
     with serving(llm, api_keys=("one", "two")) as rig:
@@ -492,6 +501,7 @@ def test_work_is_over_before_its_client_is_gone() -> None:
     assert asyncio.run(main()) == ["given back", "gone"]
 
 
+@pytest.mark.fault("F14")
 def test_a_client_that_reads_nothing_is_given_up(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lamina.server.openai.chat.GRACE", 0.2)
     words = ["284"] * 2000

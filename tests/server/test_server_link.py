@@ -161,6 +161,7 @@ def test_an_engine_that_is_not_there_is_an_error(tmp_path: Path) -> None:
         SocketWire(str(tmp_path / "none.sock"), SECRET, "a")
 
 
+@pytest.mark.fault("F09")
 def test_commands_that_together_are_too_large_for_a_frame_are_sent(rig: Rig, path: str) -> None:
     wire = SocketWire(path, SECRET, "a")
     wire.ask([Abort("x" * (1 << 20), None, "abort")] * 80)

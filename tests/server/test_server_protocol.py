@@ -273,6 +273,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(port: int, monkeypatch: pyt
         assert talk.closed
 
 
+@pytest.mark.fault("F23")
 def test_a_body_has_a_whole_time(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each byte gave a body another minute."""
     monkeypatch.setattr(protocol, "BODY_TIMEOUT", 1.0)
@@ -286,6 +287,7 @@ def test_a_body_has_a_whole_time(port: int, monkeypatch: pytest.MonkeyPatch) -> 
         assert talk.closed
 
 
+@pytest.mark.fault("F23")
 def test_a_client_that_reads_nothing_is_closed(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its answer waited for it without end."""
     monkeypatch.setattr(protocol, "WRITE_TIMEOUT", 0.5)

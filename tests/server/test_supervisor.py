@@ -101,6 +101,7 @@ def count(world: World, role: str, word: str) -> int:
     return sum(said[0] == word for said in world.heard(role))
 
 
+@pytest.mark.fault("F17")
 def test_it_serves_until_a_signal_and_lets_requests_end(world: World) -> None:
     world.run(world.serving, world.signal)
     assert ["drain", 5.0] in world.heard("http")
@@ -120,6 +121,7 @@ def test_a_second_signal_ends_at_once(world: World) -> None:
     assert not alive(world.pid("http"))
 
 
+@pytest.mark.fault("F15")
 def test_an_engine_that_dies_is_started_again_and_the_http_process_is_told(world: World) -> None:
     twice = world.until(lambda: count(world, "http", "ready") == 2)
     world.run(world.serving, world.kill("engine"), twice, world.signal)
@@ -142,6 +144,7 @@ def test_an_engine_that_does_not_start_ends_the_server(world: World) -> None:
         world.run()
 
 
+@pytest.mark.fault("F15")
 @pytest.mark.parametrize("how", ["fails", "dies"])
 def test_a_restart_that_fails_ends_the_server(world: World, how: str) -> None:
     world.supervisor._engines["m"].backoff.first = 0.01  # seconds; six delays, each twice as long as the previous one
@@ -193,6 +196,7 @@ def test_a_folder_that_is_too_long_for_sockets_is_named(
         world.run()
 
 
+@pytest.mark.fault("F28")
 def test_a_port_that_is_taken_is_named(world: World) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]

@@ -109,6 +109,7 @@ def started(rig: Rig, engine: Held, key: str, **fields: Any) -> Asking:
     return asking
 
 
+@pytest.mark.fault("F11")
 def test_a_key_leaves_samples_to_others(rig: Rig, engine: Held) -> None:
     """Four requests of 256 samples took all room: every other key was answered with 429 for ten minutes."""
     first = started(rig, engine, "a", n=8, temperature=1)  # of 12: 2 are its own, 6 are open to all
@@ -197,6 +198,7 @@ def tokenised(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return lengths
 
 
+@pytest.mark.fault("F24")
 def test_prompts_are_measured_before_any_is_tokenised(rig: Rig, llm: LLM, tokenised: list[int]) -> None:
     """Each prompt was measured when those before it had been tokenised, and their sum was not: 16 MB for 40 s."""
     long = "x" * (60 * llm._runtime.inputs.max_model_len)
@@ -206,6 +208,7 @@ def test_prompts_are_measured_before_any_is_tokenised(rig: Rig, llm: LLM, tokeni
     assert not tokenised
 
 
+@pytest.mark.fault("F24")
 def test_a_prompt_of_too_many_tokens_is_not_tokenised_to_its_end(rig: Rig, llm: LLM, tokenised: list[int]) -> None:
     """A text was tokenised whole where it had 64 characters for each token of the context: 524,288 digits for 5 s."""
     limit = llm._runtime.inputs.max_model_len
@@ -224,6 +227,7 @@ def test_a_long_prompt_that_fits_is_tokenised(rig: Rig, engine: Held, llm: LLM) 
     assert asking.reply().status == 200
 
 
+@pytest.mark.fault("F14")
 def test_work_for_a_client_that_left_stops(rig: Rig, engine: Held, tokenised: list[int]) -> None:
     """All prompts of a client that had left were tokenised: another key's request was answered after 28 s."""
     head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer o\r\nContent-Type: application/json\r\n"
@@ -236,6 +240,7 @@ def test_work_for_a_client_that_left_stops(rig: Rig, engine: Held, tokenised: li
     assert count <= len(tokenised) < 8
 
 
+@pytest.mark.fault("F23")
 def test_grammars_wait_for_grammars_only(rig: Rig, engine: Held, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Grammars were compiled one at a time on the threads that tokenise: seven of them, and a plain request of another
     key was answered after 21 s."""
@@ -255,6 +260,7 @@ def test_grammars_wait_for_grammars_only(rig: Rig, engine: Held, llm: LLM, monke
 # What keys see.
 
 
+@pytest.mark.fault("F30")
 def test_status_shows_a_key_its_own(rig: Rig, engine: Held) -> None:
     """It showed every key the sequences of all, and how many tokens had been found in the prefix cache."""
     asking = started(rig, engine, "a", n=2, temperature=1)
@@ -272,6 +278,7 @@ def test_status_shows_a_key_its_own(rig: Rig, engine: Held) -> None:
     assert own["events"] == nothing["events"] == []  # of the machines, which is for the operator
 
 
+@pytest.mark.fault("F30")
 def test_metrics_are_the_operators(rig: Rig) -> None:
     """Any key saw what all keys had done."""
     assert ask(rig, "o", "/metrics").status == 200

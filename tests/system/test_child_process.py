@@ -24,6 +24,7 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "ran"
 
 
+@pytest.mark.fault("F22")
 @pytest.mark.parametrize(
     "command",
     [

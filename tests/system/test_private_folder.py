@@ -22,6 +22,7 @@ time.sleep(100)
 """
 
 
+@pytest.mark.fault("F28")
 def test_sweep_deletes_old_folders_that_nobody_has_locked(tmp_path: Path) -> None:
     used, left, fresh, odd, linked = (tmp_path / f"x-{name}" for name in ("used", "left", "fresh", "odd", "linked"))
     for folder in (left, fresh):
@@ -40,6 +41,7 @@ def test_sweep_deletes_old_folders_that_nobody_has_locked(tmp_path: Path) -> Non
     sweep(tmp_path / "nowhere", "x-", LOCK, 2000)
 
 
+@pytest.mark.fault("F28")
 def test_the_death_of_a_process_frees_its_folder(tmp_path: Path) -> None:
     holder = subprocess.Popen([sys.executable, "-c", HOLDS, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     with holder:

@@ -337,6 +337,7 @@ def test_the_end_of_a_text_is_what_the_files_say(tmp_path: Path) -> None:
         Tokenizer(tmp_path)
 
 
+@pytest.mark.fault("F26")
 @pytest.mark.parametrize("content", [None, "", "{}", "[1]", "\x00"])
 def test_malformed_tokenizers_are_named(tmp_path: Path, content: str | None) -> None:
     if content is not None:

@@ -87,6 +87,7 @@ def test_a_fault_ends_a_batch_and_nothing_else():
 # The handshake.
 
 
+@pytest.mark.fault("F19")
 @pytest.mark.parametrize(
     ("pin", "said"),
     [
@@ -124,6 +125,7 @@ def hello(**changes: Any) -> control.Hello:
     return dataclasses.replace(whole, **changes)
 
 
+@pytest.mark.fault("F19")
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -160,6 +162,7 @@ def test_what_cannot_be_is_refused_and_the_worker_lives(changes, said):
             one_batch(port)
 
 
+@pytest.mark.fault("F20")
 def test_tokens_and_certificates_of_others_are_refused_and_the_worker_lives():
     made = made_credentials()
     with running(credentials=made, mutual_tls=True) as (_, address):
@@ -177,6 +180,7 @@ def test_tokens_and_certificates_of_others_are_refused_and_the_worker_lives():
                 one_batch(port)
 
 
+@pytest.mark.fault("F21")
 def test_strangers_are_not_served():
     made = made_credentials()
     for changes in ({}, {"credentials": dataclasses.replace(made, token="")}, {"credentials": Credentials(token="t")}):
@@ -188,6 +192,7 @@ def test_strangers_are_not_served():
         AttentionServer(ServerConfig("w", KV_MEMORY, mutual_tls=True))
 
 
+@pytest.mark.fault("F28")
 def test_an_address_in_use_is_said():
     with running() as (_, address), pytest.raises(ServerError, match=f"cannot listen on {address}"):
         AttentionServer(ServerConfig("w", KV_MEMORY, listen=address)).start()
@@ -207,6 +212,7 @@ def test_one_session_at_a_time():
             one_batch(port)
 
 
+@pytest.mark.fault("F13")
 def test_kv_is_freed_when_the_stream_ends(monkeypatch):
     made = []
     real = session.attention_worker
@@ -227,6 +233,7 @@ def test_kv_is_freed_when_the_stream_ends(monkeypatch):
         until(lambda: server.status().queries == 6 * len(WAYS))
 
 
+@pytest.mark.fault("F13")
 @pytest.mark.real
 def test_the_lease_frees_a_vanished_engine_and_not_a_silent_one():
     with running(lease=0.6) as (server, address):
@@ -350,6 +357,7 @@ def health(address: str, credentials: Credentials | None = None) -> str:
         return str(health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status))
 
 
+@pytest.mark.fault("F20")
 def test_strangers_do_not_cut_an_engine_off():
     """A hundred calls without a token and without a message took all of a worker's calls: its engine lost it, and no
     other could come."""
@@ -378,6 +386,7 @@ def test_strangers_do_not_cut_an_engine_off():
             assert other.resumed
 
 
+@pytest.mark.fault("F13")
 def test_a_session_whose_channel_cannot_be_opened_ends_at_once():
     """Such a session stayed until its lease was over, and the worker was busy for every other engine meanwhile."""
     with running() as (server, address):
@@ -389,6 +398,7 @@ def test_a_session_whose_channel_cannot_be_opened_ends_at_once():
             one_batch(port)
 
 
+@pytest.mark.fault("F20")
 def test_health_needs_no_token():
     with running(credentials=Credentials(token="t")) as (_, address):
         assert health(address) == "SERVING"
@@ -433,6 +443,7 @@ def test_all_torch_calls_are_made_by_one_thread(monkeypatch):
 # The process.
 
 
+@pytest.mark.fault("F17")
 @pytest.mark.real
 def test_a_worker_process_serves_and_leaves_at_sigterm():
     with process("--name", "p", "--drain-timeout", "0.5") as child:

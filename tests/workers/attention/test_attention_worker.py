@@ -136,6 +136,7 @@ def test_it_attends_what_was_stored() -> None:
     assert client.announce([Close(2), Close(3)]).free_pages == (20,)
 
 
+@pytest.mark.fault("F07")
 def test_only_newer_announcements_are_taken() -> None:
     client = Client()
     client.announce([WHOLE], epoch=3)
@@ -147,6 +148,7 @@ def test_only_newer_announcements_are_taken() -> None:
     client.announce(rows=[Row(1, 0, 1, None, True)], epoch=4)
 
 
+@pytest.mark.fault("F07")
 def test_no_operation_is_left_out_and_none_is_applied_twice() -> None:
     client = Client()
     with pytest.raises(ProtocolError, match="operation 1 announced, 0 has not come yet"):
@@ -160,6 +162,7 @@ def test_no_operation_is_left_out_and_none_is_applied_twice() -> None:
     client.announce([], [Row(2, 0, 1, None, True), Row(3, 0, 1, None, True)])
 
 
+@pytest.mark.fault("F04")
 @pytest.mark.parametrize(
     "supersede",
     [

@@ -19,6 +19,7 @@ from lamina_workers.errors import HolderLost
 ANNOUNCEMENT = Announcement(1, 1, 0, (), ())
 
 
+@pytest.mark.fault("F06")
 @pytest.mark.parametrize("way", ["to", "from"])
 def test_a_black_hole_in_one_direction_is_noticed_at_both_ends(way):
     """The engine loses the port in time. The worker frees the KV: where it hears nothing any more by the lease, where
@@ -47,6 +48,7 @@ def spoilt(channel: Any, send: Callable[[list[bytes]], None]) -> None:
     channel._trailer = trailer
 
 
+@pytest.mark.fault("F08")
 @pytest.mark.parametrize("way", ["grpc+sum", "tcp+sum"])
 @pytest.mark.parametrize("to_worker", [True, False])
 def test_a_frame_with_changed_bits_is_told_from_other_losses(way, to_worker):
@@ -67,6 +69,7 @@ def test_a_frame_with_changed_bits_is_told_from_other_losses(way, to_worker):
         assert corrupt == [""]
 
 
+@pytest.mark.fault("F08")
 def test_an_answer_without_a_message_is_none(monkeypatch):
     """A changed bit made gRPC answer None, an error that ended the heartbeats of that port for good."""
     with running() as (_, address), WorkerClient(address) as client:

@@ -39,6 +39,7 @@ def reached(address: str, shown: Credentials) -> bool:
     return True
 
 
+@pytest.mark.fault("F20")
 @pytest.mark.parametrize("way", ["grpc", "tcp"])
 @pytest.mark.parametrize("mutual", [False, True])
 def test_new_connections_are_shown_the_new_certificate_and_old_ones_go_on(way: str, mutual: bool) -> None:
@@ -65,6 +66,7 @@ def test_a_key_that_does_not_belong_to_the_certificate_yet_changes_nothing(caplo
         until(lambda: reached(address, files.current))
 
 
+@pytest.mark.fault("F20")
 def test_a_worker_whose_certificate_has_expired_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(credentials, "_LIFETIME", datetime.timedelta(hours=-1))

@@ -21,6 +21,7 @@ from lamina_workers.ports.data_channel import check_local
 SECRET = bytes(32)
 
 
+@pytest.mark.fault("F22")
 @pytest.mark.parametrize("where", ["another folder", "a folder for all", "another name", "through a link"])
 def test_a_worker_cannot_have_the_engine_write_to_a_socket_of_its_choice(tmp_path, where):
     """A worker elsewhere named any Unix socket of the engine's host, and the engine sent it what the worker chose."""

@@ -74,6 +74,7 @@ def drained(port: RemoteAttention) -> bool:
         return False
 
 
+@pytest.mark.fault("F07")
 @pytest.mark.parametrize("way", ["local", "grpc"])
 @pytest.mark.parametrize("kind", REQUESTS)
 def test_no_message_of_an_engine_costs_more_than_its_session(kind, way, caplog):
@@ -101,6 +102,7 @@ def test_no_message_of_an_engine_costs_more_than_its_session(kind, way, caplog):
         honest.step(3)
 
 
+@pytest.mark.fault("F22")
 def test_what_a_handshake_claims_is_refused_or_harmless(caplog):
     """A layer of 2^31 heads kept the worker's one thread that computes busy for hours, before it was refused."""
     whole = control.Hello(

@@ -27,6 +27,7 @@ def loopback() -> bool:
 needs_ipv6 = pytest.mark.skipif(not loopback(), reason="there is no IPv6 here")
 
 
+@pytest.mark.fault("F28")
 @needs_ipv6
 @pytest.mark.parametrize("tls", [False, True])
 @pytest.mark.parametrize("way", ["local", "grpc", "tcp"])
@@ -51,6 +52,7 @@ def test_an_http_server_and_model_worker_0_listen() -> None:
         listener.close()
 
 
+@pytest.mark.fault("F28")
 @needs_ipv6
 @pytest.mark.parametrize(("host", "reached"), [("::1", ["::1"]), ("::", ["::1", "127.0.0.1"])])
 def test_machines_join_over_both_families_where_the_server_listens_everywhere(host: str, reached: list[str]) -> None:

@@ -108,6 +108,7 @@ def test_a_shared_page_is_copied_before_it_is_written():
     assert not kv.update([], [row(2, 19, 1)]).copies_from.size
 
 
+@pytest.mark.fault("F10")
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -159,6 +160,7 @@ def test_a_part_stores_nothing_beyond_its_bound():
     kv.check_integrity()
 
 
+@pytest.mark.fault("F10")
 def test_pages_behind_a_window_are_freed_and_raise_the_floor():
     kv = store(1000, (None, WINDOW))
     kv.update([Open(1, 0, (0, 1), 0, 1000)], [row(1, 0, 64)])
@@ -296,6 +298,7 @@ def test_an_interrupted_update_changes_nothing():
     kv.check_integrity()
 
 
+@pytest.mark.fault("F12")
 @pytest.mark.parametrize("failing", [1, 2, 3])
 def test_an_update_that_fails_while_it_reserves_changes_nothing(failing):
     class Failing(Filled):

@@ -422,6 +422,7 @@ def shared() -> Iterator[list[Any]]:
         yield [worker, 10]
 
 
+@pytest.mark.fault("F22")
 @settings(max_examples=100)
 @given(told=_anything())
 def test_any_bytes_harm_nobody_else(shared: list[Any], told: list[tuple[int, bytes]]) -> None:

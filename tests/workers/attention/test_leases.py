@@ -253,6 +253,7 @@ def test_what_a_dying_engine_did_not_store_in_every_layer_is_not_held():
             assert [part.held for part in survey(again, 10).parts] == [9]
 
 
+@pytest.mark.fault("F04")
 @pytest.mark.parametrize("epoch", [2, 100, 101])
 def test_from_a_survey_on_who_was_here_before_is_refused_whatever_epoch_it_begins(epoch):
     """An announcement on its way over a channel that was given up came after the survey, and was applied: the engine
@@ -277,6 +278,7 @@ def _announced(port: AttentionPort, announcement: Announcement) -> Any:
     return port.receive(10)
 
 
+@pytest.mark.fault("F13")
 def test_the_linger_ends_and_the_pages_are_free_for_another():
     with running() as (server, address):
         port = open_port(address, **ASKED, engine=ENGINE, linger=0.4)
@@ -348,6 +350,7 @@ def test_another_engine_is_told_whom_the_worker_serves():
         open_port(address, **{**ASKED, "timeout": 0.2}, engine="f" * 32)
 
 
+@pytest.mark.fault("F19")
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -396,6 +399,7 @@ def test_what_no_seat_can_be_is_refused_and_the_others_go_on(changes, said):
         Sender(port, 13).step(2)
 
 
+@pytest.mark.fault("F18")
 def test_a_draining_worker_takes_no_new_seat_but_the_engine_back_that_it_serves():
     with running() as (server, address), connected(address, **HALF):
         server.drain()
@@ -452,6 +456,7 @@ def test_who_does_not_read_its_answers_holds_up_nobody_else(way):
         deaf.receive(10)  # and what it had asked for is still there
 
 
+@pytest.mark.fault("F07")
 @pytest.mark.parametrize("way", ["local", "grpc", "tcp"])
 def test_half_a_frame_holds_up_nobody_else(way):
     with (
@@ -704,6 +709,7 @@ def test_a_killed_engine_is_followed_by_another_that_goes_on():
                 twin.step()
 
 
+@pytest.mark.fault("F04")
 @pytest.mark.real
 def test_a_stopped_client_of_one_seat_holds_up_no_other():
     with process("--lease", "30") as worker:

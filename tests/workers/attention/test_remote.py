@@ -48,6 +48,7 @@ def scripted(**changes) -> Iterator:
         yield worker, port, worker.channels.get(timeout=5)
 
 
+@pytest.mark.fault("F06")
 @pytest.mark.parametrize("way", WAYS)
 def test_no_reply_in_time_means_lost_for_good(way):
     with running() as (_, address), connected(address, **WAYS[way]) as port:
@@ -73,6 +74,7 @@ def test_ready_tells_when_a_reply_is_there():
                 assert not port.ready()
 
 
+@pytest.mark.fault("F06")
 def test_heartbeats_that_fail_wake_who_waits():
     with scripted(lost_after=0.5) as (worker, port, _):
         worker.delay = 10.0
@@ -145,6 +147,7 @@ def test_a_stream_is_closed_without_waiting_for_the_other_side():
     assert ended.wait(10)  # and the stream is broken off at last
 
 
+@pytest.mark.fault("F06")
 @pytest.mark.parametrize("way", WAYS)
 def test_a_worker_that_does_not_read_is_lost_in_time(way):
     """A worker that answered heartbeats and did not read its channel stopped the engine's thread for ever."""
@@ -162,6 +165,7 @@ def test_a_worker_that_does_not_read_is_lost_in_time(way):
         assert port.closed
 
 
+@pytest.mark.fault("F07")
 def test_a_reply_that_nobody_asked_for_means_lost():
     """Replies without a question were sorted in for ever: they held the engine's thread, and its memory grew."""
     with scripted() as (_, port, far):
@@ -198,6 +202,7 @@ def test_what_is_no_address(address):
         open_port(address, **ASKED)
 
 
+@pytest.mark.fault("F01")
 @pytest.mark.real
 @pytest.mark.parametrize("way", ["local", "grpc", "tcp"])
 def test_a_killed_worker_is_lost_at_once(way):
@@ -228,6 +233,7 @@ def test_closing_does_not_wait_for_the_heartbeat_of_a_stopped_worker():
                 os.kill(child.pid, signal.SIGCONT)
 
 
+@pytest.mark.fault("F04")
 @pytest.mark.real
 def test_a_stopped_worker_is_lost_and_finds_its_session_over_when_it_returns():
     with process("--lease", "1.2") as child:

@@ -103,6 +103,7 @@ def test_what_was_let_go_is_left_out(gap: tuple[int, int], hi: int) -> None:
         assert [seen[i * 4 + j] for j in range(4)] == [rest, rest, whole, whole]
 
 
+@pytest.mark.fault("F10")
 def test_queries_in_what_was_let_go_are_refused() -> None:
     razor = parse("razor")
     asked = RowQueries(0, 11, 2, GROUP, 0, 13, 0, table_of(1, 4))

@@ -24,6 +24,7 @@ def test_sides_of_this_version_share_all_features() -> None:
         assert port.features == FEATURES
 
 
+@pytest.mark.fault("F31")
 @pytest.mark.real
 @pytest.mark.parametrize("way", WAYS)
 def test_an_engine_uses_a_worker_of_the_previous_version_without_what_that_lacks(way: str) -> None:
@@ -50,6 +51,7 @@ def greeting(address: str, **changes: Any) -> control.Hello:
     return said[0]
 
 
+@pytest.mark.fault("F31")
 def test_a_worker_answers_an_engine_of_the_previous_version_as_that_understands() -> None:
     with running() as (server, address), WorkerClient(address) as client:
         old = control.as_previous(greeting(address))

@@ -149,6 +149,7 @@ json_values = st.recursive(
 KEYS = [*LLAMA, "rope_scaling", "rope_theta", "head_dim", "layer_types", "sliding_window", "use_sliding_window"]
 
 
+@pytest.mark.fault("F26")
 @given(
     architecture=st.sampled_from(["LlamaForCausalLM", "Qwen3MoeForCausalLM", "SmolLM3ForCausalLM"]),
     changes=st.dictionaries(st.sampled_from([*KEYS, "num_experts", "mlp_only_layers", "no_rope_layers"]), json_values),

@@ -524,6 +524,7 @@ def test_a_replica_does_not_take_a_seat_that_model_worker_0_has_left(model) -> N
         until(lambda: server.status().seats == 0)
 
 
+@pytest.mark.fault("F15")
 @pytest.mark.parametrize("stops", [True, False])
 def test_replicas_leave_the_kv_to_the_next_engine_unless_they_are_told_to_stop(model, stops) -> None:
     with contextlib.ExitStack() as stack:

@@ -97,6 +97,7 @@ def lasting(monkeypatch: pytest.MonkeyPatch, **time: float) -> None:
     monkeypatch.setattr(credentials, "_LIFETIME", datetime.timedelta(**time))
 
 
+@pytest.mark.fault("F20")
 def test_certificates_out_of_date_are_refused_naming_file_and_time(tmp_path, monkeypatch):
     lasting(monkeypatch, hours=-1)
     make_credentials(tmp_path / "old", ["localhost"])

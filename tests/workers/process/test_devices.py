@@ -235,6 +235,7 @@ class TestMemory:
             raise error
         assert raised.value is error
 
+    @pytest.mark.fault("F12")
     def test_torch_lacks_memory_on_this_cpu(self) -> None:
         with pytest.raises(NotEnoughMemory), room_for("the weights", 1 << 60, CPU):
             torch.empty(1 << 60, dtype=torch.uint8)
