@@ -1,10 +1,8 @@
 """One call of a client: its prompts, submitted to an engine, and the outputs that come back.
 
-`Call` is the one body of the blocking, the streaming and the asynchronous methods of `LLM`.
-
-Outputs that an engine's thread hands to an asyncio event loop.
-
-A call whose answers are embeddings.
+`Call` is the one body of the blocking, the streaming and the asynchronous methods of `LLM`. `EmbeddingCall` is the same
+for calls whose answers are embeddings. `AsyncOutputs` brings the outputs from the engine's thread to an asyncio event
+loop.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""From what callers pass in to requests: token ids, limits and sampling are checked, nothing is submitted.
+"""From what callers pass in to requests (`InputProcessor`): token ids, limits and sampling are checked, and nothing is
+submitted.
 
-From the sum of a prompt's hidden states to its embedding.
+Requests for embeddings are made here too. `embedding` is the way back: from the sum of a prompt's hidden states to its
+embedding.
 """
 
 from __future__ import annotations
@@ -158,7 +160,7 @@ class InputProcessor:
     def embeddings(
         self, prompts: Sequence[Sequence[int]], pooling: object, priority: int = 0, salt: Hashable = None
     ) -> list[EngineRequest]:
-        """The requests for embeddings of these token ids, pooled in that way: see `pooling.POOLINGS`."""
+        """The requests for embeddings of these token ids, pooled in that way: see `POOLINGS`."""
         how = check_pooling(pooling)
         if how == "eos":
             ends = self.tokenizer.eos_ids

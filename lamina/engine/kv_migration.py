@@ -1,12 +1,11 @@
-"""Moves the KV of sequences between holders, page by page, while the sequences go on.
+"""Moves the KV of sequences between holders, page by page, while the sequences go on (`KvMigration`).
 
-A sequence decodes at its old holders until its KV is at the new ones too; then it is switched over while it is idle.
-The last tokens are waited for then, and states, since each token changes them. Everything is called between two
-batches.
+A sequence decodes at its old holders until its KV is at the new ones too. Then it is switched over while it is idle.
+The last tokens are waited for at that point, and so are states, since each token changes them.
 
-Copies KV from parts of a sequence to other parts of it, or of another that has the same tokens, while batches run.
-
-A copy is a run: suspended while it waits for a holder, gone on with between two batches, for a part of a step's time.
+`KvCopies` makes the copies: from parts of a sequence to other parts of it, or to parts of another sequence with the
+same tokens. A copy is a run. It is suspended while it waits for a holder, and it goes on between two batches, for a
+part of a step's time. Everything here is called between two batches.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Servers that take machines, found on this network by multicast DNS (RFC 6762): the only file that loads zeroconf.
+"""Which server a machine joins (`reach`): the one that was named, else the one it knows, else the only one on the
+network.
 
-What is found is a hint and nothing more: anybody on the network can answer. The code, or the fingerprint that is known
-from earlier, says whether it is the right server.
-
-Which server a machine joins: the one that was named, else the one it knows, else the only one on the network.
+Servers announce themselves, and are found, by multicast DNS (RFC 6762). This is the only file that loads zeroconf. An
+answer is a hint and nothing more, since any machine on the network can give one. The pairing code, or the fingerprint
+that is known from earlier, says whether it is the right server.
 """
 
 from __future__ import annotations

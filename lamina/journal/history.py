@@ -1,10 +1,11 @@
-"""The state that a journal's records give: an engine's unfinished requests, their tokens, and where their KV is.
+"""The records of a journal, and the state that they give: an engine's unfinished requests, their tokens, and where
+their KV is.
 
-Pure: the same records give the same state. A running engine applies each record that it writes, too.
+Records are in the order of what happened to requests. They are plain data that msgpack can write: on disk a record is a
+tuple, the name of its kind and then its fields.
 
-The records of a journal, in the order of what happened to requests. Plain data that msgpack can write.
-
-On disk a record is a tuple: the name of its kind, then its fields.
+`History` is the state. It is pure: the same records give the same state. A running engine applies each record that it
+writes, too.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class RequestRecord(NamedTuple):
 
 
 class SampleRecord(NamedTuple):
-    """The state of one sample: see `history.KnownSample`."""
+    """The state of one sample: see `KnownSample`."""
 
     request_id: str
     sample: int

@@ -1,8 +1,9 @@
-"""The models of one server: which are loaded, which are unloaded for others, and who waits for one meanwhile.
+"""The models of one server (`Models`): which are loaded, which are unloaded for others, and which requests wait for one
+meanwhile.
 
-The supervisor starts and ends engines; here is decided which. For the event loop's thread, where nothing else is said.
-
-Which models are loaded, decided from who uses them and who waits: pure, without clocks or threads.
+The supervisor starts and ends engines. What it is to start and end is decided here, by `decide`, from the requests that
+use a model or wait for it. `decide` is pure, without clocks or threads. All else is for the event loop's thread, unless
+it says otherwise.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""Child processes: how each one starts, and those whose lines of output are read here, and whose stdin takes lines.
+"""Child processes: how each one starts (`start_child`), and those whose lines of output are read here and whose stdin
+takes lines (`ChildProcess`).
 
 A child imports nothing from the working folder, which may be a stranger's model, and gets no secret by its environment.
-It ends when this process does, however this process dies: its stdin is a pipe that closes then. A Lamina child
-also asks the system to kill it with the thread that started it, so one thread should start all children.
+It ends when this process does, however this process dies: its stdin is a pipe that closes then. A Lamina child also
+asks the system to kill it with the thread that started it, so one thread should start all children.
 
-Forked processes: an engine's threads stay in the process that made it, so a forked child can only be told so.
+Forked processes are another matter. An engine's threads stay in the process that made it, so a forked child cannot use
+the engine. `check_process` tells it so.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""This machine as the system describes it: processor, cores, memory. Loads no torch.
+"""This machine as the system describes it (`this_machine`): processor, cores, memory. Importing this loads no torch.
 
-The same function of many things, on all cores: by processes that are forked off this one, and end with the last.
+`on_all_cores` uses the cores. It calls one function on many things, in processes that are forked off this one and end
+with the last thing.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Small UTF-8 files, read whole up to a limit and written whole or not at all, and values as TOML writes them.
+"""Small UTF-8 files, read whole up to a limit and written whole or not at all, and the values in them.
 
-Bytes, as people write them.
+Files of settings are TOML: `read_toml` reads them, and `toml_value` writes a value as TOML has it. `parse_size` reads a
+number of bytes as people write it, such as "2GiB".
 """
 
 from __future__ import annotations

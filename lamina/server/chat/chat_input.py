@@ -1,7 +1,8 @@
-"""A chat as any dialect asks for it: OpenAI's chat form is the one that is spoken inside.
+"""A chat as any dialect asks for it (`ChatInput`). Dialects are translated into OpenAI's form of a chat, which the
+server uses inside.
 
-Messages of dialects whose clients say more than chat templates take: several system messages, also later ones, and
-several messages of one role in a row. Many templates refuse these.
+Clients of some dialects send messages that many chat templates refuse: several system messages, also later ones, and
+several messages of one role in a row. `joined` makes of these what templates take.
 """
 
 from __future__ import annotations

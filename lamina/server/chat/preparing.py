@@ -1,9 +1,8 @@
-"""From a `ChatInput` to a request that can be submitted, with all checks done. It runs on a thread: long prompts take a
-while.
+"""From a `ChatInput` to a request that can be submitted, with all checks done (`prepared`).
 
-Prompts of requests: their lengths are checked before they cost anything, and they become token ids.
-
-Long prompts take a while, so this runs on a thread, not on the event loop.
+The lengths of prompts are checked before the prompts cost anything. Then they become token ids (`encoded`). Completions
+and embeddings use these functions too. Long prompts take a while, so all of this runs on a thread, not on the event
+loop.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Errors in OpenAI's shape, {"error": {"message", "type", "param", "code"}}, with a status for each error class. Where
-Anthropic's clients ask, they have Anthropic's shape.
+"""Errors in OpenAI's shape, {"error": {"message", "type", "param", "code"}}, with a status for each error class
+(`ApiError`). Anthropic's clients get them in Anthropic's shape.
 
-JSON as a whole response.
+`json_response` and `json_text` make an answer that is JSON as a whole.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""ASGI middleware for every request: it refuses other origins and missing API keys, gives each request an id, counts
-responses, and answers unexpected errors with status 500.
+"""ASGI middleware for every request (`Gate`): it refuses other origins and missing API keys, gives each request an id,
+counts responses, and answers unexpected errors with status 500.
 
-Reads API keys from the environment and from files, so that they do not appear among a program's arguments.
+API keys come from the environment and from files, so that they do not appear among a program's arguments.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""POST /v1/embeddings and /v1/rerank: the inputs are computed, and of their hidden states embeddings are made.
+"""POST /v1/embeddings and /v1/rerank: embeddings of texts, and documents in the order of their likeness to a query.
 
-Texts and token ids as completions and embeddings take them: one, or a list.
+Inputs are texts or token ids, one or a list, as completions take them too (`listed`, `token_ids`). The model computes
+them, and embeddings are made of their hidden states.
 """
 
 from __future__ import annotations

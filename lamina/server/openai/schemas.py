@@ -1,11 +1,11 @@
-"""The fields of requests, as OpenAI and vLLM name them, for validation and for the OpenAPI document.
+"""The fields of requests for chats, completions and embeddings, and those of answers with embeddings, as OpenAI, vLLM
+and Jina name them.
 
-Fields marked "Ignored" are accepted and change nothing. Unknown fields are refused by name. What `SamplingParams` or
-`Tokenizer` check is only described here.
+They serve for validation and for the OpenAPI document. Fields marked "Ignored" are accepted and change nothing. Unknown
+fields are refused by name. What `SamplingParams` or `Tokenizer` check is only described here.
 
-The fields of requests for embeddings, as OpenAI, vLLM and Jina name them, and of their answers.
-
-Fields that chats and completions share: what is refused, and the kinds of structured output.
+Functions cover what a field's type does not: `check_prompt_logprobs` and `check_stream_options` refuse combinations of
+fields, `structured` and `response_format` read the kinds of structured output.
 """
 
 from __future__ import annotations

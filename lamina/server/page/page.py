@@ -1,11 +1,11 @@
-"""The built-in page: its files, and the route of the data it shows.
+"""The built-in page: its files, and the route of the data it shows (`add_page`).
 
 The page is plain HTML, CSS and JavaScript under a strict Content-Security-Policy. It sends requests only to its own
 server.
 
-What has happened to an engine and its holders, for the built-in page: a short list, found by comparing looks.
-
-Nothing looks by itself. So an event has two times: it happened after `since`, the look before, and not later than `at`.
+Among the data is a short list of what has happened to an engine and its holders (`Events`). It is found by comparing
+two looks at them. A look happens only when the page asks. So an event has two times: it happened after `since`, the
+look before, and not later than `at`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""The data of the built-in page, as plain data for JSON: an engine's snapshot, with short labels for sequences.
+"""The data of the built-in page, as plain data for JSON (`status`): an engine's snapshot, with short labels for
+sequences, and the recent latencies of first and further tokens (`RecentLatencies`).
 
 Request ids may identify a client, so none of them is in the data.
-
-The recent latencies of first and further tokens, for the built-in page.
 """
 
 from __future__ import annotations

@@ -4,11 +4,10 @@ each time is max(bytes / bandwidth, FLOPs / rate) / efficiency, and what `Effici
 The operators are those of Lamina's section 3 (arXiv 2405.01814): dense layers want 2 N B FLOPs for e N + 2 e B d bytes,
 attention reads every sequence's own KV, and (2 + 2/G) e d bytes a token and layer cross between the two.
 
-Speculation: how many tokens a step gives, how many drafts pay, and what a token then costs. Pure.
-
-A row of 1 + k tokens verifies k drafts over KV that is read once. If each draft is accepted with the chance `a` where
-all before it were, a step gives a sequence (1 - a^(k+1)) / (1 - a) tokens in the mean (Leviathan et al.,
-arXiv 2211.17192, equation 1).
+`Speculation` says how many tokens a step gives with drafts, `best_drafts` how many drafts pay, and `token_cost` what a
+token then costs. A row of 1 + k tokens verifies k drafts over KV that is read once. If each draft is accepted with the
+chance `a` where all before it were, a step gives a sequence (1 - a^(k+1)) / (1 - a) tokens in the mean (Leviathan et
+al., arXiv 2211.17192, equation 1).
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Attention elsewhere: what devices with the weights do, what those with the KV do, and what crosses between them.
+"""A system whose attention is on other devices than its weights (`Offloaded`): what devices with the weights do, what
+those with the KV do, and what crosses between them.
 
-How much KV and how many states have room beside the weights.
+`capacity_of` says how much KV and how many states a number of bytes holds, and `room_beside` how many bytes the weights
+leave. Systems without offloaded attention use both too.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""The numbers of a model that decide its cost: parameters, KV bytes and FLOPs, layer by layer.
+"""The numbers of a model that decide its cost (`ModelShape`): parameters, KV bytes and FLOPs, layer by layer.
 
-What layers beside plain attention keep, move and compute: recurrent states, and learned choices of tokens.
+Some layers keep, move and compute more than plain attention does: recurrent states (`StateShape`), and learned choices
+of tokens (`ChoiceShape`).
 """
 
 from __future__ import annotations

@@ -1,17 +1,12 @@
-"""A pool that counts pages instead of keeping KV: those an attention worker would fork, copy, free and refuse.
+"""A holder that counts pages and records instead of keeping KV and states (`HolderCounter`). It gets the operations and
+rows of a real holder, and answers as that would: what an attention worker would fork, copy, share, free and refuse.
 
-It gets the operations and rows of a real pool, and counts pages as `KVStore` does: a page is of one layer and one KV
-head, and shared by reference count. Heads that a part has, and layers that keep alike, go together.
+Pages are counted as `KVStore` does (`PageCounter`): a page is of one layer and one KV head, and shared by reference
+count. Heads that a part has, and layers that keep alike, go together.
 
-A pool of states that counts records instead of keeping them: those that an attention worker would take, share, free
-and refuse.
-
-A record is of one layer, one head and one position of a sequence. A part has those at the end of its last row and at
-its start, and writes its next row's over older ones that it shares with none. Heads that a part has, and layers, go
-together.
-
-A holder that counts pages and records instead of keeping KV and states: it gets the operations and rows of a real
-one, and answers as that would.
+Records hold states (`RecordCounter`): a record is of one layer, one head and one position of a sequence. A part has
+those at the end of its last row and at its start. It writes those of its next row over older ones that it shares with
+no other part. Heads that a part has, and layers, go together.
 """
 
 from __future__ import annotations

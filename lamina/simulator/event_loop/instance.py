@@ -1,8 +1,8 @@
-"""One instance of a system in the event loop: requests come in, the real `Scheduler` and `Placement` decide, pages are
-counted, and the clock moves by what the cost model says of each batch.
+"""One instance of a system in the event loop (`Instance`): requests come in, the real `Scheduler` and `Placement`
+decide, pages are counted, and the clock moves by what the cost model says of each batch.
 
-What becomes of requests in the event loop, and sums: over the prompts of a batch, and over the batches of an
-instance.
+`Life` is what becomes of one request. `PromptRows` are sums over the prompts of a batch, `Totals` sums over the batches
+of an instance.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One instance of a system in the event loop, at a cost a step that does not grow with the batch.
+"""One instance of a system in the event loop, at a cost a step that does not grow with the batch (`QuickInstance`).
 
 The decisions are those of the real `Scheduler` (`instance.py` runs it) where requests share no prefixes and nothing has
 states: first come, first served; decode first, then prompts in chunks; a sequence is admitted once there is room for
@@ -7,12 +7,8 @@ in three numbers alone, so those in decode are counts: when each ends, how many 
 of their contexts. Where windows let pages go, or holders have different heads, the real one is asked as soon as pages
 could be short. `tests/simulator/test_quick_instance.py` holds the two to the same requests at the same seconds.
 
-Seconds of a batch of decode alone go straight on for a while (`decode_costs`), so steps to the next request that comes
-or ends are one sum.
-
-Costs of batches of decode alone: computed for contexts 4 % apart, and straight between them.
-
-A request in a `QuickInstance`, and how many pages and tokens it takes.
+The seconds of a batch of decode alone are computed for contexts 4 % apart, and go straight on between them
+(`DecodeCosts`). So the steps to the next request that comes or ends are one sum.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
-"""The results of a run of the simulator.
-
-Percentiles of latencies, and a fair sample of a run's steps.
+"""The results of a run of the simulator: `RunResult`, with percentiles of its latencies (`Distribution`) and a fair
+sample of its steps (`Samples`).
 """
 
 from __future__ import annotations

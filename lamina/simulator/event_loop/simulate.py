@@ -1,11 +1,12 @@
-"""A trace through the real `Scheduler` and `Placement`, with the seconds of each batch from the cost model and pages
-from counters: the engine's own code decides which requests are admitted, cut into chunks, preempted, and share a
-prefix.
+"""A trace through the real `Scheduler` and `Placement` (`simulate`), with the seconds of each batch from the cost model
+and pages from counters: the engine's own code decides which requests are admitted, cut into chunks, preempted, and
+share a prefix.
 
 A system's seconds advance a clock of its own, so a run is a function of its arguments.
 
-Prompts on one instance and decode on another: the way of KV from the one to the other; and both together where
-requests come after others, since the end of a request on the one brings the next to the other.
+A disaggregated system has prompts on one instance and decode on another, and KV goes from the one to the other
+(`Transfer`). The two run one after the other. They run together where requests come after others (`serve_sessions`),
+since the end of a request on the one brings the next to the other.
 """
 
 from __future__ import annotations

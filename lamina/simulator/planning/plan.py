@@ -1,6 +1,8 @@
-"""From a model, a trace and an inventory to a plan: every step of `lamina plan`, without words for people or files.
+"""From a model, a trace and an inventory to a plan (`make_plan`): every step of `lamina plan`, without words for people
+or files.
 
-Best against best: each way to serve a model, optimised alone under the same budget and inventory.
+A plan also compares best with best: each kind of system, optimised alone under the same budget and inventory
+(`best_of_kinds`).
 """
 
 from __future__ import annotations
@@ -144,7 +146,7 @@ class Planned:
     """That would flip the answer, those that may well be otherwise first."""
     plan: Plan
     best_of: Mapping[str, Ranked] = field(default_factory=dict)
-    """By kind of system (`kinds.KINDS`), the best of it; empty where that was not asked for."""
+    """By kind of system (`KINDS`), the best of it; empty where that was not asked for."""
 
     @property
     def winner(self) -> Ranked:

@@ -1,9 +1,9 @@
-"""Which of many systems gives most for a dollar: all by the closed form, the best through the event loop.
+"""Which of many systems gives most for a dollar: all are estimated by the closed form, the best run through the event
+loop.
 
-`candidates` enumerates, `rank` estimates and sorts, `search` simulates the best of them by `verify`. `reasons` explains
-why one wins. Pure.
-
-Which candidates are equally good, within the error of a comparison.
+`candidates.py` enumerates them, `rank` estimates and sorts, `search` simulates the best of them by `verify`. Some
+differ by less than the error of the comparison: `near_ties` says which are equally good. `reasons.py` explains why one
+wins. Pure.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""Why one candidate wins, in sentences: what it does and how sure that is, what limits it, what comes close, and how it
-compares with the best of the other kind.
+"""Why one candidate wins, in sentences (`why`): what it does and how sure that is, what limits it, what comes close,
+and how it compares with the best of the other kind.
 
-What a model's layers make of moving attention and states to other devices: what bounds them there, and what a step
-spends on them in either place.
-
-What is said of a system that does not keep the SLO under a load, and how many of it would.
+`compute_bound_devices` and `step_compared` say what a model's layers make of moving attention and states to other
+devices: what bounds them there, and what a step spends on them in either place. `overloads` says which systems do not
+keep the SLO under a load, and `would_do` how many of a system would keep it.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Runs of the simulator for people and for programs: a table, JSON and CSV; `page` makes HTML of them.
+"""Runs of the simulator for people and for programs: a table (`table`), JSON (`to_json`) and CSV (`to_csv`). `page.py`
+makes HTML of them.
 
-Pure: returns texts. The same runs give the same bytes. Numbers that are not known (a power that is not published, a
-latency of no request) are a dash for people, null in JSON, and empty in CSV.
+Everything is pure and returns texts. The same runs give the same bytes. Numbers that are not known (a power that is not
+published, a latency of no request) are a dash for people, null in JSON, and empty in CSV.
 
-What a model keeps of a sequence, and how much of it a system has room for, in words. KV and states stand apart.
-
-Text in 100 columns: tables whose names are folded, and sentences. Pure.
+Text is in 100 columns: tables whose names are folded (`grid`), and sentences (`sentences`). `kept` and `room` say in
+words what a model keeps of a sequence, and how much of it a system has room for. KV and states stand apart there.
 """
 
 from __future__ import annotations

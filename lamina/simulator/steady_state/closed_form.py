@@ -1,20 +1,21 @@
-"""What a system yields, without the scheduler: the trace's own requests in a replay of a few sums a request.
+"""What a system yields, without the scheduler (`estimate`): the trace's own requests in a replay of a few sums a
+request.
 
-- A sample of the trace (`demand`), in its order and at the rate that is asked for, goes through one instance batch by
-  batch (`replay`): first come, first served, with a limit of sequences, of tokens of KV and of tokens a batch. Of r
+- A sample of the trace (`demand.py`), in its order and at the rate that is asked for, goes through one instance batch
+  by batch (`replay`): first come, first served, with a limit of sequences, of tokens of KV and of tokens a batch. Of r
   replicas one takes every rth request. So bursts, loads that change and long prompts are those of the trace, times are
   those of each request, and at low rates each meets an empty instance.
-- Batches take what the cost model says, interpolated (`batches`).
+- Batches take what the cost model says, interpolated (`Batches`).
 - It begins with as many sequences in decode as Little's law has for the mean of the requests, with outputs half way
   through; and it ends with the last first token. So a short excerpt stands for a long run.
 - Where prompts have instances of their own, there are three of these in a row: prompts, one after another over the
-  link, decode. The wait for decode and the way there come after the first token: TPOT has them.
+  link, decode. The wait for decode and the way to it come after the first token: TPOT has them.
 - The highest rate is searched for where the requests taken count most: those at `TARGET` within the SLO in full, fewer
   the more the share falls short. Both grow smoothly with what the SLO allows.
 
 Left out, and in the event loop: prefixes that requests share, and preemption.
 
-Why systems cannot serve a demand: messages with what they have and what they need. Pure.
+`none_meets` and `slow_link` say why systems cannot serve a demand: what they have, and what they need. Pure.
 """
 
 from __future__ import annotations

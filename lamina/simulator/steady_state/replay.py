@@ -1,12 +1,11 @@
-"""Requests through one instance, batch after batch, without pages, rows or a scheduler: what `event_loop` does in all
-detail is here a few sums a request, compiled.
+"""Requests through one instance, batch after batch, without pages, rows or a scheduler (`replay`): what `event_loop`
+does in all detail is here a few sums a request, compiled.
 
-Admission and prompts are first come, first served; each batch has all sequences in decode and prompts' tokens up to its
-limit; and batches that no sequence enters or leaves are one jump. Left out: shared prefixes, and preemption.
+Admission and prompts are first come, first served. Each batch has all sequences in decode, and prompts' tokens up to
+its limit. Batches that no sequence enters or leaves are one jump. Left out: shared prefixes, and preemption.
 
-Seconds of a system's batches, from few calls of its cost model: those between are interpolated.
-
-A batch of n sequences in decode, which have c tokens of KV in all, and of q prompt tokens takes
+The seconds of a system's batches (`Batches`) come from few calls of its cost model: those between are interpolated. A
+batch of n sequences in decode, which have c tokens of KV in all, and of q prompt tokens takes
 
     a(n) + b(n) (c - n C) + d(n + q) - d(n) + sum of e(p) over its prompt tokens
 
@@ -254,7 +253,7 @@ def _between(table: Any, at: int) -> Any:
 
 @numba.extending.register_jitable  # type: ignore[untyped-decorator]
 def _level(count: int) -> int:
-    """`level_of` of `batches`, compiled."""
+    """`level_of`, compiled."""
     level = 1 if count else 0
     while count >= 4:
         level += 1

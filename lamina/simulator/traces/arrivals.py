@@ -1,9 +1,8 @@
-"""Requests over time, and functions from one trace to another. Pure.
+"""Requests over time (`Trace`), and functions from one trace to another. Pure.
 
-Times of arrival that were rounded to a step, such as Mooncake's to 3 seconds: found, and spread again.
-
-Requests that came within a step then seem to come at once, and a trace that is played slower or faster shows bursts
-that were never sent.
+Some traces have times of arrival that were rounded to a step, such as Mooncake's to 3 seconds. Requests that came
+within a step then seem to come at once, and a trace that is played slower or faster shows bursts that were never sent.
+`step_of` finds the step, and `spread` spreads the times again.
 """
 
 from __future__ import annotations

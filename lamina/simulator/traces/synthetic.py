@@ -1,8 +1,8 @@
-"""Traces that are drawn like a published one, by its figures. The same seed, the same trace.
+"""Traces that are drawn from published figures. The same seed gives the same trace.
 
-Agentic sessions: requests that come after others, with tools or users between them, and contexts that grow.
-
-`coding_agents` draws them from published quantiles. `session_figures.toml` beside this file has them, with sources.
+`synthetic` draws one like a published trace, by its figures. `coding_agents` draws agentic sessions from published
+quantiles, which `session_figures.toml` beside this file has, with sources. In a session requests come after others,
+with tools or users between them, and contexts grow.
 """
 
 from __future__ import annotations

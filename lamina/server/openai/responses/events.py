@@ -1,6 +1,7 @@
-"""The events of a response's stream, in OpenAI's order: each item is added, grows and is done before the next.
+"""The response object (`ResponseObject`), with what a request asked for and what has come of it, and the events of its
+stream.
 
-The response object: what a request said, and what has come of it.
+`ResponseEvents` writes the events in OpenAI's order: each item is added, grows and is done before the next.
 """
 
 from __future__ import annotations
