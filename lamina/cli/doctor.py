@@ -1,8 +1,8 @@
-"""What this machine has, what Lamina will use of it, and why: findings, to print or to send as JSON.
+"""What this machine has, what Lamina will use of it, and why (`examine`): findings, to print or to send as JSON.
 
 The choices come from the functions that load a model use. No model is loaded.
 
-The commands around models: list, fetch, describe, remove.
+The commands around models are here too (`models_app`): list, fetch, describe, remove.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""From the events of a stream to what is printed: text as it comes, text as it finishes, or JSON lines.
+"""The command `generate`, what it prints of a stream's events, and how commands open a model (`open_llm`).
 
-Answers go to stdout. After text go to stderr a line of statistics, and one of where KV was read if that was chosen.
-
-The command `generate`, and how commands open a model.
+Text is printed as it comes (`print_as_it_comes`), text as it finishes (`print_as_they_finish`), or JSON lines
+(`print_json_lines`). Answers go to stdout. After text go to stderr a line of statistics, and one of where KV was read
+if that was chosen.
 """
 
 from __future__ import annotations

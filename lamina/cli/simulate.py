@@ -1,8 +1,7 @@
 """The commands around the simulator: plan a deployment, compare systems on a trace, measure this machine for both.
 
-`lamina.simulator` is imported when a command runs.
-
-What words of the simulator's commands mean: limits, rates, policies, drafts, failures. All raise InvalidRequest.
+The `parse_` functions read the words of these commands: limits, rates, policies, drafts, failures. All raise
+InvalidRequest. `lamina.simulator` is imported when a command runs.
 """
 
 from __future__ import annotations

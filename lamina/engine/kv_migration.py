@@ -33,8 +33,8 @@ def nothing() -> None:
 CHUNK = 512  # tokens that are copied at a time, at most
 
 Copying = Generator[Waiting, None, bool]
-"""A copy under way; it returns whether there was room. Raises HolderFault. Whoever drops it closes it, before the next
-epoch begins."""
+"""A copy under way; it returns whether there was room. Raises HolderFault. A copy that is dropped must be closed before
+the next epoch begins."""
 
 
 class KvCopies:
@@ -248,7 +248,7 @@ class KvMigration:
 
     def begin(self, sequence: ScheduledSequence, layout: Layout) -> bool:
         """Have a sequence move to another layout. False where its KV is not whole, or where there is no room: now, or
-        for all that it will have. Cached prefixes that nobody uses and local copies make room."""
+        for all that it will have. Unused cached prefixes and local copies make room."""
         config, length = self._scheduler.config, len(sequence.tokens)
         if sequence.handle is None or not self._scheduler.running.movable(sequence):
             return False

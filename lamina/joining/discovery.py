@@ -86,7 +86,7 @@ class _Finder:
     def add_service(self, zeroconf: Zeroconf, kind: str, name: str) -> None:
         if len(self.found) >= _MOST:
             return
-        with suppress(Exception):  # of whatever somebody sent
+        with suppress(Exception):  # the answer may be anything
             info = zeroconf.get_service_info(kind, name, _ASK_MS)
             if info is not None and (server := _server(info)) is not None:
                 self.found[name] = server
@@ -191,8 +191,8 @@ def host_and_port(text: str) -> tuple[str, int]:
 
 
 def _first_that_answers(servers: Sequence[FoundServer], wanted: Collection[str]) -> MessageStream:
-    """A connection to the first address that answers, as one of those `wanted` if there are any: anybody can announce
-    the id of a server that is known. Raises ChannelClosed."""
+    """A connection to the first address that answers, as one of those `wanted` if there are any: any machine can
+    announce the id of a known server. Raises ChannelClosed."""
     why = "no server has an address"
     for server in servers:
         for host in server.hosts:

@@ -48,9 +48,9 @@ class Decision:
 
 
 def decide(uses: Sequence[ModelUse], max_loaded: int, idle_unload: float | None, now: float) -> Decision:
-    """The model that is waited for longest comes first. Room is made of models that nobody uses, the least recently
-    used one first. Where all are used and the wait is longer than `TURN`, it is made of the model that was loaded first
-    and has been there as long, once it is free."""
+    """The model that is waited for longest comes first. Idle models are unloaded for it, the least recently used one
+    first. Where all are used and the wait is longer than `TURN`, the model that was loaded first, and is loaded for as
+    long, is unloaded once it is free."""
     wanted = sorted((use for use in uses if use.place == "out" and use.wanted is not None), key=_since)
     room = max_loaded - sum(use.place != "out" for use in uses)
     load, rest = wanted[: max(0, room)], wanted[max(0, room) :]
@@ -287,7 +287,7 @@ class Models:
             here = model.residence == "loaded"
             if here and not model.seen:
                 self._served, model.used, model.begun = True, now, now
-                if not model.frontend.draining:  # who waited for it has it before another one may get its place
+                if not model.frontend.draining:  # waiting requests get it before it may be unloaded
                     self._admit(model)
             model.seen = here
         decision = decide([model.use() for model in self], self._max_loaded, self._idle_unload, now)

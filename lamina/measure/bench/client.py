@@ -1,14 +1,13 @@
-"""The HTTP side of a benchmark: one server with OpenAI's API, requests, and when the parts of their answers came.
+"""The HTTP side of a benchmark (`Client`): one server with OpenAI's API, requests, and when the parts of their answers
+came.
 
 It uses aiohttp. The server is not trusted: lines, bodies and times are bounded, redirects are not followed.
 
-Server-sent events out of bytes as they come, and the content of an event. Pure.
+`Answer` follows one streamed answer as its bytes come: when its chunks came, how it ended or failed. `EventStream` cuts
+server-sent events out of the bytes, and `parse` reads the content of one. These are pure: the caller gives the times.
 
-A client that measures shares its cores with the server it measures, so a chunk that is plainly a piece of text is never
-parsed: four searches in its bytes recognise it. Any other chunk is parsed as JSON.
-
-One streamed answer as its bytes come: when its chunks came, how it ended or failed. Pure: the caller gives the
-times.
+A client that measures shares its cores with the server it measures. So a chunk that is plainly a piece of text is never
+parsed: four searches in its bytes recognise it (`plainly_text`). Any other chunk is parsed as JSON.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What a plan promises beside what is measured: `lamina serve --plan`, a client, and the requests it was made for.
+"""What a plan promises beside what is measured (`check`): `lamina serve --plan`, a client, and the requests it was made
+for.
 
 The promise is the event loop's for the very requests that were sent: their times, and their tokens as the server
-counted them. How steady the machine was stands beside both.
-
-`lamina serve` with a plan, as a process of this one: started, found, ended.
+counted them. How steady the machine was stands beside both. `Served` is the server, a process of this one: started,
+found, ended.
 """
 
 from __future__ import annotations

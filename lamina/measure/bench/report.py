@@ -1,6 +1,7 @@
-"""A serving benchmark's result as text in the layout of vLLM's, and as plain data for JSON. Pure.
+"""A serving benchmark's result as text in the layout of vLLM's (`text`), as plain data for JSON (`record`), and as one
+picture (`save_plot`).
 
-A serving benchmark as one picture: how long things took, and what happened when. Drawn by matplotlib.
+Text and data are pure. The picture shows how long things took, and what happened when. It is drawn by matplotlib.
 """
 
 from __future__ import annotations

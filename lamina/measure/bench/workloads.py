@@ -2,9 +2,10 @@
 seed.
 
 A prompt is a list of parts, each a name and a number of tokens: parts of one name begin with the same tokens, all
-others differ. `prompts` makes the tokens.
+others differ. `prompts.py` makes the tokens.
 
-What a serving benchmark is told. Light to import: the command line reads names, types and defaults here.
+`Settings` is what a serving benchmark is told. This file is light to import, as the command line reads the names, types
+and defaults of the settings here.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Queries, keys and values of a prompt, as the real decoder makes them: what scores and searches look at.
+"""What the real decoder makes of a prompt, for calibration and not for serving.
 
-The decoder, differentiable with respect to what attention gives: for calibration, not for serving.
+`capture` gives queries, keys and values of a prompt, which scores and searches look at.
 
-It computes one sequence at a time. The weights are frozen; gradients flow to the outputs of the `Attention`.
+`TorchPath` is the decoder as a function that is differentiable with respect to what attention gives. It computes one
+sequence at a time. The weights are frozen; gradients flow to the outputs of the `Attention`.
 """
 
 from __future__ import annotations

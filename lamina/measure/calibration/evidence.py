@@ -1,7 +1,7 @@
-"""What calibration measures of a model's heads before it chooses: gathered once, kept in a file.
+"""What calibration measures of a model's heads before it chooses (`gather`): gathered once, kept in a file
+(`Evidence`). Two of the measures need gradients, and are derived here.
 
-How much the model's predictions change where a KV head sees less: the measure that windows are chosen by.
-
+Influence (`influences`) is how much the model's predictions change where a KV head sees less. Windows are chosen by it.
 For queries at the end of a long text, all that a policy would take away is at hand: d = out(policy) - out(everything).
 With g the gradient of the log-probability of tokens drawn from the model's own prediction, (g . d)^2 / 2 estimates the
 KL divergence that d causes (the Fisher information is the KL's curvature). MoA (arXiv 2406.14909, section 3) takes the
@@ -13,15 +13,16 @@ g . d needs no output of any policy. With w_k the weight of key k and c_k = w_k 
 
 so two cumulative sums over the keys give it for every window, and blocks of keys need no sums of their own.
 
-DuoAttention's gates (arXiv 2410.10819, section 2.3): how much of full attention each KV head needs, trained.
+DuoAttention's gates (`train`; arXiv 2410.10819, section 2.3) say how much of full attention each KV head needs. They
+are trained.
 
     out = alpha * full + (1 - alpha) * streaming, one alpha a layer and KV head, from 1, clamped to [0, 1]
     loss = mean squared error of the final hidden states on the hidden words + 0.05 * mean |alpha|
 
-AdamW, learning rate 0.02, no decay, rising over the first and falling over the last fifth of the steps; documents of
-many lengths with needles at many depths. Two things are simpler than there, because it has to run on two cores. Keys
-and values of a document come from the full model, once; the questions at its end alone are computed at each step. And a
-step asks for one needle of a document, where the paper asks for all ten.
+The optimiser is AdamW with learning rate 0.02, without decay. The rate rises over the first and falls over the last
+fifth of the steps. Documents have many lengths, with needles at many depths. Two things are simpler than in the paper,
+because training has to run on two cores. Keys and values of a document come from the full model, once; the questions at
+its end alone are computed at each step. And a step asks for one needle of a document, where the paper asks for all ten.
 """
 
 from __future__ import annotations

@@ -1,21 +1,20 @@
-"""The methods of calibration: which evidence each one needs, and which policies it tries, by what they keep.
+"""The methods of calibration: which evidence each one needs, and which policies it tries, by what they keep
+(`method_of`).
 
-windows    a window of its own for each head, by all evidence
-streaming  one size of window or full, by DuoAttention's gates alone
-razor      echo and induction heads stay full, the others have a window and a mean (RazorAttention)
-moa        a window that grows with the context, by a rule for each head (MoA)
+    windows    a window of its own for each head, by all evidence
+    streaming  one size of window or full, by DuoAttention's gates alone
+    razor      echo and induction heads stay full, the others have a window and a mean (RazorAttention)
+    moa        a window that grows with the context, by a rule for each head (MoA)
 
-`windows`: each head has a window of its own. A greedy search widens the one that gives most for the tokens it costs.
+`windows` searches greedily: it widens the window that gives most for the tokens it costs. Steps along each head's
+convex hull are optimal for every budget that they end at, and nearly so between. There is one length and one budget, so
+it needs no integer program.
 
-Steps along each head's convex hull are optimal for every budget that they end at, and nearly so between. There is one
-length and one budget, so it needs no integer program (`methods.py` does).
-
-`moa`: windows that grow with the context, by a rule for each head (MoA, arXiv 2406.14909, section 4).
-
-A rule (alpha, beta) gives a window of alpha + beta * N tokens at length N. One plan has to be good at several lengths,
-and keep no more than a share of the KV at any of them: an integer program with one choice for each head. Lengths are
-objectives that contend, so there is a front of plans none of which is better at all lengths. As in the paper it is
-found by optimising for one length while the others are bounded; HiGHS solves the programs, through scipy.
+`moa` follows MoA (arXiv 2406.14909, section 4). A rule (alpha, beta) gives a window of alpha + beta * N tokens at
+length N. One plan has to be good at several lengths, and keep no more than a share of the KV at any of them: an integer
+program with one choice for each head. Lengths are objectives that contend, so there is a front of plans none of which
+is better at all lengths (`front`). As in the paper it is found by optimising for one length while the others are
+bounded. HiGHS solves the programs, through scipy.
 """
 
 from __future__ import annotations

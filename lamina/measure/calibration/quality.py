@@ -1,8 +1,10 @@
-"""What a choice of policies costs, measured by the real runtime: a long text is read under them and under none.
+"""What a choice of policies costs, measured by the real runtime: a long text is read under the policies and under none.
 
-The text's beginning holds passkeys; its end is read token by token known, so that likelihoods compare; then the
-passkeys are asked for. Prefill is under the policies too, as it is in use. What comes after it is read in pieces, or in
-decode steps: some policies let go or choose in these alone.
+The beginning of the text holds passkeys. Its end is teacher-forced, token by token, so that log likelihoods can be
+compared. Then the passkeys are asked for.
+
+Prefill is under the policies too, as it is in use. What comes after it is read in pieces, or in decode steps, since
+some policies drop or choose KV only in decode steps.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Scores of KV heads that need no gradients: echo and induction, and where the mean query looks.
+"""Scores of KV heads that need no gradients, and the choice of policies by what is measured.
 
-A head with a high score looks far back for what matters, so it should see everything. A KV head's score is the largest
-of its query heads'. All are float64 `[layers, kv_heads]`.
+A head with a high score looks far back for what matters, so it should see everything. `echo_and_induction` scores the
+attention to earlier repeats of a text, `mean_attention` the place that a mean query looks at. A KV head's score is the
+largest of its query heads'. All are float64 `[layers, kv_heads]`.
 
-From evidence to a choice: candidates in order of what they keep, and the least that is measured to be good enough.
-
-The caller gives the functions that measure.
+`choose` goes from evidence to a choice: from candidates in order of what they keep to the least that is measured to be
+good enough. The caller gives the functions that measure.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""The rate at which this machine reads memory: the fastest of several loops, measured.
+"""The rate at which this machine reads memory (`Bandwidth`), and the share of its cores that other processes use.
 
-On a CPU these are compiled loops of vector loads on torch's own team; on a GPU torch's reductions (never run on one).
+The rate is that of the fastest of several loops, measured. On a CPU these are compiled loops of vector loads on torch's
+own team; on a GPU they are torch's reductions (never run on one).
 
-How much of this machine's cores others use: while this process and its children wait, or beside a tree of
-processes. Read from /proc; where the system does not report it, nobody else is at work.
+The use of cores is measured while this process and its children wait (`busy`), or beside a tree of processes
+(`Beside`). It is read from /proc. Where the system does not report it, it counts as 0.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Beside:
 
 
 def _of_tree(roots: tuple[int, ...], proc: Path) -> int:
-    """Jiffies of processes and their descendants, those of ended ones included that somebody waited for."""
+    """Jiffies of processes and their descendants, those of ended ones included that were waited for."""
     parents: dict[int, int] = {}
     jiffies: dict[int, int] = {}
     with suppress(OSError):

@@ -73,19 +73,20 @@ _MORE, _WORTH = 2, 0.005
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """A candidate, its estimate by the closed form and, where it was checked, the event loop's run at `rate` requests a
-    second: the rate of the closed form, or the next lower one tried that kept the SLO."""
+    """A candidate and what is known of it: its estimate by the closed form and, where it was checked, the `result` of
+    the event loop's run at `rate` requests a second. That is the rate of the closed form, or the next lower one tried
+    that kept the SLO."""
 
     candidate: Candidate
     estimate: Estimate
     result: RunResult | None = None
     rate: float = 0.0
     needed: float = ATTAINMENT
-    """The share within the SLO that is enough."""
+    """The share of requests within the SLO that is enough."""
 
     @property
     def name(self) -> str:
-        """Its system, how many of it, its batch limit where prompts are chunked, and its policy if it has one."""
+        """Its system, its number of replicas, its batch limit where prompts are chunked, and its policy if any."""
         return described(self.candidate.system, self.estimate.replicas)
 
     @property

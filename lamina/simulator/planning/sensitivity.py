@@ -1,14 +1,14 @@
-"""How far one thing has to change until another candidate wins, over all feasible candidates: what others decide, such
-as prices and load (`sensitivity`), and what the cost model assumes (`flips`).
+"""How far one thing has to change until another candidate wins, over all feasible candidates. `Prices` changes the
+price of a device, `Changes` all else. `sensitivity` asks about what others decide, such as prices and load; `flips`
+asks about what the cost model assumes.
 
-Prices are exact (`prices`). For the rest the closed form is asked about the best mixes, and what it finds is planned
-again: the event loop runs winner and rival just beyond the change. Where the winner still keeps its place, it runs them
-at the farthest factor, and between the two.
+Changes of prices are exact. Neither an estimate nor a run of the event loop depends on prices, so a candidate's
+standing at any price follows from the one that it has. A candidate that would be first by formula alone is checked by
+the event loop before it is believed.
 
-The price of a device at which another candidate wins: over all candidates, as they stand under other prices.
-
-Neither an estimate nor a run of the event loop depends on prices, so a candidate's standing at any price follows from
-the one that it has. What would be first there by formula alone is checked by the event loop before it is believed.
+For other changes the closed form is asked about the best mixes, and its answers are planned again. The event loop runs
+winner and rival just beyond the change. Where the winner still keeps its place, it runs them at the farthest factor,
+and between the two.
 """
 
 from __future__ import annotations
@@ -33,14 +33,19 @@ from lamina.simulator.steady_state.closed_form import Estimate, estimate
 from lamina.simulator.traces.demand import Demand
 
 _PRICE_STEPS, _PRICE_HALVINGS = 160, 24
-"""Factors that are looked at up to the farthest, and halvings between the two of them where the winner changes."""
-_CERTAIN = 1e-9
-_TOGETHER = 4
-"""Candidates that are checked at the same time, where the first at these prices is looked for."""
-_SERVES = 1e30
-"""What serves all comes before what does not, whatever the latter gives for a dollar."""
+"""Prices that are tried from 1 to the farthest factor, and halvings between the two where the winner changes."""
+_ROUNDING = 1e-9
+"""The relative error of sums. A candidate that leads by less does not replace the winner, and a budget that just pays
+for a replica does pay for it."""
+_CHECKED_TOGETHER = 4
+"""Candidates that the event loop checks at the same time, while the first at today's prices is looked for."""
+_SERVES_ALL_FACTOR = 1e30
+"""The score of a candidate that serves the whole demand is multiplied by this. So it comes before each candidate that
+does not, whatever that one gives for a dollar."""
 _Floats = NDArray[np.float64]
 Unseen = Callable[[str, float, float], Sequence[Ranked]]
+"""(device, factor, most) -> candidates, by formula, that are within the budget only once that device's price is
+`factor` times what it is, and that then cost less than `most` dollars an hour."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +77,11 @@ class Checks(Protocol):
 class Prices:
     """All candidates within `budget` dollars an hour (None: any), the winner first.
 
-    `loop` checks what would be first by formula; None: formulas are believed. `unseen(device, factor, most)` lists
-    candidates, by formula, that are within the budget once the device's price is so many times what it is, and then
-    cost less than `most`.
+    `loop` checks a candidate that would be first by formula; None: formulas are believed. `unseen` lists further
+    candidates, which a lower price brings within the budget.
+
+    A "place" is an index in the list of candidates. That list keeps its order at other prices, and the winner at
+    today's prices is at place 0. How candidates stand at a price is computed as one score each (`_keys`).
     """
 
     def __init__(
@@ -156,7 +163,8 @@ class Prices:
         return False
 
     def _most(self, name: str, factor: float) -> float:
-        """What the winner costs at that price; infinite where it doesn't serve all, or all that can be."""
+        """Dollars an hour that the winner costs at that price; infinite where it doesn't serve the whole demand, or the
+        demand is unlimited."""
         first = self._every[0]
         if not first.serves or math.isinf(first.estimate.demanded):
             return math.inf
@@ -164,16 +172,17 @@ class Prices:
         return first.estimate.price + first.estimate.replicas * share * (factor - 1)
 
     def winner(self, name: str, factor: float) -> Ranked:
-        """What is first where that device costs so many times what it does."""
+        """The best candidate where that device costs so many times what it does."""
         return self._every[self._place(name, factor)]
 
     def _unsure(self) -> list[int]:
-        """The places of the first candidates at these prices, the best first, as far as they are not believed."""
+        """The places of the best candidates at today's prices, the best first, up to one whose standing is believed."""
         first, key = self._place("", 1.0), self._keys("", np.array([1.0]))[:, 0]
-        order = [first, *np.argsort(-key, kind="stable")[:_TOGETHER].tolist()]
-        return list(dict.fromkeys(takewhile(lambda place: not self._believed(place), order)))[:_TOGETHER]
+        order = [first, *np.argsort(-key, kind="stable")[:_CHECKED_TOGETHER].tolist()]
+        return list(dict.fromkeys(takewhile(lambda place: not self._believed(place), order)))[:_CHECKED_TOGETHER]
 
     def _place(self, name: str, factor: float) -> int:
+        """The place of the best candidate where that device costs `factor` times what it does."""
         return int(self._first(name, np.array([factor]))[0])
 
     def _add(self, more: Sequence[Ranked]) -> None:
@@ -188,7 +197,7 @@ class Prices:
         return max(each.goodput, reachable(each))
 
     def _columns(self) -> None:
-        """One number for each candidate."""
+        """Set the columns that `_keys` computes with: one number for each candidate, in the order of places."""
         every = self._every
         self._serves = np.array([each.serves for each in every])
         self._goodput = np.array([self._counted(each) for each in every])
@@ -197,30 +206,34 @@ class Prices:
         self._unit = np.array([each.estimate.price / each.estimate.replicas for each in every])
 
     def _first(self, name: str, factors: _Floats) -> NDArray[np.intp]:
-        """The place of the first candidate at each of these factors; among equals the one that is before the other."""
+        """The place of the best candidate at each of these factors of the device's price, int `[factors]`. The winner,
+        at place 0, stays the best unless another leads by more than `_ROUNDING`. Among equals the lowest place is."""
         key = self._keys(name, factors)
         best = np.argmax(key, axis=0)
-        return np.where(key[0] * (1 + _CERTAIN) >= key[best, np.arange(key.shape[1])], 0, best)
+        return np.where(key[0] * (1 + _ROUNDING) >= key[best, np.arange(key.shape[1])], 0, best)
 
     def _keys(self, name: str, factors: _Floats) -> _Floats:
-        """How each candidate stands at each of these factors: more is better."""
+        """The score of each candidate at each of these factors of the device's price, `[candidates, factors]`: requests
+        within the SLO for a dollar, divided by the handicap, and times `_SERVES_ALL_FACTOR` where the whole demand is
+        served. -1: no replica is within the budget."""
         share = [sum(d.price * n for d, n in each.candidate.system.devices if d.name == name) for each in self._every]
         unit = self._unit[:, None] + np.array(share)[:, None] * (factors - 1)
         replicas = np.broadcast_to(self._replicas[:, None], unit.shape)
         serves = np.broadcast_to(self._serves[:, None], unit.shape)
         goodput = self._goodput[:, None]
         if self._budget is not None:
-            allowed = np.floor(self._budget / np.maximum(unit, 1e-300) + _CERTAIN)
+            allowed = np.floor(self._budget / np.maximum(unit, 1e-300) + _ROUNDING)
             fewer = np.minimum(allowed, replicas)
             serves = serves & (fewer == replicas)
             goodput = goodput * fewer / replicas
             replicas = fewer
         cost = np.maximum(unit * replicas, 1e-12)
         score = np.where(replicas > 0, goodput / cost / self._handicap[:, None], -1.0)
-        return np.where(serves, _SERVES * score, score)
+        return np.where(serves, _SERVES_ALL_FACTOR * score, score)
 
     def _nearest(self, name: str, farthest: float) -> tuple[float, int]:
-        """The factor nearest to 1 at which the winner is not first, and the place of what is: 0 where it always is."""
+        """The factor nearest to 1 at which the winner is not the best, and the place of the candidate that is. Place 0:
+        the winner is the best at all factors."""
         factors = farthest ** (np.arange(1, _PRICE_STEPS + 1) / _PRICE_STEPS)
         firsts = self._first(name, factors)
         changed = np.flatnonzero(firsts)
@@ -248,18 +261,20 @@ def at_price(device: Device, name: str, factor: float) -> Device:
 
 
 FARTHEST = 10.0
-"""By what factor prices are changed at most."""
+"""The largest factor by which prices are changed."""
 FAR = 4.0
-"""By what factor other things are."""
+"""The largest factor by which other quantities are changed."""
 _STEPS, _HALVINGS = 4, 5
+"""Factors that are tried up to the farthest, and halvings between the two where the winner changes."""
 _CLEARLY = 1 + 1e-9
+"""A rival comes before the winner where it gives more than this many times as much."""
 _LOADS, _WIDER = 8, 1.04
-"""Loads that are tried to have the closed form say what the event loop found, each so many times the one before."""
+"""Loads that are tried until the closed form agrees with the event loop, and the ratio of each to the one before."""
 _BEYOND = 1.02
-"""How far beyond a change it is planned again."""
+"""How far beyond the change that the closed form finds the event loop runs."""
 _BETWEEN = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
-"""Parts of the way to the farthest factor at which it is planned again where another wins there, and not at the change
-of the closed form."""
+"""Parts of the way to the farthest factor. The event loop runs at these where another candidate wins at the farthest
+factor, but not at the change that the closed form finds."""
 Run = Callable[[Ranked, Situation, float], Ranked]
 """A candidate in a situation through the event loop, at the rate that it would take there."""
 Standing = tuple[bool, float]
