@@ -2,7 +2,7 @@
 
     version = 1
     model = "smollm2-135m"      # for readers
-    fingerprint = "..."         # of `lamina_workers.checkpoints.checkpoint.fingerprint`; "": any model of this shape
+    fingerprint = "..."         # of `checkpoints.model_checkpoint.fingerprint`; "": any model of this shape
     [about]                     # remarks for readers: texts, numbers, true or false
     [[layer]]                   # one for each layer, in order
     heads = ["full", "streaming(sink=64, recent=256)"]

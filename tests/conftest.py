@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from hypothesis.internal.conjecture import engine as hypothesis_engine
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read where Triton is imported, and some test may import it first
@@ -22,9 +23,13 @@ from tiny_decoders import decoder_of
 from lamina_workers.attention_worker.page_layout import attention_kernels
 from lamina_workers.decoder.model import Decoder
 
-# No test measures time. CI draws the same cases for the same code, so a red run is the change's; people draw new ones.
-settings.register_profile("lamina", deadline=None, derandomize="CI" in os.environ)
-settings.load_profile("lamina")
+# No test measures time. The same code has the same drawn cases for everybody: a red run is the change's. The soak set
+# draws fresh ones (`scripts/test --all` sets LAMINA_DRAW), and prints what repeats a failure.
+settings.register_profile("lamina", deadline=None, derandomize=True)
+settings.register_profile("soak", deadline=None, derandomize=False, print_blob=True)
+settings.load_profile("soak" if os.environ.get("LAMINA_DRAW") == "fresh" else "lamina")
+# A failing case is made small within a test's time limit, or the run would end without any case.
+pytest.MonkeyPatch().setattr(hypothesis_engine, "MAX_SHRINKING_SECONDS", 20)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from lamina.cli.terminal import ProgressBars
 from lamina.config import DEFAULT_MODEL, EngineConfig
 from lamina.errors import InvalidRequest
 from lamina.joining.pairing import JOIN_PORT
-from lamina.server.http.gate import keys_from_environment, keys_from_file
+from lamina.server.http.api_keys import keys_from_environment, keys_from_file
 from lamina.system.child_process import KEY_VARIABLE
 from lamina.system.machine import kv_share, this_machine
 from lamina_protocols.channels.channels import AddressError, is_loopback, split_address

@@ -482,7 +482,9 @@ class ReadBacks:
         for other in self._read:
             if other.owner.handle != other.handle or other.share not in other.owner.runs:
                 continue
-            common = min(self._runs.common(read.spare.run, other.spare.run), other.end, read.end)
+            common = min(
+                self._runs.common(read.spare.run, other.spare.run), other.end, read.end, _rewritten_from(other)
+            )
             if common > length and replace(other.share, policy=read.share.policy) == read.share:
                 best, length = other, common
         if best is None or best.part is None:
@@ -495,3 +497,10 @@ class ReadBacks:
             self._runs.close({read.share: leaf})
             read.at = length
         self._layouts.promote(read.handle, read.share, read.part, read.share)
+
+
+def _rewritten_from(read: ReadBack) -> int:
+    """From which position on the owner of what was read back will write it again, in pages of its own; its end, where
+    it will not."""
+    rebuild = None if isinstance(read.owner, Node) else read.owner.rebuild
+    return read.end if rebuild is None or read.share not in rebuild.missing else rebuild.at

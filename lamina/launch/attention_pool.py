@@ -239,8 +239,9 @@ class AttentionPool:
         try:
             port = self._connect(worker)
             if trial:
-                if member.state == "connecting":
-                    member.state = "on trial"
+                with self._lock:
+                    if member.state == "connecting":
+                        member.state = "on trial"
                 self._try(port)
             first_seat = self._seat(port)
         except LaminaError as error:

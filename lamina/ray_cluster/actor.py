@@ -178,7 +178,7 @@ class EngineActor:
             shutil.rmtree(self._journal, ignore_errors=True)
 
     def _report(self, what: str, done: int, total: int | None) -> None:
-        self._events.put(Progressed(what, done, total))
+        self._events.put(Progressed(what.encode(errors="backslashreplace").decode(), done, total))
 
 
 class _Forward(logging.Handler):
@@ -189,7 +189,8 @@ class _Forward(logging.Handler):
         self._forwarded = events
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._forwarded.put(Logged(record.levelno, self.format(record)))
+        text = self.format(record).encode(errors="backslashreplace").decode()  # a path may hold what is no Unicode
+        self._forwarded.put(Logged(record.levelno, text))
 
 
 def file_hashes(folder: Path) -> dict[str, str]:

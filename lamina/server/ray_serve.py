@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lamina.config import DEFAULT_MODEL, EngineConfig
 from lamina.errors import EngineError, InvalidRequest
-from lamina.server.http.gate import keys_from_environment, keys_from_file
+from lamina.server.http.api_keys import keys_from_environment, keys_from_file
 from lamina.server.settings import ServerSettings
 from lamina.system.child_process import KEY_VARIABLE
 

@@ -325,8 +325,11 @@ def test_a_model_is_described_with_what_lives_across_its_attentions(lamina: Lami
     assert rows[-1].endswith("64 x bfloat16, a token")
 
 
-def test_help_loads_no_torch() -> None:
-    code = "import sys, lamina.cli.main; sys.exit('torch' in sys.modules)"
+def test_help_loads_no_torch_and_no_http_library() -> None:
+    code = (
+        "import sys, lamina.cli.main;"
+        "sys.exit(bool({'torch', 'numpy', 'starlette', 'fastapi', 'tokenizers', 'pydantic'} & {*sys.modules}))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

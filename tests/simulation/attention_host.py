@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from network import Connection, Line
@@ -18,8 +19,10 @@ from lamina_protocols.errors import LaminaError
 from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig
 from lamina_workers.attention_server.loop import ComputeLoop
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
+from lamina_workers.errors import KVError
 
 MESSAGE_S = 20e-6  # that a message takes
+TOLD_TO_FAIL = "the scenario has told it to fail"
 
 
 class _Channels:
@@ -71,6 +74,21 @@ class SteppedLoop(ComputeLoop):
         return bool(self._waiter.wait())
 
 
+def _fail_once(worker: Any, when: str) -> None:
+    real = {"handle": worker.handle, "settle": worker.settle}
+    name = "settle" if when == "settle" else "handle"
+
+    def fails(*arguments: Any) -> Any:
+        if when == "settle" and worker.unsettled is None:
+            return None
+        vars(worker).pop(name)
+        if when == "after":
+            real[name](*arguments)
+        raise KVError(TOLD_TO_FAIL)
+
+    vars(worker)[name] = fails
+
+
 class AttentionHost:
     """The machine of one attention worker: `start` a process on it, `kill` it. `server` is that of the last process."""
 
@@ -82,8 +100,10 @@ class AttentionHost:
         kv_memory: int,
         lease: float,
         failed: Callable[[Any, Exception], None],
+        old: bool = False,
     ) -> None:
         self.number = number
+        self.old = old  # of the previous version
         self.line = line
         self.up = False  # whether the machine is there
         self.slow = (1.0, 0.0)  # factor, until when
@@ -150,12 +170,18 @@ class AttentionHost:
         """A call of the service."""
         server = self.server
         if name == "hello":
-            return control.pack(server.hello(control.unpack(control.Hello, data), remaining))
+            welcome = server.hello(control.unpack(control.Hello, data), remaining)
+            return control.pack(replace(welcome, features=()) if self.old else welcome)
         if name == "heartbeat":
             return control.pack(server.heartbeat(control.unpack(control.Heartbeat, data)))
         answer = control.pack(server.goodbye(control.unpack(control.Goodbye, data)))
         self._part()
         return answer
+
+    def fail_once(self, when: str) -> None:
+        """Have its workers fail: before or after they handle the next message, or as they store what the last left."""
+        for worker in self.workers:
+            _fail_once(worker, when)
 
     # What goes on by itself.
 

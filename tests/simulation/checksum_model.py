@@ -3,9 +3,9 @@
 Keys and values are small integers, hashed from token, position, layer and head. Of two query heads of a KV head, one
 has q = 0: attention weighs all keys it sees alike, so its output times their number is the exact sum of their values.
 The other has q = ln 2 at one dimension of k, which is 0 or 1 in each key: keys with a 1 weigh twice, so its output
-times the sum of the weights is an integer too, which depends on k. The next token is a hash of all these sums, and so
-are the keys and values of the next layer: KV that is missing, there twice, out of date or of another sequence changes
-the text, there and for ever.
+times the sum of the weights is an integer too, which depends on k. A layer with states adds k v^T of every token, and
+reads an integer of it. The next token is a hash of all these sums, and so are the keys and values of the next layer: KV
+that is missing, there twice, out of date or of another sequence changes the text, there and for ever.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from scenario import VOCABULARY
+from scenario import PLAIN, VOCABULARY, Model
 
 from lamina_protocols.messages.layers import LayerSpec
-from lamina_workers.decoder.model import Batch, Forward, KeyValueReady, QueryReady
+from lamina_workers.decoder.model import Batch, Forward, KeyValueReady, QueryReady, StateReady
 from lamina_workers.decoder.sampler import uniform
 from lamina_workers.policies.catalogue import parse
 
@@ -45,10 +45,16 @@ _ALL_HEADS, _ODD = np.arange(KV_HEADS), np.arange(1, 2 * KV_HEADS, 2)
 _LN2 = float(np.log(2.0)) / _SCALE
 
 
-def layer_specs(policy: str = "") -> tuple[LayerSpec, ...]:
+def layer_specs(model: Model = PLAIN) -> tuple[LayerSpec, ...]:
     """What holders know of the model's layers."""
-    spec = LayerSpec(0, 2 * KV_HEADS, KV_HEADS, WIDTH, WIDTH, _SCALE, policies=(policy,) * KV_HEADS if policy else ())
-    return tuple(replace(spec, kv_layer=layer) for layer in range(LAYERS))
+    policies = (model.policy,) * KV_HEADS if model.policy else ()
+    first = LayerSpec(0, 2 * KV_HEADS, KV_HEADS, WIDTH, WIDTH, _SCALE, policies=policies)
+    second = replace(first, kv_layer=1, window=model.window or None)
+    if model.states:  # which never decay, so that they stay integers
+        first = LayerSpec(
+            0, KV_HEADS, KV_HEADS, WIDTH, WIDTH, 1.0, kind="lightning", key_heads=KV_HEADS, decays=(0.0,) * KV_HEADS
+        )
+    return first, second
 
 
 def _mixed(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -93,16 +99,20 @@ def _candidates(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
 
 
 class Seen:
-    """Which keys a query sees under a policy: ranges of positions."""
+    """Which keys a query sees in a layer: ranges of positions."""
 
-    def __init__(self, policy: str) -> None:
-        self._policy = parse(policy) if policy else None
+    def __init__(self, spec: LayerSpec) -> None:
+        text = spec.policies[0] if spec.policies else "full"
+        self._policy = parse(text) if spec.policies or spec.window else None
+        self._window = spec.window
         self.ranges = lru_cache(maxsize=4096)(self._ranges)
 
     def _ranges(self, position: int) -> tuple[tuple[int, int], ...]:
         if self._policy is None:
             return ((0, position + 1),)
-        return tuple(next(self._policy.views(position, 1)).seen(position))
+        seen = next(self._policy.views(position, 1)).seen(position)
+        low = max(0, position + 1 - self._window) if self._window else 0
+        return tuple((max(first, low), end) for first, end in seen if end > low)
 
     def counts(self, positions: Ints) -> Ints:
         """How many keys the query at each position sees."""
@@ -121,19 +131,20 @@ class Seen:
 class ChecksumDecoder:
     """As `lamina_workers.decoder.model.Decoder`, as far as a `ModelWorker` uses it."""
 
-    def __init__(self, policy: str = "") -> None:
+    def __init__(self, model: Model = PLAIN) -> None:
         self.config: Any = SimpleNamespace(
             vocab_size=VOCABULARY,
             rope=SimpleNamespace(by_length=False),
             index=None,
-            layer_specs=lambda: layer_specs(policy),
+            layer_specs=lambda: layer_specs(model),
         )
         self.device = torch.device("cpu")
         self.dtype = torch.float32
-        self._seen = Seen(policy)
+        self._states = model.states
+        self._seen = [Seen(spec) for spec in layer_specs(model)]
 
     def state_constants(self) -> dict[int, Any]:
-        """None: no layer keeps a state."""
+        """None beside the specs."""
         return {}
 
     def forward(
@@ -146,12 +157,15 @@ class ChecksumDecoder:
     ) -> Forward:
         """As `Decoder.forward`. `hidden`, float32 `[T, 4]`: the stream, 16 bits in each number."""
         positions = batch.positions.numpy()
-        counts = self._seen.counts(positions).astype(np.float64)
         bits = _bit_of(positions)
         x = _entering(batch.token_ids.numpy(), positions) if hidden is None else _unpacked(hidden)
         tokens, rows = len(positions), np.arange(len(positions))
         for layer in range(first_layer, LAYERS):
-            if attended is None:
+            states = self._states and not layer
+            if attended is None and states:
+                read = yield StateReady(layer, _state_inputs(x, bits), torch.empty(tokens, KV_HEADS, 0), _packed(x))
+                attended = read
+            elif attended is None:
                 v = _values(x, layer)
                 q = np.zeros((tokens, 2 * KV_HEADS, WIDTH), np.float32)
                 q[rows[:, None], _ODD, bits] = _LN2
@@ -163,7 +177,9 @@ class ChecksumDecoder:
                 )
             if attended is None:
                 raise ValueError(f"layer {layer} needs the output that answers its last event, got None")
-            x = _leaving(x, _summed(attended.numpy(), counts, bits), layer)
+            out = attended.numpy()
+            sums = _state_sums(out) if states else _summed(out, self._seen[layer].counts(positions), bits)
+            x = _leaving(x, sums, layer)
             attended = None
         chosen = _candidates(x[batch.sampled.numpy()])
         logits = np.full((len(chosen), VOCABULARY), -1e4, np.float32)
@@ -171,7 +187,25 @@ class ChecksumDecoder:
         return torch.from_numpy(logits)
 
 
-def _summed(attended: npt.NDArray[np.float32], counts: npt.NDArray[np.float64], bits: Ints) -> Ints:
+def _state_inputs(x: npt.NDArray[np.uint64], bits: Ints) -> torch.Tensor:
+    """q, k and v of the layer with states, `[T, 3 * KV_HEADS * WIDTH]`. q has 1 at each bit of k, and 2 at one."""
+    v = _values(x, 0)
+    q, k = np.zeros_like(v), np.zeros_like(v)
+    q[..., :BITS] = 1
+    q[np.arange(len(x))[:, None], _ALL_HEADS, bits] = 2
+    k[..., :BITS] = v[..., 8:]
+    return torch.from_numpy(np.stack((q, k, v), 1).reshape(len(x), -1).astype(np.float32))
+
+
+def _state_sums(out: npt.NDArray[np.float32]) -> Ints:
+    """What was read of states, as the sums of even query heads: `[T, 2 * KV_HEADS * WIDTH]`."""
+    sums = np.zeros((len(out), KV_HEADS, 2, WIDTH), np.float64)
+    sums[:, :, 0] = np.rint(out.reshape(len(out), KV_HEADS, WIDTH))
+    sums[~np.isfinite(sums)] = 1e9
+    return sums.reshape(len(out), -1).astype(np.int64)
+
+
+def _summed(attended: npt.NDArray[np.float32], counts: Ints, bits: Ints) -> Ints:
     """The sums of which the output has means, as integers `[T, 2 * KV_HEADS * WIDTH]`."""
     out = attended.reshape(len(counts), KV_HEADS, 2, WIDTH).astype(np.float64)
     even = np.rint(out[:, :, 0] * counts[:, None, None])
@@ -193,8 +227,9 @@ def _unpacked(hidden: torch.Tensor) -> npt.NDArray[np.uint64]:
 class Reference:
     """One sequence, computed without attention: running sums of its values."""
 
-    def __init__(self, policy: str, room: int) -> None:
-        self._seen = Seen(policy)
+    def __init__(self, model: Model, room: int) -> None:
+        self._states = model.states
+        self._seen = [Seen(spec) for spec in layer_specs(model)]
         self._length = 0
         # Of the first n positions, for each layer and KV head: sums of v, and of v where a bit of k is 1.
         self._plain = np.zeros((LAYERS, room + 1, KV_HEADS, WIDTH), np.int64)
@@ -212,17 +247,21 @@ class Reference:
             plain[lo + 1 : hi + 1] = plain[lo] + np.cumsum(v, 0)
             weighed[lo + 1 : hi + 1] = weighed[lo] + np.cumsum(v[..., 8:, None] * v[..., None, :], 0)
             both = np.empty((len(tokens), KV_HEADS, 2, WIDTH), np.int64)
-            both[:, :, 0] = even = self._seen.sums(plain, positions)
-            both[:, :, 1] = even + self._seen.sums(weighed, positions)[rows, _ALL_HEADS, bits]
+            if self._states and not layer:
+                upto = weighed[positions + 1]
+                both[:, :, 0], both[:, :, 1] = upto.sum(2) + upto[rows, _ALL_HEADS, bits], 0
+            else:
+                both[:, :, 0] = even = self._seen[layer].sums(plain, positions)
+                both[:, :, 1] = even + self._seen[layer].sums(weighed, positions)[rows, _ALL_HEADS, bits]
             x = _leaving(x, both.reshape(len(tokens), -1), layer)
         self._length = hi
         return _candidates(x[-1:])[0]
 
 
 @lru_cache(maxsize=4096)
-def text(prompt: tuple[int, ...], tokens: int, policy: str, seed: int | None, sample: int) -> tuple[int, ...]:
+def text(prompt: tuple[int, ...], tokens: int, model: Model, seed: int | None, sample: int) -> tuple[int, ...]:
     """What the model generates: greedily, or with a temperature where there is a seed."""
-    return tuple(_text(Reference(policy, len(prompt) + tokens), prompt, tokens, seed, sample))
+    return tuple(_text(Reference(model, len(prompt) + tokens), prompt, tokens, seed, sample))
 
 
 def _text(reference: Reference, prompt: tuple[int, ...], tokens: int, seed: int | None, sample: int) -> Iterator[int]:

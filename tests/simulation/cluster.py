@@ -19,8 +19,10 @@ from scenario import Answer, Event, Outcome, Scenario, Submit, prompt_of
 from server_link import ServerLink
 from virtual_time import Time
 
+from lamina.engine import kv_spares
 from lamina.engine.engine import Engine
 from lamina.errors import EngineError
+from lamina.kv import relocation
 from lamina.kv.request import Request
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.sampling_params import SamplingParams
@@ -31,6 +33,14 @@ MOST_STEPS = 200_000  # of engines in one scenario; more means that one turns in
 SETTLE_S = 0.5  # after the last answer, for closes to leave, before it is looked whether anything is left
 SETTLED_S = 20.0  # until nothing may be left any more
 CHECK_EVERY = 64  # steps
+
+
+# What is worth a move is so little that it comes about in short texts, and copies have all the time that there is.
+_EAGER: tuple[tuple[Any, dict[str, Any]], ...] = (
+    (relocation, {"WORTH": 1}),
+    (relocation, {"PAYS": 1}),
+    (kv_spares, {"BEHIND": 1, "SHARE": 2.0}),
+)
 
 
 def _sleeps(seconds: float) -> None:
@@ -74,9 +84,9 @@ class Cluster:
         return self._wall_clock + self.time.now
 
     def _texts(self) -> dict[tuple[tuple[int, ...], int], list[int]]:
-        policy = self.scenario.setup.policy
+        model = self.scenario.setup.model
         return {
-            (prompt_of(event), sample): events.reference_text(event, sample, policy)
+            (prompt_of(event), sample): events.reference_text(event, sample, model)
             for event in self.scenario.events
             if isinstance(event, Submit)
             for sample in range(event.samples)
@@ -87,6 +97,8 @@ class Cluster:
         with contextlib.ExitStack() as patched:
             patched.enter_context(mock.patch.multiple(time, time=self._wall, sleep=_sleeps))
             patched.enter_context(mock.patch.object(RemoteHolder, "left", _left))
+            for module, constants in _EAGER if self.scenario.setup.eager else ():
+                patched.enter_context(mock.patch.multiple(module, **constants))
             return self._run()
 
     def _run(self) -> Outcome:
@@ -263,8 +275,10 @@ class Cluster:
     def _add_host(self, pages: int) -> AttentionHost:
         setup = self.scenario.setup
         line = Line(self.time, random.Random(self.rng.random()), setup.latency)
-        memory = kv_config(pages, setup.policy).kv_memory
-        host = AttentionHost(len(self.hosts), self.time, line, memory, setup.lease, self._thread_failed)
+        memory = kv_config(pages, setup.model).kv_memory
+        number = len(self.hosts)
+        old = number < setup.old_workers
+        host = AttentionHost(number, self.time, line, memory, setup.lease, self._thread_failed, old)
         self.hosts.append(host)
         host.start()
         return host
@@ -408,6 +422,20 @@ class Cluster:
         if host is None or host.line.flips:
             return False  # else flips would pile up, and no frame get through at all
         host.line.flips.append((event.way, event.bit))
+        return None
+
+    def _on_Lose(self, event: events.Lose) -> bool | None:
+        host = self._host(event.worker)
+        if host is None or host.line.losses:
+            return False
+        host.line.losses += 1
+        return None
+
+    def _on_Break(self, event: events.Break) -> bool | None:
+        host = self._host(event.worker)
+        if host is None or not host.workers:
+            return False
+        host.fail_once(event.when)
         return None
 
     def _on_JumpClock(self, event: events.JumpClock) -> None:

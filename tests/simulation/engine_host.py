@@ -16,11 +16,11 @@ from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import torch
-from attention_host import AttentionHost
-from checksum_model import ChecksumDecoder, layer_specs
+from attention_host import TOLD_TO_FAIL, AttentionHost
+from checksum_model import KV_HEADS, ChecksumDecoder, layer_specs
 from disk import Disk
 from model_host import ReplicaHosts, edges, part, waits
-from scenario import STEP_S, Scenario, Setup
+from scenario import STEP_S, Model, Scenario, Setup
 from virtual_time import Process, Time, Wake
 
 from lamina.engine import batch
@@ -36,12 +36,13 @@ from lamina.kv.kv_shares import Handover, Pages, Part, Share
 from lamina.kv.placement import Holder, Placement
 from lamina.kv.request import ScheduledSequence, SchedulerConfig
 from lamina.launch.journal_setup import Identity, _past_epochs, recover
-from lamina.launch.kv_sizing import learns, page_groups
+from lamina.launch.kv_sizing import learns, page_groups, state_pools
 from lamina.scheduling.control_plane import ControlPlane
 from lamina.scheduling.speculation import Speculation, left_to_draft
 from lamina.scheduling.step_tuner import MeasuredBatch, StepTuner
 from lamina_protocols.errors import LaminaError
 from lamina_protocols.messages.layers import HolderConfig
+from lamina_protocols.messages.pools import pools
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.attention_worker.page_layout import page_cost
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
@@ -66,10 +67,12 @@ _FACTS = Facts("checksum", PAGE_SIZE, "float32", 2)
 
 
 @lru_cache(maxsize=64)
-def kv_config(pages: int, policy: str) -> HolderConfig:
-    """What a holder of so many pages is built from."""
-    config = HolderConfig(layer_specs(policy), PAGE_SIZE, "float32", 1)
-    return replace(config, kv_memory=pages * page_cost(config))
+def kv_config(pages: int, model: Model) -> HolderConfig:
+    """What a holder of so many pages of KV is built from; where the model has states, of a quarter as much memory for
+    these besides."""
+    config = HolderConfig(layer_specs(model), PAGE_SIZE, "float32", 1 << 20, sequence_tokens=64)
+    kv = pools(config)[-1].config
+    return replace(config, kv_memory=-(-pages * page_cost(kv) * config.kv_memory // kv.kv_memory))
 
 
 class _Mailbox(Mailbox):
@@ -117,10 +120,11 @@ class SimulatedEngine(Engine):
         self._failures.failed = self._failed  # type: ignore[method-assign]
 
     def _failed(self, failing: batch.Batch, fault: HolderFault) -> None:
-        """A batch failed: by what happened to a worker, never by what a worker said, for all are honest."""
+        """A batch failed: by what happened to a worker, never by what a worker said, for all are honest, but where a
+        scenario tells one to fail."""
         said = str(fault)
         lost = isinstance(fault, HolderLost | RankLost) or " is lost: " in said  # the latter to a replica alone
-        if not lost or any(blame in said for blame in _BLAMES):
+        if TOLD_TO_FAIL not in said and (not lost or any(blame in said for blame in _BLAMES)):
             self._owner.complain(f"an honest worker is blamed: {said}")
         self._handle(failing, fault)
 
@@ -288,7 +292,7 @@ class EngineHost:
 
     def _live(self) -> None:
         setup, process = self._setup, self.process
-        config = kv_config(1000, setup.policy)
+        config = kv_config(1000, setup.model)
         if self._disk is not None:
             try:
                 self._journal = Journal(self._disk.folder, _FACTS, calls=self._disk)
@@ -303,6 +307,8 @@ class EngineHost:
         found: dict[int, tuple[RemoteAttention, Any]] = {}
         while not found:
             numbers = [number for number in range(len(self._hosts)) if number not in self.retired]
+            if not numbers:
+                break
             for task in [process.start(partial(self._first, n, identity, found), f"connect-{n}") for n in numbers]:
                 task.join()
             if not found:
@@ -312,7 +318,7 @@ class EngineHost:
         ports: dict[int, AttentionPort] = {}
         kept = {}
         if setup.local_pages:
-            own = kv_config(setup.local_pages, setup.policy)
+            own = kv_config(setup.local_pages, setup.model)
             self.local = AttentionWorker(own)
             holders[LOCAL], ports[LOCAL] = Holder(self.local.free_pages, fused=True), LocalAttention(self.local)
         for number, (host, (port, at)) in enumerate(sorted(found.items()), 1):
@@ -328,10 +334,12 @@ class EngineHost:
             page_size=PAGE_SIZE,
             page_groups=page_groups(config),
             prefix_cache=setup.prefix_cache,
+            states=state_pools(config),
+            snapshot_tokens=2 * PAGE_SIZE if setup.states and setup.prefix_cache else None,
             max_drafts=setup.drafts,
             redundancy=redundancy.parse(setup.redundancy),
         )
-        decoder: Any = ChecksumDecoder(setup.policy)  # it has what a model worker needs
+        decoder: Any = ChecksumDecoder(setup.model)  # it has what a model worker needs
         epoch = identity.past_epochs + 1
         if setup.model_workers > 1:
             here = {LOCAL: ports[LOCAL]} if LOCAL in ports else {}
@@ -347,12 +355,13 @@ class EngineHost:
         placement = CountedPlacement(
             self.reached,
             holders,
-            heads=((layer_specs()[0].kv_heads,),),
+            heads=((KV_HEADS,) * len(pools(config)),),
             page_size=PAGE_SIZE,
             max_model_len=MAX_MODEL_LEN,
             shard=setup.shard,
-            local_pools=(LOCAL,) if setup.local_pages else (),
+            local_pools=(LOCAL,) if setup.local_pages and setup.workers else (),
             local_tier=setup.local_tier,
+            states=state_pools(config),
             samples=learns(config),
         )
         self.control = ControlPlane(limits, placement, Wavering(setup))
@@ -410,7 +419,7 @@ class EngineHost:
 
         rng = random.Random(self._scenario.seed * 7 + self.starts)
         replicas = self.replicas = ReplicaHosts(
-            self.process, self._time, rng, setup.latency, self._hosts, setup.policy, begin, is_ready, is_gone
+            self.process, self._time, rng, setup.latency, self._hosts, setup.model, begin, is_ready, is_gone
         )
         ranks = range(1, setup.model_workers)
         for rank in ranks:
@@ -470,7 +479,7 @@ class EngineHost:
         return connect(
             f"10.0.0.{number}:7000",
             name,
-            kv_config(1000, self._setup.policy),
+            kv_config(1000, self._setup.model),
             "float32",
             "checksum",
             SeatOptions(identity.engine, linger=self._setup.linger),
@@ -481,7 +490,7 @@ class EngineHost:
         )
 
     def _seat(self, port: RemoteAttention, identity: Identity) -> Any:
-        own = seat(0, port.capacity, kv_config(1000, self._setup.policy))
+        own = seat(0, port.capacity, kv_config(1000, self._setup.model))
         if not port.resumed:
             return own
         try:

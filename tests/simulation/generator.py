@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from scenario import (
     STEP_S,
+    Break,
     Cut,
     Delay,
     Disk,
@@ -28,6 +29,7 @@ from scenario import (
     KillServer,
     KillWorker,
     Leave,
+    Lose,
     Mode,
     Move,
     Reset,
@@ -40,6 +42,8 @@ from scenario import (
 
 PAGE_SIZE = 16
 MOST_PROMPT, MOST_TOKENS = 90, 48
+_WORKERS = 1, 2, 2, 3, 4
+_POLICIES = ("",) * 6 + ("streaming(sink=4, recent=40)",)
 _SPARES = ("replica", "replica(2)")  # each takes a worker more
 _LONG = 16  # one seed of so many has long texts and few faults: growth elsewhere, copies and reading back take a while
 _LONG_TOKENS = (8, 100, 200)
@@ -95,7 +99,7 @@ class Draw:
 
     def worker(self) -> int:
         """Any worker; those that join come after those of the setup, and may not be there."""
-        return self.rng.randrange(self.workers + 2 * (self.rng.random() < 0.2))
+        return self.rng.randrange(max(1, self.workers) + 2 * (self.rng.random() < 0.2))
 
     def _setup(self) -> Setup:
         rng = self.rng
@@ -103,21 +107,30 @@ class Draw:
         pages = rng.choice((4 * least, 4 * least, least, least + rng.randrange(40)))
         link = self.restarts or rng.random() < 0.5
         timeout = rng.choice((0.02, 0.05, 0.2) if self.storm else (0.05, 0.2, 1.0))
-        workers = rng.choice((3, 4, 4) if self.long else (1, 2, 2, 3, 4))
-        spares = ("parity", f"parity({workers - 1})") if self.long and rng.random() < 0.6 else ("none", "none")
-        model_workers = rng.choice((1, 1, 1, 1, 2, 3))
+        workers = rng.choice((3, 4, 4) if self.long else (*_WORKERS, *_WORKERS, 0))
+        states = rng.random() < 0.2
+        eager = rng.random() < 0.5
+        parity = workers > 2 and (self.long or eager) and rng.random() < 0.6  # else copies take longer than texts
+        spares = ("parity", f"parity({workers - 1})") if parity else ("none", "none")
+        model_workers = rng.choice((1, 1, 1, 1, 2, 3)) if workers else 1
         return Setup(
             model_workers=model_workers,
-            workers=(pages,) * workers,
-            redundancy=rng.choice((*spares, *_SPARES[: workers - 1])),
+            workers=tuple(pages * rng.choice((1, 1, 1, 2, 3)) for _ in range(workers)),
+            redundancy=rng.choice((*spares, *_SPARES[: max(0, workers - 1)])),
             shard=rng.choice(("heads", "heads", "sequence", "heads+sequence")),
-            local_pages=rng.choice((0, 40, least, 3 * least)),
-            local_tier=rng.random() < 0.3 and model_workers == 1,
+            local_pages=rng.choice((0, 40, least, 3 * least)) if workers else 3 * least,
+            local_tier=rng.random() < 0.3 and model_workers == 1 and workers > 0,
             lanes=rng.choice((1, 1, 2, 3)),
             query_first=rng.random() < 0.4,
-            max_batch_tokens=rng.choice((7, 32, 64, 512)),
+            max_batch_tokens=rng.choice((5, 7, 32, 64, 512)),
             prefix_cache=rng.random() < 0.5,
-            drafts=rng.choice((0, 0, 3)),
+            drafts=0 if states else rng.choice((0, 0, 3)),
+            policy=rng.choice(_POLICIES),
+            window=rng.choice((0, 0, 0, 21)),
+            states=states,
+            eager=eager,
+            old_workers=rng.choice((0, 0, 0, 0, 1)),
+            wait=rng.choice((30.0,) * 9 + (0.05,)),
             journal=self.restarts or rng.random() < (0.6 if link else 0.2),
             link=link,
             timeout=timeout,
@@ -139,9 +152,11 @@ FAULTS: dict[type[Event], Callable[[Draw], Event]] = {
     Cut: lambda d: Cut(d.when(), d.worker(), d.seconds(), d.rng.choice(("both", "to worker", "to engine"))),
     Reset: lambda d: Reset(d.when(), d.worker()),
     Flip: lambda d: Flip(d.when(), d.worker(), d.rng.choice(("both", "to worker", "to engine")), d.rng.randrange(4096)),
+    Lose: lambda d: Lose(d.when(), d.worker()),
+    Break: lambda d: Break(d.when(), d.worker(), d.rng.choice(("before", "after", "settle"))),
     JumpClock: lambda d: JumpClock(d.when(), d.rng.choice((-3600.0, -1.0, 1.0, 3600.0, 1e9))),
     Drain: lambda d: Drain(d.when(), d.worker()),
-    Join: lambda d: Join(d.when(), d.setup.workers[0]),
+    Join: lambda d: Join(d.when(), max(d.setup.workers)),
     Move: lambda d: Move(d.when(), d.rng.choice((0.0, 0.3, 0.7, 1.0))),
     Disk: lambda d: Disk(d.when(), d.seconds(), d.rng.choice(("full", "read-only"))),
     KillServer: lambda d: KillServer(d.when()),
@@ -153,15 +168,17 @@ FAULTS: dict[type[Event], Callable[[Draw], Event]] = {
 
 _MOST = {
     KillWorker: 24, KillEngine: 6, KillModelWorker: 6, KillServer: 2, ResetLink: 4, Drain: 3, Join: 3, Leave: 4,
-    Disk: 3, JumpClock: 3,
+    Disk: 3, JumpClock: 3, Lose: 2, Break: 3,
 }  # fmt: skip
 _USUAL = 10  # the most events of any other kind
 # Of others as many as the storm has faults.
-_MOST_OF_STORM = {KillEngine: 12, KillServer: 4, Drain: 3, Join: 3, Leave: 8, JumpClock: 6, Disk: 12}
+_MOST_OF_STORM = {KillEngine: 12, KillServer: 4, Drain: 3, Join: 3, Leave: 8, JumpClock: 6, Disk: 12, Lose: 2}
 
 
 def possible(kind: type[Event], setup: Setup) -> bool:
     """Whether such an event does anything in this setup."""
+    if kind is Join:
+        return bool(setup.workers)
     if kind is KillModelWorker:
         return setup.model_workers > 1
     if kind in (KillServer, ResetLink):
@@ -229,5 +246,5 @@ def _requests(draw: Draw) -> Iterator[Submit]:
         prompt = rng.choice((1, 2, 15, 16, 17, 33, 48, 75, MOST_PROMPT))
         tokens = rng.choice(draw.tokens)
         samples = rng.choice((1, 1, 1, 3))
-        priority = rng.choice((0, 0, 0, 1))
+        priority = rng.choice((0, 0, 0, 1, 2))
         yield Submit(at, number, prompt, tokens, samples, rng.randrange(2), min(shared, prompt), priority)

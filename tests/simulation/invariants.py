@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 
 from attention_host import AttentionHost
 from engine_host import EngineHost
-from kv_pools import pool_of
 
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 
@@ -27,7 +26,7 @@ def left_over(engine: EngineHost, hosts: Sequence[AttentionHost], cleared: bool)
     workers that are no holders. `cleared`: there are no cached prefixes.
 
     An engine does not know which pages the samples of its predecessor share, so it may count too few of what is cached.
-    Spares of cached prefixes are counted elsewhere.
+    What was closed of spares is still there while its operation waits for a batch.
     """
     if engine.engine is None:
         return ["no engine is up"]
@@ -43,13 +42,16 @@ def left_over(engine: EngineHost, hosts: Sequence[AttentionHost], cleared: bool)
                 continue
             missing.discard(host.number)
             workers = host.workers
-        cached = engine.control.scheduler.running.prefix_cache.evictable.get((number, 0), 0)
-        for worker in workers:
-            store = pool_of(worker).store
-            other = store.n_pages - store.free_pages - cached
-            exact = cleared or not (engine.resumed or engine.control.scheduler.config.redundancy)
+        evictable = engine.control.scheduler.running.prefix_cache.evictable
+        exact = cleared or not (engine.resumed or engine.control.placement.holders[number].outbox)
+        for at, pool in ((at, pool) for worker in workers for at, pool in enumerate(worker.pools)):
+            cached = evictable.get((number, at), 0)
+            other = pool.n_pages - pool.free_pages - cached
             if other if exact else other < 0:
-                found.append(f"holder {number}: {store.free_pages} free, {cached} cached of {store.n_pages} pages")
+                found.append(f"holder {number}: {pool.free_pages} free, {cached} cached of {pool.n_pages} pages")
+    ledger, pages = engine.control.scheduler.ledger.unpromised(), engine.control.placement.pages
+    if cleared and ledger != pages:
+        found.append(f"the ledger has {ledger} of the pages {pages} left")
     if missing:
         found.append(f"workers {sorted(missing)} have not joined again")
     return found

@@ -15,6 +15,7 @@ import torch
 from attention_host import AttentionHost
 from checksum_model import ChecksumDecoder
 from network import Client, Connection, Line
+from scenario import Model
 from virtual_time import Process, Time, Wake
 
 from lamina_protocols.channels import control
@@ -91,13 +92,13 @@ class _Parts:
 
     device = torch.device("cpu")
 
-    def __init__(self, process: Process, policy: str, begin: peer_messages.Begin) -> None:
+    def __init__(self, process: Process, model: Model, begin: peer_messages.Begin) -> None:
         self._process = process
-        self._policy = policy
+        self._model = model
         self._begin = begin
 
     def worker(self, group: object, ports: Mapping[int, AttentionPort], epoch: int) -> ModelWorker:
-        decoder: Any = ChecksumDecoder(self._policy)
+        decoder: Any = ChecksumDecoder(self._model)
         begin = self._begin
         return ModelWorker(decoder, begin.holder, ports, 1, begin.patience, self._process.monotonic, epoch)
 
@@ -107,14 +108,14 @@ class ReplicaHosts:
     any more, in the engine's process."""
 
     def __init__(
-        self, engine: Process, time: Time, rng: random.Random, latency: float, hosts: list[AttentionHost], policy: str,
+        self, engine: Process, time: Time, rng: random.Random, latency: float, hosts: list[AttentionHost], model: Model,
         begin: Callable[[int], peer_messages.Begin], ready: Callable[[Peer], None], gone: Callable[[int], None],
     ) -> None:  # fmt: skip
         self._engine = engine
         self._time = time
         self._line = Line(time, rng, latency)
         self._hosts = hosts
-        self._policy = policy
+        self._model = model
         self._begin = begin
         self._ready = ready
         self._gone = gone
@@ -151,7 +152,7 @@ class ReplicaHosts:
 
     def _serve(self, process: Process, connection: Connection) -> None:
         channel: Any = connection.worker
-        load: Any = lambda begin, folder, progress: _Parts(process, self._policy, begin)  # noqa: E731
+        load: Any = lambda begin, folder, progress: _Parts(process, self._model, begin)  # noqa: E731
         with contextlib.suppress(LaminaError):
             PeerWorker(
                 channel,

@@ -17,6 +17,8 @@ from lamina_protocols.channels import control
 from lamina_protocols.channels.channels import ChannelClosed, check_size, checksum, verified
 from lamina_protocols.channels.grpc_client import Busy, WorkerBusy, WorkerRefused, WorkerUnreachable
 from lamina_protocols.errors import LaminaError, ProtocolError
+from lamina_protocols.frames import codec
+from lamina_protocols.messages.messages import answered
 
 Direction = Literal["to worker", "to engine"]
 WINDOW = 1 << 16  # bytes under way on a connection that nobody has read, above which a sender waits
@@ -34,6 +36,7 @@ class Line:
         self._cut: dict[str, float] = {"to worker": 0.0, "to engine": 0.0}  # until when
         self._extra = (0.0, 0.0)  # seconds more, until when
         self.flips: list[tuple[str, int]] = []  # of the next frames that go one way, the bit
+        self.losses = 0  # of the next messages to the worker that have no answer
         self.connections: list[Connection] = []
         self.frames = 0
 
@@ -50,6 +53,7 @@ class Line:
         self._cut = dict.fromkeys(self._cut, self._time.now)
         self._extra = 0.0, 0.0
         self.flips.clear()
+        self.losses = 0
 
     def arrival(self, way: Direction) -> float:
         """When what is sent now arrives."""
@@ -209,6 +213,9 @@ class End:
         size = check_size(buffers, MAX_FRAME)
         frame: bytearray | ProtocolError = bytearray().join(buffers)
         line = self._line
+        if line.losses and self._way == "to worker" and not answered(codec.decode(memoryview(frame))):  # type: ignore[arg-type]
+            line.losses -= 1
+            return
         line.frames += 1
         self.bytes_sent += size
         self._unread += size

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from scenario import (
     Answer,
+    Break,
     Cut,
     Delay,
     Event,
@@ -32,8 +33,9 @@ from scenario import (
 
 from lamina.scheduling.blame import TRIES
 
+PATIENT = 1.0  # seconds; setups that wait less for a worker may see requests end
 _START = 0.01  # seconds in which the first engine starts
-_ONCE = KillWorker, KillModelWorker, KillEngine, Reset, Flip  # each fails the batches under way, once
+_ONCE = KillWorker, KillModelWorker, KillEngine, Reset, Flip, Break  # each fails the batches under way, once
 _LASTING = Freeze, FreezeEngine, Slow, Delay, Cut  # each may fail one batch after the other
 
 
@@ -56,7 +58,7 @@ def violations(scenario: Scenario, outcome: Outcome) -> list[Violation]:
 def _wrong_texts(scenario: Scenario, outcome: Outcome) -> Iterator[Violation]:
     for number, answer in sorted(outcome.answers.items()):
         for sample, (tokens, end) in enumerate(zip(answer.samples, answer.ends, strict=True)):
-            right = reference_text(answer.submit, sample, scenario.setup.policy)
+            right = reference_text(answer.submit, sample, scenario.setup.model)
             where = f"request {number}, sample {sample}"
             if len(tokens) > len(right):
                 yield Violation("too many tokens", f"{where}: {len(tokens)} tokens of {len(right)}")
@@ -91,6 +93,8 @@ def _excused(answer: Answer, scenario: Scenario, outcome: Outcome) -> bool:
         return sum(counts[kind.__name__] for kind in _ONCE) >= TRIES or any(counts[kind.__name__] for kind in _LASTING)
     if "engines died with this request" in error:
         return restarts >= TRIES
+    if re.search("none has joined for|has not come back for|no other engine came for", error):
+        return scenario.setup.wait < PATIENT
     if error.startswith("ContextTooLong"):  # an engine that starts without its workers does not know what they have
         return bool(restarts) or any(not isinstance(event, Submit) and event.at < _START for event in scenario.events)
     if not scenario.setup.link:  # the client is in the engine's process

@@ -20,15 +20,17 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
-_SEEDS = 1 << 40  # the first seed is below
+SEEDS = 1 << 40  # the first seed is below
 _STUCK = 120.0  # seconds of a core for one scenario, after which its process ends with a traceback
 _REPORT = 1.0  # seconds between two reports of a process
 _SHOWN = 5  # failures that are made small; of the others only the seeds are shown
 _SHRINK = 120.0  # seconds for making one failure small
+_TRY = 30.0  # seconds of a core for one try of that: what turns in place is no smaller failure
+_ENDED = "a process ended"  # the kind of a failure that may end this process too
 _PROGRESS = 15.0  # seconds between two lines
 
 
@@ -52,6 +54,26 @@ def say(text: str) -> None:
     """A line for whoever waits for the result."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
+
+
+class StuckError(BaseException):
+    """A scenario took too long. Nothing of what runs catches it."""
+
+
+@contextlib.contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Raise StuckError in what takes more seconds of this core."""
+
+    def stuck(*_: object) -> None:
+        raise StuckError
+
+    before = signal.signal(signal.SIGPROF, stuck)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def check(seed: int, scenario: Any = None) -> tuple[Counter[str], Failure | None]:
@@ -154,7 +176,7 @@ class Campaign:
             child.join()
             last = self._last.pop(pipe)
             why = f"the process of this seed, or of one in the second after, ended with status {child.exitcode}"
-            self.failures.append(Failure(last, "a process ended", (why,)))
+            self.failures.append(Failure(last, _ENDED, (why,)))
             self._start(last + 1000 * self._step, self._step)
             return
         self._last[pipe] = report.seed
@@ -199,9 +221,16 @@ def show_failure(failure: Failure, whole: bool = False) -> None:
         say(f"    {text}")
 
     def fails(scenario: Any) -> bool:
-        _, found = check(failure.seed, scenario)
+        try:
+            with limited(_TRY):
+                _, found = check(failure.seed, scenario)
+        except StuckError:
+            return False
         return found is not None and found.kind == failure.kind
 
+    if failure.kind == _ENDED:
+        say(f"replay: scripts/test --simulation --seed {failure.seed}")
+        return
     small = of_seed(failure.seed)
     if not fails(small):
         say("    it does not fail again: something in it is not deterministic, or it needs what ran before")
@@ -226,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("lamina").setLevel(logging.CRITICAL)
     if asked.seed is not None:
         return _one(asked.seed)
-    first = secrets.randbelow(_SEEDS) if asked.first is None else asked.first
+    first = secrets.randbelow(SEEDS) if asked.first is None else asked.first
     say(f"simulating for {asked.minutes:g} minutes in {asked.processes} processes from seed {first} on")
     campaign = Campaign(first, asked.processes)
     took = campaign.run(asked.minutes * 60)

@@ -11,10 +11,22 @@ import gc
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Way = Literal["both", "to worker", "to engine"]
 Mode = Literal["liveness", "safety"]
+
+
+class Model(NamedTuple):
+    """What differs between models: the `policy` of all heads ("": they read everything), the sliding `window` of the
+    second layer (0: none), and whether the first layer keeps `states` instead of KV."""
+
+    policy: str = ""
+    window: int = 0
+    states: bool = False
+
+
+PLAIN = Model()
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +34,12 @@ class Setup:
     """The cluster before anything goes wrong.
 
     `workers` has the pages of each attention worker: worker n of an event is the entry n, those that join later follow.
+    Of these the first `old_workers` are of the previous version, and lack what is new in this one. Without workers the
+    engine's process has all KV.
     `local_pages`: of the pool in the engine's process; with a `local_tier` whole sequences live there too, and move.
     `drafts`: how many tokens are proposed beside each, some of them wrong; 0: no speculation. `shares`: how many ranks
-    there are ("tensor") or replicas. `policy` is that of all heads.
+    there are ("tensor") or replicas. `policy`, `window` and `states` as in `Model`. `eager`: growth goes elsewhere,
+    parts move and spares are copied for a few tokens already, not only where that pays.
 
     Seconds: after `timeout` without an answer a worker is lost; a worker ends a session after `lease` without a sign
     of life, and keeps the KV of an engine that is gone for `linger`; requests wait `wait` for a worker to join.
@@ -43,6 +58,10 @@ class Setup:
     prefix_cache: bool = False
     drafts: int = 0
     policy: str = ""
+    window: int = 0
+    states: bool = False
+    eager: bool = False
+    old_workers: int = 0
     redundancy: str = "none"
     model_workers: int = 1
     model_parallel: Literal["replicas", "tensor"] = "replicas"
@@ -55,6 +74,11 @@ class Setup:
     latency: float = 0.0002
     again: float = 0.2
     checksum: bool = True
+
+    @property
+    def model(self) -> Model:
+        """What differs between models."""
+        return Model(self.policy, self.window, self.states)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +211,23 @@ class Flip(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Lose(Event):
+    """The next message to a worker that it would not answer, such as keys and values, is lost, and no error tells it.
+    No channel loses a message, but what forwards or handles it may."""
+
+    worker: int
+
+
+@dataclass(frozen=True, slots=True)
+class Break(Event):
+    """A worker fails by an error of its own, once: `when` its next message is not handled yet, or is, or when it is to
+    store what the last one left."""
+
+    worker: int
+    when: Literal["before", "after", "settle"] = "before"
+
+
+@dataclass(frozen=True, slots=True)
 class JumpClock(Event):
     """The wall clock of the engine's machine jumps. Monotonic clocks do not."""
 
@@ -303,10 +344,10 @@ def run(scenario: Scenario) -> Outcome:
         gc.collect()  # the cluster, a knot of cycles: frozen by the next run it would stay for ever
 
 
-def reference_text(submit: Submit, sample: int, policy: str = "") -> list[int]:
+def reference_text(submit: Submit, sample: int, model: Model = PLAIN) -> list[int]:
     """The tokens that a sample must get, computed without any engine."""
     from checksum_model import text
 
     seed = submit.request if submit.samples > 1 else None
     # A text of fewer tokens is the beginning of one of more, which is kept.
-    return list(text(prompt_of(submit), max(submit.tokens, _TOKENS), policy, seed, sample)[: submit.tokens])
+    return list(text(prompt_of(submit), max(submit.tokens, _TOKENS), model, seed, sample)[: submit.tokens])

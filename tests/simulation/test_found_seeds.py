@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from oracle import violations
+from planted_bugs import PLANTS
 from scenario import Delay, KillEngine, KillWorker, Leave, Reset, Scenario, Setup, Submit, run
 
 FOUND = {
@@ -50,6 +51,28 @@ FOUND = {
         ),
         heals=0.27,
     ),
+    # Rows of a rebuild wrote pages of their own, which the books had as shared.
+    "a rebuild writes pages of its own": Scenario(
+        seed=52,
+        setup=Setup(workers=(200, 200, 200, 200), prefix_cache=True, eager=True, redundancy="parity(3)"),
+        events=(
+            Submit(0.0, request=1, prompt=24, tokens=24, samples=2, shared=1),
+            KillWorker(0.0, worker=3, back=0.3),
+            KillWorker(0.01544, worker=2, back=0.0),
+            KillWorker(0.03415, worker=1, back=0.0),
+        ),
+        heals=0.3,
+    ),
+    # So they did where a prefix was forked off a share that was read back, and that such rows were about to write.
+    "a fork of what is to be written again": Scenario(
+        setup=Setup(workers=(200, 200, 200, 200), prefix_cache=True, redundancy="parity(3)"),
+        events=(
+            Submit(0.0, request=1, prompt=48, tokens=24, shared=1),
+            KillWorker(0.01, worker=3, back=0.0),
+            KillWorker(0.03, worker=1, back=0.0),
+        ),
+        heals=0.3,
+    ),
 }  # fmt: skip
 
 
@@ -57,3 +80,9 @@ FOUND = {
 def test_found_bug_stays_mended(name: str) -> None:
     outcome = run(FOUND[name])
     assert violations(FOUND[name], outcome) == [], outcome.log[-30:]
+
+
+def test_a_bug_that_seeds_seldom_find_is_found_by_its_scenario(monkeypatch: pytest.MonkeyPatch) -> None:
+    PLANTS["rebuild_writes_pages_that_count_as_shared"](monkeypatch)
+    scenario = FOUND["a rebuild writes pages of its own"]
+    assert violations(scenario, run(scenario))

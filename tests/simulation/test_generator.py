@@ -26,7 +26,23 @@ def test_seeds_turn_on_each_fault_and_each_setting_and_leave_it_out() -> None:
         assert there < 290, kind
         if kind.__name__ != "KillModelWorker":  # not before a setup has several model workers
             assert there > 10, kind
-    for name in ("shard", "lanes", "prefix_cache", "drafts", "journal", "link", "local_tier", "query_first"):
+    for name in (
+        "shard",
+        "lanes",
+        "prefix_cache",
+        "drafts",
+        "journal",
+        "link",
+        "local_tier",
+        "query_first",
+        "policy",
+        "window",
+        "states",
+        "eager",
+        "old_workers",
+        "workers",
+        "wait",
+    ):
         assert len(Counter(getattr(each.setup, name) for each in scenarios)) > 1, name
     assert Counter(each.mode for each in scenarios).keys() == {"safety", "liveness"}
 
@@ -54,7 +70,7 @@ def test_events_are_in_order_and_end_before_all_is_healed() -> None:
         assert [*range(len(asked))] == sorted(event.request for event in asked)
         assert all(event.request < len(asked) for event in scenario.events if isinstance(event, Leave))
         least = SHAPE.pages(max(event.prompt + event.tokens for event in asked))
-        assert min(scenario.setup.workers) >= least
+        assert min(scenario.setup.workers, default=scenario.setup.local_pages) >= least
 
 
 def test_what_is_printed_is_the_scenario() -> None:

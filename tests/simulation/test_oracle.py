@@ -16,7 +16,7 @@ TEXT = [3, 1, 4, 1, 5, 9]
 
 @pytest.fixture(autouse=True)
 def _text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(oracle, "reference_text", lambda submit, sample, policy: TEXT)
+    monkeypatch.setattr(oracle, "reference_text", lambda submit, sample, model: TEXT)
 
 
 def kinds(

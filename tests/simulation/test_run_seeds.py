@@ -18,7 +18,7 @@ def toy(broken: bool) -> Any:
         answers, complaints, drained = {}, [], False
         for event in scenario.events:
             if isinstance(event, Submit):
-                texts = [list(reference_text(event, sample)) for sample in range(event.samples)]
+                texts = [list(reference_text(event, sample, scenario.setup.model)) for sample in range(event.samples)]
                 answers[event.request] = Answer(event, texts, ["length"] * event.samples)
             drained |= isinstance(event, Drain)
             if drained and isinstance(event, KillWorker) and broken:
@@ -58,3 +58,25 @@ def test_an_error_of_the_run_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(vocabulary, "run", run)
     _, failure = run_seeds.check(1)
     assert failure == run_seeds.Failure(1, "ValueError of the run", ("ValueError: no such thing",))
+
+
+def test_making_a_failure_small_ends_where_a_smaller_scenario_never_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = toy(broken=True)
+
+    def run(scenario: Scenario) -> Outcome:
+        while not any(isinstance(event, Drain) for event in scenario.events):
+            pass  # it turns in place
+        return whole(scenario)
+
+    monkeypatch.setattr(vocabulary, "run", whole)
+    monkeypatch.setattr(run_seeds, "_TRY", 0.1)
+    failure = next(found for seed in range(100) if (found := run_seeds.check(seed)[1]) is not None)
+    monkeypatch.setattr(vocabulary, "run", run)
+    run_seeds.show_failure(failure)
+    assert "Drain(" in capsys.readouterr().out
+    monkeypatch.setattr(run_seeds, "_SHRINK", 0.0)
+    run_seeds.show_failure(failure)
+    run_seeds.show_failure(failure._replace(kind="a process ended"))
+    assert capsys.readouterr().out.endswith(f"replay: scripts/test --simulation --seed {failure.seed}\n")

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import scenario as s
 import torch
-from checksum_model import ChecksumDecoder, Seen
-from scenario import Event, Outcome, Scenario, Setup, Submit, prompt_of, reference_text, run
+from checksum_model import ChecksumDecoder, Seen, layer_specs
+from scenario import Event, Model, Outcome, Scenario, Setup, Submit, prompt_of, reference_text, run
 
-from lamina_workers.decoder.model import Batch, KeyValueReady, QueryReady
+from lamina_workers.decoder.model import Batch, KeyValueReady, QueryReady, StateReady
 from lamina_workers.decoder.sampler import RowSampling, sample
 
 USUAL = Setup(workers=(200, 200), timeout=0.2, lease=0.5, linger=2.0)
@@ -23,7 +23,7 @@ def checked(setup: Setup, *events: Event) -> Outcome:
     assert not found.complaints, found.log[-30:]
     for answer in found.answers.values():
         for number, tokens in enumerate(answer.samples):
-            due = reference_text(answer.submit, number, setup.policy)
+            due = reference_text(answer.submit, number, setup.model)
             assert tokens == (due[: len(tokens)] if answer.left else due), found.log[-30:]
     return found
 
@@ -49,10 +49,13 @@ FAULTS: dict[str, tuple[Event, ...]] = {
     "joined and drained": (s.Join(0.005, 200), s.Drain(0.012, 0), s.Drain(0.013, 1)),
     "engine frozen": (s.FreezeEngine(0.01, 0.7),),
     "engine killed": (s.KillEngine(0.01, back=0.1),),
+    "keys lost": (s.Lose(0.005, 0), s.Lose(0.02, 1)),
+    "worker fails": (s.Break(0.005, 0, "before"), s.Break(0.01, 1, "after"), s.Break(0.02, 0, "settle")),
     "wall clock jumps": (s.JumpClock(0.01, -3600.0), s.JumpClock(0.02, 86400.0)),
 }
 
 
+@pytest.mark.fault("F01", "F05")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_changes_no_token_and_leaves_nothing_behind(fault):
     found = checked(USUAL, *FAULTS[fault])
@@ -68,11 +71,20 @@ SETUPS = {
     "drafts": replace(USUAL, drafts=3),
     "prefixes": replace(USUAL, prefix_cache=True),
     "a policy": replace(USUAL, policy="streaming(sink=4, recent=40)"),
+    "a window": replace(USUAL, window=21, prefix_cache=True),
+    "states": replace(USUAL, states=True, local_tier=True, local_pages=200),
+    "states and prefixes": replace(USUAL, states=True, prefix_cache=True, lanes=2),
+    "states and replicas of the model": replace(USUAL, states=True, model_workers=2, lanes=2),
     "little memory": replace(USUAL, workers=(100, 100), local_pages=16),
     "a journal": replace(USUAL, journal=True),
     "replicas of the model": replace(USUAL, model_workers=2, lanes=3),
     "replicas of the model, by positions": replace(USUAL, model_workers=3, lanes=2, shard="sequence", journal=True),
     "replicas of KV": replace(USUAL, workers=(300, 300, 300), redundancy="replica"),
+    "spares and growth for a few tokens": replace(
+        USUAL, workers=(300, 600, 300), redundancy="parity(2)", shard="heads+sequence", eager=True
+    ),
+    "workers of the previous version": replace(USUAL, workers=(300, 200, 300), old_workers=2, redundancy="replica"),
+    "no workers": replace(USUAL, workers=(), local_pages=300, prefix_cache=True),
     "replicas of KV and prefixes": replace(USUAL, redundancy="replica", prefix_cache=True, shard="sequence"),
 }
 
@@ -113,26 +125,35 @@ def test_an_idle_engine_notices_that_a_worker_is_gone():
     assert float(lost.split()[0]) < 2.0, "it was noticed by the next request alone"
 
 
-@pytest.mark.parametrize("policy", ["", "streaming(sink=4, recent=16)"])
-def test_the_text_without_an_engine_is_that_of_attention(policy):
+MODELS = (Model(), Model("streaming(sink=4, recent=16)"), Model(window=21), Model(states=True), Model("", 5, True))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_text_without_an_engine_is_that_of_attention(model):
     submit = Submit(0.0, 5, 23, 12, samples=2)
     for number in range(2):
-        assert reference_text(submit, number, policy) == attended_text(submit, number, policy)
+        assert reference_text(submit, number, model) == attended_text(submit, number, model)
 
 
-def attended_text(submit: Submit, number: int, policy: str) -> list[int]:
-    """The text of the model with plain softmax attention over all keys."""
-    decoder, seen, tokens = ChecksumDecoder(policy), Seen(policy), list(prompt_of(submit))
+def attended_text(submit: Submit, number: int, model: Model) -> list[int]:
+    """The text of the model with plain softmax attention over all keys, and states token by token."""
+    decoder, seen, tokens = ChecksumDecoder(model), list(map(Seen, layer_specs(model))), list(prompt_of(submit))
     for position in range(submit.tokens):
         count = len(tokens)
-        mask = torch.full((count, count), -torch.inf)
-        for at in range(count):
-            for first, end in seen.ranges(at):
-                mask[at, first:end] = 0
         forward = decoder.forward(Batch(torch.tensor(tokens), torch.arange(count), torch.tensor([count - 1])))
         try:
             event = next(forward)
-            while isinstance(event, QueryReady):
+            while True:
+                if isinstance(event, StateReady):
+                    q, k, v = event.x.view(count, 3, 4, 16).unbind(1)
+                    states = torch.einsum("thd,the->thde", k, v).cumsum(0)
+                    event = forward.send(torch.einsum("thd,thde->the", q, states).reshape(count, -1))
+                    continue
+                assert isinstance(event, QueryReady)
+                mask = torch.full((count, count), -torch.inf)
+                for at in range(count):
+                    for first, end in seen[event.layer].ranges(at):
+                        mask[at, first:end] = 0
                 kv = forward.send(None)
                 assert isinstance(kv, KeyValueReady)
                 scores = torch.einsum("thgd,shd->hgts", event.q.view(count, 4, 2, 16), kv.k) * 0.25 + mask

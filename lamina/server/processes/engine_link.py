@@ -106,9 +106,10 @@ class SocketWire:
 
     def events(self) -> Sequence[Event]:
         try:
-            return unpack_events(payload(self._events.receive()))
+            received = self._events.receive()
         except LaminaError as error:
             raise EngineError(f"the engine's process is gone: {error}") from error
+        return unpack_events(payload(received))  # what is malformed is no lost connection: nothing connects again
 
     def close(self) -> None:
         for channel in self._channels:

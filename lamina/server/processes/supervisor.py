@@ -268,7 +268,8 @@ class Supervisor(SlotLoop[ChildProcess]):
         plan = self._plan
         engine.starts += 1
         worker = self._spare.worker or self._spawn(engine.base, ENGINE_MODULE)
-        self._spare.give_up()
+        if worker is self._spare.worker:
+            self._spare.give_up()
         engine.started(worker)
         keywords = self._journal(engine) | {name: value for name, value in plan.engine.items() if name != "journal"}
         socket_path, needs_workers = self._socket_of(engine), bool(plan.workers)
@@ -403,7 +404,7 @@ class Supervisor(SlotLoop[ChildProcess]):
 
     def _ended(self, child: ChildProcess) -> None:
         if child is self._spare.worker:
-            self._spare.worker = None
+            self._spare.give_up()
         elif child is self._http.worker:
             self._http_ended(child)
         elif (engine := self._engine_of(child)) is not None:

@@ -158,6 +158,9 @@ def _from_toml(data: Mapping[str, Any]) -> Plan:
 
 def _read_system(data: Mapping[str, Any]) -> System:
     """The system of a plan's tables. Raises InvalidRequest."""
+    for name in ("system", "shape"):  # a date passes for a table
+        if not isinstance(data[name], Mapping):
+            raise InvalidRequest(f"{name} is {data[name]!r:.80}; allowed is a table")
     parts = {kind: data[kind] for kind in ("device", "link") if kind in data}
     hardware.extended(hardware.NOTHING, parts)  # raises where they are wrong
     named = {kind: {table["name"].lower(): table for table in tables} for kind, tables in parts.items()}

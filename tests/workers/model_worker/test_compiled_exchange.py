@@ -370,7 +370,8 @@ def test_a_call_that_waits_ends_when_another_thread_closes_the_port(way: str, ho
 
 PATHS = "import sys\nsys.path[:0] = {paths!r}\n"
 INTERRUPTED = """
-import threading, time
+import signal, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background it is ignored
 from test_compiled_exchange import Pair, frame
 from exchange_peers import exchanged
 with exchanged("{way}"):

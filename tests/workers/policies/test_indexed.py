@@ -124,7 +124,7 @@ class Listener:
         self.said: list[tuple[list[set[int]], np.ndarray]] = []
         chosen = chooser(bench).choose
 
-        def choose(plan: indexed._Plan, layer: int, *rest: object) -> object:
+        def choose(plan: indexed._IndexPlan, layer: int, *rest: object) -> object:
             choice = chosen(plan, layer, *rest)  # type: ignore[arg-type]
             tables = [table[layer].tolist() for table in plan.items.tables]
             rows = zip(tables, choice.pages.tolist(), choice.counts.tolist(), strict=True)
