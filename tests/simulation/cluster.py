@@ -37,8 +37,8 @@ CHECK_EVERY = 64  # steps
 
 # What is worth a move is so little that it comes about in short texts, and copies have all the time that there is.
 _EAGER: tuple[tuple[Any, dict[str, Any]], ...] = (
-    (relocation, {"WORTH": 1}),
-    (relocation, {"PAYS": 1}),
+    (relocation, {"MIN_GROWTH": 1}),
+    (relocation, {"MIN_TOKENS": 1}),
     (kv_spares, {"BEHIND": 1, "SHARE": 2.0}),
 )
 
