@@ -82,7 +82,8 @@ def remove_model(model: opt.ModelName) -> None:
 @models_app.command()
 def show(model: opt.ModelName, as_json: opt.JsonLines = False, slices: opt.Slices = False) -> None:
     """Describe a model; fetches it first where it is not here yet."""
-    from lamina.models.resolve import resolve, weight_memory
+    from lamina.models.resolve import resolve
+    from lamina.models.weight_memory import weight_memory
     from lamina_workers.converted.models import live_across, model_config, way
 
     with ProgressBars() as progress:

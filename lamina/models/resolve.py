@@ -1,14 +1,11 @@
 """From a model's name to a folder on this machine (`resolve`). A name is an alias, a folder, a GGUF file or a hub id.
 
 An alias stands for files of a package index. A GGUF file, whichever it is, is given a folder as other models have one.
-Of a folder, `weight_memory` says how much memory the weights take in each way in which an engine may keep them.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from lamina.errors import InvalidRequest
@@ -17,49 +14,9 @@ from lamina.models.aliases import ALIASES, Alias
 from lamina.models.cache import FileRecord, cache_folder, folder_name, get_or_create, kept_models
 from lamina.models.hub import HUB_IDS, download_parts
 from lamina.system.progress import Progress
-from lamina_kernels.packed.pack import bytes_of, can_pack
-from lamina_workers.checkpoints.gguf_checkpoint import read_record
-from lamina_workers.checkpoints.model_checkpoint import open_checkpoint
-from lamina_workers.checkpoints.safetensors_files import find_tensors
-from lamina_workers.checkpoints.weight_loader import QUANTIZE, Packing
-from lamina_workers.converted.models import model_config, way
 from lamina_workers.errors import ModelFileError
 
-FLOATS = {"bfloat16": 2, "float32": 4}
 """Bytes of a weight that is not packed."""
-_TABLES = ("embed_tokens.weight", "lm_head.weight")
-
-
-@dataclass(frozen=True, slots=True)
-class WeightMemory:
-    """A model's parameters, the bytes of them in its files, and those of each way to keep them in memory: bfloat16,
-    float32, and packed where the files are, else int8 and int4. A model that is converted has floats alone."""
-
-    parameters: int
-    stored: int
-    ways: dict[str, int]
-
-
-def weight_memory(folder: Path) -> WeightMemory:
-    """Of the model in a folder, whose weights are not read. Raises ModelFileError, UnsupportedModelError."""
-    converted = way(model_config(folder)) == "converted"
-    with open_checkpoint(folder) as checkpoint:
-        tensors = {name: (tuple(checkpoint.shape(name)), checkpoint.packed(name)) for name in checkpoint.names()}
-    parameters = sum(math.prod(shape) for shape, _ in tensors.values())
-    ways = {name: parameters * size for name, size in FLOATS.items()}
-    packings = {"packed": Packing(packed=True)}
-    if all(packed is None for _, packed in tensors.values()):
-        packings = {name: Packing(quantize=name) for name in sorted(QUANTIZE, reverse=True)}
-    for name, packing in packings.items() if not converted else ():
-        total = 0
-        for tensor, (shape, packed) in tensors.items():
-            kind = packing.kind_of(packed, plain=len(shape) != 2, wide=tensor.endswith(_TABLES))
-            fits = kind is not None and len(shape) == 2 and can_pack(kind, *shape)
-            total += bytes_of(kind, *shape) if kind is not None and fits else math.prod(shape) * FLOATS["bfloat16"]
-        ways[name] = total
-    record = read_record(folder)
-    entries = find_tensors(folder) if record is None else record.tensors
-    return WeightMemory(parameters, sum(entry.nbytes for entry in entries.values()), ways)
 
 
 _CONVERSION = 2  # counts up when a conversion gives other files, so that older ones are not taken for them

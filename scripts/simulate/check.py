@@ -30,10 +30,10 @@ from typing import Any
 
 from lamina.errors import LaminaError
 from lamina.measure.hardware import calibrate
+from lamina.measure.hardware.busy import busy
 from lamina.measure.hardware.child import Child
 from lamina.measure.hardware.decode_steps import TOKENS
 from lamina.measure.hardware.hardware_calibration import BYTES, FITTED, NAME
-from lamina.measure.hardware.reading import busy
 from lamina.models.resolve import resolve
 from lamina.simulator.costs import hardware
 from lamina.simulator.costs.cost_model import Load, StepCost

@@ -21,7 +21,7 @@ from lamina.cli.options import complete_model
 from lamina.cli.terminal import iter_lines
 from lamina.errors import EngineError, InvalidRequest, ModelFileError
 from lamina.models.cache import cache_folder, folder_name, get_or_create, write_file
-from lamina.models.resolve import weight_memory
+from lamina.models.weight_memory import weight_memory
 from lamina.sampling_params import SamplingParams
 from lamina_workers.errors import DiskFullError
 from lamina_workers.process.credentials import make_credentials

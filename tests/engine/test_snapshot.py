@@ -356,8 +356,8 @@ def test_snapshot_crosses_two_remote_engines(decoder: Decoder) -> None:
     assert far.join(5)
     far.snapshot(lambda _: pytest.fail("a stopped engine answered"))
     near.snapshot(lambda _: pytest.fail("a stopped engine answered"))
-    assert not near._asked
-    assert not far._asked
+    assert not near._snapshot_sinks
+    assert not far._snapshot_sinks
 
 
 class Deaf:
@@ -375,10 +375,10 @@ class Deaf:
 def test_snapshot_request_is_forgotten_when_the_engine_stops() -> None:
     remote = RemoteEngine(Loop(Deaf(), time.monotonic), time.monotonic)
     remote.snapshot(lambda _: pytest.fail("a snapshot was taken"))
-    assert len(remote._asked) == 1
+    assert len(remote._snapshot_sinks) == 1
     remote.close()
     assert remote.join(5)
-    assert not remote._asked
+    assert not remote._snapshot_sinks
 
 
 class Clock:
@@ -450,11 +450,11 @@ def test_exchange_is_timed_for_each_batch_in_flight() -> None:
     assert (link.bytes_sent, link.bytes_received) == (7, 9)
     replies.asked(2)
     replies.forget(2)
-    assert not replies._asked
+    assert not replies._query_times
     port.send(Query(1, 2, 1, nothing))
     replies.expect(1, 3)
     assert not replies.ready(3)
     assert sum(replies.link().counts) == 2  # no batch waited for it
     replies.asked(3)
     replies.expect(2, 4)
-    assert not replies._asked
+    assert not replies._query_times

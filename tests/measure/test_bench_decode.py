@@ -15,7 +15,7 @@ from lamina.cli.main import Commands
 from lamina.config import EngineConfig
 from lamina.measure.bench.decode import Result, bench, dtypes, kept_as, record, row, step_bytes, table
 from lamina.measure.hardware.decode_steps import Measured
-from lamina.models.resolve import WeightMemory
+from lamina.models.weight_memory import WeightMemory
 from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.packing import Packing
 from lamina.system.machine import Machine

@@ -19,6 +19,7 @@ from real_workers import write_tiny_model
 
 from lamina.errors import EngineError, InvalidRequest
 from lamina.measure.hardware import Calibration, calibrate, hardware_calibration
+from lamina.measure.hardware.busy import Beside, busy
 from lamina.measure.hardware.child import Child
 from lamina.measure.hardware.children import serve
 from lamina.measure.hardware.decode_bench import Held, attention_alone
@@ -36,7 +37,7 @@ from lamina.measure.hardware.fitting import (
     solve,
 )
 from lamina.measure.hardware.hardware_calibration import FITTED, FULL, NAME, QUICK, Amount, _Rounds, _Sources
-from lamina.measure.hardware.reading import Bandwidth, Beside, busy
+from lamina.measure.hardware.reading import Bandwidth
 from lamina.simulator.costs import hardware
 from lamina.simulator.costs.cost_model import Load, attention_time, dense_time
 from lamina.simulator.costs.hardware import Device, Efficiency, Link, at

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from real_workers import write_tiny_model
 
-from lamina.models.resolve import weight_memory
+from lamina.models.weight_memory import weight_memory
 
 
 def test_floats_may_be_kept_in_four_ways(tmp_path: Path) -> None:

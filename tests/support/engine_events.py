@@ -260,9 +260,9 @@ def staged(model: str, placement: str, workers: str, event: Event) -> Iterator[S
             stage.step()
             begin(self, *given)
 
-        def announces(self: ModelWorker, *given: Any) -> Any:
+        def announces(self: ModelWorker, *given: Any, **options: Any) -> Any:
             stage.step()
-            return announce(self, *given)
+            return announce(self, *given, **options)
 
         patch.setattr(LayerExchange, "begin", begins)
         patch.setattr(ModelWorker, "announce", announces)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lamina.config import EngineConfig
 from lamina.measure.hardware.decode_steps import Measured, measure_in_turn
-from lamina.models.resolve import WeightMemory, weight_memory
+from lamina.models.weight_memory import WeightMemory, weight_memory
 from lamina.simulator.costs.model_configs import from_folder
 from lamina.simulator.costs.packing import Packing
 from lamina.simulator.costs.shapes import ModelShape

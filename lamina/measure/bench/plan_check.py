@@ -23,9 +23,9 @@ from lamina.measure.bench.measures import Outcome, meets, percentile
 from lamina.measure.bench.running import run_loop
 from lamina.measure.bench.serve import Result, bench
 from lamina.measure.bench.workloads import Settings
+from lamina.measure.hardware.busy import Beside
 from lamina.measure.hardware.child import Child
 from lamina.measure.hardware.fitting import BUSY, DRIFT
-from lamina.measure.hardware.reading import Beside
 from lamina.simulator.costs.uncertainty import spread
 from lamina.simulator.event_loop.results import RunResult
 from lamina.simulator.event_loop.simulate import Slo, simulate

@@ -13,9 +13,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lamina.measure.hardware.busy import busy
 from lamina.measure.hardware.child import Child
 from lamina.measure.hardware.fitting import BUSY, DRIFT, Cell, Drift, Timings, bare, fit_device, fit_links
-from lamina.measure.hardware.reading import busy
 from lamina.models.resolve import resolve
 from lamina.simulator.costs import hardware
 from lamina.simulator.costs.bounds import whole

@@ -1,22 +1,16 @@
-"""The rate at which this machine reads memory (`Bandwidth`), and the share of its cores that other processes use.
+"""The rate at which this machine reads memory (`Bandwidth`): that of the fastest of several loops, measured.
 
-The rate is that of the fastest of several loops, measured. On a CPU these are compiled loops of vector loads on torch's
-own team; on a GPU they are torch's reductions (never run on one).
-
-The use of cores is measured while this process and its children wait (`busy`), or beside a tree of processes
-(`Beside`). It is read from /proc. Where the system does not report it, it counts as 0.
+On a CPU these are compiled loops of vector loads on torch's own team; on a GPU they are torch's reductions (never run
+on one).
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numba
@@ -31,78 +25,6 @@ from lamina_kernels.compile.emitter import I64, VI, Emitter
 from lamina_kernels.compile.intrinsics import literals, take
 from lamina_kernels.compile.launch import HEADER, TAKEN, block_type, launch, source_fingerprint
 from lamina_kernels.paged import memory
-
-_IDLE, _WAITING, _COUNTED = 3, 4, 8  # fields of /proc/stat's first line: idle, iowait; guests are counted in others
-_PARENT, _USED = 1, slice(11, 15)  # fields of /proc/PID/stat behind the name; own and waited-for children's jiffies
-
-
-def busy(
-    seconds: float = 0.2, read: Callable[[], str] | None = None, sleep: Callable[[float], None] = time.sleep
-) -> float:
-    """The share of all cores that was used over that time, 0 to 1."""
-    read = read or _stat
-    before = _jiffies(read())
-    sleep(seconds)
-    after = _jiffies(read())
-    total = after[1] - before[1]
-    return min(1.0, max(0.0, (after[0] - before[0]) / total)) if total > 0 else 0.0
-
-
-class Beside:
-    """What others use beside the processes of these ids and all their descendants, from now on."""
-
-    def __init__(self, *roots: int, proc: Path = Path("/proc")) -> None:
-        self._roots, self._proc = roots, proc
-        self._before = self._read()
-
-    def share(self) -> float:
-        """Of all cores, since the beginning, 0 to 1."""
-        now = self._read()
-        own, used, total = (after - before for after, before in zip(now, self._before, strict=True))
-        return min(1.0, max(0.0, (used - own) / total)) if total > 0 else 0.0
-
-    def _read(self) -> tuple[int, int, int]:
-        """Jiffies: of the processes, of all that is used, of all there are."""
-        used, total = _jiffies(_stat(self._proc))
-        return _of_tree(self._roots, self._proc), used, total
-
-
-def _of_tree(roots: tuple[int, ...], proc: Path) -> int:
-    """Jiffies of processes and their descendants, those of ended ones included that were waited for."""
-    parents: dict[int, int] = {}
-    jiffies: dict[int, int] = {}
-    with suppress(OSError):
-        for name in os.listdir(proc):
-            if not name.isdecimal():
-                continue
-            with suppress(OSError, ValueError, IndexError):  # it has ended
-                fields = (proc / name / "stat").read_text(errors="replace").rpartition(")")[2].split()
-                parents[int(name)] = int(fields[_PARENT])
-                jiffies[int(name)] = sum(map(int, fields[_USED]))
-    found = 0
-    for number, taken in jiffies.items():
-        at, seen = number, set[int]()
-        while at not in roots and at in parents and at not in seen:
-            seen.add(at)
-            at = parents[at]
-        found += taken if at in roots else 0
-    return found
-
-
-def _stat(proc: Path = Path("/proc")) -> str:
-    try:
-        return (proc / "stat").read_text(encoding="ascii", errors="replace")
-    except OSError:  # not Linux
-        return ""
-
-
-def _jiffies(text: str) -> tuple[int, int]:
-    """Used ones and all, of all cores together, since the system started."""
-    fields = [int(word) for word in text.partition("\n")[0].split()[1 : _COUNTED + 1] if word.isdigit()]
-    if len(fields) <= _WAITING:
-        return 0, 0
-    return sum(fields) - fields[_IDLE] - fields[_WAITING], sum(fields)
-
 
 SETTLE = 0.3  # seconds after which the threads of an earlier computation no longer spin
 SLICE = 1 << 28  # bytes of one timing of the bandwidth: many times what caches keep

@@ -308,7 +308,7 @@ class Rotating:
         return port
 
     def _around(self, own: ModelWorker, ports: dict[int, AttentionPort], replicas: int) -> PipelineReplicas:
-        self.holder = HolderConfig(own._merge._config.layers, 16, "float32", 1)
+        self.holder = replace(own._merge._config, kv_memory=1)
         self.peers = [self.replica(rank, self.holder) for rank in range(1, replicas)]
         workers = PipelineReplicas(own, self.peers, here=(0,), config=self.holder)
         for number, port in ports.items():
