@@ -12,8 +12,8 @@ import pytest
 from ray_nodes import Namespaces, all_end, cluster
 
 from lamina.errors import InvalidRequest
-from lamina.server.http.gate import KEY_VARIABLE
 from lamina.server.ray_serve import ServePlan
+from lamina.system.child_process import KEY_VARIABLE
 
 
 def test_arguments_are_those_of_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:

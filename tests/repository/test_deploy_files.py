@@ -24,7 +24,6 @@ from lamina.ray_cluster.connection import ATTENTION, MODEL
 from lamina.server.app import create_app
 from lamina.server.frontend import Frontend
 from lamina.server.http.fields import read
-from lamina.server.http.gate import KEY_VARIABLE
 from lamina.server.openai.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -34,6 +33,7 @@ from lamina.server.openai.schemas import (
 )
 from lamina.server.ray_serve import DEPLOYMENT, ServePlan
 from lamina.server.settings import ServerSettings
+from lamina.system.child_process import KEY_VARIABLE
 
 ROOT = Path(__file__).parents[2]
 SERVE = (ROOT / "docs" / "serve.md").read_text()

@@ -15,8 +15,8 @@ import yaml
 
 import lamina
 from lamina.ray_cluster.connection import ATTENTION, MODEL
-from lamina.server.http.gate import KEY_VARIABLE
 from lamina.server.ray_serve import DEPLOYMENT, ServePlan
+from lamina.system.child_process import KEY_VARIABLE
 from lamina_protocols.channels.channels import split_address
 from lamina_workers.process.credentials import load_credentials
 from tests.repository.test_deploy_files import parse, paths, provided
