@@ -464,11 +464,11 @@ def test_a_replica_that_goes_takes_nothing_along(model, expected, lanes) -> None
         until(rotating.all_connected)
         for _ in range(2):
             inboxes = [rig.submit(prompt, SamplingParams(max_tokens=12).with_defaults({})) for prompt in PROMPTS]
-            until(lambda: workers.slices[1] > 8)
+            until(lambda: workers.slices[1] > 8, 60.0)
             rotating.peers[0].close("killed")
             assert [collect(inbox) for _, inbox in inboxes] == expected["greedy"]
             assert workers.replicas == 1
-            until(lambda: all(server.status().channels == 1 for server in rotating.servers))
+            until(lambda: all(server.status().channels == 1 for server in rotating.servers), 60.0)
             rotating.peers = [rotating.replica(1, rotating.holder)]
             rig.engine.rank_back(rotating.peers[0])
             until(rotating.all_connected)
@@ -609,10 +609,19 @@ TOLD: list[dict[str, Any]] = [
 ]
 
 
+class LogProbability(float):
+    """Equal up to rounding, which depends on how the parts of attention are merged, and by which CPU."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, float) and abs(float(self) - float(other)) < 1e-3
+
+    __hash__ = float.__hash__
+
+
 def answers(llm: LLM, sampling: dict[str, Any]) -> list[Any]:
     got = llm.generate(PROMPTS, max_tokens=16, **sampling)
     return [
-        (c.token_ids, c.text, [(r.token_id, round(r.logprob, 4)) for r in c.logprobs or ()])
+        (c.token_ids, c.text, [(r.token_id, LogProbability(r.logprob)) for r in c.logprobs or ()])
         for c in itertools.chain.from_iterable([one] if not isinstance(one, list) else one for one in got)
     ]
 
