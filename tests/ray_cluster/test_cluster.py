@@ -103,8 +103,8 @@ except EngineError as error:
 @pytest.mark.fault("F31")
 @pytest.mark.real
 def test_a_node_with_another_version_is_refused_before_anything_starts(nodes: Namespaces, tmp_path: Path) -> None:
-    (tmp_path / "lamina_protocols").mkdir()
-    (tmp_path / "lamina_protocols" / "versions.py").write_text("PROTOCOL_VERSION = 99\n")
+    (tmp_path / "lamina_protocols" / "channels").mkdir(parents=True)
+    (tmp_path / "lamina_protocols" / "channels" / "versions.py").write_text("PROTOCOL_VERSION = 99\n")
     join(nodes, """{"odd_one": 1}""", PYTHONPATH=str(tmp_path))
     said = nodes.run("""
 from lamina.ray_cluster.connection import connect, require
