@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from lamina_protocols.channels import control
+from lamina_protocols.channels.versions import PROTOCOL_VERSION
 from lamina_protocols.messages.layers import HolderConfig, LayerSpec
 from lamina_protocols.messages.messages import Announced, Announcement, Attended, Exchange, Fresh, Open, Row
 from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig
@@ -59,6 +61,15 @@ WAYS = {
     "tcp": {"local_channel": False, "data_channel": "tcp"},
     "tcp+sum": {"local_channel": False, "data_channel": "tcp", "checksum": True},
 }
+
+
+def hello(**changes: Any) -> control.Hello:
+    """What asks for a seat, by gRPC alone."""
+    plain = control.Hello(
+        PROTOCOL_VERSION, control.package_version(), "s" * 32, "m", "float32", "float32", 16, LAYERS, True, "grpc",
+        "e" * 32, 0, (1, 1), 0.0,
+    )  # fmt: skip
+    return dataclasses.replace(plain, **changes)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import attention_servers
 import pytest
 import torch
 from dense_holders import Holder
@@ -21,7 +22,6 @@ from transports import pair
 from lamina_protocols.channels import control
 from lamina_protocols.channels.channels import Channel, ChannelClosed
 from lamina_protocols.channels.sockets import SocketChannel
-from lamina_protocols.channels.versions import PROTOCOL_VERSION
 from lamina_protocols.frames import codec
 from lamina_protocols.messages.layers import HolderConfig
 from lamina_protocols.messages.messages import Reply
@@ -89,10 +89,8 @@ class Client:
 
 def hello(config: HolderConfig, seat: int = 0) -> control.Hello:
     """What asks for a seat of such KV."""
-    return control.Hello(
-        PROTOCOL_VERSION, control.package_version(), secrets.token_hex(16), "m", "float32", config.dtype,
-        config.page_size, config.layers, True, "tcp", "e" * 32, seat, (1, 1), 0.0,
-    )  # fmt: skip
+    kept = {"kv_dtype": config.dtype, "page_size": config.page_size, "layers": config.layers}
+    return attention_servers.hello(session=secrets.token_hex(16), data_channel="tcp", seat=seat, **kept)
 
 
 def port_over(

@@ -11,7 +11,7 @@ from engine_rig import DEVICE
 from kv_pools import pool_of
 
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.messages.layers import HolderConfig, LayerSpec
+from lamina_protocols.messages.layers import HolderConfig, Index, LayerSpec
 from lamina_protocols.messages.messages import (
     Announced,
     Announcement,
@@ -26,9 +26,9 @@ from lamina_protocols.messages.messages import (
     Query,
     Row,
 )
-from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.attention_worker.device_worker import attention_worker
-from lamina_workers.errors import KVError, UnsupportedModelError
+from lamina_workers.errors import KVError, PolicyError
+from lamina_workers.kv_pages.head_policies import HeadPolicies
 
 FULL = LayerSpec(kv_layer=0, heads=6, kv_heads=2, d_k=16, d_v=32, scale=0.3)
 CONFIG = HolderConfig(
@@ -41,13 +41,13 @@ WHOLE = Open(1, 0, (0, 1), 0, 1000)
 
 
 class Client:
-    """Speaks to a worker and keeps, by handle and layer, all k `[n, heads, d_k]` and v that it has sent."""
+    """Speaks to a worker."""
 
-    def __init__(self) -> None:
-        self.worker = attention_worker(CONFIG, device=torch.device(DEVICE))
+    def __init__(self, config: HolderConfig = CONFIG, device: str = DEVICE) -> None:
+        self.layers = config.layers
+        self.worker = attention_worker(config, device=torch.device(device))
         self.batch = 0
         self.operations = 0
-        self.kv: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self.generator = torch.Generator().manual_seed(0)
 
     def announce(
@@ -67,73 +67,11 @@ class Client:
         return torch.randn(shape, generator=self.generator)
 
     def fresh(self, n: int, layer: int = 0) -> Fresh:
-        return Fresh(1, self.batch, layer, self.random(n, 16), self.random(n, 32))
+        spec = self.layers[layer]
+        return Fresh(1, self.batch, layer, self.random(n, spec.key_width), self.random(n, spec.d_v))
 
     def query(self, n: int, layer: int = 0) -> Query:
         return Query(1, self.batch, layer, self.random(n, 16))
-
-    def run(self, operations: Sequence[Operation], rows: Sequence[Row]) -> None:
-        """One batch, each layer's answer compared with attention over the same keys. Every row fuses or has a past."""
-        assert self.announce(operations, rows).accepted
-        self.follow(operations)
-        for layer, spec in enumerate(CONFIG.layers):
-            fresh = self.fresh(sum(2 * row.count for row in rows), layer)
-            query = self.query(sum(6 * row.count for row in rows), layer)
-            assert self.worker.handle(fresh) is None
-            reply = self.worker.handle(query)
-            assert isinstance(reply, Attended)
-            at, counts = 0, [row.count for row in rows]
-            for row, q, k, v in zip(
-                rows,
-                query.q.view(-1, 6, 16).split(counts),
-                fresh.k.view(-1, 2, 16).split(counts),
-                fresh.v.view(-1, 2, 32).split(counts),
-                strict=True,
-            ):
-                past_k, past_v = self.kv[row.handle][layer]
-                k, v = torch.cat((past_k[: row.start], k)), torch.cat((past_v[: row.start], v))
-                self.kv[row.handle][layer] = k, v
-                out, lse = attention(spec, row, q, k, v)
-                torch.testing.assert_close(reply.out[at : at + len(out)], out, rtol=1e-5, atol=1e-5)
-                torch.testing.assert_close(reply.lse[at : at + len(out)], lse, rtol=1e-5, atol=1e-5)
-                at += len(out)
-            assert at == len(reply.out) == len(reply.lse)
-
-    def follow(self, operations: Sequence[Operation]) -> None:
-        for operation in operations:
-            if isinstance(operation, Open):
-                self.kv[operation.handle] = [(torch.empty(0, 2, 16), torch.empty(0, 2, 32))] * 2
-            elif isinstance(operation, Fork):
-                n = operation.length
-                self.kv[operation.handle] = [(k[:n], v[:n]) for k, v in self.kv[operation.parent]]
-            else:
-                del self.kv[operation.handle]
-
-
-def attention(
-    spec: LayerSpec, row: Row, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a row reads, in plain torch: out `[count * heads, d_v]` and lse, q being `[count, heads, d_k]`."""
-    assert row.read is not None
-    keys = torch.arange(*row.read)
-    k, v = (x[keys].repeat_interleave(spec.group, 1) for x in (k, v))
-    logits = torch.einsum("thd,khd->thk", q, k) * spec.scale
-    if spec.soft_cap:
-        logits = spec.soft_cap * torch.tanh(logits / spec.soft_cap)
-    age = torch.arange(row.start, row.start + row.count)[:, None] - keys
-    seen = (age >= 0) & (age < (spec.window or 1 << 30))
-    logits = logits.masked_fill(~seen[:, None], -torch.inf)
-    out = torch.einsum("thk,khd->thd", logits.softmax(-1), v)
-    return out.flatten(0, 1), logits.logsumexp(-1).flatten()
-
-
-def test_it_attends_what_was_stored() -> None:
-    client = Client()
-    client.run([WHOLE, Open(2, 0, (0, 1), 0, 1000)], [Row(1, 0, 21, (0, 21), True), Row(2, 0, 3, (0, 3), True)])
-    client.run([], [Row(1, 21, 1, (0, 21), True), Row(2, 3, 4, (0, 7), True)])  # the past alone, and fused
-    client.run([Fork(3, 1, 20)], [Row(3, 20, 5, (0, 25), True), Row(1, 22, 2, (0, 24), True)])
-    client.run([Close(1)], [Row(3, 25, 1, (0, 25), True), Row(2, 5, 1, (0, 6), True)])  # cut back by two
-    assert client.announce([Close(2), Close(3)]).free_pages == (20,)
 
 
 @pytest.mark.fault("F07")
@@ -195,20 +133,6 @@ def test_disjoint_batches_are_in_flight_together() -> None:
     assert isinstance(client.worker.handle(query), Attended)
 
 
-def test_a_refused_announcement_changes_nothing() -> None:
-    client = Client()
-    client.announce([WHOLE], [Row(1, 0, 17, None, True)])  # 2 slots, 2 layers, 2 heads
-    reply = client.announce([Close(1), Open(2, 0, (0, 1), 0, 1000)], [Row(2, 0, 90, None, True)])
-    assert (reply.accepted, reply.free_pages, reply.floors) == (False, (12,), ())
-    assert reply.reason == "24 pages needed, 20 of 20 are free"
-    assert client.worker.store.part(1).held == 17
-    with pytest.raises(ProtocolError, match="is not in flight"):
-        client.worker.handle(client.fresh(180))
-    with pytest.raises(ProtocolError, match="operation 3 announced, 1 has not come yet"):
-        client.announce([Close(2)], first=3)
-    assert client.announce([Close(1), Open(2, 0, (0, 1), 0, 1000)], [Row(2, 0, 80, None, True)]).free_pages == (0,)
-
-
 def test_rows_that_cannot_be_planned_make_no_batch_but_their_operations_count() -> None:
     client = Client()
     client.announce([Open(1, 0, (0, 1), 0, 16)], [Row(1, 0, 16, None, True)])
@@ -240,20 +164,13 @@ def test_batches_in_flight_are_bounded_by_their_tokens() -> None:
     assert kept == list(range(client.batch - 6, client.batch + 1))
 
 
-@pytest.mark.parametrize("layer", [-1, 2])
-def test_a_layer_that_is_not_there_is_refused(layer: int) -> None:
-    client = Client()
-    client.announce([WHOLE], [Row(1, 0, 3, (0, 3), True)])
-    for message in (client.fresh(6, layer), client.query(18, layer)):
-        with pytest.raises(ProtocolError, match=f"layer {layer}, there are 2"):
-            client.worker.handle(message)
-
-
-def test_vectors_that_nobody_announced_are_refused() -> None:
+def test_what_does_not_fit_a_batch_is_refused() -> None:
     client = Client()
     client.announce([WHOLE], [Row(1, 0, 3, (0, 3), True)])
     good, query = client.fresh(6), client.query(18)
     for message, error in (
+        (client.fresh(6, -1), "layer -1, there are 2"),
+        (client.query(18, 2), "layer 2, there are 2"),
         (client.fresh(5), r"k must be \[6, 16\] .* got torch.float32 \[5, 16\]"),
         (client.fresh(0), r"k must be \[6, 16\] .* got torch.float32 \[0, 16\]"),
         (dataclasses.replace(good, v=good.v[1:]), r"v must be \[6, 32\] .* got torch.float32 \[5, 32\]"),
@@ -266,34 +183,12 @@ def test_vectors_that_nobody_announced_are_refused() -> None:
         with pytest.raises(ProtocolError, match=error):
             client.worker.handle(message)
     client.worker.handle(good)
+    client.worker.handle(client.fresh(6, 1))
     client.worker.handle(query)
-
-
-def test_a_batch_that_stores_or_reads_nothing_takes_no_vectors() -> None:
-    client = Client()
-    client.announce([WHOLE], [Row(1, 0, 3, None, True)])
-    with pytest.raises(ProtocolError, match="none of whose rows read"):
-        client.worker.handle(client.query(18))
-    for layer in range(2):
-        client.worker.handle(client.fresh(6, layer))
     client.announce(rows=[Row(1, 3, 1, (0, 3), False)])
     for n in (0, 2):
         with pytest.raises(ProtocolError, match=f"{n} fresh vectors for batch 2, which stores 0"):
             client.worker.handle(client.fresh(n))
-
-
-def test_a_worker_that_cannot_be_is_refused() -> None:
-    unlike = (FULL, dataclasses.replace(FULL, kv_layer=0, d_k=32))
-    unknown = (FULL, dataclasses.replace(FULL, kv_layer=1, kind="abacus"))
-    for changes, kind, message in (
-        ({"layers": unlike}, ProtocolError, "layer 1 reads the KV of layer 0; allowed: a layer of the same shape"),
-        ({"layers": unknown}, UnsupportedModelError, "layer 1 is of kind 'abacus', this worker keeps attention"),
-        ({"layers": (dataclasses.replace(FULL, d_v=24),)}, UnsupportedModelError, "d_v must be a multiple of 16"),
-        ({"dtype": "float8"}, KVError, "'float8', allowed: float32"),
-        ({"kv_memory": 6143}, KVError, "kv_memory is 6143 bytes; the least is 6144"),
-    ):
-        with pytest.raises(kind, match=message):
-            AttentionWorker(dataclasses.replace(CONFIG, **changes))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("lost", [0, 1])
@@ -301,7 +196,9 @@ def test_a_row_above_what_has_come_in_every_layer_is_refused(lost: int) -> None:
     """A holder took its own reservation for what it has stored: after a lost `Fresh` it attended whatever the pages had
     before, and only the engine's notes of faults could prevent that."""
     client = Client()
-    client.run([WHOLE], [Row(1, 0, 20, (0, 20), True)])
+    client.announce([WHOLE], [Row(1, 0, 20, None, True)])
+    for layer in range(2):
+        client.worker.handle(client.fresh(40, layer))
     for start in (20, 21, 22):  # each made of the one before
         assert client.announce(rows=[Row(1, start, 1, (0, start + 1), True)]).accepted
         for layer in range(2):
@@ -319,9 +216,43 @@ def test_a_row_above_what_has_come_in_every_layer_is_refused(lost: int) -> None:
 
 def test_kv_that_has_not_come_in_every_layer_is_not_given_to_others() -> None:
     client = Client()
-    client.run([WHOLE], [Row(1, 0, 20, (0, 20), True)])
+    client.announce([WHOLE], [Row(1, 0, 20, None, True)])
+    for layer in range(2):
+        client.worker.handle(client.fresh(40, layer))
     client.announce(rows=[Row(1, 20, 5, None, True)])
     client.worker.handle(client.fresh(10))
     for message in (Fetch(1, 9, 0, 1, 0, 21), FetchPages(1, 9, 0, 1, 1, 0, 21)):
         with pytest.raises(KVError, match=r"it holds \[0, 20\)"):
             client.worker.handle(message)
+
+
+# Layers with an index, which a holder reads whole.
+
+INDEXED = dataclasses.replace(FULL, d_v=16, index=Index(width=16, heads=1, block=16, top=2, local=1))
+
+
+def indexed() -> Client:
+    return Client(HolderConfig((INDEXED,), 16, "float32", 1 << 20), "cpu")
+
+
+@pytest.mark.parametrize("read", [(0, 40), (16, 41), (0, 16)])
+def test_rows_that_lack_keys_are_refused(read: tuple[int, int]) -> None:
+    client = indexed()
+    client.announce([WHOLE], [Row(1, 0, 40, (0, 40), True)])
+    client.worker.handle(client.fresh(80))
+    with pytest.raises(ProtocolError, match=r"an index reads \[0, 41\) of part 1, not"):
+        client.announce(rows=[Row(1, 40, 1, read, read[1] > 40)])
+
+
+def test_queries_of_another_width_are_refused() -> None:
+    client = indexed()
+    client.announce([WHOLE], [Row(1, 0, 1, (0, 1), True)])
+    client.worker.handle(client.fresh(2))
+    with pytest.raises(ProtocolError, match=r"q must be \[6, 22\], got \[6, 16\]"):
+        client.worker.handle(client.query(6))
+
+
+def test_a_policy_beside_an_index_is_refused() -> None:
+    spec = dataclasses.replace(INDEXED, policies=("full", "page_top_k"))
+    with pytest.raises(PolicyError, match=r"index chooses what a layer reads; its policy is page_top_k, allowed: full"):
+        HeadPolicies.of(HolderConfig((spec,), 16, "float32", 1 << 20))

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamina_kernels.paged.pages import Pages
-from lamina_kernels.partial import Partial, merge
+from lamina_kernels.partial import Partial
 from lamina_protocols.messages.layers import HolderConfig, LayerSpec
 from lamina_protocols.messages.messages import Close, Fork, Open, Operation, Row, Usage
 from lamina_workers.attention_worker.page_layout import attention_kernels, page_layout
@@ -53,8 +53,8 @@ class Rig:
         self.k: dict[int, torch.Tensor] = {}
         self.v: dict[int, torch.Tensor] = {}
 
-    def tell(self, *operations: Operation, rows: Sequence[Row] = (), of: int | None = None) -> None:
-        """What an announcement does, and the KV of its rows: random, or that of the part `of`."""
+    def tell(self, *operations: Operation, rows: Sequence[Row] = ()) -> None:
+        """What an announcement does, and random KV of its rows."""
         reservation = self.store.update(operations, rows)
         for operation in operations:
             if isinstance(operation, Close):
@@ -67,19 +67,17 @@ class Rig:
             self.kernels.copy(self.pages, *(torch.from_numpy(x.astype(np.int64)) for x in pairs))
         sealed = self.reader.sealed(rows)
         for row in rows:
-            self._append(row, of)
+            self._append(row)
         for layer in range(LAYERS):
             self.reader.seal(sealed, layer)
         self.store.stored(rows)
 
-    def _append(self, row: Row, of: int | None) -> None:
+    def _append(self, row: Row) -> None:
         part = self.store.part(row.handle)
         first, end = row.stored(part.lo, part.hi)
         for stored, d in ((self.k, D_K), (self.v, D_V)):
             before = stored.get(row.handle, torch.empty(LAYERS, 0, len(part.heads), d))[:, : first - part.lo]
             new = torch.randn(LAYERS, end - first, len(part.heads), d, generator=self.generator)
-            if of is not None:
-                new = stored[of][:, first:end, list(part.heads)]
             stored[row.handle] = torch.cat([before, new], 1)
         slots = torch.from_numpy(self.store.slots(row).reshape(LAYERS, -1))
         places = self.kernels.plan_append(self.pages, slots)
@@ -87,12 +85,9 @@ class Rig:
             k, v = (x[row.handle][layer, first - part.lo :].flatten(0, 1) for x in (self.k, self.v))
             self.kernels.append(self.pages, places, layer, k, v)
 
-    def part(
-        self, handle: int, tokens: int, heads: tuple[int, ...] = ALL, lo: int = 0, of: int | None = None,
-        policy: str = "",
-    ) -> None:  # fmt: skip
-        """A part of `tokens` positions from `lo` on; of the sequence that part `of` has whole, where one is given."""
-        self.tell(Open(handle, 0, heads, lo, 1 << 20, policy), rows=[Row(handle, lo, tokens, None, store=True)], of=of)
+    def part(self, handle: int, tokens: int, heads: tuple[int, ...] = ALL, lo: int = 0, policy: str = "") -> None:
+        """A part of `tokens` positions from `lo` on."""
+        self.tell(Open(handle, 0, heads, lo, 1 << 20, policy), rows=[Row(handle, lo, tokens, None, store=True)])
 
     def attend(self, rows: Sequence[Row]) -> list[list[Partial]]:
         """By layer and row: what its vectors get. Every layer has queries of its own, kept as `q`, `[layers, n, d]`."""
@@ -150,16 +145,19 @@ def close(found: Partial, wanted: Partial) -> None:
 
 
 @st.composite
-def batches(draw: st.DrawFn) -> list[tuple[int, tuple[int, ...], int, int, int, bool]]:
-    """Parts, each with one row: lo, heads, tokens held, the row's start and count, and whether it is decode."""
+def batches(draw: st.DrawFn) -> list[tuple[int, tuple[int, ...], int, Row]]:
+    """Parts, each with one row: lo, heads, tokens held, and the row. Some rows read their own tokens too."""
     made = []
-    for _ in range(draw(st.integers(1, 3))):
+    for handle in range(draw(st.integers(1, 3))):
         lo = SIZE * draw(st.integers(0, 4))
         heads = draw(st.sampled_from([ALL, (1,), (2, 0)]))
         held = draw(st.integers(1, 150))
         start = lo + held - draw(st.integers(0, min(held - 1, 30)))  # some past is held that the row is before
         decode = draw(st.booleans())
-        made.append((lo, heads, held, start, 1 if decode else draw(st.integers(1, 40)), decode))
+        count = 1 if decode else draw(st.integers(1, 40))
+        fused = start + count <= lo + held and draw(st.booleans())
+        read = lo, start + count * fused
+        made.append((lo, heads, held, Row(handle, start, count, read, store=False, chooses=decode)))
     return made
 
 
@@ -171,72 +169,31 @@ def batches(draw: st.DrawFn) -> list[tuple[int, tuple[int, ...], int, int, int, 
 )
 @settings(max_examples=60, deadline=None)
 def test_reader_agrees_with_dense_attention_whatever_rows_and_policies_meet(
-    made: list[tuple[int, tuple[int, ...], int, int, int, bool]],
+    made: list[tuple[int, tuple[int, ...], int, Row]],
     policies: list[str],
     window: int | None,
     soft_cap: float | None,
 ) -> None:
-    rig, rows = Rig(*policies, window=window, soft_cap=soft_cap), []
-    for handle, (lo, heads, held, start, count, decode) in enumerate(made):
-        rig.part(handle, held, heads, lo)
-        rows.append(Row(handle, start, count, (lo, start), store=False, chooses=decode))
-    rig.check(rows)
+    rig = Rig(*policies, window=window, soft_cap=soft_cap)
+    for lo, heads, held, row in made:
+        rig.part(row.handle, held, heads, lo)
+    rig.check([row for *_, row in made])
 
 
 @given(batches(), st.lists(st.sampled_from([*STATIC, WHOLE, TIGHT]), min_size=KV_HEADS, max_size=KV_HEADS))
 @settings(max_examples=60, deadline=None)
 def test_every_vector_is_planned_or_chosen_for_and_never_both(
-    made: list[tuple[int, tuple[int, ...], int, int, int, bool]], policies: list[str]
+    made: list[tuple[int, tuple[int, ...], int, Row]], policies: list[str]
 ) -> None:
-    rig, rows, n = Rig(*policies), [], 0
-    for handle, (lo, heads, held, start, count, decode) in enumerate(made):
-        rig.part(handle, held, heads, lo)
-        rows.append(Row(handle, start, count, (lo, start), store=False, chooses=decode))
-        n += count * len(heads) * GROUP
-    for reading in rig.reader.readings(rows).each:
+    rig, n = Rig(*policies), 0
+    for lo, heads, held, row in made:
+        rig.part(row.handle, held, heads, lo)
+        n += row.count * len(heads) * GROUP
+    for reading in rig.reader.readings([row for *_, row in made]).each:
         planned = torch.arange(n) if reading.vectors is None else reading.vectors
         chosen = [group.vectors for group in reading.groups]
         assert torch.cat([planned, *chosen]).sort().values.tolist() == list(range(n))
         assert (reading.plan is None) == (len(planned) == 0)
-
-
-@pytest.mark.parametrize("policy", [*STATIC, WHOLE])
-def test_shards_of_a_sequence_merge_to_the_whole_when_positions_and_heads_are_cut(policy: str) -> None:
-    """One holder has all of it; others have positions below and from 48 on, and of the later ones heads apart."""
-    rig, tokens, cut = Rig(*[policy] * KV_HEADS), 131, 48
-    rig.part(1, tokens)
-    shards = {2: (ALL, 0, cut), 3: ((0, 1), cut, tokens), 4: ((2,), cut, tokens)}
-    for handle, (heads, lo, hi) in shards.items():
-        rig.part(handle, hi - lo, heads, lo, of=1)
-    (whole,) = zip(*rig.attend([Row(1, tokens, 1, (0, tokens), store=False, chooses=True)]), strict=True)
-    q = rig.q.view(LAYERS, KV_HEADS, GROUP, D_K)
-    for layer in range(LAYERS):
-        pieces = []
-        for handle, (heads, lo, hi) in shards.items():
-            rows = [Row(handle, tokens, 1, (lo, hi), store=False, chooses=True)]
-            reading = rig.reader.readings(rows).of(layer)
-            out, lse = rig.reader.attend(reading, layer, q[layer, list(heads)].reshape(-1, D_K))
-            piece = Partial(torch.zeros(KV_HEADS, GROUP, D_V), torch.full((KV_HEADS, GROUP), -torch.inf))
-            piece.out[list(heads)] = out.view(len(heads), GROUP, D_V)
-            piece.lse[list(heads)] = lse.view(len(heads), GROUP)
-            pieces.append(Partial(piece.out.view(-1, D_V), piece.lse.view(-1)))
-        close(merge(pieces), whole[layer])
-
-
-@pytest.mark.parametrize("own", ["full", "retrieval", STATIC[1]])
-def test_each_part_is_read_by_its_own_policy_when_a_batch_has_several(own: str) -> None:
-    rig, tokens = Rig(*[own] * KV_HEADS), 150
-    policies = ["", *STATIC, "razor(sink=16, recent=200)", *([WHOLE] if own == "retrieval" else [])]
-    for handle, policy in enumerate(policies):
-        rig.part(handle, tokens, policy=policy)
-    rows = [Row(n, tokens, 1, (0, tokens), False, chooses=True) for n in range(len(policies))]
-    rig.check([*rows, Row(2, tokens, 3, (0, tokens), store=False)])
-    together = rig.attend(rows)
-    for number, row in enumerate(rows):  # as alone
-        (reading,) = (readings := rig.reader.readings([row])).each
-        assert readings.by_layer == (0,) * LAYERS
-        for layer, of_layer in enumerate(together):
-            close(Partial(*rig.reader.attend(reading, layer, rig.q[layer].split(rig.counts)[number])), of_layer[number])
 
 
 def test_only_parts_whose_policy_was_named_are_counted() -> None:
@@ -263,21 +220,6 @@ def test_a_chooser_lives_as_long_as_a_part_has_its_policy() -> None:
     assert [policy.name for policy in adaptive._choosers] == ["retrieval"]
     rig.part(3, 400)
     rig.check([Row(3, 400, 1, (3 * SIZE, 390), store=False, chooses=True)])  # the worker's own is still there
-
-
-def test_choosing_heads_do_not_disturb_static_ones_when_both_are_in_a_row() -> None:
-    rig, tokens = Rig("full", TIGHT, "streaming(sink=9, recent=21)"), 400
-    rig.part(1, tokens)
-    rig.part(2, 77)
-    rows = [Row(2, 77, 5, (0, 77), store=False), Row(1, tokens, 1, (0, tokens), store=False, chooses=True)]
-    for layer, (prefill, decode) in enumerate(rig.attend(rows)):
-        close(prefill, rig.dense(layer, rows[0], 0))  # of prefill all is read
-        wanted = rig.dense(layer, rows[1], 1)
-        for head in (0, 2):
-            own = slice(head * GROUP, (head + 1) * GROUP)
-            close(Partial(decode.out[own], decode.lse[own]), Partial(wanted.out[own], wanted.lse[own]))
-        chosen = slice(GROUP, 2 * GROUP)
-        assert (decode.lse[chosen] < wanted.lse[chosen]).all()  # it has read some of the keys, and no other
 
 
 @pytest.mark.parametrize("heads", [ALL, (2,)])
@@ -315,48 +257,12 @@ def test_mean_stands_for_what_was_let_go_when_a_compensated_head_decodes(heads: 
                 close(Partial(of_layer[number].out[own], of_layer[number].lse[own]), wanted)
 
 
-def test_usage_counts_the_keys_that_each_head_has_seen_when_a_batch_ends() -> None:
-    policies = STATIC[:KV_HEADS]
-    rig, tokens = Rig(*policies), 200
-    rig.part(1, tokens)
-    row = Row(1, tokens, 1, (0, tokens), store=False, chooses=True)
-    for _ in range(2):
-        rig.attend([row])
-        rig.reader.end(rig.readings.each)
-    read = sum(int(seen(policy, row, 0, tokens).sum()) for policy in rig.policies.reads[0])
-    usage = rig.reader.usage(1)
-    assert usage.read == 2 * LAYERS * read * TOKEN_BYTES
-    assert usage.whole == 2 * LAYERS * KV_HEADS * tokens * TOKEN_BYTES
-    rig.reader.forget(1)
-    assert rig.reader.usage(1).read == 0
-
-
-def test_usage_counts_a_mean_as_one_token_when_pages_were_let_go() -> None:
-    rig, tokens = Rig("full", RAZOR, RAZOR), 300
-    rig.part(1, tokens)
-    step = Row(1, tokens, 1, (0, tokens), store=True, chooses=True)
-    rig.tell(rows=[step])
-    rig.attend([dataclasses.replace(step, store=False)])
-    rig.reader.end(rig.readings.each)
-    first, end = gap_of(rig.store.part(1), rig.policies.reads[0][1], rig.store.config.page_size)
-    kept = tokens - (end - first) * SIZE + 1  # in float32, as tokens are stored here
-    assert rig.reader.usage(1).read == LAYERS * (tokens + 2 * kept) * TOKEN_BYTES
-
-
 def test_nothing_is_chosen_when_a_row_reads_less_than_its_part_has() -> None:
     rig = Rig(TIGHT, "retrieval", "full")
     rig.part(1, 400, lo=SIZE)
     rows = [Row(1, 400, 1, (3 * SIZE, 390), store=False, chooses=True)]
     rig.check(rows)
     assert all(reading.groups == () for reading in rig.readings.each)
-
-
-def test_prefill_is_read_whole_and_not_counted_when_policies_choose() -> None:
-    rig = Rig(TIGHT, WHOLE, "retrieval")
-    rig.part(1, 333)
-    rig.check([Row(1, 333, 17, (0, 333), store=False)])
-    rig.reader.end(rig.readings.each)
-    assert rig.reader.usage(1).read == 0
 
 
 def test_reader_refuses_what_no_batch_can_have() -> None:

@@ -121,24 +121,6 @@ def test_a_head_with_another_policy_is_left_out() -> None:
     assert tuple(reply.q.shape) == (25 * GROUP, D)
 
 
-def test_a_sample_can_be_fetched_and_given_to_another_part() -> None:
-    bench = Watched(POLICY)
-    first, second = bench.open(), bench.open()
-    bench.prefill(first, N)
-    bench._announce((Row(second, 0, N, None, True, prompt=N),))
-    bench.shown.clear()
-    for layer in range(LAYERS):
-        fetched = bench.worker.handle(FetchSample(1, 1, layer, first, 0, N))
-        assert isinstance(fetched, FetchedSample)
-        bench.worker.handle(Fresh(1, bench._batch, layer, *bench.random(2 * N)[0].view(2, -1, D)))
-        bench.worker.handle(Sample(1, bench._batch, layer, second, fetched.heads, fetched.positions, fetched.q))
-        for head in range(KV_HEADS):
-            found, there = (bench.samples_kept.of(handle, layer, head) for handle in (first, second))
-            assert found is not None
-            np.testing.assert_array_equal(found, there)
-    assert len(bench.shown) == LAYERS * KV_HEADS
-
-
 WRONG = {
     "another part": {"handle": 9},
     "other heads": {"heads": (0, 1)},

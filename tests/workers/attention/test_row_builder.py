@@ -6,21 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lamina_workers.attention_worker.row_builder import RowBuilder, RowQueries, runs
 from lamina_workers.policies.catalogue import parse
-from lamina_workers.policies.policy import Policy, within
 
 SIZE, LAYERS, GROUP = 4, 2, 2
-TEXTS = (
-    "full",
-    "streaming(sink=5, recent=9)",
-    "span(alpha=7, beta=0.5)",
-    "sharded(block=8, local=2, stride=3, offset=1)",
-    "dilated(block=4, sink=4, local=2, reach=9, dilation=3)",
-)
 
 
 def keys_of(rows: Any, layer: int) -> dict[int, set[tuple[int, int]]]:
@@ -45,45 +35,8 @@ def keys_of(rows: Any, layer: int) -> dict[int, set[tuple[int, int]]]:
     return seen
 
 
-def visible(policy: Policy, p: int) -> set[int]:
-    """The keys that a query at p sees, one position at a time."""
-    (view,) = policy.views(p, 1)
-    return {k for first, end in view.seen(p) for k in range(first, end)}
-
-
 def table_of(heads: int, entries: int) -> np.ndarray[Any, np.dtype[np.int32]]:
     return np.random.default_rng(3).permutation(LAYERS * heads * entries).astype(np.int32).reshape(LAYERS, heads, -1)
-
-
-@given(
-    start=st.integers(0, 60),
-    count=st.integers(1, 30),
-    base=st.integers(0, 26),
-    policies=st.lists(st.sampled_from((*TEXTS, None)), min_size=1, max_size=4).filter(any),
-    fused=st.booleans(),
-    window=st.sampled_from((None, None, 6, 21)),
-)
-@settings(max_examples=150)
-def test_every_vector_sees_what_its_policy_says(
-    start: int, count: int, base: int, policies: list[str | None], fused: bool, window: int | None
-) -> None:
-    hi = start + count if fused else start
-    base = min(base, hi)
-    table = table_of(len(policies), 30)
-    parsed = [None if text is None else within(parse(text), window) for text in policies]
-    builder = RowBuilder(SIZE)
-    builder.add(RowQueries(7 * GROUP, start, count, GROUP, base, hi, base, table), parsed)
-    rows = builder.rows()
-    for layer in range(LAYERS):
-        seen = keys_of(rows, layer)
-        planned = [(number, policy) for number, policy in enumerate(parsed) if policy is not None]
-        assert len(seen) == count * len(planned) * GROUP
-        for i in range(count):
-            for place, (head, policy) in enumerate(planned):
-                keys = {k for k in visible(policy, start + i) if base <= k < hi}
-                expected = {(int(table[layer, head, (k - base) // SIZE]), (k - base) % SIZE) for k in keys}
-                for g in range(GROUP):
-                    assert seen[7 * GROUP + (i * len(planned) + place) * GROUP + g] == expected
 
 
 @pytest.mark.parametrize("gap", [(0, 3), (1, 4), (2, 2), (5, 9)])

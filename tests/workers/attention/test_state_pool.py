@@ -17,7 +17,7 @@ from lamina_protocols.messages.pools import pools
 from lamina_workers.attention_worker.batch import Counters
 from lamina_workers.attention_worker.page_layout import CPU
 from lamina_workers.attention_worker.state_pool import StatePool
-from lamina_workers.errors import KVError, TornParts, UnsupportedModelError
+from lamina_workers.errors import KVError, UnsupportedModelError
 
 ALL = tuple(range(HEADS))
 
@@ -117,30 +117,6 @@ def test_rows_of_several_parts_and_of_some_heads(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_batch_runs_again(kind):
-    """Whole, torn after the first layer, and in another cut of the same tokens."""
-    driven, inputs = Driven(kind), inputs_of(kind, 20)
-    wanted = inputs.outputs()
-    driven.run([(1, 0, 6, inputs)], [opened(1)])
-    for layers, end in (((0, 1), 13), ((0,), 13), ((0, 1), 9), ((1,), 20), ((0, 1), 20)):
-        for layer, (out,) in zip(layers, driven.run([(1, 6, end, inputs)], layers=layers), strict=True):
-            close(out, wanted[layer][6:end])
-    assert driven.pool.held(1).held == 20
-
-
-def test_after_a_torn_batch_a_part_goes_back():
-    driven, inputs = Driven("gated_delta"), inputs_of("gated_delta", 20)
-    driven.run([(1, 0, 6, inputs)], [opened(1)])
-    driven.run([(1, 6, 7, inputs)])
-    driven.run([(1, 7, 8, inputs)], layers=(1,))
-    assert (driven.pool.held(1).held, driven.pool.held(1).floor) == (7, 7)
-    with pytest.raises(TornParts, match=r"can start at \(7,\)"):
-        driven.announce([], [row(1, 8, 1)])
-    close(driven.run([(1, 7, 8, inputs)])[1][0], inputs.outputs()[1][7:8])
-    assert driven.pool.held(1).held == 8
-
-
-@pytest.mark.parametrize("kind", KINDS)
 def test_forks_go_their_own_way(kind):
     driven, inputs = Driven(kind), inputs_of(kind, 20)
     other = Inputs(inputs.specs, [x.clone() for x in inputs.x], inputs.gates)
@@ -157,14 +133,6 @@ def test_forks_go_their_own_way(kind):
     assert driven.followed > 5
     for layer, (out,) in enumerate(driven.run([(3, 11, 20, inputs)])):
         close(out, inputs.outputs()[layer][11:])
-
-
-def test_outputs_are_in_the_dtype_of_the_inputs():
-    driven, inputs = Driven("gated_delta"), inputs_of("gated_delta", 9)
-    driven.announce([opened(1)], [row(1, 0, 9)])
-    out = driven.advance(0, inputs.x[0].bfloat16(), inputs.gates[0])
-    assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out.view(9, -1).float(), inputs.outputs()[0], rtol=0.05, atol=0.05)
 
 
 def test_messages_that_do_not_fit_are_refused():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
@@ -13,7 +15,7 @@ from lamina_protocols.messages.messages import Bound, Close, Fork, Open, Row
 from lamina_workers.errors import KVError, PoolExhausted, TornParts
 from lamina_workers.kv_pages.head_policies import HeadPolicies
 from lamina_workers.kv_pages.kv_store import KVStore
-from lamina_workers.kv_pages.parts import NO_PAGE
+from lamina_workers.kv_pages.parts import NO_PAGE, PagePool
 
 SIZE = 16
 WINDOW = 20
@@ -47,18 +49,6 @@ def store(pages, windows=(None,), kind=Filled):
 
 def row(handle, start, count, store=True):
     return Row(handle, start, count, None, store)
-
-
-def test_pages_are_counted_exactly():
-    kv = store(100)
-    kv.update([Open(1, 0, (0, 1), 0, 1000)], [row(1, 0, 17)])
-    assert kv.free_pages == 100 - 2 * 2
-    kv.update([], [row(1, 17, 15)])
-    assert kv.free_pages == 100 - 2 * 2
-    kv.update([], [row(1, 32, 1)])
-    assert kv.free_pages == 100 - 3 * 2
-    kv.update([Close(1)], [])
-    assert kv.free_pages == 100
 
 
 def test_parts_without_pages_are_bounded():
@@ -96,16 +86,6 @@ def test_a_refused_update_changes_nothing():
         kv.part(2)
     kv.check_integrity()
     kv.update([Fork(2, 1, 10)], [])
-
-
-def test_a_shared_page_is_copied_before_it_is_written():
-    kv = store(100)
-    kv.update([Open(1, 0, (0, 1), 0, 1000)], [row(1, 0, 20)])
-    reservation = kv.update([Fork(2, 1, 18)], [row(2, 18, 1)])
-    assert sorted(reservation.copies_from) == sorted(kv.part(1).table[0, :, 1])
-    assert sorted(reservation.copies_to) == sorted(kv.part(2).table[0, :, 1])
-    assert (kv.part(1).table[:, :, 0] == kv.part(2).table[:, :, 0]).all()
-    assert not kv.update([], [row(2, 19, 1)]).copies_from.size
 
 
 @pytest.mark.fault("F10")
@@ -325,6 +305,60 @@ def test_an_update_that_fails_while_it_reserves_changes_nothing(failing):
     kv.check_integrity()
 
 
+# The pages themselves: taken, shared and given back.
+
+
+def page_pool(n_pages: int) -> tuple[PagePool, list[Callable[[], None]]]:
+    undo: list[Callable[[], None]] = []
+    return PagePool(n_pages, undo), undo
+
+
+def test_two_takes_give_the_pages_of_one() -> None:
+    (one, _), (other, _) = page_pool(10), page_pool(10)
+    assert [*one.take(3), *one.take(4)] == other.take(7).tolist()
+    assert one.free == other.free == 3
+
+
+def test_a_pool_that_nobody_uses_gives_the_pages_of_a_new_one() -> None:
+    """Where pages lay depended on what had run before, and so did the rounding of bfloat16: an idle engine gave one
+    request several texts."""
+    (used, undo), (new, _) = page_pool(6), page_pool(6)
+    first, second = used.take(2), used.take(3)
+    used.release(second)
+    undo.clear()
+    used.release(first)
+    before = used._stack.tolist()
+    assert used.take(4).tolist() == new.take(4).tolist()
+    for step in reversed(undo):
+        step()
+    assert used._stack[: used.free].tolist() == before[:4]
+    used.check_integrity(np.array([int(page in first) for page in range(6)], np.int32))
+
+
+@pytest.mark.parametrize("counted", [[1, 0, 0, 0], [0, 0, 0, 2], [0, 0, 0, 0]])
+def test_wrong_counts_are_found(counted: list[int]) -> None:
+    pages, _ = page_pool(4)
+    taken = pages.take(1)
+    right = np.zeros(4, np.int32)
+    right[taken] = 1
+    pages.check_integrity(right)
+    wrong = np.roll(np.array(counted, np.int32), int(taken[0]) + 1)
+    with pytest.raises(KVError, match="references"):
+        pages.check_integrity(wrong)
+
+
+def test_a_page_that_is_free_twice_is_found() -> None:
+    pages, _ = page_pool(4)
+    pages._stack[0] = pages._stack[1]
+    with pytest.raises(KVError, match="holds a page twice"):
+        pages.check_integrity(np.zeros(4, np.int32))
+
+
+def test_a_pool_of_nothing_is_refused() -> None:
+    with pytest.raises(KVError, match="a pool of 0 pages"):
+        page_pool(0)
+
+
 class Pool(RuleBasedStateMachine):
     """Each part's content as a list of unique values, written and read through the tables like real KV."""
 
@@ -403,6 +437,7 @@ class Pool(RuleBasedStateMachine):
         for handle, values in self.held.items():
             part = self.kv.part(handle)
             assert part.held == len(values)
+            assert (part.table[0] != NO_PAGE).sum() == 2 * -(-len(values) // SIZE)
             if not values:
                 continue
             floor, positions = self.floors[handle], np.arange(len(values))

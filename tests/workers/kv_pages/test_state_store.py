@@ -39,61 +39,6 @@ def opened(handle, heads=(0, 1), hi=1000):
     return Open(handle, 0, heads, 0, hi)
 
 
-def test_a_part_takes_two_sets_of_records_and_uses_them_in_turn():
-    kv = store(100)
-    (first,) = did(kv, [opened(1)], [row(1, 0, 17)])
-    assert (first.source == NO_RECORD).all()
-    assert kv.free_pages == 100 - SET
-    (second,) = did(kv, [], [row(1, 17, 1)])
-    assert (second.source == first.target).all()
-    (third,) = did(kv, [], [row(1, 18, 1)])
-    assert (third.source == second.target).all()
-    assert (third.target == first.target).all()
-    assert kv.free_pages == 100 - 2 * SET
-    did(kv, [Close(1)], [])
-    assert kv.free_pages == 100
-    kv.check_integrity()
-
-
-def test_a_batch_runs_again_from_its_start():
-    kv = store(100)
-    (first,) = did(kv, [opened(1)], [row(1, 0, 8)])
-    (torn,) = did(kv, [], [row(1, 8, 3)], ends=False)
-    assert (kv.part(1).held, kv.part(1).before, kv.part(1).stored) == (11, 8, 8)
-    with pytest.raises(TornParts, match=r"can start at \(8,\)"):
-        kv.update([], [row(1, 11, 1)])
-    with pytest.raises(KVError, match=r"cannot fork part 1 at 11, it has states at \[8\]"):
-        kv.update([Fork(2, 1, 11)], [])
-    (again,) = did(kv, [], [row(1, 8, 3)])
-    assert (again.source == first.target).all()
-    assert (again.target == torn.target).all()
-    (once_more,) = did(kv, [], [row(1, 8, 5)])  # of a batch that has ended, too
-    assert (once_more.source == first.target).all()
-    (anew,) = did(kv, [], [row(1, 0, 2)])
-    assert (anew.source == NO_RECORD).all()
-    assert kv.free_pages == 100 - SET
-    kv.check_integrity()
-
-
-def test_a_fork_shares_records_which_are_not_overwritten():
-    kv = store(100)
-    (first,) = did(kv, [opened(1)], [row(1, 0, 8)])
-    did(kv, [Fork(2, 1, 8), Fork(3, 1, 0)], [])
-    assert kv.free_pages == 100 - SET
-    assert (kv.part(2).held, kv.part(2).before, kv.part(3).held) == (8, 8, 0)
-    for start in range(8, 12):
-        (step,) = did(kv, [], [row(1, start, 1)])
-        assert not np.isin(step.target, first.target).any()
-    (step,) = did(kv, [Fork(4, 1, 11)], [row(2, 8, 1)])
-    assert (step.source == first.target).all()
-    assert kv.free_pages == 100 - 4 * SET  # the shared ones, two of part 1, one of part 2
-    did(kv, [Close(1), Close(2), Close(3)], [])
-    assert kv.free_pages == 100 - SET
-    did(kv, [Close(4)], [])
-    assert kv.free_pages == 100
-    kv.check_integrity()
-
-
 @pytest.mark.parametrize(
     ("operations", "rows", "message"),
     [
@@ -138,58 +83,6 @@ def test_parts_are_bounded():
     wide.check_integrity()
 
 
-def drawn(kv, random, contents, handle):
-    """One random announcement: its operations and rows, whatever they are worth."""
-    operations, rows = [], []
-    for _ in range(random.integers(3)):
-        kind, alive = random.integers(3), list(contents)
-        if kind == 0 or not alive:
-            operations.append(opened(handle := handle + 1, [(0, 1), (1,)][random.integers(2)]))
-        elif kind == 1:
-            parent = int(random.choice(alive))
-            part = kv.part(parent)
-            operations.append(Fork(handle := handle + 1, parent, int(random.choice([0, part.before, part.stored]))))
-        else:
-            operations.append(Close(int(random.choice(alive))))
-            break
-    closed = {each.handle for each in operations if isinstance(each, Close)}
-    for alive in random.permutation([each for each in contents if each not in closed])[: random.integers(4)]:
-        part = kv.part(int(alive))
-        start = int(random.choice([part.held, part.before, 0, part.held + 1], p=[0.7, 0.2, 0.05, 0.05]))
-        rows.append(row(int(alive), start, int(random.integers(1, 5))))
-    return operations, rows, handle
-
-
-def test_10000_random_updates_leak_nothing():
-    kv, random, handle = store(20 * SET), np.random.default_rng(3), 0
-    accepted = refused = reverted = 0
-    for _ in range(10_000):
-        operations, rows, handle = drawn(kv, random, kv.parts(), handle)
-        try:
-            kv.update(operations, rows)
-        except KVError as error:
-            refused += 1
-            if isinstance(error, PoolExhausted):
-                did(kv, [Close(int(random.choice(list(kv.parts()))))], [])
-            continue
-        if random.integers(10) == 0:
-            kv.revert()
-            reverted += 1
-            continue
-        kv.commit()
-        accepted += 1
-        if random.integers(5):
-            kv.stored(rows)
-        if accepted % 100 == 0:
-            kv.check_integrity()
-    assert accepted > 5000
-    assert refused > 300
-    assert reverted > 300
-    did(kv, [Close(each) for each in kv.parts()], [])
-    assert kv.free_pages == 20 * SET
-    kv.check_integrity()
-
-
 class Remembering(RuleBasedStateMachine):
     """Each record's content is what was absorbed before it: the model has that by part and position."""
 
@@ -225,13 +118,24 @@ class Remembering(RuleBasedStateMachine):
 
     starts = st.tuples(handles, st.sampled_from(["held", "before", "nothing"]), st.integers(1, 3))
 
-    @rule(asked=st.lists(starts, max_size=3), ends=st.booleans(), reverts=st.booleans(), token=st.sampled_from("abc"))
-    def batch(self, asked, ends, reverts, token):
+    @rule(
+        asked=st.lists(starts, max_size=3),
+        ends=st.booleans(),
+        reverts=st.booleans(),
+        token=st.sampled_from("abc"),
+        forked=st.none() | handles,
+        closed=st.none() | handles,
+    )
+    def batch(self, asked, ends, reverts, token, forked, closed):
+        """Rows, and beside them a fork that is not used further, and where the batch is reverted a part that closes."""
         asked = {handle: (getattr(self.kv.part(handle), at, 0), count) for handle, at, count in asked}
+        asked.pop(closed, None)
         rows = [row(handle, start, count) for handle, (start, count) in asked.items()]
+        operations = [] if forked is None else [Fork(10_000, forked, self.kv.part(forked).stored), Close(10_000)]
+        operations += [Close(closed)] if reverts and closed is not None else []
         torn = [start not in self.model[handle][1] for handle, (start, _) in asked.items()]
         try:
-            steps = self.kv.update([], rows)
+            steps = self.kv.update(operations, rows)
         except TornParts as error:
             found = [start != at for at, (start, _) in zip(error.starts, asked.values(), strict=True)]
             assert found == torn
@@ -260,7 +164,9 @@ class Remembering(RuleBasedStateMachine):
 
     @invariant()
     def every_record_says_what_was_absorbed(self):
+        """Each part has two sets of records at most, which it uses in turn."""
         self.kv.check_integrity()
+        assert 9 * SET - self.kv.free_pages <= sum(2 * MIXERS * len(heads) for heads, *_ in self.model.values())
         for handle, (heads, texts, held) in self.model.items():
             part = self.kv.part(handle)
             assert (part.heads, part.held) == (heads, held)

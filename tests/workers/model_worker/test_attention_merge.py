@@ -9,10 +9,10 @@ import pytest
 import torch
 from dense_holders import BOTH, CONFIG, LAYERS, Holder, HolderHere, Model, route
 
-from lamina_protocols.messages.messages import Attended, Exchange, Fault, Fresh, Query, Reply
+from lamina_protocols.messages.messages import Exchange, Fresh, Query
 from lamina_protocols.messages.routes import Route, Span
 from lamina_workers.decoder.model import KeyValueReady, QueryReady
-from lamina_workers.errors import HolderFault, HolderLost
+from lamina_workers.errors import HolderFault
 from lamina_workers.model_worker.attention_merge import AttentionMerge
 from lamina_workers.model_worker.holder_traffic import query_goes_first
 from lamina_workers.model_worker.interface import Waiting, result
@@ -199,45 +199,6 @@ def test_a_run_waits_itself_when_it_must_not_suspend() -> None:
     with pytest.raises(StopIteration) as end:
         next(run)
     torch.testing.assert_close(end.value.value, model.dense(), atol=2e-5, rtol=1e-5)
-
-
-def test_runs_that_take_turns_do_not_mix() -> None:
-    merge, models = AttentionMerge(CONFIG), [Model(SPANS, seed) for seed in (1, 2)]
-    holders = [Holder(model, one_holder(SPANS)[0]) for model in models]
-    for holder in holders:
-        holder.silent = True
-    runs = [
-        run_of(merge, model, [holder], batch) for batch, (model, holder) in enumerate(zip(models, holders, strict=True))
-    ]
-    for run in runs:
-        next(run)
-    for run in runs:  # each is resumed between two layers of the other
-        next(run)
-    for model, run in zip(models, runs, strict=True):
-        torch.testing.assert_close(result(run), model.dense(), atol=2e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("bend", "error", "message"),
-    [
-        (lambda reply: Fault(reply.epoch, reply.batch, "no such part"), HolderFault, "b: no such part"),
-        (lambda reply: Attended(1, 1, reply.layer, reply.out[1:], reply.lse[1:]), HolderLost, "b: answers"),
-        (lambda reply: Attended(1, 1, reply.layer + 1, reply.out, reply.lse), HolderLost, "b: Attended of layer 0"),
-    ],
-    ids=["a fault", "too few vectors", "another layer"],
-)
-def test_a_bad_answer_blames_its_holder_and_the_batch_can_run_again(
-    bend: Callable[[Attended], Reply], error: type[Exception], message: str
-) -> None:
-    model, merge = Model(SPANS), AttentionMerge(CONFIG)
-    holders = [Holder(model, routes, name) for routes, name in zip(by_heads(SPANS), "ab", strict=True)]
-    holders[1].bend = bend
-    with pytest.raises(error, match=message):
-        result(run_of(merge, model, holders))
-    assert holders[1].closed == (error is HolderLost)
-    assert not holders[0].closed
-    again = [Holder(model, routes) for routes in by_heads(SPANS)]
-    torch.testing.assert_close(result(run_of(merge, model, again)), model.dense(), atol=2e-5, rtol=1e-5)
 
 
 def test_a_holder_here_counts_as_local_and_of_the_others_the_slowest() -> None:

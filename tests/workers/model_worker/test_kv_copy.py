@@ -33,7 +33,7 @@ from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.attention_worker.page_layout import page_bytes
 from lamina_workers.errors import HolderFault, HolderLost, KVError
 from lamina_workers.model_worker.interface import result
-from lamina_workers.model_worker.kv_copy import Move
+from lamina_workers.model_worker.kv_copy import Copy, Move
 from lamina_workers.model_worker.model_worker import ModelWorker
 from lamina_workers.model_worker.prompt_samples import check_sample
 
@@ -152,18 +152,6 @@ def test_heads_that_are_cut_over_holders_and_put_together_again(decoder):
     assert holders.sent(Fetch) == 0
 
 
-def test_two_parts_of_one_target(decoder):
-    holders = Holders(decoder)
-    one, two = (holders.share(1, 2 + head, 0, 50, heads=(head,)) for head in (0, 1))
-    share = dataclasses.replace(one, operations=one.operations + two.operations, routes=one.routes + two.routes)
-    moves = [move(0, 1, 1, 2 + head, 0, 50, heads=(1, 2, head, 1, 0)) for head in (0, 1)]
-    assert result(holders.model_worker.copy(moves, {1: share}))
-    for head in (0, 1):
-        expected = [x.view(50, 2, -1)[:, head] for x in holders.vectors(0, 1, 0, 50)]
-        same(holders.vectors(1, 2 + head, 0, 50), expected)
-    assert holders.sent(Fetch) == 0
-
-
 def test_what_begins_inside_a_page_goes_token_by_token(decoder):
     holders = Holders(decoder)
     assert result(holders.model_worker.copy([move(0, 1, 1, 2, 5, 70, paged=False)], {1: holders.share(1, 2, 5, 70)}))
@@ -263,3 +251,35 @@ def test_a_row_inside_a_page_takes_no_pages(decoder):
     worker.handle(Announcement(1, 91, 1, (), rows))
     with pytest.raises(KVError, match="number 4 of its page"):
         worker.handle(FreshPages(1, 91, 0, 0, 1, torch.zeros(4, page_bytes(worker.config), dtype=torch.uint8)))
+
+
+# Pages that are XORed on their way: any share of a group is the XOR of the others and the parity.
+
+PARITY_LAYERS, PAGES, PAGE_BYTES = 2, 3, 64
+
+
+def whole_part(origin: int, heads: int, to: int, target_heads: int) -> Move:
+    taken = min(heads, target_heads)
+    return Move(origin, origin, to, to, 0, 16 * PAGES, taken, heads, 0, target_heads, 0, True, 0, True)
+
+
+def combined(pages: dict[int, torch.Tensor], to: int, heads: int) -> torch.Tensor:
+    copy = Copy([whole_part(origin, each.shape[1], to, heads) for origin, each in pages.items()])
+    arrived = [FetchedPages(1, 1, 0, pages[origin].reshape(-1, PAGE_BYTES)) for origin, *_ in copy.sources]
+    ((number, content),) = copy.pages(arrived, PARITY_LAYERS)
+    assert number == to
+    return content.view(PARITY_LAYERS, heads, PAGES, PAGE_BYTES)
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (2, 1), (1, 3, 2)])
+def test_each_share_is_the_xor_of_the_others_and_the_parity(heads: tuple[int, ...]) -> None:
+    torch.manual_seed(3)
+    shares = {
+        number: torch.randint(0, 256, (PARITY_LAYERS, count, PAGES, PAGE_BYTES), dtype=torch.uint8)
+        for number, count in enumerate(heads)
+    }
+    most = max(heads)
+    parity = combined(shares, 9, most)
+    for lost, count in enumerate(heads):
+        others = {number: pages for number, pages in shares.items() if number != lost}
+        assert torch.equal(combined(others | {9: parity}, 7, count), shares[lost])

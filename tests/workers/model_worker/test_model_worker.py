@@ -12,7 +12,7 @@ import torch
 from dense_holders import CONFIG, Holder, Model, route
 
 from lamina_kernels.states.operands import StateConstants
-from lamina_protocols.messages.messages import Announced, Announcement, Constants, Fault, Open, Query, Reply
+from lamina_protocols.messages.messages import Announced, Announcement, Constants, Fault, Open, Reply
 from lamina_protocols.messages.routes import HolderBatch, Span
 from lamina_workers.decoder.model import Batch, Forward
 from lamina_workers.decoder.sampler import RowSampling
@@ -69,10 +69,6 @@ class Rig:
         return [request for request in self.holders[number].sent if isinstance(request, Announcement)]
 
 
-def refusal(reply: Announced) -> Reply:
-    return Announced(reply.epoch, reply.batch, False, (0,), (), "no pages")
-
-
 def fault(reply: Announced) -> Reply:
     return Fault(reply.epoch, reply.batch, "keys are gone")
 
@@ -98,14 +94,6 @@ def test_an_announcement_is_suspended_until_every_answer_is_there() -> None:
     assert sorted(result(run)[1]) == [0, 1]
 
 
-def test_a_refusal_is_returned_with_the_other_answers() -> None:
-    rig = Rig()
-    rig.holders[1].bend = refusal
-    _, answers = rig.worker.announce_now(rig.shares)
-    assert [answers[number].accepted for number in (0, 1)] == [True, False]
-    assert answers[1].reason == "no pages"
-
-
 def test_a_batch_that_all_accept_gives_the_likeliest_token() -> None:
     rig = Rig()
     batch, _ = rig.worker.announce_now(rig.shares)
@@ -114,17 +102,6 @@ def test_a_batch_that_all_accept_gives_the_likeliest_token() -> None:
     (given,) = rig.decoder.batches
     assert (given.token_ids.tolist(), given.positions.tolist(), given.rope_lengths) == ([3], [SPAN.start], None)
     assert all(holder.holds(rig.model) for holder in rig.holders)
-
-
-def test_a_batch_that_failed_can_be_announced_and_run_again() -> None:
-    rig = Rig()
-    batch, _ = rig.worker.announce_now(rig.shares)
-    rig.holders[0].bend = fault
-    with pytest.raises(HolderFault, match="a: keys are gone"):
-        result(rig.worker.execute(WORK, batch, rig.shares))
-    rig.holders[0].bend = lambda reply: reply
-    again, _ = rig.worker.announce_now(rig.shares)
-    assert result(rig.worker.execute(WORK, again, rig.shares)).tokens == [rig.expected()]
 
 
 @pytest.mark.parametrize(
@@ -178,24 +155,6 @@ def test_a_lost_holder_is_raised_before_a_fault() -> None:
     rig.holders[0].bend = lambda reply: reply
     _, answers = rig.worker.announce_now({0: rig.shares[0]})
     assert answers[0].accepted
-
-
-def test_answers_of_an_older_epoch_are_dropped() -> None:
-    rig = Rig()
-    batch, _ = rig.worker.announce_now(rig.shares)
-    for holder in rig.holders:
-        holder.silent = True
-    run = rig.worker.execute(WORK, batch, rig.shares)
-    next(run)
-    run.close()
-    rig.worker.next_epoch()
-    for holder in rig.holders:  # the answers to the old epoch come now
-        holder.silent = False
-    again, _ = rig.worker.announce_now(rig.shares)
-    assert rig.worker.epoch == 2
-    assert rig.announced(0)[-1].epoch == 2
-    assert result(rig.worker.execute(WORK, again, rig.shares)).tokens == [rig.expected()]
-    assert {(r.epoch, r.batch) for r in rig.holders[0].sent if isinstance(r, Query)} == {(1, batch), (2, again)}
 
 
 def test_epochs_begin_after_those_of_the_previous_engine() -> None:

@@ -6,14 +6,12 @@ import dataclasses
 from collections.abc import Iterator
 from types import SimpleNamespace
 
-import dense_holders
 import pytest
 import torch
 from attention_servers import WAYS, connected, running
-from exchange_peers import EXCHANGES, Joints, exchanged
+from exchange_peers import Joints
 from state_layers import D_V, HEADS, KINDS, Inputs, config, constants
 
-from lamina_protocols.messages.layers import HolderConfig, LayerSpec
 from lamina_protocols.messages.messages import (
     Advance,
     Advanced,
@@ -21,13 +19,12 @@ from lamina_protocols.messages.messages import (
     Announcement,
     Attended,
     Fault,
-    Fork,
     Open,
     Row,
 )
 from lamina_protocols.messages.routes import HolderBatch, Route, Span
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
-from lamina_workers.decoder.model import KeyValueReady, QueryReady, StateReady
+from lamina_workers.decoder.model import StateReady
 from lamina_workers.errors import HolderFault, HolderLost
 from lamina_workers.model_worker.attention_merge import AttentionMerge
 from lamina_workers.model_worker.interface import result
@@ -42,7 +39,6 @@ CUTS = {  # where holders are, and the heads of each
     "there": [("there", ALL)],
     "two": [("there", (0, 1)), ("there", (2, 3))],
     "mixed": [("there", (0, 3)), ("here", (1, 2))],
-    "three": [("there", (2,)), ("here", (0, 1)), ("there", (3,))],
 }
 
 
@@ -144,22 +140,6 @@ def close(found, inputs, start, end):
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_chunks_then_single_tokens(tier, kind, cut):
-    """Two sequences, the second a token behind, in chunks of 1, 7 and the rest, then in decode."""
-    at, one, two = tier(kind, cut), inputs_of(kind, 24), inputs_of(kind, 23, seed=1)
-    operations = [opened(1), opened(2)]
-    for start, end in ((0, 1), (1, 8), (8, 20), (20, 21), (21, 22), (22, 23), (23, 24)):
-        behind = max(0, start - 1)
-        parts = [(1, start, end, one), (2, behind, end - 1, two)] if end > 1 else [(1, start, end, one)]
-        found = at.step(parts, operations if end == 1 else [])
-        close(found[:, : end - start], one, start, end)
-        if end > 1:
-            close(found[:, end - start :], two, behind, end - 1)
-    at.check()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_runs_again_from_its_start(tier, kind):
     """Whole, and where it was given up after the first layer; in a new epoch too."""
@@ -172,21 +152,6 @@ def test_a_batch_runs_again_from_its_start(tier, kind):
     assert (there.accepted, there.starts, here.starts) == (False, (5,), (5,))
     close(at.step([(1, 5, 12, inputs)], epoch=2), inputs, 5, 12)
     close(at.step([(1, 12, 16, inputs)], epoch=2), inputs, 12, 16)
-    at.check()
-
-
-def test_batches_of_two_lanes(tier):
-    at, one, two = tier("gated_delta", "mixed"), inputs_of("gated_delta", 9), inputs_of("gated_delta", 9, seed=1)
-    operations = [opened(1), opened(2)]
-    for start, end in ((0, 4), (4, 5), (5, 6), (6, 9)):
-        at.announce([(1, start, end)], operations)
-        operations = []
-        first = at.batch
-        at.announce([(2, start, end)])
-        close(at.run([(2, start, end, two)]), two, start, end)
-        at.batch, last = first, at.batch
-        close(at.run([(1, start, end, one)]), one, start, end)
-        at.batch = last
     at.check()
 
 
@@ -206,20 +171,6 @@ def test_what_is_kept_survives_its_engine(tier):
     found = at.step([(1, 9, 10, inputs), (2, 3, 9, inputs)], epoch=2)
     close(found[:, :1], inputs, 9, 10)
     close(found[:, 1:], inputs, 3, 9)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_forks(tier, kind):
-    at, inputs = tier(kind, "two"), inputs_of(kind, 16)
-    other = Inputs(inputs.specs, [torch.cat([x[:6], x[6:].flip(0)]) for x in inputs.x], inputs.gates)
-    at.step([(1, 0, 6, inputs)], [opened(1)])
-    found = at.step([(1, 6, 12, inputs), (2, 6, 10, other)], [Fork(2, 1, 6)])
-    close(found[:, :6], inputs, 6, 12)
-    close(found[:, 6:], other, 6, 10)
-    found = at.step([(3, 6, 12, inputs), (2, 10, 11, other)], [Fork(3, 1, 6)])  # where part 1 was before
-    close(found[:, :6], inputs, 6, 12)
-    close(found[:, 6:], other, 10, 11)
-    at.check()
 
 
 def test_inputs_travel_in_the_compute_dtype(tier):
@@ -308,63 +259,6 @@ def test_constants_are_sent_for_all_layers_that_have_some(tier):
     close(at.step([(1, 0, 9, inputs)], [opened(1)]), inputs, 0, 9)
 
 
-class Hybrid:
-    """Attention between two layers with states, three pools of one worker, and a sequence with a part in each."""
-
-    def __init__(self, port_to):
-        delta, mamba = config("gated_delta").layers[0], config("mamba2").layers[0]
-        attention = LayerSpec(1, *dataclasses.astuple(dense_holders.CONFIG.layers[0])[1:6])
-        layers = (delta, attention, dataclasses.replace(mamba, kv_layer=2))
-        self.worker = AttentionWorker(HolderConfig(layers, 16, "float32", 1 << 22))
-        self.port = port_to(self.worker)
-        self.replies = Replies(self.port)
-        self.merge = AttentionMerge(self.worker.config)
-        self.inputs = Inputs.random((delta, mamba), 20, 0)
-        self.dense = dense_holders.Model([Span(0, 20)])
-        self.heads = (ALL, dense_holders.BOTH, ALL)
-        self.batch = 0
-        for at, layer in ((0, 0), (1, 2)):
-            self.port.send(dataclasses.replace(constants(self.inputs.specs[at], at), layer=layer))
-
-    def forward(self, start, end):
-        inputs, dense = self.inputs, self.dense
-        found = [(yield StateReady(0, inputs.x[0][start:end], inputs.gates[0][start:end])).clone()]
-        yield QueryReady(1, dense.q[0][start:end])
-        found.append((yield KeyValueReady(1, dense.k[0][0][start:end], dense.v[0][0][start:end])).clone())
-        found.append((yield StateReady(2, inputs.x[1][start:end], inputs.gates[1][start:end])).clone())
-        return found
-
-    def step(self, start, end):
-        """In decode attention is fused."""
-        self.batch += 1
-        past = (0, start) if start else None
-        reads = (past, (0, end) if end == start + 1 else past, past)
-        rows = tuple(Row(pool + 1, start, end - start, reads[pool], True) for pool in range(3))
-        opens = tuple(Open(pool + 1, pool, self.heads[pool], 0, 100) for pool in range(3) if not start)
-        self.replies.expect(1, self.batch)
-        self.port.send(Announcement(1, self.batch, 0 if opens else 3, opens, rows))
-        answer = self.replies.take(Announced, self.batch, None, 10)
-        assert answer.accepted, answer
-        assert len(answer.free_pages) == 3
-        routes = {self.replies: [Route(0, self.heads[p], rows[p], (start, end), p) for p in range(3)]}
-        spans = [Span(start, end - start)]
-        first, second, third = result(self.merge.run(self.forward(start, end), 1, self.batch, spans, routes))
-        self.replies.forget(self.batch)
-        close(torch.stack([first, third]), self.inputs, start, end)
-        torch.testing.assert_close(second, self.dense.dense()[0][start:end], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("way", EXCHANGES)
-@pytest.mark.parametrize("place", ["here", "local", "tcp", "grpc"])
-def test_layers_of_several_kinds_at_one_worker(place, way):
-    with exchanged(way), Joints("local" if place == "here" else place) as joints:
-        hybrid = Hybrid(LocalAttention if place == "here" else joints)
-        for start, end in ((0, 9), (9, 12), *((at, at + 1) for at in range(12, 20))):
-            hybrid.step(start, end)
-        assert [part.held for pool in hybrid.worker.pools for part in pool.parts().values()] == [20, 20, 20]
-        hybrid.worker.check_integrity()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_states_are_copied_from_one_holder_to_another(tier, kind):
     """Of two holders that have two heads each, to one that gets all of them; they go on there."""
@@ -388,7 +282,7 @@ def test_states_are_copied_from_one_holder_to_another(tier, kind):
         result(model_worker.copy(moves, {2: share}))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["local", "grpc"])
 def test_a_worker_of_its_own_keeps_states(way):
     """Handshake, constants and inputs over every transport; what does not fit is answered with a fault."""
     asked, inputs = config("gated_delta"), inputs_of("gated_delta", 9)
