@@ -154,7 +154,6 @@ class Call:
         }
 
     def result(self) -> Completion | list[Completion]:
-        """Wait for the completions."""
         outputs: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
         self.submit(outputs.put, streamed=False)
         try:
@@ -317,7 +316,6 @@ class EmbeddingCall:
         self._call = Call(serving, self._requests, prepared.one, owner)
 
     def result(self) -> Embedding | list[Embedding]:
-        """Wait for the embeddings."""
         self._call.result()
         return self._result()
 

@@ -176,7 +176,6 @@ class InputProcessor:
             self.grammars.constraints(params, 1)
 
     def prompts(self, prompts: Prompts) -> Prepared:
-        """One prompt, or several."""
         if isinstance(prompts, bytes | bytearray) or not isinstance(prompts, str | Sequence):
             raise InvalidRequest(f"prompts is {cut(prompts)}; allowed is text, a list of token ids, or a list of those")
         if is_one(prompts):

@@ -140,7 +140,6 @@ class _Growing:
         self.pieces.append(self._matcher.push(self._decoder.finish())[0] + self._matcher.finish())
 
     def finished(self) -> Sample:
-        """The sample as it stands."""
         if self.finish_reason is None:
             self.end("abort")
         return Sample(

@@ -385,7 +385,6 @@ class EngineHost:
             self._engine.abort(request)
 
     def _prefix_event(self, event: PrefixEvent) -> bool:
-        """On the engine's thread."""
         if not self._abandoned:
             self._send(PrefixChanged(event))
         return not self._abandoned

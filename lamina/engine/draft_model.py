@@ -73,7 +73,6 @@ class DraftModelProposer:
         self._failures = 0
 
     def propose(self, wanted: Sequence[Wanted]) -> list[tuple[int, ...]]:
-        """As `Proposer.propose`."""
         self._call += 1
         drafts: dict[ScheduledSequence, list[int]] = {want.sequence: [] for want in wanted}
         if self._failures < _TRIES:
@@ -87,7 +86,6 @@ class DraftModelProposer:
         return [tuple(drafts[want.sequence]) for want in wanted]
 
     def ended(self, sequence: ScheduledSequence) -> None:
-        """Forget a sequence. Harmless for one that is not known."""
         if (read := self._read.pop(sequence, None)) is not None:
             self._operations += [Close(self._part(read, pool)) for pool in range(len(self._model.heads))]
 

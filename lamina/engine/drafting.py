@@ -67,7 +67,6 @@ class NgramProposer:
         return text
 
     def ended(self, sequence: ScheduledSequence) -> None:
-        """Forget a sequence. Harmless for one that is not known."""
         self._texts.pop(sequence, None)
 
 
@@ -142,12 +141,10 @@ class Drafting:
 
     @property
     def on(self) -> bool:
-        """Whether there may be drafts."""
         return self._proposer is not None and self._speculation is not None
 
     @property
     def counts(self) -> SpeculationCounts | None:
-        """What became of all drafts; None without speculation."""
         return None if self._speculation is None else self._speculation.counts
 
     def propose(self, decoding: Sequence[ScheduledSequence], registry: RequestRegistry, masks: Masks) -> None:
@@ -194,7 +191,6 @@ class Drafting:
                 request.accepted += accepted
 
     def batch_done(self, done: BatchDone) -> None:
-        """Measure what a batch took."""
         last, drafting = self._last, self._took
         self._last, self._took = done.now - self._stats.idle_seconds, 0.0
         if self._speculation is None or last is None or done.prefill or not done.sampled:
@@ -203,7 +199,6 @@ class Drafting:
         self._speculation.took(len(done.plan.rows), tokens, done.sampled, self._last - last, drafting)
 
     def ended(self, sequence: ScheduledSequence) -> None:
-        """A sample has ended."""
         if self._proposer is not None and self._speculation is not None:
             self._proposer.ended(sequence)
             self._speculation.ended(sequence)

@@ -75,12 +75,10 @@ class Mailbox:
 
     @property
     def is_shut(self) -> bool:
-        """Whether the engine has stopped."""
         return self._shut.is_set()
 
     @property
     def empty(self) -> bool:
-        """Whether no message waits at present."""
         return self._queue.empty()
 
     def request(self, do: Callable[[], object], refuse: Callable[[EngineError], object]) -> None:
@@ -96,7 +94,6 @@ class Mailbox:
         self._queue.put(_Letter(do))
 
     def end(self) -> None:
-        """Ask the engine to stop."""
         self._queue.put(None)
 
     def get(self, timeout: float | None) -> Callable[[], object] | None:
@@ -228,7 +225,6 @@ class Engine:
         self._mailbox.post(partial(self._failures.rank_gone, rank, why, stays))
 
     def rank_back(self, peer: Peer) -> None:
-        """A model worker that was gone is there again."""
         self._mailbox.post(lambda: self._stats.came_back(self._failures.rank_back(peer)))
 
     def drain(self, name: str) -> Future[int]:

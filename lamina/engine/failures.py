@@ -158,7 +158,6 @@ class Failures:
     # Holders.
 
     def join(self, port: AttentionPort, holder: Holder, credentials: Credentials | None) -> None:
-        """One attention worker more; see `Engine.join`."""
         if self._worker.missing:  # a missing rank cannot connect to it yet
             self._late.append((port, holder, credentials))
             return
@@ -265,7 +264,6 @@ class WaitDeadline:
 
     @property
     def started(self) -> bool:
-        """Whether the wait of a halted engine has begun."""
         return self._halted is not None
 
     @property

@@ -71,7 +71,6 @@ class Holders:
 
     @property
     def empty(self) -> bool:
-        """Whether no holder is left to keep KV."""
         return not self._control.placement.capacity
 
     @property
@@ -190,7 +189,6 @@ class Drains:
 
     @property
     def under_way(self) -> bool:
-        """Whether a worker is drained."""
         return bool(self._drains)
 
     def begin(self, name: str, done: Future[int]) -> None:
@@ -223,7 +221,6 @@ class Drains:
             logger.warning("attention worker %s is about to end with its KV: %s", name, why)
 
     def _refusal(self, name: str) -> str:
-        """Why a worker cannot be drained; "" where it can."""
         numbers = self._holders.numbers(name)
         if not numbers:
             names = ", ".join(dict.fromkeys(self._holders.names.values()))

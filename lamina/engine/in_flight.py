@@ -25,12 +25,10 @@ class InFlight:
         return len(self._batches)
 
     def add(self, batch: Batch) -> None:
-        """One batch more has begun."""
         self._batches.append(batch)
 
     @property
     def holders(self) -> frozenset[int]:
-        """The holders that a batch under way concerns."""
         return frozenset(number for batch in self._batches for number in batch.step.batches)
 
     def rows(self, numbers: Collection[int] | None = None) -> list[PlannedRow]:
@@ -51,7 +49,6 @@ class InFlight:
         return batch
 
     def over(self, batch: Batch) -> None:
-        """A batch has ended."""
         self._batches.remove(batch)
         self.full = False
 

@@ -218,12 +218,10 @@ class _Migrating:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """All parts that are to be."""
         return self.new + self.states
 
     @property
     def fresh(self) -> Layout:
-        """Their shares."""
         return tuple(part.share for part in self.parts)
 
 
@@ -390,7 +388,6 @@ class KvMigration:
         return True
 
     def _drop(self, moving: _Migrating) -> None:
-        """Give up a move, wherever its copy is."""
         moving.run.close()
         self._give_up(moving)
 

@@ -67,11 +67,9 @@ class SpareKeeper:
         return self.on and (self._due or self._run is not None or bool(self._reads))
 
     def batch_done(self, done: BatchDone) -> None:
-        """There are more tokens."""
         self._due = True
 
     def holders_changed(self, change: HolderChange) -> None:
-        """Spares may be lost, or possible now."""
         self._due = True
         if self.on and change.kind == "lost":
             self._since = self._clock()

@@ -52,7 +52,6 @@ class EngineStats:
     kv_full_in: float | None = None
 
     def batch_done(self, done: BatchDone) -> None:
-        """Count a batch."""
         tokens = sum(row.count for row in done.plan.rows)
         self.batches += 1
         self.batch_tokens += tokens
@@ -70,7 +69,6 @@ class EngineStats:
             del self.missing[:1]
 
     def came_back(self, workers: int) -> None:
-        """Count model workers that were gone."""
         self.returned_workers += workers
 
     def spared(self, before: KvSavings, now: KvSavings) -> None:

@@ -100,7 +100,6 @@ class RequestRegistry:
         self._deliver(request, [EngineOutput(0, None, error=error)])
 
     def scheduled(self, requests: Mapping[ScheduledSequence, EngineRequest]) -> None:
-        """These requests are in a batch that every holder has accepted."""
         for sequence, request in requests.items():
             if request.scheduled is None:
                 request.scheduled, request.cached_tokens = self._clock(), sequence.reused
@@ -325,7 +324,6 @@ class RequestRegistry:
             self._publish(request, [EngineOutput(sequence.sample, None, reason, at=now) for sequence in ended])
 
     def fail(self, request: EngineRequest, error: LaminaError, cause: BaseException | None = None) -> None:
-        """End a request with an error."""
         for sequence in self._scheduler.abort(request.id):
             self.forget(sequence)
         self.requests.pop(request.id, None)
@@ -335,7 +333,6 @@ class RequestRegistry:
         self._deliver(request, [EngineOutput(0, None, error=error)])
 
     def forget(self, sequence: ScheduledSequence) -> None:
-        """A sample has ended."""
         self.histories.pop(sequence, None)
         self.constraints.pop(sequence, None)
         if self._listener is not None:

@@ -45,7 +45,6 @@ class Balancer:
         return self.active and self._gap > 0 and not self._placement.draining
 
     def begin(self) -> None:
-        """A holder has joined."""
         self.active = True
 
     def step(self) -> None:
@@ -110,7 +109,6 @@ class TierController:
 
     @property
     def busy(self) -> bool:
-        """Whether sequences are moving."""
         return bool(self._migration.under_way)
 
     @property

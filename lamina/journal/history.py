@@ -130,7 +130,6 @@ _KINDS = {name: kind for kind, name in _NAMES.items()}
 
 
 def to_plain(record: Record) -> tuple[Any, ...]:
-    """The tuple that is written."""
     return (_NAMES[type(record)], *record)
 
 
@@ -191,7 +190,6 @@ class KnownRequest:
 
     @property
     def open(self) -> bool:
-        """Whether a sample has not ended."""
         return any(sample.reason is None for sample in self.samples)
 
     @property
@@ -203,7 +201,6 @@ class KnownRequest:
 
     @property
     def known(self) -> dict[int, list[int]]:
-        """The tokens of the samples that have not ended."""
         return {index: list(sample.tokens) for index, sample in enumerate(self.samples) if sample.reason is None}
 
     def missing(self, received: Sequence[tuple[Sequence[int], bool]]) -> list[tuple[int, int | None, str | None, Any]]:

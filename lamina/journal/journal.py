@@ -230,7 +230,6 @@ def _head(content: bytes) -> bytes:
 
 
 def _records(file: BinaryIO, path: Path) -> Iterator[tuple[int, tuple[Any, ...]]]:
-    """Every whole record, and where it begins."""
     size = os.fstat(file.fileno()).st_size
     magic = file.read(len(_MAGIC))
     if magic != _MAGIC[: len(magic)]:

@@ -120,7 +120,6 @@ class Recorder:
         return place
 
     def ended(self, sequences: Iterable[ScheduledSequence], reason: FinishReason) -> None:
-        """Samples were ended by their client."""
         ends: dict[str, list[tuple[int, str]]] = {}
         for sequence in sequences:
             self._parts.pop(sequence, None)
@@ -131,14 +130,12 @@ class Recorder:
         self._journal.commit()
 
     def failed(self, request: EngineRequest) -> None:
-        """A request has ended with an error, which its client gets."""
         for sequence in request.sequences:
             self._parts.pop(sequence, None)
         self._journal.append(DropRecord(request.id))
         self._journal.commit()
 
     def close(self) -> None:
-        """Close the journal."""
         self._journal.close()
 
     # When clients, or engines, come back.
@@ -161,7 +158,6 @@ class Recorder:
         self._journal.history.unclaimed.discard(request_id)
 
     def drop(self, request_id: str) -> None:
-        """Forget a request."""
         self.claimed(request_id)
         self._journal.append(DropRecord(request_id))
 

@@ -28,7 +28,6 @@ class PageLedger:
         self._unanswered: dict[Plan, Pages] = {}  # the pages that the rows of each will take
 
     def joined(self, pages: Pages) -> None:
-        """A holder has joined, empty."""
         self.free += pages
 
     def left(self, holder: int) -> None:
@@ -113,28 +112,23 @@ class PageLedger:
         return replace(row, count=row.count + len(drafts), drafts=drafts)
 
     def draft(self, pages: Pages) -> None:
-        """Count pages that the next plan takes."""
         self._drafted += pages
 
     def plan(self, rows: list[PlannedRow]) -> Plan:
-        """A plan of reserved rows."""
         plan = Plan(tuple(rows))
         self._unanswered[plan] = self._drafted
         self._drafted = NO_PAGES
         return plan
 
     def answered(self, plan: Plan, free: Pages) -> None:
-        """Holders have answered a plan, and have these pages left."""
         if self._unanswered.pop(plan, None) is None:
             raise EngineError("a plan was answered that was not waiting for an answer")
         self.update_free(free)
 
     def update_free(self, free: Pages) -> None:
-        """These holders have said how many pages they have left."""
         self.free = Pages(self.free | free)
 
     def took(self, pages: Pages) -> None:
-        """These pages were taken outside of any plan."""
         self.free -= pages
 
     def forget(self, plan: Plan) -> bool:

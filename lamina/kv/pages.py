@@ -89,7 +89,6 @@ class PageRuns:
             self._use(leaf, users)
 
     def close(self, runs: Runs) -> None:
-        """Their owner is closed."""
         for leaf in runs.values():
             self._use(leaf, -leaf.users)
             self._cut_off(leaf)

@@ -70,7 +70,6 @@ class Placement:
 
     @property
     def pages(self) -> Pages:
-        """All pages of every holder."""
         return _pages(self.holders.items())
 
     @property
@@ -79,7 +78,6 @@ class Placement:
         return _pages(self._taking())
 
     def places(self, numbers: Iterable[int]) -> set[Place]:
-        """All pools of these holders."""
         return {(number, pool) for number in numbers for pool in range(len(self.holders[number].pages))}
 
     @property
@@ -197,7 +195,6 @@ class Placement:
         self.holders[number] = holder
 
     def lost(self, number: int) -> None:
-        """A holder was lost, with its KV."""
         del self.holders[number]
 
     def emptied(self, number: int) -> None:

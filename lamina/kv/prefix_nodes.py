@@ -115,7 +115,6 @@ def common_length(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def tree_of(node: Node) -> Tree:
-    """The tree of a node."""
     while node.parent is not None:
         node = node.parent
     return node.tree
@@ -228,7 +227,6 @@ class PrefixEvents:
             self._store(node)
 
     def stored(self, node: Node) -> None:
-        """A node's KV is stored."""
         self.entered += 1
         self._store(node)
 

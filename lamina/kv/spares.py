@@ -64,7 +64,6 @@ class Spares:
 
     @property
     def leaves(self) -> Iterator[PageRun]:
-        """The runs of all spares."""
         return (spare.run for spare in self)
 
     @property
@@ -82,7 +81,6 @@ class Spares:
         return pages
 
     def of(self, handle: int) -> tuple[Spare, ...]:
-        """The spares of one owner."""
         return tuple(self._by_owner.get(handle, ()))
 
     # Their owners are forked, moved and closed.
@@ -93,7 +91,6 @@ class Spares:
             self._fork(spare, handle, length, under(spare.of, policy) if policy is not None else spare.of)
 
     def close(self, handle: int) -> None:
-        """An owner is closed."""
         for spare in self.of(handle):
             self._drop(handle, spare)
 
@@ -132,7 +129,6 @@ class Spares:
         return False
 
     def leave(self, holders: Container[int]) -> None:
-        """Close all spares at these holders."""
         self.holders_changed()
         for handle in list(self._by_owner):
             for spare in self.of(handle):
@@ -208,7 +204,6 @@ class Spares:
         return None
 
     def begins(self, copy: SpareCopy) -> None:
-        """A spare is getting its positions."""
         copy.spare.reach = max(copy.spare.reach, copy.hi)
 
     def took(self, copy: SpareCopy) -> None:
@@ -217,11 +212,9 @@ class Spares:
         self._runs.extend(copy.spare.run, copy.hi)
 
     def copied(self, copy: SpareCopy) -> None:
-        """A spare has got its positions."""
         copy.spare.stored = copy.hi
 
     def refused(self, copy: SpareCopy) -> None:
-        """The holder has no room for a copy."""
         copy.spare.reach = copy.spare.run.hi
 
     def abandoned(self, copy: SpareCopy) -> None:
@@ -432,7 +425,6 @@ class ReadBacks:
         return read.spare in self._spares.of(read.handle) and set(read.spare.of).issubset(read.owner.layout)
 
     def took(self, read: ReadBack, hi: int) -> None:
-        """The holder has taken the pages of positions up to `hi`."""
         if isinstance(read.owner, Node):
             self._runs.extend(read.owner.runs[read.share], hi)
 

@@ -196,7 +196,6 @@ class AttentionPool:
                 self._engine.leave(name)
 
     def lost(self, name: str) -> None:
-        """The engine has lost a worker, or has given it up."""
         with self._lock:
             if (member := self._members.get(name)) is not None:
                 self._count(member.address)
@@ -269,7 +268,6 @@ class AttentionPool:
         self.lost(member.address.name)
 
     def _alone(self) -> bool:
-        """Whether the engine has no attention worker."""
         return all(port.closed for port in list(self._ports))
 
     def _count(self, worker: WorkerAddress, corrupt: bool = False) -> None:
@@ -359,11 +357,9 @@ class Autoscaling:
         self._leaving: set[str] = set()  # workers that are drained; none of them is in the number that is wanted
 
     def begin(self) -> None:
-        """Decide from now on."""
         threading.Thread(target=self._run, name="lamina-autoscaling", daemon=True).start()
 
     def close(self) -> None:
-        """Decide nothing more."""
         self._closed.set()
 
     def _run(self) -> None:

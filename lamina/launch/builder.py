@@ -148,7 +148,6 @@ def start(
 
 
 def _live(loaded: Future[Runtime], build: Callable[[], Runtime]) -> None:
-    """The life of the engine's thread."""
     try:
         runtime = build()
     except BaseException as error:  # noqa: BLE001  # it is raised in the thread that waits

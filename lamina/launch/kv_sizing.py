@@ -118,7 +118,6 @@ class Sizes:
 
     @property
     def device(self) -> torch.device:
-        """Where model worker 0 computes."""
         return self.devices[0]
 
     def kv_device(self, rank: int) -> torch.device:

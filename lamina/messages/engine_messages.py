@@ -213,7 +213,6 @@ def unpack_commands(packed: bytes | memoryview) -> tuple[Command, ...]:
 
 
 def pack_events(events: Iterable[Event]) -> bytes:
-    """The events in order."""
     packed: bytes = msgpack.packb([event if type(event) is RequestOutputs else _EVENT.pack(event) for event in events])
     return packed
 

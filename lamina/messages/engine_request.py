@@ -112,5 +112,4 @@ class EngineRequest:
 
     @property
     def id(self) -> str:
-        """The request's id, unique for its engine."""
         return self.request.id

@@ -23,14 +23,12 @@ probabilities, error and scores follow where it has one of them."""
 
 
 def encode_request(request: Request) -> dict[str, Any]:
-    """The request's fields by name."""
     fields = {field.name: getattr(request, field.name) for field in dataclasses.fields(Request)}
     fields["stop_token_ids"] = tuple(fields["stop_token_ids"])
     return fields
 
 
 def decode_request(fields: Mapping[str, Any]) -> Request:
-    """The request of `encode_request`'s fields."""
     return Request(**{**fields, "stop_token_ids": frozenset(fields["stop_token_ids"])})
 
 

@@ -69,7 +69,6 @@ class EngineActor:
         logger.setLevel(logging.INFO)
 
     def where(self) -> tuple[str, str, int]:
-        """The id of its node and its address, its process id."""
         ray = ray_module()
         return ray.get_runtime_context().get_node_id(), str(ray.util.get_node_ip_address()), os.getpid()
 
@@ -121,12 +120,10 @@ class EngineActor:
             self._attention.update(workers)
 
     def files(self) -> dict[str, bytes]:
-        """The model's small files by name."""
         folder = self._runtime.model_path
         return {name: (folder / name).read_bytes() for name in MODEL_FILES if (folder / name).is_file()}
 
     def ask(self, commands: bytes) -> None:
-        """Do packed commands, in order."""
         self._host.ask(unpack_commands(commands))
 
     def events(self) -> tuple[bytes, list[Wish]]:

@@ -52,7 +52,6 @@ class AttentionActor:
         share_cores()  # before anything imports torch
 
     def host(self) -> str:
-        """The address of its node."""
         return str(ray_module().util.get_node_ip_address())
 
     def serve(self, gpu: int) -> tuple[str, int, int, Credentials]:

@@ -31,7 +31,6 @@ class ModelActor:
         share_cores()  # before anything imports torch
 
     def process(self) -> int:
-        """Its process id."""
         return os.getpid()
 
     def serve(self, model: str, connect: str, secret: bytes, name: str, threads: int | None, ca: bytes) -> None:

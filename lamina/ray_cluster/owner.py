@@ -123,7 +123,6 @@ class EngineOwner:
         return facts
 
     def files(self) -> dict[str, bytes]:
-        """The model's small files, by name."""
         files: dict[str, bytes] = result(self._actor.files.remote())
         return files
 
@@ -164,13 +163,11 @@ class EngineOwner:
             self._restarter.start()
 
     def take_wish(self, wish: Wish) -> None:
-        """The engine wants something of its attention workers."""
         if isinstance(wish, Drained) and self._config.autoscale is not None:
             wish = Retire(wish.name)
         self._calls.put(lambda: self._do(wish))
 
     def engine_stopped(self) -> None:
-        """There is no engine left to serve."""
         threading.Thread(target=self.stop, name="lamina-stop", daemon=True).start()
 
     # The engine's actor.

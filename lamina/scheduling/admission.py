@@ -103,7 +103,6 @@ class Admission:
             self._longest_before_loss = {policy: self.most_hoped(policy) for policy in policies}
 
     def left(self) -> None:
-        """Holders have left for good."""
         self._longest_before_loss.clear()
 
     def _longest_at(self, layouts: Layouts, policy: str) -> int:

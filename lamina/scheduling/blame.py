@@ -57,7 +57,6 @@ class Blame:
             del self._suspects[row.sequence]
 
     def forget(self, sequence: ScheduledSequence) -> None:
-        """A sequence has ended."""
         self._suspects.pop(sequence, None)
 
     def _failures(self, sequence: ScheduledSequence) -> int:
@@ -121,5 +120,4 @@ class Refusals:
             del self._torn[row.sequence]
 
     def forget(self, sequence: ScheduledSequence) -> None:
-        """A sequence has ended."""
         self._torn.pop(sequence, None)

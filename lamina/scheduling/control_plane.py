@@ -80,7 +80,6 @@ class ControlPlane:
     # Holders.
 
     def joined(self, number: int, holder: Holder) -> None:
-        """There is one holder more, empty."""
         self.placement.joined(number, holder)
         self.spares.holders_changed()
         self.scheduler.joined(Pages.of(number, holder.pages))
@@ -127,7 +126,6 @@ class ControlPlane:
         return Rebuilt(*map(sum, zip((0, 0, 0), *rebuilt, strict=True)))
 
     def left(self, number: int) -> None:
-        """A holder without KV is gone."""
         self.placement.lost(number)
         self.spares.holders_changed()
         self.scheduler.ledger.left(number)
@@ -166,7 +164,6 @@ class Step:
 
     @property
     def rows(self) -> tuple[PlannedRow, ...]:
-        """The rows that are computed."""
         return () if self.plan is None else self.plan.rows
 
     # The holders' answers.

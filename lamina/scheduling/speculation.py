@@ -143,7 +143,6 @@ class Speculation:
         self._account = min(self._account + ALLOWANCE * seconds, MAX_CREDIT * plain)
 
     def ended(self, sequence: ScheduledSequence) -> None:
-        """Forget a sequence. Harmless for one that is not known."""
         self._acceptances.pop(sequence, None)
 
 

@@ -164,12 +164,10 @@ class StepTuner:
 
     @property
     def choice(self) -> DecodeChoice:
-        """The present choice."""
         return DecodeChoice(self.lanes, self.share, self.fused)
 
     @property
     def settled(self) -> bool:
-        """Whether nothing is being tried."""
         return self._settled is not None or not self._chooses
 
     @property

@@ -323,7 +323,6 @@ class Models:
             turn.set_result(None)
 
     def _changed(self, model: ServedModel) -> None:
-        """On any thread."""
         loop = self._loop
         if loop is not None and not loop.is_closed():
             loop.call_soon_threadsafe(self._look, model)

@@ -133,7 +133,6 @@ class Replica:
             raise EngineError("the engine is dead")
 
     async def stop(self) -> None:
-        """End the engine and its workers."""
         await asyncio.get_running_loop().run_in_executor(None, self._runtime.stop)
 
 

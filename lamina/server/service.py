@@ -112,7 +112,6 @@ class Service:
             pool.close()
 
     def context(self, request: Request) -> RequestContext:
-        """The context of a request, from its headers."""
         timeout = self.settings.request_timeout
         if (text := request.headers.get("x-request-timeout")) is not None:
             timeout = min(timeout, _seconds(text))
@@ -291,7 +290,6 @@ class Service:
         return size
 
     def translate(self, error: LaminaError) -> ApiError:
-        """The response for an error."""
         return translated(error, self._fields, all(model.frontend.state != "dead" for model in self.models))
 
     def salt(self, context: RequestContext, cache_salt: str | None) -> tuple[str, str]:

@@ -151,7 +151,6 @@ class ChildProcess:
         on_end(self)
 
     def wait(self, seconds: float) -> bool:
-        """Whether it ends within so many seconds."""
         try:
             self._process.wait(seconds)
         except subprocess.TimeoutExpired:

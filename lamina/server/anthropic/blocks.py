@@ -37,7 +37,6 @@ class MessageWriter:
         return self._fields | {"content": content} | self._ended(sample) | {"usage": _usage(reply.usage())}
 
     def begin(self) -> bytes:
-        """The events before anything is generated."""
         begun: dict[str, Any] = {
             "content": [],
             "stop_reason": None,
@@ -47,14 +46,12 @@ class MessageWriter:
         return _event("message_start", message=self._fields | begun) + PING
 
     def events(self, events: Sequence[TokenEvent]) -> bytes:
-        """The events of further tokens."""
         frames: list[bytes] = []
         for token in events:
             self._add(self._reply.take(token), frames)
         return b"".join(frames)
 
     def end(self, completions: Sequence[Completion]) -> bytes:
-        """The last events."""
         ((sample,),) = (completion.samples for completion in completions)
         frames: list[bytes] = []
         if not self._reply.ended:
@@ -66,7 +63,6 @@ class MessageWriter:
 
     @staticmethod
     def failed(error: ApiError) -> bytes:
-        """The event of an error in the midst of the stream."""
         return event(error.anthropic, "error")
 
     def _ended(self, sample: Sample) -> dict[str, Any]:
@@ -91,7 +87,6 @@ class MessageWriter:
             frames.append(_event("content_block_delta", index=self._index, delta={"type": kind, field: text}))
 
     def _close(self, frames: list[bytes]) -> None:
-        """End the open block."""
         part, self._open = self._open, None
         if part is None:
             return

@@ -111,7 +111,6 @@ class PreparedChat:
 
     @property
     def params(self) -> SamplingParams:
-        """The sampling parameters."""
         return self.request.params
 
 

@@ -57,7 +57,6 @@ class Reply:
 
     @property
     def calls(self) -> int:
-        """How many tool calls have begun."""
         return 0 if self._parser is None else self._parser.calls
 
     @property
@@ -66,7 +65,6 @@ class Reply:
         return 0 if self._parser is None else self._parser.reasoning_tokens
 
     def take(self, event: TokenEvent) -> list[Delta]:
-        """The deltas of one token."""
         return self._push(event.text, 1, event.finish_reason is not None)
 
     def finish(self, sample: Sample) -> list[Delta]:

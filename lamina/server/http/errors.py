@@ -84,13 +84,11 @@ class ApiError(LaminaError):
 
     @property
     def content(self) -> dict[str, Any]:
-        """The body, as plain data."""
         kind = _TYPES.get(self.status, "invalid_request_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
     @property
     def anthropic(self) -> dict[str, Any]:
-        """The body in Anthropic's shape."""
         kind = _ANTHROPIC.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
         return {"type": "error", "error": {"type": kind, "message": str(self)}}
 

@@ -116,7 +116,6 @@ class ModelMetrics:
     # For Prometheus.
 
     def see(self, now: ModelState) -> None:
-        """Take the model's present state."""
         self._engine.see(now.snapshot, now.state in ("ready", "draining"))
         self._restarts = max(self._restarts, now.restarts)
         self._loads, self._waiting, self._residence = now.loads, now.waiting, now.residence
@@ -189,7 +188,6 @@ class ServerMetrics:
         ProcessCollector(registry=self._registry)
 
     def of(self, model: str) -> ModelMetrics:
-        """The observer of a model's requests."""
         return self._models[model]
 
     # Of HTTP.

@@ -62,7 +62,6 @@ def stop_reason(
 
 
 def chat_logprob(entry: TokenLogprob, as_ids: bool) -> dict[str, Any]:
-    """One token of a chat's `logprobs.content`."""
     return _token(entry, as_ids) | {"top_logprobs": [_token(top, as_ids) for top in entry.top]}
 
 
@@ -118,7 +117,6 @@ class TextLogprobs:
         return found
 
     def add(self, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
-        """The object for further tokens."""
         names, offsets = [], []
         for entry in entries:
             names.append(self._name(entry))

@@ -43,7 +43,6 @@ class Texts:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """The tokens that end the model's texts."""
         return self.tokenizer.eos_ids
 
     @property
@@ -64,7 +63,6 @@ class Texts:
 
 
 async def completions(service: Service, request: Request) -> Response:
-    """Answer one request."""
     context = service.context(request)
     fields = await service.read(request, CompletionRequest, context)
     service.check_priority(context, fields.priority)

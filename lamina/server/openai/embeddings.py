@@ -29,7 +29,6 @@ from lamina.server.service import GRACE, RequestContext, Service
 
 
 def listed(given: Any) -> list[Any]:
-    """One input or several, as a list."""
     return [given] if is_one(given) or not isinstance(given, list) else given
 
 
@@ -65,7 +64,6 @@ Vector: TypeAlias = "array[float]"
 
 
 async def embeddings(service: Service, request: Request) -> Response:
-    """Embed texts or token ids."""
     context = service.context(request)
     fields = await service.read(request, EmbeddingRequest, context)
     work = _embedded(service, fields, context)

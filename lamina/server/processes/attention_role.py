@@ -70,7 +70,6 @@ class AttentionRole:
         threading.Thread(target=start, name="lamina-workers", daemon=True).start()
 
     def close(self) -> None:
-        """End the workers."""
         if self._pool is not None:
             self._pool.close()
 
@@ -84,16 +83,13 @@ class AttentionRole:
         self._relay.introduce()
 
     def take(self, wish: Wish) -> None:
-        """The engine wants something of the workers."""
         self._relay.take(wish)
 
     def joined(self, worker: WorkerAddress) -> None:
-        """A worker is there."""
         self._report.said(f"attention worker {worker.name} is there")
         self._relay.joined(worker)
 
     def left(self, name: str) -> None:
-        """A worker is gone."""
         self._relay.left(name)
 
     def drain(self, name: str) -> bool:
@@ -145,7 +141,6 @@ class MachineRole:
             self._say_http(MachinesChanged(self._server.machines))
 
     def decide(self, id: str, accept: bool) -> None:
-        """The operator's decision."""
         if self._server is not None:
             try:
                 self._server.decide(id, accept)
@@ -163,7 +158,6 @@ class MachineRole:
             self._server.lost(name)
 
     def close(self) -> None:
-        """Take no more."""
         if self._server is not None:
             self._server.close()
 

@@ -225,13 +225,11 @@ class EngineLink:
         threading.Thread(target=self._keep, name="lamina-link", daemon=True).start()
 
     def ready(self, facts: dict[str, Any]) -> None:
-        """An engine is ready. `facts` are those of the message "ready"."""
         with self._lock:
             self._facts = facts
         self._changed.set()
 
     def possible(self, tokens: int) -> None:
-        """So many tokens of one sequence can have KV in the engine now."""
         with self._lock:
             if self._facts is not None:
                 self._facts["possible"] = tokens
@@ -239,14 +237,12 @@ class EngineLink:
                 self._inputs.has_room(tokens)
 
     def dead(self, why: str) -> None:
-        """The engine is gone."""
         with self._lock:
             self._facts = None
         self._frontend.lost(why)
         self._gone()
 
     def begins(self, loading: str) -> None:
-        """An engine is being started."""
         self._frontend.begins(loading)
 
     def unloaded(self, why: str) -> None:

@@ -102,11 +102,9 @@ class EngineRole(Slot[ChildProcess]):
             self.loads += 1
 
     def started(self, worker: ChildProcess) -> None:
-        """A process runs."""
         self.worker, self.facts, self.loading = worker, None, ""
 
     def ready(self, facts: dict[str, Any]) -> None:
-        """The process serves."""
         self.facts, self.fresh = facts, False
 
     def gone(self) -> None:
@@ -388,7 +386,6 @@ class Supervisor(SlotLoop[ChildProcess]):
                 self._machines.decide(id, accept)
 
     def _connected(self, engine: EngineRole) -> None:
-        """The HTTP process reaches an engine."""
         self._wait_for_spare()
         if not self._announced:
             self._announced = True

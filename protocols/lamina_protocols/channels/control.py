@@ -49,7 +49,6 @@ Features: TypeAlias = Annotated[tuple[str, ...], check_features, Since(8)]
 
 @functools.cache
 def package_version() -> str:
-    """The version of the installed package."""
     return importlib.metadata.version("lamina")
 
 
@@ -192,7 +191,6 @@ _RECORDS: dict[type, Record] = {
 
 
 def pack(message: Any) -> bytes:
-    """The bytes of a control message."""
     data: bytes = msgpack.packb(_RECORDS[type(message)].pack(message))
     if len(data) > MAX_CONTROL:
         raise ProtocolError(f"{type(message).__name__} of {len(data)} bytes, allowed: {MAX_CONTROL}")

@@ -39,7 +39,6 @@ class Waiter:
         self._full: set[Channel] = set()  # whose other side does not read what was posted
 
     def add(self, channel: Channel) -> None:
-        """Wait for this channel too."""
         number = channel.watch(self.wake)
         if number is not None:
             self._poll.register(number, select.POLLIN)  # raises ValueError for one that is closed

@@ -123,12 +123,10 @@ _CODEC = Codec(_MESSAGES)
 
 
 def encode(message: m.Message) -> list[bytes | memoryview]:
-    """The frame of a batch's message; see `Codec`."""
     return _encode_layer(message) if isinstance(message, LAYERED) else _CODEC.encode(message)
 
 
 def decode(frame: bytearray | memoryview) -> m.Message:
-    """The batch's message of a frame; see `Codec`."""
     view = memoryview(frame)
     prefix = _whole(view)
     message: m.Message = _decode_layer(view, prefix) if prefix.tag in TENSORS else _CODEC.decode(frame)

@@ -87,7 +87,6 @@ class Arriving:
         self._sizes[channel] = size
 
     def end(self, channel: object) -> None:
-        """Nothing is arriving over this channel."""
         self._sizes.pop(channel, None)
 
 

@@ -84,7 +84,6 @@ class LayerFrame:
 
     @property
     def size(self) -> int:
-        """Bytes of the whole frame."""
         last = list(self.places().values())[-1]
         return last.at + last.size
 

@@ -80,7 +80,6 @@ class Family(ABC):
         return tuple({**tool, "function": {"description": "", **tool["function"]}} for tool in tools)
 
     def new_call_id(self) -> str:
-        """A new id of a call."""
         return new_id("call_", 24)
 
     @abstractmethod

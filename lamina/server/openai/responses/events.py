@@ -75,11 +75,9 @@ class ResponseObject:
         }
 
     def begun(self) -> dict[str, Any]:
-        """The object of a response that is under way."""
         return self._fields
 
     def ended(self, reason: FinishReason, output: Sequence[dict[str, Any]], usage: ReplyUsage) -> dict[str, Any]:
-        """The object of a response that has ended."""
         status = STATUSES[reason]
         more: dict[str, Any] = {"status": status, "output": list(output), "usage": _usage(usage)}
         if status == "completed":
@@ -89,7 +87,6 @@ class ResponseObject:
         return self._fields | more
 
     def failed(self, error: ApiError, output: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """The object of a response that an error ended."""
         code = "rate_limit_exceeded" if error.status == 429 else "server_error"
         return self._fields | {
             "status": "failed",
@@ -151,12 +148,10 @@ class ResponseEvents:
         self._number = 0
 
     def begin(self) -> bytes:
-        """The events before anything is generated."""
         begun = self._response.begun()
         return self._event("response.created", response=begun) + self._event("response.in_progress", response=begun)
 
     def events(self, events: Sequence[TokenEvent]) -> bytes:
-        """The events of further tokens."""
         frames: list[bytes] = []
         for token in events:
             reasoned = self._reply.reasoning_tokens
@@ -168,7 +163,6 @@ class ResponseEvents:
         return b"".join(frames)
 
     def end(self, completions: Sequence[Completion]) -> bytes:
-        """The last events."""
         ((sample,),) = (completion.samples for completion in completions)
         frames: list[bytes] = []
         if not self._reply.ended:
@@ -183,7 +177,6 @@ class ResponseEvents:
         return b"".join(frames)
 
     def failed(self, error: ApiError) -> bytes:
-        """The event of an error in the midst of the stream."""
         ended = self._response.failed(error, self._output)
         self._done(ended)
         return self._event("response.failed", response=ended)
@@ -211,7 +204,6 @@ class ResponseEvents:
             frames.append(self._event(f"{name}.added", **place, part=self._response.piece(part, "")))
 
     def _close(self, frames: list[bytes], status: str) -> None:
-        """End the open item."""
         part = self._open
         if part is None:
             return
