@@ -17,6 +17,7 @@ from lamina.server.service import GRACE, RequestContext, Service
 
 
 async def messages(service: Service, request: Request) -> Response:
+    """POST /v1/messages."""
     context = service.context(request)
     fields = await service.read(request, MessagesRequest, context)
     served = service.served(context, 1, 1)

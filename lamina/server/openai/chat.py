@@ -30,6 +30,7 @@ from lamina.server.service import GRACE, RequestContext, Service
 
 
 async def chat(service: Service, request: Request) -> Response:
+    """Answer one request."""
     context = service.context(request)
     fields = await service.read(request, ChatRequest, context)
     service.check_priority(context, fields.priority)

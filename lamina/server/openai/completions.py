@@ -63,6 +63,7 @@ class Texts:
 
 
 async def completions(service: Service, request: Request) -> Response:
+    """Answer one request."""
     context = service.context(request)
     fields = await service.read(request, CompletionRequest, context)
     service.check_priority(context, fields.priority)

@@ -64,6 +64,7 @@ Vector: TypeAlias = "array[float]"
 
 
 async def embeddings(service: Service, request: Request) -> Response:
+    """Embed texts or token ids."""
     context = service.context(request)
     fields = await service.read(request, EmbeddingRequest, context)
     work = _embedded(service, fields, context)

@@ -51,12 +51,14 @@ async def unload(service: Service, request: Request) -> Response:
 
 
 async def tokenize(service: Service, request: Request) -> Response:
+    """POST /tokenize."""
     context = service.context(request)
     fields = await service.read(request, TokenizeRequest, context)
     return JSONResponse(await service.prepare(context, _tokenized, fields, context.served))
 
 
 async def detokenize(service: Service, request: Request) -> Response:
+    """POST /detokenize."""
     context = service.context(request)
     fields = await service.read(request, DetokenizeRequest, context)
     return JSONResponse(await service.prepare(context, _detokenized, fields, context.served))
@@ -71,6 +73,7 @@ async def health(service: Service, request: Request) -> Response:
 
 
 async def version(service: Service, request: Request) -> Response:
+    """GET /version."""
     return JSONResponse({"version": __version__})
 
 

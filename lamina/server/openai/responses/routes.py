@@ -37,6 +37,7 @@ class ResponseRoutes:
         self._store = ResponseStore(keys)
 
     async def create(self, service: Service, request: Request) -> Response:
+        """POST /v1/responses."""
         context = service.context(request)
         fields = await service.read(request, ResponsesRequest, context)
         service.check_priority(context, fields.priority)
@@ -74,6 +75,7 @@ class ResponseRoutes:
         return json_response(self._stored(request).response)
 
     async def delete(self, service: Service, request: Request) -> Response:
+        """DELETE /v1/responses/{response_id}."""
         stored = self._stored(request)
         self._store.drop(request.scope[TENANT], stored.id)
         return json_response({"id": stored.id, "object": "response", "deleted": True})
