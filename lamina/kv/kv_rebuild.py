@@ -11,8 +11,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from lamina.errors import EngineError
-from lamina.kv.kv_shares import GONE, Layout, Layouts, Pages, Share
+from lamina.kv.kv_shares import GONE, Layout, Pages, Share
 from lamina.kv.pages import PageRuns
+from lamina.kv.placement import Placement
 from lamina.kv.prefix_cache import PrefixCache
 from lamina.kv.prefix_nodes import Node, common_length
 from lamina.kv.request import Rebuild, ScheduledSequence, SchedulerConfig
@@ -24,12 +25,12 @@ _Beginning = tuple[int, str, tuple[int, ...], int, int, tuple[int, ...]]
 class KvRebuild:
     """Decides which holder takes over a lost share, and when a sequence's next row can be planned."""
 
-    def __init__(self, config: SchedulerConfig, layouts: Layouts, runs: PageRuns, spares: Spares) -> None:
+    def __init__(self, config: SchedulerConfig, placement: Placement, runs: PageRuns, spares: Spares) -> None:
         self._config = config
         self._runs = runs
         self._spares = spares
-        self.reads = ReadBacks(layouts, runs, spares)
-        self._layouts = layouts
+        self.reads = ReadBacks(placement, runs, spares)
+        self._placement = placement
 
     def take_over(self, holder: int, kept: Iterable[ScheduledSequence], prefixes: PrefixCache, free: Pages) -> int:
         """Have replicas take the place of what a lost holder had of these idle sequences and of prefixes, or have it
@@ -71,7 +72,7 @@ class KvRebuild:
         for share in lost:
             end = min(node.length, share.hi)
             if share.lo >= end:  # it has nothing there yet
-                substitutes[share] = self._layouts.substitute(share, free)
+                substitutes[share] = self._placement.substitute(share, free)
                 continue
             spare = self._spares.replica(node.handle or 0, share) or self._spares.parity(node, share)
             substitutes[share] = spare if spare is not None and spare.stored >= end else None
@@ -139,7 +140,7 @@ class KvRebuild:
             sequence.rebuild.source, sequence.rebuild.source_handle = source, source.handle
             sequence.rebuild.length, sequence.rebuild.lost = length, holder
         else:
-            self._layouts.replace(sequence.handle, holder, substitutes)
+            self._placement.replace(sequence.handle, holder, substitutes)
             if sequence.rebuild is not None and (key := self._beginning(sequence, sequence.rebuild.missing)):
                 sources.setdefault(key, sequence)
         return self._config.pages_for(substitutes, len(sequence.tokens), length)
@@ -184,7 +185,7 @@ class KvRebuild:
             return True
         if source.rebuild is not None and source.rebuild.at < rebuild.length:
             return False
-        self._layouts.replace(sequence.handle, rebuild.lost, rebuild.missing, source.handle, rebuild.length)
+        self._placement.replace(sequence.handle, rebuild.lost, rebuild.missing, source.handle, rebuild.length)
         shared = {share: source.runs[share] for share in rebuild.missing}
         self._runs.relocate(sequence.runs, [share for share in sequence.layout if share not in shared])
         sequence.runs |= self._runs.fork(shared, rebuild.length)
@@ -198,7 +199,7 @@ class KvRebuild:
         rebuild = sequence.rebuild
         if rebuild is not None and rebuild.source is not None and sequence.handle is not None:
             rebuild.source = None
-            self._layouts.replace(sequence.handle, rebuild.lost, rebuild.missing)
+            self._placement.replace(sequence.handle, rebuild.lost, rebuild.missing)
 
     def _source(
         self, sequence: ScheduledSequence, lost: Layout, sources: dict[_Beginning, ScheduledSequence]
@@ -230,7 +231,7 @@ class KvRebuild:
         if source is not None and source.rebuild is not None:
             substitutes: list[Share] = list(source.rebuild.missing)
         else:
-            candidates = [self._layouts.substitute(share, free) for share in lost]
+            candidates = [self._placement.substitute(share, free) for share in lost]
             substitutes = [share for share in candidates if share is not None]
         needed = self._config.pages_for(tuple(substitutes), len(sequence.tokens), length)
         return tuple(substitutes) if len(substitutes) == len(lost) and free.covers(needed) else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from lamina.errors import EngineError
 
@@ -103,77 +103,6 @@ class Pages(dict[Place, int]):
 
 
 NO_PAGES = Pages()
-
-
-class Layouts(Protocol):
-    """Where sequences are kept, and could be kept at present. `placement.Placement` implements it."""
-
-    @property
-    def pages(self) -> Pages:
-        """All pages of every holder, by pool."""
-
-    @property
-    def capacity(self) -> Pages:
-        """All pages of every holder that takes sequences, by pool."""
-
-    def layouts(self, length: int, tokens: int = 0, beside: Iterable[tuple[Layout, int]] = ()) -> tuple[Layout, ...]:
-        """Every possible layout of a new sequence of `tokens` tokens that grows up to `length`. The first goes best
-        with the layouts and tokens of the sequences `beside` it. Empty where there is no holder."""
-
-    @property
-    def closing(self) -> Pages:
-        """The pages that closes free which wait for a holder, at least."""
-
-    def open(self, layout: Layout) -> int:
-        """Open an empty sequence, so that the next one may get another layout. Returns its handle."""
-
-    def fork(self, parent: int, length: int, policy: str | None = None) -> int:
-        """Make a sequence of the parent's first `length` tokens, of that policy; None: of the parent's. Returns its
-        handle."""
-
-    def close(self, handle: int, freed: Pages) -> None:
-        """Close a sequence, which frees these pages or more."""
-
-    def replace(self, handle: int, lost: int, shares: Layout, source: int | None = None, length: int = 0) -> None:
-        """Open a lost holder's part of a sequence elsewhere: empty, or as forks of the source's shares."""
-
-    def grows(self, share: Share) -> bool:
-        """Whether what comes after some position of a share could be at another holder."""
-
-    def grow(self, handle: int, handovers: Sequence[Handover]) -> None:
-        """Have shares of a sequence grow elsewhere."""
-
-    def bound(self, part: Part, at: int) -> Part | None:
-        """A part ends at position `at`, above which it has nothing. None where its holder cannot be told."""
-
-    def check_integrity(self, handles: Sequence[int]) -> None:
-        """Raise EngineError unless exactly these sequences, all different, are kept."""
-
-    def local_copy(self, layout: Layout, lo: int) -> Layout:
-        """The shares of a local copy, of positions from `lo` on, of a sequence in this layout. Empty where it is local
-        itself, or there are no local pools."""
-
-    def open_beside(self, shares: Layout) -> tuple[Part, ...]:
-        """Open further parts of a sequence."""
-
-    def close_parts(self, parts: Iterable[Part], freed: Pages) -> None:
-        """Close parts, which frees these pages or more."""
-
-    def substitute(self, share: Share, free: Pages) -> Share | None:
-        """`share` of a lost holder at another one, given the free pages. None where no holder can have it."""
-
-    def is_local(self, layout: Layout) -> bool:
-        """Whether a layout is in the local pools."""
-
-    def hosts(self, share: Share, alike: bool = False) -> tuple[int, ...]:
-        """The holders that could have a share, or a spare of it; `alike`: those alone that lay out pages as its holder
-        does."""
-
-    def promote(self, handle: int, lost: Share, part: Part | None, share: Share) -> None:
-        """`part` takes the place of a sequence's lost part of share `lost`; None: an empty one for `share` does."""
-
-    def fork_part(self, part: Part, length: int, share: Share) -> Part:
-        """A part for `share` that has the first `length` tokens of another at the same holder."""
 
 
 SHARDS = ("heads", "sequence", "heads+sequence")

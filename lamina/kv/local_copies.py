@@ -8,29 +8,24 @@ may begin at any position: what lies below is read at the holders.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Set
+from dataclasses import dataclass
 
-from lamina.kv.kv_shares import Layout, Layouts, Pages, Place
+from lamina.kv.kv_shares import Layout, Pages, Place
 from lamina.kv.page_ledger import PageLedger
+from lamina.kv.placement import Placement
 from lamina.kv.request import Plan, PlannedRow, ScheduledSequence, SchedulerConfig
 from lamina.kv.running import RunningSequences
 
 
+@dataclass(frozen=True, slots=True)
 class LocalCopies:
-    """Decides which rows read a copy. `in_flight` has the plans in flight, whose copies cannot be closed."""
+    """Decides which rows read a copy. Of the plans in flight copies cannot be closed."""
 
-    def __init__(
-        self,
-        config: SchedulerConfig,
-        layouts: Layouts,
-        ledger: PageLedger,
-        running: RunningSequences,
-        in_flight: Set[Plan],
-    ) -> None:
-        self._config = config
-        self._layouts = layouts
-        self._ledger = ledger
-        self._running = running
-        self._in_flight = in_flight
+    _config: SchedulerConfig
+    _placement: Placement
+    _ledger: PageLedger
+    _running: RunningSequences
+    _in_flight: Set[Plan]
 
     def fit(self, rows: Iterable[PlannedRow], opens: bool) -> None:
         """Fit the copies of these rows, by order, into what the rows leave, and count their pages for the next plan. A
@@ -57,7 +52,7 @@ class LocalCopies:
         if sequence.local_copy and sequence.local_copy[0].share.lo <= row.start:
             return _layout(sequence)
         self._running.drop_local_copy(sequence)
-        return self._layouts.local_copy(sequence.layout, row.start) if opens else ()
+        return self._placement.local_copy(sequence.layout, row.start) if opens else ()
 
     def _take(self, row: PlannedRow, layout: Layout) -> bool:
         """Count a row's pages in its copy, which is opened where it is new. False where there is no room for them."""
@@ -66,7 +61,7 @@ class LocalCopies:
             if not self._running.evict(needed.keys()):
                 return False
         if not row.sequence.local_copy:
-            row.sequence.local_copy = self._layouts.open_beside(layout)
+            row.sequence.local_copy = self._placement.open_beside(layout)
         row.sequence.copied = row.start + row.count
         self._ledger.draft(needed)
         return True

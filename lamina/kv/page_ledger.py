@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lamina.errors import EngineError
-from lamina.kv.kv_shares import NO_PAGES, Layouts, Pages, Place
+from lamina.kv.kv_shares import NO_PAGES, Pages, Place
+from lamina.kv.placement import Placement
 from lamina.kv.request import Plan, PlannedRow, ScheduledSequence, SchedulerConfig
 
 
@@ -18,12 +19,12 @@ class PageLedger:
     way have taken, `promised` those that they will still take.
     """
 
-    def __init__(self, config: SchedulerConfig, layouts: Layouts) -> None:
-        self.free = layouts.pages
+    def __init__(self, config: SchedulerConfig, placement: Placement) -> None:
+        self.free = placement.pages
         self.promised = self.moving = NO_PAGES
         self._config = config
         self._size, self._states = config.page_size, bool(config.states)
-        self._layouts = layouts
+        self._placement = placement
         self._drafted = NO_PAGES  # of the rows and copies of the next plan
         self._unanswered: dict[Plan, Pages] = {}  # the pages that the rows of each will take
 
@@ -36,7 +37,7 @@ class PageLedger:
 
     def room(self) -> Pages:
         """The least pages that are free once every plan is answered and every operation accepted. Can be negative."""
-        room = self.free + self._layouts.closing - self._drafted
+        room = self.free + self._placement.closing - self._drafted
         for pages in self._unanswered.values():
             room -= pages
         return room

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence, Set
 from typing import NamedTuple
 
-from lamina.kv.kv_shares import Handover, Layout, Layouts, Pages, Place, Share, under
+from lamina.kv.kv_shares import Handover, Layout, Pages, Place, Share, under
 from lamina.kv.page_ledger import PageLedger
 from lamina.kv.placement import Placement
 from lamina.kv.request import ScheduledSequence, SchedulerConfig
@@ -49,10 +49,10 @@ class Growth:
     """
 
     def __init__(
-        self, config: SchedulerConfig, layouts: Layouts, ledger: PageLedger, running: RunningSequences
+        self, config: SchedulerConfig, placement: Placement, ledger: PageLedger, running: RunningSequences
     ) -> None:
         self._config = config
-        self._layouts = layouts
+        self._placement = placement
         self._ledger = ledger
         self._running = running
         self._cells: dict[tuple[int, tuple[int, ...], str], int] = {}
@@ -61,7 +61,7 @@ class Growth:
         """Holders have joined: they get growth until all have about the same part of their pages left at the end.
         Returns how many sequences grow there."""
         growing = [candidate for s in self._running for candidate in self._growing(s) if self._pays(candidate)]
-        pages, free = self._layouts.pages, dict(self._room())
+        pages, free = self._placement.pages, dict(self._room())
         for candidate in growing:
             free[candidate.share.at] = free.get(candidate.share.at, 0) - candidate.pages
         growing.sort(key=lambda candidate: -candidate.pages)
@@ -71,7 +71,7 @@ class Growth:
             place, pool = candidate.share.at, candidate.share.pool
             key = pool, candidate.share.heads[0]
             if key not in hosts:
-                hosts[key] = [number for number in self._layouts.hosts(candidate.share) if number in numbers]
+                hosts[key] = [number for number in self._placement.hosts(candidate.share) if number in numbers]
             best = max(hosts[key], key=lambda host: free.get((host, pool), 0) / pages[host, pool], default=place[0])
             best_place = best, pool
             if (
@@ -91,7 +91,7 @@ class Growth:
         for sequence in self._running:
             handovers = []
             for candidate in self._growing(sequence):
-                hosts = self._layouts.hosts(candidate.share) if candidate.share.holder in numbers else []
+                hosts = self._placement.hosts(candidate.share) if candidate.share.holder in numbers else []
                 if hosts and candidate.pages:
                     best = max(hosts, key=lambda host: free.get((host, candidate.share.pool), 0))
                     free[best, candidate.share.pool] = free.get((best, candidate.share.pool), 0) - candidate.pages
@@ -119,7 +119,7 @@ class Growth:
                 candidate.pages,
                 _MIN_PAGES * self._config.page_set((candidate.share,), candidate.at).get(candidate.share.at, 0),
             )
-            hosts = [host for host in self._layouts.hosts(candidate.share) if host != candidate.share.holder]
+            hosts = [host for host in self._placement.hosts(candidate.share) if host != candidate.share.holder]
             best = max(hosts, key=lambda host: room.get((host, candidate.share.pool), 0), default=-1)
             if room.get((best, candidate.share.pool), 0) < needed or not needed:
                 return False
@@ -139,7 +139,7 @@ class Growth:
         size, growing = self._config.page_size, []
         position = -(-max(sequence.planned, sequence.stored) // size) * size
         for share in sequence.layout:
-            if share.hi > position and (cells := self._cells_of(share)) and self._layouts.grows(share):
+            if share.hi > position and (cells := self._cells_of(share)) and self._placement.grows(share):
                 pages = -(-(min(share.hi, sequence.longest) - max(share.lo, position)) // size)
                 growing.append(GrowingShare(sequence, share, position, cells * max(0, pages)))
         return growing
@@ -212,7 +212,7 @@ def kept_shares(config: SchedulerConfig, sequences: Iterable[ScheduledSequence])
     return usages
 
 
-def next_move(every: Sequence[KeptShare], weights: Mapping[int, int], layouts: Layouts) -> Balancing | None:
+def next_move(every: Sequence[KeptShare], weights: Mapping[int, int], placement: Placement) -> Balancing | None:
     """The move that pays most; None where none pays. `weights` are those of the holders: one with a larger weight reads
     as much more in the same time."""
     read: Counter[int] = Counter()
@@ -228,7 +228,7 @@ def next_move(every: Sequence[KeptShare], weights: Mapping[int, int], layouts: L
             or sequence.longest - sequence.computed < MIN_TOKENS
         ):
             continue
-        for target in layouts.hosts(share):
+        for target in placement.hosts(share):
             before, after = read[source] / weights[source], (read[target] + pages) / weights[target]
             uneven = read[target] / weights[target] <= (1 - _MIN_DIFFERENCE) * before
             if target != source and uneven and after <= before - pages / weights[source]:

@@ -11,9 +11,10 @@ from collections.abc import Callable, Container, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 
 from lamina.errors import EngineError
-from lamina.kv.kv_shares import Handover, Layout, Layouts, Pages, Place
+from lamina.kv.kv_shares import Handover, Layout, Pages, Place
 from lamina.kv.page_ledger import PageLedger
 from lamina.kv.pages import PageRun, PageRuns
+from lamina.kv.placement import Placement
 from lamina.kv.prefix_cache import PrefixCache
 from lamina.kv.prefix_nodes import Node, tree_of
 from lamina.kv.request import RetainedKv, ScheduledSequence, SchedulerConfig
@@ -48,17 +49,17 @@ class RunningSequences:
     def __init__(
         self,
         config: SchedulerConfig,
-        layouts: Layouts,
+        placement: Placement,
         ledger: PageLedger,
         wake: Callable[[ScheduledSequence], None],
     ) -> None:
         self.sequences: list[ScheduledSequence] = []
         self.counters = Counters()
         self.runs = PageRuns(config.page_size, config.held)
-        self.spares = Spares(config, layouts, self.runs)
+        self.spares = Spares(config, placement, self.runs)
         self.prefix_cache = PrefixCache(config, self.runs, self._fork, self._evicted, wake)
         self._config = config
-        self._layouts = layouts
+        self._placement = placement
         self._ledger = ledger
 
     def __len__(self) -> int:
@@ -78,7 +79,7 @@ class RunningSequences:
     ) -> None:
         """Open a sequence in the holders: as a fork of the source's first `length` tokens where there is a source."""
         if source is None or source.handle is None:
-            sequence.handle, sequence.runs = self._layouts.open(layout), self.runs.open(layout)
+            sequence.handle, sequence.runs = self._placement.open(layout), self.runs.open(layout)
         else:
             policy = sequence.request.policy
             sequence.handle = self._fork(source.handle, length, policy)
@@ -127,7 +128,7 @@ class RunningSequences:
         self._leave_cache(sequence)
         self.drop_local_copy(sequence)
         self.spares.close(sequence.handle)
-        self._layouts.close(sequence.handle, self.own_pages(sequence, sequence.layout))
+        self._placement.close(sequence.handle, self.own_pages(sequence, sequence.layout))
         del self.sequences[bisect_left(self.sequences, sequence.order, key=order_of)]
         sequence.handle = sequence.rebuild = None
         self.runs.relocate(sequence.runs)
@@ -147,7 +148,7 @@ class RunningSequences:
     def drop_local_copy(self, sequence: ScheduledSequence) -> None:
         """Close a sequence's local copy, if it has one. No plan in flight may read it."""
         if sequence.local_copy:
-            self._layouts.close_parts(sequence.local_copy, self._copied(sequence))
+            self._placement.close_parts(sequence.local_copy, self._copied(sequence))
             sequence.local_copy = ()
 
     def rewritten(self, sequence: ScheduledSequence, start: int) -> None:
@@ -203,7 +204,7 @@ class RunningSequences:
         """Have shares of a sequence grow elsewhere, from above all that is planned on."""
         if sequence.handle is None or sequence.rebuild is not None:
             raise EngineError(f"request {sequence.request.id} cannot grow elsewhere now")
-        self._layouts.grow(sequence.handle, handovers)
+        self._placement.grow(sequence.handle, handovers)
         self.runs.grow(sequence.runs, handovers)
         others = [share for share in sequence.layout if all(share != handover.share for handover in handovers)]
         ended = {handover.share: handover.ended for handover in handovers if handover.ended is not None}
@@ -316,19 +317,19 @@ class RunningSequences:
         self.prefix_cache.release(sequence)
 
     def _fork(self, parent: int, length: int, policy: str | None = None) -> int:
-        handle = self._layouts.fork(parent, length, policy)
+        handle = self._placement.fork(parent, length, policy)
         self.spares.forked(parent, handle, length, policy)
         return handle
 
     def _evicted(self, handle: int, freed: Pages) -> None:
         self.counters.evicted += 1
         self.spares.close(handle)
-        self._layouts.close(handle, freed)
+        self._placement.close(handle, freed)
 
     def check_integrity(self) -> None:
         """Raise EngineError if handles, lengths, the prefix tree and the ledger contradict each other."""
         handles = [sequence.handle for sequence in self.sequences if sequence.handle is not None]
-        self._layouts.check_integrity(
+        self._placement.check_integrity(
             [*handles, *self.prefix_cache.check_integrity(self.sequences, self.spares.leaves)]
         )
         for sequence in self.sequences:

@@ -17,8 +17,9 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from lamina.errors import EngineError
-from lamina.kv.kv_shares import NO_PAGES, Layout, Layouts, Pages, Part, Place, Share, under
+from lamina.kv.kv_shares import NO_PAGES, Layout, Pages, Part, Place, Share, under
 from lamina.kv.pages import PageRun, PageRuns
+from lamina.kv.placement import Placement
 from lamina.kv.prefix_nodes import Node
 from lamina.kv.redundancy import groups
 from lamina.kv.request import ScheduledSequence, SchedulerConfig
@@ -51,10 +52,10 @@ class SpareCopy(NamedTuple):
 class Spares:
     """All spares, by the handles of their owners; the last ones are given up first."""
 
-    def __init__(self, config: SchedulerConfig, layouts: Layouts, runs: PageRuns) -> None:
+    def __init__(self, config: SchedulerConfig, placement: Placement, runs: PageRuns) -> None:
         self._config = config
         self._redundancy = config.redundancy
-        self._layouts = layouts
+        self._placement = placement
         self._runs = runs
         self._by_owner: dict[int, list[Spare]] = {}
         self._groups: dict[Layout, list[Layout]] = {}  # of layouts, while the holders stay the same
@@ -106,7 +107,7 @@ class Spares:
         for spare in self.of(handle):
             shares = tuple(ended.get(share, share) for share in spare.of)
             end = max(share.hi for share in shares)
-            if not set(shares).issubset(layout) or (part := self._layouts.bound(spare.part, end)) is None:
+            if not set(shares).issubset(layout) or (part := self._placement.bound(spare.part, end)) is None:
                 self._drop(handle, spare)
             else:
                 spare.of, spare.part, spare.run.share = shares, part, part.share
@@ -138,7 +139,7 @@ class Spares:
     def holders_changed(self) -> None:
         """Holders have come or gone. Spares at lost holders are lost too."""
         self._groups.clear()
-        present_places = self._layouts.pages
+        present_places = self._placement.pages
         for handle in list(self._by_owner):
             for spare in self.of(handle):
                 if spare.part.share.at not in present_places:
@@ -155,7 +156,7 @@ class Spares:
 
     def _drop(self, handle: int, spare: Spare) -> None:
         self._remove(handle, spare)
-        self._layouts.close_parts((spare.part,), self._runs.own((spare.run,)))
+        self._placement.close_parts((spare.part,), self._runs.own((spare.run,)))
         self._runs.close({spare.part.share: spare.run})
 
     def _fork(self, spare: Spare, handle: int, length: int, of: Layout) -> Spare | None:
@@ -164,7 +165,7 @@ class Spares:
         cut = min(spare.stored, length - length % self._config.page_size)
         if cut <= share.lo or not self._config.unbounded(share.policy):
             return None
-        part = self._layouts.fork_part(spare.part, cut, share)
+        part = self._placement.fork_part(spare.part, cut, share)
         forks = self._runs.fork({spare.part.share: spare.run}, cut, True, 0, 0, share.policy)
         return self._keep(handle, Spare(of, part, forks[share], cut))
 
@@ -226,9 +227,9 @@ class Spares:
         if spare.stored <= spare.part.share.lo:
             self._drop(copy.handle, spare)
             return
-        fork = self._layouts.fork_part(spare.part, spare.stored, spare.part.share)
+        fork = self._placement.fork_part(spare.part, spare.stored, spare.part.share)
         self._runs.extend(spare.run, spare.stored)
-        self._layouts.close_parts((spare.part,), NO_PAGES)
+        self._placement.close_parts((spare.part,), NO_PAGES)
         spare.part, spare.reach = fork, spare.stored
 
     def stands(self, copy: SpareCopy) -> bool:
@@ -240,7 +241,7 @@ class Spares:
         attention workers."""
         covered = total = 0
         spares = self.of(owner.handle or 0)
-        for share in () if self._layouts.is_local(owner.layout) else owner.layout:
+        for share in () if self._placement.is_local(owner.layout) else owner.layout:
             end = min(length, share.hi)
             if end <= share.lo:
                 continue
@@ -255,8 +256,8 @@ class Spares:
         return (
             bool(self._redundancy and layout)
             and self._config.unbounded(layout[0].policy)
-            and len(self._layouts.hosts(layout[0])) > 1
-            and not self._layouts.is_local(layout)
+            and len(self._placement.hosts(layout[0])) > 1
+            and not self._placement.is_local(layout)
         )
 
     def _wanted(self, layout: Layout) -> list[Layout]:
@@ -264,7 +265,7 @@ class Spares:
             if len(self._groups) > 4096:
                 self._groups.clear()
             self._groups[layout] = groups(
-                layout, self._redundancy, lambda share: self._layouts.hosts(share, alike=True)
+                layout, self._redundancy, lambda share: self._placement.hosts(share, alike=True)
             )
         return self._groups[layout]
 
@@ -280,7 +281,7 @@ class Spares:
     def _open(self, handle: int, group: Layout, room: Pages) -> Spare | None:
         """An empty spare at the holder with the most room; None where no holder can have it."""
         excluded, pool = self._taken(handle, group), group[0].pool
-        hosts = self._layouts.hosts(group[0], alike=len(group) > 1)
+        hosts = self._placement.hosts(group[0], alike=len(group) > 1)
         numbers = [number for number in hosts if number not in excluded]
         if not numbers:
             return None
@@ -288,7 +289,7 @@ class Spares:
         share = replace(group[0], holder=best, heads=max((share.heads for share in group), key=len))
         if not room.covers(self._config.held((share,), share.lo, share.lo + self._config.page_size, 0)):
             return None
-        (part,) = self._layouts.open_beside((share,))
+        (part,) = self._placement.open_beside((share,))
         return self._keep(handle, Spare(group, part, PageRun(share, share.lo, share.lo, users=0), share.lo))
 
     def _further(
@@ -325,7 +326,7 @@ class Spares:
 
     def parity(self, owner: Owner, lost: Share) -> Spare | None:
         """The parity from which a lost share can be read: it is there, and so are the others of the group."""
-        present_places = self._layouts.pages
+        present_places = self._placement.pages
         for spare in self.of(owner.handle or 0):
             others = [share for share in spare.of if share != lost]
             readable = others and all(share in owner.layout and share.at in present_places for share in others)
@@ -344,7 +345,7 @@ class Spares:
         self._runs.use({share: spare.run}, users)
         owner.runs[share] = spare.run
         self.replaced(owner, lost, share)
-        self._layouts.promote(owner.handle, lost, spare.part, share)
+        self._placement.promote(owner.handle, lost, spare.part, share)
         return share
 
     def reopen(self, owner: Owner, lost: Share, share: Share, users: int) -> None:
@@ -352,7 +353,7 @@ class Spares:
         self._runs.close({lost: owner.runs.pop(lost)})
         owner.runs[share] = PageRun(share, share.lo, share.lo, users=users)
         self.replaced(owner, lost, share)
-        self._layouts.promote(owner.handle or 0, lost, None, share)
+        self._placement.promote(owner.handle or 0, lost, None, share)
 
     def replaced(self, owner: Owner, lost: Share, share: Share) -> None:
         """An owner has `share` in the place of a lost one, with the same KV: the other spares protect it."""
@@ -378,8 +379,8 @@ class ReadBack:
 class ReadBacks:
     """The shares that are read back, in this order."""
 
-    def __init__(self, layouts: Layouts, runs: PageRuns, spares: Spares) -> None:
-        self._layouts = layouts
+    def __init__(self, placement: Placement, runs: PageRuns, spares: Spares) -> None:
+        self._placement = placement
         self._runs = runs
         self._spares = spares
         self._due: deque[ReadBack] = deque()
@@ -402,7 +403,7 @@ class ReadBacks:
         owner.runs[share] = PageRun(share, share.lo, share.lo if isinstance(owner, Node) else 0, users=leaf.users)
         self._runs.close({lost: leaf})
         self._spares.replaced(owner, lost, share)
-        self._layouts.replace(handle, lost.holder, ())
+        self._placement.replace(handle, lost.holder, ())
         read = ReadBack(owner, handle, spare, share, share.lo, spare.stored)
         self._due.append(read)
         return read
@@ -437,7 +438,7 @@ class ReadBacks:
 
     def unreadable(self) -> list[ReadBack]:
         """What was due and cannot be read back any more, since holders were lost; it is due no more."""
-        present_places, due = self._layouts.pages, self._due
+        present_places, due = self._placement.pages, self._due
         unreadable = [
             read
             for read in due
@@ -449,7 +450,7 @@ class ReadBacks:
     def give_up(self, read: ReadBack) -> None:
         """A share is not read back; it has a part all the same."""
         if read.part is None:
-            self._layouts.promote(read.handle, read.share, None, read.share)
+            self._placement.promote(read.handle, read.share, None, read.share)
 
     @staticmethod
     def _stands(read: ReadBack) -> bool:
@@ -460,7 +461,7 @@ class ReadBacks:
         *_, top = spare.run.path()
         if top not in self._places:
             group_rest = [share for share in spare.of if share != lost]
-            hosts = self._layouts.hosts(group_rest[0], alike=True)
+            hosts = self._placement.hosts(group_rest[0], alike=True)
             excluded = {spare.part.share.holder, *(share.holder for share in group_rest)}
             numbers = [number for number in hosts if number not in excluded] or hosts
             if not numbers:
@@ -480,15 +481,15 @@ class ReadBacks:
             if common > length and replace(other.share, policy=read.share.policy) == read.share:
                 best, length = other, common
         if best is None or best.part is None:
-            (read.part,) = self._layouts.open_beside((read.share,))
+            (read.part,) = self._placement.open_beside((read.share,))
         else:
-            read.part = self._layouts.fork_part(best.part, length, read.share)
+            read.part = self._placement.fork_part(best.part, length, read.share)
             leaf, prefix = read.owner.runs.pop(read.share), isinstance(read.owner, Node)
             source = {best.share: best.owner.runs[best.share]}
             read.owner.runs |= self._runs.fork(source, length, prefix, 0, leaf.users, read.share.policy)
             self._runs.close({read.share: leaf})
             read.at = length
-        self._layouts.promote(read.handle, read.share, read.part, read.share)
+        self._placement.promote(read.handle, read.share, read.part, read.share)
 
 
 def _rewritten_from(read: ReadBack) -> int:

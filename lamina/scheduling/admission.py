@@ -21,7 +21,8 @@ from heapq import heappop, heappush
 from itertools import chain, islice
 
 from lamina.errors import EngineError
-from lamina.kv.kv_shares import NO_PAGES, Layout, Layouts, Pages, under
+from lamina.kv.kv_shares import NO_PAGES, Layout, Pages, under
+from lamina.kv.placement import Placement
 from lamina.kv.prefix_nodes import Match
 from lamina.kv.request import ScheduledSequence, SchedulerConfig
 from lamina.kv.running import Order, RunningSequences
@@ -38,16 +39,16 @@ _POLICIES = 64  # for which the longest sequence is known at a time
 class Admission:
     """The queues. Sequences that wait for a prefix to be computed are in the prefix tree instead."""
 
-    def __init__(self, config: SchedulerConfig, layouts: Layouts, running: RunningSequences) -> None:
+    def __init__(self, config: SchedulerConfig, placement: Placement, running: RunningSequences) -> None:
         self._config = config
-        self._layouts = layouts
+        self._placement = placement
         self._running = running
         # Heaps, by tenant. A finished sequence stays until it is on top.
         self._waiting: dict[str, list[tuple[Order, ScheduledSequence]]] = {}
         self._short: dict[str, tuple[ScheduledSequence, tuple[Pages, ...], int]] = {}
         """By tenant: the first, the pages it needs, and how many prefixes had been entered then."""
         self._longest_before_loss: dict[str, int] = {}  # by policy
-        self._expected: Layouts | None = None  # with all holders that may join
+        self._expected: Placement | None = None  # with all holders that may join
         self._longest_expected: dict[str, int] = {}  # by policy
         self._stranded: list[ScheduledSequence] = []
         self._longest: tuple[Pages, dict[str, int]] = NO_PAGES, {}
@@ -70,14 +71,14 @@ class Admission:
         """The most tokens of one sequence that the context and the holders' memory can ever hold under a policy. Raises
         what `SchedulerConfig.policy` raises."""
         self._config.policy(policy)
-        context, capacity = self._config.max_model_len, self._layouts.capacity
+        context, capacity = self._config.max_model_len, self._placement.capacity
         if not capacity:  # there is no holder at present
             return context
         if capacity != self._longest[0] or len(self._longest[1]) >= _POLICIES:
             self._longest = capacity, {}
         longest = self._longest[1]
         if policy not in longest:
-            longest[policy] = self._longest_at(self._layouts, policy)
+            longest[policy] = self._longest_at(self._placement, policy)
         return longest[policy]
 
     def most_hoped(self, policy: str = "") -> int:
@@ -92,25 +93,25 @@ class Admission:
             expected[policy] = self._longest_at(self._expected, policy)
         return max(present, expected[policy])
 
-    def expect(self, most: Layouts) -> None:
+    def expect(self, most: Placement) -> None:
         """More holders join where they are wanted, up to these. What fits there is waited for."""
         self._expected = most
 
     def losing(self) -> None:
         """Holders are about to be lost: what fits now is waited for."""
-        if self._layouts.capacity:
+        if self._placement.capacity:
             policies = islice({"": 0} | self._longest[1] | self._longest_before_loss, _POLICIES)
             self._longest_before_loss = {policy: self.most_hoped(policy) for policy in policies}
 
     def left(self) -> None:
         self._longest_before_loss.clear()
 
-    def _longest_at(self, layouts: Layouts, policy: str) -> int:
+    def _longest_at(self, placement: Placement, policy: str) -> int:
         context = self._config.max_model_len
 
         def fits(length: int) -> bool:
-            every = (under(layout, policy) for layout in layouts.layouts(length))
-            return any(layouts.capacity.covers(self._config.pages_for(layout, length)) for layout in every)
+            every = (under(layout, policy) for layout in placement.layouts(length))
+            return any(placement.capacity.covers(self._config.pages_for(layout, length)) for layout in every)
 
         if fits(context):  # usual, and much sooner known than by a search
             return context
@@ -118,7 +119,7 @@ class Admission:
 
     def _holds(self, layout: Layout, length: int) -> bool:
         """Whether `length` tokens could ever be kept in this layout."""
-        return self._layouts.capacity.covers(self._config.pages_for(layout, length))
+        return self._placement.capacity.covers(self._config.pages_for(layout, length))
 
     def queue(self, sequence: ScheduledSequence) -> None:
         """Have a sequence without KV wait for its turn."""
@@ -215,7 +216,7 @@ class Admission:
                 continue
             places = self._places(sequence, match)
             if not places:
-                if not self._layouts.capacity:
+                if not self._placement.capacity:
                     return None
                 self._stranded.append(heappop(waiting)[1])
                 continue
@@ -276,7 +277,7 @@ class Admission:
         prefix that was found is used where it is, unless only other holders have room."""
         others = ((other.layout, len(other.tokens)) for other in self._running)
         policy, tokens = sequence.request.policy, len(sequence.tokens)
-        layouts = [under(layout, policy) for layout in self._layouts.layouts(sequence.longest, tokens, others)]
+        layouts = [under(layout, policy) for layout in self._placement.layouts(sequence.longest, tokens, others)]
         anew = [(layout, Match()) for layout in layouts if self._holds(layout, sequence.longest)]
         match_layout = () if match.node is None else under(match.node.layout, policy)
         if not match_layout or not self._holds(match_layout, sequence.longest):

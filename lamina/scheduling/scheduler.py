@@ -18,9 +18,10 @@ from itertools import islice, zip_longest
 from lamina.completions import FinishReason
 from lamina.errors import EngineError, InvalidRequest
 from lamina.kv.kv_rebuild import KvRebuild
-from lamina.kv.kv_shares import Layouts, Pages, Place
+from lamina.kv.kv_shares import Pages, Place
 from lamina.kv.local_copies import LocalCopies
 from lamina.kv.page_ledger import PageLedger
+from lamina.kv.placement import Placement
 from lamina.kv.relocation import Growth
 from lamina.kv.request import (
     Outcome,
@@ -47,32 +48,22 @@ class Scheduler:
     that refuse without reason.
     """
 
-    def __init__(self, config: SchedulerConfig, layouts: Layouts) -> None:
+    def __init__(self, config: SchedulerConfig, placement: Placement) -> None:
         self.config = config
-        self.ledger = PageLedger(config, layouts)
-        self.running = RunningSequences(config, layouts, self.ledger, lambda sequence: self.admission.queue(sequence))
-        self.admission = Admission(config, layouts, self.running)
+        self.ledger = PageLedger(config, placement)
+        self.running = RunningSequences(config, placement, self.ledger, lambda sequence: self.admission.queue(sequence))
+        self.admission = Admission(config, placement, self.running)
         self.counters = self.running.counters
-        self._layouts = layouts
+        self._placement = placement
         self.blame = Blame()
         self.refusals = Refusals()
-        self.rebuilds = KvRebuild(config, layouts, self.running.runs, self.running.spares)
+        self.rebuilds = KvRebuild(config, placement, self.running.runs, self.running.spares)
         self.fair_share = FairShare()
         self._requests: dict[str, list[ScheduledSequence]] = {}  # unfinished ones
         self._in_flight: set[Plan] = set()
-        self.copies = LocalCopies(config, layouts, self.ledger, self.running, self._in_flight)
-        self.growth = Growth(config, layouts, self.ledger, self.running)
-        self._planner = RowPlanner(
-            self.ledger,
-            self.running,
-            self.admission,
-            self.rebuilds,
-            self.blame,
-            self.fair_share,
-            config,
-            self.copies,
-            self.growth,
-        )
+        self.copies = LocalCopies(config, placement, self.ledger, self.running, self._in_flight)
+        self.growth = Growth(config, placement, self.ledger, self.running)
+        self._planner = RowPlanner(self)
         self._batch_tokens = config.max_batch_tokens  # fewer when even a lone sequence was refused
         self._refused = False  # the last plan: the count of pages was wrong, so nothing is admitted by it
         self._stalled = False  # no room can be made before a batch in flight is over
@@ -118,7 +109,7 @@ class Scheduler:
             first.siblings = [other for other in others if not generated[other.sample] and other.sample not in retained]
         for sequence in samples:
             if sequence.sample in retained:
-                self.running.adopt(sequence, retained[sequence.sample], self._layouts.capacity)
+                self.running.adopt(sequence, retained[sequence.sample], self._placement.capacity)
             elif sequence not in first.siblings:
                 self.admission.queue(sequence)
         return tuple(samples)
@@ -361,13 +352,13 @@ class Scheduler:
     # Holders join and leave.
 
     def joined(self, pages: Pages) -> None:
-        """A holder with these pages has joined, which the layouts know already."""
+        """A holder with these pages has joined, which the placement knows already."""
         self.ledger.joined(pages)
         self._stalled = False
         self.admission.joined()
 
     def lost(self, holder: int) -> tuple[int, int, int]:
-        """A holder was lost, and the layouts know it. Spares take its KV over, or it is opened elsewhere and computed
+        """A holder was lost, as the placement knows. Spares take its KV over, or it is opened elsewhere and computed
         again.
 
         Nothing may be in flight. Returns how many tokens will be computed again for it; how many tokens had those
@@ -419,30 +410,19 @@ class Scheduler:
 
 
 class RowPlanner:
-    """Forms batches of the running sequences and of those that `admission` gives KV."""
+    """Forms batches of the running sequences and of those that `admission` gives KV, by the parts of a scheduler."""
 
-    def __init__(
-        self,
-        ledger: PageLedger,
-        running: RunningSequences,
-        admission: Admission,
-        rebuilds: KvRebuild,
-        blame: Blame,
-        fair_share: FairShare,
-        config: SchedulerConfig,
-        copies: LocalCopies,
-        growth: Growth,
-    ) -> None:
-        self._ledger = ledger
-        self._running = running
-        self._admission = admission
-        self._rebuilds = rebuilds
-        self._blame = blame
-        self._fair_share = fair_share
-        self._config = config
-        self._max_rows = config.max_sequences
-        self._copies = copies
-        self._growth = growth
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._ledger = scheduler.ledger
+        self._running = scheduler.running
+        self._admission = scheduler.admission
+        self._rebuilds = scheduler.rebuilds
+        self._blame = scheduler.blame
+        self._fair_share = scheduler.fair_share
+        self._config = scheduler.config
+        self._max_rows = scheduler.config.max_sequences
+        self._copies = scheduler.copies
+        self._growth = scheduler.growth
         self._turn = 0  # the number of the present plan
 
     def rows(self, lanes: int, budget: int, admits: bool) -> list[PlannedRow]:
