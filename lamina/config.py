@@ -104,8 +104,8 @@ class EngineConfig:
     are computed each time (no prefix cache), and what is "auto" is not measured: one lane, q, k and v together, and no
     KV in the engine's process beside attention workers."""
     policy: str | Path | None = None
-    """What each KV head reads and keeps: "full" for everything, as does None, "auto" for the keys that matter, another
-    policy for all heads such as "streaming(sink=64, recent=256)", or the path of a policy file, which ends in .toml."""
+    """What each KV head reads and keeps: "full" for everything, "auto" for the keys that matter, another policy for all
+    heads such as "streaming(sink=64, recent=256)", or the path of a policy file, which ends in .toml; None: "full"."""
     sketches: bool = False
     """Keep sketches of all pages of KV, so that requests may name policies that choose by them, such as "auto", where
     `policy` does not choose. They take a part of `kv_memory`."""

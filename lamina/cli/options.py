@@ -295,8 +295,12 @@ class Described:
 
 
 def _setting_docs(checked_by: type) -> dict[str, str]:
-    """The first sentence of what stands below each field of a class of settings: the option's help."""
-    tree = ast.parse(inspect.getsource(sys.modules[checked_by.__module__]))
+    """The first sentence of what stands below each field of a class of settings: the option's help. Empty where there
+    is no source, as in an installation of compiled files alone."""
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[checked_by.__module__]))
+    except OSError:
+        return {}
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == checked_by.__name__)
     docs: dict[str, str] = {}
     for field, doc in itertools.pairwise(body):
@@ -325,7 +329,7 @@ def _checked_options(group: Any, hints: Mapping[str, Any]) -> dict[str, Any]:
             kind,
             typer.Option(
                 *(mark.name for mark in marks),
-                help=docs[name],
+                help=docs.get(name),
                 rich_help_panel=group.panels.get(name, group.panels[""]),
                 show_default=str(default) if shown else False,
                 **_SYNTAX.get(kind, {}),

@@ -24,7 +24,6 @@ from lamina.server.http.limits import ClientGone
 from lamina.server.machines import MachineDecision, MachineList, Machines
 from lamina.server.models import Models
 from lamina.server.openai import model_routes, response_schemas, schemas
-from lamina.server.openai import schemas as embedding_schemas
 from lamina.server.openai.chat import chat
 from lamina.server.openai.completions import completions
 from lamina.server.openai.embeddings import embeddings, rerank
@@ -49,8 +48,8 @@ _REQUESTS = (
     schemas.DetokenizeRequest,
     MessagesRequest,
     CountTokensRequest,
-    embedding_schemas.EmbeddingRequest,
-    embedding_schemas.RerankRequest,
+    schemas.EmbeddingRequest,
+    schemas.RerankRequest,
 )
 _STREAMED = (schemas.ChatRequest, schemas.CompletionRequest, ResponsesRequest, MessagesRequest)
 _BODIES = (*_REQUESTS, MachineDecision)
@@ -173,24 +172,17 @@ def _add_routes(app: FastAPI, service: Service, machines: Machines) -> None:
     add(MESSAGES, messages, response_schemas.Message, _WORKING, "POST", MessagesRequest)
     add(f"{MESSAGES}/count_tokens", count_tokens, response_schemas.CountedTokens, _WORKING, "POST", CountTokensRequest)
     add("/v1/completions", completions, response_schemas.TextCompletion, _WORKING, "POST", schemas.CompletionRequest)
-    embedding = embedding_schemas.EmbeddingList, _WORKING, "POST", embedding_schemas.EmbeddingRequest
-    add("/v1/embeddings", embeddings, *embedding)
+    add("/v1/embeddings", embeddings, schemas.EmbeddingList, _WORKING, "POST", schemas.EmbeddingRequest)
     for path in ("/v1/rerank", "/rerank"):
-        add(path, rerank, embedding_schemas.RerankList, _WORKING, "POST", embedding_schemas.RerankRequest)
+        add(path, rerank, schemas.RerankList, _WORKING, "POST", schemas.RerankRequest)
     add("/v1/models", model_routes.models, response_schemas.ModelList, _READING)
     add("/v1/models/{model_id:path}", model_routes.model, response_schemas.ModelCard, (*_READING, 404))
     for what in (model_routes.load, model_routes.unload):
         path = f"/v1/models/{{model_id:path}}/{what.__name__}"
         add(path, what, response_schemas.ModelCard, (*_READING, 404, 409, 429, 503, 504), "POST")
     add("/tokenize", model_routes.tokenize, response_schemas.Tokens, _WORKING, "POST", schemas.TokenizeRequest)
-    add(
-        "/detokenize",
-        model_routes.detokenize,
-        response_schemas.Detokenized,
-        _WORKING,
-        "POST",
-        schemas.DetokenizeRequest,
-    )
+    detokenized, request = response_schemas.Detokenized, schemas.DetokenizeRequest
+    add("/detokenize", model_routes.detokenize, detokenized, _WORKING, "POST", request)
     add("/joining", machines.machines, MachineList, _READING)
     deciding = (*_READING, 404, 408, 413, 415, 429)
     add("/joining/{machine_id}", machines.decide, MachineList, deciding, "POST", MachineDecision)

@@ -75,7 +75,7 @@ class Machine:
 def this_machine() -> Machine:
     processor, flags = parse_cpuinfo(_text_of("/proc/cpuinfo"))
     memory, available = parse_meminfo(_text_of("/proc/meminfo"))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = _cores()
     for group in control_groups(_text_of("/proc/self/cgroup")):
         limit, used = (_number(_text_of(f"{group}/memory.{name}")) for name in ("max", "current"))
         if limit is not None and limit < memory:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lamina.errors import InvalidRequest, cut
+from lamina.sampling_params import json_depth
 
 SWITCHES = ("enable_thinking", "thinking")
 """Names by which templates switch reasoning: Qwen3, SmolLM3 and GLM; DeepSeek-V3.1 and Granite."""
@@ -162,7 +163,7 @@ def _check_call(name: str, call: object) -> dict[str, Any]:
             arguments = json.loads(arguments or "{}")
         except (ValueError, RecursionError):
             arguments = None
-    if not isinstance(arguments, dict) or not _is_shallow(arguments):
+    if not isinstance(arguments, dict) or json_depth(arguments, _MAX_DEPTH) > _MAX_DEPTH:
         raise InvalidRequest(
             f"{name}.function.arguments is {cut(function['arguments'])}; allowed is the JSON text of an object, "
             f"at most {_MAX_DEPTH} deep"
@@ -172,20 +173,6 @@ def _check_call(name: str, call: object) -> dict[str, Any]:
         "type": "function",
         "function": {"name": function["name"], "arguments": arguments},
     }
-
-
-def _is_shallow(value: Any) -> bool:
-    level = [value]
-    for _ in range(_MAX_DEPTH):
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, (dict, list))
-        ]
-        if not level:
-            return True
-    return False
 
 
 def _check_part(name: str, part: object, of_assistant: bool) -> str:

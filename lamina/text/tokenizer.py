@@ -134,7 +134,8 @@ class Tokenizer:
         template = self._tool_template if tools else self._template
         if template is None:
             raise ModelFileError("the model has no chat template; give it a prompt instead of messages")
-        variables = {**_given(self._special), **(template_kwargs or {})}
+        special = {name: text for name, text in self._special.items() if text is not None}
+        variables: dict[str, Any] = special | dict(template_kwargs or {})
         variables |= {"add_generation_prompt": add_generation_prompt, "documents": None}
         variables["tools"] = None if tools is None else list(tools)
         text = template.render([_in_its_words(message, template) for message in checked], **variables)
@@ -282,10 +283,6 @@ def _token_text(token: object) -> str | None:
     """A special token of tokenizer_config.json: its text, or an object that has it as `content`."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
-
-
-def _given(values: Mapping[str, str | None]) -> dict[str, str]:
-    return {name: value for name, value in values.items() if value is not None}
 
 
 @contextlib.contextmanager

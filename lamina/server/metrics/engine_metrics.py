@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate, zip_longest
+from typing import TypeVar
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from lamina.messages.snapshot import BATCH_BUCKETS, EXCHANGE_BUCKETS, HolderSnapshot, Snapshot
 
-_LABELS = ("model_name", "engine")
+F = TypeVar("F", bound=Metric)
 
 _COUNTERS: Mapping[str, tuple[str, str]] = {
     "generation_tokens": ("generation_tokens", "Tokens sampled."),
@@ -77,23 +78,18 @@ class EngineMetrics:
             yield self._counter(metric, text, self._total(latest, name))
         read = self._total(latest, "prompt_tokens") + self._total(latest, "prefix_hits")
         yield self._counter("prompt_tokens", "Tokens of prompts that were read: computed, or found in the cache.", read)
-        tiers = CounterMetricFamily(
-            "lamina:tier_seconds", "What the engine's thread spent its time on.", labels=(*_LABELS, "tier")
-        )
+        tiers = family(CounterMetricFamily, "tier_seconds", "What the engine's thread spent its time on.", "tier")
         for tier, name in _TIERS.items():
             tiers.add_metric((*self._values, tier), self._total(latest, name))
         yield tiers
-        accepted = CounterMetricFamily(
-            "lamina:spec_decode_num_accepted_tokens_per_pos",
-            "Drafts that became tokens, by their position in their row.",
-            labels=(*_LABELS, "position"),
-        )
+        what = "Drafts that became tokens, by their position in their row."
+        accepted = family(CounterMetricFamily, "spec_decode_num_accepted_tokens_per_pos", what, "position")
         for position, count in enumerate(self._accepted(latest)):
             accepted.add_metric((*self._values, str(position)), count)
         yield accepted
 
     def _batch_sizes(self, latest: Snapshot | None) -> Metric:
-        sizes = HistogramMetricFamily("lamina:iteration_tokens_total", "Tokens computed in a batch.", labels=_LABELS)
+        sizes = family(HistogramMetricFamily, "iteration_tokens_total", "Tokens computed in a batch.")
         counts, total = self._batches(latest), self._total(latest, "batch_tokens")
         sizes.add_metric(self._values, cumulative(BATCH_BUCKETS, counts), total)
         return sizes
@@ -120,32 +116,21 @@ class EngineMetrics:
         what = "Share of the KV at attention workers that has all its spares; 0 without redundancy."
         yield self._gauge("kv_redundant_share", what, shown.kv_redundant if shown else 0.0)
         yield self._gauge("missed_mass_ratio", "Estimated mean share of attention that queries did not read.", missed)
-        info = GaugeMetricFamily(
-            "lamina:cache_config_info", "How KV is kept.", labels=(*_LABELS, "block_size", "num_gpu_blocks")
-        )
+        info = family(GaugeMetricFamily, "cache_config_info", "How KV is kept.", "block_size", "num_gpu_blocks")
         if shown:
             blocks = total // shown.block_pages
             info.add_metric((*self._values, str(shown.page_size), str(blocks)), 1)
         yield info
 
     def _workers(self, latest: Snapshot | None) -> Iterator[Metric]:
-        up = GaugeMetricFamily(
-            "lamina:attention_worker_up", "Whether an attention worker is there.", labels=(*_LABELS, "worker")
-        )
-        pages = GaugeMetricFamily(
-            "lamina:kv_pages", "KV pages of a holder, by state.", labels=(*_LABELS, "worker", "state")
-        )
-        by_pool = GaugeMetricFamily(
-            "lamina:kv_pool_pages",
-            "Where the layers keep several things, pages of each.",
-            labels=(*_LABELS, "worker", "pool", "state"),
-        )
-        crossed = CounterMetricFamily(
-            "lamina:attention_exchange_bytes", "Bytes to and from a worker.", labels=(*_LABELS, "worker", "direction")
-        )
-        took = HistogramMetricFamily(
-            "lamina:attention_exchange_seconds", "From a layer's query to its answer.", labels=(*_LABELS, "worker")
-        )
+        up = family(GaugeMetricFamily, "attention_worker_up", "Whether an attention worker is there.", "worker")
+        pages = family(GaugeMetricFamily, "kv_pages", "KV pages of a holder, by state.", "worker", "state")
+        what = "Where the layers keep several things, pages of each."
+        by_pool = family(GaugeMetricFamily, "kv_pool_pages", what, "worker", "pool", "state")
+        what = "Bytes to and from a worker."
+        crossed = family(CounterMetricFamily, "attention_exchange_bytes", what, "worker", "direction")
+        what = "From a layer's query to its answer."
+        took = family(HistogramMetricFamily, "attention_exchange_seconds", what, "worker")
         for holder in latest.holders if latest else ():
             name = holder.name
             if not holder.local:
@@ -160,11 +145,8 @@ class EngineMetrics:
             for pool, (total, free) in enumerate(holder.pools) if self._alive else ():
                 by_pool.add_metric((*self._values, name, str(pool), "taken"), total - free)
                 by_pool.add_metric((*self._values, name, str(pool), "free"), free)
-        held = GaugeMetricFamily(
-            "lamina:attention_worker_held_back",
-            "Attention workers that are there and not used, by the reason.",
-            labels=(*_LABELS, "worker", "reason"),
-        )
+        what = "Attention workers that are there and not used, by the reason."
+        held = family(GaugeMetricFamily, "attention_worker_held_back", what, "worker", "reason")
         for name, reason in latest.held_back.items() if latest and self._alive else ():
             held.add_metric((*self._values, name, reason), 1)
         for name in latest.missing if latest else ():
@@ -192,14 +174,19 @@ class EngineMetrics:
         return tuple(map(sum, both))
 
     def _counter(self, name: str, text: str, value: float) -> Metric:
-        family = CounterMetricFamily(f"lamina:{name}", text, labels=_LABELS)
-        family.add_metric(self._values, value)
-        return family
+        counter = family(CounterMetricFamily, name, text)
+        counter.add_metric(self._values, value)
+        return counter
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
-        family = GaugeMetricFamily(f"lamina:{name}", text, labels=_LABELS)
-        family.add_metric(self._values, value)
-        return family
+        gauge = family(GaugeMetricFamily, name, text)
+        gauge.add_metric(self._values, value)
+        return gauge
+
+
+def family(kind: Callable[..., F], name: str, text: str, *labels: str) -> F:
+    """An empty family of metrics of one model, with further labels."""
+    return kind(f"lamina:{name}", text, labels=("model_name", "engine", *labels))
 
 
 def cumulative(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, float]]:

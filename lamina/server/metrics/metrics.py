@@ -17,7 +17,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from lamina.completions import Completion
 from lamina.errors import LaminaError
 from lamina.messages.engine_request import EngineRequest
-from lamina.server.metrics.engine_metrics import EngineMetrics, cumulative
+from lamina.server.metrics.engine_metrics import EngineMetrics, cumulative, family
 from lamina.server.models import ModelState, Residence
 from lamina.version import __version__
 
@@ -124,17 +124,12 @@ class ModelMetrics:
         """Every metric, including those without a value."""
         yield self._counter("engine_restarts", "How often an engine was started again.", (), {(): self._restarts})
         yield self._counter("model_loads", "How often the model was loaded on demand.", (), {(): self._loads})
-        where = GaugeMetricFamily(
-            "lamina:model_state", "1 for the state that the model is in.", labels=("model_name", "engine", "state")
-        )
+        where = family(GaugeMetricFamily, "model_state", "1 for the state that the model is in.", "state")
         for residence in RESIDENCES if self._residence else ():
             where.add_metric((*self._model, residence), residence == self._residence)
         yield where
-        waiting = GaugeMetricFamily(
-            "lamina:num_requests_waiting_for_model",
-            "Requests that wait until the model is loaded.",
-            labels=("model_name", "engine"),
-        )
+        what = "Requests that wait until the model is loaded."
+        waiting = family(GaugeMetricFamily, "num_requests_waiting_for_model", what)
         waiting.add_metric(self._model, self._waiting)
         yield waiting
         yield from self._engine.families()
@@ -167,10 +162,10 @@ class ModelMetrics:
     def _counter(
         self, name: str, text: str, labels: tuple[str, ...], counts: dict[str, int] | dict[tuple[()], int]
     ) -> Metric:
-        family = CounterMetricFamily(f"lamina:{name}", text, labels=("model_name", "engine", *labels))
+        counter = family(CounterMetricFamily, name, text, *labels)
         for value, count in counts.items():
-            family.add_metric((*self._model, *((value,) if isinstance(value, str) else value)), count)
-        return family
+            counter.add_metric((*self._model, *((value,) if isinstance(value, str) else value)), count)
+        return counter
 
 
 class ServerMetrics:
@@ -222,18 +217,16 @@ class ServerMetrics:
         yield build
         families: dict[str, Metric] = {}  # of all models together: a family comes once
         for model in self._models.values():
-            for family in model.families():
-                if family.name in families:
-                    families[family.name].samples += family.samples
+            for metric in model.families():
+                if metric.name in families:
+                    families[metric.name].samples += metric.samples
                 else:
-                    families[family.name] = family
+                    families[metric.name] = metric
         yield from families.values()
         yield from self._http_families()
 
     def _http_families(self) -> Iterator[Metric]:
-        rejections = CounterMetricFamily(
-            "lamina:rejections", "Requests turned away before the engine.", labels=("model_name", "engine", "reason")
-        )
+        rejections = family(CounterMetricFamily, "rejections", "Requests turned away before the engine.", "reason")
         for reason, count in self._rejections.items():
             rejections.add_metric((*self._first, reason), count)
         yield rejections
@@ -252,10 +245,10 @@ class ServerMetrics:
 def _histogram(
     name: str, text: str, labels: tuple[str, ...], distributions: dict[tuple[str, str], Distribution]
 ) -> Metric:
-    family = HistogramMetricFamily(name, text, labels=labels)
-    for values, each in distributions.items():
-        family.add_metric(values, cumulative(each.bounds, each.counts), each.total)
-    return family
+    histogram = HistogramMetricFamily(name, text, labels=labels)
+    for values, distribution in distributions.items():
+        histogram.add_metric(values, cumulative(distribution.bounds, distribution.counts), distribution.total)
+    return histogram
 
 
 def _count(counts: dict[str, int], value: str) -> None:

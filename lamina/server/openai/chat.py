@@ -19,13 +19,7 @@ from lamina.server.http.errors import ApiError, json_response, json_text, refuse
 from lamina.server.http.sse import EventStream, while_connected
 from lamina.server.openai import answers
 from lamina.server.openai.answers import Chunks, chat_logprob, dumps
-from lamina.server.openai.schemas import (
-    ChatRequest,
-    check_prompt_logprobs,
-    check_stream_options,
-    response_format,
-    structured,
-)
+from lamina.server.openai.schemas import ChatRequest, check_stream, response_format, structured
 from lamina.server.service import GRACE, RequestContext, Service
 
 
@@ -74,8 +68,7 @@ def chat_input(fields: ChatRequest) -> ChatInput:
 
 
 def _check(fields: ChatRequest) -> None:
-    check_prompt_logprobs(fields)
-    check_stream_options(fields)
+    check_stream(fields)
     if fields.chat_template is not None:
         raise refused("chat_template", fields.chat_template, "null: only the model's own template is rendered")
     if fields.top_logprobs is not None and not fields.logprobs:

@@ -1,7 +1,4 @@
-"""POST /v1/completions: from prompts to a generation, and from its events to a response.
-
-What chats and completions share is in `sampling_fields` and `answers`.
-"""
+"""POST /v1/completions: from prompts to a generation, and from its events to a response."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ from lamina.server.http.sse import EventStream, while_connected
 from lamina.server.openai import answers
 from lamina.server.openai.answers import Chunks, TextLogprobs, dumps
 from lamina.server.openai.embeddings import listed, token_ids
-from lamina.server.openai.schemas import CompletionRequest, check_prompt_logprobs, check_stream_options, structured
+from lamina.server.openai.schemas import CompletionRequest, check_stream, structured
 from lamina.server.preparation import go_on
 from lamina.server.service import GRACE, RequestContext, Service
 from lamina.text.tokenizer import Tokenizer
@@ -114,8 +111,7 @@ def _texts(fields: CompletionRequest, served: Served, salt: tuple[str, str]) -> 
 
 
 def _check(fields: CompletionRequest) -> None:
-    check_prompt_logprobs(fields)
-    check_stream_options(fields)
+    check_stream(fields)
     if fields.suffix:
         raise refused("suffix", fields.suffix, "null or empty: nothing is inserted before a text")
     if fields.best_of is not None and fields.best_of != (fields.n or 1):

@@ -4,8 +4,8 @@ and Jina name them.
 They serve for validation and for the OpenAPI document. Fields marked "Ignored" are accepted and change nothing. Unknown
 fields are refused by name. What `SamplingParams` or `Tokenizer` check is only described here.
 
-Functions cover what a field's type does not: `check_prompt_logprobs` and `check_stream_options` refuse combinations of
-fields, `structured` and `response_format` read the kinds of structured output.
+Functions cover what a field's type does not: `check_stream` refuses combinations of fields, `structured` and
+`response_format` read the kinds of structured output.
 """
 
 from __future__ import annotations
@@ -422,14 +422,11 @@ class RerankList(BaseModel):
     usage: EmbeddingUsage
 
 
-def check_prompt_logprobs(fields: GenerationRequest) -> None:
-    """Raises ApiError where log probabilities of prompts are wanted in a stream."""
+def check_stream(fields: GenerationRequest) -> None:
+    """Raises ApiError where log probabilities of prompts are wanted in a stream, or there are stream options without
+    one."""
     if fields.prompt_logprobs is not None and fields.stream:
         raise ApiError(400, "prompt_logprobs is given, which is allowed only where stream is false", "prompt_logprobs")
-
-
-def check_stream_options(fields: GenerationRequest) -> None:
-    """Raises ApiError where there are stream options without a stream."""
     if fields.stream_options is not None and not fields.stream:
         raise ApiError(400, "stream_options is given, which is allowed only where stream is true", "stream_options")
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lamina.deploy.local import LocalAttentionWorkers
-from lamina.deploy.relayed_attention import AttentionRelay, Wish
+from lamina.deploy.relayed_attention import AttentionRelay
 from lamina.deploy.worker_events import WorkerAddress
 from lamina.errors import EngineError, InvalidRequest
 from lamina.server.processes.child_protocol import TO_ENGINE, DrainWorker, MachinesChanged, ToHttp, Workers
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 class AttentionRole:
-    """The attention workers of one server. Its methods are for the supervisor's thread, on which `post` has a call
-    made; `failed` gets the error of a start."""
+    """The attention workers of one server: started here, and brought to its engines by `relay`. Its methods are for the
+    supervisor's thread, on which `post` has a call made; `failed` gets the error of a start."""
 
     def __init__(
         self,
@@ -40,19 +40,14 @@ class AttentionRole:
         self._failed = failed
         self._pool: LocalAttentionWorkers | None = None
         self._limit = max(plan.workers, plan.most_workers)
-        self._relay = AttentionRelay(plan.workers, self._limit)
+        self.relay = AttentionRelay(plan.workers, self._limit)
         self._engine: ChildProcess | None = None  # the engine that has the workers, or waits for them
-
-    @property
-    def due(self) -> float | None:
-        """When to call `introduce`; None: there is no engine that waits for workers."""
-        return self._relay.due
 
     def begin(self) -> None:
         """Start the workers, on a thread: it takes seconds."""
         plan = self._plan
         if not self._limit:
-            self._relay.begin(None, ())
+            self.relay.begin(None, ())
             return
         pool = self._pool = LocalAttentionWorkers(
             plan.workers, kv_memory=plan.kv_memory, threads=plan.threads, most=self._limit, cold=plan.cold
@@ -76,34 +71,25 @@ class AttentionRole:
     def serve(self, engine: ChildProcess) -> None:
         """A new engine is to get the workers: once all are there, or some after a while."""
         self._engine = engine
-        self._relay.serve(lambda workers: engine.say(TO_ENGINE.line(Workers(workers))))
-
-    def introduce(self) -> None:
-        """Send a new engine the workers that are there, if it is time."""
-        self._relay.introduce()
-
-    def take(self, wish: Wish) -> None:
-        self._relay.take(wish)
+        self.relay.serve(lambda workers: engine.say(TO_ENGINE.line(Workers(workers))))
 
     def joined(self, worker: WorkerAddress) -> None:
         self._report.said(f"attention worker {worker.name} is there")
-        self._relay.joined(worker)
-
-    def left(self, name: str) -> None:
-        self._relay.left(name)
+        self.relay.joined(worker)
 
     def drain(self, name: str) -> bool:
         """Have the engine move what a worker holds elsewhere, and send "drained" then. Whether there is an engine that
         has it."""
-        if self._engine is None or self._engine.status is not None or not self._relay.has(name):
+        if self._engine is None or self._engine.status is not None or not self.relay.has(name):
             return False
         self._engine.say(TO_ENGINE.line(DrainWorker(name)))
         return True
 
     def _started(self, pool: LocalAttentionWorkers, workers: tuple[WorkerAddress, ...]) -> None:
-        self._relay.begin(pool, workers)
+        self.relay.begin(pool, workers)
         pool.watch(
-            lambda worker: self._post(lambda: self.joined(worker)), lambda name: self._post(lambda: self.left(name))
+            lambda worker: self._post(lambda: self.joined(worker)),
+            lambda name: self._post(lambda: self.relay.left(name)),
         )
 
 
@@ -167,7 +153,7 @@ class MachineRole:
         self._post(lambda: self._attention.joined(worker))
 
     def left(self, name: str) -> None:
-        self._post(lambda: self._attention.left(name))
+        self._post(lambda: self._attention.relay.left(name))
 
     def leaving(self, name: str) -> None:
         self._post(lambda: None if self._attention.drain(name) else self.released(name))

@@ -20,23 +20,11 @@ from typing import Annotated, Any, Generic, TypeAlias, TypeVar
 from lamina.deploy.relayed_attention import Drained, Grow, Lost, Retire
 from lamina.deploy.worker_events import WorkerAddress
 from lamina_protocols.channels.channels import Credentials
-from lamina_protocols.errors import ProtocolError
-from lamina_protocols.frames.fields import Field, Record, shown
+from lamina_protocols.frames.fields import Field, Record, as_it_is
 from lamina_workers.process.exit import die_with_parent
 
 LOG_LEVEL = "LAMINA_LOG_LEVEL"  # the variable with the log level of children
 LEVELS = ("error", "warning", "info", "debug")
-
-
-def _of_type(kind: type) -> Field:
-    """What JSON can hold, as it is."""
-
-    def unpack(value: Any) -> Any:
-        if type(value) is not kind:
-            raise ProtocolError(f"expected {kind.__name__}, got {shown(value)}")
-        return value
-
-    return Field(kind, unpack)
 
 
 def _pack_workers(workers: tuple[WorkerAddress, ...]) -> list[Any]:
@@ -54,7 +42,7 @@ def _unpack_workers(items: Any) -> tuple[WorkerAddress, ...]:
     )
 
 
-Object: TypeAlias = Annotated[dict[str, Any], _of_type(dict)]
+Object: TypeAlias = Annotated[dict[str, Any], as_it_is(dict, "dict")]
 
 # To an engine.
 
@@ -188,7 +176,7 @@ class EngineUnloaded:
 class MachinesChanged:
     """The machines that join, for `lamina.server.machines`."""
 
-    machines: Annotated[list[dict[str, Any]], _of_type(list)]
+    machines: Annotated[list[dict[str, Any]], as_it_is(list, "list")]
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,8 +100,7 @@ def main() -> int:
         timeout_keep_alive=KEEP_ALIVE,
         limit_concurrency=_connections(settings.max_requests),
     )
-    server = _Server(config)
-    server.models = models
+    server = _Server(config, models, supervisor)
     links = {
         model.name: EngineLink(
             model.frontend,
@@ -114,7 +113,6 @@ def main() -> int:
     threading.Thread(
         target=_listen, args=(messages, links, models, machines, server), name="lamina-supervisor", daemon=True
     ).start()
-    threading.Thread(target=_say_when_serving, args=(server, supervisor), name="lamina-start", daemon=True).start()
     server.run(sockets=[socket.socket(fileno=first.descriptor)])
     if tracer is not None:
         tracer.close()
@@ -158,11 +156,16 @@ def _models(
 class _Server(uvicorn.Server):
     """uvicorn's, without its signal handlers. Its event loop looks after the models."""
 
-    models: Models
+    def __init__(self, config: uvicorn.Config, models: Models, supervisor: SupervisorPipe) -> None:
+        super().__init__(config)
+        self._models = models
+        self._supervisor = supervisor
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self.models.begin()
+        self._models.begin()
+        if self.started:
+            self._supervisor.send(Serving())
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -220,12 +223,6 @@ def _listen(
             case EngineUnloaded(model, why):
                 links[model].unloaded(why)
     os._exit(0)  # the supervisor is gone
-
-
-def _say_when_serving(server: uvicorn.Server, supervisor: SupervisorPipe) -> None:
-    while not server.started:
-        time.sleep(0.01)
-    supervisor.send(Serving())
 
 
 def _drain(models: Models, server: uvicorn.Server, seconds: float) -> None:

@@ -227,11 +227,11 @@ class Supervisor(SlotLoop[ChildProcess]):
         return self._failure is not None or (self._closed.is_set() and self._http.worker is None)
 
     def _times(self) -> list[float | None]:
-        return [*super()._times(), self._attention.due]
+        return [*super()._times(), self._attention.relay.due]
 
     def _check_deadlines(self) -> None:
         super()._check_deadlines()
-        self._attention.introduce()
+        self._attention.relay.introduce()
 
     def _late(self, slot: Slot[ChildProcess], worker: ChildProcess) -> None:
         worker.kill()
@@ -346,10 +346,10 @@ class Supervisor(SlotLoop[ChildProcess]):
                     engine.facts["possible"] = tokens
                     self._say_http(EnginePossible(engine.model, tokens))
             case Lost(name):
-                self._attention.take(message)
+                self._attention.relay.take(message)
                 self._machines.lost(name)
             case Grow() | Retire():
-                self._attention.take(message)
+                self._attention.relay.take(message)
             case Drained(name):
                 self._machines.released(name)
 

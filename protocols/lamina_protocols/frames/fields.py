@@ -55,22 +55,15 @@ def unpack_float(value: Any) -> float:
     return float(value)
 
 
-def unpack_bool(value: Any) -> bool:
-    if type(value) is not bool:
-        raise ProtocolError(f"expected true or false, got {shown(value)}")
-    return value
+def as_it_is(kind: type, name: str) -> Field:
+    """Values that msgpack, or JSON, has of themselves; `name`: what an error calls them."""
 
+    def unpack(value: Any) -> Any:
+        if type(value) is not kind:
+            raise ProtocolError(f"expected {name}, got {shown(value)}")
+        return value
 
-def unpack_text(value: Any) -> str:
-    if type(value) is not str:
-        raise ProtocolError(f"expected text, got {shown(value)}")
-    return value
-
-
-def unpack_bytes(value: Any) -> bytes:
-    if type(value) is not bytes:
-        raise ProtocolError(f"expected bytes, got {shown(value)}")
-    return value
+    return Field(kind, unpack)
 
 
 def unpack_ints(value: Any) -> tuple[int, ...]:
@@ -137,9 +130,9 @@ class Record(NamedTuple):
 _FIELDS: dict[Any, Field] = {
     int: Field(int, unpack_int),
     float: Field(float, unpack_float),
-    bool: Field(bool, unpack_bool),
-    str: Field(str, unpack_text),
-    bytes: Field(bytes, unpack_bytes),
+    bool: as_it_is(bool, "true or false"),
+    str: as_it_is(str, "text"),
+    bytes: as_it_is(bytes, "bytes"),
     tuple[int, ...]: Field(tuple, unpack_ints),
     tuple[int, int]: Field(tuple, unpack_range),
 }

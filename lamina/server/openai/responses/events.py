@@ -223,7 +223,8 @@ class ResponseEvents:
 
     def _names(self, part: Part) -> tuple[str, dict[str, Any]]:
         """What the events of a part's text are called, and the fields that say where it is."""
-        place = {"item_id": self._item_id(part), "output_index": len(self._output)}
+        index = len(self._output)
+        place = {"item_id": self._response.item(part, index, "in_progress")["id"], "output_index": index}
         if part.kind == "call":
             return "response.function_call_arguments", place
         if part.kind == "content":
@@ -236,9 +237,6 @@ class ResponseEvents:
         """The same of the piece around a text."""
         _, place = self._names(part)
         return "response.reasoning_summary_part" if "summary_index" in place else "response.content_part", place
-
-    def _item_id(self, part: Part) -> str:
-        return str(self._response.item(part, len(self._output), "in_progress")["id"])
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         number, self._number = self._number, self._number + 1

@@ -98,7 +98,8 @@ class ResponseRoutes:
             raise refused("limit", limit, f"an integer from 1 to {_MOST}")
         if order not in ("asc", "desc"):
             raise refused("order", order, "asc or desc")
-        listed = _with_ids(stored)
+        name = stored.id.removeprefix("resp_")
+        listed = [{"id": f"item_{name}_{at}"} | item for at, item in enumerate(stored.input)]
         listed = listed if order == "asc" else listed[::-1]
         if after is not None:
             places = [place for place, item in enumerate(listed) if item["id"] == after]
@@ -311,9 +312,3 @@ def _thinking(fields: InputTokensRequest) -> Thinking:
         if reasoning.get(name) not in (None, "auto", "concise", "detailed"):
             raise refused(f"reasoning.{name}", reasoning[name], "auto, concise or detailed")
     return Thinking(effort=read_effort("reasoning.effort", reasoning.get("effort")), budget=budget)
-
-
-def _with_ids(stored: StoredResponse) -> list[dict[str, Any]]:
-    """The items of an input, each with an id."""
-    name = stored.id.removeprefix("resp_")
-    return [{"id": f"item_{name}_{at}"} | item for at, item in enumerate(stored.input)]
