@@ -23,7 +23,7 @@ from lamina.errors import EngineError, LaminaError
 from lamina.kv.prefix_nodes import PrefixEvent, PrefixSink
 from lamina.messages.engine_messages import (
     Abort,
-    Close,
+    CloseEngine,
     Command,
     Event,
     FollowPrefixes,
@@ -189,7 +189,7 @@ class RemoteEngine:
         if self._parted:
             self._stop("the engine is gone, and was not waited for")
             return
-        self._commands.put(Close())
+        self._commands.put(CloseEngine())
 
     def join(self, timeout: float) -> bool:
         """Wait until the engine has stopped and every request has ended. False after `timeout` seconds."""
@@ -363,7 +363,7 @@ class EngineHost:
                     self._snapshot(command.number)
                 case FollowPrefixes():
                     self._engine.prefix_events(self._prefix_event)
-                case Close():
+                case CloseEngine():
                     self._engine.close()
 
     def report(self) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from lamina.engine.masks import Advance, Masks
+from lamina.engine.masks import MaskAdvance, Masks
 from lamina.engine.observers import EngineStats
 from lamina.kv.request import Outcome, Plan, ScheduledSequence
 from lamina.messages.engine_request import EngineRequest
@@ -166,7 +166,7 @@ class Drafting:
             drafts = before_the_end(sequence, proposed[:depth])
             constraint = registry.constraints.get(sequence)
             if drafts and constraint is not None:
-                looks.append(Advance(sequence, constraint, drafts, drafts=True))
+                looks.append(MaskAdvance(sequence, constraint, drafts, drafts=True))
             else:
                 sequence.drafts = drafts
         for look in masks.begin(looks, _foreseen) if looks else ():
@@ -210,7 +210,7 @@ def _slow(registry: RequestRegistry, sequence: ScheduledSequence) -> bool:
     return constraint is not None and constraint.slow
 
 
-def _foreseen(look: Advance) -> None:
+def _foreseen(look: MaskAdvance) -> None:
     """A constraint has looked ahead along drafts."""
     if look.sequence.finish_reason is None and look.error is None:
         look.sequence.drafts = tuple(look.tokens[: len(look.constraint.foreseen)])

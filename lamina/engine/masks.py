@@ -27,7 +27,7 @@ _NICE = 10  # of the thread with slow masks: the step's threads go first
 
 
 @dataclass(eq=False, slots=True)
-class Advance:
+class MaskAdvance:
     """A constraint on its way over `tokens`, or where they are `drafts` a look ahead along them. `error`: why it could
     not go on. `arrived` is called with it where nobody waited for it."""
 
@@ -39,7 +39,7 @@ class Advance:
     over: bool = False
     late: bool = False  # nobody waits for it: it is announced when it is over
     done: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-    arrived: Callable[[Advance], None] = lambda _: None
+    arrived: Callable[[MaskAdvance], None] = lambda _: None
 
 
 class Masks:
@@ -53,9 +53,11 @@ class Masks:
         self._patience = patience
         self._lock = threading.Lock()  # of `over` and `late` of each
         self._numbers = count()
-        self._queues: dict[bool, queue.PriorityQueue[tuple[float, int, Advance | None]]] = {}  # by whether it is slow
+        self._queues: dict[
+            bool, queue.PriorityQueue[tuple[float, int, MaskAdvance | None]]
+        ] = {}  # by whether it is slow
 
-    def begin(self, advances: Sequence[Advance], arrived: Callable[[Advance], None]) -> list[Advance]:
+    def begin(self, advances: Sequence[MaskAdvance], arrived: Callable[[MaskAdvance], None]) -> list[MaskAdvance]:
         """Have constraints go on, and wait for those that were fast so far as long as patience lasts. Returns those
         that are there. The sequences of the others are `held`, and `arrived` is called with each when it is there."""
         done, waited = threading.Semaphore(0), 0
@@ -81,7 +83,7 @@ class Masks:
         for advance_queue in self._queues.values():
             advance_queue.put((-1.0, 0, None))
 
-    def _queue(self, slow: bool) -> queue.PriorityQueue[tuple[float, int, Advance | None]]:
+    def _queue(self, slow: bool) -> queue.PriorityQueue[tuple[float, int, MaskAdvance | None]]:
         if slow not in self._queues:
             self._queues[slow] = queue.PriorityQueue()
             threading.Thread(
@@ -89,7 +91,7 @@ class Masks:
             ).start()
         return self._queues[slow]
 
-    def _run(self, waiting: queue.PriorityQueue[tuple[float, int, Advance | None]], nice: int) -> None:
+    def _run(self, waiting: queue.PriorityQueue[tuple[float, int, MaskAdvance | None]], nice: int) -> None:
         """Those that have taken least time go first, so a sample with slow masks delays itself more than others."""
         if nice:
             with suppress(OSError, AttributeError):  # elsewhere than on Linux
@@ -110,7 +112,7 @@ class Masks:
             else:
                 advance.done.release()
 
-    def _there(self, advance: Advance) -> None:
+    def _there(self, advance: MaskAdvance) -> None:
         self.late -= 1
         advance.sequence.held = False
         advance.arrived(advance)

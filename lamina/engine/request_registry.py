@@ -12,7 +12,7 @@ from operator import add
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from lamina.completions import FinishReason
-from lamina.engine.masks import Advance, Masks
+from lamina.engine.masks import MaskAdvance, Masks
 from lamina.errors import EngineError, InvalidRequest, LaminaError
 from lamina.journal.resumption import Resumption
 from lamina.kv.request import Outcome, Plan, PlannedRow, RetainedKv, ScheduledSequence
@@ -157,7 +157,7 @@ class RequestRegistry:
         for outcome in outcomes:
             of_sequence.setdefault(outcome.sequence, []).append(outcome)
         advances = [
-            Advance(sequence, constraint, [outcome.token for outcome in new if outcome.token is not None])
+            MaskAdvance(sequence, constraint, [outcome.token for outcome in new if outcome.token is not None])
             for sequence, new in of_sequence.items()
             if new[-1].finish_reason != "stop" and (constraint := self.constraints.get(sequence)) is not None
         ]
@@ -260,7 +260,9 @@ class RequestRegistry:
         if self._recorder is not None and not recorded:
             self._recorder.begun(request, known)
         if known and request.constraints:
-            resumed = [Advance(s, self.constraints[s], known[s.sample]) for s in request.sequences if known[s.sample]]
+            resumed = [
+                MaskAdvance(s, self.constraints[s], known[s.sample]) for s in request.sequences if known[s.sample]
+            ]
             for advance in self._masks.begin(resumed, self._advanced):
                 self._advanced(advance)
 
@@ -341,7 +343,7 @@ class RequestRegistry:
         if request is not None:
             request.preemptions += sequence.preemptions
 
-    def _advanced(self, advance: Advance) -> None:
+    def _advanced(self, advance: MaskAdvance) -> None:
         """A constraint for which no batch waited has gone on: end its sample where no token may follow."""
         sequence = advance.sequence
         request = self.requests.get(sequence.request.id)

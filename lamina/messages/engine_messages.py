@@ -96,11 +96,11 @@ class FollowPrefixes:
 
 
 @dataclass(frozen=True, slots=True)
-class Close:
+class CloseEngine:
     """Stop the engine."""
 
 
-Command: TypeAlias = Submit | Abort | TakeSnapshot | FollowPrefixes | Close
+Command: TypeAlias = Submit | Abort | TakeSnapshot | FollowPrefixes | CloseEngine
 
 
 # Events.

@@ -6,9 +6,9 @@ How decode runs
 `StepTuner` (`lamina/scheduling/step_tuner.py`, pure) chooses three things together, since they depend on each other:
 how many lanes, the local share, and the order of q, k and v. What was given as a number, or as "always" or "never",
 stays. The module says how it searches, when, and what a search may cost; of choices that are equal within 1 % the
-simplest holds: all local, fewer lanes, q, k and v together. Steps with prompts or moves are not measured. In one process
-nothing is tried. A line of the logger `lamina.choices` says where KV is read and what a step takes on either side:
-`lamina generate` prints it below the answer, the engine of `lamina serve` once for each new place.
+simplest holds: all local, fewer lanes, q, k and v together. Steps with prompts or moves are not measured. In one
+process nothing is tried. A line of the logger `lamina.choices` says where KV is read and what a step takes on either
+side: `lamina generate` prints it below the answer, the engine of `lamina serve` once for each new place.
 
 Speculation
 -----------

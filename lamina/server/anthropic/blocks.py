@@ -10,7 +10,7 @@ from lamina.completions import Completion, Sample, TokenEvent
 from lamina.server.anthropic.conversation import signature
 from lamina.server.chat.formats.reply_parser import Delta
 from lamina.server.chat.preparing import PreparedChat
-from lamina.server.chat.reply import FinishReason, Part, Reply, ReplyUsage, stop_string
+from lamina.server.chat.reply import FinishReason, Reply, ReplyPart, ReplyUsage, stop_string
 from lamina.server.http.errors import ApiError
 from lamina.server.http.sse import event
 
@@ -24,7 +24,7 @@ class MessageWriter:
         self._chat = chat
         self._omitted = omitted
         self._reply = Reply(chat)
-        self._open: Part | None = None
+        self._open: ReplyPart | None = None
         self._index = -1  # of the block that is open or was last
         self._fields: dict[str, Any] = {"id": message_id, "type": "message", "role": "assistant", "model": model}
 
@@ -79,7 +79,7 @@ class MessageWriter:
                 self._close(frames)
                 self._open = part
                 self._index += 1
-                begun = self._block(Part(part.kind, part.id, part.name), ended=False)
+                begun = self._block(ReplyPart(part.kind, part.id, part.name), ended=False)
                 frames.append(_event("content_block_start", index=self._index, content_block=begun))
             if not text or (part.kind == "reasoning" and self._omitted):
                 continue
@@ -95,7 +95,7 @@ class MessageWriter:
             frames.append(_event("content_block_delta", index=self._index, delta=signed))
         frames.append(_event("content_block_stop", index=self._index))
 
-    def _block(self, part: Part, ended: bool = True) -> dict[str, Any]:
+    def _block(self, part: ReplyPart, ended: bool = True) -> dict[str, Any]:
         if part.kind == "content":
             return {"type": "text", "text": part.text}
         if part.kind == "call":

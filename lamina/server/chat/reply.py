@@ -15,7 +15,7 @@ FinishReason = Literal["stop", "length", "abort", "tool_calls"]
 
 
 @dataclass(eq=False, slots=True)
-class Part:
+class ReplyPart:
     """A stretch of one kind within a reply. `id` and `name` are a call's, whose text is its arguments' JSON."""
 
     kind: Kind
@@ -42,7 +42,7 @@ class Reply:
     """One sample of a chat, read as it comes."""
 
     def __init__(self, chat: PreparedChat) -> None:
-        self.parts: list[Part] = []
+        self.parts: list[ReplyPart] = []
         """What `collect` has added up, in the order in which it was written."""
         self.tokens = 0
         self.ended = False
@@ -75,12 +75,12 @@ class Reply:
         """Why the reply ended, by the sample's own reason: calls are for the client to answer."""
         return "tool_calls" if ended == "stop" and self.calls else ended  # type: ignore[return-value]  # the engine's
 
-    def collect(self, delta: Delta) -> tuple[Part, str]:
+    def collect(self, delta: Delta) -> tuple[ReplyPart, str]:
         """The part that a delta belongs to, a new one where it begins one, and the text that it adds."""
         kind: Kind = "content" if delta.content is not None else "reasoning" if delta.reasoning is not None else "call"
         last = self.parts[-1] if self.parts else None
         if last is None or last.kind != kind or delta.name is not None:
-            last = Part(kind, delta.id or "", delta.name or "")
+            last = ReplyPart(kind, delta.id or "", delta.name or "")
             self.parts.append(last)
         text = delta.content or delta.reasoning or delta.arguments
         last.pieces.append(text)
@@ -125,6 +125,6 @@ def stop_string(chat: PreparedChat, sample: Sample) -> str | None:
     return found[min(found)] if found else None
 
 
-def text_of(parts: Sequence[Part], kind: Kind) -> str:
+def text_of(parts: Sequence[ReplyPart], kind: Kind) -> str:
     """All the text of one kind."""
     return "".join(part.text for part in parts if part.kind == kind)

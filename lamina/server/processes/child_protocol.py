@@ -19,6 +19,7 @@ from typing import Annotated, Any, Generic, TypeAlias, TypeVar
 
 from lamina.deploy.relayed_attention import Drained, Grow, Lost, Retire
 from lamina.deploy.worker_events import WorkerAddress
+from lamina.messages.engine_messages import Progressed
 from lamina_protocols.channels.channels import Credentials
 from lamina_protocols.frames.fields import Field, Record, as_it_is
 from lamina_workers.process.exit import die_with_parent
@@ -87,15 +88,6 @@ class Stop:
 
 
 # From an engine; its wishes are those of `lamina.deploy.relayed_attention`.
-
-
-@dataclass(frozen=True, slots=True)
-class Progressed:
-    """So much of a start is done: the arguments of a `Progress`."""
-
-    what: str
-    done: int
-    total: int | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,13 +22,13 @@ from lamina.client.remote import SWITCH_INTERVAL, disclaim_later
 from lamina.config import EngineConfig
 from lamina.deploy.relayed_attention import Drained, RelayedWorkers
 from lamina.errors import EngineError, LaminaError
+from lamina.messages.engine_messages import Progressed
 from lamina.server.processes.child_protocol import (
     TO_ENGINE,
     DrainWorker,
     Failed,
     Possible,
     Prepare,
-    Progressed,
     Ready,
     StartEngine,
     Stop,

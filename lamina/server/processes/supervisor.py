@@ -32,6 +32,7 @@ from lamina.errors import (
     PolicyError,
     UnsupportedModelError,
 )
+from lamina.messages.engine_messages import Progressed
 from lamina.server.processes.attention_role import AttentionRole, MachineRole
 from lamina.server.processes.child_protocol import (
     FROM_CHILD,
@@ -51,7 +52,6 @@ from lamina.server.processes.child_protocol import (
     Load,
     Possible,
     Prepare,
-    Progressed,
     Ready,
     Serving,
     StartEngine,

@@ -112,7 +112,7 @@ def _check_parameters(name: str, parameters: object, strict: bool) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Choice:
+class _ToolChoice:
     """Whether tools are called, the names of those allowed, and whether exactly one call is made."""
 
     mode: Literal["none", "auto", "required"]
@@ -120,21 +120,21 @@ class _Choice:
     once: bool = False
 
 
-def _check_choice(choice: object, names: Sequence[str]) -> _Choice:
+def _check_choice(choice: object, names: Sequence[str]) -> _ToolChoice:
     if choice is None:
-        return _Choice("auto" if names else "none", names)
+        return _ToolChoice("auto" if names else "none", names)
     if choice == "none":
-        return _Choice("none")
+        return _ToolChoice("none")
     if choice in ("auto", "required"):
         if not names:
             raise InvalidRequest(f'tool_choice is "{choice}", but there are no tools')
-        return _Choice("auto" if choice == "auto" else "required", names)
+        return _ToolChoice("auto" if choice == "auto" else "required", names)
     kind = choice.get("type") if isinstance(choice, Mapping) else None
     if not isinstance(choice, Mapping) or kind not in ("function", "allowed_tools") or choice.keys() != {"type", kind}:
         allowed = '"none", "auto", "required", {"type": "function", "function": {"name": ...}}'
         raise _refused("tool_choice", choice, f'{allowed} or {{"type": "allowed_tools", "allowed_tools": ...}}')
     if kind == "function":
-        return _Choice("required", [_chosen("tool_choice.function", choice["function"], names)], once=True)
+        return _ToolChoice("required", [_chosen("tool_choice.function", choice["function"], names)], once=True)
     given = choice["allowed_tools"]
     listed, mode = (given.get("tools"), given.get("mode")) if isinstance(given, Mapping) else (None, None)
     if (
@@ -152,7 +152,7 @@ def _check_choice(choice: object, names: Sequence[str]) -> _Choice:
         if not isinstance(tool, Mapping) or tool.keys() != {"type", "function"} or tool["type"] != "function":
             raise _refused(name, tool, '{"type": "function", "function": {"name": ...}}')
         chosen.append(_chosen(f"{name}.function", tool["function"], names))
-    return _Choice("auto" if mode == "auto" else "required", chosen)
+    return _ToolChoice("auto" if mode == "auto" else "required", chosen)
 
 
 def _chosen(name: str, function: object, names: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from lamina.completions import Completion, TokenEvent
 from lamina.server.chat.formats.reply_parser import Delta
 from lamina.server.chat.preparing import PreparedChat
-from lamina.server.chat.reply import FinishReason, Part, Reply, ReplyUsage
+from lamina.server.chat.reply import FinishReason, Reply, ReplyPart, ReplyUsage
 from lamina.server.http.errors import ApiError
 from lamina.server.http.sse import event
 from lamina.server.openai.answers import chat_logprob
@@ -94,13 +94,13 @@ class ResponseObject:
             "error": {"code": code, "message": str(error)},
         }
 
-    def items(self, parts: Sequence[Part], reason: FinishReason) -> list[dict[str, Any]]:
+    def items(self, parts: Sequence[ReplyPart], reason: FinishReason) -> list[dict[str, Any]]:
         """The output of a reply that has ended."""
         last = "completed" if STATUSES[reason] == "completed" else "incomplete"
         statuses = ["completed"] * (len(parts) - 1) + [last]
         return [self.item(part, at, status) for at, (part, status) in enumerate(zip(parts, statuses, strict=False))]
 
-    def item(self, part: Part, index: int, status: str, logprobs: Sequence[Any] = ()) -> dict[str, Any]:
+    def item(self, part: ReplyPart, index: int, status: str, logprobs: Sequence[Any] = ()) -> dict[str, Any]:
         """The item of a part of the reply, the `index`th of the output. One "in_progress" is empty."""
         begun = status == "in_progress"
         item: dict[str, Any] = {"id": f"{_PREFIXES[part.kind]}_{self.id.removeprefix('resp_')}_{index}"}
@@ -116,7 +116,7 @@ class ResponseObject:
         shown = {"summary": content} if self.summarised else {"summary": [], "content": content}
         return item | {"type": "reasoning", "status": status, "encrypted_content": None} | shown
 
-    def piece(self, part: Part, text: str, logprobs: Sequence[Any] = ()) -> dict[str, Any]:
+    def piece(self, part: ReplyPart, text: str, logprobs: Sequence[Any] = ()) -> dict[str, Any]:
         """A part of an item's content, or of its summary."""
         if part.kind == "reasoning":
             return {"type": "summary_text" if self.summarised else "reasoning_text", "text": text}
@@ -141,7 +141,7 @@ class ResponseEvents:
         self._response = response
         self._done = done
         self._reply = Reply(chat)
-        self._open: Part | None = None
+        self._open: ReplyPart | None = None
         self._output: list[dict[str, Any]] = []  # the items that are done
         self._logprobs: list[dict[str, Any]] = []  # of the open item
         self._held: list[dict[str, Any]] = []  # of tokens whose text is held back
@@ -194,7 +194,7 @@ class ResponseEvents:
         self._logprobs += logprobs
         frames.append(self._event(f"{name}.delta", **place, delta=text, **more))
 
-    def _begin(self, part: Part, frames: list[bytes]) -> None:
+    def _begin(self, part: ReplyPart, frames: list[bytes]) -> None:
         self._open = part
         self._logprobs = []
         item = self._response.item(part, len(self._output), "in_progress")
@@ -221,7 +221,7 @@ class ResponseEvents:
         frames.append(self._event("response.output_item.done", output_index=len(self._output), item=item))
         self._output.append(item)
 
-    def _names(self, part: Part) -> tuple[str, dict[str, Any]]:
+    def _names(self, part: ReplyPart) -> tuple[str, dict[str, Any]]:
         """What the events of a part's text are called, and the fields that say where it is."""
         index = len(self._output)
         place = {"item_id": self._response.item(part, index, "in_progress")["id"], "output_index": index}
@@ -233,7 +233,7 @@ class ResponseEvents:
             return "response.reasoning_summary_text", place | {"summary_index": 0}
         return "response.reasoning_text", place | {"content_index": 0}
 
-    def _piece(self, part: Part) -> tuple[str, dict[str, Any]]:
+    def _piece(self, part: ReplyPart) -> tuple[str, dict[str, Any]]:
         """The same of the piece around a text."""
         _, place = self._names(part)
         return "response.reasoning_summary_part" if "summary_index" in place else "response.content_part", place
