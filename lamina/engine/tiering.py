@@ -28,64 +28,11 @@ logger = logging.getLogger("lamina")
 
 _GAPS = 4  # between batches, of which a move for balance alone uses one: nobody waits for it, and it slows all
 
-
-class Balancer:
-    """Idle until `begin`, and again once nothing pays any more; `active` between these."""
-
-    def __init__(self, control: ControlPlane, migration: KvMigration) -> None:
-        self._placement = control.placement
-        self._scheduler = control.scheduler
-        self._migration = migration
-        self.active = False
-        self._moves = self._gap = 0
-
-    def leaves_out(self) -> bool:
-        """Whether moves leave out the gap between two batches that is now: those under way are for balance alone."""
-        self._gap = (self._gap + 1) % _GAPS
-        return self.active and self._gap > 0 and not self._placement.draining
-
-    def begin(self) -> None:
-        self.active = True
-
-    def step(self) -> None:
-        """Between two batches: begin the next move, where none is under way."""
-        if self._migration.under_way or self._placement.draining:
-            return
-        running = self._scheduler.running
-        weights = {number: holder.weight for number, holder in self._placement.holders.items()}
-        remote = [s for s in running if running.movable(s) and not self._placement.is_local(s.layout)]
-        move = next_move(kept_shares(self._scheduler.config, remote), weights, self._placement)
-        if move is not None:
-            taker = replace(move.share, holder=move.to)
-            layout = tuple(taker if share == move.share else share for share in move.sequence.layout)
-            if self._migration.begin(move.sequence, layout):
-                self._moves += 1
-                return
-        self.active = False
-        if self._moves:
-            logger.info("%d moves of KV to holders that have joined: what is left would not pay", self._moves)
-            self._moves = 0
-
-
 choices = logging.getLogger("lamina.choices")  # what the engine chose and why, for people; the CLI shows it
 
 SAY_AFTER = 60.0  # seconds, at least, between two lines about choices
 PAUSE = 0.25  # of a step, that copying may take between two steps
 WORTH = 16  # tokens that a sequence must still generate for a move to pay
-
-
-def to_move(candidates: Sequence[int], off: float, most: int) -> list[int]:
-    """Which sequences, given as numbers of tokens, should change their tier so that about `off` tokens do: at most
-    `most` indices. A sequence that brings the sum hardly closer is not moved."""
-    candidate_tokens, chosen = dict(enumerate(candidates)), list[int]()
-    while candidate_tokens and len(chosen) < most:
-        index = min(candidate_tokens, key=lambda place: abs(off - candidate_tokens[place]))
-        tokens = candidate_tokens.pop(index)
-        if off - abs(off - tokens) <= 0.2 * tokens:
-            break
-        chosen.append(index)
-        off -= tokens
-    return chosen
 
 
 class TierController:
@@ -206,3 +153,55 @@ class TierController:
             sequence = candidates[index]
             if layout := self._placement.layout(sequence.longest, local=off > 0):
                 self._migration.begin(sequence, under(layout, sequence.request.policy))
+
+
+def to_move(candidates: Sequence[int], off: float, most: int) -> list[int]:
+    """Which sequences, given as numbers of tokens, should change their tier so that about `off` tokens do: at most
+    `most` indices. A sequence that brings the sum hardly closer is not moved."""
+    candidate_tokens, chosen = dict(enumerate(candidates)), list[int]()
+    while candidate_tokens and len(chosen) < most:
+        index = min(candidate_tokens, key=lambda place: abs(off - candidate_tokens[place]))
+        tokens = candidate_tokens.pop(index)
+        if off - abs(off - tokens) <= 0.2 * tokens:
+            break
+        chosen.append(index)
+        off -= tokens
+    return chosen
+
+
+class Balancer:
+    """Idle until `begin`, and again once nothing pays any more; `active` between these."""
+
+    def __init__(self, control: ControlPlane, migration: KvMigration) -> None:
+        self._placement = control.placement
+        self._scheduler = control.scheduler
+        self._migration = migration
+        self.active = False
+        self._moves = self._gap = 0
+
+    def leaves_out(self) -> bool:
+        """Whether moves leave out the gap between two batches that is now: those under way are for balance alone."""
+        self._gap = (self._gap + 1) % _GAPS
+        return self.active and self._gap > 0 and not self._placement.draining
+
+    def begin(self) -> None:
+        self.active = True
+
+    def step(self) -> None:
+        """Between two batches: begin the next move, where none is under way."""
+        if self._migration.under_way or self._placement.draining:
+            return
+        running = self._scheduler.running
+        weights = {number: holder.weight for number, holder in self._placement.holders.items()}
+        remote = [s for s in running if running.movable(s) and not self._placement.is_local(s.layout)]
+        move = next_move(kept_shares(self._scheduler.config, remote), weights, self._placement)
+        if move is not None:
+            taker = replace(move.share, holder=move.to)
+            layout = tuple(taker if share == move.share else share for share in move.sequence.layout)
+            if self._migration.begin(move.sequence, layout):
+                self._moves += 1
+                return
+        self.active = False
+        if self._moves:
+            logger.info("%d moves of KV to holders that have joined: what is left would not pay", self._moves)
+            self._moves = 0

@@ -42,55 +42,6 @@ from lamina_workers.policies.policy import LONGEST, Policy
 
 _KNOWN = 256  # policies whose groups are kept at a time
 
-
-class RequestPolicies:
-    """Gives the `PolicyKv` of each text. "" is what the engine's own policy makes of KV, which may differ by head.
-    `groups(policy)` says what is kept, and raises PolicyError where the holders cannot serve a policy."""
-
-    def __init__(self, holder: HolderConfig, groups: Callable[[str], tuple[tuple[PageGroup, ...], ...]]) -> None:
-        self._groups = groups
-        attention = [spec for spec in holder.layers if spec.kind not in STATES]
-        texts = dict.fromkeys(text for spec in attention for text in spec.policies or ("full",))
-        self._engine_policies = tuple(map(parse, texts))
-        self._policy_kvs: dict[str, PolicyKv] = {}  # not an lru_cache, which no Ray actor could send
-        self._engine = self._kv("", self._engine_policies)
-
-    def __call__(self, text: str) -> PolicyKv:
-        """What becomes of KV under a policy. Raises PolicyError where the text is none, or the engine cannot serve it.
-        Any thread may call."""
-        if not text:
-            return self._engine
-        policy_kv = self._policy_kvs.get(text)
-        if policy_kv is None:
-            policy_kv = self._known(text)
-            if len(self._policy_kvs) >= _KNOWN:
-                self._policy_kvs.clear()
-            self._policy_kvs[text] = policy_kv
-        return policy_kv
-
-    def _known(self, text: str) -> PolicyKv:
-        policy = parse(AUTO if text == "auto" else text)
-        if set(self._engine_policies) == {policy}:
-            return self._engine
-        if not self._engine_policies:
-            raise PolicyError(f"the policy is {text!r:.80}; allowed is none: no layer of this model keeps KV")
-        return self._kv(str(policy), (policy,))
-
-    def _kv(self, name: str, policies: tuple[Policy, ...]) -> PolicyKv:
-        return PolicyKv(
-            name,
-            self._groups(name),
-            all(_keys_seen(policy, LONGEST) == LONGEST + 1 for policy in policies),
-            any(policy.adaptive or policy.compensated or policy.evicts for policy in policies),
-        )
-
-
-def _keys_seen(policy: Policy, position: int) -> int:
-    """How many keys a query of a prompt sees there."""
-    (view,) = policy.views(position, 1)
-    return view.keys(position, 0, position + 1)
-
-
 DEFAULT_BATCH_TOKENS = 1024
 MAX_SEQUENCES = 256  # in one batch, where nothing else is said
 SEQUENCE_TOKENS = 4096  # of a usual sequence, at most
@@ -430,3 +381,51 @@ def attention_devices(config: EngineConfig) -> tuple[torch.device, ...]:
     the first. Raises DeviceError."""
     workers = 0 if config.cluster else config.most_workers
     return find_each("attention_device", config.attention_device, max(1, workers), prefer_gpu=False)
+
+
+class RequestPolicies:
+    """Gives the `PolicyKv` of each text. "" is what the engine's own policy makes of KV, which may differ by head.
+    `groups(policy)` says what is kept, and raises PolicyError where the holders cannot serve a policy."""
+
+    def __init__(self, holder: HolderConfig, groups: Callable[[str], tuple[tuple[PageGroup, ...], ...]]) -> None:
+        self._groups = groups
+        attention = [spec for spec in holder.layers if spec.kind not in STATES]
+        texts = dict.fromkeys(text for spec in attention for text in spec.policies or ("full",))
+        self._engine_policies = tuple(map(parse, texts))
+        self._policy_kvs: dict[str, PolicyKv] = {}  # not an lru_cache, which no Ray actor could send
+        self._engine = self._kv("", self._engine_policies)
+
+    def __call__(self, text: str) -> PolicyKv:
+        """What becomes of KV under a policy. Raises PolicyError where the text is none, or the engine cannot serve it.
+        Any thread may call."""
+        if not text:
+            return self._engine
+        policy_kv = self._policy_kvs.get(text)
+        if policy_kv is None:
+            policy_kv = self._known(text)
+            if len(self._policy_kvs) >= _KNOWN:
+                self._policy_kvs.clear()
+            self._policy_kvs[text] = policy_kv
+        return policy_kv
+
+    def _known(self, text: str) -> PolicyKv:
+        policy = parse(AUTO if text == "auto" else text)
+        if set(self._engine_policies) == {policy}:
+            return self._engine
+        if not self._engine_policies:
+            raise PolicyError(f"the policy is {text!r:.80}; allowed is none: no layer of this model keeps KV")
+        return self._kv(str(policy), (policy,))
+
+    def _kv(self, name: str, policies: tuple[Policy, ...]) -> PolicyKv:
+        return PolicyKv(
+            name,
+            self._groups(name),
+            all(_keys_seen(policy, LONGEST) == LONGEST + 1 for policy in policies),
+            any(policy.adaptive or policy.compensated or policy.evicts for policy in policies),
+        )
+
+
+def _keys_seen(policy: Policy, position: int) -> int:
+    """How many keys a query of a prompt sees there."""
+    (view,) = policy.views(position, 1)
+    return view.keys(position, 0, position + 1)

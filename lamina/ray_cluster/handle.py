@@ -51,52 +51,6 @@ LIMIT = "RAY_gcs_rpc_server_reconnect_timeout_s"  # Ray's variable, of each node
 _LIMIT_S = 60.0  # Ray's own default
 _LOOK_S = 3.0
 
-
-class HeadWatch:
-    """Looks until `close`. `reach` raises OSError where the head at `address` does not answer; `clock` in seconds."""
-
-    def __init__(
-        self,
-        address: str,
-        reach: Callable[[], None],
-        clock: Callable[[], float] = time.monotonic,
-        pause: float = _LOOK_S,
-    ) -> None:
-        self._address, self._reach, self._clock, self._pause = address, reach, clock, pause
-        self._lost_at: float | None = None
-        self._closed = threading.Event()
-        threading.Thread(target=self._run, name="lamina-ray-head", daemon=True).start()
-
-    def close(self) -> None:
-        self._closed.set()
-
-    def _run(self) -> None:
-        while not self._closed.wait(self._pause):
-            self.look()
-
-    def look(self) -> None:
-        """Ask once, and say what is new."""
-        try:
-            self._reach()
-        except OSError as error:
-            if self._lost_at is None:
-                self._lost_at = self._clock()
-                logger.error(
-                    "Ray's head at %s does not answer (%s): requests go on, and nothing can be started or started "
-                    "again. Without this head, or one with its state, Ray ends its processes after %s s, this program "
-                    "too; %s says how long, where nodes and this program are started",
-                    self._address,
-                    error,
-                    os.environ.get(LIMIT, f"{_LIMIT_S:g}"),
-                    LIMIT,
-                )
-            return
-        if self._lost_at is not None:
-            away = self._clock() - self._lost_at
-            self._lost_at = None
-            logger.warning("Ray's head at %s answers again, after %.0f s", self._address, away)
-
-
 _POLL = 0.2  # seconds
 _PATIENCE = 86400.0  # seconds that requests wait for another engine; its owner ends them where there will be none
 
@@ -248,3 +202,48 @@ def _names(ray: Any) -> list[str]:
     """The names of all actors: each engine's before those of its workers."""
     named = ray.util.list_named_actors(all_namespaces=True)
     return sorted(entry["name"] for entry in named if entry["namespace"] == NAMESPACE)
+
+
+class HeadWatch:
+    """Looks until `close`. `reach` raises OSError where the head at `address` does not answer; `clock` in seconds."""
+
+    def __init__(
+        self,
+        address: str,
+        reach: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+        pause: float = _LOOK_S,
+    ) -> None:
+        self._address, self._reach, self._clock, self._pause = address, reach, clock, pause
+        self._lost_at: float | None = None
+        self._closed = threading.Event()
+        threading.Thread(target=self._run, name="lamina-ray-head", daemon=True).start()
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def _run(self) -> None:
+        while not self._closed.wait(self._pause):
+            self.look()
+
+    def look(self) -> None:
+        """Ask once, and say what is new."""
+        try:
+            self._reach()
+        except OSError as error:
+            if self._lost_at is None:
+                self._lost_at = self._clock()
+                logger.error(
+                    "Ray's head at %s does not answer (%s): requests go on, and nothing can be started or started "
+                    "again. Without this head, or one with its state, Ray ends its processes after %s s, this program "
+                    "too; %s says how long, where nodes and this program are started",
+                    self._address,
+                    error,
+                    os.environ.get(LIMIT, f"{_LIMIT_S:g}"),
+                    LIMIT,
+                )
+            return
+        if self._lost_at is not None:
+            away = self._clock() - self._lost_at
+            self._lost_at = None
+            logger.warning("Ray's head at %s answers again, after %.0f s", self._address, away)

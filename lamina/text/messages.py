@@ -29,41 +29,6 @@ _OWN = {
     "unk_token": "the model's own", "pad_token": "the model's own",
 }  # fmt: skip
 
-
-def check_template_kwargs(given: object, uses: Callable[[str], bool]) -> dict[str, Any]:
-    """Checks `chat_template_kwargs`: at most 32 plain values (text, numbers, true, false, null) by names that the
-    template reads (`uses`), or that switch reasoning in other templates. Raises InvalidRequest, which names the
-    variable."""
-    if given is None:
-        return {}
-    if not isinstance(given, Mapping) or len(given) > MAX_VARIABLES:
-        raise InvalidRequest(
-            f"chat_template_kwargs is {cut(given)}; allowed is an object of at most {MAX_VARIABLES} plain values"
-        )
-    for name, value in given.items():
-        if name in _OWN:
-            raise InvalidRequest(f"chat_template_kwargs has {cut(name)}; use {_OWN[name]} instead")
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise InvalidRequest(f"chat_template_kwargs has {cut(name)}; allowed are names of variables")
-        if name not in (*SWITCHES, EFFORT) and not uses(name):
-            raise InvalidRequest(
-                f"chat_template_kwargs has {cut(name)}; allowed are variables that the model's chat template reads"
-            )
-        _check_value(name, value)
-    return dict(given)
-
-
-def _check_value(name: str, value: object) -> None:
-    is_plain = value is None or isinstance(value, bool) or (type(value) is int and abs(value) < 2**63)
-    is_number = isinstance(value, float) and math.isfinite(value)
-    is_text = isinstance(value, str) and len(value) <= MAX_TEXT and value.encode(errors="replace").decode() == value
-    if not (is_plain or is_number or is_text):
-        raise InvalidRequest(
-            f"chat_template_kwargs.{name} is {cut(value)}; allowed are text of at most {MAX_TEXT} characters, numbers, "
-            "true, false and null"
-        )
-
-
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 MAX_MESSAGES = 4096  # a template takes time for each, and one is rendered at a time
@@ -199,3 +164,37 @@ def check_text(name: str, text: object) -> None:
             f"{name} has {text[error.start]!r} at character {error.start}, half of a surrogate pair; "
             "allowed is text that UTF-8 can hold"
         ) from error
+
+
+def check_template_kwargs(given: object, uses: Callable[[str], bool]) -> dict[str, Any]:
+    """Checks `chat_template_kwargs`: at most 32 plain values (text, numbers, true, false, null) by names that the
+    template reads (`uses`), or that switch reasoning in other templates. Raises InvalidRequest, which names the
+    variable."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or len(given) > MAX_VARIABLES:
+        raise InvalidRequest(
+            f"chat_template_kwargs is {cut(given)}; allowed is an object of at most {MAX_VARIABLES} plain values"
+        )
+    for name, value in given.items():
+        if name in _OWN:
+            raise InvalidRequest(f"chat_template_kwargs has {cut(name)}; use {_OWN[name]} instead")
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise InvalidRequest(f"chat_template_kwargs has {cut(name)}; allowed are names of variables")
+        if name not in (*SWITCHES, EFFORT) and not uses(name):
+            raise InvalidRequest(
+                f"chat_template_kwargs has {cut(name)}; allowed are variables that the model's chat template reads"
+            )
+        _check_value(name, value)
+    return dict(given)
+
+
+def _check_value(name: str, value: object) -> None:
+    is_plain = value is None or isinstance(value, bool) or (type(value) is int and abs(value) < 2**63)
+    is_number = isinstance(value, float) and math.isfinite(value)
+    is_text = isinstance(value, str) and len(value) <= MAX_TEXT and value.encode(errors="replace").decode() == value
+    if not (is_plain or is_number or is_text):
+        raise InvalidRequest(
+            f"chat_template_kwargs.{name} is {cut(value)}; allowed are text of at most {MAX_TEXT} characters, numbers, "
+            "true, false and null"
+        )

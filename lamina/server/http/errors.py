@@ -16,18 +16,6 @@ from starlette.responses import Response
 from lamina.errors import ContextTooLong, EngineError, InvalidRequest, LaminaError, ModelFileError, PolicyError
 from lamina.server.frontend import DeadlineExceeded, EngineUnavailable
 
-
-def json_response(content: Any) -> Response:
-    """A response with JSON in ASCII: text of requests and models may have half a surrogate pair, which UTF-8 cannot
-    hold."""
-    return json_text(json.dumps(content, separators=(",", ":")))
-
-
-def json_text(content: str) -> Response:
-    """What is JSON already, as a response."""
-    return Response(content.encode(), media_type="application/json")
-
-
 MESSAGES = "/v1/messages"
 """The path of Anthropic's clients, and the beginning of others."""
 RETRY_AFTER = 1  # seconds after which a client may try again
@@ -150,3 +138,14 @@ def translated(error: LaminaError, fields: Collection[str] = (), ready: bool = T
 def _named(message: str, fields: Collection[str]) -> str | None:
     """The first of the fields that a message contains."""
     return next((word for word in re.findall(r"[a-z_]+", message[:200]) if word in fields), None)
+
+
+def json_response(content: Any) -> Response:
+    """A response with JSON in ASCII: text of requests and models may have half a surrogate pair, which UTF-8 cannot
+    hold."""
+    return json_text(json.dumps(content, separators=(",", ":")))
+
+
+def json_text(content: str) -> Response:
+    """What is JSON already, as a response."""
+    return Response(content.encode(), media_type="application/json")

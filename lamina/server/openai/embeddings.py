@@ -27,35 +27,6 @@ from lamina.server.openai.answers import dumps
 from lamina.server.openai.schemas import MAX_INPUTS, EmbeddingRequest, PoolingRequest, RerankRequest
 from lamina.server.service import GRACE, RequestContext, Service
 
-
-def listed(given: Any) -> list[Any]:
-    return [given] if is_one(given) or not isinstance(given, list) else given
-
-
-def token_ids(
-    param: str, given: Any, special: bool | None, keep: int | None, inputs: InputProcessor, max_tokens: int | None
-) -> list[list[int]]:
-    """The token ids of each input of the field `param`. `special`: whether special tokens are added, which None means
-    too; `keep` as in `truncated`. For a `PreparationPool`. Raises InvalidRequest, ApiError."""
-    several = listed(given)
-    names = [param] if several is not given else [f"{param}[{index}]" for index in range(len(several))]
-    check_characters(dict(zip(names, several, strict=True)), inputs)
-    return [
-        truncated(keep, _tokens(name, each, special is not False, keep is None, inputs), inputs, max_tokens)
-        for name, each in zip(names, several, strict=True)
-    ]
-
-
-def _tokens(name: str, given: Any, special: bool, whole: bool, inputs: InputProcessor) -> list[int]:
-    if isinstance(given, str):
-        if not given:
-            raise refused(name, given, "text of at least one character")
-        return encoded(given, special, inputs, name, whole)
-    if not isinstance(given, list) or not given or not all(type(token) is int for token in given):
-        raise refused(name, given, "text or token ids, at least one, or a list of these")
-    return given
-
-
 MAX_NUMBERS = 1 << 22  # of all embeddings of a request together
 _TOGETHER = 64  # inputs that are submitted at a time: enough to fill batches
 
@@ -209,3 +180,31 @@ def _named(kind: str, fields: PoolingRequest, context: RequestContext) -> dict[s
 def _usage(requests: Sequence[EngineRequest]) -> dict[str, int]:
     tokens = sum(len(request.request.prompt) for request in requests)
     return {"prompt_tokens": tokens, "total_tokens": tokens}
+
+
+def listed(given: Any) -> list[Any]:
+    return [given] if is_one(given) or not isinstance(given, list) else given
+
+
+def token_ids(
+    param: str, given: Any, special: bool | None, keep: int | None, inputs: InputProcessor, max_tokens: int | None
+) -> list[list[int]]:
+    """The token ids of each input of the field `param`. `special`: whether special tokens are added, which None means
+    too; `keep` as in `truncated`. For a `PreparationPool`. Raises InvalidRequest, ApiError."""
+    several = listed(given)
+    names = [param] if several is not given else [f"{param}[{index}]" for index in range(len(several))]
+    check_characters(dict(zip(names, several, strict=True)), inputs)
+    return [
+        truncated(keep, _tokens(name, each, special is not False, keep is None, inputs), inputs, max_tokens)
+        for name, each in zip(names, several, strict=True)
+    ]
+
+
+def _tokens(name: str, given: Any, special: bool, whole: bool, inputs: InputProcessor) -> list[int]:
+    if isinstance(given, str):
+        if not given:
+            raise refused(name, given, "text of at least one character")
+        return encoded(given, special, inputs, name, whole)
+    if not isinstance(given, list) or not given or not all(type(token) is int for token in given):
+        raise refused(name, given, "text or token ids, at least one, or a list of these")
+    return given

@@ -24,43 +24,6 @@ SECONDS = 30.0
 
 _MOST = 2048  # values kept of each kind
 
-
-class RecentLatencies:
-    """An observer that keeps the newest latencies, and passes every call on to the observer `behind` it. `clock` is
-    monotonic, in seconds."""
-
-    def __init__(self, behind: Observer, clock: Callable[[], float]) -> None:
-        self._behind = behind
-        self._clock = clock
-        self._first: deque[tuple[float, float]] = deque(maxlen=_MOST)
-        self._next: deque[tuple[float, float]] = deque(maxlen=_MOST)
-
-    def first_token(self, seconds: float) -> None:
-        self._first.append((self._clock(), seconds))
-        self._behind.first_token(seconds)
-
-    def next_tokens(self, seconds: float, count: int) -> None:
-        self._next.append((self._clock(), seconds / count))
-        self._behind.next_tokens(seconds, count)
-
-    def ended(self, request: EngineRequest, completion: Completion, seconds: float) -> None:
-        self._behind.ended(request, completion, seconds)
-
-    def failed(self, request: EngineRequest, error: LaminaError) -> None:
-        self._behind.failed(request, error)
-
-    def lately(self) -> tuple[list[float], list[float]]:
-        """The seconds until first tokens, and the seconds per further token; the oldest first."""
-        since = self._clock() - SECONDS
-        return _newer(self._first, since), _newer(self._next, since)
-
-
-def _newer(values: deque[tuple[float, float]], since: float) -> list[float]:
-    while values and values[0][0] < since:
-        values.popleft()
-    return [seconds for _, seconds in values]
-
-
 MAX_SEQUENCES = 256
 """The most sequences listed one by one; the pages of all others are summed."""
 
@@ -73,92 +36,6 @@ _NUMBERS = (
     *("drafts", "draft_tokens", "accepted_tokens"),
 )
 _OF_NOBODY = ("began", "uptime", "running", "waiting", "lanes", "page_size")  # numbers that count no work
-
-
-class Labels:
-    """Numbers for sequences, in the order of their first appearance. A sequence keeps its number while it has KV."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[tuple[str, int], int] = {}
-        self._last = 0
-
-    def of(self, sequences: Sequence[SequenceSnapshot]) -> list[int]:
-        """The label of each sequence; the labels of all others are dropped."""
-        kept: dict[tuple[str, int], int] = {}
-        for sequence in sequences:
-            key = (sequence.request, sequence.sample)
-            number = kept.get(key) or self._numbers.get(key)
-            if number is None:
-                self._last += 1
-                number = self._last
-            kept[key] = number
-        self._numbers = kept
-        return [kept[sequence.request, sequence.sample] for sequence in sequences]
-
-
-@dataclass(frozen=True, slots=True)
-class Percentiles:
-    """Of `count` values in seconds, half are at most `p50`, and 99 of 100 at most `p99`."""
-
-    count: int
-    p50: float
-    p99: float
-
-
-def percentiles(values: Sequence[float]) -> Percentiles | None:
-    """By nearest rank; None where there are no values."""
-    if not values:
-        return None
-    ranked = sorted(values)
-    p50, p99 = (ranked[math.ceil(len(ranked) * share) - 1] for share in (0.5, 0.99))
-    return Percentiles(len(ranked), p50, p99)
-
-
-@dataclass(frozen=True, slots=True)
-class Server:
-    """The state of the HTTP side. `message` says why the engine is not ready; `max_model_len` is in tokens, None where
-    no model is loaded; latencies are of the last `seconds`."""
-
-    model: str
-    version: str
-    state: str
-    message: str
-    restarts: int
-    active: int
-    max_requests: int
-    max_model_len: int | None
-    seconds: float
-    first_token: Percentiles | None
-    next_token: Percentiles | None
-
-
-def of_one(snapshot: Snapshot, sequences: Sequence[SequenceSnapshot], held: int) -> Snapshot:
-    """A snapshot as it would be with these sequences alone, of `held` samples under way: what counts the work of others
-    is 0."""
-    holders = [
-        dataclasses.replace(
-            holder,
-            free_pages=max(0, holder.total_pages - sum(sequence.pages.get(holder.name, 0) for sequence in sequences)),
-            bytes_sent=0,
-            bytes_received=0,
-            exchange_seconds=0.0,
-            exchange_counts=(0,) * len(holder.exchange_counts),
-            pools=(),
-        )
-        for holder in snapshot.holders
-    ]
-    zeros: dict[str, Any] = {name: 0 for name in _NUMBERS if name not in _OF_NOBODY}
-    running = len(sequences)
-    return dataclasses.replace(
-        snapshot,
-        **zeros,
-        running=running,
-        waiting=max(0, held - running),
-        accepted_at=(),
-        cached_pages={},
-        sequences=tuple(sequences),
-        holders=tuple(holders),
-    )
 
 
 def status(server: Server, snapshot: Snapshot | None, labels: Labels) -> dict[str, Any]:
@@ -210,3 +87,125 @@ def _holder(holder: HolderSnapshot, pages: list[int], others: int, cached: Mappi
 
 def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """The state of the HTTP side. `message` says why the engine is not ready; `max_model_len` is in tokens, None where
+    no model is loaded; latencies are of the last `seconds`."""
+
+    model: str
+    version: str
+    state: str
+    message: str
+    restarts: int
+    active: int
+    max_requests: int
+    max_model_len: int | None
+    seconds: float
+    first_token: Percentiles | None
+    next_token: Percentiles | None
+
+
+def of_one(snapshot: Snapshot, sequences: Sequence[SequenceSnapshot], held: int) -> Snapshot:
+    """A snapshot as it would be with these sequences alone, of `held` samples under way: what counts the work of others
+    is 0."""
+    holders = [
+        dataclasses.replace(
+            holder,
+            free_pages=max(0, holder.total_pages - sum(sequence.pages.get(holder.name, 0) for sequence in sequences)),
+            bytes_sent=0,
+            bytes_received=0,
+            exchange_seconds=0.0,
+            exchange_counts=(0,) * len(holder.exchange_counts),
+            pools=(),
+        )
+        for holder in snapshot.holders
+    ]
+    zeros: dict[str, Any] = {name: 0 for name in _NUMBERS if name not in _OF_NOBODY}
+    running = len(sequences)
+    return dataclasses.replace(
+        snapshot,
+        **zeros,
+        running=running,
+        waiting=max(0, held - running),
+        accepted_at=(),
+        cached_pages={},
+        sequences=tuple(sequences),
+        holders=tuple(holders),
+    )
+
+
+class Labels:
+    """Numbers for sequences, in the order of their first appearance. A sequence keeps its number while it has KV."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[tuple[str, int], int] = {}
+        self._last = 0
+
+    def of(self, sequences: Sequence[SequenceSnapshot]) -> list[int]:
+        """The label of each sequence; the labels of all others are dropped."""
+        kept: dict[tuple[str, int], int] = {}
+        for sequence in sequences:
+            key = (sequence.request, sequence.sample)
+            number = kept.get(key) or self._numbers.get(key)
+            if number is None:
+                self._last += 1
+                number = self._last
+            kept[key] = number
+        self._numbers = kept
+        return [kept[sequence.request, sequence.sample] for sequence in sequences]
+
+
+@dataclass(frozen=True, slots=True)
+class Percentiles:
+    """Of `count` values in seconds, half are at most `p50`, and 99 of 100 at most `p99`."""
+
+    count: int
+    p50: float
+    p99: float
+
+
+def percentiles(values: Sequence[float]) -> Percentiles | None:
+    """By nearest rank; None where there are no values."""
+    if not values:
+        return None
+    ranked = sorted(values)
+    p50, p99 = (ranked[math.ceil(len(ranked) * share) - 1] for share in (0.5, 0.99))
+    return Percentiles(len(ranked), p50, p99)
+
+
+class RecentLatencies:
+    """An observer that keeps the newest latencies, and passes every call on to the observer `behind` it. `clock` is
+    monotonic, in seconds."""
+
+    def __init__(self, behind: Observer, clock: Callable[[], float]) -> None:
+        self._behind = behind
+        self._clock = clock
+        self._first: deque[tuple[float, float]] = deque(maxlen=_MOST)
+        self._next: deque[tuple[float, float]] = deque(maxlen=_MOST)
+
+    def first_token(self, seconds: float) -> None:
+        self._first.append((self._clock(), seconds))
+        self._behind.first_token(seconds)
+
+    def next_tokens(self, seconds: float, count: int) -> None:
+        self._next.append((self._clock(), seconds / count))
+        self._behind.next_tokens(seconds, count)
+
+    def ended(self, request: EngineRequest, completion: Completion, seconds: float) -> None:
+        self._behind.ended(request, completion, seconds)
+
+    def failed(self, request: EngineRequest, error: LaminaError) -> None:
+        self._behind.failed(request, error)
+
+    def lately(self) -> tuple[list[float], list[float]]:
+        """The seconds until first tokens, and the seconds per further token; the oldest first."""
+        since = self._clock() - SECONDS
+        return _newer(self._first, since), _newer(self._next, since)
+
+
+def _newer(values: deque[tuple[float, float]], since: float) -> list[float]:
+    while values and values[0][0] < since:
+        values.popleft()
+    return [seconds for _, seconds in values]

@@ -65,6 +65,19 @@ from lamina.system.child_process import ChildProcess, end_all, module_command
 from lamina.system.private_folder import LOCK, for_sockets, lock, sweep
 from lamina_protocols.errors import ProtocolError
 
+ENGINE_MODULE = "lamina.server.processes.engine_main"
+HTTP_MODULE = "lamina.server.processes.http_main"
+_KINDS = {
+    kind.__name__: kind
+    for kind in (DiskFullError, InvalidRequest, JournalError, ModelFileError, PolicyError, UnsupportedModelError)
+}  # errors that keep their type on the way from a child; all others become an EngineError
+_FOLDER = "lamina-serve-"  # begin of its name
+_FRESH = 10.0  # seconds that a supervisor may take from making its folder to locking it
+_LONGEST_FOLDER = 80  # characters: a Unix socket's path has 108, its name included
+_FORCED = 5.0  # seconds beyond the time to drain after which the HTTP process is killed
+_SPARE_AFTER = 5.0  # seconds between the coming or going of a model and the start of a spare process
+_LEAVING = 10.0  # seconds after which an engine that is unloaded is killed
+
 
 @dataclass(eq=False)
 class EngineRole(Slot[ChildProcess]):
@@ -111,60 +124,6 @@ class EngineRole(Slot[ChildProcess]):
         """It is not loaded any more, and not started again."""
         self.give_up()
         self.facts, self.ending, self.loading = None, False, ""
-
-
-@contextmanager
-def listening(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that listens there. Raises InvalidRequest."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
-            0
-        ]
-        sock = socket.socket(family, kind)
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(address)
-            sock.listen(2048)
-        except OSError:
-            sock.close()
-            raise
-    except (OSError, OverflowError) as error:
-        raise InvalidRequest(
-            f"cannot listen on {host}:{port}: {error}; --host and --port choose another place, port 0 a free one"
-        ) from error
-    with sock:
-        yield sock
-
-
-def address_of(sock: socket.socket) -> str:
-    """The URL of a listening socket."""
-    host, port = sock.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
-
-
-@contextmanager
-def signals(on_signal: Callable[[], None]) -> Iterator[None]:
-    """SIGTERM and SIGINT call `on_signal`, which may be interrupted by itself."""
-    before = {number: signal.signal(number, lambda *_: on_signal()) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-ENGINE_MODULE = "lamina.server.processes.engine_main"
-HTTP_MODULE = "lamina.server.processes.http_main"
-_KINDS = {
-    kind.__name__: kind
-    for kind in (DiskFullError, InvalidRequest, JournalError, ModelFileError, PolicyError, UnsupportedModelError)
-}  # errors that keep their type on the way from a child; all others become an EngineError
-_FOLDER = "lamina-serve-"  # begin of its name
-_FRESH = 10.0  # seconds that a supervisor may take from making its folder to locking it
-_LONGEST_FOLDER = 80  # characters: a Unix socket's path has 108, its name included
-_FORCED = 5.0  # seconds beyond the time to drain after which the HTTP process is killed
-_SPARE_AFTER = 5.0  # seconds between the coming or going of a model and the start of a spare process
-_LEAVING = 10.0  # seconds after which an engine that is unloaded is killed
 
 
 class Supervisor(SlotLoop[ChildProcess]):
@@ -493,3 +452,43 @@ class Supervisor(SlotLoop[ChildProcess]):
         self._report.said(f"ending once requests under way have ended, in {self._plan.drain:g} s at most")
         worker.say(TO_HTTP.line(DrainRequests(self._plan.drain)))
         self._http.deadline = self._clock() + self._plan.drain + _FORCED
+
+
+@contextmanager
+def listening(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket that listens there. Raises InvalidRequest."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
+            0
+        ]
+        sock = socket.socket(family, kind)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(address)
+            sock.listen(2048)
+        except OSError:
+            sock.close()
+            raise
+    except (OSError, OverflowError) as error:
+        raise InvalidRequest(
+            f"cannot listen on {host}:{port}: {error}; --host and --port choose another place, port 0 a free one"
+        ) from error
+    with sock:
+        yield sock
+
+
+def address_of(sock: socket.socket) -> str:
+    """The URL of a listening socket."""
+    host, port = sock.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+@contextmanager
+def signals(on_signal: Callable[[], None]) -> Iterator[None]:
+    """SIGTERM and SIGINT call `on_signal`, which may be interrupted by itself."""
+    before = {number: signal.signal(number, lambda *_: on_signal()) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
