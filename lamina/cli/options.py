@@ -91,6 +91,13 @@ class _Flag:
 
 
 @dataclass(frozen=True, slots=True)
+class _Form:
+    """Beside a type: how the option's value is written."""
+
+    metavar: str
+
+
+@dataclass(frozen=True, slots=True)
 class PromptOptions:
     """The prompts of `lamina generate`."""
 
@@ -173,7 +180,7 @@ class EngineOptions:
     panels: ClassVar[Mapping[str, str]] = {"": "Engine"} | dict.fromkeys(_OF_WORKERS, "Attention workers")
     helps: ClassVar[Mapping[str, str]] = {
         "attention_workers": "How many to start, or HOST:PORT of running ones: repeated, or with commas.",
-        "autoscale": "MIN:MAX, the least and the most attention workers, as KV grows.",
+        "autoscale": "The least and the most attention workers, as KV grows.",
         "device": "Of the dense layers: cpu, cuda, cuda:N or auto; with commas, one a model worker.",
         "attention_device": "Of KV and attention: cpu, cuda, cuda:N or auto; with commas, one a worker.",
         "kv_local": "Memory for the KV of the engine's own process. Default: kv-memory.",
@@ -202,7 +209,7 @@ class EngineOptions:
     model_workers: int | None = None
     model_parallel: str | None = None
     attention_workers: list[str] | None = None
-    autoscale: str | None = None
+    autoscale: Annotated[str | None, _Form("MIN:MAX")] = None
     shard: str | None = None
     redundancy: str | None = None
     cluster: str | None = None
@@ -323,16 +330,18 @@ def _checked_options(group: Any, hints: Mapping[str, Any]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for name, hint in hints.items():
         kind, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        forms = [{"metavar": mark.metavar} for mark in marks if isinstance(mark, _Form)]
+        syntax = _SYNTAX.get(kind, {}) if not forms else forms[0]
         default = defaults.get(name)
         shown = isinstance(default, str | int | float) and not isinstance(default, bool) and name not in group.helps
         options[name] = Annotated[
             kind,
             typer.Option(
-                *(mark.name for mark in marks),
+                *(mark.name for mark in marks if isinstance(mark, _Flag)),
                 help=docs.get(name),
                 rich_help_panel=group.panels.get(name, group.panels[""]),
                 show_default=str(default) if shown else False,
-                **_SYNTAX.get(kind, {}),
+                **syntax,
             ),
         ]
     return options

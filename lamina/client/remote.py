@@ -117,11 +117,6 @@ class RemoteEngine:
     def halted(self) -> bool:
         return self._halted
 
-    @property
-    def stopped(self) -> bool:
-        """Whether the engine has stopped for good."""
-        return bool(self._why)
-
     def submit(self, request: EngineRequest) -> None:
         with self._door:
             if not self.alive:

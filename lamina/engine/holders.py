@@ -113,7 +113,7 @@ class Holders:
             joining.features = self._worker.features(number)
             self._control.joined(number, joining)
         self._last += len(holders)
-        grown = self._control.grow(range(first, first + len(holders)))
+        grown = self._control.scheduler.growth.joined(range(first, first + len(holders)))
         pages = " and ".join(map(str, map(sum, zip(*(joining.pages for joining in holders), strict=True))))
         logger.info("attention worker %s joined with %s KV pages; %d sequences grow there", port.name, pages, grown)
         self._changed(HolderChange("joined", (port.name,)))

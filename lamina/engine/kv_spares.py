@@ -36,14 +36,12 @@ _KEPT_FREE = 16  # the part of each pool that spares do not take: else they come
 
 
 class SpareKeeper:
-    """Keeps the spares of one engine up to date, where it is `on`: the config has redundancy. `tokens` counts copied
-    tokens.
+    """Keeps the spares of one engine up to date, where it is `on`: the config has redundancy.
 
     Everything is called between two batches. `step` raises HolderFault where a holder is gone.
     """
 
     def __init__(self, worker: Workers[Peer], control: ControlPlane, clock: Callable[[], float]) -> None:
-        self.tokens = 0
         self._worker = worker
         self._control = control
         self._spares = control.spares
@@ -204,10 +202,8 @@ class SpareKeeper:
                 self._spares.refused(work)
             return isinstance(work, ReadBack)
         if isinstance(work, ReadBack):
-            self.tokens += self._end - work.at
             work.at = self._end
         else:
-            self.tokens += work.hi - work.lo
             self._spares.copied(work)
         return True
 

@@ -84,10 +84,6 @@ class ControlPlane:
         self.spares.holders_changed()
         self.scheduler.joined(Pages.of(number, holder.pages))
 
-    def grow(self, numbers: Sequence[int]) -> int:
-        """Have running sequences grow at these holders, which have joined. Returns how many do."""
-        return self.scheduler.growth.joined(numbers)
-
     def drain(self, numbers: Sequence[int]) -> None:
         """These holders are to be let go: they get no new sequence, no running one grows there, and what they keep is
         to go elsewhere."""

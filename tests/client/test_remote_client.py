@@ -292,7 +292,6 @@ def test_who_is_waited_for_in_vain_is_an_error() -> None:
     [output] = pair.got.get(timeout=5)
     assert "no other engine came for 0.3 s" in str(output.error)
     assert pair.remote.join(5)
-    assert pair.remote.stopped
     assert not pair.remote.rejoin(Loop(FakeEngine(), time.monotonic))
 
 

@@ -66,7 +66,7 @@ def join(control: ControlPlane, *pages: int) -> int:
     numbers = [max(control.placement.holders) + 1 + at for at in range(len(pages))]
     for number, some in zip(numbers, pages, strict=True):
         control.joined(number, Holder((some,) * len(control.placement.holders[1].pages)))
-    return control.grow(numbers)
+    return control.scheduler.growth.joined(numbers)
 
 
 def cells(layout: Layout, pool: int = 0) -> list[tuple[int, int]]:

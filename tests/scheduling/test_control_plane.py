@@ -337,7 +337,7 @@ class Machine(RuleBasedStateMachine):
         self.last += self.last == LOCAL
         self.world.pools[self.last], self.world.said[self.last] = Pool(300), 300
         self.world.control.joined(self.last, Holder((300,)))
-        self.world.control.grow([self.last])
+        self.world.control.scheduler.growth.joined([self.last])
 
     @rule(data=st.data())
     def drain(self, data: st.DataObject) -> None:

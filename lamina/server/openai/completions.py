@@ -39,10 +39,6 @@ class Texts:
     prefixes: Sequence[str]
 
     @property
-    def eos_ids(self) -> tuple[int, ...]:
-        return self.tokenizer.eos_ids
-
-    @property
     def params(self) -> SamplingParams:
         return self.requests[0].params
 
@@ -167,7 +163,7 @@ def _choice(texts: Texts, prompt: int, completion: Completion, sample: Sample) -
         "text": texts.prefixes[prompt] + sample.text,
         "logprobs": logprobs,
         "finish_reason": sample.finish_reason,
-        "stop_reason": answers.stop_reason(texts.params, texts.eos_ids, last, sample.finish_reason),
+        "stop_reason": answers.stop_reason(texts.params, texts.tokenizer.eos_ids, last, sample.finish_reason),
     }
 
 
@@ -231,5 +227,7 @@ class _Writer:
         if reason is not None:
             self._ended[index] = True
             token = None if event is None else event.token_id
-            choice["stop_reason"] = answers.stop_reason(self._texts.params, self._texts.eos_ids, token, reason)
+            choice["stop_reason"] = answers.stop_reason(
+                self._texts.params, self._texts.tokenizer.eos_ids, token, reason
+            )
         frames.append(self._chunks.chunk(dumps(choice)))
