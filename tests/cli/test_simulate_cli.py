@@ -7,8 +7,6 @@ import io
 import json
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,25 +29,20 @@ from lamina.simulator.traces.arrivals import Trace
 
 INVENTORY = """
 links = ["fhbn-400g"]
+systems = ["chunked", "lamina"]
 [[have]]
 device = "h100"
 count = 4
 [[have]]
 device = "h20"
-count = 2
+count = 1
 """
-FEW = ["--count", "200", "--seed", "1"]
+"""Few candidates: what is said and written is the same for many."""
+FEW = ["--count", "60", "--seed", "1"]
 
 
 def lamina(*words: str, obj: Any = None) -> Any:
     return CliRunner().invoke(app, list(words), obj=obj)
-
-
-@pytest.fixture
-def inventory(tmp_path: Path) -> str:
-    file = tmp_path / "inventory.toml"
-    file.write_text(INVENTORY, encoding="utf-8")
-    return str(file)
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +101,12 @@ def test_a_plan_is_printed_explained_and_written(planned: tuple[Any, Path]) -> N
     assert "<script" not in page
 
 
-def test_a_plan_as_json(inventory: str) -> None:
-    result = lamina("plan", "--inventory", inventory, "--verify", "0", "--json", "--rate", "max", *FEW)
-    found = json.loads(result.stdout)
-    assert found["candidates"] > 40
+def test_a_plan_as_json(planned: tuple[Any, Path]) -> None:
+    inventory = str(planned[1] / "inventory.toml")
+    found = json.loads(
+        lamina("plan", "--inventory", inventory, "--verify", "0", "--json", "--rate", "max", *FEW).stdout
+    )
+    assert found["candidates"] >= len(found["ranking"]) > 1
     first = found["ranking"][0]
     assert first["serves"]
     assert first["demanded"] is None
@@ -153,14 +148,15 @@ def test_systems_are_compared_and_everything_is_written(tmp_path: Path) -> None:
     printed = lamina(*words, "--json").stdout
     assert printed == (tmp_path / "runs" / "results.json").read_text(encoding="utf-8")
     as_json = json.loads(printed)["results"]
-    assert [run["finished"] for run in as_json] == [200, 200]
+    assert [run["finished"] for run in as_json] == [60, 60]
     assert as_json[0]["assumptions"]["memory"].startswith("90 %")
     rows = list(csv.DictReader(io.StringIO(lamina("simulate", "--system", "chunked", *FEW, "--csv").stdout)))
     assert [float(row["tokens_per_second"]) for row in rows] == [as_json[0]["tokens_per_second"]]
 
 
 def test_overload_is_said_and_how_many_would_do(tmp_path: Path) -> None:
-    words = ["simulate", "--system", "chunked", "--rate", "40", *FEW, "--out", str(tmp_path / "runs")]
+    words = ["simulate", "--system", "chunked", "--rate", "40", "--count", "200", "--seed", "1"]
+    words += ["--out", str(tmp_path / "runs")]
     lines = lamina(*words).stdout.splitlines()
     assert max(map(len, lines)) <= 100
     assert "SLO tpot=100ms,ttft=2s; efficiency typical" in " ".join(" ".join(lines[:2]).split())
@@ -173,17 +169,6 @@ def test_overload_is_said_and_how_many_would_do(tmp_path: Path) -> None:
     for file in ("results.txt", "report.html"):
         text = (tmp_path / "runs" / file).read_text(encoding="utf-8")
         assert f"By formula {found[1]} replicas would keep the SLO" in " ".join(text.split())
-    assert "By formula" not in lamina(*words, "--slo", "none").stdout
-
-
-def test_free_devices_are_planned_and_drawn(tmp_path: Path) -> None:
-    (tmp_path / "free.toml").write_text('systems = ["chunked"]\n[[have]]\ndevice = "h100"\ncount = 2\nprice = 0\n')
-    files = ["--html", str(tmp_path / "x.html"), "--plot", str(tmp_path / "x.png")]
-    words = ["plan", "-m", "llama-3-8b", "--inventory", str(tmp_path / "free.toml"), "--verify", "1", *FEW, *files]
-    result = lamina(*words)
-    assert result.exit_code == 0, result.output
-    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
-    assert "output tokens a second, within the SLO" in (tmp_path / "x.html").read_text(encoding="utf-8")
 
 
 def test_packed_weights_and_drafts_are_faster_and_said() -> None:
@@ -201,21 +186,16 @@ def test_packed_weights_and_drafts_are_faster_and_said() -> None:
     assert "weights" not in plain["assumptions"]
 
 
-def test_a_plan_on_hosts_is_packed_and_speculates(tmp_path: Path) -> None:
-    (tmp_path / "hosts.toml").write_text('systems = ["chunked"]\n[[have]]\ndevice = "epyc-genoa"\ncount = 1\n')
+def test_a_plan_on_free_hosts_is_packed_speculates_and_is_drawn(tmp_path: Path) -> None:
+    free = 'systems = ["chunked"]\n[[have]]\ndevice = "epyc-genoa"\ncount = 1\nprice = 0\n'
+    (tmp_path / "hosts.toml").write_text(free)
     words = ["plan", "-m", "llama-3.2-1b", "--inventory", str(tmp_path / "hosts.toml"), "--verify", "1", *FEW]
-    words += [
-        "--weights",
-        "int4",
-        "--speculate",
-        "llama-3.2-1b",
-        "--acceptance",
-        "0.8",
-        "--num-speculative-tokens",
-        "3",
-    ]
-    result = lamina(*words, "--out", str(tmp_path / "plan.toml"))
+    words += ["--weights", "int4", "--speculate", "llama-3.2-1b", "--acceptance", "0.8"]
+    words += ["--num-speculative-tokens", "3", "--out", str(tmp_path / "plan.toml")]
+    result = lamina(*words, "--html", str(tmp_path / "x.html"), "--plot", str(tmp_path / "x.png"))
     assert result.exit_code == 0, result.output
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    assert "output tokens a second, within the SLO" in (tmp_path / "x.html").read_text(encoding="utf-8")
     assert "  Weights: int4, 0.5625 bytes each" in result.stdout
     assert "  Speculation: up to 3 drafts by llama-3.2-1b in 100% of the steps" in result.stdout
     engine = plan_file.read(tmp_path / "plan.toml").engine
@@ -285,16 +265,8 @@ def test_a_check_serves_the_planned_trace_and_says_where_it_cannot(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["plan", "--slo", "tpot=fast"], "slo is 'tpot=fast'; allowed are ttft and tpot"),
-        (["plan", "--model", "gpt-9"], "unknown model 'gpt-9'; known are llama-33b"),
-        (["plan", "--trace", "nothing"], "'nothing'; allowed are azure-conv"),
-        (["plan", "--budget", "-3"], "budget is -3.0"),
-        (["plan", "--budget", "1", *FEW], "budget is 1 dollars an hour; the cheapest"),
-        (["plan", "--inventory", "no.toml"], "no.toml: there is no such file"),
         (["plan", "--hardware", "no.toml"], "no.toml: there is no such file"),
         (["plan", "--rate", "often"], "rate is 'often'; allowed are trace, max"),
-        (["plan", "--count", "0"], "count is 0"),
-        (["plan", "--efficiency", "best"], "efficiency is 'best'; allowed are roofline, typical, vllm"),
         (["plan", "--verify", "-1"], "verify is -1"),
         (["plan", "--out", "plan.json"], "--out is 'plan.json'; allowed are names that end in .toml"),
         (["plan", "--html", "x.html", "--verify", "0"], "a report needs at least one that is checked"),
@@ -304,8 +276,6 @@ def test_a_check_serves_the_planned_trace_and_says_where_it_cannot(
         (["calibrate-hardware", "--out", "absent/x.toml"], "--out is 'absent/x.toml', in 'absent'"),
         (["simulate", "--out", "/dev/null/runs"], "--out is '/dev/null/runs': Not a directory"),
         (["plan", "--check", "no.toml"], "no.toml: there is no such file"),
-        (["plan", "-m", "llama-3.1-405b", *FEW], "'llama-3.1-405b' fits nowhere"),
-        (["plan", "--slo", "tpot=1us", "--verify", "0", *FEW], "no system meets the SLO (tpot 0.001 ms)"),
         (["simulate", "--system", "magic"], "system is 'magic'; allowed are colocated"),
         (["simulate", "--system", "chunked,,lamina"], "system is 'chunked,,lamina'"),
         (["simulate", "--system", "lamina:h100x2"], "takes two kinds of device"),
@@ -313,29 +283,19 @@ def test_a_check_serves_the_planned_trace_and_says_where_it_cannot(
         (["simulate", "--system", "lamina:h100x2+epyc-genoax1"], "there is lamina-cpu"),
         (["simulate", "--system", "chunked:tpu-v9x1"], "unknown device 'tpu-v9'"),
         (["simulate", "--system", "chunked:h100x9999"], "allowed are 1 to 1024"),
-        (["simulate", "--system", "chunked:h100x1", *FEW], "137.5 GB of weights"),
-        (["simulate", "--link", "string"], "unknown link 'string'"),
-        (["simulate", "--policy", "auto"], "policy is 'auto'; allowed is NAME=READ,HELD"),
         (["simulate", "--policy", "auto=2,1"], "read of policy 'auto' is 2.0"),
         (["simulate", "--json", "--csv"], "--json and --csv"),
-        (["simulate", "--weights", "iq2_xs"], "weights is 'iq2_xs'; allowed are float32, bfloat16, int4"),
         (["simulate", "--speculate", "ngram"], "it needs --acceptance"),
         (["simulate", "--acceptance", "0.5"], "it needs --speculate"),
-        (["simulate", "--speculate", "ngram", "--acceptance", "2"], "acceptance is 2.0"),
-        (["simulate", "--speculate", "ngram", "--acceptance", "0.5", "--num-speculative-tokens", "17"], "is 17"),
-        (["simulate", "--speculate", "smollm2-135m", "--acceptance", "0.5"], "a vocabulary of 49152"),
-        (["plan", "--speculate", "elephant", "--acceptance", "0.5"], "unknown model 'elephant'"),
-        (["plan", "-m", "glm-5", "--speculate", "ngram", "--acceptance", "0.5", *FEW], "each draft chooses its own"),
         (["generate", "x", "--plan", "no.toml"], "no.toml: there is no such file"),
     ],
 )
 def test_bad_input_is_one_line_that_names_the_value(words: list[str], said: str) -> None:
     result = lamina(*words)
     assert (result.exit_code, result.stdout) == (2, "")
-    *progress, error = result.stderr.splitlines()
-    assert all(line.startswith("ranking: ") for line in progress)
-    assert error.startswith("error: ")
-    assert said in error
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert said in result.stderr
 
 
 def test_a_slo_is_read_strictly() -> None:
@@ -391,9 +351,3 @@ def test_systems_have_the_papers_sizes_unless_devices_are_named() -> None:
     assert many.shard == "sequence"
     assert with_efficiency(known).device("h100").efficiency == known.typical
     assert with_efficiency(known, ROOFLINE).device("h100").efficiency == ROOFLINE
-
-
-def test_help_loads_nothing_heavy() -> None:
-    code = "import sys, lamina.cli.main; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
-    assert {"torch", "numpy", "pydantic", "matplotlib", "lamina.simulator.event_loop.simulate"}.isdisjoint(loaded)

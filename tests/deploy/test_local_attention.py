@@ -93,18 +93,6 @@ def test_workers_are_up_after_start_and_gone_after_close() -> None:
     assert not any(map(is_alive, running))
 
 
-def test_killed_worker_leaves_and_another_joins_under_a_new_name() -> None:
-    with cluster(2) as workers:
-        workers.start()
-        changes = Changes(workers)
-        os.kill(processes(workers)[1], signal.SIGKILL)
-        assert changes.next() == "attention-1"
-        joined = changes.next()
-        assert isinstance(joined, WorkerAddress)
-        assert joined.name == "attention-1.1"
-        assert [(s.name, s.restarts) for s in workers.status()] == [("attention-0", 0), ("attention-1.1", 1)]
-
-
 def test_events_before_watch_are_delivered_first() -> None:
     with cluster(1) as workers:
         workers.start()
@@ -160,13 +148,6 @@ def test_start_ends_a_silent_worker_at_the_deadline() -> None:
         pytest.raises(EngineError, match=r"killed by SIGKILL\s+still loading\s+.*within 0.5 s"),
     ):
         workers.start()
-
-
-def test_start_fails_with_the_cause_when_the_command_is_missing() -> None:
-    with cluster(1, lambda name: ["/no/such/program"]) as workers:
-        with pytest.raises(EngineError, match="cannot start attention-0") as caught:
-            workers.start()
-        assert isinstance(caught.value.__cause__, FileNotFoundError)
 
 
 def test_close_does_not_wait_forever_for_a_stopped_child(monkeypatch: pytest.MonkeyPatch) -> None:

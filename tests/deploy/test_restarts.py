@@ -42,13 +42,6 @@ def test_worker_that_ends_too_often_is_tried_again_after_its_window() -> None:
 
 
 @given(backoffs, gaps)
-def test_backoff_stays_between_its_first_and_its_last_delay(backoff: Backoff, gaps: list[float]) -> None:
-    for now in accumulate(gaps):
-        delay = backoff.delay(now)
-        assert delay is None or backoff.first <= delay <= backoff.first * 2 ** (backoff.limit - 1)
-
-
-@given(backoffs, gaps)
 def test_backoff_counts_no_more_restarts_in_a_window_than_the_limit(backoff: Backoff, gaps: list[float]) -> None:
     starts = [(now, backoff.delay(now)) for now in accumulate(gaps)]
     counted = [now + delay for now, delay in starts if delay is not None]
@@ -101,10 +94,6 @@ def test_slot_is_never_due_when_given_up() -> None:
     slot: Slot[str] = Slot("w")
     slot.give_up()
     assert not slot.is_due(1e9)
-
-
-def test_incarnation_has_no_number_before_the_first_restart() -> None:
-    assert [incarnation("w", restarts) for restarts in range(3)] == ["w", "w.1", "w.2"]
 
 
 class Launcher:

@@ -32,7 +32,6 @@ from evaluate.evaluation.running import held_share, keep, known, missed_share, r
 from evaluate.evaluation.suite import ALL, compare, found
 from evaluate.evaluation.tasks import Prompt, Task
 
-from lamina.errors import InvalidRequest
 from lamina.measure.probe import Probe
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.policies.catalogue import parse
@@ -113,20 +112,6 @@ def test_only_what_the_full_cache_answers_is_counted() -> None:
     full, other = [True, True, False, True], [True, False, True, True]
     s = score(full, other)
     assert (s.asked, s.full, s.kept) == (4, 3, 2)
-
-
-def test_measures_refuse_what_does_not_fit() -> None:
-    p = rows(3, 4, 0)
-    with pytest.raises(ValueError, match=r"shapes \(3, 4\) and \(2, 4\)"):
-        divergence(p, p[:2])
-    with pytest.raises(ValueError, match=r"shapes \(3, 4\) and \(4,\)"):
-        negative_log_likelihood(p, torch.zeros(4, dtype=torch.int64))
-    with pytest.raises(ValueError, match="at least 2"):
-        quality(p[:1], p[:1], torch.tensor([0]))
-    with pytest.raises(ValueError, match="2 and 1 answers"):
-        score([True, True], [True])
-    with pytest.raises(ValueError, match="3 query heads"):
-        exact_attention(torch.zeros(3, 4), torch.zeros(5, 2, 4), torch.zeros(5, 2, 4), 1.0)
 
 
 @pytest.mark.parametrize(("window", "cap"), [(None, None), (4, None), (40, 2.0), (1, 3.0)])
@@ -216,27 +201,6 @@ def test_answers_are_the_values_and_stand_at_every_distance() -> None:
             assert {len(words.encode(between.strip("\n"))) for between in questions[:-1]} == set(range(8))
 
 
-def test_tasks_depend_on_the_seed_alone() -> None:
-    words = Words()
-    assert made(words) == made(words)
-    assert made(words).tokens != made(words, seed=6).tokens
-    some = made(words, names=("recall", "text"))
-    assert [task.name for task in some.tasks] == ["text", "recall"]
-
-
-def test_tasks_say_what_is_too_small() -> None:
-    words = Words()
-    with pytest.raises(InvalidRequest, match=r"context is 900; 12 pass keys, 8 pairs and 200 steps need at least"):
-        made(words, 900)
-    with pytest.raises(InvalidRequest, match="the text has 5000 tokens"):
-        made(words, 9000)
-    hay = words.encode(" w" * 2000)
-    with pytest.raises(InvalidRequest, match="pairs is 1000; allowed with this tokenizer are 1 to"):
-        tasks.make_prompt(words.encode, (), hay, 1000, 20, 2, 1000, tasks.TASKS, 0)
-    with pytest.raises(InvalidRequest, match="depths is 65; allowed are 1 to 64"):
-        tasks.make_prompt(words.encode, (), hay, 1000, 20, 65, 2, tasks.TASKS, 0)
-
-
 # Running.
 
 
@@ -305,18 +269,6 @@ def test_a_narrow_policy_beside_the_full_cache(decoder: Decoder, prompt: Prompt,
     assert file["read"] == read_share(narrow[ALL].usage) < 0.25
     assert file["held"] == held_share(narrow[ALL].usage) < 0.6
     assert missed_share(narrow[ALL].usage) == 0  # nobody estimates it
-
-
-def test_means_over_tasks_are_by_token(decoder: Decoder, prompt: Prompt, tmp_path: Path) -> None:
-    kept = kept_in(tmp_path)
-    full, narrow = ([read_tasks(probe(decoder, p), kept, prompt, 32, nothing)] for p in ("full", NARROW))
-    by = compare([prompt], full, narrow)
-    together = quality(
-        *(torch.cat([outcomes[0][task.name].logits for task in prompt.tasks]) for outcomes in (full, narrow)),
-        torch.tensor([token for task in prompt.tasks for token in task.tokens]),
-    )
-    for name in ("nll", "full_nll", "change", "relative", "divergence", "worst", "agreement"):
-        assert getattr(by[ALL].quality, name) == pytest.approx(getattr(together, name), rel=1e-6)
 
 
 def brute_force(policy: Policy, keys: int) -> list[bool]:

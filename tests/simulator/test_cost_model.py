@@ -1,4 +1,4 @@
-"""The cost model: what papers say of single operators, and that nothing better is ever slower."""
+"""The cost model: operators as papers have them, cells worked out by hand, and that nothing better is slower."""
 
 from __future__ import annotations
 
@@ -110,20 +110,6 @@ def test_policies_read_and_hold_their_share() -> None:
     assert (windowed.tokens_read(5000), windowed.tokens_read(50), windowed.tokens_held(5000)) == (100, 50, 100)
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"read": 0.0}, "read of policy"),
-        ({"held": 1.5}, "held of policy"),
-        ({"window": 0}, "window of policy"),
-        ({"read": "a"}, "read of policy 'odd' is 'a'"),
-    ],
-)
-def test_policies_say_what_is_allowed(changes: dict[str, float], named: str) -> None:
-    with pytest.raises(InvalidRequest, match=named):
-        KvPolicy("odd", **changes)  # type: ignore[arg-type]
-
-
 def test_more_devices_than_kv_heads_spare_nothing() -> None:
     assert [busiest_share(LLAMA, count) for count in (1, 2, 3, 8, 16)] == [1, 0.5, 3 / 8, 1 / 8, 1 / 8]
 
@@ -140,12 +126,6 @@ def test_overheads_and_efficiencies_come_on_top() -> None:
     )
     best, real = (dense_time(LLAMA, device, 1, Load(4, 0)) for device in (H100, slow))
     assert real == pytest.approx(best / 0.5 + 80 * 1e-5 + 1e-3 + 4e-6)
-
-
-@pytest.mark.parametrize("batch", [(-1, 10), (1, float("nan")), (1, float("inf")), (1, 10, 0, 5.0)])
-def test_batches_say_what_is_allowed(batch: tuple[float, ...]) -> None:
-    with pytest.raises(InvalidRequest, match="a batch is Load"):
-        Load(*batch)
 
 
 def test_prefill_attention_computes_its_pairs_or_reads_its_keys() -> None:
@@ -252,14 +232,19 @@ def test_replicas_of_the_model_share_the_lanes() -> None:
 
 
 @settings(max_examples=200)
-@given(load=loads, factor=st.floats(1.0, 16.0), field=st.sampled_from(["bandwidth", "flops", "interconnect"]))
-@example(load=Load(575, 2308), factor=13.4, field="bandwidth")  # FLOPs bound the dense layers, bytes k and v of them
-def test_a_better_device_is_never_slower(load: Load, factor: float, field: str) -> None:
+@given(
+    load=loads, factor=st.floats(1.0, 16.0), field=st.sampled_from(["bandwidth", "flops", "interconnect"]),
+    local_share=st.sampled_from([0.0, 0.5]), lanes=st.integers(1, 3),
+)  # fmt: skip
+@example(Load(575, 2308), 13.4, "bandwidth", 0.0, 2)  # FLOPs bound the dense layers, bytes k and v of them
+def test_a_better_device_is_never_slower(load: Load, factor: float, field: str, local_share: float, lanes: int) -> None:
     better = replace(H100, **{field: getattr(H100, field) * factor})
     assert colocated(device=better).step(load).seconds <= colocated().step(load).seconds * (1 + 1e-12)
-    assert offloaded(model_device=better).step(load).seconds <= offloaded().step(load).seconds * (1 + 1e-12)
+    split = offloaded(model_count=4, local_share=local_share, lanes=lanes)
+    step = split.step(load).seconds * (1 + 1e-12)
+    assert replace(split, model_device=better).step(load).seconds <= step
     better = replace(H20, **{field: getattr(H20, field) * factor})
-    assert offloaded(attention_device=better).step(load).seconds <= offloaded().step(load).seconds * (1 + 1e-12)
+    assert replace(split, attention_device=better).step(load).seconds <= step
 
 
 @settings(max_examples=200)
@@ -299,29 +284,6 @@ def test_a_model_that_does_not_fit_is_named_with_what_it_needs() -> None:
         _ = offloaded(model_device=L4).kv_tokens
 
 
-@pytest.mark.parametrize(
-    ("make", "named"),
-    [
-        (lambda: colocated(tensor_parallel=0), "tensor_parallel is 0"),
-        (lambda: colocated(tensor_parallel=1.5), "tensor_parallel is 1.5"),
-        (lambda: colocated(tensor_parallel=True), "tensor_parallel is True"),
-        (lambda: colocated(kv_element=float("inf")), "kv_element is inf"),
-        (lambda: colocated(memory_share=1.5), "memory_share is 1.5"),
-        (lambda: offloaded(kv_element=0.0), "kv_element is 0.0"),
-        (lambda: offloaded(workers=-5), "workers is -5"),
-        (lambda: offloaded(lanes=0), "lanes is 0"),
-        (lambda: offloaded(shard="rows"), "shard is 'rows'"),
-        (
-            lambda: Disaggregated(prefill=colocated(model=model("llama-3-8b")), decode=colocated(), link=FHBN),
-            "prefill has model 'llama-3-8b'",
-        ),
-    ],
-)
-def test_systems_say_what_is_allowed(make: object, named: str) -> None:
-    with pytest.raises(InvalidRequest, match=named):
-        make()  # type: ignore[operator]
-
-
 def test_names_prices_and_power() -> None:
     assert offloaded().name == "DOP(2, 4) h100 + h20, 2 lanes"
     assert price(offloaded()) == pytest.approx(40.64)
@@ -340,7 +302,76 @@ def test_uneven_heads_need_holders_of_their_own() -> None:
     assert holders_of(offloaded(attention_count=3, shard="sequence")) == 1
 
 
-def test_weights_of_eight_bits_have_activations_of_sixteen() -> None:
-    latent = model("deepseek-v3")
-    assert (latent.element, latent.activation, LLAMA.activation) == (1.0, 2.0, 2.0)
-    assert exchange_time(latent, FHBN, 1e10, Load(64, 4096)).nbytes == 64 * latent.exchange_bytes() == 1_091_870_720
+LLAMA_8B = model("llama-3.1-8b")
+ALONE = Colocated(model=LLAMA_8B, device=H100)
+
+
+def test_bytes_of_weights_that_a_step_reads() -> None:
+    """(32 x 218,103,808 + 525,336,576 + 266,240) x 2 bytes; the input table is not read."""
+    assert LLAMA_8B.weights_read(16) == 15_009_849_344
+
+
+def test_bytes_of_weights_of_eight_bits() -> None:
+    """32 x 218,103,808 and the norms have 1 byte; the head keeps 2: 1,050,673,152. In memory the input table comes on
+    top, with 2 as well."""
+    fp8 = replace(LLAMA_8B, element=1.0)
+    assert fp8.weights_read(16) == 8_030_261_248
+    assert fp8.weight_bytes == 9_080_934_400
+
+
+def test_tokens_that_fit_beside_the_weights() -> None:
+    """0.9 x 80 GB less 16,060,522,496 bytes of weights leave 55,939,477,504; a token takes 2 x 32 x 8 x 128 x 2 =
+    131,072: 426,784 tokens, or 104 sequences of 4096."""
+    assert ALONE.kv_tokens == 426_784
+    assert ALONE.kv_tokens // 4096 == 104
+
+
+def test_time_per_token_at_the_bare_roofline() -> None:
+    """16 sequences of 2048 tokens: 15,009,849,344 bytes of weights and 4 x 16 x 4096 of activations over 3.35 TB/s are
+    4.48063 ms; 16 x 2048 x 131,072 bytes of KV are 1.28208 ms."""
+    assert ALONE.step(Load(16, 2048)).seconds == pytest.approx(5.76271e-3, rel=1e-5)
+
+
+def test_dollars_per_million_tokens() -> None:
+    """16 tokens in 5.76271 ms are 2776.47 a second, or 9.99529 million an hour, for $11.06."""
+    dollars = price(ALONE) / 3600 / (16 / ALONE.step(Load(16, 2048)).seconds) * 1e6
+    assert dollars == pytest.approx(1.10652, rel=1e-5)
+
+
+def test_time_per_token_by_an_engine_s_efficiency() -> None:
+    """Two H100, 64 sequences of 4096 tokens. Weights: 15,010,897,920 bytes / (2 x 3.35 TB/s x 0.95) = 2.35835 ms (their
+    FLOPs, 2 x 7,504,658,432 x 64 / (2 x 989 T x 0.58), take 0.837 ms). Beside: 0.5 ms + 32 layers x 68 us + 64
+    sequences x 38 us = 5.108 ms. 64 all-reduces of 524,288 bytes: 64 x (2 us + 1.16508 us) = 0.20257 ms. KV:
+    34,359,738,368 bytes / (2 x 3.35 TB/s x 0.74) = 6.93016 ms."""
+    reached = Efficiency(
+        dense=((1.0, 0.95),),
+        attention=((1.0, 0.74),),
+        compute=0.58,
+        step_overhead=5e-4,
+        layer_overhead=6.8e-5,
+        row_overhead=3.8e-5,
+        collective_latency=2e-6,
+    )
+    system = replace(ALONE, device=replace(H100, efficiency=reached), tensor_parallel=2)
+    assert system.step(Load(64, 4096)).seconds == pytest.approx(14.59908e-3, rel=1e-5)
+
+
+def test_a_prompt_is_bound_by_the_flops_that_kernels_reach() -> None:
+    """8192 tokens: 2 x 6,979,321,856 x 8192 FLOPs and one token's logits, 1,050,673,152, at 989 T x 0.5: 231.2524 ms.
+    Their 8192 x 8193 / 2 pairs x 2 x 2 x 4096 x 32 layers = 17.59433 TFLOP: 35.5800 ms."""
+    device = replace(H100, efficiency=Efficiency(compute=0.5))
+    seconds = replace(ALONE, device=device).step(Load(0, 0, 8192, 8192 * 8193 / 2, 8192)).seconds
+    assert seconds == pytest.approx(266.832e-3, rel=1e-4)
+
+
+def test_experts_read_and_computed() -> None:
+    """Qwen3-30B-A3B, 16 tokens: 128 (1 - (1 - 8/128)^16) = 82.4225 of 128 experts of 3 x 2048 x 768 parameters in 48
+    layers are 37.3361 GB; 16 x 8 of them in FLOPs. Experts that reach half of the bandwidth take 22.2902 ms."""
+    shape = model("qwen3-30b-a3b")
+    assert shape.experts_read(16) == pytest.approx(37.3361e9, rel=1e-5)
+    assert shape.expert_flops(16) == 2 * 16 * 8 * 48 * 4_718_592
+    whole, half = (
+        Colocated(model=shape, device=replace(H100, efficiency=Efficiency(experts=share))).step(Load(16, 1)).seconds
+        for share in (1.0, 0.5)
+    )
+    assert half - whole == pytest.approx(22.2902e-3 / 2, rel=1e-4)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import pytest
 from simulate.elastic_fleet import Scaling, simulate_elastic
 
-from lamina.errors import InvalidRequest
 from lamina.simulator.costs.hardware import load
 from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import Colocated, Offloaded
@@ -56,24 +54,3 @@ def test_what_a_first_token_waits_for_beside_all_steps_is_in_its_time() -> None:
         quick, late = (simulate_elastic(each, BURST, SCALING) for each in (system, slower))
         assert late.ttft.p50 == pytest.approx(quick.ttft.p50 + 0.5)
         assert late.seconds == quick.seconds
-
-
-def test_a_fleet_without_room_for_kv_is_refused() -> None:
-    bare = replace(DEVICE, memory=(SMALL.weight_bytes + 1000) / 0.9)
-    with pytest.raises(InvalidRequest, match="has no room for KV; allowed is more memory"):
-        simulate_elastic(replace(INSTANCE, device=bare), BURST, SCALING)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"start": -1.0}, "start of the scaling is -1.0; allowed are finite seconds from 0 on"),
-        ({"patience": math.nan}, "patience of the scaling is nan"),
-        ({"every": 0.0}, "every of the scaling is 0.0"),
-        ({"high": 1.5}, "high of the scaling is 1.5"),
-        ({"most": 0}, "most of the scaling is 0; allowed are 1 to 4096"),
-    ],
-)
-def test_scaling_that_cannot_be(change: dict[str, float], message: str) -> None:
-    with pytest.raises(InvalidRequest, match=message):
-        Scaling(**{"start": 1.0, **change})  # type: ignore[arg-type]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -48,27 +46,6 @@ LINK = '[[link]]\nname = "wire"\nbandwidth = 1e9\nround_trip = 1e-4\n'
 def test_the_paper_s_devices(name: str, expected: tuple[float, ...]) -> None:
     d = load().device(name)
     assert (d.flops, d.memory, d.bandwidth, d.interconnect, d.network, d.price, d.power) == expected
-
-
-def test_the_paper_s_equal_cost_pairs() -> None:
-    h100, h20 = load().device("h100").price, load().device("h20").price
-    assert (round(h100 + 2 * h20, 2), round(2 * h100, 2)) == (20.32, 22.12)
-    assert (round(2 * h100 + 4 * h20, 2), round(4 * h100, 2)) == (40.64, 44.24)
-
-
-@pytest.mark.parametrize(
-    ("name", "per_flop", "per_byte"),
-    [  # Step-3, table 5: dollars, in FP8 where the device has it
-        ("h800", 2.80e-19, 1.66e-16),
-        ("h20-step3", 7.51e-19, 5.56e-17),
-        ("a800", 6.68e-19, 1.04e-16),
-        ("ascend-910b", 6.65e-19, 1.16e-16),
-    ],
-)
-def test_step_3_s_unit_costs(name: str, per_flop: float, per_byte: float) -> None:
-    device = load().device(name)
-    assert device.price / 3600 / (device.flops_8bit or device.flops) == pytest.approx(per_flop, rel=0.005)
-    assert device.price / 3600 / device.bandwidth == pytest.approx(per_byte, rel=0.005)
 
 
 def test_every_number_of_the_catalogue_has_a_source() -> None:
@@ -204,22 +181,16 @@ def test_a_curve_stays_between_its_points(curve: tuple[tuple[float, float], ...]
     ("text", "message"),
     [
         ("", "it is empty"),
-        ("# nothing", "it is empty"),
-        ("not toml", "it is not TOML"),
         ("a = " + "[" * 5000, "it is not TOML"),
         (DEVICE + "bandwidth = 1", "it is not TOML"),  # a key given twice
-        ("[[device]]\nname = 'x'", "device 'x' has no kind; it is needed"),
         (DEVICE.replace("mine", ""), "the name of a device is ''"),
         ("[[device]]\nkind = 'gpu'", r"device\[0\] has no name; it is needed"),
         (LINK.replace("wire", "a\\nb"), "the name of a link is"),
         (DEVICE + DEVICE.replace("mine", "Mine"), "device 'Mine' is there twice"),
         (LINK + LINK, "link 'wire' is there twice"),
         (DEVICE.replace("1e12", "0x" + "f" * 5000), "it holds what cannot be shown"),
-        (DEVICE.replace('"gpu"', '"fpga"'), "kind is 'fpga'; allowed are gpu, tpu, npu, cpu"),
         (DEVICE + "efficiency.dense = []", "allowed are 1 to 256 points"),
-        (DEVICE + "efficiency.dense = [[1, 0.5, 2]]", "should have at most 2 items"),
         (DEVICE + "efficiency.dense = [[1, 0]]", "efficiency.dense: y is 0"),
-        (DEVICE + "efficiency.dense = [[1, 1.6]]", "efficiency.dense: y is 1.6"),
         (DEVICE + "efficiency.dense = [[0, 1]]", "efficiency.dense: x is 0"),
         (DEVICE + "efficiency.attention = [[2, 1], [2, 1]]", "efficiency.attention has x = 2 after 2"),
     ],
@@ -244,13 +215,3 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     ):
         with pytest.raises(InvalidRequest, match=message):
             load(path)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, True, "1", None])
-def test_numbers_are_checked_where_entries_are_made(value: Any) -> None:
-    with pytest.raises(InvalidRequest, match="bandwidth is"):
-        Link("wire", value, 0.0)
-    with pytest.raises(InvalidRequest, match="step_overhead is"):
-        Efficiency(step_overhead=value)
-    with pytest.raises(InvalidRequest, match="price is"):
-        replace(load().device("h100"), price=value)

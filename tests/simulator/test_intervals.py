@@ -1,15 +1,18 @@
-"""How sure a plan's numbers are."""
+"""How sure a plan's numbers are: the cost model's errors, how they combine, and the intervals that follow."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 from planning import H100, KNOWN, SLO, STEADY, dop, together
 from ranked_candidates import checked, ranked
 
-from lamina.simulator.costs.systems import System
-from lamina.simulator.costs.uncertainty import spread
+from lamina.simulator.costs.hardware import ROOFLINE, Efficiency, load
+from lamina.simulator.costs.model_configs import model
+from lamina.simulator.costs.systems import Colocated, Offloaded, System
+from lamina.simulator.costs.uncertainty import Spread, basis, sparse, spread
 from lamina.simulator.event_loop.results import RunResult
 from lamina.simulator.planning.candidates import Candidate
 from lamina.simulator.planning.intervals import intervals
@@ -53,3 +56,54 @@ def test_the_event_loop_says_what_becomes_of_slower_and_faster_devices() -> None
     share = sure["share"]
     assert (share.low, share.value, share.high) == (0.6, 0.95, 1.0)
     assert sure["requests_per_second"].low == pytest.approx(0.6 * found.rate)
+
+
+HARDWARE = load()
+LINK = HARDWARE.link("fhbn-400g")
+
+MEASURED = Efficiency(compute=0.5)
+
+
+def of_model(name: str = "llama-3.1-8b", efficiency: Efficiency = HARDWARE.typical) -> Colocated:
+    return Colocated(model=model(name), device=replace(HARDWARE.device("h100"), efficiency=efficiency))
+
+
+def test_a_spread_is_of_whose_efficiency_it_is_and_of_what_model() -> None:
+    assert [basis(each) for each in (ROOFLINE, HARDWARE.engines["sglang"], MEASURED)] == [
+        "roofline", "sglang", "measured",
+    ]  # fmt: skip
+    assert [sparse(model(name)) for name in ("llama-3.1-8b", "mixtral-8x7b", "minicpm3-4b")] == [False, True, True]
+    dense, experts = spread(of_model()), spread(of_model("qwen3-30b-a3b"))
+    assert "vLLM" in dense.source
+    assert dense != experts
+    assert spread(of_model(efficiency=ROOFLINE)).tpot[0] == spread(of_model(efficiency=ROOFLINE)).goodput[1] == 1.0
+
+
+def test_an_engine_s_efficiency_is_less_sure_on_devices_that_nobody_measured_it_on() -> None:
+    elsewhere = replace(of_model(), device=replace(HARDWARE.device("h20"), efficiency=HARDWARE.typical))
+    low, high = spread(of_model()).tpot
+    assert spread(elsewhere).tpot[0] < low
+    assert spread(elsewhere).tpot[1] > high
+    assert "assumed: kernels" in spread(elsewhere).source
+    known = replace(elsewhere, device=replace(HARDWARE.device("h20"), efficiency=MEASURED))
+    assert "assumed: kernels" not in spread(known).source
+
+
+def test_a_wire_widens_and_two_kinds_of_devices_are_as_unsure_as_the_worse() -> None:
+    fast = replace(HARDWARE.device("h100"), efficiency=HARDWARE.typical)
+    known = replace(HARDWARE.device("h20"), efficiency=MEASURED)
+    apart = Offloaded(model=model("llama-3.1-8b"), model_device=fast, attention_device=known, link=LINK)
+    alone, split = spread(of_model()), spread(apart)
+    for name in ("tpot", "ttft", "goodput"):
+        (low, high), (lower, higher) = getattr(alone, name), getattr(split, name)
+        assert lower < low <= 1 <= high < higher
+    assert "KernelFlume" in split.source
+
+
+def test_errors_of_two_kinds_add_as_squares_do() -> None:
+    """Factors of e^-0.3 and e^-0.4 together are e^-0.5; those that are 1 change nothing."""
+    a, b = Spread(tpot=(math.exp(-0.3), 2.0)), Spread(tpot=(math.exp(-0.4), 1.0), source="b")
+    both = a.beside(b)
+    assert both.tpot == (pytest.approx(math.exp(-0.5)), pytest.approx(2.0))
+    assert (both.goodput, both.source) == ((1.0, 1.0), "b")
+    assert a.widest(b).tpot == (math.exp(-0.4), 2.0)

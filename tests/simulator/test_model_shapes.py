@@ -72,37 +72,17 @@ def active_parameters(shape: ModelShape) -> int:
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
-    [("llama-33b", 1_597_440), ("llama-65b", 2_621_440), ("llama-3-70b", 327_680), ("smollm2-135m", 23_040)],
-)
-def test_kv_bytes_of_a_token_are_those_published(name: str, expected: int) -> None:
-    assert model(name).kv_bytes_per_token() == expected
-    assert model(name).kv_bytes_per_token(1.0) == expected / 2
-
-
-@pytest.mark.parametrize(
-    ("name", "total", "active", "tolerance"),
-    [  # what the models' cards say; a count of active parameters is rounded there to the billion
-        ("llama-33b", 32.53e9, 32.53e9, 0.005),
-        ("llama-65b", 65.3e9, 65.3e9, 0.005),
-        ("llama-3-70b", 70.55e9, 70.55e9, 0.005),
-        ("llama-3-8b", 8.03e9, 8.03e9, 0.005),
-        ("llama-3.1-405b", 405.85e9, 405.85e9, 0.005),
-        ("mistral-7b", 7.24e9, 7.24e9, 0.005),
-        ("mixtral-8x7b", 46.7e9, 12.9e9, 0.005),
-        ("mixtral-8x22b", 141e9, 39e9, 0.005),
-        ("qwen2.5-7b", 7.62e9, 7.62e9, 0.005),
-        ("qwen3-32b", 32.8e9, 32.8e9, 0.005),
-        ("qwen3-30b-a3b", 30.5e9, 3.3e9, 0.02),
-        ("qwen3-235b-a22b", 235e9, 22e9, 0.01),
-        ("deepseek-v2", 236e9, 21e9, 0.02),
-        ("deepseek-v3", 671e9, 37e9, 0.02),
-        ("gemma-2-9b", 9.24e9, 9.24e9, 0.005),
-        ("smollm2-135m", 134.515e6, 134.515e6, 0.0001),
+    ("name", "active", "tolerance"),
+    [  # what the models' cards say, rounded there to the billion; all parameters are in test_mixers
+        ("mixtral-8x7b", 12.9e9, 0.005),
+        ("mixtral-8x22b", 39e9, 0.005),
+        ("qwen3-30b-a3b", 3.3e9, 0.02),
+        ("qwen3-235b-a22b", 22e9, 0.01),
+        ("deepseek-v2", 21e9, 0.02),
+        ("deepseek-v3", 37e9, 0.02),
     ],
 )
-def test_parameters_are_those_published(name: str, total: float, active: float, tolerance: float) -> None:
-    assert model(name).parameters == pytest.approx(total, rel=0.005)
+def test_active_parameters_are_those_published(name: str, active: float, tolerance: float) -> None:
     assert active_parameters(model(name)) == pytest.approx(active, rel=tolerance)
 
 
@@ -171,10 +151,7 @@ def test_a_tied_table_is_kept_once_and_read_as_the_head() -> None:
     ("more", "expected"),
     [
         ({}, [None] * 4),
-        ({"sliding_window": 7}, [7] * 4),
         ({"sliding_window": 7, "sliding_window_pattern": 3}, [7, 7, None, 7]),
-        ({"sliding_window": 7, "max_window_layers": 1}, [None, 7, 7, 7]),
-        ({"sliding_window": 7, "use_sliding_window": False}, [None] * 4),
         ({"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"] * 2}, [7, None, 7, None]),
         ({"attention_chunk_size": 5, "layer_types": ["full_attention"] + ["chunked_attention"] * 3}, [None, 5, 5, 5]),
     ],
@@ -270,24 +247,11 @@ def test_parameters_are_those_that_transformers_makes(kind: str, more: dict[str,
     assert from_config(config.to_dict(), kind).parameters == sum(each.numel() for each in module.parameters())
 
 
-@pytest.mark.parametrize("missing", sorted(set(SMALL) - {"num_key_value_heads"}))
-def test_a_missing_key_is_named(missing: str) -> None:
-    with pytest.raises(InvalidRequest, match=f"small: {missing} is missing"):
-        from_config({key: value for key, value in SMALL.items() if key != missing}, "small")
-
-
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"num_key_value_heads": 4}, "num_key_value_heads 4 must divide num_attention_heads 6"),
-        ({"hidden_size": 50}, "hidden_size 50 is not a multiple of num_attention_heads 6"),
-        ({"hidden_size": True}, "hidden_size is True"),
-        ({"hidden_size": "48"}, "hidden_size is '48'"),
-        ({"hidden_size": 1e9}, "hidden_size is 1000000000.0"),
-        ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000, expected an integer from 1 to 1024"),
         ({"num_hidden_layers": 16**5000}, "small: "),
         ({"num_local_experts": 4}, "num_experts_per_tok is missing"),
-        ({"num_local_experts": 4, "num_experts_per_tok": 5}, "num_experts_per_tok is 5"),
         ({"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2}, "moe_intermediate_size is missing"),
         ({"moe_num_experts": 4}, "the config has moe_num_experts, but none of n_routed_experts"),
         ({**MLA, "qk_rope_head_dim": None}, "qk_rope_head_dim is missing"),
@@ -398,6 +362,7 @@ def test_more_tokens_never_cost_less(name: str, tokens: int, context: int) -> No
         shape.kv_bytes_read(context) <= shape.kv_bytes_read(context + 1) <= shape.kv_bytes_per_token() * (context + 1)
     )
     assert shape.attention_flops(context) <= shape.attention_flops(context + 1)
+    assert shape.prefill_flops(context) <= shape.prefill_flops(context + 1)
 
 
 def test_a_path_is_read(tmp_path: Path) -> None:

@@ -8,10 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina.errors import InvalidRequest
 from lamina.scheduling.step_tuner import DecodeChoice, StepModel
 from lamina.simulator.costs.cost_model import Load, attention_time, dense_time, exchange_time
-from lamina.simulator.costs.hardware import Device
 from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.offloaded import best_local_share
 from lamina.simulator.costs.systems import Colocated, Disaggregated, power, price
@@ -75,24 +73,6 @@ def test_the_best_share_is_what_the_engine_would_find() -> None:
 
 @settings(max_examples=100)
 @given(
-    decode=st.integers(1, 1000), context=st.floats(1, 1e5), share=st.floats(0, 1), lanes=st.integers(1, 3),
-    factor=st.floats(1, 16), field=st.sampled_from(["bandwidth", "flops", "interconnect"]),
-)  # fmt: skip
-def test_a_better_device_is_never_slower(
-    decode: int, context: float, share: float, lanes: int, factor: float, field: str
-) -> None:
-    def better(device: Device) -> Device:
-        return replace(device, **{field: getattr(device, field) * factor})
-
-    system, load = replace(BOTH, local_share=share, lanes=lanes), Load(decode, context)
-    step = system.step(load)
-    assert max(step.model, step.attention, step.network) <= step.seconds * (1 + 1e-12)
-    for changed in (replace(system, model_device=better(H100)), replace(system, attention_device=better(H20))):
-        assert changed.step(load).seconds <= step.seconds * (1 + 1e-12)
-
-
-@settings(max_examples=100)
-@given(
     each=st.integers(1, 200), context=st.floats(16, 1e5), share=st.sampled_from([0.0, 0.25, 0.5, 1.0]),
     lanes=st.integers(1, 4), round_trip=st.floats(0, 1e-3),
 )  # fmt: skip
@@ -123,6 +103,7 @@ def test_weights_of_eight_bits_send_activations_of_sixteen() -> None:
     """DeepSeek-V3, 64 sequences: 128 heads x 576 numbers of queries, 128 x 512 of outputs and a latent of 576 are
     139,840 a layer and token; x 61 layers x 2 bytes x 64 = 1,091.9 MB a step, though its weights have 1 byte."""
     latent = model("deepseek-v3")
+    assert (latent.element, latent.activation, BIG.activation) == (1.0, 2.0, 2.0)
     assert exchange_time(latent, FHBN, 45.7e9, Load(64, 8192)).nbytes == 64 * 61 * 139_840 * 2 == 1_091_870_720
 
 
@@ -147,20 +128,6 @@ def test_a_batch_with_prompts_stays_on_one_replica_and_others_go_round() -> None
     one, two = (exchange_time(BIG, FHBN, 45.7e9 * cards, load).busy for cards in (1, 2))
     assert system.step(load).network == pytest.approx(two)
     assert two == pytest.approx(one / 2)
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"local_share": 1.1}, "local_share is 1.1"),
-        ({"local_share": float("nan")}, "local_share is nan"),
-        ({"attention_memory_share": 0.0}, "attention_memory_share is 0.0"),
-        ({"local_share": 0.5, "model_replicas": 2}, "local_share is 0.5 with 2 replicas"),
-    ],
-)
-def test_numbers_out_of_bounds_are_named(changes: dict[str, float], named: str) -> None:
-    with pytest.raises(InvalidRequest, match=named):
-        dop(4, 1, **changes)
 
 
 def test_prompts_elsewhere_and_attention_elsewhere_go_together() -> None:

@@ -49,17 +49,6 @@ def test_a_mix_is_given_by_its_mean_bytes() -> None:
     assert packing("0.61") == Packing("packed", 0.61)
 
 
-@pytest.mark.parametrize("name", ["q3_k", "", "nan", "inf", "-1", "0.1", "5", "0x1"])
-def test_what_is_no_packing_is_refused(name: str) -> None:
-    with pytest.raises(InvalidRequest, match=r"allowed"):
-        packing(name)
-
-
-def test_what_is_refused_names_all_kinds() -> None:
-    with pytest.raises(InvalidRequest, match=r"float32, bfloat16, int4, int8, q4_0.*q6_k"):
-        BIG.with_weights("iq2_xs")
-
-
 def test_matrices_and_experts_are_packed_and_norms_are_not() -> None:
     """Stored: (18,000 + 16,800 + 2 x 6,400) weights of 0.5625 bytes, 94 of 2: 26,775 + 188 = 26,963 bytes. One token
     reads 18,000, 3 x 2 experts of 700 and the head's 6,400: 28,600 x 0.5625 = 16,087.5, and 188."""

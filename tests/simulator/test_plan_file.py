@@ -24,7 +24,6 @@ from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, 
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.planning.deployment import commands, engine_keywords, undeployable
 from lamina.simulator.planning.plan_file import Plan, Prediction, TraceSummary, dumps, read, write
-from lamina.system.toml_models import MAX_BYTES
 
 HERE = Device("here", "cpu", flops=1e11, memory=8e9, bandwidth=2e10, price=0.1)
 SYSTEMS: dict[str, System] = {
@@ -232,22 +231,14 @@ def test_a_plan_is_deployed_and_what_is_given_besides_wins(tmp_path: Path, caplo
     llm = Recording.from_plan(file)
     assert isinstance(llm, Recording)
     assert llm.asked[0] == "llama-3-70b"
-    assert llm.asked[2]["attention_workers"] == 4
-    assert (llm.asked[2]["model_workers"], llm.asked[2]["model_parallel"], llm.asked[2]["local_share"]) == (
-        2,
-        "tensor",
-        0,
-    )
+    planned = {"attention_workers": 4, "model_workers": 2, "model_parallel": "tensor", "local_share": 0}
+    assert planned.items() <= llm.asked[2].items()
     assert "lanes" not in llm.asked[2]  # ranks have one batch under way
     assert "2 replicas" in caplog.text
     other = Recording.from_plan(file, model="smollm2-135m", cluster=None, attention_workers=1, progress=print)
     assert isinstance(other, Recording)
     assert other.asked[:2] == ("smollm2-135m", print)
-    assert (other.asked[2]["cluster"], other.asked[2]["attention_workers"], other.asked[2]["model_workers"]) == (
-        None,
-        1,
-        2,
-    )
+    assert {"cluster": None, "attention_workers": 1, "model_workers": 2}.items() <= other.asked[2].items()
 
 
 def test_what_no_engine_does_is_refused(tmp_path: Path) -> None:
@@ -263,12 +254,10 @@ WRONG = [
     ('kind = "offloaded"', 'kind = "colocated"', "system has the key 'model_device'; allowed are model, device"),
     ('link = "fhbn-400g"', 'link = "none"', "unknown link 'none'; known are fhbn-400g"),
     ('link = "fhbn-400g"\n', "", "system has no link; it is needed"),
-    ("tpot = 0.03\n", "", "predicted has no tpot"),
     ("ttft = 2.0", "ttft = 0", "ttft of the SLO is 0"),
     ("groups = [", "groups = [] #", "shape.layers is 0; allowed are whole numbers from 1"),
     ('cluster = "auto"', "insecure = true", "engine has the key 'insecure'; allowed are dtype"),
     ('cluster = "auto"', 'token_file = "/etc/passwd"', "engine has the key 'token_file'"),
-    ("attention_workers = 4", 'attention_workers = ["a:1"]', "allowed is a whole number"),
     ("attention_workers = 4", "attention_workers = 4000", "attention_workers is 4000; allowed are 0 to 1024"),
     ("[engine]", "[engine", "not TOML"),
 ]
@@ -287,15 +276,7 @@ def test_what_is_wrong_is_named_with_the_file(tmp_path: Path, old: str, new: str
     assert str(caught.value).startswith(str(file))
 
 
-def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequest, match="no such file"):
-        read(tmp_path / "plan.toml")
-    (tmp_path / "large.toml").write_text("#" * (MAX_BYTES + 1))
-    with pytest.raises(InvalidRequest, match="more than"):
-        read(tmp_path / "large.toml")
-    (tmp_path / "binary.toml").write_bytes(b"\xff")
-    with pytest.raises(InvalidRequest, match="not UTF-8"):
-        read(tmp_path / "binary.toml")
+def test_a_plan_is_not_written_where_there_is_no_folder(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="cannot be written"):
         write(tmp_path / "no" / "such" / "folder.toml", plan_of(together(4)))
 

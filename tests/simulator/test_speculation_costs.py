@@ -119,13 +119,6 @@ def test_a_draft_model_and_its_kv_take_memory() -> None:
     assert away.capacity.tokens < dop(4, 4).capacity.tokens == int(0.9 * 4 * 96e9 / 327_680)
 
 
-@pytest.mark.parametrize("number", [{"acceptance": -0.1}, {"acceptance": 1.5}, {"acceptance": float("nan")},
-    {"tokens": 0}, {"tokens": 17}, {"proposed": 2}, {"name": "llama-3-8b"}])  # fmt: skip
-def test_what_is_out_of_bounds_is_refused(number: dict[str, float]) -> None:
-    with pytest.raises(InvalidRequest):
-        replace(HALF, **number)
-
-
 def test_what_cannot_be_verified_is_refused() -> None:
     with pytest.raises(InvalidRequest, match=r"vocabulary of 49152, 'llama-3-70b' of 128256"):
         replace(together(4), speculation=Speculation(0.5, name="smollm2-135m", draft=SMALL))

@@ -140,11 +140,8 @@ class MockServer:
             if sent == min(3, tokens - 1) and failure not in ("", "late disconnect"):
                 yield {
                     "malformed": b"data: {malformed}\n\n",
-                    "not an object": b"data: [1]\n\n",
                     "error chunk": b'data: {"error": {"message": "the engine died"}}\n\n',
                     "disconnect": b"disconnect",
-                    "long line": b"data: " + b"x" * (1 << 19),
-                    "deep": b"data: " + b"[" * 100000 + b"\n\n",
                     "no end": b": ping\n\n",
                     "no text": b"",
                 }[failure]

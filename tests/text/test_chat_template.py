@@ -56,7 +56,6 @@ def test_the_date_can_be_asked_for() -> None:
     ("source", "message"),
     [
         ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "within 2 s"),
-        ("{{ 10 ** (10 ** 8) }}", "within 2 s"),
         ("{{ 'a' * 10 ** 10 }}", "memory"),
         (
             "{% set ns = namespace(x='a') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",

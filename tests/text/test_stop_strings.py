@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import tracemalloc
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -52,22 +51,6 @@ def test_holds_back_exactly_the_longest_beginning_of_a_stop_string(text: str, st
         held = max((b for b in beginnings if text.endswith(b)), key=len, default="")
         assert text == shown + held
         assert matcher.finish() == held
-
-
-def test_a_stop_string_may_span_pieces_and_contain_itself() -> None:
-    matcher = StopMatcher(["aabaaa"])
-    assert matcher.push("xaabaa") == ("x", False)
-    assert matcher.push("baa") == ("aab", False)  # the second "aab" may begin the stop string
-    assert matcher.push("a!") == ("", True)
-
-
-@pytest.mark.parametrize(("include", "shown"), [(False, "a "), (True, "a stop.")])
-def test_the_stop_string_is_shown_on_request(include: bool, shown: str) -> None:
-    assert StopMatcher(["stop."], include).push("a stop. And more") == (shown, True)
-
-
-def test_without_stop_strings_everything_is_shown_at_once() -> None:
-    assert StopMatcher([]).push("anything") == ("anything", False)
 
 
 def test_long_stop_strings_cost_no_more_than_the_text() -> None:

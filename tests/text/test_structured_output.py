@@ -491,16 +491,15 @@ def test_an_engine_without_a_tokenizer_says_so(model) -> None:
 
 
 def test_what_is_asked_for_survives_the_way_to_an_engine_elsewhere(model) -> None:
+    engine = Rig(model, grammars=GRAMMARS)
     for asked in ({"json_schema": JSON_OBJECT}, {"regex": "a"}, {"choice": ["a", "b"]}, {"grammar": "start: /a/"}):
-        engine = Rig(model, grammars=GRAMMARS)
         params = SamplingParams(max_tokens=3, **asked).with_defaults({})
         ticket, inbox = engine.submit([1], params)
-        [packed] = pack_commands([Submit(ticket.request, ticket.params, ticket.seed)])
-        [submit] = unpack_commands(packed)
+        [submit] = unpack_commands(*pack_commands([Submit(ticket.request, ticket.params, ticket.seed)]))
         assert isinstance(submit, Submit)
         assert submit.params == params
         collect(inbox)
-        engine.close()
+    engine.close()
 
 
 def test_stopping_ends_held_requests_too(model) -> None:

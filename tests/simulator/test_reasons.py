@@ -1,20 +1,34 @@
-"""Where moving attention and states pays, in sentences; and what models keep, in words."""
+"""What is said of systems: where moving attention and states pays, what models keep, and how many would keep an SLO."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 from planning import EPYC, FHBN, H20, H100, SLO, STEADY, there_are
 
 from lamina.simulator.costs.cost_model import Load
+from lamina.simulator.costs.hardware import load, with_efficiency
 from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded
+from lamina.simulator.event_loop.simulate import Slo, simulate
 from lamina.simulator.planning.candidates import Candidate, candidates
 from lamina.simulator.planning.deployment import engine_keywords
 from lamina.simulator.planning.planner import rank
-from lamina.simulator.planning.reasons import bound_by_compute, compute_bound_devices, step_compared, why
+from lamina.simulator.planning.reasons import (
+    MOST,
+    bound_by_compute,
+    compute_bound_devices,
+    overloads,
+    step_compared,
+    why,
+    would_do,
+)
 from lamina.simulator.reports.report import in_bytes, kept, room
+from lamina.simulator.traces.arrivals import all_at_once
+from lamina.simulator.traces.catalogue import at_rate, trace
+from lamina.simulator.traces.demand import demand
 
 LARGE = replace(H100, name="large", memory=141e9)
 
@@ -105,3 +119,31 @@ def test_a_plan_divides_memory_for_the_sequences_that_come() -> None:
     assert "sequence_tokens" not in engine_keywords(
         Colocated(model=model("llama-3-70b"), device=H100, tensor_parallel=4), 1
     )
+
+
+CROWDED = Colocated(model=model("llama-3-70b"), device=with_efficiency(load()).device("h100"), tensor_parallel=4)
+BUSY = at_rate(trace("azure-conv", 300, 0), 20.0)
+
+
+def test_as_many_as_are_said_to_do_keep_the_slo_in_the_event_loop() -> None:
+    (said,) = overloads([CROWDED], [simulate(CROWDED, BUSY, slo=SLO)], demand(BUSY), SLO)
+    found = re.search(
+        r"% within the SLO at 20 requests/s.* By formula (\d+) replicas .*, for \$([\d,.]+) an hour", said
+    )
+    assert found is not None
+    count = int(found[1])
+    assert float(found[2]) == pytest.approx(44.24 * count)
+    assert simulate(CROWDED, BUSY, slo=SLO, replicas=count).slo_share >= 0.9
+
+
+def test_nothing_is_said_where_more_are_no_answer() -> None:
+    at_once = all_at_once(BUSY)
+    result = simulate(CROWDED, at_once, slo=SLO)
+    assert result.slo_share < 0.9
+    assert overloads([CROWDED], [result], demand(at_once), SLO) == []
+    assert overloads([CROWDED], [result], demand(BUSY), Slo()) == []
+
+
+def test_no_number_does() -> None:
+    assert would_do(CROWDED, demand(BUSY), Slo(tpot=0.001)).startswith("By formula no number of replicas keeps the SLO")
+    assert f"not even {MOST} replicas keep the SLO" in would_do(CROWDED, demand(BUSY).at_rate(1e6), SLO)
