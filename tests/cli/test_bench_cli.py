@@ -143,33 +143,6 @@ def test_ctrl_c_prints_what_is_there():
     assert "Successful requests:                         6" in result.output
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--endpoint", "x"], "endpoint"),
-        (["--dataset", "x"], "dataset"),
-        (["--num-prompts", "0"], "num-prompts"),
-        (["--max-concurrency", "0"], "max-concurrency"),
-        (["--request-rate", "-1"], "request-rate"),
-        (["--request-rate", "nan", "--dataset", "trace"], "request-rate"),
-        (["ttft:5"], "ttft:5"),
-        (["--timeout", "0"], "timeout"),
-        (["--seed", "-1"], "seed"),
-        (["--speed", "2"], "speed"),
-        (["--dataset", "trace", "--trace", "x"], "trace"),
-        (["--range-ratio", "1"], "range-ratio"),
-        (["--save-detailed"], "save-result"),
-        (["--save-result", "x.txt"], "save-result"),
-        (["--save-result", "absent/x.json"], "folder"),
-        (["--plot", "x.svg"], "plot"),
-    ],
-)
-def test_wrong_values_are_named_before_anything_is_sent(words, said):
-    result = bench(*words)
-    assert result.exit_code == 2
-    assert said in result.output
-
-
 def test_no_server_is_a_failure_and_not_a_traceback():
     with serving_in_thread(Behaviour()) as (url, _):
         pass

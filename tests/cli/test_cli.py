@@ -94,29 +94,6 @@ def test_options_reach_the_model_and_the_sampler(lamina: Lamina) -> None:
     assert lamina.llm.asked[0][2] == SamplingParams(seed=7, stop=("a", "b"))
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--temperature", "nan"], "nan"),
-        (["--top-p", "2"], "2"),
-        (["--n", "1000000000"], "1000000000"),
-        (["--seed", str(2**70)], str(2**70)),
-        (["--stop", ""], "''"),
-        (["--max-tokens", "many"], "'many'"),
-        (["--file", "no/such/file"], "'no/such/file'"),
-        (["\udcff"], "0xff at position 0"),
-        ([""], "prompt 2 of 2"),
-    ],
-)
-def test_bad_input_is_one_line_that_names_the_value(lamina: Lamina, words: list[str], said: str) -> None:
-    result = lamina("generate", "fine", *words)
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1
-    assert said in result.stderr
-    assert lamina.llm is None  # said before a model was loaded
-
-
 def test_stdin_is_one_prompt_where_none_is_given(lamina: Lamina) -> None:
     assert lamina("generate", "--raw", stdin=b"two\nlines\n").stdout == "TWO LINES\n"
     assert lamina.llm is not None
@@ -167,21 +144,6 @@ def test_typed_lines_are_kept_and_ctrl_c_throws_one_away(tmp_path: Path, monkeyp
     monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
     assert list(_spoken_lines("a-model")) == ["hello"]
     assert (tmp_path / "lamina" / "chat_history").stat().st_mode & 0o777 == 0o600
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["generate", "--treads", "1"], "No such option: --treads"),
-        (["--wrong"], "No such option: --wrong"),
-        (["nothing"], "No such command 'nothing'"),
-        (["models", "show"], "Missing argument 'MODEL'; see `"),
-    ],
-)
-def test_a_command_line_that_cannot_be_read_is_one_line_too(lamina: Lamina, words: list[str], said: str) -> None:
-    result = lamina(*words)
-    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
-    assert result.stderr.startswith(f"error: {said}")
 
 
 def test_help_shows_the_defaults_of_engine_and_sampling(lamina: Lamina) -> None:

@@ -96,33 +96,10 @@ def test_server_that_takes_none_says_so(url: str, monkeypatch: pytest.MonkeyPatc
     assert "start it with --allow-join" in run("joining", "ls", "--url", url).output
 
 
-@pytest.mark.parametrize(
-    ("words", "status", "what"),
-    [
-        (["join", "--memory", "lots"], 2, "memory is 'lots'"),
-        (["join", "--memory", "900000GB"], 2, "this machine has"),
-        (["join", "--name", "a b"], 2, "letters, digits and hyphens"),
-        (["join", "--port", "70000"], 2, "port is 70000"),
-        (["join", "--server", "a:99999"], 2, "server is 'a:99999'"),
-        (["join", "--server", "127.0.0.1:1"], 1, "cannot connect to 127.0.0.1:1"),
-        (["serve", "--allow-join", "--join-address", "here"], 2, "join_address is 'here'"),
-        (["serve", "--join-address", "0.0.0.0:7"], 2, "allowed is one beside --allow-join"),
-        (["serve", "--allow-join", "--host", "0.0.0.0", "--open"], 2, "would let everybody accept machines"),
-        (["serve", "--allow-join", "--local-share", "0"], 2, "local_share is 0 with allow_join"),
-        (["serve", "--allow-join", "--model-workers", "2"], 2, "model_workers is 2 with allow_join"),
-        (["serve", "--allow-join", "--attention-workers", "a:1"], 2, "beside addresses of attention_workers"),
-        (["serve", "--allow-join", "--autoscale", "1:3"], 2, "allow_join beside autoscale of 1 to 3"),
-        (["serve", "--autoscale", "3:1"], 2, "autoscale is (3, 1)"),
-        (["serve", "--allow-join", "--cluster", "auto"], 2, "beside cluster"),
-        (["serve", "a=b", "c=d", "--allow-join", "--max-loaded", "2"], 2, "max_loaded is 2"),
-    ],
-)
-def test_wrong_options_are_refused_before_anything_starts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], status: int, what: str
-) -> None:
+def test_a_server_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    result = run(*words)
-    assert (result.exit_code, what in result.output) == (status, True), result.output
+    result = run("join", "--server", "127.0.0.1:1")
+    assert (result.exit_code, "cannot connect to 127.0.0.1:1" in result.output) == (1, True), result.output
 
 
 def test_an_answer_stays_until_the_server_has_accepted_and_is_of_one_code(

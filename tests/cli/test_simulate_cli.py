@@ -131,6 +131,7 @@ def test_the_plan_is_opened_with_what_was_written_besides(planned: tuple[Any, Pa
     ]
     assert [opened[2] for opened in llm.opened[:3]] == [{}, {"lanes": 1, "dtype": "auto"}, {"threads": 2}]
     assert llm.opened[3][0] == "smollm2-135m"
+    assert "no.toml: there is no such file" in lamina("generate", "x", "--plan", "no.toml").stderr
 
 
 def test_systems_are_compared_and_everything_is_written(tmp_path: Path) -> None:
@@ -260,42 +261,6 @@ def test_a_check_serves_the_planned_trace_and_says_where_it_cannot(
     assert asked == [served]
     said = f"its trace, {named}, is not a published one; --trace {served} is served instead"
     assert (said in result.stderr) == (named == "mine.csv")
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["plan", "--hardware", "no.toml"], "no.toml: there is no such file"),
-        (["plan", "--rate", "often"], "rate is 'often'; allowed are trace, max"),
-        (["plan", "--verify", "-1"], "verify is -1"),
-        (["plan", "--out", "plan.json"], "--out is 'plan.json'; allowed are names that end in .toml"),
-        (["plan", "--html", "x.html", "--verify", "0"], "a report needs at least one that is checked"),
-        (["plan", "--out", "absent/plan.toml"], "--out is 'absent/plan.toml', in 'absent', which is no folder"),
-        (["plan", "--html", "absent/x.html"], "--html is 'absent/x.html', in 'absent', which is no folder"),
-        (["plan", "--plot", "absent/x.png"], "--plot is 'absent/x.png', in 'absent', which is no folder"),
-        (["calibrate-hardware", "--out", "absent/x.toml"], "--out is 'absent/x.toml', in 'absent'"),
-        (["simulate", "--out", "/dev/null/runs"], "--out is '/dev/null/runs': Not a directory"),
-        (["plan", "--check", "no.toml"], "no.toml: there is no such file"),
-        (["simulate", "--system", "magic"], "system is 'magic'; allowed are colocated"),
-        (["simulate", "--system", "chunked,,lamina"], "system is 'chunked,,lamina'"),
-        (["simulate", "--system", "lamina:h100x2"], "takes two kinds of device"),
-        (["simulate", "--system", "chunked:h100x2+h20x2"], "takes one kind of device"),
-        (["simulate", "--system", "lamina:h100x2+epyc-genoax1"], "there is lamina-cpu"),
-        (["simulate", "--system", "chunked:tpu-v9x1"], "unknown device 'tpu-v9'"),
-        (["simulate", "--system", "chunked:h100x9999"], "allowed are 1 to 1024"),
-        (["simulate", "--policy", "auto=2,1"], "read of policy 'auto' is 2.0"),
-        (["simulate", "--json", "--csv"], "--json and --csv"),
-        (["simulate", "--speculate", "ngram"], "it needs --acceptance"),
-        (["simulate", "--acceptance", "0.5"], "it needs --speculate"),
-        (["generate", "x", "--plan", "no.toml"], "no.toml: there is no such file"),
-    ],
-)
-def test_bad_input_is_one_line_that_names_the_value(words: list[str], said: str) -> None:
-    result = lamina(*words)
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1
-    assert said in result.stderr
 
 
 def test_a_slo_is_read_strictly() -> None:
