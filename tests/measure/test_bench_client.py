@@ -55,16 +55,6 @@ def test_a_streamed_answer_is_timed_and_counted(endpoint, spaced):
     assert (fields["max_tokens"], fields["temperature"], fields["model"]) == (6, 0, NAME)
 
 
-def test_several_tokens_in_a_chunk_are_counted_by_usage():
-    (outcome,), _ = sent(Behaviour(tokens_a_chunk=4), output=10)
-    assert (len(outcome.chunks), outcome.output_tokens) == (3, 10)
-
-
-def test_without_usage_chunks_count():
-    (outcome,), _ = sent(Behaviour(usage=False, role_first=False), output=7)
-    assert (outcome.error, outcome.output, outcome.output_tokens, outcome.prompt_tokens) == ("", None, 7, 3)
-
-
 def test_an_answer_of_special_tokens_alone_is_one():
     (outcome,), _ = sent(Behaviour(fails=lambda n: "no text"))
     assert (outcome.error, outcome.output_tokens, len(outcome.chunks)) == ("", 6, 1)

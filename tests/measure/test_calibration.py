@@ -567,7 +567,7 @@ class TestQuality:
 
     @pytest.mark.parametrize("policy", ["razor(sink=16, recent=32, share=0.05)", "page_top_k(sink=16, recent=32)"])
     def test_some_policies_are_measured_in_decode(self, config: ModelConfig, hidden: Passkeys, policy: str) -> None:
-        heads, text = ((policy,) * 3,) * 3, tokens(40, 1)
+        heads, text = ((policy,) * 3,) * 3, tokens(16, 1)
         full = read(probe_of(config), hidden, text, in_decode=True)
         assert (full.read, full.held) == (1, 1)
         quality = compare(700, read(probe_of(config, heads), hidden, text, in_decode=True), full)
