@@ -95,6 +95,7 @@ def test_a_plan_is_printed_explained_and_written(planned: tuple[Any, Path]) -> N
     assert plan.slo == Slo(ttft=2.0, tpot=0.1)
     assert plan.predicted.dollars_per_hour <= 50
     assert plan.predicted.source == "event loop"
+    assert plan.system.max_sequences < 4096  # no more than the plan counts on
     assert (folder / "p.png").read_bytes().startswith(b"\x89PNG")
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "What would change it" in page or "what would change it" in page

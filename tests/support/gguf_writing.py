@@ -183,7 +183,3 @@ def write_tiny_llama(path: Path) -> Path:
     model = tiny("llama")
     weights = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     return write_gguf(path, model.config, weights)
-
-
-def silent(what: str, done: int, total: int | None) -> None:
-    """A progress that no one looks at."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from planning import H20, H100, dop, together
+from planning import H20, dop, together
 
-from lamina.simulator.costs.cost_model import FULL, KvPolicy
+from lamina.simulator.costs.cost_model import KvPolicy
 from lamina.simulator.costs.systems import System, price
 from lamina.simulator.event_loop.results import Distribution, RunResult
 from lamina.simulator.planning.candidates import Candidate
@@ -39,6 +39,3 @@ def checked(each: Ranked, share: float = 1.0) -> Ranked:
         link_bytes=0.0, seed=0,
     )  # fmt: skip
     return replace(each, result=result, rate=each.estimate.taken)
-
-
-__all__ = ["FULL", "H20", "H100", "LOSSY", "RATE", "SLOW", "SPLIT", "WHOLE", "checked", "ranked"]
