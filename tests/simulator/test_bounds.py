@@ -63,7 +63,7 @@ def timeline(**changes: int) -> object:
         (lambda: dop(4, 1, local_share=1.1), "local_share is 1.1"),
         (lambda: dop(4, 1, attention_memory_share=0.0), "attention_memory_share is 0.0"),
         (lambda: dop(4, 1, local_share=0.5, model_replicas=2), "local_share is 0.5 with 2 replicas"),
-        (lambda: Disaggregated(SMALL_WHOLE, together(4), FHBN), "prefill has model 'llama-3-8b'"),
+        (lambda: Disaggregated(prefill=SMALL_WHOLE, decode=together(4), link=FHBN), "prefill has model 'llama-3-8b'"),
         (lambda: Speculation(-0.1), "acceptance is -0.1"),
         (lambda: Speculation(math.nan), "acceptance is nan"),
         (lambda: Speculation(0.5, 17), "17"),

@@ -302,6 +302,11 @@ def test_uneven_heads_need_holders_of_their_own() -> None:
     assert holders_of(offloaded(attention_count=3, shard="sequence")) == 1
 
 
+# Cells worked out by hand, one a quantity: what each should be stands in the docstring, and is not computed here.
+#
+# Llama-3.1-8B: 32 layers; a layer's projections are 2 x 4096^2 + 2 x 4096 x 1024 = 41,943,040 parameters, its MLP
+# 3 x 4096 x 14336 = 176,160,768; the head is 128256 x 4096 = 525,336,576; 65 norms of 4096 are 266,240.
+
 LLAMA_8B = model("llama-3.1-8b")
 ALONE = Colocated(model=LLAMA_8B, device=H100)
 

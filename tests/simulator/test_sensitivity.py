@@ -220,6 +220,8 @@ def test_only_what_there_is_is_changed() -> None:
     assert "round trip of no-latency" not in [each.what for each in market([dop(1, 1, slow)], STEADY, SLO)]
 
 
+# Prices.
+
 SYSTEMS = (WHOLE, SPLIT, SLOW, LOSSY, together(2), together(8, H20), dop(2, 2), dop(2, 1, attention=EPYC))
 
 

@@ -133,10 +133,10 @@ def test_what_never_fits_is_rejected_and_counted() -> None:
 
 
 def test_equal_memory_holds_as_much_however_heads_divide() -> None:
-    trace = Trace("even", tuple(Arrival(0.0, 160, 160) for _ in range(300)))
+    trace = Trace("even", tuple(Arrival(0.0, 160, 160) for _ in range(120)))
     batches = {}
-    for count in (2, 3, 4, 5, 7, 8):
-        cut = replace(OFFLOADED, attention_count=count, attention_device=replace(H20, memory=4e9 / count), lanes=1)
+    for count in (3, 4, 7):
+        cut = replace(OFFLOADED, attention_count=count, attention_device=replace(H20, memory=1.6e9 / count), lanes=1)
         batches[count] = simulate(cut, trace, prefill=False).saturated_batch
     assert holders_of(replace(OFFLOADED, attention_count=3)) == 3
     for count, batch in batches.items():
