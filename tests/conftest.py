@@ -1,4 +1,4 @@
-"""Shared by the tests: a tiny random model, and an engine around it whose every part can be replaced."""
+"""Shared by the tests: a tiny random model, in memory and as a folder."""
 
 from __future__ import annotations
 
@@ -70,3 +70,11 @@ def decoder() -> Decoder:
 def windowed() -> Decoder:
     """A tiny decoder whose middle layer has a sliding window of 21 tokens."""
     return decoder_of("windowed")
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as a folder of files."""
+    from real_workers import write_tiny_model  # it loads all that talks to workers
+
+    return write_tiny_model(tmp_path_factory.mktemp("model"))

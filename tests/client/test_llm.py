@@ -10,16 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from real_workers import write_tiny_model
 
 import lamina
-from lamina import LLM, InvalidRequest
+from lamina import LLM, EngineError, InvalidRequest
 from lamina.system.progress import StderrBars
 
 
 @pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
-    with LLM(write_tiny_model(tmp_path_factory.mktemp("tiny")), dtype="float32", kv_memory="16M", threads=1) as llm:
+def llm(model: Path) -> Iterator[LLM]:
+    with LLM(model, dtype="float32", kv_memory="16M", threads=1) as llm:
         yield llm
 
 
@@ -44,15 +43,40 @@ def test_a_completion_is_short_to_look_at_and_whole_as_a_dict(llm: LLM) -> None:
     assert len(found["samples"][0]["logprobs"]) == 40
 
 
-def test_it_closes_at_the_end_of_async_with(tmp_path: Path) -> None:
+def test_it_closes_at_the_end_of_async_with_and_says_so(model: Path) -> None:
     async def use() -> LLM:
-        async with LLM(write_tiny_model(tmp_path / "tiny"), dtype="float32", kv_memory="16M", threads=1) as llm:
-            await llm.agenerate([1], max_tokens=1)
+        async with LLM(model, dtype="float32", kv_memory="16M", threads=1) as llm:
+            completion = await llm.agenerate("w1 w2 ", max_tokens=4)
+            texts = [event.text async for event in llm.astream("w1 w2 ", max_tokens=4)]
+            assert "".join(texts) == completion.text  # type: ignore[union-attr]
         return llm
 
     closed = asyncio.run(use())
     assert not closed.alive
     assert repr(closed).endswith(": closed>")
+    closed.close()
+    for call in (lambda: closed.generate("x"), lambda: closed.stream("x"), lambda: closed.model_path):
+        with pytest.raises(EngineError, match="closed"):
+            call()
+
+
+def test_bad_arguments_of_a_stream_are_refused_before_it_is_iterated(llm: LLM) -> None:
+    for method in (llm.stream, llm.astream):
+        with pytest.raises(InvalidRequest, match="top_p"):
+            method("w1 ", top_p=7)
+
+
+def test_the_module_keeps_its_model(model: Path) -> None:
+    first = lamina.generate("w1 w2 ", model=model, max_tokens=4)
+    kept = lamina.api._kept
+    second = lamina.generate(["w1 w2 "], lamina.SamplingParams(max_tokens=4), model=model)
+    one, (same, other) = lamina.embed("w1 ", model=model), lamina.embed(["w1 ", "w5 w7 "], model=model)  # type: ignore[misc]
+    assert lamina.api._kept is kept
+    assert [first.text] == [completion.text for completion in second]  # type: ignore[union-attr]
+    alike, unlike = (sum(a * b for a, b in zip(one.embedding, e.embedding, strict=True)) for e in (same, other))  # type: ignore[union-attr]
+    assert alike > 0.999 > unlike
+    lamina.close()
+    assert lamina.api._kept is None
 
 
 def test_a_misspelt_keyword_names_the_nearest() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from evaluate.fault_injection.server import Server, serving, until
-from real_workers import TOKEN_BYTES, write_tiny_model
+from real_workers import TOKEN_BYTES
 
 from lamina import LLM
 from lamina.deploy.worker_events import WorkerStatus
@@ -26,11 +26,6 @@ chance = random.Random(3)
 PROMPTS = [[chance.randrange(101) for _ in range(120)] for _ in range(12)]
 ROOM = 512 * TOKEN_BYTES  # of a holder; all together take 2,400 tokens
 GREEDY = {"max_tokens": 80, "temperature": 0, "ignore_eos": True}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,15 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from evaluate.fault_injection.proxy import FlipAt, Proxy, Toxic
-from real_workers import ports, until, worker_process, write_tiny_model
+from real_workers import ports, until, worker_process
+from whole_engines import engine, streamed
 
 from lamina import LLM
 from lamina.deploy.breakers import FLAPPING, QUARANTINE
@@ -25,27 +26,14 @@ pytestmark = pytest.mark.real
 PROMPTS = [[index % 101 for index in range(length)] for length in (3, 40)]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model"))
+def running(model: Path, workers: list[str], **options: Any) -> LLM:
+    return engine(
+        model, attention_workers=workers, worker_timeout=0.5, local_channel=False, prefix_cache=False, **options
+    )
 
 
-@contextlib.contextmanager
-def running(model: Path, workers: list[str], **options: Any) -> Iterator[LLM]:
-    defaults: dict[str, Any] = {
-        "dtype": "float32", "threads": 1, "page_size": 16, "kv_memory": "8MiB", "prefix_cache": False, "lanes": 1,
-        "local_share": 0, "worker_timeout": 0.5, "local_channel": False,
-    }  # fmt: skip
-    with LLM(model, progress=False, attention_workers=workers, **{**defaults, **options}) as llm:
-        yield llm
-
-
-def gather(llm: LLM, after: Callable[[int], None] = lambda count: None) -> list[list[int]]:
-    tokens: list[list[int]] = [[] for _ in PROMPTS]
-    for count, event in enumerate(llm.stream(PROMPTS, max_tokens=30, temperature=0), 1):
-        tokens[event.prompt_index].append(event.token_id)
-        after(count)
-    return tokens
+def gather(llm: LLM, after: Callable[[int], None] = lambda count: None) -> list[tuple[int, ...]]:
+    return streamed(llm, PROMPTS, 30, after)
 
 
 def held(llm: LLM) -> dict[str, str]:

@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 from evaluate.fault_injection.proxy import Proxy, Toxic
-from real_workers import WorkerProcess, all_pages_free, ports, until, worker_process, write_tiny_model
+from real_workers import WorkerProcess, all_pages_free, ports, until, worker_process
+from whole_engines import engine, streamed, texts
 
 from lamina import LLM
 from lamina.deploy.worker_events import WorkerStatus
@@ -39,32 +40,15 @@ prompts = random.Random(29)
 PROMPTS = [[prompts.randrange(101) for _ in range(n)] for n in (3, 20, 70, 150)]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@contextlib.contextmanager
-def running(model: Path, **options: Any) -> Iterator[LLM]:
-    defaults = {"dtype": "float32", "threads": 1, "page_size": 16, "kv_memory": "8MiB", "prefix_cache": False}
-    patience = {"worker_timeout": TIMEOUT, "recovery_timeout": 60.0}
-    with LLM(model, **{**defaults, **patience, "max_batch_tokens": 64, "lanes": 1, "local_share": 0, **options}) as llm:
-        yield llm
+def running(model: Path, **options: Any) -> LLM:
+    """`worker_timeout` is short. The prefix cache keeps no page."""
+    return engine(model, **{"prefix_cache": False, "worker_timeout": TIMEOUT, "recovery_timeout": 60.0, **options})
 
 
 @pytest.fixture(scope="module")
-def expected(model: Path) -> list[list[int]]:
+def expected(model: Path) -> list[tuple[int, ...]]:
     with running(model) as llm:
-        return gather(llm, lambda count: None)
-
-
-def gather(llm: LLM, after: Callable[[int], None]) -> list[list[int]]:
-    """The tokens of all prompts, streamed; `after(count)` is called after each token."""
-    tokens: list[list[int]] = [[] for _ in PROMPTS]
-    for count, event in enumerate(llm.stream(PROMPTS, max_tokens=TOKENS, temperature=0), 1):
-        tokens[event.prompt_index].append(event.token_id)
-        after(count)
-    return tokens
+        return texts(llm, PROMPTS, TOKENS)
 
 
 def members(llm: LLM) -> tuple[WorkerStatus, ...]:
@@ -95,7 +79,7 @@ def strike(rng: random.Random, llm: LLM, events: int) -> Callable[[int], None]:
     return after
 
 
-def survive(model: Path, expected: list[list[int]], seed: int) -> None:
+def survive(model: Path, expected: list[tuple[int, ...]], seed: int) -> None:
     rng = random.Random(seed)
     options = {
         "attention_workers": rng.randint(2, 3),
@@ -109,11 +93,11 @@ def survive(model: Path, expected: list[list[int]], seed: int) -> None:
     options["redundancy"] = rng.choice(spares if options["attention_workers"] == 3 else spares[:2])
     logger.warning("seed %d: %s", seed, options)
     with running(model, **options) as llm:
-        assert gather(llm, strike(rng, llm, events=rng.randint(1, 3))) == expected
+        assert streamed(llm, PROMPTS, TOKENS, strike(rng, llm, events=rng.randint(1, 3))) == expected
         until(lambda: all(status.state == "up" for status in members(llm)), 60)
         assert sum(status.restarts for status in members(llm)) > 0
         until(lambda: len(ports(llm)) == options["attention_workers"], 60)
-        assert gather(llm, lambda count: None) == expected
+        assert streamed(llm, PROMPTS, TOKENS) == expected
         llm._runtime.engine._scheduler.check_integrity()
         if not options["prefix_cache"]:
             until(lambda: all_pages_free(llm))
@@ -154,7 +138,7 @@ def test_what_killed_workers_had_is_not_computed_again(model, expected, monkeypa
                 while doomed:
                     doomed.pop().process.kill()
 
-        assert gather(llm, after) == expected
+        assert streamed(llm, PROMPTS, TOKENS, after) == expected
         assert not doomed
         counters = llm._runtime.engine._scheduler.counters
         assert 0 < counters.rebuilt_tokens < sum(map(len, PROMPTS))
@@ -181,7 +165,7 @@ def test_a_stopped_worker_is_lost_in_time_and_fenced_when_it_returns(model, expe
                 os.kill(both[0].process.pid, signal.SIGSTOP)
             last = time.monotonic()
 
-        assert gather(llm, after) == expected
+        assert streamed(llm, PROMPTS, TOKENS, after) == expected
         assert max(stalls) < TIMEOUT + 3
         assert first.closed
         assert [port.address for port in ports(llm)] == [both[1].address]
@@ -190,7 +174,7 @@ def test_a_stopped_worker_is_lost_in_time_and_fenced_when_it_returns(model, expe
         until(lambda: {port.address for port in ports(llm)} == {worker.address for worker in both})
         stale = both[0].status()
         assert stale.parts == 0  # of the old session nothing is left
-        assert gather(llm, lambda count: None) == expected
+        assert streamed(llm, PROMPTS, TOKENS) == expected
         assert both[0].status().queries > stale.queries
         assert both[1].status().queries > before
         until(lambda: all_pages_free(llm))
@@ -246,7 +230,7 @@ def workers(folder: Path) -> Iterator[dict[bool, list[WorkerProcess]]]:
 
 
 def through_proxies(
-    model: Path, expected: list[list[int]], workers: Any, folder: Path, toxic: str, tls: bool, seed: int
+    model: Path, expected: list[tuple[int, ...]], workers: Any, folder: Path, toxic: str, tls: bool, seed: int
 ) -> None:
     """Two workers, each behind a proxy; for a while one of them turns toxic."""
     rng = random.Random(seed)
@@ -275,11 +259,11 @@ def through_proxies(
             elif count == moment + 60:
                 proxies[0].toxic = Toxic()
 
-        assert gather(llm, after) == expected
+        assert streamed(llm, PROMPTS, TOKENS, after) == expected
         assert first.closed == (toxic not in HARMLESS)
         proxies[0].reset()  # what hangs in a black hole
         until(lambda: len(ports(llm)) == 2 and not any(port.closed for port in ports(llm)), 40)
-        assert gather(llm, lambda count: None) == expected
+        assert streamed(llm, PROMPTS, TOKENS) == expected
         until(lambda: all_pages_free(llm))
 
 

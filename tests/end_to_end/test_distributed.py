@@ -20,6 +20,7 @@ from real_workers import (
     worker_process,
     write_tiny_model,
 )
+from whole_engines import engine
 
 from lamina import LLM
 from lamina.errors import InvalidRequest
@@ -57,11 +58,6 @@ FEW = [  # every value of each, most pairs of them
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
 def secrets_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("credentials")
     make_credentials(folder, ["127.0.0.1"])
@@ -80,26 +76,18 @@ def workers(secrets_folder: Path) -> Iterator[dict[bool, list[WorkerProcess]]]:
         }
 
 
-@contextlib.contextmanager
-def running(model: Path, **options: Any) -> Iterator[LLM]:
-    defaults = {"dtype": "float32", "threads": 1, "page_size": 16, "kv_memory": "4MiB", "prefix_cache": False}
-    with LLM(model, **{**defaults, "lanes": 1, "local_share": 0, "max_batch_tokens": 64, **options}) as llm:
-        yield llm
+def running(model: Path, **options: Any) -> LLM:
+    return engine(model, **{"kv_memory": "4MiB", "prefix_cache": False, **options})
 
 
-@contextlib.contextmanager
 def distributed(
     model: Path, workers: dict[bool, list[WorkerProcess]], secrets_folder: Path, count: int, **options: Any
-) -> Iterator[LLM]:
+) -> LLM:
     """An engine over `count` of the workers."""
     tls = options.pop("tls", False)
     if tls:
         options |= {"tls_dir": secrets_folder, "token_file": secrets_folder / "token"}
-    chosen = workers[tls][:count]
-    for worker in chosen:
-        until(lambda worker=worker: not worker.status().session)  # the last engine's
-    with running(model, attention_workers=[worker.address for worker in chosen], **options) as llm:
-        yield llm
+    return engine(model, workers[tls][:count], **{"kv_memory": "4MiB", "prefix_cache": False, **options})
 
 
 def tokens(llm: LLM, sampling: dict[str, Any], max_tokens: int = 24) -> list[tuple[int, ...]]:
@@ -223,25 +211,6 @@ def test_who_stops_listening_leaves_nothing_behind(model, workers, secrets_folde
         assert tokens(llm, SAMPLINGS["greedy"]) == expected["greedy"]
         assert (first, *(event.token_id for event in slow)) == expected["greedy"][2]
         until(lambda: all_pages_free(llm))
-
-
-@pytest.mark.parametrize("shard", SHARDS, ids=SHARDS)
-@pytest.mark.parametrize("count", [2, *(pytest.param(n, marks=pytest.mark.soak) for n in (1, 3))])
-@pytest.mark.data
-@pytest.mark.timeout(900)
-def test_the_real_model_says_the_same(shard, count, real_text):
-    prompts, texts = real_text
-    with LLM(
-        "smollm2-135m", weights="float32", attention_workers=count, local_share=0, shard=shard, kv_memory="512MiB"
-    ) as llm:
-        assert [c.text for c in llm.generate(prompts, max_tokens=40, temperature=0)] == texts
-
-
-@pytest.fixture(scope="module")
-def real_text():
-    prompts = ["The capital of France is", "Once upon a time, in a small village, " * 30]
-    with LLM("smollm2-135m", weights="float32", kv_memory="512MiB") as llm:
-        return prompts, [c.text for c in llm.generate(prompts, max_tokens=40, temperature=0)]
 
 
 @pytest.mark.soak

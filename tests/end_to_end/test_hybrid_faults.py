@@ -11,14 +11,14 @@ import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluate.fault_injection.server import ask, serving
+import whole_engines
 from hybrid_families import VOCABULARY, written
 from real_workers import WorkerProcess, until, worker_process
+from whole_engines import engine, first_logprobs, shifts, streamed
 
 from lamina import LLM
 from lamina.errors import EngineError, InvalidRequest
@@ -33,7 +33,6 @@ from lamina_workers.ports.remote import RemoteAttention
 
 FAMILIES = {"gated delta": "qwen3_5", "mamba2 beside attention": "falcon_h1", "lightning": "minimax"}
 TOKENS = 60
-OPTIONS: dict[str, Any] = {"dtype": "float32", "threads": 1, "page_size": 16, "kv_memory": "16MiB", "lanes": 1}
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 one_family = pytest.mark.parametrize("family", ["mamba2 beside attention"])
@@ -50,13 +49,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def workers() -> Iterator[list[WorkerProcess]]:
-    """Two that serve one engine after another."""
-    with worker_process() as one, worker_process() as two:
-        yield [one, two]
-
-
-@pytest.fixture(scope="module")
 def expected(models: dict[str, Path]) -> dict[str, list[tuple[int, ...]]]:
     found = {}
     for family, folder in models.items():
@@ -65,35 +57,14 @@ def expected(models: dict[str, Path]) -> dict[str, list[tuple[int, ...]]]:
     return found
 
 
-def engine(folder: Path, workers: list[WorkerProcess] | None = None, **options: Any) -> LLM:
-    if workers is not None:
-        for worker in workers:
-            until(lambda worker=worker: not worker.status().session)  # type: ignore[misc]  # the last engine's
-        options["attention_workers"] = [worker.address for worker in workers]
-    if options.get("attention_workers"):
-        options = {"local_share": 0} | options
-    return LLM(folder, **OPTIONS | {"max_batch_tokens": 64} | options)
-
-
-def texts(llm: LLM, prompts: list[list[int]] = PROMPTS, max_tokens: int = TOKENS) -> list[tuple[int, ...]]:
-    found = llm.generate(prompts, max_tokens=max_tokens, temperature=0, ignore_eos=True)
+def texts(llm: LLM, prompts: list[list[int]] = PROMPTS) -> list[tuple[int, ...]]:
+    tokens = whole_engines.texts(llm, prompts, TOKENS)
     llm._runtime.engine._scheduler.check_integrity()  # type: ignore[union-attr]
-    return [completion.token_ids for completion in found]
+    return tokens
 
 
 def counters(llm: LLM) -> Counters:
     return llm._runtime.engine._scheduler.counters  # type: ignore[union-attr,no-any-return]
-
-
-def streamed(llm: LLM, at: int, strike: Callable[[], None]) -> list[tuple[int, ...]]:
-    """The texts; `strike` is called after so many tokens."""
-    tokens: list[list[int]] = [[] for _ in PROMPTS]
-    events = llm.stream(PROMPTS, max_tokens=TOKENS, temperature=0, ignore_eos=True)
-    for count, event in enumerate(events, 1):
-        tokens[event.prompt_index].append(event.token_id)
-        if count == at:
-            strike()
-    return list(map(tuple, tokens))
 
 
 @every_family
@@ -187,7 +158,7 @@ def test_a_drained_workers_states_move(family: str, models: dict[str, Path], exp
     with engine(models[family], attention_workers=2, prefix_cache=False) as llm:
         moved: list[int] = []
         drain = threading.Thread(target=lambda: moved.append(llm._runtime.drain("attention-0")))  # type: ignore[union-attr]
-        assert streamed(llm, 20, drain.start) == expected[family]
+        assert streamed(llm, PROMPTS, TOKENS, lambda count: count == 20 and drain.start()) == expected[family]
         drain.join()
         assert moved[0] > 0
         assert counters(llm).preempted == 0
@@ -221,8 +192,12 @@ def test_a_worker_killed_changes_no_text(family: str, at: int, models: dict[str,
     """While prompts are read, and in decode. It joins again."""
     with engine(models[family], attention_workers=2, max_batch_tokens=16, lanes=2) as llm:
         members = llm._runtime.pools.attention.workers  # type: ignore[union-attr]
-        strike = lambda: os.kill(members.status()[0].process or 0, signal.SIGKILL)  # noqa: E731
-        assert streamed(llm, at, strike) == expected[family]
+
+        def strike(count: int) -> None:
+            if count == at:
+                os.kill(members.status()[0].process or 0, signal.SIGKILL)
+
+        assert streamed(llm, PROMPTS, TOKENS, strike) == expected[family]
         names = llm._runtime.engine._holders.names  # type: ignore[union-attr]
         until(lambda: sorted(names.values()) == ["attention-0.1", "attention-1"], 30.0)
         assert texts(llm) == expected[family]
@@ -257,33 +232,13 @@ for seen, event in enumerate(llm.stream(prompts, max_tokens=150, ignore_eos=True
 @pytest.mark.real
 @every_family
 def test_bfloat16_changes_logits_by_little(family: str, models: dict[str, Path], workers: list[WorkerProcess]) -> None:
-    def first(given: list[WorkerProcess] | None = None, **options: Any) -> dict[tuple[int, int], float]:
-        with engine(models[family], given, **options) as llm:
-            found = llm.generate(PROMPTS, max_tokens=1, temperature=0, ignore_eos=True, logprobs=20)
-        tops = [(number, each) for number, completion in enumerate(found) for each in completion.logprobs[0].top]
-        return {(number, each.token_id): each.logprob for number, each in tops}
-
-    exact = first()
-    spread = max(exact.values()) - min(exact.values())
-    for placement in (None, workers[:1], workers):
-        rounded = first(placement, dtype="bfloat16")
-        both = exact.keys() & rounded.keys()
-        assert len(both) > 0.8 * len(exact)
+    with engine(models[family]) as llm:
+        exact = first_logprobs(llm, PROMPTS)
+    for count in (0, 1, 2):
+        with engine(models[family], workers[:count], dtype="bfloat16") as llm:
+            rounded = first_logprobs(llm, PROMPTS)
         # in the mean: one prompt may get other experts, in transformers' bfloat16 too
-        assert 0 < statistics.fmean(abs(exact[key] - rounded[key]) for key in both) < 0.1 * spread
-
-
-@pytest.mark.real
-@one_family
-def test_it_is_served(family: str, models: dict[str, Path], expected: Any) -> None:
-    options = ("--threads", "1", "--kv-memory", "16MiB", "--dtype", "float32", "--attention-workers", "1")
-    with serving(*options, model=str(models[family])) as server:
-        body = {"prompt": PROMPTS[1], "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
-        with LLM(models[family], dtype="float32", threads=1, kv_memory="16MiB") as llm:
-            right = llm.generate([PROMPTS[1]], max_tokens=TOKENS, temperature=0, ignore_eos=True)[0].text
-        assert ask(f"{server.url}/v1/completions", body)[1]["choices"][0]["text"] == right
-        chat = {"messages": [{"role": "user", "content": "w5 w6 "}], "max_tokens": 4}
-        assert ask(f"{server.url}/v1/chat/completions", chat)[0] in (200, 400)  # the tokenizer has no template
+        assert 0 < statistics.fmean(shifts(exact, rounded)) < 0.1
 
 
 # What cannot be is refused at the start, with the values.

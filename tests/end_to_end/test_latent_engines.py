@@ -1,23 +1,22 @@
-"""Latent attention through whole engines: DeepSeek and MiniCPM3 over attention workers, ranks and lost workers."""
+"""Latent attention through whole engines: how large its pages are, preemption, policies, and what cannot be.
+`test_families` has its log probabilities in bfloat16 and int8."""
 
 from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
 
 import pytest
-from real_workers import write_tiny_model
+from real_workers import WorkerProcess, write_tiny_model
 from tiny_decoders import LATENTS
+from whole_engines import engine, texts
 
-from lamina import LLM
 from lamina.errors import InvalidRequest
 from lamina_protocols.messages.layers import HolderConfig
 from lamina_workers.attention_worker.page_layout import page_bytes
 from lamina_workers.errors import PolicyError, RanksError
 from lamina_workers.model_config.config import ModelConfig
 
-every_family = pytest.mark.parametrize("family", LATENTS)
 rng = random.Random(31)
 PROMPTS = [[rng.randrange(101) for _ in range(n)] for n in (1, 17, 70, 150)]
 SHARED = [rng.randrange(101) for _ in range(80)]
@@ -27,17 +26,6 @@ SHARED = [rng.randrange(101) for _ in range(80)]
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
     return {name: write_tiny_model(folder / name, **config) for name, config in LATENTS.items()}
-
-
-def engine(model: Path, **config: Any) -> LLM:
-    """Small pools and chunks, float32: texts can be compared."""
-    options = {"dtype": "float32", "kv_memory": "8MiB", "page_size": 16, "max_model_len": 1024, "max_batch_tokens": 64}
-    return LLM(model, **options | {"threads": 1, "local_share": 0} | config)
-
-
-def texts(llm: LLM, prompts: list[list[int]] = PROMPTS, max_tokens: int = 24) -> list[tuple[int, ...]]:
-    found = llm.generate(prompts, max_tokens=max_tokens, temperature=0, ignore_eos=True)
-    return [completion.token_ids for completion in found]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -51,29 +39,6 @@ def test_deepseek_v3_keeps_576_numbers_a_token_and_layer(dtype: str) -> None:
     assert {(spec.kind, spec.kv_heads, spec.group, spec.own_v) for spec in specs} == {("latent", 1, 128, 0)}
     size = {"float32": 4, "bfloat16": 2}[dtype]
     assert page_bytes(HolderConfig(specs, 32, dtype, 1)) == 32 * (512 + 64) * size
-
-
-def first_logprobs(model: Path, **config: Any) -> dict[tuple[int, int], float]:
-    """The 20 likeliest tokens behind each prompt, by number of the prompt and token."""
-    with engine(model, **config) as llm:
-        found = llm.generate(PROMPTS, max_tokens=1, temperature=0, ignore_eos=True, logprobs=20)
-    return {(n, each.token_id): each.logprob for n, answer in enumerate(found) for each in answer.logprobs[0].top}
-
-
-def differ(exact: dict[tuple[int, int], float], rounded: dict[tuple[int, int], float]) -> float:
-    """The difference that a quarter exceeds, as a share of the spread: where rounding chooses another expert, all of
-    that prompt move by more."""
-    both = exact.keys() & rounded.keys()
-    assert len(both) > 0.8 * len(exact)
-    off_by = sorted(abs(exact[key] - rounded[key]) for key in both)
-    return off_by[len(off_by) * 3 // 4] / (max(exact.values()) - min(exact.values()))
-
-
-@every_family
-@pytest.mark.parametrize("attention", [0, pytest.param(1, marks=pytest.mark.real)])
-def test_bfloat16_changes_first_tokens_by_little(family: str, attention: int, models: dict[str, Path]) -> None:
-    exact = first_logprobs(models[family])
-    assert 0 < differ(exact, first_logprobs(models[family], dtype="bfloat16", attention_workers=attention)) < 0.1
 
 
 def test_heads_cannot_be_cut(models: dict[str, Path]) -> None:
@@ -97,20 +62,16 @@ def test_prefixes_and_preemption(models: dict[str, Path], attention: int) -> Non
         assert counters.reused_tokens > 0
 
 
-@pytest.mark.real
-def test_a_static_policy_works_and_one_with_sketches_is_refused(models: dict[str, Path]) -> None:
+def test_a_static_policy_works_and_one_with_sketches_is_refused(
+    models: dict[str, Path], workers: list[WorkerProcess]
+) -> None:
     narrow = {"policy": "streaming(sink=2,recent=24)"}
     with engine(models["minicpm3"]) as llm:
-        everything = texts(llm)
+        everything = texts(llm, PROMPTS, 24)
     with engine(models["minicpm3"], **narrow) as llm:
-        expected = texts(llm)
+        expected = texts(llm, PROMPTS, 24)
     assert expected != everything
-    with engine(models["minicpm3"], attention_workers=1, **narrow) as llm:
-        assert texts(llm) == expected
+    with engine(models["minicpm3"], workers[:1], **narrow) as llm:
+        assert texts(llm, PROMPTS, 24) == expected
     with pytest.raises(PolicyError, match=r"sketches are not made of latents.*allowed here are static policies"):
         engine(models["minicpm3"], policy="page_top_k")
-
-
-def test_int8_changes_first_tokens_by_little(models: dict[str, Path]) -> None:
-    exact = first_logprobs(models["minicpm3"])
-    assert 0 < differ(exact, first_logprobs(models["minicpm3"], kv_dtype="int8")) < 0.2

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from real_workers import WorkerProcess, until, worker_process, write_tiny_model
+from real_workers import WorkerProcess, worker_process, write_tiny_model
 from scripted_drafts import Always, Scripted, texts_of
 from tiny_decoders import BLOCK_INDEX, TOKEN_INDEX
+from whole_engines import engine, streamed
 
 from lamina import LLM, Completion
 from lamina.errors import InvalidRequest, PolicyError
@@ -40,23 +40,6 @@ def most(model: Path) -> int:
 @pytest.fixture(scope="module")
 def reference(model: Path) -> transformers.PreTrainedModel:
     return transformers.AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager").eval()
-
-
-@pytest.fixture(scope="module")
-def workers() -> Iterator[list[WorkerProcess]]:
-    with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(worker_process()) for _ in range(2)]
-
-
-@contextlib.contextmanager
-def engine(model: Path, workers: Sequence[WorkerProcess] = (), **options: Any) -> Iterator[LLM]:
-    for worker in workers:
-        until(lambda worker=worker: not worker.status().session)  # the last engine's
-    options = {"dtype": "float32", "threads": 1, "page_size": 16, "kv_memory": "8MiB"} | options
-    if workers:
-        options |= {"attention_workers": [worker.address for worker in workers], "local_share": 0}
-    with LLM(model, **{"max_batch_tokens": 64} | options) as llm:
-        yield llm
 
 
 def generated(llm: LLM, prompts: Sequence[Sequence[int]] = PROMPTS) -> list[Completion]:
@@ -92,8 +75,8 @@ def test_attention_workers_by_heads_change_nothing(
     model: Path, reference: transformers.PreTrainedModel, workers: list[WorkerProcess], count: int
 ) -> None:
     if count > most(model):
-        with pytest.raises(InvalidRequest, match=r"one KV head.*one attention worker"), engine(model, workers):
-            pass
+        with pytest.raises(InvalidRequest, match=r"one KV head.*one attention worker"):
+            engine(model, workers)
         return
     with engine(model, workers[:count]) as llm:
         assert off(reference, generated(llm)) < 1e-4
@@ -129,14 +112,10 @@ def test_a_worker_that_is_killed_changes_nothing(
         worker_process() as second,
         engine(model, [first, second], kv_memory=kv_memory) as llm,
     ):
-        texts: list[list[int]] = [[] for _ in PROMPTS]
-        sampling = {"max_tokens": LENGTH, "temperature": 0, "ignore_eos": True}
-        for number, event in enumerate(llm.stream(PROMPTS, **sampling)):
-            texts[event.prompt_index].append(event.token_id)
-            if number == LENGTH * len(PROMPTS) // 2:
-                second.process.kill()
+        half = LENGTH * len(PROMPTS) // 2
+        tokens = streamed(llm, PROMPTS, LENGTH, lambda count: count == half and second.process.kill())
         again = generated(llm)
-        assert [list(each.token_ids) for each in again] == texts
+        assert [each.token_ids for each in again] == tokens
         assert off(reference, again) < 1e-4
 
 
@@ -165,33 +144,8 @@ def test_less_is_read(model: Path, workers: list[WorkerProcess]) -> None:
     assert 0.8 * chosen + scanned < read < 1.2 * chosen + scanned < 0.95
 
 
-def test_int8_kv_changes_first_tokens_by_little(model: Path) -> None:
-    def first(kv_dtype: str) -> dict[tuple[int, int], float]:
-        with engine(model, kv_dtype=kv_dtype) as llm:
-            found = llm.generate(PROMPTS, max_tokens=1, temperature=0, ignore_eos=True, logprobs=20)
-        return {
-            (number, each.token_id): each.logprob
-            for number, completion in enumerate(found)
-            for each in completion.logprobs[0].top
-        }
-
-    exact, rounded = first("float32"), first("int8")
-    both = exact.keys() & rounded.keys()
-    spread = max(exact.values()) - min(exact.values())
-    assert len(both) > 0.8 * len(exact)
-    # Of one prompt another key may be chosen, which moves much in a random model: so most are looked at, not all.
-    off_by = sorted(abs(exact[key] - rounded[key]) for key in both)
-    assert 0 < off_by[len(off_by) * 3 // 4] < 0.1 * spread
-
-
-def test_what_an_index_cannot_have_is_refused_by_name(model: Path, tmp_path: Path) -> None:
-    with (
-        pytest.raises(InvalidRequest, match=r"shard is 'sequence'.*index.*shard='heads'"),
-        engine(model, attention_workers=2, shard="sequence"),
-    ):
-        pass
-    with (
-        pytest.raises(PolicyError, match=r"index chooses.*page_top_k.*allowed: full"),
-        engine(model, policy="page_top_k"),
-    ):
-        pass
+def test_what_an_index_cannot_have_is_refused_by_name(model: Path) -> None:
+    with pytest.raises(InvalidRequest, match=r"shard is 'sequence'.*index.*shard='heads'"):
+        engine(model, attention_workers=2, shard="sequence")
+    with pytest.raises(PolicyError, match=r"index chooses.*page_top_k.*allowed: full"):
+        engine(model, policy="page_top_k")

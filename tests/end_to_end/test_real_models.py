@@ -15,6 +15,7 @@ from real_models import fetched, greedy_tokens, token_prompts
 from real_workers import WorkerProcess, worker_process
 
 from lamina import LLM, InvalidRequest
+from lamina.models.resolve import resolve
 from lamina_workers.model_config.config import ModelConfig
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
@@ -24,9 +25,16 @@ KV_MEMORY = 512 << 20
 SAMPLING: dict[str, Any] = {"max_tokens": LENGTH, "temperature": 0, "ignore_eos": True}
 
 
-@pytest.fixture(scope="module", params=["gemma-3-270m", pytest.param("qwen2.5-coder-0.5b", marks=pytest.mark.soak)])
+MODELS = [
+    pytest.param("smollm2-135m", marks=pytest.mark.data),
+    "gemma-3-270m",
+    pytest.param("qwen2.5-coder-0.5b", marks=pytest.mark.soak),
+]
+
+
+@pytest.fixture(scope="module", params=MODELS)
 def path(request: pytest.FixtureRequest) -> Path:
-    return fetched(request.param)
+    return resolve(request.param) if request.param == "smollm2-135m" else fetched(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +81,17 @@ def check(got: list[list[int]], expected: list[list[int]]) -> None:
     assert [tokens[: len(wanted)] for tokens, wanted in zip(got, expected, strict=True)] == expected
 
 
-def test_greedy_tokens_are_those_of_transformers(alone: list[list[int]], expected: list[list[int]]) -> None:
+def test_greedy_tokens_are_those_of_transformers_one_by_one_and_together(
+    path: Path, prompts: list[list[int]], alone: list[list[int]], expected: list[list[int]]
+) -> None:
     check(alone, expected)
     assert sum(map(len, expected)) > 0.9 * LENGTH * len(alone)  # few ties
+    with running(path, max_batch_tokens=256) as llm:
+        for prompt, wanted in zip([*prompts[:3], prompts[-1]], [*expected[:3], expected[-1]], strict=True):
+            check([list(llm.generate(prompt, **SAMPLING).token_ids)], [wanted])
+        again = llm.generate(prompts[-1], **SAMPLING)  # its prompt is in the prefix cache
+        check([list(again.token_ids)], expected[-1:])
+        assert again.usage.cached_tokens > 0.9 * len(prompts[-1])
 
 
 @pytest.mark.parametrize(("count", "shard"), [(1, "heads"), (2, "heads"), (2, "sequence")])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_workers import ports, until, worker_process, write_tiny_model
+from real_workers import ports, until, worker_process
 
 import lamina.llm
 from lamina import LLM
@@ -26,11 +26,6 @@ pytestmark = pytest.mark.real
 SEVEN = Path(__file__).parents[1] / "support" / "version_seven.py"
 OPTIONS: dict[str, Any] = {"dtype": "float32", "threads": 1, "page_size": 16, "kv_memory": "16MiB", "local_share": 0}
 PROMPTS = [[(7 * n + at) % 101 for at in range(20 + 11 * n)] for n in range(4)]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 class Load(threading.Thread):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import random
 import signal
@@ -13,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import aiohttp
@@ -20,6 +22,7 @@ import pytest
 from evaluate.fault_injection.server import Server, ask, serving, until
 
 from lamina import LLM
+from lamina.models.resolve import GGUF_FILE, resolve
 
 pytestmark = [pytest.mark.data, pytest.mark.real, pytest.mark.timeout(600)]
 
@@ -34,7 +37,8 @@ def prompt(seed: int, words: int = 40) -> str:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with serving(*ENGINE, "--attention-workers", "1") as server:
+    """One that tests do not end: what they kill comes back."""
+    with serving(*ENGINE, "--attention-workers", "2") as server:
         yield server
 
 
@@ -46,8 +50,6 @@ async def stream(session: aiohttp.ClientSession, url: str, **body: Any) -> str:
 
 def text_of(events: str) -> str:
     """The text of a stream that must end well."""
-    import json
-
     assert events.rstrip().endswith("data: [DONE]"), events[-300:]
     chunks = [json.loads(line[6:]) for line in events.splitlines() if line.startswith("data: {")]
     assert not any("error" in chunk for chunk in chunks), chunks
@@ -76,86 +78,77 @@ def quiet(server: Server) -> bool:
 
 def test_it_answers_as_the_engine_does(server: Server) -> None:
     texts = streams(server.url, 4, max_tokens=24, temperature=0)
-    with LLM("smollm2-135m", threads=1, kv_memory="256MiB", weights="float32", attention_workers=1) as llm:
+    with LLM("smollm2-135m", threads=1, kv_memory="256MiB", weights="float32", attention_workers=2) as llm:
         expected = [c.text for c in llm.generate([prompt(at) for at in range(4)], max_tokens=24, temperature=0)]
     assert texts == expected
 
 
+def restarts(server: Server) -> float:
+    """How often the engine was started again."""
+    name = 'lamina:engine_restarts_total{engine="0",model_name="smollm2-135m"}'
+    return next(float(line.split()[-1]) for line in server.get("/metrics")[1].splitlines() if line.startswith(name))
+
+
 @pytest.mark.fault("F01")
-def test_a_killed_attention_worker_changes_no_text() -> None:
-    with serving(*ENGINE, "--attention-workers", "2") as server:
-        body = {"max_tokens": 200, "temperature": 0, "ignore_eos": True}
-        reference = streams(server.url, 16, **body)
+def test_a_killed_attention_worker_changes_no_text(server: Server) -> None:
+    body = {"max_tokens": 200, "temperature": 0, "ignore_eos": True}
+    reference = streams(server.url, 16, **body)
+    lost = server.status()["engine"]["lost_holders"]
 
-        def kill() -> None:
-            until(lambda: server.status()["engine"]["running"] == 16, server)
-            time.sleep(0.5)
-            os.kill(server.attention_workers[0], signal.SIGKILL)
+    def kill() -> None:
+        until(lambda: server.status()["engine"]["running"] == 16, server)
+        time.sleep(0.5)
+        os.kill(server.attention_workers[0], signal.SIGKILL)
 
-        assert streams(server.url, 16, kill, **body) == reference
-        until(lambda: len(server.attention_workers) == 2, server)
-        assert server.status()["engine"]["lost_holders"] == 1
-        assert streams(server.url, 16, **body) == reference
+    assert streams(server.url, 16, kill, **body) == reference
+    until(lambda: len(server.attention_workers) == 2, server)
+    assert server.status()["engine"]["lost_holders"] == lost + 1
+    assert streams(server.url, 16, **body) == reference
+
+
+def outlive(server: Server) -> None:
+    """The engine is killed twice under streams and a chat: clients of both read on, new requests are refused."""
+    body = {"max_tokens": 150, "temperature": 0, "ignore_eos": True, "logprobs": 1}
+    held = {"max_tokens": 60, "temperature": 0, "response_format": {"type": "json_object"}, "messages": ASKED}
+    expected = streams(server.url, 6, **body)
+    answer = server.post("/v1/chat/completions", **held)[1]["choices"]
+    workers, starts = server.attention_workers, restarts(server)
+    answers: list[Any] = []
+    refused: list[int] = []
+
+    def kill() -> None:
+        thread = threading.Thread(
+            target=lambda: answers.append(server.post("/v1/chat/completions", **held)[1]["choices"])
+        )
+        thread.start()
+        for _ in range(2):
+            before = server.engine
+            until(lambda: server.status()["engine"]["running"] >= 6, server)
+            time.sleep(0.7)
+            os.kill(before, signal.SIGKILL)
+            until(lambda: server.get("/health")[0] == 503, server)
+            refused.append(server.post("/v1/completions", prompt="a")[0])
+            until(lambda: server.get("/health")[0] == 200, server)
+        thread.join()
+
+    assert streams(server.url, 6, kill, **body) == expected
+    assert answers == [answer]
+    assert refused == [503, 503]
+    until(lambda: quiet(server), server, 15)
+    assert server.attention_workers == workers
+    assert restarts(server) == starts + 2
 
 
 @pytest.mark.fault("F03", "F15")
-@pytest.mark.parametrize("options", [(), pytest.param(("--no-journal",), marks=pytest.mark.soak)])
-def test_streams_outlive_a_killed_engine(options: tuple[str, ...]) -> None:
-    body = {"max_tokens": 150, "temperature": 0, "ignore_eos": True, "logprobs": 1}
-    with serving(*ENGINE, "--attention-workers", "1", *options) as server:
-        expected = streams(server.url, 6, **body)
-        held = {"max_tokens": 60, "temperature": 0, "response_format": {"type": "json_object"}, "messages": ASKED}
-        answer = server.post("/v1/chat/completions", **held)[1]["choices"]
-        answers: list[Any] = []
-        refused: list[int] = []
-
-        def kill() -> None:
-            thread = threading.Thread(
-                target=lambda: answers.append(server.post("/v1/chat/completions", **held)[1]["choices"])
-            )
-            thread.start()
-            for _ in range(2):
-                before = server.engine
-                until(lambda: server.status()["engine"]["running"] >= 6, server)
-                time.sleep(0.7)
-                os.kill(before, signal.SIGKILL)
-                until(lambda: server.get("/health")[0] == 503, server)
-                refused.append(server.post("/v1/completions", prompt="a")[0])
-                until(lambda: server.get("/health")[0] == 200, server)
-            thread.join()
-
-        assert streams(server.url, 6, kill, **body) == expected
-        assert answers == [answer]
-        assert refused == [503, 503]
-        until(lambda: quiet(server), server, 15)
+def test_streams_outlive_a_killed_engine(server: Server) -> None:
+    outlive(server)
 
 
-@pytest.mark.fault("F15")
-def test_a_killed_engine_is_told_and_comes_back() -> None:
-    with serving(*ENGINE, "--attention-workers", "1") as server:
-        before = streams(server.url, 2, max_tokens=8, temperature=0)
-        events: list[str] = []
-
-        async def long() -> None:
-            async with aiohttp.ClientSession() as session:
-                events.append(await stream(session, server.url, prompt="once", max_tokens=300, ignore_eos=True))
-
-        thread = threading.Thread(target=lambda: asyncio.run(long()))
-        thread.start()
-        until(lambda: server.status()["engine"]["running"] == 1, server)
-        worker = server.attention_workers
-        os.kill(server.engine, signal.SIGKILL)
-        status, answer = server.get("/health")
-        assert status in (200, 503)
-        if status == 503:
-            assert "engine" in answer["error"]["message"]
-        until(lambda: server.get("/health")[0] == 200, server)
-        thread.join(60)
-        assert '"error"' not in events[0]
-        assert events[0].rstrip().endswith("data: [DONE]")
-        assert streams(server.url, 2, max_tokens=8, temperature=0) == before
-        assert server.attention_workers == worker
-        assert 'lamina:engine_restarts_total{engine="0",model_name="smollm2-135m"} 1.0' in server.get("/metrics")[1]
+@pytest.mark.fault("F03", "F15")
+@pytest.mark.soak
+def test_streams_outlive_a_killed_engine_without_a_journal() -> None:
+    with serving(*ENGINE, "--attention-workers", "1", "--no-journal") as server:
+        outlive(server)
 
 
 @pytest.mark.fault("F02")
@@ -169,27 +162,30 @@ def test_health_is_503_while_no_attention_worker_is_left() -> None:
         assert server.post("/v1/completions", prompt="One", max_tokens=2)[0] == 200
 
 
+def go(server: Server, number: signal.Signals) -> None:
+    """An attention worker gets the signal while the engine starts again."""
+    before = server.engine
+    os.kill(before, signal.SIGKILL)
+    until(lambda: server.children("engine_main") not in ([], [before]), server)
+    time.sleep(0.9)  # the engine loads, and knows its workers
+    os.kill(server.attention_workers[0], number)
+    until(lambda: server.get("/health")[0] == 200, server)
+    assert streams(server.url, 2, max_tokens=4, temperature=0)
+    assert server.process.poll() is None
+
+
 @pytest.mark.fault("F15")
-@pytest.mark.parametrize(
-    ("workers", "number"),
-    [
-        (2, signal.SIGKILL),
-        pytest.param(1, signal.SIGKILL, marks=pytest.mark.soak),
-        pytest.param(1, signal.SIGSTOP, marks=pytest.mark.soak),
-    ],
-)
-def test_attention_workers_that_go_while_the_engine_starts_again_end_nothing(
-    workers: int, number: signal.Signals
-) -> None:
-    with serving(*ENGINE, "--attention-workers", str(workers)) as server:
-        before = server.engine
-        os.kill(before, signal.SIGKILL)
-        until(lambda: server.children("engine_main") not in ([], [before]), server)
-        time.sleep(0.9)  # the engine loads, and knows its workers
-        os.kill(server.attention_workers[0], number)
-        until(lambda: server.get("/health")[0] == 200, server)
-        assert streams(server.url, 2, max_tokens=4, temperature=0)
-        assert server.process.poll() is None
+def test_an_attention_worker_that_goes_while_the_engine_starts_again_ends_nothing(server: Server) -> None:
+    go(server, signal.SIGKILL)
+    until(lambda: len(server.attention_workers) == 2, server)
+
+
+@pytest.mark.fault("F15")
+@pytest.mark.soak
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_only_attention_worker_goes_while_the_engine_starts_again(number: signal.Signals) -> None:
+    with serving(*ENGINE, "--attention-workers", "1") as server:
+        go(server, number)
 
 
 @pytest.mark.fault("F17")
@@ -218,18 +214,16 @@ def test_a_paused_engine_is_reached_again_by_a_new_http_process() -> None:
 
 
 @pytest.mark.fault("F13")
-def test_a_killed_http_process_comes_back_and_leaves_no_request_behind() -> None:
-    with serving(*ENGINE) as server:
-        engine = server.engine
-        with contextlib.suppress(OSError):
-            thread = threading.Thread(target=lambda: streams_that_break(server.url), daemon=True)
-            thread.start()
-        until(lambda: server.status()["engine"]["running"] == 4, server)
-        os.kill(server.http, signal.SIGKILL)
-        until(lambda: connects(server.url), server)
-        until(lambda: quiet(server), server, 10)
-        assert server.engine == engine
-        assert streams(server.url, 2, max_tokens=4, temperature=0)
+def test_a_killed_http_process_comes_back_and_leaves_no_request_behind(server: Server) -> None:
+    engine = server.engine
+    thread = threading.Thread(target=lambda: streams_that_break(server.url), daemon=True)
+    thread.start()
+    until(lambda: server.status()["engine"]["running"] == 4, server)
+    os.kill(server.http, signal.SIGKILL)
+    until(lambda: connects(server.url), server)
+    until(lambda: quiet(server), server, 10)
+    assert server.engine == engine
+    assert streams(server.url, 2, max_tokens=4, temperature=0)
 
 
 def streams_that_break(url: str) -> None:
@@ -287,10 +281,6 @@ def test_a_model_that_is_not_there_ends_it_with_an_error() -> None:
 @pytest.mark.fault("F15")
 @pytest.mark.soak
 def test_an_engine_that_cannot_start_again_ends_the_server(tmp_path: Any) -> None:
-    from shutil import copytree
-
-    from lamina.models.resolve import GGUF_FILE, resolve
-
     folder = copytree(resolve("smollm2-135m"), tmp_path / "model")
     with serving(*ENGINE, model=str(folder)) as server:
         (folder / GGUF_FILE).unlink()

@@ -28,11 +28,6 @@ def _deepest(self: Speculation, sequences: Sequence[ScheduledSequence]) -> list[
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
 def plain(model: Path) -> list[list[tuple[int, ...]]]:
     with _engine(model) as llm:
         return [_ids(llm, params) for params in PARAMS]

@@ -32,11 +32,6 @@ SAMPLING: dict[str, Any] = {"max_tokens": 24, "ignore_eos": True}
 LONG: dict[str, Any] = {"max_tokens": 400, "ignore_eos": True}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model"))
-
-
 def engine(model: Path, **config: Any) -> LLM:
     """Small pools, float32: texts can be compared."""
     return LLM(model, **{"dtype": "float32", "kv_memory": "16MiB", "max_model_len": 1024, "local_share": 0, **config})
@@ -110,15 +105,6 @@ def test_two_ranks_give_the_text_of_one_and_survive_a_death(alone: LLM, model: P
         os.kill(before or 0, 0)
 
 
-@pytest.mark.real
-def test_each_rank_has_a_seat_at_the_only_attention_worker(model: Path) -> None:
-    with engine(model, model_workers=2, attention_workers=1) as llm:
-        names = llm._runtime.engine._holders.names  # type: ignore[union-attr]
-        assert names == {2: "attention-0", 3: "attention-0"}
-        with pytest.raises(InvalidRequest, match="only attention worker"):
-            llm._runtime.drain("attention-0")  # type: ignore[union-attr]
-
-
 @pytest.mark.soak
 def test_three_ranks_and_repeated_heads_give_the_text_of_one(model: Path, tmp_path: Path) -> None:
     few = write_tiny_model(tmp_path / "few", num_key_value_heads=1)
@@ -142,6 +128,10 @@ def test_prefixes_and_preemption_with_two_ranks(alone: LLM, model: Path, attenti
         assert counters.preempted > 0
         assert texts(llm, prompts, max_tokens=200) == expected
         assert counters.reused_tokens > 0
+        if attention:  # each rank has a seat at the only attention worker
+            assert llm._runtime.engine._holders.names == {2: "attention-0", 3: "attention-0"}  # type: ignore[union-attr]
+            with pytest.raises(InvalidRequest, match="only attention worker"):
+                llm._runtime.drain("attention-0")  # type: ignore[union-attr]
 
 
 @pytest.mark.real
@@ -276,10 +266,6 @@ def test_a_rank_that_keeps_ending_ends_the_engine(model: Path) -> None:
     [
         ({"model_workers": 7}, "7 ranks: it has 6 query heads"),
         ({"model_workers": 2, "device": "cuda:5"}, "cuda:5"),
-        ({"model_workers": 0}, "model_workers is 0; allowed are 1 to"),
-        ({"model_workers": "two"}, "model_workers is 'two'"),
-        ({"model_workers": True}, "model_workers is True"),
-        ({"model_parallel": "both"}, "model_parallel is 'both'; allowed are tensor, replicas"),
         ({"model_workers": 2, "lanes": 2}, "lanes is 2 with 2 tensor-parallel model_workers; allowed are 1"),
     ],
     ids=str,

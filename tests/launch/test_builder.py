@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from real_workers import write_tiny_model
 
 from lamina.config import EngineConfig
 from lamina.errors import EngineError, InvalidRequest, LaminaError
@@ -45,11 +44,6 @@ class Workers:
         self._log.append(f"{self._name} close")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model"))
-
-
 def failed(model: Path, raises: type[LaminaError], says: str, *given: Any, **settings: Any) -> None:
     config = EngineConfig(**{"dtype": "float32", "kv_memory": "16MiB", "max_model_len": 1024, **settings})
     before = threading.enumerate()  # a pool of the kernels may be there from other tests
@@ -78,6 +72,8 @@ def test_model_workers_that_do_not_start_are_closed_before_the_attention_workers
     [
         ({"model_workers": 2, "model_parallel": "replicas"}, "replicas without attention_workers"),
         ({"kv_memory": 1000}, "kv_memory is 1000 bytes"),
+        ({"kv_memory": "1PiB"}, "kv_memory is 1125899906842624 bytes"),
+        ({"rope_scaling": {"rope_type": "mystery"}}, "mystery"),
         ({"max_model_len": 1 << 20}, "the model's context"),
         ({"kv_memory": "64KiB"}, "holds [0-9]+ tokens"),
         ({"attention_workers": ["192.0.2.1:7"]}, "on another host"),

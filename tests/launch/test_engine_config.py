@@ -46,6 +46,7 @@ from lamina_protocols.messages.layers import ColdTier
         ("max_num_seqs", 0, "an integer from 1 to 65536"),
         ("kv_cold", " ", "a folder on a disk, or None"),
         ("model_workers", 0, "1 to 1024"),
+        ("model_workers", True, "1 to 1024"),
         ("attention_workers", ["a"], '"host:port"'),
         ("attention_workers", ["a:1", "a:1"], "different"),
         ("autoscale", (3, 1), "autoscale is (3, 1); allowed are two numbers"),

@@ -23,11 +23,6 @@ from lamina.sampling_params import SamplingParams
 from lamina.system.machine import this_machine
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model"))
-
-
 def _built(model: Path, speculate: str | Path, **settings: Any) -> Any:
     config = EngineConfig(dtype="float32", kv_memory="4MiB", speculate=speculate, **settings)
     files = load(model, config, None)

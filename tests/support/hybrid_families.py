@@ -6,8 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from real_workers import word_tokenizer
 from reference_models import COMMON, reference
-from tokenizers import Tokenizer, models
 
 VOCABULARY = COMMON["vocab_size"]
 DELTA = {
@@ -108,6 +108,5 @@ def written(family: str, folder: Path) -> Any:
     """A random model of a family in a folder, where a token is a word; as transformers has it."""
     model = reference(*FAMILIES[family])
     model.save_pretrained(folder)
-    words = {f"w{index} ": index for index in range(VOCABULARY)}
-    Tokenizer(models.WordLevel(words, unk_token="w0 ")).save(str(folder / "tokenizer.json"))
+    word_tokenizer(folder, VOCABULARY)
     return model

@@ -39,9 +39,14 @@ def write_tiny_model(folder: Path, **overrides: Any) -> Path:
     (folder / "config.json").write_text(json.dumps(config))
     tensors = Tensors(ModelConfig.from_dict(config))
     save_file({name: tensors.tensor(name).contiguous() for name in tensors.names()}, folder / "model.safetensors")
-    words = {f"w{index} ": index for index in range(config["vocab_size"])}
-    Tokenizer(models.WordLevel(words, unk_token="w0 ")).save(str(folder / "tokenizer.json"))
+    word_tokenizer(folder, config["vocab_size"])
     return folder
+
+
+def word_tokenizer(folder: Path, vocabulary: int) -> None:
+    """A token is a word."""
+    words = {f"w{index} ": index for index in range(vocabulary)}
+    Tokenizer(models.WordLevel(words, unk_token="w0 ")).save(str(folder / "tokenizer.json"))
 
 
 @dataclasses.dataclass
