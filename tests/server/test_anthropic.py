@@ -133,12 +133,8 @@ def test_thinking_is_asked_for(thinking: Any, config: Any, means: Thinking) -> N
 
 
 @pytest.fixture(scope="module")
-def rig() -> Iterator[Rig]:
-    steady: dict[str, Any] = {"weights": "float32", "prefix_cache": False}
-    with (
-        LLM(MODEL, threads=1, kv_memory="256MiB", max_model_len=512, **steady) as llm,
-        serving(llm, api_keys=("key",), allow_origins=("https://chat.example.org",)) as rig,
-    ):
+def rig(steady: LLM) -> Iterator[Rig]:
+    with serving(steady, api_keys=("key",), allow_origins=("https://chat.example.org",)) as rig:
         yield rig
 
 
@@ -202,8 +198,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"messages": IMAGE}, "messages[0].content[0].type is 'image'; allowed is text"),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, "half of a surrogate pair"),
     ({"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": "a", "input": {}}]}]}, ".name is null"),
-    ({"max_tokens": 0}, "max_tokens is 0; allowed is an integer from 1"),
-    ({"max_tokens": None}, "max_tokens is null"),
     ({"max_output_tokens": 5}, "unknown field 'max_output_tokens': did you mean max_tokens"),
     ({"tools": SEARCH}, "the server runs no tools"),
     ({"tools": [{"name": "a b", "input_schema": {}}]}, "tools[0].name is 'a b'"),
@@ -211,9 +205,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tool_choice": {"type": "any"}}, "allowed only beside tools"),
     ({"tool_choice": {"type": "tool", "name": "b"}, "tools": [TOOL]}, "the name of one of the tools"),
     ({"tool_choice": "auto"}, "auto, any, none, tool"),
-    ({"messages": [{"role": [], "content": "a"}]}, "messages[0].role is a list of 0"),
-    ({"tool_choice": {"type": {}}}, "auto, any, none, tool"),
-    ({"thinking": {"type": []}}, "enabled, disabled, adaptive"),
     ({"thinking": {"type": "often"}}, "enabled, disabled, adaptive"),
     ({"thinking": {"type": "enabled", "budget_tokens": -1}}, "thinking.budget_tokens is -1"),
     ({"output_config": {"effort": "huge"}}, "output_config.effort is 'huge'"),

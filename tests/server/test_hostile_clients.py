@@ -15,9 +15,6 @@ from typing import Any
 import pytest
 from http_process import HttpProcess, answers, head, http_process
 
-from lamina.server.http.fields import read
-from lamina.server.openai import schemas
-
 COMPLETIONS = "/v1/completions"
 MOST = 64.0  # megabytes that an attack may cost
 PATIENCE = 4.0  # seconds for which another client may wait on a busy machine; most of these attacks cost it 5 to 10
@@ -112,21 +109,6 @@ def test_wrong_lists(server: HttpProcess, fields: dict[str, Any], param: str) ->
     status, answer = said[0]
     assert (status, answer["error"]["param"]) == (400, param)
     assert len(answer["error"]["message"]) < 500
-
-
-@pytest.mark.parametrize("model", [schemas.ChatRequest, schemas.CompletionRequest, schemas.DetokenizeRequest])
-def test_every_list_that_is_checked_is_bounded(model: Any) -> None:
-    """Lists had no greatest length."""
-    for name, field in model.model_fields.items():
-        if "list[" in str(field.annotation):
-            bounds = {key for each in field.metadata for key in ("max_length", "fail_fast") if getattr(each, key, None)}
-            assert bounds == {"max_length", "fail_fast"}, name
-
-
-def test_ignored_fields_are_not_kept() -> None:
-    """A request kept up to 16 MB of `metadata` that nobody reads for as long as its answer took."""
-    fields = {"prompt": "x", "metadata": {"a": "b"}, "user": "c", "store": True}
-    assert read(schemas.CompletionRequest, fields).model_dump(exclude_none=True) == {"prompt": "x"}
 
 
 def test_many_lists_and_objects(server: HttpProcess) -> None:

@@ -206,12 +206,8 @@ def test_many_messages_of_one_role_are_joined_in_linear_time() -> None:
 
 
 @pytest.fixture(scope="module")
-def rig() -> Iterator[Rig]:
-    steady: dict[str, Any] = {"weights": "float32", "prefix_cache": False}
-    with (
-        LLM(MODEL, threads=1, kv_memory="256MiB", max_model_len=512, **steady) as llm,
-        serving(llm, api_keys=("key", "other")) as rig,
-    ):
+def rig(steady: LLM) -> Iterator[Rig]:
+    with serving(steady, api_keys=("key", "other")) as rig:
         yield rig
 
 
@@ -318,13 +314,11 @@ def test_the_oldest_turns_are_left_out_where_that_is_wanted(rig: Rig) -> None:
 
 IMAGE = {"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
-    ({"input": None}, "input", "at least one item"),
     ({"input": []}, "input", "at least one item"),
     ({"input": 1}, "input", "a list of at most 4096 items"),
     ({"input": ["a"]}, "input[0]", "an item"),
     ({"input": [{"type": "local_shell_call"}]}, "input[0].type", "function_call_output"),
     ({"input": [{"type": "custom_tool_call"}]}, "input[0].type", "allowed is function_call"),
-    ({"input": [{"type": []}]}, "input[0].type", "is a list of 0"),
     ({"input": [IMAGE]}, "input[0].content[0].type", "the model reads text"),
     ({"input": [{"role": "robot", "content": ""}]}, "input[0].role", "user, assistant"),
     ({"input": [{"role": "user", "content": "", "x": 1}]}, "input", "unknown field input[0].x"),
@@ -342,8 +336,6 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"reasoning": {"effort": "huge"}}, "reasoning.effort", "none, minimal"),
     ({"metadata": {"a": 1}}, "metadata.a", "at most 16 texts"),
     ({"include": ["everything"]}, "include[0]", "message.output_text.logprobs"),
-    ({"max_output_tokens": 0}, "max_output_tokens", "from 1"),
-    ({"max_tokens": 5}, "max_tokens", "did you mean"),
 ]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
-from server_rig import MODEL, Rig, serving, until
+from server_rig import Rig, frontend_of, serving, until
 
 from lamina import LLM, EngineError
 from lamina.messages.engine_request import EngineOutput, EngineRequest
@@ -74,21 +74,13 @@ class Counts(NoMetrics):
 
 
 @pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
-    with LLM(MODEL, threads=1, kv_memory="256MiB", max_batch_tokens=256) as llm:  # an abort waits for a batch
-        yield llm
-
-
-@pytest.fixture(scope="module")
 def rig(llm: LLM) -> Iterator[Rig]:
     with serving(llm) as rig:
         yield rig
 
 
 def scripted(llm: LLM, script: Script) -> Frontend:
-    frontend = Frontend()
-    frontend.ready(Served(script, llm._runtime.tokenizer, llm._runtime.inputs))
-    return frontend
+    return frontend_of(llm, script)
 
 
 def says(*words: str, last: str | None = "length") -> Callable[[EngineRequest], None]:
@@ -127,8 +119,7 @@ def test_a_client_that_leaves_ends_its_requests(rig: Rig, path: str, fields: dic
 @pytest.mark.fault("F14")
 def test_a_client_that_leaves_while_queued(llm: LLM) -> None:
     script = Script()
-    with serving(llm, frontend=scripted(llm, script)) as rig:
-        rig.frontend.ready(Served(script, llm._runtime.tokenizer, llm._runtime.inputs))
+    with serving(None, frontend=scripted(llm, script)) as rig:
         for stream in (True, False):
             script.aborted.clear()
             with rig.open(CHAT, {"messages": MESSAGES, "stream": stream}):

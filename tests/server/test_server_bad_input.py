@@ -1,4 +1,5 @@
-"""Bad input of every kind gets an error in OpenAI's shape that names the field, and the next request is served."""
+"""Bad input of every kind gets an error in OpenAI's shape that names the field, and the next request is served.
+`test_request_schemas` has what the types and bounds of fields alone refuse."""
 
 from __future__ import annotations
 
@@ -13,10 +14,6 @@ import pytest
 from server_rig import MODEL, Reply, Rig, serving
 
 from lamina import LLM
-from lamina.server.http import limits
-from lamina.server.http.errors import ApiError
-from lamina.server.http.fields import read
-from lamina.server.openai.schemas import ChatRequest, CompletionRequest
 
 pytestmark = pytest.mark.data
 
@@ -28,8 +25,8 @@ DEEP = "[" * 10_000 + "]" * 10_000
 
 
 @pytest.fixture(scope="module")
-def rig() -> Iterator[Rig]:
-    with LLM(MODEL, threads=1, kv_memory="256MiB") as llm, serving(llm, max_body=1 << 20) as rig:
+def rig(llm: LLM) -> Iterator[Rig]:
+    with serving(llm, max_body=1 << 20) as rig:
         yield rig
 
 
@@ -44,10 +41,10 @@ def refused(rig: Rig, reply: Reply, status: int, param: str | None, says: str) -
 
 
 CHAT_CASES: list[tuple[dict[str, Any], str | None, str]] = [
+    ({"logit_bias": {"99999999": 1}}, "logit_bias", "allowed are 0 to 49151"),
     ({"max_tokens": 0}, "max_tokens", "max_tokens is 0; allowed is an integer from 1 to"),
     ({"messages": []}, "messages", "at least one message"),
     ({"messages": "hi"}, "messages", "at least one message"),
-    ({"messages": None}, "messages", "at least one message"),
     ({"messages": [{"role": "user", "content": ""}] * 4097}, "messages", "4097 messages; allowed are 4096"),
     ({"messages": [{"role": "assistant", "content": " " * 80_000}], "n": 256, "echo": True}, "echo", "20480000 char"),
     ({"messages": [{"role": "robot", "content": "x"}]}, "messages", "messages[0].role is 'robot'"),
@@ -62,17 +59,10 @@ CHAT_CASES: list[tuple[dict[str, Any], str | None, str]] = [
     ({"messages": [{"role": "user", "content": "a b " * 5000}]}, "messages", "maximum context length is 8192 tokens"),
     ({"chat_template": "{{ 1 }}"}, "chat_template", "only the model's own"),
     ({"chat_template_kwargs": {"a": 1}}, "chat_template_kwargs", "template reads"),
-    ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs", "use tools instead"),
-    ({"chat_template_kwargs": {"enable_thinking": []}}, "chat_template_kwargs", "numbers"),
-    ({"reasoning_effort": "extreme"}, "reasoning_effort", "'minimal'"),
-    ({"thinking_token_budget": -1}, "thinking_token_budget", "0"),
     ({"continue_final_message": True}, "continue_final_message", "add_generation_prompt"),
-    ({"logprobs": 1}, "logprobs", "allowed is a valid boolean"),
     ({"top_logprobs": 2}, "top_logprobs", "logprobs is true"),
-    ({"logprobs": True, "top_logprobs": 10**6}, "top_logprobs", "an integer from 0 to 20"),
     ({"max_completion_tokens": 3, "max_tokens": 4}, "max_tokens", "max_completion_tokens, which is 3"),
     ({"tool_choice": "required"}, "tool_choice", "beside tools"),
-    ({"parallel_tool_calls": 1}, "parallel_tool_calls", "a valid boolean"),
     ({"modalities": ["text", "audio"]}, "modalities[1]", "'audio'; allowed is 'text'"),
     ({"messages": [{"role": "user", "content": [{"type": "refusal", "refusal": "no"}]}]}, "messages", "content[0]"),
     ({"response_format": "json"}, "response_format", "json_schema"),
@@ -89,44 +79,21 @@ CHAT_CASES: list[tuple[dict[str, Any], str | None, str]] = [
         "response_format",
         "one of them",
     ),
-    ({"functions": []}, "functions", "unknown field 'functions'"),
 ]
 
 CASES: list[tuple[dict[str, Any], str | None, str]] = [
     ({"temprature": 1}, "temprature", "did you mean temperature"),
     ({"x" * 5000: 1}, "x" * 80, "unknown field"),
-    ({"model": 5}, "model", "a valid string"),
-    ({"max_tokens": -5}, "max_tokens", "max_tokens is -5; allowed is an integer from"),
-    ({"max_tokens": 10**30}, "max_tokens", "an integer from"),
-    ({"max_tokens": 1.5}, "max_tokens", "an integer"),
-    ({"max_tokens": "4"}, "max_tokens", "'4'; allowed is an integer"),
-    ({"max_tokens": True}, "max_tokens", "true; allowed is an integer"),
     ({"min_tokens": 5, "max_tokens": 4}, "min_tokens", "at most max_tokens"),
     ({"n": 0}, "n", "n is 0; allowed is an integer from 1 to 256"),
-    ({"n": 10**9}, "n", "1000000000"),
     ({"temperature": -1}, "temperature", "temperature is -1; allowed is a number from 0 to 100"),
-    ({"temperature": 1e308}, "temperature", "from 0 to 100"),
-    ({"temperature": "hot"}, "temperature", "'hot'"),
-    ({"top_p": 0}, "top_p", "above 0 to 1"),
     ({"top_p": 2}, "top_p", "above 0 to 1"),
-    ({"top_k": -5}, "top_k", "from -1"),
-    ({"min_p": 1.5}, "min_p", "from 0 to 1"),
-    ({"repetition_penalty": 0}, "repetition_penalty", "from 0.01"),
-    ({"presence_penalty": 3}, "presence_penalty", "from -2 to 2"),
-    ({"frequency_penalty": -3}, "frequency_penalty", "from -2 to 2"),
-    ({"seed": 2**64}, "seed", "to 18446744073709551615"),
-    ({"seed": -(2**63) - 1}, "seed", "from -9223372036854775808"),
-    ({"stop": ["a"] * 1000}, "stop", "at most 64"),
     ({"stop": ""}, "stop", "1 to 1024 characters"),
-    ({"stop": [1]}, "stop", "a string"),
-    ({"stop": "x" * 5000}, "stop", "1 to 1024"),
     ({"stop_token_ids": [-1]}, "stop_token_ids", "stop_token_ids[0]"),
     ({"stop_token_ids": [10**8]}, "stop_token_ids", "allowed are 0 to 49151"),
     ({"logit_bias": {"99999999": 1}}, "logit_bias", "allowed are 0 to 49151"),
     ({"logit_bias": {"-1": 1}}, "logit_bias", "'-1'"),
     ({"logit_bias": {"²": 1}}, "logit_bias", "'²'"),
-    ({"logit_bias": {"5": 101}}, "logit_bias", "-100 to 100"),
-    ({"logit_bias": dict.fromkeys(map(str, range(4097)), 1)}, "logit_bias", "at most 4096 tokens"),
     ({"logit_bias": [1]}, "logit_bias", "an object"),
     ({"allowed_token_ids": []}, "allowed_token_ids", "at least one"),
     ({"allowed_token_ids": [-1]}, "allowed_token_ids", "0 to 49151"),
@@ -136,15 +103,10 @@ CASES: list[tuple[dict[str, Any], str | None, str]] = [
     ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", "exactly one"),
     ({"structured_outputs": {"magic": "a"}}, "structured_outputs", "structured_outputs.magic"),
     ({"structured_outputs": {"json_object": 1}}, "structured_outputs.json_object", "true"),
-    ({"stream": "yes"}, "stream", "a valid boolean"),
     ({"stream_options": {"include_usage": True}}, "stream_options", "where stream is true"),
     ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage", "unknown field"),
     ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "-1, or 1 and more"),
-    ({"prompt_logprobs": 21}, "prompt_logprobs", "an integer from 0 to 20"),
     ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "only where stream is false"),
-    ({"priority": 2**31}, "priority", "an integer from"),
-    ({"cache_salt": ""}, "cache_salt", "at least 1 character"),
-    ({"policy": ""}, "policy", "at least 1 character"),
     ({"policy": "magic"}, "policy", "there is no policy 'magic'; allowed are full"),
     ({"policy": "auto"}, "policy", "sketches of pages, which this engine does not keep"),
     ({"request_id": "a b"}, "request_id", "pattern"),
@@ -155,29 +117,14 @@ def _tool(**function: Any) -> dict[str, Any]:
     return {"tools": [{"type": "function", "function": {"name": "f"} | function}]}
 
 
-def _allowed(**fields: Any) -> dict[str, Any]:
-    tools = [{"type": "function", "function": {"name": "f"}}]
-    return {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": tools} | fields}}
-
-
 RECURSIVE = {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}
 NESTED: dict[str, Any] = {"type": "integer"}
 for _ in range(40):
     NESTED = {"type": "object", "properties": {"a": NESTED}}
 TOOL_CASES: list[tuple[dict[str, Any], str | None, str]] = [
-    ({"tools": "f"}, "tools", "tools"),
     ({"tools": [1]}, "tools", "tools[0]"),
-    (_tool(name="a b"), "tools", "tools[0].function.name"),
-    (_tool(parameters=[]), "tools", "tools[0].function.parameters"),
     (_tool(parameters=NESTED), "tools", "deep"),
-    (_tool() | {"tool_choice": "sometimes"}, "tool_choice", "sometimes"),
     (_tool() | {"tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice", "g"),
-    (_tool() | {"tool_choice": {"type": "allowed_tools"}}, "tool_choice", "tool_choice is"),
-    (_tool() | _allowed(mode="none"), "tool_choice", "tool_choice.allowed_tools is"),
-    (_tool() | _allowed(tools=[]), "tool_choice", "tool_choice.allowed_tools is"),
-    (_tool() | _allowed(tools=[{"type": "function"}]), "tool_choice", "allowed_tools.tools[0] is"),
-    (_tool() | _allowed(tools=[{"type": "function", "function": {"name": "g"}}]), "tool_choice", "name is 'g'"),
-    (_allowed(), "tool_choice", "beside tools"),
     (
         {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "magic"}}}},
         "response_format",
@@ -203,7 +150,6 @@ TEXT_CASES: list[tuple[dict[str, Any], str | None, str]] = [
     ({"prompt": None}, "prompt", "text or token ids"),
     ({"prompt": {"a": 1}}, "prompt", "text or token ids"),
     ({"prompt": ["a", ""]}, "prompt[1]", "at least one character"),
-    ({"prompt": ["a", 5]}, "prompt[1]", "text or token ids"),
     ({"prompt": [1, "a"]}, "prompt", "text or token ids"),
     ({"prompt": [1, True]}, "prompt", "text or token ids"),
     ({"prompt": [-1]}, "prompt", "allowed are 0 to 49151"),
@@ -224,12 +170,11 @@ TEXT_CASES: list[tuple[dict[str, Any], str | None, str]] = [
     ({"max_tokens": 0, "structured_outputs": {"regex": "a"}}, "max_tokens", "1 or more beside regex"),
     ({"prompt": [[5] * 8000] * 4, "prompt_logprobs": 20}, "prompt", "of prompts; allowed are 67108864 bytes"),
     ({"prompt": "a " * 200, "n": 256, "echo": True, "logprobs": 20}, "prompt", "n is 256, with"),
-    ({"logprobs": 10**6}, "logprobs", "an integer from 0 to 20"),
 ]
 
 
 @pytest.mark.fault("F24")
-@pytest.mark.parametrize(("fields", "param", "says"), [*CASES, *CHAT_CASES])
+@pytest.mark.parametrize(("fields", "param", "says"), CHAT_CASES)
 def test_chats(rig: Rig, fields: dict[str, Any], param: str | None, says: str) -> None:
     refused(rig, rig.chat(**fields), 400, param, says)
 
@@ -264,13 +209,9 @@ def test_completions(rig: Rig, fields: dict[str, Any], param: str | None, says: 
         ("/tokenize", {}, "prompt"),
         ("/tokenize", {"prompt": "a", "messages": MESSAGES}, "prompt"),
         ("/tokenize", {"prompt": "a", "add_generation_prompt": True}, "add_generation_prompt"),
-        ("/tokenize", {"promt": "a"}, "promt"),
         ("/tokenize", {"prompt": "x" * 600_000}, "prompt"),
         ("/detokenize", {"tokens": [10**9]}, "tokens[0]"),
         ("/detokenize", {"tokens": [1, "a"]}, "tokens[1]"),
-        ("/detokenize", {}, "tokens"),
-        (CHAT, {}, "messages"),
-        (TEXT, {}, "prompt"),
     ],
 )
 def test_other_routes(rig: Rig, path: str, fields: dict[str, Any], param: str) -> None:
@@ -302,41 +243,9 @@ BODIES: list[tuple[bytes, str]] = [
 
 @pytest.mark.fault("F23")
 @pytest.mark.parametrize(("body", "says"), BODIES)
-@pytest.mark.parametrize("path", [CHAT, "/tokenize"])
-def test_bodies(rig: Rig, path: str, body: bytes, says: str) -> None:
-    reply = rig.ask(path, body)
+def test_bodies(rig: Rig, body: bytes, says: str) -> None:
+    reply = rig.ask("/tokenize", body)
     refused(rig, reply, 400, reply.error["param"], says)
-
-
-def test_brackets_within_strings_are_text() -> None:
-    body = {"a": "[" * 1000 + '\\"[' * 1000, "b": [[], {}]}
-    assert limits.parse_object(json.dumps(body).encode()) == body
-
-
-@pytest.mark.parametrize(
-    ("body", "says"),
-    [
-        (b'{"a": [' + b"[]," * 1_000_000 + b"1]}", "1000000 values"),
-        (b'{"a": [' + b"1," * 1_000_001 + b"1]}", "1000000 values"),
-        (b'{"a": [' + b'"",' * 500_001 + b"[]" * 101 + b"1]}", "500000 strings"),
-    ],
-)
-def test_many_values_are_refused_before_they_are_made(body: bytes, says: str) -> None:
-    with pytest.raises(ApiError, match=says):
-        limits.parse_object(body)
-
-
-def test_escapes_without_end_cost_no_memory() -> None:
-    with pytest.raises(ApiError, match="no JSON"):
-        limits.parse_object(b'{"a": "' + b'\\"[' * 300_000)
-
-
-def test_values_in_errors_are_short() -> None:
-    for value in ("x" * 10**6, list(range(10**5)), 10**4000, {"a": "x" * 10**6}):
-        with pytest.raises(ApiError) as caught:
-            read(CompletionRequest, {"prompt": "x", "max_tokens": value})
-        assert len(str(caught.value)) < 200
-        assert caught.value.param == "max_tokens"
 
 
 NEWER = {  # paths beside chats and completions: a body that is wrong there, and what is said of it
@@ -560,9 +469,3 @@ def test_unicode_comes_back(rig: Rig) -> None:
     assert rig.complete(text, echo=True).json["choices"][0]["text"].startswith(text)
     streamed = rig.complete(text, echo=True, stream=True).events
     assert "".join(each["choices"][0]["text"] for each in streamed).startswith(text)
-
-
-def test_every_field_is_described() -> None:
-    for model in (ChatRequest, CompletionRequest):
-        for name, field in model.model_fields.items():
-            assert field.description or name in ("presence_penalty", "frequency_penalty"), name

@@ -8,20 +8,19 @@ import math
 import re
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import snapshots
 from prometheus_client.parser import text_string_to_metric_families
+from scripted_reply import ticket
+from snapshots import holder
 
 from lamina.completions import Completion, Sample, Timing, Usage
 from lamina.errors import EngineError
-from lamina.kv.request import Request
-from lamina.messages.engine_request import EngineRequest
-from lamina.messages.snapshot import BATCH_BUCKETS, EXCHANGE_BUCKETS, HolderSnapshot, Snapshot
-from lamina.sampling_params import SamplingParams
+from lamina.messages.snapshot import BATCH_BUCKETS, Snapshot
 from lamina.server.frontend import DeadlineExceeded
 from lamina.server.metrics.metrics import MAX_VALUES, ServerMetrics
 from lamina.server.models import ModelState
@@ -31,20 +30,10 @@ DASHBOARD = DOCS / "monitoring" / "grafana" / "dashboards" / "lamina.json"
 SERIES = ("_bucket", "_sum", "_count")
 
 
-def holder(name: str, *, local: bool = False, free: int = 40, keeps: bool = True) -> HolderSnapshot:
-    counts = [0] * (len(EXCHANGE_BUCKETS) + 1)
-    counts[1], counts[-1] = 5, 2
-    return HolderSnapshot(
-        name, "" if local else "host:1", "in process" if local else "tcp", local, 100, free, 1000, 2000, 3.5,
-        tuple(counts), keeps,
-    )  # fmt: skip
-
-
 def snapshot(**changes: Any) -> Snapshot:
-    numbers = {name: 0 for name, field in Snapshot.__dataclass_fields__.items() if field.type in ("int", "float")}
-    fields: dict[str, Any] = {**numbers, "page_size": 16, "block_pages": 4, "cached_pages": {"w1": 10}, "sequences": ()}
-    fields["holders"] = (holder("local", local=True, free=90, keeps=False), holder("w1"), holder("w2", free=100))
-    return Snapshot(**{**fields, **changes})
+    local, idle = holder("local", local=True, free_pages=90, keeps=False), holder("w2", free_pages=100)
+    fields = {"page_size": 16, "block_pages": 4, "cached_pages": {"w1": 10}, "holders": (local, holder("w1"), idle)}
+    return snapshots.snapshot(**fields | changes)
 
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
@@ -66,11 +55,6 @@ def scraped(metrics: ServerMetrics, seen: Snapshot | None, state: Any = "ready",
 
 def value(samples: Samples, name: str, **labels: str) -> float:
     return samples[name, tuple(sorted(labels.items()))]
-
-
-def ticket(**sampling: Any) -> EngineRequest:
-    params = SamplingParams(**sampling).with_defaults({})
-    return EngineRequest(Request("7", (1, 2, 3), params.max_tokens, n=params.n), params, 0, submitted=time.monotonic())
 
 
 def completion(*lengths: int, reason: Any = "stop", timing: Timing | None = None) -> Completion:
@@ -132,13 +116,15 @@ def test_what_the_engine_says_is_rendered() -> None:
 
 
 def test_one_that_is_alone_keeps_everything_itself() -> None:
-    found = scraped(ServerMetrics("m"), snapshot(holders=(holder("local", local=True, free=25),), cached_pages={}))
+    found = scraped(
+        ServerMetrics("m"), snapshot(holders=(holder("local", local=True, free_pages=25),), cached_pages={})
+    )
     assert value(found, "lamina:kv_cache_usage_perc") == 0.75
 
 
 def test_a_local_pool_that_keeps_sequences_beside_others_counts() -> None:
     """What a local tier used was missing from `kv_cache_usage_perc`, which left out every holder in the process."""
-    holders = (holder("local", local=True, free=0), holder("w1", free=100))
+    holders = (holder("local", local=True, free_pages=0), holder("w1", free_pages=100))
     found = scraped(ServerMetrics("m"), snapshot(holders=holders, cached_pages={}))
     assert value(found, "lamina:kv_cache_usage_perc") == 0.5
 

@@ -44,9 +44,8 @@ class Supervisor:
 
 
 @pytest.fixture(scope="module")
-def supervisor() -> Iterator[Supervisor]:
-    with LLM(MODEL, kv_memory=64 << 20, threads=1) as llm:
-        yield Supervisor(llm)
+def supervisor(llm: LLM) -> Supervisor:
+    return Supervisor(llm)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import openai
 import pydantic
 import pytest
 import tokenizers
-from server_rig import MODEL, Rig, serving
+from server_rig import MODEL, Rig, frontend_of, serving
 from tokenizers.processors import TemplateProcessing
 
 from lamina import LLM
@@ -27,18 +27,11 @@ pytestmark = pytest.mark.data
 
 MESSAGES: list[Any] = [{"role": "user", "content": "Name three colours."}]
 PROMPT = "The capital of France is"
-STEADY: dict[str, Any] = {"weights": "float32", "prefix_cache": False}  # no answer depends on what ran before
 
 
 @pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
-    with LLM(MODEL, threads=1, kv_memory="256MiB", max_model_len=512, **STEADY) as llm:
-        yield llm
-
-
-@pytest.fixture(scope="module")
-def rig(llm: LLM) -> Iterator[Rig]:
-    with serving(llm, api_keys=("key",)) as rig:
+def rig(steady: LLM) -> Iterator[Rig]:
+    with serving(steady, api_keys=("key",)) as rig:
         yield rig
 
 
@@ -495,7 +488,7 @@ def test_an_answer_in_a_schema(client: openai.OpenAI) -> None:
     assert chosen.text in ("yes", "no")
 
 
-def test_priority_reaches_the_scheduler(llm: LLM) -> None:
+def test_priority_reaches_the_scheduler(steady: LLM) -> None:
     seen: list[EngineRequest] = []
 
     class Watching:
@@ -504,22 +497,20 @@ def test_priority_reaches_the_scheduler(llm: LLM) -> None:
 
         def submit(self, ticket: EngineRequest) -> None:
             seen.append(ticket)
-            llm._runtime.engine.submit(ticket)
+            steady._runtime.engine.submit(ticket)
 
         def abort(self, *arguments: Any) -> None: ...
 
-    frontend = Frontend()
-    frontend.ready(Served(Watching(), llm._runtime.tokenizer, llm._runtime.inputs))  # type: ignore[arg-type]
-    with serving(None, frontend=frontend) as rig:
+    with serving(None, frontend=frontend_of(steady, Watching())) as rig:
         rig.complete(priority=-3)
         rig.chat(priority=5)
         rig.chat()
     assert [ticket.request.priority for ticket in seen] == [-3, 5, 0]
 
 
-def test_special_tokens_of_the_tokenizer(llm: LLM, tmp_path: Path) -> None:
+def test_special_tokens_of_the_tokenizer(steady: LLM, tmp_path: Path) -> None:
     """SmolLM2's adds none: one that does takes its place."""
-    runtime = llm._runtime
+    runtime = steady._runtime
     rust = tokenizers.Tokenizer.from_file(str(runtime.model_path / "tokenizer.json"))
     rust.post_processor = TemplateProcessing("<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
     rust.save(str(tmp_path / "tokenizer.json"))

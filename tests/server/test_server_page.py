@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import hashlib
 import json
 import re
@@ -12,10 +11,12 @@ from importlib import resources
 
 import httpx
 import pytest
+import snapshots
 from fastapi import FastAPI
+from snapshots import holder, sequence
 
 from lamina.errors import InvalidRequest
-from lamina.messages.snapshot import EXCHANGE_BUCKETS, HolderSnapshot, SequenceSnapshot, Snapshot
+from lamina.messages.snapshot import HolderSnapshot, SequenceSnapshot, Snapshot
 from lamina.server.frontend import Frontend, Served
 from lamina.server.models import Models
 from lamina.server.page.page import MOST, PUBLIC_PATHS, Events, add_page
@@ -47,23 +48,9 @@ SERVER = Server(
 )
 
 
-def holder(name: str, total: int = 100, free: int = 40) -> HolderSnapshot:
-    counts = tuple(range(len(EXCHANGE_BUCKETS) + 1))
-    return HolderSnapshot(name, "127.0.0.1:1", "tcp", False, total, free, 7, 9, 0.5, counts)
-
-
-def sequence(request: str, pages: dict[str, int], sample: int = 0) -> SequenceSnapshot:
-    return SequenceSnapshot(request, sample, 16 * sum(pages.values()), prefill=False, pages=pages)
-
-
 def snapshot(sequences: list[SequenceSnapshot], holders: tuple[HolderSnapshot, ...] = (), **changes) -> Snapshot:
-    numbers = {
-        field.name: 1
-        for field in dataclasses.fields(Snapshot)
-        if field.name not in ("cached_pages", "holders", "sequences", "batch_counts", "missing")
-    }
-    return Snapshot(
-        **{**numbers, "cached_pages": {"b": 5}, "holders": holders, "sequences": tuple(sequences), **changes}
+    return snapshots.snapshot(
+        1, **{"cached_pages": {"b": 5}, "holders": holders, "sequences": tuple(sequences), **changes}
     )
 
 

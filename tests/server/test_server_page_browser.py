@@ -12,15 +12,17 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import uvicorn
 from fastapi import FastAPI
+from snapshots import holder, snapshot
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from lamina.messages.snapshot import EXCHANGE_BUCKETS, HolderSnapshot, SequenceSnapshot, Snapshot
+from lamina.messages.snapshot import EXCHANGE_BUCKETS, SequenceSnapshot, Snapshot
 from lamina.server.frontend import Frontend, Served
 from lamina.server.models import Models
 from lamina.server.page.page import PUBLIC_PATHS, add_page
@@ -61,41 +63,16 @@ class Engine:
         used = self.sequences * each + 10
         counts = [0] * (len(EXCHANGE_BUCKETS) + 1)
         counts[len(counts) // 2] = int(uptime * 300)
-        traffic, exchanges = int(uptime * 2e6), tuple(counts)
-        holders = [
-            HolderSnapshot(
-                name,
-                f"127.0.0.1:{9000 + index}",
-                "tcp",
-                False,
-                self.pages,
-                self.pages - used,
-                traffic,
-                traffic,
-                1.0,
-                exchanges,
-            )
-            for index, name in enumerate(names)
-        ]
-        numbers = {field.name: 0 for field in dataclasses.fields(Snapshot) if field.default is dataclasses.MISSING}
-        return Snapshot(
-            **numbers
-            | {
-                "uptime": uptime,
-                "began": self.began,
-                "running": self.sequences,
-                "generation_tokens": int(uptime * self.rate),
-                "prompt_tokens": int(uptime * 50),
-                "model_seconds": uptime * 0.5,
-                "attention_seconds": uptime * 0.25,
-                "page_size": 16,
-                "lost_holders": len(self.missing),
-                "missing": self.missing,
-                "cached_pages": dict.fromkeys(names, 10),
-                "holders": tuple(holders),
-                "sequences": tuple(sequences),
-            }
-        )
+        traffic = int(uptime * 2e6)
+        same: dict[str, Any] = {"total_pages": self.pages, "free_pages": self.pages - used}
+        same |= {"bytes_sent": traffic, "bytes_received": traffic, "exchange_counts": tuple(counts)}
+        holders = [holder(name, address=f"127.0.0.1:{9000 + index}", **same) for index, name in enumerate(names)]
+        return snapshot(
+            uptime=uptime, began=self.began, running=self.sequences, generation_tokens=int(uptime * self.rate),
+            prompt_tokens=int(uptime * 50), model_seconds=uptime * 0.5, attention_seconds=uptime * 0.25, page_size=16,
+            lost_holders=len(self.missing), missing=self.missing, cached_pages=dict.fromkeys(names, 10),
+            holders=tuple(holders), sequences=tuple(sequences),
+        )  # fmt: skip
 
 
 class InputProcessor:

@@ -116,6 +116,10 @@ def test_schemas_that_cannot_be_held_to_in_full_work_unless_they_are_strict() ->
     assert accepts(use(tools=[tool("f", tree)]), call_text("f", '{"t": {"t": {}}}'))
 
 
+def allowed_tools(mode: str, tools: list[Any]) -> dict[str, Any]:
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
 def deep(levels: int) -> dict[str, Any]:
     schema: dict[str, Any] = {}
     for _ in range(levels):
@@ -156,6 +160,11 @@ def deep(levels: int) -> dict[str, Any]:
         (TOOLS, {"type": "function", "function": 5}, None, r"tool_choice\.function is 5"),
         (TOOLS, {"type": "function", "function": {"name": [1]}}, None, r"tool_choice\.function\.name"),
         (TOOLS, ["auto"], None, "tool_choice is"),
+        (TOOLS, {"type": "allowed_tools"}, None, "tool_choice is"),
+        (TOOLS, allowed_tools("none", [NAMED]), None, "tool_choice.allowed_tools is"),
+        (TOOLS, allowed_tools("auto", []), None, "tool_choice.allowed_tools is"),
+        (TOOLS, allowed_tools("auto", [{"type": "function"}]), None, r"allowed_tools.tools\[0\] is"),
+        (TOOLS, allowed_tools("auto", [tool("x")]), None, "name is 'x'"),
         (None, "required", None, 'tool_choice is "required", but there are no tools'),
         (TOOLS, None, "yes", "parallel_tool_calls is 'yes'"),
     ],
@@ -257,19 +266,18 @@ def test_content_and_arguments_come_as_soon_as_they_can() -> None:
 
 @pytest.mark.data
 @pytest.mark.real
-def test_the_real_model_calls_what_exists() -> None:
-    with LLM("smollm2-135m", threads=1, kv_memory=256 << 20) as llm:
-        for choice, seed in itertools.product(("required", NAMED, "auto"), range(3)):
-            made = use(choice)
-            messages = [
-                {"role": "system", "content": f"You are helpful.\n\n{system_note(made.tools)}"},
-                {"role": "user", "content": "What is 17 + 25, and how is the weather in Oslo?"},
-            ]
-            completion = llm.chat(messages, grammar=grammar(made), max_tokens=200, temperature=1.0, seed=seed)
-            _, calls, _ = parse([completion.text])
-            assert calls or choice == "auto"
-            for index, (_, name, arguments) in enumerate(calls):
-                if completion.finish_reason == "stop" or index < len(calls) - 1:
-                    schema = {"weather": WEATHER, "add": ADD, "ping": {"maxProperties": 0}}[name]
-                    jsonschema.validate(json.loads(arguments), schema)
-                    assert choice is not NAMED or name == "add"
+def test_the_real_model_calls_what_exists(llm: LLM) -> None:
+    for choice, seed in itertools.product(("required", NAMED, "auto"), range(3)):
+        made = use(choice)
+        messages = [
+            {"role": "system", "content": f"You are helpful.\n\n{system_note(made.tools)}"},
+            {"role": "user", "content": "What is 17 + 25, and how is the weather in Oslo?"},
+        ]
+        completion = llm.chat(messages, grammar=grammar(made), max_tokens=200, temperature=1.0, seed=seed)
+        _, calls, _ = parse([completion.text])
+        assert calls or choice == "auto"
+        for index, (_, name, arguments) in enumerate(calls):
+            if completion.finish_reason == "stop" or index < len(calls) - 1:
+                schema = {"weather": WEATHER, "add": ADD, "ping": {"maxProperties": 0}}[name]
+                jsonschema.validate(json.loads(arguments), schema)
+                assert choice is not NAMED or name == "add"

@@ -7,12 +7,10 @@ import time
 from typing import Any
 
 import pytest
+from scripted_reply import ticket
 
 from lamina.completions import Completion, Sample, Timing, Usage
 from lamina.errors import EngineError
-from lamina.kv.request import Request
-from lamina.messages.engine_request import EngineRequest
-from lamina.sampling_params import SamplingParams
 from lamina.server.frontend import Unobserved
 from lamina.server.metrics.tracing import Tracer
 
@@ -34,11 +32,6 @@ def tracer(spans: Any) -> Tracer:
     provider = trace.TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(spans))
     return Tracer(provider, "m")
-
-
-def ticket(**sampling: Any) -> EngineRequest:
-    params = SamplingParams(**sampling).with_defaults({})
-    return EngineRequest(Request("7", (1, 2, 3), params.max_tokens, n=params.n), params, 0, submitted=time.monotonic())
 
 
 def completion(length: int, timing: Timing, reason: Any = "stop") -> Completion:

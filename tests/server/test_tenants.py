@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import socket
 import threading
@@ -12,15 +11,15 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from server_rig import MODEL, Reply, Rig, serving, until
+from server_rig import Reply, Rig, frontend_of, serving, until
+from snapshots import holder, sequence, snapshot
 
 from lamina import LLM
 from lamina.errors import InvalidRequest
 from lamina.messages.engine_request import EngineOutput, EngineRequest
-from lamina.messages.snapshot import EXCHANGE_BUCKETS, HolderSnapshot, SequenceSnapshot, Snapshot
+from lamina.messages.snapshot import Snapshot
 from lamina.server import service
 from lamina.server.chat.preparing import MAX_CHARACTERS
-from lamina.server.frontend import Frontend, Served
 from lamina.server.settings import ServerSettings
 
 pytestmark = pytest.mark.data
@@ -53,22 +52,10 @@ class Held:
             request.sink(request, [EngineOutput(each, 1, "length") for each in range(request.request.n)])
 
     def snapshot(self, sink: Callable[[Snapshot], None]) -> None:
-        numbers: dict[str, Any] = {
-            field.name: 7
-            for field in dataclasses.fields(Snapshot)
-            if field.name not in ("holders", "sequences", "batch_counts", "missing")
-        }
-        sequences = tuple(SequenceSnapshot(each.id, 0, 100, False, {"h": 9}) for each in self.open)
-        holder = HolderSnapshot("h", "x:1", "tcp", False, 100, 50, 3, 3, 0.5, (1,) * (len(EXCHANGE_BUCKETS) + 1))
-        sink(Snapshot(**numbers | {"cached_pages": {"h": 5}}, holders=(holder,), sequences=sequences))
+        sequences = tuple(sequence(request.id, {"h": 9}) for request in self.open)
+        sink(snapshot(7, cached_pages={"h": 5}, holders=(holder("h", free_pages=50),), sequences=sequences))
 
     def close(self) -> None: ...
-
-
-@pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
-    with LLM(MODEL, threads=1, kv_memory="64MiB") as llm:
-        yield llm
 
 
 @pytest.fixture
@@ -78,9 +65,7 @@ def engine() -> Held:
 
 @pytest.fixture
 def rig(llm: LLM, engine: Held) -> Iterator[Rig]:
-    frontend = Frontend()
-    frontend.ready(Served(engine, llm._runtime.tokenizer, llm._runtime.inputs))
-    with serving(None, frontend=frontend, max_requests=12, **KEYS) as rig:
+    with serving(None, frontend=frontend_of(llm, engine), max_requests=12, **KEYS) as rig:
         yield rig
 
 
@@ -125,10 +110,8 @@ def test_a_key_leaves_samples_to_others(rig: Rig, engine: Held) -> None:
 def test_a_key_leaves_room_for_the_grammars_of_others(llm: LLM, engine: Held, monkeypatch: pytest.MonkeyPatch) -> None:
     """500 prompts with a grammar of 512 KB took 1.4 GB of the engine's process, and 768 requests with one each did."""
     monkeypatch.setattr(service, "MAX_PARAMETERS", 1200)  # 200 are each key's own, 600 are open to all
-    frontend = Frontend()
-    frontend.ready(Served(engine, llm._runtime.tokenizer, llm._runtime.inputs))
     fields = {"structured_outputs": {"regex": "x" * 350}}
-    with serving(None, frontend=frontend, **KEYS) as rig:
+    with serving(None, frontend=frontend_of(llm, engine), **KEYS) as rig:
         first = [started(rig, engine, "a", **fields) for _ in range(2)]
         refusal = ask(rig, "a", **fields)
         assert (refusal.status, refusal.error["code"]) == (429, "too_many_requests")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,6 +64,12 @@ def prepared(**params: Any) -> PreparedChat:
         cached_tokens=1,
     )
     return PreparedChat(request, MarkedPlan(), Ends())  # type: ignore[arg-type]  # all that replies need
+
+
+def ticket(**sampling: Any) -> EngineRequest:
+    """A request that was submitted now."""
+    params = SamplingParams(**sampling).with_defaults({})
+    return EngineRequest(Request("7", (1, 2, 3), params.max_tokens, n=params.n), params, 0, submitted=time.monotonic())
 
 
 def events(pieces: Sequence[str], reason: Any = "stop", logprobs: bool = False) -> list[TokenEvent]:

@@ -125,15 +125,19 @@ def until(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
     return True
 
 
+def frontend_of(llm: LLM, engine: Any = None) -> Frontend:
+    """A frontend that has loaded: to a model's own engine, or to another one beside its tokenizer."""
+    frontend, runtime = Frontend(), llm._runtime
+    frontend.ready(Served(engine or runtime.engine, runtime.tokenizer, runtime.inputs))
+    return frontend
+
+
 @contextmanager
 def serving(
     llm: LLM | None, metrics: Any = None, frontend: Frontend | None = None, http: Any = "auto", **settings: Any
 ) -> Iterator[Rig]:
     """A server of a loaded model, or of one that is still loading."""
-    frontend = frontend or Frontend()
-    if llm is not None:
-        runtime = llm._runtime
-        frontend.ready(Served(runtime.engine, runtime.tokenizer, runtime.inputs))
+    frontend = frontend or (Frontend() if llm is None else frontend_of(llm))
     given = ServerSettings(**({"model": MODEL} | settings))
     config = uvicorn.Config(
         create_app(frontend, given, metrics),
