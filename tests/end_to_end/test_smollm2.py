@@ -1,9 +1,13 @@
-"""The real model: its rounding beside transformers', what its weights and KV take, and the end of a turn."""
+"""The real model: its rounding beside transformers', what its weights and KV take, the end of a turn, and one text for
+a request that runs alone, whatever ran before it."""
 
 from __future__ import annotations
 
+import gc
+import random
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -11,7 +15,7 @@ import transformers
 from model_export import export
 from real_models import token_prompts
 
-from lamina import LLM
+from lamina import LLM, SamplingParams
 from lamina.kv.kv_shares import Share
 from lamina.models.resolve import resolve
 
@@ -104,3 +108,59 @@ def test_chat_stops_at_the_end_of_its_turn(llm):
     assert "Paris" in completion.text
     assert completion.finish_reason == "stop"
     assert "<|im_end|>" not in completion.text
+
+
+PROMPT = [(7 * i) % 4000 + 300 for i in range(70)]  # some pages, and a part of one
+
+
+def alone(llm: LLM) -> tuple[tuple[int, ...], list[float]]:
+    completion = llm.generate([PROMPT], SamplingParams(temperature=0, max_tokens=48, logprobs=1, ignore_eos=True))[0]
+    return tuple(completion.token_ids), [token.logprob for token in completion.logprobs or []]
+
+
+@pytest.mark.parametrize("attention_workers", [0, 1])
+def test_what_ran_before_changes_no_rounding(attention_workers: int) -> None:
+    """Hits in the prefix cache, and where the pages of earlier requests lay, gave one request several texts."""
+    draw = random.Random(5)
+    with LLM(
+        "smollm2-135m", dtype="bfloat16", deterministic=True, threads=1, kv_memory="64MiB", max_model_len=512,
+        attention_workers=attention_workers,
+    ) as llm:  # fmt: skip
+        first = alone(llm)
+        assert len(first[1]) == 48
+        for _ in range(2):
+            others = [[draw.randrange(300, 4000) for _ in range(draw.randrange(1, 300))] for _ in range(5)]
+            llm.generate([*others, PROMPT], SamplingParams(temperature=1, seed=3, max_tokens=draw.randrange(1, 60)))
+            assert alone(llm) == first
+
+
+def resident() -> int:
+    """Resident memory of this process in KiB."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
+
+
+@pytest.mark.fault("F29")
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_memory_pages_and_threads_stay_as_they_are():
+    """Many short requests, some of them aborted: nothing grows."""
+    rng = random.Random(3)
+    with LLM(max_model_len=256, kv_memory="64MiB", prefix_cache=False) as llm:
+        sizes = {}
+        threads = 0
+        for count in range(1, 2001):
+            prompt = [rng.randrange(100, 40000) for _ in range(rng.randint(1, 24))]
+            events = llm.stream(prompt, max_tokens=rng.randint(1, 4), n=rng.choice((1, 1, 2)), temperature=1.0)
+            if rng.random() < 0.3:
+                next(events)
+                events.close()
+            else:
+                list(events)
+            if count in (200, 2000):
+                gc.collect()
+                sizes[count], threads = resident(), threads or threading.active_count()
+        llm.generate("x", max_tokens=1)
+        assert threading.active_count() == threads
+        assert not llm._runtime.engine._registry.requests
+    assert sizes[2000] <= sizes[200] * 1.02, sizes

@@ -1,40 +1,41 @@
-"""What holders of a model's KV are told of the policy, and how much memory each has."""
+"""What holders of a model's KV are told of the policy, how much memory each has, and which policies requests may
+name."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from real_workers import write_tiny_model
 
 from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest, PolicyError
-from lamina.launch.kv_sizing import Sizes, holder_config, page_groups, size_kv
+from lamina.kv.pages import PageGroup
+from lamina.launch.kv_sizing import RequestPolicies, Sizes, holder_config, page_groups, size_kv
 from lamina.launch.model_files import load
 from lamina.system.machine import this_machine
-from lamina_protocols.messages.layers import HolderConfig
+from lamina_protocols.messages.layers import HolderConfig, Index, LayerSpec
 from lamina_workers.kv_pages.head_policies import HeadPolicies
 from lamina_workers.model_config.config import ModelConfig
-from lamina_workers.policies.catalogue import parse
+from lamina_workers.policies.catalogue import POLICIES, parse
+from lamina_workers.policies.policy import Windowed
+
+BOTH = frozenset((0, 1))
+INDEX = Index(16, 1, 16, 4)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-def holder(folder: Path, policy: str, copies: int = 1) -> HolderConfig:
-    model = ModelConfig.from_folder(folder)
-    model = replace(model, num_key_value_heads=model.num_key_value_heads * copies, kv_copies=copies)
+def holder(model: Path, policy: str, copies: int = 1) -> HolderConfig:
+    read = ModelConfig.from_folder(model)
+    copied = replace(read, num_key_value_heads=read.num_key_value_heads * copies, kv_copies=copies)
     config = EngineConfig(policy=policy, kv_memory="4MiB", page_size=16)
-    return holder_config(folder, model, config, torch.float32, this_machine())
+    return holder_config(model, copied, config, torch.float32, this_machine())
 
 
 @pytest.mark.parametrize("copies", [1, 2])
-def test_a_text_for_all_heads_gives_each_its_own(folder: Path, copies: int) -> None:
-    told = holder(folder, "sharded(block=16, stride=5, offset=1, step=2)", copies)
+def test_a_text_for_all_heads_gives_each_its_own(model: Path, copies: int) -> None:
+    told = holder(model, "sharded(block=16, stride=5, offset=1, step=2)", copies)
     for spec in told.layers:
         heads = [parse(text) for text in spec.policies]
         assert [head.offset for head in heads] == [  # type: ignore[attr-defined]
@@ -44,15 +45,15 @@ def test_a_text_for_all_heads_gives_each_its_own(folder: Path, copies: int) -> N
     assert sum(group.cells(tuple(range(told.layers[0].kv_heads))) for group in groups) == len(told.layers) * len(heads)
 
 
-def test_blocks_that_are_no_whole_pages_are_refused(folder: Path) -> None:
+def test_blocks_that_are_no_whole_pages_are_refused(model: Path) -> None:
     with pytest.raises(PolicyError, match=r"dilated: block is 24; allowed are multiples of the page size, 16"):
-        HeadPolicies.of(holder(folder, "dilated(block=24, sink=0)"))
+        HeadPolicies.of(holder(model, "dilated(block=24, sink=0)"))
 
 
-def test_the_engines_own_process_may_have_less_kv_than_its_workers(folder: Path) -> None:
+def test_the_engines_own_process_may_have_less_kv_than_its_workers(model: Path) -> None:
     def sizes(**more: object) -> Sizes:
         config = EngineConfig(attention_workers=2, kv_memory="4MiB", max_num_seqs=8, **more)  # type: ignore[arg-type]
-        return size_kv(load(folder, config, None), config, this_machine())
+        return size_kv(load(model, config, None), config, this_machine())
 
     alike, less = sizes(), sizes(kv_local="1MiB")
     assert [each.kv_memory for each in (*alike.seats, *alike.ranks)] == [4 << 20, 4 << 20]
@@ -60,3 +61,53 @@ def test_the_engines_own_process_may_have_less_kv_than_its_workers(folder: Path)
     assert less.limits.max_sequences == 8
     with pytest.raises(InvalidRequest, match="kv_local is 1 bytes; allowed are"):
         sizes(kv_local=1)
+
+
+def policies(
+    own: str = "", window: int | None = None, sketches: bool = True, index: Index | None = None
+) -> RequestPolicies:
+    """Of an engine with two layers, the second of which has the window."""
+    spec = LayerSpec(0, 4, 2, 16, 16, 0.25, policies=(own,) * 2 if own else (), index=index)
+    holder = HolderConfig((spec, replace(spec, kv_layer=1, window=window)), 16, "float32", 1 << 20, sketches=sketches)
+    return RequestPolicies(holder, partial(page_groups, holder))
+
+
+@pytest.mark.parametrize("text", ["full", " full ", "streaming(sink=64,recent=256)", "streaming", "auto", "retrieval"])
+def test_a_policy_has_one_name_however_it_is_written(text: str) -> None:
+    of = policies("page_top_k")
+    name = of(text).name
+    assert name == str(parse("retrieval" if text == "auto" else text))
+    assert of(name) == of(text)
+    assert policies(name)(text).name == ""  # the engine's own
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_what_a_policy_makes_of_kv(name: str) -> None:
+    own = {"full": "page_top_k", "heavy_hitter": "heavy_hitter(budget=0.5)"}
+    of = policies(own.get(name, ""))(name)
+    policy = parse(name)
+    assert of.whole_prompts == (name not in ("streaming", "span", "sharded", "dilated"))
+    assert of.chooses == (policy.adaptive or policy.compensated or policy.evicts)
+
+
+def test_what_is_kept_follows_the_request_s_policy_within_the_model_s_windows() -> None:
+    own = parse("streaming(sink=4, recent=40)")
+    of = policies(str(own), window=8)
+    assert of("").groups == ((PageGroup(1, own, BOTH), PageGroup(1, Windowed(own, 8), BOTH)),)
+    assert of("full").groups == ((PageGroup(1, None, BOTH), PageGroup(1, Windowed(parse("full"), 8), BOTH)),)
+    razor = parse("razor")
+    assert of("razor").groups == ((PageGroup(1, razor, BOTH), PageGroup(1, Windowed(razor, 8), BOTH)),)
+
+
+def test_what_cannot_be_served_is_refused_with_what_is_allowed() -> None:
+    with pytest.raises(PolicyError, match="does not keep; allowed here are static policies, and any where"):
+        policies(sketches=False)("page_top_k")
+    assert policies("retrieval", sketches=False)("page_top_k").chooses
+    with pytest.raises(PolicyError, match="builds an index of keys, which this engine does not; allowed here"):
+        policies()("retrieval(index=graph)")
+    assert policies("retrieval(index=ivf)")("retrieval(index=graph)").chooses
+    with pytest.raises(PolicyError, match="there is no policy 'x'; allowed are full"):
+        policies()("x")
+    with pytest.raises(PolicyError, match="allowed is none: the model's own index"):
+        policies("full", index=INDEX)("streaming")
+    assert policies("full", index=INDEX)("full").name == ""

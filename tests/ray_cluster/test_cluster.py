@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ray_nodes import GENERATE, HEAD, OTHER, PORT, Namespaces, all_end, cluster, join
@@ -34,49 +35,49 @@ def test_an_error_of_ray_is_told_in_one_line() -> None:
     assert explain(error) == "ValueError: what was raised there"
 
 
-@pytest.mark.real
-def test_too_few_nodes_are_an_error_that_says_what_to_start(nodes: Namespaces) -> None:
-    said = nodes.run("""
-from lamina.ray_cluster.connection import connect, require
-from lamina.errors import EngineError
-from lamina_protocols.channels.versions import PREVIOUS, PROTOCOL_VERSION
-connect("auto")
-start = time.monotonic()
-try:
-    require({"lamina_attention": 5}, 1.0)
-except EngineError as error:
-    say(error=str(error), seconds=time.monotonic() - start)
-""")
-    assert "the cluster has 2 lamina_attention; asked for are 5" in said["error"]
-    assert """--resources='{"lamina_attention": 1}'""" in said["error"]
-    assert said["seconds"] < 10
+@pytest.fixture(scope="module")
+def facts(nodes: Namespaces) -> Any:
+    """What one program finds out: the errors without a cluster, with too few nodes and without a model, and the folders
+    that a process on the cluster imports from."""
+    return nodes.run("""
+import lamina
+from lamina.ray_cluster.connection import connect, ray_module, require
 
+def error_of(call, *given, **options):
+    start = time.monotonic()
+    try:
+        call(*given, **options)
+    except lamina.LaminaError as error:
+        return str(error), time.monotonic() - start
 
-@pytest.mark.real
-def test_no_cluster_is_an_error_that_says_what_to_start(nodes: Namespaces) -> None:
-    said = nodes.run("""
-from lamina.ray_cluster.connection import connect
-from lamina.errors import EngineError
-from lamina_protocols.channels.versions import PREVIOUS, PROTOCOL_VERSION
-try:
-    connect("10.77.0.1:1")
-except EngineError as error:
-    say(error=str(error))
-""")
-    assert "no Ray cluster at '10.77.0.1:1'" in said["error"]
-    assert "ray start --head" in said["error"]
-
-
-@pytest.mark.real
-def test_no_process_on_the_cluster_imports_from_the_working_folder(nodes: Namespaces) -> None:
-    """Ray has the processes of a job search the folder where its program began before all others."""
-    said = nodes.run("""
-from lamina.ray_cluster.connection import connect, ray_module
+nowhere = error_of(connect, "10.77.0.1:1")
 connect("auto")
 path = ray_module().remote(num_cpus=0)(lambda: __import__("sys").path).remote()
-say(path=ray_module().get(path), folder=os.getcwd())
+say(nowhere=nowhere, too_few=error_of(require, {"lamina_attention": 5}, 1.0), path=ray_module().get(path),
+    folder=os.getcwd(), no_model=error_of(lamina.LLM, "no-such-model", cluster="auto", attention_workers=1))
 """)
-    assert said["folder"] not in said["path"]
+
+
+@pytest.mark.real
+def test_errors_of_a_cluster_say_what_to_start(facts: Any) -> None:
+    error, seconds = facts["too_few"]
+    assert "the cluster has 2 lamina_attention; asked for are 5" in error
+    assert """--resources='{"lamina_attention": 1}'""" in error
+    assert seconds < 10
+    error, _ = facts["nowhere"]
+    assert "no Ray cluster at '10.77.0.1:1'" in error
+    assert "ray start --head" in error
+
+
+@pytest.mark.real
+def test_a_model_that_is_not_there_is_the_same_error_as_beside_it(facts: Any) -> None:
+    assert "no model 'no-such-model'" in facts["no_model"][0]
+
+
+@pytest.mark.real
+def test_no_process_on_the_cluster_imports_from_the_working_folder(facts: Any) -> None:
+    """Ray has the processes of a job search the folder where its program began before all others."""
+    assert facts["folder"] not in facts["path"]
 
 
 @pytest.mark.real
@@ -86,7 +87,6 @@ def test_a_cluster_that_lets_everybody_in_is_refused(nodes: Namespaces, tmp_path
     code = """
 from lamina.ray_cluster.connection import connect, require_authentication
 from lamina.errors import EngineError
-from lamina_protocols.channels.versions import PREVIOUS, PROTOCOL_VERSION
 connect("auto")
 try:
     require_authentication()
@@ -109,7 +109,6 @@ def test_a_node_with_another_version_is_refused_before_anything_starts(nodes: Na
     said = nodes.run("""
 from lamina.ray_cluster.connection import connect, require
 from lamina.errors import EngineError
-from lamina_protocols.channels.versions import PREVIOUS, PROTOCOL_VERSION
 connect("auto")
 try:
     require({"odd_one": 1})
@@ -163,13 +162,7 @@ say(addresses=addresses, answers=answers, killed=killed, given_up=given_up, stat
     processes=processes)
 """)
     assert said["addresses"] == [HEAD, OTHER]
-    assert said["answers"] == [
-        "attention-1",
-        "WorkerRefused",
-        "WorkerRefused",
-        "WorkerUnreachable",
-        "WorkerUnreachable",
-    ]
+    assert said["answers"] == ["attention-1", *["WorkerRefused"] * 2, *["WorkerUnreachable"] * 2]
     assert said["killed"] == ["attention-1", "attention-1.1"]
     assert said["given_up"] == ["attention-0.1"]
     assert said["states"] == ["up", "up"]
@@ -223,18 +216,6 @@ say(same=got == expected, progress=sorted(progress), streamed=streamed, whole=wh
     assert {"attention workers", "loading"} <= set(said["progress"])
     assert said["streamed"] == said["whole"]
     assert "1000000" in said["refused"]
-
-
-@pytest.mark.real
-def test_a_model_that_is_not_there_is_the_same_error_as_beside_it(nodes: Namespaces) -> None:
-    said = nodes.run("""
-import lamina
-try:
-    lamina.LLM("no-such-model", cluster="auto", attention_workers=1)
-except lamina.InvalidRequest as error:
-    say(error=str(error))
-""")
-    assert "no model 'no-such-model'" in said["error"]
 
 
 @pytest.mark.fault("F18")

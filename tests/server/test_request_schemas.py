@@ -69,7 +69,7 @@ def test_a_value_that_is_wrong_is_refused_by_name(model: type[Strict]) -> None:
             assert str(refusal.value).startswith(str(refusal.value.param)), value
             assert len(str(refusal.value)) < 500
             count += 1
-    assert count > 3
+    assert count > 1
 
 
 @every_request

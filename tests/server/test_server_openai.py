@@ -12,7 +12,7 @@ import openai
 import pydantic
 import pytest
 import tokenizers
-from server_rig import MODEL, Rig, frontend_of, serving
+from server_rig import MODEL, Reply, Rig, frontend_of, serving
 from tokenizers.processors import TemplateProcessing
 
 from lamina import LLM
@@ -47,6 +47,13 @@ def chat(client: openai.OpenAI, **fields: Any) -> Any:
 
 def complete(client: openai.OpenAI, **fields: Any) -> Any:
     return client.completions.create(**({"model": MODEL, "prompt": PROMPT, "max_tokens": 8} | fields))
+
+
+def ask(rig: Rig, path: str, **fields: Any) -> Reply:
+    """A request as raw JSON, with what its path needs."""
+    base: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 8} if path == "/v1/chat/completions" else {}
+    base |= {"prompt": PROMPT, "max_tokens": 8} if path == "/v1/completions" else {}
+    return rig.ask(path, base | fields, Authorization="Bearer key")
 
 
 def test_models(client: openai.OpenAI) -> None:
@@ -137,7 +144,7 @@ def test_log_probabilities_of_a_completion(client: openai.OpenAI, stream: bool) 
 
 @pytest.mark.soak
 def test_prompts_of_every_kind(rig: Rig, client: openai.OpenAI) -> None:
-    ids = rig.ask("/tokenize", {"prompt": PROMPT}, Authorization="Bearer key").json["tokens"]
+    ids = ask(rig, "/tokenize", prompt=PROMPT).json["tokens"]
     other = "Water boils at"
     one, two = complete(client).choices[0].text, complete(client, prompt=other).choices[0].text
     assert [c.text for c in complete(client, prompt=[PROMPT, other]).choices] == [one, two]
@@ -298,46 +305,30 @@ def telling(body: bytes) -> str:
     return text.replace('"cached_tokens":32', '"cached_tokens":0')
 
 
-@pytest.mark.soak
-@pytest.mark.parametrize("name", CHAT_EXTRA)
-def test_a_chat_s_fields_change_answers(rig: Rig, name: str) -> None:
-    changed, plain = CHAT_EXTRA[name]
-    base = {"messages": MESSAGES, "max_tokens": 8}
-    replies = [
-        rig.ask("/v1/chat/completions", base | fields, Authorization="Bearer key") for fields in (changed, plain)
-    ]
-    assert replies[1].status == 200, replies[1].body
-    assert replies[0].status == (404 if name == "model" else 200), replies[0].body
-    assert telling(replies[0].body) != telling(replies[1].body)
+FIELDS = [("/v1/chat/completions", name, *both) for name, both in CHAT_EXTRA.items()]
+FIELDS += [("/v1/completions", name, *both) for name, both in TEXT_EXTRA.items()]
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("name", TEXT_EXTRA)
-def test_a_completion_s_fields_change_answers(rig: Rig, name: str) -> None:
-    changed, plain = TEXT_EXTRA[name]
-    base = {"prompt": PROMPT, "max_tokens": 8}
-    replies = [rig.ask("/v1/completions", base | fields, Authorization="Bearer key") for fields in (changed, plain)]
+@pytest.mark.parametrize(("path", "name", "changed", "plain"), FIELDS, ids=[f"{each[0]}-{each[1]}" for each in FIELDS])
+def test_fields_change_answers(rig: Rig, path: str, name: str, changed: dict[str, Any], plain: dict[str, Any]) -> None:
+    replies = [ask(rig, path, **fields) for fields in (changed, plain)]
     assert replies[1].status == 200, replies[1].body
     assert replies[0].status == (404 if name == "model" else 200), replies[0].body
     assert telling(replies[0].body) != telling(replies[1].body)
 
 
 def test_ignored_fields_change_nothing(rig: Rig) -> None:
-    base = {"messages": MESSAGES, "max_tokens": 8}
-    plain = rig.ask("/v1/chat/completions", base, Authorization="Bearer key")
+    plain = ask(rig, "/v1/chat/completions")
     for fields in ({}, CHAT_IGNORED, FREE):
-        reply = rig.ask("/v1/chat/completions", base | fields, Authorization="Bearer key")
-        assert telling(reply.body) == telling(plain.body)
+        assert telling(ask(rig, "/v1/chat/completions", **fields).body) == telling(plain.body)
 
 
 @pytest.mark.soak
 def test_the_same_request_is_answered_the_same(rig: Rig) -> None:
     """Else the tests of fields above would prove nothing."""
     for fields in ({}, {"temperature": 1.5, "seed": 3}, {"stream": True}):
-        replies = [
-            rig.ask("/v1/completions", {"prompt": PROMPT, "max_tokens": 8} | fields, Authorization="Bearer key")
-            for _ in (1, 2)
-        ]
+        replies = [ask(rig, "/v1/completions", **fields) for _ in (1, 2)]
         assert telling(replies[0].body) == telling(replies[1].body)
 
 
@@ -535,44 +526,34 @@ def test_special_tokens_of_the_tokenizer(steady: LLM, tmp_path: Path) -> None:
 
 
 def test_tokenize_and_detokenize(rig: Rig) -> None:
-    def ask(path: str, **fields: Any) -> Any:
-        reply = rig.ask(path, fields, Authorization="Bearer key")
+    def told(path: str, **fields: Any) -> Any:
+        reply = ask(rig, path, **fields)
         assert reply.status == 200, reply.body
         return reply.json
 
-    there = ask("/tokenize", prompt="Ünïcödé 漢字", return_token_strs=True)
+    there = told("/tokenize", prompt="Ünïcödé 漢字", return_token_strs=True)
     assert there["count"] == len(there["tokens"]) == len(there["token_strs"])
     assert there["max_model_len"] == 512
-    assert ask("/detokenize", tokens=there["tokens"]) == {"prompt": "Ünïcödé 漢字"}
-    open_end = ask("/tokenize", messages=MESSAGES)
-    assert ask("/detokenize", tokens=open_end["tokens"])["prompt"].endswith("<|im_start|>assistant\n")
-    closed = ask("/tokenize", messages=MESSAGES, add_generation_prompt=False)
+    assert told("/detokenize", tokens=there["tokens"]) == {"prompt": "Ünïcödé 漢字"}
+    open_end = told("/tokenize", messages=MESSAGES)
+    assert told("/detokenize", tokens=open_end["tokens"])["prompt"].endswith("<|im_start|>assistant\n")
+    closed = told("/tokenize", messages=MESSAGES, add_generation_prompt=False)
     assert closed["count"] < open_end["count"]
 
 
 @pytest.mark.soak
 def test_continuous_usage(rig: Rig) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
-    for ask in (rig.chat, rig.complete):
-        reply = rig.ask(
-            "/v1/chat/completions" if ask == rig.chat else "/v1/completions",
-            {"messages": MESSAGES, "max_tokens": 5, "stream": True, "stream_options": options}
-            if ask == rig.chat
-            else {"prompt": PROMPT, "max_tokens": 5, "stream": True, "stream_options": options},
-            Authorization="Bearer key",
-        )
+    for path, first in (("/v1/chat/completions", 0), ("/v1/completions", 1)):
+        reply = ask(rig, path, max_tokens=5, stream=True, stream_options=options)
         counts = [event["usage"]["completion_tokens"] for event in reply.events]
         assert counts == sorted(counts)
-        assert counts[-1] == 5
-        assert counts[0] == (0 if ask == rig.chat else 1)
+        assert (counts[0], counts[-1]) == (first, 5)
 
 
 def test_why_a_sample_stopped(rig: Rig) -> None:
     def reason(**fields: Any) -> tuple[Any, Any]:
-        reply = rig.ask("/v1/completions", {"prompt": PROMPT, "max_tokens": 8} | fields, Authorization="Bearer key")
-        streamed = rig.ask(
-            "/v1/completions", {"prompt": PROMPT, "max_tokens": 8, "stream": True} | fields, Authorization="Bearer key"
-        )
+        reply, streamed = (ask(rig, "/v1/completions", stream=stream, **fields) for stream in (False, True))
         choice, last = reply.json["choices"][0], streamed.events[-1]["choices"][0]
         assert (choice["finish_reason"], choice["stop_reason"]) == (last["finish_reason"], last["stop_reason"])
         return choice["finish_reason"], choice["stop_reason"]

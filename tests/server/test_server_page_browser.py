@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import http.client
 import json
 import shutil
 import socket
@@ -524,54 +523,6 @@ def test_keys_and_pointer_tell_what_a_map_shows(tab):
         it.page.focus("#strips")
         it.page.keyboard.press("ArrowLeft")
         it.wait("document.querySelector('#spoken').textContent.startsWith('−0:05: ')")
-
-
-@pytest.mark.data
-def test_a_real_engine_under_load(tab):
-    from server_rig import serving as really
-
-    from lamina import LLM
-
-    stop = threading.Event()
-
-    def talk(port: int, number: int) -> None:
-        fields = {"prompt": f"Story {number}:", "max_tokens": 2000, "ignore_eos": True, "stream": True}
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-        connection.request("POST", "/v1/completions", json.dumps(fields), {"Content-Type": "application/json"})
-        answer = connection.getresponse()
-        while not stop.is_set() and answer.readline():
-            pass
-        answer.close()
-        connection.close()
-
-    with (
-        LLM("smollm2-135m", threads=1, attention_workers=2, local_share=0, kv_memory="128MiB") as llm,
-        really(llm) as rig,
-    ):
-        threads = [threading.Thread(target=talk, args=(rig.port, number)) for number in range(4)]
-        for thread in threads:
-            thread.start()
-        try:
-            it = tab(World(f"{rig.url}/", rig.frontend, [], threading.Event(), []))
-            it.wait("document.querySelector('#running').textContent === '4'")
-            it.wait("document.querySelector('#tbt').textContent !== '–'")
-            it.wait("Number(document.querySelector('#output').textContent.replace(',', '')) > 0")
-            it.wait("document.querySelector('#kv-words').textContent.startsWith('4 sequences')")
-            rows = it.page.locator("#workers tbody tr").all_inner_texts()
-            assert {"local", "attention-0", "attention-1"} == {row.split()[0] for row in rows}
-            it.page.fill("#text", "Say hello.")
-            it.page.fill("#max-tokens", "5")
-            it.page.press("#text", "Enter")
-            it.wait("document.querySelector('.assistant .about')")
-            assert it.text(".assistant .said").strip()
-            assert "first after" in it.text(".assistant .about")
-        finally:
-            stop.set()
-            for thread in threads:
-                thread.join(20)
-        it.wait("document.querySelector('#running').textContent === '0'")
-        it.wait("document.querySelector('#kv-words').textContent.startsWith('0 sequences')")
-        it.page.close()  # before its server is gone
 
 
 def test_a_hidden_tab_asks_nothing(tab):
