@@ -186,7 +186,7 @@ def test_sequences_move_between_the_tiers(
 
 
 @pytest.mark.real
-@every_family
+@one_family
 @pytest.mark.parametrize("at", [1, 60])
 def test_a_worker_killed_changes_no_text(family: str, at: int, models: dict[str, Path], expected: Any) -> None:
     """While prompts are read, and in decode. It joins again."""
@@ -204,7 +204,7 @@ def test_a_worker_killed_changes_no_text(family: str, at: int, models: dict[str,
 
 
 @pytest.mark.real
-@every_family
+@one_family
 def test_the_next_engine_goes_on_with_states_that_workers_have_kept(
     family: str, models: dict[str, Path], tmp_path: Path
 ) -> None:

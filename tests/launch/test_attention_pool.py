@@ -39,6 +39,10 @@ class Workers:
         self._log.append("workers")
 
 
+def pool_of(workers: Workers, config: EngineConfig = EngineConfig(), **options: Any) -> AttentionPool:  # noqa: B008
+    return AttentionPool(cast(Any, workers), config, HOLDER, "model", "float32", Identity(), **options)
+
+
 class Port:
     def __init__(self, log: list[str]) -> None:
         self._log = log
@@ -52,7 +56,7 @@ class Port:
 
 def test_workers_that_do_not_answer_are_waited_for_together() -> None:
     log: list[str] = []
-    pool = AttentionPool(cast(Any, Workers(log)), EngineConfig(), HOLDER, "model", "float32", Identity())
+    pool = pool_of(Workers(log))
     pool._ports = cast(Any, [Port(log) for _ in range(3)])
     pool.close()
     assert log == ["closed"] * 3 + ["parted"] * 3 + ["workers"]
@@ -62,7 +66,7 @@ def test_events_go_on_while_a_worker_that_joins_does_not_answer() -> None:
     """The handshake ran on the thread of the events, for up to 30 s: no other worker was started again meanwhile."""
     log: list[str] = []
     workers = Workers(log)
-    pool = AttentionPool(cast(Any, workers), EngineConfig(), HOLDER, "model", "float32", Identity())
+    pool = pool_of(workers)
     answers, here = threading.Event(), threading.get_ident()
 
     def connect(worker: Any) -> Any:
@@ -83,7 +87,7 @@ def test_worker_that_leaves_during_its_handshake_does_not_join() -> None:
     """It joined after it had left: the engine kept it, and beside it its next name at the same address."""
     log: list[str] = []
     workers = Workers(log)
-    pool = AttentionPool(cast(Any, workers), EngineConfig(), HOLDER, "model", "float32", Identity())
+    pool = pool_of(workers)
     answers = threading.Event()
 
     def connect(worker: Any) -> Any:
@@ -104,7 +108,7 @@ def test_worker_that_leaves_during_its_handshake_does_not_join() -> None:
 def test_worker_that_is_lost_again_and_again_is_not_connected_to() -> None:
     log: list[str] = []
     workers = Workers(log)
-    pool = AttentionPool(cast(Any, workers), EngineConfig(), HOLDER, "model", "float32", Identity())
+    pool = pool_of(workers)
     pool._ports = cast(
         Any, [SimpleNamespace(closed=False, close=int, parted=int, watch=lambda *_: None)]
     )  # another one
@@ -125,9 +129,7 @@ def test_worker_that_is_lost_again_and_again_is_not_connected_to() -> None:
 @pytest.mark.fault("F04")
 def test_worker_on_trial_gets_no_kv_before_it_has_answered_heartbeats() -> None:
     log: list[str] = []
-    pool = AttentionPool(
-        cast(Any, Workers(log)), EngineConfig(worker_timeout=0.1), HOLDER, "model", "float32", Identity()
-    )
+    pool = pool_of(Workers(log), EngineConfig(worker_timeout=0.1))
     began = time.monotonic()
     pool._try(cast(Any, SimpleNamespace(closed=False)))
     assert time.monotonic() - began >= 0.2
@@ -144,15 +146,7 @@ class Engine:
         self.used: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.tried: list[str] = []
         self.workers = Workers([])
-        self.pool = AttentionPool(
-            cast(Any, self.workers),
-            EngineConfig(),
-            HOLDER,
-            "model",
-            "float32",
-            Identity(),
-            limits=(flapping, quarantine),
-        )
+        self.pool = pool_of(self.workers, limits=(flapping, quarantine))
         self.pool._connect = self._connect  # type: ignore[method-assign]
         self.pool._try = lambda port: self.tried.append(port.name)  # type: ignore[method-assign]
         self.pool._alone = lambda: not self.others  # type: ignore[method-assign]

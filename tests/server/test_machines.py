@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from joining_rig import joiner, until
-from supervisor_run import run_beside
+from supervisor_run import World, pretend
 
 from lamina.joining.server import JoinServer
 from lamina.server.app import create_app
 from lamina.server.frontend import Frontend
 from lamina.server.machines import Machines
 from lamina.server.processes.server_plan import JoinPlan, ServerPlan
-from lamina.server.processes.supervisor import Supervisor
 from lamina.server.settings import ServerSettings
 
 DEN = {"id": "00ff", "name": "den", "code": "482193", "address": "10.0.0.2", "memory": 1 << 30, "since": 1.5}
@@ -102,47 +97,30 @@ def test_server_that_takes_none_has_none() -> None:
     assert decided.status_code == 404
 
 
-class Report:
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def progress(self, what: str, done: int, total: int | None) -> None: ...
-
-    def said(self, message: str) -> None:
-        self.lines.append(message)
-
-
 def test_machine_joins_a_running_engine_and_leaves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine starts without any attention worker; the machine's comes, is given up, and goes."""
     monkeypatch.setattr(JoinServer, "_announce", lambda self: None)
-    monkeypatch.setenv("FAKE_CHILD_FOLDER", str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    for name in ("ENGINE_MODULE", "HTTP_MODULE"):
-        monkeypatch.setattr(f"lamina.server.processes.supervisor.{name}", "fake_server_child")
+    pretend(tmp_path, monkeypatch)
+    joining = JoinPlan("127.0.0.1", 0, tmp_path / "state")
     settings = ServerSettings(model="m", joining=True)
-    plan = ServerPlan(
-        {"m": "m"}, {}, settings, "127.0.0.1", 0, drain=5.0, joining=JoinPlan("127.0.0.1", 0, tmp_path / "state")
-    )
-    report = Report()
-    supervisor = Supervisor(plan, report)
+    world = World(tmp_path, ServerPlan({"m": "m"}, {}, settings, "127.0.0.1", 0, drain=5.0, joining=joining))
+    supervisor = world.supervisor
 
     def heard(role: str, word: str) -> list[list[Any]]:
-        file = tmp_path / f"{role}.log"
-        lines = file.read_text().splitlines() if file.exists() else []
-        return [said for said in map(json.loads, lines) if said[0] == word]
+        return [message for message in world.heard(role) if message[0] == word]
 
     def names() -> list[str]:
         return [worker[0] for worker in heard("engine", "workers")[-1][1]]
 
     def steps() -> None:
-        joins = until(lambda: [line for line in report.lines if line.startswith("machines may join at")])[0]
+        joins = until(lambda: [line for line in world.messages if line.startswith("machines may join at")])[0]
         until(lambda: heard("engine", "workers") == [["workers", []]])
         assert heard("engine", "engine")[0][-2:] == [True, False]
         port = int(joins.split(":")[1])
         with joiner(tmp_path / "m", port) as machine:
             waiting = until(lambda: heard("http", "machines") and heard("http", "machines")[-1][1])[0]
             until(lambda: machine.code)
-            assert any(f"{machine.code[:3]} {machine.code[3:]}" in line for line in report.lines)
+            assert any(f"{machine.code[:3]} {machine.code[3:]}" in line for line in world.messages)
             supervisor._calls.put(lambda: supervisor._machines.decide(waiting["id"], True))
             until(lambda: names() == ["den"])
             assert "CERTIFICATE" in heard("engine", "workers")[-1][1][0][4]
@@ -154,4 +132,4 @@ def test_machine_joins_a_running_engine_and_leaves_it(tmp_path: Path, monkeypatc
             until(lambda: "den.1" not in names())
             until(lambda: heard("http", "machines")[-1][1][0]["state"] == "lost")
 
-    run_beside(supervisor, steps, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    world.run(steps, world.signal)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
+import random
 import secrets
 import subprocess
 import sys
@@ -16,6 +16,7 @@ from typing import Any
 import msgpack
 import pytest
 from engine_rig import Rig, collect
+from real_workers import until
 
 from lamina.client.remote import RemoteEngine
 from lamina.errors import EngineError
@@ -89,10 +90,7 @@ def test_a_client_that_is_gone_leaves_nothing_behind(rig: Rig, path: str, connec
     inbox = ask(engine, (1, 2, 3), 2000, "long")
     inbox.get(timeout=30)
     wire.close()
-    deadline = time.monotonic() + 5
-    while rig.engine._registry.requests and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not rig.engine._registry.requests
+    until(lambda: not rig.engine._registry.requests, 5)
     with pytest.raises(EngineError):
         collect(inbox)
     assert not engine.alive
@@ -212,20 +210,13 @@ def test_a_link_is_made_as_soon_as_it_can_be_and_made_again(rig: Rig, tmp_path: 
     listener.close()
 
 
-def until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize("seed", range(20))
 def test_bytes_that_are_no_frame_are_a_protocol_error(seed: int) -> None:
     outputs = RequestOutputs("1", ((0, 5, None, 0.5),), None, 0, 0, (), 0, 0)
     data = bytearray(b"".join(frame(pack_events([outputs]))))
     assert unpack_events(payload(memoryview(data))) == (outputs,)
-    rng = os.urandom(4)
-    data[rng[0] % len(data)] ^= 1 + rng[1] % 255
+    chance = random.Random(seed)
+    data[chance.randrange(len(data))] ^= chance.randrange(1, 256)
     with contextlib.suppress(ProtocolError):
         unpack_events(payload(memoryview(data)))
     for cut in (0, 5, len(data) - 1):

@@ -265,14 +265,6 @@ def test_a_head_that_does_not_come_is_not_waited_for(port: int, sent: bytes, mon
         assert talk.closed
 
 
-def test_a_body_that_does_not_come_is_not_waited_for(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "BODY_TIMEOUT", 0.2)
-    with Talk(port) as talk:
-        talk.send(HEAD + b"\r\n" + BODY[:3])
-        assert talk.hear()[0] == 408
-        assert talk.closed
-
-
 @pytest.mark.fault("F23")
 def test_a_body_has_a_whole_time(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each byte gave a body another minute."""

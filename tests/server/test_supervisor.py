@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -12,10 +11,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from supervisor_run import run_beside
+from supervisor_run import PATIENCE, World, pretend
 
 from lamina.errors import EngineError, InvalidRequest
 from lamina.server.processes.child_protocol import Load, Unload
@@ -24,68 +22,10 @@ from lamina.server.processes.supervisor import Supervisor
 from lamina.server.settings import ServerSettings
 from lamina.system.private_folder import lock
 
-PATIENCE = 30.0
-
-
-class World:
-    """A supervisor, what it tells people, and what its children heard."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.messages: list[str] = []
-        settings = ServerSettings(model="m", api_keys=("secret",))
-        self.supervisor = Supervisor(ServerPlan({"m": "m"}, {"threads": 1}, settings, "127.0.0.1", 0, drain=5.0), self)
-
-    def progress(self, what: str, done: int, total: int | None) -> None:
-        self.messages.append(f"{what} {done}/{total}")
-
-    def said(self, message: str) -> None:
-        self.messages.append(message)
-
-    def run(self, *steps: Callable[[], None]) -> None:
-        """Runs it, with the steps done on a thread beside it. Raises what it or a step raised."""
-        run_beside(self.supervisor, *steps)
-
-    def heard(self, role: str) -> list[list[Any]]:
-        file = self.folder / f"{role}.log"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-    def until(self, true: Callable[[], bool]) -> Callable[[], None]:
-        def wait() -> None:
-            deadline = time.monotonic() + PATIENCE
-            while not true():
-                if time.monotonic() > deadline:
-                    raise AssertionError(f"it did not come: {self.messages}, {self.heard('http')}")
-                time.sleep(0.01)
-
-        return wait
-
-    @property
-    def serving(self) -> Callable[[], None]:
-        return self.until(
-            lambda: any(message.startswith("serving m at http://127.0.0.1:") for message in self.messages)
-        )
-
-    def pid(self, role: str) -> int:
-        return int((self.folder / f"{role}.pid").read_text())
-
-    def kill(self, role: str) -> Callable[[], None]:
-        return lambda: os.kill(self.pid(role), signal.SIGKILL)
-
-    def behave(self, role: str, how: str) -> Callable[[], None]:
-        return lambda: (self.folder / f"{role}.txt").write_text(how) and None
-
-    @staticmethod
-    def signal() -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
-    monkeypatch.setenv("FAKE_CHILD_FOLDER", str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    monkeypatch.setattr("lamina.server.processes.supervisor.ENGINE_MODULE", "fake_server_child")
-    monkeypatch.setattr("lamina.server.processes.supervisor.HTTP_MODULE", "fake_server_child")
+    pretend(tmp_path, monkeypatch)
     return World(tmp_path)
 
 
