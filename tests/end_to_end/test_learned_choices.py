@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from real_workers import WorkerProcess, worker_process, write_tiny_model
+from real_workers import WorkerProcess, write_tiny_model
 from scripted_drafts import Always, Scripted, texts_of
 from tiny_decoders import BLOCK_INDEX, TOKEN_INDEX
-from whole_engines import engine, streamed
+from whole_engines import engine
 
 from lamina import LLM, Completion
 from lamina.errors import InvalidRequest, PolicyError
@@ -98,25 +98,6 @@ def test_drafts_are_cut_back_from_what_an_index_chooses_among(
     assert [completion.token_ids for completion in found] == [completion.token_ids for completion in plain]
     assert off(reference, found) < 1e-4
     assert all(0 < c.stats["accepted_tokens"] < c.stats["draft_tokens"] for c in found)
-
-
-@pytest.mark.real
-@pytest.mark.parametrize("kv_memory", ["8MiB", "200KiB"], ids=["with local copies", "without room for local copies"])
-def test_a_worker_that_is_killed_changes_nothing(
-    model: Path, reference: transformers.PreTrainedModel, kv_memory: str
-) -> None:
-    if most(model) < 2:
-        pytest.skip("one KV head has one worker, without which nothing goes on")
-    with (
-        worker_process() as first,
-        worker_process() as second,
-        engine(model, [first, second], kv_memory=kv_memory) as llm,
-    ):
-        half = LENGTH * len(PROMPTS) // 2
-        tokens = streamed(llm, PROMPTS, LENGTH, lambda count: count == half and second.process.kill())
-        again = generated(llm)
-        assert [each.token_ids for each in again] == tokens
-        assert off(reference, again) < 1e-4
 
 
 @pytest.mark.parametrize("count", [0, 2])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,18 +83,6 @@ def test_the_sdk_collects_a_stream(client: openai.OpenAI) -> None:
             pass
         collected = stream.get_final_completion()
     assert collected.choices[0].message.content == chat(client, max_tokens=60, stop=":").choices[0].message.content
-
-
-def test_asynchronous_clients(rig: Rig, client: openai.OpenAI) -> None:
-    async def main() -> list[str]:
-        async with openai.AsyncOpenAI(base_url=f"{rig.url}/v1", api_key="key", timeout=60) as several:
-            whole = several.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=8)
-            stream = await several.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=8, stream=True)
-            streamed = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
-            return [(await whole).choices[0].message.content or "", streamed]
-
-    expected = chat(client).choices[0].message.content
-    assert asyncio.run(main()) == [expected, expected]
 
 
 def test_several_samples(client: openai.OpenAI) -> None:
@@ -192,15 +179,6 @@ def test_a_chat_s_default_length_is_what_is_left(client: openai.OpenAI) -> None:
     answer = client.completions.create(model=MODEL, prompt="1, 2, 3, 4, 5,")
     assert answer.usage is not None
     assert answer.usage.completion_tokens == 16
-
-
-@pytest.mark.soak
-def test_an_answer_can_be_sent_back(client: openai.OpenAI) -> None:
-    message = chat(client).choices[0].message
-    more = [*MESSAGES, message, {"role": "user", "content": "More."}]
-    assert chat(client, messages=more).choices[0].message.content
-    more = [*MESSAGES, message.model_dump(), {"role": "user", "content": "More."}]
-    assert chat(client, messages=more).choices[0].message.content
 
 
 # Each field that is accepted, with a request and one without it that are answered otherwise.
@@ -416,18 +394,6 @@ def test_only_allowed_tools_are_in_the_grammar() -> None:
     assert [tool["function"]["name"] for tool in use.tools] == ["weather", "forecast"]
 
 
-@pytest.mark.soak
-def test_tools_that_are_allowed(client: openai.OpenAI) -> None:
-    for name in ("weather", "forecast"):
-        tool = {"type": "function", "function": {"name": name}}
-        allowed = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [tool]}}
-        choice = chat(client, tools=TOOLS, tool_choice=allowed, parallel_tool_calls=False, max_tokens=60).choices[0]
-        assert [call.function.name for call in choice.message.tool_calls] == [name]
-    allowed["allowed_tools"]["mode"] = "auto"
-    as_text = chat(client, tools=TOOLS, tool_choice=allowed, response_format={"type": "text"}, max_tokens=3)
-    assert as_text.choices[0].message.content
-
-
 def test_negative_seeds(client: openai.OpenAI) -> None:
     def text(seed: int) -> str:
         return str(complete(client, temperature=1.5, seed=seed).choices[0].text)
@@ -453,13 +419,6 @@ def test_a_tool_is_called(client: openai.OpenAI) -> None:
     history = [*MESSAGES, choice.message, {"role": "tool", "tool_call_id": call.id, "content": "Rain."}]
     assert chat(client, messages=history, tools=TOOLS, tool_choice="none").choices[0].message.content
     assert chat(client, messages=history).choices[0].message.content
-
-
-@pytest.mark.soak
-def test_one_call_where_several_are_not_wanted(client: openai.OpenAI) -> None:
-    choice = chat(client, tools=TOOLS, tool_choice="required", parallel_tool_calls=False, max_tokens=60).choices[0]
-    assert len(choice.message.tool_calls) == 1
-    assert choice.message.tool_calls[0].function.name in ("weather", "forecast")
 
 
 def test_an_answer_in_a_schema(client: openai.OpenAI) -> None:

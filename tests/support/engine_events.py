@@ -17,6 +17,7 @@ from real_workers import until
 from running_streams import Streams, held
 from tiny_decoders import CUT_BY_HEADS, ONE_HEAD, decoder_of
 
+from lamina.sampling_params import SamplingParams
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.errors import KVError
 from lamina_workers.model_worker.attention_merge import LayerExchange
@@ -141,6 +142,18 @@ class Event:
         """That it happened, once all requests have ended."""
 
 
+class OthersLeave(Event):
+    """Clients of further requests, of several samples each, go away: some at once, some after their first token."""
+
+    def happen(self, stage: Stage, streams: Streams) -> None:
+        params = SamplingParams(max_tokens=TOKENS, n=3, temperature=0.9, seed=5).with_defaults({"do_sample": True})
+        for number, prompt in enumerate(PROMPTS):
+            ticket, inbox = stage.rig.submit(prompt, params)
+            if number % 2:
+                inbox.get(timeout=60)
+            stage.rig.engine.abort(ticket)
+
+
 class Strikes(Event):
     """Something happens at steps that are drawn, one from each of the ranges."""
 
@@ -220,7 +233,7 @@ class Moves(Cached):
 
 
 EVENTS: dict[str, Event] = {
-    "nothing": Event(),
+    "others leave": OthersLeave(),
     "the same prompts again": Cached(),
     "a worker dies while prompts are read": Strikes(Stage.kill, range(1, 18)),
     "a worker dies in decode": Strikes(Stage.kill, range(24, 100)),
