@@ -63,7 +63,6 @@ def test_a_person_can_write_it(tmp_path: Path) -> None:
     ("content", "said"),
     [
         ("", r"version is None; allowed is 1"),
-        (GOOD.replace("= 1", "= 2"), r"version is 2; allowed is 1"),
         (GOOD.replace("= 1", "= true"), r"version is True; allowed is 1"),
         (GOOD + "sink = 3\n", r"layer 0 has the key 'sink'; allowed are heads"),
         ("colour = 3\n" + GOOD, r"the file has the key 'colour'; allowed are version, model"),
@@ -74,8 +73,6 @@ def test_a_person_can_write_it(tmp_path: Path) -> None:
         (GOOD.replace('"streaming"', '"streaming(recent=0)"'), r"head 1: streaming: recent is 0; allowed is 1 to"),
         (GOOD.replace('"streaming"', "3"), r"head 1: the policy is 3; allowed is a text"),
         (GOOD.replace('["full", "streaming"]', "[]"), r"heads of layer 0 is \[\]; allowed are 1 to"),
-        (GOOD.replace('["full", "streaming"]', '"full"'), r"heads of layer 0 is 'full'; allowed are 1 to"),
-        (GOOD.replace("heads =", "# heads ="), r"heads of layer 0 is \[\]"),
         ("version = 1\n", r"there are 0 layers; allowed are 1 to"),
         ('version = 1\nlayer = "x"\n', r"layer is 'x'; allowed are tables"),
         ("version = 1\nlayer = [1]\n", r"layer is \[1\]; allowed are tables"),
@@ -235,8 +232,6 @@ class TestPublishedPatterns:
         [
             (("0.5\t0.5", "0.5"), r"row 2 has 1 numbers; allowed are 2"),
             (("0.5\tnan",), r"row 1 has 'nan'; allowed are numbers from -1 to 2"),
-            (("0.5\tinf",), r"row 1 has 'inf'; allowed"),
-            (("0.5", "1e9"), r"row 2 has '1e9'; allowed"),
             (("0.5", "full"), r"row 2 has 'full'; allowed"),
             (("", " "), r"it has 0 rows"),
             (("0\t" * 5000,), r"1 rows of 5000 numbers; allowed are"),

@@ -66,12 +66,12 @@ class Engine:
         same: dict[str, Any] = {"total_pages": self.pages, "free_pages": self.pages - used}
         same |= {"bytes_sent": traffic, "bytes_received": traffic, "exchange_counts": tuple(counts)}
         holders = [holder(name, address=f"127.0.0.1:{9000 + index}", **same) for index, name in enumerate(names)]
-        return snapshot(
-            uptime=uptime, began=self.began, running=self.sequences, generation_tokens=int(uptime * self.rate),
-            prompt_tokens=int(uptime * 50), model_seconds=uptime * 0.5, attention_seconds=uptime * 0.25, page_size=16,
-            lost_holders=len(self.missing), missing=self.missing, cached_pages=dict.fromkeys(names, 10),
-            holders=tuple(holders), sequences=tuple(sequences),
-        )  # fmt: skip
+        counted = {"generation_tokens": int(uptime * self.rate), "prompt_tokens": int(uptime * 50)}
+        times = {"uptime": uptime, "began": self.began, "model_seconds": uptime * 0.5}
+        lost = {"lost_holders": len(self.missing), "missing": self.missing}
+        kept = {"cached_pages": dict.fromkeys(names, 10), "holders": tuple(holders), "sequences": tuple(sequences)}
+        times["attention_seconds"] = uptime * 0.25
+        return snapshot(running=self.sequences, page_size=16, **counted, **times, **lost, **kept)
 
 
 class InputProcessor:
@@ -219,6 +219,11 @@ class Tab:
             assert time.monotonic() < deadline, condition
             self.page.wait_for_timeout(30)
 
+    def ask(self, text: str) -> None:
+        """Send a message with the Enter key."""
+        self.page.fill("#text", text)
+        self.page.press("#text", "Enter")
+
     def text(self, selector: str) -> str:
         return self.page.inner_text(selector)
 
@@ -341,8 +346,7 @@ def test_answers_are_markdown_with_reasoning_folded(tab):
         world.deltas = [*thoughts, *({"content": MARKDOWN[i : i + 7]} for i in range(0, len(MARKDOWN), 7))]
         it = tab(world)
         it.context.grant_permissions(["clipboard-read", "clipboard-write"])
-        it.page.fill("#text", "Think.")
-        it.page.press("#text", "Enter")
+        it.ask("Think.")
         it.wait("document.querySelector('.reasoning:not([hidden])')")
         it.wait("document.querySelector('.assistant .about')")
         assert not it.page.is_visible(".thought")
@@ -363,8 +367,7 @@ def test_answers_are_markdown_with_reasoning_folded(tab):
         it.page.click(".about .copy")
         it.wait("document.querySelector('.about .copy').textContent === 'Copied'")
         assert it.page.evaluate("navigator.clipboard.readText()") == MARKDOWN
-        it.page.fill("#text", "And?")
-        it.page.press("#text", "Enter")
+        it.ask("And?")
         it.wait("document.querySelectorAll('.assistant .about').length === 2")
         assert world.asked[1]["messages"][1] == {"role": "assistant", "content": MARKDOWN}
 
@@ -373,8 +376,7 @@ def test_deep_markdown_is_shown_and_harms_nothing(tab):
     with serving(Engine()) as world:
         world.deltas = [{"content": "> " * 20000 + "deep"}]
         it = tab(world)
-        it.page.fill("#text", "Go deep.")
-        it.page.press("#text", "Enter")
+        it.ask("Go deep.")
         it.wait("document.querySelector('.assistant .about')")
         assert "deep" in it.text(".assistant .said")
 
@@ -388,8 +390,7 @@ def test_models_are_switched(tab):
         it.wait("document.querySelector('#state').textContent === 'unloaded'")
         it.page.click("#load")
         it.wait("document.querySelector('#chat-words').textContent === 'there is no room'")
-        it.page.fill("#text", "Hello?")
-        it.page.press("#text", "Enter")
+        it.ask("Hello?")
         it.wait("document.querySelector('.assistant .about')")
         assert world.asked[0]["model"] == "another"
         it.page.select_option("#models", "some-model")
@@ -435,8 +436,7 @@ def test_refusals_are_told_in_words_and_the_question_kept(tab):
             (broken, "broke off: the worker died"),
         ):
             world.refuse.append(refusal)
-            it.page.fill("#text", "What is force?")
-            it.page.press("#text", "Enter")
+            it.ask("What is force?")
             it.wait(f"[...document.querySelectorAll('.wrong')].some(e => e.textContent.includes('{words}'))")
             assert it.page.input_value("#text") == "What is force?"
         it.page.fill("#max-tokens", "0")
@@ -452,8 +452,7 @@ def test_a_key_is_asked_for_and_kept_for_the_tab(tab):
         it.page.fill("#key", "wrong")
         it.page.press("#key", "Enter")
         it.wait("document.querySelector('#access-words').textContent === 'The server did not accept this API key.'")
-        it.page.fill("#text", "What is force?")
-        it.page.press("#text", "Enter")
+        it.ask("What is force?")
         it.wait("document.querySelector('.wrong')?.textContent.includes('did not accept the API key')")
         it.page.fill("#key", "right")
         it.page.press("#key", "Enter")

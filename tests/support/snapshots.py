@@ -10,12 +10,10 @@ from lamina.messages.snapshot import EXCHANGE_BUCKETS, HolderSnapshot, SequenceS
 
 def holder(name: str, **changes: Any) -> HolderSnapshot:
     """An attention worker with 100 pages, of which 40 are free."""
-    fields = {
-        "address": "host:1", "channel": "tcp", "local": False, "total_pages": 100, "free_pages": 40, "bytes_sent": 1000,
-        "bytes_received": 2000, "exchange_seconds": 3.5,
-        "exchange_counts": (0, 5, *(0,) * (len(EXCHANGE_BUCKETS) - 2), 2),
-    }  # fmt: skip
-    return HolderSnapshot(name, **fields | changes)  # type: ignore[arg-type]
+    fields: dict[str, Any] = {"address": "host:1", "channel": "tcp", "local": False}
+    fields |= {"total_pages": 100, "free_pages": 40, "bytes_sent": 1000, "bytes_received": 2000}
+    fields |= {"exchange_seconds": 3.5, "exchange_counts": (0, 5, *(0,) * (len(EXCHANGE_BUCKETS) - 2), 2)}
+    return HolderSnapshot(name, **fields | changes)
 
 
 def sequence(request: str, pages: dict[str, int], sample: int = 0) -> SequenceSnapshot:
