@@ -15,15 +15,11 @@ SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*
 
 MODULES = {"pickle", "_pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml"}
 CALLS = {"eval", "exec", "compile", "__import__"}
-METHODS = {  # of whatever object: too many modules have a `load` to forbid that by name alone
-    ("torch", "load"), ("torch", "save"), ("jit", "load"), ("numpy", "load"), ("np", "load"),
-    ("multiprocessing", "Pipe"), ("multiprocessing", "Queue"), ("package", "PackageImporter"),
-}  # fmt: skip
+METHODS = {"torch.load", "torch.save", "jit.load", "numpy.load", "np.load", "package.PackageImporter"}
+METHODS |= {"multiprocessing.Pipe", "multiprocessing.Queue"}  # of whatever object: too many modules have a `load`
 STARTS = {"Popen", "run", "call", "check_call", "check_output", "getoutput", "getstatusoutput"}
 OS_STARTS = ("system", "popen", "fork", "exec", "spawn", "posix_spawn")
-WALL = {
-    ("time", "time"), ("time", "time_ns"), ("datetime", "now"), ("datetime", "utcnow"), ("date", "today"),
-}  # fmt: skip
+WALL = {"time.time", "time.time_ns", "datetime.now", "datetime.utcnow", "date.today"}
 SHOWN = {
     "lamina/cli/bench.py": "the date of a report",
     "lamina/cli/doctor.py": "in how many days a certificate ends",
@@ -47,10 +43,10 @@ def nodes(source: str) -> tuple[ast.AST, ...]:
     return tuple(ast.walk(ast.parse(source)))
 
 
-def owner_of(attribute: ast.Attribute) -> str:
-    """The name before the last dot."""
+def dotted(attribute: ast.Attribute) -> str:
+    """The names before and after the last dot."""
     value = attribute.value
-    return value.id if isinstance(value, ast.Name) else getattr(value, "attr", "")
+    return f"{value.id if isinstance(value, ast.Name) else getattr(value, 'attr', '')}.{attribute.attr}"
 
 
 def unsafe(source: str) -> list[str]:
@@ -63,11 +59,11 @@ def unsafe(source: str) -> list[str]:
         elif isinstance(node, ast.ImportFrom):
             names = [node.module or ""]
             package = (node.module or "").rpartition(".")[2]
-            offences += [f"{package}.{alias.name}" for alias in node.names if (package, alias.name) in METHODS]
+            offences += METHODS & {f"{package}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in CALLS:
             offences.append(node.func.id)
-        elif isinstance(node, ast.Attribute) and (owner_of(node), node.attr) in METHODS:
-            offences.append(f"{owner_of(node)}.{node.attr}")
+        elif isinstance(node, ast.Attribute) and dotted(node) in METHODS:
+            offences.append(dotted(node))
         elif isinstance(node, ast.keyword) and node.arg == "allow_pickle":
             offences.append("allow_pickle")
         offences += [name for name in names if MODULES & set(name.split("."))]
@@ -91,8 +87,7 @@ def starts(source: str) -> list[int]:
 
 def readings(source: str) -> list[str]:
     """Where a wall clock is read, or handed on to be read."""
-    attributes = [node for node in nodes(source) if isinstance(node, ast.Attribute)]
-    return [f"{owner_of(node)}.{node.attr}" for node in attributes if (owner_of(node), node.attr) in WALL]
+    return [dotted(node) for node in nodes(source) if isinstance(node, ast.Attribute) and dotted(node) in WALL]
 
 
 @pytest.mark.fault("F22")
