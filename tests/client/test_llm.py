@@ -18,7 +18,7 @@ from lamina.system.progress import StderrBars
 
 @pytest.fixture(scope="module")
 def llm(model: Path) -> Iterator[LLM]:
-    with LLM(model, dtype="float32", kv_memory="16M", threads=1) as llm:
+    with LLM(model, dtype="float32", kv_memory="16M", threads=1, max_model_len=256) as llm:
         yield llm
 
 

@@ -134,7 +134,7 @@ def test_what_is_of_kv_with_states_alone() -> None:
 
 def test_it_is_said_once_at_the_start(model: Path, caplog: pytest.LogCaptureFixture) -> None:
     """An option that did nothing was swallowed."""
-    with caplog.at_level(logging.WARNING, "lamina"), LLM(model, shard="sequence") as llm:
+    with caplog.at_level(logging.WARNING, "lamina"), LLM(model, threads=1, kv_memory="16M", shard="sequence") as llm:
         llm.generate([[1, 2, 3]] * 2, max_tokens=3)
     assert [r.message for r in caplog.records if "does nothing" in r.message] == [
         "shard='sequence' does nothing without attention_workers"
