@@ -90,7 +90,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         FALCON
         | {"mlp_multipliers": [0.7, 1.3], "key_multiplier": 0.6, "attention_out_multiplier": 0.8}
         | {"attention_in_multiplier": 1.2, "ssm_multipliers": [0.9, 1.1, 0.8, 1.3, 0.7], "ssm_in_multiplier": 1.25}
-        | {"ssm_out_multiplier": 0.6, "lm_head_multiplier": 0.5, "embedding_multiplier": 2.0},
+        | {"ssm_out_multiplier": 0.6, "lm_head_multiplier": 0.5, "embedding_multiplier": 2.0}
+        | {"projectors_bias": True},
     ),
     "kimi_linear": (
         "kimi_linear",
@@ -100,7 +101,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 24, "model_max_length": 256}
         | {"num_attention_heads": 6, "num_key_value_heads": 6, "linear_num_heads": 6},
     ),
-    "falcon_h1 with a norm": ("falcon_h1", FALCON | {"mamba_rms_norm": True, "mamba_norm_before_gate": False}),
+    "falcon_h1 with a norm": (
+        "falcon_h1",
+        FALCON | {"mamba_rms_norm": True, "mamba_norm_before_gate": False, "mamba_proj_bias": True},
+    ),
 }
 
 

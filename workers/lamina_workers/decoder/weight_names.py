@@ -45,7 +45,7 @@ def state_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
         if states.bias:
             shapes[f"{prefix}.{name}.bias"] = (width(roles),)
     shapes[f"{prefix}.{family.out}.weight"] = hidden, states.heads * states.d_v
-    if states.bias:
+    if states.out_bias:
         shapes[f"{prefix}.{family.out}.bias"] = (hidden,)
     for name, roles in family.conv.items():
         shapes[f"{prefix}.{name}.weight"] = width(roles), 1, states.conv
@@ -119,7 +119,7 @@ def load_state(
     )
     columns = slice(heads.start * states.d_v, heads.stop * states.d_v)
     gate = _gate(states, family, load, f"{prefix}.{family.norm}.weight", gate_map, columns)
-    output = load.summed(f"{prefix}.{family.out}", states.bias, columns, shard.rank == 0)
+    output = load.summed(f"{prefix}.{family.out}", states.out_bias, columns, shard.rank == 0)
     return maps["q", "k", "v"], weights, gate, output
 
 

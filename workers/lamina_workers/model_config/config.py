@@ -5,11 +5,10 @@ Every number is bounded here, so that a file cannot make later code take memory 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -254,10 +253,6 @@ class ModelConfig:
             kind="attention" if self.latent is None else "latent",
             index=self.index if self.indexed and self.indexed[layer] else None,
         )
-
-    def fingerprint(self) -> str:
-        """Hex SHA-256 over every field: two ends with the same fingerprint mean the same computation."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
 def read_config_json(path: str | Path) -> dict[str, Any]:

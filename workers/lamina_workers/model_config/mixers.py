@@ -42,7 +42,9 @@ class StateConfig:
     slopes: tuple[float, ...] = ()
     """By head, lightning's log decay a token, before a layer's own factor."""
     bias: bool = False
-    """The maps into and out of the layer have biases."""
+    """The maps into the layer have biases."""
+    out_bias: bool = False
+    """So has the map out of it."""
     conv_bias: bool = False
     skip: bool = False
     """An input adds to the output past the state."""
@@ -133,6 +135,7 @@ def _mamba2(keys: Keys, family: Family) -> StateConfig:
         raise ModelFileError(f"mamba_n_heads {heads} of {d_v} numbers are {heads * d_v}; allowed: {inner}")
     if heads % groups:
         raise ModelFileError(f"{name('n_groups')} {groups} must divide {name('n_heads')} {heads}")
+    bias = keys.flag("use_bias" if nemotron else "mamba_proj_bias", False)
     return StateConfig(
         "mamba2",
         heads,
@@ -144,7 +147,8 @@ def _mamba2(keys: Keys, family: Family) -> StateConfig:
         norm=heads * d_v // groups if family.mixers != "both" or keys.flag("mamba_rms_norm", False) else 0,
         eps=keys.number(family.eps, 0.0, 1.0, default=1e-6),
         norm_first=family.mixers == "both" and keys.flag("mamba_norm_before_gate", True),
-        bias=keys.flag("use_bias" if nemotron else "mamba_proj_bias", False),
+        bias=bias,
+        out_bias=keys.flag("projectors_bias", False) if family.mixers == "both" else bias,
         conv_bias=keys.flag(name("conv_bias"), True),
         skip=True,
         step=_step(keys),
@@ -157,7 +161,7 @@ def _factors(keys: Keys) -> tuple[float, ...]:
     multipliers = keys.numbers("ssm_multipliers", 1e-6, 1e6, 5) if keys.given("ssm_multipliers") else (1.0,) * 5
     into = keys.number("ssm_in_multiplier", 1e-6, 1e6, default=1.0)
     factors = tuple(into * multiplier for multiplier in multipliers)
-    if factors != (1.0,) * 5 and (keys.flag("mamba_proj_bias", False) or keys.flag("projectors_bias", False)):
+    if factors != (1.0,) * 5 and keys.flag("mamba_proj_bias", False):
         raise UnsupportedModelError("mamba_proj_bias is not supported with ssm_multipliers; supported: false")
     return factors
 
