@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ class AttentionCall:
     window: int | None
     soft_cap: float | None
     sinks: torch.Tensor | None
-    mask: Mask | None = field(default=None)
+    mask: Mask | None = None
 
 
 Attend = Callable[[AttentionCall], torch.Tensor]

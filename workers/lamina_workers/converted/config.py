@@ -6,10 +6,9 @@ without weights (`dry_run`).
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -122,9 +121,6 @@ class ConvertedConfig(ModelConfig):
         raise UnsupportedModelError(
             f"rope_scaling of {self.architecture} is what its config.json says: it is converted"
         )
-
-    def fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
 def converted_config(raw: Mapping[str, Any]) -> ConvertedConfig:

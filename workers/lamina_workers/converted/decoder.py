@@ -19,7 +19,6 @@ from lamina_kernels.compile import programs
 from lamina_kernels.dense.dense import Weight
 from lamina_kernels.dense_spans import MAX_ROWS, Behind, Heads, Map, Span, Spans
 from lamina_kernels.states.operands import StateConstants
-from lamina_workers.converted.attention_calls import AttentionCall
 from lamina_workers.converted.config import ConvertedConfig
 from lamina_workers.converted.cuts import Live
 from lamina_workers.converted.fusion import RmsNorm, SplitHeads, apply_linear, part, silu_mul
@@ -263,7 +262,7 @@ class ConvertedDecoder(Decoder):
         finally:
             run.close()
         raise RuntimeError(
-            f"{self.config.architecture} attends more often than in its dry run, again with {_said(call)}"
+            f"{self.config.architecture} attends more often than in its dry run, again with q {list(call.q.shape)}"
         )
 
     def _in_slices(
@@ -279,9 +278,10 @@ class ConvertedDecoder(Decoder):
             values, outputs = unpacked(slices.live(layer), hidden), self._as_called(layer, attended)
         while True:
             if outputs is None:
-                *call, live = _split(values, len(slices.live(layer)))
-                q, k, v = call[0][:3]
-                sinks = call[0][3] if len(call[0]) > 3 else slices.sinks[layer]
+                count = len(values) - len(slices.live(layer))
+                live = values[count:]
+                q, k, v, *own_sinks = values[:count]
+                sinks = own_sinks[0] if own_sinks else slices.sinks[layer]
                 packed = packed_of(slices.live(layer), live, batch.token_ids)
                 outputs = yield from self._attended(layer, q, k, v, sinks, packed)
             else:
@@ -293,7 +293,7 @@ class ConvertedDecoder(Decoder):
 
         def logits(tokens: torch.Tensor) -> torch.Tensor:
             """Past the last attention, of some of the tokens."""
-            if len(tokens) == len(ids[0]) and _in_order(tokens):
+            if torch.equal(tokens, torch.arange(len(ids[0]), device=tokens.device)):
                 values = self._slice(slices, last, tables, live, outputs)
             else:
                 parts = zip(slices.live(last - 1), live, strict=True)
@@ -387,17 +387,5 @@ def unpacked(parts: Sequence[Live], hidden: torch.Tensor) -> list[torch.Tensor]:
     return pieces
 
 
-def _split(found: list[Any], live: int) -> tuple[list[Any], list[Any]]:
-    return found[: len(found) - live], found[len(found) - live :]
-
-
 def _float_rows(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return logits[rows].float()
-
-
-def _in_order(sampled: torch.Tensor) -> bool:
-    return torch.equal(sampled, torch.arange(len(sampled), device=sampled.device))
-
-
-def _said(call: AttentionCall) -> str:
-    return f"q {list(call.q.shape)}"

@@ -6,7 +6,6 @@ kernels or other files is dropped or refused.
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,8 +20,6 @@ from lamina_workers.checkpoints.checkpoint import TensorSource
 from lamina_workers.converted.attention_calls import MASKED, NAME, attend, masked_as
 from lamina_workers.converted.recording import experts
 from lamina_workers.errors import ModelFileError, UnsupportedModelError
-
-logger = logging.getLogger("lamina")
 
 DEADLINE = 50.0
 """Seconds that building, cutting and checking may each take."""

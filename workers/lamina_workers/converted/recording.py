@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -128,7 +128,6 @@ class Recording:
 
     operations: list[Operation]
     logits: Ref
-    least: int = field(default=1)
 
 
 Rope = tuple[Any, Callable[..., Any]] | None

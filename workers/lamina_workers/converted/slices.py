@@ -33,15 +33,6 @@ Key = Ref | Input
 Call = Callable[..., Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One call: `function` gets the values at `args`, and what it gives goes to `result`."""
-
-    function: Call
-    args: Callable[[list[Any]], tuple[Any, ...]]
-    result: int
-
-
 class Slice:
     """What is computed from some values, `inputs`, to others, `outputs`, both by their keys."""
 
@@ -53,12 +44,11 @@ class Slice:
         self._places: dict[Key, int] = {}
         self._sizes: list[tuple[int, Size]] = []
         self._inputs = [self._place(key) for key in inputs]
-        steps = []
+        # Each a function, what takes its arguments out of the values, and the place of its result.
+        self._steps: list[tuple[Call, Callable[[list[Any]], tuple[Any, ...]], int]] = []
         for number in binding.between(inputs, [*outputs, *after]):
-            operation = binding.operations[number]
-            results = self._results(number, operation)
-            steps.append(Step(*self._call(binding, operation), results))
-        self._steps = [(step.function, step.args, step.result) for step in steps]
+            result = self._place(Ref(number))
+            self._steps.append((*self._call(binding, binding.operations[number]), result))
         self._outputs = [self._found(binding, key) for key in outputs]
 
     def __call__(self, tokens: int, inputs: Sequence[Any]) -> list[Any]:
@@ -76,9 +66,6 @@ class Slice:
         self._values.append(value)
         self._places[key] = len(self._values) - 1
         return self._places[key]
-
-    def _results(self, number: int, operation: Operation) -> int:
-        return self._place(Ref(number))
 
     def _found(self, binding: Binding, key: Key) -> tuple[int, int | None]:
         """Where a value is, and which item of it."""
@@ -98,10 +85,9 @@ class Slice:
             raise ValueError("an attention is inside a slice")
         kwargs = mapped(operation.kwargs, binding.constant)
         if any(isinstance(leaf, (Ref, Input, Size)) for leaf in leaves(kwargs)):
-            names, trees = list(kwargs), list(kwargs.values())
-            count = len(operation.args)
-            function = partial(_with_keywords, function, names, count)
-            return function, self._arguments(binding, [*mapped(list(operation.args), binding.constant), *trees])
+            function = partial(_with_keywords, function, list(kwargs), len(operation.args))
+            args = [*mapped(list(operation.args), binding.constant), *kwargs.values()]
+            return function, self._arguments(binding, args)
         if kwargs:
             function = partial(function, **kwargs)
         return function, self._arguments(binding, mapped(list(operation.args), binding.constant))
@@ -207,7 +193,7 @@ class Slices:
         self.sinks = [_tensor(model, arg.name) if isinstance(arg, Weight) else None for arg in args]
         """Of each attention, `[heads]`, where they are weights as they are."""
         self._slices = [self._slice(index) for index in range(1, len(self._attentions) + 1)]
-        first = [*self._keys(0), *self._shared[0]]
+        first = [*self.wanted(0), *self._shared[0]]
         self._first = Slice(self.binding, INPUTS, first, self._before(0))
 
     @property
@@ -226,7 +212,10 @@ class Slices:
 
     def wanted(self, index: int) -> list[Key]:
         """What slice `index` gives: to its attention, then what lives across that; or the logits."""
-        return self._keys(index)
+        if index == len(self._attentions):
+            return [self._logits]
+        args = self.binding.operations[self._attentions[index]].args
+        return [*(arg for arg in args if isinstance(arg, Ref)), *(live.ref for live in self._cuts.live[index])]
 
     def live(self, index: int) -> tuple[Live, ...]:
         """What lives across attention `index`."""
@@ -242,24 +231,14 @@ class Slices:
         """What slices from `index` on share, which `run` takes; for all tokens of a batch, or for some."""
         if index not in self._table_slices:
             self._table_slices[index] = Slice(self.binding, INPUTS, self._shared[index])
-        tables = dict(
-            zip(
-                self._shared[index], self._table_slices[index](token_ids.shape[-1], (token_ids, positions)), strict=True
-            )
-        )
+        values = self._table_slices[index](token_ids.shape[-1], (token_ids, positions))
+        tables = dict(zip(self._shared[index], values, strict=True))
         return [tables.get(key) for key in self._shared[0]]
 
     def run(self, index: int, tables: list[Any], live: Sequence[Any], attended: torch.Tensor) -> list[Any]:
         """Slice `index` > 0. attended: `[1, T, heads, d_v]`. Returns q, k, v and sinks and what lives on, or the
         logits `[1, T, vocab]`."""
         return self._slices[index - 1](attended.shape[1], (*tables, *live, attended))
-
-    def _keys(self, index: int) -> list[Key]:
-        """Of what a slice gives: of its attention, then of what lives across that."""
-        if index == len(self._attentions):
-            return [self._logits]
-        args = self.binding.operations[self._attentions[index]].args
-        return [*(arg for arg in args if isinstance(arg, Ref)), *(live.ref for live in self._cuts.live[index])]
 
     def _before(self, index: int) -> list[Key]:
         """What writes to the memory of what a slice gives to its attention."""
@@ -273,7 +252,7 @@ class Slices:
             *(live.ref for live in self._cuts.live[index - 1]),
             Ref(self._attentions[index - 1]),
         ]
-        return Slice(self.binding, inputs, self._keys(index), self._before(index))
+        return Slice(self.binding, inputs, self.wanted(index), self._before(index))
 
     def _tables(self, index: int) -> list[Key]:
         """What depends on no attention, and is taken by slices from `index` on, behind the first attention."""
@@ -281,7 +260,7 @@ class Slices:
         levels = self._cuts.levels
         for later in range(max(1, index), len(self._attentions) + 1):
             inputs = [*(live.ref for live in self._cuts.live[later - 1]), Ref(self._attentions[later - 1])]
-            outputs = self._keys(later)
+            outputs = self.wanted(later)
             for number in self.binding.between(inputs, [*outputs, *self._before(later)]):
                 if levels[number] >= 0:
                     for key in self.binding.needs(number):
