@@ -10,13 +10,16 @@ import mmap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from lamina_workers.checkpoints.packed_tensors import PackedTensor
 from lamina_workers.checkpoints.safetensors_files import TensorInfo, find_tensors
 from lamina_workers.errors import ModelFileError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _DTYPES = {
     "F64": torch.float64,
@@ -93,7 +96,53 @@ def _renamed(name: str, renamed: Mapping[str, str]) -> str:
     return name
 
 
-class Checkpoint:
+class MappedFiles:
+    """Files, mapped so that tensors can be views of them, until `close`. A context manager. Raises ModelFileError for a
+    file that cannot be mapped."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self._maps: dict[Path, mmap.mmap] = {}
+        for file in files:
+            try:
+                with file.open("rb") as stream:
+                    # Copy on write: torch wants a writable buffer, and no one can write through to the file.
+                    self._maps[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+            except (OSError, ValueError) as error:
+                raise ModelFileError(f"cannot map {file}: {error}") from error
+
+    def _bytes(self, file: Path, offset: int, nbytes: int) -> torch.Tensor:
+        """A view of a file, uint8 `[nbytes]`."""
+        if file not in self._maps:
+            raise ModelFileError(f"{file} is closed")
+        return torch.frombuffer(self._maps[file], dtype=torch.uint8, count=nbytes, offset=offset)
+
+    def _view(self, file: Path, offset: int, nbytes: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+        """A tensor as a view of a file."""
+        data = self._bytes(file, offset, nbytes)
+        if offset % dtype.itemsize:  # the formats do not promise alignment, kernels need it
+            data = data.clone()
+        return data.view(dtype).view(tuple(shape))
+
+    def _give_back(self, file: Path, offset: int, nbytes: int) -> None:
+        """Give back the memory that reading these bytes took. Views stay valid and are read from the file again."""
+        if nbytes and file in self._maps and hasattr(mmap, "MADV_DONTNEED"):
+            begin = offset - offset % mmap.PAGESIZE
+            self._maps[file].madvise(mmap.MADV_DONTNEED, begin, offset + nbytes - begin)
+
+    def close(self) -> None:
+        """Forget the files. Each stays mapped only as long as a tensor that views it lives."""
+        self._maps.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Checkpoint(MappedFiles):
     """The tensors of `model.safetensors`, or of the shards of `model.safetensors.index.json`, in a folder.
 
     Raises ModelFileError where the files are missing, truncated, malformed or refused; every offset is checked
@@ -103,14 +152,7 @@ class Checkpoint:
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder)
         self._tensors = find_tensors(self._folder)
-        self._maps: dict[Path, mmap.mmap] = {}
-        for file in {info.file for info in self._tensors.values()}:
-            try:
-                with file.open("rb") as stream:
-                    # Copy on write: torch wants a writable buffer, and no one can write through to the file.
-                    self._maps[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-            except (OSError, ValueError) as error:
-                raise ModelFileError(f"cannot map {file}: {error}") from error
+        super().__init__({info.file for info in self._tensors.values()})
 
     def names(self) -> tuple[str, ...]:
         """The names of all tensors, in the order of the files."""
@@ -119,15 +161,6 @@ class Checkpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of the tensor `name`, without reading it."""
         return self._info(name).shape
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The dtype of the tensor `name`, without reading it."""
-        return _DTYPES[self._info(name).dtype]
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of all tensors together."""
-        return sum(info.nbytes for info in self._tensors.values())
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor `name` as a view of the file, in its dtype and shape, on the CPU.
@@ -138,34 +171,19 @@ class Checkpoint:
         dtype = _DTYPES[info.dtype]
         if not info.nbytes:
             return torch.empty(info.shape, dtype=dtype)
-        data = torch.frombuffer(self._maps[info.file], dtype=torch.uint8, count=info.nbytes, offset=info.offset)
-        if info.offset % dtype.itemsize:  # the format does not promise alignment, kernels need it
-            data = data.clone()
-        return data.view(dtype).view(info.shape)
+        return self._view(info.file, info.offset, info.nbytes, dtype, info.shape)
 
     def packed(self, name: str) -> PackedTensor | None:
         """None: a safetensors file has floats, or the integers that `quantized_tensors` reads."""
         return None
 
     def release(self, name: str) -> None:
-        """Give back the memory that reading `name` took. Views of it stay valid and are read from the file again."""
         info = self._info(name)
-        if info.nbytes and hasattr(mmap, "MADV_DONTNEED"):
-            begin = info.offset - info.offset % mmap.PAGESIZE
-            self._maps[info.file].madvise(mmap.MADV_DONTNEED, begin, info.offset + info.nbytes - begin)
+        self._give_back(info.file, info.offset, info.nbytes)
 
     def close(self) -> None:
-        """Forget the files. Each stays mapped only as long as a tensor that views it lives."""
-        self._maps.clear()
+        super().close()
         self._tensors.clear()
-
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _info(self, name: str) -> TensorInfo:
         try:

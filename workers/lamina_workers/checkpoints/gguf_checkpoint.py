@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import mmap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 
+from lamina_workers.checkpoints.checkpoint import MappedFiles
 from lamina_workers.checkpoints.packed_tensors import GgmlBlocks, PackedTensor, block_of
 from lamina_workers.errors import ModelFileError
 
@@ -110,8 +109,8 @@ def file_of(folder: Path, record: GgufRecord) -> Path:
     return file
 
 
-class GgufCheckpoint:
-    """The tensors of the GGUF file that a folder's record points to: a `TensorSource`, and a context manager.
+class GgufCheckpoint(MappedFiles):
+    """The tensors of the GGUF file that a folder's record points to: a `TensorSource`.
 
     Raises ModelFileError where the file is not there, or not the one of the record.
     """
@@ -119,12 +118,7 @@ class GgufCheckpoint:
     def __init__(self, folder: str | Path, record: GgufRecord) -> None:
         self._file = file_of(Path(folder), record)
         self._tensors = dict(record.tensors)
-        try:
-            with self._file.open("rb") as stream:
-                # Copy on write, as `Checkpoint`: torch wants a writable buffer.
-                self._map: mmap.mmap | None = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-        except (OSError, ValueError) as error:
-            raise ModelFileError(f"cannot map {self._file}: {error}") from error
+        super().__init__([self._file])
 
     def names(self) -> tuple[str, ...]:
         return tuple(self._tensors)
@@ -132,21 +126,12 @@ class GgufCheckpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entry(name).shape
 
-    @property
-    def nbytes(self) -> int:
-        """The bytes of all tensors in the file."""
-        return sum(entry.nbytes for entry in self._tensors.values())
-
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor `name` in the order and of the values that the model wants: a view of the file where that has
         floats, else float32."""
         entry = self._entry(name)
         if entry.kind in _FLOATS:
-            dtype = _FLOATS[entry.kind]
-            data = self._data(entry)
-            if entry.offset % dtype.itemsize:
-                data = data.clone()
-            values = data.view(dtype).view(entry.shape)
+            values = self._view(self._file, entry.offset, entry.nbytes, _FLOATS[entry.kind], entry.shape)
         else:
             values = self._blocks(entry).floats().view(entry.shape)
         if entry.permuted:
@@ -162,21 +147,7 @@ class GgufCheckpoint:
 
     def release(self, name: str) -> None:
         entry = self._entry(name)
-        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
-            begin = entry.offset - entry.offset % mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_DONTNEED, begin, entry.offset + entry.nbytes - begin)
-
-    def close(self) -> None:
-        """Forget the file. It stays mapped only as long as a tensor that views it lives."""
-        self._map = None
-
-    def __enter__(self) -> GgufCheckpoint:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        self._give_back(self._file, entry.offset, entry.nbytes)
 
     def _entry(self, name: str) -> GgufEntry:
         try:
@@ -184,14 +155,9 @@ class GgufCheckpoint:
         except KeyError:
             raise ModelFileError(f"{self._file} has no tensor {name!r}") from None
 
-    def _data(self, entry: GgufEntry) -> torch.Tensor:
-        if self._map is None:
-            raise ModelFileError(f"{self._file} is closed")
-        return torch.frombuffer(self._map, dtype=torch.uint8, count=entry.nbytes, offset=entry.offset)
-
     def _blocks(self, entry: GgufEntry) -> GgmlBlocks:
-        n_in = entry.shape[-1]
-        return GgmlBlocks(entry.kind, self._data(entry).view(math.prod(entry.shape[:-1]), -1), n_in)
+        data = self._bytes(self._file, entry.offset, entry.nbytes)
+        return GgmlBlocks(entry.kind, data.view(math.prod(entry.shape[:-1]), -1), entry.shape[-1])
 
 
 def unpermuted(entry: GgufEntry) -> torch.Tensor:
