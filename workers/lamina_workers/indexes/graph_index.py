@@ -201,11 +201,9 @@ _WANTED_BY = 4096  # queries among which the best one is searched for a key that
 class GraphSegment:
     """A graph over the keys at [lo, hi). See `key_index.Segment`; `effort` is FAISS's efSearch."""
 
-    def __init__(self, index: Any, links: Links, linked: int, lo: int, d: int, build_seconds: float) -> None:
+    def __init__(self, index: Any, links: Links, lo: int, d: int, build_seconds: float) -> None:
         self._index, self._d = index, d
         self._n = len(links)
-        self.linked = linked
-        """Keys that some sampled query asks for; the others can be reached, but nothing else leads to them."""
         self.lo, self.hi = lo, lo + self._n
         self.build_seconds = build_seconds
         self.nbytes = self._n * (faiss_host.code_bytes(d) + 12) + links.nbytes  # FAISS keeps an offset and a level
@@ -242,13 +240,12 @@ def build_graph(
     indices, scores = faiss_host.nearest(queries, keys, min(listed, len(keys)))
     lists = indices.astype(np.int32)
     links = link(keys, lists, slots, slots - 2)
-    linked = int((links[:, 0] >= 0).sum())
     entry = int(np.bincount(lists[:, 0]).argmax())
     lonely = np.flatnonzero(~reachable(links, entry)).astype(np.int32)
     if len(lonely):
         connect(links, entry, lonely, lists[_wanted_by(keys[lonely], queries, scores)])
     index = faiss_host.graph(keys, links, entry)
-    return GraphSegment(index, links, linked, lo, keys.shape[1], time.perf_counter() - start_time)
+    return GraphSegment(index, links, lo, keys.shape[1], time.perf_counter() - start_time)
 
 
 def _wanted_by(keys: Floats, queries: Floats, scores: Floats) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -80,10 +80,6 @@ class KeyIndex:
     def segments(self) -> tuple[Segment, ...]:
         return self._segments
 
-    @property
-    def nbytes(self) -> int:
-        return sum(segment.nbytes for segment in self._segments)
-
     def add(self, segment: Segment) -> None:
         """Search `segment` too from now on. One thread adds at a time. Raises KVError if it does not begin at `hi`."""
         if segment.lo != self.hi or segment.hi <= segment.lo:
