@@ -68,9 +68,11 @@ class Copy:
         """For each target holder k and v of its rows, as `Fresh` has them; `arrived` answers `sources`, in order."""
         rows: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for (number, _), pieces in self._targets.items():
-            k = _assembled([(arrived[source_number].k, move) for source_number, move in pieces])
-            v = _assembled([(arrived[source_number].v, move) for source_number, move in pieces])
-            rows.setdefault(number, []).append((k, v))
+            k, v = (
+                _put_together([(_by_token(getattr(arrived[source], side), move), move) for source, move in pieces])
+                for side in ("k", "v")
+            )
+            rows.setdefault(number, []).append((k.flatten(0, 1), v.flatten(0, 1)))
         for number, several in rows.items():
             if len(several) == 1:
                 yield number, *several[0]
@@ -78,42 +80,24 @@ class Copy:
                 yield number, torch.cat([k for k, _ in several]), torch.cat([v for _, v in several])
 
 
-def _assembled(pieces: Sequence[tuple[torch.Tensor, Move]]) -> torch.Tensor:
-    """One row's vectors `[tokens * target heads, d]`, of those of parts, `[tokens * source heads, d]` each."""
-    first, move = pieces[0]
-    if len(pieces) == 1 and move.heads == move.source_heads == move.target_heads:
-        return first
-    joined = first.new_empty(move.hi - move.lo, move.target_heads, first.shape[-1])
-    for vectors, move in pieces:
-        by_head = vectors.view(move.hi - move.lo, move.source_heads, vectors.shape[-1])
-        chosen_heads = by_head[:, move.source_first : move.source_first + move.heads]
-        joined[:, move.target_first : move.target_first + move.heads] = chosen_heads
-    return joined.flatten(0, -2)
-
-
 def _put_together(pieces: Sequence[tuple[torch.Tensor, Move]]) -> torch.Tensor:
-    """One row's pages `[layers, target heads * pages, page_bytes]`, of those of parts, with source heads each."""
+    """Of parts, each `[n, source heads * count, size]`, what the target heads get: `[n, target heads * count, size]`.
+    With `xor` several pieces may have the same target heads: then it is the XOR of their bytes."""
     first, move = pieces[0]
     if len(pieces) == 1 and move.heads == move.source_heads == move.target_heads:
         return first
-    if move.xor:
-        return _xored(pieces)
-    layers, count, size = len(first), first.shape[1] // move.source_heads, first.shape[2]
-    joined = first.new_empty(layers, move.target_heads, count, size)
-    for pages, move in pieces:
-        by_head = pages.view(layers, move.source_heads, count, size)
-        chosen_heads = by_head[:, move.source_first : move.source_first + move.heads]
-        joined[:, move.target_first : move.target_first + move.heads] = chosen_heads
-    return joined.view(layers, -1, size)
+    n, count, size = len(first), first.shape[1] // move.source_heads, first.shape[2]
+    joined = (first.new_zeros if move.xor else first.new_empty)(n, move.target_heads, count, size)
+    for part, move in pieces:
+        chosen_heads = part.view(n, move.source_heads, count, size).narrow(1, move.source_first, move.heads)
+        target = joined.narrow(1, move.target_first, move.heads)
+        if move.xor:
+            target.bitwise_xor_(chosen_heads)
+        else:
+            target.copy_(chosen_heads)
+    return joined.flatten(1, 2)
 
 
-def _xored(pieces: Sequence[tuple[torch.Tensor, Move]]) -> torch.Tensor:
-    """As `_put_together`, where several pieces have the same target heads: the XOR of their bytes."""
-    first, move = pieces[0]
-    layers, count, size = len(first), first.shape[1] // move.source_heads, first.shape[2]
-    joined = first.new_zeros(layers, move.target_heads, count, size)
-    for pages, move in pieces:
-        by_head = pages.view(layers, move.source_heads, count, size)
-        chosen_heads = by_head[:, move.source_first : move.source_first + move.heads]
-        joined[:, move.target_first : move.target_first + move.heads].bitwise_xor_(chosen_heads)
-    return joined.view(layers, -1, size)
+def _by_token(vectors: torch.Tensor, move: Move) -> torch.Tensor:
+    """`[tokens * source heads, d]` as `[tokens, source heads, d]`."""
+    return vectors.view(move.hi - move.lo, move.source_heads, vectors.shape[-1])

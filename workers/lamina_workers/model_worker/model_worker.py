@@ -108,34 +108,29 @@ class ModelWorker:
                 send_constants(port, epoch, self._constants)
 
     def join(self, number: int, port: AttentionPort, credentials: Credentials | None = None) -> tuple[Seat, ...]:
-        """There is one holder more. There are no other ranks. Raises HolderLost where it is gone."""
+        """As `Workers` says; there are no other ranks."""
         send_constants(port, self._epoch, self._constants)
         prepared = self._prepared.pop(port, None)
         self._replies[number] = prepared or Replies(port, self._clock)
         return ()
 
     def prepare(self, port: AttentionPort) -> None:
-        """A holder is about to join. Any thread may call."""
         for prepared in list(self._prepared):
             if prepared.closed:  # another rank could not connect to it
                 self._prepared.pop(prepared, None)
         self._prepared[port] = Replies(port, self._clock)
 
     def leave(self, number: int) -> None:
-        """A holder is gone, or not wanted any more: let it go."""
         self._replies.pop(number).port.close()
 
     def begin_after(self, epoch: int) -> None:
-        """The holders know epochs up to this one from the previous engine."""
         self._epoch = max(self._epoch, epoch + 1)
 
     def address(self, number: int) -> str:
-        """Of a holder's process; "" for this one."""
         port = self._replies[number].port
         return port.address if isinstance(port, Transported) else ""
 
     def features(self, number: int) -> frozenset[str]:
-        """Those of `versions` that a holder has."""
         return self._replies[number].port.features
 
     def returned(self, peer: ReturnedPeer) -> Returned:
@@ -148,19 +143,14 @@ class ModelWorker:
         return self._epoch
 
     def next_epoch(self, epoch: int | None = None) -> None:
-        """Whatever is under way is given up: holders drop it, and late replies to it are not heard. `epoch` is the
-        number of the new one, None: the next."""
+        """As `Workers` says. `epoch` is the number of the new one, None: the next."""
         self._epoch = self._epoch + 1 if epoch is None else epoch
         self._sampled.clear()
 
     def announce(
         self, shares: Mapping[int, HolderBatch], computes: bool = True
     ) -> Generator[Waiting, None, tuple[int, dict[int, Announced]]]:
-        """Announce the next batch to the holders concerned, which `computes` its layers. Returns its number, and every
-        reply, refusals included.
-
-        Raises HolderFault where a holder answers with a fault, HolderLost where it is gone.
-        """
+        """As `Workers` says; the batch `computes` its layers."""
         self._batch += 1
         batch = self._batch
         answers: dict[int, Announced] = {}
@@ -169,7 +159,8 @@ class ModelWorker:
         for number, share in shares.items():
             self._replies[number].expect(self._epoch, batch)
             try:
-                self._send(number, Announcement(self._epoch, batch, share.first, share.operations, share.rows))
+                announcement = Announcement(self._epoch, batch, share.first, share.operations, share.rows)
+                self._replies[number].port.send(announcement)
                 recipients.append(number)
             except HolderFault as fault:
                 faults[number] = fault
@@ -197,16 +188,12 @@ class ModelWorker:
         return batch, answers
 
     def announce_now(self, shares: Mapping[int, HolderBatch]) -> tuple[int, dict[int, Announced]]:
-        """As `announce`, waiting for the answers."""
         return result(self.announce(shares))
 
     def execute(
         self, work: BatchWork, batch: int, shares: Mapping[int, HolderBatch], suspends: bool = True
     ) -> Generator[Waiting, None, Sampled]:
-        """Run the batch that every holder has just accepted. Raises HolderFault; then nothing counts as done.
-
-        It is suspended while it waits, where `suspends`: there is something else to go on with.
-        """
+        """As `Workers` says. Where it `suspends`, there is something else to go on with while it waits."""
         logits, scores = yield from self.compute(work, batch, shares, suspends)
         with torch.inference_mode():
             return sample(logits, work.sampling, scores)
@@ -323,25 +310,18 @@ class ModelWorker:
 
     @property
     def times(self) -> Times:
-        """What attention took in the batch that was executed last."""
         return self._merge.times
 
     @property
     def attention_seconds(self) -> float:
-        """How long the thread has computed attention, or waited for it or for holders to accept a batch; the time in
-        which a batch was suspended is not its own."""
+        """As `Workers` says; the time in which a batch was suspended is not its own."""
         return self._watch.seconds
 
     def links(self) -> dict[int, Link]:
-        """The traffic with each holder so far."""
         return {number: replies.link() for number, replies in self._replies.items()}
 
     def lost(self) -> list[int]:
-        """The holders whose ports have closed."""
         return [number for number, replies in self._replies.items() if replies.port.closed]
-
-    def _send(self, number: int, message: Announcement) -> None:
-        self._replies[number].port.send(message)
 
     def _answer(self, number: int, batch: int) -> Generator[Waiting, None, Announced]:
         replies = self._replies[number]

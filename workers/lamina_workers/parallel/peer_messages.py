@@ -17,7 +17,7 @@ from typing import get_args
 
 import torch
 
-from lamina_protocols.channels.channels import Channel
+from lamina_protocols.channels.channels import Channel, Credentials
 from lamina_protocols.channels.control import Features
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.frames.codec import Codec
@@ -327,6 +327,14 @@ Report = (
     Hello | Progress | Ready | Failed | Joined | Answers | Sliced | Chosen | Copied | SeatSurveyed | LeftGroup
     | JoinedGroup | BatchFailed
 )  # fmt: skip
+
+
+def join(
+    number: int, name: str, address: str, credentials: Credentials | None, seat: int = 0, part: int = 1, of: int = 1
+) -> Join:
+    """The command to connect to a seat at an attention worker, which these credentials are shown."""
+    shown = credentials or Credentials()
+    return Join(number, name, address, seat, part, of, shown.ca, shown.cert, shown.key, shown.token)
 
 
 def execute(batch: int, work: BatchWork) -> Execute:

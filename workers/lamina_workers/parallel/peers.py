@@ -111,14 +111,7 @@ class Peer:
 
     def ready(self, batch: int) -> bool:
         """Whether `take` would not wait."""
-        while not self._waiting[batch]:
-            try:
-                if not self._channel.ready():
-                    return False
-                self._receive(0)
-            except RankLost:
-                return True  # and `take` says so
-        return True
+        return self._comes(self._waiting[batch])
 
     def faults(self, batch: int) -> list[peer_messages.BatchFailed]:
         """The failures of an expected batch that it has reported by now."""
@@ -151,14 +144,7 @@ class Peer:
 
     def answered(self) -> bool:
         """Whether `answer` would not wait."""
-        while not self._answers:
-            try:
-                if not self._channel.ready():
-                    return False
-                self._receive(0)
-            except RankLost:
-                return True
-        return True
+        return self._comes(self._answers)
 
     def ask(
         self, command: peer_messages.Command, kind: type[R], timeout: float | None = None
@@ -166,6 +152,17 @@ class Peer:
         """Send a command, and wait for the answer."""
         self.tell(command)
         return self.answer(kind, timeout)
+
+    def _comes(self, reports: deque[peer_messages.Report]) -> bool:
+        """Whether some of these is there, or an error in its place."""
+        while not reports:
+            try:
+                if not self._channel.ready():
+                    return False
+                self._receive(0)
+            except RankLost:
+                return True
+        return True
 
     def _receive(self, timeout: float | None) -> None:
         try:

@@ -146,20 +146,7 @@ class PipelineReplicas:
         concern this holder do without that replica."""
         self._worker.join(number, port)
         if isinstance(port, Transported):
-            credential_set = credentials or Credentials()
-            join = peer_messages.Join(
-                number,
-                port.name,
-                port.address,
-                0,
-                1,
-                1,
-                credential_set.ca,
-                credential_set.cert,
-                credential_set.key,
-                credential_set.token,
-            )
-            self._joins[number] = join
+            self._joins[number] = join = peer_messages.join(number, port.name, port.address, credentials)
             for replica in self._replicas.values():
                 self._connect(replica, join)
         return ()

@@ -201,19 +201,9 @@ class TensorParallelWorkers:
         self._require_all()
         if not isinstance(port, Transported):
             raise HolderLost(f"{port.name} is no attention worker that other ranks could reach")
-        credential_set = credentials or Credentials()
         joins = [
-            peer_messages.Join(
-                number + rank,
-                port.name,
-                port.address,
-                rank,
-                self._heads[rank],
-                sum(self._heads),
-                credential_set.ca,
-                credential_set.cert,
-                credential_set.key,
-                credential_set.token,
+            peer_messages.join(
+                number + rank, port.name, port.address, credentials, rank, self._heads[rank], sum(self._heads)
             )
             for rank in self._peers
         ]
