@@ -18,28 +18,11 @@ from lamina_kernels.paged.pages import (
     check_append,
     check_range,
     check_slots,
-    copy,
     gather,
     quantise,
 )
 from lamina_kernels.paged.rows import Rows, Table, check_attend, check_rows
 from lamina_kernels.partial import Partial, empty, merge
-
-__all__ = [
-    "Plan",
-    "append",
-    "attend",
-    "attend_lists",
-    "copy",
-    "gather",
-    "grown",
-    "layout",
-    "merge_into",
-    "plan",
-    "plan_append",
-    "plan_lists",
-    "prepare",
-]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +45,7 @@ class Plan:
 
 
 def layout(page_size: int, d_k: int, d_v: int, dtype: torch.dtype, latent: bool = False) -> PageLayout:
-    """How these kernels lay out a page. They read any order."""
+    """They read any order."""
     return PageLayout(page_size, d_k, d_v, dtype, Order.TOKENS, latent)
 
 
@@ -152,7 +135,6 @@ def _read(pages: Pages, entries: Table, slots: torch.Tensor, listed: bool) -> tu
 
 
 def merge_into(into: Partial, past: Partial, index: torch.Tensor | None) -> None:
-    """Merge `past` into the vectors `index` of `into`, in place: `merge` in float32, rounded once."""
     total, n, _ = check_merge(into, past, index)
     if not n:
         return
@@ -165,7 +147,6 @@ def merge_into(into: Partial, past: Partial, index: torch.Tensor | None) -> None
 
 
 def plan_lists(pages: Pages, items: int, group: int, threads: int = 1) -> ListPlan:
-    """Room for so many lists of pages, each with a query of `group` heads."""
     return ListPlan(pages, items, group, threads)
 
 

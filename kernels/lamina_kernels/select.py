@@ -97,12 +97,6 @@ class Kernels(Protocol):
         """Store k `[n, d_k]` and v `[n, d_v]`, rounded to the pages' dtype, at the slots of `layer`. Of latents v is
         `[n, 0]`."""
 
-    def gather(self, pages: Pages, table: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pages as dense k and v."""
-
-    def copy(self, pages: Pages, src: torch.Tensor, dst: torch.Tensor) -> None:
-        """Copy whole pages."""
-
     def merge_into(self, into: Partial, past: Partial, index: torch.Tensor | None) -> None:
         """Merge `past` into `into`, in place: its vector i into vector `index[i]`, or into vector i without an index.
 

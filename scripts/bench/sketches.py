@@ -30,6 +30,8 @@ from lamina_kernels.attention.merge import merge_into
 from lamina_kernels.paged.pages import PageLayout, Pages
 from lamina_kernels.paged.rows import Rows
 from lamina_kernels.sketches import sketches
+from lamina_kernels.sketches.items import Items
+from lamina_kernels.sketches.layout import Sketches
 from lamina_workers.policies.retrieval import Retrieval
 
 SHAPES = ("12x1024", "3x4096", "48x300", "1x32768")
@@ -47,7 +49,7 @@ DEFAULTS = Retrieval()
 Call = Callable[[int], object]
 
 
-def filled(layout: PageLayout, n: int) -> tuple[Pages, sketches.Sketches]:
+def filled(layout: PageLayout, n: int) -> tuple[Pages, Sketches]:
     """n pages with their sketches."""
     block = Pages.allocate(layout, BLOCK)
     tokens = BLOCK * layout.page_size
@@ -55,9 +57,9 @@ def filled(layout: PageLayout, n: int) -> tuple[Pages, sketches.Sketches]:
     slots = torch.arange(tokens).unsqueeze(0)
     append = cpu_decode.plan_append(block, slots)
     cpu_decode.append(block, append, 0, k.view(tokens, -1), torch.randn(tokens, layout.d_v))
-    summary = sketches.Sketches.allocate(layout, BLOCK)
+    summary = Sketches.allocate(layout, BLOCK)
     sketches.seal(block, summary, torch.arange(BLOCK))
-    pages, every = Pages.allocate(layout, n), sketches.Sketches.allocate(layout, n)
+    pages, every = Pages.allocate(layout, n), Sketches.allocate(layout, n)
     for first in range(0, n, BLOCK):
         count = min(BLOCK, n - first)
         pages.arena[first : first + count] = block.arena[:count]
@@ -78,7 +80,7 @@ def calls(variant: str, items: int, entries: int, layers: int, threads: int) -> 
     exact = cpu_decode.plan(pages, rows, threads)
     own = ones * entries
     numbers = (own, ones * 2, own - 4, own)
-    asked = sketches.Items([table[:, 0] for table in tables], *numbers)
+    asked = Items([table[:, 0] for table in tables], *numbers)
     plan = sketches.plan_scan(every, asked, group, threads)
     lists = cpu_decode.plan_lists(pages, items, group, threads)
     limits = {"missed": DEFAULTS.missed, "coarse": DEFAULTS.coarse}

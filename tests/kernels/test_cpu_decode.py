@@ -32,7 +32,7 @@ from paged_attention import (
 from lamina_kernels import reference
 from lamina_kernels.attention import decode as cpu_decode
 from lamina_kernels.compile import launch
-from lamina_kernels.paged.pages import FLOATS, Order, PageLayout, Pages
+from lamina_kernels.paged.pages import FLOATS, Order, PageLayout, Pages, gather
 from lamina_kernels.paged.rows import EVERYTHING
 from lamina_kernels.partial import merge
 from lamina_kernels.select import Kernels
@@ -194,7 +194,7 @@ def test_huge_logits(kernels: Kernels, dtype: torch.dtype, order: Order) -> None
 def test_a_single_key_gives_its_value(kernels: Kernels, dtype: torch.dtype, order: Order) -> None:
     world = build(kernels, PageLayout(16, 64, 80, dtype, order), [Row(0, 1, 0, 1)], kv_heads=1)
     page = torch.from_numpy(world.rows.tables[0][1, 0])
-    _, stored = kernels.gather(world.pages, page, 1)
+    _, stored = gather(world.pages, page, 1)
     out = attend(kernels, world).out
     if dtype in FLOATS:
         assert torch.equal(out, stored.float().expand(3, -1))

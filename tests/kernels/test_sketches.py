@@ -19,7 +19,8 @@ from lamina_kernels.paged.pages import FLOATS, Order, PageLayout, Pages, gather
 from lamina_kernels.partial import Partial, merge
 from lamina_kernels.sketches import reference as sketch_reference
 from lamina_kernels.sketches import sketches
-from lamina_kernels.sketches.sketches import Choice, Items, Sketches
+from lamina_kernels.sketches.items import MISSED, Choice, Items
+from lamina_kernels.sketches.layout import Sketches
 
 PATHS = [
     str(Path(__file__).parent),
@@ -80,7 +81,10 @@ def amount(
 ) -> tuple[int, int]:
     """How many entries are read, at least and at most, where so much may be left. Pages of alike scores are not told
     apart, and those whose score is next to nothing may be read or not."""
-    wanted = sketch_reference.choose(masses, sinks, recent, held, missed, coarse)
+    entry = torch.arange(held)
+    mobile = (entry >= sinks) & (entry < recent) & (entry < masses.shape[1])
+    padded = torch.nn.functional.pad(masses, (0, held - masses.shape[1]), value=-torch.inf)
+    wanted = entry[~sketch_reference.leaving(padded[None], mobile[None], missed, coarse)[0]]
     every, score = torch.arange(masses.shape[1]), torch.softmax(masses, -1).amax(0)
     free = every[~torch.isin(every, kept)]
     lowest = min(score[wanted[torch.isin(wanted, free)]].tolist(), default=1.0)
@@ -128,7 +132,8 @@ def check_choice(
             means, codes = others.clone(), torch.zeros_like(others)
             coarse_ones = others.nonzero().flatten()[order[len(order) - int(choice.coarse_counts[i]) :]]
             means[coarse_ones], codes[coarse_ones] = False, True
-            tail = sketch_reference.blend(world.sketches, table, logits * world.scale, means, codes)
+            of_items = (x[None] for x in (table, logits * world.scale, means, codes))
+            tail = sketch_reference.blended(world.sketches, *of_items)
             lse = torch.logsumexp(masses[:, others].double(), -1)
             torch.testing.assert_close(choice.tail.lse[own].double(), lse, rtol=1e-4, atol=1e-3)
             spread = sketch_reference.values(world.sketches, table[others]).std() + tail.out.abs().mean()
@@ -261,7 +266,7 @@ def test_masses_are_those_of_the_reference(
             error = (masses_of(choice, items, i) - masses_of(exact, items, i)).abs()
             assert error.max().item() < NOISE if error.numel() else items.sealed[i] == 0
         if soft_cap is None:
-            check_choice(world, choice, items, 1, q, sketches.MISSED, 0.2)
+            check_choice(world, choice, items, 1, q, MISSED, 0.2)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -276,7 +281,7 @@ def test_queries_of_any_float_dtype_and_a_thousand_entries(dtype: torch.dtype) -
         assert torch.equal(masses_of(choice, items, i), masses_of(again, items, i))
     assert torch.equal(choice.counts, again.counts)
     assert torch.equal(choice.tail.out, again.tail.out)
-    check_choice(world, choice, items, 1, q, sketches.MISSED, 0.1)
+    check_choice(world, choice, items, 1, q, MISSED, 0.1)
     assert (choice.coarse_counts > 0).all()
     assert (choice.counts < items.sealed.max()).all()
 
@@ -370,7 +375,7 @@ def test_a_plan_serves_every_layer_that_has_its_pages(small: World) -> None:
     q = torch.randn(2, 16)
     for layer in (2, 1, 2):
         choice = sketches.scan(small.sketches, plan, layer, q, small.scale)
-        check_choice(small, choice, items, layer, q, sketches.MISSED)
+        check_choice(small, choice, items, layer, q, MISSED)
     with pytest.raises(ValueError, match="layer 0 lacks a page"):
         sketches.scan(small.sketches, plan, 0, q, small.scale)
 
@@ -446,13 +451,13 @@ def test_wrong_arguments_are_refused(small: World) -> None:
 ONE_SCAN = """
 import sys
 sys.path[:0] = {paths!r}
-from test_sketches import BF16, I8, check_choice, make_world, some_items, masses_of
+from test_sketches import BF16, I8, MISSED, Sketches, check_choice, make_world, some_items, masses_of
 import torch
 from lamina_kernels.sketches import reference as sketch_reference
 from lamina_kernels.sketches import sketches
 for dtype, page_size in ((BF16, 32), (I8, 16)):
     world, items = make_world(page_size, 48, 32, dtype), some_items(40, (50, 7))
-    again = sketches.Sketches.allocate(world.pages.layout, 40)
+    again = Sketches.allocate(world.pages.layout, 40)
     sketch_reference.seal(world.pages, again, torch.arange(40))
     if not torch.equal(sketch_reference.unpacked(again), sketch_reference.unpacked(world.sketches)):
         sys.exit("codes differ")
@@ -464,7 +469,7 @@ for dtype, page_size in ((BF16, 32), (I8, 16)):
     for i in range(2):
         if not (masses_of(choice, items, i) - masses_of(exact, items, i)).abs().max() < 0.15:
             sys.exit("masses differ")
-    check_choice(world, choice, items, 1, q, sketches.MISSED, 0.3)
+    check_choice(world, choice, items, 1, q, MISSED, 0.3)
 """
 
 

@@ -1,5 +1,8 @@
 """Attention over pages on CPUs: lists of pages, compiled loops, shares of work, merges.
 
+Indexes that a model was trained with
+-------------------------------------
+
 MiniMax-M3, DeepSeek V3.2 and GLM-5 were trained to read few keys: an index chooses them, prompts' too. `Index` in
 `protocols/lamina_protocols/messages/layers.py` is the whole rule: index keys, index queries, blocks of keys, how many
 of them. MiniMax-M3 takes 16 blocks of 128 keys for each KV head, DeepSeek 2,048 single keys for all heads.

@@ -23,7 +23,8 @@ import torch
 from numba import from_dtype, int32, int64
 
 from lamina_kernels.attention.loops import ARGUMENTS, SCRATCH, attend_kernel
-from lamina_kernels.attention.merge import merge_into, merge_kernel
+from lamina_kernels.attention.merge import merge_into as merge_into  # one of the kernels
+from lamina_kernels.attention.merge import merge_kernel
 from lamina_kernels.attention.microkernels import BLOCK, ROW, TILE, WORTH
 from lamina_kernels.attention.moves import APPEND, CODES, append_kernel
 from lamina_kernels.attention.strips import STRIPS
@@ -39,99 +40,16 @@ from lamina_kernels.paged.pages import (
     check_append,
     check_order,
     check_slots,
-    copy,
-    gather,
 )
 from lamina_kernels.paged.rows import EVERYTHING, Ints, Rows, Table, check_attend, check_rows
 from lamina_kernels.paged.schedule import FIXED, MAX_ROWS, MIN_KEYS, PIECE, READ, Pieces, block_tokens, cut, deal
 from lamina_kernels.partial import Partial
 
-_CUT = 32  # tokens
-
-
-def deal_lists(pieces: Pieces, starts: Ints, lists: Table, lengths: Ints, group: int, size: int, n_pages: int) -> int:
-    """Fill in pieces `[items + shares]` and starts `[shares + 1]` as `schedule.deal` does. Returns the first list that
-    names a page outside [0, n_pages), -1 where none does."""
-    bad: int = deal_lists_kernel()(pieces, starts, lists, lengths, group, size, n_pages, lists.ctypes.data)
-    return bad
-
-
-@cache
-def deal_lists_kernel() -> Any:
-    """The compiled loop."""
-    record = from_dtype(PIECE)
-    signature = int64(record[::1], int64[::1], int32[:, ::1], int64[::1], int64, int64, int64, int64)
-    return numba.njit(signature, cache=True)(_deal)
-
-
-def _deal(pieces: Any, starts: Any, lists: Any, lengths: Any, group: int, size: int, n_pages: int, address: int) -> int:
-    items, entries = lists.shape
-    shares = len(starts) - 1
-    rate, total = group + READ, 0
-    for i in range(items):
-        for e in range((lengths[i] + size - 1) // size):
-            if lists[i, e] < 0 or lists[i, e] >= n_pages:
-                return i
-        total += (lengths[i] + FIXED) * rate
-    n, share, done, partials = 0, 0, 0, 0
-    starts[0] = 0
-    for i in range(items):
-        lo, hi, first = 0, lengths[i], n
-        while True:
-            piece = pieces[n]
-            piece.q, piece.stride, piece.group, piece.rows = i * group, group, group, group
-            piece.position, piece.lo, piece.hi, piece.window = hi, lo, hi, EVERYTHING
-            piece.table, piece.layer_stride, piece.listed = address + i * entries * 4, 0, 0
-            piece.bias, piece.bias_stride, piece.output, piece.parts, piece.partial = 0, 0, i, 1, -1
-            n += 1
-            edge = total * (share + 1) // shares
-            if share + 1 >= shares or done + (hi - lo + FIXED) * rate <= edge:
-                done += (hi - lo + FIXED) * rate
-                break
-            key = lo + (edge - done) // rate // _CUT * _CUT
-            share += 1
-            if hi - key < MIN_KEYS:  # this share takes it whole
-                done += (hi - lo + FIXED) * rate
-                starts[share] = n
-                break
-            if key - lo < MIN_KEYS:  # the next share takes it whole
-                n -= 1
-                starts[share] = n
-                continue
-            piece.hi = key
-            done += (key - lo) * rate
-            starts[share] = n
-            lo = key
-        if n - first > 1:
-            pieces[first].parts = n - first
-            for number in range(first, n):
-                pieces[number].partial = partials
-                partials += group
-    while share < shares:
-        share += 1
-        starts[share] = n
-    return -1
-
-
-__all__ = [
-    "append",
-    "attend",
-    "attend_lists",
-    "copy",
-    "gather",
-    "grown",
-    "layout",
-    "merge_into",
-    "plan",
-    "plan_append",
-    "plan_lists",
-    "prepare",
-]
-
 APPEND_SHARE = 256  # vectors that are worth a thread
 DEAL_EVERY = 16  # tokens, or for long rows this part of them: so many keys of each head may be in a share too many
 DEAL_PART = 128
 KEPT_PLANS = 32
+_CUT = 32  # tokens: a list is cut at multiples of it
 _NONE_MOVED: Mapping[int, Table] = {}
 
 _Arguments, _AppendArguments = block_type(ARGUMENTS), block_type(APPEND)
@@ -441,3 +359,67 @@ def append(pages: Pages, plan: CompiledAppend, layer: int, k: torch.Tensor, v: t
     a.taken = a.finished = 0
     a.slots, a.k, a.v = plan.slots.data_ptr() + layer * plan.slots.shape[1] * 8, k.data_ptr(), v.data_ptr()
     launch(append_kernel(), ctypes.addressof(a), plan.threads)
+
+
+def deal_lists(pieces: Pieces, starts: Ints, lists: Table, lengths: Ints, group: int, size: int, n_pages: int) -> int:
+    """Fill in pieces `[items + shares]` and starts `[shares + 1]` as `schedule.deal` does. Returns the first list that
+    names a page outside [0, n_pages), -1 where none does."""
+    bad: int = deal_lists_kernel()(pieces, starts, lists, lengths, group, size, n_pages, lists.ctypes.data)
+    return bad
+
+
+@cache
+def deal_lists_kernel() -> Any:
+    """The compiled loop."""
+    record = from_dtype(PIECE)
+    signature = int64(record[::1], int64[::1], int32[:, ::1], int64[::1], int64, int64, int64, int64)
+    return numba.njit(signature, cache=True)(_deal)
+
+
+def _deal(pieces: Any, starts: Any, lists: Any, lengths: Any, group: int, size: int, n_pages: int, address: int) -> int:
+    items, entries = lists.shape
+    shares = len(starts) - 1
+    rate, total = group + READ, 0
+    for i in range(items):
+        for e in range((lengths[i] + size - 1) // size):
+            if lists[i, e] < 0 or lists[i, e] >= n_pages:
+                return i
+        total += (lengths[i] + FIXED) * rate
+    n, share, done, partials = 0, 0, 0, 0
+    starts[0] = 0
+    for i in range(items):
+        lo, hi, first = 0, lengths[i], n
+        while True:
+            piece = pieces[n]
+            piece.q, piece.stride, piece.group, piece.rows = i * group, group, group, group
+            piece.position, piece.lo, piece.hi, piece.window = hi, lo, hi, EVERYTHING
+            piece.table, piece.layer_stride, piece.listed = address + i * entries * 4, 0, 0
+            piece.bias, piece.bias_stride, piece.output, piece.parts, piece.partial = 0, 0, i, 1, -1
+            n += 1
+            edge = total * (share + 1) // shares
+            if share + 1 >= shares or done + (hi - lo + FIXED) * rate <= edge:
+                done += (hi - lo + FIXED) * rate
+                break
+            key = lo + (edge - done) // rate // _CUT * _CUT
+            share += 1
+            if hi - key < MIN_KEYS:  # this share takes it whole
+                done += (hi - lo + FIXED) * rate
+                starts[share] = n
+                break
+            if key - lo < MIN_KEYS:  # the next share takes it whole
+                n -= 1
+                starts[share] = n
+                continue
+            piece.hi = key
+            done += (key - lo) * rate
+            starts[share] = n
+            lo = key
+        if n - first > 1:
+            pieces[first].parts = n - first
+            for number in range(first, n):
+                pieces[number].partial = partials
+                partials += group
+    while share < shares:
+        share += 1
+        starts[share] = n
+    return -1

@@ -18,30 +18,18 @@ import numpy.typing as npt
 import torch
 import triton
 
-from lamina_kernels.gpu.kv_append import append, describe, plan_append
-from lamina_kernels.gpu.merge_partials import OUTPUT, merge_into, merge_outputs
+from lamina_kernels.gpu.kv_append import append as append
+from lamina_kernels.gpu.kv_append import describe
+from lamina_kernels.gpu.kv_append import plan_append as plan_append
+from lamina_kernels.gpu.merge_partials import OUTPUT, merge_outputs
+from lamina_kernels.gpu.merge_partials import merge_into as merge_into
 from lamina_kernels.gpu.split_kv import lean_kernel, records, split, split_kernel
 from lamina_kernels.gpu.tuning import FEW_ROWS, dot_type, launch, padded, programs, tuning_for
 from lamina_kernels.paged.page_lists import ListPlan, through_rows
-from lamina_kernels.paged.pages import Order, PageLayout, Pages, check_order, copy, gather
+from lamina_kernels.paged.pages import Order, PageLayout, Pages, check_order
 from lamina_kernels.paged.rows import Rows, check_attend, check_rows
 from lamina_kernels.paged.schedule import Pieces, cut, deal
 from lamina_kernels.partial import Partial
-
-__all__ = [
-    "append",
-    "attend",
-    "attend_lists",
-    "copy",
-    "gather",
-    "grown",
-    "layout",
-    "merge_into",
-    "plan",
-    "plan_append",
-    "plan_lists",
-    "prepare",
-]
 
 EVEN = 0.75  # pieces whose mean length is below this share of the longest are ragged: an estimate, unmeasured
 

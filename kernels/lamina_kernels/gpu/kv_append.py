@@ -21,7 +21,6 @@ _KINDS = {torch.int8: (INT8, torch.int8), torch.float8_e4m3fn: (E4M3, torch.uint
 
 
 def plan_append(pages: Pages, slots: torch.Tensor) -> AppendPlan:
-    """Check slots, int64 `[layers, n]` (page * page_size + offset for each vector), once for all layers."""
     check_order(pages, Order.TOKENS)
     check_slots(pages, slots)
     return AppendPlan(pages, slots.contiguous().to(pages.arena.device))

@@ -255,25 +255,6 @@ def powers(context: Any, logs: Any, vectors: Any, shift: Any, out: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def multiply(context: Any, numbers: Any, vectors: Any, factor: Any) -> Any:
-    """x <- factor * x over 16 * vectors floats."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        e = Emitter(builder)
-        numbers, factor = e.pointer(args[0]), e.splat(args[2])
-
-        def step(i: Value) -> list[Value]:
-            place = e.at(numbers, builder.shl(i, I64(6)))
-            e.store(builder.fmul(e.load(place, VF), factor), place)
-            return []
-
-        e.loop(args[1], [], step)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.float32), emit
-
-
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
 def normalise(context: Any, numbers: Any, vectors: Any, factor: Any, scores: Any) -> Any:
     """x <- factor * x over 16 * vectors floats, and score <- the larger of it and that, or that if it is NaN."""
 

@@ -35,7 +35,7 @@ class ScanPlan:
 
 
 def seal(pages: Pages, sketches: Sketches, page_ids: torch.Tensor) -> None:
-    """Make the sketches of full pages, from what they hold; page_ids int64 `[n]`, each once."""
+    """As `sketches.seal`."""
     check_sealed(pages, sketches, page_ids)
     layout, (size, d_k, d_v) = sketches.layout, _shape(sketches)
     for batch in page_ids.to(pages.arena.device).split(max(1, _AT_ONCE // (size * (d_k + d_v)))):
@@ -152,7 +152,7 @@ def scan(
     missed: float = MISSED,
     coarse: float = 0.0,
 ) -> Choice:
-    """As the kernel, by `choose` and `blend`. `log_mass` and `tail` lie where the sketches do, the rest on the CPU."""
+    """As the kernel, by `leaving` and `blended`. `log_mass` and `tail` lie where sketches do, the rest on the CPU."""
     check_scan(plan, sketches, layer, q, scale, soft_cap, missed, coarse)
     tables, n = plan.tables[layer], len(plan.items)
     logits = _logits(sketches, tables, q.float().view(n, plan.group, -1), scale)
@@ -163,7 +163,7 @@ def scan(
     tail_mask = leaving(log_mass, free, missed, coarse)
     means = leaving(log_mass, free, missed, 0.0) & tail_mask
     codes = tail_mask & ~means
-    tail = _blended(sketches, tables, logits, means, codes)
+    tail = blended(sketches, tables, logits, means, codes)
     shares = torch.softmax(log_mass, -1)
     sums = torch.stack([shares.masked_fill(~mask[:, None], 0).sum(-1).flatten() for mask in (means, codes)]).cpu()
     coarse_counts, chosen = codes.sum(-1).cpu(), (plan.held & ~tail_mask).cpu().numpy()
@@ -189,18 +189,6 @@ def _logits(sketches: Sketches, tables: torch.Tensor, q: torch.Tensor, scale: fl
     return torch.cat(parts, 2)
 
 
-def choose(
-    log_mass: torch.Tensor, sinks: int, recent: int, held: int, missed: float, coarse: float = 0.0
-) -> torch.Tensor:
-    """Which of `held` entries are chosen, int64, ascending: of the first ones log_mass `[group, sealed]` is known.
-    Always [0, sinks), [recent, held), and those without a mass; the others unless they are `leaving`."""
-    _, sealed = log_mass.shape
-    entry = torch.arange(held)
-    free = (entry >= sinks) & (entry < recent) & (entry < sealed)
-    padded = torch.nn.functional.pad(log_mass, (0, held - sealed), value=-torch.inf)
-    return entry[~leaving(padded[None], free[None], missed, coarse)[0]]
-
-
 def leaving(log_mass: torch.Tensor, free: torch.Tensor, missed: float, coarse: float) -> torch.Tensor:
     """Which of the `free` entries, bool `[items, entries]`, are not read exactly: bool `[items, entries]`, by
     log_mass `[items, group, entries]`.
@@ -217,18 +205,11 @@ def leaving(log_mass: torch.Tensor, free: torch.Tensor, missed: float, coarse: f
     return torch.zeros_like(free).scatter(1, order, fits) & free
 
 
-def blend(
-    sketches: Sketches, table: torch.Tensor, logits: torch.Tensor, means: torch.Tensor, codes: torch.Tensor
-) -> Partial:
-    """What pages stand for, those of `means` by the means of their values, those of `codes`, bool `[n]`, by their
-    values in 4 bits: table int64 `[n]`, logits `[group, n, page_size]`."""
-    return _blended(sketches, table[None], logits[None], means[None], codes[None])
-
-
-def _blended(
+def blended(
     sketches: Sketches, tables: torch.Tensor, logits: torch.Tensor, means: torch.Tensor, codes: torch.Tensor
 ) -> Partial:
-    """`blend` of all items: each argument has them in front, the partial `[items * group]`."""
+    """What pages stand for, `[items * group]`: those of `means` by the means of their values, those of `codes`, bool
+    `[items, n]`, by their values in 4 bits. tables: int64 `[items, n]`; logits: `[items, group, n, page_size]`."""
     n, group, _, size = logits.shape
     mask = (means | codes)[:, None, :, None]
     of_tokens = logits.masked_fill(~mask, -torch.inf)

@@ -26,7 +26,7 @@ from lamina_kernels.sketches import reference
 from lamina_kernels.sketches.blend_loops import blend_kernel
 from lamina_kernels.sketches.choice_micro import AHEAD
 from lamina_kernels.sketches.items import MISSED, Choice, Items, check_items, check_scan
-from lamina_kernels.sketches.layout import LEVELS, Sketches, SketchLayout, check_sealed
+from lamina_kernels.sketches.layout import Sketches, SketchLayout, check_sealed
 from lamina_kernels.sketches.loops import (
     BETWEEN,
     ITEM,
@@ -40,20 +40,6 @@ from lamina_kernels.sketches.loops import (
     seal_kernel,
 )
 from lamina_kernels.sketches.micro import HEADS
-
-__all__ = [
-    "LEVELS",
-    "MISSED",
-    "Choice",
-    "Items",
-    "ScanPlan",
-    "SketchLayout",
-    "Sketches",
-    "plan_scan",
-    "prepare",
-    "scan",
-    "seal",
-]
 
 SEAL_SHARE = 4  # pages that are worth a thread
 TASKS = 12  # of a thread, so that all end at about the same time

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina_kernels.paged.pages import Pages
+from lamina_kernels.paged.pages import Pages, copy
 from lamina_kernels.partial import Partial
 from lamina_protocols.messages.layers import HolderConfig, LayerSpec
 from lamina_protocols.messages.messages import Close, Fork, Open, Operation, Row, Usage
@@ -64,7 +64,7 @@ class Rig:
         self.reader.absorb(reservation.absorbed)
         if reservation.copies_from.size:
             pairs = (reservation.copies_from, reservation.copies_to)
-            self.kernels.copy(self.pages, *(torch.from_numpy(x.astype(np.int64)) for x in pairs))
+            copy(self.pages, *(torch.from_numpy(x.astype(np.int64)) for x in pairs))
         sealed = self.reader.sealed(rows)
         for row in rows:
             self._append(row)

@@ -12,7 +12,7 @@ import torch
 
 from lamina_kernels.paged.pages import DTYPES, Order, PageLayout
 from lamina_kernels.select import Kernels, kernels
-from lamina_kernels.sketches.sketches import SketchLayout
+from lamina_kernels.sketches.layout import SketchLayout
 from lamina_kernels.states.layout import StateLayout
 from lamina_protocols.messages.layers import ATTENTION, LATENT, STATES, HolderConfig
 from lamina_protocols.messages.pools import pools

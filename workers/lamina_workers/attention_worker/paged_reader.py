@@ -21,6 +21,7 @@ from lamina_kernels.paged.rows import Ints, Rows
 from lamina_kernels.partial import Partial, empty
 from lamina_kernels.select import Kernels
 from lamina_kernels.sketches import sketches
+from lamina_kernels.sketches.layout import Sketches
 from lamina_protocols.messages.layers import HolderConfig, LayerSpec
 from lamina_protocols.messages.messages import Fork, Open, Row, Usage
 from lamina_workers.attention_worker.adaptive import AdaptiveAttention, Cell, CellGroup, Tallies, Touch
@@ -227,9 +228,9 @@ class PagedReader:
             self._index = IndexAttention(pages, kernels, store, index, config.layers[0].group, threads)
             self.tallies = self._index.tallies
         self._adaptive: AdaptiveAttention | None = None
-        self._sketches: sketches.Sketches | None = None
+        self._sketches: Sketches | None = None
         if policies.sketched:
-            self._sketches = sketches.Sketches.allocate(layout, pages.n_pages, pages.arena.device)
+            self._sketches = Sketches.allocate(layout, pages.n_pages, pages.arena.device)
             for _ in sketches.prepare(layout):
                 pass
             holding = Holding(self._sketches, layout.page_size, threads, pages, self._samples, self._keys)

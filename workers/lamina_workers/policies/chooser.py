@@ -16,7 +16,7 @@ import torch
 
 from lamina_kernels.paged.pages import Pages
 from lamina_kernels.partial import Partial
-from lamina_kernels.sketches.sketches import Sketches
+from lamina_kernels.sketches.layout import Sketches
 from lamina_protocols.messages.layers import LayerSpec
 from lamina_workers.policies.policy import Policy
 from lamina_workers.policies.query_samples import QuerySamples
@@ -146,8 +146,13 @@ class Adaptive(Policy):
 
 def everything(items: Items, layer: int) -> Choice:
     """All pages of a layer: nothing is missed."""
-    counts = np.array([table.shape[1] for table in items.tables], np.int64)
-    pages = np.zeros((len(items), int(counts.max(initial=0))), np.int32)
-    for row, table in zip(pages, items.tables, strict=True):
-        row[: table.shape[1]] = table[layer]
-    return Choice(pages, counts, np.zeros(len(items) * items.group, np.float32))
+    return Choice(*lists([table[layer] for table in items.tables]), np.zeros(len(items) * items.group, np.float32))
+
+
+def lists(pages: Sequence[Int32]) -> tuple[Int32, npt.NDArray[np.int64]]:
+    """The pages of items, int32 `[n]` each, as a `Choice` has them: int32 `[items, most]`, and the count of each."""
+    counts = np.array([len(of_item) for of_item in pages], np.int64)
+    together = np.zeros((len(pages), int(counts.max(initial=0))), np.int32)
+    for row, of_item in zip(together, pages, strict=True):
+        row[: len(of_item)] = of_item
+    return together, counts

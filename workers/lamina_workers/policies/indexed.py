@@ -12,7 +12,6 @@ because its build failed.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,10 +25,11 @@ import torch
 from lamina_kernels.paged.rows import Ints
 from lamina_kernels.partial import Partial
 from lamina_kernels.sketches import sketches
+from lamina_kernels.sketches.items import Items as SketchItems
 from lamina_protocols.messages.layers import LayerSpec
 from lamina_workers.indexes import faiss_host
 from lamina_workers.indexes.key_index import Found, KeyIndex
-from lamina_workers.policies.chooser import Choice, Chooser, Float32, Holding, Int32, Items, Shown, everything
+from lamina_workers.policies.chooser import Choice, Chooser, Float32, Holding, Int32, Items, Shown, everything, lists
 from lamina_workers.policies.index_builds import (
     LONGEST_PAUSE,
     PAUSE,
@@ -40,9 +40,7 @@ from lamina_workers.policies.index_builds import (
     IndexBuilds,
     Stretch,
 )
-from lamina_workers.policies.page_budget import Bounds, bounds, lists
-
-log = logging.getLogger(__name__)
+from lamina_workers.policies.page_budget import Bounds, bounds
 
 SAMPLED = 64  # pages from which the mass of what is not read is estimated
 WIDEST = 8  # times the policy's `top`: more keys than that are not asked for
@@ -130,12 +128,9 @@ class Indexed:
         policy = self._policy
         for handle in dict.fromkeys(items.parts):
             self._builds.decodes(handle)
-        item_bounds = bounds(policy.sink, policy.recent, policy.budget, items, self._holding.page_size)
-        return _IndexPlan(
-            items,
-            item_bounds,
-            [_spread(lo, hi) for lo, hi in zip(item_bounds.sinks.tolist(), item_bounds.recent.tolist(), strict=True)],
-        )
+        of_items = bounds(policy.sink, policy.recent, policy.budget, items, self._holding.page_size)
+        sampled = [_spread(lo, hi) for lo, hi in zip(of_items.sinks.tolist(), of_items.recent.tolist(), strict=True)]
+        return _IndexPlan(items, of_items, sampled)
 
     def choose(self, plan: _IndexPlan, layer: int, spec: LayerSpec, q: torch.Tensor) -> Choice:
         items, size = plan.items, self._holding.page_size
@@ -189,14 +184,12 @@ class Indexed:
         """What full scans choose for some of the items, whose queries q are."""
         if those not in plan.scanning:
             a, index = plan.items, list(those)
-            scanned_items = Items(
+            parts, heads, tables = (
                 [a.parts[i] for i in index],
                 [a.heads[i] for i in index],
                 [a.tables[i] for i in index],
-                a.tokens[index],
-                a.begins[index],
-                a.group,
             )
+            scanned_items = Items(parts, heads, tables, a.tokens[index], a.begins[index], a.group)
             worth = self._scanning.worth(scanned_items.tokens.tolist())
             plan.scanning[those] = scanned_items, self._scanning.plan(scanned_items) if worth else None
         scanned_items, scan = plan.scanning[those]
@@ -240,7 +233,7 @@ class Indexed:
             columns = [np.concatenate([np.arange(a), s, np.arange(b, c)]) for a, s, b, c in ends]
             tables = [np.ascontiguousarray(t[:, c]) for t, c in zip(items.tables, columns, strict=True)]
             n = np.array([len(c) for c in columns], np.int64)
-            scan_items = sketches.Items(tables, n, np.zeros_like(n), n, n)
+            scan_items = SketchItems(tables, n, np.zeros_like(n), n, n)
             plan.scan = sketches.plan_scan(self._holding.sketches, scan_items, items.group, self._holding.threads)
         active = np.zeros(len(items), np.bool_)
         active[those] = True

@@ -5,7 +5,6 @@ Shared by the policies that read a fixed share of a sequence's pages.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +14,10 @@ import torch
 
 from lamina_kernels.paged.rows import Ints
 from lamina_kernels.sketches import sketches
-from lamina_kernels.sketches.sketches import Sketches
+from lamina_kernels.sketches.items import Items as SketchItems
+from lamina_kernels.sketches.layout import Sketches
 from lamina_protocols.messages.layers import LayerSpec
-from lamina_workers.policies.chooser import Adaptive, Float32, Holding, Int32, Items
+from lamina_workers.policies.chooser import Adaptive, Float32, Holding, Items
 from lamina_workers.policies.policy import LONGEST
 
 
@@ -70,7 +70,7 @@ class ScannedItems:
     scan: Any
 
     def masses(self, of: Sketches, spec: LayerSpec, q: torch.Tensor) -> tuple[Float32, int]:
-        """The log-masses of a layer's pages, `[items, group, entries]` as in `sketches.Choice`, and the bytes read."""
+        """The log-masses of a layer's pages, `[items, group, entries]` as in a scan's `Choice`, and the bytes read."""
         scan_result = sketches.scan(of, self.scan, spec.kv_layer, q, spec.scale, spec.soft_cap, 0.0)
         return scan_result.log_mass.cpu().numpy(), int(self.at.held.sum()) * of.layout.scanned_bytes
 
@@ -80,10 +80,9 @@ def planned(policy: Budgeted, items: Items, at: Holding) -> ScannedItems:
     item_bounds = bounds(policy.sink, policy.recent, policy.budget, items, at.page_size)
     if item_bounds.whole:
         return ScannedItems(items, item_bounds, None)
-    scan_items = sketches.Items(
-        items.tables, item_bounds.sealed, item_bounds.sinks, item_bounds.recent, item_bounds.held
-    )
-    return ScannedItems(items, item_bounds, sketches.plan_scan(at.sketches, scan_items, items.group, at.threads))
+    ends = item_bounds.sealed, item_bounds.sinks, item_bounds.recent, item_bounds.held
+    scan = sketches.plan_scan(at.sketches, SketchItems(items.tables, *ends), items.group, at.threads)
+    return ScannedItems(items, item_bounds, scan)
 
 
 def best(scores: npt.NDArray[np.float32], number: int) -> Ints:
@@ -94,12 +93,3 @@ def best(scores: npt.NDArray[np.float32], number: int) -> Ints:
         return np.empty(0, np.int64)
     indices: Ints = np.sort(np.argpartition(scores, -number)[-number:])
     return indices
-
-
-def lists(pages: Sequence[Int32]) -> tuple[Int32, Ints]:
-    """The pages of items, int32 `[n]` each, as a `Choice` has them: int32 `[items, most]`, and the count of each."""
-    counts = np.array([len(of_item) for of_item in pages], np.int64)
-    together = np.zeros((len(pages), int(counts.max(initial=0))), np.int32)
-    for row, of_item in zip(together, pages, strict=True):
-        row[: len(of_item)] = of_item
-    return together, counts

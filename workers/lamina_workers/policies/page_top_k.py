@@ -16,8 +16,8 @@ import torch
 
 from lamina_kernels.sketches.layout import LEVELS
 from lamina_protocols.messages.layers import LayerSpec
-from lamina_workers.policies.chooser import Choice, Chooser, Holding, Int32, Items, everything
-from lamina_workers.policies.page_budget import Bounds, Budgeted, best, bounds, lists
+from lamina_workers.policies.chooser import Choice, Chooser, Float32, Holding, Int32, Items, everything, lists
+from lamina_workers.policies.page_budget import Budgeted, ScannedItems, best, bounds
 from lamina_workers.policies.policy import LONGEST
 
 
@@ -36,12 +36,6 @@ class PageTopK(Budgeted):
         return _Bounding(self, at)
 
 
-@dataclass(frozen=True, slots=True)
-class _BoundingPlan:
-    items: Items
-    bounds: Bounds
-
-
 class _Bounding:
     def __init__(self, policy: PageTopK, at: Holding) -> None:
         self._policy = policy
@@ -50,14 +44,14 @@ class _Bounding:
     def worth(self, tokens: Sequence[int]) -> bool:
         return True
 
-    def plan(self, items: Items) -> _BoundingPlan:
+    def plan(self, items: Items) -> ScannedItems:
         policy = self._policy
         item_bounds = bounds(policy.sink, policy.recent, policy.budget, items, self._holding.page_size)
         np.maximum(item_bounds.picks, policy.least, out=item_bounds.picks)
-        return _BoundingPlan(items, item_bounds)
+        return ScannedItems(items, item_bounds, None)
 
-    def choose(self, plan: _BoundingPlan, layer: int, spec: LayerSpec, q: torch.Tensor) -> Choice:
-        items, item_bounds = plan.items, plan.bounds
+    def choose(self, plan: ScannedItems, layer: int, spec: LayerSpec, q: torch.Tensor) -> Choice:
+        items, item_bounds = plan.items, plan.at
         if item_bounds.whole:
             return everything(items, spec.kv_layer)
         queries = q.float().view(len(items), items.group, -1)
@@ -65,12 +59,8 @@ class _Bounding:
         bounded = 0  # pages
         missed_mass = np.zeros((len(items), items.group), np.float32)
         for i, table in enumerate(items.tables):
-            pages, sinks, recent, picks = (
-                table[spec.kv_layer],
-                int(item_bounds.sinks[i]),
-                int(item_bounds.recent[i]),
-                int(item_bounds.picks[i]),
-            )
+            pages = table[spec.kv_layer]
+            sinks, recent, picks = (int(x[i]) for x in (item_bounds.sinks, item_bounds.recent, item_bounds.picks))
             if picks >= recent - sinks:
                 chosen.append(pages)
                 continue
@@ -82,13 +72,13 @@ class _Bounding:
         read = bounded * 4 * layout.padded  # lows and steps, two bytes each
         return Choice(*lists(chosen), missed_mass.reshape(-1), read)
 
-    def _bounds(self, q: torch.Tensor, pages: Int32) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    def _bounds(self, q: torch.Tensor, pages: Int32) -> Float32:
         """For q, float32 `[group, d_k]`: of each page the bound of what q.k can be, float32 `[pages]`, the highest of
         all heads. max(q * low, q * high) is q * middle + |q| * half the width."""
         index = torch.from_numpy(pages.astype(np.int64))
         half = self._holding.sketches.steps[index].float() * (LEVELS / 2)
         middle = self._holding.sketches.lows[index].float() + half
-        highest: np.ndarray[tuple[int], np.dtype[np.float32]] = (q @ middle.T + q.abs() @ half.T).amax(0).cpu().numpy()
+        highest: Float32 = (q @ middle.T + q.abs() @ half.T).amax(0).cpu().numpy()
         return highest
 
     def forget(self, handle: int) -> None:

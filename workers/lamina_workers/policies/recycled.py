@@ -17,8 +17,8 @@ import torch
 
 from lamina_kernels.paged.rows import Ints
 from lamina_protocols.messages.layers import LayerSpec
-from lamina_workers.policies.chooser import Choice, Chooser, Float32, Holding, Int32, Items, everything
-from lamina_workers.policies.page_budget import Bounds, Budgeted, ScannedItems, best, lists, planned
+from lamina_workers.policies.chooser import Choice, Chooser, Float32, Holding, Int32, Items, everything, lists
+from lamina_workers.policies.page_budget import Bounds, Budgeted, ScannedItems, best, planned
 from lamina_workers.policies.policy import LONGEST
 
 CHECK = 5  # steps after which the query is compared with that of the last full step: the paper's

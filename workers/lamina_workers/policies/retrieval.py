@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from lamina_kernels.sketches import sketches
+from lamina_kernels.sketches.items import Items as SketchItems
 from lamina_protocols.messages.layers import LayerSpec
 from lamina_workers.errors import PolicyError
 from lamina_workers.policies.chooser import Adaptive, Choice, Chooser, Holding, Items
@@ -105,7 +106,7 @@ class _Retrieving:
         page_counts, sealed = -(-items.tokens // size), items.tokens // size
         recent = np.maximum(0, (items.tokens - policy.recent) // size)
         sinks = np.minimum(np.where(items.begins, -(-policy.sink // size), 0), page_counts)
-        scan_items = sketches.Items(items.tables, sealed, sinks, recent, page_counts)
+        scan_items = SketchItems(items.tables, sealed, sinks, recent, page_counts)
         scan = sketches.plan_scan(page_sketches, scan_items, items.group, self.at.threads)
         return _RetrievingPlan(scan, int(sealed.sum()) * page_sketches.layout.scanned_bytes)
 
