@@ -149,7 +149,7 @@ def test_rows_that_cannot_be_planned_make_no_batch_but_their_operations_count() 
 def test_a_row_of_more_tokens_than_a_frame_can_carry_is_refused_before_it_takes_memory() -> None:
     """A row of 2^24 tokens that reads took a worker 1.9 s and 270 MB, and larger ones were allowed."""
     client = Client()
-    with pytest.raises(ProtocolError, match="rows of 67108864 tokens times KV heads, allowed: "):
+    with pytest.raises(ProtocolError, match="rows of 67108864 tokens times heads, allowed: "):
         client.announce([Open(1, 0, (0, 1), 0, 9)], [Row(1, 0, 1 << 25, (0, 0), False)])
 
 

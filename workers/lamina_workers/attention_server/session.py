@@ -19,7 +19,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -49,9 +48,6 @@ from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.attention_worker.batch import Counters
 from lamina_workers.attention_worker.device_worker import attention_worker
 from lamina_workers.ports.port import LocalAttention
-
-if TYPE_CHECKING:
-    import torch
 
 logger = logging.getLogger("lamina")
 

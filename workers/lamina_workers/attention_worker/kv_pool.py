@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from lamina_kernels.exchange.layer_work import LayerWork, layer_work
-from lamina_kernels.paged.pages import Pages, gather, gather_heads, store_whole, whole
+from lamina_kernels.paged.pages import Pages, copy, gather, gather_heads, store_whole, whole
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.frames.frames import MAX_PAYLOAD
 from lamina_protocols.messages.layers import HolderConfig
@@ -48,7 +48,7 @@ from lamina_workers.attention_worker.cold_pages import ColdPages
 from lamina_workers.attention_worker.decode_rows import DecodeRows, is_next
 from lamina_workers.attention_worker.page_layout import attention_kernels, layout_name, page_count, page_layout
 from lamina_workers.attention_worker.paged_reader import PagedReader, Readings
-from lamina_workers.attention_worker.pool import Layered
+from lamina_workers.attention_worker.pool import Layered, LayerPool
 from lamina_workers.devices.available import room_for
 from lamina_workers.errors import KVError
 from lamina_workers.kv_pages.cold_file import check_folder
@@ -136,8 +136,8 @@ def indices(pages: npt.NDArray[np.int32]) -> torch.Tensor:
 _WORKS = 32  # of batches that took turns last: for each lane, and for each number of tokens that its batches have
 
 
-class KVPool:
-    """A `LayerPool` of attention layers. `number`: which pool of the worker it is. What it does is counted in
+class KVPool(LayerPool[KVBatch]):
+    """Of attention layers. `number`: which pool of the worker it is. What it does is counted in
     `counters`. Raises as `AttentionWorker` does."""
 
     def __init__(self, number: int, pool: Pool, threads: int, device: torch.device, counters: Counters) -> None:
@@ -153,7 +153,7 @@ class KVPool:
         for _ in self._kernels.prepare(layout):
             pass
         with room_for("KV pages", self.n_pages * layout.page_bytes, device):
-            self.store = KVStore(config, policies, self.n_pages)
+            self.store: KVStore = KVStore(config, policies, self.n_pages)
             self.pages = Pages.allocate(layout, self.n_pages, device)
         self.layout = layout_name(layout)
         self.reader = PagedReader(config, policies, self._kernels, self.pages, self.store, threads)
@@ -172,16 +172,6 @@ class KVPool:
         self._works: dict[tuple[Any, ...], LayerWork] = {}  # the last ones, by what they were made of
 
     # Parts.
-
-    @property
-    def free_pages(self) -> int:
-        return self.store.free_pages
-
-    def parts(self) -> dict[int, KvPart]:
-        return self.store.parts()
-
-    def has(self, handle: int) -> bool:
-        return self.store.has(handle)
 
     def held(self, handle: int) -> PartHeld:
         part = self.store.part(handle)
@@ -211,10 +201,7 @@ class KVPool:
         self.reader.absorb(reservation.absorbed)
         if reservation.copies_from.size:
             source, target = map(indices, (reservation.copies_from, reservation.copies_to))
-            self._kernels.copy(self.pages, source, target)
-
-    def revert(self) -> None:
-        self.store.revert()
+            copy(self.pages, source, target)
 
     def check_integrity(self) -> None:
         self.store.check_integrity()
@@ -222,12 +209,6 @@ class KVPool:
             self._cold.check_integrity()
 
     # Batches.
-
-    def size(self, rows: Sequence[Row]) -> int:
-        heads = sum(row.count * len(self.store.part(row.handle).heads) for row in rows)
-        if heads > self.most_heads:
-            raise ProtocolError(f"rows of {heads} tokens times KV heads, allowed: {self.most_heads}")
-        return heads
 
     def begin(self, rows: Sequence[Row], delay: float) -> KVBatch:
         stores = tuple(self._stores(rows))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
+from lamina_protocols.errors import ProtocolError
 from lamina_protocols.messages.layers import HolderConfig
 from lamina_protocols.messages.messages import (
     Advance,
@@ -26,6 +27,7 @@ from lamina_protocols.messages.messages import (
     Sample,
     Usage,
 )
+from lamina_workers.kv_pages.parts import PartTable
 
 Layered = Query | Fresh | Exchange | Sample | Advance  # a layer's message, of a batch in flight
 Ints = tuple[int, ...]
@@ -44,7 +46,8 @@ class PoolPart(Protocol):
 
 
 class LayerPool(Protocol[B]):
-    """The layers of one shape at one worker. B: what it keeps of a batch in flight, its rows in this pool.
+    """The layers of one shape at one worker. B: what it keeps of a batch in flight, its rows in this pool. `store` has
+    the parts, and numbers of their pages.
 
     A worker announces to all its pools: each gets `update`, then all get `commit`, or, where one has raised, those that
     have not get `revert`. Then each gets `begin`. `layout` names how its pages are laid out, `most_heads` how many
@@ -55,23 +58,29 @@ class LayerPool(Protocol[B]):
     layout: str
     n_pages: int
     most_heads: int
+    store: PartTable[Any]
 
     @property
     def free_pages(self) -> int:
         """How many pages no part holds."""
+        return self.store.free_pages
 
     @property
     def unsettled(self) -> int | None:
         """The batch of which something waits to be stored."""
+        return None
 
     def counts_usage(self, handle: int) -> bool:
         """Whether what a part has read and keeps is counted: `usage` is empty where it is not."""
+        return False
 
     def parts(self) -> Mapping[int, PoolPart]:
         """All parts by handle, as they are now. May be called from any thread."""
+        return self.store.parts()
 
     def has(self, handle: int) -> bool:
         """Whether there is such a part."""
+        return self.store.has(handle)
 
     def held(self, handle: int) -> PartHeld:
         """What a part keeps. Raises KVError where there is no such part."""
@@ -92,10 +101,15 @@ class LayerPool(Protocol[B]):
 
     def revert(self) -> None:
         """Take back the last update, with nothing done since."""
+        self.store.revert()
 
     def size(self, rows: Sequence[Row]) -> int:
         """Tokens times heads of rows, by which batches in flight are counted. Raises ProtocolError for more than
         `most_heads`."""
+        heads = sum(row.count * len(self.store.part(row.handle).heads) for row in rows)
+        if heads > self.most_heads:
+            raise ProtocolError(f"rows of {heads} tokens times heads, allowed: {self.most_heads}")
+        return heads
 
     def begin(self, rows: Sequence[Row], delay: float) -> B:
         """Plan a batch, once for all its layers. `delay`: seconds to add to each layer. Raises ProtocolError for rows
@@ -103,6 +117,7 @@ class LayerPool(Protocol[B]):
 
     def samples(self, batch: B) -> tuple[int, ...]:
         """Of each row of a batch, the stride of positions whose queries are wanted as a `Sample`; empty for none."""
+        return ()
 
     def follows(self, batch: B, rows: Sequence[Row]) -> bool:
         """Whether `rows` are those of `batch`, each further, and `follow` can take them. False is always allowed."""

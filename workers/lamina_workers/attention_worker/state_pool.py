@@ -6,7 +6,7 @@ All layers of a batch go through one plan. Records that a batch reads are not wr
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,10 +36,10 @@ from lamina_protocols.messages.messages import (
 from lamina_protocols.messages.pools import Pool
 from lamina_workers.attention_worker.batch import Counters
 from lamina_workers.attention_worker.page_layout import state_layout, state_pages
-from lamina_workers.attention_worker.pool import Layered
+from lamina_workers.attention_worker.pool import Layered, LayerPool
 from lamina_workers.devices.available import room_for
 from lamina_workers.errors import KVError, UnsupportedModelError
-from lamina_workers.kv_pages.state_store import StatePart, StateStep, StateStore
+from lamina_workers.kv_pages.state_store import StateStep, StateStore
 
 
 @dataclass(slots=True)
@@ -55,15 +55,13 @@ class StateBatch:
     delay: float  # seconds to add to each layer
 
 
-class StatePool:
-    """A `LayerPool` of layers that keep states. `number`: which pool of the worker it is. What it does is counted in
+class StatePool(LayerPool[StateBatch]):
+    """Of layers that keep states. `number`: which pool of the worker it is. What it does is counted in
     `counters`.
 
     Raises UnsupportedModelError for layers that its records cannot keep, KVError for too little memory,
     NotEnoughMemory where the device lacks it.
     """
-
-    unsettled: int | None = None  # a state is read after it was updated, so nothing waits
 
     def __init__(self, number: int, pool: Pool, threads: int, device: torch.device, counters: Counters) -> None:
         config = pool.config
@@ -82,7 +80,7 @@ class StatePool:
         self._threads = threads
         self._counters = counters
         with room_for("states", self.n_pages * shape.page_bytes, device):
-            self.store = StateStore(config, self.n_pages)
+            self.store: StateStore = StateStore(config, self.n_pages)
             flat = memory.allocate(self.n_pages * shape.page_bytes)
         self._arena = flat.view(torch.float32).view(self.n_pages, shape.record)
         self._constants = {layer: _constants(spec) for layer, spec in enumerate(config.layers) if not spec.conv}
@@ -90,22 +88,9 @@ class StatePool:
 
     # Parts.
 
-    @property
-    def free_pages(self) -> int:
-        return self.store.free_pages
-
-    def parts(self) -> Mapping[int, StatePart]:
-        return self.store.parts()
-
-    def has(self, handle: int) -> bool:
-        return self.store.has(handle)
-
     def held(self, handle: int) -> PartHeld:
         part = self.store.part(handle)
         return PartHeld(handle, self._number, part.heads, 0, part.hi, part.stored, part.before)
-
-    def counts_usage(self, handle: int) -> bool:
-        return False
 
     def usage(self, handle: int) -> Usage:
         """States are read in full, and there is nothing to leave out."""
@@ -119,19 +104,10 @@ class StatePool:
     def commit(self) -> None:
         self.store.commit()
 
-    def revert(self) -> None:
-        self.store.revert()
-
     def check_integrity(self) -> None:
         self.store.check_integrity()
 
     # Batches.
-
-    def size(self, rows: Sequence[Row]) -> int:
-        heads = sum(row.count * len(self.store.part(row.handle).heads) for row in rows)
-        if heads > self.most_heads:
-            raise ProtocolError(f"rows of {heads} tokens times heads, allowed: {self.most_heads}")
-        return heads
 
     def begin(self, rows: Sequence[Row], delay: float) -> StateBatch:
         layers, vectors = set(range(len(self.config.layers))), self.size(rows)
@@ -203,13 +179,10 @@ class StatePool:
         return Advanced(message.epoch, message.batch, message.layer, out, time.perf_counter() - start_time)
 
     def settle(self) -> None:
-        """Nothing waits to be stored."""
+        """A state is read after it was updated, so nothing waits to be stored."""
 
     def fetch(self, layer: int, message: Fetch | FetchSample) -> Reply:
         raise self._refused(message)
-
-    def samples(self, batch: StateBatch) -> tuple[int, ...]:
-        return ()
 
     def fetch_pages(self, message: FetchPages) -> FetchedPages:
         part = self.store.part(message.handle)

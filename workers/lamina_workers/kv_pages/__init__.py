@@ -1,5 +1,8 @@
 """Pages of KV in memory and in files: the store, its parts, what is evicted.
 
+States
+------
+
 A layer of linear attention, of the delta rule or of a state space keeps no KV. It has one state for each head, whatever
 the length of the sequence. Its holder is sent one message a layer, `Advance`: the layer's inputs before the
 convolution, and the gates. It updates the states, reads them, and answers with `Advanced`. So a prompt and a decoded

@@ -199,8 +199,6 @@ class KVStore(PartTable[KvPart]):
     # The operations. Each appends to `_undo` what takes it back.
 
     def _apply(self, operation: Operation) -> None:
-        if isinstance(operation, Open | Fork) and operation.handle in self._parts:
-            raise KVError(f"handle {operation.handle} is in use; handles are never reused")
         match operation:
             case Open(handle, _, heads, lo, hi, policy):
                 check_open(operation, self.config.layers[0].kv_heads)

@@ -179,6 +179,8 @@ class PartTable(Generic[P]):
         self._undo.clear()
 
     def _insert(self, handle: int, part: P) -> None:
+        if handle in self._parts:
+            raise KVError(f"handle {handle} is in use; handles are never reused")
         if self._tables + _bytes(part) > max(_LEAST_TABLES, self.config.kv_memory):
             raise PoolExhausted(f"part {handle} is one too many: {len(self._parts)} others count {self._tables} bytes")
         self._count(_bytes(part))

@@ -183,8 +183,6 @@ class StateStore(PartTable[StatePart]):
     # The operations. Each appends to `_undo` what takes it back.
 
     def _apply(self, operation: Operation) -> None:
-        if isinstance(operation, Open | Fork) and operation.handle in self._parts:
-            raise KVError(f"handle {operation.handle} is in use; handles are never reused")
         match operation:
             case Open(handle, _, heads, _, hi):
                 self._check_open(operation)
