@@ -229,6 +229,7 @@ class CompiledExchange:
         self._answer = self._merged(answers, dtype)
         self._result = blocks.WAITING  # of a call that was made while the batch was suspended, or its error
         self._failure: LaminaError | None = None
+        self._awaited: RemoteHolder | None = None  # whose channel the caller of a suspended batch watches
         self._batch, self._times = 0, Times()
         self._call = compiled(exchange_kernel())
         self._address = ctypes.addressof(self._block)
@@ -304,11 +305,13 @@ class CompiledExchange:
             unread = result in (blocks.OTHER, blocks.ENDED)
             if result == blocks.WAITING or (unread and not x.waits and not remote.holder.replies.port.ready()):
                 watch.stop()  # an answer is not there, or a part of a frame alone
+                self._awaited = remote
                 remote.holder.replies.collected(self._batch, self._collect)
                 yield Waiting(remote.holder.replies, self._batch)
                 remote.holder.replies.collected(self._batch, None)
                 watch.start()
-                x.waits = 1  # a run that is resumed earlier waits
+                # A run that is resumed earlier waits, but not for a holder whose channel its caller did not watch.
+                x.waits = int(self._remotes[x.at] is remote)
             elif result == blocks.CARRY:
                 yield from self._carry(remote, suspends)
             elif result == blocks.TIMEOUT:
@@ -337,18 +340,21 @@ class CompiledExchange:
             remote.fetch(self._asked)
 
     def _collect(self) -> bool:
-        """Take what has come, without waiting. Whether the batch can go on, be it with an error."""
+        """Take what has come, without waiting. Whether the batch can go on: with an error too, and to wait for another
+        holder, whose channel must then be watched."""
         try:
             while (result := self._advance()) in (blocks.OTHER, blocks.ENDED):
-                holder = self._remotes[self._block.at].holder
-                if not holder.replies.port.ready():  # a part of a frame
-                    return False
-                holder.replies.read(holder.timeout)
+                remote = self._remotes[self._block.at]
+                if not remote.holder.replies.port.ready():  # a part of a frame
+                    return remote is not self._awaited
+                remote.holder.replies.read(remote.holder.timeout)
         except LaminaError as error:  # what was read to find it does not come again
             self._failure = error
             return True
         self._result = result
-        return result not in (blocks.WAITING, blocks.INTERRUPTED)
+        if result == blocks.WAITING:
+            return self._remotes[self._block.at] is not self._awaited
+        return result != blocks.INTERRUPTED
 
     def _advance(self) -> int:
         """One compiled call, with all channels lent; or its result, where it was made while the batch was suspended."""
