@@ -16,7 +16,6 @@ from dense_attention import DenseAttention
 from safetensors.torch import save_file
 
 from lamina_workers.checkpoints.checkpoint import Checkpoint
-from lamina_workers.checkpoints.model_checkpoint import open_checkpoint
 from lamina_workers.decoder.decoder_weights import load_weights
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.decoder.shard import Collective, Shard, with_ranks
@@ -125,24 +124,6 @@ def again(shard: Shard, where: Meeting) -> dict[str, Any]:
     return {"sum": group.all_reduce(torch.tensor([10.0**shard.rank])).item()}
 
 
-def greedy(shard: Shard, group: Collective | None, folder: Path, prompts: list[list[int]]) -> list[list[int]]:
-    """Twelve tokens after each prompt."""
-    config = with_ranks(ModelConfig.from_folder(folder), shard.ranks)
-    texts = []
-    with open_checkpoint(folder) as checkpoint, torch.inference_mode():
-        decoder = Decoder.load(config, checkpoint, torch.float32, shard=shard, collective=group)
-        for prompt in prompts:
-            sequence, text = DenseAttention(decoder, len(prompt)), list(prompt)
-            for _ in range(12):
-                found = sequence.run(text[sequence.length :])
-                token = found[-1].argmax().float() if shard.rank == 0 else torch.zeros(())
-                if group is not None:
-                    group.all_reduce(token)
-                text.append(int(token))
-            texts.append(text[len(prompt) :])
-    return texts
-
-
 def meeting(root: Path, generation: int) -> Meeting:
     return Meeting(generation, path=str(root / "meeting"))
 
@@ -157,11 +138,7 @@ def main() -> None:
         timeout = TIMEOUT if more[0] == "kill" else 2.0
         answer = lost(shard, join(shard.rank, shard.ranks, meeting(folder, 0), timeout), folder, more[0])
     else:
-        group = join(shard.rank, shard.ranks, meeting(folder, 0), TIMEOUT)
-        if job == "families":
-            answer = families(shard, group, folder)
-        else:
-            answer = greedy(shard, group, Path(more[0]), json.loads(more[1]))
+        answer = families(shard, join(shard.rank, shard.ranks, meeting(folder, 0), TIMEOUT), folder)
     sys.stdout.write(json.dumps(answer))
 
 

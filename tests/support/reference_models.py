@@ -73,18 +73,24 @@ def load(model: transformers.PreTrainedModel, folder: Path, dtype: torch.dtype =
     return Decoder.load(ModelConfig.from_folder(folder), tensors, dtype, DEVICE)
 
 
+def expected(model: transformers.PreTrainedModel, tokens: list[int]) -> torch.Tensor:
+    """Logits of a prompt of `PROMPT` tokens, and of those decoded after it."""
+    with torch.inference_mode():
+        step = model(torch.tensor([tokens[:PROMPT]]), use_cache=True)
+        logits = [step.logits[0]]
+        for at in range(PROMPT, len(tokens)):
+            step = model(torch.tensor([tokens[at : at + 1]]), past_key_values=step.past_key_values, use_cache=True)
+            logits.append(step.logits[0])
+    return torch.cat(logits)
+
+
 def check_against(model: transformers.PreTrainedModel, decoder: Decoder) -> None:
     """The same logits for the prompt at once, in chunks, and for tokens decoded after it."""
     tokens = torch.randint(3, 97, (PROMPT + DECODED,), generator=torch.Generator().manual_seed(5)).tolist()
+    wanted = expected(model, tokens)
     with torch.inference_mode():
-        prefill = model(torch.tensor([tokens[:PROMPT]]), use_cache=True)
-        expected = [prefill.logits[0]]
-        cache = prefill.past_key_values
-        for at in range(PROMPT, len(tokens)):
-            step = model(torch.tensor([tokens[at : at + 1]]), past_key_values=cache, use_cache=True)
-            expected.append(step.logits[0])
         for chunks in ([PROMPT], [1, 7, PROMPT - 8]):
             sequence = DenseAttention(decoder, PROMPT)
             counts = [*chunks, *[1] * DECODED]
             found = [sequence.run(tokens[sequence.length : sequence.length + count]) for count in counts]
-            torch.testing.assert_close(torch.cat(found), torch.cat(expected), rtol=0, atol=1e-4)
+            torch.testing.assert_close(torch.cat(found), wanted, rtol=0, atol=1e-4)

@@ -12,14 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from attention_servers import ASKED, KV_MEMORY, LAYERS, connected, open_port, process, running
+from attention_servers import ASKED, KV_MEMORY, LAYERS, connected, hello, open_port, process, running
 from lies import SILENT, lies_about, some
 from test_leases import ENGINE, HALF, Sender
 
 from lamina_protocols.channels import control
 from lamina_protocols.channels.channels import ChannelClosed
 from lamina_protocols.channels.grpc_client import WorkerClient, WorkerRefused
-from lamina_protocols.channels.versions import PROTOCOL_VERSION
 from lamina_protocols.frames import codec
 from lamina_protocols.frames.frames import Prefix, pack_prefix
 from lamina_protocols.messages import messages as m
@@ -105,10 +104,7 @@ def test_no_message_of_an_engine_costs_more_than_its_session(kind, way, caplog):
 @pytest.mark.fault("F22")
 def test_what_a_handshake_claims_is_refused_or_harmless(caplog):
     """A layer of 2^31 heads kept the worker's one thread that computes busy for hours, before it was refused."""
-    whole = control.Hello(
-        PROTOCOL_VERSION, control.package_version(), "s" * 32, "m", "float32", "float32", 16, LAYERS, True, "grpc",
-        ENGINE, 1, (1, 2), 0.0,
-    )  # fmt: skip
+    whole = hello(engine=ENGINE, seat=1, share=(1, 2))
     lies: dict[type, tuple[Any, ...]] = {
         int: (0, 3, 1 << 31, 1 << 61),
         str: ("", "x" * 5000, "\n\0\x1b[2J", "0" * 64),

@@ -82,7 +82,10 @@ def test_addresses_are_taken_apart_as_they_were_joined(host: str, port: int) -> 
     assert split_address(join_address(host, port)) == (host, port)
 
 
-@pytest.mark.parametrize("wrong", ["::1:50051", "[::1]", "[::1:5", "::1]:5", "[a]:5", "[]:5", "a:b:5", "[[::1]]:5"])
-def test_what_could_mean_two_addresses_is_refused_naming_the_form(wrong: str) -> None:
+NO_ADDRESSES = """::1:50051 [::1] [::1:5 ::1]:5 [a]:5 []:5 a:b:5 [[::1]]:5 host host: host:99999 :1 host:-1"""
+
+
+@pytest.mark.parametrize("wrong", ["", *NO_ADDRESSES.split()])
+def test_what_is_no_address_is_refused_naming_the_form(wrong: str) -> None:
     with pytest.raises(AddressError, match=r"expected HOST:PORT or \[IPv6\]:PORT"):
         split_address(wrong)

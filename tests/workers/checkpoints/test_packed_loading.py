@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,20 @@ def folder_of(tmp_path: Path, kinds: dict[str, str], tied: bool = True, llama: b
     return folder
 
 
+Made = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """The folder of each kind, tied or not, made once."""
+
+    @functools.cache
+    def make(kind: str, tied: bool = True) -> Path:
+        return folder_of(tmp_path_factory.mktemp("model"), KINDS[kind], tied)
+
+    return make
+
+
 def loaded(
     folder: Path, packing: Packing, shard: Shard = WHOLE, dtype: torch.dtype = torch.float32, **more: Any
 ) -> DecoderWeights:
@@ -103,15 +118,15 @@ def is_packed(linear: Linear, folder: Path) -> bool:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tied", [True, False])
-def test_packed_maps_are_those_of_the_file(tmp_path: Path, kind: str, tied: bool) -> None:
-    folder = folder_of(tmp_path, KINDS[kind], tied)
+def test_packed_maps_are_those_of_the_file(made: Made, kind: str, tied: bool) -> None:
+    folder = made(kind, tied)
     found = loaded(folder, PACKED)
     assert isinstance(found.embedding, PackedMatrix)
     assert is_packed(found.head, folder)
     assert is_packed(found.layers[1].qkv, folder)
     check_same(found, loaded(folder, Packing()))
     with open_checkpoint(folder) as source:
-        file = GgufFile(tmp_path / "x.gguf")
+        file = GgufFile(folder.parent / "x.gguf")
         for ours, theirs in (("self_attn.q_proj", "attn_q"), ("self_attn.v_proj", "attn_v"), ("mlp.up_proj", "ffn_up")):
             wanted = np.concatenate(list(file.rows(f"blk.1.{theirs}.weight")))
             tensor = source.tensor(f"model.layers.1.{ours}.weight").numpy()
@@ -135,9 +150,9 @@ def test_logits_are_close_to_those_of_unpacked_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["Q4_1", "Q8_0", "Q4_K", "mixed"])
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("tied", [True, False])
-def test_ranks_have_the_parts_of_unpacked_weights(tmp_path: Path, kind: str, split: bool, tied: bool) -> None:
+def test_ranks_have_the_parts_of_unpacked_weights(made: Made, kind: str, split: bool, tied: bool) -> None:
     """K kinds cannot be cut at 128 of 256 inputs: what is not packed is unpacked, and the same."""
-    folder = folder_of(tmp_path, KINDS[kind], tied)
+    folder = made(kind, tied)
     for rank in (0, 1):
         shard = Shard(rank, 2)
         found = loaded(folder, PACKED, shard, split_embedding=split)
@@ -146,8 +161,8 @@ def test_ranks_have_the_parts_of_unpacked_weights(tmp_path: Path, kind: str, spl
         assert is_packed(found.layers[0].output, folder) == (kind in PLAIN)
 
 
-def test_a_cut_inside_of_a_block_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    loaded(folder_of(tmp_path, KINDS["Q4_K"]), PACKED, Shard(0, 2))
+def test_a_cut_inside_of_a_block_is_said_once(made: Made, caplog: pytest.LogCaptureFixture) -> None:
+    loaded(made("Q4_K"), PACKED, Shard(0, 2))
     (said,) = [record.message for record in caplog.records if "unpacked" in record.message]
     assert "Q4_K" in said
     assert "o_proj" in said
@@ -204,8 +219,8 @@ def test_routers_are_not_quantised() -> None:
     torch.testing.assert_close(numbers(experts._router._scores), source.tensor(router))  # type: ignore[union-attr]
 
 
-def test_packed_bytes_are_counted(tmp_path: Path) -> None:
-    folder = folder_of(tmp_path, KINDS["Q4_0"])
+def test_packed_bytes_are_counted(made: Made) -> None:
+    folder = made("Q4_0")
     with open_checkpoint(folder) as source:
         packed, floats = (kept_bytes(source, torch.bfloat16, packing) for packing in (PACKED, Packing()))
         assert packed_kind(source) == "Q4_0"

@@ -1,7 +1,8 @@
-"""Families with layers that keep states, against transformers, and cut among ranks."""
+"""Families with layers that keep states: over attention workers, against transformers; and cut among ranks."""
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 from collections.abc import Callable, Sequence
@@ -10,28 +11,106 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from dense_attention import DenseAttention
+from exchange_peers import Joints
 from hybrid_families import FAMILIES
-from reference_models import Tensors, check_against, load, reference
+from reference_models import DECODED, PROMPT, Tensors, expected, load, reference
 from safetensors.torch import load_file
+from test_graphs import Again
 
 from lamina_kernels.compile import programs
 from lamina_kernels.dense import few_rows
 from lamina_kernels.dense_spans import Spans
-from lamina_workers.decoder.graphs import Captured, Compiled, Work
+from lamina_protocols.messages.layers import STATES, HolderConfig
+from lamina_protocols.messages.messages import Open, Row
+from lamina_protocols.messages.pools import pools
+from lamina_protocols.messages.routes import HolderBatch, Route, Span
+from lamina_workers.attention_worker.attention_worker import AttentionWorker
+from lamina_workers.decoder.graphs import Captured, Compiled
 from lamina_workers.decoder.model import Batch, Decoder, Forward, KeyValueReady, QueryReady, StateReady
+from lamina_workers.decoder.sampler import RowSampling
 from lamina_workers.decoder.shard import Shard, with_ranks
 from lamina_workers.errors import ModelFileError, RanksError, UnsupportedModelError
 from lamina_workers.model_config.config import ModelConfig
+from lamina_workers.model_worker.interface import BatchWork, result
+from lamina_workers.model_worker.model_worker import ModelWorker
 
 # Newer transformers would rather have it called `cache`, older ones know only this name.
 pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values:FutureWarning")
 
 
+Made = Callable[[str], tuple[transformers.PreTrainedModel, Path, Decoder]]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Of a family a model, its folder and its decoder, each made once."""
+
+    @functools.cache
+    def make(family: str) -> tuple[transformers.PreTrainedModel, Path, Decoder]:
+        folder = tmp_path_factory.mktemp("family")
+        model = reference(*FAMILIES[family])
+        return model, folder, load(model, folder)
+
+    return make
+
+
+class OneSequence:
+    """One sequence, whose heads are dealt among workers behind channels: in each pool, every n-th to one of n."""
+
+    def __init__(self, decoder: Decoder, joints: Joints, holders: int) -> None:
+        config = HolderConfig(tuple(decoder.config.layer_specs()), 16, "float32", 1 << 24)
+        specs = [pool.config.layers[0] for pool in pools(config)]
+        self.workers = [AttentionWorker(config) for _ in range(holders)]
+        self.model_worker = ModelWorker(decoder, config, dict(enumerate(map(joints, self.workers))))
+        self.heads = [[tuple(range(n, spec.kv_heads, holders)) for spec in specs] for n in range(holders)]
+        self.keep_states = [spec.kind in STATES for spec in specs]
+        self.length = 0
+
+    def share(self, number: int, count: int) -> HolderBatch:
+        """What one batch asks of a holder: rows of its parts, of which attention's are fused in decode."""
+        start, end = self.length, self.length + count
+        own = [(pool, heads) for pool, heads in enumerate(self.heads[number]) if heads]
+        routes = []
+        for pool, heads in own:
+            upto = end if count == 1 and not self.keep_states[pool] else start
+            row = Row(pool + 1, start, count, (0, upto) if upto else None, True)
+            routes.append(Route(0, heads, row, (start, end), pool))
+        opens = tuple(Open(pool + 1, pool, heads, 0, 1000) for pool, heads in own)
+        return HolderBatch(len(opens) if start else 0, () if start else opens, tuple(routes))
+
+    def run(self, tokens: list[int], again: bool = False) -> torch.Tensor:
+        """Logits of the next tokens; `again`: their batch is announced and given up first."""
+        count = len(tokens)
+        shares = {number: self.share(number, count) for number in range(len(self.workers))}
+        sampling = (RowSampling(),) * count
+        work = BatchWork((Span(self.length, count),), (PROMPT,), tokens, tuple(range(count)), sampling)
+        for _ in range(1 + again):
+            batch, answers = self.model_worker.announce_now(shares)
+            assert all(answer.accepted for answer in answers.values()), answers
+            logits, _ = result(self.model_worker.compute(work, batch, shares))
+        self.length += count
+        return logits
+
+
+@pytest.mark.parametrize("holders", [1, 2])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_family_equals_transformers(family: str, tmp_path: Path) -> None:
-    model = reference(*FAMILIES[family])
-    check_against(model, load(model, tmp_path))
+def test_family_over_workers_equals_transformers(family: str, holders: int, made: Made) -> None:
+    """The prompt at once and in chunks, one of which runs twice, then decoded tokens, every second one twice."""
+    model, _, decoder = made(family)
+    tokens = torch.randint(3, 97, (PROMPT + DECODED,), generator=torch.Generator().manual_seed(5)).tolist()
+    wanted = expected(model, tokens)
+    for chunks in ([PROMPT], [1, 7, PROMPT - 8]):
+        with Joints() as joints:
+            sequence = OneSequence(decoder, joints, holders)
+            found = []
+            for number, count in enumerate([*chunks, *[1] * DECODED]):
+                some = tokens[sequence.length : sequence.length + count]
+                found.append(sequence.run(some, again=number % 2 == 1))
+            torch.testing.assert_close(torch.cat(found), wanted, rtol=1e-4, atol=1e-4)
+            for worker in sequence.workers:
+                worker.check_integrity()
 
 
 @pytest.mark.parametrize("kind", ["qwen3_next", "qwen3_5"])
@@ -83,11 +162,11 @@ class Threads:
 
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_ranks_compute_what_one_process_computes(family: str, ranks: int, tmp_path: Path) -> None:
+def test_ranks_compute_what_one_process_computes(family: str, ranks: int, made: Made) -> None:
     """Heads of q and k stand once on each rank, or are shared by several."""
-    expected = load(reference(*FAMILIES[family]), tmp_path)
-    tensors = Tensors(load_file(tmp_path / "model.safetensors"))
-    config = with_ranks(ModelConfig.from_folder(tmp_path), ranks)
+    _, folder, alone = made(family)
+    tensors = Tensors(load_file(folder / "model.safetensors"))
+    config = with_ranks(ModelConfig.from_folder(folder), ranks)
     parts, barrier = [torch.empty(0)] * ranks, threading.Barrier(ranks, timeout=60)
     tokens, counts = [(7 * i) % 97 for i in range(30)], [9, 20, 1]
 
@@ -112,14 +191,14 @@ def test_ranks_compute_what_one_process_computes(family: str, ranks: int, tmp_pa
         thread.start()
     for thread in threads:
         thread.join()
-    torch.testing.assert_close(found[0], run(expected), rtol=0, atol=1e-4)
+    torch.testing.assert_close(found[0], run(alone), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("query_first", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_run_goes_on_from_each_mixer(family: str, query_first: bool, tmp_path: Path) -> None:
+def test_a_run_goes_on_from_each_mixer(family: str, query_first: bool, made: Made) -> None:
     """Before it, and behind it: from what lives across it, in another run, as graphs or not."""
-    decoder = load(reference(*FAMILIES[family]), tmp_path)
+    *_, decoder = made(family)
     batch = Batch(torch.arange(5) * 7 % 97, torch.arange(5), torch.tensor([4, 0]))
     with torch.inference_mode():
         events, logits = driven(decoder.forward(batch, query_first=query_first), decoder.config)
@@ -136,27 +215,14 @@ def test_a_run_goes_on_from_each_mixer(family: str, query_first: bool, tmp_path:
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's compiler warns of what torch uses
 @pytest.mark.parametrize("family", ["qwen3_next", "falcon_h1"])
-def test_compiled_says_the_same(family: str, tmp_path: Path) -> None:
-    decoder = load(reference(*FAMILIES[family]), tmp_path)
+def test_compiled_says_the_same(family: str, made: Made) -> None:
+    *_, decoder = made(family)
     batch = Batch(torch.arange(5) * 7 % 97, torch.arange(5), torch.tensor([4, 0]))
     with torch.inference_mode():
         found = [
             driven(each.forward(batch), decoder.config)[1] for each in (decoder, Compiled(decoder, backend="eager"))
         ]
     torch.testing.assert_close(*found, rtol=0, atol=1e-5)
-
-
-class Again:
-    """Records by keeping the work: a launch does it again, into the tensors that it gave first."""
-
-    def record(self, work: Work) -> tuple[Callable[[], None], tuple[torch.Tensor, ...]]:
-        results = tuple(x.clone() for x in work())
-
-        def launch() -> None:
-            for result, x in zip(results, work(), strict=True):
-                result.copy_(x)
-
-        return launch, results
 
 
 def answer(event: KeyValueReady | StateReady, config: ModelConfig) -> torch.Tensor:
@@ -207,10 +273,10 @@ def test_says_what_is_not_supported() -> None:
         with_ranks(small("minimax"), 5)
 
 
-def test_text_of_a_model_for_pictures_too(tmp_path: Path) -> None:
+def test_text_of_a_model_for_pictures_too(made: Made) -> None:
     """Its config is nested, its names have a prefix, its experts are stacked, and other tensors stand beside them."""
-    plain = load(reference(*FAMILIES["qwen3_5_moe"]), tmp_path)
-    found = load_file(tmp_path / "model.safetensors")
+    _, folder, plain = made("qwen3_5_moe")
+    found = load_file(folder / "model.safetensors")
     named = {name.replace("model.", "model.language_model."): tensor for name, tensor in found.items()}
     for layer in range(4):
         at = f"model.language_model.layers.{layer}.mlp.experts"
@@ -220,7 +286,7 @@ def test_text_of_a_model_for_pictures_too(tmp_path: Path) -> None:
         )
         named |= {f"{at}.gate_up_proj": torch.cat((gates, ups), 1), f"{at}.down_proj": downs}
     named |= {"model.visual.patch": torch.zeros(3), "mtp.norm.weight": torch.zeros(3)}
-    text = json.loads((tmp_path / "config.json").read_text())
+    text = json.loads((folder / "config.json").read_text())
     del text["architectures"]
     text["rope_parameters"] |= {"mrope_section": [1, 1, 1], "mrope_interleaved": True}
     raw = {"architectures": ["Qwen3_5MoeForConditionalGeneration"], "model_type": "qwen3_5_moe", "text_config": text}
@@ -287,10 +353,10 @@ def test_says_what_is_wrong(family: str, changes: dict[str, Any], complaint: str
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bfloat16_stays_near_float32(family: str, tmp_path: Path) -> None:
+def test_bfloat16_stays_near_float32(family: str, made: Made) -> None:
     """Where rounding changes which experts a token takes, that is not very near."""
-    exact = load(reference(*FAMILIES[family]), tmp_path)
-    rounded = load(reference(*FAMILIES[family]), tmp_path, torch.bfloat16)
+    model, folder, exact = made(family)
+    rounded = load(model, folder, torch.bfloat16)
     tokens = [(7 * i) % 97 for i in range(30)]
     with torch.inference_mode():
         expected, found = (DenseAttention(decoder, len(tokens)).run(tokens) for decoder in (exact, rounded))

@@ -14,8 +14,10 @@ from safetensors.torch import load_file
 
 from lamina_kernels.dense.dense import repacks
 from lamina_workers.decoder.model import Batch, Decoder, Forward, KeyValueReady, QueryReady
+from lamina_workers.decoder.rope import Rotary
 from lamina_workers.errors import ModelFileError
 from lamina_workers.model_config.config import ModelConfig
+from lamina_workers.model_config.rope_config import RopeConfig
 
 # Newer transformers would rather have it called `cache`, older ones know only this name.
 pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values:FutureWarning")
@@ -227,6 +229,35 @@ def test_rope_scaling_equals_transformers(rope: str, tmp_path: Path) -> None:
     check_against(model, load(model, tmp_path))
 
 
+def rope(kind: str, **fields: float) -> RopeConfig:
+    defaults = {"theta": 1e4, "positions": 64, "original": 64, "factor": 4.0}
+    return RopeConfig(kind, **{**defaults, **fields})  # type: ignore[arg-type]
+
+
+def test_dynamic_depends_on_the_length_beyond_what_it_was_trained_for() -> None:
+    rotary = Rotary(rope("dynamic"), 16)
+    positions = torch.full((4,), 30)
+    cos, sin = rotary(positions, torch.tensor([31, 64, 65, 640]))
+    assert torch.equal(cos[0], cos[1])
+    assert not torch.equal(cos[1], cos[2])
+    plain_cos, plain_sin = Rotary(rope("default"), 16)(positions[:1], None)
+    torch.testing.assert_close(cos[:1], plain_cos)
+    # The slowest pair turns 1 / (factor * n / positions - (factor - 1)) as fast: the exponent is made for that.
+    torch.testing.assert_close(sin[3, -1].asin() * (4 * 640 / 64 - 3), plain_sin[0, -1].asin())
+
+
+def test_dynamic_without_lengths_is_refused() -> None:
+    with pytest.raises(ValueError, match="rope_lengths"):
+        Rotary(rope("dynamic"), 16)(torch.tensor([1]), None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "context"), [("default", 64), ("llama3", 64), ("linear", 256), ("dynamic", 256), ("yarn", 128)]
+)
+def test_context_counts_the_factor_where_the_config_does_not(kind: str, context: int) -> None:
+    assert rope(kind, original=32).context == context
+
+
 Tiny = tuple[transformers.PreTrainedModel, ModelConfig, Tensors]
 
 
@@ -307,6 +338,11 @@ def test_refuses_layers_that_do_not_exist(tiny: Tiny, first_layer: int, hidden: 
     decoder = Decoder.load(tiny[1], tiny[2], torch.float32)
     with pytest.raises(ValueError, match=f"first_layer is {first_layer}, allowed is 0 to 2"):
         next(decoder.forward(batch(5), hidden, first_layer))
+
+
+def test_refuses_attention_without_the_layer_before_it(tiny: Tiny) -> None:
+    with pytest.raises(ValueError, match="above 0 with hidden"):
+        next(Decoder.load(tiny[1], tiny[2], torch.float32).forward(batch(5), None, 0, torch.zeros(1)))
 
 
 def test_refuses_to_go_on_without_attention(tiny: Tiny) -> None:

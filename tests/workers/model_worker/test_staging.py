@@ -11,6 +11,7 @@ import pytest
 import torch
 from engine_rig import DEVICE, BytesPort, Rig
 from fake_device import FakeDevice
+from pairwise import crossing
 
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.attention_worker.device_worker import DeviceWorker
@@ -199,9 +200,7 @@ SHARDS = {
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the device that only pretends is a CPU")
-@pytest.mark.parametrize("place", PORTS)
-@pytest.mark.parametrize("shard", SHARDS)
-@pytest.mark.parametrize("lanes", [{}, {"lanes": 2, "fuses": False}], ids=["one lane", "two lanes, query first"])
+@crossing(place=tuple(PORTS), shard=tuple(SHARDS), lanes={"one": {}, "two, query first": {"lanes": 2, "fuses": False}})
 def test_one_text_wherever_it_is_computed(
     place: str, shard: str, lanes: dict[str, int], decoder: Decoder, expected: list[list[list[int]]],
     fake: FakeDevice, monkeypatch: pytest.MonkeyPatch,

@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import threading
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -30,17 +29,15 @@ from lamina_protocols.channels.channels import Channel
 from lamina_protocols.channels.sockets import connect_unix
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.messages.layers import HolderConfig
-from lamina_protocols.messages.messages import Close, Exchange, Row
-from lamina_protocols.messages.routes import HolderBatch, Route, Span
+from lamina_protocols.messages.messages import Exchange, Row
+from lamina_protocols.messages.routes import HolderBatch, Route
 from lamina_workers.attention_server.attention_server import AttentionServer, ServerConfig
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.checkpoints.model_checkpoint import fingerprint
-from lamina_workers.decoder.model import Batch, Decoder, KeyValueReady
 from lamina_workers.decoder.sampler import RowSampling, sample
 from lamina_workers.model_worker.attention_merge import LayerExchange
-from lamina_workers.model_worker.interface import BatchWork, Waiting
+from lamina_workers.model_worker.interface import Waiting
 from lamina_workers.model_worker.layer_slices import (
-    SlicedBatch,
     Waits,
     chosen,
     likeliest,
@@ -55,7 +52,6 @@ from lamina_workers.parallel.peers import UNIX, Peer, PeerListener
 from lamina_workers.parallel.replicas import PipelineReplicas
 from lamina_workers.ports.port import AttentionPort
 from lamina_workers.ports.remote import RemoteAttention, SeatOptions, connect
-from lamina_workers.ports.timing import Stopwatch
 
 ENGINE = "5eed" * 8
 rng = random.Random(41)
@@ -73,13 +69,6 @@ def test_slice_k_of_batch_j_is_at_replica_j_plus_k() -> None:
             order = rotation(turn, 30, replicas)
             assert len(order) == 31  # before the first attention, between two, behind the last
             assert all(place == (turn + k) % replicas for k, place in enumerate(order))
-
-
-def test_batches_begin_at_different_places_and_share_the_work() -> None:
-    for replicas in (2, 3, 4):
-        assert {rotation(turn, 30, replicas)[0] for turn in range(replicas)} == set(range(replicas))
-        load = Counter(place for turn in range(replicas) for place in rotation(turn, 30, replicas))
-        assert set(load.values()) == {31}
 
 
 def share(*rows: tuple[int, tuple[int, int] | None, bool]) -> HolderBatch:
@@ -128,95 +117,6 @@ def test_tokens_are_chosen_where_the_logits_are_unless_more_is_wanted() -> None:
     assert sampled.tokens[6] in (33, 34)
     with pytest.raises(ProtocolError, match="1 tokens and 5 rows of logits, due 2 and 5"):
         chosen(rows, tokens[:1], rest)
-
-
-def test_commands_of_slices_cross_as_they_are() -> None:
-    work = BatchWork((Span(4, 2), Span(9, 1)), (6, 12), (5, 6, 7), (1, 2), (RowSampling(), RowSampling()))
-    shares = {3: replace(share((9, (0, 9), True)), operations=(Close(7),)), 4: HolderBatch(2, (Close(8),), ())}
-    command = peer_messages.start_batch(8, work, shares, (0,), suspends=True)
-    told = crossed(command)
-    assert (told.batch, told.suspends, told.plain) == (8, True, (0,))
-    assert told.shares == {3: share((9, (0, 9), True))}  # operations were announced, and are nobody else's business
-    assert peer_messages.work_of(told) == replace(work, sampling=())
-    hidden = torch.randn(3, 64)
-    for message in (
-        peer_messages.Slice(8, 0, False, torch.empty(0), torch.empty(0)),
-        peer_messages.Slice(8, 1, True, hidden, -hidden),
-        peer_messages.Sliced(8, 0.25, 0.5, hidden.bfloat16(), hidden),
-        peer_messages.Chosen(8, 0.25, 0.5, (0, 17), torch.randn(2, 101)),
-    ):
-        back = crossed(message)
-        for name in message.__slots__:
-            mine, its = getattr(message, name), getattr(back, name)
-            assert torch.equal(mine, its) if isinstance(mine, torch.Tensor) else mine == its
-
-
-def crossed(message: Any) -> Any:
-    return peer_messages.decode(bytearray(b"".join(peer_messages.encode(message))))
-
-
-# A forward pass in pieces.
-
-
-def value_of(decoder: Decoder, event: KeyValueReady) -> torch.Tensor:
-    """What gives each query head its own token's value: no attention, but it depends on what enters the layer."""
-    group = decoder.config.num_attention_heads // decoder.config.num_key_value_heads
-    return event.v.repeat_interleave(group, 1)
-
-
-def drive(decoder: Decoder, forward: Any) -> Any:
-    """To the end. Returns what it returns."""
-    answer = None
-    while True:
-        try:
-            event = forward.send(answer)
-        except StopIteration as stop:
-            return stop.value
-        answer = value_of(decoder, event) if isinstance(event, KeyValueReady) else None
-
-
-@pytest.mark.parametrize("query_first", [False, True])
-def test_decoders_take_turns(query_first: bool) -> None:
-    """Three of them, by the rotation, give the logits of one, to the bit."""
-    decoders = [tiny_decoder() for _ in range(3)]
-    device, layers = decoders[0].device, decoders[0].config.num_hidden_layers
-    tokens = torch.tensor(PROMPTS[1], device=device)
-    batch = Batch(tokens, torch.arange(len(tokens), device=device), torch.tensor([3, 18], device=device))
-    with torch.inference_mode():
-        expected = drive(decoders[0], decoders[0].forward(batch, query_first=query_first))
-        for turn in range(3):
-            parts = [
-                SlicedBatch(d, batch, query_first, lambda forward, d=d: answered(d, forward), Stopwatch(float), float)
-                for d in decoders
-            ]
-            left: Any = None
-            for number, place in enumerate(rotation(turn, layers, 3)):
-                (left,) = [*finished(parts[place].slice(number, left, False))]
-            assert torch.equal(left, expected)
-    with pytest.raises(ValueError, match="above 0 with hidden"):
-        next(decoders[0].forward(batch, None, 0, torch.zeros(1)))
-
-
-def answered(decoder: Decoder, forward: Any) -> Any:
-    """As a resolver, with the values for attention."""
-    answer = None
-    while True:
-        try:
-            event = forward.send(answer)
-        except StopIteration as stop:
-            return stop.value
-        answer = None
-        if isinstance(event, Waiting):
-            yield event
-        elif isinstance(event, KeyValueReady):
-            answer = value_of(decoder, event)
-
-
-def finished(generator: Any) -> Iterator[Any]:
-    try:
-        next(generator)
-    except StopIteration as stop:
-        yield stop.value
 
 
 # Waiting for whichever comes first.

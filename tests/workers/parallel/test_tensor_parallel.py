@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lamina_workers.decoder.model import Decoder
-from lamina_workers.decoder.shard import WHOLE, Alone, Shard, local, rank_shape, with_ranks
+from lamina_workers.decoder.shard import WHOLE, Alone, Shard, rank_shape, with_ranks
 from lamina_workers.decoder.weight_names import tensor_shapes
 from lamina_workers.errors import RankLost, RanksError
 from lamina_workers.model_config.config import ModelConfig
@@ -327,18 +327,6 @@ def test_ranks_that_do_not_exist_are_refused() -> None:
         rank_shape(ModelConfig.from_dict(TINY), Shard(3, 4))
 
 
-def test_three_kv_heads_on_two_ranks() -> None:
-    config = ModelConfig.from_dict(TINY)
-    assert with_ranks(config, 2) is config
-    shapes = [rank_shape(config, Shard(rank, 2)) for rank in (0, 1)]
-    assert [(shape.heads, shape.kv_heads) for shape in shapes] == [
-        (range(4), range(2)),
-        (range(4, 6), range(2, 3)),
-    ]
-    specs = local(config, Shard(1, 2)).layer_specs()
-    assert [(spec.heads, spec.kv_heads, spec.scale) for spec in specs] == [(2, 1, 0.25)] * 3
-
-
 @given(kv_heads=st.integers(1, 12), group=st.integers(1, 12), experts=st.integers(1, 9), data=st.data())
 def test_ranks_share_everything_once(kv_heads: int, group: int, experts: int, data: st.DataObject) -> None:
     heads = kv_heads * group
@@ -376,17 +364,3 @@ def test_one_file_alone_knows_how_ranks_talk() -> None:
                 base = getattr(node, "module", None) or ""
                 names = [base, *(f"{base}.{alias.name}".strip(".") for alias in node.names)]
                 assert not any(name.startswith("torch.distributed") for name in names), file
-
-
-@pytest.mark.data
-@pytest.mark.real
-def test_greedy_tokens_of_a_real_model_are_those_of_one_process(tmp_path: Path) -> None:
-    from lamina.models.resolve import resolve
-    from lamina.text.tokenizer import Tokenizer
-
-    folder = resolve("smollm2-135m")
-    tokenizer = Tokenizer(folder)
-    words = ["The capital of France is", "Once upon a time, in a small village,", "def fibonacci(n):\n"]
-    prompts = [list(tokenizer.encode(text)) for text in words]
-    found, _ = run(2, tmp_path, "greedy", str(folder), json.dumps(prompts))
-    assert found == rank_child.greedy(WHOLE, None, folder, prompts)

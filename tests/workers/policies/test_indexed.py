@@ -16,11 +16,10 @@ from kv_pools import pool_of
 from policy_bench import GROUP, HEADS, KV_HEADS, LAYERS, PAGE, Bench, D
 
 from lamina_protocols.messages.messages import Attended, Fresh, Query, Row
-from lamina_workers.errors import KernelsUnavailable, PolicyError
+from lamina_workers.errors import KernelsUnavailable
 from lamina_workers.indexes import faiss_host
 from lamina_workers.indexes.key_index import Floats, Segment
 from lamina_workers.policies import index_builds, indexed, retrieval
-from lamina_workers.policies.catalogue import parse
 from lamina_workers.policies.indexed import Indexed
 
 pytest.importorskip("faiss")
@@ -508,26 +507,3 @@ def test_without_faiss_the_worker_says_so(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(KernelsUnavailable, match="needs FAISS"):
         Bench(POLICY.format("graph"))
     Bench("retrieval")  # needs none
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("retrieval(index=tree)", "index is 'tree'; allowed are scan, graph, ivf"),
-        ("retrieval(index=graph, top=0)", "top is 0; allowed is 1 to"),
-        ("retrieval(index=graph, least=0)", "least is 0; allowed is 1 to"),
-        ("retrieval(index=graph, segment=0)", "segment is 0; allowed is 1 to"),
-    ],
-)
-def test_what_cannot_be_asked_for(text: str, message: str) -> None:
-    with pytest.raises(PolicyError, match=message):
-        parse(text)
-
-
-def test_of_short_parts_nothing_is_kept() -> None:
-    bench = Bench("retrieval(index=graph, least=2000)")
-    handle = bench.open()
-    bench.prefill(handle, 900, 300)
-    assert report(bench)["sample_bytes"] == 0
-    bench.prefill(handle, 300)
-    assert 0 < report(bench)["sample_bytes"] <= CELLS * 300 * GROUP * D * 2

@@ -72,15 +72,13 @@ def check(found: Found, group: int, k: int, lo: int, hi: int) -> None:
 
 
 def segment(kind: str, keys: np.ndarray, lo: int) -> Segment:
-    if kind == "scan":
-        return ScanSegment(keys, lo)
     if kind == "ivf":
         return build_ivf(keys, lo, effort=8)
     queries = np.random.default_rng(9).standard_normal((64, keys.shape[1])).astype(np.float32)
     return build_graph(keys, queries, lo, listed=32, slots=16)
 
 
-KINDS = ("scan", "ivf", "graph")
+KINDS = ("ivf", "graph")
 
 
 class TestEveryKind:
@@ -138,19 +136,6 @@ class TestEveryKind:
                 segment(kind, keys, 0)
         with pytest.raises(ValueError, match="lo is -1"):
             segment(kind, np.ones((40, 16), np.float32), -1)
-
-
-class TestScan:
-    def test_finds_what_is_best(self) -> None:
-        keys, ask = world(3001)
-        q = ask(20, 5)
-        built = ScanSegment(keys, 64)
-        found = [built.search(x, TOP) for x in q]
-        assert recall(found, [exact(keys, x, TOP) for x in q], 64) > 0.995
-
-    def test_needs_no_faiss(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        without_faiss(monkeypatch)
-        check(ScanSegment(np.eye(16, dtype=np.float32)).search(np.ones((1, 16), np.float32), 3), 1, 3, 0, 16)
 
 
 class TestGraph:

@@ -172,14 +172,10 @@ class TestWorkers:
             return HeadPolicies.of(dataclasses.replace(CONFIG, layers=(spec,)))
 
         policies("retrieval(index=graph)").check(CPU)
-        for text in ("page_top_k(budget=0.5)", "retrieval", "heavy_hitter", "recycled"):
+        for text in ("page_top_k(budget=0.5)", "retrieval", "heavy_hitter", "recycled", "streaming", "full"):
             policies(text).check(torch.device("cuda:1"))
         with pytest.raises(PolicyError, match=r"the policy retrieval.* attention on cuda:1 cannot search"):
             policies("retrieval(index=graph)").check(torch.device("cuda:1"))
-
-    def test_static_policies_are_for_every_device(self) -> None:
-        spec = dataclasses.replace(SPEC, policies=("streaming(sink=4, recent=16)", "full"))
-        HeadPolicies.of(dataclasses.replace(CONFIG, layers=(spec,))).check(torch.device("cuda"))
 
     def test_pages_of_any_device_cost_the_same(self) -> None:
         try:
