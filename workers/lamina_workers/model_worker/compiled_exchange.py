@@ -107,6 +107,7 @@ class RemoteHolder:
         for head in (self._sent.bytes, self._head.bytes):
             set_batch(head, *ids)
         self._block.timeout, self._block.live = int(holder.timeout * 1e9), 0
+        self._block.sent = self._block.sent_size  # no frame is being sent until the first layer is asked for
         self.port.due += holder.reads  # one reply at a time, which compiled code may receive
         if holder.reads and self.direct is not None:
             self.direct.expect(ctypes.addressof(self._block), self.frame.bytes)
