@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_rig import BytesPort, Rig
+from engine_rig import Rig, one_process
+from faulty_ports import FaultyPorts
 from kv_pools import pool_of
 from policy_bench import TIGHT, under
-from real_workers import WorkerProcess, until, worker_process, write_tiny_model
+from real_workers import until, worker_process, write_tiny_model
 from running_streams import Streams, held
 
 from lamina import LLM
 from lamina.errors import EngineError, InvalidRequest
-from lamina.sampling_params import SamplingParams
 from lamina.scheduling.step_tuner import StepTuner
-from lamina_protocols.messages.messages import Fetch, FetchPages, Request
-from lamina_workers.attention_worker.attention_worker import AttentionWorker
+from lamina_protocols.messages.messages import Fetch, FetchPages
 from lamina_workers.errors import HolderLost, KVError
 
 chance = random.Random(11)
@@ -31,37 +30,15 @@ PAGES = 9  # of 16 tokens of a sequence: three layers, three heads
 
 @pytest.fixture(scope="module")
 def expected(decoder: Any) -> list[list[int]]:
-    rig = Rig(decoder)
-    tokens = rig.generate(PROMPTS, max_tokens=TOKENS)
-    rig.close()
-    return [sample for (sample,) in tokens]
+    return [sample for (sample,) in one_process(decoder, PROMPTS, max_tokens=TOKENS)]
+
+
+def second_fetch(error: Exception) -> FaultyPorts:
+    return FaultyPorts(2, error, (Fetch, FetchPages))
 
 
 def streams_of(rig: Rig, begun: int = 1) -> Streams:
     return Streams(rig, PROMPTS, TOKENS, begun)
-
-
-class Fetched:
-    """Ports that do something instead when KV is fetched for the nth time, counted over all of them together."""
-
-    def __init__(self, at: int, happens: Callable[[], None]) -> None:
-        self._left, self._happens = at, happens
-
-    def __call__(self, worker: AttentionWorker) -> BytesPort:
-        return BytesPort(worker, self._before)
-
-    def _before(self, request: Request) -> None:
-        if isinstance(request, Fetch | FetchPages):
-            self._left -= 1
-            if self._left == 0:
-                self._happens()
-
-
-def fails(error: Exception) -> Callable[[], None]:
-    def happens() -> None:
-        raise error
-
-    return happens
 
 
 def counted(rig: Rig) -> tuple[int, int]:
@@ -135,7 +112,7 @@ def test_a_worker_stays_when_no_other_is_left_to_take_its_kv(decoder, expected):
 
 
 def test_a_worker_that_is_lost_meanwhile_is_not_drained(decoder, expected):
-    rig = Rig(decoder, shard="heads", weights=(1, 1), port=Fetched(2, fails(HolderLost("killed"))))
+    rig = Rig(decoder, shard="heads", weights=(1, 1), port=second_fetch(HolderLost("killed")))
     streams = streams_of(rig)
     with pytest.raises(EngineError, match="worker-1 could not be drained: it is lost"):
         rig.engine.drain("worker-1").result(timeout=60)
@@ -145,7 +122,7 @@ def test_a_worker_that_is_lost_meanwhile_is_not_drained(decoder, expected):
 
 @pytest.mark.fault("F18")
 def test_a_drain_ends_with_the_fault_of_a_move_and_may_be_tried_again(decoder, expected):
-    rig = Rig(decoder, shard="heads", weights=(1, 1), port=Fetched(2, fails(KVError("broken"))))
+    rig = Rig(decoder, shard="heads", weights=(1, 1), port=second_fetch(KVError("broken")))
     streams = streams_of(rig)
     with pytest.raises(EngineError, match=r"worker-1 could not be drained: .*broken"):
         rig.engine.drain("worker-1").result(timeout=60)
@@ -246,16 +223,11 @@ def test_a_sequence_in_prefill_stays_until_its_prompt_is_computed(decoder, expec
         local_tier=True,
         tuner=StepTuner(share=0.0),
     )
-    params = SamplingParams(max_tokens=TOKENS).with_defaults({})
     with held(rig):
-        inboxes = [rig.submit(prompt, params)[1] for prompt in PROMPTS]
+        streams = streams_of(rig, 0)
     until(lambda: len(rig.scheduler.running) > 0)
     done = rig.engine.drain("worker-1")
-    tokens: list[list[int]] = [[] for _ in PROMPTS]
-    for so_far, inbox in zip(tokens, inboxes, strict=True):
-        while len(so_far) < TOKENS:
-            so_far += [output.token for output in inbox.get(timeout=60)]
-    assert tokens == expected
+    assert streams.tokens() == expected
     done.result(timeout=60)
     assert counted(rig) == (0, 0)
     rig.close()
@@ -263,55 +235,35 @@ def test_a_sequence_in_prefill_stays_until_its_prompt_is_computed(decoder, expec
 
 @pytest.mark.fault("F18")
 @pytest.mark.real
-def test_eight_streams_over_two_processes_keep_their_text_while_one_is_drained(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["drained", "SIGTERM"])
+def test_streams_over_two_processes_keep_their_text_while_one_hands_its_kv_over(how: str, tmp_path: Path) -> None:
+    """As an operator drains it, or since it is about to end."""
     model = write_tiny_model(tmp_path / "tiny")
     prompts = [[chance.randrange(101) for _ in range(20 + 11 * n)] for n in range(8)]
     options: dict[str, Any] = {"dtype": "float32", "threads": 1, "page_size": 16, "kv_memory": "16MiB", "lanes": 1}
 
-    def tokens(llm: LLM, drained: str = "") -> list[list[int]]:
+    def tokens(llm: LLM, go: Callable[[], None] | None = None) -> list[list[int]]:
         found: list[list[int]] = [[] for _ in prompts]
-        for event in llm.stream(prompts, max_tokens=120, temperature=0, ignore_eos=True):
-            if drained and all(found):
-                done.append(llm._runtime.engine.drain(drained))  # type: ignore[union-attr]
-                drained = ""
+        for event in llm.stream(prompts, max_tokens=120 if how == "drained" else 400, temperature=0, ignore_eos=True):
+            if go is not None and all(found):
+                go()
+                go = None
             found[event.prompt_index].append(event.token_id)
         return found
 
-    done: list[Any] = []
     with worker_process() as one, worker_process() as two:
         options["attention_workers"] = [one.address, two.address]
         with LLM(model, local_share=0, **options) as llm:
+            engine: Any = llm._runtime.engine  # type: ignore[union-attr]
             undisturbed = tokens(llm)
-            names = list(llm._runtime.engine._holders.names.values())  # type: ignore[union-attr]
-            assert tokens(llm, names[0]) == undisturbed
-            assert done[0].result(timeout=60) > 0
-            assert list(llm._runtime.engine._holders.names.values()) == names[1:]  # type: ignore[union-attr]
-            counters = llm._runtime.engine._scheduler.counters  # type: ignore[union-attr]
-            assert (counters.preempted, counters.rebuilt_tokens) == (0, 0)
-            until(lambda: one.status().free_pages == one.status().total_pages)
+            names, done = list(engine._holders.names.values()), list[Any]()
+            if how == "drained":
+                assert tokens(llm, lambda: done.append(engine.drain(names[0]))) == undisturbed
+                assert done[0].result(timeout=60) > 0
+                until(lambda: one.status().free_pages == one.status().total_pages)
+            else:
+                assert tokens(llm, lambda: one.process.send_signal(signal.SIGTERM)) == undisturbed
+                assert one.process.wait(30) == 0
+            assert list(engine._holders.names.values()) == names[1:]
+            assert (engine._scheduler.counters.preempted, engine._scheduler.counters.rebuilt_tokens) == (0, 0)
             assert tokens(llm) == undisturbed
-
-
-@pytest.mark.real
-def test_a_worker_that_gets_sigterm_hands_its_kv_over_before_it_ends(tmp_path: Path) -> None:
-    model = write_tiny_model(tmp_path / "tiny")
-    prompts = [[chance.randrange(101) for _ in range(20 + 11 * n)] for n in range(8)]
-    options: dict[str, Any] = {"dtype": "float32", "threads": 1, "page_size": 16, "kv_memory": "16MiB", "lanes": 1}
-
-    def tokens(llm: LLM, stopped: WorkerProcess | None = None) -> list[list[int]]:
-        found: list[list[int]] = [[] for _ in prompts]
-        for event in llm.stream(prompts, max_tokens=400, temperature=0, ignore_eos=True):
-            if stopped is not None and all(found):
-                stopped.process.send_signal(signal.SIGTERM)
-                stopped = None
-            found[event.prompt_index].append(event.token_id)
-        return found
-
-    with worker_process() as one, worker_process() as two:
-        options["attention_workers"] = [one.address, two.address]
-        with LLM(model, local_share=0, **options) as llm:
-            undisturbed = tokens(llm)
-            assert tokens(llm, one) == undisturbed
-            assert one.process.wait(30) == 0
-            counters = llm._runtime.engine._scheduler.counters  # type: ignore[union-attr]
-            assert (counters.preempted, counters.rebuilt_tokens) == (0, 0)

@@ -1,11 +1,12 @@
-"""The engine over a real decoder and a real attention worker: the text does not depend on how it is computed."""
+"""The engine over a real decoder and a real attention worker: chunks, orders, preemption, and requests that end early.
+That the text does not depend on where KV is kept is in `test_one_text`."""
 
 from __future__ import annotations
 
 import random
 
 import pytest
-from engine_rig import BytesPort, Rig, collect, tiny_decoder
+from engine_rig import BytesPort, Rig, collect, one_process, tiny_decoder
 from faulty_ports import FaultyPorts, SpoiltPorts
 from kv_pools import pool_of
 from pairwise import crossing
@@ -19,16 +20,6 @@ from lamina_protocols.messages.messages import Announcement, Exchange, Fresh, Qu
 rng = random.Random(7)
 PROMPTS = [[rng.randrange(101) for _ in range(n)] for n in (1, 2, 15, 16, 17, 33, 70, 150)]
 SPLIT = {"shard": "heads"}
-PLACEMENTS = {
-    "one holder": SPLIT,
-    "one holder and a local one": {"shard": "heads", "local_pool": 500},
-    "heads on two, fused": {"weights": (1, 1)},
-    "heads on two": {"shard": "heads", "weights": (1, 1)},
-    "heads on three, prompts local": {"shard": "heads", "weights": (2, 1, 1), "local_pool": 60},
-    "ranges on three": {"shard": "sequence", "weights": (1, 1, 1)},
-    "ranges on unlike two, prompts local": {"shard": "sequence", "weights": (1, 3), "local_pool": 500},
-    "heads and ranges": {"shard": "heads+sequence", "weights": (1, 1, 1, 2), "local_pool": 60},
-}
 MODELS = ("full", "windowed")
 SAMPLINGS = {"greedy": {}, "seeded": {"temperature": 0.9, "top_p": 0.9, "seed": 11}}
 
@@ -75,18 +66,6 @@ def test_text_stays_the_same_at_any_chunk_size(model, sampling, expected, chunk)
     assert answers(model, sampling, max_batch_tokens=chunk) == expected
 
 
-@each_model(placement=PLACEMENTS, lanes=(1, 2))
-def test_text_stays_the_same_at_any_placement_of_heads_and_ranges(model, sampling, expected, placement, lanes):
-    assert answers(model, sampling, max_batch_tokens=64, lanes=lanes, **placement) == expected
-
-
-@each_model(placement=PLACEMENTS, lanes=(1, 2))
-def test_text_stays_the_same_where_q_goes_first(model, sampling, expected, placement, lanes):
-    assert (
-        answers(model, sampling, max_batch_tokens=64, lanes=lanes, port=BytesPort, fuses=False, **placement) == expected
-    )
-
-
 @pytest.mark.parametrize("shard", ["heads", "sequence"])
 def test_text_stays_the_same_while_both_orders_take_turns(model, sampling, expected, shard):
     """Between two batches of the same sequences, also while one of the other order is under way."""
@@ -113,11 +92,6 @@ def test_text_stays_the_same_while_both_orders_take_turns(model, sampling, expec
     assert sent >= {Exchange, Query, Fresh}
 
 
-@pytest.mark.parametrize("placement", [{}, SPLIT], ids=["fused", "split"])
-def test_text_stays_the_same_when_only_bytes_cross_the_cut(model, sampling, expected, placement):
-    assert answers(model, sampling, port=BytesPort, **placement) == expected
-
-
 @pytest.mark.fault("F11")
 def test_preemption_changes_no_token(model, sampling, expected):
     longest = max(len(p) for p in PROMPTS) + 40
@@ -125,14 +99,6 @@ def test_preemption_changes_no_token(model, sampling, expected):
     rig = Rig(model, pages=pages)
     assert rig.generate(PROMPTS, **sampling) == expected
     assert rig.scheduler.counters.preempted > 0
-    rig.close()
-
-
-def test_prefix_hit_changes_no_token(model, sampling, expected):
-    rig = Rig(model, prefix_cache=True, max_batch_tokens=64)
-    for _ in range(2):
-        assert rig.generate(PROMPTS, **sampling) == expected
-    assert rig.scheduler.counters.reused_tokens > 100
     rig.close()
 
 
@@ -149,28 +115,13 @@ def test_samples_of_one_prompt_share_its_kv(decoder):
     rig.close()
 
 
-MESSAGES = {
-    "exchange, fused": (Exchange, {}),
-    "exchange": (Exchange, SPLIT),
-    "query": (Query, PLACEMENTS["ranges on three"]),
-    "fresh": (Fresh, PLACEMENTS["ranges on three"]),
-}
-
-
-@each_model(message=MESSAGES, layer=(0, 1, 2))
-def test_batch_runs_again_when_an_exchange_fails_at_any_layer(model, sampling, expected, message, layer):
-    kind, placement = message
-    of_layer = lambda request: isinstance(request, kind) and request.layer == layer  # noqa: E731
-    ports = FaultyPorts(9 if kind is Exchange else 1, ProtocolError("cut off"), of_layer)
-    assert answers(model, sampling, port=ports, **placement, max_batch_tokens=64) == expected
-    assert len(ports.struck) == 1
-
-
-@pytest.mark.parametrize("kind", [Announcement, Fresh, Exchange])
-def test_holders_stay_in_step_when_one_loses_a_message(decoder, kind):
+@pytest.mark.parametrize("kind", [Announcement, Query, Fresh, Exchange])
+@pytest.mark.parametrize("shard", ["heads", "sequence"])
+def test_holders_stay_in_step_when_one_loses_a_message(decoder, kind, shard):
     ports = FaultyPorts(1 if kind is Fresh else 15, ProtocolError("cut off"), kind)
-    placement = PLACEMENTS["ranges on three" if kind is Fresh else "heads on two"]
-    assert answers(decoder, {"max_tokens": 10}, port=ports, **placement) == answers(decoder, {"max_tokens": 10})
+    placement = {"shard": shard, "weights": (1, 1), "max_batch_tokens": 64, "fuses": kind is not Query}
+    got = answers(decoder, {"max_tokens": 10}, port=ports, **placement)
+    assert got == one_process(decoder, PROMPTS, max_tokens=10)
     assert len(ports.struck) == 1
 
 
@@ -183,12 +134,6 @@ def test_engine_goes_on_when_the_sink_of_a_client_raises(decoder):
     assert rig.engine.alive
     rig.close()
     assert pool_of(rig.workers[1]).store.free_pages == 2000
-
-
-def test_announcement_is_sent_again_when_it_is_lost(decoder):
-    ports = FaultyPorts(8, ProtocolError("cut off"), Announcement)
-    assert answers(decoder, {"max_tokens": 10}, port=ports) == answers(decoder, {"max_tokens": 10})
-    assert len(ports.struck) == 1
 
 
 def test_requests_end_with_an_error_when_a_holder_always_fails(decoder):

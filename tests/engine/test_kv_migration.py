@@ -7,62 +7,31 @@ import time
 from itertools import pairwise
 
 import pytest
-from engine_rig import LOCAL, BytesPort, Restless, Rig, collect
+from engine_rig import LOCAL, Restless, Rig, collect, one_process
+from faulty_ports import FaultyPorts
 from kv_pools import pool_of
 from pairwise import crossing
+from running_streams import Streams
 
-from lamina.kv.placement import Holder
+from lamina.errors import EngineError
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.step_tuner import MeasuredBatch, StepTuner
 from lamina_protocols.messages.messages import Announcement, Close, Fetch, FetchPages, Fresh, FreshPages, Open
-from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.errors import HolderLost, KVError
-from lamina_workers.ports.port import LocalAttention
 
 rng = random.Random(5)
 PROMPTS = [[rng.randrange(101) for _ in range(n)] for n in (3, 40, 70, 150)]
 GREEDY = {"max_tokens": 60}
-MODELS = ("full", "windowed")
-PLACEMENTS = {
-    "one worker": {"shard": "heads", "weights": (1,)},
-    "heads on two": {"shard": "heads", "weights": (1, 1)},
-    "ranges on three": {"shard": "sequence", "weights": (1, 1, 2)},
-    "heads and ranges": {"shard": "heads+sequence", "weights": (1, 1, 1, 1)},
-}
-
-
-@pytest.fixture(scope="module", params=MODELS)
-def model(request, decoder, windowed):
-    return decoder if request.param == "full" else windowed
+SMALL = {"shard": "heads", "local_pool": 60, "local_tier": True, "max_batch_tokens": 64}
 
 
 @pytest.fixture(scope="module")
-def expected(model):
-    return plain(model)
-
-
-def plain(decoder):
-    rig = Rig(decoder)
-    tokens = rig.generate(PROMPTS, **GREEDY)
-    rig.close()
-    return tokens
+def expected(decoder):
+    return one_process(decoder, PROMPTS, **GREEDY)
 
 
 def moved(rig: Rig) -> int:
     return rig.engine._tiering._migration.sequences
-
-
-@crossing(("model",), model=MODELS, placement=PLACEMENTS, lanes=(1, 2))
-def test_text_stays_the_same_while_sequences_move(model, expected, placement, lanes):
-    rig = Rig(
-        model, local_pool=1000, local_tier=True, tuner=Restless(lanes, lanes=lanes), max_batch_tokens=64,
-        prefix_cache=True, port=BytesPort, **placement,
-    )  # fmt: skip
-    assert rig.generate(PROMPTS, **GREEDY) == expected
-    assert moved(rig) > 3
-    assert rig.scheduler.counters.preempted == 0
-    assert rig.generate(PROMPTS, **GREEDY) == expected  # prefixes are found wherever they are by now
-    rig.close()
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -94,117 +63,60 @@ def test_text_stays_the_same_when_moving_sequences_fork_abort_or_are_preempted(d
     reference.close()
 
 
-class Fatal:
-    """Ports of which one dies, or loses a message, at message number `at` of the kinds that only moves have."""
-
-    def __init__(self, at: int, loses: bool) -> None:
-        self._at, self._loses = at, loses
-        self._seen = 0
-        self.struck = False
-
-    def __call__(self, worker: AttentionWorker) -> BytesPort:
-        return BytesPort(worker, self._before)
-
-    def _before(self, request: object) -> None:
-        moves = isinstance(request, (Fetch, Fresh, FetchPages, FreshPages)) or (
-            isinstance(request, Announcement) and any(isinstance(op, (Open, Close)) for op in request.operations)
-        )
-        self._seen += moves
-        if moves and self._seen == self._at:
-            self.struck = True
-            raise KVError("lost on its way") if self._loses else HolderLost("gone")
+def of_a_move(request):
+    opens = isinstance(request, Announcement) and any(isinstance(op, Open | Close) for op in request.operations)
+    return opens or isinstance(request, Fetch | Fresh | FetchPages | FreshPages)
 
 
-@crossing(loses=(False, True), at=(2, 9, 14, 23, 31, 44), lanes=(1, 2))
-def test_text_stays_the_same_when_a_holder_is_lost_during_a_move(decoder, at, loses, lanes, monkeypatch):
+@crossing(fault=(HolderLost("gone"), KVError("lost")), at=(2, 9, 14, 23, 31, 44), lanes=(1, 2))
+def test_text_stays_the_same_when_a_holder_is_lost_during_a_move(decoder, expected, at, fault, lanes, monkeypatch):
     monkeypatch.setattr("lamina_workers.model_worker.kv_transfer._FRAME", 1)  # a layer each
-    fatal = Fatal(at, loses)
+    ports = FaultyPorts(at, fault, of_a_move)
     rig = Rig(
         decoder, shard="heads", weights=(1, 1), local_pool=1500, local_tier=True, tuner=Restless(at, 0.6, lanes),
-        max_batch_tokens=64, port=fatal,
+        max_batch_tokens=64, port=ports,
     )  # fmt: skip
-    assert rig.generate(PROMPTS, **GREEDY) == plain(decoder)
-    assert fatal.struck
+    assert rig.generate(PROMPTS, **GREEDY) == expected
+    assert ports.struck
     rig.scheduler.check_integrity()
     rig.engine.close()
     rig._thread.join()
     pool_of(rig.workers[LOCAL]).store.check_integrity()
 
 
-def test_local_holder_takes_over_when_the_last_worker_leaves(decoder):
-    rig = Rig(decoder, shard="heads", local_pool=2000, local_tier=True, tuner=StepTuner(share=0.0), max_batch_tokens=64)
-    params = SamplingParams(**GREEDY).with_defaults({})
-    submitted = [rig.submit(prompt, params)[1] for prompt in PROMPTS]
-    first = [inbox.get(timeout=60) for inbox in submitted]
-    rig.engine.leave("worker-1")
-    rest = [[o.token for o in outputs] for outputs in first]
-    for inbox, tokens in zip(submitted, rest, strict=True):
-        while len(tokens) < 60:
-            tokens += [output.token for output in inbox.get(timeout=60)]
-    assert rest == [sample for (sample,) in plain(decoder)]
-    assert rig.workers[LOCAL].counters.queries > 0
-    rig.close()
-
-
 @pytest.mark.fault("F18")
-def test_last_worker_drains_to_the_local_holder(decoder):
-    rig = Rig(decoder, shard="heads", local_pool=2500, local_tier=True, tuner=StepTuner(share=0.0), max_batch_tokens=64)
-    params = SamplingParams(**GREEDY).with_defaults({})
-    submitted = [rig.submit(prompt, params)[1] for prompt in PROMPTS]
-    first = [inbox.get(timeout=60) for inbox in submitted]
-    assert rig.engine.drain("worker-1").result(timeout=60) > 0
-    rest = [[o.token for o in outputs] for outputs in first]
-    for inbox, tokens in zip(submitted, rest, strict=True):
-        while len(tokens) < 60:
-            tokens += [output.token for output in inbox.get(timeout=60)]
-    assert rest == [sample for (sample,) in plain(decoder)]
-    assert rig.scheduler.counters.preempted == 0
+@pytest.mark.parametrize("drained", [False, True])
+def test_local_holder_takes_over_when_the_last_worker_leaves_or_is_drained(decoder, expected, drained):
+    rig = Rig(decoder, **SMALL | {"local_pool": 2500}, tuner=StepTuner(share=0.0))
+    streams = Streams(rig, PROMPTS, 60)
+    if drained:
+        assert rig.engine.drain("worker-1").result(timeout=60) > 0
+    else:
+        rig.engine.leave("worker-1")
+    assert streams.tokens() == [sample for (sample,) in expected]
+    assert rig.workers[LOCAL].counters.queries > 0
+    assert rig.scheduler.counters.preempted == 0 or not drained
     rig.close()
 
 
-def test_long_sequence_waits_for_a_new_worker_when_the_local_holder_is_too_small(decoder):
+def test_long_sequence_waits_for_a_new_worker_when_the_local_holder_is_too_small(decoder, expected):
     """The other sequences go on meanwhile."""
-    rig = Rig(
-        decoder,
-        shard="heads",
-        local_pool=60,
-        local_tier=True,
-        tuner=StepTuner(share=0.0),
-        wait=30.0,
-        max_batch_tokens=64,
-    )
-    params = SamplingParams(**GREEDY).with_defaults({})
-    (_, long), (_, short) = rig.submit(PROMPTS[3], params), rig.submit(PROMPTS[0], params)
-    begun = [output.token for output in long.get(timeout=60)]
+    rig = Rig(decoder, **SMALL, tuner=StepTuner(share=0.0), wait=30.0)
+    long, short = Streams(rig, PROMPTS[3:], 60), Streams(rig, PROMPTS[:1], 60, 0)
     rig.engine.leave("worker-1")
-    assert len(collect(short)[0]) == 60
-    rig.workers[2] = AttentionWorker(rig.holder)
-    rig.engine.join(LocalAttention(rig.workers[2], "second"), Holder((rig.pages,)))
-    while len(begun) < 60:
-        begun += [output.token for output in long.get(timeout=60)]
-    assert [begun] == plain(decoder)[3]
+    short.tokens()
+    rig.join()
+    assert long.tokens() == expected[3]
     rig.close()
 
 
 def test_stranded_request_ends_with_an_error_and_others_go_on(decoder):
-    from lamina.errors import EngineError
-
-    rig = Rig(
-        decoder,
-        shard="heads",
-        local_pool=60,
-        local_tier=True,
-        tuner=StepTuner(share=0.0),
-        wait=0.2,
-        max_batch_tokens=64,
-    )
-    params = SamplingParams(**GREEDY).with_defaults({})
-    (_, long), (_, short) = rig.submit(PROMPTS[3], params), rig.submit(PROMPTS[0], params)
-    long.get(timeout=60)
+    rig = Rig(decoder, **SMALL, tuner=StepTuner(share=0.0), wait=0.2)
+    long, short = Streams(rig, PROMPTS[3:], 60), Streams(rig, PROMPTS[:1], 60, 0)
     rig.engine.leave("worker-1")
-    assert len(collect(short)[0]) == 60
+    short.tokens()
     with pytest.raises(EngineError, match=r"no holder that is left has room for this, and none has joined for 0\.2 s"):
-        collect(long)
+        long.tokens()
     rig.close()
 
 
@@ -244,7 +156,7 @@ def test_pages_that_a_move_will_take_are_not_promised_to_new_requests(decoder):
     assert [mine for mine, _ in rooms] == [promised for _, promised in rooms]
 
 
-def test_pages_of_a_move_are_counted_once(decoder):
+def test_pages_of_a_move_are_counted_once(decoder, expected):
     """A move takes many batches, and with each of them holders report their free pages. The pages of the first sequence
     are in use at its new place while the second is copied."""
     rig = Rig(decoder, shard="heads", local_pool=1000, local_tier=True, tuner=Pushed(share=1.0), max_batch_tokens=64)
@@ -259,13 +171,13 @@ def test_pages_of_a_move_are_counted_once(decoder):
 
     rig.engine._tiering._migration.step = lambda seconds, waits=False: step(1e-9, waits)  # a frame a time
     rig.scheduler.running.moved = look
-    assert rig.generate(PROMPTS[2:], **GREEDY) == plain(decoder)[2:]
+    assert rig.generate(PROMPTS[2:], **GREEDY) == expected[2:]
     assert len(counts) == 2
     assert all(counted == there < rig.pages for counted, there in counts)
     rig.close()
 
 
-def test_moves_to_holders_with_room_go_on_when_another_refuses(decoder, monkeypatch):
+def test_moves_to_holders_with_room_go_on_when_another_refuses(decoder, expected, monkeypatch):
     """Any refusal gave up all moves, wherever they went: under pressure at one holder none would ever end."""
     monkeypatch.setattr("lamina_workers.model_worker.kv_transfer._FRAME", 1)  # a layer each
     rig = Rig(decoder, shard="heads", local_pool=1000, local_tier=True, tuner=Pushed(share=1.0), max_batch_tokens=64)
@@ -283,7 +195,7 @@ def test_moves_to_holders_with_room_go_on_when_another_refuses(decoder, monkeypa
                 assert not mover._queue
 
     mover.step = look
-    assert rig.generate(PROMPTS[2:], **GREEDY) == plain(decoder)[2:]
+    assert rig.generate(PROMPTS[2:], **GREEDY) == expected[2:]
     rig.close()
     assert len(kept) > 5
     assert all(kept)

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from engine_rig import BytesPort, Rig, collect, tiny_decoder
+from engine_rig import Rig, tiny_decoder
 from faulty_ports import SpoiltPorts
 from pairwise import crossing
 from scripted_drafts import Scripted, texts_of
@@ -14,11 +14,7 @@ from small_grammars import EOS, GRAMMARS, TOKENIZER, VOCABULARY
 
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.scheduler import verified
-from lamina.scheduling.step_tuner import StepTuner
-from lamina_protocols.errors import ProtocolError
-from lamina_protocols.messages.messages import Announcement, Exchange, Fresh
 from lamina_workers.decoder.sampler import RowSampling, TokenHistory, sample
-from lamina_workers.errors import HolderLost
 
 rng = random.Random(5)
 PROMPTS = [[rng.randrange(101) for _ in range(n)] for n in (1, 15, 16, 33, 70)]
@@ -80,23 +76,6 @@ def test_text_with_drafts_is_that_without(model, sampling, expected, right, plac
     elif right == 4:
         assert counts.accepted_tokens == counts.draft_tokens
     assert len(proposer.ended_ones) == len(PROMPTS)
-
-
-@each_model(fuses={"together": True, "q first": False}, shard=("heads", "sequence"))
-def test_drafts_change_no_text_in_two_lanes_over_bytes(model, sampling, expected, shard, fuses):
-    got, rig = answers(
-        model, sampling=sampling, proposer=scripted(model, expected, "some"), shard=shard, weights=(1, 2), lanes=2,
-        port=BytesPort, fuses=fuses, max_batch_tokens=64,
-    )  # fmt: skip
-    assert got == expected
-    assert rig.engine._drafting.counts.accepted_tokens > 0
-
-
-def test_drafts_change_no_text_where_sequences_are_preempted(model, sampling, expected):
-    got, rig = answers(model, sampling=sampling, proposer=scripted(model, expected, "some"), pages=70)
-    assert got == expected
-    assert rig.scheduler.counters.preempted > 0
-    assert rig.engine._drafting.counts.accepted_tokens > 0
 
 
 def test_drafts_change_no_text_of_cached_prefixes(model, sampling, expected):
@@ -183,72 +162,6 @@ def test_drafts_change_nothing_of_what_bounds_a_text(name, right):
         assert report.chosen == pytest.approx(plain.chosen, abs=1e-4)
     counts = got[3].engine._drafting.counts
     assert right == 0 or counts.accepted_tokens > 0
-
-
-# Holders that move, fail and go.
-
-
-@each_model(placement={name: PLACEMENTS[name] for name in ("heads on two", "ranges on two")}, lanes=(1, 2))
-def test_drafts_change_no_text_while_sequences_move(model, sampling, expected, placement, lanes):
-    class Restless(StepTuner):
-        def completed(self, batch, moving=False):
-            self.share = rng.choice((0.0, 0.3, 0.7, 1.0))
-
-    rig = Rig(
-        model, local_pool=1000, local_tier=True, tuner=Restless((lanes,), 0.5), max_batch_tokens=64, port=BytesPort,
-        proposer=scripted(model, expected, "some"), **placement,
-    )  # fmt: skip
-    assert rig.generate(PROMPTS, **({"max_tokens": 40} | sampling)) == expected
-    assert rig.engine._tiering._migration.sequences > 1
-    rig.close()
-
-
-def test_drafts_change_no_text_while_a_worker_is_drained(decoder):
-    asked = {"max_tokens": 150}
-    plain = answers(decoder, sampling=asked)[0]
-    rig = Rig(decoder, shard="heads", weights=(1, 1, 1), port=BytesPort, proposer=scripted(decoder, plain, "some"))
-    params = SamplingParams(**asked).with_defaults({})
-    inboxes = [rig.submit(prompt, params)[1] for prompt in PROMPTS]
-    first = [inbox.get(timeout=60) for inbox in inboxes]
-    rig.engine.drain("worker-2").result(60)
-    assert [
-        [[o.token for o in begun] + collect(inbox)[0]] for begun, inbox in zip(first, inboxes, strict=True)
-    ] == plain
-    rig.close()
-
-
-@each_model(
-    shard=("heads", "sequence"),
-    kind={"killed": HolderLost, "fault": ProtocolError},
-    kept={"one worker left": False, "prompts local": True},
-)
-def test_worker_that_goes_in_the_middle_of_a_verification_costs_no_token(model, sampling, expected, shard, kind, kept):
-    """In the second layer of a batch of which rows have several tokens, after prefill."""
-    seen = []
-    ports = []
-
-    class Port(BytesPort):
-        def __init__(self, worker):
-            super().__init__(worker, self.watch)
-            ports.append(self)
-
-        def watch(self, request):
-            if isinstance(request, Announcement):
-                self.verifies = any(row.count > 1 and row.chooses for row in request.rows)
-            elif self is ports[1] and isinstance(request, Exchange | Fresh) and request.layer == 1 and self.verifies:
-                seen.append(request)
-                if len(seen) == 4:
-                    raise kind("gone in the middle")
-
-    local = {"local_pool": 500} if kept else {}
-    got, rig = answers(
-        model, sampling=sampling, proposer=scripted(model, expected, "some"), shard=shard, weights=(1, 1), port=Port,
-        max_batch_tokens=64, **local,
-    )  # fmt: skip
-    assert got == expected
-    assert len(seen) >= 4
-    assert (kind is HolderLost) == (len(rig.placement.holders) == 1 + kept)
-    assert rig.engine._stats.failed_batches == 1
 
 
 def test_logits_that_are_not_finite_after_a_draft_fail_nobody(decoder):

@@ -21,7 +21,6 @@ from engine_process import EngineProcess
 from engine_rig import holder_config, tiny_decoder
 from kv_pools import pool_of
 from real_workers import until, worker_process, write_tiny_model
-from scripted_drafts import Always, Scripted, Texts, texts_of
 from small_grammars import EOS, GRAMMARS, VOCABULARY
 
 from lamina import LLM
@@ -91,19 +90,16 @@ class World:
     def __init__(
         self, decoder: Decoder, folder: Path, *, shard: str = "heads", workers: int = 2, local_pool: int = 0,
         lanes: int = 1, prefix_cache: bool = False, max_batch_tokens: int = 64, pages: int = PAGES,
-        journal: bool = True, texts: Texts | None = None,
     ) -> None:  # fmt: skip
         self.decoder, self.folder = decoder, folder
         self.shard, self.local_pool, self.lanes = shard, local_pool, lanes
-        self.journal = journal
         self.pages = pages
-        self.texts = texts  # of which there are drafts, some of them wrong
         self.holder = holder_config(decoder, pages, 16)
         self.workers = {f"host:{at}": AttentionWorker(self.holder) for at in range(workers)}
         self.limits = SchedulerConfig(
             max_batch_tokens=max_batch_tokens, max_sequences=64, max_model_len=2048, page_size=16,
             page_groups=page_groups(self.holder), prefix_cache=prefix_cache,
-            max_drafts=4 if texts else 0, of_policy=RequestPolicies(self.holder, partial(page_groups, self.holder)),
+            of_policy=RequestPolicies(self.holder, partial(page_groups, self.holder)),
         )  # fmt: skip
         self.lives = 0
         self._last: Life | None = None
@@ -111,14 +107,10 @@ class World:
     def life(self, fate: Fate) -> Life:
         """The next engine; the previous one is dead."""
         self.lives += 1
-        if self._last is not None and self._last.journal is not None and self._last.journal._lock is not None:
+        if self._last is not None and self._last.journal._lock is not None:
             os.close(self._last.journal._lock)  # as the kernel does
         self._last = Life(self, fate)
         return self._last
-
-    def lose(self, address: str) -> None:
-        """A holder is started again, empty."""
-        self.workers[address] = AttentionWorker(self.holder)
 
 
 class Life:
@@ -144,17 +136,11 @@ class Life:
         control = ControlPlane(world.limits, placement, StepTuner((world.lanes,)))
         self.scheduler = control.scheduler
         worker = ModelWorker(world.decoder, world.holder, everybody)
-        self.journal = Journal(world.folder, FACTS) if world.journal else None
-        recorder = None if self.journal is None else Recorder(self.journal, placement, worker.address)
-        drafting: dict[str, Any] = {}
-        if world.texts is not None:
-            drafting["proposer"] = Scripted(world.texts, "some", VOCABULARY, world.lives)
-            drafting["speculation"] = Always(4)
-        self.engine = Engine(worker, control, time.monotonic, grammars=GRAMMARS, recorder=recorder, **drafting)
-        self.unfinished: tuple[EngineRequest, ...] = ()
+        self.journal = Journal(world.folder, FACTS)
+        recorder = Recorder(self.journal, placement, worker.address)
+        self.engine = Engine(worker, control, time.monotonic, grammars=GRAMMARS, recorder=recorder)
         worker.begin_after(max(kept.last_epoch for kept in surveys.values()))
-        if self.journal is not None and recorder is not None:
-            self.unfinished = recover(self.journal, self.engine, recorder, worker, placement, surveys)
+        self.unfinished = recover(self.journal, self.engine, recorder, worker, placement, surveys)
         self.fate.at = fate.at
         self._told = fate
 
@@ -320,29 +306,6 @@ def test_tokens_stay_the_same_when_an_engine_dies_at_any_moment(
         same(client, expected)
 
 
-@pytest.mark.parametrize("shard", ["heads", "sequence"])
-def test_tokens_stay_the_same_when_an_engine_that_verifies_drafts_dies_at_any_moment(
-    shard: str, model: Decoder, expected: Client, tmp_path: Path
-) -> None:
-    """What was rejected is with the holders, and the journal does not count it."""
-    texts = texts_of(
-        (prompt for prompt, _ in ASKED.values()),
-        ([tokens for tokens, _ in samples] for samples in expected.texts().values()),
-    )
-    options: dict[str, Any] = {"shard": shard, "texts": texts, "lanes": 2}
-    total = steps(model, tmp_path / "whole", **options)
-    moments = random.Random(shard)
-    for number in range(3):
-        world, client = World(model, tmp_path / str(number), **options), Client(ASKED)
-        with pytest.raises(Killed):
-            client.run(world.life(Fate(total // 2 + moments.randrange(total // 3))))
-        life = world.life(Fate())
-        client.run(life, resumed=True)
-        same(client, expected)
-        life.until(lambda life=life: not life.engine._control.has_work)  # type: ignore[misc]
-        assert all(pool_of(worker).store.free_pages == PAGES for worker in world.workers.values())
-
-
 def test_engine_finishes_recovered_requests_before_a_client_returns(
     model: Decoder, expected: Client, tmp_path: Path
 ) -> None:
@@ -370,34 +333,6 @@ def test_kv_that_holders_kept_is_not_computed_again(model: Decoder, tmp_path: Pa
     client.run(third)  # what was left over is closed with the first batch
     third.until(lambda: not third.engine._control.has_work)
     assert all(pool_of(worker).store.free_pages == PAGES for worker in world.workers.values())
-
-
-@pytest.mark.parametrize("shard", ["heads", "sequence"])
-def test_tokens_stay_the_same_when_an_engine_dies_during_or_after_a_move(
-    shard: str, model: Decoder, expected: Client, tmp_path: Path
-) -> None:
-    """A move is in the journal with the next batch. Until then the journal names parts that may be closed already. The
-    survey does not find those, so they are computed again; it closes the new parts, which the journal does not name."""
-
-    def drained(folder: str, fate: Fate, after: int = 0) -> tuple[World, Client, int]:
-        world, client = World(model, tmp_path / folder, shard=shard, workers=3), Client(ASKED)
-        client.submit(life := world.life(fate), resumed=False)
-        life.until(lambda: len(client.got["long"][0]) == 3)
-        before = fate.seen
-        life.fate.at = before + after if after else life.fate.at
-        done = life.engine.drain("host:0")
-        with contextlib.suppress(Killed):
-            life.until(done.done)
-        return world, client, fate.seen - before
-
-    _, _, messages = drained("whole", Fate())
-    for after in [*range(1, messages, max(1, messages // 5)), messages, 0]:
-        world, client, _ = drained(str(after), Fate(), after)
-        life = world.life(Fate())
-        client.run(life, resumed=True)
-        same(client, expected)
-        life.until(lambda life=life: not life.engine._control.has_work)  # type: ignore[misc]
-        assert all(pool_of(worker).store.free_pages == PAGES for worker in world.workers.values())
 
 
 def test_kv_stays_when_an_engine_dies_around_a_join(
@@ -432,32 +367,6 @@ def test_kv_stays_when_an_engine_dies_around_a_join(
         assert all(pool_of(worker).store.free_pages == PAGES for worker in world.workers.values())
 
 
-@pytest.mark.parametrize("shard", ["heads", "sequence"])
-def test_kv_is_rebuilt_when_a_holder_lost_it_between_two_engines(
-    shard: str, model: Decoder, expected: Client, tmp_path: Path
-) -> None:
-    options = {"shard": shard, "workers": 3, "local_pool": 500}
-    total = steps(model, tmp_path / "whole", **options)
-    for part in (3, 2):
-        world, client = World(model, tmp_path / str(part), **options), Client(ASKED)
-        with pytest.raises(Killed):
-            client.run(world.life(Fate(total // part)))
-        world.lose("host:1")
-        life = world.life(Fate())
-        client.run(life, resumed=True)
-        same(client, expected)
-
-
-def test_tokens_are_computed_again_without_a_journal(model: Decoder, expected: Client, tmp_path: Path) -> None:
-    total = steps(model, tmp_path, journal=False)
-    for moment in (total // 3, total // 2, total - 3):
-        world, client = World(model, tmp_path, journal=False), Client(ASKED)
-        with pytest.raises(Killed):
-            client.run(world.life(Fate(moment)))
-        client.run(world.life(Fate()), resumed=True)
-        same(client, expected)
-
-
 def test_engine_believes_a_client_that_has_more_tokens_than_the_journal(
     model: Decoder, expected: Client, tmp_path: Path
 ) -> None:
@@ -466,10 +375,10 @@ def test_engine_believes_a_client_that_has_more_tokens_than_the_journal(
     client.submit(life := world.life(Fate()), resumed=False)
     life.until(lambda: len(client.got["long"][0]) == 2)
     copy = (tmp_path / "journal").read_bytes()
-    os.close(life.journal._file or 0) if life.journal else None
+    os.close(life.journal._file or 0)
     again = Client(ASKED)
     again.got = {name: [list(sample) for sample in samples] for name, samples in expected.got.items()}
-    for name in ("long", "random", "held"):
+    for name in ("long", "penalties", "random", "held"):
         again.got[name] = [[o for o in sample if not o.finish_reason][:4] for sample in again.got[name]]
     (tmp_path / "journal").write_bytes(copy)
     again.run(world.life(Fate()), resumed=True)

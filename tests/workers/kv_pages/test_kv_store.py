@@ -88,6 +88,21 @@ def test_a_refused_update_changes_nothing():
     kv.update([Fork(2, 1, 10)], [])
 
 
+@pytest.mark.parametrize("bound", [False, True])
+def test_what_is_cut_back_to_the_edge_of_a_page_keeps_nothing_behind_it(bound):
+    kv = store(100)
+    kv.update([Open(1, 0, (0, 1), 0, 1000)], [row(1, 0, 40)])
+    kv.update([Fork(2, 1, 40)], [])
+    if bound:
+        kv.update([Bound(2, 16)], [])
+        assert (kv.part(2).held, kv.part(2).stored) == (16, 16)
+    else:
+        kv.update([], [row(2, 16, 1)])
+        assert not set(kv.part(2).table[0, :, 1]) & set(kv.part(1).table[0, :, 1])
+    assert (kv.part(2).table[:, :, 2 - bound :] == NO_PAGE).all()
+    kv.check_integrity()
+
+
 @pytest.mark.fault("F10")
 @pytest.mark.parametrize(
     ("rows", "message"),
