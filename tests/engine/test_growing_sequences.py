@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import random
-import time
 from typing import Any
 
 import pytest
-from engine_rig import BytesPort, Rig, collect, one_process
+from engine_rig import BytesPort, Rig, one_process
 from kv_pools import pool_of
 from running_streams import Streams, held
-from scripted_drafts import Scripted, texts_of
 
 from lamina.kv import relocation
-from lamina.sampling_params import SamplingParams
 from lamina_protocols.messages.messages import Announcement, Bound, Request
 
 chance = random.Random(3)
@@ -48,37 +45,6 @@ def test_running_sequences_go_on_at_a_holder_that_joins_and_no_byte_moves(decode
     counters = rig.scheduler.counters
     assert (counters.preempted, counters.rebuilt_tokens) == (0, 0)
     assert [sample for (sample,) in rig.generate(PROMPTS, max_tokens=TOKENS)] == expected  # over cached prefixes
-    rig.close()
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_text_stays_the_same_whatever_joins_drains_and_is_lost(decoder, seed):
-    """Forks of several samples, prefixes, drafts, lanes, aborts; holders come and go at any moment."""
-    drawn = random.Random(seed)
-    shard = drawn.choice(("heads", "sequence", "heads+sequence"))
-    prefix = [drawn.randrange(101) for _ in range(40)]
-    prompts = [
-        prefix[: drawn.randint(1, 40)] + [drawn.randrange(101) for _ in range(drawn.randint(1, 60))] for _ in range(6)
-    ]
-    answers = one_process(decoder, prompts, max_tokens=90, n=2)
-    proposer = Scripted(texts_of(prompts, answers), "some", 101, seed) if seed % 2 else None
-    rig = Rig(
-        decoder, shard=shard, weights=(1, 1), lanes=1 + seed % 2, max_batch_tokens=48, pages=700, port=BytesPort,
-        prefix_cache=drawn.random() < 0.7, proposer=proposer,
-    )  # fmt: skip
-    params = SamplingParams(max_tokens=90, n=2).with_defaults({})
-    submitted, staying = [], [1, 2]  # the engine may not have seen yet that others go
-    for prompt in prompts:
-        submitted.append(rig.submit(prompt, params))
-        time.sleep(drawn.random() * 0.05)
-        happens = drawn.random()
-        if happens < 0.5:
-            staying.append(rig.join())
-        elif len(staying) > 1:
-            name = f"worker-{staying.pop(drawn.randrange(len(staying)))}"
-            (rig.engine.drain if happens < 0.75 else rig.engine.leave)(name)
-    for (_, inbox), answer in zip(submitted, answers, strict=True):
-        assert collect(inbox, 2) == answer
     rig.close()
 
 

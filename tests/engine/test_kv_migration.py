@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from itertools import pairwise
 
 import pytest
@@ -28,39 +27,6 @@ SMALL = {"shard": "heads", "local_pool": 60, "local_tier": True, "max_batch_toke
 @pytest.fixture(scope="module")
 def expected(decoder):
     return one_process(decoder, PROMPTS, **GREEDY)
-
-
-def moved(rig: Rig) -> int:
-    return rig.engine._tiering._migration.sequences
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_text_stays_the_same_when_moving_sequences_fork_abort_or_are_preempted(decoder, seed):
-    """Little memory on both sides, siblings, aborts at any moment."""
-    chance = random.Random(seed)
-    rig = Rig(
-        decoder, shard="heads", weights=(1, 1), local_pool=420, local_tier=True, pages=160,
-        tuner=Restless(seed, 0.6, 1 + seed % 2), max_batch_tokens=48, prefix_cache=seed % 3 > 0,
-    )  # fmt: skip
-    reference = Rig(decoder, pages=4000)
-    params = SamplingParams(max_tokens=50, n=2).with_defaults({})
-    submitted = []
-    for _ in range(8):
-        prompt = PROMPTS[chance.randrange(4)][: chance.randint(1, 120)]
-        submitted.append((prompt, *rig.submit(prompt, params)))
-        time.sleep(chance.random() * 0.05)
-    kept = []
-    for prompt, request, inbox in submitted:
-        if chance.random() < 0.4:
-            rig.engine.abort(request)
-        else:
-            kept.append((prompt, inbox))
-    for prompt, inbox in kept:
-        _, twin = reference.submit(prompt, params)
-        assert collect(inbox, 2) == collect(twin, 2)
-    assert moved(rig) > 0
-    rig.close()
-    reference.close()
 
 
 def of_a_move(request):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import random
-import signal
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,38 +98,6 @@ def test_command_line_passes_the_local_share_on():
     assert EngineOptions(local_share="0.25").config()["local_share"] == 0.25
     assert EngineOptions(local_share="auto").config()["local_share"] == "auto"
     assert "local_share" not in EngineOptions().config()
-
-
-@pytest.mark.real
-@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.soak) for n in range(1, 6))])
-def test_text_stays_the_same_when_a_worker_is_killed_during_moves(model, expected, seed):
-    """One of two workers is killed at a random moment, while the wanted share changes all the time."""
-    rng = random.Random(seed)
-    with worker_process() as one, worker_process() as two:
-        options = {"attention_workers": [one.address, two.address], "worker_timeout": 3.0}
-        with running(model, local_share=0.5, lanes=1 + seed % 2, **options) as llm:
-            engine = llm._runtime.engine  # type: ignore[union-attr]
-            over = threading.Event()
-
-            def change() -> None:
-                while not over.wait(rng.random() * 0.02):
-                    engine._control.tuner.share = rng.choice((0.0, 0.5, 1.0))
-
-            changing = threading.Thread(target=change)
-            changing.start()
-            try:
-                found: list[list[int]] = [[] for _ in PROMPTS]
-                last = rng.randrange(TOKENS * 4)
-                for count, event in enumerate(llm.stream(PROMPTS, max_tokens=TOKENS, temperature=0, ignore_eos=True)):
-                    found[event.prompt_index].append(event.token_id)
-                    if count == last:
-                        one.process.send_signal(signal.SIGKILL)
-                        time.sleep(0.01)
-            finally:
-                over.set()
-                changing.join()
-            assert found == expected
-            engine._scheduler.check_integrity()
 
 
 class Deployment:
