@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from engine_rig import BytesPort, Rig, Unnoticed, collect
+from engine_rig import BytesPort, Rig, Unnoticed, collect, one_process
 
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.blame import REFUSALS
@@ -33,9 +33,7 @@ def rig_with(decoder: Any, loses: Callable[[Request], bool], **options: Any) -> 
 @pytest.mark.parametrize("shard", ["heads", "sequence"])
 def test_link_that_loses_every_store_message_costs_its_holder(decoder, shard, lanes):
     """The prompt was cut back, computed and lost again for ever: nobody counted how often."""
-    rig = Rig(decoder)
-    expected = [rig.generate([prompt], max_tokens=12)[0] for prompt in (LONG, LONG[:5])]
-    rig.close()
+    expected = one_process(decoder, [LONG, LONG[:5]], max_tokens=12)
     rig = rig_with(decoder, lambda request: True, shard=shard, lanes=lanes)
     inboxes = [rig.submit(prompt, GREEDY)[1] for prompt in (LONG, LONG[:5])]
     assert [collect(inbox) for inbox in inboxes] == expected
@@ -48,9 +46,7 @@ def test_link_that_loses_every_store_message_costs_its_holder(decoder, shard, la
 
 @pytest.mark.fault("F06")
 def test_messages_lost_now_and_then_cost_no_holder(decoder):
-    rig = Rig(decoder)
-    expected = rig.generate([LONG], max_tokens=12)
-    rig.close()
+    expected = one_process(decoder, [LONG], max_tokens=12)
     sent: list[Request] = []
 
     def loses(request: Request) -> bool:
@@ -69,9 +65,7 @@ def test_text_is_the_same_when_keys_are_lost_on_their_way(model, request):
     """Only the engine's notes of faults stood between a lost message and wrong text: one that was lost without any
     fault was never missed, and its positions were attended as whatever the page had before."""
     decoder = request.getfixturevalue(model)
-    rig = Rig(decoder)
-    expected = rig.generate([LONG], max_tokens=40)
-    rig.close()
+    expected = one_process(decoder, [LONG], max_tokens=40)
     sent: list[int] = []  # in each layer each of three workers gets one
 
     def loses(number: int, request: Request) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from engine_rig import BytesPort, Rig, collect, tiny_decoder
+from engine_rig import BytesPort, Rig, collect, one_process, tiny_decoder
 
 from lamina.errors import EngineError
 from lamina.kv.placement import Holder
@@ -72,10 +72,7 @@ def test_request_on_which_batches_fail_ends_alone_and_others_lose_nothing(decode
     """The count of faults was everybody's: with two lanes it never came to three, a dead holder was not counted, and a
     RuntimeError ended the engine with all its requests."""
     prompts = [[1, 2, 3, 4 + at] for at in range(6)]
-    rig = Rig(decoder, shard="heads", weights=(1, 1))
-    expected = rig.generate(prompts, max_tokens=60)
-    rig.close()
-
+    expected = one_process(decoder, prompts, max_tokens=60)
     poison = Poison(kind)
     rig = Rig(decoder, shard="heads", weights=(1, 1), lanes=lanes, max_batch_tokens=256, port=poison.port)
     joined: list[str] = []

@@ -15,6 +15,7 @@ from engine_rig import BytesPort, Rig, collect
 from faulty_ports import FaultyPorts, SpoiltPorts
 from looped_wire import Loop
 from policy_bench import TIGHT, under
+from real_workers import until
 
 from lamina.client.remote import RemoteEngine
 from lamina.engine.holders import HolderChange
@@ -205,13 +206,6 @@ def test_an_engine_without_holders_is_halted_for_clients_far_away_too(decoder: D
     rig.workers.pop(1)
     rig.workers.pop(2)
     rig.close()
-
-
-def until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.mark.fault("F25")

@@ -1,4 +1,5 @@
-"""Frames: every message comes back as it was, and nothing malformed gets through."""
+"""Frames: tensors come back bit for bit, and nothing malformed gets through. Any message and any bytes are in
+`test_codec_fuzz`."""
 
 from __future__ import annotations
 
@@ -7,57 +8,15 @@ import struct
 import msgpack
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.frames import codec
 from lamina_protocols.frames.frames import LAYOUT
 from lamina_protocols.messages import messages as m
 
-_int = st.integers(0, 2**62 - 1)
-_rows = st.builds(
-    m.Row,
-    _int,
-    _int,
-    _int,
-    st.none() | st.tuples(_int, _int).map(lambda x: tuple(sorted(x))),
-    st.booleans(),
-    st.booleans(),
-    _int,
-)
-_operations = (
-    st.builds(m.Open, _int, _int, st.lists(_int, max_size=4).map(tuple), _int, _int)
-    | st.builds(m.Fork, _int, _int, _int)
-    | st.builds(m.Close, _int)
-)
-_parts = st.builds(m.PartHeld, _int, _int, st.lists(_int, max_size=4).map(tuple), _int, _int, _int, _int)
-_plain = (
-    st.builds(
-        m.Announcement, _int, _int, _int, st.lists(_operations, max_size=4).map(tuple), st.lists(_rows).map(tuple)
-    )
-    | st.builds(
-        m.Announced,
-        _int,
-        _int,
-        st.booleans(),
-        *[st.lists(_int).map(tuple)] * 2,
-        st.text(),
-        samples=st.lists(_int).map(tuple),
-    )
-    | st.builds(m.Fault, _int, _int, st.text())
-    | st.builds(m.Survey, _int, _int, _int)
-    | st.builds(m.Surveyed, _int, _int, _int, _int, st.lists(_parts, max_size=4).map(tuple), _int)
-)
-
 
 def whole(message: m.Message) -> bytearray:
     return bytearray(b"".join(codec.encode(message)))
-
-
-@given(_plain)
-def test_messages_without_tensors_come_back_equal(message):
-    assert codec.decode(whole(message)) == message
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
@@ -99,30 +58,6 @@ def _attended():
     return torch.zeros(64 * 64, 128), torch.zeros(64 * 64)
 
 
-@given(st.binary(max_size=200))
-def test_random_bytes_are_refused(data):
-    with pytest.raises(ProtocolError):
-        codec.decode(bytearray(data))
-
-
-@given(st.data())
-def test_a_changed_frame_is_refused_or_means_something_valid(data):
-    frame = whole(m.Attended(1, 2, 3, torch.ones(3, 4), torch.ones(3)))
-    frame[data.draw(st.integers(0, len(frame) - 1))] ^= data.draw(st.integers(1, 255))
-    try:
-        message = codec.decode(frame)
-    except ProtocolError:
-        return
-    assert isinstance(message, m.Query | m.Fresh | m.Attended)
-
-
-@given(st.data())
-def test_a_truncated_frame_is_refused(data):
-    frame = whole(m.Query(1, 2, 3, torch.ones(3, 4)))
-    with pytest.raises(ProtocolError):
-        codec.decode(frame[: data.draw(st.integers(0, len(frame) - 1))])
-
-
 def frame_of(tag: int, header: bytes, payload: bytes = b"") -> bytearray:
     return bytearray(struct.pack("<4sHHIQ", b"LMNA", LAYOUT, tag, len(header), len(payload)) + header + payload)
 
@@ -161,18 +96,6 @@ def test_a_survey_of_as_many_parts_as_are_sent_at_once_fits_a_header():
     part = m.PartHeld(1 << 60, 0, (0,), 0, 9, 5, 0)
     most = m.Surveyed(1, 2, 3, 4, (part,) * m.MAX_PARTS)
     assert codec.decode(whole(most)) == most
-
-
-@given(st.data())
-def test_a_survey_with_changed_bytes_is_refused_or_means_something(data):
-    frame = whole(m.Surveyed(1, 2, 3, 4, (m.PartHeld(5, 0, (0, 1), 0, 99, 40, 0),) * 3))
-    for _ in range(data.draw(st.integers(1, 3))):
-        frame[data.draw(st.integers(0, len(frame) - 1))] ^= data.draw(st.integers(1, 255))
-    try:
-        message = codec.decode(frame)
-    except ProtocolError:
-        return
-    assert isinstance(message, m.Surveyed | m.Survey | m.Announced | m.Announcement | m.Fault | m.Fetch)
 
 
 def test_another_layout_is_refused_naming_both():

@@ -52,7 +52,17 @@ def _layered(draw):
     )
 
 
-_ints = st.lists(_int, max_size=3).map(tuple)
+def _several(items):
+    return st.lists(items, max_size=3).map(tuple)
+
+
+_ints = _several(_int)
+_operations = (
+    st.builds(m.Open, _int, _int, _ints, _int, _int) | st.builds(m.Fork, _int, _int, _int) | st.builds(m.Close, _int)
+)
+_reads = st.none() | st.tuples(_int, _int).map(lambda x: tuple(sorted(x)))
+_rows = st.builds(m.Row, _int, _int, _int, _reads, st.booleans(), st.booleans(), _int)
+_parts = st.builds(m.PartHeld, _int, _int, _ints, _int, _int, _int, _int)
 _messages = st.one_of(
     _layered(),
     st.builds(m.Fetched, _int, _int, _int, _tensor, _tensor),
@@ -66,16 +76,10 @@ _messages = st.one_of(
     st.builds(m.Advance, _int, _int, _int, _tensor, _tensor),
     st.builds(m.Advanced, _int, _int, _int, _tensor, st.floats(0, allow_infinity=False)),
     st.builds(m.Fault, _int, _int, st.text()),
-    st.builds(
-        m.Announcement,
-        _int,
-        _int,
-        _int,
-        st.lists(st.builds(m.Open, _int, _int, st.lists(_int, max_size=3).map(tuple), _int, _int), max_size=3).map(
-            tuple
-        ),
-        st.lists(st.builds(m.Row, _int, _int, _int, st.none(), st.booleans()), max_size=3).map(tuple),
-    ),
+    st.builds(m.Announcement, _int, _int, _int, _several(_operations), _several(_rows)),
+    st.builds(m.Announced, _int, _int, st.booleans(), _ints, _ints, st.text(), samples=_ints),
+    st.builds(m.Survey, _int, _int, _int),
+    st.builds(m.Surveyed, _int, _int, _int, _int, _several(_parts), _int),
 )
 _plain = st.recursive(
     st.none()
@@ -131,6 +135,8 @@ def test_every_message_comes_back(message):
     back = decoded(frame)
     assert type(back) is type(message)
     assert whole(back) == frame
+    if isinstance(message, m.Announcement | m.Announced | m.Survey | m.Surveyed | m.Fault):  # no tensors to compare
+        assert back == message
 
 
 @given(_messages, st.data())
