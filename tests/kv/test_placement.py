@@ -214,12 +214,6 @@ def test_share_of_a_lost_holder_is_stored_by_its_substitute_only() -> None:
     assert batches[3].rows == (Row(3, 4, 16, (0, 4), False), Row(4, 4, 16, (0, 4), True))
 
 
-def test_holder_is_refused_when_it_joins_twice() -> None:
-    placed = placement((1,))
-    with pytest.raises(EngineError, match="holder 1 joined twice"):
-        placed.joined(1, Holder((5,)))
-
-
 @given(
     shard=st.sampled_from(SHARDS), length=st.integers(1, END), start=st.integers(0, END - 1), local_pool=st.booleans()
 )

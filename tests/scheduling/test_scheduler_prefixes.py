@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 from scheduler_world import World, batches, config, prompt
 
@@ -140,30 +138,6 @@ def test_samples_share_their_prompt(prefix_cache: bool, length: int) -> None:
     world.finish()
     assert world.computed_tokens == length + 3 + 4 * 4
     assert len({tuple(sample.tokens) for sample in samples}) > 1
-    world.check_end()
-
-
-@pytest.mark.parametrize("total_pages", range(20, 40, 2))
-@pytest.mark.parametrize("max_batch_tokens", [1, 16])
-@pytest.mark.parametrize("prefix_cache", [False, True])
-def test_shared_and_copied_pages_are_counted_so_that_no_batch_is_refused(
-    total_pages: int, max_batch_tokens: int, prefix_cache: bool
-) -> None:
-    tight = config(max_batch_tokens=max_batch_tokens, prefix_cache=prefix_cache)
-    world = World(dataclasses.replace(tight, max_model_len=20), total_pages)
-    for salt in range(6):
-        world.add(prompt(10, salt), max_tokens=10, n=3, stop_token_ids=frozenset({1}))
-    world.finish()
-    assert world.refusals == 0
-    world.check_end()
-
-
-def test_other_samples_go_on_when_the_first_is_aborted() -> None:
-    world = World(config())
-    first, second = world.add(prompt(6), max_tokens=3, n=2)
-    world.scheduler.end(first, "abort")
-    world.finish()
-    assert second.finish_reason == "length"
     world.check_end()
 
 

@@ -2,19 +2,7 @@
 
 from __future__ import annotations
 
-from scheduler_world import Close, World, batches, config, prompt
-
-
-def test_batch_is_planned_again_after_it_failed() -> None:
-    world = World(config(max_batch_tokens=8))
-    world.add(prompt(20), max_tokens=3)
-    world.step()
-    world.plan()
-    world.answer()
-    world.drop()
-    world.finish()
-    assert batches(world)[1] == batches(world)[2] == [("0", 8, 8)]
-    world.check_end()
+from scheduler_world import Close, World, config, prompt
 
 
 def test_kv_that_did_not_reach_a_holder_is_computed_again_and_no_other() -> None:
