@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,13 @@ def compiled_kernels() -> None:
 def _one_thread() -> None:
     """Tiny tensors gain nothing from more, and a busy machine makes teams of threads wait for each other."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _inference_mode_is_left() -> Iterator[None]:
+    """A test that stays in torch's inference mode fails itself, and not some later test whose engine has a thread."""
+    yield
+    assert not torch.is_inference_mode_enabled()
 
 
 @pytest.fixture(autouse=True, scope="session")

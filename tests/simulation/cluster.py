@@ -10,6 +10,7 @@ from typing import Any
 from unittest import mock
 
 import scenario as events
+import torch
 from attention_host import AttentionHost
 from disk import Disk
 from engine_host import EngineHost, kv_config
@@ -95,6 +96,8 @@ class Cluster:
     def run(self) -> Outcome:
         """Let everything happen."""
         with contextlib.ExitStack() as patched:
+            # The mode of an engine's thread. All tasks share this thread, and a killed task would not restore its mode.
+            patched.enter_context(torch.inference_mode())
             patched.enter_context(mock.patch.multiple(time, time=self._wall, sleep=_sleeps))
             patched.enter_context(mock.patch.object(RemoteHolder, "left", _left))
             for module, constants in _EAGER if self.scenario.setup.eager else ():

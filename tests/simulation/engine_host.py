@@ -15,7 +15,6 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, Protocol
 
-import torch
 from attention_host import TOLD_TO_FAIL, AttentionHost
 from checksum_model import KV_HEADS, ChecksumDecoder, layer_specs
 from disk import Disk
@@ -390,8 +389,7 @@ class EngineHost:
             port.watch(engine.leave)
         self._identity = identity
         self._owner.engine_up(engine)
-        with torch.inference_mode():
-            engine.run()
+        engine.run()
 
     def _peers(self, config: HolderConfig, identity: Identity) -> list[Peer]:
         """Start the replicas, and wait until all are ready."""
