@@ -333,8 +333,8 @@ def join(
     number: int, name: str, address: str, credentials: Credentials | None, seat: int = 0, part: int = 1, of: int = 1
 ) -> Join:
     """The command to connect to a seat at an attention worker, which these credentials are shown."""
-    shown = credentials or Credentials()
-    return Join(number, name, address, seat, part, of, shown.ca, shown.cert, shown.key, shown.token)
+    files = credentials or Credentials()
+    return Join(number, name, address, seat, part, of, files.ca, files.cert, files.key, files.token)
 
 
 def execute(batch: int, work: BatchWork) -> Execute:
