@@ -18,6 +18,7 @@ from lamina.cli.terminal import ProgressBars, print_json
 from lamina.errors import InvalidRequest
 from lamina.measure.bench.workloads import Settings
 from lamina.system.child_process import KEY_VARIABLE
+from lamina.system.figures import needs_matplotlib
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure a server, or the decode steps of an engine.")
 
@@ -76,8 +77,10 @@ class OutputOptions:
 
     def check(self) -> None:
         """Raises InvalidRequest for a file that could not be written, before the run and not after it."""
-        _writable("save-result", self.save_result, ".json")
-        _writable("plot", self.plot, ".png")
+        opt.check_output("save-result", self.save_result, ".json")
+        opt.check_output("plot", self.plot, ".png")
+        if self.plot is not None:
+            needs_matplotlib()
         if self.save_detailed and self.save_result is None:
             raise InvalidRequest("--save-detailed was given; it needs --save-result")
 
@@ -138,14 +141,14 @@ def decode(
     from lamina.measure.bench.decode import bench, record, table
 
     batches, contexts = _numbers("batch", batch, 4096), _numbers("context", context, 1 << 24)
-    for name, value, most in (("steps", steps, 4096), ("rounds", rounds, 100)):
-        if not 2 <= value <= most and not (name == "rounds" and value == 1):
-            raise InvalidRequest(f"{name} is {value}; allowed are {'1' if name == 'rounds' else '2'} to {most}")
-    _writable("save-result", save_result, ".json")
+    for name, value, limit in (("steps", steps, 4096), ("rounds", rounds, 100)):
+        if not 2 <= value <= limit and not (name == "rounds" and value == 1):
+            raise InvalidRequest(f"{name} is {value}; allowed are {'1' if name == 'rounds' else '2'} to {limit}")
+    opt.check_output("save-result", save_result, ".json")
     if engine.plan is not None:
         raise InvalidRequest("--plan was given; `lamina plan --check` measures what a plan promises")
     with ProgressBars() as progress:
-        found = bench(
+        result = bench(
             model,
             engine.config(),
             [(b, c) for c in contexts for b in batches],
@@ -153,7 +156,7 @@ def decode(
             rounds=rounds,
             progress=progress,
         )
-    _give(lambda about: record(found, **about), table(found), as_json, save_result)
+    _give(lambda about: record(result, **about), table(result), as_json, save_result)
 
 
 def _give(record: Callable[[dict[str, Any]], dict[str, Any]], text: str, as_json: bool, path: Path | None) -> None:
@@ -176,24 +179,11 @@ def _give(record: Callable[[dict[str, Any]], dict[str, Any]], text: str, as_json
         write_text(path, json.dumps(fields, indent=1, allow_nan=False) + "\n")
 
 
-def _writable(name: str, path: Path | None, suffix: str) -> None:
-    """Raises InvalidRequest where `path` has another suffix, or no folder to be written in."""
-    if path is None:
-        return
-    opt.check_suffix(name, path, suffix)
-    if not path.absolute().parent.is_dir():
-        raise InvalidRequest(f"--{name} is {str(path)!r:.200}; its folder does not exist")
-    if name == "plot":
-        from lamina.system.figures import needs_matplotlib
-
-        needs_matplotlib()
-
-
 def _numbers(name: str, words: str, most: int) -> list[int]:
     try:
-        found = [int(word) for word in words.split(",")]
+        numbers = [int(word) for word in words.split(",")]
     except ValueError:
-        found = []
-    if not 1 <= len(found) <= 32 or not all(1 <= number <= most for number in found):
+        numbers = []
+    if not 1 <= len(numbers) <= 32 or not all(1 <= number <= most for number in numbers):
         raise InvalidRequest(f"{name} is {words!r:.80}; allowed are 1 to 32 numbers from 1 to {most}, such as 1,4,16")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(numbers))

@@ -71,10 +71,10 @@ def _take_turn(
     llm: LLM, history: list[dict[str, str]], line: str, params: SamplingParams, progress: ProgressBars
 ) -> list[dict[str, str]]:
     """The conversation after one more question and its answer. At a terminal a turn that fails leaves it unchanged."""
-    asked = [*history, {"role": "user", "content": line}]
+    conversation = [*history, {"role": "user", "content": line}]
     answer, reason = "", None
     try:
-        for event in llm.stream_chat(asked, params):
+        for event in llm.stream_chat(conversation, params):
             answer += event.text
             reason = event.finish_reason
             write(event.text, progress)
@@ -92,7 +92,7 @@ def _take_turn(
         full = f"at the context's end ({llm.max_model_len} tokens); {_FORGET}"
         cut = full if params.max_tokens is None else f"at {params.max_tokens} tokens; --max-tokens allows more"
         typer.echo(f"(cut {cut})", err=True)
-    return [*asked, {"role": "assistant", "content": answer}]
+    return [*conversation, {"role": "assistant", "content": answer}]
 
 
 def _spoken_lines(model: str) -> Iterator[str]:

@@ -80,10 +80,10 @@ def drain(
 
 def worker_row(row: Mapping[str, Any], earlier: Mapping[str, Any] | None, seconds: float) -> tuple[str, ...]:
     """One line of `status`. `earlier` is the worker's own report `seconds` before; rates need it."""
-    here = (row["name"], row["address"] or "-", row["state"])
+    identity = (row["name"], row["address"] or "-", row["state"])
     now = row.get("worker")
     if now is None:
-        return (*here, *["-"] * (len(_COLUMNS) - len(here) - 1), row.get("error", "-"))
+        return (*identity, *["-"] * (len(_COLUMNS) - len(identity) - 1), row.get("error", "-"))
     rates = ["-"] * 4
     if earlier is not None and earlier["uptime"] <= now["uptime"]:
         queries, received, sent, busy = (
@@ -91,9 +91,9 @@ def worker_row(row: Mapping[str, Any], earlier: Mapping[str, Any] | None, second
         )
         rates = [f"{queries:.0f}", show_bytes(int(received)), show_bytes(int(sent)), f"{busy:.0%}"]
     positions = f"{now['lo']} to {now['hi']}" if now["parts"] else "-"
-    state = "draining" if now["draining"] else here[2]
+    state = "draining" if now["draining"] else identity[2]
     pages = f"{now['free_pages']} of {now['total_pages']}"
-    return (*here[:2], state, show_ranges(now["heads"]) or "-", positions, pages, *rates)
+    return (*identity[:2], state, show_ranges(now["heads"]) or "-", positions, pages, *rates)
 
 
 def show_ranges(numbers: Sequence[int]) -> str:

@@ -21,6 +21,7 @@ import typer
 from lamina.cli.options import JsonLines, Threads
 from lamina.cli.terminal import print_json, print_rows, show_bytes
 from lamina.errors import InvalidRequest, LaminaError
+from lamina.joining.pairing import spaced
 from lamina.system.child_process import KEY_VARIABLE
 from lamina.system.machine import this_machine
 from lamina.system.text_files import parse_size
@@ -125,14 +126,14 @@ def list_machines(url: Url = _URL, api_key: Key = None, as_json: JsonLines = Fal
             [("machine", "code", "state", "at", "memory", "id")]
             + [
                 (
-                    each["name"],
-                    _spaced(each["code"]) or "-",
-                    each["state"],
-                    each["address"] or "-",
-                    show_bytes(each["memory"]),
-                    each["id"],
+                    row["name"],
+                    spaced(row["code"]) or "-",
+                    row["state"],
+                    row["address"] or "-",
+                    show_bytes(row["memory"]),
+                    row["id"],
                 )
-                for each in machines
+                for row in machines
             ]
         )
 
@@ -140,33 +141,29 @@ def list_machines(url: Url = _URL, api_key: Key = None, as_json: JsonLines = Fal
 @joining_app.command()
 def accept(machine: Which, url: Url = _URL, api_key: Key = None) -> None:
     """Take a machine, once the code that it shows is the same as here."""
-    found = _find(_machines(url, api_key), machine)
-    if found["state"] != "waiting":
-        raise InvalidRequest(f"{found['name']} is {found['state']} already")
-    _ask(url, api_key, found["id"], {"accept": True})
-    typer.echo(f"{found['name']} is accepted")
+    chosen = _find(_machines(url, api_key), machine)
+    if chosen["state"] != "waiting":
+        raise InvalidRequest(f"{chosen['name']} is {chosen['state']} already")
+    _ask(url, api_key, chosen["id"], {"accept": True})
+    typer.echo(f"{chosen['name']} is accepted")
 
 
 @joining_app.command()
 def remove(machine: Which, url: Url = _URL, api_key: Key = None) -> None:
     """Refuse a machine that waits, or take one no longer."""
-    found = _find(_machines(url, api_key), machine)
-    _ask(url, api_key, found["id"], {"accept": False})
-    typer.echo(f"{found['name']} is {'refused' if found['state'] == 'waiting' else 'removed'}")
+    chosen = _find(_machines(url, api_key), machine)
+    _ask(url, api_key, chosen["id"], {"accept": False})
+    typer.echo(f"{chosen['name']} is {'refused' if chosen['state'] == 'waiting' else 'removed'}")
 
 
 def _find(machines: list[dict[str, Any]], which: str) -> dict[str, Any]:
     """The machine with this code, name or id. Raises InvalidRequest."""
     digits = re.sub(r"[\s-]", "", which)
-    for found in machines:
-        if which in (found["id"], found["name"]) or (found["code"] and digits == found["code"]):
-            return found
-    known = ", ".join(_spaced(each["code"]) or each["name"] for each in machines) or "there is none"
-    raise InvalidRequest(f"there is no machine {which[:80]!r}; allowed: {known}")
-
-
-def _spaced(code: str) -> str:
-    return f"{code[:3]} {code[3:]}".strip()
+    for machine in machines:
+        if which in (machine["id"], machine["name"]) or (machine["code"] and digits == machine["code"]):
+            return machine
+    names = ", ".join(spaced(row["code"]) or row["name"] for row in machines) or "there is none"
+    raise InvalidRequest(f"there is no machine {which[:80]!r}; allowed: {names}")
 
 
 def _machines(url: str, api_key: str | None) -> list[dict[str, Any]]:
@@ -188,15 +185,15 @@ def _ask(url: str, api_key: str | None, id: str = "", body: dict[str, Any] | Non
     request = urllib.request.Request(f"{url.rstrip('/')}/joining{f'/{id}' if id else ''}", data, headers)
     try:
         with urllib.request.urlopen(request, timeout=_ANSWER_S) as answer:
-            found = json.loads(answer.read(_MOST))
+            content = json.loads(answer.read(_MOST))
     except urllib.error.HTTPError as error:
         raise LaminaError(f"the server refuses: {_message(error)}") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise LaminaError(f"no server answers at {url}: {reason}; --url names another") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise LaminaError(f"what answers at {url} is no Lamina server")
-    return found
+    return content
 
 
 def _message(error: urllib.error.HTTPError) -> str:

@@ -70,9 +70,9 @@ def _join_lines(group: Any) -> None:
 
 def _refused(error: Any) -> Exception:
     """How a command line that cannot be read ends. A group without a command shows its help."""
-    if said := " ".join(error.format_message().split()).rstrip("."):  # else the help was printed instead
+    if message := " ".join(error.format_message().split()).rstrip("."):  # else the help was printed instead
         hint = "" if error.ctx is None else f"; see `{error.ctx.command_path} --help`"
-        typer.echo(f"error: {said}{hint}", err=True)
+        typer.echo(f"error: {message}{hint}", err=True)
     return typer.Exit(2)
 
 
@@ -127,7 +127,7 @@ def doctor(
     if as_json:
         print_json(report(findings))
     else:
-        print_rows((each.section, each.name, each.shown or str(each.value)) for each in findings)
+        print_rows((finding.section, finding.name, finding.shown or str(finding.value)) for finding in findings)
 
 
 app.command()(generate)

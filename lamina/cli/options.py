@@ -164,12 +164,12 @@ class SamplingOptions:
 
     def params(self, **defaults: Any) -> SamplingParams:
         """The options that were given over `defaults`, checked. Raises InvalidRequest."""
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
-        given = {name: value for name, value in given.items() if value not in (None, [])}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {name: value for name, value in values.items() if value not in (None, [])}
         for name in ("json_schema", "grammar"):
-            if name in given and given[name].startswith("@"):
-                given[name] = read_all(given[name][1:])
-        return SamplingParams(**(defaults | given))
+            if name in values and values[name].startswith("@"):
+                values[name] = read_all(values[name][1:])
+        return SamplingParams(**(defaults | values))
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,16 +225,16 @@ class EngineOptions:
 
     def config(self) -> dict[str, Any]:
         """The options that were given, as keywords for `LLM`."""
-        given = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "plan"}
-        given["attention_workers"] = _workers(self.attention_workers or [])
-        given["autoscale"] = None if self.autoscale is None else _range(self.autoscale)
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "plan"}
+        values["attention_workers"] = _workers(self.attention_workers or [])
+        values["autoscale"] = None if self.autoscale is None else _range(self.autoscale)
         for name in ("device", "attention_device"):
-            if (names := given[name]) is not None and "," in names:
-                given[name] = [part.strip() for part in names.split(",")]
-        given["lanes"] = int(self.lanes) if self.lanes is not None and self.lanes.isdecimal() else self.lanes
+            if (names := values[name]) is not None and "," in names:
+                values[name] = [part.strip() for part in names.split(",")]
+        values["lanes"] = int(self.lanes) if self.lanes is not None and self.lanes.isdecimal() else self.lanes
         if self.local_share is not None and self.local_share != "auto":
-            given["local_share"] = _number(self.local_share)
-        return {name: value for name, value in given.items() if value is not None}
+            values["local_share"] = _number(self.local_share)
+        return {name: value for name, value in values.items() if value is not None}
 
 
 def check_suffix(option: str, path: Path | None, suffix: str) -> None:
@@ -280,10 +280,10 @@ def _workers(words: list[str]) -> int | list[str] | None:
 
 def _range(text: str) -> tuple[int, int]:
     """The numbers of MIN:MAX."""
-    least, _, most = text.partition(":")
-    if not (least.strip().isdecimal() and most.strip().isdecimal()):
+    lowest, _, highest = text.partition(":")
+    if not (lowest.strip().isdecimal() and highest.strip().isdecimal()):
         raise typer.BadParameter(f"--autoscale is {text!r:.80}; allowed is MIN:MAX, two whole numbers")
-    return int(least), int(most)
+    return int(lowest), int(highest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,14 +333,16 @@ def _checked_options(group: Any, hints: Mapping[str, Any]) -> dict[str, Any]:
         forms = [{"metavar": mark.metavar} for mark in marks if isinstance(mark, _Form)]
         syntax = _SYNTAX.get(kind, {}) if not forms else forms[0]
         default = defaults.get(name)
-        shown = isinstance(default, str | int | float) and not isinstance(default, bool) and name not in group.helps
+        shows_default = (
+            isinstance(default, str | int | float) and not isinstance(default, bool) and name not in group.helps
+        )
         options[name] = Annotated[
             kind,
             typer.Option(
                 *(mark.name for mark in marks if isinstance(mark, _Flag)),
                 help=docs.get(name),
                 rich_help_panel=group.panels.get(name, group.panels[""]),
-                show_default=str(default) if shown else False,
+                show_default=str(default) if shows_default else False,
                 **syntax,
             ),
         ]
@@ -356,10 +358,10 @@ def flatten_options(command: Callable[..., None]) -> Callable[..., None]:
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters: list[inspect.Parameter] = []
     groups: dict[str, tuple[Any, list[str]]] = {}
-    for own in inspect.signature(command, eval_str=True).parameters.values():
-        group, *marks = get_args(own.annotation) or (own.annotation,)
+    for argument in inspect.signature(command, eval_str=True).parameters.values():
+        group, *marks = get_args(argument.annotation) or (argument.annotation,)
         if not is_dataclass(group):
-            parameters.append(own.replace(kind=keyword))
+            parameters.append(argument.replace(kind=keyword))
             continue
         typed = get_type_hints(group, include_extras=True)
         hints = {field.name: typed[field.name] for field in fields(group)}
@@ -371,16 +373,16 @@ def flatten_options(command: Callable[..., None]) -> Callable[..., None]:
         if hasattr(group, "checked_by"):
             hints = _checked_options(group, hints)
         every = {field.name: field for field in fields(group)}
-        taken = [every[name] for name in hints]
-        groups[own.name] = group, [field.name for field in taken]
-        for field in taken:
+        group_fields = [every[name] for name in hints]
+        groups[argument.name] = group, [field.name for field in group_fields]
+        for field in group_fields:
             default = inspect.Parameter.empty if field.default is MISSING else field.default
             parameters.append(inspect.Parameter(field.name, keyword, default=default, annotation=hints[field.name]))
 
     @functools.wraps(command)
     def flat(**given: Any) -> None:
         values = {
-            name: group(**{field: given.pop(field) for field in taken}) for name, (group, taken) in groups.items()
+            name: group(**{field: given.pop(field) for field in names}) for name, (group, names) in groups.items()
         }
         command(**given, **values)
 

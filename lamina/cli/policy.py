@@ -82,8 +82,8 @@ def show(
     policy = read(file)
     share = kept_share(policy.heads, context)
     if as_json:
-        said: dict[str, Any] = {"model": policy.model, "fingerprint": policy.fingerprint, "about": dict(policy.about)}
-        print_json(said | {"heads": policy.heads, "context": context, "kv_kept": share})
+        facts: dict[str, Any] = {"model": policy.model, "fingerprint": policy.fingerprint, "about": dict(policy.about)}
+        print_json(facts | {"heads": policy.heads, "context": context, "kv_kept": share})
         return
     typer.echo(f"{policy.model or 'any model'}, {policy.fingerprint or 'any of this shape'}")
     for name, value in policy.about.items():
@@ -148,9 +148,9 @@ class CalibrationOptions:
         from lamina.measure.calibration.quality import Target
 
         names = ("method", "context", "sink", "recent", "steps", "text", "scores", "seed")
-        given = {name: getattr(self, name) for name in names}
-        given = {name: value for name, value in given.items() if value is not None}
-        return Settings(target=Target(self.target_quality), **given)
+        values = {name: getattr(self, name) for name in names}
+        values = {name: value for name, value in values.items() if value is not None}
+        return Settings(target=Target(self.target_quality), **values)
 
 
 @opt.flatten_options
@@ -165,12 +165,12 @@ def calibrate(model: opt.ModelName, out: Out, how: CalibrationOptions) -> None:
     opt.check_suffix("out", out, ".toml")
     settings = how.settings()
     with ProgressBars() as bars:
-        found = calibrated(model, settings, EngineConfig(dtype=how.dtype, threads=how.threads), bars)
-    write(out, found.file)
-    if not write_report(out, found, settings.target):
+        calibration = calibrated(model, settings, EngineConfig(dtype=how.dtype, threads=how.threads), bars)
+    write(out, calibration.file)
+    if not write_report(out, calibration, settings.target):
         typer.echo(NO_PLOTS, err=True)
-    if found.chosen is None:
+    if calibration.chosen is None:
         typer.echo(f"no choice met the target: {out} keeps everything", err=True)
         raise typer.Exit(1)
-    for quality in found.chosen.qualities:
+    for quality in calibration.chosen.qualities:
         typer.echo(f"{out}: {quality}")

@@ -208,18 +208,18 @@ class _Terminal:
 def _workers(config: EngineConfig, keywords: Mapping[str, Any], max_loaded: int) -> dict[str, Any]:
     """Fields of a `ServerPlan`: the engine's keywords, and the attention workers that the supervisor starts here.
     Models that are loaded together divide what one would take for its KV by itself."""
-    given = {name: str(value) if isinstance(value, Path) else value for name, value in keywords.items()}
+    engine = {name: str(value) if isinstance(value, Path) else value for name, value in keywords.items()}
     if not config.most_workers or config.cluster is not None:
         if max_loaded > 1 and config.cluster is None and not isinstance(config.kv_memory, int):
-            given |= {"kv_memory": kv_share(this_machine(), max_loaded * config.holders_here)}
-        return {"engine": given}
+            engine |= {"kv_memory": kv_share(this_machine(), max_loaded * config.holders_here)}
+        return {"engine": engine}
     machine = this_machine()
     memory = config.kv_memory if isinstance(config.kv_memory, int) else kv_share(machine, config.holders_here)
-    given = {name: value for name, value in given.items() if name != "attention_workers"} | {"kv_memory": memory}
+    engine = {name: value for name, value in engine.items() if name != "attention_workers"} | {"kv_memory": memory}
     threads = config.threads or machine.cores
     cold = config.cold_tier(memory, kv_share(machine, config.holders_here))
     return {
-        "engine": given,
+        "engine": engine,
         "workers": config.first_workers,
         "most_workers": config.most_workers,
         "kv_memory": memory,
@@ -247,11 +247,11 @@ def _joining(server: ServerOptions, config: EngineConfig, settings: ServerSettin
             "allow_join beside --open would let everybody accept machines; give the operator a key with --api-key-file"
         )
     if config.autoscale is not None:
-        least, most = config.autoscale
-        raise InvalidRequest(f"allow_join beside autoscale of {least} to {most}: allowed is one of the two")
+        lowest, highest = config.autoscale
+        raise InvalidRequest(f"allow_join beside autoscale of {lowest} to {highest}: allowed is one of the two")
     if config.cluster is not None or not isinstance(config.attention_workers, int):
-        given = "cluster" if config.cluster is not None else "addresses of attention_workers"
-        raise InvalidRequest(f"allow_join beside {given}: allowed is a number of attention_workers, or none")
+        other = "cluster" if config.cluster is not None else "addresses of attention_workers"
+        raise InvalidRequest(f"allow_join beside {other}: allowed is a number of attention_workers, or none")
     if not config.attention_workers and (config.local_share == 0 or config.model_workers > 1):
         what = "local_share is 0" if config.local_share == 0 else f"model_workers is {config.model_workers}"
         raise InvalidRequest(

@@ -10,7 +10,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Protocol
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -48,16 +48,16 @@ def parse_slo(words: str) -> Slo:
     """Such as "tpot=100ms,ttft=2s", each at most once; "none" for any time. Raises InvalidRequest."""
     from lamina.simulator.event_loop.simulate import Slo
 
-    given: dict[str, float] = {}
+    seconds: dict[str, float] = {}
     for word in [] if words.strip() == "none" else words.split(","):
-        found = _SLO.fullmatch(word.strip())
-        if found is None or found[1] in given or not float(found[2]):
+        match = _SLO.fullmatch(word.strip())
+        if match is None or match[1] in seconds or not float(match[2]):
             raise InvalidRequest(
                 f"slo is {words!r:.80}; allowed are ttft and tpot, once each, above 0, with us, ms or s, such as "
                 f'"{DEFAULT_SLO}", or "none"'
             )
-        given[found[1]] = float(found[2]) * _UNITS[found[3]]
-    return Slo(**given)
+        seconds[match[1]] = float(match[2]) * _UNITS[match[3]]
+    return Slo(**seconds)
 
 
 def parse_rate(words: str) -> float | None:
@@ -84,26 +84,13 @@ def parse_policy(words: str | None) -> KvPolicy:
     try:
         if not name:
             raise ValueError("it has no name")
-        read, held = (float(share) for share in shares.split(","))
+        read_share, held_share = (float(share) for share in shares.split(","))
     except ValueError as error:
         raise InvalidRequest(f"policy is {words!r:.80}; allowed is NAME=READ,HELD, such as auto=0.31,1") from error
-    return KvPolicy(name, read, held)
+    return KvPolicy(name, read_share, held_share)
 
 
-class SpeculationOptions(Protocol):
-    """What `plan` and `simulate` are asked about drafts."""
-
-    @property
-    def speculate(self) -> str | None: ...
-    @property
-    def num_speculative_tokens(self) -> int: ...
-    @property
-    def acceptance(self) -> float | None: ...
-    @property
-    def proposed(self) -> float: ...
-
-
-def parse_speculation(asked: SpeculationOptions) -> Speculation | None:
+def parse_speculation(asked: PlanOptions | SimulateOptions) -> Speculation | None:
     """What drafts, with its acceptance; None where nothing does. Raises InvalidRequest."""
     from lamina.simulator.costs.cost_model import NGRAM, Speculation
     from lamina.simulator.costs.model_configs import model as shape_of
@@ -259,28 +246,28 @@ def plan(asked: PlanOptions) -> None:
     request = PlanRequest(asked.model, shape, devices, trace, slo, asked.budget, rate, asked.prefill, drafts)
     compared = asked.devices(everything=True) if asked.compare else None
     with ProgressBars(lines=True) as progress:
-        found = make_plan(
+        planned = make_plan(
             request, check=asked.verify, seed=asked.seed, compare=compared, progress=progress, mapped=on_all_cores
         )
     if asked.out is not None:
-        write(asked.out, found.plan)
+        write(asked.out, planned.plan)
     if asked.plot is not None:
         from lamina.simulator.reports.plots import save_pareto
 
-        save_pareto(found.points(), found.winner.name, asked.plot, pareto_axis(found))
+        save_pareto(planned.points(), planned.winner.name, asked.plot, pareto_axis(planned))
     if asked.html is not None:
-        write_text(asked.html, plan_page(found, f"A plan for {shape.name} on {trace.name}"))
+        write_text(asked.html, plan_page(planned, f"A plan for {shape.name} on {trace.name}"))
     if asked.as_json:
-        print_json(plan_record(found))
+        print_json(plan_record(planned))
     else:
         reached = catalogues.load(asked.hardware).said_of(asked.efficiency)
-        said = header(found.demand, shape.name, asked.slo, asked.efficiency, asked.budget)
+        heading = header(planned.demand, shape.name, asked.slo, asked.efficiency, asked.budget)
         remarks = [f"The trace {trace.name}: {remark}." for remark in trace.remarks]
         if not asked.any_system:
             remarks.append(
                 "Not considered: prompts computed on other devices, which no engine here can run. --any considers them."
             )
-        print_plan(found, said, reached, asked.prefill, asked.out, remarks)
+        print_plan(planned, heading, reached, asked.prefill, asked.out, remarks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,9 +341,9 @@ def simulate(asked: SimulateOptions) -> None:
     from lamina.simulator.traces.demand import demand
 
     catalogue = catalogues.load(asked.hardware)
-    known = catalogues.with_efficiency(catalogue, catalogue.efficiency(asked.efficiency))
+    available = catalogues.with_efficiency(catalogue, catalogue.efficiency(asked.efficiency))
     shape, drafts = shape_of(asked.model).with_weights(asked.weights), parse_speculation(asked)
-    choice = Choice(shape, known, parse_policy(asked.policy), asked.lanes, asked.link, drafts)
+    choice = Choice(shape, available, parse_policy(asked.policy), asked.lanes, asked.link, drafts)
     systems = [build(name, choice) for name in _names(asked.system)]
     trace = trace_of(asked.trace, asked.count or None, asked.seed, asked.trace_dir)
     if rate is not None:
@@ -400,15 +387,17 @@ def calibrate_hardware(
 
     check_output("out", out, ".toml")
 
-    def keep(found: Calibration) -> None:
-        write_text(out, found.dumps())
+    def keep(calibration: Calibration) -> None:
+        write_text(out, calibration.dumps())
 
     with ProgressBars(lines=True) as progress:
-        found = calibrate(model, progress, quick, date=date.today().isoformat(), price=price, power=power, keep=keep)
-    keep(found)
-    for remark in found.remarks:
+        calibration = calibrate(
+            model, progress, quick, date=date.today().isoformat(), price=price, power=power, keep=keep
+        )
+    keep(calibration)
+    for remark in calibration.remarks:
         typer.echo(remark, err=True)
-    names = [device.name for device in found.devices] + [link.name for link in found.links]
+    names = [device.name for device in calibration.devices] + [link.name for link in calibration.links]
     typer.echo(f"{out}: {', '.join(names)}")
 
 
@@ -429,12 +418,14 @@ def _check(path: Path, asked: PlanOptions) -> None:
         typer.echo(f"{path}: its trace, {planned}, is not a published one; --trace {name} is served instead", err=True)
     trace = _arriving(name, asked, plan.slo)
     with ProgressBars(lines=True) as progress:
-        found = check(path, trace, minutes=asked.minutes, progress=progress)
+        result = check(path, trace, minutes=asked.minutes, progress=progress)
     if asked.as_json:
-        figures = [asdict(each) | {"difference": each.difference, "holds": each.holds} for each in found.figures]
-        print_json(asdict(found) | {"figures": figures, "remarks": found.noise.remarks})
+        figures = [
+            asdict(figure) | {"difference": figure.difference, "holds": figure.holds} for figure in result.figures
+        ]
+        print_json(asdict(result) | {"figures": figures, "remarks": result.noise.remarks})
     else:
-        print_check(found)
+        print_check(result)
 
 
 def _arriving(name: str, asked: PlanOptions, slo: Slo) -> Trace:

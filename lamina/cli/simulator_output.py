@@ -54,8 +54,8 @@ def write_runs(
 
     run = results[0]
     title = f"{run.model} on {run.trace}"
-    said = "\n".join(["", *sentences(remarks, 0), ""]) if remarks else ""
-    write_text(folder / "results.txt", table(results) + said)
+    remark_lines = "\n".join(["", *sentences(remarks, 0), ""]) if remarks else ""
+    write_text(folder / "results.txt", table(results) + remark_lines)
     write_text(folder / "results.json", to_json(results))
     write_text(folder / "results.csv", to_csv(results))
     write_text(folder / "report.html", html(results, title, slo, remarks=remarks))
@@ -78,21 +78,21 @@ def plan_page(found: Planned, title: str) -> str:
     """The page of a plan, with the runs of the winner and of the best others that were simulated for as long."""
     from lamina.simulator.reports.page import html
 
-    shown: dict[str, Any] = {
+    sections: dict[str, Any] = {
         "chosen": found.winner.name,
         "why": list(found.why),
         "what it promises": [
             dict(zip(("what", "expected", "90 % interval"), row, strict=True)) for row in _promises(found)
         ],
-        "ranking": [_row(each) for each in found.mixes(_ROWS)],
-        "best of each kind": [{"kind": name, **_row(each)} for name, each in found.best_of.items()],
-        "what would change it": [str(each) for each in found.sensitivity],
-        "which assumption would flip it": [str(each) for each in found.assumptions] or [_NO_FLIP],
+        "ranking": [_row(entry) for entry in found.mixes(_ROWS)],
+        "best of each kind": [{"kind": name, **_row(entry)} for name, entry in found.best_of.items()],
+        "what would change it": [str(entry) for entry in found.sensitivity],
+        "which assumption would flip it": [str(entry) for entry in found.assumptions] or [_NO_FLIP],
         "engine": dict(found.plan.engine),
     }
-    plan = {name: value for name, value in shown.items() if value}
+    plan = {name: value for name, value in sections.items() if value}
     plan |= {"points": found.points(), "x": pareto_axis(found), "candidates": f"{_counted(found)}."}
-    runs = [each.result for each in (found.winner, *found.mixes(_ROWS)) if each.result is not None]
+    runs = [entry.result for entry in (found.winner, *found.mixes(_ROWS)) if entry.result is not None]
     return html(_compared(runs), title, found.plan.slo, plan)
 
 
@@ -117,20 +117,15 @@ def _counted(found: Planned) -> str:
 
 def _row(ranked: Ranked) -> dict[str, str]:
     """One candidate as a row: of the event loop where it ran, which a star says, else of the closed form."""
-    found, result = ranked.estimate, ranked.result
-    serves, share, tpot, ttft = found.taken, found.share, found.tpot, found.ttft
-    million = found.dollars_per_million
-    if result is not None:
-        serves, share, tpot, ttft = ranked.rate, result.slo_share, result.tpot.mean, result.ttft.mean
-        million = result.dollars_per_million
+    figures, ran = ranked.predicted, ranked.result is not None
     return {
         "system": ranked.name,
-        "$/h": f"{found.price:.2f}",
-        "serves": f"{serves:.3g}/s{'*' if result is not None else ''}",
-        "in time": f"{share:.0%}",
-        "TPOT": f"{tpot * 1000:.0f} ms",
-        "TTFT": f"{ttft:.2f} s",
-        "$/M tokens": f"{million:.2f}",
+        "$/h": f"{ranked.estimate.price:.2f}",
+        "serves": f"{ranked.rate if ran else figures.requests_per_second:.3g}/s{'*' if ran else ''}",
+        "in time": f"{figures.slo_share:.0%}",
+        "TPOT": f"{figures.tpot * 1000:.0f} ms",
+        "TTFT": f"{figures.ttft:.2f} s",
+        "$/M tokens": f"{figures.dollars_per_million:.2f}",
         "req/$": _score(ranked.goodput_per_dollar),
     }
 
@@ -144,7 +139,7 @@ def _promises(found: Planned) -> list[tuple[str, str, str]]:
     rows = []
     for key, name, scale, form in _PROMISED:
         if (sure := found.intervals.get(key)) is not None:
-            low, value, high = (format(each * scale, form) for each in (sure.low, sure.value, sure.high))
+            low, value, high = (format(bound * scale, form) for bound in (sure.low, sure.value, sure.high))
             rows.append((name, value, f"{low} to {high}" if low != high else "exact"))
     return rows
 
@@ -173,7 +168,7 @@ def print_plan(
     typer.echo("\nWhat it promises")
     _lines(grid([("", "expected", "90 % interval"), *_promises(found)]))
     typer.echo(f"\n{_counted(found)}; the best mixes of devices:\n")
-    _table([_row(each) for each in found.mixes(_ROWS)])
+    _table([_row(entry) for entry in found.mixes(_ROWS)])
     note = (
         "* by the event loop, the others by formula. In time: within the SLO. DOP(a, b): a devices share the dense "
         "layers, b devices hold the KV and compute attention."
@@ -181,15 +176,17 @@ def print_plan(
     _say([note], indent=0)
     if found.best_of:
         typer.echo("\nBest against best, each optimised alone under the same budget:\n")
-        _table([{"kind": name, **_row(each)} for name, each in found.best_of.items()])
+        _table([{"kind": name, **_row(entry)} for name, entry in found.best_of.items()])
     _section("What would change it", found.sensitivity)
     _section("Which assumption would flip it", found.assumptions or (_NO_FLIP,))
-    assumed = [f"{reached[0].upper()}{reached[1:]}."]
+    assumptions = [f"{reached[0].upper()}{reached[1:]}."]
     if not prefill:
-        assumed.append("Prompts are computed elsewhere, at no cost here.")
-    assumed += [f"{what.capitalize()}: {said}." for what, said in chosen(model, found.plan.system.speculation).items()]
+        assumptions.append("Prompts are computed elsewhere, at no cost here.")
+    assumptions += [
+        f"{what.capitalize()}: {words}." for what, words in chosen(model, found.plan.system.speculation).items()
+    ]
     _section(
-        "Assumed", (*assumed, *remarks, *(f"To deploy: {remark}." for remark in found.plan.one_replica().remarks()))
+        "Assumed", (*assumptions, *remarks, *(f"To deploy: {remark}." for remark in found.plan.one_replica().remarks()))
     )
     if out is None:
         return
@@ -217,7 +214,7 @@ def print_runs(results: Sequence[RunResult], systems: Sequence[System], said: st
 
 def _section(title: str, said: Sequence[object]) -> None:
     typer.echo(f"\n{title}")
-    _say([str(each) for each in said])
+    _say([str(sentence) for sentence in said])
 
 
 def _say(said: Sequence[str], indent: int = 2) -> None:
@@ -244,16 +241,16 @@ def print_check(found: Check) -> None:
 
     typer.echo(f"{found.requests} requests of {found.trace}, served here in {found.seconds:.0f} s\n")
     rows = [("", "promised", "90 % interval", "measured", "difference", "holds")]
-    for each in found.figures:
-        points = each.unit == "%"
+    for figure in found.figures:
+        points = figure.unit == "%"
         rows.append(
             (
-                f"{each.name}, {each.unit}" if each.unit != "$" else each.name,
-                _figure(each, each.promised),
-                f"{_figure(each, each.low)} to {_figure(each, each.high)}",
-                _figure(each, each.measured),
-                f"{each.difference * 100:+.1f}{' points' if points else '%'}",
-                "yes" if each.holds else "no",
+                f"{figure.name}, {figure.unit}" if figure.unit != "$" else figure.name,
+                _figure(figure, figure.promised),
+                f"{_figure(figure, figure.low)} to {_figure(figure, figure.high)}",
+                _figure(figure, figure.measured),
+                f"{figure.difference * 100:+.1f}{' points' if points else '%'}",
+                "yes" if figure.holds else "no",
             )
         )
     _lines(grid(rows))
@@ -274,19 +271,20 @@ def _figure(figure: Figure, value: float) -> str:
 
 def plan_record(found: Planned) -> dict[str, Any]:
     """For programs. Times are seconds, rates a second, prices dollars."""
+    from lamina.simulator.reports.report import finite
 
     def record(ranked: Ranked) -> dict[str, Any]:
         estimate = ranked.estimate
-        made = {name: _finite(value) for name, value in asdict(estimate).items()}
-        made |= {
+        fields = {name: finite(value) for name, value in asdict(estimate).items()}
+        fields |= {
             "system": ranked.name,
             "goodput": estimate.goodput,
-            "requests_per_dollar": _finite(estimate.goodput_per_dollar),
-            "dollars_per_million": _finite(estimate.dollars_per_million),
+            "requests_per_dollar": finite(estimate.goodput_per_dollar),
+            "dollars_per_million": finite(estimate.dollars_per_million),
             "serves": estimate.serves,
         }
         if (result := ranked.result) is not None:
-            made["simulated"] = {
+            fields["simulated"] = {
                 "rate": ranked.rate,
                 "goodput": ranked.goodput,
                 "serves": ranked.serves,
@@ -295,9 +293,9 @@ def plan_record(found: Planned) -> dict[str, Any]:
                 "ttft": asdict(result.ttft),
                 "tokens_per_second": result.tokens_per_second,
                 "dollars_per_million": result.dollars_per_million,
-                "requests_per_dollar": _finite(ranked.goodput_per_dollar),
+                "requests_per_dollar": finite(ranked.goodput_per_dollar),
             }
-        return made
+        return fields
 
     model, capacity = found.plan.system.model, found.plan.system.capacity
     return {
@@ -307,21 +305,16 @@ def plan_record(found: Planned) -> dict[str, Any]:
             "state_sequences": capacity.sequences if model.states else None,
         },
         "candidates": len(found.ranked),
-        "ranking": [record(each) for each in found.mixes(_ROWS)],
+        "ranking": [record(entry) for entry in found.mixes(_ROWS)],
         "why": list(found.why),
-        "ties": [each.name for each in found.ties],
+        "ties": [entry.name for entry in found.ties],
         "intervals": {
-            name: {part: _finite(value) for part, value in asdict(each).items()}
-            for name, each in found.intervals.items()
+            name: {part: finite(value) for part, value in asdict(entry).items()}
+            for name, entry in found.intervals.items()
         },
-        "sensitivity": [asdict(each) for each in found.sensitivity],
-        "assumptions": [{**asdict(each), "likely": each.likely} for each in found.assumptions],
-        "best_of": {name: record(each) for name, each in found.best_of.items()},
+        "sensitivity": [asdict(entry) for entry in found.sensitivity],
+        "assumptions": [{**asdict(entry), "likely": entry.likely} for entry in found.assumptions],
+        "best_of": {name: record(entry) for name, entry in found.best_of.items()},
         "engine": dict(found.plan.engine),
         "remarks": found.plan.one_replica().remarks(),
     }
-
-
-def _finite(value: Any) -> Any:
-    """`value`, or None for a number that is not finite: JSON has none."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
 
 from lamina.errors import InvalidRequest
@@ -32,7 +31,7 @@ class ProgressBars:
     """
 
     def __init__(self, lines: bool = False) -> None:
-        self._lines, self._said = lines, ("", 0.0)
+        self._lines, self._last_line = lines, ("", 0.0)
         self._lock = threading.Lock()
         self._enabled = sys.stderr.isatty()
         self._display: Progress | None = None
@@ -56,18 +55,16 @@ class ProgressBars:
     def __enter__(self) -> ProgressBars:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.hide()
 
     def _say(self, what: str, done: int, total: int | None) -> None:
         with self._lock:
-            before, at = self._said
+            before, time_before = self._last_line
             now = time.monotonic()
-            if what == before and now < at + _BETWEEN and (total is None or done < total):
+            if what == before and now < time_before + _BETWEEN and (total is None or done < total):
                 return
-            self._said = what, now
+            self._last_line = what, now
         sys.stderr.write(f"{what}: {done} of {total}\n" if total else f"{what}\n")
         sys.stderr.flush()
 
@@ -118,8 +115,8 @@ def write(text: str, progress: ProgressBars) -> None:
 
 def print_json(*objects: object) -> None:
     """One object a line."""
-    for each in objects:
-        sys.stdout.write(json.dumps(each) + "\n")
+    for item in objects:
+        sys.stdout.write(json.dumps(item) + "\n")
 
 
 def print_rows(rows: Iterable[tuple[str, ...]]) -> None:
@@ -141,12 +138,12 @@ def _print_folded(table: list[tuple[str, ...]]) -> None:
     from rich.text import Text
 
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    shown = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    grid = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     for width in widths:
-        shown.add_column(overflow="fold", no_wrap=width < max(widths))
+        grid.add_column(overflow="fold", no_wrap=width < max(widths))
     for row in table:
-        shown.add_row(*map(Text, row))
-    Console().print(shown)
+        grid.add_row(*map(Text, row))
+    Console().print(grid)
 
 
 def show_bytes(count: int) -> str:

@@ -65,7 +65,8 @@ class LocalWorker(Worker):
             logger.info("%s: %s", process.name, line)
 
 
-_LISTENING = re.compile(r"listening (\S+:\d+)")
+LISTENING = re.compile(r"listening (\S+:\d+)")
+"""The line by which an attention worker says where it listens."""
 
 
 class LocalAttentionWorkers(AttentionSupervisor[LocalWorker]):
@@ -115,7 +116,7 @@ class LocalAttentionWorkers(AttentionSupervisor[LocalWorker]):
 
     def _takes(self, slot: Slot[LocalWorker], worker: LocalWorker, line: str) -> bool:
         """On a thread of the child's."""
-        match = _LISTENING.fullmatch(line.strip())
+        match = LISTENING.fullmatch(line.strip())
         if match is None:
             return False
         address = WorkerAddress(slot.name, match[1], Credentials(token=self._token), self._kv_memory, slot.base)

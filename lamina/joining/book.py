@@ -130,11 +130,11 @@ class MachineBook:
     def comes_back(self, id: object, key: object) -> str | None:
         """The id of an accepted machine that shows its key; None for any other."""
         try:
-            shown = hashlib.sha256(read_bytes(key, KEY_SIZE)).hexdigest()
+            digest = hashlib.sha256(read_bytes(key, KEY_SIZE)).hexdigest()
         except ProtocolError:
             return None
         machine = self._machines.get(id) if isinstance(id, str) else None
-        right = hmac.compare_digest(shown, machine.key if machine is not None and machine.key else "0" * len(shown))
+        right = hmac.compare_digest(digest, machine.key if machine is not None and machine.key else "0" * len(digest))
         return machine.id if machine is not None and right else None
 
     def connected(self, id: str, address: str, now: float) -> None:
@@ -175,9 +175,9 @@ class MachineBook:
         """A name that no other machine has, and no worker of the server's own."""
         if name.startswith(_RESERVED):
             name = f"machine-{name}"[:32]
-        taken = {machine.name for machine in self._machines.values()}
+        names = {machine.name for machine in self._machines.values()}
         number, free = 1, name
-        while free in taken:
+        while free in names:
             number += 1
             free = f"{name[: 31 - len(str(number))]}-{number}"
         return free

@@ -33,6 +33,67 @@ _ASK_MS = 1000
 _LOOK_S = 0.2
 
 
+_FIND_S = 4.0  # seconds for which servers of the network may answer
+
+
+def reach(named: str | None, known: Sequence[KnownServer], over: Callable[[], bool]) -> MessageStream:
+    """A connection to the server to join; the search ends early once it is `over`. Raises ChannelClosed, NoDiscovery,
+    and JoinFailed where there is none such."""
+    if named is not None:
+        return connect(*host_and_port(named))
+    for server in known[:1]:
+        try:
+            stream = connect(server.host, server.port, 3.0)
+        except ChannelClosed:
+            break
+        if fingerprint(stream.certificate) == server.fingerprint:
+            return stream
+        stream.close()
+    fingerprints = [server.fingerprint for server in known]
+    servers = find(_FIND_S, fingerprints, over)
+    back = [server for server in servers if server.is_any_of(fingerprints)]
+    if not back and known:
+        others = f" (others are: {_listed(servers)}; --server joins one)" if servers else ""
+        raise ChannelClosed(f"the server {known[0].name} is not there{others}")
+    if not servers:
+        raise JoinFailed(
+            f"no server answers on this network within {_FIND_S:g} s: start one with `lamina serve --allow-join`, or "
+            "name it with --server HOST where multicast does not reach it"
+        )
+    if len(servers) > 1 and not back:
+        raise JoinFailed(f"there are several servers: {_listed(servers)}; choose one with --server HOST:PORT")
+    return _first_that_answers(back or servers, fingerprints)
+
+
+def host_and_port(text: str) -> tuple[str, int]:
+    """Of "host", "host:port", "v6" or "[v6]:port". Raises AddressError."""
+    if text.startswith("["):
+        return split_address(text if not text.endswith("]") else f"{text}:{JOIN_PORT}")
+    return split_address(text) if text.count(":") == 1 else (text, JOIN_PORT)
+
+
+def _first_that_answers(servers: Sequence[FoundServer], wanted: Collection[str]) -> MessageStream:
+    """A connection to the first address that answers, as one of those `wanted` if there are any: any machine can
+    announce the id of a known server. Raises ChannelClosed."""
+    why = "no server has an address"
+    for server in servers:
+        for host in server.hosts:
+            try:
+                stream = connect(host, server.port, 2.0)
+            except ChannelClosed as error:
+                why = str(error)
+                continue
+            if not wanted or fingerprint(stream.certificate) in wanted:
+                return stream
+            stream.close()
+            why = f"{host}:{server.port} says that it is {server.name}, and has another certificate"
+    raise ChannelClosed(why)
+
+
+def _listed(found: Sequence[FoundServer]) -> str:
+    return ", ".join(f"{server.name} at {server.hosts[0]}:{server.port}" for server in found)
+
+
 class NoDiscovery(LaminaError):
     """Multicast DNS cannot be used here."""
 
@@ -48,7 +109,7 @@ class FoundServer:
 
     def is_any_of(self, fingerprints: Collection[str]) -> bool:
         """Whether it says that it is one of these."""
-        return bool(self.id) and any(each.startswith(self.id) for each in fingerprints)
+        return bool(self.id) and any(fingerprint.startswith(self.id) for fingerprint in fingerprints)
 
 
 class Announcement:
@@ -108,10 +169,10 @@ def find(
 
         finder: Any = _Finder()
         ServiceBrowser(zeroconf, SERVICE, listener=finder)
-        pause, left = threading.Event(), seconds
-        while left > 0 and not over() and not any(each.is_any_of(wanted) for each in list(finder.found.values())):
+        pause, remaining = threading.Event(), seconds
+        while remaining > 0 and not over() and not any(hit.is_any_of(wanted) for hit in list(finder.found.values())):
             pause.wait(_LOOK_S)
-            left -= _LOOK_S
+            remaining -= _LOOK_S
         return sorted(finder.found.values(), key=lambda server: server.name)
     finally:
         zeroconf.close()
@@ -122,8 +183,10 @@ def own_addresses(both: bool = False) -> list[str]:
     import ifaddr
 
     every = [ip.ip for adapter in ifaddr.get_adapters() for ip in adapter.ips]
-    found = [ip for ip in every if isinstance(ip, str)] + [ip[0] for ip in every if both and not isinstance(ip, str)]
-    kinds = [ipaddress.ip_address(address) for address in found]
+    addresses = [ip for ip in every if isinstance(ip, str)] + [
+        ip[0] for ip in every if both and not isinstance(ip, str)
+    ]
+    kinds = [ipaddress.ip_address(address) for address in addresses]
     return [str(kind) for kind in kinds if not kind.is_loopback and not kind.is_link_local][:_ADDRESSES]
 
 
@@ -146,67 +209,6 @@ def _server(info: ServiceInfo) -> FoundServer | None:
     hosts = tuple(info.parsed_addresses())[:_ADDRESSES]
     if not hosts or not info.port:
         return None
-    said = {key: (value or b"").decode("ascii", "replace") for key, value in info.properties.items()}
-    id = said.get(b"id", "")
-    return FoundServer(plain_name(said.get(b"name", "")), hosts, info.port, id if len(id) == _ID else "")
-
-
-_FIND_S = 4.0  # seconds for which servers of the network may answer
-
-
-def reach(named: str | None, known: Sequence[KnownServer], over: Callable[[], bool]) -> MessageStream:
-    """A connection to the server to join; the search ends early once it is `over`. Raises ChannelClosed, NoDiscovery,
-    and JoinFailed where there is none such."""
-    if named is not None:
-        return connect(*host_and_port(named))
-    for server in known[:1]:
-        try:
-            stream = connect(server.host, server.port, 3.0)
-        except ChannelClosed:
-            break
-        if fingerprint(stream.certificate) == server.fingerprint:
-            return stream
-        stream.close()
-    wanted = [server.fingerprint for server in known]
-    found = find(_FIND_S, wanted, over)
-    back = [server for server in found if server.is_any_of(wanted)]
-    if not back and known:
-        others = f" (others are: {_listed(found)}; --server joins one)" if found else ""
-        raise ChannelClosed(f"the server {known[0].name} is not there{others}")
-    if not found:
-        raise JoinFailed(
-            f"no server answers on this network within {_FIND_S:g} s: start one with `lamina serve --allow-join`, or "
-            "name it with --server HOST where multicast does not reach it"
-        )
-    if len(found) > 1 and not back:
-        raise JoinFailed(f"there are several servers: {_listed(found)}; choose one with --server HOST:PORT")
-    return _first_that_answers(back or found, wanted)
-
-
-def host_and_port(text: str) -> tuple[str, int]:
-    """Of "host", "host:port", "v6" or "[v6]:port". Raises AddressError."""
-    if text.startswith("["):
-        return split_address(text if not text.endswith("]") else f"{text}:{JOIN_PORT}")
-    return split_address(text) if text.count(":") == 1 else (text, JOIN_PORT)
-
-
-def _first_that_answers(servers: Sequence[FoundServer], wanted: Collection[str]) -> MessageStream:
-    """A connection to the first address that answers, as one of those `wanted` if there are any: any machine can
-    announce the id of a known server. Raises ChannelClosed."""
-    why = "no server has an address"
-    for server in servers:
-        for host in server.hosts:
-            try:
-                stream = connect(host, server.port, 2.0)
-            except ChannelClosed as error:
-                why = str(error)
-                continue
-            if not wanted or fingerprint(stream.certificate) in wanted:
-                return stream
-            stream.close()
-            why = f"{host}:{server.port} says that it is {server.name}, and has another certificate"
-    raise ChannelClosed(why)
-
-
-def _listed(found: Sequence[FoundServer]) -> str:
-    return ", ".join(f"{server.name} at {server.hosts[0]}:{server.port}" for server in found)
+    properties = {key: (value or b"").decode("ascii", "replace") for key, value in info.properties.items()}
+    id = properties.get(b"id", "")
+    return FoundServer(plain_name(properties.get(b"name", "")), hosts, info.port, id if len(id) == _ID else "")

@@ -131,8 +131,8 @@ class JoiningMachine:
     def _converse(self, stream: MessageStream) -> None:
         """Join or come back, then serve, until the connection or this machine goes."""
         fingerprint = pairing.fingerprint(stream.certificate)
-        known = next((each for each in self._known if each.fingerprint == fingerprint), None)
-        talk = self._ask(stream) if known is None else self._come_back(stream, known)
+        acquainted = next((server for server in self._known if server.fingerprint == fingerprint), None)
+        talk = self._ask(stream) if acquainted is None else self._come_back(stream, acquainted)
         self._delay = 1.0
         while not self._over:
             self._mind_worker(talk)
@@ -241,8 +241,10 @@ class JoiningMachine:
             raise ProtocolError(f"a message of type {kind!r:.40} was not expected")
 
     def _remember(self, talk: _Talk) -> None:
-        stream, given = talk.stream, talk.given
-        server = KnownServer(talk.fingerprint, given["name"], given["id"], given["key"], stream.there, stream.port)
+        stream, identity = talk.stream, talk.given
+        server = KnownServer(
+            talk.fingerprint, identity["name"], identity["id"], identity["key"], stream.there, stream.port
+        )
         try:
             remember(self._options.folder, server)
         except InvalidRequest as error:  # a full disk, or a read-only one

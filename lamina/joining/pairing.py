@@ -76,15 +76,15 @@ def opens(commitment_given: bytes, nonce: bytes) -> bool:
 
 def code(certificate: bytes, offer: Offer, machine_nonce: bytes, server_nonce: bytes) -> str:
     """The six digits. `certificate` is the server's in DER: the one that it shows, or that the machine was shown."""
-    said = _digest(
+    digest = _digest(
         b"lamina join code", certificate, offer.name.encode(), str(offer.memory).encode(), machine_nonce, server_nonce
     )
-    return f"{int.from_bytes(said[:16], 'big') % 10**_DIGITS:0{_DIGITS}}"
+    return f"{int.from_bytes(digest[:16], 'big') % 10**_DIGITS:0{_DIGITS}}"
 
 
 def spaced(digits: str) -> str:
-    """A code as people read it: 482 193."""
-    return f"{digits[:3]} {digits[3:]}"
+    """A code as people read it, such as 482 193; "" of none."""
+    return f"{digits[:3]} {digits[3:]}".strip()
 
 
 def fingerprint(certificate: bytes) -> str:

@@ -44,11 +44,11 @@ class ServerRecords:
                 f"{folder} cannot be used: {error}; another server of this host has its own with $XDG_STATE_HOME"
             ) from error
         try:
-            found = _read(self._file)
-            self.machines = [unpack(each) for each in _objects(found, "machines")]
-            made = create_credentials(["lamina"]) if not found else None
-            cert, key = (found.get("certificate", ""), found.get("key", "")) if made is None else ("", "")
-            self.credentials = made or Credentials(cert=str(cert).encode(), key=str(key).encode())
+            content = _read(self._file)
+            self.machines = [unpack(fields) for fields in _objects(content, "machines")]
+            created = create_credentials(["lamina"]) if not content else None
+            cert, key = (content.get("certificate", ""), content.get("key", "")) if created is None else ("", "")
+            self.credentials = created or Credentials(cert=str(cert).encode(), key=str(key).encode())
         except ProtocolError as error:
             self.close()
             raise InvalidRequest(
@@ -57,13 +57,13 @@ class ServerRecords:
         except BaseException:
             self.close()
             raise
-        if made is not None:
+        if created is not None:
             self.write(())
 
     def write(self, machines: Iterable[Machine]) -> None:
         """Remember these machines. Raises InvalidRequest."""
-        own = {"certificate": self.credentials.cert.decode(), "key": self.credentials.key.decode()}
-        content = own | {"machines": [pack(machine) for machine in machines]}
+        credentials = {"certificate": self.credentials.cert.decode(), "key": self.credentials.key.decode()}
+        content = credentials | {"machines": [pack(machine) for machine in machines]}
         write_text(self._file, json.dumps(content, indent=1), mode=_PRIVATE)
 
     def close(self) -> None:
@@ -89,7 +89,7 @@ def known_servers(folder: Path) -> list[KnownServer]:
     try:
         if folder.exists():
             check_own(folder.stat())
-        return [_known(each) for each in _objects(_read(file), "servers")]
+        return [_known(fields) for fields in _objects(_read(file), "servers")]
     except PermissionError as error:
         raise InvalidRequest(f"{folder} cannot be used: {error}") from error
     except ProtocolError as error:
@@ -98,13 +98,13 @@ def known_servers(folder: Path) -> list[KnownServer]:
 
 def remember(folder: Path, server: KnownServer) -> None:
     """Put a server first. Raises InvalidRequest."""
-    others = [each for each in known_servers(folder) if each.fingerprint != server.fingerprint]
+    others = [other for other in known_servers(folder) if other.fingerprint != server.fingerprint]
     _write_servers(folder, [server, *others][:64])
 
 
 def forget(folder: Path, fingerprint: str) -> None:
     """Remember a server no longer. Raises InvalidRequest."""
-    _write_servers(folder, [each for each in known_servers(folder) if each.fingerprint != fingerprint])
+    _write_servers(folder, [server for server in known_servers(folder) if server.fingerprint != fingerprint])
 
 
 def _write_servers(folder: Path, servers: list[KnownServer]) -> None:
@@ -131,14 +131,14 @@ def _read(file: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        found = json.loads(read_text(file, _MOST))
+        content = json.loads(read_text(file, _MOST))
     except InvalidRequest as error:
         raise InvalidRequest(f"{file}: {error}") from error
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"it is no JSON: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise ProtocolError("it is no JSON object")
-    return found
+    return content
 
 
 def _objects(found: dict[str, Any], name: str) -> list[dict[str, Any]]:

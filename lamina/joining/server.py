@@ -77,10 +77,10 @@ class JoinServer:
         self._unknown: list[MessageStream] = []
         self._closed = False
         self._announcement: Announcement | None = None
-        made = self._records.credentials
+        credentials = self._records.credentials
         try:
-            self._certificate = certificate_bytes(made.cert)
-            self._listener = JoinListener(host, port, made, self._certificate)
+            self._certificate = certificate_bytes(credentials.cert)
+            self._listener = JoinListener(host, port, credentials, self._certificate)
         except (OSError, ValueError) as error:
             self._records.close()
             raise InvalidRequest(
@@ -220,8 +220,8 @@ class JoinServer:
             self._book.begin_code(time.monotonic())
         nonce = secrets.token_bytes(pairing.NONCE_SIZE)
         stream.send("nonce", nonce=nonce.hex(), name=pairing.plain_name(host_name()), you=stream.there)
-        shown = stream.expect("reveal", seconds=HELLO_S).get("nonce")
-        theirs = pairing.read_bytes(shown, pairing.NONCE_SIZE)
+        revealed = stream.expect("reveal", seconds=HELLO_S).get("nonce")
+        theirs = pairing.read_bytes(revealed, pairing.NONCE_SIZE)
         if not pairing.opens(committed, theirs):
             raise ProtocolError("the nonce is not the one that was committed to")
         code = pairing.code(self._certificate, offer, theirs, nonce)

@@ -30,6 +30,7 @@ HANDSHAKE_S = 10.0  # seconds
 SEND_S = 5.0
 HELLO_S = 10.0  # for each message before a machine is known
 ALIVE_S = 5.0  # between two signs of life
+REACH_S = 3.0  # for a worker to be reached
 SILENT_S = 20.0  # without one, after which the other side is gone
 
 
@@ -72,11 +73,11 @@ class MessageStream:
         while (cut := self._arrived.find(b"\n")) < 0:
             if len(self._arrived) > MAX_MESSAGE:
                 raise ProtocolError(f"a message has more than {MAX_MESSAGE} bytes, which are allowed")
-            left = end - time.monotonic()
-            if left <= 0:
+            remaining = end - time.monotonic()
+            if remaining <= 0:
                 return None
             try:
-                self._sock.settimeout(left)
+                self._sock.settimeout(remaining)
                 piece = self._sock.recv(MAX_MESSAGE)
             except TimeoutError:
                 return None
@@ -129,8 +130,8 @@ class JoinListener:
         self._context = server_context(credentials, mutual=False)
         self._certificate = certificate
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        both = host == "::" and socket.has_dualstack_ipv6()  # as a worker that listens there takes IPv4 too
-        self._sock = socket.create_server((host, port), family=family, dualstack_ipv6=both)
+        dual_stack = host == "::" and socket.has_dualstack_ipv6()  # as a worker that listens there takes IPv4 too
+        self._sock = socket.create_server((host, port), family=family, dualstack_ipv6=dual_stack)
         self.port: int = self._sock.getsockname()[1]
 
     def accept(self) -> MessageStream | None:
@@ -169,10 +170,10 @@ def connect(host: str, port: int, seconds: float = HANDSHAKE_S) -> MessageStream
     return MessageStream(wrapped, peer_certificate(wrapped))
 
 
-def reachable(host: str, port: int, seconds: float = 3.0) -> str:
+def reachable(host: str, port: int) -> str:
     """Why no connection can be made there; empty where one can."""
     try:
-        socket.create_connection((host, port), timeout=seconds).close()
+        socket.create_connection((host, port), timeout=REACH_S).close()
     except (OSError, OverflowError) as error:
         return str(error)
     return ""

@@ -5,7 +5,6 @@ when it ends, and told to leave in order. For one thread.
 from __future__ import annotations
 
 import queue
-import re
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lamina.deploy.local import LocalWorker
+from lamina.deploy.local import LISTENING, LocalWorker
 from lamina.deploy.supervision import Backoff, Slot
 from lamina.system.child_process import module_command
 from lamina_protocols.channels.channels import Credentials, join_address, split_address
@@ -21,7 +20,6 @@ from lamina_workers.process.credentials import TOKEN_NAME, make_credentials
 
 LEAVING_S = 12.0  # for a worker to end in order
 _UP_S = 60.0  # for a worker to listen
-_LISTENING = re.compile(r"listening (\S+:\d+)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +60,7 @@ class MachineWorker:
         said: Callable[[str], None],
         command: Callable[[Sequence[str]], Sequence[str]] | None = None,
     ) -> None:
-        self._options, self._said = options, said
+        self._options, self._say = options, said
         self._command = command or (lambda arguments: module_command("lamina_workers.attention_main", *arguments))
         self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._slot: Slot[_Process] = Slot("worker", backoff=Backoff(ever=True))
@@ -90,8 +88,13 @@ class MachineWorker:
             self.end()
         if not worker.up or worker.end_by is not None:
             return None
-        made = worker.credentials
-        return {"port": worker.port, "memory": self._options.memory, "token": made.token, "ca": made.ca.decode()}
+        credentials = worker.credentials
+        return {
+            "port": worker.port,
+            "memory": self._options.memory,
+            "token": credentials.token,
+            "ca": credentials.ca.decode(),
+        }
 
     def end(self) -> None:
         """Have the process end in order; another one follows while `offer` is called."""
@@ -123,7 +126,7 @@ class MachineWorker:
 
     def _start(self, here: str, you: str) -> None:
         options, folder = self._options, tempfile.TemporaryDirectory(prefix="lamina-join-")  # mode 0700
-        made = make_credentials(folder.name, [you])
+        credentials = make_credentials(folder.name, [you])
         arguments = {
             "--listen": join_address(here, options.port),
             "--name": options.name,
@@ -141,14 +144,14 @@ class MachineWorker:
             )
         except OSError as error:
             folder.cleanup()
-            self._said(f"the worker cannot be started: {error}; {self._slot.ended(time.monotonic())}")
+            self._say(f"the worker cannot be started: {error}; {self._slot.ended(time.monotonic())}")
             return
-        worker.you, worker.credentials, worker.folder = you, made, folder
+        worker.you, worker.credentials, worker.folder = you, credentials, folder
         self._slot.worker, self._slot.deadline = worker, time.monotonic() + _UP_S
 
     def _heard(self, worker: LocalWorker, line: str) -> bool:
         """On a thread of the child's."""
-        if (match := _LISTENING.fullmatch(line.strip())) is None:
+        if (match := LISTENING.fullmatch(line.strip())) is None:
             return False
         self._events.put(lambda: self._listening(worker, split_address(match[1])[1]))
         return True
@@ -158,7 +161,7 @@ class MachineWorker:
             worker.up, worker.port, self._slot.deadline = True, port, None
             worker.forget_key()
             gib = self._options.memory / 2**30
-            self._said(f"the worker listens at {join_address(worker.you, port)} with {gib:.1f} GiB")
+            self._say(f"the worker listens at {join_address(worker.you, port)} with {gib:.1f} GiB")
 
     def _gone(self, worker: LocalWorker) -> None:
         if not isinstance(worker, _Process):
@@ -170,4 +173,4 @@ class MachineWorker:
             return
         then = self._slot.ended(time.monotonic())
         lines = [f"the worker has ended, {worker.process.how()}; {then}", *([] if worker.up else worker.last_lines)]
-        self._said("\n  ".join(lines))
+        self._say("\n  ".join(lines))

@@ -49,9 +49,12 @@ class BatchDriver:
         """Begin a batch at every holder. Returns the answers; where one is a refusal, the batch must not go on."""
         self._batch += 1
         for number, replies in self._replies.items():
-            told, rows = tuple(operations.get(number, ())), tuple(route.row for route in routes.get(number, ()))
+            batch_operations, rows = (
+                tuple(operations.get(number, ())),
+                tuple(route.row for route in routes.get(number, ())),
+            )
             replies.expect(_EPOCH, self._batch)
-            replies.port.send(Announcement(_EPOCH, self._batch, self._accepted[number], told, rows))
+            replies.port.send(Announcement(_EPOCH, self._batch, self._accepted[number], batch_operations, rows))
         answers = {n: replies.take(Announced, self._batch, timeout=PATIENCE) for n, replies in self._replies.items()}
         for number, answer in answers.items():
             self._accepted[number] += len(operations.get(number, ())) if answer.accepted else 0
@@ -65,10 +68,10 @@ class BatchDriver:
         self, forward: Forward, spans: Sequence[Span], routes: Mapping[int, Sequence[Route]]
     ) -> torch.Tensor:
         """Run the forward pass of the batch that was announced, and end the batch. Returns what the pass returns."""
-        routed = {self._replies[number]: each for number, each in routes.items()}
-        found = result(self._merge.run(forward, _EPOCH, self._batch, spans, routed, suspends=False))
+        routed = {self._replies[number]: batch_routes for number, batch_routes in routes.items()}
+        outcome = result(self._merge.run(forward, _EPOCH, self._batch, spans, routed, suspends=False))
         self.end()
-        return found
+        return outcome
 
     def end(self) -> None:
         """The batch is over, also where no forward pass ran."""

@@ -169,8 +169,8 @@ class Probe:
                 row = Row(part, span.start, span.count, read if read[1] else None, True, chooses=decode)
                 routes.append(Route(source, heads, row, (span.start, end), pool))
         answer = self._announce(routes)
-        for at, (handle, _) in enumerate(pieces if answer.usages else ()):
-            self._usages[handle] = together(answer.usages[at :: len(pieces)])
+        for index, (handle, _) in enumerate(pieces if answer.usages else ()):
+            self._usages[handle] = together(answer.usages[index :: len(pieces)])
         positions = [p for span in spans for p in range(span.start, span.start + span.count)]
         dynamic = self.model.rope.by_length
         forward = self._decoder.forward(

@@ -108,12 +108,6 @@ def is_whole(folder: Path) -> bool:
         return False
 
 
-def verify(folder: Path) -> None:
-    """Read every file of `folder` and compare it with the manifest. Raises ModelFileError naming one that differs."""
-    for name, record in read_manifest(folder).items():
-        _verify_file(folder / name, record)
-
-
 def read_manifest(folder: Path) -> dict[str, FileRecord]:
     """The record of every file in a folder of the cache, by name. Raises ModelFileError where there is none."""
     file = folder / MANIFEST
@@ -146,7 +140,7 @@ def _replace(folder: Path, create: Callable[[Path], dict[str, FileRecord]]) -> N
     try:
         records = create(partial)
         for name, record in records.items():
-            _verify_file(partial / name, record)
+            verify_file(partial / name, record)
         manifest = json.dumps({name: asdict(record) for name, record in records.items()}, indent=2)
         write_file(partial / MANIFEST, iter([manifest.encode()]))
         if folder.exists():  # it was damaged
@@ -156,7 +150,8 @@ def _replace(folder: Path, create: Callable[[Path], dict[str, FileRecord]]) -> N
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _verify_file(file: Path, record: FileRecord) -> None:
+def verify_file(file: Path, record: FileRecord) -> None:
+    """Read a file and compare it with its record. Raises ModelFileError where it differs."""
     try:
         size, sha256 = file.stat().st_size, hash_file(file)
     except OSError as error:

@@ -25,214 +25,6 @@ from lamina_workers.decoder.weight_names import norm_names, tensor_shapes
 from lamina_workers.errors import ModelFileError, UnsupportedModelError
 from lamina_workers.model_config.config import ModelConfig
 
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
-_MAX_TOKEN = 1024  # characters; the longest of known vocabularies have some hundred, and time grows with their square
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
-_MAX_MERGES = 1 << 27  # bytes about of the merges that a vocabulary implies; the largest known ones have 40 MB
-_MERGE = 64  # bytes of a merge beside its characters
-_SPACE = "\u2581"  # what SentencePiece writes for a space
-
-
-def tokenizer_files(path: Path, metadata: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """tokenizer.json, tokenizer_config.json and generation_config.json for `metadata`, read from `path`.
-
-    Raises UnsupportedModelError for a vocabulary that Lamina cannot build, ModelFileError for a malformed one.
-    """
-    vocabulary = _Vocabulary(path, metadata)
-    try:
-        tokenizer = _build(vocabulary)
-    except (UnsupportedModelError, ModelFileError):
-        raise
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise ModelFileError(f"{path} has a malformed tokenizer: {error}") from error
-    special = {name: vocabulary.token(vocabulary.special(key)) for name, key in _SPECIAL_KEYS.items()}
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": metadata.get(f"{metadata.get('general.architecture')}.context_length"),
-        "chat_template": metadata.get("tokenizer.chat_template"),
-        **special,
-    }
-    stops = (vocabulary.special(key) for key in ("eos", "eot", "eom"))
-    generation = {
-        "bos_token_id": vocabulary.special("bos"),
-        "eos_token_id": list(dict.fromkeys(stop for stop in stops if stop is not None)),
-        "pad_token_id": vocabulary.special("padding"),
-    }
-    return {
-        "tokenizer.json": json.loads(tokenizer.to_str()),
-        "tokenizer_config.json": _without_none(config),
-        "generation_config.json": _without_none(generation),
-    }
-
-
-_SPECIAL_KEYS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-
-
-class _Vocabulary:
-    """The `tokenizer.ggml` keys, checked: tokens are strings, ids are inside the vocabulary."""
-
-    def __init__(self, path: Path, metadata: Mapping[str, Any]) -> None:
-        self.path = path
-        self._metadata = metadata
-        self.model = self.get("model", str, None)
-        self.pre = self.get("pre", str, "default")
-        self.tokens: list[str] = self._list("tokens", str)
-        self.kinds: list[int] = self._list("token_type", int) or [_NORMAL] * len(self.tokens)
-        self.is_gemma = str(metadata.get("general.architecture")).startswith("gemma")
-        if self.is_gemma:
-            self._spell_runs_of_spaces()
-        self.ids = {token: index for index, token in enumerate(self.tokens)}
-        if not self.tokens or len(self.ids) != len(self.tokens) or len(self.kinds) != len(self.tokens):
-            raise ModelFileError(f"{path} has no tokens, repeats one, or has another number of token types than tokens")
-        if (longest := max(map(len, self.tokens))) > _MAX_TOKEN:
-            raise ModelFileError(f"{path} has a token of {longest} characters; allowed are {_MAX_TOKEN}")
-
-    def get(self, key: str, kind: type, default: Any) -> Any:
-        value = self._metadata.get(f"tokenizer.ggml.{key}", default)
-        if type(value) is not kind:
-            raise ModelFileError(f"{self.path}: tokenizer.ggml.{key} is {value!r:.80}; expected a {kind.__name__}")
-        return value
-
-    def special(self, name: str) -> int | None:
-        """The id of the special token `name` (bos, eos, unknown ...), or None."""
-        index = self.get(f"{name}_token_id", int, -1)
-        if index == -1 or index == 0xFFFFFFFF:  # llama.cpp writes -1 for none
-            return None
-        if not 0 <= index < len(self.tokens):
-            raise ModelFileError(f"{self.path}: the {name} token is {index}; allowed is 0 to {len(self.tokens) - 1}")
-        return int(index)
-
-    def token(self, index: int | None) -> str | None:
-        return None if index is None else self.tokens[index]
-
-    def _spell_runs_of_spaces(self) -> None:
-        """Write Gemma's tokens of two spaces and more as SentencePiece does: merges of spaces, not words of their own.
-
-        llama.cpp's converter turns them into plain spaces, which the text has no longer when merges are looked for.
-        """
-        for i, token in enumerate(self.tokens):
-            if token and not token.strip(" "):
-                self.tokens[i] = _SPACE * len(token)
-                if i < len(self.kinds):
-                    self.kinds[i] = _NORMAL
-
-    def scores(self) -> list[float]:
-        scores = self._list("scores", float)
-        if len(scores) != len(self.tokens):
-            raise ModelFileError(f"{self.path} has {len(scores)} scores for {len(self.tokens)} tokens")
-        return scores
-
-    def merges(self) -> list[tuple[str, str]]:
-        merges = []
-        for merge in self._list("merges", str):
-            first, _, second = merge.partition(" ")
-            merges.append((first, second))
-        return merges
-
-    def _list(self, key: str, kind: type) -> list[Any]:
-        value = self.get(key, list, [])
-        if any(type(item) is not kind for item in value):
-            raise ModelFileError(f"{self.path}: tokenizer.ggml.{key} must hold only {kind.__name__}")
-        return list(value)
-
-
-def _build(vocabulary: _Vocabulary) -> Tokenizer:
-    builders = {"gpt2": _byte_level, "llama": _sentencepiece}
-    if vocabulary.model not in builders:
-        raise UnsupportedModelError(
-            f"{vocabulary.path} has the vocabulary type {vocabulary.model!r}; supported are {', '.join(builders)}"
-        )
-    tokenizer = builders[vocabulary.model](vocabulary)
-    tokenizer.add_tokens(  # all in one call, since each one builds the search for all of them anew
-        [
-            AddedToken(token, special=kind == _CONTROL, normalized=False)
-            for token, kind in zip(vocabulary.tokens, vocabulary.kinds, strict=True)
-            if kind in (_CONTROL, _USER_DEFINED)
-        ]
-    )
-    bos = vocabulary.special("bos")
-    if bos is not None and vocabulary.get("add_bos_token", bool, _adds_bos(vocabulary)):
-        token = vocabulary.tokens[bos]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=[token, "$A"], pair=[token, "$A", token, "$B:1"], special_tokens=[(token, bos)]
-        )
-    return tokenizer
-
-
-def _adds_bos(vocabulary: _Vocabulary) -> bool:
-    """Whether llama.cpp puts the bos token first where the file does not say (llama-vocab.cpp, `load`)."""
-    return vocabulary.model == "llama" or vocabulary.pre in ("llama3", "llama-v3", "llama-bpe")
-
-
-def _byte_level(vocabulary: _Vocabulary) -> Tokenizer:
-    """Byte-level BPE (GPT-2's), with the split of text that the vocabulary's merges were learned on."""
-    split: Any
-    normalizer = None
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    match vocabulary.pre:
-        case "smollm":
-            split = pre_tokenizers.Digits(individual_digits=True)
-            byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        case "llama3" | "llama-v3" | "llama-bpe":
-            split = pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), behavior="isolated")
-        case "qwen2" | "deepseek-r1-qwen":
-            split = pre_tokenizers.Split(Regex(_QWEN2_SPLIT), behavior="isolated")
-            normalizer = normalizers.NFC()
-        case other:
-            raise UnsupportedModelError(
-                f"{vocabulary.path} has the pre-tokenizer {other!r}; supported are smollm, llama-bpe and qwen2"
-            )
-    # Llama 3 has words that its merges do not reach; it looks whole words up first.
-    whole_words = vocabulary.pre in ("llama3", "llama-v3", "llama-bpe")
-    tokenizer = Tokenizer(models.BPE(vocabulary.ids, vocabulary.merges(), ignore_merges=whole_words))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    tokenizer.decoder = decoders.ByteLevel()
-    if normalizer is not None:
-        tokenizer.normalizer = normalizer
-    return tokenizer
-
-
-def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
-    """SentencePiece BPE (Llama 2, Mistral, Gemma): spaces are part of tokens, bytes stand in for unknown characters.
-
-    The order of merges is transformers' (`generate_merges`): by score, of Gemma by id, since its scores leave out some.
-    """
-    scores = [-float(i) for i in range(len(vocabulary.tokens))] if vocabulary.is_gemma else vocabulary.scores()
-    merges = sorted(
-        _implied_merges(vocabulary),
-        key=lambda merge: (-scores[vocabulary.ids["".join(merge)]], -len(merge[0]), -len(merge[1])),
-    )
-    unknown = vocabulary.token(vocabulary.special("unknown"))
-    tokenizer = Tokenizer(models.BPE(vocabulary.ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    prefix = vocabulary.get("add_space_prefix", bool, True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, "first" if prefix else "never", split=False)
-    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
-    return tokenizer
-
-
-def _implied_merges(vocabulary: _Vocabulary) -> Iterator[tuple[str, str]]:
-    """Every way to make a token of two others. SentencePiece keeps no merges: it takes the pair of highest score."""
-    ids, budget = vocabulary.ids, _MAX_MERGES
-    for token in ids:
-        ways = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ids and token[i:] in ids]
-        budget -= len(ways) * (_MERGE + len(token))
-        if budget < 0:
-            raise ModelFileError(f"{vocabulary.path}: its tokens are made of one another in too many ways")
-        yield from sorted(ways, key=lambda way: (ids[way[0]], ids[way[1]]))
-
-
-def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if value is not None}
-
-
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -460,7 +252,217 @@ class _Keys:
         return str(self._read(f"{self.family}.{name}", str, default))
 
     def _read(self, key: str, kind: type, default: Any) -> Any:
-        value = self._metadata.get(key, default)
-        if type(value) is not kind:
-            raise ModelFileError(f"{self._path}: {key} is {value!r:.80}; expected a {kind.__name__}")
-        return value
+        return _value(self._path, self._metadata, key, kind, default)
+
+
+def _value(path: Path, metadata: Mapping[str, Any], key: str, kind: type, default: Any) -> Any:
+    """The value of a key, which must be of that type."""
+    value = metadata.get(key, default)
+    if type(value) is not kind:
+        raise ModelFileError(f"{path}: {key} is {value!r:.80}; expected a {kind.__name__}")
+    return value
+
+
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
+_MAX_TOKEN = 1024  # characters; the longest of known vocabularies have some hundred, and time grows with their square
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+_MAX_MERGES = 1 << 27  # bytes about of the merges that a vocabulary implies; the largest known ones have 40 MB
+_MERGE = 64  # bytes of a merge beside its characters
+_SPACE = "\u2581"  # what SentencePiece writes for a space
+
+
+def tokenizer_files(path: Path, metadata: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """tokenizer.json, tokenizer_config.json and generation_config.json for `metadata`, read from `path`.
+
+    Raises UnsupportedModelError for a vocabulary that Lamina cannot build, ModelFileError for a malformed one.
+    """
+    vocabulary = _Vocabulary(path, metadata)
+    try:
+        tokenizer = _build(vocabulary)
+    except (UnsupportedModelError, ModelFileError):
+        raise
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ModelFileError(f"{path} has a malformed tokenizer: {error}") from error
+    special = {name: vocabulary.token(vocabulary.special(key)) for name, key in _SPECIAL_KEYS.items()}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": metadata.get(f"{metadata.get('general.architecture')}.context_length"),
+        "chat_template": metadata.get("tokenizer.chat_template"),
+        **special,
+    }
+    stops = (vocabulary.special(key) for key in ("eos", "eot", "eom"))
+    generation = {
+        "bos_token_id": vocabulary.special("bos"),
+        "eos_token_id": list(dict.fromkeys(stop for stop in stops if stop is not None)),
+        "pad_token_id": vocabulary.special("padding"),
+    }
+    return {
+        "tokenizer.json": json.loads(tokenizer.to_str()),
+        "tokenizer_config.json": _without_none(config),
+        "generation_config.json": _without_none(generation),
+    }
+
+
+_SPECIAL_KEYS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+
+
+class _Vocabulary:
+    """The `tokenizer.ggml` keys, checked: tokens are strings, ids are inside the vocabulary."""
+
+    def __init__(self, path: Path, metadata: Mapping[str, Any]) -> None:
+        self.path = path
+        self._metadata = metadata
+        self.model = self.get("model", str, None)
+        self.pre = self.get("pre", str, "default")
+        self.tokens: list[str] = self._list("tokens", str)
+        self.kinds: list[int] = self._list("token_type", int) or [_NORMAL] * len(self.tokens)
+        self.is_gemma = str(metadata.get("general.architecture")).startswith("gemma")
+        if self.is_gemma:
+            self._spell_runs_of_spaces()
+        self.ids = {token: index for index, token in enumerate(self.tokens)}
+        if not self.tokens or len(self.ids) != len(self.tokens) or len(self.kinds) != len(self.tokens):
+            raise ModelFileError(f"{path} has no tokens, repeats one, or has another number of token types than tokens")
+        if (longest := max(map(len, self.tokens))) > _MAX_TOKEN:
+            raise ModelFileError(f"{path} has a token of {longest} characters; allowed are {_MAX_TOKEN}")
+
+    def get(self, key: str, kind: type, default: Any) -> Any:
+        return _value(self.path, self._metadata, f"tokenizer.ggml.{key}", kind, default)
+
+    def special(self, name: str) -> int | None:
+        """The id of the special token `name` (bos, eos, unknown ...), or None."""
+        index = self.get(f"{name}_token_id", int, -1)
+        if index == -1 or index == 0xFFFFFFFF:  # llama.cpp writes -1 for none
+            return None
+        if not 0 <= index < len(self.tokens):
+            raise ModelFileError(f"{self.path}: the {name} token is {index}; allowed is 0 to {len(self.tokens) - 1}")
+        return int(index)
+
+    def token(self, index: int | None) -> str | None:
+        return None if index is None else self.tokens[index]
+
+    def _spell_runs_of_spaces(self) -> None:
+        """Write Gemma's tokens of two spaces and more as SentencePiece does: merges of spaces, not words of their own.
+
+        llama.cpp's converter turns them into plain spaces, which the text has no longer when merges are looked for.
+        """
+        for i, token in enumerate(self.tokens):
+            if token and not token.strip(" "):
+                self.tokens[i] = _SPACE * len(token)
+                if i < len(self.kinds):
+                    self.kinds[i] = _NORMAL
+
+    def scores(self) -> list[float]:
+        scores = self._list("scores", float)
+        if len(scores) != len(self.tokens):
+            raise ModelFileError(f"{self.path} has {len(scores)} scores for {len(self.tokens)} tokens")
+        return scores
+
+    def merges(self) -> list[tuple[str, str]]:
+        merges = []
+        for merge in self._list("merges", str):
+            first, _, second = merge.partition(" ")
+            merges.append((first, second))
+        return merges
+
+    def _list(self, key: str, kind: type) -> list[Any]:
+        value = self.get(key, list, [])
+        if any(type(item) is not kind for item in value):
+            raise ModelFileError(f"{self.path}: tokenizer.ggml.{key} must hold only {kind.__name__}")
+        return list(value)
+
+
+def _build(vocabulary: _Vocabulary) -> Tokenizer:
+    builders = {"gpt2": _byte_level, "llama": _sentencepiece}
+    if vocabulary.model not in builders:
+        raise UnsupportedModelError(
+            f"{vocabulary.path} has the vocabulary type {vocabulary.model!r}; supported are {', '.join(builders)}"
+        )
+    tokenizer = builders[vocabulary.model](vocabulary)
+    tokenizer.add_tokens(  # all in one call, since each one builds the search for all of them anew
+        [
+            AddedToken(token, special=kind == _CONTROL, normalized=False)
+            for token, kind in zip(vocabulary.tokens, vocabulary.kinds, strict=True)
+            if kind in (_CONTROL, _USER_DEFINED)
+        ]
+    )
+    bos = vocabulary.special("bos")
+    if bos is not None and vocabulary.get("add_bos_token", bool, _adds_bos(vocabulary)):
+        token = vocabulary.tokens[bos]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[token, "$A"], pair=[token, "$A", token, "$B:1"], special_tokens=[(token, bos)]
+        )
+    return tokenizer
+
+
+def _adds_bos(vocabulary: _Vocabulary) -> bool:
+    """Whether llama.cpp puts the bos token first where the file does not say (llama-vocab.cpp, `load`)."""
+    return vocabulary.model == "llama" or vocabulary.pre in ("llama3", "llama-v3", "llama-bpe")
+
+
+def _byte_level(vocabulary: _Vocabulary) -> Tokenizer:
+    """Byte-level BPE (GPT-2's), with the split of text that the vocabulary's merges were learned on."""
+    split: Any
+    normalizer = None
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    match vocabulary.pre:
+        case "smollm":
+            split = pre_tokenizers.Digits(individual_digits=True)
+            byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        case "llama3" | "llama-v3" | "llama-bpe":
+            split = pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), behavior="isolated")
+        case "qwen2" | "deepseek-r1-qwen":
+            split = pre_tokenizers.Split(Regex(_QWEN2_SPLIT), behavior="isolated")
+            normalizer = normalizers.NFC()
+        case other:
+            raise UnsupportedModelError(
+                f"{vocabulary.path} has the pre-tokenizer {other!r}; supported are smollm, llama-bpe and qwen2"
+            )
+    # Llama 3 has words that its merges do not reach; it looks whole words up first.
+    whole_words = vocabulary.pre in ("llama3", "llama-v3", "llama-bpe")
+    tokenizer = Tokenizer(models.BPE(vocabulary.ids, vocabulary.merges(), ignore_merges=whole_words))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    return tokenizer
+
+
+def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
+    """SentencePiece BPE (Llama 2, Mistral, Gemma): spaces are part of tokens, bytes stand in for unknown characters.
+
+    The order of merges is transformers' (`generate_merges`): by score, of Gemma by id, since its scores leave out some.
+    """
+    scores = [-float(i) for i in range(len(vocabulary.tokens))] if vocabulary.is_gemma else vocabulary.scores()
+    merges = sorted(
+        _implied_merges(vocabulary),
+        key=lambda merge: (-scores[vocabulary.ids["".join(merge)]], -len(merge[0]), -len(merge[1])),
+    )
+    unknown = vocabulary.token(vocabulary.special("unknown"))
+    tokenizer = Tokenizer(models.BPE(vocabulary.ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    prefix = vocabulary.get("add_space_prefix", bool, True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, "first" if prefix else "never", split=False)
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    return tokenizer
+
+
+def _implied_merges(vocabulary: _Vocabulary) -> Iterator[tuple[str, str]]:
+    """Every way to make a token of two others. SentencePiece keeps no merges: it takes the pair of highest score."""
+    ids, budget = vocabulary.ids, _MAX_MERGES
+    for token in ids:
+        ways = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ids and token[i:] in ids]
+        budget -= len(ways) * (_MERGE + len(token))
+        if budget < 0:
+            raise ModelFileError(f"{vocabulary.path}: its tokens are made of one another in too many ways")
+        yield from sorted(ways, key=lambda way: (ids[way[0]], ids[way[1]]))
+
+
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}

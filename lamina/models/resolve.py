@@ -16,9 +16,6 @@ from lamina.models.hub import HUB_IDS, download_parts
 from lamina.system.progress import Progress
 from lamina_workers.errors import ModelFileError
 
-"""Bytes of a weight that is not packed."""
-
-
 _CONVERSION = 2  # counts up when a conversion gives other files, so that older ones are not taken for them
 GGUF_FILE = "model.gguf"
 """An alias's own file, in its folder."""

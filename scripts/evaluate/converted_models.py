@@ -111,17 +111,28 @@ def examined(kind: str) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]], version: str) -> str:
-    """docs/models.md."""
+    """docs/models.md: the models that run, and for each reason those that do not, the most frequent reason first."""
     counts = {
         how: sum(row["how"] == how for row in rows) for how in ("native", "slices", "module", "refused", "failed")
     }
-    lines = [f"| {row['kind']} | {row['how']} | {row['why']} |" for row in rows]
-    return TEXT.format(version=version, rows="\n".join(lines), total=len(rows), **counts)
+    running = [row for row in rows if row["how"] in ("native", "slices", "module")]
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if row not in running:
+            reasons.setdefault(row["why"], []).append(row["kind"])
+    ordered = sorted(reasons.items(), key=lambda reason: (-len(reason[1]), reason[1][0]))
+    return TEXT.format(
+        version=version,
+        total=len(rows),
+        running="\n".join(f"| {row['kind']} | {row['how']} | {row['why']} |" for row in running),
+        others="\n".join(f"| {why} | {', '.join(kinds)} |" for why, kinds in ordered),
+        **counts,
+    )
 
 
 TEXT = """# Which models run
 
-`scripts/evaluate/converted_models.py` has written this page, with transformers {version}. Lamina runs a model in one
+The results of `scripts/evaluate/converted_models.py`, with transformers {version}. Lamina runs a model in one
 of three ways, chosen when it is loaded:
 
 - **native** ({native} of {total} model types): Lamina has a class for it. It needs no transformers, has tensor
@@ -131,14 +142,21 @@ of three ways, chosen when it is loaded:
 - **module** ({module}): the forward pass cannot be recorded, since what it does depends on the tokens. transformers'
   module runs and stops at each attention. Its batches cannot go round among model workers.
 
-The others are refused by name ({refused}), or the tiny checkpoint could not be compared ({failed}). Remote code is
-never run. The number in the last column is the largest difference of logits from transformers' in float32, of a tiny
+The number in the last column is the largest difference of logits from transformers' in float32, of a tiny
 random checkpoint. Real ones can still be refused for what a tiny one does not have, such as heads of more than 256
-numbers (Gemma 4), which the kernels do not keep.
+numbers (Gemma 4), which the kernels do not keep. Remote code is never run.
 
-| model type | how | difference, or why not |
+| model type | how | difference |
 | --- | --- | --- |
-{rows}
+{running}
+
+## Which do not
+
+They are refused with these reasons ({refused}), or the tiny checkpoint could not be compared ({failed}).
+
+| why not | model types |
+| --- | --- |
+{others}
 """
 
 

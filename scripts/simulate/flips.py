@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 
 from lamina.simulator.costs import hardware
 from lamina.simulator.costs.model_configs import model
+from lamina.simulator.costs.systems import without_prices
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.planning.event_runs import EventRuns
 from lamina.simulator.planning.inventory import Have, Inventory, with_efficiency
 from lamina.simulator.planning.plan import PlanRequest, find
 from lamina.simulator.planning.planner import Ranked
-from lamina.simulator.planning.sensitivity import FARTHEST, Prices, at_price, without_prices
+from lamina.simulator.planning.sensitivity import FARTHEST, Prices, at_price
 from lamina.simulator.traces.catalogue import trace, windows
 from lamina.simulator.traces.demand import Demand
 

@@ -21,12 +21,12 @@ from dataclasses import dataclass, replace
 from lamina.simulator.costs import hardware
 from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import price
+from lamina.simulator.event_loop.results import ATTAINMENT
 from lamina.simulator.event_loop.simulate import Slo, simulate
 from lamina.simulator.planning.event_runs import EventRuns
 from lamina.simulator.planning.inventory import Have, Inventory, with_efficiency
 from lamina.simulator.planning.plan import PlanRequest, find
 from lamina.simulator.planning.planner import Ranked, limited
-from lamina.simulator.steady_state.closed_form import ATTAINMENT
 from lamina.simulator.traces.arrivals import Trace
 from lamina.simulator.traces.catalogue import at_rate, windows
 from lamina.simulator.traces.catalogue import trace as trace_of

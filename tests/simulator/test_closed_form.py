@@ -14,11 +14,10 @@ from planning import FHBN, H100, SLO, STEADY, dop, together
 
 from lamina.simulator.costs.cost_model import KvPolicy, Load
 from lamina.simulator.costs.model_configs import model
-from lamina.simulator.costs.systems import Disaggregated, System
+from lamina.simulator.costs.systems import Disaggregated, System, changed
 from lamina.simulator.event_loop.simulate import Slo, simulate
 from lamina.simulator.planning.candidates import Candidate
 from lamina.simulator.planning.planner import Ranked, limited
-from lamina.simulator.planning.quantities import changed
 from lamina.simulator.steady_state.closed_form import TARGET, estimate, sequences
 from lamina.simulator.steady_state.service import FOREVER, Service, held, largest
 from lamina.simulator.traces import catalogue as traces

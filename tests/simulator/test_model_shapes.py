@@ -104,7 +104,8 @@ def test_exchange_of_grouped_queries_is_the_paper_s_formula() -> None:
 def test_projections() -> None:
     shape = model("llama-65b")
     assert shape.kv_projection_flops(3) == 3 * 80 * 4 * 8192 * 8192
-    multiplied = sum(group.layers * group.multiplied for group in shape.groups) + shape.head
+    groups = [(group.layers, group.projections + group.mlp + group.top_k * group.expert) for group in shape.groups]
+    multiplied = sum(layers * parameters for layers, parameters in groups) + shape.head
     assert shape.dense_flops(7) == 14 * multiplied
     assert shape.dense_flops(7, sampled=1) == shape.dense_flops(7) - 12 * shape.head
 

@@ -25,7 +25,6 @@ from lamina.simulator.reports.data import (
     best_of,
     columns,
     frontier,
-    keeps_slo,
     labels,
     log_ticks,
     over_time,
@@ -389,7 +388,7 @@ def test_columns_and_the_best() -> None:
     assert len(shown) == len(COLUMNS) - 1  # nobody waited, so there is no rate while full
     for column, best in zip(shown, best_of(runs), strict=True):
         values = [column.known(result) for result in runs]
-        kept = [value for value, result in zip(values, runs, strict=True) if keeps_slo(result)]
+        kept = [value for value, result in zip(values, runs, strict=True) if result.keeps_slo]
         assert all(column.text(runs[place]) == column.text(runs[min(best)]) for place in best)
         for place in best:
             assert all(

@@ -14,21 +14,19 @@ from ranked_candidates import LOSSY, SLOW, SPLIT, WHOLE, checked, ranked
 
 from lamina.simulator.costs.cost_model import Load
 from lamina.simulator.costs.hardware import Link
-from lamina.simulator.costs.systems import Colocated, Disaggregated, System, price
+from lamina.simulator.costs.systems import (
+    Colocated,
+    Disaggregated,
+    System,
+    changed,
+    changed_devices,
+    price,
+    without_prices,
+)
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.planning.candidates import Candidate
 from lamina.simulator.planning.planner import RATIO_ERROR, Ranked, rank
-from lamina.simulator.planning.quantities import (
-    Quantity,
-    Situation,
-    assumed,
-    changed,
-    changed_devices,
-    faster,
-    links,
-    market,
-    scaled,
-)
+from lamina.simulator.planning.quantities import Quantity, Situation, assumed, faster, links, market, scaled
 from lamina.simulator.planning.sensitivity import (
     Change,
     Changes,
@@ -38,7 +36,6 @@ from lamina.simulator.planning.sensitivity import (
     at_price,
     flips,
     sensitivity,
-    without_prices,
 )
 from lamina.simulator.steady_state.closed_form import estimate
 from lamina.simulator.traces.demand import Demand

@@ -19,7 +19,6 @@ import time
 from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -29,230 +28,10 @@ from lamina.errors import EngineError, InvalidRequest, ProtocolError
 from lamina.measure.bench.measures import Outcome
 from lamina.measure.bench.workloads import ENDPOINTS
 
-MAX_LINE = 1 << 18
-"""Bytes of one line. A chunk of one token has some hundred; with 20 log probabilities some thousand."""
-DONE = b"[DONE]"
-MAX_COUNT = 1 << 31
-_MESSAGE = 200  # characters of an error that are kept
-
-
-class EventStream:
-    """Cuts bytes into the payloads of `data:` lines. OpenAI's events have one each; other lines are left out."""
-
-    def __init__(self, most: int = MAX_LINE) -> None:
-        self._most = most
-        self._parts: list[bytes] = []  # of a line whose end has not come
-        self._length = 0
-
-    def feed(self, data: bytes) -> list[bytes]:
-        """The payloads that `data` completes. Raises ProtocolError where a line is too long."""
-        if b"\n" not in data:
-            self._keep(data)
-            return []
-        if self._parts:
-            data = b"".join([*self._parts, data])
-            self._parts, self._length = [], 0
-        lines = data.split(b"\n")
-        if last := lines.pop():
-            self._keep(last)
-        return [line[5:].strip() for line in lines if line.startswith(b"data:")]
-
-    def _keep(self, data: bytes) -> None:
-        self._length += len(data)
-        if self._length > self._most:
-            raise ProtocolError(f"a line of the stream has more than {self._most} bytes")
-        self._parts.append(data)
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """Token counts of the server; None where it reports none."""
-
-    prompt: int | None = None
-    output: int | None = None
-    cached: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """The content of one event of a stream. `text`: it carries a piece of an answer; `output`: it belongs to an answer,
-    with or without text; `error`: the server's message."""
-
-    text: bool = False
-    output: bool = False
-    finish: str = ""
-    usage: Usage | None = None
-    error: str = ""
-
-
-_KEYS = (b'"content":', b'"text":')
-
-
-def plainly_text(payload: bytes) -> bool:
-    """Whether a payload is certainly one with text, no end, no usage and no error. False means: parse it.
-
-    Quotes within JSON's strings are escaped, so that a key found in the bytes is one. What is left unseen is a payload
-    that is malformed between its braces.
-    """
-    at = payload.find(_KEYS[0])
-    key = _KEYS[0]
-    if at < 0:
-        key = _KEYS[1]
-        at = payload.find(key)
-        if at < 0:
-            return False
-    at += len(key)
-    if payload[at : at + 1] == b" ":
-        at += 1
-    if payload[at : at + 1] != b'"' or payload[at + 1 : at + 2] == b'"':
-        return False
-    return (
-        payload[:1] == b"{"
-        and payload[-1:] == b"}"
-        and b'"choices"' in payload
-        and _is_null(payload, b'"finish_reason":')
-        and _is_null(payload, b'"usage":')
-        and b'"error"' not in payload
-    )
-
-
-def parse(payload: bytes) -> Chunk:
-    """The event of a payload. Raises ProtocolError where it is no JSON object, or not one of a stream of
-    completions."""
-    try:
-        fields = json.loads(payload)
-    except (ValueError, RecursionError) as fault:
-        raise ProtocolError(f"an event is not JSON: {payload[:80]!r}") from fault
-    if not isinstance(fields, dict):
-        raise ProtocolError(f"an event is {payload[:80]!r}; expected an object")
-    if (error := fields.get("error")) is not None:
-        return Chunk(error=message(error))
-    if fields.get("object") == "error":  # as vLLM once shaped them
-        return Chunk(error=message(fields))
-    choices = fields.get("choices")
-    usage = read_usage(fields.get("usage"))
-    if choices == [] or (choices is None and usage is not None):  # Azure begins with one that has neither
-        return Chunk(usage=usage)
-    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
-        raise ProtocolError(f"an event has neither choices nor usage: {payload[:80]!r}")
-    finish = next((word for choice in choices if isinstance(word := choice.get("finish_reason"), str)), "")
-    delta = [choice.get("delta") for choice in choices]
-    is_role = any(isinstance(each, dict) and "role" in each for each in delta)
-    return Chunk(any(map(_has_text, choices)), bool(choices) and not is_role, finish[:40], usage)
-
-
-def read_usage(fields: Any) -> Usage | None:
-    """OpenAI's `usage`; None where there is none. A count that is no count is one the server did not give."""
-    if not isinstance(fields, dict):
-        return None
-    details = fields.get("prompt_tokens_details")
-    cached = details.get("cached_tokens") if isinstance(details, dict) else None
-    return Usage(_count(fields.get("prompt_tokens")), _count(fields.get("completion_tokens")), _count(cached))
-
-
-def message(error: Any) -> str:
-    """The words of an error as OpenAI or others shape it, on one line, never empty."""
-    if isinstance(error, dict):
-        error = error.get("message") or error.get("detail") or error.get("error") or error
-    if isinstance(error, dict):
-        error = error.get("message") or error
-    return " ".join(str(error).split())[:_MESSAGE] or "no message"
-
-
-def _has_text(choice: dict[str, Any]) -> bool:
-    if isinstance(text := choice.get("text"), str) and text:
-        return True
-    delta = choice.get("delta")
-    if not isinstance(delta, dict):
-        return False
-    return any(delta.get(name) for name in ("content", "reasoning_content", "reasoning", "tool_calls"))
-
-
-def _is_null(payload: bytes, key: bytes) -> bool:
-    at = payload.find(key)
-    return at < 0 or payload[at + len(key) :].lstrip()[:4] == b"null"
-
-
-def _count(value: Any) -> int | None:
-    return value if type(value) is int and 0 <= value < MAX_COUNT else None
-
-
-MAX_STREAM = 1 << 28
-"""Bytes of one stream."""
-MAX_CHUNKS = 1 << 22
-
-
-class Answer:
-    """`chunks`: when each chunk with text came; `ended`: when the last event did. `error` names a failure, `detail` has
-    its words. After `done` further bytes are ignored."""
-
-    def __init__(self, sent: float) -> None:
-        self.chunks = array("d")
-        self.ended = sent
-        self.finish = ""
-        self.usage = Usage()
-        self.error = ""
-        self.detail = ""
-        self.done = False
-        self._stream = EventStream()
-        self._length = 0
-        self._silent: float | None = None  # the first chunk without text: all tokens of an answer may be special ones
-
-    def take(self, data: bytes, at: float) -> None:
-        """Bytes that came at a time. Raises ProtocolError where they are no stream of a completion, or too many."""
-        self._length += len(data)
-        if self._length > MAX_STREAM or len(self.chunks) > MAX_CHUNKS:
-            raise ProtocolError(f"the stream has more than {MAX_STREAM} bytes or {MAX_CHUNKS} chunks")
-        if self.done:
-            return
-        for payload in self._stream.feed(data):
-            if plainly_text(payload):
-                self.chunks.append(at)
-                self.ended = at
-            elif payload == DONE or self._ends(payload, at):
-                self.done = True
-                return
-
-    def close(self) -> None:
-        """The stream has ended."""
-        if self.error:
-            return
-        if not self.done and not self.finish:
-            self.fail("ended early", "the stream ended without a finish_reason or [DONE]")
-        elif not self.chunks and self._silent is not None:
-            self.chunks.append(self._silent)
-        elif not self.chunks:
-            self.fail("no tokens", "the stream had no text")
-
-    def fail(self, error: str, detail: str) -> None:
-        self.error, self.detail = error, detail[:300]
-
-    def _ends(self, payload: bytes, at: float) -> bool:
-        """Whether nothing counts after this event."""
-        chunk = parse(payload)
-        if chunk.error:
-            self.fail("error in the stream", chunk.error)
-            return True
-        if chunk.text:
-            self.chunks.append(at)
-        elif chunk.output and self._silent is None:
-            self._silent = at
-        self.finish, self.usage, self.ended = chunk.finish or self.finish, chunk.usage or self.usage, at
-        return False
-
-
 MAX_BODY = 16 << 20
 """Bytes of an answer that is no stream."""
 _ASK = 30.0  # seconds for questions before the run
 _IDLE = 2.0  # seconds that a connection is kept: less than servers do, so that none closes as it is used again
-
-
-@dataclass(frozen=True, slots=True)
-class ModelInfo:
-    """A model of the server, and its context in tokens where the server reports it."""
-
-    name: str
-    context: int | None
 
 
 class Client:
@@ -283,24 +62,19 @@ class Client:
         )
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         if self._opened is not None:
             await self._opened.close()
 
-    async def models(self) -> list[ModelInfo]:
-        """What the server serves. Raises EngineError where it does not answer."""
+    async def models(self) -> dict[str, int | None]:
+        """The models of the server, each with its context in tokens where the server reports it. Raises EngineError
+        where it does not answer."""
         answer = await self._ask("GET", "/v1/models")
         listed = answer.get("data")
         if not isinstance(listed, list):
             raise EngineError(f"{self.base_url}/v1/models has no list of models")
-        found = []
-        for each in listed[:1000]:
-            if isinstance(each, dict) and isinstance(name := each.get("id"), str):
-                context = each.get("max_model_len")
-                found.append(ModelInfo(name, context if type(context) is int and 0 < context < 1 << 31 else None))
-        return found
+        entries = [entry for entry in listed[:1000] if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
+        return {entry["id"]: _count(entry.get("max_model_len")) or None for entry in entries}
 
     async def tokenized(self, model: str, text: str) -> int:
         """How many tokens a text has, by /tokenize as vLLM and Lamina have it, or as llama.cpp has it. Raises
@@ -461,3 +235,215 @@ def _words(error: BaseException) -> str:
     if isinstance(error, aiohttp.ClientConnectorError) and error.os_error.errno:
         return os.strerror(error.os_error.errno)  # its own words have the address again, and how TLS was to be
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+MAX_STREAM = 1 << 28
+"""Bytes of one stream."""
+MAX_CHUNKS = 1 << 22
+
+
+class Answer:
+    """`chunks`: when each chunk with text came; `ended`: when the last event did. `error` names a failure, `detail` has
+    its words. After `done` further bytes are ignored."""
+
+    def __init__(self, sent: float) -> None:
+        self.chunks = array("d")
+        self.ended = sent
+        self.finish = ""
+        self.usage = Usage()
+        self.error = ""
+        self.detail = ""
+        self.done = False
+        self._stream = EventStream()
+        self._length = 0
+        self._silent: float | None = None  # the first chunk without text: all tokens of an answer may be special ones
+
+    def take(self, data: bytes, at: float) -> None:
+        """Bytes that came at a time. Raises ProtocolError where they are no stream of a completion, or too many."""
+        self._length += len(data)
+        if self._length > MAX_STREAM or len(self.chunks) > MAX_CHUNKS:
+            raise ProtocolError(f"the stream has more than {MAX_STREAM} bytes or {MAX_CHUNKS} chunks")
+        if self.done:
+            return
+        for payload in self._stream.feed(data):
+            if plainly_text(payload):
+                self.chunks.append(at)
+                self.ended = at
+            elif payload == DONE or self._ends(payload, at):
+                self.done = True
+                return
+
+    def close(self) -> None:
+        """The stream has ended."""
+        if self.error:
+            return
+        if not self.done and not self.finish:
+            self.fail("ended early", "the stream ended without a finish_reason or [DONE]")
+        elif not self.chunks and self._silent is not None:
+            self.chunks.append(self._silent)
+        elif not self.chunks:
+            self.fail("no tokens", "the stream had no text")
+
+    def fail(self, error: str, detail: str) -> None:
+        self.error, self.detail = error, detail[:300]
+
+    def _ends(self, payload: bytes, at: float) -> bool:
+        """Whether nothing counts after this event."""
+        chunk = parse(payload)
+        if chunk.error:
+            self.fail("error in the stream", chunk.error)
+            return True
+        if chunk.text:
+            self.chunks.append(at)
+        elif chunk.output and self._silent is None:
+            self._silent = at
+        self.finish, self.usage, self.ended = chunk.finish or self.finish, chunk.usage or self.usage, at
+        return False
+
+
+MAX_LINE = 1 << 18
+"""Bytes of one line. A chunk of one token has some hundred; with 20 log probabilities some thousand."""
+DONE = b"[DONE]"
+MAX_COUNT = 1 << 31
+_MESSAGE = 200  # characters of an error that are kept
+
+
+class EventStream:
+    """Cuts bytes into the payloads of `data:` lines. OpenAI's events have one each; other lines are left out."""
+
+    def __init__(self, most: int = MAX_LINE) -> None:
+        self._limit = most
+        self._parts: list[bytes] = []  # of a line whose end has not come
+        self._length = 0
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The payloads that `data` completes. Raises ProtocolError where a line is too long."""
+        if b"\n" not in data:
+            self._keep(data)
+            return []
+        if self._parts:
+            data = b"".join([*self._parts, data])
+            self._parts, self._length = [], 0
+        lines = data.split(b"\n")
+        if last := lines.pop():
+            self._keep(last)
+        return [line[5:].strip() for line in lines if line.startswith(b"data:")]
+
+    def _keep(self, data: bytes) -> None:
+        self._length += len(data)
+        if self._length > self._limit:
+            raise ProtocolError(f"a line of the stream has more than {self._limit} bytes")
+        self._parts.append(data)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of the server; None where it reports none."""
+
+    prompt: int | None = None
+    output: int | None = None
+    cached: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The content of one event of a stream. `text`: it carries a piece of an answer; `output`: it belongs to an answer,
+    with or without text; `error`: the server's message."""
+
+    text: bool = False
+    output: bool = False
+    finish: str = ""
+    usage: Usage | None = None
+    error: str = ""
+
+
+_KEYS = (b'"content":', b'"text":')
+
+
+def plainly_text(payload: bytes) -> bool:
+    """Whether a payload is certainly one with text, no end, no usage and no error. False means: parse it.
+
+    Quotes within JSON's strings are escaped, so that a key found in the bytes is one. What is left unseen is a payload
+    that is malformed between its braces.
+    """
+    place = payload.find(_KEYS[0])
+    key = _KEYS[0]
+    if place < 0:
+        key = _KEYS[1]
+        place = payload.find(key)
+        if place < 0:
+            return False
+    place += len(key)
+    if payload[place : place + 1] == b" ":
+        place += 1
+    if payload[place : place + 1] != b'"' or payload[place + 1 : place + 2] == b'"':
+        return False
+    return (
+        payload[:1] == b"{"
+        and payload[-1:] == b"}"
+        and b'"choices"' in payload
+        and _is_null(payload, b'"finish_reason":')
+        and _is_null(payload, b'"usage":')
+        and b'"error"' not in payload
+    )
+
+
+def parse(payload: bytes) -> Chunk:
+    """The event of a payload. Raises ProtocolError where it is no JSON object, or not one of a stream of
+    completions."""
+    try:
+        fields = json.loads(payload)
+    except (ValueError, RecursionError) as fault:
+        raise ProtocolError(f"an event is not JSON: {payload[:80]!r}") from fault
+    if not isinstance(fields, dict):
+        raise ProtocolError(f"an event is {payload[:80]!r}; expected an object")
+    if (error := fields.get("error")) is not None:
+        return Chunk(error=message(error))
+    if fields.get("object") == "error":  # as vLLM once shaped them
+        return Chunk(error=message(fields))
+    choices = fields.get("choices")
+    usage = read_usage(fields.get("usage"))
+    if choices == [] or (choices is None and usage is not None):  # Azure begins with one that has neither
+        return Chunk(usage=usage)
+    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
+        raise ProtocolError(f"an event has neither choices nor usage: {payload[:80]!r}")
+    finish = next((word for choice in choices if isinstance(word := choice.get("finish_reason"), str)), "")
+    delta = [choice.get("delta") for choice in choices]
+    is_role = any(isinstance(part, dict) and "role" in part for part in delta)
+    return Chunk(any(map(_has_text, choices)), bool(choices) and not is_role, finish[:40], usage)
+
+
+def read_usage(fields: Any) -> Usage | None:
+    """OpenAI's `usage`; None where there is none. A count that is no count is one the server did not give."""
+    if not isinstance(fields, dict):
+        return None
+    details = fields.get("prompt_tokens_details")
+    cached = details.get("cached_tokens") if isinstance(details, dict) else None
+    return Usage(_count(fields.get("prompt_tokens")), _count(fields.get("completion_tokens")), _count(cached))
+
+
+def message(error: Any) -> str:
+    """The words of an error as OpenAI or others shape it, on one line, never empty."""
+    if isinstance(error, dict):
+        error = error.get("message") or error.get("detail") or error.get("error") or error
+    if isinstance(error, dict):
+        error = error.get("message") or error
+    return " ".join(str(error).split())[:_MESSAGE] or "no message"
+
+
+def _has_text(choice: dict[str, Any]) -> bool:
+    if isinstance(text := choice.get("text"), str) and text:
+        return True
+    delta = choice.get("delta")
+    if not isinstance(delta, dict):
+        return False
+    return any(delta.get(name) for name in ("content", "reasoning_content", "reasoning", "tool_calls"))
+
+
+def _is_null(payload: bytes, key: bytes) -> bool:
+    place = payload.find(key)
+    return place < 0 or payload[place + len(key) :].lstrip()[:4] == b"null"
+
+
+def _count(value: Any) -> int | None:
+    return value if type(value) is int and 0 <= value < MAX_COUNT else None

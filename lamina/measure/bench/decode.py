@@ -99,15 +99,17 @@ def bench(
         reading = read or stack.enter_context(_reading(config.device))
         llm = stack.enter_context(LLM(model, progress=progress, **{**options, "prefix_cache": False}))
         shape = kept_as(from_folder(llm.model_path), weight_memory(llm.model_path), config)
-        found: dict[tuple[int, int], list[tuple[Measured, float]]] = {}
+        measured: dict[tuple[int, int], list[tuple[Measured, float]]] = {}
         drafts = config.speculate is not None
         for cell, run in measure_in_turn(llm, cells, steps, rounds, progress, drafts):
-            found.setdefault(cell, []).append((run, reading()))
-        kept = {context: _kept(llm, context) if config.policy not in (None, "full") else 1.0 for _, context in cells}
+            measured.setdefault(cell, []).append((run, reading()))
+        kv_shares = {
+            context: _kept(llm, context) if config.policy not in (None, "full") else 1.0 for _, context in cells
+        }
     weight, element = _ELEMENT[dtype], _ELEMENT[kv_dtype]
     rows = tuple(
-        row(context, runs, step_bytes(shape, runs[0][0], weight, element, kept[context]))
-        for (_, context), runs in found.items()
+        row(context, runs, step_bytes(shape, runs[0][0], weight, element, kv_shares[context]))
+        for (_, context), runs in measured.items()
     )
     packed = shape.packing.nbytes if shape.packing is not None else 0.0
     return Result(model, dict(options), dtype, kv_dtype, steps, rounds, rows, packed)
@@ -158,31 +160,31 @@ def dtypes(config: EngineConfig, machine: Machine) -> tuple[str, str]:
 
 def table(found: Result) -> str:
     """One line a cell, under a heading."""
-    memory = statistics.median(each.memory_bytes_per_second for each in found.rows)
+    memory = statistics.median(cell_row.memory_bytes_per_second for cell_row in found.rows)
     heading = ("batch", "context", "tok/s", "ms/step", "p99", "MB/step", "GB/s", "of memory", "prefill tok/s")
     lines: list[tuple[str, ...]] = [heading]
     lines += [
         (
-            str(each.batch),
-            str(each.context),
-            f"{each.tokens_per_second:.1f}",
-            f"{each.step_ms:.2f}",
-            f"{each.p99_ms:.2f}",
-            f"{each.step_bytes / 1e6:.0f}",
-            f"{each.bytes_per_second / 1e9:.1f}",
-            f"{each.of_roofline:.0%}",
-            f"{each.prefill_tokens_per_second:.0f}",
+            str(cell_row.batch),
+            str(cell_row.context),
+            f"{cell_row.tokens_per_second:.1f}",
+            f"{cell_row.step_ms:.2f}",
+            f"{cell_row.p99_ms:.2f}",
+            f"{cell_row.step_bytes / 1e6:.0f}",
+            f"{cell_row.bytes_per_second / 1e9:.1f}",
+            f"{cell_row.of_roofline:.0%}",
+            f"{cell_row.prefill_tokens_per_second:.0f}",
         )
-        for each in found.rows
+        for cell_row in found.rows
     ]
-    if any(each.tokens_per_step > 1 for each in found.rows):
-        tokens = ["tok/step", *(f"{each.tokens_per_step:.2f}" for each in found.rows)]
+    if any(cell_row.tokens_per_step > 1 for cell_row in found.rows):
+        tokens = ["tok/step", *(f"{cell_row.tokens_per_step:.2f}" for cell_row in found.rows)]
         lines = [(*line, more) for line, more in zip(lines, tokens, strict=True)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    shown = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    aligned = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
     packed = f", weights packed in {found.weight_bytes:.3g} bytes each" if found.weight_bytes else ""
     about = f"{found.model} in {found.dtype}{packed}, KV in {found.kv_dtype}; memory gives {memory / 1e9:.1f} GB/s"
-    return "\n".join([about, *shown]) + "\n"
+    return "\n".join([about, *aligned]) + "\n"
 
 
 def record(found: Result, machine: Machine, *, date: str, version: str) -> dict[str, Any]:
@@ -203,7 +205,7 @@ def record(found: Result, machine: Machine, *, date: str, version: str) -> dict[
         "steps": found.steps,
         "rounds": found.rounds,
         "rows": [
-            {**asdict(each), "roofline_ms": each.roofline_ms, "of_roofline": each.of_roofline} for each in found.rows
+            {**asdict(cell), "roofline_ms": cell.roofline_ms, "of_roofline": cell.of_roofline} for cell in found.rows
         ],
     }
 

@@ -118,39 +118,43 @@ def summary(
     every = list(outcomes)
     good = [outcome for outcome in every if not outcome.error]
     seconds = max(seconds, 1e-9)
-    read, written = sum(each.prompt_tokens for each in good), sum(each.output_tokens for each in good)
-    values = {
-        "ttft": [each.ttft for each in good],
-        "tpot": [tpot for each in good if (tpot := each.tpot) is not None],
-        "itl": [after - before for each in good for before, after in pairwise(each.chunks)],
-        "e2el": [each.e2el for each in good],
-    }
+    read, written = sum(answer.prompt_tokens for answer in good), sum(answer.output_tokens for answer in good)
     return Summary(
         duration=seconds,
         completed=len(good),
-        failures=dict(Counter(each.error for each in every if each.error).most_common()),
+        failures=dict(Counter(answer.error for answer in every if answer.error).most_common()),
         total_input_tokens=read,
         total_output_tokens=written,
         request_throughput=len(good) / seconds,
-        request_goodput=sum(meets(each, slo) for each in good) / seconds if slo else None,
+        request_goodput=sum(meets(answer, slo) for answer in good) / seconds if slo else None,
         output_throughput=written / seconds,
         max_output_tokens_per_s=max(over_time(good), default=0.0),
         total_token_throughput=(read + written) / seconds,
         max_concurrent_requests=peak_concurrency(every),
-        mean_concurrent_requests=sum(each.e2el for each in every) / seconds,
-        chunks=sum(len(each.chunks) for each in good),
-        answers_without_usage=sum(each.output is None for each in good),
-        answers_with_cached_tokens=sum(each.cached is not None for each in good),
-        cached_tokens=sum(each.cached or 0 for each in good),
-        answers_shorter_than_asked=sum(each.output_tokens < each.asked for each in good),
-        spreads={name: spread(found, percentiles) for name, found in values.items()},
+        mean_concurrent_requests=sum(answer.e2el for answer in every) / seconds,
+        chunks=sum(len(answer.chunks) for answer in good),
+        answers_without_usage=sum(answer.output is None for answer in good),
+        answers_with_cached_tokens=sum(answer.cached is not None for answer in good),
+        cached_tokens=sum(answer.cached or 0 for answer in good),
+        answers_shorter_than_asked=sum(answer.output_tokens < answer.asked for answer in good),
+        spreads={name: spread(seconds_of_metric, percentiles) for name, seconds_of_metric in latencies(good).items()},
     )
+
+
+def latencies(good: Sequence[Outcome]) -> dict[str, list[float]]:
+    """The seconds of requests that did not fail, by the names of `METRICS`."""
+    return {
+        "ttft": [outcome.ttft for outcome in good],
+        "tpot": [tpot for outcome in good if (tpot := outcome.tpot) is not None],
+        "itl": [after - before for outcome in good for before, after in pairwise(outcome.chunks)],
+        "e2el": [outcome.e2el for outcome in good],
+    }
 
 
 def meets(outcome: Outcome, slo: Mapping[str, float]) -> bool:
     """Whether a request kept within every limit, in milliseconds. An answer of one token has a TPOT of 0."""
     reached = {"ttft": outcome.ttft, "tpot": outcome.tpot or 0.0, "e2el": outcome.e2el}
-    return not outcome.error and all(reached[name] * 1e3 <= most for name, most in slo.items())
+    return not outcome.error and all(reached[name] * 1e3 <= limit for name, limit in slo.items())
 
 
 def spread(seconds: Sequence[float], percentiles: Sequence[float]) -> Spread:
@@ -160,8 +164,8 @@ def spread(seconds: Sequence[float], percentiles: Sequence[float]) -> Spread:
         return Spread(0, 0.0, 0.0, 0.0, dict.fromkeys(percentiles, 0.0))
     mean = statistics.fmean(ordered)
     deviation = (sum((value - mean) ** 2 for value in ordered) / len(ordered)) ** 0.5
-    found = {number: percentile(ordered, number) * 1e3 for number in percentiles}
-    return Spread(len(ordered), mean * 1e3, percentile(ordered, 50) * 1e3, deviation * 1e3, found)
+    values = {number: percentile(ordered, number) * 1e3 for number in percentiles}
+    return Spread(len(ordered), mean * 1e3, percentile(ordered, 50) * 1e3, deviation * 1e3, values)
 
 
 def percentile(ordered: Sequence[float], number: float) -> float:
@@ -174,12 +178,12 @@ def percentile(ordered: Sequence[float], number: float) -> float:
 
 def peak_concurrency(outcomes: Iterable[Outcome]) -> int:
     """The most requests that were under way at one time. One that ends as another is sent makes room for it."""
-    changes = sorted(change for each in outcomes for change in ((each.sent, 1), (each.ended, -1)))
-    now = most = 0
+    changes = sorted(change for outcome in outcomes for change in ((outcome.sent, 1), (outcome.ended, -1)))
+    now = peak = 0
     for _, change in changes:
         now += change
-        most = max(most, now)
-    return most
+        peak = max(peak, now)
+    return peak
 
 
 def over_time(outcomes: Iterable[Outcome], width: float = 1.0) -> list[float]:
@@ -187,38 +191,38 @@ def over_time(outcomes: Iterable[Outcome], width: float = 1.0) -> list[float]:
     totals: dict[int, float] = {}
     for outcome in outcomes:
         if outcome.chunks:
-            each = outcome.output_tokens / len(outcome.chunks)
-            for at, count in Counter(int(at / width) for at in outcome.chunks).items():
-                totals[at] = totals.get(at, 0.0) + count * each
-    return [totals.get(at, 0.0) / width for at in range(max(totals, default=-1) + 1)]
+            tokens_per_chunk = outcome.output_tokens / len(outcome.chunks)
+            for slot, count in Counter(int(slot / width) for slot in outcome.chunks).items():
+                totals[slot] = totals.get(slot, 0.0) + count * tokens_per_chunk
+    return [totals.get(slot, 0.0) / width for slot in range(max(totals, default=-1) + 1)]
 
 
 def parse_slo(words: Iterable[str]) -> dict[str, float]:
     """Milliseconds by metric of words such as "ttft:500". Raises InvalidRequest."""
-    found: dict[str, float] = {}
+    limits: dict[str, float] = {}
     for word in (part for text in words for part in text.replace(",", " ").split()):
         name, _, limit = word.partition(":")
         try:
             value = float(limit)
         except ValueError:
             value = -1.0
-        if name not in SLO_METRICS or name in found or not 0 < value < 1e12:  # NaN compares false
+        if name not in SLO_METRICS or name in limits or not 0 < value < 1e12:  # NaN compares false
             raise InvalidRequest(
                 f"goodput is {word!r:.80}; allowed are {', '.join(SLO_METRICS)}, once each, with milliseconds above 0, "
                 "such as ttft:500"
             )
-        found[name] = value
-    return found
+        limits[name] = value
+    return limits
 
 
 def parse_percentiles(words: str) -> tuple[float, ...]:
     """Numbers above 0 and below 100 with commas between them. Raises InvalidRequest."""
     try:
-        found = sorted({float(word) for word in words.split(",")})
+        numbers = sorted({float(word) for word in words.split(",")})
     except ValueError:
-        found = []
-    if not found or len(found) > 20 or not all(0 < number < 100 for number in found):
+        numbers = []
+    if not numbers or len(numbers) > 20 or not all(0 < number < 100 for number in numbers):
         raise InvalidRequest(
             f"percentile is {words!r:.80}; allowed are 1 to 20 numbers between 0 and 100, such as 90,99"
         )
-    return tuple(found)
+    return tuple(numbers)

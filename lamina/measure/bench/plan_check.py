@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from lamina.errors import EngineError, InvalidRequest
 from lamina.measure.bench.measures import Outcome, meets, percentile
@@ -34,61 +33,6 @@ from lamina.simulator.traces.arrivals import Arrival, Trace
 from lamina.simulator.traces.catalogue import at_rate, windows
 from lamina.system.child_process import ChildProcess, module_command
 from lamina.system.progress import Progress
-
-_MODULE = "lamina.measure.bench.served_main"
-PATIENCE = 600.0
-"""Seconds for the model to load, a download included."""
-_LAST = 8  # lines of its output that an error shows
-_GRACE = 45.0  # seconds to end in order
-_SERVING = re.compile(r"serving .* at (http://\S+)")
-
-
-class Served:
-    """A server on a free port of this host. Use it as a context manager. `url` is where it listens.
-
-    Raises EngineError with its last words where it does not come up.
-    """
-
-    def __init__(self, plan: Path, progress: Progress | None = None, patience: float = PATIENCE) -> None:
-        self.url = ""
-        self._said: deque[str] = deque(maxlen=_LAST)
-        self._known = threading.Event()
-        if progress is not None:
-            progress("starting the server", 0, None)
-        command = module_command(_MODULE, "serve", "--plan", str(plan.absolute()), "--host", "127.0.0.1", "--port", "0")
-        self._process = ChildProcess("serve", command, self._heard, lambda _: self._known.set(), merge_stderr=True)
-        try:
-            if not self._known.wait(patience) or not self.url:
-                said = " | ".join(self._said)
-                raise EngineError(f"lamina serve did not come up in {patience:g} s: {said:.1000}")
-        except BaseException:
-            self.close()
-            raise
-        if progress is not None:
-            progress("starting the server", 1, 1)
-
-    def close(self) -> None:
-        """End it, requests under way included. Harmless the second time."""
-        self._process.terminate()
-        if not self._process.wait(_GRACE):
-            self._process.kill()
-            self._process.wait(_GRACE)
-
-    def __enter__(self) -> Served:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _heard(self, _: ChildProcess, line: str) -> None:
-        """On a thread of the child's."""
-        self._said.append(line)
-        if (found := _SERVING.search(line)) is not None:
-            self.url = found[1]
-            self._known.set()
-
 
 LEAST, _USUAL = 20, 48
 """Requests of a check, at least and where no minutes are given: fewer than the first have no 99th percentile worth the
@@ -133,20 +77,20 @@ class Noise:
     @property
     def remarks(self) -> list[str]:
         """What may make the numbers wrong, a sentence each."""
-        found = []
+        sentences = []
         if self.others > BUSY:
-            found.append(f"busy: other processes used {self.others:.0%} of the cores during the run")
+            sentences.append(f"busy: other processes used {self.others:.0%} of the cores during the run")
         low, high = sorted((self.before, self.after))
         if high - low > DRIFT * high:
-            found.append(
+            sentences.append(
                 f"unsteady: memory was read at {self.before / 1e9:.1f} GB/s before and {self.after / 1e9:.1f} after"
             )
         mean = (low + high) / 2
         if self.planned and abs(mean - self.planned) > DRIFT * self.planned:
-            found.append(
+            sentences.append(
                 f"other than planned: memory is read at {mean / 1e9:.1f} GB/s, the plan has {self.planned / 1e9:.1f}"
             )
-        return found
+        return sentences
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +120,7 @@ def check(
     load = excerpt(trace, plan, minutes)
     with Child("reading", {"size": _READ}) as memory, Served(path, progress) as server:
         before = memory.ask("read")
-        beside = Beside(os.getpid())  # whose descendants the server's processes are
+        other_load = Beside(os.getpid())  # whose descendants the server's processes are
         settings = Settings(
             base_url=server.url,
             endpoint="completions",
@@ -187,7 +131,7 @@ def check(
             slo=_milliseconds(plan.slo),
         )
         result = run_loop(bench(settings, progress, load))
-        others, after = beside.share(), memory.ask("read")
+        others, after = other_load.share(), memory.ask("read")
     if result.run.unfinished:
         raise KeyboardInterrupt
     device = plan.system.devices[0][0]
@@ -199,8 +143,10 @@ def excerpt(trace: Trace, plan: Plan, minutes: float | None = None) -> Trace:
     """The part of a trace that lasts so many minutes at the rate that the plan has for one replica; None: two, or as
     long as `_USUAL` requests take. Raises InvalidRequest where it has fewer than `LEAST` requests, or more than the
     trace, and for a plan that promises none."""
-    taken = plan.predicted.requests_per_second / max(0.01, plan.predicted.slo_share)  # what is in time is a share of it
-    rate = min(plan.trace.rate or math.inf, taken) / plan.replicas
+    rate_of_plan = plan.predicted.requests_per_second / max(
+        0.01, plan.predicted.slo_share
+    )  # what is in time is a share of it
+    rate = min(plan.trace.rate or math.inf, rate_of_plan) / plan.replicas
     if not rate:
         raise InvalidRequest("the plan promises 0 requests a second; allowed is a plan that serves some")
     minutes = max(2.0, _USUAL / rate / 60) if minutes is None else minutes
@@ -218,7 +164,7 @@ def excerpt(trace: Trace, plan: Plan, minutes: float | None = None) -> Trace:
 
 def compare(plan: Plan, name: str, result: Result, noise: Noise) -> Check:
     """What was promised for a run's own requests, beside the run. Raises EngineError where nothing was answered."""
-    answered = [each for each in result.run.outcomes if not each.error]
+    answered = [outcome for outcome in result.run.outcomes if not outcome.error]
     if not answered:
         why = "; ".join(f"{kind}: {words}" for kind, words in result.details.items())
         raise EngineError(f"the server answered none of {len(result.run.outcomes)} requests: {why:.500}")
@@ -229,43 +175,98 @@ def compare(plan: Plan, name: str, result: Result, noise: Noise) -> Check:
 
 def sent(name: str, outcomes: Sequence[Outcome]) -> Trace:
     """The requests of a run as a trace: when each was due, its tokens as the server counted them."""
-    ordered = sorted(outcomes, key=lambda each: each.due)
-    return Trace(name, tuple(Arrival(each.due, each.prompt_tokens, max(1, each.output_tokens)) for each in ordered))
+    ordered = sorted(outcomes, key=lambda outcome: outcome.due)
+    return Trace(
+        name, tuple(Arrival(outcome.due, outcome.prompt_tokens, max(1, outcome.output_tokens)) for outcome in ordered)
+    )
 
 
 def _figures(plan: Plan, promised: RunResult, answered: Sequence[Outcome], result: Result) -> list[Figure]:
     limits, factors = _milliseconds(plan.slo), spread(plan.system)
-    ttft = sorted(each.ttft for each in answered)
-    tpot = sorted(each.tpot for each in answered if each.tpot is not None)
-    found = []
-    for what, given, range_of, values in (
+    ttft = sorted(outcome.ttft for outcome in answered)
+    tpot = sorted(outcome.tpot for outcome in answered if outcome.tpot is not None)
+    figures = []
+    for what, distribution, range_of, values in (
         ("TTFT", promised.ttft, factors.ttft, ttft),
         ("TPOT", promised.tpot, factors.tpot, tpot),
     ):
         if not values:  # every answer is one token
             continue
         low, high = range_of
-        for name, seconds, taken in (
-            ("mean", given.mean, sum(values) / len(values)),
-            ("p50", given.p50, percentile(values, 50)),
-            ("p99", given.p99, percentile(values, 99)),
+        for name, seconds, measured in (
+            ("mean", distribution.mean, sum(values) / len(values)),
+            ("p50", distribution.p50, percentile(values, 50)),
+            ("p99", distribution.p99, percentile(values, 99)),
         ):
             ms = seconds * 1e3
-            found.append(Figure(f"{what} {name}", "ms", ms, ms * low, ms * high, taken * 1e3))
-    share = sum(meets(each, limits) for each in answered) / len(answered)
+            figures.append(Figure(f"{what} {name}", "ms", ms, ms * low, ms * high, measured * 1e3))
+    share = sum(meets(outcome, limits) for outcome in answered) / len(answered)
     low, high = factors.goodput
-    for name, unit, value, taken in (
+    for name, unit, value, measured in (
         ("in time", "%", promised.slo_share * 100, share * 100),
         ("output", "tok/s", promised.tokens_per_second, result.summary.output_throughput),
     ):
-        most = min(100.0, value * high) if unit == "%" else value * high
-        found.append(Figure(name, unit, value, value * low, most, taken))
+        upper = min(100.0, value * high) if unit == "%" else value * high
+        figures.append(Figure(name, unit, value, value * low, upper, measured))
     if price := promised.price:
         cost = price / 3600 / max(1e-9, result.summary.output_throughput) * 1e6
         value = promised.dollars_per_million
-        found.append(Figure("$/M tokens", "$", value, value / high, value / low, cost))
-    return found
+        figures.append(Figure("$/M tokens", "$", value, value / high, value / low, cost))
+    return figures
 
 
 def _milliseconds(slo: Slo) -> dict[str, float]:
     return {name: value * 1e3 for name, value in (("ttft", slo.ttft), ("tpot", slo.tpot)) if value is not None}
+
+
+_MODULE = "lamina.measure.bench.served_main"
+PATIENCE = 600.0
+"""Seconds for the model to load, a download included."""
+_LAST = 8  # lines of its output that an error shows
+_GRACE = 45.0  # seconds to end in order
+_SERVING = re.compile(r"serving .* at (http://\S+)")
+
+
+class Served:
+    """A server on a free port of this host. Use it as a context manager. `url` is where it listens.
+
+    Raises EngineError with its last words where it does not come up.
+    """
+
+    def __init__(self, plan: Path, progress: Progress | None = None, patience: float = PATIENCE) -> None:
+        self.url = ""
+        self._last_lines: deque[str] = deque(maxlen=_LAST)
+        self._up = threading.Event()
+        if progress is not None:
+            progress("starting the server", 0, None)
+        command = module_command(_MODULE, "serve", "--plan", str(plan.absolute()), "--host", "127.0.0.1", "--port", "0")
+        self._process = ChildProcess("serve", command, self._heard, lambda _: self._up.set(), merge_stderr=True)
+        try:
+            if not self._up.wait(patience) or not self.url:
+                output = " | ".join(self._last_lines)
+                raise EngineError(f"lamina serve did not come up in {patience:g} s: {output:.1000}")
+        except BaseException:
+            self.close()
+            raise
+        if progress is not None:
+            progress("starting the server", 1, 1)
+
+    def close(self) -> None:
+        """End it, requests under way included. Harmless the second time."""
+        self._process.terminate()
+        if not self._process.wait(_GRACE):
+            self._process.kill()
+            self._process.wait(_GRACE)
+
+    def __enter__(self) -> Served:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _heard(self, _: ChildProcess, line: str) -> None:
+        """On a thread of the child's."""
+        self._last_lines.append(line)
+        if (match := _SERVING.search(line)) is not None:
+            self.url = match[1]
+            self._up.set()

@@ -55,19 +55,19 @@ class Words:
 async def find_words(count: Count, source: str, candidates: Sequence[str] = _WORDS) -> Words:
     """The words that are one token each with a space before them, by `count`; where these are few, all words and their
     mean number of tokens. Raises what `count` raises."""
-    whole = await count(_text(candidates))
-    around = max(0, 2 * whole - await count(_text(candidates) * 2))  # special tokens, or a chat template's
-    if whole - around == len(candidates):
+    total = await count(_text(candidates))
+    around = max(0, 2 * total - await count(_text(candidates) * 2))  # special tokens, or a chat template's
+    if total - around == len(candidates):
         return Words(candidates, 1.0, source)
-    ratio = max(0.05, (whole - around) / len(candidates))
+    ratio = max(0.05, (total - around) / len(candidates))
     calls = 0
     single: list[str] = []
     groups = [candidates] if ratio < 2 else []  # with more, few words are single
     while groups and calls < _MOST_CALLS:
         group = groups.pop()
         calls += 1
-        found = (await count(_text(group))) - around
-        if found == len(group):
+        tokens = (await count(_text(group))) - around
+        if tokens == len(group):
             single += group
         elif len(group) > 1:
             groups += [group[len(group) // 2 :], group[: len(group) // 2]]
@@ -93,11 +93,11 @@ class Writer:
         """The prompt of a request: a space before each word, so that parts can be joined without changing tokens."""
         if len(item.parts) == 1:
             return self._write(item.parts[0])
-        *shared, own = item.parts
+        *shared, last = item.parts
         for part in shared:
             if part not in self._kept:
                 self._kept[part] = self._write(part)
-        return "".join([*(self._kept[part] for part in shared), self._write(own)])
+        return "".join([*(self._kept[part] for part in shared), self._write(last)])
 
     def _write(self, part: Part) -> str:
         name, tokens = part

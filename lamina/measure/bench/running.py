@@ -49,20 +49,20 @@ async def run(
     outcomes: list[Outcome] = []
     room = asyncio.Semaphore(max_concurrency) if max_concurrency is not None else None
     cpu, start = time.process_time(), time.perf_counter()
-    shown = 0.0
+    last_report = 0.0
 
     def clock() -> float:
         return time.perf_counter() - start
 
     async def one(number: int) -> None:
-        nonlocal shown
+        nonlocal last_report
         try:
             outcomes.append(await send(number, clock))
         finally:
             if room is not None:
                 room.release()
-        if progress is not None and ((now := clock()) > shown + 0.1 or len(outcomes) == len(due)):
-            shown = now
+        if progress is not None and ((now := clock()) > last_report + 0.1 or len(outcomes) == len(due)):
+            last_report = now
             progress(what, len(outcomes), len(due))
 
     if progress is not None:
@@ -89,8 +89,8 @@ async def _send_all(
             faults.append(fault)
 
     try:
-        for number, at in enumerate(due):
-            if (wait := at - clock()) > 0:
+        for number, time_due in enumerate(due):
+            if (wait := time_due - clock()) > 0:
                 await asyncio.sleep(wait)
             if room is not None:
                 await room.acquire()
@@ -101,10 +101,10 @@ async def _send_all(
         if faults:
             raise faults[0]
     finally:
-        left = list(tasks)
-        for task in left:
+        remaining = list(tasks)
+        for task in remaining:
             task.cancel()
-        await asyncio.gather(*left, return_exceptions=True)
+        await asyncio.gather(*remaining, return_exceptions=True)
 
 
 async def _until(work: Coroutine[Any, Any, None], stop: asyncio.Event | None) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lamina.errors import EngineError, InvalidRequest
-from lamina.measure.bench.client import Client, ModelInfo, request_body
+from lamina.measure.bench.client import Client, request_body
 from lamina.measure.bench.measures import Outcome, Summary, percentile, summary
 from lamina.measure.bench.prompts import Words, Writer, find_words, guessed_words
 from lamina.measure.bench.running import Clock, Run, interruptible, run
@@ -66,41 +66,41 @@ def items_of(settings: Settings) -> tuple[list[Item], str]:
     )
     rate = math.inf if settings.request_rate is None else settings.request_rate
     items = drawn(settings.num_prompts, lengths, rate=rate, burstiness=settings.burstiness, seed=seed)
-    said = f"{settings.input_len} + {settings.output_len} tokens"
+    about = f"{settings.input_len} + {settings.output_len} tokens"
     if settings.range_ratio:
-        said += f", each from {1 - settings.range_ratio:.4g} to {1 + settings.range_ratio:.4g} times that"
+        about += f", each from {1 - settings.range_ratio:.4g} to {1 + settings.range_ratio:.4g} times that"
     if shared:
-        said += f", after one of {settings.num_prefixes} prefixes of {settings.prefix_len} tokens"
-    return items, said
+        about += f", after one of {settings.num_prefixes} prefixes of {settings.prefix_len} tokens"
+    return items, about
 
 
 def _of_trace(settings: Settings, seed: int) -> tuple[list[Item], str]:
     from lamina.simulator.traces.arrivals import all_at_once, scaled
     from lamina.simulator.traces.catalogue import at_rate, trace  # numpy, which other workloads do without
 
-    found = trace(settings.trace, settings.num_prompts, seed, settings.trace_dir)
+    requests = trace(settings.trace, settings.num_prompts, seed, settings.trace_dir)
     if settings.request_rate is None:
-        found = scaled(found, settings.speed) if settings.speed != 1 else found
+        requests = scaled(requests, settings.speed) if settings.speed != 1 else requests
     elif math.isinf(settings.request_rate):
-        found = all_at_once(found)
+        requests = all_at_once(requests)
     elif not 0 < settings.request_rate < math.inf:
         raise InvalidRequest(f"request-rate is {settings.request_rate!r}; allowed are numbers above 0, or inf")
     else:
-        found = at_rate(found, settings.request_rate)
-    return of_trace(found), "; ".join((f"the trace {found.name}", *found.remarks))
+        requests = at_rate(requests, settings.request_rate)
+    return of_trace(requests), "; ".join((f"the trace {requests.name}", *requests.remarks))
 
 
 async def bench(settings: Settings, progress: Progress | None = None, trace: Trace | None = None) -> Result:
     """Run it, with the requests of `trace` in place of those of the settings' workload. Raises InvalidRequest for
     settings, EngineError where no server answers or every warm-up fails."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    items, said = items_of(settings) if trace is None else (of_trace(trace), f"the trace {trace.name}")
+    items, about = items_of(settings) if trace is None else (of_trace(trace), f"the trace {trace.name}")
     nonce = secrets.randbits(62) if settings.seed is None else settings.seed
     async with Client(settings.base_url, settings.api_key, settings.timeout) as client:
         stop = asyncio.Event()
         with interruptible(stop):
             model, context = await _model(client, settings)
-            notes = [f"workload: {said}"]
+            notes = [f"workload: {about}"]
             if settings.dataset == "trace" or trace is not None:
                 items, note = _cut(items, settings, context)
                 notes += note
@@ -109,7 +109,7 @@ async def bench(settings: Settings, progress: Progress | None = None, trace: Tra
             writer = Writer(words, nonce)
             warming = fresh(items[: settings.num_warmups], "w")
             warming += fresh(items[:1] * (settings.num_warmups - len(warming)), "v")
-            bodies = [_bodies(each, writer, settings, model, progress) for each in (warming, items)]
+            bodies = [_bodies(group, writer, settings, model, progress) for group in (warming, items)]
 
             async def measured(items: Sequence[Item], bodies: Sequence[bytes], what: str) -> Run:
                 async def send(number: int, clock: Clock) -> Outcome:
@@ -136,15 +136,15 @@ async def bench(settings: Settings, progress: Progress | None = None, trace: Tra
                 warmed = await measured(warming, bodies[0], "warm-ups")
                 _check_warmups(warmed)
             done = await measured(items, bodies[1], "requests") if not stop.is_set() else Run((), 0.0, 0.0, len(items))
-    found = summary(done.outcomes, done.seconds, settings.percentiles, settings.slo)
-    notes += remarks(settings, done, found, nonce)
+    figures = summary(done.outcomes, done.seconds, settings.percentiles, settings.slo)
+    notes += remarks(settings, done, figures, nonce)
     if load > (cores := this_machine().cores):
         notes.append(f"machine: the load average was {load:.1f} on {cores} cores before; others use this machine too")
     details: dict[str, str] = {}
     for outcome in done.outcomes:
         if outcome.error:
             details.setdefault(outcome.error, outcome.detail)
-    return Result(settings, model, context, words, nonce, done, found, tuple(notes), details, load)
+    return Result(settings, model, context, words, nonce, done, figures, tuple(notes), details, load)
 
 
 def remarks(settings: Settings, done: Run, found: Summary, nonce: int) -> list[str]:
@@ -185,12 +185,11 @@ async def _model(client: Client, settings: Settings) -> tuple[str, int | None]:
     except EngineError:
         if settings.model is None:
             raise
-        served = []
-    if settings.model is None and not served:
+        served = {}
+    name = next(iter(served), None) if settings.model is None else settings.model
+    if name is None:
         raise EngineError(f"{client.base_url} serves no model; name one with --model")
-    name = served[0].name if settings.model is None else settings.model
-    known = next((each for each in served if each.name == name), ModelInfo(name, None))
-    return name, settings.max_model_len or known.context
+    return name, settings.max_model_len or served.get(name)
 
 
 async def _words(client: Client, settings: Settings, model: str) -> Words:

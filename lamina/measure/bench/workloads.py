@@ -60,15 +60,15 @@ class Settings:
         for name, value, allowed in (("endpoint", self.endpoint, ENDPOINTS), ("dataset", self.dataset, DATASETS)):
             if value not in allowed:
                 raise InvalidRequest(f"{name} is {value!r:.80}; allowed are {', '.join(allowed)}")
-        for name, number, least, most in (
+        for name, number, lowest, highest in (
             ("num-prompts", self.num_prompts, 1, MAX_REQUESTS),
             ("num-warmups", self.num_warmups, 0, 10000),
             ("max-concurrency", self.max_concurrency, 1, MAX_REQUESTS),
             ("max-model-len", self.max_model_len, 2, 1 << 24),
             ("seed", self.seed, 0, (1 << 63) - 1),
         ):
-            if number is not None and not least <= number <= most:
-                raise InvalidRequest(f"{name} is {number!r:.80}; allowed are {least} to {most}")
+            if number is not None and not lowest <= number <= highest:
+                raise InvalidRequest(f"{name} is {number!r:.80}; allowed are {lowest} to {highest}")
         if not 1e-6 <= self.speed <= 1e6:
             raise InvalidRequest(f"speed is {self.speed!r}; allowed is 1e-6 to 1e6")
         if self.speed != 1 and (self.dataset != "trace" or self.request_rate is not None):
@@ -133,11 +133,11 @@ def drawn(
         raise InvalidRequest(f"num-prompts is {count!r:.80}; allowed are 1 to {MAX_REQUESTS}")
     rng = random.Random(f"{seed} r")
     items = []
-    for number, at in enumerate(arrivals(count, rate, burstiness, seed)):
+    for number, time in enumerate(arrivals(count, rate, burstiness, seed)):
         prompt, output = (_between(rng, length, lengths.ratio) for length in (lengths.prompt, lengths.output))
-        own: Part = (f"r{number}", prompt)
+        last_part: Part = (f"r{number}", prompt)
         shared: Part = (f"p{rng.randrange(lengths.prefixes)}", lengths.prefix) if lengths.prefixes else ("", 0)
-        items.append(Item(at, (shared, own) if lengths.prefixes else (own,), output))
+        items.append(Item(time, (shared, last_part) if lengths.prefixes else (last_part,), output))
     return _bounded(items)
 
 
@@ -164,12 +164,12 @@ def of_trace(trace: Trace) -> list[Item]:
     """A trace's requests: its times, lengths, and shared blocks where it names them. Raises InvalidRequest."""
     items = []
     for number, arrival in enumerate(trace.arrivals):
-        parts, left = [], arrival.prompt
+        parts, remaining = [], arrival.prompt
         for block in arrival.blocks:
-            parts.append((f"b{block}", min(BLOCK, left)))
-            left -= BLOCK
-        if left > 0:
-            parts.append((f"t{number}", left))
+            parts.append((f"b{block}", min(BLOCK, remaining)))
+            remaining -= BLOCK
+        if remaining > 0:
+            parts.append((f"t{number}", remaining))
         items.append(Item(arrival.at - trace.arrivals[0].at, tuple(parts), arrival.output))
     return _bounded(items)
 
@@ -185,11 +185,11 @@ def capped(items: Sequence[Item], context: int, margin: int) -> tuple[list[Item]
     fitting, cut = [], 0
     for item in items:
         output = min(item.output, room // 2)
-        parts, left = [], room - output
+        parts, remaining = [], room - output
         for name, tokens in item.parts:
-            if left > 0:
-                parts.append((name, min(tokens, left)))
-            left -= tokens
+            if remaining > 0:
+                parts.append((name, min(tokens, remaining)))
+            remaining -= tokens
         fits = replace(item, parts=tuple(parts), output=output)
         cut += fits != item
         fitting.append(fits)

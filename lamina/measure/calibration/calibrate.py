@@ -116,10 +116,10 @@ class Workbench:
 
     def context(self, asked: int | None) -> int:
         """The length to calibrate for. Raises InvalidRequest where the model has no such context."""
-        most = self.model.max_position_embeddings
-        context = min(most, DEFAULT_CONTEXT) if asked is None else asked
-        if not LEAST_CONTEXT <= context <= most:
-            raise InvalidRequest(f"context is {context}; allowed are {LEAST_CONTEXT} to {most}, the model's own")
+        limit = self.model.max_position_embeddings
+        context = min(limit, DEFAULT_CONTEXT) if asked is None else asked
+        if not LEAST_CONTEXT <= context <= limit:
+            raise InvalidRequest(f"context is {context}; allowed are {LEAST_CONTEXT} to {limit}, the model's own")
         return context
 
     def judge(
@@ -131,16 +131,16 @@ class Workbench:
         length = context - count - TAIL
         hidden = passkeys(self.tokenizer, texts.held_out, length, NEEDLES, WORDS, random.Random(seed + 1))
         text = texts.held_out[length : length + count]
-        known: list[Reading] = []
+        full_readings: list[Reading] = []
 
         def reading(heads: Heads | None, what: str) -> Reading:
             report = partial(progress, f"{what}, {context} tokens")
             return read(self.probe(context, heads), hidden, text, report, in_decode)
 
         def judged(heads: Heads) -> Quality:
-            if not known:
-                known.append(reading(None, "full cache"))
-            return compare(context, reading(heads, "policies"), known[0])
+            if not full_readings:
+                full_readings.append(reading(None, "full cache"))
+            return compare(context, reading(heads, "policies"), full_readings[0])
 
         return judged
 
@@ -172,12 +172,12 @@ def calibrate(
             "kv_kept": round(kept_share(heads, context), 4),
         }
         for quality in () if chosen is None else chosen.qualities:
-            at = "" if quality.context == context else f"_at_{quality.context}"
+            tag = "" if quality.context == context else f"_at_{quality.context}"
             about |= {
-                f"measured_kv_held{at}": round(quality.held, 4),
-                f"measured_nll_change{at}": round(quality.nll_change, 5),
-                f"measured_agreement{at}": round(quality.agreement, 4),
-                f"measured_passkeys{at}": f"{quality.passkeys} of {quality.words}, full cache {quality.passkeys_full}",
+                f"measured_kv_held{tag}": round(quality.held, 4),
+                f"measured_nll_change{tag}": round(quality.nll_change, 5),
+                f"measured_agreement{tag}": round(quality.agreement, 4),
+                f"measured_passkeys{tag}": f"{quality.passkeys} of {quality.words}, full cache {quality.passkeys_full}",
             }
         file = PolicyFile(str(name), mark, heads, about)
         return Calibration(file, evidence, tuple(trials), chosen, context)
@@ -205,16 +205,16 @@ def _evidence(
     bench: Workbench, texts: Corpus, method: Method, settings: Settings, mark: str, progress: Progress
 ) -> Evidence:
     streaming = Streaming(settings.sink, settings.recent)
-    wanted = Wanted(method.needs, method.lengths, method.options, streaming, settings.steps, settings.seed)
+    request = Wanted(method.needs, method.lengths, method.options, streaming, settings.steps, settings.seed)
     if settings.scores is not None and settings.scores.exists():
-        return Evidence.load(settings.scores, wanted.marks(mark))
+        return Evidence.load(settings.scores, request.marks(mark))
 
     def differentiable() -> TorchPath:
         with open_checkpoint(bench.path) as checkpoint:
             return TorchPath(bench.model, checkpoint)
 
     subject = Subject(bench.probe(method.context), bench.tokenizer, texts, differentiable)
-    evidence = gather(subject, wanted, progress)
+    evidence = gather(subject, request, progress)
     if settings.scores is not None:
-        evidence.save(settings.scores, wanted.marks(mark))
+        evidence.save(settings.scores, request.marks(mark))
     return evidence

@@ -45,13 +45,13 @@ class TorchPath:
             "latents": config.latent,
             "an index": config.index,
         }
-        for name, found in others.items():
-            if found:
+        for name, value in others.items():
+            if value:
                 raise UnsupportedModelError(f"gates and influence need a model of plain attention; this one has {name}")
         self.config = config
         self.specs = config.layer_specs()
         weights = load_weights(config, source, torch.float32, torch.device("cpu"))
-        self._whole = Decoder(config, weights)
+        self._decoder = Decoder(config, weights)
         plain = replace(config, logit_scale=1.0, logit_soft_cap=None)
         self._trunk = Decoder(plain, replace(weights, head=_Identity(weights.norm.unsqueeze(0))))
 
@@ -78,12 +78,12 @@ class TorchPath:
                 attended = attention(event.layer, queries, event.k.transpose(0, 1), event.v.transpose(0, 1))
                 event = forward.send(attended.flatten(0, 1).transpose(0, 1))
         except StopIteration as end:
-            found: torch.Tensor = end.value
-            return found
+            states: torch.Tensor = end.value
+            return states
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Float32 `[n, vocab_size]` from normed hidden states `[n, hidden_size]`."""
-        return self._whole.head(hidden)
+        return self._decoder.head(hidden)
 
 
 class _Identity(Linear):
@@ -100,12 +100,12 @@ def attend(
 
     q `[kv_heads, group, T, d]` at positions start, ...; k and v `[kv_heads, start + T, d]` from position 0 on.
     """
-    whole = within(policy, spec.window)
+    bounded = within(policy, spec.window)
     group, count = q.shape[1], q.shape[2]
     pieces = []
     for first in range(0, count, _BLOCK):
         end = min(first + _BLOCK, count)
-        index, mask = _visible(whole, start + first, start + end)
+        index, mask = _visible(bounded, start + first, start + end)
         keys, values = (x[:, index].unsqueeze(1).expand(-1, group, -1, -1) for x in (k, v))
         queries = q[:, :, first:end]
         if spec.soft_cap is None:
@@ -123,11 +123,11 @@ def _visible(policy: Policy, start: int, end: int) -> tuple[torch.Tensor | slice
     keys = torch.cat([stay.nonzero().squeeze(1), torch.arange(seen_from, end)])
     rows = []
     for view in policy.views(start, end - start):
-        at = torch.arange(view.start, view.start + view.count).unsqueeze(1)
-        seen = (keys <= at) & ((at - keys < view.window) | (keys < view.sinks))
+        positions = torch.arange(view.start, view.start + view.count).unsqueeze(1)
+        visible = (keys <= positions) & ((positions - keys < view.window) | (keys < view.sinks))
         if view.ranges is not None:
-            seen &= torch.from_numpy(view.ranged(keys.numpy()))
-        rows.append(seen)
+            visible &= torch.from_numpy(view.ranged(keys.numpy()))
+        rows.append(visible)
     return slice(0, end) if len(keys) == end else keys, torch.cat(rows)
 
 
@@ -153,23 +153,23 @@ def capture(
     """
     config, total = probe.model, len(token_ids)
     kv_heads, group = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
-    wanted = torch.tensor(queries, dtype=torch.int64)
+    positions = torch.tensor(queries, dtype=torch.int64)
     layers: list[Captured] = []
-    handle, at = probe.open(), 0
+    handle, tokens_fed = probe.open(), 0
 
     def tap(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        nonlocal at
-        first, end = at, at + len(q)
+        nonlocal tokens_fed
+        first, end = tokens_fed, tokens_fed + len(q)
         if layer == len(layers):
-            kept = [torch.empty(kv_heads, total, x.shape[-1], dtype=q.dtype) for x in (k, v)]
-            layers.append(Captured(torch.empty(kv_heads, group, len(wanted), config.head_dim, dtype=q.dtype), *kept))
+            kv = [torch.empty(kv_heads, total, x.shape[-1], dtype=q.dtype) for x in (k, v)]
+            layers.append(Captured(torch.empty(kv_heads, group, len(positions), config.head_dim, dtype=q.dtype), *kv))
         into = layers[layer]
-        low, high = (int(torch.searchsorted(wanted, at)) for at in (first, end))
+        low, high = (int(torch.searchsorted(positions, edge)) for edge in (first, end))
         if low < high:
-            into.q[:, :, low:high] = q[wanted[low:high] - first].unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3)
+            into.q[:, :, low:high] = q[positions[low:high] - first].unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3)
         into.k[:, first:end], into.v[:, first:end] = k.transpose(0, 1), v.transpose(0, 1)
         if layer == config.num_hidden_layers - 1:
-            at = end
+            tokens_fed = end
             report(end, total)
 
     probe.prefill(handle, token_ids, tap=tap)

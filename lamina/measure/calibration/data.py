@@ -108,10 +108,10 @@ def vocabulary_words(tokenizer: Tokenizer) -> list[int]:
 
     Raises InvalidRequest where the tokenizer has fewer than 100 of them.
     """
-    found = list(_words(tokenizer))
-    if len(found) < 100:
-        raise InvalidRequest(f"the tokenizer has {len(found)} tokens that are whole words; passkeys need 100")
-    return found
+    tokens = list(_words(tokenizer))
+    if len(tokens) < 100:
+        raise InvalidRequest(f"the tokenizer has {len(tokens)} tokens that are whole words; passkeys need 100")
+    return tokens
 
 
 def _words(tokenizer: Tokenizer) -> Iterator[int]:

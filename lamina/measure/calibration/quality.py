@@ -118,7 +118,7 @@ def read(
     store = probe.worker.store
     model = probe.model
     pages = model.num_hidden_layers * model.num_key_value_heads * -(-len(ids) // probe.holder.page_size)
-    held = (store.n_pages - store.free_pages) / pages
+    held_share = (store.n_pages - store.free_pages) / pages
     usage = probe.usage(handle)
     share = (1.0 if usage is None else usage.read / usage.whole) if in_decode else None
     probe.close(handle)
@@ -126,7 +126,7 @@ def read(
     expected = np.array(hidden.tail)
     places = np.concatenate([np.arange(*answer) for answer in hidden.answers])
     answers = top[len(text) :][places] == expected[places]
-    return Reading(float(loss[: len(text)].mean()), top[: len(text)], answers, held, share)
+    return Reading(float(loss[: len(text)].mean()), top[: len(text)], answers, held_share, share)
 
 
 def _steps(probe: Probe, handle: int, token_ids: Sequence[int]) -> torch.Tensor:

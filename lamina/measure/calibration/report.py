@@ -38,8 +38,8 @@ th{text-align:left}pre{background:#f6f6f6;padding:1em;overflow-x:auto}img{max-wi
 
 def measures(found: Calibration) -> dict[str, Scores]:
     """Every number that has one value a head, `[layers, kv_heads]`, by the names that the report uses."""
-    of = {"kept": kept_shares(found.file.heads, found.context), **found.evidence.by_head()}
-    return of | ({"combined": found.evidence.combined()} if len(of) > 2 else {})
+    numbers = {"kept": kept_shares(found.file.heads, found.context), **found.evidence.by_head()}
+    return numbers | ({"combined": found.evidence.combined()} if len(numbers) > 2 else {})
 
 
 def kept_shares(heads: Heads, context: int) -> Scores:
@@ -75,16 +75,16 @@ def write_report(path: Path, found: Calibration, target: Target) -> bool:
 
     Raises PolicyError where they cannot be written.
     """
-    of = measures(found)
+    numbers = measures(found)
     picture: bytes | None = None
     with suppress(PolicyError):
-        picture = heat_map(of)
+        picture = heat_map(numbers)
     if picture is not None:
         try:
             path.with_suffix(".png").write_bytes(picture)
         except OSError as error:
             raise PolicyError(f"{path.with_suffix('.png')} cannot be written: {error}") from error
-    write_text(path.with_suffix(".html"), page(found, target, of, picture), PolicyError)
+    write_text(path.with_suffix(".html"), page(found, target, numbers, picture), PolicyError)
     return picture is not None
 
 
@@ -159,8 +159,8 @@ def _row(tag: str, cells: tuple[str, ...]) -> str:
 
 def _shown(name: str, values: Scores) -> Scores:
     """Values as a colour shows them: influence spans orders of magnitude."""
-    shown: Scores = np.log10(np.maximum(values, 1e-9)) if name == "influence" else values
-    return shown
+    scaled: Scores = np.log10(np.maximum(values, 1e-9)) if name == "influence" else values
+    return scaled
 
 
 def _scaled(values: Scores) -> Scores:

@@ -100,11 +100,11 @@ def echo_and_induction(
         raise ValueError(
             f"queries from {min(queries, default=0)} on, unit {unit}; allowed are units from 2, queries from it on"
         )
-    at = torch.tensor(queries)
+    positions = torch.tensor(queries)
     scores = np.zeros((2, len(layers), layers[0].k.shape[0]))
     for number, layer in enumerate(layers):
         keys = torch.arange(layer.k.shape[1])
-        age = at.unsqueeze(1) - keys
+        age = positions.unsqueeze(1) - keys
         earlier = (age > 0) & (age % unit == 0), (age > 0) & ((age + 1) % unit == 0)
         for head in range(layer.k.shape[0]):
             logits = (layer.q[head] * scale).float() @ layer.k[head].float().T  # [group, queries, keys]
@@ -152,6 +152,6 @@ def ranks(scores: Scores) -> Scores:
     """Each score's rank among all, from 0 to 1; equal scores share the mean of their ranks."""
     flat = scores.reshape(-1)
     below = (flat[:, None] > flat).sum(1)
-    same = (flat[:, None] == flat).sum(1) - 1
-    ranked: Scores = ((below + same / 2) / max(1, flat.size - 1)).reshape(scores.shape)
+    ties = (flat[:, None] == flat).sum(1) - 1
+    ranked: Scores = ((below + ties / 2) / max(1, flat.size - 1)).reshape(scores.shape)
     return ranked

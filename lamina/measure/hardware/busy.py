@@ -35,8 +35,8 @@ class Beside:
     def share(self) -> float:
         """Of all cores, since the beginning, 0 to 1."""
         now = self._read()
-        own, used, total = (after - before for after, before in zip(now, self._before, strict=True))
-        return min(1.0, max(0.0, (used - own) / total)) if total > 0 else 0.0
+        tree, used, total = (after - before for after, before in zip(now, self._before, strict=True))
+        return min(1.0, max(0.0, (used - tree) / total)) if total > 0 else 0.0
 
     def _read(self) -> tuple[int, int, int]:
         """Jiffies: of the processes, of all that is used, of all there are."""
@@ -56,14 +56,14 @@ def _of_tree(roots: tuple[int, ...], proc: Path) -> int:
                 fields = (proc / name / "stat").read_text(errors="replace").rpartition(")")[2].split()
                 parents[int(name)] = int(fields[_PARENT])
                 jiffies[int(name)] = sum(map(int, fields[_USED]))
-    found = 0
-    for number, taken in jiffies.items():
-        at, seen = number, set[int]()
-        while at not in roots and at in parents and at not in seen:
-            seen.add(at)
-            at = parents[at]
-        found += taken if at in roots else 0
-    return found
+    total = 0
+    for number, used in jiffies.items():
+        ancestor, visited = number, set[int]()
+        while ancestor not in roots and ancestor in parents and ancestor not in visited:
+            visited.add(ancestor)
+            ancestor = parents[ancestor]
+        total += used if ancestor in roots else 0
+    return total
 
 
 def _stat(proc: Path = Path("/proc")) -> str:

@@ -11,7 +11,6 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any
 
 from lamina.errors import EngineError
@@ -30,12 +29,12 @@ class Child:
 
     def __init__(self, kind: str, options: Mapping[str, Any]) -> None:
         self._kind = kind
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `close`
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `close`
         self._process: subprocess.Popen[str] = start_child(
             module_command(_MODULE, kind, json.dumps(options)),
             stdin=subprocess.PIPE,  # closes when this process ends, however it does: the child's sign to end
             stdout=subprocess.PIPE,
-            stderr=self._said,
+            stderr=self._output,
             text=True,
             start_new_session=True,  # Ctrl-C at the terminal is for this process, which ends its children
         )
@@ -67,14 +66,12 @@ class Child:
             self._process.wait()
         if self._process.stdout is not None:
             self._process.stdout.close()
-        self._said.close()
+        self._output.close()
 
     def __enter__(self) -> Child:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _answer(self) -> Any:
@@ -88,7 +85,7 @@ class Child:
 
     def _ended(self) -> EngineError:
         status = self._process.wait()
-        size = self._said.seek(0, os.SEEK_END)
-        self._said.seek(max(0, size - _TAIL))
-        said = self._said.read().decode(errors="replace").strip()
-        return EngineError(f"the process that measures {self._kind} ended with status {status}: {said}")
+        size = self._output.seek(0, os.SEEK_END)
+        self._output.seek(max(0, size - _TAIL))
+        words = self._output.read().decode(errors="replace").strip()
+        return EngineError(f"the process that measures {self._kind} ended with status {status}: {words}")

@@ -61,12 +61,7 @@ def engine(**options: Any) -> Answers:
     return {"step": lambda **cell: asdict(measure(llm, **cell)), "close": llm.close}
 
 
-KINDS: Mapping[str, Callable[..., Answers]] = {
-    "reading": reading,
-    "kernels": kernels,
-    "exchange": exchange,
-    "engine": engine,
-}
+KINDS: Mapping[str, Callable[..., Answers]] = {kind.__name__: kind for kind in (reading, kernels, exchange, engine)}
 
 
 def serve(make: Callable[[], Answers], lines: Iterable[str], out: TextIO) -> None:
@@ -96,7 +91,7 @@ def serve(make: Callable[[], Answers], lines: Iterable[str], out: TextIO) -> Non
 
 
 if __name__ == "__main__":
-    given, sys.stdout = sys.stdout, sys.stderr  # whatever is printed on the way is no answer
-    serve(lambda: KINDS[sys.argv[1]](**json.loads(sys.argv[2])), sys.stdin, given)
-    given.flush()
+    answers_out, sys.stdout = sys.stdout, sys.stderr  # whatever is printed on the way is no answer
+    serve(lambda: KINDS[sys.argv[1]](**json.loads(sys.argv[2])), sys.stdin, answers_out)
+    answers_out.flush()
     os._exit(0)  # do not wait for threads that are still idle

@@ -110,15 +110,18 @@ class Held:
 
     def _announce(self, operations: Sequence[Open | Close], rows: Sequence[Row]) -> dict[int, list[Route]]:
         """Begin a batch at all holders. Returns the rows with the heads of each holder."""
-        told = {
-            number: [replace(each, heads=heads) if isinstance(each, Open) else each for each in operations]
+        operations_of = {
+            number: [
+                replace(operation, heads=heads) if isinstance(operation, Open) else operation
+                for operation in operations
+            ]
             for number, heads in self._heads.items()
         }
         routes = {
-            number: [Route(at, heads, row, (row.start, row.start + row.count)) for at, row in enumerate(rows)]
+            number: [Route(index, heads, row, (row.start, row.start + row.count)) for index, row in enumerate(rows)]
             for number, heads in self._heads.items()
         }
-        for number, answer in self._driver.announce(told, routes).items():
+        for number, answer in self._driver.announce(operations_of, routes).items():
             if not answer.accepted:
                 raise EngineError(f"{self._names[number]} has no room: {answer.reason}")
         return routes
@@ -140,14 +143,6 @@ def attention_alone(layers: tuple[LayerSpec, ...], batch: int, dtype: torch.dtyp
         return q
 
     return run()
-
-
-"""Steps that a cell measures."""
-"""Prompt tokens that a step takes in at least, while others wait for their first token."""
-"""Tokens of the prompt that warms an engine up."""
-"""Of the mean gap of a sequence: tokens that are nearer than that came of one step, which verified drafts."""
-
-"""Of each sequence: when each of its tokens came, in seconds."""
 
 
 STEPS = 256

@@ -87,9 +87,9 @@ def measure_in_turn(
     """Measure each (batch, context) in turn, `rounds` times, after a step that warms up."""
     measure(llm, 1, _SHORT, tokens=8)
     for number in range(rounds):
-        for at, (batch, context) in enumerate(cells):
+        for index, (batch, context) in enumerate(cells):
             if progress is not None:
-                progress("measuring", number * len(cells) + at, rounds * len(cells))
+                progress("measuring", number * len(cells) + index, rounds * len(cells))
             yield (batch, context), measure(llm, batch, context, tokens, number, drafts)
     if progress is not None:
         progress("measuring", rounds * len(cells), rounds * len(cells))
@@ -103,12 +103,12 @@ def needed(batch: int, context: int, tokens: int) -> int:
 def steady(times: Times, context: int, least: int, drafts: bool = False) -> Measured:
     """The step while every sequence decodes. Raises EngineError where there are less than `least` gaps of it. With
     `drafts`, tokens that came together count as one step's."""
-    begin, end = max(own[0] for own in times), min(own[-1] for own in times)
+    begin, end = max(token_times[0] for token_times in times), min(token_times[-1] for token_times in times)
     gaps, read = [], []
-    for own in times:
-        nearest = _TOGETHER * (own[-1] - own[0]) / max(1, len(own) - 1) if drafts else -1.0
-        step = own[0]
-        for number, (before, after) in enumerate(pairwise(own), 1):
+    for token_times in times:
+        nearest = _TOGETHER * (token_times[-1] - token_times[0]) / max(1, len(token_times) - 1) if drafts else -1.0
+        step = token_times[0]
+        for number, (before, after) in enumerate(pairwise(token_times), 1):
             if begin <= before and after <= end:
                 read.append(context + number)  # the token that is fed in attends itself
                 if after - before > nearest:

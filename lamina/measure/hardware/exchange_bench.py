@@ -36,11 +36,11 @@ class ExchangeBench:
         cluster = LocalAttentionWorkers(total, kv_memory=self._loaded.holder.kv_memory, threads=self._loaded.threads)
         self._members = cluster.start()
         self._free.callback(cluster.close)
-        self._held: dict[int, Held] = {}
-        taken = 0
+        self._sequences: dict[int, Held] = {}
+        first = 0
         for count in counts:
-            self._held[count] = self._at(self._members[taken : taken + count])
-            taken += count
+            self._sequences[count] = self._at(self._members[first : first + count])
+            first += count
 
     def close(self) -> None:
         """End the workers."""
@@ -52,12 +52,12 @@ class ExchangeBench:
     ) -> dict[str, list[float]]:
         """Of steps of the model's own forward pass, attended by `count` workers that share it by heads: "announce" and
         "run", as in `Seconds`."""
-        held, found, decoder = self._held[count], [], self._loaded.decoder
-        held.fill(batch, context)
+        sequences, seconds, decoder = self._sequences[count], [], self._loaded.decoder
+        sequences.fill(batch, context)
         for _ in range(steps + 2):
             run = decoder.forward(decode_batch(batch, context, decoder.device), query_first=query_first)
-            found.append(held.step(run, query_first))
-        return by_part(found[2:])
+            seconds.append(sequences.step(run, query_first))
+        return by_part(seconds[2:])
 
     def messages(self, channel: str, sizes: list[int], times: int) -> dict[str, list[float]]:
         """Of small messages there and back ("0"), and of queries of so many bytes that the worker turns down, so that
@@ -70,15 +70,15 @@ class ExchangeBench:
             if not isinstance(answer := port.receive(PATIENCE), Announced):
                 raise EngineError(f"an empty announcement was answered by {answer!r:.200}")
             width = self._loaded.holder.layers[0].d_k
-            found: dict[str, list[float]] = {"0": []}
+            by_size: dict[str, list[float]] = {"0": []}
             for number in range(2, times + 2):
-                found["0"].append(self._there_and_back(port, Announcement(1, number, 0, (), ())))
+                by_size["0"].append(self._there_and_back(port, Announcement(1, number, 0, (), ())))
             queries = [torch.zeros(max(1, size // width // 4), width) for size in sizes]
             for _ in range(times):
                 for q in queries:
-                    taken = self._there_and_back(port, Query(1, _NO_BATCH, 0, q))
-                    found.setdefault(str(q.nbytes), []).append(taken)
-            return found
+                    seconds = self._there_and_back(port, Query(1, _NO_BATCH, 0, q))
+                    by_size.setdefault(str(q.nbytes), []).append(seconds)
+            return by_size
         finally:
             port.close()
 
@@ -86,10 +86,10 @@ class ExchangeBench:
         start = time.perf_counter()
         port.send(request)
         answer = port.receive(PATIENCE)
-        taken = time.perf_counter() - start
+        seconds = time.perf_counter() - start
         if not isinstance(answer, Announced if isinstance(request, Announcement) else Fault):
             raise EngineError(f"{type(request).__name__} was answered by {answer!r:.200}")
-        return taken
+        return seconds
 
     def _at(self, members: tuple[WorkerAddress, ...]) -> Held:
         """Sequences whose heads these workers share."""

@@ -61,10 +61,6 @@ class Drift:
         """As a share of the larger of the two."""
         return abs(self.after - self.before) / max(self.before, self.after)
 
-    @property
-    def large(self) -> bool:
-        return self.change > DRIFT
-
 
 @dataclass(frozen=True, slots=True)
 class Timings:
@@ -158,8 +154,8 @@ def fit_attention(
 def fit_step(system: Colocated, cells: Sequence[Cell]) -> tuple[float, float]:
     """What a step, and a sequence in it, cost beside the parts of `system`: from cells of unlike batches. Neither is
     below 0: what the parts alone took longer than together stays with them."""
-    rest = [cell.seconds - system.step(Load(cell.batch, cell.context)).seconds for cell in cells]
-    step, row = solve([(1.0, float(cell.batch)) for cell in cells], rest, [cell.seconds for cell in cells])
+    overheads = [cell.seconds - system.step(Load(cell.batch, cell.context)).seconds for cell in cells]
+    step, row = solve([(1.0, float(cell.batch)) for cell in cells], overheads, [cell.seconds for cell in cells])
     return step, row
 
 
@@ -172,12 +168,12 @@ def fit_links(model: ModelShape, timings: Timings, device: Device) -> tuple[Link
     announce, announce_row = solve(terms, list(timings.announce.values())) if terms else (0.0, 0.0)
     names = {"local": "local-channel", "grpc": "grpc-loopback"}
     links = []
-    for channel, taken in timings.messages.items():
-        longer = taken[0] - local.get(0, 0.0)
+    for channel, by_size in timings.messages.items():
+        longer = by_size[0] - local.get(0, 0.0)
         link = Link(
             names.get(channel, channel),
-            bandwidth=rate_of(taken),
-            round_trip=max(0.0, trip + longer) or taken[0],
+            bandwidth=rate_of(by_size),
+            round_trip=max(0.0, trip + longer) or by_size[0],
             worker_time=worker,
             row_time=row,
             announce_time=max(0.0, announce + longer) if timings.announce else 0.0,
@@ -193,7 +189,7 @@ def fit_links(model: ModelShape, timings: Timings, device: Device) -> tuple[Link
 def fit_query_first(model: ModelShape, device: Device, link: Link, more: Mapping[tuple[int, int, int], float]) -> float:
     """Of one layer: what it costs to send q first, from how much longer the layers of a step took with it, which is
     that less what it hides. The median of all measurements, and less than 0 where it hides more than it should."""
-    found = []
+    costs = []
     for (workers, batch, context), seconds in more.items():
         system = Offloaded(
             model=model,
@@ -204,8 +200,8 @@ def fit_query_first(model: ModelShape, device: Device, link: Link, more: Mapping
             kv_element=model.element,
         )
         hidden = system.lane(Load(batch, context), query_first=True).hidden
-        found.append((seconds + hidden) / model.layers)
-    return statistics.median(found)
+        costs.append((seconds + hidden) / model.layers)
+    return statistics.median(costs)
 
 
 def fit_exchange(
@@ -214,10 +210,10 @@ def fit_exchange(
     """Of one layer: seconds of the exchange with one worker, of each further one on the machine that they share, and of
     each sequence and worker; the bytes' own time over the link is taken off first."""
     terms, seconds = [], []
-    for (workers, rows), taken in sorted(exchange.items()):
+    for (workers, rows), measured in sorted(exchange.items()):
         crossing = rows * model.exchange_bytes(model.element) / bandwidth
         terms.append((1.0, float(workers - 1), float(workers * rows)))
-        seconds.append((taken - crossing) / model.layers)
+        seconds.append((measured - crossing) / model.layers)
     if not terms:
         return 0.0, 0.0, 0.0
     trip, worker, row = solve(terms, seconds)
@@ -230,8 +226,8 @@ def rate_of(messages: Mapping[int, float]) -> float:
     if not sizes:
         raise EngineError("no message with a size was measured")
     small, large = sizes[0] if len(sizes) > 1 else 0, sizes[-1]
-    taken = messages[large] - messages[small]
-    return (large - small) / taken if taken > 0 else large / messages[large]
+    extra = messages[large] - messages[small]
+    return (large - small) / extra if extra > 0 else large / messages[large]
 
 
 def solve(
@@ -248,16 +244,16 @@ def solve(
         return (0.0,) * width
     scale = np.maximum(scale, max(_SHORTEST, scale.max() * 1e-6))
     rows: npt.NDArray[np.float64] = np.array(terms, np.float64) / scale[:, None]
-    wanted: npt.NDArray[np.float64] = np.array(values, np.float64) / scale
-    kept = [column for column in range(width) if rows[:, column].any()]
-    while kept:
-        part = rows[:, kept]
+    targets: npt.NDArray[np.float64] = np.array(values, np.float64) / scale
+    columns = [column for column in range(width) if rows[:, column].any()]
+    while columns:
+        part = rows[:, columns]
         units = np.abs(part).max(axis=0)  # bytes and ones in one matrix
-        found = np.linalg.lstsq(part / units, wanted, rcond=None)[0] / units
-        if (found >= 0).all():
-            answer: dict[int, float] = dict(zip(kept, found.tolist(), strict=True))
+        solution = np.linalg.lstsq(part / units, targets, rcond=None)[0] / units
+        if (solution >= 0).all():
+            answer: dict[int, float] = dict(zip(columns, solution.tolist(), strict=True))
             return tuple(answer.get(column, 0.0) for column in range(width))
-        kept.pop(int((found * units).argmin()))
+        columns.pop(int((solution * units).argmin()))
     return (0.0,) * width
 
 

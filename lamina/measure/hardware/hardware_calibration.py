@@ -138,7 +138,20 @@ def calibrate(
     rounds, sources = _Rounds(amount, progress), _Sources(model, date, amount)
 
     def found(about: Mapping[str, Any], done: int) -> Calibration:
-        return _calibration(rounds, sources, replace(shape, element=BYTES[about["dtype"]]), about, done, price, power)
+        """What so many rounds of this machine's CPU give."""
+        timings, measured = rounds.timings(), replace(shape, element=BYTES[about["dtype"]])
+        device = replace(sources.device(NAME, "cpu", measured, about, timings), price=price, power=power)
+        return Calibration(
+            (device,),
+            sources.links(measured, about, timings, device),
+            sources.said(about),
+            model,
+            tuple(timings.cells),
+            tuple(rounds.drifts),
+            _raw(timings),
+            done,
+            amount.rounds,
+        )
 
     with ExitStack() as stack:
 
@@ -156,38 +169,12 @@ def calibrate(
             rounds.measure(number, kernels, workers, engine)
             if keep is not None and number + 1 < amount.rounds:
                 keep(found(about, number + 1))
-        made = found(about, amount.rounds)
+        calibration = found(about, amount.rounds)
         if not about["cuda"]:
-            return made
-        said, timings = _gpu(folder, amount)
-    gpu = sources.device(GPU_NAME, "gpu", replace(shape, element=BYTES[about["dtype"]]), said, timings)
-    return replace(made, devices=(*made.devices, gpu))
-
-
-def _calibration(
-    rounds: _Rounds,
-    sources: _Sources,
-    shape: ModelShape,
-    about: Mapping[str, Any],
-    done: int,
-    price: float,
-    power: float,
-) -> Calibration:
-    """What so many rounds of this machine's CPU give."""
-    timings = rounds.timings()
-    device = replace(sources.device(NAME, "cpu", shape, about, timings), price=price, power=power)
-    links = sources.links(shape, about, timings, device)
-    return Calibration(
-        (device,),
-        links,
-        sources.said(about),
-        sources.model,
-        tuple(timings.cells),
-        tuple(rounds.drifts),
-        _raw(timings),
-        done,
-        sources.amount.rounds,
-    )
+            return calibration
+        gpu_about, timings = _gpu(folder, amount)
+    gpu = sources.device(GPU_NAME, "gpu", replace(shape, element=BYTES[about["dtype"]]), gpu_about, timings)
+    return replace(calibration, devices=(*calibration.devices, gpu))
 
 
 class _Rounds:
@@ -196,7 +183,7 @@ class _Rounds:
     def __init__(self, amount: Amount, progress: Progress | None = None, used: Callable[[], float] = busy) -> None:
         self._amount, self._progress, self._busy = amount, progress, used
         self._done, self._total = 0, 3 + 4 * amount.rounds
-        self._taken: dict[tuple[Any, ...], list[float]] = {}  # by what, and of what
+        self._measurements: dict[tuple[Any, ...], list[float]] = {}  # by what, and of what
         self.drifts: list[Drift] = []
 
     def told(self) -> None:
@@ -237,9 +224,9 @@ class _Rounds:
         for batch, context in self._amount.exchange:
             cell = {"batch": batch, "context": context, "steps": self._amount.steps}
             for count in (0, *self._amount.workers):  # 0: in the process
-                taken = workers.ask("layers", count=count, **cell) if count else kernels.ask("layers", **cell)
-                self._add(taken["run"], "layers", count, batch)
-                self._add(taken["announce"], "announce", count, batch)
+                seconds = workers.ask("layers", count=count, **cell) if count else kernels.ask("layers", **cell)
+                self._add(seconds["run"], "layers", count, batch)
+                self._add(seconds["announce"], "announce", count, batch)
                 if count:
                     first = workers.ask("layers", count=count, query_first=True, **cell)
                     self._add(first["run"], "query first", count, batch, context)
@@ -256,14 +243,14 @@ class _Rounds:
             self._add([run["context"]], "context", cell)
 
     def _add(self, values: Iterable[float], *key: Any) -> None:
-        self._taken.setdefault(key, []).extend(values)
+        self._measurements.setdefault(key, []).extend(values)
 
     def _medians(self, *begin: Any) -> dict[Any, float]:
         """Of all that begins with `begin`, by what comes after it."""
         n = len(begin)
         return {
             key[n] if len(key) == n + 1 else key[n:]: statistics.median(values)
-            for key, values in self._taken.items()
+            for key, values in self._measurements.items()
             if key[:n] == begin
         }
 
@@ -273,7 +260,7 @@ class _Rounds:
         contexts = self._medians("context")
         return Timings(
             bandwidth=statistics.median(rate for drift in self.drifts for rate in (drift.before, drift.after)),
-            flops=max(self._taken["peak",]),
+            flops=max(self._measurements["peak",]),
             linears=self._medians("linears"),
             forward=self._medians("forward"),
             attention=self._medians("attention"),
@@ -300,8 +287,8 @@ def _gpu(folder: str, amount: Amount) -> tuple[dict[str, Any], Timings]:
             rounds.dense(kernels)
         rate = kernels.ask("read")
         rounds.drifts.append(Drift("dense layers", rate, rate))
-        taken = rounds.timings()
-        return kernels.ask("about"), Timings(rate, taken.flops, taken.linears, taken.forward)
+        timings = rounds.timings()
+        return kernels.ask("about"), Timings(rate, timings.flops, timings.linears, timings.forward)
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,25 +305,25 @@ class _Sources:
 
     def device(self, name: str, kind: str, shape: ModelShape, about: Mapping[str, Any], timings: Timings) -> Device:
         """The device as the timings give it."""
-        said = self.said(about)
+        base = self.said(about)
         fastest = max(about["rates"], key=lambda way: about["rates"][way])
         cells = " and ".join(f"{batch}x{context}" for batch, context in self.amount.fitted)
         sources = {
-            "flops": f"{said}: the best of several large matrix products",
-            "bandwidth": f"{said}: plain reads between all other measurements, {fastest}",
-            "memory": f"{said}: as the system reports it",
+            "flops": f"{base}: the best of several large matrix products",
+            "bandwidth": f"{base}: plain reads between all other measurements, {fastest}",
+            "memory": f"{base}: as the system reports it",
             "price": "as given",
             "power": "as given",
         }
         efficiencies = {
-            "dense": f"{said}: a forward pass of {self.model} without attention, less what each layer costs by itself",
-            "layer_overhead": f"{said}: what that pass takes beside its linear maps, and a call of attention by itself",
+            "dense": f"{base}: a forward pass of {self.model} without attention, less what each layer costs by itself",
+            "layer_overhead": f"{base}: what that pass takes beside its linear maps, and a call of attention by itself",
         }
         if timings.attention:
-            alone = f"{said}: attention of {self.model}'s layers, with nothing between them"
+            alone = f"{base}: attention of {self.model}'s layers, with nothing between them"
             efficiencies |= {"attention": alone, "attention_row_overhead": f"{alone}; what grows with the sequences"}
         if timings.cells:
-            fitted = f"{said}: fitted to decode of {self.model} at {cells}"
+            fitted = f"{base}: fitted to decode of {self.model} at {cells}"
             efficiencies |= {"step_overhead": fitted, "row_overhead": fitted}
         device = replace(bare(name, kind, timings, float(about["memory"])), sources=sources)
         device = fit_device(device, shape, shape.element, timings)
@@ -344,27 +331,29 @@ class _Sources:
 
     def links(self, shape: ModelShape, about: Mapping[str, Any], timings: Timings, device: Device) -> tuple[Link, ...]:
         """What connects an engine with attention workers on this machine."""
-        said = self.said(about)
-        asked = f"{said}: layers of {self.model} attended by workers on this machine, beyond attending in the process"
-        found = []
-        for link, (channel, taken) in zip(fit_links(shape, timings, device), timings.messages.items(), strict=True):
+        base = self.said(about)
+        exchange = (
+            f"{base}: layers of {self.model} attended by workers on this machine, beyond attending in the process"
+        )
+        links = []
+        for link, (channel, by_size) in zip(fit_links(shape, timings, device), timings.messages.items(), strict=True):
             sources = {
-                "bandwidth": f"{said}: large frames to an attention worker over the channel {channel!r}",
-                "round_trip": f"{asked}; a bare small message there and back takes {taken[0] * 1e6:.0f} us",
-                "worker_time": asked,
-                "row_time": asked,
-                "query_first_time": f"{asked}, with q first, beyond q, k and v together",
-                "announce_time": f"{asked}: until all have accepted a batch",
-                "announce_row_time": f"{asked}: until all have accepted a batch, what grows with the sequences",
+                "bandwidth": f"{base}: large frames to an attention worker over the channel {channel!r}",
+                "round_trip": f"{exchange}; a bare small message there and back takes {by_size[0] * 1e6:.0f} us",
+                "worker_time": exchange,
+                "row_time": exchange,
+                "query_first_time": f"{exchange}, with q first, beyond q, k and v together",
+                "announce_time": f"{exchange}: until all have accepted a batch",
+                "announce_row_time": f"{exchange}: until all have accepted a batch, what grows with the sequences",
             }
-            found.append(replace(link, sources=sources))
-        return tuple(found)
+            links.append(replace(link, sources=sources))
+        return tuple(links)
 
 
 def remarks_on(drifts: Sequence[Drift]) -> Iterator[str]:
     """Whether the bandwidth changed while something was measured or from one measurement to another, and whether
     others were at work."""
-    worst = max((drift for drift in drifts if drift.large), key=lambda drift: drift.change, default=None)
+    worst = max((drift for drift in drifts if drift.change > DRIFT), key=lambda drift: drift.change, default=None)
     if worst is not None:
         yield (
             f"the bandwidth changed by more than {DRIFT:.0%} during a group of measurements, most while {worst.group} "
@@ -389,18 +378,13 @@ def _raw(timings: Timings) -> tuple[str, ...]:
         f"{rows} rows {timings.linears[rows] * 1e3:.2f} {timings.forward[rows] * 1e3:.2f}" for rows in timings.forward
     )
     attention = ", ".join(f"{b}x{c} {seconds * 1e6:.1f}" for (b, c), seconds in timings.attention.items())
-    exchange = ", ".join(
-        f"{rows} rows at {count} {seconds * 1e3:.2f}" for (count, rows), seconds in timings.exchange.items()
-    )
-    announced = ", ".join(
-        f"{rows} rows at {count} {seconds * 1e3:.2f}" for (count, rows), seconds in timings.announce.items()
-    )
-    first = ", ".join(
-        f"{rows} rows at {count} {seconds * 1e3:.2f}" for (count, rows, _), seconds in timings.query_first.items()
+    exchange, announced, first = (
+        ", ".join(f"{rows} rows at {count} {seconds * 1e3:.2f}" for (count, rows, *_), seconds in measured.items())
+        for measured in (timings.exchange, timings.announce, timings.query_first)
     )
     sent = "; ".join(
-        f"{channel}: " + ", ".join(f"{size} bytes {seconds * 1e6:.0f}" for size, seconds in taken.items())
-        for channel, taken in timings.messages.items()
+        f"{channel}: " + ", ".join(f"{size} bytes {seconds * 1e6:.0f}" for size, seconds in by_size.items())
+        for channel, by_size in timings.messages.items()
     )
     return (
         f"All linear maps, and a forward pass without attention, ms: {dense}.",

@@ -35,15 +35,15 @@ class KernelBench:
         self._bandwidth = Bandwidth(
             _QUICK_READ if quick else READ, self._device, self._loaded.threads, _VARIANTS, 3 if quick else 7
         )
-        self._held: Held | None = None
+        self._sequences: Held | None = None
 
     def about(self) -> dict[str, Any]:
         """What this machine and the measured model are."""
         machine = this_machine()
         name, memory = machine.processor, machine.memory
         if self._device.type == "cuda":
-            found = torch.cuda.get_device_properties(self._device)
-            name, memory = found.name, found.total_memory
+            gpu = torch.cuda.get_device_properties(self._device)
+            name, memory = gpu.name, gpu.total_memory
         return {
             "processor": name,
             "cores": machine.cores,
@@ -82,8 +82,8 @@ class KernelBench:
             for layer in weights.layers:
                 layer.qkv(x)
                 layer.output(attended)
-                for of in layer.mlps:
-                    of.mlp(x)
+                for entry in layer.mlps:
+                    entry.mlp(x)
             weights.head.float32(x)
 
         def forward() -> None:
@@ -96,38 +96,38 @@ class KernelBench:
             except StopIteration:
                 pass
 
-        taken: dict[str, list[float]] = {"linears": [], "forward": []}
+        seconds: dict[str, list[float]] = {"linears": [], "forward": []}
         for _ in range(times + 1):
-            taken["linears"].append(self._timed(linears))
-            taken["forward"].append(self._timed(forward))
-        return {name: values[1:] for name, values in taken.items()}
+            seconds["linears"].append(self._timed(linears))
+            seconds["forward"].append(self._timed(forward))
+        return {name: values[1:] for name, values in seconds.items()}
 
     @torch.inference_mode()
     def attention(self, batch: int, context: int, steps: int) -> list[float]:
         """Of one layer: storing each sequence's new key and value and attending, with nothing between two layers."""
-        held = self._filled(batch, context)
+        sequences = self._filled(batch, context)
         layers, dtype = self._loaded.holder.layers, self._loaded.dtype
-        taken = [held.step(attention_alone(layers, batch, dtype)).run / len(layers) for _ in range(steps + 2)]
-        return taken[2:]
+        seconds = [sequences.step(attention_alone(layers, batch, dtype)).run / len(layers) for _ in range(steps + 2)]
+        return seconds[2:]
 
     @torch.inference_mode()
     def layers(self, batch: int, context: int, steps: int) -> dict[str, list[float]]:
         """Of steps of the model's own forward pass, attended in this process: "announce" and "run", as in `Seconds`."""
-        held, found = self._filled(batch, context), []
+        sequences, seconds = self._filled(batch, context), []
         for _ in range(steps + 2):
             run = self._loaded.decoder.forward(decode_batch(batch, context, self._device))
-            found.append(held.step(run))
-        return by_part(found[2:])
+            seconds.append(sequences.step(run))
+        return by_part(seconds[2:])
 
     def _filled(self, batch: int, context: int) -> Held:
         """Sequences at a holder in this process."""
-        if self._held is None:
+        if self._sequences is None:
             loaded = self._loaded
             ports = {0: LocalAttention(AttentionWorker(loaded.holder, loaded.threads))}
             every = tuple(range(loaded.config.num_key_value_heads))
-            self._held = Held(loaded.holder, ports, {0: every}, dtype=loaded.dtype, threads=loaded.threads)
-        self._held.fill(batch, context)
-        return self._held
+            self._sequences = Held(loaded.holder, ports, {0: every}, dtype=loaded.dtype, threads=loaded.threads)
+        self._sequences.fill(batch, context)
+        return self._sequences
 
     def _timed(self, call: Any) -> float:
         start = time.perf_counter()

@@ -132,16 +132,16 @@ def _read_streams(
         e = Emitter(builder)
         address, stride, steps, ahead, sink = args[2:]
         starts = [e.at(e.pointer(address), builder.mul(stride, I64(i))) for i in range(count)]
-        each = UNROLL // count
+        lines = UNROLL // count
 
         def step(i: Any, *carried: Any) -> list[Any]:
             places, sums = carried[:count], list(carried[count:])
             for n in range(UNROLL):
-                place = e.at(places[n // each], n % each * LINE)
+                place = e.at(places[n // lines], n % lines * LINE)
                 if far:
                     e.fetch(e.at(place, ahead))
                 sums[n] = builder.add(sums[n], e.load(place, VI))
-            return [*(e.at(place, each * LINE) for place in places), *sums]
+            return [*(e.at(place, lines * LINE) for place in places), *sums]
 
         total, *others = e.loop(steps, [*starts, *[e.bits(0)] * UNROLL], step)[count:]
         for other in others:

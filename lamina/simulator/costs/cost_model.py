@@ -174,10 +174,10 @@ def kv_projection_time(model: ModelShape, device: Device, count: int, load: Load
     if not load.tokens:
         return 0.0
     moved, flops = _matrices(model, load)
-    whole = _roofline(moved, flops, device, model, load.tokens)
+    seconds = _roofline(moved, flops, device, model, load.tokens)
     less = flops - model.kv_projection_flops(load.tokens)
     others = _roofline(moved - model.kv_projection_bytes, less, device, model, load.tokens)
-    return (whole - others) / count
+    return (seconds - others) / count
 
 
 def _matrices(model: ModelShape, load: Load) -> tuple[float, float]:
@@ -363,22 +363,24 @@ def exchange_time(
     heads, all where they share ranges. `workers`: how many share one machine.
     """
     element, rows = model.activation, load.decode_tokens + load.prefix_tokens
-    asked = rows * copies * model.asked_elements * element
-    answered = rows * copies * model.output_elements * element
-    asked += load.decode * model.state_bytes_sent(element)
-    answered += load.decode * model.state_bytes_returned(element)
-    kept, stored = (model.kv_bytes_per_token(element) * count for count in (load.decode_tokens, load.prefill_tokens))
+    query_bytes = rows * copies * model.asked_elements * element
+    output_bytes = rows * copies * model.output_elements * element
+    query_bytes += load.decode * model.state_bytes_sent(element)
+    output_bytes += load.decode * model.state_bytes_returned(element)
+    key_bytes, stored = (
+        model.kv_bytes_per_token(element) * count for count in (load.decode_tokens, load.prefill_tokens)
+    )
     stored += load.prompts * model.state_bytes
     trips = (model.attentions if rows else 0) + (model.states if load.decode else 0)
     a_layer = link.round_trip + (workers - 1) * link.worker_time + rows * workers * link.row_time
     announced = link.announce_time + load.decode * workers * link.announce_row_time if trips else 0.0
     return Exchange(
-        queries=asked / wire,
-        keys=kept / wire,
-        outputs=answered / wire,
+        queries=query_bytes / wire,
+        keys=key_bytes / wire,
+        outputs=output_bytes / wire,
         stored=stored / wire,
         waiting=announced + trips * a_layer,
-        nbytes=asked + answered + kept + stored,
+        nbytes=query_bytes + output_bytes + key_bytes + stored,
     )
 
 
@@ -432,8 +434,8 @@ class Speculation:
     def tokens_a_step(self, drafts: int) -> float:
         """Tokens that a sequence gets in the mean of a step with so many drafts, where there are any."""
         a = self.acceptance
-        whole = drafts + 1 if a == 1 else (1 - a ** (drafts + 1)) / (1 - a)
-        return 1 + self.proposed * (whole - 1)
+        drafted = drafts + 1 if a == 1 else (1 - a ** (drafts + 1)) / (1 - a)
+        return 1 + self.proposed * (drafted - 1)
 
     def load(self, load: Load, drafts: int) -> Load:
         """The batch with so many drafts for each of its sequences, where there are any."""
@@ -470,8 +472,8 @@ def token_cost(speculation: Speculation | None, load: Load, step: Callable[[Load
     if speculation is None or not load.decode:
         return step(load)
     drafts, alone = best_drafts(speculation, load, step)
-    whole = step(speculation.load(load, drafts)) if load.prefill_tokens else alone
-    return alone.shared(whole, speculation.tokens_a_step(drafts))
+    with_prefill = step(speculation.load(load, drafts)) if load.prefill_tokens else alone
+    return alone.shared(with_prefill, speculation.tokens_a_step(drafts))
 
 
 def best_drafts(speculation: Speculation, load: Load, step: Callable[[Load], StepCost]) -> tuple[int, StepCost]:

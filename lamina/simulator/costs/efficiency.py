@@ -52,9 +52,9 @@ def at(curve: Curve, x: float) -> float:
     """The curve's y at `x`: straight over log x between two of its points, flat outside them."""
     if x <= curve[0][0]:
         return curve[0][1]
-    for (left, low), (right, high) in pairwise(curve):
-        if x < right:
-            return low + (high - low) * math.log(x / left) / math.log(right / left)
+    for (x0, low), (x1, high) in pairwise(curve):
+        if x < x1:
+            return low + (high - low) * math.log(x / x0) / math.log(x1 / x0)
     return curve[-1][1]
 
 
@@ -87,9 +87,9 @@ def _curve(what: str, points: Any) -> Curve:
         curve.append(
             (number_within(f"{what}: x", point[0], 1e-6, 1e18), number_within(f"{what}: y", point[1], *_SHARE))
         )
-    for (left, _), (right, _) in pairwise(curve):
-        if right <= left:
-            raise InvalidRequest(f"{what} has x = {right:g} after {left:g}; allowed are points by rising x")
+    for (x0, _), (x1, _) in pairwise(curve):
+        if x1 <= x0:
+            raise InvalidRequest(f"{what} has x = {x1:g} after {x0:g}; allowed are points by rising x")
     return tuple(curve)
 
 

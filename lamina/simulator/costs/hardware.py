@@ -143,15 +143,11 @@ class Catalogue:
 
     def device(self, name: str) -> Device:
         """The device of that name, in any case. Raises InvalidRequest, which lists what is known."""
-        if (device := self.devices.get(str(name).lower())) is None:
-            raise InvalidRequest(f"unknown device {name!r:.80}; known are {', '.join(self.devices) or 'none'}")
-        return device
+        return _entry("device", self.devices, name)
 
     def link(self, name: str) -> Link:
         """The link of that name, in any case. Raises InvalidRequest, which lists what is known."""
-        if (link := self.links.get(str(name).lower())) is None:
-            raise InvalidRequest(f"unknown link {name!r:.80}; known are {', '.join(self.links) or 'none'}")
-        return link
+        return _entry("link", self.links, name)
 
     def efficiency(self, name: str) -> Efficiency:
         """The efficiency of that name: an engine's, `typical`, or `roofline`. Raises InvalidRequest, which lists
@@ -175,6 +171,12 @@ class Catalogue:
                     "numbers); this project's own engine was not measured on GPUs"
                 )
         return "devices without measurements reach what [typical] of the hardware file says"
+
+
+def _entry(kind: str, entries: Mapping[str, _T], name: str) -> _T:
+    if (entry := entries.get(str(name).lower())) is None:
+        raise InvalidRequest(f"unknown {kind} {name!r:.80}; known are {', '.join(entries) or 'none'}")
+    return entry
 
 
 NOTHING = Catalogue({}, {})

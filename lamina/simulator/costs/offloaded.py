@@ -57,9 +57,9 @@ def room_beside(model: ModelShape, device: Device, count: int, share: float, dra
     more = 0.0 if draft is None else draft.weight_bytes
     room = count * device.memory * share - model.weight_bytes - more
     if room <= 0:
-        beside = "" if draft is None else f", its draft model {more / 1e9:.1f} GB"
+        remark = "" if draft is None else f", its draft model {more / 1e9:.1f} GB"
         raise InvalidRequest(
-            f"model {model.name!r} has {model.weight_bytes / 1e9:.1f} GB of weights{beside}; {count}x {device.name} "
+            f"model {model.name!r} has {model.weight_bytes / 1e9:.1f} GB of weights{remark}; {count}x {device.name} "
             f"have {count * device.memory / 1e9:.1f} GB, of which {share:.0%} may be used; allowed is a model that "
             "leaves room for KV"
         )
@@ -72,16 +72,17 @@ def capacity_of(
     kv_element: float,
     sequence_tokens: int,
     room: float,
-    copies: tuple[float, float] = (1.0, 1.0),
+    count: int = 1,
     beside: float = 0.0,
 ) -> Capacity:
     """What so many bytes hold, divided as the engine does it: in proportion to what sequences of `sequence_tokens`
-    tokens take. `copies`: how often KV and states are kept; `beside`: bytes a token that something else takes."""
-    a_token = model.kv_bytes_per_token(kv_element) * copies[0]
-    a_sequence = model.state_bytes_held * copies[1]
+    tokens take. `count`: of tensor-parallel devices; with more of them than heads, each head is kept more than once.
+    `beside`: bytes a token that something else takes."""
+    a_token = model.kv_bytes_per_token(kv_element) * (busiest_share(model, count) * count)
+    a_sequence = model.state_bytes_held * (state_share(model, count) * count)
     if not a_sequence:
-        taken = a_token * policy.held + beside
-        return Capacity(int(room / taken) if taken else UNBOUNDED, UNBOUNDED)
+        token_bytes = a_token * policy.held + beside
+        return Capacity(int(room / token_bytes) if token_bytes else UNBOUNDED, UNBOUNDED)
     sequences = room / (a_token * sequence_tokens + a_sequence)
     tokens = int(sequences * sequence_tokens / policy.held) if a_token else UNBOUNDED
     return Capacity(tokens, int(sequences))
@@ -194,23 +195,24 @@ class Offloaded:
     @property
     def capacity(self) -> Capacity:
         """What fits, in both tiers where KV is kept in both. Raises InvalidRequest where the weights do not."""
-        here, there = self._tiers()
-        return Capacity(min(UNBOUNDED, here.tokens + there.tokens), min(UNBOUNDED, here.sequences + there.sequences))
+        local, remote = self._tiers()
+        return Capacity(
+            min(UNBOUNDED, local.tokens + remote.tokens), min(UNBOUNDED, local.sequences + remote.sequences)
+        )
 
     def _tiers(self) -> tuple[Capacity, Capacity]:
         """What fits beside the weights, and on the attention devices."""
-        model, draft, beside = self.model, draft_model(self.speculation), self._model_room
-        there = self.attention_count * self.attention_device.memory * self.attention_memory_share
-        found = capacity_of(model, self.policy, self.kv_element, self.sequence_tokens, there)
+        model, draft, local_bytes = self.model, draft_model(self.speculation), self._model_room
+        remote_bytes = self.attention_count * self.attention_device.memory * self.attention_memory_share
+        remote = capacity_of(model, self.policy, self.kv_element, self.sequence_tokens, remote_bytes)
         drafted = 0.0 if draft is None else draft.kv_bytes_per_token()
         if drafted:  # the draft model's KV of all sequences is beside the weights
-            found = Capacity(min(found.tokens, int(beside / drafted)), found.sequences)
-        room = beside - found.tokens * drafted
+            remote = Capacity(min(remote.tokens, int(local_bytes / drafted)), remote.sequences)
+        room = local_bytes - remote.tokens * drafted
         if not self.local_share or room <= 0:
-            return Capacity(0, 0), found
-        count = self.model_count
-        copies = busiest_share(model, count) * count, state_share(model, count) * count
-        return capacity_of(model, self.policy, self.kv_element, self.sequence_tokens, room, copies, drafted), found
+            return Capacity(0, 0), remote
+        count, element = self.model_count, self.kv_element
+        return capacity_of(model, self.policy, element, self.sequence_tokens, room, count, drafted), remote
 
     @property
     def _model_room(self) -> float:
@@ -242,11 +244,11 @@ class Offloaded:
         if not self.local_share:
             return 0.0
         tokens = load.decode * self.policy.tokens_held(load.context)
-        here, there = (min(each.tokens, each.sequences * max(1.0, load.context)) for each in self._tiers())
+        local, remote = (min(tier.tokens, tier.sequences * max(1.0, load.context)) for tier in self._tiers())
         tokens = max(tokens, 1.0)
-        if tokens >= here + there:
-            return here / max(1.0, here + there)
-        return min(max(self.local_share, 1 - there / tokens), here / tokens)
+        if tokens >= local + remote:
+            return local / max(1.0, local + remote)
+        return min(max(self.local_share, 1 - remote / tokens), local / tokens)
 
     def lane(self, load: Load, query_first: bool = False, share: float | None = None) -> Lane:
         """One batch, with the tiers to itself; `query_first`: q is sent before k and v. `share`: of its KV, what the
@@ -307,9 +309,9 @@ class Offloaded:
         share, part = self.local_part(load), load.divided(lanes)
         lane = self.lane(part, share=share)
         # The largest lane sets the pace; all of them together have no more sequences than there are.
-        whole = lane.exchange
+        exchange = lane.exchange
         if part != load or replicas > 1:
-            whole = self._exchange(load.part(1 - share) if share else load, replicas)
+            exchange = self._exchange(load.part(1 - share) if share else load, replicas)
         full = load.decode / -(-load.decode // lanes) if load.decode else lanes
         least = 0.0
         if replicas > 1 and load.prefill_tokens:  # one batch has the prompts, and stays on one replica
@@ -317,8 +319,8 @@ class Offloaded:
 
         def cost(lane: Lane) -> StepCost:
             model, attention = lanes * (lane.dense + lane.local), full * lane.attention
-            seconds = max(lane.alone, model / min(lanes, replicas), attention, whole.busy, least)
-            return StepCost(seconds, model / replicas, attention, whole.busy, whole.nbytes)
+            seconds = max(lane.alone, model / min(lanes, replicas), attention, exchange.busy, least)
+            return StepCost(seconds, model / replicas, attention, exchange.busy, exchange.nbytes)
 
         return cost(lane), cost(self._with_query_first(lane, part)) if self.overlap else None
 

@@ -165,11 +165,6 @@ class LayerGroup:
         return self.query_elements + (self.choice.query_elements if self.choice else 0)
 
     @cached_property
-    def multiplied(self) -> int:
-        """Parameters of one layer that a token is multiplied with."""
-        return self.projections + self.mlp + self.top_k * self.expert
-
-    @cached_property
     def parameters(self) -> int:
         """All parameters of one layer."""
         return self.projections + self.mlp + self.vectors + self.experts * self.expert
@@ -182,16 +177,16 @@ class LayerGroup:
 
     def read(self, context: float) -> float:
         """How many of `context` tokens one token attends to."""
-        seen = context if self.window is None else min(context, self.window)
-        return seen if self.choice is None else min(seen, self.choice.tokens)
+        tokens = context if self.window is None else min(context, self.window)
+        return tokens if self.choice is None else min(tokens, self.choice.tokens)
 
     def prompt_flops(self, keys: float) -> float:
         """FLOPs of one token of a prompt with so many keys. Where it chooses, the lesser of all of them as prompts are
         computed, and of those chosen as decode computes them."""
-        whole = self.prompt_score_flops or self.score_flops
+        score_flops = self.prompt_score_flops or self.score_flops
         if self.choice is None:
-            return whole * self.read(keys)
-        return self.choice.score_flops * keys + min(whole * keys, self.score_flops * self.read(keys))
+            return score_flops * self.read(keys)
+        return self.choice.score_flops * keys + min(score_flops * keys, self.score_flops * self.read(keys))
 
 
 @dataclass(frozen=True)
@@ -276,11 +271,11 @@ class ModelShape:
         logits."""
         if self.packing is None:
             return 0.0
-        found = float(self.matrices * (tokens > most) + self.head * (sampled > most))
+        count = float(self.matrices * (tokens > most) + self.head * (sampled > most))
         for group in self.groups:
             if group.experts and tokens * group.top_k / group.experts > most:
-                found += group.layers * group.experts_read(tokens) * group.expert
-        return found
+                count += group.layers * group.experts_read(tokens) * group.expert
+        return count
 
     def dense_flops(self, tokens: float, sampled: float | None = None, experts: bool = True) -> float:
         """FLOPs of all but attention for a batch of `tokens` tokens, of which `sampled` (None: all) need logits;
@@ -295,15 +290,15 @@ class ModelShape:
     def attention_work(self, context: float, element: float = 2.0) -> tuple[tuple[float, float], tuple[float, float]]:
         """Bytes of KV and FLOPs of one token that has `context` tokens before it and with it, over all layers: of the
         learned choices, and of the attention that follows them."""
-        kept = flops = chosen = scored = 0.0
+        elements = flops = chosen = scored = 0.0
         for group in self.groups:
-            seen = group.layers * group.read(context)
-            kept += group.kv_elements * seen
-            flops += group.score_flops * seen
+            tokens = group.layers * group.read(context)
+            elements += group.kv_elements * tokens
+            flops += group.score_flops * tokens
             if group.choice is not None:
                 chosen += group.layers * group.choice.key_elements * context
                 scored += group.layers * group.choice.score_flops * context
-        return (chosen * element, scored), (kept * element, flops)
+        return (chosen * element, scored), (elements * element, flops)
 
     def attention_flops(self, context: float) -> float:
         """FLOPs of attention for one token that has `context` tokens before it and with it, over all layers."""
@@ -321,8 +316,8 @@ class ModelShape:
     def kv_bytes_read(self, context: float, element: float = 2.0) -> float:
         """Bytes of KV that one token reads over all layers: no more than a layer's window or choice, and all keys that
         choices are made by."""
-        (chosen, _), (kept, _) = self.attention_work(context, element)
-        return chosen + kept
+        (key_bytes, _), (kv_bytes, _) = self.attention_work(context, element)
+        return key_bytes + kv_bytes
 
     @cached_property
     def attentions(self) -> int:
@@ -386,9 +381,9 @@ class ModelShape:
 
         For GQA this is (2 + 2/G) e d L (Lamina, arXiv 2405.01814v2). k and v are `kv_bytes_per_token` of it.
         """
-        there = self.asked_elements + self.output_elements
+        messages = self.asked_elements + self.output_elements
         states = self.state_bytes_sent(element) + self.state_bytes_returned(element)
-        return (there + self._kv_elements) * element + states
+        return (messages + self._kv_elements) * element + states
 
     @cached_property
     def kv_projection_bytes(self) -> float:
@@ -410,8 +405,12 @@ class ModelShape:
     @cached_property
     def _state_messages(self) -> tuple[int, int, int]:
         """One token's messages with all states: elements that are sent, bytes of the gates, elements that come back."""
-        of = self._of_states
-        return of(lambda state: state.channels), of(lambda state: state.gate_bytes), of(lambda state: state.outputs)
+        total = self._of_states
+        return (
+            total(lambda state: state.channels),
+            total(lambda state: state.gate_bytes),
+            total(lambda state: state.outputs),
+        )
 
     def _of_states(self, number: Callable[[StateShape], int]) -> int:
         return sum(group.layers * number(group.state) for group in self.groups if group.state is not None)

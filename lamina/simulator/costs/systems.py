@@ -6,7 +6,10 @@ balancer are `replicas` of `simulate`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import lru_cache
+from typing import Any
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.bounds import Text, number_within, whole
@@ -16,12 +19,10 @@ from lamina.simulator.costs.cost_model import (
     Load,
     Speculation,
     StepCost,
-    busiest_share,
     check_drafts,
     draft_model,
     mixing_time,
     model_time,
-    state_share,
     token_cost,
 )
 from lamina.simulator.costs.hardware import Device, Link, connection
@@ -80,8 +81,8 @@ class Colocated:
     @property
     def max_batch_tokens(self) -> int:
         """Tokens of one batch, prefill chunks and decode rows together."""
-        whole = max(self.batch_tokens, self.model.max_context)  # as vLLM asks where it doesn't cut prompts up
-        return self.batch_tokens if self.chunked_prefill else whole
+        limit = max(self.batch_tokens, self.model.max_context)  # as vLLM asks where it doesn't cut prompts up
+        return self.batch_tokens if self.chunked_prefill else limit
 
     @property
     def devices(self) -> tuple[tuple[Device, int], ...]:
@@ -93,10 +94,8 @@ class Colocated:
         """What fits beside the weights. Raises InvalidRequest where not even they do."""
         count, draft = self.tensor_parallel, draft_model(self.speculation)
         room = room_beside(self.model, self.device, count, self.memory_share, draft)
-        # With more devices than heads, each head is kept more than once.
-        copies = busiest_share(self.model, count) * count, state_share(self.model, count) * count
-        beside = 0.0 if draft is None else draft.kv_bytes_per_token()
-        return capacity_of(self.model, self.policy, self.kv_element, self.sequence_tokens, room, copies, beside)
+        draft_bytes = 0.0 if draft is None else draft.kv_bytes_per_token()
+        return capacity_of(self.model, self.policy, self.kv_element, self.sequence_tokens, room, count, draft_bytes)
 
     @property
     def kv_tokens(self) -> int:
@@ -190,8 +189,8 @@ class Disaggregated:
 
     def transfer_bytes(self, prompt: int) -> float:
         """Bytes that cross the link for a prompt's KV and states."""
-        kept = self.policy.tokens_held(prompt) * self.model.kv_bytes_per_token(self.decode.kv_element)
-        return kept + self.model.state_bytes
+        kv_bytes = self.policy.tokens_held(prompt) * self.model.kv_bytes_per_token(self.decode.kv_element)
+        return kv_bytes + self.model.state_bytes
 
     @property
     def wire(self) -> float:
@@ -202,6 +201,45 @@ class Disaggregated:
 
 System = Colocated | Disaggregated | Offloaded
 """A way to serve, as the event loop and the planner use it."""
+
+
+def instances(system: System) -> tuple[Colocated | Offloaded, ...]:
+    """The instances of a system: where prompts are elsewhere, both."""
+    return (system.prefill, system.decode) if isinstance(system, Disaggregated) else (system,)
+
+
+def with_decode(system: System, **numbers: Any) -> System:
+    """The system with these fields of what decodes."""
+    if isinstance(system, Disaggregated):
+        return replace(system, decode=replace(system.decode, **numbers))
+    return replace(system, **numbers)
+
+
+def changed(part: Any, change: Callable[[Any], Any], only: str | None = None) -> Any:
+    """A system with its devices and links changed, all or those of one name."""
+    new: dict[str, Any] = {}
+    for item in fields(part):
+        value = getattr(part, item.name)
+        if isinstance(value, (Device, Link)):
+            new[item.name] = change(value) if only in (None, value.name) else value
+        elif is_dataclass(value) and hasattr(value, "step"):
+            new[item.name] = changed(value, change, only)
+    return replace(part, **new)
+
+
+def changed_devices(system: System, change: Callable[[Device], Device]) -> System:
+    """The system with each of its devices changed."""
+    return changed(system, lambda part: change(part) if isinstance(part, Device) else part)  # type: ignore[no-any-return]
+
+
+def without_prices(system: System) -> System:
+    """The system as it would be if all devices were free: equal for all prices."""
+    return changed_devices(system, _free)
+
+
+@lru_cache(maxsize=1024)
+def _free(device: Device) -> Device:
+    return replace(device, price=0.0)
 
 
 def price(system: System) -> float:

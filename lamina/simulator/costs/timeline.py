@@ -157,9 +157,9 @@ def makespan(events: Iterable[Event]) -> float:
 def resources(events: Iterable[Event]) -> tuple[str, ...]:
     """The resources of these events, in the order of a token's way: model workers by number, out, attention, back."""
     fixed = (LINK_OUT, ATTENTION, LINK_BACK)
-    seen = {event.resource for event in events}
-    models = sorted(seen.difference(fixed), key=lambda name: (len(name), name))
-    return (*models, *(name for name in fixed if name in seen))
+    names = {event.resource for event in events}
+    models = sorted(names.difference(fixed), key=lambda name: (len(name), name))
+    return (*models, *(name for name in fixed if name in names))
 
 
 def chrome_trace(events: Iterable[Event], lanes: int) -> str:

@@ -19,6 +19,53 @@ from lamina_protocols.messages.messages import Bound, Close, Fork, Open, Operati
 from lamina_protocols.messages.routes import HolderBatch
 
 
+class HolderCounter:
+    """A holder with these pools, in their order. Unlike a worker it keeps the operations of a batch that it refuses;
+    they are numbered, and not applied again."""
+
+    def __init__(self, pools: Sequence[PageCounter | RecordCounter]) -> None:
+        self._pools = tuple(pools)
+        self._applied = 0
+        self._pool: dict[int, int] = {}  # by handle, of a part
+
+    @property
+    def free(self) -> tuple[int, ...]:
+        """Pages that are left in each pool."""
+        return tuple(pool.free for pool in self._pools)
+
+    def grow(self, pages: Sequence[int]) -> None:
+        """There are so many free pages more in each pool, or fewer."""
+        for pool, more in zip(self._pools, pages, strict=True):
+            pool.free += more
+
+    def take(self, share: HolderBatch) -> list[int] | None:
+        """Apply the operations, and reserve for the rows: all of them, then the floor of each row's part, or none."""
+        for operation in share.operations[max(0, self._applied - share.first) :]:
+            self._pools[self._pool_of(operation)].apply(operation)
+        self._applied = max(self._applied, share.first + len(share.operations))
+        rows: list[list[Row]] = [[] for _ in self._pools]
+        for route in share.routes:
+            rows[route.pool].append(route.row)
+        fits = [pool.reserve(of_pool) for pool, of_pool in zip(self._pools, rows, strict=True)]
+        if not all(fits):
+            return None
+        for pool, of_pool in zip(self._pools, rows, strict=True):
+            pool.take(of_pool)
+        return [self._pools[route.pool].floor(route.row.handle) for route in share.routes]
+
+    def _pool_of(self, operation: Operation) -> int:
+        match operation:
+            case Open(handle, pool):
+                self._pool[handle] = pool
+            case Fork(handle, parent):
+                self._pool[handle] = pool = self._pool[parent]
+            case Close(handle):
+                pool = self._pool.pop(handle)
+            case Bound(handle):
+                pool = self._pool[handle]
+        return pool
+
+
 @dataclass(frozen=True, slots=True)
 class Window:
     """What layers, or a policy, with a window of the last `tokens` keep: a `Retention` of `scheduling.page_groups`."""
@@ -91,12 +138,12 @@ class PageCounter:
             if window is None:
                 continue
             first = (window.seen_from(start) - part.lo) // self._size
-            gone = min(first - run.first, len(run.pages))
-            if gone > 0:
-                for page in run.pages[:gone]:
+            excess = min(first - run.first, len(run.pages))
+            if excess > 0:
+                for page in run.pages[:excess]:
                     self._release(page, run.cells)
-                del run.pages[:gone]
-                run.first += gone
+                del run.pages[:excess]
+                run.first += excess
 
     def _floor(self, part: _PagePart) -> int:
         lowest = 0
@@ -108,10 +155,10 @@ class PageCounter:
     def _wanted(self, part: _PagePart, row: Row) -> int:
         """Pages that the row needs: new ones, and copies of shared ones that it writes into."""
         end = self._end(part, row)
-        wanted = 0
+        count = 0
         for run in part.runs:
-            wanted += run.cells * (max(0, end - run.first - len(run.pages)) + self._copies(part, run, row))
-        return wanted
+            count += run.cells * (max(0, end - run.first - len(run.pages)) + self._copies(part, run, row))
+        return count
 
     def _grow(self, part: _PagePart, row: Row) -> None:
         end = self._end(part, row)
@@ -128,8 +175,8 @@ class PageCounter:
 
     def _copies(self, part: _PagePart, run: _Run, row: Row) -> bool:
         """Whether the row writes into a page that others have too."""
-        begun = part.shared and max(0, row.start - part.lo) % self._size > 0
-        return begun and bool(run.pages) and self._uses[run.pages[-1]] > 1
+        is_partial = part.shared and max(0, row.start - part.lo) % self._size > 0
+        return is_partial and bool(run.pages) and self._uses[run.pages[-1]] > 1
 
     def apply(self, operation: Operation) -> None:
         match operation:
@@ -144,10 +191,10 @@ class PageCounter:
                 runs = [
                     _Run(run.cells, min(run.first, end), run.pages[: max(0, end - run.first)]) for run in source.runs
                 ]
-                for run, whole in zip(runs, source.runs, strict=True):
+                for run, source_run in zip(runs, source.runs, strict=True):
                     for page in run.pages:
                         self._uses[page] += 1
-                    source.shared = source.shared or len(run.pages) == len(whole.pages)
+                    source.shared = source.shared or len(run.pages) == len(source_run.pages)
                 self._parts[handle] = _PagePart(source.lo, source.hi, runs, inside % self._size > 0)
             case Close(handle):
                 for run in self._parts.pop(handle).runs:
@@ -210,12 +257,12 @@ class RecordCounter:
                 self._parts[handle] = _RecordPart(self._layers * len(heads), None, None)
             case Fork(handle, parent, length):
                 source = self._parts[parent]
-                found = source.at(length)
-                if found is None and length:
+                origin = source.at(length)
+                if origin is None and length:
                     raise EngineError(f"part {parent} was forked at {length}, where it has no states")
-                if found is not None:
-                    found.uses += 1
-                self._parts[handle] = _RecordPart(source.cells, found, found)
+                if origin is not None:
+                    origin.uses += 1
+                self._parts[handle] = _RecordPart(source.cells, origin, origin)
             case Close(handle):
                 part = self._parts.pop(handle)
                 for record in part.owned():
@@ -277,50 +324,3 @@ class _RecordPart:
     def reuses(self, start: int) -> bool:
         """Whether a row from `start` writes over records of the part's own."""
         return any(record.uses == 1 and record.position != start for record in self.owned())
-
-
-class HolderCounter:
-    """A holder with these pools, in their order. Unlike a worker it keeps the operations of a batch that it refuses;
-    they are numbered, and not applied again."""
-
-    def __init__(self, pools: Sequence[PageCounter | RecordCounter]) -> None:
-        self._pools = tuple(pools)
-        self._applied = 0
-        self._pool: dict[int, int] = {}  # by handle, of a part
-
-    @property
-    def free(self) -> tuple[int, ...]:
-        """Pages that are left in each pool."""
-        return tuple(pool.free for pool in self._pools)
-
-    def grow(self, pages: Sequence[int]) -> None:
-        """There are so many free pages more in each pool, or fewer."""
-        for pool, more in zip(self._pools, pages, strict=True):
-            pool.free += more
-
-    def take(self, share: HolderBatch) -> list[int] | None:
-        """Apply the operations, and reserve for the rows: all of them, then the floor of each row's part, or none."""
-        for operation in share.operations[max(0, self._applied - share.first) :]:
-            self._pools[self._pool_of(operation)].apply(operation)
-        self._applied = max(self._applied, share.first + len(share.operations))
-        rows: list[list[Row]] = [[] for _ in self._pools]
-        for route in share.routes:
-            rows[route.pool].append(route.row)
-        fits = [pool.reserve(of_pool) for pool, of_pool in zip(self._pools, rows, strict=True)]
-        if not all(fits):
-            return None
-        for pool, of_pool in zip(self._pools, rows, strict=True):
-            pool.take(of_pool)
-        return [self._pools[route.pool].floor(route.row.handle) for route in share.routes]
-
-    def _pool_of(self, operation: Operation) -> int:
-        match operation:
-            case Open(handle, pool):
-                self._pool[handle] = pool
-            case Fork(handle, parent):
-                self._pool[handle] = pool = self._pool[parent]
-            case Close(handle):
-                pool = self._pool.pop(handle)
-            case Bound(handle):
-                pool = self._pool[handle]
-        return pool

@@ -65,15 +65,15 @@ class Failures:
             raise InvalidRequest(
                 f"failures were given with {system.name!r}; allowed are systems whose prompts and decode share devices"
             )
-        wanted = REDUNDANCY[self.redundancy]
+        copies = REDUNDANCY[self.redundancy]
         workers = system.attention_count if isinstance(system, Offloaded) else 1
-        if workers < wanted.workers:
+        if workers < copies.workers:
             raise InvalidRequest(
-                f"{system.name!r} has {workers} attention workers; {self.redundancy} needs {wanted.workers} at least"
+                f"{system.name!r} has {workers} attention workers; {self.redundancy} needs {copies.workers} at least"
             )
-        if not isinstance(system, Offloaded) or wanted.kept == 1:
+        if not isinstance(system, Offloaded) or copies.kept == 1:
             return system
-        return replace(system, attention_memory_share=system.attention_memory_share * wanted.kept)
+        return replace(system, attention_memory_share=system.attention_memory_share * copies.kept)
 
 
 class FailingInstance(Instance):
@@ -82,8 +82,8 @@ class FailingInstance(Instance):
     def __init__(
         self, system: System, trace: Trace, prefill: bool, prefix_cache: bool, totals: Totals, failures: Failures
     ) -> None:
-        self._whole = failures.reserved(system)
-        super().__init__(self._whole, trace, prefill, prefix_cache, totals, pooled=True)
+        self._intact = failures.reserved(system)
+        super().__init__(self._intact, trace, prefill, prefix_cache, totals, pooled=True)
         self._failures, self._redundancy = failures, REDUNDANCY[failures.redundancy]
         self.slower = self._redundancy.slower
         self._next = failures.every
@@ -92,7 +92,7 @@ class FailingInstance(Instance):
     def step(self) -> bool:
         """A step of an instance, after the losses and returns up to now."""
         if self.now >= self._back:
-            self.resize(self._whole)
+            self.resize(self._intact)
             self._back = math.inf
         if self.now >= self._next:
             self._lose()
@@ -100,7 +100,7 @@ class FailingInstance(Instance):
         return super().step()
 
     def _lose(self) -> None:
-        system, restart = self._whole, self._failures.restart
+        system, restart = self._intact, self._failures.restart
         self._totals.losses += 1
         if self._redundancy.recovery:
             again = prefill_seconds(system, self.contexts)

@@ -170,7 +170,7 @@ class Instance:
     ) -> None:
         self._system, self._trace, self._prefill = system, trace, prefill
         self._totals = totals
-        self._begun = {} if begun is None else begun  # by the number of its arrival
+        self._lives_before = {} if begun is None else begun  # by the number of its arrival
         arrivals = trace.arrivals
         self._due = [] if offered else [(a.at, number) for number, a in enumerate(arrivals) if a.after is None]
         self._arrived: deque[int] = deque()  # that the scheduler was not given yet
@@ -180,7 +180,7 @@ class Instance:
                 self._followers.setdefault(arrival.after, []).append(number)
         self._shared: dict[int, tuple[int, ...]] = {}  # of those to come: tokens of the one before that they begin with
         self._when: dict[int, float] = {}  # by the number of an offered request: when it comes
-        self._told = ended or self.follow
+        self._on_end = ended or self.follow
         self._ahead = 0  # prompt tokens of the arrivals that have no token yet
         self._named = prefix_cache and any(arrival.blocks or arrival.shared for arrival in arrivals)
         longest = max(arrival.prompt + arrival.output for arrival in arrivals)
@@ -325,7 +325,9 @@ class Instance:
             except InvalidRequest:  # it fits nowhere, as a server would say
                 self._reject(number)
                 continue
-            self._lives[sequence] = self._begun.get(number) or Life(arrival, at=self._when.get(number, arrival.at))
+            self._lives[sequence] = self._lives_before.get(number) or Life(
+                arrival, at=self._when.get(number, arrival.at)
+            )
             self._ahead += arrival.prompt
             self._totals.prompt_tokens += arrival.prompt
 
@@ -415,7 +417,7 @@ class Instance:
         for after in self._followers.get(number, ()):
             if self._named and (shared := self._trace.arrivals[after].shared):
                 self._shared[after] = tuple(sequence.tokens[:shared])
-        self._told(number, life)
+        self._on_end(number, life)
 
 
 def _pools(system: System, holders: int) -> tuple[list[int], list[int]]:

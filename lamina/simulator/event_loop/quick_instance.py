@@ -46,7 +46,7 @@ class DecodeCosts:
 
     def __init__(self, system: System) -> None:
         self._system = system
-        self._known: dict[tuple[int, int], tuple[float, StepCost, StepCost]] = {}
+        self._costs: dict[tuple[int, int], tuple[float, StepCost, StepCost]] = {}
 
     def __call__(self, batch: int, context: int) -> Numbers:
         """The cost of a batch of so many sequences, with so many tokens in all."""
@@ -61,12 +61,12 @@ class DecodeCosts:
 
     def _ends(self, batch: int, mean: float) -> tuple[float, StepCost, StepCost]:
         place = int(math.log2(mean) * _GRID)
-        found = self._known.get((batch, place))
-        if found is None:
+        ends = self._costs.get((batch, place))
+        if ends is None:
             low, high = 2 ** (place / _GRID), 2 ** ((place + 1) / _GRID)
             step = self._system.step
-            found = self._known[batch, place] = low, step(Load(batch, low)), step(Load(batch, high))
-        return found
+            ends = self._costs[batch, place] = low, step(Load(batch, low)), step(Load(batch, high))
+        return ends
 
     def _between(self, mean: float, low: float, a: StepCost, b: StepCost) -> Numbers:
         part = (mean - low) / (low * _STRIDE)
@@ -139,7 +139,7 @@ class QuickInstance:
     ) -> None:
         self._system, self._trace, self._prefill = system, trace, prefill
         self._into, self._totals = totals, Totals(samples=totals.samples)
-        self._begun = begun or {}
+        self._lives_before = begun or {}
         self._costs = costs or DecodeCosts(system)
         self._times = [arrival.at for arrival in trace.arrivals]
         self._pages = self._free = system.capacity.tokens // PAGE_SIZE
@@ -185,33 +185,35 @@ class QuickInstance:
     def _stride(self) -> bool:
         """Take several steps of decode alone, in which no request comes or ends. False where there are none."""
         batch, step, totals = self._decoding, self._step, self._totals
-        most = totals.samples.unwanted
-        if not (batch and most > 1 and isinstance(self._costs, DecodeCosts)):
+        steps = totals.samples.unwanted
+        if not (batch and steps > 1 and isinstance(self._costs, DecodeCosts)):
             return False
-        most = min(most, min(end for end, each in self._ending.items() if each) - step)
+        steps = min(steps, min(end for end, sequences in self._ending.items() if sequences) - step)
         high, now, after = self._costs.line(batch, self._context)
-        most = min(most, int(high - self._context / batch))
+        steps = min(steps, int(high - self._context / batch))
         first = now[0]
         slope = after[0] - first
         if self._fed < len(self._times):
-            left, head = self._times[self._fed] - self._now, first - slope / 2
+            remaining, head = self._times[self._fed] - self._now, first - slope / 2
             least = (
-                (math.sqrt(head * head + 2 * slope * left) - head) / slope if slope > 1e-12 * first else left / first
+                (math.sqrt(head * head + 2 * slope * remaining) - head) / slope
+                if slope > 1e-12 * first
+                else remaining / first
             )
-            most = min(most, math.ceil(least))
-        if most < 2 or batch * (most // PAGE_SIZE + 1) > self._free:
+            steps = min(steps, math.ceil(least))
+        if steps < 2 or batch * (steps // PAGE_SIZE + 1) > self._free:
             return False
         seconds, model, attention, network, nbytes = (
-            most * a + (b - a) * most * (most - 1) / 2 for a, b in zip(now, after, strict=True)
+            steps * a + (b - a) * steps * (steps - 1) / 2 for a, b in zip(now, after, strict=True)
         )
-        self._free -= most // PAGE_SIZE * batch
-        self._free -= sum(self._phases[(step + each) % PAGE_SIZE] for each in range(most % PAGE_SIZE))
-        self._step += most
+        self._free -= steps // PAGE_SIZE * batch
+        self._free -= sum(self._phases[(step + offset) % PAGE_SIZE] for offset in range(steps % PAGE_SIZE))
+        self._step += steps
         self._now += seconds
-        self._context += batch * most
-        totals.samples.skip(most)
-        totals.gaps[seconds / most] += batch * most
-        totals.count(seconds, (model, attention, network), nbytes, batch, 0, most)
+        self._context += batch * steps
+        totals.samples.skip(steps)
+        totals.gaps[seconds / steps] += batch * steps
+        totals.count(seconds, (model, attention, network), nbytes, batch, 0, steps)
         return True
 
     def _feed(self) -> int:
@@ -228,7 +230,7 @@ class QuickInstance:
                     raise Unusual
                 self._totals.rejected += 1
                 continue
-            life = self._begun.get(number) or Life(arrival)
+            life = self._lives_before.get(number) or Life(arrival)
             heappush(self._waiting, (number, Sequence(number, arrival, life)))
             self._alive += 1
             self._ahead += arrival.prompt
@@ -238,69 +240,69 @@ class QuickInstance:
     def _plan(self) -> tuple[list[tuple[Sequence, int]], list[Sequence]]:
         """The rows of prompts, with their tokens, and the sequences in decode that get no page. All others decode."""
         begin = self._phases[self._step % PAGE_SIZE]
-        last = sum(each.known - each.computed == 1 for each in self._prompts)
+        last = sum(prompt.known - prompt.computed == 1 for prompt in self._prompts)
         if self._decoding + last >= self._budget:
             raise Unusual
-        left = self._budget - self._decoding - last
-        rows, wanted, shares = [], begin, left
-        for each in self._prompts:
-            if count := limit_of(each, shares):
-                rows.append((each, count))
-                wanted += pages_of(each.computed + count) - pages_of(each.computed)
-                shares -= count if each.known - each.computed > 1 else 0
-        if wanted > self._free:
+        tokens = self._budget - self._decoding - last
+        rows, pages, shares = [], begin, tokens
+        for prompt in self._prompts:
+            if count := limit_of(prompt, shares):
+                rows.append((prompt, count))
+                pages += pages_of(prompt.computed + count) - pages_of(prompt.computed)
+                shares -= count if prompt.known - prompt.computed > 1 else 0
+        if pages > self._free:
             if not self._alike:
                 raise Unusual
-            return self._make_room(left)
-        self._free -= wanted
+            return self._make_room(tokens)
+        self._free -= pages
         if self._waiting and shares > 0:
             self._admit(rows, shares)
         return rows, []
 
     def _admit(self, rows: list[tuple[Sequence, int]], left: int) -> None:
         """Give KV to those that wait, in turn, while there is room: rows of `left` tokens in all."""
-        most = self._system.max_sequences
+        limit = self._system.max_sequences
         planned = dict(rows)
-        while self._waiting and left > 0 and self._running < most:
-            each = self._waiting[0][1]
+        while self._waiting and left > 0 and self._running < limit:
+            newcomer = self._waiting[0][1]
             if self._running:
                 spare = self._free - self._running - self._spared
                 for other in self._prompts:
                     done = other.computed + planned.get(other, 0)
                     spare -= pages_of(other.known) - pages_of(done) if other.known - done > 1 else 0
-                if pages_of(each.known) + 1 > spare:
+                if pages_of(newcomer.known) + 1 > spare:
                     if not self._alike:
                         raise Unusual
                     return
             heappop(self._waiting)
-            count = affordable(0, limit_of(each, left), self._free)
+            count = affordable(0, limit_of(newcomer, left), self._free)
             self._running += 1
-            self._prompts.append(each)
+            self._prompts.append(newcomer)
             self._prompts.sort(key=lambda sequence: sequence.number)
             if not count:
                 return
             self._free -= pages_of(count)
-            rows.append((each, count))
-            planned[each] = count
+            rows.append((newcomer, count))
+            planned[newcomer] = count
             left -= count
 
     def _make_room(self, left: int) -> tuple[list[tuple[Sequence, int]], list[Sequence]]:
         """`_plan` where pages are short: they are given by number, and the youngest give way."""
         step, prompts = self._step, set(self._prompts)
-        decoding = [each for ending in self._ending.values() for each in ending]
-        idle = sorted([*decoding, *prompts], key=lambda each: each.number)
+        decoding = [sequence for ending in self._ending.values() for sequence in ending]
+        idle = sorted([*decoding, *prompts], key=lambda sequence: sequence.number)
         rows: list[tuple[Sequence, int]] = []
         stalled: list[Sequence] = []
-        short, at = False, 0
-        while at < len(idle):
-            each = idle[at]
-            at += 1
-            done = each.computed if each in prompts else each.at(step)
-            want = limit_of(each, left) if each in prompts else 1
+        short, place = False, 0
+        while place < len(idle):
+            sequence = idle[place]
+            place += 1
+            done = sequence.computed if sequence in prompts else sequence.at(step)
+            want = limit_of(sequence, left) if sequence in prompts else 1
             if not want:
                 continue
             while not (count := affordable(done, want, self._free)):
-                if len(idle) > at:
+                if len(idle) > place:
                     self._preempt(idle.pop(), prompts)
                 elif len(idle) > 1:
                     short = True
@@ -308,12 +310,12 @@ class QuickInstance:
                 else:
                     raise Unusual
             self._free -= pages_of(done + count) - pages_of(done)
-            if each not in prompts:
+            if sequence not in prompts:
                 if not count:
-                    stalled.append(each)
+                    stalled.append(sequence)
             elif count:
-                rows.append((each, count))
-                left -= count if each.known - each.computed > 1 else 0
+                rows.append((sequence, count))
+                left -= count if sequence.known - sequence.computed > 1 else 0
         if not short and left > 0:
             self._admit(rows, left)
         return rows, stalled
@@ -355,10 +357,10 @@ class QuickInstance:
     def _advance(self, rows: list[tuple[Sequence, int]], stalled: list[Sequence], behind: int) -> None:
         """Let the batch's time pass. Every row that samples has a token then."""
         step, before = self._step, self._now
-        for each in stalled:  # as if it began a step later
-            self._ending[each.ends].remove(each)
-            self._leave(each, each.at(step))
-            self._late.setdefault(each, before)
+        for sequence in stalled:  # as if it began a step later
+            self._ending[sequence.ends].remove(sequence)
+            self._leave(sequence, sequence.at(step))
+            self._late.setdefault(sequence, before)
         decode, context = self._decoding, self._context
         seconds = self._charge(rows, decode, context, behind)
         self._now = now = before + seconds
@@ -366,28 +368,28 @@ class QuickInstance:
         gaps = self._totals.gaps
         usual = decode
         if self._late:
-            for each in [each for each in self._late if each not in stalled]:
-                gaps[now - self._late.pop(each)] += 1
+            for sequence in [sequence for sequence in self._late if sequence not in stalled]:
+                gaps[now - self._late.pop(sequence)] += 1
                 usual -= 1
         if usual:
             gaps[now - before] += usual
         self._context += decode
         if ending := self._ending.pop(step, None):
-            for each in sorted(ending, key=lambda each: each.number):
-                self._leave(each, each.at(step + 1))
-                self._end(each, each.at(step + 1))
-        for each in stalled:
-            each.since += 1
-            each.ends += 1
-            self._ending.setdefault(each.ends, []).append(each)
-            self._phases[(each.since - each.computed) % PAGE_SIZE] += 1
-            self._context += each.at(step + 1)
+            for sequence in sorted(ending, key=lambda sequence: sequence.number):
+                self._leave(sequence, sequence.at(step + 1))
+                self._end(sequence, sequence.at(step + 1))
+        for sequence in stalled:
+            sequence.since += 1
+            sequence.ends += 1
+            self._ending.setdefault(sequence.ends, []).append(sequence)
+            self._phases[(sequence.since - sequence.computed) % PAGE_SIZE] += 1
+            self._context += sequence.at(step + 1)
             self._decoding += 1
-        for each, count in sorted(rows, key=lambda row: row[1] > 1) if len(rows) > 1 else rows:
-            each.computed += count
-            if each.computed == each.known:
-                self._prompts.remove(each)
-                self._sample(each, step + 1)
+        for sequence, count in sorted(rows, key=lambda row: row[1] > 1) if len(rows) > 1 else rows:
+            sequence.computed += count
+            if sequence.computed == sequence.known:
+                self._prompts.remove(sequence)
+                self._sample(sequence, step + 1)
 
     def _sample(self, each: Sequence, step: int) -> None:
         """A sequence whose known tokens are computed has one more, and decodes unless that is its last."""
@@ -422,39 +424,39 @@ class QuickInstance:
     def _charge(self, rows: list[tuple[Sequence, int]], decode: int, context: int, behind: int) -> float:
         """Count a batch's cost. Returns its seconds."""
         prompts = PromptRows()
-        for each, count in rows:
-            start = each.computed
-            if count == 1 and start >= each.prompt:
+        for sequence, count in rows:
+            start = sequence.computed
+            if count == 1 and start >= sequence.prompt:
                 decode += 1
                 context += start
                 continue
-            if not self._prefill and not each.preempted:
+            if not self._prefill and not sequence.preempted:
                 continue  # computed elsewhere
             # What is too long for the room beside the dense layers is read by decode's holders.
-            prompts.add(start, count, each.prompt, 0 if each.prompt <= self._room else start)
+            prompts.add(start, count, sequence.prompt, 0 if sequence.prompt <= self._room else start)
         if prompts.tokens:
             cost = self._system.step(prompts.load(decode, context))
-            spent = cost.seconds, cost.model, cost.attention, cost.network, cost.link_bytes
+            costs = cost.seconds, cost.model, cost.attention, cost.network, cost.link_bytes
         else:
-            spent = self._costs(decode, context) if decode else (0.0,) * 5
-        seconds, model, attention, network, nbytes = spent
+            costs = self._costs(decode, context) if decode else (0.0,) * 5
+        seconds, model, attention, network, nbytes = costs
         totals = self._totals
         waiting = self._alive - self._running + behind
         totals.count(seconds, (model, attention, network), nbytes, decode, waiting)
         if seconds and totals.samples.due():
             shares = (min(1.0, part / seconds) for part in (model, attention, network))
-            taken = 1 - self._free / self._pages if self._alike else self._taken()
+            kv_share = 1 - self._free / self._pages if self._alike else self._taken()
             totals.samples.add(
-                Sampled(self._now, seconds, decode, prompts.tokens, self._running, waiting, taken, *shares)
+                Sampled(self._now, seconds, decode, prompts.tokens, self._running, waiting, kv_share, *shares)
             )
         return seconds
 
     def _taken(self) -> float:
         """The share of the pages that is taken, where windows let some go."""
-        decoding = [each.at(self._step) + 1 for ending in self._ending.values() for each in ending]
-        taken = 0
-        for tokens in (*decoding, *(each.computed for each in self._prompts)):
+        decoding = [sequence.at(self._step) + 1 for ending in self._ending.values() for sequence in ending]
+        pages = 0
+        for tokens in (*decoding, *(sequence.computed for sequence in self._prompts)):
             for layers, window in self._groups:
                 first = 0 if window is None else window.kept_from(tokens) // PAGE_SIZE
-                taken += layers * (pages_of(tokens) - first)
-        return taken / (self._pages * sum(layers for layers, _ in self._groups))
+                pages += layers * (pages_of(tokens) - first)
+        return pages / (self._pages * sum(layers for layers, _ in self._groups))

@@ -98,6 +98,16 @@ class RunResult:
     """At most a few thousand steps, evenly over the run, for plots."""
 
     @property
+    def keeps_slo(self) -> bool:
+        """Whether enough of its requests are within the SLO; without one, whether enough finished."""
+        return self.slo_share >= ATTAINMENT
+
+    @property
+    def mostly_full(self) -> bool:
+        """Whether requests waited for most of the run: less is a short queue, not a steady state."""
+        return self.saturated_seconds > self.seconds / 2
+
+    @property
     def tokens_per_second(self) -> float:
         return self.output_tokens / self.seconds if self.seconds else 0.0
 
@@ -129,18 +139,18 @@ def distribution(values: Iterable[float]) -> Distribution:
 
 def weighted_distribution(counts: Mapping[float, int]) -> Distribution:
     """Mean and percentiles of values, by how often each came."""
-    whole = sum(counts.values())
-    if not whole:
+    total = sum(counts.values())
+    if not total:
         return Distribution(0.0, 0.0, 0.0, 0.0)
     ordered = sorted(counts.items())
-    percentiles, passed, at = [], 0, iter(ordered)
+    percentiles, passed, values = [], 0, iter(ordered)
     value = ordered[0][0]
     for share in (0.5, 0.9, 0.99):
-        while passed < ceil(share * whole):
-            value, count = next(at)
+        while passed < ceil(share * total):
+            value, count = next(values)
             passed += count
         percentiles.append(value)
-    mean = sum(value * count for value, count in ordered) / whole
+    mean = sum(value * count for value, count in ordered) / total
     return Distribution(mean, *percentiles)
 
 
@@ -148,29 +158,29 @@ class Samples:
     """A sample of at most MOST_SAMPLES of any number of steps: every nth of them, with n doubled when it is full."""
 
     def __init__(self) -> None:
-        self._kept: list[Sampled] = []
+        self._steps: list[Sampled] = []
         self._every = 1
-        self._seen = 0
+        self._count = 0
 
     def due(self) -> bool:
         """Whether the next step is wanted. Every step is asked about once."""
-        self._seen += 1
-        return (self._seen - 1) % self._every == 0
+        self._count += 1
+        return (self._count - 1) % self._every == 0
 
     @property
     def unwanted(self) -> int:
         """How many of the next steps are not."""
-        return -self._seen % self._every
+        return -self._count % self._every
 
     def skip(self, steps: int) -> None:
         """Go past so many unwanted steps."""
-        self._seen += steps
+        self._count += steps
 
     def add(self, sample: Sampled) -> None:
-        self._kept.append(sample)
-        if len(self._kept) >= MOST_SAMPLES:
-            del self._kept[1::2]
+        self._steps.append(sample)
+        if len(self._steps) >= MOST_SAMPLES:
+            del self._steps[1::2]
             self._every *= 2
 
     def kept(self) -> tuple[Sampled, ...]:
-        return tuple(self._kept)
+        return tuple(self._steps)

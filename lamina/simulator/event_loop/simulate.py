@@ -25,65 +25,6 @@ from lamina.simulator.event_loop.quick_instance import DecodeCosts, QuickInstanc
 from lamina.simulator.event_loop.results import RunResult, distribution, weighted_distribution
 from lamina.simulator.traces.arrivals import Arrival, Trace, split
 
-
-class Transfer:
-    """The way of prompts' KV from the prefill instance to the decode instance, one prompt after another. Its bytes, and
-    its seconds as those of the network, are counted in `totals`."""
-
-    def __init__(self, system: Disaggregated, totals: Totals) -> None:
-        self._system, self._totals = system, totals
-        self._free_at = 0.0  # when the last prompt has left
-
-    def arrival(self, prompt: int, ready: float) -> float:
-        """The second at which the KV of a prompt of so many tokens is there. It is sent from second `ready` on."""
-        sent = self._system.transfer_bytes(prompt)
-        start = max(ready, self._free_at)
-        self._free_at = start + sent / self._system.wire
-        self._totals.link_bytes += sent
-        self._totals.busy[2] += self._free_at - start
-        return self._free_at + self._system.link.round_trip
-
-
-def serve_sessions(
-    system: Disaggregated,
-    trace: Trace,
-    prefix_cache: bool,
-    before: Totals,
-    after: Totals,
-    report: Callable[[int], None],
-) -> list[Life]:
-    """The requests that were served; `before` counts the prefill instance, `after` the decode instance and the way
-    there. Prefixes are kept where prompts are computed: what was decoded elsewhere is computed again with the next
-    prompt that has it."""
-    finished: list[Life] = []
-    begun: dict[int, Life] = {}
-    transfer = Transfer(system, after)
-
-    def computed(number: int, life: Life) -> None:
-        if trace.arrivals[number].output == 1:
-            ended(number, life)
-            return
-        begun[number] = life
-        decode.offer(number, transfer.arrival(life.arrival.prompt, life.last))
-
-    def ended(number: int, life: Life) -> None:
-        finished.append(life)
-        prefill.follow(number, life)
-
-    prompts = tuple(
-        replace(a, output=1, shared=min(a.shared, 0 if a.after is None else trace.arrivals[a.after].prompt))
-        for a in trace.arrivals
-    )
-    prefill = Instance(system.prefill, replace(trace, arrivals=prompts), True, prefix_cache, before, ended=computed)
-    decode = Instance(system.decode, trace, False, False, after, begun, offered=True, ended=ended)
-    while any(instance.next_at < math.inf for instance in (prefill, decode)):
-        min((prefill, decode), key=lambda instance: instance.next_at).step()
-        report(len(finished))
-    prefill.finish()
-    decode.finish()
-    return finished
-
-
 Progress = Callable[[str, int, int], None]
 
 
@@ -124,13 +65,13 @@ def simulate(
     """
     if type(seed) is not int:
         raise InvalidRequest(f"seed is {seed!r:.80}; allowed is a whole number")
-    parts, told = split(trace, replicas), 0
+    parts, most_finished = split(trace, replicas), 0
 
     def report(finished: int) -> None:
-        nonlocal told
-        told = max(told, finished)  # a run that begins again
+        nonlocal most_finished
+        most_finished = max(most_finished, finished)  # a run that begins again
         if progress is not None:
-            progress("simulating", told, len(trace.arrivals))
+            progress("simulating", most_finished, len(trace.arrivals))
 
     with _without_collector():
         try:
@@ -198,18 +139,18 @@ def _disaggregated(
     elif instances.prefill:
         prompts = replace(trace, arrivals=tuple(replace(arrival, output=1) for arrival in trace.arrivals))
         lives = instances.of(system.prefill, prompts, before).run(lambda done: None)
-        wanted = {id(short): whole.output for short, whole in zip(prompts.arrivals, trace.arrivals, strict=True)}
-        finished = [life for life in lives if wanted[id(life.arrival)] == 1]
+        outputs = {id(short): original.output for short, original in zip(prompts.arrivals, trace.arrivals, strict=True)}
+        finished = [life for life in lives if outputs[id(life.arrival)] == 1]
         arrived, transfer = [], Transfer(system, after)
         for life in sorted(lives, key=lambda life: life.last):
-            prompt, output = life.arrival.prompt, wanted[id(life.arrival)]
+            prompt, output = life.arrival.prompt, outputs[id(life.arrival)]
             if output == 1:
                 continue
             moved[len(arrived)] = life
             arrived.append(Arrival(transfer.arrival(prompt, life.last), prompt, output))
     if arrived:
-        rest = Trace(trace.name, tuple(arrived))
-        finished += instances.of(system.decode, rest, after, moved).run(report)
+        decoding = Trace(trace.name, tuple(arrived))
+        finished += instances.of(system.decode, decoding, after, moved).run(report)
     after.busy = [sum(before.busy), after.busy[0] + after.busy[1], after.busy[2]]
     if instances.prefill:
         after.prompt_tokens, after.reused = before.prompt_tokens, before.reused
@@ -231,7 +172,7 @@ def _result(
         for first, life in zip(ttft, lives, strict=True)
     )
     model, attention, network = (min(1.0, busy / (seconds * replicas)) if seconds else 0.0 for busy in totals.busy)
-    held, capacity = system.decode if isinstance(system, Disaggregated) else system, system.capacity
+    decoding, capacity = system.decode if isinstance(system, Disaggregated) else system, system.capacity
     # The last kind attends; where there are prompts, a model and attention apart, the model is as busy as these.
     busy = {1: (min(1.0, model + attention),), 2: (model, attention)}.get(
         len(system.devices), (model, attention, attention)
@@ -270,7 +211,7 @@ def _result(
         saturated_tokens=totals.saturated_tokens,
         saturated_batch=totals.saturated_rows / totals.saturated_seconds if totals.saturated_seconds else 0.0,
         samples=totals.samples.kept(),
-        kv_bytes_per_token=system.model.kv_bytes_per_token(held.kv_element),
+        kv_bytes_per_token=system.model.kv_bytes_per_token(decoding.kv_element),
         state_bytes=system.model.state_bytes_held,
         kv_tokens=capacity.tokens if system.model.attentions else 0,
         state_sequences=capacity.sequences if system.model.states else 0,
@@ -287,3 +228,61 @@ def _without_collector() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+class Transfer:
+    """The way of prompts' KV from the prefill instance to the decode instance, one prompt after another. Its bytes, and
+    its seconds as those of the network, are counted in `totals`."""
+
+    def __init__(self, system: Disaggregated, totals: Totals) -> None:
+        self._system, self._totals = system, totals
+        self._free_at = 0.0  # when the last prompt has left
+
+    def arrival(self, prompt: int, ready: float) -> float:
+        """The second at which the KV of a prompt of so many tokens is there. It is sent from second `ready` on."""
+        sent = self._system.transfer_bytes(prompt)
+        start = max(ready, self._free_at)
+        self._free_at = start + sent / self._system.wire
+        self._totals.link_bytes += sent
+        self._totals.busy[2] += self._free_at - start
+        return self._free_at + self._system.link.round_trip
+
+
+def serve_sessions(
+    system: Disaggregated,
+    trace: Trace,
+    prefix_cache: bool,
+    before: Totals,
+    after: Totals,
+    report: Callable[[int], None],
+) -> list[Life]:
+    """The requests that were served; `before` counts the prefill instance, `after` the decode instance and the way
+    there. Prefixes are kept where prompts are computed: what was decoded elsewhere is computed again with the next
+    prompt that has it."""
+    finished: list[Life] = []
+    lives: dict[int, Life] = {}
+    transfer = Transfer(system, after)
+
+    def computed(number: int, life: Life) -> None:
+        if trace.arrivals[number].output == 1:
+            ended(number, life)
+            return
+        lives[number] = life
+        decode.offer(number, transfer.arrival(life.arrival.prompt, life.last))
+
+    def ended(number: int, life: Life) -> None:
+        finished.append(life)
+        prefill.follow(number, life)
+
+    prompts = tuple(
+        replace(a, output=1, shared=min(a.shared, 0 if a.after is None else trace.arrivals[a.after].prompt))
+        for a in trace.arrivals
+    )
+    prefill = Instance(system.prefill, replace(trace, arrivals=prompts), True, prefix_cache, before, ended=computed)
+    decode = Instance(system.decode, trace, False, False, after, lives, offered=True, ended=ended)
+    while any(instance.next_at < math.inf for instance in (prefill, decode)):
+        min((prefill, decode), key=lambda instance: instance.next_at).step()
+        report(len(finished))
+    prefill.finish()
+    decode.finish()
+    return finished

@@ -13,7 +13,7 @@ from lamina.simulator.costs.cost_model import KvPolicy, Load, Speculation, kv_he
 from lamina.simulator.costs.hardware import Device
 from lamina.simulator.costs.offloaded import SEQUENCE_TOKENS, best_local_share
 from lamina.simulator.costs.shapes import ModelShape
-from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System, price
+from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System, instances, price, with_decode
 from lamina.simulator.planning.deployment import undeployable
 from lamina.simulator.planning.inventory import Inventory
 
@@ -55,13 +55,13 @@ def candidates(
     """
     if budget is not None and not 0 < budget < math.inf:
         raise InvalidRequest(f"budget is {budget}; allowed are dollars an hour above 0")
-    found: list[Candidate] = []
+    fitting: list[Candidate] = []
     cheapest: System | None = None
     for system in _systems(model, inventory, prefill, sequence_tokens):
         if model.states:
-            system = _for_sequences(system, sequence_tokens)
+            system = with_decode(system, sequence_tokens=sequence_tokens)
         if speculation is not None:
-            system = speculating(system, speculation)
+            system = with_decode(system, speculation=speculation)
         count = _replicas(system, inventory)
         if count < 1 or (inventory.only_deployable and undeployable(system)) or not fits(system):
             continue
@@ -71,14 +71,14 @@ def candidates(
         if budget is not None and cost:
             count = min(count, int(budget / cost + 1e-9))
         if count:
-            found.append(Candidate(system, count))
-        if len(found) > MAX_CANDIDATES:
+            fitting.append(Candidate(system, count))
+        if len(fitting) > MAX_CANDIDATES:
             raise InvalidRequest(
                 f"there are more than {MAX_CANDIDATES} candidates; allowed are fewer devices, links or policies, or a "
                 "smaller budget"
             )
-    if found:
-        return tuple(found)
+    if fitting:
+        return tuple(fitting)
     if cheapest is not None:
         raise InvalidRequest(
             f"budget is {budget:g} dollars an hour; the cheapest that holds {model.name!r}, {cheapest.name}, costs "
@@ -87,29 +87,16 @@ def candidates(
     raise InvalidRequest(_nowhere(model, inventory))
 
 
-def speculating(system: System, speculation: Speculation) -> System:
-    """The system with such drafts in decode. Raises InvalidRequest where they cannot be verified."""
-    if isinstance(system, Disaggregated):
-        return replace(system, decode=replace(system.decode, speculation=speculation))
-    return replace(system, speculation=speculation)
-
-
-def _for_sequences(system: System, tokens: int) -> System:
-    if isinstance(system, Disaggregated):
-        return replace(system, decode=replace(system.decode, sequence_tokens=tokens))
-    return replace(system, sequence_tokens=tokens)
-
-
 def _systems(model: ModelShape, inventory: Inventory, prefill: bool, context: int) -> Iterator[System]:
-    wanted = set(inventory.systems)
-    whole = "colocated" in wanted and (prefill or "chunked" not in wanted)
+    kinds = set(inventory.systems)
+    whole_prompts = "colocated" in kinds and (prefill or "chunked" not in kinds)
     chunks = BATCH_TOKENS if prefill else BATCH_TOKENS[-1:]
     for policy in inventory.policies:
-        if "chunked" in wanted:
+        if "chunked" in kinds:
             yield from _colocated(model, inventory, policy, chunks)
-        if whole:
+        if whole_prompts:
             yield from _colocated(model, inventory, policy)
-        if "disaggregated" in wanted and prefill:
+        if "disaggregated" in kinds and prefill:
             yield from _disaggregated(model, inventory, policy)
         for system in _offloaded(model, inventory, policy):
             for tokens in chunks:
@@ -125,13 +112,13 @@ def _colocated(
     """Co-located systems: prompts come in chunks for each of these batch limits, and whole where there are none."""
     for have in inventory.have:
         for degree in _degrees(have.device, have.count):
-            whole = Colocated(
+            system = Colocated(
                 model=model, device=have.device, tensor_parallel=degree, chunked_prefill=False, policy=policy
             )
             if not batch_tokens:
-                yield whole
+                yield system
             for tokens in batch_tokens:
-                yield replace(whole, chunked_prefill=True, batch_tokens=tokens)
+                yield replace(system, chunked_prefill=True, batch_tokens=tokens)
 
 
 def _disaggregated(model: ModelShape, inventory: Inventory, policy: KvPolicy) -> Iterator[Disaggregated]:
@@ -171,8 +158,8 @@ def _offloaded(model: ModelShape, inventory: Inventory, policy: KvPolicy) -> Ite
 def _local_share(system: Offloaded, context: int) -> float:
     """The share of the KV that the model devices keep in a batch that fills half of both tiers; 0 where none pays."""
     try:
-        both = replace(system, local_share=1.0).capacity
-        batch = max(1, min(both.tokens // context, both.sequences, system.max_sequences) // 2)
+        capacity = replace(system, local_share=1.0).capacity
+        batch = max(1, min(capacity.tokens // context, capacity.sequences, system.max_sequences) // 2)
         return best_local_share(system, Load(batch, context))
     except InvalidRequest:
         return 0.0
@@ -203,9 +190,8 @@ def _replicas(system: System, inventory: Inventory) -> int:
 
 def fits(system: System) -> bool:
     """Whether weights and some KV have room."""
-    parts = (system.prefill, system.decode) if isinstance(system, Disaggregated) else (system,)
     try:
-        return all(part.capacity.tokens > 0 and part.capacity.sequences > 0 for part in parts)
+        return all(part.capacity.tokens > 0 and part.capacity.sequences > 0 for part in instances(system))
     except InvalidRequest:
         return False
 
@@ -215,10 +201,10 @@ def _nowhere(model: ModelShape, inventory: Inventory) -> str:
     have = ", ".join(
         f"{entry.count}x {entry.device.name} with {entry.device.memory / 1e9:.1f} GB each" for entry in inventory.have
     )
-    most = max(DEGREES)
+    degree = max(DEGREES)
     return (
         f"model {model.name!r} fits nowhere: its weights have {model.weight_bytes / 1e9:.1f} GB and a token's KV "
-        f"{model.kv_bytes_per_token(2.0) / 1e6:.3f} MB; there are {have}. Allowed are devices of which up to {most} "
+        f"{model.kv_bytes_per_token(2.0) / 1e6:.3f} MB; there are {have}. Allowed are devices of which up to {degree} "
         f"hold the weights in 90 % of their memory, systems that use them ({', '.join(inventory.systems)}) and, where "
         "prompts or attention are elsewhere, a link"
     )

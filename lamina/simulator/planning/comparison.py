@@ -11,12 +11,12 @@ from lamina.errors import InvalidRequest
 from lamina.simulator.costs.cost_model import FULL, KvPolicy, Load, Speculation, kv_heads, kv_projection_time
 from lamina.simulator.costs.hardware import Catalogue, Device
 from lamina.simulator.costs.shapes import ModelShape
-from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System
+from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System, with_decode
 from lamina.simulator.costs.timeline import LayerTimes, chrome_trace, step_timeline
 from lamina.simulator.event_loop.failures import Failures
 from lamina.simulator.event_loop.results import RunResult
 from lamina.simulator.event_loop.simulate import Progress, Slo, simulate
-from lamina.simulator.planning.candidates import DEGREES, speculating
+from lamina.simulator.planning.candidates import DEGREES
 from lamina.simulator.planning.inventory import SYSTEMS
 from lamina.simulator.traces.arrivals import Trace
 
@@ -50,22 +50,22 @@ def build(spec: str, choice: Choice) -> System:
     than the co-located system: which for the three models of the Lamina paper are its own pairs (table 5). Raises
     InvalidRequest.
     """
-    found = _SPEC.fullmatch(spec.strip().lower())
-    if found is None or found[1] not in SYSTEMS:
+    match = _SPEC.fullmatch(spec.strip().lower())
+    if match is None or match[1] not in SYSTEMS:
         raise InvalidRequest(f"system is {spec!r:.80}; allowed are {_FORM}")
-    kind, first, a, second, b = found.groups()
+    kind, first, a, second, b = match.groups()
     cut = kind not in ("colocated", "chunked")
     if first is not None and (second is not None) is not cut:
         raise InvalidRequest(f"system is {spec!r:.80}, which takes {'two kinds' if cut else 'one kind'} of device")
-    known = choice.catalogue
+    catalogue = choice.catalogue
     if first is None:
         devices = _sized(kind, choice)
     else:
-        devices = [(known.device(first), _count(spec, a))]
+        devices = [(catalogue.device(first), _count(spec, a))]
         if second is not None:
-            devices.append((known.device(second), _count(spec, b)))
+            devices.append((catalogue.device(second), _count(spec, b)))
     system = _built(kind, devices, choice)
-    return system if choice.speculation is None else speculating(system, choice.speculation)
+    return system if choice.speculation is None else with_decode(system, speculation=choice.speculation)
 
 
 def compare(
@@ -87,36 +87,36 @@ def compare(
             if progress is not None:
                 progress(what, number * total + done, len(systems) * total)
 
-        found = simulate(system, trace, seed=seed, slo=slo, prefill=prefill, progress=report, failures=failures)
-        results.append(replace(found, assumptions={**found.assumptions, **(assumptions or {})}))
+        result = simulate(system, trace, seed=seed, slo=slo, prefill=prefill, progress=report, failures=failures)
+        results.append(replace(result, assumptions={**result.assumptions, **(assumptions or {})}))
     return results
 
 
 def assumed(reached: str, prefill: bool, trace: Trace, choice: Choice) -> dict[str, str]:
     """What a comparison takes for granted, in words; `reached`: of devices without measurements."""
-    said = {"efficiency": reached}
-    said["memory"] = "90 % of each device's memory is for weights and KV, as vLLM's default"
+    words = {"efficiency": reached}
+    words["memory"] = "90 % of each device's memory is for weights and KV, as vLLM's default"
     if not prefill:
-        said["prefill"] = (
+        words["prefill"] = (
             "prompts are computed elsewhere, at no cost here: decode alone, as in the Lamina paper's evaluation"
         )
-    said |= chosen(choice.model, choice.speculation)
+    words |= chosen(choice.model, choice.speculation)
     if trace.remarks:
-        said["trace"] = "; ".join(trace.remarks)
-    return said
+        words["trace"] = "; ".join(trace.remarks)
+    return words
 
 
 def chosen(model: ModelShape, speculation: Speculation | None) -> dict[str, str]:
     """What is assumed of packed weights and of drafts, in words."""
-    said = {}
+    words = {}
     if (packing := model.packing) is not None:
-        said["weights"] = f"{packing.name}, {packing.nbytes:g} bytes each; norms and biases are floats"
+        words["weights"] = f"{packing.name}, {packing.nbytes:g} bytes each; norms and biases are floats"
     if speculation is not None:
-        said["speculation"] = (
+        words["speculation"] = (
             f"up to {speculation.tokens} drafts by {speculation.name} in {speculation.proposed:.0%} of the steps, each "
             f"accepted with the chance {speculation.acceptance:g} where those before it were; none where none pay"
         )
-    return said
+    return words
 
 
 def step_trace(system: Offloaded, batch: float, context: float) -> str:
@@ -151,8 +151,8 @@ def _built(kind: str, devices: Sequence[tuple[Device, int]], choice: Choice) -> 
     other, others = devices[1]
     if kind == "disaggregated":
         first, second = (
-            Colocated(model=model, device=each, tensor_parallel=many, chunked_prefill=False, policy=policy)
-            for each, many in devices
+            Colocated(model=model, device=part, tensor_parallel=part_count, chunked_prefill=False, policy=policy)
+            for part, part_count in devices
         )
         return Disaggregated(prefill=first, decode=second, link=link)
     if (other.kind == "cpu") != (kind == "lamina-cpu"):
@@ -174,14 +174,14 @@ def _built(kind: str, devices: Sequence[tuple[Device, int]], choice: Choice) -> 
 def _sized(kind: str, choice: Choice) -> list[tuple[Device, int]]:
     """The devices that `build` takes by default."""
     dense = choice.catalogue.device(MODEL_DEVICE)
-    whole = _smallest(choice.model, dense, _ROOM)
+    degree = _smallest(choice.model, dense, _ROOM)
     if kind in ("colocated", "chunked"):
-        return [(dense, whole)]
+        return [(dense, degree)]
     if kind == "disaggregated":
-        return [(dense, whole), (dense, whole)]
+        return [(dense, degree), (dense, degree)]
     attention = choice.catalogue.device(CPU_DEVICE if kind == "lamina-cpu" else ATTENTION_DEVICE)
     alone = _smallest(choice.model, dense, 0.0)
-    spare = (whole - alone) * dense.price
+    spare = (degree - alone) * dense.price
     return [(dense, alone), (attention, max(1, math.floor(spare / attention.price)) if attention.price else 1)]
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from lamina.simulator.costs.systems import System
 from lamina.simulator.costs.uncertainty import Interval, spread
 from lamina.simulator.event_loop.results import RunResult
 from lamina.simulator.event_loop.simulate import Slo
+from lamina.simulator.planning.plan_file import Prediction
 from lamina.simulator.planning.planner import Ranked, limited
 from lamina.simulator.planning.quantities import faster
 from lamina.simulator.steady_state.closed_form import cost_of_a_million, estimate
@@ -21,18 +22,6 @@ from lamina.simulator.traces.demand import Demand
 
 Run = Callable[[System], RunResult]
 """The event loop with a system of the candidate's kind, under the candidate's load."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Figures:
-    """One candidate's numbers."""
-
-    tpot: float
-    ttft: float
-    share: float
-    rate: float
-    tokens: float
-    batch: float
 
 
 def intervals(
@@ -50,32 +39,33 @@ def intervals(
         for factor in (wide.tpot[1], wide.tpot[0])
     )
     now = _figures(ranked, system, demand, slo, prefill, None)
-    made = {
+    numbers = {
         "tpot": _around(now.tpot, fast.tpot, slow.tpot),
         "ttft": _around(now.ttft, min(fast.ttft, now.ttft * wide.ttft[0]), max(slow.ttft, now.ttft * wide.ttft[1])),
-        "share": _around(now.share, slow.share, fast.share),
-        "requests_per_second": _around(ranked.goodput, slow.rate, fast.rate),
-        "tokens_per_second": _around(now.tokens, slow.tokens, fast.tokens),
+        "share": _around(now.slo_share, slow.slo_share, fast.slo_share),
+        "requests_per_second": _around(ranked.goodput, slow.requests_per_second, fast.requests_per_second),
+        "tokens_per_second": _around(now.tokens_per_second, slow.tokens_per_second, fast.tokens_per_second),
         "batch": _around(now.batch, fast.batch, slow.batch),
     }
-    price, tokens = ranked.estimate.price, made["tokens_per_second"]
-    made["dollars_per_hour"] = Interval(price, price, price)
-    made["dollars_per_million"] = Interval(
-        *(cost_of_a_million(price, each) for each in (tokens.high, tokens.value, tokens.low))
+    price, tokens = ranked.estimate.price, numbers["tokens_per_second"]
+    numbers["dollars_per_hour"] = Interval(price, price, price)
+    numbers["dollars_per_million"] = Interval(
+        *(cost_of_a_million(price, rate) for rate in (tokens.high, tokens.value, tokens.low))
     )
-    return made
+    return numbers
 
 
-def _figures(ranked: Ranked, system: System, demand: Demand, slo: Slo, prefill: bool, run: Run | None) -> _Figures:
-    """The numbers of the system in the candidate's place: by the event loop where it ran, or can run."""
+def _figures(ranked: Ranked, system: System, demand: Demand, slo: Slo, prefill: bool, run: Run | None) -> Prediction:
+    """The numbers of the system in the candidate's place: by the event loop where it ran, or can run. Requests are
+    those within the SLO."""
     if run is not None:
         ranked = replace(ranked, result=run(system))
-    if (found := ranked.result) is not None:
-        tokens = found.tokens_per_second
-        return _Figures(found.tpot.mean, found.ttft.mean, found.slo_share, ranked.goodput, tokens, found.mean_batch)
-    now = estimate(system, ranked.estimate.replicas, demand, slo, prefill)
-    share = now.share if math.isinf(demand.rate) else now.share * min(1.0, now.taken / demand.rate)
-    return _Figures(now.tpot, now.ttft, share, now.goodput, now.tokens_per_second, now.batch)
+    if ranked.result is not None:
+        return ranked.predicted
+    ranked = replace(ranked, estimate=estimate(system, ranked.estimate.replicas, demand, slo, prefill))
+    figures = ranked.predicted
+    taken_share = 1.0 if math.isinf(demand.rate) else min(1.0, figures.requests_per_second / demand.rate)
+    return replace(figures, requests_per_second=ranked.goodput, slo_share=figures.slo_share * taken_share)
 
 
 def _around(value: float, one: float, other: float) -> Interval:

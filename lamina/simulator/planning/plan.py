@@ -13,7 +13,15 @@ from dataclasses import dataclass, field, replace
 
 from lamina.simulator.costs.cost_model import Speculation
 from lamina.simulator.costs.shapes import ModelShape
-from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System, price
+from lamina.simulator.costs.systems import (
+    Colocated,
+    Disaggregated,
+    Offloaded,
+    System,
+    changed_devices,
+    price,
+    without_prices,
+)
 from lamina.simulator.costs.uncertainty import Interval, spread
 from lamina.simulator.event_loop.simulate import Progress, Slo
 from lamina.simulator.planning import reasons
@@ -22,9 +30,9 @@ from lamina.simulator.planning.deployment import engine_keywords
 from lamina.simulator.planning.event_runs import EventRuns
 from lamina.simulator.planning.intervals import intervals
 from lamina.simulator.planning.inventory import Inventory
-from lamina.simulator.planning.plan_file import Plan, Prediction, TraceSummary
+from lamina.simulator.planning.plan_file import Plan, TraceSummary
 from lamina.simulator.planning.planner import RATIO_ERROR, TOP, Ranked, advantage, limited, mixes, near_ties, rank, top
-from lamina.simulator.planning.quantities import assumed, changed_devices, market
+from lamina.simulator.planning.quantities import assumed, market
 from lamina.simulator.planning.run_progress import Mapped, one_by_one
 from lamina.simulator.planning.sensitivity import (
     Changes,
@@ -35,71 +43,11 @@ from lamina.simulator.planning.sensitivity import (
     at_price,
     flips,
     sensitivity,
-    without_prices,
 )
 from lamina.simulator.reports.data import Point
 from lamina.simulator.steady_state.closed_form import estimate
 from lamina.simulator.traces.arrivals import Trace
 from lamina.simulator.traces.demand import Demand, demand
-
-TOGETHER, PREFILL, SPLIT, BOTH = "co-located", "disaggregated prefill", "attention offloaded", "both"
-KINDS = (TOGETHER, PREFILL, SPLIT, BOTH)
-"""Everything on the same devices; prompts on others; attention on others; prompts and attention on others."""
-
-
-def kind(system: System) -> str:
-    """Which of `KINDS` a system is."""
-    if isinstance(system, Disaggregated):
-        return PREFILL if isinstance(system.decode, Colocated) else BOTH
-    return SPLIT if isinstance(system, Offloaded) else TOGETHER
-
-
-def best_of_kinds(
-    ranked: Sequence[Ranked], verified: Callable[[Sequence[Ranked]], Sequence[Ranked]]
-) -> dict[str, Ranked]:
-    """The best of each kind that gets a request through, in the order of `KINDS`. `verified` runs the best of some
-    candidates, which come in their order by formula, and returns what it ran, the best first."""
-    found: dict[str, Ranked] = {}
-    for name in KINDS:
-        if mine := [each for each in ranked if kind(each.candidate.system) == name and each.estimate.goodput]:
-            found[name] = (verified(mine) or mine)[0]
-    return found
-
-
-def split_pays(best: Mapping[str, Ranked]) -> str:
-    """The sentence that says whether moving attention to other devices pays, and by how much."""
-    whole = [best[name] for name in (TOGETHER, PREFILL) if name in best]
-    split = [best[name] for name in (SPLIT, BOTH) if name in best]
-    if not split:
-        return "The split does not pay: nothing that offloads attention gets a request through within the SLO."
-    if not whole:
-        return f"The split pays: only what offloads attention gets requests through, such as {split[0].name}."
-    mine, theirs = _first(split), _first(whole)
-    gain = advantage(mine, theirs)
-    said = f"the best split, {mine.name}, gives {_times(gain)} of the best without, {theirs.name}"
-    if mine.serves != theirs.serves:
-        able = "the best split serves all that is asked for, and nothing without does"
-        unable = "nothing that offloads attention serves all that is asked for, and the best without does"
-        return f"The split pays: {able}." if mine.serves else f"The split does not pay: {unable}."
-    if gain > 1 + RATIO_ERROR:
-        return f"The split pays: {said}."
-    if gain >= 1 / (1 + RATIO_ERROR):
-        return f"The split does not pay: {said}, a tie within the error of such a comparison ({RATIO_ERROR:.0%})."
-    return f"The split does not pay: {said}."
-
-
-def _first(some: Sequence[Ranked]) -> Ranked:
-    """What serves all before what does not, then by what it gives."""
-    first = some[0]
-    for each in some[1:]:
-        if (each.serves, advantage(each, first)) > (first.serves, 1.0):
-            first = each
-    return first
-
-
-def _times(gain: float) -> str:
-    return "requests for nothing, instead" if math.isinf(gain) else f"{gain:.2f} times the requests for a dollar"
-
 
 _UNSEEN = 200
 """Candidates beyond the budget that are looked at, the cheapest first."""
@@ -126,8 +74,8 @@ class PlanRequest:
     @property
     def demand(self) -> Demand:
         """What is to be served."""
-        whole = demand(self.trace)
-        return whole if self.rate is None else whole.at_rate(self.rate)
+        load = demand(self.trace)
+        return load if self.rate is None else load.at_rate(self.rate)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,12 +107,12 @@ class Planned:
     @property
     def serving(self) -> int:
         """How many of the candidates serve all that is asked for."""
-        return sum(each.serves for each in self.ranked)
+        return sum(entry.serves for entry in self.ranked)
 
     @property
     def free(self) -> bool:
         """Whether there are devices without a price, so that requests for a dollar say nothing."""
-        return any(each.estimate.goodput and not each.estimate.price for each in self.ranked)
+        return any(entry.estimate.goodput and not entry.estimate.price for entry in self.ranked)
 
     def points(self) -> list[Point]:
         """For a Pareto plot, of what gets a request through: name, output tokens within the SLO a dollar (a second
@@ -172,13 +120,13 @@ class Planned:
         checked."""
         return [
             (
-                each.name,
-                (each.goodput if self.free else each.goodput_per_dollar) * self.demand.output,
-                1 / (each.estimate.tpot if each.result is None else each.result.tpot.mean or math.inf),
-                each.serves,
+                entry.name,
+                (entry.goodput if self.free else entry.goodput_per_dollar) * self.demand.output,
+                1 / (entry.predicted.tpot or math.inf),
+                entry.serves,
             )
-            for each in self.ranked
-            if each.estimate.goodput
+            for entry in self.ranked
+            if entry.estimate.goodput
         ]
 
 
@@ -197,32 +145,32 @@ def make_plan(
 
     Raises InvalidRequest where nothing fits, or nothing meets the SLO.
     """
-    slo, prefill, wanted = asked.slo, asked.prefill, asked.demand
-    loop = EventRuns(asked.trace, wanted, slo, prefill, seed, mapped) if check else None
-    prices = find(asked, wanted, check=check, loop=loop, progress=progress, mapped=mapped)
-    best, said = {}, list[str]()
+    slo, prefill, load = asked.slo, asked.prefill, asked.demand
+    loop = EventRuns(asked.trace, load, slo, prefill, seed, mapped) if check else None
+    prices = find(asked, load, check=check, loop=loop, progress=progress, mapped=mapped)
+    best, sentences = {}, list[str]()
     if compare is not None:
-        every = _candidates(asked, wanted, compare)
-        everything = rank(every, wanted, slo, prefill=prefill, progress=progress, mapped=mapped)
+        every = _candidates(asked, load, compare)
+        everything = rank(every, load, slo, prefill=prefill, progress=progress, mapped=mapped)
         best = best_of_kinds(everything, lambda some: loop.verified(top(some, check)) if loop else [])
-        said.append(split_pays(best))
+        sentences.append(split_pays(best))
     run = loop.elsewhere if loop else None
-    changes = Changes(prices.ranked, wanted, slo, prefill, run, progress=progress, mapped=mapped)
-    systems = [each.candidate.system for each in changes.field]
-    found = sensitivity(prices, changes, market(systems, wanted, slo))
+    changes = Changes(prices.ranked, load, slo, prefill, run, progress=progress, mapped=mapped)
+    systems = [entry.candidate.system for entry in changes.field]
+    sensitivities = sensitivity(prices, changes, market(systems, load, slo))
     would_flip = flips(changes, assumed(systems, lambda system: spread(system).tpot))
     ranked = prices.ranked
-    sure = intervals(ranked[0], wanted, slo, prefill, loop.repeated(ranked[0]) if loop else None)
+    sure = intervals(ranked[0], load, slo, prefill, loop.repeated(ranked[0]) if loop else None)
     ties = near_ties(ranked)
     return Planned(
-        demand=wanted,
+        demand=load,
         ranked=tuple(ranked),
         ties=ties,
         intervals=sure,
-        why=tuple(said + reasons.why(ranked, wanted, slo, prefill, ties)),
-        sensitivity=tuple(found),
+        why=tuple(sentences + reasons.why(ranked, load, slo, prefill, ties)),
+        sensitivity=tuple(sensitivities),
         assumptions=tuple(would_flip),
-        plan=_plan(asked.name, ranked[0], wanted, slo),
+        plan=_plan(asked.name, ranked[0], load, slo),
         best_of=best,
     )
 
@@ -259,49 +207,87 @@ def _unseen(asked: PlanRequest, wanted: Demand) -> Unseen:
     inventory, now = asked.inventory, {have.device.name: have.device for have in asked.inventory.have}
 
     def unseen(name: str, factor: float, most: float) -> list[Ranked]:
-        known = {without_prices(each.system) for each in _candidates(asked, wanted, inventory)}
-        have = tuple(replace(each, device=at_price(each.device, name, factor)) for each in inventory.have)
+        systems = {without_prices(entry.system) for entry in _candidates(asked, wanted, inventory)}
+        have = tuple(replace(entry, device=at_price(entry.device, name, factor)) for entry in inventory.have)
         new = [
-            each
-            for each in _candidates(asked, wanted, replace(inventory, have=have))
-            if without_prices(each.system) not in known and price(each.system) < most
+            entry
+            for entry in _candidates(asked, wanted, replace(inventory, have=have))
+            if without_prices(entry.system) not in systems and price(entry.system) < most
         ]
-        found = []
-        for each in sorted(new, key=lambda each: price(each.system))[:_UNSEEN]:
-            system = changed_devices(each.system, lambda device: now[device.name])
-            yields = estimate(system, each.replicas, wanted, asked.slo, asked.prefill, fine=False)
-            found.append(Ranked(Candidate(system, each.replicas), yields))
-        return found
+        newcomers = []
+        for entry in sorted(new, key=lambda entry: price(entry.system))[:_UNSEEN]:
+            system = changed_devices(entry.system, lambda device: now[device.name])
+            yields = estimate(system, entry.replicas, wanted, asked.slo, asked.prefill, fine=False)
+            newcomers.append(Ranked(Candidate(system, entry.replicas), yields))
+        return newcomers
 
     return unseen
 
 
 def _plan(name: str, winner: Ranked, asked: Demand, slo: Slo) -> Plan:
-    system, found = limited(winner), winner.estimate
-    predicted = Prediction(
-        source="closed form",
-        requests_per_second=found.taken,
-        tokens_per_second=found.tokens_per_second,
-        tpot=found.tpot,
-        ttft=found.ttft if math.isfinite(found.ttft) else 0.0,
-        slo_share=found.share,
-        batch=found.batch,
-        dollars_per_hour=found.price,
-        dollars_per_million=found.dollars_per_million,
-    )
-    if (result := winner.result) is not None:
-        predicted = Prediction(
-            source="event loop",
-            requests_per_second=winner.goodput,
-            tokens_per_second=result.tokens_per_second,
-            tpot=result.tpot.mean,
-            ttft=result.ttft.mean,
-            slo_share=result.slo_share,
-            batch=result.mean_batch,
-            dollars_per_hour=result.price,
-            dollars_per_million=result.dollars_per_million,
-        )
+    system, predicted = limited(winner), winner.predicted
+    if not math.isfinite(predicted.ttft):
+        predicted = replace(predicted, ttft=0.0)
     rate = asked.rate if math.isfinite(asked.rate) else 0.0
     summary = TraceSummary(asked.name, asked.requests, rate, asked.prompt, asked.output, asked.context)
     engine = engine_keywords(system, asked.longest)
-    return Plan(name, system, predicted, summary, slo, replicas=found.replicas, engine=engine)
+    return Plan(name, system, predicted, summary, slo, replicas=winner.estimate.replicas, engine=engine)
+
+
+TOGETHER, PREFILL, SPLIT, BOTH = "co-located", "disaggregated prefill", "attention offloaded", "both"
+KINDS = (TOGETHER, PREFILL, SPLIT, BOTH)
+"""Everything on the same devices; prompts on others; attention on others; prompts and attention on others."""
+
+
+def kind(system: System) -> str:
+    """Which of `KINDS` a system is."""
+    if isinstance(system, Disaggregated):
+        return PREFILL if isinstance(system.decode, Colocated) else BOTH
+    return SPLIT if isinstance(system, Offloaded) else TOGETHER
+
+
+def best_of_kinds(
+    ranked: Sequence[Ranked], verified: Callable[[Sequence[Ranked]], Sequence[Ranked]]
+) -> dict[str, Ranked]:
+    """The best of each kind that gets a request through, in the order of `KINDS`. `verified` runs the best of some
+    candidates, which come in their order by formula, and returns what it ran, the best first."""
+    best: dict[str, Ranked] = {}
+    for name in KINDS:
+        if mine := [entry for entry in ranked if kind(entry.candidate.system) == name and entry.estimate.goodput]:
+            best[name] = (verified(mine) or mine)[0]
+    return best
+
+
+def split_pays(best: Mapping[str, Ranked]) -> str:
+    """The sentence that says whether moving attention to other devices pays, and by how much."""
+    together = [best[name] for name in (TOGETHER, PREFILL) if name in best]
+    split = [best[name] for name in (SPLIT, BOTH) if name in best]
+    if not split:
+        return "The split does not pay: nothing that offloads attention gets a request through within the SLO."
+    if not together:
+        return f"The split pays: only what offloads attention gets requests through, such as {split[0].name}."
+    mine, theirs = _first(split), _first(together)
+    gain = advantage(mine, theirs)
+    sentence = f"the best split, {mine.name}, gives {_times(gain)} of the best without, {theirs.name}"
+    if mine.serves != theirs.serves:
+        able = "the best split serves all that is asked for, and nothing without does"
+        unable = "nothing that offloads attention serves all that is asked for, and the best without does"
+        return f"The split pays: {able}." if mine.serves else f"The split does not pay: {unable}."
+    if gain > 1 + RATIO_ERROR:
+        return f"The split pays: {sentence}."
+    if gain >= 1 / (1 + RATIO_ERROR):
+        return f"The split does not pay: {sentence}, a tie within the error of such a comparison ({RATIO_ERROR:.0%})."
+    return f"The split does not pay: {sentence}."
+
+
+def _first(some: Sequence[Ranked]) -> Ranked:
+    """What serves all before what does not, then by what it gives."""
+    first = some[0]
+    for entry in some[1:]:
+        if (entry.serves, advantage(entry, first)) > (first.serves, 1.0):
+            first = entry
+    return first
+
+
+def _times(gain: float) -> str:
+    return "requests for nothing, instead" if math.isinf(gain) else f"{gain:.2f} times the requests for a dollar"

@@ -177,8 +177,8 @@ def _read_system(data: Mapping[str, Any]) -> System:
             raise InvalidRequest(f"system.{name} is {side!r:.80}; allowed is a table, which is needed")
         instance = Offloaded if name == "decode" and "model_device" in side else Colocated
         sides[name] = _instance(instance, side, f"system.{name}", data["shape"], named)
-    between = validated(_Between, _complete(table, "system", named), "system")
-    return Disaggregated(**sides, link=between.link, label=between.label)
+    other_fields = validated(_Between, _complete(table, "system", named), "system")
+    return Disaggregated(**sides, link=other_fields.link, label=other_fields.label)
 
 
 class _Between(Table):

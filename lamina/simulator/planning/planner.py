@@ -14,31 +14,16 @@ from dataclasses import dataclass, replace
 from itertools import chain
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System
-from lamina.simulator.event_loop.results import RunResult
+from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System, with_decode
+from lamina.simulator.event_loop.results import ATTAINMENT, RunResult
 from lamina.simulator.event_loop.simulate import Progress, Slo, simulate
-from lamina.simulator.planning.candidates import Candidate, candidates
+from lamina.simulator.planning.candidates import Candidate
+from lamina.simulator.planning.plan_file import Prediction
 from lamina.simulator.planning.run_progress import Mapped, RunProgress, one_by_one
-from lamina.simulator.steady_state.closed_form import ATTAINMENT, TARGET, Estimate, estimate, none_meets
+from lamina.simulator.steady_state.closed_form import TARGET, Estimate, estimate, none_meets
 from lamina.simulator.traces.arrivals import Trace
 from lamina.simulator.traces.catalogue import WINDOWS, at_rate, windows
 from lamina.simulator.traces.demand import Demand
-
-__all__ = [
-    "Candidate",
-    "Ranked",
-    "best",
-    "candidates",
-    "limited",
-    "mixes",
-    "rank",
-    "reachable",
-    "rerun",
-    "rivals",
-    "search",
-    "top",
-    "verify",
-]
 
 CLOSER = 60
 """Candidates that are estimated again with more of the trace, at least, the best by the first estimate. The others
@@ -96,7 +81,7 @@ class Ranked:
         if self.result is None:
             return self.estimate.goodput
         passing = self.result.finished / self.result.seconds if self.result.seconds else 0.0
-        waited = self.result.saturated_seconds > self.result.seconds / 2  # it never kept up: what came out counts
+        waited = self.result.mostly_full  # it never kept up: what came out counts
         return (min(self.rate, passing) if waited else self.rate) * self.result.slo_share
 
     @property
@@ -109,10 +94,37 @@ class Ranked:
         """Of the requests taken, those within the SLO."""
         return self.estimate.share if self.result is None else self.result.slo_share
 
+    @property
+    def predicted(self) -> Prediction:
+        """What all replicas yield: by the event loop where it ran, else by the closed form."""
+        if self.result is None:
+            return Prediction(
+                source="closed form",
+                requests_per_second=self.estimate.taken,
+                tokens_per_second=self.estimate.tokens_per_second,
+                tpot=self.estimate.tpot,
+                ttft=self.estimate.ttft,
+                slo_share=self.estimate.share,
+                batch=self.estimate.batch,
+                dollars_per_hour=self.estimate.price,
+                dollars_per_million=self.estimate.dollars_per_million,
+            )
+        return Prediction(
+            source="event loop",
+            requests_per_second=self.goodput,
+            tokens_per_second=self.result.tokens_per_second,
+            tpot=self.result.tpot.mean,
+            ttft=self.result.ttft.mean,
+            slo_share=self.result.slo_share,
+            batch=self.result.mean_batch,
+            dollars_per_hour=self.result.price,
+            dollars_per_million=self.result.dollars_per_million,
+        )
+
     def nearly(self, part: float) -> bool:
         """Whether all that is asked for is served, this part of what is needed within the SLO."""
-        whole = math.isinf(self.estimate.demanded) or self.rate >= self.estimate.demanded * (1 - 1e-9)
-        return whole and self.share >= self.needed * part
+        full_rate = math.isinf(self.estimate.demanded) or self.rate >= self.estimate.demanded * (1 - 1e-9)
+        return full_rate and self.share >= self.needed * part
 
     @property
     def serves(self) -> bool:
@@ -131,8 +143,8 @@ def described(system: System, replicas: int = 1) -> str:
         words.append(f"{system.batch_tokens} tokens a batch")
     if system.policy.name != "full":
         words.append(system.policy.name)
-    said = ", ".join(words)
-    return said if replicas == 1 else f"{replicas} of {said}"
+    text = ", ".join(words)
+    return text if replicas == 1 else f"{replicas} of {text}"
 
 
 def rank(
@@ -150,111 +162,100 @@ def rank(
     Raises InvalidRequest where none gets a single request through within the SLO: naming the link where a faster one
     would help, with what it has and what it needs.
     """
-    told = RunProgress(progress, "ranking", len(every) + min(CLOSER, len(every)))
+    reports = RunProgress(progress, "ranking", len(every) + min(CLOSER, len(every)))
 
     def look(candidate: Candidate, fine: bool) -> Ranked:
         return Ranked(candidate, estimate(candidate.system, candidate.replicas, demand, slo, prefill, fine))
 
-    steady = sorted(told.over(mapped(lambda candidate: look(candidate, False), every)), key=_order)
-    closer = list(told.over(mapped(lambda each: look(each.candidate, True), steady[:CLOSER])))
-    for each in steady[CLOSER:]:
-        if _order(min(closer, key=_order)) <= _order(each):
+    steady = sorted(reports.over(mapped(lambda candidate: look(candidate, False), every)), key=_order)
+    closer = list(reports.over(mapped(lambda entry: look(entry.candidate, True), steady[:CLOSER])))
+    for entry in steady[CLOSER:]:
+        if _order(min(closer, key=_order)) <= _order(entry):
             break
-        closer.append(look(each.candidate, True))
+        closer.append(look(entry.candidate, True))
     ranked = sorted(closer, key=_order) + steady[len(closer) :]
-    told.end()
+    reports.end()
     if not ranked or not ranked[0].estimate.goodput:
-        tried = [(each.name, each.candidate.system, each.estimate) for each in ranked]
+        tried = [(entry.name, entry.candidate.system, entry.estimate) for entry in ranked]
         raise InvalidRequest(none_meets(tried, demand, slo, prefill))
     return ranked
 
 
 def best(ranked: Sequence[Ranked], offloaded: bool) -> Ranked | None:
     """The first that offloads attention, or the first that doesn't; None where none gets a request through."""
-    for each in ranked:
-        if each.candidate.offloaded == offloaded and each.estimate.goodput:
-            return each
+    for entry in ranked:
+        if entry.candidate.offloaded == offloaded and entry.estimate.goodput:
+            return entry
     return None
 
 
 def mixes(ranked: Sequence[Ranked]) -> list[Ranked]:
     """Of each mix of devices, link and policy the best that gets a request through: others of it differ in lanes,
     shards or the batch limit alone."""
-    found: dict[object, Ranked] = {}
-    for each in ranked:
-        system = each.candidate.system
-        if each.estimate.goodput:
-            found.setdefault((type(system), system.devices, getattr(system, "link", None), system.policy), each)
-    return list(found.values())
+    best_of_mix: dict[object, Ranked] = {}
+    for entry in ranked:
+        system = entry.candidate.system
+        if entry.estimate.goodput:
+            best_of_mix.setdefault((type(system), system.devices, getattr(system, "link", None), system.policy), entry)
+    return list(best_of_mix.values())
 
 
 def top(ranked: Sequence[Ranked], count: int = TOP) -> list[Ranked]:
     """The best `count`: the best of each kind of system, then of each mix, then others that get a request through."""
     useful = mixes(ranked)
     kinds: dict[type, Ranked] = {}
-    for each in useful:
-        kinds.setdefault(type(each.candidate.system), each)
-    others = (each for each in ranked if each.estimate.goodput)
+    for entry in useful:
+        kinds.setdefault(type(entry.candidate.system), entry)
+    others = (entry for entry in ranked if entry.estimate.goodput)
     chosen: dict[int, Ranked] = {}
-    for each in chain(kinds.values(), useful, others):
+    for entry in chain(kinds.values(), useful, others):
         if len(chosen) == count:
             break
-        chosen.setdefault(id(each), each)
-    return [each for each in ranked if id(each) in chosen]
-
-
-def rivals(ranked: Sequence[Ranked]) -> list[Ranked]:
-    """The rivals of the first: the best of each other kind of system, and of its own kind with other devices. Where the
-    first was checked, they are checked too."""
-    first, found = ranked[0], dict[type, Ranked]()
-    for each in mixes(ranked)[1:]:
-        system = each.candidate.system
-        other = type(system) is not type(first.candidate.system) or system.devices != first.candidate.system.devices
-        if other and (first.result is None or each.result is not None):
-            found.setdefault(type(system), each)
-    return list(found.values())
+        chosen.setdefault(id(entry), entry)
+    return [entry for entry in ranked if id(entry) in chosen]
 
 
 def limited(ranked: Ranked) -> System:
     """The system with the batch limit that the closed form found for its SLO."""
-    system, most = ranked.candidate.system, max(1, ranked.estimate.most)
-    if isinstance(system, Disaggregated):
-        return replace(system, decode=replace(system.decode, max_sequences=most))
-    return replace(system, max_sequences=most)
+    return with_decode(ranked.candidate.system, max_sequences=max(1, ranked.estimate.most))
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """Under which the event loop runs candidates: requests, what users accept, whether prompts are computed here."""
+
+    trace: Trace
+    slo: Slo
+    prefill: bool = True
+    seed: int = 0
 
 
 def search(
     ranked: Sequence[Ranked],
-    trace: Trace,
-    slo: Slo,
+    conditions: Conditions,
     *,
     count: int = TOP,
-    prefill: bool = True,
-    seed: int = 0,
     progress: Progress | None = None,
     mapped: Mapped = one_by_one,
 ) -> list[Ranked]:
     """All that were ranked: those that the event loop checked first, in its order. It checks the best `count`, and the
     next as many while none of them serves all that is asked for, though others do by the closed form."""
     checked: list[Ranked] = []
-    left = list(ranked)
+    unchecked = list(ranked)
     for _ in range(WAVES):
-        chosen = top(left, count)
-        checked += verify(chosen, trace, slo, prefill=prefill, seed=seed, progress=progress, mapped=mapped)
-        taken = {id(each) for each in chosen}
-        left = [each for each in left if id(each) not in taken]
-        if any(each.serves for each in checked) or not any(each.serves for each in left):
+        chosen = top(unchecked, count)
+        checked += verify(chosen, conditions, progress=progress, mapped=mapped)
+        ids = {id(entry) for entry in chosen}
+        unchecked = [entry for entry in unchecked if id(entry) not in ids]
+        if any(entry.serves for entry in checked) or not any(entry.serves for entry in unchecked):
             break
-    return sorted(checked, key=lambda each: not each.serves) + left
+    return sorted(checked, key=lambda entry: not entry.serves) + unchecked
 
 
 def verify(
     chosen: Sequence[Ranked],
-    trace: Trace,
-    slo: Slo,
+    conditions: Conditions,
     *,
-    prefill: bool = True,
-    seed: int = 0,
     requests: int = REQUESTS,
     allowance: float = 0.0,
     progress: Progress | None = None,
@@ -269,16 +270,16 @@ def verify(
     One that does not keep the SLO gets another replica if there is one, else lower rates. `allowance`: how much less of
     the longest excerpts may be in time; then no lower rates are tried.
     """
-    field = [(more, more is each) for each in chosen for more in (each, *_fewer(each))]
+    field = [(more, more is entry) for entry in chosen for more in (entry, *_fewer(entry))]
     rungs = [(requests // part, less) for part, less in RUNGS]
     sizes = [len(field)]
     while len(sizes) <= len(rungs) and sizes[-1] > FINALISTS:
         sizes.append(max(FINALISTS, sizes[-1] // 3))
-    told = RunProgress(progress, "simulating", sum(sizes))
+    reports = RunProgress(progress, "simulating", sum(sizes))
 
     def run(some: Sequence[tuple[Ranked, bool]], length: int, less: float) -> Iterator[Ranked]:
-        check = _Check(trace, slo, prefill, seed, length, requests, less)
-        return told.over(mapped(lambda pair: check.of(*pair), some))
+        check = _Check(conditions, length, requests, less)
+        return reports.over(mapped(lambda pair: check.of(*pair), some))
 
     # Each excerpt begins anew: short ones cut bursts badly, and ask for replicas that longer ones do not need.
     out: list[tuple[Ranked, tuple[Ranked, bool]]] = []
@@ -286,45 +287,47 @@ def verify(
         tried = sorted(zip(run(field, length, less), field, strict=True), key=lambda pair: _order(pair[0], less))
         field, out = [pair for _, pair in tried[:keep]], tried[keep:] + out
     finals = list(run(field[:FINALISTS], requests, allowance))
-    for pair in (*field[FINALISTS:], *(pair for each, pair in out if each.nearly(ALMOST))):
+    for pair in (*field[FINALISTS:], *(pair for entry, pair in out if entry.nearly(ALMOST))):
         if len(finals) >= FINALISTS and any(final.serves for final in finals):
             break
         finals += run([pair], requests, allowance)
-    told.end()
-    found: dict[Candidate, Ranked] = {}
-    finals.sort(key=lambda each: _order(each, allowance))
-    for each in (*finals, *(each for each, _ in out)):
-        found.setdefault(each.candidate, each)
-    return list(found.values())
+    reports.end()
+    results: dict[Candidate, Ranked] = {}
+    finals.sort(key=lambda entry: _order(entry, allowance))
+    for entry in (*finals, *(entry for entry, _ in out)):
+        results.setdefault(entry.candidate, entry)
+    return list(results.values())
 
 
 def reachable(ranked: Ranked) -> float:
     """Requests a second within the SLO that a run at the rates tried may count, by the closed form's share. More than
     `Estimate.goodput`, which counts less where the SLO is missed."""
-    found = ranked.estimate
-    rate = min(found.taken * FASTER**TRIES, found.demanded) if found.share >= TARGET else found.taken
-    return rate * found.share
+    forecast = ranked.estimate
+    rate = min(forecast.taken * FASTER**TRIES, forecast.demanded) if forecast.share >= TARGET else forecast.taken
+    return rate * forecast.share
 
 
-def rerun(ranked: Ranked, trace: Trace, slo: Slo, requests: int, *, prefill: bool = True, seed: int = 0) -> Ranked:
+def rerun(ranked: Ranked, conditions: Conditions, requests: int) -> Ranked:
     """What was checked, as it is, on about so many requests of the trace."""
-    return _Check(trace, slo, prefill, seed, requests, requests, 0.0).run(ranked, ranked.rate)
+    return _Check(conditions, requests, requests, 0.0).run(ranked, ranked.rate)
 
 
 def _fewer(ranked: Ranked) -> list[Ranked]:
     """The same with a replica fewer, where that might do."""
-    found, count = ranked.estimate, ranked.estimate.replicas - 1
-    each = found.capacity / ranked.candidate.replicas
-    if not count or math.isinf(found.demanded) or count * each < ALMOST * found.demanded:
+    forecast, count = ranked.estimate, ranked.estimate.replicas - 1
+    capacity = forecast.capacity / ranked.candidate.replicas
+    if not count or math.isinf(forecast.demanded) or count * capacity < ALMOST * forecast.demanded:
         return []
     return [_with_replicas(ranked, count)]
 
 
 def _with_replicas(ranked: Ranked, count: int) -> Ranked:
-    found = ranked.estimate
-    few = found.replicas / count
+    forecast = ranked.estimate
+    few = forecast.replicas / count
     return replace(
-        ranked, estimate=replace(found, replicas=count, price=found.price / few, batch=found.batch * few), result=None
+        ranked,
+        estimate=replace(forecast, replicas=count, price=forecast.price / few, batch=forecast.batch * few),
+        result=None,
     )
 
 
@@ -333,10 +336,7 @@ class _Check:
     """Runs on an excerpt of about `length` requests of a trace, where finalists get `requests`. A share counts as
     enough with `allowance` less, since excerpts differ."""
 
-    trace: Trace
-    slo: Slo
-    prefill: bool
-    seed: int
+    conditions: Conditions
     length: int
     requests: int
     allowance: float
@@ -348,13 +348,13 @@ class _Check:
     def of(self, ranked: Ranked, grows: bool) -> Ranked:
         """It at the rate that is asked for, with more replicas where that takes some and it `grows`. Where not all is
         taken, or the last excerpt says that it is too much, at the best rate that is found."""
-        found = ranked.estimate
-        if found.taken < found.demanded * (1 - 1e-9):
-            return self._fastest(self.run(ranked, found.taken))
-        best = self.run(ranked, found.demanded)
-        most = min(found.replicas + _MORE, ranked.candidate.replicas) if grows else 0
-        while not self.keeps(best) and best.estimate.replicas < most:
-            more = self.run(_with_replicas(best, best.estimate.replicas + 1), found.demanded)
+        forecast = ranked.estimate
+        if forecast.taken < forecast.demanded * (1 - 1e-9):
+            return self._fastest(self.run(ranked, forecast.taken))
+        best = self.run(ranked, forecast.demanded)
+        limit = min(forecast.replicas + _MORE, ranked.candidate.replicas) if grows else 0
+        while not self.keeps(best) and best.estimate.replicas < limit:
+            more = self.run(_with_replicas(best, best.estimate.replicas + 1), forecast.demanded)
             if more.share <= best.share + _WORTH:
                 break
             best = more
@@ -362,9 +362,9 @@ class _Check:
 
     def _fastest(self, best: Ranked) -> Ranked:
         """At the rate with the most goodput, of some that are near; with enough in time if that can be."""
-        found, rate, slower = best.estimate, best.rate, not self.keeps(best)
-        for _ in range(TRIES if found.share >= TARGET else 0):  # else no rate would do
-            rate = rate * SLOWER if slower else min(rate * FASTER, found.demanded)
+        forecast, rate, slower = best.estimate, best.rate, not self.keeps(best)
+        for _ in range(TRIES if forecast.share >= TARGET else 0):  # else no rate would do
+            rate = rate * SLOWER if slower else min(rate * FASTER, forecast.demanded)
             if rate == best.rate:
                 break
             other = self.run(best, rate)
@@ -377,26 +377,27 @@ class _Check:
 
     def run(self, ranked: Ranked, rate: float) -> Ranked:
         decoding = ranked.estimate.batch * ranked.estimate.replicas
-        most = max(MOST_REQUESTS * self.length // self.requests, self.length)
-        wanted = max(self.length, min(most, round(_LIVES * decoding * self.length / self.requests)))
-        part = windows(self.trace, wanted, max(1, min(WINDOWS, wanted // _WINDOW)))
+        limit = max(MOST_REQUESTS * self.length // self.requests, self.length)
+        count = max(self.length, min(limit, round(_LIVES * decoding * self.length / self.requests)))
+        conditions = self.conditions
+        part = windows(conditions.trace, count, max(1, min(WINDOWS, count // _WINDOW)))
         result = simulate(
             limited(ranked),
             at_rate(part, rate),
-            seed=self.seed,
-            slo=self.slo,
-            prefill=self.prefill,
+            seed=conditions.seed,
+            slo=conditions.slo,
+            prefill=conditions.prefill,
             replicas=min(ranked.estimate.replicas, len(part.arrivals)),
         )
-        needed = ATTAINMENT + (FLATTERY if len(part.arrivals) < len(self.trace.arrivals) else 0.0)
+        needed = ATTAINMENT + (FLATTERY if len(part.arrivals) < len(conditions.trace.arrivals) else 0.0)
         return replace(ranked, result=result, rate=rate, needed=needed)
 
 
 def _order(ranked: Ranked, allowance: float = 0.0) -> tuple[bool, float, float, float, str]:
-    found = ranked.estimate
-    spare = found.capacity / ranked.candidate.replicas * found.replicas
+    forecast = ranked.estimate
+    spare = forecast.capacity / ranked.candidate.replicas * forecast.replicas
     serves = ranked.serves or (allowance > 0 and ranked.nearly(1 - allowance / ranked.needed))
-    return not serves, -ranked.goodput_per_dollar, -spare, found.tpot, ranked.name
+    return not serves, -ranked.goodput_per_dollar, -spare, forecast.tpot, ranked.name
 
 
 RATIO_ERROR = 0.10
@@ -439,9 +440,9 @@ def near_ties(ranked: Sequence[Ranked]) -> tuple[Ranked, ...]:
     """The mixes that are tied with the first: those that lose nothing before those with a lossy policy, each by what
     they give for a dollar. Where the first was checked by the event loop they are, too."""
     first = ranked[0]
-    found = [
-        each
-        for each in mixes(ranked)
-        if each is not first and tied(each, first) and (first.result is None or each.result is not None)
+    ties = [
+        entry
+        for entry in mixes(ranked)
+        if entry is not first and tied(entry, first) and (first.result is None or entry.result is not None)
     ]
-    return tuple(sorted(found, key=lambda each: not lossless(each)))  # sorting keeps the order among equals
+    return tuple(sorted(ties, key=lambda entry: not lossless(entry)))  # sorting keeps the order among equals

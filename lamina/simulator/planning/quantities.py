@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from lamina.simulator.costs.hardware import Device, Link
-from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System
+from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System, changed, instances
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.traces.demand import Demand
 
@@ -40,69 +40,52 @@ class Quantity:
 
 def market(systems: Iterable[System], demand: Demand, slo: Slo) -> list[Quantity]:
     """What others decide: links that can be bought, what users send and accept."""
-    found = []
+    quantities = []
     for link in links(systems).values():
-        found.append(_link(link, "bandwidth", link.bandwidth / 1e9, "GB/s"))
+        quantities.append(_link(link, "bandwidth", link.bandwidth / 1e9, "GB/s"))
         if link.round_trip:
-            found.append(_link(link, "round trip", link.round_trip * 1e6, "us"))
-    found.append(Quantity("mean prompt", demand.prompt, "tokens", _longer_prompts))
+            quantities.append(_link(link, "round trip", link.round_trip * 1e6, "us"))
+    quantities.append(Quantity("mean prompt", demand.prompt, "tokens", _longer_prompts))
     if math.isfinite(demand.rate):
-        found.append(Quantity("load", demand.rate, "requests/s", _more_requests))
+        quantities.append(Quantity("load", demand.rate, "requests/s", _more_requests))
     for name, seconds in (("tpot", slo.tpot), ("ttft", slo.ttft)):
         if seconds is not None:
-            found.append(Quantity(f"{name} of the SLO", seconds * 1000, "ms", _slower_slo(name)))
-    return found
+            quantities.append(Quantity(f"{name} of the SLO", seconds * 1000, "ms", _slower_slo(name)))
+    return quantities
 
 
 def assumed(systems: Iterable[System], likely: Callable[[System], tuple[float, float]]) -> list[Quantity]:
     """What the cost model assumes. `likely(system)`: the factors of a 90 % interval around a predicted pace."""
     every = list(systems)
-    found = []
+    quantities = []
     devices = {device.name: device for system in every for device, _ in system.devices}
     for device in devices.values():
         spreads = [likely(system) for system in every if device in dict(system.devices)]
         slowest, fastest = max(spread[1] for spread in spreads), min(spread[0] for spread in spreads)
         speed = (1 / slowest, 1 / fastest)
         source = "residuals of the cost model against measured systems"
-        found.append(
+        quantities.append(
             Quantity(f"speed of {device.name}", 1.0, "of what is assumed", _faster(device.name), speed, source)
         )
-    shares = {part.memory_share for system in every for part in _parts(system)}
+    shares = {part.memory_share for system in every for part in instances(system)}
     if len(shares) == 1:
         (share,) = shares
         likely_share = (0.85 / share, min(1.0, 0.98) / share)
         source = "vLLM's default is 0.9; 0.98 is reached where nothing else is on a device"
-        found.append(Quantity("memory for weights and KV", share * 100, "%", _memory, likely_share, source))
-    return found
+        quantities.append(Quantity("memory for weights and KV", share * 100, "%", _memory, likely_share, source))
+    return quantities
 
 
 def links(systems: Iterable[System]) -> dict[str, Link]:
     """The links of these systems, by name."""
-    found = {}
+    by_name = {}
     for system in systems:
         if not isinstance(system, Colocated):
-            found[system.link.name] = system.link
-        for part in _parts(system):
+            by_name[system.link.name] = system.link
+        for part in instances(system):
             if not isinstance(part, Colocated):
-                found[part.link.name] = part.link
-    return found
-
-
-def changed(part: Any, change: Callable[[Any], Any], only: str | None = None) -> Any:
-    """A system with its devices and links changed, all or those of one name."""
-    new: dict[str, Any] = {}
-    for item in fields(part):
-        value = getattr(part, item.name)
-        if isinstance(value, (Device, Link)):
-            new[item.name] = change(value) if only in (None, value.name) else value
-        elif is_dataclass(value) and hasattr(value, "step"):
-            new[item.name] = changed(value, change, only)
-    return replace(part, **new)
-
-
-def changed_devices(system: System, change: Callable[[Device], Device]) -> System:
-    """The system with each of its devices changed."""
-    return changed(system, lambda part: change(part) if isinstance(part, Device) else part)  # type: ignore[no-any-return]
+                by_name[part.link.name] = part.link
+    return by_name
 
 
 def scaled(system: System, factor: float, name: str | None, *what: str) -> System:
@@ -110,7 +93,7 @@ def scaled(system: System, factor: float, name: str | None, *what: str) -> Syste
     part does not have stays away."""
 
     def scale(part: Any) -> Any:
-        return replace(part, **{each: getattr(part, each) * factor for each in what if hasattr(part, each)})
+        return replace(part, **{number: getattr(part, number) * factor for number in what if hasattr(part, number)})
 
     return changed(system, scale, name)  # type: ignore[no-any-return]
 
@@ -122,16 +105,13 @@ def faster(system: System, factor: float, name: str | None = None) -> System:
     def overheads(part: Any) -> Any:
         if not isinstance(part, Device):
             return part
-        found = part.efficiency
-        times = [item.name for item in fields(found) if item.name.endswith(("_overhead", "_latency"))]
-        return replace(part, efficiency=replace(found, **{each: getattr(found, each) / factor for each in times}))
+        efficiency = part.efficiency
+        times = [item.name for item in fields(efficiency) if item.name.endswith(("_overhead", "_latency"))]
+        return replace(
+            part, efficiency=replace(efficiency, **{time: getattr(efficiency, time) / factor for time in times})
+        )
 
     return changed(quick, overheads, name)  # type: ignore[no-any-return]
-
-
-def _parts(system: System) -> list[Colocated | Offloaded]:
-    """The instances of a system: where prompts are elsewhere, both."""
-    return [system.prefill, system.decode] if isinstance(system, Disaggregated) else [system]
 
 
 def _link(link: Link, what: str, now: float, unit: str) -> Quantity:

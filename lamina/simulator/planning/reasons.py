@@ -16,118 +16,12 @@ from lamina.simulator.costs.cost_model import Load, attention_time, busiest_shar
 from lamina.simulator.costs.hardware import Device
 from lamina.simulator.costs.shapes import ModelShape
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System
-from lamina.simulator.event_loop.results import RunResult
+from lamina.simulator.event_loop.results import ATTAINMENT, RunResult
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.planning.planner import RATIO_ERROR, Ranked, advantage, best, lossless
 from lamina.simulator.planning.quantities import links, scaled
-from lamina.simulator.steady_state.closed_form import ATTAINMENT, Estimate, estimate, slow_link
+from lamina.simulator.steady_state.closed_form import Estimate, estimate, slow_link
 from lamina.simulator.traces.demand import Demand
-
-_FAR = 2.0
-"""How many times a device's FLOPs a byte attention must ask for, to be worth a word."""
-
-
-def bound_by_compute(model: ModelShape, device: Device, context: float, element: float = 2.0) -> str:
-    """The sentence that attention on a device is bound by its compute, by far; "" where it is not."""
-    work = model.attention_work(context, element)
-    nbytes, flops = (sum(part[at] for part in work) for at in (0, 1))
-    has = rate(device, element) / device.bandwidth
-    if not nbytes or flops < _FAR * has * nbytes:
-        return ""
-    return (
-        f"Attention of {model.name} on {device.name} is bound by compute: it takes {flops / nbytes:.0f} FLOPs a byte "
-        f"of KV, the device has {has:.0f} a byte of bandwidth, of which it uses {has * nbytes / flops:.0%} at best"
-    )
-
-
-def compute_bound_devices(systems: Iterable[System], context: float) -> list[str]:
-    """A sentence for each device on which these systems would attend, and whose compute bounds it."""
-    found: dict[str, str] = {}
-    for system in systems:
-        if isinstance(system, Offloaded) and system.attention_device.name not in found:
-            device = system.attention_device
-            found[device.name] = bound_by_compute(system.model, device, context, system.kv_element)
-    return [said for said in found.values() if said]
-
-
-def step_compared(offloaded: Offloaded, whole: Colocated, batch: float, context: float) -> str:
-    """The sentence of what a step of so many sequences spends on attention, states and the wire, and on the first two
-    where the dense layers are."""
-    load = Load(max(1, round(batch)), context)
-    lane = offloaded.lane(load)
-    states = state_time(
-        offloaded.model,
-        offloaded.attention_device,
-        load,
-        state_share(offloaded.model, offloaded.attention_count, load.decode),
-    )
-    count = whole.tensor_parallel
-    here = attention_time(
-        whole.model,
-        whole.device,
-        load,
-        whole.policy,
-        whole.kv_element,
-        busiest=busiest_share(whole.model, count),
-        queries=1 / count,
-    )
-    here_states = state_time(whole.model, whole.device, load, state_share(whole.model, count))
-    there = _spent(lane.attention - states, states, bool(whole.model.states))
-    return (
-        f"For {load.decode:.0f} sequences of {context:.0f} tokens {there} a step on {offloaded.attention_count}x "
-        f"{offloaded.attention_device.name} and the wire {lane.exchange.seconds * 1000:.2g} ms; on {count}x "
-        f"{whole.device.name}, without a wire, {_spent(here, here_states, bool(whole.model.states))}"
-    )
-
-
-def _spent(attention: float, states: float, both: bool) -> str:
-    said = f"attention takes {attention * 1000:.2g} ms"
-    return f"{said} and states {states * 1000:.2g} ms" if both else said
-
-
-MOST = 256
-"""Replicas that are thought of."""
-
-
-def overloads(
-    systems: Sequence[System], results: Sequence[RunResult], demand: Demand, slo: Slo, prefill: bool = True
-) -> list[str]:
-    """A sentence for each system whose run did not keep the SLO. None where all requests are there from the start, or
-    any time is accepted: more replicas are no answer then."""
-    if math.isinf(demand.rate) or slo == Slo():
-        return []
-    return [
-        f"{result.system}: {result.slo_share:.1%} within the SLO at {demand.rate:.3g} requests/s"
-        f"{_waiting(result)}. {would_do(system, demand, slo, prefill)}."
-        for system, result in zip(systems, results, strict=True)
-        if result.slo_share < ATTAINMENT
-    ]
-
-
-def would_do(system: System, demand: Demand, slo: Slo, prefill: bool = True, least: int = 2) -> str:
-    """How many of a system, `least` or more, keep the SLO by the closed form, with their price; or that no number
-    does."""
-    found = estimate(system, MOST, demand, slo, prefill)
-    if not found.serves:
-        return f"By formula {_none_does(found)}"
-    count = max(least, found.replicas)
-    cost = found.price / found.replicas * count
-    return f"By formula {count} replicas would keep the SLO{f', for ${cost:,.2f} an hour' if cost else ''}"
-
-
-def _none_does(found: Estimate) -> str:
-    if found.share >= ATTAINMENT:
-        return f"not even {MOST} replicas keep the SLO: they take {found.taken:.3g} requests/s"
-    if not math.isfinite(found.tpot):
-        return "no number of replicas keeps the SLO: the trace's longest request does not fit"
-    alone = f"TPOT is {found.tpot * 1000:.3g} ms and TTFT {found.ttft:.3g} s"
-    return f"no number of replicas keeps the SLO: with few requests at a time {alone}"
-
-
-def _waiting(result: RunResult) -> str:
-    """The words for a system whose requests waited for room most of the time; "" for others."""
-    return ", overloaded: requests waited most of the time" if result.saturated_seconds > result.seconds / 2 else ""
-
 
 _MATTERS = 1.03
 """A gain that is worth a word, of twice as much of something."""
@@ -152,35 +46,35 @@ def why(
 ) -> list[str]:
     """Plain sentences. `ties`: what is as good as it."""
     winner = ranked[0]
-    found = winner.estimate
-    said = [
-        f"{winner.name}: {winner.goodput:.3g} requests/s within the SLO for ${found.price:.2f} an hour"
-        f"{f', {winner.goodput_per_dollar:.0f} requests for a dollar' if found.price else ''}{_by(winner)}."
+    forecast = winner.estimate
+    sentences = [
+        f"{winner.name}: {winner.goodput:.3g} requests/s within the SLO for ${forecast.price:.2f} an hour"
+        f"{f', {winner.goodput_per_dollar:.0f} requests for a dollar' if forecast.price else ''}{_by(winner)}."
     ]
     if ties:
-        said.append(_ties_said(winner, ties))
-    if not winner.serves and math.isinf(found.demanded):
-        said.append(f"No system serves {ATTAINMENT:.0%} of the requests within the SLO.")
+        sentences.append(_ties_said(winner, ties))
+    if not winner.serves and math.isinf(forecast.demanded):
+        sentences.append(f"No system serves {ATTAINMENT:.0%} of the requests within the SLO.")
     elif not winner.serves:
-        said.append(
-            f"No system here serves all {found.demanded:.3g} requests/s within the SLO; the rest would have to go "
-            f"elsewhere. {would_do(winner.candidate.system, demand, slo, prefill, found.replicas + 1)}."
+        sentences.append(
+            f"No system here serves all {forecast.demanded:.3g} requests/s within the SLO; the rest would have to go "
+            f"elsewhere. {would_do(winner.candidate.system, demand, slo, prefill, forecast.replicas + 1)}."
         )
-    said.append(_limits_said("the winner", limits(winner, demand, slo, prefill)))
+    sentences.append(_limits_said("the winner", limits(winner, demand, slo, prefill)))
     winner_device = winner.candidate.system.devices[-1][0].name if winner.candidate.offloaded else ""
-    others = (each.candidate.system for each in ranked if each.candidate.system.devices[-1][0].name != winner_device)
+    others = (entry.candidate.system for entry in ranked if entry.candidate.system.devices[-1][0].name != winner_device)
     other = best(ranked, not winner.candidate.offloaded)
     bound = [f"{sentence}." for sentence in compute_bound_devices(others, demand.context)]
     if other is None:
-        said += bound
-        said.append(_nothing_else(ranked, demand, slo, prefill))
-        return said
+        sentences += bound
+        sentences.append(_nothing_else(ranked, demand, slo, prefill))
+        return sentences
     gain, unit = _gain(winner, other)
     theirs = f"{other.name} (${other.estimate.price:.2f} an hour, {other.goodput:.3g} requests/s{_by(other)})"
     if winner.candidate.offloaded:
-        said.append(f"It serves {gain:.2f}x the requests{unit} of the best without offloading, {theirs}.")
+        sentences.append(f"It serves {gain:.2f}x the requests{unit} of the best without offloading, {theirs}.")
         if gain < 1:
-            said.append(f"The latter gives more{unit}, but does not serve all that is asked for.")
+            sentences.append(f"The latter gives more{unit}, but does not serve all that is asked for.")
     else:
         if gain >= 1:
             compared = f"serves {1 - 1 / gain:.0%} fewer requests{unit}"
@@ -188,46 +82,48 @@ def why(
             compared = f"serves {1 / gain - 1:.0%} more requests{unit}, but not all that is asked for"
         else:
             compared = "serves some requests within the SLO, where this one serves none"
-        said.append(f"Offloading attention does not pay here: the best system that offloads it, {theirs}, {compared}.")
-        said.append(_limits_said("that system", limits(other, demand, slo, prefill)))
-        here, there = winner.candidate.system, other.candidate.system
-        whole = here.decode if isinstance(here, Disaggregated) else here
-        if isinstance(whole, Colocated) and isinstance(there, Offloaded):
-            said.append(f"{step_compared(there, whole, other.estimate.batch, demand.context)}.")
-    return said + bound
+        sentences.append(
+            f"Offloading attention does not pay here: the best system that offloads it, {theirs}, {compared}."
+        )
+        sentences.append(_limits_said("that system", limits(other, demand, slo, prefill)))
+        winning, rival = winner.candidate.system, other.candidate.system
+        decoding = winning.decode if isinstance(winning, Disaggregated) else winning
+        if isinstance(decoding, Colocated) and isinstance(rival, Offloaded):
+            sentences.append(f"{step_compared(rival, decoding, other.estimate.batch, demand.context)}.")
+    return sentences + bound
 
 
 def limits(ranked: Ranked, demand: Demand, slo: Slo, prefill: bool = True) -> list[Limit]:
     """What twice as much of each thing would give, at the most that one replica serves; the largest gain first."""
-    most = demand.at_rate(math.inf)
+    unlimited = demand.at_rate(math.inf)
     system = ranked.candidate.system
-    now = estimate(system, 1, most, slo, prefill).goodput
-    found = []
+    now = estimate(system, 1, unlimited, slo, prefill).goodput
+    gains = []
     for what, improved in _improvements(system):
-        better = estimate(improved, 1, most, slo, prefill).goodput
-        found.append(Limit(what, better / now if now else math.inf))
-    return sorted(found, key=lambda limit: -limit.gain)
+        better = estimate(improved, 1, unlimited, slo, prefill).goodput
+        gains.append(Limit(what, better / now if now else math.inf))
+    return sorted(gains, key=lambda limit: -limit.gain)
 
 
 def _improvements(system: System) -> list[tuple[str, System]]:
     """What is improved, in words, and the system with it: twice as much of each thing of its devices and links."""
-    made: list[tuple[str, System]] = []
+    improved: list[tuple[str, System]] = []
     roles = {device.name: "" for device, _ in system.devices}
     if isinstance(system, Offloaded) and len(roles) == 2:
         roles = {system.model_device.name: " (dense layers)", system.attention_device.name: " (attention)"}
     joined = {device.name for device, count in system.devices if count > 1 and device.interconnect}
     for name, role in roles.items():
-        made += [
+        improved += [
             (f"memory bandwidth of {name}{role}", scaled(system, 2, name, "bandwidth")),
             (f"memory of {name}{role}", scaled(system, 2, name, "memory")),
             (f"compute of {name}{role}", scaled(system, 2, name, "flops", "flops_8bit")),
         ]
         if name in joined:
-            made.append((f"interconnect of {name}", scaled(system, 2, name, "interconnect")))
+            improved.append((f"interconnect of {name}", scaled(system, 2, name, "interconnect")))
     for link in links([system]).values():
-        made.append((f"bandwidth of {link.name}", scaled(system, 2, link.name, "bandwidth")))
-        made.append((f"messages a second of {link.name}", scaled(system, 0.5, link.name, "round_trip")))
-    return made
+        improved.append((f"bandwidth of {link.name}", scaled(system, 2, link.name, "bandwidth")))
+        improved.append((f"messages a second of {link.name}", scaled(system, 0.5, link.name, "round_trip")))
+    return improved
 
 
 def _gain(winner: Ranked, other: Ranked) -> tuple[float, str]:
@@ -241,22 +137,19 @@ def _gain(winner: Ranked, other: Ranked) -> tuple[float, str]:
 
 def _by(ranked: Ranked) -> str:
     """The other figures of a candidate, and their source."""
-    found, result = ranked.estimate, ranked.result
-    tpot, ttft, batch, share = found.tpot, found.ttft, found.batch, found.share
-    if result is not None:
-        tpot, ttft, batch, share = result.tpot.mean, result.ttft.mean, result.mean_batch, result.slo_share
+    figures = ranked.predicted
     return (
-        f", TPOT {tpot * 1000:.0f} ms, TTFT {ttft:.2f} s, {batch:.0f} sequences in decode per replica, "
-        f"{share:.0%} within the SLO, by the {'closed form' if result is None else 'event loop'}"
+        f", TPOT {figures.tpot * 1000:.0f} ms, TTFT {figures.ttft:.2f} s, {figures.batch:.0f} sequences in decode per "
+        f"replica, {figures.slo_share:.0%} within the SLO, by the {figures.source}"
     )
 
 
 def _ties_said(winner: Ranked, ties: Sequence[Ranked]) -> str:
     first = winner.candidate.system.policy.name
     names = "; ".join(
-        f"{each.name} (${each.estimate.price:.2f} an hour, {advantage(each, winner):.2f}x"
-        f"{'' if lossless(each) else ', lossy policy'})"
-        for each in ties[:_NAMED]
+        f"{tie.name} (${tie.estimate.price:.2f} an hour, {advantage(tie, winner):.2f}x"
+        f"{'' if lossless(tie) else ', lossy policy'})"
+        for tie in ties[:_NAMED]
     )
     more = f", and {len(ties) - _NAMED} more" if len(ties) > _NAMED else ""
     chosen = "the cheapest of them that reads all KV" if lossless(winner) else f"the cheapest, with the policy {first}"
@@ -270,8 +163,8 @@ def _limits_said(what: str, found: Sequence[Limit]) -> str:
     matter = [limit for limit in found if limit.gain >= _MATTERS]
     if not matter:
         return f"No single thing limits {what}: twice the {found[0].what} would serve {found[0].gain - 1:.0%} more."
-    said = [f"twice the {limit.what} would serve {limit.gain - 1:.0%} more" for limit in matter[:3]]
-    return f"What limits {what}: {', '.join(said)}."
+    words = [f"twice the {limit.what} would serve {limit.gain - 1:.0%} more" for limit in matter[:3]]
+    return f"What limits {what}: {', '.join(words)}."
 
 
 def _nothing_else(ranked: Sequence[Ranked], demand: Demand, slo: Slo, prefill: bool) -> str:
@@ -279,8 +172,110 @@ def _nothing_else(ranked: Sequence[Ranked], demand: Demand, slo: Slo, prefill: b
     winner = ranked[0]
     if winner.candidate.offloaded:
         return "No system without offloading fits the devices, the budget and the SLO."
-    for each in ranked:
-        system = each.candidate.system
-        if isinstance(system, Offloaded) and (said := slow_link(system, demand, slo, prefill)):
-            return f"Offloading attention does not pay here: {said}."
+    for entry in ranked:
+        system = entry.candidate.system
+        if isinstance(system, Offloaded) and (reason := slow_link(system, demand, slo, prefill)):
+            return f"Offloading attention does not pay here: {reason}."
     return "Offloading attention does not pay here: no system with it fits the devices, the budget and the SLO."
+
+
+_FAR = 2.0
+"""How many times a device's FLOPs a byte attention must ask for, to be worth a word."""
+
+
+def bound_by_compute(model: ModelShape, device: Device, context: float, element: float = 2.0) -> str:
+    """The sentence that attention on a device is bound by its compute, by far; "" where it is not."""
+    work = model.attention_work(context, element)
+    nbytes, flops = (sum(part[index] for part in work) for index in (0, 1))
+    has = rate(device, element) / device.bandwidth
+    if not nbytes or flops < _FAR * has * nbytes:
+        return ""
+    return (
+        f"Attention of {model.name} on {device.name} is bound by compute: it takes {flops / nbytes:.0f} FLOPs a byte "
+        f"of KV, the device has {has:.0f} a byte of bandwidth, of which it uses {has * nbytes / flops:.0%} at best"
+    )
+
+
+def compute_bound_devices(systems: Iterable[System], context: float) -> list[str]:
+    """A sentence for each device on which these systems would attend, and whose compute bounds it."""
+    sentences: dict[str, str] = {}
+    for system in systems:
+        if isinstance(system, Offloaded) and system.attention_device.name not in sentences:
+            device = system.attention_device
+            sentences[device.name] = bound_by_compute(system.model, device, context, system.kv_element)
+    return [sentence for sentence in sentences.values() if sentence]
+
+
+def step_compared(offloaded: Offloaded, whole: Colocated, batch: float, context: float) -> str:
+    """The sentence of what a step of so many sequences spends on attention, states and the wire, and on the first two
+    where the dense layers are."""
+    load = Load(max(1, round(batch)), context)
+    lane = offloaded.lane(load)
+    states = state_time(
+        offloaded.model,
+        offloaded.attention_device,
+        load,
+        state_share(offloaded.model, offloaded.attention_count, load.decode),
+    )
+    count = whole.tensor_parallel
+    attention_here = attention_time(
+        whole.model,
+        whole.device,
+        load,
+        whole.policy,
+        whole.kv_element,
+        busiest=busiest_share(whole.model, count),
+        queries=1 / count,
+    )
+    states_here = state_time(whole.model, whole.device, load, state_share(whole.model, count))
+    spent_there = _spent(lane.attention - states, states, bool(whole.model.states))
+    return (
+        f"For {load.decode:.0f} sequences of {context:.0f} tokens {spent_there} a step on {offloaded.attention_count}x "
+        f"{offloaded.attention_device.name} and the wire {lane.exchange.seconds * 1000:.2g} ms; on {count}x "
+        f"{whole.device.name}, without a wire, {_spent(attention_here, states_here, bool(whole.model.states))}"
+    )
+
+
+def _spent(attention: float, states: float, both: bool) -> str:
+    words = f"attention takes {attention * 1000:.2g} ms"
+    return f"{words} and states {states * 1000:.2g} ms" if both else words
+
+
+MOST = 256
+"""Replicas that are thought of."""
+
+
+def overloads(
+    systems: Sequence[System], results: Sequence[RunResult], demand: Demand, slo: Slo, prefill: bool = True
+) -> list[str]:
+    """A sentence for each system whose run did not keep the SLO. None where all requests are there from the start, or
+    any time is accepted: more replicas are no answer then."""
+    if math.isinf(demand.rate) or slo == Slo():
+        return []
+    return [
+        f"{result.system}: {result.slo_share:.1%} within the SLO at {demand.rate:.3g} requests/s"
+        f"{', overloaded: requests waited most of the time' if result.mostly_full else ''}. "
+        f"{would_do(system, demand, slo, prefill)}."
+        for system, result in zip(systems, results, strict=True)
+        if not result.keeps_slo
+    ]
+
+
+def would_do(system: System, demand: Demand, slo: Slo, prefill: bool = True, least: int = 2) -> str:
+    """How many of a system, `least` or more, keep the SLO by the closed form, with their price; or that no number
+    does."""
+    forecast = estimate(system, MOST, demand, slo, prefill)
+    if not forecast.serves:
+        return f"By formula {_none_does(forecast)}"
+    count = max(least, forecast.replicas)
+    cost = forecast.price / forecast.replicas * count
+    return f"By formula {count} replicas would keep the SLO{f', for ${cost:,.2f} an hour' if cost else ''}"
+
+
+def _none_does(found: Estimate) -> str:
+    if found.share >= ATTAINMENT:
+        return f"not even {MOST} replicas keep the SLO: they take {found.taken:.3g} requests/s"
+    if not math.isfinite(found.tpot):
+        return "no number of replicas keeps the SLO: the trace's longest request does not fit"
+    alone = f"TPOT is {found.tpot * 1000:.3g} ms and TTFT {found.ttft:.3g} s"
+    return f"no number of replicas keeps the SLO: with few requests at a time {alone}"

@@ -30,9 +30,9 @@ class RunProgress:
 
     def over(self, mapped: Iterable[B]) -> Iterator[B]:
         """Results as they come, each of a run."""
-        for each in mapped:
+        for result in mapped:
             self.one()
-            yield each
+            yield result
 
     def one(self) -> None:
         """A run is done."""

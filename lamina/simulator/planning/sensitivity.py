@@ -23,11 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamina.simulator.costs.hardware import Device
-from lamina.simulator.costs.systems import System
+from lamina.simulator.costs.systems import without_prices
 from lamina.simulator.event_loop.simulate import Progress, Slo
 from lamina.simulator.planning.candidates import Candidate, fits
 from lamina.simulator.planning.planner import FINALISTS, NOISE, Ranked, handicap, mixes, reachable
-from lamina.simulator.planning.quantities import Quantity, Situation, changed_devices
+from lamina.simulator.planning.quantities import Quantity, Situation
 from lamina.simulator.planning.run_progress import Mapped, RunProgress, one_by_one
 from lamina.simulator.steady_state.closed_form import Estimate, estimate
 from lamina.simulator.traces.demand import Demand
@@ -105,8 +105,8 @@ class Prices:
         """Dollars an hour of each device that has a price, by name."""
         return {
             device.name: device.price
-            for each in self._every
-            for device, _ in each.candidate.system.devices
+            for entry in self._every
+            for device, _ in entry.candidate.system.devices
             if device.price
         }
 
@@ -140,25 +140,25 @@ class Prices:
 
     def _believed(self, place: int) -> bool:
         """Whether that candidate's standing is believed."""
-        found = self._every[place]
-        return self._loop is None or found.candidate in self._checked or self._loop.full(found)
+        entry = self._every[place]
+        return self._loop is None or entry.candidate in self._checked or self._loop.full(entry)
 
     def _check(self, places: Sequence[int]) -> None:
         """Have the event loop run these candidates, which may stand otherwise then."""
         if self._loop is not None:
-            some = [self._every[place] for place in places]
-            self._checked.update(each.candidate for each in some)
-            for place, found in zip(places, self._loop.checked(some), strict=True):
-                self._every[place] = found
+            entries = [self._every[place] for place in places]
+            self._checked.update(entry.candidate for entry in entries)
+            for place, result in zip(places, self._loop.checked(entries), strict=True):
+                self._every[place] = result
             self._columns()
 
     def _confirm(self, place: int) -> bool:
         """Whether that candidate has run on all of the trace. If not it does now, and may stand otherwise."""
-        found = self._every[place]
-        if self._loop is None or found.candidate in self._confirmed:
+        entry = self._every[place]
+        if self._loop is None or entry.candidate in self._confirmed:
             return True
-        self._confirmed.add(found.candidate)
-        self._every[place] = self._loop.whole(found)
+        self._confirmed.add(entry.candidate)
+        self._every[place] = self._loop.whole(entry)
         self._columns()
         return False
 
@@ -186,8 +186,8 @@ class Prices:
         return int(self._first(name, np.array([factor]))[0])
 
     def _add(self, more: Sequence[Ranked]) -> None:
-        known = {without_prices(each.candidate.system) for each in self._every}
-        self._every += [each for each in more if without_prices(each.candidate.system) not in known]
+        systems = {without_prices(entry.candidate.system) for entry in self._every}
+        self._every += [entry for entry in more if without_prices(entry.candidate.system) not in systems]
         self._columns()
 
     def _counted(self, each: Ranked) -> float:
@@ -199,11 +199,11 @@ class Prices:
     def _columns(self) -> None:
         """Set the columns that `_keys` computes with: one number for each candidate, in the order of places."""
         every = self._every
-        self._serves = np.array([each.serves for each in every])
-        self._goodput = np.array([self._counted(each) for each in every])
-        self._handicap = np.array([handicap(each) for each in every])
-        self._replicas = np.array([float(each.estimate.replicas) for each in every])
-        self._unit = np.array([each.estimate.price / each.estimate.replicas for each in every])
+        self._serves = np.array([entry.serves for entry in every])
+        self._goodput = np.array([self._counted(entry) for entry in every])
+        self._handicap = np.array([handicap(entry) for entry in every])
+        self._replicas = np.array([float(entry.estimate.replicas) for entry in every])
+        self._unit = np.array([entry.estimate.price / entry.estimate.replicas for entry in every])
 
     def _first(self, name: str, factors: _Floats) -> NDArray[np.intp]:
         """The place of the best candidate at each of these factors of the device's price, int `[factors]`. The winner,
@@ -216,7 +216,7 @@ class Prices:
         """The score of each candidate at each of these factors of the device's price, `[candidates, factors]`: requests
         within the SLO for a dollar, divided by the handicap, and times `_SERVES_ALL_FACTOR` where the whole demand is
         served. -1: no replica is within the budget."""
-        share = [sum(d.price * n for d, n in each.candidate.system.devices if d.name == name) for each in self._every]
+        share = [sum(d.price * n for d, n in entry.candidate.system.devices if d.name == name) for entry in self._every]
         unit = self._unit[:, None] + np.array(share)[:, None] * (factors - 1)
         replicas = np.broadcast_to(self._replicas[:, None], unit.shape)
         serves = np.broadcast_to(self._serves[:, None], unit.shape)
@@ -239,8 +239,8 @@ class Prices:
         changed = np.flatnonzero(firsts)
         if not changed.size:
             return farthest, 0
-        at = int(changed[0])
-        before, factor, place = (float(factors[at - 1]) if at else 1.0), float(factors[at]), int(firsts[at])
+        index = int(changed[0])
+        before, factor, place = (float(factors[index - 1]) if index else 1.0), float(factors[index]), int(firsts[index])
         for _ in range(_PRICE_HALVINGS):
             middle = math.sqrt(before * factor)
             if first := self._place(name, middle):
@@ -248,11 +248,6 @@ class Prices:
             else:
                 before = middle
         return factor, place
-
-
-def without_prices(system: System) -> System:
-    """The system as it would be if all devices were free: equal for all prices."""
-    return changed_devices(system, lambda device: replace(device, price=0.0))
 
 
 def at_price(device: Device, name: str, factor: float) -> Device:
@@ -301,12 +296,12 @@ class Sensitivity:
             for word, change in (("more", self.rise), ("less", self.fall))
             if change is not None
         ]
-        said = "; ".join(changes)
+        words = "; ".join(changes)
         if not changes:
-            said = f"the winner does not change up to {self.farthest:g}x either way"
+            words = f"the winner does not change up to {self.farthest:g}x either way"
         if not self.rivals:
-            said = "there is no other candidate"
-        return f"{self.what}, now {plain(self.now)} {self.unit}: {said}"
+            words = "there is no other candidate"
+        return f"{self.what}, now {plain(self.now)} {self.unit}: {words}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,10 +348,10 @@ class Changes:
     ) -> None:
         self._winner = ranked[0]
         # The best of the other mixes: of so many there are full runs.
-        self._rivals = [each for each in mixes(ranked) if each is not ranked[0]][:FINALISTS]
+        self._rivals = [entry for entry in mixes(ranked) if entry is not ranked[0]][:FINALISTS]
         self._demand, self._slo, self._prefill, self._run = demand, slo, prefill, run
         self._progress, self._mapped = progress, mapped
-        self._known: dict[tuple[str, str, float], Standing] = {}
+        self._standings: dict[tuple[str, str, float], Standing] = {}
         self._now: dict[str, tuple[float, Estimate]] = {}
 
     @property
@@ -366,18 +361,18 @@ class Changes:
 
     def changes(self, every: Sequence[tuple[Quantity, float]]) -> list[Change | None]:
         """`change` of each of these."""
-        told = RunProgress(self._progress, "comparing", len(every))
-        found = list(told.over(self._mapped(lambda pair: self.change(*pair), every)))
-        told.end()
-        return found
+        reports = RunProgress(self._progress, "comparing", len(every))
+        nearest = list(reports.over(self._mapped(lambda pair: self.change(*pair), every)))
+        reports.end()
+        return nearest
 
     def change(self, quantity: Quantity, farthest: float) -> Change | None:
         """The nearest factor between 1 and `farthest` at which another is first. Where the event loop does not find
         what the closed form says, it looks at `farthest` and, if another is first there, between the two."""
-        found = self._nearest(quantity, farthest)
-        if found is None:
+        nearest = self._nearest(quantity, farthest)
+        if nearest is None:
             return None
-        factor, rival = found
+        factor, rival = nearest
         if self._run is None:
             return Change(factor, rival.name, False)
         near = factor * _BEYOND if farthest > 1 else factor / _BEYOND
@@ -387,9 +382,9 @@ class Changes:
         if ends or not (first := self._first_by_formula(quantity, farthest, self._run)):
             return None
         for part in _BETWEEN:
-            at = near * (farthest / near) ** part
-            if nearer := self._first_by_formula(quantity, at, self._run):
-                return Change(at, nearer.name, True)
+            middle = near * (farthest / near) ** part
+            if nearer := self._first_by_formula(quantity, middle, self._run):
+                return Change(middle, nearer.name, True)
         return Change(farthest, first.name, True)
 
     def _first_by_formula(self, quantity: Quantity, factor: float, run: Run) -> Ranked | None:
@@ -426,38 +421,38 @@ class Changes:
 
     def _better(self, quantity: Quantity, factor: float) -> Ranked | None:
         """The best of the rivals that are before the winner at that factor."""
-        first, found = self._then(self._winner, quantity, factor), None
-        for each in self._rivals:
-            then = self._then(each, quantity, factor)
+        first, better = self._then(self._winner, quantity, factor), None
+        for rival in self._rivals:
+            then = self._then(rival, quantity, factor)
             if then[0] >= first[0] and then > (first[0], first[1] * _CLEARLY):
-                first, found = then, each
-        return found
+                first, better = then, rival
+        return better
 
     def _at(self, each: Ranked, quantity: Quantity, factor: float) -> Situation:
         return quantity.change(Situation(each.candidate.system, self._demand, self._slo), factor)
 
     def _then(self, each: Ranked, quantity: Quantity, factor: float) -> Standing:
         """How a candidate stands then by the closed form, corrected by what the event loop found now."""
-        given, at = self._at(each, quantity, factor), (each.name, quantity.what, factor)
-        if given == Situation(each.candidate.system, self._demand, self._slo):
+        situation, key = self._at(each, quantity, factor), (each.name, quantity.what, factor)
+        if situation == Situation(each.candidate.system, self._demand, self._slo):
             return _standing(each)  # it does not depend on this
-        if at not in self._known and not fits(given.system):
-            self._known[at] = False, 0.0
-        if at not in self._known:
+        if key not in self._standings and not fits(situation.system):
+            self._standings[key] = False, 0.0
+        if key not in self._standings:
             load, now = self._corrected(each)
-            then = self._estimated(each, given, load)
+            then = self._estimated(each, situation, load)
             ratio = each.goodput / now.goodput if now.goodput else 0.0
             trusted = then.serves and (each.serves or not now.serves)
-            self._known[at] = trusted, then.goodput_per_dollar * ratio / handicap(each)
-        return self._known[at]
+            self._standings[key] = trusted, then.goodput_per_dollar * ratio / handicap(each)
+        return self._standings[key]
 
     def _corrected(self, each: Ranked) -> tuple[float, Estimate]:
         """How many times the load the closed form is asked for, to say of now what the event loop found; and what it
         says then."""
         if each.name not in self._now:
-            given = Situation(each.candidate.system, self._demand, self._slo)
-            plain = self._estimated(each, given, 1.0)
-            self._now[each.name] = self._agreeing(each, given, plain) or (1.0, plain)
+            situation = Situation(each.candidate.system, self._demand, self._slo)
+            plain = self._estimated(each, situation, 1.0)
+            self._now[each.name] = self._agreeing(each, situation, plain) or (1.0, plain)
         return self._now[each.name]
 
     def _agreeing(self, each: Ranked, given: Situation, plain: Estimate) -> tuple[float, Estimate] | None:
@@ -469,30 +464,30 @@ class Changes:
             return None
 
         def tried(load: float) -> tuple[float, Estimate] | None:
-            found = self._estimated(each, given, load)
-            return (load, found) if found.serves and found.replicas == count else None
+            forecast = self._estimated(each, given, load)
+            return (load, forecast) if forecast.serves and forecast.replicas == count else None
 
         more = plain.serves and plain.replicas < count
         one = plain.capacity / each.candidate.replicas / plain.demanded
         wrong, load = 1.0, max(1.0, one * (count - 1)) if more else min(1.0, one * count)
-        found = tried(load)
+        agreement = tried(load)
         for _ in range(_LOADS):
-            if found is not None:
+            if agreement is not None:
                 break
             wrong, load = load, load * _WIDER if more else load / _WIDER
-            found = tried(load)
-        for _ in range(_HALVINGS if found else 0):
+            agreement = tried(load)
+        for _ in range(_HALVINGS if agreement else 0):
             middle = math.sqrt(wrong * load)
             if nearer := tried(middle):
-                found, load = nearer, middle
+                agreement, load = nearer, middle
             else:
                 wrong = middle
-        return found
+        return agreement
 
     def _estimated(self, each: Ranked, given: Situation, load: float) -> Estimate:
         """By the closed form, coarsely, at so many times the load."""
-        asked = given.demand if load == 1 else given.demand.at_rate(given.demand.rate * load)
-        return estimate(given.system, each.candidate.replicas, asked, given.slo, self._prefill, fine=False)
+        demand = given.demand if load == 1 else given.demand.at_rate(given.demand.rate * load)
+        return estimate(given.system, each.candidate.replicas, demand, given.slo, self._prefill, fine=False)
 
 
 def _standing(ranked: Ranked, allowance: float = 0.0) -> Standing:
@@ -501,26 +496,30 @@ def _standing(ranked: Ranked, allowance: float = 0.0) -> Standing:
 
 def sensitivity(prices: Prices, changes: Changes, quantities: Sequence[Quantity]) -> list[Sensitivity]:
     """For the price of each device, then for each of these quantities."""
-    found = []
+    sensitivities = []
     for name, price in prices.devices().items():
         rise, fall = prices.change(name, FARTHEST), prices.change(name, 1 / FARTHEST)
-        found.append(Sensitivity(f"price of {name}", price, "$/h", rise, fall, FARTHEST, len(prices.ranked) - 1))
-    both = changes.changes([(quantity, factor) for quantity in quantities for factor in (FAR, 1 / FAR)])
-    for quantity, rise, fall in zip(quantities, both[::2], both[1::2], strict=True):
-        found.append(Sensitivity(quantity.what, quantity.now, quantity.unit, rise, fall, FAR, len(changes.field) - 1))
-    return found
+        sensitivities.append(
+            Sensitivity(f"price of {name}", price, "$/h", rise, fall, FARTHEST, len(prices.ranked) - 1)
+        )
+    pairs = changes.changes([(quantity, factor) for quantity in quantities for factor in (FAR, 1 / FAR)])
+    for quantity, rise, fall in zip(quantities, pairs[::2], pairs[1::2], strict=True):
+        sensitivities.append(
+            Sensitivity(quantity.what, quantity.now, quantity.unit, rise, fall, FAR, len(changes.field) - 1)
+        )
+    return sensitivities
 
 
 def flips(changes: Changes, assumed: Sequence[Quantity]) -> list[Flip]:
     """The assumptions that would flip the answer, those that may well be otherwise first. Each is changed as far as it
     is likely to be, and half as far again."""
-    ends = [(each, end**1.5) for each in assumed for end in each.likely or () if end != 1]
-    found = [
-        Flip(each.what, each.now, each.unit, change, *(each.likely or (1.0, 1.0)), each.source)
-        for (each, _), change in zip(ends, changes.changes(ends), strict=True)
+    ends = [(quantity, end**1.5) for quantity in assumed for end in quantity.likely or () if end != 1]
+    flipped = [
+        Flip(quantity.what, quantity.now, quantity.unit, change, *(quantity.likely or (1.0, 1.0)), quantity.source)
+        for (quantity, _), change in zip(ends, changes.changes(ends), strict=True)
         if change is not None
     ]
-    return sorted(found, key=lambda flip: (not flip.likely, abs(math.log(flip.change.factor))))
+    return sorted(flipped, key=lambda flip: (not flip.likely, abs(math.log(flip.change.factor))))
 
 
 def plain(value: float) -> str:

@@ -56,7 +56,7 @@ class Column:
 COLUMNS = (
     Column("output", "tok/s", lambda run: run.tokens_per_second, +1),
     Column(
-        "when full", "tok/s", lambda run: run.saturated_tokens_per_second if mostly_full(run) else 0.0, +1, zero=False
+        "when full", "tok/s", lambda run: run.saturated_tokens_per_second if run.mostly_full else 0.0, +1, zero=False
     ),
     Column("price", "$/h", lambda run: run.price, zero=False, form=",.2f"),
     Column("cost", "$/M tok", lambda run: run.dollars_per_million, -1, zero=False),
@@ -76,17 +76,12 @@ COLUMNS = (
 )
 
 
-def mostly_full(run: RunResult) -> bool:
-    """Whether requests waited for most of the run: less is a short queue, not a steady state."""
-    return run.saturated_seconds > run.seconds / 2
-
-
 def checked(results: Iterable[RunResult]) -> tuple[RunResult, ...]:
     """The results; raises InvalidRequest where there are none."""
-    found = tuple(results)
-    if not found:
+    runs = tuple(results)
+    if not runs:
         raise InvalidRequest("there are no results to report; allowed are one or more")
-    return found
+    return runs
 
 
 def columns(results: Sequence[RunResult]) -> tuple[Column, ...]:
@@ -94,21 +89,16 @@ def columns(results: Sequence[RunResult]) -> tuple[Column, ...]:
     return tuple(column for column in COLUMNS if any(column.known(run) is not None for run in results))
 
 
-def keeps_slo(run: RunResult) -> bool:
-    """Whether enough of its requests are within the SLO; without one, whether enough finished."""
-    return run.slo_share >= ATTAINMENT
-
-
 def best_of(results: Sequence[RunResult]) -> tuple[frozenset[int], ...]:
     """For each of `columns(results)` the places of its best value, among what keeps the SLO; none where all
     are alike."""
     marked: list[frozenset[int]] = []
-    kept = [(place, run) for place, run in enumerate(results) if keeps_slo(run)]
+    compliant = [(place, run) for place, run in enumerate(results) if run.keeps_slo]
     for column in columns(results):
-        values = {place: value for place, run in kept if (value := column.known(run)) is not None}
+        values = {place: value for place, run in compliant if (value := column.known(run)) is not None}
         best = max(values.values(), key=lambda value: value * column.best) if values and column.best else None
         places = frozenset(place for place, value in values.items() if best is not None and words(value) == words(best))
-        marked.append(places if len(places) < len(kept) else frozenset())
+        marked.append(places if len(places) < len(compliant) else frozenset())
     return tuple(marked)
 
 
@@ -124,17 +114,17 @@ def printable(text: str, most: int = 200) -> str:
 
 def labels(results: Sequence[RunResult]) -> tuple[str, ...]:
     """A name for each result: its system's, with what else sets it apart from the others."""
-    made = [printable(result.system) for result in results]
+    names = [printable(result.system) for result in results]
     for more in ("policy", "model", "trace", "seed"):
-        count = Counter(made)
-        if len(count) == len(made):
+        count = Counter(names)
+        if len(count) == len(names):
             break
         values = [printable(str(getattr(result, more))) for result in results]
         if len(set(values)) > 1:
             words = [f"seed {value}" if more == "seed" else value for value in values]
-            made = [f"{name}, {word}" if count[name] > 1 else name for name, word in zip(made, words, strict=True)]
-    count = Counter(made)
-    return tuple(f"{name} #{place}" if count[name] > 1 else name for place, name in enumerate(made, 1))
+            names = [f"{name}, {word}" if count[name] > 1 else name for name, word in zip(names, words, strict=True)]
+    count = Counter(names)
+    return tuple(f"{name} #{place}" if count[name] > 1 else name for place, name in enumerate(names, 1))
 
 
 def words(value: float | None) -> str:

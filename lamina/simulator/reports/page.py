@@ -26,9 +26,7 @@ from lamina.simulator.reports.data import (
     best_of,
     checked,
     columns,
-    keeps_slo,
     labels,
-    mostly_full,
     numbered,
     over_time,
     printable,
@@ -100,20 +98,20 @@ def html(
     """
     runs = checked(results)
     names = labels(runs)
-    given = dict(plan or {})
-    points, across = given.pop("points", ()), given.pop("x", X_LABEL)
-    about = given.pop("candidates", "")
+    fields = dict(plan or {})
+    points, across = fields.pop("points", ()), fields.pop("x", X_LABEL)
+    about = fields.pop("candidates", "")
     limits = {key: seconds for key, seconds in asdict(slo or Slo()).items() if seconds is not None}
-    said = [*_verdict(runs, names), *map(_text, remarks)]
+    sentences = [*_verdict(runs, names), *map(_text, remarks)]
     parts = [
         f"<h1>{_text(title)}</h1>",
         f'<p class="soft">{_text(_about(runs, limits))}</p>',
-        f'<div class="verdict">{"".join(f"<p>{line}</p>" for line in said)}</div>',
+        f'<div class="verdict">{"".join(f"<p>{line}</p>" for line in sentences)}</div>',
     ]
-    if given:
-        parts.append(f"<h2>The plan</h2>{_sections(given)}")
+    if fields:
+        parts.append(f"<h2>The plan</h2>{_sections(fields)}")
     if points:
-        parts.append(f"<h2>Candidates</h2>{_candidates(points, given.get('chosen', ''), across, about)}")
+        parts.append(f"<h2>Candidates</h2>{_candidates(points, fields.get('chosen', ''), across, about)}")
     parts += ["<h2>Throughput and cost</h2>", _charts(_bar_charts(runs, names))]
     latencies = _latency_charts(runs, names, limits)
     if latencies:
@@ -167,26 +165,26 @@ def _about(runs: Sequence[RunResult], limits: Mapping[str, float]) -> str:
 def _verdict(runs: Sequence[RunResult], names: Sequence[str]) -> list[str]:
     """Which system is best at what, in sentences, against the first system."""
     first, lines = runs[0], []
-    wanted = [
+    measures = [
         ("Most tokens a second", [run.tokens_per_second for run in runs], "tok/s"),
         ("Most tokens a dollar", [run.tokens_per_dollar / 1e6 for run in runs], "million"),
     ]
     if any(run.slo_share < 1 for run in runs):  # otherwise none was set, or all met it
-        wanted.append(("Most requests within the SLO", [run.goodput for run in runs], "a second"))
+        measures.append(("Most requests within the SLO", [run.goodput for run in runs], "a second"))
     if len(runs) == 1:
         cost = (
             f" for ${words(first.dollars_per_million)} a million, at ${first.price:,.2f} an hour" if first.price else ""
         )
         lines.append(f"<b>{_text(names[0])}</b>: {words(first.tokens_per_second)} output tokens a second{cost}.")
-        wanted = []
-    kept = [place for place, run in enumerate(runs) if keeps_slo(run)]
-    if wanted and not kept:
+        measures = []
+    compliant = [place for place, run in enumerate(runs) if run.keeps_slo]
+    if measures and not compliant:
         lines.append(f"{NONE_KEEPS}.")
-    for what, values, unit in wanted:
-        if not kept:
+    for what, values, unit in measures:
+        if not compliant:
             break
-        place, *others = sorted(kept, key=lambda place: -values[place])
-        full = unit == "million" or any(mostly_full(runs[each]) for each in kept)
+        place, *others = sorted(compliant, key=lambda place: -values[place])
+        full = unit == "million" or any(runs[index].mostly_full for index in compliant)
         if not values[place] > 0 or (others and values[place] < (_CLEARLY if full else _LOADED) * values[others[0]]):
             continue
         ratio = f", {values[place] / values[0]:.2f} times {_text(names[0])}" if place and values[0] > 0 else ""
@@ -209,12 +207,12 @@ def _bar_charts(runs: Sequence[RunResult], names: Sequence[str]) -> list[str]:
         if not max(values) > 0:
             continue
         rows = []
-        top = max((value for run, value in zip(runs, values, strict=True) if keeps_slo(run)), default=math.inf)
+        top = max((value for run, value in zip(runs, values, strict=True) if run.keeps_slo), default=math.inf)
         for run, name, value in zip(runs, names, values, strict=True):
-            known = value > 0 or known_zero
-            best = value == top and keeps_slo(run)
-            ratio = f"{value / values[0]:.2f}×" if len(runs) > 1 and known and values[0] > 0 else ""
-            rows.append(svg_charts.Bar(name, value, words(value) if known else "not known", ratio, best))
+            is_known = value > 0 or known_zero
+            best = value == top and run.keeps_slo
+            ratio = f"{value / values[0]:.2f}×" if len(runs) > 1 and is_known and values[0] > 0 else ""
+            rows.append(svg_charts.Bar(name, value, words(value) if is_known else "not known", ratio, best))
         charts.append(_figure(svg_charts.bars(rows, f"{caption} of each system, {unit}"), caption, unit))
     return charts
 
@@ -222,14 +220,14 @@ def _bar_charts(runs: Sequence[RunResult], names: Sequence[str]) -> list[str]:
 def _latency_charts(runs: Sequence[RunResult], names: Sequence[str], limits: Mapping[str, float]) -> list[str]:
     charts = []
     for key, caption in _LATENCIES.items():
-        found: list[Distribution] = [getattr(run, key) for run in runs]
-        longest = max(of.p99 for of in found)
+        latencies: list[Distribution] = [getattr(run, key) for run in runs]
+        longest = max(latency.p99 for latency in latencies)
         if not longest > 0:
             continue
         scale, unit = (1.0, "s") if longest >= 2 else (1e3, "ms")
         rows = [
-            svg_charts.Spread(name, of.p50 * scale, of.p90 * scale, of.p99 * scale)
-            for name, of in zip(names, found, strict=True)
+            svg_charts.Spread(name, latency.p50 * scale, latency.p90 * scale, latency.p99 * scale)
+            for name, latency in zip(names, latencies, strict=True)
         ]
         limit = limits[key] * scale if key in limits else None
         about = f"{key.upper()} percentiles of each system, {unit}"
@@ -244,7 +242,7 @@ def _batch_charts(runs: Sequence[RunResult], names: Sequence[str]) -> list[str]:
     charts = []
     for place, (run, name) in enumerate(zip(runs, names, strict=True)):
         note = f"mean {words(run.mean_batch)}, peak {run.peak_batch:,}"
-        others = [line for at, line in enumerate(lines) if at != place] if len(runs) <= _OTHERS else []
+        others = [line for number, line in enumerate(lines) if number != place] if len(runs) <= _OTHERS else []
         curve = svg_charts.Curve("model", lines[place])
         charts.append(
             _figure(svg_charts.panel(name, note, [curve], seconds, high, f"Batch over time of {name}", others))
@@ -268,31 +266,33 @@ def _tier_charts(runs: Sequence[RunResult], names: Sequence[str]) -> list[str]:
 
 def _candidates(points: Sequence[Point], chosen: str, across: str, about: str) -> str:
     fits = sum(point[3] for point in points)
-    said = about or f"{len(points):,} candidates, {fits:,} of them feasible."
-    said += " Discs are feasible, crosses are not. The numbered ones are the Pareto frontier: none beats them in both."
+    sentences = about or f"{len(points):,} candidates, {fits:,} of them feasible."
+    sentences += (
+        " Discs are feasible, crosses are not. The numbered ones are the Pareto frontier: none beats them in both."
+    )
     star = ""
     if any(point[0] == chosen for point in points):
         star = f" The star is {chosen}, the plan: most requests for a dollar, or the cheapest of ties."
     drawing = svg_charts.scatter(points, chosen, f"{Y_LABEL} over {across} of {len(points)} candidates", across)
     named = "".join(f"<li>{_text(point[0])}</li>" for point in numbered(points))
     return (
-        f'<p class="soft">{_text(said + star)}</p><figure class="wide">{drawing}</figure>'
+        f'<p class="soft">{_text(sentences + star)}</p><figure class="wide">{drawing}</figure>'
         f"{f'<ol>{named}</ol>' if named else ''}"
     )
 
 
 def _number_table(runs: Sequence[RunResult], names: Sequence[str]) -> str:
-    shown, marked = columns(runs), best_of(runs)
-    heads = "".join(f'<th scope="col">{_text(column.head)}<span>{_text(column.unit)}</span></th>' for column in shown)
+    visible, marked = columns(runs), best_of(runs)
+    heads = "".join(f'<th scope="col">{_text(column.head)}<span>{_text(column.unit)}</span></th>' for column in visible)
     rows = []
     for place, (run, name) in enumerate(zip(runs, names, strict=True)):
         cells = "".join(
             (f'<td class="best">{column.text(run)}</td>' if place in best else f"<td>{column.text(run)}</td>")
-            for column, best in zip(shown, marked, strict=True)
+            for column, best in zip(visible, marked, strict=True)
         )
         rows.append(f'<tr><th scope="row">{_text(name)}</th>{cells}</tr>')
-    said = f"Bold: best of its column, {KEPT}." if any(map(keeps_slo, runs)) else f"{NONE_KEEPS}."
-    note = f'<p class="soft">{said} {UNKNOWN}: not known.</p>' if len(runs) > 1 else ""
+    sentence = f"Bold: best of its column, {KEPT}." if any(run.keeps_slo for run in runs) else f"{NONE_KEEPS}."
+    note = f'<p class="soft">{sentence} {UNKNOWN}: not known.</p>' if len(runs) > 1 else ""
     return _scrolling(f'<th scope="col">system</th>{heads}', "".join(rows)) + note
 
 
@@ -308,11 +308,12 @@ def _assumptions(runs: Sequence[RunResult], names: Sequence[str]) -> str:
         for run, name in zip(runs, names, strict=True):
             if key in run.assumptions:
                 texts.setdefault(run.assumptions[key], []).append(name)
-        said = [
-            _text(text) + ("" if len(of) == len(runs) else f' <span class="soft">({_text("; ".join(of))})</span>')
-            for text, of in texts.items()
+        descriptions = [
+            _text(text)
+            + ("" if len(systems) == len(runs) else f' <span class="soft">({_text("; ".join(systems))})</span>')
+            for text, systems in texts.items()
         ]
-        entries.append(f"<dt>{_text(key)}</dt>" + "".join(f"<dd>{text}</dd>" for text in said))
+        entries.append(f"<dt>{_text(key)}</dt>" + "".join(f"<dd>{text}</dd>" for text in descriptions))
     return f"<dl>{''.join(entries)}</dl>" if entries else "<p>Nothing was noted.</p>"
 
 

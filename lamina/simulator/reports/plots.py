@@ -19,7 +19,6 @@ from lamina.simulator.reports.data import (
     Point,
     checked,
     frontier,
-    keeps_slo,
     labels,
     numbered,
     over_time,
@@ -51,10 +50,10 @@ def save_comparison(results: Iterable[RunResult], path: Path) -> None:
     )
     with picture(path, 12.5, 2.4 + 0.62 * len(runs)) as figure:
         axes = figure.subplots(2, 3, sharey=True)
-        for at, (title, values) in zip(axes[0], rates, strict=True):
-            _bars(at, title, values, [keeps_slo(run) for run in runs])
-        for at, (title, found) in zip(axes[1], latencies, strict=True):
-            _spreads(at, title, found)
+        for panel, (title, values) in zip(axes[0], rates, strict=True):
+            _bars(panel, title, values, [run.keeps_slo for run in runs])
+        for panel, (title, distributions) in zip(axes[1], latencies, strict=True):
+            _spreads(panel, title, distributions)
         axes[0][0].set_yticks(range(len(runs)), names)
         axes[0][0].set_ylim(len(runs) - 0.4, -0.6)  # the first on top
         figure.suptitle(_about(runs[0]), x=0.01, ha="left", fontsize=11)
@@ -66,9 +65,9 @@ def save_timeline(result: RunResult, path: Path) -> None:
         raise InvalidRequest(f"the result of {printable(result.system)} has no samples to draw; allowed are some")
     unit, unit_name = time_unit(max(sample.at for sample in result.samples))
 
-    def draw(at: Axes, value: Callable[[Sampled], float], scale: float = 1.0, **style: Any) -> None:
+    def draw(axes: Axes, value: Callable[[Sampled], float], scale: float = 1.0, **style: Any) -> None:
         line = over_time(result.samples, value, 300)
-        at.plot([x / unit for x, _ in line], [y * scale for _, y in line], lw=1.4, **style)
+        axes.plot([x / unit for x, _ in line], [y * scale for _, y in line], lw=1.4, **style)
 
     with picture(path, 9.0, 7.0) as figure:
         batch, waiting, pages, busy = figure.subplots(4, 1, sharex=True, height_ratios=(3, 2, 2, 3))
@@ -83,11 +82,11 @@ def save_timeline(result: RunResult, path: Path) -> None:
         busy.set_title("Busy share of a step, %")
         busy.legend(ncols=3, frameon=False, loc="lower right", bbox_to_anchor=(1.0, 0.98), borderaxespad=0)
         busy.set_xlabel(unit_name)
-        for at in (batch, waiting, pages, busy):
-            at.set_ylim(bottom=0)
-            at.margins(x=0)
-        for at in (pages, busy):
-            at.set_ylim(0, 104)
+        for panel in (batch, waiting, pages, busy):
+            panel.set_ylim(bottom=0)
+            panel.margins(x=0)
+        for panel in (pages, busy):
+            panel.set_ylim(0, 104)
         figure.suptitle(f"{printable(result.system, 60)}: {_about(result)}", x=0.01, ha="left", fontsize=11)
 
 
@@ -99,15 +98,15 @@ def save_pareto(points: Sequence[Point], chosen: str, path: Path, across: str = 
     best = frontier(points)
     named = numbered(points)
     with picture(path, 8.0, 5.0 + 0.17 * len(named)) as figure:
-        at = figure.subplots()
+        axes = figure.subplots()
         for feasible, marker, colour, text in ((False, "x", "#9aa1aa", "not feasible"), (True, "o", BAR, "feasible")):
             mine = [point for point in points if point[3] is feasible]
             if mine:
-                at.scatter([p[1] for p in mine], [p[2] for p in mine], s=22, marker=marker, color=colour, label=text)
+                axes.scatter([p[1] for p in mine], [p[2] for p in mine], s=22, marker=marker, color=colour, label=text)
         if best:
-            at.plot([p[1] for p in best], [p[2] for p in best], "o-", color=BEST, ms=5, lw=1.2, label="frontier")
+            axes.plot([p[1] for p in best], [p[2] for p in best], "o-", color=BEST, ms=5, lw=1.2, label="frontier")
         for point in [point for point in points if point[0] == chosen][:1]:
-            at.scatter(
+            axes.scatter(
                 [point[1]],
                 [point[2]],
                 s=170,
@@ -118,17 +117,17 @@ def save_pareto(points: Sequence[Point], chosen: str, path: Path, across: str = 
                 ec="white",
             )
         for number, point in enumerate(named, 1):
-            at.annotate(str(number), point[1:3], xytext=(5, 5), textcoords="offset points", fontsize=8)
-        told = [f"{number}  {printable(point[0], 110)}" for number, point in enumerate(named, 1)]
-        at.set_xlabel(across, loc="right")
-        if told:
-            figure.supxlabel("\n".join(told), x=0.02, ha="left", fontsize=8)
-        at.set_title(Y_LABEL, fontweight="normal", fontsize=9)
-        at.set_xlim(left=0)
-        at.set_ylim(bottom=0)
-        at.xaxis.set_major_formatter("{x:,.10g}")
-        at.yaxis.set_major_formatter("{x:,.10g}")
-        at.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.0, 1.06), ncols=2, borderaxespad=0)
+            axes.annotate(str(number), point[1:3], xytext=(5, 5), textcoords="offset points", fontsize=8)
+        legend = [f"{number}  {printable(point[0], 110)}" for number, point in enumerate(named, 1)]
+        axes.set_xlabel(across, loc="right")
+        if legend:
+            figure.supxlabel("\n".join(legend), x=0.02, ha="left", fontsize=8)
+        axes.set_title(Y_LABEL, fontweight="normal", fontsize=9)
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_formatter("{x:,.10g}")
+        axes.yaxis.set_major_formatter("{x:,.10g}")
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.0, 1.06), ncols=2, borderaxespad=0)
 
 
 def _bars(at: Axes, title: str, values: Sequence[float], kept: Sequence[bool]) -> None:
@@ -147,10 +146,10 @@ def _bars(at: Axes, title: str, values: Sequence[float], kept: Sequence[bool]) -
 
 
 def _spreads(at: Axes, title: str, found: Sequence[Distribution]) -> None:
-    values = [value for of in found for value in (of.p50, of.p99) if value > 0]
+    values = [value for latency in found for value in (latency.p50, latency.p99) if value > 0]
     scale, unit = (1.0, "s") if max(values, default=0.0) >= 2 else (1e3, "ms")
-    for place, of in enumerate(found):
-        p50, p90, p99 = (value * scale for value in (of.p50, of.p90, of.p99))
+    for place, latency in enumerate(found):
+        p50, p90, p99 = (value * scale for value in (latency.p50, latency.p90, latency.p99))
         at.plot([p50, p99], [place, place], color=BAR, lw=3, solid_capstyle="butt", zorder=2)
         at.plot([p50], [place], "o", color=BEST, ms=6, zorder=3, label="p50" if not place else None)
         at.plot([p90], [place], "|", color=BEST, ms=11, mew=2, zorder=3, label="p90" if not place else None)

@@ -30,89 +30,9 @@ from lamina.simulator.reports.data import (
     best_of,
     checked,
     columns,
-    keeps_slo,
     labels,
     printable,
 )
-
-_UNITS = ("B", "KB", "MB", "GB", "TB")
-
-
-def kept(shape: ModelShape, element: float = 2.0) -> str:
-    """Such as "24.6 KB of KV a token (12 layers); 162 MB of states a sequence (36 layers, 2 records of 80.8 MB)"."""
-    said = []
-    if shape.attentions:
-        said.append(f"{in_bytes(shape.kv_bytes_per_token(element))} of KV a token ({_layers(shape.attentions)})")
-    if shape.states:
-        records = f"{STATE_RECORDS} records of {in_bytes(shape.state_bytes)}"
-        said.append(f"{in_bytes(shape.state_bytes_held)} of states a sequence ({_layers(shape.states)}, {records})")
-    return "; ".join(said) or "nothing"
-
-
-def room(system: System) -> str:
-    """Such as "room for 1,394,000 tokens of KV and 340 sequences' states"."""
-    capacity = system.capacity
-    said = []
-    if capacity.tokens < UNBOUNDED:
-        said.append(f"{capacity.tokens:,} tokens of KV")
-    if capacity.sequences < UNBOUNDED:
-        said.append(f"{capacity.sequences:,} sequences' states")
-    return f"room for {' and '.join(said) or 'any number of sequences'}"
-
-
-def in_bytes(count: float) -> str:
-    """Three digits and a decimal unit."""
-    power = 0
-    while count >= 999.5 and power + 1 < len(_UNITS):
-        count, power = count / 1000, power + 1
-    return f"{count:.3g} {_UNITS[power]}"
-
-
-def _layers(count: int) -> str:
-    return f"{count} layer{'s' if count != 1 else ''}"
-
-
-WIDTH = 100
-"""Columns of everything that a command of the simulator prints."""
-_LEAST = 20
-"""Columns of the names, at least: what is longer than the rest leaves goes over `WIDTH` then."""
-
-
-def grid(rows: Sequence[Sequence[str]], left: int = 1, width: int = WIDTH) -> list[str]:
-    """Lines of a table, the first of `rows` its head. The first `left` columns are words and begin together, the last
-    of them is folded where the line would be longer than `width`; the others are numbers, and end together."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    name = left - 1
-    others = sum(widths) - widths[name] + 2 * (len(widths) - 1)
-    widths[name] = min(widths[name], max(_LEAST, width - others))
-    lines: list[str] = []
-    for row in rows:
-        first, *more = textwrap.wrap(row[name], widths[name]) or [""]
-        cells = [*row[:name], first, *row[left:]]
-        shown = [
-            cell.ljust(room) if at < left else cell.rjust(room)
-            for at, (cell, room) in enumerate(zip(cells, widths, strict=True))
-        ]
-        lines.append("  ".join(shown).rstrip())
-        before = " " * (sum(widths[:name]) + 2 * name)
-        lines += [f"{before}  {line}" if len(line) + 2 <= widths[name] else f"{before}{line}" for line in more]
-    return lines
-
-
-def sentences(said: Sequence[str], indent: int = 2, width: int = WIDTH) -> list[str]:
-    """Each in lines of at most `width` columns, of which the first begins `indent` columns in, the others two more."""
-    lines: list[str] = []
-    for sentence in said:
-        lines += textwrap.wrap(
-            sentence,
-            width,
-            initial_indent=" " * indent,
-            subsequent_indent=" " * (indent + 2),
-            break_long_words=False,
-            break_on_hyphens=False,
-        ) or [""]
-    return lines
-
 
 VERSION = 1
 """The version of the JSON. It rises when a key changes its meaning."""
@@ -149,33 +69,33 @@ def table(results: Iterable[RunResult]) -> str:
     names = [printable(name, _NAME) for name in labels(runs)]
     blocks: list[list[list[str]]] = []
     first = max(map(len, ("system", *names)))
-    left = 0
+    free = 0
     for column, best in zip(columns(runs), best_of(runs), strict=True):
         # heads end where numbers do: before the place of the mark
         cells = [f"{column.head} ", f"{column.unit} "]
         cells += [column.text(run) + ("*" if place in best else " ") for place, run in enumerate(runs)]
         room = max(map(len, cells)) + 1
-        if not blocks or room > left:
-            left = WIDTH - first
+        if not blocks or room > free:
+            free = WIDTH - first
             blocks.append([])
-        left -= room
+        free -= room
         blocks[-1].append([cell.rjust(room) for cell in cells])
     lines: list[str] = []
     for block in blocks:
         rows = zip(("system", "", *names), *block, strict=True)
-        shown = ["".join([name.ljust(first), *cells]).rstrip() for name, *cells in rows]
-        shown.insert(2, "-" * max(map(len, shown)))
-        lines += ["", *shown] if lines else shown
+        body = ["".join([name.ljust(first), *cells]).rstrip() for name, *cells in rows]
+        body.insert(2, "-" * max(map(len, body)))
+        lines += ["", *body] if lines else body
     if len(runs) > 1:
-        note = f"* best of its column, {KEPT}" if any(map(keeps_slo, runs)) else NONE_KEEPS
+        note = f"* best of its column, {KEPT}" if any(run.keeps_slo for run in runs) else NONE_KEEPS
         lines += sentences([f"{note}; {UNKNOWN} not known"], 0)
     return "\n".join(lines) + "\n"
 
 
 def to_json(results: Iterable[RunResult]) -> str:
     """Every field and what follows from it. Keys keep their order; samples are lists by field; no NaN, no infinity."""
-    made = {"version": VERSION, "units": UNITS, "results": [_record(run) for run in checked(results)]}
-    return json.dumps(made, indent=1, allow_nan=False) + "\n"
+    document = {"version": VERSION, "units": UNITS, "results": [_record(run) for run in checked(results)]}
+    return json.dumps(document, indent=1, allow_nan=False) + "\n"
 
 
 def to_csv(results: Iterable[RunResult]) -> str:
@@ -196,36 +116,36 @@ def to_csv(results: Iterable[RunResult]) -> str:
 
 def samples_csv(result: RunResult) -> str:
     """One row a sampled step, under the names of `Sampled`'s fields. Seconds and shares, as there."""
-    return _csv(_SAMPLED, ({name: _plain(getattr(sample, name)) for name in _SAMPLED} for sample in result.samples))
+    return _csv(_SAMPLED, ({name: finite(getattr(sample, name)) for name in _SAMPLED} for sample in result.samples))
 
 
 def _record(run: RunResult, samples: bool = True) -> dict[str, Any]:
     """The fields in their order, then the derived numbers, then assumptions and samples."""
-    made: dict[str, Any] = {}
+    record: dict[str, Any] = {}
     for item in dataclasses.fields(run):
         value = getattr(run, item.name)
         if isinstance(value, Distribution):
-            made[item.name] = {name: _plain(number) for name, number in dataclasses.asdict(value).items()}
+            record[item.name] = {name: finite(number) for name, number in dataclasses.asdict(value).items()}
         elif item.name not in ("assumptions", "samples"):
-            made[item.name] = _plain(value)
-    made |= {name: _plain(of(run)) for name, of in DERIVED.items()}
-    made["assumptions"] = {str(name): str(text) for name, text in run.assumptions.items()}
+            record[item.name] = finite(value)
+    record |= {name: finite(derived(run)) for name, derived in DERIVED.items()}
+    record["assumptions"] = {str(name): str(text) for name, text in run.assumptions.items()}
     if samples:
-        made["samples"] = {name: [_plain(getattr(sample, name)) for sample in run.samples] for name in _SAMPLED}
-    return made
+        record["samples"] = {name: [finite(getattr(sample, name)) for sample in run.samples] for name in _SAMPLED}
+    return record
 
 
-def _plain(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The value as JSON has it: None for a number that is not finite."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _csv(names: Sequence[str], rows: Iterable[dict[str, Any]]) -> str:
-    made = io.StringIO()
-    writer = csv.DictWriter(made, names, lineterminator="\n")
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
-    return made.getvalue()
+    return text.getvalue()
 
 
 def _cell(value: Any) -> Any:
@@ -235,3 +155,82 @@ def _cell(value: Any) -> Any:
         return value
     safe = f"'{value}" if value[0] in "=+-@\t\r" else value
     return safe.replace("\r\n", "\n").replace("\r", "\n")
+
+
+_UNITS = ("B", "KB", "MB", "GB", "TB")
+
+
+def kept(shape: ModelShape, element: float = 2.0) -> str:
+    """Such as "24.6 KB of KV a token (12 layers); 162 MB of states a sequence (36 layers, 2 records of 80.8 MB)"."""
+    parts = []
+    if shape.attentions:
+        parts.append(f"{in_bytes(shape.kv_bytes_per_token(element))} of KV a token ({_layers(shape.attentions)})")
+    if shape.states:
+        records = f"{STATE_RECORDS} records of {in_bytes(shape.state_bytes)}"
+        parts.append(f"{in_bytes(shape.state_bytes_held)} of states a sequence ({_layers(shape.states)}, {records})")
+    return "; ".join(parts) or "nothing"
+
+
+def room(system: System) -> str:
+    """Such as "room for 1,394,000 tokens of KV and 340 sequences' states"."""
+    capacity = system.capacity
+    parts = []
+    if capacity.tokens < UNBOUNDED:
+        parts.append(f"{capacity.tokens:,} tokens of KV")
+    if capacity.sequences < UNBOUNDED:
+        parts.append(f"{capacity.sequences:,} sequences' states")
+    return f"room for {' and '.join(parts) or 'any number of sequences'}"
+
+
+def in_bytes(count: float) -> str:
+    """Three digits and a decimal unit."""
+    power = 0
+    while count >= 999.5 and power + 1 < len(_UNITS):
+        count, power = count / 1000, power + 1
+    return f"{count:.3g} {_UNITS[power]}"
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer{'s' if count != 1 else ''}"
+
+
+WIDTH = 100
+"""Columns of everything that a command of the simulator prints."""
+_LEAST = 20
+"""Columns of the names, at least: what is longer than the rest leaves goes over `WIDTH` then."""
+
+
+def grid(rows: Sequence[Sequence[str]], left: int = 1, width: int = WIDTH) -> list[str]:
+    """Lines of a table, the first of `rows` its head. The first `left` columns are words and begin together, the last
+    of them is folded where the line would be longer than `width`; the others are numbers, and end together."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    name = left - 1
+    others = sum(widths) - widths[name] + 2 * (len(widths) - 1)
+    widths[name] = min(widths[name], max(_LEAST, width - others))
+    lines: list[str] = []
+    for row in rows:
+        first, *more = textwrap.wrap(row[name], widths[name]) or [""]
+        cells = [*row[:name], first, *row[left:]]
+        padded = [
+            cell.ljust(room) if index < left else cell.rjust(room)
+            for index, (cell, room) in enumerate(zip(cells, widths, strict=True))
+        ]
+        lines.append("  ".join(padded).rstrip())
+        before = " " * (sum(widths[:name]) + 2 * name)
+        lines += [f"{before}  {line}" if len(line) + 2 <= widths[name] else f"{before}{line}" for line in more]
+    return lines
+
+
+def sentences(said: Sequence[str], indent: int = 2) -> list[str]:
+    """Each in lines of at most `WIDTH` columns, of which the first begins `indent` columns in, the others two more."""
+    lines: list[str] = []
+    for sentence in said:
+        lines += textwrap.wrap(
+            sentence,
+            WIDTH,
+            initial_indent=" " * indent,
+            subsequent_indent=" " * (indent + 2),
+            break_long_words=False,
+            break_on_hyphens=False,
+        ) or [""]
+    return lines

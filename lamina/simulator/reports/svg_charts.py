@@ -76,13 +76,13 @@ class Curve:
 
 def bars(rows: Sequence[Bar], about: str) -> str:
     """Horizontal bars from 0, each with its name above and its value at its end."""
-    most = max((row.value for row in rows), default=0.0)
+    longest = max((row.value for row in rows), default=0.0)
     parts: list[str] = []
     for place, row in enumerate(rows):
         top = place * 38
         text = " ".join(word for word in (row.text, row.note) if word)
         room = WIDTH - 12 - 6.2 * max(len(" ".join(w for w in (r.text, r.note) if w)) for r in rows)
-        length = max(room * row.value / most, 1.0) if most > 0 and row.value > 0 else 0.0
+        length = max(room * row.value / longest, 1.0) if longest > 0 and row.value > 0 else 0.0
         weight = ' class="b"' if row.best else ""
         parts += [
             f"<g><title>{_text(f'{row.label}: {text}', 240)}</title>",
@@ -100,19 +100,19 @@ def spreads(rows: Sequence[Spread], unit: str, about: str, limit: float | None =
     """Percentiles, a row each: from p50 (a disc) over p90 (a tick) to p99 (a diamond). The axis is logarithmic where
     they differ much. `limit` is drawn across: what an SLO allows."""
     values = [value for row in rows for value in (row.p50, row.p90, row.p99) if value > 0]
-    known = [*values, limit] if limit else values
-    low, high = (min(known), max(known)) if known else (0.0, 1.0)
+    numbers = [*values, limit] if limit else values
+    low, high = (min(numbers), max(numbers)) if numbers else (0.0, 1.0)
     logarithmic = low > 0 and high > 20 * low
     if logarithmic:
         start, end, marks = log_ticks(max(low, high * 1e-9), high)  # what is below lies at the edge
     else:
         marks = ticks(high, 4)
         start, end = 0.0, marks[-1]
-    left, right = 8.0, WIDTH - 104.0
+    x_start, x_end = 8.0, WIDTH - 104.0
     bottom = 18 + len(rows) * 40
 
     def at(value: float) -> float:
-        return left + (right - left) * _share(max(value, start), start, end, logarithmic)
+        return x_start + (x_end - x_start) * _share(max(value, start), start, end, logarithmic)
 
     parts = [f'<text class="s e" x="{WIDTH}" y="10">p50 / p99, {_text(unit, 10)}</text>']
     for mark in marks:
@@ -127,9 +127,9 @@ def spreads(rows: Sequence[Spread], unit: str, about: str, limit: float | None =
         top = 18 + place * 40
         y = top + 27
         x50, x90, x99 = (at(value) for value in (row.p50, row.p90, row.p99))
-        told = f"{row.label}: p50 {words(row.p50)}, p90 {words(row.p90)}, p99 {words(row.p99)} {unit}"
+        title = f"{row.label}: p50 {words(row.p50)}, p90 {words(row.p90)}, p99 {words(row.p99)} {unit}"
         parts += [
-            f"<g><title>{_text(told, 240)}</title>",
+            f"<g><title>{_text(title, 240)}</title>",
             f'<text class="halo" y="{top + 13}">{_text(row.label, 50)}</text>',
             f'<path d="M{x50:.1f} {y}H{x99:.1f}" style="stroke:var(--bar);stroke-width:4"/>',
             f'<path d="M{x90:.1f} {y - 6}v12" style="stroke:var(--best);stroke-width:2"/>',
@@ -138,7 +138,7 @@ def spreads(rows: Sequence[Spread], unit: str, about: str, limit: float | None =
             f'<text class="e" x="{WIDTH}" y="{y + 4}">{words(row.p50)} / {words(row.p99)}</text></g>',
         ]
     note = f"{unit}, logarithmic" if logarithmic else unit
-    parts.append(f'<text class="s m" x="{(left + right) / 2:.1f}" y="{bottom + 29}">{_text(note, 40)}</text>')
+    parts.append(f'<text class="s m" x="{(x_start + x_end) / 2:.1f}" y="{bottom + 29}">{_text(note, 40)}</text>')
     return _svg(WIDTH, bottom + 34, about, parts)
 
 
@@ -153,14 +153,14 @@ def panel(
     percent: bool = False,
 ) -> str:
     """Lines over 0 to `seconds`, from 0 to about `high`; `others` are the neighbours' lines, grey."""
-    left, right, top, bottom = 42.0, WIDTH - 8.0, 40.0, 150.0
+    x_start, x_end, top, bottom = 42.0, WIDTH - 8.0, 40.0, 150.0
     marks = (0.0, 0.5, 1.0) if percent else ticks(high, 4)
     unit, name = time_unit(seconds)
     seconds = seconds if seconds > 0 else 1.0
 
     def path(line: Line, kind: str) -> str:
         corners = (
-            f"{left + (right - left) * min(max(x / seconds, 0.0), 1.0):.1f} "
+            f"{x_start + (x_end - x_start) * min(max(x / seconds, 0.0), 1.0):.1f} "
             f"{bottom - (bottom - top) * min(max(y / marks[-1], 0.0), 1.0):.1f}"
             for x, y in line
         )
@@ -177,17 +177,18 @@ def panel(
             x += 34 + 6.1 * len(curve.text)
     for mark in marks:
         y = bottom - (bottom - top) * mark / marks[-1]
-        parts.append(f'<path class="{"grid" if mark else "axis"}" d="M{left:.1f} {y:.1f}H{right:.1f}"/>')
+        parts.append(f'<path class="{"grid" if mark else "axis"}" d="M{x_start:.1f} {y:.1f}H{x_end:.1f}"/>')
         parts.append(
-            f'<text class="s e" x="{left - 5:.1f}" y="{y + 4:.1f}">{f"{mark:.0%}" if percent else _tick(mark)}</text>'
+            f'<text class="s e" x="{x_start - 5:.1f}" y="{y + 4:.1f}">'
+            f"{f'{mark:.0%}' if percent else _tick(mark)}</text>"
         )
-    shown = [mark for mark in ticks(seconds / unit, 6) if mark * unit <= seconds * 1.0001]
-    for mark in shown:
-        x = left + (right - left) * mark * unit / seconds
-        text = f"{_tick(mark)} {name}" if mark == shown[-1] else _tick(mark)
-        side = "e" if x > right - 20 else "m"
+    times = [mark for mark in ticks(seconds / unit, 6) if mark * unit <= seconds * 1.0001]
+    for mark in times:
+        x = x_start + (x_end - x_start) * mark * unit / seconds
+        text = f"{_tick(mark)} {name}" if mark == times[-1] else _tick(mark)
+        side = "e" if x > x_end - 20 else "m"
         parts.append(f'<path class="axis" d="M{x:.1f} {bottom:.1f}v4"/>')
-        parts.append(f'<text class="s {side}" x="{min(x, right):.1f}" y="{bottom + 17:.1f}">{text}</text>')
+        parts.append(f'<text class="s {side}" x="{min(x, x_end):.1f}" y="{bottom + 17:.1f}">{text}</text>')
     parts += [path(line, "others") for line in others]
     parts += [path(curve.line, f"line {curve.kind}") for curve in curves]
     return _svg(WIDTH, int(bottom) + 22, about, parts)
@@ -196,27 +197,27 @@ def panel(
 def scatter(points: Sequence[Point], chosen: str, about: str, across: str = X_LABEL) -> str:
     """Candidates: feasible ones as discs, others as small crosses, the frontier as a line with the
     `numbered` of it, `chosen` as a star. `across` is the name of the x axis."""
-    width, left, right, top, bottom = 520, 52.0, 508.0, 24.0, 330.0
+    width, x_start, x_end, top, bottom = 520, 52.0, 508.0, 24.0, 330.0
     marks_x = ticks(max((point[1] for point in points), default=1.0), 5)
     marks_y = ticks(max((point[2] for point in points), default=1.0), 5)
 
     def at(point: Point) -> tuple[float, float]:
         return (
-            left + (right - left) * max(point[1], 0.0) / marks_x[-1],
+            x_start + (x_end - x_start) * max(point[1], 0.0) / marks_x[-1],
             bottom - (bottom - top) * max(point[2], 0.0) / marks_y[-1],
         )
 
     parts = [f'<text class="s" y="11">{Y_LABEL}</text>']
     for mark in marks_x:
-        x = left + (right - left) * mark / marks_x[-1]
+        x = x_start + (x_end - x_start) * mark / marks_x[-1]
         side = "e" if mark == marks_x[-1] else "m"
         parts.append(f'<path class="{"grid" if mark else "axis"}" d="M{x:.1f} {top:.1f}V{bottom:.1f}"/>')
         parts.append(f'<text class="s {side}" x="{x:.1f}" y="{bottom + 16:.1f}">{_tick(mark)}</text>')
     for mark in marks_y:
         y = bottom - (bottom - top) * mark / marks_y[-1]
-        parts.append(f'<path class="{"grid" if mark else "axis"}" d="M{left:.1f} {y:.1f}H{right:.1f}"/>')
-        parts.append(f'<text class="s e" x="{left - 6:.1f}" y="{y + 4:.1f}">{_tick(mark)}</text>')
-    parts.append(f'<text class="s e" x="{right:.1f}" y="{bottom + 33:.1f}">{_text(across, 60)}</text>')
+        parts.append(f'<path class="{"grid" if mark else "axis"}" d="M{x_start:.1f} {y:.1f}H{x_end:.1f}"/>')
+        parts.append(f'<text class="s e" x="{x_start - 6:.1f}" y="{y + 4:.1f}">{_tick(mark)}</text>')
+    parts.append(f'<text class="s e" x="{x_end:.1f}" y="{bottom + 33:.1f}">{_text(across, 60)}</text>')
 
     best = frontier(points)
     ahead = set(best)

@@ -29,14 +29,10 @@ from itertools import pairwise
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.cost_model import ALPHA, Load, minimum_bandwidth
-from lamina.simulator.costs.hardware import Device
-from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System, price
-from lamina.simulator.event_loop.results import ATTAINMENT
+from lamina.simulator.costs.systems import Offloaded, System, price, without_prices
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.steady_state.service import FOREVER, PAGE, Point, Service, bound, held, largest
 from lamina.simulator.traces.demand import Demand
-
-__all__ = ["ATTAINMENT", "TARGET", "Estimate", "cost_of_a_million", "credit", "estimate", "sequences"]
 
 TARGET = 0.94
 """The share that is planned for: four points more than `ATTAINMENT`, since a sample of the trace is not the trace."""
@@ -122,8 +118,8 @@ def estimate(
     the trace are replayed, at fewer rates. Where nothing fits or no batch is fast enough, `capacity` is 0; `tpot` and
     `ttft` are then those of a lone sequence (infinite where not even the weights fit).
     """
-    found = _estimate(_free(system), replicas, demand, slo, prefill, FINE if fine else COARSE)
-    return replace(found, price=price(system) * found.replicas)
+    forecast = _estimate(without_prices(system), replicas, demand, slo, prefill, FINE if fine else COARSE)
+    return replace(forecast, price=price(system) * forecast.replicas)
 
 
 def sequences(system: System, demand: Demand) -> int:
@@ -149,31 +145,31 @@ def _estimate(system: System, replicas: int, demand: Demand, slo: Slo, prefill: 
         return nothing
     service = Service(system, demand, slo, prefill)
     pace = min(bound(slo.tpot), FOREVER)
-    if not (most := largest(fits, lambda batch: service.pace(batch) <= pace)):
+    if not (limit := largest(fits, lambda batch: service.pace(batch) <= pace)):
         lone = service.alone(requests)
         return replace(nothing, tpot=lone.tpot, ttft=lone.ttft)
-    search = _Search(service, most, slo, requests)
+    search = _Search(service, limit, slo, requests)
     if count := search.fewest(replicas, demand.rate):
-        found, places = search.at(demand.rate / count, count)
-        highest = search.best(count, found, _SPARE)
+        point, places = search.at(demand.rate / count, count)
+        highest = search.best(count, point, _SPARE)
     else:
         count, alone = replicas, search.alone
         highest = search.best(count, alone, _TRIES[requests], demand.rate / count) if alone.share else 0.0
         if not highest:
             return replace(nothing, tpot=alone.tpot, ttft=alone.ttft)
-        found, places = search.at(highest, count)
+        point, places = search.at(highest, count)
     return Estimate(
         replicas=count,
         price=0.0,
-        batch=found.batch,
+        batch=point.batch,
         most=places,
         fits=fits,
-        tpot=found.tpot,
-        ttft=found.ttft,
-        share=found.share,
-        taken=found.rate * count,
+        tpot=point.tpot,
+        ttft=point.ttft,
+        share=point.share,
+        taken=point.rate * count,
         capacity=highest * replicas,
-        tokens_per_second=found.rate * count * demand.output,
+        tokens_per_second=point.rate * count * demand.output,
         demanded=demand.rate,
     )
 
@@ -182,7 +178,7 @@ class _Search:
     """A search for the rates, counts and limits with which one system does best. It remembers what it tried."""
 
     def __init__(self, service: Service, most: int, slo: Slo, requests: int) -> None:
-        self._service, self._most, self._requests = service, most, requests
+        self._service, self._limit, self._requests = service, most, requests
         self._full = 1.0 if slo.ttft is None else _FULL
         fewer = _FEWER if slo.tpot is not None and requests == FINE else ()
         self._places = [most, *(max(1, int(most * part)) for part in fewer)]
@@ -197,15 +193,15 @@ class _Search:
         """One of so many instances at that rate, and its limit of sequences at a time: the highest that keeps `TARGET`,
         or the one that comes closest to it."""
         if (rate, replicas) not in self._tried:
-            found, limit = self._service.at(rate, self._most, replicas, self._requests), self._most
+            point, limit = self._service.at(rate, self._limit, replicas, self._requests), self._limit
             for places, top in zip(self._places[1:], self._tops[1:], strict=True):
-                if found.share >= TARGET or rate > top:
+                if point.share >= TARGET or rate > top:
                     break
                 other = self._service.at(rate, places, replicas, self._requests)
-                if other.share < found.share:
+                if other.share < point.share:
                     break
-                found, limit = other, places
-            self._tried[rate, replicas] = found, limit
+                point, limit = other, places
+            self._tried[rate, replicas] = point, limit
         return self._tried[rate, replicas]
 
     def fewest(self, replicas: int, rate: float) -> int:
@@ -258,44 +254,24 @@ def _counts(point: Point) -> float:
     return point.rate * credit(point.share)
 
 
-@lru_cache(maxsize=1024)
-def _free_device(device: Device) -> Device:
-    return replace(device, price=0.0)
-
-
-def _free(system: System) -> System:
-    """The system without prices."""
-    if isinstance(system, Disaggregated):
-        prefill = replace(system.prefill, device=_free_device(system.prefill.device))
-        return replace(system, prefill=prefill, decode=_free_whole(system.decode))
-    return _free_whole(system)
-
-
-def _free_whole(system: Colocated | Offloaded) -> Colocated | Offloaded:
-    if isinstance(system, Offloaded):
-        model, attention = _free_device(system.model_device), _free_device(system.attention_device)
-        return replace(system, model_device=model, attention_device=attention)
-    return replace(system, device=_free_device(system.device))
-
-
 def none_meets(tried: Sequence[tuple[str, System, Estimate]], demand: Demand, slo: Slo, prefill: bool = True) -> str:
     """The reason why none of these, by name, gets a request through within the SLO."""
-    asked = ", ".join(
+    limits = ", ".join(
         f"{name} {seconds * 1000:g} ms" for name, seconds in (("ttft", slo.ttft), ("tpot", slo.tpot)) if seconds
     )
     by_pace = sorted(tried, key=lambda each: (each[2].tpot, each[0]))
     for _, system, _ in by_pace:
-        if isinstance(system, Offloaded) and (said := slow_link(system, demand, slo, prefill)):
-            return f"no system meets the SLO ({asked}): {said}"
-    fastest, _, found = by_pace[0]
-    if math.isinf(found.tpot):
+        if isinstance(system, Offloaded) and (reason := slow_link(system, demand, slo, prefill)):
+            return f"no system meets the SLO ({limits}): {reason}"
+    fastest, _, forecast = by_pace[0]
+    if math.isinf(forecast.tpot):
         return (
             f"no system can serve {demand.name}: its longest request has {demand.longest} tokens, whose KV fits "
             "nowhere; allowed are devices with more memory, or a policy that holds less"
         )
     return (
-        f"no system meets the SLO ({asked}): the fastest, {fastest}, takes {found.tpot * 1000:.1f} ms "
-        f"a token and {found.ttft:.2f} s to the first with one sequence at a time; allowed are a longer "
+        f"no system meets the SLO ({limits}): the fastest, {fastest}, takes {forecast.tpot * 1000:.1f} ms "
+        f"a token and {forecast.ttft:.2f} s to the first with one sequence at a time; allowed are a longer "
         "time, faster devices, or shorter prompts"
     )
 
@@ -305,10 +281,10 @@ def slow_link(system: Offloaded, demand: Demand, slo: Slo, prefill: bool = True)
     ideal = replace(system, link=replace(system.link, bandwidth=1e16, round_trip=0.0))
     if (
         estimate(system, 1, demand, slo, prefill).goodput
-        or not (found := estimate(ideal, 1, demand, slo, prefill)).goodput
+        or not (forecast := estimate(ideal, 1, demand, slo, prefill)).goodput
     ):
         return ""
-    batch = max(1, found.most)
+    batch = max(1, forecast.most)
     cost = ideal.step(Load(batch, demand.context))
     needed = minimum_bandwidth(system.model, batch, cost.model, cost.attention)
     link, layers = system.link, system.model.attentions + system.model.states

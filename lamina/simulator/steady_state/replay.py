@@ -79,20 +79,20 @@ class Batches:
     def past(self, lengths: NDArray[np.int64], most: int) -> NDArray[np.float64]:
         """e(p) of each of these prompts, which come in batches of up to `most` tokens: with none in decode, and beside
         some, in a row each."""
-        found = np.zeros((2, len(lengths)))
+        seconds = np.zeros((2, len(lengths)))
         if not self.prefill:
-            return found
+            return seconds
         # Those whose past has no room beside the dense layers are another matter.
         for chosen in (lengths <= self.system.prompt_tokens, lengths > self.system.prompt_tokens):
             if chosen.any():
-                some = lengths[chosen]
-                anchors = np.unique(np.geomspace(some.min(), some.max(), _LENGTHS).round())
-                for row, beside in enumerate((0, _SOME) if self._rotates else (0,)):
-                    values = [self._past(round(each), most, beside) for each in anchors.tolist()]
-                    found[row, chosen] = np.interp(some, anchors, values)
+                group = lengths[chosen]
+                anchors = np.unique(np.geomspace(group.min(), group.max(), _LENGTHS).round())
+                for row, decoding in enumerate((0, _SOME) if self._rotates else (0,)):
+                    values = [self._past(round(length), most, decoding) for length in anchors.tolist()]
+                    seconds[row, chosen] = np.interp(group, anchors, values)
         if not self._rotates:
-            found[1] = found[0]
-        return found
+            seconds[1] = seconds[0]
+        return seconds
 
     def _alone(self, count: int) -> float:
         return self.system.step(Load(count, self.context)).seconds
@@ -115,9 +115,14 @@ class Batches:
         return max(0.0, self.system.step(load).seconds - self._bare[beside, chunk]) / chunk
 
 
+@numba.extending.register_jitable  # type: ignore[untyped-decorator]
 def level_of(count: int) -> int:
     """0 for none, 1 for up to 3, 2 for up to 63, 3 for up to 1023, and so on."""
-    return (count.bit_length() + 5) // 4 if count else 0
+    level = 1 if count else 0
+    while count >= 4:
+        level += 1
+        count //= 16
+    return level
 
 
 def _first(level: int) -> int:
@@ -252,87 +257,77 @@ def _between(table: Any, at: int) -> Any:
 
 
 @numba.extending.register_jitable  # type: ignore[untyped-decorator]
-def _level(count: int) -> int:
-    """`level_of`, compiled."""
-    level = 1 if count else 0
-    while count >= 4:
-        level += 1
-        count //= 16
-    return level
-
-
-@numba.extending.register_jitable  # type: ignore[untyped-decorator]
 def _push(keys: Any, names: Any, size: int, key: int, name: int) -> None:
     """Into a heap of so many."""
-    at = size
-    while at:
-        above = (at - 1) // 2
+    place = size
+    while place:
+        above = (place - 1) // 2
         if keys[above] <= key:
             break
-        keys[at], names[at] = keys[above], names[above]
-        at = above
-    keys[at], names[at] = key, name
+        keys[place], names[place] = keys[above], names[above]
+        place = above
+    keys[place], names[place] = key, name
 
 
 @numba.extending.register_jitable  # type: ignore[untyped-decorator]
 def _pop(keys: Any, names: Any, size: int) -> int:
     """The name with the least key; `size` counts it."""
-    found = names[0]
+    root = names[0]
     size -= 1
     key, name = keys[size], names[size]
-    at = 0
+    place = 0
     while True:
-        below = 2 * at + 1
+        below = 2 * place + 1
         if below >= size:
             break
         if below + 1 < size and keys[below + 1] < keys[below]:
             below += 1
         if keys[below] >= key:
             break
-        keys[at], names[at] = keys[below], names[below]
-        at = below
-    keys[at], names[at] = key, name
-    return found  # type: ignore[no-any-return]
+        keys[place], names[place] = keys[below], names[below]
+        place = below
+    keys[place], names[place] = key, name
+    return root  # type: ignore[no-any-return]
 
 
 @numba.extending.register_jitable  # type: ignore[untyped-decorator]
 def _prompts_of_batch(
-    prompts: Any, past: Any, done: int, admitted: int, left: int, space: int, most: int
+    prompts: Any, past: Any, done: int, admitted: int, tokens_left: int, space: int, most: int
 ) -> tuple[int, int, float, int, int]:
-    """The next batches with prompts, of up to `space` tokens of them. `done` is the prompt under way, of which `left`
-    tokens are to be computed. Returns how many batches are alike (up to `most`), their prompt tokens, the seconds of
-    those tokens' past, and `left` and `done` behind them."""
-    if left >= space:  # several batches, if the first prompt fills them
-        times = max(1, min(left // space, most)) if left > space else 1
-        beside = space * past[done]
-        left -= times * space
-        return times, space, beside, left, done + (left == 0)
-    tokens, beside = left, left * past[done]
+    """The next batches with prompts, of up to `space` tokens of them. `done` is the prompt under way, of which
+    `tokens_left` are to be computed. Returns how many batches are alike (up to `most`), their prompt tokens, the
+    seconds of those tokens' past, and `tokens_left` and `done` behind them."""
+    if tokens_left >= space:  # several batches, if the first prompt fills them
+        times = max(1, min(tokens_left // space, most)) if tokens_left > space else 1
+        past_seconds = space * past[done]
+        tokens_left -= times * space
+        return times, space, past_seconds, tokens_left, done + (tokens_left == 0)
+    tokens, past_seconds = tokens_left, tokens_left * past[done]
     done += 1
-    left = 0
+    tokens_left = 0
     while done < admitted and tokens < space:
         part = min(prompts[done], space - tokens)
         tokens += part
-        beside += part * past[done]
+        past_seconds += part * past[done]
         if part < prompts[done]:
-            left = prompts[done] - part
+            tokens_left = prompts[done] - part
             break
         done += 1
-    return 1, tokens, beside, left, done
+    return 1, tokens, past_seconds, tokens_left, done
 
 
 @numba.extending.register_jitable  # type: ignore[untyped-decorator]
 def _added(dense: Any, count: int, tokens: int) -> tuple[float, int]:
     """Seconds that prompt tokens add to a batch with `count` sequences in decode, as `Batches.added` has it. The second
     is the number of tokens whose seconds are not known yet; 0: all are."""
-    whole, bare = _between(dense, count + tokens), 0.0
-    if whole < 0:
+    total, bare = _between(dense, count + tokens), 0.0
+    if total < 0:
         return 0.0, count + tokens
     if count:
         bare = _between(dense, count)
         if bare < 0:
             return 0.0, count
-    return max(0.0, whole - bare), 0
+    return max(0.0, total - bare), 0
 
 
 @numba.extending.register_jitable  # type: ignore[untyped-decorator]
@@ -341,16 +336,16 @@ def _paces_so_far(
 ) -> bool:
     """Set the paces of those that still decode at the end. False where the seconds of a step are not known yet."""
     for place in range(count):
-        each = names[place]
-        if each >= 0:
-            steps_taken = batch - began[each]
+        request = names[place]
+        if request >= 0:
+            steps_taken = batch - began[request]
             if steps_taken:
-                pace[each] = (now - first[each]) / steps_taken
+                pace[request] = (now - first[request]) / steps_taken
             else:
                 decode = _between(steps, count)
                 if decode < 0:
                     return False
-                pace[each] = decode
+                pace[request] = decode
     return True
 
 
@@ -381,14 +376,14 @@ def _run(
     names = np.empty(number + len(present) + 1, np.int64)
     began = np.zeros(number, np.int64)  # the number of the batch that gave the first token
     count = 0  # in decode
-    for left in present:
-        _push(keys, names, count, left, -1)
+    for tokens_left in present:
+        _push(keys, names, count, tokens_left, -1)
         count += 1
     now, batch, alone = at[0], 0, 0.0
     more = 0.0  # tokens of KV beyond the mean context of each
     free = room - count * usual
     admitted = computing = 0  # requests before these are let in; have all of their prompt
-    left = 0  # tokens of the prompt under way
+    tokens_left = 0  # tokens of the prompt under way
     while computing < number:
         while admitted < number and at[admitted] <= now:
             inside = count + admitted - computing
@@ -397,29 +392,29 @@ def _run(
             free -= held[admitted]
             entered[admitted] = now
             if admitted == computing:
-                left = prompts[admitted]
+                tokens_left = prompts[admitted]
             admitted += 1
         alone = 0.0
         if count:
             alone = _between(steps, count)
-            slope = slopes[_level(count)]
+            slope = slopes[level_of(count)]
             if alone < 0 or slope < 0:
                 return _DECODE, count, 0
             alone = max(alone / 4, alone + slope * more)
         done, times = computing, 1
         if computing < admitted:  # a batch with prompts
-            most = keys[0] - batch if count else left
+            limit = keys[0] - batch if count else tokens_left
             space = max(1, budget - count)
-            times, tokens, beside, left, done = _prompts_of_batch(
-                prompts, past[min(1, count)], computing, admitted, left, space, most
+            times, tokens, past_seconds, tokens_left, done = _prompts_of_batch(
+                prompts, past[min(1, count)], computing, admitted, tokens_left, space, limit
             )
             if dense.shape[0]:
-                added, wanted = _added(dense[_level(count) if hides else 0], count, tokens)
-                if wanted:
-                    return _DENSE, count, wanted
-                alone += added + beside
-            if done < admitted and done > computing and not left:
-                left = prompts[done]
+                added, missing = _added(dense[level_of(count) if hides else 0], count, tokens)
+                if missing:
+                    return _DENSE, count, missing
+                alone += added + past_seconds
+            if done < admitted and done > computing and not tokens_left:
+                tokens_left = prompts[done]
         elif count:  # decode alone, until a sequence leaves or comes
             times = keys[0] - batch
             if admitted < number and at[admitted] > now and at[admitted] - now < times * alone:
@@ -430,23 +425,23 @@ def _run(
         now += times * alone
         batch += times
         while count and keys[0] <= batch:
-            gone = _pop(keys, names, count)
+            request = _pop(keys, names, count)
             count -= 1
-            if gone < 0:
+            if request < 0:
                 free += usual
             else:
-                pace[gone] = (now - first[gone]) / (outputs[gone] - 1)
-                free += held[gone]
-                more -= read[gone] - context
-        for each in range(computing, done):
-            first[each], pace[each] = now, 0.0
-            if outputs[each] > 1:
-                began[each] = batch
-                _push(keys, names, count, batch + outputs[each] - 1, each)
+                pace[request] = (now - first[request]) / (outputs[request] - 1)
+                free += held[request]
+                more -= read[request] - context
+        for prompt in range(computing, done):
+            first[prompt], pace[prompt] = now, 0.0
+            if outputs[prompt] > 1:
+                began[prompt] = batch
+                _push(keys, names, count, batch + outputs[prompt] - 1, prompt)
                 count += 1
-                more += read[each] - context
+                more += read[prompt] - context
             else:
-                free += held[each]
+                free += held[prompt]
         computing = done
     if not _paces_so_far(names, count, batch, began, now, first, pace, steps):
         return _DECODE, count, 0

@@ -66,9 +66,9 @@ class Service:
         self._wait_a_token = before_first_token(system, 1.0) - self._wait
         self._apart = system if isinstance(system, Disaggregated) and prefill else None
         self._decode = system.decode if isinstance(system, Disaggregated) else system
-        self._here = prefill and self._apart is None
-        self._batches = _batches(_plain(self._decode), demand.context, self._here)
-        self._budget = self._decode.max_batch_tokens if self._here else _UNLIMITED
+        self._has_prompts = prefill and self._apart is None
+        self._batches = _batches(_plain(self._decode), demand.context, self._has_prompts)
+        self._budget = self._decode.max_batch_tokens if self._has_prompts else _UNLIMITED
         lengths = demand.sample.prompts
         self._past = float((lengths * self._batches.past(lengths, self._budget)[1]).mean())
         self._prepared: dict[Sample, Requests] = {}
@@ -76,7 +76,7 @@ class Service:
     def pace(self, batch: int) -> float:
         """Seconds from token to token with that mean batch; infinite where prefill can't keep up."""
         alone = self._batches.know(batch)
-        if not self._here:
+        if not self._has_prompts:
             return alone
         prompt, output = self._demand.prompt, self._demand.output
         arriving = batch * prompt / output  # prompt tokens a batch, in the mean
@@ -93,8 +93,8 @@ class Service:
             return decode
         batches, link = self._beforehand(self._apart)
         prompts = self._demand.sample.prompts
-        whole = min(self._apart.prefill.max_batch_tokens, 8 * math.ceil(self._demand.prompt))
-        prompt = batches.added(0, whole) * self._demand.prompt / whole
+        chunk = min(self._apart.prefill.max_batch_tokens, 8 * math.ceil(self._demand.prompt))
+        prompt = batches.added(0, chunk) * self._demand.prompt / chunk
         prompt += float((prompts * batches.past(prompts, self._apart.prefill.max_batch_tokens)[0]).mean())
         sent = float(link(prompts).mean())
         return min(decode, 1 / prompt, 1 / sent if sent else math.inf)
@@ -102,8 +102,8 @@ class Service:
     def at(self, rate: float, places: int, replicas: int, requests: int) -> Point:
         """Of `replicas` that take requests in turn, one with `rate` requests a second and up to `places` sequences at a
         time: in the mean over about `requests` of the sample."""
-        taken = streams(self._demand.sample, replicas, requests)
-        points = [self._at(each, each.seconds(rate), rate, places) for each in taken]
+        parts = streams(self._demand.sample, replicas, requests)
+        points = [self._at(stream, stream.seconds(rate), rate, places) for stream in parts]
         count = len(points)
         names = ("tpot", "ttft", "share", "batch")
         return Point(rate, **{name: sum(getattr(point, name) for point in points) / count for name in names})
@@ -143,11 +143,11 @@ class Service:
         sent, ready = link(stream.prompts)[order], prompts.first[order]
         # One after another: each begins when it is ready and all before it are over.
         total = np.cumsum(sent)
-        there = np.maximum.accumulate(ready - total + sent) + total + system.link.round_trip
-        rest = Requests(there, *(getattr(requests, name)[..., order] for name in _LENGTHS))
-        served = replay(self._batches, rest, limits, present)
+        arrival = np.maximum.accumulate(ready - total + sent) + total + system.link.round_trip
+        decoding = Requests(arrival, *(getattr(requests, name)[..., order] for name in _LENGTHS))
+        served = replay(self._batches, decoding, limits, present)
         pace = np.zeros(number)
-        pace[order] = served.pace + (served.first - ready) / (rest.outputs - 1)
+        pace[order] = served.pace + (served.first - ready) / (decoding.outputs - 1)
         return Served(prompts.first, pace, prompts.entered)
 
     def _point(self, rate: float, places: int, stream: Sample, arrived: Floats, served: Served) -> Point:
@@ -162,9 +162,9 @@ class Service:
 
     def _present(self, rate: float, places: int) -> Integers:
         """Tokens that sequences have left which decode already: as many as there are in the mean, by Little's law."""
-        left = left_of_outputs(self._demand.sample)
+        lengths = left_of_outputs(self._demand.sample)
         count = largest(places, lambda batch: self._most_decoded(batch) <= rate)
-        return np.resize(left, count if count < places and len(left) else 0)
+        return np.resize(lengths, count if count < places and len(lengths) else 0)
 
     def _most_decoded(self, batch: int) -> float:
         """Requests a second that pass decode alone."""
@@ -187,20 +187,20 @@ class Service:
         """The instance of prompts, and the seconds of a prompt's KV on the way to decode."""
         batches, wire = _batches(_plain(system.prefill), self._demand.context, True), system.wire
         a_token, first = system.transfer_bytes(2) - system.transfer_bytes(1), system.transfer_bytes(1)
-        most = system.policy.window or math.inf
-        return batches, lambda prompts: (first + (np.minimum(prompts, most) - 1) * a_token) / wire
+        window = system.policy.window or math.inf
+        return batches, lambda prompts: (first + (np.minimum(prompts, window) - 1) * a_token) / wire
 
 
 def held(system: System, context: FloatT) -> FloatT:
     """Tokens of KV in all layers that a sequence of so many takes: those with a window keep no more than it."""
     policy, layers = system.policy, 0
-    kept = context * 0
+    tokens = context * 0
     for group in system.model.groups:
         if group.attends:
             windows = [window for window in (group.window, policy.window) if window is not None]
-            kept = kept + group.layers * policy.held * np.minimum(context, min(windows, default=math.inf))
+            tokens = tokens + group.layers * policy.held * np.minimum(context, min(windows, default=math.inf))
             layers += group.layers
-    return kept / max(1, layers)
+    return tokens / max(1, layers)
 
 
 def _kept(seconds: Floats, limit: float) -> Floats:

@@ -107,18 +107,18 @@ def closed_loop(trace: Trace, users: int, think: float = 0.0) -> Trace:
         raise InvalidRequest(f"think is {think!r:.80}; allowed are finite seconds from 0 on")
     arrivals: list[Arrival] = []
     sessions: list[int] = []  # of each request, the number of its session
-    begun = 0
+    count = 0
     for number, arrival in enumerate(trace.arrivals):
         moved = replace(arrival, at=0.0)
         if arrival.after is not None:
             sessions.append(sessions[arrival.after])
-            if sessions[-1] < begun - 1:
+            if sessions[-1] < count - 1:
                 raise InvalidRequest(f"{trace.name} has sessions that are mixed; allowed are whole ones, in turn")
         else:
-            sessions.append(begun)
-            if begun >= users:
-                moved = replace(moved, after=lasts[begun - users], gap=think)
-            begun += 1
+            sessions.append(count)
+            if count >= users:
+                moved = replace(moved, after=lasts[count - users], gap=think)
+            count += 1
         lasts[sessions[-1]] = number
         arrivals.append(moved)
     return replace(trace, name=f"{trace.name} by {users} users", arrivals=tuple(arrivals))
@@ -133,18 +133,18 @@ def split(trace: Trace, replicas: int) -> tuple[Trace, ...]:
         return (trace,)
     parts: list[list[Arrival]] = [[] for _ in range(replicas)]
     places: list[tuple[int, int]] = []  # of each request: its part, and its index there
-    begun = 0
+    count = 0
     for arrival in trace.arrivals:
         if arrival.after is None:
-            part, dealt = begun % replicas, arrival
-            begun += 1
+            part, dealt = count % replicas, arrival
+            count += 1
         else:
             part, index = places[arrival.after]
             dealt = replace(arrival, after=index)
         places.append((part, len(parts[part])))
         parts[part].append(dealt)
-    if begun < replicas:
-        raise InvalidRequest(f"replicas is {replicas}; allowed is 1 to {begun}, as {trace.name} has sessions")
+    if count < replicas:
+        raise InvalidRequest(f"replicas is {replicas}; allowed is 1 to {count}, as {trace.name} has sessions")
     return tuple(
         replace(trace, name=f"{trace.name} {n + 1}/{replicas}", arrivals=tuple(part)) for n, part in enumerate(parts)
     )
@@ -179,9 +179,9 @@ def wrong_tokens(count: Any) -> str:
 
 def wrong_blocks(blocks: Any, prompt: int) -> str:
     """What is wrong with the names of a prompt's blocks, in words; "" if nothing is."""
-    least, most = prompt // BLOCK, blocks_of(prompt)
-    if not least <= len(blocks) <= most:
-        allowed = f"{most}" if least == most else f"{least} or {most}"
+    least, limit = prompt // BLOCK, blocks_of(prompt)
+    if not least <= len(blocks) <= limit:
+        allowed = f"{limit}" if least == limit else f"{least} or {limit}"
         return f"are {len(blocks)}; allowed are {allowed} for {prompt} tokens, one for each {BLOCK}"
     if wrong := [block for block in blocks if type(block) is not int or not 0 <= block < 1 << 62]:
         return f"have {wrong[0]!r:.80}; allowed are whole numbers from 0 on, below 2**62"
@@ -210,9 +210,9 @@ def _wrong_session(arrival: Arrival, index: int, arrivals: Sequence[Arrival]) ->
         return f"comes after {after!r:.80}; allowed are indices of earlier requests, 0 to {index - 1}"
     if type(gap) not in (float, int) or not 0 <= gap < math.inf:
         return f"has the gap {gap!r:.80}; allowed are finite seconds from 0 on"
-    most = min(arrival.prompt - 1, arrivals[after].prompt + arrivals[after].output)
-    if type(shared) is not int or not 0 <= shared <= most or (shared and arrival.blocks):
-        return f"shares {shared!r:.80} tokens with request {after}; allowed are 0 to {most}, and 0 for one with blocks"
+    limit = min(arrival.prompt - 1, arrivals[after].prompt + arrivals[after].output)
+    if type(shared) is not int or not 0 <= shared <= limit or (shared and arrival.blocks):
+        return f"shares {shared!r:.80} tokens with request {after}; allowed are 0 to {limit}, and 0 for one with blocks"
     return ""
 
 

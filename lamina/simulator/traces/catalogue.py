@@ -41,25 +41,25 @@ def trace(name: str | Path, count: int | None = None, seed: int = 0, folder: Pat
     """
     if str(name) == AGENTS:
         return coding_agents(seed=seed) if count is None else coding_agents(count, seed)
-    known = FILES.get(str(name))
-    if known is None and not os.path.isfile(name):  # unlike Path's own, no name is too long for it
+    files = FILES.get(str(name))
+    if files is None and not os.path.isfile(name):  # unlike Path's own, no name is too long for it
         raise InvalidRequest(
             f"the trace is {str(name)!r:.200}; allowed are {', '.join((*FILES, AGENTS))}, or {FORMATS}"
         )
-    path = Path(name) if known is None else file_of(str(name), folder)
+    path = Path(name) if files is None else file_of(str(name), folder)
     if path is None:
         figures = published()[str(name)]
         drawn = synthetic(figures, count, seed=seed)
         return replace(drawn, remarks=(distance(drawn, figures),))
-    whole = spread(read(path, None if known is None else str(name)))
-    return whole if count is None else head(whole, count)
+    requests = spread(read(path, None if files is None else str(name)))
+    return requests if count is None else head(requests, count)
 
 
 def file_of(name: str, folder: Path | None = None) -> Path | None:
     """Where the file of a published trace is: in the folder, or in this package; None where it is in neither."""
-    here = Path(__file__).with_name(f"{FILES[name][0]}.gz")
+    packaged = Path(__file__).with_name(f"{FILES[name][0]}.gz")
     files = [folder / file for file in FILES[name]] if folder else []
-    return next((file for file in (*files, here) if file.is_file()), None)
+    return next((file for file in (*files, packaged) if file.is_file()), None)
 
 
 def windows(trace: Trace, count: int, parts: int = WINDOWS) -> Trace:
@@ -77,26 +77,26 @@ def windows(trace: Trace, count: int, parts: int = WINDOWS) -> Trace:
         return _sessions(trace, count)
     length = max(1, count // parts)
     parts = count // length
-    at, prompt, output = (np.array([getattr(a, name) for a in arrivals], np.float64) for name in _COLUMNS)
+    times, prompt, output = (np.array([getattr(a, name) for a in arrivals], np.float64) for name in _COLUMNS)
     features = np.stack([prompt, output, output * (prompt + output / 2), prompt**2])
     sums = np.concatenate([np.zeros((4, 1)), np.cumsum(features, 1)], 1)
-    whole = features.mean(1)
-    varies = _variation(at, np.arange(0, total - length, max(1, length // 4)), length)
+    means_of_trace = features.mean(1)
+    varies = _variation(times, np.arange(0, total - length, max(1, length // 4)), length)
     nearest, begins = math.inf, np.arange(parts)
     for shift in range(_SHIFTS):
         middles = (np.arange(parts) + (shift + 0.5) / _SHIFTS) * total / parts
         first = np.clip(middles - length / 2, 0, total - length).astype(int)
         means = (sums[:, first + length] - sums[:, first]).sum(1) / (length * parts)
-        off = float(((means / whole - 1) ** 2).sum()) + (_variation(at, first, length) - varies) ** 2
+        off = float(((means / means_of_trace - 1) ** 2).sum()) + (_variation(times, first, length) - varies) ** 2
         if off < nearest:
             nearest, begins = off, first
     gap = trace.seconds / (total - 1)
-    taken: list[Arrival] = []
+    excerpt: list[Arrival] = []
     for begin in begins.tolist():
-        start = taken[-1].at + gap if taken else 0.0
+        start = excerpt[-1].at + gap if excerpt else 0.0
         window = arrivals[begin : begin + length]
-        taken += [replace(arrival, at=start + arrival.at - window[0].at) for arrival in window]
-    return replace(trace, arrivals=tuple(taken))
+        excerpt += [replace(arrival, at=start + arrival.at - window[0].at) for arrival in window]
+    return replace(trace, arrivals=tuple(excerpt))
 
 
 def _variation(at: Floats, first: Integers, length: int) -> float:
@@ -108,23 +108,23 @@ def _variation(at: Floats, first: Integers, length: int) -> float:
 def _sessions(trace: Trace, count: int) -> Trace:
     """Every nth session, so much earlier that as many begin in a second."""
     roots: list[int] = []  # of each request, the number of its session
-    begun = 0
+    session_count = 0
     for arrival in trace.arrivals:
-        roots.append(begun if arrival.after is None else roots[arrival.after])
-        begun += arrival.after is None
+        roots.append(session_count if arrival.after is None else roots[arrival.after])
+        session_count += arrival.after is None
     share = count / len(roots)
     while True:
-        kept = [number for number, root in enumerate(roots) if int((root + 1) * share) > int(root * share)]
-        if len(kept) <= count or share * begun < 2:
+        places = [number for number, root in enumerate(roots) if int((root + 1) * share) > int(root * share)]
+        if len(places) <= count or share * session_count < 2:
             break
         share *= 0.9
-    numbers = {number: place for place, number in enumerate(kept)}
-    taken = []
-    for number in kept:
+    numbers = {number: place for place, number in enumerate(places)}
+    excerpt = []
+    for number in places:
         arrival = trace.arrivals[number]
         after = None if arrival.after is None else numbers[arrival.after]
-        taken.append(replace(arrival, at=arrival.at * share, after=after))
-    return replace(trace, arrivals=tuple(taken[:count]))
+        excerpt.append(replace(arrival, at=arrival.at * share, after=after))
+    return replace(trace, arrivals=tuple(excerpt[:count]))
 
 
 def at_rate(trace: Trace, rate: float) -> Trace:

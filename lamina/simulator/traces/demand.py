@@ -41,8 +41,8 @@ class Sample:
 
     def seconds(self, rate: float) -> NDArray[np.float64]:
         """The times at so many requests a second."""
-        at: NDArray[np.float64] = self.at / rate
-        return at
+        times: NDArray[np.float64] = self.at / rate
+        return times
 
     def with_prompts(self, factor: float) -> Sample:
         """Prompts `factor` times as long."""
@@ -104,26 +104,28 @@ class Demand:
 def demand(trace: Trace) -> Demand:
     """The means of a trace, and a sample of it. Requests that all come at once are taken to come by chance."""
     arrivals = trace.arrivals
-    outputs = [each.output for each in arrivals]
+    outputs = [arrival.output for arrival in arrivals]
     part = windows(trace, SAMPLE).arrivals
     span = trace.seconds
-    at = np.array([each.at for each in part]) if span > _MOMENT else _by_chance(len(part))
+    times = np.array([arrival.at for arrival in part]) if span > _MOMENT else _by_chance(len(part))
     return Demand(
         name=trace.name,
         requests=len(arrivals),
         rate=(len(arrivals) - 1) / span if span > _MOMENT else math.inf,
-        prompt=sum(each.prompt for each in arrivals) / len(arrivals),
+        prompt=sum(arrival.prompt for arrival in arrivals) / len(arrivals),
         output=sum(outputs) / len(arrivals),
         context=mean_context(arrivals),
-        longest=max(each.prompt + each.output for each in arrivals),
-        sample=_sample(at, np.array([each.prompt for each in part]), np.array([each.output for each in part])),
+        longest=max(arrival.prompt + arrival.output for arrival in arrivals),
+        sample=_sample(
+            times, np.array([arrival.prompt for arrival in part]), np.array([arrival.output for arrival in part])
+        ),
     )
 
 
 def mean_context(arrivals: Sequence[Arrival]) -> float:
     """Tokens of KV of a sequence that decodes, over all that do at a time."""
-    held = sum(each.output * (each.prompt + each.output / 2) for each in arrivals)
-    return held / sum(each.output for each in arrivals)
+    token_steps = sum(arrival.output * (arrival.prompt + arrival.output / 2) for arrival in arrivals)
+    return token_steps / sum(arrival.output for arrival in arrivals)
 
 
 def _sample(at: NDArray[np.float64], prompts: NDArray[np.int64], outputs: NDArray[np.int64]) -> Sample:
@@ -155,7 +157,7 @@ def left_of_outputs(sample: Sample) -> NDArray[np.int64]:
     after = np.sort(sample.outputs) - 1
     longer = len(after) - np.arange(len(after))  # as many outputs have the tokens between one length and the next
     tokens = np.concatenate(([0], np.cumsum(np.diff(after, prepend=0) * longer)))
-    wanted = (np.arange(LEVELS) + 0.5) / LEVELS * tokens[-1]
-    left = 1 + np.interp(wanted, tokens, np.concatenate(([0], after))).astype(np.int64)
-    spread: NDArray[np.int64] = left[np.arange(LEVELS) * _STRIDE % LEVELS] if tokens[-1] else left[:0]
+    ranks = (np.arange(LEVELS) + 0.5) / LEVELS * tokens[-1]
+    lengths = 1 + np.interp(ranks, tokens, np.concatenate(([0], after))).astype(np.int64)
+    spread: NDArray[np.int64] = lengths[np.arange(LEVELS) * _STRIDE % LEVELS] if tokens[-1] else lengths[:0]
     return spread

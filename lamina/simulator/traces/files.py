@@ -65,15 +65,15 @@ def _arrivals(lines: Iterator[tuple[int, str]], parse: Callable[[str], _Numbers]
         try:
             if count == MAX_REQUESTS:
                 raise InvalidRequest(f"is one request more than allowed; allowed are {MAX_REQUESTS}")
-            at, prompt, output, blocks = parse(line)
+            time, prompt, output, blocks = parse(line)
             if start is None:
-                start = before = at
-            if at < before:
+                start = before = time
+            if time < before:
                 raise InvalidRequest(f"has an earlier time than the one before: {line!r:.80}; allowed are rising times")
         except InvalidRequest as error:
             raise InvalidRequest(f"line {number} {error}") from error
-        before = at
-        yield Arrival((at - start) / unit, prompt, output, blocks)
+        before = time
+        yield Arrival((time - start) / unit, prompt, output, blocks)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -86,10 +86,10 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         packed = file.read(len(_GZIP)) == _GZIP
         file.seek(0)
         stream = cast(BinaryIO, gzip.GzipFile(fileobj=file)) if packed else file
-        number = taken = 0
+        number = nbytes = 0
         while line := stream.readline(MAX_LINE + 1):
-            number, taken = number + 1, taken + len(line)
-            if len(line) > MAX_LINE or taken > MAX_BYTES:
+            number, nbytes = number + 1, nbytes + len(line)
+            if len(line) > MAX_LINE or nbytes > MAX_BYTES:
                 raise InvalidRequest(f"line {number} is too long; allowed are {MAX_LINE} bytes, and {MAX_BYTES} in all")
             try:
                 text = line.decode("utf-8").strip()
@@ -119,14 +119,14 @@ def _azure(line: str) -> _Numbers:
 def _nanoseconds(word: str) -> int:
     """Since 1970. Whole numbers, as seconds in a float would lose the last digits."""
     try:
-        if not (found := _TIME.fullmatch(word)):
+        if not (match := _TIME.fullmatch(word)):
             raise ValueError("it has another form")
-        moment = datetime.fromisoformat(f"{found[1]} {found[2]}")
+        moment = datetime.fromisoformat(f"{match[1]} {match[2]}")
     except ValueError as error:  # also a 31st of June
         raise InvalidRequest(
             f"has the TIMESTAMP {word!r:.80}; allowed are such as 2023-11-16 18:15:46.6805900 ({error})"
         ) from error
-    return (moment - _EPOCH) // timedelta(seconds=1) * 10**9 + int((found[3] or "").ljust(9, "0"))
+    return (moment - _EPOCH) // timedelta(seconds=1) * 10**9 + int((match[3] or "").ljust(9, "0"))
 
 
 def _mooncake(line: str) -> _Numbers:
@@ -139,9 +139,9 @@ def _mooncake(line: str) -> _Numbers:
         raise InvalidRequest(f"is {line!r:.80}; allowed is an object with {', '.join(_FIELDS)}")
     if missing := [name for name in _FIELDS if name not in fields]:
         raise InvalidRequest(f"has no {missing[0]}: {line!r:.80}; needed are {', '.join(_FIELDS)}")
-    at, prompt, output, blocks = (fields[name] for name in _FIELDS)
-    if type(at) not in (int, float) or not 0 <= at <= _MAX_MILLISECONDS:
-        raise InvalidRequest(f"has the timestamp {at!r:.80}; allowed are milliseconds from 0 to {_MAX_MILLISECONDS}")
+    time, prompt, output, blocks = (fields[name] for name in _FIELDS)
+    if type(time) not in (int, float) or not 0 <= time <= _MAX_MILLISECONDS:
+        raise InvalidRequest(f"has the timestamp {time!r:.80}; allowed are milliseconds from 0 to {_MAX_MILLISECONDS}")
     for name, count in (("input_length", prompt), ("output_length", output)):
         if wrong := wrong_tokens(count):
             raise InvalidRequest(f"has an {name} that {wrong}")
@@ -149,4 +149,4 @@ def _mooncake(line: str) -> _Numbers:
         raise InvalidRequest(f"has hash_ids that are {blocks!r:.80}; allowed is a list of whole numbers")
     if wrong := wrong_blocks(blocks, prompt):
         raise InvalidRequest(f"has hash_ids that {wrong}")
-    return at, prompt, output, tuple(blocks)
+    return time, prompt, output, tuple(blocks)

@@ -35,33 +35,38 @@ def coding_agents(count: int = 2000, seed: int = 0, rate: float = SESSIONS) -> T
     counts and gaps are drawn independently of each other. Which steps come first is decided as if each took the
     published median. At first few sessions are under way, and contexts are short. Raises InvalidRequest.
     """
-    if type(count) is not int or not 1 <= count <= MAX_REQUESTS:
-        raise InvalidRequest(f"count is {count!r}; allowed is 1 to {MAX_REQUESTS}")
-    if type(seed) is not int or seed < 0:
-        raise InvalidRequest(f"seed is {seed!r}; allowed are whole numbers from 0 on")
     if not 0 < rate < math.inf:
         raise InvalidRequest(f"rate is {rate!r}; allowed are finite sessions a second above 0")
-    rng = np.random.default_rng(seed)
+    rng = _generator(count, seed)
     starts: list[float] = [0.0]
     sessions: list[_Session] = []
     ends = np.zeros(0)  # of all steps
     while len(ends) < count or np.partition(ends, count - 1)[count - 1] > starts[-1]:
         sessions += [_session(rng) for _ in range(_AT_A_TIME)]
         starts += (starts[-1] + np.cumsum(rng.exponential(1 / rate, _AT_A_TIME))).tolist()
-        ends = np.concatenate([at + session.ends for at, session in zip(starts, sessions, strict=False)])
+        ends = np.concatenate([start + session.ends for start, session in zip(starts, sessions, strict=False)])
     last = float(np.partition(ends, count - 1)[count - 1])
     arrivals: list[Arrival] = []
-    begun = 0
-    for at, session in zip(starts, sessions, strict=False):
-        most = min(int(np.searchsorted(at + session.ends, last, side="right")), count - len(arrivals))
-        begun += most > 0
-        arrivals += _steps(session, at, most, len(arrivals))
+    session_count = 0
+    for start, session in zip(starts, sessions, strict=False):
+        limit = min(int(np.searchsorted(start + session.ends, last, side="right")), count - len(arrivals))
+        session_count += limit > 0
+        arrivals += _steps(session, start, limit, len(arrivals))
     prompts = [arrival.prompt for arrival in arrivals]
-    said = (
-        f"drawn from the quantiles of TraceLab's coding agents (arXiv 2606.30560): {begun} sessions; median prompt "
-        f"{np.median(prompts):.0f} tokens (published: {_figures()['prompt']['median']})"
+    remark = (
+        f"drawn from the quantiles of TraceLab's coding agents (arXiv 2606.30560): {session_count} sessions; "
+        f"median prompt {np.median(prompts):.0f} tokens (published: {_figures()['prompt']['median']})"
     )
-    return Trace("coding-agents (synthetic)", tuple(arrivals), (said,))
+    return Trace("coding-agents (synthetic)", tuple(arrivals), (remark,))
+
+
+def _generator(count: int, seed: int) -> np.random.Generator:
+    """What `count` requests are drawn by. Raises InvalidRequest."""
+    if type(count) is not int or not 1 <= count <= MAX_REQUESTS:
+        raise InvalidRequest(f"count is {count!r}; allowed is 1 to {MAX_REQUESTS}")
+    if type(seed) is not int or seed < 0:
+        raise InvalidRequest(f"seed is {seed!r}; allowed are whole numbers from 0 on")
+    return np.random.default_rng(seed)
 
 
 class _Session(NamedTuple):
@@ -78,9 +83,11 @@ def _session(rng: np.random.Generator) -> _Session:
     figures = _figures()
     steps = 1 + np.rint(_drawn(figures["tool_steps"], rng, round(_drawn(figures["requests"], rng, 1)[0]))).astype(int)
     count = int(steps.sum())
-    asked = np.zeros(count, np.bool_)
-    asked[np.cumsum(steps)[:-1]] = True  # the first step of a request
-    gaps = np.where(asked, _drawn(figures["think_seconds"], rng, count), _drawn(figures["tool_seconds"], rng, count))
+    first_steps = np.zeros(count, np.bool_)
+    first_steps[np.cumsum(steps)[:-1]] = True  # the first step of a request
+    gaps = np.where(
+        first_steps, _drawn(figures["think_seconds"], rng, count), _drawn(figures["tool_seconds"], rng, count)
+    )
     gaps[0] = 0.0
     fresh, output = (_lognormal(figures[name], rng, count) for name in ("fresh", "output"))
     return _Session(gaps, fresh, output, np.cumsum(gaps + figures["step_seconds"]))
@@ -95,8 +102,8 @@ def _steps(session: _Session, at: float, count: int, first: int) -> list[Arrival
     columns = (session.gaps, session.fresh, session.output)
     for gap, fresh, output in zip(*(column[:count].tolist() for column in columns), strict=True):
         if not arrivals:
-            own = range((first + 1) << 20, ((first + 1) << 20) + fresh // BLOCK)
-            arrivals.append(Arrival(at, common + fresh, output, (*range(blocks), *own)))
+            names = range((first + 1) << 20, ((first + 1) << 20) + fresh // BLOCK)
+            arrivals.append(Arrival(at, common + fresh, output, (*range(blocks), *names)))
             continue
         before = arrivals[-1]
         context = before.prompt + before.output
@@ -112,23 +119,23 @@ def open_loop(trace: Trace, ttft: float, tpot: float) -> Trace:
     if all(arrival.after is None for arrival in trace.arrivals):
         return trace
     fresh = 1 + max((block for arrival in trace.arrivals for block in arrival.blocks), default=-1)
-    at: list[float] = []
+    times: list[float] = []
     ends: list[float] = []
     contexts: list[tuple[int, ...]] = []  # of each request, the names of its prompt's and output's whole blocks
     prompts: list[tuple[int, ...]] = []
     for arrival in trace.arrivals:
         after = arrival.after
-        at.append(arrival.at if after is None else max(arrival.at, ends[after] + arrival.gap))
-        ends.append(at[-1] + ttft + (arrival.output - 1) * tpot)
+        times.append(arrival.at if after is None else max(arrival.at, ends[after] + arrival.gap))
+        ends.append(times[-1] + ttft + (arrival.output - 1) * tpot)
         names = arrival.blocks if after is None else contexts[after][: arrival.shared // BLOCK]
         more = (arrival.prompt + arrival.output) // BLOCK - len(names)
         contexts.append(names + tuple(range(fresh, fresh + more)))
         fresh += max(0, more)
         prompts.append(contexts[-1][: max(len(arrival.blocks), arrival.prompt // BLOCK)])
-    order = sorted(range(len(at)), key=at.__getitem__)
-    arrivals = tuple(Arrival(at[n], trace.arrivals[n].prompt, trace.arrivals[n].output, prompts[n]) for n in order)
-    said = f"each request takes {ttft:g} s to its first token and {tpot:g} s for each after it, for times of arrival"
-    return replace(trace, arrivals=arrivals, remarks=(*trace.remarks, said))
+    order = sorted(range(len(times)), key=times.__getitem__)
+    arrivals = tuple(Arrival(times[n], trace.arrivals[n].prompt, trace.arrivals[n].output, prompts[n]) for n in order)
+    remark = f"each request takes {ttft:g} s to its first token and {tpot:g} s for each after it, for times of arrival"
+    return replace(trace, arrivals=arrivals, remarks=(*trace.remarks, remark))
 
 
 @functools.cache
@@ -137,8 +144,8 @@ def _figures() -> dict[str, Any]:
 
 
 def _drawn(quantiles: dict[str, Any], rng: np.random.Generator, count: int) -> Floats:
-    found: Floats = np.expm1(np.interp(rng.random(count), quantiles["shares"], np.log1p(quantiles["values"])))
-    return found
+    values: Floats = np.expm1(np.interp(rng.random(count), quantiles["shares"], np.log1p(quantiles["values"])))
+    return values
 
 
 def _lognormal(figures: dict[str, Any], rng: np.random.Generator, count: int) -> Integers:
@@ -170,11 +177,7 @@ def synthetic(figures: Figures, count: int | None = None, seed: int = 0) -> Trac
     Raises InvalidRequest.
     """
     count = figures.count if count is None else count
-    if type(count) is not int or not 1 <= count <= MAX_REQUESTS:
-        raise InvalidRequest(f"count is {count!r}; allowed is 1 to {MAX_REQUESTS}")
-    if type(seed) is not int or seed < 0:
-        raise InvalidRequest(f"seed is {seed!r}; allowed are whole numbers from 0 on")
-    rng = np.random.default_rng(seed)
+    rng = _generator(count, seed)
     normal = rng.standard_normal((3, count))
     prompt = _lengths(figures.prompt, _stratified(rng, normal[0]))
     output = _lengths(figures.output, _stratified(rng, _correlated(normal[0], normal[1], figures.rank_correlation)))
@@ -182,12 +185,12 @@ def synthetic(figures: Figures, count: int | None = None, seed: int = 0) -> Trac
         gaps = _gamma_gaps(rng, figures.step_cv, count - 1)
     else:
         gaps = figures.gaps.at(_stratified(rng, rng.random(count - 1)))
-    at = _at(gaps, figures)
+    times = _at(gaps, figures)
     blocks: list[tuple[int, ...]] = [()] * count
     if sharing := figures.sharing:
         depth = sharing.depth.at(_stratified(rng, _correlated(normal[0], normal[2], sharing.correlation)))
-        blocks = _conversations(rng, sharing, at, prompt, depth)
-    columns = zip(at.tolist(), prompt.tolist(), output.tolist(), blocks, strict=True)
+        blocks = _conversations(rng, sharing, times, prompt, depth)
+    columns = zip(times.tolist(), prompt.tolist(), output.tolist(), blocks, strict=True)
     return Trace(f"{figures.name} (synthetic)", tuple(Arrival(*column) for column in columns))
 
 
@@ -196,23 +199,25 @@ def _conversations(
 ) -> list[tuple[int, ...]]:
     """The names of each prompt's blocks, by the times of arrival `at` [s]."""
     total = np.array([blocks_of(int(tokens)) for tokens in prompt])
-    whole = prompt // BLOCK
-    wanted = np.rint(depth * np.maximum(total - sharing.common, 0)).astype(np.int64)
+    whole_blocks = prompt // BLOCK
+    shared_blocks = np.rint(depth * np.maximum(total - sharing.common, 0)).astype(np.int64)
     common, fresh = tuple(range(sharing.common)), sharing.common
     last_turn = np.ones(len(prompt), np.bool_)
     blocks: list[tuple[int, ...]] = []
     for n in range(len(prompt)):
         start = common
-        if wanted[n]:
+        if shared_blocks[n]:
             lags = sharing.lag.at(rng.random(_CANDIDATES))
             earlier = np.unique(np.searchsorted(at[:n], at[n] - lags, side="right") - 1)
             earlier = earlier[(earlier >= 0) & last_turn[earlier]]
             if earlier.size:
-                needed = sharing.common + int(wanted[n])
-                enough = earlier[whole[earlier] >= needed]
-                chosen = enough[whole[enough].argmin()] if enough.size else earlier[whole[earlier].argmax()]
-                if whole[chosen] > sharing.common:
-                    start = blocks[chosen][: min(needed, int(whole[chosen]))]
+                needed = sharing.common + int(shared_blocks[n])
+                enough = earlier[whole_blocks[earlier] >= needed]
+                chosen = (
+                    enough[whole_blocks[enough].argmin()] if enough.size else earlier[whole_blocks[earlier].argmax()]
+                )
+                if whole_blocks[chosen] > sharing.common:
+                    start = blocks[chosen][: min(needed, int(whole_blocks[chosen]))]
                     last_turn[chosen] = False
         start = start[: total[n]]
         new = int(total[n]) - len(start)
@@ -230,17 +235,17 @@ def _at(gaps: Floats, figures: Figures) -> Floats:
     if not figures.load:
         return even
     share = np.concatenate([np.zeros(1), np.cumsum(figures.load)]) / sum(figures.load)  # of requests, up to each part
-    rounds, rest = np.divmod(even / figures.seconds, 1.0)
-    at: Floats = (rounds + np.interp(rest, share, np.linspace(0.0, 1.0, len(share)))) * figures.seconds
-    at *= even[-1] / at[-1]
-    return at
+    rounds, part = np.divmod(even / figures.seconds, 1.0)
+    times: Floats = (rounds + np.interp(part, share, np.linspace(0.0, 1.0, len(share)))) * figures.seconds
+    times *= even[-1] / times[-1]
+    return times
 
 
 def distance(drawn: Trace, figures: Figures) -> str:
     """How far a drawn trace is from the one it stands for, in words."""
-    at = np.array([arrival.at for arrival in drawn.arrivals])
+    times = np.array([arrival.at for arrival in drawn.arrivals])
     prompt, output = (np.array([getattr(a, name) for a in drawn.arrivals]) for name in ("prompt", "output"))
-    counts, _ = minutes_of(at)
+    counts, _ = minutes_of(times)
     pairs = [
         ("mean prompt", f"{prompt.mean():.0f}", f"{figures.prompt_mean:.0f}"),
         ("output", f"{output.mean():.0f}", f"{figures.output_mean:.0f}"),
@@ -251,18 +256,20 @@ def distance(drawn: Trace, figures: Figures) -> str:
         pairs.append(("variation of counts a minute", varies, f"{figures.minute_cv:.2f}"))
     if figures.sharing:
         pairs.append(("shared blocks", f"{reused_share(drawn):.0%}", f"{figures.sharing.reused:.0%}"))
-    said = ", ".join(f"{name} {mine} ({published})" for name, mine, published in pairs)
-    return f"drawn from the published trace's figures, as its file is not here (--trace-dir); drawn (published): {said}"
+    ratios = ", ".join(f"{name} {mine} ({published})" for name, mine, published in pairs)
+    return (
+        f"drawn from the published trace's figures, as its file is not here (--trace-dir); drawn (published): {ratios}"
+    )
 
 
 def reused_share(trace: Trace) -> float:
     """The share of all blocks of prompts that a cache which forgets nothing has from earlier prompts."""
-    known: set[int] = set()
+    names: set[int] = set()
     shared = total = 0
     for arrival in trace.arrivals:
-        shared += next((n for n, block in enumerate(arrival.blocks) if block not in known), len(arrival.blocks))
+        shared += next((n for n, block in enumerate(arrival.blocks) if block not in names), len(arrival.blocks))
         total += len(arrival.blocks)
-        known.update(arrival.blocks)
+        names.update(arrival.blocks)
     return shared / total if total else 0.0
 
 
