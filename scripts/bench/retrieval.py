@@ -152,7 +152,7 @@ def curve(kind: str, head: Head, segment: int | None = None) -> Curve:
             else:
                 whole.add(ScanSegment(keys, SINKS + first))
         efforts = {"graph": EFFORTS, "ivf": LISTS, "scan": (150,)}[kind]
-        bytes_per_key = whole.nbytes / n
+        bytes_per_key = sum(part.nbytes for part in whole.segments) / n
 
         def search(q: np.ndarray, effort: int) -> Found:
             return whole.search(q, TOP, effort)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -16,15 +16,16 @@ GREEDY = SamplingParams(max_tokens=12, temperature=0.0).with_defaults({})
 LONG = [3 + at % 90 for at in range(700)]
 
 
-def rig_with(decoder: Any, loses: Callable[[Request], bool], **options: Any) -> Rig:
-    """Messages without a reply to worker 2 are lost where `loses`; nobody notices."""
+def rig_with(decoder: Any, loses: Callable[[Request], bool], workers: Sequence[int] = (2,), **options: Any) -> Rig:
+    """Three workers. Messages without a reply to `workers` are lost where `loses`, and nothing tells so."""
 
     def before(request: Request) -> None:
         if not answered(request) and loses(request):
             raise Unnoticed
 
     rig = Rig(decoder, weights=(1, 1, 1), max_batch_tokens=64, port=BytesPort, **options)
-    rig.ports[2].before = before
+    for number in workers:
+        rig.ports[number].before = before
     return rig
 
 
@@ -66,13 +67,14 @@ def test_text_is_the_same_when_keys_are_lost_on_their_way(model, request):
     fault was never missed, and its positions were attended as whatever the page had before."""
     decoder = request.getfixturevalue(model)
     expected = one_process(decoder, [LONG], max_tokens=40)
-    sent: list[int] = []  # in each layer each of three workers gets one
+    sent: list[Request] = []  # in each layer each of three workers gets one
 
-    def loses(number: int, request: Request) -> bool:
-        sent.append(number)
+    def loses(request: Request) -> bool:
+        sent.append(request)
         return len(sent) in (20, 120, 204, 316)
 
-    rig = rig_with(decoder, loses, shard="heads", fuses=False)  # q goes first, so keys have a message of their own
+    # q goes first, so keys have a message of their own
+    rig = rig_with(decoder, loses, (1, 2, 3), shard="heads", fuses=False)
     assert rig.generate([LONG], max_tokens=40) == expected
     assert len(sent) > 400
     assert not any(port.closed for port in rig.ports.values())
