@@ -121,9 +121,7 @@ def answer(process: subprocess.Popen[str]) -> Any:
 
 def run(ranks: int, root: Path, *job: str) -> list[Any]:
     """What each rank says."""
-    for meeting in root.glob(
-        "meeting.*"
-    ):  # the file of an earlier job, where a rank ended before it counted itself out
+    for meeting in root.glob("meeting.*"):  # of an earlier job, where a rank ended before it counted itself out
         meeting.unlink()
     children = [start(rank, ranks, root, *job) for rank in range(ranks)]
     try:
