@@ -28,7 +28,7 @@ def become_seven() -> None:
         return record._replace(fields={name: it for name, it in record.fields.items() if name not in later}, later=())
 
     fields.Record.of = known  # type: ignore[method-assign]
-    fields._one_of = lambda records: one_of([each for each in records if each.cls.__name__ not in LATER])
+    fields._one_of = lambda kinds: one_of([kind for kind in kinds if getattr(kind, "__name__", "") not in LATER])
 
     from lamina_protocols.channels import control
     from lamina_protocols.frames import codec
