@@ -325,7 +325,8 @@ def _shown(word: str, settings: Container[str]) -> str:
 def _checked_options(group: Any, hints: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a group whose values another class checks: help from that class's own words, its defaults, a
     syntax by type."""
-    docs = _setting_docs(group.checked_by) | group.helps
+    docs = _setting_docs(group.checked_by)
+    helps = docs | group.helps
     defaults = {field.name: field.default for field in fields(group.checked_by)}
     options: dict[str, Any] = {}
     for name, hint in hints.items():
@@ -340,7 +341,7 @@ def _checked_options(group: Any, hints: Mapping[str, Any]) -> dict[str, Any]:
             kind,
             typer.Option(
                 *(mark.name for mark in marks if isinstance(mark, _Flag)),
-                help=docs.get(name),
+                help=helps[name] if docs else helps.get(name),  # a setting without a word about it is a mistake
                 rich_help_panel=group.panels.get(name, group.panels[""]),
                 show_default=str(default) if shows_default else False,
                 **syntax,

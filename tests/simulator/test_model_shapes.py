@@ -226,8 +226,8 @@ def test_which_layers_have_experts(more: dict[str, Any], sparse: int) -> None:
         ("nemotron_h", {**NEMOTRON, "moe_latent_size": 20, "attention_bias": True}),
         ("granitemoehybrid", {**GRANITE, "num_local_experts": 5}),
         ("granitemoehybrid", {**GRANITE, "num_local_experts": 0, "mamba_proj_bias": True, "attention_bias": True}),
-        ("falcon_h1", {**MAMBA, "mamba_d_ssm": 96, "head_dim": 8}),
-        ("falcon_h1", {**MAMBA, "mamba_d_ssm": 96, "mamba_rms_norm": True, "mlp_bias": True}),
+        ("falcon_h1", {**MAMBA, "mamba_d_ssm": 96, "head_dim": 8, "projectors_bias": True}),
+        ("falcon_h1", {**MAMBA, "mamba_d_ssm": 96, "mamba_rms_norm": True, "mlp_bias": True, "mamba_proj_bias": True}),
         (
             "kimi_linear",
             {**MOE, **MLA, "num_local_experts": 5, "linear_head_dim": 16, "linear_num_heads": 4, "q_lora_rank": None},

@@ -131,7 +131,7 @@ def _with_state(group: LayerGroup, state: StateConfig, hidden: int) -> LayerGrou
     else:  # mamba2: B and C are keys and queries, x is the values
         into = outputs + channels + heads
         projections, vectors = hidden * (into + outputs), 3 * heads + (outputs if state.norm else 0)
-        vectors += state.bias * (into + hidden) + state.conv_bias * channels
+        vectors += state.bias * into + state.out_bias * hidden + state.conv_bias * channels
     return replace(
         group,
         projections=group.projections + projections,
