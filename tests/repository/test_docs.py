@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from bench import figures
 from fault_tests import fault_tests
 
 from lamina.system.text_files import read_toml
@@ -108,6 +109,14 @@ def test_readme_lists_every_room_once() -> None:
     listed = [folder for folder in folders if folder.startswith(tuple(f"{package}/" for package in PACKAGES))]
     rooms = [init.parent for package in PACKAGES for init in (ROOT / package).rglob("*/__init__.py")]
     assert sorted(listed) == sorted(room.relative_to(ROOT).as_posix() for room in rooms)
+
+
+def test_every_figure_of_the_performance_page_was_printed_by_a_command_at_its_commit() -> None:
+    text = (ROOT / "docs" / "performance.md").read_text()
+    blocks = list(figures.BLOCK.finditer(text))
+    assert len(blocks) == len(FENCE.findall(text)) > 10
+    assert not [block["command"] for block in blocks if not block["output"] or block["output"].startswith("(")]
+    assert re.search(r"^Machine: .+ commit [0-9a-f]{7,}; .+ 20\d\d\.$", text, re.MULTILINE)
 
 
 WALKS = {"A request's life": (50, 20), "A head's policy, from TOML to a list of pages": (29, 2)}
