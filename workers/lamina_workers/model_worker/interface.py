@@ -43,7 +43,7 @@ class Waiting:
     batch: int
 
     def over(self) -> bool:
-        """Whether the run would go on at once."""
+        """Whether the run is to be resumed: it would go on at once, or names another holder to wait for."""
         return self.replies.ready(self.batch)
 
 

@@ -249,14 +249,14 @@ class Replies:
 
     def collected(self, batch: int, collect: Callable[[], bool] | None) -> None:
         """Until `collect` is None, or the batch is forgotten, it takes the answers of this batch off the channel, and
-        says whether the batch can go on."""
+        says whether the batch is to be resumed: it can go on, or waits for another holder now."""
         if collect is None:
             self._collected.pop(batch, None)
         else:
             self._collected[batch] = collect
 
     def ready(self, batch: int) -> bool:
-        """Whether `take` would not wait."""
+        """Whether `take` would not wait, or what is `collected` says that the batch is to be resumed."""
         if (collect := self._collected.get(batch)) is not None:
             return collect()
         while not self._waiting[batch]:
