@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import lamina
 from lamina_workers.devices.openmp import share_cores
@@ -115,6 +116,19 @@ class Gaps:
         self._run.join()
 
 
+def timed(mover: Any) -> list[float]:
+    """The seconds that the mover's steps take from now on, summed in place."""
+    seconds, step = [0.0], mover.step
+
+    def measured(*arguments: Any, **options: Any) -> None:
+        start = time.perf_counter()
+        step(*arguments, **options)
+        seconds[0] += time.perf_counter() - start
+
+    mover.step = measured
+    return seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=4000)
@@ -152,6 +166,7 @@ def main() -> None:
         prompts = [[rng.randint(10, 40000) for _ in range(64)] for _ in range(args.streams)]
         prompts.append([rng.randint(10, 40000) for _ in range(args.tokens)])
         gaps = Gaps(llm, prompts, 200 + 160 * args.rounds)
+        copying = timed(mover)
         while not gaps.running():
             time.sleep(0.01)
         for number in range(2 * args.rounds):
@@ -161,7 +176,7 @@ def main() -> None:
             time.sleep(1.0)
             now = time.perf_counter()
             step = statistics.median(gaps.between(now - 0.8, now))
-            before, at, start = mover.tokens, mover.seconds, time.perf_counter()
+            before, at, start = mover.tokens, copying[0], time.perf_counter()
             tuner.share = float(number % 2)  # 0: all to the worker
             while not engine._tiering.busy and mover.tokens == before:
                 time.sleep(0.001)
@@ -169,7 +184,7 @@ def main() -> None:
                 time.sleep(0.001)
             end = time.perf_counter()
             time.sleep(0.2)
-            rate = (mover.tokens - before) * token / (mover.seconds - at)
+            rate = (mover.tokens - before) * token / (copying[0] - at)
             pause = max(gaps.between(start, end)) / step
             name = "from the worker" if number % 2 else "to the worker"
             found[name].append((rate, carried, read, end - start, pause))

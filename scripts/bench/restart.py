@@ -157,7 +157,9 @@ def journal_cost(count: int, steps: int = 3000) -> tuple[float, float]:
         journal.commit()
         size, spent = journal.size, 0.0
         for step in range(steps):
-            rows = tuple(BatchRow(f"{at}-abcdef", 0, at, 2000 + step, 30000 + at, None, None) for at in range(count))
+            rows = tuple(
+                BatchRow(f"{at}-abcdef", 0, at, 2000 + step, (30000 + at,), None, (None,)) for at in range(count)
+            )
             start = time.perf_counter()
             journal.append(BatchRecord(rows))
             journal.commit()
