@@ -31,7 +31,6 @@ from lamina.messages.engine_messages import (
     Logged,
     Prefilled,
     PrefixChanged,
-    Progressed,
     RequestOutputs,
     SnapshotTaken,
     Stopped,
@@ -41,7 +40,7 @@ from lamina.messages.engine_messages import (
 from lamina.messages.engine_request import NOTHING_SPARED, EngineOutput, EngineRequest, KvSavings, Received
 from lamina.messages.request_codec import decode_output, encode_output
 from lamina.messages.snapshot import Snapshot
-from lamina.system.progress import Progress
+from lamina.system.progress import Progress, Progressed
 from lamina.system.timers import Cancellable, later
 
 logger = logging.getLogger("lamina")

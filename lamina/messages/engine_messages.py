@@ -21,6 +21,7 @@ from lamina.messages.engine_request import Received
 from lamina.messages.request_codec import PackedOutput, decode_request, encode_params, encode_request
 from lamina.messages.snapshot import Snapshot
 from lamina.sampling_params import SamplingParams
+from lamina.system.progress import Progressed
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.frames.fields import Field, field_of, shown
 
@@ -127,15 +128,6 @@ class Prefilled:
     id: str
     done: int
     total: int
-
-
-@dataclass(frozen=True, slots=True)
-class Progressed:
-    """So much is done before the engine serves: the arguments of a `Progress`."""
-
-    what: str
-    done: int
-    total: int | None
 
 
 @dataclass(frozen=True, slots=True)

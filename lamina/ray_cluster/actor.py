@@ -24,11 +24,12 @@ from lamina.deploy.relayed_attention import Drained, RelayedWorkers, Wish
 from lamina.deploy.worker_events import WorkerAddress, WorkerStatus
 from lamina.errors import EngineError, LaminaError
 from lamina.journal.journal import NAME, Run
-from lamina.messages.engine_messages import Event, Logged, Progressed, Stopped, pack_events, unpack_commands
+from lamina.messages.engine_messages import Event, Logged, Stopped, pack_events, unpack_commands
 from lamina.models.cache import hash_file
 from lamina.ray_cluster.connection import ray_module
 from lamina.ray_cluster.models import RayModelWorkers
 from lamina.system.private_folder import sweep
+from lamina.system.progress import Progressed
 from lamina_workers.devices.openmp import share_cores
 
 logger = logging.getLogger("lamina")

@@ -5,10 +5,20 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 Progress = Callable[[str, int, int | None], None]
 """What is being done, how many bytes of it are done, and how many there are (None: unknown)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progressed:
+    """So much is done before an engine serves: the arguments of a `Progress`, as they cross to another process."""
+
+    what: str
+    done: int
+    total: int | None
 
 
 def watched() -> bool:

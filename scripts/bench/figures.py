@@ -29,6 +29,7 @@ DOCUMENT = ROOT / "docs" / "performance.md"
 BLOCK = re.compile(r"^```\n\$ (?P<command>[^\n]+)\n(?P<output>.*?)^```$", re.MULTILINE | re.DOTALL)
 MACHINE = re.compile(r"^Machine: .*$", re.MULTILINE)
 LIMIT = 1800  # seconds for one command
+FEATURES = ("avx512_vnni", "avx512_bf16", "amx_bf16")  # of a processor, as /proc/cpuinfo names them
 NOT_RUN = "(not run at this commit)"
 
 
@@ -59,8 +60,7 @@ def machine_line() -> str:
     from lamina.system.machine import this_machine
 
     machine = this_machine()
-    flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[1].splitlines()[0].split()
-    features = [flag.upper() for flag in ("avx512_vnni", "avx512_bf16", "amx_bf16") if flag in flags] or ["no AVX-512"]
+    features = [flag.upper() for flag in FEATURES if flag in machine.flags] or ["no AVX-512"]
     git = ["git", "-C", str(ROOT)]
     commit = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True).strip()
     changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"], check=False).returncode

@@ -16,9 +16,10 @@ from lamina.client.remote import RemoteEngine
 from lamina.completions import FinishReason
 from lamina.errors import EngineError, InvalidRequest, LaminaError
 from lamina.kv.request import Request
-from lamina.messages.engine_messages import Progressed, Submit, pack_commands, unpack_commands
+from lamina.messages.engine_messages import Submit, pack_commands, unpack_commands
 from lamina.messages.engine_request import EngineOutput, EngineRequest, Received
 from lamina.sampling_params import SamplingParams
+from lamina.system.progress import Progressed
 from lamina_workers.decoder.logprobs import PromptScores, RowLogprobs
 from lamina_workers.decoder.model import Decoder
 

@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 from lamina.deploy.relayed_attention import Drained
-from lamina.messages.engine_messages import Progressed
 from lamina.server.processes.child_protocol import Connected, Failed, Ready, Serving, SupervisorPipe
+from lamina.system.progress import Progressed
 from lamina_workers.process.exit import die_with_parent
 
 FOLDER = Path(os.environ["FAKE_CHILD_FOLDER"])

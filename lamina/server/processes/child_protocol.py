@@ -19,7 +19,7 @@ from typing import Annotated, Any, Generic, TypeAlias, TypeVar
 
 from lamina.deploy.relayed_attention import Drained, Grow, Lost, Retire
 from lamina.deploy.worker_events import WorkerAddress
-from lamina.messages.engine_messages import Progressed
+from lamina.system.progress import Progressed
 from lamina_protocols.channels.channels import Credentials
 from lamina_protocols.frames.fields import Field, Record, as_it_is
 from lamina_workers.process.exit import die_with_parent

@@ -22,7 +22,6 @@ from lamina.client.remote import SWITCH_INTERVAL, disclaim_later
 from lamina.config import EngineConfig
 from lamina.deploy.relayed_attention import Drained, RelayedWorkers
 from lamina.errors import EngineError, LaminaError
-from lamina.messages.engine_messages import Progressed
 from lamina.server.processes.child_protocol import (
     TO_ENGINE,
     DrainWorker,
@@ -37,7 +36,7 @@ from lamina.server.processes.child_protocol import (
     Workers,
     begin,
 )
-from lamina.system.progress import Progress
+from lamina.system.progress import Progress, Progressed
 from lamina_workers.devices.openmp import SPIN_COUNT, SPIN_COUNT_BESIDE_CLIENTS, share_cores
 
 if TYPE_CHECKING:

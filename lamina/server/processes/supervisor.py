@@ -32,7 +32,6 @@ from lamina.errors import (
     PolicyError,
     UnsupportedModelError,
 )
-from lamina.messages.engine_messages import Progressed
 from lamina.server.processes.attention_role import AttentionRole, MachineRole
 from lamina.server.processes.child_protocol import (
     FROM_CHILD,
@@ -63,6 +62,7 @@ from lamina.server.processes.child_protocol import (
 from lamina.server.processes.server_plan import Reporter, ServerPlan
 from lamina.system.child_process import ChildProcess, end_all, module_command
 from lamina.system.private_folder import LOCK, for_sockets, lock, sweep
+from lamina.system.progress import Progressed
 from lamina_protocols.errors import ProtocolError
 
 ENGINE_MODULE = "lamina.server.processes.engine_main"
