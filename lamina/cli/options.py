@@ -331,8 +331,8 @@ def _checked_options(group: Any, hints: Mapping[str, Any]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for name, hint in hints.items():
         kind, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-        forms = [{"metavar": mark.metavar} for mark in marks if isinstance(mark, _Form)]
-        syntax = _SYNTAX.get(kind, {}) if not forms else forms[0]
+        forms = ({"metavar": mark.metavar} for mark in marks if isinstance(mark, _Form))
+        syntax = next(forms, _SYNTAX.get(kind, {}))
         default = defaults.get(name)
         shows_default = (
             isinstance(default, str | int | float) and not isinstance(default, bool) and name not in group.helps

@@ -49,10 +49,8 @@ class BatchDriver:
         """Begin a batch at every holder. Returns the answers; where one is a refusal, the batch must not go on."""
         self._batch += 1
         for number, replies in self._replies.items():
-            batch_operations, rows = (
-                tuple(operations.get(number, ())),
-                tuple(route.row for route in routes.get(number, ())),
-            )
+            batch_operations = tuple(operations.get(number, ()))
+            rows = tuple(route.row for route in routes.get(number, ()))
             replies.expect(_EPOCH, self._batch)
             replies.port.send(Announcement(_EPOCH, self._batch, self._accepted[number], batch_operations, rows))
         answers = {n: replies.take(Announced, self._batch, timeout=PATIENCE) for n, replies in self._replies.items()}

@@ -22,6 +22,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +30,7 @@ DOCUMENT = ROOT / "docs" / "performance.md"
 BLOCK = re.compile(r"^```\n\$ (?P<command>[^\n]+)\n(?P<output>.*?)^```$", re.MULTILINE | re.DOTALL)
 MACHINE = re.compile(r"^Machine: .*$", re.MULTILINE)
 LIMIT = 1800  # seconds for one command
-FEATURES = ("avx512_vnni", "avx512_bf16", "amx_bf16")  # of a processor, as /proc/cpuinfo names them
+FEATURES = ("avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")  # of a processor, as /proc/cpuinfo names them
 NOT_RUN = "(not run at this commit)"
 
 
@@ -47,8 +48,11 @@ def with_outputs(text: str, outputs: dict[str, str], machine: str) -> str:
 def output(command: str, vllm: str | None) -> str:
     """What `command` prints to its standard output, or how it failed: what the others printed is not lost by that."""
     variables = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "VLLM": vllm or ""}
-    shell = ["bash", "-c", command]
-    run = subprocess.run(shell, cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True, timeout=LIMIT, check=False)
+    call = partial(subprocess.run, cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True, check=False)
+    try:
+        run = call(["bash", "-c", command], timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        return f"(failed: it ran longer than {LIMIT} s)"
     if run.returncode:
         print(f"{command}: exit code {run.returncode}", file=sys.stderr)
         return f"(failed: exit code {run.returncode})"

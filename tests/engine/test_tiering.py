@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from real_workers import WorkerProcess, worker_process, write_tiny_model
+from real_workers import WorkerProcess, worker_process
 
 from lamina import LLM
 from lamina.cli.options import EngineOptions
@@ -25,11 +25,6 @@ from lamina_workers.ports.timing import Times
 chance = random.Random(3)
 PROMPTS = [[chance.randrange(101) for _ in range(n)] for n in (5, 60, 33, 90, 48, 71)]
 TOKENS = 60
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="module")

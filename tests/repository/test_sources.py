@@ -4,6 +4,7 @@ clock, which jumps, gives times that people see, but no deadline and no duration
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -41,6 +42,13 @@ SHOWN = {
 @cache
 def nodes(source: str) -> tuple[ast.AST, ...]:
     return tuple(ast.walk(ast.parse(source)))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _trees_are_let_go() -> Iterator[None]:
+    """Each collection of garbage would look at them to the end of the run."""
+    yield
+    nodes.cache_clear()
 
 
 def dotted(attribute: ast.Attribute) -> str:

@@ -36,7 +36,6 @@ class Behaviour:
     around: int = 1  # tokens around any prompt
     cost: Callable[[str], int] = lambda word: 1  # tokens of a word
     spaced: bool = True  # JSON with spaces after colons
-    role_first: bool = True
     stops_after: int | None = None
     key: str | None = None
     fails: Callable[[int], str] = lambda number: ""
@@ -133,7 +132,7 @@ class MockServer:
     async def events(self, is_chat: bool, tokens: int, failure: str) -> AsyncIterator[bytes]:
         behaviour = self.behaviour
         await asyncio.sleep(behaviour.ttft)
-        if is_chat and behaviour.role_first:
+        if is_chat:
             yield self.chunk({"delta": {"role": "assistant", "content": ""}})
         sent = 0
         while sent < tokens:

@@ -192,7 +192,7 @@ def over_time(outcomes: Iterable[Outcome], width: float = 1.0) -> list[float]:
     for outcome in outcomes:
         if outcome.chunks:
             tokens_per_chunk = outcome.output_tokens / len(outcome.chunks)
-            for slot, count in Counter(int(slot / width) for slot in outcome.chunks).items():
+            for slot, count in Counter(int(second / width) for second in outcome.chunks).items():
                 totals[slot] = totals.get(slot, 0.0) + count * tokens_per_chunk
     return [totals.get(slot, 0.0) / width for slot in range(max(totals, default=-1) + 1)]
 

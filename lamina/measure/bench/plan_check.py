@@ -143,9 +143,8 @@ def excerpt(trace: Trace, plan: Plan, minutes: float | None = None) -> Trace:
     """The part of a trace that lasts so many minutes at the rate that the plan has for one replica; None: two, or as
     long as `_USUAL` requests take. Raises InvalidRequest where it has fewer than `LEAST` requests, or more than the
     trace, and for a plan that promises none."""
-    rate_of_plan = plan.predicted.requests_per_second / max(
-        0.01, plan.predicted.slo_share
-    )  # what is in time is a share of it
+    # The plan's requests a second are those in time: a share of what is sent.
+    rate_of_plan = plan.predicted.requests_per_second / max(0.01, plan.predicted.slo_share)
     rate = min(plan.trace.rate or math.inf, rate_of_plan) / plan.replicas
     if not rate:
         raise InvalidRequest("the plan promises 0 requests a second; allowed is a plan that serves some")

@@ -204,15 +204,15 @@ System = Colocated | Disaggregated | Offloaded
 
 
 def instances(system: System) -> tuple[Colocated | Offloaded, ...]:
-    """The instances of a system: where prompts are elsewhere, both."""
+    """The instances of a system: where prompts are elsewhere, both, and what decodes is the last."""
     return (system.prefill, system.decode) if isinstance(system, Disaggregated) else (system,)
 
 
-def with_decode(system: System, **numbers: Any) -> System:
+def with_decode(system: System, **changes: Any) -> System:
     """The system with these fields of what decodes."""
     if isinstance(system, Disaggregated):
-        return replace(system, decode=replace(system.decode, **numbers))
-    return replace(system, **numbers)
+        return replace(system, decode=replace(system.decode, **changes))
+    return replace(system, **changes)
 
 
 def changed(part: Any, change: Callable[[Any], Any], only: str | None = None) -> Any:

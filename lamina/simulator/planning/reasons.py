@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from lamina.simulator.costs.cost_model import Load, attention_time, busiest_share, rate, state_share, state_time
 from lamina.simulator.costs.hardware import Device
 from lamina.simulator.costs.shapes import ModelShape
-from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System
+from lamina.simulator.costs.systems import Colocated, Offloaded, System, instances
 from lamina.simulator.event_loop.results import ATTAINMENT, RunResult
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.planning.planner import RATIO_ERROR, Ranked, advantage, best, lossless
@@ -87,7 +87,7 @@ def why(
         )
         sentences.append(_limits_said("that system", limits(other, demand, slo, prefill)))
         winning, rival = winner.candidate.system, other.candidate.system
-        decoding = winning.decode if isinstance(winning, Disaggregated) else winning
+        decoding = instances(winning)[-1]
         if isinstance(decoding, Colocated) and isinstance(rival, Offloaded):
             sentences.append(f"{step_compared(rival, decoding, other.estimate.batch, demand.context)}.")
     return sentences + bound

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System, before_first_token
+from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System, before_first_token, instances
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.steady_state.replay import Batches, Floats, Integers, Limits, Requests, Served, replay
 from lamina.simulator.traces.demand import Demand, Sample, left_of_outputs, streams
@@ -65,7 +65,7 @@ class Service:
         self._wait = before_first_token(system, 0.0)  # beside all steps, and of each token of a prompt
         self._wait_a_token = before_first_token(system, 1.0) - self._wait
         self._apart = system if isinstance(system, Disaggregated) and prefill else None
-        self._decode = system.decode if isinstance(system, Disaggregated) else system
+        self._decode = instances(system)[-1]
         self._has_prompts = prefill and self._apart is None
         self._batches = _batches(_plain(self._decode), demand.context, self._has_prompts)
         self._budget = self._decode.max_batch_tokens if self._has_prompts else _UNLIMITED

@@ -158,11 +158,6 @@ def test_the_first_of_several_is_waited_for(transport) -> None:
 # Replicas that are threads here, over real channels to real attention workers.
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model"))
-
-
 class Rotating:
     """A rig whose dense layers are computed by `replicas` replicas in threads, its attention by servers."""
 
