@@ -5,8 +5,9 @@ Layers are numbered within the pool. Operations and rows are those of the pool's
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.messages.layers import HolderConfig
@@ -45,7 +46,7 @@ class PoolPart(Protocol):
     def held(self) -> int: ...
 
 
-class LayerPool(Protocol[B]):
+class LayerPool(ABC, Generic[B]):
     """The layers of one shape at one worker. B: what it keeps of a batch in flight, its rows in this pool. `store` has
     the parts, and numbers of their pages.
 
@@ -82,12 +83,15 @@ class LayerPool(Protocol[B]):
         """Whether there is such a part."""
         return self.store.has(handle)
 
+    @abstractmethod
     def held(self, handle: int) -> PartHeld:
         """What a part keeps. Raises KVError where there is no such part."""
 
+    @abstractmethod
     def usage(self, handle: int) -> Usage:
         """What a part has read and keeps."""
 
+    @abstractmethod
     def update(self, operations: Sequence[Operation], rows: Sequence[Row]) -> tuple[int, ...]:
         """Apply operations in order, cut back the parts that rows store to, reserve for all rows. Returns the floor of
         each row's part.
@@ -96,6 +100,7 @@ class LayerPool(Protocol[B]):
         changed.
         """
 
+    @abstractmethod
     def commit(self) -> None:
         """The last update stays: what depends on it is done now."""
 
@@ -111,6 +116,7 @@ class LayerPool(Protocol[B]):
             raise ProtocolError(f"rows of {heads} tokens times heads, allowed: {self.most_heads}")
         return heads
 
+    @abstractmethod
     def begin(self, rows: Sequence[Row], delay: float) -> B:
         """Plan a batch, once for all its layers. `delay`: seconds to add to each layer. Raises ProtocolError for rows
         that no batch can have."""
@@ -119,39 +125,50 @@ class LayerPool(Protocol[B]):
         """Of each row of a batch, the stride of positions whose queries are wanted as a `Sample`; empty for none."""
         return ()
 
+    @abstractmethod
     def follows(self, batch: B, rows: Sequence[Row]) -> bool:
         """Whether `rows` are those of `batch`, each further, and `follow` can take them. False is always allowed."""
 
+    @abstractmethod
     def follow(self, batch: B, rows: Sequence[Row], delay: float) -> B:
         """As `update` without operations, `commit` and `begin`, for rows that follow; `batch` is complete."""
 
+    @abstractmethod
     def floors(self, batch: B) -> Sequence[int]:
         """The floor of each row's part, of a batch that has followed another."""
 
+    @abstractmethod
     def end(self, batch: B) -> None:
         """A batch is complete, or given up."""
 
+    @abstractmethod
     def handle(self, batch: B, layer: int, message: Layered) -> Reply | None:
         """Answer one message of a layer. Raises ProtocolError for a kind of message that the layer does not take, or a
         wrong shape."""
 
+    @abstractmethod
     def constants(self, layer: int, message: Constants) -> None:
         """Keep a layer's constants. Raises ProtocolError where it has none."""
 
+    @abstractmethod
     def settle(self) -> None:
         """Store what the last message brought, if that was not done yet."""
 
+    @abstractmethod
     def fetch(self, layer: int, message: Fetch | FetchSample) -> Reply:
         """What a part holds, or what is kept of prompts' queries to it. Raises KVError where it does not hold it, or
         nothing is kept of any."""
 
+    @abstractmethod
     def fetch_pages(self, message: FetchPages) -> Reply:
         """The pages of a part. Raises KVError where it does not hold them, ProtocolError for layers that are not
         there."""
 
+    @abstractmethod
     def store_pages(self, batch: B, message: FreshPages) -> None:
         """Store whole pages of a batch's rows."""
 
+    @abstractmethod
     def check_integrity(self) -> None:
         """Raise KVError unless all that is kept agrees."""
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Generator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -230,7 +231,6 @@ class CompiledExchange:
         self._answer = self._merged(answers, dtype)
         self._result = blocks.WAITING  # of a call that was made while the batch was suspended, or its error
         self._failure: LaminaError | None = None
-        self._awaited: RemoteHolder | None = None  # whose channel the caller of a suspended batch watches
         self._batch, self._times = 0, Times()
         self._call = compiled(exchange_kernel())
         self._address = ctypes.addressof(self._block)
@@ -306,8 +306,7 @@ class CompiledExchange:
             unread = result in (blocks.OTHER, blocks.ENDED)
             if result == blocks.WAITING or (unread and not x.waits and not remote.holder.replies.port.ready()):
                 watch.stop()  # an answer is not there, or a part of a frame alone
-                self._awaited = remote
-                remote.holder.replies.collected(self._batch, self._collect)
+                remote.holder.replies.collected(self._batch, partial(self._collect, remote))
                 yield Waiting(remote.holder.replies, self._batch)
                 remote.holder.replies.collected(self._batch, None)
                 watch.start()
@@ -340,21 +339,22 @@ class CompiledExchange:
         if not replies.heard(self._batch):
             remote.fetch(self._asked)
 
-    def _collect(self) -> bool:
-        """Take what has come, without waiting. Whether the batch can go on: with an error too, and to wait for another
-        holder, whose channel must then be watched."""
+    def _collect(self, watched: RemoteHolder) -> bool:
+        """Take what has come, without waiting, while the caller of the suspended batch watches a holder's channel.
+        Whether the batch can go on: with an error too, and to wait for another holder, whose channel must then be
+        watched."""
         try:
             while (result := self._advance()) in (blocks.OTHER, blocks.ENDED):
                 remote = self._remotes[self._block.at]
                 if not remote.holder.replies.port.ready():  # a part of a frame
-                    return remote is not self._awaited
+                    return remote is not watched
                 remote.holder.replies.read(remote.holder.timeout)
         except LaminaError as error:  # what was read to find it does not come again
             self._failure = error
             return True
         self._result = result
         if result == blocks.WAITING:
-            return self._remotes[self._block.at] is not self._awaited
+            return self._remotes[self._block.at] is not watched
         return result != blocks.INTERRUPTED
 
     def _advance(self) -> int:
