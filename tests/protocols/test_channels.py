@@ -237,7 +237,7 @@ def test_a_lying_prefix_is_refused_before_memory_is_taken(wire, prefix, error):
     began = time.monotonic()
     with pytest.raises(ProtocolError, match=error):
         channel.receive(5)
-    assert time.monotonic() - began < 0.05
+    assert time.monotonic() - began < 1
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
 

@@ -381,7 +381,7 @@ def test_who_parts_sleeps_until_its_batches_are_over() -> None:
         begun, used = time.monotonic(), time.thread_time()
         worker._obey(peer_messages.LeaveGroup())
         assert time.monotonic() - begun > 0.4
-        assert time.thread_time() - used < 0.1
+        assert time.thread_time() - used < 0.25
         assert peer_messages.receive(theirs, 5.0) == peer_messages.LeftGroup()
         reply.join()
 
