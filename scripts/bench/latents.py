@@ -37,6 +37,7 @@ SHAPES = {"DeepSeek V3": (128, 512, 64), "half of its heads": (64, 512, 64), "V2
 SHAPES |= {"MiniCPM3": (40, 256, 32)}  # heads, latent, rotated
 SUMS = 16  # independent sums of the peak's loop
 STEPS = 1 << 18  # of it: some milliseconds
+ROUNDS = 3  # of a call, at least, however long it takes
 Call = Callable[[], object]
 
 
@@ -116,7 +117,7 @@ def measure(calls: dict[str, Call], flops: dict[str, float], threads: int, secon
     for name, call in calls.items():
         call(), peak()
         shares, speeds, end = [], [], time.perf_counter() + seconds
-        while time.perf_counter() < end:
+        while time.perf_counter() < end or len(shares) < ROUNDS:
             before = peak()
             speed = flops[name] / timed(call)
             speeds.append(speed)
