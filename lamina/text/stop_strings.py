@@ -6,67 +6,47 @@ counts. So the result does not depend on how the text is cut into pieces.
 
 from __future__ import annotations
 
-from array import array
+from bisect import bisect_left
 from collections.abc import Sequence
-from functools import lru_cache
 
 
 class StopMatcher:
     """Watches one sample's text. `stops`: none of them empty; `include` shows the stop string itself too.
 
-    Holds back no more than the longest end of the text that may still become a stop string.
+    Holds back no more than the longest end of the text that may still become a stop string. That end is all that must
+    be known of the text so far: it only loses characters at its beginning, each once, so a text costs at most two
+    searches a character, however many stop strings there are.
     """
 
     def __init__(self, stops: Sequence[str], include: bool = False) -> None:
-        self._patterns = [_Pattern(stop) for stop in stops]
+        self._stops = tuple(sorted(stops))
+        self._firsts = frozenset(stop[0] for stop in stops)
         self._include = include
         self._pending = ""
 
     def push(self, text: str) -> tuple[str, bool]:
         """Add text; what may be shown now, and whether a stop string ended it. Once it has, push no more."""
+        if not self._pending and self._firsts.isdisjoint(text):
+            return text, False  # the common case
         old_length = len(self._pending)
         text = self._pending + text
+        begin = 0  # of the end that may become a stop string
         for end in range(old_length + 1, len(text) + 1):
-            complete = [len(p.text) for p in self._patterns if p.advance(text[end - 1])]
-            if complete:
+            while begin < end and not self._begins(text[begin:end]):
+                begin += 1
+            if text.endswith(self._stops, begin, end):
+                longest = max(len(stop) for stop in self._stops if text.endswith(stop, begin, end))
                 self._pending = ""
-                return text[: end if self._include else end - max(complete)], True
-        split = len(text) - max((p.matched for p in self._patterns), default=0)
-        self._pending = text[split:]
-        return text[:split], False
+                return text[: end if self._include else end - longest], True
+        self._pending = text[begin:]
+        return text[:begin], False
 
     def finish(self) -> str:
         """The text ends here: what was held back."""
         pending, self._pending = self._pending, ""
         return pending
 
-
-class _Pattern:
-    """One stop string, and how many of its first characters the text ends with (Knuth, Morris and Pratt)."""
-
-    __slots__ = ("_shorter", "matched", "text")
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.matched = 0
-        self._shorter = _shorter(text)
-
-    def advance(self, character: str) -> bool:
-        """Add one character of the text; whether that completes the stop string."""
-        while self.matched and self.text[self.matched] != character:
-            self.matched = self._shorter[self.matched]
-        self.matched += self.text[self.matched] == character
-        return self.matched == len(self.text)
-
-
-@lru_cache(maxsize=256)  # the samples of a request, of which there may be hundreds, share it
-def _shorter(text: str) -> array[int]:
-    """Where character i does not match, the text still ends with the first `shorter[i]` characters."""
-    shorter = array("I", bytes(4 * len(text)))
-    length = 0
-    for i in range(2, len(text)):
-        while length and text[length] != text[i - 1]:
-            length = shorter[length]
-        length += text[length] == text[i - 1]
-        shorter[i] = length
-    return shorter
+    def _begins(self, text: str) -> bool:
+        """Whether one of the stop strings begins with the text: the first that is not less than it does, if any."""
+        place = bisect_left(self._stops, text)
+        return place < len(self._stops) and self._stops[place].startswith(text)

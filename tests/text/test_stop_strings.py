@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import tracemalloc
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -53,10 +54,23 @@ def test_holds_back_exactly_the_longest_beginning_of_a_stop_string(text: str, st
         assert matcher.finish() == held
 
 
-def test_long_stop_strings_cost_no_more_than_the_text() -> None:
-    """The worst case for a search that starts again: 64 stop strings of 1024 characters, almost complete."""
-    matcher = StopMatcher(["a" * (1023 - i) + "b" for i in range(64)])
-    assert feed(matcher, ["a"] * 2000) == ("a" * 2000, False)
+@pytest.mark.fault("F23")
+@pytest.mark.parametrize("filler", ["a", " "])
+def test_many_long_stop_strings_cost_two_searches_a_character(filler: str) -> None:
+    """The worst case for a search that starts again: 64 stop strings of 1024 characters, almost complete. Each was
+    matched by itself, 64 steps a character."""
+
+    class Counted(StopMatcher):
+        searches = 0
+
+        def _begins(self, text: str) -> bool:
+            self.searches += 1
+            return super()._begins(text)
+
+    matcher = Counted([filler * (1023 - i) + "b" for i in range(64)])
+    text = filler * 2000 + "c"
+    assert feed(matcher, [*text]) == (text, False)
+    assert 0 < matcher.searches <= 2 * len(text)
 
 
 def test_samples_share_what_is_made_of_a_stop_string() -> None:
