@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,11 @@ _MAX_JSON_BYTES = 1 << 28
 _MAX_ID = 1 << 22
 _TEMPLATE_FILE = "chat_template.jinja"
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+_CONTROL = re.compile(r"<[|｜].*[|｜]>", re.DOTALL)
+"""How tokens of turns are spelled, some of which are not marked as special, as DeepSeek's."""
+_SPELLED = 32  # characters by which a special token is known in a text
+_SEAM = "\udfff"  # half of a surrogate pair, which no checked text has
+_PARTS = 256  # parts of a text that are encoded at a time
 
 
 class Tokenizer:
@@ -46,6 +53,8 @@ class Tokenizer:
         """The tokens that `decode` leaves out by default."""
         self.special_tokens: frozenset[str] = frozenset(filter(None, map(self.token, self.special_ids)))
         """How the vocabulary spells them."""
+        controls = [text for text in self.added_tokens if text in self.special_tokens or _CONTROL.fullmatch(text)]
+        self._controls = _beginnings([text[:_SPELLED] for text in controls if len(text) > 1])
 
     @property
     def vocab_size(self) -> int:
@@ -76,16 +85,31 @@ class Tokenizer:
         """Whether the chat template's code has this name; else a variable of that name has no effect."""
         return self._tool_template is not None and self._tool_template.uses(variable)
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str | Sequence[str], add_special_tokens: bool = True) -> list[int]:
         """The ids of `text`, by default with the special tokens that the model expects around it.
 
-        Special tokens written out in the text are taken as such. Raises InvalidRequest where the text is no valid
-        Unicode, naming the position; ModelFileError where the tokenizer's rules fail on it.
+        Special tokens written out in the text are taken as such, but where a text comes in parts (`render_parts`), only
+        those within one part. Raises InvalidRequest where the text is no valid Unicode, naming the position;
+        ModelFileError where the tokenizer's rules fail on it.
         """
-        check_text("the prompt", text)
+        parts = [text] if isinstance(text, str) else list(text)
+        for part in parts:
+            check_text("the prompt", part)
+        ids: list[int] = []
         # Unlike `encode`, which takes seconds for a megabyte of digits, this lets other threads run meanwhile.
+        encode, add = self._tokenizer.encode_batch_fast, add_special_tokens and len(parts) == 1
         with _malformed("the model's tokenizer.json"):
-            return list(self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
+            for begin in range(0, len(parts), _PARTS):
+                for encoding in encode(parts[begin : begin + _PARTS], add_special_tokens=add):
+                    ids += encoding.ids
+            return self._surrounded(ids) if add_special_tokens and not add else ids
+
+    def _surrounded(self, ids: list[int]) -> list[int]:
+        """Ids with the special tokens around them."""
+        letter = self._tokenizer.encode("a")
+        is_added = letter.special_tokens_mask
+        begin, end = is_added.index(0), len(is_added) - is_added[::-1].index(0)
+        return [*letter.ids[:begin], *ids, *letter.ids[end:]]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`. Bytes that form no character become U+FFFD; ids outside the vocabulary become nothing."""
@@ -126,6 +150,20 @@ class Tokenizer:
         text counts as content, a tool's with `tool_call_id`. Raises InvalidRequest for other messages, or where the
         template refuses these; ModelFileError where the model has no template or it misbehaves.
         """
+        rendered = self.render_parts(messages, add_generation_prompt, continue_final_message, tools, template_kwargs)
+        return "".join(rendered)
+
+    def render_parts(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[str]:
+        """The text of `render` in parts, for `encode`. Where messages, tools or variables spell a special token, a part
+        ends after its first character, so that only the template's own become tokens: else `<|im_end|>` in a message
+        would end it, and what follows could be of another role."""
         checked = check_messages(messages)
         if continue_final_message and (add_generation_prompt or not checked[-1]["content"].strip()):
             raise InvalidRequest(
@@ -135,17 +173,28 @@ class Tokenizer:
         if template is None:
             raise ModelFileError("the model has no chat template; give it a prompt instead of messages")
         special = {name: text for name, text in self._special.items() if text is not None}
-        variables: dict[str, Any] = special | dict(template_kwargs or {})
+        variables: dict[str, Any] = special | self._with_seams(dict(template_kwargs or {}))
         variables |= {"add_generation_prompt": add_generation_prompt, "documents": None}
-        variables["tools"] = None if tools is None else list(tools)
-        text = template.render([_in_its_words(message, template) for message in checked], **variables)
-        if not continue_final_message:
-            return text
-        content = checked[-1]["content"]
-        content = content if content in text else content.strip()
-        if content not in text:
-            raise InvalidRequest("continue_final_message is True, but the chat template does not show the last message")
-        return text[: text.rindex(content) + len(content)]
+        variables["tools"] = None if tools is None else self._with_seams(tools)
+        written = [self._with_seams(_in_its_words(message, template)) for message in checked]
+        text = template.render(written, **variables)
+        if continue_final_message:
+            content = written[-1]["content"]
+            content = content if content in text else content.strip()
+            if content not in text:
+                raise InvalidRequest(
+                    "continue_final_message is True, but the chat template does not show the last message"
+                )
+            text = text[: text.rindex(content) + len(content)]
+        return text.split(_SEAM)
+
+    def _with_seams(self, value: Any) -> Any:
+        """A value that JSON can hold, with a seam within each special token that its texts spell."""
+        if isinstance(value, str):
+            return value if self._controls is None else self._controls.sub(rf"\g<0>{_SEAM}", value)
+        if isinstance(value, Mapping):
+            return {self._with_seams(key): self._with_seams(item) for key, item in value.items()}
+        return [self._with_seams(item) for item in value] if isinstance(value, list | tuple) else value
 
     def chat(
         self,
@@ -153,9 +202,9 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """The ids of `render`'s text. No special tokens are added: templates write them themselves."""
-        text = self.render(messages, add_generation_prompt, template_kwargs=template_kwargs)
-        return self.encode(text, add_special_tokens=False)
+        """The ids of `render_parts`. No special tokens are added: templates write them themselves."""
+        parts = self.render_parts(messages, add_generation_prompt, template_kwargs=template_kwargs)
+        return self.encode(parts, add_special_tokens=False)
 
     def close(self) -> None:
         """End the processes that render the chat templates, if some were started."""
@@ -254,6 +303,22 @@ _LONGEST = 96  # tokens at which it is shortened anywhere, which only an invalid
 def _open_end(text: str) -> int:
     """How many characters at the end of `text` may be the bytes that begin another one: 3 at most."""
     return min(_MOST_BYTES - 1, len(text) - len(text.rstrip(_REPLACEMENT)))
+
+
+def _beginnings(words: Iterable[str]) -> re.Pattern[str] | None:
+    """A pattern for the first character of each of the words; None without words."""
+    grouped = groupby(sorted(words), key=lambda word: word[0])
+    branches = [f"{re.escape(first)}(?={_tree([word[1:] for word in group])})" for first, group in grouped]
+    return re.compile("|".join(branches)) if branches else None
+
+
+def _tree(words: Sequence[str]) -> str:
+    """A pattern for one of the words, which are sorted, or for a part of one that ends the text: what follows could
+    complete it. Words that begin alike share that, so that a thousand reserved tokens cost a text no more than one."""
+    if "" in words:
+        return ""
+    grouped = groupby(words, key=lambda word: word[0])
+    return rf"(?:\Z|{'|'.join(re.escape(first) + _tree([word[1:] for word in group]) for first, group in grouped)})"
 
 
 def _in_its_words(message: dict[str, Any], template: ChatTemplate) -> dict[str, Any]:

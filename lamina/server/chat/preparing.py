@@ -109,16 +109,16 @@ def _prompt(chat: ChatInput, served: Served) -> tuple[list[int], ReplyPlan, Mapp
 
 
 def _ids(chat: ChatInput, plan: ReplyPlan, messages: Sequence[Mapping[str, Any]], served: Served) -> list[int]:
-    text = served.tokenizer.render(
+    parts = served.tokenizer.render_parts(
         plan.messages(messages),
         add_generation_prompt=chat.add_generation_prompt,
         continue_final_message=chat.continue_final_message,
         tools=list(plan.tools) or None,
         template_kwargs=plan.template_kwargs,
     )
-    check_characters({chat.messages_field: text}, served.inputs)
+    check_characters({chat.messages_field: "".join(parts)}, served.inputs)
     whole = chat.truncate is None
-    ids = encoded(text, chat.add_special_tokens, served.inputs, chat.messages_field, whole)
+    ids = encoded(parts, chat.add_special_tokens, served.inputs, chat.messages_field, whole)
     return truncated(chat.truncate, ids, served.inputs, chat.max_tokens)
 
 
@@ -177,11 +177,14 @@ def check_echo(prefixes: Sequence[str], n: int) -> None:
         raise ApiError(400, f"echo repeats {size} characters in {n} choices; allowed are {MAX_ECHO}", "echo")
 
 
-def encoded(text: str, special: bool, inputs: InputProcessor, param: str, whole: bool = True) -> list[int]:
-    """The token ids of a text that is needed as a `whole`, or only its end. Raises ApiError where it has far more
-    tokens than the context, before all of it is tokenised. For a `PreparationPool`: it ends where the client has
-    left."""
+def encoded(
+    given: str | Sequence[str], special: bool, inputs: InputProcessor, param: str, whole: bool = True
+) -> list[int]:
+    """The token ids of a text, perhaps in parts, that is needed as a `whole`, or only its end. Raises ApiError where it
+    has far more tokens than the context, before all of it is tokenised. For a `PreparationPool`: it ends where the
+    client has left."""
     go_on()
+    text = given if isinstance(given, str) else "".join(given)
     check_text(param, text)
     limit = inputs.max_model_len
     if whole and len(text) > _UNUSUAL * limit:  # few characters a token would make it too long
@@ -191,7 +194,7 @@ def encoded(text: str, special: bool, inputs: InputProcessor, param: str, whole:
             if tokens > 2 * limit:  # at the edges of pieces there are a few more than in the whole
                 raise _too_long(inputs, param, f"more than {2 * limit} tokens")
             go_on()
-    return inputs.tokenizer.encode(text, special)
+    return inputs.tokenizer.encode(given, special)
 
 
 def _too_long(inputs: InputProcessor, param: str, has: str) -> ApiError:

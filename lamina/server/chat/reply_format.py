@@ -1,7 +1,7 @@
 """How a model writes its replies, and what a request makes of that: `ReplyFormat.of(tokenizer).plan(...)`.
 
 plan = ReplyFormat.of(tokenizer).plan(tools, tool_choice, parallel_tool_calls, structure, thinking, template_kwargs)
-text = tokenizer.render(
+parts = tokenizer.render_parts(
     plan.messages(messages), tools=plan.tools or None, template_kwargs=plan.template_kwargs
 )
 params = SamplingParams(..., **plan.params)
@@ -41,7 +41,7 @@ _PROBE = ({"role": "user", "content": "."},)
 class ReplyPlan:
     """What a request's tools, structure and thinking mean for its prompt, its sampling and its replies.
 
-    `tools` and `template_kwargs` are for `Tokenizer.render`, beside `messages(...)`. `system_note` is what `messages`
+    `tools` and `template_kwargs` are for `Tokenizer.render_parts`, beside `messages(...)`. `system_note` is what it
     tells the model of tools whose template shows none, else None. `params` are keywords for `SamplingParams`.
     """
 
