@@ -105,10 +105,11 @@ class Service:
         # One thread each: two large bodies would need twice the memory, and grammars are compiled one at a time.
         self._parsing = PreparationPool("lamina-bodies", 1, most, keys)
         self._compiling = PreparationPool("lamina-grammars", 1, most, keys)
+        self._answering = PreparationPool("lamina-answers", 1, most, keys)  # these wait for no prompt of others
 
     def close(self) -> None:
         """Let the threads end, without waiting for them."""
-        for pool in (self._pool, self._parsing, self._compiling):
+        for pool in (self._pool, self._parsing, self._compiling, self._answering):
             pool.close()
 
     def context(self, request: Request) -> RequestContext:
@@ -170,6 +171,10 @@ class Service:
     async def prepare(self, context: RequestContext, work: Callable[..., T], *arguments: Any) -> T:
         """The result of `work(*arguments)`, which runs on a thread and within the request's time limit."""
         return await self._on_thread(self._pool, context, work, *arguments)
+
+    async def answer(self, context: RequestContext, work: Callable[..., T], *arguments: Any) -> T:
+        """The same of work that reads a whole answer: a model writes what a client wants it to, in any length."""
+        return await self._on_thread(self._answering, context, work, *arguments)
 
     async def prepare_chat(self, context: RequestContext, served: Served, chat: ChatInput) -> PreparedChat:
         """A chat with all checks done, before anything is submitted."""

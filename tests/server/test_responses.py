@@ -15,7 +15,6 @@ from server_rig import MODEL, Rig, serving, until
 
 from lamina import LLM
 from lamina.server.chat.chat_input import joined
-from lamina.server.chat.reply import replies
 from lamina.server.http.errors import ApiError
 from lamina.server.openai.responses import items, store
 from lamina.server.openai.responses.events import ResponseEvents, ResponseObject
@@ -87,9 +86,7 @@ def test_a_whole_response_is_what_its_stream_ends_with(reason: str, status: str)
     streamed = scripted(PIECES, reason)[-1]["response"]
     chat = prepared()
     response = ResponseObject(ResponsesRequest(), "m", chat, {"weather": "city"})
-    (reply,) = replies(chat, completion(PIECES, reason))
-    ended = reply.reason(reason)
-    whole = response.ended(ended, response.items(reply.parts, ended), reply.usage())
+    whole = response.of(chat, completion(PIECES, reason))
     other = streamed["id"].removeprefix("resp_")
     renamed = json.loads(json.dumps(whole).replace(response.id.removeprefix("resp_"), other))
     assert renamed | {"created_at": 0, "completed_at": 0} == streamed | {"created_at": 0, "completed_at": 0}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from lamina.server.chat.formats.reply_parser import Delta
 from lamina.server.chat.preparing import PreparedChat
 from lamina.server.chat.reply import FinishReason, Reply, ReplyPart, ReplyUsage, stop_string
 from lamina.server.http.errors import ApiError
+from lamina.server.http.limits import parse_object
 from lamina.server.http.sse import event
 
 PING = event({"type": "ping"}, "ping")
@@ -120,12 +120,11 @@ def _stop_reason(reason: FinishReason, stopped: str | None, filled: bool) -> str
 
 
 def _arguments(text: str) -> dict[str, Any]:
-    """The arguments of a call; empty where the reply ended within them."""
+    """The arguments of a call; empty where the reply ended within them, or they are not what a request may have."""
     try:
-        arguments = json.loads(text or "{}")
-    except ValueError:
+        return parse_object(text.encode("utf-8", "replace"))
+    except ApiError:
         return {}
-    return arguments if isinstance(arguments, dict) else {}
 
 
 def _usage(usage: ReplyUsage) -> dict[str, Any]:

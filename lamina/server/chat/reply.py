@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 from lamina.completions import Completion, Sample, TokenEvent
 from lamina.server.chat.formats.reply_parser import Delta
 from lamina.server.chat.preparing import PreparedChat
+from lamina.server.preparation import go_on
 
 Kind = Literal["reasoning", "content", "call"]
 FinishReason = Literal["stop", "length", "abort", "tool_calls"]
@@ -102,9 +103,10 @@ class Reply:
 
 
 def replies(chat: PreparedChat, completion: Completion) -> list[Reply]:
-    """The replies of a completion, whole and collected, one a sample."""
+    """The replies of a completion, whole and collected, one a sample. For a `PreparationPool`."""
     read = []
     for sample in completion.samples:
+        go_on()
         reply = Reply(chat)
         for delta in reply.finish(sample):
             reply.collect(delta)
@@ -121,8 +123,12 @@ def stop_string(chat: PreparedChat, sample: Sample) -> str | None:
     if not params.ignore_eos and sample.token_ids[-1] in chat.tokenizer.eos_ids:
         return None
     written = chat.tokenizer.decode(sample.token_ids, params.skip_special_tokens)
-    found = {at: stop for stop in reversed(params.stop) if (at := written.find(stop)) >= 0}
-    return found[min(found)] if found else None
+    newest = len(chat.tokenizer.decode(sample.token_ids[-1:], params.skip_special_tokens)) + 4  # with bytes before it
+    ends: dict[int, str] = {}
+    for stop in sorted(params.stop, key=len):  # the last token completed it: there is no need to search all the text
+        if (place := written.find(stop, max(0, len(written) - newest - len(stop)))) >= 0:
+            ends[place + len(stop)] = stop
+    return ends[min(ends)] if ends else None
 
 
 def text_of(parts: Sequence[ReplyPart], kind: Kind) -> str:

@@ -102,13 +102,16 @@ async def _whole(
     scores = answers.LOGPROB * (1 + (chat.params.prompt_logprobs or 0)) * len(chat.request.request.prompt)
     kept = 0 if chat.params.prompt_logprobs is None else scores
     (completion,) = await service.whole([chat.request], context, kept)
+    return await service.answer(context, _response, fields, chat, completion, named)
+
+
+def _response(fields: ChatRequest, chat: PreparedChat, completion: Completion, named: Mapping[str, Any]) -> Response:
     read = replies(chat, completion)
     choices = [_choice(fields, chat, *each) for each in zip(completion.samples, read, strict=True)]
     used = answers.usage([chat.request], completion.usage.completion_tokens, sum(r.reasoning_tokens for r in read))
     content = {**named, "object": "chat.completion", "choices": choices, "usage": used}
-    if (scored := completion.prompt_logprobs) is not None:  # a long prompt's take a while
-        written = await service.prepare(context, answers.prompt_logprobs, scored)
-        return json_text(answers.with_json(content, "prompt_logprobs", written))
+    if (scored := completion.prompt_logprobs) is not None:
+        return json_text(answers.with_json(content, "prompt_logprobs", answers.prompt_logprobs(scored)))
     return json_response(content)
 
 

@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from lamina.server.chat.formats.family import Family, Message, Thought, lark, one_call_a_message, one_of, schema_rule
-from lamina.server.chat.formats.reply_parser import Delta, ReplyParser, Tags, begun
+from lamina.server.chat.formats.reply_parser import Delta, ReplyParser, Tags, begun, first_of
 from lamina.server.chat.formats.tools import ToolUse
 
 CHANNEL, MESSAGE, START, CONSTRAIN = "<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"
 ENDS = ("<|end|>", "<|return|>", "<|call|>")
 _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)")
 _FUNCTION = re.compile(r"\bto=functions\.([a-zA-Z0-9_-]{1,128})")
-_LONGEST_HEADER = 320  # characters before `<|message|>`
+_LONGEST_HEADER = 320  # characters up to the end of `<|message|>`
 
 
 class HarmonyParser(ReplyParser):
@@ -32,8 +32,9 @@ class HarmonyParser(ReplyParser):
         self._marks = (*ENDS, START, CHANNEL, *self._hidden)
 
     def _header(self, text: str, ended: bool, deltas: list[Delta]) -> str | None:
-        header, is_whole, rest = text.partition(MESSAGE)
-        if not is_whole or len(header) > _LONGEST_HEADER or not _is_header(text):
+        header, _, rest = text.partition(MESSAGE)
+        is_whole = MESSAGE in text[:_LONGEST_HEADER]
+        if not is_whole or not _is_header(text):
             if not (is_whole or ended) and len(text) <= _LONGEST_HEADER and _is_header(text):
                 self._waiting = text
                 return None
@@ -61,16 +62,17 @@ class HarmonyParser(ReplyParser):
         return self._body(text, ended, lambda piece: deltas.append(Delta(index=self.calls - 1, arguments=piece)))
 
     def _body(self, text: str, ended: bool, put: Any) -> str | None:
-        at = {found: mark for mark in self._marks if (found := text.find(mark)) >= 0}
-        end = min(at) if at else len(text) - (0 if ended else begun(text, self._marks))
+        end, mark = first_of(text, self._marks)
+        if not mark and not ended:
+            end -= begun(text, self._marks)
         if text[:end]:
             put(text[:end])
             self._fresh = False
-        if not at:
+        if not mark:
             self._waiting = text[end:]
             return None
         self._state = "header"
-        return text[end:] if at[end] in (START, CHANNEL) else text[end + len(at[end]) :]
+        return text[end:] if mark in (START, CHANNEL) else text[end + len(mark) :]
 
 
 def _is_header(text: str) -> bool:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
+from functools import cached_property
 from typing import Any
 
 from lamina.server.chat.formats.reply_parser import Delta, ReplyParser
 
 NAME = r"[a-zA-Z0-9_-]{1,128}"
 _HEAD = re.compile(
-    rf'\s*(?:json\b)?\s*\{{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"({NAME})"\s*,\s*'
+    rf'(?:json\b\s*)?\{{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"({NAME})"\s*,\s*'
     r'"(?:arguments|parameters)"\s*:\s*(?=\{)'
 )
-_OBJECT_END = re.compile(r"\s*\}?\s*")
 LONGEST_HEAD = 256
 """Characters of a call before its arguments, with the whitespace of a model without a grammar."""
 
@@ -29,8 +29,11 @@ class JsonCallParser(ReplyParser):
         self._opener = self._closer = ""
         self._depth = 0  # braces and brackets of the arguments that are open
         self._quoted = self._escaped = False  # within a string of the arguments; after a backslash in one
+
+    @cached_property
+    def _heads(self) -> list[str]:
         starts = [(kind, key) for kind in ("", '"type":"function",') for key in ("arguments", "parameters")]
-        self._heads = [f'{{{kind}"name":"{name}","{key}":{{' for name in self._functions for kind, key in starts]
+        return [f'{{{kind}"name":"{name}","{key}":{{' for name in self._functions for kind, key in starts]
 
     def _call(self, mark: str, rest: str) -> str | None:
         self._opener = mark
@@ -40,16 +43,26 @@ class JsonCallParser(ReplyParser):
 
     def _head(self, text: str, ended: bool, deltas: list[Delta]) -> str | None:
         is_loose = not self._opener or self._opener in self.loose
-        separated = text.lstrip().removeprefix(";") if self.calls and not self._opener else text
-        head = _HEAD.match(separated)
-        if head is not None and (not is_loose or head[1] in self._functions):
-            self._begin_arguments(head[1], deltas)
-            return separated[head.end() :]
+        begins = text.lstrip()
+        if self.calls and not self._opener:
+            begins = begins.removeprefix(";").lstrip()
+        rest = self._after_head(_HEAD.match(begins), text, is_loose, deltas)
+        if rest is not None:
+            return rest
         may_come = len(text) <= LONGEST_HEAD and (not self._closer or self._closer not in text)
-        if not ended and may_come and (not is_loose or self._may_begin(separated)):
+        if not ended and may_come and (not is_loose or self._may_begin(begins)):
             self._waiting = text
             return None
         return self._no_call(self._opener, text, deltas)
+
+    def _after_head(self, head: re.Match[str] | None, text: str, is_loose: bool, deltas: list[Delta]) -> str | None:
+        """Begin the call whose head was found at the start of `text`, after white space; the arguments and all that
+        follows. None where it is no call."""
+        rest = "" if head is None else head.string[head.end() :]
+        if head is None or len(text) - len(rest) > LONGEST_HEAD or (is_loose and head[1] not in self._functions):
+            return None
+        self._begin_arguments(head[1], deltas)
+        return rest
 
     def _begin_arguments(self, name: str, deltas: list[Delta]) -> None:
         self._begin_call(name, deltas)
@@ -73,11 +86,12 @@ class JsonCallParser(ReplyParser):
         return text[end:]
 
     def _tail(self, text: str, ended: bool, deltas: list[Delta]) -> str | None:
-        end = len(_OBJECT_END.match(text)[0])  # type: ignore[index]  # it matches any text
-        rest, is_whole = text[end:], "}" in text[:end]
+        rest = text.lstrip()
+        is_whole = rest.startswith("}")
+        rest = rest.removeprefix("}").lstrip()
         closes = rest.startswith(self._closer) and (self._closer != "" or is_whole or rest != "")
         if not closes and not ended and self._closer.startswith(rest):
-            self._waiting = text
+            self._waiting = "}" + rest if is_whole else rest
             return None
         self._end_call()
         return rest.removeprefix(self._closer) if closes or not self._closer.startswith(rest) else None

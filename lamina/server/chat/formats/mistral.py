@@ -18,9 +18,9 @@ from lamina.server.chat.formats.tools import ToolUse
 CALLS, ARGS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
 THINK = Tags("[THINK]", "[/THINK]")
 
-_NAMED = re.compile(rf"\s*({NAME})\s*(?:\[CALL_ID\]\s*\w*\s*)?(?:\[ARGS\])?\s*(?=\{{)")
-_LISTED = re.compile(rf'\s*[\[,]?\s*\{{\s*"name"\s*:\s*"({NAME})"\s*,\s*"arguments"\s*:\s*(?=\{{)')
-_NEXT = re.compile(r'\s*(?:,\s*"id"\s*:\s*"\w*"\s*)?\}?\s*')
+_NAMED = re.compile(rf"({NAME})\s*(?:\[CALL_ID\]\s*(?:\w+\s*)?)?(?:\[ARGS\]\s*)?(?=\{{)")
+_LISTED = re.compile(rf'(?:[\[,]\s*)?\{{\s*"name"\s*:\s*"({NAME})"\s*,\s*"arguments"\s*:\s*(?=\{{)')
+_ID = re.compile(r',\s*"id"\s*:\s*"\w*"')
 
 
 class MistralParser(JsonCallParser):
@@ -30,11 +30,12 @@ class MistralParser(JsonCallParser):
     closers = ("",)
 
     def _head(self, text: str, ended: bool, deltas: list[Delta]) -> str | None:
-        head = _NAMED.match(text) or _LISTED.match(text)
-        if head is not None:
+        begins = text.lstrip()
+        head = _NAMED.match(begins) or _LISTED.match(begins)
+        rest = self._after_head(head, text, False, deltas)
+        if head is not None and rest is not None:
             self._listed = head.re is _LISTED
-            self._begin_arguments(head[1], deltas)
-            return text[head.end() :]
+            return rest
         if not ended and len(text) <= LONGEST_HEAD:
             self._waiting = text
             return None
@@ -44,10 +45,12 @@ class MistralParser(JsonCallParser):
         if not self._listed:
             self._end_call()
             return text
-        end = len(_NEXT.match(text)[0])  # type: ignore[index]  # it matches any text
-        rest = text[end:]
+        text = text.lstrip()
+        number = _ID.match(text)
+        end = number.end() if number is not None and number.end() <= LONGEST_HEAD else 0
+        rest = text[end:].lstrip().removeprefix("}").lstrip()
         if not ended and (not rest or (rest[0] == "," and "{" not in rest and len(rest) <= LONGEST_HEAD)):
-            self._waiting = text
+            self._waiting = text if rest else text.rstrip()
             return None
         if rest[:1] == ",":
             self._opener, self._state = "", "head"

@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from lamina.server.chat.formats.family import MarkedFamily, one_of, schema_rule
-from lamina.server.chat.formats.reply_parser import Delta, ReplyParser, begun
+from lamina.server.chat.formats.reply_parser import Delta, ReplyParser, begun, first_of
 from lamina.server.chat.formats.tools import ToolUse
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _FUNCTION, _END_FUNCTION = "<function=", "</function>"
 _PARAMETER, _END_PARAMETER = "<parameter=", "</parameter>"
-_NAMED_FUNCTION = re.compile(rf"\s*(?:{_FUNCTION})?\s*([a-zA-Z0-9_-]{{1,128}})\s*>")
+_NAMED_FUNCTION = re.compile(rf"(?:{_FUNCTION}\s*)?([a-zA-Z0-9_-]{{1,128}})\s*>")
 _NAMED_PARAMETER = re.compile(rf"{_PARAMETER}([^>\n]{{1,256}})>\n?")
 _VALUE_ENDS = (_END_PARAMETER, f"\n{_PARAMETER}", f"\n{_END_FUNCTION}")  # models forget the first
 _LONGEST_HEAD = 320  # characters of a call's or an argument's opening
@@ -38,22 +38,25 @@ class Qwen3CoderParser(ReplyParser):
     def __init__(self, *args: Any, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
         self._opener = ""
-        self._parameters: Mapping[str, Any] = {}  # the schema of the function's
-        self._schema: Mapping[str, Any] = {}  # of the argument
+        self._function_name = ""
+        self._known: dict[tuple[str, str], set[str]] = {}  # types of arguments by the function's and their own names
+        self._types: set[str] = set()  # of the argument
         self._begun = False  # whether the call has an argument
-        self._written = ""  # what has come of a value that is not text
+        self._written: list[str] = []  # what has come of a value that is not text
 
     def _call(self, mark: str, rest: str) -> str | None:
         self._opener, self._state = mark, "function"
         return rest
 
     def _function(self, text: str, ended: bool, deltas: list[Delta]) -> str | None:
-        head = _NAMED_FUNCTION.match(text)
-        if head is not None and (self._opener == _FUNCTION or _FUNCTION in head[0]):
+        head = _NAMED_FUNCTION.match(text.lstrip())
+        rest = "" if head is None else head.string[head.end() :]
+        is_near = len(text) - len(rest) <= _LONGEST_HEAD
+        if head is not None and is_near and (self._opener == _FUNCTION or _FUNCTION in head[0]):
             self._begin_call(head[1], deltas)
-            self._parameters, self._begun = self._functions.get(head[1], {}), False
+            self._function_name, self._begun = head[1], False
             self._state = "parameter"
-            return text[head.end() :]
+            return rest
         if not ended and len(text) <= _LONGEST_HEAD and CLOSE not in text:
             self._waiting = text
             return None
@@ -63,7 +66,7 @@ class Qwen3CoderParser(ReplyParser):
         text = text.lstrip()
         head = _NAMED_PARAMETER.match(text)
         if head is not None and (ended or head.end() < len(text) or text.endswith("\n")):
-            self._schema, self._written = property_of(self._parameters, head[1]), ""
+            self._types, self._written = self._types_of(head[1]), []
             opening = f"{', ' if self._begun else '{'}{json.dumps(head[1], ensure_ascii=False)}: "
             self._argue(f'{opening}"' if self._is_text else opening, deltas)
             self._begun, self._state = True, "value"
@@ -79,11 +82,10 @@ class Qwen3CoderParser(ReplyParser):
         return text[len(ends) :] if ends != CLOSE else text
 
     def _value(self, text: str, ended: bool, deltas: list[Delta]) -> str | None:
-        at = {found: mark for mark in _VALUE_ENDS if (found := text.find(mark)) >= 0}
-        if at:
-            end = min(at)
+        end, mark = first_of(text, _VALUE_ENDS)
+        if mark:
             self._write(text[:end].removesuffix("\n"), deltas)
-            self._argue('"' if self._is_text else as_value(self._written, self._schema), deltas)
+            self._argue('"' if self._is_text else as_value("".join(self._written), self._types), deltas)
             self._state = "parameter"
             return text[end:].removeprefix(_END_PARAMETER)
         held = 0 if ended else begun(text, (*_VALUE_ENDS, f"\n{_END_PARAMETER}"))
@@ -94,20 +96,28 @@ class Qwen3CoderParser(ReplyParser):
     def _tail(self, text: str, ended: bool, deltas: list[Delta]) -> str | None:
         rest = text.lstrip()
         if not ended and rest != CLOSE and CLOSE.startswith(rest):
-            self._waiting = text
+            self._waiting = rest
             return None
         self._end_call()
         return rest.removeprefix(CLOSE)
 
     @property
     def _is_text(self) -> bool:
-        return types_of(self._schema) == {"string"}
+        return self._types == {"string"}
+
+    def _types_of(self, argument: str) -> set[str]:
+        """The types of an argument, found once: a schema may be long, and an argument come again and again."""
+        schema = property_of(self._functions.get(self._function_name, {}), argument)
+        key = (self._function_name, argument)
+        if schema and key not in self._known:
+            self._known[key] = types_of(schema)
+        return self._known.get(key, set())
 
     def _write(self, text: str, deltas: list[Delta]) -> None:
         if self._is_text:
             self._argue(json.dumps(text, ensure_ascii=False)[1:-1], deltas)
         else:
-            self._written += text
+            self._written.append(text)
 
     def _argue(self, text: str, deltas: list[Delta]) -> None:
         if text:
@@ -173,7 +183,7 @@ def types_of(schema: Any, depth: int = 8) -> set[str]:
         return {_TYPES.get(type(value), "null") for value in values}
     for key in ("anyOf", "oneOf"):
         if key in schema and depth:
-            found = [_types_of_choice(schema, key, choice, depth - 1) for choice in schema[key]]
+            found = [types_of(choice, depth - 1) for choice in schema[key]]
             return set().union(*found) if all(found) else set()
     name = str(schema.get("$ref", "")).rpartition("/")[2]
     for key in ("$defs", "definitions"):
@@ -183,15 +193,8 @@ def types_of(schema: Any, depth: int = 8) -> set[str]:
     return set()
 
 
-def _types_of_choice(schema: Mapping[str, Any], key: str, choice: Any, depth: int) -> set[str]:
-    """The types of one of the choices of `schema[key]`."""
-    is_object = isinstance(choice, Mapping)
-    return types_of({**schema, **choice, key: choice.get(key, [])} if is_object else None, depth)
-
-
-def as_value(text: str, schema: Mapping[str, Any]) -> str:
-    """The JSON text of a value that a model wrote: JSON of a type that the schema allows, else text."""
-    types = types_of(schema)
+def as_value(text: str, types: Collection[str]) -> str:
+    """The JSON text of a value that a model wrote: JSON of one of the types, if there are any, else text."""
     try:
         value = json.loads(_WORDS.get(text.lower(), text), parse_constant=_no_json)
     except (ValueError, RecursionError):

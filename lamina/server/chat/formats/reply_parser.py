@@ -1,10 +1,18 @@
-"""Takes a reply apart as its text comes: reasoning, content and tool calls. `formats` has a parser for each family."""
+"""Takes a reply apart as its text comes: reasoning, content and tool calls. `formats` has a parser for each family.
+
+A client can make a model write anything. So a reply costs time in proportion to its length: a whole one is read as a
+stream is, in pieces; what is held back is bounded; and patterns have no neighbours that match the same characters.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
+
+LONGEST_SPACE = 256
+"""Characters of white space that are held back, because what comes next may make them disappear."""
+_PIECE = 512  # characters that are read at a time: a state searches all that it gets, and may use little of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +87,9 @@ class ReplyParser:
         plain = self._state == "content" and not (self._waiting or self._fresh or text[-1].isspace())
         if plain and not any(mark[0] in text for mark in self._marks):
             return [Delta(content=text)]  # the common case
-        deltas = self._take(self._waiting + text, ended=False)
+        deltas: list[Delta] = []
+        for start in range(0, len(text), _PIECE):
+            deltas += self._take(self._waiting + text[start : start + _PIECE], ended=False)
         if tokens == 1:
             self.reasoning_tokens += thinking
         elif thought := "".join(delta.reasoning or "" for delta in deltas):
@@ -102,11 +112,11 @@ class ReplyParser:
 
     def _start(self, text: str, ended: bool, deltas: list[Delta]) -> str | None:
         opening = "" if self._tags is None else self._tags.open
-        begins = text.lstrip()
-        if begins.startswith(opening):
+        text = text.lstrip()
+        if text.startswith(opening):
             self._state = "reasoning"
-            return begins[len(opening) :]
-        if not ended and opening.startswith(begins):
+            return text[len(opening) :]
+        if not ended and opening.startswith(text):
             self._waiting = text
             return None
         self._state = "content"
@@ -116,44 +126,43 @@ class ReplyParser:
         closing = "" if self._tags is None else self._tags.close
         if self._fresh:
             text = text.lstrip()
-        thought, closed, rest = text.partition(closing)
-        held = 0 if closed or ended else begun(text, (closing, *self._hidden))
-        sure = thought[: len(thought) - held].rstrip()
-        self._waiting = "" if ended else text[len(sure) :]
-        for mark in self._hidden:
-            sure = sure.replace(mark, "")
+        marks = (closing, *self._hidden)
+        end, mark = first_of(text, marks)
+        if not mark and not ended:
+            end -= begun(text, marks)
+        is_hidden = mark in self._hidden
+        sure = text[:end] if is_hidden else unspaced(text[:end])
         if sure:
             deltas.append(Delta(reasoning=sure))
             self._fresh = False
-        if not closed:
+        if not mark:
+            self._waiting = "" if ended else text[len(sure) :]
             return None
-        self._state, self._fresh = "content", True
-        return rest
+        if not is_hidden:
+            self._state, self._fresh = "content", True
+        return text[end + len(mark) :]
 
     def _content(self, text: str, ended: bool, deltas: list[Delta]) -> str | None:
+        begins = text.lstrip()
         if self._fresh and (self.calls or self._tags is not None):
-            text = text.lstrip()
-        if self._fresh and self.bare and self._functions and text.lstrip()[:1] in ("{", ";"):
+            text = begins
+        may_be_bare = self._fresh and self.bare and bool(self._functions) and len(text) - len(begins) <= LONGEST_SPACE
+        if may_be_bare and begins[:1] in ("{", ";"):
             return self._call("", text)
-        at = {found: mark for mark in reversed(self._marks) if (found := text.find(mark)) >= 0}
-        if at:
-            first = min(at)
-            before, mark = text[:first], at[first]
-            rest = text[first + len(mark) :]
-            if mark in self._hidden:
-                self._say(before, deltas)
-                return rest
-            said = before.rstrip()
-            self._skipped = before[len(said) :]
-            self._say(said, deltas)
-            return self._call(mark, rest)
-        held = 0 if ended else begun(text, self._marks)
-        sure = text[: len(text) - held]
-        if not ended or self.calls:
-            sure = sure.rstrip()  # a call may follow
+        end, mark = first_of(text, self._marks)
+        if not mark and not ended:
+            end -= begun(text, self._marks)
+        call_may_follow = mark not in self._hidden if mark else not ended or self.calls > 0
+        sure = unspaced(text[:end]) if call_may_follow else text[:end]
         self._say(sure, deltas)
-        self._waiting = "" if ended else text[len(sure) :]
-        return None
+        if not mark:
+            self._waiting = "" if ended else text[len(sure) :]
+            return None
+        rest = text[end + len(mark) :]
+        if mark in self._hidden:
+            return rest
+        self._skipped = text[len(sure) : end]
+        return self._call(mark, rest)
 
     def _call(self, mark: str, rest: str) -> str | None:
         """Go to the state that reads a call after its opening `mark`; "" is a call without one."""
@@ -177,6 +186,18 @@ class ReplyParser:
         if content:
             deltas.append(Delta(content=content))
             self._fresh = False
+
+
+def first_of(text: str, marks: Sequence[str]) -> tuple[int, str]:
+    """Where the first of `marks` stands in the text, and that mark; the end of the text and "" where none does."""
+    places = {place: mark for mark in reversed(marks) if (place := text.find(mark)) >= 0}
+    first = min(places, default=len(text))
+    return first, places.get(first, "")
+
+
+def unspaced(text: str) -> str:
+    """The text without the white space at its end that is held back."""
+    return text[: max(len(text.rstrip()), len(text) - LONGEST_SPACE)]
 
 
 def begun(text: str, marks: Sequence[str]) -> int:

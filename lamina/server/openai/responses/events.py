@@ -14,7 +14,7 @@ from typing import Any
 from lamina.completions import Completion, TokenEvent
 from lamina.server.chat.formats.reply_parser import Delta
 from lamina.server.chat.preparing import PreparedChat
-from lamina.server.chat.reply import FinishReason, Reply, ReplyPart, ReplyUsage
+from lamina.server.chat.reply import FinishReason, Reply, ReplyPart, ReplyUsage, replies
 from lamina.server.http.errors import ApiError
 from lamina.server.http.sse import event
 from lamina.server.openai.answers import chat_logprob
@@ -94,16 +94,22 @@ class ResponseObject:
             "error": {"code": code, "message": str(error)},
         }
 
-    def items(self, parts: Sequence[ReplyPart], reason: FinishReason) -> list[dict[str, Any]]:
-        """The output of a reply that has ended."""
+    def of(self, chat: PreparedChat, completion: Completion) -> dict[str, Any]:
+        """The response of a completion. For a `PreparationPool`."""
+        (reply,) = replies(chat, completion)
+        reason, parts = reply.reason(completion.finish_reason), reply.parts
         last = "completed" if STATUSES[reason] == "completed" else "incomplete"
         statuses = ["completed"] * (len(parts) - 1) + [last]
-        return [self.item(part, at, status) for at, (part, status) in enumerate(zip(parts, statuses, strict=False))]
+        items = [self.item(part, at, status) for at, (part, status) in enumerate(zip(parts, statuses, strict=False))]
+        return self.ended(reason, items, reply.usage())
+
+    def item_id(self, part: ReplyPart, index: int) -> str:
+        return f"{_PREFIXES[part.kind]}_{self.id.removeprefix('resp_')}_{index}"
 
     def item(self, part: ReplyPart, index: int, status: str, logprobs: Sequence[Any] = ()) -> dict[str, Any]:
         """The item of a part of the reply, the `index`th of the output. One "in_progress" is empty."""
         begun = status == "in_progress"
-        item: dict[str, Any] = {"id": f"{_PREFIXES[part.kind]}_{self.id.removeprefix('resp_')}_{index}"}
+        item: dict[str, Any] = {"id": self.item_id(part, index)}
         if part.kind == "call":
             item |= {"type": "function_call", "status": status, "call_id": part.id, "name": part.name}
             item["arguments"] = "" if begun else part.text
@@ -224,7 +230,7 @@ class ResponseEvents:
     def _names(self, part: ReplyPart) -> tuple[str, dict[str, Any]]:
         """What the events of a part's text are called, and the fields that say where it is."""
         index = len(self._output)
-        place = {"item_id": self._response.item(part, index, "in_progress")["id"], "output_index": index}
+        place: dict[str, Any] = {"item_id": self._response.item_id(part, index), "output_index": index}
         if part.kind == "call":
             return "response.function_call_arguments", place
         if part.kind == "content":

@@ -12,7 +12,6 @@ from starlette.responses import Response
 
 from lamina.server.chat.chat_input import ChatInput, joined
 from lamina.server.chat.preparing import PreparedChat, prompt
-from lamina.server.chat.reply import replies
 from lamina.server.chat.thinking import Thinking, read_effort
 from lamina.server.http.errors import ApiError, json_response, refused, shown
 from lamina.server.http.sse import EventStream, while_connected
@@ -215,9 +214,7 @@ class _Making:
                     pass
             else:
                 (completion,) = await service.whole([chat.request], context, self._size)
-                (reply,) = replies(chat, completion)
-                reason = reply.reason(completion.finish_reason)
-                self.done(response.ended(reason, response.items(reply.parts, reason), reply.usage()))
+                self.done(await service.answer(context, response.of, chat, completion))
         finally:
             self._left()
         return json_response(self._ended)
