@@ -18,7 +18,7 @@ from lamina.kv.placement import Holder, Placement
 from lamina.kv.request import Request, ScheduledSequence, SchedulerConfig
 from lamina.scheduling.control_plane import ControlPlane, Step, refusal, torn
 from lamina.scheduling.step_tuner import StepTuner
-from lamina_protocols.messages.messages import Announced, Close, Fork, Open, Operation, Row
+from lamina_protocols.messages.messages import Announced, Bound, Close, Fork, Open, Operation, Row
 from lamina_protocols.messages.routes import HolderBatch
 
 PAGE, END, EVERY = 4, 64, 8
@@ -102,6 +102,14 @@ class Store:
                 part = self.parts.pop(handle)
                 for record in (*part.table, part.now, part.then):
                     self._let_go(part, record)
+            case Bound(handle, hi):
+                part = self.parts[handle]
+                for page in part.table[(hi - part.lo) // PAGE :]:
+                    self._let_go(part, page)
+                del part.table[(hi - part.lo) // PAGE :]
+                part.hi = hi
+            case _:
+                raise AssertionError(operation)
 
     def _reserve(self, row: Row) -> None:
         part = self.parts[row.handle]
