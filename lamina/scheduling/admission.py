@@ -50,14 +50,14 @@ class Admission:
         self._longest_before_loss: dict[str, int] = {}  # by policy
         self._expected: Placement | None = None  # with all holders that may join
         self._longest_expected: dict[str, int] = {}  # by policy
-        self._stranded: list[ScheduledSequence] = []
+        self._stranded: dict[ScheduledSequence, None] = {}
         self._longest: tuple[Pages, dict[str, int]] = NO_PAGES, {}
         """The holders' pages, and the longest sequence that they allow, by policy."""
 
     @property
     def stranded(self) -> tuple[ScheduledSequence, ...]:
         """The sequences that wait for a holder to join, since the present ones can never keep them."""
-        return tuple(sequence for sequence in self._stranded if sequence.finish_reason is None)
+        return tuple(self._stranded)
 
     @property
     def queued_tokens(self) -> int:
@@ -124,6 +124,10 @@ class Admission:
     def queue(self, sequence: ScheduledSequence) -> None:
         """Have a sequence without KV wait for its turn."""
         heappush(self._waiting.setdefault(sequence.request.tenant, []), (sequence.order, sequence))
+
+    def forget(self, sequence: ScheduledSequence) -> None:
+        """A sequence has ended. In a queue it stays until it is on top."""
+        self._stranded.pop(sequence, None)
 
     def give_back(self, sequence: ScheduledSequence) -> None:
         """Take an idle sequence's KV away. It waits until it fits whole, and is computed again."""
@@ -218,7 +222,7 @@ class Admission:
             if not places:
                 if not self._placement.capacity:
                     return None
-                self._stranded.append(heappop(waiting)[1])
+                self._stranded[heappop(waiting)[1]] = None
                 continue
             place = self._with_room(sequence, places)
             if place is None:

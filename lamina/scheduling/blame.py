@@ -73,10 +73,14 @@ class Blame:
         suspect_rows = ((row, places) for row in rows if (places := self._suspects.get(row.sequence)))
         return any(row.start + row.count > places[-1].start for row, places in suspect_rows)
 
+    def due(self, idle: Sequence[ScheduledSequence]) -> list[ScheduledSequence]:
+        """The suspects among idle sequences that are where they failed."""
+        return [sequence for sequence in idle if sequence in self._suspects and not self.in_company(sequence, 1)]
+
     def next_trial(self, idle: Sequence[ScheduledSequence]) -> list[ScheduledSequence]:
-        """The idle suspects to try together, with nothing else under way: one that failed in such a trial before alone,
-        else the root of their number, so that many are cleared in few batches. Empty where none is where it failed."""
-        suspects = [sequence for sequence in idle if sequence in self._suspects and not self.in_company(sequence, 1)]
+        """The suspects to try together, with nothing else under way: one that failed in such a trial before alone, else
+        the root of their number, so that many are cleared in few batches. Empty where none is where it failed."""
+        suspects = self.due(idle)
         repeaters = [sequence for sequence in suspects if self._failures(sequence) > 1]
         return repeaters[:1] or suspects[: isqrt(len(self._suspects) - 1) + 1] if suspects else []
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence, Set
-from itertools import islice, zip_longest
+from itertools import chain, islice, zip_longest
 
 from lamina.completions import FinishReason
 from lamina.errors import EngineError, InvalidRequest
@@ -73,6 +73,12 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether a sequence is unfinished, or a plan is in flight."""
         return bool(self._requests or self._in_flight)
+
+    @property
+    def foremost(self) -> ScheduledSequence | None:
+        """The first unfinished sequence by order, of those with KV where there are any: others wait for its pages."""
+        every = self.running.sequences or chain.from_iterable(self._requests.values())
+        return min(every, key=lambda sequence: sequence.order, default=None)
 
     @property
     def waiting(self) -> int:
@@ -140,6 +146,7 @@ class Scheduler:
         if sequence.finish_reason is not None:
             return
         sequence.finish_reason = reason
+        self.admission.forget(sequence)
         self.blame.forget(sequence)
         self.refusals.forget(sequence)
         samples = self._requests[sequence.request.id]
@@ -181,7 +188,7 @@ class Scheduler:
 
     def _rows(self, lanes: int) -> list[PlannedRow]:
         """Rows of suspects that are tried where they failed, with nothing else in flight, else of all others."""
-        if suspects := self._planner.trial():
+        for suspects in self._planner.trials():
             if self._in_flight:
                 return []
             if rows := self._planner.trial_rows(suspects, self._batch_tokens):
@@ -434,15 +441,16 @@ class RowPlanner:
         rows: list[PlannedRow] = []
         if admits:
             self._admission.reclaim()
-        present = [sequence for sequence in self._running if sequence.idle]
+        idle = deque(sequence for sequence in self._running if sequence.idle)
+        present = [s for s in idle if self._rebuilds.ready(s) and self._blame.in_company(s, 1)]
         decodes, prompt_tokens, tenant_rows = self._dealt(present, budget)
-        idle = deque(present)
+        goes_on = {sequence for sequence in present if sequence.left > 1} | decodes
         admits_more = admits
         self._turn += 1
         while budget and len(rows) < self._max_rows:
             if idle and (lanes == 1 or len(rows) * lanes < max(lanes, len(self._running))):
                 sequence, younger = idle.popleft(), idle
-                if not self._rebuilds.ready(sequence) or (sequence.left == 1 and sequence not in decodes):
+                if sequence not in goes_on:
                     continue
             elif admits_more and (admitted := self._admission.admit(+prompt_tokens & +tenant_rows)):
                 # Even where its lane's share is full: otherwise none would be admitted while every lane is.
@@ -500,8 +508,8 @@ class RowPlanner:
         """The sequences that may decode, and for each tenant how many tokens of prompts it may have beside them and
         how many rows.
 
-        Of a tenant that gets less than it wants, those decode that have waited longest, and half of what it gets goes
-        to its prompts. The oldest sequence always decodes: it may be the only one for which there is room.
+        Of a tenant that gets less than it wants, those decode that have waited longest, one at least, and half of what
+        it gets goes to its prompts. The oldest sequence always decodes: it may be the only one for which there is room.
         """
         demand, drafts = Counter(self._admission.wanted()), Counter[str]()
         decoding = defaultdict[str, list[ScheduledSequence]](list)
@@ -518,21 +526,26 @@ class RowPlanner:
             if dealt is not None:
                 rows.sort(key=lambda each: each.turn)
                 tokens, row_limit = dealt[tenant], max(1, row_limit // len(dealt))
-                del rows[min(row_limit, max(tokens - (wants - len(rows)), tokens // 2)) :]
+                del rows[min(row_limit, max(1, tokens - (wants - len(rows)), tokens // 2)) :]
             decodes.update(rows)
             prompt_tokens[tenant], tenant_rows[tenant] = max(1, tokens - len(rows)), row_limit
         return decodes, prompt_tokens, tenant_rows
 
-    def trial(self) -> list[ScheduledSequence]:
-        """The suspects that are to be tried next, with nothing else under way."""
-        idle = (sequence for sequence in self._running if sequence.idle and not sequence.held) if self._blame else ()
-        return self._blame.next_trial([sequence for sequence in idle if self._rebuilds.ready(sequence)])
+    def trials(self) -> list[list[ScheduledSequence]]:
+        """The suspects that are to be tried next, with nothing else under way; where these have no room, the oldest
+        one. Empty where none is where it failed."""
+        waiting = (sequence for sequence in self._running if sequence.idle and not sequence.held) if self._blame else ()
+        idle = [sequence for sequence in waiting if self._rebuilds.ready(sequence)]
+        return [trial for trial in (self._blame.next_trial(idle), self._blame.due(idle)[:1]) if trial]
 
     def trial_rows(self, suspects: list[ScheduledSequence], budget: int) -> list[PlannedRow]:
-        """Rows for these suspects alone, as far as there is room."""
+        """Rows for these suspects alone, as far as there is room. A younger sequence gives its pages up, even where it
+        is to be tried with them: it stays a suspect."""
         rows: list[PlannedRow] = []
         for sequence in suspects:
-            younger = deque(s for s in self._running if s.order > sequence.order and s not in suspects)
+            if sequence.handle is None:
+                continue
+            younger = deque(s for s in self._running if s.order > sequence.order)
             want = self._config.chunk(sequence, min(sequence.left, budget))
             count = self._make_room(sequence, want, younger) if budget else 0
             if count:

@@ -98,6 +98,24 @@ def test_each_tenant_decodes_its_share_of_the_rows(waiting: list[str], rows: int
     world.check_end()
 
 
+@pytest.mark.fault("F11")
+@pytest.mark.parametrize("others", [1, 8, 12])
+def test_stream_goes_on_while_a_prompt_of_its_own_tenant_is_read(others: int) -> None:
+    """With a share of one token a batch, a tenant's streams stood still until its prompt was computed."""
+    world = World(config(max_sequences=64, max_batch_tokens=64, prefix_cache=False), 4000)
+    for at in range(others):
+        world.add(prompt(3, at), max_tokens=60, tenant=str(at))
+    (stream,) = world.add(prompt(3, 90), max_tokens=60, tenant="x")
+    while len(stream.tokens) < 5:
+        world.step()
+    (late,) = world.add(prompt(50, 91), max_tokens=2, tenant="x")
+    for _ in range(40):
+        tokens, computed = len(stream.tokens), late.computed
+        world.step()
+        assert len(stream.tokens) == tokens + 1
+        assert late.computed > computed or late.finish_reason is not None
+
+
 def test_preemption_for_another_tenant_stops_at_its_share() -> None:
     """One has all pages; the other gets half of them at most, and neither is preempted in turn."""
     world = World(config(max_sequences=64, max_batch_tokens=64, prefix_cache=False), 200)

@@ -132,6 +132,21 @@ def test_request_waits_for_room_that_workers_to_come_have() -> None:
         scheduler.validate(Request("1", tuple(range(60)), 9))
 
 
+def test_stranded_request_is_forgotten_once_it_ends() -> None:
+    """Those that no holder could keep any more stayed in the engine's memory, with all their tokens."""
+    layouts = OneHolder(64)
+    scheduler = Scheduler(config(), layouts)
+    scheduler.admission.losing()
+    (sequence,) = scheduler.add(Request("0", tuple(range(40)), 9))
+    layouts.capacity = layouts.pages = Pages({(0, 0): 8})
+    assert scheduler.plan() is None
+    assert scheduler.admission.stranded == (sequence,)
+    assert scheduler.admission.queued_tokens == 40
+    scheduler.abort("0")
+    assert scheduler.admission.stranded == ()
+    assert not scheduler.admission._stranded
+
+
 def test_request_is_refused_for_room_only_where_none_may_come_back() -> None:
     """While a holder was away, new requests were told that the memory could never hold them, and those of the previous
     engine were dropped."""
