@@ -309,7 +309,12 @@ class Engine:
             except queue.Empty:
                 if idle:
                     self._deadline.expire()
-                    self._in_flight.full = False
+                elif moves or self._in_flight or not self._in_flight.full:
+                    return True
+                else:
+                    self._stats.blocked += 1
+                    self._failures.blocked()
+                self._in_flight.full = False
                 return True
             finally:
                 if idle:

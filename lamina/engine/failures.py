@@ -131,11 +131,22 @@ class Failures:
         self._registry.fail(request, EngineError(why), fault)
         return True
 
-    def _failed_in_vain(self, fault: HolderFault) -> None:
+    def _failed_in_vain(self, fault: Exception) -> None:
         """A request has ended for its failures, or a batch without requests has failed."""
         self._in_vain += 1
         if self._in_vain >= MAX_IN_VAIN:
             raise EngineError(f"no batch goes well any more, {self._in_vain} requests were tried: {fault}") from fault
+
+    def blocked(self) -> None:
+        """There is work, but no batch under way, none that can be planned, and nothing that is waited for. So the
+        scheduler is wrong, and would be so for ever. The request for which the others may wait ends."""
+        running, foremost = len(self._scheduler.running), self._scheduler.foremost
+        why = f"no batch can be planned and nothing is waited for, with {running} running sequences"
+        if foremost is None or not (request := self._registry.of(foremost)):
+            raise EngineError(why)
+        logger.error("request %s cannot go on, and ends: %s", request.id, why)
+        self._registry.fail(request, error := EngineError(f"this request cannot go on: {why}"))
+        self._failed_in_vain(error)
 
     def failed_outside(self) -> None:
         """A holder failed outside of any batch: moves are given up, and batches where it, or a model worker, is

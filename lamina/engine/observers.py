@@ -40,6 +40,7 @@ class EngineStats:
     prompt_tokens: int = 0
     generation_tokens: int = 0
     corrupted: int = 0
+    blocked: int = 0
     lost_holders: int = 0
     joined_holders: int = 0
     returned_workers: int = 0

@@ -106,6 +106,7 @@ class Snapshot:
     sequences: tuple[SequenceSnapshot, ...]
     idle_seconds: float = 0.0
     corrupted: int = 0  # samples that ended because their logits were not finite
+    blocked: int = 0  # requests that ended because nothing could be planned: an error of the scheduler
     batch_tokens: int = 0  # computed in all batches, prompts and decode
     batch_counts: tuple[int, ...] = (0,) * (len(BATCH_BUCKETS) + 1)  # batches by their tokens
     missing: tuple[str, ...] = ()  # holders that were lost and have not been replaced

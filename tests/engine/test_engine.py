@@ -11,6 +11,7 @@ from faulty_ports import FaultyPorts, SpoiltPorts
 from kv_pools import pool_of
 from pairwise import crossing
 
+from lamina.engine.failures import MAX_IN_VAIN
 from lamina.errors import EngineError, InvalidRequest
 from lamina.sampling_params import SamplingParams
 from lamina.scheduling.step_tuner import StepTuner
@@ -205,6 +206,25 @@ def test_request_is_refused_when_it_can_never_fit(decoder):
         rig.generate([[1] * 60], max_tokens=30)
     assert len(rig.generate([[1] * 30], max_tokens=30)[0][0]) == 30
     rig.close()
+
+
+@pytest.mark.fault("F15")
+def test_request_ends_where_nothing_can_be_planned_and_nothing_is_waited_for(decoder, monkeypatch):
+    """The engine turned in place for ever, and /health said 200."""
+    rig = Rig(decoder)
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.scheduler, "plan", lambda lanes=1: None)
+        with pytest.raises(EngineError, match="cannot go on: no batch can be planned"):
+            rig.generate([[1, 2, 3]], max_tokens=4)
+    assert rig.engine.alive
+    assert len(rig.generate([[1, 2, 3]], max_tokens=4)[0][0]) == 4
+    assert rig.engine._stats.blocked == 1
+    monkeypatch.setattr(rig.scheduler, "plan", lambda lanes=1: None)
+    for _ in range(MAX_IN_VAIN):
+        with pytest.raises(EngineError, match="cannot go on: no batch can be planned"):
+            rig.generate([[1, 2, 3]], max_tokens=4)
+    rig._thread.join(timeout=20)
+    assert not rig.engine.alive
 
 
 def test_dynamic_rope_does_not_depend_on_chunks():

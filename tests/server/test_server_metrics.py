@@ -69,7 +69,7 @@ def test_what_the_engine_says_is_rendered() -> None:
             running=3, waiting=2, prompt_tokens=70, prefix_hits=30, prefix_queries=100, generation_tokens=9,
             model_seconds=1.5, attention_seconds=2.5, idle_seconds=6.0, kv_read=1.0, kv_whole=4.0, missed_mass=0.5,
             missed_queries=50.0, kv_resident=0.75, kv_redundant=0.5, workers_wanted=3,
-            lost_holders=1, missing=("w9",), corrupted=2, batch_tokens=44, returned_workers=3,
+            lost_holders=1, missing=("w9",), corrupted=2, blocked=3, batch_tokens=44, returned_workers=3,
             plan_seconds=0.25, announce_seconds=0.75,
             drafts=5, draft_tokens=20, accepted_tokens=12, accepted_at=(5, 4, 3, 0),
             batch_counts=(1, 2, *(0,) * (len(BATCH_BUCKETS) - 1)),
@@ -97,6 +97,7 @@ def test_what_the_engine_says_is_rendered() -> None:
         "recoveries_total": 1,
         "model_workers_returned_total": 3,
         "corrupted_requests_total": 2,
+        "blocked_requests_total": 3,
         "engine_restarts_total": 2,
         "iteration_tokens_total_sum": 44,
     }

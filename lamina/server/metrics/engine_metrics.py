@@ -29,6 +29,10 @@ _COUNTERS: Mapping[str, tuple[str, str]] = {
     "joined_holders": ("attention_workers_joined", "Attention workers that joined after the start."),
     "returned_workers": ("model_workers_returned", "Model workers that were gone and came back."),
     "corrupted": ("corrupted_requests", "Samples that ended because their logits were not finite."),
+    "blocked": (
+        "blocked_requests",
+        "Requests that ended because no batch could be planned, an error of the scheduler.",
+    ),
     "kv_read": ("kv_read_bytes", "KV read in decode under policies that choose, what was read to choose included."),
     "kv_whole": ("kv_whole_bytes", "What reading all of that KV would have taken."),
     "missed_mass": ("missed_mass", "Estimated attention mass that queries did not read, summed over queries."),

@@ -28,9 +28,9 @@ MAX_SEQUENCES = 256
 """The most sequences listed one by one; the pages of all others are summed."""
 
 _NUMBERS = (
-    *("began", "uptime", "running", "waiting", "lanes", "page_size", "batches", "failed_batches", "corrupted"),
+    *("began", "uptime", "running", "waiting", "lanes", "page_size", "batches", "failed_batches"),
     *("prompt_tokens", "generation_tokens", "prefix_queries", "prefix_hits", "preemptions", "evictions"),
-    *("lost_holders", "joined_holders", "returned_workers", "rebuilt_tokens"),
+    *("corrupted", "blocked", "lost_holders", "joined_holders", "returned_workers", "rebuilt_tokens"),
     *("model_seconds", "attention_seconds", "idle_seconds"),
     *("kv_read", "kv_whole", "missed_mass", "missed_queries"),
     *("drafts", "draft_tokens", "accepted_tokens"),
