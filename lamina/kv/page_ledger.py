@@ -15,12 +15,14 @@ from lamina.kv.request import Plan, PlannedRow, ScheduledSequence, SchedulerConf
 
 
 class PageLedger:
-    """`free` has the pages that each holder has left, by its last reply. `moving` are the most pages that moves under
-    way have taken, `promised` those that they will still take.
+    """`free` has the pages that each holder has left, by its last reply; of the holders in `estimated` less what copies
+    may have taken since. `moving` are the most pages that moves under way have taken, `promised` those that they will
+    still take.
     """
 
     def __init__(self, config: SchedulerConfig, placement: Placement) -> None:
         self.free = placement.pages
+        self.estimated: set[int] = set()
         self.promised = self.moving = NO_PAGES
         self._config = config
         self._size, self._states = config.page_size, bool(config.states)
@@ -34,6 +36,7 @@ class PageLedger:
     def left(self, holder: int) -> None:
         """A holder was lost, with all its KV. No plan may wait for an answer."""
         self.free = Pages({place: pages for place, pages in self.free.items() if place[0] != holder})
+        self.estimated.discard(holder)
 
     def room(self) -> Pages:
         """The least pages that are free once every plan is answered and every operation accepted. Can be negative."""
@@ -128,9 +131,11 @@ class PageLedger:
 
     def update_free(self, free: Pages) -> None:
         self.free = Pages(self.free | free)
+        self.estimated.difference_update(number for number, _ in free)
 
     def took(self, pages: Pages) -> None:
         self.free -= pages
+        self.estimated.update(number for number, _ in pages)
 
     def forget(self, plan: Plan) -> bool:
         """Expect no answer to the plan any more. Returns whether one was expected."""

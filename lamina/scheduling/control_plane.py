@@ -57,18 +57,20 @@ class ControlPlane:
 
     @property
     def has_work(self) -> bool:
-        """Whether a sequence is unfinished, a step under way, or an operation waits for a holder."""
-        return self.scheduler.has_work or self.placement.pending
+        """Whether a sequence is unfinished, a step under way, an operation waits for a holder, or the pages of one are
+        estimated."""
+        return self.scheduler.has_work or self.placement.pending or bool(self.scheduler.ledger.estimated)
 
     # Steps.
 
     def plan(self, alone: bool = True) -> Step | None:
         """The next step; `alone`: no other is under way. None where one under way must be over first, or there is no
-        work."""
+        work. Where no sequence is unfinished, holders whose pages are estimated are asked for them."""
         plan = self.scheduler.plan(self.tuner.lanes)
-        if plan is None:
-            return Step(None, self.placement.outgoing(), self) if alone and self.placement.pending else None
-        return Step(plan, self.placement.place(plan, fuses=self.tuner.fused), self)
+        if plan is not None:
+            return Step(plan, self.placement.place(plan, fuses=self.tuner.fused), self)
+        estimated = () if self.scheduler.has_work else self.scheduler.ledger.estimated
+        return self.inquiry(estimated) if alone and (self.placement.pending or estimated) else None
 
     def inquiry(self, numbers: Iterable[int]) -> Step:
         """A step without rows: the operations that wait for any holder, and an announcement to each of these holders,

@@ -43,10 +43,14 @@ def left_over(engine: EngineHost, hosts: Sequence[AttentionHost], cleared: bool)
             missing.discard(host.number)
             workers = host.workers
         evictable = engine.control.scheduler.running.prefix_cache.evictable
+        answered = not engine.control.placement.holders[number].outbox
         exact = cleared or not (engine.resumed or engine.control.placement.holders[number].outbox)
         for at, pool in ((at, pool) for worker in workers for at, pool in enumerate(worker.pools)):
             cached = evictable.get((number, at), 0)
             other = pool.n_pages - pool.free_pages - cached
+            counted = engine.control.scheduler.ledger.free.get((number, at), 0)
+            if answered and counted != pool.free_pages:
+                found.append(f"holder {number}: {pool.free_pages} free, the ledger says {counted}")
             if other if exact else other < 0:
                 found.append(f"holder {number}: {pool.free_pages} free, {cached} cached of {pool.n_pages} pages")
     ledger, pages = engine.control.scheduler.ledger.unpromised(), engine.control.placement.pages
