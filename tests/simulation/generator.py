@@ -47,6 +47,7 @@ _POLICIES = ("",) * 6 + ("streaming(sink=4, recent=40)",)
 _SPARES = ("replica", "replica(2)")  # each takes a worker more
 _LONG = 16  # one seed of so many has long texts and few faults: growth elsewhere, copies and reading back take a while
 _LONG_TOKENS = (8, 100, 200)
+_FULL = 11  # of each _LONG seeds this one has workers with little room, and an engine that dies
 _TURNS = 6  # latencies in a step: there and back for the announcement and each of two layers
 _SETTLING = 0.5  # seconds without faults before the end of a "safety" scenario's events, and after the last fault
 
@@ -71,15 +72,18 @@ class Draw:
         self.rng = random.Random(seed)
         self.shape = shape
         self.long = seed % _LONG == _LONG - 1
+        self.full = seed % _LONG == _FULL
         self.tokens = _LONG_TOKENS if self.long else (1, 8, 24, MOST_TOKENS)
         self.storm = self.rng.choice((0, 0, 100, 300, 600, 600))
-        self.restarts = self.rng.random() < 0.25  # of the engine, over KV that stays: what takes most to come about
+        self.restarts = (
+            self.rng.random() < 0.25 or self.full
+        )  # of the engine, over KV that stays: what takes most to come about
         self.setup = self._setup()
         self.gap = self.rng.choice((1, 2, 4)) * (STEP_S + _TURNS * self.setup.latency)  # between two faults of a storm
         quiet = (0.2, 1.0) if self.long else (0.05, 0.2, 0.2, 1.0, 3.0)
         self.span = self.storm * self.gap if self.storm else self.rng.choice(quiet)
         self.workers = len(self.setup.workers)
-        self.requests = self.rng.choice((8, 16, 32) if self.storm else (1, 3, 6, 10))
+        self.requests = self.rng.choice((16, 32) if self.full else (8, 16, 32) if self.storm else (1, 3, 6, 10))
 
     def when(self) -> float:
         """A second in which faults are. Half of them come in bursts, since faults that meet are the hard ones."""
@@ -104,7 +108,7 @@ class Draw:
     def _setup(self) -> Setup:
         rng = self.rng
         least = self.shape.pages(MOST_PROMPT + self.tokens[-1])
-        pages = rng.choice((4 * least, 4 * least, least, least + rng.randrange(40)))
+        pages = least if self.full else rng.choice((4 * least, 4 * least, least, least + rng.randrange(40)))
         link = self.restarts or rng.random() < 0.5
         timeout = rng.choice((0.02, 0.05, 0.2) if self.storm else (0.05, 0.2, 1.0))
         workers = rng.choice((3, 4, 4) if self.long else (*_WORKERS, *_WORKERS, 0))
@@ -115,7 +119,7 @@ class Draw:
         model_workers = rng.choice((1, 1, 1, 1, 2, 3)) if workers else 1
         return Setup(
             model_workers=model_workers,
-            workers=tuple(pages * rng.choice((1, 1, 1, 2, 3)) for _ in range(workers)),
+            workers=tuple(pages * rng.choice((1,) if self.full else (1, 1, 1, 2, 3)) for _ in range(workers)),
             redundancy=rng.choice((*spares, *_SPARES[: max(0, workers - 1)])),
             shard=rng.choice(("heads", "heads", "sequence", "heads+sequence")),
             local_pages=rng.choice((0, 40, least, 3 * least)) if workers else 3 * least,
