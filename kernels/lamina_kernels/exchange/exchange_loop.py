@@ -131,10 +131,10 @@ def _wait(a: Any, remotes: Any) -> Any:
         n = poll(a.functions, a.polls, a.n_remotes, wait_ms if a.waits else 0)
         if n < 0:
             return INTERRUPTED
+        if n == 0 and wait_ns <= 0:  # first: a batch that is suspended for slow holders never waits for this one
+            return TIMEOUT
         if n == 0 and not a.waits:
             return WAITING
-        if n == 0 and wait_ns <= 0:
-            return TIMEOUT
         for i in range(a.n_remotes if n > 0 else 0):
             if descriptors[i, 0] >= 0 and polls[i, 3] & ~OUT:
                 result = receive(carray(pointer(remotes[i].channel), (1,), CHANNEL)[0])

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
+import select
 import signal
 import struct
 import subprocess
@@ -386,6 +387,33 @@ def test_a_suspended_batch_does_not_wait_for_half_a_frame(way: str) -> None:
 
 
 # Time.
+
+
+def test_a_silent_holder_is_lost_at_its_deadline_where_the_one_before_it_answers_late() -> None:
+    """A suspended batch waited for each holder anew: a silent one had its time again after every slow answer."""
+    told = threading.Event()
+
+    def late(reply: Reply) -> list[Any]:
+        told.wait(20)
+        return [frame(reply)]
+
+    with exchanged("compiled"):
+        pair = Pair("unix", lambda reply: [], 0, patience=0.3)
+        pair.peers[0]._bend = late
+        try:
+            run = suspended(pair, BATCH)
+            waiting = next(run)
+            assert waiting.replies is pair.replies[0]
+            time.sleep(0.4)  # past the deadline of both
+            told.set()
+            assert select.select([pair.ports[0].channel.watch(lambda: None)], [], [], 20.0)[0]
+            assert waiting.over()
+            with pytest.raises(HolderLost, match=r"attention worker b .*no reply within 0\.3 seconds"):
+                next(run)
+            assert not pair.ports[0].closed
+        finally:
+            told.set()
+            pair.close()
 
 
 @pytest.mark.parametrize("way", EXCHANGES)
