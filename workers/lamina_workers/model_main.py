@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from functools import partial
 
 from lamina_workers.devices.openmp import share_cores
 from lamina_workers.process.exit import die_with_parent, leave
@@ -71,21 +72,25 @@ def serve(
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     share_cores()
-    from lamina_protocols.channels.channels import Credentials, client_context, split_address
+    from lamina_protocols.channels.channels import Channel, Credentials, client_context, split_address
     from lamina_protocols.channels.sockets import connect_tcp, connect_unix
     from lamina_protocols.channels.versions import PREVIOUS, VARIABLE
     from lamina_workers.parallel.peer_worker import PeerWorker
+    from lamina_workers.parallel.peers import beats_secret
     from lamina_workers.process.credentials import load_credentials
 
-    if connect.startswith(UNIX):
-        channel = connect_unix(connect.removeprefix(UNIX), secret, _CONNECT_S)
-    else:
+    def connected(secret: bytes) -> Channel:
+        if connect.startswith(UNIX):
+            return connect_unix(connect.removeprefix(UNIX), secret, _CONNECT_S)
         host, port = split_address(connect)
         credentials = load_credentials(tls_dir) if tls_dir is not None else Credentials()
         tls = client_context(credentials) if credentials.ca else None
-        channel = connect_tcp(host, port, secret, _CONNECT_S, tls, checksummed=tls is None)
+        return connect_tcp(host, port, secret, _CONNECT_S, tls, checksummed=tls is None)
+
+    channel, protocol = connected(secret), int(os.environ.get(VARIABLE, PREVIOUS))
+    beats = partial(connected, beats_secret(secret))
     try:
-        PeerWorker(channel, name, folder, address, int(os.environ.get(VARIABLE, PREVIOUS))).serve()
+        PeerWorker(channel, name, folder, address, protocol, beats=beats).serve()
     finally:
         channel.close()
 

@@ -20,7 +20,11 @@ PREVIOUS_RELEASE = "0.1.0"
 BOUND = "bound"
 """The operation `Bound`. Without it a part keeps the range that it was opened with."""
 
-FEATURES = frozenset({BOUND})
+HEARTBEAT = "heartbeat"
+"""Heartbeats of a model worker beyond 0, over a second channel. Without it only a batch that waits for it finds that it
+stands still."""
+
+FEATURES = frozenset({BOUND, HEARTBEAT})
 """What this side has beyond the previous version."""
 
 VARIABLE = "LAMINA_PROTOCOL"

@@ -22,7 +22,7 @@ from transports import pair
 from lamina_protocols.channels import control
 from lamina_protocols.channels.channels import Channel, ChannelClosed
 from lamina_protocols.channels.sockets import connect_unix
-from lamina_protocols.channels.versions import FEATURES, PREVIOUS, PREVIOUS_RELEASE, PROTOCOL_VERSION
+from lamina_protocols.channels.versions import FEATURES, HEARTBEAT, PREVIOUS, PREVIOUS_RELEASE, PROTOCOL_VERSION
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.frames.frames import LAYOUT, MAX_HEADER
 from lamina_protocols.messages import messages as m
@@ -35,7 +35,7 @@ from lamina_workers.model_worker.interface import BatchWork, Waiting
 from lamina_workers.model_worker.kv_copy import Move
 from lamina_workers.parallel import peer_messages
 from lamina_workers.parallel.peer_worker import PeerWorker
-from lamina_workers.parallel.peers import UNIX, Peer, PeerListener
+from lamina_workers.parallel.peers import UNIX, Peer, PeerListener, beats_secret
 from lamina_workers.parallel.tensor_parallel import TensorParallelWorkers
 
 HOLDER = HolderConfig(
@@ -67,6 +67,7 @@ MESSAGES: list[Any] = [
     peer_messages.SeatSurveyed(4, m.Surveyed(0, 1, 9, 12, (m.PartHeld(3, 0, (0,), 0, 512, 77, 16),))),
     peer_messages.LeftGroup(),
     peer_messages.JoinedGroup(3, "nobody came"),
+    peer_messages.Beat(),
     peer_messages.BatchFailed(5, "it is gone", (4, 6), True),
     BEGIN,
     peer_messages.Join(4, "attention-0", "h:1", 1, 1, 3, b"ca", b"cert", b"key", "token"),
@@ -165,14 +166,14 @@ def test_a_cut_frame_is_refused(good: bytearray, data: st.DataObject) -> None:
 class Rig:
     """A listener, and processes of it that a test plays."""
 
-    def __init__(self) -> None:
+    def __init__(self, lost_after: float = 10.0) -> None:
         self.ready: queue.SimpleQueue[Peer] = queue.SimpleQueue()
         self.failed: queue.SimpleQueue[tuple[int, peer_messages.Failed]] = queue.SimpleQueue()
         self.given_up: list[str] = []
         self.progress: list[tuple[int, str, int, int]] = []
         self.channels: list[Channel] = []
         self.listener = PeerListener(
-            lambda rank: dataclasses.replace(BEGIN, rank=rank),
+            lambda rank: dataclasses.replace(BEGIN, rank=rank, lost_after=lost_after),
             self.ready.put,
             lambda rank, said: self.failed.put((rank, said)),
             self.given_up.append,
@@ -329,6 +330,73 @@ def test_who_does_not_answer_is_given_up(rig: Rig, says: Callable[[Channel], Non
     with pytest.raises(RankLost):
         peer.tell(peer_messages.Stop())
     assert rig.given_up == ["model-1"]
+
+
+WIDE = peer_messages.Slice(1, 0, False, torch.zeros(1 << 22), torch.empty(0))  # more than any buffer takes
+
+
+@pytest.mark.fault("F04")
+def test_who_does_not_read_a_command_is_given_up(rig: Rig) -> None:
+    """The engine's thread waited without an end for room in the socket's buffer."""
+    peer, _ = rig.peer()
+    with pytest.raises(RankLost, match=r"a frame was not read within 0\.3 seconds"):
+        peer.tell(WIDE, 0.3)
+    assert peer.closed
+    assert rig.given_up == ["model-1"]
+
+
+@pytest.mark.fault("F04")
+@pytest.mark.parametrize("waits", ["tells", "takes"])
+def test_whose_heartbeats_cease_is_given_up_and_wakes_who_waits_for_it(waits: str) -> None:
+    rig = Rig(lost_after=1.0)
+    try:
+        secret = rig.listener.invite(1, "model-1")
+        with pytest.raises(ChannelClosed):  # no process of that name has come
+            rig.connect(beats_secret(secret))
+        channel = rig.connect(secret)
+        greet(channel, "model-1")
+        peer_messages.receive(channel, 5.0)
+        peer_messages.send(channel, peer_messages.Ready("cpu"))
+        peer = rig.ready.get(timeout=5.0)
+        beats = rig.connect(beats_secret(secret))
+        for _ in range(4):
+            peer_messages.send(beats, peer_messages.Beat())
+            time.sleep(0.3)
+        assert not peer.closed
+        with pytest.raises(ChannelClosed):
+            rig.connect(beats_secret(secret))
+        peer.expect(1)
+        with pytest.raises(RankLost, match="no heartbeat for 1 s"):
+            peer.tell(WIDE, 60.0) if waits == "tells" else peer.take(peer_messages.Answers, 1, 60.0)
+        assert rig.given_up == ["model-1"]
+    finally:
+        for channel in rig.channels:
+            channel.close()
+        rig.listener.close()
+
+
+@pytest.mark.fault("F04")
+def test_a_model_worker_beats_over_a_second_channel_from_when_it_is_ready() -> None:
+    """And wakes whatever waits for model worker 0, where that is gone without a word."""
+    begin = dataclasses.replace(BEGIN, ranks=2, lost_after=0.4, features=(HEARTBEAT,))
+    load: Any = lambda begin, folder, progress: types.SimpleNamespace(device="cpu")  # noqa: E731
+    with pair("local") as (ours, theirs), pair("local") as (sends, beats):
+        worker = PeerWorker(ours, "model-1", load=load, beats=lambda: sends)
+
+        def serve() -> None:
+            with contextlib.suppress(ChannelClosed):
+                worker.serve()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        peer_messages.receive(theirs, 5.0)
+        assert not beats.ready()
+        peer_messages.send(theirs, begin)
+        assert peer_messages.receive(theirs, 5.0) == peer_messages.Ready("cpu")
+        assert [peer_messages.receive(beats, 5.0) for _ in range(3)] == [peer_messages.Beat()] * 3
+        beats.close()
+        thread.join(5.0)
+        assert not thread.is_alive()
 
 
 def test_whose_process_has_ended_is_lost_and_does_not_hold_up_who_waits(rig: Rig) -> None:

@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -25,6 +26,7 @@ from lamina import LLM
 from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest
 from lamina.sampling_params import SamplingParams
+from lamina_protocols.channels import sockets
 from lamina_protocols.channels.channels import Channel
 from lamina_protocols.channels.sockets import connect_unix
 from lamina_protocols.errors import ProtocolError
@@ -35,6 +37,7 @@ from lamina_workers.attention_server.attention_server import AttentionServer, Se
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.checkpoints.model_checkpoint import fingerprint
 from lamina_workers.decoder.sampler import RowSampling, sample
+from lamina_workers.errors import RankLost
 from lamina_workers.model_worker.attention_merge import LayerExchange
 from lamina_workers.model_worker.interface import Waiting
 from lamina_workers.model_worker.layer_slices import (
@@ -569,6 +572,43 @@ def test_killed_replicas_cost_no_token(model, seed) -> None:
             tokens[:40] for tokens in expected[:2]
         ]
         assert all(engine._worker.slices[rank] > slices[rank] for rank in slices)
+
+
+@pytest.mark.real
+@pytest.mark.fault("F04")
+def test_a_replica_that_stands_still_in_the_midst_of_a_slice_holds_nobody_up(model, monkeypatch) -> None:
+    """The engine's thread waited for room in the socket for as long as the replica was stopped."""
+    monkeypatch.setattr(sockets, "BUFFER", 1)  # the least that the system gives
+    monkeypatch.setattr(sockets, "_LINUX", False)
+    prompts = [[n, 5, 9] for n in range(24)]
+    with processes(model) as llm:
+        expected = [c.token_ids for c in llm.generate(prompts, max_tokens=200, temperature=0, ignore_eos=True)]
+    with replicated(model, 2, lanes=2, max_batch_tokens=64, worker_timeout=2.0) as llm:
+        until(lambda: connected(llm, 2), 60)
+        engine = llm._runtime.engine
+        (peer,) = (replica.peer for replica in engine._worker._replicas.values())
+        tell, stopped, paused, why = peer.tell, list[int](), list[float](), list[str]()
+
+        def stops(command: Any, timeout: float = 60.0) -> None:
+            if isinstance(command, peer_messages.Slice) and engine._stats.generation_tokens > 400 and not stopped:
+                stopped.extend(replica_processes(llm))
+                os.kill(stopped[0], signal.SIGSTOP)
+                until(lambda: "T" in Path(f"/proc/{stopped[0]}/stat").read_text().rpartition(")")[2].split()[0])
+                paused.append(time.monotonic())
+            try:
+                tell(command, timeout)
+            except RankLost as error:
+                paused.append(time.monotonic())
+                why.append(str(error))
+                raise
+
+        peer.tell = stops
+        got = llm.generate(prompts, max_tokens=200, temperature=0, ignore_eos=True)
+        assert [c.token_ids for c in got] == expected
+        assert "no heartbeat for 2 s" in why[0]
+        began, noticed, *_ = paused
+        assert noticed - began < 10  # and not as long as a slice may take
+        until(lambda: connected(llm, 2), 60)  # another process has taken its place
 
 
 # What cannot be.

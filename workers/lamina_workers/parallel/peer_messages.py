@@ -1,9 +1,10 @@
 """The messages between model worker 0 and the model workers beyond it: one frozen dataclass a message.
 
 A worker connects, sends `Hello`, gets `Begin` with what to load, and sends `Progress` and `Ready`, or `Failed`. From
-then on model worker 0 commands. `Join`, `Announce`, `Copy`, `SurveySeat`, `LeaveGroup` and `JoinGroup` have one answer
-each, in order. A failure of a command that names a batch comes as a `BatchFailed` of that batch: in the place of the
-answer where there is one, else by itself. The others have no answer.
+then on model worker 0 commands, and `Beat` comes again and again over a second channel. `Join`, `Announce`, `Copy`,
+`SurveySeat`, `LeaveGroup` and `JoinGroup` have one answer each, in order. A failure of a command that names a batch
+comes as a `BatchFailed` of that batch: in the place of the answer where there is one, else by itself. The others have
+no answer.
 
 Model worker 0 numbers the batches, and the numbers grow. On a channel messages are frames of `codec`, under tags of
 their own, and as strictly checked.
@@ -17,7 +18,7 @@ from typing import get_args
 
 import torch
 
-from lamina_protocols.channels.channels import Channel, Credentials
+from lamina_protocols.channels.channels import Channel, ChannelClosed, Credentials
 from lamina_protocols.channels.control import Features
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.frames.codec import Codec
@@ -135,6 +136,11 @@ class JoinedGroup:
 
     generation: int
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """Its process lives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,7 +331,7 @@ Command = (
 )  # fmt: skip
 Report = (
     Hello | Progress | Ready | Failed | Joined | Answers | Sliced | Chosen | Copied | SeatSurveyed | LeftGroup
-    | JoinedGroup | BatchFailed
+    | JoinedGroup | BatchFailed | Beat
 )  # fmt: skip
 
 
@@ -387,9 +393,16 @@ def decode(frame: bytearray | memoryview) -> Command | Report:
     return message
 
 
-def send(channel: Channel, message: Command | Report) -> None:
-    """Raises ChannelClosed where the other side was lost."""
-    channel.send(encode(message))
+_SENDING_S = 600.0  # while the other side computes it reads nothing
+
+
+def send(channel: Channel, message: Command | Report, timeout: float = _SENDING_S) -> None:
+    """Raises ChannelClosed where the other side was lost, or has not read all of it within `timeout` seconds."""
+    try:
+        channel.send(encode(message), timeout)
+    except TimeoutError as error:  # a part of it is there: nothing can follow
+        channel.close()
+        raise ChannelClosed(str(error)) from error
 
 
 def receive(channel: Channel, timeout: float | None = None) -> Command | Report:

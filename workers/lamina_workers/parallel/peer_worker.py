@@ -9,6 +9,7 @@ import contextlib
 import json
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -16,7 +17,14 @@ import torch
 
 from lamina_protocols.channels import control
 from lamina_protocols.channels.channels import Channel, Credentials
-from lamina_protocols.channels.versions import FEATURES, PREVIOUS, PREVIOUS_RELEASE, PROTOCOL_VERSION, shared
+from lamina_protocols.channels.versions import (
+    FEATURES,
+    HEARTBEAT,
+    PREVIOUS,
+    PREVIOUS_RELEASE,
+    PROTOCOL_VERSION,
+    shared,
+)
 from lamina_protocols.errors import LaminaError, ProtocolError
 from lamina_protocols.messages.routes import HolderBatch
 from lamina_workers.attention_worker.device_worker import attention_worker
@@ -112,6 +120,7 @@ class LoadedParts:
             self._decoder.collective.close()
 
 
+_BEAT_S = 1.0  # between two heartbeats, at most
 _Run = Generator[Waiting, None, None]
 
 
@@ -120,7 +129,7 @@ class PeerWorker:
 
     `name` is the one that model worker 0 expects. `folder` has the model's files, where it is not the one that `Begin`
     names; `address` is this host's, at which the other ranks reach it. `protocol` is the version of model worker 0.
-    `load` gives what computes, `edges` are those of its ports.
+    `load` gives what computes, `edges` are those of its ports, `beats` connects for heartbeats; None: there are none.
     """
 
     def __init__(
@@ -134,6 +143,7 @@ class PeerWorker:
         load: Load = LoadedParts,
         edges: Edges = THIS_PROCESS,
         waits: Waits | None = None,
+        beats: Callable[[], Channel] | None = None,
     ) -> None:
         self._channel = channel
         self._name = name
@@ -144,6 +154,8 @@ class PeerWorker:
         self._load = load
         self._edges = edges
         self._waits = waits or Waits()
+        self._beats = beats
+        self._over = edges.runtime.signal()
         # With the rows without logits, and the ports to its holders, which may be others by its next slice.
         self._started: dict[int, tuple[SlicedBatch, tuple[int, ...], dict[int, AttentionPort]]] = {}
         self._batches: dict[int, tuple[int, Mapping[int, HolderBatch]]] = {}  # announced: own number, shares
@@ -166,6 +178,8 @@ class PeerWorker:
         if begin.ranks == 1:
             self._worker = parts.worker(None, self._ports, begin.epoch)
         self._send(peer_messages.Ready(str(parts.device)))
+        if self._beats is not None and HEARTBEAT in begin.features:
+            self._edges.runtime.start(partial(self._beat, self._beats, begin.lost_after), "lamina-heartbeat")
         stopped = False
         try:
             while True:
@@ -177,6 +191,7 @@ class PeerWorker:
                     return
                 self._obey(command)
         finally:
+            self._over.set()
             for port in self._ports.values():
                 if isinstance(port, RemoteAttention):
                     port.close(keeps=not stopped)  # the next engine looks for the KV of one that died
@@ -185,6 +200,18 @@ class PeerWorker:
             for port in self._ports.values():
                 if isinstance(port, RemoteAttention):
                     port.parted()  # the process ends, and the thread that says goodbye with it
+
+    def _beat(self, connected: Callable[[], Channel], lost_after: float) -> None:
+        """Send heartbeats until it is over, or model worker 0 is gone: then whatever waits for that one is woken."""
+        try:
+            beats = connected()
+            try:
+                while not self._over.wait(min(lost_after / 4, _BEAT_S)):
+                    peer_messages.send(beats, peer_messages.Beat(), lost_after)
+            finally:
+                beats.close()
+        except LaminaError:
+            self._channel.close()
 
     def _hello(self) -> peer_messages.Hello:
         """The first message, as model worker 0 understands it."""

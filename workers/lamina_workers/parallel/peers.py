@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -39,6 +39,7 @@ from lamina_workers.parallel import collectives, peer_messages
 
 UNIX = "unix:"
 _LOADING_S = 600.0  # without a word
+_READING_S = 60.0  # until a command is read: while a worker computes it reads none
 _GOODBYE_S = 5.0
 
 R = TypeVar("R", bound=peer_messages.Report)
@@ -91,10 +92,10 @@ class Peer:
                 self._channel.receive(max(0.0, seconds))
         self.close()
 
-    def tell(self, command: peer_messages.Command) -> None:
-        """Raises RankLost where it is lost."""
+    def tell(self, command: peer_messages.Command, timeout: float = _READING_S) -> None:
+        """Raises RankLost where it is lost, or does not read the command within `timeout` seconds."""
         try:
-            peer_messages.send(self._channel, command)
+            peer_messages.send(self._channel, command, timeout)
         except ChannelClosed as error:
             raise self.give_up(str(error)) from error
 
@@ -117,7 +118,7 @@ class Peer:
         """The failures of an expected batch that it has reported by now."""
         return [report for report in self._waiting.get(batch, ()) if isinstance(report, peer_messages.BatchFailed)]
 
-    def take(self, kind: type[R], batch: int, timeout: float | None = None) -> R:
+    def take(self, kind: type[R], batch: int, timeout: float) -> R:
         """Its next report on a batch that is expected; waits for it.
 
         Raises HolderFault where the batch failed at one of its holders, HolderLost where one of those is gone,
@@ -133,7 +134,7 @@ class Peer:
             raise self.give_up(f"{kind.__name__} of batch {batch} was due, got {type(report).__name__}")
         return report
 
-    def answer(self, kind: type[R], timeout: float | None = None) -> R | peer_messages.Failed:
+    def answer(self, kind: type[R], timeout: float) -> R | peer_messages.Failed:
         """The answer to the oldest command that names no batch and was not answered yet. Raises as `take` does."""
         while not self._answers:
             self._receive(timeout)
@@ -146,9 +147,7 @@ class Peer:
         """Whether `answer` would not wait."""
         return self._comes(self._answers)
 
-    def ask(
-        self, command: peer_messages.Command, kind: type[R], timeout: float | None = None
-    ) -> R | peer_messages.Failed:
+    def ask(self, command: peer_messages.Command, kind: type[R], timeout: float) -> R | peer_messages.Failed:
         """Send a command, and wait for the answer."""
         self.tell(command)
         return self.answer(kind, timeout)
@@ -164,7 +163,7 @@ class Peer:
                 return True
         return True
 
-    def _receive(self, timeout: float | None) -> None:
+    def _receive(self, timeout: float) -> None:
         try:
             report: Any = peer_messages.receive(self._channel, timeout)
         except TimeoutError as error:
@@ -187,8 +186,18 @@ class Peer:
         return RankLost(f"model worker {self.rank} ({self.name}) is lost: {self._failure}")
 
 
+class _Invited(NamedTuple):
+    """A process that may connect once with this secret: as model worker `rank`, or then for its heartbeats."""
+
+    rank: int
+    name: str
+    secret: bytes
+    beats: bool = False
+
+
 class PeerListener:
-    """Where the processes of model workers connect: at `address`, each with a secret of its own, once.
+    """Where the processes of model workers connect: at `address`, each with a secret of its own, once; and once more
+    for its heartbeats. Where these cease for the `lost_after` of its `Begin`, it is given up.
 
     `begin(rank)` gives what the worker of that number loads. `on_ready` gets each worker that is ready; `on_failed` the
     rank of one that does not become so and its report, whose `kind` is "" where there was none. `progress` gets rank,
@@ -215,7 +224,7 @@ class PeerListener:
         self._on_given_up = on_given_up
         self._progress = progress
         self._lock = threading.Lock()
-        self._invited: dict[str, tuple[int, bytes]] = {}  # rank and secret, by name
+        self._invited: dict[str, _Invited] = {}  # by name
         self._peers: dict[int, Peer] = {}
         self.folder = Path(tempfile.mkdtemp(prefix="lamina-"))  # of mode 0700
         tls = server_context(credentials, mutual=False) if credentials is not None and credentials.cert else None
@@ -231,7 +240,7 @@ class PeerListener:
         """The secret with which a process of that name, never used before, may connect once, as model worker `rank`."""
         secret = secrets.token_bytes(SECRET_SIZE)
         with self._lock:
-            self._invited[name] = rank, secret
+            self._invited[name] = _Invited(rank, name, secret)
         return secret
 
     def revoke(self, name: str) -> None:
@@ -247,7 +256,7 @@ class PeerListener:
         self._listener.close()
         for peer in self._peers.values():
             with contextlib.suppress(RankLost):
-                peer.tell(peer_messages.Stop())
+                peer.tell(peer_messages.Stop(), _GOODBYE_S)
         deadline = time.monotonic() + _GOODBYE_S
         for peer in self._peers.values():
             peer.see_off(deadline - time.monotonic())
@@ -256,32 +265,50 @@ class PeerListener:
     # On threads of the listener.
 
     def _admits(self, secret: bytes) -> bool:
-        return self._invited_by(secret) is not None
-
-    def _invited_by(self, secret: bytes) -> tuple[int, str] | None:
-        """The rank and name that were invited with that secret, where its process has not come yet."""
         with self._lock:
-            for name, (rank, digest) in self._invited.items():
-                if hmac.compare_digest(secret, digest):
-                    return rank, name
-        return None
+            return self._invited_by(secret) is not None
+
+    def _invited_by(self, secret: bytes) -> _Invited | None:
+        """What that secret is for, where it was not used yet."""
+        return next((inv for inv in self._invited.values() if hmac.compare_digest(secret, inv.secret)), None)
 
     def _arrived(self, channel: Channel, secret: bytes) -> None:
-        invited = self._invited_by(secret)
+        with self._lock:
+            invited = self._invited_by(secret)
+            if invited is not None and invited.beats:
+                del self._invited[invited.name]
+            elif invited is not None:
+                self._invited[invited.name] = invited._replace(secret=beats_secret(secret), beats=True)
         if invited is None:  # it came twice
             channel.close()
             return
-        with self._lock:
-            self._invited.pop(invited[1], None)
+        task, what = (self._follow, "beats") if invited.beats else (self._enlist, "loading")
         threading.Thread(
-            target=self._enlist, args=(*invited, channel), name=f"lamina-{invited[1]}-loading", daemon=True
+            target=task, args=(invited.rank, invited.name, channel), name=f"lamina-{invited.name}-{what}", daemon=True
         ).start()
+
+    def _follow(self, rank: int, name: str, channel: Channel) -> None:
+        """Give a worker up once its heartbeats cease: that wakes whatever sends to it, or waits for it."""
+        seconds = self._begin(rank).lost_after
+        try:
+            while True:
+                channel.receive(seconds)
+        except TimeoutError:
+            with self._lock:
+                peer = self._peers.get(rank)
+            if peer is not None and peer.name == name:
+                peer.give_up(f"no heartbeat for {seconds:g} s")
+        except LaminaError:  # its process ends, which its other channel tells
+            pass
+        finally:
+            channel.close()
 
     def _enlist(self, rank: int, name: str, channel: Channel) -> None:
         try:
             answer = self._load(rank, name, channel)
         except TimeoutError:
             answer = peer_messages.Failed("", f"it has said nothing for {_LOADING_S:g} s")
+            self._on_given_up(name)  # it may stand still, and would not see that its channel is closed
         except LaminaError as error:
             answer = peer_messages.Failed("", str(error))
         if isinstance(answer, peer_messages.Failed):
@@ -308,6 +335,11 @@ class PeerListener:
                     return report
                 case _:
                     raise ProtocolError(f"{type(report).__name__} from a model worker that loads")
+
+
+def beats_secret(secret: bytes) -> bytes:
+    """With what the process that was invited with `secret` connects for its heartbeats."""
+    return hmac.digest(secret, b"heartbeats", "sha256")
 
 
 SLACK = 5.0  # seconds for an answer beyond the time in which the rank itself may wait for others

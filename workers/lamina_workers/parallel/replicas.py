@@ -216,7 +216,7 @@ class PipelineReplicas:
             command = peer_messages.start_batch(batch, work, shares, plain, suspends)
             for helper in started:  # they prepare while the first slice is computed
                 helper.peer.expect(batch)
-                helper.peer.tell(command)
+                helper.peer.tell(command, allowed)
             for number, index in enumerate(order):
                 context = output if isinstance(output, Context) else None
                 replica = replicas[index]
@@ -227,7 +227,7 @@ class PipelineReplicas:
                     self.slices[0] += 1
                     continue
                 peer = replica.peer
-                peer.tell(peer_messages.Slice(batch, number, last, *(context or _NOTHING)))
+                peer.tell(peer_messages.Slice(batch, number, last, *(context or _NOTHING)), allowed)
                 if not peer.ready(batch):
                     yield Waiting(peer, batch)
                 answer = self._take(
