@@ -17,6 +17,7 @@ from lamina.kv import kv_shares
 from lamina.kv.kv_shares import Handover, Layout, Pages, Part, Place, Share, under
 from lamina.kv.request import Plan, PlannedRow
 from lamina_protocols.channels.versions import BOUND, FEATURES
+from lamina_protocols.frames.bounds import MAX_OPERATIONS
 from lamina_protocols.messages.messages import Bound, Close, Fork, Open, Operation, Row, Surveyed
 from lamina_protocols.messages.routes import HolderBatch, Route
 
@@ -213,8 +214,13 @@ class Placement:
         """Whether operations wait for a holder."""
         return any(holder.outbox for holder in self.holders.values())
 
+    @property
+    def overfull(self) -> bool:
+        """Whether more operations wait for a holder than one announcement carries: they go before any rows."""
+        return any(len(holder.outbox) > MAX_OPERATIONS for holder in self.holders.values())
+
     def outgoing(self) -> dict[int, HolderBatch]:
-        """The operations that wait, without rows."""
+        """The operations that wait, without rows, as many as one announcement carries."""
         return {number: holder.outgoing() for number, holder in self.holders.items() if holder.outbox}
 
     def first_heads(self, number: int) -> tuple[int, ...]:
@@ -400,8 +406,8 @@ class Holder:
         self.closing[pool] += freed
 
     def outgoing(self, routes: tuple[Route, ...] = ()) -> HolderBatch:
-        """All operations that wait, and these rows."""
-        return HolderBatch(self.first, tuple(self.outbox), routes)
+        """These rows and all operations that wait; without rows as many as one announcement carries."""
+        return HolderBatch(self.first, tuple(self.outbox if routes else self.outbox[:MAX_OPERATIONS]), routes)
 
     def keeps(self, kept: Surveyed) -> None:
         """The holder has these parts of the previous engine. They are closed unless placement adopts them."""

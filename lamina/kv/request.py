@@ -248,9 +248,10 @@ class SchedulerConfig:
     one record: the state of one layer and head after some tokens. A sequence has two of each, and can be forked only
     where it has one. So that prefixes can be shared, prompts are computed up to each multiple of `snapshot_tokens`
     tokens, where the prefix cache keeps the states; None without states or prefix cache. A row has `max_drafts` drafts
-    at most; none with states, which cannot be taken back by so many tokens. `pools`: the model gives hidden states to
-    requests that are `pooled`. `of_policy` knows the policies that requests may name, and raises a LaminaError for
-    others; without it there are none but the engine's own, "".
+    at most; none with states, which cannot be taken back by so many tokens. A batch has `max_parts` rows of parts at
+    all holders together, and `frame_tokens` tokens at each, once for every part of a sequence there: no frame carries
+    more. `pools`: the model gives hidden states to requests that are `pooled`. `of_policy` knows the policies that
+    requests may name, and raises a LaminaError for others; without it there are none but the engine's own, "".
     """
 
     max_batch_tokens: int
@@ -265,6 +266,8 @@ class SchedulerConfig:
     pools: bool = True
     of_policy: Callable[[str], PolicyKv] | None = None
     redundancy: Redundancy = NONE
+    max_parts: int = 1 << 12
+    frame_tokens: int = 1 << 20
 
     def __post_init__(self) -> None:
         for name in ("max_batch_tokens", "max_sequences", "max_model_len", "page_size"):
@@ -380,3 +383,24 @@ def check_length(prompt_len: int, max_tokens: int, context: int, possible: int) 
         raise ContextTooLong(context, prompt_len, max_tokens)
     if prompt_len + max(1, max_tokens) > possible + 1:  # the last token is never fed back, so it needs no KV
         raise ContextTooLong(possible + 1, prompt_len, max_tokens, "the KV memory holds no more")
+
+
+class FrameRoom:
+    """What the frames of one batch can still carry, by its config's `max_parts` and `frame_tokens`."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self._parts, self._tokens = config.max_parts, config.frame_tokens
+        self._spare = config.frame_tokens // config.max_batch_tokens  # times that all of a batch may go to one holder
+
+    def limit(self, layout: Layout, count: int) -> int:
+        """How many of `count` further tokens of a sequence there is room for."""
+        return min(count, self._tokens // self._times(layout)) if len(layout) <= self._parts else 0
+
+    def take(self, layout: Layout, count: int) -> None:
+        """A row of these tokens is in the batch."""
+        self._parts -= len(layout)
+        self._tokens -= count * self._times(layout)
+
+    def _times(self, layout: Layout) -> int:
+        """How often a token goes to one holder, at most."""
+        return len(layout) if len(layout) <= self._spare else 1 + len(layout) - len({share.at for share in layout})

@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from lamina.journal.recorder import Recorder
 from lamina.kv.placement import Holder, Placement
 from lamina.kv.request import SchedulerConfig
 from lamina.launch.attention_pool import LOCAL, AttentionPool, connect_attention
-from lamina.launch.checks import check_redundancy, unused_options
+from lamina.launch.checks import check_redundancy, cut_options, unused_options
 from lamina.launch.journal_setup import Identity, identify, open_journal, recover
 from lamina.launch.kv_sizing import Sizes, check_room, indexed_pools, learns, size_kv
 from lamina.launch.model_files import ModelFiles, load
@@ -171,7 +172,8 @@ def _build(
     sizes = size_kv(files, config, this_machine())
     drafts = find_drafts(files, sizes, config, progress)
     torch.set_num_threads(sizes.own_threads)
-    for warning in unused_options(config, sizes.holder, attention_workers is not None):
+    relayed = attention_workers is not None
+    for warning in chain(unused_options(config, sizes.holder, relayed), cut_options(config, sizes.limits)):
         logger.warning("%s", warning)
     with ExitStack() as undo:
         journal = open_journal(config, files.fingerprint, sizes.holder, run)

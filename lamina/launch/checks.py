@@ -1,7 +1,7 @@
 """What is said of a config once the model and the machines are known, when an engine starts.
 
-`unused_options` names what was asked for and does nothing with them. `check_redundancy` refuses a redundancy that the
-model or the attention workers cannot have.
+`unused_options` names what was asked for and does nothing with them, `cut_options` what is less than was asked for.
+`check_redundancy` refuses a redundancy that the model or the attention workers cannot have.
 """
 
 from __future__ import annotations
@@ -70,6 +70,13 @@ def unused_options(config: EngineConfig, holder: HolderConfig, relayed: bool = F
         if unseen + adaptive < len(narrow):
             narrowed = len(narrow) - unseen - adaptive
             yield f"{what} hides some of the model's own window, sinks too, in {narrowed} of {every} layers"
+
+
+def cut_options(config: EngineConfig, limits: SchedulerConfig) -> Iterator[str]:
+    """A sentence for each option beyond what the frames of a batch carry with this model: it is cut to that."""
+    for name, cut in (("max_batch_tokens", limits.max_batch_tokens), ("max_num_seqs", limits.max_parts)):
+        if (getattr(config, name) or 0) > cut:
+            yield f"{name}={getattr(config, name)} is cut to {cut}, as many as the frames of a batch carry"
 
 
 def _changes_nothing(spec: LayerSpec) -> bool:

@@ -25,6 +25,7 @@ from lamina.kv.request import SNAPSHOT_TOKENS, SchedulerConfig
 from lamina.launch.model_files import ModelFiles
 from lamina.policy_file import AUTO, head_policies
 from lamina.system.machine import Machine, kv_share, native_dtype
+from lamina_protocols.frames import bounds
 from lamina_protocols.messages.layers import STATES, ColdTier, HolderConfig, LayerSpec
 from lamina_protocols.messages.pools import pools
 from lamina_workers.attention_worker.page_layout import page_cost
@@ -109,7 +110,7 @@ def size_kv(files: ModelFiles, config: EngineConfig, machine: Machine) -> Sizes:
         if pool.config.layers[0].kind not in STATES:
             for device in attention:
                 HeadPolicies.of(pool.config).check(device)
-    limits = limits_of(config, files.model, holder, machine)
+    limits = limits_of(config, files.model, holder, machine, dtype)
     seats = ranks = _rank_holders(holder, config.ranks)
     if isinstance(config.kv_local, int):
         _check_memory("kv_local", config.kv_local, holder, _most_memory(config, holder, machine))
@@ -250,9 +251,11 @@ def _rank_holder(holder: HolderConfig, shard: Shard) -> HolderConfig:
     return replace(holder, layers=tuple(layers), kv_memory=memory)
 
 
-def limits_of(config: EngineConfig, model: ModelConfig, holder: HolderConfig, machine: Machine) -> SchedulerConfig:
-    """The limits that the scheduler plans within. Raises InvalidRequest where settings contradict the model or the
-    machine."""
+def limits_of(
+    config: EngineConfig, model: ModelConfig, holder: HolderConfig, machine: Machine, dtype: torch.dtype
+) -> SchedulerConfig:
+    """The limits that the scheduler plans within: what the config asks for, as far as frames carry it. Raises
+    InvalidRequest where settings contradict the model or the machine."""
     context = model.max_position_embeddings
     max_model_len = config.max_model_len
     if max_model_len is not None and max_model_len > context:
@@ -264,9 +267,18 @@ def limits_of(config: EngineConfig, model: ModelConfig, holder: HolderConfig, ma
     evicts = any(group.policy is not None and group.policy.evicts for of_pool in groups for group in of_pool)
     # Which pages two sequences share is not known by positions once each has evicted its own.
     prefix_cache = config.prefix_cache and not evicts and not _keys_depend_on_length(model, max_model_len or context)
+    frame_tokens = bounds.most_tokens(holder.layers, dtype.itemsize, model.hidden_size)
+    max_parts = bounds.most_rows(holder.layers)
+    if config.model_workers > 1:
+        frame_tokens = min(frame_tokens, bounds.MAX_COMMANDED_TOKENS)
+    if config.replicas > 1:  # which send back the logits of rows that are not greedy
+        max_parts = min(max_parts, bounds.MAX_PAYLOAD // (4 * model.vocab_size * (1 + config.most_drafts)))
+    batch_tokens = min(config.max_batch_tokens or DEFAULT_BATCH_TOKENS, frame_tokens)
     return SchedulerConfig(
-        max_batch_tokens=config.max_batch_tokens or DEFAULT_BATCH_TOKENS,
-        max_sequences=min(config.max_num_seqs or MAX_SEQUENCES, config.max_batch_tokens or DEFAULT_BATCH_TOKENS),
+        max_batch_tokens=batch_tokens,
+        max_sequences=min(config.max_num_seqs or MAX_SEQUENCES, batch_tokens, max_parts),
+        max_parts=max_parts,
+        frame_tokens=frame_tokens,
         max_model_len=max_model_len or context,
         page_size=config.page_size,
         page_groups=groups,

@@ -65,7 +65,10 @@ class ControlPlane:
 
     def plan(self, alone: bool = True) -> Step | None:
         """The next step; `alone`: no other is under way. None where one under way must be over first, or there is no
-        work. Where no sequence is unfinished, holders whose pages are estimated are asked for them."""
+        work. Where no sequence is unfinished, holders whose pages are estimated are asked for them. Too many operations
+        for one announcement go in slices, before any rows."""
+        if self.placement.overfull:
+            return self.inquiry(()) if alone else None
         plan = self.scheduler.plan(self.tuner.lanes)
         if plan is not None:
             return Step(plan, self.placement.place(plan, fuses=self.tuner.fused), self)

@@ -24,6 +24,7 @@ from lamina.kv.page_ledger import PageLedger
 from lamina.kv.placement import Placement
 from lamina.kv.relocation import Growth
 from lamina.kv.request import (
+    FrameRoom,
     Outcome,
     Plan,
     PlannedRow,
@@ -445,7 +446,7 @@ class RowPlanner:
         present = [s for s in idle if self._rebuilds.ready(s) and self._blame.in_company(s, 1)]
         decodes, prompt_tokens, tenant_rows = self._dealt(present, budget)
         goes_on = {sequence for sequence in present if sequence.left > 1} | decodes
-        admits_more = admits
+        admits_more, room = admits, FrameRoom(self._config)
         self._turn += 1
         while budget and len(rows) < self._max_rows:
             if idle and (lanes == 1 or len(rows) * lanes < max(lanes, len(self._running))):
@@ -464,22 +465,25 @@ class RowPlanner:
                 limit = min(limit, length - 1)
             if limit == 0 or tenant_rows[tenant] == 0:
                 continue
+            if not (limit := room.limit(sequence.layout, limit)):
+                break
             count = self._make_room(sequence, limit, younger)
             if count == 0:
                 admits_more = False
                 continue
             rows.append(self._ledger.reserve(sequence, count))
+            room.take(sequence.layout, count)
             sequence.turn = self._turn
             budget -= count
             tenant_rows[tenant] -= 1
             if length > 1 or younger is not idle:
                 prompt_tokens[tenant] -= count
-        self._speculate(rows, budget, prompt_tokens)
+        self._speculate(rows, budget, prompt_tokens, room)
         return rows
 
-    def _speculate(self, rows: list[PlannedRow], budget: int, left: Counter[str]) -> None:
-        """Let the rows that decode have their drafts: `budget` tokens at most, what is `left` of each tenant's share,
-        and no page that a sequence may need."""
+    def _speculate(self, rows: list[PlannedRow], budget: int, left: Counter[str], frames: FrameRoom) -> None:
+        """Let the rows that decode have their drafts: `budget` tokens at most, what is `left` of each tenant's share
+        and of the frames, and no page that a sequence may need."""
         room: Pages | None = None
         for index, row in enumerate(rows):
             sequence, tenant = row.sequence, row.sequence.request.tenant
@@ -490,6 +494,7 @@ class RowPlanner:
             # A row is attended where it is stored, so it does not cross from one share into the next.
             border = min(share.hi for share in sequence.layout if share.lo <= row.start < share.hi)
             count = self._blame.in_company(sequence, min(1 + count, border - row.start)) - 1
+            count = frames.limit(sequence.layout, count)
             while count > 0 and (cost := self._ledger.further(row, count)):
                 if room is None:
                     room = self._running.headroom() - self._running.giving_way
@@ -499,6 +504,7 @@ class RowPlanner:
                 count -= 1
             if count > 0:
                 rows[index] = self._ledger.speculate(row, drafts[:count])
+                frames.take(sequence.layout, count)
                 budget -= count
                 left[tenant] -= count
 
@@ -541,15 +547,17 @@ class RowPlanner:
     def trial_rows(self, suspects: list[ScheduledSequence], budget: int) -> list[PlannedRow]:
         """Rows for these suspects alone, as far as there is room. A younger sequence gives its pages up, even where it
         is to be tried with them: it stays a suspect."""
-        rows: list[PlannedRow] = []
+        rows, room = list[PlannedRow](), FrameRoom(self._config)
         for sequence in suspects:
             if sequence.handle is None:
                 continue
             younger = deque(s for s in self._running if s.order > sequence.order)
             want = self._config.chunk(sequence, min(sequence.left, budget))
-            count = self._make_room(sequence, want, younger) if budget else 0
+            want = room.limit(sequence.layout, want)
+            count = self._make_room(sequence, want, younger) if want else 0
             if count:
                 rows.append(self._ledger.reserve(sequence, count))
+                room.take(sequence.layout, count)
                 budget -= count
         return rows
 

@@ -13,9 +13,12 @@ import torch
 from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest, PolicyError
 from lamina.kv.pages import PageGroup
+from lamina.kv.request import SchedulerConfig
+from lamina.launch.checks import cut_options
 from lamina.launch.kv_sizing import RequestPolicies, Sizes, holder_config, page_groups, size_kv
 from lamina.launch.model_files import load
 from lamina.system.machine import this_machine
+from lamina_protocols.frames import bounds
 from lamina_protocols.messages.layers import HolderConfig, Index, LayerSpec
 from lamina_workers.kv_pages.head_policies import HeadPolicies
 from lamina_workers.model_config.config import ModelConfig
@@ -48,6 +51,34 @@ def test_a_text_for_all_heads_gives_each_its_own(model: Path, copies: int) -> No
 def test_blocks_that_are_no_whole_pages_are_refused(model: Path) -> None:
     with pytest.raises(PolicyError, match=r"dilated: block is 24; allowed are multiples of the page size, 16"):
         HeadPolicies.of(holder(model, "dilated(block=24, sink=0)"))
+
+
+def test_a_batch_is_cut_to_what_frames_carry(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts that filled a batch of `max_batch_tokens` failed, and eight of them ended the engine."""
+
+    def limits(**options: object) -> SchedulerConfig:
+        config = EngineConfig(kv_memory="4MiB", attention_workers=1, **options)  # type: ignore[arg-type]
+        return size_kv(load(model, config, None), config, this_machine()).limits
+
+    monkeypatch.setattr(bounds, "MAX_PAYLOAD", 1 << 26)  # the model is tiny
+    asked: dict[str, object] = {"max_batch_tokens": 1 << 20, "max_num_seqs": 1 << 16}
+    alone = limits(**asked)
+    assert alone.max_batch_tokens == alone.frame_tokens < 1 << 20
+    assert alone.max_sequences == alone.max_parts < 1 << 16
+    config = EngineConfig(**asked)  # type: ignore[arg-type]
+    assert list(cut_options(config, alone)) == [
+        f"max_batch_tokens=1048576 is cut to {alone.frame_tokens}, as many as the frames of a batch carry",
+        f"max_num_seqs=65536 is cut to {alone.max_parts}, as many as the frames of a batch carry",
+    ]
+    ranks = limits(model_workers=2, **asked)
+    assert ranks.max_batch_tokens == ranks.frame_tokens == bounds.MAX_COMMANDED_TOKENS
+    monkeypatch.setattr(bounds, "MAX_PAYLOAD", 101 * 4 * 9 * 50)
+    replicas = limits(model_workers=2, model_parallel="replicas", speculate="ngram", **asked)
+    assert replicas.max_sequences == 50  # the logits of 50 rows with eight drafts each
+    monkeypatch.undo()
+    usual = limits()
+    assert (usual.max_batch_tokens, usual.max_sequences) == (1024, 256)
+    assert not list(cut_options(EngineConfig(), usual))
 
 
 def test_the_engines_own_process_may_have_less_kv_than_its_workers(model: Path) -> None:

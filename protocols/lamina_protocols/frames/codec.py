@@ -20,16 +20,9 @@ import msgpack
 import torch
 
 from lamina_protocols.errors import ProtocolError
+from lamina_protocols.frames.bounds import MAX_HEADER, MAX_PAYLOAD
 from lamina_protocols.frames.fields import Record, shown, unpack_array, unpack_ints
-from lamina_protocols.frames.frames import (
-    MAX_HEADER,
-    MAX_PAYLOAD,
-    PREFIX_SIZE,
-    Prefix,
-    pack_prefix,
-    padding,
-    read_prefix,
-)
+from lamina_protocols.frames.frames import PREFIX_SIZE, Prefix, pack_prefix, padding, read_prefix
 from lamina_protocols.frames.layer_frames import CLASSES, HEAD_SIZE, TAGS, TENSORS, frame_of, read_head
 from lamina_protocols.frames.tensors import buffer, dtype_name, from_buffer, nbytes
 from lamina_protocols.messages import messages as m

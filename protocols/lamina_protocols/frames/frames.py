@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from lamina_protocols.errors import ProtocolError
+from lamina_protocols.frames.bounds import MAX_HEADER, MAX_PAYLOAD
 
 ALIGNMENT = 64  # of every tensor inside a payload: one cache line, the widest SIMD register
 
@@ -26,8 +27,6 @@ def padding(offset: int) -> int:
 
 MAGIC = b"LMNA"
 LAYOUT = 7  # of frames: the first version of the protocol that lays them out like this
-MAX_HEADER = 1 << 19  # an announcement of 18,000 rows; reading the worst that fits takes some 25 ms
-MAX_PAYLOAD = 1 << 30
 _PREFIX = struct.Struct("<4sHHIQ")
 PREFIX_SIZE = _PREFIX.size
 _SMALL = 1 << 20  # bytes up to which frames are not counted

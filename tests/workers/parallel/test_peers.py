@@ -24,7 +24,8 @@ from lamina_protocols.channels.channels import Channel, ChannelClosed
 from lamina_protocols.channels.sockets import connect_unix
 from lamina_protocols.channels.versions import FEATURES, HEARTBEAT, PREVIOUS, PREVIOUS_RELEASE, PROTOCOL_VERSION
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.frames.frames import LAYOUT, MAX_HEADER
+from lamina_protocols.frames.bounds import MAX_HEADER
+from lamina_protocols.frames.frames import LAYOUT
 from lamina_protocols.messages import messages as m
 from lamina_protocols.messages.layers import ColdTier, HolderConfig, LayerSpec
 from lamina_protocols.messages.routes import HolderBatch, Route, Span

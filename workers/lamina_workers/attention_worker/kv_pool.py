@@ -18,7 +18,7 @@ import torch
 from lamina_kernels.exchange.layer_work import LayerWork, layer_work
 from lamina_kernels.paged.pages import Pages, copy, gather, gather_heads, store_whole, whole
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.frames.frames import MAX_PAYLOAD
+from lamina_protocols.frames.bounds import MAX_PAYLOAD
 from lamina_protocols.messages.layers import HolderConfig
 from lamina_protocols.messages.messages import (
     Attended,

@@ -16,7 +16,7 @@ from lamina_kernels.paged import memory
 from lamina_kernels.states import advance as kernel
 from lamina_kernels.states.operands import StateConstants, StateRows
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.frames.frames import MAX_PAYLOAD
+from lamina_protocols.frames.bounds import MAX_PAYLOAD
 from lamina_protocols.messages.layers import LayerSpec
 from lamina_protocols.messages.messages import (
     Advance,
