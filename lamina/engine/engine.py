@@ -156,7 +156,7 @@ class Engine:
         migration = KvMigration(worker, control, clock)
         names = {number: holder.name for number, holder in control.placement.holders.items() if holder.name}
         self._holders = Holders(worker, control, names)
-        self._drains = Drains(control, self._holders, migration)
+        self._drains = Drains(control, self._holders, migration, clock)
         self._tiering = TierController(control, migration, clock)
         self._spares = SpareKeeper(worker, control, clock)
         self._deadline = WaitDeadline(wait, self._holders, self._scheduler, self._registry, clock)
@@ -367,7 +367,10 @@ class Engine:
             self._move(waits=True)
 
     def _move(self, waits: bool = False) -> None:
-        """Move sequences between holders, and let drained workers go. With `waits` there is nothing else to do."""
+        """Move sequences between holders, and let drained workers go. With `waits` there is nothing else to do. A copy
+        is announced with all operations that wait, so too many go first."""
+        if self._control.placement.overfull:
+            return
         drains = self._drains.under_way
         if drains or self._tiering.busy:
             self._in_flight.full = False  # a move may have freed pages

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("lamina")
 
-MAX_IN_VAIN = 8  # requests that end for their failures, and no batch goes well, after which the engine ends
+MAX_IN_VAIN = 8  # requests that end for their failures, and no batch goes well, after which the engine is doubted
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,10 +132,16 @@ class Failures:
         return True
 
     def _failed_in_vain(self, fault: Exception) -> None:
-        """A request has ended for its failures, or a batch without requests has failed."""
+        """A request has ended for its failures, or a batch without requests has failed. Any number of requests may be
+        bad, so after some of them a batch without any is tried: where that fails too, or cannot be, the engine ends."""
         self._in_vain += 1
-        if self._in_vain >= MAX_IN_VAIN:
-            raise EngineError(f"no batch goes well any more, {self._in_vain} requests were tried: {fault}") from fault
+        if self._in_vain < MAX_IN_VAIN:
+            return
+        wrong_books = isinstance(fault, HolderLost) and fault.holders  # which a batch of one token would not find
+        if not (wrong_books or self._worker.missing) and self._holders.probe() is None:
+            self._in_vain = 0
+            return
+        raise EngineError(f"no batch goes well any more, {self._in_vain} requests were tried: {fault}") from fault
 
     def blocked(self) -> None:
         """There is work, but no batch under way, none that can be planned, and nothing that is waited for. So the

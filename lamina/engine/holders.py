@@ -10,21 +10,24 @@ what they keep moves to other holders while all sequences go on. Once they are e
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, Protocol
 
 from lamina.engine.kv_migration import AT_ONCE, KvMigration
 from lamina.errors import EngineError, InvalidRequest
+from lamina.kv.kv_shares import NO_PAGES
 from lamina.kv.placement import Holder
 from lamina.kv.relocation import elsewhere, to_preempt
-from lamina.kv.request import ScheduledSequence
+from lamina.kv.request import Plan, PlannedRow, Request, ScheduledSequence
 from lamina.scheduling.blame import TRIES
-from lamina.scheduling.control_plane import ControlPlane
+from lamina.scheduling.control_plane import ControlPlane, Step
 from lamina_protocols.channels.channels import Credentials
-from lamina_workers.errors import HolderFault, HolderLost
-from lamina_workers.model_worker.interface import Seat, Workers
+from lamina_protocols.messages.routes import Span
+from lamina_workers.decoder.sampler import RowSampling
+from lamina_workers.errors import HolderFault, HolderLost, RankLost, faults
+from lamina_workers.model_worker.interface import BatchWork, Seat, Workers, result
 from lamina_workers.parallel.peers import Peer
 from lamina_workers.ports.port import AttentionPort
 
@@ -157,33 +160,65 @@ class Holders:
 
     def ask_for_room(self, numbers: Iterable[int]) -> None:
         """Have holders apply the operations that wait; these say at least how many pages they have left."""
-        step = self._control.inquiry(numbers)
+        inquired, more = list(numbers), True
+        while more:
+            more, step = self._control.placement.overfull, self._control.inquiry(inquired)
+            try:
+                _, answers = self._worker.announce_now(step.batches)
+            except HolderFault as fault:  # the first batch meets it again, and handles it
+                logger.warning("%s", fault)
+                return
+            step.accepted(answers)
+            more = more and all(answer.accepted for answer in answers.values())
+
+    def probe(self) -> HolderFault | None:
+        """Have a batch of one token of no request computed. Returns the fault with which that fails. None where it goes
+        well, and where it says nothing: a worker is lost, or a holder full."""
+        placement = self._control.placement
+        layout = next(iter(placement.layouts(1)), ())
+        handle = placement.open(layout)
+        sequence = ScheduledSequence(Request("", (0,), 1), 0, 0, [0], handle=handle, layout=layout)
+        step = Step(None, placement.place(Plan((PlannedRow(sequence, handle, 0, 1, True),))), self._control)
         try:
-            _, answers = self._worker.announce_now(step.batches)
-        except HolderFault as fault:  # the first batch meets it again, and handles it
-            logger.warning("%s", fault)
-            return
-        step.accepted(answers)
+            with faults():
+                number, answers = self._worker.announce_now(step.batches)
+                step.accepted(answers)
+                if layout and all(answer.accepted for answer in answers.values()):
+                    work = BatchWork((Span(0, 1),), (1,), (0,), (0,), (RowSampling(),))
+                    result(self._worker.execute(work, number, step.batches, False))
+        except HolderFault as fault:
+            return None if self._worker.lost() or isinstance(fault, RankLost) else fault
+        finally:
+            placement.close(handle, NO_PAGES)
+        return None
 
 
 _EVICTED = 32  # cached prefixes that are given up between two steps, at most
+_STILL_S = 600.0  # seconds in which nothing of a drain goes on, after which it ends with an error
 
 
-class _Drain(NamedTuple):
-    """A drain under way of these holders. `copied`: the tokens that all moves had copied before it."""
+@dataclass(slots=True)
+class _Drain:
+    """A drain under way of these holders. `copied`: the tokens that all moves had copied before it. `since`: when
+    something has `changed` last of what the holders keep, and how far that is computed and copied."""
 
     numbers: tuple[int, ...]
     done: Future[int]
     copied: int
+    since: float
+    changed: object = None
 
 
 class Drains:
     """The drains under way, by the attention worker's name."""
 
-    def __init__(self, control: ControlPlane, holders: Holders, migration: KvMigration) -> None:
+    def __init__(
+        self, control: ControlPlane, holders: Holders, migration: KvMigration, clock: Callable[[], float]
+    ) -> None:
         self._control = control
         self._holders = holders
         self._migration = migration
+        self._clock = clock
         self._drains: dict[str, _Drain] = {}
         self._refused: set[str] = set()  # the workers that are about to end and could not be drained
 
@@ -196,7 +231,8 @@ class Drains:
         meanwhile.
 
         It is InvalidRequest for an unknown name, for one that is drained already and for the last one that is not, and
-        EngineError where the worker is lost, no other is left, or a move fails; then the worker stays.
+        EngineError where the worker is lost, no other is left, a move fails, or nothing of it goes on for some minutes;
+        then the worker stays.
         """
         if not done.set_running_or_notify_cancel():
             return
@@ -204,7 +240,7 @@ class Drains:
             done.set_exception(InvalidRequest(why))
             return
         numbers = tuple(self._holders.numbers(name))
-        self._drains[name] = _Drain(numbers, done, self._migration.tokens)
+        self._drains[name] = _Drain(numbers, done, self._migration.tokens, self._clock())
         self._migration.abandon(set(numbers))
         self._control.drain(numbers)
 
@@ -243,6 +279,16 @@ class Drains:
                 moved = self._migration.tokens - drain.copied
                 logger.info("attention worker %s is drained: %d tokens were copied meanwhile", name, moved)
                 drain.done.set_result(moved)
+            elif self._stands_still(drain):
+                self._fail(name, f"nothing has moved for {_STILL_S:g} s")
+
+    def _stands_still(self, drain: _Drain) -> bool:
+        """Whether a drain has not gone on for too long: then it never would."""
+        kept = self._control.scheduler.running.kept_by(drain.numbers)
+        changed = self._migration.tokens, len(kept), sum(sequence.next for sequence in kept)
+        if changed != drain.changed:
+            drain.changed, drain.since = changed, self._clock()
+        return self._clock() - drain.since > _STILL_S
 
     def give_up(self, why: Exception) -> None:
         """Every drain ends with an error: a move has failed, or the engine stops. The workers stay."""

@@ -41,7 +41,11 @@ class Holders:
     def __init__(self, note: Callable[..., None]) -> None:
         self.empty = False
         self.refuses: Exception | None = None  # the answer to `join`
+        self.fault: HolderFault | None = HolderFault("not one token")  # of the batch of one token
         self.lose, self.emptied, self._note = partial(note, "lose"), partial(note, "emptied"), note
+
+    def probe(self) -> HolderFault | None:
+        return self.fault
 
     def numbers(self, name: str) -> list[int]:
         return {"one": [1], "two": [2, 3]}.get(name, [])
@@ -180,6 +184,17 @@ def test_engine_ends_with_an_error_when_no_batch_goes_well(fault: HolderFault, r
     assert raised.value.__cause__ is fault
 
 
+def test_engine_goes_on_however_many_requests_are_bad_where_a_batch_of_one_token_goes_well() -> None:
+    """Eight requests that were allowed, each too large for a frame, ended the engine."""
+    parts = Parts()
+    parts.keeps, parts.holders.fault = True, None
+    for _ in range(3 * MAX_IN_VAIN):
+        for _ in range(TRIES):
+            parts.failures.failed(lane("a"), FAULT)
+        assert parts.errors.pop("a")
+        parts.blame.forget(SEQUENCES["a"])
+
+
 def test_engine_goes_on_where_batches_go_well_between_those_that_fail() -> None:
     """Faults were counted for all requests together, and any batch that went well cleared the count."""
     parts = Parts()
@@ -216,6 +231,7 @@ def test_engine_ends_where_its_books_contradict_one_holder_after_another() -> No
         parts.errors.clear()
         parts.blame.forget(SEQUENCES["a"])
 
+    parts.holders.fault = None  # one token says nothing of the books
     for _ in range(MAX_IN_VAIN - 1):
         end_a_request()
     with pytest.raises(EngineError, match="no batch goes well any more"):

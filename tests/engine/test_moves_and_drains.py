@@ -11,6 +11,7 @@ import pytest
 
 from lamina.engine.holders import Drains
 from lamina.engine.kv_migration import KvMigration, _moves
+from lamina.errors import EngineError
 from lamina.kv.kv_shares import Layout, Part, Share
 from lamina.kv.pages import PageGroup
 from lamina.kv.placement import Holder, Placement
@@ -50,6 +51,7 @@ class Scene:
         self.control = ControlPlane(config, placement)
         self.worker = Copied()
         self.migration = KvMigration(cast(Any, self.worker), self.control, lambda: 0.0)
+        self.seconds = 0.0
 
     def at(self, holder: int) -> Layout:
         return tuple(Share(holder, (0, 1), 0, END, pool) for pool in (0, 1))
@@ -95,7 +97,7 @@ def test_heads_are_taken_from_where_the_old_part_has_them() -> None:
 def test_a_drained_worker_stays_while_a_batch_that_concerns_it_is_in_flight() -> None:
     scene, gone = Scene(), list[tuple[int, ...]]()
     holders = SimpleNamespace(numbers={"one": [1], "two": [2]}.get, names={1: "one", 2: "two"}, let_go=gone.append)
-    drains, done = Drains(scene.control, cast(Any, holders), scene.migration), Future[int]()
+    drains, done = Drains(scene.control, cast(Any, holders), scene.migration, lambda: scene.seconds), Future[int]()
     drains.begin("one", done)
     drains.step({1, 2})
     assert not gone
@@ -103,3 +105,26 @@ def test_a_drained_worker_stays_while_a_batch_that_concerns_it_is_in_flight() ->
     drains.step({2})
     assert gone == [(1,)]
     assert done.result(0) == 0
+
+
+@pytest.mark.fault("F18")
+def test_a_drain_in_which_nothing_goes_on_ends_with_an_error() -> None:
+    """Whatever asked for it waited for ever."""
+    scene = Scene()
+    holders = SimpleNamespace(numbers={"one": [1], "two": [2]}.get, names={1: "one", 2: "two"})
+    drains, done = Drains(scene.control, cast(Any, holders), scene.migration, lambda: scene.seconds), Future[int]()
+    sequence = scene.running(computed=40, floor=32)
+    sequence.tokens += [1] * 50  # of its prompt, which is not computed any further
+    drains.begin("one", done)
+    for scene.seconds in (0.0, 500.0, 599.0):
+        drains.step(set())
+    sequence.computed = sequence.planned = 41
+    for scene.seconds in (601.0, 1200.0):
+        drains.step(set())
+        assert not done.done()
+    scene.seconds = 1202.0
+    drains.step(set())
+    with pytest.raises(EngineError, match="one could not be drained: nothing has moved for 600 s"):
+        done.result(0)
+    assert not drains.under_way
+    assert not scene.control.placement.draining

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from engine_rig import BytesPort, Rig, collect, one_process, tiny_decoder
 
+from lamina.engine.failures import MAX_IN_VAIN
 from lamina.errors import EngineError
 from lamina.kv.placement import Holder
 from lamina.sampling_params import SamplingParams
@@ -99,3 +100,32 @@ def test_request_on_which_batches_fail_ends_alone_and_others_lose_nothing(decode
     assert len(joined) == (TRIES if kind == "death" else 0)
     rig.engine.close()
     rig._thread.join()
+
+
+@pytest.mark.fault("F15")
+@pytest.mark.parametrize("sound", [True, False])
+def test_only_an_engine_that_computes_nothing_any_more_ends_for_its_requests(decoder, sound):
+    """Each request failed alone, and the eighth ended the engine with all others."""
+
+    class Port(BytesPort):
+        def close(self) -> None:
+            """As one in this process, which is not lost however often it fails."""
+
+    def port(worker: AttentionWorker) -> BytesPort:
+        def before(request: Request) -> None:
+            if isinstance(request, Announcement) and any(row.count > 1 or not sound for row in request.rows):
+                raise ProtocolError("more than a frame has")
+
+        return Port(worker, before)
+
+    rig = Rig(decoder, shard="heads", weights=(1, 1), port=port)
+    inboxes = [rig.submit([3, 5 + at, 7], GREEDY)[1] for at in range(2 * MAX_IN_VAIN)]
+    errors = [str(next(output.error for output in outputs(inbox) if output.error)) for inbox in inboxes]
+    if sound:
+        assert all("failed with this request" in error for error in errors)
+        assert rig.generate([[5]], max_tokens=4) == one_process(decoder, [[5]], max_tokens=4)
+        rig.close()
+        return
+    rig._thread.join(60)
+    assert not rig.engine.alive
+    assert any("no batch goes well any more" in error for error in errors)
