@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import select
 import signal
 import sys
@@ -21,7 +20,7 @@ import typer
 from lamina.cli.options import JsonLines, Threads
 from lamina.cli.terminal import print_json, print_rows, show_bytes
 from lamina.errors import InvalidRequest, LaminaError
-from lamina.joining.pairing import spaced
+from lamina.joining.pairing import plain_code, spaced
 from lamina.system.child_process import KEY_VARIABLE
 from lamina.system.machine import this_machine
 from lamina.system.text_files import parse_size
@@ -30,6 +29,7 @@ joining_app = typer.Typer(no_args_is_help=True, help="The machines that join a s
 
 Url = Annotated[str, typer.Option(help="Of the server.")]
 Key = Annotated[str | None, typer.Option(help=f"The operator's API key. Better in ${KEY_VARIABLE}.")]
+Code = Annotated[str, typer.Argument(metavar="CODE", help="The six digits that the machine shows.")]
 Which = Annotated[str, typer.Argument(metavar="MACHINE", help="Its code, its name, or its id, as `ls` shows them.")]
 _URL = "http://127.0.0.1:8000"
 _ANSWER_S = 10.0
@@ -53,7 +53,7 @@ def join(
     the server's operator accepts it; later it joins by itself."""
     from lamina.joining.discovery import host_and_port
     from lamina.joining.machine import JoiningMachine
-    from lamina.joining.pairing import plain_name, read_name
+    from lamina.joining.pairing import plain_name, read_offer
     from lamina.joining.records import joining_folder
     from lamina.joining.stream import host_name
     from lamina.joining.worker import JoinOptions
@@ -67,7 +67,7 @@ def join(
     if not 0 <= port <= 65535:
         raise InvalidRequest(f"port is {port}; allowed are 0 to 65535")
     try:
-        named = plain_name(host_name()) if name is None else read_name(name)
+        named = plain_name(host_name()) if name is None else read_offer({"name": name, "memory": size}).name
         if server is not None:
             host_and_port(server)
     except AddressError as error:
@@ -103,8 +103,7 @@ class _Terminal:
             return True
         if code != self._code:
             self._code, self._answer = code, None
-            if not sys.stdin.isatty():
-                raise InvalidRequest("stdin is no terminal, so nobody can compare the code; allowed is --yes")
+            _check_terminal()
             typer.echo("Does the server show this code? [y/N] ", nl=False, err=True)
         if self._answer is None and select.select([sys.stdin], [], [], 0)[0]:
             self._answer = sys.stdin.readline().strip().lower() in ("y", "yes")
@@ -139,13 +138,26 @@ def list_machines(url: Url = _URL, api_key: Key = None, as_json: JsonLines = Fal
 
 
 @joining_app.command()
-def accept(machine: Which, url: Url = _URL, api_key: Key = None) -> None:
-    """Take a machine, once the code that it shows is the same as here."""
-    chosen = _find(_machines(url, api_key), machine)
-    if chosen["state"] != "waiting":
-        raise InvalidRequest(f"{chosen['name']} is {chosen['state']} already")
-    _ask(url, api_key, chosen["id"], {"accept": True})
-    typer.echo(f"{chosen['name']} is accepted")
+def accept(
+    code: Code,
+    url: Url = _URL,
+    api_key: Key = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask whether it is the right machine.")] = False,
+) -> None:
+    """Take the machine that shows this code."""
+    digits = plain_code(code)
+    chosen = next((machine for machine in _machines(url, api_key) if digits and machine["code"] == digits), None)
+    if chosen is None:
+        raise InvalidRequest(
+            f"code is {code[:80]!r}; allowed are the six digits that your machine shows. If none waits with those, "
+            "a third machine may be in between: accept none"
+        )
+    about = f"{chosen['name']} at {chosen['address']} with the code {spaced(digits)}"
+    if not yes:
+        _check_terminal()
+        typer.confirm(f"Accept {about}?", abort=True, err=True)
+    _ask(url, api_key, chosen["id"], {"accept": True, "code": digits})
+    typer.echo(f"{about} is accepted")
 
 
 @joining_app.command()
@@ -156,11 +168,15 @@ def remove(machine: Which, url: Url = _URL, api_key: Key = None) -> None:
     typer.echo(f"{chosen['name']} is {'refused' if chosen['state'] == 'waiting' else 'removed'}")
 
 
+def _check_terminal() -> None:
+    if not sys.stdin.isatty():
+        raise InvalidRequest("stdin is no terminal, so nobody can compare the code; allowed is --yes")
+
+
 def _find(machines: list[dict[str, Any]], which: str) -> dict[str, Any]:
     """The machine with this code, name or id. Raises InvalidRequest."""
-    digits = re.sub(r"[\s-]", "", which)
     for machine in machines:
-        if which in (machine["id"], machine["name"]) or (machine["code"] and digits == machine["code"]):
+        if which in (machine["id"], machine["name"]) or (machine["code"] and plain_code(which) == machine["code"]):
             return machine
     names = ", ".join(spaced(row["code"]) or row["name"] for row in machines) or "there is none"
     raise InvalidRequest(f"there is no machine {which[:80]!r}; allowed: {names}")

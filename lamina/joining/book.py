@@ -2,9 +2,10 @@
 Pure: the caller passes the time, in seconds since 1970 or, to `begin_code`, of a clock that does not jump; it also
 serialises the calls.
 
-The limits are what strangers on the network can reach: `MOST_WAITING` machines in the list, `MOST_CODES` codes within
-`CODES_S` seconds, so that someone in between who knows the code of one side meets it by chance at the other once in
-200,000.
+The limits are what strangers on the network can reach: within `CODES_S` seconds, for which a machine waits at most,
+`MOST_CODES` codes for an address and `MOST_OF_ALL` for all of them. So one address keeps no other away, and someone in
+between who knows the code of one side meets it by chance at the other once in 200,000, with many addresses once in
+25,000.
 """
 
 from __future__ import annotations
@@ -21,10 +22,9 @@ from lamina.joining.pairing import Offer, read_bytes, read_memory, read_name
 from lamina_protocols.errors import ProtocolError
 
 MOST_MACHINES = 64  # accepted ones
-MOST_WAITING = 4
-WAITING_S = 300.0  # for which a machine waits for the operator
-MOST_CODES = 5
-CODES_S = 300.0
+MOST_CODES = 5  # for an address
+MOST_OF_ALL = 40
+CODES_S = WAITING_S = 300.0  # the second: for which a machine waits for the operator
 ID_SIZE, KEY_SIZE = 8, 32  # bytes
 _RESERVED = "attention"  # begins the names of workers that are started here
 
@@ -75,7 +75,7 @@ class MachineBook:
 
     def __init__(self, known: Iterable[Machine] = ()) -> None:
         self._machines = {machine.id: replace(machine, state="lost") for machine in known}
-        self._codes: deque[float] = deque()  # when the latest ones were made
+        self._codes: deque[tuple[float, str]] = deque()  # when the latest ones were made, for which address
 
     def __getitem__(self, id: str) -> Machine:
         return self._machines[id]
@@ -95,19 +95,20 @@ class MachineBook:
 
     # A machine that is not known.
 
-    def begin_code(self, now: float) -> None:
-        """Count a code that is about to be made. Raises NoRoom where there were too many lately."""
-        while self._codes and self._codes[0] <= now - CODES_S:
+    def begin_code(self, address: str, now: float) -> None:
+        """Count a code that is about to be made for a machine at that address. Raises NoRoom where there were too many
+        lately."""
+        while self._codes and self._codes[0][0] <= now - CODES_S:
             self._codes.popleft()
-        if len(self._codes) >= MOST_CODES:
-            raise NoRoom(
-                f"{MOST_CODES} machines have asked lately; try again in {self._codes[0] + CODES_S - now:.0f} s"
-            )
-        if sum(machine.state == "waiting" for machine in self._machines.values()) >= MOST_WAITING:
-            raise NoRoom(f"{MOST_WAITING} machines wait already; the server's operator accepts or refuses them")
+        everywhere = [made for made, _ in self._codes]
+        nearby = [made for made, code_address in self._codes if code_address == address]
+        for made, limit, where in ((nearby, MOST_CODES, f" at {address}"), (everywhere, MOST_OF_ALL, "")):
+            if len(made) >= limit:
+                again = made[0] + CODES_S - now
+                raise NoRoom(f"{limit} machines{where} have asked lately; try again in {again:.0f} s")
         if len(self.accepted) >= MOST_MACHINES:
             raise NoRoom(f"the server has {MOST_MACHINES} machines, the most it takes; its operator can remove one")
-        self._codes.append(now)
+        self._codes.append((now, address))
 
     def wait(self, id: str, offer: Offer, code: str, address: str, now: float) -> Machine:
         """A machine waits for the operator from now on. Raises NoRoom where another one waits with the same code."""

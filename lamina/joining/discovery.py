@@ -2,8 +2,9 @@
 network.
 
 Servers announce themselves, and are found, by multicast DNS (RFC 6762). This is the only file that loads zeroconf. An
-answer is a hint and nothing more, since any machine on the network can give one. The pairing code, or the fingerprint
-that is known from earlier, says whether it is the right server.
+answer is a hint and nothing more, since any machine on the network can give one, also in another's name. A server is
+told from others by its certificate, whose fingerprint it announces the beginning of. The pairing code, or the
+fingerprint that is known from earlier, says whether it is the right one.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import ipaddress
 import threading
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lamina.errors import LaminaError
@@ -62,7 +63,7 @@ def reach(named: str | None, known: Sequence[KnownServer], over: Callable[[], bo
         )
     if len(servers) > 1 and not back:
         raise JoinFailed(f"there are several servers: {_listed(servers)}; choose one with --server HOST:PORT")
-    return _first_that_answers(back or servers, fingerprints)
+    return _first_that_answers(back or servers)
 
 
 def host_and_port(text: str) -> tuple[str, int]:
@@ -72,9 +73,9 @@ def host_and_port(text: str) -> tuple[str, int]:
     return split_address(text) if text.count(":") == 1 else (text, JOIN_PORT)
 
 
-def _first_that_answers(servers: Sequence[FoundServer], wanted: Collection[str]) -> MessageStream:
-    """A connection to the first address that answers, as one of those `wanted` if there are any: any machine can
-    announce the id of a known server. Raises ChannelClosed."""
+def _first_that_answers(servers: Sequence[FoundServer]) -> MessageStream:
+    """A connection to the first address that answers with the certificate that was announced: any machine can announce
+    another one's id. Raises ChannelClosed."""
     why = "no server has an address"
     for server in servers:
         for host in server.hosts:
@@ -83,7 +84,7 @@ def _first_that_answers(servers: Sequence[FoundServer], wanted: Collection[str])
             except ChannelClosed as error:
                 why = str(error)
                 continue
-            if not wanted or fingerprint(stream.certificate) in wanted:
+            if server.is_any_of([fingerprint(stream.certificate)]):
                 return stream
             stream.close()
             why = f"{host}:{server.port} says that it is {server.name}, and has another certificate"
@@ -109,7 +110,7 @@ class FoundServer:
 
     def is_any_of(self, fingerprints: Collection[str]) -> bool:
         """Whether it says that it is one of these."""
-        return bool(self.id) and any(fingerprint.startswith(self.id) for fingerprint in fingerprints)
+        return any(fingerprint.startswith(self.id) for fingerprint in fingerprints)
 
 
 class Announcement:
@@ -139,23 +140,23 @@ class Announcement:
 
 
 class _Finder:
-    """Collects what answers, on zeroconf's threads."""
+    """Collects what answers, on zeroconf's threads. Nothing is replaced or removed: another machine could announce the
+    same service, or its end, to be the only server."""
 
     def __init__(self) -> None:
-        self.found: dict[str, FoundServer] = {}
+        self.servers: dict[tuple[str, int], FoundServer] = {}  # by id and port
 
     def add_service(self, zeroconf: Zeroconf, kind: str, name: str) -> None:
-        if len(self.found) >= _MOST:
-            return
         with suppress(Exception):  # the answer may be anything
             info = zeroconf.get_service_info(kind, name, _ASK_MS)
-            if info is not None and (server := _server(info)) is not None:
-                self.found[name] = server
+            if info is not None and (server := _server(info)) is not None and len(self.servers) < _MOST:
+                before = self.servers.get(key := (server.id, server.port), server)
+                hosts = dict.fromkeys((*before.hosts, *server.hosts))
+                self.servers[key] = replace(before, hosts=tuple(hosts)[:_ADDRESSES])
 
     update_service = add_service
 
-    def remove_service(self, zeroconf: Zeroconf, kind: str, name: str) -> None:
-        self.found.pop(name, None)
+    def remove_service(self, zeroconf: Zeroconf, kind: str, name: str) -> None: ...
 
 
 def find(
@@ -170,10 +171,10 @@ def find(
         finder: Any = _Finder()
         ServiceBrowser(zeroconf, SERVICE, listener=finder)
         pause, remaining = threading.Event(), seconds
-        while remaining > 0 and not over() and not any(hit.is_any_of(wanted) for hit in list(finder.found.values())):
+        while remaining > 0 and not over() and not any(hit.is_any_of(wanted) for hit in list(finder.servers.values())):
             pause.wait(_LOOK_S)
             remaining -= _LOOK_S
-        return sorted(finder.found.values(), key=lambda server: server.name)
+        return sorted(finder.servers.values(), key=lambda server: server.name)
     finally:
         zeroconf.close()
 
@@ -207,8 +208,8 @@ def _zeroconf(host: str) -> Zeroconf:
 
 def _server(info: ServiceInfo) -> FoundServer | None:
     hosts = tuple(info.parsed_addresses())[:_ADDRESSES]
-    if not hosts or not info.port:
-        return None
     properties = {key: (value or b"").decode("ascii", "replace") for key, value in info.properties.items()}
     id = properties.get(b"id", "")
-    return FoundServer(plain_name(properties.get(b"name", "")), hosts, info.port, id if len(id) == _ID else "")
+    if not hosts or not info.port or len(id) != _ID:
+        return None
+    return FoundServer(plain_name(properties.get(b"name", "")), hosts, info.port, id)

@@ -21,12 +21,14 @@ NONCE_SIZE = 32  # bytes
 _DIGITS = 6
 _MAX_MEMORY = 1 << 50  # bytes
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,31}")
+_LETTER = re.compile(r"[A-Za-z]")
 _HEX = re.compile(r"(?:[0-9a-f]{2})*")
 
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What a machine offers. `name`: 1 to 32 letters, digits and hyphens; `memory`: bytes for KV."""
+    """What a machine offers. `name`: 1 to 32 letters, digits and hyphens, not without a letter; `memory`: bytes for
+    KV."""
 
     name: str
     memory: int
@@ -35,12 +37,15 @@ class Offer:
 def plain_name(host: str) -> str:
     """A host's name as a machine may have it."""
     name = re.sub(r"[^A-Za-z0-9-]+", "-", host.partition(".")[0]).strip("-")[:32]
-    return name or "machine"
+    return name if _LETTER.search(name) else f"machine-{name}"[:32].rstrip("-")
 
 
 def read_offer(message: dict[str, Any]) -> Offer:
-    """The offer in a message. Raises ProtocolError."""
-    return Offer(read_name(message.get("name")), read_memory(message.get("memory")))
+    """The offer in a message. Raises ProtocolError, also for a name that could be taken for a code."""
+    name = read_name(message.get("name"))
+    if not _LETTER.search(name):
+        raise ProtocolError(f"name is {name!r}; allowed are names with a letter, so that none looks like a code")
+    return Offer(name, read_memory(message.get("memory")))
 
 
 def read_name(value: object) -> str:
@@ -85,6 +90,11 @@ def code(certificate: bytes, offer: Offer, machine_nonce: bytes, server_nonce: b
 def spaced(digits: str) -> str:
     """A code as people read it, such as 482 193; "" of none."""
     return f"{digits[:3]} {digits[3:]}".strip()
+
+
+def plain_code(text: str) -> str:
+    """The digits of a code as people type it."""
+    return re.sub(r"[\s-]", "", text)
 
 
 def fingerprint(certificate: bytes) -> str:

@@ -217,7 +217,7 @@ class JoinServer:
         offer = pairing.read_offer(hello)
         committed = pairing.read_bytes(hello.get("commitment"), pairing.NONCE_SIZE)
         with self._lock:
-            self._book.begin_code(time.monotonic())
+            self._book.begin_code(stream.there, time.monotonic())
         nonce = secrets.token_bytes(pairing.NONCE_SIZE)
         stream.send("nonce", nonce=nonce.hex(), name=pairing.plain_name(host_name()), you=stream.there)
         revealed = stream.expect("reveal", seconds=HELLO_S).get("nonce")

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from lamina.joining.pairing import plain_code
 from lamina.server.http.errors import ApiError, shown
 from lamina.server.http.fields import Strict, read
 from lamina.server.http.limits import BodyMemory, check_media_type, parse_object
@@ -30,6 +31,7 @@ class MachineDecision(Strict):
     """POST /joining/{machine_id}."""
 
     accept: bool = Field(description="false refuses a machine that waits, and removes one that was accepted.")
+    code: str = Field("", max_length=16, description="The digits that it shows, by which it is accepted.")
 
 
 class MachineCard(BaseModel):
@@ -75,20 +77,24 @@ class Machines:
         self._check_operator(request)
         check_media_type(request.headers.get("content-type", ""))
         async with self._bodies.body(request.receive, request.headers, _MAX_BODY) as body:
-            accept = read(MachineDecision, parse_object(body)).accept
+            decision = read(MachineDecision, parse_object(body))
         id = request.path_params["machine_id"]
-        state = self._state(id)
-        if state is None or self._decide is None:
+        machine = self._machine(id)
+        if not machine or self._decide is None:
             raise ApiError(404, f"there is no machine {shown(id)}; GET /joining lists them", code="machine_not_found")
-        if not accept or state == "waiting":
-            self._decide(id, accept)
+        if not decision.accept or machine["state"] == "waiting":
+            if decision.accept and plain_code(decision.code) != machine["code"]:
+                about = f"code is {shown(decision.code)}; allowed is that of {machine['name']} at {machine['address']}"
+                why = "If your machine shows another one than this server, a third is in between: accept none"
+                raise ApiError(400, f"{about}. {why}", "code", "wrong_code")
+            self._decide(id, decision.accept)
             end = time.monotonic() + _DECIDED_S
-            while self._state(id) == state and time.monotonic() < end:
+            while self._machine(id).get("state") == machine["state"] and time.monotonic() < end:
                 await asyncio.sleep(_LOOK_S)
         return self._answer()
 
-    def _state(self, id: str) -> str | None:
-        return next((str(machine["state"]) for machine in self._machines if machine["id"] == id), None)
+    def _machine(self, id: str) -> dict[str, Any]:
+        return next((machine for machine in self._machines if machine["id"] == id), {})
 
     def _answer(self) -> Response:
         content = {"allowed": self._decide is not None, "machines": list(self._machines)}

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from lamina.cli import join
 from lamina.cli.join import _Terminal
 from lamina.cli.main import app
 
@@ -70,18 +71,34 @@ def test_machines_are_listed_accepted_by_code_and_removed_by_name(url: str) -> N
     assert "482 193" in listed.output
     assert "10.0.0.3:41000" in listed.output
     for code in ("482193", "482 193"):
-        assert "den is accepted" in run("joining", "accept", code, "--url", url, "--api-key", "k").output
+        accepted = run("joining", "accept", code, "--yes", "--url", url, "--api-key", "k")
+        assert accepted.output == "den at 10.0.0.2 with the code 482 193 is accepted\n"
     assert "loft is removed" in run("joining", "remove", "loft", "--url", url).output
-    accept = ("/joining/00ff", {"accept": True}, "Bearer k")
+    accept = ("/joining/00ff", {"accept": True, "code": "482193"}, "Bearer k")
     assert Operator.asked == [accept, accept, ("/joining/00aa", {"accept": False}, None)]
+
+
+@pytest.mark.parametrize(("answer", "status"), [("y", 0), ("n", 1)])
+def test_people_are_asked_before_a_machine_is_accepted(
+    url: str, answer: str, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(join, "_check_terminal", lambda: None)
+    result = CliRunner().invoke(app, ["joining", "accept", "482193", "--url", url], input=f"{answer}\n")
+    assert "Accept den at 10.0.0.2 with the code 482 193? [y/N]" in result.output
+    assert (result.exit_code, len(Operator.asked)) == (status, 1 - status)
 
 
 @pytest.mark.parametrize(
     ("words", "status", "what"),
     [
-        (["accept", "111111"], 2, "there is no machine '111111'; allowed: 482 193, loft"),
-        (["accept", "loft"], 2, "loft is serving already"),
-        (["accept", "den", "--api-key", "wrong"], 1, "the server refuses: machines are taken with a key"),
+        (["accept", "111111"], 2, "code is '111111'; allowed are the six digits that your machine shows"),
+        (["accept", "loft"], 2, "code is 'loft'"),
+        (["accept", "den", "--yes"], 2, "code is 'den'"),
+        (["accept", "00ff"], 2, "code is '00ff'"),
+        (["accept", "-"], 2, "code is '-'"),
+        (["accept", "482193"], 2, "stdin is no terminal, so nobody can compare the code; allowed is --yes"),
+        (["accept", "482193", "--yes", "--api-key", "wrong"], 1, "the server refuses: machines are taken with a key"),
+        (["remove", "111111"], 2, "there is no machine '111111'; allowed: 482 193, loft"),
         (["ls", "--url", "http://127.0.0.1:1"], 1, "no server answers at http://127.0.0.1:1"),
         (["ls", "--url", "ftp://x"], 2, "url is 'ftp://x'"),
     ],
@@ -98,6 +115,7 @@ def test_server_that_takes_none_says_so(url: str, monkeypatch: pytest.MonkeyPatc
 
 def test_a_server_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert "allowed are names with a letter" in run("join", "--name", "482-193").output
     result = run("join", "--server", "127.0.0.1:1")
     assert (result.exit_code, "cannot connect to 127.0.0.1:1" in result.output) == (1, True), result.output
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import secrets
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from lamina.joining import discovery
 from lamina.joining import discovery as finding
-from lamina.joining.discovery import FoundServer, NoDiscovery
+from lamina.joining.discovery import FoundServer, NoDiscovery, _Finder
 from lamina.joining.records import KnownServer
 from lamina.joining.stream import JoinFailed
 from lamina_protocols.channels.channels import AddressError, ChannelClosed
@@ -44,7 +46,45 @@ def test_choice_is_left_to_people(monkeypatch: pytest.MonkeyPatch, found: list[F
         finding.reach(None, [], lambda: False)
 
 
-def test_who_announces_the_id_of_a_known_server_needs_its_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
+def info(host: str, id: str, port: int = 7717) -> Any:
+    """What zeroconf tells of a service."""
+    properties = {b"id": id.encode(), b"name": b"den"}
+    return SimpleNamespace(parsed_addresses=lambda: [host], port=port, properties=properties)
+
+
+def heard(*infos: Any) -> list[FoundServer]:
+    """What is found where these answers come, all for one service, and then that it has ended."""
+    finder, browsed = _Finder(), cast(Any, SimpleNamespace(get_service_info=lambda *_: next(answers)))
+    answers = iter(infos)
+    for tell in (finder.add_service, *[finder.update_service] * (len(infos) - 1), finder.remove_service):
+        tell(browsed, discovery.SERVICE, "den-abcdef")
+    return list(finder.servers.values())
+
+
+def test_who_announces_the_service_of_another_server_does_not_replace_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    right, liar = info("10.0.0.1", "ab" * 8), info("10.0.0.66", "cd" * 8)
+    for answers in ((right, liar), (liar, right)):
+        servers = heard(*answers)
+        monkeypatch.setattr(finding, "find", lambda *_, servers=servers: servers)
+        with pytest.raises(JoinFailed, match="several servers"):
+            finding.reach(None, [], lambda: False)
+
+
+def test_who_announces_the_id_of_another_server_is_not_connected_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Addresses of one server are collected, as they come one after another."""
+    (server,) = heard(info("10.0.0.66", "ab" * 8), info("10.0.0.1", "ab" * 8), info("10.0.0.66", "ab" * 8))
+    assert server.hosts == ("10.0.0.66", "10.0.0.1")
+    streams = {host: SimpleNamespace(certificate=host, close=list) for host in server.hosts}
+    monkeypatch.setattr(finding, "connect", lambda host, *_: streams[host])
+    monkeypatch.setattr(finding, "fingerprint", lambda shown: ID if shown == "10.0.0.1" else "cd" * 32)
+    monkeypatch.setattr(finding, "find", lambda *_: [server])
+    assert finding.reach(None, [], lambda: False).certificate == cast(Any, "10.0.0.1")
+    assert heard(info("10.0.0.1", "")) == []
+
+
+def test_who_announces_the_id_of_a_known_server_needs_its_certificate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Anybody could have a machine, which with --yes asks nobody, join another server when its own was gone."""
     known = KnownServer(ID, "den", "1" * 16, "2" * 64, "gone", 1)
     liar, right = (FoundServer("den", (host,), 1, ID[:16]) for host in ("liar", "right"))

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-import secrets
 import socket
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from joining_rig import joiner, server, until
+from joining_rig import ask, between, joiner, server, until
 
 from lamina.errors import InvalidRequest
-from lamina.joining import pairing
 from lamina.joining import server as join_server
-from lamina.joining.book import MOST_CODES
+from lamina.joining.book import CODES_S, MOST_CODES, MOST_OF_ALL, MachineBook, NoRoom
+from lamina.joining.pairing import Offer, plain_name
 from lamina.joining.records import known_servers
 from lamina.joining.server import JoinServer
-from lamina.joining.stream import MAX_MESSAGE, JoinListener, JoinRefused, MessageStream, connect
+from lamina.joining.stream import MAX_MESSAGE, JoinListener, JoinRefused, connect
 from lamina.version import __version__
 from lamina_protocols.channels.channels import ChannelClosed, certificate_bytes
 from lamina_protocols.channels.versions import PROTOCOL_VERSION
@@ -29,13 +28,6 @@ from lamina_workers.process.credentials import create_credentials
 def unannounced(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test speaks to the network."""
     monkeypatch.setattr(JoinServer, "_announce", lambda self: None)
-
-
-def ask(stream: MessageStream, name: str = "den", memory: int = 1 << 20) -> tuple[bytes, dict[str, object]]:
-    """The first messages of a machine, and the answer."""
-    nonce = secrets.token_bytes(32)
-    stream.send("pair", version=__version__, name=name, memory=memory, commitment=pairing.commitment(nonce).hex())
-    return nonce, stream.expect("nonce", seconds=10)
 
 
 def test_accepted_machine_serves_and_comes_back_after_every_end(tmp_path: Path) -> None:
@@ -116,6 +108,22 @@ def test_someone_in_between_has_another_code(tmp_path: Path) -> None:
     listener.close()
 
 
+def test_no_machine_is_called_as_a_code(tmp_path: Path) -> None:
+    """Someone in between, who knows the code of a machine first, cannot have that code as its name at the server."""
+    with (
+        server(tmp_path / "s") as taking,
+        between(taking.port, lambda _, code: code) as attacker,
+        joiner(tmp_path / "m", attacker.port, agree=None) as machine,
+    ):
+        until(lambda: machine.code)
+        until(attacker.done.is_set)
+        assert attacker.failure is not None
+        assert taking.machines == []
+    assert [plain_name(host) for host in ("482193", "482-193.lan", "--", "den-7.lan", "1" * 40)] == [
+        "machine-482193", "machine-482-193", "machine", "den-7", "machine-" + "1" * 24,
+    ]  # fmt: skip
+
+
 def test_known_server_is_known_by_its_certificate(tmp_path: Path) -> None:
     """Another server at the same address never gets the key, but a code to compare."""
     with server(tmp_path / "s") as first:
@@ -154,6 +162,21 @@ def test_codes_are_rationed_and_a_changed_nonce_has_none(tmp_path: Path) -> None
         with connect("127.0.0.1", taking.port) as stream, pytest.raises(JoinRefused, match="try again in"):
             ask(stream)
         assert taking.machines == []
+
+
+def test_codes_are_rationed_by_address() -> None:
+    """One address that asks again and again keeps no other away, and many together get no more guesses."""
+    book = MachineBook()
+    for number in range(MOST_CODES):
+        book.begin_code("10.0.0.66", 0.0)
+        book.wait(f"{number}", Offer("evil", 1), f"{number:06d}", "10.0.0.66", 0.0)
+    with pytest.raises(NoRoom, match=f"{MOST_CODES} machines at 10.0.0.66 have asked lately; try again in 300 s"):
+        book.begin_code("10.0.0.66", 0.0)
+    for number in range(MOST_OF_ALL - MOST_CODES):
+        book.begin_code(f"10.0.1.{number}", 1.0)
+    with pytest.raises(NoRoom, match=f"{MOST_OF_ALL} machines have asked lately; try again in 299 s"):
+        book.begin_code("10.0.0.2", 1.0)
+    book.begin_code("10.0.0.66", CODES_S)
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from joining_rig import joiner, until
+from joining_rig import between, joiner, server, until
 from supervisor_run import World, pretend
+from typer.testing import CliRunner
 
+from lamina.cli import join
+from lamina.cli.main import app as cli
+from lamina.joining.pairing import spaced
 from lamina.joining.server import JoinServer
 from lamina.server.app import create_app
 from lamina.server.frontend import Frontend
@@ -19,6 +24,7 @@ from lamina.server.processes.server_plan import JoinPlan, ServerPlan
 from lamina.server.settings import ServerSettings
 
 DEN = {"id": "00ff", "name": "den", "code": "482193", "address": "10.0.0.2", "memory": 1 << 30, "since": 1.5}
+TAKE = {"accept": True, "code": "482 193"}
 
 
 class Decisions:
@@ -52,7 +58,7 @@ def test_operator_sees_accepts_and_removes() -> None:
     settings = ServerSettings(model="m")
     world = Decisions(settings)
     seen, accepted, removed = ask(
-        settings, world.machines, ("GET", "/joining", None), ("POST", "/joining/00ff", {"accept": True}),
+        settings, world.machines, ("GET", "/joining", None), ("POST", "/joining/00ff", TAKE),
         ("POST", "/joining/00ff", {"accept": False}),
     )  # fmt: skip
     assert seen.json() == {"allowed": True, "machines": [{**DEN, "state": "waiting"}]}
@@ -64,7 +70,7 @@ def test_operator_sees_accepts_and_removes() -> None:
 def test_key_that_is_not_the_operators_is_refused() -> None:
     settings = ServerSettings(model="m", api_keys=("user",), operator_keys=("root",))
     world = Decisions(settings)
-    requests = ("GET", "/joining", None), ("POST", "/joining/00ff", {"accept": True})
+    requests = ("GET", "/joining", None), ("POST", "/joining/00ff", TAKE)
     assert [reply.status_code for reply in ask(settings, world.machines, *requests, key="user")] == [403, 403]
     assert [reply.status_code for reply in ask(settings, world.machines, *requests)] == [401, 401]
     assert not world.taken
@@ -76,7 +82,11 @@ def test_key_that_is_not_the_operators_is_refused() -> None:
     [
         ({}, 400, "accept is missing"),
         ({"accept": "yes"}, 400, "accept is 'yes'"),
-        ({"accept": True, "code": "1"}, 400, "unknown field 'code'"),
+        ({"accept": True}, 400, "code is ''; allowed is that of den at 10.0.0.2"),
+        ({"accept": True, "code": "den"}, 400, "code is 'den'"),
+        ({"accept": True, "code": "482194"}, 400, "a third is in between: accept none"),
+        ({"accept": True, "code": 482193}, 400, "code is 482193"),
+        ({"accept": True, "number": "1"}, 400, "unknown field 'number'"),
         ([], 400, "a JSON object is needed"),
         ({"accept": True, "x": "y" * 2000}, 413, "1024 bytes"),
     ],
@@ -95,6 +105,35 @@ def test_server_that_takes_none_has_none() -> None:
     )
     assert seen.json() == {"allowed": False, "machines": []}
     assert decided.status_code == 404
+
+
+@pytest.mark.parametrize("name", [lambda name, code: name, lambda name, code: f"code-{code}"], ids=["same", "code"])
+def test_operator_who_types_the_code_of_a_machine_takes_no_one_in_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: Callable[[str, str], str]
+) -> None:
+    """By the command and by what the page sends, whatever someone in between is called at the server."""
+    monkeypatch.setattr(JoinServer, "_announce", lambda self: None)
+    settings = ServerSettings(model="m", joining=True)
+
+    def by_command(url: str, api_key: str | None, id: str = "", body: Any = None) -> Any:
+        method, path = ("GET" if body is None else "POST"), f"/joining/{id}".rstrip("/")
+        return ask(settings, machines, (method, path, body))[0].json()
+
+    with server(tmp_path / "s") as taking, between(taking.port, name) as attacker:
+        machines = Machines(settings, taking.served.decide)
+        with joiner(tmp_path / "m", attacker.port, agree=True) as victim:
+            waiting = taking.waiting()
+            until(lambda: victim.code)
+            machines.update(taking.machines)
+            monkeypatch.setattr(join, "_ask", by_command)
+            result = CliRunner().invoke(cli, ["joining", "accept", victim.code, "--yes"])
+            assert (result.exit_code, "accept none" in result.output) == (2, True), result.output
+            (reply,) = ask(settings, machines, ("POST", f"/joining/{waiting['id']}", {**TAKE, "code": victim.code}))
+            assert (reply.status_code, reply.json()["error"]["param"]) == (400, "code")
+            assert taking.state() == ["waiting"]
+            shown = CliRunner().invoke(cli, ["joining", "accept", waiting["code"], "--yes"]).output
+            assert shown == f"{waiting['name']} at 127.0.0.1 with the code {spaced(waiting['code'])} is accepted\n"
+            attacker.stream.expect("accepted", seconds=10)
 
 
 def test_machine_joins_a_running_engine_and_leaves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

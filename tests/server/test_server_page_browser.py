@@ -165,7 +165,9 @@ def serving(
 
     @app.post("/joining/{machine}")
     async def accept(machine: str, request: Request) -> Response:
-        world.answers.append((machine, await request.json()))
+        world.answers.append((machine, decision := await request.json()))
+        if decision["code"] != "314 159":
+            return JSONResponse({"error": {"message": "another code"}}, 400)
         world.machines = [each | {"state": "serving"} for each in world.machines]
         return JSONResponse({})
 
@@ -203,7 +205,8 @@ class Tab:
         self.asked: list[str] = []
         self.page.on("console", lambda message: self._said(message.type, message.text))
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.on("dialog", lambda dialog: self.errors.append(dialog.message))
+        self.unasked = lambda dialog: self.errors.append(dialog.message)
+        self.page.on("dialog", self.unasked)
         self.page.on("request", lambda request: self.asked.append(request.url))
         self.page.goto(world.url)
         self.url = world.url
@@ -399,14 +402,27 @@ def test_models_are_switched(tab):
 
 def test_a_machine_is_accepted(tab):
     with serving(Engine()) as world:
-        machine = {"id": "m1", "name": "attic", "code": "314 159", "address": "192.168.1.7", "memory": 16 << 30}
+        machine = {"id": "m1", "name": "attic", "code": "314159", "address": "192.168.1.7", "memory": 16 << 30}
         world.machines = [machine | {"since": 0, "state": "waiting"}]
         it = tab(world, size=(390, 844))
-        it.wait("document.querySelector('#joining .code-of')?.textContent === '314 159'")
+        it.wait("document.querySelector('#joining .code-of')?.textContent === '314159'")
         assert "attic asks to join (192.168.1.7, 16 GiB of memory)" in it.text("#joining")
+        typed, asked = ["", "271828", "314 159"], []
+
+        def type_code(dialog: Any) -> None:
+            asked.append(dialog.message)
+            dialog.accept(code) if (code := typed.pop(0)) else dialog.dismiss()
+
+        it.page.remove_listener("dialog", it.unasked)
+        it.page.on("dialog", type_code)
+        it.page.click("#joining button.main")
+        it.page.click("#joining button.main")
+        it.wait("document.querySelector('#joining .wrong')?.textContent === 'another code'")
         it.page.click("#joining button.main")
         it.wait("document.querySelector('#joining').textContent.includes('joined and serves')")
-    assert world.answers == [("m1", {"accept": True})]
+        assert it.text("#spoken") == "attic at 192.168.1.7 with the code 314 159 is accepted"
+    assert asked == ["Which code does your machine show? The one that asks is attic at 192.168.1.7."] * 3
+    assert world.answers == [("m1", {"accept": True, "code": code}) for code in ("271828", "314 159")]
 
 
 def test_stop_ends_the_answer_at_the_server_too(tab):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
 import threading
 import time
@@ -11,9 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from lamina.deploy.worker_events import WorkerAddress
+from lamina.errors import LaminaError
+from lamina.joining import pairing
 from lamina.joining.machine import JoiningMachine
 from lamina.joining.server import JoinServer
+from lamina.joining.stream import JoinListener, MessageStream, connect
 from lamina.joining.worker import JoinOptions
+from lamina.version import __version__
+from lamina_protocols.channels.channels import certificate_bytes
+from lamina_workers.process.credentials import create_credentials
 
 PATIENCE = 20.0
 LISTENS = """
@@ -112,6 +119,54 @@ class Joiner:
         self.machine.leave()
         self._thread.join(PATIENCE)
         assert self.ended()
+
+
+def ask(stream: MessageStream, name: str = "den", memory: int = 1 << 20) -> tuple[bytes, dict[str, Any]]:
+    """The first messages of a machine, and the answer."""
+    nonce = secrets.token_bytes(32)
+    stream.send("pair", version=__version__, name=name, memory=memory, commitment=pairing.commitment(nonce).hex())
+    return nonce, stream.expect("nonce", seconds=10)
+
+
+class Between:
+    """Someone in between: a server to a machine, at `port`, and then a machine to the server at `onward`. `name` makes
+    its name there from what its victim shows: the victim's name and code. It has asked there once `done` is set."""
+
+    def __init__(self, onward: int, name: Callable[[str, str], str]) -> None:
+        credentials = create_credentials(["x"])
+        self._certificate = certificate_bytes(credentials.cert)
+        self.listener = JoinListener("127.0.0.1", 0, credentials, self._certificate)
+        self.port = self.listener.port
+        self.failure: LaminaError | None = None
+        self.done = threading.Event()
+        self.victim: MessageStream | None = None
+        self.stream = connect("127.0.0.1", onward)
+        threading.Thread(target=self._run, args=(name,), daemon=True).start()
+
+    def _run(self, name: Callable[[str, str], str]) -> None:
+        victim = self.victim = self.listener.accept()
+        assert victim is not None
+        victim.open()
+        offer, nonce = pairing.read_offer(victim.expect("pair", seconds=10)), secrets.token_bytes(32)
+        victim.send("nonce", nonce=nonce.hex(), name="server", you=victim.there)
+        theirs = bytes.fromhex(victim.expect("reveal", seconds=10)["nonce"])
+        try:
+            shown = pairing.code(self._certificate, offer, theirs, nonce)
+            number, _ = ask(self.stream, name(offer.name, shown))
+            self.stream.send("reveal", nonce=number.hex())
+        except LaminaError as error:
+            self.failure = error
+        self.done.set()
+
+
+@contextmanager
+def between(onward: int, name: Callable[[str, str], str]) -> Iterator[Between]:
+    made = Between(onward, name)
+    try:
+        yield made
+    finally:
+        for stream in filter(None, (made.stream, made.victim, made.listener)):
+            stream.close()
 
 
 @contextmanager

@@ -267,7 +267,7 @@ class World:
         self._stack.callback(_end, machine)
         self._machines[name] = machine
         waiting = until(lambda: [each for each in self._joining() if each["state"] == "waiting"], self.server)
-        ask(f"{self.server.url}/joining/{waiting[0]['id']}", {"accept": True})
+        ask(f"{self.server.url}/joining/{waiting[0]['id']}", {"accept": True, "code": waiting[0]["code"]})
         self.expected += 1
 
     def _joining(self) -> list[dict[str, Any]]:

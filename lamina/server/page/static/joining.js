@@ -66,12 +66,16 @@ export class Joining {
     return button;
   }
 
+  // The code is typed, and the server compares it: whoever is in between can choose a name, but no code.
   async #answer(machine, accept, button) {
+    const about = `${machine.name} at ${machine.address}`;
+    const code = accept ? prompt(`Which code does your machine show? The one that asks is ${about}.`) : "";
+    if (code === null) return;
     button.disabled = true;
     this.wrong.delete(machine.id);
     try {
       const response = await fetch(`joining/${encodeURIComponent(machine.id)}`, {
-        method: "POST", headers: { "Content-Type": "application/json", ...this.headers() }, body: JSON.stringify({ accept }),
+        method: "POST", headers: { "Content-Type": "application/json", ...this.headers() }, body: JSON.stringify({ accept, code }),
       });
       if (!response.ok) this.wrong.set(machine.id, (await response.json()).error.message);
     } catch {
@@ -80,6 +84,6 @@ export class Joining {
     this.written = "";
     this.asked = 0;
     await this.poll();
-    write(byId("spoken"), this.wrong.get(machine.id) ?? `${machine.name} is ${accept ? "accepted" : machine.state === "waiting" ? "refused" : "removed"}`);
+    write(byId("spoken"), this.wrong.get(machine.id) ?? `${accept ? `${about} with the code ${code}` : machine.name} is ${accept ? "accepted" : machine.state === "waiting" ? "refused" : "removed"}`);
   }
 }
