@@ -236,11 +236,6 @@ class EngineConfig:
         return 0 if self.speculate is None else self.num_speculative_tokens or DEFAULT_DRAFTS
 
     @property
-    def linger(self) -> float:
-        """Seconds that attention workers keep KV once its channel is closed: 0 if no engine could come back for it."""
-        return self.worker_linger if self.journal is not None or self.ranks > 1 else 0.0
-
-    @property
     def first_workers(self) -> int:
         """How many attention workers are started at first, here or on the cluster."""
         count = self.attention_workers if isinstance(self.attention_workers, int) else 0

@@ -8,6 +8,7 @@ incomplete last write is cut; damage anywhere else is an error. `records` has th
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import secrets
@@ -33,6 +34,7 @@ MAX_RECORD = 1 << 28  # bytes
 NAME = "journal"
 _MAGIC = b"lamina journal\r\n"  # a transfer that changes line ends is noticed
 _HEAD = struct.Struct("<III")  # length, its checksum, the content's checksum
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 _GROWN = 8 << 20  # bytes up to which the file is not written anew
 _FACTOR = 4  # times its size when it was last written anew, up to which it is not either
 
@@ -71,7 +73,7 @@ class Journal:
     had another journal before. `calls` change the files.
 
     Raises JournalError where the folder cannot be used, is in use or is one that others may write to, or the journal is
-    damaged or of another engine.
+    damaged or of another engine. On a full disk a journal that was there before is read, and is off.
     """
 
     def __init__(self, folder: str | Path, facts: Facts, run: Run | None = None, calls: FileCalls = os) -> None:
@@ -90,7 +92,7 @@ class Journal:
             if self._path.exists():
                 self._read()
             self.starts += 1
-            self._write_anew()
+            self._begin()
         except OSError as error:
             self.close()
             raise JournalError(f"the journal {self._path} cannot be used: {error}") from error
@@ -136,6 +138,18 @@ class Journal:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    def _begin(self) -> None:
+        """Write the file anew. Where the disk has no room for that the journal is off, and the header is written over
+        the old one: the next engine has the id by which attention workers keep KV for it. Raises OSError."""
+        try:
+            self._write_anew()
+        except OSError as error:
+            if error.errno not in _NO_ROOM or not self._path.exists():
+                raise
+            self._file = self._calls.open(self._path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            self._write(self._file, _MAGIC + self._header())
+            self._give_up(str(error))
 
     def _give_up(self, why: str) -> None:
         """Log the error and stop. The file would soon be out of date, so only its header stays: attention workers know

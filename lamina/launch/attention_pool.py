@@ -313,7 +313,7 @@ class AttentionPool:
             self._holder,
             self._compute_dtype,
             self._model,
-            SeatOptions(self._identity.engine, seat_share=self._share, linger=self._config.linger),
+            SeatOptions(self._identity.engine, seat_share=self._share, linger=self._identity.linger),
             ChannelOptions(
                 credentials=worker.credentials,
                 local_channel=self._config.local_channel,

@@ -44,7 +44,7 @@ def unused_options(config: EngineConfig, holder: HolderConfig, relayed: bool = F
         yield f"model_parallel={config.model_parallel!r} does nothing with one model worker"
     if "sequence_tokens" in changed and len(pools(holder)) == 1:
         yield f"sequence_tokens={config.sequence_tokens} does nothing with this model: its layers keep the same"
-    if "worker_linger" in changed and not config.linger:
+    if "worker_linger" in changed and config.journal is None and config.ranks == 1:
         yield f"worker_linger={config.worker_linger:g} does nothing without a journal"
     if all(spec.kind in STATES for spec in holder.layers):
         for name in ("policy", "sketches", "kv_dtype", "kv_cold", "autoscale", "shard"):

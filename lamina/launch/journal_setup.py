@@ -30,11 +30,12 @@ _EPOCHS = 1 << 20  # between two starts: more than an engine has, so that a hold
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Which engine this is for its workers. `engine` is the id by which they keep its KV, None where they need not.
-    Epochs up to `past_epochs` are those of previous engines; workers refuse them."""
+    """Which engine this is for its workers. `engine` is the id by which they keep its KV, None where they need not, for
+    `linger` seconds after it is gone. Epochs up to `past_epochs` are those of previous engines; workers refuse them."""
 
     engine: str | None = None
     past_epochs: int = 0
+    linger: float = 0.0
 
 
 def open_journal(config: EngineConfig, model: str, holder: HolderConfig, run: Run | None = None) -> Journal | None:
@@ -58,8 +59,10 @@ def open_journal(config: EngineConfig, model: str, holder: HolderConfig, run: Ru
 def identify(config: EngineConfig, journal: Journal | None) -> Identity:
     """The identity of the engine that starts with this journal."""
     if journal is not None:
-        return Identity(journal.engine, _past_epochs(journal))
-    return Identity(secrets.token_hex(16) if config.model_workers > 1 else None)
+        return Identity(journal.engine, _past_epochs(journal), config.worker_linger)
+    # No engine comes back for its KV, which would keep the next one away. One of its ranks may come back.
+    linger = config.worker_linger if config.ranks > 1 else 0.0
+    return Identity(secrets.token_hex(16) if config.model_workers > 1 else None, linger=linger)
 
 
 def _past_epochs(journal: Journal) -> int:

@@ -162,7 +162,7 @@ def begins(config: EngineConfig, files: ModelFiles, sizes: Sizes, identity: Iden
             holder=sizes.ranks[rank % ranks],
             patience=config.worker_timeout,
             engine=identity.engine or "",
-            linger=config.linger,
+            linger=identity.linger,
             local_channel=config.local_channel,
             data_channel=config.data_channel,
             lost_after=config.worker_timeout,

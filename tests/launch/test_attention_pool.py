@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -14,8 +15,9 @@ from attention_servers import until
 from lamina.config import EngineConfig
 from lamina.deploy.breakers import BreakerLimits
 from lamina.deploy.worker_events import WorkerAddress
+from lamina.journal.journal import Facts, Journal
 from lamina.launch.attention_pool import AttentionPool
-from lamina.launch.journal_setup import Identity
+from lamina.launch.journal_setup import Identity, identify
 from lamina_protocols.channels.grpc_client import WorkerUnreachable
 from lamina_protocols.messages.layers import HolderConfig, LayerSpec
 from lamina_workers.errors import HolderLost
@@ -41,6 +43,18 @@ class Workers:
 
 def pool_of(workers: Workers, config: EngineConfig = EngineConfig(), **options: Any) -> AttentionPool:  # noqa: B008
     return AttentionPool(cast(Any, workers), config, HOLDER, "model", "float32", Identity(), **options)
+
+
+@pytest.mark.fault("F28")
+def test_an_engine_without_the_journal_that_was_asked_for_leaves_no_kv_behind(
+    tmp_path: Path,
+) -> None:
+    config = EngineConfig(journal=str(tmp_path), worker_linger=7)
+    assert identify(config, None) == Identity()
+    journal = Journal(tmp_path, Facts("m", 16, "float32", 1))
+    assert identify(config, journal) == Identity(journal.engine, 0, linger=7)
+    journal.close()
+    assert identify(EngineConfig(model_workers=2, worker_linger=7), None).linger == 7
 
 
 class Port:

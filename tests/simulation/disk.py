@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import tempfile
@@ -16,7 +17,8 @@ _MEMORY = Path("/dev/shm")
 
 class Disk:
     """`lamina.journal.journal.FileCalls` over a folder of its own. `state`: of a "full" disk only `room` bytes more are
-    written, on a "read-only" one nothing is opened, renamed or cut either."""
+    written, beside those that take the place of others, on a "read-only" one nothing is opened, renamed or cut
+    either."""
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="lamina-simulation-", dir=_MEMORY if _MEMORY.is_dir() else None))
@@ -30,7 +32,7 @@ class Disk:
 
     def write(self, file: int, data: memoryview) -> int:
         self._check("read-only", errno.EROFS)
-        if self.state == "full":
+        if self.state == "full" and not _replaces(file, data):
             if not self.room:
                 self._check("full", errno.ENOSPC)
             data = data[: self.room]
@@ -68,3 +70,9 @@ class Disk:
         if self.state == state:
             self.refused += 1
             raise OSError(error, os.strerror(error))
+
+
+def _replaces(file: int, data: memoryview) -> bool:
+    """Whether the file has as many bytes already at the place where these are written."""
+    appends = fcntl.fcntl(file, fcntl.F_GETFL) & os.O_APPEND
+    return not appends and os.lseek(file, 0, os.SEEK_CUR) + len(data) <= os.fstat(file).st_size

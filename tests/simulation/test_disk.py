@@ -73,6 +73,27 @@ def test_a_journal_that_cannot_be_written_misleads_nobody(disk: Disk, how: Liter
     assert reopened(journal, disk) == ([] if how == "full" else [[7]])
 
 
+@pytest.mark.fault("F28")
+def test_engines_of_a_full_disk_have_one_id(disk: Disk) -> None:
+    """The workers keep the KV of each for the next, which would have to wait a minute for them if it had another id."""
+    first = begun(disk)
+    add(first, 7)
+    first.close()
+    disk.fail("full")
+    second = Journal(disk.folder, FACTS, calls=disk)
+    assert (second.on, second.engine, second.starts) == (False, first.engine, 2)
+    assert second.history.requests["a"].samples[0].tokens == [7]
+    add(second, 8)
+    second.close()
+    third = Journal(disk.folder, FACTS, calls=disk)
+    assert (third.on, third.engine, third.starts, third.history.requests) == (False, first.engine, 3, {})
+    third.close()
+    disk.mend()
+    fourth = Journal(disk.folder, FACTS, calls=disk)
+    assert (fourth.on, fourth.engine, fourth.starts) == (True, first.engine, 4)
+    fourth.close()
+
+
 def test_a_read_only_folder_is_refused(disk: Disk) -> None:
     disk.fail("read-only")
     with pytest.raises(JournalError, match="Read-only"):
