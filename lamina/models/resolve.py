@@ -109,5 +109,6 @@ def _checked(folder: Path) -> Path:
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():
             raise ModelFileError(f"{folder} has no {name}; a folder needs config.json, tokenizer.json and weights")
-    check_weights(folder)  # refuses pickles, and files that are not whole
+    # It refuses pickles, files that are not whole, and those of this machine that are not of the model.
+    check_weights(folder, foreign=folder.resolve().parent != cache_folder().resolve())
     return folder

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -136,6 +137,36 @@ def test_two_processes_at_once_get_one_whole_folder(tiny_gguf: Path) -> None:
 def test_a_folder_is_taken_as_it_is(tiny_gguf: Path) -> None:
     folder = models.resolve(tiny_gguf)
     assert models.resolve(str(folder)) == folder
+
+
+@pytest.mark.fault("F26")
+def test_a_folder_of_others_has_its_gguf_file_in_it(tiny_gguf: Path, tmp_path: Path) -> None:
+    """One outside could be any file of this machine, and a pipe would be waited for without end."""
+    made, folder = models.resolve(tiny_gguf), tmp_path / "strangers"
+    shutil.copytree(made, folder)
+    record = json.loads((folder / "gguf.json").read_text())
+    (folder / "link.gguf").symlink_to(tiny_gguf)
+    os.mkfifo(folder / "pipe.gguf")
+    shutil.copy(tiny_gguf, folder / "model.gguf")
+    wrong = {
+        str(tiny_gguf): "outside of its folder", "../x/tiny.gguf": "cannot read", "link.gguf": "outside of its folder",
+        "pipe.gguf": "no regular file", str(folder / "pipe.gguf"): "no regular file", "a\0b": "cannot read",
+    }  # fmt: skip
+    for file, message in wrong.items():
+        (folder / "gguf.json").write_text(json.dumps(record | {"file": file}))
+        with pytest.raises(ModelFileError, match=message):
+            models.resolve(folder)
+    with pytest.raises(ModelFileError, match="cannot read"), open_checkpoint(folder):
+        pass
+    (made / "gguf.json").write_text(json.dumps(record | {"file": str(folder / "pipe.gguf")}))
+    with pytest.raises(ModelFileError, match="no regular file"), open_checkpoint(made):
+        pass
+    (folder / "gguf.json").write_text(json.dumps(record | {"file": "model.gguf"}))
+    assert models.resolve(folder) == folder
+    (folder / "gguf.json").unlink()
+    os.mkfifo(folder / "gguf.json")
+    with pytest.raises(ModelFileError, match="has no weights"):
+        models.resolve(folder)
 
 
 @pytest.mark.parametrize(

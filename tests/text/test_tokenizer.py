@@ -328,6 +328,15 @@ def test_panics_in_the_library_are_errors_of_the_file(tmp_path: Path) -> None:
         Tokenizer(changed(tmp_path, "post_processor", **rule)).encode("abc")
 
 
+@pytest.mark.fault("F26")
+def test_a_pattern_that_would_be_tried_without_end_is_an_error_of_the_file(tmp_path: Path) -> None:
+    """The library's own limit of tries holds: without it a text of 60 letters would keep a thread for years."""
+    rule = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    tokenizer = Tokenizer(changed(tmp_path, "pre_tokenizer", **rule))
+    with pytest.raises(ModelFileError, match=r"tokenizer\.json is malformed: .*retry-limit"):
+        tokenizer.encode("a" * 60 + "b")
+
+
 def test_ids_that_are_counted_up_to_are_bounded(tmp_path: Path) -> None:
     """A token of id 2^31 kept the thread that compiles grammars busy for hours."""
     tokenizer = Tokenizer(changed(tmp_path, "model", vocab={"a": 0, "b": 1 << 31}, merges=[]))

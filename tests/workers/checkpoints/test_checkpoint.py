@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from lamina_workers.checkpoints.checkpoint import Checkpoint
+from lamina_workers.checkpoints.gguf_checkpoint import read_record
 from lamina_workers.checkpoints.safetensors_files import find_tensors, read_header
 from lamina_workers.errors import ModelFileError
 
@@ -148,6 +149,22 @@ def test_header_lengths_that_lie_are_refused(tmp_path: Path, content: bytes) -> 
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(ModelFileError, match="header length"):
         Checkpoint(tmp_path)
+
+
+@pytest.mark.fault("F26")
+def test_a_header_that_would_take_gigabytes_is_refused_before_it_is_parsed(tmp_path: Path) -> None:
+    limit = 32 << 20
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write((limit + 1).to_bytes(8, "little"))
+        file.truncate(limit + 9)
+    with pytest.raises(ModelFileError, match=f"a header length of {limit + 1}.* up to {limit}"):
+        Checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").rename(index := tmp_path / "model.safetensors.index.json")
+    with pytest.raises(ModelFileError, match=f"{limit + 9} bytes; allowed are {limit}"):
+        Checkpoint(tmp_path)
+    index.rename(tmp_path / "gguf.json")
+    with pytest.raises(ModelFileError, match=f"{limit + 9} bytes; allowed are {limit}"):
+        read_record(tmp_path)
 
 
 @given(position=st.integers(0, 400), value=st.integers(0, 255))

@@ -17,7 +17,7 @@ from lamina_workers.checkpoints.packed_tensors import GgmlBlocks, PackedTensor, 
 from lamina_workers.errors import ModelFileError
 
 RECORD = "gguf.json"
-_MAX_RECORD_BYTES = 64 << 20
+_MAX_RECORD_BYTES = 32 << 20  # as of the JSON in safetensors files
 _MAX_HEADER_BYTES = 1 << 30
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -61,7 +61,7 @@ class GgufRecord:
 def read_record(folder: Path) -> GgufRecord | None:
     """The record in `folder`; None where it has none. Raises ModelFileError where it is malformed."""
     path = folder / RECORD
-    if not path.exists():
+    if not path.is_file():
         return None
     try:
         if (size := path.stat().st_size) > _MAX_RECORD_BYTES:
@@ -96,10 +96,12 @@ def file_of(folder: Path, record: GgufRecord) -> Path:
     """The GGUF file, checked to be the one of the record. Raises ModelFileError."""
     file = folder / record.file
     try:
+        if file.exists() and not file.is_file():
+            raise ModelFileError(f"{file}, which has the weights of {folder}, is no regular file; refused")
         size = file.stat().st_size
         with file.open("rb") as stream:
             digest = hashlib.sha256(stream.read(record.header)).hexdigest()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the second: a NUL
         raise ModelFileError(f"cannot read {file}, which has the weights of {folder}: {error}") from error
     if (size, digest) != (record.size, record.sha256):
         raise ModelFileError(

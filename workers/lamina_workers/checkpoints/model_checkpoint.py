@@ -10,7 +10,7 @@ from pathlib import Path
 from lamina_workers.checkpoints.checkpoint import Checkpoint, TensorSource
 from lamina_workers.checkpoints.gguf_checkpoint import GgufCheckpoint, file_of, read_record
 from lamina_workers.checkpoints.quantized_tensors import QuantizedTensors, read_quantization
-from lamina_workers.checkpoints.safetensors_files import find_tensors
+from lamina_workers.checkpoints.safetensors_files import find_tensors, inside
 from lamina_workers.errors import ModelFileError
 
 _SAMPLED = 32  # tensors
@@ -34,9 +34,12 @@ def open_checkpoint(folder: str | Path) -> Iterator[TensorSource]:
         yield checkpoint if quantization is None else QuantizedTensors(checkpoint, quantization)
 
 
-def check_weights(folder: Path) -> None:
-    """Raise what `open_checkpoint` would raise, without mapping anything."""
+def check_weights(folder: Path, foreign: bool) -> None:
+    """Raise what `open_checkpoint` would raise, without mapping anything. Of a `foreign` folder, which was not made
+    here, the GGUF file must be in it."""
     if (record := read_record(folder)) is not None:
+        if foreign:
+            inside(folder, record.file)
         file_of(folder, record)
     else:
         find_tensors(folder)

@@ -21,7 +21,7 @@ INDEX_FILE = "model.safetensors.index.json"
 ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_MAX_JSON_BYTES = 100_000_000  # the format's own limit
+_MAX_JSON_BYTES = 32 << 20  # twice the index of 10**12 weights; parsed, JSON of the worst kind takes 20 times as much
 _MAX_DIMENSIONS = 8
 
 
@@ -51,11 +51,11 @@ def find_tensors(folder: Path) -> dict[str, TensorInfo]:
 def _named(folder: Path) -> dict[str, TensorInfo]:
     """Every tensor by the name that the files give it."""
     if (folder / SINGLE_FILE).exists():
-        return read_header(_inside(folder, SINGLE_FILE))
+        return read_header(inside(folder, SINGLE_FILE))
     if not (folder / INDEX_FILE).exists():
         raise _no_weights(folder)
-    weight_map = _read_index(_inside(folder, INDEX_FILE))
-    shards = {name: read_header(_inside(folder, name)) for name in sorted(set(weight_map.values()))}
+    weight_map = _read_index(inside(folder, INDEX_FILE))
+    shards = {name: read_header(inside(folder, name)) for name in sorted(set(weight_map.values()))}
     tensors = {}
     for tensor, shard in weight_map.items():
         if tensor not in shards[shard]:
@@ -158,8 +158,9 @@ def _unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _inside(folder: Path, name: str) -> Path:
-    """The file `name` of `folder` as a real path: a regular file in it, or in the blobs of a hub cache's snapshot."""
+def inside(folder: Path, name: str) -> Path:
+    """The file `name` of `folder` as a real path: a regular file in it, or in the blobs of a hub cache's snapshot.
+    Raises ModelFileError."""
     root = folder.resolve()
     allowed = [root]
     if root.parent.name == "snapshots":  # hub cache: <model>/snapshots/<revision>/<name> -> <model>/blobs/<hash>
@@ -167,7 +168,7 @@ def _inside(folder: Path, name: str) -> Path:
     try:
         file = (root / name).resolve(strict=True)
         mode = file.stat().st_mode
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL; a loop of links, before Python 3.13
         raise ModelFileError(f"cannot read {folder / name}: {error}") from error
     if file.parent not in allowed:
         raise ModelFileError(f"{folder / name} links to {file}, outside of its folder; refused")
