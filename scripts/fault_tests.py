@@ -1,5 +1,6 @@
 #!/usr/bin/env python
 """The tests of each group of faults of docs/reliability.md, as a table: those marked `@pytest.mark.fault("F07")`.
+Behind a test stands (soak) where it is marked so, and (soak in part) where some of its cases are.
 
 scripts/fault_tests.py [F07 ...]
 """
@@ -12,18 +13,30 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+_SOAK = "pytest.mark.soak"
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 
 
 def fault_tests() -> Mapping[str, Sequence[str]]:
-    """`file::test` below tests/ of each group, by its number."""
+    """`file::test` below tests/ of each group, by its number, each with a word where it is marked `soak`."""
     groups: dict[str, list[str]] = defaultdict(list)
     for path in sorted(TESTS.rglob("test_*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        module = ast.parse(path.read_text(encoding="utf-8"))
+        statements = [ast.unparse(node) for node in module.body if isinstance(node, ast.Assign)]
+        soak = any(text.startswith("pytestmark") and _SOAK in text for text in statements)
+        for node in ast.walk(module):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 for group in _marks(node):
-                    groups[group].append(f"{path.relative_to(TESTS).as_posix()}::{node.name}")
+                    word = " (soak)" if soak else _soak(node)
+                    groups[group].append(f"{path.relative_to(TESTS).as_posix()}::{node.name}{word}")
     return groups
+
+
+def _soak(test: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
+    marks = [ast.unparse(mark) for mark in test.decorator_list]
+    if _SOAK in marks:
+        return " (soak)"
+    return " (soak in part)" if any(_SOAK in mark or mark.startswith("crossing(") for mark in marks) else ""
 
 
 def _marks(test: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:

@@ -131,6 +131,7 @@ def test_every_child_is_started_by_the_same_function() -> None:
     assert starts("subprocess.run(x)\nos.execv(y)\nos.forkpty()") == [1, 2, 3]
 
 
+@pytest.mark.fault("F27")
 def test_only_what_people_see_is_by_the_wall_clock() -> None:
     assert {path.relative_to(ROOT).as_posix() for path in SOURCES if readings(path.read_text())} == set(SHOWN)
     assert readings("f(time.time)\nx = datetime.datetime.now()") == ["time.time", "datetime.now"]
