@@ -163,6 +163,31 @@ def test_a_replay_waits_for_its_client_and_gives_it_up(context: Any, monkeypatch
         publisher.close()
 
 
+@pytest.mark.fault("F23")
+def test_a_client_that_subscribes_without_end_is_cut_off(context: Any) -> None:
+    """libzmq keeps whatever a client subscribes to: 100,000 topics of 48 bytes took 200 MB."""
+    port = free_ports()
+    publisher = KvEventPublisher(f"tcp://127.0.0.1:{port}", None, ("a",), "n")
+    try:
+        first = Subscriber(context, port)
+        joined(publisher, "a", first)
+        hostile = context.socket(zmq.SUB)
+        hostile.setsockopt(zmq.RECONNECT_IVL, -1)
+        ends = hostile.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        context.made.append(ends)
+        hostile.connect(f"tcp://127.0.0.1:{port}")
+        for number in range(kv_events._SUBSCRIPTIONS - 1):
+            hostile.setsockopt(zmq.SUBSCRIBE, number.to_bytes(48, "big"))
+        assert not ends.poll(100)
+        for number in range(1000, 1010):
+            hostile.setsockopt(zmq.SUBSCRIBE, number.to_bytes(48, "big"))
+        assert ends.poll(PATIENCE), "it was not cut off"
+        publisher.sink("a")(STORED)
+        assert first.next()[2]
+    finally:
+        publisher.close()
+
+
 def test_an_address_that_is_taken_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = f"tcp://127.0.0.1:{other.getsockname()[1]}"

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -31,11 +32,14 @@ KEPT = 10_000  # batches kept for replay, vLLM's number
 KEPT_BYTES = 64 << 20  # of them together, for each model
 _END = (-1).to_bytes(8, "big", signed=True)
 _QUEUED = 10_000  # batches for a subscriber that does not read; then it misses some
+_SUBSCRIPTIONS = 64  # of one connection: the topic is one of its model's port, and libzmq keeps whatever is asked for
+_ASKING = 64  # subscriptions that wait to be counted, of one connection
+_CLIENTS = 4096  # connections whose subscriptions are counted; then counting begins anew
 _REPLAYS = 8  # clients of a model that get a replay at a time
 _REPLAY_QUEUED = 64  # batches for a client that does not read; the others follow as it reads
 _STALLED_S = 5.0  # seconds without reading after which it gets no more
 _PAUSE_MS = 5  # between two looks at clients that had no room
-_LARGEST_REQUEST = 64  # bytes of a request for replay
+_LARGEST_REQUEST = 64  # bytes of a request for replay, or of a subscription, unless the topic is longer
 _TOGETHER = 512  # events in a batch
 _MEDIUM = "CPU"
 
@@ -53,12 +57,14 @@ class _Stream:
     """The messages of one model, and its sockets."""
 
     topic: bytes
+    port: int
     events: Any
     replay: Any
     number: int = 0
     kept: deque[tuple[int, bytes]] = field(default_factory=deque)
     size: int = 0  # bytes of `kept`
     replays: dict[bytes, _Replay] = field(default_factory=dict)  # by client
+    subscriptions: Counter[tuple[str, int]] = field(default_factory=Counter)  # by the address of the client
 
     def publish(self, payload: bytes) -> None:
         """Send a batch, and keep it for replay."""
@@ -68,6 +74,29 @@ class _Stream:
         self.size += len(payload)
         while len(self.kept) > KEPT or (self.size > KEPT_BYTES and len(self.kept) > 1):
             self.size -= len(self.kept.popleft()[1])
+
+    def subscribed(self, frame: Any) -> None:
+        """Count a subscription. A connection that makes too many is shut, which libzmq has no limit for."""
+        import zmq
+
+        if not frame.bytes.startswith(b"\1"):
+            return  # it has ended
+        with suppress(OSError, zmq.ZMQError):  # the client has gone
+            connection = socket.socket(fileno=frame.get(zmq.SRCFD))
+            try:
+                self._count(connection)
+            finally:
+                connection.detach()  # it is libzmq's
+        if len(self.subscriptions) > _CLIENTS:
+            self.subscriptions.clear()
+
+    def _count(self, connection: socket.socket) -> None:
+        if connection.getsockname()[1] != self.port:
+            return  # the client has gone, and something else has got its descriptor
+        client = connection.getpeername()[:2]
+        self.subscriptions[client] += 1
+        if self.subscriptions[client] > _SUBSCRIPTIONS:
+            connection.shutdown(socket.SHUT_RDWR)
 
     def asked(self, frames: Sequence[bytes], now: float) -> None:
         """Begin a replay. What is no request for one is ignored, and so is one too many, also of one client."""
@@ -123,10 +152,10 @@ class KvEventPublisher:
         self._closed = False
         try:
             self._streams: Mapping[str, _Stream] = {
-                model: _Stream(
+                model: self._stream(
                     f"kv@{name}@{model}".encode(),
-                    self._bound(zmq.PUB, _later(endpoint, number)),
-                    None if replay is None else self._bound(zmq.ROUTER, _later(replay, number)),
+                    _later(endpoint, number),
+                    None if replay is None else _later(replay, number),
                 )
                 for number, model in enumerate(models)
             }
@@ -146,18 +175,27 @@ class KvEventPublisher:
         self._wake()
         self._thread.join(5.0)
 
-    def _bound(self, kind: int, address: str) -> Any:
-        socket = self._context.socket(kind)
-        socket.set_hwm(_QUEUED if kind == self._zmq.PUB else _REPLAY_QUEUED)
-        if kind == self._zmq.ROUTER:
-            socket.setsockopt(self._zmq.ROUTER_MANDATORY, 1)  # says where a client has no room
-        socket.setsockopt(self._zmq.MAXMSGSIZE, _LARGEST_REQUEST)
-        socket.setsockopt(self._zmq.LINGER, 1000)  # ms
+    def _stream(self, topic: bytes, address: str, replay: str | None) -> _Stream:
+        zmq, largest = self._zmq, max(_LARGEST_REQUEST, len(topic) + 1)
+        # Verbose: it tells of each subscription, also of those that others have made.
+        subscribed = {zmq.SNDHWM: _QUEUED, zmq.RCVHWM: _ASKING, zmq.XPUB_VERBOSE: 1, zmq.MAXMSGSIZE: largest}
+        events = self._bound(zmq.XPUB, address, subscribed)
+        # Mandatory: it says where a client has no room.
+        replayed = {zmq.SNDHWM: _REPLAY_QUEUED, zmq.RCVHWM: _REPLAY_QUEUED, zmq.ROUTER_MANDATORY: 1}
+        replayed[zmq.MAXMSGSIZE] = _LARGEST_REQUEST
+        replays = None if replay is None else self._bound(zmq.ROUTER, replay, replayed)
+        return _Stream(topic, int(address.rpartition(":")[2]), events, replays)
+
+    def _bound(self, kind: int, address: str, options: Mapping[int, int]) -> Any:
+        bound = self._context.socket(kind)
+        for option, value in options.items():
+            bound.setsockopt(option, value)
+        bound.setsockopt(self._zmq.LINGER, 1000)  # ms
         try:
-            socket.bind(address)
+            bound.bind(address)
         except self._zmq.ZMQError as error:
             raise InvalidRequest(f"kv_events cannot listen at {address}: {error}; choose another address") from error
-        return socket
+        return bound
 
     def _put(self, model: str, event: PrefixEvent) -> bool:
         self._waiting.append((model, event))
@@ -171,18 +209,21 @@ class KvEventPublisher:
     def _run(self) -> None:
         poller = self._zmq.Poller()
         poller.register(self._reading, self._zmq.POLLIN)
-        by_socket = {stream.replay: stream for stream in self._streams.values() if stream.replay is not None}
-        for socket in by_socket:
-            poller.register(socket, self._zmq.POLLIN)
+        replaying_at = {stream.replay: stream for stream in self._streams.values() if stream.replay is not None}
+        publishing_at = {stream.events: stream for stream in self._streams.values()}
+        for bound in (*replaying_at, *publishing_at):
+            poller.register(bound, self._zmq.POLLIN)
         while not self._closed or self._waiting:
             replaying = any(stream.replays for stream in self._streams.values())
             for ready, _ in poller.poll(0 if self._waiting else _PAUSE_MS if replaying else None):
                 if ready == self._reading:
                     os.read(self._reading, 1 << 16)
+                elif ready in publishing_at:
+                    publishing_at[ready].subscribed(ready.recv(copy=False))
                 else:
-                    by_socket[ready].asked(ready.recv_multipart(), time.monotonic())
+                    replaying_at[ready].asked(ready.recv_multipart(), time.monotonic())
             self._publish()
-            for stream in by_socket.values():
+            for stream in replaying_at.values():
                 stream.go_on(time.monotonic())
         self._context.destroy()
 
