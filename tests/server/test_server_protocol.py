@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 import uvicorn
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.server import ServerState
 
 from lamina.server.http import protocol
 from lamina.server.http.protocol import MAX_AHEAD, MAX_HEAD, LimitedProtocol
@@ -292,6 +294,78 @@ def test_a_client_that_reads_nothing_is_closed(port: int, monkeypatch: pytest.Mo
             while piece := talk.socket.recv(1 << 20):
                 received += len(piece)
             assert received < len(body)
+
+
+class Line(asyncio.Transport):
+    """A connection to a client, with so many bytes that it has not read."""
+
+    def __init__(self, unread: int) -> None:
+        super().__init__()
+        self.unread = unread
+        self.aborted = self.closing = False
+
+    def get_write_buffer_size(self) -> int:
+        return self.unread
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def close(self) -> None:
+        self.closing = True
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+class Clock:
+    """In place of an event loop: its timers run when they are told to."""
+
+    def __init__(self) -> None:
+        self.timers: list[tuple[Any, ...]] = []
+
+    def time(self) -> float:
+        return 0.0
+
+    def call_later(self, seconds: float, callback: Any, *arguments: Any) -> Any:
+        self.timers.append((callback, *arguments))
+        return _Timer(self.timers, self.timers[-1])
+
+    def pass_time(self) -> None:
+        """The timers run out that are set now."""
+        timers, self.timers[:] = list(self.timers), []
+        for callback, *arguments in timers:
+            callback(*arguments)
+
+
+class _Timer:
+    def __init__(self, timers: list[tuple[Any, ...]], timer: tuple[Any, ...]) -> None:
+        self._timers, self._timer = timers, timer
+
+    def cancel(self) -> None:
+        if self._timer in self._timers:
+            self._timers.remove(self._timer)
+
+
+@pytest.mark.fault("F23")
+@pytest.mark.parametrize("closing", [False, True])
+def test_a_client_that_reads_slowly_gets_all_of_its_answer(closing: bool) -> None:
+    """It was cut off after 60 s, however steadily it read."""
+    config, clock, line = uvicorn.Config(echo, lifespan="off", log_config=None), Clock(), Line(1000)
+    client = LimitedProtocol(config, ServerState(), {}, clock)  # type: ignore[arg-type]
+    client.transport, client.flow = line, FlowControl(line)
+    client.pause_writing()
+    if closing:
+        client._close()
+    for _ in range(5):
+        line.unread -= 100
+        clock.pass_time()
+        assert not line.aborted
+    if not closing:
+        client.resume_writing()
+        assert clock.timers == []
+        client.pause_writing()
+    clock.pass_time()
+    assert line.aborted
 
 
 def test_a_body_that_comes_after_its_answer_leaves_the_connection_open(port: int) -> None:

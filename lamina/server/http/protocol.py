@@ -20,7 +20,7 @@ MAX_PIPELINED = 16  # requests that wait on one connection for the answers befor
 MAX_AHEAD = 64 << 10  # bytes of such requests; reading goes on beside them, else nobody would see that a client leaves
 HEAD_TIMEOUT = 20.0  # seconds from the connection, or from a head's first byte, until its last
 BODY_TIMEOUT = 60.0  # seconds from a head until its body's last byte
-WRITE_TIMEOUT = 60.0  # seconds for which a client may read nothing of what waits for it
+WRITE_TIMEOUT = 60.0  # seconds between two looks at what waits for a client, which must read some of it in between
 LINGER = 1.0  # seconds for which bytes that nobody needs are read and dropped, so that the client can read its answer
 
 _OF_THE_UPGRADE = (b"upgrade", b"connection", b"http2-settings")
@@ -66,7 +66,8 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
-        self.resume_writing()
+        self._unwatch()
+        super().resume_writing()
         self.pipeline.clear()
         super().connection_lost(exc)  # which tells only the newest request
         if self._answered is not None:
@@ -170,13 +171,12 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stalled = self.loop.call_later(WRITE_TIMEOUT, self.transport.abort)
+        self._watch()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self._stalled is not None:
-            self._stalled.cancel()
-            self._stalled = None
+        if not self.transport.is_closing():  # else the last bytes have to leave too
+            self._unwatch()
 
     @property
     def _answering(self) -> bool:
@@ -205,6 +205,22 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _keep_alive(self) -> None:
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    def _watch(self) -> None:
+        """Abort once nothing of what waits for the client has left for a while. Nothing else tells that bytes leave."""
+        self._unwatch()
+        self._stalled = self.loop.call_later(WRITE_TIMEOUT, self._look, self.transport.get_write_buffer_size())
+
+    def _unwatch(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
+
+    def _look(self, before: int) -> None:
+        if self.transport.get_write_buffer_size() < before:
+            self._watch()
+        else:
+            self.transport.abort()
 
     def _late(self) -> None:
         self._timer = None
@@ -247,7 +263,7 @@ class LimitedProtocol(HttpToolsProtocol):
         """Close, in a while even if the client does not read what was sent to it."""
         self._disarm()
         self.transport.close()
-        self._timer = self.loop.call_later(WRITE_TIMEOUT, self.transport.abort)
+        self._watch()
 
     def _make_room(self) -> bool:
         """Close the connections that have waited longest for their clients. False where none of them waits."""
