@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,10 +20,13 @@ from small_grammars import EOS, GRAMMARS, TOKENIZER
 from lamina import LLM
 from lamina.errors import InvalidRequest
 from lamina.sampling_params import SamplingParams
+from lamina.server import preparation
+from lamina.server.chat.formats import tools as tools_module
 from lamina.server.chat.formats.family import Vocabulary
 from lamina.server.chat.formats.hermes import Hermes, HermesParser, call_text, system_note
 from lamina.server.chat.formats.reply_parser import Delta
 from lamina.server.chat.formats.tools import ToolUse
+from lamina.server.preparation import Abandoned
 
 
 def tool(name: str, parameters: Any = None, **more: Any) -> dict[str, Any]:
@@ -179,6 +183,32 @@ def test_as_many_tools_as_may_be_are_compiled() -> None:
     parameters = {"type": "object", "properties": {f"p{i}": {"type": ["string", "null"]} for i in range(8)}}
     made = use(tools=[tool(f"f{i}", parameters, description="d" * 500) for i in range(128)])
     assert accepts(made, call_text("f127", '{"p0": "x", "p7": null}'))
+
+
+@pytest.mark.fault("F23")
+def test_schemas_that_take_long_are_refused() -> None:
+    """All of them were compiled: 128 tools of 1.3 kB took 52 s."""
+    patterns = [[{"type": "string", "pattern": f"^[a-z]{{{i},{i + j}}}$"} for j in range(4)] for i in range(6)]
+    slow = {"type": "object", "properties": {"x": {"allOf": [{"anyOf": each} for each in patterns]}}}
+    with pytest.raises(InvalidRequest, match=r"tools\[\d+\].function.parameters: the schemas .* allowed are 1 s"):
+        use(tools=[tool(f"f{i}", slow) for i in range(32)])
+
+
+@pytest.mark.fault("F23")
+def test_no_schema_is_compiled_for_a_client_that_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its thread went on to the last one."""
+    left, compiled = threading.Event(), []
+
+    def compile_one(name: str, schema: str, lenient: bool) -> float:
+        compiled.append(name)
+        left.set()
+        return 0.0
+
+    monkeypatch.setattr(tools_module, "check_json_schema", compile_one)
+    monkeypatch.setattr(preparation._under_way, "abandoned", left, raising=False)
+    with pytest.raises(Abandoned):
+        use()
+    assert compiled == ["tools[0].function.parameters"]
 
 
 # Calls in text.

@@ -11,10 +11,12 @@ from typing import Any, Literal
 
 from lamina.errors import InvalidRequest, cut
 from lamina.sampling_params import MAX_SCHEMA, MAX_SCHEMA_DEPTH, json_depth
+from lamina.server.preparation import go_on
 from lamina.text.structured_output import check_json_schema, json_options
 
 MAX_TOOLS = 128
 MAX_DESCRIPTION = 1 << 16  # characters; one of Claude Code has more than 16,384
+MAX_SECONDS = 1.0  # of a processor, to compile the schemas of a request's tools: a usual one takes a millisecond
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")  # OpenAI allows 64 characters, Anthropic 128
 _NOTES = ("description", "title", "examples", "$comment", "default", "deprecated", "readOnly", "writeOnly")
@@ -35,7 +37,8 @@ class ToolUse:
     def from_request(cls, tools: object, tool_choice: object, parallel_tool_calls: object) -> ToolUse | None:
         """From a request's unchecked fields, None where one is missing. Returns None where no tool may be called: no
         `tools`, or `tool_choice` "none". Raises InvalidRequest, which names the field, such as
-        `tools[3].function.name`. Takes up to a millisecond per tool, to compile its schema."""
+        `tools[3].function.name`. Compiles the schemas, mostly within a millisecond each. For a `PreparationPool`: it
+        ends where the client has left."""
         if parallel_tool_calls is not None and not isinstance(parallel_tool_calls, bool):
             raise _refused("parallel_tool_calls", parallel_tool_calls, "true or false")
         checked = _check_tools(tools)
@@ -67,6 +70,14 @@ def _check_tools(tools: object) -> list[dict[str, Any]]:
         if name in seen:
             raise _refused(f"tools[{index}].function.name", name, "another name for each function")
         seen.add(name)
+    spent = 0.0
+    for index, tool in enumerate(checked):
+        go_on()
+        field, function = f"tools[{index}].function.parameters", tool["function"]
+        spent += _check_parameters(field, function["parameters"], function.get("strict") is True)
+        if spent > MAX_SECONDS:
+            took = f"{field}: the schemas of the tools up to this one took {spent:.1f} s of a processor to compile"
+            raise InvalidRequest(f"{took}; allowed are {MAX_SECONDS:g} s. Ask for simpler ones")
     return checked
 
 
@@ -90,15 +101,14 @@ def _check_tool(name: str, tool: object) -> dict[str, Any]:
     if description is not None:
         checked["description"] = description
     parameters = function.get("parameters")
-    if parameters is not None:
-        _check_parameters(f"{name}.function.parameters", parameters, strict is True)
     checked["parameters"] = {"type": "object", "properties": {}} if parameters is None else parameters
     if strict is not None:
         checked["strict"] = strict
     return {"type": "function", "function": checked}
 
 
-def _check_parameters(name: str, parameters: object, strict: bool) -> None:
+def _check_parameters(name: str, parameters: object, strict: bool) -> float:
+    """Returns the seconds of a processor that compiling took."""
     if not isinstance(parameters, dict):
         raise _refused(name, parameters, "a JSON Schema, an object")
     if json_depth(parameters, MAX_SCHEMA_DEPTH) > MAX_SCHEMA_DEPTH:
@@ -108,7 +118,7 @@ def _check_parameters(name: str, parameters: object, strict: bool) -> None:
     text = as_json(_plain(parameters))
     if len(text) > MAX_SCHEMA:
         raise InvalidRequest(f"{name} has {len(text)} characters; allowed are {MAX_SCHEMA}")
-    check_json_schema(name, text, lenient=not strict)
+    return check_json_schema(name, text, lenient=not strict)
 
 
 @dataclass(frozen=True, slots=True)
