@@ -31,6 +31,7 @@ STATES: Mapping[State, str] = {
 """What everybody may know of a state: nothing of files, hosts or causes."""
 
 _SNAPSHOT_AGE = 0.2  # seconds for which a snapshot is used again
+_TOGETHER = 512  # events that are handed on together: more pile up where a client reads slowly
 
 
 class EngineUnavailable(EngineError):
@@ -223,6 +224,7 @@ class Generation:
         self._outputs = AsyncOutputs(timeout)
         self._failure: LaminaError | None = None  # to be raised after the events that came with it
         self._streamed = streamed
+        self._piled = False  # more events may wait
         self._begun = time.monotonic()
         try:
             self._call = Call(served, requests)
@@ -260,6 +262,8 @@ class Generation:
             raise self._failure
         while not self._call.done:
             try:
+                if self._piled:
+                    await asyncio.sleep(0)  # the event loop has others to serve
                 delivery: Delivery | None = await self._outputs.get()
             except (TimeoutError, asyncio.TimeoutError):
                 raise DeadlineExceeded(f"the request took longer than its {self._of:g} seconds") from None
@@ -272,7 +276,8 @@ class Generation:
                         raise
                     self._failure = error
                     break
-                delivery = self._outputs.get_nowait()
+                self._piled = len(events) >= _TOGETHER
+                delivery = None if self._piled else self._outputs.get_nowait()
             self._observe(events)
             if events:
                 return events

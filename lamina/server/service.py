@@ -176,9 +176,16 @@ class Service:
         """The same of work that reads a whole answer: a model writes what a client wants it to, in any length."""
         return await self._on_thread(self._answering, context, work, *arguments)
 
-    async def prepare_chat(self, context: RequestContext, served: Served, chat: ChatInput) -> PreparedChat:
-        """A chat with all checks done, before anything is submitted."""
-        made = await self.prepare(context, prepared, chat, served, self.salt(context, chat.cache_salt))
+    async def prepare_chat(
+        self, context: RequestContext, served: Served, read: Callable[[], ChatInput]
+    ) -> PreparedChat:
+        """A chat with all checks done, before anything is submitted. `read` reads it from a request, on a thread."""
+
+        def work() -> PreparedChat:
+            chat = read()
+            return prepared(chat, served, self.salt(context, chat.cache_salt))
+
+        made = await self.prepare(context, work)
         with blaming(made.structure_field):
             await self.compile(context, served, made.params)
         return made

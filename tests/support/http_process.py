@@ -1,4 +1,5 @@
-"""The HTTP process of `lamina serve` without an engine, for hostile clients: its answers, its memory, its log."""
+"""The HTTP process of `lamina serve` without an engine, for hostile clients: its answers, its memory, its log. No
+callback of its event loop may take long, unless its files are few."""
 
 from __future__ import annotations
 
@@ -17,6 +18,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import loop_watch
+
 from lamina.server.processes.child_protocol import TO_HTTP, StartHttp
 from lamina.server.settings import ServerSettings
 
@@ -27,11 +30,13 @@ class HttpProcess:
     """The process, at `port`. `files`: its soft and hard limits of open files."""
 
     def __init__(self, files: tuple[int, int] | None = None) -> None:
+        # Without open files asyncio's loop tries 2,048 times to take a connection; uvloop, the server's own, does not.
+        main = [loop_watch.__file__] if files is None else ["-m", "lamina.server.processes.http_main"]
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed by `close`
         with socket.create_server(("127.0.0.1", 0), backlog=2048) as listener:
             self.port: int = listener.getsockname()[1]
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "lamina.server.processes.http_main"],
+                [sys.executable, *main],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
                 pass_fds=(listener.fileno(),),
                 preexec_fn=None if files is None else lambda: resource.setrlimit(resource.RLIMIT_NOFILE, files),
@@ -51,7 +56,9 @@ class HttpProcess:
     def close(self) -> None:
         self._process.kill()
         self._process.communicate()
+        slow = [line for line in self.log.splitlines() if line.startswith(loop_watch.SLOW)]
         self._log.close()
+        assert not slow, slow
 
     def connect(self, data: bytes = b"") -> socket.socket:
         """A connection on which this was sent."""

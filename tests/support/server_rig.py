@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
+from loop_watch import slow_callbacks
 
 from lamina import LLM
 from lamina.server.app import create_app
@@ -52,10 +53,13 @@ class Reply:
 
 
 class Rig:
-    """A server at `port`. `tickets`: how many requests the engine knows of."""
+    """A server at `port`, whose event loop runs on `thread`. `tickets`: how many requests the engine knows of."""
 
-    def __init__(self, port: int, frontend: Frontend, llm: LLM | None, settings: ServerSettings) -> None:
+    def __init__(
+        self, port: int, thread: threading.Thread, frontend: Frontend, llm: LLM | None, settings: ServerSettings
+    ) -> None:
         self.port = port
+        self.thread = thread
         self.frontend = frontend
         self.llm = llm
         self.settings = settings
@@ -136,12 +140,13 @@ def frontend_of(llm: LLM, engine: Any = None) -> Frontend:
 def serving(
     llm: LLM | None, metrics: Any = None, frontend: Frontend | None = None, http: Any = "auto", **settings: Any
 ) -> Iterator[Rig]:
-    """A server of a loaded model, or of one that is still loading."""
+    """A server of a loaded model, or of one that is still loading. No callback of its event loop may take long."""
     frontend = frontend or (Frontend() if llm is None else frontend_of(llm))
     given = ServerSettings(**({"model": MODEL} | settings))
     config = uvicorn.Config(
         create_app(frontend, given, metrics),
         http=http,
+        loop="asyncio",  # which `loop_watch` can watch
         ws="none",
         log_config=None,
         access_log=False,
@@ -150,11 +155,13 @@ def serving(
     server = uvicorn.Server(config)
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    slow_callbacks(thread)
     thread.start()
     try:
         assert until(lambda: server.started, 10)
-        yield Rig(listener.getsockname()[1], frontend, llm, given)
+        yield Rig(listener.getsockname()[1], thread, frontend, llm, given)
     finally:
         server.should_exit = True
         thread.join(10)
         listener.close()
+    assert not (slow := slow_callbacks(thread)), slow

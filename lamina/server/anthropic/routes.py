@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -22,7 +23,7 @@ async def messages(service: Service, request: Request) -> Response:
     fields = await service.read(request, MessagesRequest, context)
     served = service.served(context, 1, 1)
     stream, omitted = bool(fields.stream), omits_thinking(fields)
-    work = service.prepare_chat(context, served, chat_input(fields))
+    work = service.prepare_chat(context, served, partial(chat_input, fields))
     del fields  # not kept as long as the answer takes: it may have megabytes
     prepared = await while_connected(request.receive, work, context.timeout + GRACE)
     writer = MessageWriter(prepared, f"msg_{secrets.token_hex(12)}", context.model.name, omitted)
@@ -36,8 +37,9 @@ async def count_tokens(service: Service, request: Request) -> Response:
     """POST /v1/messages/count_tokens: how many tokens a message's prompt has."""
     context = service.context(request)
     fields = await service.read(request, CountTokensRequest, context)
-    ids, _, _ = await service.prepare(context, prompt, chat_input(fields), context.served)
-    return json_response({"input_tokens": len(ids)})
+    served = context.served
+    count = await service.prepare(context, lambda: len(prompt(chat_input(fields), served)[0]))
+    return json_response({"input_tokens": count})
 
 
 async def _whole(service: Service, context: RequestContext, chat: PreparedChat, writer: MessageWriter) -> Response:

@@ -134,5 +134,10 @@ def _failed(error: ApiError) -> bytes:
 
 def event(content: Any, name: str | None = None) -> bytes:
     """One event with JSON data, and perhaps a name."""
-    data = b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
+    return json_event(json.dumps(content, separators=(",", ":")), name)
+
+
+def json_event(written: str, name: str | None = None) -> bytes:
+    """One event whose data is JSON already."""
+    data = b"data: " + written.encode() + b"\n\n"
     return data if name is None else b"event: " + name.encode() + b"\n" + data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any
 
@@ -29,7 +30,7 @@ async def chat(service: Service, request: Request) -> Response:
     fields = await service.read(request, ChatRequest, context)
     service.check_priority(context, fields.priority)
     served = service.served(context, 1, fields.n or 1)
-    work = service.prepare_chat(context, served, chat_input(fields))
+    work = service.prepare_chat(context, served, partial(chat_input, fields))
     prepared = await while_connected(request.receive, work, context.timeout + GRACE)
     fields.messages = fields.tools = None  # not kept as long as the answer takes: they may have megabytes
     named = answers.named("chatcmpl", fields.request_id or context.id, context.model.name)

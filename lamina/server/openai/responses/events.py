@@ -1,5 +1,5 @@
 """The response object (`ResponseObject`), with what a request asked for and what has come of it, and the events of its
-stream.
+stream. The object is JSON from the beginning: what the client gave may be long, and is written once.
 
 `ResponseEvents` writes the events in OpenAI's order: each item is added, grows and is done before the next.
 """
@@ -16,9 +16,10 @@ from lamina.server.chat.formats.reply_parser import Delta
 from lamina.server.chat.preparing import PreparedChat
 from lamina.server.chat.reply import FinishReason, Reply, ReplyPart, ReplyUsage, replies
 from lamina.server.http.errors import ApiError
-from lamina.server.http.sse import event
-from lamina.server.openai.answers import chat_logprob
+from lamina.server.http.sse import json_event
+from lamina.server.openai.answers import chat_logprob, dumps
 from lamina.server.openai.responses.schemas import ResponsesRequest
+from lamina.server.openai.responses.store import with_output
 
 _PREFIXES = {"content": "msg", "reasoning": "rs", "call": "fc"}
 STATUSES: Mapping[FinishReason, str] = {
@@ -33,75 +34,78 @@ STATUSES: Mapping[FinishReason, str] = {
 class ResponseObject:
     """Writes the object of one response, and its items. `namespaces` has that of each function which has one."""
 
-    def __init__(self, fields: ResponsesRequest, model: str, chat: PreparedChat, namespaces: Mapping[str, str]) -> None:
+    def __init__(
+        self, fields: ResponsesRequest, given: str, model: str, chat: PreparedChat, namespaces: Mapping[str, str]
+    ) -> None:
+        """`given`: what `given_fields` made of the fields."""
         self.id = f"resp_{secrets.token_hex(16)}"
         reasoning = fields.reasoning or {}
         self.summarised = any(reasoning.get(name) is not None for name in ("summary", "generate_summary"))
         """Whether reasoning is shown as its summary: nothing sums it up here."""
         self.with_logprobs = chat.params.logprobs is not None
+        self.status = "in_progress"
         self._namespaces = namespaces
+        self._given = given
         params = chat.params
         self._fields: dict[str, Any] = {
             "id": self.id,
             "object": "response",
             "created_at": int(time.time()),
-            "status": "in_progress",
             "background": False,
             "completed_at": None,
             "error": None,
             "incomplete_details": None,
-            "instructions": fields.instructions,
             "max_output_tokens": fields.max_output_tokens,
             "max_tool_calls": None,
             "model": model,
-            "output": [],
             "parallel_tool_calls": fields.parallel_tool_calls is not False,
             "previous_response_id": fields.previous_response_id,
             "prompt_cache_key": None,
-            "reasoning": {"effort": None, "summary": None} | reasoning,
             "safety_identifier": None,
             "service_tier": "default",
             "store": fields.store is not False,
             "temperature": params.temperature,
-            "text": {"format": {"type": "text"}} | (fields.text or {}),
-            "tool_choice": fields.tool_choice or "auto",
-            "tools": list(fields.tools or ()),
             "top_logprobs": params.logprobs or 0,
             "top_p": params.top_p,
             "truncation": fields.truncation or "disabled",
             "usage": None,
             "user": None,
-            "metadata": fields.metadata or {},
         }
 
-    def begun(self) -> dict[str, Any]:
-        return self._fields
+    @property
+    def head(self) -> str:
+        """The object as it stands, as JSON, without its output."""
+        return f"{dumps(self._fields | {'status': self.status})[:-1]},{self._given[1:]}"
 
-    def ended(self, reason: FinishReason, output: Sequence[dict[str, Any]], usage: ReplyUsage) -> dict[str, Any]:
-        status = STATUSES[reason]
-        more: dict[str, Any] = {"status": status, "output": list(output), "usage": _usage(usage)}
-        if status == "completed":
-            more["completed_at"] = int(time.time())
-        elif status == "incomplete":
-            more["incomplete_details"] = {"reason": "max_output_tokens"}
-        return self._fields | more
+    @property
+    def size(self) -> int:
+        """About how many bytes of memory the object takes until its output comes."""
+        return len(self._given)
 
-    def failed(self, error: ApiError, output: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def end(self, reason: FinishReason, usage: ReplyUsage) -> None:
+        """The response has ended."""
+        self.status = STATUSES[reason]
+        self._fields["usage"] = _usage(usage)
+        if self.status == "completed":
+            self._fields["completed_at"] = int(time.time())
+        elif self.status == "incomplete":
+            self._fields["incomplete_details"] = {"reason": "max_output_tokens"}
+
+    def fail(self, error: ApiError) -> None:
+        """The response has ended with an error."""
+        self.status = "failed"
         code = "rate_limit_exceeded" if error.status == 429 else "server_error"
-        return self._fields | {
-            "status": "failed",
-            "output": list(output),
-            "error": {"code": code, "message": str(error)},
-        }
+        self._fields["error"] = {"code": code, "message": str(error)}
 
-    def of(self, chat: PreparedChat, completion: Completion) -> dict[str, Any]:
-        """The response of a completion. For a `PreparationPool`."""
+    def of(self, chat: PreparedChat, completion: Completion) -> list[str]:
+        """The response ends with a completion: its items, as JSON. For a `PreparationPool`."""
         (reply,) = replies(chat, completion)
         reason, parts = reply.reason(completion.finish_reason), reply.parts
-        last = "completed" if STATUSES[reason] == "completed" else "incomplete"
+        self.end(reason, reply.usage())
+        last = "completed" if self.status == "completed" else "incomplete"
         statuses = ["completed"] * (len(parts) - 1) + [last]
-        items = [self.item(part, at, status) for at, (part, status) in enumerate(zip(parts, statuses, strict=False))]
-        return self.ended(reason, items, reply.usage())
+        items = zip(parts, statuses, strict=False)
+        return [dumps(self.item(part, at, status)) for at, (part, status) in enumerate(items)]
 
     def item_id(self, part: ReplyPart, index: int) -> str:
         return f"{_PREFIXES[part.kind]}_{self.id.removeprefix('resp_')}_{index}"
@@ -130,6 +134,20 @@ class ResponseObject:
         return {"type": "output_text", "text": text, "annotations": []} | shown
 
 
+def given_fields(fields: ResponsesRequest) -> str:
+    """The fields of a response object that show the request's own, which may be long. For a `PreparationPool`."""
+    return dumps(
+        {
+            "instructions": fields.instructions,
+            "reasoning": {"effort": None, "summary": None} | (fields.reasoning or {}),
+            "text": {"format": {"type": "text"}} | (fields.text or {}),
+            "tool_choice": fields.tool_choice or "auto",
+            "tools": list(fields.tools or ()),
+            "metadata": fields.metadata or {},
+        }
+    )
+
+
 def _usage(usage: ReplyUsage) -> dict[str, Any]:
     return {
         "input_tokens": usage.prompt,
@@ -141,21 +159,20 @@ def _usage(usage: ReplyUsage) -> dict[str, Any]:
 
 
 class ResponseEvents:
-    """Writes the stream of one response. `done` gets the object once the response has ended."""
+    """Writes the stream of one response. `done` gets the items of its output, as JSON, once it has ended."""
 
-    def __init__(self, chat: PreparedChat, response: ResponseObject, done: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, chat: PreparedChat, response: ResponseObject, done: Callable[[Sequence[str]], None]) -> None:
         self._response = response
         self._done = done
         self._reply = Reply(chat)
         self._open: ReplyPart | None = None
-        self._output: list[dict[str, Any]] = []  # the items that are done
+        self._output: list[str] = []  # the items that are done, as JSON
         self._logprobs: list[dict[str, Any]] = []  # of the open item
         self._held: list[dict[str, Any]] = []  # of tokens whose text is held back
         self._number = 0
 
     def begin(self) -> bytes:
-        begun = self._response.begun()
-        return self._event("response.created", response=begun) + self._event("response.in_progress", response=begun)
+        return self._state("response.created") + self._state("response.in_progress")
 
     def events(self, events: Sequence[TokenEvent]) -> bytes:
         frames: list[bytes] = []
@@ -176,16 +193,16 @@ class ResponseEvents:
                 self._add(delta, frames)
         reason = self._reply.reason(sample.finish_reason)
         self._close(frames, "completed" if reason in ("stop", "tool_calls") else "incomplete")
-        ended = self._response.ended(reason, self._output, self._reply.usage())
-        self._done(ended)
-        kind = "response.completed" if ended["status"] == "completed" else "response.incomplete"
-        frames.append(self._event(kind, response=ended))
+        self._response.end(reason, self._reply.usage())
+        self._done(self._output)
+        completed = self._response.status == "completed"
+        frames.append(self._state("response.completed" if completed else "response.incomplete"))
         return b"".join(frames)
 
     def failed(self, error: ApiError) -> bytes:
-        ended = self._response.failed(error, self._output)
-        self._done(ended)
-        return self._event("response.failed", response=ended)
+        self._response.fail(error)
+        self._done(self._output)
+        return self._state("response.failed")
 
     def _add(self, delta: Delta, frames: list[bytes]) -> None:
         part, text = self._reply.collect(delta)
@@ -225,7 +242,7 @@ class ResponseEvents:
             frames.append(self._event(f"{outer}.done", **outer_place, part=piece))
         item = self._response.item(part, len(self._output), status, self._logprobs)
         frames.append(self._event("response.output_item.done", output_index=len(self._output), item=item))
-        self._output.append(item)
+        self._output.append(dumps(item))
 
     def _names(self, part: ReplyPart) -> tuple[str, dict[str, Any]]:
         """What the events of a part's text are called, and the fields that say where it is."""
@@ -245,5 +262,13 @@ class ResponseEvents:
         return "response.reasoning_summary_part" if "summary_index" in place else "response.content_part", place
 
     def _event(self, kind: str, **fields: Any) -> bytes:
+        return json_event(dumps(self._numbered(kind) | fields), kind)
+
+    def _state(self, kind: str) -> bytes:
+        """An event with the response as it stands."""
+        response = with_output(self._response.head, self._output)
+        return json_event(f'{dumps(self._numbered(kind))[:-1]},"response":{response}}}', kind)
+
+    def _numbered(self, kind: str) -> dict[str, Any]:
         number, self._number = self._number, self._number + 1
-        return event({"type": kind, "sequence_number": number, **fields}, kind)
+        return {"type": kind, "sequence_number": number}

@@ -12,6 +12,9 @@ from lamina.text.messages import MAX_MESSAGES
 _ROLES = ("user", "assistant", "system", "developer")
 _TEXTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 _IGNORED = ("id", "status", "phase", "internal_chat_message_metadata_passthrough")
+_PLAIN = (*_IGNORED, "namespace", "caller", "async")  # fields of items that are small, whatever they are
+_MOST_PLAIN = 16  # values of one
+_LONGEST_PLAIN = 512  # characters
 _KEYS: Mapping[str, tuple[str, ...]] = {
     "message": ("role", "content"),
     "function_call": ("call_id", "name", "arguments", "namespace", "caller", "async"),
@@ -71,6 +74,8 @@ def messages(items: Sequence[Mapping[str, Any]], field: str = "input") -> list[d
         for key, value in item.items():
             if key not in (*_KEYS[kind], *_IGNORED, "type") and value is not None:
                 raise ApiError(400, f"unknown field {name}.{key[:80]}; allowed are {', '.join(_KEYS[kind])}", field)
+            if key in _PLAIN:
+                check_plain(f"{name}.{key}", value)
         if kind == "message":
             role = item.get("role")
             if role not in _ROLES:
@@ -87,11 +92,29 @@ def messages(items: Sequence[Mapping[str, Any]], field: str = "input") -> list[d
         elif kind == "function_call_output":
             result = {"role": "tool", "tool_call_id": read_text(f"{name}.call_id", item.get("call_id"))}
             made.append(result | {"content": _text(f"{name}.output", item.get("output"))})
-        elif thought := _text(f"{name}.content", item.get("content") or item.get("summary") or ""):
-            say("reasoning_content", thought)
+        else:
+            read_text(f"{name}.encrypted_content", item.get("encrypted_content") or "")
+            if thought := _text(f"{name}.content", item.get("content") or item.get("summary") or ""):
+                say("reasoning_content", thought)
     for message in made:
         message |= {key: "\n".join(filter(None, message[key])) for key in _SAID if isinstance(message.get(key), list)}
     return [message for message in made if message["content"] is not None or "tool_calls" in message]
+
+
+def check_plain(name: str, value: Any) -> None:
+    """Raises ApiError unless the value of a field that changes nothing is small: a number, a boolean, null, a short
+    text, or a few of these in a list or an object."""
+    values = value if isinstance(value, dict | list) else [value]
+    small = len(values) <= _MOST_PLAIN
+    if small and isinstance(value, dict):
+        values = [*value, *value.values()]
+    if not small or not all(isinstance(each, bool | int | float | None) or _is_short(each) for each in values):
+        short = f"text of at most {_LONGEST_PLAIN} characters"
+        raise refused(name, value, f"null, a boolean, a number, {short}, or at most {_MOST_PLAIN} of these")
+
+
+def _is_short(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= _LONGEST_PLAIN
 
 
 def usable(given: Any) -> Any:
@@ -146,10 +169,14 @@ def _function(name: str, tool: Any) -> dict[str, Any]:
     if kind != "function":
         raise refused(f"{name}.type", kind if isinstance(tool, dict) else tool, _INSTEAD.get(str(kind), _BUILT_IN))
     known = ("name", "description", "parameters", "strict")
-    ignored = ("type", "defer_loading", "allowed_callers", "output_schema", "async")
-    for key in tool:
-        if key not in (*known, *ignored):
+    plain = ("type", "defer_loading", "allowed_callers", "async")  # fields that change nothing, like `output_schema`
+    for key, value in tool.items():
+        if key not in (*known, *plain, "output_schema"):
             raise ApiError(400, f"unknown field {name}.{key[:80]}; allowed are {', '.join(known)}", "tools")
+        if key in plain:
+            check_plain(f"{name}.{key}", value)
+    if not isinstance(tool.get("output_schema"), dict | None):
+        raise refused(f"{name}.output_schema", tool["output_schema"], "an object")
     return {"type": "function", "function": {key: tool[key] for key in known if tool.get(key) is not None}}
 
 

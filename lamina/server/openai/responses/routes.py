@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -13,13 +15,16 @@ from starlette.responses import Response
 from lamina.server.chat.chat_input import ChatInput, joined
 from lamina.server.chat.preparing import PreparedChat, prompt
 from lamina.server.chat.thinking import Thinking, read_effort
-from lamina.server.http.errors import ApiError, json_response, refused, shown
+from lamina.server.http.errors import ApiError, json_response, json_text, refused, shown
 from lamina.server.http.sse import EventStream, while_connected
+from lamina.server.openai.answers import dumps
 from lamina.server.openai.responses import items
-from lamina.server.openai.responses.events import ResponseEvents, ResponseObject
+from lamina.server.openai.responses.events import ResponseEvents, ResponseObject, given_fields
 from lamina.server.openai.responses.schemas import InputTokensRequest, ResponsesRequest
-from lamina.server.openai.responses.store import MAX_TURNS, ResponseStore, StoredResponse, memory
+from lamina.server.openai.responses.store import MAX_HISTORY, MAX_TURNS, ResponseStore, StoredResponse, with_output
+from lamina.server.openai.responses.store import item as stored_item
 from lamina.server.openai.schemas import response_format
+from lamina.server.preparation import go_on
 from lamina.server.service import GRACE, RequestContext, Service
 from lamina.server.settings import TENANT
 from lamina.text.messages import MAX_MESSAGES
@@ -41,16 +46,15 @@ class ResponseRoutes:
         fields = await service.read(request, ResponsesRequest, context)
         service.check_priority(context, fields.priority)
         served = service.served(context, 1, 1)
-        fields.tools = items.usable(fields.tools)
-        given, chat, namespaces = self._understood(fields, context.tenant)
-        work = service.prepare_chat(context, served, chat)
+        reading = self._reading(fields, context.tenant)
+        work = service.prepare_chat(context, served, reading.chat)
         prepared = await while_connected(request.receive, work, context.timeout + GRACE)
-        response = ResponseObject(fields, context.model.name, prepared, namespaces)
+        response = ResponseObject(fields, reading.shown, context.model.name, prepared, reading.namespaces)
         making = _Making(self._store, context.tenant, prepared, response)
         if fields.store is not False:
-            making.keep(given, fields.previous_response_id, lambda: served.engine.abort(prepared.request))
+            making.keep(reading.input, fields.previous_response_id, lambda: served.engine.abort(prepared.request))
         stream = fields.stream
-        del fields, given, chat  # not kept as long as the answer takes: they may have megabytes
+        del fields, reading  # not kept as long as the answer takes: they may have megabytes
         if stream:
             events = ResponseEvents(prepared, response, making.done)
             frames = making.frames(service, context, events)
@@ -61,17 +65,15 @@ class ResponseRoutes:
         """POST /v1/responses/input_tokens: how many tokens a response's prompt has."""
         context = service.context(request)
         fields = await service.read(request, InputTokensRequest, context)
-        served = context.served
-        fields.tools = items.usable(fields.tools)
-        _, chat, _ = self._understood(fields, context.tenant)
-        ids, _, _ = await service.prepare(context, prompt, chat, served)
-        return json_response({"object": "response.input_tokens", "input_tokens": len(ids)})
+        served, reading = context.served, self._reading(fields, context.tenant)
+        count = await service.prepare(context, lambda: len(prompt(reading.chat(), served)[0]))
+        return json_response({"object": "response.input_tokens", "input_tokens": count})
 
     async def retrieve(self, service: Service, request: Request) -> Response:
         """GET /v1/responses/{response_id}: a response that is kept, or is under way."""
         if request.query_params.get("stream", "false") not in ("false", ""):
             raise refused("stream", request.query_params["stream"], "false: a stream is on its own connection")
-        return json_response(self._stored(request).response)
+        return json_text(self._stored(request).response)
 
     async def delete(self, service: Service, request: Request) -> Response:
         """DELETE /v1/responses/{response_id}."""
@@ -83,10 +85,9 @@ class ResponseRoutes:
         """POST /v1/responses/{response_id}/cancel: end a response that is under way."""
         stored = self._stored(request)
         if stored.end is None:
-            status = stored.response["status"]
-            raise ApiError(400, f"the response is {status}; allowed is one in_progress", "response_id")
+            raise ApiError(400, f"the response is {stored.status}; allowed is one in_progress", "response_id")
         stored.end()
-        return json_response(stored.response | {"status": "cancelled"})
+        return json_text(stored.response.replace('"status":"in_progress"', '"status":"cancelled"', 1))
 
     async def input_items(self, service: Service, request: Request) -> Response:
         """GET /v1/responses/{response_id}/input_items: the items of a response's own input."""
@@ -97,17 +98,8 @@ class ResponseRoutes:
             raise refused("limit", limit, f"an integer from 1 to {_MOST}")
         if order not in ("asc", "desc"):
             raise refused("order", order, "asc or desc")
-        name = stored.id.removeprefix("resp_")
-        listed = [{"id": f"item_{name}_{at}"} | item for at, item in enumerate(stored.input)]
-        listed = listed if order == "asc" else listed[::-1]
-        if after is not None:
-            places = [place for place, item in enumerate(listed) if item["id"] == after]
-            if not places:
-                raise refused("after", after, "the id of one of the items")
-            listed = listed[places[0] + 1 :]
-        page = listed[: int(limit)]
-        ids = {"first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None}
-        return json_response({"object": "list", "data": page, **ids, "has_more": len(page) < len(listed)})
+        page = partial(_page, stored, int(limit), order == "asc", after)
+        return await service.prepare(service.context(request), page)
 
     def _stored(self, request: Request) -> StoredResponse:
         response_id = request.path_params["response_id"]
@@ -116,56 +108,102 @@ class ResponseRoutes:
             raise ApiError(404, f"there is no response {shown(response_id)}; they are kept for a while", "response_id")
         return stored
 
-    def _understood(
-        self, fields: InputTokensRequest, tenant: str
-    ) -> tuple[list[dict[str, Any]], ChatInput, dict[str, str]]:
-        """The items of the input, the chat that they stand for, and the namespaces of its functions."""
-        _check(fields)
-        given, conversation = self._conversation(fields, tenant)
-        tools, namespaces = items.tools(fields.tools)
-        chat = _chat_input(fields, conversation, tools)
-        if isinstance(fields, ResponsesRequest):
-            _add_sampling(fields, chat)
-        return given, chat, namespaces
-
-    def _conversation(
-        self, fields: InputTokensRequest, tenant: str
-    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """The items of the input, and the messages of the whole conversation. Raises ApiError."""
-        given = items.listed(fields.input)
-        resolved = [self._referred(tenant, at, item) for at, item in enumerate(given)]
-        if not resolved and fields.previous_response_id is None:
-            raise ApiError(400, "input is empty; at least one item is needed", "input", "missing_field")
-        history: list[dict[str, Any]] = []
+    def _reading(self, fields: InputTokensRequest, tenant: str) -> _Reading:
+        """A request that is to be read on a thread, with what is kept of its conversation. Raises ApiError."""
+        turns: list[StoredResponse] = []
         if (previous := fields.previous_response_id) is not None:
-            turns = self._store.conversation(tenant, previous)
-            if turns is None:
+            if (conversation := self._store.conversation(tenant, previous)) is None:
                 what = f"there is no response {shown(previous)}, or one before it is gone: they are kept for a while"
                 raise ApiError(
                     404, f"{what}; send the whole input", "previous_response_id", "previous_response_not_found"
                 )
+            turns = conversation
             if len(turns) >= MAX_TURNS:
                 raise ApiError(400, f"the conversation has {MAX_TURNS} turns, the most allowed", "previous_response_id")
-            if turns[-1].response["status"] == "in_progress":
+            if turns[-1].status == "in_progress":
                 raise ApiError(400, f"{previous} is in_progress; allowed is one that has ended", "previous_response_id")
-            history = [item for turn in turns for item in (*turn.input, *turn.response["output"])]
-            if len(history) + len(resolved) > MAX_MESSAGES:
-                raise ApiError(400, f"the conversation has more than {MAX_MESSAGES} items, which are allowed", "input")
-        made = [*items.messages(history, "previous_response_id"), *items.messages(resolved)]
-        if fields.instructions is not None:
-            made.insert(0, {"role": "system", "content": fields.instructions})
-        return resolved, joined(made)
+        return _Reading(fields, turns, self._store.of(tenant))
 
-    def _referred(self, tenant: str, at: int, item: dict[str, Any]) -> dict[str, Any]:
+
+class _Reading:
+    """From the fields of a request to a chat, on a thread: both may be long. `turns` are the conversation before it,
+    `stored` the responses that its items may refer to.
+
+    `chat` also sets the items of its `input` and the fields that a response object shows of it, as JSON, and the
+    namespaces of its functions."""
+
+    def __init__(
+        self, fields: InputTokensRequest, turns: Sequence[StoredResponse], stored: Mapping[str, StoredResponse]
+    ) -> None:
+        self.input = self.shown = ""
+        self.namespaces: Mapping[str, str] = {}
+        self._size = 0
+        self._fields = fields
+        self._turns = turns
+        self._stored = stored
+
+    def chat(self) -> ChatInput:
+        """The chat that the request asks for. Raises ApiError."""
+        fields = self._fields
+        fields.tools = items.usable(fields.tools)
+        _check(fields)
+        given = [self._referred(at, item) for at, item in enumerate(items.listed(fields.input))]
+        if not given and not self._turns:
+            raise ApiError(400, "input is empty; at least one item is needed", "input", "missing_field")
+        conversation = self._conversation(given)
+        tools, self.namespaces = items.tools(fields.tools)
+        chat = _chat_input(fields, conversation, tools)
+        if isinstance(fields, ResponsesRequest):
+            _add_sampling(fields, chat)
+            self.input, self.shown = dumps(given), given_fields(fields)
+        fields.input = fields.tools = None
+        return chat
+
+    def _conversation(self, given: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The messages of the whole conversation. Raises ApiError."""
+        history: list[dict[str, Any]] = []
+        for written in (written for turn in self._turns for written in turn.items):
+            history += self._kept(written, "previous_response_id")
+            if len(history) + len(given) > MAX_MESSAGES:
+                raise ApiError(400, f"the conversation has more than {MAX_MESSAGES} items, which are allowed", "input")
+        made = [*items.messages(history, "previous_response_id"), *items.messages(given)]
+        if self._fields.instructions is not None:
+            made.insert(0, {"role": "system", "content": self._fields.instructions})
+        return joined(made)
+
+    def _referred(self, at: int, item: dict[str, Any]) -> dict[str, Any]:
         """The item itself, or the one of a stored response that it refers to."""
         if item.get("type") != "item_reference" and not (item.keys() == {"id"} and isinstance(item["id"], str)):
             return item
-        found = self._store.item(tenant, str(item.get("id")))
-        if found is None:
-            raise ApiError(
-                404, f"input[{at}].id is {shown(item.get('id'))}; no kept response has it", f"input[{at}].id"
-            )
-        return found
+        name, item_id = f"input[{at}].id", item.get("id")
+        written = stored_item(self._stored, str(item_id))
+        kept: dict[str, Any] = {} if written is None else self._kept(written, name)
+        if kept.get("id") != item_id:
+            raise ApiError(404, f"{name} is {shown(item_id)}; no kept response has it", name)
+        return kept
+
+    def _kept(self, written: str, param: str) -> Any:
+        """What is kept as JSON. Raises ApiError where the conversation has too much of it: as objects it has more."""
+        go_on()
+        self._size += len(written)
+        if self._size > MAX_HISTORY:
+            raise ApiError(400, f"the earlier turns have more than {MAX_HISTORY} bytes, which are allowed", param)
+        return json.loads(written)
+
+
+def _page(stored: StoredResponse, limit: int, ascending: bool, after: str | None) -> Response:
+    """Some of the items of a response's input."""
+    name = stored.id.removeprefix("resp_")
+    listed = [{"id": f"item_{name}_{at}"} | item for at, item in enumerate(json.loads(stored.input))]
+    listed = listed if ascending else listed[::-1]
+    if after is not None:
+        places = [place for place, item in enumerate(listed) if item["id"] == after]
+        if not places:
+            raise refused("after", after, "the id of one of the items")
+        listed = listed[places[0] + 1 :]
+    page = listed[:limit]
+    ids = {"first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None}
+    return json_response({"object": "list", "data": page, **ids, "has_more": len(page) < len(listed)})
 
 
 class _Making:
@@ -176,20 +214,20 @@ class _Making:
         self._tenant = tenant
         self._chat = chat
         self._response = response
-        self._size = memory(response.begun())
-        self._ended: dict[str, Any] | None = None
+        self._output: Sequence[str] | None = None  # once it has ended
 
-    def keep(self, given: Sequence[dict[str, Any]], previous: str | None, end: Callable[[], None]) -> None:
-        """Keep the response as it stands; `end` ends it."""
-        begun = self._response.begun()
-        self._store.put(self._tenant, StoredResponse(self._response.id, given, previous, begun, end))
+    def keep(self, given: str, previous: str | None, end: Callable[[], None]) -> None:
+        """Keep the response as it stands, with the items that were given, as JSON; `end` ends it."""
+        response = self._response
+        self._store.put(self._tenant, StoredResponse(response.id, given, previous, response.head, end=end))
 
-    def done(self, ended: dict[str, Any]) -> None:
-        """The response has ended so. It is kept, unless it was deleted or others took its room meanwhile."""
-        self._ended = ended
+    def done(self, output: Sequence[str]) -> None:
+        """The response has ended with this output. It is kept, unless it was deleted or others took its room."""
+        self._output = output
         stored = self._store.get(self._tenant, self._response.id)
         if stored is not None:
-            stored.response, stored.end = ended, None
+            stored.head, stored.output, stored.status = self._response.head, output, self._response.status
+            stored.end = None
             self._store.put(self._tenant, stored)
 
     async def frames(
@@ -198,7 +236,7 @@ class _Making:
         """The frames of its stream. Where they are left before the end, as where a client goes, it is not kept."""
         request, begin = self._chat.request, events.begin()
         try:
-            async with aclosing(service.frames([request], context, events, begin, kept=self._size)) as frames:
+            async with aclosing(service.frames([request], context, events, begin, kept=self._response.size)) as frames:
                 async for piece in frames:
                     yield piece
         finally:
@@ -210,17 +248,17 @@ class _Making:
         try:
             if response.with_logprobs:  # which belong to parts of the reply, so it is read token by token
                 events = ResponseEvents(chat, response, self.done)
-                async for _ in service.frames([chat.request], context, events, kept=self._size):
+                async for _ in service.frames([chat.request], context, events, kept=self._response.size):
                     pass
             else:
-                (completion,) = await service.whole([chat.request], context, self._size)
+                (completion,) = await service.whole([chat.request], context, self._response.size)
                 self.done(await service.answer(context, response.of, chat, completion))
         finally:
             self._left()
-        return json_response(self._ended)
+        return json_text(with_output(response.head, self._output or ()))
 
     def _left(self) -> None:
-        if self._ended is None:
+        if self._output is None:
             self._store.drop(self._tenant, self._response.id)
 
 
@@ -287,6 +325,7 @@ def _format(text: Any) -> dict[str, Any]:
         return {}
     if not isinstance(text, dict) or not text.keys() <= {"format", "verbosity"}:
         raise refused("text", text, 'an object with "format" and "verbosity"')
+    items.check_plain("text.verbosity", text.get("verbosity"))
     wanted = text.get("format")
     if isinstance(wanted, dict) and wanted.get("type") == "json_schema":
         described = {key: value for key, value in wanted.items() if key != "type" and value is not None}
@@ -308,4 +347,6 @@ def _thinking(fields: InputTokensRequest) -> Thinking:
     for name in ("summary", "generate_summary"):
         if reasoning.get(name) not in (None, "auto", "concise", "detailed"):
             raise refused(f"reasoning.{name}", reasoning[name], "auto, concise or detailed")
+    for name in ("context", "mode"):
+        items.check_plain(f"reasoning.{name}", reasoning.get(name))
     return Thinking(effort=read_effort("reasoning.effort", reasoning.get("effort")), budget=budget)

@@ -1,36 +1,51 @@
 """Keeps responses in memory, so that a conversation can go on by `previous_response_id`: for a while, within bounds of
-number and bytes, each for the API key that made it.
+number and bytes, each for the API key that made it. They are kept as JSON, so their bytes are those that they take.
 """
 
 from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from sys import getsizeof
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 MAX_RESPONSES = 4096  # of all keys together
 MAX_BYTES = 64 << 20  # of all keys together, in memory
 MAX_AGE = 24 * 3600.0  # seconds since a response was last used
 MAX_TURNS = 1024  # of one conversation
+MAX_HISTORY = 8 << 20  # bytes of one conversation, which becomes objects of several times that for its next turn
 _LONGEST_ID = 128  # characters of an item's
 
 
 @dataclass(eq=False, slots=True)
 class StoredResponse:
-    """A response with the items of its own input. `response` is the object as it stands; `end` ends it while it is
-    under way, and is None afterwards."""
+    """A response as it stands, in JSON: the list of its own `input`, the items of its `output`, and the object without
+    these (`head`). `end` ends it while it is under way, and is None afterwards."""
 
     id: str
-    input: Sequence[dict[str, Any]]
+    input: str
     previous: str | None
-    response: dict[str, Any]
+    head: str
+    output: Sequence[str] = ()
+    status: str = "in_progress"
     end: Callable[[], None] | None = None
     size: int = 0
     used: float = 0.0
-    turns: int = field(default=1)
+
+    @property
+    def response(self) -> str:
+        """The response object."""
+        return with_output(self.head, self.output)
+
+    @property
+    def items(self) -> list[str]:
+        """What the next turn reads: the list of the input, and one of the output."""
+        return [self.input, f"[{','.join(self.output)}]"]
+
+
+def with_output(head: str, output: Sequence[str]) -> str:
+    """A response object as JSON, from one without its output and the items of that."""
+    return f'{head[:-1]},"output":[{",".join(output)}]}}'
 
 
 class ResponseStore:
@@ -50,7 +65,7 @@ class ResponseStore:
     def put(self, key: str, stored: StoredResponse) -> None:
         """Keep a response, or what has become of it. One that is too large by itself is not kept."""
         self.drop(key, stored.id)
-        stored.size = memory([stored.input, stored.response]) + 1024
+        stored.size = sum(map(len, (stored.input, stored.head, *stored.output))) + 1024  # ASCII: a byte a character
         if stored.size > self.most_bytes:
             return
         of_key = self._stored.setdefault(key, OrderedDict())
@@ -95,24 +110,15 @@ class ResponseStore:
             wanted = stored.previous
         return turns[::-1]
 
-    def item(self, key: str, item_id: str) -> dict[str, Any] | None:
-        """An item of a response's output by its id, which holds that of its response."""
-        _, _, rest = item_id[:_LONGEST_ID].partition("_")
-        of_key, response_id = self._stored.get(key), f"resp_{rest.partition('_')[0]}"
-        if of_key is None or (stored := of_key.get(response_id)) is None:
-            return None
-        return next((item for item in stored.response["output"] if item["id"] == item_id), None)
+    def of(self, key: str) -> Mapping[str, StoredResponse]:
+        """The responses of a key by their ids, as they stand now."""
+        return dict(self._stored.get(key, ()))
 
 
-def memory(value: Any) -> int:
-    """About how many bytes a JSON value takes as Python's objects, up to 25 times what it takes as text."""
-    total, rest = 0, [value]
-    while rest:
-        each = rest.pop()
-        total += getsizeof(each) + 8
-        if isinstance(each, dict):
-            rest += each.values()
-            rest += each
-        elif isinstance(each, list | tuple):
-            rest += each
-    return total
+def item(stored: Mapping[str, StoredResponse], item_id: str) -> str | None:
+    """An item of a response's output, as JSON, by its id, which ends with that of its response and its place."""
+    response_id, _, index = item_id[:_LONGEST_ID].partition("_")[2].partition("_")
+    response = stored.get(f"resp_{response_id}")
+    if response is None or not index.isdecimal() or int(index) >= len(response.output):
+        return None
+    return response.output[int(index)]
