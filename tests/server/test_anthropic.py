@@ -254,6 +254,8 @@ def test_web_pages_of_allowed_origins_may_ask(rig: Rig) -> None:
         reply = rig.ask("/v1/models", Origin=origin, Sec_Fetch_Site="cross-site", Authorization="Bearer key")
         assert reply.status == status
         assert reply.headers.get("access-control-allow-origin") == (ours if origin == ours else None)
+    for origin, status in ((ours, 400), (theirs, 403)):
+        assert rig.ask("/v1/messages", {}, Origin=origin, Authorization="Bearer key").status == status
     refused = rig.ask("/v1/messages", {}, Origin=ours, Sec_Fetch_Site="cross-site")
     assert (refused.status, refused.headers["access-control-allow-origin"]) == (401, ours)
 

@@ -28,9 +28,8 @@ CHARACTERS = 64
 """The most characters per token of the context: a text with more cannot fit, and is refused before it is tokenised."""
 
 MAX_CHARACTERS = 1 << 20
-"""Of all prompts of a request together, or what the context can have at most, if that is more."""
-MAX_ECHO = 16 << 20
-"""Characters that `echo` may repeat in one answer: each choice begins with its prompt."""
+"""Of all prompts of a request together, or what the context can have at most, if that is more. So it is for what an
+answer repeats (`echo`), and for the text of /detokenize."""
 _UNUSUAL = 6  # characters a token: a text with more for each of the context is long, unless it is an unusual one
 _PIECE = 1 << 14  # characters that are tokenised at a time: 0.15 s at worst
 
@@ -71,7 +70,7 @@ def prepared(chat: ChatInput, served: Served, salt: tuple[str, str]) -> Prepared
     except ContextTooLong as error:
         raise ApiError(400, str(error), chat.messages_field, TOO_LONG) from None
     prefix = last["content"] if chat.echo and last["role"] == "assistant" else ""
-    check_echo([prefix], params.n)
+    check_echo([prefix], params.n, inputs)
     chat.messages = chat.tools = None
     return PreparedChat(request, plan, served.tokenizer, prefix, chat.structure_field, filled)
 
@@ -160,7 +159,7 @@ def check_characters(prompts: Mapping[str, Any], inputs: InputProcessor) -> None
     lengths = {name: len(prompt) for name, prompt in prompts.items() if isinstance(prompt, str)}
     for name, length in lengths.items():
         check_length(name, length, inputs)
-    total, most = sum(lengths.values()), max(MAX_CHARACTERS, CHARACTERS * inputs.max_model_len)
+    total, most = sum(lengths.values()), most_characters(inputs)
     if total > most:
         raise ApiError(400, f"prompt has {total} characters in all its texts; allowed are {most}", "prompt")
 
@@ -171,10 +170,15 @@ def check_length(param: str, length: int, inputs: InputProcessor) -> None:
         raise _too_long(inputs, param, f"{length} characters, more than {CHARACTERS} for each of them")
 
 
-def check_echo(prefixes: Sequence[str], n: int) -> None:
+def most_characters(inputs: InputProcessor) -> int:
+    """How many characters all prompts of a request may have together, and what an answer repeats of them."""
+    return max(MAX_CHARACTERS, CHARACTERS * inputs.max_model_len)
+
+
+def check_echo(prefixes: Sequence[str], n: int, inputs: InputProcessor) -> None:
     """Raises ApiError where `n` choices for each of these prefixes repeat too much text."""
-    if (size := n * sum(map(len, prefixes))) > MAX_ECHO:
-        raise ApiError(400, f"echo repeats {size} characters in {n} choices; allowed are {MAX_ECHO}", "echo")
+    if (size := n * sum(map(len, prefixes))) > (most := most_characters(inputs)):
+        raise ApiError(400, f"echo repeats {size} characters in {n} choices; allowed are {most}", "echo")
 
 
 def encoded(

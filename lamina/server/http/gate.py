@@ -1,5 +1,6 @@
 """ASGI middleware for every request (`Gate`): it refuses other origins and missing API keys, gives each request an id,
-counts responses, and answers unexpected errors with status 500.
+sends answers within the memory that their keys may have (`_Answer`), counts responses, and answers unexpected errors
+with status 500.
 
 API keys come from the environment and from files, so that they do not appear among a program's arguments.
 """
@@ -11,24 +12,31 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lamina.server.http.errors import ApiError, shown
+from lamina.server.http.errors import ApiError, overloaded, shown
+from lamina.server.http.limits import ClientGone
 from lamina.server.models import ModelState
 from lamina.server.settings import TENANT, ServerSettings
+from lamina.server.shares import KeyShares
 from lamina_protocols.channels.channels import is_loopback
 
 logger = logging.getLogger("lamina")
 
 REQUEST_ID = "lamina.request_id"  # a key of a request's scope, like TENANT
-AT_END = "lamina.at_end"  # a key of a request's scope: what to call once its response has ended
+AT_END = "lamina.at_end"  # a key of a request's scope: what to call once its response has ended, or waits to be read
+MAX_ANSWERS = 64 << 20
+"""Bytes of all answers above `PIECE` that wait for their clients to read them."""
+PIECE = 1 << 16  # bytes of an answer that are sent at a time: of one that is not read, so much waits in its connection
 
 _ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 _HOST = re.compile(r"(\[[^\[\]]*\]|[^\[\]:]*)(:[0-9]{0,5})?")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_READING = frozenset({"GET", "HEAD", "OPTIONS"})  # methods that change nothing, so browsers leave out their Origin
+_OWN_SITES = frozenset({"same-origin", "none"})  # values of Sec-Fetch-Site that no web page of elsewhere can send
 _COUNTED = frozenset({401, 413, 429, 503})  # statuses counted as rejections, by the error's code
 _GONE = 499  # nginx's status for a request whose client disconnected before the response
 
@@ -74,6 +82,7 @@ class Gate:
         self._metrics = metrics
         self._public = public
         self._probes = probes
+        self._unread = KeyShares(MAX_ANSWERS, settings.tenants)
         host = settings.host or "localhost"
         self._names = {"localhost", host.lower()}
         # A server that listens beyond loopback without keys was started with --open.
@@ -87,37 +96,25 @@ class Gate:
                 await send({"type": "websocket.close", "code": 1008, "reason": "there are no websockets here"})
             return
         begun = time.monotonic()
-        status = 0
         given = _header(scope, b"x-request-id")
         shown_id = given if given is not None and _ID.fullmatch(given) else secrets.token_hex(16)
         scope[REQUEST_ID] = shown_id
-        at_end: list[Callable[[], None]] = []
-        scope[AT_END] = at_end
-
-        async def send_on(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", shown_id.encode())]
-            await send(message)
-
+        scope[AT_END] = []
+        answer = _Answer(scope, send, self._unread, self._metrics)
         try:
             if (refusal := self._refusal(scope, given)) is not None:
-                count_rejection(self._metrics, refusal)
-                await respond(refusal, send_on, scope["path"])
+                await answer.refuse(refusal)
             else:
-                await self._app(scope, receive, send_on)
+                await self._app(scope, receive, answer.send)
         except Exception:
-            if status:
+            if answer.status:
                 raise
             logger.exception("request %s failed", shown_id)
-            error = ApiError(500, "the server could not go on with this request")
-            await respond(error, send_on, scope["path"])
+            await respond(ApiError(500, "the server could not go on with this request"), answer.send, scope["path"])
         finally:
-            for call in at_end:
-                call()
+            answer.end()
             method = scope["method"] if scope["method"] in _METHODS else "other"
-            self._metrics.http(_handler(scope), method, status or _GONE, time.monotonic() - begun)
+            self._metrics.http(_handler(scope), method, answer.status or _GONE, time.monotonic() - begun)
 
     def _refusal(self, scope: Scope, given_id: str | None) -> ApiError | None:
         if given_id is not None and given_id != scope[REQUEST_ID]:
@@ -145,16 +142,16 @@ class Gate:
     def _elsewhere(self, scope: Scope) -> ApiError | None:
         """Refuse requests that a web page of another origin makes a browser on this network send: plain cross-site
         requests, and DNS rebinding, where a name of the page's own points to this host. Only browsers are checked."""
-        if _header(scope, b"sec-fetch-site") == "cross-site" and scope["path"] not in self._public:
-            origin = _header(scope, b"origin")
-            if not self._settings.allows(origin):
-                what = f"web pages of {shown(origin)} are" if origin else "web pages of elsewhere are"
-                return ApiError(
-                    403, f"Sec-Fetch-Site is cross-site; {what} refused without --allow-origin", code="cross_site"
-                )
+        host, origin = _header(scope, b"host"), _header(scope, b"origin")
+        site = _header(scope, b"sec-fetch-site")  # which browsers send to https and loopback only
+        foreign = site == "cross-site" and scope["path"] not in self._public
+        if origin is not None and site not in _OWN_SITES and scope["method"] not in _READING:
+            foreign = foreign or origin.partition("://")[2].lower() != (host or "").lower()
+        if foreign and not self._settings.allows(origin):
+            what = f"web pages of {shown(origin)} are" if origin else "web pages of elsewhere are"
+            return ApiError(403, f"the request is cross-site; {what} refused without --allow-origin", code="cross_site")
         if self._any_name or scope["path"] in self._probes:
             return None
-        host = _header(scope, b"host")
         if host is None or self._is_ours(host):
             return None
         return ApiError(
@@ -170,6 +167,62 @@ class Gate:
             return False
         name = found[1].lower().removesuffix(".")
         return name in self._names or _is_address(name.removeprefix("[").removesuffix("]"))
+
+
+class _Answer:
+    """Sends one response, in pieces: what the client has not read yet counts as its key's. `unread` has the bytes of
+    all keys. A response that finds no room becomes status 429; one that has begun is cut off."""
+
+    def __init__(self, scope: Scope, send: Send, unread: KeyShares, metrics: Metrics) -> None:
+        self.status = 0
+        self._scope = scope
+        self._send = send
+        self._unread = unread
+        self._metrics = metrics
+        self._head: Message | None = None  # until it is known that the body has room
+        self._refused = False
+
+    async def send(self, message: Message) -> None:
+        """Takes the application's messages. Raises ClientGone where a response that has begun finds no room."""
+        if self._refused:
+            return
+        if message["type"] == "http.response.start":
+            self.status, self._head = message["status"], message
+            shown_id = (b"x-request-id", self._scope[REQUEST_ID].encode())
+            message["headers"] = [*message.get("headers", ()), shown_id]
+            return
+        body, key = message.get("body", b""), self._scope.get(TENANT, "")
+        size = min(len(body), self._unread.most) if len(body) > PIECE else 0  # a lone one may always go
+        if not self._unread.fits(key, size):
+            if self._head is None:
+                raise ClientGone
+            await self.refuse(overloaded(f"{self._unread.held(key)} bytes of answers wait to be read; read them first"))
+            return
+        if not message.get("more_body"):
+            self.end()
+        self._unread.take(key, size)
+        try:
+            if self._head is not None:
+                head, self._head = self._head, None
+                await self._send(head)
+            # Each piece waits until the client has read most of what came before it, and so does the end of the last.
+            for begin in range(0, len(body), PIECE) if size else ():
+                piece = body[begin : begin + PIECE]
+                await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+            await self._send({**message, "body": b""} if size else message)
+        finally:
+            self._unread.give(key, size)
+
+    async def refuse(self, error: ApiError) -> None:
+        """Answer with an error, whatever the application sends."""
+        count_rejection(self._metrics, error)
+        await respond(error, self.send, self._scope["path"])
+        self._refused = True
+
+    def end(self) -> None:
+        """Nothing more is made for this response: call what is to be called then, once."""
+        while self._scope[AT_END]:
+            self._scope[AT_END].pop()()
 
 
 def _key(scope: Scope) -> str:

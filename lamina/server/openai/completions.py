@@ -101,7 +101,7 @@ def _texts(fields: CompletionRequest, served: Served, salt: tuple[str, str]) -> 
             prompt if isinstance(prompt, str) and whole else tokenizer.decode(ids)
             for prompt, ids in zip(given, prompts, strict=True)
         ]
-        check_echo(prefixes, params.n)
+        check_echo(prefixes, params.n, inputs)
     fields.prompt = None  # not kept as long as the answer takes: it may have megabytes
     return Texts(fields, requests, tokenizer, prefixes)
 
@@ -125,9 +125,7 @@ def _scored(fields: CompletionRequest) -> dict[str, int]:
 
 async def _whole(service: Service, texts: Texts, context: RequestContext, named: Mapping[str, Any]) -> Response:
     ended = await service.whole(texts.requests, context, texts.repeated)
-    if texts.params.prompt_logprobs is None:
-        return _written(texts, ended, named)
-    return await service.prepare(context, _written, texts, ended, named)  # long prompts take a while
+    return await service.answer(context, _written, texts, ended, named)
 
 
 def _written(texts: Texts, ended: Sequence[Completion], named: Mapping[str, Any]) -> Response:

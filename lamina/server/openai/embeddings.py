@@ -20,10 +20,9 @@ from lamina.errors import ContextTooLong, InvalidRequest
 from lamina.messages.engine_request import EngineRequest
 from lamina.server.chat.preparing import check_characters, encoded, truncated
 from lamina.server.frontend import Served
-from lamina.server.http.errors import ApiError, json_text, refused
+from lamina.server.http.errors import ApiError, json_response, json_text, refused
 from lamina.server.http.sse import while_connected
 from lamina.server.openai import answers
-from lamina.server.openai.answers import dumps
 from lamina.server.openai.schemas import MAX_INPUTS, EmbeddingRequest, PoolingRequest, RerankRequest
 from lamina.server.service import GRACE, RequestContext, Service
 
@@ -54,25 +53,17 @@ async def _embedded(service: Service, fields: EmbeddingRequest, context: Request
     inputs, fields.input = fields.input, None
     requests = await _requests(service, fields, {"input": inputs}, context)
     vectors = await _vectors(service, requests, context, fields.dimensions, fields.normalize is not False)
-    kind = fields.encoding_format or "float"
-    written = await service.prepare(context, _items, vectors, kind == "base64")
-    named = _named("embd", fields, context) | {"object": "list"}
-    usage = dumps(_usage(requests))
-    return json_text(f'{dumps(named)[:-1]},"data":[{",".join(written)}],"usage":{usage}}}')
+    named = _named("embd", fields, context) | {"object": "list", "usage": _usage(requests)}
+    return await service.answer(context, _written, named, vectors, fields.encoding_format == "base64")
 
 
 async def _reranked(service: Service, fields: RerankRequest, context: RequestContext) -> Response:
     texts = [_text(index, document) for index, document in enumerate(_documents(fields.documents))]
     requests = await _requests(service, fields, {"query": fields.query, "documents": texts}, context)
     query, *documents = await _vectors(service, requests, context, None, True)
-    scores = await service.prepare(context, _cosines, query, documents)
-    order = sorted(range(len(texts)), key=lambda index: (-scores[index], index))[: fields.top_n]
-    results: list[dict[str, Any]] = [{"index": index, "relevance_score": scores[index]} for index in order]
-    if fields.return_documents is not False:
-        for result in results:
-            result["document"] = {"text": texts[result["index"]]}
-    named = _named("rerank", fields, context)
-    return json_text(dumps({**named, "results": results, "usage": _usage(requests)}))
+    named = _named("rerank", fields, context) | {"usage": _usage(requests)}
+    shown = None if fields.return_documents is False else texts
+    return await service.answer(context, _ranked, named, query, documents, fields.top_n, shown)
 
 
 async def _requests(
@@ -135,12 +126,24 @@ def _made(
     ]
 
 
-def _items(vectors: Sequence[Vector], as_bytes: bool) -> list[str]:
-    """The items of the answer, as JSON."""
-    return [
+def _written(named: Mapping[str, Any], vectors: Sequence[Vector], as_bytes: bool) -> Response:
+    written = [
         f'{{"object":"embedding","index":{index},"embedding":{_base64(v) if as_bytes else _numbers(v)}}}'
         for index, v in enumerate(vectors)
     ]
+    return json_text(answers.with_json(named, "data", f"[{','.join(written)}]"))
+
+
+def _ranked(
+    named: Mapping[str, Any], query: Vector, documents: Sequence[Vector], most: int | None, texts: Sequence[str] | None
+) -> Response:
+    scores = _cosines(query, documents)
+    order = sorted(range(len(scores)), key=lambda index: (-scores[index], index))[:most]
+    results: list[dict[str, Any]] = [{"index": index, "relevance_score": scores[index]} for index in order]
+    if texts is not None:
+        for result in results:
+            result["document"] = {"text": texts[result["index"]]}
+    return json_response({**named, "results": results})
 
 
 def _numbers(vector: Vector) -> str:

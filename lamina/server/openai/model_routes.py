@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import time
 from datetime import datetime, timezone
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from lamina.server.chat.chat_input import ChatInput
-from lamina.server.chat.preparing import check_length, encoded, prompt
+from lamina.server.chat.preparing import check_length, encoded, most_characters, prompt
 from lamina.server.frontend import STATES, Served
 from lamina.server.http.errors import ApiError, refused, shown
 from lamina.server.models import ServedModel
 from lamina.server.openai.schemas import DetokenizeRequest, TokenizeRequest
+from lamina.server.preparation import go_on
 from lamina.server.service import Service
 from lamina.server.settings import TENANT
 from lamina.version import __version__
 
 _STARTED = int(time.time())
 _SNAPSHOT_TIMEOUT = 1.0  # seconds for which /metrics waits for the engine
+_PIECE = 4096  # tokens whose text is measured at a time
 
 
 async def models(service: Service, request: Request) -> Response:
@@ -54,14 +57,14 @@ async def tokenize(service: Service, request: Request) -> Response:
     """POST /tokenize."""
     context = service.context(request)
     fields = await service.read(request, TokenizeRequest, context)
-    return JSONResponse(await service.prepare(context, _tokenized, fields, context.served))
+    return await service.prepare(context, _tokenized, fields, context.served)
 
 
 async def detokenize(service: Service, request: Request) -> Response:
     """POST /detokenize."""
     context = service.context(request)
     fields = await service.read(request, DetokenizeRequest, context)
-    return JSONResponse(await service.prepare(context, _detokenized, fields, context.served))
+    return await service.prepare(context, _detokenized, fields, context.served)
 
 
 async def health(service: Service, request: Request) -> Response:
@@ -120,7 +123,7 @@ def _card(service: Service, model: ServedModel) -> dict[str, Any]:
     }
 
 
-def _tokenized(fields: TokenizeRequest, served: Served) -> dict[str, Any]:
+def _tokenized(fields: TokenizeRequest, served: Served) -> Response:
     tokenizer, inputs = served.tokenizer, served.inputs
     special = fields.add_special_tokens
     if (fields.prompt is None) == (fields.messages is None):
@@ -143,12 +146,19 @@ def _tokenized(fields: TokenizeRequest, served: Served) -> dict[str, Any]:
             served,
         )
     spelled = {"token_strs": [tokenizer.token(token) for token in ids]} if fields.return_token_strs else {}
-    return {"count": len(ids), "max_model_len": inputs.max_model_len, "tokens": ids, **spelled}
+    return JSONResponse({"count": len(ids), "max_model_len": inputs.max_model_len, "tokens": ids, **spelled})
 
 
-def _detokenized(fields: DetokenizeRequest, served: Served) -> dict[str, Any]:
-    most = served.inputs.vocab_size
-    for index, token in enumerate(fields.tokens):
-        if not 0 <= token < most:
-            raise refused(f"tokens[{index}]", token, f"token ids from 0 to {most - 1}")
-    return {"prompt": served.tokenizer.decode(fields.tokens, skip_special_tokens=False)}
+def _detokenized(fields: DetokenizeRequest, served: Served) -> Response:
+    tokens, decode = fields.tokens, partial(served.tokenizer.decode, skip_special_tokens=False)
+    vocabulary, most, length = served.inputs.vocab_size, most_characters(served.inputs), 0
+    for index, token in enumerate(tokens):
+        if not 0 <= token < vocabulary:
+            raise refused(f"tokens[{index}]", token, f"token ids from 0 to {vocabulary - 1}")
+    for begin in range(0, len(tokens), _PIECE):
+        go_on()
+        length += len(decode(tokens[begin : begin + _PIECE]))
+        if length > most:
+            what = f"tokens has {len(tokens)} tokens with more than {most} characters, which are allowed"
+            raise ApiError(400, what, "tokens")
+    return JSONResponse({"prompt": decode(tokens)})
