@@ -34,6 +34,8 @@ from lamina import LLM, Completion, SamplingParams
 from lamina.completions import TokenLogprob
 from lamina.errors import EngineError, InvalidRequest, LaminaError
 from lamina.launch import builder
+from lamina.launch.attention_pool import LOCAL
+from lamina_workers.parallel.tensor_parallel import TensorParallelWorkers
 from lamina_workers.ports.direct import SWITCH
 from lamina_workers.ports.port import LocalAttention
 
@@ -403,10 +405,15 @@ def _leftovers(llm: LLM) -> Iterator[str]:
 
 
 def _stores(engine: Any) -> dict[int, tuple[int, int, int]]:
-    """Of each holder, as its stores count them: free pages, pages, parts."""
+    """Of each holder that this process alone uses, as its stores count them: free pages, pages, parts."""
     stores = {}
-    for number, replies in engine._worker._replies.items():
-        port = replies.port
+    worker = engine._worker
+    if isinstance(worker, TensorParallelWorkers):
+        replies = {LOCAL: worker._worker._replies[LOCAL]}  # other ranks have seats at the same workers
+    else:
+        replies = getattr(worker, "_worker", worker)._replies
+    for number, reply in replies.items():
+        port = reply.port
         if isinstance(port, LocalAttention):
             pools = port._worker.pools
             counts = sum(pool.free_pages for pool in pools), sum(pool.n_pages for pool in pools)
