@@ -137,7 +137,8 @@ class Failures:
         self._in_vain += 1
         if self._in_vain < MAX_IN_VAIN:
             return
-        wrong_books = isinstance(fault, HolderLost) and fault.holders  # which a batch of one token would not find
+        # What a batch of one token would not find: no batch can be planned, or the books contradict the holders.
+        wrong_books = not isinstance(fault, HolderFault) or (isinstance(fault, HolderLost) and fault.holders)
         if not (wrong_books or self._worker.missing) and self._holders.probe() is None:
             self._in_vain = 0
             return
