@@ -5,7 +5,6 @@ Each is a mistake that somebody could make in a line or two, and that no test of
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,7 +24,7 @@ from lamina.kv.relocation import GrowingShare, Growth
 from lamina.kv.request import Plan, PlannedRow, ScheduledSequence
 from lamina.kv.running import RunningSequences
 from lamina.kv.spares import SpareCopy, Spares
-from lamina.scheduling.scheduler import RowPlanner, Scheduler
+from lamina.scheduling.scheduler import Scheduler
 from lamina_protocols.messages.messages import Announced, Announcement, Close, Operation, Reply
 from lamina_protocols.messages.routes import HolderBatch, Route
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
@@ -263,18 +262,6 @@ def rebuild_writes_pages_that_count_as_shared(patch: pytest.MonkeyPatch) -> None
     patch.setattr(KvRebuild, "_rewrites", lambda self, sequence: None)
 
 
-def suspects_make_no_room(patch: pytest.MonkeyPatch) -> None:
-    """Suspects that are tried together do not give up pages for each other."""
-    real = RowPlanner._make_room
-
-    def make_room(self: RowPlanner, sequence: ScheduledSequence, want: int, younger: deque[ScheduledSequence]) -> int:
-        tried = [suspect for group in self.trials()[:1] for suspect in group]
-        others = [other for other in younger if sequence not in tried or other not in tried]
-        return real(self, sequence, want, deque(others) if sequence in tried else younger)
-
-    patch.setattr(RowPlanner, "_make_room", make_room)
-
-
 PLANTS: dict[str, Plant] = {
     plant.__name__: plant
     for plant in (
@@ -299,6 +286,5 @@ PLANTS: dict[str, Plant] = {
         fork_a_token_too_long,
         pages_of_an_undone_plan_never_given_back,
         rebuild_writes_pages_that_count_as_shared,
-        suspects_make_no_room,
     )
 }
