@@ -40,6 +40,8 @@ RANKS = ("llama", "windows")
 SPARES = ("llama", "latents")
 LONGEST_PROMPT, LONGEST_TEXT = 140, 48
 CONTEXT = LONGEST_PROMPT + LONGEST_TEXT + 12
+PACKED_TOKENS = 32
+"""Tokens of a batch at most where weights are packed: some CPUs round nothing of what more tokens multiply."""
 MEMORY = {"small": 288 << 10, "large": 16 << 20}
 """Bytes of KV of a holder: of one to two of the longest sequences, and of more than all."""
 
@@ -133,6 +135,7 @@ def _turn(chance: random.Random, workers: int, memory: str) -> Turn:
         options |= {"speculate": "ngram", "num_speculative_tokens": chance.randint(1, 16)}
     if kind in RANKS and chance.random() < 0.12:
         options["quantize"] = chance.choice(("int4", "int8"))
+        options["max_batch_tokens"] = min(options["max_batch_tokens"], PACKED_TOKENS)
     events: tuple[Event, ...] = ()
     if workers:
         events = _beside_workers(chance, kind, workers, memory, options)

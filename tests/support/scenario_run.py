@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 import torch
-from drawn_scenarios import CONTEXT, KINDS, MEMORY, Client, Event, Scenario, Turn
+from drawn_scenarios import CONTEXT, KINDS, MEMORY, PACKED_TOKENS, Client, Event, Scenario, Turn
 from real_models import TIE
 from real_workers import WorkerProcess, until, worker_process
 from reference_models import reference
@@ -68,10 +68,10 @@ class Plain:
         """What the request gives alone, with the 20 likeliest tokens wherever it reports any."""
         key = turn.kind, turn.quantize
         if key not in self._engines:
-            options = {} if turn.quantize is None else {"quantize": turn.quantize}
+            packed: dict[str, Any] = {"quantize": turn.quantize, "max_batch_tokens": PACKED_TOKENS}
             self._engines[key] = LLM(
                 self.path(turn.kind), dtype="float32", threads=1, page_size=16, kv_memory="16MiB", prefix_cache=False,
-                lanes=1, max_model_len=CONTEXT, **options,
+                lanes=1, max_model_len=CONTEXT, **({} if turn.quantize is None else packed),
             )  # fmt: skip
         params = SamplingParams(**client.params | {"logprobs": 20})
         return self._engines[key].generate([list(client.prompt)], params)[0]
