@@ -56,24 +56,26 @@ async def answers(
 def killed_while_full(model: Path, seed: int, kills: int) -> None:
     """A server whose engine is killed so often, each time below 2 to 20 requests that run or wait."""
     chance = random.Random(seed)
-    sequences = chance.randint(2, 8)  # that have room for less than half of what they will need
-    memory = (sequences * 3 + chance.randint(0, 3) + LONGEST // 2) * PAGE * TOKEN_BYTES
-    options = ["--attention-workers", "1", "--local-share", "0", "--kv-memory", str(memory)]
+    sets = chance.randint(LONGEST, 4 * LONGEST)
+    options = ["--attention-workers", "1", "--local-share", "0", "--kv-memory", str(sets * PAGE * TOKEN_BYTES)]
     options += ["--dtype", "float32", "--threads", "1", "--max-model-len", str(CONTEXT)]
     options += ["--kv-local", "4MiB", *chance.choice((["--deterministic"], ["--lanes", "1"], []))]
     with engine(model, max_model_len=CONTEXT) as alone, serving(*options, model=str(model)) as server:
-        for _ in range(kills):
-            count, tokens = chance.randint(2, 20), chance.randint(120, CONTEXT - 60)
+        killed: set[int] = set()
+        while len(killed) < kills:
+            count, tokens = chance.randint(sets // 6 + 1, 20), chance.randint(170, CONTEXT - 60)  # 6 page sets or more
             prompts = [[chance.randrange(VOCABULARY) for _ in range(chance.randint(20, 50))] for _ in range(count)]
             expected = [[f"w{token}" for token in text] for text in texts(alone, prompts, tokens)]
 
             def kill() -> None:
-                until(lambda: is_full(server), server, 60)
-                before = server.engine
+                until(lambda: server.status()["engine"]["running"], server, 60)
+                until(lambda: is_full(server) or not server.status()["engine"]["running"], server, 60)
+                if not is_full(server):
+                    return  # it was too short a time: the next requests
+                killed.add(before := server.engine)
                 os.kill(before, signal.SIGKILL)
                 until(lambda: server.get("/health")[0] == 503, server)
                 until(lambda: server.get("/health")[0] == 200, server)
-                assert server.engine != before
 
             assert asyncio.run(answers(server, prompts, tokens, kill)) == expected
             until(lambda: not server.status()["engine"]["running"], server, 20)
