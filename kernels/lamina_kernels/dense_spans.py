@@ -1,7 +1,8 @@
 """All that a decoder computes between two attentions, for a few rows in bfloat16, as one program.
 
-The kernels are those of `few_rows`, `packed` and `dense_loops`, so a span gives the numbers that they give one by one.
-What it saves is Python between them, and a parallel region for each: 40 % of the time at one row of a small model.
+The kernels are those of `few_rows`, `tiles`, `packed` and `dense_loops`, so a span gives the numbers that they give one
+by one. What it saves is Python between them, and a parallel region for each: 40 % of the time at one row of a small
+model.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from lamina_kernels.compile.programs import Program, Step
-from lamina_kernels.dense import dense_loops, few_rows, gate_loops
+from lamina_kernels.dense import dense_loops, few_rows, gate_loops, tiles
 from lamina_kernels.dense.dense import Weight
 from lamina_kernels.dense.dense_loops import ADD, GELU, NORM, PARALLEL, SILU, SPLIT
 from lamina_kernels.packed import activations
@@ -163,16 +164,24 @@ class _Builder:
 
     def room(self, name: str, width: int) -> int:
         """Where `[rows, width]` inside a span are, for all spans of the thread."""
+        return self._buffer(name, width, width * _HALF.itemsize)
+
+    def _buffer(self, name: str, width: int, row_bytes: int) -> int:
+        """Where MAX_ROWS rows of so many bytes are, by name and width."""
         buffer = self._room.get((name, width))
         if buffer is None:
-            buffer = self._room[name, width] = torch.empty(MAX_ROWS, width, dtype=_HALF)
+            buffer = self._room[name, width] = torch.empty(MAX_ROWS, row_bytes, dtype=torch.uint8)
         return buffer.data_ptr()
 
     def linear(self, x: int, by: Map, y: int = 0, size: int = 2) -> _Linear:
         """y = x W^T + b, for addresses; size: bytes of a number of y."""
         weight, bias = by
         linear = _Linear(shape_of(weight))
-        if isinstance(weight, torch.Tensor):
+        if not isinstance(weight, torch.Tensor):
+            self._packed(linear, weight, size)
+        elif self.rows >= tiles.MIN_ROWS and tiles.can_multiply(weight):
+            self._tiles(linear, weight, size)
+        else:
             block = few_rows.Arguments(
                 shares=self.threads * _SHARES,
                 w=weight.data_ptr(),
@@ -183,8 +192,6 @@ class _Builder:
             )
             linear.reader, linear.writers = block, [(block, "y", 0)]
             self.steps.append(Step(few_rows.load_kernel(), block, True))
-        else:
-            self._packed(linear, weight, size)
         if bias is not None:
             added = self.small(ADD, linear.n_out, linear.n_out, y=_address("bias", bias, _HALF, linear.n_out))
             linear.writers.append((added, "x", 0))
@@ -192,23 +199,31 @@ class _Builder:
         linear.write(y)
         return linear
 
+    def _tiles(self, to: _Linear, weight: torch.Tensor, size: int) -> None:
+        """The steps of a map by tiles: x is written in lines, then multiplied."""
+        write_lines, multiply_lines = tiles.load_kernels()
+        lines = self._buffer("tiles", to.n_in, tiles.lines_size(MAX_ROWS, to.n_in) // MAX_ROWS)
+        shared = self.rows * to.n_in >= tiles.PARALLEL
+        to.reader = tiles.writing_arguments(self.rows, to.n_in, self.threads if shared else 1, lines)
+        block = tiles.multiplying_arguments(weight, self.rows, size, self.threads * _SHARES, lines)
+        to.writers = [(block, "y", 0)]
+        self.steps.append(Step(write_lines, to.reader, shared or not self.steps))
+        self.steps.append(Step(multiply_lines, block, True))
+
     def _packed(self, to: _Linear, parts: Sequence[PackedMatrix], size: int) -> None:
         """The steps of a packed map: x is rounded once, then each part writes beside the one before."""
         blocks = max(packed.blocks_of(part.format, to.n_in) for part in parts)
-        lines = self._room.get(("lines", blocks))
-        if lines is None:
-            lines = torch.empty(MAX_ROWS, blocks, activations.LINE, dtype=torch.uint8)
-            self._room["lines", blocks] = lines
+        lines = self._buffer("lines", blocks, blocks * activations.LINE)
         shared = self.rows * to.n_in >= activations.PARALLEL
         shares = self.threads if shared else 1
         to.reader = activations.arguments(self.rows, to.n_in, blocks, 2, shares)
-        to.reader.out = lines.data_ptr()
+        to.reader.out = lines
         self.steps.append(Step(activations.load_kernel(), to.reader, shared or not self.steps))
         column = 0
         for part in parts:
             n_out, _ = part.shape
             block = packed.arguments(part.format, self.rows, to.n_in, n_out, size, self.threads * _SHARES)
-            block.x, block.blocks, block.w = lines.data_ptr(), blocks, part.data.data_ptr()
+            block.x, block.blocks, block.w = lines, blocks, part.data.data_ptr()
             block.stride = to.n_out * size
             to.writers.append((block, "y", column * size))
             self.steps.append(Step(packed.load_kernel(part.format), block, True))

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from lamina_kernels.compile import programs
-from lamina_kernels.compile.emitter import Kind, cpu_has, kind_of
+from lamina_kernels.compile.emitter import Kind, kind_of
 from lamina_kernels.compile.launch import load_each
-from lamina_kernels.dense import dense_loops, few_rows, gate_loops
+from lamina_kernels.dense import dense_loops, few_rows, gate_loops, tiles
 from lamina_kernels.packed import matrix as packed
 from lamina_kernels.packed.matrix import PackedMatrix
 
@@ -26,9 +26,9 @@ class Linear:
     """y = x W^T + b, in the layout that the machine at hand multiplies fastest. Takes W over.
 
     weight: `[n_out, n_in]`, or packed matrices whose rows are those of W, one matrix behind the other; bias: `[n_out]`
-    or None; what is not packed has the dtype that x will have. In bfloat16 on a CPU, W is prepacked for oneDNN where
-    that has matrix units to feed (AMX); elsewhere it stays as it is: few rows of x are multiplied by `few_rows`, which
-    reads W faster, and many by oneDNN, which repacks W in a small part of its time.
+    or None; what is not packed has the dtype that x will have. In bfloat16 on a CPU W stays as it is where `few_rows`
+    can multiply with it, since that reads W faster than oneDNN. More rows of x are for `tiles`, where the CPU has them,
+    and many for oneDNN elsewhere, which repacks W in a small part of its time. A W for neither is prepacked for oneDNN.
     """
 
     def __init__(
@@ -40,12 +40,13 @@ class Linear:
         self._parts = () if isinstance(weight, torch.Tensor) else _parts(weight)
         if not isinstance(weight, torch.Tensor):
             self.n_out, self.n_in = sum(part.shape[0] for part in self._parts), self._parts[0].shape[1]
-            self._packed = self._few = False
+            self._packed = self._few = self._tiles = False
             packed.load_kernels(self._parts)
             return
         self.n_out, self.n_in = weight.shape
         self._packed = repacks(weight)
         self._few = not self._packed and few_rows.can_multiply(weight)
+        self._tiles = not self._packed and tiles.can_multiply(weight)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None) if self._packed else weight
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -57,8 +58,8 @@ class Linear:
             return F.linear(x, self._weight, self._bias)
         if not len(x):  # the compiled ways refuse
             return x.new_empty(0, self.n_out)
-        if self._few and len(x) <= few_rows.MAX_ROWS:
-            product = few_rows.multiply(x, self._weight)
+        if (by := self._kernel(len(x))) is not None:
+            product = by(x, self._weight)
             return product if self._bias is None else product.add_(self._bias)
         if self._packed:
             if self.halves is not None:
@@ -69,7 +70,7 @@ class Linear:
 
     @property
     def few_rows(self) -> tuple[Weight, torch.Tensor | None] | None:
-        """W and the bias, where W is packed or `few_rows` multiplies up to `few_rows.MAX_ROWS` rows; else None."""
+        """W and the bias, where W is packed or our kernels multiply up to `few_rows.MAX_ROWS` rows; else None."""
         if self._parts:
             return self._parts, self._bias
         return (self._weight, self._bias) if self._few else None
@@ -99,8 +100,16 @@ class Linear:
             return product if self._bias is None else product.add_(self._bias)
         if not self._few or self._bias is not None:
             return self(x).float()
+        if self._tiles and len(x) >= tiles.MIN_ROWS:
+            return tiles.multiply(x, self._weight, torch.float32)
         slices = [few_rows.multiply(part, self._weight, torch.float32) for part in x.split(few_rows.MAX_ROWS)]
         return torch.cat(slices) if len(slices) > 1 else slices[0]
+
+    def _kernel(self, rows: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
+        """Our own kernel for so many rows of x."""
+        if self._tiles and rows >= tiles.MIN_ROWS:
+            return tiles.multiply
+        return few_rows.multiply if self._few and rows <= few_rows.MAX_ROWS else None
 
 
 class HeadLinears:
@@ -128,6 +137,8 @@ def prepare(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[int, int
         loads.append(lambda: gate_loops.load_kernel(dtype is torch.bfloat16))
         if kind_of(dtype) is Kind.BFLOAT16_DOT:
             loads.append(few_rows.load_kernel)
+            if tiles.available():
+                loads.append(tiles.load_kernels)
             if programs.can_run():
                 loads.append(programs.load_kernel)
     return load_each(loads)
@@ -248,4 +259,4 @@ def repacks(weight: torch.Tensor) -> bool:
     # Private operators: a torch without them multiplies the plain way.
     has_mkldnn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     half = weight.is_cpu and weight.dtype == torch.bfloat16
-    return bool(has_mkldnn and half and (cpu_has("amx-bf16") or not few_rows.can_multiply(weight)))
+    return bool(has_mkldnn and half and not few_rows.can_multiply(weight))
