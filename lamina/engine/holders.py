@@ -284,8 +284,8 @@ class Drains:
 
     def _stands_still(self, drain: _Drain) -> bool:
         """Whether a drain has not gone on for too long: then it never would."""
-        kept = self._control.scheduler.running.kept_by(drain.numbers)
-        changed = self._migration.tokens, len(kept), sum(sequence.next for sequence in kept)
+        sequences = self._control.scheduler.running.kept_by(drain.numbers)
+        changed = self._migration.tokens, len(sequences), sum(sequence.next for sequence in sequences)
         if changed != drain.changed:
             drain.changed, drain.since = changed, self._clock()
         return self._clock() - drain.since > _STILL_S

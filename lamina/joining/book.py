@@ -100,11 +100,11 @@ class MachineBook:
         lately."""
         while self._codes and self._codes[0][0] <= now - CODES_S:
             self._codes.popleft()
-        everywhere = [made for made, _ in self._codes]
-        nearby = [made for made, code_address in self._codes if code_address == address]
-        for made, limit, where in ((nearby, MOST_CODES, f" at {address}"), (everywhere, MOST_OF_ALL, "")):
-            if len(made) >= limit:
-                again = made[0] + CODES_S - now
+        everywhere = [time for time, _ in self._codes]
+        nearby = [time for time, code_address in self._codes if code_address == address]
+        for times, limit, where in ((nearby, MOST_CODES, f" at {address}"), (everywhere, MOST_OF_ALL, "")):
+            if len(times) >= limit:
+                again = times[0] + CODES_S - now
                 raise NoRoom(f"{limit} machines{where} have asked lately; try again in {again:.0f} s")
         if len(self.accepted) >= MOST_MACHINES:
             raise NoRoom(f"the server has {MOST_MACHINES} machines, the most it takes; its operator can remove one")

@@ -58,8 +58,8 @@ class Linear:
             return F.linear(x, self._weight, self._bias)
         if not len(x):  # the compiled ways refuse
             return x.new_empty(0, self.n_out)
-        if (by := self._kernel(len(x))) is not None:
-            product = by(x, self._weight)
+        if (kernel := self._kernel(len(x))) is not None:
+            product = kernel(x, self._weight)
             return product if self._bias is None else product.add_(self._bias)
         if self._packed:
             if self.halves is not None:

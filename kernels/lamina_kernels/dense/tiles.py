@@ -292,4 +292,4 @@ def _turned_halves(e: Emitter, columns: Sequence[Value]) -> list[Value]:
         pairs.append(e.b.bitcast(e.b.shuffle_vector(rounded, rounded, order), VI))
     turned, lanes = _turned(e, pairs), ir.VectorType(I32, LANES // 2)
     parts = [ir.Constant(lanes, [I32(i) for i in range(start, start + LANES // 2)]) for start in (0, LANES // 2)]
-    return [e.b.shuffle_vector(both, both, part) for part in parts for both in turned]
+    return [e.b.shuffle_vector(rows, rows, part) for part in parts for rows in turned]

@@ -37,8 +37,8 @@ def most_tokens(layers: Iterable[LayerSpec], itemsize: int, hidden: int) -> int:
 def _token_bytes(spec: LayerSpec, itemsize: int, hidden: int) -> int:
     out = spec.heads * spec.d_v * itemsize
     if spec.kind in STATES:  # gates are float32, d_k + 1 a head at most
-        asked = 2 * spec.key_heads * spec.d_k * itemsize + out + 4 * spec.heads * (spec.d_k + 1)
+        question = 2 * spec.key_heads * spec.d_k * itemsize + out + 4 * spec.heads * (spec.d_k + 1)
     else:
         keys = spec.kv_heads * (spec.key_width + spec.own_v) * itemsize
-        asked = spec.heads * spec.query_width * itemsize + keys
-    return max(asked, out + 4 * spec.heads, out + hidden * itemsize)
+        question = spec.heads * spec.query_width * itemsize + keys
+    return max(question, out + 4 * spec.heads, out + hidden * itemsize)
