@@ -25,6 +25,7 @@ _CONTROL = re.compile(r"<[|｜].*[|｜]>", re.DOTALL)
 _SPELLED = 32  # characters by which a special token is known in a text
 _SEAM = "\udfff"  # half of a surrogate pair, which no checked text has
 _PARTS = 256  # parts of a text that are encoded at a time
+_LEAD = "\n"  # no token has it beside other characters, in vocabularies that spell a space as U+2581
 
 
 class Tokenizer:
@@ -54,7 +55,9 @@ class Tokenizer:
         self.special_tokens: frozenset[str] = frozenset(filter(None, map(self.token, self.special_ids)))
         """How the vocabulary spells them."""
         controls = [text for text in self.added_tokens if text in self.special_tokens or _CONTROL.fullmatch(text)]
-        self._controls = _beginnings([text[:_SPELLED] for text in controls if len(text) > 1])
+        # A user may type a switch, as GLM's /nothink.
+        spelled = [text[:_SPELLED] for text in controls if len(text) > 1 and not text.startswith("/")]
+        self._controls = _beginnings(spelled)
 
     @property
     def vocab_size(self) -> int:
@@ -99,10 +102,19 @@ class Tokenizer:
         # Unlike `encode`, which takes seconds for a megabyte of digits, this lets other threads run meanwhile.
         encode, add = self._tokenizer.encode_batch_fast, add_special_tokens and len(parts) == 1
         with _malformed("the model's tokenizer.json"):
+            lead = self._lead() if len(parts) > 1 else []
+            if lead:
+                parts[1:] = [_LEAD + part for part in parts[1:]]
             for begin in range(0, len(parts), _PARTS):
-                for encoding in encode(parts[begin : begin + _PARTS], add_special_tokens=add):
-                    ids += encoding.ids
+                for index, encoding in enumerate(encode(parts[begin : begin + _PARTS], add_special_tokens=add), begin):
+                    ids += encoding.ids[len(lead) if index else 0 :]
             return self._surrounded(ids) if add_special_tokens and not add else ids
+
+    def _lead(self) -> list[int]:
+        """The ids of _LEAD where the tokenizer puts a space before each text: a part that begins with it gets the
+        space there, and its own ids are those behind. Else none."""
+        letter, lead = (self._tokenizer.encode(text, add_special_tokens=False) for text in ("a", _LEAD))
+        return list(lead.ids) if letter.tokens and letter.tokens[0].startswith("\u2581") else []
 
     def _surrounded(self, ids: list[int]) -> list[int]:
         """Ids with the special tokens around them."""

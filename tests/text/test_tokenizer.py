@@ -195,6 +195,25 @@ def test_parts_of_a_text_get_the_special_tokens_of_one(tmp_path: Path) -> None:
         assert tokenizer.encode(parts) == [tokens[0][1], *bare, tokens[1][1]]
 
 
+@pytest.mark.parametrize("prefix", ["normalizer", "pre-tokenizer"])
+def test_parts_of_a_text_get_no_space_between_them(tmp_path: Path, prefix: str) -> None:
+    """Vocabularies of SentencePiece put a space before each text, but not within one."""
+    rust = Rust(models.BPE({token: index for index, token in enumerate("▁\nabcdsu:</>e[]rh")}, []))
+    if prefix == "normalizer":
+        rust.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        rust.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    rust.add_tokens([AddedToken("</s>", special=True)])
+    rust.add_tokens([AddedToken("/sad", special=True)])  # a switch, for users to type
+    template = "[{% for m in messages %}{{ m.content }}{% endfor %}]"
+    tokenizer = Tokenizer(save(tmp_path, rust, chat_template=template))
+    ids = tokenizer.chat([{"role": "user", "content": "ab</s> cd<"}])
+    assert "".join(tokenizer.token(index) or "" for index in ids) == "▁[ab</s>▁cd<]"
+    assert rust.token_to_id("</s>") not in ids
+    assert rust.token_to_id("/sad") in tokenizer.chat([{"role": "user", "content": "ab/sad"}])
+    tokenizer.close()
+
+
 def test_many_reserved_tokens_cost_a_text_no_more_than_one(tmp_path: Path) -> None:
     rust = byte_level()
     rust.add_tokens([AddedToken(f"<|reserved_special_token_{index}|>", special=True) for index in range(2000)])
