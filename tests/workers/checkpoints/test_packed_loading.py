@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from lamina.models.gguf_conversion import convert
 from lamina.models.gguf_files import GgufFile
-from lamina_kernels.dense.dense import Linear
+from lamina_kernels.dense.dense import Linear, repacks
 from lamina_kernels.packed.matrix import PackedMatrix
 from lamina_workers.checkpoints.model_checkpoint import open_checkpoint
 from lamina_workers.checkpoints.weight_loader import Packing, kept_bytes, packed_kind
@@ -217,6 +217,15 @@ def test_routers_are_not_quantised() -> None:
     experts = weights.layers[0].mlps[0].mlp
     (router,) = [name for name in source.names() if name.endswith("layers.0.block_sparse_moe.gate.weight")]
     torch.testing.assert_close(numbers(experts._router._scores), source.tensor(router))  # type: ignore[union-attr]
+
+
+@pytest.mark.skipif(repacks(torch.empty(64, 64, dtype=torch.bfloat16)), reason="oneDNN repacks weights on this CPU")
+def test_matrices_that_are_not_repacked_lie_in_one_block() -> None:
+    """None did: whether they are was asked of a matrix with strides of zero, which no kernel takes as it is."""
+    config = ModelConfig.from_dict(TINY | {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16})
+    weights = load_weights(config, Tensors(config), torch.bfloat16, torch.device("cpu"))
+    linears = [linear for layer in weights.layers for linear in (layer.qkv, layer.output)]
+    assert len({linear._weight.untyped_storage().data_ptr() for linear in linears}) == 1
 
 
 def test_packed_bytes_are_counted(made: Made) -> None:

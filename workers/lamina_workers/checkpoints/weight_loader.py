@@ -340,9 +340,10 @@ class Loader:
 
     def _empty(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Room for a tensor: for good where it will be kept, for the moment where `Linear` makes its own copy."""
-        if self._arena is not None and not (len(shape) == 2 and repacks(_like(shape, self._dtype))):
-            return self._arena.take(math.prod(shape) * self._dtype.itemsize).view(self._dtype).view(shape)
-        return torch.empty(shape, dtype=self._dtype, device=self.device)
+        empty = torch.empty(shape, dtype=self._dtype, device=self.device)  # takes no memory before it is written
+        if self._arena is None or (len(shape) == 2 and repacks(empty)):
+            return empty
+        return self._arena.take(empty.nbytes).view(self._dtype).view(shape)
 
     def _tensor(self, name: str) -> torch.Tensor:
         tensor = self._source.tensor(name)
@@ -376,11 +377,6 @@ def _numbers(
     _reorder(joined[:turned], order.cpu())
     split = joined.split([len(in_tensor) for in_tensor in numbers])  # a head is in one tensor
     return [in_joined - start for in_joined, start in zip(split, starts, strict=True)]
-
-
-def _like(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A matrix of that shape whose numbers do not matter."""
-    return torch.empty((), dtype=dtype).expand(shape)
 
 
 def _length(part: slice, of: int) -> int:
