@@ -393,12 +393,20 @@ class FrameRoom:
         self._spare = config.frame_tokens // config.max_batch_tokens  # times that all of a batch may go to one holder
 
     def limit(self, layout: Layout, count: int) -> int:
-        """How many of `count` further tokens of a sequence there is room for."""
-        return min(count, self._tokens // self._times(layout)) if len(layout) <= self._parts else 0
+        """How many of `count` tokens of a new row there is room for."""
+        return self.further(layout, count) if len(layout) <= self._parts else 0
+
+    def further(self, layout: Layout, count: int) -> int:
+        """How many of `count` tokens more there is room for in a row of the batch."""
+        return min(count, self._tokens // self._times(layout))
 
     def take(self, layout: Layout, count: int) -> None:
         """A row of these tokens is in the batch."""
         self._parts -= len(layout)
+        self.extend(layout, count)
+
+    def extend(self, layout: Layout, count: int) -> None:
+        """A row of the batch has these tokens more."""
         self._tokens -= count * self._times(layout)
 
     def _times(self, layout: Layout) -> int:

@@ -74,7 +74,11 @@ def unused_options(config: EngineConfig, holder: HolderConfig, relayed: bool = F
 
 def cut_options(config: EngineConfig, limits: SchedulerConfig) -> Iterator[str]:
     """A sentence for each option beyond what the frames of a batch carry with this model: it is cut to that."""
-    for name, cut in (("max_batch_tokens", limits.max_batch_tokens), ("max_num_seqs", limits.max_parts)):
+    tokens, rows = limits.max_batch_tokens, limits.max_sequences
+    cuts = [("max_batch_tokens", tokens)]
+    if rows < tokens:  # else the tokens of a batch are what bounds them
+        cuts.append(("max_num_seqs", rows))
+    for name, cut in cuts:
         if (getattr(config, name) or 0) > cut:
             yield f"{name}={getattr(config, name)} is cut to {cut}, as many as the frames of a batch carry"
 

@@ -268,15 +268,15 @@ def limits_of(
     # Which pages two sequences share is not known by positions once each has evicted its own.
     prefix_cache = config.prefix_cache and not evicts and not _keys_depend_on_length(model, max_model_len or context)
     frame_tokens = bounds.most_tokens(holder.layers, dtype.itemsize, model.hidden_size)
-    max_parts = bounds.most_rows(holder.layers)
+    rows = max_parts = bounds.most_rows(holder.layers)
     if config.model_workers > 1:
         frame_tokens = min(frame_tokens, bounds.MAX_COMMANDED_TOKENS)
     if config.replicas > 1:  # which send back the logits of rows that are not greedy
-        max_parts = min(max_parts, bounds.MAX_PAYLOAD // (4 * model.vocab_size * (1 + config.most_drafts)))
+        rows = min(rows, bounds.MAX_PAYLOAD // (4 * model.vocab_size * (1 + config.most_drafts)))
     batch_tokens = min(config.max_batch_tokens or DEFAULT_BATCH_TOKENS, frame_tokens)
     return SchedulerConfig(
         max_batch_tokens=batch_tokens,
-        max_sequences=min(config.max_num_seqs or MAX_SEQUENCES, batch_tokens, max_parts),
+        max_sequences=min(config.max_num_seqs or MAX_SEQUENCES, batch_tokens, rows),
         max_parts=max_parts,
         frame_tokens=frame_tokens,
         max_model_len=max_model_len or context,

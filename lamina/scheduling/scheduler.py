@@ -78,8 +78,8 @@ class Scheduler:
     @property
     def foremost(self) -> ScheduledSequence | None:
         """The first unfinished sequence by order, of those with KV where there are any: others wait for its pages."""
-        every = self.running.sequences or chain.from_iterable(self._requests.values())
-        return min(every, key=lambda sequence: sequence.order, default=None)
+        candidates = self.running.sequences or chain.from_iterable(self._requests.values())
+        return min(candidates, key=lambda sequence: sequence.order, default=None)
 
     @property
     def waiting(self) -> int:
@@ -494,7 +494,7 @@ class RowPlanner:
             # A row is attended where it is stored, so it does not cross from one share into the next.
             border = min(share.hi for share in sequence.layout if share.lo <= row.start < share.hi)
             count = self._blame.in_company(sequence, min(1 + count, border - row.start)) - 1
-            count = frames.limit(sequence.layout, count)
+            count = frames.further(sequence.layout, count)
             while count > 0 and (cost := self._ledger.further(row, count)):
                 if room is None:
                     room = self._running.headroom() - self._running.giving_way
@@ -504,7 +504,7 @@ class RowPlanner:
                 count -= 1
             if count > 0:
                 rows[index] = self._ledger.speculate(row, drafts[:count])
-                frames.take(sequence.layout, count)
+                frames.extend(sequence.layout, count)
                 budget -= count
                 left[tenant] -= count
 
@@ -530,7 +530,7 @@ class RowPlanner:
         for tenant, wants in demand.items():
             rows, tokens, row_limit = decoding[tenant], budget, self._max_rows
             if dealt is not None:
-                rows.sort(key=lambda each: each.turn)
+                rows.sort(key=lambda sequence: sequence.turn)
                 tokens, row_limit = dealt[tenant], max(1, row_limit // len(dealt))
                 del rows[min(row_limit, max(1, tokens - (wants - len(rows)), tokens // 2)) :]
             decodes.update(rows)

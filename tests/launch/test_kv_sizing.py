@@ -75,6 +75,8 @@ def test_a_batch_is_cut_to_what_frames_carry(model: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(bounds, "MAX_PAYLOAD", 101 * 4 * 9 * 50)
     replicas = limits(model_workers=2, model_parallel="replicas", speculate="ngram", **asked)
     assert replicas.max_sequences == 50  # the logits of 50 rows with eight drafts each
+    assert replicas.max_parts == alone.max_parts  # a row may have several
+    assert "max_num_seqs=65536 is cut to 50, as many as the frames of a batch carry" in cut_options(config, replicas)
     monkeypatch.undo()
     usual = limits()
     assert (usual.max_batch_tokens, usual.max_sequences) == (1024, 256)

@@ -37,6 +37,15 @@ def test_parts_of_all_holders_together_are_counted() -> None:
     assert room.limit(shares(1, 2, 3), 1) == 0
 
 
+def test_further_tokens_of_a_row_take_no_further_parts() -> None:
+    room = FrameRoom(config(max_batch_tokens=16, frame_tokens=16, max_parts=3))
+    room.take(shares(1, 2, 3), 4)
+    assert room.limit(shares(1, 2, 3), 1) == 0
+    assert room.further(shares(1, 2, 3), 20) == 12
+    room.extend(shares(1, 2, 3), 5)
+    assert room.further(shares(1, 2, 3), 20) == 7
+
+
 @pytest.mark.parametrize("limits", [{"max_parts": 3}, {"frame_tokens": 16}])
 def test_a_batch_has_no_more_rows_and_tokens_than_frames_carry_and_all_is_computed(limits: dict[str, Any]) -> None:
     world = OneHolder(config(max_batch_tokens=16, max_sequences=8, **limits), 200)
