@@ -370,6 +370,7 @@ class Engine:
         """Move sequences between holders, and let drained workers go. With `waits` there is nothing else to do. A copy
         is announced with all operations that wait, so too many go first."""
         if self._control.placement.overfull:
+            self._in_flight.full = False
             return
         drains = self._drains.under_way
         if drains or self._tiering.busy:
