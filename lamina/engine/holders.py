@@ -199,14 +199,14 @@ _STILL_S = 600.0  # seconds in which nothing of a drain goes on, after which it 
 
 @dataclass(slots=True)
 class _Drain:
-    """A drain under way of these holders. `copied`: the tokens that all moves had copied before it. `since`: when
-    something has `changed` last of what the holders keep, and how far that is computed and copied."""
+    """A drain under way of these holders. `copied`: the tokens that all moves had copied before it. `progress`: what
+    the holders keep, and how far that is computed and copied; `since`: when it last changed."""
 
     numbers: tuple[int, ...]
     done: Future[int]
     copied: int
     since: float
-    changed: object = None
+    progress: object = None
 
 
 class Drains:
@@ -285,10 +285,10 @@ class Drains:
     def _stands_still(self, drain: _Drain) -> bool:
         """Whether a drain has not gone on for too long: then it never would."""
         sequences = self._control.scheduler.running.kept_by(drain.numbers)
-        changed = self._migration.tokens, len(sequences), sum(sequence.next for sequence in sequences)
-        if changed != drain.changed:
-            drain.changed, drain.since = changed, self._clock()
-        return self._clock() - drain.since > _STILL_S
+        progress, now = (self._migration.tokens, len(sequences), sum(s.next for s in sequences)), self._clock()
+        if progress != drain.progress:
+            drain.progress, drain.since = progress, now
+        return now - drain.since > _STILL_S
 
     def give_up(self, why: Exception) -> None:
         """Every drain ends with an error: a move has failed, or the engine stops. The workers stay."""

@@ -25,9 +25,9 @@ def test_equals_float64_to_rounding(n, n_out, n_in, dtype, precision):
 
 def test_a_row_does_not_depend_on_the_others():
     x, weight = torch.randn(70, 64).bfloat16(), torch.randn(80, 64).bfloat16()
-    every = tiles.multiply(x, weight)
+    product = tiles.multiply(x, weight)
     for first, last in ((0, 1), (3, 9), (16, 49), (69, 70)):
-        assert torch.equal(tiles.multiply(x[first:last], weight), every[first:last])
+        assert torch.equal(tiles.multiply(x[first:last], weight), product[first:last])
 
 
 def test_what_is_not_finite_stays_in_its_row():

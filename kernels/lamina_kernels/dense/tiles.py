@@ -187,7 +187,7 @@ def _release(context: Any) -> Any:
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
 def _write_group(context: Any, rows: Any, x: Any, lines: Any, n_in: Any) -> Any:
-    """The lines of up to 16 rows of x; what lacks to 16 is zeros."""
+    """The lines of 16 rows of x, of which the first `rows` exist. The others are zeros."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         e = Emitter(builder)
@@ -215,9 +215,10 @@ def _write_group(context: Any, rows: Any, x: Any, lines: Any, n_in: Any) -> Any:
 def _multiply_tiles(
     context: Any, size: Any, form: Any, rows: Any, lines: Any, w: Any, y: Any, n_in: Any, n_out: Any
 ) -> Any:
-    """y of one or two tiles of rows of W with one or two of x, of which `rows` rows or more are there.
+    """y of one or two tiles of rows of W with one or two of x.
 
-    size: bytes of a number of y, a compile-time constant; form: `_form`.
+    size: bytes of a number of y, a compile-time constant; form: `_form`; rows: how many rows of y there are from here
+    on, behind which nothing is written.
     """
     (size_of_y,) = literals(size)
 

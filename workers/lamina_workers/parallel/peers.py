@@ -1,8 +1,8 @@
 """Model worker 0's end of the channels to the model workers beyond it: admits their processes, has them load, and sorts
 their reports.
 
-A process connects once, with a secret that it got when it was invited. The ranks of one model form a new group after
-each failure (`RankGroup`).
+A process connects once with a secret that it got when it was invited, and once more for its heartbeats. The ranks of
+one model form a new group after each failure (`RankGroup`).
 """
 
 from __future__ import annotations
@@ -270,7 +270,8 @@ class PeerListener:
 
     def _invited_by(self, secret: bytes) -> _Invited | None:
         """What that secret is for, where it was not used yet."""
-        return next((inv for inv in self._invited.values() if hmac.compare_digest(secret, inv.secret)), None)
+        invitations = self._invited.values()
+        return next((invited for invited in invitations if hmac.compare_digest(secret, invited.secret)), None)
 
     def _arrived(self, channel: Channel, secret: bytes) -> None:
         with self._lock:
