@@ -24,7 +24,8 @@ from lamina_protocols.errors import ProtocolError
 MOST_MACHINES = 64  # accepted ones
 MOST_CODES = 5  # for an address
 MOST_OF_ALL = 40
-CODES_S = WAITING_S = 300.0  # the second: for which a machine waits for the operator
+CODES_S = 300.0
+WAITING_S = CODES_S  # for which a machine waits for the operator: no more wait than codes were made
 ID_SIZE, KEY_SIZE = 8, 32  # bytes
 _RESERVED = "attention"  # begins the names of workers that are started here
 

@@ -182,13 +182,13 @@ def check_echo(prefixes: Sequence[str], n: int, inputs: InputProcessor) -> None:
 
 
 def encoded(
-    given: str | Sequence[str], special: bool, inputs: InputProcessor, param: str, whole: bool = True
+    prompt: str | Sequence[str], special: bool, inputs: InputProcessor, param: str, whole: bool = True
 ) -> list[int]:
     """The token ids of a text, perhaps in parts, that is needed as a `whole`, or only its end. Raises ApiError where it
     has far more tokens than the context, before all of it is tokenised. For a `PreparationPool`: it ends where the
     client has left."""
     go_on()
-    text = given if isinstance(given, str) else "".join(given)
+    text = prompt if isinstance(prompt, str) else "".join(prompt)
     check_text(param, text)
     limit = inputs.max_model_len
     if whole and len(text) > _UNUSUAL * limit:  # few characters a token would make it too long
@@ -198,7 +198,7 @@ def encoded(
             if tokens > 2 * limit:  # at the edges of pieces there are a few more than in the whole
                 raise _too_long(inputs, param, f"more than {2 * limit} tokens")
             go_on()
-    return inputs.tokenizer.encode(given, special)
+    return inputs.tokenizer.encode(prompt, special)
 
 
 def _too_long(inputs: InputProcessor, param: str, has: str) -> ApiError:

@@ -66,7 +66,7 @@ export class Joining {
     return button;
   }
 
-  // The code is typed, and the server compares it: whoever is in between can choose a name, but no code.
+  // The code is typed, and the server compares it: a machine in between can choose its name, but not its code.
   async #answer(machine, accept, button) {
     const about = `${machine.name} at ${machine.address}`;
     const code = accept ? prompt(`Which code does your machine show? The one that asks is ${about}.`) : "";
