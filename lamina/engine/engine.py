@@ -347,7 +347,8 @@ class Engine:
 
     def step(self) -> None:
         """Begin batches where lanes are free, then go on with one whose reply has come, or that has waited longest."""
-        if self._worker.missing:
+        if missing := self._worker.missing:
+            self._failures.rank_missed(f"model worker {missing[0]} cannot be reached")
             self._in_flight.full = True
             return
         self._move()

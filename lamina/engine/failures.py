@@ -228,10 +228,14 @@ class Failures:
             return
         if stays:
             raise EngineError(f"model worker {rank} is gone and stays away: {why}")
+        self.rank_missed(f"model worker {rank} is gone: {why}")
+
+    def rank_missed(self, why: str) -> None:
+        """A needed model worker cannot be reached: its process may stand still, so that no end of it is told."""
         if not self._deadline.started:
             rows = self._in_flight.rows()
             self._halt()
-            if self._blame(rows, fault := RankLost(f"model worker {rank} is gone: {why}")):
+            if self._blame(rows, fault := RankLost(why)):
                 self._failed_in_vain(fault)
 
     def _halt(self) -> None:

@@ -367,6 +367,7 @@ def test_engine_halts_once_when_a_rank_that_it_needs_is_gone() -> None:
     parts.failures.rank_gone(1, "killed", False)  # a replica is not missed
     assert not parts.calls
     parts.worker.missing = (1,)
+    parts.failures.rank_missed("model worker 1 cannot be reached")  # a step has seen it first
     parts.failures.rank_gone(1, "killed", False)
     parts.failures.rank_gone(1, "killed", False)
     assert parts.taken() == [*ABANDON, "wait"]
