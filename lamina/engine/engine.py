@@ -301,7 +301,8 @@ class Engine:
             work = self._control.has_work or moves
             stranded = bool(self._scheduler.admission.stranded) and not drains
             masks = self._masks.late > 0 and not moves
-            waits = self._in_flight.full and (self._holders.halted or stranded or masks)
+            served = not moves and not self._registry.requests  # what cannot be announced delays no request
+            waits = self._in_flight.full and (self._holders.halted or stranded or masks or served)
             idle = not self._in_flight and (not work or waits)
             since = self._clock() if idle else 0.0
             try:
@@ -366,6 +367,7 @@ class Engine:
             self._advance(self._in_flight.next())
         elif self._tiering.busy or self._spares.busy:
             self._move(waits=True)
+            self._in_flight.full = False  # a copy may have left pages to ask for
 
     def _move(self, waits: bool = False) -> None:
         """Move sequences between holders, and let drained workers go. With `waits` there is nothing else to do. A copy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
@@ -119,7 +120,9 @@ def test_only_an_engine_that_computes_nothing_any_more_ends_for_its_requests(dec
         return Port(worker, before)
 
     rig = Rig(decoder, shard="heads", weights=(1, 1), port=port)
-    inboxes = [rig.submit([3, 5 + at, 7], GREEDY)[1] for at in range(2 * MAX_IN_VAIN)]
+    inboxes: list[Any] = []
+    with contextlib.suppress(EngineError):  # it may end while they come
+        inboxes.extend(rig.submit([3, 5 + at, 7], GREEDY)[1] for at in range(2 * MAX_IN_VAIN))
     errors = [str(next(output.error for output in outputs(inbox) if output.error)) for inbox in inboxes]
     if sound:
         assert all("failed with this request" in error for error in errors)
@@ -127,5 +130,5 @@ def test_only_an_engine_that_computes_nothing_any_more_ends_for_its_requests(dec
         rig.close()
         return
     rig._thread.join(60)
-    assert not rig.engine.alive
-    assert any("no batch goes well any more" in error for error in errors)
+    with pytest.raises(EngineError, match="no batch goes well any more"):
+        rig.submit([5], GREEDY)
