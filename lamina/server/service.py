@@ -48,6 +48,7 @@ PING = 10.0  # seconds without a token after which a stream says that it is stil
 _LARGE = 1 << 16  # bytes from which a body is parsed on a thread, not on the event loop
 _SHOWN = 10  # names of models in an error
 _THREADS = 4  # to parse, render templates and tokenise
+_ANSWERS = 4  # times as many may wait to be written as samples run: one that is finished is the last to refuse
 
 
 @dataclass(slots=True)
@@ -105,7 +106,8 @@ class Service:
         # One thread each: two large bodies would need twice the memory, and grammars are compiled one at a time.
         self._parsing = PreparationPool("lamina-bodies", 1, most, keys)
         self._compiling = PreparationPool("lamina-grammars", 1, most, keys)
-        self._answering = PreparationPool("lamina-answers", 1, most, keys)  # these wait for no prompt of others
+        # Answers wait for no prompt of others. Their samples are given back before, so more may be written than run.
+        self._answering = PreparationPool("lamina-answers", 1, _ANSWERS * most, keys)
 
     def close(self) -> None:
         """Let the threads end, without waiting for them."""

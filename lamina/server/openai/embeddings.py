@@ -54,7 +54,7 @@ async def _embedded(service: Service, fields: EmbeddingRequest, context: Request
     requests = await _requests(service, fields, {"input": inputs}, context)
     vectors = await _vectors(service, requests, context, fields.dimensions, fields.normalize is not False)
     named = _named("embd", fields, context) | {"object": "list", "usage": _usage(requests)}
-    return await service.answer(context, _written, named, vectors, fields.encoding_format == "base64")
+    return await service.prepare(context, _written, named, vectors, fields.encoding_format == "base64")
 
 
 async def _reranked(service: Service, fields: RerankRequest, context: RequestContext) -> Response:
@@ -63,7 +63,7 @@ async def _reranked(service: Service, fields: RerankRequest, context: RequestCon
     query, *documents = await _vectors(service, requests, context, None, True)
     named = _named("rerank", fields, context) | {"usage": _usage(requests)}
     shown = None if fields.return_documents is False else texts
-    return await service.answer(context, _ranked, named, query, documents, fields.top_n, shown)
+    return await service.prepare(context, _ranked, named, query, documents, fields.top_n, shown)
 
 
 async def _requests(
