@@ -90,7 +90,7 @@ def test_document_links_to_files_and_headings_that_exist(document: Path) -> None
 
 
 def test_documents_together_are_read_in_a_day() -> None:
-    assert sum(path.stat().st_size for path in (ROOT / "docs").glob("*.md")) <= 220 * 1024
+    assert sum(path.stat().st_size for path in (ROOT / "docs").glob("*.md")) <= 220_000
 
 
 def test_readme_is_short() -> None:

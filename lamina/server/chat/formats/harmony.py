@@ -32,7 +32,7 @@ class HarmonyParser(ReplyParser):
         self._marks = (*ENDS, START, CHANNEL, *self._hidden)
 
     def _header(self, text: str, ended: bool, deltas: list[Delta]) -> str | None:
-        header, _, rest = text.partition(MESSAGE)
+        header, _, remainder = text.partition(MESSAGE)
         is_whole = MESSAGE in text[:_LONGEST_HEADER]
         if not is_whole or not _is_header(text):
             if not (is_whole or ended) and len(text) <= _LONGEST_HEADER and _is_header(text):
@@ -50,7 +50,7 @@ class HarmonyParser(ReplyParser):
         else:
             self._state = "reasoning" if channel is not None and channel[1] == "analysis" else "content"
         self._fresh = self._state == "reasoning"
-        return rest
+        return remainder
 
     def _reasoning(self, text: str, ended: bool, deltas: list[Delta]) -> str | None:
         return self._body(text, ended, lambda piece: deltas.append(Delta(reasoning=piece)))

@@ -35,20 +35,20 @@ class JsonCallParser(ReplyParser):
         starts = [(kind, key) for kind in ("", '"type":"function",') for key in ("arguments", "parameters")]
         return [f'{{{kind}"name":"{name}","{key}":{{' for name in self._functions for kind, key in starts]
 
-    def _call(self, mark: str, rest: str) -> str | None:
+    def _call(self, mark: str, remainder: str) -> str | None:
         self._opener = mark
         self._closer = self.closers[self.openers.index(mark)] if mark else ""
         self._state = "head"
-        return rest
+        return remainder
 
     def _head(self, text: str, ended: bool, deltas: list[Delta]) -> str | None:
         is_loose = not self._opener or self._opener in self.loose
         begins = text.lstrip()
         if self.calls and not self._opener:
             begins = begins.removeprefix(";").lstrip()
-        rest = self._after_head(_HEAD.match(begins), text, is_loose, deltas)
-        if rest is not None:
-            return rest
+        remainder = self._after_head(_HEAD.match(begins), text, is_loose, deltas)
+        if remainder is not None:
+            return remainder
         may_come = len(text) <= LONGEST_HEAD and (not self._closer or self._closer not in text)
         if not ended and may_come and (not is_loose or self._may_begin(begins)):
             self._waiting = text
@@ -58,11 +58,11 @@ class JsonCallParser(ReplyParser):
     def _after_head(self, head: re.Match[str] | None, text: str, is_loose: bool, deltas: list[Delta]) -> str | None:
         """Begin the call whose head was found at the start of `text`, after white space; the arguments and all that
         follows. None where it is no call."""
-        rest = "" if head is None else head.string[head.end() :]
-        if head is None or len(text) - len(rest) > LONGEST_HEAD or (is_loose and head[1] not in self._functions):
+        remainder = "" if head is None else head.string[head.end() :]
+        if head is None or len(text) - len(remainder) > LONGEST_HEAD or (is_loose and head[1] not in self._functions):
             return None
         self._begin_arguments(head[1], deltas)
-        return rest
+        return remainder
 
     def _begin_arguments(self, name: str, deltas: list[Delta]) -> None:
         self._begin_call(name, deltas)
@@ -86,15 +86,15 @@ class JsonCallParser(ReplyParser):
         return text[end:]
 
     def _tail(self, text: str, ended: bool, deltas: list[Delta]) -> str | None:
-        rest = text.lstrip()
-        is_whole = rest.startswith("}")
-        rest = rest.removeprefix("}").lstrip()
-        closes = rest.startswith(self._closer) and (self._closer != "" or is_whole or rest != "")
-        if not closes and not ended and self._closer.startswith(rest):
-            self._waiting = "}" + rest if is_whole else rest
+        remainder = text.lstrip()
+        is_whole = remainder.startswith("}")
+        remainder = remainder.removeprefix("}").lstrip()
+        closes = remainder.startswith(self._closer) and (self._closer != "" or is_whole or remainder != "")
+        if not closes and not ended and self._closer.startswith(remainder):
+            self._waiting = "}" + remainder if is_whole else remainder
             return None
         self._end_call()
-        return rest.removeprefix(self._closer) if closes or not self._closer.startswith(rest) else None
+        return remainder.removeprefix(self._closer) if closes or not self._closer.startswith(remainder) else None
 
     def _end_of_arguments(self, text: str) -> int:
         """How many characters belong to the arguments' JSON; `_depth` is 0 where they end within `text`."""

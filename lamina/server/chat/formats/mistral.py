@@ -32,10 +32,10 @@ class MistralParser(JsonCallParser):
     def _head(self, text: str, ended: bool, deltas: list[Delta]) -> str | None:
         begins = text.lstrip()
         head = _NAMED.match(begins) or _LISTED.match(begins)
-        rest = self._after_head(head, text, False, deltas)
-        if head is not None and rest is not None:
+        remainder = self._after_head(head, text, False, deltas)
+        if head is not None and remainder is not None:
             self._listed = head.re is _LISTED
-            return rest
+            return remainder
         if not ended and len(text) <= LONGEST_HEAD:
             self._waiting = text
             return None
@@ -48,15 +48,17 @@ class MistralParser(JsonCallParser):
         text = text.lstrip()
         number = _ID.match(text)
         end = number.end() if number is not None and number.end() <= LONGEST_HEAD else 0
-        rest = text[end:].lstrip().removeprefix("}").lstrip()
-        if not ended and (not rest or (rest[0] == "," and "{" not in rest and len(rest) <= LONGEST_HEAD)):
-            self._waiting = text if rest else text.rstrip()
+        remainder = text[end:].lstrip().removeprefix("}").lstrip()
+        if not ended and (
+            not remainder or (remainder[0] == "," and "{" not in remainder and len(remainder) <= LONGEST_HEAD)
+        ):
+            self._waiting = text if remainder else text.rstrip()
             return None
-        if rest[:1] == ",":
+        if remainder[:1] == ",":
             self._opener, self._state = "", "head"
-            return rest
+            return remainder
         self._end_call()
-        return rest.removeprefix("]")
+        return remainder.removeprefix("]")
 
 
 class Mistral(MarkedFamily):

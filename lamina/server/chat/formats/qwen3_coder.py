@@ -44,19 +44,19 @@ class Qwen3CoderParser(ReplyParser):
         self._begun = False  # whether the call has an argument
         self._written: list[str] = []  # what has come of a value that is not text
 
-    def _call(self, mark: str, rest: str) -> str | None:
+    def _call(self, mark: str, remainder: str) -> str | None:
         self._opener, self._state = mark, "function"
-        return rest
+        return remainder
 
     def _function(self, text: str, ended: bool, deltas: list[Delta]) -> str | None:
         head = _NAMED_FUNCTION.match(text.lstrip())
-        rest = "" if head is None else head.string[head.end() :]
-        is_near = len(text) - len(rest) <= _LONGEST_HEAD
+        remainder = "" if head is None else head.string[head.end() :]
+        is_near = len(text) - len(remainder) <= _LONGEST_HEAD
         if head is not None and is_near and (self._opener == _FUNCTION or _FUNCTION in head[0]):
             self._begin_call(head[1], deltas)
             self._function_name, self._begun = head[1], False
             self._state = "parameter"
-            return rest
+            return remainder
         if not ended and len(text) <= _LONGEST_HEAD and CLOSE not in text:
             self._waiting = text
             return None
@@ -94,12 +94,12 @@ class Qwen3CoderParser(ReplyParser):
         return None
 
     def _tail(self, text: str, ended: bool, deltas: list[Delta]) -> str | None:
-        rest = text.lstrip()
-        if not ended and rest != CLOSE and CLOSE.startswith(rest):
-            self._waiting = rest
+        remainder = text.lstrip()
+        if not ended and remainder != CLOSE and CLOSE.startswith(remainder):
+            self._waiting = remainder
             return None
         self._end_call()
-        return rest.removeprefix(CLOSE)
+        return remainder.removeprefix(CLOSE)
 
     @property
     def _is_text(self) -> bool:

@@ -158,13 +158,13 @@ class ReplyParser:
         if not mark:
             self._waiting = "" if ended else text[len(sure) :]
             return None
-        rest = text[end + len(mark) :]
+        remainder = text[end + len(mark) :]
         if mark in self._hidden:
-            return rest
+            return remainder
         self._skipped = text[len(sure) : end]
-        return self._call(mark, rest)
+        return self._call(mark, remainder)
 
-    def _call(self, mark: str, rest: str) -> str | None:
+    def _call(self, mark: str, remainder: str) -> str | None:
         """Go to the state that reads a call after its opening `mark`; "" is a call without one."""
         raise NotImplementedError(f"{type(self).__name__} has openers, but does not read what follows")
 
