@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import socket
 import ssl
@@ -20,6 +21,7 @@ from transports import SECRET, TRANSPORTS, made_credentials, pair
 
 from lamina_protocols.channels.channels import ChannelClosed, Credentials, checksum, client_context, server_context
 from lamina_protocols.channels.sockets import Listener, SocketChannel, connect_tcp, listen_tcp
+from lamina_protocols.channels.waiting import Waiter
 from lamina_protocols.errors import CorruptFrame, ProtocolError
 from lamina_protocols.frames import codec, frames
 from lamina_protocols.frames.frames import Prefix, blank_frame, pack_prefix, read_prefix
@@ -405,3 +407,13 @@ def test_the_address_with_most_silent_connections_makes_room():
         first.sendall(SECRET + b"\0")
         first.settimeout(10)
         assert first.recv(1) == b"\1"
+
+
+def test_the_end_of_a_waiter_closes_its_pipe() -> None:
+    waiter = Waiter()
+    pipe = waiter._woken, waiter._waking
+    identities = [os.fstat(descriptor).st_ino for descriptor in pipe]
+    del waiter
+    for descriptor, identity in zip(pipe, identities, strict=True):
+        with contextlib.suppress(OSError):  # it is closed
+            assert os.fstat(descriptor).st_ino != identity

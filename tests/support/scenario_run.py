@@ -12,6 +12,7 @@ import faulthandler
 import gc
 import os
 import queue
+import re
 import signal
 import sys
 import threading
@@ -191,7 +192,13 @@ def _turn(scenario: Scenario, turn: Turn, answers: list[Completion], plain: Plai
 
 
 def _resources() -> Counter[str]:
-    return Counter(descriptors=len(os.listdir("/proc/self/fd")), threads=threading.active_count())
+    """Threads by name, and descriptors by what they are: a file's path, the kind of a socket or pipe."""
+    names: Counter[str] = Counter()
+    for descriptor in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the one of this listing
+            names["descriptor of " + re.sub(r":\[\d+\]", "", os.readlink(f"/proc/self/fd/{descriptor}"))] += 1
+    names.update(f"thread {thread.name}" for thread in threading.enumerate())
+    return names
 
 
 def _abandon(llm: LLM) -> None:

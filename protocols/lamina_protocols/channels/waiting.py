@@ -9,6 +9,7 @@ import contextlib
 import os
 import select
 import threading
+import weakref
 from typing import Protocol
 
 from lamina_protocols.channels.channels import Channel, ChannelClosed
@@ -24,13 +25,14 @@ class Poller(Protocol):
 
 
 class Waiter:
-    """Waits for channels. `wake` may be called from any thread, the rest from one; `close` after the last `wait`."""
+    """Waits for channels. `wake` may be called from any thread, the rest from one; `close` after the last `wait`,
+    which the end of the object does too."""
 
     def __init__(self, poller: Poller | None = None) -> None:
         self._woken, self._waking = os.pipe()
+        self._end = weakref.finalize(self, _close, self._woken, self._waking)
         os.set_blocking(self._woken, False)
         os.set_blocking(self._waking, False)
-        self._open = True
         self._lock = threading.Lock()  # so that the pipe is not closed while it is written to
         self._poll: Poller = poller or select.poll()
         self._poll.register(self._woken, select.POLLIN)
@@ -56,7 +58,7 @@ class Waiter:
     def wake(self) -> None:
         """Let `wait` return."""
         with self._lock, contextlib.suppress(BlockingIOError):  # a full pipe wakes too
-            if self._open:
+            if self._end.alive:
                 os.write(self._waking, b"\0")
 
     def wait(self, timeout: float | None = None) -> list[Channel]:
@@ -83,9 +85,7 @@ class Waiter:
 
     def close(self) -> None:
         with self._lock:
-            self._open = False
-            os.close(self._woken)
-            os.close(self._waking)
+            self._end()
 
     def _ready(self, channel: Channel) -> bool:
         try:
@@ -102,3 +102,8 @@ class Waiter:
         number = self._numbers[channel]
         if number is not None:
             self._poll.modify(number, select.POLLIN if flushed else select.POLLOUT)
+
+
+def _close(*descriptors: int) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)

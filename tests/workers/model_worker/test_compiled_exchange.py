@@ -363,7 +363,6 @@ def test_a_suspended_batch_says_which_holder_it_waits_for(way: str) -> None:
             torch.testing.assert_close(result(run), pair.model.dense(), atol=2e-5, rtol=1e-5)
         finally:
             told.set()
-            waits.close()
             pair.close()
 
 

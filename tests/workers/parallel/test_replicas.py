@@ -155,7 +155,6 @@ def test_the_first_of_several_is_waited_for(transport) -> None:
         quiet.close()
         assert waits.until_any(waitings, 10.0)  # closed on this side, a moment ago
         assert not waits.until_any([*waitings, Waiting(Replies(None), 1)], 10.0)  # which will not come over a channel
-        waits.close()
 
 
 # Replicas that are threads here, over real channels to real attention workers.

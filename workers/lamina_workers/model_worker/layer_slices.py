@@ -211,6 +211,3 @@ class Waits:
         finally:
             for channel in watched:
                 self._waiter.remove(channel)
-
-    def close(self) -> None:
-        self._waiter.close()
