@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import faulthandler
 import gc
+import logging
 import os
 import queue
 import re
@@ -175,6 +176,8 @@ def _turn(scenario: Scenario, turn: Turn, answers: list[Completion], plain: Plai
         if turn.always_drafts:
             patch.setattr(builder, "Speculation", Always)
         llm = LLM(plain.path(turn.kind), **options)
+    logger = logging.getLogger("lamina")
+    logger.addFilter(_without_frames)
     try:
         results = asyncio.run(_serve(llm, scenario, turn, fleet))
         problems = list(_differences(turn, answers, results))
@@ -182,6 +185,8 @@ def _turn(scenario: Scenario, turn: Turn, answers: list[Completion], plain: Plai
     except BaseException:
         _abandon(llm)
         raise
+    finally:
+        logger.removeFilter(_without_frames)
     llm.close()
     del llm
     gc.collect()
@@ -189,6 +194,15 @@ def _turn(scenario: Scenario, turn: Turn, answers: list[Completion], plain: Plai
         until(lambda: not _resources() - before, 10)
     problems += [f"{count} {name} more than before" for name, count in (_resources() - before).items()]
     return problems
+
+
+def _without_frames(record: logging.LogRecord) -> bool:
+    """Records that are captured for a report would keep the engine, to which the frames of an error refer."""
+    record.msg, record.args = record.getMessage(), ()
+    if record.exc_info:
+        record.exc_text = logging.Formatter().formatException(record.exc_info)
+        record.exc_info = None
+    return True
 
 
 def _resources() -> Counter[str]:
