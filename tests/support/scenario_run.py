@@ -189,9 +189,13 @@ def _turn(scenario: Scenario, turn: Turn, answers: list[Completion], plain: Plai
         logger.removeFilter(_without_frames)
     llm.close()
     del llm
-    gc.collect()
+
+    def as_before() -> bool:
+        gc.collect()  # each time: a thread that ends later may leave a circle
+        return not _resources() - before
+
     with contextlib.suppress(TimeoutError):
-        until(lambda: not _resources() - before, 10)
+        until(as_before, 10)
     problems += [f"{count} {name} more than before" for name, count in (_resources() - before).items()]
     return problems
 
