@@ -37,6 +37,8 @@ from lamina.completions import TokenLogprob
 from lamina.errors import EngineError, InvalidRequest, LaminaError
 from lamina.launch import builder
 from lamina.launch.attention_pool import LOCAL
+from lamina_workers.decoder import sampler
+from lamina_workers.decoder.sampler import uniform
 from lamina_workers.parallel.tensor_parallel import TensorParallelWorkers
 from lamina_workers.ports.direct import SWITCH
 from lamina_workers.ports.port import LocalAttention
@@ -44,6 +46,7 @@ from lamina_workers.ports.port import LocalAttention
 DEADLINE = 150.0  # seconds that a scenario's clients may take, on a machine that has other work
 SETTLES = 30.0  # seconds until an engine without clients has nothing more to do
 CLOSE = 1e-3  # of log probabilities
+DRAWN = 2e-5  # of the sum of probabilities up to a token
 COARSE = 0.25  # the same where weights are packed: a code of 8 bits more or less
 Sampled = tuple[tuple[int, ...], ...]
 
@@ -77,6 +80,21 @@ class Plain:
             )  # fmt: skip
         params = SamplingParams(**client.params | {"logprobs": 20})
         return self._engines[key].generate([list(client.prompt)], params)[0]
+
+    def drawn(self, turn: Turn, client: Client, sample: int, place: int) -> set[int]:
+        """The tokens that the request may draw at a place: its random number decides, and may lie so near to the border
+        of two tokens that the order of sums does."""
+        tokens = set()
+        for shift in (-DRAWN, DRAWN):
+
+            def shifted(seed: int, index: int, position: int, shift: float = shift) -> float:
+                number = uniform(seed, index, position)
+                return min(max(number + shift, 0.0), 1.0 - DRAWN) if (index, position) == (sample, place) else number
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sampler, "uniform", shifted)
+                tokens.add(self.answer(turn, client).samples[sample].token_ids[place])
+        return tokens
 
     def check(self, turn: Turn, client: Client, answer: Completion) -> Iterator[str]:
         """In what the answer is not that of the model in float64: greedy tokens and prompt log probabilities."""
@@ -180,7 +198,7 @@ def _turn(scenario: Scenario, turn: Turn, answers: list[Completion], plain: Plai
     logger.addFilter(_without_frames)
     try:
         results = asyncio.run(_serve(llm, scenario, turn, fleet))
-        problems = list(_differences(turn, answers, results))
+        problems = list(_differences(turn, answers, results, plain))
         problems += _leftovers(llm)
     except BaseException:
         _abandon(llm)
@@ -300,19 +318,21 @@ def _happen(llm: LLM, scenario: Scenario, events: tuple[Event, ...], fleet: Flee
                     engine.drain(names[event.worker % len(names)]).result(DEADLINE)
 
 
-def _differences(turn: Turn, answers: list[Completion], results: list[Completion | Sampled]) -> Iterator[str]:
+def _differences(
+    turn: Turn, answers: list[Completion], results: list[Completion | Sampled], plain: Plain
+) -> Iterator[str]:
     for number, (client, answer, result) in enumerate(zip(turn.clients, answers, results, strict=True)):
         if isinstance(result, Completion):
-            problems = _against(turn, client, answer, result)
+            problems = _against(turn, client, answer, result, plain)
         else:
-            problems = _begun(turn, client, answer, result)
+            problems = _begun(turn, client, answer, result, plain)
         yield from (f"client {number} ({client.params}): {what}" for what in problems)
 
 
-def _against(turn: Turn, client: Client, answer: Completion, result: Completion) -> Iterator[str]:
+def _against(turn: Turn, client: Client, answer: Completion, result: Completion, plain: Plain) -> Iterator[str]:
     close = CLOSE if turn.quantize is None else COARSE
     for alone, sample in zip(answer.samples, result.samples, strict=True):
-        place = _parts(client, alone, sample.token_ids, close)
+        place = _parts(turn, client, alone, sample.token_ids, plain)
         if place is None and (sample.text, sample.finish_reason) != (alone.text, alone.finish_reason):
             yield f"{sample.text!r}, {sample.finish_reason}; alone {alone.text!r}, {alone.finish_reason}"
         elif place is not None and place >= 0:
@@ -323,26 +343,28 @@ def _against(turn: Turn, client: Client, answer: Completion, result: Completion)
         yield from _scores("prompt token", answer.prompt_logprobs or (), result.prompt_logprobs or (), close)
 
 
-def _begun(turn: Turn, client: Client, answer: Completion, result: Sampled) -> Iterator[str]:
-    close = CLOSE if turn.quantize is None else COARSE
+def _begun(turn: Turn, client: Client, answer: Completion, result: Sampled, plain: Plain) -> Iterator[str]:
     for alone, tokens in zip(answer.samples, result, strict=False):
-        place = _parts(client, alone, tokens, close, begun=True)
+        place = _parts(turn, client, alone, tokens, plain, begun=True)
         if place is not None and place >= 0:
             yield f"from token {place} on: {tokens}, alone {alone.token_ids}"
 
 
-def _parts(client: Client, alone: Any, tokens: tuple[int, ...], close: float, begun: bool = False) -> int | None:
-    """From where on a text is another than alone: None for the same, -1 where two likeliest tokens are a tie there."""
+def _parts(
+    turn: Turn, client: Client, alone: Any, tokens: tuple[int, ...], plain: Plain, begun: bool = False
+) -> int | None:
+    """From where on a text is another than alone: None for the same, -1 where two tokens are a tie there."""
     if tokens == (alone.token_ids[: len(tokens)] if begun else alone.token_ids):
         return None
     pairs = enumerate(zip(tokens, alone.token_ids, strict=False))
     place = next((place for place, (one, other) in pairs if one != other), min(len(tokens), len(alone.token_ids)))
-    if client.params["temperature"] == 0 and place < min(len(tokens), len(alone.token_ids)):
-        top = {entry.token_id: entry.logprob for entry in alone.logprobs[place].top}
-        tie = TIE if close == CLOSE else close
-        if abs(top.get(tokens[place], -torch.inf) - alone.logprobs[place].logprob) < tie:
-            return -1
-    return place
+    if place == min(len(tokens), len(alone.token_ids)):
+        return place
+    if client.params["temperature"] > 0:
+        return -1 if tokens[place] in plain.drawn(turn, client, alone.index, place) else place
+    top = {entry.token_id: entry.logprob for entry in alone.logprobs[place].top}
+    tie = TIE if turn.quantize is None else COARSE
+    return -1 if abs(top.get(tokens[place], -torch.inf) - alone.logprobs[place].logprob) < tie else place
 
 
 def _scores(what: str, alone: Any, reported: Any, close: float) -> Iterator[str]:
