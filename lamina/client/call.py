@@ -305,7 +305,8 @@ class _Waker:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = weakref.ref(loop)
-        self._filled: deque[AsyncOutputs] = deque()
+        # Weak, or a loop that ends before it runs what was called would keep its queues, their requests and the engine.
+        self._filled: deque[weakref.ref[AsyncOutputs]] = deque()
         self._called = False
 
     @classmethod
@@ -318,7 +319,7 @@ class _Waker:
 
     def wake_for(self, queue: AsyncOutputs) -> None:
         """Wake the loop because `queue` was filled. For any thread."""
-        self._filled.append(queue)
+        self._filled.append(weakref.ref(queue))
         if not self._called and (loop := self._loop()) is not None:
             self._called = True
             with suppress(RuntimeError):  # the loop was closed, so no task waits
@@ -327,4 +328,6 @@ class _Waker:
     def _run(self) -> None:
         self._called = False  # first, so that a thread that fills a queue from now on calls again
         while self._filled:
-            self._filled.popleft().wake()
+            queue = self._filled.popleft()()
+            if queue is not None:
+                queue.wake()

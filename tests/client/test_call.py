@@ -284,3 +284,17 @@ def test_async_outputs_raise_once_their_time_is_over_but_first_give_what_is_ther
         outputs.close()
 
     asyncio.run(taking())
+
+
+def test_a_loop_that_ends_keeps_no_queue() -> None:
+    async def made() -> AsyncOutputs:
+        return AsyncOutputs()
+
+    loop = asyncio.new_event_loop()
+    outputs = loop.run_until_complete(made())
+    outputs.put((EngineRequest(Request("0", (1,), 1), SamplingParams(), seed=0), []))
+    loop.close()  # before it wakes the queue
+    queue = weakref.ref(outputs)
+    del outputs
+    gc.collect()
+    assert queue() is None
