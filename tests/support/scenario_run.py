@@ -433,17 +433,20 @@ def _leftovers(llm: LLM) -> Iterator[str]:
         except LaminaError:  # the engine has not noticed yet that a worker is gone
             return False
 
+    def books(control: Any, stats: Any) -> list[str] | None:
+        """None until it is settled, in the same look: the next step may begin a move."""
+        return [*_books(engine, control), *_texts(engine, control)] if settled(control, stats) else None
+
     def wait(what: str) -> Iterator[str]:
         end = time.monotonic() + SETTLES
-        while not _look(llm, settled):
+        while (problems := _look(llm, books)) is None:
             if time.monotonic() > end:
                 yield f"{what} there is work after {SETTLES:g} s: {_state(llm)}"
                 return
             time.sleep(0.01)
+        yield from (f"{what}: {problem}" for problem in problems)
 
     yield from wait("without clients")
-    yield from _look(llm, lambda control, stats: list(_books(engine, control)))
-    yield from _look(llm, lambda control, stats: list(_texts(engine, control)))
     _look(llm, lambda control, stats: control.scheduler.running.prefix_cache.clear())
     yield from wait("without prefixes")
     for number, (free, total, parts) in _look(llm, lambda control, stats: _stores(engine)).items():
