@@ -17,13 +17,14 @@ _COMMON: dict[str, Any] = {
     "bos_token_id": EOS - 1,
     "eos_token_id": EOS,
 }
+_EVEN = {"intermediate_size": 128}  # two ranks have the same blocks of packed weights as one
 _LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 32, "q_lora_rank": 24, "qk_nope_head_dim": 12, "v_head_dim": 20}
 _WINDOWS = ["full_attention", "sliding_attention", "full_attention"]
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", _COMMON),
+    "llama": ("llama", _COMMON | _EVEN),
     "windows": (
         "qwen3",
-        _COMMON | {"head_dim": 16, "use_sliding_window": True, "sliding_window": 21, "layer_types": _WINDOWS},
+        _COMMON | _EVEN | {"head_dim": 16, "use_sliding_window": True, "sliding_window": 21, "layer_types": _WINDOWS},
     ),
     "latents": (
         "minicpm3",
