@@ -63,7 +63,7 @@ class Sample:
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
-    logprobs: tuple[TokenLogprob, ...] | None = None
+    logprobs: Sequence[TokenLogprob] | None = field(default=None, hash=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,15 +103,17 @@ class Completion:
         return self.samples[0].finish_reason
 
     @property
-    def logprobs(self) -> tuple[TokenLogprob, ...] | None:
+    def logprobs(self) -> Sequence[TokenLogprob] | None:
         """The first sample's log probabilities, one entry for each token, or None if none were asked for."""
         return self.samples[0].logprobs
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as dicts, lists and plain values, which JSON can have."""
-        scored = self.prompt_logprobs
-        listed = None if scored is None else [None if entry is None else asdict(entry) for entry in scored]
-        return asdict(replace(self, prompt_logprobs=None)) | {"prompt_logprobs": listed}
+        samples = [
+            asdict(replace(sample, logprobs=None)) | {"logprobs": _listed(sample.logprobs)} for sample in self.samples
+        ]
+        parts = {"samples": samples, "prompt_logprobs": _listed(self.prompt_logprobs)}
+        return asdict(replace(self, samples=(), prompt_logprobs=None)) | parts
 
     def __str__(self) -> str:
         return self.text
@@ -120,6 +122,10 @@ class Completion:
         text = self.text if len(self.text) <= 60 else f"{self.text[:57]}..."
         more = f", {len(self.samples)} samples" if len(self.samples) > 1 else ""
         return f"<Completion {text!r}, {self.usage.completion_tokens} tokens, {self.finish_reason!r}{more}>"
+
+
+def _listed(entries: Sequence[TokenLogprob | None] | None) -> list[dict[str, Any] | None] | None:
+    return None if entries is None else [None if entry is None else asdict(entry) for entry in entries]
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lamina.text.tokenizer import Tokenizer
 
 _LONG_PREFILL = 2048  # tokens of all prompts from which progress is reported
+_TOGETHER = 512  # outputs of a request that are delivered at once, where those of a whole sample need not be
 
 
 class Serving(Protocol):
@@ -67,6 +68,7 @@ class Call:
         self._owner = owner
         self._open = len(requests)
         self._put: Callable[[Delivery], None]
+        self._streamed = True
         self._buffers: dict[str, list[EngineOutput]] = {request.id: [] for request in requests}
         self._processors = {
             request.id: OutputProcessor(index, request, serving.tokenizer, partial(_stop, engine, request))
@@ -126,11 +128,11 @@ class Call:
     def submit(self, put: Callable[[Delivery], None], streamed: bool) -> None:
         """Submit all requests. `put` gets what the engine delivers, on the engine's thread, and must not block.
 
-        Outputs are held back until a sample has ended, unless they are `streamed` or stop strings must be found: to
-        wake the caller for each token would take a core from the engine.
+        Outputs are held back until there are many or a sample has ended, unless they are `streamed` or stop strings
+        must be found: to wake the caller for each token would take a core from the engine.
         """
         self._check_process()
-        self._put = put
+        self._put, self._streamed = put, streamed
         now = time.monotonic()
         for request in self._requests:
             request.submitted = now
@@ -150,11 +152,12 @@ class Call:
         return self._open == 0
 
     def take(self, delivery: Delivery) -> list[TokenEvent]:
-        """The events of one delivery. Raises the request's error where it failed."""
+        """The events of one delivery, with log probabilities where they are streamed: else the completions have them.
+        Raises the request's error where it failed."""
         request, outputs = delivery
         processor = self._processors[request.id]
         was_done = processor.done
-        events = list(processor.take(outputs))
+        events = list(processor.take(outputs, self._streamed))
         self._open -= processor.done and not was_done
         return events
 
@@ -168,7 +171,15 @@ class Call:
 
     def finished(self) -> list[Completion | None]:
         """Like `completions`, but None where a prompt has not ended."""
-        return [processor.completion() if processor.done else None for processor in self._processors.values()]
+        return [self.completion(request) if self.ended(request) else None for request in self._requests]
+
+    def completion(self, request: EngineRequest) -> Completion:
+        """A prompt's completion as it stands."""
+        return self._processors[request.id].completion()
+
+    def ended(self, request: EngineRequest) -> bool:
+        """Whether a prompt has all of its completion."""
+        return self._processors[request.id].done
 
     def abort(self) -> None:
         """The call is over: end what has not ended."""
@@ -188,7 +199,8 @@ class Call:
     def _hold(self, request: EngineRequest, outputs: list[EngineOutput]) -> None:
         buffer = self._buffers[request.id]
         buffer += outputs
-        if any(output.finish_reason is not None or output.error is not None for output in outputs):
+        over = any(output.finish_reason is not None or output.error is not None for output in outputs)
+        if over or len(buffer) >= _TOGETHER:
             self._buffers[request.id] = []
             self._deliver(request, buffer)
 

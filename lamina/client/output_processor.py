@@ -5,9 +5,10 @@ There is one `OutputProcessor` for each prompt. It takes outputs in order, on th
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
-from typing import overload
+from typing import Any, TypeVar, overload
 
 from lamina.completions import Completion, FinishReason, Sample, Timing, TokenEvent, TokenLogprob, Usage
 from lamina.messages.engine_request import EngineOutput, EngineRequest
@@ -15,6 +16,8 @@ from lamina.sampling_params import SamplingParams
 from lamina.text.stop_strings import StopMatcher
 from lamina.text.tokenizer import StreamDecoder, Tokenizer
 from lamina_workers.decoder.logprobs import PromptScores, RowLogprobs
+
+Entry = TypeVar("Entry", TokenLogprob, TokenLogprob | None)
 
 
 class OutputProcessor:
@@ -32,7 +35,7 @@ class OutputProcessor:
         self._first_token: float | None = None
         self._last: float | None = None
         scored = 0 if request.params.prompt_logprobs is None else len(request.request.prompt)
-        self._prompt: list[tuple[RowLogprobs, int] | None] = [None] * scored  # by position
+        self._prompt: list[bytes | None] = [None] * scored  # reports by position
         self.pooled: tuple[float, ...] = ()
         """The sum of the prompt's hidden states, where that was asked for."""
 
@@ -41,8 +44,9 @@ class OutputProcessor:
         """Whether every sample has ended."""
         return all(sample.finish_reason for sample in self._samples)
 
-    def take(self, outputs: Sequence[EngineOutput]) -> Iterator[TokenEvent]:
-        """The events that outputs give, in order. Raises the request's error where it failed."""
+    def take(self, outputs: Sequence[EngineOutput], spelled: bool = True) -> Iterator[TokenEvent]:
+        """The events that outputs give, in order, with log probabilities only where they are to be `spelled`. Raises
+        the request's error where it failed."""
         for output in outputs:
             if output.error is not None:
                 raise copy(output.error) from output.error.__cause__  # a copy: threads must not share a traceback
@@ -61,13 +65,14 @@ class OutputProcessor:
             text, stopped = sample.push(output)
             if stopped:
                 self._stop(output.sample)
-            logprob = sample.logprobs[-1] if sample.logprobs else None
+            report = output.logprobs if spelled else None
+            logprob = None if report is None else self._text.logprob(output.token, report)
             yield TokenEvent(text, output.token, self._index, output.sample, sample.finish_reason, logprob)
 
     def _take_scores(self, scores: PromptScores) -> None:
         self.pooled = scores.hidden
         after = scores.start + 1  # the position of the first token that they are of
-        self._prompt[after : after + len(scores.ranks)] = zip(scores.logprobs, scores.ranks, strict=True)
+        self._prompt[after : after + len(scores.ranks)] = map(_packed, scores.logprobs, scores.ranks)
 
     def completion(self) -> Completion:
         """All samples as they stand. Samples that have not ended count as aborted."""
@@ -91,7 +96,7 @@ class OutputProcessor:
             prompt_logprobs=(
                 None
                 if request.params.prompt_logprobs is None
-                else PromptLogprobs(request.request.prompt, self._prompt, self._text)
+                else Logprobs(request.request.prompt, self._prompt, self._text)
             ),
         )
 
@@ -110,7 +115,7 @@ class _Growing:
         self.index = index
         self.token_ids: list[int] = []
         self.pieces: list[str] = []
-        self.logprobs: list[TokenLogprob] = []
+        self.reports: list[bytes] = []
         self.finish_reason: FinishReason | None = None
         self._params = params
         self._text = text
@@ -122,7 +127,7 @@ class _Growing:
         token = output.token or 0
         self.token_ids.append(token)
         if output.logprobs is not None:
-            self.logprobs.append(self._text.logprob(token, output.logprobs))
+            self.reports.append(_packed(output.logprobs))
         text = self._decoder.push(token)
         if output.finish_reason is not None:
             text += self._decoder.finish()
@@ -142,38 +147,40 @@ class _Growing:
     def finished(self) -> Sample:
         if self.finish_reason is None:
             self.end("abort")
+        tokens, self.pieces = tuple(self.token_ids), ["".join(self.pieces)]
         return Sample(
             index=self.index,
-            text="".join(self.pieces),
-            token_ids=tuple(self.token_ids),
+            text=self.pieces[0],
+            token_ids=tokens,
             finish_reason=self.finish_reason or "abort",
-            logprobs=tuple(self.logprobs) if self._params.logprobs is not None else None,
+            logprobs=Logprobs(tokens[: len(self.reports)], self.reports, self._text)
+            if self._params.logprobs is not None
+            else None,
         )
 
 
-class PromptLogprobs(Sequence[TokenLogprob | None]):
-    """What was reported of a prompt's tokens; None for the first, which follows no token. Entries are made where they
-    are read: a long prompt has many, each with the likeliest tokens."""
+class Logprobs(Sequence[Entry]):
+    """What was reported of tokens; None for a prompt's first, which follows no token. Entries are made where they are
+    read: there are many, each with the likeliest tokens, and as objects they take ten times as much."""
 
-    def __init__(
-        self, prompt: Sequence[int], reports: Sequence[tuple[RowLogprobs, int] | None], spelling: _Spelling
-    ) -> None:
-        self._prompt = prompt
+    def __init__(self, tokens: Sequence[int], reports: Sequence[bytes | None], spelling: _Spelling) -> None:
+        self._tokens = tokens
         self._reports = reports
         self._spelling = spelling
 
     def __len__(self) -> int:
-        return len(self._prompt)
+        return len(self._tokens)
 
     @overload
-    def __getitem__(self, at: int) -> TokenLogprob | None: ...
+    def __getitem__(self, at: int) -> Entry: ...
     @overload
-    def __getitem__(self, at: slice) -> Sequence[TokenLogprob | None]: ...
-    def __getitem__(self, at: int | slice) -> TokenLogprob | Sequence[TokenLogprob | None] | None:
+    def __getitem__(self, at: slice) -> Sequence[Entry]: ...
+    def __getitem__(self, at: int | slice) -> Entry | Sequence[Entry]:
         if isinstance(at, slice):
             return tuple(self[i] for i in range(*at.indices(len(self))))
-        report = self._reports[at]
-        return None if report is None else self._spelling.logprob(self._prompt[at], *report)
+        token, report = self._tokens[at], self._reports[at if at >= 0 else at + len(self)]
+        entry: Any = None if report is None else self._spelling.logprob(token, *_unpacked(report))
+        return entry  # type: ignore[no-any-return]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and tuple(self) == tuple(other)
@@ -182,6 +189,19 @@ class PromptLogprobs(Sequence[TokenLogprob | None]):
 
     def __repr__(self) -> str:
         return repr(tuple(self))
+
+
+def _packed(report: RowLogprobs, rank: int = 0) -> bytes:
+    """A report in 12 bytes a number, where objects take 100."""
+    ids, values = zip(*report.top, strict=True) if report.top else ((), ())
+    return struct.pack(f"{len(ids) + 1}d{len(ids) + 1}i", report.chosen, *values, rank, *ids)
+
+
+def _unpacked(report: bytes) -> tuple[RowLogprobs, int]:
+    count = len(report) // 12
+    numbers = struct.unpack(f"{count}d{count}i", report)
+    top = zip(numbers[count + 1 :], numbers[1:count], strict=True)
+    return RowLogprobs(numbers[0], tuple(top)), numbers[count]
 
 
 class _Spelling:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 from lamina.client.call import AsyncOutputs, Call
 from lamina.client.input_processor import InputProcessor
@@ -32,6 +32,10 @@ STATES: Mapping[State, str] = {
 
 _SNAPSHOT_AGE = 0.2  # seconds for which a snapshot is used again
 _TOGETHER = 512  # events that are handed on together: more pile up where a client reads slowly
+_FEW = 64  # outputs that are read at once where a thread would cost more than they do
+
+Reading: TypeAlias = Callable[[Callable[[], Any]], Awaitable[Any]]
+"""Awaits what some work returns that may take long for the event loop."""
 
 
 class EngineUnavailable(EngineError):
@@ -165,11 +169,12 @@ class Frontend:
             return None
 
     def begin(
-        self, requests: Sequence[EngineRequest], timeout: float, streamed: bool = True, of: float | None = None
+        self, requests: Sequence[EngineRequest], timeout: float, reading: Reading | None = None, of: float | None = None
     ) -> Generation:
-        """Submit requests that must end within `timeout` seconds, what is left `of` their time limit. Unless they are
-        `streamed`, events come only once a sample has ended, which wakes the event loop less. Raises EngineError."""
-        return Generation(self, self.served, requests, timeout, streamed, of or timeout)
+        """Submit requests that must end within `timeout` seconds, what is left `of` their time limit. With `reading`,
+        which reads long outputs, events are many at a time, which wakes the event loop less, and have no log
+        probabilities. Raises EngineError."""
+        return Generation(self, self.served, requests, timeout, reading, of or timeout)
 
     async def snapshot(self, timeout: float = 2.0) -> Snapshot | None:
         """The engine's snapshot. Where it does not answer within `timeout` seconds, the last one; None without one."""
@@ -215,7 +220,7 @@ class Generation:
         served: Served,
         requests: Sequence[EngineRequest],
         timeout: float,
-        streamed: bool,
+        reading: Reading | None,
         of: float,
     ) -> None:
         self._frontend = frontend
@@ -223,17 +228,17 @@ class Generation:
         self._of = of
         self._outputs = AsyncOutputs(timeout)
         self._failure: LaminaError | None = None  # to be raised after the events that came with it
-        self._streamed = streamed
+        self._reading = reading
         self._piled = False  # more events may wait
         self._begun = time.monotonic()
         try:
             self._call = Call(served, requests)
-            self._call.submit(self._outputs.put, streamed)
+            self._call.submit(self._outputs.put, reading is None)
         except BaseException:
             self._outputs.close()
             raise
         self._last: dict[tuple[int, int], float] = {}  # by prompt and sample
-        self._reported: set[int] = set()  # prompts whose end the observer was notified of
+        self._reported: set[str] = set()  # ids of requests whose end the observer was notified of
         frontend.active += sum(request.request.n for request in requests)
 
     async def __aenter__(self) -> Generation:
@@ -246,13 +251,13 @@ class Generation:
         self._outputs.close()
         self._call.abort()
         now = time.monotonic()
-        for index, (request, completion) in enumerate(zip(self._requests, self._call.completions(), strict=True)):
-            if index in self._reported:
+        for request in self._requests:
+            if request.id in self._reported:
                 continue
             if isinstance(error, LaminaError):
                 self._frontend.observer.failed(request, error)
             else:
-                self._frontend.observer.ended(request, completion, now - self._begun)
+                self._frontend.observer.ended(request, self._call.completion(request), now - self._begun)
 
     def __aiter__(self) -> Generation:
         return self
@@ -268,9 +273,10 @@ class Generation:
             except (TimeoutError, asyncio.TimeoutError):
                 raise DeadlineExceeded(f"the request took longer than its {self._of:g} seconds") from None
             events: list[TokenEvent] = []
+            ended: list[tuple[EngineRequest, Completion]] = []
             while delivery is not None:
                 try:
-                    events += self._call.take(delivery)
+                    events += await self._read(delivery, ended)
                 except LaminaError as error:
                     if not events:
                         raise
@@ -278,10 +284,29 @@ class Generation:
                     break
                 self._piled = len(events) >= _TOGETHER
                 delivery = None if self._piled else self._outputs.get_nowait()
-            self._observe(events)
+            if self._reading is None:
+                self._observe_tokens(events, time.monotonic())
+            for request, completion in ended:
+                self._observe(request, completion)
             if events:
                 return events
         raise StopAsyncIteration
+
+    async def _read(self, delivery: Delivery, ended: list[tuple[EngineRequest, Completion]]) -> list[TokenEvent]:
+        """The events of a delivery. Where it ends its prompt, that is added to those that have `ended`."""
+
+        def taken() -> list[TokenEvent]:
+            events = self._call.take(delivery)
+            if request.id not in self._reported and self._call.ended(request):
+                self._reported.add(request.id)
+                ended.append((request, self._call.completion(request)))
+            return events
+
+        request, outputs = delivery
+        if self._reading is None or len(outputs) <= _FEW:
+            return taken()
+        events: list[TokenEvent] = await self._reading(taken)
+        return events
 
     def completions(self) -> list[Completion]:
         """The completions of all prompts so far, in order."""
@@ -291,20 +316,14 @@ class Generation:
         """The sums of hidden states of all prompts, in order, where these were asked for."""
         return self._call.pooled()
 
-    def _observe(self, events: Sequence[TokenEvent]) -> None:
-        observer, now = self._frontend.observer, time.monotonic()
-        if self._streamed:
-            self._observe_tokens(events, now)
-        if any(event.finish_reason is not None for event in events):
-            for index, completion in enumerate(self._call.finished()):
-                if completion is not None and index not in self._reported:
-                    self._reported.add(index)
-                    if not self._streamed:  # no token was seen here, so the times are the engine's
-                        timing = completion.timing
-                        observer.first_token(timing.first_token)
-                        if timing.tokens > 1:
-                            observer.next_tokens(timing.total - timing.first_token, timing.tokens - 1)
-                    observer.ended(self._requests[index], completion, now - self._begun)
+    def _observe(self, request: EngineRequest, completion: Completion) -> None:
+        observer = self._frontend.observer
+        if self._reading is not None:  # no token was seen as it came, so the times are the engine's
+            timing = completion.timing
+            observer.first_token(timing.first_token)
+            if timing.tokens > 1:
+                observer.next_tokens(timing.total - timing.first_token, timing.tokens - 1)
+        observer.ended(request, completion, time.monotonic() - self._begun)
 
     def _observe_tokens(self, events: Sequence[TokenEvent], now: float) -> None:
         observer = self._frontend.observer

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -19,7 +19,7 @@ from lamina.sampling_params import SamplingParams
 from lamina.server.chat.chat_input import ChatInput
 from lamina.server.chat.preparing import PreparedChat, prepared
 from lamina.server.chat.sampling import blaming
-from lamina.server.frontend import DeadlineExceeded, Generation, Served
+from lamina.server.frontend import DeadlineExceeded, Generation, Reading, Served
 from lamina.server.http.errors import ApiError, overloaded, refused, shown, translated
 from lamina.server.http.fields import read
 from lamina.server.http.gate import AT_END, REQUEST_ID, Metrics
@@ -48,7 +48,6 @@ PING = 10.0  # seconds without a token after which a stream says that it is stil
 _LARGE = 1 << 16  # bytes from which a body is parsed on a thread, not on the event loop
 _SHOWN = 10  # names of models in an error
 _THREADS = 4  # to parse, render templates and tokenise
-_ANSWERS = 4  # times as many may wait to be written as samples run: one that is finished is the last to refuse
 
 
 @dataclass(slots=True)
@@ -106,8 +105,8 @@ class Service:
         # One thread each: two large bodies would need twice the memory, and grammars are compiled one at a time.
         self._parsing = PreparationPool("lamina-bodies", 1, most, keys)
         self._compiling = PreparationPool("lamina-grammars", 1, most, keys)
-        # Answers wait for no prompt of others. Their samples are given back before, so more may be written than run.
-        self._answering = PreparationPool("lamina-answers", 1, _ANSWERS * most, keys)
+        # Answers wait for no prompt of others, and small ones for no large one of another key.
+        self._answering = PreparationPool("lamina-answers", _THREADS, most, keys)
 
     def close(self) -> None:
         """Let the threads end, without waiting for them."""
@@ -175,7 +174,8 @@ class Service:
         return await self._on_thread(self._pool, context, work, *arguments)
 
     async def answer(self, context: RequestContext, work: Callable[..., T], *arguments: Any) -> T:
-        """The same of work that reads a whole answer: a model writes what a client wants it to, in any length."""
+        """The same of work that reads or writes a whole answer: a model writes what a client wants it to, in any
+        length."""
         return await self._on_thread(self._answering, context, work, *arguments)
 
     async def prepare_chat(
@@ -229,17 +229,47 @@ class Service:
             raise refused("priority", priority, "0 or more, but for keys of the operator")
 
     async def whole(
-        self, requests: Sequence[EngineRequest], context: RequestContext, kept: int = 0
-    ) -> list[Completion]:
-        """The completions of requests, once all of them have ended. `kept`: bytes that the route keeps meanwhile."""
-        async with self._begin(requests, context, False, kept) as generation:
-            async for _ in generation:
-                pass
-            return generation.completions()
+        self,
+        requests: Sequence[EngineRequest],
+        context: RequestContext,
+        work: Callable[[list[Completion]], T],
+        kept: int = 0,
+        token: int = 0,
+    ) -> T:
+        """What `work`, on a thread, makes of the completions of requests, once all of them have ended. `kept`: bytes
+        that the route keeps meanwhile, `token`: that it makes of each token. Raises ApiError where the latter find no
+        room."""
+        reading = partial(self.answer, context)
+        with self._growing(context.tenant) as grow:
+            async with self._begin(requests, context, reading, kept) as generation:
+                async for events in generation:
+                    grow(token * len(events))
+                return await self.answer(context, lambda: work(generation.completions()))
+
+    @contextmanager
+    def _growing(self, key: str) -> Iterator[Callable[[int], None]]:
+        """Counts bytes for a key as an answer grows, until it is written."""
+        size, shares = 0, self._parameters
+
+        def grow(more: int) -> None:
+            nonlocal size
+            if size + more > shares.most:
+                raise ApiError(
+                    400, f"the answer has more than {shares.most} bytes of log probabilities, which are allowed"
+                )
+            if not shares.fits(key, more):
+                raise overloaded("the log probabilities of answers under way leave no room; come back in a moment")
+            shares.take(key, more)
+            size += more
+
+        try:
+            yield grow
+        finally:
+            shares.give(key, size)
 
     async def pooled(self, requests: Sequence[EngineRequest], context: RequestContext) -> list[tuple[float, ...]]:
         """The sums of hidden states that requests ask for, once all of them have ended."""
-        async with self._begin(requests, context, False, 0) as generation:
+        async with self._begin(requests, context, partial(self.answer, context), 0) as generation:
             async for _ in generation:
                 pass
             return generation.pooled()
@@ -255,7 +285,7 @@ class Service:
     ) -> AsyncGenerator[bytes, None]:
         """Whole frames of server-sent events, as they come: `begin` once the requests are submitted, `ping` whenever
         nothing came for a while. `kept`: bytes that the route keeps meanwhile."""
-        async with self._begin(requests, context, True, kept) as generation:
+        async with self._begin(requests, context, None, kept) as generation:
             if begin:
                 yield begin
             async for events in _with_pauses(generation) if ping else generation:
@@ -266,7 +296,7 @@ class Service:
 
     @asynccontextmanager
     async def _begin(
-        self, requests: Sequence[EngineRequest], context: RequestContext, streamed: bool, kept: int
+        self, requests: Sequence[EngineRequest], context: RequestContext, reading: Reading | None, kept: int
     ) -> AsyncIterator[Generation]:
         """Submit requests as their key's, if there is still room."""
         frontend = context.model.frontend
@@ -280,7 +310,7 @@ class Service:
             for request in requests:
                 request.request = replace(request.request, tenant=key)
                 frontend.owners[request.id] = key
-            async with frontend.begin(requests, context.left(), streamed, context.timeout) as generation:
+            async with frontend.begin(requests, context.left(), reading, context.timeout) as generation:
                 yield generation
         finally:
             for request in requests:

@@ -43,5 +43,4 @@ async def count_tokens(service: Service, request: Request) -> Response:
 
 
 async def _whole(service: Service, context: RequestContext, chat: PreparedChat, writer: MessageWriter) -> Response:
-    (completion,) = await service.whole([chat.request], context)
-    return await service.answer(context, lambda: json_response(writer.whole(completion.samples[0])))
+    return await service.whole([chat.request], context, lambda ended: json_response(writer.whole(ended[0].samples[0])))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from starlette.responses import Response
@@ -148,4 +148,12 @@ def json_response(content: Any) -> Response:
 
 def json_text(content: str) -> Response:
     """What is JSON already, as a response."""
-    return Response(content.encode(), media_type="application/json")
+    return json_pieces([content])
+
+
+def json_pieces(pieces: Iterable[str]) -> Response:
+    """JSON in pieces, as a response: a long one stands only once in memory."""
+    body = bytearray()
+    for piece in pieces:
+        body += piece.encode()
+    return Response(memoryview(body), media_type="application/json")

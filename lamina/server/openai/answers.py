@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice, repeat
+from typing import Any, TypeVar
 
 from lamina.completions import FinishReason, TokenLogprob
 from lamina.messages.engine_request import EngineRequest
@@ -13,10 +14,12 @@ from lamina.sampling_params import MAX_LOGPROBS, SamplingParams
 from lamina.server.preparation import go_on
 from lamina.version import __version__
 
+T = TypeVar("T")
+
 LOGPROB = 96
 """About how many bytes one token's log probability takes in an answer."""
 
-_PIECE = 256  # tokens of a prompt
+PIECE = 64  # tokens whose log probabilities are written at once
 _LEAST = -9999.0  # in place of minus infinity, which JSON does not have
 
 
@@ -74,20 +77,28 @@ def _token(entry: TokenLogprob, as_ids: bool) -> dict[str, Any]:
     }
 
 
-def prompt_logprobs(entries: Sequence[TokenLogprob | None]) -> str:
-    """vLLM's field, as JSON: for each token of a prompt but the first, its own log probability and those of the
-    likeliest, by token id. As objects it would take ten times the memory. For a `PreparationPool`."""
-    written = []
-    for at, entry in enumerate(entries):
-        if at % _PIECE == 0:
-            go_on()
-        written.append("null" if entry is None else dumps(_by_id(entry)))
-    return f"[{','.join(written)}]"
+def per_token(entries: Iterable[T], write: Callable[[T], Any]) -> Iterator[str]:
+    """A list of what `write` makes of tokens' entries, as JSON in pieces: as objects it would take ten times the
+    memory, and the interpreter stands still while a piece is written. For a `PreparationPool`."""
+    iterator, separator = iter(entries), "["
+    while piece := list(islice(iterator, PIECE)):
+        go_on()
+        yield separator + dumps([write(entry) for entry in piece])[1:-1]
+        separator = ","
+    yield "]" if separator == "," else "[]"
 
 
-def with_json(content: Mapping[str, Any], field: str, written: str) -> str:
-    """An object as JSON, with one more field whose value is JSON already."""
-    return f'{dumps(content)[:-1]},"{field}":{written}}}'
+def prompt_logprobs(entries: Sequence[TokenLogprob | None]) -> Iterator[str]:
+    """vLLM's field, as JSON in pieces: for each token of a prompt but the first, its own log probability and those of
+    the likeliest, by token id."""
+    return per_token(entries, lambda entry: None if entry is None else _by_id(entry))
+
+
+def with_json(content: Mapping[str, Any], field: str, written: Iterable[str]) -> Iterator[str]:
+    """An object as JSON, with one more field whose value is JSON already, in pieces."""
+    yield f'{dumps(content)[:-1]},"{field}":'
+    yield from written
+    yield "}"
 
 
 def _by_id(entry: TokenLogprob) -> dict[str, Any]:
@@ -96,6 +107,16 @@ def _by_id(entry: TokenLogprob) -> dict[str, Any]:
         str(each.token_id): {"logprob": max(each.logprob, _LEAST), "rank": rank, "decoded_token": each.text}
         for each, rank in ((entry, entry.rank), *ranked)
     }
+
+
+def separators() -> Iterator[str]:
+    """What comes before each item of a JSON list that is not empty."""
+    return chain("[", repeat(","))
+
+
+def token_size(params: SamplingParams) -> int:
+    """About how many bytes an answer has of the log probabilities of each token."""
+    return 0 if params.logprobs is None else LOGPROB * (1 + params.logprobs)
 
 
 class TextLogprobs:
@@ -108,13 +129,27 @@ class TextLogprobs:
 
     def echoed(
         self, first: TokenLogprob, prompt: Sequence[TokenLogprob | None], generated: Sequence[TokenLogprob], most: int
-    ) -> dict[str, Any]:
-        """The object for a whole prompt and what follows: `first` is its first token, which has no probability. Of the
-        likeliest tokens there are `most`."""
+    ) -> Iterator[str]:
+        """The object for a whole prompt and what follows, as JSON in pieces: `first` is its first token, which has no
+        probability. Of the likeliest tokens there are `most`."""
         self._most = most
-        found = self.add([first, *(entry for entry in prompt if entry is not None), *generated])
-        found["token_logprobs"][0] = found["top_logprobs"][0] = None
-        return found
+        begin = self.add([first])
+        begin["token_logprobs"], begin["top_logprobs"] = [None], [None]
+        return self.written(chain((entry for entry in prompt if entry is not None), generated), begin)
+
+    def written(self, entries: Iterable[TokenLogprob], begin: Mapping[str, Any] | None = None) -> Iterator[str]:
+        """The object of entries behind what it begins with, as JSON in pieces. For a `PreparationPool`."""
+        columns = {name: [dumps(values)[1:-1]] for name, values in (begin or self.add([])).items()}
+        iterator = iter(entries)
+        while piece := list(islice(iterator, PIECE)):
+            go_on()
+            for name, values in self.add(piece).items():
+                columns[name].append(dumps(values)[1:-1])
+        separator = "{"
+        for name, written in columns.items():
+            yield f'{separator}"{name}":[{",".join(filter(None, written))}]'
+            separator = ","
+        yield "}"
 
     def add(self, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
         names, offsets = [], []

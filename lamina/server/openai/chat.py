@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any
@@ -16,7 +16,7 @@ from lamina.server.chat.formats.reply_parser import Delta
 from lamina.server.chat.preparing import PreparedChat
 from lamina.server.chat.reply import Reply, replies, text_of
 from lamina.server.chat.thinking import Thinking
-from lamina.server.http.errors import ApiError, json_response, json_text, refused
+from lamina.server.http.errors import ApiError, json_pieces, refused
 from lamina.server.http.sse import EventStream, while_connected
 from lamina.server.openai import answers
 from lamina.server.openai.answers import Chunks, chat_logprob, dumps
@@ -102,21 +102,31 @@ async def _whole(
 ) -> Response:
     scores = answers.LOGPROB * (1 + (chat.params.prompt_logprobs or 0)) * len(chat.request.request.prompt)
     kept = 0 if chat.params.prompt_logprobs is None else scores
-    (completion,) = await service.whole([chat.request], context, kept)
-    return await service.answer(context, _response, fields, chat, completion, named)
+
+    def work(ended: Sequence[Completion]) -> Response:
+        return json_pieces(_written(fields, chat, *ended, named))
+
+    return await service.whole([chat.request], context, work, kept, answers.token_size(chat.params))
 
 
-def _response(fields: ChatRequest, chat: PreparedChat, completion: Completion, named: Mapping[str, Any]) -> Response:
+def _written(
+    fields: ChatRequest, chat: PreparedChat, completion: Completion, named: Mapping[str, Any]
+) -> Iterator[str]:
+    """The response as JSON, in pieces."""
     read = replies(chat, completion)
-    choices = [_choice(fields, chat, *each) for each in zip(completion.samples, read, strict=True)]
+    yield f'{dumps({**named, "object": "chat.completion"})[:-1]},"choices":'
+    for separator, sample, reply in zip(answers.separators(), completion.samples, read, strict=False):
+        yield separator
+        yield from _choice(fields, chat, sample, reply)
     used = answers.usage([chat.request], completion.usage.completion_tokens, sum(r.reasoning_tokens for r in read))
-    content = {**named, "object": "chat.completion", "choices": choices, "usage": used}
+    yield f'],"usage":{dumps(used)}'
     if (scored := completion.prompt_logprobs) is not None:
-        return json_text(answers.with_json(content, "prompt_logprobs", answers.prompt_logprobs(scored)))
-    return json_response(content)
+        yield ',"prompt_logprobs":'
+        yield from answers.prompt_logprobs(scored)
+    yield "}"
 
 
-def _choice(fields: ChatRequest, chat: PreparedChat, sample: Sample, reply: Reply) -> dict[str, Any]:
+def _choice(fields: ChatRequest, chat: PreparedChat, sample: Sample, reply: Reply) -> Iterator[str]:
     calls = [
         {"id": part.id, "type": "function", "function": {"name": part.name, "arguments": part.text}}
         for part in reply.parts
@@ -129,18 +139,18 @@ def _choice(fields: ChatRequest, chat: PreparedChat, sample: Sample, reply: Repl
         message["reasoning_content"] = reasoning
     if calls:
         message["tool_calls"] = calls
-    logprobs = None
-    if sample.logprobs is not None:
-        as_ids = bool(fields.return_tokens_as_token_ids)
-        logprobs = {"content": [chat_logprob(entry, as_ids) for entry in sample.logprobs], "refusal": None}
     last = sample.token_ids[-1] if sample.token_ids else None
-    return {
+    choice = {
         "index": sample.index,
         "message": message,
-        "logprobs": logprobs,
         "finish_reason": reply.reason(sample.finish_reason),
         "stop_reason": answers.stop_reason(chat.params, chat.tokenizer.eos_ids, last, sample.finish_reason),
     }
+    logprobs: Iterable[str] = ["null"]
+    if sample.logprobs is not None:
+        write = partial(chat_logprob, as_ids=bool(fields.return_tokens_as_token_ids))
+        logprobs = answers.with_json({"refusal": None}, "content", answers.per_token(sample.logprobs, write))
+    yield from answers.with_json(choice, "logprobs", logprobs)
 
 
 class _Writer:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any
 
@@ -16,7 +17,7 @@ from lamina.sampling_params import SamplingParams
 from lamina.server.chat.preparing import check_echo
 from lamina.server.chat.sampling import blaming, sampling
 from lamina.server.frontend import Served
-from lamina.server.http.errors import ApiError, json_text, refused
+from lamina.server.http.errors import ApiError, json_pieces, refused
 from lamina.server.http.sse import EventStream, while_connected
 from lamina.server.openai import answers
 from lamina.server.openai.answers import Chunks, TextLogprobs, dumps
@@ -124,45 +125,51 @@ def _scored(fields: CompletionRequest) -> dict[str, int]:
 
 
 async def _whole(service: Service, texts: Texts, context: RequestContext, named: Mapping[str, Any]) -> Response:
-    ended = await service.whole(texts.requests, context, texts.repeated)
-    return await service.answer(context, _written, texts, ended, named)
+    def work(ended: Sequence[Completion]) -> Response:
+        return json_pieces(_written(texts, ended, named))
+
+    return await service.whole(texts.requests, context, work, texts.repeated, answers.token_size(texts.params))
 
 
-def _written(texts: Texts, ended: Sequence[Completion], named: Mapping[str, Any]) -> Response:
-    """Each choice becomes JSON by itself: as objects, the log probabilities of prompts would take ten times that."""
-    choices = []
+def _written(texts: Texts, ended: Sequence[Completion], named: Mapping[str, Any]) -> Iterator[str]:
+    """The response as JSON, in pieces."""
+    yield f'{dumps(named)[:-1]},"choices":'
+    separators = answers.separators()
     for prompt, completion in enumerate(ended):
-        reported, scored = None, completion.prompt_logprobs
-        if scored is not None and texts.fields.prompt_logprobs is not None:
-            reported = answers.prompt_logprobs(scored)
+        reported: list[str] | None = None  # which each choice repeats
+        if completion.prompt_logprobs is not None and texts.fields.prompt_logprobs is not None:
+            reported = [*answers.prompt_logprobs(completion.prompt_logprobs)]
         for sample in completion.samples:
             go_on()
-            choice = _choice(texts, prompt, completion, sample)
-            choices.append(
-                dumps(choice) if reported is None else answers.with_json(choice, "prompt_logprobs", reported)
-            )
+            yield next(separators)
+            yield from _choice(texts, prompt, completion, sample, reported)
     used = answers.usage(texts.requests, sum(completion.usage.completion_tokens for completion in ended))
-    return json_text(f'{dumps(named)[:-1]},"choices":[{",".join(choices)}],"usage":{dumps(used)}}}')
+    yield f'],"usage":{dumps(used)}}}'
 
 
-def _choice(texts: Texts, prompt: int, completion: Completion, sample: Sample) -> dict[str, Any]:
-    """All of a choice but `prompt_logprobs`."""
-    logprobs, scored, fields = None, completion.prompt_logprobs, texts.fields
+def _choice(
+    texts: Texts, prompt: int, completion: Completion, sample: Sample, reported: Sequence[str] | None
+) -> Iterator[str]:
+    """A choice as JSON, in pieces."""
+    scored, fields = completion.prompt_logprobs, texts.fields
+    logprobs: Iterable[str] = ["null"]
     if sample.logprobs is not None and fields.echo and scored is not None:
         token = texts.requests[prompt].request.prompt[0]
         first = TokenLogprob(token, texts.tokenizer.decode([token], skip_special_tokens=False), 0.0)
         written = TextLogprobs(bool(fields.return_tokens_as_token_ids))
         logprobs = written.echoed(first, scored, sample.logprobs, fields.logprobs or 0)
     elif sample.logprobs is not None:
-        logprobs = texts.logprobs(prompt).add(sample.logprobs)
+        logprobs = texts.logprobs(prompt).written(sample.logprobs)
     last = sample.token_ids[-1] if sample.token_ids else None
-    return {
+    choice = {
         "index": prompt * texts.params.n + sample.index,
         "text": texts.prefixes[prompt] + sample.text,
-        "logprobs": logprobs,
         "finish_reason": sample.finish_reason,
         "stop_reason": answers.stop_reason(texts.params, texts.tokenizer.eos_ids, last, sample.finish_reason),
     }
+    if reported is not None:
+        logprobs = chain(logprobs, [',"prompt_logprobs":'], reported)
+    yield from answers.with_json(choice, "logprobs", logprobs)
 
 
 class _Writer:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import base64
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from sys import byteorder
 from typing import Any, TypeAlias
 
@@ -20,10 +21,11 @@ from lamina.errors import ContextTooLong, InvalidRequest
 from lamina.messages.engine_request import EngineRequest
 from lamina.server.chat.preparing import check_characters, encoded, truncated
 from lamina.server.frontend import Served
-from lamina.server.http.errors import ApiError, json_response, json_text, refused
+from lamina.server.http.errors import ApiError, json_pieces, json_response, refused
 from lamina.server.http.sse import while_connected
 from lamina.server.openai import answers
 from lamina.server.openai.schemas import MAX_INPUTS, EmbeddingRequest, PoolingRequest, RerankRequest
+from lamina.server.preparation import go_on
 from lamina.server.service import GRACE, RequestContext, Service
 
 MAX_NUMBERS = 1 << 22  # of all embeddings of a request together
@@ -127,11 +129,14 @@ def _made(
 
 
 def _written(named: Mapping[str, Any], vectors: Sequence[Vector], as_bytes: bool) -> Response:
-    written = [
-        f'{{"object":"embedding","index":{index},"embedding":{_base64(v) if as_bytes else _numbers(v)}}}'
-        for index, v in enumerate(vectors)
-    ]
-    return json_text(answers.with_json(named, "data", f"[{','.join(written)}]"))
+    def written() -> Iterator[str]:
+        for separator, index, vector in zip(answers.separators(), count(), vectors):
+            go_on()
+            numbers = _base64(vector) if as_bytes else _numbers(vector)
+            yield f'{separator}{{"object":"embedding","index":{index},"embedding":{numbers}}}'
+        yield "]"
+
+    return json_pieces(answers.with_json(named, "data", written()))
 
 
 def _ranked(

@@ -251,8 +251,7 @@ class _Making:
                 async for _ in service.frames([chat.request], context, events, kept=self._response.size):
                     pass
             else:
-                (completion,) = await service.whole([chat.request], context, self._response.size)
-                self.done(await service.answer(context, response.of, chat, completion))
+                self.done(await service.whole([chat.request], context, partial(response.of, chat), response.size))
         finally:
             self._left()
         return json_text(with_output(response.head, self._output or ()))
