@@ -240,14 +240,14 @@ class Service:
         that the route keeps meanwhile, `token`: that it makes of each token. Raises ApiError where the latter find no
         room."""
         reading = partial(self.answer, context)
-        with self._growing(context.tenant) as grow:
+        with self.growing(context.tenant) as grow:
             async with self._begin(requests, context, reading, kept) as generation:
                 async for events in generation:
                     grow(token * len(events))
                 return await self.answer(context, lambda: work(generation.completions()))
 
     @contextmanager
-    def _growing(self, key: str) -> Iterator[Callable[[int], None]]:
+    def growing(self, key: str) -> Iterator[Callable[[int], None]]:
         """Counts bytes for a key as an answer grows, until it is written."""
         size, shares = 0, self._parameters
 
@@ -255,10 +255,11 @@ class Service:
             nonlocal size
             if size + more > shares.most:
                 raise ApiError(
-                    400, f"the answer has more than {shares.most} bytes of log probabilities, which are allowed"
+                    400,
+                    f"the answer has more than {shares.most} bytes, which are allowed",
                 )
             if not shares.fits(key, more):
-                raise overloaded("the log probabilities of answers under way leave no room; come back in a moment")
+                raise overloaded("answers under way leave no room; come back in a moment")
             shares.take(key, more)
             size += more
 
@@ -282,17 +283,20 @@ class Service:
         begin: bytes = b"",
         ping: bytes = b"",
         kept: int = 0,
+        token: int = 0,
     ) -> AsyncGenerator[bytes, None]:
         """Whole frames of server-sent events, as they come: `begin` once the requests are submitted, `ping` whenever
-        nothing came for a while. `kept`: bytes that the route keeps meanwhile."""
-        async with self._begin(requests, context, None, kept) as generation:
-            if begin:
-                yield begin
-            async for events in _with_pauses(generation) if ping else generation:
-                if frames := writer.events(events) if events else ping:
-                    yield frames
-            completions = generation.completions()
-        yield writer.end(completions)
+        nothing came for a while. `kept`: bytes that the route keeps meanwhile, `token`: that it keeps of each token."""
+        with self.growing(context.tenant) as grow:
+            async with self._begin(requests, context, None, kept) as generation:
+                if begin:
+                    yield begin
+                async for events in _with_pauses(generation) if ping else generation:
+                    grow(token * len(events))
+                    if frames := writer.events(events) if events else ping:
+                        yield frames
+                completions = generation.completions()
+            yield writer.end(completions)
 
     @asynccontextmanager
     async def _begin(

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import base64
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import count
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from sys import byteorder
 from typing import Any, TypeAlias
 
@@ -29,6 +28,7 @@ from lamina.server.preparation import go_on
 from lamina.server.service import GRACE, RequestContext, Service
 
 MAX_NUMBERS = 1 << 22  # of all embeddings of a request together
+_NUMBER = 8  # bytes of one while an answer is made, about: float32, then text
 _TOGETHER = 64  # inputs that are submitted at a time: enough to fill batches
 
 Vector: TypeAlias = "array[float]"
@@ -54,18 +54,20 @@ async def rerank(service: Service, request: Request) -> Response:
 async def _embedded(service: Service, fields: EmbeddingRequest, context: RequestContext) -> Response:
     inputs, fields.input = fields.input, None
     requests = await _requests(service, fields, {"input": inputs}, context)
-    vectors = await _vectors(service, requests, context, fields.dimensions, fields.normalize is not False)
     named = _named("embd", fields, context) | {"object": "list", "usage": _usage(requests)}
-    return await service.prepare(context, _written, named, vectors, fields.encoding_format == "base64")
+    with service.growing(context.tenant) as grow:
+        vectors = await _vectors(service, requests, context, fields.dimensions, fields.normalize is not False, grow)
+        return await service.answer(context, _written, named, vectors, fields.encoding_format == "base64")
 
 
 async def _reranked(service: Service, fields: RerankRequest, context: RequestContext) -> Response:
     texts = [_text(index, document) for index, document in enumerate(_documents(fields.documents))]
     requests = await _requests(service, fields, {"query": fields.query, "documents": texts}, context)
-    query, *documents = await _vectors(service, requests, context, None, True)
     named = _named("rerank", fields, context) | {"usage": _usage(requests)}
     shown = None if fields.return_documents is False else texts
-    return await service.prepare(context, _ranked, named, query, documents, fields.top_n, shown)
+    with service.growing(context.tenant) as grow:
+        query, *documents = await _vectors(service, requests, context, None, True, grow)
+        return await service.answer(context, _ranked, named, query, documents, fields.top_n, shown)
 
 
 async def _requests(
@@ -102,14 +104,17 @@ async def _vectors(
     context: RequestContext,
     dimensions: int | None,
     normalize: bool,
+    grow: Callable[[int], None],
 ) -> list[Vector]:
-    """The embeddings, computed a few at a time: neither all requests nor all sums of float64 stand at once."""
+    """The embeddings, computed a few at a time: neither all requests nor all sums of float64 stand at once. Their
+    bytes are counted by `grow`."""
     vectors: list[Vector] = []
     together = min(_TOGETHER, service.samples.most)
     for start in range(0, len(requests), together):
         part = requests[start : start + together]
         pooled = await service.pooled(part, context)
-        vectors += await service.prepare(context, _made, part, pooled, dimensions, normalize)
+        vectors += await service.answer(context, _made, part, pooled, dimensions, normalize)
+        grow(_NUMBER * len(part) * len(vectors[0]))
         if (numbers := len(requests) * len(vectors[0])) > MAX_NUMBERS:
             raise ApiError(
                 400,
@@ -128,10 +133,14 @@ def _made(
     ]
 
 
-def _written(named: Mapping[str, Any], vectors: Sequence[Vector], as_bytes: bool) -> Response:
+def _written(named: Mapping[str, Any], vectors: list[Vector], as_bytes: bool) -> Response:
+    """Empties the list: a vector is not kept beside its text."""
+    vectors.reverse()
+
     def written() -> Iterator[str]:
-        for separator, index, vector in zip(answers.separators(), count(), vectors):
+        for separator, index in zip(answers.separators(), range(len(vectors)), strict=False):
             go_on()
+            vector = vectors.pop()
             numbers = _base64(vector) if as_bytes else _numbers(vector)
             yield f'{separator}{{"object":"embedding","index":{index},"embedding":{numbers}}}'
         yield "]"

@@ -111,7 +111,7 @@ class ResponseObject:
     def item_id(self, part: ReplyPart, index: int) -> str:
         return f"{_PREFIXES[part.kind]}_{self.id.removeprefix('resp_')}_{index}"
 
-    def item(self, part: ReplyPart, index: int, status: str, logprobs: Sequence[Any] = ()) -> dict[str, Any]:
+    def item(self, part: ReplyPart, index: int, status: str) -> dict[str, Any]:
         """The item of a part of the reply, the `index`th of the output. One "in_progress" is empty."""
         begun = status == "in_progress"
         item: dict[str, Any] = {"id": self.item_id(part, index)}
@@ -121,17 +121,17 @@ class ResponseObject:
             if (namespace := self._namespaces.get(part.name)) is not None:
                 item["namespace"] = namespace
             return item
-        content = [] if begun else [self.piece(part, part.text, logprobs)]
+        content = [] if begun else [self.piece(part, part.text)]
         if part.kind == "content":
             return item | {"type": "message", "status": status, "role": "assistant", "content": content}
         shown = {"summary": content} if self.summarised else {"summary": [], "content": content}
         return item | {"type": "reasoning", "status": status, "encrypted_content": None} | shown
 
-    def piece(self, part: ReplyPart, text: str, logprobs: Sequence[Any] = ()) -> dict[str, Any]:
-        """A part of an item's content, or of its summary."""
+    def piece(self, part: ReplyPart, text: str) -> dict[str, Any]:
+        """A part of an item's content, or of its summary, without its log probabilities."""
         if part.kind == "reasoning":
             return {"type": "summary_text" if self.summarised else "reasoning_text", "text": text}
-        shown = {"logprobs": list(logprobs)} if self.with_logprobs else {}
+        shown: dict[str, Any] = {"logprobs": []} if self.with_logprobs else {}
         return {"type": "output_text", "text": text, "annotations": []} | shown
 
 
@@ -147,6 +147,11 @@ def given_fields(fields: ResponsesRequest) -> str:
             "metadata": fields.metadata or {},
         }
     )
+
+
+def _with_logprobs(written: str, logprobs: Sequence[str]) -> str:
+    """JSON with the log probabilities of tokens in its one empty list of them: no text in it can look like that."""
+    return written.replace('"logprobs":[]', f'"logprobs":[{",".join(logprobs)}]', 1) if logprobs else written
 
 
 def _usage(usage: ReplyUsage) -> dict[str, Any]:
@@ -168,8 +173,8 @@ class ResponseEvents:
         self._reply = Reply(chat)
         self._open: ReplyPart | None = None
         self._output: list[str] = []  # the items that are done, as JSON
-        self._logprobs: list[dict[str, Any]] = []  # of the open item
-        self._held: list[dict[str, Any]] = []  # of tokens whose text is held back
+        self._logprobs: list[str] = []  # of the open item, as JSON: objects would take ten times that
+        self._held: list[str] = []  # of tokens whose text is held back
         self._number = 0
 
     def begin(self) -> bytes:
@@ -181,7 +186,7 @@ class ResponseEvents:
             reasoned = self._reply.reasoning_tokens
             deltas = self._reply.take(token)
             if token.logprob is not None and self._reply.reasoning_tokens == reasoned:
-                self._held.append(chat_logprob(token.logprob, False))
+                self._held.append(dumps(chat_logprob(token.logprob, False)))
             for delta in deltas:
                 self._add(delta, frames)
         return b"".join(frames)
@@ -214,9 +219,9 @@ class ResponseEvents:
         if not text:
             return
         name, place = self._names(part)
-        more = {"logprobs": logprobs} if part.kind == "content" else {}
+        more: dict[str, Any] = {"logprobs": []} if part.kind == "content" else {}
         self._logprobs += logprobs
-        frames.append(self._event(f"{name}.delta", **place, delta=text, **more))
+        frames.append(self._event(f"{name}.delta", logprobs, **place, delta=text, **more))
 
     def _begin(self, part: ReplyPart, frames: list[bytes]) -> None:
         self._open = part
@@ -236,14 +241,16 @@ class ResponseEvents:
         if part.kind == "call":
             frames.append(self._event(f"{name}.done", **place, name=part.name, arguments=part.text))
         else:
-            more = {"logprobs": self._logprobs} if part.kind == "content" else {}
-            frames.append(self._event(f"{name}.done", **place, text=part.text, **more))
+            more: dict[str, Any] = {"logprobs": []} if part.kind == "content" else {}
+            frames.append(self._event(f"{name}.done", self._logprobs, **place, text=part.text, **more))
             outer, outer_place = self._piece(part)
-            piece = self._response.piece(part, part.text, self._logprobs)
-            frames.append(self._event(f"{outer}.done", **outer_place, part=piece))
-        item = self._response.item(part, len(self._output), status, self._logprobs)
-        frames.append(self._event("response.output_item.done", output_index=len(self._output), item=item))
-        self._output.append(dumps(item))
+            piece = self._response.piece(part, part.text)
+            frames.append(self._event(f"{outer}.done", self._logprobs, **outer_place, part=piece))
+        item = self._response.item(part, len(self._output), status)
+        frames.append(
+            self._event("response.output_item.done", self._logprobs, output_index=len(self._output), item=item)
+        )
+        self._output.append(_with_logprobs(dumps(item), self._logprobs))
 
     def _names(self, part: ReplyPart) -> tuple[str, dict[str, Any]]:
         """What the events of a part's text are called, and the fields that say where it is."""
@@ -262,8 +269,8 @@ class ResponseEvents:
         _, place = self._names(part)
         return "response.reasoning_summary_part" if "summary_index" in place else "response.content_part", place
 
-    def _event(self, kind: str, **fields: Any) -> bytes:
-        return json_event(dumps(self._numbered(kind) | fields), kind)
+    def _event(self, kind: str, logprobs: Sequence[str] = (), **fields: Any) -> bytes:
+        return json_event(_with_logprobs(dumps(self._numbered(kind) | fields), logprobs), kind)
 
     def _state(self, kind: str) -> bytes:
         """An event with the response as it stands."""

@@ -17,7 +17,7 @@ from lamina.server.chat.preparing import PreparedChat, prompt
 from lamina.server.chat.thinking import Thinking, read_effort
 from lamina.server.http.errors import ApiError, json_response, json_text, refused, shown
 from lamina.server.http.sse import EventStream, while_connected
-from lamina.server.openai.answers import dumps
+from lamina.server.openai.answers import dumps, token_size
 from lamina.server.openai.responses import items
 from lamina.server.openai.responses.events import ResponseEvents, ResponseObject, given_fields
 from lamina.server.openai.responses.schemas import InputTokensRequest, ResponsesRequest
@@ -234,9 +234,9 @@ class _Making:
         self, service: Service, context: RequestContext, events: ResponseEvents
     ) -> AsyncGenerator[bytes, None]:
         """The frames of its stream. Where they are left before the end, as where a client goes, it is not kept."""
-        request, begin = self._chat.request, events.begin()
+        frames = self._frames(service, context, events, events.begin())
         try:
-            async with aclosing(service.frames([request], context, events, begin, kept=self._response.size)) as frames:
+            async with aclosing(frames):
                 async for piece in frames:
                     yield piece
         finally:
@@ -248,13 +248,21 @@ class _Making:
         try:
             if response.with_logprobs:  # which belong to parts of the reply, so it is read token by token
                 events = ResponseEvents(chat, response, self.done)
-                async for _ in service.frames([chat.request], context, events, kept=self._response.size):
+                async for _ in self._frames(service, context, events):
                     pass
             else:
                 self.done(await service.whole([chat.request], context, partial(response.of, chat), response.size))
         finally:
             self._left()
         return json_text(with_output(response.head, self._output or ()))
+
+    def _frames(
+        self, service: Service, context: RequestContext, events: ResponseEvents, begin: bytes = b""
+    ) -> AsyncGenerator[bytes, None]:
+        chat = self._chat
+        return service.frames(
+            [chat.request], context, events, begin, kept=self._response.size, token=token_size(chat.params)
+        )
 
     def _left(self) -> None:
         if self._output is None:
