@@ -325,8 +325,8 @@ def fetch(events: queue.SimpleQueue[_Event], timeout: float, collect: float = 0.
 
 
 SWITCH_INTERVAL = 1e-4
-"""Seconds for `sys.setswitchinterval`. With the default, threads that talk to clients could keep the interpreter from
-the step loop for 5 ms at a time."""
+"""Seconds for `sys.setswitchinterval`. With the default, other threads could keep the interpreter from an engine's step
+loop, or a server's event loop, for 5 ms at a time."""
 
 _CLAIM = 10.0  # seconds after an engine's start
 

@@ -31,7 +31,7 @@ STATES: Mapping[State, str] = {
 """What everybody may know of a state: nothing of files, hosts or causes."""
 
 _SNAPSHOT_AGE = 0.2  # seconds for which a snapshot is used again
-_TOGETHER = 512  # events that are handed on together: more pile up where a client reads slowly
+_TOGETHER = 512  # tokens and likely ones that are handed on together: more pile up where a client reads slowly
 _FEW = 64  # outputs that are read at once where a thread would cost more than they do
 
 Reading: TypeAlias = Callable[[Callable[[], Any]], Awaitable[Any]]
@@ -230,6 +230,7 @@ class Generation:
         self._failure: LaminaError | None = None  # to be raised after the events that came with it
         self._reading = reading
         self._piled = False  # more events may wait
+        self._together = max(1, _TOGETHER // (1 + (requests[0].params.logprobs or 0)))
         self._begun = time.monotonic()
         try:
             self._call = Call(served, requests)
@@ -282,7 +283,7 @@ class Generation:
                         raise
                     self._failure = error
                     break
-                self._piled = len(events) >= _TOGETHER
+                self._piled = len(events) >= self._together
                 delivery = None if self._piled else self._outputs.get_nowait()
             if self._reading is None:
                 self._observe_tokens(events, time.monotonic())

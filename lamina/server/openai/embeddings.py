@@ -100,25 +100,25 @@ def _checked(
 
 async def _vectors(
     service: Service,
-    requests: Sequence[EngineRequest],
+    requests: list[EngineRequest],
     context: RequestContext,
     dimensions: int | None,
     normalize: bool,
     grow: Callable[[int], None],
 ) -> list[Vector]:
     """The embeddings, computed a few at a time: neither all requests nor all sums of float64 stand at once. Their
-    bytes are counted by `grow`."""
+    bytes are counted by `grow`. Empties the list: a request keeps its sums for as long as it is kept."""
     vectors: list[Vector] = []
-    together = min(_TOGETHER, service.samples.most)
-    for start in range(0, len(requests), together):
-        part = requests[start : start + together]
+    total, together = len(requests), min(_TOGETHER, service.samples.most)
+    while part := requests[:together]:
+        del requests[:together]
         pooled = await service.pooled(part, context)
         vectors += await service.answer(context, _made, part, pooled, dimensions, normalize)
         grow(_NUMBER * len(part) * len(vectors[0]))
-        if (numbers := len(requests) * len(vectors[0])) > MAX_NUMBERS:
+        if (numbers := total * len(vectors[0])) > MAX_NUMBERS:
             raise ApiError(
                 400,
-                f"input has {len(requests)} inputs, whose embeddings have {numbers} numbers; allowed are {MAX_NUMBERS}",
+                f"input has {total} inputs, whose embeddings have {numbers} numbers; allowed are {MAX_NUMBERS}",
                 "input",
             )
     return vectors

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
+from lamina.client.remote import SWITCH_INTERVAL
 from lamina.errors import LaminaError
 from lamina.server.app import create_app
 from lamina.server.frontend import Frontend
@@ -70,6 +71,7 @@ _REST = 0.5  # the least seconds for which /health says "draining"
 def main() -> int:
     """The exit status: 0 once it has drained, or the supervisor is gone; 1 where it cannot serve."""
     os.nice(_NICE)
+    sys.setswitchinterval(SWITCH_INTERVAL)  # the event loop gives the interpreter back at each read and write
     with suppress(AttributeError):  # glibc's. By default it keeps blocks of up to 32 MB once one of them was freed
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
     supervisor, messages = begin("http", TO_HTTP)
