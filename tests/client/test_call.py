@@ -298,3 +298,12 @@ def test_a_loop_that_ends_keeps_no_queue() -> None:
     del outputs
     gc.collect()
     assert queue() is None
+
+
+@pytest.mark.fault("F23")
+def test_a_whole_sample_is_delivered_in_slices() -> None:
+    """A sample of 8,000 tokens was read at once, with the log probabilities of each: seconds without anything else."""
+    engine, sizes = ScriptedEngine("a" * 1200), []
+    made = call(engine)
+    made.submit(lambda delivery: sizes.append(len(delivery[1])), streamed=False)
+    assert sizes == [512, 512, 176]

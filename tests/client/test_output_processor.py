@@ -109,9 +109,22 @@ def test_logprobs_are_given_with_each_token_when_they_are_asked_for() -> None:
     assert event.logprob is not None
     assert (event.logprob.text, event.logprob.logprob, event.logprob.top[0].text) == ("a", -0.5, "b")
     assert prompt.outputs.completion().logprobs == (event.logprob,)
+    assert prompt.outputs.completion().to_dict()["samples"][0]["logprobs"][0]["top"][0]["text"] == "b"
     without = Prompt()
     without.write("a", finish="length")
     assert without.outputs.completion().logprobs is None
+
+
+def test_log_probabilities_that_nobody_streams_are_spelled_where_they_are_read() -> None:
+    prompt, row = Prompt(logprobs=2), RowLogprobs(-0.5, ((98, -0.25), (97, -0.5)))
+    events = list(prompt.outputs.take([EngineOutput(0, 97, None, row, at=11.0)] * 3, spelled=False))
+    assert [event.logprob for event in events] == [None] * 3
+    logprobs = prompt.outputs.completion().logprobs
+    assert logprobs is not None
+    assert [(each.logprob, [(top.text, top.logprob) for top in each.top]) for each in logprobs[1:]] == [
+        (-0.5, [("b", -0.25), ("a", -0.5)])
+    ] * 2
+    assert logprobs[-1] == logprobs[0]
 
 
 def test_an_error_is_raised_as_a_copy_with_its_cause() -> None:

@@ -20,7 +20,9 @@ from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.messages.snapshot import Snapshot
 from lamina.server import service
 from lamina.server.chat.preparing import MAX_CHARACTERS
+from lamina.server.openai import answers
 from lamina.server.settings import ServerSettings
+from lamina_workers.decoder.logprobs import RowLogprobs
 
 pytestmark = pytest.mark.data
 
@@ -50,6 +52,13 @@ class Held:
         ended, self.open = self.open, []
         for request in ended:
             request.sink(request, [EngineOutput(each, 1, "length") for each in range(request.request.n)])
+
+    def write(self, tokens: int, finish: Any = None) -> None:
+        """The newest request gets tokens, with the log probabilities of 20 others each."""
+        row = RowLogprobs(-1.0, tuple((token, -2.0) for token in range(100, 120)))
+        reasons = [None] * (tokens - 1) + [finish]
+        outputs = [EngineOutput(0, 400 + index % 100, reason, row) for index, reason in enumerate(reasons)]
+        self.open[-1].sink(self.open[-1], outputs)
 
     def snapshot(self, sink: Callable[[Snapshot], None]) -> None:
         sequences = tuple(sequence(request.id, {"h": 9}) for request in self.open)
@@ -92,6 +101,59 @@ def started(rig: Rig, engine: Held, key: str, **fields: Any) -> Asking:
     asking = Asking(rig, key, fields)
     assert until(lambda: len(engine.seen) > before)
     return asking
+
+
+CHAT = {"messages": [{"role": "user", "content": "Hi"}], "logprobs": True, "top_logprobs": 20, "max_tokens": 3000}
+
+
+@pytest.mark.fault("F23")
+@pytest.mark.parametrize("path", [TEXT, "/v1/chat/completions"])
+def test_a_long_answer_holds_up_nobody(rig: Rig, engine: Held, path: str) -> None:
+    """The event loop read whole samples at once, and the interpreter stood still while their JSON was written: the
+    rig's watch sees the former."""
+    fields = {"prompt": "One", "logprobs": 20, "max_tokens": 3000} if path == TEXT else CHAT
+    replies: list[Reply] = []
+    thread = threading.Thread(target=lambda: replies.append(rig.ask(path, fields, Authorization="Bearer a")))
+    thread.start()
+    assert until(lambda: bool(engine.open))
+    engine.write(3000, "length")
+    thread.join(60)
+    (choice,) = replies[0].json["choices"]
+    written = choice["logprobs"]
+    if path == TEXT:
+        assert {name: len(column) for name, column in written.items()} == dict.fromkeys(written, 3000)
+        assert "".join(written["tokens"]) == choice["text"]
+    else:
+        assert [len(token["top_logprobs"]) for token in written["content"]] == [20] * 3000
+        assert "".join(token["token"] for token in written["content"]) == choice["message"]["content"]
+
+
+@pytest.mark.parametrize("count", [0, 1, 64, 65, 1000])
+def test_log_probabilities_are_written_in_small_pieces(count: int) -> None:
+    """The interpreter stands still while json writes one."""
+    pieces = list(answers.per_token(range(count), str))
+    assert json.loads("".join(pieces)) == [str(index) for index in range(count)]
+    assert max(piece.count('"') for piece in pieces) <= 2 * answers.PIECE
+
+
+@pytest.mark.fault("F23")
+def test_log_probabilities_of_long_answers_have_bounds(llm: LLM, engine: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+    """768 samples of 8,000 tokens with 20 of them each took gigabytes."""
+    monkeypatch.setattr(service, "MAX_PARAMETERS", 2_400_000)  # 600,000 are each key's own, 1,200,000 are open to all
+    fields = {"logprobs": 20, "max_tokens": 3000}
+    with serving(None, frontend=frontend_of(llm, engine), api_keys=("a", "b")) as rig:
+        first = started(rig, engine, "a", **fields)
+        engine.write(512)  # of 2,016 bytes
+        second = started(rig, engine, "a", **fields)
+        engine.write(512)
+        assert (refusal := second.reply()).status == 429, refusal.body
+        assert until(lambda: len(engine.open) == 1)
+        engine.write(1, "length")
+        assert first.reply().status == 200
+        alone = started(rig, engine, "a", **fields)
+        engine.write(1000)
+        assert (refusal := alone.reply()).status == 400, refusal.body
+        assert "more than 1800000 bytes" in refusal.error["message"]
 
 
 @pytest.mark.fault("F11")
