@@ -48,7 +48,7 @@ class ServerSettings:
     request_timeout: float = 600.0
     """The most seconds that a request may take; a request may set a shorter time."""
     max_body: int = 4 << 20
-    """The most bytes of a request's body: the interpreter stands still while one is parsed, 10 ms a MiB."""
+    """The most bytes of a request's body. One thread parses them all, at some 0.1 s a MiB."""
     joining: bool = False
     """Machines of the same network may ask to join; the operator accepts them."""
     otlp_traces_endpoint: str | None = None
