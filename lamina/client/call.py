@@ -23,7 +23,7 @@ from lamina.client.input_processor import InputProcessor, Prompts, check_dimensi
 from lamina.client.interface import Delivery
 from lamina.client.output_processor import OutputProcessor
 from lamina.completions import Completion, Embedding, Interrupted, TokenEvent
-from lamina.messages.engine_request import EngineOutput, EngineRequest
+from lamina.messages.engine_request import EngineOutput, EngineRequest, ignore_outputs
 from lamina.system.child_process import check_process
 from lamina.system.progress import Progress
 
@@ -187,6 +187,9 @@ class Call:
         if self._process != os.getpid():  # it goes on where it was made
             return
         for request in self._requests:
+            request.sink = (
+                ignore_outputs  # else call and request keep each other, and all outputs, until a garbage collection
+            )
             if not self._processors[request.id].done:
                 self._engine.abort(request)
 

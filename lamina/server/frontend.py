@@ -230,6 +230,7 @@ class Generation:
         self._failure: LaminaError | None = None  # to be raised after the events that came with it
         self._reading = reading
         self._piled = False  # more events may wait
+        self._left: list[TokenEvent] = []  # that are still to be handed on
         self._together = max(1, _TOGETHER // (1 + (requests[0].params.logprobs or 0)))
         self._begun = time.monotonic()
         try:
@@ -264,6 +265,9 @@ class Generation:
         return self
 
     async def __anext__(self) -> list[TokenEvent]:
+        if self._left:
+            await asyncio.sleep(0)
+            return self._slice()
         if self._failure is not None:
             raise self._failure
         while not self._call.done:
@@ -289,9 +293,16 @@ class Generation:
                 self._observe_tokens(events, time.monotonic())
             for request, completion in ended:
                 self._observe(request, completion)
+            self._left = events
             if events:
-                return events
+                return self._slice()
         raise StopAsyncIteration
+
+    def _slice(self) -> list[TokenEvent]:
+        """The next events, as many as are handed on together: those of a batch may be many, and dear to write."""
+        most = self._together if self._reading is None else len(self._left)
+        events, self._left = self._left[:most], self._left[most:]
+        return events
 
     async def _read(self, delivery: Delivery, ended: list[tuple[EngineRequest, Completion]]) -> list[TokenEvent]:
         """The events of a delivery. Where it ends its prompt, that is added to those that have `ended`."""
