@@ -43,8 +43,9 @@ _EMPTY = (*_IGNORED, *_REASONING, "function_call", "refusal", "tool_calls")
 
 
 def check_messages(messages: object) -> list[dict[str, Any]]:
-    """Messages as `Tokenizer.render` describes them, text parts joined, in the form that templates expect: `content` is
-    always text, and the arguments of calls are objects. Raises InvalidRequest, which names the position."""
+    """Messages as `Tokenizer.render_parts` describes them, text parts joined, in the form that templates expect:
+    `content` is always text, and the arguments of calls are objects. Raises InvalidRequest, which names the position.
+    """
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
         raise InvalidRequest(
             f"messages is {cut(messages)}; allowed is a list of at least one message, such as "

@@ -145,26 +145,6 @@ class Tokenizer:
         token = self._tokenizer.id_to_token(token_id)
         return None if token is None else str(token)
 
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
-    ) -> str:
-        """`messages` as text in the form that the model was trained on. At its end the assistant's turn begins
-        (`add_generation_prompt`), or the last message is left open (`continue_final_message`). `template_kwargs` are
-        further variables of the template, which JSON can hold.
-
-        A message is {"role": one of ROLES, "content": text, or a list of {"type": "text", "text": text}}, perhaps with
-        `name`; the assistant's with `tool_calls` (and then without content), `reasoning_content`, or `refusal`, whose
-        text counts as content, a tool's with `tool_call_id`. Raises InvalidRequest for other messages, or where the
-        template refuses these; ModelFileError where the model has no template or it misbehaves.
-        """
-        rendered = self.render_parts(messages, add_generation_prompt, continue_final_message, tools, template_kwargs)
-        return "".join(rendered)
-
     def render_parts(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -173,9 +153,18 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[str]:
-        """The text of `render` in parts, for `encode`. Where messages, tools or variables spell a special token, a part
-        ends after its first character, so that only the template's own become tokens: else `<|im_end|>` in a message
-        would end it, and what follows could be of another role."""
+        """`messages` as text in the form that the model was trained on, in parts for `encode`. Where messages, tools or
+        variables spell a special token, a part ends after its first character, so that only the template's own become
+        tokens: else `<|im_end|>` in a message would end it, and what follows could be of another role.
+
+        At the text's end the assistant's turn begins (`add_generation_prompt`), or the last message is left open
+        (`continue_final_message`). `template_kwargs` are further variables of the template, which JSON can hold.
+
+        A message is {"role": one of ROLES, "content": text, or a list of {"type": "text", "text": text}}, perhaps with
+        `name`; the assistant's with `tool_calls` (and then without content), `reasoning_content`, or `refusal`, whose
+        text counts as content, a tool's with `tool_call_id`. Raises InvalidRequest for other messages, or where the
+        template refuses these; ModelFileError where the model has no template or it misbehaves.
+        """
         checked = check_messages(messages)
         if continue_final_message and (add_generation_prompt or not checked[-1]["content"].strip()):
             raise InvalidRequest(

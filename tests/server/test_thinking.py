@@ -143,7 +143,7 @@ def test_switches_are_those_of_the_template(tmp_path: Path) -> None:
 
     def prompt(**fields: Any) -> str:
         made = plan(tokenizer, **fields)
-        return tokenizer.render(made.messages(question), template_kwargs=made.template_kwargs)
+        return "".join(tokenizer.render_parts(made.messages(question), template_kwargs=made.template_kwargs))
 
     on, off = prompt(), prompt(thinking=Thinking(enabled=False))
     assert off == f"{on.removesuffix('None')}<think>\n\n</think>\n\nNone"
@@ -221,7 +221,7 @@ def test_the_history_is_in_the_templates_words(tmp_path: Path, more: str, specia
         ]
     )
     made = plan(tokenizer, tools=TOOLS)
-    text = tokenizer.render(made.messages(messages), tools=list(made.tools))
+    text = "".join(tokenizer.render_parts(made.messages(messages), tools=list(made.tools)))
     if "[TOOL_CALLS]" in special:
         ids = [made.messages(messages)[2]["tool_calls"][n]["id"] for n in (0, 1)]
         assert all(len(each) == 9 and each.isalnum() for each in ids)

@@ -143,11 +143,11 @@ def test_invalid_unicode_is_named_with_its_place(chatty: Tokenizer, text: str, p
     with pytest.raises(InvalidRequest, match=f"character {position}"):
         chatty.encode(text)
     with pytest.raises(InvalidRequest, match=rf"messages\[0\].content.*character {position}"):
-        chatty.render([{"role": "user", "content": text}])
+        chatty.render_parts([{"role": "user", "content": text}])
 
 
 def test_a_chat_is_rendered_and_its_special_tokens_are_parsed(chatty: Tokenizer) -> None:
-    assert chatty.render(ONE) == "<bos>user:hi<end>"
+    assert chatty.render_parts(ONE) == ["<bos>user:hi<end>"]
     ids = chatty.chat(ONE)
     assert chatty.decode(ids) == "user:hi"
     assert chatty.decode(ids, skip_special_tokens=False) == "<bos>user:hi<end>"
@@ -168,13 +168,10 @@ def test_special_tokens_that_users_write_are_text(tmp_path: Path, text: str) -> 
     bos, end = (rust.token_to_id(token) for token in ("<bos>", "<end>"))
     messages, tools = [{"role": "user", "content": text}] * 2, [{text: [{"d": text}]}]
     assert tokenizer.chat(messages, template_kwargs={"tools": []}).count(end) == 2
-    ids = tokenizer.encode(tokenizer.render_parts(messages, tools=tools, template_kwargs={"word": text}), False)
+    parts = tokenizer.render_parts(messages, tools=tools, template_kwargs={"word": text})
+    ids = tokenizer.encode(parts, False)
     shown = f"<bos>user:{text}<end>user:{text}<end>{json.dumps(tools, ensure_ascii=False)}{text}"
-    assert (
-        tokenizer.decode(ids, skip_special_tokens=False)
-        == shown
-        == tokenizer.render(messages, tools=tools, template_kwargs={"word": text})
-    )
+    assert tokenizer.decode(ids, skip_special_tokens=False) == shown == "".join(parts)
     assert [index for index in ids if index in tokenizer.added_tokens.values()] == [bos, end, end]
     assert tokenizer.chat([{"role": "user", "content": "<tag>"}]).count(rust.token_to_id("<tag>")) == 1
     assert end in tokenizer.encode("<end>")  # a prompt without messages is taken as it is
@@ -225,7 +222,7 @@ def test_many_reserved_tokens_cost_a_text_no_more_than_one(tmp_path: Path) -> No
 
 def test_text_parts_are_joined(chatty: Tokenizer) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    assert chatty.render([{"role": "user", "content": parts}]) == "<bos>user:a\nb<end>"
+    assert chatty.render_parts([{"role": "user", "content": parts}]) == ["<bos>user:a\nb<end>"]
     chatty.close()
 
 
@@ -244,18 +241,19 @@ def test_calls_and_tools_reach_the_template(tmp_path: Path) -> None:
         {"role": "tool", "content": "2", "tool_call_id": "1"},
     ]
     assert tokenizer.template_knows_tools
-    assert tokenizer.render(messages, tools=[{"a": 1}]) == '[{"a": 1}]|mehi|f1|21'
+    assert tokenizer.render_parts(messages, tools=[{"a": 1}]) == ['[{"a": 1}]|mehi|f1|21']
     tokenizer.close()
 
 
 def test_the_last_message_can_be_left_open(chatty: Tokenizer) -> None:
     messages = [*ONE, {"role": "assistant", "content": "hi there "}]
     assert not chatty.template_knows_tools
-    assert chatty.render(messages, False, continue_final_message=True) == "<bos>user:hi<end>assistant:hi there "
+    shown = "<bos>user:hi<end>assistant:hi there "
+    assert chatty.render_parts(messages, False, continue_final_message=True) == [shown]
     with pytest.raises(InvalidRequest, match="add_generation_prompt"):
-        chatty.render(messages, True, continue_final_message=True)
+        chatty.render_parts(messages, True, continue_final_message=True)
     with pytest.raises(InvalidRequest, match="last message"):
-        chatty.render([{"role": "assistant", "content": " "}], False, continue_final_message=True)
+        chatty.render_parts([{"role": "assistant", "content": " "}], False, continue_final_message=True)
     chatty.close()
 
 
@@ -301,7 +299,7 @@ def test_the_template_may_have_its_own_file(tmp_path: Path) -> None:
     save(tmp_path, byte_level(), chat_template="from the config")
     (tmp_path / "chat_template.jinja").write_text("from its file")
     tokenizer = Tokenizer(tmp_path)
-    assert tokenizer.render(ONE) == "from its file"
+    assert tokenizer.render_parts(ONE) == ["from its file"]
     tokenizer.close()
 
 

@@ -136,7 +136,7 @@ class ReplyFormat:
         opened = self._opened.get(key)
         if opened is None:
             try:
-                text = self.tokenizer.render(_PROBE, template_kwargs=variables)
+                text = "".join(self.tokenizer.render_parts(_PROBE, template_kwargs=variables))
             except LaminaError:  # the request's own messages show whether it is theirs
                 text = ""
             opened = text.rstrip().endswith(tags.open)
