@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from hypothesis import strategies as st
 from small_replies import CHATML, accepts, cut_at, taken_apart, tokenizer_with
 
 from lamina.errors import InvalidRequest
+from lamina.server.chat.formats import qwen3_coder
+from lamina.server.chat.formats.family import Vocabulary
+from lamina.server.chat.formats.tools import ToolUse
 from lamina.server.chat.reply_format import ReplyFormat, ReplyPlan
 from lamina.text.tokenizer import Tokenizer
 
@@ -175,9 +179,64 @@ def test_hostile_text_is_taken_apart_the_same_however_it_is_cut(
 def test_schemas_that_are_true_or_false_are_schemas(family: tuple[str, Tokenizer]) -> None:
     """They ended requests to models with Qwen3-Coder's form with status 500."""
     _, tokenizer = family
-    for schema in ({"anyOf": [True]}, {"$ref": "#/$defs/x"}, True):
-        made = plan(tokenizer, tools=[tool("f", {"properties": {"a": schema}, "$defs": {"x": True}})])
+    for schema in ({"anyOf": [True]}, {"$ref": "#/$defs/x"}, True, {"$ref": "#/$defs/0"}):
+        shared = [True] if schema == {"$ref": "#/$defs/0"} else {"x": True}
+        made = plan(tokenizer, tools=[tool("f", {"properties": {"a": schema}, "$defs": shared})])
         assert "grammar" in made.params
+
+
+COLOR = {"title": "Color", "type": "string", "enum": ["red", "12"]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, {"7": 7, "null": None}, ("seven",)),
+        ({"$ref": "#/$defs/Color"}, {"red": "red", "12": "12"}, ("blue", "null")),
+        ({"allOf": [{"$ref": "#/$defs/Color"}], "default": "red"}, {"12": "12"}, ("blue",)),
+        ({"allOf": [{"type": "string"}, {"minLength": 1}]}, {"12": "12", "null": "null"}, ()),
+        ({"type": ["string", "number"], "enum": ["a", 1]}, {"a": "a", "1": 1}, ("b", "2")),
+        ({"anyOf": [{"$ref": "#/$defs/Color"}, {"type": "null"}]}, {"12": "12", "null": None}, ("blue",)),
+        ({"type": ["string", "null"], "enum": ["7", None]}, {"7": "7", "null": None}, ("8",)),
+        ({"oneOf": [{"$ref": "#/definitions/Size"}, {"$ref": "#/$defs/Text"}]}, {"12": 12, "x": "x"}, ()),
+        ({"anyOf": [{"$ref": "#/$defs/Loop"}, {"type": "boolean"}]}, {"true": True, "12": "12"}, ("blue",)),
+        ({"enum": ["none", None]}, {"none": "none", "null": None}, ("None",)),
+        ({"anyOf": [{"const": 1}, {"const": "one"}]}, {"1": 1, "one": "one"}, ("two", "2")),
+        ({"anyOf": [{"type": "string"}, {"not": {}}]}, {"12": 12, "x": "x"}, ()),
+    ],
+)
+def test_an_argument_has_the_types_of_its_schemas_choices_and_definitions(
+    tmp_path: Path, schema: Any, good: dict[str, Any], bad: tuple[str, ...]
+) -> None:
+    """A reference within a choice was of no type: the text "12" of an optional enum became a number."""
+    shared: dict[str, Any] = {"Color": COLOR, "Text": {"type": "string"}}
+    shared["Loop"] = {"anyOf": [{"$ref": "#/$defs/Loop"}, {"$ref": "#/$defs/Color"}]}
+    parameters = {"properties": {"x": schema}, "$defs": shared, "definitions": {"Size": {"type": "integer"}}}
+    tokenizer = tokenizer_with(tmp_path, FAMILIES["qwen3-coder"][0])
+    made = plan(tokenizer, tools=[tool("f", parameters | {"required": ["x"]})])
+    for text in (*good, *bad):
+        reply = f"<tool_call>\n<function=f>\n<parameter=x>\n{text}\n</parameter>\n</function>\n</tool_call>"
+        assert accepts(tokenizer, made, reply) == (text in good), text
+        if text in good:
+            [(name, arguments)] = taken_apart(made, list(reply))[2]
+            assert (name, json.loads(arguments)) == ("f", {"x": good[text]})
+
+
+@pytest.mark.fault("F23")
+def test_arguments_that_share_a_long_definition_cost_no_more_than_their_schema() -> None:
+    """Each of the arguments read all of the definition, and their grammar repeated it."""
+    shared: dict[str, Any] = {f"d{n}": {"anyOf": [{"$ref": f"#/$defs/d{n + 1}"}] * 10} for n in range(40)}
+    shared |= {"d40": {"type": "integer"}, "long": {"enum": ["x" * 10_000]}}
+    properties = {"deep": {"$ref": "#/$defs/d0"}} | {f"a{n}": {"$ref": "#/$defs/long"} for n in range(1000)}
+    arguments = qwen3_coder.Arguments({"properties": properties, "$defs": shared})
+    assert arguments.named("deep").types == {"integer"}  # not 10 ** 40 ways through them
+    typed = [name for name in properties if arguments.named(name).types]
+    assert 20 < len(typed) < 30
+    few = {"title": "x" * 100_000, "type": "integer"}
+    one, many = ({f"a{n}": {"$ref": "#/$defs/d"} for n in range(count)} for count in (1, 1000))
+    for properties, most in ((one, 200_000), (many, 700_000)):
+        use = ToolUse((), {"f": {"properties": properties, "$defs": {"d": few}}}, False, False)
+        assert len("".join(qwen3_coder.Qwen3Coder(Vocabulary({}, ()), "").calls(use)[1])) < most
 
 
 def test_what_cannot_be_held_is_refused(tmp_path: Path) -> None:
