@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -186,6 +187,29 @@ def test_a_client_that_subscribes_without_end_is_cut_off(context: Any) -> None:
         assert first.next()[2]
     finally:
         publisher.close()
+
+
+@pytest.mark.fault("F23")
+def test_each_connection_may_subscribe_as_often_as_any() -> None:
+    """What one address had subscribed to counted for its next connection too, which was cut off."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        stream, source = kv_events._Stream(b"t", server.getsockname()[1], None, None), 0
+        for _ in range(3):
+            with socket.socket() as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # free at once
+                client.bind(("127.0.0.1", source))
+                source = client.getsockname()[1]
+                client.connect(server.getsockname())
+                client.setblocking(False)
+                with server.accept()[0] as connection:
+                    for _ in range(kv_events._SUBSCRIPTIONS):
+                        stream._count(connection)
+                    with pytest.raises(BlockingIOError):
+                        client.recv(1)
+                    stream._count(connection)
+                    assert client.recv(1) == b""
+        assert len(stream.subscriptions) <= 2
 
 
 def test_an_address_that_is_taken_is_named() -> None:

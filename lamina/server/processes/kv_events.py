@@ -14,7 +14,7 @@ import os
 import socket
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -34,7 +34,7 @@ _END = (-1).to_bytes(8, "big", signed=True)
 _QUEUED = 10_000  # batches for a subscriber that does not read; then it misses some
 _SUBSCRIPTIONS = 64  # of one connection: the topic is one of its model's port, and libzmq keeps whatever is asked for
 _ASKING = 64  # subscriptions that wait to be counted, of one connection
-_CLIENTS = 4096  # connections whose subscriptions are counted; then counting begins anew
+_SO_COOKIE = 57  # of Linux: the number of a socket, which no other ever has; the module `socket` does not name it
 _REPLAYS = 8  # clients of a model that get a replay at a time
 _REPLAY_QUEUED = 64  # batches for a client that does not read; the others follow as it reads
 _STALLED_S = 5.0  # seconds without reading after which it gets no more
@@ -64,7 +64,8 @@ class _Stream:
     kept: deque[tuple[int, bytes]] = field(default_factory=deque)
     size: int = 0  # bytes of `kept`
     replays: dict[bytes, _Replay] = field(default_factory=dict)  # by client
-    subscriptions: Counter[tuple[str, int]] = field(default_factory=Counter)  # by the address of the client
+    subscriptions: dict[int, tuple[bytes, int]] = field(default_factory=dict)
+    """The number of each connection and of its subscriptions, by its descriptor: a later one may get the same."""
 
     def publish(self, payload: bytes) -> None:
         """Send a batch, and keep it for replay."""
@@ -87,15 +88,15 @@ class _Stream:
                 self._count(connection)
             finally:
                 connection.detach()  # it is libzmq's
-        if len(self.subscriptions) > _CLIENTS:
-            self.subscriptions.clear()
 
     def _count(self, connection: socket.socket) -> None:
         if connection.getsockname()[1] != self.port:
             return  # the client has gone, and something else has got its descriptor
-        client = connection.getpeername()[:2]
-        self.subscriptions[client] += 1
-        if self.subscriptions[client] > _SUBSCRIPTIONS:
+        number = connection.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8)
+        counted, count = self.subscriptions.get(connection.fileno(), (number, 0))
+        count = count + 1 if counted == number else 1
+        self.subscriptions[connection.fileno()] = number, count
+        if count > _SUBSCRIPTIONS:
             connection.shutdown(socket.SHUT_RDWR)
 
     def asked(self, frames: Sequence[bytes], now: float) -> None:
