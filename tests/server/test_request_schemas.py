@@ -4,6 +4,7 @@ and no list is without end."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -12,6 +13,7 @@ import pytest
 from pydantic.fields import FieldInfo
 
 from lamina.server.anthropic.schemas import CountTokensRequest, MessagesRequest
+from lamina.server.chat import sampling
 from lamina.server.http import limits
 from lamina.server.http.errors import ApiError
 from lamina.server.http.fields import Strict, read
@@ -127,3 +129,14 @@ def test_brackets_within_strings_are_text() -> None:
 def test_many_values_are_refused_before_they_are_made(body: bytes, says: str) -> None:
     with pytest.raises(ApiError, match=says):
         limits.parse_object(body)
+
+
+def test_the_bounds_of_single_fields_can_be_reached() -> None:
+    """The schema allowed 1,048,576 tokens where no body may have a million values, and ids of nine digits alone."""
+    tokens = b"1," * (schemas.MAX_TOKENS - 1) + b"1"
+    limits._check_structure(b'{"model":"m","tokens":[' + tokens + b"]}")
+    pattern = schemas.ChatRequest.model_json_schema()["properties"]["logit_bias"]["anyOf"][0]["propertyNames"][
+        "pattern"
+    ]
+    assert [bool(re.fullmatch(pattern, name)) for name in (str(2**31 - 1), "12345678901")] == [True, False]
+    assert sampling._logit_bias({str(2**31 - 1): 1}) == {2**31 - 1: 1}

@@ -27,11 +27,12 @@ from lamina.sampling_params import (
 from lamina.server.chat.sampling import SAMPLING, STRUCTURES
 from lamina.server.http.errors import ApiError, refused
 from lamina.server.http.fields import Ignored, Null, Strict, described
+from lamina.server.http.limits import MAX_VALUES
 from lamina.text.messages import ROLES
 
 MAX_STOP_TOKENS = 1024
 MAX_BAD_WORDS = 1000
-MAX_TOKENS = 1 << 20  # of a request to detokenize
+MAX_TOKENS = MAX_VALUES - 64  # of a request to detokenize, which has other values too
 
 _TEXT = {"type": "string"}
 _TOKEN = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
@@ -109,7 +110,7 @@ LogitBias = Annotated[
         {
             "type": "object",
             "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
-            "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+            "propertyNames": {"pattern": "^[0-9]{1,10}$"},
             "maxProperties": MAX_LOGIT_BIAS,
         },
         {"type": "null"},
