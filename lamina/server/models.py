@@ -51,15 +51,15 @@ def decide(uses: Sequence[ModelUse], max_loaded: int, idle_unload: float | None,
     """The model that is waited for longest comes first. Idle models are unloaded for it, the least recently used one
     first. Where all are used and the wait is longer than `TURN`, the model that was loaded first, and is loaded for as
     long, is unloaded once it is free."""
-    wanted = sorted((use for use in uses if use.place == "out" and use.wanted is not None), key=_since)
+    waiting = sorted((use for use in uses if use.place == "out" and use.wanted is not None), key=_since)
     room = max_loaded - sum(use.place != "out" for use in uses)
-    load, rest = wanted[: max(0, room)], wanted[max(0, room) :]
-    missing = len(rest) - sum(use.place == "leaving" for use in uses)
+    load, others = waiting[: max(0, room)], waiting[max(0, room) :]
+    missing = len(others) - sum(use.place == "leaving" for use in uses)
     settled = [use for use in uses if use.place == "in" and use.settled]
     unload: list[ModelUse] = []
     closed: list[ModelUse] = []
     if missing > 0:
-        overdue = sum(now - _since(use) >= TURN for use in rest)
+        overdue = sum(now - _since(use) >= TURN for use in others)
         had_turn = [use for use in settled if now - use.begun >= TURN]
         closed = sorted(had_turn, key=lambda use: use.begun)[: min(missing, overdue)]
         idle = [use for use in settled if not use.users and (use.wanted is None or use in closed)]
@@ -284,12 +284,12 @@ class Models:
         if loader is None:
             return
         for model in self:
-            here = model.residence == "loaded"
-            if here and not model.seen:
+            is_loaded = model.residence == "loaded"
+            if is_loaded and not model.seen:
                 self._served, model.used, model.begun = True, now, now
                 if not model.frontend.draining:  # waiting requests get it before it may be unloaded
                     self._admit(model)
-            model.seen = here
+            model.seen = is_loaded
         decision = decide([model.use() for model in self], self._max_loaded, self._idle_unload, now)
         self._closed = decision.closed
         for name in decision.unload:

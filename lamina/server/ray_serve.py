@@ -69,28 +69,28 @@ class ServePlan:
         for given_name in arguments:
             if given_name not in _ARGUMENTS:
                 raise InvalidRequest(f"unknown argument {given_name!r:.80}; known are {', '.join(sorted(_ARGUMENTS))}")
-        given = {name: _value(name, value) for name, value in arguments.items() if value is not None}
+        values = {name: _value(name, value) for name, value in arguments.items() if value is not None}
         replicas = 1
-        if (path := given.pop("plan", None)) is not None:
+        if (path := values.pop("plan", None)) is not None:
             planned, replicas = _planned(path)
-            given = planned | given
-        model: Any = given.get("model", DEFAULT_MODEL)
-        name: Any = given.get("served_model_name")
-        files = {argument: _path(given, argument) for argument in ("api_key_file", "operator_key_file")}
+            values = planned | values
+        model: Any = values.get("model", DEFAULT_MODEL)
+        name: Any = values.get("served_model_name")
+        files = {argument: _path(values, argument) for argument in ("api_key_file", "operator_key_file")}
         for argument, text in {"model": model, "served_model_name": name, **files}.items():
             if text is not None and (not isinstance(text, str) or not text.strip()):
                 raise InvalidRequest(f"{argument} is {text!r:.80}; allowed is text that is not empty")
-        let_in, drain = given.get("open", False), given.get("drain_timeout", 30.0)
+        let_in, drain = values.get("open", False), values.get("drain_timeout", 30.0)
         if type(let_in) is not bool:
             raise InvalidRequest(f"open is {let_in!r:.80}; allowed is true or false")
         if type(drain) not in (int, float) or not 0 <= drain <= 86400:
             raise InvalidRequest(f"drain_timeout is {drain!r:.80}; allowed are 0 to 86400 seconds")
         return cls(
             model=model,
-            config=EngineConfig(**{key: given[key] for key in _ENGINE if key in given}, cluster="auto"),
-            settings=ServerSettings(model=name or model, **{key: given[key] for key in _SERVER if key in given}),
-            api_key_file=Path(given["api_key_file"]) if "api_key_file" in given else None,
-            operator_key_file=Path(given["operator_key_file"]) if "operator_key_file" in given else None,
+            config=EngineConfig(**{key: values[key] for key in _ENGINE if key in values}, cluster="auto"),
+            settings=ServerSettings(model=name or model, **{key: values[key] for key in _SERVER if key in values}),
+            api_key_file=Path(values["api_key_file"]) if "api_key_file" in values else None,
+            operator_key_file=Path(values["operator_key_file"]) if "operator_key_file" in values else None,
             open=let_in,
             drain_timeout=float(drain),
             replicas=replicas,

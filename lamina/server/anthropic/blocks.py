@@ -37,13 +37,13 @@ class MessageWriter:
         return self._fields | {"content": content} | self._ended(sample) | {"usage": _usage(reply.usage())}
 
     def begin(self) -> bytes:
-        begun: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "content": [],
             "stop_reason": None,
             "stop_sequence": None,
             "usage": _usage(self._reply.usage()),
         }
-        return _event("message_start", message=self._fields | begun) + PING
+        return _event("message_start", message=self._fields | fields) + PING
 
     def events(self, events: Sequence[TokenEvent]) -> bytes:
         frames: list[bytes] = []
@@ -79,8 +79,8 @@ class MessageWriter:
                 self._close(frames)
                 self._open = part
                 self._index += 1
-                begun = self._block(ReplyPart(part.kind, part.id, part.name), ended=False)
-                frames.append(_event("content_block_start", index=self._index, content_block=begun))
+                block = self._block(ReplyPart(part.kind, part.id, part.name), ended=False)
+                frames.append(_event("content_block_start", index=self._index, content_block=block))
             if not text or (part.kind == "reasoning" and self._omitted):
                 continue
             kind, field = _DELTAS[part.kind]

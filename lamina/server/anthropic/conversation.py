@@ -53,8 +53,8 @@ def chat_input(fields: CountTokensRequest) -> ChatInput:
     if messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls"):
         chat.add_generation_prompt, chat.continue_final_message = False, True
     if isinstance(fields, MessagesRequest):
-        given = {"temperature": fields.temperature, "top_p": fields.top_p, "top_k": fields.top_k}
-        chat.sampling = given | {"stop": fields.stop_sequences}
+        sampling = {"temperature": fields.temperature, "top_p": fields.top_p, "top_k": fields.top_k}
+        chat.sampling = sampling | {"stop": fields.stop_sequences}
         chat.max_tokens, chat.bound = fields.max_tokens, True
     return chat
 
@@ -71,36 +71,36 @@ def omits_thinking(fields: CountTokensRequest) -> bool:
 
 
 def _messages(fields: CountTokensRequest) -> list[dict[str, Any]]:
-    given = fields.messages
-    if not isinstance(given, list) or not given or len(given) > MAX_MESSAGES:
-        raise refused("messages", given, f"a list of 1 to {MAX_MESSAGES} messages")
-    made: list[dict[str, Any]] = []
+    entries = fields.messages
+    if not isinstance(entries, list) or not entries or len(entries) > MAX_MESSAGES:
+        raise refused("messages", entries, f"a list of 1 to {MAX_MESSAGES} messages")
+    messages: list[dict[str, Any]] = []
     if fields.system is not None:
-        made.append({"role": "system", "content": _text("system", fields.system, "\n\n")})
-    for at, message in enumerate(given):
-        name = f"messages[{at}]"
+        messages.append({"role": "system", "content": _text("system", fields.system, "\n\n")})
+    for index, message in enumerate(entries):
+        name = f"messages[{index}]"
         role = message.get("role") if isinstance(message, dict) else None
         if not isinstance(message, dict) or not isinstance(role, str) or role not in _BLOCKS:
             raise refused(f"{name}.role", role, f"one of {', '.join(_BLOCKS)}")
         content = message.get("content")
         if isinstance(content, str):
-            made.append({"role": role, "content": content})
+            messages.append({"role": role, "content": content})
         elif isinstance(content, list):
-            made += _blocks(f"{name}.content", role, content)
+            messages += _blocks(f"{name}.content", role, content)
         else:
             raise refused(f"{name}.content", content, "text, or a list of blocks")
-    if all(message["role"] == "system" for message in made):
-        raise refused("messages", given, "at least one block with content of the user")
-    return joined(made)
+    if all(message["role"] == "system" for message in messages):
+        raise refused("messages", entries, "at least one block with content of the user")
+    return joined(messages)
 
 
 def _blocks(name: str, role: str, blocks: list[Any]) -> list[dict[str, Any]]:
     """The messages of one message's blocks: results of tools come by themselves."""
-    made: list[dict[str, Any]] = []
+    messages: list[dict[str, Any]] = []
     texts: list[str] = []
-    said: dict[str, Any] = {"role": role}
-    for at, block in enumerate(blocks):
-        place = f"{name}[{at}]"
+    turn: dict[str, Any] = {"role": role}
+    for index, block in enumerate(blocks):
+        place = f"{name}[{index}]"
         kind = block.get("type") if isinstance(block, dict) else None
         if not isinstance(block, dict) or kind not in _BLOCKS[role]:
             raise refused(f"{place}.type", kind, _INSTEAD.get(str(kind), f"one of {', '.join(_BLOCKS[role])}"))
@@ -110,21 +110,21 @@ def _blocks(name: str, role: str, blocks: list[Any]) -> list[dict[str, Any]]:
             texts.append(_document(place, block))
         elif kind == "thinking":
             if thought := _thought(place, block):
-                said["reasoning_content"] = thought
+                turn["reasoning_content"] = thought
         elif kind == "tool_use":
-            said.setdefault("tool_calls", []).append(_call(place, block))
+            turn.setdefault("tool_calls", []).append(_call(place, block))
         elif kind == "tool_result":
             if texts:
-                made.append(said | {"content": "\n".join(texts)})
+                messages.append(turn | {"content": "\n".join(texts)})
                 texts = []
             content = _text(f"{place}.content", block.get("content") or "")
             if block.get("is_error") and not content:
                 content = "error"
             result = {"role": "tool", "tool_call_id": read_text(f"{place}.tool_use_id", block.get("tool_use_id"))}
-            made.append(result | {"content": content})
-    if texts or len(said) > 1 or not made:
-        made.append(said | {"content": "\n".join(texts) if texts or "tool_calls" not in said else None})
-    return made
+            messages.append(result | {"content": content})
+    if texts or len(turn) > 1 or not messages:
+        messages.append(turn | {"content": "\n".join(texts) if texts or "tool_calls" not in turn else None})
+    return messages
 
 
 def _call(name: str, block: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,16 +164,16 @@ def _text(name: str, content: Any, between: str = "\n") -> str:
     if not isinstance(content, list):
         raise refused(name, content, "text, or a list of blocks of text")
     texts = []
-    for at, block in enumerate(content):
+    for index, block in enumerate(content):
         kind = block.get("type") if isinstance(block, dict) else None
         if kind == "tool_reference":
-            texts.append(f"The tool {read_text(f'{name}[{at}].tool_name', block.get('tool_name'))} can be called.")
+            texts.append(f"The tool {read_text(f'{name}[{index}].tool_name', block.get('tool_name'))} can be called.")
         elif kind == "document":
-            texts.append(_document(f"{name}[{at}]", block))
+            texts.append(_document(f"{name}[{index}]", block))
         elif kind == "text":
-            texts.append(read_text(f"{name}[{at}].text", block.get("text")))
+            texts.append(read_text(f"{name}[{index}].text", block.get("text")))
         else:
-            raise refused(f"{name}[{at}].type", kind, _INSTEAD.get(str(kind), "text"))
+            raise refused(f"{name}[{index}].type", kind, _INSTEAD.get(str(kind), "text"))
     return between.join(texts)
 
 
@@ -182,16 +182,16 @@ def _tools(given: Any) -> list[dict[str, Any]]:
         return []
     if not isinstance(given, list):
         raise refused("tools", given, "a list of tools")
-    made = []
-    for at, tool in enumerate(given):
+    tools = []
+    for index, tool in enumerate(given):
         if not isinstance(tool, dict):
-            raise refused(f"tools[{at}]", tool, "a tool, which is an object")
+            raise refused(f"tools[{index}]", tool, "a tool, which is an object")
         if tool.get("type") not in (None, "custom"):
             instead = "custom, with an input_schema, for a tool that your program runs: the server runs no tools"
-            raise refused(f"tools[{at}].type", tool["type"], instead)
+            raise refused(f"tools[{index}].type", tool["type"], instead)
         named = {"name": "name", "description": "description", "input_schema": "parameters", "strict": "strict"}
-        made.append({"type": "function", "function": {to: tool[key] for key, to in named.items() if key in tool}})
-    return made
+        tools.append({"type": "function", "function": {name: tool[key] for key, name in named.items() if key in tool}})
+    return tools
 
 
 def _tool_choice(given: Any) -> tuple[Any, bool | None]:
@@ -230,10 +230,10 @@ def _output_config(given: Any) -> tuple[dict[str, Any], str | None]:
     if not isinstance(given, dict):
         raise refused("output_config", given, 'an object with "effort" and "format"')
     effort = read_effort("output_config.effort", given.get("effort"))
-    wanted = given.get("format")
-    if wanted is None:
+    form = given.get("format")
+    if form is None:
         return {}, effort
-    schema = wanted.get("schema") if isinstance(wanted, dict) and wanted.get("type") == "json_schema" else None
+    schema = form.get("schema") if isinstance(form, dict) and form.get("type") == "json_schema" else None
     if not isinstance(schema, dict):
-        raise refused("output_config.format", wanted, '{"type": "json_schema", "schema": {...}}')
+        raise refused("output_config.format", form, '{"type": "json_schema", "schema": {...}}')
     return {"json_schema": schema}, effort

@@ -60,9 +60,9 @@ def prepared(chat: ChatInput, served: Served, salt: tuple[str, str]) -> Prepared
     megabytes, are taken out of `chat`. Raises InvalidRequest, ApiError."""
     inputs = served.inputs
     ids, plan, last = prompt(chat, served)
-    left = max(1, inputs.max_model_len - len(ids))
-    filled = chat.bound and chat.max_tokens is not None and chat.max_tokens > left
-    limit = left if filled or chat.max_tokens is None else chat.max_tokens
+    room = max(1, inputs.max_model_len - len(ids))
+    filled = chat.bound and chat.max_tokens is not None and chat.max_tokens > room
+    limit = room if filled or chat.max_tokens is None else chat.max_tokens
     try:
         with blaming(chat.structure_field):
             params = sampling(chat.sampling, inputs, limit, chat.top_logprobs, plan.params)
@@ -103,8 +103,8 @@ def _prompt(chat: ChatInput, served: Served) -> tuple[list[int], ReplyPlan, Mapp
     if not chat.drop_oldest:
         check_length(chat.messages_field, sum(len(message["content"]) for message in messages), inputs)
         return _ids(chat, plan, messages, served), plan, messages[-1]
-    most = inputs.max_model_len - 1 - min(chat.max_tokens or 0, inputs.max_model_len // 2)
-    return _fitting(chat, plan, messages, served, most), plan, messages[-1]
+    limit = inputs.max_model_len - 1 - min(chat.max_tokens or 0, inputs.max_model_len // 2)
+    return _fitting(chat, plan, messages, served, limit), plan, messages[-1]
 
 
 def _ids(chat: ChatInput, plan: ReplyPlan, messages: Sequence[Mapping[str, Any]], served: Served) -> list[int]:
@@ -116,27 +116,27 @@ def _ids(chat: ChatInput, plan: ReplyPlan, messages: Sequence[Mapping[str, Any]]
         template_kwargs=plan.template_kwargs,
     )
     check_characters({chat.messages_field: "".join(parts)}, served.inputs)
-    whole = chat.truncate is None
-    ids = encoded(parts, chat.add_special_tokens, served.inputs, chat.messages_field, whole)
+    is_whole = chat.truncate is None
+    ids = encoded(parts, chat.add_special_tokens, served.inputs, chat.messages_field, is_whole)
     return truncated(chat.truncate, ids, served.inputs, chat.max_tokens)
 
 
 def _fitting(chat: ChatInput, plan: ReplyPlan, messages: list[dict[str, Any]], served: Served, most: int) -> list[int]:
     """The prompt of at most `most` tokens that leaves out the fewest of the oldest messages. The system's stay, and so
     do the user's last and what follows. Where that is too much, it is the shortest one."""
-    begin = next((at for at, message in enumerate(messages) if message["role"] not in _BEGINNING), len(messages))
-    turns = [at for at in range(begin, len(messages)) if messages[at]["role"] == "user"]
+    begin = next((index for index, message in enumerate(messages) if message["role"] not in _BEGINNING), len(messages))
+    turns = [index for index in range(begin, len(messages)) if messages[index]["role"] == "user"]
     starts = sorted({begin, *turns})  # an answer, a call or a result never stands without what it answers
-    whole = _ids_or_none(chat, plan, messages, served)  # mostly it fits
-    if whole is not None and len(whole) <= most:
-        return whole
+    all_ids = _ids_or_none(chat, plan, messages, served)  # mostly it fits
+    if all_ids is not None and len(all_ids) <= most:
+        return all_ids
     best = None
     low, high = 1, len(starts) - 1
     while low < high:  # each test renders and tokenises the rest of the conversation
         middle = (low + high) // 2
-        found = _ids_or_none(chat, plan, [*messages[:begin], *messages[starts[middle] :]], served)
-        if found is not None and len(found) <= most:
-            high, best = middle, found
+        ids = _ids_or_none(chat, plan, [*messages[:begin], *messages[starts[middle] :]], served)
+        if ids is not None and len(ids) <= most:
+            high, best = middle, ids
         else:
             low = middle + 1
     return _ids(chat, plan, [*messages[:begin], *messages[starts[-1] :]], served) if best is None else best
@@ -159,9 +159,9 @@ def check_characters(prompts: Mapping[str, Any], inputs: InputProcessor) -> None
     lengths = {name: len(prompt) for name, prompt in prompts.items() if isinstance(prompt, str)}
     for name, length in lengths.items():
         check_length(name, length, inputs)
-    total, most = sum(lengths.values()), most_characters(inputs)
-    if total > most:
-        raise ApiError(400, f"prompt has {total} characters in all its texts; allowed are {most}", "prompt")
+    total, limit = sum(lengths.values()), most_characters(inputs)
+    if total > limit:
+        raise ApiError(400, f"prompt has {total} characters in all its texts; allowed are {limit}", "prompt")
 
 
 def check_length(param: str, length: int, inputs: InputProcessor) -> None:
@@ -177,8 +177,8 @@ def most_characters(inputs: InputProcessor) -> int:
 
 def check_echo(prefixes: Sequence[str], n: int, inputs: InputProcessor) -> None:
     """Raises ApiError where `n` choices for each of these prefixes repeat too much text."""
-    if (size := n * sum(map(len, prefixes))) > (most := most_characters(inputs)):
-        raise ApiError(400, f"echo repeats {size} characters in {n} choices; allowed are {most}", "echo")
+    if (size := n * sum(map(len, prefixes))) > (limit := most_characters(inputs)):
+        raise ApiError(400, f"echo repeats {size} characters in {n} choices; allowed are {limit}", "echo")
 
 
 def encoded(

@@ -99,7 +99,7 @@ class ReplyFormat:
         opened = tags is not None and self._opens(tags, variables)
         thought = None if tags is None else Thought(tags, opened, thinking.tokens(uses))
         params = self._params(use, dict(structure or {}), thought)
-        shown = self.tokenizer.template_knows_tools
+        shows_tools = self.tokenizer.template_knows_tools
         hidden = tuple(end for eos in self.tokenizer.eos_ids if (end := self.tokenizer.token(eos)))
         functions = {} if use is None else use.functions
 
@@ -107,12 +107,12 @@ class ReplyFormat:
             return family.parser(tags, opened, functions, family.new_call_id, hidden, self._count)
 
         return ReplyPlan(
-            family.tools(use.tools) if use is not None and shown else (),
-            None if use is None or shown else system_note(use.tools),
+            family.tools(use.tools) if use is not None and shows_tools else (),
+            None if use is None or shows_tools else system_note(use.tools),
             variables,
             params,
             family,
-            not shown,
+            not shows_tools,
             None if tags is None and use is None and params.get("skip_special_tokens") is not False else parser,
         )
 

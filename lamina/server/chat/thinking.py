@@ -19,11 +19,11 @@ _BUDGETS = {"minimal": 512, "low": 2048}  # tokens, where the template has no wo
 
 def read_effort(name: str, given: object) -> str | None:
     """An unchecked value of a field that has an effort; "max" is the highest. Raises ApiError."""
-    wanted = EFFORTS[-1] if given == "max" else given
-    found = next((effort for effort in EFFORTS if effort == wanted), None)
-    if found is None and given is not None:
+    word = EFFORTS[-1] if given == "max" else given
+    known_effort = next((effort for effort in EFFORTS if effort == word), None)
+    if known_effort is None and given is not None:
         raise refused(name, given, f"one of {', '.join(EFFORTS)} and max")
-    return found
+    return known_effort
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,16 +52,16 @@ class Thinking:
 
     def variables(self, uses: Callable[[str], bool]) -> dict[str, Any]:
         """The variables that switch a template; `uses` tells whether it reads one."""
-        found: dict[str, Any] = {}
+        variables: dict[str, Any] = {}
         if self.enabled is not None or self.effort is not None:
-            found |= {name: not self.is_off for name in SWITCHES if uses(name)}
+            variables |= {name: not self.is_off for name in SWITCHES if uses(name)}
         if uses(EFFORT) and (effort := "none" if self.is_off else self.effort) is not None:
-            found[EFFORT] = _ITS_EFFORTS.get(effort, effort)
-        return found
+            variables[EFFORT] = _ITS_EFFORTS.get(effort, effort)
+        return variables
 
     def tokens(self, uses: Callable[[str], bool]) -> int | None:
         """How many tokens of reasoning there may be; None is any number."""
         if self.is_off:
             return None if any(map(uses, SWITCHES)) else 0
-        asked = None if self.effort is None or uses(EFFORT) else _BUDGETS.get(self.effort)
-        return min((limit for limit in (self.budget, asked) if limit is not None), default=None)
+        budget = None if self.effort is None or uses(EFFORT) else _BUDGETS.get(self.effort)
+        return min((limit for limit in (self.budget, budget) if limit is not None), default=None)

@@ -36,16 +36,16 @@ M = TypeVar("M", bound=BaseModel)
 def read(model: type[M], fields: Mapping[str, Any]) -> M:
     """A request from its fields, without the ignored ones and the unknown ones that are null. Raises ApiError, which
     names the field, its value and what is allowed."""
-    known = model.model_fields
-    fields = {name: value for name, value in fields.items() if value is not None or name in known}
+    declared = model.model_fields
+    fields = {name: value for name, value in fields.items() if value is not None or name in declared}
     for name in fields:
-        if name not in known:
-            near = difflib.get_close_matches(name[:80], known, n=2)
+        if name not in declared:
+            near = difflib.get_close_matches(name[:80], declared, n=2)
             hint = f"did you mean {' or '.join(near)}?" if near else "/openapi.json lists those that are known"
             raise ApiError(400, f"unknown field {shown(name)}: {hint}", name[:80], "unknown_field")
     try:
         return model.model_validate(
-            {name: value for name, value in fields.items() if _NOTHING not in known[name].metadata}
+            {name: value for name, value in fields.items() if _NOTHING not in declared[name].metadata}
         )
     except ValidationError as error:
         raise _refused(model, fields, error.errors(include_url=False)) from None
@@ -68,7 +68,7 @@ def _refused(model: type[BaseModel], fields: Mapping[str, Any], errors: Sequence
         return ApiError(400, f"unknown field {path}", path, "unknown_field")
     if first["type"] == "too_long":
         return ApiError(400, f"{path} is {shown(value)}; allowed are at most {first['ctx']['max_length']}", path)
-    messages = (each["msg"].replace("Input should be ", "") for each in errors if each["loc"][0] == first["loc"][0])
+    messages = (error["msg"].replace("Input should be ", "") for error in errors if error["loc"][0] == first["loc"][0])
     allowed = _range(model, path) or " or ".join(dict.fromkeys(messages))
     return ApiError(400, f"{path} is {shown(value)}; allowed is {allowed}", path)
 

@@ -49,7 +49,7 @@ class BodyMemory:
     one that has not come completely, whose request gets status 429."""
 
     def __init__(self, most: int = MAX_BODIES) -> None:
-        self._most = most
+        self._capacity = most
         self._used = 0
         self._arriving: set[_Body] = set()
 
@@ -104,7 +104,7 @@ class BodyMemory:
     def _count(self, body: _Body) -> None:
         self._used += len(body.data) - body.counted
         body.counted = len(body.data)
-        while self._used > self._most:
+        while self._used > self._capacity:
             largest = max(self._arriving, key=lambda each: each.counted)
             self._used -= largest.counted
             largest.counted, largest.given_up = 0, True
@@ -116,7 +116,7 @@ class BodyMemory:
                 largest.task.cancel()
 
     def _no_memory(self) -> ApiError:
-        error = overloaded(f"bodies that have not come completely have more than {self._most} bytes together")
+        error = overloaded(f"bodies that have not come completely have more than {self._capacity} bytes together")
         error.headers["Connection"] = "close"
         return error
 
@@ -126,8 +126,8 @@ def check_media_type(content_type: str) -> None:
     kind, _, parameters = content_type.lower().partition(";")
     charset = parameters.replace(" ", "").replace('"', "")
     if kind.strip() != "application/json" or charset not in ("", "charset=utf-8"):
-        given = f"is {shown(content_type)}" if content_type else "is missing"
-        raise ApiError(415, f"Content-Type {given}; allowed is application/json, in UTF-8")
+        value = f"is {shown(content_type)}" if content_type else "is missing"
+        raise ApiError(415, f"Content-Type {value}; allowed is application/json, in UTF-8")
 
 
 def parse_object(body: bytes | bytearray) -> dict[str, Any]:
@@ -186,14 +186,14 @@ def _check_structure(body: bytes | bytearray) -> None:
 
 def _without_strings(text: bytes | bytearray) -> bytes:
     """JSON without its strings; `text` has no escapes. Piece by piece: `re` keeps all that is between two matches."""
-    kept, begin = bytearray(), 0
+    bare, begin = bytearray(), 0
     while begin < len(text):
         end = begin + _PIECE
         if text.count(b'"', begin, end) % 2:  # a string goes on beyond the piece
             end = text.find(b'"', end) + 1 or len(text)
-        kept += _STRING.sub(b"", text[begin:end])
+        bare += _STRING.sub(b"", text[begin:end])
         begin = end
-    return bytes(kept)
+    return bytes(bare)
 
 
 def _too_deep() -> ApiError:
@@ -203,8 +203,8 @@ def _too_deep() -> ApiError:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        names: set[str] = set()
+        twice = next(name for name, _ in pairs if name in names or names.add(name))  # type: ignore[func-returns-value]
         raise ApiError(400, f"the body has the field {shown(twice)} twice in one object", twice[:80])
     return value
 
@@ -233,9 +233,9 @@ async def _drain(receive: Receive) -> None:
     """Discard what still arrives, for a moment: many clients read no response before they have sent everything."""
     loop = asyncio.get_running_loop()
     end = loop.time() + _DRAIN_SECONDS
-    while (left := end - loop.time()) > 0:
+    while (seconds := end - loop.time()) > 0:
         try:
-            message = await asyncio.wait_for(receive(), left)
+            message = await asyncio.wait_for(receive(), seconds)
         except (TimeoutError, asyncio.TimeoutError):
             return
         if message["type"] == "http.disconnect" or not message.get("more_body", False):

@@ -45,7 +45,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
-        self._most, self.limit_concurrency = self.limit_concurrency, None  # uvicorn would refuse requests instead
+        self._capacity, self.limit_concurrency = self.limit_concurrency, None  # uvicorn would refuse requests instead
         self.url = b""  # uvicorn sets it when a request begins, and errors may come before
         self._bare = 0  # bytes of the head that is arriving, or since the last piece of a body
         self._ahead = 0  # bytes since a request began to wait for the answers before its own
@@ -59,8 +59,8 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
-        if self._most is not None and len(self.connections) > self._most and not self._make_room():
-            self._refuse(ApiError(503, f"all {self._most} connections are taken", code="too_many_connections"))
+        if self._capacity is not None and len(self.connections) > self._capacity and not self._make_room():
+            self._refuse(ApiError(503, f"all {self._capacity} connections are taken", code="too_many_connections"))
             return
         self._arm(HEAD_TIMEOUT)
 
@@ -186,11 +186,11 @@ class LimitedProtocol(HttpToolsProtocol):
     def _without_upgrade(self) -> bytes:
         """The head without its request for an upgrade, which then cannot be one again."""
         self._upgrading, self._bare = False, 0
-        kept = [name + b": " + value for name, value in self.headers if name not in _OF_THE_UPGRADE]
+        headers = [name + b": " + value for name, value in self.headers if name not in _OF_THE_UPGRADE]
         method, version = self.parser.get_method(), self.parser.get_http_version().encode()
         line = b" ".join([method, self.url, b"HTTP/" + version])
         self.parser = httptools.HttpRequestParser(self)
-        return b"\r\n".join([line, *kept, b"", b""])
+        return b"\r\n".join([line, *headers, b"", b""])
 
     # Time.
 
@@ -267,11 +267,11 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _make_room(self) -> bool:
         """Close the connections that have waited longest for their clients. False where none of them waits."""
-        waiting = [each for each in self.connections if isinstance(each, LimitedProtocol) and each._waits]
+        waiting = [peer for peer in self.connections if isinstance(peer, LimitedProtocol) and peer._waits]
         waiting.remove(self)
-        waiting.sort(key=lambda each: each._since)
-        for each in waiting[: len(waiting) // _ROOM + 1]:
-            each.transport.abort()
+        waiting.sort(key=lambda peer: peer._since)
+        for peer in waiting[: len(waiting) // _ROOM + 1]:
+            peer.transport.abort()
         return bool(waiting)
 
     @property

@@ -40,14 +40,14 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T], second
             return task.result()
         raise ClientGone
     finally:
-        unfinished = {each for each in (task, watch) if not each.done()}
-        for each in unfinished:
-            each.cancel()
+        unfinished = {future for future in (task, watch) if not future.done()}
+        for future in unfinished:
+            future.cancel()
         if unfinished:
             await asyncio.wait(unfinished)  # the work releases what it holds before this returns
-        for each in (task, watch):
-            if not each.cancelled():
-                each.exception()  # retrieved, else asyncio logs it
+        for future in (task, watch):
+            if not future.cancelled():
+                future.exception()  # retrieved, else asyncio logs it
 
 
 async def _gone(receive: Receive) -> None:
@@ -78,9 +78,9 @@ class EventStream(Response):
         self._last = last
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        whole = scope.get("http_version") == "1.0"  # which has no chunks, and servers differ in what they do instead
+        old = scope.get("http_version") == "1.0"  # which has no chunks, and servers differ in what they do instead
         with suppress(ClientGone):
-            await while_connected(receive, self._send_whole(send) if whole else self._send(send), self._seconds)
+            await while_connected(receive, self._send_whole(send) if old else self._send(send), self._seconds)
 
     async def _send(self, send: Send) -> None:
         started = False
@@ -116,8 +116,8 @@ class EventStream(Response):
             yield last
 
     def _start(self) -> list[tuple[bytes, bytes]]:
-        own = [header for header in self.raw_headers if header[0] not in (b"content-length", b"content-type")]
-        return [*_HEADERS, *own]
+        headers = [header for header in self.raw_headers if header[0] not in (b"content-length", b"content-type")]
+        return [*_HEADERS, *headers]
 
     def _failed(self, error: Exception) -> bytes:
         if isinstance(error, LaminaError):

@@ -100,30 +100,30 @@ class EngineMetrics:
 
     def _now(self, latest: Snapshot | None) -> Iterator[Metric]:
         """Gauges of the present state, and means since this engine began."""
-        shown = latest if self._alive else None
-        keepers = _keepers(shown)
+        present = latest if self._alive else None
+        keepers = _keepers(present)
         total = sum(holder.total_pages for holder in keepers)
-        used = sum(_pages(holder, shown)["used"] for holder in keepers) if shown else 0
-        running, waiting = (shown.running, shown.waiting) if shown else (0, 0)
+        used = sum(_pages(holder, present)["used"] for holder in keepers) if present else 0
+        running, waiting = (present.running, present.waiting) if present else (0, 0)
         read = latest.kv_read / latest.kv_whole if latest and latest.kv_whole else 1.0
-        missed = latest.missed_mass / latest.missed_queries if latest and latest.missed_queries else 0.0
+        share = latest.missed_mass / latest.missed_queries if latest and latest.missed_queries else 0.0
         yield self._gauge("num_requests_running", "Samples that have KV.", running)
         yield self._gauge("num_requests_waiting", "Samples that wait for room, or for a prefix.", waiting)
         yield self._gauge("kv_cache_usage_perc", "Share of the KV pages that sequences use.", used / max(1, total))
-        yield self._gauge("lanes", "Batches that may be under way at a time.", shown.lanes if shown else 0)
+        yield self._gauge("lanes", "Batches that may be under way at a time.", present.lanes if present else 0)
         yield self._gauge(
             "kv_read_ratio", "KV read in decode, of what reading all would take; 1 without policies.", read
         )
-        resident = shown.kv_resident if shown else 1.0
+        resident = present.kv_resident if present else 1.0
         what = "KV pages in memory, of those that requests under way hold; 1 without kv_cold."
         yield self._gauge("kv_resident_ratio", what, resident)
         what = "Share of the KV at attention workers that has all its spares; 0 without redundancy."
-        yield self._gauge("kv_redundant_share", what, shown.kv_redundant if shown else 0.0)
-        yield self._gauge("missed_mass_ratio", "Estimated mean share of attention that queries did not read.", missed)
+        yield self._gauge("kv_redundant_share", what, present.kv_redundant if present else 0.0)
+        yield self._gauge("missed_mass_ratio", "Estimated mean share of attention that queries did not read.", share)
         info = family(GaugeMetricFamily, "cache_config_info", "How KV is kept.", "block_size", "num_gpu_blocks")
-        if shown:
-            blocks = total // shown.block_pages
-            info.add_metric((*self._values, str(shown.page_size), str(blocks)), 1)
+        if present:
+            blocks = total // present.block_pages
+            info.add_metric((*self._values, str(present.page_size), str(blocks)), 1)
         yield info
 
     def _workers(self, latest: Snapshot | None) -> Iterator[Metric]:
@@ -150,12 +150,12 @@ class EngineMetrics:
                 by_pool.add_metric((*self._values, name, str(pool), "taken"), total - free)
                 by_pool.add_metric((*self._values, name, str(pool), "free"), free)
         what = "Attention workers that are there and not used, by the reason."
-        held = family(GaugeMetricFamily, "attention_worker_held_back", what, "worker", "reason")
+        held_back = family(GaugeMetricFamily, "attention_worker_held_back", what, "worker", "reason")
         for name, reason in latest.held_back.items() if latest and self._alive else ():
-            held.add_metric((*self._values, name, reason), 1)
+            held_back.add_metric((*self._values, name, reason), 1)
         for name in latest.missing if latest else ():
             up.add_metric((*self._values, name), 0)
-        yield from (up, pages, *(each for each in (by_pool, held) if each.samples), crossed, took)
+        yield from (up, pages, *(gauge for gauge in (by_pool, held_back) if gauge.samples), crossed, took)
 
     def _autoscaling(self, latest: Snapshot | None) -> Iterator[Metric]:
         """Nothing where the number of attention workers stays."""
@@ -174,8 +174,8 @@ class EngineMetrics:
         return tuple(map(sum, zip(self._batches_before, snapshot.batch_counts, strict=True)))
 
     def _accepted(self, snapshot: Snapshot | None) -> tuple[int, ...]:
-        both = zip_longest(self._accepted_before, snapshot.accepted_at if snapshot else (), fillvalue=0)
-        return tuple(map(sum, both))
+        counts = zip_longest(self._accepted_before, snapshot.accepted_at if snapshot else (), fillvalue=0)
+        return tuple(map(sum, counts))
 
     def _counter(self, name: str, text: str, value: float) -> Metric:
         counter = family(CounterMetricFamily, name, text)
@@ -208,6 +208,6 @@ def _keepers(snapshot: Snapshot | None) -> Sequence[HolderSnapshot]:
 
 def _pages(holder: HolderSnapshot, snapshot: Snapshot | None) -> dict[str, int]:
     """A holder's pages by state; their sum is all of its pages."""
-    taken = max(0, holder.total_pages - holder.free_pages)
-    cached = min(taken, max(0, snapshot.cached_pages.get(holder.name, 0))) if snapshot else 0
-    return {"used": taken - cached, "cached": cached, "free": holder.total_pages - taken}
+    in_use = max(0, holder.total_pages - holder.free_pages)
+    cached = min(in_use, max(0, snapshot.cached_pages.get(holder.name, 0))) if snapshot else 0
+    return {"used": in_use - cached, "cached": cached, "free": holder.total_pages - in_use}

@@ -68,7 +68,7 @@ class ModelMetrics:
         self._waiting = 0
         self._residence: Residence | None = None
         self._first_token = Distribution(_FIRST_TOKEN)
-        self._between = Distribution(_BETWEEN_TOKENS)
+        self._token_gaps = Distribution(_BETWEEN_TOKENS)
         self._per_token = Distribution(_BETWEEN_TOKENS)
         self._e2e, self._queue, self._inference = (Distribution(_LATENCY) for _ in range(3))
         self._prefill, self._decode = (Distribution(_LATENCY) for _ in range(2))
@@ -84,7 +84,7 @@ class ModelMetrics:
 
     def next_tokens(self, seconds: float, count: int) -> None:
         # Called for each token. Tokens that came together count as evenly spaced.
-        self._between.observe(seconds / count, count)
+        self._token_gaps.observe(seconds / count, count)
 
     def ended(self, request: EngineRequest, completion: Completion, seconds: float) -> None:
         timing, usage = completion.timing, completion.usage
@@ -138,7 +138,7 @@ class ModelMetrics:
     def _requests(self) -> Iterator[Metric]:
         histograms = {
             "time_to_first_token_seconds": (self._first_token, "From a prompt's submission to its first token."),
-            "inter_token_latency_seconds": (self._between, "Between two tokens of a sample."),
+            "inter_token_latency_seconds": (self._token_gaps, "Between two tokens of a sample."),
             "request_time_per_output_token_seconds": (
                 self._per_token,
                 "A request's decode time by tokens after the first.",

@@ -126,7 +126,7 @@ class Tracer:
 
         path, headers = _request.get()
         operation, params = _OPERATIONS.get(path, "text_completion"), request.params
-        asked = {
+        attributes = {
             "gen_ai.operation.name": operation,
             "gen_ai.provider.name": "lamina",
             "gen_ai.request.model": self._model,
@@ -145,7 +145,7 @@ class Tracer:
             context=TraceContextTextMapPropagator().extract(headers),
             kind=SpanKind.SERVER,
             start_time=start,
-            attributes={name: value for name, value in asked.items() if value is not None},
+            attributes={name: value for name, value in attributes.items() if value is not None},
         )
 
 

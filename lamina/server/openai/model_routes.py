@@ -90,10 +90,10 @@ async def metrics(service: Service, request: Request) -> Response:
 
 def _named(service: Service, request: Request) -> ServedModel:
     name = request.path_params["model_id"]
-    found = service.settings.named(name)
-    if found is None:
+    model_name = service.settings.named(name)
+    if model_name is None:
         raise service.unknown_model(name)
-    return service.models[found]
+    return service.models[model_name]
 
 
 def _operated(service: Service, request: Request) -> ServedModel:
@@ -151,14 +151,14 @@ def _tokenized(fields: TokenizeRequest, served: Served) -> Response:
 
 def _detokenized(fields: DetokenizeRequest, served: Served) -> Response:
     tokens, decode = fields.tokens, partial(served.tokenizer.decode, skip_special_tokens=False)
-    vocabulary, most, length = served.inputs.vocab_size, most_characters(served.inputs), 0
+    vocabulary, limit, length = served.inputs.vocab_size, most_characters(served.inputs), 0
     for index, token in enumerate(tokens):
         if not 0 <= token < vocabulary:
             raise refused(f"tokens[{index}]", token, f"token ids from 0 to {vocabulary - 1}")
     for begin in range(0, len(tokens), _PIECE):
         go_on()
         length += len(decode(tokens[begin : begin + _PIECE]))
-        if length > most:
-            what = f"tokens has {len(tokens)} tokens with more than {most} characters, which are allowed"
+        if length > limit:
+            what = f"tokens has {len(tokens)} tokens with more than {limit} characters, which are allowed"
             raise ApiError(400, what, "tokens")
     return JSONResponse({"prompt": decode(tokens)})

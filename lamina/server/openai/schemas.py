@@ -439,17 +439,17 @@ def structured(outputs: Any) -> dict[str, Any]:
     allowed = f"an object with exactly one of {', '.join(STRUCTURES)} and json_object"
     if not isinstance(outputs, dict):
         raise refused("structured_outputs", outputs, allowed)
-    given = {name: value for name, value in outputs.items() if value is not None}
-    for name in given:
+    fields = {name: value for name, value in outputs.items() if value is not None}
+    for name in fields:
         if name not in STRUCTURES and name != "json_object":
             raise ApiError(
                 400, f"unknown field structured_outputs.{name[:80]}; allowed is {allowed}", "structured_outputs"
             )
-    if len(given) != 1:
+    if len(fields) != 1:
         raise ApiError(
-            400, f"structured_outputs has {len(given)} of its fields; allowed is {allowed}", "structured_outputs"
+            400, f"structured_outputs has {len(fields)} of its fields; allowed is {allowed}", "structured_outputs"
         )
-    ((name, value),) = given.items()
+    ((name, value),) = fields.items()
     if name == "json_object":
         if value is not True:
             raise refused("structured_outputs.json_object", value, "true")

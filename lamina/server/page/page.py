@@ -90,13 +90,13 @@ class Events:
         before = self._last if self._last is not None and self._last.began == snapshot.began else None
         self._last = snapshot
         names = {holder.name for holder in snapshot.holders}
-        known = {holder.name for holder in before.holders} if before else names
+        names_before = {holder.name for holder in before.holders} if before else names
         lost = [name for name in snapshot.missing if self._open(name, "lost") is None]
         away = {event.subject for event in self._events if event.what == "lost" and event.back is None}
         replaced = {name for name in away.difference(snapshot.missing) if self._came_back(name, now)}
         for name in lost:
             self._add(name, "lost", now)
-        for name in sorted(names - known):
+        for name in sorted(names - names_before):
             if name not in replaced and name.rpartition(".")[0] not in replaced:  # a worker starts again as NAME.1
                 self._add(name, "joined", now)
         unseen = snapshot.lost_holders - (before.lost_holders if before else 0) - len(lost)
@@ -108,8 +108,8 @@ class Events:
             cause.tokens += again
 
     def _open(self, subject: str, what: What) -> Event | None:
-        found = (event for event in self._events if (event.subject, event.what, event.back) == (subject, what, None))
-        return next(found, None)
+        events = (event for event in self._events if (event.subject, event.what, event.back) == (subject, what, None))
+        return next(events, None)
 
     def _came_back(self, subject: str, now: float) -> bool:
         """Whether something of that name was lost, dead or halted, and no longer is."""
@@ -171,19 +171,19 @@ def add_page(app: FastAPI, models: Models, settings: ServerSettings, samples: Ke
     folder = resources.files("lamina.server.page") / "static"
 
     async def show_status(request: Request) -> Response:
-        asked = request.query_params.get("model")
-        found = None if asked is None else settings.named(asked)
-        model = models.shown if found is None else models[found]
-        frontend, seen = model.frontend, watched[model.name]
+        model_name = request.query_params.get("model")
+        served_name = None if model_name is None else settings.named(model_name)
+        model = models.shown if served_name is None else models[served_name]
+        frontend, watch = model.frontend, watched[model.name]
         snapshot = await frontend.snapshot(_SNAPSHOT_TIMEOUT)
-        server, tenant = _server(model, settings, seen.recent), request.scope.get(TENANT, "")
-        happened = seen.events.look(server.state, frontend.why or server.message, server.restarts, snapshot)
+        server, tenant = _server(model, settings, watch.recent), request.scope.get(TENANT, "")
+        happened = watch.events.look(server.state, frontend.why or server.message, server.restarts, snapshot)
         operator = settings.is_operator(tenant)
         if not operator:
             server, snapshot = _own(tenant, frontend, samples, server, snapshot)
-        content = status(server, snapshot, seen.labels[tenant])
+        content = status(server, snapshot, watch.labels[tenant])
         content["events"] = happened if operator else []
-        content["models"] = [{"id": each.name, "state": each.residence} for each in models]
+        content["models"] = [{"id": entry.name, "state": entry.residence} for entry in models]
         content["on_demand"] = operator and models.on_demand
         return JSONResponse(content, headers={"Cache-Control": "no-store"})
 
@@ -202,11 +202,11 @@ def _own(
     tenant: str, frontend: Frontend, samples: KeyShares, server: Server, snapshot: Snapshot | None
 ) -> tuple[Server, Snapshot | None]:
     """What a tenant may see: the server as it would be without the others."""
-    held = samples.held(tenant)
-    server = replace(server, active=held, max_requests=samples.most, first_token=None, next_token=None)
+    count = samples.held(tenant)
+    server = replace(server, active=count, max_requests=samples.most, first_token=None, next_token=None)
     if snapshot is not None:
-        mine = [each for each in snapshot.sequences if frontend.owners.get(each.request) == tenant]
-        snapshot = of_one(snapshot, mine, held)
+        mine = [sequence for sequence in snapshot.sequences if frontend.owners.get(sequence.request) == tenant]
+        snapshot = of_one(snapshot, mine, count)
     return server, snapshot
 
 

@@ -145,16 +145,16 @@ class Labels:
 
     def of(self, sequences: Sequence[SequenceSnapshot]) -> list[int]:
         """The label of each sequence; the labels of all others are dropped."""
-        kept: dict[tuple[str, int], int] = {}
+        numbers: dict[tuple[str, int], int] = {}
         for sequence in sequences:
             key = (sequence.request, sequence.sample)
-            number = kept.get(key) or self._numbers.get(key)
+            number = numbers.get(key) or self._numbers.get(key)
             if number is None:
                 self._last += 1
                 number = self._last
-            kept[key] = number
-        self._numbers = kept
-        return [kept[sequence.request, sequence.sample] for sequence in sequences]
+            numbers[key] = number
+        self._numbers = numbers
+        return [numbers[sequence.request, sequence.sample] for sequence in sequences]
 
 
 @dataclass(frozen=True, slots=True)

@@ -167,6 +167,6 @@ class MachineRole:
 
 def _api_option(plan: ServerPlan) -> str:
     """What `lamina joining` needs on this machine to find the API of the server: nothing at its default address."""
-    here = plan.host if plan.host not in ("0.0.0.0", "::", "localhost") else "127.0.0.1"
-    usual = (here, plan.port) == ("127.0.0.1", 8000)
-    return "" if usual or plan.port == 0 else f" --url http://{join_address(here, plan.port)}"
+    host = plan.host if plan.host not in ("0.0.0.0", "::", "localhost") else "127.0.0.1"
+    usual = (host, plan.port) == ("127.0.0.1", 8000)
+    return "" if usual or plan.port == 0 else f" --url http://{join_address(host, plan.port)}"

@@ -163,13 +163,13 @@ class EngineListener:
             return
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         host = EngineHost(self._engine, events.put, self._clock)
-        gone = threading.Event()
+        departure = threading.Event()
         for serve, args in ((self._receive, (pair["commands"], host)), (self._send, (pair["events"], host, events))):
-            threading.Thread(target=serve, args=(*args, gone), name="lamina-link", daemon=True).start()
+            threading.Thread(target=serve, args=(*args, departure), name="lamina-link", daemon=True).start()
 
-    def _receive(self, channel: Channel, host: EngineHost, gone: threading.Event) -> None:
+    def _receive(self, channel: Channel, host: EngineHost, departure: threading.Event) -> None:
         try:
-            while not gone.is_set():
+            while not departure.is_set():
                 host.ask(unpack_commands(payload(channel.receive())))
         except ProtocolError as error:
             logger.error("a client of the engine sent what it must not: %s", error)
@@ -178,15 +178,15 @@ class EngineListener:
         except Exception:  # a malformed command: this client is not served any more
             logger.exception("a client of the engine sent what it must not")
         finally:
-            gone.set()
+            departure.set()
             host.abandon()
             channel.close()
 
     def _send(
-        self, channel: Channel, host: EngineHost, events: queue.SimpleQueue[Event], gone: threading.Event
+        self, channel: Channel, host: EngineHost, events: queue.SimpleQueue[Event], departure: threading.Event
     ) -> None:
         try:
-            while not gone.is_set():
+            while not departure.is_set():
                 host.report()
                 if fetched := fetch(events, _POLL, _COLLECT):
                     channel.send(frame(pack_events(fetched)))
@@ -194,7 +194,7 @@ class EngineListener:
                     channel.send(frame(pack_events([Stopped("the engine has stopped")])))
                     return
         except LaminaError:  # the thread that takes commands notices it too
-            gone.set()
+            departure.set()
         finally:
             channel.close()
 
@@ -209,7 +209,7 @@ class EngineLink:
     def __init__(
         self, frontend: Frontend, secret: bytes, connected: Callable[[], None], kept: PrefixSink | None = None
     ) -> None:
-        self._kept = kept
+        self._sink = kept
         self._frontend = frontend
         self._secret = secret
         self._connected = connected
@@ -253,8 +253,8 @@ class EngineLink:
         self._gone()
 
     def _gone(self) -> None:
-        if self._kept is not None:
-            self._kept(BlocksCleared())
+        if self._sink is not None:
+            self._sink(BlocksCleared())
         self._changed.set()
 
     def _keep(self) -> None:
@@ -286,8 +286,8 @@ class EngineLink:
             return
         if self._engine is None or not self._engine.rejoin(self._wire):
             self._engine = RemoteEngine(self._wire, time.monotonic, patience=facts.get("patience", 0.0))
-            if self._kept is not None:
-                self._engine.prefix_events(self._kept)
+            if self._sink is not None:
+                self._engine.prefix_events(self._sink)
         inputs = InputProcessor(
             tokenizer,
             facts["context"],

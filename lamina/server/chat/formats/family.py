@@ -183,13 +183,13 @@ def one_call_a_message(messages: Sequence[Message]) -> list[Message]:
     unanswered = False  # whether that is so for the call shown last
     for message in messages:
         if message["role"] == "tool" and waiting:
-            of = next((m for m in waiting if m["tool_calls"][0]["id"] == message.get("tool_call_id")), None)
-            if of is None and not unanswered:
-                of = waiting[0]
+            owner = next((m for m in waiting if m["tool_calls"][0]["id"] == message.get("tool_call_id")), None)
+            if owner is None and not unanswered:
+                owner = waiting[0]
             unanswered = False
-            if of is not None:
-                waiting.remove(of)
-                split.append(of)
+            if owner is not None:
+                waiting.remove(owner)
+                split.append(owner)
         elif message["role"] != "tool":
             split += waiting
             waiting = []

@@ -97,8 +97,8 @@ class Harmony(Family):
         for message in one_call_a_message(messages):
             thought = message.get("reasoning_content")
             if thought and message["content"] and message.get("tool_calls"):  # the template takes one of both
-                both = f"{thought}\n\n{message['content']}"
-                message = message | {"reasoning_content": both, "content": ""}
+                reasoning = f"{thought}\n\n{message['content']}"
+                message = message | {"reasoning_content": reasoning, "content": ""}
             written.append(message)
         return written
 

@@ -87,8 +87,8 @@ def in_words(messages: Sequence[Message], note: str | None) -> list[Message]:
             call_text(call["function"]["name"], as_json(call["function"]["arguments"]))
             for call in message.get("tool_calls", ())
         ]
-        kept = {name: value for name, value in message.items() if name != "tool_calls"}
-        written.append(kept | {"content": "\n".join([content, *calls] if content else calls or [content])})
+        fields = {name: value for name, value in message.items() if name != "tool_calls"}
+        written.append(fields | {"content": "\n".join([content, *calls] if content else calls or [content])})
     if note is not None:
         if written[0]["role"] in ("system", "developer"):
             written[0]["content"] += f"\n\n{note}"

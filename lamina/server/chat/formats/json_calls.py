@@ -98,7 +98,7 @@ class JsonCallParser(ReplyParser):
 
     def _end_of_arguments(self, text: str) -> int:
         """How many characters belong to the arguments' JSON; `_depth` is 0 where they end within `text`."""
-        for at, character in enumerate(text):
+        for place, character in enumerate(text):
             if self._escaped:
                 self._escaped = False
             elif self._quoted:
@@ -112,5 +112,5 @@ class JsonCallParser(ReplyParser):
                 self._depth -= 1
                 if self._depth <= 0:
                     self._depth = 0
-                    return at + 1
+                    return place + 1
         return len(text)

@@ -96,8 +96,8 @@ class Mistral(MarkedFamily):
     def calls(self, tools: ToolUse) -> tuple[str, list[str]]:
         if ARGS in self.template:
             args = self.vocabulary.mark(ARGS)
-            given = self.vocabulary.mark(CALL_ID)
-            number = f"({given} /[a-zA-Z0-9]{{9}}/)? " if CALL_ID in self.template else ""
+            call_id = self.vocabulary.mark(CALL_ID)
+            number = f"({call_id} /[a-zA-Z0-9]{{9}}/)? " if CALL_ID in self.template else ""
             calls = [f"{json.dumps(name)} {number}{args} {schema_rule(s)}" for name, s in tools.functions.items()]
             again = f" ({self.vocabulary.mark(CALLS)} call)*" if tools.many else ""
             return f"call{again}", one_of(tools.functions, "call", calls)

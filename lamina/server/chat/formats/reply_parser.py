@@ -102,10 +102,10 @@ class ReplyParser:
 
     def _take(self, text: str, ended: bool) -> list[Delta]:
         deltas: list[Delta] = []
-        left: str | None = text
-        while left is not None:
+        remainder: str | None = text
+        while remainder is not None:
             self._waiting = ""
-            left = getattr(self, f"_{self._state}")(left, ended, deltas)
+            remainder = getattr(self, f"_{self._state}")(remainder, ended, deltas)
         return deltas
 
     # Each of these takes text in one state, and returns the rest for the next state, None where there is no rest.

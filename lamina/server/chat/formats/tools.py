@@ -64,19 +64,19 @@ def _check_tools(tools: object) -> list[dict[str, Any]]:
         what = f"{len(tools)} tools" if isinstance(tools, list) else tools
         raise _refused("tools", what, f"a list of at most {MAX_TOOLS} tools")
     checked = [_check_tool(f"tools[{index}]", tool) for index, tool in enumerate(tools)]
-    seen: set[str] = set()
+    names: set[str] = set()
     for index, tool in enumerate(checked):
         name = tool["function"]["name"]
-        if name in seen:
+        if name in names:
             raise _refused(f"tools[{index}].function.name", name, "another name for each function")
-        seen.add(name)
-    spent = 0.0
+        names.add(name)
+    seconds = 0.0
     for index, tool in enumerate(checked):
         go_on()
         field, function = f"tools[{index}].function.parameters", tool["function"]
-        spent += _check_parameters(field, function["parameters"], function.get("strict") is True)
-        if spent > MAX_SECONDS:
-            took = f"{field}: the schemas of the tools up to this one took {spent:.1f} s of a processor to compile"
+        seconds += _check_parameters(field, function["parameters"], function.get("strict") is True)
+        if seconds > MAX_SECONDS:
+            took = f"{field}: the schemas of the tools up to this one took {seconds:.1f} s of a processor to compile"
             raise InvalidRequest(f"{took}; allowed are {MAX_SECONDS:g} s. Ask for simpler ones")
     return checked
 
@@ -145,17 +145,17 @@ def _check_choice(choice: object, names: Sequence[str]) -> _ToolChoice:
         raise _refused("tool_choice", choice, f'{allowed} or {{"type": "allowed_tools", "allowed_tools": ...}}')
     if kind == "function":
         return _ToolChoice("required", [_chosen("tool_choice.function", choice["function"], names)], once=True)
-    given = choice["allowed_tools"]
-    listed, mode = (given.get("tools"), given.get("mode")) if isinstance(given, Mapping) else (None, None)
+    subset = choice["allowed_tools"]
+    listed, mode = (subset.get("tools"), subset.get("mode")) if isinstance(subset, Mapping) else (None, None)
     if (
-        not isinstance(given, Mapping)
-        or given.keys() != {"mode", "tools"}
+        not isinstance(subset, Mapping)
+        or subset.keys() != {"mode", "tools"}
         or mode not in ("auto", "required")
         or not isinstance(listed, list)
         or not 0 < len(listed) <= MAX_TOOLS
     ):
         allowed = f'{{"mode": "auto" or "required", "tools": 1 to {MAX_TOOLS} of {{"type": "function", ...}}}}'
-        raise _refused("tool_choice.allowed_tools", given, allowed)
+        raise _refused("tool_choice.allowed_tools", subset, allowed)
     chosen = []
     for index, tool in enumerate(listed):
         name = f"tool_choice.allowed_tools.tools[{index}]"

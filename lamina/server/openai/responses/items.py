@@ -42,31 +42,31 @@ def listed(given: Any) -> list[dict[str, Any]]:
         return []
     if not isinstance(given, list) or len(given) > MAX_MESSAGES:
         raise refused("input", given, f"text, or a list of at most {MAX_MESSAGES} items")
-    for at, item in enumerate(given):
+    for index, item in enumerate(given):
         if not isinstance(item, dict):
-            raise refused(f"input[{at}]", item, "an item, which is an object")
+            raise refused(f"input[{index}]", item, "an item, which is an object")
     return given
 
 
 def messages(items: Sequence[Mapping[str, Any]], field: str = "input") -> list[dict[str, Any]]:
     """The messages of items: reasoning and calls belong to one message of the assistant with the text between them.
     Raises ApiError, which names the item's place."""
-    made: list[dict[str, Any]] = []
-    said: dict[str, list[str]] = {}  # the texts of the assistant's message that is last, by field
+    turns: list[dict[str, Any]] = []
+    texts_by_field: dict[str, list[str]] = {}  # the texts of the assistant's message that is last, by field
 
     def assistant() -> dict[str, Any]:
-        if not made or made[-1]["role"] != "assistant":
-            made.append({"role": "assistant", "content": None})
-            said.clear()
-        return made[-1]
+        if not turns or turns[-1]["role"] != "assistant":
+            turns.append({"role": "assistant", "content": None})
+            texts_by_field.clear()
+        return turns[-1]
 
     def say(field: str, text: str) -> None:
         message = assistant()
-        said.setdefault(field, []).append(text)
-        message[field] = said[field]  # joined at the end: each text is copied once, however many there are
+        texts_by_field.setdefault(field, []).append(text)
+        message[field] = texts_by_field[field]  # joined at the end: each text is copied once, however many there are
 
-    for at, item in enumerate(items):
-        name = f"{field}[{at}]"
+    for index, item in enumerate(items):
+        name = f"{field}[{index}]"
         kind = item.get("type", "message" if "role" in item else None)
         if not isinstance(kind, str) or kind not in _KEYS:
             instead = _INSTEAD.get(str(kind))
@@ -84,21 +84,21 @@ def messages(items: Sequence[Mapping[str, Any]], field: str = "input") -> list[d
             if role == "assistant":
                 say("content", text)
             else:
-                made.append({"role": role, "content": text})
+                turns.append({"role": role, "content": text})
         elif kind == "function_call":
             function = {key: read_text(f"{name}.{key}", item.get(key)) for key in ("name", "arguments")}
             call = {"id": read_text(f"{name}.call_id", item.get("call_id")), "type": "function", "function": function}
             assistant().setdefault("tool_calls", []).append(call)
         elif kind == "function_call_output":
             result = {"role": "tool", "tool_call_id": read_text(f"{name}.call_id", item.get("call_id"))}
-            made.append(result | {"content": _text(f"{name}.output", item.get("output"))})
+            turns.append(result | {"content": _text(f"{name}.output", item.get("output"))})
         else:
             read_text(f"{name}.encrypted_content", item.get("encrypted_content") or "")
             if thought := _text(f"{name}.content", item.get("content") or item.get("summary") or ""):
                 say("reasoning_content", thought)
-    for message in made:
+    for message in turns:
         message |= {key: "\n".join(filter(None, message[key])) for key in _SAID if isinstance(message.get(key), list)}
-    return [message for message in made if message["content"] is not None or "tool_calls" in message]
+    return [message for message in turns if message["content"] is not None or "tool_calls" in message]
 
 
 def check_plain(name: str, value: Any) -> None:
@@ -108,7 +108,7 @@ def check_plain(name: str, value: Any) -> None:
     small = len(values) <= _MOST_PLAIN
     if small and isinstance(value, dict):
         values = [*value, *value.values()]
-    if not small or not all(isinstance(each, bool | int | float | None) or _is_short(each) for each in values):
+    if not small or not all(isinstance(item, bool | int | float | None) or _is_short(item) for item in values):
         short = f"text of at most {_LONGEST_PLAIN} characters"
         raise refused(name, value, f"null, a boolean, a number, {short}, or at most {_MOST_PLAIN} of these")
 
@@ -132,22 +132,22 @@ def tools(given: Any) -> tuple[list[dict[str, Any]] | None, dict[str, str]]:
         return None, {}
     if not isinstance(given, list):
         raise refused("tools", given, "a list of tools")
-    made: list[dict[str, Any]] = []
+    functions: list[dict[str, Any]] = []
     namespaces: dict[str, str] = {}
-    for at, tool in enumerate(given):
-        name = f"tools[{at}]"
+    for place, tool in enumerate(given):
+        name = f"tools[{place}]"
         kind = tool.get("type") if isinstance(tool, dict) else None
         if kind == "namespace":
             inner = tool.get("tools")
             if not isinstance(inner, list) or not isinstance(tool.get("name"), str):
                 raise refused(name, tool, 'an object with "name" and a list "tools"')
-            for index, each in enumerate(inner):
-                function = _function(f"{name}.tools[{index}]", each)
+            for index, inner_tool in enumerate(inner):
+                function = _function(f"{name}.tools[{index}]", inner_tool)
                 namespaces[str(function["function"].get("name"))] = tool["name"]
-                made.append(function)
+                functions.append(function)
         else:
-            made.append(_function(name, tool))
-    return made or None, namespaces
+            functions.append(_function(name, tool))
+    return functions or None, namespaces
 
 
 def tool_choice(given: Any) -> Any:
@@ -168,16 +168,16 @@ def _function(name: str, tool: Any) -> dict[str, Any]:
     kind = tool.get("type") if isinstance(tool, dict) else None
     if kind != "function":
         raise refused(f"{name}.type", kind if isinstance(tool, dict) else tool, _INSTEAD.get(str(kind), _BUILT_IN))
-    known = ("name", "description", "parameters", "strict")
+    allowed = ("name", "description", "parameters", "strict")
     plain = ("type", "defer_loading", "allowed_callers", "async")  # fields that change nothing, like `output_schema`
     for key, value in tool.items():
-        if key not in (*known, *plain, "output_schema"):
-            raise ApiError(400, f"unknown field {name}.{key[:80]}; allowed are {', '.join(known)}", "tools")
+        if key not in (*allowed, *plain, "output_schema"):
+            raise ApiError(400, f"unknown field {name}.{key[:80]}; allowed are {', '.join(allowed)}", "tools")
         if key in plain:
             check_plain(f"{name}.{key}", value)
     if not isinstance(tool.get("output_schema"), dict | None):
         raise refused(f"{name}.output_schema", tool["output_schema"], "an object")
-    return {"type": "function", "function": {key: tool[key] for key in known if tool.get(key) is not None}}
+    return {"type": "function", "function": {key: tool[key] for key in allowed if tool.get(key) is not None}}
 
 
 def _text(name: str, content: Any) -> str:
@@ -187,13 +187,13 @@ def _text(name: str, content: Any) -> str:
     if not isinstance(content, list):
         raise refused(name, content, "text, or a list of parts with text")
     texts = []
-    for at, part in enumerate(content):
+    for index, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "refusal":
-            texts.append(read_text(f"{name}[{at}].refusal", part.get("refusal")))
+            texts.append(read_text(f"{name}[{index}].refusal", part.get("refusal")))
         elif kind in _TEXTS:
-            texts.append(read_text(f"{name}[{at}].text", part.get("text")))
+            texts.append(read_text(f"{name}[{index}].text", part.get("text")))
         else:
             instead = _INSTEAD.get(str(kind), '{"type": "input_text", "text": ...}')
-            raise refused(f"{name}[{at}].type", kind if isinstance(part, dict) else part, instead)
+            raise refused(f"{name}[{index}].type", kind if isinstance(part, dict) else part, instead)
     return "\n".join(texts)

@@ -147,15 +147,15 @@ class _Reading:
         fields = self._fields
         fields.tools = items.usable(fields.tools)
         _check(fields)
-        given = [self._referred(at, item) for at, item in enumerate(items.listed(fields.input))]
-        if not given and not self._turns:
+        entries = [self._referred(index, item) for index, item in enumerate(items.listed(fields.input))]
+        if not entries and not self._turns:
             raise ApiError(400, "input is empty; at least one item is needed", "input", "missing_field")
-        conversation = self._conversation(given)
+        conversation = self._conversation(entries)
         tools, self.namespaces = items.tools(fields.tools)
         chat = _chat_input(fields, conversation, tools)
         if isinstance(fields, ResponsesRequest):
             _add_sampling(fields, chat)
-            self.input, self.shown = dumps(given), given_fields(fields)
+            self.input, self.shown = dumps(entries), given_fields(fields)
         fields.input = fields.tools = None
         return chat
 
@@ -166,10 +166,10 @@ class _Reading:
             history += self._kept(written, "previous_response_id")
             if len(history) + len(given) > MAX_MESSAGES:
                 raise ApiError(400, f"the conversation has more than {MAX_MESSAGES} items, which are allowed", "input")
-        made = [*items.messages(history, "previous_response_id"), *items.messages(given)]
+        messages = [*items.messages(history, "previous_response_id"), *items.messages(given)]
         if self._fields.instructions is not None:
-            made.insert(0, {"role": "system", "content": self._fields.instructions})
-        return joined(made)
+            messages.insert(0, {"role": "system", "content": self._fields.instructions})
+        return joined(messages)
 
     def _referred(self, at: int, item: dict[str, Any]) -> dict[str, Any]:
         """The item itself, or the one of a stored response that it refers to."""
@@ -177,10 +177,10 @@ class _Reading:
             return item
         name, item_id = f"input[{at}].id", item.get("id")
         written = stored_item(self._stored, str(item_id))
-        kept: dict[str, Any] = {} if written is None else self._kept(written, name)
-        if kept.get("id") != item_id:
+        referred: dict[str, Any] = {} if written is None else self._kept(written, name)
+        if referred.get("id") != item_id:
             raise ApiError(404, f"{name} is {shown(item_id)}; no kept response has it", name)
-        return kept
+        return referred
 
     def _kept(self, written: str, param: str) -> Any:
         """What is kept as JSON. Raises ApiError where the conversation has too much of it: as objects it has more."""
@@ -194,7 +194,7 @@ class _Reading:
 def _page(stored: StoredResponse, limit: int, ascending: bool, after: str | None) -> Response:
     """Some of the items of a response's input."""
     name = stored.id.removeprefix("resp_")
-    listed = [{"id": f"item_{name}_{at}"} | item for at, item in enumerate(json.loads(stored.input))]
+    listed = [{"id": f"item_{name}_{index}"} | item for index, item in enumerate(json.loads(stored.input))]
     listed = listed if ascending else listed[::-1]
     if after is not None:
         places = [place for place, item in enumerate(listed) if item["id"] == after]
@@ -333,12 +333,12 @@ def _format(text: Any) -> dict[str, Any]:
     if not isinstance(text, dict) or not text.keys() <= {"format", "verbosity"}:
         raise refused("text", text, 'an object with "format" and "verbosity"')
     items.check_plain("text.verbosity", text.get("verbosity"))
-    wanted = text.get("format")
-    if isinstance(wanted, dict) and wanted.get("type") == "json_schema":
-        described = {key: value for key, value in wanted.items() if key != "type" and value is not None}
-        wanted = {"type": "json_schema", "json_schema": described}
+    form = text.get("format")
+    if isinstance(form, dict) and form.get("type") == "json_schema":
+        described = {key: value for key, value in form.items() if key != "type" and value is not None}
+        form = {"type": "json_schema", "json_schema": described}
     try:
-        return response_format(wanted)
+        return response_format(form)
     except ApiError as error:
         raise ApiError(400, str(error).replace("response_format", "text.format", 1), "text.format") from None
 
@@ -348,9 +348,9 @@ def _thinking(fields: InputTokensRequest) -> Thinking:
     reasoning = fields.reasoning
     if reasoning is None:
         return Thinking(budget=budget)
-    known = ("effort", "summary", "generate_summary", "context", "mode")
-    if not isinstance(reasoning, dict) or not reasoning.keys() <= set(known):
-        raise refused("reasoning", reasoning, f"an object with {', '.join(known[:2])}")
+    names = ("effort", "summary", "generate_summary", "context", "mode")
+    if not isinstance(reasoning, dict) or not reasoning.keys() <= set(names):
+        raise refused("reasoning", reasoning, f"an object with {', '.join(names[:2])}")
     for name in ("summary", "generate_summary"):
         if reasoning.get(name) not in (None, "auto", "concise", "detailed"):
             raise refused(f"reasoning.{name}", reasoning[name], "auto, concise or detailed")

@@ -101,13 +101,13 @@ class ResponseStore:
     def conversation(self, key: str, response_id: str) -> list[StoredResponse] | None:
         """A response and those before it, the first one first; None where one of them is missing."""
         turns: list[StoredResponse] = []
-        wanted: str | None = response_id
-        while wanted is not None and len(turns) < MAX_TURNS:
-            stored = self.get(key, wanted)
+        next_id: str | None = response_id
+        while next_id is not None and len(turns) < MAX_TURNS:
+            stored = self.get(key, next_id)
             if stored is None:
                 return None
             turns.append(stored)
-            wanted = stored.previous
+            next_id = stored.previous
         return turns[::-1]
 
     def of(self, key: str) -> Mapping[str, StoredResponse]:
