@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -127,7 +128,8 @@ def _add_routes(app: FastAPI, service: Service, machines: Machines) -> None:
             responses[200] = {"model": answer, "description": "The answer."}
         if body in _STREAMED:
             responses[200]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
-        extra: dict[str, Any] = {}
+        part = {"in": "path", "required": True, "schema": {"type": "string"}}
+        extra: dict[str, Any] = {"parameters": [part | {"name": name} for name in re.findall(r"{(\w+)", path)]}
         if body is not None:
             schema = {"$ref": _REFERENCE.format(model=body.__name__)}
             extra["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
@@ -135,40 +137,30 @@ def _add_routes(app: FastAPI, service: Service, machines: Machines) -> None:
         async def handle(request: Request) -> Response:
             return await handler(service, request)
 
-        async def handle_model(request: Request, model_id: str) -> Response:
-            return await handler(service, request)
-
-        async def handle_response(request: Request, response_id: str) -> Response:
-            return await handler(service, request)
-
-        async def handle_machine(request: Request, machine_id: str) -> Response:
-            return await handler(service, request)
-
-        of_path = {"{model_id": handle_model, "{response_id": handle_response, "{machine_id": handle_machine}
         app.add_api_route(
             path,
-            next((endpoint for name, endpoint in of_path.items() if name in path), handle),
+            handle,
             methods=[method],
             name=handler.__name__,
             description=handler.__doc__,
             responses=responses,
             response_class=Response,
             response_model=None,
-            openapi_extra=extra or None,
+            openapi_extra=extra,
             include_in_schema=method != "HEAD",
         )
 
     add("/v1/chat/completions", chat, response_schemas.ChatCompletion, _WORKING, "POST", schemas.ChatRequest)
     responses = ResponseRoutes(service.settings.tenants)
-    kept = "/v1/responses/{response_id}"
-    made = response_schemas.ResponseObject
-    add("/v1/responses", responses.create, made, _WORKING, "POST", ResponsesRequest)
+    response_path = "/v1/responses/{response_id}"
+    response = response_schemas.ResponseObject
+    add("/v1/responses", responses.create, response, _WORKING, "POST", ResponsesRequest)
     counted = response_schemas.InputTokens
     add("/v1/responses/input_tokens", responses.input_tokens, counted, _WORKING, "POST", InputTokensRequest)
-    add(kept, responses.retrieve, made, (*_READING, 404))
-    add(kept, responses.delete, response_schemas.DeletedResponse, (*_READING, 404), "DELETE")
-    add(f"{kept}/cancel", responses.cancel, made, (*_READING, 404), "POST")
-    add(f"{kept}/input_items", responses.input_items, response_schemas.ItemList, (*_READING, 404))
+    add(response_path, responses.retrieve, response, (*_READING, 404))
+    add(response_path, responses.delete, response_schemas.DeletedResponse, (*_READING, 404), "DELETE")
+    add(f"{response_path}/cancel", responses.cancel, response, (*_READING, 404), "POST")
+    add(f"{response_path}/input_items", responses.input_items, response_schemas.ItemList, (*_READING, 404))
     add(MESSAGES, messages, response_schemas.Message, _WORKING, "POST", MessagesRequest)
     add(f"{MESSAGES}/count_tokens", count_tokens, response_schemas.CountedTokens, _WORKING, "POST", CountTokensRequest)
     add("/v1/completions", completions, response_schemas.TextCompletion, _WORKING, "POST", schemas.CompletionRequest)

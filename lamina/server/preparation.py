@@ -51,8 +51,7 @@ class PreparationPool:
         ApiError where the key has too many requests in the queue."""
         if not self._places.fits(key):
             raise overloaded(f"{self._places.held(key)} requests are being prepared; come back in a moment")
-        self._places.take(key)
-        try:
+        with self._places.taken(key):
             await self._thread(key)
             abandoned = threading.Event()
             future = asyncio.get_running_loop().run_in_executor(self._executor, _run, work, abandoned)
@@ -63,8 +62,6 @@ class PreparationPool:
                 abandoned.set()
                 future.add_done_callback(_retrieved)
                 raise
-        finally:
-            self._places.give(key)
 
     async def _thread(self, key: str) -> None:
         """Wait for a thread, which counts as the key's from then on."""

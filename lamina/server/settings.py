@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from lamina.errors import InvalidRequest
 
+CONNECTIONS = 2048  # the least that a server wants; each takes up to MAX_HEAD
 MAX_MODELS = 64
 _LONGEST_NAME = 512  # characters
 _ENDPOINT = re.compile(r"tcp://(?:\*|[A-Za-z0-9.\-]+|\[[0-9A-Fa-f:.%]+\]):([0-9]{1,5})")
@@ -119,10 +120,10 @@ class ServerSettings:
     def _check_events(self) -> None:
         for name in ("kv_events", "kv_events_replay"):
             value = getattr(self, name)
-            found = None if value is None else _ENDPOINT.fullmatch(value)
-            most = (1 << 16) - len(self.models)
-            if value is not None and (found is None or not 1 <= int(found[1]) <= most):
-                raise InvalidRequest(f"{name} is {value!r:.80}; allowed is tcp://HOST:PORT, the port from 1 to {most}")
+            match = None if value is None else _ENDPOINT.fullmatch(value)
+            last = (1 << 16) - len(self.models)
+            if value is not None and (match is None or not 1 <= int(match[1]) <= last):
+                raise InvalidRequest(f"{name} is {value!r:.80}; allowed is tcp://HOST:PORT, the port from 1 to {last}")
         called = self.kv_events_name
         for name, value in (("kv_events_replay", self.kv_events_replay), ("kv_events_name", called)):
             if value is not None and self.kv_events is None:
@@ -134,6 +135,11 @@ class ServerSettings:
     def models(self) -> tuple[str, ...]:
         """The names of all models, without aliases."""
         return (self.model, *self.others)
+
+    @property
+    def connections(self) -> int:
+        """How many connections the server wants, for requests and for clients that wait between them."""
+        return max(CONNECTIONS, 2 * self.max_requests)
 
     @property
     def on_demand(self) -> bool:
@@ -148,8 +154,8 @@ class ServerSettings:
 
     def admits(self, shown: str) -> bool:
         """Whether `shown` is one of the keys, or there are none. A wrong key takes as long as a right one."""
-        found = [hmac.compare_digest(shown.encode("utf-8", "replace"), key.encode()) for key in self._keys]
-        return not found or any(found)
+        matches = [hmac.compare_digest(shown.encode("utf-8", "replace"), key.encode()) for key in self._keys]
+        return not matches or any(matches)
 
     @property
     def _keys(self) -> tuple[str, ...]:

@@ -318,6 +318,11 @@ def test_web_pages_of_elsewhere(llm: LLM) -> None:
                     assert (reply.status, reply.error["code"]) == (403, "cross_site")
                 assert rig.ask("/v1/models", Origin=origin, **key).status == 200
             assert rig.ask(TEXT, {"prompt": "a"}, Origin=rig.url.upper(), **key).status == 200
+            moved = {"Origin": "http://chat.lan", "X_Forwarded_Host": "chat.lan", "Forwarded": "host=chat.lan"}
+            reply = rig.ask(TEXT, {"prompt": "a"}, Host="127.0.0.1", **moved, **key)  # any page can send these
+            assert (reply.status, reply.error["code"]) == (403, "cross_site")
+            reply = rig.ask(TEXT, {"prompt": "a"}, Host="chat.lan", Origin="http://chat.lan", **key)
+            assert reply.status == (200 if keys else 403)  # without a key it is a name that a page can make up
             behind = {"Origin": "https://proxy.example", "Sec_Fetch_Site": "same-origin"}  # the proxy changes Host
             assert rig.ask(TEXT, {"prompt": "a"}, **behind, **key).status == 200
             preflight = rig.ask(TEXT, method="OPTIONS", Origin="http://a.example", **key)

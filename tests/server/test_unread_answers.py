@@ -13,6 +13,7 @@ from lamina.server.http import gate
 from lamina.server.http.gate import AT_END, PIECE, Gate, NoMetrics
 from lamina.server.http.limits import ClientGone
 from lamina.server.settings import ServerSettings
+from lamina.server.shares import KeyShares
 
 MOST = 100 * PIECE
 
@@ -85,6 +86,27 @@ def test_answers_that_are_not_read_count_for_their_key_until_they_are(server: Ga
         later = Client(MOST // 2)
         await asks(server, later)
         assert later.messages[0]["status"] == 200
+
+    asyncio.run(run())
+
+
+@pytest.mark.fault("F23")
+def test_a_key_that_reads_nothing_leaves_connections_to_the_others(server: Gate) -> None:
+    """Answers, streams and requests in queues have bounds of their own: of one key they took all connections."""
+
+    async def run() -> None:
+        server._answered = KeyShares(8, 2)
+        unread = [Client(2 * PIECE) for _ in range(7)]
+        tasks = [await asks(server, client) for client in unread]
+        assert [client.messages[0]["status"] for client in unread] == [200] * 6 + [429]
+        assert b"6 requests are being answered" in unread[6].body
+        others = [Client(2 * PIECE, "b") for _ in range(2)]
+        tasks += [await asks(server, client) for client in others]
+        assert [client.messages[0]["status"] for client in others] == [200] * 2
+        for client in (*unread, *others):
+            client.reads.set()
+        await asyncio.gather(*tasks)
+        assert not server._answered.held(ServerSettings.tenant("a"))
 
     asyncio.run(run())
 

@@ -1,6 +1,6 @@
 """ASGI middleware for every request (`Gate`): it refuses other origins and missing API keys, gives each request an id,
-sends answers within the memory that their keys may have (`_Answer`), counts responses, and answers unexpected errors
-with status 500.
+holds each key to its share of the connections and of the memory for answers (`_Answer`), counts responses, and answers
+unexpected errors with status 500.
 
 API keys come from the environment and from files, so that they do not appear among a program's arguments.
 """
@@ -83,6 +83,8 @@ class Gate:
         self._public = public
         self._probes = probes
         self._unread = KeyShares(MAX_ANSWERS, settings.tenants)
+        # Requests whose responses have not ended: each has a connection.
+        self._answered = KeyShares(settings.connections, settings.tenants)
         host = settings.host or "localhost"
         self._names = {"localhost", host.lower()}
         # A server that listens beyond loopback without keys was started with --open.
@@ -95,17 +97,17 @@ class Gate:
             else:
                 await send({"type": "websocket.close", "code": 1008, "reason": "there are no websockets here"})
             return
-        begun = time.monotonic()
-        given = _header(scope, b"x-request-id")
-        shown_id = given if given is not None and _ID.fullmatch(given) else secrets.token_hex(16)
+        start = time.monotonic()
+        given_id = _header(scope, b"x-request-id")
+        shown_id = given_id if given_id is not None and _ID.fullmatch(given_id) else secrets.token_hex(16)
         scope[REQUEST_ID] = shown_id
         scope[AT_END] = []
         answer = _Answer(scope, send, self._unread, self._metrics)
         try:
-            if (refusal := self._refusal(scope, given)) is not None:
+            if (refusal := self._refusal(scope, given_id)) is not None:
                 await answer.refuse(refusal)
             else:
-                await self._app(scope, receive, answer.send)
+                await self._answer(scope, receive, answer)
         except Exception:
             if answer.status:
                 raise
@@ -114,7 +116,17 @@ class Gate:
         finally:
             answer.end()
             method = scope["method"] if scope["method"] in _METHODS else "other"
-            self._metrics.http(_handler(scope), method, answer.status or _GONE, time.monotonic() - begun)
+            self._metrics.http(_handler(scope), method, answer.status or _GONE, time.monotonic() - start)
+
+    async def _answer(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
+        """Have the application answer, unless the key's requests would leave too few connections to the others."""
+        key = scope[TENANT]
+        if not self._answered.fits(key):
+            count = self._answered.held(key)
+            await answer.refuse(overloaded(f"{count} requests are being answered; read their answers first"))
+            return
+        with self._answered.taken(key):
+            await self._app(scope, receive, answer.send)
 
     def _refusal(self, scope: Scope, given_id: str | None) -> ApiError | None:
         if given_id is not None and given_id != scope[REQUEST_ID]:
@@ -162,10 +174,10 @@ class Gate:
         )
 
     def _is_ours(self, host: str) -> bool:
-        found = _HOST.fullmatch(host)
-        if found is None:
+        match = _HOST.fullmatch(host)
+        if match is None:
             return False
-        name = found[1].lower().removesuffix(".")
+        name = match[1].lower().removesuffix(".")
         return name in self._names or _is_address(name.removeprefix("[").removesuffix("]"))
 
 
@@ -200,8 +212,7 @@ class _Answer:
             return
         if not message.get("more_body"):
             self.end()
-        self._unread.take(key, size)
-        try:
+        with self._unread.taken(key, size):
             if self._head is not None:
                 head, self._head = self._head, None
                 await self._send(head)
@@ -210,8 +221,6 @@ class _Answer:
                 piece = body[begin : begin + PIECE]
                 await self._send({"type": "http.response.body", "body": piece, "more_body": True})
             await self._send({**message, "body": b""} if size else message)
-        finally:
-            self._unread.give(key, size)
 
     async def refuse(self, error: ApiError) -> None:
         """Answer with an error, whatever the application sends."""

@@ -60,7 +60,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lamina")
 
 KEEP_ALIVE = 75  # seconds for which an idle connection stays open, nginx's default
-_CONNECTIONS = 2048  # the most, or twice `max_requests` where that is more; each takes up to MAX_HEAD
 _OTHER_FILES = 64  # that the process may have open beside connections
 _M_MMAP_THRESHOLD = -3  # of malloc.h
 _LARGE_BLOCK = 1 << 18  # bytes from which malloc gives a freed block back to the system
@@ -100,7 +99,8 @@ def main() -> int:
         access_log=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE,
-        limit_concurrency=_connections(settings.max_requests),
+        limit_concurrency=_connections(settings.connections),
+        proxy_headers=False,  # nothing that a client could write is trusted
     )
     server = _Server(config, models, supervisor)
     links = {
@@ -174,9 +174,8 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _connections(requests: int) -> int:
+def _connections(wanted: int) -> int:
     """How many connections may be open: as many as are wanted, unless the system allows fewer files."""
-    wanted = max(_CONNECTIONS, 2 * requests)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < wanted + _OTHER_FILES:  # systemd's default is 1,024
         soft = min(wanted + _OTHER_FILES, hard)
