@@ -56,7 +56,8 @@ class TokenLogprob:
 class Sample:
     """One continuation of a prompt. `logprobs` has one entry for each token, or is None if none were asked for.
 
-    `token_ids` has all generated tokens, a stop token included; `text` ends at a stop string.
+    `token_ids` has all generated tokens, a stop token included; `text` ends at a stop string, which is `stop_string`
+    where one ended it.
     """
 
     index: int
@@ -64,6 +65,7 @@ class Sample:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     logprobs: Sequence[TokenLogprob] | None = field(default=None, hash=False)
+    stop_string: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +144,8 @@ class Embedding:
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
     """One token of a stream. `text` is what it adds to the sample's text, often nothing while a character or a possible
-    stop string is incomplete. `finish_reason` is set on a sample's last event only; a sample that its caller aborts has
-    no such event."""
+    stop string is incomplete. `finish_reason` is set on a sample's last event only, and so is the `stop_string` that
+    ended it; a sample that its caller aborts has no such event."""
 
     text: str
     token_id: int
@@ -151,6 +153,7 @@ class TokenEvent:
     sample_index: int = 0
     finish_reason: FinishReason | None = None
     logprob: TokenLogprob | None = None
+    stop_string: str | None = None
 
 
 class Interrupted(KeyboardInterrupt):

@@ -67,7 +67,8 @@ class OutputProcessor:
                 self._stop(output.sample)
             report = output.logprobs if spelled else None
             logprob = None if report is None else self._text.logprob(output.token, report)
-            yield TokenEvent(text, output.token, self._index, output.sample, sample.finish_reason, logprob)
+            ended = (sample.finish_reason, logprob, sample.matcher.stop)
+            yield TokenEvent(text, output.token, self._index, output.sample, *ended)
 
     def _take_scores(self, scores: PromptScores) -> None:
         self.pooled = scores.hidden
@@ -120,7 +121,7 @@ class _Growing:
         self._params = params
         self._text = text
         self._decoder = StreamDecoder(tokenizer, params.skip_special_tokens)
-        self._matcher = StopMatcher(tuple(params.stop), params.include_stop_str_in_output)
+        self.matcher = StopMatcher(tuple(params.stop), params.include_stop_str_in_output)
 
     def push(self, output: EngineOutput) -> tuple[str, bool]:
         """Add one token. Returns the text that may be shown for it, and whether a stop string ended the sample."""
@@ -132,9 +133,9 @@ class _Growing:
         if output.finish_reason is not None:
             text += self._decoder.finish()
         early = len(self.token_ids) < self._params.min_tokens
-        visible_text, stopped = (text, False) if early else self._matcher.push(text)
+        visible_text, stopped = (text, False) if early else self.matcher.push(text)
         if output.finish_reason is not None and not stopped:
-            visible_text += self._matcher.finish()
+            visible_text += self.matcher.finish()
         self.finish_reason = "stop" if stopped else output.finish_reason
         self.pieces.append(visible_text)
         return visible_text, stopped
@@ -142,7 +143,7 @@ class _Growing:
     def end(self, reason: FinishReason) -> None:
         """End without a further token, and show what was held back."""
         self.finish_reason = reason
-        self.pieces.append(self._matcher.push(self._decoder.finish())[0] + self._matcher.finish())
+        self.pieces.append(self.matcher.push(self._decoder.finish())[0] + self.matcher.finish())
 
     def finished(self) -> Sample:
         if self.finish_reason is None:
@@ -156,6 +157,7 @@ class _Growing:
             logprobs=Logprobs(tokens[: len(self.reports)], self.reports, self._text)
             if self._params.logprobs is not None
             else None,
+            stop_string=self.matcher.stop,
         )
 
 

@@ -23,6 +23,8 @@ class StopMatcher:
         self._firsts = frozenset(stop[0] for stop in stops)
         self._include = include
         self._pending = ""
+        self.stop: str | None = None
+        """The stop string that ended the text."""
 
     def push(self, text: str) -> tuple[str, bool]:
         """Add text; what may be shown now, and whether a stop string ended it. Once it has, push no more."""
@@ -35,9 +37,9 @@ class StopMatcher:
             while begin < end and not self._begins(text[begin:end]):
                 begin += 1
             if text.endswith(self._stops, begin, end):
-                longest = max(len(stop) for stop in self._stops if text.endswith(stop, begin, end))
+                self.stop = max((stop for stop in self._stops if text.endswith(stop, begin, end)), key=len)
                 self._pending = ""
-                return text[: end if self._include else end - longest], True
+                return text[: end if self._include else end - len(self.stop)], True
         self._pending = text[begin:]
         return text[:begin], False
 

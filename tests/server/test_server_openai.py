@@ -519,5 +519,6 @@ def test_why_a_sample_stopped(rig: Rig) -> None:
 
     assert reason() == ("length", None)
     assert reason(stop=" Paris") == ("stop", " Paris")
+    assert reason(stop=["never", "Paris", " Paris"]) == ("stop", " Paris")
     assert reason(stop_token_ids=[28], logit_bias={"28": 100}) == ("stop", 28)
     assert reason(logit_bias={"2": 100}) == ("stop", None)

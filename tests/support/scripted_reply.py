@@ -45,15 +45,6 @@ class MarkedPlan:
         return MarkedParser()
 
 
-class Ends:
-    """A tokenizer that has only an end."""
-
-    eos_ids = (0,)
-
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        return "".join(chr(index) for index in ids)
-
-
 def prepared(**params: Any) -> PreparedChat:
     """A chat with a prompt of three tokens, one of them from the cache."""
     sampling = SamplingParams(**({"max_tokens": 100} | params))
@@ -63,7 +54,7 @@ def prepared(**params: Any) -> PreparedChat:
         seed=0,
         cached_tokens=1,
     )
-    return PreparedChat(request, MarkedPlan(), Ends())  # type: ignore[arg-type]  # all that replies need
+    return PreparedChat(request, MarkedPlan())  # type: ignore[arg-type]  # all that replies need
 
 
 def ticket(**sampling: Any) -> EngineRequest:
@@ -88,10 +79,10 @@ def events(pieces: Sequence[str], reason: Any = "stop", logprobs: bool = False) 
     ]
 
 
-def completion(pieces: Sequence[str], reason: Any = "stop") -> Completion:
-    """The same sample, whole."""
+def completion(pieces: Sequence[str], reason: Any = "stop", stop: str | None = None) -> Completion:
+    """The same sample, whole; `stop` is the stop string that ended it."""
     tokens = tuple(97 + at for at in range(len(pieces)))
-    sample = Sample(0, "|".join(pieces), tokens, reason)
+    sample = Sample(0, "|".join(pieces), tokens, reason, stop_string=stop)
     return Completion((sample,), Usage(3, len(pieces), 1), Timing(0.0, 0.0, 0.0, len(pieces)))
 
 

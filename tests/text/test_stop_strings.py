@@ -15,23 +15,24 @@ texts = st.text("abc", max_size=40)
 stop_lists = st.lists(st.text("abc", min_size=1, max_size=6), max_size=4)
 
 
-def cut(text: str, stops: list[str], include: bool) -> tuple[str, bool]:
+def cut(text: str, stops: list[str], include: bool) -> tuple[str, str | None]:
     """Slow and obvious: the first end of any stop string, the longest that ends there."""
     for end in range(len(text) + 1):
-        lengths = [len(stop) for stop in stops if text[:end].endswith(stop)]
-        if lengths:
-            return text[: end if include else end - max(lengths)], True
-    return text, False
+        complete = [stop for stop in stops if text[:end].endswith(stop)]
+        if complete:
+            stop = max(complete, key=len)
+            return text[: end if include else end - len(stop)], stop
+    return text, None
 
 
-def feed(matcher: StopMatcher, pieces: list[str]) -> tuple[str, bool]:
+def feed(matcher: StopMatcher, pieces: list[str]) -> tuple[str, str | None]:
     shown = ""
     for piece in pieces:
         more, stopped = matcher.push(piece)
         shown += more
         if stopped:
-            return shown, True
-    return shown + matcher.finish(), False
+            return shown, matcher.stop
+    return shown + matcher.finish(), matcher.stop
 
 
 @given(texts, stop_lists, st.booleans(), st.lists(st.integers(0, 40)))
@@ -69,7 +70,7 @@ def test_many_long_stop_strings_cost_two_searches_a_character(filler: str) -> No
 
     matcher = Counted([filler * (1023 - i) + "b" for i in range(64)])
     text = filler * 2000 + "c"
-    assert feed(matcher, [*text]) == (text, False)
+    assert feed(matcher, [*text]) == (text, None)
     assert 0 < matcher.searches <= 2 * len(text)
 
 

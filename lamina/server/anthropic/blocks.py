@@ -9,7 +9,7 @@ from lamina.completions import Completion, Sample, TokenEvent
 from lamina.server.anthropic.conversation import signature
 from lamina.server.chat.formats.reply_parser import Delta
 from lamina.server.chat.preparing import PreparedChat
-from lamina.server.chat.reply import FinishReason, Reply, ReplyPart, ReplyUsage, stop_string
+from lamina.server.chat.reply import FinishReason, Reply, ReplyPart, ReplyUsage
 from lamina.server.http.errors import ApiError
 from lamina.server.http.limits import parse_object
 from lamina.server.http.sse import event
@@ -66,11 +66,8 @@ class MessageWriter:
         return event(error.anthropic, "error")
 
     def _ended(self, sample: Sample) -> dict[str, Any]:
-        stopped = stop_string(self._chat, sample)
-        return {
-            "stop_reason": _stop_reason(self._reply.reason(sample.finish_reason), stopped, self._chat.filled),
-            "stop_sequence": stopped,
-        }
+        reason = _stop_reason(self._reply.reason(sample.finish_reason), sample.stop_string, self._chat.filled)
+        return {"stop_reason": reason, "stop_sequence": sample.stop_string}
 
     def _add(self, deltas: Sequence[Delta], frames: list[bytes]) -> None:
         for delta in deltas:

@@ -22,7 +22,6 @@ from lamina.server.frontend import Served
 from lamina.server.http.errors import ApiError, refused
 from lamina.server.preparation import go_on
 from lamina.text.messages import check_messages, check_text
-from lamina.text.tokenizer import Tokenizer
 
 CHARACTERS = 64
 """The most characters per token of the context: a text with more cannot fit, and is refused before it is tokenised."""
@@ -45,7 +44,6 @@ class PreparedChat:
 
     request: EngineRequest
     plan: ReplyPlan
-    tokenizer: Tokenizer
     prefix: str = ""
     structure_field: str = ""
     filled: bool = False
@@ -72,7 +70,7 @@ def prepared(chat: ChatInput, served: Served, salt: tuple[str, str]) -> Prepared
     prefix = last["content"] if chat.echo and last["role"] == "assistant" else ""
     check_echo([prefix], params.n, inputs)
     chat.messages = chat.tools = None
-    return PreparedChat(request, plan, served.tokenizer, prefix, chat.structure_field, filled)
+    return PreparedChat(request, plan, prefix, chat.structure_field, filled)
 
 
 def prompt(chat: ChatInput, served: Served) -> tuple[list[int], ReplyPlan, Mapping[str, Any]]:

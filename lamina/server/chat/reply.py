@@ -114,23 +114,6 @@ def replies(chat: PreparedChat, completion: Completion) -> list[Reply]:
     return read
 
 
-def stop_string(chat: PreparedChat, sample: Sample) -> str | None:
-    """The stop string that ended a sample; None where something else did. Its tokens are among the sample's, though
-    they are not in its text."""
-    params = chat.params
-    if sample.finish_reason != "stop" or not params.stop or not sample.token_ids:
-        return None
-    if not params.ignore_eos and sample.token_ids[-1] in chat.tokenizer.eos_ids:
-        return None
-    written = chat.tokenizer.decode(sample.token_ids, params.skip_special_tokens)
-    newest = len(chat.tokenizer.decode(sample.token_ids[-1:], params.skip_special_tokens)) + 4  # with bytes before it
-    ends: dict[int, str] = {}
-    for stop in sorted(params.stop, key=len):  # the last token completed it: there is no need to search all the text
-        if (place := written.find(stop, max(0, len(written) - newest - len(stop)))) >= 0:
-            ends[place + len(stop)] = stop
-    return ends[min(ends)] if ends else None
-
-
 def text_of(parts: Sequence[ReplyPart], kind: Kind) -> str:
     """All the text of one kind."""
     return "".join(part.text for part in parts if part.kind == kind)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice, repeat
 from typing import Any, TypeVar
 
-from lamina.completions import FinishReason, TokenLogprob
+from lamina.completions import Sample, TokenEvent, TokenLogprob
 from lamina.messages.engine_request import EngineRequest
 from lamina.sampling_params import MAX_LOGPROBS, SamplingParams
 from lamina.server.preparation import go_on
@@ -50,18 +50,15 @@ def usage(requests: Sequence[EngineRequest], completion_tokens: int, reasoning_t
     }
 
 
-def stop_reason(
-    params: SamplingParams, eos_ids: Sequence[int], token: int | None, finish_reason: FinishReason | None
-) -> str | int | None:
-    """vLLM's field: the stop token or string that ended a sample. None for the model's own end of text, and where
-    several strings are possible."""
-    if finish_reason != "stop" or token is None:
+def stop_reason(params: SamplingParams, ended: Sample | TokenEvent | None) -> str | int | None:
+    """vLLM's field: the stop token or string that ended a sample; None for the model's own end of text. `ended` is the
+    sample, or its last event, if there is one."""
+    if ended is None or ended.finish_reason != "stop":
         return None
-    if token in params.stop_token_ids:
-        return token
-    if len(params.stop) == 1 and (params.ignore_eos or token not in eos_ids):
-        return params.stop[0]
-    return None
+    if ended.stop_string is not None:
+        return ended.stop_string
+    last = ended.token_ids[-1:] if isinstance(ended, Sample) else (ended.token_id,)
+    return next((token for token in last if token in params.stop_token_ids), None)
 
 
 def chat_logprob(entry: TokenLogprob, as_ids: bool) -> dict[str, Any]:

@@ -139,12 +139,11 @@ def _choice(fields: ChatRequest, chat: PreparedChat, sample: Sample, reply: Repl
         message["reasoning_content"] = reasoning
     if calls:
         message["tool_calls"] = calls
-    last = sample.token_ids[-1] if sample.token_ids else None
     choice = {
         "index": sample.index,
         "message": message,
         "finish_reason": reply.reason(sample.finish_reason),
-        "stop_reason": answers.stop_reason(chat.params, chat.tokenizer.eos_ids, last, sample.finish_reason),
+        "stop_reason": answers.stop_reason(chat.params, sample),
     }
     logprobs: Iterable[str] = ["null"]
     if sample.logprobs is not None:
@@ -211,11 +210,10 @@ class _Writer:
     ) -> None:
         self._deltas(index, deltas, event, frames)
         reply = self._replies[index]
-        token = None if event is None else event.token_id
-        ended: dict[str, Any] = {"finish_reason": reply.reason(reason)}
-        ended["stop_reason"] = answers.stop_reason(self._chat.params, self._chat.tokenizer.eos_ids, token, reason)
+        stopped = answers.stop_reason(self._chat.params, event)
         delta = {} if self._plain or reply.calls else {"content": ""}
-        choice = {"index": index, "delta": delta, "logprobs": None} | ended
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reply.reason(reason)}
+        choice["stop_reason"] = stopped
         frames.append(self._chunks.chunk(dumps(choice)))
 
     def _deltas(self, index: int, deltas: Sequence[Delta], event: TokenEvent | None, frames: list[str]) -> None:

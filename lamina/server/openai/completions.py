@@ -160,12 +160,11 @@ def _choice(
         logprobs = written.echoed(first, scored, sample.logprobs, fields.logprobs or 0)
     elif sample.logprobs is not None:
         logprobs = texts.logprobs(prompt).written(sample.logprobs)
-    last = sample.token_ids[-1] if sample.token_ids else None
     choice = {
         "index": prompt * texts.params.n + sample.index,
         "text": texts.prefixes[prompt] + sample.text,
         "finish_reason": sample.finish_reason,
-        "stop_reason": answers.stop_reason(texts.params, texts.tokenizer.eos_ids, last, sample.finish_reason),
+        "stop_reason": answers.stop_reason(texts.params, sample),
     }
     if reported is not None:
         logprobs = chain(logprobs, [',"prompt_logprobs":'], reported)
@@ -231,8 +230,5 @@ class _Writer:
         self._prefixes[index] = ""
         if reason is not None:
             self._ended[index] = True
-            token = None if event is None else event.token_id
-            choice["stop_reason"] = answers.stop_reason(
-                self._texts.params, self._texts.tokenizer.eos_ids, token, reason
-            )
+            choice["stop_reason"] = answers.stop_reason(self._texts.params, event)
         frames.append(self._chunks.chunk(dumps(choice)))
