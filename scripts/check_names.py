@@ -2,7 +2,7 @@
 """Refuse variables that are no nouns: pronouns, participles, prepositions. They say that something was found, not what.
 
     scripts/check_names.py [FILES]     every assignment in the packages, or in FILES; exits with 1 where one is refused
-    scripts/check_names.py --count     how many there are in each folder, also where they are not refused yet
+    scripts/check_names.py --count     how many there are in each folder
 
 An assignment is what binds a name in a function, class or module: `=`, `:=`, `for`, `with ... as`, a comprehension, and
 a private attribute of `self`. Parameters and public fields are not looked at: callers use them by name.
@@ -23,8 +23,6 @@ each found at left whole own most kept known said held given asked begun rest th
 both some any none nobody somebody whoever gone made taken wanted meant missed told shown seen heard spent by of to
 without beside among between"""
 REFUSED = frozenset(_WORDS.split())
-ANNEXES = ("lamina/server/",)
-"""Folders that are read less; names there are counted, not refused."""
 
 
 def bound(node: ast.AST) -> Iterator[tuple[str, int]]:
@@ -73,7 +71,7 @@ def main(arguments: list[str]) -> int:
         place = path.relative_to(ROOT).as_posix()
         for name, line in refused(path):
             folders[place.rpartition("/")[0]] += 1
-            if not count and not place.startswith(ANNEXES):
+            if not count:
                 print(f"{place}:{line}: {name!r} is no noun; say what it holds")
                 status = 1
     for folder, number in sorted(folders.items()) if count else ():

@@ -194,17 +194,17 @@ class Frontend:
 
     def _ask(self, served: Served) -> asyncio.Future[Snapshot]:
         loop = asyncio.get_running_loop()
-        asked: asyncio.Future[Snapshot] = loop.create_future()
+        answered: asyncio.Future[Snapshot] = loop.create_future()
 
         def answer(snapshot: Snapshot) -> None:
-            if not asked.done():
-                asked.set_result(snapshot)
+            if not answered.done():
+                answered.set_result(snapshot)
 
         def deliver(snapshot: Snapshot) -> None:
             loop.call_soon_threadsafe(answer, snapshot)
 
         served.engine.snapshot(deliver)
-        return asked
+        return answered
 
 
 class Generation:
@@ -225,14 +225,14 @@ class Generation:
     ) -> None:
         self._frontend = frontend
         self._requests = requests
-        self._of = of
+        self._limit = of
         self._outputs = AsyncOutputs(timeout)
         self._failure: LaminaError | None = None  # to be raised after the events that came with it
         self._reading = reading
         self._piled = False  # more events may wait
-        self._left: list[TokenEvent] = []  # that are still to be handed on
+        self._waiting: list[TokenEvent] = []  # that are still to be handed on
         self._together = max(1, _TOGETHER // (1 + (requests[0].params.logprobs or 0)))
-        self._begun = time.monotonic()
+        self._submitted = time.monotonic()
         try:
             self._call = Call(served, requests)
             self._call.submit(self._outputs.put, reading is None)
@@ -259,13 +259,13 @@ class Generation:
             if isinstance(error, LaminaError):
                 self._frontend.observer.failed(request, error)
             else:
-                self._frontend.observer.ended(request, self._call.completion(request), now - self._begun)
+                self._frontend.observer.ended(request, self._call.completion(request), now - self._submitted)
 
     def __aiter__(self) -> Generation:
         return self
 
     async def __anext__(self) -> list[TokenEvent]:
-        if self._left:
+        if self._waiting:
             await asyncio.sleep(0)
             return self._slice()
         if self._failure is not None:
@@ -276,7 +276,7 @@ class Generation:
                     await asyncio.sleep(0)  # the event loop has others to serve
                 delivery: Delivery | None = await self._outputs.get()
             except (TimeoutError, asyncio.TimeoutError):
-                raise DeadlineExceeded(f"the request took longer than its {self._of:g} seconds") from None
+                raise DeadlineExceeded(f"the request took longer than its {self._limit:g} seconds") from None
             events: list[TokenEvent] = []
             ended: list[tuple[EngineRequest, Completion]] = []
             while delivery is not None:
@@ -293,15 +293,15 @@ class Generation:
                 self._observe_tokens(events, time.monotonic())
             for request, completion in ended:
                 self._observe(request, completion)
-            self._left = events
+            self._waiting = events
             if events:
                 return self._slice()
         raise StopAsyncIteration
 
     def _slice(self) -> list[TokenEvent]:
         """The next events, as many as are handed on together: those of a batch may be many, and dear to write."""
-        most = self._together if self._reading is None else len(self._left)
-        events, self._left = self._left[:most], self._left[most:]
+        count = self._together if self._reading is None else len(self._waiting)
+        events, self._waiting = self._waiting[:count], self._waiting[count:]
         return events
 
     async def _read(self, delivery: Delivery, ended: list[tuple[EngineRequest, Completion]]) -> list[TokenEvent]:
@@ -335,7 +335,7 @@ class Generation:
             observer.first_token(timing.first_token)
             if timing.tokens > 1:
                 observer.next_tokens(timing.total - timing.first_token, timing.tokens - 1)
-        observer.ended(request, completion, time.monotonic() - self._begun)
+        observer.ended(request, completion, time.monotonic() - self._submitted)
 
     def _observe_tokens(self, events: Sequence[TokenEvent], now: float) -> None:
         observer = self._frontend.observer
@@ -347,7 +347,7 @@ class Generation:
             before = self._last.get(key)
             if before is None:
                 if not any(prompt == key[0] for prompt, _ in self._last):
-                    observer.first_token(now - self._begun)
+                    observer.first_token(now - self._submitted)
                 count -= 1
             if count:
                 observer.next_tokens(now - (before or now), count)

@@ -68,10 +68,10 @@ class RequestContext:
 
     def left(self) -> float:
         """The seconds left. Raises DeadlineExceeded where there are none."""
-        left = self.end - asyncio.get_running_loop().time()
-        if left <= 0:
+        seconds = self.end - asyncio.get_running_loop().time()
+        if seconds <= 0:
             raise DeadlineExceeded(f"the request took longer than its {self.timeout:g} seconds")
-        return left
+        return seconds
 
 
 class Writer(Protocol):
@@ -96,17 +96,17 @@ class Service:
         self.metrics = metrics
         self._fields = fields
         self._bodies = BodyMemory(max(MAX_BODIES, 2 * settings.max_body))
-        keys, most = settings.tenants, settings.max_requests
-        self.samples = KeyShares(most, keys)
+        keys, requests = settings.tenants, settings.max_requests
+        self.samples = KeyShares(requests, keys)
         self._parameters = KeyShares(MAX_PARAMETERS, keys)
-        self._waiting = KeyShares(most, keys)  # requests that wait for their model
+        self._waiting = KeyShares(requests, keys)  # requests that wait for their model
         self._waiting_bytes = KeyShares(max(MAX_WAITING, 2 * settings.max_body), keys)  # of their bodies
-        self._pool = PreparationPool("lamina-requests", _THREADS, most, keys)
+        self._pool = PreparationPool("lamina-requests", _THREADS, requests, keys)
         # One thread each: two large bodies would need twice the memory, and grammars are compiled one at a time.
-        self._parsing = PreparationPool("lamina-bodies", 1, most, keys)
-        self._compiling = PreparationPool("lamina-grammars", 1, most, keys)
+        self._parsing = PreparationPool("lamina-bodies", 1, requests, keys)
+        self._compiling = PreparationPool("lamina-grammars", 1, requests, keys)
         # Answers wait for no prompt of others, and small ones for no large one of another key.
-        self._answering = PreparationPool("lamina-answers", _THREADS, most, keys)
+        self._answering = PreparationPool("lamina-answers", _THREADS, requests, keys)
 
     def close(self) -> None:
         """Let the threads end, without waiting for them."""
@@ -135,10 +135,10 @@ class Service:
     def _read(self, body: bytearray, model: type[M]) -> tuple[str, M]:
         fields = parse_object(body)
         name = fields.get("model")
-        found = self.settings.named(name if isinstance(name, str) else None)
-        if found is None:
+        served_name = self.settings.named(name if isinstance(name, str) else None)
+        if served_name is None:
             raise self.unknown_model(str(name))
-        return found, read(model, fields)
+        return served_name, read(model, fields)
 
     async def load(self, request: Request, name: str, context: RequestContext, size: int = 0) -> None:
         """Set the request's model, once it is loaded; it stays until the response has ended. The request's body had
@@ -147,17 +147,12 @@ class Service:
         key = context.tenant
         if not self._waiting.fits(key) or not self._waiting_bytes.fits(key, size):
             raise overloaded(f"{self._waiting.held(key)} requests wait for models; come back in a moment")
-        self._waiting.take(key)
-        self._waiting_bytes.take(key, size)
-        try:
+        with self._waiting.taken(key), self._waiting_bytes.taken(key, size):
             taking = self._take(request, name, context)
             if self.models.on_demand:
                 await while_connected(request.receive, taking, context.timeout + GRACE)
             else:
                 await taking
-        finally:
-            self._waiting.give(key)
-            self._waiting_bytes.give(key, size)
 
     async def _take(self, request: Request, name: str, context: RequestContext) -> None:
         context.model = await self.models.take(name, context.left())
@@ -187,10 +182,10 @@ class Service:
             chat = read()
             return prepared(chat, served, self.salt(context, chat.cache_salt))
 
-        made = await self.prepare(context, work)
-        with blaming(made.structure_field):
-            await self.compile(context, served, made.params)
-        return made
+        prepared_chat = await self.prepare(context, work)
+        with blaming(prepared_chat.structure_field):
+            await self.compile(context, served, prepared_chat.params)
+        return prepared_chat
 
     async def compile(self, context: RequestContext, served: Served, params: SamplingParams) -> None:
         """Compile the schema or grammar of a request that has one."""
@@ -200,9 +195,9 @@ class Service:
     async def _on_thread(
         self, pool: PreparationPool, context: RequestContext, work: Callable[..., T], *arguments: Any
     ) -> T:
-        left = context.left()
+        seconds = context.left()
         try:
-            return await asyncio.wait_for(pool.run(context.tenant, partial(work, *arguments)), left)
+            return await asyncio.wait_for(pool.run(context.tenant, partial(work, *arguments)), seconds)
         except (TimeoutError, asyncio.TimeoutError):
             raise DeadlineExceeded(f"the request took longer than its {context.timeout:g} seconds") from None
 
@@ -210,16 +205,16 @@ class Service:
         """The loaded model, if the request's key has room for `n` samples per prompt. Raises EngineUnavailable,
         ApiError."""
         served = context.served
-        most = self.samples.most
-        if prompts * n > most:
+        limit = self.samples.most
+        if prompts * n > limit:
             raise ApiError(
                 400,
-                f"prompt has {prompts} prompts and n is {n}, which makes {prompts * n} samples; allowed are {most}",
+                f"prompt has {prompts} prompts and n is {n}, which makes {prompts * n} samples; allowed are {limit}",
                 "n" if prompts == 1 else "prompt",
             )
         if not self.samples.fits(context.tenant, prompts * n):
-            held = self.samples.held(context.tenant)
-            what = f"{held} of {most} samples are under way, and there is no room for {prompts * n} more"
+            count = self.samples.held(context.tenant)
+            what = f"{count} of {limit} samples are under way, and there is no room for {prompts * n} more"
             raise overloaded(f"{what}; come back in a moment")
         return served
 
@@ -304,33 +299,29 @@ class Service:
     ) -> AsyncIterator[Generation]:
         """Submit requests as their key's, if there is still room."""
         frontend = context.model.frontend
-        n, shares, key = requests[0].request.n, self.samples, context.tenant
+        n, key = requests[0].request.n, context.tenant
         self.served(context, len(requests), n)
         size = self._parameter_size(requests, key, kept)
-        samples = len(requests) * n
-        shares.take(key, samples)
-        self._parameters.take(key, size)
-        try:
-            for request in requests:
-                request.request = replace(request.request, tenant=key)
-                frontend.owners[request.id] = key
-            async with frontend.begin(requests, context.left(), reading, context.timeout) as generation:
-                yield generation
-        finally:
-            for request in requests:
-                frontend.owners.pop(request.id, None)
-            shares.give(key, samples)
-            self._parameters.give(key, size)
+        with self.samples.taken(key, len(requests) * n), self._parameters.taken(key, size):
+            try:
+                for request in requests:
+                    request.request = replace(request.request, tenant=key)
+                    frontend.owners[request.id] = key
+                async with frontend.begin(requests, context.left(), reading, context.timeout) as generation:
+                    yield generation
+            finally:
+                for request in requests:
+                    frontend.owners.pop(request.id, None)
 
     def _parameter_size(self, requests: Sequence[EngineRequest], key: str, kept: int) -> int:
         """The bytes of the sampling parameters of requests, of what is reported of their prompts and what is kept
         beside them, if there is room for them. Raises ApiError."""
-        size, most = sum(request.size for request in requests) + kept, self._parameters.most
-        if size > most:
+        size, room = sum(request.size for request in requests) + kept, self._parameters.most
+        if size > room:
             raise ApiError(
                 400,
                 f"prompt has {len(requests)} prompts and n is {requests[0].request.n}, with {size} bytes of schemas, "
-                f"grammars, stop strings, logit_bias and log probabilities of prompts; allowed are {most} bytes in all",
+                f"grammars, stop strings, logit_bias and log probabilities of prompts; allowed are {room} bytes in all",
                 "prompt",
             )
         if not self._parameters.fits(key, size):

@@ -99,10 +99,10 @@ def with_json(content: Mapping[str, Any], field: str, written: Iterable[str]) ->
 
 
 def _by_id(entry: TokenLogprob) -> dict[str, Any]:
-    ranked = [(each, rank) for rank, each in enumerate(entry.top, 1) if each.token_id != entry.token_id]
+    ranked = [(token, rank) for rank, token in enumerate(entry.top, 1) if token.token_id != entry.token_id]
     return {
-        str(each.token_id): {"logprob": max(each.logprob, _LEAST), "rank": rank, "decoded_token": each.text}
-        for each, rank in ((entry, entry.rank), *ranked)
+        str(token.token_id): {"logprob": max(token.logprob, _LEAST), "rank": rank, "decoded_token": token.text}
+        for token, rank in ((entry, entry.rank), *ranked)
     }
 
 
@@ -122,14 +122,14 @@ class TextLogprobs:
     def __init__(self, as_ids: bool, offset: int = 0) -> None:
         self._as_ids = as_ids
         self._offset = offset
-        self._most = MAX_LOGPROBS
+        self._likeliest = MAX_LOGPROBS
 
     def echoed(
         self, first: TokenLogprob, prompt: Sequence[TokenLogprob | None], generated: Sequence[TokenLogprob], most: int
     ) -> Iterator[str]:
         """The object for a whole prompt and what follows, as JSON in pieces: `first` is its first token, which has no
         probability. Of the likeliest tokens there are `most`."""
-        self._most = most
+        self._likeliest = most
         begin = self.add([first])
         begin["token_logprobs"], begin["top_logprobs"] = [None], [None]
         return self.written(chain((entry for entry in prompt if entry is not None), generated), begin)
@@ -163,8 +163,8 @@ class TextLogprobs:
 
     def _top(self, entry: TokenLogprob) -> dict[str, float]:
         top: dict[str, float] = {}
-        for each in (*entry.top[: self._most], entry):
-            top.setdefault(self._name(each), max(each.logprob, _LEAST))
+        for token in (*entry.top[: self._likeliest], entry):
+            top.setdefault(self._name(token), max(token.logprob, _LEAST))
         return top
 
     def _name(self, entry: TokenLogprob) -> str:

@@ -45,7 +45,7 @@ def chat_input(fields: ChatRequest) -> ChatInput:
     """What a request asks for. Raises ApiError where fields contradict each other or are refused."""
     _check(fields)
     structure_field, structure = _structure(fields)
-    begun = fields.add_generation_prompt
+    turn_begins = fields.add_generation_prompt
     return ChatInput(
         messages=fields.messages,
         tools=fields.tools,
@@ -55,7 +55,7 @@ def chat_input(fields: ChatRequest) -> ChatInput:
         structure_field=structure_field or ("tools" if fields.tools else ""),
         thinking=Thinking(effort=fields.reasoning_effort, budget=fields.thinking_token_budget),
         template_kwargs=fields.chat_template_kwargs,
-        add_generation_prompt=True if begun is None else begun,
+        add_generation_prompt=True if turn_begins is None else turn_begins,
         continue_final_message=bool(fields.continue_final_message),
         add_special_tokens=bool(fields.add_special_tokens),
         truncate=fields.truncate_prompt_tokens,
@@ -91,22 +91,22 @@ def _structure(fields: ChatRequest) -> tuple[str, dict[str, Any]]:
         "response_format": response_format(fields.response_format),
         "structured_outputs": structured(fields.structured_outputs),
     }
-    given = [name for name, keywords in ways.items() if keywords]
-    if len(given) > 1:
-        raise ApiError(400, f"{' and '.join(given)} are given; allowed is one of them", given[0])
-    return (given[0], ways[given[0]]) if given else ("", {})
+    names = [name for name, keywords in ways.items() if keywords]
+    if len(names) > 1:
+        raise ApiError(400, f"{' and '.join(names)} are given; allowed is one of them", names[0])
+    return (names[0], ways[names[0]]) if names else ("", {})
 
 
 async def _whole(
     service: Service, fields: ChatRequest, chat: PreparedChat, context: RequestContext, named: Mapping[str, Any]
 ) -> Response:
     scores = answers.LOGPROB * (1 + (chat.params.prompt_logprobs or 0)) * len(chat.request.request.prompt)
-    kept = 0 if chat.params.prompt_logprobs is None else scores
+    size = 0 if chat.params.prompt_logprobs is None else scores
 
     def work(ended: Sequence[Completion]) -> Response:
         return json_pieces(_written(fields, chat, *ended, named))
 
-    return await service.whole([chat.request], context, work, kept, answers.token_size(chat.params))
+    return await service.whole([chat.request], context, work, size, answers.token_size(chat.params))
 
 
 def _written(
@@ -160,7 +160,7 @@ class _Writer:
         self._as_ids = bool(fields.return_tokens_as_token_ids)
         self._replies = [Reply(chat) for _ in range(chat.params.n)]
         self._plain = self._replies[0].plain
-        self._begun = [False] * chat.params.n
+        self._started = [False] * chat.params.n
         head = {**named, "object": "chat.completion.chunk"}
         self._chunks = Chunks(head, self._usage, fields.include_usage, fields.continuous_usage)
 
@@ -168,7 +168,7 @@ class _Writer:
         frames: list[str] = []
         for event in events:
             index = event.sample_index
-            if not self._begun[index]:
+            if not self._started[index]:
                 self._begin(index, frames)  # before its token is counted
             reply = self._replies[index]
             if event.finish_reason is not None:
@@ -188,7 +188,7 @@ class _Writer:
         (completion,) = completions
         frames: list[str] = []
         for index, sample in enumerate(completion.samples):
-            if not self._begun[index]:
+            if not self._started[index]:
                 self._begin(index, frames)
             if not self._replies[index].ended:
                 self._finish(index, self._replies[index].finish(sample), None, sample.finish_reason, frames)
@@ -201,7 +201,7 @@ class _Writer:
 
     def _begin(self, index: int, frames: list[str]) -> None:
         """With tools there may be no content: it is null here, and `_finish` makes it text where no tool is called."""
-        self._begun[index] = True
+        self._started[index] = True
         content = self._chat.prefix or ("" if self._plain else None)
         self._add(index, {"role": "assistant", "content": content}, None, frames)
 

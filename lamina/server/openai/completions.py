@@ -47,8 +47,8 @@ class Texts:
     def repeated(self) -> int:
         """About how many bytes the answer has of log probabilities of prompts: each choice repeats them."""
         fields, tokens = self.fields, sum(len(request.request.prompt) for request in self.requests)
-        shown = (fields.logprobs if fields.echo else None, fields.prompt_logprobs)
-        entries = sum(1 + top for top in shown if top is not None)
+        tops = (fields.logprobs if fields.echo else None, fields.prompt_logprobs)
+        entries = sum(1 + top for top in tops if top is not None)
         return answers.LOGPROB * entries * tokens * self.params.n
 
     def logprobs(self, prompt: int) -> TextLogprobs:
@@ -82,7 +82,7 @@ async def _prepared(service: Service, fields: CompletionRequest, served: Served,
 def _texts(fields: CompletionRequest, served: Served, salt: tuple[str, str]) -> Texts:
     _check(fields)
     tokenizer, inputs = served.tokenizer, served.inputs
-    given = listed(fields.prompt)
+    listed_prompts = listed(fields.prompt)
     prompts = token_ids(
         "prompt", fields.prompt, fields.add_special_tokens, fields.truncate_prompt_tokens, inputs, fields.max_tokens
     )
@@ -97,10 +97,10 @@ def _texts(fields: CompletionRequest, served: Served, salt: tuple[str, str]) -> 
         requests = inputs.requests(prompts, params, fields.priority or 0, salt)
     prefixes = [""] * len(prompts)
     if fields.echo:
-        whole = fields.truncate_prompt_tokens is None
+        is_whole = fields.truncate_prompt_tokens is None
         prefixes = [
-            prompt if isinstance(prompt, str) and whole else tokenizer.decode(ids)
-            for prompt, ids in zip(given, prompts, strict=True)
+            prompt if isinstance(prompt, str) and is_whole else tokenizer.decode(ids)
+            for prompt, ids in zip(listed_prompts, prompts, strict=True)
         ]
         check_echo(prefixes, params.n, inputs)
     fields.prompt = None  # not kept as long as the answer takes: it may have megabytes

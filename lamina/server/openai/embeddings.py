@@ -64,10 +64,10 @@ async def _reranked(service: Service, fields: RerankRequest, context: RequestCon
     texts = [_text(index, document) for index, document in enumerate(_documents(fields.documents))]
     requests = await _requests(service, fields, {"query": fields.query, "documents": texts}, context)
     named = _named("rerank", fields, context) | {"usage": _usage(requests)}
-    shown = None if fields.return_documents is False else texts
+    repeated = None if fields.return_documents is False else texts
     with service.growing(context.tenant) as grow:
         query, *documents = await _vectors(service, requests, context, None, True, grow)
-        return await service.answer(context, _ranked, named, query, documents, fields.top_n, shown)
+        return await service.answer(context, _ranked, named, query, documents, fields.top_n, repeated)
 
 
 async def _requests(
@@ -212,8 +212,8 @@ def token_ids(
     names = [param] if several is not given else [f"{param}[{index}]" for index in range(len(several))]
     check_characters(dict(zip(names, several, strict=True)), inputs)
     return [
-        truncated(keep, _tokens(name, each, special is not False, keep is None, inputs), inputs, max_tokens)
-        for name, each in zip(names, several, strict=True)
+        truncated(keep, _tokens(name, prompt, special is not False, keep is None, inputs), inputs, max_tokens)
+        for name, prompt in zip(names, several, strict=True)
     ]
 
 

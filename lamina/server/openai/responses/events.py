@@ -45,7 +45,7 @@ class ResponseObject:
         self.with_logprobs = chat.params.logprobs is not None
         self.status = "in_progress"
         self._namespaces = namespaces
-        self._given = given
+        self._request = given
         params = chat.params
         self._fields: dict[str, Any] = {
             "id": self.id,
@@ -75,12 +75,12 @@ class ResponseObject:
     @property
     def head(self) -> str:
         """The object as it stands, as JSON, without its output."""
-        return f"{dumps(self._fields | {'status': self.status})[:-1]},{self._given[1:]}"
+        return f"{dumps(self._fields | {'status': self.status})[:-1]},{self._request[1:]}"
 
     @property
     def size(self) -> int:
         """About how many bytes of memory the object takes until its output comes."""
-        return len(self._given)
+        return len(self._request)
 
     def end(self, reason: FinishReason, usage: ReplyUsage) -> None:
         """The response has ended."""
@@ -106,33 +106,33 @@ class ResponseObject:
         last = "completed" if self.status == "completed" else "incomplete"
         statuses = ["completed"] * (len(parts) - 1) + [last]
         items = zip(parts, statuses, strict=False)
-        return [dumps(self.item(part, at, status)) for at, (part, status) in enumerate(items)]
+        return [dumps(self.item(part, index, status)) for index, (part, status) in enumerate(items)]
 
     def item_id(self, part: ReplyPart, index: int) -> str:
         return f"{_PREFIXES[part.kind]}_{self.id.removeprefix('resp_')}_{index}"
 
     def item(self, part: ReplyPart, index: int, status: str) -> dict[str, Any]:
         """The item of a part of the reply, the `index`th of the output. One "in_progress" is empty."""
-        begun = status == "in_progress"
+        in_progress = status == "in_progress"
         item: dict[str, Any] = {"id": self.item_id(part, index)}
         if part.kind == "call":
             item |= {"type": "function_call", "status": status, "call_id": part.id, "name": part.name}
-            item["arguments"] = "" if begun else part.text
+            item["arguments"] = "" if in_progress else part.text
             if (namespace := self._namespaces.get(part.name)) is not None:
                 item["namespace"] = namespace
             return item
-        content = [] if begun else [self.piece(part, part.text)]
+        content = [] if in_progress else [self.piece(part, part.text)]
         if part.kind == "content":
             return item | {"type": "message", "status": status, "role": "assistant", "content": content}
-        shown = {"summary": content} if self.summarised else {"summary": [], "content": content}
-        return item | {"type": "reasoning", "status": status, "encrypted_content": None} | shown
+        texts = {"summary": content} if self.summarised else {"summary": [], "content": content}
+        return item | {"type": "reasoning", "status": status, "encrypted_content": None} | texts
 
     def piece(self, part: ReplyPart, text: str) -> dict[str, Any]:
         """A part of an item's content, or of its summary, without its log probabilities."""
         if part.kind == "reasoning":
             return {"type": "summary_text" if self.summarised else "reasoning_text", "text": text}
-        shown: dict[str, Any] = {"logprobs": []} if self.with_logprobs else {}
-        return {"type": "output_text", "text": text, "annotations": []} | shown
+        extra: dict[str, Any] = {"logprobs": []} if self.with_logprobs else {}
+        return {"type": "output_text", "text": text, "annotations": []} | extra
 
 
 def given_fields(fields: ResponsesRequest) -> str:
@@ -174,7 +174,7 @@ class ResponseEvents:
         self._open: ReplyPart | None = None
         self._output: list[str] = []  # the items that are done, as JSON
         self._logprobs: list[str] = []  # of the open item, as JSON: objects would take ten times that
-        self._held: list[str] = []  # of tokens whose text is held back
+        self._waiting: list[str] = []  # of tokens whose text is held back
         self._number = 0
 
     def begin(self) -> bytes:
@@ -186,7 +186,7 @@ class ResponseEvents:
             reasoned = self._reply.reasoning_tokens
             deltas = self._reply.take(token)
             if token.logprob is not None and self._reply.reasoning_tokens == reasoned:
-                self._held.append(dumps(chat_logprob(token.logprob, False)))
+                self._waiting.append(dumps(chat_logprob(token.logprob, False)))
             for delta in deltas:
                 self._add(delta, frames)
         return b"".join(frames)
@@ -215,7 +215,7 @@ class ResponseEvents:
         if part is not self._open:
             self._close(frames, "completed")
             self._begin(part, frames)
-        logprobs, self._held = self._held, []
+        logprobs, self._waiting = self._waiting, []
         if not text:
             return
         name, place = self._names(part)
