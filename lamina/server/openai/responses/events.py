@@ -269,8 +269,8 @@ class ResponseEvents:
         _, place = self._names(part)
         return "response.reasoning_summary_part" if "summary_index" in place else "response.content_part", place
 
-    def _event(self, kind: str, logprobs: Sequence[str] = (), **fields: Any) -> bytes:
-        return json_event(_with_logprobs(dumps(self._numbered(kind) | fields), logprobs), kind)
+    def _event(self, kind: str, written: Sequence[str] = (), /, **fields: Any) -> bytes:
+        return json_event(_with_logprobs(dumps(self._numbered(kind) | fields), written), kind)
 
     def _state(self, kind: str) -> bytes:
         """An event with the response as it stands."""
