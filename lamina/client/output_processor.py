@@ -73,7 +73,8 @@ class OutputProcessor:
     def _take_scores(self, scores: PromptScores) -> None:
         self.pooled = scores.hidden
         after = scores.start + 1  # the position of the first token that they are of
-        self._prompt[after : after + len(scores.ranks)] = map(_packed, scores.logprobs, scores.ranks)
+        reports = [_packed(report, rank) for report, rank in zip(scores.logprobs, scores.ranks, strict=True)]
+        self._prompt[after : after + len(reports)] = reports
 
     def completion(self) -> Completion:
         """All samples as they stand. Samples that have not ended count as aborted."""
@@ -195,7 +196,7 @@ class Logprobs(Sequence[Entry]):
 
 def _packed(report: RowLogprobs, rank: int = 0) -> bytes:
     """A report in 12 bytes a number, where objects take 100."""
-    ids, values = zip(*report.top, strict=True) if report.top else ((), ())
+    ids, values = [token for token, _ in report.top], [value for _, value in report.top]
     return struct.pack(f"{len(ids) + 1}d{len(ids) + 1}i", report.chosen, *values, rank, *ids)
 
 

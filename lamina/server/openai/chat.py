@@ -104,7 +104,8 @@ async def _whole(
     size = 0 if chat.params.prompt_logprobs is None else scores
 
     def work(ended: Sequence[Completion]) -> Response:
-        return json_pieces(_written(fields, chat, *ended, named))
+        (completion,) = ended
+        return json_pieces(_written(fields, chat, completion, named))
 
     return await service.whole([chat.request], context, work, size, answers.token_size(chat.params))
 
