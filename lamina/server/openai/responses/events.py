@@ -97,9 +97,8 @@ class ResponseObject:
         code = "rate_limit_exceeded" if error.status == 429 else "server_error"
         self._fields["error"] = {"code": code, "message": str(error)}
 
-    def of(self, chat: PreparedChat, ended: Sequence[Completion]) -> list[str]:
-        """The response ends with its one completion: its items, as JSON. For a `PreparationPool`."""
-        (completion,) = ended
+    def of(self, chat: PreparedChat, completion: Completion) -> list[str]:
+        """The response ends with a completion: its items, as JSON. For a `PreparationPool`."""
         (reply,) = replies(chat, completion)
         reason, parts = reply.reason(completion.finish_reason), reply.parts
         self.end(reason, reply.usage())

@@ -251,7 +251,11 @@ class _Making:
                 async for _ in self._frames(service, context, events):
                     pass
             else:
-                self.done(await service.whole([chat.request], context, partial(response.of, chat), response.size))
+                self.done(
+                    await service.whole(
+                        [chat.request], context, lambda ended: response.of(chat, ended[0]), response.size
+                    )
+                )
         finally:
             self._left()
         return json_text(with_output(response.head, self._output or ()))
