@@ -15,8 +15,9 @@ from lamina.kv.request import Plan, PlannedRow, ScheduledSequence, SchedulerConf
 
 
 class PageLedger:
-    """`free` has the pages that each holder has left, by its last reply; of the holders in `estimated` less what copies
-    may have taken since. `moving` are the most pages that moves under way have taken, `promised` those that they will
+    """`free` has the pages that each holder has left, by its last reply, less what copies may have taken since. Of the
+    holders in `estimated` a copy was counted since they were last asked: a reply to what was announced before it may
+    have come after it. `moving` are the most pages that moves under way have taken, `promised` those that they will
     still take.
     """
 
@@ -131,7 +132,6 @@ class PageLedger:
 
     def update_free(self, free: Pages) -> None:
         self.free = Pages(self.free | free)
-        self.estimated.difference_update(number for number, _ in free)
 
     def took(self, pages: Pages) -> None:
         self.free -= pages

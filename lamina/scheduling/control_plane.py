@@ -77,9 +77,10 @@ class ControlPlane:
 
     def inquiry(self, numbers: Iterable[int]) -> Step:
         """A step without rows: the operations that wait for any holder, and an announcement to each of these holders,
-        whose answers say how many pages they have left."""
+        whose answers say how many pages they have left. What copies take from now on is estimated anew."""
         holders = self.placement.holders
         inquiries = {number: holders[number].outgoing() for number in numbers}
+        self.scheduler.ledger.estimated -= inquiries.keys()
         return Step(None, self.placement.outgoing() | inquiries, self)
 
     # Holders.
@@ -274,6 +275,8 @@ class Step:
         return self._control.scheduler.record(self.plan, tokens)
 
     def dropped(self) -> None:
-        """The batch failed. Nothing of it counts; its rows are planned again."""
+        """The batch failed. Nothing of it counts; its rows are planned again, and its holders asked again."""
         if self.plan is not None:
             self._control.scheduler.drop(self.plan)
+        else:
+            self._control.scheduler.ledger.estimated.update(self.batches)

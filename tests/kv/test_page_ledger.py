@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lamina.errors import EngineError
 from lamina.kv.kv_shares import Pages, Share
 from lamina.kv.page_ledger import PageLedger
 from lamina.kv.pages import PageGroup
-from lamina.kv.placement import Placement
+from lamina.kv.placement import Holder, Placement
 from lamina.kv.request import Request, ScheduledSequence, SchedulerConfig
+from lamina.scheduling.control_plane import ControlPlane, Step
+from lamina_protocols.messages.messages import Announced
 
 CONFIG = SchedulerConfig(
     max_batch_tokens=16, max_sequences=8, max_model_len=64, page_size=4, page_groups=((PageGroup(2),),)
@@ -90,3 +94,36 @@ def test_ledger_refuses_calls_out_of_order() -> None:
     ledger.answered(plan, pages(20))
     with pytest.raises(EngineError, match="not waiting for an answer"):
         ledger.answered(plan, pages(20))
+
+
+@pytest.mark.fault("F29")
+@given(st.lists(st.tuples(st.sampled_from(["inquiry", "copy", "fault"]), st.integers(0, 4)), max_size=12))
+def test_books_of_an_idle_engine_are_what_the_store_has(events: list[tuple[str, int]]) -> None:
+    """A reply to what was announced before a copy, and read after it, was taken for one that has counted the copy."""
+    control = ControlPlane(CONFIG, Placement({0: Holder((40,))}, heads=((1,),), page_size=4, max_model_len=64))
+    ledger, left, under_way = control.scheduler.ledger, 40, list[tuple[Step | None, bool, int]]()
+
+    def end(step: Step | None, sound: bool, count: int) -> None:
+        """The engine reads the answer: to a copy of so many pages, or to an inquiry, when so many were left."""
+        if step is None:
+            ledger.took(pages(count))
+        elif sound:
+            step.accepted({0: Announced(1, 1, True, (count,), ())})
+        else:
+            step.dropped()
+
+    for kind, ends in events:
+        if kind == "copy":
+            left -= 2
+            under_way.append((None, True, 2))
+        else:
+            under_way.append((control.inquiry((0,)), kind == "inquiry", left))
+        if ends < len(under_way):
+            end(*under_way.pop(ends))
+    for answer in under_way:
+        end(*answer)
+    while control.has_work:
+        step = control.plan()
+        assert step is not None
+        end(step, True, left)
+    assert ledger.free == pages(left)
