@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lamina")
 
 WAITING = "model workers"  # what is reported to progress while they start
+_CONNECTING_S = 120.0  # until a process that was started connects; then what it reports is waited for
 
 _HOPELESS: dict[str, type[LaminaError]] = {
     error.__name__: error
@@ -74,10 +75,15 @@ class ModelWorkerPool:
 
     def peers(self) -> list[Peer]:
         """All of them by rank, once they are ready. Raises the error that one of them reports, or EngineError if one
-        ends instead."""
+        ends instead, or does not connect."""
         peers: dict[int, Peer] = {}
         while len(peers) < len(self._begins):
-            started = self._started.get()
+            try:
+                started = self._started.get(timeout=_CONNECTING_S)
+            except queue.Empty:
+                if absent := self._listener.absent():
+                    raise EngineError(f"{', '.join(absent)} did not connect within {_CONNECTING_S:g} s") from None
+                continue
             if not isinstance(started, Peer):
                 raise started
             peers[started.rank] = started

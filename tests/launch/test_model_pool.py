@@ -8,6 +8,8 @@ from typing import Any, cast
 
 import pytest
 
+from lamina.errors import EngineError
+from lamina.launch import model_pool
 from lamina.launch.model_pool import ModelWorkerPool
 from lamina_workers.parallel import peer_messages
 from lamina_workers.parallel.peers import Peer
@@ -46,3 +48,18 @@ def test_worker_that_is_ready_while_the_engine_begins_to_watch_is_told_once(watc
         pool.watch(cast(Any, engine))
     pool.close()
     assert engine.back == [peer]
+
+
+@pytest.mark.fault("F04")
+def test_process_that_stops_before_it_connects_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stood still without an end that anything would tell, and the engine's start with it."""
+    monkeypatch.setattr(model_pool, "_CONNECTING_S", 0.05)
+    processes = SimpleNamespace(host=None, credentials=None, lost=lambda name: None, close=lambda: None)
+    pool = ModelWorkerPool(cast(Any, processes), cast(Any, [SimpleNamespace(rank=1), SimpleNamespace(rank=2)]))
+    pool._listener.invite(1, "model-1")
+    pool._listener.invite(2, "model-2")
+    pool._listener.revoke("model-1")
+    pool._ready(Peer(1, "model-1", cast(Any, None), peer_messages.Ready("cpu")))
+    with pytest.raises(EngineError, match=r"model-2 did not connect within 0\.05 s"):
+        pool.peers()
+    pool.close()

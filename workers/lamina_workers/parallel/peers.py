@@ -243,6 +243,11 @@ class PeerListener:
             self._invited[name] = _Invited(rank, name, secret)
         return secret
 
+    def absent(self) -> list[str]:
+        """The names of the processes that were invited and have not connected yet."""
+        with self._lock:
+            return [name for name, invited in self._invited.items() if not invited.beats]
+
     def revoke(self, name: str) -> None:
         """The process of that name has ended: it may not connect any more, and its worker is lost."""
         with self._lock:
