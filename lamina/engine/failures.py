@@ -133,16 +133,15 @@ class Failures:
 
     def _failed_in_vain(self, fault: Exception) -> None:
         """A request has ended for its failures, or a batch without requests has failed. Any number of requests may be
-        bad, so after some of them a batch without any is tried: where that fails too, or cannot be, the engine ends."""
+        bad, so a batch without any is tried: no holder counts the failures of bad requests against it once that goes
+        well. Where it fails too, or cannot be, too many times, the engine ends."""
         self._in_vain += 1
-        if self._in_vain < MAX_IN_VAIN:
-            return
         # What a batch of one token would not find: no batch can be planned, or the books contradict the holders.
         wrong_books = not isinstance(fault, HolderFault) or (isinstance(fault, HolderLost) and fault.holders)
         if not (wrong_books or self._worker.missing) and self._holders.probe() is None:
             self._in_vain = 0
-            return
-        raise EngineError(f"no batch goes well any more, {self._in_vain} requests were tried: {fault}") from fault
+        elif self._in_vain >= MAX_IN_VAIN:
+            raise EngineError(f"no batch goes well any more, {self._in_vain} requests were tried: {fault}") from fault
 
     def blocked(self) -> None:
         """There is work, but no batch under way, none that can be planned, and nothing that is waited for. So the

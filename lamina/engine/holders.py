@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 
 from lamina.engine.kv_migration import AT_ONCE, KvMigration
 from lamina.errors import EngineError, InvalidRequest
-from lamina.kv.kv_shares import NO_PAGES
+from lamina.kv.kv_shares import NO_PAGES, Layout
 from lamina.kv.placement import Holder
 from lamina.kv.relocation import elsewhere, to_preempt
 from lamina.kv.request import Plan, PlannedRow, Request, ScheduledSequence
@@ -61,6 +61,7 @@ def seated(seat: Seat, page_layout: str) -> Holder:
 
 class Holders:
     """The holders by number. `names` are those of attention workers; holders in model workers' processes have none.
+    `returns`: how often a model worker has come back.
 
     `listeners` are set once, before the engine runs.
     """
@@ -68,6 +69,7 @@ class Holders:
     def __init__(self, worker: Workers[Peer], control: ControlPlane, names: Mapping[int, str]) -> None:
         self.names = dict(names)
         self.listeners: tuple[HolderListener, ...] = ()
+        self.returns = 0
         self._worker = worker
         self._control = control
         self._last = max(names, default=0)
@@ -144,8 +146,9 @@ class Holders:
         self._changed(HolderChange("drained", self._drop(numbers)))
 
     def emptied(self, numbers: Sequence[int]) -> None:
-        """These pools have lost their KV: they are in the process of a model worker that was started again, perhaps of
-        another version."""
+        """A model worker is back. These pools have lost their KV: they are in its process where that was started again,
+        perhaps of another version."""
+        self.returns += 1
         for number, holder in self._control.placement.holders.items():
             holder.features = self._worker.features(number)
         if again := self._control.emptied(numbers):
@@ -167,30 +170,38 @@ class Holders:
                 _, answers = self._worker.announce_now(step.batches)
             except HolderFault as fault:  # the first batch meets it again, and handles it
                 logger.warning("%s", fault)
+                step.dropped()
                 return
             step.accepted(answers)
             more = more and all(answer.accepted for answer in answers.values())
 
     def probe(self) -> HolderFault | None:
-        """Have a batch of one token of no request computed. Returns the fault with which that fails. None where it goes
-        well, and where it says nothing: a worker is lost, or a holder full."""
+        """Have batches of one token of no request computed, so that each holder stores one where the layouts of
+        sequences differ. Returns the fault with which one fails. None where all go well, and where they say nothing: a
+        worker is lost, or a holder full."""
         placement = self._control.placement
-        layout = next(iter(placement.layouts(1)), ())
+        for _ in range(max(1, len(placement.holders))):  # each that is opened begins at another holder
+            for layout in placement.layouts(1) or ((),):
+                try:
+                    with faults():
+                        self._compute_one(layout)
+                except HolderFault as fault:
+                    return None if self._worker.lost() or isinstance(fault, RankLost) else fault
+        return None
+
+    def _compute_one(self, layout: Layout) -> None:
+        placement = self._control.placement
         handle = placement.open(layout)
-        sequence = ScheduledSequence(Request("", (0,), 1), 0, 0, [0], handle=handle, layout=layout)
-        step = Step(None, placement.place(Plan((PlannedRow(sequence, handle, 0, 1, True),))), self._control)
         try:
-            with faults():
-                number, answers = self._worker.announce_now(step.batches)
-                step.accepted(answers)
-                if layout and all(answer.accepted for answer in answers.values()):
-                    work = BatchWork((Span(0, 1),), (1,), (0,), (0,), (RowSampling(),))
-                    result(self._worker.execute(work, number, step.batches, False))
-        except HolderFault as fault:
-            return None if self._worker.lost() or isinstance(fault, RankLost) else fault
+            sequence = ScheduledSequence(Request("", (0,), 1), 0, 0, [0], handle=handle, layout=layout)
+            step = Step(None, placement.place(Plan((PlannedRow(sequence, handle, 0, 1, True),))), self._control)
+            number, answers = self._worker.announce_now(step.batches)
+            step.accepted(answers)
+            if layout and all(answer.accepted for answer in answers.values()):
+                work = BatchWork((Span(0, 1),), (1,), (0,), (0,), (RowSampling(),))
+                result(self._worker.execute(work, number, step.batches, False))
         finally:
             placement.close(handle, NO_PAGES)
-        return None
 
 
 _EVICTED = 32  # cached prefixes that are given up between two steps, at most
@@ -283,9 +294,11 @@ class Drains:
                 self._fail(name, f"nothing has moved for {_STILL_S:g} s")
 
     def _stands_still(self, drain: _Drain) -> bool:
-        """Whether a drain has not gone on for too long: then it never would."""
+        """Whether a drain has not gone on for too long: then it never would. While a model worker is missing nothing
+        can."""
         sequences = self._control.scheduler.running.kept_by(drain.numbers)
-        progress, now = (self._migration.tokens, len(sequences), sum(s.next for s in sequences)), self._clock()
+        computed, now = sum(sequence.next for sequence in sequences), self._clock()
+        progress = self._migration.tokens, len(sequences), computed, self._holders.returns
         if progress != drain.progress:
             drain.progress, drain.since = progress, now
         return now - drain.since > _STILL_S

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,12 +11,17 @@ import pytest
 
 from lamina.engine.failures import MAX_IN_VAIN, FailureReports, Failures
 from lamina.engine.holders import HolderChange
+from lamina.engine.holders import Holders as EngineHolders
 from lamina.errors import EngineError
-from lamina.kv.placement import Holder
-from lamina.kv.request import Request, ScheduledSequence
+from lamina.kv.pages import PageGroup
+from lamina.kv.placement import Holder, Placement
+from lamina.kv.request import Request, ScheduledSequence, SchedulerConfig
 from lamina.scheduling.blame import TRIES, Blame
+from lamina.scheduling.control_plane import ControlPlane
+from lamina_protocols.messages.messages import Announced
+from lamina_protocols.messages.routes import HolderBatch
 from lamina_workers.errors import HolderFault, HolderLost, RankLost
-from lamina_workers.model_worker.interface import Returned
+from lamina_workers.model_worker.interface import Returned, Waiting
 
 
 class Worker:
@@ -379,3 +384,25 @@ def test_engine_ends_when_a_rank_that_it_needs_stays_away() -> None:
     parts.worker.missing = (1,)
     with pytest.raises(EngineError, match="model worker 1 is gone and stays away: no such file"):
         parts.failures.rank_gone(1, "no such file", True)
+
+
+@pytest.mark.fault("F15")
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_batch_of_one_token_is_tried_at_each_holder(bad: int) -> None:
+    """It was tried in the first layout alone, and of ranges at the first holder: requests ended for the others."""
+
+    class Bad(Worker):
+        def announce_now(self, batches: Mapping[int, HolderBatch]) -> tuple[int, dict[int, Announced]]:
+            if bad in batches and any(row.store for row in batches[bad].rows):
+                raise FAULT
+            return 1, {at: Announced(1, 1, True, (9,), (0,) * len(batch.rows)) for at, batch in batches.items()}
+
+        def execute(self, *_: object) -> Generator[Waiting, None, None]:
+            yield from ()
+
+    holders = {number: Holder((9,), fused=not number) for number in range(3)}
+    placement = Placement(
+        holders, heads=((1,),), page_size=16, max_model_len=64, shard="sequence", local_pools=(0,), local_tier=True
+    )
+    control = ControlPlane(SchedulerConfig(16, 8, 64, 16, ((PageGroup(1),),)), placement)
+    assert EngineHolders(cast(Any, Bad()), control, {1: "one", 2: "two"}).probe() is FAULT

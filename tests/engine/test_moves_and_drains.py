@@ -96,7 +96,9 @@ def test_heads_are_taken_from_where_the_old_part_has_them() -> None:
 
 def test_a_drained_worker_stays_while_a_batch_that_concerns_it_is_in_flight() -> None:
     scene, gone = Scene(), list[tuple[int, ...]]()
-    holders = SimpleNamespace(numbers={"one": [1], "two": [2]}.get, names={1: "one", 2: "two"}, let_go=gone.append)
+    holders = SimpleNamespace(
+        numbers={"one": [1], "two": [2]}.get, names={1: "one", 2: "two"}, let_go=gone.append, returns=0
+    )
     drains, done = Drains(scene.control, cast(Any, holders), scene.migration, lambda: scene.seconds), Future[int]()
     drains.begin("one", done)
     drains.step({1, 2})
@@ -111,7 +113,7 @@ def test_a_drained_worker_stays_while_a_batch_that_concerns_it_is_in_flight() ->
 def test_a_drain_in_which_nothing_goes_on_ends_with_an_error() -> None:
     """Whatever asked for it waited for ever."""
     scene = Scene()
-    holders = SimpleNamespace(numbers={"one": [1], "two": [2]}.get, names={1: "one", 2: "two"})
+    holders = SimpleNamespace(numbers={"one": [1], "two": [2]}.get, names={1: "one", 2: "two"}, returns=0)
     drains, done = Drains(scene.control, cast(Any, holders), scene.migration, lambda: scene.seconds), Future[int]()
     sequence = scene.running(computed=40, floor=32)
     sequence.tokens += [1] * 50  # of its prompt, which is not computed any further
@@ -128,3 +130,21 @@ def test_a_drain_in_which_nothing_goes_on_ends_with_an_error() -> None:
         done.result(0)
     assert not drains.under_way
     assert not scene.control.placement.draining
+
+
+@pytest.mark.fault("F18")
+def test_the_time_in_which_a_model_worker_is_missing_is_no_time_in_which_a_drain_stands_still() -> None:
+    """Nothing is computed or moved then, so a drain had ended as soon as the worker was back."""
+    scene = Scene()
+    holders = SimpleNamespace(numbers={"one": [1], "two": [2]}.get, names={1: "one", 2: "two"}, returns=0)
+    drains, done = Drains(scene.control, cast(Any, holders), scene.migration, lambda: scene.seconds), Future[int]()
+    scene.running(computed=40, floor=32).tokens += [1] * 50
+    drains.begin("one", done)
+    drains.step(set())
+    scene.seconds = 2000.0
+    holders.returns += 1
+    drains.step(set())
+    assert not done.done()
+    scene.seconds = 2601.0
+    drains.step(set())
+    assert done.exception(0)

@@ -132,3 +132,24 @@ def test_only_an_engine_that_computes_nothing_any_more_ends_for_its_requests(dec
     rig._thread.join(60)
     with pytest.raises(EngineError, match="no batch goes well any more"):
         rig.submit([5], GREEDY)
+
+
+@pytest.mark.fault("F15")
+def test_honest_holder_is_kept_however_many_requests_fail_at_it(decoder):
+    """Six failures in a row were counted for all requests together: of four bad ones that came at once."""
+    ports: list[BytesPort] = []
+
+    def port(worker: AttentionWorker) -> BytesPort:
+        def before(request: Request) -> None:
+            if isinstance(request, Announcement) and any(row.count > 1 for row in request.rows):
+                raise ProtocolError("more than a frame has")
+
+        ports.append(BytesPort(worker, before))
+        return ports[-1]
+
+    rig = Rig(decoder, shard="heads", weights=(1, 1), port=port)
+    inboxes = [rig.submit([3, 5 + at, 7], GREEDY)[1] for at in range(6)]
+    errors = [str(next(output.error for output in outputs(inbox) if output.error)) for inbox in inboxes]
+    assert all("failed with this request" in error for error in errors)
+    assert not any(port.closed for port in ports)
+    rig.close()
