@@ -47,7 +47,9 @@ _POLICIES = ("",) * 6 + ("streaming(sink=4, recent=40)",)
 _SPARES = ("replica", "replica(2)")  # each takes a worker more
 _LONG = 16  # one seed of so many has long texts and few faults: growth elsewhere, copies and reading back take a while
 _LONG_TOKENS = (8, 100, 200)
-_FULL = 11  # of each _LONG seeds this one has workers with little room, and an engine that dies
+_FULL = 11  # of each _LONG seeds this one has full pools, and engines that die
+_FULL_ROOM, _FULL_PROMPTS = (96, 112, 128, 144, 160), (17, 33, 48)  # tokens
+_DEATHS, _LIFE = 4, 80  # of engines over full pools; steps between two
 _TURNS = 6  # latencies in a step: there and back for the announcement and each of two layers
 _SETTLING = 0.5  # seconds without faults before the end of a "safety" scenario's events, and after the last fault
 
@@ -72,18 +74,15 @@ class Draw:
         self.rng = random.Random(seed)
         self.shape = shape
         self.long = seed % _LONG == _LONG - 1
-        self.full = seed % _LONG == _FULL
         self.tokens = _LONG_TOKENS if self.long else (1, 8, 24, MOST_TOKENS)
         self.storm = self.rng.choice((0, 0, 100, 300, 600, 600))
-        self.restarts = (
-            self.rng.random() < 0.25 or self.full
-        )  # of the engine, over KV that stays: what takes most to come about
+        self.restarts = self.rng.random() < 0.25  # of the engine, over KV that stays: what takes most to come about
         self.setup = self._setup()
         self.gap = self.rng.choice((1, 2, 4)) * (STEP_S + _TURNS * self.setup.latency)  # between two faults of a storm
         quiet = (0.2, 1.0) if self.long else (0.05, 0.2, 0.2, 1.0, 3.0)
         self.span = self.storm * self.gap if self.storm else self.rng.choice(quiet)
         self.workers = len(self.setup.workers)
-        self.requests = self.rng.choice((16, 32) if self.full else (8, 16, 32) if self.storm else (1, 3, 6, 10))
+        self.requests = self.rng.choice((8, 16, 32) if self.storm else (1, 3, 6, 10))
 
     def when(self) -> float:
         """A second in which faults are. Half of them come in bursts, since faults that meet are the hard ones."""
@@ -108,7 +107,7 @@ class Draw:
     def _setup(self) -> Setup:
         rng = self.rng
         least = self.shape.pages(MOST_PROMPT + self.tokens[-1])
-        pages = least if self.full else rng.choice((4 * least, 4 * least, least, least + rng.randrange(40)))
+        pages = rng.choice((4 * least, 4 * least, least, least + rng.randrange(40)))
         link = self.restarts or rng.random() < 0.5
         timeout = rng.choice((0.02, 0.05, 0.2) if self.storm else (0.05, 0.2, 1.0))
         workers = rng.choice((3, 4, 4) if self.long else (*_WORKERS, *_WORKERS, 0))
@@ -119,7 +118,7 @@ class Draw:
         model_workers = rng.choice((1, 1, 1, 1, 2, 3)) if workers else 1
         return Setup(
             model_workers=model_workers,
-            workers=tuple(pages * rng.choice((1,) if self.full else (1, 1, 1, 2, 3)) for _ in range(workers)),
+            workers=tuple(pages * rng.choice((1, 1, 1, 2, 3)) for _ in range(workers)),
             redundancy=rng.choice((*spares, *_SPARES[: max(0, workers - 1)])),
             shard=rng.choice(("heads", "heads", "sequence", "heads+sequence")),
             local_pages=rng.choice((0, 40, least, 3 * least)) if workers else 3 * least,
@@ -196,6 +195,8 @@ def possible(kind: type[Event], setup: Setup) -> bool:
 
 def drawn(seed: int, shape: Shape, mode: Mode | None = None) -> Scenario:
     """The scenario of a seed, in the given mode or in one that is drawn too."""
+    if seed % _LONG == _FULL:
+        return _full(seed, shape, mode or "liveness")
     draw = Draw(seed, shape)
     rng = draw.rng
     chosen: Mode = "safety" if rng.random() < 0.25 else "liveness"
@@ -211,6 +212,31 @@ def drawn(seed: int, shape: Shape, mode: Mode | None = None) -> Scenario:
     heals = round(draw.span + _SETTLING, 3)
     mode = mode or chosen
     return Scenario(seed, draw.setup, tuple(events), mode, heals, heals if mode == "safety" else 600.0)
+
+
+def _full(seed: int, shape: Shape, mode: Mode) -> Scenario:
+    """Many more texts than there is room for. They are alike and grow together, so for some steps no page is free that
+    any needs; engines die then or at other times, and the next one takes up all. No other fault makes room."""
+    rng = random.Random(seed)
+    setup = Setup(
+        workers=(shape.pages(rng.choice(_FULL_ROOM)),) * rng.choice((1, 1, 1, 2)),
+        shard=rng.choice(("heads", "sequence", "heads+sequence")),
+        local_pages=0,
+        lanes=rng.choice((1, 1, 2)),
+        query_first=rng.random() < 0.4,
+        max_batch_tokens=rng.choice((7, 32, 64, 512)),
+        prefix_cache=rng.random() < 0.3,
+        drafts=rng.choice((0, 0, 3)),
+        journal=True,
+        link=True,
+        timeout=rng.choice((0.2, 1.0)),
+        latency=rng.choice((0.00005, 0.0002)),
+    )
+    step, prompt = STEP_S + _TURNS * setup.latency, rng.choice(_FULL_PROMPTS)
+    submits = [Submit(0.0, number, prompt, MOST_TOKENS) for number in range(rng.choice((12, 16)))]
+    deaths = [KillEngine(round((life + rng.random()) * _LIFE * step, 5), 4 * step) for life in range(_DEATHS)]
+    heals = round(_DEATHS * _LIFE * step + _SETTLING, 3)
+    return Scenario(seed, setup, (*submits, *deaths), mode, heals, heals if mode == "safety" else 600.0)
 
 
 def _few(draw: Draw, kinds: Iterable[type[Event]]) -> Iterator[type[Event]]:

@@ -5,6 +5,7 @@ Each is a mistake that somebody could make in a line or two, and that no test of
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,7 +25,7 @@ from lamina.kv.relocation import GrowingShare, Growth
 from lamina.kv.request import Plan, PlannedRow, ScheduledSequence
 from lamina.kv.running import RunningSequences
 from lamina.kv.spares import SpareCopy, Spares
-from lamina.scheduling.scheduler import Scheduler
+from lamina.scheduling.scheduler import RowPlanner, Scheduler
 from lamina_protocols.messages.messages import Announced, Announcement, Close, Operation, Reply
 from lamina_protocols.messages.routes import HolderBatch, Route
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
@@ -262,6 +263,24 @@ def rebuild_writes_pages_that_count_as_shared(patch: pytest.MonkeyPatch) -> None
     patch.setattr(KvRebuild, "_rewrites", lambda self, sequence: None)
 
 
+def suspects_make_no_room(patch: pytest.MonkeyPatch) -> None:
+    """Suspects that are tried together do not give up pages for each other, and are tried in no other way."""
+    trials, make_room = RowPlanner.trials, RowPlanner._make_room
+    tried: list[ScheduledSequence] = []
+
+    def first_trial(self: RowPlanner) -> list[list[ScheduledSequence]]:
+        trial = trials(self)[:1]
+        tried[:] = trial[0] if trial else []
+        return trial
+
+    def room(self: RowPlanner, sequence: ScheduledSequence, want: int, younger: deque[ScheduledSequence]) -> int:
+        others = deque(other for other in younger if other not in tried) if sequence in tried else younger
+        return make_room(self, sequence, want, others)
+
+    patch.setattr(RowPlanner, "trials", first_trial)
+    patch.setattr(RowPlanner, "_make_room", room)
+
+
 PLANTS: dict[str, Plant] = {
     plant.__name__: plant
     for plant in (
@@ -286,5 +305,6 @@ PLANTS: dict[str, Plant] = {
         fork_a_token_too_long,
         pages_of_an_undone_plan_never_given_back,
         rebuild_writes_pages_that_count_as_shared,
+        suspects_make_no_room,
     )
 }
