@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -121,6 +122,8 @@ def test_views_outlive_release_and_close_and_never_reach_the_file(tmp_path: Path
         ({"x": entry("F32", [2], 0, 8), "y": entry("F32", [1], 4, 8)}, 8, "overlaps"),
         ({"x": entry("F32", [3], 0, 8)}, 8, r"12 bytes.*span 8"),
         ({"x": entry("F32", [1 << 40, 1 << 40], 0, 8)}, 8, "span 8"),
+        ({"x": entry("F32", [10**4000] * 2, 0, 8)}, 8, "shape"),  # Python does not write out their product
+        ({"x": entry("F32", [2], 1 << 62, 8)}, 8, "data_offsets"),
         ({"x": entry("F31", [2], 0, 8)}, 8, "F31"),
         ({"x": entry("F32", [-2], 0, 8)}, 8, "shape"),
         ({"x": entry("F32", [True, 2], 0, 8)}, 8, "shape"),
@@ -164,6 +167,16 @@ def test_a_header_that_would_take_gigabytes_is_refused_before_it_is_parsed(tmp_p
         Checkpoint(tmp_path)
     index.rename(tmp_path / "gguf.json")
     with pytest.raises(ModelFileError, match=f"{limit + 9} bytes; allowed are {limit}"):
+        read_record(tmp_path)
+
+
+@pytest.mark.fault("F26")
+@pytest.mark.parametrize("lie", [{"size": math.inf}, {"added": 10**400}])
+def test_a_record_of_numbers_that_are_too_large_is_refused(tmp_path: Path, lie: dict[str, float]) -> None:
+    tensor = {"kind": "F32", "shape": [1], "offset": 0, "permuted": 0, "added": 0} | lie
+    record = {"file": "m.gguf", "size": 8, "header": 4, "sha256": "", "tensors": {"x": tensor}} | lie
+    (tmp_path / "gguf.json").write_text(json.dumps(record))
+    with pytest.raises(ModelFileError, match="OverflowError"):
         read_record(tmp_path)
 
 

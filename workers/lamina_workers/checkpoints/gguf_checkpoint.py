@@ -69,7 +69,7 @@ def read_record(folder: Path) -> GgufRecord | None:
         raw: Any = json.loads(path.read_text(encoding="utf-8"))
         tensors = {str(name): _entry(path, name, entry) for name, entry in raw["tensors"].items()}
         record = GgufRecord(str(raw["file"]), int(raw["size"]), int(raw["header"]), str(raw["sha256"]), tensors)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise ModelFileError(f"cannot read {path}: {error!r:.200}") from error
     if not 0 < record.header <= min(record.size, _MAX_HEADER_BYTES):
         raise ModelFileError(f"{path} has a header of {record.header} bytes; allowed are 1 to {_MAX_HEADER_BYTES}")

@@ -23,6 +23,7 @@ ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MAX_JSON_BYTES = 32 << 20  # twice the index of 10**12 weights; parsed, JSON of the worst kind takes 20 times as much
 _MAX_DIMENSIONS = 8
+_MAX_SIZE = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +94,11 @@ def _tensor_info(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
     if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
         raise ModelFileError(f"{where} has dtype {dtype!r}; supported are {', '.join(ITEM_SIZES)}")
     if not _are_sizes(shape) or len(shape) > _MAX_DIMENSIONS:
-        raise ModelFileError(f"{where} has shape {shape!r:.80}; allowed are at most {_MAX_DIMENSIONS} sizes from 0")
+        raise ModelFileError(
+            f"{where} has shape {shape!r:.80}; allowed are at most {_MAX_DIMENSIONS} sizes from 0 to 2^62"
+        )
     if not _are_sizes(offsets) or len(offsets) != 2:
-        raise ModelFileError(f"{where} has data_offsets {offsets!r:.80}; allowed are [begin, end] from 0")
+        raise ModelFileError(f"{where} has data_offsets {offsets!r:.80}; allowed are [begin, end] from 0 to 2^62")
     begin, end = offsets
     if end - begin != math.prod(shape) * ITEM_SIZES[dtype]:
         raise ModelFileError(
@@ -118,7 +121,7 @@ def _check_cover(file: Path, tensors: dict[str, TensorInfo], start: int, size: i
 
 
 def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < _MAX_SIZE for item in value)
 
 
 def _read_index(file: Path) -> dict[str, str]:
