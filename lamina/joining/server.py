@@ -122,22 +122,25 @@ class JoinServer:
         """The operator takes a machine that waits, or no longer wants one. No effect for what is not there. Raises
         InvalidRequest where it cannot be remembered."""
         now = time.time()
-        with self._lock:
-            if id not in self._book or (accept and self._book[id].state != "waiting"):
-                return
-            link, name = self._links.get(id), None
-            if accept:
-                key = secrets.token_bytes(KEY_SIZE)
-                self._book.accept(id, key, now)
-                order: tuple[str, dict[str, Any]] = ("accepted", {"id": id, "key": key.hex()})
-            else:
-                name = self._book.lost(id, now)
-                self._book.remove(id)
-                order = ("refused", {"why": "the server's operator does not want this machine"})
-            if link is not None:
-                link.orders.put(order)
-            self._records.write(self._book.accepted)
-        self._left(name)
+        name: str | None = None
+        try:
+            with self._lock:
+                if id not in self._book or (accept and self._book[id].state != "waiting"):
+                    return
+                link = self._links.get(id)
+                if accept:
+                    key = secrets.token_bytes(KEY_SIZE)
+                    self._book.accept(id, key, now)
+                    order: tuple[str, dict[str, Any]] = ("accepted", {"id": id, "key": key.hex()})
+                else:
+                    name = self._book.lost(id, now)
+                    self._book.remove(id)
+                    order = ("refused", {"why": "the server's operator does not want this machine"})
+                if link is not None:
+                    link.orders.put(order)
+                self._records.write(self._book.accepted)
+        finally:
+            self._left(name)
 
     def lost(self, name: str) -> None:
         """The engine has given a worker up; its machine starts another one. No effect for other workers."""

@@ -15,7 +15,7 @@ from lamina.errors import InvalidRequest
 from lamina.joining import server as join_server
 from lamina.joining.book import CODES_S, MOST_CODES, MOST_OF_ALL, MachineBook, NoRoom
 from lamina.joining.pairing import Offer, plain_name
-from lamina.joining.records import known_servers
+from lamina.joining.records import ServerRecords, known_servers
 from lamina.joining.server import JoinServer
 from lamina.joining.stream import MAX_MESSAGE, JoinListener, JoinRefused, connect
 from lamina.version import __version__
@@ -79,6 +79,25 @@ def test_both_sides_must_agree(tmp_path: Path) -> None:
             until(machine.ended)
             assert "does not want this machine" in str(machine.failure)
         assert known_servers(tmp_path / "m") == []
+
+
+def test_a_machine_is_removed_though_that_cannot_be_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its worker stayed the engine's, and the page went on showing it."""
+
+    def refused(*_: object) -> None:
+        raise InvalidRequest("the disk is full")
+
+    with server(tmp_path / "s") as taking, joiner(tmp_path / "m", taking.port):
+        id = taking.waiting()["id"]
+        taking.served.decide(id, True)
+        until(lambda: taking.workers)
+        monkeypatch.setattr(ServerRecords, "write", refused)
+        with pytest.raises(InvalidRequest, match="the disk is full"):
+            taking.served.decide(id, False)
+        assert not taking.workers
+        assert not taking.machines
 
 
 def test_someone_in_between_has_another_code(tmp_path: Path) -> None:
