@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ _CONTROL = re.compile(r"<[|｜].*[|｜]>", re.DOTALL)
 _SPELLED = 32  # characters by which a special token is known in a text
 _SEAM = "\udfff"  # half of a surrogate pair, which no checked text has
 _PARTS = 256  # parts of a text that are encoded at a time
+_PIECE = 1 << 16  # characters that are searched at a time
+_SHORT = 4096  # tokens that are decoded in a millisecond
 _LEAD = "\n"  # no token has it beside other characters, in vocabularies that spell a space as U+2581
 
 
@@ -125,7 +127,10 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`. Bytes that form no character become U+FFFD; ids outside the vocabulary become nothing."""
-        return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+        if len(ids) <= _SHORT:
+            return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+        # Unlike `decode`, which takes most of a second for a million tokens, this lets other threads run meanwhile.
+        return str(self._tokenizer.decode_batch([ids], skip_special_tokens=skip_special_tokens)[0])
 
     def to_json(self) -> str:
         """The tokenizer as the text of a tokenizer.json. Raises ModelFileError where ids are so large that counting up
@@ -192,7 +197,7 @@ class Tokenizer:
     def _with_seams(self, value: Any) -> Any:
         """A value that JSON can hold, with a seam within each special token that its texts spell."""
         if isinstance(value, str):
-            return value if self._controls is None else self._controls.sub(rf"\g<0>{_SEAM}", value)
+            return value if self._controls is None else _seamed(value, self._controls)
         if isinstance(value, Mapping):
             return {self._with_seams(key): self._with_seams(item) for key, item in value.items()}
         return [self._with_seams(item) for item in value] if isinstance(value, list | tuple) else value
@@ -218,8 +223,9 @@ class Tokenizer:
             ids = read_json(folder / name).get("eos_token_id")
             if ids is not None:
                 listed = ids if isinstance(ids, list) else [ids]
-                if any(type(index) is not int or index < 0 for index in listed):
-                    raise ModelFileError(f"{folder / name}: eos_token_id is {cut(ids)}; allowed are ids from 0")
+                if any(type(index) is not int or not 0 <= index < _MAX_ID for index in listed):
+                    allowed = f"ids from 0 to {_MAX_ID - 1}"
+                    raise ModelFileError(f"{folder / name}: eos_token_id is {cut(ids)}; allowed are {allowed}")
                 return tuple(listed)
         eos = self._special["eos_token"]
         index = None if eos is None else self._tokenizer.token_to_id(eos)
@@ -304,6 +310,17 @@ _LONGEST = 96  # tokens at which it is shortened anywhere, which only an invalid
 def _open_end(text: str) -> int:
     """How many characters at the end of `text` may be the bytes that begin another one: 3 at most."""
     return min(_MOST_BYTES - 1, len(text) - len(text.rstrip(_REPLACEMENT)))
+
+
+def _seamed(text: str, controls: re.Pattern[str]) -> str:
+    """The text with a seam behind the first character of each control, which is one character of a match. Piece by
+    piece: `re` keeps the interpreter from other threads, for 0.2 s where four million characters begin none."""
+    cuts = [0]
+    for begin in range(0, len(text), _PIECE):
+        end = begin + _PIECE
+        cuts += [match.end() for match in controls.finditer(text, begin, end + _SPELLED) if match.start() < end]
+    cuts.append(len(text))
+    return _SEAM.join(text[begin:end] for begin, end in pairwise(cuts))
 
 
 def _beginnings(words: Iterable[str]) -> re.Pattern[str] | None:
