@@ -12,6 +12,7 @@ deterministic, so both compilations have the same result.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import threading
@@ -21,13 +22,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 from numpy.typing import NDArray
 
-from lamina.errors import EngineError, InvalidRequest
+from lamina.errors import EngineError, InvalidRequest, LaminaError
 
 if TYPE_CHECKING:
     from lamina.sampling_params import SamplingParams
@@ -37,6 +39,7 @@ T = TypeVar("T")
 MAX_CONTAINERS = 4096  # braces and brackets: levels that a chain of references in a schema can have
 MAX_COLONS = 4096  # rules that a chain in a grammar can have, and keys of schemas
 MAX_OPTIONS = 4096  # "?", "*", "+", "{" and "|" of a regex or grammar: n optional parts in a row take 2 n^2 bytes
+MAX_REMAINDERS = 100_000  # of all `multipleOf`: 10 us and 350 bytes each, which no limit of llguidance's counts
 MASK_SECONDS = 1.0  # of a processor, for the masks of a sample in all, beside MASK_SECONDS_A_TOKEN
 MASK_SECONDS_A_TOKEN = 0.02
 _SLOW = 0.002  # seconds
@@ -44,6 +47,10 @@ _STACK = 256 << 20  # bytes, reserved but used only as far as a chain goes; 6 KB
 _STACK_SIZE = threading.Lock()
 _NICE = 10  # of a thread that compiles: others' steps go first
 _KEPT = 4  # compiled constraints; a hostile one takes some 100 MB
+_MULTIPLE = re.compile(r'"multipleOf"\s*:\s*(\d+(?:\.\d+)?(?:[eE][+-]?\d{1,9})?)', re.ASCII)
+_DIGITS = 18  # of such a number: llguidance refuses more
+_LARGE = 10**200  # which no common multiple of numbers that are allowed is
+_ESCAPE = re.compile(r"\\u(00[0-7][0-9a-fA-F])")
 _EXCERPT = re.compile(r"\s*(\d+ \| .*|\^*)$")
 _MAX_REASON = 300  # characters of an error of llguidance
 
@@ -249,7 +256,7 @@ class Grammars:
     def load(self) -> None:
         """Load the tokenizer now, not for the first constraint: the interpreter stands still meanwhile, for some tenths
         of a second. An error comes with the first constraint."""
-        with self._lock, suppress(InvalidRequest):
+        with self._lock, suppress(LaminaError):
             self._loaded = self._loaded or self._load()
 
     def constraints(self, params: SamplingParams, count: int) -> tuple[Constraint, ...]:
@@ -325,7 +332,32 @@ def _definition(name: str, value: Any, lenient: bool = False) -> str:
             raise InvalidRequest(f"{name} has {count} opening braces and brackets; allowed are {MAX_CONTAINERS}")
         if (count := text.count(":")) > MAX_COLONS:
             raise InvalidRequest(f"{name} has {count} colons; allowed are {MAX_COLONS}")
+        _check_multiples(name, text)
     return LLMatcher.grammar_from_lark(f"{text}\n{_NO_FORCING}")
+
+
+def _check_multiples(name: str, text: str) -> None:
+    """Raises InvalidRequest where the multiples in a text have too many remainders; several may be of one number."""
+    multiples = _MULTIPLE.findall(_ESCAPE.sub(lambda escape: chr(int(escape[1], 16)), text))
+    common = 1
+    for number in multiples:
+        common = math.lcm(common, _whole(number))
+        if common > _LARGE:
+            break
+    while common % 10 == 0:  # the last digits alone tell multiples of 10
+        common //= 10
+    if common * len(multiples) > MAX_REMAINDERS:
+        raise InvalidRequest(
+            f"{name} has multipleOf {len(multiples)} times; allowed is a least common multiple of "
+            f"{MAX_REMAINDERS // len(multiples)}, without zeros at its end and its point"
+        )
+
+
+def _whole(number: str) -> int:
+    """A multiple times a power of 10 that makes all whole, as far as llguidance takes their digits."""
+    _, digits, exponent = Decimal(number).as_tuple()
+    scale = _DIGITS + max(-_DIGITS, min(_DIGITS, int(exponent)))
+    return int("".join(map(str, digits[:_DIGITS]))) * 10**scale or 1
 
 
 def _on_deep_stack(function: Callable[[], T]) -> T:

@@ -20,7 +20,7 @@ from llguidance import LLParserLimits
 from small_grammars import EOS, GRAMMARS, TOKENIZER, VOCABULARY
 
 from lamina import LLM
-from lamina.errors import EngineError, InvalidRequest
+from lamina.errors import EngineError, InvalidRequest, ModelFileError
 from lamina.messages.engine_messages import Submit, pack_commands, unpack_commands
 from lamina.sampling_params import JSON_OBJECT, SamplingParams
 from lamina.text import structured_output
@@ -28,6 +28,7 @@ from lamina.text.structured_output import (
     MAX_COLONS,
     MAX_CONTAINERS,
     MAX_OPTIONS,
+    MAX_REMAINDERS,
     Constraint,
     Grammars,
     check_json_schema,
@@ -172,6 +173,10 @@ def test_unwanted_tokens_give_way_where_nothing_else_is_allowed() -> None:
         ({"json_schema": {"$ref": "#"}}, "json_schema cannot be used"),
         ({"json_schema": {"type": "array", "minItems": 5, "maxItems": 2}}, "minItems"),
         ({"json_schema": {"type": "object", "properties": {f"p{i}": {} for i in range(3000)}}}, "items|large|big|rows"),
+        ({"json_schema": {"type": "integer", "multipleOf": 999_983}}, f"allowed is .* {MAX_REMAINDERS}"),
+        ({"json_schema": {"items": {"multipleOf": 9.99983}}}, f"allowed is .* {MAX_REMAINDERS}"),
+        ({"json_schema": {"allOf": [{"multipleOf": 997}, {"multipleOf": 991}]}}, "multipleOf 2 times"),
+        ({"grammar": r'start: %json {"multiple\u004ff" : 999983}'}, f"allowed is .* {MAX_REMAINDERS}"),
         ({"json_schema": {"allOf": [{"anyOf": [{"properties": {f"p{i}{j}": {"type": "string"}}} for i in range(4)]}
           for j in range(16)]}}, "schema too large"),
         ({"grammar": "nothing: /a/"}, "no start rule"),
@@ -189,7 +194,7 @@ def test_unwanted_tokens_give_way_where_nothing_else_is_allowed() -> None:
 )  # fmt: skip
 def test_what_cannot_be_held_to_is_refused_by_name_and_the_next_one_works(asked: dict[str, Any], why: str) -> None:
     """A terminal of 80,000 optional parts was compiled: two minutes and 12 GB. So was an object of 8,000 optional
-    properties, for ten seconds."""
+    properties, for ten seconds, and a multiple of 999,983, for thirteen seconds and with 340 MB."""
     with pytest.raises(InvalidRequest) as refusal:
         held(**asked)
     message = str(refusal.value)
@@ -290,6 +295,19 @@ def test_a_model_without_an_end_of_text_cannot_be_held() -> None:
             unusable.constraints(SamplingParams(regex="a"), 1)
         unusable.load()  # which says nothing itself
     assert Grammars(TOKENIZER.to_str, [], VOCABULARY).constraints(SamplingParams(), 1) == ()
+
+
+@pytest.mark.fault("F26")
+def test_a_tokenizer_that_is_refused_ends_no_start() -> None:
+    """The error of its file ended the thread that connects a server to its engine: it never said that it serves."""
+
+    def refused() -> str:
+        raise ModelFileError("a token of id 8388608")
+
+    grammars = Grammars(refused, [EOS], VOCABULARY)
+    grammars.load()
+    with pytest.raises(ModelFileError, match="8388608"):
+        grammars.constraints(SamplingParams(regex="a"), 1)
 
 
 def test_a_tokenizer_that_cannot_be_read_is_named() -> None:
