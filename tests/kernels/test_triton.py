@@ -89,6 +89,8 @@ class TestAttend:
     def test_latents(self, dtype: torch.dtype, d_k: int, d_v: int, device: str) -> None:
         at = triton_decode.layout(16, d_k, d_v, dtype, True)
         rows = [*RAGGED[1:], Row(90, 2, 0, 92, listed=1, biased=True)]
+        if device == "cpu" and d_k > 500:  # the interpreter takes seconds for each of them
+            rows = rows[-2:]
         for group, threads in ((20, 3), (3, 1)):
             assert max(errors(triton_decode, build(triton_decode, at, rows, 1, group, device=device), threads)) <= 1
 

@@ -146,13 +146,14 @@ def first_of_items(walk: str) -> set[str]:
     return {name for item in items(walk) for name in re.findall(r"`([\w/]+\.py)`", item)[:1] if "/" in name}
 
 
-def imported_by(file: str) -> set[str]:
+@cache
+def imported_by(file: str) -> frozenset[str]:
     """The modules that a file imports anywhere, as dotted names."""
     names: set[str] = set()
     for node in ast.walk(ast.parse((ROOT / file).read_text())):
         if isinstance(node, ast.ImportFrom) and node.module is not None:
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return names
+    return frozenset(names)
 
 
 def module(file: str) -> str:
