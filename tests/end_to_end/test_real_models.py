@@ -94,7 +94,9 @@ def test_greedy_tokens_are_those_of_transformers_one_by_one_and_together(
         assert again.usage.cached_tokens > 0.9 * len(prompts[-1])
 
 
-@pytest.mark.parametrize(("count", "shard"), [(1, "heads"), (2, "heads"), (2, "sequence")])
+@pytest.mark.parametrize(
+    ("count", "shard"), [pytest.param(1, "heads", marks=pytest.mark.soak), (2, "heads"), (2, "sequence")]
+)
 def test_attention_workers_change_no_token(
     path: Path, prompts: list[list[int]], expected: list[list[int]], count: int, shard: str
 ) -> None:

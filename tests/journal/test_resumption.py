@@ -42,6 +42,7 @@ from lamina_protocols.messages.messages import Surveyed
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.model_worker.model_worker import ModelWorker
+from lamina_workers.ports.data_channel import ChannelOptions
 from lamina_workers.ports.port import LocalAttention, survey
 
 FACTS = Facts("tiny", 16, "float32", 3)
@@ -547,14 +548,18 @@ for event in llm.stream(prompts, max_tokens=400, ignore_eos=True, temperature=0.
 
 
 @pytest.mark.real
-def test_second_engine_and_foreign_journal_are_refused(tiny: Path, tmp_path: Path) -> None:
+def test_second_engine_and_foreign_journal_are_refused(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with worker_process() as worker:
         settings = {"attention_workers": [worker.address], "local_share": 0, "dtype": "float32", "threads": 1}
         with LLM(tiny, journal=tmp_path / "a", **settings):
             with pytest.raises(JournalError, match="in use by process"):
                 LLM(tiny, journal=tmp_path / "a", **settings)
+            monkeypatch.setattr("lamina.launch.attention_pool.ChannelOptions", partial(ChannelOptions, timeout=2.0))
             with pytest.raises(EngineError, match=worker.address):
                 LLM(tiny, journal=tmp_path / "b", **settings)
+            monkeypatch.undo()
         other = write_tiny_model(tmp_path / "other", num_hidden_layers=2)
         with pytest.raises(JournalError, match="its model is"):
             LLM(other, journal=tmp_path / "a", **settings)
