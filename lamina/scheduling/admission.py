@@ -15,9 +15,8 @@ a single token.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Container, Mapping
-from heapq import heappop, heappush
 from itertools import chain, islice
 
 from lamina.errors import EngineError
@@ -25,7 +24,7 @@ from lamina.kv.kv_shares import NO_PAGES, Layout, Pages, under
 from lamina.kv.placement import Placement
 from lamina.kv.prefix_nodes import Match
 from lamina.kv.request import ScheduledSequence, SchedulerConfig
-from lamina.kv.running import Order, RunningSequences
+from lamina.kv.running import RunningSequences, order_of
 
 BESIDE = 1.5
 BEFORE = 2.0
@@ -43,8 +42,7 @@ class Admission:
         self._config = config
         self._placement = placement
         self._running = running
-        # Heaps, by tenant. A finished sequence stays until it is on top.
-        self._waiting: dict[str, list[tuple[Order, ScheduledSequence]]] = {}
+        self._waiting: dict[str, list[ScheduledSequence]] = {}  # by tenant, in order; no finished ones
         self._short: dict[str, tuple[ScheduledSequence, tuple[Pages, ...], int]] = {}
         """By tenant: the first, the pages it needs, and how many prefixes had been entered then."""
         self._longest_before_loss: dict[str, int] = {}  # by policy
@@ -62,10 +60,7 @@ class Admission:
     @property
     def queued_tokens(self) -> int:
         """The known tokens of all sequences that wait for room, stranded ones included."""
-        waiting = (sequence for _, sequence in chain.from_iterable(self._waiting.values()))
-        return sum(
-            len(sequence.tokens) for sequence in chain(waiting, self._stranded) if sequence.finish_reason is None
-        )
+        return sum(len(sequence.tokens) for sequence in chain(*self._waiting.values(), self._stranded))
 
     def longest_possible(self, policy: str = "") -> int:
         """The most tokens of one sequence that the context and the holders' memory can ever hold under a policy. Raises
@@ -122,12 +117,17 @@ class Admission:
         return self._placement.capacity.covers(self._config.pages_for(layout, length))
 
     def queue(self, sequence: ScheduledSequence) -> None:
-        """Have a sequence without KV wait for its turn."""
-        heappush(self._waiting.setdefault(sequence.request.tenant, []), (sequence.order, sequence))
+        """Have a sequence without KV wait for its turn, unless it has ended."""
+        if sequence.finish_reason is None:
+            insort(self._waiting.setdefault(sequence.request.tenant, []), sequence, key=order_of)
 
     def forget(self, sequence: ScheduledSequence) -> None:
-        """A sequence has ended. In a queue it stays until it is on top."""
+        """A sequence has ended, which may wait here."""
         self._stranded.pop(sequence, None)
+        queue = self._waiting.get(sequence.request.tenant, [])
+        index = bisect_left(queue, sequence.order, key=order_of)
+        if index < len(queue) and queue[index] is sequence:
+            del queue[index]
 
     def give_back(self, sequence: ScheduledSequence) -> None:
         """Take an idle sequence's KV away. It waits until it fits whole, and is computed again."""
@@ -161,17 +161,14 @@ class Admission:
 
     def _first(self) -> list[ScheduledSequence]:
         """The first waiting sequence of each tenant."""
-        for queue in self._waiting.values():
-            while queue and queue[0][1].finish_reason is not None:
-                heappop(queue)
         self._waiting = {tenant: queue for tenant, queue in self._waiting.items() if queue}
-        return [queue[0][1] for queue in self._waiting.values()]
+        return [queue[0] for queue in self._waiting.values()]
 
     def reclaim(self) -> None:
         """Preempt idle sequences for tenants that wait for pages, of tenants that have more KV and keep as much."""
         for tenant, (sequence, alternatives, _) in self._short.items():
             queue = self._waiting.get(tenant)
-            if queue and queue[0][1] is sequence and sequence.finish_reason is None and self._still_short(sequence):
+            if queue and queue[0] is sequence and self._still_short(sequence):
                 victims = (self._victims(sequence, needed) for needed in alternatives)
                 for victim in next((alternative for alternative in victims if alternative), []):
                     self.preempt(victim)
@@ -202,13 +199,10 @@ class Admission:
             (admitted for sequence in first if (admitted := self._admit(self._waiting[sequence.request.tenant]))), None
         )
 
-    def _admit(self, waiting: list[tuple[Order, ScheduledSequence]]) -> ScheduledSequence | None:
+    def _admit(self, waiting: list[ScheduledSequence]) -> ScheduledSequence | None:
         running, prefix_cache = self._running, self._running.prefix_cache
         while waiting:
-            sequence = waiting[0][1]
-            if sequence.finish_reason is not None:
-                heappop(waiting)
-                continue
+            sequence = waiting[0]
             if self._full(sequence) or self._still_short(sequence):
                 return None  # without a search of the prefix tree in every step
             match = prefix_cache.match(tuple(sequence.tokens), sequence.request.salt, sequence.request.policy)
@@ -216,19 +210,19 @@ class Admission:
                 match = Match()
             if self._worth_waiting(sequence, match):
                 prefix_cache.wait(sequence, match)
-                heappop(waiting)
+                del waiting[0]
                 continue
             places = self._places(sequence, match)
             if not places:
                 if not self._placement.capacity:
                     return None
-                self._stranded[heappop(waiting)[1]] = None
+                self._stranded[waiting.pop(0)] = None
                 continue
             place = self._with_room(sequence, places)
             if place is None:
                 return None
             layout, match = place
-            heappop(waiting)
+            del waiting[0]
             if self._config.prefix_cache and sequence.preemptions == 0:
                 running.counters.looked_up_tokens += len(sequence.tokens)
                 running.counters.found_tokens += match.length
@@ -241,7 +235,7 @@ class Admission:
         running, length = self._running, len(first.request.prompt) - 1
         for sibling in first.siblings:
             waiting = self._waiting.get(sibling.request.tenant)
-            turn = not waiting or sibling.order < waiting[0][0]
+            turn = not waiting or sibling.order < waiting[0].order
             room = running.headroom().covers(running.needed(sibling, first.layout, None, length))
             forks = length > 0 and self._config.forks_at(first, length)
             if sibling.finish_reason is None and forks and turn and room and not self._full(sibling):
@@ -310,7 +304,7 @@ class Admission:
 
     def check_integrity(self) -> None:
         """Raise EngineError if a waiting sequence has KV."""
-        for _, sequence in chain.from_iterable(self._waiting.values()):
+        for sequence in chain.from_iterable(self._waiting.values()):
             has_kv = sequence.computed or self._running.prefix_cache.knows(sequence)
             if sequence.handle is not None or has_kv:
                 raise EngineError(f"sample {sequence.sample} of request {sequence.request.id} waits, but has KV")

@@ -147,6 +147,22 @@ def test_stranded_request_is_forgotten_once_it_ends() -> None:
     assert not scheduler.admission._stranded
 
 
+def test_waiting_request_is_forgotten_once_it_ends() -> None:
+    """Behind one without room, those whose clients had left stayed in the engine's memory until it got room."""
+    world = World(config(prefix_cache=False), 8)
+    world.add(prompt(10), max_tokens=6)
+    world.step()
+    world.add(prompt(10, 1), max_tokens=6)
+    world.step()
+    for salt in range(2, 12):
+        world.scheduler.add(Request("left", tuple(prompt(10, salt)), 6, n=2))
+        world.scheduler.abort("left")
+    assert len(world.scheduler.running) == 1
+    assert sum(map(len, world.scheduler.admission._waiting.values())) == 1
+    world.finish()
+    world.check_end()
+
+
 def test_request_is_refused_for_room_only_where_none_may_come_back() -> None:
     """While a holder was away, new requests were told that the memory could never hold them, and those of the previous
     engine were dropped."""
