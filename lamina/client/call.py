@@ -187,9 +187,8 @@ class Call:
         if self._process != os.getpid():  # it goes on where it was made
             return
         for request in self._requests:
-            request.sink = (
-                ignore_outputs  # else call and request keep each other, and all outputs, until a garbage collection
-            )
+            # Else call and request would keep each other, and all outputs, until a garbage collection.
+            request.sink = ignore_outputs
             if not self._processors[request.id].done:
                 self._engine.abort(request)
 

@@ -32,6 +32,7 @@ logger = logging.getLogger("lamina")
 
 WAITING = "model workers"  # what is reported to progress while they start
 _CONNECTING_S = 120.0  # until a process that was started connects; then what it reports is waited for
+_DOWNLOADING_S = 3 * 3600.0  # the same on another machine, which gets the model first
 
 _HOPELESS: dict[str, type[LaminaError]] = {
     error.__name__: error
@@ -77,12 +78,13 @@ class ModelWorkerPool:
         """All of them by rank, once they are ready. Raises the error that one of them reports, or EngineError if one
         ends instead, or does not connect."""
         peers: dict[int, Peer] = {}
+        limit = _CONNECTING_S if self._host is None else _DOWNLOADING_S
         while len(peers) < len(self._begins):
             try:
-                started = self._started.get(timeout=_CONNECTING_S)
+                started = self._started.get(timeout=limit)
             except queue.Empty:
                 if absent := self._listener.absent():
-                    raise EngineError(f"{', '.join(absent)} did not connect within {_CONNECTING_S:g} s") from None
+                    raise EngineError(f"{', '.join(absent)} did not connect within {limit:g} s") from None
                 continue
             if not isinstance(started, Peer):
                 raise started
