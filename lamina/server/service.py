@@ -249,10 +249,7 @@ class Service:
         def grow(more: int) -> None:
             nonlocal size
             if size + more > shares.most:
-                raise ApiError(
-                    400,
-                    f"the answer has more than {shares.most} bytes, which are allowed",
-                )
+                raise ApiError(400, f"the answer has more than {shares.most} bytes, which are allowed")
             if not shares.fits(key, more):
                 raise overloaded("answers under way leave no room; come back in a moment")
             shares.take(key, more)

@@ -12,6 +12,7 @@ from run_seeds import SEEDS, check
 MINUTE = 60.0  # seconds of one core
 # A minute of a core is short for these. The second is found by "a rebuild writes pages of its own" of `FOUND`.
 RARE = {"no_fence", "rebuild_writes_pages_that_count_as_shared"}
+SLOW = {*RARE, "suspects_make_no_room"}  # to be found by fresh seeds
 # The first seed that finds it, where from seed 0 on that takes more than a few seconds, storms left out. Fresh seeds
 # find each too, which the soak set sees.
 FIRST = {
@@ -54,7 +55,7 @@ def test_planted_bug_is_found_within_a_minute(name: str, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("name", sorted(PLANTS))
 def test_planted_bug_is_found_by_fresh_seeds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     PLANTS[name](monkeypatch)
-    assert first_failure(15 * MINUTE, secrets.randbelow(SEEDS))
+    assert first_failure(15 * MINUTE if name in SLOW else 5 * MINUTE, secrets.randbelow(SEEDS))
 
 
 def test_without_a_planted_bug_nothing_is_found() -> None:
