@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from lamina_workers.devices.openmp import share_cores
 from lamina_workers.process.exit import die_with_parent, leave
+from lamina_workers.process.signals import answering_signals
 
 if TYPE_CHECKING:
     from lamina_workers.attention_server.attention_server import AttentionServer
@@ -37,25 +38,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     ended = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: os._exit(1) if ended.is_set() else ended.set())
+
+    def end() -> None:
+        os._exit(1) if ended.is_set() else ended.set()
+
     if args.read_delay:
         _slow_down(args.read_delay)
-    parent_gone = threading.Event()
-    if args.die_with_parent or args.parent_pipe is not None:
-        _follow_parent(0 if args.parent_pipe is None else args.parent_pipe, ended, parent_gone)
     try:
-        server = _server(args)
-        address = server.start()
+        with answering_signals((signal.SIGTERM, signal.SIGINT), end):
+            _serve(args, ended)
     except LaminaError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201  # this is a command
         return 1
+    return 0
+
+
+def _serve(args: argparse.Namespace, ended: threading.Event) -> None:
+    """Until `ended` is set. Raises LaminaError where it cannot serve."""
+    parent_gone = threading.Event()
+    if args.die_with_parent or args.parent_pipe is not None:
+        _follow_parent(0 if args.parent_pipe is None else args.parent_pipe, ended, parent_gone)
+    server = _server(args)
+    address = server.start()
     print(f"listening {address}", flush=True)  # noqa: T201  # the parent reads the port here
     ended.wait()
     grace = 0.0 if parent_gone.is_set() else args.drain_timeout
     threading.Thread(target=_leave_anyway, args=(grace + 5.0,), daemon=True).start()
     server.stop(grace)
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

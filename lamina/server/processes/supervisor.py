@@ -14,7 +14,7 @@ import socket
 import tempfile
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -64,6 +64,7 @@ from lamina.system.child_process import ChildProcess, end_all, module_command
 from lamina.system.private_folder import LOCK, for_sockets, lock, sweep
 from lamina.system.progress import Progressed
 from lamina_protocols.errors import ProtocolError
+from lamina_workers.process.signals import answering_signals
 
 ENGINE_MODULE = "lamina.server.processes.engine_main"
 HTTP_MODULE = "lamina.server.processes.http_main"
@@ -157,7 +158,7 @@ class Supervisor(SlotLoop[ChildProcess]):
             tempfile.TemporaryDirectory(prefix=_FOLDER) as folder,
             os.fdopen(lock(Path(folder))),  # others may sweep it once this process is dead
             listening(self._plan.host, self._plan.port) as sock,
-            signals(lambda: self._calls.put(self._stop)),
+            answering_signals((signal.SIGTERM, signal.SIGINT), lambda: self._calls.put(self._stop)),
         ):
             self._folder, self._socket = Path(folder), sock
             if len(folder) > _LONGEST_FOLDER:
@@ -481,14 +482,3 @@ def address_of(sock: socket.socket) -> str:
     """The URL of a listening socket."""
     host, port = sock.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
-
-
-@contextmanager
-def signals(on_signal: Callable[[], None]) -> Iterator[None]:
-    """SIGTERM and SIGINT call `on_signal`, which may be interrupted by itself."""
-    before = {number: signal.signal(number, lambda *_: on_signal()) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
