@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence, Se
 from dataclasses import dataclass, field
 from functools import partial
 
-from lamina.kv.kv_shares import NO_PAGES, Layout, Pages, Part
+from lamina.kv.kv_shares import NO_PAGES, Layout, Pages, Part, Share
 from lamina.kv.request import ScheduledSequence
 from lamina.scheduling.control_plane import ControlPlane
 from lamina_protocols.messages.messages import Row
@@ -193,7 +193,8 @@ _LAST = 64  # tokens, for which an idle sequence is kept out of the next batch: 
 @dataclass(eq=False, slots=True)
 class _Migrating:
     """A sequence that moves from the layout `before`: `new` parts of KV and of `states` replace `old` ones; those of KV
-    have its tokens below position `at`, and are getting those below `due`; pages are `taken` up to there.
+    have its tokens below position `at`, and are getting those below `due`; pages are `taken` up to there. `starts` has
+    for each share where the last copy to it begins.
 
     `run` is suspended on `waiting`; None: until the next batch."""
 
@@ -207,6 +208,7 @@ class _Migrating:
     at: int = 0
     due: int = 0
     taken: int = 0
+    starts: dict[Share, int] = field(default_factory=dict)
     run: Generator[Waiting | None, None, None] = field(init=False)
     waiting: Waiting | None = None
 
@@ -334,7 +336,7 @@ class KvMigration:
             return
         freed = self._scheduler.running.own_pages(sequence, tuple(part.share for part in moving.old))
         self._placement.moved(moving.handle, moving.old, moving.parts, freed)
-        self._scheduler.running.moved(sequence, moving.layout)
+        self._scheduler.running.moved(sequence, moving.layout, moving.starts)
         self.sequences += 1
 
     def _some(self, moving: _Migrating, end: int) -> Copying:
@@ -345,6 +347,9 @@ class KvMigration:
         fits = yield from self._copy(moving, moving.new, rows, partial(self._taken, moving))
         if fits:
             self.tokens += moving.due - moving.at
+            moving.starts |= {
+                part.share: moving.at for part in moving.new if part.share.lo < moving.due and moving.at < part.share.hi
+            }
             moving.at = moving.due
         return fits
 

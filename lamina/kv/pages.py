@@ -18,7 +18,9 @@ from lamina.kv.kv_shares import NO_PAGES, Handover, Layout, Pages, Share
 class PageRun:
     """The pages of a share at positions [lo, hi); `hi` of a sequence's leaf is not kept, since it grows.
 
-    `users` counts the leaves below that are in use. Without any, `floor` is the lowest floor of these leaves.
+    `users` counts the leaves below that are in use. `floor`, of a leaf, is its owner's as of the last row that came to
+    the share: a range that is full lets nothing go any more. Of other runs without users it is the lowest of the leaves
+    below.
     """
 
     share: Share
@@ -52,24 +54,23 @@ class PageRuns:
         self._size = page_size
         self._weigh = weigh
 
-    def open(self, layout: Layout, known: int = 0) -> Runs:
+    def open(self, layout: Layout, known: int = 0, floor: int = 0) -> Runs:
         """The leaves of a new sequence. Which others have the pages of its first `known` tokens too is unknown."""
-        return {share: PageRun(share, max(share.lo, self._end(known)), 0) for share in layout}
+        return {share: PageRun(share, max(share.lo, self._end(known)), 0, floor=floor) for share in layout}
 
     def fork(
         self,
         source: Runs,
         length: int,
         prefix: bool = False,
-        floor: int = 0,
         users: int = 1,
         policy: str | None = None,
     ) -> Runs:
         """The leaves of an owner that shares the first `length` tokens of another, of that policy; None: of the
-        other's. Those of a prefix are whole pages, which have this floor, and may be without users."""
+        other's. Those of a prefix are whole pages, and may be without users."""
         forks, cut = {}, self._end(length)
         for of_source, leaf in source.items():
-            parent = self._ends(leaf, cut)
+            parent, floor = self._ends(leaf, cut), leaf.floor
             share = of_source if policy in (None, of_source.policy) else replace(of_source, policy=policy)
             forks[share] = fork = PageRun(share, max(share.lo, cut), length if prefix else 0, parent, floor, 0)
             if parent is not None:

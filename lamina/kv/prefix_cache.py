@@ -304,7 +304,7 @@ class PrefixCache:
         node.parent, node.tokens = upper, node.tokens[common:]
         if node.handle is not None:
             upper.handle, upper.layout = self._fork(node.handle, length), node.layout
-            upper.runs = self._runs.fork(node.runs, length, True, node.floor, min(node.users, 1))
+            upper.runs = self._runs.fork(node.runs, length, True, min(node.users, 1))
             self.events.split(upper, node)
         return upper
 
@@ -320,7 +320,7 @@ class PrefixCache:
             node.floor = node.length
             source.forked.add(node.length)
             self.snapshots += self._config.records(node.layout)
-        node.runs = self._runs.fork(source.runs, node.length, True, node.floor, 0)
+        node.runs = self._runs.fork(source.runs, node.length, True, 0)
         node.tick = self._tick
         self.events.stored(node)
         self._queue(node)

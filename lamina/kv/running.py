@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Sequence, Set
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 from lamina.errors import EngineError
-from lamina.kv.kv_shares import Handover, Layout, Pages, Place
+from lamina.kv.kv_shares import NO_PAGES, Handover, Layout, Pages, Place, Share
 from lamina.kv.page_ledger import PageLedger
 from lamina.kv.pages import PageRun, PageRuns
 from lamina.kv.placement import Placement
 from lamina.kv.prefix_cache import PrefixCache
 from lamina.kv.prefix_nodes import Node, tree_of
-from lamina.kv.request import RetainedKv, ScheduledSequence, SchedulerConfig
+from lamina.kv.request import PlannedRow, RetainedKv, ScheduledSequence, SchedulerConfig
 from lamina.kv.spares import Spares
 
 Order = tuple[int, int, int]
@@ -115,7 +115,7 @@ class RunningSequences:
             self._config.held(present_shares, 0, kept.computed, kept.floor) + self._config.records(present_shares, 2)
         )
         sequence.handle, sequence.layout, sequence.floor = kept.handle, kept.layout, kept.floor
-        sequence.runs = self.runs.open(kept.layout, kept.computed)
+        sequence.runs = self.runs.open(kept.layout, kept.computed, kept.floor)
         sequence.computed = sequence.planned = kept.computed
         sequence.forked = {kept.floor, kept.computed}
         sequence.copies = kept.computed % self._config.page_size > 0
@@ -150,6 +150,16 @@ class RunningSequences:
         if sequence.local_copy:
             self._placement.close_parts(sequence.local_copy, self._copied(sequence))
             sequence.local_copy = ()
+
+    def raise_floor(self, row: PlannedRow, floor: int) -> None:
+        """Holders have accepted a row, or may have: its sequence has this floor, and so have the shares that let go of
+        pages by it: those that store it, and where attention decides what is let go, all."""
+        sequence, end = row.sequence, row.start + row.count
+        sequence.floor = max(sequence.floor, floor)
+        missing = sequence.rebuild.missing if row.rebuild and sequence.rebuild is not None else sequence.layout
+        for share, leaf in sequence.runs.items() if floor else ():
+            if self._config.evicts or (row.start < share.hi and share.lo < end and share in missing):
+                leaf.floor = max(leaf.floor, floor)
 
     def rewritten(self, sequence: ScheduledSequence, start: int) -> None:
         """Holders have accepted a row that writes a sequence's tokens from `start` on, into pages of its own."""
@@ -189,12 +199,15 @@ class RunningSequences:
         """Whether a sequence's KV is whole. Where attention decides what is let go, it is computed anew elsewhere."""
         return sequence.handle is not None and sequence.rebuild is None and not self._config.evicts
 
-    def moved(self, sequence: ScheduledSequence, layout: Layout) -> None:
-        """The KV of a movable, idle sequence is in this layout now; new shares have no pages of other sequences."""
+    def moved(self, sequence: ScheduledSequence, layout: Layout, starts: Mapping[Share, int]) -> None:
+        """The KV of a movable, idle sequence is in this layout now; new shares have no pages of other sequences.
+        `starts`: where the last row begins by which a new share has stored its KV."""
         self._leave_cache(sequence)
         self.drop_local_copy(sequence)
         old_shares = [share for share in layout if share in sequence.runs]
         self.runs.relocate(sequence.runs, old_shares, tuple(share for share in layout if share not in old_shares))
+        for share, start in starts.items():
+            sequence.runs[share].floor = start
         sequence.layout, sequence.stored = layout, 0
         self.spares.keep(sequence.handle or 0, layout)
         sequence.copies = sequence.copies and bool(old_shares)
@@ -216,7 +229,8 @@ class RunningSequences:
     def pages(self, sequence: ScheduledSequence) -> Pages:
         """Pages that a sequence has, those included that it shares with others."""
         records = (sequence.computed > 0) + (0 < sequence.floor < sequence.computed)
-        return self._pages_beyond(sequence, sequence.layout, 0) + self._config.records(sequence.layout, records)
+        pages = self._config.records(sequence.layout, records)
+        return sum((self._pages_beyond(sequence, share, 0) for share in sequence.layout), pages)
 
     def _copied(self, sequence: ScheduledSequence) -> Pages:
         """The least pages of its local copy, once every plan is answered."""
@@ -228,19 +242,17 @@ class RunningSequences:
         """Pages that a sequence has in these of its shares, and certainly shares with none."""
         pages = self._config.records(layout, sequence.own_records) if self._config.states else Pages()
         for share in layout:
-            pages += self._pages_beyond(sequence, (share,), sequence.runs[share].lo)
+            pages += self._pages_beyond(sequence, share, sequence.runs[share].lo)
         return pages
 
-    def _pages_beyond(self, sequence: ScheduledSequence, layout: Layout, first: int) -> Pages:
-        """Pages that a sequence has in these of its shares of the positions from `first` on."""
-        rebuild, pages_between = sequence.rebuild, self._config.held
-        if rebuild is None:
-            return pages_between(layout, first, sequence.computed, sequence.floor)
-        present_shares = tuple(share for share in layout if share not in rebuild.read)
-        complete_shares = tuple(share for share in present_shares if share not in rebuild.missing)
-        missing = tuple(share for share in present_shares if share in rebuild.missing)
-        pages = pages_between(complete_shares, first, sequence.computed, sequence.floor)
-        return pages + pages_between(missing, first, rebuild.at, rebuild.at)
+    def _pages_beyond(self, sequence: ScheduledSequence, share: Share, first: int) -> Pages:
+        """Pages that a sequence has in one of its shares of the positions from `first` on."""
+        rebuild = sequence.rebuild
+        if rebuild is not None and share in rebuild.read:
+            return NO_PAGES
+        if rebuild is not None and share in rebuild.missing:
+            return self._config.held((share,), first, rebuild.at, rebuild.at)
+        return self._config.held((share,), first, sequence.computed, sequence.runs[share].floor)
 
     @property
     def giving_way(self) -> Pages:

@@ -166,7 +166,7 @@ class Spares:
         if cut <= share.lo or not self._config.unbounded(share.policy):
             return None
         part = self._placement.fork_part(spare.part, cut, share)
-        forks = self._runs.fork({spare.part.share: spare.run}, cut, True, 0, 0, share.policy)
+        forks = self._runs.fork({spare.part.share: spare.run}, cut, True, 0, share.policy)
         return self._keep(handle, Spare(of, part, forks[share], cut))
 
     # What they lack.
@@ -486,7 +486,7 @@ class ReadBacks:
             read.part = self._placement.fork_part(best.part, length, read.share)
             leaf, prefix = read.owner.runs.pop(read.share), isinstance(read.owner, Node)
             source = {best.share: best.owner.runs[best.share]}
-            read.owner.runs |= self._runs.fork(source, length, prefix, 0, leaf.users, read.share.policy)
+            read.owner.runs |= self._runs.fork(source, length, prefix, leaf.users, read.share.policy)
             self._runs.close({read.share: leaf})
             read.at = length
         self._placement.promote(read.handle, read.share, read.part, read.share)

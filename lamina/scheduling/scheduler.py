@@ -206,7 +206,7 @@ class Scheduler:
         for row, floor in zip(plan.rows, floors, strict=True):
             # Floors only rise: holders that do not store may have a higher one, and a holder that got a part by a move
             # does not know what was let go before.
-            row.sequence.floor = max(row.sequence.floor, floor)
+            self.running.raise_floor(row, floor)
             if not row.rebuild:
                 row.sequence.stored = row.start + row.count
             if row.sequence.copies and not row.rebuild:
@@ -260,7 +260,7 @@ class Scheduler:
         the holders that accepted. Cached prefixes are given up, since they may lack the same."""
         self.ledger.answered(plan, free)
         for row, floor in zip(plan.rows, floors, strict=True):
-            row.sequence.floor = max(row.sequence.floor, floor)
+            self.running.raise_floor(row, floor)
         self._undo(plan)
         self.running.prefix_cache.clear()
         for row, start in zip(plan.rows, starts, strict=True):
@@ -339,7 +339,7 @@ class Scheduler:
         """A holder may have accepted the plan, unknown to us: then its windows have moved up to the rows."""
         for row in plan.rows:
             if not row.rebuild and not self.config.unbounded(row.sequence.request.policy):
-                row.sequence.floor = row.start
+                self.running.raise_floor(row, row.start)
 
     def _land(self, plan: Plan) -> None:
         if plan not in self._in_flight:

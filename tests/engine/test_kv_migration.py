@@ -129,8 +129,8 @@ def test_pages_of_a_move_are_counted_once(decoder, expected):
     step, moved = rig.engine._tiering._migration.step, rig.scheduler.running.moved
     counts: list[tuple[int, int]] = []
 
-    def look(sequence, layout):
-        moved(sequence, layout)
+    def look(sequence, layout, starts):
+        moved(sequence, layout, starts)
         counts.extend(
             (rig.scheduler.ledger.free[at.at], pool_of(rig.workers[at.holder]).store.free_pages) for at in layout
         )
