@@ -4,6 +4,7 @@ before there was a bound.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -13,7 +14,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import uvloop
 from http_process import HttpProcess, answers, head, http_process
+
+from lamina.server.processes.http_main import _listeners
 
 COMPLETIONS = "/v1/completions"
 MOST = 64.0  # megabytes that an attack may cost
@@ -223,3 +227,33 @@ def test_the_soft_limit_of_open_files_is_raised() -> None:
             connection.settimeout(0.01)
             with connection, pytest.raises(socket.timeout):
                 connection.recv(1)  # still open
+
+
+def test_a_client_behind_many_connections_is_taken_soon() -> None:
+    """The event loop took one connection a turn: behind 60 clients that sent megabytes, another one waited 0.2 s."""
+    count, turns = 64, [0]
+    connected: list[asyncio.BaseTransport] = []
+
+    class Connected(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            connected.append(transport)
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        with contextlib.ExitStack() as opened:
+            first = opened.enter_context(socket.create_server(("127.0.0.1", 0), backlog=count))
+            listeners = _listeners(first)
+            servers = [await loop.create_server(Connected, sock=opened.enter_context(each)) for each in listeners]
+            for _ in range(count):
+                opened.enter_context(socket.create_connection(first.getsockname()))
+            while len(connected) < count:
+                turns[0] += 1
+                await asyncio.sleep(0)
+            for each in (*connected, *servers):
+                each.close()
+            await asyncio.sleep(0.01)
+
+    loop = uvloop.new_event_loop()
+    loop.run_until_complete(run())
+    loop.close()
+    assert turns[0] < count / 2

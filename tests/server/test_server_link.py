@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import queue
 import random
 import secrets
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgpack
@@ -27,6 +29,8 @@ from lamina.messages.request_codec import encode_request
 from lamina.models.resolve import resolve
 from lamina.sampling_params import SamplingParams
 from lamina.server.frontend import EngineUnavailable, Frontend, Served
+from lamina.server.processes import http_main
+from lamina.server.processes.child_protocol import Connected
 from lamina.server.processes.engine_link import EngineLink, EngineListener, SocketWire, frame, payload
 from lamina_protocols.channels.sockets import connect_unix
 from lamina_protocols.errors import ProtocolError
@@ -208,6 +212,16 @@ def test_a_link_is_made_as_soon_as_it_can_be_and_made_again(rig: Rig, tmp_path: 
         frontend.served  # noqa: B018  # it raises
     until(lambda: link._wire is None)
     listener.close()
+
+
+def test_what_a_loaded_model_made_is_never_collected() -> None:
+    """A full collection among the requests of a busy server stopped its event loop for 0.1 s."""
+    sent: list[object] = []
+    gc.collect()
+    before = gc.get_freeze_count()
+    http_main._connected(SimpleNamespace(send=sent.append), "m")  # type: ignore[arg-type]
+    assert sent == [Connected("m")]
+    assert gc.get_freeze_count() > before
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -7,6 +7,7 @@ engine, and which models it wants loaded or unloaded. It loads no torch.
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import os
 import platform
@@ -61,6 +62,7 @@ logger = logging.getLogger("lamina")
 
 KEEP_ALIVE = 75  # seconds for which an idle connection stays open, nginx's default
 _OTHER_FILES = 64  # that the process may have open beside connections
+_LISTENERS = 16  # connections that are taken in one turn of the event loop
 _M_MMAP_THRESHOLD = -3  # of malloc.h
 _LARGE_BLOCK = 1 << 18  # bytes from which malloc gives a freed block back to the system
 _NICE = 5  # the engine's threads compute in step, so a core taken from one stops all; work here is short
@@ -107,7 +109,7 @@ def main() -> int:
         model.name: EngineLink(
             model.frontend,
             bytes.fromhex(first.secret),
-            partial(supervisor.send, Connected(model.name)),
+            partial(_connected, supervisor, model.name),
             None if events is None else events.sink(model.name),
         )
         for model in models
@@ -115,13 +117,26 @@ def main() -> int:
     threading.Thread(
         target=_listen, args=(messages, links, models, machines, server), name="lamina-supervisor", daemon=True
     ).start()
-    server.run(sockets=[socket.socket(fileno=first.descriptor)])
+    server.run(sockets=_listeners(socket.socket(fileno=first.descriptor)))
     if tracer is not None:
         tracer.close()
     if events is not None:
         events.close()
     sys.stderr.flush()
     os._exit(0)  # threads that wait for the engine or the supervisor would keep the process
+
+
+def _listeners(listener: socket.socket) -> list[socket.socket]:
+    """A listening socket several times: uvloop takes one connection of each in a turn, however many wait. A client that
+    came behind 60 others waited for 60 turns, in which those sent and read megabytes: 0.2 s."""
+    return [listener, *(listener.dup() for _ in range(_LISTENERS - 1))]
+
+
+def _connected(supervisor: SupervisorPipe, model: str) -> None:
+    """A model's engine is there. What exists by now is never collected: a look at all of it stops every thread for
+    0.1 s, now and then."""
+    gc.freeze()
+    supervisor.send(Connected(model))
 
 
 def _decide(supervisor: SupervisorPipe, id: str, accept: bool) -> None:
