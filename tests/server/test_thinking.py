@@ -194,6 +194,16 @@ SHOWN = (
 PLAIN = "[system S\n\nD  ][user U  ][assistant A T toolu_1toolu_2][tool R  toolu_1][tool Q  toolu_2]"
 
 
+def test_variables_of_templates_are_not_kept(tmp_path: Path) -> None:
+    """The answers to whether the prompt opens the reasoning were kept by the variables themselves, 800 kB each."""
+    tokenizer = tokenizer_with(tmp_path, f"{CHATML}{{{{ lang }}}}{{# </think> #}}")
+    for number in range(80):
+        plan(tokenizer, template_kwargs={"lang": f"{number:04}" * 1024})
+    kept = ReplyFormat.of(tokenizer)._opened
+    assert 0 < len(kept) <= 64
+    assert sum(map(len, kept)) <= 64 * 64
+
+
 @pytest.mark.parametrize(
     ("more", "special", "expected"),
     [

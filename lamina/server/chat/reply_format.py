@@ -12,6 +12,7 @@ parser.calls  # more than 0: the finish reason "stop" becomes "tool_calls"
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -69,7 +70,7 @@ class ReplyFormat:
 
     tokenizer: Tokenizer
     family: Family
-    _opened: dict[str, bool] = field(default_factory=dict)
+    _opened: dict[bytes, bool] = field(default_factory=dict)  # by a hash: variables may have 800 kB
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> ReplyFormat:
@@ -132,7 +133,7 @@ class ReplyFormat:
 
     def _opens(self, tags: Tags, variables: Mapping[str, Any]) -> bool:
         """Whether the prompt ends with the opening of the reasoning."""
-        key = json.dumps(variables, sort_keys=True)
+        key = hashlib.sha256(json.dumps(variables, sort_keys=True).encode()).digest()
         opened = self._opened.get(key)
         if opened is None:
             try:
