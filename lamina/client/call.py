@@ -280,6 +280,9 @@ class AsyncOutputs:
         self._late = False
         self._timer = None if seconds is None else self._loop.call_later(max(0.0, seconds), self._expire)
 
+    def __len__(self) -> int:
+        return len(self._items)
+
     def put(self, item: Delivery) -> None:
         self._items.append(item)
         self._waker.wake_for(self)

@@ -229,7 +229,6 @@ class Generation:
         self._outputs = AsyncOutputs(timeout)
         self._failure: LaminaError | None = None  # to be raised after the events that came with it
         self._reading = reading
-        self._piled = False  # more events may wait
         self._waiting: list[TokenEvent] = []  # that are still to be handed on
         self._together = max(1, _TOGETHER // (1 + (requests[0].params.logprobs or 0)))
         self._submitted = time.monotonic()
@@ -272,7 +271,7 @@ class Generation:
             raise self._failure
         while not self._call.done:
             try:
-                if self._piled:
+                if len(self._outputs):
                     await asyncio.sleep(0)  # the event loop has others to serve
                 delivery: Delivery | None = await self._outputs.get()
             except (TimeoutError, asyncio.TimeoutError):
@@ -287,8 +286,7 @@ class Generation:
                         raise
                     self._failure = error
                     break
-                self._piled = len(events) >= self._together
-                delivery = None if self._piled else self._outputs.get_nowait()
+                delivery = None if len(events) >= self._together else self._outputs.get_nowait()
             if self._reading is None:
                 self._observe_tokens(events, time.monotonic())
             for request, completion in ended:
