@@ -568,6 +568,21 @@ def test_a_floor_is_told_where_a_window_let_pages_go():
     assert part.floor > 0
 
 
+def test_a_survey_is_answered_in_few_messages():
+    """A worker that told one part at a time was asked 262,144 times, each with its deadline, before an engine began."""
+    asked: list[Survey] = []
+
+    class Talkative(LocalAttention):
+        def receive(self, timeout: float | None = None) -> Any:
+            asked.append(super().receive(timeout))
+            return Surveyed(0, 1, 0, 0, (PartHeld(len(asked), 0, (0,), 0, 9, 9, 0),), more=len(asked) < 9)
+
+    port = Talkative(AttentionWorker(HolderConfig(LAYERS, 16, "float32", KV_MEMORY)))
+    with pytest.raises(HolderLost, match="a survey was asked for"):
+        survey(port)
+    assert len(asked) == 1
+
+
 def test_a_survey_that_fails_says_so():
     class Faulty(LocalAttention):
         def receive(self, timeout: float | None = None) -> Any:

@@ -23,6 +23,7 @@ from lamina_protocols.channels import control
 from lamina_protocols.channels.channels import ChannelClosed
 from lamina_protocols.channels.grpc_client import GrpcChannel, WorkerClient, WorkerRefused, WorkerUnreachable
 from lamina_protocols.channels.sockets import is_here
+from lamina_protocols.channels.versions import PREVIOUS, PROTOCOL_VERSION
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.frames import codec
 from lamina_protocols.messages.messages import Announced, Announcement, Fresh
@@ -56,6 +57,24 @@ def scripted(**changes) -> Iterator:
     worker = Scripted()
     with serving(worker, None) as address, connected(address, **{"local_channel": False, **changes}) as port:
         yield worker, port, worker.channels.get(timeout=5)
+
+
+@pytest.mark.fault("F22")
+def test_a_worker_that_refuses_every_version_is_greeted_twice():
+    """It was greeted for ever, a million times in five seconds where it answered fast."""
+    asked: list[int] = []
+
+    class Refusing(Scripted):
+        def hello(self, hello: control.Hello, remaining: float) -> control.Welcome:
+            asked.append(hello.protocol)
+            if len(asked) > 9:
+                raise ProtocolError("it is greeted again and again")
+            raise ProtocolError(f"protocol version: the engine has {PROTOCOL_VERSION}, this worker {PREVIOUS}; allowed")
+
+    refused = pytest.raises(WorkerRefused, match=f"this worker {PREVIOUS}")
+    with serving(Refusing(), None) as address, refused, connected(address):
+        pass
+    assert asked == [PROTOCOL_VERSION, PREVIOUS]
 
 
 @pytest.mark.fault("F06")

@@ -18,6 +18,7 @@ from lamina_protocols.channels.channels import Channel
 from lamina_protocols.channels.versions import FEATURES
 from lamina_protocols.errors import LaminaError, ProtocolError
 from lamina_protocols.messages.messages import (
+    MAX_PARTS,
     Advanced,
     Announced,
     Attended,
@@ -125,7 +126,7 @@ def _stands(reply: Surveyed, before: tuple[PartHeld, ...]) -> bool:
     return (
         all(one < other for one, other in pairwise(handles))
         and all(part.lo <= part.held <= part.hi for part in reply.parts)
-        and (bool(reply.parts) or not reply.more)
+        and (len(reply.parts) == MAX_PARTS or not reply.more)  # else it would be asked once for each part
         and len(before) + len(reply.parts) <= _MOST_PARTS
     )
 

@@ -339,7 +339,7 @@ def _greet(client: WorkerClient, hello: control.Hello, timeout: float, runtime: 
             if runtime.monotonic() + _BUSY_PAUSE > deadline:
                 raise
         except WorkerRefused as refusal:
-            if not refused_by_previous(str(refusal)):
+            if hello.protocol != PROTOCOL_VERSION or not refused_by_previous(str(refusal)):  # it is asked once more
                 raise
             hello = control.as_previous(hello)
             logger.info("the worker at %s has protocol version %d", client.address, hello.protocol)
