@@ -16,6 +16,7 @@ from lamina.launch.journal_setup import Identity
 from lamina.launch.kv_sizing import Sizes
 from lamina.launch.model_files import ModelFiles
 from lamina.system.progress import Progress
+from lamina.system.timers import later
 from lamina_protocols.channels.sockets import listen_tcp
 from lamina_protocols.errors import LaminaError
 from lamina_workers.errors import DeviceError, KernelsUnavailable, NotEnoughMemory, RanksError
@@ -72,13 +73,13 @@ class ModelWorkerPool:
     def begin(self, progress: Progress | None) -> None:
         """Start the processes. Returns at once."""
         self._progress = progress
-        self._processes.start(self._listener.address, self._listener.invite, self._ended)
+        self._processes.start(self._listener.address, self._invite, self._ended)
 
     def peers(self) -> list[Peer]:
         """All of them by rank, once they are ready. Raises the error that one of them reports, or EngineError if one
         ends instead, or does not connect."""
         peers: dict[int, Peer] = {}
-        limit = _CONNECTING_S if self._host is None else _DOWNLOADING_S
+        limit = self._connecting_s
         while len(peers) < len(self._begins):
             try:
                 started = self._started.get(timeout=limit)
@@ -92,6 +93,11 @@ class ModelWorkerPool:
             if self._progress is not None:
                 self._progress(WAITING, len(peers), len(self._begins))
         return [peers[rank] for rank in sorted(peers)]
+
+    @property
+    def _connecting_s(self) -> float:
+        """Seconds in which a process that was started connects."""
+        return _CONNECTING_S if self._host is None else _DOWNLOADING_S
 
     def group(self, device: torch.device, patience: float) -> RankGroup:
         """The group of all ranks, once they are ready. `patience` is how many seconds they wait for a holder."""
@@ -122,6 +128,17 @@ class ModelWorkerPool:
             self._group.leave()
         self._listener.close()
         self._processes.close()
+
+    def _invite(self, rank: int, name: str) -> bytes:
+        """Where `peers` does not wait for it any more, a process that does not connect is ended, for another one."""
+        if self._engine is not None:
+            later(self._connecting_s, lambda: self._look_for(name))
+        return self._listener.invite(rank, name)
+
+    def _look_for(self, name: str) -> None:
+        if name in self._listener.absent():
+            logger.warning("%s did not connect within %g s", name, self._connecting_s)
+            self._processes.lost(name)
 
     def _ready(self, peer: Peer) -> None:
         logger.info("model worker %d: %s, on %s", peer.rank, peer.name, peer.said.device)

@@ -63,3 +63,19 @@ def test_process_that_stops_before_it_connects_is_not_waited_for_for_ever(monkey
     with pytest.raises(EngineError, match=r"model-2 did not connect within 0\.05 s"):
         pool.peers()
     pool.close()
+
+
+@pytest.mark.fault("F04")
+def test_process_that_is_started_again_and_stops_before_it_connects_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waited for it: its rank stayed missing until somebody killed it."""
+    monkeypatch.setattr(model_pool, "_CONNECTING_S", 0.05)
+    ended: queue.SimpleQueue[str] = queue.SimpleQueue()
+    processes = SimpleNamespace(host=None, credentials=None, lost=ended.put, close=lambda: None)
+    pool = ModelWorkerPool(cast(Any, processes), [])
+    pool.watch(cast(Any, Engine()))
+    pool._invite(1, "model-1.1")
+    pool._listener.revoke("model-1.1")  # this one ends by itself
+    pool._invite(1, "model-1.2")
+    assert ended.get(timeout=30) == "model-1.2"
+    assert ended.empty()
+    pool.close()
