@@ -63,7 +63,7 @@ def reach(named: str | None, known: Sequence[KnownServer], over: Callable[[], bo
         )
     if len(servers) > 1 and not back:
         raise JoinFailed(f"there are several servers: {_listed(servers)}; choose one with --server HOST:PORT")
-    return _first_that_answers(back or servers)
+    return _first_that_answers(back or servers, over)
 
 
 def host_and_port(text: str) -> tuple[str, int]:
@@ -73,12 +73,14 @@ def host_and_port(text: str) -> tuple[str, int]:
     return split_address(text) if text.count(":") == 1 else (text, JOIN_PORT)
 
 
-def _first_that_answers(servers: Sequence[FoundServer]) -> MessageStream:
+def _first_that_answers(servers: Sequence[FoundServer], over: Callable[[], bool]) -> MessageStream:
     """A connection to the first address that answers with the certificate that was announced: any machine can announce
-    another one's id. Raises ChannelClosed."""
+    another one's id, at many addresses. Raises ChannelClosed, also once it is `over`."""
     why = "no server has an address"
     for server in servers:
         for host in server.hosts:
+            if over():
+                raise ChannelClosed(why)
             try:
                 stream = connect(host, server.port, 2.0)
             except ChannelClosed as error:

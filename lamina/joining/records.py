@@ -49,7 +49,7 @@ class ServerRecords:
             created = create_credentials(["lamina"]) if not content else None
             cert, key = (content.get("certificate", ""), content.get("key", "")) if created is None else ("", "")
             self.credentials = created or Credentials(cert=str(cert).encode(), key=str(key).encode())
-        except ProtocolError as error:
+        except (ProtocolError, UnicodeEncodeError) as error:  # the second: half of a surrogate pair
             self.close()
             raise InvalidRequest(
                 f"{self._file} is damaged: {error}; without the file all machines join anew"

@@ -112,6 +112,25 @@ def test_who_announces_the_id_of_a_known_server_needs_its_certificate(
         finding.reach(None, [known], lambda: False)
 
 
+def test_who_announces_many_addresses_of_a_known_server_keeps_no_machine_from_leaving(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """32 servers of 8 addresses that do not answer were tried one after another, whoever pressed Ctrl-C meanwhile."""
+    known = KnownServer(ID, "den", "1" * 16, "2" * 64, "gone", 1)
+    tried: list[str] = []
+
+    def connect(host: str, *_: object) -> Any:
+        tried.append(host)
+        raise ChannelClosed("no answer")
+
+    hosts = tuple(f"10.0.0.{number}" for number in range(8))
+    monkeypatch.setattr(finding, "connect", connect)
+    monkeypatch.setattr(finding, "find", lambda *_: [FoundServer("den", hosts, port, ID[:16]) for port in range(1, 33)])
+    with pytest.raises(ChannelClosed, match="no answer"):
+        finding.reach(None, [known], lambda: len(tried) >= 3)
+    assert len(tried) == 3
+
+
 def test_servers_are_named_with_and_without_a_port() -> None:
     named = ("den", "den:80", "10.0.0.1", "fe80::1", "[fe80::1]", "[fe80::1]:80")
     assert [finding.host_and_port(text) for text in named] == [

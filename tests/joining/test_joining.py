@@ -236,6 +236,7 @@ def test_folder_is_of_one_server_and_damage_is_named(tmp_path: Path) -> None:
         JoinServer("127.0.0.1", 0, tmp_path / "s", None)  # type: ignore[arg-type]  # it is not reached
     file = tmp_path / "s" / "server.json"
     assert file.stat().st_mode & 0o777 == 0o600
-    file.write_text('{"machines": [{"id": 5}]}')
-    with pytest.raises(InvalidRequest, match="damaged"):
-        JoinServer("127.0.0.1", 0, tmp_path / "s", None)  # type: ignore[arg-type]
+    for damage in ('{"machines": [{"id": 5}]}', '{"certificate": "\\ud800"}'):
+        file.write_text(damage)
+        with pytest.raises(InvalidRequest, match="damaged"):
+            JoinServer("127.0.0.1", 0, tmp_path / "s", None)  # type: ignore[arg-type]
