@@ -157,7 +157,9 @@ def _rope_scaling(file: GgufFile, keys: _Keys, config: Mapping[str, Any]) -> dic
     if kind == "yarn":
         scaling["original_max_position_embeddings"] = keys.integer("rope.scaling.original_context_length")
     elif kind != "linear":
-        raise UnsupportedModelError(f"{file.path} has RoPE scaling {kind!r}; supported are none, linear, yarn, llama3")
+        raise UnsupportedModelError(
+            f"{file.path} has RoPE scaling {kind!r:.80}; supported are none, linear, yarn, llama3"
+        )
     return scaling
 
 
@@ -167,13 +169,15 @@ def _llama3_scaling(file: GgufFile, config: Mapping[str, Any]) -> dict[str, Any]
     The divisors `[head_dim / 2]` reach the factor at low frequencies; the other parameters are the same in every
     model of the family, and are checked by computing the divisors from them.
     """
+    half = config["head_dim"] // 2
+    if (shape := file.tensors[_ROPE_FACTORS].shape) != (half,):  # before any is read: it may be as large as the file
+        raise UnsupportedModelError(f"{file.path}: {_ROPE_FACTORS!r} has shape {list(shape)}; supported is [{half}]")
     factors = np.concatenate(list(file.rows(_ROPE_FACTORS)), axis=None)
     low, high, context = 1.0, 4.0, 8192
     factor = float(factors.max())
-    half = config["head_dim"] // 2
     wavelength = 2 * math.pi * config["rope_theta"] ** (np.arange(half) / half)
     smooth = np.clip((context / wavelength - low) / (high - low), 0, 1)
-    if factors.shape != (half,) or not np.allclose(factors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3):
+    if not np.allclose(factors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3):
         raise UnsupportedModelError(f"{file.path} has RoPE factors in {_ROPE_FACTORS!r} that are not those of Llama 3")
     return {
         "rope_type": "llama3",
@@ -191,7 +195,9 @@ def _targets(file: GgufFile, config: Mapping[str, Any]) -> Iterator[_Target]:
     unknown = file.tensors.keys() - {target.source for target in targets} - {_ROPE_FACTORS}
     if unknown:
         kind = model.family.model_type
-        raise UnsupportedModelError(f"{file.path} has a tensor {min(unknown)!r}, which family {kind!r} does not know")
+        raise UnsupportedModelError(
+            f"{file.path} has a tensor {min(unknown)!r:.80}, which family {kind!r} does not know"
+        )
     for target in targets:
         if target.source not in file.tensors:
             raise ModelFileError(f"{file.path} has no tensor {target.source!r}")
@@ -231,7 +237,7 @@ class _Keys:
         self.family: str = self._read("general.architecture", str, None)
         if self.family not in _ARCHITECTURES:
             raise UnsupportedModelError(
-                f"{file.path} has the GGUF architecture {self.family!r}; supported are {', '.join(_ARCHITECTURES)}"
+                f"{file.path} has the GGUF architecture {self.family!r:.80}; supported are {', '.join(_ARCHITECTURES)}"
             )
         if self.integer("expert_count", default=0):
             raise UnsupportedModelError(f"{file.path} is a mixture of experts; as GGUF only dense models are supported")
@@ -286,7 +292,7 @@ def tokenizer_files(path: Path, metadata: Mapping[str, Any]) -> dict[str, dict[s
     except (UnsupportedModelError, ModelFileError):
         raise
     except Exception as error:  # tokenizers raises nothing narrower
-        raise ModelFileError(f"{path} has a malformed tokenizer: {error}") from error
+        raise ModelFileError(f"{path} has a malformed tokenizer: {error!s:.200}") from error
     special = {name: vocabulary.token(vocabulary.special(key)) for name, key in _SPECIAL_KEYS.items()}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -380,7 +386,7 @@ def _build(vocabulary: _Vocabulary) -> Tokenizer:
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     if vocabulary.model not in builders:
         raise UnsupportedModelError(
-            f"{vocabulary.path} has the vocabulary type {vocabulary.model!r}; supported are {', '.join(builders)}"
+            f"{vocabulary.path} has the vocabulary type {vocabulary.model!r:.80}; supported are {', '.join(builders)}"
         )
     tokenizer = builders[vocabulary.model](vocabulary)
     tokenizer.add_tokens(  # all in one call, since each one builds the search for all of them anew
@@ -420,7 +426,7 @@ def _byte_level(vocabulary: _Vocabulary) -> Tokenizer:
             normalizer = normalizers.NFC()
         case other:
             raise UnsupportedModelError(
-                f"{vocabulary.path} has the pre-tokenizer {other!r}; supported are smollm, llama-bpe and qwen2"
+                f"{vocabulary.path} has the pre-tokenizer {other!r:.80}; supported are smollm, llama-bpe and qwen2"
             )
     # Llama 3 has words that its merges do not reach; it looks whole words up first.
     whole_words = vocabulary.pre in ("llama3", "llama-v3", "llama-bpe")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,15 @@ def test_an_unknown_architecture_lists_what_is_supported(tmp_path: Path) -> None
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + key)
     with pytest.raises(UnsupportedModelError, match=r"'mamba'.*llama, mistral, qwen2, qwen3, gemma3"):
         converted(path)
+
+
+def test_rope_factors_are_not_read_before_their_shape_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be as large as the file, which can have a hole of a terabyte, and were all read into memory."""
+    model = tiny("llama3")
+    path = write_gguf(tmp_path / "x.gguf", model.config, model.state_dict())
+    file = GgufFile(path)
+    factors = file.tensors["rope_freqs.weight"]
+    file.tensors["rope_freqs.weight"] = replace(factors, shape=(1 << 30, 4))
+    monkeypatch.setattr(GgufFile, "rows", None)
+    with pytest.raises(UnsupportedModelError, match=r"'rope_freqs.weight' has shape \[1073741824, 4\]; supported"):
+        convert(file, tmp_path / "out", str(path))
