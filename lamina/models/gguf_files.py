@@ -81,7 +81,7 @@ class GgufFile:
                 values = dequantize(np.ascontiguousarray(block), tensor.kind)
             except NotImplementedError as error:
                 raise UnsupportedModelError(
-                    f"{self.path}: tensor {name!r} is quantised as {tensor.kind.name}, which cannot be read"
+                    f"{self.path}: tensor {name!r:.80} is quantised as {tensor.kind.name}, which cannot be read"
                 ) from error
             yield values.astype(np.float32, copy=False).reshape(len(block), width)
 
@@ -152,17 +152,17 @@ def _read_header(reader: _Reader) -> tuple[dict[str, Any], dict[str, GgufTensor]
     for _ in range(key_count):  # a wrong count fails at the end of the file
         key = reader.string()
         if key in metadata:
-            raise reader.malformed(f"the key {key!r} appears twice")
+            raise reader.malformed(f"the key {key!r:.80} appears twice")
         metadata[key] = reader.value(reader.scalar("I"))
     tensors: dict[str, GgufTensor] = {}
     for _ in range(tensor_count):
         name = reader.string()
         if name in tensors:
-            raise reader.malformed(f"the tensor {name!r} appears twice")
+            raise reader.malformed(f"the tensor {name!r:.80} appears twice")
         tensors[name] = _read_tensor(reader, name)
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or not 8 <= alignment <= 1 << 20 or alignment & (alignment - 1):
-        raise reader.malformed(f"general.alignment is {alignment!r}; allowed are powers of two from 8")
+        raise reader.malformed(f"general.alignment is {alignment!r:.80}; allowed are powers of two from 8")
     reader.position += -reader.position % alignment
     return metadata, {
         name: GgufTensor(t.shape, t.kind, reader.position + t.offset, t.nbytes) for name, t in tensors.items()
@@ -171,17 +171,17 @@ def _read_header(reader: _Reader) -> tuple[dict[str, Any], dict[str, GgufTensor]
 
 def _read_tensor(reader: _Reader, name: str) -> GgufTensor:
     if not 1 <= (dimensions := reader.scalar("I")) <= _MAX_DIMENSIONS:
-        raise reader.malformed(f"tensor {name!r} has {dimensions} dimensions; allowed are 1 to {_MAX_DIMENSIONS}")
+        raise reader.malformed(f"tensor {name!r:.80} has {dimensions} dimensions; allowed are 1 to {_MAX_DIMENSIONS}")
     shape = tuple(reader.scalar("Q") for _ in range(dimensions))[::-1]
     code, offset = reader.scalar("I"), reader.scalar("Q")
     try:
         kind = GGMLQuantizationType(code)
     except ValueError as error:
-        raise UnsupportedModelError(f"{reader.path}: tensor {name!r} has the unknown type {code}") from error
+        raise UnsupportedModelError(f"{reader.path}: tensor {name!r:.80} has the unknown type {code}") from error
     block, block_bytes = GGML_QUANT_SIZES[kind]
     if 0 in shape or shape[-1] % block:
         raise reader.malformed(
-            f"tensor {name!r} of {kind.name} has shape {list(shape)}; rows must be multiples of {block}"
+            f"tensor {name!r:.80} of {kind.name} has shape {list(shape)}; rows must be multiples of {block}"
         )
     return GgufTensor(shape, kind, offset, math.prod(shape) // block * block_bytes)
 
@@ -189,7 +189,7 @@ def _read_tensor(reader: _Reader, name: str) -> GgufTensor:
 def _check_offsets(path: Path, tensors: dict[str, GgufTensor], start: int, size: int) -> None:
     end = start
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
-        place = f"{path}: tensor {name!r} has {tensor.nbytes} bytes at byte {tensor.offset}"
+        place = f"{path}: tensor {name!r:.80} has {tensor.nbytes} bytes at byte {tensor.offset}"
         if tensor.offset < end:
             raise ModelFileError(f"{place}, which overlaps the tensor before it, up to byte {end}")
         if (end := tensor.offset + tensor.nbytes) > size:

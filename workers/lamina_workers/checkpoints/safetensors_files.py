@@ -60,7 +60,9 @@ def _named(folder: Path) -> dict[str, TensorInfo]:
     tensors = {}
     for tensor, shard in weight_map.items():
         if tensor not in shards[shard]:
-            raise ModelFileError(f"{folder / INDEX_FILE} places tensor {tensor!r} in {shard}, which does not have it")
+            raise ModelFileError(
+                f"{folder / INDEX_FILE} places tensor {tensor!r:.80} in {shard}, which does not have it"
+            )
         tensors[tensor] = shards[shard][tensor]
     return tensors
 
@@ -87,12 +89,12 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 
 def _tensor_info(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
-    where = f"{file}: tensor {name!r}"
+    where = f"{file}: tensor {name!r:.80}"
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ModelFileError(f"{where} must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
-        raise ModelFileError(f"{where} has dtype {dtype!r}; supported are {', '.join(ITEM_SIZES)}")
+        raise ModelFileError(f"{where} has dtype {dtype!r:.80}; supported are {', '.join(ITEM_SIZES)}")
     if not _are_sizes(shape) or len(shape) > _MAX_DIMENSIONS:
         raise ModelFileError(
             f"{where} has shape {shape!r:.80}; allowed are at most {_MAX_DIMENSIONS} sizes from 0 to 2^62"
@@ -113,7 +115,7 @@ def _check_cover(file: Path, tensors: dict[str, TensorInfo], start: int, size: i
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if info.offset != position:
             problem = "overlaps the tensor before it" if info.offset < position else "leaves a hole before it"
-            raise ModelFileError(f"{file}: tensor {name!r} at byte {info.offset} {problem}; expected {position}")
+            raise ModelFileError(f"{file}: tensor {name!r:.80} at byte {info.offset} {problem}; expected {position}")
         position += info.nbytes
     if position != size:
         problem = "truncated" if position > size else "longer than its tensors"
@@ -136,7 +138,7 @@ def _read_index(file: Path) -> dict[str, str]:
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str) or not shard.endswith(".safetensors") or Path(shard).name != shard:
             raise ModelFileError(
-                f"{file} places tensor {tensor!r} in {shard!r}; "
+                f"{file} places tensor {tensor!r:.80} in {shard!r:.80}; "
                 "allowed is the plain name of a .safetensors file beside it"
             )
     return weight_map
@@ -156,7 +158,7 @@ def _unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
-            raise ValueError(f"the key {key!r} appears twice")
+            raise ValueError(f"the key {key!r:.80} appears twice")
         result[key] = value
     return result
 

@@ -287,9 +287,9 @@ def _family(raw: Mapping[str, Any]) -> tuple[str, Family]:
     if isinstance(named, list) and named and isinstance(named[0], str):
         if (family := FAMILIES.get(named[0])) is not None:
             return named[0], family
-        request = f"architecture {named[0]!r}"
+        request = f"architecture {named[0]!r:.80}"
     else:
-        request = f"model_type {raw.get('model_type')!r}"
+        request = f"model_type {raw.get('model_type')!r:.80}"
         for architecture, family in FAMILIES.items():
             if family.model_type == raw.get("model_type"):
                 return architecture, family
