@@ -17,7 +17,7 @@ from lamina_protocols.channels.channels import ChannelClosed
 from lamina_protocols.channels.grpc_client import WorkerBusy, WorkerRefused
 from lamina_protocols.channels.waiting import Waiter
 from lamina_protocols.frames import codec
-from lamina_protocols.messages.layers import HolderConfig
+from lamina_protocols.messages.layers import HolderConfig, LayerSpec
 from lamina_protocols.messages.messages import (
     MAX_PARTS,
     Announced,
@@ -581,6 +581,15 @@ def test_a_survey_is_answered_in_few_messages():
     with pytest.raises(HolderLost, match="a survey was asked for"):
         survey(port)
     assert len(asked) == 1
+
+
+def test_a_survey_of_parts_of_many_heads_is_told_in_as_many_answers_as_its_frames_need():
+    wide = LayerSpec(kv_layer=0, heads=1000, kv_heads=1000, d_k=16, d_v=16, scale=1.0)
+    port = LocalAttention(AttentionWorker(HolderConfig((wide,), 16, "float32", 1 << 22)))
+    opens = tuple(Open(handle, 0, tuple(range(1000)), 0, 16) for handle in range(1, 121))
+    port.send(Announcement(1, 1, 0, opens, ()))
+    assert isinstance(port.receive(), Announced)
+    assert [part.handle for part in survey(port).parts] == list(range(1, 121))
 
 
 def test_a_survey_that_fails_says_so():

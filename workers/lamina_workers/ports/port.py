@@ -18,7 +18,6 @@ from lamina_protocols.channels.channels import Channel
 from lamina_protocols.channels.versions import FEATURES
 from lamina_protocols.errors import LaminaError, ProtocolError
 from lamina_protocols.messages.messages import (
-    MAX_PARTS,
     Advanced,
     Announced,
     Attended,
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
 
 _MOST_FAULTS = 6  # of a holder in a row; a request that is to blame for faults has ended before
 _MOST_PARTS = 1 << 18  # of an answered survey
+_LEAST_PARTS = 32  # of an answer that is not the last: so many fit where each has 1,500 heads
 _FAILURES = 64  # batches with a failure that is not reported yet
 
 R = TypeVar("R", Advanced, Announced, Attended, Fetched, FetchedPages, FetchedSample, Surveyed)
@@ -126,7 +126,7 @@ def _stands(reply: Surveyed, before: tuple[PartHeld, ...]) -> bool:
     return (
         all(one < other for one, other in pairwise(handles))
         and all(part.lo <= part.held <= part.hi for part in reply.parts)
-        and (len(reply.parts) == MAX_PARTS or not reply.more)  # else it would be asked once for each part
+        and (len(reply.parts) >= _LEAST_PARTS or not reply.more)
         and len(before) + len(reply.parts) <= _MOST_PARTS
     )
 
