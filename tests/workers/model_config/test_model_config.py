@@ -174,3 +174,10 @@ def test_from_folder(tmp_path: Path) -> None:
             ModelConfig.from_folder(tmp_path)
     file.write_text(json.dumps(LLAMA))
     assert ModelConfig.from_folder(tmp_path) == ModelConfig.from_dict(LLAMA)
+
+
+@pytest.mark.parametrize("named", [{"architectures": ["x" * 100_000]}, {"model_type": "x" * 100_000}])
+def test_long_names_make_no_long_errors(named: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedModelError) as refused:
+        ModelConfig.from_dict(named)
+    assert len(str(refused.value)) < 5000
