@@ -62,6 +62,7 @@ _MESSAGES: dict[int, type] = {  # the tag is part of the protocol: never reuse o
     18: Sample,
     19: FetchSample,
     20: FetchedSample,
+    21: m.BlockTables,
 }
 
 

@@ -25,6 +25,7 @@ _WIRE = {  # names in a header: short, because each layer's message has a header
     "f16": torch.float16,
     "i8": torch.int8,
     "u8": torch.uint8,  # whole pages, as raw bytes
+    "i32": torch.int32,  # block tables
 }
 _MOST_ELEMENTS = 1 << 40
 _NAMES = {dtype: name for name, dtype in _WIRE.items()}

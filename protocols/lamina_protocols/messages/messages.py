@@ -198,6 +198,28 @@ class Announcement:
     rows: tuple[Row, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class BlockTables:
+    """One step of an engine that owns its blocks (see `HolderConfig`), for the layers of the block table number
+    `table`, announced to one holder. The answer is an `Announced`; then each of these layers has one `Exchange`, of all
+    rows.
+
+    Row r has the queries [query_start_loc[r], query_start_loc[r + 1]) of the step, which are the last ones of a
+    sequence of seq_lens[r] tokens; the blocks of the sequence are block_table[r]. A token's K and V are stored before
+    the layer is attended, in the block and at the place of its position; so blocks of earlier tokens must have theirs.
+
+    query_start_loc: int32 `[rows + 1]`, from 0 on, each larger than the last; seq_lens: int32 `[rows]`; block_table:
+    int32 `[rows, width]`, of which a row needs its first ceil(seq_lens / page_size) numbers.
+    """
+
+    epoch: int
+    batch: int
+    table: int
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+
+
 def _check_seconds(value: float) -> None:
     if value < 0:
         raise ProtocolError(f"{value:g} seconds, allowed: 0 or more")
@@ -454,7 +476,7 @@ class Fault:
 
 Request = (
     Announcement | Query | Fresh | Exchange | Sample | Fetch | FetchPages | FetchSample | FreshPages | Survey
-    | Advance | Constants
+    | Advance | Constants | BlockTables
 )  # fmt: skip
 Reply = Announced | Attended | Fetched | FetchedPages | FetchedSample | Surveyed | Advanced | Fault
 Message = Request | Reply

@@ -26,14 +26,22 @@ class Pool(NamedTuple):
 @lru_cache(maxsize=256)
 def pools(config: HolderConfig) -> tuple[Pool, ...]:
     """The pools of a holder, in the order in which their shapes come first. Where there are several, each gets the part
-    of the memory that it would take for sequences of `sequence_tokens` tokens.
+    of the memory that it would take for sequences of `sequence_tokens` tokens. Where an engine owns its blocks, layers
+    of different block tables are in different pools.
 
     Raises ProtocolError for a layer that reads the KV of a layer of another shape, or of none."""
     members: dict[Hashable, list[int]] = {}
     for number, spec in enumerate(config.layers):
-        members.setdefault(pool_shape(spec), []).append(number)
+        shape = pool_shape(spec)
+        members.setdefault((shape, config.tables[number]) if config.tables else shape, []).append(number)
     numbers = list(members.values())
     layers = [_renumbered(config, of_pool) for of_pool in numbers]
+    if config.tables:
+        of_pools = [tuple(config.tables[number] for number in of_pool) for of_pool in numbers]
+        return tuple(
+            Pool(tuple(of_pool), dataclasses.replace(config, layers=specs, tables=tables))
+            for of_pool, specs, tables in zip(numbers, layers, of_pools, strict=True)
+        )
     if len(numbers) == 1:
         return (Pool(tuple(numbers[0]), dataclasses.replace(config, layers=layers[0])),)
     sums = list(accumulate((_sequence_bytes(config, specs) for specs in layers), initial=0))
@@ -55,7 +63,9 @@ def _renumbered(config: HolderConfig, members: list[int]) -> tuple[LayerSpec, ..
     for number in members:
         source = config.layers[number].kv_layer
         if source not in within:
-            raise ProtocolError(f"layer {number} reads the KV of layer {source}; allowed: a layer of the same shape")
+            raise ProtocolError(
+                f"layer {number} reads the KV of layer {source}; allowed: a layer of the same shape and block table"
+            )
     return tuple(
         dataclasses.replace(config.layers[number], kv_layer=within[config.layers[number].kv_layer])
         for number in members

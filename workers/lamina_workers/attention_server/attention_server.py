@@ -52,6 +52,7 @@ from lamina_protocols.channels.sockets import (
 )
 from lamina_protocols.channels.versions import shared
 from lamina_protocols.errors import LaminaError, ProtocolError
+from lamina_protocols.frames.fields import shown
 from lamina_protocols.frames.frames import MAX_FRAME, Arriving
 from lamina_protocols.frames.tensors import DTYPES
 from lamina_protocols.messages.layers import LATENT, STATES, ColdTier, LayerSpec
@@ -63,6 +64,7 @@ from lamina_workers.devices.available import find
 
 _MAX_LAYERS, _MAX_HEADS, _MAX_WIDTH = 1 << 12, 1 << 10, 1 << 14  # a worker takes time and memory for each of them
 _MAX_POOLS = 64  # shapes of layers: each has an arena and tables of its own
+_MAX_BLOCKS = 1 << 24
 _MAX_CONV = 64  # wide
 _MAX_CHOSEN = 1 << 16  # blocks of an index, and keys of a block
 
@@ -76,6 +78,24 @@ def check_layers(layers: Sequence[LayerSpec]) -> None:
     shapes = len({pool_shape(spec) for spec in layers})
     if shapes > _MAX_POOLS:
         raise ProtocolError(f"layers of {shapes} shapes, allowed: up to {_MAX_POOLS}, each with a pool of pages")
+
+
+def check_blocks(hello: control.Hello) -> None:
+    """Raise ProtocolError unless the numbers of an engine that owns its blocks fit its layers, and each other."""
+    if not hello.blocks:
+        if hello.tables:
+            raise ProtocolError(f"block tables of {len(hello.tables)} layers, and no blocks; allowed: both, or neither")
+        return
+    if hello.blocks > _MAX_BLOCKS:
+        raise ProtocolError(f"{hello.blocks} blocks, allowed: up to {_MAX_BLOCKS}")
+    if len(hello.tables) != len(hello.layers) or set(hello.tables) != set(range(len(set(hello.tables)))):
+        raise ProtocolError(
+            f"block tables {shown(hello.tables)} of {len(hello.layers)} layers; allowed: one number a layer, from 0 on"
+        )
+    if len(set(hello.tables)) > _MAX_POOLS:
+        raise ProtocolError(f"{len(set(hello.tables))} block tables, allowed: up to {_MAX_POOLS}")
+    if any(spec.kind in STATES for spec in hello.layers):
+        raise ProtocolError("layers with a state, which blocks do not keep; allowed: layers of attention")
 
 
 def _check_layer(spec: LayerSpec) -> None:
@@ -378,6 +398,7 @@ class AttentionServer:
         if not 16 <= len(hello.session) <= 64:
             raise ProtocolError(f"a session id of {len(hello.session)} characters, allowed: 16 to 64")
         check_layers(hello.layers)
+        check_blocks(hello)
 
     # The server's own threads.
 

@@ -32,6 +32,7 @@ from lamina_protocols.messages.layers import ATTENTION, ColdTier, HolderConfig, 
 from lamina_protocols.messages.messages import (
     Announced,
     Announcement,
+    BlockTables,
     Exchange,
     Fault,
     Fresh,
@@ -58,7 +59,7 @@ _MEMORY = 64 << 20  # bytes of KV of the worker that is used for it, at most
 def warm_up(config: HolderConfig, compute_dtype: str, threads: int, device: torch.device) -> None:
     """Have a worker of a few pages attend two tokens in all pools of plain attention, once for each kind of worker.
     Raises as `AttentionWorker` does."""
-    config = replace(config, kv_memory=min(config.kv_memory, _MEMORY), cold=None)
+    config = replace(config, kv_memory=min(config.kv_memory, _MEMORY), cold=None, blocks=0, tables=())
     pool_configs = pools(config)
     plain = [
         n for n, pool in enumerate(pool_configs) if all(s.kind == ATTENTION and not s.index for s in pool.config.layers)
@@ -118,7 +119,15 @@ class EngineSeat:
         self.share = hello.share
         self.linger = hello.linger
         self.config = HolderConfig(
-            hello.layers, hello.page_size, hello.kv_dtype, kv_memory, hello.sequence_tokens, hello.sketches, cold
+            hello.layers,
+            hello.page_size,
+            hello.kv_dtype,
+            kv_memory,
+            hello.sequence_tokens,
+            hello.sketches,
+            cold,
+            hello.blocks,
+            hello.tables,
         )
         self.built: Future[None] = Future()
         self.sessions: dict[str, Session] = {}  # the live ones
@@ -157,6 +166,8 @@ class EngineSeat:
         control.check(f"tokens of a sequence {place}", hello.sequence_tokens, self.config.sequence_tokens)
         control.check(f"sketches {place}", hello.sketches, self.config.sketches)
         control.check(f"share {place}", hello.share, self.share)
+        control.check(f"number of blocks {place}", hello.blocks, self.config.blocks)
+        control.check(f"block tables of the layers {place}", hello.tables, self.config.tables)
         control.check(f"number of layers {place}", len(hello.layers), len(self.config.layers))
         for number, (theirs, ours) in enumerate(zip(hello.layers, self.config.layers, strict=True)):
             for name in _LAYER_FIELDS:
@@ -187,6 +198,8 @@ class EngineSeat:
         if answer is not None:
             reply(codec.encode(answer))
         port.settle()
+        if isinstance(request, BlockTables) and isinstance(answer, Fault):
+            raise ProtocolError(answer.reason)  # its engine counts otherwise than this worker
         # An announcement that was refused says nothing of the batch of that number which may be in flight.
         accepted = isinstance(answer, Announced) and answer.accepted
         failed = isinstance(answer, Fault) or port.failing(request.batch)
@@ -197,7 +210,7 @@ class EngineSeat:
     def _check_order(self, request: Request, session: int) -> None:
         """An engine that comes back asks what is kept, and counts on it from then on. What it announced over a session
         before, which it has given up, may still be on its way."""
-        if not isinstance(request, Announcement | Survey):
+        if not isinstance(request, Announcement | BlockTables | Survey):
             return
         if session < self._surveyed:
             raise ProtocolError(

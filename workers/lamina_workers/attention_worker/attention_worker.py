@@ -23,6 +23,7 @@ from lamina_protocols.messages.messages import (
     Advance,
     Announced,
     Announcement,
+    BlockTables,
     Bound,
     Close,
     Constants,
@@ -184,6 +185,10 @@ class AttentionWorker:
                 return self.pools[pool_of(self.pools, request.handle)].fetch_pages(request)
             case Survey():
                 return self._survey(request)
+            case BlockTables():
+                raise ProtocolError(
+                    "block tables, from an engine that has said nothing of blocks; allowed: Announcement"
+                )
 
     def layer_work(self, number: int, pool: int) -> LayerWork | None:
         """The work of a batch in flight in the layers of a pool, for compiled callers, which `worked` counts; None

@@ -16,6 +16,7 @@ import torch
 from lamina_protocols.messages.layers import HolderConfig
 from lamina_protocols.messages.messages import Attended, Exchange, Fresh, Query, Reply, Request
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
+from lamina_workers.attention_worker.block_worker import BlockWorker
 from lamina_workers.attention_worker.page_layout import CPU
 from lamina_workers.devices.staging import Cuda, Runtime, Staged
 
@@ -24,7 +25,9 @@ Tensors = dict[str, Any]  # of a message, by field: what `dataclasses.replace` t
 
 def attention_worker(config: HolderConfig, threads: int = 1, device: torch.device = CPU) -> AttentionWorker:
     """The attention worker of a device. Raises as its class does."""
-    return AttentionWorker(config, threads) if device.type == "cpu" else DeviceWorker(config, threads, Cuda(device))
+    if device.type == "cpu":
+        return BlockWorker(config, threads) if config.blocks else AttentionWorker(config, threads)
+    return (DeviceBlockWorker if config.blocks else DeviceWorker)(config, threads, Cuda(device))
 
 
 class DeviceWorker(AttentionWorker):
@@ -91,6 +94,10 @@ class DeviceWorker(AttentionWorker):
                 yield
         finally:
             self._runtime.follow(caller, self._stream)
+
+
+class DeviceBlockWorker(DeviceWorker, BlockWorker):
+    """The same of a worker whose blocks are the engine's."""
 
 
 def _tensors(request: Query | Fresh | Exchange) -> Tensors:

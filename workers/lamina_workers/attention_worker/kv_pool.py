@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from lamina_kernels.exchange.layer_work import LayerWork, layer_work
-from lamina_kernels.paged.pages import Pages, copy, gather, gather_heads, store_whole, whole
+from lamina_kernels.paged.pages import PageLayout, Pages, copy, gather, gather_heads, store_whole, whole
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.frames.bounds import MAX_PAYLOAD
 from lamina_protocols.messages.layers import HolderConfig
@@ -147,14 +147,14 @@ class KVPool(LayerPool[KVBatch]):
         self._device = device
         self._counters = counters
         self._kernels = attention_kernels(device)
-        policies = HeadPolicies.of(config)
-        self.n_pages = page_count(config, device)
+        policies = self._policies()
+        self.n_pages = self._page_count()
         layout = page_layout(config, device)
         for _ in self._kernels.prepare(layout):
             pass
         with room_for("KV pages", self.n_pages * layout.page_bytes, device):
-            self.store: KVStore = KVStore(config, policies, self.n_pages)
-            self.pages = Pages.allocate(layout, self.n_pages, device)
+            self.store: KVStore = self._new_store(policies)
+            self.pages = self._arena(layout)
         self.layout = layout_name(layout)
         self.reader = PagedReader(config, policies, self._kernels, self.pages, self.store, threads)
         self._cold: ColdPages | None = None
@@ -170,6 +170,20 @@ class KVPool(LayerPool[KVBatch]):
         self._updated: tuple[Sequence[Operation], Reservation]
         self._unsettled: tuple[KVBatch, int, Exchange] | None = None
         self._works: dict[tuple[Any, ...], LayerWork] = {}  # the last ones, by what they were made of
+
+    # What it is made of.
+
+    def _policies(self) -> HeadPolicies:
+        return HeadPolicies.of(self.config)
+
+    def _page_count(self) -> int:
+        return page_count(self.config, self._device)
+
+    def _new_store(self, policies: HeadPolicies) -> KVStore:
+        return KVStore(self.config, policies, self.n_pages)
+
+    def _arena(self, layout: PageLayout) -> Pages:
+        return Pages.allocate(layout, self.n_pages, self._device)
 
     # Parts.
 

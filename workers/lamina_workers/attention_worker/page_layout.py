@@ -6,6 +6,7 @@ attention workers come to the same layout.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import replace
 
 import torch
@@ -15,7 +16,7 @@ from lamina_kernels.select import Kernels, kernels
 from lamina_kernels.sketches.layout import SketchLayout
 from lamina_kernels.states.layout import StateLayout
 from lamina_protocols.messages.layers import ATTENTION, LATENT, STATES, HolderConfig
-from lamina_protocols.messages.pools import pools
+from lamina_protocols.messages.pools import pool_shape, pools
 from lamina_workers.errors import KernelsUnavailable, KVError, PolicyError, UnsupportedModelError
 from lamina_workers.kv_pages.head_policies import HeadPolicies
 
@@ -135,6 +136,23 @@ def page_count(config: HolderConfig, device: torch.device = CPU) -> int:
     if config.kv_memory < least:
         raise KVError(f"kv_memory is {config.kv_memory} bytes; the least is {least}, one page for each layer with KV")
     return config.kv_memory // cost
+
+
+def block_bytes(config: HolderConfig, device: torch.device = CPU) -> int:
+    """Bytes of memory that one block of an engine which owns its blocks takes: a page for each KV head of the layers of
+    a block table, of which layers of other tables share the pages. Raises as `page_cost`."""
+    costs = {pool_shape(pool.config.layers[0]): page_cost(pool.config, device) for pool in pools(config)}
+    return sum(costs[shape] * page_count for shape, page_count in pages_of_block(config).items())
+
+
+def pages_of_block(config: HolderConfig) -> dict[Hashable, int]:
+    """How many pages a block has of each shape of layers."""
+    counts: dict[Hashable, int] = {}
+    for pool in pools(config):
+        spec, layers = pool.config.layers[0], 1 + max(layer.kv_layer for layer in pool.config.layers)
+        shape = pool_shape(spec)
+        counts[shape] = max(counts.get(shape, 0), layers * spec.kv_heads)
+    return counts
 
 
 def page_counts(config: HolderConfig, device: torch.device = CPU) -> tuple[int, ...]:

@@ -302,6 +302,8 @@ def connect(
         holder.sequence_tokens,
         holder.sketches,
         tuple(sorted(FEATURES)),
+        holder.blocks,
+        holder.tables,
     )
     client = edges.client(address, channel.shown)
     try:
@@ -339,7 +341,8 @@ def _greet(client: WorkerClient, hello: control.Hello, timeout: float, runtime: 
             if runtime.monotonic() + _BUSY_PAUSE > deadline:
                 raise
         except WorkerRefused as refusal:
-            if hello.protocol != PROTOCOL_VERSION or not refused_by_previous(str(refusal)):  # it is asked once more
+            previous = hello.protocol == PROTOCOL_VERSION and not hello.blocks  # which knows no blocks
+            if not previous or not refused_by_previous(str(refusal)):  # it is asked once more
                 raise
             hello = control.as_previous(hello)
             logger.info("the worker at %s has protocol version %d", client.address, hello.protocol)

@@ -1,0 +1,21 @@
+"""Lamina's attention workers behind other engines, which keep the model, the scheduler and the numbers of blocks.
+
+    attention-worker --listen 127.0.0.1:7311 --kv-memory 8000000000        # on each machine with memory
+    pip install -e . --no-deps && pip install numba grpcio msgpack         # in vLLM's environment
+    LAMINA_ATTENTION_WORKERS=127.0.0.1:7311 vllm serve MODEL
+
+vLLM then keeps no KV: a page costs it 8 bytes a token and layer, and its scheduler has as many blocks as the workers
+have memory for. KV heads are dealt among the workers. Prefix caching, chunked prefill and preemption are vLLM's own.
+`LAMINA_BEHIND_TLS_DIR` and `LAMINA_BEHIND_TOKEN_FILE` have what workers ask for, `LAMINA_BEHIND_POLICY` a policy for
+all heads that chooses what is read.
+
+It was run on vLLM's CPU build alone, with one process of vLLM. Refused by name: sliding windows, ALiBi, layers that
+share KV, encoders, a quantised KV cache. A worker that is lost ends vLLM's engine.
+
+`block_tier.py` has the client (`BlockTier`): a step is announced by its block tables (`BlockTables` in
+`lamina_protocols.messages.messages`), then each layer's q, k and v go to the workers, and the attention output comes
+back. `vllm_plugin.py` is what vLLM loads; without `LAMINA_ATTENTION_WORKERS` it does nothing, and imports nothing.
+"""
+
+SWITCH = "LAMINA_ATTENTION_WORKERS"
+"""The environment variable that has the attention workers of an engine beside Lamina's own: "host:port,..."."""

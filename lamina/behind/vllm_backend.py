@@ -1,0 +1,328 @@
+"""vLLM with its KV on Lamina's attention workers: an attention backend that sends each layer's q, k and v there.
+
+Blocks, prefix caching, chunked prefill and preemption are vLLM's: its block numbers are the workers'. Its own pages
+shrink to a few bytes, so that its scheduler has as many blocks as the workers have memory for.
+
+`LAMINA_ATTENTION_WORKERS` has the workers, "host:port,...". `LAMINA_BEHIND_TLS_DIR` and `LAMINA_BEHIND_TOKEN_FILE` have
+what they ask for, `LAMINA_BEHIND_POLICY` a policy for all heads.
+
+vLLM calls `LaminaImpl.forward` in each layer; where no batch is given it warms up, and nothing is computed.
+The client is imported when vLLM sizes its KV, not before: it loads numba, and vLLM looks, when a worker of its own
+starts, into all modules there are for kernels, which llvmlite's do not stand.
+
+Where a worker is lost, all blocks count as empty: the rest of the step computes nothing of use, the worker is waited
+for before the next one, and the scheduler (`_Forgetting`) drops what the step said, forgets every block and computes
+all running sequences again. So their texts go on as if nothing had happened.
+
+`customize_spec` is marked as temporary there (vllm-project/vllm, issue 42449): of this module only `LaminaBackend` has
+to follow it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import logging
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from vllm import __version__ as vllm_version
+from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
+
+from lamina.behind import SWITCH
+from lamina.errors import InvalidRequest, UnsupportedModelError
+from lamina_protocols.messages.layers import HolderConfig, LayerSpec
+from lamina_workers.errors import HolderFault
+
+if TYPE_CHECKING:
+    from lamina.behind.block_tier import BlockTier, TierWorker
+
+logger = logging.getLogger("lamina")
+
+TRIED = ("0.32",)
+"""Versions of vLLM with which the tests of this room pass."""
+
+_ANY = "LAMINA_BEHIND_ANY_VLLM"  # "1": a version that was not tried is used all the same
+_PATIENCE = 60.0  # seconds for a lost worker to come back
+_CELL = 8  # bytes of vLLM's own memory for a token of a layer: as few as any of its dtypes divides
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def install() -> None:
+    """Put the backend in the place of vLLM's own for this platform. Raises InvalidRequest for a version of vLLM that
+    was not tried."""
+    if not vllm_version.startswith(tuple(f"{version}." for version in TRIED) + TRIED) and os.environ.get(_ANY) != "1":
+        raise InvalidRequest(
+            f"vLLM is {vllm_version}; tried: {', '.join(TRIED)}. Set {_ANY}=1 to use it all the same, or unset {SWITCH}"
+        )
+    place = f"{__name__}.{LaminaBackend.__qualname__}"
+    register_backend(AttentionBackendEnum.CPU_ATTN, place)  # the CPU's platform takes no other
+    register_backend(AttentionBackendEnum.CUSTOM, place)
+
+
+class LaminaBackend(AttentionBackend):  # type: ignore[misc]  # mypy does not see vLLM, which has an environment of its own
+    """Named CPU_ATTN on CPUs, whose platform takes no other; elsewhere `--attention-backend CUSTOM` chooses it."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = list(_DTYPES)
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto"]
+
+    @staticmethod
+    def get_name() -> str:
+        return "CPU_ATTN"
+
+    @staticmethod
+    def get_impl_cls() -> type[LaminaImpl]:
+        return LaminaImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[LaminaMetadataBuilder]:
+        return LaminaMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        return [MultipleOf(16)]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        return (KVCacheLayout.LBHNC,)
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Pages of a few bytes, and as many of them as the workers have memory for."""
+        _Tier.size()
+        return dataclasses.replace(spec, num_head_slots=1, state_content_bytes=_CELL)
+
+
+@dataclass
+class LaminaMetadata:
+    """A step that was announced: its tokens, without those that only fill up."""
+
+    num_actual_tokens: int
+
+
+class LaminaMetadataBuilder(AttentionMetadataBuilder[LaminaMetadata]):  # type: ignore[misc]
+    """Of the layers that share a block table."""
+
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._table = _Tier.of(vllm_config).add_table(layer_names)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> LaminaMetadata:
+        step = common_attn_metadata
+        if step.causal is not True:
+            raise UnsupportedModelError("attention that is not causal; Lamina's workers attend earlier tokens only")
+        rows = step.num_reqs
+        starts = step.query_start_loc_cpu[: rows + 1].int()
+        _Tier.of(self.vllm_config).announce(
+            self._table, starts, step.seq_lens[:rows].int().cpu(), step.block_table_tensor[:rows].int().cpu()
+        )
+        return LaminaMetadata(step.num_actual_tokens)
+
+
+class LaminaImpl(AttentionImpl[LaminaMetadata]):  # type: ignore[misc]
+    """One layer's attention. What Lamina's workers cannot do is refused by name when the model is built."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
+        refused = {
+            "ALiBi": alibi_slopes is not None,
+            "attention of an encoder": attn_type != AttentionType.DECODER,
+            "layers that share KV": kv_sharing_target_layer_name is not None,
+            "sliding windows": sliding_window is not None,
+            f"a KV cache in {kv_cache_dtype}": kv_cache_dtype != "auto",
+        }
+        if reasons := [name for name, present in refused.items() if present]:
+            raise UnsupportedModelError(
+                f"{', '.join(reasons)}: not with {SWITCH}. Unset it to have vLLM keep the KV itself"
+            )
+        heads = num_kv_heads or num_heads
+        self.num_heads, self.head_size, self.scale, self.num_kv_heads = num_heads, head_size, float(scale), heads
+        self.spec = LayerSpec(0, num_heads, heads, head_size, head_size, float(scale), soft_cap=logits_soft_cap or None)
+        self.sinks = sinks
+        _Tier.model = config = get_current_vllm_config()
+        scheduler = config.scheduler_config
+        scheduler_class = scheduler.get_scheduler_cls()
+        if not issubclass(scheduler_class, _Forgetting):
+            scheduler.scheduler_cls = type("LaminaScheduler", (_Forgetting, scheduler_class), {})
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: LaminaMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if attn_metadata is None:  # vLLM warms up
+            return output
+        n = attn_metadata.num_actual_tokens
+        sinks = None if self.sinks is None else self.sinks.float()
+        out = _Tier.present().attend(str(layer.layer_name), query[:n], key[:n], value[:n], sinks)
+        if out is None:
+            return output.zero_()
+        output[:n].view(n, -1).copy_(out)
+        return output
+
+
+class _Forgetting:
+    """What Lamina adds to the scheduler of vLLM that the user has chosen, whose process has the model too."""
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        if _Tier.take_loss():
+            logger.warning("all blocks are empty: the running sequences are computed again")
+            self.reset_prefix_cache(reset_running_requests=True)  # type: ignore[attr-defined]  # of vLLM's class
+        return super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+
+
+class _Tier:
+    """The workers of this process, for all layers. They are connected to with the first step, when vLLM has said which
+    layers have which block table, and how many blocks there are."""
+
+    model: VllmConfig | None = None  # of the model that was built last
+    _only: _Tier | None = None
+    _lost = False  # since the scheduler has asked
+
+    def __init__(self, config: VllmConfig) -> None:
+        self._config = config
+        self._numbers: dict[str, int] = {}  # of the layers
+        self._specs: list[LayerSpec] = []
+        for name, layer in get_layers_from_vllm_config(config, Attention).items():
+            if isinstance(layer.impl, LaminaImpl):
+                self._specs.append(dataclasses.replace(layer.impl.spec, kv_layer=len(self._specs)))
+                self._numbers[name] = len(self._numbers)
+        self._tables: list[list[str]] = []
+        self._tier: BlockTier | None = None
+        self._broken = False  # a worker is lost; the next step waits for it
+        self._workers = _workers()
+        policy = os.environ.get("LAMINA_BEHIND_POLICY", "")
+        if policy:
+            self._specs = [dataclasses.replace(spec, policies=(policy,) * spec.kv_heads) for spec in self._specs]
+
+    @classmethod
+    def of(cls, config: VllmConfig) -> _Tier:
+        if cls._only is None or cls._only._config is not config:
+            cls._only = _Tier(config)
+        return cls._only
+
+    @classmethod
+    def present(cls) -> _Tier:
+        if cls._only is None:
+            raise RuntimeError("a layer's attention before its step was announced")
+        return cls._only
+
+    @classmethod
+    def size(cls) -> None:
+        """Let vLLM have as many blocks as the workers have memory for, where the user has not said how many."""
+        if cls.model is None or cls.model.cache_config.num_gpu_blocks_override is not None:
+            return
+        from lamina.behind.block_tier import room
+
+        tier, cache = cls.of(cls.model), cls.model.cache_config
+        cache.num_gpu_blocks_override = room(tier._workers, tier._holder(0))
+        logger.info("%d blocks on %d attention workers", cache.num_gpu_blocks_override, len(tier._workers))
+
+    @classmethod
+    def take_loss(cls) -> bool:
+        """Whether a worker was lost since the last call."""
+        lost, cls._lost = cls._lost, False
+        return lost
+
+    def add_table(self, layer_names: list[str]) -> int:
+        self._tables.append([name for name in layer_names if name in self._numbers])
+        return len(self._tables) - 1
+
+    def announce(self, table: int, starts: torch.Tensor, lengths: torch.Tensor, blocks: torch.Tensor) -> None:
+        tier = self._connected()
+        if self._broken:
+            tier.restore(_PATIENCE)
+            self._broken = False
+        try:
+            tier.announce(table, starts, lengths, blocks.contiguous())
+        except HolderFault as error:
+            self._lose(error)
+
+    def attend(
+        self, name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """The output of a layer; None after a loss, until the next step."""
+        if self._broken:
+            return None
+        try:
+            return self._connected().attend(self._numbers[name], q, k, v, sinks)
+        except HolderFault as error:
+            self._lose(error)
+            return None
+
+    def _lose(self, error: HolderFault) -> None:
+        logger.warning("%s", error)
+        self._broken = _Tier._lost = True
+
+    def _connected(self) -> BlockTier:
+        if self._tier is None:
+            from lamina.behind.block_tier import BlockTier
+
+            blocks = self._config.cache_config.num_gpu_blocks
+            if not blocks:
+                raise RuntimeError("a step was announced before vLLM had said how many blocks there are")
+            dtype = _DTYPES[self._config.model_config.dtype]
+            self._tier = BlockTier(self._workers, self._holder(blocks), dtype, str(self._config.model_config.model))
+            atexit.register(self._tier.close)
+        return self._tier
+
+    def _holder(self, blocks: int) -> HolderConfig:
+        tables = {name: number for number, names in enumerate(self._tables) for name in names}
+        dtype = _DTYPES[self._config.model_config.dtype]
+        return HolderConfig(
+            tuple(self._specs),
+            self._config.cache_config.block_size,
+            dtype,
+            0,
+            blocks=blocks,
+            tables=tuple(tables.get(name, 0) for name in self._numbers),
+        )
+
+
+def _workers() -> list[TierWorker]:
+    from lamina.behind.block_tier import TierWorker
+    from lamina_workers.process.credentials import load_credentials
+
+    tls, token = (os.environ.get(f"LAMINA_BEHIND_{name}") for name in ("TLS_DIR", "TOKEN_FILE"))
+    credentials = load_credentials(tls, token) if tls or token else None
+    return [TierWorker(address.strip(), credentials) for address in os.environ[SWITCH].split(",") if address.strip()]

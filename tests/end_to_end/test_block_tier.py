@@ -1,0 +1,110 @@
+"""Workers behind another engine: real processes and channels, heads dealt among them, against attention in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import pytest
+import torch
+from attention_servers import WAYS, running
+from block_engines import BlockEngine, Step
+
+from lamina.behind.block_tier import BlockTier, TierWorker, room
+from lamina.errors import InvalidRequest
+from lamina_protocols.messages.layers import HolderConfig, LayerSpec
+from lamina_workers.errors import HolderLost
+from lamina_workers.ports.data_channel import ChannelOptions
+
+FULL = LayerSpec(kv_layer=0, heads=6, kv_heads=2, d_k=16, d_v=32, scale=0.3)
+MEMORY = 1 << 22
+
+
+def config(*layers: LayerSpec, tables: tuple[int, ...] = (), blocks: int = 40) -> HolderConfig:
+    numbered = tuple(dataclasses.replace(spec, kv_layer=number) for number, spec in enumerate(layers))
+    return HolderConfig(numbered, 16, "float32", 0, blocks=blocks, tables=tables or (0,) * len(layers))
+
+
+PLAIN = config(FULL, dataclasses.replace(FULL, window=20))
+HYBRID = config(*(FULL, dataclasses.replace(FULL, window=20)) * 2, tables=(0, 1, 0, 1), blocks=80)
+
+
+@contextmanager
+def tier(holder: HolderConfig, workers: int = 1, **channel: object) -> Iterator[BlockTier]:
+    with ExitStack() as stack:
+        addresses = [stack.enter_context(running(kv_memory=MEMORY))[1] for _ in range(workers)]
+        client = BlockTier([TierWorker(a) for a in addresses], holder, "float32", "m", ChannelOptions(**channel))  # type: ignore[arg-type]
+        stack.callback(client.close)
+        yield client
+
+
+def compute(client: BlockTier, engine: BlockEngine, step: Step) -> None:
+    for table in range(engine.tables):
+        message = engine.announcement(step, table)
+        client.announce(table, message.query_start_loc, message.seq_lens, message.block_table)
+    for layer in range(len(client.holder.layers)):
+        q, k, v, right = engine.layer(step, layer)
+        out = client.attend(layer, q, k, v)
+        torch.testing.assert_close(out.view(right.shape).double(), right, atol=1e-4, rtol=1e-4)
+    engine.done(step)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("holder", [PLAIN, HYBRID], ids=["plain", "hybrid"])
+def test_any_engine_gets_its_attention_from_workers_elsewhere(holder: HolderConfig, workers: int) -> None:
+    with tier(holder, workers) as client:
+        engine = BlockEngine(holder, workers)
+        for _ in range(25):
+            compute(client, engine, engine.drawn())
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("switch", ["compiled", "python"])
+def test_every_channel_and_side_gives_the_same(way: str, switch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if switch == "python":
+        monkeypatch.setattr("lamina_workers.model_worker.compiled_exchange.enabled", lambda: False)
+    with tier(PLAIN, 2, **WAYS[way]) as client:
+        engine = BlockEngine(PLAIN, 5)
+        for _ in range(8):
+            compute(client, engine, engine.drawn())
+
+
+def test_blocks_that_the_memory_has_room_for_are_counted() -> None:
+    with ExitStack() as stack:
+        addresses = [stack.enter_context(running(kv_memory=MEMORY))[1] for _ in range(2)]
+        workers = [TierWorker(address) for address in addresses]
+        assert room(workers, PLAIN) == 2 * room(workers[:1], PLAIN) == 2 * MEMORY // (2 * 2 * 16 * 48 * 4)
+        with pytest.raises(InvalidRequest, match="3 attention workers for layers of 2 KV heads"):
+            room([*workers, workers[0]], PLAIN)
+
+
+def test_a_worker_that_is_lost_comes_back_empty() -> None:
+    with ExitStack() as stack:
+        (server, address), (_, other) = (stack.enter_context(running(kv_memory=MEMORY)) for _ in range(2))
+        client = BlockTier([TierWorker(address), TierWorker(other)], PLAIN, "float32", "m")
+        stack.callback(client.close)
+        engine = BlockEngine(PLAIN, 7)
+        compute(client, engine, engine.drawn())
+        server.stop(0)
+        with pytest.raises(HolderLost):
+            compute(client, engine, engine.drawn())
+        with pytest.raises(HolderLost, match="does not come back"):
+            client.restore(0.2)
+        stack.enter_context(running(kv_memory=MEMORY, listen=address))
+        client.restore(10.0)
+        fresh = BlockEngine(PLAIN, 8)
+        for _ in range(5):
+            compute(client, fresh, fresh.drawn())
+
+
+def test_a_bad_table_ends_the_session_with_its_reason_and_the_worker_lives() -> None:
+    with ExitStack() as stack:
+        _, address = stack.enter_context(running(kv_memory=MEMORY))
+        for _ in range(2):
+            client = BlockTier([TierWorker(address)], PLAIN, "float32", "m")
+            client.announce(0, *(torch.tensor(x, dtype=torch.int32) for x in ([0, 1], [1], [[40]])))
+            q, k, v = torch.zeros(1, 6, 16), torch.zeros(1, 2, 16), torch.zeros(1, 2, 32)
+            with pytest.raises(Exception, match="names block 40, allowed: 0 to 39"):
+                client.attend(0, q, k, v)
+            client.close()
