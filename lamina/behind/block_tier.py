@@ -20,7 +20,7 @@ from lamina.errors import EngineError, InvalidRequest
 from lamina_kernels.partial import Partial, empty, with_sinks
 from lamina_protocols.channels.channels import Credentials
 from lamina_protocols.channels.grpc_client import WorkerClient
-from lamina_protocols.messages.layers import HolderConfig
+from lamina_protocols.messages.layers import BlockConfig
 from lamina_protocols.messages.messages import Announced, BlockTables, Usage
 from lamina_protocols.messages.pools import Pool, pools
 from lamina_workers.attention_worker.page_layout import block_bytes
@@ -48,7 +48,7 @@ class TierWorker:
     credentials: Credentials | None = None
 
 
-def dealt(holder: HolderConfig, workers: int) -> list[tuple[HolderConfig, tuple[range, ...]]]:
+def dealt(holder: BlockConfig, workers: int) -> list[tuple[BlockConfig, tuple[range, ...]]]:
     """For each worker its config, and of each layer the KV heads that it has. Raises InvalidRequest where a layer has
     fewer KV heads than there are workers."""
     fewest = min(spec.kv_heads for spec in holder.layers)
@@ -68,7 +68,7 @@ def dealt(holder: HolderConfig, workers: int) -> list[tuple[HolderConfig, tuple[
     return shares
 
 
-def room(workers: Sequence[TierWorker], holder: HolderConfig) -> int:
+def room(workers: Sequence[TierWorker], holder: BlockConfig) -> int:
     """How many blocks the workers have memory for, whatever `holder.blocks` is. Raises WorkerUnreachable,
     WorkerRefused, InvalidRequest."""
     blocks = []
@@ -86,6 +86,7 @@ class _Lane:
     """The step under way in the layers of one pool: its batch, and what it is exchanged by once the first layer has
     come. None: by messages of Python."""
 
+    table: int
     pool: Pool
     exchanges: ExchangeMaker
     batch: int = 0
@@ -105,7 +106,7 @@ class BlockTier:
     def __init__(
         self,
         workers: Sequence[TierWorker],
-        holder: HolderConfig,
+        holder: BlockConfig,
         compute_dtype: str,
         model: str,
         channel: ChannelOptions | None = None,
@@ -119,7 +120,10 @@ class BlockTier:
         self._engine = secrets.token_hex(16)
         self._epoch, self._batch = 1, 0
         self._watch = Stopwatch(clock)
-        self._lanes = [_Lane(pool, ExchangeMaker(number, pool)) for number, pool in enumerate(pools(holder))]
+        self._lanes = [
+            _Lane(holder.tables[pool.layers[0]], pool, ExchangeMaker(number, pool))
+            for number, pool in enumerate(pools(holder))
+        ]
         self._lane_of = {layer: lane for lane in self._lanes for layer in lane.pool.layers}
         self._seconds: dict[int, float] = {}  # by block table: what a worker may take for a layer
         self._announced: dict[int, int] = {}  # by block table, the batch whose answers have not been read
@@ -190,7 +194,7 @@ class BlockTier:
         return out
 
     def _lanes_of(self, table: int) -> list[_Lane]:
-        return [lane for lane in self._lanes if lane.pool.config.tables[0] == table]
+        return [lane for lane in self._lanes if lane.table == table]
 
     def _take_answers(self, table: int) -> None:
         """Read whether the workers have accepted a step. Raises EngineError where one has not."""

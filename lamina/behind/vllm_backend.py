@@ -44,7 +44,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from lamina.behind import SWITCH
 from lamina.errors import InvalidRequest, UnsupportedModelError
-from lamina_protocols.messages.layers import HolderConfig, LayerSpec
+from lamina_protocols.messages.layers import BlockConfig, LayerSpec
 from lamina_workers.errors import HolderFault
 
 if TYPE_CHECKING:
@@ -306,10 +306,10 @@ class _Tier:
             atexit.register(self._tier.close)
         return self._tier
 
-    def _holder(self, blocks: int) -> HolderConfig:
+    def _holder(self, blocks: int) -> BlockConfig:
         tables = {name: number for number, names in enumerate(self._tables) for name in names}
         dtype = _DTYPES[self._config.model_config.dtype]
-        return HolderConfig(
+        return BlockConfig(
             tuple(self._specs),
             self._config.cache_config.block_size,
             dtype,

@@ -13,7 +13,7 @@ from block_engines import BlockEngine, Step
 
 from lamina.behind.block_tier import BlockTier, TierWorker, room
 from lamina.errors import InvalidRequest
-from lamina_protocols.messages.layers import HolderConfig, LayerSpec
+from lamina_protocols.messages.layers import BlockConfig, LayerSpec
 from lamina_workers.errors import HolderLost
 from lamina_workers.ports.data_channel import ChannelOptions
 
@@ -21,9 +21,9 @@ FULL = LayerSpec(kv_layer=0, heads=6, kv_heads=2, d_k=16, d_v=32, scale=0.3)
 MEMORY = 1 << 22
 
 
-def config(*layers: LayerSpec, tables: tuple[int, ...] = (), blocks: int = 40) -> HolderConfig:
+def config(*layers: LayerSpec, tables: tuple[int, ...] = (), blocks: int = 40) -> BlockConfig:
     numbered = tuple(dataclasses.replace(spec, kv_layer=number) for number, spec in enumerate(layers))
-    return HolderConfig(numbered, 16, "float32", 0, blocks=blocks, tables=tables or (0,) * len(layers))
+    return BlockConfig(numbered, 16, "float32", 0, blocks=blocks, tables=tables or (0,) * len(layers))
 
 
 PLAIN = config(FULL, dataclasses.replace(FULL, window=20))
@@ -31,7 +31,7 @@ HYBRID = config(*(FULL, dataclasses.replace(FULL, window=20)) * 2, tables=(0, 1,
 
 
 @contextmanager
-def tier(holder: HolderConfig, workers: int = 1, **channel: object) -> Iterator[BlockTier]:
+def tier(holder: BlockConfig, workers: int = 1, **channel: object) -> Iterator[BlockTier]:
     with ExitStack() as stack:
         addresses = [stack.enter_context(running(kv_memory=MEMORY))[1] for _ in range(workers)]
         client = BlockTier([TierWorker(a) for a in addresses], holder, "float32", "m", ChannelOptions(**channel))  # type: ignore[arg-type]
@@ -52,7 +52,7 @@ def compute(client: BlockTier, engine: BlockEngine, step: Step) -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("holder", [PLAIN, HYBRID], ids=["plain", "hybrid"])
-def test_any_engine_gets_its_attention_from_workers_elsewhere(holder: HolderConfig, workers: int) -> None:
+def test_any_engine_gets_its_attention_from_workers_elsewhere(holder: BlockConfig, workers: int) -> None:
     with tier(holder, workers) as client:
         engine = BlockEngine(holder, workers)
         for _ in range(25):

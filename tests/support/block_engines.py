@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from lamina_protocols.messages.layers import HolderConfig, LayerSpec
+from lamina_protocols.messages.layers import BlockConfig, LayerSpec
 from lamina_protocols.messages.messages import BlockTables
 
 Int32 = np.ndarray
@@ -40,7 +40,7 @@ class Step:
 class BlockEngine:
     """Draws steps. Blocks of a prefix that two sequences share are the same ones."""
 
-    config: HolderConfig
+    config: BlockConfig
     seed: int
     sequences: list[Sequence] = field(default_factory=list)
 

@@ -59,8 +59,9 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
-        if self._capacity is not None and len(self.connections) > self._capacity and not self._make_room():
-            self._refuse(ApiError(503, f"all {self._capacity} connections are taken", code="too_many_connections"))
+        capacity = self._capacity
+        if capacity is not None and len(self.connections) > capacity and not self._make_room(capacity):
+            self._refuse(ApiError(503, f"all {capacity} connections are taken", code="too_many_connections"))
             return
         self._arm(HEAD_TIMEOUT)
 
@@ -265,9 +266,13 @@ class LimitedProtocol(HttpToolsProtocol):
         self.transport.close()
         self._watch()
 
-    def _make_room(self) -> bool:
-        """Close the connections that have waited longest for their clients. False where none of them waits."""
-        waiting = [peer for peer in self.connections if isinstance(peer, LimitedProtocol) and peer._waits]
+    def _make_room(self, capacity: int) -> bool:
+        """Close the connections that have waited longest for their clients, where more than `capacity` stay otherwise:
+        of several that come at once, the first makes room for all. False where none of them waits."""
+        staying = [peer for peer in self.connections if not peer.transport.is_closing()]
+        if len(staying) <= capacity:
+            return True
+        waiting = [peer for peer in staying if isinstance(peer, LimitedProtocol) and peer._waits]
         waiting.remove(self)
         waiting.sort(key=lambda peer: peer._since)
         for peer in waiting[: len(waiting) // _ROOM + 1]:

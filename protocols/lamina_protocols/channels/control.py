@@ -60,8 +60,8 @@ class Hello:
     the number of one of its seats; each has an attention worker of its own with `share` (part, of) of the memory. The
     seat's KV is kept for `linger` seconds without a channel. `model` is the fingerprint of the model's config.
     `compute_dtype` is the dtype of queries and outputs, `kv_dtype` that of stored KV. `local_channel` allows a Unix
-    socket. `sequence_tokens`, `sketches`, `blocks` and `tables` are those of a `HolderConfig`. `features` are those of
-    `versions` that the engine has.
+    socket. `sequence_tokens` and `sketches` are those of a `HolderConfig`. `features` are those of `versions` that the
+    engine has. `blocks` and `tables` are those of a `BlockConfig`; no blocks: the worker owns its pages.
     """
 
     protocol: int

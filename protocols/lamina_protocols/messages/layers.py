@@ -113,10 +113,6 @@ class HolderConfig:
     length of a usual sequence, for which the memory is dealt among pools. `sketches` of pages are kept where a policy
     of the layers reads them; with True everywhere, so that any part may have such a policy. With `cold`, pages that
     nobody reads leave memory.
-
-    With `blocks` the engine owns the pages: a block is `page_size` tokens, in each layer and KV head a page, and has a
-    number below `blocks`. The engine has one or several block tables; `tables` says for each layer the number of its
-    own. A block belongs to one table at a time, so layers of different tables share pages.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -126,5 +122,14 @@ class HolderConfig:
     sequence_tokens: int = 4096
     sketches: bool = False
     cold: ColdTier | None = None
-    blocks: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BlockConfig(HolderConfig):
+    """What an attention worker is built from whose pages the engine owns. A block is `page_size` tokens, in each layer
+    and KV head a page, and has a number below `blocks`. The engine has one or several block tables; `tables` says for
+    each layer the number of its own. A block belongs to one table at a time, so layers of different tables share pages.
+    """
+
+    blocks: int = 1
     tables: tuple[int, ...] = ()

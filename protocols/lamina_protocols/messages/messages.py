@@ -200,7 +200,7 @@ class Announcement:
 
 @dataclass(frozen=True, slots=True)
 class BlockTables:
-    """One step of an engine that owns its blocks (see `HolderConfig`), for the layers of the block table number
+    """One step of an engine that owns its blocks (see `BlockConfig`), for the layers of the block table number
     `table`, announced to one holder. The answer is an `Announced`; then each of these layers has one `Exchange`, of all
     rows.
 

@@ -9,7 +9,7 @@ from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.messages.layers import STATES, HolderConfig, LayerSpec
+from lamina_protocols.messages.layers import STATES, BlockConfig, HolderConfig, LayerSpec
 
 _RECORDS = 2  # of a sequence, in a pool of states: after its last batch, and before it
 _NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "float8_e4m3fn": 1}
@@ -31,16 +31,19 @@ def pools(config: HolderConfig) -> tuple[Pool, ...]:
 
     Raises ProtocolError for a layer that reads the KV of a layer of another shape, or of none."""
     members: dict[Hashable, list[int]] = {}
+    tables = config.tables if isinstance(config, BlockConfig) else ()
     for number, spec in enumerate(config.layers):
         shape = pool_shape(spec)
-        members.setdefault((shape, config.tables[number]) if config.tables else shape, []).append(number)
+        members.setdefault((shape, tables[number]) if tables else shape, []).append(number)
     numbers = list(members.values())
     layers = [_renumbered(config, of_pool) for of_pool in numbers]
-    if config.tables:
-        of_pools = [tuple(config.tables[number] for number in of_pool) for of_pool in numbers]
+    if isinstance(config, BlockConfig):
         return tuple(
-            Pool(tuple(of_pool), dataclasses.replace(config, layers=specs, tables=tables))
-            for of_pool, specs, tables in zip(numbers, layers, of_pools, strict=True)
+            Pool(
+                tuple(of_pool),
+                dataclasses.replace(config, layers=specs, tables=tuple(config.tables[number] for number in of_pool)),
+            )
+            for of_pool, specs in zip(numbers, layers, strict=True)
         )
     if len(numbers) == 1:
         return (Pool(tuple(numbers[0]), dataclasses.replace(config, layers=layers[0])),)

@@ -11,7 +11,7 @@ from block_engines import BlockEngine
 from engine_rig import DEVICE
 
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.messages.layers import ColdTier, HolderConfig, LayerSpec
+from lamina_protocols.messages.layers import BlockConfig, ColdTier, HolderConfig, LayerSpec
 from lamina_protocols.messages.messages import (
     Announced,
     Announcement,
@@ -27,10 +27,10 @@ FULL = LayerSpec(kv_layer=0, heads=6, kv_heads=2, d_k=16, d_v=32, scale=0.3)
 WIDE = LayerSpec(kv_layer=0, heads=4, kv_heads=1, d_k=32, d_v=32, scale=0.2)
 
 
-def config(*layers: LayerSpec, tables: tuple[int, ...] = (), blocks: int = 40, **others: object) -> HolderConfig:
+def config(*layers: LayerSpec, tables: tuple[int, ...] = (), blocks: int = 40, **others: object) -> BlockConfig:
     numbered = tuple(dataclasses.replace(spec, kv_layer=number) for number, spec in enumerate(layers))
     settings = {"page_size": 16, "dtype": "float32", "kv_memory": 1 << 26, **others}
-    return HolderConfig(numbered, blocks=blocks, tables=tables or (0,) * len(layers), **settings)  # type: ignore[arg-type]
+    return BlockConfig(numbered, blocks=blocks, tables=tables or (0,) * len(layers), **settings)  # type: ignore[arg-type]
 
 
 WINDOWED = dataclasses.replace(FULL, window=21)
@@ -138,7 +138,8 @@ def test_messages_of_the_other_kind_of_engine_are_refused() -> None:
     for message in (Announcement(1, 1, 0, (), ()), Survey(0, 1)):
         with pytest.raises(ProtocolError, match="owns its blocks"):
             worker.handle(message)
-    other = attention_worker(dataclasses.replace(CONFIGS["one table"], blocks=0, tables=()))
+    plain = CONFIGS["one table"]
+    other = attention_worker(HolderConfig(plain.layers, plain.page_size, plain.dtype, plain.kv_memory))
     with pytest.raises(ProtocolError, match="said nothing of blocks"):
         other.handle(tables([0, 1], [1], [[1]]))
 

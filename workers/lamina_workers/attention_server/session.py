@@ -16,7 +16,7 @@ import math
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import accumulate
 
@@ -28,7 +28,7 @@ from lamina_protocols.channels.channels import Channel
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.frames import codec
 from lamina_protocols.frames.tensors import DTYPES
-from lamina_protocols.messages.layers import ATTENTION, ColdTier, HolderConfig, LayerSpec
+from lamina_protocols.messages.layers import ATTENTION, BlockConfig, ColdTier, HolderConfig, LayerSpec
 from lamina_protocols.messages.messages import (
     Announced,
     Announcement,
@@ -59,7 +59,8 @@ _MEMORY = 64 << 20  # bytes of KV of the worker that is used for it, at most
 def warm_up(config: HolderConfig, compute_dtype: str, threads: int, device: torch.device) -> None:
     """Have a worker of a few pages attend two tokens in all pools of plain attention, once for each kind of worker.
     Raises as `AttentionWorker` does."""
-    config = replace(config, kv_memory=min(config.kv_memory, _MEMORY), cold=None, blocks=0, tables=())
+    settings = config.layers, config.page_size, config.dtype, min(config.kv_memory, _MEMORY)
+    config = HolderConfig(*settings, config.sequence_tokens, config.sketches)
     pool_configs = pools(config)
     plain = [
         n for n, pool in enumerate(pool_configs) if all(s.kind == ATTENTION and not s.index for s in pool.config.layers)
@@ -118,17 +119,8 @@ class EngineSeat:
         self.model = hello.model
         self.share = hello.share
         self.linger = hello.linger
-        self.config = HolderConfig(
-            hello.layers,
-            hello.page_size,
-            hello.kv_dtype,
-            kv_memory,
-            hello.sequence_tokens,
-            hello.sketches,
-            cold,
-            hello.blocks,
-            hello.tables,
-        )
+        settings = hello.layers, hello.page_size, hello.kv_dtype, kv_memory, hello.sequence_tokens, hello.sketches, cold
+        self.config = BlockConfig(*settings, hello.blocks, hello.tables) if hello.blocks else HolderConfig(*settings)
         self.built: Future[None] = Future()
         self.sessions: dict[str, Session] = {}  # the live ones
         self.opened = 0  # sessions so far
@@ -166,8 +158,8 @@ class EngineSeat:
         control.check(f"tokens of a sequence {place}", hello.sequence_tokens, self.config.sequence_tokens)
         control.check(f"sketches {place}", hello.sketches, self.config.sketches)
         control.check(f"share {place}", hello.share, self.share)
-        control.check(f"number of blocks {place}", hello.blocks, self.config.blocks)
-        control.check(f"block tables of the layers {place}", hello.tables, self.config.tables)
+        blocks = (self.config.blocks, self.config.tables) if isinstance(self.config, BlockConfig) else (0, ())
+        control.check(f"blocks, and block tables of the layers, {place}", (hello.blocks, hello.tables), blocks)
         control.check(f"number of layers {place}", len(hello.layers), len(self.config.layers))
         for number, (theirs, ours) in enumerate(zip(hello.layers, self.config.layers, strict=True)):
             for name in _LAYER_FIELDS:
@@ -209,7 +201,7 @@ class EngineSeat:
 
     def _check_order(self, request: Request, session: int) -> None:
         """An engine that comes back asks what is kept, and counts on it from then on. What it announced over a session
-        before, which it has given up, may still be on its way."""
+        before, which it has settings up, may still be on its way."""
         if not isinstance(request, Announcement | BlockTables | Survey):
             return
         if session < self._surveyed:
@@ -311,7 +303,7 @@ class Session:
         self.channel_kind = ""
         self._busy = 0.0
         self._secret = secret
-        self._claim = threading.Lock()  # taken by the one connection that the secret opens, and never given back
+        self._claim = threading.Lock()  # taken by the one connection that the secret opens, and never settings back
         self._lease = lease
         self._clock = clock
         self._heard_at = math.inf  # the lease begins with the end of the handshake, which has its own limit

@@ -19,7 +19,7 @@ import torch
 
 from lamina_kernels.paged.pages import PageLayout, Pages
 from lamina_protocols.errors import ProtocolError
-from lamina_protocols.messages.layers import HolderConfig
+from lamina_protocols.messages.layers import BlockConfig
 from lamina_protocols.messages.messages import (
     Announced,
     Announcement,
@@ -52,6 +52,7 @@ class BlockPool(KVPool):
     """The layers of one block table that have the same shape. `pages`: of that shape's arena, which `arenas` has where
     another pool has made it."""
 
+    config: BlockConfig
     store: BlockStore
 
     def __init__(
@@ -65,8 +66,8 @@ class BlockPool(KVPool):
         arenas: Arenas,
     ) -> None:
         self._arenas, self._n_pages = arenas, pages
-        self.table = pool.config.tables[0]
         super().__init__(number, pool, threads, device, counters)
+        self.table = self.config.tables[0]
 
     def _policies(self) -> HeadPolicies:
         policies = HeadPolicies.of(self.config)
@@ -126,7 +127,9 @@ class BlockWorker(AttentionWorker):
     Raises as `AttentionWorker` does, KVError also where its memory has no room for all blocks.
     """
 
-    def __init__(self, config: HolderConfig, threads: int = 1, device: torch.device = CPU) -> None:
+    config: BlockConfig
+
+    def __init__(self, config: BlockConfig, threads: int = 1, device: torch.device = CPU) -> None:
         if config.cold is not None:
             raise UnsupportedModelError(
                 "pages on a disk (--kv-cold), of an engine that owns its blocks; allowed: blocks in memory"

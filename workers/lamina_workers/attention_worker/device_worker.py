@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lamina_protocols.messages.layers import HolderConfig
+from lamina_protocols.messages.layers import BlockConfig, HolderConfig
 from lamina_protocols.messages.messages import Attended, Exchange, Fresh, Query, Reply, Request
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.attention_worker.block_worker import BlockWorker
@@ -25,9 +25,11 @@ Tensors = dict[str, Any]  # of a message, by field: what `dataclasses.replace` t
 
 def attention_worker(config: HolderConfig, threads: int = 1, device: torch.device = CPU) -> AttentionWorker:
     """The attention worker of a device. Raises as its class does."""
-    if device.type == "cpu":
-        return BlockWorker(config, threads) if config.blocks else AttentionWorker(config, threads)
-    return (DeviceBlockWorker if config.blocks else DeviceWorker)(config, threads, Cuda(device))
+    if isinstance(config, BlockConfig):
+        return (
+            BlockWorker(config, threads) if device.type == "cpu" else DeviceBlockWorker(config, threads, Cuda(device))
+        )
+    return AttentionWorker(config, threads) if device.type == "cpu" else DeviceWorker(config, threads, Cuda(device))
 
 
 class DeviceWorker(AttentionWorker):

@@ -15,7 +15,7 @@ from lamina_kernels.paged.pages import DTYPES, Order, PageLayout
 from lamina_kernels.select import Kernels, kernels
 from lamina_kernels.sketches.layout import SketchLayout
 from lamina_kernels.states.layout import StateLayout
-from lamina_protocols.messages.layers import ATTENTION, LATENT, STATES, HolderConfig
+from lamina_protocols.messages.layers import ATTENTION, LATENT, STATES, BlockConfig, HolderConfig
 from lamina_protocols.messages.pools import pool_shape, pools
 from lamina_workers.errors import KernelsUnavailable, KVError, PolicyError, UnsupportedModelError
 from lamina_workers.kv_pages.head_policies import HeadPolicies
@@ -138,14 +138,14 @@ def page_count(config: HolderConfig, device: torch.device = CPU) -> int:
     return config.kv_memory // cost
 
 
-def block_bytes(config: HolderConfig, device: torch.device = CPU) -> int:
+def block_bytes(config: BlockConfig, device: torch.device = CPU) -> int:
     """Bytes of memory that one block of an engine which owns its blocks takes: a page for each KV head of the layers of
     a block table, of which layers of other tables share the pages. Raises as `page_cost`."""
     costs = {pool_shape(pool.config.layers[0]): page_cost(pool.config, device) for pool in pools(config)}
     return sum(costs[shape] * page_count for shape, page_count in pages_of_block(config).items())
 
 
-def pages_of_block(config: HolderConfig) -> dict[Hashable, int]:
+def pages_of_block(config: BlockConfig) -> dict[Hashable, int]:
     """How many pages a block has of each shape of layers."""
     counts: dict[Hashable, int] = {}
     for pool in pools(config):

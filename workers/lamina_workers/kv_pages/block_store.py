@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from lamina_protocols.messages.layers import HolderConfig
+from lamina_protocols.messages.layers import BlockConfig
 from lamina_protocols.messages.messages import Operation, Row
 from lamina_workers.errors import KVError
 from lamina_workers.kv_pages.head_policies import HeadPolicies
@@ -23,7 +23,9 @@ _NO_PAGES = np.empty(0, np.int32)
 class BlockStore(KVStore):
     """The parts of one pool whose blocks an engine owns. `policies` say what is read of them; all is kept."""
 
-    def __init__(self, config: HolderConfig, policies: HeadPolicies, n_pages: int) -> None:
+    config: BlockConfig
+
+    def __init__(self, config: BlockConfig, policies: HeadPolicies, n_pages: int) -> None:
         super().__init__(config, policies, n_pages)
         heads = config.layers[0].kv_heads
         self._heads = tuple(range(heads))

@@ -19,7 +19,7 @@ from lamina_protocols.channels.grpc_client import WorkerBusy, WorkerClient, Work
 from lamina_protocols.channels.versions import FEATURES, PROTOCOL_VERSION, refused_by_previous, shared
 from lamina_protocols.errors import CorruptFrame, LaminaError, ProtocolError
 from lamina_protocols.frames import codec
-from lamina_protocols.messages.layers import HolderConfig
+from lamina_protocols.messages.layers import BlockConfig, HolderConfig
 from lamina_protocols.messages.messages import Fault, Reply, Request, answered
 from lamina_workers.errors import HolderLost
 from lamina_workers.ports.data_channel import ChannelOptions, open_channel
@@ -302,8 +302,7 @@ def connect(
         holder.sequence_tokens,
         holder.sketches,
         tuple(sorted(FEATURES)),
-        holder.blocks,
-        holder.tables,
+        *((holder.blocks, holder.tables) if isinstance(holder, BlockConfig) else ()),
     )
     client = edges.client(address, channel.shown)
     try:
