@@ -153,7 +153,7 @@ def test_a_worker_answers_an_engine_of_the_next_version_with_what_both_have() ->
         said = hello(features=tuple(sorted(FEATURES)))
         fields = [PROTOCOL_VERSION + 1, *msgpack.unpackb(control.pack(said))[1:]]
         fields[-1] = [BOUND, "telepathy"]
-        newer = control.unpack(control.Hello, msgpack.packb([*fields, "a field of then"]))
+        newer = control.unpack(control.Hello, msgpack.packb([*fields, 0, [], "a field of then"]))
         assert server.hello(newer, 10).features == (BOUND,)
 
 
