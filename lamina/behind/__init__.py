@@ -12,6 +12,14 @@ all heads that chooses what is read.
 It was run on vLLM's CPU build alone, with one process of vLLM. Refused by name: sliding windows, ALiBi, layers that
 share KV, encoders, a quantised KV cache. A worker that is lost ends vLLM's engine.
 
+transformers does the same for `generate`, with two arguments (`transformers_cache.py`):
+
+    from lamina.behind.transformers_cache import LaminaCache, register
+
+    register()
+    model = AutoModelForCausalLM.from_pretrained(MODEL, attn_implementation="lamina")
+    model.generate(**prompts, cache=LaminaCache(model.config, workers=["127.0.0.1:7311"]))
+
 `block_tier.py` has the client (`BlockTier`): a step is announced by its block tables (`BlockTables` in
 `lamina_protocols.messages.messages`), then each layer's q, k and v go to the workers, and the attention output comes
 back. `vllm_plugin.py` is what vLLM loads; without `LAMINA_ATTENTION_WORKERS` it does nothing, and imports nothing.
