@@ -1,7 +1,7 @@
 """Lamina's attention workers behind other engines, which keep the model, the scheduler and the numbers of blocks.
 
-    attention-worker --listen 127.0.0.1:7311 --kv-memory 8000000000        # on each machine with memory
-    pip install -e . --no-deps && pip install numba grpcio msgpack         # in vLLM's environment
+    lamina attention-worker --listen 127.0.0.1:7311 --kv-memory 8GiB       # on each machine with memory
+    pip install -e .                                                       # in vLLM's environment, beside vLLM
     LAMINA_ATTENTION_WORKERS=127.0.0.1:7311 vllm serve MODEL
 
 vLLM then keeps no KV: a page costs it 8 bytes a token and layer, and its scheduler has as many blocks as the workers
@@ -9,8 +9,9 @@ have memory for. KV heads are dealt among the workers. Prefix caching, chunked p
 `LAMINA_BEHIND_TLS_DIR` and `LAMINA_BEHIND_TOKEN_FILE` have what workers ask for, `LAMINA_BEHIND_POLICY` a policy for
 all heads that chooses what is read.
 
-It was run on vLLM's CPU build alone, with one process of vLLM. Refused by name: sliding windows, ALiBi, layers that
-share KV, encoders, a quantised KV cache. A worker that is lost ends vLLM's engine.
+A worker that is lost is waited for, a minute at most; then all running sequences are computed again, and their texts
+go on. It was run on vLLM's CPU build alone, with one process of its model. Refused by name: sliding windows, ALiBi,
+layers that share KV, encoders, a quantised KV cache.
 
 transformers does the same for `generate`, with two arguments (`transformers_cache.py`):
 

@@ -24,7 +24,7 @@ from transformers.masking_utils import causal_mask_function
 
 from lamina.behind.block_tier import BlockTier, TierWorker, room
 from lamina.errors import InvalidRequest, UnsupportedModelError
-from lamina_protocols.messages.layers import HolderConfig, LayerSpec
+from lamina_protocols.messages.layers import BlockConfig, LayerSpec
 from lamina_workers.errors import HolderFault
 
 NAME = "lamina"
@@ -155,11 +155,11 @@ class LaminaCache(Cache):  # type: ignore[misc]  # transformers is behind Any
         ]  # fmt: skip
         stored = _DTYPES[self._dtype or q.dtype]
         tables = (0,) * len(specs)
-        holder = HolderConfig(tuple(specs), self._page_size, stored, 0, blocks=self._blocks or 1, tables=tables)
+        holder = BlockConfig(tuple(specs), self._page_size, stored, 0, blocks=self._blocks or 1, tables=tables)
         if self._blocks is None:
             self._blocks = room(self._workers, holder)
             self._free = list(range(self._blocks))
-            holder = HolderConfig(tuple(specs), self._page_size, stored, 0, blocks=self._blocks, tables=tables)
+            holder = BlockConfig(tuple(specs), self._page_size, stored, 0, blocks=self._blocks, tables=tables)
         tier = BlockTier(self._workers, holder, _DTYPES[q.dtype], self._model)
         self._close = weakref.finalize(self, tier.close)
         return tier
