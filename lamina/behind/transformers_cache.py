@@ -59,7 +59,8 @@ class LaminaCache(Cache):  # type: ignore[misc]  # transformers is behind Any
     without a window read, "": everything. `dtype` is that of the stored KV, None: the model's.
 
     The workers are connected to by the first forward pass, which raises WorkerUnreachable, WorkerRefused and
-    InvalidRequest; any may raise HolderLost. After an error comes `reset`, which waits for lost workers.
+    InvalidRequest. They serve one cache at a time, until it is closed or dropped; `reset` begins another batch with the
+    same. Any pass may raise HolderLost. After an error comes `reset`, which waits for lost workers.
     """
 
     def __init__(

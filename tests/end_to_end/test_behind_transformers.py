@@ -107,6 +107,38 @@ def test_a_draft_that_is_rejected_is_cut_off(llama: Llama) -> None:
     expected = generated(model, prompt)
     model.set_attn_implementation("lamina")
     assert generated(model, prompt, cache=cache, prompt_lookup_num_tokens=4) == expected
+    cache.reset()
+    assert generated(model, prompt, cache=cache, assistant_model=network("llama", num_hidden_layers=2)) == expected
+
+
+def test_blocks_of_tokens_that_are_cut_off_are_free(llama: Llama) -> None:
+    model, cache = llama
+    ids = drawn(2, 80)
+    with torch.inference_mode():
+        expected = model(ids, cache=cache).logits
+        for columns in (79, 64, 63, 17):
+            cache.crop(columns - 80)
+            assert cache.get_seq_length() == columns
+            logits = model(ids[:, columns:], cache=cache).logits
+            torch.testing.assert_close(logits, expected[:, columns:], atol=1e-4, rtol=0)
+
+
+def test_a_cache_that_is_dropped_gives_its_memory_back(workers: list[str]) -> None:
+    model = network("qwen2").bfloat16()
+    model.set_attn_implementation("lamina")
+    texts = [generated(model, PROMPTS["left-padded"], cache=LaminaCache(model.config, workers)) for _ in range(3)]
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_a_policy_chooses_what_is_read(workers: list[str]) -> None:
+    model, prompt = network("qwen2"), {"input_ids": drawn(1, 120)}
+    expected = generated(model, prompt)
+    model.set_attn_implementation("lamina")
+    texts = {
+        policy: generated(model, prompt, cache=LaminaCache(model.config, workers, policy=policy))
+        for policy in ("span(alpha=200, beta=0)", "span(alpha=4, beta=0)")
+    }
+    assert [text == expected for text in texts.values()] == [True, False]
 
 
 def test_a_prompt_in_chunks_and_padding_on_the_right(llama: Llama) -> None:
@@ -146,6 +178,9 @@ def test_what_a_cache_of_blocks_cannot_do_is_refused_by_name(llama: Llama) -> No
     cache.reset()
     with pytest.raises(InvalidRequest, match="a mask of the caller's own"), torch.inference_mode():
         model(prompt["input_ids"], attention_mask=torch.ones(1, 1, 37, 37, dtype=torch.bool), cache=cache)
+    cache.reset()
+    with pytest.raises(InvalidRequest, match=r"shape \(1, 30\); allowed: \(1, 37\)"), torch.inference_mode():
+        model(prompt["input_ids"], attention_mask=torch.ones(1, 30), cache=cache)
     cache.reset()
     with pytest.raises(InvalidRequest, match="gradients"):
         model(prompt["input_ids"], cache=cache)
