@@ -16,7 +16,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from lamina.errors import EngineError, InvalidRequest
+from lamina.errors import EngineError, InvalidRequest, LaminaError
 from lamina_kernels.partial import Partial, empty, with_sinks
 from lamina_protocols.channels.channels import Credentials
 from lamina_protocols.channels.grpc_client import WorkerClient
@@ -174,7 +174,7 @@ class BlockTier:
         `[tokens, KV heads, d_k]`, v `[tokens, KV heads, d_v]`; the answer `[tokens, heads * d_v]` may be changed by the
         next call. `sinks`: as in `KeyValueReady`. Raises HolderLost, HolderFault, EngineError."""
         lane = self._lane_of[layer]
-        table = self.holder.tables[layer]
+        table = lane.table
         tokens = self._tokens[table]
         if len(q) != tokens:
             raise EngineError(f"layer {layer} has {len(q)} tokens, its step was announced with {tokens}")
@@ -276,7 +276,7 @@ class BlockTier:
                 try:
                     self._ports[number] = self._connected(number)
                     break
-                except Exception as error:
+                except LaminaError as error:
                     if time.monotonic() + pause > deadline:
                         raise HolderLost(f"attention worker {port.name} does not come back: {error}") from error
                     time.sleep(pause)
