@@ -23,7 +23,8 @@ transformers does the same for `generate`, with two arguments (`transformers_cac
 
 `block_tier.py` has the client (`BlockTier`): a step is announced by its block tables (`BlockTables` in
 `lamina_protocols.messages.messages`), then each layer's q, k and v go to the workers, and the attention output comes
-back. `vllm_plugin.py` is what vLLM loads; without `LAMINA_ATTENTION_WORKERS` it does nothing, and imports nothing.
+back. `scripts/reference_client.py` does the same without Lamina's code, and says what crosses. `vllm_plugin.py` is what
+vLLM loads; without `LAMINA_ATTENTION_WORKERS` it does nothing, and imports nothing.
 """
 
 SWITCH = "LAMINA_ATTENTION_WORKERS"

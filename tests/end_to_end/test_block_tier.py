@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,3 +112,13 @@ def test_a_bad_table_ends_the_session_with_its_reason_and_the_worker_lives() -> 
             with pytest.raises(Exception, match="names block 40, allowed: 0 to 39"):
                 client.attend(0, q, k, v)
             client.close()
+
+
+def test_the_reference_client_needs_nothing_of_lamina() -> None:
+    """It also says, in its docstring, what crosses."""
+    script = Path(__file__).parents[2] / "scripts/reference_client.py"
+    assert not re.findall(r"^(?:from|import) lamina", script.read_text(), re.MULTILINE)
+    with running(kv_memory=MEMORY) as (_, address):
+        child = subprocess.run([sys.executable, str(script), address], capture_output=True, text=True, timeout=60)
+    assert child.returncode == 0, child.stderr
+    assert "14 steps; the largest difference to float64 is" in child.stdout
