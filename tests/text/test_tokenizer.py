@@ -298,7 +298,7 @@ def test_other_threads_go_on_while_a_long_text_is(
     ended.set()
     thread.join()
     assert len(made) > 150_000
-    assert seen > 20
+    assert seen > 5  # with the lock held there is one at most
 
 
 def test_a_model_without_template_cannot_chat(tmp_path: Path) -> None:
