@@ -10,8 +10,8 @@ have memory for. KV heads are dealt among the workers. Prefix caching, chunked p
 all heads that chooses what is read.
 
 A worker that is lost is waited for, a minute at most; then all running sequences are computed again, and their texts
-go on. It was run on vLLM's CPU build alone, with one process of its model. Refused by name: sliding windows, ALiBi,
-layers that share KV, encoders, a quantised KV cache.
+go on. Layers with a sliding window keep all tokens. It was run on vLLM's CPU build alone, with one process of its
+model. Refused by name: ALiBi, layers that share KV, encoders, a quantised KV cache.
 
 transformers does the same for `generate`, with two arguments (`transformers_cache.py`):
 

@@ -104,6 +104,10 @@ class LaminaBackend(AttentionBackend):  # type: ignore[misc]  # mypy does not se
         return True
 
     @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         """Pages of a few bytes, and as many of them as the workers have memory for."""
         _Tier.size()
@@ -161,7 +165,6 @@ class LaminaImpl(AttentionImpl[LaminaMetadata]):  # type: ignore[misc]
             "ALiBi": alibi_slopes is not None,
             "attention of an encoder": attn_type != AttentionType.DECODER,
             "layers that share KV": kv_sharing_target_layer_name is not None,
-            "sliding windows": sliding_window is not None,
             f"a KV cache in {kv_cache_dtype}": kv_cache_dtype != "auto",
         }
         if reasons := [name for name, present in refused.items() if present]:
@@ -170,13 +173,23 @@ class LaminaImpl(AttentionImpl[LaminaMetadata]):  # type: ignore[misc]
             )
         heads = num_kv_heads or num_heads
         self.num_heads, self.head_size, self.scale, self.num_kv_heads = num_heads, head_size, float(scale), heads
-        self.spec = LayerSpec(0, num_heads, heads, head_size, head_size, float(scale), soft_cap=logits_soft_cap or None)
+        self.spec = LayerSpec(
+            0, num_heads, heads, head_size, head_size, float(scale), sliding_window, logits_soft_cap or None
+        )
         self.sinks = sinks
         _Tier.model = config = get_current_vllm_config()
         scheduler = config.scheduler_config
         scheduler_class = scheduler.get_scheduler_cls()
         if not issubclass(scheduler_class, _Forgetting):
             scheduler.scheduler_cls = type("LaminaScheduler", (_Forgetting, scheduler_class), {})
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """vLLM gives a layer with a window pages of its full size, whatever `customize_spec` says. So all layers count
+        as full ones there, and have one block table; the window is the workers', who keep all tokens."""
+        if _Tier.model is not None:
+            for layer in get_layers_from_vllm_config(_Tier.model, Attention).values():
+                if isinstance(layer.impl, LaminaImpl):
+                    layer.sliding_window = None
 
     def forward(
         self,

@@ -16,6 +16,7 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from attention_servers import process, until
 
 from lamina.behind import SWITCH
@@ -40,14 +41,27 @@ def test_a_plugin_that_is_not_switched_on_loads_nothing() -> None:
 NEEDED = pytest.mark.skipif(not PYTHON, reason="LAMINA_VLLM_PYTHON names no python that has vLLM")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
+FAMILIES: dict[str, dict[str, object]] = {
+    "llama": {},
+    "qwen3": {"tie_word_embeddings": True},
+    "gemma3_text": {
+        "sliding_window": 40,
+        "query_pre_attn_scalar": 32,
+        "layer_types": ["sliding_attention"] * 2 + ["full_attention"],
+    },
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = tmp_path_factory.mktemp("model")
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "vocab_size": 512}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
-    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(folder)
+    config = AutoConfig.for_model(request.param, **sizes, **heads, **FAMILIES[request.param])
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     return folder
 
 
