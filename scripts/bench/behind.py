@@ -26,6 +26,7 @@ STEPS, REPEATS = 32, 4
 
 def child(model: str, rows: int, tokens: int, dtype: str) -> None:
     """In vLLM's environment: print a line of JSON."""
+    del sys.path[0]  # this folder has modules whose names vLLM imports from elsewhere
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
 
