@@ -11,9 +11,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 
-import numpy as np
 import torch
 
 from lamina.errors import EngineError, InvalidRequest, LaminaError
@@ -21,14 +19,15 @@ from lamina_kernels.partial import Partial, empty, with_sinks
 from lamina_protocols.channels.channels import Credentials
 from lamina_protocols.channels.grpc_client import WorkerClient
 from lamina_protocols.messages.layers import BlockConfig
-from lamina_protocols.messages.messages import Announced, BlockTables, Usage
+from lamina_protocols.messages.messages import Announced, BlockTables, Row, Usage
 from lamina_protocols.messages.pools import Pool, pools
+from lamina_protocols.messages.routes import Route, Span
 from lamina_workers.attention_worker.page_layout import block_bytes
 from lamina_workers.decoder.model import KeyValueReady
 from lamina_workers.devices.staging import DIRECT
 from lamina_workers.errors import HolderLost
 from lamina_workers.model_worker.compiled_exchange import CompiledExchange, ExchangeMaker
-from lamina_workers.model_worker.holder_traffic import HolderTraffic, check_answer, index_of, vectors_of
+from lamina_workers.model_worker.holder_traffic import HolderTraffic, check_answer, holder_traffic
 from lamina_workers.ports.data_channel import ChannelOptions
 from lamina_workers.ports.port import Replies
 from lamina_workers.ports.remote import RemoteAttention, SeatOptions, connect
@@ -36,7 +35,6 @@ from lamina_workers.ports.timing import Stopwatch, Times
 
 logger = logging.getLogger("lamina")
 
-_SLOWEST = 1e8  # multiplications and additions a second that any worker is trusted to do
 _STATUS_S = 10.0
 
 
@@ -125,10 +123,9 @@ class BlockTier:
             for number, pool in enumerate(pools(holder))
         ]
         self._lane_of = {layer: lane for lane in self._lanes for layer in lane.pool.layers}
-        self._seconds: dict[int, float] = {}  # by block table: what a worker may take for a layer
         self._announced: dict[int, int] = {}  # by block table, the batch whose answers have not been read
         self._last: dict[int, int] = {}  # by block table, the last batch
-        self._tokens: dict[int, int] = {}  # by block table
+        self._rows: dict[int, list[tuple[int, int]]] = {}  # by block table: start and count of each row of the step
         self.usages: tuple[Usage, ...] = ()
         """What policies have read and missed so far, by worker and row of the last step, where they choose."""
         self._ports: list[RemoteAttention] = []
@@ -153,14 +150,14 @@ class BlockTier:
         and may change afterwards. Raises HolderLost."""
         self._batch += 1
         message = BlockTables(self._epoch, self._batch, table, query_start_loc, seq_lens, block_table)
-        counts, lengths = np.diff(query_start_loc.numpy()).astype(np.int64), seq_lens.numpy().astype(np.int64)
-        pairs = int((counts * lengths).sum())
-        self._tokens[table] = int(counts.sum())
+        ends = query_start_loc.tolist()
+        self._rows[table] = [
+            (length - end + begin, end - begin)
+            for length, begin, end in zip(seq_lens.tolist(), ends, ends[1:], strict=False)
+        ]
         for lane in self._lanes_of(table):
             self._end(lane)
             lane.batch, lane.due, lane.traffic = self._batch, len(lane.pool.layers), None
-            spec = lane.pool.config.layers[0]
-            self._seconds[table] = pairs * spec.heads * (spec.d_k + spec.d_v) / _SLOWEST
         for replies in self._replies:
             replies.forget(self._last.get(table, 0))
             replies.expect(self._epoch, self._batch)
@@ -175,12 +172,12 @@ class BlockTier:
         next call. `sinks`: as in `KeyValueReady`. Raises HolderLost, HolderFault, EngineError."""
         lane = self._lane_of[layer]
         table = lane.table
-        tokens = self._tokens[table]
+        tokens = sum(count for _, count in self._rows[table])
         if len(q) != tokens:
             raise EngineError(f"layer {layer} has {len(q)} tokens, its step was announced with {tokens}")
         self._take_answers(table)
         if lane.traffic is None:
-            lane.traffic = self._traffic(lane, tokens, self._seconds[table])
+            lane.traffic = self._traffic(lane)
             ids = self._epoch, lane.batch
             lane.compiled = lane.exchanges.begin(lane.traffic, ids, tokens, q.dtype, Times())
         key_value = KeyValueReady(layer, k, v, sinks=sinks)
@@ -203,24 +200,27 @@ class BlockTier:
             return
         usages: list[Usage] = []
         for replies in self._replies:
-            answer = replies.take(Announced, batch, None, self._channel.lost_after + self._seconds[table])
+            answer = replies.take(Announced, batch, None, self._channel.lost_after)
             if not answer.accepted:
                 raise EngineError(f"attention worker {replies.port.name} refuses a step: {answer.reason}")
             usages += answer.usages
         self.usages = tuple(usages)
 
-    def _traffic(self, lane: _Lane, tokens: int, seconds: float) -> tuple[HolderTraffic, ...]:
-        traffic, spec = [], lane.pool.config.layers[0]
-        for number, replies in enumerate(self._replies):
-            heads = self._shares[number][1][lane.pool.layers[0]]
-            queries, fresh = _vectors(tokens, heads.start, heads.stop, spec.heads, spec.kv_heads)
-            count = tokens * spec.heads if queries is None else len(queries)
-            timeout = self._channel.lost_after + seconds
+    def _traffic(self, lane: _Lane) -> tuple[HolderTraffic, ...]:
+        rows = self._rows[lane.table]
+        spans = [Span(start, count) for start, count in rows]
+        traffic = []
+        for replies, (_, layer_heads) in zip(self._replies, self._shares, strict=True):
+            heads = tuple(layer_heads[lane.pool.layers[0]])
+            routes = [
+                Route(number, heads, Row(number, start, count, (0, start + count), True), (start, start + count))
+                for number, (start, count) in enumerate(rows)
+            ]
+            spec = lane.pool.config.layers[0]
+            holder = holder_traffic(spec, DIRECT, True, self._channel.lost_after, replies, spans, routes)
             if replies.frames is not None:
-                replies.frames.patience = max(replies.frames.patience, timeout)
-            traffic.append(
-                HolderTraffic(replies, DIRECT, False, True, True, True, queries, (slice(0, count),), fresh, timeout)
-            )
+                replies.frames.patience = max(replies.frames.patience, holder.timeout)
+            traffic.append(holder)
         return tuple(traffic)
 
     def _compiled(
@@ -288,14 +288,3 @@ class BlockTier:
             port.close()
         for port in self._ports:
             port.parted()
-
-
-@lru_cache(maxsize=128)
-def _vectors(
-    tokens: int, first: int, end: int, heads: int, kv_heads: int
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The indices of some KV heads' vectors in the flat q and k, None for all."""
-    group = heads // kv_heads
-    queries = vectors_of(0, tokens, np.arange(first * group, end * group), heads)
-    fresh = vectors_of(0, tokens, np.arange(first, end), kv_heads)
-    return index_of([queries], tokens * heads), index_of([fresh], tokens * kv_heads)
