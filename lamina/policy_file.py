@@ -67,12 +67,15 @@ class PolicyFile:
 
     def check(self, model: ModelConfig, fingerprint: str) -> None:
         """Raise PolicyError unless this file is for that model, whose files have that fingerprint."""
+        self.check_fingerprint(fingerprint)
+        self.policies(model.attention_layers, model.num_key_value_heads)
+
+    def check_fingerprint(self, fingerprint: str) -> None:
         if self.fingerprint and self.fingerprint != fingerprint:
             raise PolicyError(
                 f"this policy is for {self.model or 'a model'} with the fingerprint {self.fingerprint}; the model has "
                 f'{fingerprint}. Allowed are the same, or fingerprint = "" for any model of this shape'
             )
-        self.policies(model.attention_layers, model.num_key_value_heads)
 
     def policies(self, layers: int, heads: int) -> Heads:
         """The policies by layer and KV head. Raises PolicyError unless there are that many of each."""
@@ -312,23 +315,22 @@ def _remark(name: str, value: Any) -> None:
         )
 
 
-def head_policies(
-    policy: str | Path | None, model: ModelConfig, fingerprint: str
-) -> tuple[tuple[str, ...], ...] | None:
+def head_policies(policy: str | Path | None, layers: int, heads: int, fingerprint: str | None) -> Heads | None:
     """The policy of each KV head by layer; None if all heads read and keep everything.
 
-    `fingerprint` is that of the model's files. Raises PolicyError for a policy that is unknown, contradicts itself, or
-    is for another model.
+    `fingerprint` is that of the model's files, None where it is not known. Raises PolicyError for a policy that is
+    unknown, contradicts itself, or is for another model.
     """
     if policy is None or policy == "full":
         return None
     if isinstance(policy, Path) or policy.endswith(".toml"):
         file = read(Path(policy))
         try:
-            file.check(model, fingerprint)
+            if fingerprint is not None:
+                file.check_fingerprint(fingerprint)
+            return file.policies(layers, heads)
         except PolicyError as error:
             raise PolicyError(f"{policy}: {error}") from error
-        return file.policies(model.attention_layers, model.num_key_value_heads)
     text = AUTO if policy == "auto" else policy
     try:
         canonical = str(parse(text))
@@ -336,4 +338,4 @@ def head_policies(
         raise PolicyError(
             f'policy is {policy!r:.80}: {error}; also allowed are "auto" and a file ending in .toml'
         ) from error
-    return ((canonical,) * model.num_key_value_heads,) * model.attention_layers
+    return ((canonical,) * heads,) * layers

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from lamina.errors import EngineError, InvalidRequest, LaminaError
+from lamina.messages.engine_request import KvSavings
 from lamina_kernels.partial import Partial, empty, with_sinks
 from lamina_protocols.channels.channels import Credentials
 from lamina_protocols.channels.grpc_client import WorkerClient
@@ -126,8 +127,7 @@ class BlockTier:
         self._announced: dict[int, int] = {}  # by block table, the batch whose answers have not been read
         self._last: dict[int, int] = {}  # by block table, the last batch
         self._rows: dict[int, list[tuple[int, int]]] = {}  # by block table: start and count of each row of the step
-        self.usages: tuple[Usage, ...] = ()
-        """What policies have read and missed so far, by worker and row of the last step, where they choose."""
+        self._usages: dict[int, list[Usage]] = {}  # by block table: of the rows of the last step
         self._ports: list[RemoteAttention] = []
         try:
             for number in range(len(workers)):
@@ -204,7 +204,14 @@ class BlockTier:
             if not answer.accepted:
                 raise EngineError(f"attention worker {replies.port.name} refuses a step: {answer.reason}")
             usages += answer.usages
-        self.usages = tuple(usages)
+        self._usages[table] = usages
+
+    def savings(self) -> dict[str, float]:
+        """What policies that choose have read, kept and missed of the rows of the last step, since these began, as
+        shares (`KvSavings.stats`); empty where there are none."""
+        usages = [usage for of_table in self._usages.values() for usage in of_table]
+        sums = {name: sum(getattr(usage, name) for usage in usages) for name in KvSavings._fields if name != "worst"}
+        return KvSavings(**sums, worst=max((usage.worst for usage in usages), default=0.0)).stats()
 
     def _traffic(self, lane: _Lane) -> tuple[HolderTraffic, ...]:
         rows = self._rows[lane.table]

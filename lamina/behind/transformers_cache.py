@@ -24,6 +24,7 @@ from transformers.masking_utils import causal_mask_function
 
 from lamina.behind.block_tier import BlockTier, TierWorker, room
 from lamina.errors import InvalidRequest, UnsupportedModelError
+from lamina.policy_file import head_policies
 from lamina_protocols.messages.layers import BlockConfig, LayerSpec
 from lamina_workers.errors import HolderFault
 
@@ -55,8 +56,8 @@ class LaminaCache(Cache):  # type: ignore[misc]  # transformers is behind Any
     """The KV of one batch, on attention workers. One thread uses it.
 
     `workers`: "host:port" each, or `TierWorker`s where credentials are needed; KV heads are dealt among them. `blocks`
-    of `page_size` tokens are taken, None: as many as there is memory for. `policy` chooses what all heads of layers
-    without a window read, "": everything. `dtype` is that of the stored KV, None: the model's.
+    of `page_size` tokens are taken, None: as many as there is memory for. `policy` chooses what is read, as in
+    `EngineConfig`: "auto", a text for all heads, or a policy file. `dtype` is that of the stored KV, None: the model's.
 
     The workers are connected to by the first forward pass, which raises WorkerUnreachable, WorkerRefused and
     InvalidRequest. They serve one cache at a time, until it is closed or dropped; `reset` begins another batch with the
@@ -69,7 +70,7 @@ class LaminaCache(Cache):  # type: ignore[misc]  # transformers is behind Any
         workers: Sequence[str | TierWorker],
         page_size: int = 32,
         blocks: int | None = None,
-        policy: str = "",
+        policy: str = "full",
         dtype: torch.dtype | None = None,
     ) -> None:
         register()
@@ -147,13 +148,11 @@ class LaminaCache(Cache):  # type: ignore[misc]  # transformers is behind Any
         if others := {q.dtype, self._dtype or q.dtype} - set(_DTYPES):
             raise InvalidRequest(f"a model or cache in {others}; allowed: {', '.join(_DTYPES.values())}")
         shape = (q.shape[1], k.shape[1], k.shape[3], v.shape[3], scale)
+        policies = head_policies(self._policy, len(self._windows), k.shape[1], None) or ((),) * len(self._windows)
         specs = [
-            LayerSpec(
-                layer, *shape, window, self._soft_cap,
-                policies=(self._policy,) * k.shape[1] if self._policy and window is None else (),
-            )
+            LayerSpec(layer, *shape, window, self._soft_cap, policies=policies[layer])
             for layer, window in enumerate(self._windows)
-        ]  # fmt: skip
+        ]
         stored = _DTYPES[self._dtype or q.dtype]
         tables = (0,) * len(specs)
         holder = BlockConfig(tuple(specs), self._page_size, stored, 0, blocks=self._blocks or 1, tables=tables)
@@ -216,6 +215,10 @@ class LaminaCache(Cache):  # type: ignore[misc]  # transformers is behind Any
         if self._lost and self._tier is not None:
             self._tier.restore(_PATIENCE)
         self._lost = False
+
+    def savings(self) -> dict[str, float]:
+        """What the policy has read and missed so far, in shares as `Completion.stats` has them; empty without one."""
+        return {} if self._tier is None else self._tier.savings()
 
     def close(self) -> None:
         """Let the workers go; as when nobody holds the cache any more."""

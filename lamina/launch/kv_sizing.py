@@ -165,8 +165,9 @@ def holder_config(
     """
     layers = model.layer_specs()
     copies = model.kv_copies
-    plain = replace(model, num_key_value_heads=model.num_key_value_heads // copies, kv_copies=1)
-    if (policies := head_policies(config.policy, plain, fingerprint(path))) is not None:
+    heads = model.num_key_value_heads // copies
+    policies = head_policies(config.policy, model.attention_layers, heads, fingerprint(path))
+    if policies is not None:
         of_attention = iter(policies)
         layers = tuple(
             spec if spec.kind in STATES else replace(spec, policies=_of_heads(spec, next(of_attention), copies))

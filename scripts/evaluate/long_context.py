@@ -98,8 +98,8 @@ def evaluate(args: argparse.Namespace, console: Console) -> None:
     path = resolve(args.model)
     model, print_of = ModelConfig.from_folder(path), fingerprint(path)
     policies = list(dict.fromkeys(args.policies))
-    for policy in policies:
-        head_policies(policy, model, print_of)  # a wrong one fails before the first has run
+    for policy in policies:  # a wrong one fails before the first has run
+        head_policies(policy, model.attention_layers, model.num_key_value_heads, print_of)
     scaling = yarn(model, args.context)
     said = about(args, print_of, scaling)
     where = f"{args.model}, {args.context} tokens, {said['dtype']}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from attention_servers import running
 from reference_models import reference
 
 from lamina.behind.transformers_cache import LaminaCache, register
-from lamina.errors import InvalidRequest, UnsupportedModelError
+from lamina.errors import InvalidRequest, PolicyError, UnsupportedModelError
+from lamina.policy_file import PolicyFile, write
 from lamina_workers.errors import HolderLost
 
 TOKENS = 24
@@ -44,6 +46,7 @@ EAGER = {"gemma2", "gpt_oss"}  # transformers' sdpa has no soft caps, no sinks
 
 
 def network(family: str, **options: Any) -> transformers.PreTrainedModel:
+    register()
     model = reference(family, {**FAMILIES.get(family, {}), **options})
     model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
     return model
@@ -139,6 +142,33 @@ def test_a_policy_chooses_what_is_read(workers: list[str]) -> None:
         for policy in ("span(alpha=200, beta=0)", "span(alpha=4, beta=0)")
     }
     assert [text == expected for text in texts.values()] == [True, False]
+
+
+def test_a_policy_file_has_one_for_each_head(workers: list[str], tmp_path: Path) -> None:
+    model, prompt = network("qwen2"), {"input_ids": drawn(1, 120)}
+    model.set_attn_implementation("lamina")
+    short, file = "span(alpha=4, beta=0)", str(tmp_path / "policy.toml")
+    expected = generated(model, prompt, cache=LaminaCache(model.config, workers, policy=short))
+    layers, heads = model.config.num_hidden_layers, model.config.num_key_value_heads
+    write(file, PolicyFile("", "", ((short,) * heads,) * layers))
+    assert generated(model, prompt, cache=LaminaCache(model.config, workers, policy=file)) == expected
+    write(file, PolicyFile("", "", (("full",) * heads,) * (layers + 1)))
+    with pytest.raises(PolicyError, match=f"this policy has {layers + 1} layers; the model has {layers}"):
+        generated(model, prompt, cache=LaminaCache(model.config, workers, policy=file))
+
+
+def test_what_a_policy_has_read_is_known(workers: list[str]) -> None:
+    model, prompt = network("qwen2", max_position_embeddings=1024), {"input_ids": drawn(1, 800)}
+    model.set_attn_implementation("lamina")
+    cache = LaminaCache(model.config, workers, page_size=16, policy="page_top_k(budget=0.2)")
+    generated(model, prompt, cache=cache)
+    savings = cache.savings()
+    assert 0.1 < savings["kv_read"] < 0.9
+    assert savings["kv_held"] == savings["kv_resident"] == 1
+    cache.close()
+    plain = LaminaCache(model.config, workers)
+    generated(model, prompt, cache=plain)
+    assert plain.savings() == {}
 
 
 def test_a_prompt_in_chunks_and_padding_on_the_right(llama: Llama) -> None:
