@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +23,8 @@ from lamina.cli.simulator_output import (
     print_check,
     print_plan,
     print_runs,
+    print_weighed,
+    weighed_record,
     write_runs,
 )
 from lamina.cli.terminal import ProgressBars, print_json
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from lamina.simulator.event_loop.failures import Failures
     from lamina.simulator.event_loop.simulate import Slo
     from lamina.simulator.planning.inventory import Inventory
+    from lamina.simulator.planning.plan import PlanRequest
     from lamina.simulator.traces.arrivals import Trace
 
 DEFAULT_SLO = "tpot=100ms,ttft=2s"
@@ -169,6 +172,10 @@ class PlanOptions:
             help="A TOML file with what there is, or one of calibrate-hardware. Default: 8 H100, 8 H20, 4 EPYC hosts."
         ),
     ] = None
+    behind: Annotated[
+        str | None,
+        typer.Option(help="An engine, vllm: does it pay to put attention workers behind it, or does it do alone?"),
+    ] = None
     any_system: Annotated[
         bool,
         typer.Option(
@@ -205,14 +212,21 @@ class PlanOptions:
     as_json: Json = False
     seed: Seed = 0
 
+    @property
+    def reached(self) -> str:
+        """Whose efficiency devices without measurements have."""
+        return self.behind or self.efficiency
+
     def devices(self, everything: bool) -> Inventory:
         """The inventory, with the efficiency that was asked for; `everything`: what no engine deploys, too."""
         from lamina.simulator.costs import hardware as catalogues
         from lamina.simulator.planning import inventory as inventories
 
         catalogue = catalogues.load(self.hardware)
-        reached = catalogue.efficiency(self.efficiency)
+        reached = catalogue.efficiency(self.reached)
         have = inventories.read(self.inventory, catalogue) if self.inventory else inventories.default(catalogue)
+        if self.behind and not self.inventory:
+            have = replace(have, links=(catalogue.link("ethernet-100g"),))  # which the plugin speaks over
         if not everything:
             have = inventories.deployable(have)
         return inventories.with_efficiency(have, reached)
@@ -227,6 +241,7 @@ def plan(asked: PlanOptions) -> None:
     slo, rate = parse_slo(asked.slo), parse_rate(asked.rate)
     if not 0 <= asked.verify <= 100:
         raise InvalidRequest(f"verify is {asked.verify}; allowed are 0 to 100")
+    _check_behind(asked)
     check_output("out", asked.out, ".toml")
     check_output("html", asked.html, ".html")
     check_output("plot", asked.plot, ".png")
@@ -240,10 +255,14 @@ def plan(asked: PlanOptions) -> None:
     from lamina.simulator.planning.plan import PlanRequest, make_plan
     from lamina.simulator.planning.plan_file import write
 
-    shape, devices = shape_of(asked.model).with_weights(asked.weights), asked.devices(asked.any_system)
+    shape = shape_of(asked.model).with_weights(asked.weights)
+    devices = asked.devices(asked.any_system or asked.behind is not None)
     trace = _arriving(asked.trace, asked, slo)
     drafts = parse_speculation(asked)
     request = PlanRequest(asked.model, shape, devices, trace, slo, asked.budget, rate, asked.prefill, drafts)
+    if asked.behind is not None:
+        _weigh(asked, asked.behind, request)
+        return
     compared = asked.devices(everything=True) if asked.compare else None
     with ProgressBars(lines=True) as progress:
         planned = make_plan(
@@ -268,6 +287,40 @@ def plan(asked: PlanOptions) -> None:
                 "Not considered: prompts computed on other devices, which no engine here can run. --any considers them."
             )
         print_plan(planned, heading, reached, asked.prefill, asked.out, remarks)
+
+
+def _check_behind(asked: PlanOptions) -> None:
+    """Raise InvalidRequest for an engine that is not known, or options that do not go with one."""
+    from lamina.simulator.planning.behind import check_engine
+
+    if asked.behind is None:
+        return
+    check_engine(asked.behind)
+    others = {
+        "--out": asked.out,
+        "--html": asked.html,
+        "--plot": asked.plot,
+        "--compare": asked.compare,
+        "--any": asked.any_system,
+        "--efficiency": asked.efficiency not in ("typical", asked.behind),
+    }
+    if given := [name for name, value in others.items() if value]:
+        raise InvalidRequest(f"--behind and {given[0]} were given; allowed is one of the two")
+
+
+def _weigh(asked: PlanOptions, engine: str, request: PlanRequest) -> None:
+    """An engine with attention workers behind it, beside that engine alone."""
+    from lamina.simulator.costs import hardware as catalogues
+    from lamina.simulator.planning.behind import weigh
+
+    with ProgressBars(lines=True) as progress:
+        weighed = weigh(request, engine, check=asked.verify, seed=asked.seed, progress=progress, mapped=on_all_cores)
+    if asked.as_json:
+        print_json(weighed_record(weighed))
+    else:
+        heading = header(request.demand, request.model.name, asked.slo, engine, asked.budget)
+        reached = catalogues.load(asked.hardware).said_of(engine)
+        print_weighed(weighed, heading, reached, asked.prefill)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lamina.simulator.costs.systems import System
     from lamina.simulator.event_loop.results import RunResult
     from lamina.simulator.event_loop.simulate import Slo
+    from lamina.simulator.planning.behind import Weighed
     from lamina.simulator.planning.plan import Planned
     from lamina.simulator.planning.planner import Ranked
     from lamina.simulator.traces.demand import Demand
@@ -39,6 +40,25 @@ _PROMISED = (
     ("dollars_per_million", "$ a million output tokens", 1.0, ".2f"),
 )
 """Keys of `Planned.intervals`, in words, with scale and format."""
+_WEIGHED = (
+    ("dollars_per_hour", "$ an hour", 1.0, ",.2f"),
+    ("kv_tokens", "tokens of KV that fit", 1, ",d"),
+    ("requests", "requests that fit at a time", 1, ",d"),
+    ("batch", "sequences in decode per replica", 1.0, ",.0f"),
+    ("step", "a decode step of these, ms", 1e3, ",.1f"),
+    ("dense", "  of which dense layers", 1e3, ",.1f"),
+    ("attention", "  attention", 1e3, ",.1f"),
+    ("wire", "  the wire", 1e3, ",.1f"),
+    ("tpot", "time per output token (TPOT), mean, ms", 1e3, ",.1f"),
+    ("ttft", "time to first token (TTFT), mean, s", 1.0, ",.2f"),
+    ("share", "requests within the SLO, %", 1e2, ".1f"),
+    ("requests_per_second", "requests/s within the SLO", 1.0, ".3g"),
+    ("tokens_per_second", "output tokens/s", 1.0, ",.0f"),
+    ("dollars_per_million", "$ a million output tokens", 1.0, ",.2f"),
+)
+"""Keys of `Way.figures`, in words, with scale and format."""
+_COPIES = "Copies between a GPU and its host take no time; the plugin never ran on a GPU."
+_PROMPTS_ELSEWHERE = "Prompts are computed elsewhere, at no cost here."
 
 
 def write_runs(
@@ -181,7 +201,7 @@ def print_plan(
     _section("Which assumption would flip it", found.assumptions or (_NO_FLIP,))
     assumptions = [f"{reached[0].upper()}{reached[1:]}."]
     if not prefill:
-        assumptions.append("Prompts are computed elsewhere, at no cost here.")
+        assumptions.append(_PROMPTS_ELSEWHERE)
     assumptions += [
         f"{what.capitalize()}: {words}." for what, words in chosen(model, found.plan.system.speculation).items()
     ]
@@ -199,6 +219,36 @@ def print_plan(
     typer.echo(f"\n{out}: written. To deploy it, and to measure here what it promises:")
     for line in (*commands(out, found.plan.replicas, found.plan.engine), f"lamina plan --check {out}"):
         typer.echo(f"  {line}")
+
+
+def print_weighed(weighed: Weighed, said: str, reached: str, prefill: bool) -> None:
+    """An engine with workers beside it alone, in lines of up to 100 columns: `said` first, then what to take."""
+    from lamina.simulator.reports.report import grid
+
+    _say([said, "", weighed.answer, ""], indent=0)
+    figures = [way.figures for way in weighed.ways.values()]
+    rows = [
+        (words, *(format(value[key] * scale, form) if math.isfinite(value[key]) else "-" for value in figures))
+        for key, words, scale, form in _WEIGHED
+    ]
+    _lines(grid([("", *weighed.ways), *rows]))
+    _say(["", *(f"{title}: {way.name}" for title, way in weighed.ways.items())], indent=0)
+    by = "the event loop" if weighed.workers.ranked.result is not None else "formula"
+    assumed = [f"Figures are by {by}.", f"{reached[0].upper()}{reached[1:]}.", _COPIES]
+    _section("Assumed", assumed if prefill else [*assumed, _PROMPTS_ELSEWHERE])
+
+
+def weighed_record(weighed: Weighed) -> dict[str, Any]:
+    """For programs. Times are seconds, prices dollars."""
+    from lamina.simulator.reports.report import finite
+
+    return {
+        "answer": weighed.answer,
+        "ways": {
+            title: {"system": way.name, **{key: finite(value) for key, value in way.figures.items()}}
+            for title, way in weighed.ways.items()
+        },
+    }
 
 
 def print_runs(results: Sequence[RunResult], systems: Sequence[System], said: str, remarks: Sequence[str]) -> None:

@@ -317,3 +317,44 @@ def test_systems_have_the_papers_sizes_unless_devices_are_named() -> None:
     assert many.shard == "sequence"
     assert with_efficiency(known).device("h100").efficiency == known.typical
     assert with_efficiency(known, ROOFLINE).device("h100").efficiency == ROOFLINE
+
+
+def test_an_engine_with_workers_behind_it_stands_beside_it_alone(tmp_path: Path) -> None:
+    inventory = tmp_path / "inventory.toml"
+    inventory.write_text(INVENTORY.replace('"h20"', '"epyc-genoa"'), encoding="utf-8")
+    words = ["plan", "--behind", "vllm", "--inventory", str(inventory), "--verify", "0", *FEW]
+    result = lamina(*words)
+    assert result.exit_code == 0, result.output
+    for said in (
+        "\nTake vLLM ",
+        "with workers  alone, same GPUs",
+        "tokens of KV that fit",
+        "a decode step of these, ms",
+        "$ a million output tokens",
+        "with workers: vLLM on 4x h100, KV on 1x epyc-genoa",
+        "the plugin never ran on a GPU",
+        "reach what vllm reached of H100 and H200",
+    ):
+        assert said in result.stdout
+    assert all(len(line) <= 100 for line in result.stdout.splitlines())
+    found = json.loads(lamina(*words, "--json").stdout)
+    assert found["answer"].startswith("Take vLLM ")
+    mine, alone = found["ways"]["with workers"], found["ways"]["alone, same GPUs"]
+    assert mine["system"] == "vLLM on 4x h100, KV on 1x epyc-genoa"
+    assert mine["kv_tokens"] > alone["kv_tokens"]
+    assert mine["step"] > alone["step"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--behind", "foo"], "behind is 'foo'; allowed are vllm"),
+        (["--behind", "vllm", "--out", "x.toml"], "--behind and --out were given; allowed is one of the two"),
+        (["--behind", "vllm", "--compare"], "--behind and --compare were given"),
+        (["--behind", "vllm", "--efficiency", "sglang"], "--behind and --efficiency were given"),
+    ],
+)
+def test_what_does_not_go_with_an_engine_behind_which_workers_are(words: list[str], said: str) -> None:
+    result = lamina("plan", *words)
+    assert result.exit_code != 0
+    assert said in str(result.exception or "") + result.output

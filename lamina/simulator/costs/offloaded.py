@@ -133,6 +133,9 @@ class Offloaded:
     attention over the past begins when q arrives; else q, k and v go together, and the token's own key is attended with
     its past. `workers`: attention worker processes, where one machine is shared by several; else there is one a device.
     `attention_memory_share`: of devices without weights.
+
+    `behind`: the model is another engine's. All attention is where the KV is, that of prompts too, whose q, k and v are
+    waited for, and layers with a window keep all tokens.
     """
 
     model: ModelShape
@@ -155,6 +158,7 @@ class Offloaded:
     workers: int | None = None
     speculation: Speculation | None = None
     local_share: float = 0.0
+    behind: bool = False
     label: Text = ""
 
     def __post_init__(self) -> None:
@@ -257,7 +261,7 @@ class Offloaded:
         dense, local = self._dense(load), self._attending(load.part(share)) if share else 0.0
         away = load.part(1 - share) if share else load
         by_heads = self.shard == "heads"
-        cells = max(1, away.decode * (kv_heads(model) if by_heads else self.attention_count))
+        cells = max(1, (away.decode or 1) * (kv_heads(model) if by_heads else self.attention_count))
         busiest = -(-cells // self.attention_count) / cells  # whole heads, dealt out evenly over all sequences
         attention = attention_time(model, self.attention_device, away, self.policy, self.kv_element, busiest=busiest)
         states = state_share(model, self.attention_count, away.decode)
@@ -300,6 +304,11 @@ class Offloaded:
 
     def _step(self, load: Load) -> StepCost:
         """A batch in the better order of messages."""
+        if self.behind and load.prefill_tokens:
+            pairs = load.prefill_pairs + load.prefix_pairs
+            load = replace(
+                load, prefill_pairs=0.0, prefill_keys=0.0, prefix_tokens=load.prefill_tokens, prefix_pairs=pairs
+            )
         together, first = self._orders(load)
         return together if first is None or first.seconds >= together.seconds else first
 
@@ -328,7 +337,8 @@ class Offloaded:
         ranges = min(self.attention_count, max(1, int(load.context) // PAGE_SIZE))
         copies = 1 if self.shard == "heads" else ranges
         wire = self._wire(replicas)
-        return exchange_time(self.model, self.link, wire, load, copies=copies, workers=self.workers or 1)
+        exchange = exchange_time(self.model, self.link, wire, load, copies=copies, workers=self.workers or 1)
+        return replace(exchange, keys=exchange.keys + exchange.stored, stored=0.0) if self.behind else exchange
 
     def _hop(self, load: Load) -> float:
         """Seconds of a lane's way to the next replica, with the residual stream and what attention gave, a layer."""

@@ -208,6 +208,14 @@ def instances(system: System) -> tuple[Colocated | Offloaded, ...]:
     return (system.prefill, system.decode) if isinstance(system, Disaggregated) else (system,)
 
 
+def kept_window(system: System, window: int | None) -> int | None:
+    """How many tokens a layer with that window keeps of a sequence at most; None: all."""
+    if isinstance(system, Offloaded) and system.behind:
+        return None
+    windows = [tokens for tokens in (window, system.policy.window) if tokens is not None]
+    return min(windows, default=None)
+
+
 def with_decode(system: System, **changes: Any) -> System:
     """The system with these fields of what decodes."""
     if isinstance(system, Disaggregated):

@@ -21,7 +21,7 @@ from lamina.kv.request import SNAPSHOT_TOKENS, Plan, Request, ScheduledSequence,
 from lamina.scheduling.control_plane import ControlPlane, Step, refusal
 from lamina.simulator.costs.cost_model import Load, StepCost, kv_heads
 from lamina.simulator.costs.shapes import STATE_RECORDS
-from lamina.simulator.costs.systems import PAGE_SIZE, Offloaded, System
+from lamina.simulator.costs.systems import PAGE_SIZE, Offloaded, System, kept_window
 from lamina.simulator.event_loop.counters import Groups, HolderCounter, PageCounter, RecordCounter, Window
 from lamina.simulator.event_loop.results import Sampled, Samples
 from lamina.simulator.traces.arrivals import Arrival, Trace, tokens
@@ -450,9 +450,8 @@ def page_groups(system: System) -> Groups:
     """What the model's layers keep under the policy's window."""
     layers: Counter[int | None] = Counter()
     for group in system.model.groups:
-        windows = [window for window in (group.window, system.policy.window) if window is not None]
         if group.attends:
-            layers[min(windows, default=None)] += group.layers
+            layers[kept_window(system, group.window)] += group.layers
     if set(layers) <= {None}:
         return ((1, None),)  # all alike: one layer stands for all
     return tuple((count, None if window is None else Window(window)) for window, count in layers.items())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -45,10 +45,11 @@ def candidates(
     prefill: bool = True,
     sequence_tokens: int = SEQUENCE_TOKENS,
     speculation: Speculation | None = None,
+    made: Callable[[System], System | None] | None = None,
 ) -> tuple[Candidate, ...]:
     """All that fit the inventory, the devices' memory and the budget (dollars an hour; None: any). Without `prefill`
     none has devices for it, or differs from another in how it treats prompts. Memory is divided between KV and states
-    for sequences of `sequence_tokens` tokens.
+    for sequences of `sequence_tokens` tokens. `made` makes what is a candidate of each, or None of one that is not.
 
     Raises InvalidRequest where drafts cannot be verified; where there are none, naming what the model needs and what
     there is, or what the cheapest costs; and where there are more than `MAX_CANDIDATES`.
@@ -57,7 +58,8 @@ def candidates(
         raise InvalidRequest(f"budget is {budget}; allowed are dollars an hour above 0")
     fitting: list[Candidate] = []
     cheapest: System | None = None
-    for system in _systems(model, inventory, prefill, sequence_tokens):
+    every: Iterable[System | None] = _systems(model, inventory, prefill, sequence_tokens)
+    for system in filter(None, every if made is None else map(made, every)):
         if model.states:
             system = with_decode(system, sequence_tokens=sequence_tokens)
         if speculation is not None:

@@ -14,7 +14,15 @@ from typing import TypeVar
 
 import numpy as np
 
-from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System, before_first_token, instances
+from lamina.simulator.costs.systems import (
+    Colocated,
+    Disaggregated,
+    Offloaded,
+    System,
+    before_first_token,
+    instances,
+    kept_window,
+)
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.steady_state.replay import Batches, Floats, Integers, Limits, Requests, Served, replay
 from lamina.simulator.traces.demand import Demand, Sample, left_of_outputs, streams
@@ -197,8 +205,8 @@ def held(system: System, context: FloatT) -> FloatT:
     tokens = context * 0
     for group in system.model.groups:
         if group.attends:
-            windows = [window for window in (group.window, policy.window) if window is not None]
-            tokens = tokens + group.layers * policy.held * np.minimum(context, min(windows, default=math.inf))
+            window = kept_window(system, group.window)
+            tokens = tokens + group.layers * policy.held * np.minimum(context, math.inf if window is None else window)
             layers += group.layers
     return tokens / max(1, layers)
 
