@@ -304,8 +304,8 @@ def _check_behind(asked: PlanOptions) -> None:
         "--any": asked.any_system,
         "--efficiency": asked.efficiency not in ("typical", asked.behind),
     }
-    if given := [name for name, value in others.items() if value]:
-        raise InvalidRequest(f"--behind and {given[0]} were given; allowed is one of the two")
+    if names := [name for name, value in others.items() if value]:
+        raise InvalidRequest(f"--behind and {names[0]} were given; allowed is one of the two")
 
 
 def _weigh(asked: PlanOptions, engine: str, request: PlanRequest) -> None:

@@ -233,8 +233,8 @@ def print_weighed(weighed: Weighed, said: str, reached: str, prefill: bool) -> N
     ]
     _lines(grid([("", *weighed.ways), *rows]))
     _say(["", *(f"{title}: {way.name}" for title, way in weighed.ways.items())], indent=0)
-    by = "the event loop" if weighed.workers.ranked.result is not None else "formula"
-    assumed = [f"Figures are by {by}.", f"{reached[0].upper()}{reached[1:]}.", _COPIES]
+    source = "the event loop" if weighed.workers.ranked.result is not None else "formula"
+    assumed = [f"Figures are by {source}.", f"{reached[0].upper()}{reached[1:]}.", _COPIES]
     _section("Assumed", assumed if prefill else [*assumed, _PROMPTS_ELSEWHERE])
 
 

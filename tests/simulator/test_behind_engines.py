@@ -72,14 +72,12 @@ def test_prompts_are_attended_by_the_workers_and_decode_is_as_ever() -> None:
     element, rows = BIG.activation, 16 + 2048
     needed = rows * (BIG.asked_elements + BIG.output_elements) * element + rows * BIG.kv_bytes_per_token(element)
     assert mine.link_bytes == pytest.approx(needed)
-    # The workers' own times: FLOPs of all pairs by their share of the heads.
-    pairs = BIG.attention_flops(1024) * 2048 / (2 * H20.flops)
-    assert mine.attention - theirs.attention == pytest.approx(pairs, rel=0.02)
 
 
 def test_a_prompt_alone_is_shared_among_the_workers() -> None:
     prompt = Load(0, 0, 2048, 2048 * 1024.0, 2048)
     one, two = (replace(dop(2, count), behind=True, overlap=False).step(prompt).attention for count in (1, 2))
+    assert one == pytest.approx(BIG.attention_flops(1024) * 2048 / H20.flops)
     assert one == pytest.approx(2 * two)
 
 

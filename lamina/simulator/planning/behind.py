@@ -105,7 +105,7 @@ class Weighed:
         workers, alone, take = self.workers, self.alone, self.take
         if take is workers:
             return f"Take the workers: {self._gained()}."
-        here = ENGINES[self.engine] if take is alone else take.name
+        name = ENGINES[self.engine] if take is alone else take.name
         serves = "it serves all" if take.ranked.serves else "it does not serve all, and nor do the workers"
         room = "" if alone.ranked.estimate.fits else f"; {alone.gpus} have no room for the longest request"
         if not workers.ranked.goodput:
@@ -116,7 +116,7 @@ class Weighed:
             gain = advantage(workers.ranked, take.ranked)
             lost = f"the workers give {gain:.2f} times the requests for a dollar"
             lost += ", a tie within the error of such a comparison" if gain >= 1 else ""
-        return f"Take {here} alone: {serves}, and {lost}{room}."
+        return f"Take {name} alone: {serves}, and {lost}{room}."
 
     def _gained(self) -> str:
         """What the workers do that the engine alone on these GPUs does not."""
@@ -177,11 +177,11 @@ def weigh(
     ranked = rank(every, load, slo, prefill=prefill, progress=progress, mapped=mapped)
     workers = best([entry for entry in ranked if entry.candidate.offloaded])
     device, count = workers.ranked.candidate.system.devices[0]
-    same = [
+    on_same_gpus = [
         Ranked(entry, estimate(entry.system, entry.replicas, load, slo, prefill))
         for entry in possible(Inventory((Have(device, count * workers.replicas),), systems=("chunked",)))
     ]
-    alone = best(sorted(same, key=lambda entry: (not entry.serves, -entry.goodput_per_dollar)))
+    alone = best(sorted(on_same_gpus, key=lambda entry: (not entry.serves, -entry.goodput_per_dollar)))
     others = [entry for entry in ranked if not entry.candidate.offloaded and entry.estimate.goodput]
     elsewhere = best(others) if others else None
     return Weighed(engine, workers, alone, elsewhere if elsewhere and elsewhere.name != alone.name else None)
