@@ -27,9 +27,15 @@ ANY = Slo()
 
 
 def weighed(
-    inventory: Inventory, prompt: int, slo: Slo = ANY, every: float = 60.0, name: str = "llama-3-8b", check: int = 0
+    inventory: Inventory,
+    prompt: int,
+    slo: Slo = ANY,
+    every: float = 60.0,
+    name: str = "llama-3-8b",
+    check: int = 0,
+    output: int = 50,
 ) -> Weighed:
-    arrivals = tuple(Arrival(every * number, prompt, 50) for number in range(40))
+    arrivals = tuple(Arrival(every * number, prompt, output) for number in range(40))
     inventory = with_efficiency(inventory, KNOWN.efficiency("vllm"))
     request = PlanRequest(name, model(name), inventory, Trace("even", arrivals), slo)
     return weigh(request, "vllm", check=check)
@@ -53,7 +59,7 @@ def test_only_what_the_plugin_can_be_is_considered() -> None:
     assert shapes == {(1, 1, 0.0, "heads")}
     counts = {(s.model_count, s.attention_count) for s in split if s.attention_device == H20}
     assert kv_heads(BIG) == 8
-    assert counts == {(2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (8, 1)}
+    assert counts == {(ranks, machines) for ranks in (2, 4, 8) for machines in (1, 2, 4)}
     assert {s.attention_device.name for s in split} == {"h100", "h20", "epyc-genoa"}
     assert not [s for s in systems if s.devices[0][0].kind == "cpu"]
 
@@ -123,7 +129,9 @@ def test_more_gpus_may_do_what_one_cannot() -> None:
     found = weighed(there_are((L4, 2), (EPYC, 1), links=(ETHERNET,)), 60_000)
     assert found.elsewhere is not None
     assert found.take is found.elsewhere
-    assert found.answer.startswith("Take vLLM on 2x l4 alone: it serves all, and the workers give 0.")
+    assert found.workers.name == "vLLM on 1x l4, KV on 1x l4"  # the cheapest worker that has the room
+    assert found.answer.startswith("Take vLLM on 2x l4 alone: it serves all, and the workers give 1.00 times ")
+    assert ", a tie within the error of such a comparison; " in found.answer
     assert found.answer.endswith("; 1x l4 have no room for the longest request.")
 
 
@@ -136,7 +144,7 @@ def test_no_request_is_in_time_with_workers() -> None:
 
 def test_workers_that_are_nearly_free_let_one_gpu_serve_more() -> None:
     inventory = there_are((L4, 1), (cheap(H20), 1), links=(FHBN,))
-    found = weighed(inventory, 14_000, every=2.0)
+    found = weighed(inventory, 5000, every=10.0, output=3000)
     assert found.take is found.workers
     assert found.alone.ranked.estimate.fits > 0
     assert not found.alone.ranked.serves

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.cost_model import FULL, Load, kv_heads
-from lamina.simulator.costs.shapes import ModelShape
 from lamina.simulator.costs.systems import Colocated, Offloaded, System
 from lamina.simulator.event_loop.simulate import Progress
 from lamina.simulator.planning.candidates import Candidate, candidates
@@ -146,7 +145,7 @@ def weigh(
     are believed. Raises InvalidRequest for an engine or a model that workers cannot serve, where nothing fits, and
     where nothing meets the SLO."""
     check_engine(engine)
-    _check_model(asked.model, engine)
+    _check_model(asked, engine)
     load, slo, prefill = asked.demand, asked.slo, asked.prefill
     loop = EventRuns(asked.trace, load, slo, prefill, seed, mapped) if check else None
 
@@ -172,7 +171,7 @@ def weigh(
     if not any(candidate.offloaded for candidate in every):
         raise InvalidRequest(
             f"no devices here can be attention workers of {asked.model.name!r} behind {engine}; needed are GPUs that "
-            "hold the weights, a link, and as many workers as divide the KV heads of each tensor-parallel rank"
+            "hold the weights, a link, and machines whose number divides that of the KV heads"
         )
     ranked = rank(every, load, slo, prefill=prefill, progress=progress, mapped=mapped)
     workers = best([entry for entry in ranked if entry.candidate.offloaded])
@@ -193,11 +192,13 @@ def check_engine(engine: str) -> None:
         raise InvalidRequest(f"behind is {engine!r:.80}; allowed are {', '.join(ENGINES)}")
 
 
-def _check_model(model: ModelShape, engine: str) -> None:
+def _check_model(asked: PlanRequest, engine: str) -> None:
+    model, drafts = asked.model, asked.speculation
     refused = {
         "layers with states": bool(model.states),
         "latents": any(group.prompt_score_flops for group in model.groups),
         "layers that choose tokens": any(group.choice for group in model.groups),
+        "a draft model": drafts is not None and drafts.draft is not None,
     }
     if reasons := [name for name, present in refused.items() if present]:
         raise InvalidRequest(
@@ -215,7 +216,10 @@ def made(system: System, engine: str) -> System | None:
         return replace(system, label=name) if system.chunked_prefill and system.policy == FULL else None
     if not isinstance(system, Offloaded) or system.shard != "heads" or system.local_share or system.lanes > 1:
         return None
-    if kv_heads(system.model) % (count * system.attention_count):
+    few, many = sorted((count, system.attention_count))
+    if (
+        kv_heads(system.model) % many or many % few
+    ):  # a rank has several machines, or a machine workers of several ranks
         return None
     policy = system.policy
     name += f", KV on {system.attention_count}x {system.attention_device.name}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -58,8 +58,8 @@ def candidates(
         raise InvalidRequest(f"budget is {budget}; allowed are dollars an hour above 0")
     fitting: list[Candidate] = []
     cheapest: System | None = None
-    every: Iterable[System | None] = _systems(model, inventory, prefill, sequence_tokens)
-    for system in filter(None, every if made is None else map(made, every)):
+    every = _systems(model, inventory, prefill, sequence_tokens)
+    for system in every if made is None else (other for each in every if (other := made(each)) is not None):
         if model.states:
             system = with_decode(system, sequence_tokens=sequence_tokens)
         if speculation is not None:
