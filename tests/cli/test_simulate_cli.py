@@ -331,7 +331,7 @@ def test_an_engine_with_workers_behind_it_stands_beside_it_alone(tmp_path: Path)
         "tokens of KV that fit",
         "a decode step of these, ms",
         "$ a million output tokens",
-        "with workers: vLLM on 4x h100, KV on 1x epyc-genoa",
+        "with workers: vLLM on 2x h100, KV on 1x h100",
         "the plugin never ran on a GPU",
         "reach what vllm reached of H100 and H200",
     ):
@@ -340,7 +340,7 @@ def test_an_engine_with_workers_behind_it_stands_beside_it_alone(tmp_path: Path)
     found = json.loads(lamina(*words, "--json").stdout)
     assert found["answer"].startswith("Take vLLM ")
     mine, alone = found["ways"]["with workers"], found["ways"]["alone, same GPUs"]
-    assert mine["system"] == "vLLM on 4x h100, KV on 1x epyc-genoa"
+    assert mine["system"] == "vLLM on 2x h100, KV on 1x h100"
     assert mine["kv_tokens"] > alone["kv_tokens"]
     assert mine["step"] > alone["step"] > 0
 

@@ -10,7 +10,6 @@ from planning import BIG, EPYC, FHBN, H20, H100, KNOWN, dop, there_are
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.cost_model import KvPolicy, Load, kv_heads
-from lamina.simulator.costs.hardware import Device
 from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import Colocated, Offloaded
 from lamina.simulator.event_loop.simulate import Slo
@@ -39,10 +38,6 @@ def weighed(
     inventory = with_efficiency(inventory, KNOWN.efficiency("vllm"))
     request = PlanRequest(name, model(name), inventory, Trace("even", arrivals), slo)
     return weigh(request, "vllm", check=check)
-
-
-def cheap(device: Device) -> Device:
-    return replace(device, price=0.1)
 
 
 def test_only_what_the_plugin_can_be_is_considered() -> None:
@@ -143,8 +138,9 @@ def test_no_request_is_in_time_with_workers() -> None:
 
 
 def test_workers_that_are_nearly_free_let_one_gpu_serve_more() -> None:
-    inventory = there_are((L4, 1), (cheap(H20), 1), links=(FHBN,))
-    found = weighed(inventory, 5000, every=10.0, output=3000)
+    host = replace(H20, name="host", kind="cpu", price=0.1)  # which has no weights
+    inventory = there_are((L4, 1), (host, 1), links=(FHBN,))
+    found = weighed(inventory, 5000, Slo(ttft=30.0), every=10.0, output=3000)
     assert found.take is found.workers
     assert found.alone.ranked.estimate.fits > 0
     assert not found.alone.ranked.serves

@@ -59,7 +59,7 @@ def candidates(
     fitting: list[Candidate] = []
     cheapest: System | None = None
     every = _systems(model, inventory, prefill, sequence_tokens)
-    for system in every if made is None else (other for each in every if (other := made(each)) is not None):
+    for system in every if made is None else (other for original in every if (other := made(original)) is not None):
         if model.states:
             system = with_decode(system, sequence_tokens=sequence_tokens)
         if speculation is not None:
