@@ -25,7 +25,7 @@ from lamina_protocols.messages.pools import Pool, pools
 from lamina_protocols.messages.routes import Route, Span
 from lamina_workers.attention_worker.page_layout import block_bytes
 from lamina_workers.decoder.model import KeyValueReady
-from lamina_workers.devices.staging import DIRECT
+from lamina_workers.devices.staging import DIRECT, Staging, staging_for
 from lamina_workers.errors import HolderLost
 from lamina_workers.model_worker.compiled_exchange import CompiledExchange, ExchangeMaker
 from lamina_workers.model_worker.holder_traffic import HolderTraffic, check_answer, holder_traffic
@@ -98,7 +98,8 @@ class BlockTier:
     """Attends the steps of an engine that owns its blocks. One thread uses it.
 
     `holder` describes all layers, with their policies; each worker gets its share of the KV heads. `compute_dtype`: of
-    q, k, v and the outputs. `model` names what workers show in their status. Raises WorkerUnreachable, WorkerRefused,
+    q, k, v and the outputs. `model` names what workers show in their status. `staging_of` makes what copies between a
+    device of the engine and this host; on a GPU it has not been run. Raises WorkerUnreachable, WorkerRefused,
     InvalidRequest.
     """
 
@@ -110,8 +111,11 @@ class BlockTier:
         model: str,
         channel: ChannelOptions | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        staging_of: Callable[[torch.device], Callable[[], Staging]] = staging_for,
     ) -> None:
         self.holder = holder
+        self._staging_of = staging_of
+        self._ways: dict[torch.device, Staging] = {}
         self._workers = tuple(workers)
         self._shares = dealt(holder, len(workers))
         self._dtype, self._model = compute_dtype, model
@@ -149,7 +153,8 @@ class BlockTier:
         """A step begins in the layers of one block table; the tensors, int32 on the host, are those of `BlockTables`,
         and may change afterwards. Raises HolderLost."""
         self._batch += 1
-        message = BlockTables(self._epoch, self._batch, table, query_start_loc, seq_lens, block_table)
+        tensors = (x.clone() for x in (query_start_loc, seq_lens, block_table))
+        message = BlockTables(self._epoch, self._batch, table, *tensors)
         ends = query_start_loc.tolist()
         self._rows[table] = [
             (length - end + begin, end - begin)
@@ -165,11 +170,20 @@ class BlockTier:
         self._announced[table] = self._last[table] = self._batch
 
     def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor | None = None,
+        target: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The attention output of a layer for the step that was announced to its table: q `[tokens, heads, d_k]`, k
-        `[tokens, KV heads, d_k]`, v `[tokens, KV heads, d_v]`; the answer `[tokens, heads * d_v]` may be changed by the
-        next call. `sinks`: as in `KeyValueReady`. Raises HolderLost, HolderFault, EngineError."""
+        `[tokens, KV heads, d_k]`, v `[tokens, KV heads, d_v]`, all on one device. The answer `[tokens, heads * d_v]` is
+        there too: in `target`, or where the next call may change it. `sinks`: as in `KeyValueReady`, on the host.
+
+        From a device each tensor is copied once, and the thread waits once for the three, without Python's lock; not
+        for the copy back. Raises HolderLost, HolderFault, EngineError."""
         lane = self._lane_of[layer]
         table = lane.table
         tokens = sum(count for _, count in self._rows[table])
@@ -180,6 +194,12 @@ class BlockTier:
             lane.traffic = self._traffic(lane)
             ids = self._epoch, lane.batch
             lane.compiled = lane.exchanges.begin(lane.traffic, ids, tokens, q.dtype, Times())
+        if q.device not in self._ways:
+            self._ways[q.device] = self._staging_of(q.device)()
+        way = self._ways[q.device]
+        way.turn()
+        q, k, v = (way.down(x).view(x.shape) for x in (q, k, v))
+        way.landed()
         key_value = KeyValueReady(layer, k, v, sinks=sinks)
         if lane.compiled is None:
             out = self._exchanged(lane, layer, q, key_value)
@@ -188,7 +208,7 @@ class BlockTier:
         lane.due -= 1
         if not lane.due:
             self._end(lane)
-        return out
+        return way.up(out, target)
 
     def _lanes_of(self, table: int) -> list[_Lane]:
         return [lane for lane in self._lanes if lane.table == table]

@@ -25,13 +25,13 @@ from transformers.masking_utils import causal_mask_function
 from lamina.behind.block_tier import BlockTier, TierWorker, room
 from lamina.errors import InvalidRequest, UnsupportedModelError
 from lamina.policy_file import head_policies
+from lamina_protocols.frames.tensors import FLOAT_NAMES
 from lamina_protocols.messages.layers import BlockConfig, LayerSpec
 from lamina_workers.errors import HolderFault
 
 NAME = "lamina"
 """What `attn_implementation` is."""
 
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _MASK_ROWS = 256  # of a mask that are compared at once
 _PATIENCE = 60.0  # seconds for a lost worker to come back
 
@@ -82,6 +82,7 @@ class LaminaCache(Cache):  # type: ignore[misc]  # transformers is behind Any
         self._workers = [TierWorker(worker) if isinstance(worker, str) else worker for worker in workers]
         self._page_size, self._blocks, self._policy, self._dtype = page_size, blocks, policy, dtype
         self._tier: BlockTier | None = None
+        self._sinks: dict[int, torch.Tensor] = {}  # of layers, on the host
         self._lost = False
         self._forget()
 
@@ -93,7 +94,8 @@ class LaminaCache(Cache):  # type: ignore[misc]  # transformers is behind Any
         self._tokens = torch.empty(0, 0, dtype=torch.bool)  # by row and column: False where padded
         self._rows: list[list[int]] = []  # the blocks of each
         self._free = list(range(self._blocks or 0))
-        self._fresh = torch.empty(0, 0, dtype=torch.bool)  # of `_tokens`, the columns of the step under way
+        # Of the step under way, which tokens of its rows and columns are sent, None: all.
+        self._sent: torch.Tensor | None = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
@@ -133,34 +135,39 @@ class LaminaCache(Cache):  # type: ignore[misc]  # transformers is behind Any
         try:
             if self.layers[layer].count > self._tokens.shape[1]:
                 self._begin(tier, padding, *k.shape[0::2])
-            out = q.new_zeros(q.shape[0], q.shape[2], spec.heads, spec.d_v)
-            if self._fresh.any():
-                scaled = q if scale == spec.scale else q * (scale / spec.scale)
-                q_sent, k_sent, v_sent = (part.transpose(1, 2).cpu()[self._fresh] for part in (scaled, k, v))
-                answer = tier.attend(layer, q_sent, k_sent, v_sent, None if sinks is None else sinks.float().cpu())
-                out[self._fresh.to(q.device)] = answer.view(-1, spec.heads, spec.d_v).to(q.device)
-            return out
+            if sinks is not None and layer not in self._sinks:
+                self._sinks[layer] = sinks.detach().float().cpu()
+            scaled = q if scale == spec.scale else q * (scale / spec.scale)
+            tokens = [part.transpose(1, 2).flatten(0, 1) for part in (scaled, k, v)]
+            out = q.new_zeros(len(tokens[0]), spec.heads * spec.d_v)
+            if self._sent is None:
+                tier.attend(layer, *tokens, self._sinks.get(layer), out)
+            elif len(self._sent):
+                self._sent = self._sent.to(q.device)
+                tokens = [part.index_select(0, self._sent) for part in tokens]
+                out.index_copy_(0, self._sent, tier.attend(layer, *tokens, self._sinks.get(layer)))
+            return out.view(q.shape[0], q.shape[2], spec.heads, spec.d_v)
         except HolderFault:
             self._lost = True
             raise
 
     def _connected(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> BlockTier:
-        if others := {q.dtype, self._dtype or q.dtype} - set(_DTYPES):
-            raise InvalidRequest(f"a model or cache in {others}; allowed: {', '.join(_DTYPES.values())}")
+        if others := {q.dtype, self._dtype or q.dtype} - set(FLOAT_NAMES):
+            raise InvalidRequest(f"a model or cache in {others}; allowed: {', '.join(FLOAT_NAMES.values())}")
         shape = (q.shape[1], k.shape[1], k.shape[3], v.shape[3], scale)
         policies = head_policies(self._policy, len(self._windows), k.shape[1], None) or ((),) * len(self._windows)
         specs = [
             LayerSpec(layer, *shape, window, self._soft_cap, policies=policies[layer])
             for layer, window in enumerate(self._windows)
         ]
-        stored = _DTYPES[self._dtype or q.dtype]
+        stored = FLOAT_NAMES[self._dtype or q.dtype]
         tables = (0,) * len(specs)
         holder = BlockConfig(tuple(specs), self._page_size, stored, 0, blocks=self._blocks or 1, tables=tables)
         if self._blocks is None:
             self._blocks = room(self._workers, holder)
             self._free = list(range(self._blocks))
             holder = BlockConfig(tuple(specs), self._page_size, stored, 0, blocks=self._blocks, tables=tables)
-        tier = BlockTier(self._workers, holder, _DTYPES[q.dtype], self._model)
+        tier = BlockTier(self._workers, holder, FLOAT_NAMES[q.dtype], self._model)
         self._close = weakref.finalize(self, tier.close)
         return tier
 
@@ -187,7 +194,9 @@ class LaminaCache(Cache):  # type: ignore[misc]  # transformers is behind Any
             )
         for blocks, need in zip(rows, needs, strict=True):
             blocks += [self._free.pop() for _ in range(need)]
-        self._rows, self._tokens, self._fresh = rows, tokens, tokens[:, past:]
+        self._rows, self._tokens = rows, tokens
+        fresh = tokens[:, past:]
+        self._sent = None if fresh.all() else fresh.flatten().nonzero().view(-1)
         going = [row for row, count in enumerate(counts) if count]
         if not going:
             return

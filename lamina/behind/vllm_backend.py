@@ -33,6 +33,7 @@ from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vll
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionImpl,
     AttentionMetadataBuilder,
     AttentionType,
@@ -44,7 +45,9 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from lamina.behind import SWITCH
 from lamina.errors import InvalidRequest, UnsupportedModelError
+from lamina_protocols.frames.tensors import FLOAT_NAMES
 from lamina_protocols.messages.layers import BlockConfig, LayerSpec
+from lamina_workers.devices.staging import staging_for
 from lamina_workers.errors import HolderFault
 
 if TYPE_CHECKING:
@@ -58,7 +61,6 @@ TRIED = ("0.32",)
 _ANY = "LAMINA_BEHIND_ANY_VLLM"  # "1": a version that was not tried is used all the same
 _PATIENCE = 60.0  # seconds for a lost worker to come back
 _CELL = 8  # bytes of vLLM's own memory for a token of a layer: as few as any of its dtypes divides
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def install() -> None:
@@ -76,7 +78,7 @@ def install() -> None:
 class LaminaBackend(AttentionBackend):  # type: ignore[misc]  # mypy does not see vLLM, which has an environment of its own
     """Named CPU_ATTN on CPUs, whose platform takes no other; elsewhere `--attention-backend CUSTOM` chooses it."""
 
-    supported_dtypes: ClassVar[list[torch.dtype]] = list(_DTYPES)
+    supported_dtypes: ClassVar[list[torch.dtype]] = list(FLOAT_NAMES)
     supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto"]
 
     @staticmethod
@@ -108,6 +110,10 @@ class LaminaBackend(AttentionBackend):  # type: ignore[misc]  # mypy does not se
         return True
 
     @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        return False  # a step is announced by what the host knows of it
+
+    @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         """Pages of a few bytes, and as many of them as the workers have memory for."""
         _Tier.size()
@@ -116,19 +122,28 @@ class LaminaBackend(AttentionBackend):  # type: ignore[misc]  # mypy does not se
 
 @dataclass
 class LaminaMetadata:
-    """A step that was announced: its tokens, without those that only fill up."""
+    """A step that was announced: its tokens, without those that only fill up. None where there is no request."""
 
     num_actual_tokens: int
 
 
 class LaminaMetadataBuilder(AttentionMetadataBuilder[LaminaMetadata]):  # type: ignore[misc]
-    """Of the layers that share a block table."""
+    """Of the layers that share a block table.
+
+    On a GPU, where none of this was run, lengths and blocks are copied from the device: what vLLM has of them on the
+    host are upper bounds where it schedules ahead. The host waits for that copy here, so that workers plan a step while
+    the GPU computes what comes before its first attention.
+    """
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+    """Graphs are cut at attention, which exchanges with workers."""
 
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._table = _Tier.of(vllm_config).add_table(layer_names)
+        self._way = staging_for(device)()
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -136,12 +151,19 @@ class LaminaMetadataBuilder(AttentionMetadataBuilder[LaminaMetadata]):  # type: 
         step = common_attn_metadata
         if step.causal is not True:
             raise UnsupportedModelError("attention that is not causal; Lamina's workers attend earlier tokens only")
-        rows = step.num_reqs
-        starts = step.query_start_loc_cpu[: rows + 1].int()
-        _Tier.of(self.vllm_config).announce(
-            self._table, starts, step.seq_lens[:rows].int().cpu(), step.block_table_tensor[:rows].int().cpu()
+        starts = step.query_start_loc_cpu[: step.num_reqs + 1].int()
+        rows = int(starts.diff().count_nonzero())  # the size of a graph may add rows without tokens after them
+        width = -(-step.max_seq_len // self.vllm_config.cache_config.block_size)
+        self._way.turn()
+        lengths, blocks = (
+            self._way.down(x.int()) for x in (step.seq_lens[:rows], step.block_table_tensor[:rows, :width])
         )
-        return LaminaMetadata(step.num_actual_tokens)
+        self._way.landed()
+        if not blocks[:, :1].any():  # vLLM's null block, which no request has: it warms up, or captures graphs
+            return LaminaMetadata(0)
+        starts = starts[: rows + 1]
+        _Tier.of(self.vllm_config).announce(self._table, starts, lengths, blocks)
+        return LaminaMetadata(int(starts[-1]))
 
 
 class LaminaImpl(AttentionImpl[LaminaMetadata]):  # type: ignore[misc]
@@ -161,11 +183,15 @@ class LaminaImpl(AttentionImpl[LaminaMetadata]):  # type: ignore[misc]
         kv_sharing_target_layer_name: str | None = None,
         sinks: torch.Tensor | None = None,
     ) -> None:
+        config = get_current_vllm_config()
         refused = {
             "ALiBi": alibi_slopes is not None,
             "attention of an encoder": attn_type != AttentionType.DECODER,
             "layers that share KV": kv_sharing_target_layer_name is not None,
             f"a KV cache in {kv_cache_dtype}": kv_cache_dtype != "auto",
+            "images whose tokens attend each other": config.model_config.is_mm_prefix_lm,
+            "windows that keep the prompt": config.model_config.rswa_window is not None,
+            "micro-batches (--enable-dbo, --ubatch-size)": config.parallel_config.use_ubatching,
         }
         if reasons := [name for name, present in refused.items() if present]:
             raise UnsupportedModelError(
@@ -177,7 +203,8 @@ class LaminaImpl(AttentionImpl[LaminaMetadata]):  # type: ignore[misc]
             0, num_heads, heads, head_size, head_size, float(scale), sliding_window, logits_soft_cap or None
         )
         self.sinks = sinks
-        _Tier.model = config = get_current_vllm_config()
+        self._host_sinks: torch.Tensor | None = None
+        _Tier.model = config
         scheduler = config.scheduler_config
         scheduler_class = scheduler.get_scheduler_cls()
         if not issubclass(scheduler_class, _Forgetting):
@@ -186,6 +213,8 @@ class LaminaImpl(AttentionImpl[LaminaMetadata]):  # type: ignore[misc]
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """vLLM gives a layer with a window pages of its full size, whatever `customize_spec` says. So all layers count
         as full ones there, and have one block table; the window is the workers', who keep all tokens."""
+        if self.sinks is not None:
+            self._host_sinks = self.sinks.detach().float().cpu()
         if _Tier.model is not None:
             for layer in get_layers_from_vllm_config(_Tier.model, Attention).values():
                 if isinstance(layer.impl, LaminaImpl):
@@ -203,15 +232,12 @@ class LaminaImpl(AttentionImpl[LaminaMetadata]):  # type: ignore[misc]
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if attn_metadata is None:  # vLLM warms up
-            return output
-        n = attn_metadata.num_actual_tokens
-        sinks = None if self.sinks is None else self.sinks.float()
-        out = _Tier.present().attend(str(layer.layer_name), query[:n], key[:n], value[:n], sinks)
-        if out is None:
+        if attn_metadata is None or not attn_metadata.num_actual_tokens:  # vLLM warms up
             return output.zero_()
-        output[:n].view(n, -1).copy_(out)
-        return output
+        n = attn_metadata.num_actual_tokens
+        target = output[:n].view(n, -1)
+        out = _Tier.present().attend(str(layer.layer_name), query[:n], key[:n], value[:n], self._host_sinks, target)
+        return output.zero_() if out is None else output
 
 
 class _Forgetting:
@@ -278,8 +304,11 @@ class _Tier:
         return lost
 
     def add_table(self, layer_names: list[str]) -> int:
-        self._tables.append([name for name in layer_names if name in self._numbers])
-        return len(self._tables) - 1
+        """The number of these layers' block table. vLLM may ask twice, where it measures its graphs first."""
+        names = [name for name in layer_names if name in self._numbers]
+        if names not in self._tables:
+            self._tables.append(names)
+        return self._tables.index(names)
 
     def announce(self, table: int, starts: torch.Tensor, lengths: torch.Tensor, blocks: torch.Tensor) -> None:
         tier = self._connected()
@@ -287,18 +316,24 @@ class _Tier:
             tier.restore(_PATIENCE)
             self._broken = False
         try:
-            tier.announce(table, starts, lengths, blocks.contiguous())
+            tier.announce(table, starts, lengths, blocks)
         except HolderFault as error:
             self._lose(error)
 
     def attend(
-        self, name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None
+        self,
+        name: str,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor | None,
+        target: torch.Tensor,
     ) -> torch.Tensor | None:
-        """The output of a layer; None after a loss, until the next step."""
+        """The output of a layer, in `target`; None after a loss, until the next step."""
         if self._broken:
             return None
         try:
-            return self._connected().attend(self._numbers[name], q, k, v, sinks)
+            return self._connected().attend(self._numbers[name], q, k, v, sinks, target)
         except HolderFault as error:
             self._lose(error)
             return None
@@ -314,14 +349,14 @@ class _Tier:
             blocks = self._config.cache_config.num_gpu_blocks
             if not blocks:
                 raise RuntimeError("a step was announced before vLLM had said how many blocks there are")
-            dtype = _DTYPES[self._config.model_config.dtype]
+            dtype = FLOAT_NAMES[self._config.model_config.dtype]
             self._tier = BlockTier(self._workers, self._holder(blocks), dtype, str(self._config.model_config.model))
             atexit.register(self._tier.close)
         return self._tier
 
     def _holder(self, blocks: int) -> BlockConfig:
         tables = {name: number for number, names in enumerate(self._tables) for name in names}
-        dtype = _DTYPES[self._config.model_config.dtype]
+        dtype = FLOAT_NAMES[self._config.model_config.dtype]
         return BlockConfig(
             tuple(self._specs),
             self._config.cache_config.block_size,

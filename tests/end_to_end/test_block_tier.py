@@ -14,10 +14,12 @@ import pytest
 import torch
 from attention_servers import WAYS, running
 from block_engines import BlockEngine, Step
+from fake_device import FakeDevice
 
 from lamina.behind.block_tier import BlockTier, TierWorker, room
 from lamina.errors import InvalidRequest
 from lamina_protocols.messages.layers import BlockConfig, LayerSpec
+from lamina_workers.devices.staging import Staged
 from lamina_workers.errors import HolderLost
 from lamina_workers.ports.data_channel import ChannelOptions
 
@@ -72,6 +74,51 @@ def test_every_channel_and_side_gives_the_same(way: str, switch: str, monkeypatc
         engine = BlockEngine(PLAIN, 5)
         for _ in range(8):
             compute(client, engine, engine.drawn())
+
+
+@pytest.mark.parametrize("switch", ["compiled", "python"])
+def test_from_a_device_a_layer_is_three_copies_one_wait_and_one_copy_back(
+    switch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer is that of tensors on the host. What is read before it has come is poison."""
+    if switch == "python":
+        monkeypatch.setattr("lamina_workers.model_worker.compiled_exchange.enabled", lambda: False)
+    fake = FakeDevice()
+    with ExitStack() as stack:
+        clients = []
+        for staging_of in ({}, {"staging_of": lambda device: lambda: Staged(fake)}):
+            workers = [TierWorker(stack.enter_context(running(kv_memory=MEMORY))[1]) for _ in range(2)]
+            clients.append(BlockTier(workers, HYBRID, "float32", "m", **staging_of))  # type: ignore[arg-type]
+            stack.callback(clients[-1].close)
+        engine, largest, steady = BlockEngine(HYBRID, 3), 0, 0
+        for number in range(12):
+            step, before = engine.drawn(), len(fake.allocated)
+            for table in range(engine.tables):
+                message = engine.announcement(step, table)
+                for client in clients:
+                    client.announce(table, message.query_start_loc, message.seq_lens, message.block_table)
+            for layer in range(len(HYBRID.layers)):
+                q, k, v, _ = engine.layer(step, layer)
+                right = clients[0].attend(layer, q, k, v)
+                fake.log.clear()
+                target = torch.full_like(right, torch.nan)
+                assert clients[1].attend(layer, q, k, v, target=target) is target
+                assert torch.equal(target, right)
+                if number:
+                    assert fake.log == [
+                        "wait",  # for the answer of the layer before the last one, whose buffer comes next
+                        *["down on default"] * 3,
+                        "record on default",
+                        "wait",
+                        "up on default",
+                        "record on default",
+                    ]
+            engine.done(step)
+            if step.tokens <= largest:
+                steady += 1
+                assert len(fake.allocated) == before
+            largest = max(largest, step.tokens)
+        assert steady > 3
 
 
 def test_blocks_that_the_memory_has_room_for_are_counted() -> None:

@@ -19,6 +19,7 @@ DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "int8": torch.int8,
 }
+FLOAT_NAMES = {dtype: name for name, dtype in DTYPES.items() if dtype.is_floating_point}
 _WIRE = {  # names in a header: short, because each layer's message has a header
     "f32": torch.float32,
     "b16": torch.bfloat16,

@@ -8,13 +8,11 @@ too. Sketches belong to pages, whoever reads them, so policies that choose pages
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from lamina_kernels.paged.pages import PageLayout, Pages
@@ -113,7 +111,8 @@ class _Sequence:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """One step's rows, checked: the positions [start, end) of the queries of each, and its blocks."""
+    """One step's rows, checked: the positions [start, end) of the queries of each, and its blocks. The last block of a
+    row is written in this step, so it is no other row's."""
 
     starts: list[int]
     ends: list[int]
@@ -145,7 +144,7 @@ class BlockWorker(AttentionWorker):
             raise KVError(f"{max(self._arena_pages.values())} pages of one shape, allowed: below {_MOST_PAGES}")
         self._arenas: Arenas = {}
         super().__init__(config, threads, device)
-        self._sequences: dict[int, dict[int, list[_Sequence]]] = defaultdict(dict)  # by table, then first block
+        self._sequences: dict[int, dict[int, _Sequence]] = {}  # by table, then last block
         self._next_number = 0
 
     def _pool(self, number: int, pool: Pool, threads: int) -> LayerPool[Any]:
@@ -188,10 +187,9 @@ class BlockWorker(AttentionWorker):
 
     def _checked(self, message: BlockTables) -> _Step:
         """Raises ProtocolError, which names what is wrong and what is allowed."""
-        starts, lengths, table = (
-            _int32(name, getattr(message, name), dimensions)
-            for name, dimensions in (("query_start_loc", 1), ("seq_lens", 1), ("block_table", 2))
-        )
+        starts = _int32("query_start_loc", message.query_start_loc, 1).astype(np.int64)
+        lengths = _int32("seq_lens", message.seq_lens, 1).astype(np.int64)
+        table = _int32("block_table", message.block_table, 2)
         rows, size, blocks = len(lengths), self.config.page_size, self.config.blocks
         if not rows or len(starts) != rows + 1 or len(table) != rows:
             raise ProtocolError(
@@ -212,13 +210,17 @@ class BlockWorker(AttentionWorker):
                 f"row {row} of {lengths[row]} tokens needs {used[row]} blocks of {size}; its table has "
                 f"{table.shape[1]}, the worker {blocks}"
             )
-        named = np.where(np.arange(table.shape[1]) < used[:, None], table, 0)
+        first = (lengths - counts) // size  # entry that is written
+        if (writes := int((used - first).sum())) > blocks:
+            raise ProtocolError(f"{writes} blocks are to be written in one step; allowed: each of the {blocks} once")
+        table = table[:, : used.max()]  # it may be as wide as the longest sequence could be
+        columns = np.arange(table.shape[1], dtype=np.int32)
+        in_use = columns < used[:, None]
+        named = table[in_use]
         if named.min() < 0 or named.max() >= blocks:
             worst = named.min() if named.min() < 0 else named.max()
             raise ProtocolError(f"block_table names block {worst}, allowed: 0 to {blocks - 1}")
-        first = (lengths - counts) // size
-        written = np.arange(table.shape[1])
-        written_blocks = table[(written >= first[:, None]) & (written < used[:, None])]
+        written_blocks = table[in_use & (columns >= first[:, None])]
         if len(np.unique(written_blocks)) < len(written_blocks):
             values, times = np.unique(written_blocks, return_counts=True)
             raise ProtocolError(
@@ -227,21 +229,21 @@ class BlockWorker(AttentionWorker):
         return _Step(
             (lengths - counts).tolist(),
             lengths.tolist(),
-            [row[:count].astype(np.int32) for row, count in zip(table, used.tolist(), strict=True)],
+            [row[:count].copy() for row, count in zip(table, used.tolist(), strict=True)],
         )
 
     def _go_on(self, table: int, table_pools: Sequence[BlockPool], step: _Step) -> list[int]:
         """Let the rows of the last step go on, close the others, and open new ones: the number of each row's part.
         Raises PoolExhausted; then there are no parts."""
-        past, present = self._sequences.pop(table, {}), dict[int, list[_Sequence]]()
+        past, present = self._sequences.pop(table, {}), dict[int, _Sequence]()
         rows = []
-        for blocks in step.blocks:
-            sequence, common = _continued(past, blocks)
+        for start, blocks in zip(step.starts, step.blocks, strict=True):
+            sequence, common = _continued(past, blocks, max(0, start - 1) // self.config.page_size)
             if sequence is None:
                 sequence = _Sequence(self._next_number, blocks)
                 self._next_number += 1
             sequence.blocks = blocks
-            present.setdefault(int(blocks[0]), []).append(sequence)
+            present[int(blocks[-1])] = sequence
             rows.append((sequence.number, common))
         self._close(table_pools, past)
         try:
@@ -257,10 +259,9 @@ class BlockWorker(AttentionWorker):
         self._sequences[table] = present
         return [number for number, _ in rows]
 
-    def _close(self, table_pools: Sequence[BlockPool], sequences: Mapping[int, Sequence[_Sequence]]) -> None:
+    def _close(self, table_pools: Sequence[BlockPool], sequences: Mapping[int, _Sequence]) -> None:
         """End rows, and the batches in flight that have them."""
-        numbers = [sequence.number for alike in sequences.values() for sequence in alike]
-        handles = {self._part(number, pool): pool for number in numbers for pool in table_pools}
+        handles = {self._part(sequence.number, pool): pool for sequence in sequences.values() for pool in table_pools}
         for number, batch in list(self._batches.items()):
             if not batch.handles.isdisjoint(handles):
                 self._drop(number)
@@ -269,18 +270,21 @@ class BlockWorker(AttentionWorker):
                 pool.close(handle)
 
 
-def _continued(past: dict[int, list[_Sequence]], blocks: Int32) -> tuple[_Sequence | None, int]:
+def _continued(past: dict[int, _Sequence], blocks: Int32, first: int) -> tuple[_Sequence | None, int]:
     """A row of the last step that goes on with these blocks, which is taken out of `past`, and how many entries of it
-    stay; None where there is none."""
-    alike = past.get(int(blocks[0]), [])
-    for number, sequence in enumerate(alike):
-        common = min(len(sequence.blocks), len(blocks))
-        if np.array_equal(sequence.blocks[:common], blocks[:common]):
-            return alike.pop(number), common
+    stay; None where there is none. Its last block is one from entry `first` on, which has the last token before this
+    step, unless tokens were given up."""
+    for block in blocks[first:].tolist():
+        sequence = past.get(block)
+        if sequence is not None:
+            common = min(len(sequence.blocks), len(blocks))
+            if np.array_equal(sequence.blocks[:common], blocks[:common]):
+                return past.pop(block), common
     return None, 0
 
 
-def _int32(name: str, x: torch.Tensor, dimensions: int) -> npt.NDArray[np.int64]:
+def _int32(name: str, x: torch.Tensor, dimensions: int) -> Int32:
     if x.dtype != torch.int32 or x.ndim != dimensions:
         raise ProtocolError(f"{name} is {x.dtype} {list(x.shape)}, allowed: int32 of {dimensions} dimensions")
-    return x.numpy().astype(np.int64)
+    numbers: Int32 = x.numpy()
+    return numbers

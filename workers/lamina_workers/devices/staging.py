@@ -122,8 +122,8 @@ class Staging(Protocol):
     def landed(self) -> None:
         """Wait until all tensors on their way down have come."""
 
-    def up(self, x: torch.Tensor) -> torch.Tensor:
-        """x on the device. x may change as soon as this returns."""
+    def up(self, x: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
+        """x on the device, in `target` where that is given. x may change as soon as this returns."""
 
     def driven(self, run: Generator[Y, None, R]) -> Generator[Y, None, R]:
         """The run, on a stream of its own where there are any."""
@@ -145,8 +145,8 @@ class Direct:
     def landed(self) -> None:
         pass
 
-    def up(self, x: torch.Tensor) -> torch.Tensor:
-        return x
+    def up(self, x: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
+        return x if target is None else target.copy_(x)
 
     def driven(self, run: Generator[Y, None, R]) -> Generator[Y, None, R]:
         return run
@@ -240,14 +240,15 @@ class Staged:
         self._now.record()
         self._now.wait()
 
-    def up(self, x: torch.Tensor) -> torch.Tensor:
-        host, target = self._now.host(x), self._now.memory(x.shape, x.dtype)
-        if host is None or target is None:
-            return x.to(self._runtime.device)
+    def up(self, x: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
+        host = self._now.host(x)
+        memory = self._now.memory(x.shape, x.dtype) if target is None else target
+        if host is None or memory is None:
+            return x.to(self._runtime.device) if target is None else target.copy_(x)
         host.copy_(x)
-        self._runtime.copy(target, host)
+        self._runtime.copy(memory, host)
         self._now.record()
-        return target
+        return memory
 
     def driven(self, run: Generator[Y, None, R]) -> Generator[Y, None, R]:
         self._runtime.follow(self._stream, self._runtime.current())

@@ -26,7 +26,8 @@ class BlockStore(KVStore):
     config: BlockConfig
 
     def __init__(self, config: BlockConfig, policies: HeadPolicies, n_pages: int) -> None:
-        super().__init__(config, policies, n_pages)
+        super().__init__(config, policies, 1)  # pages are the engine's: none is counted
+        self.n_pages = n_pages
         heads = config.layers[0].kv_heads
         self._heads = tuple(range(heads))
         # Consecutive blocks are neighbours in memory: an engine mostly gives them out in order.
@@ -41,11 +42,13 @@ class BlockStore(KVStore):
         freed = np.zeros(table.shape[:2], np.int32)
         part = KvPart(self._policies, self._heads, 0, NEVER, 0, 0, table, freed)
         self._insert(handle, part)
+        self._undo.clear()  # it is never taken back
         return part
 
     def close(self, handle: int) -> None:
         self._next.pop(handle, None)
         self._remove(handle)
+        self._undo.clear()
 
     def go_to(self, handle: int, first: int, blocks: Int32) -> None:
         """With its next row a part's blocks are `blocks` from entry `first` on."""
@@ -75,6 +78,9 @@ class BlockStore(KVStore):
                 self._widen(part, first + len(blocks))
                 np.add(self._first, blocks, out=part.table[:, :, first : first + len(blocks)])
             part.held, part.stored = row.start + row.count, row.start
+
+    def owns_from(self, part: KvPart, position: int) -> bool:
+        return True  # a step in which two rows write a block is refused
 
     @property
     def free_pages(self) -> int:
