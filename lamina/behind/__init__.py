@@ -7,11 +7,13 @@
 vLLM then keeps no KV: a page costs it 8 bytes a token and layer, and its scheduler has as many blocks as the workers
 have memory for. KV heads are dealt among the workers. Prefix caching, chunked prefill and preemption are vLLM's own.
 `LAMINA_BEHIND_TLS_DIR` and `LAMINA_BEHIND_TOKEN_FILE` have what workers ask for, `LAMINA_BEHIND_POLICY` a policy for
-all heads that chooses what is read.
+all heads that chooses what is read. `LAMINA_ATTENTION_WORKERS=local:2` has vLLM's process start two workers on its own
+host, each with `LAMINA_BEHIND_KV_MEMORY` (as "8GiB"; without it all share a quarter of the memory that is free).
 
 A worker that is lost is waited for, a minute at most; then all running sequences are computed again, and their texts
-go on. Layers with a sliding window keep all tokens. It was run on vLLM's CPU build alone, with one process of its
-model. Refused by name: ALiBi, layers that share KV, encoders, a quantised KV cache.
+go on. Layers with a sliding window keep all tokens. With tensor parallelism the workers are dealt among
+the processes of the model, all on one host. It was run on vLLM's CPU build alone. Refused by name: ALiBi, layers that
+share KV, encoders, a quantised KV cache, data and context parallelism.
 
 transformers does the same for `generate`, with two arguments (`transformers_cache.py`):
 
@@ -28,4 +30,5 @@ vLLM loads; without `LAMINA_ATTENTION_WORKERS` it does nothing, and imports noth
 """
 
 SWITCH = "LAMINA_ATTENTION_WORKERS"
-"""The environment variable that has the attention workers of an engine beside Lamina's own: "host:port,..."."""
+"""The environment variable that has the attention workers of an engine beside Lamina's own: "host:port,..." or
+"local:N"."""

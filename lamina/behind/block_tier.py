@@ -39,9 +39,10 @@ logger = logging.getLogger("lamina")
 _STATUS_S = 10.0
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class TierWorker:
-    """A worker of the tier. `address`: "host:port"; `credentials`: a client's, None where it takes any client."""
+    """A worker of the tier. `address`: "host:port"; `credentials`: a client's, None where it takes any client. Both may
+    change: they are read each time that the worker is connected to."""
 
     address: str
     credentials: Credentials | None = None

@@ -3,19 +3,24 @@
 Blocks, prefix caching, chunked prefill and preemption are vLLM's: its block numbers are the workers'. Its own pages
 shrink to a few bytes, so that its scheduler has as many blocks as the workers have memory for.
 
-`LAMINA_ATTENTION_WORKERS` has the workers, "host:port,...". `LAMINA_BEHIND_TLS_DIR` and `LAMINA_BEHIND_TOKEN_FILE` have
-what they ask for, `LAMINA_BEHIND_POLICY` a policy for all heads.
+`LAMINA_ATTENTION_WORKERS` has the workers, "host:port,..." or "local:N". `LAMINA_BEHIND_TLS_DIR` and
+`LAMINA_BEHIND_TOKEN_FILE` have what they ask for, `LAMINA_BEHIND_KV_MEMORY` the memory of each local one,
+`LAMINA_BEHIND_POLICY` a policy for all heads.
 
 vLLM calls `LaminaImpl.forward` in each layer; where no batch is given it warms up, and nothing is computed.
 The client is imported when vLLM sizes its KV, not before: it loads numba, and vLLM looks, when a worker of its own
 starts, into all modules there are for kernels, which llvmlite's do not stand.
 
+A model may have several processes, its ranks: each has a part of the workers, for its heads and layers. The scheduler
+is in yet another process then, which learns of the workers by the specs of layers that it gets from the ranks
+(`LaminaSpec`).
+
 Where a worker is lost, all blocks count as empty: the rest of the step computes nothing of use, the worker is waited
 for before the next one, and the scheduler (`_Forgetting`) drops what the step said, forgets every block and computes
 all running sequences again. So their texts go on as if nothing had happened.
 
-`customize_spec` is marked as temporary there (vllm-project/vllm, issue 42449): of this module only `LaminaBackend` has
-to follow it.
+`customize_spec` is marked as temporary there (vllm-project/vllm, issue 42449): of this module only `LaminaBackend` and
+`LaminaSpec` have to follow it.
 """
 
 from __future__ import annotations
@@ -24,12 +29,14 @@ import atexit
 import dataclasses
 import logging
 import os
+import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from vllm import __version__ as vllm_version
 from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
+from vllm.distributed.parallel_state import get_world_group
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -41,7 +48,7 @@ from vllm.v1.attention.backend import (
     MultipleOf,
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout, replace_as
 
 from lamina.behind import SWITCH
 from lamina.errors import InvalidRequest, UnsupportedModelError
@@ -58,6 +65,9 @@ logger = logging.getLogger("lamina")
 TRIED = ("0.32",)
 """Versions of vLLM with which the tests of this room pass."""
 
+_LOCAL = "local"  # in the place of a host: workers that are started here
+_KV_MEMORY = "LAMINA_BEHIND_KV_MEMORY"
+_CORES = os.sched_getaffinity(0)  # as vLLM's process was given them
 _ANY = "LAMINA_BEHIND_ANY_VLLM"  # "1": a version that was not tried is used all the same
 _PATIENCE = 60.0  # seconds for a lost worker to come back
 _CELL = 8  # bytes of vLLM's own memory for a token of a layer: as few as any of its dtypes divides
@@ -73,6 +83,10 @@ def install() -> None:
     place = f"{__name__}.{LaminaBackend.__qualname__}"
     register_backend(AttentionBackendEnum.CPU_ATTN, place)  # the CPU's platform takes no other
     register_backend(AttentionBackendEnum.CUSTOM, place)
+
+
+_OWN_FIELDS = ("blocks", "losses")  # of `LaminaSpec`
+_NO_ROOM = 1 << 62  # bytes
 
 
 class LaminaBackend(AttentionBackend):  # type: ignore[misc]  # mypy does not see vLLM, which has an environment of its own
@@ -116,8 +130,48 @@ class LaminaBackend(AttentionBackend):  # type: ignore[misc]  # mypy does not se
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         """Pages of a few bytes, and as many of them as the workers have memory for."""
-        _Tier.size()
-        return dataclasses.replace(spec, num_head_slots=1, state_content_bytes=_CELL)
+        blocks, losses = _Tier.of_model().agreed()
+        cells = {"num_head_slots": 1, "state_content_bytes": _CELL}
+        return replace_as(spec, LaminaSpec, **cells, blocks=blocks, losses=losses)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaminaSpec(FullAttentionSpec):  # type: ignore[misc]
+    """A layer whose KV is on attention workers. `blocks`: how many they have room for; `losses`: where the ranks count
+    lost workers (`_Losses.place`). vLLM's ranks make it, and the process with the scheduler asks it for sizes."""
+
+    blocks: int
+    losses: str
+
+    @classmethod
+    def merge(cls, specs: list[LaminaSpec]) -> LaminaSpec:
+        merged: LaminaSpec = replace_as(
+            FullAttentionSpec.merge([replace_as(spec, FullAttentionSpec, drop=_OWN_FIELDS) for spec in specs]),
+            cls,
+            **{name: getattr(specs[0], name) for name in _OWN_FIELDS},
+        )
+        return merged
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """vLLM asks this in the process that schedules, before it makes the scheduler; so what that needs is set here:
+        as many blocks as there are, where the user has not said how many, and a scheduler that hears of losses."""
+        cache, scheduler, model = vllm_config.cache_config, vllm_config.scheduler_config, vllm_config.model_config
+        if cache.num_gpu_blocks_override is None:
+            cache.num_gpu_blocks_override = self.blocks
+            logger.info("%d blocks on the attention workers", self.blocks)
+        chosen = scheduler.get_scheduler_cls()
+        if not issubclass(chosen, _Forgetting):
+            parts = {"losses": _Losses(self.losses)}
+            scheduler.scheduler_cls = type("LaminaScheduler", (_Forgetting, chosen), parts)
+        blocks = cache.num_gpu_blocks_override - 1  # vLLM keeps one empty
+        if blocks * self.block_size >= model.max_model_len:
+            return int(super().max_memory_usage_bytes(vllm_config))
+        if model.original_max_model_len == -1:  # vLLM looks for the longest that has room
+            return _NO_ROOM
+        raise InvalidRequest(
+            f"a context of {model.max_model_len} tokens, and {blocks} blocks of {self.block_size}; allowed: up to "
+            f"{blocks * self.block_size} (--max-model-len), or attention workers with more memory for KV"
+        )
 
 
 @dataclass
@@ -184,7 +238,31 @@ class LaminaImpl(AttentionImpl[LaminaMetadata]):  # type: ignore[misc]
         sinks: torch.Tensor | None = None,
     ) -> None:
         config = get_current_vllm_config()
+        divided = (f"{kind}_parallel_size" for kind in ("data", "decode_context", "prefill_context"))
         refused = {
+            "data or context parallelism": any(getattr(config.parallel_config, size) > 1 for size in divided),
+            "ALiBi": alibi_slopes is not None,
+            "attention of an encoder": attn_type != AttentionType.DECODER,
+            "layers that share KV": kv_sharing_target_layer_name is not None,
+            f"a KV cache in {kv_cache_dtype}": kv_cache_dtype != "auto",
+            "images whose tokens attend each other": config.model_config.is_mm_prefix_lm,
+            "windows that keep the prompt": config.model_config.rswa_window is not None,
+            "micro-batches (--enable-dbo, --ubatch-size)": config.parallel_config.use_ubatching,
+        }
+        if reasons := [name for name, present in refused.items() if present]:
+            raise UnsupportedModelError(
+                f"{', '.join(reasons)}: not with {SWITCH}. Unset it to have vLLM keep the KV itself"
+            )
+        heads = num_kv_heads or num_heads
+        self.num_heads, self.head_size, self.scale, self.num_kv_heads = num_heads, head_size, float(scale), heads
+        self.spec = LayerSpec(
+            0, num_heads, heads, head_size, head_size, float(scale), sliding_window, logits_soft_cap or None
+        )
+        self.sinks = sinks
+        self._host_sinks: torch.Tensor | None = None
+        _Tier.model = config
+        refused = {
+            "data or context parallelism": any(getattr(config.parallel_config, size) > 1 for size in divided),
             "ALiBi": alibi_slopes is not None,
             "attention of an encoder": attn_type != AttentionType.DECODER,
             "layers that share KV": kv_sharing_target_layer_name is not None,
@@ -209,6 +287,7 @@ class LaminaImpl(AttentionImpl[LaminaMetadata]):  # type: ignore[misc]
         scheduler_class = scheduler.get_scheduler_cls()
         if not issubclass(scheduler_class, _Forgetting):
             scheduler.scheduler_cls = type("LaminaScheduler", (_Forgetting, scheduler_class), {})
+        _Tier.model = get_current_vllm_config()
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """vLLM gives a layer with a window pages of its full size, whatever `customize_spec` says. So all layers count
@@ -240,23 +319,51 @@ class LaminaImpl(AttentionImpl[LaminaMetadata]):  # type: ignore[misc]
         return output.zero_() if out is None else output
 
 
+class _Losses:
+    """How many workers were lost so far, as all processes of a model know it: a file in memory of a byte for each.
+    `place` says where it is; without it, there is a new one. Raises InvalidRequest where it is not on this host."""
+
+    def __init__(self, place: str = "") -> None:
+        if not place:
+            name = f"lamina-{secrets.token_hex(16)}"
+            place = f"/proc/{os.getpid()}/fd/{os.memfd_create(name)} {name}"
+        self.place = place
+        path, name = place.split()
+        try:
+            self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
+            on_host = name in os.readlink(path)
+        except OSError:
+            on_host = False
+        if not on_host:
+            raise InvalidRequest(f"processes of one model on several hosts, with {SWITCH}; allowed: all on one host")
+
+    def add(self) -> None:
+        os.write(self._file, b"\0")
+
+    def count(self) -> int:
+        return os.fstat(self._file).st_size
+
+
 class _Forgetting:
-    """What Lamina adds to the scheduler of vLLM that the user has chosen, whose process has the model too."""
+    """What Lamina adds to the scheduler of vLLM that the user has chosen."""
+
+    losses: ClassVar[_Losses]
+    _answered = 0  # losses after which the sequences were computed again
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        if _Tier.take_loss():
+        if (count := self.losses.count()) > self._answered:
+            self._answered = count
             logger.warning("all blocks are empty: the running sequences are computed again")
             self.reset_prefix_cache(reset_running_requests=True)  # type: ignore[attr-defined]  # of vLLM's class
         return super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
 
 
 class _Tier:
-    """The workers of this process, for all layers. They are connected to with the first step, when vLLM has said which
-    layers have which block table, and how many blocks there are."""
+    """The workers of this process, for all layers that it has. They are connected to with the first step, when vLLM has
+    said which layers have which block table, and how many blocks there are."""
 
     model: VllmConfig | None = None  # of the model that was built last
     _only: _Tier | None = None
-    _lost = False  # since the scheduler has asked
 
     def __init__(self, config: VllmConfig) -> None:
         self._config = config
@@ -269,7 +376,9 @@ class _Tier:
         self._tables: list[list[str]] = []
         self._tier: BlockTier | None = None
         self._broken = False  # a worker is lost; the next step waits for it
-        self._workers = _workers()
+        self._ranks = get_world_group()
+        self._workers = _workers(self._ranks.rank_in_group, self._ranks.world_size)
+        self._agreed: tuple[int, str] | None = None
         policy = os.environ.get("LAMINA_BEHIND_POLICY", "")
         if policy:
             self._specs = [dataclasses.replace(spec, policies=(policy,) * spec.kv_heads) for spec in self._specs]
@@ -287,21 +396,24 @@ class _Tier:
         return cls._only
 
     @classmethod
-    def size(cls) -> None:
-        """Let vLLM have as many blocks as the workers have memory for, where the user has not said how many."""
-        if cls.model is None or cls.model.cache_config.num_gpu_blocks_override is not None:
-            return
-        from lamina.behind.block_tier import room
+    def of_model(cls) -> _Tier:
+        """For the model that was built last."""
+        if cls.model is None:
+            raise RuntimeError("the sizes of KV before a model")
+        return cls.of(cls.model)
 
-        tier, cache = cls.of(cls.model), cls.model.cache_config
-        cache.num_gpu_blocks_override = room(tier._workers, tier._holder(0))
-        logger.info("%d blocks on %d attention workers", cache.num_gpu_blocks_override, len(tier._workers))
+    def agreed(self) -> tuple[int, str]:
+        """What all ranks know: for how many blocks the workers of each have room, and where losses are counted."""
+        if self._agreed is None:
+            from lamina.behind.block_tier import room
 
-    @classmethod
-    def take_loss(cls) -> bool:
-        """Whether a worker was lost since the last call."""
-        lost, cls._lost = cls._lost, False
-        return lost
+            self._losses = _Losses()
+            answers: list[Any] = [None] * self._ranks.world_size
+            answer = room(self._workers, self._holder(0)), self._losses.place
+            torch.distributed.all_gather_object(answers, answer, group=self._ranks.cpu_group)
+            self._agreed = min(blocks for blocks, _ in answers), answers[0][1]
+            self._losses = _Losses(self._agreed[1])
+        return self._agreed
 
     def add_table(self, layer_names: list[str]) -> int:
         """The number of these layers' block table. vLLM may ask twice, where it measures its graphs first."""
@@ -340,7 +452,8 @@ class _Tier:
 
     def _lose(self, error: HolderFault) -> None:
         logger.warning("%s", error)
-        self._broken = _Tier._lost = True
+        self._broken = True
+        self._losses.add()
 
     def _connected(self) -> BlockTier:
         if self._tier is None:
@@ -367,10 +480,56 @@ class _Tier:
         )
 
 
-def _workers() -> list[TierWorker]:
+def _workers(rank: int, ranks: int) -> list[TierWorker]:
+    """Those of one rank, of all that `SWITCH` names. Raises InvalidRequest, EngineError."""
     from lamina.behind.block_tier import TierWorker
     from lamina_workers.process.credentials import load_credentials
 
+    text = os.environ[SWITCH]
+    kind, _, number = text.partition(":")
+    addresses = [address.strip() for address in text.split(",") if address.strip()]
+    count = len(addresses)
+    if kind == _LOCAL:
+        count = int(number) if number.isdecimal() else 0
+    if count < ranks:
+        raise InvalidRequest(
+            f"{SWITCH} is {text!r:.80}, for a model of {ranks} processes; allowed: host:port,... or {_LOCAL}:N, at "
+            f"least one worker for each"
+        )
+    part = range(count * rank // ranks, count * (rank + 1) // ranks)
+    if kind == _LOCAL:
+        return _local_workers(len(part), count)
     tls, token = (os.environ.get(f"LAMINA_BEHIND_{name}") for name in ("TLS_DIR", "TOKEN_FILE"))
     credentials = load_credentials(tls, token) if tls or token else None
-    return [TierWorker(address.strip(), credentials) for address in os.environ[SWITCH].split(",") if address.strip()]
+    return [TierWorker(addresses[place], credentials) for place in part]
+
+
+def _local_workers(number: int, on_host: int) -> list[TierWorker]:
+    """So many workers in child processes, of those that start on this host. They end with this process; one that ends
+    before is started again, and its `TierWorker` then has the new address."""
+    from lamina.behind.block_tier import TierWorker
+    from lamina.deploy.local import LocalAttentionWorkers
+    from lamina.deploy.worker_events import WorkerAddress
+    from lamina.system.machine import kv_share, this_machine
+    from lamina.system.text_files import parse_size
+
+    size = os.environ.get(_KV_MEMORY)
+    children = LocalAttentionWorkers(
+        number,
+        kv_memory=parse_size(_KV_MEMORY, size) if size else kv_share(this_machine(), on_host),
+        threads=max(1, len(_CORES) // on_host),
+    )
+    bound = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, _CORES)  # vLLM has bound this thread to a core, and its children would have no other
+    try:
+        addresses = children.start()
+    finally:
+        os.sched_setaffinity(0, bound)
+    atexit.register(children.close)
+    workers = {address.at: TierWorker(address.address, address.credentials) for address in addresses}
+
+    def joined(address: WorkerAddress) -> None:
+        workers[address.at].address, workers[address.at].credentials = address.address, address.credentials
+
+    children.watch(joined, lambda name: None)
+    return list(workers.values())

@@ -7,26 +7,21 @@ ENV/bin/pip install -e .`. `LAMINA_VLLM_PYTHON` names its python; without it the
 
 from __future__ import annotations
 
-import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
-from attention_servers import process, until
+from attention_servers import until
+from vllm_processes import NEEDED, OFF, ROOT, Logarithms, Run, answers, listening, save_tiny, started
 
 from lamina.behind import SWITCH
 from lamina_protocols.channels.channels import Credentials
 from lamina_protocols.channels.grpc_client import WorkerClient, WorkerUnreachable
-
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "tests/support/vllm_texts.py"
-PYTHON = os.environ.get("LAMINA_VLLM_PYTHON", "")
-OFF = {name: value for name, value in os.environ.items() if not name.startswith(("LAMINA_", "PYTHONPATH", "OMP_"))}
 
 
 def test_a_plugin_that_is_not_switched_on_loads_nothing() -> None:
@@ -38,10 +33,7 @@ def test_a_plugin_that_is_not_switched_on_loads_nothing() -> None:
     assert child.stdout.strip() == "[] []"
 
 
-NEEDED = pytest.mark.skipif(not PYTHON, reason="LAMINA_VLLM_PYTHON names no python that has vLLM")
-
-
-FAMILIES: dict[str, dict[str, object]] = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen3": {"tie_word_embeddings": True},
     "gemma3_text": {
@@ -54,31 +46,33 @@ FAMILIES: dict[str, dict[str, object]] = {
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     folder = tmp_path_factory.mktemp("model")
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "vocab_size": 512}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
-    config = AutoConfig.for_model(request.param, **sizes, **heads, **FAMILIES[request.param])
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    save_tiny(folder, request.param, **FAMILIES[request.param])
     return folder
 
 
 @pytest.fixture(scope="module")
-def right(model: Path) -> list[list[int]]:
+def alone(model: Path) -> tuple[list[list[int]], Logarithms]:
     """What vLLM says alone."""
-    return texts(model, {})
+    return answers(model, {})
+
+
+@pytest.fixture(scope="module")
+def right(alone: tuple[list[list[int]], Logarithms]) -> list[list[int]]:
+    return alone[0]
 
 
 @pytest.mark.real
 @pytest.mark.timeout(900)
 @NEEDED
 @pytest.mark.parametrize("workers", [1, 2])
-def test_greedy_tokens_are_those_of_vllm_alone(workers: int, model: Path, right: list[list[int]]) -> None:
+def test_greedy_tokens_are_those_of_vllm_alone(
+    workers: int, model: Path, alone: tuple[list[list[int]], Logarithms]
+) -> None:
     with ExitStack() as stack:
         addresses = [listening(stack)[1] for _ in range(workers)]
-        assert texts(model, {SWITCH: ",".join(addresses)}) == right
+        tokens, _ = answers(model, {SWITCH: ",".join(addresses)})
+        assert tokens == alone[0]
 
 
 @pytest.mark.real
@@ -95,10 +89,82 @@ def test_sequences_go_on_when_a_worker_is_killed_and_started_again(model: Path, 
             child.kill()
             child.wait()
             child, _ = listening(stack, address)
-        output, errors = engine.communicate(timeout=400)
-        assert engine.returncode == 0, errors[-3000:]
-        assert errors.count("computed again") >= 3
-        assert json.loads(output.splitlines()[-1]) == right
+        assert engine.half() + engine.half() == right
+        assert engine.end() == 0
+        assert engine.said().count("computed again") >= 3
+
+
+@pytest.mark.real
+@pytest.mark.timeout(900)
+@pytest.mark.fault("F01")
+@NEEDED
+@pytest.mark.parametrize("model", ["llama"], indirect=True)
+def test_workers_that_vllm_starts_are_started_again_and_end_with_it(model: Path, right: list[list[int]]) -> None:
+    with started(model, {SWITCH: "local:2", "LAMINA_BEHIND_KV_MEMORY": "16MiB"}) as engine:
+        first = engine.half()
+        workers = local_workers(engine)
+        assert [os.sched_getaffinity(pid) for pid in workers] == [os.sched_getaffinity(0)] * 2
+        os.kill(workers[0], signal.SIGKILL)
+        assert first + engine.half() == right
+        workers = local_workers(engine)
+        assert len(workers) == 2
+        assert engine.end() == 0
+        assert "computed again" in engine.said()
+        assert not any("attention_main" in command(pid) for pid in workers)
+    with started(model, {SWITCH: "local:2", "LAMINA_BEHIND_KV_MEMORY": "16MiB"}) as engine:
+        until(lambda: len(local_workers(engine)) == 2, 300.0)
+        workers = local_workers(engine)
+        engine.process.kill()
+        until(lambda: not any("attention_main" in command(pid) for pid in workers), 30.0)
+
+
+def local_workers(engine: Run) -> list[int]:
+    """The attention workers that are children of the engine's process."""
+    pids = Path(f"/proc/{engine.process.pid}/task").glob("*/children")
+    children = [int(pid) for path in pids for pid in path.read_text().split()]
+    return [pid for pid in children if "attention_main" in command(pid)]
+
+
+def command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:  # it has ended
+        return ""
+
+
+RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+
+
+@pytest.mark.real
+@pytest.mark.timeout(900)
+@pytest.mark.fault("F01")
+@NEEDED
+@pytest.mark.parametrize("model", ["llama"], indirect=True)
+@pytest.mark.parametrize("parallel", ["tensor"])
+def test_each_process_of_a_model_has_its_part_of_the_workers(
+    parallel: str, model: Path, right: list[list[int]]
+) -> None:
+    with ExitStack() as stack:
+        children, addresses = zip(*(listening(stack) for _ in range(2)), strict=True)
+        ranks = f"{parallel}_parallel_size=2"
+        engine = stack.enter_context(started(model, RANKS | {SWITCH: ",".join(addresses)}, ranks))
+        first = engine.half()
+        children[1].kill()
+        children[1].wait()
+        listening(stack, addresses[1])
+        assert first + engine.half() == right
+        assert engine.end() == 0
+        assert "computed again" in engine.said()
+
+
+@pytest.mark.real
+@pytest.mark.timeout(900)
+@NEEDED
+@pytest.mark.parametrize("model", ["llama"], indirect=True)
+def test_a_process_of_a_model_without_a_worker_is_refused_by_name(model: Path) -> None:
+    with started(model, RANKS | {SWITCH: "127.0.0.1:7311"}, "tensor_parallel_size=2") as engine:
+        assert engine.end() != 0
+        assert "'127.0.0.1:7311', for a model of 2 processes; allowed: host:port,... or local:N" in engine.said()
 
 
 def batches(client: WorkerClient) -> int:
@@ -107,31 +173,3 @@ def batches(client: WorkerClient) -> int:
         return client.status(5.0).batches
     except WorkerUnreachable:
         return 0
-
-
-@contextmanager
-def started(model: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    command = [PYTHON, str(SCRIPT), str(model), "30"]
-    child = subprocess.Popen(
-        command, env=OFF | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=model
-    )
-    try:
-        yield child
-    finally:
-        child.kill()
-        child.communicate()
-
-
-def texts(model: Path, environment: dict[str, str]) -> list[list[int]]:
-    with started(model, environment) as child:
-        output, errors = child.communicate(timeout=400)
-        assert child.returncode == 0, errors[-3000:]
-        tokens: list[list[int]] = json.loads(output.splitlines()[-1])
-        return tokens
-
-
-def listening(stack: ExitStack, address: str = "127.0.0.1:0") -> tuple[subprocess.Popen[str], str]:
-    """A worker's process, and where it listens."""
-    child = stack.enter_context(process("--kv-memory", str(1 << 24), "--listen", address))
-    assert child.stdout is not None
-    return child, str(child.stdout.readline().split()[1])
