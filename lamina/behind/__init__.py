@@ -11,9 +11,9 @@ all heads that chooses what is read. `LAMINA_ATTENTION_WORKERS=local:2` has vLLM
 host, each with `LAMINA_BEHIND_KV_MEMORY` (as "8GiB"; without it all share a quarter of the memory that is free).
 
 A worker that is lost is waited for, a minute at most; then all running sequences are computed again, and their texts
-go on. Layers with a sliding window keep all tokens. With tensor parallelism the workers are dealt among
-the processes of the model, all on one host. It was run on vLLM's CPU build alone. Refused by name: ALiBi, layers that
-share KV, encoders, a quantised KV cache, data and context parallelism.
+go on. Layers with a sliding window keep all tokens. A model of several processes (tensor parallelism), all on one host,
+has the workers dealt among them. It was run on vLLM's CPU build alone, where pipelines do not run. Refused by name:
+ALiBi, encoders, MLA, layers with states, draft models with KV, a quantised KV cache, data and context parallelism.
 
 transformers does the same for `generate`, with two arguments (`transformers_cache.py`):
 

@@ -81,8 +81,9 @@ def install() -> None:
             f"vLLM is {vllm_version}; tried: {', '.join(TRIED)}. Set {_ANY}=1 to use it all the same, or unset {SWITCH}"
         )
     place = f"{__name__}.{LaminaBackend.__qualname__}"
-    register_backend(AttentionBackendEnum.CPU_ATTN, place)  # the CPU's platform takes no other
-    register_backend(AttentionBackendEnum.CUSTOM, place)
+    # The CPU's platform takes no others; those of MLA, so that it is refused.
+    for member in ("CPU_ATTN", "CPU_MLA", "AMX_MLA", "CUSTOM"):
+        register_backend(AttentionBackendEnum[member], place)
 
 
 _OWN_FIELDS = ("blocks", "losses")  # of `LaminaSpec`
@@ -236,14 +237,20 @@ class LaminaImpl(AttentionImpl[LaminaMetadata]):  # type: ignore[misc]
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
         sinks: torch.Tensor | None = None,
+        **further: Any,
     ) -> None:
         config = get_current_vllm_config()
         divided = (f"{kind}_parallel_size" for kind in ("data", "decode_context", "prefill_context"))
+        latent, guesses = "kv_lora_rank" in further, config.speculative_config
         refused = {
             "data or context parallelism": any(getattr(config.parallel_config, size) > 1 for size in divided),
+            "layers with states (Mamba, GDN) beside attention": config.model_config.is_hybrid,
+            "MLA": latent,
+            f"layers with {', '.join(further)}": bool(further) and not latent,
+            "a draft model's KV": guesses is not None and guesses.uses_draft_kv_cache(),
+            "--kv-sharing-fast-prefill": config.cache_config.kv_sharing_fast_prefill,
             "ALiBi": alibi_slopes is not None,
             "attention of an encoder": attn_type != AttentionType.DECODER,
-            "layers that share KV": kv_sharing_target_layer_name is not None,
             f"a KV cache in {kv_cache_dtype}": kv_cache_dtype != "auto",
             "images whose tokens attend each other": config.model_config.is_mm_prefix_lm,
             "windows that keep the prompt": config.model_config.rswa_window is not None,
@@ -260,34 +267,8 @@ class LaminaImpl(AttentionImpl[LaminaMetadata]):  # type: ignore[misc]
         )
         self.sinks = sinks
         self._host_sinks: torch.Tensor | None = None
+        self.target = kv_sharing_target_layer_name
         _Tier.model = config
-        refused = {
-            "data or context parallelism": any(getattr(config.parallel_config, size) > 1 for size in divided),
-            "ALiBi": alibi_slopes is not None,
-            "attention of an encoder": attn_type != AttentionType.DECODER,
-            "layers that share KV": kv_sharing_target_layer_name is not None,
-            f"a KV cache in {kv_cache_dtype}": kv_cache_dtype != "auto",
-            "images whose tokens attend each other": config.model_config.is_mm_prefix_lm,
-            "windows that keep the prompt": config.model_config.rswa_window is not None,
-            "micro-batches (--enable-dbo, --ubatch-size)": config.parallel_config.use_ubatching,
-        }
-        if reasons := [name for name, present in refused.items() if present]:
-            raise UnsupportedModelError(
-                f"{', '.join(reasons)}: not with {SWITCH}. Unset it to have vLLM keep the KV itself"
-            )
-        heads = num_kv_heads or num_heads
-        self.num_heads, self.head_size, self.scale, self.num_kv_heads = num_heads, head_size, float(scale), heads
-        self.spec = LayerSpec(
-            0, num_heads, heads, head_size, head_size, float(scale), sliding_window, logits_soft_cap or None
-        )
-        self.sinks = sinks
-        self._host_sinks: torch.Tensor | None = None
-        _Tier.model = config
-        scheduler = config.scheduler_config
-        scheduler_class = scheduler.get_scheduler_cls()
-        if not issubclass(scheduler_class, _Forgetting):
-            scheduler.scheduler_cls = type("LaminaScheduler", (_Forgetting, scheduler_class), {})
-        _Tier.model = get_current_vllm_config()
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """vLLM gives a layer with a window pages of its full size, whatever `customize_spec` says. So all layers count
@@ -303,8 +284,8 @@ class LaminaImpl(AttentionImpl[LaminaMetadata]):  # type: ignore[misc]
         self,
         layer: torch.nn.Module,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         kv_cache: torch.Tensor,
         attn_metadata: LaminaMetadata | None,
         output: torch.Tensor,
@@ -314,8 +295,9 @@ class LaminaImpl(AttentionImpl[LaminaMetadata]):  # type: ignore[misc]
         if attn_metadata is None or not attn_metadata.num_actual_tokens:  # vLLM warms up
             return output.zero_()
         n = attn_metadata.num_actual_tokens
+        kv = None if key is None or value is None or self.target is not None else (key[:n], value[:n])
         target = output[:n].view(n, -1)
-        out = _Tier.present().attend(str(layer.layer_name), query[:n], key[:n], value[:n], self._host_sinks, target)
+        out = _Tier.present().attend(str(layer.layer_name), query[:n], kv, self._host_sinks, target)
         return output.zero_() if out is None else output
 
 
@@ -371,8 +353,12 @@ class _Tier:
         self._specs: list[LayerSpec] = []
         for name, layer in get_layers_from_vllm_config(config, Attention).items():
             if isinstance(layer.impl, LaminaImpl):
-                self._specs.append(dataclasses.replace(layer.impl.spec, kv_layer=len(self._specs)))
-                self._numbers[name] = len(self._numbers)
+                number = len(self._specs)
+                source = number if layer.impl.target is None else self._numbers[layer.impl.target]
+                self._specs.append(dataclasses.replace(layer.impl.spec, kv_layer=source))
+                self._numbers[name] = number
+        self._targets = {spec.kv_layer for number, spec in enumerate(self._specs) if spec.kv_layer != number}
+        self._shared: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # k and v of targets in this step
         self._tables: list[list[str]] = []
         self._tier: BlockTier | None = None
         self._broken = False  # a worker is lost; the next step waits for it
@@ -436,16 +422,21 @@ class _Tier:
         self,
         name: str,
         q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        kv: tuple[torch.Tensor, torch.Tensor] | None,
         sinks: torch.Tensor | None,
         target: torch.Tensor,
     ) -> torch.Tensor | None:
-        """The output of a layer, in `target`; None after a loss, until the next step."""
+        """The output of a layer, in `target`; None after a loss, until the next step. `kv` None: that of the layer whose
+        KV this one shares, which is sent once more, for the worker writes the same to the same place."""
         if self._broken:
             return None
+        number = self._numbers[name]
+        if kv is None:
+            kv = self._shared[self._specs[number].kv_layer]
+        elif number in self._targets:
+            self._shared[number] = kv[0].clone(), kv[1].clone()  # vLLM may use their memory again
         try:
-            return self._connected().attend(self._numbers[name], q, k, v, sinks, target)
+            return self._connected().attend(number, q, *kv, sinks, target)
         except HolderFault as error:
             self._lose(error)
             return None

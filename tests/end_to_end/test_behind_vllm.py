@@ -7,6 +7,7 @@ ENV/bin/pip install -e .`. `LAMINA_VLLM_PYTHON` names its python; without it the
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -41,6 +42,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 32,
         "layer_types": ["sliding_attention"] * 2 + ["full_attention"],
     },
+    "gemma4_text": {  # its last two layers share the KV of others
+        "num_hidden_layers": 5,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention", *["sliding_attention"] * 2, "full_attention"],
+        "sliding_window": 40,
+        "global_head_dim": 32,
+        "hidden_size_per_layer_input": 32,
+        "vocab_size_per_layer_input": 512,
+    },
 }
 
 
@@ -71,8 +81,59 @@ def test_greedy_tokens_are_those_of_vllm_alone(
 ) -> None:
     with ExitStack() as stack:
         addresses = [listening(stack)[1] for _ in range(workers)]
-        tokens, _ = answers(model, {SWITCH: ",".join(addresses)})
+        tokens, logarithms = answers(model, {SWITCH: ",".join(addresses)})
         assert tokens == alone[0]
+    assert len(logarithms) == len(alone[1]) > 300
+    for here, there in zip(logarithms, alone[1], strict=True):
+        assert [token for token, _ in here] == [token for token, _ in there]
+        assert [value for _, value in here] == pytest.approx([value for _, value in there], abs=1e-3)
+
+
+GUESSES = 'speculative_config={"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}'
+
+
+@pytest.mark.real
+@pytest.mark.timeout(900)
+@NEEDED
+@pytest.mark.parametrize("model", ["llama"], indirect=True)
+def test_greedy_tokens_stay_when_vllm_guesses_some(model: Path, right: list[list[int]]) -> None:
+    with ExitStack() as stack:
+        tokens, _ = answers(model, {SWITCH: listening(stack)[1]}, GUESSES)
+        assert tokens == right
+
+
+REFUSED = {
+    "falcon_h1": ("layers with states", {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32}),
+    "deepseek_v2": ("MLA", {"kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}),
+    "llama": ("a draft model's KV", {}),
+}
+
+
+@pytest.mark.real
+@pytest.mark.timeout(900)
+@NEEDED
+@pytest.mark.parametrize("family", REFUSED)
+def test_what_workers_cannot_keep_is_refused_by_name(family: str, tmp_path: Path) -> None:
+    words, changes = REFUSED[family]
+    save_tiny(tmp_path, family, **changes)
+    draft = json.dumps({"method": "draft_model", "model": str(tmp_path), "num_speculative_tokens": 2})
+    options = [f"speculative_config={draft}"] if family == "llama" else []
+    with started(tmp_path, {SWITCH: "127.0.0.1:1"}, *options) as engine:
+        assert engine.end() != 0
+        assert words in engine.said()
+        assert f"not with {SWITCH}. Unset it" in engine.said()
+
+
+@pytest.mark.real
+@pytest.mark.timeout(900)
+@NEEDED
+@pytest.mark.parametrize("model", ["llama"], indirect=True)
+def test_a_context_for_which_workers_have_no_room_is_refused_by_name(model: Path) -> None:
+    with ExitStack() as stack:
+        address = listening(stack)[1]
+        engine = stack.enter_context(started(model, {SWITCH: address}, "num_gpu_blocks_override=10"))
+        assert engine.end() != 0
+        assert "a context of 512 tokens, and 9 blocks of 32; allowed: up to 288 (--max-model-len)" in engine.said()
 
 
 @pytest.mark.real
@@ -140,14 +201,11 @@ RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "
 @pytest.mark.fault("F01")
 @NEEDED
 @pytest.mark.parametrize("model", ["llama"], indirect=True)
-@pytest.mark.parametrize("parallel", ["tensor"])
-def test_each_process_of_a_model_has_its_part_of_the_workers(
-    parallel: str, model: Path, right: list[list[int]]
-) -> None:
+def test_each_process_of_a_model_has_its_part_of_the_workers(model: Path, right: list[list[int]]) -> None:
     with ExitStack() as stack:
         children, addresses = zip(*(listening(stack) for _ in range(2)), strict=True)
-        ranks = f"{parallel}_parallel_size=2"
-        engine = stack.enter_context(started(model, RANKS | {SWITCH: ",".join(addresses)}, ranks))
+        environment = RANKS | {SWITCH: ",".join(addresses)}
+        engine = stack.enter_context(started(model, environment, "tensor_parallel_size=2"))
         first = engine.half()
         children[1].kill()
         children[1].wait()

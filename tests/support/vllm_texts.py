@@ -20,19 +20,10 @@ def main(model: str, blocks: int, *options: str) -> None:
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
 
-    llm = LLM(
-        model,
-        dtype="float32",
-        skip_tokenizer_init=True,
-        max_model_len=512,
-        max_num_seqs=8,
-        max_num_batched_tokens=96,
-        block_size=32,
-        num_gpu_blocks_override=blocks,
-        enable_prefix_caching=True,
-        enforce_eager=True,
-        **{name: json.loads(value) for name, _, value in (option.partition("=") for option in options)},
-    )
+    sizes = {"max_model_len": 512, "max_num_seqs": 8, "max_num_batched_tokens": 96, "block_size": 32}
+    plain = {"dtype": "float32", "skip_tokenizer_init": True, "enable_prefix_caching": True, "enforce_eager": True}
+    changes = {name: json.loads(value) for name, _, value in (option.partition("=") for option in options)}
+    llm = LLM(model, **{**sizes, **plain, "num_gpu_blocks_override": blocks, **changes})
     draw = random.Random(0)
     prefixes = [[draw.randrange(10, 500) for _ in range(length)] for length in (0, 70, 130)]
     prompts = [
