@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -111,28 +111,27 @@ def listening(stack: ExitStack, address: str = "127.0.0.1:0") -> tuple[subproces
 
 
 def save_tokenizer(folder: Path) -> None:
-    """One of 512 tokens, for `save_tiny`: bytes, and words that no text has."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    """One for `save_tiny`, whose tokens are the words w0, w1 and so on."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = letters + [f"w{number}" for number in range(SIZES["vocab_size"] - len(letters))]
-    tokenizer = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    words = {f"w{number}": number for number in range(SIZES["vocab_size"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template).save_pretrained(folder)
 
 
 @contextmanager
 def serving(model: Path, environment: dict[str, str], *flags: str) -> Iterator[tuple[str, Run]]:
-    """`vllm serve`, and its URL."""
+    """What `vllm serve` starts, and its URL. In the CPU build's package that command looks for another package's
+    version, and ends."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     sizes = {"max-model-len": 1024, "max-num-seqs": 16, "max-num-batched-tokens": 96, "block-size": 32}
     options = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
     command = [
-        PYTHON, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--served-model-name", "tiny",
+        PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", "tiny",
         "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", *options, *flags,
     ]  # fmt: skip
     space = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_OMP_THREADS_BIND": "0"}
@@ -149,7 +148,8 @@ def serving(model: Path, environment: dict[str, str], *flags: str) -> Iterator[t
                 time.sleep(0.2)
             yield url, run
         finally:
-            os.killpg(child.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
             child.wait()
 
 
