@@ -138,14 +138,15 @@ class LaminaCache(Cache):  # type: ignore[misc]  # transformers is behind Any
             if sinks is not None and layer not in self._sinks:
                 self._sinks[layer] = sinks.detach().float().cpu()
             scaled = q if scale == spec.scale else q * (scale / spec.scale)
-            tokens = [part.transpose(1, 2).flatten(0, 1) for part in (scaled, k, v)]
-            out = q.new_zeros(len(tokens[0]), spec.heads * spec.d_v)
+            sinks = self._sinks.get(layer)
+            flat_q, flat_k, flat_v = (part.transpose(1, 2).flatten(0, 1) for part in (scaled, k, v))
+            out = q.new_zeros(len(flat_q), spec.heads * spec.d_v)
             if self._sent is None:
-                tier.attend(layer, *tokens, self._sinks.get(layer), out)
+                tier.attend(layer, flat_q, flat_k, flat_v, sinks, out)
             elif len(self._sent):
-                self._sent = self._sent.to(q.device)
-                tokens = [part.index_select(0, self._sent) for part in tokens]
-                out.index_copy_(0, self._sent, tier.attend(layer, *tokens, self._sinks.get(layer)))
+                sent = self._sent = self._sent.to(q.device)
+                flat_q, flat_k, flat_v = (part.index_select(0, sent) for part in (flat_q, flat_k, flat_v))
+                out.index_copy_(0, sent, tier.attend(layer, flat_q, flat_k, flat_v, sinks))
             return out.view(q.shape[0], q.shape[2], spec.heads, spec.d_v)
         except HolderFault:
             self._lost = True

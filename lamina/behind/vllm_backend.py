@@ -5,7 +5,8 @@ shrink to a few bytes, so that its scheduler has as many blocks as the workers h
 
 `LAMINA_ATTENTION_WORKERS` has the workers, "host:port,..." or "local:N". `LAMINA_BEHIND_TLS_DIR` and
 `LAMINA_BEHIND_TOKEN_FILE` have what they ask for, `LAMINA_BEHIND_KV_MEMORY` the memory of each local one,
-`LAMINA_BEHIND_POLICY` a policy for all heads.
+`LAMINA_BEHIND_POLICY` a policy or a policy file, `LAMINA_BEHIND_RECOVERY_TIMEOUT` the seconds that a lost worker is
+waited for.
 
 vLLM calls `LaminaImpl.forward` in each layer; where no batch is given it warms up, and nothing is computed.
 The client is imported when vLLM sizes its KV, not before: it loads numba, and vLLM looks, when a worker of its own
@@ -17,7 +18,8 @@ is in yet another process then, which learns of the workers by the specs of laye
 
 Where a worker is lost, all blocks count as empty: the rest of the step computes nothing of use, the worker is waited
 for before the next one, and the scheduler (`_Forgetting`) drops what the step said, forgets every block and computes
-all running sequences again. So their texts go on as if nothing had happened.
+all running sequences again. So their texts go on as if nothing had happened. One that does not come back ends the
+requests of the step with an error, and those of later ones until it is there.
 
 `customize_spec` is marked as temporary there (vllm-project/vllm, issue 42449): of this module only `LaminaBackend` and
 `LaminaSpec` have to follow it.
@@ -30,14 +32,17 @@ import dataclasses
 import logging
 import os
 import secrets
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from vllm import __version__ as vllm_version
 from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
-from vllm.distributed.parallel_state import get_world_group
+from vllm.distributed.parallel_state import get_tp_group, get_world_group
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -55,12 +60,12 @@ from lamina.errors import InvalidRequest, UnsupportedModelError
 from lamina_protocols.frames.tensors import FLOAT_NAMES
 from lamina_protocols.messages.layers import BlockConfig, LayerSpec
 from lamina_workers.devices.staging import staging_for
-from lamina_workers.errors import HolderFault
+from lamina_workers.errors import HolderFault, HolderLost
 
 if TYPE_CHECKING:
     from lamina.behind.block_tier import BlockTier, TierWorker
 
-logger = logging.getLogger("lamina")
+logger = logging.getLogger("vllm.lamina")  # shown as vLLM's own
 
 TRIED = ("0.32",)
 """Versions of vLLM with which the tests of this room pass."""
@@ -69,7 +74,8 @@ _LOCAL = "local"  # in the place of a host: workers that are started here
 _KV_MEMORY = "LAMINA_BEHIND_KV_MEMORY"
 _CORES = os.sched_getaffinity(0)  # as vLLM's process was given them
 _ANY = "LAMINA_BEHIND_ANY_VLLM"  # "1": a version that was not tried is used all the same
-_PATIENCE = 60.0  # seconds for a lost worker to come back
+_RECOVERY_TIMEOUT = "LAMINA_BEHIND_RECOVERY_TIMEOUT"  # seconds for a lost worker to come back
+_LINES = 60.0  # seconds between two lines about policies
 _CELL = 8  # bytes of vLLM's own memory for a token of a layer: as few as any of its dtypes divides
 
 
@@ -301,8 +307,11 @@ class LaminaImpl(AttentionImpl[LaminaMetadata]):  # type: ignore[misc]
         return output.zero_() if out is None else output
 
 
+_LOST, _GONE = b"l", b"g"  # kinds of losses: a worker is waited for, or has not come back
+
+
 class _Losses:
-    """How many workers were lost so far, as all processes of a model know it: a file in memory of a byte for each.
+    """The losses of workers so far, as all processes of a model know them: a file in memory with the kind of each.
     `place` says where it is; without it, there is a new one. Raises InvalidRequest where it is not on this host."""
 
     def __init__(self, place: str = "") -> None:
@@ -312,18 +321,19 @@ class _Losses:
         self.place = place
         path, name = place.split()
         try:
-            self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
+            self._file = os.open(path, os.O_RDWR | os.O_APPEND)
             on_host = name in os.readlink(path)
         except OSError:
             on_host = False
         if not on_host:
             raise InvalidRequest(f"processes of one model on several hosts, with {SWITCH}; allowed: all on one host")
 
-    def add(self) -> None:
-        os.write(self._file, b"\0")
+    def add(self, kind: bytes) -> None:
+        os.write(self._file, kind)
 
-    def count(self) -> int:
-        return os.fstat(self._file).st_size
+    def after(self, count: int) -> bytes:
+        """The kinds of those after the first `count`."""
+        return os.pread(self._file, 4096, count)
 
 
 class _Forgetting:
@@ -333,10 +343,15 @@ class _Forgetting:
     _answered = 0  # losses after which the sequences were computed again
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        if (count := self.losses.count()) > self._answered:
-            self._answered = count
+        if kinds := self.losses.after(self._answered):
+            self._answered += len(kinds)
             logger.warning("all blocks are empty: the running sequences are computed again")
             self.reset_prefix_cache(reset_running_requests=True)  # type: ignore[attr-defined]  # of vLLM's class
+            if _GONE in kinds:
+                requests = scheduler_output.num_scheduled_tokens
+                logger.error("%d requests end, as an attention worker does not come back", len(requests))
+                # vLLM ends all that it has noted here with an error, whatever the reason.
+                self.grammar_compile_error_reqs.update(requests)  # type: ignore[attr-defined]
         return super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
 
 
@@ -362,12 +377,12 @@ class _Tier:
         self._tables: list[list[str]] = []
         self._tier: BlockTier | None = None
         self._broken = False  # a worker is lost; the next step waits for it
+        self._recovery_timeout = self._patience = _seconds(_RECOVERY_TIMEOUT, 60.0)
+        self._line_at = time.monotonic()  # the last one about policies
         self._ranks = get_world_group()
         self._workers = _workers(self._ranks.rank_in_group, self._ranks.world_size)
         self._agreed: tuple[int, str] | None = None
-        policy = os.environ.get("LAMINA_BEHIND_POLICY", "")
-        if policy:
-            self._specs = [dataclasses.replace(spec, policies=(policy,) * spec.kv_heads) for spec in self._specs]
+        self._specs = _with_policies(config, list(self._numbers), self._specs)
 
     @classmethod
     def of(cls, config: VllmConfig) -> _Tier:
@@ -411,12 +426,21 @@ class _Tier:
     def announce(self, table: int, starts: torch.Tensor, lengths: torch.Tensor, blocks: torch.Tensor) -> None:
         tier = self._connected()
         if self._broken:
-            tier.restore(_PATIENCE)
-            self._broken = False
+            try:
+                tier.restore(self._patience)
+            except HolderLost as error:  # this step computes nothing of use, and its requests end
+                logger.warning("%s", error)
+                self._patience = 0.0
+                self._losses.add(_GONE)
+                return
+            self._broken, self._patience = False, self._recovery_timeout
         try:
             tier.announce(table, starts, lengths, blocks)
         except HolderFault as error:
             self._lose(error)
+        if time.monotonic() > self._line_at + _LINES and (savings := tier.savings()):
+            self._line_at = time.monotonic()
+            logger.info("policies, of the sequences in this step: %s", savings)
 
     def attend(
         self,
@@ -426,8 +450,8 @@ class _Tier:
         sinks: torch.Tensor | None,
         target: torch.Tensor,
     ) -> torch.Tensor | None:
-        """The output of a layer, in `target`; None after a loss, until the next step. `kv` None: that of the layer whose
-        KV this one shares, which is sent once more, for the worker writes the same to the same place."""
+        """The output of a layer, in `target`; None after a loss, until the next step. `kv` None: that of the layer
+        whose KV this one shares, which is sent once more, for the worker writes the same to the same place."""
         if self._broken:
             return None
         number = self._numbers[name]
@@ -444,7 +468,7 @@ class _Tier:
     def _lose(self, error: HolderFault) -> None:
         logger.warning("%s", error)
         self._broken = True
-        self._losses.add()
+        self._losses.add(_LOST)
 
     def _connected(self) -> BlockTier:
         if self._tier is None:
@@ -469,6 +493,35 @@ class _Tier:
             blocks=blocks,
             tables=tuple(tables.get(name, 0) for name in self._numbers),
         )
+
+
+def _seconds(name: str, default: float) -> float:
+    text = os.environ.get(name, "")
+    try:
+        seconds = float(text) if text else default
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= 86400:
+        raise InvalidRequest(f"{name} is {text!r:.80}; allowed are 0 to 86400 seconds")
+    return seconds
+
+
+def _with_policies(config: VllmConfig, names: Sequence[str], specs: Sequence[LayerSpec]) -> list[LayerSpec]:
+    """The specs of these layers, with the policies of this rank's KV heads. Raises PolicyError."""
+    from lamina.policy_file import head_policies
+
+    layers, heads = config.model_config.get_total_num_hidden_layers(), config.model_config.get_total_num_kv_heads()
+    policies = head_policies(os.environ.get("LAMINA_BEHIND_POLICY") or "full", layers, heads, None)
+    if policies is None:
+        return list(specs)
+    group = get_tp_group()
+    first = heads * group.rank_in_group // group.world_size
+    of_rank = []
+    for name, spec in zip(names, specs, strict=True):
+        texts = policies[extract_layer_index(name)]
+        heads_here = texts[:1] * spec.kv_heads if len(set(texts)) == 1 else texts[first : first + spec.kv_heads]
+        of_rank.append(dataclasses.replace(spec, policies=heads_here))
+    return of_rank
 
 
 def _workers(rank: int, ranks: int) -> list[TierWorker]:

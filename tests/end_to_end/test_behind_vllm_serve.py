@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from openai import OpenAI
+from openai import APIError, OpenAI
 from vllm_processes import NEEDED, listening, save_tiny, save_tokenizer, serving
 
 from lamina.behind import SWITCH
@@ -109,3 +109,27 @@ def test_streams_go_on_when_a_worker_is_killed_under_them(
             f"\n{kills} kills: first token after {statistics.median(waits):.2f} s, at most {max(waits):.2f}; "
             f"its prefill takes {statistics.median(prefills):.2f}, and {soon} came within a second more"
         )
+
+
+@pytest.mark.fault("F01")
+def test_requests_end_with_an_error_where_no_worker_comes_back_and_the_engine_lives(
+    model: Path, right: dict[str, str]
+) -> None:
+    with ExitStack() as stack, ThreadPoolExecutor(16) as pool:
+        child, address = listening(stack)
+        environment = {SWITCH: address, "LAMINA_BEHIND_RECOVERY_TIMEOUT": "1"}
+        url, run = stack.enter_context(serving(model, environment))
+        client = stack.enter_context(connected(url))
+        begun = threading.Semaphore(0)
+        streams = [pool.submit(streamed, client, prompt, begun) for prompt in STREAMS]
+        assert all(begun.acquire(timeout=120.0) for _ in STREAMS)
+        child.kill()
+        child.wait()
+        for stream in streams:
+            with pytest.raises(APIError):
+                stream.result()
+        with pytest.raises(APIError):
+            whole(client, NEXT)
+        listening(stack, address)
+        assert whole(client, NEXT) == right[NEXT]
+        assert run.process.poll() is None
