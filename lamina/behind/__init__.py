@@ -6,14 +6,8 @@
 
 vLLM then keeps no KV: a page costs it 8 bytes a token and layer, and its scheduler has as many blocks as the workers
 have memory for. KV heads are dealt among the workers. Prefix caching, chunked prefill and preemption are vLLM's own.
-`LAMINA_BEHIND_TLS_DIR` and `LAMINA_BEHIND_TOKEN_FILE` have what workers ask for, `LAMINA_BEHIND_POLICY` a policy for
-all heads that chooses what is read. `LAMINA_ATTENTION_WORKERS=local:2` has vLLM's process start two workers on its own
-host, each with `LAMINA_BEHIND_KV_MEMORY` (as "8GiB"; without it all share a quarter of the memory that is free).
-
-A worker that is lost is waited for, a minute at most; then all running sequences are computed again, and their texts
-go on. Layers with a sliding window keep all tokens. A model of several processes (tensor parallelism), all on one host,
-has the workers dealt among them. It was run on vLLM's CPU build alone, where pipelines do not run. Refused by name:
-ALiBi, encoders, MLA, layers with states, draft models with KV, a quantised KV cache, data and context parallelism.
+docs/behind.md has all variables, what happens when a worker dies, and what is refused. It was run on vLLM's CPU build
+alone.
 
 transformers does the same for `generate`, with two arguments (`transformers_cache.py`):
 

@@ -113,6 +113,12 @@ class TestUp:
         way.up(numbers(4, 8) + 2)  # the fake looks whether the first copy saw what it should
         way.turn()
 
+    def test_a_target_takes_what_comes_and_needs_no_memory_of_the_device(self, way: Staged, fake: FakeDevice) -> None:
+        target = torch.empty(4, 8)
+        assert way.up(numbers(4, 8), target) is target
+        assert torch.equal(target, numbers(4, 8))
+        assert fake.allocated == [LEAST]
+
     def test_what_was_given_may_change(self, way: Staged) -> None:
         x = numbers(4, 8)
         up = way.up(x)
@@ -179,6 +185,10 @@ def test_a_cpu_copies_nothing() -> None:
     way, x = staging_for(torch.device("cpu"))(), numbers(5, 3, 16)
     assert way is DIRECT
     assert way.down(x).data_ptr() == way.up(x).data_ptr() == x.data_ptr()
+    target = torch.empty_like(x)
+    assert torch.equal(way.up(x, target), x)
+    assert torch.equal(target, x)
+    assert torch.equal(way.down(x[0, 0]), x[0, 0])
 
     def run() -> Generator[None, None, None]:
         yield

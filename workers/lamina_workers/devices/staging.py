@@ -129,6 +129,10 @@ class Staging(Protocol):
         """The run, on a stream of its own where there are any."""
 
 
+def _flat(x: torch.Tensor) -> torch.Tensor:
+    return x.flatten(0, -2) if x.ndim > 1 else x
+
+
 class Direct:
     """Both ends are on one device: tensors are handed over as they are."""
 
@@ -139,7 +143,7 @@ class Direct:
         return index
 
     def down(self, x: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
-        flat = x.flatten(0, -2)
+        flat = _flat(x)
         return flat if index is None else flat[index]
 
     def landed(self) -> None:
@@ -226,7 +230,7 @@ class Staged:
         return None if index is None else index.to(self._runtime.device)
 
     def down(self, x: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
-        flat = x.flatten(0, -2) if x.ndim > 1 else x
+        flat = _flat(x)
         if index is not None:
             picked = self._now.memory((len(index), flat.shape[1]), flat.dtype)
             flat = flat[index] if picked is None else torch.index_select(flat, 0, index, out=picked)
