@@ -193,6 +193,10 @@ def command(pid: int) -> str:
         return ""
 
 
+PARALLEL = {
+    "tensor": ["tensor_parallel_size=2"],
+    "pipeline": ["pipeline_parallel_size=2", "enforce_eager=false"],  # vLLM's CPU build ends where it is eager
+}
 RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 
 
@@ -201,11 +205,14 @@ RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "
 @pytest.mark.fault("F01")
 @NEEDED
 @pytest.mark.parametrize("model", ["llama"], indirect=True)
-def test_each_process_of_a_model_has_its_part_of_the_workers(model: Path, right: list[list[int]]) -> None:
+@pytest.mark.parametrize("options", PARALLEL.values(), ids=PARALLEL)
+def test_each_process_of_a_model_has_its_part_of_the_workers(
+    options: list[str], model: Path, right: list[list[int]]
+) -> None:
     with ExitStack() as stack:
         children, addresses = zip(*(listening(stack) for _ in range(2)), strict=True)
         environment = RANKS | {SWITCH: ",".join(addresses)}
-        engine = stack.enter_context(started(model, environment, "tensor_parallel_size=2"))
+        engine = stack.enter_context(started(model, environment, *options))
         first = engine.half()
         children[1].kill()
         children[1].wait()
