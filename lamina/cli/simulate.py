@@ -17,7 +17,6 @@ import typer
 from lamina.cli.options import check_output, flatten_options, make_folder
 from lamina.cli.simulator_output import (
     header,
-    pareto_axis,
     plan_page,
     plan_record,
     print_check,
@@ -29,7 +28,6 @@ from lamina.cli.simulator_output import (
 )
 from lamina.cli.terminal import ProgressBars, print_json
 from lamina.errors import InvalidRequest
-from lamina.system.figures import needs_matplotlib
 from lamina.system.machine import on_all_cores
 from lamina.system.text_files import write_text
 
@@ -198,7 +196,6 @@ class PlanOptions:
     verify: Annotated[int, typer.Option(help="How many of the best the event loop checks; 0: none.")] = 24
     out: Annotated[Path | None, typer.Option(help="Write the winner here, for --plan and --check.")] = None
     html: Annotated[Path | None, typer.Option(help="Write a report here.")] = None
-    plot: Annotated[Path | None, typer.Option(help="Write the Pareto plot here, as PNG.")] = None
     check: Annotated[
         Path | None, typer.Option(help="Serve this plan here instead, with its trace: promised beside measured.")
     ] = None
@@ -244,9 +241,6 @@ def plan(asked: PlanOptions) -> None:
     _check_behind(asked)
     check_output("out", asked.out, ".toml")
     check_output("html", asked.html, ".html")
-    check_output("plot", asked.plot, ".png")
-    if asked.plot is not None:
-        needs_matplotlib()
     if asked.html is not None and not asked.verify:
         raise InvalidRequest("--html and --verify 0 were given; a report needs at least one that is checked")
 
@@ -270,10 +264,6 @@ def plan(asked: PlanOptions) -> None:
         )
     if asked.out is not None:
         write(asked.out, planned.plan)
-    if asked.plot is not None:
-        from lamina.simulator.reports.plots import save_pareto
-
-        save_pareto(planned.points(), planned.winner.name, asked.plot, pareto_axis(planned))
     if asked.html is not None:
         write_text(asked.html, plan_page(planned, f"A plan for {shape.name} on {trace.name}"))
     if asked.as_json:
@@ -299,7 +289,6 @@ def _check_behind(asked: PlanOptions) -> None:
     others = {
         "--out": asked.out,
         "--html": asked.html,
-        "--plot": asked.plot,
         "--compare": asked.compare,
         "--any": asked.any_system,
         "--efficiency": asked.efficiency not in ("typical", asked.behind),

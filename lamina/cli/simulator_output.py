@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from lamina.errors import InvalidRequest
 from lamina.system.text_files import write_text
 
 if TYPE_CHECKING:
@@ -64,13 +63,11 @@ _PROMPTS_ELSEWHERE = "Prompts are computed elsewhere, at no cost here."
 def write_runs(
     folder: Path, systems: Sequence[System], results: Sequence[RunResult], slo: Slo, remarks: Sequence[str]
 ) -> None:
-    """Write a comparison to one folder: tables, JSON, CSV, charts, a report and step timelines."""
+    """Write a comparison to one folder: tables, JSON, CSV, a report with charts, and step timelines."""
     from lamina.simulator.costs.systems import Offloaded
     from lamina.simulator.planning.comparison import step_trace
     from lamina.simulator.reports.page import html
-    from lamina.simulator.reports.plots import save_comparison, save_timeline
     from lamina.simulator.reports.report import samples_csv, sentences, table, to_csv, to_json
-    from lamina.system.figures import NO_PLOTS
 
     run = results[0]
     title = f"{run.model} on {run.trace}"
@@ -84,14 +81,6 @@ def write_runs(
         if isinstance(system, Offloaded):
             context = result.prompt_tokens / result.requests + result.output_tokens / result.requests / 2
             write_text(folder / f"step-{number}.trace.json", step_trace(system, result.mean_batch, context))
-    try:
-        save_comparison(results, folder / "comparison.png")
-        for number, result in enumerate(results, 1):
-            save_timeline(result, folder / f"timeline-{number}.png")
-    except InvalidRequest as error:
-        if str(error) != NO_PLOTS:
-            raise
-        typer.echo(NO_PLOTS, err=True)
 
 
 def plan_page(found: Planned, title: str) -> str:
@@ -111,7 +100,7 @@ def plan_page(found: Planned, title: str) -> str:
         "engine": dict(found.plan.engine),
     }
     plan = {name: value for name, value in sections.items() if value}
-    plan |= {"points": found.points(), "x": pareto_axis(found), "candidates": f"{_counted(found)}."}
+    plan |= {"points": found.points(), "x": _pareto_axis(found), "candidates": f"{_counted(found)}."}
     runs = [entry.result for entry in (found.winner, *found.mixes(_ROWS)) if entry.result is not None]
     return html(_compared(runs), title, found.plan.slo, plan)
 
@@ -125,7 +114,7 @@ def _compared(runs: Sequence[RunResult]) -> list[RunResult]:
     return list(apart.values())[:_RUNS]
 
 
-def pareto_axis(found: Planned) -> str:
+def _pareto_axis(found: Planned) -> str:
     from lamina.simulator.reports.data import FREE_LABEL, X_LABEL
 
     return FREE_LABEL if found.free else X_LABEL

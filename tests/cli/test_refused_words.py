@@ -32,7 +32,6 @@ from cli_runner import Lamina
         ("plan --html x.html --verify 0", "a report needs at least one that is checked"),
         ("plan --out absent/plan.toml", "--out is 'absent/plan.toml', in 'absent', which is no folder"),
         ("plan --html absent/x.html", "--html is 'absent/x.html', in 'absent', which is no folder"),
-        ("plan --plot absent/x.png", "--plot is 'absent/x.png', in 'absent', which is no folder"),
         ("calibrate-hardware --out absent/x.toml", "--out is 'absent/x.toml', in 'absent'"),
         ("simulate --out /dev/null/runs", "--out is '/dev/null/runs': Not a directory"),
         ("plan --check no.toml", "no.toml: there is no such file"),
