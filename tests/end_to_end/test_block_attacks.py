@@ -29,9 +29,9 @@ BLOCKS = MEMORY // (2 * 16 * 32 * 4)
 GROWTH = 96 << 20  # bytes that a worker's process may take beyond its KV
 
 
-def config(layers: int = 2, **changes: object) -> BlockConfig:
-    specs = tuple(dataclasses.replace(SPEC, kv_layer=number) for number in range(layers))
-    return dataclasses.replace(BlockConfig(specs, 16, "float32", 0, blocks=BLOCKS, tables=(0,) * layers), **changes)
+def config(count: int = 2, **changes: object) -> BlockConfig:
+    specs = tuple(dataclasses.replace(SPEC, kv_layer=number) for number in range(count))
+    return dataclasses.replace(BlockConfig(specs, 16, "float32", 0, blocks=BLOCKS, tables=(0,) * count), **changes)
 
 
 @dataclasses.dataclass
@@ -117,8 +117,8 @@ STEPS: dict[str, tuple[Callable[[], BlockTables], str]] = {
     "a negative block": (lambda: tables([0, 1], [20], [[3, -(1 << 31)]]), "names block -2147483648"),
     "a block in two rows": (lambda: tables([0, 1, 2], [3, 3], [[5], [5]]), "block 5 is to be written 2 times"),
     "more writes than blocks": (
-        lambda: tables([0, 1 << 20], [1 << 20], [[0] * (1 << 16)]),
-        "65536 blocks are to be written in one step; allowed: each of the 16384 once",
+        lambda: tables([0, 1 << 18, 1 << 19], [1 << 18] * 2, [list(range(BLOCKS))] * 2),
+        "32768 blocks are to be written in one step; allowed: each of the 16384 once",
     ),
     "the longest sequence": (lambda: tables([0, 1], [(1 << 31) - 1], [[0]]), "needs 134217728 blocks of 16"),
     "a negative length": (lambda: tables([0, 1], [-(1 << 31)], [[0]]), "a sequence of -2147483648 tokens"),
@@ -167,7 +167,7 @@ LAYERS: dict[str, tuple[Callable[[], Exchange | Query], str]] = {
     "another dtype": (lambda: exchange(dtype=torch.float16), "float16"),
     "more vectors": (lambda: exchange(tokens=3), "fresh vectors of batch 1"),
     "none": (lambda: exchange(tokens=0), "fresh vectors of batch 1"),
-    "q without k and v": (lambda: Query(1, 1, 0, torch.ones(2, 16)), "batch 1"),
+    "more queries": (lambda: Query(1, 1, 0, torch.ones(6, 16)), "query of batch 1"),
 }
 
 
@@ -191,7 +191,7 @@ def test_a_bad_layer_is_refused_by_name(name: str, victim: Victim) -> None:
 
 HELLOS: dict[str, tuple[Callable[[], HolderConfig], str]] = {
     "more blocks than its memory has": (lambda: config(blocks=BLOCKS + 1), f"allowed: up to {BLOCKS}"),
-    "more blocks than there may be": (lambda: config(blocks=1 << 62), "allowed: up to 16777216"),
+    "more blocks than there may be": (lambda: config(blocks=1 << 61), "allowed: up to 16777216"),
     "layers and blocks without end": (lambda: config(4096, blocks=1 << 24), "bytes of KV memory; allowed: up to"),
     "tables with a gap": (lambda: config(tables=(0, 2)), "one number a layer, from 0 on"),
     "a table too few": (lambda: config(tables=(0,)), "one number a layer"),
@@ -220,20 +220,19 @@ def test_a_worker_that_cannot_be_is_refused_by_name(name: str, victim: Victim) -
 
 def test_64_tables_of_small_pages_take_what_their_blocks_take(victim: Victim) -> None:
     """Each table has a pool, whose pages were counted once more for each of them."""
-    small = dataclasses.replace(SPEC, heads=1)
-    holder = config(layers=tuple(dataclasses.replace(small, kv_layer=n) for n in range(64)), tables=tuple(range(64)))
+    holder = config(64, dtype="bfloat16", blocks=4 * BLOCKS, tables=tuple(range(64)))
     with survived(victim):
         before = victim.memory()
-        port = victim.attacked(dataclasses.replace(holder, blocks=2 * BLOCKS))
+        port = victim.attacked(holder)
         try:
-            assert victim.memory() - before < MEMORY + (32 << 20)
+            assert victim.memory() - before < 8 << 20  # the blocks themselves are not in memory yet
         finally:
             port.close()
 
 
 def test_rows_that_all_begin_alike_are_told_apart_at_once(victim: Victim) -> None:
-    """10,000 rows that share their first block, then 10,000 others: to look for each among all would take minutes."""
-    rows = 10_000
+    """Many rows that share their first block, then as many others: to look for each among all would take a minute."""
+    rows = 7_000
     starts, lengths = torch.arange(rows + 1).int(), torch.full((rows,), 17, dtype=torch.int32)
     with survived(victim):
         port = victim.attacked(config(1, blocks=2 * BLOCKS))
@@ -241,9 +240,9 @@ def test_rows_that_all_begin_alike_are_told_apart_at_once(victim: Victim) -> Non
             for batch in (1, 2):
                 blocks = torch.stack([zeros(rows), torch.arange(rows).int() + 1 + (batch - 1) * rows], 1)
                 port.send(BlockTables(1, batch, 0, starts, lengths, blocks))
-                reply = port.receive(30)
+                reply = port.receive(15)
                 assert isinstance(reply, Announced)
-                assert reply.accepted or "one too many" in reply.reason
+                assert reply.accepted, reply.reason
         finally:
             port.close()
 
@@ -259,7 +258,10 @@ def test_steps_that_are_refused_again_and_again_leave_nothing(victim: Victim) ->
                 port.send(BlockTables(1, batch, 0, *arguments))
                 reply = port.receive(30)
                 assert isinstance(reply, Announced)
-                assert not reply.accepted
+                assert "is one too many" in reply.reason
+                if batch == 1:
+                    before = victim.memory()
+            assert victim.memory() - before < 32 << 20
         finally:
             port.close()
 
@@ -306,8 +308,9 @@ def test_a_step_that_another_one_follows_is_over(victim: Victim) -> None:
 def test_an_engine_does_not_take_the_place_of_another(victim: Victim) -> None:
     port = victim.attacked(config())
     try:
+        other = dataclasses.replace(victim, channel=dataclasses.replace(victim.channel, timeout=1.0))
         with pytest.raises(WorkerRefused, match="engine"):
-            victim.attacked(config())
+            other.attacked(config())
         port.send(one())
         assert isinstance(port.receive(20), Announced)
     finally:
@@ -327,8 +330,6 @@ def test_a_step_of_blocks_at_a_worker_that_owns_its_pages(victim: Victim) -> Non
         port = victim.attacked(config())
         try:
             port.send(Survey(0, 1))
-            reply = port.receive(20)
-            assert isinstance(reply, Fault)
-            assert "owns its blocks" in reply.reason
+            assert any("owns its blocks" in text for text in _until_lost(port))
         finally:
             port.close()
