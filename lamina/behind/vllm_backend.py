@@ -43,6 +43,7 @@ from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vll
 from vllm.distributed.parallel_state import get_tp_group, get_world_group
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -104,7 +105,7 @@ class LaminaBackend(AttentionBackend):  # type: ignore[misc]  # mypy does not se
 
     @staticmethod
     def get_name() -> str:
-        return "CPU_ATTN"
+        return "CPU_ATTN" if current_platform.is_cpu() else "CUSTOM"
 
     @staticmethod
     def get_impl_cls() -> type[LaminaImpl]:
