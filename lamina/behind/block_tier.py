@@ -132,6 +132,7 @@ class BlockTier:
         self._announced: dict[int, int] = {}  # by block table, the batch whose answers have not been read
         self._last: dict[int, int] = {}  # by block table, the last batch
         self._rows: dict[int, list[tuple[int, int]]] = {}  # by block table: start and count of each row of the step
+        self._tokens: dict[int, int] = {}  # by block table: of all rows of the step
         self._usages: dict[int, list[Usage]] = {}  # by block table: of the rows of the last step
         self._ports: list[RemoteAttention] = []
         try:
@@ -157,6 +158,7 @@ class BlockTier:
         tensors = (x.clone() for x in (query_start_loc, seq_lens, block_table))
         message = BlockTables(self._epoch, self._batch, table, *tensors)
         ends = query_start_loc.tolist()
+        self._tokens[table] = ends[-1]
         self._rows[table] = [
             (length - end + begin, end - begin)
             for length, begin, end in zip(seq_lens.tolist(), ends, ends[1:], strict=False)
@@ -187,7 +189,7 @@ class BlockTier:
         for the copy back. Raises HolderLost, HolderFault, EngineError."""
         lane = self._lane_of[layer]
         table = lane.table
-        tokens = sum(count for _, count in self._rows[table])
+        tokens = self._tokens[table]
         if len(q) != tokens:
             raise EngineError(f"layer {layer} has {len(q)} tokens, its step was announced with {tokens}")
         self._take_answers(table)
@@ -230,9 +232,7 @@ class BlockTier:
     def savings(self) -> dict[str, float]:
         """What policies that choose have read, kept and missed of the rows of the last step, since these began, as
         shares (`KvSavings.stats`); empty where there are none."""
-        usages = [usage for of_table in self._usages.values() for usage in of_table]
-        sums = {name: sum(getattr(usage, name) for usage in usages) for name in KvSavings._fields if name != "worst"}
-        return KvSavings(**sums, worst=max((usage.worst for usage in usages), default=0.0)).stats()
+        return KvSavings.of([usage for of_table in self._usages.values() for usage in of_table]).stats()
 
     def _traffic(self, lane: _Lane) -> tuple[HolderTraffic, ...]:
         rows = self._rows[lane.table]

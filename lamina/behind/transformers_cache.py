@@ -140,10 +140,12 @@ class LaminaCache(Cache):  # type: ignore[misc]  # transformers is behind Any
             scaled = q if scale == spec.scale else q * (scale / spec.scale)
             sinks = self._sinks.get(layer)
             flat_q, flat_k, flat_v = (part.transpose(1, 2).flatten(0, 1) for part in (scaled, k, v))
-            out = q.new_zeros(len(flat_q), spec.heads * spec.d_v)
+            width = spec.heads * spec.d_v
             if self._sent is None:
-                tier.attend(layer, flat_q, flat_k, flat_v, sinks, out)
-            elif len(self._sent):
+                out = tier.attend(layer, flat_q, flat_k, flat_v, sinks, q.new_empty(len(flat_q), width))
+            else:
+                out = q.new_zeros(len(flat_q), width)
+            if self._sent is not None and len(self._sent):
                 sent = self._sent = self._sent.to(q.device)
                 flat_q, flat_k, flat_v = (part.index_select(0, sent) for part in (flat_q, flat_k, flat_v))
                 out.index_copy_(0, sent, tier.attend(layer, flat_q, flat_k, flat_v, sinks))

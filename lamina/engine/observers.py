@@ -90,13 +90,7 @@ def savings(step: Step, answers: Mapping[int, Announced]) -> dict[str, KvSavings
         if len(answer.usages) == len(routes):
             for route, usage in zip(routes, answer.usages, strict=True):
                 usages.setdefault(step.rows[route.source].sequence.request.id, []).append(usage)
-    return {request_id: _saved(request_usages) for request_id, request_usages in usages.items()}
-
-
-def _saved(usages: list[Usage]) -> KvSavings:
-    # As floats: sums of integers that a holder makes up may be too large to be sent on.
-    columns = [[float(getattr(usage, name)) for usage in usages] for name in KvSavings._fields]
-    return KvSavings(*map(sum, columns))._replace(worst=max(columns[KvSavings._fields.index("worst")]))
+    return {request_id: KvSavings.of(request_usages) for request_id, request_usages in usages.items()}
 
 
 _NO_EXCHANGES = (0,) * (len(EXCHANGE_BUCKETS) + 1)

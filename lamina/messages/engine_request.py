@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -10,6 +10,7 @@ from lamina.completions import FinishReason
 from lamina.errors import LaminaError
 from lamina.kv.request import Request, ScheduledSequence
 from lamina.sampling_params import SamplingParams
+from lamina_protocols.messages.messages import Usage
 from lamina_workers.decoder.logprobs import PromptScores, RowLogprobs
 
 if TYPE_CHECKING:
@@ -45,6 +46,13 @@ class KvSavings(NamedTuple):
     kept: float = 0
     resident: float = 0
     coarse: float = 0
+
+    @classmethod
+    def of(cls, usages: Sequence[Usage]) -> KvSavings:
+        """Of several parts together."""
+        # As floats: sums of integers that a holder makes up may be too large to be sent on.
+        columns = [[float(getattr(usage, name)) for usage in usages] for name in cls._fields]
+        return cls(*map(sum, columns))._replace(worst=max(columns[cls._fields.index("worst")], default=0.0))
 
     def stats(self) -> dict[str, float]:
         """The savings as shares of what reading and keeping everything would take; empty where no policy saved any."""

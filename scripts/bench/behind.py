@@ -122,9 +122,9 @@ def transformers_run(case: Case) -> Seconds:
             for chunk in torch.tensor(case.prompts(seed)).split(2048, 1):
                 logits = network(chunk, cache=cache, logits_to_keep=1).logits
             present = seed
-        said = logits.argmax(-1)
+        token = logits.argmax(-1)
         for _ in range(count - 1):
-            said = network(said, cache=cache).logits.argmax(-1)
+            token = network(token, cache=cache).logits.argmax(-1)
         end = time.perf_counter()
         if count > 1:
             cache.crop(1 - count)
@@ -213,8 +213,8 @@ def main() -> None:
             statistics.median(run[name] for run in runs[mode]) for name in ("prompt", "rate", "memory")
         )
         ratio = f"{step:7.2f} ms a step ({step / base:.2f} of {first}), " if step and base else ""
-        whole = f", {rate:.1f} tokens/s of the whole run" if rate else ""
-        print(f"{mode:7} {ratio}prompts {prompt:6.2f} s, {memory / 2**30:.2f} GiB{whole}")
+        rate_text = f", {rate:.1f} tokens/s of the whole run" if rate else ""
+        print(f"{mode:7} {ratio}prompts {prompt:6.2f} s, {memory / 2**30:.2f} GiB{rate_text}")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -49,9 +47,9 @@ def whole(client: OpenAI, prompt: str) -> str:
     return answer.choices[0].message.content or ""
 
 
-def streamed(client: OpenAI, prompt: str, begun: threading.Semaphore | None = None) -> tuple[str, float]:
-    """The text of a stream, and seconds to its first token. `begun`: released once it has some."""
-    start, first, pieces = time.perf_counter(), 0.0, []
+def streamed(client: OpenAI, prompt: str, begun: threading.Semaphore | None = None) -> str:
+    """The text of a stream. `begun`: released once there is some."""
+    pieces = []
     for chunk in client.chat.completions.create(
         model="tiny", messages=[{"role": "user", "content": prompt}], max_tokens=TOKENS, temperature=0.0, stream=True,
         extra_body={"ignore_eos": True},
@@ -59,10 +57,9 @@ def streamed(client: OpenAI, prompt: str, begun: threading.Semaphore | None = No
         if not chunk.choices or not chunk.choices[0].delta.content:
             continue
         pieces.append(chunk.choices[0].delta.content)
-        first = first or time.perf_counter() - start
         if begun is not None and len(pieces) == 8:
             begun.release()
-    return "".join(pieces), first
+    return "".join(pieces)
 
 
 def test_the_openai_client_gets_the_texts_of_vllm_alone(model: Path, right: dict[str, str]) -> None:
@@ -73,20 +70,16 @@ def test_the_openai_client_gets_the_texts_of_vllm_alone(model: Path, right: dict
         texts = list(pool.map(lambda prompt: whole(client, prompt), right))
         assert texts == list(right.values())
         answers = list(pool.map(lambda prompt: streamed(client, prompt), right))
-        assert [text for text, _ in answers] == list(right.values())
+        assert answers == list(right.values())
 
 
 @pytest.mark.fault("F01")
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.soak)])
-def test_streams_go_on_when_a_worker_is_killed_under_them(
-    kills: int, model: Path, right: dict[str, str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_streams_go_on_when_a_worker_is_killed_under_them(kills: int, model: Path, right: dict[str, str]) -> None:
     with ExitStack() as stack, ThreadPoolExecutor(16) as pool:
         workers = [listening(stack) for _ in range(2)]
         url, run = stack.enter_context(serving(model, {SWITCH: ",".join(address for _, address in workers)}))
         client = stack.enter_context(connected(url))
-        prefills = [streamed(client, f"w{number} {NEXT}")[1] for number in range(3)]
-        waits = []
         for kill in range(kills):
             begun = threading.Semaphore(0)
             streams = [pool.submit(streamed, client, prompt, begun) for prompt in STREAMS]
@@ -95,20 +88,12 @@ def test_streams_go_on_when_a_worker_is_killed_under_them(
             child.kill()
             child.wait()
             workers[kill % 2] = listening(stack, address)
-            text, wait = streamed(client, NEXT)
-            waits.append(wait)
-            assert text == right[NEXT]
-            assert {prompt: stream.result()[0] for prompt, stream in zip(STREAMS, streams, strict=True)} == {
+            assert streamed(client, NEXT) == right[NEXT]
+            assert {prompt: stream.result() for prompt, stream in zip(STREAMS, streams, strict=True)} == {
                 prompt: right[prompt] for prompt in STREAMS
             }
         assert run.process.poll() is None
         assert run.said().count("computed again") >= kills
-    soon = sum(wait <= statistics.median(prefills) + 1.0 for wait in waits)
-    with capsys.disabled():
-        print(  # noqa: T201
-            f"\n{kills} kills: first token after {statistics.median(waits):.2f} s, at most {max(waits):.2f}; "
-            f"its prefill takes {statistics.median(prefills):.2f}, and {soon} came within a second more"
-        )
 
 
 @pytest.mark.fault("F01")
