@@ -4,10 +4,8 @@
     pip install -e .                                                       # in vLLM's environment, beside vLLM
     LAMINA_ATTENTION_WORKERS=127.0.0.1:7311 vllm serve MODEL
 
-vLLM then keeps no KV: a page costs it 8 bytes a token and layer, and its scheduler has as many blocks as the workers
-have memory for. KV heads are dealt among the workers. Prefix caching, chunked prefill and preemption are vLLM's own.
-docs/behind.md has all variables, what happens when a worker dies, and what is refused. It was run on vLLM's CPU build
-alone.
+docs/behind.md says what happens in vLLM then, when a worker dies, which variables there are, and what is refused.
+`vllm_plugin.py` is what vLLM loads; without `LAMINA_ATTENTION_WORKERS` it does nothing, and imports nothing.
 
 transformers does the same for `generate`, with two arguments (`transformers_cache.py`):
 
@@ -19,8 +17,7 @@ transformers does the same for `generate`, with two arguments (`transformers_cac
 
 `block_tier.py` has the client (`BlockTier`): a step is announced by its block tables (`BlockTables` in
 `lamina_protocols.messages.messages`), then each layer's q, k and v go to the workers, and the attention output comes
-back. `scripts/reference_client.py` does the same without Lamina's code, and says what crosses. `vllm_plugin.py` is what
-vLLM loads; without `LAMINA_ATTENTION_WORKERS` it does nothing, and imports nothing.
+back. `scripts/reference_client.py` does the same without Lamina's code, and says what crosses.
 """
 
 SWITCH = "LAMINA_ATTENTION_WORKERS"

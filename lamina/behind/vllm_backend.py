@@ -3,18 +3,10 @@
 Blocks, prefix caching, chunked prefill and preemption are vLLM's: its block numbers are the workers'. Its own pages
 shrink to a few bytes, so that its scheduler has as many blocks as the workers have memory for.
 
-`LAMINA_ATTENTION_WORKERS` has the workers, "host:port,..." or "local:N". `LAMINA_BEHIND_TLS_DIR` and
-`LAMINA_BEHIND_TOKEN_FILE` have what they ask for, `LAMINA_BEHIND_KV_MEMORY` the memory of each local one,
-`LAMINA_BEHIND_POLICY` a policy or a policy file, `LAMINA_BEHIND_RECOVERY_TIMEOUT` the seconds that a lost worker is
-waited for.
-
-vLLM calls `LaminaImpl.forward` in each layer; where no batch is given it warms up, and nothing is computed.
-The client is imported when vLLM sizes its KV, not before: it loads numba, and vLLM looks, when a worker of its own
-starts, into all modules there are for kernels, which llvmlite's do not stand.
-
-A model may have several processes, its ranks: each has a part of the workers, for its heads and layers. The scheduler
-is in yet another process then, which learns of the workers by the specs of layers that it gets from the ranks
-(`LaminaSpec`).
+vLLM calls `LaminaImpl.forward` in each layer; where no batch is given it warms up, and nothing is computed. What goes
+to workers goes by the process's `VllmTier`. A model may have several processes, its ranks: each has a part of the
+workers, for its heads and layers. The scheduler is in yet another one then, which learns of the workers by the specs of
+layers that it gets from the ranks (`LaminaSpec`).
 
 Where a worker is lost, all blocks count as empty: the rest of the step computes nothing of use, the worker is waited
 for before the next one, and the scheduler (`_Forgetting`) drops what the step said, forgets every block and computes
@@ -27,22 +19,15 @@ requests of the step with an error, and those of later ones until it is there.
 
 from __future__ import annotations
 
-import atexit
-import dataclasses
 import logging
 import os
-import secrets
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from vllm import __version__ as vllm_version
 from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
-from vllm.distributed.parallel_state import get_tp_group, get_world_group
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -57,26 +42,18 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout, replace_as
 
 from lamina.behind import SWITCH
+from lamina.behind.vllm_tier import GONE, Losses, TierLayer, VllmTier
 from lamina.errors import InvalidRequest, UnsupportedModelError
 from lamina_protocols.frames.tensors import FLOAT_NAMES
-from lamina_protocols.messages.layers import BlockConfig, LayerSpec
+from lamina_protocols.messages.layers import LayerSpec
 from lamina_workers.devices.staging import staging_for
-from lamina_workers.errors import HolderFault, HolderLost
-
-if TYPE_CHECKING:
-    from lamina.behind.block_tier import BlockTier, TierWorker
 
 logger = logging.getLogger("vllm.lamina")  # shown as vLLM's own
 
 TRIED = ("0.32",)
 """Versions of vLLM with which the tests of this room pass."""
 
-_LOCAL = "local"  # in the place of a host: workers that are started here
-_KV_MEMORY = "LAMINA_BEHIND_KV_MEMORY"
-_CORES = os.sched_getaffinity(0)  # as vLLM's process was given them
 _ANY = "LAMINA_BEHIND_ANY_VLLM"  # "1": a version that was not tried is used all the same
-_RECOVERY_TIMEOUT = "LAMINA_BEHIND_RECOVERY_TIMEOUT"  # seconds for a lost worker to come back
-_LINES = 60.0  # seconds between two lines about policies
 _CELL = 8  # bytes of vLLM's own memory for a token of a layer: as few as any of its dtypes divides
 
 
@@ -138,7 +115,7 @@ class LaminaBackend(AttentionBackend):  # type: ignore[misc]  # mypy does not se
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         """Pages of a few bytes, and as many of them as the workers have memory for."""
-        blocks, losses = _Tier.of_model().agreed()
+        blocks, losses = _tier(LaminaImpl.model).agreed()
         cells = {"num_head_slots": 1, "state_content_bytes": _CELL}
         return replace_as(spec, LaminaSpec, **cells, blocks=blocks, losses=losses)
 
@@ -146,7 +123,7 @@ class LaminaBackend(AttentionBackend):  # type: ignore[misc]  # mypy does not se
 @dataclass(frozen=True, kw_only=True)
 class LaminaSpec(FullAttentionSpec):  # type: ignore[misc]
     """A layer whose KV is on attention workers. `blocks`: how many they have room for; `losses`: where the ranks count
-    lost workers (`_Losses.place`). vLLM's ranks make it, and the process with the scheduler asks it for sizes."""
+    lost workers (`Losses.place`). vLLM's ranks make it, and the process with the scheduler asks it for sizes."""
 
     blocks: int
     losses: str
@@ -169,7 +146,7 @@ class LaminaSpec(FullAttentionSpec):  # type: ignore[misc]
             logger.info("%d blocks on the attention workers", self.blocks)
         chosen = scheduler.get_scheduler_cls()
         if not issubclass(chosen, _Forgetting):
-            parts = {"losses": _Losses(self.losses)}
+            parts = {"losses": Losses(self.losses)}
             scheduler.scheduler_cls = type("LaminaScheduler", (_Forgetting, chosen), parts)
         blocks = cache.num_gpu_blocks_override - 1  # vLLM keeps one empty
         if blocks * self.block_size >= model.max_model_len:
@@ -204,7 +181,8 @@ class LaminaMetadataBuilder(AttentionMetadataBuilder[LaminaMetadata]):  # type: 
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._table = _Tier.of(vllm_config).add_table(layer_names)
+        self._tier = _tier(vllm_config)
+        self._table = self._tier.add_table(layer_names)
         self._way = staging_for(device)()
 
     def build(
@@ -224,12 +202,15 @@ class LaminaMetadataBuilder(AttentionMetadataBuilder[LaminaMetadata]):  # type: 
         if not blocks[:, :1].any():  # vLLM's null block, which no request has: it warms up, or captures graphs
             return LaminaMetadata(0)
         starts = starts[: rows + 1]
-        _Tier.of(self.vllm_config).announce(self._table, starts, lengths, blocks)
+        self._tier.announce(self._table, starts, lengths, blocks)
         return LaminaMetadata(int(starts[-1]))
 
 
 class LaminaImpl(AttentionImpl[LaminaMetadata]):  # type: ignore[misc]
     """One layer's attention. What Lamina's workers cannot do is refused by name when the model is built."""
+
+    model: ClassVar[VllmConfig]
+    """Of the model that was built last."""
 
     def __init__(
         self,
@@ -275,17 +256,15 @@ class LaminaImpl(AttentionImpl[LaminaMetadata]):  # type: ignore[misc]
         self.sinks = sinks
         self._host_sinks: torch.Tensor | None = None
         self.target = kv_sharing_target_layer_name
-        _Tier.model = config
+        LaminaImpl.model = config
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """vLLM gives a layer with a window pages of its full size, whatever `customize_spec` says. So all layers count
         as full ones there, and have one block table; the window is the workers', who keep all tokens."""
         if self.sinks is not None:
             self._host_sinks = self.sinks.detach().float().cpu()
-        if _Tier.model is not None:
-            for layer in get_layers_from_vllm_config(_Tier.model, Attention).values():
-                if isinstance(layer.impl, LaminaImpl):
-                    layer.sliding_window = None
+        for layer in _layers(LaminaImpl.model).values():
+            layer.sliding_window = None
 
     def forward(
         self,
@@ -304,43 +283,14 @@ class LaminaImpl(AttentionImpl[LaminaMetadata]):  # type: ignore[misc]
         n = attn_metadata.num_actual_tokens
         kv = None if key is None or value is None or self.target is not None else (key[:n], value[:n])
         target = output[:n].view(n, -1)
-        out = _Tier.present().attend(str(layer.layer_name), query[:n], kv, self._host_sinks, target)
+        out = VllmTier.present().attend(str(layer.layer_name), query[:n], kv, self._host_sinks, target)
         return output.zero_() if out is None else output
-
-
-_LOST, _GONE = b"l", b"g"  # kinds of losses: a worker is waited for, or has not come back
-
-
-class _Losses:
-    """The losses of workers so far, as all processes of a model know them: a file in memory with the kind of each.
-    `place` says where it is; without it, there is a new one. Raises InvalidRequest where it is not on this host."""
-
-    def __init__(self, place: str = "") -> None:
-        if not place:
-            name = f"lamina-{secrets.token_hex(16)}"
-            place = f"/proc/{os.getpid()}/fd/{os.memfd_create(name)} {name}"
-        self.place = place
-        path, name = place.split()
-        try:
-            self._file = os.open(path, os.O_RDWR | os.O_APPEND)
-            on_host = name in os.readlink(path)
-        except OSError:
-            on_host = False
-        if not on_host:
-            raise InvalidRequest(f"processes of one model on several hosts, with {SWITCH}; allowed: all on one host")
-
-    def add(self, kind: bytes) -> None:
-        os.write(self._file, kind)
-
-    def after(self, count: int) -> bytes:
-        """The kinds of those after the first `count`."""
-        return os.pread(self._file, 4096, count)
 
 
 class _Forgetting:
     """What Lamina adds to the scheduler of vLLM that the user has chosen."""
 
-    losses: ClassVar[_Losses]
+    losses: ClassVar[Losses]
     _answered = 0  # losses after which the sequences were computed again
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
@@ -348,7 +298,7 @@ class _Forgetting:
             self._answered += len(kinds)
             logger.warning("all blocks are empty: the running sequences are computed again")
             self.reset_prefix_cache(reset_running_requests=True)  # type: ignore[attr-defined]  # of vLLM's class
-            if _GONE in kinds:
+            if GONE in kinds:
                 requests = scheduler_output.num_scheduled_tokens
                 logger.error("%d requests end, as an attention worker does not come back", len(requests))
                 # vLLM ends all that it has noted here with an error, whatever the reason.
@@ -356,225 +306,13 @@ class _Forgetting:
         return super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
 
 
-class _Tier:
-    """The workers of this process, for all layers that it has. They are connected to with the first step, when vLLM has
-    said which layers have which block table, and how many blocks there are."""
-
-    model: VllmConfig | None = None  # of the model that was built last
-    _only: _Tier | None = None
-
-    def __init__(self, config: VllmConfig) -> None:
-        self._config = config
-        self._numbers: dict[str, int] = {}  # of the layers
-        self._specs: list[LayerSpec] = []
-        for name, layer in get_layers_from_vllm_config(config, Attention).items():
-            if isinstance(layer.impl, LaminaImpl):
-                number = len(self._specs)
-                source = number if layer.impl.target is None else self._numbers[layer.impl.target]
-                self._specs.append(dataclasses.replace(layer.impl.spec, kv_layer=source))
-                self._numbers[name] = number
-        self._targets = {spec.kv_layer for number, spec in enumerate(self._specs) if spec.kv_layer != number}
-        self._shared: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # k and v of targets in this step
-        self._tables: list[list[str]] = []
-        self._tier: BlockTier | None = None
-        self._broken = False  # a worker is lost; the next step waits for it
-        self._recovery_timeout = self._patience = _seconds(_RECOVERY_TIMEOUT, 60.0)
-        self._line_at = time.monotonic()  # the last one about policies
-        self._ranks = get_world_group()
-        self._workers = _workers(self._ranks.rank_in_group, self._ranks.world_size)
-        self._agreed: tuple[int, str] | None = None
-        self._specs = _with_policies(config, list(self._numbers), self._specs)
-
-    @classmethod
-    def of(cls, config: VllmConfig) -> _Tier:
-        if cls._only is None or cls._only._config is not config:
-            cls._only = _Tier(config)
-        return cls._only
-
-    @classmethod
-    def present(cls) -> _Tier:
-        if cls._only is None:
-            raise RuntimeError("a layer's attention before its step was announced")
-        return cls._only
-
-    @classmethod
-    def of_model(cls) -> _Tier:
-        """For the model that was built last."""
-        if cls.model is None:
-            raise RuntimeError("the sizes of KV before a model")
-        return cls.of(cls.model)
-
-    def agreed(self) -> tuple[int, str]:
-        """What all ranks know: for how many blocks the workers of each have room, and where losses are counted."""
-        if self._agreed is None:
-            from lamina.behind.block_tier import room
-
-            self._losses = _Losses()
-            answers: list[Any] = [None] * self._ranks.world_size
-            answer = room(self._workers, self._holder(0)), self._losses.place
-            torch.distributed.all_gather_object(answers, answer, group=self._ranks.cpu_group)
-            self._agreed = min(blocks for blocks, _ in answers), answers[0][1]
-            self._losses = _Losses(self._agreed[1])
-        return self._agreed
-
-    def add_table(self, layer_names: list[str]) -> int:
-        """The number of these layers' block table. vLLM may ask twice, where it measures its graphs first."""
-        names = [name for name in layer_names if name in self._numbers]
-        if names not in self._tables:
-            self._tables.append(names)
-        return self._tables.index(names)
-
-    def announce(self, table: int, starts: torch.Tensor, lengths: torch.Tensor, blocks: torch.Tensor) -> None:
-        tier = self._connected()
-        if self._broken:
-            try:
-                tier.restore(self._patience)
-            except HolderLost as error:  # this step computes nothing of use, and its requests end
-                logger.warning("%s", error)
-                self._patience = 0.0
-                self._losses.add(_GONE)
-                return
-            self._broken, self._patience = False, self._recovery_timeout
-        try:
-            tier.announce(table, starts, lengths, blocks)
-        except HolderFault as error:
-            self._lose(error)
-        if time.monotonic() > self._line_at + _LINES and (savings := tier.savings()):
-            self._line_at = time.monotonic()
-            logger.info("policies, of the sequences in this step: %s", savings)
-
-    def attend(
-        self,
-        name: str,
-        q: torch.Tensor,
-        kv: tuple[torch.Tensor, torch.Tensor] | None,
-        sinks: torch.Tensor | None,
-        target: torch.Tensor,
-    ) -> torch.Tensor | None:
-        """The output of a layer, in `target`; None after a loss, until the next step. `kv` None: that of the layer
-        whose KV this one shares, which is sent once more, for the worker writes the same to the same place."""
-        if self._broken:
-            return None
-        number = self._numbers[name]
-        if kv is None:
-            kv = self._shared[self._specs[number].kv_layer]
-        elif number in self._targets:
-            self._shared[number] = kv[0].clone(), kv[1].clone()  # vLLM may use their memory again
-        try:
-            return self._connected().attend(number, q, *kv, sinks, target)
-        except HolderFault as error:
-            self._lose(error)
-            return None
-
-    def _lose(self, error: HolderFault) -> None:
-        logger.warning("%s", error)
-        self._broken = True
-        self._losses.add(_LOST)
-
-    def _connected(self) -> BlockTier:
-        if self._tier is None:
-            from lamina.behind.block_tier import BlockTier
-
-            blocks = self._config.cache_config.num_gpu_blocks
-            if not blocks:
-                raise RuntimeError("a step was announced before vLLM had said how many blocks there are")
-            dtype = FLOAT_NAMES[self._config.model_config.dtype]
-            self._tier = BlockTier(self._workers, self._holder(blocks), dtype, str(self._config.model_config.model))
-            atexit.register(self._tier.close)
-        return self._tier
-
-    def _holder(self, blocks: int) -> BlockConfig:
-        tables = {name: number for number, names in enumerate(self._tables) for name in names}
-        dtype = FLOAT_NAMES[self._config.model_config.dtype]
-        return BlockConfig(
-            tuple(self._specs),
-            self._config.cache_config.block_size,
-            dtype,
-            0,
-            blocks=blocks,
-            tables=tuple(tables.get(name, 0) for name in self._numbers),
-        )
+def _layers(config: VllmConfig) -> dict[str, Any]:
+    """The layers of a model whose attention is Lamina's, by their names."""
+    layers = get_layers_from_vllm_config(config, Attention)
+    return {name: layer for name, layer in layers.items() if isinstance(layer.impl, LaminaImpl)}
 
 
-def _seconds(name: str, default: float) -> float:
-    text = os.environ.get(name, "")
-    try:
-        seconds = float(text) if text else default
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds <= 86400:
-        raise InvalidRequest(f"{name} is {text!r:.80}; allowed are 0 to 86400 seconds")
-    return seconds
-
-
-def _with_policies(config: VllmConfig, names: Sequence[str], specs: Sequence[LayerSpec]) -> list[LayerSpec]:
-    """The specs of these layers, with the policies of this rank's KV heads. Raises PolicyError."""
-    from lamina.policy_file import head_policies
-
-    layers, heads = config.model_config.get_total_num_hidden_layers(), config.model_config.get_total_num_kv_heads()
-    policies = head_policies(os.environ.get("LAMINA_BEHIND_POLICY") or "full", layers, heads, None)
-    if policies is None:
-        return list(specs)
-    group = get_tp_group()
-    first = heads * group.rank_in_group // group.world_size
-    of_rank = []
-    for name, spec in zip(names, specs, strict=True):
-        texts = policies[extract_layer_index(name)]
-        heads_here = texts[:1] * spec.kv_heads if len(set(texts)) == 1 else texts[first : first + spec.kv_heads]
-        of_rank.append(dataclasses.replace(spec, policies=heads_here))
-    return of_rank
-
-
-def _workers(rank: int, ranks: int) -> list[TierWorker]:
-    """Those of one rank, of all that `SWITCH` names. Raises InvalidRequest, EngineError."""
-    from lamina.behind.block_tier import TierWorker
-    from lamina_workers.process.credentials import load_credentials
-
-    text = os.environ[SWITCH]
-    kind, _, number = text.partition(":")
-    addresses = [address.strip() for address in text.split(",") if address.strip()]
-    count = len(addresses)
-    if kind == _LOCAL:
-        count = int(number) if number.isdecimal() else 0
-    if count < ranks:
-        raise InvalidRequest(
-            f"{SWITCH} is {text!r:.80}, for a model of {ranks} processes; allowed: host:port,... or {_LOCAL}:N, at "
-            f"least one worker for each"
-        )
-    part = range(count * rank // ranks, count * (rank + 1) // ranks)
-    if kind == _LOCAL:
-        return _local_workers(len(part), count)
-    tls, token = (os.environ.get(f"LAMINA_BEHIND_{name}") for name in ("TLS_DIR", "TOKEN_FILE"))
-    credentials = load_credentials(tls, token) if tls or token else None
-    return [TierWorker(addresses[place], credentials) for place in part]
-
-
-def _local_workers(number: int, on_host: int) -> list[TierWorker]:
-    """So many workers in child processes, of those that start on this host. They end with this process; one that ends
-    before is started again, and its `TierWorker` then has the new address."""
-    from lamina.behind.block_tier import TierWorker
-    from lamina.deploy.local import LocalAttentionWorkers
-    from lamina.deploy.worker_events import WorkerAddress
-    from lamina.system.machine import kv_share, this_machine
-    from lamina.system.text_files import parse_size
-
-    size = os.environ.get(_KV_MEMORY)
-    children = LocalAttentionWorkers(
-        number,
-        kv_memory=parse_size(_KV_MEMORY, size) if size else kv_share(this_machine(), on_host),
-        threads=max(1, len(_CORES) // on_host),
+def _tier(config: VllmConfig) -> VllmTier:
+    return VllmTier.of(
+        config, {name: TierLayer(layer.impl.spec, layer.impl.target) for name, layer in _layers(config).items()}
     )
-    bound = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, _CORES)  # vLLM has bound this thread to a core, and its children would have no other
-    try:
-        addresses = children.start()
-    finally:
-        os.sched_setaffinity(0, bound)
-    atexit.register(children.close)
-    workers = {address.at: TierWorker(address.address, address.credentials) for address in addresses}
-
-    def joined(address: WorkerAddress) -> None:
-        workers[address.at].address, workers[address.at].credentials = address.address, address.credentials
-
-    children.watch(joined, lambda name: None)
-    return list(workers.values())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, fields
 from pathlib import Path
 
 import torch
@@ -17,11 +16,12 @@ from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest
 from lamina.launch.model_files import rescaled
 from lamina.measure.batch_driver import BatchDriver
+from lamina.messages.engine_request import KvSavings
 from lamina.models.resolve import resolve
 from lamina.system.machine import native_dtype, this_machine
 from lamina.text.tokenizer import Tokenizer
 from lamina_protocols.messages.layers import STATES, HolderConfig
-from lamina_protocols.messages.messages import Announced, Close, Fork, Open, Operation, Row, Usage
+from lamina_protocols.messages.messages import Announced, Close, Fork, Open, Operation, Row
 from lamina_protocols.messages.pools import pools
 from lamina_protocols.messages.routes import Route, Span
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
@@ -74,7 +74,7 @@ class Probe:
         )
         self._operations: list[Operation] = []
         self._lengths: dict[int, int] = {}
-        self._usages: dict[int, Usage] = {}
+        self._usages: dict[int, KvSavings] = {}
         self._handle = 0
 
     @property
@@ -108,7 +108,7 @@ class Probe:
     def _part(self, handle: int, pool: int) -> int:
         return handle * len(self._specs) + pool
 
-    def usage(self, handle: int) -> Usage | None:
+    def usage(self, handle: int) -> KvSavings | None:
         """What was read and kept of a sequence up to the last batch. None where no head has a policy."""
         return self._usages.get(handle)
 
@@ -170,7 +170,7 @@ class Probe:
                 routes.append(Route(source, heads, row, (span.start, end), pool))
         answer = self._announce(routes)
         for index, (handle, _) in enumerate(pieces if answer.usages else ()):
-            self._usages[handle] = together(answer.usages[index :: len(pieces)])
+            self._usages[handle] = KvSavings.of(answer.usages[index :: len(pieces)])
         positions = [p for span in spans for p in range(span.start, span.start + span.count)]
         dynamic = self.model.rope.by_length
         forward = self._decoder.forward(
@@ -194,12 +194,6 @@ class Probe:
         if not answer.accepted:
             raise InvalidRequest(f"kv_memory is too small: {answer.reason}")
         return answer
-
-
-def together(usages: Sequence[Usage]) -> Usage:
-    """The usage of several parts, as of one: sums, and the largest `worst`."""
-    columns = zip(*map(astuple, usages), strict=True)
-    return Usage(*(max(c) if f.name == "worst" else sum(c) for f, c in zip(fields(Usage), columns, strict=True)))
 
 
 def _tapped(forward: Forward, tap: Tap | None, outcome: Outcome | None) -> Forward:

@@ -48,7 +48,7 @@ class KvSavings(NamedTuple):
     coarse: float = 0
 
     @classmethod
-    def of(cls, usages: Sequence[Usage]) -> KvSavings:
+    def of(cls, usages: Sequence[Usage | KvSavings]) -> KvSavings:
         """Of several parts together."""
         # As floats: sums of integers that a holder makes up may be too large to be sent on.
         columns = [[float(getattr(usage, name)) for usage in usages] for name in cls._fields]

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lamina.measure.probe import Probe, together
-from lamina_protocols.messages.messages import Usage
+from lamina.measure.probe import Probe
+from lamina.messages.engine_request import NOTHING_SPARED, KvSavings
 
 from .kept_kv import KeptKV
 from .tasks import Prompt, Task
@@ -20,15 +20,13 @@ from .tasks import Prompt, Task
 Progress = Callable[[int], None]
 """Gets the number of tokens fed since its last call."""
 
-NOTHING_COUNTED = Usage(0, 0, 0.0, 0, 0.0, 0, 0, 0)
-
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """Of a task: what the model predicts in the place of each token, float32 `[tokens, vocab]`, and what was read."""
 
     logits: torch.Tensor
-    usage: Usage
+    usage: KvSavings
 
 
 def read_tasks(probe: Probe, kept: KeptKV, prompt: Prompt, chunk: int, progress: Progress) -> dict[str, Outcome]:
@@ -46,7 +44,7 @@ def read_tasks(probe: Probe, kept: KeptKV, prompt: Prompt, chunk: int, progress:
         progress(len(going))
     outcomes = {}
     for name, handle in handles.items():
-        outcomes[name] = Outcome(torch.stack(logits[name]), probe.usage(handle) or NOTHING_COUNTED)
+        outcomes[name] = Outcome(torch.stack(logits[name]), probe.usage(handle) or NOTHING_SPARED)
         probe.close(handle)
     probe.close(base)
     return outcomes
@@ -57,7 +55,7 @@ def known(kept: KeptKV, prompt: Prompt, kv_dtype: str) -> dict[str, Outcome] | N
     files = {task.name: _file(kept, prompt, task, kv_dtype) for task in prompt.tasks}
     if not all(file.is_file() for file in files.values()):
         return None
-    return {name: Outcome(torch.from_numpy(np.load(file)), NOTHING_COUNTED) for name, file in files.items()}
+    return {name: Outcome(torch.from_numpy(np.load(file)), NOTHING_SPARED) for name, file in files.items()}
 
 
 def keep(kept: KeptKV, prompt: Prompt, kv_dtype: str, outcomes: dict[str, Outcome]) -> None:
@@ -73,19 +71,19 @@ def _file(kept: KeptKV, prompt: Prompt, task: Task, kv_dtype: str) -> Path:
 
 def all_of(outcomes: list[Outcome]) -> Outcome:
     """Of several prompts' tasks of the same name."""
-    return Outcome(torch.cat([each.logits for each in outcomes]), together([each.usage for each in outcomes]))
+    return Outcome(torch.cat([each.logits for each in outcomes]), KvSavings.of([each.usage for each in outcomes]))
 
 
-def read_share(usage: Usage) -> float:
+def read_share(usage: KvSavings) -> float:
     """Bytes read in decode, as a share of reading everything."""
     return usage.read / usage.whole if usage.whole else 1.0
 
 
-def held_share(usage: Usage) -> float:
+def held_share(usage: KvSavings) -> float:
     """Pages held at the end, as a share of keeping everything."""
     return usage.held / usage.kept if usage.kept else 1.0
 
 
-def missed_share(usage: Usage) -> float:
+def missed_share(usage: KvSavings) -> float:
     """The mean attention mass that a query did not read, as the policies estimate it."""
     return usage.missed / usage.queries if usage.queries else 0.0

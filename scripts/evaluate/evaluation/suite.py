@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from lamina.measure.probe import together
-from lamina_protocols.messages.messages import Usage
+from lamina.messages.engine_request import KvSavings
 
 from .measures import Quality, Score, quality, score
 from .running import Outcome, all_of, held_share, missed_share, read_share
@@ -25,14 +24,14 @@ class Compared:
 
     quality: Quality
     score: Score
-    usage: Usage
+    usage: KvSavings
 
     def as_json(self) -> dict[str, Any]:
         """Plain numbers."""
         return {
             "quality": dataclasses.asdict(self.quality),
             "answers": dataclasses.asdict(self.score),
-            "usage": dataclasses.asdict(self.usage),
+            "usage": self.usage._asdict(),
             "read": read_share(self.usage),
             "held": held_share(self.usage),
             "missed": missed_share(self.usage),
@@ -60,7 +59,7 @@ def compare(prompts: Sequence[Prompt], full: Outcomes, other: Outcomes) -> dict[
     compared[ALL] = Compared(
         _mean([each.quality for each in every]),
         Score(*map(sum, zip(*(dataclasses.astuple(each.score) for each in every), strict=True))),
-        together([each.usage for each in every]),
+        KvSavings.of([each.usage for each in every]),
     )
     return compared
 
