@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numba
 import pytest
 from numba.core import caching
 
@@ -17,30 +20,40 @@ from lamina_kernels.compile import launch
 CODE = "import numba\n\ndef make():\n    return numba.njit('int64(int64)', cache=True)(lambda x: x + 41)\n"
 
 
+Make = Callable[[], Any]
+
+
 @pytest.fixture
-def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A function that compiles one kernel, from a file of its own; temporary files go to `tmp_path / "tmp"`."""
-    path = tmp_path / "code" / "one.py"
-    path.parent.mkdir()
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """A function that compiles one kernel, from a file of its own. The user's cache is `tmp_path / "cache"`, temporary
+    files go to `tmp_path / "tmp"`."""
     (tmp_path / "tmp").mkdir()
-    path.write_text(CODE)
-    spec = importlib.util.spec_from_file_location("one", path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setattr(launch, "_warned", [])
+    return checkout(tmp_path / "code", CODE)
+
+
+def checkout(folder: Path, code: str) -> Make:
+    """A copy of the kernel's file."""
+    folder.mkdir()
+    path = folder / "one.py"
+    path.write_text(code)
+    spec = importlib.util.spec_from_file_location("lamina_kernels.one", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    monkeypatch.setattr(launch, "_warned", [])
-    return module.make
+    make: Make = module.make
+    return make
 
 
-def read_only(monkeypatch: pytest.MonkeyPatch, *others: str) -> None:
-    """The folders of the code and of the user's cache take nothing, nor do `others`."""
+def read_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's cache takes nothing."""
     ensure = caching._CacheLocator.ensure_cache_path
 
     def refuse(self: Any) -> None:
-        plain = type(self) in (caching.InTreeCacheLocator, caching.UserWideCacheLocator)
-        if plain or type(self).__name__ in others:
+        if type(self) is launch._OnMachine:
             raise OSError(errno.EROFS, "Read-only file system")
         ensure(self)
 
@@ -51,8 +64,31 @@ def kept(folder: Path) -> list[str]:
     return [path.suffix for path in sorted(folder.rglob("*.nb*"))]
 
 
+def test_a_kernel_is_compiled_once_for_all_checkouts_of_its_source(source: Make, tmp_path: Path) -> None:
+    assert source()(1) == 42
+    assert kept(tmp_path / "cache/lamina/kernels") == [".nbc", ".nbi"]
+    assert kept(tmp_path / "code") == []
+    same, other = checkout(tmp_path / "same", CODE)(), checkout(tmp_path / "other", CODE.replace("41", "42"))()
+    assert (same(1), other(1)) == (42, 43)
+    assert (bool(same.stats.cache_hits), bool(other.stats.cache_hits)) == (True, False)
+
+
+def test_environments_with_other_releases_of_numba_keep_kernels_beside_each_other(
+    source: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = [source()]  # numba loads what was compiled in this process as long as that lives
+    for release, hit in (("1.0", False), (numba.__version__, True), ("1.0", True)):
+        monkeypatch.setattr(numba, "__version__", release)
+        kernels.append(source())
+        assert bool(kernels[-1].stats.cache_hits) == hit
+
+
+def test_functions_of_other_packages_stay_where_numba_keeps_them(source: Make) -> None:
+    assert launch._OnMachine.from_function(json.dumps, json.__file__) is None
+
+
 @pytest.mark.fault("F28")
-def test_a_kernel_in_a_read_only_folder_is_kept_in_a_private_temporary_one(source, tmp_path, monkeypatch, caplog):
+def test_a_kernel_whose_cache_is_read_only_is_kept_in_a_private_temporary_folder(source, tmp_path, monkeypatch, caplog):
     read_only(monkeypatch)
     assert source()(1) == 42
     folder = tmp_path / "tmp" / f"lamina-kernels-{os.geteuid()}"
@@ -73,7 +109,6 @@ def test_a_temporary_folder_of_others_is_not_used(source, tmp_path, monkeypatch,
 @pytest.mark.parametrize("temporary", [True, False])
 def test_what_was_kept_before_the_folder_became_read_only_is_used(source, tmp_path, monkeypatch, temporary):
     assert source()(1) == 42
-    assert kept(tmp_path / "code") == [".nbc", ".nbi"]
     if not temporary:
         monkeypatch.setattr(tempfile, "tempdir", os.devnull)
     read_only(monkeypatch)

@@ -1,17 +1,19 @@
-"""Runs a compiled kernel on several threads, and keeps compiled kernels where disks are read-only or full.
+"""Runs a compiled kernel on several threads, and keeps compiled kernels for all processes of this user.
 
 A kernel is a numba `cfunc` of `void(void*)`. Its argument points to a block that begins with HEADER: every thread
 takes share numbers from `taken` until none is left, so the result is the same whatever threads come. The threads are
 the team that torch keeps, where torch's OpenMP allows that.
 
-By itself numba refuses to compile what it cannot keep: in the folder of the code, or else in the user's cache. After
-`tolerate_disks` a folder of the user below the system's folder for temporary files is next, and where that takes
-nothing either, each process compiles the kernels that were not kept before.
+By itself numba keeps a kernel beside its code, where two environments with unlike releases of numba that run the same
+code take each other's away. After `keep_kernels` Lamina's are in the user's cache, named by release and source. Where
+that takes nothing a folder of the user below the system's folder for temporary files is next, and where no disk takes
+anything, each process compiles the kernels that were not kept before.
 """
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import logging
 import os
 import shutil
@@ -25,6 +27,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numba
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -33,16 +36,32 @@ from numba.core import caching
 logger = logging.getLogger("lamina")
 
 _PLACE = "NUMBA_CACHE_DIR"  # numba's variable for a folder of one's own
+_PACKAGES = ("lamina", "lamina_kernels", "lamina_workers")
 _warned: list[OSError] = []  # once a process
 
 
-class _InTemporaryFolder(caching.InTreeCacheLocator):  # type: ignore[misc]  # numba has no types for it
-    """Keeps the kernels of one file in a folder of this user alone, and begins with those that are kept beside it."""
+class _OnMachine(caching.InTreeCacheLocator):  # type: ignore[misc]  # numba has no types for it
+    """Keeps Lamina's own kernels for all checkouts and environments of this user."""
 
     def __init__(self, py_func: Any, py_file: str) -> None:
         super().__init__(py_func, py_file)
-        self._source_cache = Path(self.get_cache_path())
-        self._cache_path: str = os.path.join(_user_folder(), self.get_suitable_cache_subpath(py_file))
+        source = hashlib.sha256(Path(py_file).read_bytes()).hexdigest()[:16]
+        self._folder = os.path.join(f"numba-{numba.__version__}", f"{Path(py_file).stem}-{source}")
+        self._cache_path: str = os.path.join(_user_cache(), self._folder)
+
+    @classmethod
+    def from_function(cls, py_func: Any, py_file: str) -> Any:
+        package = (py_func.__module__ or "").partition(".")[0]
+        return super().from_function(py_func, py_file) if package in _PACKAGES else None
+
+
+class _InTemporaryFolder(_OnMachine):
+    """Keeps them in a folder of this user alone, and begins with those that are kept on the machine."""
+
+    def __init__(self, py_func: Any, py_file: str) -> None:
+        super().__init__(py_func, py_file)
+        self._machine_folder = Path(self._cache_path)
+        self._cache_path = os.path.join(_user_folder(), self._folder)
 
     def ensure_cache_path(self) -> None:
         path = _user_folder()
@@ -51,22 +70,23 @@ class _InTemporaryFolder(caching.InTreeCacheLocator):  # type: ignore[misc]  # n
         if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & 0o077:
             raise PermissionError(f"{path} is not a folder of this user alone")  # what is in it is run
         super().ensure_cache_path()
-        for file in sorted(self._source_cache.glob(f"{Path(self._py_file).stem}.*.nb[ci]")):  # an index after its code
+        for file in sorted(self._machine_folder.glob("*.nb[ci]")):  # an index after its code
             if not (target := Path(self._cache_path, file.name)).exists():
                 shutil.copy(file, target)
 
 
-class _ReadOnly(caching.InTreeCacheLocator):  # type: ignore[misc]  # as above
-    """Uses the kernels that are kept beside the code of one file, and keeps no others."""
+class _ReadOnly(_OnMachine):
+    """Uses those that are kept on the machine, and keeps no others."""
 
     def ensure_cache_path(self) -> None:
         """Nothing is to be written there."""
 
 
 @cache
-def tolerate_disks() -> None:
-    """Have numba compile what it cannot keep, too: all functions of the process."""
-    caching.CacheImpl._locator_classes += [_InTemporaryFolder, _ReadOnly]
+def keep_kernels() -> None:
+    """Have numba keep Lamina's kernels on this machine, and compile what it cannot keep, too."""
+    provided, *others = caching.CacheImpl._locator_classes  # the first: of `_PLACE`
+    caching.CacheImpl._locator_classes = [provided, _OnMachine, _InTemporaryFolder, _ReadOnly, *others]
     save = caching.IndexDataCacheFile.save
 
     def tolerant(self: Any, key: Any, data: Any) -> None:
@@ -76,6 +96,12 @@ def tolerate_disks() -> None:
             _warn(error)
 
     caching.IndexDataCacheFile.save = tolerant
+
+
+def _user_cache() -> str:
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    folder = base if os.path.isabs(base) else os.path.expanduser("~/.cache")
+    return os.path.join(folder, "lamina", "kernels") if os.path.isabs(folder) else _user_folder()
 
 
 def _user_folder() -> str:
@@ -93,7 +119,7 @@ def _warn(error: OSError) -> None:
         )
 
 
-tolerate_disks()  # every module that has kernels imports this one before it compiles them
+keep_kernels()  # every module that has kernels imports this one before it compiles them
 
 HEADER = [("taken", "i8"), ("finished", "i8"), ("shares", "i8")]  # the first fields of every argument block
 TAKEN, FINISHED, SHARES = 0, 1, 2  # which int64 of the block they are
