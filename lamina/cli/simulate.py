@@ -193,7 +193,9 @@ class PlanOptions:
     num_speculative_tokens: Drafts = 8
     acceptance: Acceptance = None
     proposed: Proposed = 1.0
-    verify: Annotated[int, typer.Option(help="How many of the best the event loop checks; 0: none.")] = 24
+    verify: Annotated[
+        bool, typer.Option(help="Let the event loop confirm what is chosen; else formulas are believed.")
+    ] = True
     out: Annotated[Path | None, typer.Option(help="Write the winner here, for --plan and --check.")] = None
     html: Annotated[Path | None, typer.Option(help="Write a report here.")] = None
     check: Annotated[
@@ -236,13 +238,11 @@ def plan(asked: PlanOptions) -> None:
         _check(asked.check, asked)
         return
     slo, rate = parse_slo(asked.slo), parse_rate(asked.rate)
-    if not 0 <= asked.verify <= 100:
-        raise InvalidRequest(f"verify is {asked.verify}; allowed are 0 to 100")
     _check_behind(asked)
     check_output("out", asked.out, ".toml")
     check_output("html", asked.html, ".html")
     if asked.html is not None and not asked.verify:
-        raise InvalidRequest("--html and --verify 0 were given; a report needs at least one that is checked")
+        raise InvalidRequest("--html and --no-verify were given; a report needs at least one run")
 
     from lamina.simulator.costs import hardware as catalogues
     from lamina.simulator.costs.model_configs import model as shape_of
@@ -355,7 +355,7 @@ class SimulateOptions:
     as_json: Json = False
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False
     out: Annotated[
-        Path | None, typer.Option(help="A folder for the table, JSON, CSV, pictures, report and step timelines.")
+        Path | None, typer.Option(help="A folder for the table, JSON, CSV, report and samples of steps.")
     ] = None
 
 
@@ -406,7 +406,7 @@ def simulate(asked: SimulateOptions) -> None:
     load = demand(trace)
     remarks = overloads(systems, results, load, slo, asked.prefill)
     if asked.out is not None:
-        write_runs(asked.out, systems, results, slo, remarks)
+        write_runs(asked.out, results, slo, remarks)
     if asked.as_json or asked.as_csv:
         typer.echo(to_json(results) if asked.as_json else to_csv(results), nl=False)
     else:

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 _ROWS, _RUNS = 10, 6
 """Candidates that are listed, and of them runs that are drawn."""
-_NO_FLIP = "None, even at 1.5 times the likely range of each"
 _PROMISED = (
     ("tpot", "time per output token (TPOT), mean, ms", 1e3, ".1f"),
     ("ttft", "time to first token (TTFT), mean, s", 1.0, ".2f"),
@@ -60,12 +59,8 @@ _COPIES = "Copies between a GPU and its host take no time; the plugin never ran 
 _PROMPTS_ELSEWHERE = "Prompts are computed elsewhere, at no cost here."
 
 
-def write_runs(
-    folder: Path, systems: Sequence[System], results: Sequence[RunResult], slo: Slo, remarks: Sequence[str]
-) -> None:
-    """Write a comparison to one folder: tables, JSON, CSV, a report with charts, and step timelines."""
-    from lamina.simulator.costs.systems import Offloaded
-    from lamina.simulator.planning.comparison import step_trace
+def write_runs(folder: Path, results: Sequence[RunResult], slo: Slo, remarks: Sequence[str]) -> None:
+    """Write a comparison to one folder: tables, JSON, CSV, and a report with charts."""
     from lamina.simulator.reports.page import html
     from lamina.simulator.reports.report import samples_csv, sentences, table, to_csv, to_json
 
@@ -76,15 +71,12 @@ def write_runs(
     write_text(folder / "results.json", to_json(results))
     write_text(folder / "results.csv", to_csv(results))
     write_text(folder / "report.html", html(results, title, slo, remarks=remarks))
-    for number, (system, result) in enumerate(zip(systems, results, strict=True), 1):
+    for number, result in enumerate(results, 1):
         write_text(folder / f"steps-{number}.csv", samples_csv(result))
-        if isinstance(system, Offloaded):
-            context = result.prompt_tokens / result.requests + result.output_tokens / result.requests / 2
-            write_text(folder / f"step-{number}.trace.json", step_trace(system, result.mean_batch, context))
 
 
 def plan_page(found: Planned, title: str) -> str:
-    """The page of a plan, with the runs of the winner and of the best others that were simulated for as long."""
+    """The page of a plan, with the runs of the winner and of the best others that were simulated."""
     from lamina.simulator.reports.page import html
 
     sections: dict[str, Any] = {
@@ -96,22 +88,12 @@ def plan_page(found: Planned, title: str) -> str:
         "ranking": [_row(entry) for entry in found.mixes(_ROWS)],
         "best of each kind": [{"kind": name, **_row(entry)} for name, entry in found.best_of.items()],
         "what would change it": [str(entry) for entry in found.sensitivity],
-        "which assumption would flip it": [str(entry) for entry in found.assumptions] or [_NO_FLIP],
         "engine": dict(found.plan.engine),
     }
     plan = {name: value for name, value in sections.items() if value}
     plan |= {"points": found.points(), "x": _pareto_axis(found), "candidates": f"{_counted(found)}."}
     runs = [entry.result for entry in (found.winner, *found.mixes(_ROWS)) if entry.result is not None]
-    return html(_compared(runs), title, found.plan.slo, plan)
-
-
-def _compared(runs: Sequence[RunResult]) -> list[RunResult]:
-    """The first run, and those of others on about as many requests: the event loop drops some after short excerpts."""
-    apart: dict[str, RunResult] = {}
-    for run in runs:
-        if run.requests * 2 > runs[0].requests:
-            apart.setdefault(run.system, run)
-    return list(apart.values())[:_RUNS]
+    return html(runs[:_RUNS], title, found.plan.slo, plan)
 
 
 def _pareto_axis(found: Planned) -> str:
@@ -187,7 +169,6 @@ def print_plan(
         typer.echo("\nBest against best, each optimised alone under the same budget:\n")
         _table([{"kind": name, **_row(entry)} for name, entry in found.best_of.items()])
     _section("What would change it", found.sensitivity)
-    _section("Which assumption would flip it", found.assumptions or (_NO_FLIP,))
     assumptions = [f"{reached[0].upper()}{reached[1:]}."]
     if not prefill:
         assumptions.append(_PROMPTS_ELSEWHERE)
@@ -352,7 +333,6 @@ def plan_record(found: Planned) -> dict[str, Any]:
             for name, entry in found.intervals.items()
         },
         "sensitivity": [asdict(entry) for entry in found.sensitivity],
-        "assumptions": [{**asdict(entry), "likely": entry.likely} for entry in found.assumptions],
         "best_of": {name: record(entry) for name, entry in found.best_of.items()},
         "engine": dict(found.plan.engine),
         "remarks": found.plan.one_replica().remarks(),

@@ -64,21 +64,21 @@ def requests(count: int) -> list[PlanRequest]:
     return made
 
 
-def again(asked: PlanRequest, wanted: Demand, device: str, factor: float, check: int) -> Ranked:
+def again(asked: PlanRequest, wanted: Demand, device: str, factor: float) -> Ranked:
     """What is first where that device costs so many times what it does."""
     have = tuple(replace(each, device=at_price(each.device, device, factor)) for each in asked.inventory.have)
     there = replace(asked, inventory=replace(asked.inventory, have=have))
-    return find(there, wanted, check=check, loop=EventRuns(asked.trace, wanted, asked.slo, asked.prefill, 0)).ranked[0]
+    return find(there, wanted, loop=EventRuns(asked.trace, wanted, asked.slo, asked.prefill, 0)).ranked[0]
 
 
-def tries(number: int, asked: PlanRequest, check: int) -> Iterator[Try]:
+def tries(number: int, asked: PlanRequest) -> Iterator[Try]:
     """Every statement about prices of one plan."""
     wanted = asked.demand
-    prices: Prices = find(asked, wanted, check=check, loop=EventRuns(asked.trace, wanted, asked.slo, asked.prefill, 0))
+    prices: Prices = find(asked, wanted, loop=EventRuns(asked.trace, wanted, asked.slo, asked.prefill, 0))
     winner = prices.ranked[0]
 
     def first(device: str, factor: float) -> tuple[bool, str]:
-        there = again(asked, wanted, device, factor, check)
+        there = again(asked, wanted, device, factor)
         same = without_prices(there.candidate.system) == without_prices(winner.candidate.system)
         affordable = min(winner.estimate.replicas, there.candidate.replicas)  # a budget may leave fewer of the winner
         return same and there.estimate.replicas == affordable, there.name
@@ -102,7 +102,6 @@ def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__)
     asked.add_argument("--tries", type=int, default=50, help="statements that are tried")
     asked.add_argument("--requests", type=int, default=600, help="of each trace")
-    asked.add_argument("--check", type=int, default=24, help="candidates of a plan that the event loop checks")
     given = asked.parse_args()
     print(
         f"Statements about prices, planned again within {NEAR - 1:.0%}; efficiency typical, {given.requests} requests"
@@ -110,7 +109,7 @@ def main() -> None:
     held = done = 0
     for number, request in enumerate(requests(given.requests)):
         print(f"{number}: {request.name} on {request.trace.name} at {request.rate:g}/s, {request.slo}")
-        for each in tries(number, request, given.check):
+        for each in tries(number, request):
             done += 1
             held += each.holds
             print(f"  {'holds' if each.holds else 'FAILS'}  {each.device}: {each.said} ({each.found})", flush=True)

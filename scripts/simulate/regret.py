@@ -27,6 +27,7 @@ from lamina.simulator.planning.event_runs import EventRuns
 from lamina.simulator.planning.inventory import Have, Inventory, with_efficiency
 from lamina.simulator.planning.plan import PlanRequest, find
 from lamina.simulator.planning.planner import Ranked, limited
+from lamina.simulator.steady_state.closed_form import estimate
 from lamina.simulator.traces.arrivals import Trace
 from lamina.simulator.traces.catalogue import at_rate, windows
 from lamina.simulator.traces.catalogue import trace as trace_of
@@ -97,7 +98,7 @@ class Regret:
     @property
     def lost(self) -> float:
         """The share of the best one's requests within the SLO for a dollar; all where only the best serves."""
-        if self.best.serves and not self.chosen.nearly(1 - POINT / ATTAINMENT):
+        if self.best.serves and (self.chosen.rate < self.best.rate or self.chosen.share < ATTAINMENT - POINT):
             return 1.0
         return max(0.0, 1 - self.chosen.goodput_per_dollar / self.best.goodput_per_dollar)
 
@@ -123,7 +124,9 @@ def regret(case: Case, requests: int) -> Regret:
     part = windows(trace, requests)
     chosen = best = _measured(ranked[0], part, slo, asked)
     simulated = 1
+    endless = asked.at_rate(math.inf)
     for each in sorted(ranked, key=lambda each: price(each.candidate.system)):
+        most = estimate(each.candidate.system, 1, endless, slo, fine=False).capacity
         for count in range(1, each.candidate.replicas + 1):
             if math.isinf(asked.rate) and count > 1:
                 break  # the same for a dollar
@@ -131,7 +134,7 @@ def regret(case: Case, requests: int) -> Regret:
             bound = asked.rate * 3600 / tried.estimate.price if tried.estimate.price else math.inf
             if best.serves and bound <= best.goodput_per_dollar:
                 break  # even with all in time
-            able = count * each.estimate.capacity / each.candidate.replicas
+            able = count * most
             full = best.serves and not math.isinf(asked.rate)
             least = asked.rate if full else best.goodput_per_dollar * tried.estimate.price / 3600
             if able < HOPELESS * least:
@@ -147,7 +150,7 @@ def regret(case: Case, requests: int) -> Regret:
 
 def _with_replicas(each: Ranked, count: int) -> Ranked:
     cost = price(each.candidate.system) * count
-    able = each.estimate.capacity / each.candidate.replicas * count
+    able = each.estimate.taken / each.estimate.replicas * count
     taken = able if math.isinf(each.estimate.demanded) else each.estimate.demanded
     return replace(each, estimate=replace(each.estimate, replicas=count, price=cost, taken=taken))
 

@@ -51,7 +51,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     folder = tmp_path_factory.mktemp("plan")
     (folder / "inventory.toml").write_text(INVENTORY, encoding="utf-8")
     files = ["--out", str(folder / "plan.toml"), "--html", str(folder / "report.html")]
-    words = ["plan", "--budget", "50", "--inventory", str(folder / "inventory.toml"), "--verify", "2", *FEW, *files]
+    words = ["plan", "--budget", "50", "--inventory", str(folder / "inventory.toml"), *FEW, *files]
     return lamina(*words), folder
 
 
@@ -103,9 +103,7 @@ def test_a_plan_is_printed_explained_and_written(planned: tuple[Any, Path]) -> N
 
 def test_a_plan_as_json(planned: tuple[Any, Path]) -> None:
     inventory = str(planned[1] / "inventory.toml")
-    found = json.loads(
-        lamina("plan", "--inventory", inventory, "--verify", "0", "--json", "--rate", "max", *FEW).stdout
-    )
+    found = json.loads(lamina("plan", "--inventory", inventory, "--no-verify", "--json", "--rate", "max", *FEW).stdout)
     assert found["candidates"] >= len(found["ranking"]) > 1
     first = found["ranking"][0]
     assert first["serves"]
@@ -141,10 +139,8 @@ def test_systems_are_compared_and_everything_is_written(tmp_path: Path) -> None:
     assert "4x h100 co-located" in result.stdout
     assert "DOP(2, 4) h100 + h20, 2 lanes" in result.stdout
     assert {file.name for file in (tmp_path / "runs").iterdir()} == {
-        "results.txt", "results.json", "results.csv", "report.html", "steps-1.csv", "steps-2.csv", "step-2.trace.json",
+        "results.txt", "results.json", "results.csv", "report.html", "steps-1.csv", "steps-2.csv",
     }  # fmt: skip
-    events = json.loads((tmp_path / "runs" / "step-2.trace.json").read_text(encoding="utf-8"))["traceEvents"]
-    assert {event["args"]["lane"] for event in events if event["ph"] == "X"} == {0, 1}
     printed = lamina(*words, "--json").stdout
     assert printed == (tmp_path / "runs" / "results.json").read_text(encoding="utf-8")
     as_json = json.loads(printed)["results"]
@@ -189,7 +185,7 @@ def test_packed_weights_and_drafts_are_faster_and_said() -> None:
 def test_a_plan_on_free_hosts_is_packed_speculates_and_is_drawn(tmp_path: Path) -> None:
     free = 'systems = ["chunked"]\n[[have]]\ndevice = "epyc-genoa"\ncount = 1\nprice = 0\n'
     (tmp_path / "hosts.toml").write_text(free)
-    words = ["plan", "-m", "llama-3.2-1b", "--inventory", str(tmp_path / "hosts.toml"), "--verify", "1", *FEW]
+    words = ["plan", "-m", "llama-3.2-1b", "--inventory", str(tmp_path / "hosts.toml"), *FEW]
     words += ["--weights", "int4", "--speculate", "llama-3.2-1b", "--acceptance", "0.8"]
     words += ["--num-speculative-tokens", "3", "--out", str(tmp_path / "plan.toml")]
     result = lamina(*words, "--html", str(tmp_path / "x.html"))
@@ -319,7 +315,7 @@ def test_systems_have_the_papers_sizes_unless_devices_are_named() -> None:
 def test_an_engine_with_workers_behind_it_stands_beside_it_alone(tmp_path: Path) -> None:
     inventory = tmp_path / "inventory.toml"
     inventory.write_text(INVENTORY.replace('"h20"', '"epyc-genoa"'), encoding="utf-8")
-    words = ["plan", "--behind", "vllm", "--inventory", str(inventory), "--verify", "0", *FEW]
+    words = ["plan", "--behind", "vllm", "--inventory", str(inventory), "--no-verify", *FEW]
     result = lamina(*words)
     assert result.exit_code == 0, result.output
     for said in (

@@ -19,25 +19,16 @@ from lamina.errors import InvalidRequest
 from lamina.simulator.costs.cost_model import KvPolicy
 from lamina.simulator.costs.hardware import Device, Link
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System, changed, price
-from lamina.simulator.event_loop.results import ATTAINMENT, RunResult
+from lamina.simulator.event_loop.results import ATTAINMENT
 from lamina.simulator.event_loop.simulate import Slo, simulate
-from lamina.simulator.planning import planner
+from lamina.simulator.planning import event_runs, planner
 from lamina.simulator.planning.candidates import Candidate, candidates
-from lamina.simulator.planning.planner import (
-    FINALISTS,
-    TOP,
-    Conditions,
-    Ranked,
-    described,
-    limited,
-    mixes,
-    rank,
-    search,
-    top,
-    verify,
-)
+from lamina.simulator.planning.event_runs import EventRuns
+from lamina.simulator.planning.planner import Ranked, described, limited, mixes, rank
 from lamina.simulator.planning.reasons import limits, why
+from lamina.simulator.planning.sensitivity import Prices
 from lamina.simulator.traces.arrivals import Arrival, Trace, head
+from lamina.simulator.traces.catalogue import at_rate
 from lamina.simulator.traces.catalogue import trace as trace_of
 from lamina.simulator.traces.demand import Demand, demand
 
@@ -187,45 +178,113 @@ def test_a_link_too_slow_is_named_with_what_it_has_and_needs() -> None:
     assert "it needs" in said
 
 
-def test_the_best_are_of_different_mixes_and_of_every_kind(
+def test_mixes_are_of_different_devices_and_the_best_of_each(
     thousand: tuple[list[Ranked], list[tuple[int, int]]],
 ) -> None:
-    found = thousand[0]
-    chosen = top(found)
-    assert len(chosen) == TOP >= 20
-    assert {type(each.candidate.system) for each in chosen} == {Colocated, Disaggregated, Offloaded}
-    few = top(found, 5)
-    assert len({(type(each.candidate.system), each.candidate.system.devices) for each in few}) == 5
-    alone = rank(candidates(BIG, there_are((H100, 4))), STEADY, SLO)
-    assert len(top(alone)) == min(TOP, len([each for each in alone if each.estimate.goodput]))
-    assert mixes(found)[0] == found[0]
+    found = mixes(thousand[0])
+    assert found[0] == thousand[0][0]
+    assert {type(each.candidate.system) for each in found} == {Colocated, Disaggregated, Offloaded}
+    assert len({(type(each.candidate.system), each.candidate.system.devices) for each in found}) == len(found)
 
 
 # Checked by the event loop
 
-
-def test_the_event_loop_ranks_again() -> None:
-    trace = poisson(4.0, 300, 500, 60, seed=1)
-    asked = demand(trace)
-    found = rank([Candidate(together(4), 1), Candidate(dop(2, 2), 1)], asked, SLO)
-    checked = verify(found, Conditions(trace, SLO), requests=200)
-    assert [each.result is not None for each in checked] == [True, True]
-    for each in checked:
-        assert each.rate == pytest.approx(asked.rate)
-        assert each.serves
-        assert each.goodput == pytest.approx(each.rate * each.result.slo_share)  # type: ignore[union-attr]
-    assert checked[0].goodput_per_dollar >= checked[1].goodput_per_dollar
-    again = verify(found, Conditions(trace, SLO), requests=200)
-    assert again == checked
+BUSY = poisson(4.0, 300, 500, 60, seed=1)
+TIE = 0.03
+"""What times of arrival within a step may make of equal plans."""
 
 
-def test_who_does_not_keep_the_slo_is_tried_slower() -> None:
-    trace = poisson(4.0, 300, 500, 60, seed=1)
-    (found,) = rank([Candidate(together(4), 1)], demand(trace).at_rate(math.inf), SLO)
-    twice = replace(found, estimate=replace(found.estimate, taken=found.estimate.taken * 2))
-    (checked,) = verify([twice], Conditions(trace, SLO))
-    assert checked.rate < 2 * found.estimate.taken
-    assert limited(found).max_sequences == found.estimate.most
+def ranked_at(*systems: System, rate: float = 4.0, most: int = 4) -> list[Ranked]:
+    return rank([Candidate(system, most) for system in systems], demand(BUSY).at_rate(rate), SLO)
+
+
+def runs(trace: Trace = BUSY, rate: float = 4.0) -> EventRuns:
+    return EventRuns(trace, demand(trace).at_rate(rate), SLO, True, 0)
+
+
+def shares(monkeypatch: pytest.MonkeyPatch, by_replicas: dict[int, float]) -> list[int]:
+    """A run has so much in time, by replicas. Returns the replicas of the runs."""
+    ran: list[int] = []
+
+    def simulated(system: System, trace: Trace, *, replicas: int, **more: object) -> Any:
+        ran.append(replicas)
+        return SimpleNamespace(slo_share=by_replicas[replicas], finished=100, seconds=25.0, mostly_full=False)
+
+    monkeypatch.setattr(event_runs, "simulate", simulated)
+    return ran
+
+
+def test_the_best_by_a_coarse_look_are_looked_at_closely(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "CLOSER", 2)
+    found = ranked_at(*(replace(together(4), batch_tokens=512 + 64 * n) for n in range(5)), together(8))
+    assert [each.closely for each in found] == [True] * 2 + [False] * 4
+
+
+def test_a_run_confirms_what_is_first() -> None:
+    every = ranked_at(together(4), together(8))
+    found = Prices(every, None, runs()).settle().ranked
+    assert [each.result is not None for each in found] == [True, False]
+    assert found[0].serves
+    assert found[0].rate == 4.0
+    assert found[0].result == simulate(limited(every[0]), at_rate(BUSY, 4.0), slo=SLO)
+    assert abs(found[0].share - found[0].estimate.share) <= planner.MARGIN
+
+
+def test_only_what_is_near_its_limit_is_run() -> None:
+    (one,) = ranked_at(together(4))
+    loop = runs()
+    for share, almost, sure in ((0.99, 0.5, True), (0.91, 0.5, False), (0.99, 0.89, False)):
+        near = replace(one, estimate=replace(one.estimate, replicas=2, share=share, almost=almost))
+        assert loop.sure(near) is sure
+        assert (loop.checked([near])[0].result is None) is sure
+    assert not loop.sure(replace(one, closely=False))
+
+
+def test_a_replica_fewer_is_tried_where_it_may_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    (one,) = ranked_at(together(4))
+    near = replace(one, estimate=replace(one.estimate, replicas=2, price=2 * one.estimate.price, almost=0.89))
+    assert near.hoped.serves
+    assert near.hoped.estimate.price == one.estimate.price
+    for enough, expected in ((0.905, [1]), (0.895, [1, 2])):
+        ran = shares(monkeypatch, {1: enough, 2: 0.99})
+        found = runs().run(near)
+        assert ran == expected
+        assert found.serves
+        assert found.estimate.replicas == expected[-1]
+        assert found.estimate.price == pytest.approx(expected[-1] * one.estimate.price)
+
+
+def test_a_replica_more_is_run_where_the_replay_has_too_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    (one,) = ranked_at(together(4))
+    for enough, expected in ((0.95, [1, 2]), (0.6, [1, 2])):
+        ran = shares(monkeypatch, {1: 0.89, 2: enough, 3: 0.95})
+        assert runs().run(one).serves is (enough > ATTAINMENT)
+        assert ran == expected
+
+
+def test_as_much_as_can_be_is_a_rate_that_keeps_the_slo() -> None:
+    (found,) = ranked_at(together(4), rate=math.inf)
+    for wrong in (0.6, 1.0, 1.05):
+        start = replace(found, estimate=replace(found.estimate, taken=found.estimate.taken * wrong))
+        checked = runs(rate=math.inf).run(start)
+        assert checked.share >= ATTAINMENT
+        assert checked.rate > 0.59 * found.estimate.taken
+
+
+def test_shared_prefixes_are_left_to_the_real_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The replay computes every prompt, and asks for replicas that are not needed."""
+    prefix = tuple(range(8))
+    named = tuple(replace(arrival, prompt=4200, blocks=prefix) for arrival in BUSY.arrivals)
+    trace = replace(BUSY, arrivals=named)
+    asked = demand(trace).at_rate(12.0)
+    every = rank([Candidate(together(4), 4), Candidate(together(8), 2)], asked, SLO)
+    loop = EventRuns(trace, asked, SLO, True, 0)
+    assert not any(loop.sure(each) for each in every)
+    monkeypatch.setattr(event_runs, "CHOSEN", 1)
+    found = loop.searched(every)
+    assert [each.result is not None for each in found] == [True, False]
+    assert found[0].serves
+    assert found[0].estimate.replicas < every[0].estimate.replicas
 
 
 # Why, and what would change it
@@ -281,88 +340,6 @@ def test_names_tell_candidates_apart() -> None:
     )
 
 
-BUSY = poisson(4.0, 300, 500, 60, seed=1)
-TIE = 0.03
-"""What excerpts, and times of arrival within a step, may make of equal plans."""
-
-
-def ranked_at(*systems: System, rate: float = 4.0, most: int = 4) -> list[Ranked]:
-    return rank([Candidate(system, most) for system in systems], demand(BUSY).at_rate(rate), SLO)
-
-
-# Successive halving
-
-
-def test_all_are_simulated_and_few_of_them_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    lengths: dict[str, list[int]] = {}
-    real = planner.simulate
-
-    def counted(system: Colocated, trace: Trace, **more: object) -> RunResult:
-        lengths.setdefault(system.name + str(system.max_batch_tokens), []).append(len(trace.arrivals))
-        return real(system, trace, **more)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(planner, "simulate", counted)
-    systems = [replace(together(4), batch_tokens=512 + 64 * n) for n in range(20)]
-    short = head(BUSY, 120)
-    found = verify(ranked_at(*systems), Conditions(short, SLO), requests=120)
-    assert len(lengths) == len(found) == 20
-    assert {runs[0] for runs in lengths.values()} == {20}
-    assert sum(max(runs) == 120 for runs in lengths.values()) == FINALISTS
-    assert [each.result.requests for each in found[:FINALISTS]] == [120] * FINALISTS  # type: ignore[union-attr]
-
-
-def test_what_the_event_loop_serves_is_found_behind_what_it_does_not() -> None:
-    """The closed form is wrong about the first: a batch takes ten times as long as it says."""
-    slow = replace(H100, bandwidth=H100.bandwidth / 10)
-    wrong = [
-        replace(each, candidate=replace(each.candidate, system=replace(each.candidate.system, device=slow)))  # type: ignore[arg-type]
-        for each in ranked_at(*(replace(together(4), batch_tokens=512 + n) for n in range(planner.TOP)), most=1)
-    ]
-    right = ranked_at(replace(together(8), device=replace(H100, price=20.0)))
-    found = search([*wrong, *right], Conditions(BUSY, SLO))
-    assert found[0].serves
-    assert found[0].candidate == right[0].candidate
-    assert len(found) == len(wrong) + 1
-
-
-def test_replicas_are_those_that_the_event_loop_needs() -> None:
-    (one,) = ranked_at(together(4), rate=30.0)
-    assert one.estimate.replicas == 1
-    slow = replace(H100, bandwidth=H100.bandwidth / 3, flops=H100.flops / 3)
-    wrong = replace(one, candidate=Candidate(together(4, slow), 4))
-    (grown,) = verify([wrong], Conditions(BUSY, SLO))
-    assert 1 < grown.estimate.replicas <= 3
-    assert grown.result is not None
-    assert grown.result.price == pytest.approx(grown.estimate.price)
-
-
-def test_replicas_that_a_short_excerpt_asks_for_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On azure-code four were planned where three are enough: 400 requests cut its bursts badly."""
-
-    def run(check: Any, ranked: Ranked, rate: float) -> Ranked:
-        short = check.length < check.requests and ranked.estimate.replicas < 2
-        result: Any = SimpleNamespace(
-            slo_share=0.5 if short else 1.0, finished=100, seconds=100 / rate, mostly_full=False,
-            requests=check.length,
-        )  # fmt: skip
-        return replace(ranked, result=result, rate=rate)
-
-    monkeypatch.setattr(planner._Check, "run", run)
-    every = ranked_at(*(replace(together(4), batch_tokens=512 + n) for n in range(2 * FINALISTS)), most=4)
-    assert {each.estimate.replicas for each in every} == {1}
-    found = verify(every, Conditions(BUSY, SLO))
-    assert {each.estimate.replicas for each in found[:FINALISTS]} == {1}
-
-
-def test_as_much_as_can_be_is_the_highest_rate_that_keeps_the_slo() -> None:
-    (found,) = ranked_at(together(4), rate=math.inf)
-    for wrong in (0.6, 1.0, 1.3):
-        start = replace(found, estimate=replace(found.estimate, taken=found.estimate.taken * wrong))
-        (checked,) = verify([start], Conditions(BUSY, SLO))
-        assert checked.share >= ATTAINMENT
-        assert checked.rate > 0.6 * found.estimate.taken
-
-
 # Candidates
 
 
@@ -394,7 +371,8 @@ def test_a_better_device_never_makes_the_best_plan_worse(better: str, which: str
     def best(h100: Device, h20: Device) -> tuple[bool, float]:
         split = replace(dop(4, 1), model_device=h100, attention_device=h20)
         systems = (together(4, h100), together(8, h20), split, replace(split, local_share=0.8))
-        found = search(rank([Candidate(each, 1) for each in systems], asked, SLO), Conditions(trace, SLO))[0]
+        ranked = rank([Candidate(each, 1) for each in systems], asked, SLO)
+        found = Prices(ranked, None, EventRuns(trace, asked, SLO, True, 0)).settle().ranked[0]
         return found.serves, found.goodput_per_dollar
 
     def improved(device: Device) -> Device:

@@ -6,25 +6,15 @@ import re
 from dataclasses import replace
 
 import pytest
-from planning import EPYC, FHBN, H20, H100, SLO, STEADY, there_are
+from planning import FHBN, H20, H100, SLO, there_are
 
-from lamina.simulator.costs.cost_model import Load
 from lamina.simulator.costs.hardware import load, with_efficiency
 from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded
 from lamina.simulator.event_loop.simulate import Slo, simulate
-from lamina.simulator.planning.candidates import Candidate, candidates
+from lamina.simulator.planning.candidates import candidates
 from lamina.simulator.planning.deployment import engine_keywords
-from lamina.simulator.planning.planner import rank
-from lamina.simulator.planning.reasons import (
-    MOST,
-    bound_by_compute,
-    compute_bound_devices,
-    overloads,
-    step_compared,
-    why,
-    would_do,
-)
+from lamina.simulator.planning.reasons import MOST, overloads, would_do
 from lamina.simulator.reports.report import in_bytes, kept, room
 from lamina.simulator.traces.arrivals import all_at_once
 from lamina.simulator.traces.catalogue import at_rate, trace
@@ -39,52 +29,6 @@ def moved(name: str, attention: object = H20, **more: object) -> Offloaded:
         shard="sequence",
     )  # fmt: skip
     return replace(whole, attention_device=attention, **more)
-
-
-def test_latents_on_a_cpu_are_bound_by_compute() -> None:
-    said = bound_by_compute(model("deepseek-v3"), EPYC, 4096)
-    assert (
-        "it takes 242 FLOPs a byte of KV, the device has 32 a byte of bandwidth, of which it uses 13% at best" in said
-    )
-    assert bound_by_compute(model("deepseek-v3"), H100, 4096) == ""
-    assert bound_by_compute(model("llama-3-70b"), EPYC, 4096) == ""
-    pure = model("qwen3-next-80b-a3b")
-    pure = replace(pure, groups=tuple(group for group in pure.groups if group.state))
-    assert bound_by_compute(pure, EPYC, 4096) == ""
-
-
-def test_each_device_is_named_once() -> None:
-    systems = [moved("deepseek-v3", EPYC), moved("deepseek-v3", EPYC, lanes=2), moved("deepseek-v3", H20)]
-    said = compute_bound_devices([*systems, Colocated(model=model("deepseek-v3"), device=LARGE)], 4096)
-    assert [sentence.split(" is ")[0] for sentence in said] == [
-        "Attention of deepseek-v3 on epyc-genoa",
-        "Attention of deepseek-v3 on h20",
-    ]
-
-
-def test_the_plan_says_that_latents_do_not_pay_on_a_cpu_and_why() -> None:
-    whole = Colocated(model=model("deepseek-v3"), device=LARGE, tensor_parallel=8)
-    systems = (whole, moved("deepseek-v3", EPYC))
-    ranked = rank([Candidate(system, 1) for system in systems], STEADY, SLO)
-    said = why(ranked, STEADY, SLO)
-    assert any(sentence.startswith("Offloading attention does not pay here") for sentence in said)
-    assert said[-1].startswith("Attention of deepseek-v3 on epyc-genoa is bound by compute: it takes 242 FLOPs a byte")
-    spent = said[-2]
-    assert spent.endswith("ms.")
-    assert "on 8x large, without a wire, attention takes" in spent
-
-
-def test_a_step_of_a_hybrid_is_told_apart() -> None:
-    system, whole = (
-        moved("qwen3-next-80b-a3b"),
-        Colocated(model=model("qwen3-next-80b-a3b"), device=LARGE, tensor_parallel=8),
-    )
-    states = 10 * 2 * 80_805_888 / H20.bandwidth / 2
-    wire = system.lane(Load(10, 2000)).exchange.seconds
-    said = step_compared(system, whole, 10.2, 2000)
-    assert said.startswith("For 10 sequences of 2000 tokens attention takes ")
-    assert f"and states {states * 1000:.2g} ms a step on 2x h20 and the wire {wire * 1000:.2g} ms; on 8x" in said
-    assert "states" not in step_compared(moved("glm-5"), replace(whole, model=model("glm-5")), 10, 2000)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What would change a plan: prices, links, load, limits and assumptions, and what is believed only once it is tried."""
+"""What would change a plan: prices, links, load, limits, and what is believed only once it is tried."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ from planning import BIG, EPYC, FHBN, H20, H100, KNOWN, SLO, STEADY, dop, togeth
 from ranked_candidates import LOSSY, SLOW, SPLIT, WHOLE, checked, ranked
 
 from lamina.simulator.costs.cost_model import Load
-from lamina.simulator.costs.hardware import Link
 from lamina.simulator.costs.systems import (
     Colocated,
-    Disaggregated,
     System,
     changed,
     changed_devices,
@@ -24,21 +22,22 @@ from lamina.simulator.costs.systems import (
     without_prices,
 )
 from lamina.simulator.event_loop.simulate import Slo
+from lamina.simulator.planning import sensitivity as sensitivity_module
 from lamina.simulator.planning.candidates import Candidate
-from lamina.simulator.planning.planner import RATIO_ERROR, Ranked, rank
-from lamina.simulator.planning.quantities import Quantity, Situation, assumed, faster, links, market, scaled
+from lamina.simulator.planning.planner import MARGIN, RATIO_ERROR, Ranked, rank
+from lamina.simulator.planning.quantities import Quantity, Situation, faster, links, market, scaled
 from lamina.simulator.planning.sensitivity import (
     Change,
     Changes,
-    Flip,
     Prices,
     Sensitivity,
     at_price,
-    flips,
     sensitivity,
 )
-from lamina.simulator.steady_state.closed_form import estimate
-from lamina.simulator.traces.demand import Demand
+from lamina.simulator.steady_state.closed_form import Estimate, estimate
+from lamina.simulator.traces.arrivals import head
+from lamina.simulator.traces.catalogue import trace
+from lamina.simulator.traces.demand import Demand, demand
 
 FULL_LOAD = STEADY.at_rate(math.inf)
 PACE = Slo(tpot=0.1)
@@ -49,17 +48,11 @@ def decode(*systems: System, asked: Demand = FULL_LOAD) -> list[Ranked]:
     return rank([Candidate(system, 4) for system in systems], asked, PACE, prefill=False)
 
 
-def by_formula(each: Ranked, given: Situation) -> Ranked:
-    """Stands for the event loop."""
-    found = estimate(given.system, 4, given.demand, given.slo, False, fine=False)
-    return Ranked(Candidate(given.system, 4), found)
-
-
 def split_first() -> tuple[list[Ranked], Quantity]:
-    """A split that leads, and the round trip of its link."""
+    """A split that leads, and the bandwidth of its link."""
     ranked = decode(dop(2, 4, lanes=2), together(4))
-    (trip,) = [each for each in market([ranked[0].candidate.system], FULL_LOAD, PACE) if "round trip" in each.what]
-    return ranked, trip
+    (link,) = [each for each in market([ranked[0].candidate.system], FULL_LOAD, PACE) if "bandwidth" in each.what]
+    return ranked, link
 
 
 def test_the_winner_changes_where_it_is_said_to() -> None:
@@ -68,8 +61,8 @@ def test_the_winner_changes_where_it_is_said_to() -> None:
     systems = [each.candidate.system for each in (winner, rival)]
     found = {each.what: each for each in sensitivity(prices, changes, market(systems, FULL_LOAD, PACE))}
     assert set(found) == {
-        "price of h100", "price of h20", "bandwidth of fhbn-400g", "round trip of fhbn-400g", "mean prompt",
-        "tpot of the SLO",
+        "price of h100", "price of h20", "bandwidth of fhbn-400g", "mean prompt",
+        "tpot of the SLO", "speed of devices",
     }  # fmt: skip
     dearer = found["price of h20"].rise
     assert dearer is not None
@@ -85,58 +78,60 @@ def test_the_winner_changes_where_it_is_said_to() -> None:
     assert leads(dearer.factor * 0.99)
     assert not leads(dearer.factor * 1.01)
     assert f"{dearer.factor:.2f}x" in str(found["price of h20"])
-    assert "by formula" in str(found["price of h20"])
 
 
-def test_a_slower_link_ends_the_lead_of_what_needs_it_and_is_tried_there() -> None:
-    ranked, trip = split_first()
+def test_a_slower_link_ends_the_lead_of_what_needs_it() -> None:
+    ranked, link = split_first()
     assert ranked[0].candidate.offloaded
-    tried: list[tuple[str, float]] = []
-
-    def run(each: Ranked, given: Situation, allowance: float) -> Ranked:
-        found = by_formula(each, given)
-        tried.append((each.name, links([given.system])["fhbn-400g"].round_trip if each.candidate.offloaded else 0.0))
-        return found
-
-    change = Changes(ranked, FULL_LOAD, PACE, False, run).change(trip, 100.0)
+    change = Changes(ranked, FULL_LOAD, PACE, False).change(link, 0.01)
     assert change is not None
-    assert change.checked
-    assert change.factor > 1
+    assert change.factor < 1
     assert change.winner == ranked[1].name
-    assert len(tried) == 2
-    assert tried[0][1] > FHBN.round_trip * change.factor  # just beyond it
+
+    def leads(factor: float) -> bool:
+        given = link.change(Situation(ranked[0].candidate.system, FULL_LOAD, PACE), factor)
+        return estimate(given.system, 4, FULL_LOAD, PACE, False).goodput_per_dollar > ranked[1].goodput_per_dollar
+
+    assert not leads(change.factor)
+    assert leads(change.factor * 1.1)
 
 
-def test_what_does_not_hold_when_it_is_tried_is_not_said() -> None:
-    ranked, trip = split_first()
-    tried: list[Ranked] = []
-
-    def run(each: Ranked, given: Situation, allowance: float) -> Ranked:
-        tried.append(each)
-        return each  # as it is now: the winner wins
-
-    assert Changes(ranked, FULL_LOAD, PACE, False, run).change(trip, 100.0) is None
-    assert len(tried) == 4  # just beyond the closed form's change, and at the farthest
-
-
-def test_a_change_that_comes_later_than_the_closed_form_says_is_found() -> None:
-    """It was sought three times close to where the closed form has it, and then said to be nowhere."""
-    ranked, trip = split_first()
-    by_closed_form = Changes(ranked, FULL_LOAD, PACE, False).change(trip, 100.0)
-    assert by_closed_form is not None
-    late = 2 * by_closed_form.factor
-
-    def run(each: Ranked, given: Situation, allowance: float) -> Ranked:
-        if not each.candidate.offloaded:
-            return each
-        slower = links([given.system])["fhbn-400g"].round_trip / FHBN.round_trip
-        return each if slower < late else replace(each, estimate=replace(each.estimate, taken=0.01))
-
-    change = Changes(ranked, FULL_LOAD, PACE, False, run).change(trip, 100.0)
+def test_what_is_said_of_the_load_holds_on_all_of_the_trace() -> None:
+    """Near its limit 6 to 12 points more are in time of a sample than of all: what is said of more load was wrong."""
+    asked = demand(head(trace("azure-conv"), 4000)).at_rate(6.0)
+    slo = Slo(1.0, 0.05)
+    every = rank([Candidate(system, 1) for system in (together(4), together(8))], asked, slo)
+    (load,) = [each for each in market([together(4)], asked, slo) if each.what == "load"]
+    change = Changes(every, asked, slo, True).change(load, 4.0)
     assert change is not None
-    assert change.checked
-    assert change.winner == ranked[1].name
-    assert late <= change.factor < 2 * late
+
+    def best(factor: float) -> str:
+        return rank([each.candidate for each in every], asked.at_rate(6.0 * factor), slo)[0].name
+
+    assert best(change.factor * 1.02) == change.winner
+    assert best(change.factor / 1.02) == every[0].name
+
+
+def test_what_a_run_found_beyond_the_replay_counts_at_all_factors() -> None:
+    """One that a run has above the limit, and the replay below it, is not lost at the next larger load."""
+    first = checked(ranked(WHOLE, share=0.895), share=0.905)
+    assert first.bias == pytest.approx(0.01)
+    assert ranked(WHOLE).bias == 0
+    assert checked(ranked(WHOLE, share=0.5), share=0.9).bias == MARGIN
+    needed: list[float] = []
+
+    def change(given: Situation, factor: float) -> Situation:
+        return replace(given, demand=given.demand.at_rate(given.demand.rate * factor))
+
+    def estimated(*asked: object) -> Estimate:
+        needed.append(asked[-2])  # type: ignore[arg-type]
+        return first.estimate
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sensitivity_module, "estimate", estimated)
+        Changes([first], STEADY, SLO, True).change(Quantity("load", 4.0, "requests/s", change), 4.0)
+    assert needed
+    assert needed == pytest.approx([0.89] * len(needed))
 
 
 def test_what_a_candidate_does_not_depend_on_leaves_it_as_the_event_loop_found_it() -> None:
@@ -151,8 +146,6 @@ def test_what_a_candidate_does_not_depend_on_leaves_it_as_the_event_loop_found_i
     for quantity in market([offloaded.candidate.system], asked, PACE):
         if "fhbn" in quantity.what:
             assert changes.change(quantity, 1.2) is None
-    (load,) = [each for each in market([colocated.candidate.system], asked, PACE) if each.what == "load"]
-    assert changes.change(load, 1.05) is None  # as many replicas as now
 
 
 def test_a_faster_device_is_faster_in_all() -> None:
@@ -164,35 +157,6 @@ def test_a_faster_device_is_faster_in_all() -> None:
     assert scaled(dop(2, 1), 0.5, "fhbn-400g", "round_trip").link.round_trip == FHBN.round_trip / 2  # type: ignore[union-attr]
 
 
-def test_memory_is_changed_on_all_devices_with_kv() -> None:
-    split, apart = dop(2, 4), Disaggregated(prefill=together(2), decode=dop(2, 4), link=FHBN)
-    (memory,) = [each for each in assumed([split, apart], lambda system: (0.9, 1.1)) if "memory" in each.what]
-    more = memory.change(Situation(split, FULL_LOAD, PACE), 1.05).system
-    assert more == replace(split, memory_share=0.9 * 1.05, attention_memory_share=0.9 * 1.05)
-    whole = memory.change(Situation(apart, FULL_LOAD, PACE), 2.0).system
-    assert whole == replace(
-        apart,
-        prefill=replace(together(2), memory_share=1.0),
-        decode=replace(split, memory_share=1.0, attention_memory_share=1.0),
-    )
-
-
-def test_the_assumption_that_flips_the_answer_is_named_with_its_value() -> None:
-    """A lead of a few percent, and devices that may be half as fast as assumed."""
-    ranked = decode(dop(2, 4, lanes=2), together(4))
-    gain = ranked[0].goodput_per_dollar / ranked[1].goodput_per_dollar
-    assert 1 < gain < 2
-    changes = Changes(ranked, FULL_LOAD, PACE, False)
-    asked = assumed([each.candidate.system for each in ranked], lambda system: (0.5, 2.0))
-    found = flips(changes, asked)
-    assert found
-    assert found[0].likely
-    assert all(each.change.factor != 1 for each in found)
-    said = [str(each) for each in found]
-    assert any(each.startswith("speed of h") and "the answer may well be another" in each for each in said), said
-    assert not flips(changes, assumed([each.candidate.system for each in ranked], lambda system: (1.0, 1.0)))[2:]
-
-
 def test_words() -> None:
     same = Sensitivity("price of h20", 4.63, "$/h", None, None)
     assert str(same) == "price of h20, now 4.63 $/h: the winner does not change up to 10x either way"
@@ -201,20 +165,12 @@ def test_words() -> None:
     assert str(replace(same, rise=rise)) == (
         "price of h20, now 4.63 $/h: at 1.50x and more (6.95 $/h) 4x h100 co-located wins"
     )
-    flip = Flip("speed of h20", 1.0, "of what is assumed", Change(0.8, "4x h100 co-located"), 0.9, 1.1, "residuals")
-    assert str(flip) == (
-        "speed of h20: below 0.8 of what is assumed 4x h100 co-located wins; now 1, likely 0.9 to 1.1 (residuals): "
-        "unlikely"
-    )
-    assert replace(flip, low=0.7).likely
 
 
 def test_only_what_there_is_is_changed() -> None:
     named = [each.what for each in market([together(4)], STEADY, SLO)]
-    assert named == ["mean prompt", "load", "tpot of the SLO", "ttft of the SLO"]
+    assert named == ["mean prompt", "load", "tpot of the SLO", "ttft of the SLO", "speed of devices"]
     assert links([together(4, H20)]) == {}
-    slow = Link("no-latency", 1e9, 0.0)
-    assert "round trip of no-latency" not in [each.what for each in market([dop(1, 1, slow)], STEADY, SLO)]
 
 
 # Prices.
@@ -238,7 +194,6 @@ def test_the_price_at_which_another_wins_is_where_both_cost_the_same() -> None:
     assert found is not None
     assert found.factor == pytest.approx(rival_score / own_score, rel=1e-6)
     assert found.winner == first.name
-    assert not found.checked
     assert prices.change("h20", 0.1) is None
     assert prices.change("h100", 10) is None
 
@@ -271,15 +226,15 @@ class Loop:
     def __init__(self, *failing: System) -> None:
         self.failing, self.asked = failing, list[System]()
 
-    def full(self, each: Ranked) -> bool:
+    def sure(self, each: Ranked) -> bool:
         return each.result is not None
 
     def checked(self, some: Sequence[Ranked]) -> list[Ranked]:
-        self.asked += [each.candidate.system for each in some]
-        return [checked(each, share=0.5 if each.candidate.system in self.failing else 1.0) for each in some]
+        return [self.run(each) for each in some]
 
-    def whole(self, each: Ranked) -> Ranked:
-        return each
+    def run(self, each: Ranked) -> Ranked:
+        self.asked.append(each.candidate.system)
+        return checked(each.hoped, share=0.5 if each.candidate.system in self.failing else 1.0)
 
 
 def test_a_rival_is_checked_before_it_is_believed() -> None:
@@ -288,7 +243,6 @@ def test_a_rival_is_checked_before_it_is_believed() -> None:
     prices = Prices([first, ranked(rival), ranked(WHOLE), ranked(SPLIT)], None, loop)
     found = prices.change("epyc-genoa", 10)
     assert found is not None
-    assert found.checked
     assert found.winner == ranked(rival).name
     assert loop.asked == [rival]
     loop = Loop(rival, WHOLE)
@@ -298,14 +252,16 @@ def test_a_rival_is_checked_before_it_is_believed() -> None:
     assert all(each.result is not None for each in prices.ranked)
 
 
-def test_the_loop_is_asked_for_all_that_it_may_find() -> None:
-    """Where nothing serves all, formulas count those that miss the SLO for little, and the loop for what is in time: by
-    the formula 8 H20 win at 4.3 times the price of an H100."""
-    first, rival = checked(ranked(WHOLE), share=0.7), ranked(together(8, H20), taken=2.0, share=0.8)
-    found = Prices([first, rival], None, Loop()).change("h100", 2.0)
-    assert found is not None
-    assert found.winner == rival.name
-    assert found.factor == pytest.approx(2.8 / price(WHOLE) / (2.0 / price(together(8, H20))), rel=1e-3)
+def test_what_a_run_may_find_is_run_before_the_winner_is_said() -> None:
+    """8 H20 for $37.04 have 89 % in time by the replay, where 4 H100 for $44.24 have 99 %."""
+    near = ranked(together(8, H20), share=0.9, taken=3.9)
+    near = replace(near, estimate=replace(near.estimate, almost=0.89))
+    assert near.hoped.serves
+    for failing, first in (((), together(8, H20)), ((together(8, H20),), WHOLE)):
+        loop = Loop(*failing)
+        prices = Prices([ranked(WHOLE, share=0.99), near], None, loop).settle()
+        assert prices.ranked[0].candidate.system == first
+        assert loop.asked[0] == together(8, H20)
 
 
 def test_of_ties_the_cheapest_that_loses_nothing_is_taken_once_it_is_checked() -> None:

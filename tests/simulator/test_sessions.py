@@ -51,7 +51,7 @@ def test_one_that_comes_after_waits_for_it_and_computes_only_what_is_fresh() -> 
     result = simulate(SYSTEM, session)
     assert result.seconds > alone.seconds + 5.0
     assert result.ttft.p50 < result.ttft.p99  # the second's, from when it came
-    assert 3250 - 16 <= result.reused_tokens <= 3250
+    assert 3250 - 32 <= result.reused_tokens <= 3250
     assert not simulate(SYSTEM, session, prefix_cache=False).reused_tokens
 
 

@@ -159,7 +159,6 @@ def test_kv_bytes_on_the_wire_fall_by_the_acceptance() -> None:
     plain, drafted = dop(2, 4, far), dop(2, 4, far, speculation=HALF)
     ratio = plain.step(Load(1, 4096)).seconds / drafted.step(Load(1, 4096)).seconds
     assert ratio == pytest.approx(1.9375, rel=0.01)
-    assert drafted.drafted(Load(1, 4096)).drafts == 4
 
 
 def test_a_decode_instance_speculates_and_one_for_prompts_does_not() -> None:

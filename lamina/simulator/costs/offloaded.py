@@ -19,7 +19,6 @@ from lamina.simulator.costs.cost_model import (
     Speculation,
     StepCost,
     attention_time,
-    best_drafts,
     busiest_share,
     check_drafts,
     draft_model,
@@ -92,8 +91,8 @@ MOST = 1 << 24
 """The most devices of a kind, lanes, and tokens of a batch."""
 _SHARES = 20
 """Equal steps from 0 to 1, between which `best_local_share` chooses."""
-PAGE_SIZE = 16
-"""Tokens of a KV page: vLLM's default."""
+PAGE_SIZE = 32
+"""Tokens of a KV page of the engine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,17 +285,6 @@ class Offloaded:
     def _attending(self, load: Load) -> float:
         """Seconds in which the model devices attend, and mix states, for what they keep."""
         return mixing_time(self.model, self.model_device, self.model_count, load, self.policy, self.kv_element)
-
-    def query_first(self, load: Load) -> bool:
-        """Whether the engine sends q before k and v, in decode of all these sequences."""
-        together, first = self._orders(load)
-        return first is not None and first.seconds < together.seconds
-
-    def drafted(self, load: Load) -> Load:
-        """A batch of decode alone, with the drafts that pay."""
-        if self.speculation is None:
-            return load
-        return self.speculation.load(load, best_drafts(self.speculation, load, self._step)[0])
 
     def step(self, load: Load) -> StepCost:
         """All sequences go on by one token, by speculation in the mean: `lanes` batches with their shares of them."""

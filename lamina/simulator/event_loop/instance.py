@@ -229,12 +229,6 @@ class Instance:
         """Tokens with KV of each sequence that runs."""
         return [sequence.computed for sequence in self._scheduler.running]
 
-    @property
-    def load(self) -> int:
-        """Tokens of all that runs or waits."""
-        waiting = sum(self._trace.arrivals[number].prompt for number in (*self._arrived, *(n for _, n in self._due)))
-        return sum(self.contexts) + self._ahead + waiting
-
     def pause(self, seconds: float) -> None:
         """Nothing runs for so long."""
         self._now += seconds
@@ -295,9 +289,9 @@ class Instance:
             return self._now
         return max(self._now, self._due[0][0]) if self._due else math.inf
 
-    def offer(self, number: int, at: float, since: float | None = None) -> None:
-        """The trace's request of that number comes at that second; it has waited elsewhere `since` another one."""
-        self._when[number] = at if since is None else since
+    def offer(self, number: int, at: float) -> None:
+        """The trace's request of that number comes at that second."""
+        self._when[number] = at
         heappush(self._due, (at, number))
 
     def follow(self, number: int, life: Life) -> None:

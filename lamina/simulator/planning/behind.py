@@ -17,9 +17,9 @@ from lamina.simulator.planning.candidates import Candidate, candidates
 from lamina.simulator.planning.event_runs import EventRuns
 from lamina.simulator.planning.inventory import Have, Inventory
 from lamina.simulator.planning.plan import PlanRequest
-from lamina.simulator.planning.planner import RATIO_ERROR, Ranked, advantage, rank, top
+from lamina.simulator.planning.planner import RATIO_ERROR, Ranked, advantage, closely, rank
 from lamina.simulator.planning.run_progress import Mapped, one_by_one
-from lamina.simulator.steady_state.closed_form import estimate
+from lamina.simulator.planning.sensitivity import Prices
 from lamina.simulator.traces.demand import Demand
 
 ENGINES = {"vllm": "vLLM"}
@@ -136,14 +136,14 @@ def weigh(
     asked: PlanRequest,
     engine: str,
     *,
-    check: int,
+    check: bool = True,
     seed: int = 0,
     progress: Progress | None = None,
     mapped: Mapped = one_by_one,
 ) -> Weighed:
-    """The engine with workers beside it alone. `check`: of each, how many of the best the event loop runs; 0: formulas
-    are believed. Raises InvalidRequest for an engine or a model that workers cannot serve, where nothing fits, and
-    where nothing meets the SLO."""
+    """The engine with workers beside it alone. Without `check` by the event loop formulas are believed. Raises
+    InvalidRequest for an engine or a model that workers cannot serve, where nothing fits, and where nothing meets the
+    SLO."""
     check_engine(engine)
     _check_model(asked, engine)
     load, slo, prefill = asked.demand, asked.slo, asked.prefill
@@ -165,7 +165,7 @@ def weigh(
         """Of some in their order; where none gets a request through, what has most room."""
         if not (useful := [entry for entry in some if entry.estimate.goodput]):
             return Way(max(some, key=lambda entry: entry.candidate.system.capacity.tokens), load)
-        return Way(loop.verified(top(useful, check), progress)[0] if loop else useful[0], load)
+        return Way(Prices(loop.searched(useful, progress) if loop else useful, loop=loop).settle().ranked[0], load)
 
     every = possible(replace(asked.inventory, systems=("chunked", "lamina", "lamina-cpu"), only_deployable=False))
     if not any(candidate.offloaded for candidate in every):
@@ -177,7 +177,7 @@ def weigh(
     workers = best([entry for entry in ranked if entry.candidate.offloaded])
     device, count = workers.ranked.candidate.system.devices[0]
     on_same_gpus = [
-        Ranked(entry, estimate(entry.system, entry.replicas, load, slo, prefill))
+        closely(entry, load, slo, prefill)
         for entry in possible(Inventory((Have(device, count * workers.replicas),), systems=("chunked",)))
     ]
     alone = best(sorted(on_same_gpus, key=lambda entry: (not entry.serves, -entry.goodput_per_dollar)))

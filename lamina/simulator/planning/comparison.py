@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.costs.cost_model import FULL, KvPolicy, Load, Speculation, kv_heads, kv_projection_time
+from lamina.simulator.costs.cost_model import FULL, KvPolicy, Speculation, kv_heads
 from lamina.simulator.costs.hardware import Catalogue, Device
 from lamina.simulator.costs.shapes import ModelShape
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System, with_decode
-from lamina.simulator.costs.timeline import LayerTimes, chrome_trace, step_timeline
 from lamina.simulator.event_loop.failures import Failures
 from lamina.simulator.event_loop.results import RunResult
 from lamina.simulator.event_loop.simulate import Progress, Slo, simulate
@@ -117,28 +116,6 @@ def chosen(model: ModelShape, speculation: Speculation | None) -> dict[str, str]
             f"accepted with the chance {speculation.acceptance:g} where those before it were; none where none pay"
         )
     return words
-
-
-def step_trace(system: Offloaded, batch: float, context: float) -> str:
-    """A Chrome trace of one decode step of all lanes, with so many sequences in decode in all, and their drafts."""
-    layers = system.model.attentions + system.model.states
-    load = system.drafted(Load(max(1, round(batch)), context))
-    rows = load.divided(min(system.lanes, int(load.decode)))
-    first = system.query_first(load)
-    lane = system.lane(rows, first, system.local_part(load))
-    kv_seconds = kv_projection_time(system.model, system.model_device, system.model_count, rows)
-    times = LayerTimes(
-        lane.dense / layers,
-        lane.attention / layers,
-        lane.exchange.queries / layers,
-        lane.exchange.keys / layers,
-        lane.exchange.outputs / layers,
-        kv_seconds=min(lane.dense, kv_seconds) / layers,
-        latency=lane.exchange.waiting / layers / 2,
-        local_seconds=lane.local / layers,
-    )
-    events = step_timeline(times, layers, system.lanes, first, system.model_replicas)
-    return chrome_trace(events, system.lanes)
 
 
 def _built(kind: str, devices: Sequence[tuple[Device, int]], choice: Choice) -> System:

@@ -1,4 +1,8 @@
-"""The event loop as a plan asks for it: on the plan's own trace, with candidates as they are and as they might be."""
+"""The event loop as a plan asks for it: on all of the plan's own trace, for what the replay cannot tell apart.
+
+Where requests share prefixes, or the model has states, the replay says little: the engine's own scheduler has to run,
+which takes seconds for a hundred requests. Then an excerpt stands for the trace.
+"""
 
 from __future__ import annotations
 
@@ -7,121 +11,89 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from lamina.simulator.costs.systems import System
-from lamina.simulator.event_loop.quick_instance import is_usual
-from lamina.simulator.event_loop.results import RunResult
+from lamina.simulator.event_loop.results import ATTAINMENT, RunResult
 from lamina.simulator.event_loop.simulate import Progress, Slo, simulate
-from lamina.simulator.planning.candidates import Candidate, fits
-from lamina.simulator.planning.planner import MOST_REQUESTS, REQUESTS, Conditions, Ranked, rerun, search, verify
-from lamina.simulator.planning.quantities import Situation
-from lamina.simulator.planning.run_progress import Mapped, one_by_one
-from lamina.simulator.steady_state.closed_form import estimate
+from lamina.simulator.planning.planner import Ranked, closely, limited, mixes, with_replicas
+from lamina.simulator.planning.run_progress import Mapped, RunProgress, one_by_one
 from lamina.simulator.traces.arrivals import Trace
 from lamina.simulator.traces.catalogue import at_rate, windows
-from lamina.simulator.traces.demand import Demand
+from lamina.simulator.traces.demand import MOST, Demand
 
-_WHOLE = 0.9
-"""The share of the requests of a full run that is one: windows of an excerpt are cut evenly."""
-
-_ALL = 20_000
-"""The most requests of a run on the whole trace."""
+EXCERPT = 2400
+"""Requests that the engine's own scheduler runs."""
+CHOSEN = 12
+"""Of mixes of devices, those that it runs."""
+_TRIES, _SLOWER = 3, 0.97
+"""Lower rates that are tried where too few are in time, and how much lower each is."""
 
 
 class EventRuns:
-    """Runs of candidates on one trace, several at a time where `mapped` does so. Each candidate is run once."""
+    """Runs of candidates on one trace, several at a time where `mapped` does so."""
 
     def __init__(
         self, trace: Trace, demand: Demand, slo: Slo, prefill: bool, seed: int, mapped: Mapped = one_by_one
     ) -> None:
-        self._conditions = Conditions(trace, slo, prefill, seed)
-        self._demand, self._mapped = demand, mapped
-        self._results: dict[Candidate, Ranked] = {}
+        self._trace, self._excerpt = windows(trace, MOST), windows(trace, EXCERPT)
+        self._demand, self._slo, self._prefill, self._seed, self._mapped = demand, slo, prefill, seed, mapped
+        self._shares = any(request.blocks or request.after is not None for request in trace.arrivals)
 
-    def full(self, ranked: Ranked) -> bool:
-        """Whether a candidate was checked by a run as long as those of the best."""
-        least = _WHOLE * min(REQUESTS, len(self._conditions.trace.arrivals))
-        return ranked.result is not None and ranked.result.requests >= least
+    def replayed(self, system: System) -> bool:
+        """Whether the replay has all that matters."""
+        return not self._shares and not system.model.states
 
-    def _excerpt(self, ranked: Ranked) -> bool:
-        """Whether that run can stand beside runs in other situations, which are on excerpts: all of a trace is less
-        kind than these."""
-        result = ranked.result
-        return self.full(ranked) and result is not None and result.requests <= MOST_REQUESTS
+    def sure(self, ranked: Ranked) -> bool:
+        """Whether its standing is known: by a run, or by a replay of all requests that leaves no doubt."""
+        system = ranked.candidate.system
+        return ranked.result is not None or (ranked.closely and not ranked.close and self.replayed(system))
 
     def checked(self, some: Sequence[Ranked]) -> list[Ranked]:
-        """The candidates after full runs. Each begins anew with what the closed form says when it looks closely, since
-        a coarse look or a short excerpt may have cut its rate or its replicas badly."""
-        new = [entry for entry in some if entry.candidate not in self._results]
-        for entry, result in zip(new, self._mapped(self._full_run, new), strict=True):
-            self._results[entry.candidate] = result
-        return [self._results[entry.candidate] for entry in some]
+        """These, so that each is sure."""
 
-    def _full_run(self, ranked: Ranked) -> Ranked:
-        candidate = ranked.candidate
-        slo, prefill = self._conditions.slo, self._conditions.prefill
-        forecast = estimate(candidate.system, candidate.replicas, self._demand, slo, prefill)
-        begins = Ranked(candidate, forecast) if forecast.taken else ranked
-        return verify([begins], self._conditions)[0]
+        def check(ranked: Ranked) -> Ranked:
+            look = ranked if ranked.closely else closely(ranked.candidate, self._demand, self._slo, self._prefill)
+            return look if self.sure(look) else self.run(look)
 
-    def whole(self, ranked: Ranked) -> Ranked:
-        """The candidate after a run on all of the trace, up to `_ALL` requests; as it is where only the real scheduler
-        can run it, which takes minutes for so many."""
-        if ranked.result is None or not is_usual(ranked.candidate.system, self._conditions.trace, True):
-            return ranked
-        return rerun(ranked, self._conditions, _ALL)
+        return list(self._mapped(check, some))
 
-    def verified(self, some: Sequence[Ranked], progress: Progress | None = None) -> list[Ranked]:
-        """The best of these after full runs, the best first."""
-        return verify(some, self._conditions, progress=progress, mapped=self._mapped)
+    def searched(self, ranked: Sequence[Ranked], progress: Progress | None = None) -> list[Ranked]:
+        """All of these; the best mixes are run where the replay does not have all that matters."""
+        chosen = [entry for entry in mixes(ranked)[:CHOSEN] if not self.replayed(entry.candidate.system)]
+        reports = RunProgress(progress, "simulating", len(chosen))
+        ran = dict(zip(map(id, chosen), reports.over(self._mapped(self.run, chosen)), strict=True))
+        reports.end()
+        return [ran.get(id(entry), entry) for entry in ranked]
 
-    def search(self, ranked: Sequence[Ranked], count: int, progress: Progress | None = None) -> list[Ranked]:
-        """All of these, the best of those first that the event loop has checked: see `planner.search`."""
-        return search(ranked, self._conditions, count=count, progress=progress, mapped=self._mapped)
+    def run(self, ranked: Ranked) -> Ranked:
+        """The candidate after the event loop: with as few replicas as serve what is asked for, of those that may or,
+        where none do, at the highest rate tried that keeps the SLO."""
+        forecast, available = ranked.estimate, ranked.candidate.replicas
+        best = self._at(ranked.hoped, min(ranked.hoped.estimate.taken, forecast.demanded))
+        if best.rate < forecast.demanded or math.isinf(forecast.demanded):
+            for _ in range(_TRIES):
+                if best.share >= ATTAINMENT:
+                    break
+                best = self._at(best, best.rate * _SLOWER)
+            return best
+        while not best.serves and best.estimate.replicas < min(available, forecast.replicas + 1):
+            more = max(forecast.replicas, best.estimate.replicas + 1)
+            best = self._at(with_replicas(ranked, more), best.rate)
+        while not self.replayed(ranked.candidate.system) and best.serves and best.estimate.replicas > 1:
+            fewer = self._at(with_replicas(best, best.estimate.replicas - 1), best.rate)
+            if not fewer.serves:
+                break
+            best = fewer
+        return best
 
-    def elsewhere(self, ranked: Ranked, given: Situation, allowance: float = 0.0) -> Ranked:
-        """A candidate in another situation: as it is where it serves there what is asked for, and no fewer replicas
-        would; else with the replicas, the batch limit and the rate that it would take. A share may be less by
-        `allowance`."""
-        if given == Situation(ranked.candidate.system, self._demand, self._conditions.slo) and self._excerpt(ranked):
-            return ranked  # nothing that it depends on is another
-        count = ranked.candidate.replicas
-        if not fits(given.system):
-            nothing = replace(ranked.estimate, taken=0.0, share=0.0, capacity=0.0)
-            return Ranked(Candidate(given.system, count), nothing)
-        forecast = estimate(given.system, count, given.demand, given.slo, self._conditions.prefill)
-        other = Ranked(Candidate(given.system, count), forecast)
-        if not forecast.taken:
-            return other
-        conditions = replace(self._conditions, trace=_longer(self._conditions.trace, given.prompts), slo=given.slo)
-        before = ranked.estimate
-        if ranked.serves and forecast.replicas >= before.replicas and math.isfinite(given.demand.rate):
-            cost = forecast.price / forecast.replicas * before.replicas
-            unchanged = replace(forecast, replicas=before.replicas, price=cost, most=before.most)
-            repeated = replace(other, estimate=unchanged, rate=given.demand.rate)
-            repeated = rerun(repeated, conditions, REQUESTS)
-            if repeated.nearly(1 - allowance / repeated.needed):
-                return repeated
-        return verify([other], conditions, allowance=allowance)[0]
+    def repeated(self, ranked: Ranked) -> Callable[[System], RunResult] | None:
+        """What runs another system under the load of that candidate's own run; None where the replay can tell."""
+        if ranked.result is None or self.replayed(ranked.candidate.system):
+            return None
+        return lambda system: self._result(system, ranked.rate, ranked.estimate.replicas)
 
-    def repeated(self, ranked: Ranked) -> Callable[[System], RunResult]:
-        """What runs another system under the load of that candidate's own run."""
-        requests = REQUESTS if ranked.result is None else ranked.result.requests
-        conditions = self._conditions
-        part = at_rate(windows(conditions.trace, requests), ranked.rate)
-        replicas = min(ranked.estimate.replicas, len(part.arrivals))
+    def _at(self, ranked: Ranked, rate: float) -> Ranked:
+        return replace(ranked, result=self._result(limited(ranked), rate, ranked.estimate.replicas), rate=rate)
 
-        def run(system: System) -> RunResult:
-            return simulate(
-                system, part, seed=conditions.seed, slo=conditions.slo, prefill=conditions.prefill, replicas=replicas
-            )
-
-        return run
-
-
-def _longer(trace: Trace, factor: float) -> Trace:
-    """The trace with prompts so many times as long, which share nothing."""
-    if factor == 1:
-        return trace
-    arrivals = [
-        replace(arrival, prompt=max(1, round(arrival.prompt * factor)), blocks=()) for arrival in trace.arrivals
-    ]
-    return replace(trace, arrivals=tuple(arrivals))
+    def _result(self, system: System, rate: float, replicas: int) -> RunResult:
+        trace = at_rate(self._trace if self.replayed(system) else self._excerpt, rate)
+        replicas = min(replicas, len(trace.arrivals))
+        return simulate(system, trace, seed=self._seed, slo=self._slo, prefill=self._prefill, replicas=replicas)

@@ -8,7 +8,7 @@ A plan also compares best with best: each kind of system, optimised alone under 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from lamina.simulator.costs.cost_model import Speculation
@@ -22,7 +22,7 @@ from lamina.simulator.costs.systems import (
     price,
     without_prices,
 )
-from lamina.simulator.costs.uncertainty import Interval, spread
+from lamina.simulator.costs.uncertainty import Interval
 from lamina.simulator.event_loop.simulate import Progress, Slo
 from lamina.simulator.planning import reasons
 from lamina.simulator.planning.candidates import Candidate, candidates
@@ -31,19 +31,10 @@ from lamina.simulator.planning.event_runs import EventRuns
 from lamina.simulator.planning.intervals import intervals
 from lamina.simulator.planning.inventory import Inventory
 from lamina.simulator.planning.plan_file import Plan, TraceSummary
-from lamina.simulator.planning.planner import RATIO_ERROR, TOP, Ranked, advantage, limited, mixes, near_ties, rank, top
-from lamina.simulator.planning.quantities import assumed, market
+from lamina.simulator.planning.planner import RATIO_ERROR, Ranked, advantage, limited, mixes, near_ties, rank
+from lamina.simulator.planning.quantities import market
 from lamina.simulator.planning.run_progress import Mapped, one_by_one
-from lamina.simulator.planning.sensitivity import (
-    Changes,
-    Flip,
-    Prices,
-    Sensitivity,
-    Unseen,
-    at_price,
-    flips,
-    sensitivity,
-)
+from lamina.simulator.planning.sensitivity import Changes, Prices, Sensitivity, Unseen, at_price, sensitivity
 from lamina.simulator.reports.data import Point
 from lamina.simulator.steady_state.closed_form import estimate
 from lamina.simulator.traces.arrivals import Trace
@@ -80,7 +71,7 @@ class PlanRequest:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """What was found. `ranked` has all candidates. The ones checked by the event loop come first, in its order."""
+    """What was found. `ranked` has all candidates, the winner first."""
 
     demand: Demand
     ranked: tuple[Ranked, ...]
@@ -90,8 +81,6 @@ class Planned:
     """The winner's numbers, each with its 90 % interval: see `intervals.intervals` for their names."""
     why: tuple[str, ...]
     sensitivity: tuple[Sensitivity, ...]
-    assumptions: tuple[Flip, ...]
-    """That would flip the answer, those that may well be otherwise first."""
     plan: Plan
     best_of: Mapping[str, Ranked] = field(default_factory=dict)
     """By kind of system (`KINDS`), the best of it; empty where that was not asked for."""
@@ -133,32 +122,30 @@ class Planned:
 def make_plan(
     asked: PlanRequest,
     *,
-    check: int = TOP,
+    check: bool = True,
     seed: int = 0,
     compare: Inventory | None = None,
     progress: Progress | None = None,
     mapped: Mapped = one_by_one,
 ) -> Planned:
-    """Find the best candidate, and explain it. `check`: how many of the best the event loop runs; 0: formulas are
-    believed. With `compare`, devices with systems that need not be deployable, the best of each kind of system is found
-    as well. `mapped` runs what does not depend on each other.
+    """Find the best candidate, and explain it. Without `check` by the event loop formulas are believed. With `compare`,
+    devices with systems that need not be deployable, the best of each kind of system is found as well. `mapped` runs
+    what does not depend on each other.
 
     Raises InvalidRequest where nothing fits, or nothing meets the SLO.
     """
     slo, prefill, load = asked.slo, asked.prefill, asked.demand
     loop = EventRuns(asked.trace, load, slo, prefill, seed, mapped) if check else None
-    prices = find(asked, load, check=check, loop=loop, progress=progress, mapped=mapped)
+    prices = find(asked, load, loop=loop, progress=progress, mapped=mapped)
     best, sentences = {}, list[str]()
     if compare is not None:
         every = _candidates(asked, load, compare)
         everything = rank(every, load, slo, prefill=prefill, progress=progress, mapped=mapped)
-        best = best_of_kinds(everything, lambda some: loop.verified(top(some, check)) if loop else [])
+        best = best_of_kinds(everything, loop)
         sentences.append(split_pays(best))
-    run = loop.elsewhere if loop else None
-    changes = Changes(prices.ranked, load, slo, prefill, run, progress=progress, mapped=mapped)
+    changes = Changes(prices.ranked, load, slo, prefill, progress=progress, mapped=mapped)
     systems = [entry.candidate.system for entry in changes.field]
     sensitivities = sensitivity(prices, changes, market(systems, load, slo))
-    would_flip = flips(changes, assumed(systems, lambda system: spread(system).tpot))
     ranked = prices.ranked
     sure = intervals(ranked[0], load, slo, prefill, loop.repeated(ranked[0]) if loop else None)
     ties = near_ties(ranked)
@@ -169,7 +156,6 @@ def make_plan(
         intervals=sure,
         why=tuple(sentences + reasons.why(ranked, load, slo, prefill, ties)),
         sensitivity=tuple(sensitivities),
-        assumptions=tuple(would_flip),
         plan=_plan(asked.name, ranked[0], load, slo),
         best_of=best,
     )
@@ -179,21 +165,18 @@ def find(
     asked: PlanRequest,
     wanted: Demand,
     *,
-    check: int = TOP,
     loop: EventRuns | None = None,
     progress: Progress | None = None,
     mapped: Mapped = one_by_one,
 ) -> Prices:
-    """All candidates for the demand, the best first, as they stand at these prices and at others. With `loop` it checks
-    the best `check`, and whatever else would be first by formula."""
+    """All candidates for the demand, the best first, as they stand at these prices and at others. With `loop` whatever
+    would be first is checked."""
     slo, prefill = asked.slo, asked.prefill
     every = _candidates(asked, wanted, asked.inventory)
     ranked = rank(every, wanted, slo, prefill=prefill, progress=progress, mapped=mapped)
     if loop is not None:
-        ranked = loop.search(ranked, check, progress)
-    prices = Prices(ranked, asked.budget, loop, _unseen(asked, wanted))
-    prices.settle()
-    return prices
+        ranked = loop.searched(ranked, progress)
+    return Prices(ranked, asked.budget, loop, _unseen(asked, wanted)).settle()
 
 
 def _candidates(asked: PlanRequest, wanted: Demand, inventory: Inventory) -> tuple[Candidate, ...]:
@@ -246,15 +229,12 @@ def kind(system: System) -> str:
     return SPLIT if isinstance(system, Offloaded) else TOGETHER
 
 
-def best_of_kinds(
-    ranked: Sequence[Ranked], verified: Callable[[Sequence[Ranked]], Sequence[Ranked]]
-) -> dict[str, Ranked]:
-    """The best of each kind that gets a request through, in the order of `KINDS`. `verified` runs the best of some
-    candidates, which come in their order by formula, and returns what it ran, the best first."""
+def best_of_kinds(ranked: Sequence[Ranked], loop: EventRuns | None = None) -> dict[str, Ranked]:
+    """The best of each kind that gets a request through, in the order of `KINDS`, after a run by `loop`."""
     best: dict[str, Ranked] = {}
     for name in KINDS:
         if mine := [entry for entry in ranked if kind(entry.candidate.system) == name and entry.estimate.goodput]:
-            best[name] = (verified(mine) or mine)[0]
+            best[name] = Prices(loop.searched(mine) if loop else mine, loop=loop).settle().ranked[0]
     return best
 
 

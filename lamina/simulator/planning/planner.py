@@ -1,73 +1,44 @@
-"""Which of many systems gives most for a dollar: all are estimated by the closed form, the best run through the event
-loop.
+"""Which of many systems gives most for a dollar: all are estimated by the closed form, coarsely, and the best of them
+again with all of the trace (`rank`).
 
-`candidates.py` enumerates them, `rank` estimates and sorts, `search` simulates the best of them by `verify`. Some
-differ by less than the error of the comparison: `near_ties` says which are equally good. `reasons.py` explains why one
-wins. Pure.
+`candidates.py` enumerates them, `event_runs.py` has the event loop confirm what is close. Some differ by less than the
+error of the comparison: `near_ties` says which are equally good. `reasons.py` explains why one wins. Pure.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System, with_decode
 from lamina.simulator.event_loop.results import ATTAINMENT, RunResult
-from lamina.simulator.event_loop.simulate import Progress, Slo, simulate
+from lamina.simulator.event_loop.simulate import Progress, Slo
 from lamina.simulator.planning.candidates import Candidate
 from lamina.simulator.planning.plan_file import Prediction
 from lamina.simulator.planning.run_progress import Mapped, RunProgress, one_by_one
-from lamina.simulator.steady_state.closed_form import TARGET, Estimate, estimate, none_meets
-from lamina.simulator.traces.arrivals import Trace
-from lamina.simulator.traces.catalogue import WINDOWS, at_rate, windows
+from lamina.simulator.steady_state.closed_form import Estimate, estimate, none_meets
 from lamina.simulator.traces.demand import Demand
 
 CLOSER = 60
-"""Candidates that are estimated again with more of the trace, at least, the best by the first estimate. The others
-follow by that one, once none of them can be the best."""
-TOP = 24
-"""Candidates that the event loop checks."""
-WAVES = 4
-"""How often it checks the next, where none of those before serves what is asked for."""
-RUNGS = ((6, 0.05), (3, 0.03))
-"""By what the first excerpts are shorter, and by how much their share may be less than `ATTAINMENT`."""
-FLATTERY = 0.04
-"""How much more of an excerpt has to be in time: a load that stays high for longer than a window is lost in it. On
-azure-conv and 4 H100 near their limit 2 to 6 points more were in time of 2,400 requests than of all 19,366."""
-NOISE = 0.02
-"""How much shares differ between excerpts: so much less is no change."""
-FINALISTS = 12
-"""Candidates that are run on the longest excerpt: what could win if something were otherwise is compared with these."""
-REQUESTS = 2400
-"""Of the trace, for each finalist, at least."""
-MOST_REQUESTS = 6000
-_LIVES = 8
-"""As many requests as are in decode at a time, so often: a run has to be longer than its beginning."""
-_WINDOW = 100
-"""Requests of each window of an excerpt, at least."""
-ALMOST = 0.93
-"""Of what is needed, what may be enough on a longer excerpt."""
-TRIES, SLOWER, FASTER = 3, 0.88, 1.06
-"""Rates that are tried, each so many times the one before."""
-_MORE, _WORTH = 2, 0.005
-"""Replicas more than the closed form has, at most; and a gain that is worth one."""
+"""Candidates that are estimated with all of the trace, at least, the best by the coarse look. The others follow by that
+one, once none of them can be the best."""
+MARGIN = 0.015
+"""How far the share in time may be off where all of the trace is replayed: of 17 systems near their limit on two traces
+1.2 points at most, 0.3 in the mean."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """A candidate and what is known of it: its estimate by the closed form and, where it was checked, the `result` of
-    the event loop's run at `rate` requests a second. That is the rate of the closed form, or the next lower one tried
-    that kept the SLO."""
+    """A candidate and what is known of it: its estimate by the closed form, with all of the trace where it was looked
+    at `closely`, and the `result` of the event loop where it ran, at `rate` requests a second."""
 
     candidate: Candidate
     estimate: Estimate
+    closely: bool = False
     result: RunResult | None = None
     rate: float = 0.0
-    needed: float = ATTAINMENT
-    """The share of requests within the SLO that is enough."""
 
     @property
     def name(self) -> str:
@@ -121,15 +92,56 @@ class Ranked:
             dollars_per_million=self.result.dollars_per_million,
         )
 
-    def nearly(self, part: float) -> bool:
-        """Whether all that is asked for is served, this part of what is needed within the SLO."""
-        full_rate = math.isinf(self.estimate.demanded) or self.rate >= self.estimate.demanded * (1 - 1e-9)
-        return full_rate and self.share >= self.needed * part
-
     @property
     def serves(self) -> bool:
         """Whether all that is asked for is served, enough of it within the SLO."""
-        return self.estimate.serves if self.result is None else self.nearly(1.0)
+        full_rate = math.isinf(self.estimate.demanded) or self.rate >= self.estimate.demanded * (1 - 1e-9)
+        return self.estimate.serves if self.result is None else full_rate and self.share >= ATTAINMENT
+
+    @property
+    def close(self) -> bool:
+        """Whether a run may say otherwise of what it serves than the replay of all requests."""
+        forecast = self.estimate
+        near = forecast.serves and forecast.share < ATTAINMENT + MARGIN and not math.isinf(forecast.demanded)
+        return near or ATTAINMENT - MARGIN <= forecast.almost < ATTAINMENT
+
+    @property
+    def hoped(self) -> Ranked:
+        """As it stands, or as a run may find that it does."""
+        forecast = self.estimate
+        if self.result is not None or not ATTAINMENT - MARGIN <= forecast.almost < ATTAINMENT:
+            return self
+        fewer = with_replicas(self, forecast.replicas - forecast.serves).estimate
+        least = ATTAINMENT - MARGIN
+        hoped = replace(fewer, taken=forecast.demanded, share=forecast.almost, almost=0.0, needed=least)
+        return replace(self, estimate=hoped)
+
+    @property
+    def hopeful(self) -> float:
+        """The part of what is asked for that is served with one replica fewer or, where not all is, with these."""
+        forecast = self.estimate
+        return forecast.almost or (0.0 if forecast.serves else forecast.taken / forecast.demanded)
+
+    @property
+    def hoped_price(self) -> float:
+        """Dollars an hour of that."""
+        forecast = self.estimate
+        return forecast.price * (1 - forecast.serves / forecast.replicas)
+
+    @property
+    def bias(self) -> float:
+        """How much more of all requests is within the SLO by the run than by the replay."""
+        if self.result is None or self.rate < self.estimate.demanded:
+            return 0.0
+        return max(-MARGIN, min(MARGIN, self.result.slo_share - self.estimate.share))
+
+
+def with_replicas(ranked: Ranked, count: int) -> Ranked:
+    """It with so many replicas, before any run."""
+    forecast = ranked.estimate
+    few = forecast.replicas / count
+    changed = replace(forecast, replicas=count, price=forecast.price / few, batch=forecast.batch * few)
+    return replace(ranked, estimate=changed, result=None)
 
 
 def described(system: System, replicas: int = 1) -> str:
@@ -164,21 +176,27 @@ def rank(
     """
     reports = RunProgress(progress, "ranking", len(every) + min(CLOSER, len(every)))
 
-    def look(candidate: Candidate, fine: bool) -> Ranked:
-        return Ranked(candidate, estimate(candidate.system, candidate.replicas, demand, slo, prefill, fine))
+    def look(candidate: Candidate) -> Ranked:
+        return Ranked(candidate, estimate(candidate.system, candidate.replicas, demand, slo, prefill, fine=False))
 
-    steady = sorted(reports.over(mapped(lambda candidate: look(candidate, False), every)), key=_order)
-    closer = list(reports.over(mapped(lambda entry: look(entry.candidate, True), steady[:CLOSER])))
-    for entry in steady[CLOSER:]:
-        if _order(min(closer, key=_order)) <= _order(entry):
-            break
-        closer.append(look(entry.candidate, True))
+    def look_closely(entry: Ranked) -> Ranked:
+        return closely(entry.candidate, demand, slo, prefill)
+
+    steady = sorted(reports.over(mapped(look, every)), key=_order)
+    closer: list[Ranked] = []
+    while len(closer) < len(steady) and (not closer or _order(min(closer, key=_order)) > _order(steady[len(closer)])):
+        closer += reports.over(mapped(look_closely, steady[len(closer) : len(closer) + CLOSER]))
     ranked = sorted(closer, key=_order) + steady[len(closer) :]
     reports.end()
     if not ranked or not ranked[0].estimate.goodput:
         tried = [(entry.name, entry.candidate.system, entry.estimate) for entry in ranked]
         raise InvalidRequest(none_meets(tried, demand, slo, prefill))
     return ranked
+
+
+def closely(candidate: Candidate, demand: Demand, slo: Slo, prefill: bool = True) -> Ranked:
+    """The candidate by the closed form, with all of the trace."""
+    return Ranked(candidate, estimate(candidate.system, candidate.replicas, demand, slo, prefill), closely=True)
 
 
 def best(ranked: Sequence[Ranked], offloaded: bool) -> Ranked | None:
@@ -200,204 +218,14 @@ def mixes(ranked: Sequence[Ranked]) -> list[Ranked]:
     return list(best_of_mix.values())
 
 
-def top(ranked: Sequence[Ranked], count: int = TOP) -> list[Ranked]:
-    """The best `count`: the best of each kind of system, then of each mix, then others that get a request through."""
-    useful = mixes(ranked)
-    kinds: dict[type, Ranked] = {}
-    for entry in useful:
-        kinds.setdefault(type(entry.candidate.system), entry)
-    others = (entry for entry in ranked if entry.estimate.goodput)
-    chosen: dict[int, Ranked] = {}
-    for entry in chain(kinds.values(), useful, others):
-        if len(chosen) == count:
-            break
-        chosen.setdefault(id(entry), entry)
-    return [entry for entry in ranked if id(entry) in chosen]
-
-
 def limited(ranked: Ranked) -> System:
     """The system with the batch limit that the closed form found for its SLO."""
     return with_decode(ranked.candidate.system, max_sequences=max(1, ranked.estimate.most))
 
 
-@dataclass(frozen=True, slots=True)
-class Conditions:
-    """Under which the event loop runs candidates: requests, what users accept, whether prompts are computed here."""
-
-    trace: Trace
-    slo: Slo
-    prefill: bool = True
-    seed: int = 0
-
-
-def search(
-    ranked: Sequence[Ranked],
-    conditions: Conditions,
-    *,
-    count: int = TOP,
-    progress: Progress | None = None,
-    mapped: Mapped = one_by_one,
-) -> list[Ranked]:
-    """All that were ranked: those that the event loop checked first, in its order. It checks the best `count`, and the
-    next as many while none of them serves all that is asked for, though others do by the closed form."""
-    checked: list[Ranked] = []
-    unchecked = list(ranked)
-    for _ in range(WAVES):
-        chosen = top(unchecked, count)
-        checked += verify(chosen, conditions, progress=progress, mapped=mapped)
-        ids = {id(entry) for entry in chosen}
-        unchecked = [entry for entry in unchecked if id(entry) not in ids]
-        if any(entry.serves for entry in checked) or not any(entry.serves for entry in unchecked):
-            break
-    return sorted(checked, key=lambda entry: not entry.serves) + unchecked
-
-
-def verify(
-    chosen: Sequence[Ranked],
-    conditions: Conditions,
-    *,
-    requests: int = REQUESTS,
-    allowance: float = 0.0,
-    progress: Progress | None = None,
-    mapped: Mapped = one_by_one,
-) -> list[Ranked]:
-    """Simulate each at the rate that it would take, by successive halving (Jamieson and Talwalkar 2016): all of them
-    on a short excerpt of the trace, the better ones on longer ones, and the last `FINALISTS` on `requests`, or on more
-    where more are in decode at a time, up to `MOST_REQUESTS`. More go that far while none of them serves what is asked
-    for. Sorted by goodput for a dollar, the finalists first; those that serve all with `ATTAINMENT` of it within the
-    SLO come before others.
-
-    One that does not keep the SLO gets another replica if there is one, else lower rates. `allowance`: how much less of
-    the longest excerpts may be in time; then no lower rates are tried.
-    """
-    field = [(more, more is entry) for entry in chosen for more in (entry, *_fewer(entry))]
-    rungs = [(requests // part, less) for part, less in RUNGS]
-    sizes = [len(field)]
-    while len(sizes) <= len(rungs) and sizes[-1] > FINALISTS:
-        sizes.append(max(FINALISTS, sizes[-1] // 3))
-    reports = RunProgress(progress, "simulating", sum(sizes))
-
-    def run(some: Sequence[tuple[Ranked, bool]], length: int, less: float) -> Iterator[Ranked]:
-        check = _Check(conditions, length, requests, less)
-        return reports.over(mapped(lambda pair: check.of(*pair), some))
-
-    # Each excerpt begins anew: short ones cut bursts badly, and ask for replicas that longer ones do not need.
-    out: list[tuple[Ranked, tuple[Ranked, bool]]] = []
-    for (length, less), keep in zip(rungs, sizes[1:], strict=False):
-        tried = sorted(zip(run(field, length, less), field, strict=True), key=lambda pair: _order(pair[0], less))
-        field, out = [pair for _, pair in tried[:keep]], tried[keep:] + out
-    finals = list(run(field[:FINALISTS], requests, allowance))
-    for pair in (*field[FINALISTS:], *(pair for entry, pair in out if entry.nearly(ALMOST))):
-        if len(finals) >= FINALISTS and any(final.serves for final in finals):
-            break
-        finals += run([pair], requests, allowance)
-    reports.end()
-    results: dict[Candidate, Ranked] = {}
-    finals.sort(key=lambda entry: _order(entry, allowance))
-    for entry in (*finals, *(entry for entry, _ in out)):
-        results.setdefault(entry.candidate, entry)
-    return list(results.values())
-
-
-def reachable(ranked: Ranked) -> float:
-    """Requests a second within the SLO that a run at the rates tried may count, by the closed form's share. More than
-    `Estimate.goodput`, which counts less where the SLO is missed."""
+def _order(ranked: Ranked) -> tuple[bool, float, float, float, str]:
     forecast = ranked.estimate
-    rate = min(forecast.taken * FASTER**TRIES, forecast.demanded) if forecast.share >= TARGET else forecast.taken
-    return rate * forecast.share
-
-
-def rerun(ranked: Ranked, conditions: Conditions, requests: int) -> Ranked:
-    """What was checked, as it is, on about so many requests of the trace."""
-    return _Check(conditions, requests, requests, 0.0).run(ranked, ranked.rate)
-
-
-def _fewer(ranked: Ranked) -> list[Ranked]:
-    """The same with a replica fewer, where that might do."""
-    forecast, count = ranked.estimate, ranked.estimate.replicas - 1
-    capacity = forecast.capacity / ranked.candidate.replicas
-    if not count or math.isinf(forecast.demanded) or count * capacity < ALMOST * forecast.demanded:
-        return []
-    return [_with_replicas(ranked, count)]
-
-
-def _with_replicas(ranked: Ranked, count: int) -> Ranked:
-    forecast = ranked.estimate
-    few = forecast.replicas / count
-    return replace(
-        ranked,
-        estimate=replace(forecast, replicas=count, price=forecast.price / few, batch=forecast.batch * few),
-        result=None,
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Check:
-    """Runs on an excerpt of about `length` requests of a trace, where finalists get `requests`. A share counts as
-    enough with `allowance` less, since excerpts differ."""
-
-    conditions: Conditions
-    length: int
-    requests: int
-    allowance: float
-
-    def keeps(self, ranked: Ranked) -> bool:
-        """Whether enough of it is within the SLO."""
-        return ranked.share >= ranked.needed - self.allowance
-
-    def of(self, ranked: Ranked, grows: bool) -> Ranked:
-        """It at the rate that is asked for, with more replicas where that takes some and it `grows`. Where not all is
-        taken, or the last excerpt says that it is too much, at the best rate that is found."""
-        forecast = ranked.estimate
-        if forecast.taken < forecast.demanded * (1 - 1e-9):
-            return self._fastest(self.run(ranked, forecast.taken))
-        best = self.run(ranked, forecast.demanded)
-        limit = min(forecast.replicas + _MORE, ranked.candidate.replicas) if grows else 0
-        while not self.keeps(best) and best.estimate.replicas < limit:
-            more = self.run(_with_replicas(best, best.estimate.replicas + 1), forecast.demanded)
-            if more.share <= best.share + _WORTH:
-                break
-            best = more
-        return best if self.keeps(best) or self.allowance else self._fastest(best)
-
-    def _fastest(self, best: Ranked) -> Ranked:
-        """At the rate with the most goodput, of some that are near; with enough in time if that can be."""
-        forecast, rate, slower = best.estimate, best.rate, not self.keeps(best)
-        for _ in range(TRIES if forecast.share >= TARGET else 0):  # else no rate would do
-            rate = rate * SLOWER if slower else min(rate * FASTER, forecast.demanded)
-            if rate == best.rate:
-                break
-            other = self.run(best, rate)
-            better = self.keeps(other) and (slower or other.goodput > best.goodput * (1 + _WORTH))
-            if better or (slower and other.goodput > best.goodput):
-                best = other
-            if better == slower:
-                break  # the first that keeps the SLO, or the last that is worth it
-        return best
-
-    def run(self, ranked: Ranked, rate: float) -> Ranked:
-        decoding = ranked.estimate.batch * ranked.estimate.replicas
-        limit = max(MOST_REQUESTS * self.length // self.requests, self.length)
-        count = max(self.length, min(limit, round(_LIVES * decoding * self.length / self.requests)))
-        conditions = self.conditions
-        part = windows(conditions.trace, count, max(1, min(WINDOWS, count // _WINDOW)))
-        result = simulate(
-            limited(ranked),
-            at_rate(part, rate),
-            seed=conditions.seed,
-            slo=conditions.slo,
-            prefill=conditions.prefill,
-            replicas=min(ranked.estimate.replicas, len(part.arrivals)),
-        )
-        needed = ATTAINMENT + (FLATTERY if len(part.arrivals) < len(conditions.trace.arrivals) else 0.0)
-        return replace(ranked, result=result, rate=rate, needed=needed)
-
-
-def _order(ranked: Ranked, allowance: float = 0.0) -> tuple[bool, float, float, float, str]:
-    forecast = ranked.estimate
-    spare = forecast.capacity / ranked.candidate.replicas * forecast.replicas
-    serves = ranked.serves or (allowance > 0 and ranked.nearly(1 - allowance / ranked.needed))
-    return not serves, -ranked.goodput_per_dollar, -spare, forecast.tpot, ranked.name
+    return not ranked.serves, -ranked.goodput_per_dollar, -forecast.capacity, forecast.tpot, ranked.name
 
 
 RATIO_ERROR = 0.10
@@ -438,11 +266,7 @@ def tied(one: Ranked, other: Ranked) -> bool:
 
 def near_ties(ranked: Sequence[Ranked]) -> tuple[Ranked, ...]:
     """The mixes that are tied with the first: those that lose nothing before those with a lossy policy, each by what
-    they give for a dollar. Where the first was checked by the event loop they are, too."""
+    they give for a dollar."""
     first = ranked[0]
-    ties = [
-        entry
-        for entry in mixes(ranked)
-        if entry is not first and tied(entry, first) and (first.result is None or entry.result is not None)
-    ]
+    ties = [entry for entry in mixes(ranked) if entry is not first and tied(entry, first)]
     return tuple(sorted(ties, key=lambda entry: not lossless(entry)))  # sorting keeps the order among equals

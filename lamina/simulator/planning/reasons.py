@@ -1,21 +1,16 @@
 """Why one candidate wins, in sentences (`why`): what it does and how sure that is, what limits it, what comes close,
 and how it compares with the best of the other kind.
 
-`compute_bound_devices` and `step_compared` say what a model's layers make of moving attention and states to other
-devices: what bounds them there, and what a step spends on them in either place. `overloads` says which systems do not
-keep the SLO under a load, and `would_do` how many of a system would keep it.
+`overloads` says which systems do not keep the SLO under a load, and `would_do` how many of a system would keep it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lamina.simulator.costs.cost_model import Load, attention_time, busiest_share, rate, state_share, state_time
-from lamina.simulator.costs.hardware import Device
-from lamina.simulator.costs.shapes import ModelShape
-from lamina.simulator.costs.systems import Colocated, Offloaded, System, instances
+from lamina.simulator.costs.systems import Offloaded, System
 from lamina.simulator.event_loop.results import ATTAINMENT, RunResult
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.planning.planner import RATIO_ERROR, Ranked, advantage, best, lossless
@@ -51,6 +46,11 @@ def why(
         f"{winner.name}: {winner.goodput:.3g} requests/s within the SLO for ${forecast.price:.2f} an hour"
         f"{f', {winner.goodput_per_dollar:.0f} requests for a dollar' if forecast.price else ''}{_by(winner)}."
     ]
+    if winner.result is not None and winner.result.requests < demand.requests:
+        sentences.append(
+            f"It was run with {winner.result.requests} of {demand.requests} requests: of shared prefixes and states "
+            "the replay has nothing, and the engine's own scheduler takes minutes for more."
+        )
     if ties:
         sentences.append(_ties_said(winner, ties))
     if not winner.serves and math.isinf(forecast.demanded):
@@ -61,12 +61,8 @@ def why(
             f"elsewhere. {would_do(winner.candidate.system, demand, slo, prefill, forecast.replicas + 1)}."
         )
     sentences.append(_limits_said("the winner", limits(winner, demand, slo, prefill)))
-    winner_device = winner.candidate.system.devices[-1][0].name if winner.candidate.offloaded else ""
-    others = (entry.candidate.system for entry in ranked if entry.candidate.system.devices[-1][0].name != winner_device)
     other = best(ranked, not winner.candidate.offloaded)
-    bound = [f"{sentence}." for sentence in compute_bound_devices(others, demand.context)]
     if other is None:
-        sentences += bound
         sentences.append(_nothing_else(ranked, demand, slo, prefill))
         return sentences
     gain, unit = _gain(winner, other)
@@ -86,21 +82,18 @@ def why(
             f"Offloading attention does not pay here: the best system that offloads it, {theirs}, {compared}."
         )
         sentences.append(_limits_said("that system", limits(other, demand, slo, prefill)))
-        winning, rival = winner.candidate.system, other.candidate.system
-        decoding = instances(winning)[-1]
-        if isinstance(decoding, Colocated) and isinstance(rival, Offloaded):
-            sentences.append(f"{step_compared(rival, decoding, other.estimate.batch, demand.context)}.")
-    return sentences + bound
+    return sentences
 
 
 def limits(ranked: Ranked, demand: Demand, slo: Slo, prefill: bool = True) -> list[Limit]:
-    """What twice as much of each thing would give, at the most that one replica serves; the largest gain first."""
+    """What twice as much of each thing would give, at the most that one replica serves, by a coarse look; the largest
+    gain first."""
     unlimited = demand.at_rate(math.inf)
     system = ranked.candidate.system
-    now = estimate(system, 1, unlimited, slo, prefill).goodput
+    now = estimate(system, 1, unlimited, slo, prefill, fine=False).goodput
     gains = []
     for what, improved in _improvements(system):
-        better = estimate(improved, 1, unlimited, slo, prefill).goodput
+        better = estimate(improved, 1, unlimited, slo, prefill, fine=False).goodput
         gains.append(Limit(what, better / now if now else math.inf))
     return sorted(gains, key=lambda limit: -limit.gain)
 
@@ -177,68 +170,6 @@ def _nothing_else(ranked: Sequence[Ranked], demand: Demand, slo: Slo, prefill: b
         if isinstance(system, Offloaded) and (reason := slow_link(system, demand, slo, prefill)):
             return f"Offloading attention does not pay here: {reason}."
     return "Offloading attention does not pay here: no system with it fits the devices, the budget and the SLO."
-
-
-_FAR = 2.0
-"""How many times a device's FLOPs a byte attention must ask for, to be worth a word."""
-
-
-def bound_by_compute(model: ModelShape, device: Device, context: float, element: float = 2.0) -> str:
-    """The sentence that attention on a device is bound by its compute, by far; "" where it is not."""
-    work = model.attention_work(context, element)
-    nbytes, flops = (sum(part[index] for part in work) for index in (0, 1))
-    has = rate(device, element) / device.bandwidth
-    if not nbytes or flops < _FAR * has * nbytes:
-        return ""
-    return (
-        f"Attention of {model.name} on {device.name} is bound by compute: it takes {flops / nbytes:.0f} FLOPs a byte "
-        f"of KV, the device has {has:.0f} a byte of bandwidth, of which it uses {has * nbytes / flops:.0%} at best"
-    )
-
-
-def compute_bound_devices(systems: Iterable[System], context: float) -> list[str]:
-    """A sentence for each device on which these systems would attend, and whose compute bounds it."""
-    sentences: dict[str, str] = {}
-    for system in systems:
-        if isinstance(system, Offloaded) and system.attention_device.name not in sentences:
-            device = system.attention_device
-            sentences[device.name] = bound_by_compute(system.model, device, context, system.kv_element)
-    return [sentence for sentence in sentences.values() if sentence]
-
-
-def step_compared(offloaded: Offloaded, whole: Colocated, batch: float, context: float) -> str:
-    """The sentence of what a step of so many sequences spends on attention, states and the wire, and on the first two
-    where the dense layers are."""
-    load = Load(max(1, round(batch)), context)
-    lane = offloaded.lane(load)
-    states = state_time(
-        offloaded.model,
-        offloaded.attention_device,
-        load,
-        state_share(offloaded.model, offloaded.attention_count, load.decode),
-    )
-    count = whole.tensor_parallel
-    attention_here = attention_time(
-        whole.model,
-        whole.device,
-        load,
-        whole.policy,
-        whole.kv_element,
-        busiest=busiest_share(whole.model, count),
-        queries=1 / count,
-    )
-    states_here = state_time(whole.model, whole.device, load, state_share(whole.model, count))
-    spent_there = _spent(lane.attention - states, states, bool(whole.model.states))
-    return (
-        f"For {load.decode:.0f} sequences of {context:.0f} tokens {spent_there} a step on {offloaded.attention_count}x "
-        f"{offloaded.attention_device.name} and the wire {lane.exchange.seconds * 1000:.2g} ms; on {count}x "
-        f"{whole.device.name}, without a wire, {_spent(attention_here, states_here, bool(whole.model.states))}"
-    )
-
-
-def _spent(attention: float, states: float, both: bool) -> str:
-    words = f"attention takes {attention * 1000:.2g} ms"
-    return f"{words} and states {states * 1000:.2g} ms" if both else words
 
 
 MOST = 256

@@ -1,14 +1,13 @@
-"""How far one thing has to change until another candidate wins, over all feasible candidates. `Prices` changes the
-price of a device, `Changes` all else. `sensitivity` asks about what others decide, such as prices and load; `flips`
-asks about what the cost model assumes.
+"""How far one thing has to change until another candidate wins. `Prices` changes the price of a device, `Changes` all
+else: links, load, prompts, the SLO, the speed of devices.
 
-Changes of prices are exact. Neither an estimate nor a run of the event loop depends on prices, so a candidate's
-standing at any price follows from the one that it has. A candidate that would be first by formula alone is checked by
-the event loop before it is believed.
+Changes of prices are exact, over all feasible candidates. Neither an estimate nor a run of the event loop depends on
+prices, so a candidate's standing at any price follows from the one that it has. A candidate that would be first by what
+is not sure is checked before it is believed.
 
-For other changes the closed form is asked about the best mixes, and its answers are planned again. The event loop runs
-winner and rival just beyond the change. Where the winner still keeps its place, it runs them at the farthest factor,
-and between the two.
+For other changes winner and rivals are replayed with all requests of the changed trace, until the factor is close where
+another is first. What a run found beyond the replay is taken to be so at all factors. A rival that a coarse look, which
+is too kind, has behind the winner is not replayed.
 """
 
 from __future__ import annotations
@@ -24,12 +23,13 @@ from numpy.typing import NDArray
 
 from lamina.simulator.costs.hardware import Device
 from lamina.simulator.costs.systems import without_prices
+from lamina.simulator.event_loop.results import ATTAINMENT
 from lamina.simulator.event_loop.simulate import Progress, Slo
-from lamina.simulator.planning.candidates import Candidate, fits
-from lamina.simulator.planning.planner import FINALISTS, NOISE, Ranked, handicap, mixes, reachable
+from lamina.simulator.planning.candidates import fits
+from lamina.simulator.planning.planner import Ranked, handicap, mixes
 from lamina.simulator.planning.quantities import Quantity, Situation
 from lamina.simulator.planning.run_progress import Mapped, RunProgress, one_by_one
-from lamina.simulator.steady_state.closed_form import Estimate, estimate
+from lamina.simulator.steady_state.closed_form import estimate
 from lamina.simulator.traces.demand import Demand
 
 _PRICE_STEPS, _PRICE_HALVINGS = 160, 24
@@ -38,7 +38,7 @@ _ROUNDING = 1e-9
 """The relative error of sums. A candidate that leads by less does not replace the winner, and a budget that just pays
 for a replica does pay for it."""
 _CHECKED_TOGETHER = 4
-"""Candidates that the event loop checks at the same time, while the first at today's prices is looked for."""
+"""Candidates that are checked at the same time, while the first at today's prices is looked for."""
 _SERVES_ALL_FACTOR = 1e30
 """The score of a candidate that serves the whole demand is multiplied by this. So it comes before each candidate that
 does not, whatever that one gives for a dollar."""
@@ -50,35 +50,33 @@ Unseen = Callable[[str, float, float], Sequence[Ranked]]
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A price at which the winner changes: at `factor` times what it is, and beyond, `winner` takes the first
-    place. `checked`: by the event loop, not by formula alone."""
+    """At `factor` times what something is, and beyond, `winner` takes the first place."""
 
     factor: float
     winner: str
-    checked: bool = True
 
 
 class Checks(Protocol):
-    """The event loop."""
+    """The event loop, and what it need not run."""
 
-    def full(self, ranked: Ranked) -> bool:
-        """Whether it ran that candidate for long enough to be believed."""
+    def sure(self, ranked: Ranked) -> bool:
+        """Whether the standing of that candidate is known."""
         ...
 
     def checked(self, some: Sequence[Ranked]) -> list[Ranked]:
-        """The candidates after runs that are."""
+        """These, so that it is."""
         ...
 
-    def whole(self, ranked: Ranked) -> Ranked:
-        """The candidate after a run on all of the trace."""
+    def run(self, ranked: Ranked) -> Ranked:
+        """The candidate after a run."""
         ...
 
 
 class Prices:
     """All candidates within `budget` dollars an hour (None: any), the winner first.
 
-    `loop` checks a candidate that would be first by formula; None: formulas are believed. `unseen` lists further
-    candidates, which a lower price brings within the budget.
+    `loop` checks a candidate that would be first; None: formulas are believed. `unseen` lists further candidates, which
+    a lower price brings within the budget.
 
     A "place" is an index in the list of candidates. That list keeps its order at other prices, and the winner at
     today's prices is at place 0. How candidates stand at a price is computed as one score each (`_keys`).
@@ -92,8 +90,6 @@ class Prices:
         unseen: Unseen = lambda name, factor, most: (),
     ) -> None:
         self._every, self._budget, self._loop, self._unseen = list(ranked), budget, loop, unseen
-        self._checked: set[Candidate] = set()
-        self._confirmed: set[Candidate] = set()
         self._columns()
 
     @property
@@ -110,20 +106,20 @@ class Prices:
             if device.price
         }
 
-    def settle(self) -> None:
-        """Put the winner at these prices first. All of the trace is run for it, since excerpts flatter what is near
-        its limit."""
+    def settle(self) -> Prices:
+        """Put the winner at these prices first, after a run of its own."""
         while True:
             if unsure := self._unsure():
                 self._check(unsure)
                 continue
             place = self._place("", 1.0)
-            if not self._confirm(place):
+            if self._loop is not None and self._every[place].result is None:
+                self._every[place] = self._loop.run(self._every[place])
+                self._columns()
                 continue
-            if not place:
-                return
             self._every.insert(0, self._every.pop(place))
             self._columns()
+            return self
 
     def change(self, name: str, farthest: float) -> Change | None:
         """The nearest factor, between 1 and `farthest`, of the price of that device at which another candidate is
@@ -135,32 +131,19 @@ class Prices:
             if not place:
                 return None
             if self._believed(place):
-                return Change(factor, self._every[place].name, self._loop is not None)
+                return Change(factor, self._every[place].name)
             self._check([place])
 
     def _believed(self, place: int) -> bool:
         """Whether that candidate's standing is believed."""
-        entry = self._every[place]
-        return self._loop is None or entry.candidate in self._checked or self._loop.full(entry)
+        return self._loop is None or self._loop.sure(self._every[place])
 
     def _check(self, places: Sequence[int]) -> None:
-        """Have the event loop run these candidates, which may stand otherwise then."""
+        """Have these candidates checked, which may stand otherwise then."""
         if self._loop is not None:
-            entries = [self._every[place] for place in places]
-            self._checked.update(entry.candidate for entry in entries)
-            for place, result in zip(places, self._loop.checked(entries), strict=True):
+            for place, result in zip(places, self._loop.checked([self._every[n] for n in places]), strict=True):
                 self._every[place] = result
             self._columns()
-
-    def _confirm(self, place: int) -> bool:
-        """Whether that candidate has run on all of the trace. If not it does now, and may stand otherwise."""
-        entry = self._every[place]
-        if self._loop is None or entry.candidate in self._confirmed:
-            return True
-        self._confirmed.add(entry.candidate)
-        self._every[place] = self._loop.whole(entry)
-        self._columns()
-        return False
 
     def _most(self, name: str, factor: float) -> float:
         """Dollars an hour that the winner costs at that price; infinite where it doesn't serve the whole demand, or the
@@ -190,17 +173,11 @@ class Prices:
         self._every += [entry for entry in more if without_prices(entry.candidate.system) not in systems]
         self._columns()
 
-    def _counted(self, each: Ranked) -> float:
-        """Requests a second within the SLO. Of one that the event loop has not run for long, as many as it may find."""
-        if self._loop is None or self._loop.full(each):
-            return each.goodput
-        return max(each.goodput, reachable(each))
-
     def _columns(self) -> None:
         """Set the columns that `_keys` computes with: one number for each candidate, in the order of places."""
-        every = self._every
+        every = self._every if self._loop is None else [entry.hoped for entry in self._every]
         self._serves = np.array([entry.serves for entry in every])
-        self._goodput = np.array([self._counted(entry) for entry in every])
+        self._goodput = np.array([entry.goodput for entry in every])
         self._handicap = np.array([handicap(entry) for entry in every])
         self._replicas = np.array([float(entry.estimate.replicas) for entry in every])
         self._unit = np.array([entry.estimate.price / entry.estimate.replicas for entry in every])
@@ -259,19 +236,13 @@ FARTHEST = 10.0
 """The largest factor by which prices are changed."""
 FAR = 4.0
 """The largest factor by which other quantities are changed."""
+RIVALS, _NEAR = 6, 0.75
+"""Of other mixes of devices, the best so many that serve all are compared with the winner, and the cheapest that with a
+replica fewer, or with all that there may be, serve this part of it."""
 _STEPS, _HALVINGS = 4, 5
 """Factors that are tried up to the farthest, and halvings between the two where the winner changes."""
 _CLEARLY = 1 + 1e-9
 """A rival comes before the winner where it gives more than this many times as much."""
-_LOADS, _WIDER = 8, 1.04
-"""Loads that are tried until the closed form agrees with the event loop, and the ratio of each to the one before."""
-_BEYOND = 1.02
-"""How far beyond the change that the closed form finds the event loop runs."""
-_BETWEEN = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
-"""Parts of the way to the farthest factor. The event loop runs at these where another candidate wins at the farthest
-factor, but not at the change that the closed form finds."""
-Run = Callable[[Ranked, Situation, float], Ranked]
-"""A candidate in a situation through the event loop, at the rate that it would take there."""
 Standing = tuple[bool, float]
 """Whether all is served, and requests for a dollar: more is better."""
 
@@ -292,7 +263,6 @@ class Sensitivity:
     def __str__(self) -> str:
         changes = [
             f"at {change.factor:.2f}x and {word} ({plain(self.now * change.factor)} {self.unit}) {change.winner} wins"
-            f"{'' if change.checked else ', by formula'}"
             for word, change in (("more", self.rise), ("less", self.fall))
             if change is not None
         ]
@@ -304,36 +274,8 @@ class Sensitivity:
         return f"{self.what}, now {plain(self.now)} {self.unit}: {words}"
 
 
-@dataclass(frozen=True, slots=True)
-class Flip:
-    """An assumption that flips the answer at `change.factor` times its value. `low` and `high`: the factors between
-    which it is with a chance of 90 %, for the reason that `source` gives."""
-
-    what: str
-    now: float
-    unit: str
-    change: Change
-    low: float
-    high: float
-    source: str
-
-    @property
-    def likely(self) -> bool:
-        """Whether it flips within its interval."""
-        return self.low <= self.change.factor <= self.high
-
-    def __str__(self) -> str:
-        less = self.change.factor < 1
-        value, low, high = (plain(self.now * factor) for factor in (self.change.factor, self.low, self.high))
-        return (
-            f"{self.what}: {'below' if less else 'above'} {value} {self.unit} {self.change.winner} wins"
-            f"{'' if self.change.checked else ', by formula'}; now {plain(self.now)}, likely {low} to {high} "
-            f"({self.source}): {'the answer may well be another' if self.likely else 'unlikely'}"
-        )
-
-
 class Changes:
-    """Winner and rivals under changes of anything but prices. `run`: None where formulas are believed."""
+    """Winner and rivals under changes of anything but prices."""
 
     def __init__(
         self,
@@ -341,18 +283,17 @@ class Changes:
         demand: Demand,
         slo: Slo,
         prefill: bool,
-        run: Run | None = None,
         *,
         progress: Progress | None = None,
         mapped: Mapped = one_by_one,
     ) -> None:
         self._winner = ranked[0]
-        # The best of the other mixes: of so many there are full runs.
-        self._rivals = [entry for entry in mixes(ranked) if entry is not ranked[0]][:FINALISTS]
-        self._demand, self._slo, self._prefill, self._run = demand, slo, prefill, run
+        serving = [entry for entry in mixes(ranked) if entry.serves and entry is not ranked[0]]
+        near = sorted((entry for entry in ranked[1:] if entry.hopeful > _NEAR), key=lambda entry: -entry.hopeful)
+        cheap = sorted(mixes(near), key=lambda entry: entry.hoped_price)
+        self._rivals = list(dict.fromkeys([*serving[:RIVALS], *cheap[:RIVALS]]))
+        self._demand, self._slo, self._prefill = demand, slo, prefill
         self._progress, self._mapped = progress, mapped
-        self._standings: dict[tuple[str, str, float], Standing] = {}
-        self._now: dict[str, tuple[float, Estimate]] = {}
 
     @property
     def field(self) -> list[Ranked]:
@@ -367,131 +308,59 @@ class Changes:
         return nearest
 
     def change(self, quantity: Quantity, farthest: float) -> Change | None:
-        """The nearest factor between 1 and `farthest` at which another is first. Where the event loop does not find
-        what the closed form says, it looks at `farthest` and, if another is first there, between the two."""
-        nearest = self._nearest(quantity, farthest)
-        if nearest is None:
-            return None
-        factor, rival = nearest
-        if self._run is None:
-            return Change(factor, rival.name, False)
-        near = factor * _BEYOND if farthest > 1 else factor / _BEYOND
-        if first := self._first(quantity, near, rival, self._run):
-            return Change(factor, first.name, True)
-        ends = near >= farthest if farthest > 1 else near <= farthest
-        if ends or not (first := self._first_by_formula(quantity, farthest, self._run)):
-            return None
-        for part in _BETWEEN:
-            middle = near * (farthest / near) ** part
-            if nearer := self._first_by_formula(quantity, middle, self._run):
-                return Change(middle, nearer.name, True)
-        return Change(farthest, first.name, True)
-
-    def _first_by_formula(self, quantity: Quantity, factor: float, run: Run) -> Ranked | None:
-        """`_first` of the best rival by the closed form."""
-        rival = self._better(quantity, factor)
-        return rival and self._first(quantity, factor, rival, run)
-
-    def _first(self, quantity: Quantity, factor: float, rival: Ranked, run: Run) -> Ranked | None:
-        """The rival, with the replicas that it then has, if the event loop says that it is before the winner there."""
-        mine = run(self._winner, self._at(self._winner, quantity, factor), NOISE)
-        theirs = run(rival, self._at(rival, quantity, factor), 0.0)
-        if _standing(theirs) <= _standing(mine, NOISE):
-            return None
-        return replace(rival, estimate=replace(rival.estimate, replicas=theirs.estimate.replicas))
-
-    def _nearest(self, quantity: Quantity, farthest: float) -> tuple[float, Ranked] | None:
-        """By the closed form: steps first, then halvings."""
+        """The nearest factor between 1 and `farthest` at which another is first."""
         before = 1.0
         for step in range(1, _STEPS + 1):
             factor = farthest ** (step / _STEPS)
-            rival = self._better(quantity, factor)
+            rival = self._first(quantity, factor, some=True)
             if rival is None:
                 before = factor
                 continue
             for _ in range(_HALVINGS):
                 middle = math.sqrt(before * factor)
-                other = self._better(quantity, middle)
-                if other is not None:
-                    factor, rival = middle, other
-                else:
+                if self._first(quantity, middle, some=True) is None:
                     before = middle
-            return factor, rival
+                else:
+                    factor = middle
+            return Change(factor, (self._first(quantity, factor) or rival).name)
         return None
 
-    def _better(self, quantity: Quantity, factor: float) -> Ranked | None:
-        """The best of the rivals that are before the winner at that factor."""
-        first, better = self._then(self._winner, quantity, factor), None
-        for rival in self._rivals:
-            then = self._then(rival, quantity, factor)
-            if then[0] >= first[0] and then > (first[0], first[1] * _CLEARLY):
-                first, better = then, rival
-        return better
+    def _first(
+        self, quantity: Quantity, factor: float, some: bool = False, partly: bool | None = None
+    ) -> Ranked | None:
+        """The best of the rivals that are before the winner at that factor, or `some` that is. What serves a part
+        counts only where nothing serves all."""
+        if partly is None:
+            partly = not self._winner.serves or math.isinf(self._demand.rate)
 
-    def _at(self, each: Ranked, quantity: Quantity, factor: float) -> Situation:
-        return quantity.change(Situation(each.candidate.system, self._demand, self._slo), factor)
+        def then(each: Ranked, fine: bool) -> tuple[bool, float, int]:
+            return self._then(each, quantity.change(self._now(each), factor), fine, partly)
 
-    def _then(self, each: Ranked, quantity: Quantity, factor: float) -> Standing:
-        """How a candidate stands then by the closed form, corrected by what the event loop found now."""
-        situation, key = self._at(each, quantity, factor), (each.name, quantity.what, factor)
-        if situation == Situation(each.candidate.system, self._demand, self._slo):
-            return _standing(each)  # it does not depend on this
-        if key not in self._standings and not fits(situation.system):
-            self._standings[key] = False, 0.0
-        if key not in self._standings:
-            load, now = self._corrected(each)
-            then = self._estimated(each, situation, load)
-            ratio = each.goodput / now.goodput if now.goodput else 0.0
-            trusted = then.serves and (each.serves or not now.serves)
-            self._standings[key] = trusted, then.goodput_per_dollar * ratio / handicap(each)
-        return self._standings[key]
-
-    def _corrected(self, each: Ranked) -> tuple[float, Estimate]:
-        """How many times the load the closed form is asked for, to say of now what the event loop found; and what it
-        says then."""
-        if each.name not in self._now:
-            situation = Situation(each.candidate.system, self._demand, self._slo)
-            plain = self._estimated(each, situation, 1.0)
-            self._now[each.name] = self._agreeing(each, situation, plain) or (1.0, plain)
-        return self._now[each.name]
-
-    def _agreeing(self, each: Ranked, given: Situation, plain: Estimate) -> tuple[float, Estimate] | None:
-        """The load nearest to the real one, of those near it, at which a candidate serves all by the closed form with
-        as many replicas as the event loop found. None where nothing is to be corrected, or no load agrees."""
-        count = each.estimate.replicas
-        agrees = plain.serves and plain.replicas == count
-        if agrees or not each.serves or not plain.capacity or math.isinf(plain.demanded):
-            return None
-
-        def tried(load: float) -> tuple[float, Estimate] | None:
-            forecast = self._estimated(each, given, load)
-            return (load, forecast) if forecast.serves and forecast.replicas == count else None
-
-        more = plain.serves and plain.replicas < count
-        one = plain.capacity / each.candidate.replicas / plain.demanded
-        wrong, load = 1.0, max(1.0, one * (count - 1)) if more else min(1.0, one * count)
-        agreement = tried(load)
-        for _ in range(_LOADS):
-            if agreement is not None:
+        best, first = None, then(self._winner, True)
+        least = first[0], first[1] * _CLEARLY
+        coarse = [(then(rival, False), rival) for rival in self._rivals]
+        for hoped, rival in sorted(coarse, key=lambda pair: pair[0][:2], reverse=True):
+            if hoped[:2] <= least or (some and best is not None):
                 break
-            wrong, load = load, load * _WIDER if more else load / _WIDER
-            agreement = tried(load)
-        for _ in range(_HALVINGS if agreement else 0):
-            middle = math.sqrt(wrong * load)
-            if nearer := tried(middle):
-                agreement, load = nearer, middle
-            else:
-                wrong = middle
-        return agreement
+            standing = then(rival, True)
+            if standing[:2] > least:
+                least, best = standing[:2], replace(rival, estimate=replace(rival.estimate, replicas=standing[2]))
+        if best is None and not first[0] and not partly:
+            return self._first(quantity, factor, some, True)
+        return best
 
-    def _estimated(self, each: Ranked, given: Situation, load: float) -> Estimate:
-        """By the closed form, coarsely, at so many times the load."""
-        demand = given.demand if load == 1 else given.demand.at_rate(given.demand.rate * load)
-        return estimate(given.system, each.candidate.replicas, demand, given.slo, self._prefill, fine=False)
+    def _now(self, each: Ranked) -> Situation:
+        return Situation(each.candidate.system, self._demand, self._slo)
 
-
-def _standing(ranked: Ranked, allowance: float = 0.0) -> Standing:
-    return ranked.serves or ranked.nearly(1 - allowance / ranked.needed), ranked.goodput_per_dollar / handicap(ranked)
+    def _then(self, each: Ranked, situation: Situation, fine: bool, partly: bool) -> tuple[bool, float, int]:
+        """How a candidate stands then: whether it serves all, what it gives, and with how many replicas."""
+        if situation == self._now(each):  # it does not depend on this
+            return each.serves, each.goodput_per_dollar / handicap(each), each.estimate.replicas
+        if not fits(situation.system):
+            return False, 0.0, 1
+        count, needed, demand = each.candidate.replicas, ATTAINMENT - each.bias, situation.demand
+        then = estimate(situation.system, count, demand, situation.slo, self._prefill, fine, needed, partly)
+        return then.serves, then.goodput_per_dollar / handicap(each), then.replicas
 
 
 def sensitivity(prices: Prices, changes: Changes, quantities: Sequence[Quantity]) -> list[Sensitivity]:
@@ -508,18 +377,6 @@ def sensitivity(prices: Prices, changes: Changes, quantities: Sequence[Quantity]
             Sensitivity(quantity.what, quantity.now, quantity.unit, rise, fall, FAR, len(changes.field) - 1)
         )
     return sensitivities
-
-
-def flips(changes: Changes, assumed: Sequence[Quantity]) -> list[Flip]:
-    """The assumptions that would flip the answer, those that may well be otherwise first. Each is changed as far as it
-    is likely to be, and half as far again."""
-    ends = [(quantity, end**1.5) for quantity in assumed for end in quantity.likely or () if end != 1]
-    flipped = [
-        Flip(quantity.what, quantity.now, quantity.unit, change, *(quantity.likely or (1.0, 1.0)), quantity.source)
-        for (quantity, _), change in zip(ends, changes.changes(ends), strict=True)
-        if change is not None
-    ]
-    return sorted(flipped, key=lambda flip: (not flip.likely, abs(math.log(flip.change.factor))))
 
 
 def plain(value: float) -> str:

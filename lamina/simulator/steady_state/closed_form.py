@@ -1,17 +1,17 @@
-"""What a system yields, without the scheduler (`estimate`): the trace's own requests in a replay of a few sums a
+"""What a system yields, without the scheduler (`estimate`): all of the trace's requests in a replay of a few sums a
 request.
 
-- A sample of the trace (`demand.py`), in its order and at the rate that is asked for, goes through one instance batch
-  by batch (`replay`): first come, first served, with a limit of sequences, of tokens of KV and of tokens a batch. Of r
-  replicas one takes every rth request. So bursts, loads that change and long prompts are those of the trace, times are
-  those of each request, and at low rates each meets an empty instance.
+- The trace (`demand.py`), at the rate that is asked for, goes through one instance batch by batch (`replay`): first
+  come, first served, with a limit of sequences, of tokens of KV and of tokens a batch. Of r replicas each takes every
+  rth request. So bursts, loads that change and long prompts are those of the trace, and times those of each request.
+- A coarse look takes windows of it: enough to sort thousands of candidates, and too kind by 6 to 12 points of what is
+  in time.
 - Batches take what the cost model says, interpolated (`Batches`).
 - It begins with as many sequences in decode as Little's law has for the mean of the requests, with outputs half way
-  through; and it ends with the last first token. So a short excerpt stands for a long run.
+  through; and it ends with the last first token.
 - Where prompts have instances of their own, there are three of these in a row: prompts, one after another over the
   link, decode. The wait for decode and the way to it come after the first token: TPOT has them.
-- The highest rate is searched for where the requests taken count most: those at `TARGET` within the SLO in full, fewer
-  the more the share falls short. Both grow smoothly with what the SLO allows.
+- Where not all can be served the highest rate is searched for that has enough in time.
 
 Left out, and in the event loop: prefixes that requests share, and preemption.
 
@@ -21,28 +21,24 @@ Left out, and in the event loop: prefixes that requests share, and preemption.
 from __future__ import annotations
 
 import math
-from bisect import bisect_right, insort
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from itertools import pairwise
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.cost_model import ALPHA, Load, minimum_bandwidth
-from lamina.simulator.costs.systems import Offloaded, System, price, without_prices
+from lamina.simulator.costs.systems import PAGE_SIZE, Offloaded, System, price, without_prices
+from lamina.simulator.event_loop.results import ATTAINMENT
 from lamina.simulator.event_loop.simulate import Slo
-from lamina.simulator.steady_state.service import FOREVER, PAGE, Point, Service, bound, held, largest
+from lamina.simulator.steady_state.service import FOREVER, Point, Service, bound, held, largest
 from lamina.simulator.traces.demand import Demand
 
-TARGET = 0.94
-"""The share that is planned for: four points more than `ATTAINMENT`, since a sample of the trace is not the trace."""
-STEEPNESS = 8
-"""The power of share / `TARGET` that requests count with, below it."""
-COARSE, FINE = 512, 2000
-"""Requests of the sample that a rate is tried with."""
-_TRIES, _SPARE = {COARSE: 8, FINE: 12}, 3
-"""Rates that are tried to find the best one, and to find what there is to spare."""
-_CLOSE = 0.02
+COARSE = 512
+"""Requests of a coarse look."""
+_TRIES = 10
+"""Rates that are tried to find the best one."""
+_CLOSE = 0.01
 """How closely the best rate is found, as a share of it."""
 _FULL = 0.98
 """The share of what passes at most that is the highest rate, where requests may not wait for long."""
@@ -72,20 +68,25 @@ class Estimate:
     """The share of the requests taken that is within the SLO."""
     taken: float = 0.0
     """The part of the demand's rate that is served; the rest has to go elsewhere."""
+    almost: float = 0.0
+    """The share of all that is asked for which is within the SLO with one replica fewer or, where the most that there
+    may be do not serve it, with these. 0: they cannot keep up."""
     capacity: float = 0.0
-    """The most that could be taken by all replicas that there may be, as far as it was looked for."""
+    """The most that could be taken by all replicas that there may be, where that was looked for: of what is too little,
+    and by a coarse look of what is free; else what is taken."""
     tokens_per_second: float = 0.0
     demanded: float
+    needed: float = ATTAINMENT
+    """The share within the SLO that is enough."""
 
     @property
     def goodput(self) -> float:
-        """Requests a second that count: all that are taken, where `TARGET` of them are within the SLO; else fewer, by
-        how much is missing (`STEEPNESS`), so that no small change of anything makes a large one of this."""
-        return self.taken * credit(self.share)
+        """Requests a second within the SLO."""
+        return self.taken * self.share
 
     @property
     def goodput_per_dollar(self) -> float:
-        """Requests that count for a dollar."""
+        """Requests within the SLO for a dollar."""
         return self.goodput * 3600 / self.price if self.price else math.inf
 
     @property
@@ -95,8 +96,8 @@ class Estimate:
 
     @property
     def serves(self) -> bool:
-        """Whether the whole demand is served, `TARGET` of it within the SLO."""
-        return self.share >= TARGET and (math.isinf(self.demanded) or self.taken >= self.demanded * (1 - 1e-9))
+        """Whether the whole demand is served, enough of it within the SLO."""
+        return self.share >= self.needed and (math.isinf(self.demanded) or self.taken >= self.demanded * (1 - 1e-9))
 
 
 def cost_of_a_million(price: float, tokens_per_second: float) -> float:
@@ -104,22 +105,32 @@ def cost_of_a_million(price: float, tokens_per_second: float) -> float:
     return price / (tokens_per_second * 3600) * 1e6 if tokens_per_second else math.inf
 
 
-def credit(share: float) -> float:
-    """What a request counts where so many are within the SLO."""
-    return math.pow(min(1.0, share / TARGET), STEEPNESS)
-
-
 def estimate(
-    system: System, replicas: int, demand: Demand, slo: Slo, prefill: bool = True, fine: bool = True
+    system: System,
+    replicas: int,
+    demand: Demand,
+    slo: Slo,
+    prefill: bool = True,
+    fine: bool = True,
+    needed: float = ATTAINMENT,
+    partly: bool = True,
 ) -> Estimate:
-    """What up to `replicas` of a system yield: as few as serve the demand, all where it is infinite or too much.
+    """What up to `replicas` of a system yield: as few as serve the demand, all where it is infinite or too much. It is
+    served where a share of `needed` is within the SLO. Unless `partly`, of what is too little only that is said.
 
-    Without `prefill`, prompts are computed elsewhere and cost nothing here. Where it is not `fine`, fewer requests of
-    the trace are replayed, at fewer rates. Where nothing fits or no batch is fast enough, `capacity` is 0; `tpot` and
-    `ttft` are then those of a lone sequence (infinite where not even the weights fit).
+    Without `prefill`, prompts are computed elsewhere and cost nothing here. Where it is not `fine`, a few windows of
+    the trace are replayed. Where nothing fits or no batch is fast enough, `capacity` is 0; `tpot` and `ttft` are then
+    those of a lone sequence (infinite where not even the weights fit).
     """
-    forecast = _estimate(without_prices(system), replicas, demand, slo, prefill, FINE if fine else COARSE)
-    return replace(forecast, price=price(system) * forecast.replicas)
+    requests = len(demand.sample) if fine else min(COARSE, len(demand.sample))
+    forecast = _estimate(without_prices(system), replicas, demand, slo, prefill, requests, needed, partly)
+    cost = price(system)
+    if forecast.serves and not cost:
+        highest = _estimate(
+            without_prices(system), replicas, demand.at_rate(math.inf), slo, prefill, COARSE, needed, True
+        )
+        forecast = replace(forecast, capacity=max(forecast.taken, highest.taken))
+    return replace(forecast, price=cost * forecast.replicas)
 
 
 def sequences(system: System, demand: Demand) -> int:
@@ -129,18 +140,27 @@ def sequences(system: System, demand: Demand) -> int:
     room = capacity.tokens * system.policy.held
     if room < held(system, demand.longest):
         return 0
-    by_pages = int(room / held(system, demand.context + PAGE / 2))
+    by_pages = int(room / held(system, demand.context + PAGE_SIZE / 2))
     return min(system.max_sequences, system.max_batch_tokens, by_pages, capacity.sequences)
 
 
 @lru_cache(maxsize=1 << 14)
-def _estimate(system: System, replicas: int, demand: Demand, slo: Slo, prefill: bool, requests: int) -> Estimate:
+def _estimate(
+    system: System,
+    replicas: int,
+    demand: Demand,
+    slo: Slo,
+    prefill: bool,
+    requests: int,
+    needed: float,
+    partly: bool,
+) -> Estimate:
     """Remembered, as prices do not change it."""
     try:
         fits = sequences(system, demand)
     except InvalidRequest:  # not even the weights
         fits = 0
-    nothing = Estimate(replicas=1, price=0.0, fits=fits, demanded=demand.rate)
+    nothing = Estimate(replicas=1, price=0.0, fits=fits, demanded=demand.rate, needed=needed)
     if fits < 1:
         return nothing
     service = Service(system, demand, slo, prefill)
@@ -148,16 +168,17 @@ def _estimate(system: System, replicas: int, demand: Demand, slo: Slo, prefill: 
     if not (limit := largest(fits, lambda batch: service.pace(batch) <= pace)):
         lone = service.alone(requests)
         return replace(nothing, tpot=lone.tpot, ttft=lone.ttft)
-    search = _Search(service, limit, slo, requests)
-    if count := search.fewest(replicas, demand.rate):
+    search = _Search(service, limit, slo, requests, needed)
+    count, almost = search.fewest(replicas, demand.rate)
+    if count:
         point, places = search.at(demand.rate / count, count)
-        highest = search.best(count, point, _SPARE)
+    elif not partly:
+        return nothing
     else:
-        count, alone = replicas, search.alone
-        highest = search.best(count, alone, _TRIES[requests], demand.rate / count) if alone.share else 0.0
-        if not highest:
-            return replace(nothing, tpot=alone.tpot, ttft=alone.ttft)
-        point, places = search.at(highest, count)
+        count = replicas
+        point, places = search.best(count, demand.rate / count)
+        if not point.share:
+            return replace(nothing, tpot=search.alone.tpot, ttft=search.alone.ttft)
     return Estimate(
         replicas=count,
         price=0.0,
@@ -168,19 +189,21 @@ def _estimate(system: System, replicas: int, demand: Demand, slo: Slo, prefill: 
         ttft=point.ttft,
         share=point.share,
         taken=point.rate * count,
-        capacity=highest * replicas,
+        almost=almost,
+        capacity=point.rate * count,
         tokens_per_second=point.rate * count * demand.output,
         demanded=demand.rate,
+        needed=needed,
     )
 
 
 class _Search:
     """A search for the rates, counts and limits with which one system does best. It remembers what it tried."""
 
-    def __init__(self, service: Service, most: int, slo: Slo, requests: int) -> None:
-        self._service, self._limit, self._requests = service, most, requests
+    def __init__(self, service: Service, most: int, slo: Slo, requests: int, needed: float) -> None:
+        self._service, self._limit, self._requests, self._needed = service, most, requests, needed
         self._full = 1.0 if slo.ttft is None else _FULL
-        fewer = _FEWER if slo.tpot is not None and requests == FINE else ()
+        fewer = _FEWER if slo.tpot is not None and requests > COARSE else ()
         self._places = [most, *(max(1, int(most * part)) for part in fewer)]
         self._tops = [service.most(places) * self._full for places in self._places]
         self._tried: dict[tuple[float, int], tuple[Point, int]] = {}
@@ -190,12 +213,12 @@ class _Search:
         return self._service.alone(self._requests)
 
     def at(self, rate: float, replicas: int) -> tuple[Point, int]:
-        """One of so many instances at that rate, and its limit of sequences at a time: the highest that keeps `TARGET`,
+        """One of so many instances at that rate, and its limit of sequences at a time: the highest that keeps the SLO,
         or the one that comes closest to it."""
         if (rate, replicas) not in self._tried:
             point, limit = self._service.at(rate, self._limit, replicas, self._requests), self._limit
             for places, top in zip(self._places[1:], self._tops[1:], strict=True):
-                if point.share >= TARGET or rate > top:
+                if point.share >= self._needed or rate > top:
                     break
                 other = self._service.at(rate, places, replicas, self._requests)
                 if other.share < point.share:
@@ -204,54 +227,53 @@ class _Search:
             self._tried[rate, replicas] = point, limit
         return self._tried[rate, replicas]
 
-    def fewest(self, replicas: int, rate: float) -> int:
-        """How many serve that rate, `TARGET` in time: 0 where up to `replicas` do not."""
+    def fewest(self, replicas: int, rate: float) -> tuple[int, float]:
+        """How many serve that rate (0: up to `replicas` do not), and the share in time of one fewer, or of all where
+        they do not serve it."""
         least = self._least(rate)
         if math.isinf(rate) or least > replicas:
-            return 0
-        if self._serves(rate, least):
-            return least
-        if self.alone.share < TARGET or not self._serves(rate, replicas):
-            return 0
-        return bisect_right(range(least + 1, replicas), False, key=lambda count: self._serves(rate, count)) + least + 1
+            return 0, 0.0
+        if self._share(rate, least) >= self._needed:
+            return least, 0.0
+        if self.alone.share < self._needed or self._share(rate, replicas) < self._needed:
+            return 0, self._share(rate, replicas)
+        counts = range(least + 1, replicas)
+        count = bisect_left(counts, True, key=lambda count: self._share(rate, count) >= self._needed) + least + 1
+        return count, self._share(rate, count - 1)
 
-    def best(self, replicas: int, low: Point, tries: int, most: float = math.inf) -> float:
-        """The rate from that of `low` up to `most` at which the requests of one of so many count most.
-
-        The most that each limit passes is tried first, since a limit keeps bursts from slowing others only where it
-        binds. Then, as the share mostly falls with the rate, no request counts much more between two rates than at the
-        lower one: where that leaves most to be found is tried next.
-        """
-        tried, best = [low], low
+    def best(self, replicas: int, most: float) -> tuple[Point, int]:
+        """One of so many instances at the highest rate up to `most` that keeps the SLO and, where none does, at that
+        with most in time; and its limit of sequences. The most that each limit passes is tried first, since a limit
+        keeps bursts from slowing others only where it binds."""
         first = list(dict.fromkeys(min(top, most) for top in self._tops))
-        for _ in range(tries):
-            if first and first[0] > _counts(best):
+        tried: list[tuple[Point, int]] = []
+        low = replace(self.alone, rate=0.0)
+        for _ in range(_TRIES):
+            lower = max((pair[0] for pair in tried if pair[0].share >= self._needed), key=_rate, default=low)
+            higher = min((pair[0] for pair in tried if pair[0].rate > lower.rate), key=_rate, default=None)
+            if first and first[0] > lower.rate:
                 rate = first.pop(0)
+            elif higher is None or higher.rate <= lower.rate * (1 + _CLOSE):
+                break
             else:
                 first.clear()
-                if len(tried) == 1:
-                    break  # that of `low` is all that passes
-                below, above = max(pairwise(tried), key=lambda each: each[1].rate * credit(each[0].share))
-                if above.rate * credit(below.share) <= _counts(best) * (1 + _CLOSE):
-                    break
                 part = 0.5
-                if below.share > TARGET > above.share:
-                    part = (below.share - TARGET) / (below.share - above.share)
-                rate = below.rate + min(0.8, max(0.2, part)) * (above.rate - below.rate)
-            insort(tried, self.at(rate, replicas)[0], key=lambda each: each.rate)
-            best = max(tried, key=_counts)
-        return best.rate
+                if lower.share > self._needed > higher.share:
+                    part = (lower.share - self._needed) / (lower.share - higher.share)
+                rate = lower.rate + min(0.8, max(0.2, part)) * (higher.rate - lower.rate)
+            tried.append(self.at(rate, replicas))
+        return max(tried, key=lambda pair: (pair[0].share >= self._needed, pair[0].rate * pair[0].share))
 
     def _least(self, rate: float) -> int:
         """Fewer cannot keep up."""
         return max(1, math.ceil(min(rate, 1e18) / self._tops[0] * (1 - 1e-9)))
 
-    def _serves(self, rate: float, count: int) -> bool:
-        return self.at(rate / count, count)[0].share >= TARGET
+    def _share(self, rate: float, count: int) -> float:
+        return self.at(rate / count, count)[0].share
 
 
-def _counts(point: Point) -> float:
-    return point.rate * credit(point.share)
+def _rate(point: Point) -> float:
+    return point.rate
 
 
 def none_meets(tried: Sequence[tuple[str, System, Estimate]], demand: Demand, slo: Slo, prefill: bool = True) -> str:

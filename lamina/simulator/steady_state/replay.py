@@ -130,23 +130,39 @@ def _first(level: int) -> int:
     return max(1, 16 ** (level - 1) // 4) if level else 0
 
 
+@numba.extending.register_jitable  # type: ignore[untyped-decorator]
+def _ends(at: int) -> tuple[int, int, int, int]:
+    """Of 1, 2, 3, 4, 6, 8, 12, ... the last up to a count and the next: their places in a table, and themselves."""
+    place, low = 0, 1
+    while 2 * low <= at:
+        low *= 2
+        place += 2
+    if low == 1:
+        return 0, 2, 1, 2
+    high = low + low // 2
+    if at >= high:
+        return place + 1, place + 2, high, 2 * low
+    return place, place + 1, low, high
+
+
+@numba.extending.register_jitable  # type: ignore[untyped-decorator]
+def _between(table: Any, at: int) -> Any:
+    """Straight between the two ends; negative where one is not known."""
+    place, following, low, high = _ends(at)
+    first, last = table[place], table[following]
+    if at == low or first < 0:
+        return first
+    return last if last < 0 else first + (last - first) * (at - low) / (high - low)
+
+
 def _known(table: NDArray[np.float64], at: int, value: Callable[[int], float]) -> float:
-    """The value at a count of 1 or more, straight between the next of 1, 2, 3, 4, 6, 8, 12, ... of the table, which
-    has them from now on."""
-    power = at.bit_length() - 1
-    place, low, high = 2 * power, 1 << power, (1 << power) + (1 << power >> 1)
-    if at >= high > low:
-        place, low, high = place + 1, high, 2 << power
-    following = place + 1
-    if power == 0:
-        high, following = 2, 2
+    """The value at a count of 1 or more, between two of the table, which has them from now on."""
+    place, following, low, high = _ends(at)
     if table[place] < 0:
         table[place] = value(low)
-    if at == low:
-        return float(table[place])
-    if table[following] < 0:
+    if at > low and table[following] < 0:
         table[following] = value(high)
-    return float(table[place] + (table[following] - table[place]) * (at - low) / (high - low))
+    return float(_between(table, at))
 
 
 Floats = NDArray[np.float64]
@@ -232,28 +248,6 @@ def _compiled() -> Callable[..., tuple[int, int, int]]:
         return numba.njit(cache=True)(_run)  # type: ignore[no-any-return]
     except RuntimeError:  # no folder can be written to
         return numba.njit(_run)  # type: ignore[no-any-return]
-
-
-@numba.extending.register_jitable  # type: ignore[untyped-decorator]
-def _between(table: Any, at: int) -> Any:
-    """Straight between the next of 1, 2, 3, 4, 6, 8, 12, ...; negative where one is not known."""
-    place, low = 0, 1
-    while 2 * low <= at:
-        low *= 2
-        place += 2
-    high = low + low // 2
-    if at >= high > low:
-        low, high = high, 2 * low
-        place += 1
-    first = table[place]
-    if at == low or first < 0:
-        return first
-    if high == low:
-        high += 1
-    last = table[place + 1 if low > 1 else place + 2]
-    if last < 0:
-        return last
-    return first + (last - first) * (at - low) / (high - low)
 
 
 @numba.extending.register_jitable  # type: ignore[untyped-decorator]

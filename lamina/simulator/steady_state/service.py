@@ -15,6 +15,7 @@ from typing import TypeVar
 import numpy as np
 
 from lamina.simulator.costs.systems import (
+    PAGE_SIZE,
     Colocated,
     Disaggregated,
     Offloaded,
@@ -30,8 +31,6 @@ from lamina.simulator.traces.demand import Demand, Sample, left_of_outputs, stre
 FloatT = TypeVar("FloatT", float, Floats)
 FOREVER = 1e9
 """Seconds that no token takes, unless prefill can't keep up."""
-PAGE = 32
-"""Tokens a KV page of the engine; half of one is lost in the mean for each sequence."""
 _APART = 1e5
 """Seconds after which a request is alone."""
 _UNLIMITED = 1 << 40
@@ -80,6 +79,7 @@ class Service:
         lengths = demand.sample.prompts
         self._past = float((lengths * self._batches.past(lengths, self._budget)[1]).mean())
         self._prepared: dict[Sample, Requests] = {}
+        self._presents: dict[tuple[float, int], Integers] = {}
 
     def pace(self, batch: int) -> float:
         """Seconds from token to token with that mean batch; infinite where prefill can't keep up."""
@@ -123,8 +123,10 @@ class Service:
 
     def _at(self, stream: Sample, arrived: Floats, rate: float, places: int) -> Point:
         requests = replace(self._prepare(stream), at=arrived)
-        present = self._present(rate, places)
-        policy, usual = self._decode.policy, held(self._decode, self._demand.context + PAGE / 2)
+        if (rate, places) not in self._presents:
+            self._presents[rate, places] = self._present(rate, places)
+        present = self._presents[rate, places]
+        policy, usual = self._decode.policy, held(self._decode, self._demand.context + PAGE_SIZE / 2)
         limits = Limits(places, self._decode.capacity.tokens * policy.held, self._budget, usual)
         if self._apart is None:
             served = replay(self._batches, requests, limits, present)
@@ -141,7 +143,7 @@ class Service:
         before, number = system.prefill, len(stream)
         past = batches.past(stream.prompts, before.max_batch_tokens)
         alone = replace(
-            requests, outputs=np.ones(number, np.int64), past=past, held=requests.prompts + np.float64(PAGE / 2)
+            requests, outputs=np.ones(number, np.int64), past=past, held=requests.prompts + np.float64(PAGE_SIZE / 2)
         )
         limit = Limits(before.max_sequences, before.capacity.tokens, before.max_batch_tokens, 0.0)
         prompts = replay(batches, alone, limit, present[:0])
@@ -187,7 +189,7 @@ class Service:
                 stream.outputs,
                 self._batches.past(stream.prompts, self._budget),
                 contexts,
-                held(self._decode, contexts + PAGE / 2),
+                held(self._decode, contexts + PAGE_SIZE / 2),
             )
         return self._prepared[stream]
 

@@ -1,4 +1,4 @@
-"""What a trace asks for: a few means, and a sample of its requests. Pure arithmetic over the trace."""
+"""What a trace asks for: a few means, and its requests. Pure arithmetic over the trace."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from lamina.errors import InvalidRequest
 from lamina.simulator.traces.arrivals import Arrival, Trace
 from lamina.simulator.traces.catalogue import windows
 
-SAMPLE = 2000
-"""Requests that stand for a trace: windows that lie evenly over it."""
+MOST = 20_000
+"""Requests that are replayed: all of a trace, or windows that lie evenly over a longer one."""
 LEVELS = 64
 """Equally likely lengths that are left of an output, of sequences that decode."""
 _WINDOW = 64
@@ -44,6 +44,7 @@ class Sample:
         times: NDArray[np.float64] = self.at / rate
         return times
 
+    @lru_cache(maxsize=64)  # noqa: B019 - one object for each factor, so that what is computed of it is found again
     def with_prompts(self, factor: float) -> Sample:
         """Prompts `factor` times as long."""
         return replace(self, prompts=np.maximum(1, np.rint(self.prompts * factor)).astype(np.int64))
@@ -105,7 +106,7 @@ def demand(trace: Trace) -> Demand:
     """The means of a trace, and a sample of it. Requests that all come at once are taken to come by chance."""
     arrivals = trace.arrivals
     outputs = [arrival.output for arrival in arrivals]
-    part = windows(trace, SAMPLE).arrivals
+    part = windows(trace, MOST).arrivals
     span = trace.seconds
     times = np.array([arrival.at for arrival in part]) if span > _MOMENT else _by_chance(len(part))
     return Demand(
@@ -139,7 +140,7 @@ def _by_chance(count: int) -> NDArray[np.float64]:
     return np.cumsum(-np.log(1 - (0.5 + np.arange(count) * _GOLDEN) % 1))
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def streams(sample: Sample, replicas: int, requests: int) -> tuple[Sample, ...]:
     """What instances get of a sample that take requests in turn: every `replicas`th request. About `requests` in all,
     of one instance or, where one gets fewer, of several."""
