@@ -1,32 +1,26 @@
 #!/usr/bin/env python3
 """Cells measured on H100 and H200 beside what the simulator says of each engine's.
 
-usage: scripts/simulate_cells.py [--cells FILE] [--by model|devices] [--efficiency ENGINE] [--fit ENGINE] [--spread]
+usage: scripts/simulate_cells.py [--cells FILE] [--by model|devices] [--fit ENGINE] [--clients]
 
 First the efficiencies of each engine, which were fitted to every other cell; then, for the cells that they were fitted
-to and for those held out, the median of predicted over measured, the mean absolute error, and how often the 90 %
-interval of lamina/simulator/costs/uncertainty.toml holds. --efficiency predicts all cells by one engine's efficiencies:
-how far engines are apart. --fit fits an engine's anew (minutes), --spread prints the factors of uncertainty.toml. FILE
-is measured/gpu_cells.csv of LAMINA_TEST_DATA, or of ../shared/data; the cells are not part of this repository.
+to and for those held out, the median of predicted over measured and the mean absolute error. --fit fits an engine's
+anew (minutes), --clients what its clients take (`CLIENTS` of simulate/gpu_cells.py). scripts/simulate_engines.py says
+how far engines are apart. FILE is measured/gpu_cells.csv of LAMINA_TEST_DATA, or of ../shared/data; the cells are not
+part of this repository.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from simulate import gpu_cells
-from simulate.gpu_cells import Cell, Predicted, error, factors, grouped, holds, middle, predict
+from simulate.gpu_cells import CELLS, KINDS, Cell, Predicted, clients, error, grouped, middle, predict
 
 from lamina.simulator.costs.hardware import Catalogue, Efficiency, load
-from lamina.simulator.costs.systems import Colocated
-from lamina.simulator.costs.uncertainty import spread
-
-DATA = Path(os.environ.get("LAMINA_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
-NUMBERS = ("tpot", "ttft", "goodput")
 
 
 def print_efficiencies(catalogue: Catalogue) -> None:
@@ -38,25 +32,15 @@ def print_efficiencies(catalogue: Catalogue) -> None:
             print(f"{name:22}", *shown)
 
 
-def row(name: str, found: Sequence[Predicted], catalogue: Catalogue, efficiency: str | None) -> str:
+def row(name: str, found: Sequence[Predicted]) -> str:
     shown = f"{name:34} {len(found):5}"
     for what in ("tpot", "ttft"):
-        shown += f"  {middle(found, what):6.2f} {error(found, what):5.0%}"
-    held = []
-    for what in NUMBERS:
-        within = [
-            holds([each], what, getattr(spread(system_of(each.cell, catalogue, efficiency)), what)) for each in found
-        ]
-        held.append(f"{sum(within) / len(within):5.0%}")
-    return f"{shown}  {' '.join(held)}"
-
-
-def system_of(cell: Cell, catalogue: Catalogue, efficiency: str | None) -> Colocated:
-    return gpu_cells.system(cell, catalogue, catalogue.engines[efficiency or cell.engine])
+        shown += f"  {middle(found, what):6.2f} {error(found, what):5.1%}"
+    return shown
 
 
 def kind(cell: Cell) -> str:
-    return f"{cell.engine}, {'dense' if cell.dense else 'experts or latents'}"
+    return f"{cell.engine}, {cell.kind}"
 
 
 def fit(cells: Sequence[Cell], catalogue: Catalogue) -> Efficiency:
@@ -100,11 +84,10 @@ def fit(cells: Sequence[Cell], catalogue: Catalogue) -> Efficiency:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cells", type=Path, default=DATA / "measured" / "gpu_cells.csv")
+    parser.add_argument("--cells", type=Path, default=CELLS)
     parser.add_argument("--by", choices=("model", "devices"))
-    parser.add_argument("--efficiency", choices=tuple(load().engines))
     parser.add_argument("--fit", choices=tuple(load().engines))
-    parser.add_argument("--spread", action="store_true")
+    parser.add_argument("--clients", action="store_true")
     args = parser.parse_args()
     if not args.cells.is_file():
         parser.error(f"there is no file {args.cells}; name one by --cells")
@@ -113,28 +96,29 @@ def main() -> None:
         found = fit([cell for cell in cells if cell.engine == args.fit and not cell.held_out], catalogue)
         print(found)
         return
+    if args.clients:
+        for campaign, seconds in clients([cell for cell in cells if not cell.held_out], catalogue).items():
+            print(*campaign, f"{seconds:.3f}")
+        return
     print(f"{len(cells)} cells of a closed loop: Llama-3.1, Qwen3 and DeepSeek on H100 and H200, no SLO\n")
     print(f"{'efficiency':22}", *(f"{name:>10}" for name in catalogue.engines))
     print_efficiencies(catalogue)
-    asked = None if args.efficiency is None else catalogue.engines[args.efficiency]
-    predicted = [predict(cell, catalogue, asked) for cell in cells]
-    if args.spread:
-        for name, group in grouped([each for each in predicted if not each.cell.held_out], kind).items():
-            print(name, {what: tuple(round(each, 2) for each in factors(group, what)) for what in NUMBERS})
-        return
-    print(f"\n{'predicted / measured':34} cells  {'TPOT':>6} error  {'TTFT':>6} error  90 % holds: TPOT TTFT tokens/s")
+    predicted = [predict(cell, catalogue) for cell in cells]
+    print(f"\n{'predicted / measured':34} cells  {'TPOT':>6} error  {'TTFT':>6} error")
     for held in (False, True):
         half = [each for each in predicted if each.cell.held_out == held]
         for name, group in grouped(half, kind).items():
-            print(row(f"{name}, {'held out' if held else 'fitted'}", group, catalogue, args.efficiency))
-        print(row("all, held out" if held else "all, fitted", half, catalogue, args.efficiency))
+            print(row(f"{name}, {'held out' if held else 'fitted'}", group))
+        for name, kinds in {"dense": KINDS[:2], "experts and latents": KINDS[2:], "all": KINDS}.items():
+            group = [entry for entry in half if entry.cell.kind in kinds]
+            print(row(f"{name}, {'held out' if held else 'fitted'}", group))
     if args.by is not None:
         print()
         for name, group in grouped(
             predicted,
             lambda cell: f"{cell.model} {cell.engine}{f' {cell.devices} {cell.device}' * (args.by == 'devices')}",
         ).items():
-            print(row(name, group, catalogue, args.efficiency))
+            print(row(name, group))
 
 
 if __name__ == "__main__":

@@ -93,7 +93,8 @@ def main() -> None:
     args = parser.parse_args()
 
     catalogue = load(args.hardware)
-    choice = Choice(model(args.model), catalogue if args.efficiency == "roofline" else with_efficiency(catalogue))
+    shape = model(args.model)
+    choice = Choice(shape, with_efficiency(catalogue, catalogue.efficiency(args.efficiency, shape)))
     contexts: tuple[float, ...] = CONTEXTS
     if args.trace is not None:
         contexts = (mean_context(trace(args.trace, None, args.seed, args.trace_dir).arrivals),)
@@ -105,7 +106,7 @@ def main() -> None:
         print(json.dumps(facts, indent=1))
     else:
         said = f"{args.model}, decode alone, a token within {args.tpot * 1e3:g} ms (no SLO for the first); "
-        print(*sentences([f"{said}{catalogue.said_of(args.efficiency)}"], 0), "", sep="\n")
+        print(*sentences([f"{said}{catalogue.said_of(args.efficiency, shape)}"], 0), "", sep="\n")
         show(rows)
         print("\nLamina (arXiv 2405.01814v2) and Step-3 (arXiv 2507.19427):")
         print(*table(published), sep="\n")

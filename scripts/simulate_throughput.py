@@ -7,10 +7,9 @@ usage: scripts/simulate_throughput.py [--model M] [--trace T] [--system S,S] [--
 
 The first is `lamina simulate`, with all its options (--help); without any, five systems serve 2,000 requests of
 Azure's conversation trace. The second runs the three models of arXiv 2405.01814v2 on its traces, all requests there
-from the start and decode alone, as the paper did, through its Lamina and vLLM systems of equal cost. vLLM is run twice:
-at the bare roofline, and with the one efficiency, the same for all cells, that puts the mean gain into the middle of
-what the paper printed. --count takes so many requests of each trace (all: 15 minutes). Cells of KernelFlume and
-AFD-Ledger come first, with what had to be assumed for each.
+from the start and decode alone, as the paper did, through its Lamina and vLLM systems of equal cost, at the bare
+roofline; then by formula with each engine's numbers on both sides. --count takes so many requests of each trace (all:
+10 minutes). Cells of KernelFlume and AFD-Ledger come first, with what had to be assumed for each.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ from simulate.published import (
     BATCH_GAIN,
     GAINS,
     Cell,
+    closed_gains,
     compute_bound,
     evaluation,
-    fit_baseline,
     overlap_rows,
     table,
 )
@@ -37,7 +36,7 @@ from simulate.published import (
 from lamina.cli.main import app
 from lamina.cli.terminal import ProgressBars
 from lamina.errors import InvalidRequest
-from lamina.simulator.costs.hardware import Efficiency, load
+from lamina.simulator.costs.hardware import load
 from lamina.simulator.reports.report import sentences
 from lamina.simulator.traces.catalogue import FILES, trace
 from lamina.simulator.traces.demand import mean_context
@@ -47,37 +46,35 @@ DRAWN = " (synthetic)"
 
 
 def record(cell: Cell) -> dict[str, object]:
-    lamina, bare, fitted = cell.lamina, cell.bare, cell.fitted
+    both = cell.lamina, cell.vllm
     return {
         "model": cell.model,
         "trace": cell.trace,
         "left_out": cell.left_out,
-        "batch": [lamina.saturated_batch, bare.saturated_batch],
+        "batch": [run.saturated_batch for run in both],
         "batch_gain": cell.batch_gain,
-        "tokens_per_second": [each.saturated_tokens_per_second for each in (lamina, bare, fitted)],
-        "bare_gain": cell.bare_gain,
-        "fitted_gain": cell.fitted_gain,
-        "tbt_p50": [each.tbt.p50 for each in (lamina, bare, fitted)],
+        "tokens_per_second": [run.saturated_tokens_per_second for run in both],
+        "gain": cell.gain,
+        "tbt_p50": [run.tbt.p50 for run in both],
     }
 
 
-def head(baseline: Efficiency) -> list[str]:
+def head() -> list[str]:
     said = (
         "Lamina's evaluation (arXiv 2405.01814v2): three models, all requests there from the start, decode alone, no "
-        f"SLO; Lamina at the bare roofline, vLLM at it and at {baseline.dense[0][1]:.3f} of it in all it does, which "
-        f"is fitted. Published are gains of {GAINS[0]} to {GAINS[1]}, not by cell, and a mean batch ratio of "
-        f"{BATCH_GAIN}."
+        f"SLO, both at the bare roofline. Published are gains of {GAINS[0]} to {GAINS[1]}, not by cell, and a mean "
+        f"batch ratio of {BATCH_GAIN}."
     )
-    names = ("model", "trace", "left out", "batch", "vLLM's", "ratio", "tokens/s", "gain, bare", "fitted")
-    return [*sentences([said], 0), "", "{:11} {:26} {:>8} {:>8} {:>7} {:>6} {:>9} {:>10} {:>6}".format(*names)]
+    names = ("model", "trace", "left out", "batch", "vLLM's", "ratio", "tokens/s", "gain")
+    return [*sentences([said], 0), "", "{:11} {:26} {:>8} {:>8} {:>7} {:>6} {:>9} {:>6}".format(*names)]
 
 
 def line(cell: Cell) -> str:
     note = "*" if compute_bound(cell.model, cell.trace) else ""
     return (
         f"{cell.model:11} {cell.trace.removesuffix(DRAWN):26} {cell.left_out:8} {cell.lamina.saturated_batch:8.1f} "
-        f"{cell.bare.saturated_batch:7.1f} {cell.batch_gain:6.2f} {cell.lamina.saturated_tokens_per_second:9.0f} "
-        f"{cell.bare_gain:10.2f} {cell.fitted_gain:6.2f}{note}"
+        f"{cell.vllm.saturated_batch:7.1f} {cell.batch_gain:6.2f} {cell.lamina.saturated_tokens_per_second:9.0f} "
+        f"{cell.gain:6.2f}{note}"
     )
 
 
@@ -104,12 +101,12 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     traces = [trace(name, args.count, args.seed, args.trace_dir) for name in FILES]
-    baseline = fit_baseline({each.name: mean_context(each.arrivals) for each in traces}, load())
+    gains = closed_gains([mean_context(each.arrivals) for each in traces], load())
     peers = kernelflume_rows(load()) + afd_rows(load())
     if not args.json:
         print("KernelFlume (arXiv 2606.29207) and AFD-Ledger (arXiv 2608.04502), devices as peers.py says:")
         print(*table(peers, notes=True), "", sep="\n", flush=True)
-        print(*head(baseline), sep="\n", flush=True)
+        print(*head(), sep="\n", flush=True)
     cells = []
     with ProgressBars(lines=True) as progress:
         for cell in evaluation(traces, load(), progress):
@@ -118,10 +115,12 @@ def main() -> None:
                 progress.hide()
                 print(line(cell), flush=True)
     if args.json:
-        facts = {"vllm_efficiency": baseline.dense[0][1], "cells": [record(cell) for cell in cells]}
-        print(json.dumps({**facts, "peers": [asdict(row) for row in peers]}, indent=1))
+        facts = {"gains": gains, "cells": [record(cell) for cell in cells], "peers": [asdict(row) for row in peers]}
+        print(json.dumps(facts, indent=1))
     else:
-        print(*tail(cells), sep="\n")
+        print(*tail(cells), "\ngains by formula, all batches full, the same numbers on both sides:", sep="\n")
+        for name, values in gains.items():
+            print(f"  {name}: {sum(values) / len(values):.2f} in the mean, {min(values):.2f} to {max(values):.2f}")
 
 
 if __name__ == "__main__":

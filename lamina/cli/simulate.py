@@ -34,6 +34,7 @@ from lamina.system.text_files import write_text
 if TYPE_CHECKING:
     from lamina.measure.hardware import Calibration
     from lamina.simulator.costs.cost_model import KvPolicy, Speculation
+    from lamina.simulator.costs.shapes import ModelShape
     from lamina.simulator.event_loop.failures import Failures
     from lamina.simulator.event_loop.simulate import Slo
     from lamina.simulator.planning.inventory import Inventory
@@ -216,13 +217,13 @@ class PlanOptions:
         """Whose efficiency devices without measurements have."""
         return self.behind or self.efficiency
 
-    def devices(self, everything: bool) -> Inventory:
+    def devices(self, model: ModelShape, everything: bool) -> Inventory:
         """The inventory, with the efficiency that was asked for; `everything`: what no engine deploys, too."""
         from lamina.simulator.costs import hardware as catalogues
         from lamina.simulator.planning import inventory as inventories
 
         catalogue = catalogues.load(self.hardware)
-        reached = catalogue.efficiency(self.reached)
+        reached = catalogue.efficiency(self.reached, model)
         have = inventories.read(self.inventory, catalogue) if self.inventory else inventories.default(catalogue)
         if self.behind and not self.inventory:
             have = replace(have, links=(catalogue.link("ethernet-100g"),))  # which the plugin speaks over
@@ -250,14 +251,14 @@ def plan(asked: PlanOptions) -> None:
     from lamina.simulator.planning.plan_file import write
 
     shape = shape_of(asked.model).with_weights(asked.weights)
-    devices = asked.devices(asked.any_system or asked.behind is not None)
+    devices = asked.devices(shape, asked.any_system or asked.behind is not None)
     trace = _arriving(asked.trace, asked, slo)
     drafts = parse_speculation(asked)
     request = PlanRequest(asked.model, shape, devices, trace, slo, asked.budget, rate, asked.prefill, drafts)
     if asked.behind is not None:
         _weigh(asked, asked.behind, request)
         return
-    compared = asked.devices(everything=True) if asked.compare else None
+    compared = asked.devices(shape, everything=True) if asked.compare else None
     with ProgressBars(lines=True) as progress:
         planned = make_plan(
             request, check=asked.verify, seed=asked.seed, compare=compared, progress=progress, mapped=on_all_cores
@@ -269,7 +270,7 @@ def plan(asked: PlanOptions) -> None:
     if asked.as_json:
         print_json(plan_record(planned))
     else:
-        reached = catalogues.load(asked.hardware).said_of(asked.efficiency)
+        reached = catalogues.load(asked.hardware).said_of(asked.efficiency, shape)
         heading = header(planned.demand, shape.name, asked.slo, asked.efficiency, asked.budget)
         remarks = [f"The trace {trace.name}: {remark}." for remark in trace.remarks]
         if not asked.any_system:
@@ -308,7 +309,7 @@ def _weigh(asked: PlanOptions, engine: str, request: PlanRequest) -> None:
         print_json(weighed_record(weighed))
     else:
         heading = header(request.demand, request.model.name, asked.slo, engine, asked.budget)
-        reached = catalogues.load(asked.hardware).said_of(engine)
+        reached = catalogues.load(asked.hardware).said_of(engine, request.model)
         print_weighed(weighed, heading, reached, asked.prefill)
 
 
@@ -383,8 +384,8 @@ def simulate(asked: SimulateOptions) -> None:
     from lamina.simulator.traces.demand import demand
 
     catalogue = catalogues.load(asked.hardware)
-    available = catalogues.with_efficiency(catalogue, catalogue.efficiency(asked.efficiency))
     shape, drafts = shape_of(asked.model).with_weights(asked.weights), parse_speculation(asked)
+    available = catalogues.with_efficiency(catalogue, catalogue.efficiency(asked.efficiency, shape))
     choice = Choice(shape, available, parse_policy(asked.policy), asked.lanes, asked.link, drafts)
     systems = [build(name, choice) for name in _names(asked.system)]
     trace = trace_of(asked.trace, asked.count or None, asked.seed, asked.trace_dir)
@@ -400,7 +401,7 @@ def simulate(asked: SimulateOptions) -> None:
             prefill=asked.prefill,
             seed=asked.seed,
             progress=progress,
-            assumptions=assumed(catalogue.said_of(asked.efficiency), asked.prefill, trace, choice),
+            assumptions=assumed(catalogue.said_of(asked.efficiency, shape), asked.prefill, trace, choice),
             failures=failures,
         )
     load = demand(trace)

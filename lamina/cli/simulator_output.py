@@ -131,7 +131,8 @@ def _promises(found: Planned) -> list[tuple[str, str, str]]:
     for key, name, scale, form in _PROMISED:
         if (sure := found.intervals.get(key)) is not None:
             low, value, high = (format(bound * scale, form) for bound in (sure.low, sure.value, sure.high))
-            rows.append((name, value, f"{low} to {high}" if low != high else "exact"))
+            likely = "at the prices given" if key == "dollars_per_hour" else f"{low} to {high}"
+            rows.append((name, value, likely))
     return rows
 
 

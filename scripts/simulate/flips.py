@@ -58,9 +58,11 @@ def requests(count: int) -> list[PlanRequest]:
     made = []
     for name, devices, traced, slo, rate, budget in ASKED:
         have = tuple(Have(known.device(device), n) for device, n in devices)
-        inventory = with_efficiency(Inventory(have, (known.link("fhbn-400g"),)), known.typical)
+        inventory = Inventory(have, (known.link("fhbn-400g"),))
         part = windows(trace(traced), count)
-        made.append(PlanRequest(name, model(name), inventory, part, slo, budget, rate))
+        shape = model(name)
+        inventory = with_efficiency(inventory, known.efficiency("typical", shape))
+        made.append(PlanRequest(name, shape, inventory, part, slo, budget, rate))
     return made
 
 

@@ -3,11 +3,11 @@
 The cells are a public sample of ai-dynamo/aiconfigurator (Apache-2.0), TTFT and TPOT in milliseconds; they are no part
 of this repository. What is known of how they were measured, and what had to be assumed:
 
-- `c` users, each of whom asks again when answered. Lengths of prompts in powers of two: a run of about eight requests a
-  user, the first of which come all at once (`FIRST`); in round decimal numbers: after a warm-up.
+- `c` users, each of whom asks again when answered; their first requests, a share of all (`first_share`), come at once.
+- Each campaign has its own client and front end, whose time before a first token is beside the engine's (`CLIENTS`).
 - SGLang's cells of Qwen3-32B: all users in step, whose outputs are all of one length.
-- FP8 checkpoints with vLLM and TensorRT-LLM keep KV in 8 bits but for latents: cells are there that 16 bits have no
-  room for. SGLang's, and all of 16 bits, keep it in 16.
+- FP8 checkpoints with vLLM and TensorRT-LLM keep KV in 8 bits: cells are there that 16 bits have no room for. SGLang's,
+  and all of 16 bits, keep it in 16.
 - TensorRT-LLM's cells of Llama-3.1-8B: one user fewer than there are is served at a time. Their TTFT is larger than the
   others' by the length of an answer over so many, whatever the model's parallelism.
 - "64" devices of DeepSeek are one machine of eight: 8 by tensor and expert parallelism. The same numbers are listed as
@@ -18,7 +18,7 @@ of this repository. What is known of how they were measured, and what had to be 
 from __future__ import annotations
 
 import csv
-import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,16 +26,25 @@ from statistics import fmean, median
 
 from simulate.closed_loop import closed_loop
 
+from lamina.errors import InvalidRequest
 from lamina.simulator.costs.hardware import Catalogue, Efficiency
 from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import Colocated
-from lamina.simulator.costs.uncertainty import sparse
 
-FIRST = 0.14
-"""The share of users' first requests in a run without a warm-up."""
+CELLS = (
+    Path(os.environ.get("LAMINA_TEST_DATA", Path(__file__).parents[3] / "shared" / "data")) / "measured/gpu_cells.csv"
+)
+CLIENTS = {
+    ("vllm", "llama-3.1-70b"): 0.025, ("vllm", "llama-3.1-8b"): 0.025, ("vllm", "qwen3-32b"): 0.036,
+    ("vllm", "qwen3-235b-a22b"): 0.06, ("sglang", "llama-3.1-8b"): 0.099, ("sglang", "qwen3-32b"): 0.109,
+    ("sglang", "qwen3-235b-a22b"): 0.244, ("sglang", "deepseek-v3"): 0.181, ("trtllm", "llama-3.1-70b"): 0.026,
+    ("trtllm", "llama-3.1-8b"): 0.03, ("trtllm", "qwen3-32b"): 0.097, ("trtllm", "qwen3-235b-a22b"): 0.144,
+    ("trtllm", "deepseek-v3"): 0.263,
+}  # fmt: skip
+"""Seconds before a first token of an engine's cells of a model, instead of its `first_token_overhead`: least relative
+errors of TTFT over the fitted half (`scripts/simulate_cells.py --clients`)."""
 BATCH_TOKENS = 8192
-FITTED = 13
-"""Numbers of an engine's efficiency that are fitted to its cells."""
+KINDS = ("small", "dense", "sparse")
 MODELS = {
     "Llama-3.1-70B": "llama-3.1-70b",
     "Llama-3.1-8B-Instruct": "llama-3.1-8b",
@@ -64,14 +73,32 @@ class Cell:
     tpot: float
 
     @property
-    def dense(self) -> bool:
-        """Without experts or latents."""
-        return not sparse(model(self.model))
+    def kind(self) -> str:
+        """As `ModelShape.kind` has it."""
+        return model(self.model).kind
 
     @property
     def held_out(self) -> bool:
         """Every other cell: nothing was fitted to it."""
         return self.number % 2 == 1
+
+    @property
+    def tokens_per_second(self) -> float:
+        """As measured, of all users."""
+        return tokens_per_second(self, self.ttft, self.tpot)
+
+    @property
+    def campaign(self) -> tuple[str, str]:
+        """The cells that were measured alike: an engine's of a model."""
+        return self.engine, self.model
+
+    @property
+    def first_share(self) -> float:
+        """The share of users' first requests: one in seven, but in round decimal numbers those of vLLM and TensorRT-LLM
+        follow a warm-up, and TensorRT-LLM's of Llama-3.1-70B are longer runs."""
+        if self.campaign == ("trtllm", "llama-3.1-70b"):
+            return 0.07
+        return 0.0 if self.prompt % 1000 == 0 and self.engine != "sglang" else 0.14
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +110,9 @@ class Predicted:
     tpot: float
 
     def ratio(self, what: str) -> float:
-        """Predicted over measured, of "ttft" or "tpot"."""
+        """Predicted over measured, of "ttft", "tpot" or "goodput": tokens a second of all users."""
+        if what == "goodput":
+            return tokens_per_second(self.cell, self.ttft, self.tpot) / self.cell.tokens_per_second
         return float(getattr(self, what) / getattr(self.cell, what))
 
 
@@ -113,7 +142,7 @@ def system(cell: Cell, catalogue: Catalogue, efficiency: Efficiency) -> Colocate
     shape = model(cell.model)
     if cell.fp8:
         shape = replace(shape, element=1.0)
-    kv = 1.0 if cell.fp8 and cell.engine != "sglang" and cell.model != "deepseek-v3" else 2.0
+    kv = 1.0 if cell.fp8 and cell.engine != "sglang" else 2.0
     return Colocated(
         model=shape,
         device=replace(catalogue.device(cell.device), efficiency=efficiency),
@@ -125,10 +154,13 @@ def system(cell: Cell, catalogue: Catalogue, efficiency: Efficiency) -> Colocate
 
 
 def predict(cell: Cell, catalogue: Catalogue, efficiency: Efficiency | None = None) -> Predicted:
-    """By the efficiency of the cell's engine unless another is given."""
-    whole = system(cell, catalogue, efficiency or catalogue.engines[cell.engine])
-    in_step = cell.engine == "sglang" and cell.model == "qwen3-32b"
-    found = closed_loop(
+    """By the efficiency of the cell's engine, with what is known of its campaign's client; or by one that is given."""
+    if efficiency is None:
+        engine = catalogue.engines[cell.engine]
+        efficiency = replace(engine, first_token_overhead=CLIENTS[cell.campaign])
+    whole = system(cell, catalogue, efficiency)
+    in_step = cell.campaign == ("sglang", "qwen3-32b")
+    result = closed_loop(
         whole,
         cell.users,
         cell.prompt,
@@ -137,8 +169,7 @@ def predict(cell: Cell, catalogue: Catalogue, efficiency: Efficiency | None = No
         variation=0.0 if in_step else 0.1,
         prefill_first=cell.engine == "sglang",
     )
-    warm = cell.prompt % 1000 == 0
-    return Predicted(cell, found.mean_ttft(0.0 if warm else FIRST), found.tpot)
+    return Predicted(cell, result.mean_ttft(cell.first_share), result.tpot)
 
 
 def error(found: Iterable[Predicted], what: str) -> float:
@@ -164,24 +195,21 @@ def tokens_per_second(cell: Cell, ttft: float, tpot: float) -> float:
     return cell.users * cell.output / (ttft + (cell.output - 1) * tpot)
 
 
-def factors(found: Sequence[Predicted], what: str) -> tuple[float, float]:
-    """Measured over predicted without the 3 % of cells at either end, so that 90 % of others lie between: widened by
-    sqrt(1 + p / n) in logarithms, since p numbers were fitted to these n cells. `what` is "tpot", "ttft" or
-    "goodput"."""
-    ratios = sorted(1 / _ratio(each, what) for each in found)
-    beyond = int(0.03 * len(ratios))
-    wider = math.sqrt(1 + FITTED / len(ratios))
-    return min(1.0, ratios[beyond]) ** wider, max(1.0, ratios[-1 - beyond]) ** wider
+def clients(cells: Iterable[Cell], catalogue: Catalogue) -> dict[tuple[str, str], float]:
+    """`CLIENTS` anew, of these cells."""
+    rest: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for cell in cells:
+        alone = predict(cell, catalogue, replace(catalogue.engines[cell.engine], first_token_overhead=0.0))
+        rest.setdefault(cell.campaign, []).append((cell.ttft - alone.ttft, 1 / cell.ttft))
+    return {campaign: max(0.0, weighted_quantile(values, 0.5)) for campaign, values in rest.items()}
 
 
-def _ratio(found: Predicted, what: str) -> float:
-    if what != "goodput":
-        return found.ratio(what)
-    cell = found.cell
-    return tokens_per_second(cell, found.ttft, found.tpot) / tokens_per_second(cell, cell.ttft, cell.tpot)
-
-
-def holds(found: Sequence[Predicted], what: str, within: tuple[float, float]) -> float:
-    """The share of cells whose measured number lies between these factors times the predicted one."""
-    low, high = within
-    return fmean(low <= 1 / _ratio(each, what) <= high for each in found)
+def weighted_quantile(values: Iterable[tuple[float, float]], share: float) -> float:
+    """Of (value, weight): the value up to which this share of the weight is."""
+    ordered = sorted(values)
+    wanted = share * sum(weight for _, weight in ordered) - 1e-9
+    for value, weight in ordered:
+        wanted -= weight
+        if wanted <= 0:
+            return value
+    raise InvalidRequest(f"a quantile of {len(ordered)} values was asked for; allowed are 1 or more")

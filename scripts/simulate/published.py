@@ -7,7 +7,7 @@ do not print, but that follow from theirs by arithmetic, are "derived"; none of 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from lamina.errors import InvalidRequest
@@ -19,7 +19,6 @@ from lamina.simulator.costs.systems import Colocated, Offloaded, price
 from lamina.simulator.event_loop.results import RunResult
 from lamina.simulator.event_loop.simulate import Progress, simulate
 from lamina.simulator.traces.arrivals import Trace, all_at_once
-from lamina.simulator.traces.demand import mean_context
 
 EQUAL_COST = (("llama-33b", 1, 2, 2), ("llama-65b", 2, 4, 4), ("llama-3-70b", 2, 4, 4))
 """Lamina's table 5: a model, its DOP(a, b) of H100 and H20, and how many H100 vLLM has for about as much."""
@@ -67,21 +66,21 @@ def table(rows: Iterable[Row], notes: bool = False) -> Iterator[str]:
             yield from textwrap.wrap(row.note, 92, initial_indent="    ", subsequent_indent="    ")
 
 
-def equal_cost(name: str, catalogue: Catalogue, baseline: Efficiency = ROOFLINE) -> tuple[Offloaded, Colocated]:
+def equal_cost(name: str, catalogue: Catalogue, reached: Efficiency = ROOFLINE) -> tuple[Offloaded, Colocated]:
     """The two systems of about equal cost that Lamina compares for a model: two lanes over FHBN, and vLLM with tensor
-    parallelism, whose devices reach what `baseline` says."""
+    parallelism. The devices of both reach the same."""
     a, b, parallel = next((a, b, parallel) for known, a, b, parallel in EQUAL_COST if known == name)
-    shape, h100 = model(name), catalogue.device("h100")
+    shape, (h100, h20) = model(name), (replace(catalogue.device(each), efficiency=reached) for each in ("h100", "h20"))
     offloaded = Offloaded(
         model=shape,
         model_device=h100,
         model_count=a,
-        attention_device=catalogue.device("h20"),
+        attention_device=h20,
         attention_count=b,
         link=catalogue.link("fhbn-400g"),
         lanes=2,
     )
-    return offloaded, Colocated(model=shape, device=replace(h100, efficiency=baseline), tensor_parallel=parallel)
+    return offloaded, Colocated(model=shape, device=h100, tensor_parallel=parallel)
 
 
 def lamina_rows(catalogue: Catalogue) -> list[Row]:
@@ -180,50 +179,39 @@ def step3_units(device: Device) -> tuple[float, float]:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One model on one trace, three systems full: decode alone, as Lamina's evaluation has it."""
+    """One model on one trace, both systems full, at the bare roofline: decode alone, as Lamina's evaluation has it."""
 
     model: str
     trace: str
     left_out: int
     """Requests of which not two fit into the smaller system."""
     lamina: RunResult
-    bare: RunResult
-    """vLLM at the bare roofline."""
-    fitted: RunResult
-    """vLLM with the efficiency that was fitted."""
+    vllm: RunResult
 
     @property
-    def bare_gain(self) -> float:
-        return self.lamina.saturated_tokens_per_second / self.bare.saturated_tokens_per_second
-
-    @property
-    def fitted_gain(self) -> float:
-        return self.lamina.saturated_tokens_per_second / self.fitted.saturated_tokens_per_second
+    def gain(self) -> float:
+        return self.lamina.saturated_tokens_per_second / self.vllm.saturated_tokens_per_second
 
     @property
     def batch_gain(self) -> float:
-        return self.lamina.saturated_batch / self.bare.saturated_batch
+        return self.lamina.saturated_batch / self.vllm.saturated_batch
 
 
 def evaluation(traces: Iterable[Trace], catalogue: Catalogue, progress: Progress | None = None) -> Iterator[Cell]:
-    """Lamina's evaluation: each of its models on each trace, with the baseline that `fit_baseline` finds for them."""
+    """Lamina's evaluation: each of its models on each trace."""
     traces = list(traces)
-    baseline = fit_baseline({trace.name: mean_context(trace.arrivals) for trace in traces}, catalogue)
     for name, *_ in EQUAL_COST:
         for trace in traces:
-            yield cell(name, trace, catalogue, baseline, progress)
+            yield cell(name, trace, catalogue, progress)
 
 
-def cell(name: str, trace: Trace, catalogue: Catalogue, baseline: Efficiency, progress: Progress | None = None) -> Cell:
-    """Run the requests of a trace, all there from the start, through the systems. Their steady states are compared."""
-    offloaded, bare = equal_cost(name, catalogue)
-    most = min(offloaded.kv_tokens, bare.kv_tokens) // 2
+def cell(name: str, trace: Trace, catalogue: Catalogue, progress: Progress | None = None) -> Cell:
+    """Run the requests of a trace, all there from the start, through both systems. Their steady states are compared."""
+    systems = equal_cost(name, catalogue)
+    most = min(system.kv_tokens for system in systems) // 2
     fitting = tuple(arrival for arrival in trace.arrivals if arrival.prompt + arrival.output <= most)
     full = all_at_once(Trace(trace.name, fitting))
-    runs = [
-        simulate(system, full, prefill=False, prefix_cache=False, progress=progress)
-        for system in (offloaded, bare, equal_cost(name, catalogue, baseline)[1])
-    ]
+    runs = [simulate(system, full, prefill=False, prefix_cache=False, progress=progress) for system in systems]
     for run in runs:
         if not run.saturated_tokens:
             raise InvalidRequest(
@@ -232,41 +220,24 @@ def cell(name: str, trace: Trace, catalogue: Catalogue, baseline: Efficiency, pr
     return Cell(name, trace.name, len(trace.arrivals) - len(fitting), *runs)
 
 
-def closed_gain(name: str, catalogue: Catalogue, context: float, baseline: Efficiency = ROOFLINE) -> float:
-    """The gain of a full Lamina over a full vLLM where every sequence has `context` tokens: for fitting, in no time."""
+def closed_gain(name: str, catalogue: Catalogue, context: float, reached: Efficiency = ROOFLINE) -> float:
+    """The gain of a full Lamina over a full vLLM where every sequence has `context` tokens."""
     rates = []
-    for system in equal_cost(name, catalogue, baseline):
+    for system in equal_cost(name, catalogue, reached):
         batch = max(1.0, system.kv_tokens / context)
         rates.append(batch / system.step(Load(batch, context)).seconds)
     return rates[0] / rates[1]
 
 
-def fit_baseline(contexts: Mapping[str, float], catalogue: Catalogue) -> Efficiency:
-    """The one share of the roofline that vLLM must have reached for the gains to lie, in their mean, in the middle of
-    what Lamina printed. `contexts`: mean tokens of KV of a sequence, by trace. `COMPUTE_BOUND` is left out.
-    """
-    cells = [(name, trace) for name, *_ in EQUAL_COST for trace in contexts if not compute_bound(name, trace)]
-
-    def mean(share: float) -> float:
-        efficiency = uniform(share)
-        return sum(closed_gain(name, catalogue, contexts[trace], efficiency) for name, trace in cells) / len(cells)
-
-    return uniform(_solve(mean, sum(GAINS) / 2))
+def closed_gains(contexts: Iterable[float], catalogue: Catalogue) -> dict[str, list[float]]:
+    """The gain of each model at each of these contexts, at the bare roofline and with each engine's numbers, which both
+    systems reach."""
+    contexts = list(contexts)
+    return {
+        name: [closed_gain(known, catalogue, context, reached) for known, *_ in EQUAL_COST for context in contexts]
+        for name, reached in {"bare roofline": ROOFLINE, **catalogue.engines}.items()
+    }
 
 
 def compute_bound(name: str, trace: str) -> bool:
     return name == COMPUTE_BOUND[0] and trace.startswith(COMPUTE_BOUND[1])
-
-
-def uniform(share: float) -> Efficiency:
-    return Efficiency(dense=((1.0, share),), attention=((1.0, share),))
-
-
-def _solve(falling: Callable[[float], float], target: float) -> float:
-    low, high = 0.05, 1.0
-    if not falling(high) <= target <= falling(low):
-        raise InvalidRequest(f"no efficiency from {low} to {high} gives a mean gain of {target:.2f}")
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if falling(middle) > target else (low, middle)
-    return round((low + high) / 2, 3)

@@ -114,9 +114,11 @@ def regret(case: Case, requests: int) -> Regret:
     """Plan, then simulate all that could be better."""
     known = hardware.load()
     have = tuple(Have(known.device(name), count) for name, count in case.have)
-    inventory = with_efficiency(Inventory(have, tuple(known.link(link) for link in case.links)), known.typical)
+    shape = model(case.model)
+    inventory = Inventory(have, tuple(known.link(link) for link in case.links))
+    inventory = with_efficiency(inventory, known.efficiency("typical", shape))
     trace, slo = trace_of(case.trace, case.count), Slo(case.ttft, case.tpot)
-    request = PlanRequest(case.model, model(case.model), inventory, trace, slo, case.budget, case.rate)
+    request = PlanRequest(case.model, shape, inventory, trace, slo, case.budget, case.rate)
     asked = request.demand
     began = time.process_time()
     ranked = find(request, asked, loop=EventRuns(trace, asked, slo, True, 0)).ranked

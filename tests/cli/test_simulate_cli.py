@@ -308,7 +308,7 @@ def test_systems_have_the_papers_sizes_unless_devices_are_named() -> None:
     many = build("lamina:h100x2+h20x9", choice)
     assert isinstance(many, Offloaded)
     assert many.shard == "sequence"
-    assert with_efficiency(known).device("h100").efficiency == known.typical
+    assert with_efficiency(known, known.engines["vllm"]).device("h100").efficiency == known.engines["vllm"]
     assert with_efficiency(known, ROOFLINE).device("h100").efficiency == ROOFLINE
 
 

@@ -35,7 +35,7 @@ def weighed(
     output: int = 50,
 ) -> Weighed:
     arrivals = tuple(Arrival(every * number, prompt, output) for number in range(40))
-    inventory = with_efficiency(inventory, KNOWN.efficiency("vllm"))
+    inventory = with_efficiency(inventory, KNOWN.engines["vllm"])
     request = PlanRequest(name, model(name), inventory, Trace("even", arrivals), slo)
     return weigh(request, "vllm", check=check)
 

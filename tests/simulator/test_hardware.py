@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from lamina.simulator.costs.hardware import (
     load,
     loads,
 )
+from lamina.simulator.costs.model_configs import model
 from lamina.system.toml_models import MAX_BYTES
 
 DEVICE = """
@@ -32,6 +34,7 @@ memory = 24_000_000_000
 bandwidth = 1e12
 price = 0
 """
+DENSE = model("llama-3-70b")
 LINK = '[[link]]\nname = "wire"\nbandwidth = 1e9\nround_trip = 1e-4\n'
 
 
@@ -55,14 +58,16 @@ def test_every_number_of_the_catalogue_has_a_source() -> None:
             value = getattr(entry, item.name)
             if item.name not in ("name", "kind", "efficiency", "sources") and value != item.default:
                 assert len(entry.sources.get(item.name, "")) > 10, (entry, item.name)
+    assert all(re.search(r"\(20\d\d\)", device.sources["price"]) for device in catalogue.devices.values())
 
 
 def test_devices_of_the_catalogue_are_bare_rooflines() -> None:
     catalogue = load()
     assert {device.efficiency for device in catalogue.devices.values()} == {ROOFLINE}
     assert {device.kind for device in catalogue.devices.values()} == set(KINDS)
-    assert catalogue.typical == catalogue.efficiency("typical") == catalogue.engines["vllm"]
-    assert catalogue.efficiency("Roofline") == ROOFLINE
+    assert catalogue.efficiency("typical", DENSE) == catalogue.engines["vllm"]
+    assert catalogue.efficiency("typical", model("deepseek-v3")) == catalogue.engines["trtllm"]
+    assert catalogue.efficiency("Roofline", DENSE) == ROOFLINE
     assert load() is catalogue  # read once
 
 
@@ -100,37 +105,37 @@ def test_a_user_s_file_adds_and_replaces(tmp_path: Path) -> None:
     assert catalogue.link("wire") == Link("wire", 1e9, 1e-4)
     assert (catalogue.device("h100").price, load().device("h100").price) == (0, 11.06)
     assert catalogue.device("h20") is load().device("h20")
-    assert catalogue.typical == Efficiency(collective=0.5)
+    assert catalogue.efficiency("typical", DENSE) == catalogue.typical == Efficiency(collective=0.5)
     assert len(catalogue.devices) == len(load().devices) + 1
     file.write_text(LINK)
-    assert load(file).typical == load().typical
+    assert load(file).typical is None
 
 
 def test_a_user_s_engine_has_its_efficiency_by_name(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text('[[engine]]\nname = "Ours"\ncompute = 0.5\nexperts = 0.25\n')
     catalogue = load(file)
-    assert catalogue.efficiency("ours") == Efficiency(compute=0.5, experts=0.25)
-    assert catalogue.said_of("OURS") == "devices without measurements reach what ours of the hardware file says"
-    assert "what vllm reached of H100 and H200" in catalogue.said_of("typical")
-    assert "this project's own engine was not measured" in catalogue.said_of("typical")
-    assert "an upper bound" in catalogue.said_of("roofline")
+    assert catalogue.efficiency("ours", DENSE) == Efficiency(compute=0.5, experts=0.25)
+    assert catalogue.said_of("OURS", DENSE) == "devices without measurements reach what ours of the hardware file says"
+    assert "what vllm reached of H100 and H200" in catalogue.said_of("typical", DENSE)
+    assert "what trtllm reached of H100 and H200" in catalogue.said_of("typical", model("qwen3-30b-a3b"))
+    assert "this project's own engine was not measured" in catalogue.said_of("typical", DENSE)
+    assert "an upper bound" in catalogue.said_of("roofline", DENSE)
     with pytest.raises(InvalidRequest, match="'best'; allowed are roofline, typical, vllm, sglang, trtllm, ours"):
-        catalogue.efficiency("best")
+        catalogue.efficiency("best", DENSE)
     file.write_text('[[engine]]\nname = "typical"\n')
     with pytest.raises(
         InvalidRequest, match="engine 'typical' has a name that is taken; allowed are others than roofline, typical"
     ):
         load(file)
     file.write_text("[typical]\ncompute = 0.5\n")
-    assert (
-        load(file).said_of("typical") == "devices without measurements reach what [typical] of the hardware file says"
-    )
+    reached = "devices without measurements reach what [typical] of the hardware file says"
+    assert load(file).said_of("typical", DENSE) == reached
 
 
 def test_the_catalogue_can_be_written() -> None:
     catalogue = load()
-    written = dumps(catalogue.devices.values(), catalogue.links.values(), catalogue.typical, catalogue.engines)
+    written = dumps(catalogue.devices.values(), catalogue.links.values(), None, catalogue.engines)
     assert loads(written) == catalogue
 
 
@@ -167,7 +172,7 @@ devices = st.builds(
 def test_what_is_written_is_read_back(device: Device, typical: Efficiency | None) -> None:
     again = loads(dumps([device], typical=typical))
     assert again.device("a device") == replace(device, flops=float(device.flops))
-    assert again.typical == (typical or ROOFLINE)
+    assert again.typical == typical
     assert hash(again.device("a device")) == hash(again.device("A DEVICE"))
 
 

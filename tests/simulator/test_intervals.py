@@ -12,7 +12,7 @@ from ranked_candidates import checked, ranked
 from lamina.simulator.costs.hardware import ROOFLINE, Efficiency, load
 from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import Colocated, Offloaded, System
-from lamina.simulator.costs.uncertainty import Spread, basis, sparse, spread
+from lamina.simulator.costs.uncertainty import Spread, basis, spread
 from lamina.simulator.event_loop.results import RunResult
 from lamina.simulator.planning.candidates import Candidate
 from lamina.simulator.planning.intervals import intervals
@@ -40,7 +40,7 @@ def test_every_number_has_an_interval_at_least_as_wide_as_the_cost_models_error(
 
 
 def test_the_event_loop_says_what_becomes_of_slower_and_faster_devices() -> None:
-    found = checked(ranked(together(4, H100.measured_or(KNOWN.typical))), share=0.95)
+    found = checked(ranked(together(4, H100.measured_or(KNOWN.engines["vllm"]))), share=0.95)
     paces: list[float] = []
 
     def run(system: System) -> RunResult:
@@ -61,26 +61,28 @@ def test_the_event_loop_says_what_becomes_of_slower_and_faster_devices() -> None
 HARDWARE = load()
 LINK = HARDWARE.link("fhbn-400g")
 
-MEASURED = Efficiency(compute=0.5)
+VLLM, MEASURED = HARDWARE.engines["vllm"], Efficiency(compute=0.5)
 
 
-def of_model(name: str = "llama-3.1-8b", efficiency: Efficiency = HARDWARE.typical) -> Colocated:
+def of_model(name: str = "llama-3-70b", efficiency: Efficiency = VLLM) -> Colocated:
     return Colocated(model=model(name), device=replace(HARDWARE.device("h100"), efficiency=efficiency))
 
 
 def test_a_spread_is_of_whose_efficiency_it_is_and_of_what_model() -> None:
     assert [basis(each) for each in (ROOFLINE, HARDWARE.engines["sglang"], MEASURED)] == [
-        "roofline", "sglang", "measured",
+        "roofline", "engine", "measured",
     ]  # fmt: skip
-    assert [sparse(model(name)) for name in ("llama-3.1-8b", "mixtral-8x7b", "minicpm3-4b")] == [False, True, True]
-    dense, experts = spread(of_model()), spread(of_model("qwen3-30b-a3b"))
-    assert "vLLM" in dense.source
-    assert dense != experts
+    names = ("llama-3.1-8b", "qwen3-32b", "mixtral-8x7b", "minicpm3-4b")
+    assert [model(name).kind for name in names] == ["small", "dense", "sparse", "sparse"]
+    small, dense, experts = (spread(of_model(name)) for name in ("llama-3.1-8b", "llama-3-70b", "qwen3-30b-a3b"))
+    assert len({small, dense, experts}) == 3
+    assert all("each left out" in found.source for found in (small, dense, experts))
+    assert spread(of_model(efficiency=HARDWARE.engines["sglang"])) == dense  # another engine is planned
     assert spread(of_model(efficiency=ROOFLINE)).tpot[0] == spread(of_model(efficiency=ROOFLINE)).goodput[1] == 1.0
 
 
 def test_an_engine_s_efficiency_is_less_sure_on_devices_that_nobody_measured_it_on() -> None:
-    elsewhere = replace(of_model(), device=replace(HARDWARE.device("h20"), efficiency=HARDWARE.typical))
+    elsewhere = replace(of_model(), device=replace(HARDWARE.device("h20"), efficiency=VLLM))
     low, high = spread(of_model()).tpot
     assert spread(elsewhere).tpot[0] < low
     assert spread(elsewhere).tpot[1] > high
@@ -90,9 +92,9 @@ def test_an_engine_s_efficiency_is_less_sure_on_devices_that_nobody_measured_it_
 
 
 def test_a_wire_widens_and_two_kinds_of_devices_are_as_unsure_as_the_worse() -> None:
-    fast = replace(HARDWARE.device("h100"), efficiency=HARDWARE.typical)
+    fast = replace(HARDWARE.device("h100"), efficiency=VLLM)
     known = replace(HARDWARE.device("h20"), efficiency=MEASURED)
-    apart = Offloaded(model=model("llama-3.1-8b"), model_device=fast, attention_device=known, link=LINK)
+    apart = Offloaded(model=model("llama-3-70b"), model_device=fast, attention_device=known, link=LINK)
     alone, split = spread(of_model()), spread(apart)
     for name in ("tpot", "ttft", "goodput"):
         (low, high), (lower, higher) = getattr(alone, name), getattr(split, name)

@@ -95,7 +95,7 @@ def test_what_is_left_out_has_a_default(tmp_path: Path) -> None:
 
 
 def test_only_devices_that_nobody_measured_become_typical(tmp_path: Path) -> None:
-    typical = hardware.load().typical
+    typical = hardware.load().engines["vllm"]
     found = inventory.with_efficiency(inventory.read(written(tmp_path, WHOLE)), typical)
     assert found.have[0].device.efficiency == typical
     assert found.have[1].device.efficiency.dense == ((1.0, 0.5), (256.0, 0.8))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
+from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import pytest
-from simulate.gpu_cells import Cell, Predicted, error, factors, grouped, holds, middle, predict, read, system
+from simulate.gpu_cells import CELLS, CLIENTS, KINDS, Cell, Predicted, clients, error, grouped, middle, predict, read
 from simulate.peers import LEDGER_ERROR, Layer, afd_rows, kernelflume_rows
 from simulate.published import (
     BATCH_GAIN,
@@ -18,17 +17,19 @@ from simulate.published import (
     Row,
     cell,
     closed_gain,
+    closed_gains,
     evaluation,
-    fit_baseline,
     lamina_rows,
     overlap_rows,
     step3_rows,
     table,
-    uniform,
 )
+from simulate_engines import NUMBERS, Engines, factors, held, holds, pairs
 
-from lamina.simulator.costs.hardware import load
-from lamina.simulator.costs.uncertainty import spread
+from lamina.simulator.costs.hardware import TYPICAL, load
+from lamina.simulator.costs.model_configs import model
+from lamina.simulator.costs.systems import Colocated
+from lamina.simulator.costs.uncertainty import RATIO_ERROR, spread
 from lamina.simulator.traces.arrivals import Arrival, Trace
 from lamina.simulator.traces.figures import published
 from lamina.simulator.traces.synthetic import synthetic
@@ -73,24 +74,22 @@ def test_the_evaluation_has_a_cell_for_each_model_and_trace() -> None:
     assert [cell.model for cell in cells] == ["llama-33b", "llama-65b", "llama-3-70b"]
     for each in cells:
         assert each.left_out + each.lamina.finished == 110
-        assert each.fitted_gain > each.bare_gain
+        assert each.vllm.finished == each.lamina.finished
 
 
-def test_a_fitted_baseline_reaches_them() -> None:
-    baseline = fit_baseline(CONTEXTS, HARDWARE)
-    assert baseline == uniform(baseline.dense[0][1])
-    assert 0.6 < baseline.dense[0][1] < 0.9
-    for name, *_ in EQUAL_COST:
-        for context in CONTEXTS.values():
-            assert GAINS[0] <= closed_gain(name, HARDWARE, context, baseline) <= GAINS[1]
+def test_with_the_same_numbers_on_both_sides_no_engine_reaches_them() -> None:
+    gains = closed_gains(CONTEXTS.values(), HARDWARE)
+    assert {name: round(sum(values) / len(values), 2) for name, values in gains.items()} == {
+        "bare roofline": 1.19, "vllm": 1.26, "sglang": 1.24, "trtllm": 1.17,
+    }  # fmt: skip
+    assert max(map(max, gains.values())) < GAINS[1]
 
 
 def test_llama_3_70b_reaches_a_batch_of_800_on_azure_conv() -> None:
-    result = cell("llama-3-70b", synthetic(published()["azure-conv"], 900, seed=0), HARDWARE, uniform(0.77))
+    result = cell("llama-3-70b", synthetic(published()["azure-conv"], 900, seed=0), HARDWARE)
     assert result.lamina.saturated_batch == pytest.approx(800, rel=0.1)
     assert result.batch_gain == pytest.approx(BATCH_GAIN, rel=0.15)
-    assert result.bare_gain == pytest.approx(1.0, abs=0.1)
-    assert result.fitted_gain == pytest.approx(result.bare_gain / 0.77, rel=0.05)
+    assert result.gain == pytest.approx(1.0, abs=0.1)
     assert result.left_out == 0
 
 
@@ -133,8 +132,6 @@ def test_tables_say_what_is_derived_in_a_hundred_columns() -> None:
 # Cells that others measured on GPUs. The efficiencies were fitted to every other cell; the rest are held out, and kept
 # to the same bounds.
 
-ROOT = Path(__file__).parents[2]
-CELLS = Path(os.environ.get("LAMINA_TEST_DATA", ROOT.parent / "shared" / "data")) / "measured" / "gpu_cells.csv"
 needs_cells = pytest.mark.skipif(not CELLS.is_file(), reason=f"the measured cells are not at {CELLS}")
 
 
@@ -144,7 +141,7 @@ def predicted() -> tuple[Predicted, ...]:
 
 
 def of(*, dense: bool, held_out: bool) -> list[Predicted]:
-    return [each for each in predicted() if each.cell.dense == dense and each.cell.held_out == held_out]
+    return [each for each in predicted() if (each.cell.kind != "sparse") == dense and each.cell.held_out == held_out]
 
 
 @needs_cells
@@ -159,33 +156,57 @@ def test_time_per_token_of_measured_cells(held_out: bool) -> None:
 def test_time_to_first_token_of_measured_cells(held_out: bool) -> None:
     vllm = [each for each in of(dense=True, held_out=held_out) if each.cell.engine == "vllm"]
     assert error(vllm, "ttft") <= 0.15
+    assert error(of(dense=True, held_out=held_out) + of(dense=False, held_out=held_out), "ttft") <= 0.22
+
+
+@needs_cells
+def test_what_clients_take_is_of_the_cells_that_were_fitted_to() -> None:
+    anew = clients([cell for cell in read(CELLS) if not cell.held_out], HARDWARE)
+    assert {campaign: round(seconds, 3) for campaign, seconds in anew.items()} == CLIENTS
 
 
 @needs_cells
 def test_no_engine_is_off_in_the_middle() -> None:
-    for name, found in grouped(predicted(), lambda cell: f"{cell.engine} {cell.dense}").items():
+    for name, found in grouped(predicted(), lambda cell: f"{cell.engine} {cell.kind == 'sparse'}").items():
         assert 0.9 <= middle(found, "tpot") <= 1.1, name
 
 
+@cache
+def engines(kind: str) -> Engines:
+    return Engines(kind, tuple(read(CELLS)), HARDWARE)
+
+
 @needs_cells
-@pytest.mark.parametrize("what", ["tpot", "ttft", "goodput"])
-def test_ninety_percent_intervals_hold_where_nothing_was_fitted(what: str) -> None:
-    held = [each for each in predicted() if each.cell.held_out]
-    within = [
-        holds([each], what, getattr(spread(system(each.cell, HARDWARE, HARDWARE.engines[each.cell.engine])), what))
-        for each in held
-    ]
-    assert sum(within) / len(within) >= 0.85
+@pytest.mark.parametrize("kind", KINDS)
+def test_intervals_hold_for_an_engine_that_was_left_out(kind: str) -> None:
+    """Those of uncertainty.toml, which are of the fitted half, on the half that is held out."""
+    shape = next(cell.model for cell in engines(kind).cells if cell.kind == kind)
+    best = engines(kind).best(engines(kind).names)
+    assert best == TYPICAL[kind]
+    device = replace(HARDWARE.device("h100"), efficiency=HARDWARE.engines[best])
+    printed = spread(Colocated(model=model(shape), device=device, tensor_parallel=8))
+    for what in NUMBERS:
+        tried = held(engines(kind), what)
+        assert tried.within == getattr(printed, what)
+        assert tried.share >= 0.85
+        assert min(tried.by_engine.values()) >= 0.75
 
 
-def test_factors_leave_out_three_in_a_hundred_at_either_end() -> None:
-    """Of 101 cells from 0.5 to 1.5 times what was measured, 98 from 0.53 to 1.47; and a little more, as 13 numbers were
-    fitted."""
+@needs_cells
+def test_ratios_of_two_systems_are_off_by_no_more_than_is_said() -> None:
+    for kind in KINDS:
+        off = list(pairs([cell for cell in read(CELLS) if cell.kind == kind], HARDWARE, "devices"))
+        assert sum(value <= 1 + RATIO_ERROR[kind] for value in off) >= 0.85 * len(off) > 0
+
+
+def test_factors_leave_out_five_in_a_hundred_at_either_end_of_each_engine() -> None:
+    """Two engines, of 101 cells from 0.5 to 1.5 times what was measured and of one cell at 1, which weighs as much: of
+    the 101 ten at either end are left out; and more, as one engine more is planned."""
     cell = Cell(0, "qwen3-32b", "h100", "vllm", False, 1, 100, 11, 4, ttft=1.0, tpot=0.1)
-    found = [Predicted(cell, 1.0, 0.1 * (1 + number / 100)) for number in range(-50, 51)]
-    low, high = factors(found, "tpot")
-    wider = math.sqrt(1 + 13 / 101)
-    assert (low, high) == (pytest.approx(1.47**-wider), pytest.approx(0.53**-wider))
-    assert holds(found, "tpot", (1 / 1.47001, 1 / 0.52999)) == pytest.approx(95 / 101)
-    fast = 2.0 / 1.5  # 1 + 10 x 0.05 seconds, and 1 + 10 x 0.1
-    assert factors(found[:1], "goodput") == (pytest.approx(fast ** -math.sqrt(14)), 1.0)
+    many = [Predicted(cell, 1.0, 0.1 * (1 + number / 100)) for number in range(-50, 51)]
+    low, high = factors({"vllm": many, "sglang": [Predicted(cell, 1.0, 0.1)]}, "tpot")
+    wider = math.sqrt(1 + 1 / 2)
+    assert (low, high) == (pytest.approx(1.4**-wider, abs=0.006), pytest.approx(0.6**-wider, abs=0.006))
+    assert holds(many, "tpot", (1 / 1.47001, 1 / 0.52999)) == pytest.approx(95 / 101)
+    fast = Predicted(cell, 1.0, 0.05)  # 1 + 10 x 0.05 seconds, and 1 + 10 x 0.1
+    assert fast.ratio("goodput") == pytest.approx(2 / 1.5)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from planning import FHBN, H20, H100, SLO, there_are
 
-from lamina.simulator.costs.hardware import load, with_efficiency
+from lamina.simulator.costs.hardware import load
 from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded
 from lamina.simulator.event_loop.simulate import Slo, simulate
@@ -65,7 +65,9 @@ def test_a_plan_divides_memory_for_the_sequences_that_come() -> None:
     )
 
 
-CROWDED = Colocated(model=model("llama-3-70b"), device=with_efficiency(load()).device("h100"), tensor_parallel=4)
+CROWDED = Colocated(
+    model=model("llama-3-70b"), device=load().device("h100").measured_or(load().engines["vllm"]), tensor_parallel=4
+)
 BUSY = at_rate(trace("azure-conv", 300, 0), 20.0)
 
 

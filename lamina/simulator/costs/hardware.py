@@ -12,7 +12,7 @@ Numbers with their sources are in `hardware.toml` beside this file; users add th
     [link.sources]
     [[engine]]                  # an Efficiency that was measured of an engine, by its name
     [engine.sources]
-    [typical]                   # an Efficiency for devices without measurements; the packaged one is an engine's
+    [typical]                   # an Efficiency for devices without measurements, instead of `TYPICAL`
 
 All units are SI: bytes, seconds, FLOP, watts; prices are US dollars an hour. What is wrong is an InvalidRequest that
 names the file, the entry, the value and what is allowed.
@@ -34,6 +34,7 @@ from pydantic import Field
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.bounds import MAX_ENTRIES
 from lamina.simulator.costs.efficiency import ROOFLINE, Curve, Efficiency, at, check
+from lamina.simulator.costs.shapes import ModelShape
 from lamina.system.text_files import toml_value
 from lamina.system.toml_models import Table, read_tables, validated
 
@@ -47,8 +48,9 @@ __all__ = [
     "extended", "load", "loads", "with_efficiency",
 ]  # fmt: skip
 
-TYPICAL = "vllm"
-"""The engine whose efficiency devices without measurements are given, unless a file has [typical]. This project's own
+TYPICAL = {"small": "vllm", "dense": "vllm", "sparse": "trtllm"}
+"""The engine whose efficiency devices without measurements are given, by the kind of model, unless a file has
+[typical]: the one whose numbers miss the others' cells least (scripts/simulate_engines.py). This project's own
 engine is not among those that were measured on GPUs."""
 _T = TypeVar("_T")
 KINDS = ("gpu", "tpu", "npu", "cpu")
@@ -134,11 +136,11 @@ def connection(link: Link, *ends: Device) -> float:
 @dataclass(frozen=True, slots=True)
 class Catalogue:
     """Devices, links and engines' efficiencies by name, in lower case. `typical`: an efficiency for devices without
-    measurements."""
+    measurements; None: that of `TYPICAL`'s engine."""
 
     devices: Mapping[str, Device]
     links: Mapping[str, Link]
-    typical: Efficiency = ROOFLINE
+    typical: Efficiency | None = None
     engines: Mapping[str, Efficiency] = field(default_factory=dict)
 
     def device(self, name: str) -> Device:
@@ -149,17 +151,18 @@ class Catalogue:
         """The link of that name, in any case. Raises InvalidRequest, which lists what is known."""
         return _entry("link", self.links, name)
 
-    def efficiency(self, name: str) -> Efficiency:
-        """The efficiency of that name: an engine's, `typical`, or `roofline`. Raises InvalidRequest, which lists
-        them."""
-        efficiencies = {"roofline": ROOFLINE, "typical": self.typical, **self.engines}
+    def efficiency(self, name: str, model: ModelShape) -> Efficiency:
+        """The efficiency of that name: an engine's, `roofline`, or `typical`, which is by the kind of model. Raises
+        InvalidRequest, which lists them."""
+        typical = self.engines.get(TYPICAL[model.kind], ROOFLINE) if self.typical is None else self.typical
+        efficiencies = {"roofline": ROOFLINE, "typical": typical, **self.engines}
         if (efficiency := efficiencies.get(str(name).lower())) is None:
             raise InvalidRequest(f"efficiency is {name!r:.80}; allowed are {', '.join(efficiencies)}")
         return efficiency
 
-    def said_of(self, name: str) -> str:
+    def said_of(self, name: str, model: ModelShape) -> str:
         """What devices without measurements reach by the efficiency of that name, in words. Raises InvalidRequest."""
-        efficiency = self.efficiency(name)
+        efficiency = self.efficiency(name, model)
         if efficiency == ROOFLINE:
             return "devices without measurements reach their best, all the time: an upper bound"
         for engine, measured in self.engines.items():
@@ -218,9 +221,8 @@ def extended(catalogue: Catalogue, data: Mapping[str, Any]) -> Catalogue:
     )
 
 
-def with_efficiency(catalogue: Catalogue, efficiency: Efficiency | None = None) -> Catalogue:
-    """The catalogue with an efficiency for devices without measurements: the typical one unless another is given."""
-    efficiency = catalogue.typical if efficiency is None else efficiency
+def with_efficiency(catalogue: Catalogue, efficiency: Efficiency) -> Catalogue:
+    """The catalogue with an efficiency for devices without measurements."""
     devices = {name: device.measured_or(efficiency) for name, device in catalogue.devices.items()}
     return replace(catalogue, devices=devices)
 
@@ -249,8 +251,7 @@ def dumps(
 
 @functools.cache
 def _packaged() -> Catalogue:
-    catalogue = loads(resources.files("lamina.simulator.costs").joinpath("hardware.toml").read_text(encoding="utf-8"))
-    return replace(catalogue, typical=catalogue.engines[TYPICAL])
+    return loads(resources.files("lamina.simulator.costs").joinpath("hardware.toml").read_text(encoding="utf-8"))
 
 
 class _Engine(Table, extra="allow"):

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -25,6 +25,8 @@ CHUNK = 64
 """Tokens that a prompt's states are advanced by at a time: what flash-linear-attention takes."""
 _FLOAT32 = 4
 _MOST = 1 << 20
+SMALL = 2e10
+"""Parameters below which the host takes much of a dense model's step. Measured were 8, 32 and 70 billion."""
 _UPDATES = {"lightning": 5, "mamba2": 5, "gated_delta": 7, "kda": 7}
 """FLOPs of one number of a state and one token: its decay, the outer product of k and v, the product with q, and for
 delta rules the product with k besides."""
@@ -232,6 +234,13 @@ class ModelShape:
     def parameters(self) -> int:
         layers = sum(group.layers * group.parameters for group in self.groups)
         return layers + self.embedding + self.vectors + (0 if self.tied else self.head)
+
+    @cached_property
+    def kind(self) -> Literal["small", "dense", "sparse"]:
+        """Which measured models it is like: "sparse" with experts, or latents for KV; "small" below `SMALL`."""
+        if any(group.experts or group.prompt_score_flops for group in self.groups):  # latents alone differ in prompts
+            return "sparse"
+        return "small" if self.parameters < SMALL else "dense"
 
     @cached_property
     def weight_bytes(self) -> float:

@@ -17,7 +17,7 @@ from lamina.simulator.planning.candidates import Candidate, candidates
 from lamina.simulator.planning.event_runs import EventRuns
 from lamina.simulator.planning.inventory import Have, Inventory
 from lamina.simulator.planning.plan import PlanRequest
-from lamina.simulator.planning.planner import RATIO_ERROR, Ranked, advantage, closely, rank
+from lamina.simulator.planning.planner import Ranked, advantage, closely, rank, ratio_error
 from lamina.simulator.planning.run_progress import Mapped, one_by_one
 from lamina.simulator.planning.sensitivity import Prices
 from lamina.simulator.traces.demand import Demand
@@ -92,7 +92,7 @@ class Weighed:
         """What gives most for a dollar, of what serves all if something does. Workers have to be better than the engine
         alone by more than what such a comparison is off by."""
         best = self.alone
-        for way, needed in ((self.elsewhere, 1.0), (self.workers, 1 + RATIO_ERROR)):
+        for way, needed in ((self.elsewhere, 1.0), (self.workers, 1 + ratio_error(best.ranked))):
             if way is not None:
                 gain = way.ranked.serves, advantage(way.ranked, best.ranked)
                 best = way if gain > (best.ranked.serves, needed) else best

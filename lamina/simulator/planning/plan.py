@@ -31,7 +31,7 @@ from lamina.simulator.planning.event_runs import EventRuns
 from lamina.simulator.planning.intervals import intervals
 from lamina.simulator.planning.inventory import Inventory
 from lamina.simulator.planning.plan_file import Plan, TraceSummary
-from lamina.simulator.planning.planner import RATIO_ERROR, Ranked, advantage, limited, mixes, near_ties, rank
+from lamina.simulator.planning.planner import Ranked, advantage, limited, mixes, near_ties, rank, ratio_error
 from lamina.simulator.planning.quantities import market
 from lamina.simulator.planning.run_progress import Mapped, one_by_one
 from lamina.simulator.planning.sensitivity import Changes, Prices, Sensitivity, Unseen, at_price, sensitivity
@@ -253,10 +253,11 @@ def split_pays(best: Mapping[str, Ranked]) -> str:
         able = "the best split serves all that is asked for, and nothing without does"
         unable = "nothing that offloads attention serves all that is asked for, and the best without does"
         return f"The split pays: {able}." if mine.serves else f"The split does not pay: {unable}."
-    if gain > 1 + RATIO_ERROR:
+    error = ratio_error(mine)
+    if gain > 1 + error:
         return f"The split pays: {sentence}."
-    if gain >= 1 / (1 + RATIO_ERROR):
-        return f"The split does not pay: {sentence}, a tie within the error of such a comparison ({RATIO_ERROR:.0%})."
+    if gain >= 1 / (1 + error):
+        return f"The split does not pay: {sentence}, a tie within the error of such a comparison ({error:.0%})."
     return f"The split does not pay: {sentence}."
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System, with_decode
+from lamina.simulator.costs.uncertainty import RATIO_ERROR
 from lamina.simulator.event_loop.results import ATTAINMENT, RunResult
 from lamina.simulator.event_loop.simulate import Progress, Slo
 from lamina.simulator.planning.candidates import Candidate
@@ -228,10 +229,9 @@ def _order(ranked: Ranked) -> tuple[bool, float, float, float, str]:
     return not ranked.serves, -ranked.goodput_per_dollar, -forecast.capacity, forecast.tpot, ranked.name
 
 
-RATIO_ERROR = 0.10
-"""How far a ratio of two systems' throughput is off. Of 252 pairs of measured cells on H100 and H200 (the public sample
-of ai-dynamo/aiconfigurator, commit 095f58a51) that differ in their tensor parallel size alone, half are within 9.7 %,
-and of 11 that differ in the device alone 90 % within 8.5 %. AFD-Ledger (arXiv 2608.04502) states 6.6 to 9.6 %."""
+def ratio_error(ranked: Ranked) -> float:
+    """How far a ratio of its throughput to another system's is off."""
+    return RATIO_ERROR[ranked.candidate.system.model.kind]
 
 
 def lossless(ranked: Ranked) -> bool:
@@ -242,7 +242,7 @@ def lossless(ranked: Ranked) -> bool:
 
 def handicap(ranked: Ranked) -> float:
     """How many times better than others a candidate has to be: one that loses something, by what errors are."""
-    return 1.0 if lossless(ranked) else 1 + RATIO_ERROR
+    return 1.0 if lossless(ranked) else 1 + ratio_error(ranked)
 
 
 def advantage(one: Ranked, other: Ranked) -> float:
@@ -261,7 +261,8 @@ def tied(one: Ranked, other: Ranked) -> bool:
     """Whether the two differ by no more than the error of such a comparison: both serve all, or neither does."""
     if one.serves != other.serves:
         return False
-    return 1 / (1 + RATIO_ERROR) <= advantage(one, other) <= 1 + RATIO_ERROR
+    within = 1 + ratio_error(one)
+    return 1 / within <= advantage(one, other) <= within
 
 
 def near_ties(ranked: Sequence[Ranked]) -> tuple[Ranked, ...]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from lamina.simulator.costs.systems import Offloaded, System
 from lamina.simulator.event_loop.results import ATTAINMENT, RunResult
 from lamina.simulator.event_loop.simulate import Slo
-from lamina.simulator.planning.planner import RATIO_ERROR, Ranked, advantage, best, lossless
+from lamina.simulator.planning.planner import Ranked, advantage, best, lossless, ratio_error
 from lamina.simulator.planning.quantities import links, scaled
 from lamina.simulator.steady_state.closed_form import Estimate, estimate, slow_link
 from lamina.simulator.traces.demand import Demand
@@ -147,7 +147,7 @@ def _ties_said(winner: Ranked, ties: Sequence[Ranked]) -> str:
     more = f", and {len(ties) - _NAMED} more" if len(ties) > _NAMED else ""
     chosen = "the cheapest of them that reads all KV" if lossless(winner) else f"the cheapest, with the policy {first}"
     return (
-        f"Ties, as a comparison of two systems is off by up to {RATIO_ERROR:.0%}: {names}{more}. "
+        f"Ties, as a comparison of two systems may be off by {ratio_error(winner):.0%}: {names}{more}. "
         f"The plan takes {chosen}."
     )
 
