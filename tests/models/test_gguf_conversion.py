@@ -7,6 +7,7 @@ import struct
 from dataclasses import replace
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from gguf_writing import FAMILIES, tiny, write_gguf
@@ -81,7 +82,11 @@ def test_keys_that_a_gemma_3_may_have_reach_its_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"llama__expert_count": 8}, "mixture"),
+        ({"llama__expert_count": 8}, "llama.expert_used_count is None"),
+        (
+            {"llama__expert_count": 8, "llama__expert_used_count": 2},
+            "no tensor 'ffn_down_exps.weight' in any layer",
+        ),
         ({"llama__attention__value_length": 16}, "values"),
         ({"llama__attention__sliding_window": 1 << 31}, "sliding_window"),
         ({"llama__attention__key_length": 15}, r"x\.gguf has a head_dim of 15; RoPE needs an even one"),
@@ -92,6 +97,24 @@ def test_what_is_not_implemented_is_named(tmp_path: Path, extra: dict[str, int],
     path = write_gguf(tmp_path / "x.gguf", model.config, model.state_dict(), **extra)
     with pytest.raises(LaminaError, match=message):
         converted(path)
+
+
+def test_experts_of_a_dense_family_are_refused(tmp_path: Path) -> None:
+    model = tiny("qwen3")
+    path = write_gguf(tmp_path / "x.gguf", model.config, model.state_dict(), qwen3__expert_count=8)
+    with pytest.raises(UnsupportedModelError, match="mixture of experts; of 'qwen3' only dense"):
+        converted(path)
+
+
+def test_a_kind_that_cannot_be_read_is_refused_with_those_that_can(tmp_path: Path) -> None:
+    model = tiny("llama")
+    path = write_gguf(tmp_path / "x.gguf", model.config, model.state_dict())
+    file = GgufFile(path)
+    tensor = file.tensors["blk.1.ffn_down.weight"]
+    file.tensors["blk.1.ffn_down.weight"] = replace(tensor, kind=gguf.GGMLQuantizationType.TQ1_0)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UnsupportedModelError, match=r"blk\.1\.ffn_down.* as TQ1_0; supported are F64, .*MXFP4.*IQ4_XS"):
+        convert(file, tmp_path / "out", str(path))
 
 
 def test_a_gguf_that_contradicts_itself_names_tensor_and_shapes(tmp_path: Path) -> None:
@@ -109,7 +132,7 @@ def test_an_unknown_architecture_lists_what_is_supported(tmp_path: Path) -> None
     path = tmp_path / "x.gguf"
     key = struct.pack("<Q20sIQ5s", 20, b"general.architecture", 8, 5, b"mamba")
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + key)
-    with pytest.raises(UnsupportedModelError, match=r"'mamba'.*llama, mistral, qwen2, qwen3, gemma3"):
+    with pytest.raises(UnsupportedModelError, match=r"'mamba'.*llama, mistral, mixtral, qwen2, .*kimi-linear"):
         converted(path)
 
 

@@ -123,6 +123,34 @@ def test_digits_are_split_as_the_vocabulary_was_trained(tmp_path: Path, pre: str
     assert build(write(tmp_path / "x.gguf", byte_level(pre))).encode(" 121x").tokens == pieces
 
 
+TEXT = "HelloWorld's 12345 a//\n\n 漢字かなe\u0301!?"
+PIECES = {
+    "llama-bpe": "HelloWorld|'s| |123|45| a|//\n\n| 漢字かなe|\u0301!?",
+    "glm4": "HelloWorld|'s| |123|45| a|//\n\n| 漢字かなe|\u0301!?",
+    "dbrx": "HelloWorld|'s| |123|45| a|//\n\n| 漢字かなe|\u0301!?",
+    "qwen2": "HelloWorld|'s| |1|2|3|4|5| a|//\n\n| 漢字かなé|!?",
+    "qwen35": "HelloWorld|'s| |1|2|3|4|5| a|//\n\n| 漢字かなé|!?",
+    "gpt-4o": "Hello|World's| |123|45| a|//\n\n| 漢字かなe\u0301|!?",
+    "tekken": "Hello|World|'s| |1|2|3|4|5| a|//\n\n| 漢字かなe\u0301|!?",
+    "kimi-k2": "Hello|World's| |123|45| a|//\n\n| |漢字|かなe\u0301|!?",
+    "deepseek-v3": "HelloWorld|'s| |123|45| a|//\n\n| |漢字かな|e\u0301|!?",
+    "deepseek-llm": "HelloWorld|'|s| |1|2|3|4|5| a|//|\n|\n| |漢字かな|e|\u0301|!?",
+    "deepseek-coder": "HelloWorld|'|s| |1|2|3|4|5| a|//|\n|\n| |漢字かな|e|\u0301|!?",
+    "seed-coder": "HelloWorld|'s| |1|2|3|4|5| a|//|\n\n| 漢字かなe|\u0301!?",
+    "command-r": "HelloWorld|'s| |1|2|3|4|5| a|//|\n\n| 漢字かなé|!?",
+    "refact": "HelloWorld|'s| |1|2|3|4|5| a|//|\n\n| 漢字かなe|\u0301!?",
+    "gpt-2": "HelloWorld|'s| 12345| a|//|\n\n| 漢字かなe|\u0301!?",
+}
+
+
+@pytest.mark.parametrize("pre", PIECES)
+def test_texts_are_split_as_the_vocabulary_was_trained(tmp_path: Path, pre: str) -> None:
+    tokenizer = build(write(tmp_path / "x.gguf", byte_level(pre)))
+    text = TEXT if tokenizer.normalizer is None else tokenizer.normalizer.normalize_str(TEXT)
+    pieces = [text[begin:end] for _, (begin, end) in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+    assert "|".join(pieces) == PIECES[pre]
+
+
 def test_qwen2_composes_characters_first(tmp_path: Path) -> None:
     tokenizer = build(write(tmp_path / "x.gguf", byte_level("qwen2")))
     assert tokenizer.encode("e\u0301").ids == tokenizer.encode("\u00e9").ids
@@ -143,7 +171,7 @@ def test_companion_files_name_special_tokens(tmp_path: Path) -> None:
     ("change", "error", "message"),
     [
         ({"model": "bert"}, UnsupportedModelError, "'bert'; supported are gpt2, llama"),
-        ({"pre": "falcon"}, UnsupportedModelError, "'falcon'; supported are smollm"),
+        ({"pre": "falcon"}, UnsupportedModelError, "'falcon'; supported are llama-bpe, .*smollm"),
         ({"bos_token_id": 1 << 20}, ModelFileError, r"bos token is 1048576; allowed is 0 to \d+"),
         ({"merges": ["no such"]}, ModelFileError, "malformed tokenizer"),
         ({"merges": ["one"]}, ModelFileError, "malformed tokenizer"),

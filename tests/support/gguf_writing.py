@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from gguf_layouts import add_metadata, architecture, tensors
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
@@ -39,38 +40,6 @@ FAMILIES = {
     "qwen3": Qwen3Config(**SIZES, rope_theta=1e6),
     "gemma3": Gemma3TextConfig(**SIZES | {"num_hidden_layers": 7}, sliding_window=32, query_pre_attn_scalar=8),
 }
-PARTS = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-GEMMA3_PARTS = PARTS | {
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}
-WHOLE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-
-
-def gguf_name(name: str, arch: str) -> str:
-    stem, _, kind = name.rpartition(".")
-    if stem in WHOLE:
-        return f"{WHOLE[stem]}.{kind}"
-    _, _, layer, part = stem.split(".", 3)
-    return f"blk.{layer}.{(GEMMA3_PARTS if arch == 'gemma3' else PARTS)[part]}.{kind}"
-
-
-def permuted(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
-    """What llama.cpp's converter does to q and k of the llama family (convert_hf_to_gguf.py, `permute`)."""
-    return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
 def random_blocks(kind: str, n_out: int, n_in: int, seed: int = 0) -> np.ndarray[Any, Any]:
@@ -78,18 +47,21 @@ def random_blocks(kind: str, n_out: int, n_in: int, seed: int = 0) -> np.ndarray
     K kinds, but any bytes are codes and scales; only the factors of the scales are put in."""
     draw = np.random.default_rng(seed)
     code = gguf.GGMLQuantizationType[kind]
-    if not kind.endswith("_K"):
+    if kind not in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"):
         return gguf.quants.quantize(draw.standard_normal((n_out, n_in), dtype=np.float32) * n_in**-0.5, code)
-    raw = draw.integers(0, 256, (n_out, n_in // 256, gguf.GGML_QUANT_SIZES[code][1]), dtype=np.uint8)
-    factor = (draw.uniform(0.5, 1.0, (n_out, n_in // 256, 1)) * n_in**-0.5).astype(np.float32)
+    numbers, size = gguf.GGML_QUANT_SIZES[code]
+    raw = draw.integers(0, 256, (n_out, n_in // numbers, size), dtype=np.uint8)
+    factor = (draw.uniform(0.5, 1.0, (n_out, n_in // numbers, 1)) * n_in**-0.5).astype(np.float32)
 
     def half(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         return x.astype(np.float16).view(np.uint8)
 
     if kind == "Q2_K":
         raw[..., -4:-2], raw[..., -2:] = half(factor / 32), half(factor / 16)
-    elif kind == "Q6_K":
-        raw[..., -2:] = half(factor / 2048)
+    elif kind in ("Q3_K", "Q6_K"):
+        raw[..., -2:] = half(factor / (64 if kind == "Q3_K" else 2048))
+    elif kind.startswith("IQ4"):
+        raw[..., :2] = half(factor / (64 if kind == "IQ4_NL" else 2048))
     else:
         raw[..., :2], raw[..., 2:4] = half(factor / (32 << (kind == "Q5_K")) / 8), half(factor / 32)
     return raw.reshape(n_out, -1)
@@ -103,46 +75,20 @@ def write_gguf(
     kinds: for the ends of the file's names, such as "attn_q.weight", random blocks of that kind in the place of the
     weights.
     """
-    arch = {"mistral": "llama", "gemma3_text": "gemma3"}.get(config.model_type, config.model_type)
-    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
-    writer = gguf.GGUFWriter(path, arch)
+    writer = gguf.GGUFWriter(path, architecture(config))
     writer.add_name("tiny")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(rope["rope_theta"])
-    if arch == "llama":
-        writer.add_rope_dimension_count(config.head_dim)
-    else:
-        writer.add_key_length(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    if config.model_type in ("mistral", "gemma3_text"):
-        writer.add_sliding_window(config.sliding_window)
-    if rope["rope_type"] == "llama3":
-        half = config.head_dim // 2
-        wavelength = 2 * np.pi * rope["rope_theta"] ** (np.arange(half) / half)
-        smooth = np.clip((8192 / wavelength - 1) / 3, 0, 1)
-        writer.add_tensor("rope_freqs.weight", (1 / ((1 - smooth) / 8 + smooth)).astype(np.float32))
+    add_metadata(writer, config)
     for key, value in extra.items():
         writer.add_uint32(key.replace("__", "."), value)
     add_vocabulary(writer, config.vocab_size)
-    heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
-    for name, tensor in weights.items():
-        values = tensor.float().numpy()
-        for part, count in heads.items():
-            if arch == "llama" and part in name:
-                values = permuted(values, count)
-        if arch == "gemma3" and name.endswith("norm.weight"):
-            values = values + 1  # as llama.cpp's converter does
-        own = gguf_name(name, arch)
+    for own, tensor in tensors(config, weights).items():
+        values = tensor.numpy()
         kind = next((kind for end, kind in (kinds or {}).items() if own.endswith(end)), None)
         if kind is None:
             writer.add_tensor(own, np.ascontiguousarray(values))
         else:
-            blocks = random_blocks(kind, *values.shape, seed=zlib.crc32(own.encode()))
+            blocks = random_blocks(kind, values.size // values.shape[-1], values.shape[-1], zlib.crc32(own.encode()))
+            blocks = blocks.reshape(*values.shape[:-1], -1)
             writer.add_tensor(own, blocks, raw_dtype=gguf.GGMLQuantizationType[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

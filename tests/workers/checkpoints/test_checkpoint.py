@@ -173,10 +173,37 @@ def test_a_header_that_would_take_gigabytes_is_refused_before_it_is_parsed(tmp_p
 @pytest.mark.fault("F26")
 @pytest.mark.parametrize("lie", [{"size": math.inf}, {"added": 10**400}])
 def test_a_record_of_numbers_that_are_too_large_is_refused(tmp_path: Path, lie: dict[str, float]) -> None:
-    tensor = {"kind": "F32", "shape": [1], "offset": 0, "permuted": 0, "added": 0} | lie
+    tensor = {"shape": [1], "parts": [{"kind": "F32", "shape": [1, 1]}]} | lie
     record = {"file": "m.gguf", "size": 8, "header": 4, "sha256": "", "tensors": {"x": tensor}} | lie
     (tmp_path / "gguf.json").write_text(json.dumps(record))
     with pytest.raises(ModelFileError, match="OverflowError"):
+        read_record(tmp_path)
+
+
+PART = {"kind": "Q4_0", "shape": [4, 32], "offset": 8}
+
+
+@pytest.mark.fault("F26")
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        ({"shape": [5, 32], "parts": [PART]}, "not what its parts are"),
+        ({"shape": [4, 31], "parts": [PART | {"shape": [4, 31]}]}, "not what its parts are"),
+        ({"shape": [8, 32], "parts": [PART, PART], "heads": 3}, "not what its parts are"),
+        ({"shape": [4, 32], "parts": [PART | {"turned": [1, 3, 2]}]}, "not what its parts are"),
+        ({"shape": [4, 32], "parts": [PART | {"turned": [2, 2]}]}, "not what its parts are"),
+        ({"shape": [4, 32], "parts": [PART], "columns": [1, 5, 2]}, "not what its parts are"),
+        ({"shape": [4, 32], "parts": [PART | {"by_head": 3}]}, "not what its parts are"),
+        ({"shape": [4, 32], "parts": [PART | {"offset": 9}]}, "leaves the 80 bytes"),
+        ({"shape": [4, 32], "parts": [PART | {"shape": [-4, -32]}]}, "allowed are sizes"),
+        ({"shape": [4, 32], "parts": [PART | {"kind": "Q9"}]}, "cannot read"),
+        ({"shape": [4, 32], "parts": []}, "not what its parts are"),
+    ],
+)
+def test_a_record_whose_parts_do_not_fit_is_refused(tmp_path: Path, tensor: dict[str, Any], message: str) -> None:
+    record = {"file": "m.gguf", "size": 80, "header": 4, "sha256": "", "tensors": {"x": tensor}}
+    (tmp_path / "gguf.json").write_text(json.dumps(record))
+    with pytest.raises(ModelFileError, match=message):
         read_record(tmp_path)
 
 

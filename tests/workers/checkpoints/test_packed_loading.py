@@ -13,14 +13,17 @@ import pytest
 import torch
 from dense_attention import DenseAttention
 from engine_rig import TINY, Tensors
-from gguf_writing import permuted, write_gguf
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from gguf_layouts import permuted
+from gguf_writing import random_blocks, write_gguf
+from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, Qwen2Config
 
 from lamina.models.gguf_conversion import convert
 from lamina.models.gguf_files import GgufFile
 from lamina_kernels.dense.dense import Linear, repacks
 from lamina_kernels.packed.matrix import PackedMatrix
+from lamina_kernels.packed.pack import bytes_of, can_pack
 from lamina_workers.checkpoints.model_checkpoint import open_checkpoint
+from lamina_workers.checkpoints.packed_tensors import GgmlBlocks
 from lamina_workers.checkpoints.weight_loader import Packing, kept_bytes, packed_kind
 from lamina_workers.decoder.decoder_weights import DecoderWeights, load_weights
 from lamina_workers.decoder.model import Decoder
@@ -38,6 +41,7 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 128,
 }
 PACKED = Packing(packed=True)
+OTHERS = ["Q2_K", "IQ4_NL", "IQ4_XS"]
 PLAIN = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
 KINDS: dict[str, dict[str, str]] = {kind: {f"{name}.weight": kind for name in (
     "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "token_embd", "output"
@@ -169,15 +173,65 @@ def test_a_cut_inside_of_a_block_is_said_once(made: Made, caplog: pytest.LogCapt
 
 
 def test_what_cannot_be_packed_is_unpacked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    kinds = KINDS["Q4_0"] | {"attn_k.weight": "Q2_K", "ffn_up.weight": "none"}
+    kinds = dict(KINDS["Q4_0"])
     del kinds["ffn_up.weight"]
     folder = folder_of(tmp_path, kinds)
-    found = loaded(folder, PACKED)
-    assert not is_packed(found.layers[0].qkv, folder)
+    with caplog.at_level("INFO", "lamina"):
+        found = loaded(folder, PACKED)
     assert not is_packed(found.layers[0].mlps[0].mlp.gate_up, folder)  # type: ignore[union-attr]
     assert is_packed(found.layers[0].output, folder)
-    assert "Q2_K" in caplog.text
+    assert "unpacked, 1.0 MiB as torch.float32" in caplog.text  # the gate beside it
     check_same(found, loaded(folder, Packing()))
+
+
+@pytest.mark.parametrize(("kind", "exact"), [("MXFP4", True), ("Q3_K", True), *((k, False) for k in OTHERS)])
+def test_kinds_that_kernels_lack_become_ones_that_they_have(tmp_path: Path, kind: str, exact: bool) -> None:
+    """As they are where another kind has the same numbers, else rounded to 8 bits."""
+    blocks = GgmlBlocks(kind, torch.from_numpy(random_blocks(kind, 48, 512)), 512)
+    rows, code = torch.arange(40, 8, -1), gguf.GGMLQuantizationType[kind]
+    part = blocks.cut(rows, slice(256, 512))
+    assert part is not None
+    wanted = torch.from_numpy(gguf.quants.dequantize(blocks.raw.numpy(), code))[rows, 256:]
+    assert can_pack(part.kind, *part.shape)
+    matrix = part.pack(torch.empty(bytes_of(part.kind, *part.shape), dtype=torch.uint8)).unpack(torch.float32)
+    if exact:
+        assert torch.equal(part.floats(), wanted)
+        assert torch.equal(matrix, wanted)
+    else:
+        torch.testing.assert_close(part.floats(), wanted)
+        largest = wanted.view(len(rows), -1, 32).abs().amax(-1).repeat_interleave(32, 1)
+        assert ((matrix - wanted).abs() <= largest * 0.005).all()
+
+
+def test_columns_in_another_order_are_rounded_to_8_bits() -> None:
+    raw = torch.from_numpy(random_blocks("Q4_K", 32, 512))
+    order = torch.arange(512).view(2, 2, 128).transpose(0, 1).flatten()
+    blocks, plain = GgmlBlocks("Q4_K", raw, 512, columns=order), GgmlBlocks("Q4_K", raw, 512).floats()
+    part = blocks.cut(torch.arange(16, 32), slice(128, 384))
+    assert part is not None
+    assert part.kind == "int8"
+    assert torch.equal(part.floats(), plain[16:, order[128:384]])
+    matrix = part.pack(torch.empty(bytes_of("int8", 16, 256), dtype=torch.uint8)).unpack(torch.float32)
+    assert (matrix - part.floats()).abs().max() <= 0.005 * plain.abs().max()
+
+
+def test_stacked_experts_stay_packed_one_by_one(tmp_path: Path) -> None:
+    """In MXFP4, as gpt-oss has them: each expert is some rows of the file's tensor."""
+    sizes = SIZES | {"num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 64, "sliding_window": 16}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(GptOssConfig(**sizes, tie_word_embeddings=False))
+    kinds = {f"ffn_{part}_exps.weight": "MXFP4" for part in ("gate", "up", "down")}
+    path = write_gguf(tmp_path / "x.gguf", model.config, model.state_dict(), kinds)
+    (tmp_path / "x").mkdir()
+    convert(GgufFile(path), tmp_path / "x", str(path))
+    weights = loaded(tmp_path / "x", PACKED)
+    experts = weights.layers[1].mlps[0].mlp._experts  # type: ignore[union-attr]
+    file = GgufFile(path)
+    for part, of in (("gate", slice(512)), ("up", slice(512, None))):
+        wanted = torch.from_numpy(np.concatenate(list(file.rows(f"blk.1.ffn_{part}_exps.weight")))).view(3, 512, 256)
+        for number, expert in enumerate(experts):
+            torch.testing.assert_close(numbers(expert.gate_up)[of], wanted[number], rtol=1e-4, atol=1e-6)
+            assert is_packed(expert.gate_up, tmp_path)
 
 
 def test_infinite_scales_name_tensor_and_row(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +19,50 @@ from lamina_workers.errors import ModelFileError
 RECORD = "gguf.json"
 _MAX_RECORD_BYTES = 32 << 20  # as of the JSON in safetensors files
 _MAX_HEADER_BYTES = 1 << 30
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Kinds that are no blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class GgufPart:
+    """Rows that follow one another in a GGUF file, as a matrix: `kind` is ggml's name, `offset` in bytes of the file.
+
+    turned: (a, b, c) where llama.cpp's converter has put them in another order: the row that is wanted next is the
+    next one of `[a, c, b]`, of rows that lie as `[a, b, c]`. by_head: so many heads of it lie transposed.
+    """
+
+    kind: str
+    shape: tuple[int, int]
+    offset: int
+    turned: tuple[int, ...] = ()
+    by_head: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        if self.kind in FLOATS:
+            return math.prod(self.shape) * FLOATS[self.kind].itemsize
+        numbers, size = block_of(self.kind)
+        return math.prod(self.shape) // numbers * size
 
 
 @dataclass(frozen=True, slots=True)
 class GgufEntry:
-    """A tensor in a GGUF file: `kind` is ggml's name, `shape` outermost first, `offset` in bytes of the file.
+    """A tensor of `shape`, outermost first, made of `parts`: the rows of one behind those of the other, or with `heads`
+    those of a head behind one another.
 
-    permuted: heads whose rows llama.cpp's converter has interleaved (0: none). added: what it has added to the numbers.
+    columns: as a part's `turned`. added: what the converter has added to the numbers; negated: it has taken -exp.
     """
 
-    kind: str
     shape: tuple[int, ...]
-    offset: int
-    permuted: int = 0
+    parts: tuple[GgufPart, ...]
+    heads: int = 1
+    columns: tuple[int, ...] = ()
     added: float = 0.0
+    negated: bool = False
 
     @property
     def nbytes(self) -> int:
-        if self.kind in _FLOATS:
-            return math.prod(self.shape) * _FLOATS[self.kind].itemsize
-        numbers, size = block_of(self.kind)
-        return math.prod(self.shape) // numbers * size
+        return sum(part.nbytes for part in self.parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +77,8 @@ class GgufRecord:
     tensors: Mapping[str, GgufEntry]
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        """Without what is left at its default: a model of experts has some ten thousand tensors."""
+        return json.dumps(asdict(self, dict_factory=lambda items: {name: value for name, value in items if value}))
 
 
 def read_record(folder: Path) -> GgufRecord | None:
@@ -74,22 +97,40 @@ def read_record(folder: Path) -> GgufRecord | None:
     if not 0 < record.header <= min(record.size, _MAX_HEADER_BYTES):
         raise ModelFileError(f"{path} has a header of {record.header} bytes; allowed are 1 to {_MAX_HEADER_BYTES}")
     for name, entry in tensors.items():
-        if entry.offset + entry.nbytes > record.size:
+        if any(part.offset + part.nbytes > record.size for part in entry.parts):
             raise ModelFileError(f"{path}: tensor {name!r} leaves the {record.size} bytes of the file")
     return record
 
 
 def _entry(path: Path, name: str, raw: Mapping[str, Any]) -> GgufEntry:
-    shape, offset, heads = raw["shape"], raw["offset"], raw["permuted"]
-    if any(type(n) is not int or n < 0 for n in (*shape, offset, heads)) or not 1 <= len(shape) <= 4 or 0 in shape:
-        raise ModelFileError(
-            f"{path}: tensor {name!r:.80} has shape {shape!r:.80} at {offset!r:.80}; allowed are sizes"
-        )
-    entry = GgufEntry(str(raw["kind"]), tuple(shape), offset, heads, float(raw["added"]))
-    numbers = 1 if entry.kind in _FLOATS else block_of(entry.kind)[0]
-    if shape[-1] % numbers or (heads and shape[0] % (2 * heads)) or not math.isfinite(entry.added):
-        raise ModelFileError(f"{path}: tensor {name!r:.80} of {entry.kind} has shape {shape!r:.80}")
+    parts = tuple(_part(path, name, part) for part in raw["parts"])
+    shape, columns = _sizes(path, name, raw["shape"], 1, 4), _sizes(path, name, raw.get("columns", []), 0, 3)
+    (heads,) = _sizes(path, name, [raw.get("heads", 1)], 1, 1)
+    entry = GgufEntry(shape, parts, heads, columns, float(raw.get("added", 0.0)), bool(raw.get("negated", False)))
+    fits = math.prod(shape) == sum(math.prod(part.shape) for part in parts) and math.isfinite(entry.added)
+    for part in parts:
+        rows, width = part.shape
+        numbers = 1 if part.kind in FLOATS else block_of(part.kind)[0]
+        fits &= not width % numbers and not rows % (math.prod(part.turned) * max(1, part.by_head)) and not rows % heads
+        fits &= len(part.turned) in (0, 3) and (part.by_head > 0 or width == parts[-1].shape[1])
+    if not fits or (columns and (len(columns) != 3 or shape[-1] % math.prod(columns))):
+        raise ModelFileError(f"{path}: tensor {name!r:.80} of shape {list(shape)} is not what its parts are")
     return entry
+
+
+def _part(path: Path, name: str, raw: Mapping[str, Any]) -> GgufPart:
+    offset, by_head = _sizes(path, name, [raw.get("offset", 0), raw.get("by_head", 0)], 2, 2, least=0)
+    shape, turns = _sizes(path, name, raw["shape"], 2, 2), _sizes(path, name, raw.get("turned", []), 0, 3)
+    return GgufPart(str(raw["kind"]), shape, offset, turns, by_head)
+
+
+def _sizes(path: Path, name: str, sizes: Any, fewest: int, most: int, least: int = 1) -> Any:
+    """Whole numbers, so many of them, each at `least` that."""
+    if not isinstance(sizes, list) or any(type(n) is not int or n < least for n in sizes):
+        raise ModelFileError(f"{path}: tensor {name!r:.80} has {sizes!r:.80}; allowed are sizes")
+    if not fewest <= len(sizes) <= most:
+        raise ModelFileError(f"{path}: tensor {name!r:.80} has {sizes!r:.80}; allowed are {fewest} to {most} sizes")
+    return tuple(sizes)
 
 
 def file_of(folder: Path, record: GgufRecord) -> Path:
@@ -132,24 +173,30 @@ class GgufCheckpoint(MappedFiles):
         """The tensor `name` in the order and of the values that the model wants: a view of the file where that has
         floats, else float32."""
         entry = self._entry(name)
-        if entry.kind in _FLOATS:
-            values = self._view(self._file, entry.offset, entry.nbytes, _FLOATS[entry.kind], entry.shape)
-        else:
-            values = self._blocks(entry).floats().view(entry.shape)
-        if entry.permuted:
-            values = values[unpermuted(entry)]
-        return values.float() - entry.added if entry.added else values
+        values = _joined(entry, [self._floats(part) for part in entry.parts])
+        if entry.columns:
+            values = values[:, turned(entry.columns, values.shape[1])]
+        if entry.negated:
+            values = values.neg().log()
+        return (values.float() - entry.added if entry.added else values).reshape(entry.shape)
 
     def packed(self, name: str) -> PackedTensor | None:
-        entry = self._entry(name)
-        if entry.kind in _FLOATS or len(entry.shape) != 2 or entry.added:
+        entry, first = self._entry(name), self._entry(name).parts[0]
+        changed = entry.added or entry.negated or any(part.by_head for part in entry.parts)
+        if changed or len(entry.shape) != 2 or any(part.kind != first.kind for part in entry.parts):
             return None
-        blocks = self._blocks(entry)
-        return replace(blocks, order=unpermuted(entry)) if entry.permuted else blocks
+        if first.kind in FLOATS:
+            return None
+        raw = [self._blocks(part).raw for part in entry.parts]
+        order = None
+        if len(raw) > 1 or first.turned:
+            order = _joined(entry, _row_numbers(entry.parts))
+        columns = turned(entry.columns, entry.shape[1]) if entry.columns else None
+        return GgmlBlocks(first.kind, raw[0] if len(raw) == 1 else torch.cat(raw), entry.shape[1], order, columns)
 
     def release(self, name: str) -> None:
-        entry = self._entry(name)
-        self._give_back(self._file, entry.offset, entry.nbytes)
+        for part in self._entry(name).parts:
+            self._give_back(self._file, part.offset, part.nbytes)
 
     def _entry(self, name: str) -> GgufEntry:
         try:
@@ -157,15 +204,43 @@ class GgufCheckpoint(MappedFiles):
         except KeyError:
             raise ModelFileError(f"{self._file} has no tensor {name!r}") from None
 
-    def _blocks(self, entry: GgufEntry) -> GgmlBlocks:
-        data = self._bytes(self._file, entry.offset, entry.nbytes)
-        return GgmlBlocks(entry.kind, data.view(math.prod(entry.shape[:-1]), -1), entry.shape[-1])
+    def _blocks(self, part: GgufPart) -> GgmlBlocks:
+        data = self._bytes(self._file, part.offset, part.nbytes)
+        return GgmlBlocks(part.kind, data.view(part.shape[0], -1), part.shape[1])
+
+    def _floats(self, part: GgufPart) -> torch.Tensor:
+        """Rows in the order that is wanted."""
+        if part.kind in FLOATS:
+            values = self._view(self._file, part.offset, part.nbytes, FLOATS[part.kind], part.shape)
+        else:
+            values = self._blocks(part).floats()
+        if part.by_head:
+            values = values.view(part.by_head, -1, part.shape[1]).transpose(1, 2).flatten(0, 1)
+        return values[turned(part.turned, len(values))] if part.turned else values
 
 
-def unpermuted(entry: GgufEntry) -> torch.Tensor:
-    """For each row of a Hugging Face q or k projection, its row in a GGUF of the llama family: int64 `[rows]`.
+def _joined(entry: GgufEntry, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Rows of all parts, or their numbers, in the entry's order."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([part.unflatten(0, (entry.heads, -1)) for part in parts], 1).flatten(0, 1)
 
-    Hugging Face rotates dimension i of a head with i + d/2, llama.cpp 2i with 2i + 1, so its converter
-    (convert_hf_to_gguf.py, `permute`) interleaves the halves.
+
+def _row_numbers(parts: Sequence[GgufPart]) -> list[torch.Tensor]:
+    """Of the rows of each part, in the order that is wanted, their numbers among those of all parts."""
+    numbers, first = [], 0
+    for part in parts:
+        rows = part.shape[0]
+        numbers.append(first + (turned(part.turned, rows) if part.turned else torch.arange(rows)))
+        first += rows
+    return numbers
+
+
+def turned(sizes: Sequence[int], count: int) -> torch.Tensor:
+    """Where each of `count` rows lies that a converter has `turned` so (`GgufPart`): int64 `[count]`.
+
+    (heads, d / 2, 2): Hugging Face rotates dimension i of a head with i + d / 2, llama.cpp 2i with 2i + 1, so that the
+    halves are interleaved. (1, heads of a group, groups): llama.cpp repeats key heads one after another, and so has
+    the first value head of every group, then the second.
     """
-    return torch.arange(entry.shape[0]).view(entry.permuted, -1, 2).transpose(1, 2).reshape(-1)
+    return torch.arange(count).view(*sizes, -1).transpose(1, 2).reshape(-1)

@@ -59,8 +59,9 @@ def fingerprint(folder: str | Path) -> str:
         if (record := read_record(path)) is not None:
             file = file_of(path, record)
             for name, entry in sorted(record.tensors.items()):
-                digest.update(f"{name} {entry.kind} {entry.shape} {entry.permuted} {entry.added}\n".encode())
-                places[name] = file, entry.offset, entry.nbytes
+                kinds = [(part.kind, part.shape, part.turned, part.by_head) for part in entry.parts]
+                digest.update(f"{name} {entry.shape} {kinds} {entry.heads} {entry.columns} {entry.added}\n".encode())
+                places[name] = file, entry.parts[0].offset, entry.parts[0].nbytes
         else:
             for name, info in sorted(find_tensors(path).items()):
                 digest.update(f"{name} {info.dtype} {info.shape}\n".encode())

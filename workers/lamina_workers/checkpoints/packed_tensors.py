@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -11,9 +11,14 @@ import torch
 from lamina_kernels.packed.layout import BLOCK
 from lamina_kernels.packed.matrix import PackedMatrix
 from lamina_kernels.packed.pack import BLOCKS, CODES, can_pack, pack_blocks, pack_codes
+from lamina_kernels.packed.quantize import quantize
 from lamina_workers.errors import UnsupportedModelError
 
 EVERY = slice(None)
+# Kinds that the kernels do not have, and those that have the same numbers; of the others int8 is made.
+_SAME = {"MXFP4": "Q5_0", "Q3_K": "Q6_K"}
+READABLE = (*BLOCKS, *_SAME, "Q2_K", "IQ4_NL", "IQ4_XS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
+"""ggml's kinds of blocks that can be read."""
 _CHUNK = 16 << 20  # bytes of floats that are unpacked at a time
 
 
@@ -39,46 +44,105 @@ class PackedTensor(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GgmlBlocks:
-    """Rows of ggml's blocks. raw: uint8 `[n, bytes of a row]`, perhaps a view of a file; n_in: numbers of a row. order:
-    the rows of raw that these are, int64 `[n_out]`; None: all."""
+    """Rows of ggml's blocks of the kind `stored`. raw: uint8 `[n, bytes of a row]`, perhaps a view of a file; n_in:
+    numbers of a row. order: the rows of raw that these are, int64 `[n_out]`; None: all. columns: the numbers of a row
+    that these are, in which order; None: all."""
 
-    kind: str
+    stored: str
     raw: torch.Tensor
     n_in: int
     order: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
+
+    @property
+    def kind(self) -> str:
+        if self.columns is not None or (self.stored not in BLOCKS and self.stored not in _SAME):
+            return "int8"
+        return _SAME.get(self.stored, self.stored)
 
     @property
     def shape(self) -> tuple[int, int]:
-        return len(self.raw if self.order is None else self.order), self.n_in
+        n_in = self.n_in if self.columns is None else len(self.columns)
+        return len(self.raw if self.order is None else self.order), n_in
 
     def cut(self, rows: torch.Tensor, columns: slice = EVERY) -> GgmlBlocks | None:
+        order = rows if self.order is None else self.order[rows]
+        if self.columns is not None:
+            return replace(self, order=order, columns=self.columns[columns])
         begin, end, _ = columns.indices(self.n_in)
-        numbers, size = block_of(self.kind)
+        numbers, size = block_of(self.stored)
         if begin % numbers or end % numbers:
             return None
-        raw = self.raw[:, begin // numbers * size : end // numbers * size]
-        return GgmlBlocks(self.kind, raw, end - begin, rows if self.order is None else self.order[rows])
+        return GgmlBlocks(self.stored, self.raw[:, begin // numbers * size : end // numbers * size], end - begin, order)
 
     def pack(self, into: torch.Tensor) -> PackedMatrix:
-        return pack_blocks(self.kind, self._rows(), into)
+        if self.kind == "int8":
+            return quantize(self.floats(), 8, into)
+        return pack_blocks(self.kind, self._blocks(), into)
+
+    def floats(self) -> torch.Tensor:
+        if can_pack(_SAME.get(self.stored, self.stored), self.shape[0], self.n_in):
+            values = pack_blocks(_SAME.get(self.stored, self.stored), self._blocks()).unpack(torch.float32)
+        else:
+            values = self._unpacked()
+        return values if self.columns is None else values[:, self.columns]
 
     def _rows(self) -> torch.Tensor:
         return self.raw if self.order is None else chosen(self.raw, self.order)
 
-    def floats(self) -> torch.Tensor:
-        if can_pack(self.kind, *self.shape):
-            return pack_blocks(self.kind, self._rows()).unpack(torch.float32)
+    def _blocks(self) -> torch.Tensor:
+        """As blocks that the kernels have, of the same numbers."""
+        if self.stored not in _SAME:
+            return self._rows()
+        blocks = self._rows().reshape(-1, block_of(self.stored)[1])
+        return (_from_mxfp4 if self.stored == "MXFP4" else _from_q3)(blocks).view(self.shape[0], -1)
+
+    def _unpacked(self) -> torch.Tensor:
         from gguf.constants import GGMLQuantizationType
         from gguf.quants import dequantize
 
         try:
-            values = dequantize(self._rows().contiguous().numpy(), GGMLQuantizationType[self.kind])
+            values = dequantize(self._rows().contiguous().numpy(), GGMLQuantizationType[self.stored])
         except NotImplementedError as error:
             raise UnsupportedModelError(
-                f"weights are quantised as {self.kind}, which cannot be read; allowed are {', '.join(BLOCKS)}, and "
-                "what the gguf package dequantises"
+                f"weights are quantised as {self.stored}, which cannot be read; allowed are {', '.join(READABLE)}"
             ) from error
-        return torch.from_numpy(values).float().view(self.shape)
+        return torch.from_numpy(values).float().view(len(self._rows()), self.n_in)
+
+
+_E2M1 = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])  # twice what MXFP4's codes stand for
+
+
+def _from_mxfp4(blocks: torch.Tensor) -> torch.Tensor:
+    """Q5_0 of MXFP4's blocks, uint8 `[n, 17]`: a power of two, then 16 bytes of two codes."""
+    codes = (_E2M1 + 16)[_nibbles(blocks[:, 1:]).int()]  # [n, 32]
+    scales = torch.exp2(blocks[:, :1].float() - 128).half().view(torch.uint8)
+    high = (codes >> 4).view(-1, 4, 8) << torch.arange(8)
+    low = (codes & 15).view(-1, 2, 16)
+    return torch.cat((scales, high.sum(-1).byte(), (low[:, 0] | low[:, 1] << 4).byte()), 1)
+
+
+def _from_q3(blocks: torch.Tensor) -> torch.Tensor:
+    """Q6_K of Q3_K's blocks, uint8 `[n, 110]`: 256 third bits, 256 pairs of lower bits, 16 scales of 6 bits, a factor.
+
+    Both have 16 scales, of 16 numbers each; 128 numbers stand in 32 bytes of pairs, or of third bits.
+    """
+    shifts = torch.arange(0, 8, 2).view(1, 1, 4, 1)
+    pairs = blocks[:, 32:96].view(-1, 2, 1, 32) >> shifts & 3
+    third = (blocks[:, None, :32] >> torch.arange(8).view(1, 8, 1) & 1).view(-1, 2, 4, 32)
+    codes = (pairs.int() + 4 * third.int() - 4 + 32).view(-1, 2, 4, 32)  # Q6_K takes 32 off
+    low, high = codes & 15, codes >> 4
+    lower = torch.cat((low[:, :, :2] | low[:, :, 2:] << 4,), 1).reshape(-1, 128)
+    upper = (high << shifts).sum(2).reshape(-1, 64)
+    packed = blocks[:, 96:108].int()
+    scales = torch.cat((packed[:, :8] & 15, packed[:, :8] >> 4), 1)
+    scales = (scales | ((packed[:, None, 8:] >> torch.arange(0, 8, 2).view(1, 4, 1) & 3) << 4).reshape(-1, 16)) - 32
+    return torch.cat((lower.byte(), upper.byte(), scales.to(torch.int8).view(torch.uint8), blocks[:, 108:]), 1)
+
+
+def _nibbles(x: torch.Tensor) -> torch.Tensor:
+    """The low four bits of each byte, then the high ones."""
+    return torch.cat((x & 15, x >> 4), 1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

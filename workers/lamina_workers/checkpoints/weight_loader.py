@@ -147,7 +147,7 @@ class Loader:
         self._done, self._total = 0, total
         self._arena = Arena(room) if device.type == "cpu" else None
         self._packing = packing
-        self._warned = False
+        self._unpacked, self._reason = 0, ""  # bytes, and why the first of them are not packed
 
     def linear(
         self,
@@ -293,21 +293,24 @@ class Loader:
             part: PackedTensor | torch.Tensor | None
             part = chosen(self._tensor(name), numbers)[:, columns] if tensor is None else tensor.cut(numbers, columns)
             if part is None or not can_pack(kind, *part.shape):
-                self._warn(name, kind, tensor, columns)
+                self._refuse(name, kind, columns)
                 return None
             parts.append((name, part, kind))
         bits = QUANTIZE["int8" if wide else self._packing.quantize or "int8"]
         return pack_all(self._arena, parts, bits)
 
-    def _warn(self, name: str, kind: str, tensor: PackedTensor | None, columns: slice) -> None:
-        """Say once that something is unpacked, and why."""
-        if not self._warned:
+    def report(self) -> None:
+        """Say how much was unpacked, and why."""
+        if self._unpacked or self._reason:
+            level = logging.WARNING if self._reason else logging.INFO
+            logger.log(level, "unpacked, %.1f MiB as %s%s", self._unpacked / 2**20, self._dtype, self._reason)
+
+    def _refuse(self, name: str, kind: str, columns: slice) -> None:
+        """Keep the first reason why something is unpacked."""
+        if not self._reason:
             shape = list(self._source.shape(name))
             where = "" if columns == EVERY else f" cut at {columns.start} and {columns.stop} of its inputs"
-            logger.warning(
-                "unpacked, since kernels cannot keep it as %s: %s %s%s, perhaps more", kind, name, shape, where
-            )
-            self._warned = True
+            self._reason = f", since kernels cannot keep it as {kind}: {name} {shape}{where}, perhaps more"
 
     def _join(
         self,
@@ -330,6 +333,7 @@ class Loader:
                 n = _length(part, self._source.shape(name)[0])
                 into = joined[first : first + n]
                 if packed is not None:
+                    self._unpacked += into.nbytes
                     unpack_into(into, packed, torch.arange(packed.shape[0])[part], columns)
                 elif tensor is not None:
                     into.copy_(tensor[part, columns] if width else tensor[part])

@@ -89,11 +89,15 @@ def _part(config: ModelConfig) -> re.Pattern[str]:
 
 
 def found_stacked(config: ModelConfig, names: Iterable[str]) -> ModelConfig:
-    """The model as it is published: with experts stacked, where the checkpoint, of those `names`, has them so."""
-    tensor = f".{config.family.experts.block}.{config.family.experts.stacked[0]}"
-    if config.moe is None or config.moe.stacked or not any(name.endswith(tensor) for name in names):
+    """The model as it is published: with experts stacked or apart, as the checkpoint, of those `names`, has them."""
+    if config.moe is None:
         return config
-    return replace(config, moe=replace(config.moe, stacked="rows"))
+    if config.moe.stacked:
+        apart = any(_part(config).fullmatch(name) for name in names)
+        return replace(config, moe=replace(config.moe, stacked="")) if apart else config
+    tensor = f".{config.family.experts.block}.{config.family.experts.stacked[0]}"
+    rows = any(name.endswith(tensor) for name in names)
+    return replace(config, moe=replace(config.moe, stacked="rows")) if rows else config
 
 
 class SeparateExperts:
@@ -332,6 +336,7 @@ def load_weights(
         packed = load.matrix(name, looked_up)
         embedding = load.lookup(name, looked_up) if packed is None else packed
     layers = tuple(_load_mixers(config, load, shard, shape))
+    load.report()
     return DecoderWeights(embedding, layers, load.norm(NORM, config.family.norm_offset), head)
 
 
