@@ -5,7 +5,7 @@ are loaded, the blocks of a file are put into tiles of 16 rows (`pack.py`, `quan
 columns behind the other: what a thread reads is one stream. `layout.py` beside them says where each number stands. The
 codes are not changed, and scales stay in 16 bits or as the K kinds have them. A checkpoint gives a tensor as floats or,
 by `packed`, as it lies in the file (`workers/lamina_workers/checkpoints/packed_tensors.py`; GGUF in
-`gguf_checkpoint.py`, GPTQ, AWQ and compressed-tensors in `quantized_tensors.py` there). Rows that a family wants in
+`gguf_checkpoint.py`, all others in `quantized_tensors.py` there). Rows that a family wants in
 another order are put in order as raw blocks, and ranks cut at the borders of blocks. Pages of the file that were
 repacked are given back, so that file and tiles are not both resident.
 

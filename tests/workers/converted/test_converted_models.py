@@ -238,10 +238,28 @@ def test_a_model_type_that_is_no_text_is_not_looked_up(tmp_path: Path) -> None:
     assert model_config(tmp_path).architecture == "LlamaForCausalLM"
 
 
-def test_a_quantized_checkpoint_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["stablelm", "minimax_m2"])
+def test_a_checkpoint_in_fp8_is_unpacked(kind: str, tmp_path: Path) -> None:
+    model = tiny_models.make(kind, tmp_path)
+    values, tensors = load_file(tmp_path / "model.safetensors"), {}
+    for name, tensor in values.items():
+        tensors[name] = tensor
+        if name.endswith(("proj.weight", "w1.weight", "w2.weight", "w3.weight")):
+            tensors[name] = (tensor * 1000).to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale_inv"] = torch.full((1, 1), 1e-3)
+            values[name] = tensors[name].float() * 1e-3
+    assert len(tensors) > len(values) + 8
+    save_file(values, tmp_path / "model.safetensors", {"format": "pt"})
+    model = type(model).from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager").eval()
+    save_file(tensors, tmp_path / "model.safetensors")
+    changed(tmp_path, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    assert tiny_models.difference(model, tmp_path, tiny_models.load(tmp_path)) < 1e-4
+
+
+def test_a_checkpoint_quantized_in_an_unknown_way_is_refused(tmp_path: Path) -> None:
     tiny_models.make("stablelm", tmp_path)
-    changed(tmp_path, quantization_config={"quant_method": "mxfp4"})
-    with pytest.raises(UnsupportedModelError, match="quantized by 'mxfp4'"):
+    changed(tmp_path, quantization_config={"quant_method": "hqq"})
+    with pytest.raises(UnsupportedModelError, match="quantised by 'hqq'; supported are fp8"):
         model_config(tmp_path)
 
 

@@ -11,9 +11,13 @@ from reference_models import check_against, reference
 from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from lamina_workers.checkpoints.checkpoint import Checkpoint
-from lamina_workers.decoder.decoder_weights import from_mxfp4
+from lamina_kernels.packed.matrix import PackedMatrix
+from lamina_workers.checkpoints.model_checkpoint import open_checkpoint
+from lamina_workers.checkpoints.packed_tensors import Mxfp4
+from lamina_workers.checkpoints.weight_loader import Packing, packed_kind
+from lamina_workers.decoder.decoder_weights import load_weights
 from lamina_workers.decoder.model import Decoder
+from lamina_workers.decoder.moe import Experts
 from lamina_workers.errors import ModelFileError, UnsupportedModelError
 from lamina_workers.model_config.config import ModelConfig
 
@@ -54,17 +58,39 @@ def test_mxfp4_is_read_as_transformers_reads_it() -> None:
     blocks = torch.arange(256, dtype=torch.uint8).repeat(4, 1).view(4, 16, 16)
     scales = torch.arange(0, 64, dtype=torch.uint8).view(4, 16) + 95
     expected = convert_moe_packed_tensors(blocks[None], scales[None], dtype=torch.float32)[0].T
-    found = from_mxfp4(blocks, scales)
-    assert found.dtype == torch.bfloat16
-    assert torch.equal(found.float(), expected)
-    every_scale = torch.arange(0, 255, dtype=torch.uint8)[:, None]
-    lowest = from_mxfp4(torch.full((255, 1, 16), 0x33, dtype=torch.uint8), every_scale)
+    assert torch.equal(Mxfp4("a", blocks.flatten(1), scales).floats(), expected)
+    every_scale = torch.arange(0, 256, dtype=torch.uint8)[:, None]
+    codes = torch.full((256, 16), 0x33, dtype=torch.uint8)
+    lowest = Mxfp4("a", codes[:255], every_scale[:255]).floats()
     assert torch.equal(lowest[:, 0].double(), 1.5 * 2.0 ** (torch.arange(255).double() - 127))
+    with pytest.raises(ModelFileError, match="tensor a has scales that are no numbers"):
+        Mxfp4("a", codes, every_scale).floats()
+
+
+def test_mxfp4_of_experts_stays_packed_and_exact(published: tuple[object, Path]) -> None:
+    """5 bits have all numbers of 4 that are floats, and float16 all scales that weights have."""
+    model, folder = published
+    with open_checkpoint(folder) as source:
+        assert packed_kind(source) == "int5"
+        config, packing = ModelConfig.from_folder(folder), Packing(packed=True)
+        weights = load_weights(config, source, torch.float32, torch.device("cpu"), packing=packing)
+    for layer, mixer in enumerate(weights.layers):
+        theirs = model.model.layers[layer].mlp.experts  # type: ignore[attr-defined]
+        experts = mixer.mlps[0].mlp
+        assert isinstance(experts, Experts)
+        for number, expert in enumerate(experts._experts):
+            gate_up = theirs.gate_up_proj[number].T
+            wanted = torch.cat((gate_up[::2], gate_up[1::2])), theirs.down_proj[number].T
+            for linear, numbers in zip((expert.gate_up, expert.down), wanted, strict=True):
+                assert linear.few_rows is not None
+                (matrix,), _ = linear.few_rows
+                assert isinstance(matrix, PackedMatrix)
+                assert torch.equal(matrix.unpack(torch.float32), numbers)
 
 
 def test_a_checkpoint_in_mxfp4_equals_transformers(published: tuple[object, Path]) -> None:
     model, folder = published
-    with Checkpoint(folder) as checkpoint:
+    with open_checkpoint(folder) as checkpoint:
         decoder = Decoder.load(ModelConfig.from_folder(folder), checkpoint, torch.float32)
     check_against(model, decoder)
 
@@ -86,8 +112,8 @@ def spoilt(folder: Path, to: Path, change: str) -> Path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("missing", "lacks model.layers.1.mlp.experts.down_proj_scales"),
-        ("shape", r"down_proj_scales has shape \[4, 63, 3\], the config wants \[4, 64, 3\]"),
+        ("missing", "lacks model.layers.1.mlp.experts.down_proj"),
+        ("shape", r"down_proj_scales has shape \[4, 63, 3\], expected \[4, 64, 3\]"),
         ("dtype", "down_proj_scales holds torch.float32, expected torch.uint8"),
     ],
 )
@@ -95,7 +121,7 @@ def test_a_spoilt_checkpoint_is_named(
     published: tuple[object, Path], tmp_path: Path, change: str, message: str
 ) -> None:
     folder = spoilt(published[1], tmp_path, change)
-    with Checkpoint(folder) as checkpoint, pytest.raises(ModelFileError, match=message):
+    with open_checkpoint(folder) as checkpoint, pytest.raises(ModelFileError, match=message):
         Decoder.load(ModelConfig.from_folder(folder), checkpoint, torch.float32)
 
 

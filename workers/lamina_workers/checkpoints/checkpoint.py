@@ -32,6 +32,8 @@ _DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 
 
@@ -40,6 +42,7 @@ class TensorSource(Protocol):
     memory. A view stays valid after that, and reads them again where it must.
 
     `packed` is the matrix as the checkpoint has it, where that is not as floats, else None; `tensor` has its floats.
+    Experts that are stacked, `[experts, n_out, n_in]`, are there one below the other.
     """
 
     def names(self) -> Iterable[str]: ...
@@ -174,8 +177,11 @@ class Checkpoint(MappedFiles):
         return self._view(info.file, info.offset, info.nbytes, dtype, info.shape)
 
     def packed(self, name: str) -> PackedTensor | None:
-        """None: a safetensors file has floats, or the integers that `quantized_tensors` reads."""
+        """None: a safetensors file has floats, or what `quantized_tensors` reads."""
         return None
+
+    def dtype(self, name: str) -> torch.dtype:
+        return _DTYPES[self._info(name).dtype]
 
     def release(self, name: str) -> None:
         info = self._info(name)

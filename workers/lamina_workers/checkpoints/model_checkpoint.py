@@ -9,7 +9,8 @@ from pathlib import Path
 
 from lamina_workers.checkpoints.checkpoint import Checkpoint, TensorSource
 from lamina_workers.checkpoints.gguf_checkpoint import GgufCheckpoint, file_of, read_record
-from lamina_workers.checkpoints.quantized_tensors import QuantizedTensors, read_quantization
+from lamina_workers.checkpoints.quantization import read_quantization
+from lamina_workers.checkpoints.quantized_tensors import QuantizedTensors, check_scaled
 from lamina_workers.checkpoints.safetensors_files import find_tensors, inside
 from lamina_workers.errors import ModelFileError
 
@@ -31,7 +32,11 @@ def open_checkpoint(folder: str | Path) -> Iterator[TensorSource]:
         return
     quantization = read_quantization(path)
     with Checkpoint(path) as checkpoint:
-        yield checkpoint if quantization is None else QuantizedTensors(checkpoint, quantization)
+        if quantization is None:
+            check_scaled(checkpoint, checkpoint.names())
+            yield checkpoint
+        else:
+            yield QuantizedTensors(checkpoint, quantization)
 
 
 def check_weights(folder: Path, foreign: bool) -> None:

@@ -8,18 +8,26 @@ from typing import Protocol
 
 import torch
 
-from lamina_kernels.packed.layout import BLOCK
+from lamina_kernels.packed.layout import BLOCK, ROWS
 from lamina_kernels.packed.matrix import PackedMatrix
-from lamina_kernels.packed.pack import BLOCKS, CODES, can_pack, pack_blocks, pack_codes
+from lamina_kernels.packed.pack import BLOCKS, CODES, FORMATS, can_pack, pack_blocks, pack_codes, room_for
 from lamina_kernels.packed.quantize import quantize
-from lamina_workers.errors import UnsupportedModelError
+from lamina_workers.errors import ModelFileError, UnsupportedModelError
 
 EVERY = slice(None)
 # Kinds that the kernels do not have, and those that have the same numbers; of the others int8 is made.
 _SAME = {"MXFP4": "Q5_0", "Q3_K": "Q6_K"}
 READABLE = (*BLOCKS, *_SAME, "Q2_K", "IQ4_NL", "IQ4_XS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
 """ggml's kinds of blocks that can be read."""
+MXFP4_BLOCK = 32
+"""Numbers of MXFP4 that share a scale."""
+E2M1_ZERO = 16
+"""The code of 0 in what `e2m1` gives."""
 _CHUNK = 16 << 20  # bytes of floats that are unpacked at a time
+_E2M1 = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12]) + E2M1_ZERO
+# Of each byte the codes of its two numbers, that of the low four bits first, as one int16.
+_OF_BYTE = torch.stack([_E2M1.repeat(16), _E2M1.repeat_interleave(16)], 1).to(torch.uint8).view(torch.int16).flatten()
+_POWERS = torch.tensor([2.0 ** (power - 128) for power in range(255)])  # of doubled e2m1
 
 
 class PackedTensor(Protocol):
@@ -110,12 +118,9 @@ class GgmlBlocks:
         return torch.from_numpy(values).float().view(len(self._rows()), self.n_in)
 
 
-_E2M1 = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])  # twice what MXFP4's codes stand for
-
-
 def _from_mxfp4(blocks: torch.Tensor) -> torch.Tensor:
     """Q5_0 of MXFP4's blocks, uint8 `[n, 17]`: a power of two, then 16 bytes of two codes."""
-    codes = (_E2M1 + 16)[_nibbles(blocks[:, 1:]).int()]  # [n, 32]
+    codes = _E2M1[_nibbles(blocks[:, 1:]).int()]  # [n, 32]
     scales = torch.exp2(blocks[:, :1].float() - 128).half().view(torch.uint8)
     high = (codes >> 4).view(-1, 4, 8) << torch.arange(8)
     low = (codes & 15).view(-1, 2, 16)
@@ -132,7 +137,7 @@ def _from_q3(blocks: torch.Tensor) -> torch.Tensor:
     third = (blocks[:, None, :32] >> torch.arange(8).view(1, 8, 1) & 1).view(-1, 2, 4, 32)
     codes = (pairs.int() + 4 * third.int() - 4 + 32).view(-1, 2, 4, 32)  # Q6_K takes 32 off
     low, high = codes & 15, codes >> 4
-    lower = torch.cat((low[:, :, :2] | low[:, :, 2:] << 4,), 1).reshape(-1, 128)
+    lower = (low[:, :, :2] | low[:, :, 2:] << 4).reshape(-1, 128)
     upper = (high << shifts).sum(2).reshape(-1, 64)
     packed = blocks[:, 96:108].int()
     scales = torch.cat((packed[:, :8] & 15, packed[:, :8] >> 4), 1)
@@ -193,11 +198,84 @@ class Codes:
         codes: torch.Tensor = self._codes().float().view(len(self.scales), self.scales.shape[1], -1)
         scales = self.scales.unsqueeze(-1)
         if self.mins is None:
-            return ((codes - (1 << (self.bits - 1))) * scales).flatten(1)
-        return (codes * scales + self.mins.unsqueeze(-1)).flatten(1)
+            return codes.sub_(1 << (self.bits - 1)).mul_(scales).flatten(1)
+        return codes.mul_(scales).add_(self.mins.unsqueeze(-1)).flatten(1)
 
     def _codes(self) -> torch.Tensor:
         return self.read(torch.arange(len(self.scales)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rounded:
+    """Numbers for which kernels have no tiles: they become 8 bits there, each block of 32 by its largest number, which
+    is a smaller error than that of rounding to what the file has. read: rows by their numbers, float32 `[n, n_in]`."""
+
+    shape: tuple[int, int]
+    read: Callable[[torch.Tensor], torch.Tensor]
+
+    @property
+    def kind(self) -> str:
+        return CODES[8, False]
+
+    def cut(self, rows: torch.Tensor, columns: slice = EVERY) -> Rounded:
+        begin, end, _ = columns.indices(self.shape[1])
+        return Rounded((len(rows), end - begin), lambda wanted: self.read(rows[wanted])[:, begin:end])
+
+    def pack(self, into: torch.Tensor) -> PackedMatrix:
+        n_out, n_in = self.shape
+        matrix = room_for(FORMATS[self.kind], n_out, n_in, into)
+        step = max(1, _CHUNK // (4 * n_in * ROWS)) * ROWS
+        for first in range(0, n_out, step):
+            rows = slice(first, min(first + step, n_out))
+            quantize(self.read(torch.arange(rows.start, rows.stop)), 8, matrix.part(rows).data)
+        return matrix
+
+    def floats(self) -> torch.Tensor:
+        return self.read(torch.arange(self.shape[0]))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mxfp4:
+    """MXFP4, of which 5 bits have all numbers; for kernels a block's scale below 2^-24 becomes 0.
+
+    name: of the scales; codes: uint8 `[n_out, n_in / 2]`, two numbers in a byte; powers: uint8 `[n_out, n_in / 32]`,
+    each block's power of two plus 127 (255: NaN, which is refused when it is read).
+    """
+
+    name: str
+    codes: torch.Tensor
+    powers: torch.Tensor
+
+    @property
+    def kind(self) -> str:
+        return CODES[5, False]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.codes), 2 * self.codes.shape[1]
+
+    def cut(self, rows: torch.Tensor, columns: slice = EVERY) -> Mxfp4 | None:
+        begin, end, _ = columns.indices(self.shape[1])
+        if begin % MXFP4_BLOCK or end % MXFP4_BLOCK:
+            return None
+        codes, powers = chosen(self.codes, rows), chosen(self.powers, rows)
+        return Mxfp4(self.name, codes[:, begin // 2 : end // 2], powers[:, begin // MXFP4_BLOCK : end // MXFP4_BLOCK])
+
+    def pack(self, into: torch.Tensor) -> PackedMatrix:
+        return self._codes().pack(into)
+
+    def floats(self) -> torch.Tensor:
+        return self._codes().floats()
+
+    def _codes(self) -> Codes:
+        if bool((self.powers == 255).any()):
+            raise ModelFileError(f"tensor {self.name} has scales that are no numbers")
+        return Codes(5, self.shape[1], lambda rows: e2m1(chosen(self.codes, rows)), _POWERS[self.powers.int()], None)
+
+
+def e2m1(packed: torch.Tensor) -> torch.Tensor:
+    """Of numbers in e2m1, two in a byte, twice each plus `E2M1_ZERO`. packed: uint8 `[n, m]` -> uint8 `[n, 2m]`."""
+    return _OF_BYTE.index_select(0, packed.flatten().int()).view(torch.uint8).view(len(packed), -1)
 
 
 def _by_block(x: torch.Tensor, n_in: int) -> torch.Tensor:

@@ -1,138 +1,102 @@
 """Quantised weights in safetensors files, as GPTQ, AWQ and compressed-tensors write them: packed, by their plain names.
 
-Each keeps integers of 4 or 8 bits, several in an int32, with a scale for each group of inputs:
+GPTQ, AWQ and compressed-tensors' "pack-quantized" keep integers of 4 or 8 bits, several in an int32, with a scale for
+each group of inputs:
 
 - GPTQ: `qweight` `[n_in / pack, n_out]`, packed along n_in, the lowest bits first; `qzeros` `[groups, n_out / pack]`,
   which in its first version are one less; `scales` `[groups, n_out]`; `g_idx` `[n_in]`, the group of each input.
 - AWQ (gemm): `qweight` `[n_in, n_out / 8]`, packed along n_out in the order 0, 2, 4, 6, 1, 3, 5, 7; `qzeros` likewise.
 - compressed-tensors, "pack-quantized": `weight_packed` `[n_out, n_in / pack]`, signed numbers plus half of the range;
   `weight_scale` `[n_out, groups]`, `weight_zero_point` `[n_out / pack, groups]`. "int-quantized": `weight`, int8.
+
+Floats of few bits:
+
+- "float-quantized": e4m3 `[n_out, n_in]` under the weight's own name, and behind that name `_scale` or `_scale_inv`,
+  which e4m3 is multiplied by: one, one a row, or one a block of rows and columns, at the ends smaller. Experts may be
+  stacked, `[experts, n_out, n_in]`, with a scale's dimensions alike.
+- "nvfp4" (modelopt): e2m1, two in a byte, the first in the low bits, `[n_out, n_in / 2]`; `weight_scale` e4m3
+  `[n_out, n_in / 16]`; `weight_scale_2`, one number, multiplies those. "nvfp4-pack-quantized": `weight_packed`,
+  `weight_scale`, and `weight_global_scale`, which divides.
+- "mxfp4" (gpt-oss; OCP Microscaling Formats 1.0): e2m1 as `_blocks` `[..., n_in / 32, 16]`, `_scales`
+  `[..., n_in / 32]`, powers of two plus 127. "mxfp4-pack-quantized": `weight_packed` `[n_out, n_in / 2]`,
+  `weight_scale`.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import math
+from collections.abc import Iterable, Sequence
 
 import torch
 
-from lamina_workers.checkpoints.checkpoint import TensorSource
-from lamina_workers.checkpoints.packed_tensors import Codes, PackedTensor
-from lamina_workers.errors import ModelFileError, UnsupportedModelError
-from lamina_workers.model_config.config import read_config_json
-from lamina_workers.model_config.config_keys import Keys
+from lamina_kernels.packed.pack import FORMATS
+from lamina_workers.checkpoints.checkpoint import Checkpoint
+from lamina_workers.checkpoints.packed_tensors import (
+    E2M1_ZERO,
+    MXFP4_BLOCK,
+    Codes,
+    Mxfp4,
+    PackedTensor,
+    Rounded,
+    chosen,
+    e2m1,
+)
+from lamina_workers.checkpoints.quantization import Quantization
+from lamina_workers.errors import ModelFileError
 
-logger = logging.getLogger("lamina")
-
-METHODS = ("gptq", "awq", "compressed-tensors")
-_COMPRESSED = ("pack-quantized", "int-quantized")
 _AWQ_ORDER = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])  # the place of column i of eight within its int32
-_PARTS = {
-    "gptq": ("qweight", "qzeros", "scales", "g_idx"),
-    "awq": ("qweight", "qzeros", "scales"),
-    "pack-quantized": ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"),
-    "int-quantized": ("weight", "weight_scale", "weight_zero_point"),
+# Of each way what stands behind a weight's name, or, of GPTQ and AWQ, in the place of `.weight`.
+_PARTS: dict[str, dict[str, str]] = {
+    "gptq": {"codes": ".qweight", "zeros": ".qzeros", "scales": ".scales", "order": ".g_idx"},
+    "awq": {"codes": ".qweight", "zeros": ".qzeros", "scales": ".scales"},
+    "pack-quantized": {
+        "codes": "_packed",
+        "scales": "_scale",
+        "zeros": "_zero_point",
+        "shape": "_shape",
+        "order": "_g_idx",
+    },
+    "int-quantized": {"codes": "", "scales": "_scale", "zeros": "_zero_point"},
+    "float-quantized": {"codes": "", "scales": "_scale"},
+    "nvfp4": {"codes": "", "scales": "_scale", "factor": "_scale_2"},
+    "nvfp4-pack-quantized": {"codes": "_packed", "scales": "_scale", "factor": "_global_scale"},
+    "mxfp4": {"codes": "_blocks", "scales": "_scales"},
+    "mxfp4-pack-quantized": {"codes": "_packed", "scales": "_scale"},
 }
-_UNUSED = ("input_scale", "input_zero_point")  # activations are rounded as the kernels do it
-_BITS = (4, 8)
-
-
-@dataclass(frozen=True, slots=True)
-class Quantization:
-    """How a checkpoint's weights are quantised. way: one of `_PARTS`; group: inputs that share a scale, 0: all of them;
-    less: what the stored zero points lack."""
-
-    way: str
-    bits: int
-    group: int
-    less: int = 0
-
-
-def read_quantization(folder: Path) -> Quantization | None:
-    """What the folder's config.json says of its weights; None where they are floats, or of a way that the model's own
-    family reads. Raises UnsupportedModelError for a way that is not known."""
-    raw = read_config_json(folder)
-    section = raw.get("quantization_config", raw.get("compression_config"))
-    if section is None:
-        return None
-    if not isinstance(section, Mapping):
-        raise ModelFileError(f"{folder}: quantization_config is {section!r:.80}, expected an object")
-    keys = Keys(section, {})
-    method = keys.text("quant_method", "")
-    if method == "mxfp4":  # gpt-oss; see `decoder_weights`
-        return None
-    readers = {"gptq": _gptq, "awq": _awq, "compressed-tensors": _compressed}
-    if method not in readers:
-        raise UnsupportedModelError(
-            f"{folder}: weights are quantised by {method!r:.80}; supported are {', '.join(METHODS)}"
-        )
-    quantization = readers[method](keys)
-    if quantization.bits not in _BITS:
-        raise UnsupportedModelError(f"{folder}: {method} weights of {quantization.bits} bits; supported are 4 and 8")
-    return quantization
-
-
-def _gptq(keys: Keys) -> Quantization:
-    version = keys.text("checkpoint_format", "gptq")
-    if version not in ("gptq", "gptq_v2"):
-        raise UnsupportedModelError(f"GPTQ's checkpoint_format is {version!r:.80}; supported are gptq, gptq_v2")
-    group = keys.integer("group_size", -1, 1 << 20, -1)
-    return Quantization("gptq", keys.integer("bits", 1, 32), max(group, 0), int(version == "gptq"))
-
-
-def _awq(keys: Keys) -> Quantization:
-    version = keys.text("version", "gemm").lower()
-    if version != "gemm":
-        raise UnsupportedModelError(f"AWQ's version is {version!r:.80}; supported is gemm")
-    bits = keys.integer("bits", 1, 32, keys.integer("w_bit", 1, 32, 4))
-    if bits != 4:
-        raise UnsupportedModelError(f"AWQ weights of {bits} bits; supported are 4")
-    return Quantization("awq", bits, max(keys.integer("group_size", -1, 1 << 20, 128), 0))
-
-
-def _compressed(keys: Keys) -> Quantization:
-    way = keys.text("format", "")
-    if way not in _COMPRESSED:
-        raise UnsupportedModelError(
-            f"compressed-tensors' format is {way!r:.80}; supported are {', '.join(_COMPRESSED)}"
-        )
-    groups = keys.table("config_groups")
-    schemes = {_scheme(name, group, way) for name, group in groups.items()}
-    if len(schemes) != 1:
-        raise UnsupportedModelError(f"compressed-tensors with {len(schemes)} schemes of weights; supported is one")
-    return schemes.pop()
-
-
-def _scheme(name: str, group: Any, way: str) -> Quantization:
-    weights = Keys(Keys(group if isinstance(group, dict) else {}, {}).table("weights"), {})
-    kind, strategy = weights.text("type", "int"), weights.text("strategy", "tensor")
-    if kind != "int" or strategy not in ("tensor", "channel", "group"):
-        raise UnsupportedModelError(
-            f"compressed-tensors' {name!r:.80} has weights of type {kind!r:.80} by {strategy!r:.80}; supported are "
-            "int, and tensor, channel or group"
-        )
-    size = weights.integer("group_size", -1, 1 << 20, 0) if strategy == "group" else 0
-    return Quantization(way, weights.integer("num_bits", 1, 32, 8), max(size, 0))
+_INVERSE = "_scale_inv"  # another name of float-quantized's scales
+_MXFP4 = ("mxfp4", "mxfp4-pack-quantized")
+_NVFP4 = ("nvfp4", "nvfp4-pack-quantized")
+_TINY = (torch.float8_e4m3fn, torch.float8_e8m0fnu)
+# Activations are rounded as the kernels do it, and keys and values stay what the engine keeps.
+_UNUSED = {"input_scale", "input_zero_point", "input_global_scale", "input_scale_ub", "activation_scale"}
+_UNUSED |= {"k_scale", "v_scale", "q_scale", "output_scale", "prob_output_scale"}
 
 
 class QuantizedTensors:
-    """The tensors of `source`, with one `weight` in the place of the parts that each quantised weight has there."""
+    """The tensors of `source`, with one tensor in the place of the parts that each quantised weight has there. Raises
+    ModelFileError where floats of 8 bits lack their scales."""
 
-    def __init__(self, source: TensorSource, quantization: Quantization) -> None:
+    def __init__(self, source: Checkpoint, quantization: Quantization) -> None:
         self._source, self._quantization = source, quantization
-        parts, names = _PARTS[quantization.way], set(source.names())
-        scale = "scales" if "scales" in parts else "weight_scale"
-        self._maps = {name.removesuffix(f".{scale}") for name in names if name.endswith(f".{scale}")}
-        hidden = {f"{stem}.{part}" for stem in self._maps for part in (*parts, *_UNUSED)}
-        self._parts = {stem: tuple(part for part in parts if f"{stem}.{part}" in names) for stem in self._maps}
-        self._plain = names - hidden
-        self._warned = False
+        self._behind = ".weight" if self._way in ("gptq", "awq") else ""
+        names = dict.fromkeys(name for name in source.names() if name.rpartition(".")[2] not in _UNUSED)
+        self._parts: dict[str, dict[str, str]] = {}  # of each quantised weight their names
+        roles = _PARTS[self._way]
+        for scales in (roles["scales"], _INVERSE) if self._way == "float-quantized" else (roles["scales"],):
+            for stem in [name.removesuffix(scales) for name in names if name.endswith(scales)]:
+                if stem + roles["codes"] in names:
+                    parts = {role: stem + part for role, part in (roles | {"scales": scales}).items()}
+                    self._parts[stem] = {role: name for role, name in parts.items() if name in names}
+        hidden = {name for parts in self._parts.values() for name in parts.values()}
+        self._plain = dict.fromkeys(name for name in names if name not in hidden)
+        check_scaled(source, self._plain)
+
+    @property
+    def _way(self) -> str:
+        return self._quantization.way
 
     def names(self) -> Iterable[str]:
-        return [*self._plain, *(f"{stem}.weight" for stem in self._maps)]
+        return [*self._plain, *(f"{stem}{self._behind}" for stem in self._parts)]
 
     def shape(self, name: str) -> Sequence[int]:
         stem = self._quantized(name)
@@ -140,77 +104,135 @@ class QuantizedTensors:
 
     def tensor(self, name: str) -> torch.Tensor:
         stem = self._quantized(name)
-        if stem is None:
-            return self._source.tensor(name)
-        if (order := self._act_order(stem)) is not None:
-            return self._ordered(stem, order)
-        return self._codes(stem).floats()
+        return self._source.tensor(name) if stem is None else self._packed(stem).floats().view(self._shape(stem))
 
     def packed(self, name: str) -> PackedTensor | None:
         stem = self._quantized(name)
-        if stem is None:
-            return self._source.packed(name)
-        if self._act_order(stem) is not None:
-            if not self._warned:
-                logger.warning("%s is unpacked: its inputs are grouped in an order of their own (desc_act)", name)
-                self._warned = True
-            return None
-        return self._codes(stem)
+        return self._source.packed(name) if stem is None else self._packed(stem)
 
     def release(self, name: str) -> None:
         stem = self._quantized(name)
-        for part_name in [name] if stem is None else [f"{stem}.{part}" for part in self._parts[stem]]:
+        for part_name in [name] if stem is None else self._parts[stem].values():
             self._source.release(part_name)
 
     def _quantized(self, name: str) -> str | None:
         """What a name begins with, where it is that of a quantised weight."""
-        stem = name.removesuffix(".weight")
-        return stem if stem != name and stem in self._maps else None
+        stem = name.removesuffix(self._behind)
+        return stem if stem + self._behind == name and stem in self._parts else None
 
-    def _shape(self, stem: str) -> tuple[int, int]:
-        way, pack = self._quantization.way, 32 // self._quantization.bits
-        which = {"gptq": "qweight", "awq": "qweight", "pack-quantized": "weight_packed"}.get(way, "weight")
-        shape = tuple(self._source.shape(f"{stem}.{which}"))
-        if len(shape) != 2:
-            raise ModelFileError(f"tensor {stem}.{which} has shape {list(shape)}, expected two dimensions")
-        first, second = shape
+    def _packed(self, stem: str) -> PackedTensor:
+        if self._way in _MXFP4:
+            return self._mxfp4(stem)
+        if self._way in ("float-quantized", *_NVFP4):
+            return self._floats(stem)
+        codes = self._compressed(stem) if self._way in ("pack-quantized", "int-quantized") else self._codes(stem)
+        order = self._act_order(stem)
+        if order is None and codes.kind in FORMATS:
+            return codes
+        group = codes.n_in // codes.scales.shape[1]
+        return _ordered(codes, torch.arange(codes.n_in) // group if order is None else order)
+
+    def _shape(self, stem: str) -> tuple[int, ...]:
+        """A weight's own: `[n_out, n_in]`, or with experts before that."""
+        name, way = self._parts[stem]["codes"], self._way
+        shape = self._source.shape(name)
+        stacked = {"float-quantized": (2, 3), "mxfp4": (3, 4)}.get(way, (2,))
+        if len(shape) not in stacked or 0 in shape:
+            raise ModelFileError(
+                f"tensor {name} has shape {list(shape)}, expected {' or '.join(map(str, stacked))} dimensions above 0"
+            )
+        *first, last = shape
+        if way == "mxfp4":
+            return *first[:-1], first[-1] * MXFP4_BLOCK
         if way == "gptq":
-            return second, first * pack
+            return last, first[0] * self._pack
         if way == "awq":
-            return second * pack, first
-        return first, second * (pack if way == "pack-quantized" else 1)
+            return last * self._pack, first[0]
+        pack = self._pack if way == "pack-quantized" else 2 if way in (*_NVFP4, *_MXFP4) else 1
+        return *first, last * pack
 
-    def _part(self, stem: str, part: str, shape: tuple[int, ...], integers: bool = True) -> torch.Tensor:
-        """A part of a weight, checked."""
-        name = f"{stem}.{part}"
-        if part not in self._parts[stem]:
-            raise ModelFileError(f"the checkpoint lacks {name}")
+    @property
+    def _pack(self) -> int:
+        return 32 // self._quantization.bits
+
+    def _matrix(self, stem: str) -> tuple[int, int]:
+        """The rows of all experts, and the inputs."""
+        *rows, n_in = self._shape(stem)
+        return math.prod(rows), n_in
+
+    def _part(
+        self, stem: str, role: str, shape: Sequence[int] | None, dtype: torch.dtype | None = torch.int32
+    ) -> torch.Tensor:
+        """A part of a weight, checked. shape, None: any; dtype, None: any floats."""
+        name = self._parts[stem].get(role)
+        if name is None:
+            raise ModelFileError(f"the checkpoint lacks {stem}{_PARTS[self._way][role]}")
         tensor = self._source.tensor(name)
-        dtype = torch.int8 if (part, self._quantization.way) == ("weight", "int-quantized") else torch.int32
-        if (tensor.dtype != dtype) if integers else not tensor.is_floating_point():
-            raise ModelFileError(f"tensor {name} holds {tensor.dtype}, expected {dtype if integers else 'floats'}")
-        if tuple(tensor.shape) != shape:
+        if (tensor.dtype != dtype) if dtype is not None else not tensor.is_floating_point():
+            raise ModelFileError(f"tensor {name} holds {tensor.dtype}, expected {dtype or 'floats'}")
+        if shape is not None and tuple(tensor.shape) != tuple(shape):
             raise ModelFileError(f"tensor {name} has shape {list(tensor.shape)}, expected {list(shape)}")
         return tensor
 
+    def _finite(self, stem: str, role: str, shape: Sequence[int] | None) -> torch.Tensor:
+        """Scales as float32, checked."""
+        scales = self._part(stem, role, shape, None).float()
+        if not scales.isfinite().all():
+            raise ModelFileError(f"tensor {self._parts[stem][role]} has scales that are not finite")
+        return scales
+
+    def _mxfp4(self, stem: str) -> Mxfp4:
+        shape, (n_out, n_in) = self._shape(stem), self._matrix(stem)
+        blocks = shape[-1] // MXFP4_BLOCK
+        per_block = (blocks, MXFP4_BLOCK // 2) if self._way == "mxfp4" else (shape[-1] // 2,)
+        codes = self._part(stem, "codes", (*shape[:-1], *per_block), torch.uint8)
+        if shape[-1] % MXFP4_BLOCK:
+            raise ModelFileError(f"{stem} has {shape[-1]} inputs; allowed are multiples of {MXFP4_BLOCK}")
+        powers = self._part(stem, "scales", (*shape[:-1], blocks), torch.uint8)
+        return Mxfp4(self._parts[stem]["scales"], codes.view(n_out, n_in // 2), powers.view(n_out, -1))
+
+    def _floats(self, stem: str) -> Rounded:
+        """Floats of 8 or 4 bits with scales."""
+        fp8, shape, (n_out, n_in) = self._way == "float-quantized", self._shape(stem), self._matrix(stem)
+        codes = self._part(stem, "codes", None, torch.float8_e4m3fn if fp8 else torch.uint8).view(n_out, -1)
+        rows, group = self._quantization.rows or shape[-2], self._quantization.group or n_in
+        grid = (*shape[:-2], -(-shape[-2] // rows), -(-n_in // group))
+        scales = self._finite(stem, "scales", None)
+        squeezed = [n for n in scales.shape if n > 1] == [n for n in grid if n > 1]
+        if tuple(scales.shape) != grid and (not squeezed or scales.ndim == len(grid)):
+            raise ModelFileError(
+                f"tensor {self._parts[stem]['scales']} has shape {list(scales.shape)}, expected {list(grid)}, or "
+                "that without or with more dimensions of 1"
+            )
+        if not fp8:
+            factor = self._finite(stem, "factor", None).flatten()
+            if len(factor) != 1 or float(factor) <= 0:
+                raise ModelFileError(f"tensor {self._parts[stem]['factor']} must be one number above 0")
+            scales = scales * (factor if self._way == "nvfp4" else 1 / factor) / 2  # of doubled e2m1
+        scales = scales.reshape(-1, grid[-1])
+
+        def read(numbers: torch.Tensor) -> torch.Tensor:
+            part = chosen(codes, numbers)
+            floats = part.float() if fp8 else e2m1(part).float().sub_(E2M1_ZERO)
+            places = numbers // shape[-2] * grid[-2] + numbers % shape[-2] // rows
+            return floats.mul_(scales[places].repeat_interleave(group, 1)[:, :n_in])
+
+        return Rounded((n_out, n_in), read)
+
     def _codes(self, stem: str) -> Codes:
-        if self._quantization.way in _COMPRESSED:
-            return self._compressed(stem)
-        bits, pack = self._quantization.bits, 32 // self._quantization.bits
-        n_out, n_in = self._shape(stem)
+        bits, pack = self._quantization.bits, self._pack
+        n_out, n_in = self._matrix(stem)
         groups = self._groups(stem, n_in)
-        scales = self._part(stem, "scales", (groups, n_out), integers=False).float().T.contiguous()
-        zeros = self._part(stem, "qzeros", (groups, n_out // pack))
+        scales = self._finite(stem, "scales", (groups, n_out)).T.contiguous()
+        zeros = self._part(stem, "zeros", (groups, n_out // pack))
         if n_out % pack:
-            raise ModelFileError(f"tensor {stem}.qzeros has {n_out} outputs, expected a multiple of {pack}")
+            raise ModelFileError(f"{stem} has {n_out} outputs, expected a multiple of {pack}")
         zero = _unpacked(zeros, bits, self._order()) + self._quantization.less  # [groups, n_out]
         zero = (zero & ((1 << bits) - 1)).T
-        packed = self._part(
-            stem, "qweight", (n_in // pack, n_out) if self._quantization.way == "gptq" else (n_in, n_out // pack)
-        )
+        packed = self._part(stem, "codes", (n_in // pack, n_out) if self._way == "gptq" else (n_in, n_out // pack))
 
         def read(rows: torch.Tensor) -> torch.Tensor:
-            if self._quantization.way == "gptq":
+            if self._way == "gptq":
                 return _unpacked(packed[:, rows].T, bits).to(torch.uint8)
             first = int(rows.min()) // pack
             words = packed[:, first : int(rows.max()) // pack + 1]
@@ -219,37 +241,32 @@ class QuantizedTensors:
         return Codes(bits, n_in, read, scales, _mins(zero, scales, bits))
 
     def _compressed(self, stem: str) -> Codes:
-        bits, half, pack = self._quantization.bits, 1 << (self._quantization.bits - 1), 32 // self._quantization.bits
-        n_out, n_in = self._shape(stem)
-        weight_shape, packs = (n_out, n_in), self._quantization.way == "pack-quantized"
-        if packs and "weight_shape" in self._parts[stem]:
-            listed_shape = self._source.tensor(f"{stem}.weight_shape").flatten().tolist()
-            if listed_shape != list(weight_shape):
-                raise ModelFileError(
-                    f"tensor {stem}.weight_shape is {listed_shape!r:.80}, expected {list(weight_shape)}"
-                )
+        bits, half, pack = self._quantization.bits, 1 << (self._quantization.bits - 1), self._pack
+        n_out, n_in = self._matrix(stem)
+        packs, parts = self._way == "pack-quantized", self._parts[stem]
+        if "shape" in parts:
+            listed_shape = self._source.tensor(parts["shape"]).flatten().tolist()
+            if listed_shape != [n_out, n_in]:
+                raise ModelFileError(f"tensor {parts['shape']} is {listed_shape!r:.80}, expected {[n_out, n_in]}")
         groups = self._groups(stem, n_in)
-        scale_shape = tuple(self._source.shape(f"{stem}.weight_scale"))
+        scale_shape = tuple(self._source.shape(parts["scales"]))
         one = scale_shape in ((1,), (), (1, 1)) and n_out > 1  # of the whole tensor
-        shape = scale_shape if one else (n_out, groups)
-        scales = self._part(stem, "weight_scale", shape, integers=False).float().reshape(-1, groups)
+        scales = self._finite(stem, "scales", scale_shape if one else (n_out, groups)).reshape(-1, groups)
         scales = scales.expand(n_out, groups).contiguous()
         mins = None
-        if "weight_zero_point" in self._parts[stem]:
-            points = self._source.tensor(f"{stem}.weight_zero_point")
+        if "zeros" in parts:
+            points = self._source.tensor(parts["zeros"])
             if packs and points.dtype == torch.int32 and tuple(points.shape) == (-(-n_out // pack), groups):
                 zero = _unpacked(points.T, bits).T[:n_out]
             elif points.numel() in (1, n_out * groups) and not points.is_floating_point():
                 zero = points.int().reshape(-1, groups).expand(n_out, groups) + half
             else:
-                raise ModelFileError(
-                    f"tensor {stem}.weight_zero_point has shape {list(points.shape)} of {points.dtype}"
-                )
+                raise ModelFileError(f"tensor {parts['zeros']} has shape {list(points.shape)} of {points.dtype}")
             mins = _mins(zero, scales, bits)
         if packs:
-            packed = self._part(stem, "weight_packed", (n_out, n_in // pack))
+            packed = self._part(stem, "codes", (n_out, n_in // pack))
             return Codes(bits, n_in, lambda rows: _unpacked(packed[rows], bits).to(torch.uint8), scales, mins)
-        weight = self._part(stem, "weight", weight_shape)
+        weight = self._part(stem, "codes", (n_out, n_in), torch.int8)
         return Codes(bits, n_in, lambda rows: (weight[rows].short() + half).to(torch.uint8), scales, mins)
 
     def _groups(self, stem: str, n_in: int) -> int:
@@ -259,27 +276,40 @@ class QuantizedTensors:
         return n_in // group
 
     def _order(self) -> torch.Tensor | None:
-        return _AWQ_ORDER if self._quantization.way == "awq" else None
+        return _AWQ_ORDER if self._way == "awq" else None
 
     def _act_order(self, stem: str) -> torch.Tensor | None:
         """The group of each input, int64, where those of a group do not follow one another."""
-        name = {"gptq": "g_idx", "pack-quantized": "weight_g_idx"}.get(self._quantization.way, "")
-        if name not in self._parts[stem]:
+        if "order" not in self._parts[stem]:
             return None
-        n_in = self._shape(stem)[1]
-        groups = self._part(stem, name, (n_in,)).long()
+        n_in = self._matrix(stem)[1]
+        groups = self._part(stem, "order", (n_in,)).long()
         count = self._groups(stem, n_in)
         if int(groups.min()) < 0 or int(groups.max()) >= count:
-            raise ModelFileError(f"tensor {stem}.{name} has groups outside of 0 to {count - 1}")
+            raise ModelFileError(f"tensor {self._parts[stem]['order']} has groups outside of 0 to {count - 1}")
         return None if torch.equal(groups, torch.arange(n_in) // (n_in // count)) else groups
 
-    def _ordered(self, stem: str, groups: torch.Tensor) -> torch.Tensor:
-        """Floats whose inputs are of any groups."""
-        codes = self._codes(stem)
-        numbers = codes.read(torch.arange(len(codes.scales))).float()
+
+def check_scaled(source: Checkpoint, names: Iterable[str]) -> None:
+    """Raise ModelFileError where tensors that are no quantised weights hold floats of 8 bits."""
+    for name in names:
+        if source.dtype(name) in _TINY:
+            raise ModelFileError(
+                f"tensor {name} holds {source.dtype(name)} without scales that config.json's quantization_config "
+                "describes; allowed are floats of 16 to 64 bits"
+            )
+
+
+def _ordered(codes: Codes, groups: torch.Tensor) -> Rounded:
+    """Codes for which there are no tiles. groups: int64 `[n_in]`, the group of each input."""
+
+    def read(rows: torch.Tensor) -> torch.Tensor:
+        numbers = codes.read(rows).float()
         if codes.mins is None:
-            return (numbers - (1 << (self._quantization.bits - 1))) * codes.scales[:, groups]
-        return numbers * codes.scales[:, groups] + codes.mins[:, groups]
+            return (numbers - (1 << (codes.bits - 1))) * codes.scales[rows][:, groups]
+        return numbers * codes.scales[rows][:, groups] + codes.mins[rows][:, groups]
+
+    return Rounded(codes.shape, read)
 
 
 def _unpacked(packed: torch.Tensor, bits: int, order: torch.Tensor | None = None) -> torch.Tensor:

@@ -116,8 +116,9 @@ def kept_bytes(source: TensorSource, dtype: torch.dtype, packing: Packing) -> in
     for name in source.names():
         tensor, shape = source.packed(name), tuple(source.shape(name))
         kind = packing.kind_of(tensor, plain=len(shape) != 2)
-        if kind is not None and len(shape) == 2 and can_pack(kind, *shape):
-            total += bytes_of(kind, *shape)
+        matrix = math.prod(shape[:-1]), (shape or (1,))[-1]  # stacked experts one below the other
+        if kind is not None and can_pack(kind, *matrix):
+            total += bytes_of(kind, *matrix)
         else:
             total += math.prod(shape) * dtype.itemsize
     return total

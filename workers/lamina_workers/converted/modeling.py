@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from lamina_protocols.errors import LaminaError
 from lamina_workers.checkpoints.checkpoint import TensorSource
+from lamina_workers.checkpoints.packed_tensors import EVERY, unpack_into
+from lamina_workers.checkpoints.quantization import quantization_of
 from lamina_workers.converted.attention_calls import MASKED, NAME, attend, masked_as
 from lamina_workers.converted.recording import experts
 from lamina_workers.errors import ModelFileError, UnsupportedModelError
@@ -28,7 +30,8 @@ _MAX_LAYERS = 1024
 _MAX_INTEGER = 1 << 40
 _MAX_BUFFERS = 2 << 30  # bytes of tables that a model computes for itself, such as masks of all positions
 _DROPPED = {"auto_map", "attn_implementation", "experts_implementation", "fusion_config", "transformers_weights",
-            "torch_dtype", "dtype", "name_or_path", "transformers_version"}  # fmt: skip
+            "torch_dtype", "dtype", "name_or_path", "transformers_version",
+            "quantization_config", "compression_config"}  # fmt: skip
 _INTERFACE = "transformers' attention interface, so it cannot be cut"
 _NEEDS = "a model that Lamina has no class for needs transformers and greenlet: pip install transformers greenlet"
 
@@ -76,10 +79,7 @@ def read_config(raw: Mapping[str, Any]) -> Any:
     """transformers' config of a config.json. Raises ModelFileError for numbers that no model has, UnsupportedModelError
     for what is not run."""
     _check_numbers(raw, "")
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"]
-        method = method.get("quant_method") if isinstance(method, dict) else method
-        raise UnsupportedModelError(f"a checkpoint quantized by {method!r} is not converted; allowed are plain weights")
+    quantization_of(raw)
     if raw.get("is_encoder_decoder"):
         raise UnsupportedModelError(f"model_type {raw.get('model_type')!r} is an encoder and a decoder")
     kind = transformers().CONFIG_MAPPING[raw["model_type"]]
@@ -113,7 +113,8 @@ def build(kind: Any, config: Any, dtype: torch.dtype, masked: bool = False) -> t
 
 
 def load(kind: Any, config: Any, checkpoint: TensorSource, dtype: torch.dtype) -> torch.nn.Module:
-    """The model with the weights of a checkpoint. What has the same dtype and name there is a view of the file.
+    """The model with the weights of a checkpoint, unpacked. What has the same dtype and name there is a view of the
+    file.
 
     Raises ModelFileError naming tensors that are missing, unexpected or of another shape.
     """
@@ -123,7 +124,7 @@ def load(kind: Any, config: Any, checkpoint: TensorSource, dtype: torch.dtype) -
         model, report = kind.from_pretrained(
             None,
             config=config,
-            state_dict={name: checkpoint.tensor(name) for name in names},
+            state_dict={name: _unpacked(checkpoint, name, dtype) for name in names},
             dtype=dtype,
             attn_implementation=NAME,
             experts_implementation=NAME,
@@ -143,6 +144,15 @@ def load(kind: Any, config: Any, checkpoint: TensorSource, dtype: torch.dtype) -
             more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
             raise ModelFileError(f"the checkpoint {problem} {', '.join(wrong[:5])}{more}")
     return _quiet(model)
+
+
+def _unpacked(checkpoint: TensorSource, name: str, dtype: torch.dtype) -> torch.Tensor:
+    if (packed := checkpoint.packed(name)) is None:
+        return checkpoint.tensor(name)
+    floats = torch.empty(packed.shape, dtype=dtype)
+    unpack_into(floats, packed, torch.arange(packed.shape[0]), EVERY)
+    checkpoint.release(name)
+    return floats.view(tuple(checkpoint.shape(name)))
 
 
 @contextmanager

@@ -44,17 +44,8 @@ from lamina_workers.decoder.weight_names import (
     shared_names,
     tensor_shapes,
 )
-from lamina_workers.errors import ModelFileError
 from lamina_workers.model_config.config import ModelConfig
 from lamina_workers.model_config.mixers import LatentConfig, MoeConfig
-
-MXFP4_BLOCK = 32  # numbers that share a scale
-_SIGNLESS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_E2M1 = torch.tensor([*_SIGNLESS, *(-x for x in _SIGNLESS)])
-# Of each byte its two numbers, that of the low four bits first, as one int32 of two bfloat16.
-_OF_BYTE = torch.stack([_E2M1.repeat(16), _E2M1.repeat_interleave(16)], 1).bfloat16().view(torch.int32).flatten()
-
-_POWERS = torch.tensor([*(2.0 ** (scale - 127) for scale in range(255)), torch.nan]).bfloat16()
 
 
 def published_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -72,11 +63,8 @@ def published_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]])
                 published[stacked_name] = moe.experts, n_out, n_in
                 continue
             published[f"{stacked_name}_bias"] = moe.experts, n_out
-            if moe.stacked == "mxfp4":
-                published[f"{stacked_name}_blocks"] = moe.experts, n_out, n_in // MXFP4_BLOCK, MXFP4_BLOCK // 2
-                published[f"{stacked_name}_scales"] = moe.experts, n_out, n_in // MXFP4_BLOCK
-            else:
-                published[stacked_name] = moe.experts, n_in, n_out
+            order = (n_out, n_in) if moe.stacked == "mxfp4" else (n_in, n_out)
+            published[stacked_name] = moe.experts, *order
     return published
 
 
@@ -121,46 +109,31 @@ class SeparateExperts:
         return self._shapes[name]
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A tensor of the checkpoint, or a part of one expert: a view, or bfloat16 where it was MXFP4."""
+        """A tensor of the checkpoint, or a part of one expert: a view, or floats of what was packed."""
         if (part := self._part.fullmatch(name)) is None:
             return self._source.tensor(name)
-        expert, rows = int(part[2]), self._rows[part[3]]
-        stacked = [self._source.tensor(stacked_name) for stacked_name in self._stacked(part)]
-        if part[4] == "bias" or self._kind == "rows":
-            return stacked[0][expert, rows]
-        if self._kind == "floats":
-            return stacked[0][expert].T[rows]
-        for stacked_name, tensor in zip(self._stacked(part), stacked, strict=True):
-            if tensor.dtype != torch.uint8:
-                raise ModelFileError(f"tensor {stacked_name} holds {tensor.dtype}, expected torch.uint8")
-        blocks, scales = stacked
-        return from_mxfp4(blocks[expert, rows], scales[expert, rows])
+        if (packed := self.packed(name)) is not None:
+            return packed.floats()
+        expert, rows = self._source.tensor(self._stacked(part))[int(part[2])], self._rows[part[3]]
+        return expert.T[rows] if self._kind == "floats" and part[4] == "weight" else expert[rows]
 
     def packed(self, name: str) -> PackedTensor | None:
-        """Experts that are stacked are unpacked."""
-        return self._source.packed(name) if self._part.fullmatch(name) is None else None
+        if (part := self._part.fullmatch(name)) is None:
+            return self._source.packed(name)
+        stacked_name = self._stacked(part)
+        if (stacked := self._source.packed(stacked_name)) is None:
+            return None
+        rows = torch.arange(self._source.shape(stacked_name)[1])[self._rows[part[3]]]
+        return stacked.cut(int(part[2]) * self._source.shape(stacked_name)[1] + rows)
 
     def release(self, name: str) -> None:
         part = self._part.fullmatch(name)
-        for tensor_name in [name] if part is None else self._stacked(part):
-            self._source.release(tensor_name)
+        self._source.release(name if part is None else self._stacked(part))
 
-    def _stacked(self, part: re.Match[str]) -> list[str]:
-        """The tensors that a part of an expert is in."""
+    def _stacked(self, part: re.Match[str]) -> str:
+        """The tensor that a part of an expert is in."""
         prefix = f"{part[1]}.{self._named.stacked[part[3] == self._named.maps[2]]}"
-        if part[4] == "bias":
-            return [f"{prefix}_bias"]
-        return [f"{prefix}_blocks", f"{prefix}_scales"] if self._kind == "mxfp4" else [prefix]
-
-
-def from_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Numbers in MXFP4 (OCP Microscaling Formats 1.0) as bfloat16 `[n, blocks * 32]`, which has all of them exactly.
-
-    blocks: uint8 `[n, blocks, 16]`, two numbers of 4 bits (sign, two bits of exponent, one of mantissa) in a byte, the
-    first in the low bits; scales: uint8 `[n, blocks]`, each block's power of two plus 127 (255: NaN).
-    """
-    numbers = _OF_BYTE.index_select(0, blocks.flatten().int()).view(torch.bfloat16)
-    return (numbers.view(*scales.shape, MXFP4_BLOCK) * _POWERS[scales.int()].unsqueeze(-1)).flatten(1)
+        return f"{prefix}_bias" if part[4] == "bias" else prefix
 
 
 @dataclass(frozen=True, slots=True)

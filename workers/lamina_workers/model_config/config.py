@@ -255,9 +255,9 @@ class ModelConfig:
         )
 
 
-def read_config_json(path: str | Path) -> dict[str, Any]:
-    """Read `config.json` in the folder `path`. Raises ModelFileError where it is missing or no JSON object."""
-    file = Path(path) / "config.json"
+def read_config_json(path: str | Path, name: str = "config.json") -> dict[str, Any]:
+    """Read a config in the folder `path`. Raises ModelFileError where it is missing or no JSON object."""
+    file = Path(path) / name
     try:
         if (size := file.stat().st_size) > _MAX_CONFIG_BYTES:
             raise ModelFileError(f"{file} has {size} bytes, allowed are {_MAX_CONFIG_BYTES}")
