@@ -55,9 +55,9 @@ def layout(dtype: torch.dtype, page_size: int = 7, d_k: int = 48, d_v: int = 80)
     return triton_decode.layout(page_size, d_k, d_v, dtype)
 
 
-def kernel_names(world: World, threads: int) -> list[str]:
+def programs_of(world: World, threads: int) -> list[int]:
     plan = triton_decode.plan(world.pages, world.rows, threads)
-    return [each.kernel.__name__ for each in plan.launches]
+    return [step.grid[0] for step in plan.launches]
 
 
 class TestAttend:
@@ -112,9 +112,9 @@ class TestAttend:
             build(triton_decode, at, rows, 1, 2, device=device)
             for rows in (EVEN, [Row(600, 1, 0, 600), *EVEN], [*EVEN, Row(0, 300, 0, 300)])
         )
-        assert kernel_names(even, 4) == ["split_kernel"]
-        assert kernel_names(ragged, 4) == ["lean_kernel"]
-        assert kernel_names(prompts, 4) == ["split_kernel", "lean_kernel"]
+        assert programs_of(even, 7) == [6]  # two chunks of each
+        assert programs_of(ragged, 7) == [7]  # as many shares
+        assert programs_of(prompts, 7) == [6, 7]
         for world in (even, ragged, prompts):
             assert max(errors(triton_decode, world, 11)) <= 1
 
@@ -572,7 +572,7 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(dtype: str, d: int, capa
     run = [sys.executable, "-c", COMPILE, str(SUPPORT), dtype, str(d), capability]
     done = subprocess.run(run, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    kernels = {"append_kernel", "split_kernel", "lean_kernel", "merge_kernel", "merge_into_kernel", "logits_kernel"}
+    kernels = {"append_kernel", "attend_kernel", "merge_kernel", "merge_into_kernel", "logits_kernel"}
     assert kernels <= set(done.stdout.split())
 
 

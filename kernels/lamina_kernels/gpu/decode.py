@@ -23,7 +23,7 @@ from lamina_kernels.gpu.kv_append import describe
 from lamina_kernels.gpu.kv_append import plan_append as plan_append
 from lamina_kernels.gpu.merge_partials import OUTPUT, merge_outputs
 from lamina_kernels.gpu.merge_partials import merge_into as merge_into
-from lamina_kernels.gpu.split_kv import lean_kernel, records, split, split_kernel
+from lamina_kernels.gpu.split_kv import attend_kernel, records, split
 from lamina_kernels.gpu.tuning import FEW_ROWS, dot_type, launch, padded, programs, tuning_for
 from lamina_kernels.paged.page_lists import ListPlan, through_rows
 from lamina_kernels.paged.pages import Order, PageLayout, Pages, check_order
@@ -36,9 +36,8 @@ EVEN = 0.75  # pieces whose mean length is below this share of the longest are r
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A kernel, its grid, and its arguments besides `Plan.arguments`."""
+    """A grid of `attend_kernel`, and its arguments besides `Plan.arguments`."""
 
-    kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
 
@@ -130,17 +129,11 @@ def _launch(pages: Pages, pieces: Pieces, at_once: int, partials: int) -> tuple[
     rows_of_tile = max(tile.rows, int(triton.next_power_of_2(int(pieces["rows"].max()))))
     arguments: dict[str, Any] = {"ROWS": rows_of_tile, "KEYS": tile.keys}
     arguments |= {"num_warps": tile.warps, "num_stages": tile.stages}
-    if is_ragged(pieces):
-        pieces, starts = deal(pieces, at_once)
-        splits, kernel = 1, lean_kernel
-        grid: tuple[int, ...] = (at_once,)
-        arguments["starts"] = torch.from_numpy(starts).to(device)
-    else:
-        pieces, splits = split(pieces, at_once, tile.keys)
-        kernel, grid = split_kernel, (len(pieces), splits)
+    pieces, starts = deal(pieces, at_once) if is_ragged(pieces) else split(pieces, at_once, tile.keys)
+    arguments["starts"] = torch.from_numpy(starts).to(device)
     inner = pieces["partial"] >= 0
     pieces["partial"][inner] += partials
-    return Launch(kernel, grid, arguments), pieces, int(pieces["rows"][inner].sum()) * splits
+    return Launch((len(starts) - 1,), arguments), pieces, int(pieces["rows"][inner].sum())
 
 
 def narrowed(pieces: Pieces, most_rows: int) -> Pieces:
@@ -207,7 +200,7 @@ def attend(
         "CAPPED": soft_cap is not None,
     }
     for step in plan.launches:
-        launch(step.kernel, step.grid, arguments | step.arguments)
+        launch(attend_kernel, step.grid, arguments | step.arguments)
     if len(plan.outputs):
         merge_outputs(plan.outputs, plan.most_rows, plan.partials, result)
     return result

@@ -1,11 +1,10 @@
-"""Paged attention in Triton: the keys of a batch are cut into chunks, a program each or a share of them each.
+"""Paged attention in Triton: the keys of a batch are cut into chunks on the host, and dealt to programs.
 
-Split-KV (`split_kernel`) cuts every piece's keys into the same number of chunks, a program each: the schedule of
-FlashDecoding, right where pieces are about equally long. Stream-K (`lean_kernel`) lays all work end to end and cuts it
-into equal shares, a program each: LeanAttention (arXiv 2405.10480), for batches whose rows differ in length. There the
-host cuts (`schedule.deal`), so no program waits for another: the parts of a cut output are written out, and merged by
-`merge_partials`. Both use the attention of a chunk, `attend_chunk`, in which the query heads of a KV head fill the rows
-of one tile, so K and V are read once.
+Split-KV (`split`) cuts every piece's keys into the same number of chunks, a program each: the schedule of
+FlashDecoding, right where pieces are about equally long. Stream-K (`schedule.deal`) lays all work end to end and cuts
+it into equal shares, a program each: LeanAttention (arXiv 2405.10480), for batches whose rows differ in length. The
+host cuts in both, so no program waits for another: the parts of a cut output are written out, and merged by
+`merge_partials`. The query heads of a KV head fill the rows of one tile, so K and V are read once.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import triton.language as tl
 from lamina_kernels.gpu.kv_append import PLAIN, widened
 from lamina_kernels.gpu.merge_partials import LN2, LOG2E, finite, higher, settle
 from lamina_kernels.paged.rows import Ints
-from lamina_kernels.paged.schedule import Pieces
+from lamina_kernels.paged.schedule import Pieces, number_partials
 
 # What the kernels read of a piece, int64 each. As in schedule.PIECE, but table and bias are numbers of entries in
 # the device's copy of all tables and biases.
@@ -60,21 +59,17 @@ MAX_SPLITS = 128  # num_splits_heuristic of FlashAttention-2 (flash_api.cpp), as
 FULL, NEARLY_BEST = 0.8, 0.85
 
 
-def split(pieces: Pieces, programs: int, keys: int) -> tuple[Pieces, int]:
-    """Number the partials of pieces that are cut into chunks of whole tiles of `keys`: the pieces, and how many chunks.
-
-    Where a piece has chunks, or its output two pieces, its partials follow each other: chunk i of piece p begins at
-    number p["partial"] + i * p["rows"]; the first piece of an output says in "parts" how many there are of it.
-    """
-    pieces = pieces.copy()
-    longest = int((pieces["hi"] - pieces["lo"]).max(initial=1))
-    splits = split_count(len(pieces), programs, -(-longest // keys))
-    parts = np.bincount(pieces["output"])[pieces["output"]] * splits
-    rows = np.where(parts > 1, pieces["rows"] * splits, 0)
-    pieces["partial"] = np.where(parts > 1, np.cumsum(rows) - rows, -1)
-    pieces["parts"] = parts
-    pieces["parts"][1:][pieces["output"][1:] == pieces["output"][:-1]] = 1
-    return pieces, splits
+def split(whole: Pieces, programs: int, keys: int) -> tuple[Pieces, Ints]:
+    """Cut each piece into as many chunks of whole tiles of `keys`: as `schedule.deal`, a share for each chunk."""
+    longest = int((whole["hi"] - whole["lo"]).max(initial=1))
+    splits = split_count(len(whole), programs, -(-longest // keys))
+    pieces = np.repeat(whole, splits)
+    lo, hi = pieces["lo"].copy(), pieces["hi"].copy()
+    length = -(-(hi - lo) // (splits * keys)) * keys
+    begin = lo + np.tile(np.arange(splits), len(whole)) * length
+    pieces["lo"], pieces["hi"] = np.minimum(begin, hi), np.minimum(begin + length, hi)
+    pieces = number_partials(pieces[(begin < hi) | (begin == lo)])
+    return pieces, np.arange(len(pieces) + 1)
 
 
 def split_count(pieces: int, programs: int, tiles: int) -> int:
@@ -97,178 +92,6 @@ def records(pieces: Pieces, table: int, bias: int, device: torch.device) -> torc
     columns["table"] = (pieces["table"] - table) // 4
     columns["bias"] = np.where(pieces["bias"] > 0, (pieces["bias"] - bias) // 4, -1)
     return torch.from_numpy(np.stack([columns[name] for name in RECORD], 1)).to(device)
-
-
-@triton.jit(do_not_specialize=["layer"])  # type: ignore[untyped-decorator]
-def split_kernel(
-    pieces: tl.tensor,
-    q: tl.tensor,
-    out: tl.tensor,
-    lse: tl.tensor,
-    partial_out: tl.tensor,
-    partial_lse: tl.tensor,
-    table: tl.tensor,
-    bias: tl.tensor,
-    layer: tl.tensor,
-    scale: tl.tensor,
-    soft_cap: tl.tensor,
-    arena: tl.tensor,
-    scales: tl.tensor,
-    PAGE: tl.constexpr,
-    PAGE_NUMBERS: tl.constexpr,
-    PAGE_SCALES: tl.constexpr,
-    V_AT: tl.constexpr,
-    SCALES_AT: tl.constexpr,
-    D_K: tl.constexpr,
-    D_V: tl.constexpr,
-    LATENT: tl.constexpr,
-    KIND: tl.constexpr,
-    DOT: tl.constexpr,
-    CAPPED: tl.constexpr,
-    LISTED: tl.constexpr,
-    BIASED: tl.constexpr,
-    WIDTH_K: tl.constexpr,
-    WIDTH_V: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-) -> None:
-    """One chunk of one piece."""
-    piece, chunk = pieces + tl.program_id(0).to(tl.int64) * FIELDS, tl.program_id(1)
-    lo, hi = tl.load(piece + LO).to(tl.int32), tl.load(piece + HI).to(tl.int32)
-    length = tl.cdiv(tl.cdiv(hi - lo, tl.num_programs(1)), KEYS) * KEYS
-    begin, partial = lo + chunk * length, tl.load(piece + PARTIAL)
-    partial = tl.where(partial < 0, partial, partial + chunk * tl.load(piece + ROWS_OF))
-    attend_chunk(
-        piece,
-        begin,
-        tl.minimum(begin + length, hi),
-        partial,
-        q,
-        out,
-        lse,
-        partial_out,
-        partial_lse,
-        table,
-        bias,
-        layer,
-        scale,
-        soft_cap,
-        arena,
-        scales,
-        PAGE,
-        PAGE_NUMBERS,
-        PAGE_SCALES,
-        V_AT,
-        SCALES_AT,
-        D_K,
-        D_V,
-        LATENT,
-        KIND,
-        DOT,
-        CAPPED,
-        LISTED,
-        BIASED,
-        WIDTH_K,
-        WIDTH_V,
-        ROWS,
-        KEYS,
-    )
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def attend_chunk(
-    piece: tl.tensor,
-    lo: tl.tensor,
-    hi: tl.tensor,
-    partial: tl.tensor,
-    q: tl.tensor,
-    out: tl.tensor,
-    lse: tl.tensor,
-    partial_out: tl.tensor,
-    partial_lse: tl.tensor,
-    table: tl.tensor,
-    bias: tl.tensor,
-    layer: tl.tensor,
-    scale: tl.tensor,
-    soft_cap: tl.tensor,
-    arena: tl.tensor,
-    scales: tl.tensor,
-    PAGE: tl.constexpr,
-    PAGE_NUMBERS: tl.constexpr,
-    PAGE_SCALES: tl.constexpr,
-    V_AT: tl.constexpr,
-    SCALES_AT: tl.constexpr,
-    D_K: tl.constexpr,
-    D_V: tl.constexpr,
-    LATENT: tl.constexpr,
-    KIND: tl.constexpr,
-    DOT: tl.constexpr,
-    CAPPED: tl.constexpr,
-    LISTED: tl.constexpr,
-    BIASED: tl.constexpr,
-    WIDTH_K: tl.constexpr,
-    WIDTH_V: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-) -> None:
-    """Attention of a piece's queries over its keys [lo, hi): into out and lse, or from partial number `partial` on.
-
-    The online softmax of FlashAttention, in powers of two: weights are 2 ** (logit - top), logits times log2(e).
-    """
-    rows, group = tl.load(piece + ROWS_OF).to(tl.int32), tl.load(piece + _GROUP).to(tl.int32)
-    row, column_k, column_v = tl.arange(0, ROWS), tl.arange(0, WIDTH_K), tl.arange(0, WIDTH_V)
-    if LATENT:  # K is V, loaded once, and what stands behind it
-        column_k += D_V
-    row_mask, mask_k, mask_v = row < rows, column_k < D_K, column_v < D_V
-    vector = tl.load(piece + _Q) + row // group * tl.load(piece + _STRIDE) + row % group
-    position, window = tl.load(piece + _POSITION).to(tl.int32) + row // group, tl.load(piece + _WINDOW).to(tl.int32)
-    query_place = q + vector[:, None] * D_K + column_k[None, :]
-    query = tl.load(query_place, mask=row_mask[:, None] & mask_k[None, :], other=0.0).to(DOT)
-    if LATENT:
-        front_place = q + vector[:, None] * D_K + column_v[None, :]
-        front = tl.load(front_place, mask=row_mask[:, None] & mask_v[None, :], other=0.0).to(DOT)
-
-    top, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
-    sums = tl.zeros([ROWS, WIDTH_V], tl.float32)
-    for begin in range(lo, hi, KEYS):
-        key = begin + tl.arange(0, KEYS)
-        inside = key < hi
-        page, offset = located(piece, table, layer, key, inside, PAGE, LISTED)
-        block, scale_place = arena + page * PAGE_NUMBERS, scales + page * PAGE_SCALES + SCALES_AT + offset
-
-        k_place = (block + offset * D_K)[None, :] + column_k[:, None]
-        k = tl.load(k_place, mask=inside[None, :] & mask_k[:, None], other=0)
-        v_place = (block + V_AT + offset * (D_K if LATENT else D_V))[:, None] + column_v[None, :]
-        logits = tl.dot(query, widened(k, KIND, DOT), input_precision="ieee")
-        if LATENT:
-            v = tl.load(v_place, mask=inside[:, None] & mask_v[None, :], other=0)
-            logits = tl.dot(front, tl.trans(widened(v, KIND, DOT)), logits, input_precision="ieee")
-        logits *= scale
-        if KIND != PLAIN:
-            logits *= tl.load(scale_place, mask=inside, other=0.0)[None, :]
-        if CAPPED:
-            logits = capped(logits, soft_cap)
-        logits *= LOG2E
-        if BIASED:
-            logits += (biases(piece, bias, layer, key, lo, hi) * LOG2E)[None, :]
-        age = position[:, None] - key[None, :]
-        logits = tl.where(inside[None, :] & (age >= 0) & (age < window), logits, float("-inf"))
-
-        weight, decay, top = weighed(logits, top)
-        total = total * decay + tl.sum(weight, 1)
-        if KIND != PLAIN:
-            weight *= tl.load(scale_place + (0 if LATENT else PAGE), mask=inside, other=0.0)[None, :]
-        if not LATENT:
-            v = tl.load(v_place, mask=inside[:, None] & mask_v[None, :], other=0)
-        sums = tl.dot(weight.to(DOT), widened(v, KIND, DOT), sums * decay[:, None], input_precision="ieee")
-
-    mask = row_mask[:, None] & mask_v[None, :]
-    if partial < 0:
-        settle(sums, top * LN2, total, out + vector[:, None] * D_V + column_v[None, :], lse + vector, mask, row_mask)
-    else:
-        number = partial + row
-        place = partial_out + number[:, None] * D_V + column_v[None, :]
-        settle(sums, top * LN2, total, place, partial_lse + number, mask, row_mask)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -322,7 +145,7 @@ def capped(x: tl.tensor, cap: tl.tensor) -> tl.tensor:
 
 
 @triton.jit(do_not_specialize=["layer"])  # type: ignore[untyped-decorator]
-def lean_kernel(
+def attend_kernel(
     pieces: tl.tensor,
     starts: tl.tensor,
     q: tl.tensor,
@@ -355,43 +178,70 @@ def lean_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ) -> None:
-    """The pieces of one share: share i has those from number starts[i] up to starts[i + 1]."""
+    """The pieces of one share: share i has those from number starts[i] up to starts[i + 1]. Each is the attention of
+    its queries over its keys [lo, hi): into out and lse, or from its partial on.
+
+    The online softmax of FlashAttention, in powers of two: weights are 2 ** (logit - top), logits times log2(e).
+    """
+    row, column_k, column_v = tl.arange(0, ROWS), tl.arange(0, WIDTH_K), tl.arange(0, WIDTH_V)
+    if LATENT:  # K is V, loaded once, and what stands behind it
+        column_k += D_V
+    mask_k, mask_v = column_k < D_K, column_v < D_V
     share = starts + tl.program_id(0)
     for i in range(tl.load(share), tl.load(share + 1)):
         piece = pieces + i * FIELDS
         lo, hi = tl.load(piece + LO).to(tl.int32), tl.load(piece + HI).to(tl.int32)
-        attend_chunk(
-            piece,
-            lo,
-            hi,
-            tl.load(piece + PARTIAL),
-            q,
-            out,
-            lse,
-            partial_out,
-            partial_lse,
-            table,
-            bias,
-            layer,
-            scale,
-            soft_cap,
-            arena,
-            scales,
-            PAGE,
-            PAGE_NUMBERS,
-            PAGE_SCALES,
-            V_AT,
-            SCALES_AT,
-            D_K,
-            D_V,
-            LATENT,
-            KIND,
-            DOT,
-            CAPPED,
-            LISTED,
-            BIASED,
-            WIDTH_K,
-            WIDTH_V,
-            ROWS,
-            KEYS,
-        )
+        partial = tl.load(piece + PARTIAL)
+        rows, group = tl.load(piece + ROWS_OF).to(tl.int32), tl.load(piece + _GROUP).to(tl.int32)
+        row_mask = row < rows
+        vector = tl.load(piece + _Q) + row // group * tl.load(piece + _STRIDE) + row % group
+        position, window = tl.load(piece + _POSITION).to(tl.int32) + row // group, tl.load(piece + _WINDOW).to(tl.int32)
+        query_place = q + vector[:, None] * D_K + column_k[None, :]
+        query = tl.load(query_place, mask=row_mask[:, None] & mask_k[None, :], other=0.0).to(DOT)
+        if LATENT:
+            front_place = q + vector[:, None] * D_K + column_v[None, :]
+            front = tl.load(front_place, mask=row_mask[:, None] & mask_v[None, :], other=0.0).to(DOT)
+
+        top, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
+        sums = tl.zeros([ROWS, WIDTH_V], tl.float32)
+        for begin in range(lo, hi, KEYS):
+            key = begin + tl.arange(0, KEYS)
+            inside = key < hi
+            page, offset = located(piece, table, layer, key, inside, PAGE, LISTED)
+            block, scale_place = arena + page * PAGE_NUMBERS, scales + page * PAGE_SCALES + SCALES_AT + offset
+
+            k_place = (block + offset * D_K)[None, :] + column_k[:, None]
+            k = tl.load(k_place, mask=inside[None, :] & mask_k[:, None], other=0)
+            v_place = (block + V_AT + offset * (D_K if LATENT else D_V))[:, None] + column_v[None, :]
+            logits = tl.dot(query, widened(k, KIND, DOT), input_precision="ieee")
+            if LATENT:
+                v = tl.load(v_place, mask=inside[:, None] & mask_v[None, :], other=0)
+                logits = tl.dot(front, tl.trans(widened(v, KIND, DOT)), logits, input_precision="ieee")
+            logits *= scale
+            if KIND != PLAIN:
+                logits *= tl.load(scale_place, mask=inside, other=0.0)[None, :]
+            if CAPPED:
+                logits = capped(logits, soft_cap)
+            logits *= LOG2E
+            if BIASED:
+                logits += (biases(piece, bias, layer, key, lo, hi) * LOG2E)[None, :]
+            age = position[:, None] - key[None, :]
+            logits = tl.where(inside[None, :] & (age >= 0) & (age < window), logits, float("-inf"))
+
+            weight, decay, top = weighed(logits, top)
+            total = total * decay + tl.sum(weight, 1)
+            if KIND != PLAIN:
+                weight *= tl.load(scale_place + (0 if LATENT else PAGE), mask=inside, other=0.0)[None, :]
+            if not LATENT:
+                v = tl.load(v_place, mask=inside[:, None] & mask_v[None, :], other=0)
+            sums = tl.dot(weight.to(DOT), widened(v, KIND, DOT), sums * decay[:, None], input_precision="ieee")
+
+        mask = row_mask[:, None] & mask_v[None, :]
+        if partial < 0:
+            settle(
+                sums, top * LN2, total, out + vector[:, None] * D_V + column_v[None, :], lse + vector, mask, row_mask
+            )
+        else:
+            number = partial + row
+            place = partial_out + number[:, None] * D_V + column_v[None, :]
+            settle(sums, top * LN2, total, place, partial_lse + number, mask, row_mask)

@@ -111,10 +111,15 @@ def deal(whole: Pieces, shares: int) -> tuple[Pieces, Ints]:
     pieces = np.repeat(whole, 1 + np.bincount(cut_piece, minlength=len(whole)))
     number = cut_piece + 1 + np.arange(len(cuts))
     pieces["lo"][number] = pieces["hi"][number - 1] = key
-    parts = np.bincount(pieces["output"])
-    pieces["parts"] = parts[pieces["output"]]
+    starts = index + np.searchsorted(cuts, place, "right")
+    return number_partials(pieces), np.concatenate([[0], starts, [len(pieces)]])
+
+
+def number_partials(pieces: Pieces) -> Pieces:
+    """The same pieces: each output's first one says in "parts" how many there are of it, and where there are several,
+    their partials follow each other."""
+    pieces["parts"] = np.bincount(pieces["output"])[pieces["output"]]
     rows = np.where(pieces["parts"] > 1, pieces["rows"], 0)
     pieces["partial"] = np.where(rows > 0, np.cumsum(rows) - rows, -1)
     pieces["parts"][1:][pieces["output"][1:] == pieces["output"][:-1]] = 1
-    starts = index + np.searchsorted(cuts, place, "right")
-    return pieces, np.concatenate([[0], starts, [len(pieces)]])
+    return pieces
