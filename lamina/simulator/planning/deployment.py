@@ -4,49 +4,51 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lamina.plan_file import COMPUTES, PlannedDevice, PlannedSystem
+from lamina.config import MAX_LANES
 from lamina.simulator.costs.cost_model import kv_heads
 from lamina.simulator.costs.packing import QUANTIZED
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System
 
+_COMPUTES = {"cpu": "cpu", "gpu": "cuda"}
+"""The engine's name of each kind of device."""
 _DTYPES = {4.0: "float32", 2.0: "bfloat16"}
 _PROMPTS = 8
 """Prompts of the longest kind that the engine's own process has room for, where it keeps nothing else."""
 _SERVE = "serve run lamina.server.ray_serve:build_app plan={}"
 
 
-def planned_system(system: System) -> PlannedSystem:
-    """What decides of a system whether an engine can be it."""
-    devices = tuple(PlannedDevice(device.name, device.kind) for device, _ in system.devices)
-    planned = PlannedSystem(
-        name=system.name,
-        kind="disaggregated" if isinstance(system, Disaggregated) else "colocated",
-        devices=devices,
-        weight_bytes=system.model.element,
-        packed=system.model.packing is not None,
-    )
-    if not isinstance(system, Offloaded):
-        return planned
-    return replace(
-        planned,
-        kind="offloaded",
-        kv_heads=kv_heads(system.model),
-        model_count=system.model_count,
-        attention_count=system.attention_count,
-        model_replicas=system.model_replicas,
-        lanes=system.lanes,
-        local_share=system.local_share,
-        shard=system.shard,
-    )
-
-
 def undeployable(system: System) -> str:
     """Why no engine here is that system, in words; "" where one is."""
-    return planned_system(system).undeployable()
+    if isinstance(system, Disaggregated):
+        return "the engine computes prompts and decodes in one place"
+    for device, _ in system.devices:
+        if device.kind not in _COMPUTES:
+            return f"no kernels here run on {device.name}, of kind {device.kind}; allowed are {' and '.join(_COMPUTES)}"
+    if not isinstance(system, Offloaded):
+        return ""
+    ranks, replicas = system.model_count, system.model_replicas
+    if ranks > 1 and replicas > 1:
+        return f"each layer is cut among {ranks} devices and there are {replicas} replicas; an engine does one of both"
+    if ranks > 1 and system.lanes > 1:
+        return f"{system.lanes} lanes where {ranks} devices share each layer, which add up one batch at a time"
+    if system.lanes > (limit := replicas + 1 if replicas > 1 else MAX_LANES):
+        return f"{system.lanes} lanes; {replicas} replicas have {limit} at most"
+    if (share := system.local_share) and (workers := ranks * replicas) > 1:
+        return f"{share:.0%} of the KV with one of {workers} model workers; with several it is all elsewhere"
+    if system.shard == "heads" and system.attention_count > 1 and kv_heads(system.model) == 1:
+        return "the model's one KV head cannot be cut by heads"
+    return ""
+
+
+def differences(system: System) -> tuple[str, ...]:
+    """How an engine differs from a system, in words."""
+    model, dense = system.model, system.devices[0][0]
+    if dense.kind == "cpu" or (model.packing is None and model.element >= 2):
+        return ()
+    return (f"weights of fewer than 16 bits stay so on CPUs alone, so an engine on {dense.name} computes with 16 bits",)
 
 
 def engine_keywords(system: System, longest: int) -> dict[str, Any]:
@@ -57,8 +59,8 @@ def engine_keywords(system: System, longest: int) -> dict[str, Any]:
     capacity, model = system.capacity, system.model
     dense, attention = system.devices[0][0], system.devices[-1][0]
     keywords: dict[str, Any] = {
-        "device": COMPUTES[dense.kind],
-        "attention_device": COMPUTES[attention.kind],
+        "device": _COMPUTES[dense.kind],
+        "attention_device": _COMPUTES[attention.kind],
         "max_batch_tokens": min(system.max_batch_tokens, max(1024, longest), 1 << 20),
         "max_num_seqs": min(system.max_sequences, 1 << 16),
     }

@@ -1,8 +1,9 @@
 """Plan files: one way to serve a model, what it is predicted to yield, and the engine that serves it, as TOML.
 
-    version = 1
+    version = 2
     model = "llama-3-70b"       # what to load: a name, or a path
     replicas = 1
+    undeployable = ""           # and differences = []: what `lamina.plan_file` says of the engine
     [predicted]                 # by the event loop or by the closed form; seconds, requests and dollars
     [trace]                     # what it was planned for
     [slo]                       # seconds
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from lamina.errors import InvalidRequest
-from lamina.plan_file import VERSION, EnginePlan
+from lamina.plan_file import VERSION, EnginePlan, check_version
 from lamina.simulator.costs import hardware
 from lamina.simulator.costs.bounds import Amount, Count, Text, whole
 from lamina.simulator.costs.cost_model import draft_model
@@ -31,7 +32,7 @@ from lamina.simulator.costs.hardware import Device, Link
 from lamina.simulator.costs.shapes import ModelShape
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System
 from lamina.simulator.event_loop.simulate import Slo
-from lamina.simulator.planning.deployment import planned_system
+from lamina.simulator.planning.deployment import differences, undeployable
 from lamina.system.text_files import toml_value, write_text
 from lamina.system.toml_models import Table, read_tables, validated
 
@@ -94,7 +95,8 @@ class Plan:
 
     def one_replica(self) -> EnginePlan:
         """The part of the plan that an engine needs."""
-        return EnginePlan(self.model, self.engine, planned_system(self.system), self.replicas)
+        reason = undeployable(self.system)
+        return EnginePlan(self.model, self.engine, self.replicas, reason, differences(self.system))
 
 
 def read(path: str | Path) -> Plan:
@@ -111,7 +113,9 @@ def dumps(plan: Plan) -> str:
     """The file's text: `read` gives back an equal plan."""
     kind = next(name for name, system_type in KINDS.items() if isinstance(plan.system, system_type))
     system = {"kind": kind, **_to_table(plan.system, leave_out=("model",))}
+    engine = plan.one_replica()
     top = {"version": VERSION, "model": plan.model, "replicas": plan.replicas}
+    top |= {"undeployable": engine.undeployable, "differences": list(engine.differences)}
     tables = {
         "predicted": _to_table(plan.predicted),
         "trace": _to_table(plan.trace),
@@ -127,9 +131,11 @@ def dumps(plan: Plan) -> str:
 
 
 class _File(Table):
-    version: Literal[1]
+    version: Literal[2]
     model: Text
     replicas: int = 1
+    undeployable: str = ""
+    differences: tuple[str, ...] = ()
     predicted: Prediction
     trace: TraceSummary
     slo: Slo = Slo()
@@ -141,8 +147,7 @@ class _File(Table):
 
 
 def _from_toml(data: Mapping[str, Any]) -> Plan:
-    if type(data.get("version")) is not int or data["version"] != VERSION:  # first: other versions have other keys
-        raise InvalidRequest(f"version is {data.get('version')!r:.80}; allowed is {VERSION}")
+    check_version(data)
     file = validated(_File, data)
     _check_shape(file.shape, "shape")
     return Plan(
