@@ -129,10 +129,9 @@ def tokenizer_files(path: Path, metadata: Mapping[str, Any]) -> dict[str, dict[s
         "chat_template": metadata.get("tokenizer.chat_template"),
         **special,
     }
-    stops = (vocabulary.special(key) for key in ("eos", "eot", "eom"))
     generation = {
         "bos_token_id": vocabulary.special("bos"),
-        "eos_token_id": list(dict.fromkeys(stop for stop in stops if stop is not None)),
+        "eos_token_id": vocabulary.ends(),
         "pad_token_id": vocabulary.special("padding"),
     }
     return {
@@ -142,6 +141,13 @@ def tokenizer_files(path: Path, metadata: Mapping[str, Any]) -> dict[str, dict[s
     }
 
 
+_ENDS = (
+    "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<end_of_utterance>",
+    "<｜end▁of▁sentence｜>", "<EOT>", "<|return|>", "<|call|>", "<|end|>",
+    "<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<|repo_name|>", "<|file_sep|>", "<|file_separator|>",
+)  # fmt: skip
+"""Control tokens that end a text, whatever a file says: files name the end of a chat's turn alone, and a text that is
+no chat ends by others, as does code that was filled in (llama-vocab.cpp, `load`)."""
 _SPECIAL_KEYS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
@@ -175,6 +181,15 @@ class _Vocabulary:
         if not 0 <= index < len(self.tokens):
             raise ModelFileError(f"{self.path}: the {name} token is {index}; allowed is 0 to {len(self.tokens) - 1}")
         return int(index)
+
+    def ends(self) -> list[int]:
+        """The ids that end a text: what the file names, then those of `_ENDS`. In Harmony `<|end|>` ends a part."""
+        named = (self.special(key) for key in ("eos", "eot", "eom"))
+        known = (self.ids[token] for token in _ENDS if token in self.ids and self.kinds[self.ids[token]] == _CONTROL)
+        ends = dict.fromkeys(index for index in (*named, *known) if index is not None)
+        if "<|return|>" in self.ids and "<|call|>" in self.ids:
+            ends.pop(self.ids.get("<|end|>", -1), None)
+        return list(ends)
 
     def token(self, index: int | None) -> str | None:
         return None if index is None else self.tokens[index]

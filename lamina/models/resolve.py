@@ -16,7 +16,7 @@ from lamina.models.hub import HUB_IDS, download_parts
 from lamina.system.progress import Progress
 from lamina_workers.errors import ModelFileError
 
-_CONVERSION = 3  # counts up when a conversion gives other files, so that older ones are not taken for them
+_CONVERSION = 4  # counts up when a conversion gives other files, so that older ones are not taken for them
 GGUF_FILE = "model.gguf"
 """An alias's own file, in its folder."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)

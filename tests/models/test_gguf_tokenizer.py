@@ -111,6 +111,21 @@ def test_ids_and_text_are_those_of_transformers(tmp_path: Path, kind: str) -> No
         assert ours.decode(ids, skip_special_tokens=False) == theirs.decode(ids, clean_up_tokenization_spaces=False)
 
 
+def ends_of(tmp_path: Path, *tokens: str) -> list[str]:
+    """What ends a text where a file names "</s>" alone and has these control tokens."""
+    keys = byte_level("smollm")
+    keys["tokens"], keys["token_type"] = [*keys["tokens"], *tokens], [*keys["token_type"], *[3] * len(tokens)]
+    path = write(tmp_path / "x.gguf", keys)
+    files = tokenizer_files(path, GgufFile(path).metadata)
+    return [keys["tokens"][index] for index in files["generation_config.json"]["eos_token_id"]]
+
+
+def test_known_ends_of_text_end_it_whatever_the_file_names(tmp_path: Path) -> None:
+    coder = ("<|endoftext|>", "<|fim_prefix|>", "<|fim_pad|>", "<|file_sep|>")
+    assert ends_of(tmp_path, *coder) == ["</s>", "<|endoftext|>", "<|end|>", "<|fim_pad|>", "<|file_sep|>"]
+    assert ends_of(tmp_path, "<|return|>", "<|call|>") == ["</s>", "<|return|>", "<|call|>"]  # Harmony
+
+
 @pytest.mark.parametrize(
     ("pre", "pieces"),
     [

@@ -1,4 +1,5 @@
-"""Calls that are JSON objects with a name and arguments, as most families write them."""
+"""Calls that are JSON objects with a name and arguments, as most families write them. The outer braces may be double,
+as Qwen2.5-Coder's template has them."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from lamina.server.chat.formats.reply_parser import Delta, ReplyParser
 
 NAME = r"[a-zA-Z0-9_-]{1,128}"
 _HEAD = re.compile(
-    rf'(?:json\b\s*)?\{{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"({NAME})"\s*,\s*'
+    rf'(?:json\b\s*)?(?P<braces>\{{{{1,2}})\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"(?P<name>{NAME})"\s*,\s*'
     r'"(?:arguments|parameters)"\s*:\s*(?=\{)'
 )
 LONGEST_HEAD = 256
@@ -27,6 +28,7 @@ class JsonCallParser(ReplyParser):
     def __init__(self, *args: Any, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
         self._opener = self._closer = ""
+        self._closing = "}"  # of the object around the arguments
         self._depth = 0  # braces and brackets of the arguments that are open
         self._quoted = self._escaped = False  # within a string of the arguments; after a backslash in one
 
@@ -59,9 +61,13 @@ class JsonCallParser(ReplyParser):
         """Begin the call whose head was found at the start of `text`, after white space; the arguments and all that
         follows. None where it is no call."""
         remainder = "" if head is None else head.string[head.end() :]
-        if head is None or len(text) - len(remainder) > LONGEST_HEAD or (is_loose and head[1] not in self._functions):
+        if head is None or len(text) - len(remainder) > LONGEST_HEAD:
             return None
-        self._begin_arguments(head[1], deltas)
+        parts = head.groupdict()
+        if is_loose and parts["name"] not in self._functions:
+            return None
+        self._closing = "}" * len(parts.get("braces", "{"))
+        self._begin_arguments(parts["name"], deltas)
         return remainder
 
     def _begin_arguments(self, name: str, deltas: list[Delta]) -> None:
@@ -73,7 +79,7 @@ class JsonCallParser(ReplyParser):
         """Whether the text can become the start of a call of one of the functions."""
         written = "".join(text.split())
         tagged = "json".startswith(written)
-        written = written.removeprefix("json")
+        written = written.removeprefix("json").replace("{{", "{", 1)
         return tagged or any(head.startswith(written) or written.startswith(head) for head in self._heads)
 
     def _arguments(self, text: str, ended: bool, deltas: list[Delta]) -> str | None:
@@ -87,11 +93,12 @@ class JsonCallParser(ReplyParser):
 
     def _tail(self, text: str, ended: bool, deltas: list[Delta]) -> str | None:
         remainder = text.lstrip()
-        is_whole = remainder.startswith("}")
-        remainder = remainder.removeprefix("}").lstrip()
-        closes = remainder.startswith(self._closer) and (self._closer != "" or is_whole or remainder != "")
+        while self._closing and remainder.startswith("}"):
+            self._closing = self._closing[1:]
+            remainder = remainder[1:].lstrip()
+        closes = remainder.startswith(self._closer) and (self._closer != "" or not self._closing or remainder != "")
         if not closes and not ended and self._closer.startswith(remainder):
-            self._waiting = "}" + remainder if is_whole else remainder
+            self._waiting = remainder
             return None
         self._end_call()
         return remainder.removeprefix(self._closer) if closes or not self._closer.startswith(remainder) else None

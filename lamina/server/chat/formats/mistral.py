@@ -18,8 +18,8 @@ from lamina.server.chat.formats.tools import ToolUse
 CALLS, ARGS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
 THINK = Tags("[THINK]", "[/THINK]")
 
-_NAMED = re.compile(rf"({NAME})\s*(?:\[CALL_ID\]\s*(?:\w+\s*)?)?(?:\[ARGS\]\s*)?(?=\{{)")
-_LISTED = re.compile(rf'(?:[\[,]\s*)?\{{\s*"name"\s*:\s*"({NAME})"\s*,\s*"arguments"\s*:\s*(?=\{{)')
+_NAMED = re.compile(rf"(?P<name>{NAME})\s*(?:\[CALL_ID\]\s*(?:\w+\s*)?)?(?:\[ARGS\]\s*)?(?=\{{)")
+_LISTED = re.compile(rf'(?:[\[,]\s*)?\{{\s*"name"\s*:\s*"(?P<name>{NAME})"\s*,\s*"arguments"\s*:\s*(?=\{{)')
 _ID = re.compile(r',\s*"id"\s*:\s*"\w*"')
 
 
