@@ -6,8 +6,6 @@ is checked: addresses and sizes come from `scores`.
 
 from __future__ import annotations
 
-import logging
-import time
 from functools import cache
 from typing import Any
 
@@ -24,8 +22,6 @@ from lamina_kernels.compile import launch as launching
 from lamina_kernels.compile.emitter import Kind
 from lamina_kernels.compile.intrinsics import pointer, take
 from lamina_kernels.compile.launch import HEADER, TAKEN, source_fingerprint
-
-logger = logging.getLogger("lamina")
 
 SCRATCH = TILE * ROW  # bytes that a piece needs
 PIECE = np.dtype(
@@ -109,7 +105,7 @@ def _score_pieces(kind: int, unit: int, block: Any) -> None:
 @cache
 def score_kernel(kind: Kind, unit: int) -> int:
     """The address of the kernel for strips of 16 * unit keys, compiled where numba's cache on disk does not have it."""
-    code, started = int(kind), time.perf_counter()
+    code = int(kind)
     fingerprint = source_fingerprint(micro, intrinsics, emitter, launching, cpu_moves)
 
     @numba.cfunc(types.void(types.voidptr), cache=True)  # type: ignore[untyped-decorator]
@@ -117,5 +113,4 @@ def score_kernel(kind: Kind, unit: int) -> int:
         if fingerprint:
             _score_pieces(code, unit, block)
 
-    logger.info("CPU kernel of index scores for %s ready after %.1f s", kind.name, time.perf_counter() - started)
     return int(kernel.address)

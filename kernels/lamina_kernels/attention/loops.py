@@ -8,9 +8,7 @@ addresses and sizes come from `decode`.
 
 from __future__ import annotations
 
-import logging
 import math
-import time
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -40,8 +38,6 @@ from lamina_kernels.compile.intrinsics import LOG2E, pointer
 from lamina_kernels.compile.launch import FINISHED, HEADER, TAKEN, source_fingerprint
 from lamina_kernels.paged import schedule
 from lamina_kernels.paged.schedule import PIECE
-
-logger = logging.getLogger("lamina")
 
 FEW = 4  # query vectors that are few
 ALIKE = 32  # tokens of a row that are attended as if each were alone
@@ -265,14 +261,12 @@ def attend_kernel(kind: Kind, unit: int) -> int:
 
     Compiled where numba's cache on disk does not have it yet.
     """
-    code, started = int(kind), time.perf_counter()
+    code = int(kind)
     fingerprint = source_fingerprint(micro, intrinsics, emitter, schedule, launching, cpu_moves, strips)
-    logger.info("loading the CPU attention kernel for %s; compiling it, the first time, takes a while", kind.name)
 
     @numba.cfunc(types.void(types.voidptr), cache=True)  # type: ignore[untyped-decorator]
     def kernel(block: Any) -> None:
         if fingerprint:
             _attend_shares(code, unit, block)
 
-    logger.info("CPU attention kernel ready after %.1f s", time.perf_counter() - started)
     return int(kernel.address)

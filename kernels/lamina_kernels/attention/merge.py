@@ -8,7 +8,6 @@ vector comes out the same whatever stands beside it and however many threads sha
 from __future__ import annotations
 
 import ctypes
-import logging
 import math
 import threading
 from collections.abc import Callable
@@ -36,8 +35,6 @@ _SIZES = ("n", "total", "width", "into_dtype", "past_dtype")
 _ADDRESSES = ("into", "into_lse", "past", "past_lse", "index")  # no index: vector i is merged into vector i
 MERGE = np.dtype([*HEADER, *((name, "i8") for name in ("check", "highest", *_SIZES, *_ADDRESSES))])
 _Arguments = block_type(MERGE)
-
-logger = logging.getLogger("lamina")
 
 
 def check_merge(into: Partial, past: Partial, index: torch.Tensor | None) -> tuple[int, int, int]:
@@ -134,7 +131,6 @@ _block = _Block()
 @cache
 def merge_kernel() -> tuple[int, Callable[[int], None]]:
     """The kernel's address, and a way to call it on this thread. From numba's cache on disk where it is there."""
-    logger.info("loading the CPU kernel that merges partials (the first time ever: compiling it)")
     arguments = MERGE  # closed over, so a part of the cache's key, as is what is compiled in from other files
     fingerprint = source_fingerprint(emitter, intrinsics, launching)
 

@@ -90,6 +90,7 @@ def keep_kernels() -> None:
     save = caching.IndexDataCacheFile.save
 
     def tolerant(self: Any, key: Any, data: Any) -> None:
+        logger.info("compiled a kernel: %s", self._index_name.partition("-")[0])
         try:
             save(self, key, data)
         except OSError as error:

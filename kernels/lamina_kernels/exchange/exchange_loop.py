@@ -6,7 +6,6 @@ It returns to Python for whatever it was not told of, with no byte of it consume
 
 from __future__ import annotations
 
-import logging
 from functools import cache
 from typing import Any
 
@@ -39,8 +38,6 @@ from lamina_kernels.exchange.exchange_blocks import (
 )
 from lamina_kernels.exchange.frame_sockets import IN, OUT, address_at, now, number, poll, receive, send
 from lamina_kernels.exchange.layer_work import COPY, WORK, attend, function, run_shares, store
-
-logger = logging.getLogger("lamina")
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -201,7 +198,6 @@ def exchange_kernel() -> int:
 
 
 def _fingerprint() -> int:
-    logger.info("loading the compiled exchange of layers (the first time ever: compiling it)")
     return source_fingerprint(
         calls, exchange_blocks, frame_sockets, layer_work, loops, moves, merging, intrinsics, emitter, launching
     )

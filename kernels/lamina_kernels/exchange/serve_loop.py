@@ -5,7 +5,6 @@ It returns to Python for whatever it was not told of, with no byte of it consume
 
 from __future__ import annotations
 
-import logging
 from functools import cache
 from typing import Any
 
@@ -22,8 +21,6 @@ from lamina_kernels.exchange import exchange_blocks, frame_sockets, layer_work
 from lamina_kernels.exchange.exchange_blocks import AGAIN, CHANNEL, HEAD, INTERRUPTED, SAME, SERVED, SERVER, TIMEOUT
 from lamina_kernels.exchange.frame_sockets import IN, address_at, now, number, poll, receive, send
 from lamina_kernels.exchange.layer_work import WORK, attend, store
-
-logger = logging.getLogger("lamina")
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -132,7 +129,6 @@ def answer_kernel() -> int:
 
 
 def _fingerprint() -> int:
-    logger.info("loading the compiled exchange of layers (the first time ever: compiling it)")
     return source_fingerprint(
         calls, exchange_blocks, frame_sockets, layer_work, loops, moves, intrinsics, emitter, launching
     )

@@ -7,9 +7,7 @@ here is checked: addresses and sizes come from `sketches`.
 
 from __future__ import annotations
 
-import logging
 import math
-import time
 from functools import cache
 from typing import Any
 
@@ -30,8 +28,6 @@ from lamina_kernels.sketches import choice_micro, micro, seal_micro
 from lamina_kernels.sketches.choice_micro import AHEAD, FEW
 from lamina_kernels.sketches.micro import HEADS, Bound, Judge, Masses
 from lamina_kernels.sketches.seal_micro import SealKeys, SealValues
-
-logger = logging.getLogger("lamina")
 
 SEAL_SCRATCH = 34 * LINE  # bytes that a share needs
 ROUNDS = 8  # of halving the range in which a threshold is
@@ -317,13 +313,11 @@ def seal_kernel(kind: Kind, unit: int) -> int:
 @cache
 def scan_kernel(unit: int) -> int:
     """The address of the kernel that judges and chooses pages, compiled where numba's cache does not have it yet."""
-    started, fingerprint = time.perf_counter(), _fingerprint()
-    logger.info("loading the CPU kernel that scans sketches; compiling it, the first time, takes a while")
+    fingerprint = _fingerprint()
 
     @numba.cfunc(types.void(types.voidptr), cache=True)  # type: ignore[untyped-decorator]
     def kernel(block: Any) -> None:
         if fingerprint:
             _scan_tasks(unit, block)
 
-    logger.info("sketch kernel ready after %.1f s", time.perf_counter() - started)
     return int(kernel.address)
