@@ -129,8 +129,8 @@ class CalibrationOptions:
     method: Annotated[
         str,
         typer.Option(
-            help="windows (each head's own size), streaming (DuoAttention: one size, or full), razor (RazorAttention: "
-            "window and mean, or full) or moa (MoA: windows that grow)."
+            help="windows (each head's own size), streaming (DuoAttention: one size, or full) or razor "
+            "(RazorAttention: window and mean, or full)."
         ),
     ] = "windows"
     context: Context = None
@@ -172,5 +172,4 @@ def calibrate(model: opt.ModelName, out: Out, how: CalibrationOptions) -> None:
     if calibration.chosen is None:
         typer.echo(f"no choice met the target: {out} keeps everything", err=True)
         raise typer.Exit(1)
-    for quality in calibration.chosen.qualities:
-        typer.echo(f"{out}: {quality}")
+    typer.echo(f"{out}: {calibration.chosen.quality}")

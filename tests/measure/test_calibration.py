@@ -9,7 +9,6 @@ import random
 import re
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,16 +31,7 @@ from lamina.measure.calibration.calibrate import Calibration, Settings
 from lamina.measure.calibration.capture import Captured, TorchPath, attend, capture, joined
 from lamina.measure.calibration.data import Passkeys, corpus, passkeys, repeated, vocabulary_words
 from lamina.measure.calibration.evidence import Evidence, Wanted, influences, ramp, train
-from lamina.measure.calibration.methods import (
-    METHODS,
-    Method,
-    front,
-    kept_shares,
-    method_of,
-    moa_lengths,
-    moa_rules,
-    plans,
-)
+from lamina.measure.calibration.methods import METHODS, Method, method_of, plans
 from lamina.measure.calibration.quality import Quality, Target, compare, read
 from lamina.measure.calibration.report import heat_map, page, write_report
 from lamina.measure.calibration.scores import Trial, choose, echo_and_induction, mean_attention, ranks
@@ -384,56 +374,6 @@ class TestPlans:
             plans(np.zeros((2, 1, 1)), [3, 3])
 
 
-class TestPrograms:
-    """MoA's integer programs, beside every plan there is."""
-
-    LENGTHS = (2048, 4096)
-
-    @given(st.integers(0, 10_000), st.floats(0.1, 0.9))
-    @settings(max_examples=10, deadline=None)
-    def test_the_front_is_the_best_there_is(self, seed: int, density: float) -> None:
-        rules: list[Policy] = [Span(64), Span(-1024, 0.75), Span(1024), Full()]
-        shares = kept_shares(rules, self.LENGTHS)
-        influence = np.random.default_rng(seed).random((2, 4, 3, 1)) * (1.2 - shares)[:, :, None, None]
-        influence[:, -1] = 0
-        every = np.array(list(itertools.product(range(4), repeat=3)))
-        allowed = every[(shares[:, every].mean(2) <= density + 1e-9).all(0)]
-        found = front(influence, shares, density)
-        if not len(allowed):
-            assert not found
-            return
-
-        def changed(plan: np.ndarray) -> np.ndarray:
-            of_plan: np.ndarray = influence[:, plan.ravel(), range(3), 0].sum(1)
-            return of_plan
-
-        values = [changed(plan) for plan in found]
-        scale = influence.max(1).sum((1, 2))
-        for plan, value in zip(found, values, strict=True):
-            assert plan.ravel().tolist() in allowed.tolist()
-            assert not any((changed(other) < value - 0.02 * scale).all() for other in allowed)
-            assert not any((other <= value).all() and (other < value).any() for other in values)
-        for length in range(2):  # the best for each length alone is on it
-            best = min(changed(plan)[length] for plan in allowed)
-            assert min(value[length] for value in values) <= best * 1.02 + 1e-9
-
-    def test_rules_are_windows_at_all_lengths(self) -> None:
-        lengths = moa_lengths(8192)
-        assert lengths == (2048, 4096, 8192)
-        rules = moa_rules(lengths)
-        assert rules[-1] == Full()
-        assert Span(-1024, 0.75) in rules
-        shares = kept_shares(rules, lengths)
-        assert len(np.unique(shares, axis=1).T) == len(rules) < 60
-        assert shares.min() * 8192 == 64 + 64 - 1  # the query has a token of its own yet to come
-        assert moa_lengths(2048) == (1536, 2048)
-
-    def test_without_scipy_it_says_what_to_install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(sys.modules, "scipy.optimize", None)
-        with pytest.raises(PolicyError, match="pip install scipy"):
-            Settings(method="moa")
-
-
 class TestMethods:
     """Each method's candidates at 4096 tokens."""
 
@@ -442,14 +382,11 @@ class TestMethods:
         return method_of(name)(4096, 64, 256)
 
     def candidates(self, name: str) -> list[Heads]:
-        method, generator = self.method(name), np.random.default_rng(0)
-        size = (2, 2) if name == "moa" else (5, 4)  # an integer program takes up to seconds
-        shape = (len(method.lengths), len(method.options), *size)
-        kept = kept_shares(method.options, method.lengths)
-        influence = generator.random((1, 1, *size)) ** 4 * (1 - kept)[:, :, None, None] ** 2
+        method, generator, size = self.method(name), np.random.default_rng(0), (5, 4)
+        shares = np.array([policy_file.kept(str(policy), 4096) / 4096 for policy in method.options])
+        influence = generator.random((1, *size)) ** 4 * (1 - shares)[:, None, None] ** 2
         given = {name: generator.random(size) for name in ("echo", "induction", "mean_attention", "alpha")}
-        found = method.rungs(Evidence(**given, influence=np.broadcast_to(influence, shape)))
-        return [rung()[0] for rung in ([*found[:-1:8], found[-1]] if name == "moa" else found)]
+        return method.candidates(Evidence(**given, influence=influence))
 
     @pytest.mark.parametrize("name", METHODS)
     def test_candidates_keep_more_and_more_up_to_full(self, name: str) -> None:
@@ -457,23 +394,20 @@ class TestMethods:
         shares = [kept_share(heads, 4096) for heads in found]
         assert shares == sorted(shares)
         assert len(found) > 3
-        if name != "moa":
-            assert found[-1] == (("full",) * 4,) * 5
+        assert found[-1] == (("full",) * 4,) * 5
 
     def test_razor_begins_as_published(self) -> None:
         """Of a hundred heads one by echo and fourteen by induction."""
         echo, induction = np.zeros((20, 5)), np.arange(100.0).reshape(20, 5)
         echo[0, 0] = 1
-        first, *_, last = [rung()[0] for rung in self.method("razor").rungs(Evidence(echo=echo, induction=induction))]
+        first, *_, last = self.method("razor").candidates(Evidence(echo=echo, induction=induction))
         full = [5 * layer + head for layer, of in enumerate(first) for head, text in enumerate(of) if text == "full"]
         assert full == [0, *range(86, 100)]
         assert first[1][0] == "razor(sink=64, recent=256, share=0.2)"
         assert last == (("full",) * 5,) * 20
 
     def test_the_least_alpha_streams_first(self) -> None:
-        found = [
-            rung()[0] for rung in self.method("streaming").rungs(Evidence(alpha=np.array([[0.1, 0.9], [0.5, 0.2]])))
-        ]
+        found = self.method("streaming").candidates(Evidence(alpha=np.array([[0.1, 0.9], [0.5, 0.2]])))
         assert [sum(p == "full" for layer in heads for p in layer) for heads in found] == [0, 1, 2, 3, 4]
         assert found[1][0] == (str(Streaming()), "full")
         assert found[2][1] == ("full", str(Streaming()))
@@ -481,7 +415,7 @@ class TestMethods:
     def test_options_are_what_their_method_says(self) -> None:
         assert self.method("streaming").options == [Streaming(64, 256)]
         assert self.method("windows").options[0] == Streaming(64, 32)
-        with pytest.raises(InvalidRequest, match="method is 'best'; allowed are windows, streaming, razor, moa"):
+        with pytest.raises(InvalidRequest, match="method is 'best'; allowed are windows, streaming, razor"):
             method_of("best")
 
 
@@ -499,34 +433,14 @@ class TestSelection:
             share = kept_share(heads, 4096)
             return self.quality(share >= least, share)
 
-        best, trials = choose([lambda heads=heads: [heads] for heads in self.TRIED], [measure], Target(0.99))
+        best, trials = choose(self.TRIED, measure, Target(0.99))
         expected = next(heads for heads in self.TRIED if kept_share(heads, 4096) >= least)
         assert (best.heads if best else self.TRIED[-1]) == expected
         assert len(trials) <= 4
         assert all(trial.heads != self.TRIED[-1] for trial in trials)
 
-    def test_plans_of_a_rung_are_tried_in_turn_at_all_lengths(self) -> None:
-        """The second plan alone is good, and only the third is good at the longest context and not at the other."""
-        plans_of, asked = [(("full", f"span(alpha={alpha}, beta=0.0)"),) for alpha in (64, 128, 192)], list[str]()
-
-        def measure(heads: Heads, context: int) -> Quality:
-            asked.append(f"{heads[0][1]} {context}")
-            good = heads == plans_of[1] or (heads == plans_of[2] and context == 4096)
-            return self.quality(good, 0.5, context)
-
-        measures = [partial(measure, context=context) for context in (4096, 2048)]
-        for order, count in (([0, 2, 1], 5), ([1, 0], 2)):
-            asked.clear()
-            rung = [plans_of[number] for number in order]
-            best, trials = choose([lambda rung=rung: rung, lambda: [self.TRIED[-1]]], measures, Target(0.99))
-            assert best is not None
-            assert best.heads == plans_of[1]
-            assert [quality.context for quality in best.qualities] == [4096, 2048]
-            assert len(asked) == count
-            assert len(trials) == order.index(1) + 1
-
     def test_nothing_may_be_good_enough(self) -> None:
-        best, trials = choose([lambda: [FULL]] * 3, [lambda heads: self.quality(False, 0.5)], Target(0.99))
+        best, trials = choose([FULL] * 3, lambda heads: self.quality(False, 0.5), Target(0.99))
         assert best is None
         assert [trial.heads for trial in trials] == [FULL]
 
@@ -593,7 +507,7 @@ def evidence(layers: int = 3, heads: int = 3, options: int = 2) -> Evidence:
     generator = np.random.default_rng(0)
     names = ("echo", "induction", "mean_attention", "alpha")
     of = {name: generator.random((layers, heads)) for name in names}
-    return Evidence(**of, losses=generator.random(7), influence=generator.random((1, options, layers, heads)))
+    return Evidence(**of, losses=generator.random(7), influence=generator.random((options, layers, heads)))
 
 
 class TestEvidence:
@@ -606,11 +520,11 @@ class TestEvidence:
             Evidence.load(tmp_path / "scores.json", ["cd", "x"])
 
     def test_it_is_of_what_it_was_measured_with(self) -> None:
-        wanted = Wanted(frozenset({"alpha", "influence"}), (2048,), [Streaming()], Streaming(1, 2), 9, 0)
+        wanted = Wanted(frozenset({"alpha", "influence"}), 2048, [Streaming()], Streaming(1, 2), 9, 0)
         marks = wanted.marks("ab")
         for other in (
             {"names": frozenset({"alpha"})},
-            {"lengths": (4096,)},
+            {"length": 4096},
             {"policies": [Streaming(3)]},
             {"streaming": Streaming()},
             {"steps": 8},
@@ -641,7 +555,7 @@ class TestReport:
     @pytest.fixture
     def found(self) -> Calibration:
         quality = Quality(8192, -0.001, 0.98, 5, 5, 8, 0.45)
-        trial = Trial(MIXED, (quality,))
+        trial = Trial(MIXED, quality)
         file = PolicyFile("<script>tiny</script>", "ab", MIXED, {"method": "windows"})
         return Calibration(file, evidence(), (trial,), trial, 8192)
 

@@ -159,25 +159,23 @@ def calibrate(
         texts = corpus(bench.tokenizer, settings.text, context)
         mark = fingerprint(bench.path)
         evidence = _evidence(bench, texts, method, settings, mark, progress)
-        rungs = method.rungs(evidence)
-        measures = [
-            bench.judge(texts, length, settings.seed, method.in_decode, progress) for length in method.lengths[::-1]
-        ]
-        chosen, trials = choose(rungs, measures, settings.target, lambda d, t: progress("selection", d, t))
-        heads = rungs[-1]()[0] if chosen is None else chosen.heads
+        candidates = method.candidates(evidence)
+        measure = bench.judge(texts, context, settings.seed, method.in_decode, progress)
+        chosen, trials = choose(candidates, measure, settings.target, lambda d, t: progress("selection", d, t))
+        heads = candidates[-1] if chosen is None else chosen.heads
         about: dict[str, str | int | float | bool] = {
             "method": settings.method,
             "target_quality": settings.target.quality,
             "context": context,
             "kv_kept": round(kept_share(heads, context), 4),
         }
-        for quality in () if chosen is None else chosen.qualities:
-            tag = "" if quality.context == context else f"_at_{quality.context}"
+        if chosen is not None:
+            quality = chosen.quality
             about |= {
-                f"measured_kv_held{tag}": round(quality.held, 4),
-                f"measured_nll_change{tag}": round(quality.nll_change, 5),
-                f"measured_agreement{tag}": round(quality.agreement, 4),
-                f"measured_passkeys{tag}": f"{quality.passkeys} of {quality.words}, full cache {quality.passkeys_full}",
+                "measured_kv_held": round(quality.held, 4),
+                "measured_nll_change": round(quality.nll_change, 5),
+                "measured_agreement": round(quality.agreement, 4),
+                "measured_passkeys": f"{quality.passkeys} of {quality.words}, full cache {quality.passkeys_full}",
             }
         file = PolicyFile(str(name), mark, heads, about)
         return Calibration(file, evidence, tuple(trials), chosen, context)
@@ -205,7 +203,7 @@ def _evidence(
     bench: Workbench, texts: Corpus, method: Method, settings: Settings, mark: str, progress: Progress
 ) -> Evidence:
     streaming = Streaming(settings.sink, settings.recent)
-    request = Wanted(method.needs, method.lengths, method.options, streaming, settings.steps, settings.seed)
+    request = Wanted(method.needs, method.context, method.options, streaming, settings.steps, settings.seed)
     if settings.scores is not None and settings.scores.exists():
         return Evidence.load(settings.scores, request.marks(mark))
 

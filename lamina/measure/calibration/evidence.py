@@ -65,11 +65,11 @@ def _nothing() -> Scores:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What to measure. `names` are fields of Evidence; influence is of each of `policies` at `lengths` tokens, which
-    ascend; gates choose between full and `streaming`, in `steps` steps."""
+    """What to measure. `names` are fields of Evidence; influence is of each of `policies` at `length` tokens;
+    gates choose between full and `streaming`, in `steps` steps."""
 
     names: frozenset[str]
-    lengths: tuple[int, ...]
+    length: int
     policies: Sequence[Policy]
     streaming: Streaming
     steps: int
@@ -77,7 +77,7 @@ class Wanted:
 
     def marks(self, fingerprint: str) -> list[str]:
         """What evidence is of, for the file that keeps it."""
-        parts = [fingerprint, " ".join(sorted(self.names)), " ".join(map(str, self.lengths))]
+        parts = [fingerprint, " ".join(sorted(self.names)), str(self.length)]
         if "alpha" in self.names:
             parts.append(f"{self.steps} steps of {self.streaming}")
         return parts + [str(policy) for policy in self.policies if "influence" in self.names]
@@ -85,8 +85,8 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """By layer and KV head, float64 `[layers, kv_heads]`; influence `[lengths, policies, layers, kv_heads]` in nats a
-    token. `alpha` are gates; `losses` `[steps]` is what their training came through. What was not wanted is empty."""
+    """By layer and KV head, float64 `[layers, kv_heads]`; influence `[policies, layers, kv_heads]` in nats a token.
+    `alpha` are gates; `losses` `[steps]` is what their training came through. What was not wanted is empty."""
 
     echo: Scores = field(default_factory=_nothing)
     induction: Scores = field(default_factory=_nothing)
@@ -96,9 +96,9 @@ class Evidence:
     influence: Scores = field(default_factory=_nothing)
 
     def by_head(self) -> dict[str, Scores]:
-        """What was measured, with one number a head; influence is the mean over policies and lengths."""
+        """What was measured, with one number a head; influence is the mean over policies."""
         scores_by_name = {name: getattr(self, name) for name in ("echo", "induction", "mean_attention", "alpha")}
-        scores_by_name["influence"] = self.influence.mean((0, 1)) if self.influence.size else _nothing()
+        scores_by_name["influence"] = self.influence.mean(0) if self.influence.size else _nothing()
         return {name: scores for name, scores in scores_by_name.items() if scores.size}
 
     def combined(self) -> Scores:
@@ -136,8 +136,8 @@ class Subject:
 
 
 def gather(subject: Subject, wanted: Wanted, progress: Progress) -> Evidence:
-    """Measure what is wanted, with contexts up to the last of its lengths."""
-    longest = wanted.lengths[-1]
+    """Measure what is wanted, with contexts up to its length."""
+    longest = wanted.length
     scores: dict[str, Scores] = {}
     if wanted.names & {"echo", "induction"}:
         scores["echo"], scores["induction"] = _repeats(subject, longest, wanted.seed, progress)
@@ -150,7 +150,7 @@ def gather(subject: Subject, wanted: Wanted, progress: Progress) -> Evidence:
     if wanted.names & {"alpha", "influence"}:
         path = subject.differentiable()
         if "influence" in wanted.names:
-            scores["influence"] = np.stack([_influence(subject, path, n, wanted, progress) for n in wanted.lengths])
+            scores["influence"] = _influence(subject, path, wanted, progress)
         if "alpha" in wanted.names:
             samples = gate_samples(subject, longest, wanted.seed, progress)
             gates = train(path, samples, wanted.steps, wanted.streaming, wanted.seed, _named(progress, "gates"))
@@ -169,18 +169,17 @@ def _repeats(subject: Subject, length: int, seed: int, progress: Progress) -> tu
     return echo_and_induction(layers, queries, unit, config.layer_specs()[0].scale)
 
 
-def _influence(subject: Subject, path: TorchPath, length: int, wanted: Wanted, progress: Progress) -> Scores:
+def _influence(subject: Subject, path: TorchPath, wanted: Wanted, progress: Progress) -> Scores:
     """Half of it on plain text, half on questions about hidden passkeys, `[policies, layers, kv_heads]`."""
-    probe, corpus, seed = subject.probe, subject.corpus, wanted.seed
-    length_words = f"{length} tokens" if len(wanted.lengths) > 1 else ""
+    probe, corpus, seed, length = subject.probe, subject.corpus, wanted.seed, wanted.length
     judged = min(_JUDGED, length // 4)
     document, tail = corpus.calibration[: length - judged], corpus.calibration[length - judged : length]
-    layers = capture(probe, document, report=_named(progress, f"long text {length_words}".strip()))
-    report = _named(progress, f"influence, text {length_words}".strip())
+    layers = capture(probe, document, report=_named(progress, "long text"))
+    report = _named(progress, "influence, text")
     of_text = influences(path, layers, tail, wanted.policies, seed=seed, report=report)
     hidden = passkeys(subject.tokenizer, corpus.calibration, length - TAIL, NEEDLES, WORDS, random.Random(seed))
-    layers = capture(probe, hidden.document, report=_named(progress, f"passkeys {length_words}".strip()))
-    report = _named(progress, f"influence, passkeys {length_words}".strip())
+    layers = capture(probe, hidden.document, report=_named(progress, "passkeys"))
+    report = _named(progress, "influence, passkeys")
     mean: Scores = (of_text + influences(path, layers, hidden.tail, wanted.policies, seed=seed, report=report)) / 2
     return mean
 

@@ -125,17 +125,17 @@ def _trials(found: Calibration, target: Target) -> str:
     names = ("tokens", "KV held", "NLL change", "top-1 agreement", "passkey words", "with the full cache", "target")
     rows = [_row("th", names)]
     for trial in sorted(found.trials, key=lambda trial: trial.quality.held):
-        for quality in trial.qualities:
-            cells = (
-                str(quality.context),
-                f"{quality.held:.3f}",
-                f"{quality.nll_change:+.2%}",
-                f"{quality.agreement:.2%}",
-                f"{quality.passkeys} of {quality.words}",
-                str(quality.passkeys_full),
-                "met" if target.met(quality) else "missed",
-            )
-            rows.append(_row("td", cells))
+        quality = trial.quality
+        cells = (
+            str(quality.context),
+            f"{quality.held:.3f}",
+            f"{quality.nll_change:+.2%}",
+            f"{quality.agreement:.2%}",
+            f"{quality.passkeys} of {quality.words}",
+            str(quality.passkeys_full),
+            "met" if target.met(quality) else "missed",
+        )
+        rows.append(_row("td", cells))
     return f"<table>{''.join(rows)}</table>"
 
 

@@ -25,61 +25,40 @@ from lamina_workers.decoder.rope import Rotary
 from lamina_workers.model_config.config import ModelConfig
 from lamina_workers.model_config.rope_config import RopeConfig
 
-Rung = Callable[[], Sequence[Heads]]
-"""Policies for all heads, made when they are asked for. There may be several that keep as much: the likeliest first."""
-
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """Policies that were tried, and what was measured: at the longest context first, at others while it was enough."""
+    """Policies that were tried, and what was measured."""
 
     heads: Heads
-    qualities: tuple[Quality, ...]
-
-    @property
-    def quality(self) -> Quality:
-        """That of the longest context."""
-        return self.qualities[0]
+    quality: Quality
 
 
 def choose(
-    rungs: Sequence[Rung],
-    measures: Sequence[Callable[[Heads], Quality]],
+    candidates: Sequence[Heads],
+    measure: Callable[[Heads], Quality],
     target: Target,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Trial | None, list[Trial]]:
-    """The candidate that keeps least of those found to meet the target by every one of `measures`, and all that were
-    tried.
+    """The candidate that keeps least of those found to meet the target, and all that were tried.
 
-    Bisection: it takes rungs in order of what they keep, and that more keeps quality. The last, full everywhere, is
-    not tried; None says that none before it was found good enough.
+    Bisection: it takes candidates in order of what they keep, and that more keeps quality. The last, full everywhere,
+    is not tried; None says that none before it was found good enough.
     """
-    low, high = 0, len(rungs) - 1
+    low, high = 0, len(candidates) - 1
     rounds = max(1, (high - low).bit_length())
     best: Trial | None = None
     trials: list[Trial] = []
-    done = 0
     while low < high:
         middle = (low + high) // 2
-        for heads in rungs[middle]():
-            trials.append(_trial(heads, measures, target))
-            if all(map(target.met, trials[-1].qualities)):
-                best, high = trials[-1], middle
-                break
+        trial = Trial(candidates[middle], measure(candidates[middle]))
+        trials.append(trial)
+        if target.met(trial.quality):
+            best, high = trial, middle
         else:
             low = middle + 1
-        done += 1
-        report(done, max(rounds, done))
+        report(len(trials), max(rounds, len(trials)))
     return best, trials
-
-
-def _trial(heads: Heads, measures: Sequence[Callable[[Heads], Quality]], target: Target) -> Trial:
-    qualities: list[Quality] = []
-    for measure in measures:
-        qualities.append(measure(heads))
-        if not target.met(qualities[-1]):
-            break
-    return Trial(heads, tuple(qualities))
 
 
 Scores = npt.NDArray[np.float64]
