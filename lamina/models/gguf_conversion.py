@@ -185,8 +185,8 @@ class _Vocabulary:
     def ends(self) -> list[int]:
         """The ids that end a text: what the file names, then those of `_ENDS`. In Harmony `<|end|>` ends a part."""
         named = (self.special(key) for key in ("eos", "eot", "eom"))
-        known = (self.ids[token] for token in _ENDS if token in self.ids and self.kinds[self.ids[token]] == _CONTROL)
-        ends = dict.fromkeys(index for index in (*named, *known) if index is not None)
+        listed = (self.ids[token] for token in _ENDS if token in self.ids and self.kinds[self.ids[token]] == _CONTROL)
+        ends = dict.fromkeys(index for index in (*named, *listed) if index is not None)
         if "<|return|>" in self.ids and "<|call|>" in self.ids:
             ends.pop(self.ids.get("<|end|>", -1), None)
         return list(ends)
