@@ -73,7 +73,10 @@ class EngineConfig:
     max_model_len: int | None = None
     """The longest sequence in tokens; None: the model's context, or as many as `kv_memory` holds if that is less."""
     kv_memory: int | str | None = None
-    """Bytes of KV for each holder, or text such as "2GiB"; None: a quarter of the memory that is available."""
+    """Bytes of KV for each holder, or text such as "2GiB"; None: together a quarter of the memory that is available,
+    or half of what the weights leave of it, if that is less."""
+    force: bool = False
+    """Load a model whose weights and KV may take more memory than is available on this machine."""
     kv_local: int | str | None = None
     """Beside attention workers, bytes of KV of the engine's own process, for prompts that are being computed and the
     local share; of all its ranks together. None: `kv_memory`."""
@@ -195,7 +198,7 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or not 1 <= value <= high):
                 raise InvalidRequest(f"{name} is {value!r:.80}; allowed is an integer from 1 to {high}, or None")
-        for name in ("prefix_cache", "deterministic", "compile", "sketches", "local_channel", "insecure"):
+        for name in ("force", "prefix_cache", "deterministic", "compile", "sketches", "local_channel", "insecure"):
             if type(getattr(self, name)) is not bool:
                 raise InvalidRequest(f"{name} is {getattr(self, name)!r:.80}; allowed is True or False")
         if self.rope_scaling is not None and not isinstance(self.rope_scaling, Mapping):
@@ -350,6 +353,7 @@ class EngineKeywords(TypedDict, total=False):
     compile: bool
     max_model_len: int | None
     kv_memory: int | str | None
+    force: bool
     kv_local: int | str | None
     kv_cold: str | Path | None
     kv_resident: int | str | None

@@ -12,19 +12,23 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from lamina.cli import options as opt
 from lamina.cli.terminal import ProgressBars, decode_argument, print_json, print_rows, show_bytes
+from lamina.config import EngineConfig
 from lamina.errors import InvalidRequest
 from lamina.models.cache import cache_folder
 from lamina.system.machine import Machine, native_dtype, this_machine
+
+if TYPE_CHECKING:
+    from lamina.models.weight_memory import WeightMemory
 
 PACKAGES = ("torch", "numpy", "numba", "tokenizers", "transformers")
 _KERNELS = {
@@ -32,6 +36,7 @@ _KERNELS = {
     "reference": "plain torch, slow, as LAMINA_KERNELS says",
     "triton": "Triton's interpreter, slow, as LAMINA_KERNELS says",
 }
+_READING = 0.7  # of a step of one sequence, as docs/performance.md has it
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
@@ -198,7 +203,7 @@ def remove_model(model: opt.ModelName) -> None:
 
 @models_app.command()
 def show(model: opt.ModelName, as_json: opt.JsonLines = False, slices: opt.Slices = False) -> None:
-    """Describe a model; fetches it first where it is not here yet."""
+    """Describe a model, and what it will take of this machine; fetches it first where it is not here yet."""
     from lamina.models.resolve import resolve
     from lamina.models.weight_memory import weight_memory
     from lamina_workers.converted.models import live_across, model_config, way
@@ -213,6 +218,7 @@ def show(model: opt.ModelName, as_json: opt.JsonLines = False, slices: opt.Slice
         "architecture": config.architecture,
         "parameters": weights.parameters,
         "weight_bytes": weights.stored,
+        "weight_kinds": weights.kinds,
         "layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
         "query_heads": config.num_attention_heads,
@@ -222,7 +228,7 @@ def show(model: opt.ModelName, as_json: opt.JsonLines = False, slices: opt.Slice
         "context": config.max_position_embeddings,
         "vocabulary": config.vocab_size,
         "runs": way(config),
-        **_kept(folder),
+        **_expected(folder, weights),
     }
     live = live_across(config) if slices else []
     if as_json:
@@ -232,18 +238,48 @@ def show(model: opt.ModelName, as_json: opt.JsonLines = False, slices: opt.Slice
         (f"weights, {name}", f"{show_bytes(count)}, {count / weights.parameters:.3g} bytes each")
         for name, count in weights.ways.items()
     )
-    print_rows([*((name, str(value)) for name, value in facts.items()), *weight_rows, *_live_rows(live)])
+    kinds = ", ".join(f"{kind} {show_bytes(count)}" for kind, count in weights.kinds.items())
+    texts = {name: str(value) for name, value in facts.items()} | {"weight_kinds": kinds}
+    print_rows([*texts.items(), *weight_rows, *_live_rows(live)])
 
 
-def _kept(folder: Path) -> dict[str, Any]:
-    """What the model keeps of a token and of a sequence, in 16 bits; nothing where its layers are not described."""
+def _expected(folder: Path, weights: WeightMemory) -> dict[str, Any]:
+    """What the model takes of this machine as an engine runs it where nothing else is said, on CPUs; of models whose
+    layers are not described only what the weights take.
+
+    kv_bytes_per_token: in 16 bits. tokens_that_fit: of one sequence, if its KV may take all memory that is available.
+    step_bytes: what one sequence's next token reads beside its KV, the experts that it chooses, and its states.
+    tokens_per_second: of a short sequence, if reading these bytes is `_READING` of a step.
+    """
+    import torch
+
+    from lamina.measure.bench.decode import READ, kept_as
+    from lamina.measure.hardware.reading import Bandwidth
+    from lamina.models.weight_memory import FLOATS
     from lamina.simulator.costs.model_configs import from_folder
 
+    machine = this_machine()
+    way, dtype = weights.usual(machine), native_dtype(machine)[0]
+    resident, available = weights.ways[way], machine.memory_available
+    facts = {"resident_bytes": resident, "memory_available_bytes": available, "fits": resident < available}
     try:
         shape = from_folder(folder)
     except InvalidRequest:
-        return {}
-    return {"kv_bytes_per_token": int(shape.kv_bytes_per_token()), "state_bytes_per_sequence": shape.state_bytes_held}
+        return facts
+    kv, states = shape.kv_bytes_per_token(), shape.state_bytes_held
+    room = max(0, available - resident - states)
+    in_memory = replace(kept_as(shape, weights, EngineConfig(device="cpu")), element=FLOATS[dtype])
+    step = in_memory.weights_read(1) + 2 * shape.state_bytes
+    rate = Bandwidth(READ, torch.device("cpu"), machine.cores).settled()
+    return facts | {
+        "active_parameters": shape.active_parameters,
+        "kv_bytes_per_token": int(kv),
+        "state_bytes_per_sequence": states,
+        "tokens_that_fit": int(room / (kv * FLOATS[dtype] / 2)) if kv else None,
+        "step_bytes": int(step),
+        "memory_bytes_per_second": int(rate),
+        "tokens_per_second": round(rate / step * _READING, 1),
+    }
 
 
 def _live_rows(live: Sequence[str]) -> Iterator[tuple[str, str]]:

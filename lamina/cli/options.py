@@ -194,6 +194,7 @@ class EngineOptions:
     compile: bool | None = None
     threads: int | None = None
     kv_memory: str | None = None
+    force: Annotated[bool | None, _Flag("--force")] = None
     kv_local: str | None = None
     kv_cold: str | None = None
     kv_resident: str | None = None

@@ -34,7 +34,7 @@ from lamina_workers.checkpoints.weight_loader import Packing
 from lamina_workers.converted.models import way
 from lamina_workers.decoder.shard import Shard, heads_of
 from lamina_workers.devices.available import find_each, memory_available
-from lamina_workers.errors import KVError, PolicyError, RanksError
+from lamina_workers.errors import KVError, NotEnoughMemory, PolicyError, RanksError
 from lamina_workers.kv_pages.cold_file import check_folder
 from lamina_workers.kv_pages.head_policies import HeadPolicies
 from lamina_workers.model_config.config import ModelConfig
@@ -94,15 +94,19 @@ class Sizes:
 
 
 def size_kv(files: ModelFiles, config: EngineConfig, machine: Machine) -> Sizes:
-    """Sizes of a model on a machine. Raises InvalidRequest, DeviceError, PolicyError, RanksError, or
-    UnsupportedModelError where no kernels can keep such KV."""
+    """Sizes of a model on a machine. Raises InvalidRequest, DeviceError, PolicyError, RanksError, NotEnoughMemory where
+    weights and KV do not fit, or UnsupportedModelError where no kernels can keep such KV."""
     threads = own_threads = config.threads or machine.cores
     if config.cluster is None:
         own_threads = max(1, threads // config.model_workers)
     devices, attention = _model_devices(config), attention_devices(config)
     dtype = _dtype(config.dtype, devices[0], machine)
     packing = files.packing(config, devices, dtype)
-    holder = holder_config(files.path, files.model, config, dtype, machine)
+    weights = 0
+    if devices[0].type == "cpu":  # on a cluster others have theirs elsewhere
+        copies = config.replicas if config.cluster is None else 1 / config.ranks
+        weights = int(files.kept_bytes(dtype, packing) * copies)
+    holder = holder_config(files.path, files.model, config, dtype, machine, weights)
     if holder.cold is not None:
         _check_cold(holder.cold, attention)
     _check_shard(config, holder)
@@ -115,7 +119,24 @@ def size_kv(files: ModelFiles, config: EngineConfig, machine: Machine) -> Sizes:
     if isinstance(config.kv_local, int):
         _check_memory("kv_local", config.kv_local, holder, _most_memory(config, holder, machine))
         ranks = _rank_holders(replace(holder, kv_memory=config.kv_local), config.ranks)
+    if not config.force and attention[0].type == "cpu":
+        kv = sum(rank.kv_memory for rank in (ranks if config.cluster is None else ranks[:1]))
+        kv += holder.kv_memory * (config.holders_here - 1)
+        _check_fits(files.path, weights, int(kv * (holder.cold.resident if holder.cold else 1)), machine)
     return Sizes(dtype, packing, devices, attention[0], threads, own_threads, holder, seats, ranks, limits)
+
+
+def _check_fits(model: Path, weights: int, kv: int, machine: Machine) -> None:
+    """Raise NotEnoughMemory where a machine would have to swap, or end a process, once KV is full."""
+    available = machine.memory_available
+    if weights + kv <= available or not available:
+        return
+    less = f"kv_memory that takes {available - weights}, " if weights < available else ""
+    raise NotEnoughMemory(
+        f"{model}: the weights take {weights} bytes of memory and KV up to {kv}, and {available} are available on this "
+        f"machine; allowed is less: {less}fewer bits (quantize, or such a file), a smaller model; or force=True "
+        "(--force), which tries"
+    )
 
 
 def _check_cold(cold: ColdTier, devices: Sequence[torch.device]) -> None:
@@ -157,9 +178,10 @@ def _dtype(name: str, device: torch.device, machine: Machine) -> torch.dtype:
 
 
 def holder_config(
-    path: Path, model: ModelConfig, config: EngineConfig, dtype: torch.dtype, machine: Machine
+    path: Path, model: ModelConfig, config: EngineConfig, dtype: torch.dtype, machine: Machine, weights: int = 0
 ) -> HolderConfig:
-    """What holders of a model's KV are built from. `path` is the model's folder, `dtype` that of computing.
+    """What holders of a model's KV are built from. `path` is the model's folder, `dtype` that of computing; `weights`:
+    bytes that weights will take on this machine.
 
     Raises PolicyError for a policy that is unknown or does not fit the model.
     """
@@ -177,7 +199,7 @@ def holder_config(
         layers = tuple(
             spec if spec.kind in STATES else replace(spec, policies=("full",) * spec.kv_heads) for spec in layers
         )
-    memory = config.kv_memory if isinstance(config.kv_memory, int) else _kv_share(config, machine)
+    memory = config.kv_memory if isinstance(config.kv_memory, int) else _kv_share(config, machine, weights)
     return HolderConfig(
         layers=layers,
         page_size=config.page_size,
@@ -204,10 +226,11 @@ def _of_heads(spec: LayerSpec, texts: tuple[str, ...], copies: int) -> tuple[str
     return tuple(text for text in head_texts for _ in range(copies))[: spec.kv_heads]
 
 
-def _kv_share(config: EngineConfig, machine: Machine) -> int:
+def _kv_share(config: EngineConfig, machine: Machine, weights: int) -> int:
     """Bytes that the device with the least memory can give each holder. All holders are alike."""
     devices = attention_devices(config)
-    shares = [kv_share(machine, config.holders_here)] if any(device.type == "cpu" for device in devices) else []
+    on_cpu = any(device.type == "cpu" for device in devices)
+    shares = [kv_share(machine, config.holders_here, weights)] if on_cpu else []
     for device in devices:
         if device.type == "cuda":  # the engine's own holder is on the device of the first worker
             gpu = replace(machine, memory_available=memory_available(device) or 0)

@@ -47,6 +47,11 @@ class ModelFiles:
         ):
             return load_model(self.model, checkpoint, dtype, device, report, shard, packing)
 
+    def kept_bytes(self, dtype: torch.dtype, packing: Packing) -> int:
+        """Bytes that the weights take once they are loaded."""
+        with open_checkpoint(self.path) as checkpoint:
+            return kept_bytes(checkpoint, dtype, packing)
+
     def packing(self, config: EngineConfig, devices: Sequence[torch.device], dtype: torch.dtype) -> Packing:
         """Which weights stay packed, or become so, on these devices. Raises InvalidRequest where what the config asks
         for is not possible."""

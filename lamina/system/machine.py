@@ -46,7 +46,8 @@ def this_machine() -> Machine:
     for group in control_groups(_text_of("/proc/self/cgroup")):
         limit, used = (_number(_text_of(f"{group}/memory.{name}")) for name in ("max", "current"))
         if limit is not None and limit < memory:
-            memory, available = limit, min(available, max(0, limit - (used or 0)))
+            given_back = _files(_text_of(f"{group}/memory.stat"))
+            memory, available = limit, min(available, max(0, limit - (used or 0) + given_back))
         cores = min(cores, quota_of(_text_of(f"{group}/cpu.max")) or cores)
     first = " ".join(_text_of(f"{_GROUPS}/cpu/cpu.cfs_{name}_us") for name in ("quota", "period"))  # version 1
     cores = min(cores, quota_of(first) or cores)
@@ -59,9 +60,11 @@ def this_machine() -> Machine:
     )
 
 
-def kv_share(machine: Machine, holders: int) -> int:
-    """Default KV memory in bytes for each of `holders` on one machine: together a quarter of what is available."""
-    return max(1 << 28, (machine.memory_available or 4 << 30) // (_KV_SHARE * holders))
+def kv_share(machine: Machine, holders: int, weights: int = 0) -> int:
+    """Default KV memory in bytes for each of `holders` on one machine: together a quarter of what is available, or half
+    of what `weights` bytes leave of it, if that is less."""
+    available = machine.memory_available or 4 << 30
+    return max(1 << 28, min(available // _KV_SHARE, (available - weights) // 2) // holders)
 
 
 def native_dtype(machine: Machine) -> tuple[str, str]:
@@ -100,6 +103,13 @@ def control_groups(text: str) -> list[str]:
     path = next((line[3:] for line in text.splitlines() if line.startswith("0::/")), "/")
     names = [name for name in path.split("/") if name not in ("", ".", "..")]
     return ["/".join([_GROUPS, *names[:depth]]) for depth in range(len(names) + 1)]
+
+
+def _files(text: str) -> int:
+    """Bytes of files that a control group keeps in memory as long as there is room, from the text of its memory.stat:
+    after a model was read from its file, about as many as the file has."""
+    fields = dict(line.split() for line in text.splitlines() if line.count(" ") == 1)
+    return sum(_number(fields.get(f"{name}_file", "")) or 0 for name in ("active", "inactive"))
 
 
 def quota_of(text: str) -> int | None:

@@ -37,6 +37,17 @@ GGUF = {FAMILIES[architecture.native].model_type for architecture in ARCHITECTUR
     "qwen3_5",
     "qwen3_5_moe",
 }
+QUANTISED = {
+    "deepseek_v3": "FP8", "glm4": "FP8", "gpt_oss": "MXFP4", "llama": "FP8, MXFP4, NVFP4", "minimax_m2": "FP8",
+    "qwen3": "FP8", "qwen3_moe": "FP8, NVFP4", "stablelm": "FP8",
+}  # fmt: skip
+"""In what safetensors tests compare a model type with transformers, beside floats."""
+REAL = {
+    "gemma3_text": ["gemma-3-270m"],
+    "llama": ["smollm2-135m"],
+    "qwen2": ["qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"],
+}
+"""The aliases that are of a model type: GGUF all of them."""
 
 
 def main() -> None:
@@ -113,7 +124,7 @@ def examined(kind: str) -> dict[str, Any]:
     if not worst < CLOSE:
         return row("failed", f"logits differ by {worst:.1e}")
     if not isinstance(decoder, ConvertedDecoder):
-        return row("native, GGUF" if kind in GGUF else "native", f"{worst:.0e}")
+        return row("native", f"{worst:.0e}")
     return row("slices" if decoder.in_slices else "module", f"{worst:.0e}")
 
 
@@ -121,19 +132,29 @@ def table(rows: list[dict[str, Any]], version: str) -> str:
     """docs/models.md: the models that run, and for each reason those that do not, the most frequent reason first."""
     ways = ("native", "slices", "module", "refused", "failed")
     counts = {how: sum(row["how"].startswith(how) for row in rows) for how in ways}
-    running = [row for row in rows if row["how"].partition(",")[0] in ways[:3]]
     reasons: dict[str, list[str]] = {}
     for row in rows:
-        if row not in running:
+        if row["how"] in ways[3:]:
             reasons.setdefault(row["why"], []).append(row["kind"])
     ordered = sorted(reasons.items(), key=lambda reason: (-len(reason[1]), reason[1][0]))
+    converted = [row for row in rows if row["how"] in ways[1:3]]
     return TEXT.format(
         version=version,
         total=len(rows),
-        running="\n".join(f"| {row['kind']} | {row['how']} | {row['why']} |" for row in running),
+        natives="\n".join(native_row(row["kind"], row["why"]) for row in rows if row["how"] == "native"),
+        in_slices=", ".join(row["kind"] for row in rows if row["how"] == "slices"),
+        modules=", ".join(row["kind"] for row in rows if row["how"] == "module"),
+        quantised=" and ".join(row["kind"] for row in converted if row["kind"] in QUANTISED),
+        worst=max((row["why"] for row in converted), key=float),
         others="\n".join(f"| {why} | {', '.join(kinds)} |" for why, kinds in ordered),
         **counts,
     )
+
+
+def native_row(kind: str, difference: str) -> str:
+    """A line of the table of native types."""
+    gguf = "yes" if kind in GGUF else "no"
+    return f"| {kind} | {gguf} | {QUANTISED.get(kind, '')} | {', '.join(REAL.get(kind, []))} | {difference} |"
 
 
 TEXT = """# Which models run
@@ -148,21 +169,24 @@ of three ways, chosen when it is loaded:
 - **module** ({module}): the forward pass cannot be recorded, since what it does depends on the tokens. transformers'
   module runs and stops at each attention. Its batches cannot go round among model workers.
 
-Safetensors may be [quantised](packed.md#ways-to-keep-weights). Tiny files equal transformers (logits 1e-4, text): in
-FP8 deepseek_v3, glm4, llama, minimax_m2, qwen3, qwen3_moe, stablelm; in NVFP4 llama, qwen3_moe; in MXFP4 gpt_oss,
-llama. No real file in FP8 or FP4 was met.
+Differences are the largest ones of logits from transformers' in float32, of a tiny random checkpoint. Real ones can
+still be refused for what a tiny one does not have, such as heads of more than 256 numbers (Gemma 4), which the
+kernels do not keep. Remote code is never run.
 
-The number in the last column is the largest difference of logits from transformers' in float32, of a tiny
-random checkpoint. Real ones can still be refused for what a tiny one does not have, such as heads of more than 256
-numbers (Gemma 4), which the kernels do not keep. Remote code is never run.
+Native types, and as what tests met them: **GGUF** as tiny files of llama.cpp's layout
+(`lamina/models/gguf_architectures.py`; other architectures, such as gemma4, glm4moe and MiniMax, are refused by name).
+**Quantised** safetensors, in which any type may [come](packed.md#ways-to-keep-weights), were compared with transformers
+of those that are named. **Real file**: the README's four, all GGUF; no real file with experts, with states, or in FP8
+or FP4 was met.
 
-**GGUF**: files of llama.cpp's converter load too (how: `lamina/models/gguf_architectures.py`).
-Checked by files that tests write of tiny models; real ones were met of llama, qwen2 and gemma3_text only, the README's
-four. Others (gemma4, glm4moe, MiniMax ...) are refused by name.
+| model type | GGUF | quantised | real file | difference |
+| --- | --- | --- | --- | --- |
+{natives}
 
-| model type | how | difference |
-| --- | --- | --- |
-{running}
+In slices: {in_slices}.
+
+As modules: {modules}. Differences of both are up to {worst}. In FP8 {quantised} were compared; there is no GGUF of
+them, and no real file was met.
 
 ## Which do not
 

@@ -23,6 +23,7 @@ from lamina.errors import EngineError, InvalidRequest, ModelFileError
 from lamina.models.cache import cache_folder, folder_name, get_or_create, write_file
 from lamina.models.weight_memory import weight_memory
 from lamina.sampling_params import SamplingParams
+from lamina.system.machine import Machine
 from lamina_workers.errors import DiskFullError
 from lamina_workers.process.credentials import make_credentials
 
@@ -267,10 +268,25 @@ def test_a_model_is_described_with_what_lives_across_its_attentions(lamina: Lami
     assert (facts["runs"], facts["live_across"]) == ("native", ["64 x bfloat16"] * 3)
     assert facts["weight_memory"] == weight_memory(Path(folder)).ways
     assert facts["weight_memory"]["bfloat16"] == 2 * facts["parameters"]
+    assert facts["weight_kinds"] == {"F32": facts["weight_bytes"]}
+    assert facts["resident_bytes"] in (2 * facts["parameters"], 4 * facts["parameters"])
+    assert (facts["fits"], facts["active_parameters"]) == (True, facts["parameters"])
+    assert facts["tokens_that_fit"] > facts["context"]
+    assert 0 < facts["tokens_per_second"] * facts["step_bytes"] < facts["memory_bytes_per_second"]
     rows = lamina("models", "show", folder, "--slices").stdout.splitlines()
     assert ["weights,", "float32", "0.5", "MiB,", "4", "bytes", "each"] in [row.split() for row in rows]
     assert rows[-1].split("  ")[0] == "live across attention 0-2"
     assert rows[-1].endswith("64 x bfloat16, a token")
+
+
+def test_a_model_that_does_not_fit_is_described_as_one(
+    lamina: Lamina, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = Machine("", 1, frozenset(), 1 << 20, 1 << 16)
+    monkeypatch.setattr("lamina.cli.doctor.this_machine", lambda: small)
+    facts = json.loads(lamina("models", "show", str(write_tiny_model(tmp_path / "tiny")), "--json").stdout)
+    assert facts["resident_bytes"] == facts["weight_memory"]["float32"] > facts["memory_available_bytes"] == 1 << 16
+    assert (facts["fits"], facts["tokens_that_fit"]) == (False, 0)
 
 
 def test_help_loads_nothing_heavy() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lamina.config import EngineConfig
-from lamina.errors import InvalidRequest, PolicyError
+from lamina.errors import InvalidRequest, NotEnoughMemory, PolicyError
 from lamina.kv.pages import PageGroup
 from lamina.kv.request import SchedulerConfig
 from lamina.launch.checks import cut_options
@@ -20,6 +20,7 @@ from lamina.launch.model_files import load
 from lamina.system.machine import this_machine
 from lamina_protocols.frames import bounds
 from lamina_protocols.messages.layers import HolderConfig, Index, LayerSpec
+from lamina_workers.checkpoints.weight_loader import Packing
 from lamina_workers.kv_pages.head_policies import HeadPolicies
 from lamina_workers.model_config.config import ModelConfig
 from lamina_workers.policies.catalogue import POLICIES, parse
@@ -94,6 +95,28 @@ def test_the_engines_own_process_may_have_less_kv_than_its_workers(model: Path) 
     assert less.limits.max_sequences == 8
     with pytest.raises(InvalidRequest, match="kv_local is 1 bytes; allowed are"):
         sizes(kv_local=1)
+
+
+def test_what_does_not_fit_is_refused_unless_it_is_forced(model: Path) -> None:
+    """KV takes 256 MiB by default where memory is short."""
+
+    def sizes(available: int, **more: object) -> Sizes:
+        config = EngineConfig(dtype="float32", **more)  # type: ignore[arg-type]
+        machine = replace(this_machine(), memory=1 << 36, memory_available=available)
+        return size_kv(load(model, config, None), config, machine)
+
+    weights = load(model, EngineConfig(), None).kept_bytes(torch.float32, Packing())
+    assert sizes(1 << 30).holder.kv_memory == 1 << 28
+    with pytest.raises(NotEnoughMemory, match=f"take {weights} bytes of memory and KV up to {1 << 28}, and {1 << 28} "):
+        sizes(1 << 28)
+    assert sizes(1 << 28, force=True).holder.kv_memory == 1 << 28
+    assert sizes(1 << 28, kv_memory="16MiB").holder.kv_memory == 1 << 24
+    with pytest.raises(NotEnoughMemory, match=f"kv_memory that takes {3 << 24}, fewer bits"):
+        sizes(weights + (3 << 24), kv_memory="16MiB", attention_workers=3)
+    twice = {"model_workers": 2, "model_parallel": "replicas", "kv_memory": "1MiB", "attention_workers": 1}
+    with pytest.raises(NotEnoughMemory, match=f"take {2 * weights} bytes"):
+        sizes(weights + (2 << 20), **twice)
+    assert sizes(0).holder.kv_memory >= 1 << 28  # a system that does not say
 
 
 def policies(

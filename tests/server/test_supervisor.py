@@ -70,6 +70,8 @@ def test_an_engine_that_dies_is_started_again_and_the_http_process_is_told(world
     sockets = {said[2]["socket"] for said in world.heard("http") if said[0] == "ready"}
     assert len(sockets) == 2  # nobody reaches the old engine by the new one's name
     assert any("killed by SIGKILL; it starts again" in message for message in world.messages)
+    keywords = [said[2] for said in world.heard("engine") if said[0] == "engine"]
+    assert keywords == [{"threads": 1}, {"threads": 1, "force": True}]  # beside KV that workers still have
 
 
 def test_an_http_process_that_dies_is_started_again_and_the_engine_stays(world: World) -> None:

@@ -47,7 +47,7 @@ def random_blocks(kind: str, n_out: int, n_in: int, seed: int = 0) -> np.ndarray
     K kinds, but any bytes are codes and scales; only the factors of the scales are put in."""
     draw = np.random.default_rng(seed)
     code = gguf.GGMLQuantizationType[kind]
-    if kind not in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"):
+    if kind not in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K") and not kind.startswith("IQ"):
         return gguf.quants.quantize(draw.standard_normal((n_out, n_in), dtype=np.float32) * n_in**-0.5, code)
     numbers, size = gguf.GGML_QUANT_SIZES[code]
     raw = draw.integers(0, 256, (n_out, n_in // numbers, size), dtype=np.uint8)
@@ -60,7 +60,7 @@ def random_blocks(kind: str, n_out: int, n_in: int, seed: int = 0) -> np.ndarray
         raw[..., -4:-2], raw[..., -2:] = half(factor / 32), half(factor / 16)
     elif kind in ("Q3_K", "Q6_K"):
         raw[..., -2:] = half(factor / (64 if kind == "Q3_K" else 2048))
-    elif kind.startswith("IQ4"):
+    elif kind.startswith("IQ"):
         raw[..., :2] = half(factor / (64 if kind == "IQ4_NL" else 2048))
     else:
         raw[..., :2], raw[..., 2:4] = half(factor / (32 << (kind == "Q5_K")) / 8), half(factor / 32)

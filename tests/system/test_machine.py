@@ -5,6 +5,7 @@ import pytest
 from lamina.system.machine import (
     Machine,
     control_groups,
+    kv_share,
     native_dtype,
     parse_cpuinfo,
     parse_meminfo,
@@ -49,13 +50,20 @@ def test_the_limits_of_all_control_groups_around_a_process_count(monkeypatch: py
         "/proc/meminfo": "MemTotal: 4096 kB\nMemAvailable: 4096 kB\n",
         f"{groups}/pods/cpu.max": "100000 100000\n",
         f"{groups}/pods/one/memory.max": "2097152\n",
-        f"{groups}/pods/one/memory.current": "1048576\n",
+        f"{groups}/pods/one/memory.current": "1572864\n",
+        f"{groups}/pods/one/memory.stat": "anon 1\nfile 524288\ninactive_file 393216\nactive_file 131072\nslab 7 7\n",
     }
     monkeypatch.setattr("lamina.system.machine._text_of", lambda path: files.get(path, ""))
     machine = this_machine()
     assert (machine.cores, machine.memory, machine.memory_available) == (1, 2 << 20, 1 << 20)
     assert control_groups("0::/../a\n") == [groups, f"{groups}/a"]
     assert control_groups("") == [groups]
+
+
+def test_kv_gets_a_quarter_or_half_of_what_weights_leave() -> None:
+    machine = Machine("", 1, frozenset(), 64 << 30, 32 << 30)
+    assert [kv_share(machine, 2, weights << 30) >> 30 for weights in (0, 16, 24)] == [4, 4, 2]
+    assert kv_share(machine, 1, 33 << 30) == 1 << 28  # which does not fit: it is refused
 
 
 def test_this_machine_has_a_core() -> None:

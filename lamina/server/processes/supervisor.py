@@ -230,6 +230,8 @@ class Supervisor(SlotLoop[ChildProcess]):
             self._spare.give_up()
         engine.started(worker)
         keywords = self._journal(engine) | {name: value for name, value in plan.engine.items() if name != "journal"}
+        if engine.restarts:  # it fitted, and KV that others keep for it takes memory now
+            keywords["force"] = True
         socket_path, needs_workers = self._socket_of(engine), bool(plan.workers)
         order = StartEngine(engine.source, keywords, socket_path, self._secret, plan.waits, needs_workers)
         worker.say(TO_ENGINE.line(order))

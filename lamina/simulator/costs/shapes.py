@@ -236,6 +236,12 @@ class ModelShape:
         return layers + self.embedding + self.vectors + (0 if self.tied else self.head)
 
     @cached_property
+    def active_parameters(self) -> int:
+        """Those that one token uses: all but the experts that are not chosen."""
+        unused = (group.layers * (group.experts - group.top_k) * group.expert for group in self.groups)
+        return self.parameters - sum(unused)
+
+    @cached_property
     def kind(self) -> Literal["small", "dense", "sparse"]:
         """Which measured models it is like: "sparse" with experts, or latents for KV; "small" below `SMALL`."""
         if any(group.experts or group.prompt_score_flops for group in self.groups):  # latents alone differ in prompts

@@ -23,8 +23,8 @@ from lamina_kernels.dense.dense import Linear, repacks
 from lamina_kernels.packed.matrix import PackedMatrix
 from lamina_kernels.packed.pack import bytes_of, can_pack
 from lamina_workers.checkpoints.model_checkpoint import open_checkpoint
-from lamina_workers.checkpoints.packed_tensors import GgmlBlocks
-from lamina_workers.checkpoints.weight_loader import Packing, kept_bytes, packed_kind
+from lamina_workers.checkpoints.packed_tensors import READABLE, GgmlBlocks
+from lamina_workers.checkpoints.weight_loader import Arena, Packing, kept_bytes, packed_kind
 from lamina_workers.decoder.decoder_weights import DecoderWeights, load_weights
 from lamina_workers.decoder.model import Decoder
 from lamina_workers.decoder.shard import WHOLE, Shard, with_ranks
@@ -187,11 +187,11 @@ def test_what_cannot_be_packed_is_unpacked(tmp_path: Path, caplog: pytest.LogCap
 @pytest.mark.parametrize(("kind", "exact"), [("MXFP4", True), ("Q3_K", True), *((k, False) for k in OTHERS)])
 def test_kinds_that_kernels_lack_become_ones_that_they_have(tmp_path: Path, kind: str, exact: bool) -> None:
     """As they are where another kind has the same numbers, else rounded to 8 bits."""
-    blocks = GgmlBlocks(kind, torch.from_numpy(random_blocks(kind, 48, 512)), 512)
+    blocks = GgmlBlocks(kind, (torch.from_numpy(random_blocks(kind, 48, 512)),), 512)
     rows, code = torch.arange(40, 8, -1), gguf.GGMLQuantizationType[kind]
     part = blocks.cut(rows, slice(256, 512))
     assert part is not None
-    wanted = torch.from_numpy(gguf.quants.dequantize(blocks.raw.numpy(), code))[rows, 256:]
+    wanted = torch.from_numpy(gguf.quants.dequantize(blocks.raw[0].numpy(), code))[rows, 256:]
     assert can_pack(part.kind, *part.shape)
     matrix = part.pack(torch.empty(bytes_of(part.kind, *part.shape), dtype=torch.uint8)).unpack(torch.float32)
     if exact:
@@ -206,7 +206,7 @@ def test_kinds_that_kernels_lack_become_ones_that_they_have(tmp_path: Path, kind
 def test_columns_in_another_order_are_rounded_to_8_bits() -> None:
     raw = torch.from_numpy(random_blocks("Q4_K", 32, 512))
     order = torch.arange(512).view(2, 2, 128).transpose(0, 1).flatten()
-    blocks, plain = GgmlBlocks("Q4_K", raw, 512, columns=order), GgmlBlocks("Q4_K", raw, 512).floats()
+    blocks, plain = GgmlBlocks("Q4_K", (raw,), 512, columns=order), GgmlBlocks("Q4_K", (raw,), 512).floats()
     part = blocks.cut(torch.arange(16, 32), slice(128, 384))
     assert part is not None
     assert part.kind == "int8"
@@ -280,6 +280,45 @@ def test_matrices_that_are_not_repacked_lie_in_one_block() -> None:
     weights = load_weights(config, Tensors(config), torch.bfloat16, torch.device("cpu"))
     linears = [linear for layer in weights.layers for linear in (layer.qkv, layer.output)]
     assert len({linear._weight.untyped_storage().data_ptr() for linear in linears}) == 1
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q6_K", "mixed", "Q3_K", "IQ4_XS", "MXFP4"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_counted_before_is_what_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, tied: bool
+) -> None:
+    folder = folder_of(tmp_path, KINDS.get(kind, dict.fromkeys(KINDS["Q4_0"], kind)), tied)
+    take, taken = Arena.take, 0
+
+    def count(arena: Arena, n_bytes: int) -> torch.Tensor:
+        nonlocal taken
+        taken += n_bytes
+        return take(arena, n_bytes)
+
+    monkeypatch.setattr(Arena, "take", count)
+    loaded(folder, PACKED)
+    with open_checkpoint(folder) as source:
+        assert taken == kept_bytes(source, torch.float32, PACKED)
+
+
+@pytest.mark.fault("F26")
+@pytest.mark.parametrize("kind", [kind for kind in READABLE if kind not in KINDS])
+def test_a_file_of_another_kind_that_is_cut_off_or_has_no_scale_is_refused(tmp_path: Path, kind: str) -> None:
+    folder, file = folder_of(tmp_path, {"ffn_down.weight": kind}), tmp_path / "x.gguf"
+    content, tensor = file.read_bytes(), GgufFile(file).tensors["blk.1.ffn_down.weight"]
+    for size in (100, GgufFile(file).header, tensor.offset, tensor.offset + tensor.nbytes - 1):
+        file.write_bytes(content[:size])
+        with pytest.raises(ModelFileError, match=r"passes the end at|is it truncated\?"):
+            GgufFile(file)
+        with pytest.raises(ModelFileError, match=f"has {size} bytes and is not the file"):
+            loaded(folder, PACKED)
+    block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]
+    at = tensor.offset + 7 * block + {"Q2_K": block - 4, "Q3_K": block - 2}.get(kind, 0)
+    for scale in (b"\xff",) if kind == "MXFP4" else (b"\0\x7e", b"\0\xfc"):
+        file.write_bytes(content[:at] + scale + content[at + len(scale) :])
+        for packing in (PACKED, Packing()):
+            with pytest.raises(ModelFileError, match=r"layers.1.mlp.down_proj.weight cannot be .*not finite"):
+                loaded(folder, packing)
 
 
 def test_packed_bytes_are_counted(made: Made) -> None:

@@ -5,6 +5,7 @@ there each number may differ by half a step of its block of 32, and logits as mu
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from lamina_kernels.packed.pack import bytes_of
 from lamina_workers.checkpoints.model_checkpoint import open_checkpoint
 from lamina_workers.checkpoints.weight_loader import UNPACKED, Packing, packed_kind
 from lamina_workers.decoder.model import Decoder
-from lamina_workers.errors import ModelFileError, UnsupportedModelError
+from lamina_workers.errors import LaminaError, ModelFileError, UnsupportedModelError
 from lamina_workers.model_config.config import ModelConfig
 
 # Newer transformers would rather have it called `cache`, older ones know only this name.
@@ -101,6 +102,7 @@ def compressed(format: str, bits: int, strategy: str, **more: Any) -> dict[str, 
 
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+MXFP4 = compressed("mxfp4-pack-quantized", 4, "group", group_size=32)
 MODELOPT = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], Callable[..., Written]]] = {
     "deepseek": ("deepseek_v3", DEEPSEEK, FP8 | {"weight_block_size": [24, 40]}, fp8(24, 40)),
@@ -287,6 +289,11 @@ LIES: dict[str, tuple[dict[str, Any], Parts, str]] = {
     "no factor": (MODELOPT, {"_scale_2": torch.empty(0)}, "lacks a.weight_scale_2"),
     "factors": (MODELOPT, {"_scale_2": torch.ones(2)}, "must be one number above 0"),
     "factor of 0": (MODELOPT, {"_scale_2": torch.zeros(1)}, "must be one number above 0"),
+    "NaN power": (MXFP4, {"_scale": torch.full((4, 1), 255, dtype=torch.uint8)}, "scales that are no numbers"),
+    "few powers": (MXFP4, {"_scale": torch.ones(3, 1, dtype=torch.uint8)}, r"has shape \[3, 1\], expected \[4, 1\]"),
+    "no powers": (MXFP4, {"_scale": torch.empty(0)}, "has no tensor 'a.weight'"),
+    "no codes": (MXFP4, {"_packed": torch.zeros(4, 16)}, "holds torch.float32, expected torch.uint8"),
+    "part of a block": (MXFP4, {"_packed": torch.zeros(4, 24, dtype=torch.uint8)}, "48 inputs; .* multiples of 32"),
 }
 
 
@@ -296,6 +303,8 @@ def test_parts_that_lie_are_named(tmp_path: Path, lie: str) -> None:
     if quantization is FP8:
         quantization = FP8 | {"weight_block_size": [2, 32]}
         parts = {"": torch.randn(4, 32).to(E4M3), "_scale_inv": torch.ones(2, 1)}
+    elif quantization is MXFP4:
+        parts = mxfp4(torch.randn(4, 32))[0]
     else:
         parts = nvfp4(False)(torch.randn(4, 32))[0]
         del parts["/input_scale"]
@@ -316,10 +325,46 @@ def test_numbers_that_are_none_are_not_packed(tmp_path: Path) -> None:
             tensor.pack(torch.empty(1 << 16, dtype=torch.uint8)[64:])
 
 
+WAYS: dict[str, tuple[dict[str, Any], Callable[..., Written]]] = {
+    "fp8": (FP8 | {"weight_block_size": [2, 32]}, fp8(2, 32)),
+    "nvfp4": (MODELOPT, nvfp4(False)),
+    "mxfp4": (MXFP4, mxfp4),
+}
+
+
+def written(folder: Path, way: str) -> Path:
+    """A checkpoint of two weights; its file."""
+    quantization, write_weight = WAYS[way]
+    names = {f"{name}.weight{part}": x for name in "ab" for part, x in write_weight(torch.randn(4, 64))[0].items()}
+    write(folder, {name.replace("weight/", ""): x.contiguous() for name, x in names.items()}, quantization)
+    return folder / "model.safetensors"
+
+
+@pytest.mark.fault("F26")
 @pytest.mark.parametrize("keeps", [0, 7, 200, -1])
-def test_files_that_are_cut_off_are_named(tmp_path: Path, keeps: int) -> None:
-    folder = write(tmp_path, {"a.weight": torch.ones(4, 32).to(E4M3), "a.weight_scale_inv": torch.ones(())}, FP8)
-    file = folder / "model.safetensors"
+@pytest.mark.parametrize("way", WAYS)
+def test_files_that_are_cut_off_are_named(tmp_path: Path, way: str, keeps: int) -> None:
+    file = written(tmp_path, way)
     file.write_bytes(file.read_bytes()[:keeps])
-    with pytest.raises(ModelFileError, match=r"model.safetensors (has|is truncated)"), open_checkpoint(folder):
+    with pytest.raises(ModelFileError, match=r"model.safetensors (has|is truncated)"), open_checkpoint(tmp_path):
         pass
+
+
+@pytest.mark.fault("F26")
+@pytest.mark.parametrize("way", WAYS)
+def test_a_changed_byte_gives_an_error_or_the_shapes_that_the_file_says(tmp_path: Path, way: str) -> None:
+    file, draw, outcomes = written(tmp_path, way), random.Random(way), set()
+    for changed in (file, tmp_path / "config.json"):
+        content = changed.read_bytes()
+        header = min(len(content), 8 + int.from_bytes(content[:8], "little"))
+        for place in (draw.randrange(header) for _ in range(150)):
+            changed.write_bytes(content[:place] + bytes([draw.randrange(256)]) + content[place + 1 :])
+            try:
+                with open_checkpoint(tmp_path) as source:
+                    for name in source.names():
+                        assert tuple(source.tensor(name).shape) == tuple(source.shape(name))
+                outcomes.add("read")
+            except LaminaError:
+                outcomes.add("refused")
+        changed.write_bytes(content)
+    assert outcomes == {"read", "refused"}

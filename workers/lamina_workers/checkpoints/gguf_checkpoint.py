@@ -187,12 +187,12 @@ class GgufCheckpoint(MappedFiles):
             return None
         if first.kind in FLOATS:
             return None
-        raw = [self._blocks(part).raw for part in entry.parts]
+        raw = tuple(self._raw(part) for part in entry.parts)
         order = None
         if len(raw) > 1 or first.turned:
             order = _joined(entry, _row_numbers(entry.parts))
         columns = turned(entry.columns, entry.shape[1]) if entry.columns else None
-        return GgmlBlocks(first.kind, raw[0] if len(raw) == 1 else torch.cat(raw), entry.shape[1], order, columns)
+        return GgmlBlocks(first.kind, raw, entry.shape[1], order, columns)
 
     def release(self, name: str) -> None:
         for part in self._entry(name).parts:
@@ -204,16 +204,15 @@ class GgufCheckpoint(MappedFiles):
         except KeyError:
             raise ModelFileError(f"{self._file} has no tensor {name!r}") from None
 
-    def _blocks(self, part: GgufPart) -> GgmlBlocks:
-        data = self._bytes(self._file, part.offset, part.nbytes)
-        return GgmlBlocks(part.kind, data.view(part.shape[0], -1), part.shape[1])
+    def _raw(self, part: GgufPart) -> torch.Tensor:
+        return self._bytes(self._file, part.offset, part.nbytes).view(part.shape[0], -1)
 
     def _floats(self, part: GgufPart) -> torch.Tensor:
         """Rows in the order that is wanted."""
         if part.kind in FLOATS:
             values = self._view(self._file, part.offset, part.nbytes, FLOATS[part.kind], part.shape)
         else:
-            values = self._blocks(part).floats()
+            values = GgmlBlocks(part.kind, (self._raw(part),), part.shape[1]).floats()
         if part.by_head:
             values = values.view(part.by_head, -1, part.shape[1]).transpose(1, 2).flatten(0, 1)
         return values[turned(part.turned, len(values))] if part.turned else values

@@ -52,12 +52,12 @@ class PackedTensor(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GgmlBlocks:
-    """Rows of ggml's blocks of the kind `stored`. raw: uint8 `[n, bytes of a row]`, perhaps a view of a file; n_in:
-    numbers of a row. order: the rows of raw that these are, int64 `[n_out]`; None: all. columns: the numbers of a row
-    that these are, in which order; None: all."""
+    """Rows of ggml's blocks of the kind `stored`. raw: uint8 `[n, bytes of a row]`, perhaps views of a file, one below
+    the other; n_in: numbers of a row. order: the rows of raw that these are, int64 `[n_out]`; None: all. columns: the
+    numbers of a row that these are, in which order; None: all."""
 
     stored: str
-    raw: torch.Tensor
+    raw: tuple[torch.Tensor, ...]
     n_in: int
     order: torch.Tensor | None = None
     columns: torch.Tensor | None = None
@@ -71,7 +71,7 @@ class GgmlBlocks:
     @property
     def shape(self) -> tuple[int, int]:
         n_in = self.n_in if self.columns is None else len(self.columns)
-        return len(self.raw if self.order is None else self.order), n_in
+        return sum(map(len, self.raw)) if self.order is None else len(self.order), n_in
 
     def cut(self, rows: torch.Tensor, columns: slice = EVERY) -> GgmlBlocks | None:
         order = rows if self.order is None else self.order[rows]
@@ -81,7 +81,8 @@ class GgmlBlocks:
         numbers, size = block_of(self.stored)
         if begin % numbers or end % numbers:
             return None
-        return GgmlBlocks(self.stored, self.raw[:, begin // numbers * size : end // numbers * size], end - begin, order)
+        places = slice(begin // numbers * size, end // numbers * size)
+        return GgmlBlocks(self.stored, tuple(part[:, places] for part in self.raw), end - begin, order)
 
     def pack(self, into: torch.Tensor) -> PackedMatrix:
         if self.kind == "int8":
@@ -96,7 +97,8 @@ class GgmlBlocks:
         return values if self.columns is None else values[:, self.columns]
 
     def _rows(self) -> torch.Tensor:
-        return self.raw if self.order is None else chosen(self.raw, self.order)
+        raw = self.raw[0] if len(self.raw) == 1 else torch.cat(self.raw)
+        return raw if self.order is None else chosen(raw, self.order)
 
     def _blocks(self) -> torch.Tensor:
         """As blocks that the kernels have, of the same numbers."""
@@ -106,16 +108,21 @@ class GgmlBlocks:
         return (_from_mxfp4 if self.stored == "MXFP4" else _from_q3)(blocks).view(self.shape[0], -1)
 
     def _unpacked(self) -> torch.Tensor:
+        import numpy as np
         from gguf.constants import GGMLQuantizationType
         from gguf.quants import dequantize
 
         try:
-            values = dequantize(self._rows().contiguous().numpy(), GGMLQuantizationType[self.stored])
+            with np.errstate(invalid="ignore"):  # it is named below
+                values = dequantize(self._rows().contiguous().numpy(), GGMLQuantizationType[self.stored])
         except NotImplementedError as error:
             raise UnsupportedModelError(
                 f"weights are quantised as {self.stored}, which cannot be read; allowed are {', '.join(READABLE)}"
             ) from error
-        return torch.from_numpy(values).float().view(len(self._rows()), self.n_in)
+        floats = torch.from_numpy(values).float().view(-1, self.n_in)
+        if not floats.isfinite().all():
+            raise ValueError("a row has a scale that is not finite")
+        return floats
 
 
 def _from_mxfp4(blocks: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,8 @@ ALIGNMENT = 64
 QUANTIZE = {"int4": 4, "int8": 8}
 """Bits by the name of what floats become."""
 _ARENA = 256 << 20  # bytes
+_WIDE = ("embed_tokens.weight", "lm_head.weight")
+_CUT = ("kv_b_proj.weight",)  # its heads are laid out anew, as floats
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +88,8 @@ def pack_all(
     for name, matrix, kind in parts:
         n_bytes = bytes_of(kind, *matrix.shape)
         into = room[first : first + n_bytes]
-        try:
+        with _naming(name, "packed"):
             result = quantize(matrix, bits, into) if isinstance(matrix, torch.Tensor) else matrix.pack(into)
-        except ValueError as error:
-            raise ModelFileError(f"tensor {name} cannot be packed: {error}") from error
         before = matrices[-1] if matrices else None
         if before is not None and before.format == result.format and before.shape[0] % ROWS == 0:
             rows = before.shape[0] + result.shape[0]
@@ -101,6 +102,15 @@ def pack_all(
     return matrices
 
 
+@contextmanager
+def _naming(name: str, what: str) -> Iterator[None]:
+    """Raise ModelFileError for numbers of the tensor `name` that are not allowed."""
+    try:
+        yield
+    except ValueError as error:
+        raise ModelFileError(f"tensor {name} cannot be {what}: {error}") from error
+
+
 def packed_kind(source: TensorSource) -> str | None:
     """The kind of a matrix that a checkpoint has packed and that can stay so; None where there is none."""
     for name in source.names():
@@ -111,11 +121,12 @@ def packed_kind(source: TensorSource) -> str | None:
 
 
 def kept_bytes(source: TensorSource, dtype: torch.dtype, packing: Packing) -> int:
-    """Bytes that the weights of a checkpoint take in memory, once they are loaded."""
+    """Bytes that the weights of a checkpoint take in memory, once they are loaded. None are read."""
     total = 0
     for name in source.names():
-        tensor, shape = source.packed(name), tuple(source.shape(name))
-        kind = packing.kind_of(tensor, plain=len(shape) != 2)
+        shape = tuple(source.shape(name))
+        plain = len(shape) < 2 or name.endswith(_CUT)
+        kind = packing.kind_of(None if plain else source.packed(name), plain, name.endswith(_WIDE))
         matrix = math.prod(shape[:-1]), (shape or (1,))[-1]  # stacked experts one below the other
         if kind is not None and can_pack(kind, *matrix):
             total += bytes_of(kind, *matrix)
@@ -335,7 +346,8 @@ class Loader:
                 into = joined[first : first + n]
                 if packed is not None:
                     self._unpacked += into.nbytes
-                    unpack_into(into, packed, torch.arange(packed.shape[0])[part], columns)
+                    with _naming(name, "unpacked"):
+                        unpack_into(into, packed, torch.arange(packed.shape[0])[part], columns)
                 elif tensor is not None:
                     into.copy_(tensor[part, columns] if width else tensor[part])
                 first += n
@@ -351,7 +363,8 @@ class Loader:
         return self._arena.take(empty.nbytes).view(self._dtype).view(shape)
 
     def _tensor(self, name: str) -> torch.Tensor:
-        tensor = self._source.tensor(name)
+        with _naming(name, "read"):
+            tensor = self._source.tensor(name)
         if not tensor.is_floating_point():
             raise ModelFileError(f"tensor {name} holds {tensor.dtype}, expected floating point")
         return tensor
