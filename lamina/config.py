@@ -105,7 +105,7 @@ class EngineConfig:
     deterministic: bool = False
     """The same request, alone in the engine, gets the same text whatever ran before it, in bfloat16 too. Then prompts
     are computed each time (no prefix cache), and what is "auto" is not measured: one lane, q, k and v together, and no
-    KV in the engine's process beside attention workers."""
+    KV in the engine's process beside attention workers. How many drafts there are follows from the text alone."""
     policy: str | Path | None = None
     """What each KV head reads and keeps: "full" for everything, "auto" for the keys that matter, another policy for all
     heads such as "streaming(sink=64, recent=256)", or the path of a policy file, which ends in .toml; None: "full"."""
@@ -207,11 +207,6 @@ class EngineConfig:
         for name in ("kv_memory", "kv_local", "kv_resident"):
             if (size := getattr(self, name)) is not None:
                 object.__setattr__(self, name, parse_size(name, size))
-        if self.deterministic and self.speculate is not None:
-            raise InvalidRequest(
-                f"speculate is {str(self.speculate)!r:.80} with deterministic, but how many drafts are verified is "
-                "measured, and changes how sums are rounded; allowed is one of the two"
-            )
         if self.deterministic:
             object.__setattr__(self, "prefix_cache", False)
             for name, fixed in _UNMEASURED.items():

@@ -157,7 +157,7 @@ class Drafting:
         wants = [
             Wanted(sequence, registry.requests[sequence.request.id], depth)
             for sequence, depth in depths
-            if depth > 0 and not sequence.drafts and not _slow(registry, sequence)
+            if depth > 0 and not sequence.drafts and not (self._speculation.measured and _slow(registry, sequence))
         ]
         if not wants:
             return

@@ -358,10 +358,16 @@ class KvMigration:
         self._promise()
 
     def _states_copied(self, moving: _Migrating) -> bool:
-        """Copy the states of an idle sequence, at the two positions where its old parts have them: so the new ones take
-        as much. False where there was no room, and the move is given up."""
+        """Copy the states of an idle sequence, at the positions where its old parts have them: so the new ones take as
+        much. The tokens behind them, of which only inputs are kept, are computed again. False where there was no room,
+        or a failed row lies between, and the move is given up."""
         sequence, stored = moving.sequence, 0
-        for position in sorted({sequence.floor, sequence.computed} - {0}) if moving.states else ():
+        if moving.states and sequence.records[1] < sequence.computed:
+            if sequence.records[1] < max(1, sequence.floor):
+                self._give_up(moving)
+                return False
+            self._scheduler.running.cut(sequence, sequence.records[1])
+        for position in sorted(set(sequence.records) - {0}) if moving.states else ():
             if not result(self._copy(moving, moving.states, (0, position, stored))):
                 return False
             stored = position

@@ -108,7 +108,9 @@ class PageLedger:
 
     def further(self, row: PlannedRow, tokens: int) -> Pages:
         """The most pages that a reserved row takes with so many tokens more."""
-        return self._cost(row.sequence, row.count + tokens) - self._cost(row.sequence, row.count)
+        pages = self._cost(row.sequence, row.count + tokens) - self._cost(row.sequence, row.count)
+        lacks_inputs = self._states and not row.sequence.keeps_inputs
+        return pages + self._config.records(row.sequence.layout) if lacks_inputs else pages
 
     def speculate(self, row: PlannedRow, drafts: tuple[int, ...]) -> PlannedRow:
         """A reserved row with drafts besides."""

@@ -353,7 +353,7 @@ class PrefixCache:
         records = self._config.records(node.layout)
         self.snapshots -= records
         users = [sequence for sequence, deepest in self._deepest.items() if node.users and node in path_up(deepest)]
-        standing = [user for user in users if node.length in user.forked & {user.floor, user.computed}]
+        standing = [user for user in users if node.length in user.forked & set(user.records)]
         if len(standing) == 1:
             standing[0].forked.discard(node.length)
         return NO_PAGES if standing else records

@@ -105,6 +105,8 @@ class ScheduledSequence:
     copies: bool = False  # whether its next write may fall into a shared page, which the holder copies first
     siblings: list[ScheduledSequence] = field(default_factory=list)  # samples that wait for this one's prompt
     forked: set[int] = field(default_factory=set)  # lengths whose states it may share with others
+    records: tuple[int, int] = (0, 0)  # lengths whose states it surely has, the older one first: equal where one alone
+    keeps_inputs: bool = False  # whether it has pages for the inputs of tokens that follow its states
 
     order: tuple[int, int, int] = field(init=False)
 
@@ -138,16 +140,19 @@ class ScheduledSequence:
 
     @property
     def own_records(self) -> int:
-        """How many of the two records of each of its states, now and before its last row, are there and certainly
-        shared with none, once its row in flight is stored."""
-        before, now = (self.computed, self.planned) if self.planned > self.computed else (self.floor, self.computed)
-        return (now > 0 and now not in self.forked) + (0 < before < now and before not in self.forked)
+        """How many pages of each of its states are there and certainly shared with none, once its row in flight is
+        stored: records, and one of inputs."""
+        lengths = set(self.records)
+        if self.planned > self.computed:  # with drafts its states will be those before it
+            lengths = {self.records[1], self.computed if self.planned > len(self.tokens) else self.planned}
+        return len(lengths - self.forked - {0}) + self.keeps_inputs
 
     @property
     def takes_records(self) -> bool:
         """Whether its next row takes a record more of each of its states: there is no older one of its own that it
         could give up."""
-        return not 0 < self.floor < self.computed or self.floor in self.forked
+        older, last = self.records
+        return not 0 < older < last or older in self.forked
 
     @property
     def longest(self) -> int:
@@ -245,12 +250,12 @@ class SchedulerConfig:
 
     `page_groups` says what the layers and KV heads of each pool keep. A page is `page_size` tokens of one layer and one
     KV head. A pool of states has no groups; `states` has such pools, with the number of their layers. A page there is
-    one record: the state of one layer and head after some tokens. A sequence has two of each, and can be forked only
-    where it has one. So that prefixes can be shared, prompts are computed up to each multiple of `snapshot_tokens`
-    tokens, where the prefix cache keeps the states; None without states or prefix cache. A row has `max_drafts` drafts
-    at most; none with states, which cannot be taken back by so many tokens. A batch has `max_parts` rows of parts at
-    all holders together, and `frame_tokens` tokens at each, once for every part of a sequence there: no frame carries
-    more. `pools`: the model gives hidden states to requests that are `pooled`. `of_policy` knows the policies that
+    one record: the state of one layer and head after some tokens. A sequence has two of each, with drafts a page of the
+    latest inputs besides, and can be forked only where it has a record. So that prefixes can be shared, prompts are
+    computed up to each multiple of `snapshot_tokens` tokens, where the prefix cache keeps the states; None without
+    states or prefix cache. A row has `max_drafts` drafts at most. A batch has `max_parts` rows of parts at all holders
+    together, and `frame_tokens` tokens at each, once for every part of a sequence there: no frame carries more.
+    `pools`: the model gives hidden states to requests that are `pooled`. `of_policy` knows the policies that
     requests may name, and raises a LaminaError for others; without it there are none but the engine's own, "".
     """
 
@@ -273,8 +278,8 @@ class SchedulerConfig:
         for name in ("max_batch_tokens", "max_sequences", "max_model_len", "page_size"):
             if getattr(self, name) < 1:
                 raise InvalidRequest(f"{name} is {getattr(self, name)}; allowed is 1 or more")
-        if self.max_drafts < 0 or (self.max_drafts and self.states):
-            raise InvalidRequest(f"max_drafts is {self.max_drafts}; allowed is 0 or more, and 0 with states")
+        if self.max_drafts < 0:
+            raise InvalidRequest(f"max_drafts is {self.max_drafts}; allowed is 0 or more")
         every = self.snapshot_tokens
         if (every is None) != (not (self.states and self.prefix_cache)) or (every or 0) % self.page_size:
             raise InvalidRequest(
@@ -306,7 +311,7 @@ class SchedulerConfig:
 
     def forks_at(self, sequence: ScheduledSequence, length: int) -> bool:
         """Whether the first `length` tokens of a sequence can be forked."""
-        return length in (sequence.floor, sequence.computed) if self.states else length >= sequence.floor
+        return length in sequence.records if self.states else length >= sequence.floor
 
     def chunk(self, sequence: ScheduledSequence, most: int) -> int:
         """How many of a sequence's next `most` tokens one row has: it ends where states are kept for others."""
@@ -317,6 +322,11 @@ class SchedulerConfig:
         if self.states and sequence.siblings and start < last:
             count = min(count, last - start)
         return count
+
+    @property
+    def record_pages(self) -> int:
+        """The most pages that a sequence has of each state."""
+        return 3 if self.max_drafts else 2
 
     def records(self, layout: Layout, times: int = 1) -> Pages:
         """So many records of every state."""
@@ -359,7 +369,7 @@ class SchedulerConfig:
         """The most pages that a sequence of `length` tokens needs when it grows by at most a page at a time and shares
         its first `shared` tokens, which are whole pages, with others."""
         size = self.page_size
-        pages = self.records(layout, 2) if self.states else Pages()
+        pages = self.records(layout, self.record_pages) if self.states else Pages()
         for share in layout:
             needed = -(-(min(length, share.hi) - max(share.lo, shared)) // size)
             if needed <= 0:

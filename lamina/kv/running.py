@@ -85,7 +85,7 @@ class RunningSequences:
             sequence.handle = self._fork(source.handle, length, policy)
             sequence.runs = self.runs.fork(source.runs, length, policy=policy)
             sequence.floor = length if self._config.states else source.floor
-            sequence.forked = {length}
+            sequence.forked, sequence.records = {length}, (length, length)
             sequence.copies = length % self._config.page_size > 0
         sequence.layout = layout
         sequence.exact = len(sequence.tokens) - 1 if _exact(source, length) else 0  # the last one is decoded, perhaps
@@ -112,12 +112,13 @@ class RunningSequences:
         opened elsewhere. Which pages other sequences share is not known, so none counts as its own."""
         present_shares = tuple(share for share in kept.layout if share.at in there)
         self._ledger.took(
-            self._config.held(present_shares, 0, kept.computed, kept.floor) + self._config.records(present_shares, 2)
+            self._config.held(present_shares, 0, kept.computed, kept.floor)
+            + self._config.records(present_shares, self._config.record_pages)
         )
         sequence.handle, sequence.layout, sequence.floor = kept.handle, kept.layout, kept.floor
         sequence.runs = self.runs.open(kept.layout, kept.computed, kept.floor)
         sequence.computed = sequence.planned = kept.computed
-        sequence.forked = {kept.floor, kept.computed}
+        sequence.forked, sequence.records = {kept.computed}, (kept.computed, kept.computed)
         sequence.copies = kept.computed % self._config.page_size > 0
         insort(self.sequences, sequence, key=order_of)
 
@@ -135,6 +136,7 @@ class RunningSequences:
         sequence.layout, sequence.forked = (), set()
         sequence.computed = sequence.planned = sequence.floor = sequence.stored = 0
         sequence.copies, sequence.drafts = False, ()
+        sequence.records, sequence.keeps_inputs = (0, 0), False
 
     def cut(self, sequence: ScheduledSequence, length: int) -> None:
         """Keep the first `length` tokens of an idle sequence, not fewer than its floor. The rest is computed again, at
@@ -142,6 +144,7 @@ class RunningSequences:
         sequence.computed = sequence.planned = length
         sequence.stored, sequence.drafts = 0, ()
         sequence.copies = True
+        sequence.records = sequence.records if sequence.records[1] <= length else (0, 0)
         sequence.rebuild = None
         self.spares.cut(sequence.handle or 0, length)
 
@@ -208,7 +211,7 @@ class RunningSequences:
         self.runs.relocate(sequence.runs, old_shares, tuple(share for share in layout if share not in old_shares))
         for share, start in starts.items():
             sequence.runs[share].floor = start
-        sequence.layout, sequence.stored = layout, 0
+        sequence.layout, sequence.stored, sequence.keeps_inputs = layout, 0, False
         self.spares.keep(sequence.handle or 0, layout)
         sequence.copies = sequence.copies and bool(old_shares)
         sequence.forked = sequence.forked if old_shares else set()
@@ -228,7 +231,7 @@ class RunningSequences:
 
     def pages(self, sequence: ScheduledSequence) -> Pages:
         """Pages that a sequence has, those included that it shares with others."""
-        records = (sequence.computed > 0) + (0 < sequence.floor < sequence.computed)
+        records = len(set(sequence.records) - {0}) + sequence.keeps_inputs
         pages = self._config.records(sequence.layout, records)
         return sum((self._pages_beyond(sequence, share, 0) for share in sequence.layout), pages)
 
@@ -271,7 +274,7 @@ class RunningSequences:
         room = self._ledger.unpromised() + self.giving_way
         alike: dict[int, list[ScheduledSequence]] = {}  # by layout: placement makes equal ones once
         for sequence in self.sequences if config.states else ():
-            room -= config.records(sequence.layout, 2 - sequence.own_records)
+            room -= config.records(sequence.layout, config.record_pages - sequence.own_records)
         for sequence in self.sequences:
             alike.setdefault(id(sequence.layout), []).append(sequence)
             length, planned = len(sequence.tokens), sequence.planned
@@ -304,7 +307,7 @@ class RunningSequences:
             length = len(sequence.tokens) + self._config.max_drafts
             floor = sequence.floor if sequence.rebuild is None else 0
             pages += self._config.page_set(sequence.layout, sequence.computed)
-            pages += self._config.records(sequence.layout, 2)
+            pages += self._config.records(sequence.layout, self._config.record_pages)
             for leaf in sequence.runs.values():
                 pages += self._most(leaf, length, floor)
             for share in (part.share for part in sequence.local_copy):

@@ -285,7 +285,7 @@ def assemble(
         grammars=inputs.grammars,
         recorder=recorder,
         wait=config.recovery_timeout,
-        speculation=Speculation(config.most_drafts) if proposer is not None else None,
+        speculation=_speculation(config, sizes) if proposer is not None else None,
         proposer=proposer,
         reports=FailureReports(
             lost=None if pools.attention is None else pools.attention.lost,
@@ -338,6 +338,12 @@ def _model_workers(
         peers = pools.models.peers()
         return PipelineReplicas(worker, peers, here=ports, config=holder, patience=config.worker_timeout)
     return worker
+
+
+def _speculation(config: EngineConfig, sizes: Sizes) -> Speculation | None:
+    """How many drafts there are; None where the model's states allow none."""
+    most = sizes.limits.max_drafts
+    return Speculation(most, measured=not config.deterministic) if most else None
 
 
 def _tuner(config: EngineConfig, beside_others: bool, local_tier: bool) -> StepTuner:

@@ -81,6 +81,11 @@ def cut_options(config: EngineConfig, limits: SchedulerConfig) -> Iterator[str]:
     for name, cut in cuts:
         if (getattr(config, name) or 0) > cut:
             yield f"{name}={getattr(config, name)} is cut to {cut}, as many as the frames of a batch carry"
+    if limits.max_drafts < config.most_drafts:
+        yield (
+            f"num_speculative_tokens={config.most_drafts} is cut to {limits.max_drafts}: a page of this model's states "
+            "keeps the inputs of no more"
+        )
 
 
 def _changes_nothing(spec: LayerSpec) -> bool:

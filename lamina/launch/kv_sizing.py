@@ -28,7 +28,7 @@ from lamina.system.machine import Machine, kv_share, native_dtype
 from lamina_protocols.frames import bounds
 from lamina_protocols.messages.layers import STATES, ColdTier, HolderConfig, LayerSpec
 from lamina_protocols.messages.pools import pools
-from lamina_workers.attention_worker.page_layout import page_cost
+from lamina_workers.attention_worker.page_layout import page_cost, state_layout
 from lamina_workers.checkpoints.model_checkpoint import fingerprint
 from lamina_workers.checkpoints.weight_loader import Packing
 from lamina_workers.converted.models import way
@@ -309,7 +309,7 @@ def limits_of(
         prefix_cache=prefix_cache,
         states=states,
         snapshot_tokens=max(SNAPSHOT_TOKENS, config.page_size) if states and prefix_cache else None,
-        max_drafts=0 if states else config.most_drafts,
+        max_drafts=min([config.most_drafts, *(state_layout(pools(holder)[pool].config).drafts for pool in states)]),
         pools=way(model) == "native",
         of_policy=RequestPolicies(holder, partial(page_groups, holder)),
         redundancy=redundancy.parse(config.redundancy),

@@ -42,13 +42,9 @@ class DraftFiles:
 def find_drafts(files: ModelFiles, sizes: Sizes, config: EngineConfig, progress: Progress | None) -> DraftFiles | None:
     """Check what the config says of speculation, and read the files of a draft model if it names one.
 
-    Raises InvalidRequest where the model's layers cannot take drafts back or the draft model has another vocabulary,
-    and what `load` raises.
+    Raises InvalidRequest where the draft model keeps states or has another vocabulary, and what `load` raises.
     """
-    if config.speculate is None:
-        return None
-    _check_layers(config, files, sizes.holder)
-    if config.speculate == NGRAM:
+    if config.speculate is None or config.speculate == NGRAM:
         return None
     draft_config = EngineConfig(
         dtype=config.dtype,
@@ -63,7 +59,12 @@ def find_drafts(files: ModelFiles, sizes: Sizes, config: EngineConfig, progress:
     finally:
         draft.tokenizer.close()
     holder = holder_config(draft.path, draft.model, draft_config, sizes.dtype, this_machine())
-    _check_layers(config, draft, holder)
+    if state_pools(holder):
+        raise InvalidRequest(
+            f"speculate is {str(config.speculate)!r:.80}, but {draft.model.architecture} has layers that keep a state: "
+            "a draft model goes back to any token, where it has no records of its states; allowed is one without, or "
+            '"ngram"'
+        )
     memory = holder.kv_memory * _token_bytes(holder) // _token_bytes(sizes.holder)  # for as many tokens
     vocabulary = min(files.model.vocab_size, draft.model.vocab_size)
     packing = draft.packing(draft_config, (sizes.device,), sizes.dtype)
@@ -87,15 +88,6 @@ def load_proposer(
     worker = ModelWorker(decoder, holder, {LOCAL: port}, sizes.own_threads)
     heads = tuple(pool.config.layers[0].kv_heads for pool in pools(holder))
     return DraftModelProposer(DraftModel(worker, heads, model.max_position_embeddings, drafts.vocabulary))
-
-
-def _check_layers(config: EngineConfig, files: ModelFiles, holder: HolderConfig) -> None:
-    """Refuse layers whose past cannot be cut back by the drafts that are not accepted."""
-    what = f"speculate is {str(config.speculate)!r:.80}, but {files.model.architecture}"
-    if state_pools(holder):
-        raise InvalidRequest(
-            f"{what} has layers that keep a state, from which drafts cannot be taken back; allowed is None"
-        )
 
 
 def _check_vocabulary(config: EngineConfig, own: Tokenizer, other: Tokenizer) -> None:

@@ -24,7 +24,9 @@ A decode row then has 1 + k tokens. It goes through the seam like any row: all p
 before it, KV is read once. All its positions are sampled, each as if the drafts before it were the text: penalties,
 masks of structured output, `min_tokens` and logprobs see them. `verified` (`lamina/scheduling/scheduler.py`) keeps the
 drafts that equal what was sampled, and the first token that differs. Of the others nothing is kept: the sequence is
-shorter than what holders have stored, and its next row cuts each part back and writes over them. Prefixes, journal,
+shorter than what holders have stored, and its next row cuts each part back and writes over them. A state cannot be cut
+back: its holder keeps the inputs of such a row, and the next row's start says which of them are taken in
+(`workers/lamina_workers/kv_pages/state_store.py`). Prefixes, journal,
 moves and rebuilding count tokens of the sequence, never drafts.
 
 Why the text is the same. Verification draws each position's token with the random number of (seed, sample, position),

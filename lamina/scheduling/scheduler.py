@@ -209,6 +209,7 @@ class Scheduler:
             self.running.raise_floor(row, floor)
             if not row.rebuild:
                 row.sequence.stored = row.start + row.count
+                row.sequence.keeps_inputs |= bool(row.drafts and self.config.states)
             if row.sequence.copies and not row.rebuild:
                 self.running.rewritten(row.sequence, row.start)
 
@@ -296,6 +297,7 @@ class Scheduler:
                     self.running.retire(sequence)
                 continue
             sequence.computed = sequence.planned = row.start + row.known
+            sequence.records = sequence.records[1], row.start if row.drafts else sequence.computed
             sequence.scored = row.scored.stop if row.scored else sequence.scored
             of_row = list(islice(drawn, row.samples))
             if row.drafts and of_row[0] is None:  # a draft may have spoilt the row: it is tried again alone, without
@@ -352,6 +354,7 @@ class Scheduler:
         for row in plan.rows:
             row.sequence.planned, row.sequence.copied = row.sequence.computed, row.start
             row.sequence.stored = 0  # it may have been cut
+            row.sequence.records = (row.sequence.records[1],) * 2
             if row.sequence.rebuild is not None:
                 row.sequence.rebuild.planned = row.sequence.rebuild.at
             if row.sequence.finish_reason is not None:
@@ -491,9 +494,7 @@ class RowPlanner:
             if not drafts or not row.decodes or sequence.local_copy:
                 continue
             count = min(len(drafts), self._config.max_drafts, budget, left[tenant], left_to_draft(sequence))
-            # A row is attended where it is stored, so it does not cross from one share into the next.
-            border = min(share.hi for share in sequence.layout if share.lo <= row.start < share.hi)
-            count = self._blame.in_company(sequence, min(1 + count, border - row.start)) - 1
+            count = self._blame.in_company(sequence, self._config.chunk(sequence, 1 + count)) - 1
             count = frames.further(sequence.layout, count)
             while count > 0 and (cost := self._ledger.further(row, count)):
                 if room is None:

@@ -7,6 +7,9 @@ tokens a second by what was measured; none where that is best.
 What steps without drafts take is measured first, and again from time to time. An account is kept of what speculation
 has gained or lost against them. While it is overdrawn there are no drafts, and where they do not pay they are tried
 only as far as `ALLOWANCE` of the time covers their expected loss.
+
+An engine that is to be deterministic measures nothing: how many tokens are verified together changes how sums are
+rounded. There a sequence's own text says how many drafts it gets.
 """
 
 from __future__ import annotations
@@ -36,16 +39,18 @@ _SHARED_MEMORY = 0.99  # the same of all sequences' at one position
 _FADING = 0.98  # of a sequence's acceptance, that is left after a step in which it had no draft
 _PAUSE = 4  # steps from one trial of drafts that do not pay to the next
 _UNLIKELY = 0.05  # a chance for which no draft but the first is worth its verification
+_LIKELY = 0.4  # a chance below which nothing is drafted where nothing is measured
 _EVEN = 0.02  # of a rate, by which drafts must be better than none
 
 
 class Speculation:
-    """Deals at most `most` drafts to a sequence. Raises ValueError where that is not 1 to `MAX_DRAFTS`."""
+    """Deals at most `most` drafts to a sequence, by what is `measured`, or by its own text alone. Raises ValueError
+    where that is not 1 to `MAX_DRAFTS`."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, measured: bool = True) -> None:
         if not 1 <= most <= MAX_DRAFTS:
             raise ValueError(f"at most {most} drafts a sequence; allowed are 1 to {MAX_DRAFTS}")
-        self.most = most
+        self.most, self.measured = most, measured
         self.counts = SpeculationCounts(accepted_at=[0] * most)
         self._all = [_Acceptance() for _ in range(most)]  # by position
         self._acceptances: dict[ScheduledSequence, _Acceptance] = {}
@@ -58,6 +63,8 @@ class Speculation:
 
     def depths(self, sequences: Sequence[ScheduledSequence]) -> list[int]:
         """How many drafts each of the sequences should get that decode in the next batch, in their order."""
+        if not self.measured:
+            return list(map(self._likely, sequences))
         rows = len(sequences)
         depths = [0] * rows
         self._tries = False
@@ -83,6 +90,15 @@ class Speculation:
             depths[index] += 1
         self._deepest = max(depths)
         return depths
+
+    def _likely(self, sequence: ScheduledSequence) -> int:
+        """How many drafts are likely enough to be accepted, by those of the sequence before."""
+        own, chance, depth = self._acceptances.get(sequence, _Acceptance()), 1.0, 0
+        own.fade()
+        for _ in range(min(self.most, left_to_draft(sequence))):
+            chance *= own.chance(ASSUMED_ACCEPTANCE)
+            depth += chance >= _LIKELY
+        return depth
 
     def _gains(self, sequences: Sequence[ScheduledSequence]) -> Iterator[tuple[float, int]]:
         """The chance of each position to become a token, and the number of its sequence; falling for a sequence."""
@@ -126,6 +142,8 @@ class Speculation:
         """A batch that only decodes was recorded: `tokens` computed in so many rows, drafts included, of which the
         sequences got `emitted`. `seconds` passed since the batch before was recorded, or since work came; the proposer
         took `drafting` of them. Batches with prefill are not given."""
+        if not self.measured:
+            return
         for acceptance in self._acceptances.values():
             acceptance.fade()
         self._tried = 0 if self._tries else self._tried + 1

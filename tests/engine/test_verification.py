@@ -13,7 +13,7 @@ from scripted_drafts import Scripted, texts_of
 from small_grammars import EOS, GRAMMARS, TOKENIZER, VOCABULARY
 
 from lamina.sampling_params import SamplingParams
-from lamina.scheduling.scheduler import verified
+from lamina.scheduling.scheduler import Scheduler, verified
 from lamina_workers.decoder.sampler import RowSampling, TokenHistory, sample
 
 rng = random.Random(5)
@@ -76,6 +76,25 @@ def test_text_with_drafts_is_that_without(model, sampling, expected, right, plac
     elif right == 4:
         assert counts.accepted_tokens == counts.draft_tokens
     assert len(proposer.ended_ones) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("right", [4, "some"])
+@pytest.mark.parametrize("placement", ["ranges on two", "heads and ranges, prompts local"])
+def test_drafts_lie_on_both_sides_of_the_border_of_two_ranges(model, right, placement, monkeypatch):
+    crossing, record = [], Scheduler.record
+
+    def watched(scheduler, plan, sampled):
+        for row in plan.rows:
+            borders = {share.hi for share in row.sequence.layout}
+            crossing.extend(borders.intersection(range(row.start + 1, row.start + row.count)) if row.drafts else ())
+        return record(scheduler, plan, sampled)
+
+    monkeypatch.setattr(Scheduler, "record", watched)
+    prompts = [[*prompt, *range(at)] for at, prompt in enumerate(PROMPTS * 2)]
+    expected = answers(model, prompts, {"max_tokens": 60})[0]
+    proposer = scripted(model, expected, right, prompts)
+    assert answers(model, prompts, {"max_tokens": 60}, proposer, **PLACEMENTS[placement])[0] == expected
+    assert crossing
 
 
 def test_drafts_change_no_text_of_cached_prefixes(model, sampling, expected):

@@ -151,8 +151,6 @@ def test_failed_batch_is_tried_again_without_drafts() -> None:
     world.check_end()
 
 
-def test_states_allow_no_drafts() -> None:
-    with pytest.raises(InvalidRequest, match="max_drafts is 2; allowed is 0 or more, and 0 with states"):
-        config(max_drafts=2, states={0: 1}, prefix_cache=False)
-    with pytest.raises(InvalidRequest, match="max_drafts is -1"):
+def test_a_most_below_none_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="max_drafts is -1; allowed is 0 or more"):
         config(max_drafts=-1)

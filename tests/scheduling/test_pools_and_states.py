@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -36,7 +37,8 @@ class Record:
 
 @dataclass
 class Part:
-    """`table` has pages of KV. Of states there are `now`, after `held` tokens, and `then`, after `before`."""
+    """`table` has pages of KV. Of states there are `now`, after `held` tokens, and `then`, after `before`; behind each
+    so many tokens are `kept`, and `past`, as `inputs`. `whole`: `now` is written."""
 
     pool: int
     cells: int
@@ -47,6 +49,18 @@ class Part:
     before: int = 0
     now: Record | None = None
     then: Record | None = None
+    kept: int = 0
+    past: int = 0
+    inputs: Record | None = None
+    whole: bool = True
+
+    @property
+    def records(self) -> set[Record]:
+        return {record for record in (*self.table, self.now, self.then, self.inputs) if record is not None}
+
+    def starts(self) -> list[tuple[int, int, Record | None]]:
+        """Where a row can start: the record's place, how many tokens behind it, and the record."""
+        return [(self.held, self.kept, self.now)] * self.whole + [(self.before, self.past, self.then)]
 
 
 class Store:
@@ -79,7 +93,7 @@ class Store:
         part = self.parts[row.handle]
         if part.pool < self.first_state:
             return row.start
-        return max(at for at in (0, part.before, part.held) if at <= row.start)
+        return max(0, *(min(row.start, at + kept) for at, kept, _ in part.starts() if at <= row.start))
 
     def _apply(self, operation: Operation) -> None:
         match operation:
@@ -95,12 +109,11 @@ class Store:
                     part.now = source.now if length == source.held else source.then
                 else:
                     part.table = source.table[: -(-max(0, min(length, source.hi) - source.lo) // PAGE)]
-                for record in (*part.table, part.now):
-                    if record is not None:
-                        record.owners += 1
+                for record in part.records:
+                    record.owners += 1
             case Close(handle):
                 part = self.parts.pop(handle)
-                for record in (*part.table, part.now, part.then):
+                for record in part.records:
                     self._let_go(part, record)
             case Bound(handle, hi):
                 part = self.parts[handle]
@@ -114,15 +127,16 @@ class Store:
     def _reserve(self, row: Row) -> None:
         part = self.parts[row.handle]
         if part.pool >= self.first_state:
-            if row.start == part.held:
-                self._let_go(part, part.then)
-                part.then = part.now
-            else:
-                self._let_go(part, part.now)
-                if row.start == 0:
-                    self._let_go(part, part.then)
-                    part.then = None
-            part.before, part.held, part.now = row.start, row.start + row.count, self._new(part)
+            starts = part.starts() if row.start else []
+            at, _, source = next((start for start in starts if start[0] <= row.start <= sum(start[:2])), (0, 0, None))
+            for record in {part.now, part.then} - {source}:
+                self._let_go(part, record)
+            part.before, part.past, part.then, part.whole = at, row.start - at, source, False
+            drafts = row.chooses and row.count > 1
+            part.held, part.kept = (row.start, row.count) if drafts else (row.start + row.count, 0)
+            part.now = source if drafts and at == row.start else self._new(part)
+            if drafts and part.inputs is None:
+                part.inputs = self._new(part)
         elif row.store:
             first, end = row.stored(part.lo, part.hi)
             keeps = -(-(first - part.lo) // PAGE)
@@ -150,12 +164,19 @@ class Store:
         """Read what the row reads, and store its own: `kv` has the hash of all tokens up to each position."""
         part, end = self.parts[row.handle], row.start + row.count
         if part.pool >= self.first_state:
-            assert part.now is not None
-            assert part.now.owners == 1
-            if row.start:
+            if part.before:
                 assert part.then is not None
-                assert part.then.kv == {row.start - 1: kv[row.start - 1]}, "another state"
-            part.now.kv = {end - 1: kv[end - 1]}
+                assert part.then.kv == {part.before - 1: kv[part.before - 1]}, "another state"
+            for at in range(part.before, row.start):
+                assert part.inputs is not None
+                assert part.inputs.kv[at] == kv[at], "other inputs"
+            if part.kept and part.inputs is not None:
+                part.inputs.kv |= {at: kv[at] for at in range(row.start, end)}
+            if part.now is not part.then:
+                assert part.now is not None
+                assert part.now.owners == 1
+                part.now.kv = {part.held - 1: kv[part.held - 1]}
+            part.whole = True
             return
         for at in range(*row.stored(part.lo, part.hi)):
             page = part.table[(at - part.lo) // PAGE]
@@ -166,13 +187,16 @@ class Store:
 
 
 class World:
-    """Holders 1, 2, ..., each with `room` times what a longest sequence takes of each pool."""
+    """Holders 1, 2, ..., each with `room` times what a longest sequence takes of each pool. `drafts`: at most, of which
+    some are wrong."""
 
     def __init__(
-        self, kv: int, states: int, holders: int, room: float, shard: str = "heads", prefix_cache: bool = True
-    ) -> None:
+        self, kv: int, states: int, holders: int, room: float, shard: str = "heads", prefix_cache: bool = True,
+        drafts: int = 0,
+    ) -> None:  # fmt: skip
         pools = (*KV[:kv], *STATES[:states])
-        needed = [heads * layers * (END // PAGE if at < kv else 2) for at, (heads, layers) in enumerate(pools)]
+        records = 3 if drafts else 2
+        needed = [heads * layers * (END // PAGE if at < kv else records) for at, (heads, layers) in enumerate(pools)]
         pages = tuple(int(each * room) for each in needed)
         self.stores = {n: Store(pages, [layers for _, layers in pools], kv) for n in range(1, holders + 1)}
         keeps_states = {at: layers for at, (_, layers) in enumerate(pools) if at >= kv}
@@ -182,7 +206,8 @@ class World:
         )  # fmt: skip
         groups = tuple((PageGroup(layers),) if at < kv else () for at, (_, layers) in enumerate(pools))
         snapshots = EVERY if states and prefix_cache else None
-        config = SchedulerConfig(16, 8, END, PAGE, groups, prefix_cache, keeps_states, snapshots)
+        config = SchedulerConfig(16, 8, END, PAGE, groups, prefix_cache, keeps_states, snapshots, drafts)
+        self.chance, self.drafts, self.accepted = random.Random(drafts), drafts, 0
         self.control = ControlPlane(config, placement, StepTuner((1,)))
         self.samples: list[ScheduledSequence] = []
         self.refusals = self.steps = 0
@@ -193,6 +218,8 @@ class World:
 
     def step(self, fails: bool = False) -> bool:
         """One batch, which may fail once it is accepted. Whether there was anything to do."""
+        for sequence in self.control.scheduler.decoding() if self.drafts else ():
+            sequence.drafts = self._guesses(sequence)
         step = self.control.plan()
         if step is None:
             return False
@@ -209,17 +236,27 @@ class World:
             step.dropped()
         elif step.plan is not None:
             self._compute(step)
-            tokens = [next_token(row.sequence.tokens, row.sequence.sample) for row in step.rows if row.sample]
-            step.recorded(tokens)
+            tokens = [
+                next_token([*row.sequence.tokens, *row.drafts[:at]], row.sequence.sample)
+                for row in step.rows
+                for at in range(row.samples)
+            ]
+            self.accepted += len(step.recorded(tokens)) - sum(row.sample for row in step.rows)
         self.check()
         return True
+
+    def _guesses(self, sequence: ScheduledSequence) -> tuple[int, ...]:
+        tokens = list(sequence.tokens)
+        for _ in range(self.chance.randint(0, self.drafts)):
+            tokens.append(next_token(tokens, sequence.sample) + (self.chance.random() < 0.2))
+        return tuple(tokens[len(sequence.tokens) :])
 
     def _compute(self, step: Step) -> None:
         for number, batch in step.batches.items():
             for route in batch.routes:
                 row = step.rows[route.source]
                 assert self.stores[number].parts[route.row.handle].pool == route.pool
-                tokens = row.sequence.tokens[: row.start + row.count]
+                tokens = [*row.sequence.tokens, *step.rows[route.source].drafts][: row.start + row.count]
                 hashes = accumulate(tokens, lambda before, token: hash((before, token)), initial=0)
                 self.stores[number].compute(route.row, list(hashes)[1:])
 
@@ -229,8 +266,8 @@ class World:
         most, closing = scheduler.running.most(), self.control.placement.closing
         for number, store in self.stores.items():
             for pool, (free, total) in enumerate(zip(store.free, store.total, strict=True)):
-                cells = {id(record): part.cells for part in store.parts.values() if part.pool == pool
-                         for record in (*part.table, part.now, part.then) if record is not None}  # fmt: skip
+                parts = [part for part in store.parts.values() if part.pool == pool]
+                cells = {id(record): part.cells for part in parts for record in part.records}
                 assert free + sum(cells.values()) == total
                 assert closing or total - free <= most.get((number, pool), 0), "an honest holder would be given up"
 
@@ -269,6 +306,7 @@ SHAPES = [(2, 0), (1, 1), (2, 1), (0, 1)]
         max_size=10,
     ),
     fails=st.lists(st.booleans(), max_size=12),
+    drafts=st.sampled_from([0, 3]),
 )
 def test_every_pool_is_counted_and_no_plan_is_refused(
     shape: tuple[int, int],
@@ -278,12 +316,25 @@ def test_every_pool_is_counted_and_no_plan_is_refused(
     prefix_cache: bool,
     asked: list[tuple[int, int, int, int]],
     fails: list[bool],
+    drafts: int,
 ) -> None:
-    world = World(*shape, holders, room, shard, prefix_cache)
+    world = World(*shape, holders, room, shard, prefix_cache, drafts)
     for shared, own, max_tokens, n in asked:
         world.add([*range(shared), *[50 + own] * own, 60], max_tokens, n)
     world.run(fails)
     assert any(fails) or not world.refusals
+
+
+def test_text_with_drafts_is_shared_at_snapshots() -> None:
+    """Drafts do not step over the places where states are kept for others."""
+    world = World(1, 1, 1, 8.0, drafts=3)
+    world.add(range(5), 30)
+    while world.step():
+        pass
+    assert world.accepted > 5
+    world.add([*world.samples[0].tokens[:30], 40, 41], 2)
+    world.run()
+    assert world.samples[1].reused == 24
 
 
 def test_prompts_are_shared_at_snapshots_alone() -> None:

@@ -200,3 +200,16 @@ def test_the_most_drafts_are_checked(most: int) -> None:
 def test_no_sequences_get_no_drafts() -> None:
     empty: Sequence[ScheduledSequence] = ()
     assert Speculation(4).depths(empty) == []
+
+
+def test_where_nothing_is_measured_the_text_alone_says_how_many_drafts_there_are() -> None:
+    speculation, sequence, other = Speculation(8, measured=False), _sequence(), _sequence()
+    assert speculation.depths([sequence]) == [2]
+    for _ in range(30):
+        speculation.recorded(sequence, 8, 8)
+        speculation.took(1, 9, 9, 5.0)
+    assert speculation.depths([sequence, other]) == [8, 2]
+    for _ in range(4):
+        speculation.recorded(other, 1, 0)
+    assert speculation.depths([sequence, other]) == [8, 0]
+    assert 1 in [speculation.depths([other])[0] for _ in range(100)]  # after a while it is tried again

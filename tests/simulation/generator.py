@@ -127,7 +127,7 @@ class Draw:
             query_first=rng.random() < 0.4,
             max_batch_tokens=rng.choice((5, 7, 32, 64, 512)),
             prefix_cache=rng.random() < 0.5,
-            drafts=0 if states else rng.choice((0, 0, 3)),
+            drafts=rng.choice((0, 0, 1 if states else 3)),  # of so small states no more inputs are kept
             policy=rng.choice(_POLICIES),
             window=rng.choice((0, 0, 0, 21)),
             states=states,

@@ -43,6 +43,7 @@ class Plan:
     end: int  # one more than the highest number of a head
     source: npt.NDArray[np.int32]
     target: npt.NDArray[np.int32]
+    kept: npt.NDArray[np.int32] | None
     sizes: tuple[int, int]  # numbers of x and of gates
     vectors: int  # that come out
     threads: int
@@ -56,25 +57,35 @@ def prepare() -> Iterator[tuple[int, int]]:
 
 
 def plan(
-    layout: StateLayout, arena: torch.Tensor, rows: StateRows, source: Pages, target: Pages, threads: int = 1
+    layout: StateLayout,
+    arena: torch.Tensor,
+    rows: StateRows,
+    source: Pages,
+    target: Pages,
+    threads: int = 1,
+    kept: Pages | None = None,
 ) -> Plan:
     """Check a batch and deal it to threads, once for all layers.
 
     arena: float32 `[pages, layout.record]`, 64-byte aligned. source: int `[layers, items]`, the page that is read for
-    each item, -1 where it starts with zeros; target: the page that is written, which may be the same one.
+    each item, -1 where it starts with zeros; target: the page that is written, which may be the same one. kept: the
+    page of each item's inputs, where rows replay or keep any, else -1; a row that keeps and replays none writes no
+    target.
 
-    Raises ValueError on pages that do not exist, are written twice, or are written for one item and read for another.
+    Raises ValueError on pages that do not exist, are written twice, or are written for one item and read for another,
+    and where inputs do not fit into their page.
     """
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
-    check_tables(layout, rows.items, arena, source, target)
+    check_tables(layout, rows.items, arena, source, target, kept)
     items = _items(layout, rows)
+    _check_kept(layout, items, target, kept)
     order = np.argsort(-items["count"], kind="stable")
     items, long = items[order], int((items["count"] > 1).sum())
     short = np.linspace(long, len(items), min(len(items) - long, threads * SHARES) + 1).astype(np.int64)
     starts = np.concatenate([np.arange(long, dtype=np.int64), short])
     threads = max(1, min(threads, len(starts) - 1))
-    scratch, addresses = _scratch(layout, threads, long > 0)
+    scratch, addresses = _scratch(layout, threads, long > 0, kept is not None)
     zeros = torch.zeros(layout.record)
     a = _Arguments(
         shares=len(starts) - 1,
@@ -88,16 +99,20 @@ def plan(
         gates_size=layout.gates,
         items=items.ctypes.data,
         starts=starts.ctypes.data,
+        slots=layout.slots,
         zeros=zeros.data_ptr(),
         **addresses,
     )
     tables = (np.ascontiguousarray(source, np.int32), np.ascontiguousarray(target, np.int32))
+    inputs = None if kept is None else np.ascontiguousarray(kept, np.int32)
     keep = (arena, items, starts, scratch, zeros)
-    return Plan(layout, rows.group, rows.end, *tables, input_sizes(layout, rows), rows.vectors, threads, a, keep)
+    sizes = input_sizes(layout, rows)
+    return Plan(layout, rows.group, rows.end, *tables, inputs, sizes, rows.vectors, threads, a, keep)
 
 
 def with_pages(plan: Plan, source: Pages, target: Pages) -> Plan:
-    """The plan of the same rows with other pages: of the next batch, where the same sequences go on by as many tokens.
+    """The plan of the same rows with other pages: of the next batch, where the same sequences go on by as many tokens,
+    and nothing is replayed or kept.
 
     Both plans share scratch. Raises ValueError as `plan` does.
     """
@@ -120,12 +135,30 @@ def _items(layout: StateLayout, rows: StateRows) -> npt.NDArray[Any]:
         part["gates"], part["gates_width"] = gates + places * layout.gates, len(heads) * layout.gates
         part["out"], part["out_width"] = out + places * layout.d_v, len(heads) * layout.d_v
         part["head"], part["key"] = heads, heads // rows.group
+        if rows.start is not None:
+            replay = 0 if rows.replay is None else int(rows.replay[row])
+            part["replay"], part["slot"] = replay, (rows.start[row] - replay) % max(1, layout.slots)
+            part["keeps"] = rows.keeps is not None and rows.keeps[row]
         first, x = first + len(heads), x + count * width
         gates, out = gates + count * len(heads) * layout.gates, out + count * len(heads) * layout.d_v
     return items
 
 
-def _scratch(layout: StateLayout, threads: int, blocks: bool) -> tuple[torch.Tensor, dict[str, int]]:
+def _check_kept(layout: StateLayout, items: npt.NDArray[Any], target: Pages, kept: Pages | None) -> None:
+    """Raise ValueError unless what is kept of each item's inputs has a page and fits there, and each item that changes
+    a state has a target."""
+    tokens = items["replay"] + items["keeps"] * items["count"]
+    if tokens.max(initial=0) > layout.slots or items["replay"].min(initial=0) < 0:
+        raise ValueError(f"inputs of {tokens.max()} tokens, a page keeps those of {layout.slots}")
+    if kept is not None and ((kept < 0) & (tokens > 0)).any():
+        raise ValueError("an item has inputs to keep, and no page for them")
+    if kept is None and tokens.any():
+        raise ValueError("rows replay or keep inputs, and there are no pages of them")
+    if ((target < 0) & ((items["replay"] > 0) | (items["keeps"] == 0))).any():
+        raise ValueError("target names no page for an item that changes its state")
+
+
+def _scratch(layout: StateLayout, threads: int, blocks: bool, keeps: bool) -> tuple[torch.Tensor, dict[str, int]]:
     """Memory for each thread, and the fields of the kernel's arguments that say where what lies in it."""
     tokens, by_channel = BLOCK if blocks else 1, layout.kind == "kda"
     keys, values, square = tokens * layout.d_k, tokens * layout.d_v, BLOCK * BLOCK * blocks
@@ -138,6 +171,7 @@ def _scratch(layout: StateLayout, threads: int, blocks: bool) -> tuple[torch.Ten
         "decays": keys if by_channel else BLOCK + layout.d_k,
         **dict.fromkeys(("scaled_q", "scaled_k"), keys * by_channel),
         "lines": (2 * TILE + 3) * layout.d_k * by_channel,
+        "state": layout.d_k * layout.d_v * keeps,
     }
     ends = list(accumulate(-(-size // 16) * 64 for size in sizes.values()))
     scratch = torch.empty(threads * ends[-1] + 64, dtype=torch.uint8)
@@ -152,7 +186,7 @@ def advance(plan: Plan, layer: int, x: torch.Tensor, gates: torch.Tensor, consta
     x: 1-D, row by row, each `[count, width]`: q of the row's key heads, k of them, v of its heads, before the
     convolution. gates: float32, 1-D, row by row, each `[count, heads, layout.gates]`. Gives `[sum of count * heads,
     d_v]` in x's dtype, row by row, in a row by token, then by head. Sources that are no targets stay as they are, so a
-    batch can run again.
+    batch can run again. Tokens that are replayed give nothing.
     """
     layout = plan.layout
     check_inputs(plan.sizes, x, gates)
@@ -162,6 +196,7 @@ def advance(plan: Plan, layer: int, x: torch.Tensor, gates: torch.Tensor, consta
     a = plan.arguments
     a.taken = a.finished = 0
     a.source, a.target = plan.source[layer].ctypes.data, plan.target[layer].ctypes.data
+    a.kept = 0 if plan.kept is None else plan.kept[layer].ctypes.data
     a.dtype, a.itemsize = DTYPES.index(x.dtype), x.itemsize
     a.x, a.gates, a.out = numbers.data_ptr(), gate_numbers.data_ptr(), out.data_ptr()
     a.heads, a.key_heads, a.scale = constants.heads, constants.key_heads, constants.scale

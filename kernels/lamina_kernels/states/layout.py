@@ -3,6 +3,8 @@
 A page is one record of one layer and head, float32: the state `[d_k, d_v]`, then the convolution's last inputs
 `[conv - 1, 2 * d_k + d_v]`, the oldest first, of the channels of q, k and v of this head. Heads that share a key head
 keep its inputs once each, so that every head can live somewhere else.
+
+A page may have instead the inputs of tokens that may still be taken back, the latest of a sequence that has drafts.
 """
 
 from __future__ import annotations
@@ -52,6 +54,21 @@ class StateLayout:
     def record(self) -> int:
         """Float32 numbers of a page."""
         return self.d_k * self.d_v + max(self.conv - 1, 0) * self.channels
+
+    @property
+    def slot(self) -> int:
+        """Float32 numbers that are kept of a token's inputs of one head: q, k and v before the convolution, gates."""
+        return self.channels + self.gates
+
+    @property
+    def slots(self) -> int:
+        """Tokens whose inputs a page keeps: that of position p is in slot p modulo `slots`."""
+        return self.record // self.slot
+
+    @property
+    def drafts(self) -> int:
+        """The most drafts of a row: the inputs of two rows are kept at a time."""
+        return max(0, self.slots // 2 - 1)
 
     @property
     def page_bytes(self) -> int:

@@ -18,7 +18,7 @@ from lamina_kernels.compile import launch as launching
 from lamina_kernels.compile.intrinsics import pointer, take
 from lamina_kernels.compile.launch import FINISHED, HEADER, TAKEN, source_fingerprint
 from lamina_kernels.states import blocks, inputs, micro
-from lamina_kernels.states.inputs import floats, give, move, take_tokens
+from lamina_kernels.states.inputs import floats, give, keep_token, move, take_kept, take_tokens
 from lamina_kernels.states.micro import Read, Write
 
 ITEM = np.dtype(
@@ -36,17 +36,20 @@ ITEM = np.dtype(
         ("out_width", "i8"),
         ("head", "i8"),  # among all heads of the layer
         ("key", "i8"),  # its key head among all of them
+        ("replay", "i8"),  # tokens before its own that are taken from what is kept
+        ("slot", "i8"),  # where the first of them is kept
+        ("keeps", "i8"),  # whether the inputs of its own tokens are kept, and the state before them
     ]
 )
 SCRATCH = (
     *("inputs", "q", "k", "v", "change", "read", "scores", "overlaps", "keys", "decays", "forward", "backward"),
-    *("scaled_q", "scaled_k", "lines"),
+    *("scaled_q", "scaled_k", "lines", "state"),
 )
 ARGUMENTS = np.dtype(
     [
         *HEADER,
         *((name, "i8") for name in ("arena", "record", "delta", "by_channel", "d_k", "d_v", "conv", "gates_size")),
-        *((name, "i8") for name in ("items", "starts", "source", "target", "zeros")),
+        *((name, "i8") for name in ("items", "starts", "source", "target", "kept", "slots", "zeros")),
         *((name, "i8") for name in ("dtype", "itemsize", "x", "gates", "out")),  # dtype: its place in `operands.DTYPES`
         *((name, "i8") for name in ("heads", "key_heads", "channels", "weights", "bias", "skip", "log_decays")),
         *((name, "i8") for name in ("scratch_bytes", *SCRATCH)),
@@ -92,9 +95,11 @@ def _read(state: Any, ahead: Any, d_k: int, d_v: int, weights: Any, out: Any) ->
 
 
 @njit  # type: ignore[untyped-decorator]
-def _write(share: int, state: Any, ahead: Any, d_k: int, d_v: int, written: Written) -> None:
-    """S <- decays S + k change^T; out = S^T q; meanwhile the state at `ahead` is fetched: of each row 1 / share."""
+def _write(share: int, state: Any, ahead: Any, d_k: int, d_v: int, written: Written, near: bool) -> None:
+    """S <- decays S + k change^T; out = S^T q; meanwhile the state at `ahead` is fetched: of each row 1 / share.
+    near: what is written is read again at once."""
     share, w, column = literally(share), written, 0
+    near = near or state == w.target
     while column < d_v:
         width, offset, far = d_v - column, column * 4, ahead + column * d_k * 4 // share
         o = Write(
@@ -110,13 +115,13 @@ def _write(share: int, state: Any, ahead: Any, d_k: int, d_v: int, written: Writ
             w.out + offset,
         )
         if width >= 128:
-            if state == w.target:
+            if near:
                 micro.write_state(8, share, 0, o)
             else:
                 micro.write_state(8, share, 1, o)
             column += 128
         elif width >= 64:
-            if state == w.target:
+            if near:
                 micro.write_state(4, share, 0, o)
             else:
                 micro.write_state(4, share, 1, o)
@@ -127,14 +132,14 @@ def _write(share: int, state: Any, ahead: Any, d_k: int, d_v: int, written: Writ
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _decode(a: Any, item: Any, source: int, target: int, ahead: int, shift: int) -> None:
-    """One token of one head. `ahead`: the record that is read next."""
+def _step(a: Any, item: Any, at: int, source: int, target: int, ahead: int, near: bool, shift: int) -> None:
+    """One token of one head, whose q, k and v are in scratch and whose gates are `at`: what is read is in `read`.
+    `ahead`: the record that is read next. near: the target is read again at once."""
     q, k, v, change = a.q + shift, a.k + shift, a.v + shift, a.change + shift
-    take_tokens(a, item, 0, 1, shift)
-    gates = floats(a.gates + item.gates * 4, a.gates_size)
+    gates = floats(at, a.gates_size)
     decays, changes, values = floats(a.decays + shift, a.d_k), floats(change, a.d_v), floats(v, a.d_v)
     if a.by_channel:
-        micro.exponentials(a.gates + item.gates * 4, a.decays + shift, a.d_k >> 4)
+        micro.exponentials(at, a.decays + shift, a.d_k >> 4)
     else:
         log_decay = floats(a.log_decays, a.heads)[item.head] if a.log_decays else gates[0]
         decay = np.float32(math.exp(log_decay))
@@ -153,10 +158,34 @@ def _decode(a: Any, item: Any, source: int, target: int, ahead: int, shift: int)
             changes[c] = dt * values[c]
     written = Written(target, a.decays + shift, k, q, change, a.read + shift)
     if a.delta:
-        _write(2, source, ahead + a.d_k * a.d_v * 2, a.d_k, a.d_v, written)
+        _write(2, source, ahead + a.d_k * a.d_v * 2, a.d_k, a.d_v, written, near)
     else:
-        _write(1, source, ahead, a.d_k, a.d_v, written)
-    give(a, item, 0, a.read + shift, v)
+        _write(1, source, ahead, a.d_k, a.d_v, written, near)
+
+
+@njit  # type: ignore[untyped-decorator]
+def _replayed(a: Any, item: Any, kept: int, source: int, target: int, shift: int) -> int:
+    """Take an item's kept tokens into the target, one after the other. Gives where the state is then."""
+    state, numbers = source, 2 * a.d_k + a.d_v + a.gates_size
+    for t in range(item.replay):
+        slot = kept + (item.slot + t) % a.slots * numbers * 4
+        take_kept(a, item, slot, shift)
+        _step(a, item, slot + (2 * a.d_k + a.d_v) * 4, state, target, state, True, shift)
+        state = target
+    return state
+
+
+@njit  # type: ignore[untyped-decorator]
+def _verify(a: Any, item: Any, kept: int, state: int, shift: int) -> None:
+    """Keep the inputs of an item's tokens, and read what each gives; the state stays as it is."""
+    numbers, own = 2 * a.d_k + a.d_v + a.gates_size, a.state + shift
+    for t in range(item.count):
+        slot = kept + (item.slot + item.replay + t) % a.slots * numbers * 4
+        keep_token(a, item, t, slot)
+        take_kept(a, item, slot, shift)
+        _step(a, item, slot + (2 * a.d_k + a.d_v) * 4, state, own, state, True, shift)
+        give(a, item, t, a.read + shift, a.v + shift)
+        state = own
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -170,17 +199,26 @@ def _advance_shares(block: Any) -> None:
         for number in range(starts[share], starts[share + 1]):
             item = items[number]
             source, target = _record(a, a.source, item.number), _record(a, a.target, item.number)
+            kept = _record(a, a.kept, item.number) if a.kept else 0
             state_bytes = a.d_k * a.d_v * 4
             if a.conv:
                 move(source + state_bytes, a.inputs + shift, (a.conv - 1) * (2 * a.d_k + a.d_v))
-            if item.count == 1:
+            if item.replay:
+                source = _replayed(a, item, kept, source, target, shift)
+            if item.keeps:
+                if a.conv and item.replay:
+                    move(a.inputs + shift, target + state_bytes, (a.conv - 1) * (2 * a.d_k + a.d_v))
+                _verify(a, item, kept, source, shift)
+            elif item.count == 1:
                 ahead = source
                 if number + 1 < starts[share + 1]:
                     ahead = _record(a, a.source, items[number + 1].number)
-                _decode(a, item, source, target, ahead, shift)
+                take_tokens(a, item, 0, 1, shift)
+                _step(a, item, a.gates + item.gates * 4, source, target, ahead, False, shift)
+                give(a, item, 0, a.read + shift, a.v + shift)
             else:
                 blocks.advance_blocks(a, item, source, target, shift)
-            if a.conv:
+            if a.conv and not item.keeps:
                 move(a.inputs + shift, target + state_bytes, (a.conv - 1) * (2 * a.d_k + a.d_v))
         share = take(block, TAKEN)
 

@@ -23,11 +23,18 @@ class StateRows:
 
     count: int64 `[rows]`, tokens of each row, at least 1. heads: of each row, ascending numbers among all the layer's
     heads. group: heads that share a key head. A row's key heads are those of its heads, ascending.
+
+    replay: int64 `[rows]` or None, so many tokens before each row's are taken into its states first, from what is kept
+    of their inputs. keeps: bool `[rows]` or None, of these rows the inputs are kept, and the states that stand before
+    their tokens. start: int64 `[rows]`, where each row begins in its sequence; needed with either.
     """
 
     count: Ints
     heads: Sequence[Ints]
     group: int = 1
+    replay: Ints | None = None
+    keeps: npt.NDArray[np.bool_] | None = None
+    start: Ints | None = None
 
     def __post_init__(self) -> None:
         if self.group < 1:
@@ -119,17 +126,21 @@ class StateConstants:
                 raise ValueError(f"{name} must be float32 {list(shape or ())}, got {tensor.dtype} {list(tensor.shape)}")
 
 
-def check_tables(layout: StateLayout, items: int, arena: torch.Tensor, source: Pages, target: Pages) -> None:
+def check_tables(
+    layout: StateLayout, items: int, arena: torch.Tensor, source: Pages, target: Pages, kept: Pages | None = None
+) -> None:
     """Raise ValueError unless pages `[layers, items]` are in the arena, and no page is written twice, or written for
     one item and read for another.
 
-    source may be -1: a state of zeros.
+    source may be -1: a state of zeros. With `kept`, the pages of inputs, target may be -1 too: nothing is written; and
+    so may kept: there are none.
     """
     if arena.dtype != torch.float32 or arena.ndim != 2 or arena.shape[1] != layout.record:
         raise ValueError(f"arena must be float32 [pages, {layout.record}], got {arena.dtype} {list(arena.shape)}")
     if not arena.is_contiguous() or arena.data_ptr() % 64:
         raise ValueError("arena must be contiguous and 64-byte aligned")
-    for name, table, low in (("source", source, -1), ("target", target, 0)):
+    tables = [("source", source, -1), ("target", target, 0 if kept is None else -1)]
+    for name, table, low in (*tables, *(() if kept is None else (("kept", kept, -1),))):
         if table.ndim != 2 or table.shape[1] != items or table.shape != target.shape:
             raise ValueError(f"{name} must be [layers, {items}] as target is, got {table.shape} {target.shape}")
         if table.size and not low <= table.min() <= table.max() < len(arena):
@@ -137,8 +148,9 @@ def check_tables(layout: StateLayout, items: int, arena: torch.Tensor, source: P
                 f"{name} must name pages from {low} to {len(arena) - 1}, got {table.min()} to {table.max()}"
             )
     written = np.zeros(len(arena), np.bool_)
-    written[target] = True
-    if np.count_nonzero(written) < target.size:
+    pages = target if kept is None else np.concatenate([target[target >= 0], kept[kept >= 0]])
+    written[pages] = True
+    if np.count_nonzero(written) < pages.size:
         raise ValueError("target names a page twice")
     if written[source[(source != target) & (source >= 0)]].any():
         raise ValueError("a page that is written for one item is the source of another")

@@ -414,12 +414,12 @@ class Speculation:
         if self.draft is not None and self.proposed < 1:
             raise InvalidRequest(f"proposed is {self.proposed:g} of a model that drafts; allowed is 1")
         if self.draft is not None and self.draft.states:
-            raise InvalidRequest(f"draft model {self.draft.name!r} keeps states, which cannot be cut back")
+            raise InvalidRequest(f"draft model {self.draft.name!r} keeps states, which it could not go back to")
 
     def check(self, model: ModelShape) -> None:
         """Raise InvalidRequest where drafts of this model cannot be verified."""
         if model.states:
-            raise InvalidRequest(f"speculation with {model.name!r}: its states cannot be cut back by rejected drafts")
+            raise InvalidRequest(f"speculation with {model.name!r} is not described: what drafts take of its states")
         if any(group.choice is not None for group in model.groups):
             raise InvalidRequest(f"speculation with {model.name!r} is not described: each draft chooses its own tokens")
         if self.draft is None:

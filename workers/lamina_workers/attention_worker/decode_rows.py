@@ -81,7 +81,7 @@ class DecodeRows:
         if any(group.policy.evicts for row in rows for group in store.part(row.handle).groups):
             return None  # by attention that is counted in some steps
         parts = [store.part(row.handle) for row in stores]
-        if any(row.start + row.count > part.hi for row, part in zip(stores, parts, strict=True)):
+        if any(row.start < part.lo or row.start + row.count > part.hi for row, part in zip(stores, parts, strict=True)):
             return None
         if not all(map(store.owns_from, parts, _starts(stores))):
             return None

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from lamina_kernels.paged import memory
@@ -39,7 +40,7 @@ from lamina_workers.attention_worker.page_layout import state_layout, state_page
 from lamina_workers.attention_worker.pool import Layered, LayerPool
 from lamina_workers.devices.available import room_for
 from lamina_workers.errors import KVError, UnsupportedModelError
-from lamina_workers.kv_pages.state_store import StateStep, StateStore
+from lamina_workers.kv_pages.state_store import NO_RECORD, StateStep, StateStore
 
 
 @dataclass(slots=True)
@@ -80,7 +81,7 @@ class StatePool(LayerPool[StateBatch]):
         self._threads = threads
         self._counters = counters
         with room_for("states", self.n_pages * shape.page_bytes, device):
-            self.store: StateStore = StateStore(config, self.n_pages)
+            self.store: StateStore = StateStore(config, self.n_pages, shape.drafts)
             flat = memory.allocate(self.n_pages * shape.page_bytes)
         self._arena = flat.view(torch.float32).view(self.n_pages, shape.record)
         self._constants = {layer: _constants(spec) for layer, spec in enumerate(config.layers) if not spec.conv}
@@ -94,7 +95,9 @@ class StatePool(LayerPool[StateBatch]):
 
     def usage(self, handle: int) -> Usage:
         """States are read in full, and there is nothing to leave out."""
-        pages = sum(records.pages.size for records in self.store.part(handle).owned())
+        part = self.store.part(handle)
+        pages = sum(records.pages.size for records in part.owned())
+        pages += part.inputs.size if part.inputs is not None else 0
         return Usage(0, 0, 0.0, 0, 0.0, pages, pages, pages)
 
     def update(self, operations: Sequence[Operation], rows: Sequence[Row]) -> tuple[int, ...]:
@@ -115,14 +118,26 @@ class StatePool(LayerPool[StateBatch]):
             return StateBatch(rows, None, None, layers, vectors, delay)
         spec, steps = self.config.layers[0], self._steps
         count, heads = [step.count for step in steps], [np.array(step.heads, np.int64) for step in steps]
-        counted = StateRows(np.array(count, np.int64), heads, spec.kv_heads // spec.key_heads)
+        counted = StateRows(
+            np.array(count, np.int64),
+            heads,
+            spec.kv_heads // spec.key_heads,
+            np.array([step.replay for step in steps], np.int64),
+            np.array([step.keeps for step in steps]),
+            np.array([step.start for step in steps], np.int64),
+        )
         source = np.concatenate([step.source for step in steps], axis=1)
         target = np.concatenate([step.target for step in steps], axis=1)
-        plan = kernel.plan(self._shape, self._arena, counted, source, target, self._threads)
+        inputs: npt.NDArray[np.int32] | None = None
+        if any(step.keeps or step.replay for step in steps):
+            nothing = [np.full_like(step.source, NO_RECORD) if step.kept is None else step.kept for step in steps]
+            inputs = np.concatenate(nothing, axis=1)
+        plan = kernel.plan(self._shape, self._arena, counted, source, target, self._threads, inputs)
         return StateBatch(rows, plan, None, layers, vectors, delay)
 
     def follows(self, batch: StateBatch, rows: Sequence[Row]) -> bool:
-        alike = len(rows) == len(batch.rows) and all(
+        alike = (batch.plan is None or batch.plan.kept is None) and len(rows) == len(batch.rows)
+        alike = alike and all(
             new.handle == old.handle and old.count == 1 for new, old in zip(rows, batch.rows, strict=True)
         )
         return alike and not (rows and batch.missing) and self.store.follows(rows)

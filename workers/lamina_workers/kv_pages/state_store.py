@@ -5,6 +5,9 @@ remembers of the tokens before it. A part has the records at `held`, and those a
 so that a batch which has not ended can run again from there. A record is written once, by the batch that ends at its
 position, and never overwritten while another part shares it. A snapshot is nothing of its own: it is a fork.
 
+A row with drafts writes the records at its start, and keeps the inputs of its tokens in a third set of pages: which of
+them are the sequence's is known when the next row says where it begins. That row takes them into the states first.
+
 `update` is all or nothing, and can be taken back by `revert` until `commit`. Nothing else allocates.
 """
 
@@ -28,10 +31,15 @@ NO_RECORD = -1  # in a table: zeros, the state before the first token
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Records:
     """The records of all mixers and heads of a part at one position. pages: int32 `[mixers, heads]`, all NO_RECORD at
-    position 0."""
+    position 0. Of so many tokens behind it the inputs are `kept`: a row can start from any of them."""
 
     position: int
     pages: Int32
+    kept: int = 0
+
+    def starts(self, position: int) -> int:
+        """Where a row that begins at a position can start at most; 0 where it must begin anew."""
+        return min(position, self.position + self.kept) if self.position <= position else 0
 
 
 @dataclasses.dataclass(slots=True)
@@ -46,6 +54,7 @@ class StatePart:
     earlier: Records
     whole: bool = True
     lo: int = 0  # states are never cut by positions
+    inputs: Int32 | None = None  # pages of what is kept, `[mixers, heads]`, once there is any
 
     @property
     def nbytes(self) -> int:
@@ -76,25 +85,36 @@ class StatePart:
         return (self.last, self.earlier) if self.whole else (self.earlier,)
 
     def owned(self) -> Iterator[Records]:
-        """The different records that take pages."""
-        yield from (record for record in dict.fromkeys((self.last, self.earlier)) if record.position)
+        """The different records that take pages. What is kept takes `inputs`."""
+        if self.last.position:
+            yield self.last
+        if self.earlier.position and self.earlier.pages is not self.last.pages:
+            yield self.earlier
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StateStep:
-    """What one row reads and writes. source, target: int32 `[mixers, heads]`; a source of NO_RECORD is zeros."""
+    """What one row reads and writes. source, target, kept: int32 `[mixers, heads]`; a source of NO_RECORD is zeros, and
+    a target of NO_RECORD is not written. `replay` tokens before `start` are taken from the inputs `kept`; a row that
+    `keeps` leaves there its own."""
 
     heads: tuple[int, ...]
+    start: int
     count: int
+    replay: int
+    keeps: bool
     source: Int32
     target: Int32
+    kept: Int32 | None
 
 
 class StateStore(PartTable[StatePart]):
-    """The tables and the page pool of one state pool: numbers of records, not their contents."""
+    """The tables and the page pool of one state pool: numbers of records, not their contents. A row has `drafts`
+    drafts at most."""
 
-    def __init__(self, config: HolderConfig, n_pages: int) -> None:
+    def __init__(self, config: HolderConfig, n_pages: int, drafts: int = 0) -> None:
         super().__init__(config, n_pages)
+        self._drafts = drafts
         self._mixers = len(config.layers)
         self._kv_heads = config.layers[0].kv_heads
 
@@ -111,7 +131,12 @@ class StateStore(PartTable[StatePart]):
             self._check(rows)
             targets = [self._turn(self._parts[row.handle], row) for row in rows]  # releases before anything takes
             turned = [(self._parts[row.handle], row, target) for row, target in zip(rows, targets, strict=True)]
-            needed = sum(self._mixers * len(part.heads) for part, _, target in turned if target is None)
+            needed = sum(
+                self._mixers
+                * len(part.heads)
+                * ((target is None and _writes(part.earlier, row)) + (_keeps(row) and part.inputs is None))
+                for part, row, target in turned
+            )
             if needed > self._pool.free:
                 raise PoolExhausted(f"{needed} pages needed, {self._pool.free} of {self.n_pages} are free")
             return tuple(self._write(*turn) for turn in turned)
@@ -129,6 +154,7 @@ class StateStore(PartTable[StatePart]):
             part.whole
             and row.store
             and row.count == 1
+            and not part.last.kept
             and 0 < part.before < part.held == row.start < part.hi
             and not self._shared(part.earlier)
             for row in rows
@@ -150,20 +176,14 @@ class StateStore(PartTable[StatePart]):
 
     def starts(self, rows: Iterable[Row]) -> tuple[int, ...]:
         """Where each row can start at most: at its own start, or below where a record is; 0 where there is none."""
-        return tuple(
-            max(
-                (record.position for record in self.part(row.handle).written() if record.position <= row.start),
-                default=0,
-            )
-            for row in rows
-        )
+        return tuple(max(record.starts(row.start) for record in self.part(row.handle).written()) for row in rows)
 
     def check_integrity(self) -> None:
         """Raise KVError unless tables, reference counts and the free stack agree."""
         counted = np.zeros(self.n_pages, np.int32)
         for handle, part in self._parts.items():
             if not 0 <= part.before <= part.held <= part.hi or (part.before == part.held) != (
-                part.last is part.earlier
+                part.last.pages is part.earlier.pages
             ):
                 raise KVError(f"part {handle} has records at {part.before} and {part.held} of {part.hi}")
             for records in (part.last, part.earlier):
@@ -177,6 +197,8 @@ class StateStore(PartTable[StatePart]):
                 if records.pages.min() < 0 or records.pages.max() >= self.n_pages:
                     raise KVError(f"part {handle} names page {records.pages.max()} of {self.n_pages}")
                 np.add.at(counted, records.pages, 1)
+            if part.inputs is not None:
+                np.add.at(counted, part.inputs, 1)
         self._check_tables()
         self._pool.check_integrity(counted)
 
@@ -196,10 +218,14 @@ class StateStore(PartTable[StatePart]):
                     raise KVError(f"cannot fork part {parent} at {length}, it has states at {positions}")
                 if length:
                     self._pool.share(records.pages)
+                records = dataclasses.replace(records, kept=0)
                 self._insert(handle, StatePart(source.heads, source.hi, records, records))
             case Close(handle):
-                for records in self._remove(handle).owned():
+                part = self._remove(handle)
+                for records in part.owned():
                     self._pool.release(records.pages)
+                if part.inputs is not None:
+                    self._pool.release(part.inputs)
             case Bound(handle):
                 raise KVError(f"part {handle} has states, which are never cut by positions")
 
@@ -224,22 +250,26 @@ class StateStore(PartTable[StatePart]):
                     f"row of part {row.handle} at [{row.start}, {row.start + row.count}), allowed: one that stores and "
                     f"ends by {hi}"
                 )
+            if _keeps(row) and row.count > 1 + self._drafts:
+                raise KVError(f"row of part {row.handle} with {row.count - 1} drafts, allowed: {self._drafts}")
             if handles[row.handle] > 1:
                 raise KVError(f"part {row.handle} has {handles[row.handle]} rows; a part that is stored to has one")
 
     def _turn(self, part: StatePart, row: Row) -> Int32 | None:
-        """Let a part keep its records at the row's start alone, as `earlier`. Returns pages of it that no other part
-        has and that the row can write to; None where it has none."""
-        source = part.at(row.start) or Records(0, np.full_like(part.last.pages, NO_RECORD))
+        """Let a part keep those of its records alone, as `earlier`, that the row starts from. Returns pages of it that
+        no other part has and that the row can write to; None where it has none, or needs none."""
+        nothing = Records(0, np.full_like(part.last.pages, NO_RECORD))
+        written = part.written() if row.start else ()
+        source = next((record for record in written if record.starts(row.start) == row.start), nothing)
         spare: Int32 | None = None
         for records in part.owned():
-            if records is source:
+            if records.pages is source.pages:
                 continue
-            if spare is None and not self._shared(records):
+            if spare is None and _writes(source, row) and not self._shared(records):
                 spare = records.pages
             else:
                 self._pool.release(records.pages)
-        self._set(part, source, source, True)
+        self._set(part, source, source, True, part.inputs)
         return spare
 
     def _shared(self, records: Records) -> bool:
@@ -247,18 +277,37 @@ class StateStore(PartTable[StatePart]):
         return bool(self._pool.shared(records.pages[0, :1])[0])
 
     def _write(self, part: StatePart, row: Row, target: Int32 | None) -> StateStep:
-        """Give a part the records at the row's end, which nothing has written yet."""
-        if target is None:
-            target = self._pool.take(self._mixers * len(part.heads)).reshape(self._mixers, -1)
-        source = part.earlier
-        self._set(part, Records(row.start + row.count, target), source, False)
-        return StateStep(part.heads, row.count, source.pages, target)
+        """Give a part the records at the row's end, or at its start where it keeps the inputs of its tokens. Nothing
+        has written them yet."""
+        replay, pages = row.start - part.earlier.position, self._mixers * len(part.heads)
+        source, inputs = dataclasses.replace(part.earlier, kept=replay), part.inputs  # later ones are written over
+        if target is None and _writes(source, row):
+            target = self._pool.take(pages).reshape(self._mixers, -1)
+        if _keeps(row):
+            if inputs is None:
+                inputs = self._pool.take(pages).reshape(self._mixers, -1)
+            last = Records(row.start, source.pages if target is None else target, row.count)
+        else:
+            last = Records(row.start + row.count, source.pages if target is None else target)
+        self._set(part, last, source, False, inputs)
+        written = np.full_like(source.pages, NO_RECORD) if target is None else target
+        return StateStep(part.heads, row.start, row.count, replay, _keeps(row), source.pages, written, inputs)
 
-    def _set(self, part: StatePart, last: Records, earlier: Records, whole: bool) -> None:
-        was = part.last, part.earlier, part.whole
+    def _set(self, part: StatePart, last: Records, earlier: Records, whole: bool, inputs: Int32 | None) -> None:
+        was = part.last, part.earlier, part.whole, part.inputs
 
         def undo() -> None:
-            part.last, part.earlier, part.whole = was
+            part.last, part.earlier, part.whole, part.inputs = was
 
-        part.last, part.earlier, part.whole = last, earlier, whole
+        part.last, part.earlier, part.whole, part.inputs = last, earlier, whole, inputs
         self._undo.append(undo)
+
+
+def _keeps(row: Row) -> bool:
+    """Whether a row has drafts, whose inputs are kept: it decodes, and has more tokens than one."""
+    return row.chooses and row.count > 1
+
+
+def _writes(source: Records, row: Row) -> bool:
+    """Whether a row from these records writes others: not where it keeps the inputs of all its tokens."""
+    return not _keeps(row) or source.position < row.start
