@@ -38,11 +38,8 @@ from lamina.cli.terminal import ProgressBars
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.hardware import load
 from lamina.simulator.reports.report import sentences
-from lamina.simulator.traces.catalogue import FILES, trace
+from lamina.simulator.traces.catalogue import FILES, file_of, trace
 from lamina.simulator.traces.demand import mean_context
-
-DRAWN = " (synthetic)"
-"""At the end of the name of a trace that stands for a published one."""
 
 
 def record(cell: Cell) -> dict[str, object]:
@@ -72,7 +69,7 @@ def head() -> list[str]:
 def line(cell: Cell) -> str:
     note = "*" if compute_bound(cell.model, cell.trace) else ""
     return (
-        f"{cell.model:11} {cell.trace.removesuffix(DRAWN):26} {cell.left_out:8} {cell.lamina.saturated_batch:8.1f} "
+        f"{cell.model:11} {cell.trace:26} {cell.left_out:8} {cell.lamina.saturated_batch:8.1f} "
         f"{cell.vllm.saturated_batch:7.1f} {cell.batch_gain:6.2f} {cell.lamina.saturated_tokens_per_second:9.0f} "
         f"{cell.gain:6.2f}{note}"
     )
@@ -81,8 +78,6 @@ def line(cell: Cell) -> str:
 def tail(cells: list[Cell]) -> Iterator[str]:
     if any(compute_bound(cell.model, cell.trace) for cell in cells):
         yield "* bound by the FLOPs of two H100"
-    for name in dict.fromkeys(cell.trace for cell in cells if cell.trace.endswith(DRAWN)):
-        yield f"{name.removesuffix(DRAWN)} is drawn; the published one is read from --trace-dir"
     mean = sum(cell.batch_gain for cell in cells) / len(cells)
     yield f"\nmean batch ratio {mean:.2f}; both systems with 0.9 of their memory"
     for row in overlap_rows(load()):
@@ -95,12 +90,14 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--published", action="store_true")
-    parser.add_argument("--trace-dir", type=Path, default=None, help="where the traces' files are")
+    parser.add_argument(
+        "--trace-dir", type=Path, default=None, help="where Mooncake's file is, without which it is left out"
+    )
     parser.add_argument("--count", type=int, default=None)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    traces = [trace(name, args.count, args.seed, args.trace_dir) for name in FILES]
+    traces = [trace(name, args.count, args.seed, args.trace_dir) for name in FILES if file_of(name, args.trace_dir)]
     gains = closed_gains([mean_context(each.arrivals) for each in traces], load())
     peers = kernelflume_rows(load()) + afd_rows(load())
     if not args.json:

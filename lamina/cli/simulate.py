@@ -168,7 +168,7 @@ class PlanOptions:
     inventory: Annotated[
         Path | None,
         typer.Option(
-            help="A TOML file with what there is, or one of calibrate-hardware. Default: 8 H100, 8 H20, 4 EPYC hosts."
+            help="A TOML file of devices, or of calibrate-hardware. Default: 8 each of H100, H200, H20; 4 EPYC hosts."
         ),
     ] = None
     behind: Annotated[
@@ -205,9 +205,8 @@ class PlanOptions:
     minutes: Annotated[
         float | None, typer.Option(help="How long --check serves. Default: 2, or more where requests are rare.")
     ] = None
-    compare: Annotated[
-        bool,
-        typer.Option("--compare", help="Also the best of each kind of system, each optimised alone: does a split pay?"),
+    why: Annotated[
+        bool, typer.Option("--why", help="Also what would change it: prices, links, load, lengths, SLO, speed.")
     ] = False
     as_json: Json = False
     seed: Seed = 0
@@ -217,8 +216,8 @@ class PlanOptions:
         """Whose efficiency devices without measurements have."""
         return self.behind or self.efficiency
 
-    def devices(self, model: ModelShape, everything: bool) -> Inventory:
-        """The inventory, with the efficiency that was asked for; `everything`: what no engine deploys, too."""
+    def devices(self, model: ModelShape) -> Inventory:
+        """The inventory, with the efficiency that was asked for."""
         from lamina.simulator.costs import hardware as catalogues
         from lamina.simulator.planning import inventory as inventories
 
@@ -227,7 +226,7 @@ class PlanOptions:
         have = inventories.read(self.inventory, catalogue) if self.inventory else inventories.default(catalogue)
         if self.behind and not self.inventory:
             have = replace(have, links=(catalogue.link("ethernet-100g"),))  # which the plugin speaks over
-        if not everything:
+        if not (self.any_system or self.behind):
             have = inventories.deployable(have)
         return inventories.with_efficiency(have, reached)
 
@@ -251,17 +250,16 @@ def plan(asked: PlanOptions) -> None:
     from lamina.simulator.planning.plan_file import write
 
     shape = shape_of(asked.model).with_weights(asked.weights)
-    devices = asked.devices(shape, asked.any_system or asked.behind is not None)
+    devices = asked.devices(shape)
     trace = _arriving(asked.trace, asked, slo)
     drafts = parse_speculation(asked)
     request = PlanRequest(asked.model, shape, devices, trace, slo, asked.budget, rate, asked.prefill, drafts)
     if asked.behind is not None:
         _weigh(asked, asked.behind, request)
         return
-    compared = asked.devices(shape, everything=True) if asked.compare else None
     with ProgressBars(lines=True) as progress:
         planned = make_plan(
-            request, check=asked.verify, seed=asked.seed, compare=compared, progress=progress, mapped=on_all_cores
+            request, check=asked.verify, seed=asked.seed, why=asked.why, progress=progress, mapped=on_all_cores
         )
     if asked.out is not None:
         write(asked.out, planned.plan)
@@ -274,9 +272,9 @@ def plan(asked: PlanOptions) -> None:
         heading = header(planned.demand, shape.name, asked.slo, asked.efficiency, asked.budget)
         remarks = [f"The trace {trace.name}: {remark}." for remark in trace.remarks]
         if not asked.any_system:
-            remarks.append(
-                "Not considered: prompts computed on other devices, which no engine here can run. --any considers them."
-            )
+            remarks.append("Not considered: prompts on other devices, which no engine here can run (--any).")
+        if not asked.why:
+            remarks.append("--why says what would change it.")
         print_plan(planned, heading, reached, asked.prefill, asked.out, remarks)
 
 
@@ -290,7 +288,7 @@ def _check_behind(asked: PlanOptions) -> None:
     others = {
         "--out": asked.out,
         "--html": asked.html,
-        "--compare": asked.compare,
+        "--why": asked.why,
         "--any": asked.any_system,
         "--efficiency": asked.efficiency not in ("typical", asked.behind),
     }
@@ -474,7 +472,7 @@ def _check(path: Path, asked: PlanOptions) -> None:
 def _arriving(name: str, asked: PlanOptions, slo: Slo) -> Trace:
     """A trace by name, with times of arrival, which a plan and its check need."""
     from lamina.simulator.traces.catalogue import trace as trace_of
-    from lamina.simulator.traces.synthetic import open_loop
+    from lamina.simulator.traces.sessions import open_loop
 
     trace = trace_of(name, asked.count, asked.seed, asked.trace_dir)
     return open_loop(trace, slo.ttft or 1.0, slo.tpot or 0.05)

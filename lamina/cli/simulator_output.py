@@ -25,16 +25,14 @@ if TYPE_CHECKING:
     from lamina.simulator.planning.planner import Ranked
     from lamina.simulator.traces.demand import Demand
 
-_ROWS, _RUNS = 10, 6
-"""Candidates that are listed, and of them runs that are drawn."""
+_ROWS, _CHEAPER, _RECORDS, _RUNS = 4, 2, 10, 6
+"""Mixes of devices that are listed, cheaper ones with too few in time, those of JSON, and runs that are drawn."""
 _PROMISED = (
     ("tpot", "time per output token (TPOT), mean, ms", 1e3, ".1f"),
     ("ttft", "time to first token (TTFT), mean, s", 1.0, ".2f"),
     ("share", "requests within the SLO, %", 1e2, ".1f"),
-    ("requests_per_second", "requests/s within the SLO", 1.0, ".3g"),
     ("tokens_per_second", "output tokens/s", 1.0, ",.0f"),
     ("batch", "sequences in decode per replica", 1.0, ".0f"),
-    ("dollars_per_hour", "$ an hour", 1.0, ".2f"),
     ("dollars_per_million", "$ a million output tokens", 1.0, ".2f"),
 )
 """Keys of `Planned.intervals`, in words, with scale and format."""
@@ -81,18 +79,18 @@ def plan_page(found: Planned, title: str) -> str:
 
     sections: dict[str, Any] = {
         "chosen": found.winner.name,
-        "why": list(found.why),
+        "answer": list(found.answer),
         "what it promises": [
             dict(zip(("what", "expected", "90 % interval"), row, strict=True)) for row in _promises(found)
         ],
-        "ranking": [_row(entry) for entry in found.mixes(_ROWS)],
-        "best of each kind": [{"kind": name, **_row(entry)} for name, entry in found.best_of.items()],
+        "systems": _rows(found),
+        "prices": _prices(found),
         "what would change it": [str(entry) for entry in found.sensitivity],
         "engine": dict(found.plan.engine),
     }
     plan = {name: value for name, value in sections.items() if value}
     plan |= {"points": found.points(), "x": _pareto_axis(found), "candidates": f"{_counted(found)}."}
-    runs = [entry.result for entry in (found.winner, *found.mixes(_ROWS)) if entry.result is not None]
+    runs = [entry.result for entry in (found.winner, *found.mixes(_RECORDS)) if entry.result is not None]
     return html(runs[:_RUNS], title, found.plan.slo, plan)
 
 
@@ -106,19 +104,36 @@ def _counted(found: Planned) -> str:
     return f"{len(found.ranked):,} candidates, of which {found.serving:,} serve the whole load"
 
 
-def _row(ranked: Ranked) -> dict[str, str]:
-    """One candidate as a row: of the event loop where it ran, which a star says, else of the closed form."""
-    figures, ran = ranked.predicted, ranked.result is not None
-    return {
-        "system": ranked.name,
-        "$/h": f"{ranked.estimate.price:.2f}",
-        "serves": f"{ranked.rate if ran else figures.requests_per_second:.3g}/s{'*' if ran else ''}",
-        "in time": f"{figures.slo_share:.0%}",
-        "TPOT": f"{figures.tpot * 1000:.0f} ms",
-        "TTFT": f"{figures.ttft:.2f} s",
-        "$/M tokens": f"{figures.dollars_per_million:.2f}",
-        "req/$": _score(ranked.goodput_per_dollar),
-    }
+def _rows(found: Planned) -> list[dict[str, str]]:
+    """The best systems on both sides of the limit by price, a row each: of the event loop where it ran, which a star
+    says, else of the closed form."""
+    best = {entry.name: entry for entry in (found.above, *found.mixes(_ROWS)) if entry is not None}
+    rows = []
+    for ranked in sorted([*found.below[:_CHEAPER], *best.values()], key=lambda entry: entry.estimate.price):
+        figures = ranked.predicted
+        mark = ">" if ranked is found.winner else "~" if ranked in found.ties else ""
+        rows.append(
+            {
+                "": mark,
+                "system": ranked.name,
+                "$/h": f"{ranked.estimate.price:.2f}",
+                "takes": f"{ranked.rate if ranked.result else figures.requests_per_second:.3g}/s",
+                "in time": f"{figures.slo_share:.0%}{'*' if ranked.result else ' '}",
+                "TPOT": f"{figures.tpot * 1000:.0f} ms",
+                "TTFT": f"{figures.ttft:.2f} s",
+                "$/M tokens": f"{figures.dollars_per_million:.2f}",
+                "req/$": _score(ranked.goodput_per_dollar),
+            }
+        )
+    if len({row["takes"] for row in rows}) == 1:  # all that is asked for
+        rows = [{key: value for key, value in row.items() if key != "takes"} for row in rows]
+    return rows
+
+
+def _prices(found: Planned) -> str:
+    """What an hour of each device costs, and since when that is so."""
+    devices = {device.name: device for entry in found.ranked for device, _ in entry.candidate.system.devices}
+    return ", ".join(f"{name} ${device.price:.2f}{device.priced}" for name, device in devices.items() if device.price)
 
 
 def _score(requests: float) -> str:
@@ -131,8 +146,7 @@ def _promises(found: Planned) -> list[tuple[str, str, str]]:
     for key, name, scale, form in _PROMISED:
         if (sure := found.intervals.get(key)) is not None:
             low, value, high = (format(bound * scale, form) for bound in (sure.low, sure.value, sure.high))
-            likely = "at the prices given" if key == "dollars_per_hour" else f"{low} to {high}"
-            rows.append((name, value, likely))
+            rows.append((name, value, f"{low} to {high}"))
     return rows
 
 
@@ -149,33 +163,32 @@ def header(asked: Demand, model: str, slo: str, efficiency: str, budget: float |
 def print_plan(
     found: Planned, said: str, reached: str, prefill: bool, out: Path | None, remarks: Sequence[str] = ()
 ) -> None:
-    """The plan in lines of up to 100 columns: `said` first, then why, what it promises, the candidates, and what would
-    change it. `reached`: of devices without measurements; `remarks`: more that is assumed."""
+    """The plan in lines of up to 100 columns: `said` first, the answer, what it promises, the best systems, and what
+    would change it. `reached`: of devices without measurements; `remarks`: more that is assumed."""
     from lamina.simulator.planning.comparison import chosen
     from lamina.simulator.reports.report import grid, kept, room
 
     model = found.plan.system.model
-    _say([said, f"The model keeps {kept(model)}; the winner has {room(found.plan.system)}"], indent=0)
-    _section("Why", found.why)
-    typer.echo("\nWhat it promises")
-    _lines(grid([("", "expected", "90 % interval"), *_promises(found)]))
-    typer.echo(f"\n{_counted(found)}; the best mixes of devices:\n")
-    _table([_row(entry) for entry in found.mixes(_ROWS)])
+    _say([said, "", *found.answer], indent=0)
+    typer.echo("")
+    _lines(grid([("What it promises", "expected", "90 % interval"), *_promises(found)]))
+    typer.echo("")
+    _table(_rows(found))
     note = (
-        "* by the event loop, the others by formula. In time: within the SLO. DOP(a, b): a devices share the dense "
-        "layers, b devices hold the KV and compute attention."
+        f"{_counted(found)}. > taken, * by the event loop, the others by formula. DOP(a, b): a devices share the dense "
+        "layers, b hold the KV and compute attention."
     )
-    _say([note], indent=0)
-    if found.best_of:
-        typer.echo("\nBest against best, each optimised alone under the same budget:\n")
-        _table([{"kind": name, **_row(entry)} for name, entry in found.best_of.items()])
-    _section("What would change it", found.sensitivity)
+    prices = [f"Prices an hour: {prices}."] if (prices := _prices(found)) else []
+    _say([note, *prices], indent=0)
+    if found.sensitivity:
+        _section("What would change it", found.sensitivity)
     assumptions = [f"{reached[0].upper()}{reached[1:]}."]
     if not prefill:
         assumptions.append(_PROMPTS_ELSEWHERE)
     assumptions += [
         f"{what.capitalize()}: {words}." for what, words in chosen(model, found.plan.system.speculation).items()
     ]
+    assumptions.append(f"The model keeps {kept(model)}; the winner has {room(found.plan.system)}.")
     _section(
         "Assumed", (*assumptions, *remarks, *(f"To deploy: {remark}." for remark in found.plan.one_replica().remarks()))
     )
@@ -326,15 +339,16 @@ def plan_record(found: Planned) -> dict[str, Any]:
             "state_sequences": capacity.sequences if model.states else None,
         },
         "candidates": len(found.ranked),
-        "ranking": [record(entry) for entry in found.mixes(_ROWS)],
-        "why": list(found.why),
+        "ranking": [record(entry) for entry in found.mixes(_RECORDS)],
+        "answer": list(found.answer),
+        "below": [record(entry) for entry in found.below],
+        "above": None if found.above is None else record(found.above),
         "ties": [entry.name for entry in found.ties],
         "intervals": {
             name: {part: finite(value) for part, value in asdict(entry).items()}
             for name, entry in found.intervals.items()
         },
         "sensitivity": [asdict(entry) for entry in found.sensitivity],
-        "best_of": {name: record(entry) for name, entry in found.best_of.items()},
         "engine": dict(found.plan.engine),
         "remarks": found.plan.one_replica().remarks(),
     }

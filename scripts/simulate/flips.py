@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Whether what a plan says of prices holds: each price at which it says that another candidate wins, and each that it
-says does not matter, is planned again at other prices.
+"""Whether what a plan says would change it does: each statement is planned again, from all candidates to the event loop
+on all of the trace.
 
-A statement with a price is tried 2 % on either side of it: before it the winner must be first, beyond it another. One
-that says that nothing changes is tried at 2 and at 10 times the price, or a half and a tenth.
+A statement with a factor is tried 2 % on either side of it: before it the winner must be first, beyond it another. One
+that says that nothing changes is tried at the third root of the farthest factor, and at that.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from lamina.simulator.costs import hardware
 from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import without_prices
 from lamina.simulator.event_loop.simulate import Slo
-from lamina.simulator.planning.event_runs import EventRuns
+from lamina.simulator.planning.candidates import Candidate, fits
+from lamina.simulator.planning.event_runs import EventRuns, settled
 from lamina.simulator.planning.inventory import Have, Inventory, with_efficiency
-from lamina.simulator.planning.plan import PlanRequest, find
-from lamina.simulator.planning.planner import Ranked
-from lamina.simulator.planning.sensitivity import FARTHEST, Prices, at_price
+from lamina.simulator.planning.plan import PlanRequest, find, make_plan
+from lamina.simulator.planning.planner import Ranked, mix, rank
+from lamina.simulator.planning.quantities import Quantity, Situation, market
 from lamina.simulator.traces.catalogue import trace, windows
-from lamina.simulator.traces.demand import Demand
 
 NEAR = 1.02
-"""How near to a price that is said it is tried."""
+"""How near to a factor that is said it is tried."""
 ASKED = (
     ("llama-3-70b", (("h100", 4), ("h20", 4)), "azure-conv", Slo(2.0, 0.1), 4.0, 60.0),
     ("llama-3-70b", (("h200", 4), ("h20", 4), ("l40s", 8)), "azure-code", Slo(2.0, 0.1), 1.0, None),
     ("qwen3-32b", (("h100", 2), ("a100-80g", 4), ("h20", 2)), "azure-conv", Slo(2.0, 0.05), 3.0, None),
     ("qwen3-8b", (("l4", 8), ("l40s", 4), ("epyc-genoa", 2)), "azure-conv", Slo(3.0, 0.1), 4.0, None),
-    ("qwen3-32b", (("h100", 4), ("h20", 4)), "mooncake-conversation", Slo(30.0, 0.1), 0.3, 50.0),
+    ("qwen3-32b", (("h100", 4), ("h20", 4)), "azure-code", Slo(2.0, 0.05), 2.0, 50.0),
     ("llama-3.1-8b", (("h100", 1), ("a10g", 8), ("l4", 8)), "azure-code", Slo(1.0, 0.05), 3.0, 20.0),
     ("qwen3-235b-a22b", (("h200", 8), ("h20", 8)), "azure-conv", Slo(3.0, 0.1), 6.0, None),
     ("qwen2.5-7b", (("a10g", 4), ("l4", 4), ("h100", 1)), "azure-conv", Slo(2.0, 0.1), 2.0, None),
@@ -43,83 +43,115 @@ ASKED = (
 
 @dataclass(frozen=True, slots=True)
 class Try:
-    """One statement, and what planning again made of it."""
+    """One statement, and what planning again made of it. `named`: whether that has the winner that was named."""
 
-    plan: int
-    device: str
     said: str
     holds: bool
-    found: str
+    named: bool
+    answer: str
 
 
-def requests(count: int) -> list[PlanRequest]:
+def requests(count: int | None) -> list[PlanRequest]:
     """What is planned."""
     known = hardware.load()
     made = []
     for name, devices, traced, slo, rate, budget in ASKED:
         have = tuple(Have(known.device(device), n) for device, n in devices)
         inventory = Inventory(have, (known.link("fhbn-400g"),))
-        part = windows(trace(traced), count)
+        part = trace(traced) if count is None else windows(trace(traced), count)
         shape = model(name)
         inventory = with_efficiency(inventory, known.efficiency("typical", shape))
         made.append(PlanRequest(name, shape, inventory, part, slo, budget, rate))
     return made
 
 
-def again(asked: PlanRequest, wanted: Demand, device: str, factor: float) -> Ranked:
-    """What is first where that device costs so many times what it does."""
-    have = tuple(replace(each, device=at_price(each.device, device, factor)) for each in asked.inventory.have)
-    there = replace(asked, inventory=replace(asked.inventory, have=have))
-    return find(there, wanted, loop=EventRuns(asked.trace, wanted, asked.slo, asked.prefill, 0)).ranked[0]
+class Plans:
+    """One plan, and what it is in other situations."""
 
+    def __init__(self, asked: PlanRequest) -> None:
+        self.asked = asked
+        planned = make_plan(asked, why=True)
+        self.ranked, self.demand, self.said = planned.ranked, planned.demand, planned.sensitivity
+        self.winner = planned.winner
+        systems = [entry.candidate.system for entry in self.ranked]
+        self.quantities = {each.what: each for each in market(systems, self.demand, asked.slo)}
 
-def tries(number: int, asked: PlanRequest) -> Iterator[Try]:
-    """Every statement about prices of one plan."""
-    wanted = asked.demand
-    prices: Prices = find(asked, wanted, loop=EventRuns(asked.trace, wanted, asked.slo, asked.prefill, 0))
-    winner = prices.ranked[0]
+    def at_price(self, device: str, factor: float) -> tuple[bool, str]:
+        """Whether the winner is first where that device costs so many times what it does, and what is."""
+        asked = self.asked
+        have = tuple(
+            replace(each, device=replace(each.device, price=each.device.price * factor))
+            if each.device.name == device
+            else each
+            for each in asked.inventory.have
+        )
+        there = replace(asked, inventory=replace(asked.inventory, have=have))
+        loop = EventRuns(asked.trace, self.demand, asked.slo, asked.prefill, 0)
+        first = find(there, self.demand, partly=asked.budget is not None, loop=loop)[0]
+        return self._same(first, first.candidate), first.name
 
-    def first(device: str, factor: float) -> tuple[bool, str]:
-        there = again(asked, wanted, device, factor)
-        same = without_prices(there.candidate.system) == without_prices(winner.candidate.system)
-        affordable = min(winner.estimate.replicas, there.candidate.replicas)  # a budget may leave fewer of the winner
-        return same and there.estimate.replicas == affordable, there.name
+    def changed(self, quantity: Quantity, factor: float) -> tuple[bool, str]:
+        """The same where that is so many times as large."""
+        before: dict[Candidate, Candidate] = {}
+        asked = self.asked
+        for entry in self.ranked:
+            situation = quantity.change(Situation(entry.candidate.system, self.demand, asked.slo), factor)
+            if fits(situation.system):
+                before[replace(entry.candidate, system=situation.system)] = entry.candidate
+        demand, slo, part = situation.demand, situation.slo, asked.trace
+        if demand.prompt != self.demand.prompt:
+            arrivals = (replace(each, prompt=max(1, round(each.prompt * factor))) for each in part.arrivals)
+            part = replace(part, arrivals=tuple(arrivals))
+        loop = EventRuns(part, demand, slo, asked.prefill, 0)
+        ranked = loop.searched(rank(list(before), demand, slo, prefill=asked.prefill))
+        first = settled(ranked, loop)[0]
+        return self._same(first, before[first.candidate]), first.name
 
-    for device in prices.devices():
-        for farthest in (FARTHEST, 1 / FARTHEST):
-            change = prices.change(device, farthest)
-            if change is None:
-                for factor in (farthest ** (1 / 3), farthest):
-                    same, name = first(device, factor)
-                    yield Try(number, device, f"no change at {factor:.2f}x", same, name)
-                continue
-            step = NEAR if farthest > 1 else 1 / NEAR
-            before, one = first(device, change.factor / step)
-            after, other = first(device, change.factor * step)
-            said = f"at {change.factor:.3f}x {change.winner}"
-            yield Try(number, device, said, before and not after, f"before {one}; beyond {other}")
+    def _same(self, first: Ranked, candidate: Candidate) -> bool:
+        winner = self.winner
+        same = mix(without_prices(candidate.system)) == mix(without_prices(winner.candidate.system))
+        return same and first.estimate.replicas == winner.estimate.replicas
+
+    def tries(self) -> Iterator[Try]:
+        """Every statement."""
+        for statement in self.said:
+            name = statement.what
+
+            def first(factor: float, name: str = name) -> tuple[bool, str]:
+                if (quantity := self.quantities.get(name)) is not None:
+                    return self.changed(quantity, factor)
+                return self.at_price(name.removeprefix("price of "), factor)
+
+            for change, farthest in ((statement.rise, statement.farthest), (statement.fall, 1 / statement.farthest)):
+                if change is None:
+                    seen = [first(factor) for factor in (farthest ** (1 / 3), farthest)]
+                    holds = all(same for same, _ in seen)
+                    yield Try(f"{name}: no change to {farthest:.2f}x", holds, holds, str([name for _, name in seen]))
+                    continue
+                step = NEAR if farthest > 1 else 1 / NEAR
+                (before, one), (after, other) = first(change.factor / step), first(change.factor * step)
+                said = f"{name}: at {change.factor:.3f}x {change.winner}"
+                yield Try(said, before and not after, other == change.winner, f"before {one}; beyond {other}")
 
 
 def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__)
-    asked.add_argument("--tries", type=int, default=50, help="statements that are tried")
-    asked.add_argument("--requests", type=int, default=600, help="of each trace")
+    asked.add_argument("--plans", type=int, nargs="*", default=range(len(ASKED)), help="their numbers; default: all")
+    asked.add_argument("--requests", type=int, help="of each trace; default: all")
     given = asked.parse_args()
-    print(
-        f"Statements about prices, planned again within {NEAR - 1:.0%}; efficiency typical, {given.requests} requests"
-    )
-    held = done = 0
+    print(f"Statements planned again within {NEAR - 1:.0%}; efficiency typical", flush=True)
+    tried = []
     for number, request in enumerate(requests(given.requests)):
+        if number not in given.plans:
+            continue
+        plans = Plans(request)
         print(f"{number}: {request.name} on {request.trace.name} at {request.rate:g}/s, {request.slo}")
-        for each in tries(number, request):
-            done += 1
-            held += each.holds
-            print(f"  {'holds' if each.holds else 'FAILS'}  {each.device}: {each.said} ({each.found})", flush=True)
-            if done >= given.tries:
-                break
-        if done >= given.tries:
-            break
-    print(f"{held} of {done} hold")
+        print(f"  {plans.winner.name}: {plans.winner.share:.1%} in time", flush=True)
+        for each in plans.tries():
+            tried.append(each)
+            print(f"  {'holds' if each.holds else 'FAILS'}  {each.said} ({each.answer})", flush=True)
+    held, named = (sum(getattr(each, name) for each in tried) for name in ("holds", "named"))
+    print(f"{held} of {len(tried)} hold; {named} with the winner that was named")
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def regret(case: Case, requests: int) -> Regret:
     request = PlanRequest(case.model, shape, inventory, trace, slo, case.budget, case.rate)
     asked = request.demand
     began = time.process_time()
-    ranked = find(request, asked, loop=EventRuns(trace, asked, slo, True, 0)).ranked
+    ranked = find(request, asked, loop=EventRuns(trace, asked, slo, True, 0))
     seconds = time.process_time() - began
     part = windows(trace, requests)
     chosen = best = _measured(ranked[0], part, slo, asked)

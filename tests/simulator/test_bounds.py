@@ -19,10 +19,8 @@ from lamina.simulator.costs.systems import Disaggregated
 from lamina.simulator.costs.uncertainty import Interval
 from lamina.simulator.event_loop.failures import Failures
 from lamina.simulator.event_loop.simulate import Slo
-from lamina.simulator.traces.figures import Quantiles, published
-from lamina.simulator.traces.synthetic import synthetic
+from lamina.simulator.traces.sessions import coding_agents
 
-AZURE = published()["azure-code"]
 SMALL_WHOLE = replace(together(4), model=model("llama-3-8b"))
 
 
@@ -69,18 +67,11 @@ SMALL_WHOLE = replace(together(4), model=model("llama-3-8b"))
         (lambda: Slo(tpot=-1), "tpot of the SLO is -1"),
         (lambda: STEADY.at_rate(0.0), "rate is"),
         (lambda: STEADY.at_rate(math.nan), "rate is"),
-        (lambda: synthetic(AZURE, 0), "count is 0; allowed is 1 to"),
-        (lambda: synthetic(AZURE, True), "count is True"),
-        (lambda: synthetic(AZURE, 1 << 40), "count is 1099511627776"),
-        (lambda: synthetic(AZURE, 3, seed=-1), "seed is -1; allowed are whole numbers from 0 on"),
-        (lambda: synthetic(AZURE, 3, seed=1.5), "seed is 1.5"),  # type: ignore[arg-type]
-        (lambda: Quantiles((0.0, 1.0), (1.0,)), "there are 1 values; allowed are 2"),
-        (lambda: Quantiles((0.0, 0.9), (1.0, 2.0)), "rise from 0 to 1"),
-        (lambda: Quantiles((0.0, 0.5, 0.5, 1.0), (1.0,) * 4), "rise from 0 to 1"),
-        (lambda: Quantiles((), ()), "rise from 0 to 1"),
-        (lambda: Quantiles((0.0, 1.0), (2.0, 1.0)), "never fall"),
-        (lambda: Quantiles((0.0, 1.0), (-1.0, 1.0)), "from 0 on"),
-        (lambda: Quantiles((0.0, 0.5, 1.0), (1.0, math.nan, 2.0)), "finite"),
+        (lambda: coding_agents(0), "count is 0; allowed is 1 to"),
+        (lambda: coding_agents(True), "count is True"),
+        (lambda: coding_agents(1 << 40), "count is 1099511627776"),
+        (lambda: coding_agents(3, seed=-1), "seed is -1; allowed are whole numbers from 0 on"),
+        (lambda: coding_agents(3, seed=1.5), "seed is 1.5"),  # type: ignore[arg-type]
         (lambda: Interval(2.0, 1.0, 3.0), "allowed is low <= value <= high"),
         (lambda: Interval(0.0, 1.0, 0.5), "allowed is low <= value <= high"),
         (lambda: Failures(0.0), "every of the failures is 0.0"),

@@ -23,10 +23,9 @@ from lamina.simulator.event_loop.results import ATTAINMENT
 from lamina.simulator.event_loop.simulate import Slo, simulate
 from lamina.simulator.planning import event_runs, planner
 from lamina.simulator.planning.candidates import Candidate, candidates
-from lamina.simulator.planning.event_runs import EventRuns
-from lamina.simulator.planning.planner import Ranked, described, limited, mixes, rank
-from lamina.simulator.planning.reasons import limits, why
-from lamina.simulator.planning.sensitivity import Prices
+from lamina.simulator.planning.event_runs import EventRuns, settled
+from lamina.simulator.planning.planner import Ranked, cheaper, described, limited, mixes, rank, surer
+from lamina.simulator.planning.reasons import answer
 from lamina.simulator.traces.arrivals import Arrival, Trace, head
 from lamina.simulator.traces.catalogue import at_rate
 from lamina.simulator.traces.catalogue import trace as trace_of
@@ -187,6 +186,28 @@ def test_mixes_are_of_different_devices_and_the_best_of_each(
     assert len({(type(each.candidate.system), each.candidate.system.devices) for each in found}) == len(found)
 
 
+def test_the_answer_has_both_sides_of_the_limit() -> None:
+    slo, few = Slo(1.0, 0.05), demand(head(trace_of("azure-conv"), 4000))
+    asked = few.at_rate(12.0)
+    found = rank([Candidate(system, 1) for system in (together(4), together(8))], asked, slo)
+    below = cheaper(found, asked, slo)
+    assert [each.candidate.system for each in below] == [together(4)]
+    assert below[0].share == pytest.approx(found[1].estimate.almost)
+    said = answer(found, asked, slo, below=below)
+    assert said[0].startswith("Take 8x h100 co-located, 2048 tokens a batch: $88.48 an hour, ")
+    assert (
+        f"With {below[0].share:.0%} in time: 4x h100 co-located, 2048 tokens a batch, $44.24 an hour, 50% less." in said
+    )
+    asked = few.at_rate(10.0)
+    found = rank([each.candidate for each in found], asked, slo)
+    assert not cheaper(found, asked, slo)
+    above = surer(found, asked, slo)
+    assert above is not None
+    assert above.share > 0.99 > found[0].share
+    said = answer(found, asked, slo, above=above)
+    assert "With 100% in time: 8x h100 co-located, 2048 tokens a batch, $88.48 an hour, 100% more." in said
+
+
 # Checked by the event loop
 
 BUSY = poisson(4.0, 300, 500, 60, seed=1)
@@ -222,7 +243,7 @@ def test_the_best_by_a_coarse_look_are_looked_at_closely(monkeypatch: pytest.Mon
 
 def test_a_run_confirms_what_is_first() -> None:
     every = ranked_at(together(4), together(8))
-    found = Prices(every, None, runs()).settle().ranked
+    found = settled(every, runs())
     assert [each.result is not None for each in found] == [True, False]
     assert found[0].serves
     assert found[0].rate == 4.0
@@ -287,7 +308,7 @@ def test_shared_prefixes_are_left_to_the_real_scheduler(monkeypatch: pytest.Monk
     assert found[0].estimate.replicas < every[0].estimate.replicas
 
 
-# Why, and what would change it
+# The answer
 
 
 def test_offloading_pays_where_memory_is_short_and_prompts_are_elsewhere() -> None:
@@ -297,7 +318,7 @@ def test_offloading_pays_where_memory_is_short_and_prompts_are_elsewhere() -> No
         together(4), dop(2, 3, lanes=2), dop(2, 4, lanes=2), asked=STEADY.at_rate(math.inf), slo=slo, prefill=False
     )
     assert found[0].candidate.offloaded
-    said = why(found, STEADY.at_rate(math.inf), slo, prefill=False)
+    said = answer(found, STEADY.at_rate(math.inf), slo, prefill=False)
     gain = found[0].goodput_per_dollar / next(x for x in found if not x.candidate.offloaded).goodput_per_dollar
     assert 1.0 < gain < 1.5
     assert any(
@@ -309,12 +330,12 @@ def test_it_is_said_where_offloading_does_not_pay() -> None:
     slow = Link("slow", 1e9, 1e-3)
     found = ranked(together(4), dop(2, 4, slow))
     assert not found[0].candidate.offloaded
-    said = " ".join(why(found, STEADY, SLO))
+    said = " ".join(answer(found, STEADY, SLO))
     assert "Offloading attention does not pay here" in said
-    without = " ".join(why(ranked(together(4)), STEADY, SLO))
+    without = " ".join(answer(ranked(together(4)), STEADY, SLO))
     assert "no system with it fits" in without
     hopeless = ranked(together(4), dop(2, 4, Link("modem", 7000.0, 0.1)))
-    assert "link 'modem' is too slow" in " ".join(why(hopeless, STEADY, SLO))
+    assert "link 'modem' is too slow" in " ".join(answer(hopeless, STEADY, SLO))
 
 
 def test_a_winner_that_serves_nothing_in_time_is_compared_all_the_same() -> None:
@@ -322,16 +343,8 @@ def test_a_winner_that_serves_nothing_in_time_is_compared_all_the_same() -> None
     found = ranked(together(4), dop(2, 4))
     whole, split = (next(each for each in found if each.candidate.offloaded is kind) for kind in (False, True))
     late = simulate(together(4), Trace("few", (Arrival(0.0, 10, 3),)), slo=Slo(tpot=1e-9))
-    said = " ".join(why([replace(whole, result=late, rate=4.0), split], STEADY, SLO))
+    said = " ".join(answer([replace(whole, result=late, rate=4.0), split], STEADY, SLO))
     assert "serves some requests within the SLO, where this one serves none" in said
-
-
-def test_what_limits_is_what_helps() -> None:
-    tight = replace(H100, memory=4.2e10)  # room for a few sequences beside the weights
-    (found,) = ranked(together(4, tight), asked=STEADY.at_rate(math.inf), prefill=False)
-    assert limits(found, STEADY, SLO, prefill=False)[0].what == "memory of h100"
-    (other,) = ranked(dop(2, 4, Link("far", 4e10, 9e-4)), asked=STEADY.at_rate(math.inf), prefill=False)
-    assert limits(other, STEADY, SLO, prefill=False)[0].what == "messages a second of far"
 
 
 def test_names_tell_candidates_apart() -> None:
@@ -372,7 +385,7 @@ def test_a_better_device_never_makes_the_best_plan_worse(better: str, which: str
         split = replace(dop(4, 1), model_device=h100, attention_device=h20)
         systems = (together(4, h100), together(8, h20), split, replace(split, local_share=0.8))
         ranked = rank([Candidate(each, 1) for each in systems], asked, SLO)
-        found = Prices(ranked, None, EventRuns(trace, asked, SLO, True, 0)).settle().ranked[0]
+        found = settled(ranked, EventRuns(trace, asked, SLO, True, 0))[0]
         return found.serves, found.goodput_per_dollar
 
     def improved(device: Device) -> Device:

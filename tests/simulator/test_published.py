@@ -31,8 +31,7 @@ from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import Colocated
 from lamina.simulator.costs.uncertainty import RATIO_ERROR, spread
 from lamina.simulator.traces.arrivals import Arrival, Trace
-from lamina.simulator.traces.figures import published
-from lamina.simulator.traces.synthetic import synthetic
+from lamina.simulator.traces.catalogue import trace
 
 HARDWARE = load()
 CONTEXTS = {"azure-conv": 1227.0, "azure-code": 2131.0, "mooncake-conversation": 13126.0}
@@ -59,17 +58,16 @@ def test_step3_costs_are_within_three_per_cent() -> None:
 
 def test_the_bare_roofline_does_not_reach_the_published_gains() -> None:
     gains = {
-        (name, trace): closed_gain(name, HARDWARE, context)
+        (name, traced): closed_gain(name, HARDWARE, context)
         for name, *_ in EQUAL_COST
-        for trace, context in CONTEXTS.items()
+        for traced, context in CONTEXTS.items()
     }
     assert gains.pop(COMPUTE_BOUND) == pytest.approx(1.0, abs=0.1)
     assert all(1.05 < gain < 1.25 for gain in gains.values())
 
 
 def test_the_evaluation_has_a_cell_for_each_model_and_trace() -> None:
-    drawn = synthetic(published()["mooncake-conversation"], 110, seed=0)
-    short = Trace(drawn.name, tuple(Arrival(each.at, each.prompt, 20) for each in drawn.arrivals))
+    short = Trace("long prompts", tuple(Arrival(0.01 * n, 12_000, 20) for n in range(110)))
     cells = list(evaluation([short], HARDWARE))
     assert [cell.model for cell in cells] == ["llama-33b", "llama-65b", "llama-3-70b"]
     for each in cells:
@@ -86,7 +84,7 @@ def test_with_the_same_numbers_on_both_sides_no_engine_reaches_them() -> None:
 
 
 def test_llama_3_70b_reaches_a_batch_of_800_on_azure_conv() -> None:
-    result = cell("llama-3-70b", synthetic(published()["azure-conv"], 900, seed=0), HARDWARE)
+    result = cell("llama-3-70b", trace("azure-conv"), HARDWARE)
     assert result.lamina.saturated_batch == pytest.approx(800, rel=0.1)
     assert result.batch_gain == pytest.approx(BATCH_GAIN, rel=0.15)
     assert result.gain == pytest.approx(1.0, abs=0.1)

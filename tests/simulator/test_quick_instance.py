@@ -38,12 +38,8 @@ traces = st.lists(st.tuples(st.floats(0, 6), st.integers(1, 3000), st.integers(1
 
 
 def exact(system: Colocated | Offloaded):  # type: ignore[no-untyped-def]
-    """Costs of decode alone that are not interpolated."""
-
-    def cost(batch: int, context: int) -> tuple[float, float, float, float, float]:
-        return astuple(system.step(Load(batch, context / batch)))  # type: ignore[return-value]
-
-    return cost
+    """Costs of decode alone, of the very context."""
+    return lambda batch, context: system.step(Load(batch, context / batch))
 
 
 def told(lives: list[Life]) -> list[Life]:
@@ -74,12 +70,14 @@ def test_it_is_the_real_scheduler_but_quicker(trace: Trace, system: Colocated | 
     assert max(quick.gaps, default=0.0) == pytest.approx(max(real.gaps, default=0.0))
 
 
-def test_interpolated_costs_are_those_of_the_cost_model() -> None:
+def test_remembered_costs_are_those_of_the_cost_model() -> None:
     for system in (ONE, OFFLOADED):
         costs, real = DecodeCosts(system), exact(system)
         for batch in (1, 7, 64, 300):
             for mean in (1, 33, 900, 7000):
-                assert costs(batch, batch * mean) == pytest.approx(real(batch, batch * mean), rel=1e-3)
+                assert astuple(costs(batch, batch * mean)) == pytest.approx(
+                    astuple(real(batch, batch * mean)), rel=0.006
+                )
 
 
 @pytest.mark.parametrize("system", [ONE, NARROW, Disaggregated(prefill=ONE, decode=NARROW, link=OFFLOADED.link)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -13,27 +14,14 @@ from planning import BIG, EPYC, FHBN, H20, H100, KNOWN, SLO, STEADY, dop, togeth
 from ranked_candidates import LOSSY, SLOW, SPLIT, WHOLE, checked, ranked
 
 from lamina.simulator.costs.cost_model import Load
-from lamina.simulator.costs.systems import (
-    Colocated,
-    System,
-    changed,
-    changed_devices,
-    price,
-    without_prices,
-)
+from lamina.simulator.costs.systems import Colocated, System, changed, price, without_prices
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.planning import sensitivity as sensitivity_module
 from lamina.simulator.planning.candidates import Candidate
-from lamina.simulator.planning.planner import MARGIN, Ranked, rank, ratio_error
-from lamina.simulator.planning.quantities import Quantity, Situation, faster, links, market, scaled
-from lamina.simulator.planning.sensitivity import (
-    Change,
-    Changes,
-    Prices,
-    Sensitivity,
-    at_price,
-    sensitivity,
-)
+from lamina.simulator.planning.event_runs import EventRuns, settled
+from lamina.simulator.planning.planner import MARGIN, Ranked, rank, ratio_error, worth
+from lamina.simulator.planning.quantities import Quantity, Situation, faster, links, market, prices, scaled
+from lamina.simulator.planning.sensitivity import Change, Changes, Sensitivity
 from lamina.simulator.steady_state.closed_form import Estimate, estimate
 from lamina.simulator.traces.arrivals import head
 from lamina.simulator.traces.catalogue import trace
@@ -57,9 +45,10 @@ def split_first() -> tuple[list[Ranked], Quantity]:
 
 def test_the_winner_changes_where_it_is_said_to() -> None:
     winner, rival = decode(together(4), dop(2, 4, lanes=2))
-    prices, changes = Prices([winner, rival], None, None), Changes([winner, rival], FULL_LOAD, PACE, False)
+    changes = Changes([winner, rival], FULL_LOAD, PACE, False)
     systems = [each.candidate.system for each in (winner, rival)]
-    found = {each.what: each for each in sensitivity(prices, changes, market(systems, FULL_LOAD, PACE))}
+    quantities = [*prices(systems), *market(systems, FULL_LOAD, PACE)]
+    found = {each.what: each for each in changes.sensitivities(quantities)}
     assert set(found) == {
         "price of h100", "price of h20", "bandwidth of fhbn-400g", "mean prompt",
         "tpot of the SLO", "speed of devices",
@@ -159,11 +148,10 @@ def test_a_faster_device_is_faster_in_all() -> None:
 
 def test_words() -> None:
     same = Sensitivity("price of h20", 4.63, "$/h", None, None)
-    assert str(same) == "price of h20, now 4.63 $/h: the winner does not change up to 10x either way"
-    assert str(replace(same, rivals=0)) == "price of h20, now 4.63 $/h: there is no other candidate"
+    assert str(same) == "price of h20, now 4.63 $/h: the same from 0.10x to 10.00x"
     rise = Change(1.5, "4x h100 co-located")
     assert str(replace(same, rise=rise)) == (
-        "price of h20, now 4.63 $/h: at 1.50x and more (6.95 $/h) 4x h100 co-located wins"
+        "price of h20, now 4.63 $/h: the same up to 1.50x (6.95), then 4x h100 co-located; down to 0.10x at least"
     )
 
 
@@ -178,51 +166,54 @@ def test_only_what_there_is_is_changed() -> None:
 SYSTEMS = (WHOLE, SPLIT, SLOW, LOSSY, together(2), together(8, H20), dop(2, 2), dop(2, 1, attention=EPYC))
 
 
-def cost(system: System, name: str, factor: float) -> float:
-    return price(changed_devices(system, lambda device: at_price(device, name, factor)))
+CLOSE = 0.02
+"""How closely a factor is found."""
+
+
+def changed_price(
+    every: Sequence[Ranked], name: str, farthest: float, budget: float | None = None, **more: Any
+) -> Change | None:
+    (found,) = [each for each in prices([dop(1, 1), dop(1, 1, attention=EPYC)]) if each.device == name]
+    return Changes(every, STEADY, SLO, True, budget=budget, **more).change(found, farthest)
 
 
 def test_the_price_at_which_another_wins_is_where_both_cost_the_same() -> None:
-    """4 H100 for $44.24 against 4 H100 and an H20 for $48.87, both serve all: never by the price of an H100, and never
-    by an H20's. Against 8 H20 for $37.04 / 0.7 of the requests an H100 costs 44.24 f = 52.91 f' at 1.196 times."""
+    """8 H20 for $37.04 serve 0.95 of 0.7 of the requests, 4 H100 for $44.24 of 0.6: the one leads until an H20 costs
+    1.39 times as much."""
     slow = ranked(together(8, H20), taken=4 * 0.7, share=0.95)
     first = ranked(WHOLE, taken=4 * 0.6, share=0.95)
     rival_score, own_score = slow.goodput_per_dollar, first.goodput_per_dollar
     assert rival_score > own_score
-    prices = Prices([slow, first], None, None)
-    found = prices.change("h20", 10)
+    found = changed_price([slow, first], "h20", 10)
     assert found is not None
-    assert found.factor == pytest.approx(rival_score / own_score, rel=1e-6)
+    assert found.factor == pytest.approx(rival_score / own_score, rel=CLOSE)
     assert found.winner == first.name
-    assert prices.change("h20", 0.1) is None
-    assert prices.change("h100", 10) is None
+    assert changed_price([slow, first], "h20", 0.1) is None
+    assert changed_price([slow, first], "h100", 10) is None
 
 
 def test_the_winner_leaves_the_budget() -> None:
     """$44.24 of a budget of 50: at 1.13 times the price of an H100 it cannot be bought."""
-    prices = Prices([ranked(WHOLE), ranked(SLOW, taken=2.0)], 50.0, None)
-    found = prices.change("h100", 10)
+    found = changed_price([ranked(WHOLE), ranked(SLOW, taken=2.0)], "h100", 10, 50.0)
     assert found is not None
-    assert found.factor == pytest.approx(50 / 44.24, rel=1e-6)
+    assert found.factor == pytest.approx(50 / 44.24, rel=CLOSE)
+    assert found.winner == ranked(SLOW).name
 
 
 def test_a_lossy_policy_has_to_be_better_than_the_error() -> None:
     lossy = ranked(replace(SLOW, policy=LOSSY.policy))
-    prices = Prices([ranked(WHOLE), lossy], None, None)
-    factor = price(WHOLE) / price(SLOW)
-    rival = Prices([ranked(SLOW), ranked(WHOLE)], None, None).change("h20", 10)
+    rival = changed_price([ranked(SLOW), ranked(WHOLE)], "h20", 10)
     assert rival is not None
-    assert rival.factor == pytest.approx(factor, rel=1e-6)
+    assert rival.factor == pytest.approx(price(WHOLE) / price(SLOW), rel=CLOSE)
     dear = ranked(replace(together(7, H20), policy=LOSSY.policy))  # $32.41, 27 % cheaper than 44.24
-    found = Prices([dear, ranked(WHOLE)], None, None).change("h20", 10)
+    found = changed_price([dear, ranked(WHOLE)], "h20", 10)
     assert found is not None
-    assert found.factor == pytest.approx(
-        price(WHOLE) / price(dear.candidate.system) / (1 + ratio_error(dear)), rel=1e-6
-    )
-    assert prices.winner("h20", 1.0) == lossy  # by far the cheaper
+    error = 1 + ratio_error(dear)
+    assert found.factor == pytest.approx(price(WHOLE) / price(dear.candidate.system) / error, rel=CLOSE)
+    assert settled([ranked(WHOLE), lossy])[0] == lossy  # by far the cheaper
 
 
-class Loop:
+class Loop(EventRuns):
     """Stands for the event loop: systems in `failing` serve half of the requests in time."""
 
     def __init__(self, *failing: System) -> None:
@@ -240,18 +231,15 @@ class Loop:
 
 
 def test_a_rival_is_checked_before_it_is_believed() -> None:
-    first, rival = checked(ranked(dop(2, 1, attention=EPYC))), together(8, H20)  # $29.47 and $37.04 an hour
+    first, rival = checked(ranked(dop(2, 1, attention=EPYC))), together(8, H20)  # $29.42 and $37.04 an hour
     loop = Loop()
-    prices = Prices([first, ranked(rival), ranked(WHOLE), ranked(SPLIT)], None, loop)
-    found = prices.change("epyc-genoa", 10)
+    found = changed_price([first, ranked(rival), ranked(WHOLE), ranked(SPLIT)], "epyc-genoa", 10, loop=loop)
     assert found is not None
     assert found.winner == ranked(rival).name
     assert loop.asked == [rival]
     loop = Loop(rival, WHOLE)
-    prices = Prices([first, ranked(rival), ranked(WHOLE)], None, loop)
-    assert prices.change("epyc-genoa", 10) is None  # whatever is cheaper fails in the event loop
-    assert loop.asked == [rival, WHOLE]
-    assert all(each.result is not None for each in prices.ranked)
+    assert changed_price([first, ranked(rival), ranked(WHOLE)], "epyc-genoa", 10, loop=loop) is None
+    assert loop.asked == [rival, WHOLE]  # whatever is cheaper fails in the event loop
 
 
 def test_what_a_run_may_find_is_run_before_the_winner_is_said() -> None:
@@ -261,51 +249,35 @@ def test_what_a_run_may_find_is_run_before_the_winner_is_said() -> None:
     assert near.hoped.serves
     for failing, first in (((), together(8, H20)), ((together(8, H20),), WHOLE)):
         loop = Loop(*failing)
-        prices = Prices([ranked(WHOLE, share=0.99), near], None, loop).settle()
-        assert prices.ranked[0].candidate.system == first
+        assert settled([ranked(WHOLE, share=0.99), near], loop)[0].candidate.system == first
         assert loop.asked[0] == together(8, H20)
 
 
 def test_of_ties_the_cheapest_that_loses_nothing_is_taken_once_it_is_checked() -> None:
     """As where a policy that reads 0.3 of the KV gives the same for a dollar as none."""
     lossy, whole = checked(ranked(LOSSY)), ranked(WHOLE)
-    prices = Prices([lossy, whole], None, Loop())
-    prices.settle()
-    assert [each.candidate.system for each in prices.ranked] == [WHOLE, LOSSY]
-    assert prices.ranked[0].result is not None
-    prices = Prices([lossy, whole], None, Loop(WHOLE))
-    prices.settle()
-    assert [each.candidate.system for each in prices.ranked] == [LOSSY, WHOLE]
-    cheap = ranked(replace(SLOW, policy=LOSSY.policy))  # less than half the price: no tie
-    prices = Prices([whole, cheap], None, None)
-    prices.settle()
-    assert prices.ranked[0] == cheap
+    found = settled([lossy, whole], Loop())
+    assert [each.candidate.system for each in found] == [WHOLE, LOSSY]
+    assert found[0].result is not None
+    found = settled([lossy, whole], Loop(WHOLE))
+    assert [each.candidate.system for each in found] == [LOSSY, WHOLE]
 
 
 def test_what_would_be_first_by_formula_is_tried_first_of_all() -> None:
     loop = Loop(SLOW)
-    prices = Prices([checked(ranked(WHOLE)), ranked(SLOW), ranked(SPLIT)], None, loop)
-    prices.settle()
-    assert prices.ranked[0].candidate.system == WHOLE
+    assert settled([checked(ranked(WHOLE)), ranked(SLOW), ranked(SPLIT)], loop)[0].candidate.system == WHOLE
     assert loop.asked == [SLOW]
-    prices = Prices([checked(ranked(WHOLE)), ranked(SLOW)], None, Loop())
-    prices.settle()
-    assert prices.ranked[0].candidate.system == SLOW
+    assert settled([checked(ranked(WHOLE)), ranked(SLOW)], Loop())[0].candidate.system == SLOW
 
 
 def test_what_the_budget_left_out_comes_in_when_prices_fall() -> None:
-    """$48.87 of a budget of 45: within it once an H20 costs 0.76 $/h, but never cheaper than 4 H100; 8 H20 for $37.04
-    are, at any price below 1.19 times theirs."""
-    asked: list[tuple[str, float, float]] = []
-
-    def unseen(name: str, factor: float, most: float) -> list[Ranked]:
-        asked.append((name, factor, most))
-        return [ranked(SPLIT), ranked(together(8, H20))]
-
-    found = Prices([ranked(WHOLE)], 36.0 + 9, None, unseen).change("h20", 0.1)
+    """8 H20 cost $37.04 of a budget of 37, and less than 4 cheap H100, $36, once an H20 costs 0.97 times as much."""
+    first, eight = ranked(replace(WHOLE, device=replace(H100, price=9.0))), ranked(together(8, H20))
+    found = changed_price([first], "h20", 0.1, 37.0, beyond=[eight])
     assert found is not None
-    assert asked == [("h20", 0.1, pytest.approx(price(WHOLE)))]
-    assert found.winner == ranked(together(8, H20)).name
+    assert found.factor == pytest.approx(36 / 37.04, rel=CLOSE)
+    assert found.winner == eight.name
+    assert changed_price([first], "h20", 10, 37.0, beyond=[eight]) is None
 
 
 @settings(max_examples=40, deadline=None)
@@ -315,31 +287,35 @@ def test_what_the_budget_left_out_comes_in_when_prices_fall() -> None:
         min_size=2, max_size=6, unique_by=lambda each: each[0],
     ),
     st.sampled_from(["h100", "h20", "epyc-genoa"]),
-    st.sampled_from([None, 60.0, 150.0]),
 )  # fmt: skip
 def test_just_before_a_change_the_winner_still_wins_and_just_beyond_it_another(
-    drawn: list[tuple[System, float, float, int]], name: str, budget: float | None
+    drawn: list[tuple[System, float, float, int]], name: str
 ) -> None:
-    every = [ranked(system, taken=taken, share=share, replicas=count) for system, taken, share, count in drawn]
-    every = [each for each in every if budget is None or each.estimate.price <= budget]
-    if not every:
-        return
-    winner = Prices(every, budget, None).winner(name, 1.0)
-    every = [winner, *(each for each in every if each is not winner)]
-    prices = Prices(every, budget, None)
+    every = settled([ranked(system, taken=taken, share=share, replicas=count) for system, taken, share, count in drawn])
+
+    def lead(factor: float) -> float:
+        """How many times what the best other of the same standing gives."""
+
+        def gives(each: Ranked) -> float:
+            now = price(each.candidate.system)
+            return worth(each) * now / price(scaled(each.candidate.system, factor, name, "price"))
+
+        others = [gives(each) for each in every[1:] if each.serves == every[0].serves]
+        return gives(every[0]) / max(others, default=1e-9)
+
     for farthest in (10.0, 0.1):
-        found = prices.change(name, farthest)
-        for factor in (1.001, 1.5, 3.0, 9.0):
-            at = factor if farthest > 1 else 1 / factor
-            if found is None or (at < found.factor if farthest > 1 else at > found.factor):
-                assert prices.winner(name, at) == winner
-        if found is not None:
-            assert prices.winner(name, found.factor).name == found.winner != winner.name
+        found = changed_price(every, name, farthest)
+        if found is None:
+            assert lead(farthest) > 1 - 1e-6
+        else:
+            assert lead(found.factor) < 1 + 1e-6
+            assert lead(found.factor ** (1 - CLOSE)) > 1 - CLOSE
+            assert found.winner != every[0].name
 
 
 def test_systems_are_the_same_at_all_prices() -> None:
-    dear = changed_devices(SPLIT, lambda device: at_price(device, "h20", 3.0))
+    dear = scaled(SPLIT, 3.0, "h20", "price")
     assert dear != SPLIT
     assert without_prices(dear) == without_prices(SPLIT) != without_prices(WHOLE)
-    assert cost(SPLIT, "h20", 3.0) == pytest.approx(price(SPLIT) + 2 * H20.price)
-    assert at_price(H100, "h20", 3.0) == H100
+    assert price(dear) == pytest.approx(price(SPLIT) + 2 * H20.price)
+    assert scaled(WHOLE, 3.0, "h20", "price") == WHOLE

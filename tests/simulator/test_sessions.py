@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from drawn_traces import reused_share
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +15,7 @@ from lamina.simulator.costs.systems import Colocated, Disaggregated
 from lamina.simulator.event_loop.simulate import simulate
 from lamina.simulator.traces.arrivals import Arrival, Trace, closed_loop
 from lamina.simulator.traces.catalogue import trace, windows
-from lamina.simulator.traces.synthetic import coding_agents, open_loop, reused_share
+from lamina.simulator.traces.sessions import coding_agents, open_loop
 
 SYSTEM = Colocated(model=model("llama-3-8b"), device=load().device("h100"))
 

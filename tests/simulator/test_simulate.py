@@ -20,9 +20,8 @@ from lamina.simulator.event_loop.results import MOST_SAMPLES, Samples, distribut
 from lamina.simulator.event_loop.simulate import Slo, simulate
 from lamina.simulator.steady_state.closed_form import estimate
 from lamina.simulator.traces.arrivals import Arrival, Trace, all_at_once, scaled
+from lamina.simulator.traces.catalogue import trace as trace_of
 from lamina.simulator.traces.demand import demand
-from lamina.simulator.traces.figures import published
-from lamina.simulator.traces.synthetic import synthetic
 
 HARDWARE = load()
 H100, H20 = HARDWARE.device("h100"), HARDWARE.device("h20")
@@ -91,14 +90,14 @@ def test_without_prefill_only_decode_takes_time() -> None:
 
 def test_the_same_arguments_give_the_same_result() -> None:
     def run(seed: int) -> object:
-        return simulate(OFFLOADED, synthetic(published()["azure-conv"], 150, seed=seed), seed=seed)
+        return simulate(OFFLOADED, trace_of("azure-conv", 150), seed=seed)
 
     assert run(3) == run(3)
     assert run(3) != run(4)
 
 
 def test_a_faster_link_and_a_cheaper_policy_serve_no_later() -> None:
-    trace = all_at_once(synthetic(published()["azure-conv"], 120, seed=0))
+    trace = all_at_once(trace_of("azure-conv", 120))
     slow = replace(OFFLOADED, link=HARDWARE.link("ethernet-10g"), lanes=1)
     fast = replace(OFFLOADED, lanes=1)
     seconds = [simulate(system, trace, prefill=False).seconds for system in (slow, fast)]
@@ -108,7 +107,7 @@ def test_a_faster_link_and_a_cheaper_policy_serve_no_later() -> None:
 
 
 def test_replicas_share_the_load() -> None:
-    trace = scaled(synthetic(published()["azure-conv"], 200, seed=0), 40.0)
+    trace = scaled(trace_of("azure-conv", 200), 40.0)
     one, four = simulate(COLOCATED, trace), simulate(COLOCATED, trace, replicas=4)
     assert four.price == 4 * one.price
     assert four.system == f"4 of {one.system}"
@@ -215,7 +214,7 @@ def test_slo_counts_those_who_met_it() -> None:
 
 def test_progress_goes_up_to_the_end() -> None:
     seen: list[tuple[int, int]] = []
-    trace = synthetic(published()["azure-code"], 120, seed=0)
+    trace = trace_of("azure-code", 120)
     simulate(COLOCATED, trace, progress=lambda what, done, total: seen.append((done, total)))
     assert seen == sorted(seen)
     assert seen[-1] == (120, 120)

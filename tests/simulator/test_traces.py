@@ -8,17 +8,14 @@ import hashlib
 import json
 import math
 import os
-import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from drawn_traces import summary
+from drawn_traces import reused_share, summary
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulate import trace_figures
-from simulate.trace_figures import measure, rank_correlation
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.traces import files as trace_files
@@ -37,16 +34,13 @@ from lamina.simulator.traces.arrivals import (
     step_of,
     tokens,
 )
-from lamina.simulator.traces.catalogue import FILES, WINDOWS, file_of, trace, windows
-from lamina.simulator.traces.figures import LEVELS, minutes_of, published
+from lamina.simulator.traces.catalogue import WINDOWS, file_of, trace, windows
 from lamina.simulator.traces.files import read
-from lamina.simulator.traces.synthetic import synthetic
 from lamina.system.text_files import read_toml
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("LAMINA_TEST_DATA", ROOT.parent / "shared" / "data")) / "traces"
 PACKAGE = ROOT / "lamina" / "simulator" / "traces"
-NAMES = tuple(FILES)
 HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens"
 ROW = "2023-11-16 18:15:46.6805900,374,44"
 GOOD = {"timestamp": 0, "input_length": 600, "output_length": 5, "hash_ids": [0, 1]}
@@ -78,7 +72,7 @@ def test_published_traces_are_those_of_the_papers(
     found = read(path, name)
     numbers = summary(found)
     assert found.name == name
-    assert numbers["requests"] == count == len(found.arrivals)
+    assert len(found.arrivals) == count
     assert (round(numbers["prompt_mean"], 1), round(numbers["output_mean"], 1)) == (prompt, output)
     assert found.arrivals[0].at == 0
     assert found.seconds == pytest.approx(seconds, abs=1e-9)
@@ -104,20 +98,10 @@ def test_wheels_have_what_the_package_reads() -> None:
 
 
 @needs_data
-def test_figures_are_what_the_script_derives() -> None:
-    committed = PACKAGE / "trace_figures.toml"
-    assert trace_figures.derive(DATA) == committed.read_text("utf-8")
-    for name, (source, licence) in trace_figures.SOURCES.items():
-        path = file_of(name, DATA)
-        assert path is not None
-        assert published()[name] == measure(read(path, name), source, licence)
-
-
-@needs_data
 def test_mooncake_shares_what_its_ids_say() -> None:
     found = trace("mooncake-conversation", folder=DATA)
     assert sum(len(arrival.blocks) for arrival in found.arrivals) == 288_500
-    assert summary(found)["reused_share"] == pytest.approx(105_710 / 288_500)
+    assert reused_share(found) == pytest.approx(105_710 / 288_500)
     assert all(len(arrival.blocks) == blocks_of(arrival.prompt) for arrival in found.arrivals)
 
 
@@ -126,45 +110,6 @@ def test_a_count_takes_the_head_of_a_published_trace() -> None:
     assert trace("azure-code", 3, folder=DATA).arrivals == read(DATA / "azure_code_2023.csv").arrivals[:3]
     with pytest.raises(InvalidRequest, match=r"count is 8820; allowed is 1 to 8819"):
         trace("azure-code", 8820, folder=DATA)
-
-
-# What is drawn
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_synthetic_is_like_the_trace(name: str) -> None:
-    figures = published()[name]
-    drawn = synthetic(figures, 20_000, seed=7)
-    numbers = summary(drawn)
-    assert drawn.name == f"{name} (synthetic)"
-    assert numbers["prompt_mean"] == pytest.approx(figures.prompt_mean, rel=0.02)
-    assert numbers["output_mean"] == pytest.approx(figures.output_mean, rel=0.02)
-    assert numbers["rank_correlation"] == pytest.approx(figures.rank_correlation, abs=0.05)
-    assert numbers["gap_cv"] == pytest.approx(figures.step_cv if figures.step else figures.gap_cv, rel=0.15)
-    assert numbers["rate"] == pytest.approx(figures.rate, rel=0.01)
-    for lengths, of in (("prompt", figures.prompt), ("output", figures.output)):
-        values = np.quantile([getattr(arrival, lengths) for arrival in drawn.arrivals], LEVELS[3:-3])
-        np.testing.assert_allclose(values, of.values[3:-3], rtol=0.02, atol=1)
-
-
-@pytest.mark.parametrize("name", ["azure-conv", "mooncake-conversation"])
-def test_the_load_of_what_is_drawn_changes_as_much(name: str) -> None:
-    figures = published()[name]
-    at = np.array([arrival.at for arrival in synthetic(figures, seed=1).arrivals])
-    counts, part = minutes_of(at)
-    assert 55 < part < 65
-    assert counts.std() / counts.mean() == pytest.approx(figures.minute_cv, rel=0.1)
-    slow = np.convolve(counts, np.ones(5) / 5, "valid") / counts.mean()
-    published_slow = np.convolve(figures.load, np.ones(5) / 5, "valid")
-    assert np.corrcoef(slow, published_slow)[0, 1] > 0.8
-
-
-def test_what_is_drawn_says_how_far_it_is_from_the_published_one() -> None:
-    (said,) = trace("mooncake-conversation", 3000).remarks
-    assert "as its file is not here (--trace-dir)" in said
-    assert re.search(r"mean prompt 1\d{4} \(12035\), output 34\d \(343\), context in decode 1\d{4} \(13126\)", said)
-    assert re.search(r"variation of counts a minute 0\.\d\d \(0\.12\), shared blocks 3\d% \(37%\)", said)
-    assert not trace("azure-conv", 10).remarks
 
 
 # Times that were rounded
@@ -200,46 +145,11 @@ def test_any_step_is_found_where_it_matters(step: float, seed: int, jitter: bool
     assert spread(all_at_once(even)) == all_at_once(even)
 
 
-def test_synthetic_conversations_share_as_much() -> None:
-    figures = published()["mooncake-conversation"]
-    assert figures.sharing is not None
-    drawn = synthetic(figures, seed=1)
-    assert summary(drawn)["reused_share"] == pytest.approx(figures.sharing.reused, rel=0.05)
-    again = measure(drawn, "", "").sharing
-    assert again is not None
-    assert again.common == figures.sharing.common == 1
-    assert again.correlation == pytest.approx(figures.sharing.correlation, abs=0.05)
-    for level in (0.25, 0.5, 0.75):  # half as long ago would double what a small cache still has
-        lag = float(figures.sharing.lag.at(np.array(level)))
-        assert 0.7 * lag <= float(again.lag.at(np.array(level))) <= 1.3 * lag
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_same_seed_same_trace(name: str) -> None:
-    figures = published()[name]
-    assert synthetic(figures, 300, seed=5) == synthetic(figures, 300, seed=5)
-    assert synthetic(figures, 300, seed=5) != synthetic(figures, 300, seed=6)
-
-
-def test_without_its_file_a_trace_is_drawn(tmp_path: Path) -> None:
-    name = "mooncake-conversation"
-    assert trace(name, 10).name == trace(name, 10, folder=tmp_path).name == f"{name} (synthetic)"
-    assert len(trace(name).arrivals) == published()[name].count
+def test_a_trace_that_is_not_here_is_named_with_where_it_is(tmp_path: Path) -> None:
+    for folder in (None, tmp_path):
+        with pytest.raises(InvalidRequest, match=r"--trace-dir\) with its file, conversation_trace.jsonl, from github"):
+            trace("mooncake-conversation", 10, folder=folder)
     assert trace("azure-code", 10, folder=tmp_path).name == "azure-code"
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_few_can_be_drawn(name: str, count: int) -> None:
-    assert len(synthetic(published()[name], count).arrivals) == count
-
-
-def test_rank_correlation() -> None:
-    x = np.array([1.0, 2.0, 3.0, 4.0])
-    assert rank_correlation(x, x**3) == pytest.approx(1.0)
-    assert rank_correlation(x, -x) == pytest.approx(-1.0)
-    assert rank_correlation(x, np.ones(4)) == 0.0
-    assert rank_correlation(x, np.array([1.0, 1.0, 2.0, 2.0])) == pytest.approx(2 / math.sqrt(5))  # mean ranks of ties
 
 
 # What makes one trace of another
@@ -470,11 +380,6 @@ def test_a_damaged_file_is_not_replaced_by_a_drawn_one(tmp_path: Path) -> None:
     (tmp_path / "azure_code_2023.csv").write_text("spoilt")
     with pytest.raises(InvalidRequest, match="line 1 is 'spoilt'"):
         trace("azure-code", folder=tmp_path)
-
-
-def test_too_short_for_figures() -> None:
-    with pytest.raises(InvalidRequest, match="figures need requests at different times"):
-        measure(Trace("t", (Arrival(0.0, 5, 5),) * 3), "", "")
 
 
 # Excerpts

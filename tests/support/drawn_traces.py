@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from simulate.trace_figures import gaps_of, lengths_of, rank_correlation, shared_blocks, variation
 
 from lamina.simulator.traces.arrivals import Arrival, Trace
 
@@ -16,22 +15,21 @@ def poisson(rate: float, count: int, prompt: int, output: int, seed: int = 0) ->
 
 
 def summary(trace: Trace) -> dict[str, float]:
-    """Counts, tokens, seconds, requests a second. Shares and correlations are 0 where there are none."""
-    arrivals = trace.arrivals
-    rate = (len(arrivals) - 1) / trace.seconds if trace.seconds else 0.0
-    found = {
-        "requests": float(len(arrivals)),
-        "seconds": trace.seconds,
-        "rate": rate,
-        "gap_cv": variation(gaps_of(trace)),
+    """Means of tokens, and the coefficient of variation of gaps."""
+    gaps = np.diff([arrival.at for arrival in trace.arrivals])
+    return {
+        "prompt_mean": float(np.mean([arrival.prompt for arrival in trace.arrivals])),
+        "output_mean": float(np.mean([arrival.output for arrival in trace.arrivals])),
+        "gap_cv": float(gaps.std() / gaps.mean()),
     }
-    lengths = {"prompt": lengths_of(trace, "prompt"), "output": lengths_of(trace, "output")}
-    for name, values in lengths.items():
-        found[f"{name}_mean"] = float(values.mean())
-        for percent in (50, 90, 99, 100):
-            found[f"{name}_p{percent}"] = float(np.percentile(values, percent))
-    found["rank_correlation"] = rank_correlation(lengths["prompt"], lengths["output"])
-    shared, _ = shared_blocks(trace)
-    blocks = sum(len(arrival.blocks) for arrival in arrivals)
-    found["reused_share"] = sum(shared) / blocks if blocks else 0.0
-    return found
+
+
+def reused_share(trace: Trace) -> float:
+    """The share of all blocks of prompts that a cache which forgets nothing has from earlier prompts."""
+    names: set[int] = set()
+    shared = total = 0
+    for arrival in trace.arrivals:
+        shared += next((n for n, block in enumerate(arrival.blocks) if block not in names), len(arrival.blocks))
+        total += len(arrival.blocks)
+        names.update(arrival.blocks)
+    return shared / total if total else 0.0

@@ -36,7 +36,6 @@ def run(place: int = 3, samples: int = 1500, **changes: object) -> RunResult:
                 prefill_tokens=rng.choice((0, 0, 0, 512)),
                 running=decode + rng.randrange(3),
                 waiting=max(0, int(40 * (load - 1) + rng.gauss(0, 2))),
-                kv_share=min(0.99, 0.85 * load),
                 model_share=min(1.0, model * (0.8 + 0.2 * load)),
                 attention_share=min(1.0, attention * load),
                 network_share=min(1.0, network * load),

@@ -97,6 +97,13 @@ class Device:
             raise InvalidRequest(f"{where}: efficiency is {self.efficiency!r:.80}; allowed is an Efficiency")
         check(self, where)
 
+    @property
+    def priced(self) -> str:
+        """The year of its price, and whether that is assumed; "" where the price is a file's own."""
+        source = self.sources.get("price", "")
+        years = re.findall(r"\((\d{4})\)", source)
+        return f" ({', '.join([*years, *['assumed'] * source.startswith('assumed')])})" if source else ""
+
     def measured_or(self, efficiency: Efficiency) -> Device:
         """The device, with that efficiency if it is a bare roofline, which means that it was not measured."""
         return replace(self, efficiency=efficiency) if self.efficiency == ROOFLINE else self

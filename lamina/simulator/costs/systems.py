@@ -235,19 +235,14 @@ def changed(part: Any, change: Callable[[Any], Any], only: str | None = None) ->
     return replace(part, **new)
 
 
-def changed_devices(system: System, change: Callable[[Device], Device]) -> System:
-    """The system with each of its devices changed."""
-    return changed(system, lambda part: change(part) if isinstance(part, Device) else part)  # type: ignore[no-any-return]
-
-
 def without_prices(system: System) -> System:
     """The system as it would be if all devices were free: equal for all prices."""
-    return changed_devices(system, _free)
+    return changed(system, _free)  # type: ignore[no-any-return]
 
 
 @lru_cache(maxsize=1024)
-def _free(device: Device) -> Device:
-    return replace(device, price=0.0)
+def _free(part: Device | Link) -> Device | Link:
+    return replace(part, price=0.0) if isinstance(part, Device) else part
 
 
 def price(system: System) -> float:

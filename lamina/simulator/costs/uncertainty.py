@@ -48,12 +48,11 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Factors around predicted TPOT, TTFT and goodput (tokens or requests a second), and where they are from."""
+    """Factors around predicted TPOT, TTFT and goodput (tokens or requests a second)."""
 
     tpot: Factors = (1.0, 1.0)
     ttft: Factors = (1.0, 1.0)
     goodput: Factors = (1.0, 1.0)
-    source: str = ""
 
     def beside(self, other: Spread) -> Spread:
         """The spread of a number that has both kinds of errors."""
@@ -61,14 +60,10 @@ class Spread:
 
     def widest(self, other: Spread) -> Spread:
         """The spread of a number that is in both classes: the wider bound of each."""
-        if self == other:
-            return self
         return self._with(other, lambda a, b: (min(a[0], b[0]), max(a[1], b[1])))
 
     def _with(self, other: Spread, both: Callable[[Factors, Factors], Factors]) -> Spread:
-        source = "; ".join(filter(None, (self.source, other.source)))
-        tpot, ttft = both(self.tpot, other.tpot), both(self.ttft, other.ttft)
-        return Spread(tpot, ttft, both(self.goodput, other.goodput), source)
+        return Spread(both(self.tpot, other.tpot), both(self.ttft, other.ttft), both(self.goodput, other.goodput))
 
 
 def spread(system: System) -> Spread:
@@ -116,7 +111,7 @@ class _File(Table):
 
 def _read(data: Mapping[str, Any]) -> dict[tuple[str, str], Spread]:
     return {
-        (entry.basis, kind): Spread(entry.tpot, entry.ttft, entry.goodput, entry.source)
+        (entry.basis, kind): Spread(entry.tpot, entry.ttft, entry.goodput)
         for entry in validated(_File, data).spread
         for kind in entry.models
     }

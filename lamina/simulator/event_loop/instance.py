@@ -373,11 +373,8 @@ class Instance:
         waiting = len(self._lives) - running + len(self._arrived)
         totals.count(seconds, (cost.model, cost.attention, cost.network), cost.link_bytes, decode, waiting)
         if seconds and totals.samples.due():
-            free = sum(sum(counter.free) for counter in self._counters.values())
             shares = (min(1.0, busy / seconds) for busy in (cost.model, cost.attention, cost.network))
-            totals.samples.add(
-                Sampled(self._now, seconds, decode, prefill, running, waiting, 1 - free / self._pages, *shares)
-            )
+            totals.samples.add(Sampled(self._now, seconds, decode, prefill, running, waiting, *shares))
 
     def _record(self, step: Step, before: float) -> None:
         """Every row that samples has a token now."""

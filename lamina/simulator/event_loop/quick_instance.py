@@ -7,8 +7,8 @@ in three numbers alone, so those in decode are counts: when each ends, how many 
 of their contexts. Where windows let pages go, or holders have different heads, the real one is asked as soon as pages
 could be short. `tests/simulator/test_quick_instance.py` holds the two to the same requests at the same seconds.
 
-The seconds of a batch of decode alone are computed for contexts 4 % apart, and go straight on between them
-(`DecodeCosts`). So the steps to the next request that comes or ends are one sum.
+The seconds of a batch of decode alone are those of a mean context in the middle of 1 % (`DecodeCosts`). So the steps
+to the next request that comes or ends are one sum.
 """
 
 from __future__ import annotations
@@ -34,11 +34,8 @@ from lamina.simulator.event_loop.instance import (
 from lamina.simulator.event_loop.results import Sampled
 from lamina.simulator.traces.arrivals import Arrival, Trace
 
-_GRID = 16
-"""Contexts to a doubling whose seconds are computed."""
-_STRIDE = 2 ** (1 / _GRID) - 1
-Numbers = tuple[float, float, float, float, float]
-"""The numbers of a `StepCost`: seconds, those of model, attention and network, and bytes over the link."""
+_GRID = 64
+"""Mean contexts to a doubling that are told apart."""
 
 
 class DecodeCosts:
@@ -46,37 +43,18 @@ class DecodeCosts:
 
     def __init__(self, system: System) -> None:
         self._system = system
-        self._costs: dict[tuple[int, int], tuple[float, StepCost, StepCost]] = {}
+        self._costs: dict[tuple[int, int], StepCost] = {}
 
-    def __call__(self, batch: int, context: int) -> Numbers:
+    def __call__(self, batch: int, context: int) -> StepCost:
         """The cost of a batch of so many sequences, with so many tokens in all."""
-        mean = context / batch
-        return self._between(mean, *self._ends(batch, mean))
+        return self.level(batch, context)[0]
 
-    def line(self, batch: int, context: int) -> tuple[float, Numbers, Numbers]:
-        """The mean context up to which costs go straight on, what a step costs, and what the step after it costs."""
-        mean = context / batch
-        low, a, b = self._ends(batch, mean)
-        return low * (1 + _STRIDE), self._between(mean, low, a, b), self._between(mean + 1, low, a, b)
-
-    def _ends(self, batch: int, mean: float) -> tuple[float, StepCost, StepCost]:
-        place = int(math.log2(mean) * _GRID)
-        ends = self._costs.get((batch, place))
-        if ends is None:
-            low, high = 2 ** (place / _GRID), 2 ** ((place + 1) / _GRID)
-            step = self._system.step
-            ends = self._costs[batch, place] = low, step(Load(batch, low)), step(Load(batch, high))
-        return ends
-
-    def _between(self, mean: float, low: float, a: StepCost, b: StepCost) -> Numbers:
-        part = (mean - low) / (low * _STRIDE)
-        return (
-            a.seconds + part * (b.seconds - a.seconds),
-            a.model + part * (b.model - a.model),
-            a.attention + part * (b.attention - a.attention),
-            a.network + part * (b.network - a.network),
-            a.link_bytes + part * (b.link_bytes - a.link_bytes),
-        )
+    def level(self, batch: int, context: int) -> tuple[StepCost, float]:
+        """That cost, and the mean context up to which it is the same."""
+        place = int(math.log2(context / batch) * _GRID)
+        if (cost := self._costs.get((batch, place))) is None:
+            cost = self._costs[batch, place] = self._system.step(Load(batch, 2 ** ((place + 0.5) / _GRID)))
+        return cost, 2 ** ((place + 1) / _GRID)
 
 
 class Sequence:
@@ -135,7 +113,7 @@ class QuickInstance:
         prefill: bool,
         totals: Totals,
         begun: Mapping[int, Life] | None = None,
-        costs: Callable[[int, int], Numbers] | None = None,
+        costs: Callable[[int, int], StepCost] | None = None,
     ) -> None:
         self._system, self._trace, self._prefill = system, trace, prefill
         self._into, self._totals = totals, Totals(samples=totals.samples)
@@ -147,9 +125,8 @@ class QuickInstance:
         self._possible = min(self._pages * PAGE_SIZE, longest)
         self._budget = system.max_batch_tokens if prefill else UNLIMITED
         self._room = system.prompt_tokens
-        self._groups = page_groups(system)
         holders = holders_of(system)
-        self._alike = holders == 1 and self._groups == ((1, None),)
+        self._alike = holders == 1 and page_groups(system) == ((1, None),)
         self._spared = self._pages // 8 if holders > 1 else 0  # holders are not equally full
         self._fed = self._ahead = self._alive = self._step = 0
         self._waiting: list[tuple[int, Sequence]] = []  # a heap
@@ -189,31 +166,21 @@ class QuickInstance:
         if not (batch and steps > 1 and isinstance(self._costs, DecodeCosts)):
             return False
         steps = min(steps, min(end for end, sequences in self._ending.items() if sequences) - step)
-        high, now, after = self._costs.line(batch, self._context)
-        steps = min(steps, int(high - self._context / batch))
-        first = now[0]
-        slope = after[0] - first
+        cost, high = self._costs.level(batch, self._context)
+        steps = min(steps, math.ceil(high - self._context / batch))
         if self._fed < len(self._times):
-            remaining, head = self._times[self._fed] - self._now, first - slope / 2
-            least = (
-                (math.sqrt(head * head + 2 * slope * remaining) - head) / slope
-                if slope > 1e-12 * first
-                else remaining / first
-            )
-            steps = min(steps, math.ceil(least))
+            steps = min(steps, math.ceil((self._times[self._fed] - self._now) / cost.seconds))
         if steps < 2 or batch * (steps // PAGE_SIZE + 1) > self._free:
             return False
-        seconds, model, attention, network, nbytes = (
-            steps * a + (b - a) * steps * (steps - 1) / 2 for a, b in zip(now, after, strict=True)
-        )
         self._free -= steps // PAGE_SIZE * batch
         self._free -= sum(self._phases[(step + offset) % PAGE_SIZE] for offset in range(steps % PAGE_SIZE))
         self._step += steps
-        self._now += seconds
+        self._now += steps * cost.seconds
         self._context += batch * steps
         totals.samples.skip(steps)
-        totals.gaps[seconds / steps] += batch * steps
-        totals.count(seconds, (model, attention, network), nbytes, batch, 0, steps)
+        totals.gaps[cost.seconds] += batch * steps
+        busy = steps * cost.model, steps * cost.attention, steps * cost.network
+        totals.count(steps * cost.seconds, busy, steps * cost.link_bytes, batch, 0, steps)
         return True
 
     def _feed(self) -> int:
@@ -434,29 +401,16 @@ class QuickInstance:
                 continue  # computed elsewhere
             # What is too long for the room beside the dense layers is read by decode's holders.
             prompts.add(start, count, sequence.prompt, 0 if sequence.prompt <= self._room else start)
+        cost = StepCost(0.0)
         if prompts.tokens:
             cost = self._system.step(prompts.load(decode, context))
-            costs = cost.seconds, cost.model, cost.attention, cost.network, cost.link_bytes
-        else:
-            costs = self._costs(decode, context) if decode else (0.0,) * 5
-        seconds, model, attention, network, nbytes = costs
-        totals = self._totals
+        elif decode:
+            cost = self._costs(decode, context)
+        totals, seconds = self._totals, cost.seconds
+        busy = cost.model, cost.attention, cost.network
         waiting = self._alive - self._running + behind
-        totals.count(seconds, (model, attention, network), nbytes, decode, waiting)
+        totals.count(seconds, busy, cost.link_bytes, decode, waiting)
         if seconds and totals.samples.due():
-            shares = (min(1.0, part / seconds) for part in (model, attention, network))
-            kv_share = 1 - self._free / self._pages if self._alike else self._taken()
-            totals.samples.add(
-                Sampled(self._now, seconds, decode, prompts.tokens, self._running, waiting, kv_share, *shares)
-            )
+            shares = (min(1.0, part / seconds) for part in busy)
+            totals.samples.add(Sampled(self._now, seconds, decode, prompts.tokens, self._running, waiting, *shares))
         return seconds
-
-    def _taken(self) -> float:
-        """The share of the pages that is taken, where windows let some go."""
-        decoding = [sequence.at(self._step) + 1 for ending in self._ending.values() for sequence in ending]
-        pages = 0
-        for tokens in (*decoding, *(sequence.computed for sequence in self._prompts)):
-            for layers, window in self._groups:
-                first = 0 if window is None else window.kept_from(tokens) // PAGE_SIZE
-                pages += layers * (pages_of(tokens) - first)
-        return pages / (self._pages * sum(layers for layers, _ in self._groups))

@@ -33,8 +33,6 @@ class Sampled:
     prefill_tokens: int
     running: int
     waiting: int
-    kv_share: float
-    """The share of the pages that is taken."""
     model_share: float
     attention_share: float
     network_share: float

@@ -14,12 +14,11 @@ from lamina.simulator.costs.cost_model import FULL, Load, kv_heads
 from lamina.simulator.costs.systems import Colocated, Offloaded, System
 from lamina.simulator.event_loop.simulate import Progress
 from lamina.simulator.planning.candidates import Candidate, candidates
-from lamina.simulator.planning.event_runs import EventRuns
+from lamina.simulator.planning.event_runs import EventRuns, settled
 from lamina.simulator.planning.inventory import Have, Inventory
 from lamina.simulator.planning.plan import PlanRequest
-from lamina.simulator.planning.planner import Ranked, advantage, closely, rank, ratio_error
+from lamina.simulator.planning.planner import Ranked, advantage, looked_at, rank, ratio_error
 from lamina.simulator.planning.run_progress import Mapped, one_by_one
-from lamina.simulator.planning.sensitivity import Prices
 from lamina.simulator.traces.demand import Demand
 
 ENGINES = {"vllm": "vLLM"}
@@ -165,7 +164,7 @@ def weigh(
         """Of some in their order; where none gets a request through, what has most room."""
         if not (useful := [entry for entry in some if entry.estimate.goodput]):
             return Way(max(some, key=lambda entry: entry.candidate.system.capacity.tokens), load)
-        return Way(Prices(loop.searched(useful, progress) if loop else useful, loop=loop).settle().ranked[0], load)
+        return Way(settled(loop.searched(useful, progress) if loop else useful, loop)[0], load)
 
     every = possible(replace(asked.inventory, systems=("chunked", "lamina", "lamina-cpu"), only_deployable=False))
     if not any(candidate.offloaded for candidate in every):
@@ -177,7 +176,7 @@ def weigh(
     workers = best([entry for entry in ranked if entry.candidate.offloaded])
     device, count = workers.ranked.candidate.system.devices[0]
     on_same_gpus = [
-        closely(entry, load, slo, prefill)
+        looked_at(entry, load, slo, prefill)
         for entry in possible(Inventory((Have(device, count * workers.replicas),), systems=("chunked",)))
     ]
     alone = best(sorted(on_same_gpus, key=lambda entry: (not entry.serves, -entry.goodput_per_dollar)))

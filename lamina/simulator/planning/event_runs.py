@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import takewhile
 
 from lamina.simulator.costs.systems import System
 from lamina.simulator.event_loop.results import ATTAINMENT, RunResult
 from lamina.simulator.event_loop.simulate import Progress, Slo, simulate
-from lamina.simulator.planning.planner import Ranked, closely, limited, mixes, with_replicas
+from lamina.simulator.planning.planner import Ranked, limited, looked_at, mixes, with_replicas, worth
 from lamina.simulator.planning.run_progress import Mapped, RunProgress, one_by_one
 from lamina.simulator.traces.arrivals import Trace
 from lamina.simulator.traces.catalogue import at_rate, windows
@@ -25,6 +26,9 @@ CHOSEN = 12
 """Of mixes of devices, those that it runs."""
 _TRIES, _SLOWER = 3, 0.97
 """Lower rates that are tried where too few are in time, and how much lower each is."""
+
+_TOGETHER = 4
+"""Candidates that are checked at the same time, while the first is looked for."""
 
 
 class EventRuns:
@@ -50,7 +54,7 @@ class EventRuns:
         """These, so that each is sure."""
 
         def check(ranked: Ranked) -> Ranked:
-            look = ranked if ranked.closely else closely(ranked.candidate, self._demand, self._slo, self._prefill)
+            look = ranked if ranked.closely else looked_at(ranked.candidate, self._demand, self._slo, self._prefill)
             return look if self.sure(look) else self.run(look)
 
         return list(self._mapped(check, some))
@@ -97,3 +101,27 @@ class EventRuns:
         trace = at_rate(self._trace if self.replayed(system) else self._excerpt, rate)
         replicas = min(replicas, len(trace.arrivals))
         return simulate(system, trace, seed=self._seed, slo=self._slo, prefill=self._prefill, replicas=replicas)
+
+
+def settled(ranked: Sequence[Ranked], loop: EventRuns | None = None) -> list[Ranked]:
+    """The candidates with the winner first, after a run of its own. What would be first is checked before it is
+    believed; without `loop` formulas are."""
+    every = list(ranked)
+
+    def standing(place: int) -> tuple[bool, float]:
+        entry = every[place] if loop is None else every[place].hoped
+        return not entry.serves, -worth(entry)
+
+    def doubtful(place: int) -> bool:
+        return loop is not None and not loop.sure(every[place])
+
+    while True:
+        order = sorted(range(len(every)), key=standing)
+        first = order[0]
+        if loop is not None and (unsure := list(takewhile(doubtful, order[:_TOGETHER]))):
+            for place, entry in zip(unsure, loop.checked([every[place] for place in unsure]), strict=True):
+                every[place] = entry
+        elif loop is not None and every[first].result is None:
+            every[first] = loop.run(every[first])
+        else:
+            return [every.pop(first), *every]

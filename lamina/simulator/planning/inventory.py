@@ -18,7 +18,7 @@ source = "measured by ..."  # where the shares are from
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -56,8 +56,6 @@ class Inventory:
     links: tuple[Link, ...] = ()
     systems: tuple[str, ...] = SYSTEMS
     policies: tuple[KvPolicy, ...] = (FULL,)
-    sources: Mapping[str, str] = field(default_factory=dict, hash=False)
-    """The source of each policy's shares, by its name."""
     only_deployable: bool = False
     """Whether candidates that no engine here is are left out."""
 
@@ -84,9 +82,9 @@ class Inventory:
 
 
 def default(catalogue: Catalogue) -> Inventory:
-    """Eight H100, eight H20 and four CPU hosts of the catalogue, joined as in the Lamina paper. Assumed, as an
-    example: two machines of eight are the smallest in which clouds rent such devices."""
-    counts = (("h100", 8), ("h20", 8), ("epyc-genoa", 4))
+    """Machines of eight H100, H200 and H20 of the catalogue and four CPU hosts, joined as in the Lamina paper. Assumed,
+    as an example: the smallest that clouds rent, of what engines were measured on, and what the paper attends with."""
+    counts = (("h100", 8), ("h200", 8), ("h20", 8), ("epyc-genoa", 4))
     return Inventory(
         have=tuple(Have(catalogue.device(name), count) for name, count in counts),
         links=(catalogue.link("fhbn-400g"),),
@@ -169,14 +167,14 @@ def _from_tables(data: Mapping[str, Any], catalogue: Catalogue) -> Inventory:
         links=tuple(catalogue.link(name) for name in links),
         systems=tuple(file.systems),
         policies=tuple(KvPolicy(table.name, table.read, table.held, table.window) for table in file.policy) or (FULL,),
-        sources={table.name: table.source for table in file.policy},
     )
 
 
 def _have(table: _Have, catalogue: Catalogue) -> Have:
     device = catalogue.device(table.device)
     if table.price is not None:
-        device = replace(device, price=table.price)  # which checks it
+        sources = {name: text for name, text in device.sources.items() if name != "price"}
+        device = replace(device, price=table.price, sources=sources)  # which checks it
     return Have(device, table.count)
 
 

@@ -1,47 +1,30 @@
 """From a model, a trace and an inventory to a plan (`make_plan`): every step of `lamina plan`, without words for people
-or files.
-
-A plan also compares best with best: each kind of system, optimised alone under the same budget and inventory
-(`best_of_kinds`).
-"""
+or files."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from lamina.simulator.costs.cost_model import Speculation
 from lamina.simulator.costs.shapes import ModelShape
-from lamina.simulator.costs.systems import (
-    Colocated,
-    Disaggregated,
-    Offloaded,
-    System,
-    changed_devices,
-    price,
-    without_prices,
-)
 from lamina.simulator.costs.uncertainty import Interval
 from lamina.simulator.event_loop.simulate import Progress, Slo
 from lamina.simulator.planning import reasons
 from lamina.simulator.planning.candidates import Candidate, candidates
 from lamina.simulator.planning.deployment import engine_keywords
-from lamina.simulator.planning.event_runs import EventRuns
+from lamina.simulator.planning.event_runs import EventRuns, settled
 from lamina.simulator.planning.intervals import intervals
 from lamina.simulator.planning.inventory import Inventory
 from lamina.simulator.planning.plan_file import Plan, TraceSummary
-from lamina.simulator.planning.planner import Ranked, advantage, limited, mixes, near_ties, rank, ratio_error
-from lamina.simulator.planning.quantities import market
+from lamina.simulator.planning.planner import Ranked, cheaper, limited, looked_at, mixes, near_ties, rank, surer
+from lamina.simulator.planning.quantities import market, prices
 from lamina.simulator.planning.run_progress import Mapped, one_by_one
-from lamina.simulator.planning.sensitivity import Changes, Prices, Sensitivity, Unseen, at_price, sensitivity
+from lamina.simulator.planning.sensitivity import Changes, Sensitivity
 from lamina.simulator.reports.data import Point
-from lamina.simulator.steady_state.closed_form import estimate
 from lamina.simulator.traces.arrivals import Trace
 from lamina.simulator.traces.demand import Demand, demand
-
-_UNSEEN = 200
-"""Candidates beyond the budget that are looked at, the cheapest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +62,14 @@ class Planned:
     """Near ties with the winner: those that lose nothing before lossy ones, each the cheapest first."""
     intervals: Mapping[str, Interval]
     """The winner's numbers, each with its 90 % interval: see `intervals.intervals` for their names."""
-    why: tuple[str, ...]
-    sensitivity: tuple[Sensitivity, ...]
+    below: tuple[Ranked, ...]
+    """What costs less, and has too few in time: what comes closest first."""
+    above: Ranked | None
+    """The cheapest that has nearly all in time, where the winner has not."""
+    answer: tuple[str, ...]
     plan: Plan
-    best_of: Mapping[str, Ranked] = field(default_factory=dict)
-    """By kind of system (`KINDS`), the best of it; empty where that was not asked for."""
+    sensitivity: tuple[Sensitivity, ...] = ()
+    """What would change it; empty where that was not asked for."""
 
     @property
     def winner(self) -> Ranked:
@@ -124,40 +110,41 @@ def make_plan(
     *,
     check: bool = True,
     seed: int = 0,
-    compare: Inventory | None = None,
+    why: bool = False,
     progress: Progress | None = None,
     mapped: Mapped = one_by_one,
 ) -> Planned:
-    """Find the best candidate, and explain it. Without `check` by the event loop formulas are believed. With `compare`,
-    devices with systems that need not be deployable, the best of each kind of system is found as well. `mapped` runs
-    what does not depend on each other.
+    """Find the best candidate; and with `why` what would change it, which takes as long again. Without `check` by the
+    event loop formulas are believed. `mapped` runs what does not depend on each other.
 
     Raises InvalidRequest where nothing fits, or nothing meets the SLO.
     """
     slo, prefill, load = asked.slo, asked.prefill, asked.demand
     loop = EventRuns(asked.trace, load, slo, prefill, seed, mapped) if check else None
-    prices = find(asked, load, loop=loop, progress=progress, mapped=mapped)
-    best, sentences = {}, list[str]()
-    if compare is not None:
-        every = _candidates(asked, load, compare)
-        everything = rank(every, load, slo, prefill=prefill, progress=progress, mapped=mapped)
-        best = best_of_kinds(everything, loop)
-        sentences.append(split_pays(best))
-    changes = Changes(prices.ranked, load, slo, prefill, progress=progress, mapped=mapped)
-    systems = [entry.candidate.system for entry in changes.field]
-    sensitivities = sensitivity(prices, changes, market(systems, load, slo))
-    ranked = prices.ranked
-    sure = intervals(ranked[0], load, slo, prefill, loop.repeated(ranked[0]) if loop else None)
+    ranked = find(asked, load, partly=why and asked.budget is not None, loop=loop, progress=progress, mapped=mapped)
+    sensitivities: list[Sensitivity] = []
+    if why:
+        beyond = _beyond(asked, load, ranked)
+        changes = Changes(
+            ranked, load, slo, prefill, budget=asked.budget, beyond=beyond, loop=loop, progress=progress, mapped=mapped
+        )
+        systems = [entry.candidate.system for entry in ranked]
+        quantities = prices(systems)
+        if loop is None or loop.replayed(systems[0]):  # else the replay cannot tell
+            quantities += market(systems, load, slo)
+        sensitivities = changes.sensitivities(quantities)
     ties = near_ties(ranked)
+    below, above = cheaper(ranked, load, slo, prefill), surer(ranked, load, slo, prefill)
     return Planned(
         demand=load,
         ranked=tuple(ranked),
         ties=ties,
-        intervals=sure,
-        why=tuple(sentences + reasons.why(ranked, load, slo, prefill, ties)),
-        sensitivity=tuple(sensitivities),
+        intervals=intervals(ranked[0], load, slo, prefill, loop.repeated(ranked[0]) if loop else None),
+        below=tuple(below),
+        above=above,
+        answer=tuple(reasons.answer(ranked, load, slo, prefill, ties, below, above)),
         plan=_plan(asked.name, ranked[0], load, slo),
-        best_of=best,
+        sensitivity=tuple(sensitivities),
     )
 
 
@@ -165,46 +152,32 @@ def find(
     asked: PlanRequest,
     wanted: Demand,
     *,
+    partly: bool = False,
     loop: EventRuns | None = None,
     progress: Progress | None = None,
     mapped: Mapped = one_by_one,
-) -> Prices:
-    """All candidates for the demand, the best first, as they stand at these prices and at others. With `loop` whatever
-    would be first is checked."""
-    slo, prefill = asked.slo, asked.prefill
-    every = _candidates(asked, wanted, asked.inventory)
-    ranked = rank(every, wanted, slo, prefill=prefill, progress=progress, mapped=mapped)
-    if loop is not None:
-        ranked = loop.searched(ranked, progress)
-    return Prices(ranked, asked.budget, loop, _unseen(asked, wanted)).settle()
+) -> list[Ranked]:
+    """All candidates for the demand, the best first. With `loop` whatever would be first is checked. `partly`: other
+    prices may leave nothing within the budget that serves all."""
+    every = _candidates(asked, wanted, asked.budget)
+    ranked = rank(every, wanted, asked.slo, prefill=asked.prefill, partly=partly, progress=progress, mapped=mapped)
+    return settled(loop.searched(ranked, progress) if loop else ranked, loop)
 
 
-def _candidates(asked: PlanRequest, wanted: Demand, inventory: Inventory) -> tuple[Candidate, ...]:
+def _candidates(asked: PlanRequest, wanted: Demand, budget: float | None) -> tuple[Candidate, ...]:
     tokens = max(1, round(wanted.context))
-    return candidates(asked.model, inventory, asked.budget, asked.prefill, tokens, asked.speculation)
+    return candidates(asked.model, asked.inventory, budget, asked.prefill, tokens, asked.speculation)
 
 
-def _unseen(asked: PlanRequest, wanted: Demand) -> Unseen:
-    """Candidates, by formula, that the budget leaves out until a device's price is so many times what it is, and that
-    then cost less than `most` dollars an hour."""
-    inventory, now = asked.inventory, {have.device.name: have.device for have in asked.inventory.have}
-
-    def unseen(name: str, factor: float, most: float) -> list[Ranked]:
-        systems = {without_prices(entry.system) for entry in _candidates(asked, wanted, inventory)}
-        have = tuple(replace(entry, device=at_price(entry.device, name, factor)) for entry in inventory.have)
-        new = [
-            entry
-            for entry in _candidates(asked, wanted, replace(inventory, have=have))
-            if without_prices(entry.system) not in systems and price(entry.system) < most
-        ]
-        newcomers = []
-        for entry in sorted(new, key=lambda entry: price(entry.system))[:_UNSEEN]:
-            system = changed_devices(entry.system, lambda device: now[device.name])
-            yields = estimate(system, entry.replicas, wanted, asked.slo, asked.prefill, fine=False)
-            newcomers.append(Ranked(Candidate(system, entry.replicas), yields))
-        return newcomers
-
-    return unseen
+def _beyond(asked: PlanRequest, wanted: Demand, ranked: Sequence[Ranked]) -> list[Ranked]:
+    """Candidates, by formula, that the budget leaves out, or of which it leaves too few."""
+    if asked.budget is None:
+        return []
+    serving = {entry.candidate.system for entry in ranked if entry.serves}
+    every = set(_candidates(asked, wanted, None)) - {entry.candidate for entry in ranked}
+    return [
+        looked_at(entry, wanted, asked.slo, asked.prefill, fine=False) for entry in every if entry.system not in serving
+    ]
 
 
 def _plan(name: str, winner: Ranked, asked: Demand, slo: Slo) -> Plan:
@@ -215,60 +188,3 @@ def _plan(name: str, winner: Ranked, asked: Demand, slo: Slo) -> Plan:
     summary = TraceSummary(asked.name, asked.requests, rate, asked.prompt, asked.output, asked.context)
     engine = engine_keywords(system, asked.longest)
     return Plan(name, system, predicted, summary, slo, replicas=winner.estimate.replicas, engine=engine)
-
-
-TOGETHER, PREFILL, SPLIT, BOTH = "co-located", "disaggregated prefill", "attention offloaded", "both"
-KINDS = (TOGETHER, PREFILL, SPLIT, BOTH)
-"""Everything on the same devices; prompts on others; attention on others; prompts and attention on others."""
-
-
-def kind(system: System) -> str:
-    """Which of `KINDS` a system is."""
-    if isinstance(system, Disaggregated):
-        return PREFILL if isinstance(system.decode, Colocated) else BOTH
-    return SPLIT if isinstance(system, Offloaded) else TOGETHER
-
-
-def best_of_kinds(ranked: Sequence[Ranked], loop: EventRuns | None = None) -> dict[str, Ranked]:
-    """The best of each kind that gets a request through, in the order of `KINDS`, after a run by `loop`."""
-    best: dict[str, Ranked] = {}
-    for name in KINDS:
-        if mine := [entry for entry in ranked if kind(entry.candidate.system) == name and entry.estimate.goodput]:
-            best[name] = Prices(loop.searched(mine) if loop else mine, loop=loop).settle().ranked[0]
-    return best
-
-
-def split_pays(best: Mapping[str, Ranked]) -> str:
-    """The sentence that says whether moving attention to other devices pays, and by how much."""
-    together = [best[name] for name in (TOGETHER, PREFILL) if name in best]
-    split = [best[name] for name in (SPLIT, BOTH) if name in best]
-    if not split:
-        return "The split does not pay: nothing that offloads attention gets a request through within the SLO."
-    if not together:
-        return f"The split pays: only what offloads attention gets requests through, such as {split[0].name}."
-    mine, theirs = _first(split), _first(together)
-    gain = advantage(mine, theirs)
-    sentence = f"the best split, {mine.name}, gives {_times(gain)} of the best without, {theirs.name}"
-    if mine.serves != theirs.serves:
-        able = "the best split serves all that is asked for, and nothing without does"
-        unable = "nothing that offloads attention serves all that is asked for, and the best without does"
-        return f"The split pays: {able}." if mine.serves else f"The split does not pay: {unable}."
-    error = ratio_error(mine)
-    if gain > 1 + error:
-        return f"The split pays: {sentence}."
-    if gain >= 1 / (1 + error):
-        return f"The split does not pay: {sentence}, a tie within the error of such a comparison ({error:.0%})."
-    return f"The split does not pay: {sentence}."
-
-
-def _first(some: Sequence[Ranked]) -> Ranked:
-    """What serves all before what does not, then by what it gives."""
-    first = some[0]
-    for entry in some[1:]:
-        if (entry.serves, advantage(entry, first)) > (first.serves, 1.0):
-            first = entry
-    return first
-
-
-def _times(gain: float) -> str:
-    return "requests for nothing, instead" if math.isinf(gain) else f"{gain:.2f} times the requests for a dollar"

@@ -29,6 +29,11 @@ MARGIN = 0.015
 """How far the share in time may be off where all of the trace is replayed: of 17 systems near their limit on two traces
 1.2 points at most, 0.3 in the mean."""
 
+NAMED_FROM, NEARLY_ALL = 0.5, 0.99
+"""The least share in time of what is named although it has too few, and of what has more than the winner."""
+_DEARER = 12
+"""Mixes of devices that may have nearly all in time."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
@@ -166,56 +171,96 @@ def rank(
     slo: Slo,
     *,
     prefill: bool = True,
+    partly: bool = False,
     progress: Progress | None = None,
     mapped: Mapped = one_by_one,
 ) -> list[Ranked]:
     """The candidates by what they give for a dollar, best first. Candidates that serve the whole demand come before
-    others.
+    others. What part of it the others could take is looked for where none serves it, or if `partly`.
 
     Raises InvalidRequest where none gets a single request through within the SLO: naming the link where a faster one
     would help, with what it has and what it needs.
     """
-    reports = RunProgress(progress, "ranking", len(every) + min(CLOSER, len(every)))
 
-    def look(candidate: Candidate) -> Ranked:
-        return Ranked(candidate, estimate(candidate.system, candidate.replicas, demand, slo, prefill, fine=False))
+    def ranking(partly: bool) -> list[Ranked]:
+        reports = RunProgress(progress, "ranking", len(every) + min(CLOSER, len(every)))
 
-    def look_closely(entry: Ranked) -> Ranked:
-        return closely(entry.candidate, demand, slo, prefill)
+        def look(candidate: Candidate) -> Ranked:
+            return looked_at(candidate, demand, slo, prefill, partly, fine=False)
 
-    steady = sorted(reports.over(mapped(look, every)), key=_order)
-    closer: list[Ranked] = []
-    while len(closer) < len(steady) and (not closer or _order(min(closer, key=_order)) > _order(steady[len(closer)])):
-        closer += reports.over(mapped(look_closely, steady[len(closer) : len(closer) + CLOSER]))
-    ranked = sorted(closer, key=_order) + steady[len(closer) :]
-    reports.end()
-    if not ranked or not ranked[0].estimate.goodput:
+        def look_closely(entry: Ranked) -> Ranked:
+            return looked_at(entry.candidate, demand, slo, prefill, partly)
+
+        steady = sorted(reports.over(mapped(look, every)), key=_order)
+        closer: list[Ranked] = []
+        while len(closer) < len(steady) and (
+            not closer or _order(min(closer, key=_order)) > _order(steady[len(closer)])
+        ):
+            closer += reports.over(mapped(look_closely, steady[len(closer) : len(closer) + CLOSER]))
+        reports.end()
+        return sorted(closer, key=_order) + steady[len(closer) :]
+
+    partly = partly or math.isinf(demand.rate)
+    ranked = ranking(partly)
+    if not partly and not ranked[0].serves:
+        ranked = ranking(True)
+    if not ranked[0].estimate.goodput:
         tried = [(entry.name, entry.candidate.system, entry.estimate) for entry in ranked]
         raise InvalidRequest(none_meets(tried, demand, slo, prefill))
     return ranked
 
 
-def closely(candidate: Candidate, demand: Demand, slo: Slo, prefill: bool = True) -> Ranked:
-    """The candidate by the closed form, with all of the trace."""
-    return Ranked(candidate, estimate(candidate.system, candidate.replicas, demand, slo, prefill), closely=True)
+def looked_at(
+    candidate: Candidate, demand: Demand, slo: Slo, prefill: bool = True, partly: bool = True, fine: bool = True
+) -> Ranked:
+    """The candidate by the closed form: with all of the trace, if `fine`."""
+    system, count = candidate.system, candidate.replicas
+    return Ranked(candidate, estimate(system, count, demand, slo, prefill, fine, partly=partly), closely=fine)
 
 
-def best(ranked: Sequence[Ranked], offloaded: bool) -> Ranked | None:
-    """The first that offloads attention, or the first that doesn't; None where none gets a request through."""
-    for entry in ranked:
-        if entry.candidate.offloaded == offloaded and entry.estimate.goodput:
-            return entry
-    return None
+def cheaper(ranked: Sequence[Ranked], demand: Demand, slo: Slo, prefill: bool = True) -> list[Ranked]:
+    """The best on the other side of the limit: what costs less than the first, which serves all, but has too few in
+    time. Each has more than whatever costs less; the first has most."""
+    first, chosen = ranked[0], list[Ranked]()
+    if not first.serves or math.isinf(demand.rate):
+        return chosen
+    most = first.estimate.price * (1 - 1e-9)
+    near = [entry for entry in ranked if entry.estimate.almost >= NAMED_FROM and entry.hoped_price < most]
+    near = sorted(near, key=lambda entry: -entry.estimate.almost)[:CLOSER]
+    looks = [
+        entry if entry.closely else looked_at(entry.candidate, demand, slo, prefill, partly=False) for entry in near
+    ]
+    for entry in sorted(looks, key=lambda entry: (-entry.estimate.almost, entry.hoped_price)):
+        if NAMED_FROM <= entry.estimate.almost < ATTAINMENT and entry.hoped_price < most:
+            fewer = Candidate(entry.candidate.system, entry.estimate.replicas - entry.estimate.serves)
+            chosen.append(looked_at(fewer, demand, slo, prefill, partly=False))
+            most = entry.hoped_price
+    return chosen
+
+
+def surer(ranked: Sequence[Ranked], demand: Demand, slo: Slo, prefill: bool = True) -> Ranked | None:
+    """The cheapest of the best mixes that has nearly all in time, where the first, which serves all, has not."""
+    found = None
+    if ranked[0].serves and ranked[0].share < NEARLY_ALL and not math.isinf(demand.rate):
+        for entry in mixes(ranked)[:_DEARER]:
+            system, count = entry.candidate.system, entry.candidate.replicas
+            more = estimate(system, count, demand, slo, prefill, needed=NEARLY_ALL, partly=False)
+            if more.serves and (found is None or more.price < found.estimate.price):
+                found = Ranked(entry.candidate, more, closely=True)
+    return found
+
+
+def mix(system: System) -> tuple[object, ...]:
+    """Its devices, link and policy. Systems of one mix differ in lanes, shards or the batch limit alone."""
+    return type(system), system.devices, getattr(system, "link", None), system.policy
 
 
 def mixes(ranked: Sequence[Ranked]) -> list[Ranked]:
-    """Of each mix of devices, link and policy the best that gets a request through: others of it differ in lanes,
-    shards or the batch limit alone."""
+    """Of each mix the best that gets a request through."""
     best_of_mix: dict[object, Ranked] = {}
     for entry in ranked:
-        system = entry.candidate.system
         if entry.estimate.goodput:
-            best_of_mix.setdefault((type(system), system.devices, getattr(system, "link", None), system.policy), entry)
+            best_of_mix.setdefault(mix(entry.candidate.system), entry)
     return list(best_of_mix.values())
 
 
@@ -243,6 +288,11 @@ def lossless(ranked: Ranked) -> bool:
 def handicap(ranked: Ranked) -> float:
     """How many times better than others a candidate has to be: one that loses something, by what errors are."""
     return 1.0 if lossless(ranked) else 1 + ratio_error(ranked)
+
+
+def worth(ranked: Ranked) -> float:
+    """Requests within the SLO for a dollar, divided by its handicap."""
+    return ranked.goodput * 3600 / max(ranked.estimate.price, 1e-12) / handicap(ranked)
 
 
 def advantage(one: Ranked, other: Ranked) -> float:

@@ -25,12 +25,13 @@ class Situation:
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """Something with the value `now`."""
+    """Something with the value `now`; `device`: whose price it is."""
 
     what: str
     now: float
     unit: str
     change: Callable[[Situation, float], Situation]
+    device: str = ""
 
 
 def market(systems: Iterable[System], demand: Demand, slo: Slo) -> list[Quantity]:
@@ -43,6 +44,18 @@ def market(systems: Iterable[System], demand: Demand, slo: Slo) -> list[Quantity
         if seconds is not None:
             quantities.append(Quantity(f"{name} of the SLO", seconds * 1000, "ms", _slower_slo(name)))
     return [*quantities, Quantity("speed of devices", 1.0, "of what is assumed", _faster)]
+
+
+def prices(systems: Iterable[System]) -> list[Quantity]:
+    """Dollars an hour of each device that has a price."""
+    devices = {device.name: device.price for system in systems for device, _ in system.devices if device.price}
+    return [
+        Quantity(f"price of {name}", dollars, "$/h", _price(name), device=name) for name, dollars in devices.items()
+    ]
+
+
+def _price(name: str) -> Callable[[Situation, float], Situation]:
+    return lambda given, factor: replace(given, system=scaled(given.system, factor, name, "price"))
 
 
 def links(systems: Iterable[System]) -> dict[str, Link]:

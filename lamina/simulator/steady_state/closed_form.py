@@ -116,7 +116,8 @@ def estimate(
     partly: bool = True,
 ) -> Estimate:
     """What up to `replicas` of a system yield: as few as serve the demand, all where it is infinite or too much. It is
-    served where a share of `needed` is within the SLO. Unless `partly`, of what is too little only that is said.
+    served where a share of `needed` is within the SLO. What is too little takes the part of the demand that it serves,
+    if `partly`; else all of it, of which fewer are in time.
 
     Without `prefill`, prompts are computed elsewhere and cost nothing here. Where it is not `fine`, a few windows of
     the trace are replayed. Where nothing fits or no batch is fast enough, `capacity` is 0; `tpot` and `ttft` are then
@@ -173,7 +174,10 @@ def _estimate(
     if count:
         point, places = search.at(demand.rate / count, count)
     elif not partly:
-        return nothing
+        if not almost:
+            return nothing
+        count = replicas
+        point, places = search.at(demand.rate / count, count)
     else:
         count = replicas
         point, places = search.best(count, demand.rate / count)

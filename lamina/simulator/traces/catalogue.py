@@ -1,19 +1,15 @@
-"""Requests over time, by name: a published trace where its file is, else one that is drawn like it."""
+"""Requests over time, by name: a published trace, or sessions that are drawn."""
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from lamina.errors import InvalidRequest
 from lamina.simulator.traces.arrivals import Arrival, Trace, head, scaled, spread
-from lamina.simulator.traces.figures import Floats, Integers, published
 from lamina.simulator.traces.files import FORMATS, read
-from lamina.simulator.traces.synthetic import coding_agents, distance, synthetic
+from lamina.simulator.traces.sessions import coding_agents
 
 FILES = {
     "azure-conv": ("azure_conv_2023.csv", "AzureLLMInferenceTrace_conv.csv"),
@@ -22,22 +18,19 @@ FILES = {
 }
 """By name, what a trace's file is called; the last one is the publisher's own. Azure's are beside this file, packed by
 gzip, under CC-BY 4.0 (`LICENCE-azure.txt`)."""
+MOONCAKE = "github.com/kvcache-ai/Mooncake, FAST25-release"
 AGENTS = "coding-agents"
 """The name of the sessions that are drawn (`sessions.coding_agents`)."""
 WINDOWS = 16
 """Windows that an excerpt is taken from."""
-_SHIFTS = 64
-"""Places that are tried for them."""
-_COLUMNS = ("at", "prompt", "output")
 
 
 def trace(name: str | Path, count: int | None = None, seed: int = 0, folder: Path | None = None) -> Trace:
     """The trace of that name, or in the file at that path: its first `count` requests, or all.
 
-    A published one is read from `folder` where it has the file, or from this package where that has it. Else it is
-    drawn with `seed`, `count` requests or as many as the published one has; its name ends with "(synthetic)", and its
-    remarks say how far it is from the published one. Times that were rounded are spread within their step, and remarks
-    say so. "coding-agents" are sessions that are drawn (`sessions.coding_agents`). Raises InvalidRequest.
+    A published one is read from `folder` where it has the file, or from this package where that has it. Times that were
+    rounded are spread within their step, and remarks say so. "coding-agents" are sessions that are drawn with `seed`
+    (`sessions.coding_agents`). Raises InvalidRequest.
     """
     if str(name) == AGENTS:
         return coding_agents(seed=seed) if count is None else coding_agents(count, seed)
@@ -48,9 +41,10 @@ def trace(name: str | Path, count: int | None = None, seed: int = 0, folder: Pat
         )
     path = Path(name) if files is None else file_of(str(name), folder)
     if path is None:
-        figures = published()[str(name)]
-        drawn = synthetic(figures, count, seed=seed)
-        return replace(drawn, remarks=(distance(drawn, figures),))
+        raise InvalidRequest(
+            f"the trace {name} is not in this package; needed is a folder (--trace-dir) with its file, "
+            f"{FILES[str(name)][-1]}, from {MOONCAKE}"
+        )
     requests = spread(read(path, None if files is None else str(name)))
     return requests if count is None else head(requests, count)
 
@@ -66,9 +60,8 @@ def windows(trace: Trace, count: int, parts: int = WINDOWS) -> Trace:
     """`count` of a trace's requests, from windows that lie evenly over it, one after another: loads and lengths change
     over a day, and its beginning alone would be another trace. All of it where it has no more.
 
-    Of `_SHIFTS` places where the windows can begin it is the one whose mean lengths, context and squared prompts are
-    nearest to the whole's, and whose windows' rates vary as all such windows' do. What is lost: a load that stays high
-    for longer than a window. Of sessions it takes whole ones, evenly, at most `count` steps of them.
+    What is lost: a load that stays high for longer than a window. Of sessions it takes whole ones, evenly, at most
+    `count` steps of them.
     """
     arrivals, total = trace.arrivals, len(trace.arrivals)
     if total <= count:
@@ -77,32 +70,14 @@ def windows(trace: Trace, count: int, parts: int = WINDOWS) -> Trace:
         return _sessions(trace, count)
     length = max(1, count // parts)
     parts = count // length
-    times, prompt, output = (np.array([getattr(a, name) for a in arrivals], np.float64) for name in _COLUMNS)
-    features = np.stack([prompt, output, output * (prompt + output / 2), prompt**2])
-    sums = np.concatenate([np.zeros((4, 1)), np.cumsum(features, 1)], 1)
-    means_of_trace = features.mean(1)
-    varies = _variation(times, np.arange(0, total - length, max(1, length // 4)), length)
-    nearest, begins = math.inf, np.arange(parts)
-    for shift in range(_SHIFTS):
-        middles = (np.arange(parts) + (shift + 0.5) / _SHIFTS) * total / parts
-        first = np.clip(middles - length / 2, 0, total - length).astype(int)
-        means = (sums[:, first + length] - sums[:, first]).sum(1) / (length * parts)
-        off = float(((means / means_of_trace - 1) ** 2).sum()) + (_variation(times, first, length) - varies) ** 2
-        if off < nearest:
-            nearest, begins = off, first
     gap = trace.seconds / (total - 1)
     excerpt: list[Arrival] = []
-    for begin in begins.tolist():
+    for part in range(parts):
+        begin = part * (total - length) // max(1, parts - 1)
         start = excerpt[-1].at + gap if excerpt else 0.0
         window = arrivals[begin : begin + length]
         excerpt += [replace(arrival, at=start + arrival.at - window[0].at) for arrival in window]
     return replace(trace, arrivals=tuple(excerpt))
-
-
-def _variation(at: Floats, first: Integers, length: int) -> float:
-    """The coefficient of variation of the seconds that windows of so many requests take."""
-    seconds = at[first + length - 1] - at[first]
-    return float(seconds.std() / seconds.mean()) if seconds.any() else 0.0
 
 
 def _sessions(trace: Trace, count: int) -> Trace:
