@@ -1,9 +1,9 @@
 """Attention over sets of keys, and the merge of what comes out.
 
 `kernels/lamina_kernels/select.py` chooses one implementation for each process and device and logs it; `LAMINA_KERNELS`
-forces it: `cpu` (`attention/decode.py`, compiled by numba), `triton` (`gpu/decode.py`, for GPUs; on a CPU with
-`TRITON_INTERPRET=1`), and `reference` (`reference.py`, plain torch, the definition). The Triton kernels have never run
-on a GPU. All take the same two things:
+forces it: `cpu` (`attention/decode.py`, compiled by numba), or `triton` (`gpu/decode.py`, for GPUs; on a CPU with
+`TRITON_INTERPRET=1`), which has never run on a GPU. Their definition, in plain torch, is in
+`tests/support/kernel_reference.py`. Both take the same two things:
 
 - Pages (`paged/pages.py`): one layer and KV head, K then V (of latents K alone), in float32, bfloat16, float16, int8
   or, on GPUs, float8; the last two with a float32 scale for each token of K and of V. The kernels choose the order

@@ -14,7 +14,7 @@ from lamina_kernels.paged.pages import PageLayout, Pages
 from lamina_kernels.paged.rows import Ints, Rows, Table
 from lamina_kernels.partial import Partial
 
-CHOICES = {"cpu": ("cpu", "reference", "triton"), "cuda": ("triton",)}  # by kind of device, its default first
+CHOICES = {"cpu": ("cpu", "triton"), "cuda": ("triton",)}  # by kind of device, its default first
 
 logger = logging.getLogger("lamina")
 
@@ -126,10 +126,6 @@ def kernels(device: torch.device) -> Kernels:
         from lamina_kernels.attention import decode as cpu_decode
 
         chosen = cpu_decode
-    elif name == "reference":
-        from lamina_kernels import reference
-
-        chosen = reference
     else:
         chosen = _triton(device)
     logger.info("attention kernels for %s: %s", device, name)

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 PACKAGES = ("torch", "numpy", "numba", "tokenizers", "transformers")
 _KERNELS = {
     "cpu": "loops compiled by numba",
-    "reference": "plain torch, slow, as LAMINA_KERNELS says",
     "triton": "Triton's interpreter, slow, as LAMINA_KERNELS says",
 }
 _READING = 0.7  # of a step of one sequence, as docs/performance.md has it

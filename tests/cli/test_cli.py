@@ -220,7 +220,7 @@ def test_doctor_says_what_will_be_used_and_why(lamina: Lamina, tmp_path: Path) -
     report = json.loads(lamina("doctor", "--json").stdout)
     assert report["machine"]["cores"] >= 1
     assert report["choices"]["dtype"] in ("bfloat16", "float32")
-    assert report["choices"]["attention_kernels"] in ("cpu", "reference", "triton")  # as LAMINA_KERNELS names them
+    assert report["choices"]["attention_kernels"] in ("cpu", "triton")  # as LAMINA_KERNELS names them
     assert report["storage"]["free_bytes"] > 0
     make_credentials(tmp_path, ["localhost"])
     text = lamina("doctor", "--tls-dir", str(tmp_path)).stdout

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kernel_reference as reference
 import numpy as np
 import pytest
 import torch
@@ -29,7 +30,6 @@ from paged_attention import (
     take,
 )
 
-from lamina_kernels import reference
 from lamina_kernels.attention import decode as cpu_decode
 from lamina_kernels.compile import launch
 from lamina_kernels.paged.pages import FLOATS, Order, PageLayout, Pages, gather

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import kernel_reference as reference
 import numpy as np
 import pytest
 import torch
 
-from lamina_kernels import reference
 from lamina_kernels.attention import decode
 from lamina_kernels.attention.index_choice import Queries, chosen_blocks
 from lamina_kernels.paged.pages import PageLayout, Pages

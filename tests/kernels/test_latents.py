@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
+import kernel_reference as reference
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_attention import Row, any_sequence, attend, build, errors
 
-from lamina_kernels import reference
 from lamina_kernels.attention import decode as cpu_decode
 from lamina_kernels.paged.pages import DTYPES, FLOATS, Order, PageLayout, Pages, gather, gather_heads
 from lamina_kernels.select import Kernels

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 
+import kernel_reference as reference
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina_kernels import reference
 from lamina_kernels.attention import decode as cpu_decode
 from lamina_kernels.compile import launch
 from lamina_kernels.partial import Partial, empty, merge

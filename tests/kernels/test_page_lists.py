@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 
+import kernel_reference as reference
 import numpy as np
 import pytest
 import torch
 
-from lamina_kernels import reference
 from lamina_kernels.attention import decode as cpu_decode
 from lamina_kernels.paged.page_lists import through_rows
 from lamina_kernels.paged.pages import Pages

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import kernel_reference as reference
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina_kernels import reference
 from lamina_kernels.attention import decode as cpu_decode
 from lamina_kernels.paged.pages import (
     DTYPES,

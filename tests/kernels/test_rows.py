@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
+import kernel_reference as reference
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_attention import Row, World, build, take
 
-from lamina_kernels import reference
 from lamina_kernels.attention import decode as cpu_decode
 from lamina_kernels.paged.pages import PageLayout
 from lamina_kernels.paged.rows import EVERYTHING, Rows, check_rows, visible

@@ -9,7 +9,6 @@ import sys
 import pytest
 import torch
 
-from lamina_kernels import reference
 from lamina_kernels.attention import decode as cpu_decode
 from lamina_kernels.select import kernels
 
@@ -25,23 +24,22 @@ def test_the_cpus_kernels_are_the_default(monkeypatch: pytest.MonkeyPatch, caplo
 
 
 def test_the_environment_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LAMINA_KERNELS", "reference")
-    assert choose(CPU) is reference
+    monkeypatch.setenv("LAMINA_KERNELS", "cpu")
+    assert choose(CPU) is cpu_decode
 
 
 def test_unknown_kernels_and_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAMINA_KERNELS", "fast")
-    message = "LAMINA_KERNELS must be cpu or reference or triton for the device cpu, got 'fast'"
+    message = "LAMINA_KERNELS must be cpu or triton for the device cpu, got 'fast'"
     with pytest.raises(ValueError, match=message):
         choose(CPU)
     with pytest.raises(ValueError, match="there are kernels for the devices cpu and cuda, got meta"):
         choose(torch.device("meta"))
 
 
-@pytest.mark.parametrize("name", ["cpu", "reference"])
-def test_what_computes_on_a_cpu_is_refused_for_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LAMINA_KERNELS", name)
-    with pytest.raises(ValueError, match=f"LAMINA_KERNELS must be triton for the device cuda, got '{name}'"):
+def test_what_computes_on_a_cpu_is_refused_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAMINA_KERNELS", "cpu")
+    with pytest.raises(ValueError, match="LAMINA_KERNELS must be triton for the device cuda, got 'cpu'"):
         choose(CUDA)
 
 

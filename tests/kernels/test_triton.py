@@ -20,7 +20,8 @@ from paged_attention import LIMITS, SIZES, Row, World, any_sequence, attend, bui
 
 pytest.importorskip("triton")
 
-from lamina_kernels import reference
+import kernel_reference as reference
+
 from lamina_kernels.gpu import decode as triton_decode
 from lamina_kernels.gpu import merge_partials, tuning
 from lamina_kernels.gpu.split_kv import split_count
