@@ -342,8 +342,8 @@ def _model_workers(
 
 def _speculation(config: EngineConfig, sizes: Sizes) -> Speculation | None:
     """How many drafts there are; None where the model's states allow none."""
-    most = sizes.limits.max_drafts
-    return Speculation(most, measured=not config.deterministic) if most else None
+    drafts = sizes.limits.max_drafts
+    return Speculation(drafts, measured=not config.deterministic) if drafts else None
 
 
 def _tuner(config: EngineConfig, beside_others: bool, local_tier: bool) -> StepTuner:

@@ -93,10 +93,10 @@ class Speculation:
 
     def _likely(self, sequence: ScheduledSequence) -> int:
         """How many drafts are likely enough to be accepted, by those of the sequence before."""
-        own, chance, depth = self._acceptances.get(sequence, _Acceptance()), 1.0, 0
-        own.fade()
+        acceptance, chance, depth = self._acceptances.get(sequence, _Acceptance()), 1.0, 0
+        acceptance.fade()
         for _ in range(min(self.most, left_to_draft(sequence))):
-            chance *= own.chance(ASSUMED_ACCEPTANCE)
+            chance *= acceptance.chance(ASSUMED_ACCEPTANCE)
             depth += chance >= _LIKELY
         return depth
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -295,3 +296,56 @@ def test_layouts_say_what_they_allow() -> None:
         StateRows(np.array([1]), [np.arange(1)], 0)
     assert StateLayout("kda", 128, 128, 4).record == 128 * 128 + 3 * 384
     assert [StateLayout(kind, 32, 16).gates for kind in KINDS] == [0, 2, 2, 33]
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_drafts_give_bit_by_bit_what_single_tokens_do(kind: str, dtype: torch.dtype) -> None:
+    """Rows with as many drafts as there may be, of which the last ones are wrong, and rows without; each runs twice."""
+    torch.manual_seed(1)
+    draw, world, tokens, heads = random.Random(2), make(kind, 64, 64, 4, 2), 40, [np.arange(4)]
+    first, second, inputs = np.arange(4), np.arange(4, 8), np.arange(8, 12)
+    x, gates = world.inputs(StateRows(np.array([tokens]), heads, 2))
+    x, gates = x.to(dtype).view(tokens, -1), gates.view(tokens, -1)
+    start = world.arena.clone()
+    outs, records, source, target = [], [world.arena[first].clone()], first, second
+    for token in range(tokens):
+        rows = StateRows(np.array([1]), heads, 2)
+        outs.append(world.advance(rows, source, target, x[token].flatten(), gates[token].flatten()).view(4, -1))
+        source, target = target, source
+        records.append(world.arena[source].clone())
+    world.arena.copy_(start)
+    base, source, target, most = 0, first, second, 0
+    at = 0
+    while at < tokens:
+        drafts = min(draw.randint(0, world.layout.drafts), tokens - at - 1)
+        right, replay, most = draw.randint(0, drafts), at - base, max(most, drafts)
+        rows = StateRows(np.array([1 + drafts]), heads, 2, np.array([replay]), np.array([drafts > 0]), np.array([at]))
+        written = target if replay or not drafts else np.full(4, -1)
+        row_x, row_gates = x[at : at + 1 + drafts].clone(), gates[at : at + 1 + drafts]
+        row_x[1 + right :] *= -1
+        tables = (pages[None] for pages in (source, written))
+        plan = states.plan(world.layout, world.arena, rows, *tables, threads=2, kept=inputs[None])
+        for _ in range(2):
+            out = states.advance(plan, 0, row_x.flatten(), row_gates.flatten(), world.constants).view(1 + drafts, 4, -1)
+            assert torch.equal(out[: 1 + right], torch.stack(outs[at : at + 1 + right]))
+        if written is target:
+            source, target, base = target, source, at if drafts else at + 1
+        assert torch.equal(world.arena[source], records[base])
+        at += 1 + right
+    assert most == world.layout.drafts
+
+
+def test_inputs_without_a_page_or_room_are_refused() -> None:
+    world = make("gated_delta", 16, 16)
+    page, other, heads = np.array([[1]]), np.array([[2]]), [np.array([0])]
+    few, many = np.array([2]), np.array([9])
+    for rows, target, kept, says in (
+        (StateRows(few, heads, 1, None, np.array([True]), few), other, None, "no pages of them"),
+        (StateRows(few, heads, 1, None, np.array([True]), few), other, -page, "no page for them"),
+        (StateRows(many, heads, 1, None, np.array([True]), few), other, page + 2, "inputs of 9 tokens, a page keeps"),
+        (StateRows(few, heads, 1, few, np.array([True]), few), -other // 2, page + 2, "target names no page"),
+        (StateRows(few, heads, 1, few, np.array([True]), few), other, other, "names a page twice"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            states.plan(world.layout, world.arena, rows, page, target, kept=kept)

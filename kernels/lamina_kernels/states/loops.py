@@ -178,14 +178,14 @@ def _replayed(a: Any, item: Any, kept: int, source: int, target: int, shift: int
 @njit  # type: ignore[untyped-decorator]
 def _verify(a: Any, item: Any, kept: int, state: int, shift: int) -> None:
     """Keep the inputs of an item's tokens, and read what each gives; the state stays as it is."""
-    numbers, own = 2 * a.d_k + a.d_v + a.gates_size, a.state + shift
+    numbers, scratch = 2 * a.d_k + a.d_v + a.gates_size, a.state + shift
     for t in range(item.count):
         slot = kept + (item.slot + item.replay + t) % a.slots * numbers * 4
         keep_token(a, item, t, slot)
         take_kept(a, item, slot, shift)
-        _step(a, item, slot + (2 * a.d_k + a.d_v) * 4, state, own, state, True, shift)
+        _step(a, item, slot + (2 * a.d_k + a.d_v) * 4, state, scratch, state, True, shift)
         give(a, item, t, a.read + shift, a.v + shift)
-        state = own
+        state = scratch
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -199,16 +199,16 @@ def _advance_shares(block: Any) -> None:
         for number in range(starts[share], starts[share + 1]):
             item = items[number]
             source, target = _record(a, a.source, item.number), _record(a, a.target, item.number)
-            kept = _record(a, a.kept, item.number) if a.kept else 0
+            slots = _record(a, a.kept, item.number) if a.kept else 0
             state_bytes = a.d_k * a.d_v * 4
             if a.conv:
                 move(source + state_bytes, a.inputs + shift, (a.conv - 1) * (2 * a.d_k + a.d_v))
             if item.replay:
-                source = _replayed(a, item, kept, source, target, shift)
+                source = _replayed(a, item, slots, source, target, shift)
             if item.keeps:
                 if a.conv and item.replay:
                     move(a.inputs + shift, target + state_bytes, (a.conv - 1) * (2 * a.d_k + a.d_v))
-                _verify(a, item, kept, source, shift)
+                _verify(a, item, slots, source, shift)
             elif item.count == 1:
                 ahead = source
                 if number + 1 < starts[share + 1]:
