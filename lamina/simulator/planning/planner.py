@@ -224,30 +224,30 @@ def cheaper(ranked: Sequence[Ranked], demand: Demand, slo: Slo, prefill: bool = 
     first, chosen = ranked[0], list[Ranked]()
     if not first.serves or math.isinf(demand.rate):
         return chosen
-    most = first.estimate.price * (1 - 1e-9)
-    near = [entry for entry in ranked if entry.estimate.almost >= NAMED_FROM and entry.hoped_price < most]
+    bound = first.estimate.price * (1 - 1e-9)
+    near = [entry for entry in ranked if entry.estimate.almost >= NAMED_FROM and entry.hoped_price < bound]
     near = sorted(near, key=lambda entry: -entry.estimate.almost)[:CLOSER]
     looks = [
         entry if entry.closely else looked_at(entry.candidate, demand, slo, prefill, partly=False) for entry in near
     ]
     for entry in sorted(looks, key=lambda entry: (-entry.estimate.almost, entry.hoped_price)):
-        if NAMED_FROM <= entry.estimate.almost < ATTAINMENT and entry.hoped_price < most:
+        if NAMED_FROM <= entry.estimate.almost < ATTAINMENT and entry.hoped_price < bound:
             fewer = Candidate(entry.candidate.system, entry.estimate.replicas - entry.estimate.serves)
             chosen.append(looked_at(fewer, demand, slo, prefill, partly=False))
-            most = entry.hoped_price
+            bound = entry.hoped_price
     return chosen
 
 
 def surer(ranked: Sequence[Ranked], demand: Demand, slo: Slo, prefill: bool = True) -> Ranked | None:
     """The cheapest of the best mixes that has nearly all in time, where the first, which serves all, has not."""
-    found = None
+    cheapest = None
     if ranked[0].serves and ranked[0].share < NEARLY_ALL and not math.isinf(demand.rate):
         for entry in mixes(ranked)[:_DEARER]:
             system, count = entry.candidate.system, entry.candidate.replicas
             more = estimate(system, count, demand, slo, prefill, needed=NEARLY_ALL, partly=False)
-            if more.serves and (found is None or more.price < found.estimate.price):
-                found = Ranked(entry.candidate, more, closely=True)
-    return found
+            if more.serves and (cheapest is None or more.price < cheapest.estimate.price):
+                cheapest = Ranked(entry.candidate, more, closely=True)
+    return cheapest
 
 
 def mix(system: System) -> tuple[object, ...]:

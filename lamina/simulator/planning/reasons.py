@@ -45,10 +45,10 @@ def answer(
             "the replay has nothing, and the engine's own scheduler takes minutes for more."
         )
     if ties:
-        taken = "the cheapest that reads all KV" if lossless(winner) else "the cheapest, whose policy is lossy"
+        choice = "the cheapest that reads all KV" if lossless(winner) else "the cheapest, whose policy is lossy"
         sentences.append(
             f"As good, as a comparison of two systems may be off by {ratio_error(winner):.0%}: {len(ties)} other "
-            f"mixes, such as {ties[0].name}, {_cost(ties[0])}marked ~ below. Taken is {taken}."
+            f"mixes, such as {ties[0].name}, {_cost(ties[0])}marked ~ below. Taken is {choice}."
         )
     if not winner.serves and math.isinf(forecast.demanded):
         sentences.append(f"No system serves {ATTAINMENT:.0%} of the requests within the SLO.")

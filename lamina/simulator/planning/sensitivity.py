@@ -72,10 +72,10 @@ class Sensitivity:
             factor = end if change is None else change.factor
             beyond = " at least" if change is None else f" ({plain(self.now * factor)}), then {change.winner}"
             ways.append(f"{word} to {factor:.2f}x{beyond}")
-        same = "; ".join(ways)
+        ranges = "; ".join(ways)
         if self.rise is None and self.fall is None:
-            same = f"from {1 / self.farthest:.2f}x to {self.farthest:.2f}x"
-        return f"{self.what}, now {plain(self.now)} {self.unit}: the same {same}"
+            ranges = f"from {1 / self.farthest:.2f}x to {self.farthest:.2f}x"
+        return f"{self.what}, now {plain(self.now)} {self.unit}: the same {ranges}"
 
 
 class Changes:
@@ -101,11 +101,11 @@ class Changes:
         near = sorted((entry for entry in ranked[1:] if entry.hopeful > _NEAR), key=lambda entry: -entry.hopeful)
         cheap = sorted(mixes(near), key=lambda entry: entry.hoped_price)
         first = mix(ranked[0].candidate.system)
-        same = [mix(entry.candidate.system) == first for entry in ranked]
-        self._variants = [place for place in range(1, len(same)) if same[place]]
-        self._others = [place for place in range(1, len(same)) if not same[place]]
+        alike = [mix(entry.candidate.system) == first for entry in ranked]
+        self._variants = [place for place in range(1, len(alike)) if alike[place]]
+        self._others = [place for place in range(1, len(alike)) if not alike[place]]
         rivals = dict.fromkeys(places[id(entry)] for entry in (*serving[:RIVALS], *cheap[:RIVALS]))
-        self._rivals = [place for place in rivals if not same[place]]
+        self._rivals = [place for place in rivals if not alike[place]]
         self._beyond = range(len(ranked), len(self._ranked))
         self._demand, self._slo, self._prefill, self._budget = demand, slo, prefill, budget
         self._loop, self._progress, self._mapped = loop, progress, mapped
@@ -120,8 +120,8 @@ class Changes:
         nearest += reports.over(self._mapped(lambda pair: self.change(*pair), pairs))
         reports.end()
         return [
-            Sensitivity(each.what, each.now, each.unit, rise, fall, FARTHEST if each.device else FAR)
-            for each, rise, fall in zip((*devices, *others), nearest[::2], nearest[1::2], strict=True)
+            Sensitivity(quantity.what, quantity.now, quantity.unit, rise, fall, FARTHEST if quantity.device else FAR)
+            for quantity, rise, fall in zip((*devices, *others), nearest[::2], nearest[1::2], strict=True)
         ]
 
     def change(self, quantity: Quantity, farthest: float) -> Change | None:
@@ -188,8 +188,8 @@ class Changes:
             if best.serves and not quantity.device:
                 entry = self._ranked[place]
                 situation = quantity.change(self._now(entry), factor)
-                most = situation.demand.rate * 3600 / max(price(situation.system), 1e-12) / handicap(entry)
-                if most <= best.worth:  # it costs too much, even with all in time
+                bound = situation.demand.rate * 3600 / max(price(situation.system), 1e-12) / handicap(entry)
+                if bound <= best.worth:  # it costs too much, even with all in time
                     continue
             hoped.append(self._standing(place, quantity, factor, partly, fine=False))
         for hope in sorted(hoped, reverse=True):
@@ -225,11 +225,11 @@ class Changes:
         entry = self._ranked[place] if self._loop is None else self._ranked[place].hoped
         devices = entry.candidate.system.devices
         unit = sum(part.price * (factor if part.name == device else 1) * number for part, number in devices)
-        asked = count = entry.estimate.replicas
+        replicas = count = entry.estimate.replicas
         if self._budget is not None:
-            count = int(min(asked, self._budget / max(unit, 1e-12) + 1e-9))
-        gives = worth(entry) * entry.estimate.price / max(unit * asked, 1e-12) if count else -1.0
-        return Standing(entry.serves and count == asked, gives, place, count)
+            count = int(min(replicas, self._budget / max(unit, 1e-12) + 1e-9))
+        gives = worth(entry) * entry.estimate.price / max(unit * replicas, 1e-12) if count else -1.0
+        return Standing(entry.serves and count == replicas, gives, place, count)
 
 
 def plain(value: float) -> str:
