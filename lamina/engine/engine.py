@@ -332,6 +332,7 @@ class Engine:
             links=self._worker.links(),
             names=self._holders.names,
             attention_seconds=self._worker.attention_seconds,
+            experts_read=self._worker.experts_read,
             local_share=self._tiering.local_share,
             now=self._clock(),
             drafts=self._drafting.counts,

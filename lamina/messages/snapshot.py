@@ -124,6 +124,8 @@ class Snapshot:
     workers_wanted: int | None = None  # attention workers, by the autoscaler; None: there is none
     kv_full_in: float | None = None  # seconds until the holders are full, by the autoscaler; None: KV does not grow
     kv_redundant: float = 0.0  # the share of the KV at attention workers that has all its spares
+    expert_bytes: int = 0  # of experts that this process's model worker read, each once a batch that chose it
+    expert_rows: int = 0  # pairs of a token and an expert that it chose
     local_share: float = 1.0  # of the tokens of sequences with KV: the share whose KV is in the engine's process
 
     def as_dict(self) -> dict[str, Any]:

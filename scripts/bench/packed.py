@@ -1,18 +1,21 @@
 #!/usr/bin/env python3
 """Lamina with packed weights beside llama.cpp and others on the same GGUF file, all in one run.
 
-usage: scripts/bench/packed.py FILE.gguf [--llamacpp-python PYTHON] [--xllamacpp-python PYTHON]
-                               [--openvino-python PYTHON] [--pace-python PYTHON --folder FOLDER]
+usage: scripts/bench/packed.py FILE.gguf [--llamacpp-python PYTHON] [--ik-python PYTHON]
+                               [--xllamacpp-python PYTHON] [--openvino-python PYTHON]
+                               [--pace-python PYTHON --folder FOLDER]
                                [--rounds 5] [--engines packed,bfloat16] [BATCHxCONTEXT ...]
 
 Each peer is installed in an environment of its own, whose Python is given: `llama-cpp-python` (compiled on this
-machine, so with all of the processor's instructions), `xllamacpp` (the same engine as a wheel, without AVX512, by its
-own server), `openvino-genai` and `amd-pace`. PACE reads no GGUF: `--folder` has the same model in bfloat16. A peer that
-cannot load the model is named and left out. "packed" and "bfloat16" are Lamina with that `weights`.
+machine, so with all of the processor's instructions), `ik-llama-cpp-python`, `xllamacpp` (the same engine as a wheel,
+without AVX512, by its own server), `openvino-genai` and `amd-pace`. PACE reads no GGUF: `--folder` has the same model
+in bfloat16. A peer that cannot load the model is named and left out. "packed" and "bfloat16" are Lamina with that
+`weights`. random_gguf.py makes files of large shapes.
 
 How engines are measured is described in decode.py: processes of their own take turns, a step is the median gap while
-all sequences decode, and ratios are medians of each round's. The roofline is what a step reads of the packed file and
-of bfloat16 KV over the bandwidth of the same run; so "bfloat16" and PACE cannot reach it.
+all sequences decode, and ratios are medians of each round's. The roofline is what a step reads of the packed file, of
+experts as many as rows are expected to choose, of bfloat16 KV and of states, over the bandwidth of the same run; so
+"bfloat16" and PACE cannot reach it.
 
 Besides, in processes of their own: `memory` is what a process has resident after a request of 64 tokens, without what
 its libraries take, beside the file's bytes; `peak` is the most, libraries included. `likelihood` compares 2,000 tokens
@@ -36,19 +39,27 @@ from engines import Child, Options, Request, Resident, resident
 
 SHAPES = ["1x64", "8x512", "1x2048"]
 OWN = ("packed", "bfloat16")
-PEERS = ("llamacpp", "xllamacpp", "openvino", "pace")
+PEERS = ("llamacpp", "ik", "xllamacpp", "openvino", "pace")
 BASELINES = ("llamacpp", "bfloat16")
 PIECES = (1000, 8)  # tokens given together: as of a prompt, and as of decode
 READINGS = (("float32", PIECES[:1]), ("bfloat16", PIECES), ("packed", PIECES))
 
 
 class File(NamedTuple):
-    """A GGUF file: its bytes, what a decode step reads of it, and of KV for each token."""
+    """A GGUF file: its bytes, those that every decode step reads, those of all experts and the share of them that one
+    token takes, and what a step reads of KV for each token, and of states, which it writes too, for each sequence."""
 
     size: int
-    step: int
+    dense: int
+    experts: int
+    share: float
     kv_bytes: int
+    state_bytes: int
     layers: int
+
+    def step(self, batch: int) -> int:
+        """Bytes that a decode step reads of it, where each token takes any experts alike, and of states."""
+        return round(self.dense + self.experts * (1 - (1 - self.share) ** batch)) + batch * self.state_bytes
 
 
 def read_file(path: Path) -> File:
@@ -61,10 +72,19 @@ def read_file(path: Path) -> File:
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     layers = config["num_hidden_layers"]
     tensors = {tensor.name: int(tensor.n_bytes) for tensor in GGUFReader(path).tensors}
-    step = sum(tensors.values())
+    experts = sum(size for name, size in tensors.items() if name.endswith("_exps.weight"))
+    dense = sum(tensors.values()) - experts
     if "output.weight" in tensors:  # else the table of the input is the head too
-        step -= tensors["token_embd.weight"]
-    return File(path.stat().st_size, step, layers * config["num_key_value_heads"] * head_dim * 4, layers)
+        dense -= tensors["token_embd.weight"]
+    count = config.get("num_experts") or config.get("num_local_experts") or 1
+    share = config.get("num_experts_per_tok", 1) / count
+    attending, state = layers, 0
+    if "linear_num_value_heads" in config:
+        attending = layers // config["full_attention_interval"]
+        heads, width = config["linear_num_value_heads"], config["linear_key_head_dim"]
+        state = (layers - attending) * heads * width * config["linear_value_head_dim"] * 4 * 2
+    kv_bytes = attending * config["num_key_value_heads"] * head_dim * 4
+    return File(path.stat().st_size, dense, experts, share, kv_bytes, state, layers)
 
 
 def rows(found: Mapping[str, Sequence[Round]], shape: Shape, baselines: Sequence[str]) -> Iterator[list[str]]:
@@ -175,8 +195,8 @@ def main() -> None:
     file, machine = read_file(args.file), this_machine()
     print(f"{machine.processor}, {machine.cores} cores, load {os.getloadavg()[0]:.1f}; {args.file.name}")
     print(
-        f"{file.size / 1e6:.0f} MB, {file.step / 1e6:.0f} MB of them read in a step, {file.kv_bytes} bytes of KV a "
-        f"token; {args.rounds} rounds"
+        f"{file.size / 1e6:.0f} MB, {file.step(1) / 1e6:.0f} MB read in a step of one row, {file.kv_bytes} bytes of "
+        f"KV a token; {args.rounds} rounds"
     )
     children = start(args)
     print(
@@ -189,7 +209,7 @@ def main() -> None:
     heading += [cell for name in baselines for cell in (f"step of {name}", "prefill of it")]
     for text in args.shapes:
         batch, context = map(int, text.split("x"))
-        shape = Shape(batch, context, file.layers, file.step, file.kv_bytes)
+        shape = Shape(batch, context, file.layers, file.step(batch), file.kv_bytes)
         found = measure(children, shape, args.rounds, False, args.quiet)
         print("\n" + table([heading, *rows(found, shape, baselines)]), flush=True)
         if args.json:

@@ -7,6 +7,7 @@ Prompts of one call have equal lengths. With two cores, each peer computes on tw
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import threading
@@ -58,6 +59,7 @@ LIBRARIES = {
     "hf": ("torch", "transformers"),
     "vllm": ("torch",),  # `vllm` itself must be imported without this folder on the path
     "llamacpp": ("llama_cpp",),
+    "ik": ("ik_llama_cpp._ctypes_api",),
     "xllamacpp": ("xllamacpp",),
     "openvino": ("openvino", "openvino_genai"),
     "pace": ("torch", "pace.llm"),
@@ -113,12 +115,12 @@ def vllm(model: str, options: Options) -> Run:
 
 class LlamaBatches:
     """llama.cpp's own batches, of a context with up to `SEQUENCES` sequences. The likeliest tokens are taken by
-    numpy."""
+    numpy. library: llama_cpp, or ik_llama.cpp's, which lacks some of it."""
 
-    def __init__(self, model: str) -> None:
-        import llama_cpp
+    def __init__(self, model: str, library: str) -> None:
         import numpy as np
 
+        llama_cpp = importlib.import_module(library)
         self._llama, self._numpy = llama_cpp, np
         # The package's own context has one sequence; only its loading of the model is used.
         llama_cpp.llama_backend_init()
@@ -129,15 +131,21 @@ class LlamaBatches:
         wanted = llama_cpp.llama_context_default_params()
         wanted.n_ctx, wanted.n_seq_max, wanted.n_batch = CONTEXT, SEQUENCES, 2048
         wanted.n_threads = wanted.n_threads_batch = cores()
-        wanted.flash_attn_type = 1
-        wanted.kv_unified = True  # sequences share the room, so one may have all of it
+        if library == "llama_cpp":
+            wanted.flash_attn_type = 1
+            wanted.kv_unified = True  # sequences share the room, so one may have all of it
+        else:
+            wanted.flash_attn = True
         self._context = llama_cpp.llama_init_from_model(self._model, wanted)
         self._vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         self._batch = llama_cpp.llama_batch_init(CONTEXT, 0, 1)
 
     def forget(self) -> None:
         """Forget all sequences."""
-        self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), False)
+        if hasattr(self._llama, "llama_memory_clear"):
+            self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), False)
+        else:
+            self._llama.llama_kv_cache_clear(self._context)
 
     def decode(self, rows: list[tuple[int, int, list[int]]]) -> list[int]:
         """Feed tokens of sequences, each (sequence, position of the first, tokens). Returns the likeliest token after
@@ -158,9 +166,9 @@ class LlamaBatches:
         return [int(each.argmax()) for each in numbers]
 
 
-def llamacpp(model: str, options: Options) -> Run:
+def llamacpp(model: str, options: Options, library: str = "llama_cpp") -> Run:
     """llama.cpp by llama-cpp-python: prompts one after another, then all sequences in one batch a step."""
-    llama = LlamaBatches(model)
+    llama = LlamaBatches(model, library)
 
     def run(ids: list[list[int]], n: int) -> Answer:
         llama.forget()
@@ -177,6 +185,11 @@ def llamacpp(model: str, options: Options) -> Run:
         return Answer(times)
 
     return run
+
+
+def ik(model: str, options: Options) -> Run:
+    """ik_llama.cpp by ik-llama-cpp-python, in the same way."""
+    return llamacpp(model, options, "ik_llama_cpp._ctypes_api")
 
 
 def xllamacpp(model: str, options: Options) -> Run:
@@ -267,6 +280,7 @@ PEERS: dict[str, Callable[[str, Options], Run]] = {
     "hf": hf,
     "vllm": vllm,
     "llamacpp": llamacpp,
+    "ik": ik,
     "xllamacpp": xllamacpp,
     "openvino": openvino,
     "pace": pace,

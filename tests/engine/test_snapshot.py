@@ -298,11 +298,12 @@ def test_snapshot_sums_the_holders_of_one_worker_over_ranks(decoder: Decoder) ->
         links=links,
         names={2: "a", 3: "a"},
         attention_seconds=0.0,
+        experts_read=(8, 3),
         local_share=1.0,
         now=1.0,
     )
     rig.close()
-    assert seen.returned_workers == 2
+    assert (seen.returned_workers, seen.expert_bytes, seen.expert_rows) == (2, 8, 3)
     shown = {holder.name: (holder.local, holder.channel, holder.total_pages) for holder in seen.holders}
     assert shown == {
         "local": (True, "in process", 50), "a": (False, "tcp", 50), "rank-1": (True, "in process", 40)

@@ -16,7 +16,7 @@ from lamina_kernels.packed.pack import BLOCKS, bytes_of, can_pack, pack_blocks, 
 from lamina_kernels.packed.quantize import quantize
 
 kinds = pytest.mark.parametrize("kind", BLOCKS)
-SCALES = {"Q6_K": [208], "Q4_0": [0], "Q5_0": [0], "Q8_0": [0]}  # bytes of a block where its float16 stand
+SCALES = {"FP4": [0], "Q6_K": [208], "Q4_0": [0], "Q5_0": [0], "Q8_0": [0]}  # bytes of a block where its float16 stand
 SHAPES = [(1, 1), (16, 2), (17, 3), (5, 5), (70, 4)]  # rows and blocks of a row
 
 
@@ -31,6 +31,12 @@ def blocks_of(kind: str, n_out: int, blocks: int, seed: int = 0) -> torch.Tensor
 
 
 def numbers_of(kind: str, raw: torch.Tensor) -> torch.Tensor:
+    if kind == "FP4":  # Q4_0 with e2m1 in the place of numbers from -8 to 7
+        blocks = raw.view(len(raw), -1, 18)
+        scales = blocks[..., :2].contiguous().view(torch.float16).double()
+        codes = torch.cat((blocks[..., 2:] & 15, blocks[..., 2:] >> 4), -1).int()
+        sizes = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12], dtype=torch.double)[codes & 7]
+        return (scales * torch.where(codes > 7, -sizes, sizes)).flatten(1)
     return torch.from_numpy(dequantize(raw.numpy(), gguf.GGMLQuantizationType[kind])).double()
 
 

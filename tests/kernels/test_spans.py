@@ -11,8 +11,11 @@ import torch
 from lamina_kernels.compile import programs
 from lamina_kernels.dense import few_rows
 from lamina_kernels.dense.dense import Linear, add_rms_norm, gelu_tanh_mul, rms_norm, silu_mul, split_heads
+from lamina_kernels.dense.expert_loops import CLAMPED
+from lamina_kernels.dense.experts import Gating, Routed, Routing, Stack, stack
 from lamina_kernels.dense.gate_loops import gate_output, recurrence_gates
-from lamina_kernels.dense_spans import MAX_ROWS, Behind, Gate, Heads, Map, Span, Spans, States
+from lamina_kernels.dense.steps import MAX_ROWS, Map
+from lamina_kernels.dense_spans import Behind, Gate, Heads, Span, Spans, States
 from lamina_kernels.packed.layout import Format
 from lamina_kernels.packed.matrix import PackedMatrix
 from tests.support.packed_weights import random_packed
@@ -88,6 +91,28 @@ def make_hybrid(silu: bool, normed: bool) -> list[Span]:
     return [Span(None, norm, states), Span(behind, norm, states), Span(behind, norm, before[1].then)]
 
 
+def make_experts(shared: bool, gated: bool, packed: bool) -> list[Span]:
+    """Two layers, each with experts, and perhaps an expert that all rows share."""
+    before, number, inner = make(bias=False, qk_norms=True), 12, 96
+
+    def stacked(n_out: int, n_in: int, seed: int) -> Stack:
+        maps = [linear(n_out, n_in, seed + i, True) for i in range(number)]
+        result = stack([pack(by) for by in maps] if packed else maps)
+        assert result is not None
+        return result
+
+    experts = Routed(
+        Routing(number, 3, normalize=True),
+        stacked(2 * inner, HIDDEN, 100),
+        stacked(HIDDEN, inner, 200),
+        Gating(CLAMPED, 2.0, 1.7),
+        router=linear(number, HIDDEN, 50, True),
+        shared_gate=random(HIDDEN, seed=51) if gated else None,
+    )
+    behind = replace(before[1].behind, experts=experts, **({} if shared else {"gate_up": None, "down": None}))
+    return [before[0], *(Span(behind, random(HIDDEN, seed=10), before[i].then) for i in (1, 2))]
+
+
 def one_by_one(
     span: Span, hidden: torch.Tensor, attended: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor] | None
 ) -> tuple[torch.Tensor, ...]:
@@ -100,7 +125,11 @@ def one_by_one(
         if layer.attended_norm is not None:
             delta = rms_norm(delta, layer.attended_norm, EPS)
         normed, hidden = add_rms_norm(delta, hidden, layer.norm, EPS)
-        delta = Linear(*layer.down)((gelu_tanh_mul if layer.gelu else silu_mul)(Linear(*layer.gate_up)(normed)))
+        if layer.gate_up is not None:
+            delta = Linear(*layer.down)((gelu_tanh_mul if layer.gelu else silu_mul)(Linear(*layer.gate_up)(normed)))
+        if (experts := layer.experts) is not None:
+            shared = None if layer.gate_up is None else delta
+            delta = experts.run(normed, Linear(*experts.router)(normed), shared).bfloat16()
         if layer.mlp_norm is not None:
             delta = rms_norm(delta, layer.mlp_norm, EPS)
         hidden = hidden + delta
@@ -141,6 +170,14 @@ def test_equals_the_operations_one_by_one(rows, bias, qk_norms, gemma, rotates, 
 @pytest.mark.parametrize("rows", [1, 9, MAX_ROWS])
 def test_equals_the_operations_of_states(rows, silu, normed, threads):
     check(make_hybrid(silu, normed), rows, rotates=True)
+
+
+@pytest.mark.parametrize(
+    ("shared", "gated", "packed"), [(False, False, False), (True, True, False), (True, False, True)]
+)
+@pytest.mark.parametrize("rows", [1, 9, MAX_ROWS])
+def test_equals_the_operations_of_experts(rows, shared, gated, packed, threads):
+    check(make_experts(shared, gated, packed), rows, rotates=True)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 8, 17, MAX_ROWS])

@@ -70,13 +70,15 @@ def test_what_the_engine_says_is_rendered() -> None:
             model_seconds=1.5, attention_seconds=2.5, idle_seconds=6.0, kv_read=1.0, kv_whole=4.0, missed_mass=0.5,
             missed_queries=50.0, kv_resident=0.75, kv_redundant=0.5, workers_wanted=3,
             lost_holders=1, missing=("w9",), corrupted=2, blocked=3, batch_tokens=44, returned_workers=3,
-            plan_seconds=0.25, announce_seconds=0.75,
+            plan_seconds=0.25, announce_seconds=0.75, expert_bytes=640, expert_rows=32,
             drafts=5, draft_tokens=20, accepted_tokens=12, accepted_at=(5, 4, 3, 0),
             batch_counts=(1, 2, *(0,) * (len(BATCH_BUCKETS) - 1)),
         ),
         restarts=2,
     )  # fmt: skip
     expected = {
+        "expert_bytes_total": 640,
+        "expert_rows_total": 32,
         "num_requests_running": 3,
         "num_requests_waiting": 2,
         "prompt_tokens_total": 100,

@@ -143,6 +143,8 @@ class ChecksumDecoder:
         self._states = model.states
         self._seen = [Seen(spec) for spec in layer_specs(model)]
 
+    experts_read = 0, 0
+
     def state_constants(self) -> dict[int, Any]:
         """None beside the specs."""
         return {}

@@ -50,7 +50,8 @@ def random_packed(format: Format, n_out: int, n_in: int, seed: int = 0) -> Packe
         factor = scale * np.repeat(d.astype(float), layout.group // part, 1)
         lowest = minimum * np.repeat(dmin.astype(float), layout.group // part, 1)
         offset = factor * -layout.zero if layout.min < 0 else -lowest
-    values = codes * np.repeat(factor, part, 1) + np.repeat(offset, part, 1)
+    numbers = np.array([12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0])[codes] if layout.table else codes
+    values = numbers * np.repeat(factor, part, 1) + np.repeat(offset, part, 1)
     data = torch.empty(packed_bytes(format, n_out, n_in), dtype=torch.uint8)
     place(format, codes, {"scale": scale, "min": minimum, "d": d, "dmin": dmin}, data.numpy())
     return Packed(format, data, torch.from_numpy(values[:n_out, :n_in]))

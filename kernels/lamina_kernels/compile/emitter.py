@@ -106,6 +106,11 @@ class Emitter:
     def store(self, value: Value, pointer: Value, align: int = 4) -> None:
         self.b.store(value, pointer, align=align)
 
+    def rows(self, x: Value, row_bytes: Value, order: Value, count: int) -> list[Value]:
+        """Pointers to rows of x, by the first `count` of the int64 numbers at the address `order`."""
+        numbers = [self.load(self.at(self.pointer(order), 8 * i), I64, 8) for i in range(count)]
+        return [self.pointer(self.b.add(x, self.b.mul(row_bytes, number))) for number in numbers]
+
     def splat(self, scalar: Value) -> Value:
         vector = ir.VectorType(scalar.type, LANES)
         one = self.b.insert_element(ir.Constant(vector, ir.Undefined), scalar, I32(0))
@@ -197,6 +202,21 @@ class Emitter:
         """The nearest integers of |x| < 2 ** 21, ties to even. Anything of what is not finite, but never undefined."""
         moved = self.b.bitcast(self.b.fadd(x, self.number(1.5 * 2**23)), VI)
         return self.b.sub(moved, self.bits(0x4B400000))
+
+    def e2m1(self, codes: Value) -> Value:
+        """Of fours of e2m1's codes, a byte each, twice their numbers plus 12."""
+        b, kind = self.b, ir.VectorType(I8, 4 * LANES)
+        codes = b.bitcast(codes, kind)
+        if cpu_has("avx512bw"):
+            table = ir.Constant(kind, [12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0] * 4)
+            return b.bitcast(self.call("llvm.x86.avx512.pshuf.b.512", kind, table, codes), VI)
+        zero, two, four, seven, twelve = (ir.Constant(kind, [x] * 4 * LANES) for x in (0, 2, 4, 7, 12))
+        size = b.and_(codes, seven)
+        more = b.select(b.icmp_unsigned(">", size, four), b.sub(size, four), zero)
+        tail = b.select(b.icmp_unsigned("==", size, seven), two, zero)
+        size = b.add(size, b.add(more, tail))
+        negative = b.icmp_unsigned(">", codes, seven)
+        return b.bitcast(b.select(negative, b.sub(twelve, size), b.add(twelve, size)), VI)
 
     def add_pairs(self, sums: Value, a: Value, b: Value) -> Value:
         """sums[i] + a[2i] * b[2i] + a[2i + 1] * b[2i + 1]: int32 sums, a and b pairs of int16, seen as int32."""

@@ -137,7 +137,7 @@ def _wait_beyond(block: Any, i: int, system_call: int) -> None:
         else:
             take(block, _ASLEEP)  # before the system looks at the futex: who opens looks at both the other way around
             call(system_call, _FUTEX, _address(block, _REACHED), _WAIT, reached, 0, 0)
-            _add(block, _ASLEEP, -1)
+            add(block, _ASLEEP, -1)
         reached = _load(block, _REACHED)
 
 
@@ -164,7 +164,7 @@ def _exchanging(operation: str) -> Any:
     return intrinsic(prefer_literal=True)(typed)
 
 
-_swap, _add = _exchanging("xchg"), _exchanging("add")
+_swap, add = _exchanging("xchg"), _exchanging("add")
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]

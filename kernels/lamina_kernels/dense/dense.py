@@ -44,6 +44,7 @@ class Linear:
             packed.load_kernels(self._parts)
             return
         self.n_out, self.n_in = weight.shape
+        self._item = weight.itemsize
         self._packed = repacks(weight)
         self._few = not self._packed and few_rows.can_multiply(weight)
         self._tiles = not self._packed and tiles.can_multiply(weight)
@@ -74,6 +75,12 @@ class Linear:
         if self._parts:
             return self._parts, self._bias
         return (self._weight, self._bias) if self._few else None
+
+    @property
+    def nbytes(self) -> int:
+        """Of W and the bias."""
+        weights = sum(part.nbytes for part in self._parts) if self._parts else self.n_out * self.n_in * self._item
+        return weights + (0 if self._bias is None else self._bias.nbytes)
 
     def split(self, rows: int) -> tuple[Linear, Linear]:
         """The first `rows` outputs and the others as maps of their own; from then on they are the `halves`.

@@ -169,18 +169,24 @@ def _split_row(a: Any, row: int, tag: Any) -> None:
 def _gate_row(a: Any, row: int, tag: Any) -> None:
     """out `[rows, width]` = silu(gate) * up, or with GELU gelu(gate) * up, for x `[rows, 2 * width]`."""
     stride = a.width * a.size
-    gate_at, up_at, out_at = a.x + 2 * row * stride, a.x + (2 * row + 1) * stride, a.out + row * stride
-    gates, ups, out = vector(gate_at, a.width, tag), vector(up_at, a.width, tag), vector(out_at, a.width, tag)
-    prefix = a.width // LANES * LANES if a.size == 2 else 0  # what is left to the loop takes a register's share
-    if prefix and a.operation == GELU:
+    gate_at = a.x + 2 * row * stride
+    gate_numbers(gate_at, gate_at + stride, a.out + row * stride, a.width, a.operation == GELU, tag)
+
+
+@njit(fastmath={"contract", "nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
+def gate_numbers(gate_at: int, up_at: int, out_at: int, width: int, gelu: bool, tag: Any) -> None:
+    """out = silu(gate) * up, or gelu(gate) * up, for so many numbers at each address."""
+    gates, ups, out = vector(gate_at, width, tag), vector(up_at, width, tag), vector(out_at, width, tag)
+    prefix = width // LANES * LANES if out.itemsize == 2 else 0  # what is left to the loop takes a register's share
+    if prefix and gelu:
         gelu_mul_half(gate_at, up_at, out_at, prefix)
     elif prefix:
         silu_mul_half(gate_at, up_at, out_at, prefix)
-    for i in range(prefix, a.width):
+    for i in range(prefix, width):
         gate = load(gates[i])
         low = np.float32(-88.0) if gate < np.float32(-88.0) else gate  # in this form, NaN stays NaN
         inside = low
-        if a.operation == GELU:
+        if gelu:
             inside = low * (low * low * np.float32(GELU_SLOPE * GELU_CUBIC) + np.float32(GELU_SLOPE))
             inside = np.float32(-88.0) if inside < np.float32(-88.0) else inside
         exponent = np.float32(-87.0) if inside > np.float32(87.0) else -inside

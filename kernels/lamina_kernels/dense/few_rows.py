@@ -22,7 +22,7 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
-from lamina_kernels.compile import emitter, intrinsics
+from lamina_kernels.compile import emitter, groups, intrinsics
 from lamina_kernels.compile import launch as launching
 from lamina_kernels.compile.emitter import I32, I64, LANES, VB, VF, VI, Emitter, Kind, Value, kind_of
 from lamina_kernels.compile.intrinsics import literals, take
@@ -36,7 +36,8 @@ _GROUP = 8  # rows of x multiplied with a tile at once
 _CHUNK = 32  # numbers in a register
 _AHEAD = 12288  # bytes from what is loaded to what is fetched
 _SHARES = 8  # a thread, so that one that is held up leaves work to the others
-_ARGUMENTS = np.dtype([*HEADER, *((name, "i8") for name in ("x", "w", "y", "rows", "n_in", "n_out", "size"))])
+_FIELDS = ("x", "w", "y", "rows", "n_in", "n_out", "size", *groups.FIELDS)
+_ARGUMENTS = np.dtype([*HEADER, *((name, "i8") for name in _FIELDS)])
 Arguments = block_type(_ARGUMENTS)
 """The kernel's argument block; `size` is the bytes of a number of y."""
 
@@ -67,7 +68,8 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype = torch.b
     y = torch.empty(len(x), n_out, dtype=dtype)
     threads = torch.get_num_threads()
     addresses = (x.data_ptr(), weight.data_ptr(), y.data_ptr())
-    _LAYOUT.pack_into(_block.buffer, 0, 0, 0, threads * _SHARES, *addresses, len(x), n_in, n_out, _OUT_BYTES[dtype])
+    sizes = (len(x), n_in, n_out, _OUT_BYTES[dtype])
+    _LAYOUT.pack_into(_block.buffer, 0, 0, 0, threads * _SHARES, *addresses, *sizes, 0, 0, 0, groups.IDENTITY)
     launch(load_kernel(), _block.address, threads)
     return y
 
@@ -86,24 +88,26 @@ _block = _Block()
 @cache
 def load_kernel() -> int:
     """The kernel's address. From numba's cache on disk where it is there."""
-    arguments, fingerprint = _ARGUMENTS, source_fingerprint(emitter, intrinsics, launching)
+    arguments, fingerprint = _ARGUMENTS, source_fingerprint(emitter, groups, intrinsics, launching)
 
     @numba.cfunc(types.void(types.voidptr), cache=True)  # type: ignore[untyped-decorator]
     def kernel(block: Any) -> None:
         a = carray(block, (1,), arguments)[0]
         tiles = a.n_out // _TILE
+        total = groups.count_of(a) * tiles
         share = take(block, TAKEN)
         while fingerprint and share < a.shares:
-            for tile in range(tiles * share // a.shares, tiles * (share + 1) // a.shares):
-                column = tile * _TILE
-                for row in range(0, a.rows, _GROUP):
-                    rows = min(_GROUP, a.rows - row)
-                    x, y = a.x + row * a.n_in * 2, a.y + (row * a.n_out + column) * a.size
-                    w = a.w + column * a.n_in * 2
+            for place in range(total * share // a.shares, total * (share + 1) // a.shares):
+                first, end, w = groups.group_of(a, place // tiles)
+                column = place % tiles * _TILE
+                w += column * a.n_in * 2
+                for row in range(first, end, _GROUP):
+                    rows, y = min(_GROUP, end - row), a.y + (row * a.n_out + column) * a.size
+                    x, order = groups.rows_from(a, row, a.n_in * 2)
                     if a.size == 2:
-                        _multiply_tile(2, rows, x, w, y, a.n_in, a.n_out)
+                        _multiply_tile(2, rows, x, order, w, y, a.n_in, a.n_out)
                     else:
-                        _multiply_tile(4, rows, x, w, y, a.n_in, a.n_out)
+                        _multiply_tile(4, rows, x, order, w, y, a.n_in, a.n_out)
             take(block, FINISHED)
             share = take(block, TAKEN)
 
@@ -111,8 +115,11 @@ def load_kernel() -> int:
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def _multiply_tile(context: Any, size: Any, rows: Any, x: Any, w: Any, y: Any, n_in: Any, n_out: Any) -> Any:
-    """y at `_TILE` columns = x `[rows, n_in]` times as many rows of W; rows is 1 to `_GROUP`.
+def _multiply_tile(
+    context: Any, size: Any, rows: Any, x: Any, order: Any, w: Any, y: Any, n_in: Any, n_out: Any
+) -> Any:
+    """y at `_TILE` columns = rows of x `[.., n_in]` times as many rows of W; rows is 1 to `_GROUP`, and at the address
+    `order` stand their numbers, int64.
 
     size: bytes of a number of y, a compile-time constant.
     """
@@ -120,13 +127,13 @@ def _multiply_tile(context: Any, size: Any, rows: Any, x: Any, w: Any, y: Any, n
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         e = Emitter(builder)
-        _, rows, x, w, y, n_in, n_out = args
+        _, rows, x, order, w, y, n_in, n_out = args
         row_bytes, column_bytes = builder.shl(n_in, I64(1)), builder.mul(n_out, I64(out_bytes))
         steps = builder.lshr(n_in, I64(5))
 
         def tile(height: int) -> None:
             width = _TILE if height <= _GROUP // 2 else _TILE // 2  # at most 16 sums: all stay in registers
-            xs = _rows(e, x, row_bytes, range(height))
+            xs = e.rows(x, row_bytes, order, height)
             for first in range(0, _TILE, width):
                 sums = _dot(e, xs, _rows(e, w, row_bytes, range(first, first + width)), steps)
                 for j, out in enumerate(_rows(e, y, column_bytes, range(height))):
@@ -138,7 +145,7 @@ def _multiply_tile(context: Any, size: Any, rows: Any, x: Any, w: Any, y: Any, n
         e.choose(rows, range(1, _GROUP + 1), tile)
         return context.get_dummy_value()
 
-    return types.void(size, *[types.int64] * 6), emit
+    return types.void(size, *[types.int64] * 7), emit
 
 
 def _rows(e: Emitter, address: Value, stride: Value, which: Sequence[int]) -> list[Value]:

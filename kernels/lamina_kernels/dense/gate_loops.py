@@ -38,7 +38,8 @@ logger = logging.getLogger("lamina")
 
 
 @njit  # type: ignore[untyped-decorator]
-def _sigmoid(x: Any) -> Any:
+def sigmoid(x: Any) -> Any:
+    """Of a float32."""
     bounded = np.float32(-87.0) if x < np.float32(-87.0) else x  # in this form, NaN stays NaN
     exponent = np.float32(-87.0) if bounded > np.float32(87.0) else -bounded
     return np.float32(1.0) / (np.float32(1.0) + exp(exponent))
@@ -65,12 +66,12 @@ def _output_row(a: Any, row: int, tag: Any) -> None:
             factor = np.float32(1.0) / np.sqrt(_squares(x, a.width) / np.float32(a.width) + np.float32(a.eps))
             for i in range(a.width):
                 gate_value = load(gate[i])
-                gain = _sigmoid(gate_value) if a.operation == SIGMOID else gate_value * _sigmoid(gate_value)
+                gain = sigmoid(gate_value) if a.operation == SIGMOID else gate_value * sigmoid(gate_value)
                 out[i] = store(load(x[i]) * factor * weight[i] * gain, tag)
         else:
             for i in range(a.width):
                 gate_value = load(gate[i])
-                gain = _sigmoid(gate_value) if a.operation == SIGMOID else gate_value * _sigmoid(gate_value)
+                gain = sigmoid(gate_value) if a.operation == SIGMOID else gate_value * sigmoid(gate_value)
                 out[i] = store(load(x[i]) * gain, tag)
 
 
@@ -86,7 +87,7 @@ def _recurrence_row(a: Any, row: int, tag: Any) -> None:
         if not time > np.float32(20.0):  # as torch's softplus
             time = np.float32(math.log1p(math.exp(time)))
         out[head, 0] = time * rate[head]
-        out[head, 1] = _sigmoid(load(x[a.width + head]))
+        out[head, 1] = sigmoid(load(x[a.width + head]))
 
 
 @cache

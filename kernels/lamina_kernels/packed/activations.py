@@ -31,7 +31,7 @@ LINE = 64
 SCALE, SUM = 32, 36
 """Where in a line the float32 scale is, and scale times the sum of the block."""
 
-ZEROS = {8: 40, 16: 44, 128: 48}
+ZEROS = {8: 40, 12: 60, 16: 44, 128: 48}
 """Where in a line the int32 -zero * sum is, for the code `zero` that stands for 0."""
 
 HALF_ZEROS = (52, 56)
@@ -143,7 +143,7 @@ def _round_block(e: Emitter, halves: list[Value], out: Value) -> None:
         e.store(b.trunc(codes, VY), e.at(out, half * LANES), LANES)
         sums.append(e.call("llvm.vector.reduce.add.v16i32", I32, codes))
     code_sum = b.add(*sums)
-    fields = {SCALE: scale, SUM: b.fmul(scale, b.sitofp(code_sum, F32)), 60: I32(0)}
+    fields = {SCALE: scale, SUM: b.fmul(scale, b.sitofp(code_sum, F32))}
     fields.update({place: b.mul(code_sum, I32(-zero)) for zero, place in ZEROS.items()})
     fields.update({place: b.mul(total, I32(-32)) for place, total in zip(HALF_ZEROS, sums, strict=True)})
     for place, value in fields.items():

@@ -19,7 +19,7 @@ every half of a block); and for the K formats a float16 factor of the scales and
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 ROWS = 16
@@ -32,8 +32,9 @@ BLOCK = 32
 class Format(IntEnum):
     """How a code becomes a number. `scale` and `min` are float16 for a block of a row, unless something else is said.
 
-    U4, U5, U8: scale * (code - 8), - 16, - 128. U4M, U5M: scale * code + min. K4, K5: d * scale * code - dmin * min,
-    scale and min uint8, d and dmin float16 for 256 columns. K6: d * scale * (code - 32), scale int8 for 16 columns.
+    U4, U5, U8: scale * (code - 8), - 16, - 128. F4: scale * (x - 12), for the x that `Emitter.e2m1` gives. U4M, U5M:
+    scale * code + min. K4, K5: d * scale * code - dmin * min, scale and min uint8, d and dmin float16 for 256 columns.
+    K6: d * scale * (code - 32), scale int8 for 16 columns.
     """
 
     U4 = 0
@@ -44,6 +45,7 @@ class Format(IntEnum):
     K4 = 5
     K5 = 6
     K6 = 7
+    F4 = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +56,17 @@ class Layout:
     group: int  # columns of a record
     block: int  # bytes of a block: its codes, and behind them the masks or the high bits
     high: int  # within a block, the masks of five bits and the high bits of six
-    zero: int  # the code that stands for 0; -1: there are minima
+    zero: int  # the code, or what the table has for it, that stands for 0; -1: there are minima
     scale: int  # float16 [blocks, 16]; K4, K5: uint8 [blocks, 16]; K6: int8 [2 * blocks, 16]
     min: int  # as the scales
     d: int  # float16 [16]
     dmin: int  # float16 [16]
     record: int
+
+    @property
+    def table(self) -> bool:
+        """Codes stand for numbers in a table."""
+        return self.zero == 12
 
     @property
     def blocks(self) -> int:
@@ -105,6 +112,7 @@ LAYOUTS: dict[Format, Layout] = {
     Format.K4: _super(4),
     Format.K5: _super(5),
     Format.K6: _super(6),
+    Format.F4: replace(_plain(4, False), zero=12),
 }
 
 

@@ -136,6 +136,7 @@ def multiply_tile(
     format: Any,
     rows: Any,
     x: Any,
+    order: Any,
     w: Any,
     y: Any,
     records: Any,
@@ -146,7 +147,8 @@ def multiply_tile(
 ) -> Any:
     """y `[rows, columns]` = x times a tile of W.
 
-    format: a compile-time constant. rows: 1 to GROUP, of x at lines of `round_rows`, `blocks` a row. stride: bytes from
+    format: a compile-time constant. rows: 1 to GROUP, of x at lines of `round_rows`, `blocks` a row; order: the address
+    of their numbers, int64. stride: bytes from
     a row of y to the next; columns: 1 to 16, what of the tile is stored; size: bytes of a number of y, 2 or 4.
     """
     (number,) = literals(format)
@@ -154,18 +156,18 @@ def multiply_tile(
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         e = Emitter(builder)
-        _, rows, x, w, y, records, blocks, stride, columns, size = args
+        _, rows, x, order, w, y, records, blocks, stride, columns, size = args
         row_bytes = builder.mul(blocks, I64(LINE))
 
         def tile(height: int) -> None:
-            xs = [e.pointer(builder.add(x, builder.mul(row_bytes, I64(i)))) for i in range(height)]
+            xs = e.rows(x, row_bytes, order, height)
             sums = _multiply(e, layout, xs, e.pointer(w), records)
             _store(e, sums, y, stride, columns, size)
 
         e.choose(rows, range(1, GROUP + 1), tile)
         return context.get_dummy_value()
 
-    return types.void(format, *[types.int64] * 9), emit
+    return types.void(format, *[types.int64] * 10), emit
 
 
 def _multiply(e: Emitter, layout: Layout, xs: list[Value], tile: Value, records: Value) -> list[Value]:
@@ -240,7 +242,8 @@ def _add(e: Emitter, layout: Layout, total: Value, x: Value, quads: list[Value],
     place = -1 if zero == 0 else HALF_ZEROS[which.start // 4] if layout.bits == 6 else ZEROS[zero]
     zeros = None if zero == 0 else e.at(x, place)
     fours = [e.at(x, 4 * q) for q in which]
-    product = multiply_fours(e, fours_of_cpu(), [quads[q] for q in which], fours, layout.bits, zeros)
+    bits = 5 if layout.table else layout.bits
+    product = multiply_fours(e, fours_of_cpu(), [quads[q] for q in which], fours, bits, zeros)
     factor = e.b.fmul(scale, e.splat(e.load(e.at(x, SCALE), F32)))
     return e.fma(e.b.sitofp(product, VF), factor, total)
 
@@ -253,7 +256,9 @@ def _quads(e: Emitter, layout: Layout, codes: Value) -> list[Value]:
     low = e.bits(0x0F0F0F0F)
     vectors = [e.load(e.at(codes, 64 * q), VI, 64) for q in range(4)]
     quads = [b.and_(v, low) for v in vectors] + [b.and_(b.lshr(v, e.bits(4)), low) for v in vectors]
-    if layout.bits == 5:
+    if layout.table:
+        quads = [e.e2m1(quad) for quad in quads]
+    elif layout.bits == 5:
         bit, zero = (ir.Constant(_V8, [ir.Constant(ir.IntType(8), x)] * 64) for x in (16, 0))
         for q in range(8):
             mask = b.bitcast(e.load(e.at(codes, layout.high + 8 * q), I64, 8), _MASK)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numba import carray, types
 
-from lamina_kernels.compile import emitter, intrinsics
+from lamina_kernels.compile import emitter, groups, intrinsics
 from lamina_kernels.compile import launch as launching
 from lamina_kernels.compile.intrinsics import take
 from lamina_kernels.compile.launch import FINISHED, HEADER, TAKEN, block_type, launch, source_fingerprint
@@ -28,7 +28,7 @@ MAX_ROWS = 32
 """Rows of x up to which this is worth while: beyond, unpacking for a library's multiplication is faster."""
 
 _SHARES = 8  # a thread, so that one that is held up leaves work to the others
-_FIELDS = ("x", "w", "y", "rows", "records", "record", "blocks", "n_out", "stride", "size")
+_FIELDS = ("x", "w", "y", "rows", "records", "record", "blocks", "n_out", "stride", "size", *groups.FIELDS)
 _ARGUMENTS = np.dtype([*HEADER, *((name, "i8") for name in _FIELDS)])
 Arguments = block_type(_ARGUMENTS)
 """The kernel's argument block. x: lines of `round_rows`, `blocks` a row; w: tiles of `records` records of `record`
@@ -78,6 +78,7 @@ def arguments(format: Format, rows: int, n_in: int, n_out: int, size: int, share
         n_out=n_out,
         stride=n_out * size,
         size=size,
+        identity=groups.IDENTITY,
     )
 
 
@@ -90,21 +91,24 @@ def blocks_of(format: Format, n_in: int) -> int:
 def load_kernel(format: Format) -> int:
     """The kernel's address. From numba's cache on disk where it is there."""
     number, arguments = int(format), _ARGUMENTS  # closed over, so parts of the cache's key
-    fingerprint = source_fingerprint(emitter, intrinsics, launching, layout, micro, activations)
+    fingerprint = source_fingerprint(emitter, groups, intrinsics, launching, layout, micro, activations)
 
     @numba.cfunc(types.void(types.voidptr), cache=True)  # type: ignore[untyped-decorator]
     def kernel(block: Any) -> None:
         a = carray(block, (1,), arguments)[0]
         tiles = (a.n_out + 15) // 16
+        total = groups.count_of(a) * tiles
         share = take(block, TAKEN)
         while fingerprint and share < a.shares:
-            for tile in range(tiles * share // a.shares, tiles * (share + 1) // a.shares):
-                column, w = tile * 16, a.w + tile * a.records * a.record
+            for place in range(total * share // a.shares, total * (share + 1) // a.shares):
+                first, end, w = groups.group_of(a, place // tiles)
+                tile = place % tiles
+                column, w = tile * 16, w + tile * a.records * a.record
                 columns = min(16, a.n_out - column)
-                for row in range(0, a.rows, GROUP):
-                    x, y = a.x + row * a.blocks * 64, a.y + row * a.stride + column * a.size
-                    rows = min(GROUP, a.rows - row)
-                    multiply_tile(number, rows, x, w, y, a.records, a.blocks, a.stride, columns, a.size)
+                for row in range(first, end, GROUP):
+                    rows, y = min(GROUP, end - row), a.y + row * a.stride + column * a.size
+                    x, order = groups.rows_from(a, row, a.blocks * 64)
+                    multiply_tile(number, rows, x, order, w, y, a.records, a.blocks, a.stride, columns, a.size)
             take(block, FINISHED)
             share = take(block, TAKEN)
 

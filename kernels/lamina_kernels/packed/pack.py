@@ -67,8 +67,9 @@ BLOCKS = {
     "Q4_K": (Format.K4, 256, 144),
     "Q5_K": (Format.K5, 256, 176),
     "Q6_K": (Format.K6, 256, 210),
+    "FP4": (Format.F4, 32, 18),
 }
-"""Of ggml's kinds: the format, and the columns and bytes of a block."""
+"""Of ggml's kinds: the format, and the columns and bytes of a block. FP4 is laid out as Q4_0, with codes of e2m1."""
 
 CODES = {(4, False): "int4", (4, True): "int4_min", (5, False): "int5", (5, True): "int5_min", (8, False): "int8"}
 """Kinds of codes by their bits, and whether they have minima."""
@@ -234,7 +235,7 @@ def _put_nibble(address: int, row: int, nibble: int) -> None:
 
 @njit  # type: ignore[untyped-decorator]
 def _pack_plain(a: Any, source: int, record: int, b: int, row: int) -> Any:
-    """A block of Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0, whose nibbles stand as those of a tile do."""
+    """A block of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or FP4, whose nibbles stand as those of a tile do."""
     out, cursor, good = record + b * a.block + 4 * row, source + 2, _finite(load16(source))
     place = 2 * (b * ROWS + row)
     store16(record + a.scale + place, load16(source))

@@ -89,7 +89,9 @@ def _codes(e: Emitter, layout: Layout, at: Value) -> list[Value]:
         return [e.load(e.at(at, 64 * q), VI) for q in range(_QUADS)]
     stored, nibbles = [e.load(e.at(at, 64 * q), VI) for q in range(4)], e.bits(0x0F0F0F0F)
     quads = [e.b.and_(x, nibbles) for x in stored] + [e.b.and_(e.b.lshr(x, e.bits(4)), nibbles) for x in stored]
-    if layout.bits == 5:
+    if layout.table:
+        quads = [e.e2m1(quad) for quad in quads]
+    elif layout.bits == 5:
         bits = ir.VectorType(ir.IntType(1), 64)
         bytes_ = ir.VectorType(I8, 64)
         ones, zeros = (ir.Constant(bytes_, [x] * 64) for x in (16, 0))

@@ -37,6 +37,8 @@ _COUNTERS: Mapping[str, tuple[str, str]] = {
     "kv_whole": ("kv_whole_bytes", "What reading all of that KV would have taken."),
     "missed_mass": ("missed_mass", "Estimated attention mass that queries did not read, summed over queries."),
     "missed_queries": ("missed_mass_queries", "Query vectors that the estimates of missed mass are of."),
+    "expert_bytes": ("expert_bytes", "Bytes of experts that were read, of each once a batch that chose it."),
+    "expert_rows": ("expert_rows", "Pairs of a token and an expert that it chose, in all layers."),
     "drafts": ("spec_decode_num_drafts", "Rows with drafts that were verified."),
     "draft_tokens": ("spec_decode_num_draft_tokens", "Drafts that were verified."),
     "accepted_tokens": ("spec_decode_num_accepted_tokens", "Drafts that became tokens."),

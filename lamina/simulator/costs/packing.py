@@ -16,6 +16,7 @@ QUANTIZED = ("int4", "int8")
 FORMATS: Mapping[str, Format] = {
     "int4": Format.U4, "int8": Format.U8, "q4_0": Format.U4, "q4_1": Format.U4M, "q5_0": Format.U5, "q5_1": Format.U5M,
     "q8_0": Format.U8, "q4_k": Format.K4, "q5_k": Format.K5, "q6_k": Format.K6,
+    "mxfp4": Format.F4,
 }  # fmt: skip
 """What each kind becomes in memory; tables of int4 are int8. AWQ, and GPTQ with zero points, take what q4_1 takes."""
 _LEAST, _MOST = 0.125, 4.0

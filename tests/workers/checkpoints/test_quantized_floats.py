@@ -209,13 +209,13 @@ def test_tiles_are_as_near_as_theirs_are(case: Made) -> None:
             room = torch.empty(n_bytes + 64, dtype=torch.uint8)
             matrix = cut.pack(room[-room.data_ptr() % 64 :][:n_bytes])
             error = (matrix.unpack(torch.float32) - wanted[rows, :32]).abs()
-            if tensor.kind == "int5":
+            if tensor.kind == "FP4":
                 assert not error.any()
             else:
                 assert matrix.format == Format.U8
                 assert (error <= wanted[rows, :32].abs().amax(1, True) / 250).all()
         assert packed
-        assert packed_kind(source) in ("int5", "int8")
+        assert packed_kind(source) in ("FP4", "int8")
     assert "packed" in weight_memory(folder).ways
     prompt = torch.arange(3, 14)
     with torch.inference_mode():

@@ -68,10 +68,10 @@ def test_mxfp4_is_read_as_transformers_reads_it() -> None:
 
 
 def test_mxfp4_of_experts_stays_packed_and_exact(published: tuple[object, Path]) -> None:
-    """5 bits have all numbers of 4 that are floats, and float16 all scales that weights have."""
+    """float16 has all scales that weights have."""
     model, folder = published
     with open_checkpoint(folder) as source:
-        assert packed_kind(source) == "int5"
+        assert packed_kind(source) == "FP4"
         config, packing = ModelConfig.from_folder(folder), Packing(packed=True)
         weights = load_weights(config, source, torch.float32, torch.device("cpu"), packing=packing)
     for layer, mixer in enumerate(weights.layers):

@@ -35,6 +35,8 @@ class FakeDecoder:
         self._constants = constants
         self.batches: list[Batch] = []
 
+    experts_read = 0, 0
+
     def state_constants(self) -> dict[int, StateConstants]:
         return self._constants
 

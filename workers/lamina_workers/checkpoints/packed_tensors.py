@@ -16,8 +16,19 @@ from lamina_workers.errors import ModelFileError, UnsupportedModelError
 
 EVERY = slice(None)
 # Kinds that the kernels do not have, and those that have the same numbers; of the others int8 is made.
-_SAME = {"MXFP4": "Q5_0", "Q3_K": "Q6_K"}
-READABLE = (*BLOCKS, *_SAME, "Q2_K", "IQ4_NL", "IQ4_XS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
+_SAME = {"MXFP4": "FP4", "Q3_K": "Q6_K"}
+READABLE = (
+    *(kind for kind in BLOCKS if kind != "FP4"),
+    *_SAME,
+    "Q2_K",
+    "IQ4_NL",
+    "IQ4_XS",
+    "IQ2_XXS",
+    "IQ2_XS",
+    "IQ2_S",
+    "IQ3_XXS",
+    "IQ3_S",
+)
 """ggml's kinds of blocks that can be read."""
 MXFP4_BLOCK = 32
 """Numbers of MXFP4 that share a scale."""
@@ -126,12 +137,8 @@ class GgmlBlocks:
 
 
 def _from_mxfp4(blocks: torch.Tensor) -> torch.Tensor:
-    """Q5_0 of MXFP4's blocks, uint8 `[n, 17]`: a power of two, then 16 bytes of two codes."""
-    codes = _E2M1[_nibbles(blocks[:, 1:]).int()]  # [n, 32]
-    scales = torch.exp2(blocks[:, :1].float() - 128).half().view(torch.uint8)
-    high = (codes >> 4).view(-1, 4, 8) << torch.arange(8)
-    low = (codes & 15).view(-1, 2, 16)
-    return torch.cat((scales, high.sum(-1).byte(), (low[:, 0] | low[:, 1] << 4).byte()), 1)
+    """FP4 of MXFP4's blocks, uint8 `[n, 17]`: a power of two, then 16 bytes of two codes."""
+    return torch.cat((torch.exp2(blocks[:, :1].float() - 128).half().view(torch.uint8), blocks[:, 1:]), 1)
 
 
 def _from_q3(blocks: torch.Tensor) -> torch.Tensor:
@@ -150,11 +157,6 @@ def _from_q3(blocks: torch.Tensor) -> torch.Tensor:
     scales = torch.cat((packed[:, :8] & 15, packed[:, :8] >> 4), 1)
     scales = (scales | ((packed[:, None, 8:] >> torch.arange(0, 8, 2).view(1, 4, 1) & 3) << 4).reshape(-1, 16)) - 32
     return torch.cat((lower.byte(), upper.byte(), scales.to(torch.int8).view(torch.uint8), blocks[:, 108:]), 1)
-
-
-def _nibbles(x: torch.Tensor) -> torch.Tensor:
-    """The low four bits of each byte, then the high ones."""
-    return torch.cat((x & 15, x >> 4), 1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -243,7 +245,7 @@ class Rounded:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Mxfp4:
-    """MXFP4, of which 5 bits have all numbers; for kernels a block's scale below 2^-24 becomes 0.
+    """MXFP4; for kernels a block's scale below 2^-24 becomes 0.
 
     name: of the scales; codes: uint8 `[n_out, n_in / 2]`, two numbers in a byte; powers: uint8 `[n_out, n_in / 32]`,
     each block's power of two plus 127 (255: NaN, which is refused when it is read).
@@ -255,7 +257,7 @@ class Mxfp4:
 
     @property
     def kind(self) -> str:
-        return CODES[5, False]
+        return "FP4"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -269,15 +271,20 @@ class Mxfp4:
         return Mxfp4(self.name, codes[:, begin // 2 : end // 2], powers[:, begin // MXFP4_BLOCK : end // MXFP4_BLOCK])
 
     def pack(self, into: torch.Tensor) -> PackedMatrix:
-        return self._codes().pack(into)
+        self._check()
+        codes = self.codes.reshape(-1, MXFP4_BLOCK // 2)  # neighbours in a byte
+        codes = torch.stack((codes & 15, codes >> 4), -1).view(-1, 2, MXFP4_BLOCK // 2)
+        blocks = torch.cat((self.powers.reshape(-1, 1), codes[:, 0] | codes[:, 1] << 4), 1)
+        return pack_blocks(self.kind, _from_mxfp4(blocks).view(len(self.codes), -1), into)
 
     def floats(self) -> torch.Tensor:
-        return self._codes().floats()
+        self._check()
+        read, scales = (lambda rows: e2m1(chosen(self.codes, rows))), _POWERS[self.powers.int()]
+        return Codes(5, self.shape[1], read, scales, None).floats()
 
-    def _codes(self) -> Codes:
+    def _check(self) -> None:
         if bool((self.powers == 255).any()):
             raise ModelFileError(f"tensor {self.name} has scales that are no numbers")
-        return Codes(5, self.shape[1], lambda rows: e2m1(chosen(self.codes, rows)), _POWERS[self.powers.int()], None)
 
 
 def e2m1(packed: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,8 @@ import torch
 
 from lamina_kernels.compile import programs
 from lamina_kernels.dense.dense import Weight
-from lamina_kernels.dense_spans import MAX_ROWS, Behind, Heads, Map, Span, Spans
+from lamina_kernels.dense.steps import MAX_ROWS, Map
+from lamina_kernels.dense_spans import Behind, Heads, Span, Spans
 from lamina_kernels.states.operands import StateConstants
 from lamina_workers.converted.config import ConvertedConfig
 from lamina_workers.converted.cuts import Live
@@ -202,6 +203,11 @@ class ConvertedDecoder(Decoder):
     def in_slices(self) -> bool:
         """Whether it runs in slices, not as transformers' module."""
         return self._slices is not None
+
+    @property
+    def experts_read(self) -> tuple[int, int]:
+        """Nothing is known of them: experts are one operation."""
+        return 0, 0
 
     def state_constants(self) -> dict[int, StateConstants]:
         """None: a model with states is not converted."""

@@ -202,7 +202,7 @@ def _experts(config: ModelConfig, moe: MoeConfig, load: Loader, layer: int, shar
     if moe.shared:
         gate, of_shared = shared_names(config, layer)
         mlp = _mlp(load, of_shared, shape.shared, moe.shared, (False, False), gating)
-        shared = mlp, None if gate is None else load.linear([gate], plain=True)
+        shared = mlp, None if gate is None else load.copy(f"{gate}.weight")
     latent = None
     if moe.latent:
         into, out = latent_names(config, layer)

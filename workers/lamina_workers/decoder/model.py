@@ -32,13 +32,14 @@ from lamina_kernels.dense.dense import (
     soft_cap,
     split_heads,
 )
-from lamina_kernels.dense_spans import MAX_ROWS, Behind, Gate, Heads, Span, Spans, States
+from lamina_kernels.dense.steps import MAX_ROWS
+from lamina_kernels.dense_spans import Behind, Gate, Heads, Span, Spans, States
 from lamina_kernels.states.operands import StateConstants
 from lamina_workers.checkpoints.checkpoint import TensorSource
 from lamina_workers.checkpoints.weight_loader import UNPACKED, Packing
 from lamina_workers.decoder.choices import LatentAttention, Rotation, beside, query_rows
 from lamina_workers.decoder.decoder_weights import DecoderWeights, MixerWeights, load_weights
-from lamina_workers.decoder.moe import Mlp
+from lamina_workers.decoder.moe import Experts, Mlp
 from lamina_workers.decoder.rope import LayerRotations
 from lamina_workers.decoder.shard import WHOLE, Shard, local, rank_shape
 from lamina_workers.decoder.state_layers import OutputGate
@@ -53,7 +54,7 @@ def decoder_spans(config: ModelConfig, weights: DecoderWeights, query_first: boo
     """Span i ends before the mixer of layer i, with the inputs of a state, or with q, k and v (`query_first`: with the
     normed residual stream); the one past the last layer ends with the logits, or with the normed stream where the head
     has to be applied to that. None where a map is neither packed nor multiplied by `few_rows`, or a layer is not built
-    as those of Llama or Qwen3-Next."""
+    as those of Llama, Qwen3-Next or gpt-oss."""
     family = config.family
     if family.norm != "rms" or family.qk_norm not in ("", "head") or config.residuals != Residuals():
         return None
@@ -76,20 +77,28 @@ def decoder_spans(config: ModelConfig, weights: DecoderWeights, query_first: boo
 
 
 def _behind(layer: MixerWeights) -> Behind | None:
-    """What follows the mixer, where it is one MLP."""
+    """What follows the mixer, where it is one MLP, or experts."""
     if len(layer.mlps) != 1 or layer.joins or layer.latent is not None or layer.input_norm is None:
         return None
     (weights,) = layer.mlps
-    mlp = weights.mlp
-    if not isinstance(mlp, Mlp) or mlp.gating not in (silu_mul, gelu_tanh_mul) or weights.norm is None:
+    experts = weights.mlp if isinstance(weights.mlp, Experts) else None
+    mlp = weights.mlp if isinstance(weights.mlp, Mlp) else None
+    routed = None
+    if experts is not None:
+        routed, mlp = experts.routed, None if experts.shared is None else experts.shared[0]
+        if routed is None or routed.router is None or experts.latent is not None:
+            return None
+    gate_up = down = None
+    if mlp is not None:
+        gate_up, down = mlp.gate_up.few_rows, mlp.down.few_rows
+        if mlp.gating not in (silu_mul, gelu_tanh_mul) or gate_up is None or down is None:
+            return None
+    gate, output = None if layer.gate is None else _gate(layer.gate, layer.input_norm), layer.output.few_rows
+    if output is None or weights.norm is None or (gate is None and layer.gate is not None):
         return None
-    output, gate_up, down = layer.output.few_rows, mlp.gate_up.few_rows, mlp.down.few_rows
-    gate = None if layer.gate is None else _gate(layer.gate, layer.input_norm)
-    if output is None or gate_up is None or down is None or (gate is None and layer.gate is not None):
-        return None
-    return Behind(
-        output, weights.norm, gate_up, down, mlp.gating is gelu_tanh_mul, layer.attended_norm, weights.norm_behind, gate
-    )
+    gelu = mlp is not None and mlp.gating is gelu_tanh_mul
+    norms = layer.attended_norm, weights.norm_behind
+    return Behind(output, weights.norm, gate_up, down, gelu, *norms, gate, routed)
 
 
 def _gate(gate: OutputGate, entering: torch.Tensor) -> Gate | None:
@@ -356,6 +365,13 @@ class Decoder:
     def _gathered(self, logits: torch.Tensor) -> torch.Tensor | None:
         """Logits of the whole vocabulary from those of each rank's part; None at ranks beyond 0."""
         return logits if self._collective is None else self._collective.gather_columns(logits, self._widths)
+
+    @property
+    def experts_read(self) -> tuple[int, int]:
+        """Since the beginning: bytes of experts, each once a batch that chose it, and pairs of a token and one."""
+        experts = (mlp.mlp for layer in self._weights.layers for mlp in layer.mlps if isinstance(mlp.mlp, Experts))
+        n_bytes, pairs = (sum(column) for column in zip((0, 0), *(one.touched() for one in experts), strict=True))
+        return n_bytes, pairs
 
     def state_constants(self) -> dict[int, StateConstants]:
         """By layer, what holders need of each that keeps a state, beside its spec."""

@@ -127,6 +127,10 @@ class Workers(Protocol[P]):
     def attention_seconds(self) -> float:
         """How long this thread has computed attention, or waited for it or for holders to accept a batch."""
 
+    @property
+    def experts_read(self) -> tuple[int, int]:
+        """In this process: bytes of experts, each counted once a batch that chose it, and pairs of a token and one."""
+
     def begin_after(self, epoch: int) -> None:
         """The holders know epochs up to this one from the previous engine."""
 

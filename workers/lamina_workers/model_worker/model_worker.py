@@ -317,6 +317,10 @@ class ModelWorker:
         """As `Workers` says; the time in which a batch was suspended is not its own."""
         return self._watch.seconds
 
+    @property
+    def experts_read(self) -> tuple[int, int]:
+        return self._decoder.experts_read
+
     def links(self) -> dict[int, Link]:
         return {number: replies.link() for number, replies in self._replies.items()}
 

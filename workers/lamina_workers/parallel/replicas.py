@@ -100,6 +100,10 @@ class PipelineReplicas:
         return self._worker.attention_seconds + self._replica_attention
 
     @property
+    def experts_read(self) -> tuple[int, int]:
+        return self._worker.experts_read
+
+    @property
     def times(self) -> Times:
         return self._worker.times
 

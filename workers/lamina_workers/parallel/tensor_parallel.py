@@ -85,6 +85,10 @@ class TensorParallelWorkers:
         return self._group.missing
 
     @property
+    def experts_read(self) -> tuple[int, int]:
+        return self._worker.experts_read
+
+    @property
     def times(self) -> Times:
         return self._worker.times
 
