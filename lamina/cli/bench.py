@@ -18,7 +18,6 @@ from lamina.cli.terminal import ProgressBars, print_json
 from lamina.errors import InvalidRequest
 from lamina.measure.bench.workloads import Settings
 from lamina.system.child_process import KEY_VARIABLE
-from lamina.system.figures import needs_matplotlib
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure a server, or the decode steps of an engine.")
 
@@ -72,15 +71,11 @@ class OutputOptions:
     percentile: Annotated[str, _option("Which to report, with commas.", _OUTPUT)] = "90,99"
     save_result: SaveResult = None
     save_detailed: Annotated[bool, _option("With the times of each request.", _OUTPUT, "--save-detailed")] = False
-    plot: Annotated[Path | None, _option("Draw latencies and the run over time here, as PNG.", _OUTPUT)] = None
     as_json: opt.JsonLines = False
 
     def check(self) -> None:
         """Raises InvalidRequest for a file that could not be written, before the run and not after it."""
         opt.check_output("save-result", self.save_result, ".json")
-        opt.check_output("plot", self.plot, ".png")
-        if self.plot is not None:
-            needs_matplotlib()
         if self.save_detailed and self.save_result is None:
             raise InvalidRequest("--save-detailed was given; it needs --save-result")
 
@@ -114,10 +109,6 @@ def serve(
         result = run_loop(bench(settings, progress))
     detailed = output.save_detailed
     _give(lambda about: record(result, **about, detailed=detailed), text(result), output.as_json, output.save_result)
-    if output.plot is not None and result.summary.completed:
-        from lamina.measure.bench.report import save_plot
-
-        save_plot(result, output.plot)
     if result.run.unfinished:
         raise KeyboardInterrupt
     if not result.summary.completed:

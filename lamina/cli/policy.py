@@ -160,15 +160,13 @@ def calibrate(model: opt.ModelName, out: Out, how: CalibrationOptions) -> None:
     from lamina.measure.calibration.calibrate import calibrate as calibrated
     from lamina.measure.calibration.report import write_report
     from lamina.policy_file import write
-    from lamina.system.figures import NO_PLOTS
 
     opt.check_suffix("out", out, ".toml")
     settings = how.settings()
     with ProgressBars() as bars:
         calibration = calibrated(model, settings, EngineConfig(dtype=how.dtype, threads=how.threads), bars)
     write(out, calibration.file)
-    if not write_report(out, calibration, settings.target):
-        typer.echo(NO_PLOTS, err=True)
+    write_report(out, calibration, settings.target)
     if calibration.chosen is None:
         typer.echo(f"no choice met the target: {out} keeps everything", err=True)
         raise typer.Exit(1)

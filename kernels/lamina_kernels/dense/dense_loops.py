@@ -8,7 +8,6 @@ The functions at the end take tensors, and check that a kernel may read and writ
 from __future__ import annotations
 
 import ctypes
-import logging
 import struct
 import threading
 from collections.abc import Callable
@@ -43,7 +42,6 @@ Arguments = block_type(_ARGUMENTS)
 _LAYOUT = struct.Struct(f"={_ARGUMENTS.itemsize // 8 - 1}qd")
 _ROUND_BY_ADDING = np.float32(1.5 * 2**23)  # leaves a float32 no bits for a fraction
 
-logger = logging.getLogger("lamina")
 
 # Kernels are generic over the numbers in memory, told apart by a tag: a uint16 holds bfloat16's bits.
 # fastmath: "contract" joins a product and a sum, "reassoc" lets a sum of squares run in several lanes. Not where two
@@ -217,7 +215,6 @@ def _share(a: Any, first: int, last: int, tag: Any) -> None:
 @cache
 def load_kernel(half: bool) -> tuple[int, Callable[[int], None]]:
     """The kernel's address, and a way to call it on this thread. From numba's cache on disk where it is there."""
-    logger.info("loading the CPU kernels of dense layers (the first time ever: compiling them)")
     tag, arguments = np.uint16(0) if half else np.float32(0), _ARGUMENTS  # closed over, so parts of the cache's key
     fingerprint = source_fingerprint(emitter, intrinsics, launching)
 

@@ -7,7 +7,6 @@ whatever rows stand beside it and however many threads share them: its experts a
 
 from __future__ import annotations
 
-import logging
 from functools import cache
 from typing import Any
 
@@ -45,8 +44,6 @@ experts: chosen int64 `[n, k]`; weight float32 `[n, k]`; plan: see `groups`; ord
 the expert of a pair; places int64 `[n, k]`: a pair's number, or -1; scores float32 `[n, 3, experts]`. counts: int64
 `[3]`, added to: experts that had rows, pairs, and calls. shared: of `size`, `[n, width]`, what the shared expert gives,
 gate float32 `[n]` its weights, made by CHOOSE of `gate_weight` and the rows at `shared`; 0: there is none."""
-
-logger = logging.getLogger("lamina")
 
 
 @njit(fastmath={"contract", "nsz", "reassoc"}, error_model="numpy")  # type: ignore[untyped-decorator]
@@ -247,7 +244,6 @@ def _sum_row(a: Any, row: int, tag: Any) -> None:
 @cache
 def load_kernel(half: bool) -> int:
     """The kernel's address. From numba's cache on disk where it is there."""
-    logger.info("loading the CPU kernels of experts (the first time ever: compiling them)")
     tag, arguments = np.uint16(0) if half else np.float32(0), _ARGUMENTS  # closed over, so parts of the cache's key
     fingerprint = source_fingerprint(dense_loops, gate_loops, programs, emitter, groups, intrinsics, launching)
 

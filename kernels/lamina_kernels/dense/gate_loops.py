@@ -8,7 +8,6 @@ the same way whatever rows stand beside it and however many threads share them.
 from __future__ import annotations
 
 import ctypes
-import logging
 import math
 from functools import cache
 from typing import Any
@@ -33,8 +32,6 @@ _ADDRESSES = ("x", "gate", "out", "weight", "offset")
 _ARGUMENTS = np.dtype([*HEADER, *((name, "i8") for name in (*_SIZES, *_ADDRESSES)), ("eps", "f8")])
 Arguments = block_type(_ARGUMENTS)
 """A kernel's argument block; `size` is the bytes of a number, `x` and what follows are addresses."""
-
-logger = logging.getLogger("lamina")
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -93,7 +90,6 @@ def _recurrence_row(a: Any, row: int, tag: Any) -> None:
 @cache
 def load_kernel(half: bool) -> int:
     """The kernel's address. From numba's cache on disk where it is there."""
-    logger.info("loading the CPU kernels of gates (the first time ever: compiling them)")
     tag, arguments = np.uint16(0) if half else np.float32(0), _ARGUMENTS  # closed over, so parts of the cache's key
     fingerprint = source_fingerprint(dense_loops, emitter, intrinsics, launching)
 

@@ -1,14 +1,8 @@
-"""What calibration found, for people: a heat map of heads, and one page of HTML that needs nothing else.
-
-Draws with matplotlib, of the extra `plots`; without it the page has the same numbers as coloured tables.
-"""
+"""What calibration found, for people: one page of HTML that needs nothing else, with maps of heads in colours."""
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping
-from contextlib import suppress
 from html import escape
 from pathlib import Path
 
@@ -19,7 +13,6 @@ from lamina.measure.calibration.calibrate import Calibration
 from lamina.measure.calibration.quality import Target
 from lamina.measure.calibration.scores import Scores
 from lamina.policy_file import Heads, dumps, kept, kept_share
-from lamina.system.figures import NO_PLOTS
 from lamina.system.text_files import write_text
 
 _MEASURES = {
@@ -33,7 +26,9 @@ _MEASURES = {
 }
 _STYLE = """body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0}td,th{padding:.15em .6em;text-align:right;border-bottom:1px solid #ddd}
-th{text-align:left}pre{background:#f6f6f6;padding:1em;overflow-x:auto}img{max-width:100%}"""
+th{text-align:left}pre{background:#f6f6f6;padding:1em;overflow-x:auto}
+.maps{display:flex;flex-wrap:wrap;gap:1em}figure{margin:0}.maps table{margin:.3em 0;border:1px solid #ddd}
+.maps td{width:14px;height:8px;padding:0;border:0}"""
 
 
 def measures(found: Calibration) -> dict[str, Scores]:
@@ -47,49 +42,13 @@ def kept_shares(heads: Heads, context: int) -> Scores:
     return np.array([[kept(policy, context) / context for policy in layer] for layer in heads])
 
 
-def heat_map(of: Mapping[str, Scores]) -> bytes:
-    """A PNG: one panel a measure, layers down, KV heads across. Raises PolicyError without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PolicyError(NO_PLOTS) from error
-    layers, heads = next(iter(of.values())).shape
-    figure = Figure(figsize=(2.2 * len(of), 1.5 + layers * 0.16), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (name, values) in zip(figure.subplots(1, len(of), squeeze=False)[0], of.items(), strict=True):
-        image = axes.imshow(_shown(name, values), aspect="auto", cmap="viridis", interpolation="nearest")
-        axes.set_title(name, fontsize=9)
-        axes.set_xlabel("KV head", fontsize=8)
-        axes.tick_params(labelsize=7)
-        axes.set_xticks(range(0, heads, max(1, heads // 8)))
-        figure.colorbar(image, ax=axes, location="bottom").ax.tick_params(labelsize=7)
-    figure.get_axes()[0].set_ylabel("layer", fontsize=8)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110, metadata={"Software": "lamina"})
-    return picture.getvalue()
+def write_report(path: Path, found: Calibration, target: Target) -> None:
+    """Write PATH.html for a policy file at `path`. Raises PolicyError where it cannot be written."""
+    write_text(path.with_suffix(".html"), page(found, target, measures(found)), PolicyError)
 
 
-def write_report(path: Path, found: Calibration, target: Target) -> bool:
-    """Write PATH.html and, where matplotlib is there, PATH.png, for a policy file at `path`. Returns whether it is.
-
-    Raises PolicyError where they cannot be written.
-    """
-    numbers = measures(found)
-    picture: bytes | None = None
-    with suppress(PolicyError):
-        picture = heat_map(numbers)
-    if picture is not None:
-        try:
-            path.with_suffix(".png").write_bytes(picture)
-        except OSError as error:
-            raise PolicyError(f"{path.with_suffix('.png')} cannot be written: {error}") from error
-    write_text(path.with_suffix(".html"), page(found, target, numbers, picture), PolicyError)
-    return picture is not None
-
-
-def page(found: Calibration, target: Target, of: Mapping[str, Scores], picture: bytes | None) -> str:
-    """The page, whole: the picture is part of it."""
+def page(found: Calibration, target: Target, of: Mapping[str, Scores]) -> str:
+    """The page, which needs no other file."""
     file, context = found.file, found.context
     full = sum(policy == "full" for layer in file.heads for policy in layer)
     count = sum(map(len, file.heads))
@@ -112,9 +71,7 @@ def page(found: Calibration, target: Target, of: Mapping[str, Scores], picture: 
         + "".join(f"<li><b>{name}</b>: {escape(text)}</li>" for name, text in _MEASURES.items() if name in of)
         + "</ul>",
     ]
-    if picture is not None:
-        data = base64.b64encode(picture).decode()
-        parts.append(f'<img alt="Heat map: layers down, KV heads across" src="data:image/png;base64,{data}">')
+    parts += [f'<div class="maps">{"".join(_heat_map(name, values) for name, values in of.items())}</div>']
     parts += [_scores(found, of), "<h2>The policy file</h2>", f"<pre>{escape(dumps(file))}</pre>"]
     title = f"KV policies of {escape(file.model)}"
     head = f'<meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
@@ -145,12 +102,23 @@ def _scores(found: Calibration, of: Mapping[str, Scores]) -> str:
     for layer, policies in enumerate(found.file.heads):
         for head, policy in enumerate(policies):
             cells = [
-                f'<td style="background:rgba(31,120,180,{scaled[name][layer, head] * 0.6:.2f})">'
-                f"{values[layer, head]:.3g}</td>"
+                f'<td style="{_colour(scaled[name][layer, head] * 0.6)}">{values[layer, head]:.3g}</td>'
                 for name, values in of.items()
             ]
             rows.append(f"<tr><td>{layer}</td><td>{head}</td><td>{escape(policy)}</td>{''.join(cells)}</tr>")
     return f"<table>{''.join(rows)}</table>"
+
+
+def _heat_map(name: str, values: Scores) -> str:
+    """A measure as colours, layers down and KV heads across."""
+    cells = "</tr><tr>".join(
+        "".join(f'<td style="{_colour(x)}">' for x in layer) for layer in _scaled(_shown(name, values))
+    )
+    return f"<figure><figcaption>{name}</figcaption><table><tr>{cells}</tr></table></figure>"
+
+
+def _colour(share: float) -> str:
+    return f"background:rgba(31,120,180,{share:.2f})"
 
 
 def _row(tag: str, cells: tuple[str, ...]) -> str:
