@@ -270,7 +270,7 @@ def test_routers_are_not_quantised() -> None:
     weights = load_weights(config, source, torch.float32, torch.device("cpu"), packing=Packing(quantize="int4"))
     experts = weights.layers[0].mlps[0].mlp
     (router,) = [name for name in source.names() if name.endswith("layers.0.block_sparse_moe.gate.weight")]
-    torch.testing.assert_close(numbers(experts._router._scores), source.tensor(router))  # type: ignore[union-attr]
+    torch.testing.assert_close(numbers(experts._router.scores), source.tensor(router))  # type: ignore[union-attr]
 
 
 @pytest.mark.skipif(repacks(torch.empty(64, 64, dtype=torch.bfloat16)), reason="oneDNN repacks weights on this CPU")

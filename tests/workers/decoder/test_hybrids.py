@@ -113,14 +113,22 @@ def test_family_over_workers_equals_transformers(family: str, holders: int, made
                 worker.check_integrity()
 
 
-@pytest.mark.parametrize("kind", ["qwen3_next", "qwen3_5"])
+SPANS = {
+    "qwen3_next": FAMILIES["qwen3_next"],
+    "qwen3_5": FAMILIES["qwen3_5"],
+    "qwen3_5_moe": FAMILIES["qwen3_5_moe"],
+    "qwen3_moe": ("qwen3_moe", {"head_dim": 32, "num_hidden_layers": 4, "norm_topk_prob": True}),
+    "gpt_oss": ("gpt_oss", {"num_local_experts": 8, "intermediate_size": 64, "num_hidden_layers": 4}),
+}
+WHOLE_REGISTERS = {"num_experts": 8, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
+
+
+@pytest.mark.parametrize("kind", SPANS)
 def test_spans_change_no_bit(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("lamina_kernels.dense.dense", "lamina_workers.decoder.decoder_weights"):
         monkeypatch.setattr(f"{module}.repacks", lambda _: False)  # with AMX weights are repacked, and no span is used
-    model_type, options = FAMILIES[kind]
-    if kind == "qwen3_next":
-        options = options | {"mlp_only_layers": [0, 1, 2, 3]}
-    model = reference(model_type, options)
+    model_type, options = SPANS[kind]
+    model = reference(model_type, options | WHOLE_REGISTERS if "num_experts" in options or "moe" in kind else options)
     decoder, taken = load(model, tmp_path, torch.bfloat16), []
     run = Spans.run
     monkeypatch.setattr(Spans, "run", lambda self, index, *given: taken.append(index) or run(self, index, *given))
