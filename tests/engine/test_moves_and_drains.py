@@ -62,7 +62,7 @@ class Scene:
         sequence = ScheduledSequence(Request("0", (1,) * (computed + 1), 100), 0, 0, [1] * (computed + 1))
         running.open(sequence, self.at(1))
         sequence.computed = sequence.planned = computed
-        sequence.floor = floor
+        sequence.floor, sequence.records = floor, (floor, computed)
         self.control.scheduler.ledger.took(running.pages(sequence))
         return sequence
 
