@@ -194,10 +194,7 @@ def test_smollm2_is_what_its_gguf_says(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     assert config["rope_theta"] == 100000.0
     assert config["tie_word_embeddings"] is True
-    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [
-        2,
-        0,
-    ]  # <|im_end|>, <|endoftext|>
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [2, 0]
     with open_checkpoint(folder) as checkpoint:
         assert sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names()) == 134_515_008
         assert packed_kind(checkpoint) is not None
