@@ -39,7 +39,7 @@ MEMORY_SHARE = 0.9
 SEQUENCE_TOKENS = 4096
 """Tokens of the sequences for which memory is divided between KV and states: the engine's default."""
 UNBOUNDED = 1 << 40
-"""Tokens, or sequences, of what takes no memory."""
+"""Tokens, or sequences, of what takes no memory; tokens of a batch where prompts take no time."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from lamina.kv.placement import Holder, Placement
 from lamina.kv.request import SNAPSHOT_TOKENS, Plan, Request, ScheduledSequence, SchedulerConfig
 from lamina.scheduling.control_plane import ControlPlane, Step, refusal
 from lamina.simulator.costs.cost_model import Load, StepCost, kv_heads
+from lamina.simulator.costs.offloaded import UNBOUNDED
 from lamina.simulator.costs.shapes import STATE_RECORDS
 from lamina.simulator.costs.systems import PAGE_SIZE, Offloaded, System, kept_window
 from lamina.simulator.event_loop.counters import Groups, HolderCounter, PageCounter, RecordCounter, Window
@@ -142,8 +143,6 @@ class Totals:
 BACKLOG, BACKLOG_TOKENS = 64, 1 << 22
 """Requests, and tokens of their prompts, that the scheduler is given ahead of those it has admitted; the others wait in
 the trace, in order."""
-UNLIMITED = 1 << 40
-"""Tokens a batch, where prefill takes no time."""
 
 
 class Instance:
@@ -202,7 +201,7 @@ class Instance:
             states=states,
         )
         config = SchedulerConfig(
-            max_batch_tokens=system.max_batch_tokens if prefill else UNLIMITED,
+            max_batch_tokens=system.max_batch_tokens if prefill else UNBOUNDED,
             max_sequences=system.max_sequences,
             max_model_len=longest,
             page_size=PAGE_SIZE,

@@ -20,11 +20,11 @@ from heapq import heappop, heappush
 
 from lamina.errors import EngineError
 from lamina.simulator.costs.cost_model import Load, StepCost
+from lamina.simulator.costs.offloaded import UNBOUNDED
 from lamina.simulator.costs.systems import PAGE_SIZE, System
 from lamina.simulator.event_loop.instance import (
     BACKLOG,
     BACKLOG_TOKENS,
-    UNLIMITED,
     Life,
     PromptRows,
     Totals,
@@ -123,7 +123,7 @@ class QuickInstance:
         self._pages = self._free = system.capacity.tokens // PAGE_SIZE
         longest = max(arrival.prompt + arrival.output for arrival in trace.arrivals)
         self._possible = min(self._pages * PAGE_SIZE, longest)
-        self._budget = system.max_batch_tokens if prefill else UNLIMITED
+        self._budget = system.max_batch_tokens if prefill else UNBOUNDED
         self._room = system.prompt_tokens
         holders = holders_of(system)
         self._alike = holders == 1 and page_groups(system) == ((1, None),)

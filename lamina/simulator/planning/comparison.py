@@ -16,13 +16,12 @@ from lamina.simulator.event_loop.failures import Failures
 from lamina.simulator.event_loop.results import RunResult
 from lamina.simulator.event_loop.simulate import Progress, Slo, simulate
 from lamina.simulator.planning.candidates import DEGREES
-from lamina.simulator.planning.inventory import SYSTEMS
+from lamina.simulator.planning.inventory import MAX_COUNT, SYSTEMS
 from lamina.simulator.traces.arrivals import Trace
 
 MODEL_DEVICE, ATTENTION_DEVICE, CPU_DEVICE = "h100", "h20", "epyc-genoa"
 LINK, CPU_LINK = "fhbn-400g", "ethernet-25g"
 """Between accelerators as in the Lamina paper; a CPU host of the catalogue has 37.5 Gbit/s, of which this is below."""
-MAX_COUNT = 1024
 _ROOM = 0.25
 """The least share of the memory that may be used which the KV of a co-located system should have."""
 _SPEC = re.compile(r"([a-z-]+)(?::([^+:]+?)x(\d{1,4})(?:\+([^+:]+?)x(\d{1,4}))?)?", re.ASCII)

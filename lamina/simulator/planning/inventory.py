@@ -35,8 +35,7 @@ UNDEPLOYABLE = ("disaggregated",)
 SYSTEMS = ("colocated", "chunked", "disaggregated", "lamina", "lamina-cpu")
 """Whole prompts and chunked ones on the same devices, prompts on other devices, attention on other accelerators, and
 attention on CPU hosts."""
-MAX_COUNT = 1024
-MAX_ENTRIES = 64
+MAX_COUNT, MAX_ENTRIES = 1024, 64
 _MAX_TEXT = 2000
 
 

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from lamina.simulator.costs.offloaded import UNBOUNDED
 from lamina.simulator.costs.systems import (
     PAGE_SIZE,
     Colocated,
@@ -33,8 +34,6 @@ FOREVER = 1e9
 """Seconds that no token takes, unless prefill can't keep up."""
 _APART = 1e5
 """Seconds after which a request is alone."""
-_UNLIMITED = 1 << 40
-"""Tokens of a batch, where prompts are computed elsewhere."""
 _LENGTHS = ("prompts", "outputs", "past", "read", "held")
 """Fields of `Requests` beside its times."""
 _EDGE = 0.02
@@ -75,7 +74,7 @@ class Service:
         self._decode = instances(system)[-1]
         self._has_prompts = prefill and self._apart is None
         self._batches = _batches(_plain(self._decode), demand.context, self._has_prompts)
-        self._budget = self._decode.max_batch_tokens if self._has_prompts else _UNLIMITED
+        self._budget = self._decode.max_batch_tokens if self._has_prompts else UNBOUNDED
         lengths = demand.sample.prompts
         self._past = float((lengths * self._batches.past(lengths, self._budget)[1]).mean())
         self._prepared: dict[Sample, Requests] = {}
