@@ -82,7 +82,7 @@ FORMATS = {kind: block[0] for kind, block in BLOCKS.items()} | {
     "int8": Format.U8,
 }
 _SHARES = 8  # a thread
-_ALONE = 1 << 18  # bytes that one thread packs sooner than two begin
+_ALONE = 1 << 20  # bytes, an expert, say, that one thread packs sooner than two begin
 _ARGUMENTS = np.dtype(
     [
         *HEADER,
