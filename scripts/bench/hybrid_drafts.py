@@ -59,9 +59,9 @@ def force(texts: Sequence[Text]) -> None:
         due = []
         for row in step.rows:
             prompt = row.sequence.request.prompt
-            at = len(row.sequence.tokens) - len(prompt)
-            due += answers[prompt][at : at + row.samples]
-            due += [0] * max(0, at + row.samples - max(at, len(answers[prompt])))
+            place = len(row.sequence.tokens) - len(prompt)
+            due += answers[prompt][place : place + row.samples]
+            due += [0] * max(0, place + row.samples - max(place, len(answers[prompt])))
         return recorded(step, due)
 
     Step.recorded = forced  # type: ignore[method-assign]  # for this process alone

@@ -78,34 +78,34 @@ class Plans:
 
     def at_price(self, device: str, factor: float) -> tuple[bool, str]:
         """Whether the winner is first where that device costs so many times what it does, and what is."""
-        asked = self.asked
+        question = self.asked
         have = tuple(
-            replace(each, device=replace(each.device, price=each.device.price * factor))
-            if each.device.name == device
-            else each
-            for each in asked.inventory.have
+            replace(entry, device=replace(entry.device, price=entry.device.price * factor))
+            if entry.device.name == device
+            else entry
+            for entry in question.inventory.have
         )
-        there = replace(asked, inventory=replace(asked.inventory, have=have))
-        loop = EventRuns(asked.trace, self.demand, asked.slo, asked.prefill, 0)
-        first = find(there, self.demand, partly=asked.budget is not None, loop=loop)[0]
+        changed = replace(question, inventory=replace(question.inventory, have=have))
+        loop = EventRuns(question.trace, self.demand, question.slo, question.prefill, 0)
+        first = find(changed, self.demand, partly=question.budget is not None, loop=loop)[0]
         return self._same(first, first.candidate), first.name
 
     def changed(self, quantity: Quantity, factor: float) -> tuple[bool, str]:
         """The same where that is so many times as large."""
-        before: dict[Candidate, Candidate] = {}
-        asked = self.asked
+        originals: dict[Candidate, Candidate] = {}
+        question = self.asked
         for entry in self.ranked:
-            situation = quantity.change(Situation(entry.candidate.system, self.demand, asked.slo), factor)
+            situation = quantity.change(Situation(entry.candidate.system, self.demand, question.slo), factor)
             if fits(situation.system):
-                before[replace(entry.candidate, system=situation.system)] = entry.candidate
-        demand, slo, part = situation.demand, situation.slo, asked.trace
+                originals[replace(entry.candidate, system=situation.system)] = entry.candidate
+        demand, slo, part = situation.demand, situation.slo, question.trace
         if demand.prompt != self.demand.prompt:
-            arrivals = (replace(each, prompt=max(1, round(each.prompt * factor))) for each in part.arrivals)
+            arrivals = (replace(arrival, prompt=max(1, round(arrival.prompt * factor))) for arrival in part.arrivals)
             part = replace(part, arrivals=tuple(arrivals))
-        loop = EventRuns(part, demand, slo, asked.prefill, 0)
-        ranked = loop.searched(rank(list(before), demand, slo, prefill=asked.prefill))
+        loop = EventRuns(part, demand, slo, question.prefill, 0)
+        ranked = loop.searched(rank(list(originals), demand, slo, prefill=question.prefill))
         first = settled(ranked, loop)[0]
-        return self._same(first, before[first.candidate]), first.name
+        return self._same(first, originals[first.candidate]), first.name
 
     def _same(self, first: Ranked, candidate: Candidate) -> bool:
         winner = self.winner
@@ -130,8 +130,8 @@ class Plans:
                     continue
                 step = NEAR if farthest > 1 else 1 / NEAR
                 (before, one), (after, other) = first(change.factor / step), first(change.factor * step)
-                said = f"{name}: at {change.factor:.3f}x {change.winner}"
-                yield Try(said, before and not after, other == change.winner, f"before {one}; beyond {other}")
+                statement_text = f"{name}: at {change.factor:.3f}x {change.winner}"
+                yield Try(statement_text, before and not after, other == change.winner, f"before {one}; beyond {other}")
 
 
 def main() -> None:
