@@ -25,8 +25,8 @@ from lamina.errors import PolicyError
 from lamina.system.text_files import read_text, read_toml, toml_value, write_text
 from lamina_workers.model_config.config import ModelConfig
 from lamina_workers.policies.catalogue import parse
+from lamina_workers.policies.compared.span import BLOCK
 from lamina_workers.policies.policy import LONGEST
-from lamina_workers.policies.span import BLOCK
 
 VERSION = 1
 AUTO = "retrieval"  # exact while that is as fast, else by sketches of pages: measured in docs/long_context.md
@@ -90,7 +90,7 @@ class PolicyFile:
 def kept(policy: str, length: int) -> int:
     """How many of `length` tokens a head under that policy keeps, before rounding to pages."""
     rule = parse(policy)
-    window = min(rule.kept_from(length), length)
+    window = min(rule.seen_from(length), length)
     return length - window + rule.staying(0, window, 1)
 
 

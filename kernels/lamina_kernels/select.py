@@ -45,7 +45,7 @@ class Kernels(Protocol):
 
         Raises ValueError on rows that overlap, read beyond their table, or name pages that do not exist, and on pages
         of another order. Page -1 is none: a layer where one is read cannot be attended.
-        Their tables and biases may be kept, not copied: they must not change while the plan is used.
+        Their tables may be kept, not copied: they must not change while the plan is used.
         """
 
     def grown(self, plan: Any) -> Grown | None:
@@ -68,7 +68,7 @@ class Kernels(Protocol):
     ) -> Partial:
         """Attention of q `[n, d_k]` over the pages of `layer`: out `[n, d_v]` in q's dtype, lse float32 `[n]`.
 
-        softmax(cap(scale * q.k) + bias) v over the keys that a query sees (`Rows`), where cap(x) is
+        softmax(cap(scale * q.k)) v over the keys that a query sees (`Rows`), where cap(x) is
         soft_cap * tanh(x / soft_cap), or x without a soft cap.
         """
 

@@ -206,21 +206,9 @@ class PageRuns:
 class Retention(Protocol):
     """Which tokens of a sequence are kept; `lamina_workers.policies.policy.Policy` implements it."""
 
-    @property
-    def evicts(self) -> bool:
-        """Whether decode frees pages by the attention that they got."""
-
-    @property
-    def unit(self) -> int:
-        """By how many tokens at once `seen_from` moves on, at most."""
-
     def seen_from(self, start: int) -> int:
         """The lowest position, but for pages that stay, that queries at `start` or later see. What lies below is freed
         with a row at `start`."""
-
-    def kept_from(self, start: int) -> int:
-        """The lowest position, but for pages that stay, that a sequence of floor `start` keeps: means may stand for
-        what is seen."""
 
     def staying(self, first: int, end: int, size: int) -> int:
         """How many of the pages [first, end), of `size` tokens each, are kept as long as the sequence is."""
@@ -242,7 +230,7 @@ class PageGroup(NamedTuple):
         come."""
         if self.policy is None:
             return max(0, end - first)
-        window = max(first, self.policy.kept_from(floor) // size, self.policy.seen_from(start) // size)
+        window = max(first, self.policy.seen_from(max(floor, start)) // size)
         return self.policy.staying(first, min(end, window), size) + max(0, end - window)
 
     def most(self, first: int, needed: int, length: int, size: int) -> int:
@@ -250,7 +238,7 @@ class PageGroup(NamedTuple):
         to `length` tokens."""
         if self.policy is None:
             return needed
-        window = length - self.policy.seen_from(length) + self.policy.unit
+        window = length - self.policy.seen_from(length) + 1
         return min(needed, self.policy.staying(first, first + needed, size) + -(-window // size) + 2)
 
 

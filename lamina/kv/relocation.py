@@ -43,9 +43,9 @@ class GrowingShare(NamedTuple):
 class Growth:
     """Decides for the running sequences, and has them grow elsewhere.
 
-    Not for what must be in one place: states, keys among which an index chooses, KV of which a policy chooses or
-    evicts. A pool of which all layers have windows keeps its place too, since it does not grow. The local tier takes or
-    leaves whole sequences (`StepTuner`), and a sequence that is being rebuilt grows where it is.
+    Not for what must be in one place: states, keys among which an index chooses, KV of which a policy chooses. A pool
+    of which all layers have windows keeps its place too, since it does not grow. The local tier takes or leaves whole
+    sequences (`StepTuner`), and a sequence that is being rebuilt grows where it is.
     """
 
     def __init__(

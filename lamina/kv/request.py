@@ -303,12 +303,6 @@ class SchedulerConfig:
         """Whether every head keeps everything."""
         return not self.states and all(group.policy is None for groups in self.groups(policy) for group in groups)
 
-    @property
-    def evicts(self) -> bool:
-        """Whether a head lets go of pages by the attention that they got."""
-        groups = (group for groups in self.page_groups for group in groups)
-        return any(group.policy is not None and group.policy.evicts for group in groups)
-
     def forks_at(self, sequence: ScheduledSequence, length: int) -> bool:
         """Whether the first `length` tokens of a sequence can be forked."""
         return length in sequence.records if self.states else length >= sequence.floor

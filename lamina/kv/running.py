@@ -156,12 +156,12 @@ class RunningSequences:
 
     def raise_floor(self, row: PlannedRow, floor: int) -> None:
         """Holders have accepted a row, or may have: its sequence has this floor, and so have the shares that let go of
-        pages by it: those that store it, and where attention decides what is let go, all."""
+        pages by it, which store it."""
         sequence, end = row.sequence, row.start + row.count
         sequence.floor = max(sequence.floor, floor)
         missing = sequence.rebuild.missing if row.rebuild and sequence.rebuild is not None else sequence.layout
         for share, leaf in sequence.runs.items() if floor else ():
-            if self._config.evicts or (row.start < share.hi and share.lo < end and share in missing):
+            if row.start < share.hi and share.lo < end and share in missing:
                 leaf.floor = max(leaf.floor, floor)
 
     def rewritten(self, sequence: ScheduledSequence, start: int) -> None:
@@ -199,8 +199,8 @@ class RunningSequences:
         )
 
     def movable(self, sequence: ScheduledSequence) -> bool:
-        """Whether a sequence's KV is whole. Where attention decides what is let go, it is computed anew elsewhere."""
-        return sequence.handle is not None and sequence.rebuild is None and not self._config.evicts
+        """Whether a sequence's KV is whole."""
+        return sequence.handle is not None and sequence.rebuild is None
 
     def moved(self, sequence: ScheduledSequence, layout: Layout, starts: Mapping[Share, int]) -> None:
         """The KV of a movable, idle sequence is in this layout now; new shares have no pages of other sequences.

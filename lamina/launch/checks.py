@@ -53,7 +53,7 @@ def unused_options(config: EngineConfig, holder: HolderConfig, relayed: bool = F
     if config.sketches and any(spec.index for spec in holder.layers):
         yield "sketches=True does nothing with this model: an index of its own chooses what is read"
     policies = [parse(text) for text in dict.fromkeys(text for spec in holder.layers for text in spec.policies)]
-    if config.speculate is not None and any(policy.adaptive or policy.compensated for policy in policies):
+    if config.speculate is not None and any(policy.adaptive for policy in policies):
         what = f"policy={str(config.policy)!r:.80}, which chooses keys for one token at a time"
         yield f"speculate={str(config.speculate)!r:.80} does nothing for requests under {what}"
     narrow = [spec for spec in holder.layers if spec.window is not None and spec.policies]
@@ -91,14 +91,10 @@ def cut_options(config: EngineConfig, limits: SchedulerConfig) -> Iterator[str]:
 def _changes_nothing(spec: LayerSpec) -> bool:
     """Whether no policy of the layer hides anything that its window shows."""
     policies = [parse(text) for text in spec.policies]
-    if spec.window is None or any(policy.adaptive or policy.evicts for policy in policies):
+    if spec.window is None or any(policy.adaptive for policy in policies):
         return False
-    for policy in policies:
-        query = LONGEST - LONGEST % policy.unit  # the first of a block sees the least
-        (view,) = policy.views(query, 1)
-        if view.seen(query)[-1][0] > query - spec.window + 1:
-            return False
-    return True
+    views = (next(policy.within(spec.window).views(LONGEST, 1)) for policy in policies)
+    return all(view.seen(LONGEST)[-1][0] <= LONGEST - spec.window + 1 for view in views)
 
 
 def check_redundancy(config: EngineConfig, limits: SchedulerConfig, placement: Placement, workers: bool) -> None:

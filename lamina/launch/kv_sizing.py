@@ -288,9 +288,7 @@ def limits_of(
     memory_limit = 1 << 50 if elsewhere else _most_memory(config, holder, machine)
     _check_memory("kv_memory", holder.kv_memory, holder, memory_limit)
     groups, states = page_groups(holder), state_pools(holder)
-    evicts = any(group.policy is not None and group.policy.evicts for of_pool in groups for group in of_pool)
-    # Which pages two sequences share is not known by positions once each has evicted its own.
-    prefix_cache = config.prefix_cache and not evicts and not _keys_depend_on_length(model, max_model_len or context)
+    prefix_cache = config.prefix_cache and not _keys_depend_on_length(model, max_model_len or context)
     frame_tokens = bounds.most_tokens(holder.layers, dtype.itemsize, model.hidden_size)
     rows = max_parts = bounds.most_rows(holder.layers)
     if config.model_workers > 1:
@@ -457,7 +455,7 @@ class RequestPolicies:
             name,
             self._groups(name),
             all(_keys_seen(policy, LONGEST) == LONGEST + 1 for policy in policies),
-            any(policy.adaptive or policy.compensated or policy.evicts for policy in policies),
+            any(policy.adaptive for policy in policies),
         )
 
 

@@ -1,4 +1,4 @@
-"""What indexes are compared with: a scan of all keys, and FAISS's own HNSW.
+"""What indexes are compared with: a scan of all keys, FAISS's own HNSW, and its inverted lists.
 
 The scan reads all keys in 8 bits, once for the whole query group, and then the best again exactly. It has numba and
 numpy only, and nothing is built but the codes.
@@ -7,6 +7,7 @@ numpy only, and nothing is built but the codes.
 from __future__ import annotations
 
 import time
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -106,3 +107,51 @@ def plain_graph(keys: Floats, links: int) -> Any:
     index.hnsw.efConstruction = 4 * links
     index.add(keys)
     return index
+
+
+@cache
+def _lists_effort(effort: int) -> Any:
+    """The search parameters with which `effort` inverted lists are read."""
+    return faiss_host.module().SearchParametersIVF(nprobe=effort)
+
+
+class IvfSegment:
+    """Inverted lists (FAISS IVF) over the keys at [lo, hi). `effort` is how many of them are read."""
+
+    def __init__(self, index: Any, lo: int, lists: int, effort: int, build_seconds: float) -> None:
+        self._index, self._lists, self._effort = index, lists, effort
+        self._n, self._d = int(index.ntotal), int(index.d)
+        self.lo, self.hi = lo, lo + self._n
+        self.build_seconds = build_seconds
+        of_key = faiss_host.code_bytes(self._d) + 8  # a list holds a key's number beside its code
+        self.nbytes = self._n * of_key + lists * self._d * 4
+
+    def search(self, q: Floats, k: int, effort: int | None = None) -> Found:
+        q = check_queries(q, self._d, k)
+        k = min(k, self._n)
+        lists = min(self._lists, effort or self._effort)
+        statistics = faiss_host.module().cvar.indexIVF_stats
+        before = int(statistics.ndis)
+        indices, scores = faiss_host.search(self._index, q, k, _lists_effort(lists))
+        if (indices < 0).any():  # the lists that were read hold fewer than k keys
+            indices, scores = faiss_host.search(self._index, q, k, _lists_effort(self._lists))
+        centroids = len(q) * self._lists
+        return ascending(indices + self.lo, scores, int(statistics.ndis) - before + centroids)
+
+
+def build_ivf(keys: Floats, lo: int = 0, effort: int = 32) -> IvfSegment:
+    """Inverted lists over the keys at positions lo, lo + 1, ...: float32 `[n, d]`.
+
+    There are 4 sqrt(n) lists, FAISS's advice for so many keys. Raises as `build_graph` does.
+    """
+    start_time = time.perf_counter()
+    check_keys(keys, lo)
+    if effort < 1:
+        raise ValueError(f"effort is {effort}; allowed is 1 or more")
+    lists = min(len(keys), max(1, round(4 * len(keys) ** 0.5)))
+    faiss, d = faiss_host.module(), keys.shape[1]
+    index = faiss.index_factory(d, f"IVF{lists},SQbf16", faiss.METRIC_INNER_PRODUCT)
+    index.cp.min_points_per_centroid = 1  # short segments are allowed; the warning would go to stderr
+    index.train(np.ascontiguousarray(keys))
+    index.add(np.ascontiguousarray(keys))
+    return IvfSegment(index, lo, lists, effort, time.perf_counter() - start_time)

@@ -30,14 +30,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from index_baselines import ScanSegment, plain_graph
+from index_baselines import ScanSegment, build_ivf, plain_graph
 
 from lamina_kernels.paged.pages import Pages
 from lamina_kernels.paged.rows import Rows
 from lamina_kernels.select import Kernels, kernels
 from lamina_workers.indexes import faiss_host
 from lamina_workers.indexes.graph_index import EFFORT, LISTED, SLOTS, build_graph
-from lamina_workers.indexes.ivf_index import build_ivf
 from lamina_workers.indexes.key_index import Found, KeyIndex, ascending
 from lamina_workers.indexes.query_sample import QuerySample
 from lamina_workers.policies.retrieval import Retrieval

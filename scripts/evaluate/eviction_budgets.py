@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Finds how much each KV head must hold, and writes it as a policy file:
+"""Finds how much each KV head must read, and writes it as a policy file:
 
     scripts/evaluate/eviction_budgets.py --context 8192 --share 0.34 --out budgets.toml
 
 For the last tokens of some texts, the model is run in float32 beside the full cache. What a head's output loses at each
 budget is weighed by the Fisher information (lamina/measure/calibration/evidence.py), which estimates the KL divergence
-that it causes. Budgets are then dealt to the heads where they save most, until --share of the KV is held. heavy_hitter
-holds the pages with most attention by a sample of the prompt's queries, razor the last ones and a mean for the others.
+that it causes. Budgets are then dealt to the heads where they save most, until --share of the KV is read. heavy_hitter
+reads the pages with most attention by a sample of the prompt's queries, razor the last ones and a mean for the others.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from lamina.measure.calibration.capture import Captured, TorchPath, attend, capt
 from lamina.measure.calibration.data import corpus
 from lamina.policy_file import Heads, PolicyFile, write
 from lamina_workers.checkpoints.model_checkpoint import fingerprint, open_checkpoint
+from lamina_workers.policies.compared.heavy_hitter import HeavyHitter
 from lamina_workers.policies.full import Full
-from lamina_workers.policies.heavy_hitter import HeavyHitter
 
-SHARES = (0.05, 0.08, 0.12, 0.17, 0.23, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)  # of the KV that a head may hold
+SHARES = (0.05, 0.08, 0.12, 0.17, 0.23, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)  # of the KV that a head may read
 SINK, RECENT, PAGE = 64, 256, 32  # tokens
 CHUNK = 1024  # tokens
 SAMPLES = 3  # draws of the Fisher information
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--policy", default=POLICIES[0], choices=POLICIES)
     parser.add_argument("--context", type=int, default=8192)
-    parser.add_argument("--share", type=float, default=0.34, help="of the KV that is to be held")
+    parser.add_argument("--share", type=float, default=0.34, help="of the KV that is to be read")
     parser.add_argument("--text", type=Path, nargs="*", default=[], help="text files, beside Python's own help topics")
     parser.add_argument("--texts", type=int, default=1, help="pieces of each text")
     parser.add_argument("--queries", type=int, default=128, help="last tokens of each piece, by which heads are judged")
@@ -73,7 +73,7 @@ def _owned(layer: Captured) -> Captured:
 
 
 def losses(path: TorchPath, context: Sequence[Captured], token_ids: Sequence[int], policy: str) -> np.ndarray:
-    """Estimated KL divergence in nats a token, float64 `[layers, kv_heads, SHARES]`, where one KV head holds such a
+    """Estimated KL divergence in nats a token, float64 `[layers, kv_heads, SHARES]`, where one KV head reads such a
     share of the tokens before `token_ids`."""
     start, marks = context[0].k.shape[1], list[torch.Tensor]()
     asked: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
@@ -178,7 +178,7 @@ def dealt(cost: np.ndarray, share: float) -> np.ndarray:
 
 
 def policy(name: str, share: float, context: int) -> str:
-    """The text of a head's policy that holds this share of `context` tokens."""
+    """The text of a head's policy that reads this share of `context` tokens."""
     if share >= 1:
         return "full"
     if name == "razor":
@@ -188,7 +188,7 @@ def policy(name: str, share: float, context: int) -> str:
 
 
 def write_file(out: Path, model: str, made_of: str, heads: Heads, args: argparse.Namespace, kept: float) -> None:
-    about = {"method": f"budgets of {args.policy}", "context": args.context, "kv_kept": round(kept, 4)}
+    about = {"method": f"budgets of {args.policy}", "context": args.context, "kv_read": round(kept, 4)}
     write(out, PolicyFile(model, made_of, heads, about))
     print(f"{out}: {kept:.3f} of the KV at {args.context} tokens")
 

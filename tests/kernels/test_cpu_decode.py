@@ -74,8 +74,8 @@ RAGGED = [
     Row(10, 1, 0, 0),
     Row(500, 50, 70, 550, 64),
     Row(411, 2, 0, 413, window=70, sinks=5),
-    Row(333, 2, 0, 320, listed=1, biased=True),
-    Row(90, 17, 3, 300, window=40, sinks=20, biased=True),
+    Row(333, 2, 0, 320, listed=1),
+    Row(90, 17, 3, 300, window=40, sinks=20),
 ]
 ONCE = [Row(2000, 1, 0, 1777)]  # a decode query that sees every key, so that their order is of no account
 
@@ -133,7 +133,7 @@ def test_a_prompt_in_many_query_blocks_beside_decode_rows(layout: PageLayout) ->
     "row",
     [
         pytest.param(Row(1_000_002, 1, 0, 1_000_003), id="paged"),
-        pytest.param(Row(1_000_010, 2, 0, 1_000_001, window=600_000, sinks=4, listed=1, biased=True), id="listed"),
+        pytest.param(Row(1_000_010, 2, 0, 1_000_001, window=600_000, sinks=4, listed=1), id="listed"),
     ],
 )
 @pytest.mark.parametrize(("d_k", "dtype"), [(16, F32), (64, BF16), (32, F16), (64, I8)])
@@ -168,8 +168,8 @@ def test_a_query_that_sees_nothing_is_empty_whatever_stood_in_the_buffer(kernels
         Row(5, 2, 9, 9),
         Row(9, 3, 0, 4, window=2),
         Row(0, 1, 0, 0, listed=1),
-        Row(50, 1, 30, 40, window=3, sinks=20, listed=1, biased=True),
-        Row(7, 2, 7, 3, biased=True),
+        Row(50, 1, 30, 40, window=3, sinks=20, listed=1),
+        Row(7, 2, 7, 3),
         [Row(4, 3, 9, 20, heads=1), Row(4, 3, 0, 0, 2, heads=1)],
     ]
     world = build(kernels, PageLayout(32, 64, 48, dtype), unseen)
@@ -183,7 +183,7 @@ def test_a_query_that_sees_nothing_is_empty_whatever_stood_in_the_buffer(kernels
 @every_case
 def test_huge_logits(kernels: Kernels, dtype: torch.dtype, order: Order) -> None:
     layout = PageLayout(32, 64, 80, dtype, order)
-    world = build(kernels, layout, [Row(200, 2, 0, 202), Row(99, 1, 0, 90, biased=True, listed=1)], spread=1e4)
+    world = build(kernels, layout, [Row(200, 2, 0, 202), Row(99, 1, 0, 90, listed=1)], spread=1e4)
     out, lse = attend(kernels, world)
     assert torch.isfinite(out).all()
     assert lse.abs().max() > 1e4
@@ -254,15 +254,12 @@ def restored(kernels: Kernels, world: World) -> World:
 @both
 @every_dtype
 @pytest.mark.parametrize("times", [30.0, 1e3])
-@pytest.mark.parametrize("how", ["causality", "bias", "logit"])
+@pytest.mark.parametrize("how", ["causality", "logit"])
 def test_a_large_value_without_weight_disturbs_nothing(kernels: Kernels, dtype, times: float, how: str) -> None:
-    world = build(kernels, PageLayout(32, 64, 64, dtype), [Row(98, 2, 0, 100, biased=True)], 2, 2)
-    (k, v), (bias,) = world.keys[0], world.rows.bias
-    bias[1, :, :100] = 0
+    world = build(kernels, PageLayout(32, 64, 64, dtype), [Row(98, 2, 0, 100)], 2, 2)
+    k, v = world.keys[0]
     v[:, 99] *= times
-    if how == "bias":
-        bias[1, :, 99] = -np.inf
-    elif how == "logit":
+    if how == "logit":
         world.q[:] = world.q.abs()
         k[:, 99] = -20
     restored(kernels, world)
@@ -414,9 +411,8 @@ def test_rows_of_several_tokens_go_on_as_if_planned_anew(layout: PageLayout, thr
     "row",
     [
         Row(300, 1, 0, 290, window=40), Row(300, 1, 0, 301, listed=1), Row(300, 1, 0, 0),
-        Row(300, 1, 0, 301, biased=True),
     ],
-    ids=["window", "list", "nothing", "bias"],
+    ids=["window", "list", "nothing"],
 )  # fmt: skip
 def test_plans_that_do_not_follow_are_not_grown(row: Row) -> None:
     world = build(cpu_decode, LAYOUTS[0], [Row(200, 1, 0, 201), row])
@@ -473,7 +469,7 @@ def test_sinks_and_a_window_are_two_ranges_merged(kernels: Kernels, dtype: torch
 @both
 @every_dtype
 def test_a_list_of_all_tokens_is_the_table(kernels: Kernels, dtype: torch.dtype) -> None:
-    rows = [Row(600, 1, 0, 601, biased=True), Row(70, 16, 33, 80, 20), Row(300, 20, 0, 320, window=50, sinks=7)]
+    rows = [Row(600, 1, 0, 601), Row(70, 16, 33, 80, 20), Row(300, 20, 0, 320, window=50, sinks=7)]
     world = build(kernels, PageLayout(48, 64, 32, dtype), rows)
     lists = []
     for table in world.rows.tables:
@@ -486,10 +482,10 @@ def test_a_list_of_all_tokens_is_the_table(kernels: Kernels, dtype: torch.dtype)
 @both
 @every_dtype
 def test_the_order_of_a_list_is_of_no_account(kernels: Kernels, dtype: torch.dtype) -> None:
-    world = build(kernels, PageLayout(16, 64, 80, dtype), [dataclasses.replace(ONCE[0], listed=1, biased=True)])
-    (table,), (bias,) = world.rows.tables, world.rows.bias
+    world = build(kernels, PageLayout(16, 64, 80, dtype), [dataclasses.replace(ONCE[0], listed=1)])
+    (table,) = world.rows.tables
     order = np.random.default_rng(3).permutation(1777)
-    close(kernels, world, changed(world, tables=[np.take(table, order, 2)], bias=[np.take(bias, order, 2)]))
+    close(kernels, world, changed(world, tables=[np.take(table, order, 2)]))
 
 
 @both
@@ -513,59 +509,8 @@ def test_rows_of_single_heads_are_the_row_of_all(kernels: Kernels, dtype: torch.
         first=rows.first + head * 2,
         kv_heads=np.ones_like(head),
         tables=[table[:, h : h + 1] for table, h in zip(rows.tables, head, strict=True)],
-        bias=[None if b is None else b[:, h : h + 1] for b, h in zip(rows.bias, head, strict=True)],
     )
     close(kernels, world, dataclasses.replace(world, rows=split))
-
-
-@both
-@every_dtype
-def test_a_bias_of_ln_3_is_three_copies_of_the_key(kernels: Kernels, dtype: torch.dtype) -> None:
-    world = build(kernels, PageLayout(16, 64, 80, dtype), [Row(200, 2, 0, 77, listed=1)])
-    (table,) = world.rows.tables
-    bias = np.zeros((2, 2, table.shape[2]), np.float32)
-    bias[1, 0, 30], bias[1, 1, 76] = math.log(3), math.log(3)
-    copies = np.stack([table[:, 0, [*range(77), 30, 30]], table[:, 1, [*range(77), 76, 76]]], 1)
-    thrice = changed(world, tables=[np.ascontiguousarray(copies)], hi=np.array([79]))
-    close(kernels, changed(world, bias=[bias]), thrice)
-    assert relative_error(attend(kernels, thrice).out, attend(kernels, world).out) > 1e-2
-
-
-@both
-@every_dtype
-def test_a_bias_of_minus_infinity_hides_its_slot(kernels: Kernels, dtype: torch.dtype) -> None:
-    world = build(kernels, PageLayout(32, 64, 80, dtype), [Row(200, 2, 0, 77, listed=1)])
-    (table,) = world.rows.tables
-    bias = np.zeros((2, 2, table.shape[2]), np.float32)
-    bias[1, :, 30:50] = -np.inf
-    without = changed(world, tables=[np.delete(table, np.s_[30:50], 2)], hi=np.array([57]))
-    close(kernels, changed(world, bias=[bias]), without)
-    close(kernels, changed(world, bias=[np.broadcast_to(bias[1, 0], bias.shape)]), without)  # one for all heads
-
-
-@both
-@every_dtype
-def test_parts_that_a_bias_hides_altogether_are_empty(kernels: Kernels, dtype: torch.dtype) -> None:
-    world = build(kernels, PageLayout(32, 64, 80, dtype), [Row(700, 2, 0, 700)])
-    bias = np.zeros((2, 2, 704), np.float32)
-    for hidden in (np.s_[:400], np.s_[200:], np.s_[130:610], np.s_[:]):
-        bias[1] = 0
-        bias[1, :, hidden] = -np.inf
-        partly = changed(world, bias=[bias])
-        assert max(errors(kernels, partly, threads=4)) <= 1
-    out, lse = attend(kernels, partly, threads=4)
-    assert not out.any()
-    assert (lse == -torch.inf).all()
-
-
-@both
-def test_the_bias_is_added_after_the_soft_cap(kernels: Kernels) -> None:
-    world = build(kernels, LAYOUTS[0], [Row(3, 1, 0, 2)], kv_heads=1, group=1, spread=100.0)
-    world.rows.tables[0][0] = world.rows.tables[0][1]
-    bias = np.zeros((2, 1, 16), np.float32)
-    bias[1, 0, 0] = 50.0
-    out, _ = attend(kernels, changed(world, bias=[bias]), soft_cap=3.0)
-    assert relative_error(out, world.keys[0][1][0, :1]) <= 1e-5
 
 
 @both

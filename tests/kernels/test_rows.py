@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import kernel_reference as reference
@@ -59,7 +58,6 @@ def test_what_is_left_out_is_the_plain_case() -> None:
     assert rows.window.tolist() == [EVERYTHING] * 2
     assert not rows.sinks.any()
     assert not rows.listed.any()
-    assert rows.bias == ()
 
 
 @settings(max_examples=100)
@@ -124,7 +122,6 @@ class TestRefuses:
             refused(rf"{name} must be int64 \[2\], got int32 \[2\]", **{name: np.array([1, 2], np.int32)})
             refused(rf"{name} must be int64 \[2\], got int64 \[1\]", **{name: ints(1)})
         refused("listed has 2, allowed: 0 or 1", listed=ints(0, 2))
-        refused("bias must have an entry for each of 2 rows, or none, got 1", bias=[None])
 
     def test_gaps_and_overlaps(self, kernels: Kernels) -> None:
         refused = Refused(kernels, build(kernels, LAYOUT, [Row(40, 2, 0, 40), Row(10, 1, 0, 10)]))
@@ -212,30 +209,6 @@ class TestRefuses:
         with pytest.raises(ValueError, match="layer 1 lacks"):
             kernels.attend(world.pages, plan, 1, world.q, 0.1, out=out)
         assert out.isnan().all()
-
-    @pytest.mark.parametrize("listed", [0, 1])
-    def test_biases(self, kernels: Kernels, listed: int) -> None:
-        world = build(kernels, LAYOUT, [Row(40, 1, 0, 40), Row(33, 1, 0, 33, listed=listed, biased=True)])
-        refused, (_, right) = Refused(kernels, world), world.rows.bias
-        entries = world.rows.tables[1].shape[2]
-        assert right.shape == (2, 2, entries if listed else entries * 16)
-        for wrong in (
-            right.astype(np.float64),
-            np.zeros_like(right, np.float16),
-            right[:1],
-            right[:, :1],
-            right[:, :, 1:],
-            right[0],
-            np.repeat(right, 2, 2)[:, :, ::2],
-            right[:, :, ::-1],
-        ):
-            refused(rf"the bias of row 1 must be float32 \[2, 2, {right.shape[2]}\]", bias=[None, wrong])
-        for value in (math.nan, math.inf):
-            for at in ((0, 0, 0), (1, 1, 32), (1, 0, right.shape[2] - 1)):
-                wrong = right.copy()
-                wrong[at] = value
-                refused(f"the bias of row 1 has {value}, allowed: finite, or -inf to hide", bias=[None, wrong])
-        refused(r"the bias of row 0 must be float32 \[2, 2, 48\]", bias=[right[:, :, :5], None])
 
 
 @both

@@ -31,9 +31,9 @@ def rows_of(given: list[tuple[int, int, int, int]], **columns: int) -> Rows:
 
 @st.composite
 def small_rows(draw: st.DrawFn) -> Rows:
-    """Sequences of up to 200 tokens, some with their heads in rows of their own, some listed, some with biases."""
+    """Sequences of up to 200 tokens, some with their heads in rows of their own, some listed."""
     columns: dict[str, list[int]] = {}
-    tables, biases, vectors = [], [], 0
+    tables, vectors = [], 0
     for _ in range(draw(st.integers(0, 4))):
         group, start, count = draw(st.integers(1, 16)), draw(st.integers(0, 150)), draw(st.sampled_from([1, 2, 9, 45]))
         widths = draw(st.sampled_from([[1], [3], [1, 1], [2, 1]]))
@@ -58,18 +58,17 @@ def small_rows(draw: st.DrawFn) -> Rows:
             for name, value in row.items():
                 columns.setdefault(name, []).append(value)
             tables.append(np.zeros((2, heads, 200 + at), np.int32)[:, :, : 200 - at])
-            biases.append(np.zeros((2, heads, 207), np.float32)[:, :, :200] if draw(st.booleans()) else None)
         vectors += count * stride
     names = ["first", "count", "start", "kv_heads", "group", "lo", "hi", "base", "stride", "window", "sinks", "listed"]
     arrays = {name: np.array(columns.get(name, []), np.int64) for name in names}
-    return Rows(**arrays, tables=tables, bias=biases if draw(st.booleans()) else ())
+    return Rows(**arrays, tables=tables)
 
 
 def pairs_of_rows(rows: Rows) -> Counter:
-    """As `Rows` says it: (vector, address of its entries, address of its biases, slot), once each."""
+    """As `Rows` says it: (vector, address of its entries, slot), once each."""
     pairs: Counter = Counter()
     for row, table in enumerate(rows.tables):
-        bias, group, base = rows.bias[row] if rows.bias else None, int(rows.group[row]), int(rows.base[row])
+        group, base = int(rows.group[row]), int(rows.base[row])
         for i in range(int(rows.count[row])):
             p = int(rows.start[row]) + i
             key = np.arange(int(rows.lo[row]), int(rows.hi[row]))
@@ -78,8 +77,7 @@ def pairs_of_rows(rows: Rows) -> Counter:
             for j in range(int(rows.kv_heads[row]) * group):
                 vector = int(rows.first[row]) + i * int(rows.stride[row]) + j
                 head = j // group
-                places = table[0, head].ctypes.data, 0 if bias is None else bias[0, head].ctypes.data
-                pairs.update((vector, *places, slot) for slot in slots)
+                pairs.update((vector, table[0, head].ctypes.data, slot) for slot in slots)
     return pairs
 
 
@@ -92,7 +90,7 @@ def pairs_of_pieces(pieces: Pieces) -> Counter:
             token, j = divmod(i, int(piece["group"]))
             vector, p = int(piece["q"]) + token * int(piece["stride"]) + j, int(piece["position"]) + token
             slots = key[(key <= p) & (p - key < piece["window"])].tolist()
-            pairs.update((vector, int(piece["table"]), int(piece["bias"]), slot) for slot in slots)
+            pairs.update((vector, int(piece["table"]), slot) for slot in slots)
     return pairs
 
 
@@ -105,7 +103,7 @@ def check_outputs(rows: Rows, pieces: Pieces) -> None:
     for output in np.unique(outputs):
         own = pieces[outputs == output]
         assert own["parts"].tolist() == [len(own)] + [1] * (len(own) - 1)
-        for name in ("q", "stride", "group", "rows", "position", "listed", "layer_stride", "bias_stride"):
+        for name in ("q", "stride", "group", "rows", "position", "listed", "layer_stride"):
             assert (own[name] == own[name][0]).all()
         for piece in own:
             assert piece["partial"] == (partial if len(own) > 1 else -1)
@@ -134,16 +132,15 @@ def test_every_visible_pair_is_in_exactly_one_piece(rows: Rows, shares: int) -> 
 
 @settings(max_examples=60)
 @given(small_rows())
-def test_pieces_know_the_strides_of_their_tables_and_biases(rows: Rows) -> None:
+def test_pieces_know_the_strides_of_their_tables(rows: Rows) -> None:
     strides = {}
     for row, table in enumerate(rows.tables):
-        bias = rows.bias[row] if rows.bias else None
         for head in range(table.shape[1]):
             at = int(rows.first[row]) + head * int(rows.group[row])
-            strides[at] = (table.strides[0] // 4, 0 if bias is None else bias.strides[0] // 4, int(rows.listed[row]))
+            strides[at] = (table.strides[0] // 4, int(rows.listed[row]))
     for piece in cut(rows):
         if int(piece["q"]) in strides:  # a row's first block; the others are copies of it
-            described = piece["layer_stride"], piece["bias_stride"], piece["listed"]
+            described = piece["layer_stride"], piece["listed"]
             assert described == strides[int(piece["q"])]
 
 

@@ -89,7 +89,7 @@ class TestAttend:
     )
     def test_latents(self, dtype: torch.dtype, d_k: int, d_v: int, device: str) -> None:
         at = triton_decode.layout(16, d_k, d_v, dtype, True)
-        rows = [*RAGGED[1:], Row(90, 2, 0, 92, listed=1, biased=True)]
+        rows = [*RAGGED[1:], Row(90, 2, 0, 92, listed=1)]
         if device == "cpu" and d_k > 500:  # the interpreter takes seconds for each of them
             rows = rows[-2:]
         for group, threads in ((20, 3), (3, 1)):
@@ -523,7 +523,7 @@ calls = []
 for module in (kv_append, merge_partials, triton_logits, triton_decode):
     module.launch = lambda kernel, grid, arguments: calls.append((kernel, arguments))
 triton_decode.tuning_for, triton_decode.programs = lambda _: device, lambda *_: 264
-rows = [Row(200, 1, 0, 200), Row(0, 60, 0, 60), Row(190, 1, 0, 190, listed=1, biased=True), Row(0, 400, 0, 400)]
+rows = [Row(200, 1, 0, 200), Row(0, 60, 0, 60), Row(190, 1, 0, 190, listed=1), Row(0, 400, 0, 400)]
 for ragged in (False, True):
     triton_decode.is_ragged = lambda pieces: ragged
     latent = d > 256

@@ -113,8 +113,6 @@ def attend(
             logits = torch.einsum("tgd,kd->tgk", queries[:, head], k) * scale
             if soft_cap is not None:
                 logits = soft_cap * torch.tanh(logits / soft_cap)
-            if rows.bias and (bias := rows.bias[row]) is not None:
-                logits = logits + torch.tensor(bias[layer, head])[keys]
             logits = logits.masked_fill(~visible.unsqueeze(1), -torch.inf)
             sums[:, head] = torch.logsumexp(logits, -1)
             nothing = sums[:, head].unsqueeze(-1) == -torch.inf  # not so where a logit is NaN: that must be seen

@@ -12,7 +12,7 @@ import torch
 from hypothesis import strategies as st
 
 from lamina_kernels.paged.pages import PageLayout, Pages
-from lamina_kernels.paged.rows import EVERYTHING, Bias, Rows, Table
+from lamina_kernels.paged.rows import EVERYTHING, Rows, Table
 from lamina_kernels.partial import Partial
 from lamina_kernels.select import Kernels
 
@@ -24,7 +24,6 @@ LIMITS = {  # of the relative norm of the error of out, by the dtype that K and 
     torch.float8_e4m3fn: 8e-2,
 }
 LSE_LIMITS = {dtype: max(limit * 4, 2e-5) for dtype, limit in LIMITS.items()}  # of `lse_error`
-HIDDEN = 1e9  # a bias where nothing may be read: finite, as biases must be, and not to be overlooked
 SIZES = (16, 32, 48, 64, 80, 96, 112, 128, 192, 256)  # of heads
 
 
@@ -40,7 +39,6 @@ class Row:
     window: int = EVERYTHING
     sinks: int = 0
     listed: int = 0
-    biased: bool = False
     heads: int | None = None  # KV heads of the row; None: all that there are
 
     @property
@@ -85,8 +83,6 @@ class World:
             logits = torch.einsum("thgd,hkd->thgk", q, k.double()) * (self.scale if scale is None else scale)
             if soft_cap:
                 logits = soft_cap * torch.tanh(logits / soft_cap)
-            if rows.bias and (bias := rows.bias[row]) is not None:
-                logits += torch.from_numpy(bias[1, :, : k.shape[1]].copy()).double().unsqueeze(1)
             key = int(rows.base[row]) + torch.arange(k.shape[1])
             age = int(rows.start[row]) + token - key
             seen = (age >= 0) & (key >= int(rows.lo[row])) & (key < int(rows.hi[row]))
@@ -163,7 +159,6 @@ def build(
         kv_heads=heads,
         group=np.full(len(own), group),
         tables=tables,
-        bias=_biases(own, tables, layout.page_size, random) if any(row.biased for row in own) else (),
         **columns,
     )
     q = torch.randn(rows.n, layout.d_k, generator=generator) * spread
@@ -199,27 +194,9 @@ def _tables(
     return tables, places
 
 
-def _biases(own: list[Row], tables: list[Table], size: int, random: np.random.Generator) -> list[Bias | None]:
-    """Biases of the rows that have them: of seen keys normal, some of them ln 3, some -inf; `HIDDEN` elsewhere."""
-    biases: list[Bias | None] = []
-    for row, table in zip(own, tables, strict=True):
-        if not row.biased:
-            biases.append(None)
-            continue
-        slots = table.shape[2] * (1 if row.listed else size)
-        bias = np.full((2, table.shape[1], slots + 3), HIDDEN, np.float32)[:, :, :slots]
-        values = random.standard_normal((table.shape[1], row.held)).astype(np.float32)
-        chance = random.random(values.shape)
-        values[chance < 0.2] = np.log(3)
-        values[chance < 0.1] = -np.inf
-        bias[1, :, : row.held] = np.where(row.seen, values, HIDDEN)
-        biases.append(bias)
-    return biases
-
-
 def take(rows: Rows, order: Sequence[int]) -> Rows:
     """The rows numbered `order`."""
-    lists = {"tables": [rows.tables[i] for i in order], "bias": [rows.bias[i] for i in order] if rows.bias else ()}
+    lists = {"tables": [rows.tables[i] for i in order]}
     names = [f.name for f in dataclasses.fields(rows) if f.name not in lists]
     return dataclasses.replace(rows, **lists, **{name: getattr(rows, name)[list(order)] for name in names})
 
@@ -277,7 +254,6 @@ def any_row(draw: st.DrawFn, start: int | None = None, count: int | None = None,
         window=draw(st.sampled_from([EVERYTHING, EVERYTHING, 1, 33, 200])),
         sinks=draw(st.sampled_from([0, 0, 4, 40])),
         listed=draw(st.integers(0, 1)),
-        biased=draw(st.booleans()),
         heads=heads,
     )
 

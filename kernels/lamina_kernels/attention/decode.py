@@ -110,12 +110,12 @@ def _point_to(a: Any, pieces: Pieces, starts: Ints, partials: int, d_v: int) -> 
 
 
 def grown(plan: Plan) -> Grown | None:
-    """As `select.Kernels.grown`. None for rows without keys, with lists or biases, with a window that ends before the
+    """As `select.Kernels.grown`. None for rows without keys, with lists, with a window that ends before the
     queries; and where rows of several tokens lie among each other in q."""
     rows: Rows = plan.keep[0]
     plain = (rows.lo < rows.hi) & (rows.listed == 0) & ((rows.window >= EVERYTHING) | (rows.hi >= rows.start))
     plain &= (rows.count == 1) | (rows.stride == rows.kv_heads * rows.group)
-    return Grown(plan) if plain.all() and not rows.bias else None
+    return Grown(plan) if plain.all() else None
 
 
 class Grown:
@@ -234,7 +234,7 @@ def _assemble(
         "decays": 2 * WORTH,
         "tails": 2 * 32 * pages_layout.d_v * pages_layout.dtype.itemsize,
         "lists": 4 * STRIPS * 8,
-        "slots": 3 * BLOCK * 4,
+        "slots": 2 * BLOCK * 4,
         "gathered": BLOCK * (pages_layout.d_k + pages_layout.own_v) * pages_layout.dtype.itemsize * listed,
         "spread": BLOCK * pages_layout.d_v * pages_layout.dtype.itemsize * pages_layout.latent,
     }
@@ -394,7 +394,7 @@ def _deal(pieces: Any, starts: Any, lists: Any, lengths: Any, group: int, size: 
             piece.q, piece.stride, piece.group, piece.rows = i * group, group, group, group
             piece.position, piece.lo, piece.hi, piece.window = hi, lo, hi, EVERYTHING
             piece.table, piece.layer_stride, piece.listed = address + i * entries * 4, 0, 0
-            piece.bias, piece.bias_stride, piece.output, piece.parts, piece.partial = 0, 0, i, 1, -1
+            piece.output, piece.parts, piece.partial = i, 1, -1
             n += 1
             edge = total * (share + 1) // shares
             if share + 1 >= shares or done + (hi - lo + FIXED) * rate <= edge:

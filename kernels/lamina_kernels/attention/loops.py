@@ -23,7 +23,6 @@ from lamina_kernels.attention.microkernels import BLOCK, ROW, TILE, Accumulate, 
 from lamina_kernels.attention.moves import PAGES
 from lamina_kernels.attention.strips import (
     STRIPS,
-    collect_biases,
     collect_scales,
     floats,
     locate,
@@ -137,8 +136,6 @@ def _attend_block(kind: int, unit: int, a: Any, piece: Any, row: int, keys: _Key
         row_logits = logits + r * ROW
         if a.soft_cap:
             micro.cap(row_logits, strips * unit, np.float32(a.soft_cap))
-        if piece.bias:
-            micro.shift(row_logits, strips * unit, a.slots + shift + 8 * BLOCK)
         if edge:
             position = piece.position + (row + r) // piece.group
             lowest, highest = max(piece.lo, position - piece.window + 1), min(piece.hi, position + 1)
@@ -201,8 +198,6 @@ def _attend_piece(kind: int, unit: int, a: Any, piece: Any, following: Any, shif
         look_ahead(a, target, ahead, ahead + block, width, strips, near, far)
         if kind == Kind.INT8:
             collect_scales(a, piece, begin, strips, width, shift)
-        if piece.bias:
-            collect_biases(a, piece, begin, shift)
         for row in range(0, piece.rows, TILE):
             keys = _Keys(begin, begin + block, near, far if row == 0 else near)
             _attend_block(kind, unit, a, piece, row, keys, shift)

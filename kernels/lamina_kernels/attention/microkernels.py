@@ -157,26 +157,6 @@ def cap(context: Any, logits: Any, vectors: Any, soft_cap: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def shift(context: Any, logits: Any, vectors: Any, biases: Any) -> Any:
-    """x <- x + log2(e) * biases[i] over 16 * vectors floats: logits are in powers of two."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        e = Emitter(builder)
-        logits, biases = e.pointer(args[0]), e.pointer(args[2])
-
-        def step(i: Value) -> list[Value]:
-            offset = builder.shl(i, I64(6))
-            x = e.fma(e.load(e.at(biases, offset), VF), e.number(LOG2E), e.load(e.at(logits, offset), VF))
-            e.store(x, e.at(logits, offset))
-            return []
-
-        e.loop(args[1], [], step)
-        return context.get_dummy_value()
-
-    return signature_of([], 3), emit
-
-
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
 def mask(context: Any, logits: Any, vectors: Any, begin: Any, end: Any) -> Any:
     """Put -inf into the float32 `[16 * vectors]` logits outside [begin, end)."""
 

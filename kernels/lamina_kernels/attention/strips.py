@@ -203,17 +203,6 @@ def collect_scales(a: Any, piece: Any, begin: int, strips: int, width: int, shif
 
 
 @njit  # type: ignore[untyped-decorator]
-def collect_biases(a: Any, piece: Any, begin: int, shift: int) -> None:
-    """Lay out the biases of a block, 0 outside the piece: there the caller's array may end."""
-    lo, hi = max(piece.lo, begin), min(piece.hi, begin + BLOCK)
-    biases = floats(a.slots + shift + 8 * BLOCK, BLOCK)
-    source = floats(piece.bias + a.layer * piece.bias_stride * 4, hi)
-    biases[:] = 0
-    for slot in range(lo, hi):
-        biases[slot - begin] = source[slot]
-
-
-@njit  # type: ignore[untyped-decorator]
 def strip_of(kind: int, unit: int, a: Any, piece: Any, slot: int, strip: int, shift: int) -> Any:
     """Where K and V of a strip of the piece are: in the page, or in scratch what has to be put together first."""
     width, stride = 16 * unit, a.page_size

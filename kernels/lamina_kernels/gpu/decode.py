@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import triton
 
@@ -27,7 +26,7 @@ from lamina_kernels.gpu.split_kv import attend_kernel, records, split
 from lamina_kernels.gpu.tuning import FEW_ROWS, dot_type, launch, padded, programs, tuning_for
 from lamina_kernels.paged.page_lists import ListPlan, through_rows
 from lamina_kernels.paged.pages import Order, PageLayout, Pages, check_order
-from lamina_kernels.paged.rows import Rows, check_attend, check_rows
+from lamina_kernels.paged.rows import Rows, Table, check_attend, check_rows
 from lamina_kernels.paged.schedule import Pieces, cut, deal
 from lamina_kernels.partial import Partial
 
@@ -68,7 +67,7 @@ def prepare(layout: PageLayout) -> Iterator[tuple[int, int]]:
 
 def plan(pages: Pages, rows: Rows, threads: int = 1) -> Plan:
     """As `select.Kernels.plan`. In the interpreter `threads` is how many programs there are; a GPU has its own number.
-    All tables and biases of the rows are copied to the device."""
+    All tables of the rows are copied to the device."""
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     check_order(pages, Order.TOKENS)
@@ -78,15 +77,14 @@ def plan(pages: Pages, rows: Rows, threads: int = 1) -> Plan:
             f"pages have index keys of {pages_layout.d_index} numbers, which these kernels do not know; allowed: 0"
         )
     missing = check_rows(pages, rows)
-    table, tables = _joined(rows.tables, np.dtype(np.int32))
-    bias, biases = _joined(rows.bias, np.dtype(np.float32))
-    all_pieces = cut(dataclasses.replace(rows, tables=tables, bias=biases))
+    table, tables = _joined(rows.tables)
+    all_pieces = cut(dataclasses.replace(rows, tables=tables))
     few = all_pieces["rows"] <= FEW_ROWS
     launches, outputs, partials = [], [], 0
     for pieces in (all_pieces[few], all_pieces[~few]):
         if len(pieces):
             step, pieces, used = _launch(pages, pieces, programs(device, threads), partials)
-            step.arguments["pieces"] = records(pieces, table.ctypes.data, bias.ctypes.data, device)
+            step.arguments["pieces"] = records(pieces, table.ctypes.data, device)
             launches.append(step)
             outputs.append(pieces[pieces["parts"] > 1])
             partials += used
@@ -95,10 +93,8 @@ def plan(pages: Pages, rows: Rows, threads: int = 1) -> Plan:
         "partial_out": torch.empty(partials, pages_layout.d_v, device=device),
         "partial_lse": torch.empty(partials, device=device),
         "table": torch.from_numpy(table).to(device),
-        "bias": torch.from_numpy(bias).to(device),
         "DOT": dot_type(pages_layout.dtype),
         "LISTED": bool(rows.listed.any()),
-        "BIASED": bool(bias.size),
         "WIDTH_K": padded(pages_layout.d_k - pages_layout.d_v if pages_layout.latent else pages_layout.d_k),
         "WIDTH_V": padded(pages_layout.d_v),
         **describe(pages),
@@ -161,16 +157,11 @@ def is_ragged(pieces: Pieces) -> bool:
     return bool(length.mean() < EVEN * length.max())
 
 
-def _joined(arrays: Sequence[npt.NDArray[Any] | None], dtype: np.dtype[Any]) -> tuple[npt.NDArray[Any], Any]:
-    """All arrays laid end to end in one, and each as a view of its part of it."""
-    sizes = [0 if x is None else x.size for x in arrays]
-    flat = np.empty(sum(sizes), dtype)
-    views: list[npt.NDArray[Any] | None] = []
-    for x, end, size in zip(arrays, np.cumsum(sizes), sizes, strict=True):
-        part = flat[end - size : end]
-        views.append(None if x is None else part.reshape(x.shape))
-        if x is not None:
-            part[:] = x.reshape(-1)
+def _joined(tables: Sequence[Table]) -> tuple[Table, list[Table]]:
+    """All tables laid end to end in one, and each as a view of its part of it."""
+    flat = np.concatenate([np.empty(0, np.int32), *(table.reshape(-1) for table in tables)])
+    ends = np.cumsum([table.size for table in tables], dtype=np.int64).tolist()
+    views = [flat[end - table.size : end].reshape(table.shape) for table, end in zip(tables, ends, strict=True)]
     return flat, views
 
 

@@ -19,8 +19,8 @@ from lamina_kernels.gpu.merge_partials import LN2, LOG2E, finite, higher, settle
 from lamina_kernels.paged.rows import Ints
 from lamina_kernels.paged.schedule import Pieces, number_partials
 
-# What the kernels read of a piece, int64 each. As in schedule.PIECE, but table and bias are numbers of entries in
-# the device's copy of all tables and biases.
+# What the kernels read of a piece, int64 each. As in schedule.PIECE, but table is the number of an entry in the
+# device's copy of all tables.
 RECORD = (
     "q",
     "stride",
@@ -33,8 +33,6 @@ RECORD = (
     "table",
     "layer_stride",
     "listed",
-    "bias",
-    "bias_stride",
     "partial",
 )
 FIELDS = tl.constexpr(len(RECORD))
@@ -50,8 +48,6 @@ FIELDS = tl.constexpr(len(RECORD))
     _TABLE,
     _LAYER_STRIDE,
     _LISTED,
-    _BIAS,
-    _BIAS_STRIDE,
     PARTIAL,
 ) = (tl.constexpr(i) for i in range(len(RECORD)))
 
@@ -85,12 +81,11 @@ def split_count(pieces: int, programs: int, tiles: int) -> int:
     return int(splits[efficiency >= NEARLY_BEST * efficiency.max()][0])
 
 
-def records(pieces: Pieces, table: int, bias: int, device: torch.device) -> torch.Tensor:
-    """Pieces as the kernels read them, int64 `[n, len(RECORD)]`. table, bias: addresses that theirs count from."""
+def records(pieces: Pieces, table: int, device: torch.device) -> torch.Tensor:
+    """Pieces as the kernels read them, int64 `[n, len(RECORD)]`. table: the address that theirs count from."""
     columns: dict[str, Ints] = {name: pieces[name] for name in RECORD}
     columns["window"] = np.minimum(pieces["window"], 2**31 - 1)
     columns["table"] = (pieces["table"] - table) // 4
-    columns["bias"] = np.where(pieces["bias"] > 0, (pieces["bias"] - bias) // 4, -1)
     return torch.from_numpy(np.stack([columns[name] for name in RECORD], 1)).to(device)
 
 
@@ -115,16 +110,6 @@ def located(
         page = tl.load(entries + key // PAGE, mask=inside, other=0).to(tl.int64)
         offset = key % PAGE
     return page, offset
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def biases(
-    piece: tl.tensor, bias: tl.tensor, layer: tl.tensor, key: tl.tensor, lo: tl.tensor, hi: tl.tensor
-) -> tl.tensor:
-    """The bias of each key of a piece, 0 outside [lo, hi) and where the row has none."""
-    offset = tl.load(piece + _BIAS)
-    place = bias + offset + tl.load(piece + _BIAS_STRIDE) * layer
-    return tl.load(place + key, mask=key < tl.where(offset < 0, lo, hi), other=0.0)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -154,7 +139,6 @@ def attend_kernel(
     partial_out: tl.tensor,
     partial_lse: tl.tensor,
     table: tl.tensor,
-    bias: tl.tensor,
     layer: tl.tensor,
     scale: tl.tensor,
     soft_cap: tl.tensor,
@@ -172,7 +156,6 @@ def attend_kernel(
     DOT: tl.constexpr,
     CAPPED: tl.constexpr,
     LISTED: tl.constexpr,
-    BIASED: tl.constexpr,
     WIDTH_K: tl.constexpr,
     WIDTH_V: tl.constexpr,
     ROWS: tl.constexpr,
@@ -223,8 +206,6 @@ def attend_kernel(
             if CAPPED:
                 logits = capped(logits, soft_cap)
             logits *= LOG2E
-            if BIASED:
-                logits += (biases(piece, bias, layer, key, lo, hi) * LOG2E)[None, :]
             age = position[:, None] - key[None, :]
             logits = tl.where(inside[None, :] & (age >= 0) & (age < window), logits, float("-inf"))
 

@@ -1,6 +1,6 @@
 """The rows of a batch: the keys of a holder's pages that each query reads. Arithmetic on numbers; touches no page.
 
-A policy's choice arrives as a window and sinks, as a list of pages or tokens, as a bias.
+A policy's choice arrives as a window and sinks, or as a list of pages or tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from lamina_kernels.paged.pages import Pages, check_made_for, check_vectors
 
 Ints = npt.NDArray[np.int64]
 Table = npt.NDArray[np.int32]
-Bias = npt.NDArray[np.float32]
 EVERYTHING = 1 << 40  # a window that hides nothing
 
 _UNSET = np.empty(0, np.int64)  # recognised by identity, since no rows at all have the same shape
@@ -44,7 +43,6 @@ class Rows:
     tokens, in any order. A list that has no positions of its own counts them from 0 and starts its queries above.
 
     A query at p sees key k iff k <= p and lo <= k < hi, and p - k < window or k < sinks.
-    `bias[row]`, where there is one, is float32 `[layers, kv_heads, slots]`: added to the logits, after the soft cap.
     """
 
     first: Ints
@@ -60,7 +58,6 @@ class Rows:
     window: Ints = field(default_factory=_unset)  # without: EVERYTHING
     sinks: Ints = field(default_factory=_unset)  # without: 0
     listed: Ints = field(default_factory=_unset)  # without: 0
-    bias: Sequence[Bias | None] = ()
 
     def __post_init__(self) -> None:
         n = len(self.tables)
@@ -71,7 +68,7 @@ class Rows:
             "listed": np.zeros(n, np.int64),
         }
         for name in (f.name for f in dataclasses.fields(self)):
-            if name in ("tables", "bias"):
+            if name == "tables":
                 continue
             if getattr(self, name) is _UNSET:
                 object.__setattr__(self, name, defaults[name])
@@ -87,8 +84,6 @@ class Rows:
             raise ValueError(f"a row's queries end at {ends.max()}, allowed: below 2**31")
         if self.listed.size and self.listed.max() > 1:
             raise ValueError(f"listed has {self.listed.max()}, allowed: 0 or 1")
-        if len(self.bias) not in (0, n):
-            raise ValueError(f"bias must have an entry for each of {n} rows, or none, got {len(self.bias)}")
 
     def __len__(self) -> int:
         return len(self.tables)
@@ -175,8 +170,6 @@ def check_rows(pages: Pages, rows: Rows) -> frozenset[int]:
                 raise ValueError(f"the table of row {row} names {what} {bad}; there are {what}s 0 to {limit - 1}")
             if low == -1:
                 missing.update(np.flatnonzero((used == -1).any(axis=(1, 2))).tolist())
-        if rows.bias and (bias := rows.bias[row]) is not None:
-            _check_bias(row, bias, (*shape, table.shape[2] * unit))
     return frozenset(missing)
 
 
@@ -209,16 +202,6 @@ def _check_cover(rows: Rows) -> None:
 def _addressable(x: npt.NDArray[Any]) -> bool:
     """Whether numbers of 4 bytes are contiguous along the last axis, and whole numbers apart along the others."""
     return (x.shape[2] < 2 or x.strides[2] == 4) and not any(step % 4 for step in x.strides[:2])
-
-
-def _check_bias(row: int, bias: Bias, shape: tuple[int, int, int]) -> None:
-    if bias.dtype != np.float32 or bias.shape != shape or not _addressable(bias):
-        raise ValueError(
-            f"the bias of row {row} must be float32 {list(shape)}, contiguous along the slots, "
-            f"got {bias.dtype} {list(bias.shape)}"
-        )
-    if not (bias < np.inf).all():  # NaN compares to nothing
-        raise ValueError(f"the bias of row {row} has {bias[~(bias < np.inf)][0]}, allowed: finite, or -inf to hide")
 
 
 def check_attend(

@@ -35,8 +35,6 @@ PIECE = np.dtype(
         ("table", "i8"),  # address of the KV head's entries in layer 0
         ("layer_stride", "i8"),  # entries from one layer to the next
         ("listed", "i8"),  # whether an entry is a slot, not a page
-        ("bias", "i8"),  # address of the KV head's biases in layer 0, 0 where there are none
-        ("bias_stride", "i8"),  # biases from one layer to the next
         ("output", "i8"),  # pieces of one output follow each other
         ("parts", "i8"),  # how many pieces its output has, said at the first of them
         ("partial", "i8"),  # number of its first vector among the partials; -1: its output is whole
@@ -69,8 +67,6 @@ def cut(rows: Rows) -> Pieces:
     pieces["position"] = position - base
     pieces["listed"], pieces["output"] = rows.listed[row], np.arange(len(row))
     pieces["table"], pieces["layer_stride"] = _addresses(rows.tables, row, head)
-    if rows.bias:
-        pieces["bias"], pieces["bias_stride"] = _addresses(rows.bias, row, head)
 
     reads = visible(position, position + count - 1, rows.lo[row], rows.hi[row], rows.window[row], rows.sinks[row])
     apart, near = pieces.copy(), pieces
@@ -84,9 +80,9 @@ def cut(rows: Rows) -> Pieces:
     return pairs[nonempty]
 
 
-def _addresses(arrays: Sequence[npt.NDArray[Any] | None], row: Ints, head: Ints) -> tuple[Ints, Ints]:
+def _addresses(arrays: Sequence[npt.NDArray[Any]], row: Ints, head: Ints) -> tuple[Ints, Ints]:
     """Of each row's array `[layers, kv_heads, n]`: where a head begins in layer 0, and numbers from layer to layer."""
-    described = [(0, 0, 0) if x is None else (x.ctypes.data, x.strides[1], x.strides[0] // 4) for x in arrays]
+    described = [(x.ctypes.data, x.strides[1], x.strides[0] // 4) for x in arrays]
     start, head_stride, layer_stride = np.array(described, np.int64).reshape(-1, 3)[row].T
     return start + head * head_stride, layer_stride
 

@@ -119,14 +119,16 @@ def attend(
 def _visible(policy: Policy, start: int, end: int) -> tuple[torch.Tensor | slice, torch.Tensor]:
     """Which keys queries [start, end) may see, and which of them each does, bool `[end - start, keys]`."""
     seen_from = policy.seen_from(start)
-    stay = torch.from_numpy(policy.stays(np.arange(seen_from), 1))
+    stay = torch.from_numpy(policy.stays(np.arange(seen_from)))
     keys = torch.cat([stay.nonzero().squeeze(1), torch.arange(seen_from, end)])
     rows = []
     for view in policy.views(start, end - start):
         positions = torch.arange(view.start, view.start + view.count).unsqueeze(1)
-        visible = (keys <= positions) & ((positions - keys < view.window) | (keys < view.sinks))
+        mask = (positions - keys < view.window) | (keys < view.sinks)
         if view.ranges is not None:
-            visible &= torch.from_numpy(view.ranged(keys.numpy()))
+            first, stop = torch.from_numpy(view.ranges.T.copy()).unsqueeze(2)
+            mask = ((first <= keys) & (keys < stop)).any(0)
+        visible = (keys <= positions) & mask
         rows.append(visible)
     return slice(0, end) if len(keys) == end else keys, torch.cat(rows)
 

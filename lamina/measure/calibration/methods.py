@@ -26,9 +26,9 @@ from lamina.errors import InvalidRequest
 from lamina.measure.calibration.evidence import Evidence
 from lamina.measure.calibration.scores import Scores
 from lamina.policy_file import Heads, kept
+from lamina_workers.policies.compared.razor import Razor
 from lamina_workers.policies.full import Full
 from lamina_workers.policies.policy import Policy
-from lamina_workers.policies.razor import Razor
 from lamina_workers.policies.streaming import Streaming
 
 GRID = 40  # candidates, at most, between nothing and everything

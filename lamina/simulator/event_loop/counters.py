@@ -72,22 +72,11 @@ class Window:
 
     tokens: int
 
-    @property
-    def evicts(self) -> bool:
-        return False
-
-    @property
-    def unit(self) -> int:
-        return 1
-
     def staying(self, first: int, end: int, size: int) -> int:
         return 0
 
     def seen_from(self, start: int) -> int:
         return max(0, start - self.tokens + 1)
-
-    def kept_from(self, start: int) -> int:
-        return self.seen_from(start)
 
     def returns_to(self, position: int) -> int:
         """The lowest start whose queries see nothing below `position`."""

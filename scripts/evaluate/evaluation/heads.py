@@ -26,7 +26,7 @@ class Fidelity:
     """Means over steps, float32 `[layers, heads]`, of query heads.
 
     `cosine` and `error` (relative, L2) are of the head's output; `mass` is the attention mass of the keys that it saw,
-    NaN for policies that choose or evict: only the holder knows which keys.
+    NaN for policies that choose: only the holder knows which keys.
     """
 
     cosine: torch.Tensor
@@ -55,19 +55,15 @@ def read_heads(probe: Probe, text: Sequence[int], steps: int, progress: Progress
     return recorder.fidelity(steps)
 
 
-def seen(policy: Policy, keys: int, page_size: int) -> torch.Tensor | None:
+def seen(policy: Policy, keys: int) -> torch.Tensor | None:
     """Which of `keys` keys the query of the last one sees in decode, bool `[keys]`; None where that depends on more
-    than positions. Keys that a mean stands for, in whole pages, are not seen."""
-    if policy.adaptive or policy.evicts:
+    than positions."""
+    if policy.adaptive:
         return None
     (view,) = policy.views(keys - 1, 1)
-    positions = torch.arange(keys)
     visible = torch.zeros(keys, dtype=torch.bool)
     for first, end in view.seen(keys - 1):
         visible[first:end] = True
-    if policy.compensated:
-        kept_from = policy.kept_from(keys - 1) // page_size * page_size
-        visible &= (positions >= kept_from) | (positions < -(-policy.sinks // page_size) * page_size)
     return visible
 
 
@@ -101,7 +97,7 @@ class _Recorder:
             self._query, self._keys[of][:n], self._values[of][:n], spec.scale, spec.window, spec.soft_cap
         )
         out = attended[-1].reshape(spec.heads, -1)
-        masks = [seen(policy, n, self.holder.page_size) for policy in self.policies.reads[layer]]
+        masks = [seen(policy, n) for policy in self.policies.reads[layer]]
         mass = torch.stack(
             [
                 torch.tensor(torch.nan) if (mask := masks[head // spec.group]) is None else weights[head][mask].sum()

@@ -21,7 +21,7 @@ from lamina_protocols.messages.messages import (
     Survey,
 )
 from lamina_workers.attention_worker.device_worker import attention_worker
-from lamina_workers.errors import KVError, PolicyError, UnsupportedModelError
+from lamina_workers.errors import KVError, UnsupportedModelError
 
 FULL = LayerSpec(kv_layer=0, heads=6, kv_heads=2, d_k=16, d_v=32, scale=0.3)
 WIDE = LayerSpec(kv_layer=0, heads=4, kv_heads=1, d_k=32, d_v=32, scale=0.2)
@@ -151,9 +151,6 @@ def test_what_a_worker_cannot_keep_is_refused() -> None:
         attention_worker(config(FULL, FULL, blocks=4_000_000))
     with pytest.raises(UnsupportedModelError, match="kv-cold"):
         attention_worker(config(FULL, cold=ColdTier("/tmp")))
-    evicting = dataclasses.replace(FULL, policies=("heavy_hitter",) * 2)
-    with pytest.raises(PolicyError, match="heavy_hitter"):
-        attention_worker(config(evicting))
 
 
 def test_a_policy_chooses_pages_of_blocks() -> None:

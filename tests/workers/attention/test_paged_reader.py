@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,11 +14,10 @@ from hypothesis import strategies as st
 from lamina_kernels.paged.pages import Pages, copy
 from lamina_kernels.partial import Partial
 from lamina_protocols.messages.layers import HolderConfig, LayerSpec
-from lamina_protocols.messages.messages import Close, Fork, Open, Operation, Row, Usage
+from lamina_protocols.messages.messages import Close, Open, Operation, Row, Usage
 from lamina_workers.attention_worker.page_layout import attention_kernels, page_layout
 from lamina_workers.attention_worker.paged_reader import PagedReader
 from lamina_workers.errors import KVError
-from lamina_workers.kv_pages.eviction import gap as gap_of
 from lamina_workers.kv_pages.head_policies import HeadPolicies
 from lamina_workers.kv_pages.kv_store import KVStore
 from lamina_workers.policies.policy import Policy
@@ -33,7 +31,6 @@ STATIC = (
 )
 WHOLE = "page_top_k(sink=0, recent=1, budget=1)"  # chooses every page
 TIGHT = "page_top_k(sink=16, recent=16, budget=0.1, least=1)"
-RAZOR = "razor(sink=16, recent=40, share=0.05)"
 
 
 class Rig:
@@ -61,7 +58,6 @@ class Rig:
                 self.reader.forget(operation.handle)
             else:
                 self.reader.opened(operation)
-        self.reader.absorb(reservation.absorbed)
         if reservation.copies_from.size:
             pairs = (reservation.copies_from, reservation.copies_to)
             copy(self.pages, *(torch.from_numpy(x.astype(np.int64)) for x in pairs))
@@ -220,41 +216,6 @@ def test_a_chooser_lives_as_long_as_a_part_has_its_policy() -> None:
     assert [policy.name for policy in adaptive._choosers] == ["retrieval"]
     rig.part(3, 400)
     rig.check([Row(3, 400, 1, (3 * SIZE, 390), store=False, chooses=True)])  # the worker's own is still there
-
-
-@pytest.mark.parametrize("heads", [ALL, (2,)])
-def test_mean_stands_for_what_was_let_go_when_a_compensated_head_decodes(heads: tuple[int, ...]) -> None:
-    rig, tokens = Rig("full", RAZOR, RAZOR), 300
-    rig.part(1, tokens, heads)
-    rig.part(2, 90, heads)  # short: nothing of it is let go yet
-    step = Row(1, tokens, 1, (0, tokens), store=True, chooses=True)
-    rig.tell(rows=[step])
-    rig.tell(Fork(3, 1, tokens))  # has let go the same
-    rig.k[3], rig.v[3] = rig.k[1][:, :tokens], rig.v[1][:, :tokens]
-    rows = [
-        Row(2, 90, 1, (0, 90), store=False, chooses=True),
-        dataclasses.replace(step, store=False),
-        Row(3, tokens, 1, (0, tokens), store=False, chooses=True),
-    ]
-    for layer, of_layer in enumerate(rig.attend(rows)):
-        close(of_layer[0], rig.dense(layer, rows[0], 0))
-        for number in (1, 2):
-            handle, q = rows[number].handle, rig.q[layer].split(rig.counts)[number].double()
-            for at, head in enumerate(heads):
-                gap = gap_of(rig.store.part(handle), rig.policies.reads[layer][head], rig.store.config.page_size)
-                first, end = (slot * SIZE for slot in gap) if head else (0, 0)
-                assert (end - first > 100) == (head > 0)
-                k, v = (x[handle][layer, :tokens, at].double() for x in (rig.k, rig.v))
-                kept = [*range(first), *range(end, tokens)]
-                logits = q[at * GROUP : (at + 1) * GROUP] @ k[kept].T * 0.25
-                values = v[kept]
-                if head:
-                    mean = q[at * GROUP : (at + 1) * GROUP] @ k[first:end].mean(0) * 0.25 + math.log(end - first)
-                    logits = torch.cat([logits, mean[:, None]], 1)
-                    values = torch.cat([values, v[first:end].mean(0)[None]])
-                wanted = Partial((torch.softmax(logits, -1) @ values).float(), torch.logsumexp(logits, -1).float())
-                own = slice(at * GROUP, (at + 1) * GROUP)
-                close(Partial(of_layer[number].out[own], of_layer[number].lse[own]), wanted)
 
 
 def test_nothing_is_chosen_when_a_row_reads_less_than_its_part_has() -> None:

@@ -35,7 +35,7 @@ class Watched(Bench):
             keys = reader._keys(shown.handle, shown.layer, shown.head, 0, shown.tokens)
             self.last.append(torch.from_numpy(keys[-1]))
 
-        for observer in reader._choosers._observers.values():
+        for observer in reader._choosers._choosers.values():
             observer.observe = observe  # type: ignore[method-assign]
         self.samples_kept = reader._samples
 

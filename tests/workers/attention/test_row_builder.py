@@ -20,17 +20,17 @@ def keys_of(rows: Any, layer: int) -> dict[int, set[tuple[int, int]]]:
         numbers = (rows.first, rows.count, rows.start, rows.kv_heads, rows.group, rows.lo, rows.hi, rows.base)
         first, count, start, heads, group, lo, hi, base = (int(x[row]) for x in numbers)
         window, sinks, stride = (int(x[row]) for x in (rows.window, rows.sinks, rows.stride))
-        bias = rows.bias[row] if rows.bias else None
         for i in range(count):
             p = start + i
             keys = [k for k in range(lo, hi) if k <= p and (p - k < window or k < sinks)]
-            if bias is not None:
-                keys = [k for k in keys if bias[0, 0, k - base] == 0]
             for j in range(heads * group):
                 vector = first + i * stride + j
                 assert vector not in seen
                 entries = table[layer, j // group]
-                seen[vector] = {(int(entries[(k - base) // SIZE]), (k - base) % SIZE) for k in keys}
+                if rows.listed[row]:
+                    seen[vector] = {divmod(int(entries[k]), SIZE) for k in keys}
+                else:
+                    seen[vector] = {(int(entries[(k - base) // SIZE]), (k - base) % SIZE) for k in keys}
                 assert len(seen[vector]) == len(keys)
     return seen
 
@@ -39,37 +39,28 @@ def table_of(heads: int, entries: int) -> np.ndarray[Any, np.dtype[np.int32]]:
     return np.random.default_rng(3).permutation(LAYERS * heads * entries).astype(np.int32).reshape(LAYERS, heads, -1)
 
 
-@pytest.mark.parametrize("gap", [(0, 3), (1, 4), (2, 2), (5, 9)])
-@pytest.mark.parametrize("hi", [23, 40, 45])
-def test_what_was_let_go_is_left_out(gap: tuple[int, int], hi: int) -> None:
-    table = table_of(2, 12)
-    kept = table.copy()
-    kept[:, 0, gap[0] : gap[1]] = -1
-    razor, full = parse("razor"), parse("full")
+@pytest.mark.parametrize(
+    "policy", ["sharded(block=8, local=1, stride=3)", "dilated(block=4, sink=4, local=2, reach=6)"]
+)
+@pytest.mark.parametrize(("lo", "hi", "base"), [(0, 50, 0), (0, 40, 0), (9, 45, 8), (17, 30, 16), (7, 45, 7)])
+def test_blocks_are_read_as_lists_of_their_tokens_alone(policy: str, lo: int, hi: int, base: int) -> None:
+    table = table_of(1, 14)
     builder = RowBuilder(SIZE)
-    builder.add(RowQueries(0, 40, 5, GROUP, 0, hi, 0, kept), [razor, full], {razor: gap})
+    builder.add(RowQueries(0, 40, 10, GROUP, lo, hi, base, table), [parse(policy)])
     seen = keys_of(builder.rows(), 1)
-    for i in range(5):
-        keys = range(min(hi, 41 + i))
-        whole = {(int(table[1, 1, k // SIZE]), k % SIZE) for k in keys}
-        rest = {(int(table[1, 0, k // SIZE]), k % SIZE) for k in keys if not gap[0] <= k // SIZE < gap[1]}
-        assert [seen[i * 4 + j] for j in range(4)] == [rest, rest, whole, whole]
+    for view in parse(policy).views(40, 10):
+        for p in range(view.start, view.start + view.count):
+            keys = {k for first, end in view.seen(p) for k in range(max(first, lo), min(end, hi))}
+            places = {(int(table[1, 0, (k - base) // SIZE]), (k - base) % SIZE) for k in keys}
+            assert [seen[(p - 40) * GROUP + j] for j in range(GROUP)] == [places] * GROUP
 
 
-@pytest.mark.fault("F10")
-def test_queries_in_what_was_let_go_are_refused() -> None:
-    razor = parse("razor")
-    asked = RowQueries(0, 11, 2, GROUP, 0, 13, 0, table_of(1, 4))
-    with pytest.raises(ValueError, match=r"queries from 11 on are not behind what was let go, \[4, 12\)"):
-        RowBuilder(SIZE).add(asked, [razor], {razor: (1, 3)})
-
-
-def test_a_table_says_where_another_layers_window_has_freed_a_page() -> None:
+def test_a_list_says_where_another_layers_window_has_freed_a_page() -> None:
     table = np.array([[[5, 6, 7]], [[-1, -1, 8]]], np.int32)
     builder = RowBuilder(SIZE)
     builder.add(RowQueries(0, 11, 1, GROUP, 0, 12, 0, table), [parse("sharded(block=4, local=1, stride=2)")])
     (found,) = builder.rows().tables
-    assert found.tolist() == [[[5, 7]], [[-1, 8]]]
+    assert (found // SIZE).tolist() == [[[5] * 4 + [7] * 4], [[-1] * 4 + [8] * 4]]
 
 
 def test_runs_are_of_equal_policies() -> None:

@@ -21,7 +21,7 @@ SIZE = 16
 WINDOW = 20
 
 
-SHARDED = "sharded(block=32, local=1, stride=2, offset=1, step=0)"
+STREAMING = "streaming(sink=20, recent=40)"
 
 
 def config(windows=(None, WINDOW), kv_heads=2):
@@ -170,28 +170,13 @@ def test_pages_behind_a_window_are_freed_and_raise_the_floor():
     kv.check_integrity()
 
 
-def test_blocks_outside_the_stride_are_freed_once_they_are_not_local():
-    kv = store(1000, (SHARDED,))
-    kv.update([Open(1, 0, (0, 1), 0, 1000)], [row(1, 0, 200)])
-    reservation = kv.update([], [row(1, 200, 1)])  # of block 6: odd blocks stay, and its own
-    kept = (kv.part(1).table[0, 0, :13] != NO_PAGE).tolist()
-    assert kept == [False, False, True, True] * 3 + [True]
-    assert reservation.floors == (5 * 32,)  # from block 5 on nobody sees block 4
-    kv.update([Fork(2, 1, 5 * 32)], [row(2, 5 * 32, 1)])
-    with pytest.raises(KVError, match="cannot fork"):
-        kv.update([Fork(3, 1, 5 * 32 - 1)], [])
-    kv.check_integrity()
-    kv.update([Close(1), Close(2)], [])
-    assert kv.free_pages == 1000
-
-
 def test_a_range_frees_by_positions_of_the_sequence():
-    kv = store(1000, (SHARDED,))
+    kv = store(1000, (STREAMING,))
     kv.update([Open(1, 0, (0,), 32, 160)], [row(1, 0, 300)])
     reservation = kv.update([], [row(1, 300, 1)])
     kept = (kv.part(1).table[0, 0, :8] != NO_PAGE).tolist()
-    assert kept == [True, True, False, False] * 2
-    assert reservation.floors == (5 * 32,)
+    assert kept == [False] * 8  # the sinks are elsewhere
+    assert reservation.floors == (160 + 40 - 1,)
     kv.check_integrity()
 
 
@@ -251,7 +236,7 @@ def test_a_fork_has_a_policy_of_its_own_where_it_sees_nothing_that_was_let_go():
     kv.update([], [row(1, 0, 64), row(9, 0, 64)])
     kv.update([], [row(1, 64, 1), row(9, 64, 1)])
     kv.check_integrity()
-    for number, policy in enumerate(("streaming(sink=4, recent=20)", "sharded", "full", "razor(sink=4, recent=9)")):
+    for number, policy in enumerate(("streaming(sink=4, recent=20)", "sharded", "full")):
         kv.update([Fork(2 + number, 1, 65, policy)], [])  # what is kept in full serves any
         kv.check_integrity()
         kv.update([], [Row(2 + number, 65, 1, (0, 66), True, chooses=True)])
@@ -381,7 +366,7 @@ class Pool(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.kv = store(180, (None, WINDOW, SHARDED))
+        self.kv = store(180, (None, WINDOW, STREAMING))
         self.memory = np.full((180, SIZE), -1)
         self.held: dict[int, list[int]] = {}
         self.his: dict[int, int] = {}
@@ -456,8 +441,8 @@ class Pool(RuleBasedStateMachine):
             if not values:
                 continue
             floor, positions = self.floors[handle], np.arange(len(values))
-            sharded = (positions // 32 >= floor // 32) | (positions // 32 % 2 == 1)
-            for layer, seen in enumerate((positions >= 0, positions > floor - WINDOW, sharded)):
+            streaming = (positions > floor - 40) | (positions < 20)
+            for layer, seen in enumerate((positions >= 0, positions > floor - WINDOW, streaming)):
                 positions = np.flatnonzero(seen)
                 pages = part.table[layer][:, positions // SIZE]
                 assert (pages != NO_PAGE).all()

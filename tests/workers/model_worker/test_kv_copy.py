@@ -179,21 +179,6 @@ def test_pages_that_were_let_go_are_zeros(decoder):
     assert holders.sent(Fetch) == 0
 
 
-def test_pages_that_a_mean_stands_for_go_token_by_token(decoder, monkeypatch):
-    monkeypatch.setattr("lamina_workers.attention_worker.paged_reader.PagedReader.keeps_means", lambda *_: True)
-    monkeypatch.setattr("lamina_workers.model_worker.kv_transfer._FRAME", 1)
-    windowed = (LAYERS[0], dataclasses.replace(LAYERS[1], window=20), LAYERS[2])
-    holders = Holders(decoder, layers=windowed)
-    row = holders.share(0, 1, 100, 101, opens=False, read=(0, 100))
-    assert holders.model_worker.announce_now({0: row})[1][0].accepted
-    assert result(holders.model_worker.copy([move(0, 1, 1, 2, 0, 96)], {1: holders.share(1, 2, 0, 96)}))
-    same(holders.vectors(1, 2, 0, 96), holders.vectors(0, 1, 0, 96))
-    assert (holders.sent(FreshPages), [request.layer for request in holders.seen if isinstance(request, Fetch)]) == (
-        2,
-        [1],
-    )
-
-
 def test_layers_that_share_kv(decoder):
     holders = Holders(decoder, layers=(LAYERS[0], LAYERS[1], LAYERS[0]))
     assert result(holders.model_worker.copy([move(0, 1, 1, 2, 0, 100)], {1: holders.share(1, 2, 0, 100)}))

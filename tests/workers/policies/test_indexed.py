@@ -145,10 +145,9 @@ class Listener:
         return true, np.stack([missed for _, missed in self.said[-LAYERS:]])
 
 
-@pytest.mark.parametrize("kind", ["graph", "ivf"])
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_what_is_asked_for_is_found_far_away(kind: str, dtype: str) -> None:
-    bench = Bench(POLICY.format(kind), dtype=dtype)
+def test_what_is_asked_for_is_found_far_away(dtype: str) -> None:
+    bench = Bench(POLICY.format("graph"), dtype=dtype)
     handle = bench.open()
     world(bench, handle)
     ready(bench, handle)
@@ -180,7 +179,7 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.open, self.begun = threading.Event(), threading.Event()
-        monkeypatch.setattr(index_builds, "BUILDS", {"graph": self})
+        monkeypatch.setattr(index_builds, "build_graph", self)
 
     def __call__(self, keys: Floats, queries: Floats, lo: int) -> Segment:
         self.begun.set()
@@ -211,7 +210,7 @@ def test_a_build_that_fails_is_told_once(
     def build(keys: Floats, queries: Floats, lo: int) -> Segment:
         raise error
 
-    monkeypatch.setattr(index_builds, "BUILDS", {"graph": build})
+    monkeypatch.setattr(index_builds, "build_graph", build)
     bench = Bench(POLICY.format("graph"))
     handle = bench.open()
     world(bench, handle)
@@ -396,14 +395,13 @@ def test_sequences_with_and_without_an_index_in_one_batch(monkeypatch: pytest.Mo
             close(out, bench.dense(handle)[:, 0], 0.05)
 
 
-@pytest.mark.parametrize("kind", ["graph", "ivf"])
-def test_a_worker_that_only_stores_gets_what_it_needs(kind: str) -> None:
+def test_a_worker_that_only_stores_gets_what_it_needs() -> None:
     """With the prompt's keys come the queries that a graph needs."""
-    bench = Bench(POLICY.format(kind))
+    bench = Bench(POLICY.format("graph"))
     handle = bench.open()
     q = asking([i * 7 % TARGETS for i in range(PROMPT)])
     bench.store(handle, PROMPT, keys(bench, PROMPT), q)
-    assert bench.samples == ((2,) if kind == "graph" else ())
+    assert bench.samples == (2,)
     ready(bench, handle)
     for i in range(3):
         close(step(bench, handle, i), bench.dense(handle)[:, 0])

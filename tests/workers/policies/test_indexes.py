@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from lamina_workers.errors import KernelsUnavailable, KVError
 from lamina_workers.indexes import faiss_host
 from lamina_workers.indexes.graph_index import build_graph, connect, link, reachable
-from lamina_workers.indexes.ivf_index import build_ivf
 from lamina_workers.indexes.key_index import Found, KeyIndex, Segment, ascending, merge
 from lamina_workers.indexes.query_sample import QuerySample
 
@@ -72,13 +71,11 @@ def check(found: Found, group: int, k: int, lo: int, hi: int) -> None:
 
 
 def segment(kind: str, keys: np.ndarray, lo: int) -> Segment:
-    if kind == "ivf":
-        return build_ivf(keys, lo, effort=8)
     queries = np.random.default_rng(9).standard_normal((64, keys.shape[1])).astype(np.float32)
     return build_graph(keys, queries, lo, listed=32, slots=16)
 
 
-KINDS = ("ivf", "graph")
+KINDS = ("graph",)
 
 
 class TestEveryKind:
@@ -340,6 +337,5 @@ def without_faiss(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_faiss_an_index_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     without_faiss(monkeypatch)
     keys = np.ones((8, 16), np.float32)
-    for build in (lambda: build_graph(keys, keys), lambda: build_ivf(keys)):
-        with pytest.raises(KernelsUnavailable, match="pip install faiss-cpu"):
-            build()
+    with pytest.raises(KernelsUnavailable, match="pip install faiss-cpu"):
+        build_graph(keys, keys)

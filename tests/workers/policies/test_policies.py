@@ -37,14 +37,13 @@ from policy_bench import (
 
 from lamina_kernels.paged.pages import Order
 from lamina_kernels.select import kernels
-from lamina_protocols.messages.messages import Announced, Announcement, Fetch, Fetched, Row
 from lamina_workers.attention_worker.device_worker import DeviceWorker
 from lamina_workers.attention_worker.kv_pool import KVPool
 from lamina_workers.errors import KVError, PolicyError
 from lamina_workers.policies.catalogue import POLICIES, parse
 
 ADAPTIVE = [name for name, policy in POLICIES.items() if policy.adaptive]
-LETS_GO = ["streaming", "span", "sharded", "dilated", "razor", "heavy_hitter"]
+LETS_GO = ["streaming", "span"]
 LONG = 1120  # tokens, with which every policy has something to choose
 
 
@@ -56,7 +55,7 @@ def _choosing_is_always_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_policy_is_in_the_matrix() -> None:
     assert set(TIGHT) == set(LOOSE) == set(POLICIES)
-    by_position = {n for n, p in POLICIES.items() if not (p.adaptive or p.compensated or p.evicts)}
+    by_position = {n for n, p in POLICIES.items() if not p.adaptive}
     assert by_position == set(STATIC)
     for name in POLICIES:
         assert parse(TIGHT[name]).name == parse(LOOSE[name]).name == name
@@ -114,7 +113,7 @@ def test_prompts_are_read_whole_unless_positions_decide(name: str) -> None:
         close(out, whole)
 
 
-@pytest.mark.parametrize("name", ADAPTIVE)
+@pytest.mark.parametrize("name", [name for name in ADAPTIVE if name != "razor"])
 def test_what_matters_is_read_and_little_else(name: str) -> None:
     """Three of 70 pages have nearly all of the attention: they are found, and a window does not have them."""
     bench, window = Bench(TIGHT[name]), Bench(TIGHT["streaming"])
@@ -191,10 +190,6 @@ def test_pages_come_back(name: str) -> None:
     held = {
         "streaming": 1 + math.ceil(length / PAGE) - (402 - 39) // PAGE,
         "span": 4 + math.ceil(length / PAGE) - (402 - 39 - 38) // PAGE,
-        "sharded": 8 + 2,  # of 24 blocks each third, and the local ones
-        "dilated": 1 + 6,
-        "razor": 1 + math.ceil(length / PAGE) - (402 - 39) // PAGE,
-        "heavy_hitter": 1 + math.ceil(0.1 * 24) + math.ceil(length / PAGE) - 24,  # (402 - 15) // PAGE
     }.get(name, math.ceil(length / PAGE))
     assert (pages_held(bench, handle) == held).all()
     usage = bench._usages[handle]
@@ -210,7 +205,7 @@ def test_heads_with_policies_of_their_own() -> None:
     razor = razor_dense(bench, handle, kept_of_razor(402))[:, 0]
     close(out[:, :GROUP], razor[:, :GROUP])
     close(out[:, GROUP : 2 * GROUP], bench.dense(handle)[:, 0, GROUP : 2 * GROUP])
-    assert pages_held(bench, handle)[:, 0].max() < pages_held(bench, handle)[:, 1:].min() == 26
+    assert (pages_held(bench, handle) == 26).all()  # all are kept
 
 
 @pytest.mark.parametrize(
@@ -232,7 +227,7 @@ def test_heads_with_policies_of_their_own() -> None:
         ("razor(recent=0)", "razor: recent is 0; allowed is 1 to"),
         ("razor(budget=1)", "razor has the parameter 'budget=1'; allowed is each once, of sink, recent, share"),
         ("razor(sink=1, sink=2)", "razor has the parameter 'sink=2'; allowed is each once"),
-        ("retrieval(index=tree)", "index is 'tree'; allowed are scan, graph, ivf"),
+        ("retrieval(index=tree)", "index is 'tree'; allowed are scan, graph"),
         ("retrieval(index=graph, top=0)", "top is 0; allowed is 1 to"),
         ("retrieval(index=graph, least=0)", "least is 0; allowed is 1 to"),
         ("retrieval(index=graph, segment=0)", "segment is 0; allowed is 1 to"),
@@ -241,23 +236,6 @@ def test_heads_with_policies_of_their_own() -> None:
 def test_what_a_policy_cannot_be(text: str, message: str) -> None:
     with pytest.raises(PolicyError, match=message):
         parse(text)
-
-
-def test_a_part_that_moves_takes_with_it_what_stands_for_what_it_has_let_go() -> None:
-    bench, target = Bench(TIGHT["razor"]), Bench(TIGHT["razor"])
-    handle, moved = bench.open(), target.open()
-    bench.prefill(handle, 600)
-    for _ in range(30):
-        bench.step(handle)
-    assert pages_held(bench, handle).max() < 20
-    length = bench.k[handle].shape[1]
-    fetched = [bench.worker.handle(Fetch(1, 10_000, layer, handle, 0, length)) for layer in range(LAYERS)]
-    assert all(isinstance(piece, Fetched) for piece in fetched)
-    kv = {name: torch.stack([getattr(piece, name) for piece in fetched]) for name in ("k", "v")}  # type: ignore[union-attr]
-    target.prefill(moved, length, **{name: x.view(LAYERS, length, KV_HEADS, D) for name, x in kv.items()})
-    asked = {"q": bench.random(1, HEADS), "k": bench.random(1), "v": bench.random(1)}
-    for _ in range(3):
-        torch.testing.assert_close(target.step(moved, **asked), bench.step(handle, **asked), atol=1e-4, rtol=1e-4)
 
 
 # Each policy beside its own definition: what it chooses, what stands for the rest, and what is counted of it.
@@ -313,49 +291,17 @@ def test_recycled_is_exact_in_full_steps_and_reads_what_mattered_in_between() ->
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_razor_has_a_mean_stand_for_what_it_let_go(dtype: str) -> None:
-    """In decode, in a prompt that goes on after it, in a fork, and after a cut."""
+    """In decode, in a fork, and after a cut; a prompt that goes on after it is read whole."""
     tolerance = 1e-4 if dtype == "float32" else 3e-2
     bench = Bench(TIGHT["razor"], dtype=dtype)
     handle = bench.open()
     bench.prefill(handle, 300)
     for p in range(300, 330):
         close(bench.step(handle)[:, None], razor_dense(bench, handle, kept_of_razor(p)), tolerance)
-    gap = kept_of_razor(329)
-    out = bench.feed(handle, 330, 45)
-    close(out, razor_dense(bench, handle, gap), tolerance)  # nothing more is let go
+    close(bench.feed(handle, 330, 45), bench.dense(handle), tolerance)
     child = bench.fork(handle, 375)
     close(bench.step(child)[:, None], razor_dense(bench, child, kept_of_razor(375)), tolerance)
-    floor = bench.floors[0]
-    close(bench.feed(handle, floor, 1, True), razor_dense(bench, handle, kept_of_razor(floor)), tolerance)
-    reply = bench.worker.handle(Announcement(1, 1000, 2, (), (Row(child, floor - PAGE, 1, None, True),)))
-    assert isinstance(reply, Announced)
-    assert (reply.accepted, reply.starts) == (False, (0,))
-
-
-def test_razor_lets_go_of_a_long_prompt_in_several_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lamina_workers.kv_pages.kv_store.ABSORBED_AT_ONCE", 5)
-    bench = Bench(TIGHT["razor"])
-    handle = bench.open()
-    bench.prefill(handle, 300)
-    for p, slots in zip(range(300, 305), (5, 10, 15, 15, 15), strict=True):
-        close(bench.step(handle)[:, None], razor_dense(bench, handle, (PAGE, (1 + slots) * PAGE)))
-        assert kept_of_razor(p)[1] >= 16 * PAGE
-
-
-def test_a_refused_batch_has_let_go_of_nothing() -> None:
-    bench = Bench(TIGHT["razor"])
-    handle, other = bench.open(), bench.open()
-    bench.prefill(handle, 300)
-    bench.prefill(other, 20)
-    free = bench.worker.store.free_pages
-    rows = (Row(handle, 300, 1, (0, 301), True, True), Row(other, 20, 100_000, None, True))
-    reply = bench.worker.handle(Announcement(1, 1000, 2, (), rows))
-    assert isinstance(reply, Announced)
-    assert (reply.accepted, reply.free_pages) == (False, (free,))
-    bench.worker.store.check_integrity()
-    bench._batch = 1000
-    close(bench.step(handle)[:, None], razor_dense(bench, handle, kept_of_razor(300)))
-    assert bench.worker.store.free_pages > free
+    close(bench.feed(handle, 200, 1, True)[:, None][:, 0], razor_dense(bench, handle, kept_of_razor(200)), tolerance)
 
 
 def test_of_a_sequence_in_ranges_each_part_stands_for_its_own() -> None:
@@ -367,7 +313,6 @@ def test_of_a_sequence_in_ranges_each_part_stands_for_its_own() -> None:
     gap = (160, kept_of_razor(269)[1])
     assert gap == (160, 224)
     close(out[:, None], razor_dense(bench, handle, gap, lo=160))
-    assert (pages_held(bench, handle) == 270 // PAGE + 1 - 14).all()
 
 
 @pytest.mark.parametrize("name", [*STATIC, "razor"])

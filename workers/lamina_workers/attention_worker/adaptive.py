@@ -20,20 +20,21 @@ from lamina_kernels.select import Kernels
 from lamina_protocols.messages.layers import LayerSpec
 from lamina_protocols.messages.messages import Row, Usage
 from lamina_workers.kv_pages.parts import KvPart
-from lamina_workers.policies.chooser import Adaptive, Choice, Chooser, Holding, Int32, Items, Observer, Shown
-from lamina_workers.policies.policy import Policy
+from lamina_workers.policies.chooser import Adaptive, Choice, Chooser, Holding, Int32, Items, Shown
+from lamina_workers.policies.policy import LONGEST
 
 Touch = Callable[[Int32, npt.NDArray[np.int64]], None]  # gets the pages and counts of a `Choice`
 
 
 class Cell(NamedTuple):
     """One query to a KV head of a part; `head` is its number in the part. Its group of vectors of the flat q begins
-    with `first`. It may read `tokens` tokens."""
+    with `first`. It is at `position`, and may read `tokens` tokens."""
 
     handle: int
     part: KvPart
     head: int
     first: int
+    position: int
     tokens: int
 
 
@@ -146,7 +147,6 @@ class AdaptiveAttention:
         self._holding = holding
         self._tallies = tallies
         self._choosers: dict[Adaptive, Chooser] = {}
-        self._observers: dict[Policy, Observer] = {}
         self._parts: dict[int, Sequence[Adaptive]] = {}  # by handle, the policies of a part
         self._users: Counter[Adaptive] = Counter()  # how many parts have a policy, and one more for the worker's own
         self._use(policies)
@@ -161,9 +161,7 @@ class AdaptiveAttention:
         for policy in policies:
             self._users[policy] += 1
             if policy not in self._choosers:
-                self._choosers[policy] = chooser = policy.chooser(self._holding)
-                if isinstance(chooser, Observer):
-                    self._observers[policy] = chooser
+                self._choosers[policy] = policy.chooser(self._holding)
 
     def show(
         self,
@@ -183,11 +181,11 @@ class AdaptiveAttention:
         prompt_tokens = min(row.prompt, part.hi) - part.lo
         slots = -(-tokens // self._pages.layout.page_size)
         for number, head in enumerate(heads):
-            observer = self._observers.get(part.policies.reads[layer][head])
-            if observer is not None:
+            policy = part.policies.reads[layer][head]
+            if isinstance(policy, Adaptive):
                 table = part.table[spec.kv_layer, part.heads.index(head), :slots]
                 vectors = q[:, number].float().cpu().numpy()
-                observer.observe(
+                self._choosers[policy].observe(
                     Shown(
                         row.handle,
                         layer,
@@ -206,18 +204,18 @@ class AdaptiveAttention:
 
     @property
     def observes(self) -> bool:
-        """Whether a chooser is shown the queries of prompts."""
-        return bool(self._observers)
+        """Whether a policy learns from the queries of prompts."""
+        return any(policy.sampled(0, LONGEST) for policy in self._choosers)
 
     def fork(self, handle: int, parent: int, tokens: int) -> None:
         """A part is new, and has the first `tokens` of another."""
-        for observer in self._observers.values():
-            observer.fork(handle, parent, tokens)
+        for chooser in self._choosers.values():
+            chooser.fork(handle, parent, tokens)
 
     def written(self, handle: int, start: int) -> None:
         """A part's tokens from `start`, counted from its first, on are new."""
-        for observer in self._observers.values():
-            observer.written(handle, start)
+        for chooser in self._choosers.values():
+            chooser.written(handle, start)
 
     def forget(self, handle: int) -> None:
         """A part is closed."""
@@ -227,7 +225,6 @@ class AdaptiveAttention:
             self._users[policy] -= 1
             if not self._users[policy]:
                 del self._users[policy], self._choosers[policy]
-                self._observers.pop(policy, None)
 
     def worth(self, policy: Adaptive, tokens: Sequence[int]) -> bool:
         """Whether choosing is cheaper than reading everything, for cells of so many tokens each."""
@@ -241,7 +238,8 @@ class AdaptiveAttention:
             [cell.part.heads[cell.head] for cell in cells],
             [cell.part.table[:, cell.head, : -(-cell.tokens // size)] for cell in cells],
             np.array([cell.tokens for cell in cells], np.int64),
-            np.array([cell.part.lo == 0 for cell in cells]),
+            np.array([cell.part.lo for cell in cells], np.int64),
+            np.array([cell.position for cell in cells], np.int64),
             group,
         )
         vectors = np.array([cell.first for cell in cells])[:, None] + np.arange(group)

@@ -36,7 +36,7 @@ from lamina_workers.attention_worker.batch import Counters
 from lamina_workers.attention_worker.kv_pool import KVPool
 from lamina_workers.attention_worker.page_layout import CPU, block_bytes, pages_of_block
 from lamina_workers.attention_worker.pool import LayerPool
-from lamina_workers.errors import KVError, PolicyError, PoolExhausted, UnsupportedModelError
+from lamina_workers.errors import KVError, PoolExhausted, UnsupportedModelError
 from lamina_workers.kv_pages.block_store import BlockStore
 from lamina_workers.kv_pages.head_policies import HeadPolicies
 from lamina_workers.kv_pages.parts import Int32
@@ -69,12 +69,6 @@ class BlockPool(KVPool):
 
     def _policies(self) -> HeadPolicies:
         policies = HeadPolicies.of(self.config)
-        letting = [policy for policy in policies.distinct if policy.evicts or policy.compensated]
-        if letting:
-            raise PolicyError(
-                f"the policy {letting[0]} lets pages go, which belong to the engine here; allowed: policies that only "
-                "choose what is read"
-            )
         full = (parse("full"),) * self.config.layers[0].kv_heads
         return dataclasses.replace(policies, keepers=(full,) * len(policies.keepers))
 

@@ -3,7 +3,7 @@
 In decode most batches have the rows of an earlier one, each further: by a token, or by some where drafts were verified.
 Then nothing is planned anew: each part is cut back to its row's start and takes the tokens that follow, slots move on,
 and the kernels' plans are changed in place, also where windows move and pages are freed. What does not follow so simply
-(choosers, means, lists, shared pages, a range that ends) is planned anew, with the same result.
+(choosers, windows that grow, blocks, shared pages, a range that ends) is planned anew, with the same result.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from lamina_kernels.paged.pages import Pages
-from lamina_kernels.paged.rows import EVERYTHING, Rows, Table, visible
+from lamina_kernels.paged.rows import Rows, Table, visible
 from lamina_kernels.select import Grown, Kernels
 from lamina_protocols.messages.messages import Row
 from lamina_workers.attention_worker.paged_reader import Reading
@@ -48,9 +48,6 @@ class DecodeRows:
         self._rows = rows
         self._readings = readings
         self._split = any(reading.split for reading in readings)
-        self._until = [EVERYTHING] * len(rows)
-        for origin in (origin for reading in readings for origin in reading.origins):
-            self._until[origin.number] = min(self._until[origin.number], origin.until)
         self._parts = parts = [store.part(row.handle) for row in rows]
         self._numbers = [number for number, row in enumerate(rows) if row.store]
         self._growing = [parts[number] for number in self._numbers]
@@ -78,8 +75,6 @@ class DecodeRows:
         stores = [row for row in rows if row.store]
         if bool(stores) != (places is not None):
             return None
-        if any(group.policy.evicts for row in rows for group in store.part(row.handle).groups):
-            return None  # by attention that is counted in some steps
         parts = [store.part(row.handle) for row in stores]
         if any(row.start < part.lo or row.start + row.count > part.hi for row, part in zip(stores, parts, strict=True)):
             return None
@@ -97,7 +92,6 @@ class DecodeRows:
         return (
             is_next(self._rows, rows)
             and not (self._split and any(row.count > 1 for row in rows))
-            and all(row.start + row.count <= until for row, until in zip(rows, self._until, strict=True))
             and self._as_before()
             and self._store.can_go_on(self._growing, [rows[number] for number in self._numbers])
         )
@@ -189,7 +183,7 @@ class _GrowingReading:
             start, count, hi = ([values[number] for number in self.numbers] for values in (start, count, hi))
             moved = {
                 index: table if heads is None else table[:, heads]
-                for index, (number, heads, _) in enumerate(self.origins if moved else ())
+                for index, (number, heads) in enumerate(self.origins if moved else ())
                 if (table := moved.get(number)) is not None
             }
         self._reading.plan = self._grown.next(start, count, hi, moved)

@@ -60,13 +60,10 @@ from lamina_workers.kv_pages.parts import Int32, KvPart, Reservation
 class KvFetch:
     """Answers `Fetch` and `FetchPages` for one pool of a worker, whose pages lie on `device`."""
 
-    def __init__(
-        self, config: HolderConfig, store: KVStore, pages: Pages, reader: PagedReader, device: torch.device
-    ) -> None:
+    def __init__(self, config: HolderConfig, store: KVStore, pages: Pages, device: torch.device) -> None:
         self._config = config
         self._store = store
         self._pages = pages
-        self._reader = reader
         self._device = device
 
     def fetch_pages(self, message: FetchPages) -> FetchedPages:
@@ -74,10 +71,7 @@ class KvFetch:
         part = self._held(message)
         slots = page_slots(part.lo, message.lo, message.hi, self._config.page_size)
         tables = part.table[layers_of(message, self._config), :, slots]
-        if self._reader.keeps_means(part) and (tables < 0).any():
-            pages = torch.empty(0, 0, dtype=torch.uint8)
-        else:
-            pages = whole(self._pages, indices(tables.reshape(-1)).to(self._device)).cpu()
+        pages = whole(self._pages, indices(tables.reshape(-1)).to(self._device)).cpu()
         return FetchedPages(message.epoch, message.batch, message.layer, pages)
 
     def fetch(self, layer: int, message: Fetch) -> Fetched:
@@ -98,9 +92,8 @@ class KvFetch:
             pages = torch.from_numpy(np.maximum(table, 0))
             of_k, of_v = (x.cpu() for x in gather(self._pages, pages, hi - lo + skip))
             freed = torch.from_numpy(np.repeat(table < 0, size)[: hi - lo + skip, None])
-            for_k, for_v = self._reader.mean(message.handle, spec.kv_layer, head)
-            k[:, head] = torch.where(freed, for_k.to(of_k.dtype), of_k)[skip:]
-            v[:, head] = torch.where(freed, for_v.to(of_v.dtype), of_v)[skip:, : spec.own_v]
+            k[:, head] = of_k.masked_fill(freed, 0)[skip:]
+            v[:, head] = of_v.masked_fill(freed, 0)[skip:, : spec.own_v]
         return Fetched(message.epoch, message.batch, message.layer, k.flatten(0, 1), v.flatten(0, 1))
 
     def _held(self, message: Fetch | FetchPages) -> KvPart:
@@ -163,7 +156,7 @@ class KVPool(LayerPool[KVBatch]):
             limit, sketch = int(config.kv_memory * config.cold.resident), self.reader.sketch_bytes
             self._cold = ColdPages(config.cold.folder, limit, sketch, self.pages, self.store)
             self.reader.touch = self._cold.touch
-        self._fetching = KvFetch(config, self.store, self.pages, self.reader, device)
+        self._fetching = KvFetch(config, self.store, self.pages, device)
         self._kv_layers = {spec.kv_layer for spec in config.layers}
         # of the rows of a batch: their queries in two bytes a number fill a frame
         self.most_heads = MAX_PAYLOAD // max(2 * spec.group * spec.query_width for spec in config.layers)
@@ -212,7 +205,6 @@ class KVPool(LayerPool[KVBatch]):
                     self._cold.forget(operation.handle)
             elif not isinstance(operation, Bound):
                 self.reader.opened(operation)
-        self.reader.absorb(reservation.absorbed)
         if reservation.copies_from.size:
             source, target = map(indices, (reservation.copies_from, reservation.copies_to))
             copy(self.pages, source, target)
@@ -437,7 +429,7 @@ class KVPool(LayerPool[KVBatch]):
 
     def layer_work(self, batch: KVBatch) -> LayerWork | None:
         """The work of a batch in flight for compiled callers, which `worked` counts; None where it needs Python: other
-        kernels, choosers, means, queries to be kept."""
+        kernels, choosers, queries to be kept."""
         if batch.samples is not None or (batch.stores and batch.places is None):
             return None
         # Batches of a series have plans with the same blocks, so they have the same work.

@@ -2,13 +2,12 @@
 
 What static policies see is planned once a batch, row by row (`ReadingBuilder`), for all layers that are read alike.
 Each vector of the flat q is either in the kernels' plan or in one cell of an adaptive policy. In each layer the plan is
-attended, and adaptive policies choose what else is read. The reader keeps the sketches by which they choose, and the
-means that stand for freed pages.
+attended, and adaptive policies choose what else is read. The reader keeps the sketches by which they choose.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,23 +21,21 @@ from lamina_kernels.partial import Partial, empty
 from lamina_kernels.select import Kernels
 from lamina_kernels.sketches import sketches
 from lamina_kernels.sketches.layout import Sketches
-from lamina_protocols.messages.layers import HolderConfig, LayerSpec
+from lamina_protocols.messages.layers import HolderConfig
 from lamina_protocols.messages.messages import Fork, Open, Row, Usage
 from lamina_workers.attention_worker.adaptive import AdaptiveAttention, Cell, CellGroup, Tallies, Touch
 from lamina_workers.attention_worker.index_attention import IndexAttention, IndexReading
 from lamina_workers.attention_worker.prompt_queries import PromptQueries
 from lamina_workers.attention_worker.row_builder import Origin, RowBuilder, RowQueries
 from lamina_workers.errors import KVError
-from lamina_workers.kv_pages.eviction import CountedQuery, HeavyPages, MeanReading, MeanSlots, counts, gap, readable
 from lamina_workers.kv_pages.head_policies import HeadPolicies, read_alike
 from lamina_workers.kv_pages.kv_store import KVStore
-from lamina_workers.kv_pages.parts import Absorbed, KvPart
+from lamina_workers.kv_pages.parts import KvPart
 from lamina_workers.policies.chooser import Adaptive, Float32, Holding
 from lamina_workers.policies.policy import Policy
 from lamina_workers.policies.query_samples import QuerySamples
 
 PartPolicies = list[Policy | None]  # of a part's heads; None: this one chooses in this batch
-Gaps = dict[Policy | None, tuple[int, int]]
 
 
 @dataclass(slots=True)
@@ -53,8 +50,6 @@ class Reading:
     vectors: torch.Tensor | None
     groups: tuple[CellGroup, ...]
     counts: tuple[tuple[int, float, int], ...]  # of decode rows: handle, tokens read by static heads, tokens they have
-    means: MeanReading | None = None  # what stands for the pages that compensated policies have freed
-    counted: tuple[CountedQuery, ...] = ()  # by whose attention pages will be evicted
     rows: Rows | None = None  # of the plan, and
     origins: Sequence[Origin] | None = None  # which of the batch's rows each is of, where one plan leads to the next
     indexed: IndexReading | None = None  # of layers with an index; then there is nothing else
@@ -63,7 +58,7 @@ class Reading:
     @property
     def planned(self) -> bool:
         """Whether the plan alone answers every query, in the order of q."""
-        return self.plan is not None and self.vectors is None and self.means is None and not self.counted
+        return self.plan is not None and self.vectors is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +88,6 @@ class ReadingBuilder:
     rows: RowBuilder = field(init=False)  # what static heads read
     planned: int = 0  # vectors of static heads so far
     cells: dict[Adaptive, list[Cell]] = field(default_factory=dict)
-    counted: list[CountedQuery] = field(default_factory=list)
-    means: list[tuple[int, int, torch.Tensor]] = field(default_factory=list)  # handle, head, the vectors that read it
     counts: list[tuple[int, float, int]] = field(default_factory=list)
     _first: int = 0  # of the flat q, the next row's first vector
     _vectors: list[Ints] = field(default_factory=list)  # of static heads, where some heads choose
@@ -109,16 +102,11 @@ class ReadingBuilder:
         policies: PartPolicies = [of_layer[head] for head in part.heads]
         if row.chooses and self.choosing and reads_whole(row, part):
             self._choose(row, part, policies)
-        if row.chooses and row.count == 1:
-            self._evict(row, part, policies)
-        gaps = self._gaps(part, policies)
         static = [number for number, policy in enumerate(policies) if policy is not None]
-        self._plan(row, part, policies, gaps, static)
-        for number in static if gaps else ():
-            if (policy := policies[number]) in gaps and policy is not None and policy.compensated:
-                self.means.append((row.handle, number, torch.from_numpy(self._vectors_of(row, part, [number]))))
+        self._plan(row, part, policies, static)
         if row.chooses and part.policies.counted:
-            self._count(row, part, policies, gaps, len(static))
+            lo, hi = row.read or (0, 0)
+            self.counts.append((row.handle, _keys_seen(policies, row), (hi - lo) * len(static)))
         self._first += row.count * len(policies) * self.group
 
     def vectors(self) -> torch.Tensor | None:
@@ -131,29 +119,14 @@ class ReadingBuilder:
         for number, policy in enumerate(policies):
             if isinstance(policy, Adaptive) and policy in self.choosing:
                 policies[number] = None
-                cell = Cell(row.handle, part, number, self._first + number * self.group, hi - lo)
+                cell = Cell(row.handle, part, number, self._first + number * self.group, row.start, hi - lo)
                 self.cells.setdefault(policy, []).append(cell)
 
-    def _evict(self, row: Row, part: KvPart, policies: PartPolicies) -> None:
-        """The queries that policies count which evict."""
-        for policy in dict.fromkeys(policies):
-            if policy is not None and policy.evicts and counts(part, policy, row.start, self.layout.page_size):
-                heads = tuple(number for number, of_head in enumerate(policies) if of_head == policy)
-                position = row.start - part.lo
-                self.counted.append(CountedQuery(row.handle, part, heads, self._first, self.group, position))
-
-    def _gaps(self, part: KvPart, policies: PartPolicies) -> Gaps:
-        """The slots for which a mean stands, or whose pages were evicted, where there are any."""
-        letting = [p for p in dict.fromkeys(policies) if p is not None and (p.compensated or p.evicts)]
-        gaps = {p: gap(part, p, self.layout.page_size) for p in letting}
-        return {policy: (first, end) for policy, (first, end) in gaps.items() if first < end}
-
-    def _plan(self, row: Row, part: KvPart, policies: PartPolicies, gaps: Gaps, static: Sequence[int]) -> None:
+    def _plan(self, row: Row, part: KvPart, policies: PartPolicies, static: Sequence[int]) -> None:
         if static:
             lo, hi = row.read or (0, 0)
-            table = readable(part) if gaps else part.table
-            row_queries = RowQueries(self.planned, row.start, row.count, self.group, lo, hi, part.lo, table)
-            self.rows.add(row_queries, policies, gaps)
+            row_queries = RowQueries(self.planned, row.start, row.count, self.group, lo, hi, part.lo, part.table)
+            self.rows.add(row_queries, policies)
             self.planned += row.count * len(static) * self.group
         if self.choosing:
             self._vectors.append(self._vectors_of(row, part, static))
@@ -163,20 +136,6 @@ class ReadingBuilder:
         tokens = np.arange(row.count)[:, None, None] * (len(part.heads) * self.group)
         inside = np.array(heads, np.int64)[:, None] * self.group + np.arange(self.group)
         return (self._first + tokens + inside).reshape(-1)
-
-    def _count(self, row: Row, part: KvPart, policies: PartPolicies, gaps: Gaps, static: int) -> None:
-        lo, hi = row.read or (0, 0)
-        saved = sum(self._saved(part, policy, gaps[policy], hi) for policy in policies if policy and policy in gaps)
-        self.counts.append((row.handle, _keys_seen(policies, row) - saved, (hi - lo) * static))
-
-    def _saved(self, part: KvPart, policy: Policy, gap: tuple[int, int], hi: int) -> float:
-        """How many of the keys below `hi` a head does not read because their slots were freed. A mean that it reads
-        for them, in float32, counts by its bytes."""
-        layout = self.layout
-        first, end = (min(part.lo + slot * layout.page_size, hi) for slot in gap)
-        if not policy.compensated:
-            return end - first
-        return end - first - 4 * (layout.d_k + layout.d_v) * layout.page_size / layout.page_bytes
 
 
 def reads_whole(row: Row, part: KvPart) -> bool:
@@ -217,10 +176,7 @@ class PagedReader:
         self._pages = pages
         self._store = store
         self._threads = threads
-        self._means = MeanSlots(pages)
         self._samples = QuerySamples(config.kv_memory // _SAMPLES)
-        self._heavy = HeavyPages(pages, self._samples)
-        store.attention = self._heavy
         layout = pages.layout
         self.tallies = Tallies(layout.page_bytes / layout.page_size)
         self._index: IndexAttention | None = None
@@ -286,8 +242,6 @@ class PagedReader:
             builder.vectors(),
             tuple(self._choosers.group(policy, cells, group) for policy, cells in builder.cells.items()),
             tuple(builder.counts),
-            self._means.reading(builder.means),
-            tuple(builder.counted),
             planned,
             builder.rows.origins,
         )
@@ -323,14 +277,6 @@ class PagedReader:
         if self._index is not None and reading.indexed is not None:
             return self._index.attend(reading.indexed, spec, q)
         reading.layers += 1
-        for query in reading.counted:
-            self._heavy.count(query, layer, spec, q)
-        partial = self._attend(reading, layer, spec, q)
-        if reading.means is not None:
-            self._kernels.merge_into(partial, reading.means.attend(spec, q), reading.means.vectors)
-        return partial
-
-    def _attend(self, reading: Reading, layer: int, spec: LayerSpec, q: torch.Tensor) -> Partial:
         if reading.vectors is None:
             return self._kernels.attend(self._pages, reading.plan, spec.kv_layer, q, spec.scale, spec.soft_cap)
         if reading.plan is None and len(reading.groups) == 1:  # cells stand in the order of q
@@ -357,11 +303,6 @@ class PagedReader:
                 self._choosers.tally(group)
 
     @property
-    def _observers(self) -> Iterator[AdaptiveAttention | HeavyPages]:
-        """All that keep something of parts."""
-        return (observer for observer in (self._adaptive, self._heavy) if observer is not None)
-
-    @property
     def _choosers(self) -> AdaptiveAttention:
         if self._adaptive is None:
             raise ValueError("no policy of this worker chooses")
@@ -370,7 +311,7 @@ class PagedReader:
     def sealed(self, rows: Sequence[Row]) -> torch.Tensor | None:
         """int64 `[layers, n]`: the pages that are full once those rows have stored, where sketches are kept. Choosers
         forget here what they know of tokens that the rows replace."""
-        if self._sketches is None and not self._samples.nbytes and not self._heavy.counting:
+        if self._adaptive is None:
             return None
         size, pages = self._pages.layout.page_size, []
         for row in rows:
@@ -378,8 +319,7 @@ class PagedReader:
             first, end = row.stored(part.lo, part.hi)
             if first < end:
                 self._samples.cut(row.handle, first - part.lo)
-                for observer in self._observers:
-                    observer.written(row.handle, first - part.lo)
+                self._adaptive.written(row.handle, first - part.lo)
             if (first - part.lo) // size < (end - part.lo) // size:
                 full = part.table[:, :, (first - part.lo) // size : (end - part.lo) // size]
                 pages.append(full.reshape(len(full), -1))
@@ -394,45 +334,28 @@ class PagedReader:
 
     def opened(self, operation: Open | Fork) -> None:
         """A part is new, empty or as a fork of another."""
-        if isinstance(operation, Fork):
-            self._means.fork(operation.handle, operation.parent, operation.length)
+        if self._adaptive is None:
+            return
         try:
             part = self._store.part(operation.handle)
         except KVError:  # the announcement that made it has closed it again
             return
-        if self._adaptive is not None:
-            self._adaptive.open(operation.handle, _choosing(part.policies))
+        self._adaptive.open(operation.handle, _choosing(part.policies))
         if isinstance(operation, Fork):
             self._samples.fork(operation.handle, operation.parent, operation.length - part.lo)
-            for observer in self._observers:
-                observer.fork(operation.handle, operation.parent, operation.length - part.lo)
-
-    def absorb(self, absorbed: Sequence[Absorbed]) -> None:
-        """Pages have been freed for which a mean stands from now on. Nothing may have been written to them yet."""
-        for pages in absorbed:
-            self._means.absorb(pages)
+            self._adaptive.fork(operation.handle, operation.parent, operation.length - part.lo)
 
     @property
     def observes(self) -> bool:
-        """Whether a chooser is shown the queries of prompts."""
+        """Whether a policy learns from the queries of prompts."""
         return self._adaptive is not None and self._adaptive.observes
-
-    @staticmethod
-    def keeps_means(part: KvPart) -> bool:
-        """Whether a mean may stand for pages that a part has freed."""
-        return any(policy.compensated for policy in part.policies.distinct)
-
-    def mean(self, handle: int, layer: int, head: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A key `[d_k]` and a value `[d_v]` in the place of each token that a part's head has freed, to move it."""
-        return self._means.mean(handle, layer, head)
 
     def forget(self, handle: int) -> None:
         """A part is closed."""
-        self._means.forget(handle)
         self.tallies.forget(handle)
         self._samples.forget(handle)
-        for observer in self._observers:
-            observer.forget(handle)
+        if self._adaptive is not None:
+            self._adaptive.forget(handle)
 
     def _keys(self, handle: int, layer: int, head: int, lo: int, hi: int) -> Float32:
         """As `Holding.keys`. Raises KVError where there is no such part."""

@@ -1,4 +1,4 @@
-"""FAISS: exact neighbours, a graph that was made elsewhere, inverted lists. The only file that imports it.
+"""FAISS: exact neighbours, and a graph that was made elsewhere. The only file that imports it.
 
 FAISS is imported at the first call, so that all else works without it. Everything here takes and returns numpy arrays.
 FAISS counts the keys whose inner products were computed in one place for all threads and without a lock: a count is
@@ -72,28 +72,10 @@ def graph(keys: Floats, neighbours: npt.NDArray[np.int32], entry: int) -> Any:
     return index
 
 
-def inverted_lists(keys: Floats, lists: int) -> Any:
-    """An IVF over the keys, kept in bfloat16, with `lists` lists, whose centroids FAISS trains as unit vectors under
-    inner products."""
-    faiss = module()
-    d = keys.shape[1]
-    index = faiss.index_factory(d, f"IVF{lists},SQbf16", faiss.METRIC_INNER_PRODUCT)
-    index.cp.min_points_per_centroid = 1  # short segments are allowed; the warning would go to stderr
-    index.train(keys)
-    index.add(keys)
-    return index
-
-
 @cache
 def graph_effort(effort: int) -> Any:
     """The search parameters with which a graph keeps `effort` candidates."""
     return module().SearchParametersHNSW(efSearch=effort)
-
-
-@cache
-def lists_effort(effort: int) -> Any:
-    """The search parameters with which `effort` inverted lists are read."""
-    return module().SearchParametersIVF(nprobe=effort)
 
 
 def search(index: Any, q: Floats, k: int, params: Any) -> tuple[npt.NDArray[np.int64], Floats]:
@@ -112,11 +94,6 @@ def search(index: Any, q: Floats, k: int, params: Any) -> tuple[npt.NDArray[np.i
 def graph_distances() -> int:
     """How many inner products searches of graphs have computed in this process."""
     return int(_statistics().hnsw_stats.ndis)
-
-
-def lists_distances() -> int:
-    """The same for inverted lists, without inner products with centroids."""
-    return int(_statistics().indexIVF_stats.ndis)
 
 
 @cache

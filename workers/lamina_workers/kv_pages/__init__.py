@@ -1,4 +1,4 @@
-"""Pages of KV in memory and in files: the store, its parts, what is evicted.
+"""Pages of KV in memory and in files: the store, and its parts.
 
 States
 ------

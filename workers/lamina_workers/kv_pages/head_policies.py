@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lamina_kernels.paged.rows import Ints
 from lamina_protocols.messages.layers import HolderConfig, LayerSpec
 from lamina_workers.errors import PolicyError
 from lamina_workers.policies.catalogue import parse
-from lamina_workers.policies.policy import LONGEST, Bools, Policy, within
+from lamina_workers.policies.compared.blocks import BlockPolicy
+from lamina_workers.policies.policy import LONGEST, Policy, within
 
 LayerPolicies = tuple[Policy, ...]  # one a KV head
 
@@ -76,7 +76,7 @@ class HeadPolicies:
     @cached_property
     def sketched(self) -> bool:
         """Whether sketches of pages are kept."""
-        return self.sketches or any(policy.sketched for policy in self.distinct)
+        return self.sketches or any(policy.adaptive for policy in self.distinct)
 
     def stride(self, start: int, prompt: int) -> int:
         """One in so many queries is kept of a row that begins at `start`, of a prompt of `prompt` tokens; 0: none."""
@@ -85,13 +85,9 @@ class HeadPolicies:
 
     @cached_property
     def releasing(self) -> tuple[Policy, ...]:
-        """Of the keepers, the policies by which pages are freed while their part lives.
-
-        One that is compensated or evicts is left out where a layer with another policy reads the same KV: that layer
-        still reads what would be gone."""
-        every = tuple(dict.fromkeys(policy for layer in self.keepers for policy in layer))
-        shared = {policy for keeper in every if isinstance(keeper, _Together) for policy in keeper.policies}
-        return tuple(p for p in every if p.kept_from(LONGEST) > 0 and not ((p.compensated or p.evicts) and p in shared))
+        """Of the keepers, the policies by which pages are freed while their part lives."""
+        every = dict.fromkeys(policy for layer in self.keepers for policy in layer)
+        return tuple(policy for policy in every if policy.seen_from(LONGEST) > 0)
 
     def check(self, device: torch.device) -> None:
         """Raise PolicyError for a policy that a holder on that device cannot serve."""
@@ -113,16 +109,8 @@ class _Together(Policy):
     policies: tuple[Policy, ...]
 
     @property
-    def unit(self) -> int:
-        return max(policy.unit for policy in self.policies)
-
-    @property
     def sinks(self) -> int:
         return max(policy.sinks for policy in self.policies)
-
-    def stays(self, positions: Ints, size: int) -> Bools:
-        union: Bools = np.any([policy.stays(positions, size) for policy in self.policies], axis=0)
-        return union
 
     def seen_from(self, start: int) -> int:
         return min(policy.seen_from(start) for policy in self.policies)
@@ -150,11 +138,6 @@ def _asked(config: HolderConfig, policy: str) -> HeadPolicies:
             f"the policy {policy:.80} builds an index of keys, which this engine does not; allowed here is the same "
             "without an index, or an engine whose own policy builds one"
         )
-    if any(rule.evicts for rule in requested.distinct) and not any(rule.evicts for rule in present.distinct):
-        raise PolicyError(
-            f"the policy {policy:.80} evicts what others could share, which this engine does not; allowed here are "
-            "policies that do not, or an engine whose own policy evicts"
-        )
     return requested
 
 
@@ -170,8 +153,10 @@ def _parsed(spec: LayerSpec, page_size: int) -> LayerPolicies:
 def policy_of(text: str, head: int, window: int | None, page_size: int) -> Policy:
     """How KV head `head` of a layer with that sliding window is read under a text. Raises PolicyError."""
     policy = parse(text).of_head(head)
-    if policy.unit > 1 and policy.unit % page_size:
-        raise PolicyError(f"{policy.name}: block is {policy.unit}; allowed are multiples of the page size, {page_size}")
+    if isinstance(policy, BlockPolicy) and policy.block % page_size:
+        raise PolicyError(
+            f"{policy.name}: block is {policy.block}; allowed are multiples of the page size, {page_size}"
+        )
     return within(policy, window)
 
 
@@ -181,10 +166,6 @@ class Group:
 
     policy: Policy
     cells: npt.NDArray[np.bool_]
-
-    def sinks(self, lo: int, size: int) -> int:
-        """How many slots, of `size` tokens each, hold sinks, which are kept, of a part that begins at `lo`."""
-        return -(-max(0, self.policy.sinks - lo) // size)
 
 
 @lru_cache(maxsize=256)
@@ -225,5 +206,5 @@ def returns_to(policy: Policy, position: int) -> int:
 def lowest_length(policy: Policy, lo: int, freed: int, size: int) -> int:
     """The lowest length to which a part of that policy, of pages from position `lo` on, can return: the first `freed`
     of them are gone, but for what stays."""
-    dropped_slots = np.flatnonzero(~policy.stays(lo + np.arange(freed) * size, size))
+    dropped_slots = np.flatnonzero(~policy.stays(lo + np.arange(freed) * size))
     return policy.returns_to(lo + (int(dropped_slots[-1]) + 1) * size) if len(dropped_slots) else 0

@@ -22,16 +22,8 @@ from lamina_kernels.paged.rows import Ints
 from lamina_protocols.messages.layers import HolderConfig
 from lamina_protocols.messages.messages import Bound, Close, Fork, Open, Operation, Row
 from lamina_workers.errors import KVError, PolicyError, PoolExhausted, TornParts
-from lamina_workers.kv_pages.eviction import (
-    PageAttention,
-    check_evicted,
-    evicted,
-    freed_slots,
-    remaining_slots,
-    staying,
-)
-from lamina_workers.kv_pages.head_policies import Group, HeadPolicies
-from lamina_workers.kv_pages.parts import NO_PAGE, Absorbed, Int32, KvPart, PartTable, Reservation
+from lamina_workers.kv_pages.head_policies import HeadPolicies
+from lamina_workers.kv_pages.parts import NO_PAGE, Int32, KvPart, PartTable, Reservation, staying
 
 
 def check_open(open_: Open, kv_heads: int) -> None:
@@ -59,10 +51,6 @@ def check_part(handle: int, part: KvPart, n_pages: int, size: int) -> None:
         raise KVError(f"part {handle} names page {occupied.max()} of {n_pages}")
     if not part.lo <= part.stored <= part.held <= part.hi:
         raise KVError(f"part {handle} holds up to {part.stored}, {part.held}, outside [{part.lo}, {part.hi}]")
-    for group in part.groups:
-        if group.policy.evicts and (freed := freed_slots(part, group)):
-            sinks = min(freed, group.sinks(part.lo, size))
-            check_evicted(handle, part, group, sinks, group.policy.remaining(sinks, freed))
     slots = np.arange(part.table.shape[2])
     absent = (slots < part.freed[..., None]) & ~staying(part, size)
     inside = ~absent & (slots < -(-(part.held - part.lo) // size))
@@ -73,9 +61,6 @@ def check_part(handle: int, part: KvPart, n_pages: int, size: int) -> None:
             raise KVError(f"part {handle} keeps a freed page in layer {layer}")
 
 
-ABSORBED_AT_ONCE = 32  # slots of a part, in every layer and head, for which a mean begins to stand in one step
-
-
 class KVStore(PartTable[KvPart]):
     """The tables and pages of one pool, of which `config` is: numbers of pages, not their contents. Parts without a
     policy of their own have `policies`."""
@@ -84,8 +69,6 @@ class KVStore(PartTable[KvPart]):
         super().__init__(config, n_pages)
         self._layers = 1 + max(spec.kv_layer for spec in config.layers)
         self._policies = policies
-        self._absorbed: list[Absorbed] = []
-        self.attention: PageAttention | None = None  # by which parts evict; nothing is evicted without it
 
     def update(self, operations: Iterable[Operation], rows: Sequence[Row]) -> Reservation:
         """Apply operations in order, cut every storing row's part back to its start, then reserve for all rows.
@@ -94,7 +77,6 @@ class KVStore(PartTable[KvPart]):
         KVError (unknown handle, a stored part with two rows). Whatever it raises, nothing has changed.
         """
         self._undo.clear()
-        self._absorbed = []
         try:
             for operation in operations:
                 self._apply(operation)
@@ -105,22 +87,19 @@ class KVStore(PartTable[KvPart]):
                     raise KVError(f"part {row.handle} has {handles[row.handle]} rows; a part that is stored to has one")
             for row in rows:
                 if row.store:
-                    self._cut(self._parts[row.handle], row)
-                self._evict(self._parts[row.handle], row)
+                    self._cut_back(self._parts[row.handle], row.start)
+                    self._free(self._parts[row.handle], row)
             return self._reserve(rows)
         except BaseException:
             self.revert()
             raise
 
     def can_go_on(self, parts: Sequence[KvPart], rows: Sequence[Row]) -> bool:
-        """Whether each part can store its row: its range reaches so far, pages are not short, and no mean takes the
-        place of pages that it frees."""
+        """Whether each part can store its row: its range reaches so far, and pages are not short."""
         size, more = self.config.page_size, 0
         for part, row in zip(parts, rows, strict=True):
             end = row.start + row.count
             if end > part.hi:
-                return False
-            if row.start >= part.next_free(size) and any(group.policy.compensated for group in part.groups):
                 return False
             if end > part.held:
                 more += len(part.heads) * ((part.lo - part.held) // size - (part.lo - end) // size)
@@ -286,11 +265,6 @@ class KVStore(PartTable[KvPart]):
             return 0
         return row.start if min(row.start, part.hi) <= part.stored else part.stored
 
-    def _cut(self, part: KvPart, row: Row) -> None:
-        """Cut back to the row's start, then free."""
-        self._cut_back(part, row.start)
-        self._free(part, row)
-
     def _cut_back(self, part: KvPart, start: int) -> None:
         end, stored = part.held, part.stored
         part.held, part.stored = (max(part.lo, min(upto, start)) for upto in (end, stored))
@@ -305,64 +279,30 @@ class KVStore(PartTable[KvPart]):
         part.absent = part.absent and None  # some of them may have been above
 
     def _free(self, part: KvPart, row: Row) -> None:
-        """Free what no query from the row's start on can see, or a mean stands for."""
+        """Free what no query from the row's start on can see."""
+        size = self.config.page_size
         for group in part.groups:
             lowest = group.policy.seen_from(row.start)
-            if group.policy.compensated and row.chooses and row.read is not None:
-                lowest = self._absorbs_to(part, group, min(group.policy.kept_from(row.start), row.read[1]))
-            freed = min(max(0, (lowest - part.lo) // self.config.page_size), self._slots(part.held - part.lo))
-            leaving = self._let_go(part, group, freed)
-            if group.policy.compensated and leaving.size:
-                pages = leaving.reshape(np.count_nonzero(group.cells), -1)
-                self._absorbed.append(Absorbed(row.handle, part.lo, group.cells, pages))
-
-    def _absorbs_to(self, part: KvPart, group: Group, position: int) -> int:
-        """Up to where pages below `position` are freed in this step. The mean takes time, so a long prompt's pages are
-        freed in several steps."""
-        absorbed = max(int(part.freed[group.cells].max()), group.sinks(part.lo, self.config.page_size))
-        return min(position, part.lo + (absorbed + ABSORBED_AT_ONCE) * self.config.page_size)
-
-    def _let_go(self, part: KvPart, group: Group, freed: int) -> Int32:
-        """Free a group's slots below `freed`, but for those that stay. Returns the pages, int32 `[n]`, cell by cell."""
-        before = part.freed.copy()
-        part.freed[group.cells] = np.maximum(before[group.cells], freed)
-        if (part.freed == before).all():
-            return _NO_PAGES
-        part.absent = part.frees_from = None
-        self._undo.append(lambda: part.freed.__setitem__(..., before))
-        first = int(before[group.cells].min())
-        view = part.table[:, :, first:freed]
-        slots = np.arange(first, freed)
-        leaving = (slots >= before[..., None]) & ~group.policy.stays(
-            part.lo + slots * self.config.page_size, self.config.page_size
-        )
-        return self._drop(view, group.cells[..., None] & leaving & (view != NO_PAGE))
-
-    def _evict(self, part: KvPart, row: Row) -> None:
-        """Free the pages behind the recent ones that have got the least attention, where that is known; parts whose
-        range is full do so too."""
-        lo, hi = row.read or (0, 0)
-        for group in part.groups if row.chooses and lo < hi else ():
-            freed = max(0, min(group.policy.kept_from(row.start), hi) - part.lo) // self.config.page_size
-            remaining, before = remaining_slots(part, group, freed, self.config.page_size), part.freed.copy()
-            if not group.policy.evicts or remaining == freed or freed <= freed_slots(part, group):
+            freed = min(max(0, (lowest - part.lo) // size), self._slots(part.held - part.lo))
+            before = part.freed.copy()
+            part.freed[group.cells] = np.maximum(before[group.cells], freed)
+            if (part.freed == before).all():
                 continue
-            got = self.attention.of(row.handle, group.cells, freed) if self.attention is not None else None
-            if got is not None:
-                leaving = evicted(part, group, got, group.sinks(part.lo, self.config.page_size), remaining)
-                part.freed[group.cells] = freed
-                part.absent = part.frees_from = None
-                self._undo.append(partial(part.freed.__setitem__, ..., before))
-                self._drop(part.table[:, :, :freed], leaving)
+            part.absent = part.frees_from = None
+            self._undo.append(partial(part.freed.__setitem__, ..., before))
+            first = int(before[group.cells].min())
+            view = part.table[:, :, first:freed]
+            slots = np.arange(first, freed)
+            leaving = (slots >= before[..., None]) & ~group.policy.stays(part.lo + slots * size)
+            self._drop(view, group.cells[..., None] & leaving & (view != NO_PAGE))
 
-    def _drop(self, view: Int32, where: npt.NDArray[np.bool_]) -> Int32:
-        """Free the pages that `view`, a slice of a table, names there, and return them."""
+    def _drop(self, view: Int32, where: npt.NDArray[np.bool_]) -> None:
+        """Free the pages that `view`, a slice of a table, names there."""
         pages: Int32 = view[where]
         if pages.size:
             view[where] = NO_PAGE
             self._undo.append(lambda: view.__setitem__(where, pages))
             self._pool.release(pages)
-        return pages
 
     def _reserve(self, rows: Sequence[Row]) -> Reservation:
         """Pages for all that the storing rows can write. Counted first: a refusal takes nothing."""
@@ -383,7 +323,6 @@ class KVStore(PartTable[KvPart]):
             np.concatenate([_NO_PAGES, *(source for source, _ in copies)]),
             np.concatenate([_NO_PAGES, *(target for _, target in copies)]),
             tuple(self.floor(self._parts[row.handle]) for row in rows),
-            tuple(self._absorbed),
         )
 
     def _shared(self, part: KvPart, first: int, _end: int) -> npt.NDArray[np.bool_]:

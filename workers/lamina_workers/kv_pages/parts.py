@@ -262,15 +262,13 @@ class KvPart:
         return self.table.nbytes + self.freed.nbytes
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Absorbed:
-    """Pages that a part, which begins at position `lo`, has freed and for which a mean stands from now on: they must be
-    read before anything is written. cells: bool `[layers, heads]`; pages: int32 `[cells, slots]`, in their order."""
-
-    handle: int
-    lo: int
-    cells: npt.NDArray[np.bool_]
-    pages: Int32
+def staying(part: KvPart, size: int) -> npt.NDArray[np.bool_]:
+    """The slots of every layer and head, `[layers, heads, capacity]`, that are held behind what was freed."""
+    slots = np.arange(part.table.shape[2])
+    stay = np.zeros(part.table.shape, np.bool_)
+    for group in part.groups:
+        stay[group.cells] = group.policy.stays(part.lo + slots * size)
+    return stay
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -280,4 +278,3 @@ class Reservation:
     copies_from: Int32  # [n] pages whose content the first writer must keep
     copies_to: Int32  # [n] pages that take it
     floors: tuple[int, ...]  # per row
-    absorbed: tuple[Absorbed, ...] = ()

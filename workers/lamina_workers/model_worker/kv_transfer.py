@@ -76,15 +76,12 @@ class KvTransfer:
 
     def _pool(self, copy: Copy, number: int, pool: Pool, alike: bool) -> Generator[Waiting, None, None]:
         """Copy what one pool keeps. `alike`: the holders lay out their pages alike."""
-        layers_left = set(range(len(pool.layers)))
         if copy.xor and not (copy.paged and alike):
             raise HolderFault("pages are to be XORed of holders that lay them out differently")
         if (copy.paged and alike) or pool.config.layers[0].kind in STATES:  # states have no vectors
-            layers_left = yield from self._pages(copy, number, pool.config)
-        if copy.xor and layers_left:
-            raise HolderFault(f"pages of {len(layers_left)} layers are to be XORed, of which a mean has replaced some")
-        layers = zip(pool.layers, pool.config.layers, strict=True)
-        yield from self._vectors(copy, [layer for layer, spec in layers if spec.kv_layer in layers_left])
+            yield from self._pages(copy, number, pool.config)
+        else:
+            yield from self._vectors(copy, pool.layers)
 
     def _samples(
         self, moves: Sequence[Move], pool: Pool, sampling: Mapping[tuple[int, int], Route]
@@ -127,8 +124,8 @@ class KvTransfer:
         if not floats or shapes != ((vectors, spec.key_width), (vectors, spec.own_v)):
             raise self._replies[origin].unfit(f"{vectors} vectors of K and of V were due, got {reply.k.dtype} {shapes}")
 
-    def _pages(self, copy: Copy, pool: int, config: HolderConfig) -> Generator[Waiting, None, set[int]]:
-        """Copy all layers of a pool with KV page by page. Returns those of which an origin has not all pages."""
+    def _pages(self, copy: Copy, pool: int, config: HolderConfig) -> Generator[Waiting, None, None]:
+        """Copy all layers of a pool with KV page by page."""
         states, count = config.layers[0].kind in STATES, 1 + max(spec.kv_layer for spec in config.layers)
         of_page = page_bytes(config)
         pages = [
@@ -140,7 +137,6 @@ class KvTransfer:
         in_process = any(self._replies[origin].here is not None for origin, *_ in copy.sources)
         window = 1 if in_process or copy.circular else _FRAMES_AHEAD  # else both could wait for the other to read
         next_request = 0
-        layers_left: set[int] = set()
         for number, (first, layers) in enumerate(frames):
             if next_request < number + (window + 1) // 2:  # several at once: each time a process is woken
                 for ahead in frames[next_request : number + window]:
@@ -150,14 +146,10 @@ class KvTransfer:
             arrived = yield from self._arrived(FetchedPages, (origin for origin, *_ in copy.sources), first)
             for reply, due, (origin, *_) in zip(arrived, pages, copy.sources, strict=True):
                 shapes = reply.pages.dtype, tuple(reply.pages.shape)
-                if (reply.pages.numel() or states) and shapes != (torch.uint8, (layers * due, of_page)):
+                if shapes != (torch.uint8, (layers * due, of_page)):
                     raise self._replies[origin].unfit(f"pages [{layers * due}, {of_page}] were due, got {shapes}")
-            if all(reply.pages.numel() for reply in arrived):
-                for target, content in copy.pages(arrived, layers):
-                    self._send(target, FreshPages(*self._ids, pool, first, layers, content))
-            else:
-                layers_left.update(range(first, first + layers))
-        return layers_left
+            for target, content in copy.pages(arrived, layers):
+                self._send(target, FreshPages(*self._ids, pool, first, layers, content))
 
     def _send(self, number: int, message: Fetch | Fresh | FetchPages | FetchSample | FreshPages | Sample) -> None:
         self._replies[number].port.send(message)

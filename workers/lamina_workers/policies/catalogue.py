@@ -8,15 +8,15 @@ from functools import lru_cache
 from typing import Any
 
 from lamina_workers.errors import PolicyError
-from lamina_workers.policies.blocks import Dilated, Sharded
+from lamina_workers.policies.compared.blocks import Dilated, Sharded
+from lamina_workers.policies.compared.heavy_hitter import HeavyHitter
+from lamina_workers.policies.compared.page_top_k import PageTopK
+from lamina_workers.policies.compared.razor import Razor
+from lamina_workers.policies.compared.recycled import Recycled
+from lamina_workers.policies.compared.span import Span
 from lamina_workers.policies.full import Full
-from lamina_workers.policies.heavy_hitter import HeavyHitter
-from lamina_workers.policies.page_top_k import PageTopK
 from lamina_workers.policies.policy import MAX_TEXT, Policy
-from lamina_workers.policies.razor import Razor
-from lamina_workers.policies.recycled import Recycled
 from lamina_workers.policies.retrieval import Retrieval
-from lamina_workers.policies.span import Span
 from lamina_workers.policies.streaming import Streaming
 
 POLICIES: dict[str, type[Policy]] = {

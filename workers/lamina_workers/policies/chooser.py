@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -46,15 +46,22 @@ class Items:
 
     `parts` and `heads` name them. `tables` are int32 views `[layers, entries]`: entry e is the page of the part's
     tokens e * page_size ...; every page is held, and all are full but perhaps the last. `tokens` of each are read. The
-    part's first token is the sequence's first where `begins`; else it has no sinks.
+    part's first token is the sequence's number `lo`, the query's own its number `positions`.
     """
 
     parts: Sequence[int]
     heads: Sequence[int]
     tables: Sequence[Int32]
     tokens: npt.NDArray[np.int64]
-    begins: npt.NDArray[np.bool_]
+    lo: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.int64]
     group: int
+
+    @property
+    def begins(self) -> npt.NDArray[np.bool_]:
+        """Whether each part has the first token of its sequence; else it has no sinks."""
+        first: npt.NDArray[np.bool_] = self.lo == 0
+        return first
 
     def __len__(self) -> int:
         return len(self.tables)
@@ -76,22 +83,6 @@ class Choice(NamedTuple):
     read: int = 0
     rest: Partial | None = None
     coarse: Float32 | None = None
-
-
-class Chooser(Protocol):
-    """Chooses for one adaptive policy. Called by the worker's one thread."""
-
-    def worth(self, tokens: Sequence[int]) -> bool:
-        """Whether to choose at all in layers where items read so many tokens each; else everything is read."""
-
-    def plan(self, items: Items) -> Any:
-        """What is the same for all layers of a decode step."""
-
-    def choose(self, plan: Any, layer: int, spec: LayerSpec, q: torch.Tensor) -> Choice:
-        """What the queries q of that layer, `[items * group, d_k]`, item by item, need to read."""
-
-    def forget(self, handle: int) -> None:
-        """A part is closed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +109,26 @@ class Shown:
     lo: int
 
 
-@runtime_checkable
-class Observer(Protocol):
-    """A chooser that is shown prompts' queries too, as many as its policy's `sampled` says. The same ones are among
-    `Holding.samples`."""
+class Chooser:
+    """Chooses for one adaptive policy. Called by the worker's one thread."""
+
+    def worth(self, tokens: Sequence[int]) -> bool:
+        """Whether to choose at all in layers where items read so many tokens each; else everything is read."""
+        return True
+
+    def plan(self, items: Items) -> Any:
+        """What is the same for all layers of a decode step."""
+        raise NotImplementedError(f"{type(self).__name__} plans nothing")
+
+    def choose(self, plan: Any, layer: int, spec: LayerSpec, q: torch.Tensor) -> Choice:
+        """What the queries q of that layer, `[items * group, d_k]`, item by item, need to read."""
+        raise NotImplementedError(f"{type(self).__name__} chooses nothing")
+
+    # What happens to parts. A chooser that keeps nothing of them need not know.
 
     def observe(self, shown: Shown) -> None:
-        """Queries of a prompt have come, wherever the prompt is attended."""
+        """Queries of a prompt have come, wherever the prompt is attended: as many as the policy's `sampled` says. The
+        same ones are among `Holding.samples`."""
 
     def fork(self, handle: int, parent: int, tokens: int) -> None:
         """A part is new, and has the first `tokens` of another."""
@@ -132,12 +136,14 @@ class Observer(Protocol):
     def written(self, handle: int, start: int) -> None:
         """A part's tokens from `start` on are new, or differ from before."""
 
+    def forget(self, handle: int) -> None:
+        """A part is closed."""
+
 
 class Adaptive(Policy):
     """A policy with a chooser."""
 
     adaptive: ClassVar[bool] = True
-    sketched: ClassVar[bool] = True
 
     def chooser(self, at: Holding) -> Chooser:
         """A new chooser for one worker."""

@@ -8,9 +8,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -18,50 +17,38 @@ import torch
 
 from lamina_workers.indexes import faiss_host
 from lamina_workers.indexes.graph_index import build_graph
-from lamina_workers.indexes.ivf_index import build_ivf
 from lamina_workers.indexes.key_index import Floats, KeyIndex, Segment
 from lamina_workers.indexes.query_sample import QuerySample
 from lamina_workers.policies.chooser import Holding, Shown
 
 log = logging.getLogger(__name__)
 
-Build = Callable[[Floats, Floats, int], Segment]
-"""Keys float32 `[n, d]`, sampled queries float32 `[m, d]`, and the position of the first key."""
-
 STRIDE = 2  # positions from one decode query that is kept to the next
 LATER = 1024  # of their positions, at most
 LEAD = 4  # a prompt's indexes begin to be built when one in so many of its tokens is still to come
 PAUSE, LONGEST_PAUSE = 16, 1024  # steps in which full scans choose for a head whose index misses too much
-
-
-def _ivf(keys: Floats, queries: Floats, lo: int) -> Segment:
-    return build_ivf(keys, lo)
-
-
-BUILDS: Mapping[str, Build] = MappingProxyType({"graph": build_graph, "ivf": _ivf})
-ASKED = {"graph": 64, "ivf": 0}  # sampled positions without which there is no build
+ASKED = 64  # sampled positions without which there is no build
 
 
 class Job:
-    """One build, on a thread of its own that ends with it. It holds copies alone, so it need not be waited for."""
+    """One build, on a thread of its own that ends with it: of keys float32 `[n, d]` from position `lo` on, and sampled
+    queries float32 `[m, d]`. It holds copies alone, so it need not be waited for."""
 
-    def __init__(self, build: Build, keys: Floats, queries: Floats, lo: int) -> None:
+    def __init__(self, keys: Floats, queries: Floats, lo: int) -> None:
         self.lo, self.hi = lo, lo + len(keys)
         self.cancelled = False
         self.segment: Segment | None = None
         self.error: BaseException | None = None
-        self._thread = threading.Thread(
-            target=self._run, args=(build, keys, queries, lo), name="lamina-index", daemon=True
-        )
+        self._thread = threading.Thread(target=self._run, args=(keys, queries, lo), name="lamina-index", daemon=True)
         try:
             self._thread.start()
         except RuntimeError as error:  # too many threads already
             self.error = error
 
-    def _run(self, build: Build, keys: Floats, queries: Floats, lo: int) -> None:
+    def _run(self, keys: Floats, queries: Floats, lo: int) -> None:
         try:
             faiss_host.set_threads(1)
-            self.segment = build(keys, queries, lo)
+            self.segment = build_graph(keys, queries, lo)
         except BaseException as error:  # noqa: BLE001  # after any error the head goes on without an index
             self.error = error
 
@@ -140,8 +127,6 @@ class BuildParameters(Protocol):
     @property
     def recent(self) -> int: ...
     @property
-    def index(self) -> str: ...
-    @property
     def top(self) -> int: ...
     @property
     def least(self) -> int: ...
@@ -159,8 +144,6 @@ class IndexBuilds:
     def __init__(self, policy: BuildParameters, at: Holding) -> None:
         self._policy = policy
         self._holding = at
-        self._build = BUILDS[policy.index]
-        self.asked = ASKED[policy.index]
         self.parts: dict[int, PartIndexes] = {}
         self.building: dict[Cell, Job] = {}
         self._at_once = max(1, at.threads // 2)
@@ -235,7 +218,7 @@ class IndexBuilds:
         head = self.head(cell)
         least = self._policy.segment if head.index is not None else self._holding.page_size
         enough = stretch.hi - max(stretch.lo, head.end) >= least
-        if enough and not head.failed and cell not in self.building and self.sampled(cell) >= self.asked:
+        if enough and not head.failed and cell not in self.building and self.sampled(cell) >= ASKED:
             self._due[cell] = stretch
 
     def go_on(self) -> None:
@@ -257,7 +240,7 @@ class IndexBuilds:
         keys = self._holding.keys(*cell, lo, stretch.hi)
         samples = [self._holding.samples.of(*cell), None if head.later is None else head.later.of(0)]
         queries = [sample for sample in samples if sample is not None] or [np.empty((0, keys.shape[1]), np.float32)]
-        self.building[cell] = Job(self._build, keys, np.concatenate(queries), lo)
+        self.building[cell] = Job(keys, np.concatenate(queries), lo)
 
     def _collect(self, cell: Cell, job: Job) -> None:
         if job.cancelled:

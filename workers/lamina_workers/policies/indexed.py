@@ -1,4 +1,4 @@
-"""`retrieval(index=graph)`, `retrieval(index=ivf)`: an index over keys finds what a query asks for, in the place of a
+"""`retrieval(index=graph)`: an index over keys finds what a query asks for, in the place of a
 scan of all pages' sketches (RetrievalAttention, arXiv 2409.10516).
 
 A sample of a prompt's queries is kept wherever the prompt is attended (`query_samples`). While its last quarter comes,
@@ -31,6 +31,7 @@ from lamina_workers.indexes import faiss_host
 from lamina_workers.indexes.key_index import Found, KeyIndex
 from lamina_workers.policies.chooser import Choice, Chooser, Float32, Holding, Int32, Items, Shown, everything, lists
 from lamina_workers.policies.index_builds import (
+    ASKED,
     LONGEST_PAUSE,
     PAUSE,
     STRIDE,
@@ -40,7 +41,7 @@ from lamina_workers.policies.index_builds import (
     IndexBuilds,
     Stretch,
 )
-from lamina_workers.policies.page_budget import Bounds, bounds
+from lamina_workers.policies.page_bounds import Bounds, bounds
 
 SAMPLED = 64  # pages from which the mass of what is not read is estimated
 WIDEST = 8  # times the policy's `top`: more keys than that are not asked for
@@ -65,7 +66,7 @@ class _IndexPlan:
     scanning: dict[tuple[int, ...], tuple[Items, Any]] = field(default_factory=dict)  # plans for some items, by these
 
 
-class Indexed:
+class Indexed(Chooser):
     """The chooser. `scanning` chooses for heads that have no index."""
 
     def __init__(self, policy: IndexParameters, at: Holding, scanning: Chooser) -> None:
@@ -114,8 +115,7 @@ class Indexed:
         builds, tokens, size = self._builds, int(plan.items.tokens[i]), self._holding.page_size
         if head.failed or tokens < self._policy.least:
             return
-        helps = builds.asked and tokens % STRIDE == 0
-        if helps and (head.index is not None or builds.sampled(cell) < builds.asked):
+        if tokens % STRIDE == 0 and (head.index is not None or builds.sampled(cell) < ASKED):
             head.offer(tokens, q)
         builds.want(cell, Stretch(int(plan.bounds.sinks[i]) * size, int(plan.bounds.recent[i]) * size))
 
@@ -128,7 +128,7 @@ class Indexed:
         policy = self._policy
         for handle in dict.fromkeys(items.parts):
             self._builds.decodes(handle)
-        of_items = bounds(policy.sink, policy.recent, policy.budget, items, self._holding.page_size)
+        of_items = bounds(policy.sink, policy.recent, items, self._holding.page_size)
         sampled = [_spread(lo, hi) for lo, hi in zip(of_items.sinks.tolist(), of_items.recent.tolist(), strict=True)]
         return _IndexPlan(items, of_items, sampled)
 
@@ -189,7 +189,7 @@ class Indexed:
                 [a.heads[i] for i in index],
                 [a.tables[i] for i in index],
             )
-            scanned_items = Items(parts, heads, tables, a.tokens[index], a.begins[index], a.group)
+            scanned_items = Items(parts, heads, tables, a.tokens[index], a.lo[index], a.positions[index], a.group)
             worth = self._scanning.worth(scanned_items.tokens.tolist())
             plan.scanning[those] = scanned_items, self._scanning.plan(scanned_items) if worth else None
         scanned_items, scan = plan.scanning[those]

@@ -27,7 +27,7 @@ MAX_TEXT = 200
 class View:
     """How the queries at positions start, ..., start + count - 1 see: key k <= p where p - k < window or k < sinks.
 
-    With `ranges`, int64 `[n, 2]`, it sees only keys in one of these [first, end), which ascend, and has no sinks.
+    With `ranges`, int64 `[n, 2]`, it sees those in one of these [first, end) instead, which ascend.
     """
 
     start: int
@@ -40,39 +40,23 @@ class View:
         """The keys [first, end), ascending, that the query at this position sees."""
         end = position + 1
         near = max(0, end - self.window)
-        sinks = min(self.sinks, near)
-        every = [[0, sinks], [near, end]] if self.ranges is None else self.ranges.tolist()
-        low = 0 if self.ranges is None else near
-        return [(max(first, low), min(stop, end)) for first, stop in every if max(first, low) < min(stop, end)]
+        every = [[0, min(self.sinks, near)], [near, end]] if self.ranges is None else self.ranges.tolist()
+        return [(first, min(stop, end)) for first, stop in every if first < min(stop, end)]
 
     def keys(self, position: int, lo: int, hi: int) -> int:
         """How many keys in [lo, hi) the query at this position sees."""
-        if self.ranges is None:
-            return sum(max(0, min(end, hi) - max(first, lo)) for first, end in self.seen(position))
-        low = max(lo, position + 1 - self.window)
-        return int(np.diff(np.clip(self.ranges, low, max(low, min(hi, position + 1)))).sum())
-
-    def ranged(self, keys: Ints) -> Bools:
-        """Which of these keys lie in its ranges; all where it has none."""
-        if self.ranges is None:
-            return np.ones(len(keys), np.bool_)
-        before = np.searchsorted(self.ranges[:, 0], keys, "right") - 1
-        inside: Bools = (before >= 0) & (keys < self.ranges[before, 1])
-        return inside
+        return sum(max(0, min(end, hi) - max(first, lo)) for first, end in self.seen(position))
 
 
 @dataclass(frozen=True)
 class Policy:
     """The base, which sees and keeps everything. A policy is a frozen dataclass whose fields are its parameters.
 
-    `seen_from` never falls as `start` grows: what lies behind it is freed, but for the pages that `stays` names.
+    `seen_from` never falls as `start` grows: what lies behind it is freed, but for the sinks.
     """
 
     name: ClassVar[str]
-    adaptive: ClassVar[bool] = False  # whether it has a chooser
-    sketched: ClassVar[bool] = False  # whether its chooser reads sketches of pages
-    evicts: ClassVar[bool] = False  # whether decode frees the pages with least attention
-    compensated: ClassVar[bool] = False  # whether a mean stands for the pages that decode has freed
+    adaptive: ClassVar[bool] = False  # whether it has a chooser, which may read sketches of pages
 
     @property
     def sinks(self) -> int:
@@ -80,42 +64,21 @@ class Policy:
         return 0
 
     @property
-    def unit(self) -> int:
-        """The tokens of a block where it sees and keeps whole blocks, of whole pages; else 1."""
-        return 1
-
-    @property
     def builds(self) -> bool:
         """Whether its chooser builds an index of keys: that needs FAISS, memory and time beside the KV."""
         return False
 
     def seen_from(self, start: int) -> int:
-        """The lowest position, but for pages that stay, that a query at `start` or later sees."""
+        """The lowest position, but for sinks, that a query at `start` or later sees."""
         return 0
 
-    def kept_from(self, start: int) -> int:
-        """The lowest position, but for pages that stay, that is kept once a decode step at `start` has come. Never
-        falls as `start` grows. Above `seen_from(start)` only where the policy is `compensated`."""
-        return self.seen_from(start)
-
-    def stays(self, positions: Ints, size: int) -> Bools:
-        """Whether the `size` tokens from each of these positions on are kept as long as their part is."""
+    def stays(self, positions: Ints) -> Bools:
+        """Whether the page that begins at each of these positions is kept as long as its part is."""
         return positions < self.sinks
 
-    def counts(self, start: int) -> bool:
-        """Whether a policy that evicts counts the attention of a decode step at `start`."""
-        return False
-
-    def remaining(self, sinks: int, slots: int) -> int:
-        """Where the policy evicts: how many of a part's first `slots` slots stay, `sinks` of them with sinks. It grows
-        by at most as much as `slots` does, so that nothing must come back."""
-        return slots
-
     def staying(self, first: int, end: int, size: int) -> int:
-        """How many of a sequence's pages [first, end), of `size` tokens each, stay; where it `evicts`, at most."""
-        if self.unit == 1:
-            return max(0, min(end, -(-self.sinks // size)) - first)
-        return int(np.count_nonzero(self.stays(np.arange(first, end) * size, size)))
+        """How many of a sequence's pages [first, end), of `size` tokens each, stay."""
+        return max(0, min(end, -(-self.sinks // size)) - first)
 
     def of_head(self, head: int) -> Policy:
         """What a text that is for all KV heads of a layer means for this one."""
@@ -125,9 +88,14 @@ class Policy:
         """What `count` queries from `start` on see, in order, in as few views as possible."""
         yield View(start, count)
 
-    def steady_until(self, start: int) -> int:
-        """Up to which position queries have the window and sinks of the one at `start`."""
-        return EVERYTHING
+    @property
+    def steady(self) -> bool:
+        """Whether all queries have the same window and sinks."""
+        return True
+
+    def within(self, window: int) -> Policy:
+        """The policy in a layer whose model has that sliding window."""
+        return Windowed(self, window)
 
     def returns_to(self, position: int) -> int:
         """The lowest start whose queries see nothing below `position` but what stays: a part that has freed what lies
@@ -135,7 +103,7 @@ class Policy:
         low, high = 0, 2 * LONGEST
         while low < high:
             middle = (low + high) // 2
-            if self.kept_from(middle) >= position:
+            if self.seen_from(middle) >= position:
                 high = middle
             else:
                 low = middle + 1
@@ -166,19 +134,11 @@ class Windowed(Policy):
     window: int
 
     @property
-    def unit(self) -> int:
-        return self.inner.unit
+    def steady(self) -> bool:
+        return self.inner.steady
 
     def seen_from(self, start: int) -> int:
-        # Blocks that stay behind the inner window are seen as far as the outer one.
-        inner = self.inner.seen_from(start) if self.unit == 1 else 0
-        return max(inner, start - self.window + 1, 0)
-
-    def stays(self, positions: Ints, size: int) -> Bools:
-        return np.zeros(len(positions), np.bool_)
-
-    def steady_until(self, start: int) -> int:
-        return self.inner.steady_until(start)
+        return max(self.inner.seen_from(start), start - self.window + 1, 0)
 
     def views(self, start: int, count: int) -> Iterator[View]:
         for view in self.inner.views(start, count):
@@ -187,4 +147,4 @@ class Windowed(Policy):
 
 def within(policy: Policy, window: int | None) -> Policy:
     """The policy in a layer with that sliding window."""
-    return policy if window is None else Windowed(policy, window)
+    return policy if window is None else policy.within(window)

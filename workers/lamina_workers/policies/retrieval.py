@@ -27,7 +27,7 @@ from lamina_workers.policies.policy import LONGEST
 CALL = 9e6  # the calls
 BYTE = 2.0  # a byte of sketches, computing and the few pages that are read exactly included
 IN_CODES = 0.25  # of the pages, whose values are read in 4 bits
-INDEXES = ("scan", "graph", "ivf")
+INDEXES = ("scan", "graph")
 SAMPLED = 256  # positions of each stretch of a prompt whose queries are kept: some 1,700 of 32K tokens, 2,200 of 128K
 
 
@@ -37,7 +37,7 @@ class Retrieval(Adaptive):
     of a query's attention mass. Of the pages that are not read exactly, the root of the sum of the squares of their
     shares is at most `coarse`: so the errors of 4 bits add up, which are independent from page to page.
 
-    index: "scan" has no index. With "graph" or "ivf" (see `indexed`) each query head reads the pages of its `top`
+    index: "scan" has no index. With "graph" (see `indexed`) each query head reads the pages of its `top`
     best keys instead, unless these are more than `budget` of all; parts of `least` tokens or more are indexed, and
     again whenever `segment` tokens have come."""
 
@@ -89,7 +89,7 @@ class _RetrievingPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class _Retrieving:
+class _Retrieving(Chooser):
     """The chooser."""
 
     policy: Retrieval
@@ -119,6 +119,3 @@ class _Retrieving:
             x.numpy() for x in (scan_result.pages, scan_result.counts, scan_result.missed, scan_result.coarse)
         )
         return Choice(pages, counts, missed_mass, read, scan_result.tail, coarse)
-
-    def forget(self, handle: int) -> None:
-        """Nothing is kept of parts."""
