@@ -54,7 +54,8 @@ class Sizes:
 
     `packing`: which weights stay packed. `devices` has one for each model worker. `threads` are the CPU threads of one
     step on this machine, `own_threads` those of each model worker. `holder` is what holders of the whole model's KV are
-    built from, `seats` the part of each rank at an attention worker, `ranks` what each rank keeps itself.
+    built from, `seats` the part of each rank at an attention worker, `ranks` what each rank keeps itself. `taken`:
+    bytes of this machine's memory that weights take, and that KV may take.
     """
 
     dtype: torch.dtype
@@ -67,6 +68,7 @@ class Sizes:
     seats: tuple[HolderConfig, ...]
     ranks: tuple[HolderConfig, ...]
     limits: SchedulerConfig
+    taken: tuple[int, int]
 
     @property
     def device(self) -> torch.device:
@@ -119,14 +121,17 @@ def size_kv(files: ModelFiles, config: EngineConfig, machine: Machine) -> Sizes:
     if isinstance(config.kv_local, int):
         _check_memory("kv_local", config.kv_local, holder, _most_memory(config, holder, machine))
         ranks = _rank_holders(replace(holder, kv_memory=config.kv_local), config.ranks)
-    if not config.force and attention[0].type == "cpu":
+    kv = 0
+    if attention[0].type == "cpu":
         kv = sum(rank.kv_memory for rank in (ranks if config.cluster is None else ranks[:1]))
-        kv += holder.kv_memory * (config.holders_here - 1)
-        _check_fits(files.path, weights, int(kv * (holder.cold.resident if holder.cold else 1)), machine)
-    return Sizes(dtype, packing, devices, attention[0], threads, own_threads, holder, seats, ranks, limits)
+        kv = int((kv + holder.kv_memory * (config.holders_here - 1)) * (holder.cold.resident if holder.cold else 1))
+        if not config.force:
+            check_fits(files.path, weights, kv, machine)
+    bytes_taken = (weights, kv)
+    return Sizes(dtype, packing, devices, attention[0], threads, own_threads, holder, seats, ranks, limits, bytes_taken)
 
 
-def _check_fits(model: Path, weights: int, kv: int, machine: Machine) -> None:
+def check_fits(model: Path, weights: int, kv: int, machine: Machine) -> None:
     """Raise NotEnoughMemory where a machine would have to swap, or end a process, once KV is full."""
     available = machine.memory_available
     if weights + kv <= available or not available:

@@ -10,7 +10,7 @@ from lamina.config import EngineConfig
 from lamina.engine.draft_model import LOCAL, DraftModel, DraftModelProposer
 from lamina.engine.drafting import NgramProposer, Proposer
 from lamina.errors import InvalidRequest
-from lamina.launch.kv_sizing import Sizes, holder_config, state_pools
+from lamina.launch.kv_sizing import Sizes, check_fits, holder_config, state_pools
 from lamina.launch.model_files import ModelFiles, load
 from lamina.system.machine import this_machine
 from lamina.system.progress import Progress
@@ -42,7 +42,8 @@ class DraftFiles:
 def find_drafts(files: ModelFiles, sizes: Sizes, config: EngineConfig, progress: Progress | None) -> DraftFiles | None:
     """Check what the config says of speculation, and read the files of a draft model if it names one.
 
-    Raises InvalidRequest where the draft model keeps states or has another vocabulary, and what `load` raises.
+    Raises InvalidRequest where the draft model keeps states or has another vocabulary, NotEnoughMemory where it does
+    not fit beside the model, and what `load` raises.
     """
     if config.speculate is None or config.speculate == NGRAM:
         return None
@@ -68,7 +69,13 @@ def find_drafts(files: ModelFiles, sizes: Sizes, config: EngineConfig, progress:
     memory = holder.kv_memory * _token_bytes(holder) // _token_bytes(sizes.holder)  # for as many tokens
     vocabulary = min(files.model.vocab_size, draft.model.vocab_size)
     packing = draft.packing(draft_config, (sizes.device,), sizes.dtype)
-    return DraftFiles(draft, packing, replace(holder, kv_memory=max(memory, _token_bytes(holder))), vocabulary)
+    holder = replace(holder, kv_memory=max(memory, _token_bytes(holder)))
+    if not config.force and sizes.attention_device.type == "cpu":
+        weights, kv = sizes.taken
+        if sizes.device.type == "cpu":
+            weights += draft.kept_bytes(sizes.dtype, packing)
+        check_fits(draft.path, weights, kv + holder.kv_memory, this_machine())
+    return DraftFiles(draft, packing, holder, vocabulary)
 
 
 def load_proposer(

@@ -21,6 +21,7 @@ from lamina_workers.model_config.family import Family
 
 ROPE_FACTORS = "rope_freqs.weight"
 LONG_FACTORS = {"long_factor": "rope_factors_long.weight", "short_factor": "rope_factors_short.weight"}
+_SIGMOID = 2  # of expert_gating_func
 _MAX_LAYERS = 1024
 _MAX_EXPERTS = 1 << 16  # of all layers, each with its tensors' records; the largest known models have 24,000
 
@@ -55,15 +56,19 @@ ARCHITECTURES = {
     "gemma2": Architecture("Gemma2ForCausalLM", _GEMMA),
     "gemma3": Architecture("Gemma3ForCausalLM", _GEMMA),
     "gpt-oss": Architecture("GptOssForCausalLM", {"rope_scaling": {"rope_type": "default"}}, norm_behind=True),
+    "gemma4": Architecture("Gemma4ForCausalLM"),  # transformers' code computes it: `gguf_gemma4`
     "phi3": Architecture("Phi3ForCausalLM"),
     "granite": Architecture("GraniteForCausalLM", interleaved=True),
     "granitehybrid": Architecture("GraniteMoeHybridForCausalLM", {"num_local_experts": 0}, interleaved=True),
+    "granitemoe": Architecture("GraniteMoeHybridForCausalLM", {"num_local_experts": 0}, interleaved=True),
     "glm4": Architecture("Glm4ForCausalLM"),
+    "glm4moe": Architecture("Glm4MoeForCausalLM", norm_behind=True),
     "olmo2": Architecture("Olmo2ForCausalLM"),
     "olmo3": Architecture("Olmo3ForCausalLM"),  # llama.cpp calls it olmo2
     "cohere2": Architecture("Cohere2ForCausalLM"),
     "deepseek2": Architecture("DeepseekV2ForCausalLM"),
     "deepseek3": Architecture("DeepseekV3ForCausalLM"),  # llama.cpp calls it deepseek2
+    "deepseek32": Architecture("DeepseekV32ForCausalLM"),
     "glm-dsa": Architecture("GlmMoeDsaForCausalLM"),
     "minicpm3": Architecture("MiniCPM3ForCausalLM"),
     "smollm3": Architecture("SmolLM3ForCausalLM", interleaved=True),
@@ -74,6 +79,7 @@ ARCHITECTURES = {
     "nemotron_h": Architecture("NemotronHForCausalLM", interleaved=True),
     "nemotron_h_moe": Architecture("NemotronHForCausalLM", interleaved=True),
     "kimi-linear": Architecture("KimiLinearForCausalLM"),
+    "minimax-m2": Architecture("MiniMaxM2ForCausalLM"),
 }
 
 
@@ -94,8 +100,10 @@ class Keys:
             self.architecture = "mixtral"
         if self.architecture == "olmo2" and self.has("attention.sliding_window"):
             self.architecture = "olmo3"
+        if self.architecture == "granite" and not self.flag("rope.scaling.finetuned", True):
+            self.architecture = "granitemoe"  # Granite 4 without states: llama.cpp calls it granite
         sigmoid = any(name.endswith(".exp_probs_b.bias") for name in file.tensors)
-        if self.architecture == "deepseek2" and (self.integer("expert_gating_func", 1) == 2 or sigmoid):
+        if self.architecture == "deepseek2" and (self.integer("expert_gating_func", 1) == _SIGMOID or sigmoid):
             self.architecture = "deepseek3"
         self.layers = self.integer("block_count", most=_MAX_LAYERS)
         self.layers -= self.integer("nextn_predict_layers", 0, most=self.layers - 1)
@@ -148,28 +156,13 @@ def config_of(file: GgufFile) -> tuple[Architecture, dict[str, Any]]:
     keys = Keys(file)
     architecture = ARCHITECTURES[keys.architecture]
     family = FAMILIES[architecture.native]
-    if (embedding := file.tensors.get("token_embd.weight")) is None:
-        raise ModelFileError(f"{file.path} has no tensor 'token_embd.weight'")
-    config: dict[str, Any] = {
-        "architectures": [architecture.native],
-        "model_type": family.model_type,
-        "vocab_size": embedding.shape[0],
-        "hidden_size": keys.integer("embedding_length"),
-        "num_hidden_layers": keys.layers,
-        "num_attention_heads": keys.integer("attention.head_count"),
-        "max_position_embeddings": keys.integer("context_length"),
-        "rope_theta": keys.real("rope.freq_base", 1e6 if keys.architecture == "gemma3" else 1e4),
-        "tie_word_embeddings": "output.weight" not in file.tensors,
-        "torch_dtype": "bfloat16",
-        "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": file.metadata.get("tokenizer.ggml.eos_token_id"),
-    }
+    config = common(file, keys, family.model_type)
     config |= architecture.config
     config[family.eps] = keys.real(f"attention.layer_norm_{'rms_' if family.norm == 'rms' else ''}epsilon")
     if any(widths := keys.by_layer("feed_forward_length", 0)):
         config[family.mlp_size] = max(widths)
     config |= _heads(file, keys, family, config)
-    config |= _biases(file, keys, family)
+    config |= _flags(file, keys, family)
     config |= _windows(file, keys, family)
     config |= _states(file, keys, family, config)
     config |= _experts(file, keys, family)
@@ -186,6 +179,26 @@ def config_of(file: GgufFile) -> tuple[Architecture, dict[str, Any]]:
     return architecture, config
 
 
+def common(file: GgufFile, keys: Keys, model_type: str) -> dict[str, Any]:
+    """What every config.json has."""
+    if (embedding := file.tensors.get("token_embd.weight")) is None:
+        raise ModelFileError(f"{file.path} has no tensor 'token_embd.weight'")
+    return {
+        "architectures": [ARCHITECTURES[keys.architecture].native],
+        "model_type": model_type,
+        "vocab_size": embedding.shape[0],
+        "hidden_size": keys.integer("embedding_length"),
+        "num_hidden_layers": keys.layers,
+        "num_attention_heads": keys.integer("attention.head_count"),
+        "max_position_embeddings": keys.integer("context_length"),
+        "rope_theta": keys.real("rope.freq_base", 1e6 if keys.architecture == "gemma3" else 1e4),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "torch_dtype": "bfloat16",
+        "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": file.metadata.get("tokenizer.ggml.eos_token_id"),
+    }
+
+
 def _heads(file: GgufFile, keys: Keys, family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
     """Of attention, and what is turned of each head."""
     heads = config["num_attention_heads"]
@@ -199,7 +212,8 @@ def _heads(file: GgufFile, keys: Keys, family: Family, config: Mapping[str, Any]
     counts = {"num_key_value_heads": max(keys.by_layer("attention.head_count_kv", heads)), "head_dim": head_dim}
     turned = keys.integer("rope.dimension_count", head_dim)
     if family.rotary == "typed":
-        return counts | ({"position_embedding_type": "rope"} if keys.flag("rope.scaling.finetuned", False) else {})
+        rotates = keys.flag("rope.scaling.finetuned", keys.architecture == "granitemoe")
+        return counts | ({"position_embedding_type": "rope"} if rotates else {})
     if turned == head_dim:
         return counts
     if not family.partial:
@@ -223,10 +237,11 @@ def _latents(keys: Keys) -> dict[str, Any]:
     return sizes
 
 
-def _biases(file: GgufFile, keys: Keys, family: Family) -> dict[str, bool]:
-    """What says that there are biases, where the family may have some."""
+def _flags(file: GgufFile, keys: Keys, family: Family) -> dict[str, bool]:
+    """What says that there are biases, and norms of q and k, where the family may have some."""
     sources = ((family.o_bias, "attn_output"), (family.qkv_bias, "attn_q"), (family.mlp_bias, "ffn_down"))
-    return {key: in_layers(file, keys, f"{stem}.bias") for key, stem in sources if isinstance(key, str)}
+    flags = {key: in_layers(file, keys, f"{stem}.bias") for key, stem in sources if isinstance(key, str)}
+    return flags | {"use_qk_norm": in_layers(file, keys, "attn_q_norm.weight")}
 
 
 def in_layers(file: GgufFile, keys: Keys, name: str) -> bool:
@@ -262,6 +277,8 @@ def _states(file: GgufFile, keys: Keys, family: Family, config: Mapping[str, Any
     """The states of layers that keep one, and which layers these are."""
     if family.states is None:
         return {}
+    if keys.architecture == "granitemoe":
+        return {"layer_types": ["full_attention"] * keys.layers}
     sizes: dict[str, Any]
     if family.states.kind == "kda":
         sizes = {"linear_num_heads": config["num_attention_heads"], "linear_head_dim": keys.integer("kda.head_dim")}
@@ -315,9 +332,14 @@ def _experts(file: GgufFile, keys: Keys, family: Family) -> dict[str, Any]:
         family.expert_size or "moe_intermediate_size": _width(file, keys, "ffn_down_exps", -1),
     }
     if family.shared_expert:
-        config[family.shared_expert] = _width(file, keys, "ffn_down_shexp", -1)
+        shared = in_layers(file, keys, "ffn_down_shexp.weight")
+        config[family.shared_expert] = _width(file, keys, "ffn_down_shexp", -1) if shared else 0
     if not family.groups:
         return config
+    if family.groups == "sigmoid" and (gating := keys.integer("expert_gating_func", _SIGMOID)) != _SIGMOID:
+        raise UnsupportedModelError(
+            f"{file.path} weighs experts by function {gating}; supported is {_SIGMOID}, sigmoid"
+        )
     groups = keys.integer("expert_group_count", 1)
     config |= {
         "n_shared_experts": keys.integer("expert_shared_count", 0),

@@ -15,10 +15,11 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from lamina.models import gguf_gemma4
 from lamina.models.cache import FileRecord, write_file
 from lamina.models.gguf_architectures import config_of, value_of
 from lamina.models.gguf_files import GgufFile
-from lamina.models.gguf_tensors import entries
+from lamina.models.gguf_tensors import check_kinds, entries
 from lamina_workers.checkpoints.gguf_checkpoint import RECORD, GgufRecord
 from lamina_workers.errors import ModelFileError, UnsupportedModelError
 from lamina_workers.model_config.config import ModelConfig
@@ -31,8 +32,13 @@ def convert(file: GgufFile, folder: Path, path: str) -> dict[str, FileRecord]:
     Raises UnsupportedModelError for a model that Lamina cannot represent, ModelFileError where the file contradicts
     itself, and OSError as it comes.
     """
-    architecture, config = config_of(file)
-    tensors = entries(file, architecture, ModelConfig.from_dict(config))
+    if file.metadata.get("general.architecture") == "gemma4":
+        check_kinds(file)
+        config = gguf_gemma4.config_of(file)
+        tensors = gguf_gemma4.entries(file, config)
+    else:
+        architecture, config = config_of(file)
+        tensors = entries(file, architecture, ModelConfig.from_dict(config))
     record = GgufRecord(path, file.size, file.header, file.header_sha256(), tensors)
     files = {"config.json": config, **tokenizer_files(file.path, file.metadata)}
     texts = {name: json.dumps(content, indent=2, ensure_ascii=False) for name, content in files.items()}
@@ -92,7 +98,7 @@ _SPLITS = (
     | dict.fromkeys(("smollm", "refact", "starcoder"), _CODE)
     | dict.fromkeys(("gpt-2", "olmo"), _Split((), gpt2=True))
     | dict.fromkeys(("dbrx", "smaug-bpe", "glm4", "chatglm-bpe"), _Split((_LLAMA3,)))
-    | dict.fromkeys(("gpt-4o", "llama4"), _Split((_O200K,)))
+    | dict.fromkeys(("gpt-4o", "llama4", "minimax-m2"), _Split((_O200K,)))
     | dict.fromkeys(("deepseek-v3", "hunyuan-dense"), _Split(_DEEPSEEK3))
     | {
         "qwen35": _Split((_MARKS,), nfc=True),
@@ -143,6 +149,7 @@ def tokenizer_files(path: Path, metadata: Mapping[str, Any]) -> dict[str, dict[s
 
 _ENDS = (
     "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<end_of_utterance>",
+    "<turn|>", "<eos>", "[EOT]", "[EOS]",
     "<｜end▁of▁sentence｜>", "<EOT>", "<|return|>", "<|call|>", "<|end|>",
     "<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<|repo_name|>", "<|file_sep|>", "<|file_separator|>",
 )  # fmt: skip
@@ -164,6 +171,9 @@ class _Vocabulary:
         self.is_gemma = str(metadata.get("general.architecture")).startswith("gemma")
         if self.is_gemma:
             self._spell_runs_of_spaces()
+        if self.model == "gemma4":  # of a string that is there twice llama.cpp takes the later token
+            last = {token: index for index, token in enumerate(self.tokens)}
+            self.tokens = [token if last[token] == i else f"<repeated {i}>" for i, token in enumerate(self.tokens)]
         self.ids = {token: index for index, token in enumerate(self.tokens)}
         if not self.tokens or len(self.ids) != len(self.tokens) or len(self.kinds) != len(self.tokens):
             raise ModelFileError(f"{path} has no tokens, repeats one, or has another number of token types than tokens")
@@ -226,7 +236,7 @@ class _Vocabulary:
 
 
 def _build(vocabulary: _Vocabulary) -> Tokenizer:
-    builders = {"gpt2": _byte_level, "llama": _sentencepiece}
+    builders = {"gpt2": _byte_level, "llama": _sentencepiece, "gemma4": _sentencepiece}
     if vocabulary.model not in builders:
         raise UnsupportedModelError(
             f"{vocabulary.path} has the vocabulary type {vocabulary.model!r:.80}; supported are {', '.join(builders)}"
@@ -268,13 +278,17 @@ def _byte_level(vocabulary: _Vocabulary) -> Tokenizer:
 def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
     """SentencePiece BPE (Llama 2, Mistral, Gemma): spaces are part of tokens, bytes stand in for unknown characters.
 
-    The order of merges is transformers' (`generate_merges`): by score, of Gemma by id, since its scores leave out some.
+    Gemma 4's files have the merges. Else their order is transformers' (`generate_merges`): by score, of Gemma by id,
+    since its scores leave out some.
     """
-    scores = [-float(i) for i in range(len(vocabulary.tokens))] if vocabulary.is_gemma else vocabulary.scores()
-    merges = sorted(
-        _implied_merges(vocabulary),
-        key=lambda merge: (-scores[vocabulary.ids["".join(merge)]], -len(merge[0]), -len(merge[1])),
-    )
+    if vocabulary.model == "gemma4":
+        merges = vocabulary.merges()
+    else:
+        scores = [-float(i) for i in range(len(vocabulary.tokens))] if vocabulary.is_gemma else vocabulary.scores()
+        merges = sorted(
+            _implied_merges(vocabulary),
+            key=lambda merge: (-scores[vocabulary.ids["".join(merge)]], -len(merge[0]), -len(merge[1])),
+        )
     unknown = vocabulary.token(vocabulary.special("unknown"))
     tokenizer = Tokenizer(models.BPE(vocabulary.ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     prefix = vocabulary.get("add_space_prefix", bool, True)

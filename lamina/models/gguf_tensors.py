@@ -58,12 +58,7 @@ _VALUES = ("in_proj_z", "in_proj_b", "in_proj_a", "A_log", "dt_bias")  # of each
 def entries(file: GgufFile, architecture: Architecture, model: ModelConfig) -> dict[str, GgufEntry]:
     """Of every tensor that the model needs, what it is made of. Other tensors are refused, as are kinds that cannot be
     read, and shapes that are not those of the config."""
-    for name, tensor in file.tensors.items():
-        if tensor.kind.name not in FLOATS and tensor.kind.name not in READABLE:
-            raise UnsupportedModelError(
-                f"{file.path}: tensor {name!r:.80} is quantised as {tensor.kind.name}; supported are "
-                f"{', '.join((*FLOATS, *READABLE))}"
-            )
+    check_kinds(file)
     layout = _Layout(file, architecture, model)
     result = {name: layout.entry(name, shape) for name, shape in tensor_shapes(model).items()}
     for name in sorted(file.tensors.keys() - layout.read - {ROPE_FACTORS, *LONG_FACTORS.values()}):
@@ -73,6 +68,16 @@ def entries(file: GgufFile, architecture: Architecture, model: ModelConfig) -> d
                 f"{file.path} has a tensor {name!r:.80}, which family {model.family.model_type!r} does not know"
             )
     return result
+
+
+def check_kinds(file: GgufFile) -> None:
+    """Raise UnsupportedModelError for a kind of a tensor that cannot be read."""
+    for name, tensor in file.tensors.items():
+        if tensor.kind.name not in FLOATS and tensor.kind.name not in READABLE:
+            raise UnsupportedModelError(
+                f"{file.path}: tensor {name!r:.80} is quantised as {tensor.kind.name}; supported are "
+                f"{', '.join((*FLOATS, *READABLE))}"
+            )
 
 
 class _Layout:

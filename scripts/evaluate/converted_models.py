@@ -33,13 +33,11 @@ ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 150  # seconds for one model
 CLOSE = 1e-4
 REASON = 66  # characters
-GGUF = {FAMILIES[architecture.native].model_type for architecture in ARCHITECTURES.values()} | {
-    "qwen3_5",
-    "qwen3_5_moe",
-}
+NATIVE_GGUF = [architecture.native for architecture in ARCHITECTURES.values() if architecture.native in FAMILIES]
+GGUF = {FAMILIES[native].model_type for native in NATIVE_GGUF} | {"qwen3_5", "qwen3_5_moe"}
 QUANTISED = {
     "deepseek_v3": "FP8", "glm4": "FP8", "gpt_oss": "MXFP4", "llama": "FP8, MXFP4, NVFP4", "minimax_m2": "FP8",
-    "qwen3": "FP8", "qwen3_moe": "FP8, NVFP4", "stablelm": "FP8",
+    "olmoe": "FP8", "qwen3": "FP8", "qwen3_moe": "FP8, NVFP4", "stablelm": "FP8",
 }  # fmt: skip
 """In what safetensors tests compare a model type with transformers, beside floats."""
 REAL = {
@@ -170,14 +168,13 @@ of three ways, chosen when it is loaded:
   module runs and stops at each attention. Its batches cannot go round among model workers.
 
 Differences are the largest ones of logits from transformers' in float32, of a tiny random checkpoint. Real ones can
-still be refused for what a tiny one does not have, such as heads of more than 256 numbers (Gemma 4), which the
-kernels do not keep. Remote code is never run.
+still be refused for what a tiny one does not have, such as heads of more than 512 numbers, which the kernels do not
+keep. Remote code is never run.
 
 Native types, and as what tests met them: **GGUF** as tiny files of llama.cpp's layout
-(`lamina/models/gguf_architectures.py`; other architectures, such as gemma4, glm4moe and MiniMax, are refused by name).
-**Quantised** safetensors, in which any type may [come](packed.md#ways-to-keep-weights), were compared with transformers
-of those that are named. **Real file**: the README's four, all GGUF; no real file with experts, with states, or in FP8
-or FP4 was met.
+(`lamina/models/gguf_architectures.py`; others are refused by name). **Quantised** safetensors, in which any type may
+[come](packed.md#ways-to-keep-weights), were compared with transformers of those that are named. **Real file**: the
+README's four, all GGUF; no real file with experts, with states, or in FP8 or FP4 was met.
 
 | model type | GGUF | quantised | real file | difference |
 | --- | --- | --- | --- | --- |
@@ -185,8 +182,9 @@ or FP4 was met.
 
 In slices: {in_slices}.
 
-As modules: {modules}. Differences of both are up to {worst}. In FP8 {quantised} were compared; there is no GGUF of
-them, and no real file was met.
+As modules: {modules}. Differences of both are up to {worst}. In FP8 {quantised} were compared.
+Of both ways only Gemma 4's text has a GGUF, whose weights are unpacked; no real file was met. Granite's experts
+(`granitemoe`) are native as GGUF.
 
 ## Which do not
 

@@ -165,7 +165,7 @@ def test_a_policy_inside_the_models_window(tmp_path: Path, placement: str) -> No
 
 def test_a_width_that_no_page_has_is_named() -> None:
     layers = ModelConfig.from_dict(engine_rig.TINY | {"v_head_dim": 10}).layer_specs()
-    with pytest.raises(UnsupportedModelError, match="d_v must be a multiple of 16 from 16 to 256, got 10"):
+    with pytest.raises(UnsupportedModelError, match="d_v must be a multiple of 16 from 16 to 512, got 10"):
         page_layout(HolderConfig(layers, 16, "float32", 1))
 
 

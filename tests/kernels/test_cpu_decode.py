@@ -62,10 +62,10 @@ LAYOUTS = [
     PageLayout(48, 80, 112, F32),
     PageLayout(32, 64, 64, BF16),
     PageLayout(16, 96, 48, BF16),
-    PageLayout(96, 256, 16, BF16),
+    PageLayout(96, 512, 16, BF16),
     PageLayout(32, 16, 80, F16),
     PageLayout(32, 64, 64, I8),
-    PageLayout(80, 48, 192, I8),
+    PageLayout(80, 48, 512, I8),
 ]
 RAGGED = [
     Row(600, 1, 0, 600),

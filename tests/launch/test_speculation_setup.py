@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hybrid_families import written
 from real_workers import write_tiny_model
 
 from lamina.config import EngineConfig
 from lamina.engine.draft_model import DraftModelProposer
 from lamina.engine.drafting import NgramProposer, Wanted
-from lamina.errors import InvalidRequest
+from lamina.errors import InvalidRequest, NotEnoughMemory
 from lamina.kv.request import Request, ScheduledSequence
 from lamina.launch.kv_sizing import size_kv
 from lamina.launch.model_files import load
@@ -21,6 +23,7 @@ from lamina.launch.speculation import find_drafts, load_proposer
 from lamina.messages.engine_request import EngineRequest
 from lamina.sampling_params import SamplingParams
 from lamina.system.machine import this_machine
+from lamina_workers.checkpoints.weight_loader import UNPACKED
 
 
 def _built(model: Path, speculate: str | Path, **settings: Any) -> Any:
@@ -48,6 +51,23 @@ def test_a_draft_model_is_loaded_with_kv_of_its_own(model: Path, tmp_path: Path)
     assert isinstance(proposer, DraftModelProposer)
     (drafts,) = proposer.propose([_wanted([4, 5, 6] * 20)])
     assert len(drafts) == 3
+
+
+def test_a_draft_model_that_does_not_fit_beside_the_model_is_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = write_tiny_model(tmp_path / "small", num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    own, draft = (load(path, EngineConfig(), None).kept_bytes(torch.float32, UNPACKED) for path in (model, small))
+    kv = (4 << 20) + (4 << 20) // 9  # 3 layers of 3 heads, 1 of 1
+    for available, fits in ((own + draft + kv, True), (own + draft + kv - 1, False)):
+        machine = replace(this_machine(), memory_available=available)
+        monkeypatch.setattr("lamina.launch.speculation.this_machine", lambda machine=machine: machine)
+        if fits:
+            assert isinstance(_built(model, small), DraftModelProposer)
+        else:
+            with pytest.raises(NotEnoughMemory, match=f"small: the weights take {own + draft} bytes of memory"):
+                _built(model, small)
+            assert isinstance(_built(model, small, force=True), DraftModelProposer)
 
 
 def test_another_vocabulary_is_refused_with_both_sizes(model: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ transformers."""
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,18 @@ from gguf_writing import write_gguf
 from hybrid_families import FAMILIES as HYBRIDS
 from reference_models import check_against, reference
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from lamina.cli.main import app
 from lamina.errors import LaminaError, ModelFileError
+from lamina.measure.hardware.reading import Bandwidth
 from lamina.models.gguf_architectures import ARCHITECTURES
 from lamina.models.gguf_conversion import convert
 from lamina.models.gguf_files import GgufFile
 from lamina_workers.checkpoints.model_checkpoint import open_checkpoint
+from lamina_workers.converted.models import decoder_of as decoder_with
+from lamina_workers.converted.models import load_model, model_config
 from lamina_workers.decoder.model import Decoder
-from lamina_workers.model_config.config import ModelConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values:FutureWarning")
 
@@ -33,8 +38,13 @@ LATENT |= {"qk_rope_head_dim": 16}
 EXPERTS = LATENT | {"n_routed_experts": 8, "moe_intermediate_size": 40, "num_experts_per_tok": 3, "n_group": 4}
 EXPERTS |= {"topk_group": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 1.7}
 SOME = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+GLM = {"head_dim": 24, "n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+EIGHT = {"num_local_experts": 8, "num_experts_per_tok": 2}
+GRANITE = {"attention_multiplier": 0.3, "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 5.0}
 WINDOW = {"num_hidden_layers": 4, "sliding_window": 9}
 GEMMA = {"head_dim": 24, "query_pre_attn_scalar": 24, "tie_word_embeddings": True, "sliding_window": 9}
+GEMMA4 = {"head_dim": 16, "global_head_dim": 32, "num_hidden_layers": 4, "sliding_window": 9, "pad_token_id": 0}
+GEMMA4 |= {"layer_types": ["sliding_attention", "full_attention"] * 2}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 44}
 LONGROPE |= {"short_factor": [1.0 + i / 8 for i in range(8)], "long_factor": [2.0 + i for i in range(8)]}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -54,11 +64,32 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         | WINDOW,
     ),
     "gemma2": ("gemma2", GEMMA | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}),
+    "gemma4 small": (
+        "gemma4_text",
+        GEMMA4
+        | {"num_kv_shared_layers": 2, "use_double_wide_mlp": True, "hidden_size_per_layer_input": 8}
+        | {"vocab_size_per_layer_input": 97, "final_logit_softcapping": 3.0},
+    ),
+    "gemma4 with experts": (
+        "gemma4_text",
+        GEMMA4
+        | {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0}
+        | {"enable_moe_block": True, "num_experts": 5, "top_k_experts": 2, "moe_intermediate_size": 32},
+    ),
     "phi3": ("phi3", {"sliding_window": 9}),
     "phi4 mini": ("phi3", {"tie_word_embeddings": True, "sliding_window": None, "rope_parameters": LONGROPE}),
-    "granite": (
-        "granite",
-        {"attention_multiplier": 0.3, "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 5.0},
+    "granite": ("granite", GRANITE),
+    "granite_moe": ("granitemoe", EIGHT | GRANITE),
+    "granite_moe shared": ("granitemoeshared", EIGHT | GRANITE | {"shared_intermediate_size": 56}),
+    "granite 4 without states": (
+        "granitemoehybrid",
+        GRANITE | {"layer_types": ["full_attention"] * 3, "num_local_experts": 0, "shared_intermediate_size": 80},
+    ),
+    "granite 4 of experts without states": (
+        "granitemoehybrid",
+        EIGHT
+        | GRANITE
+        | {"layer_types": ["full_attention"] * 3, "shared_intermediate_size": 80, "position_embedding_type": "rope"},
     ),
     "glm4": ("glm4", {"head_dim": 24}),
     "olmo2": ("olmo2", {}),
@@ -79,7 +110,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}},
     ),
     "deepseek_v3": ("deepseek_v3", EXPERTS | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}}),
+    "deepseek_v32": ("deepseek_v32", EXPERTS | {"index_topk": 9, "index_n_heads": 24, "index_head_dim": 16}),
     "glm_moe_dsa": ("glm_moe_dsa", EXPERTS | {"index_topk": 9, "index_n_heads": 24, "index_head_dim": 16}),
+    "glm4_moe": (
+        "glm4_moe",
+        GLM | {"attention_bias": True, "use_qk_norm": True, "routed_scaling_factor": 1.7},
+    ),
+    "glm4_moe air": ("glm4_moe", GLM | {"n_shared_experts": 2}),
+    "minimax_m2": ("minimax_m2", {"head_dim": 24, "num_local_experts": 6, "num_experts_per_tok": 2, "rotary_dim": 12}),
     "minicpm3": ("minicpm3", LATENT | {"v_head_dim": 16, "dim_model_base": 256, "scale_depth": 1.4, "scale_emb": 12}),
     **{name: HYBRIDS[name] for name in HYBRIDS if name not in ("minimax", "falcon_h1")},
     "qwen3_next": ("qwen3_next", {**HYBRIDS["qwen3_next"][1], "mlp_only_layers": []}),
@@ -101,8 +139,9 @@ def converted(
 
 
 def decoder_of(folder: Path) -> Decoder:
+    config = model_config(folder)
     with open_checkpoint(folder) as source:
-        return Decoder.load(ModelConfig.from_folder(folder), source, torch.float32, DEVICE)
+        return decoder_with(config, load_model(config, source, torch.float32, torch.device(DEVICE)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -117,6 +156,25 @@ def test_a_gguf_file_gives_logits_and_text_of_transformers(family: str, tmp_path
         for _ in range(8):
             tokens.append(int(sequence.run(tokens[sequence.length :])[-1].argmax()))
     assert tokens == wanted
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_file_is_shown_with_what_it_takes(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Floats of 32 bits in the file, 16 or 32 in memory; of layers that it predicts further tokens with, nothing."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(Bandwidth, "__init__", lambda *_: None)  # to measure it takes a second
+    monkeypatch.setattr(Bandwidth, "settled", lambda _: 1e10)
+    model, _ = converted(*FAMILIES[family], tmp_path)
+    shown = CliRunner().invoke(app, ["models", "show", str(tmp_path / "x.gguf"), "--json"])
+    facts = json.loads(shown.stdout)
+    of_model = {id(x): x.numel() for x in (*model.parameters(), *model.state_dict(keep_vars=True).values())}
+    assert facts["parameters"] == sum(of_model.values())
+    assert facts["weight_kinds"] == {"F32": facts["weight_bytes"]} == {"F32": 4 * facts["parameters"]}
+    assert facts["resident_bytes"] in (facts["weight_memory"]["bfloat16"], facts["weight_memory"]["float32"])
+    assert facts["weight_memory"]["bfloat16"] >= 2 * facts["parameters"]
+    assert (facts["fits"], facts["layers"]) == (True, model.config.num_hidden_layers)
+    native = not family.startswith("gemma4")
+    assert (facts["runs"], "kv_bytes_per_token" in facts) == ("native" if native else "converted", native)
 
 
 PARTS = (
@@ -151,8 +209,22 @@ def test_what_is_packed_is_what_is_unpacked(family: str, tmp_path: Path) -> None
     assert packed >= 6
 
 
+def test_packed_experts_of_a_converted_model_are_unpacked(tmp_path: Path) -> None:
+    _, folder = converted(*FAMILIES["gemma4 with experts"], tmp_path, {"_exps.weight": "Q8_0", "attn_q.weight": "Q8_0"})
+    with open_checkpoint(folder) as source:
+        stacked = [name for name in source.names() if source.packed(name) is not None and "experts" in name]
+        assert len(stacked) == 8
+        for name in stacked:
+            assert torch.equal(source.packed(name).floats().view(source.shape(name)), source.tensor(name))
+    sequence = DenseAttention(decoder_of(folder), 19)
+    with torch.inference_mode():
+        assert torch.isfinite(sequence.run(list(range(19)))).all()
+
+
 @pytest.mark.fault("F26")
-@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", "qwen3_5_moe", "granite 4", "falcon_h1", "phi4 mini"])
+@pytest.mark.parametrize(
+    "family", ["gemma4 small", "gpt_oss", "deepseek_v3", "qwen3_5_moe", "granite 4", "falcon_h1", "phi4 mini"]
+)
 def test_a_changed_header_gives_an_error_or_tensors_inside_the_file(family: str, tmp_path: Path) -> None:
     """And so does the beginning of a file."""
     converted(*FAMILIES[family], tmp_path)

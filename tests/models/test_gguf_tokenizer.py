@@ -8,9 +8,9 @@ from typing import Any
 
 import gguf
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GemmaTokenizer
 
 from lamina.errors import LaminaError, ModelFileError, UnsupportedModelError
 from lamina.models.gguf_conversion import tokenizer_files
@@ -109,6 +109,29 @@ def test_ids_and_text_are_those_of_transformers(tmp_path: Path, kind: str) -> No
         ids = theirs(text).input_ids
         assert ours.encode(text).ids == ids, text
         assert ours.decode(ids, skip_special_tokens=False) == theirs.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def test_gemma_4_has_merges_of_its_own(tmp_path: Path) -> None:
+    """Ids are those of transformers' tokenizer of the same words and merges; a string that is there twice is the later
+    token."""
+    merges = ["▁ t", "h e", "▁t he", "\n \n", "▁ ▁", "▁▁ ▁▁", "a t"]
+    words = ["'", *"▁theac\nx", *(merge.replace(" ", "") for merge in merges)]
+    tokens = ["<unk>", "<eos>", "<bos>", "'", *(f"<0x{byte:02X}>" for byte in range(256)), *words, "<b>", "<turn|>"]
+    kinds = [2, 3, 3, 1] + [6] * 256 + [1] * len(words) + [4, 3]
+    keys = {"model": "gemma4", "tokens": tokens, "token_type": kinds, "merges": merges, "unknown_token_id": 0}
+    keys |= {"bos_token_id": 2, "eos_token_id": 1, "add_bos_token": True, "add_space_prefix": False}
+    path = write(tmp_path / "x.gguf", keys, "gemma4")
+    ours = build(path)
+    assert ours.token_to_id("'") == 260
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    theirs = GemmaTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=pairs)
+    theirs.add_tokens([AddedToken("<b>", normalized=False), AddedToken("<turn|>", normalized=False, special=True)])
+    for text in [*TEXTS, "the<turn|>\n"]:
+        ids = theirs(text, add_special_tokens=False).input_ids
+        assert ours.encode(text).ids == [2, *ids], text
+        assert ours.decode(ids, skip_special_tokens=False) == theirs.decode(ids, clean_up_tokenization_spaces=False)
+    generation = tokenizer_files(path, GgufFile(path).metadata)["generation_config.json"]
+    assert [tokens[index] for index in generation["eos_token_id"]] == ["<eos>", "<turn|>"]
 
 
 def ends_of(tmp_path: Path, *tokens: str) -> list[str]:

@@ -28,14 +28,21 @@ ARCHITECTURES = {
     "hunyuan_v1_dense": "hunyuan-dense",
     "falcon_h1": "falcon-h1",
     "kimi_linear": "kimi-linear",
+    "glm4_moe": "glm4moe",
+    "minimax_m2": "minimax-m2",
+    "gemma4_text": "gemma4",
+    "granitemoeshared": "granitemoe",
+    "deepseek_v32": "deepseek32",
 }
-INTERLEAVED = ("llama", "granite", "granitehybrid", "smollm3", "nemotron_h", "nemotron_h_moe")
+INTERLEAVED = ("llama", "granite", "granitemoe", "granitehybrid", "smollm3", "nemotron_h", "nemotron_h_moe")
 PLUS_ONE = ("gemma2", "gemma3", "qwen3next", "qwen35", "qwen35moe")
 Tensors = Iterator[tuple[str, torch.Tensor]]
 
 
 def architecture(config: Any) -> str:
     kind = ARCHITECTURES.get(config.model_type, config.model_type)
+    if kind == "granitehybrid" and set(config.layer_types) == {"full_attention"}:
+        return "granitemoe" if config.num_local_experts else "granite"
     return f"{kind}_moe" if kind == "nemotron_h" and "moe" in config.layers_block_type else kind
 
 
@@ -47,7 +54,8 @@ def permuted(weight: Any, heads: int) -> Any:
 def tensors(config: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors of a GGUF file by their names, of the tensors of a checkpoint."""
     arch = architecture(config)
-    code = next(code for code, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+    known = "glm-dsa" if arch == "deepseek32" else arch  # newer versions of the library know it, with the same names
+    code = next(code for code, name in gguf.MODEL_ARCH_NAMES.items() if name == known)
     names = gguf.get_tensor_name_map(code, config.num_hidden_layers)
     result = {}
     for hf_name, tensor in merged(config, weights):
@@ -56,6 +64,14 @@ def tensors(config: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Te
             own = name if name.startswith("blk.") else names.get_name(name, try_suffixes=(".weight", ".bias"))
             own = own or other_name(name)
             result[own] = changed
+    if arch == "gemma4" and config.num_kv_shared_layers:  # published checkpoints have these too; nothing reads them
+        result[f"blk.{config.num_hidden_layers - 1}.attn_k.weight"] = torch.ones(8, config.hidden_size)
+    if arch == "glm4moe":  # one more layer, which predicts the token after the next
+        layers, width = config.num_hidden_layers, config.hidden_size
+        last, behind = f"blk.{layers - 1}.", f"blk.{layers}."
+        result |= {name.replace(last, behind): x for name, x in result.items() if name.startswith(last)}
+        result |= {f"{behind}nextn.{norm}.weight": torch.ones(width) for norm in ("enorm", "hnorm", "shared_head_norm")}
+        result[f"{behind}nextn.eh_proj.weight"] = torch.ones(width, 2 * width)
     return result
 
 
@@ -88,6 +104,9 @@ def laid_out(config: Any, arch: str, name: str, x: torch.Tensor) -> Tensors:
     for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
         if arch in INTERLEAVED and name.endswith((f"{part}.weight", f"{part}.bias")):
             x = permuted(x, heads)
+    if arch == "gemma4":
+        yield of_gemma4(name), x
+        return
     if arch == "falcon-h1":
         x = scaled(config, name, x)
     if name.endswith("A_log"):
@@ -116,6 +135,14 @@ def laid_out(config: Any, arch: str, name: str, x: torch.Tensor) -> Tensors:
     if arch in ("qwen35", "qwen35moe"):
         x = tiled(config, name, x)
     yield from split(config, arch, name, x)
+
+
+def of_gemma4(name: str) -> str:
+    """The file's name where the library knows none, else one that it knows."""
+    part = re.fullmatch(r"model\.layers\.(\d+)\.router\.(scale|per_expert_scale)", name)
+    if part is not None:
+        return f"blk.{part[1]}.{'ffn_gate_inp' if part[2] == 'scale' else 'ffn_down_exps'}.scale"
+    return name if name.endswith(".weight") else f"{name}.weight"
 
 
 def split(config: Any, arch: str, name: str, x: torch.Tensor) -> Tensors:
@@ -198,6 +225,8 @@ def scaled(config: Any, name: str, x: torch.Tensor) -> torch.Tensor:
 def add_metadata(writer: gguf.GGUFWriter, config: Any) -> None:
     """What the converter writes of a config, beside the vocabulary."""
     arch = architecture(config)
+    if arch == "gemma4":  # whose numbers of heads may be a layer's own
+        config.allow_global_per_layer_attribute_access = True
 
     def of(*names: str) -> Any:
         return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
@@ -212,14 +241,23 @@ def add_metadata(writer: gguf.GGUFWriter, config: Any) -> None:
     attends = [kind in ("attention", "full_attention") for kind in kinds or []]
     writer.add_context_length(1 << 20 if arch == "granitehybrid" else config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(layers)
+    writer.add_block_count(layers + (arch == "glm4moe"))
+    if arch == "glm4moe":
+        writer.add_nextn_predict_layers(1)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv([heads * on for on in attends] if attends else heads)
+    of_layers = [heads * on for on in attends] if attends else heads
+    if arch == "gemma4" and config.attention_k_eq_v:
+        of_layers = [config.per_layer_config[layer].num_key_value_heads for layer in range(layers)]
+    writer.add_head_count_kv(of_layers)
     widths = of("shared_intermediate_size") if arch == "granitehybrid" else of("intermediate_size")
+    if arch == "granite" and config.model_type != "granite":
+        widths = of("shared_intermediate_size")
     if arch == "granitehybrid" and config.num_local_experts:
         widths = config.intermediate_size
     if arch.startswith("nemotron_h"):
         widths = [config.intermediate_size * (kind in ("mlp", "moe")) for kind in config.layers_block_type]
+    if arch == "gemma4" and config.use_double_wide_mlp:
+        widths = [widths << (mode == "reuse") for mode in config.kv_sharing_modes]
     if widths is not None:
         writer.add_feed_forward_length(widths)
     (writer.add_layer_norm_eps if arch == "cohere2" else writer.add_layer_norm_rms_eps)(
@@ -245,10 +283,10 @@ def add_metadata(writer: gguf.GGUFWriter, config: Any) -> None:
             writer.add_indexer_head_count(config.index_n_heads)
             writer.add_indexer_key_length(config.index_head_dim)
             writer.add_indexer_top_k(config.index_topk)
-    elif arch not in ("llama", "granite", "phi3"):
+    elif arch not in ("llama", "granite", "granitemoe", "phi3", "gemma4"):
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
-    if arch not in ("gpt-oss", "gemma2", "gemma3", "falcon-h1"):
+    if arch not in ("gpt-oss", "gemma2", "gemma3", "gemma4", "falcon-h1"):
         writer.add_rope_dimension_count(turned)
     if rope.get("rope_theta"):
         theta = rope["rope_theta"]
@@ -276,6 +314,8 @@ def add_metadata(writer: gguf.GGUFWriter, config: Any) -> None:
         writer.add_embedding_scale(config.embedding_multiplier)
     add_experts(writer, config, arch, of)
     add_states(writer, config, arch)
+    if arch == "gemma4":
+        add_gemma4(writer, config)
 
 
 def add_scaling(writer: gguf.GGUFWriter, config: Any, rope: dict[str, Any]) -> None:
@@ -301,12 +341,31 @@ def add_scaling(writer: gguf.GGUFWriter, config: Any, rope: dict[str, Any]) -> N
             writer.add_tensor(f"rope_factors_{name}.weight", np.float32(rope[f"{name}_factor"]))
 
 
+def add_gemma4(writer: gguf.GGUFWriter, config: Any) -> None:
+    of_windows, of_all = (config.per_layer_config[kind] for kind in ("sliding_attention", "full_attention"))
+    writer.add_key_length(of_all.head_dim)
+    writer.add_value_length(of_all.head_dim)
+    writer.add_key_length_swa(of_windows.head_dim)
+    writer.add_value_length_swa(of_windows.head_dim)
+    writer.add_rope_dimension_count(of_all.head_dim)
+    writer.add_rope_dimension_count_swa(of_windows.head_dim)
+    writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
+    writer.add_shared_kv_layers(config.num_kv_shared_layers)
+    writer.add_embedding_length_per_layer_input(config.hidden_size_per_layer_input or 0)
+    if config.num_experts:
+        writer.add_expert_used_count(config.top_k_experts)
+    turned = int(of_all.head_dim * config.rope_parameters["full_attention"]["partial_rotary_factor"]) // 2
+    factors = [1.0] * turned + [1e30] * (of_all.head_dim // 2 - turned)
+    writer.add_tensor("rope_freqs.weight", np.float32(factors))
+
+
 def add_experts(writer: gguf.GGUFWriter, config: Any, arch: str, of: Any) -> None:
     count = of("n_routed_experts", "num_local_experts", "num_experts")
     if not count or arch == "nemotron_h":
         return
     writer.add_expert_count(count)
-    writer.add_expert_used_count(of("num_experts_per_tok", "num_experts_per_token"))
+    if used := of("num_experts_per_tok", "num_experts_per_token"):
+        writer.add_expert_used_count(used)
     for name, add in (
         ("moe_intermediate_size", writer.add_expert_feed_forward_length),
         ("n_group", writer.add_expert_group_count),
@@ -317,14 +376,14 @@ def add_experts(writer: gguf.GGUFWriter, config: Any, arch: str, of: Any) -> Non
     ):
         if of(name):
             add(getattr(config, name))
-    if arch in ("deepseek2", "glm-dsa", "kimi-linear"):
+    if arch in ("deepseek2", "deepseek32", "glm-dsa", "kimi-linear", "glm4moe"):
         kinds = of("mlp_layer_types") or ["dense"] * config.first_k_dense_replace
         writer.add_leading_dense_block_count(kinds.count("dense"))
-    if arch in ("deepseek2", "glm-dsa", "nemotron_h_moe", "kimi-linear"):
+    if arch in ("deepseek2", "deepseek32", "glm-dsa", "nemotron_h_moe", "kimi-linear", "glm4moe"):
         writer.add_expert_shared_count(of("n_shared_experts", "num_shared_experts") or 0)
         if of("norm_topk_prob") and arch != "kimi-linear":
             writer.add_expert_weights_norm(True)
-    if config.model_type == "deepseek_v3":
+    if config.model_type in ("deepseek_v3", "deepseek_v32", "glm4_moe", "minimax_m2"):
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
 
 
@@ -341,6 +400,9 @@ def add_states(writer: gguf.GGUFWriter, config: Any, arch: str) -> None:
         sizes = (config.mamba_d_conv, config.mamba_d_state, config.mamba_n_groups, config.mamba_n_heads)
         sizes += (config.mamba_d_ssm if arch == "falcon-h1" else config.mamba_expand * config.hidden_size,)
         writer.add_rope_scaling_finetuned(getattr(config, "position_embedding_type", None) == "rope")
+    elif config.model_type == "granitemoehybrid":
+        writer.add_rope_scaling_finetuned(config.position_embedding_type == "rope")
+        return
     elif arch == "kimi-linear":
         writer.add_ssm_conv_kernel(config.linear_conv_kernel_dim)
         writer.add_kda_head_dim(config.linear_head_dim)

@@ -17,7 +17,8 @@ from lamina_kernels.paged import memory
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what q, k and v come in, and KV is kept in as it is
 PEAKS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # quantised: the code of a vector's largest number
 DTYPES = (*FLOATS, *PEAKS)
-MOST, MOST_OF_LATENT = 256, 576  # numbers of a vector; a latent of DeepSeek V3 has 512 and 64
+MOST, MOST_OF_LATENT = 512, 576  # numbers of a vector; a latent of DeepSeek V3 has 512 and 64
+MOST_TOKENS = 256  # of a page
 
 
 class Order(Enum):
@@ -52,7 +53,7 @@ class PageLayout:
         channels = self.order is Order.CHANNELS
         for name in ("page_size", "d_k", "d_v"):
             value, step = getattr(self, name), 1 if name == "page_size" and not channels else 16
-            limit = MOST_OF_LATENT if self.latent and name != "page_size" else MOST
+            limit = MOST_TOKENS if name == "page_size" else MOST_OF_LATENT if self.latent else MOST
             if value not in range(step, limit + 1, step):
                 steps = f"a multiple of {step}" if step > 1 else "a whole number"
                 raise ValueError(f"{name} must be {steps} from {step} to {limit}, got {value!r}")

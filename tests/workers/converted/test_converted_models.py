@@ -238,7 +238,7 @@ def test_a_model_type_that_is_no_text_is_not_looked_up(tmp_path: Path) -> None:
     assert model_config(tmp_path).architecture == "LlamaForCausalLM"
 
 
-@pytest.mark.parametrize("kind", ["stablelm", "minimax_m2"])
+@pytest.mark.parametrize("kind", ["stablelm", "olmoe", "minimax_m2"])
 def test_a_checkpoint_in_fp8_is_unpacked(kind: str, tmp_path: Path) -> None:
     model = tiny_models.make(kind, tmp_path)
     values, tensors = load_file(tmp_path / "model.safetensors"), {}

@@ -170,6 +170,12 @@ M3 = {
     "mlp_layer_types": ["dense", "sparse", "sparse"],
 }
 FAMILIES |= {
+    "glm4_moe": (
+        "glm4_moe",
+        {"head_dim": 24, "n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+        | {"use_qk_norm": True, "attention_bias": True, "n_shared_experts": 2, "routed_scaling_factor": 1.7},
+    ),
+    "minimax_m2": ("minimax_m2", {"head_dim": 24, "num_local_experts": 6, "num_experts_per_tok": 2, "rotary_dim": 12}),
     "minimax_m3": ("minimax_m3_vl_text", M3),
     "minimax_m3 with full layers": (
         "minimax_m3_vl_text",

@@ -183,7 +183,7 @@ class GgufCheckpoint(MappedFiles):
     def packed(self, name: str) -> PackedTensor | None:
         entry, first = self._entry(name), self._entry(name).parts[0]
         changed = entry.added or entry.negated or any(part.by_head for part in entry.parts)
-        if changed or len(entry.shape) != 2 or any(part.kind != first.kind for part in entry.parts):
+        if changed or len(entry.shape) < 2 or any(part.kind != first.kind for part in entry.parts):
             return None
         if first.kind in FLOATS:
             return None
@@ -191,8 +191,8 @@ class GgufCheckpoint(MappedFiles):
         order = None
         if len(raw) > 1 or first.turned:
             order = _joined(entry, _row_numbers(entry.parts))
-        columns = turned(entry.columns, entry.shape[1]) if entry.columns else None
-        return GgmlBlocks(first.kind, raw, entry.shape[1], order, columns)
+        columns = turned(entry.columns, entry.shape[-1]) if entry.columns else None
+        return GgmlBlocks(first.kind, raw, entry.shape[-1], order, columns)
 
     def release(self, name: str) -> None:
         for part in self._entry(name).parts:

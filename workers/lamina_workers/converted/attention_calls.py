@@ -136,7 +136,7 @@ def masked_as(
         mask = UnsupportedModelError(f"a layer's mask depends on more than positions: {error}")
         if isinstance(local, int):
             mask = Mask(chunk=local)  # up to so many positions it is causal
-    masks[id(placeholder)] = placeholder, mask
+    masks[placeholder.untyped_storage()._cdata] = placeholder, mask
     return placeholder
 
 
@@ -151,8 +151,8 @@ def _refuse_unknown(module: torch.nn.Module, options: Mapping[str, Any]) -> None
 def _known(module: torch.nn.Module, mask: torch.Tensor | None) -> Mask | None:
     if mask is None:
         return None
-    entry = (_masks.get() or {}).get(id(mask))
-    if entry is None:
+    entry = (_masks.get() or {}).get(mask.untyped_storage()._cdata)  # Gemma 4 gives all of it, a view
+    if entry is None or (mask.shape, mask.stride()) != (entry[0].shape, entry[0].stride()):
         raise UnsupportedModelError(f"{type(module).__name__} gives its attention a mask that its own code has made")
     if isinstance(entry[1], UnsupportedModelError):
         raise entry[1]

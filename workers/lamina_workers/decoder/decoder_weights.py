@@ -285,7 +285,7 @@ def load_weights(
     ignored = {name for name in source.names() if re.fullmatch(config.family.unread, name)}
     if config.tie_word_embeddings:
         ignored.add(f"{HEAD}.weight")
-    if config.latent is not None:  # layers behind the last one predict further tokens, and are not used here
+    if config.family.groups:  # layers behind the last one predict further tokens, and are not used here
         behind = f"model.layers.{config.num_hidden_layers}."
         ignored |= {name for name in source.names() if name.startswith(behind)}
     check_tensors(source, published_shapes(config, shapes), ignored)

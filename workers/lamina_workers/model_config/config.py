@@ -116,6 +116,8 @@ class ModelConfig:
     """How layers that are `indexed` choose what they read."""
     indexed: tuple[bool, ...] = ()
     """By layer, whether it has an index; empty: none has."""
+    qk_normed: bool = True
+    """Whether q and k are normed where the family has norms of them."""
 
     @property
     def rotary_dim(self) -> int:
@@ -125,7 +127,8 @@ class ModelConfig:
     @property
     def family(self) -> Family:
         """How it computes, and names its tensors."""
-        return FAMILIES[self.architecture]
+        family = FAMILIES[self.architecture]
+        return family if self.qk_normed else replace(family, qk_norm="")
 
     @classmethod
     def from_folder(cls, path: str | Path) -> ModelConfig:
@@ -160,7 +163,7 @@ class ModelConfig:
             architecture=architecture,
             vocab_size=keys.integer("vocab_size", 1, 1 << 22),
             hidden_size=hidden,
-            intermediate_size=keys.integer(family.mlp_size, 1, 1 << 20),
+            intermediate_size=keys.integer(family.mlp_size, int(not all(sparse)), 1 << 20),
             num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
@@ -192,7 +195,8 @@ class ModelConfig:
             latent=latent,
             index=index,
             indexed=indexed,
-            states=read_states(keys, family),
+            qk_normed=keys.flag("use_qk_norm", True),
+            states=read_states(keys, family) if any("state" in kinds for kinds in mixers) else None,
             gate_scale=_mlp_multipliers(keys)[0],
         )
 

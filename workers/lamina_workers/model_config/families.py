@@ -38,6 +38,7 @@ _FOUR_NORMS = Norms(
 )
 _NORMS_BEHIND = Norms("", "post_attention_layernorm", "", "post_feedforward_layernorm")
 _MIXTRAL_EXPERTS = ExpertNames("block_sparse_moe", maps=("w1", "w3", "w2"))
+_MINIMAX_NAMES = {"num_local_experts": "n_routed_experts", "intermediate_size": "moe_intermediate_size"}
 _QWEN3_NEXT = {
     "head_dim": 256,
     "num_key_value_heads": 2,
@@ -182,6 +183,17 @@ FAMILIES = {
         partial=True,
         norms=Norms(behind_attention="post_self_attn_layernorm", behind_mlp="post_mlp_layernorm"),
         gate_up="gate_up_proj",
+    ),
+    "Glm4MoeForCausalLM": Family(
+        "glm4_moe",
+        {"head_dim": 128, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "partial_rotary_factor": 0.5}
+        | {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1, "use_qk_norm": False},
+        o_bias=False,
+        mlp_bias=False,
+        groups="sigmoid",
+        qk_norm="head",
+        partial=True,
+        experts=ExpertNames(shared="mlp.shared_experts"),
     ),
     "Olmo2ForCausalLM": Family("olmo2", {"rms_norm_eps": 1e-5}, mlp_bias=False, qk_norm="whole", norms=_NORMS_BEHIND),
     "Olmo3ForCausalLM": Family(
@@ -378,11 +390,24 @@ FAMILIES = {
         experts=ExpertNames(maps=("w1", "w3", "w2"), shared="mlp.shared_experts"),
         renamed={".block_sparse_moe.": ".mlp."},
     ),
+    "MiniMaxM2ForCausalLM": Family(
+        "minimax_m2",
+        {"head_dim": 128, "num_key_value_heads": 8, "rope_theta": 5e6, "n_group": 1, "topk_group": 1},
+        aliases=_MINIMAX_NAMES | {"rotary_dim": "rotary_numbers"},
+        qkv_bias=False,
+        o_bias=False,
+        mlp_bias=False,
+        groups="sigmoid",
+        qk_norm="whole",
+        partial=True,
+        experts=_MIXTRAL_EXPERTS,
+        renamed={"block_sparse_moe.e_score": "block_sparse_moe.gate.e_score"},
+    ),
     "MiniMaxM3VLForCausalLM": Family(
         "minimax_m3_vl_text",
         {"head_dim": 128, "num_key_value_heads": 4, "rope_theta": 5e6, "norm_topk_prob": True}
         | {"routed_scaling_factor": 2.0, "n_group": 1, "topk_group": 1},
-        aliases={"num_local_experts": "n_routed_experts", "intermediate_size": "moe_intermediate_size"},
+        aliases=_MINIMAX_NAMES,
         qkv_bias=False,
         o_bias=False,
         mlp_bias=False,

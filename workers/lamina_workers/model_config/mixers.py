@@ -266,7 +266,7 @@ def _plain(keys: Keys, family: Family, layers: int) -> tuple[MoeConfig | None, t
         top_k=keys.integer("num_experts_per_tok", 1, experts),
         intermediate_size=keys.integer(family.expert_size, 1, 1 << 20),
         normalize=keys.flag("norm_topk_prob", False),
-        shared=keys.integer(family.shared_expert, 1, 1 << 20) if family.shared_expert else 0,
+        shared=keys.integer(family.shared_expert, 0, 1 << 20) if family.shared_expert else 0,
         shared_gate=family.shared_gate,
     )
     if family.expert_bias:

@@ -92,6 +92,8 @@ def read_ropes(keys: Keys, dim: int, family: Family) -> tuple[RopeConfig, RopeCo
     if family.multimodal:
         parameters = {name: value for name, value in parameters.items() if name not in _PLACES}
     defaults = {name: keys.get(name) for name in _BESIDE if keys.given(name)}
+    if keys.given("rotary_numbers"):
+        defaults.setdefault("partial_rotary_factor", keys.integer("rotary_numbers", 2, dim) / dim)
     local = {"rope_theta": keys.get("rope_local_base_freq")} if keys.given("rope_local_base_freq") else None
     if _FULL in parameters or _WINDOWED in parameters:
         by_kind = Keys(parameters, {_FULL: {}, _WINDOWED: {}})
