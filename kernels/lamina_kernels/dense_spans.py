@@ -9,16 +9,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 
-from lamina_kernels.compile.programs import Program
+from lamina_kernels.compile.programs import Program, Step
 from lamina_kernels.dense import gate_loops
 from lamina_kernels.dense.dense import Weight
 from lamina_kernels.dense.dense_loops import GELU, NORM, SILU, SPLIT
 from lamina_kernels.dense.experts import Routed, add_experts
 from lamina_kernels.dense.steps import HALF, MAX_ROWS, Builder, LinearSteps, Map, Room, address_of, shape_of
+from lamina_kernels.states.advance import Arguments as StateBlock
+from lamina_kernels.states.advance import StateWork
+from lamina_kernels.states.loops import advance_kernel
 
 Rotation = tuple[torch.Tensor, torch.Tensor] | None
 """cos and sin, float32 `[n, d / 2]`."""
@@ -110,31 +114,103 @@ class Spans:
         q `[n, heads, d]`, k and v `[n, kv_heads, d]`; or what enters a state, `[n, width]`, and its gates, float32
         `[n, heads, 2]`; or float32 `[n, n_out]`; or `[n, hidden]`.
         """
-        key = index, len(hidden), torch.get_num_threads()
+        program, address = self._program(range(index, index + 1), len(hidden), states=False), 0
+        if program.first.span.behind is not None:
+            if attended is None:
+                raise ValueError("a span behind an attention needs what that gave, got None")
+            attended = attended.contiguous()
+            address = address_of("attended", attended, HALF, len(hidden) * program.first.width_in)
+        return program.run(hidden, address, rotation)
+
+    def advance(
+        self,
+        layers: range,
+        hidden: torch.Tensor,
+        inputs: tuple[torch.Tensor, torch.Tensor],
+        work: StateWork,
+        rotation: Rotation = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """As `run`, of the span behind `layers`, which all keep states. hidden, inputs: what enters the first of them,
+        as `run` gives it; `work` has them all."""
+        program = self._program(range(layers.start + 1, layers.stop + 1), len(hidden), states=True)
+        program.fill(work, layers, *(x.data_ptr() for x in inputs))
+        return program.run(hidden, program.outs[0], rotation)
+
+    def _program(self, spans: range, rows: int, states: bool) -> _Made:
+        key = spans, states, rows, torch.get_num_threads()
         program = self._memory.made.get(key)
         if program is None:
-            if not 0 < len(hidden) <= MAX_ROWS:
-                raise ValueError(f"a span takes 1 to {MAX_ROWS} rows, got {len(hidden)}")
-            builder = Builder(self._memory.room, len(hidden), key[2], self._eps)
-            program = self._memory.made[key] = _Made(self._spans[index], builder)
-        return program.run(hidden, attended, rotation)
+            if not 0 < rows <= MAX_ROWS:
+                raise ValueError(f"a span takes 1 to {MAX_ROWS} rows, got {rows}")
+            builder = Builder(self._memory.room, rows, key[3], self._eps)
+            program = self._memory.made[key] = _Made([self._spans[number] for number in spans], states, builder)
+        return program
 
 
 class _ThreadMemory(threading.local):
     """What one thread has: programs by span, rows and threads, and room for what is inside a span, by name."""
 
     def __init__(self) -> None:
-        self.made: dict[tuple[int, int, int], _Made] = {}
+        self.made: dict[tuple[range, bool, int, int], _Made] = {}
         self.room: Room = {}
 
 
 class _Made:
-    """A span as a program for a number of rows and of threads. From run to run only the addresses of what comes in
-    and of what leaves change."""
+    """Spans that follow one another as a program for a number of rows and of threads. From run to run only the
+    addresses of what comes in and of what leaves change. With `states`, a layer's states are advanced before each."""
+
+    def __init__(self, spans: Sequence[Span], states: bool, builder: Builder) -> None:
+        self._threads = builder.threads
+        self._states: list[Any] = []
+        self._inner = 0, 0  # where x and gates are within the program
+        self.outs: list[int] = []
+        """Where what states give is, before each span."""
+        parts: list[_Part] = []
+        for span in spans:
+            if states:
+                self._states.append(StateBlock(shares=1))
+                builder.steps.append(Step(advance_kernel(), self._states[-1], True))
+            parts.append(part := _Part(span, builder))
+            if states:
+                self.outs.append(builder.room("states' outputs", part.width_in))
+        self.first, self._last = parts[0], parts[-1]
+        width = self.first.width
+        for number, (part, following) in enumerate(pairwise(parts)):
+            hidden = builder.room(f"hidden {number % 2}", width)
+            part.leave(hidden)
+            following.enter(hidden, self.outs[number + 1])
+            self._inner = (
+                builder.room("states' inputs", part.inputs.n_out),
+                builder.buffer("gates", part.gates.width, 8 * part.gates.width),
+            )
+            part.inputs.write(self._inner[0])
+            part.gates.out = self._inner[1]
+        self._program = Program(builder.steps)
+
+    def fill(self, work: StateWork, layers: range, x: int, gates: int) -> None:
+        """Begin with the states of these layers, from these inputs of the first of them."""
+        for layer, block, out in zip(layers, self._states, self.outs, strict=True):
+            work.fill(block, layer, x, gates, out)
+            x, gates = self._inner
+
+    def run(self, hidden: torch.Tensor, attended: int, rotation: Rotation) -> tuple[torch.Tensor, ...]:
+        """What leaves, where `hidden` has entered and what the mixer gave is at `attended`."""
+        leaving = hidden = hidden.contiguous()
+        self.first.enter(address_of("hidden", hidden, HALF, len(hidden) * self.first.width), attended)
+        if self._last.span.behind is not None:
+            leaving = torch.empty_like(hidden)
+            self._last.leave(leaving.data_ptr())
+        results = self._last.results(rotation)
+        self._program.run(self._threads)
+        return leaving, *results
+
+
+class _Part:
+    """The steps of one span in a program."""
 
     def __init__(self, span: Span, builder: Builder) -> None:
-        self._span, self._rows, self._threads = span, builder.rows, builder.threads
-        self._width = width = len(span.norm)
+        self.span, self._rows = span, builder.rows
+        self.width = width = len(span.norm)
         norm = address_of("norm", span.norm, HALF, width)
         normed = builder.room("normed", width)
         if span.behind is None:
@@ -142,50 +218,51 @@ class _Made:
         else:
             self._gate = None if span.behind.gate is None else _gate(builder, span.behind.gate, width)
             self._output, self._residual = _behind(builder, span.behind, width)
+            self.width_in = self._output.n_in
             delta, total = builder.room("delta", width), builder.room("total", width)
             self._norm = builder.small(NORM, width, width, x=delta, y=total, out=normed, weight=norm)
         if isinstance(span.then, Heads):
             self._heads = _heads(builder, span.then, normed)
         elif isinstance(span.then, States):
-            self._inputs, self._gates = _states(builder, span.then, normed)
+            self.inputs, self.gates = _states(builder, span.then, normed)
         elif span.then is not None:
-            self._last = builder.linear(normed, (span.then, None), size=4)
-        self._program = Program(builder.steps)
+            self._logits = builder.linear(normed, (span.then, None), size=4)
 
-    def run(self, hidden: torch.Tensor, attended: torch.Tensor | None, rotation: Rotation) -> tuple[torch.Tensor, ...]:
-        span, rows, hidden = self._span, self._rows, hidden.contiguous()
-        leaving, entered = hidden, address_of("hidden", hidden, HALF, rows * self._width)
-        if span.behind is None:
-            self._norm.x = entered
+    def enter(self, hidden: int, attended: int) -> None:
+        """Where the residual stream is that entered the layer, and what its mixer gave."""
+        if self.span.behind is None:
+            self._norm.x = hidden
+            return
+        self._residual.y = hidden
+        if self._gate is None:
+            self._output.read(attended)
         else:
-            if attended is None:
-                raise ValueError("a span behind an attention needs what that gave, got None")
-            attended = attended.contiguous()
-            leaving = torch.empty_like(hidden)
-            self._residual.y, self._norm.second = entered, leaving.data_ptr()
-            attended_address = address_of("attended", attended, HALF, rows * self._output.n_in)
-            if self._gate is None:
-                self._output.read(attended_address)
-            else:
-                entering, gate = self._gate
-                entering.x, gate.x = entered, attended_address
+            entering, gate = self._gate
+            entering.x, gate.x = hidden, attended
+
+    def leave(self, hidden: int) -> None:
+        """Where the residual stream goes that leaves."""
+        self._norm.second = hidden
+
+    def results(self, rotation: Rotation) -> tuple[torch.Tensor, ...]:
+        """Tensors for what the span ends with."""
+        span, rows = self.span, self._rows
         results: tuple[torch.Tensor, ...]
         if isinstance(span.then, Heads):
             results = self._place_heads(span.then, rotation)
         elif isinstance(span.then, States):
-            x = torch.empty(rows, self._inputs.n_out, dtype=HALF)
-            gates = torch.empty(rows, self._gates.width, 2, dtype=torch.float32)
-            self._inputs.write(x.data_ptr())
-            self._gates.out = gates.data_ptr()
+            x = torch.empty(rows, self.inputs.n_out, dtype=HALF)
+            gates = torch.empty(rows, self.gates.width, 2, dtype=torch.float32)
+            self.inputs.write(x.data_ptr())
+            self.gates.out = gates.data_ptr()
             results = x, gates
         elif span.then is not None:
-            results = (torch.empty(rows, self._last.n_out, dtype=torch.float32),)
-            self._last.write(results[0].data_ptr())
+            results = (torch.empty(rows, self._logits.n_out, dtype=torch.float32),)
+            self._logits.write(results[0].data_ptr())
         else:
-            results = (torch.empty_like(hidden),)
+            results = (torch.empty(rows, self.width, dtype=HALF),)
             self._norm.out = results[0].data_ptr()
-        self._program.run(self._threads)
-        return leaving, *results
+        return results
 
     def _place_heads(self, to: Heads, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         block, rows = self._heads, self._rows

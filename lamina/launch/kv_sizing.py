@@ -205,13 +205,15 @@ def holder_config(
             spec if spec.kind in STATES else replace(spec, policies=("full",) * spec.kv_heads) for spec in layers
         )
     memory = config.kv_memory if isinstance(config.kv_memory, int) else _kv_share(config, machine, weights)
+    tokens = config.sequence_tokens or min(config.max_model_len or model.max_position_embeddings, SEQUENCE_TOKENS)
+    if config.most_drafts and model.states is not None:  # memory is dealt for two records beside them, drafts take three
+        tokens = -(-2 * tokens // 3)
     return HolderConfig(
         layers=layers,
         page_size=config.page_size,
         dtype=str(dtype).removeprefix("torch.") if config.kv_dtype == "auto" else config.kv_dtype,
         kv_memory=memory,
-        sequence_tokens=config.sequence_tokens
-        or min(config.max_model_len or model.max_position_embeddings, SEQUENCE_TOKENS),
+        sequence_tokens=tokens,
         cold=config.cold_tier(memory, kv_share(machine, config.holders_here)),
         sketches=config.sketches,
     )

@@ -211,7 +211,7 @@ def _tapped(forward: Forward, tap: Tap | None, outcome: Outcome | None) -> Forwa
         elif not isinstance(event, StateReady):
             raise TypeError(f"the model yields QueryReady or StateReady in each layer, got {type(event).__name__}")
         attended = yield event
-        if outcome is not None and attended is not None and isinstance(event, KeyValueReady):
+        if outcome is not None and isinstance(attended, torch.Tensor) and isinstance(event, KeyValueReady):
             outcome(event.layer, attended)
         try:
             event = forward.send(attended)

@@ -180,6 +180,7 @@ ENGINES: dict[str, Callable[[str, Options], Run]] = {
     "tls": over_tls,
     "bfloat16": lamina,
     "packed": packed,
+    "packed-local": over(weights="packed"),
     **PEERS,
     "bandwidth": bandwidth,
 }

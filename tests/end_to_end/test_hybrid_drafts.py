@@ -2,56 +2,45 @@
 
 from __future__ import annotations
 
-import os
-import random
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import whole_engines
-from hybrid_families import VOCABULARY, written
+from hybrid_engines import (
+    PROMPTS,
+    TOKENS,
+    Texts,
+    be_restless,
+    counters,
+    every_family,
+    fail_in_layers,
+    kill_at,
+    lose_answers,
+    one_family,
+    texts,
+    texts_alone,
+    written_models,
+)
+from hybrid_families import VOCABULARY
 from real_workers import WorkerProcess, until
 from scripted_drafts import Always, Scripted, texts_of
 from whole_engines import engine, streamed
 
 from lamina import LLM
 from lamina.engine.drafting import NgramProposer
-from lamina.kv.running import Counters
 from lamina.launch import kv_sizing
 from lamina.scheduling.speculation import Speculation
-from lamina.scheduling.step_tuner import MeasuredBatch, StepTuner
-from lamina_protocols.errors import ProtocolError
-from lamina_protocols.messages.messages import Advanced, Fault, Reply
-from lamina_workers.attention_worker.state_pool import StatePool
-from lamina_workers.ports.remote import RemoteAttention
-
-FAMILIES = {"gated delta": "qwen3_5", "mamba2 beside attention": "falcon_h1", "lightning": "minimax"}
-TOKENS = 60
-
-every_family = pytest.mark.parametrize("family", FAMILIES)
-one_family = pytest.mark.parametrize("family", ["mamba2 beside attention"])
-draw = random.Random(7)
-PROMPTS = [[draw.randrange(3, VOCABULARY) for _ in range(length)] for length in (3, 90, 41, 150)]
-Texts = list[tuple[int, ...]]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("models")
-    for family in FAMILIES.values():
-        written(family, folder / family)
-    return {name: folder / family for name, family in FAMILIES.items()}
+    return written_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
 def expected(models: dict[str, Path]) -> dict[str, Texts]:
-    found = {}
-    for family, folder in models.items():
-        with engine(folder) as llm:
-            found[family] = texts(llm)
-    return found
+    return texts_alone(models)
 
 
 @pytest.fixture
@@ -64,16 +53,6 @@ def drafts_of(patch: pytest.MonkeyPatch, prompts: Sequence[Sequence[int]], answe
     scripted = Scripted(texts_of(prompts, answers), "some", VOCABULARY)
     patch.setattr(Speculation, "depths", Always.depths)
     patch.setattr(NgramProposer, "propose", lambda self, wanted: scripted.propose(wanted))
-
-
-def texts(llm: LLM, prompts: Sequence[list[int]] = PROMPTS) -> Texts:
-    tokens = whole_engines.texts(llm, prompts, TOKENS)
-    llm._runtime.engine._scheduler.check_integrity()  # type: ignore[union-attr]
-    return tokens
-
-
-def counters(llm: LLM) -> Counters:
-    return llm._runtime.engine._scheduler.counters  # type: ignore[union-attr,no-any-return]
 
 
 def accepted_some(llm: LLM) -> bool:
@@ -117,15 +96,7 @@ def test_drafts_with_other_settings(
 def test_a_verification_that_fails_in_any_layer_runs_again(
     family: str, models: dict[str, Path], expected: dict[str, Texts], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chance, handle, struck = random.Random(5), StatePool.handle, []
-
-    def fails(pool: StatePool, *given: Any) -> Advanced:
-        if chance.random() < 0.02:
-            struck.append(given)
-            raise ProtocolError("struck")
-        return handle(pool, *given)
-
-    monkeypatch.setattr(StatePool, "handle", fails)
+    struck = fail_in_layers(monkeypatch)
     with engine(models[family], speculate="ngram") as llm:
         assert texts(llm) == expected[family]
         assert accepted_some(llm)
@@ -139,16 +110,7 @@ def test_a_verification_of_which_one_worker_has_done_more_runs_again(
     family: str, lanes: int, models: dict[str, Path], workers: list[WorkerProcess], expected: dict[str, Texts],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    chance, receive, struck = random.Random(5), RemoteAttention.receive, []
-
-    def loses(port: RemoteAttention, timeout: float | None = None) -> Reply:
-        reply = receive(port, timeout)
-        if isinstance(reply, Advanced) and chance.random() < 0.02:
-            struck.append(reply)
-            return Fault(reply.epoch, reply.batch, "KVError: struck")
-        return reply
-
-    monkeypatch.setattr(RemoteAttention, "receive", loses)
+    struck = lose_answers(monkeypatch, 0.02)
     with engine(models[family], workers, lanes=lanes, speculate="ngram") as llm:
         assert texts(llm) == expected[family]
         assert accepted_some(llm)
@@ -189,13 +151,7 @@ def test_sequences_with_drafts_move_between_the_tiers(
     family: str, models: dict[str, Path], workers: list[WorkerProcess], expected: dict[str, Texts],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    chance = random.Random(3)
-
-    def restless(tuner: StepTuner, batch: MeasuredBatch, moving: bool = False) -> None:
-        if chance.random() < 0.3:
-            tuner.share = chance.choice((0.0, 0.3, 0.7, 1.0))
-
-    monkeypatch.setattr(StepTuner, "completed", restless)
+    be_restless(monkeypatch)
     options: dict[str, Any] = {"local_share": 0.5, "lanes": 2, "prefix_cache": False, "speculate": "ngram"}
     with engine(models[family], workers, **options) as llm:
         assert texts(llm) == expected[family]
@@ -214,11 +170,5 @@ def test_a_worker_killed_beside_drafts_changes_no_text(
     family: str, at: int, models: dict[str, Path], expected: dict[str, Texts]
 ) -> None:
     with engine(models[family], attention_workers=2, max_batch_tokens=16, lanes=2, speculate="ngram") as llm:
-        members = llm._runtime.pools.attention.workers  # type: ignore[union-attr]
-
-        def strike(count: int) -> None:
-            if count == at:
-                os.kill(members.status()[0].process or 0, signal.SIGKILL)
-
-        assert streamed(llm, PROMPTS, TOKENS, strike) == expected[family]
+        assert streamed(llm, PROMPTS, TOKENS, kill_at(llm, at)) == expected[family]
         assert accepted_some(llm)

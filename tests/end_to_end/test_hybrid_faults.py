@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -15,71 +12,45 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import whole_engines
-from hybrid_families import VOCABULARY, written
+from hybrid_engines import (
+    PROMPTS,
+    TOKENS,
+    Texts,
+    be_restless,
+    counters,
+    every_family,
+    fail_in_layers,
+    kill_at,
+    lose_answers,
+    one_family,
+    texts,
+    texts_alone,
+    written_models,
+)
 from real_workers import WorkerProcess, until, worker_process
 from whole_engines import engine, first_logprobs, shifts, streamed
 
 from lamina import LLM
 from lamina.errors import EngineError, InvalidRequest
-from lamina.kv.running import Counters
 from lamina.launch import kv_sizing
-from lamina.scheduling.step_tuner import MeasuredBatch, StepTuner
-from lamina_protocols.errors import ProtocolError
-from lamina_protocols.messages.messages import Advanced, Fault, Reply
-from lamina_workers.attention_worker.state_pool import StatePool
 from lamina_workers.errors import ModelFileError, RanksError
-from lamina_workers.ports.remote import RemoteAttention
-
-FAMILIES = {"gated delta": "qwen3_5", "mamba2 beside attention": "falcon_h1", "lightning": "minimax"}
-TOKENS = 60
-
-every_family = pytest.mark.parametrize("family", FAMILIES)
-one_family = pytest.mark.parametrize("family", ["mamba2 beside attention"])
-draw = random.Random(7)
-PROMPTS = [[draw.randrange(3, VOCABULARY) for _ in range(length)] for length in (3, 90, 41, 150)]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("models")
-    for family in FAMILIES.values():
-        written(family, folder / family)
-    return {name: folder / family for name, family in FAMILIES.items()}
+    return written_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
-def expected(models: dict[str, Path]) -> dict[str, list[tuple[int, ...]]]:
-    found = {}
-    for family, folder in models.items():
-        with engine(folder) as llm:
-            found[family] = texts(llm)
-    return found
-
-
-def texts(llm: LLM, prompts: list[list[int]] = PROMPTS) -> list[tuple[int, ...]]:
-    tokens = whole_engines.texts(llm, prompts, TOKENS)
-    llm._runtime.engine._scheduler.check_integrity()  # type: ignore[union-attr]
-    return tokens
-
-
-def counters(llm: LLM) -> Counters:
-    return llm._runtime.engine._scheduler.counters  # type: ignore[union-attr,no-any-return]
+def expected(models: dict[str, Path]) -> dict[str, Texts]:
+    return texts_alone(models)
 
 
 @every_family
 def test_a_batch_that_fails_in_any_layer_runs_again(
     family: str, models: dict[str, Path], expected: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chance, handle, struck = random.Random(5), StatePool.handle, []
-
-    def fails(pool: StatePool, *given: Any) -> Advanced:
-        if chance.random() < 0.02:
-            struck.append(given)
-            raise ProtocolError("struck")
-        return handle(pool, *given)
-
-    monkeypatch.setattr(StatePool, "handle", fails)
+    struck = fail_in_layers(monkeypatch)
     with engine(models[family]) as llm:
         assert texts(llm) == expected[family]
     assert len(struck) > 3
@@ -91,17 +62,7 @@ def test_a_batch_of_which_one_worker_has_done_more_runs_again(
     family: str, lanes: int, models: dict[str, Path], workers: list[WorkerProcess], expected: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Some answers of a layer are lost: the workers have gone on by unlike numbers of layers."""
-    chance, receive, struck = random.Random(5), RemoteAttention.receive, []
-
-    def loses(port: RemoteAttention, timeout: float | None = None) -> Reply:
-        reply = receive(port, timeout)
-        if isinstance(reply, Advanced) and chance.random() < 0.01:
-            struck.append(reply)
-            return Fault(reply.epoch, reply.batch, "KVError: struck")
-        return reply
-
-    monkeypatch.setattr(RemoteAttention, "receive", loses)
+    struck = lose_answers(monkeypatch, 0.01)
     with engine(models[family], workers, lanes=lanes) as llm:
         assert texts(llm) == expected[family]
     assert len(struck) > 2
@@ -170,13 +131,7 @@ def test_a_drained_workers_states_move(family: str, models: dict[str, Path], exp
 def test_sequences_move_between_the_tiers(
     family: str, models: dict[str, Path], workers: list[WorkerProcess], expected: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chance = random.Random(3)
-
-    def restless(tuner: StepTuner, batch: MeasuredBatch, moving: bool = False) -> None:
-        if chance.random() < 0.3:
-            tuner.share = chance.choice((0.0, 0.3, 0.7, 1.0))
-
-    monkeypatch.setattr(StepTuner, "completed", restless)
+    be_restless(monkeypatch)
     with engine(models[family], workers, local_share=0.5, lanes=2, prefix_cache=False) as llm:
         assert texts(llm) == expected[family]
         assert llm._runtime.engine._tiering._migration.sequences > 3  # type: ignore[union-attr]
@@ -191,13 +146,7 @@ def test_sequences_move_between_the_tiers(
 def test_a_worker_killed_changes_no_text(family: str, at: int, models: dict[str, Path], expected: Any) -> None:
     """While prompts are read, and in decode. It joins again."""
     with engine(models[family], attention_workers=2, max_batch_tokens=16, lanes=2) as llm:
-        members = llm._runtime.pools.attention.workers  # type: ignore[union-attr]
-
-        def strike(count: int) -> None:
-            if count == at:
-                os.kill(members.status()[0].process or 0, signal.SIGKILL)
-
-        assert streamed(llm, PROMPTS, TOKENS, strike) == expected[family]
+        assert streamed(llm, PROMPTS, TOKENS, kill_at(llm, at)) == expected[family]
         names = llm._runtime.engine._holders.names  # type: ignore[union-attr]
         until(lambda: sorted(names.values()) == ["attention-0.1", "attention-1"], 30.0)
         assert texts(llm) == expected[family]

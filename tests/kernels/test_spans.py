@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,10 @@ from lamina_kernels.dense.steps import MAX_ROWS, Map
 from lamina_kernels.dense_spans import Behind, Gate, Heads, Span, Spans, States
 from lamina_kernels.packed.layout import Format
 from lamina_kernels.packed.matrix import PackedMatrix
+from lamina_kernels.paged import memory
+from lamina_kernels.states.advance import StateWork, plan
+from lamina_kernels.states.layout import StateLayout
+from lamina_kernels.states.operands import StateConstants, StateRows
 from tests.support.packed_weights import random_packed
 
 HIDDEN, INNER, HEADS, KV_HEADS, D, VOCAB, EPS = 64, 1056, 6, 2, 32, 36, 1e-5
@@ -84,7 +89,7 @@ def make_hybrid(silu: bool, normed: bool) -> list[Span]:
     """Between two states, and between gated attention and a state."""
     before = make(bias=False, qk_norms=True)
     rate, offset = -random(HEADS, seed=40).float().exp(), random(HEADS, seed=41).float()
-    states = States(linear(5 * D, HIDDEN, 42, False), linear(2 * HEADS, HIDDEN, 43, False), rate, offset)
+    states = States(linear(3 * HEADS * D, HIDDEN, 42, False), linear(2 * HEADS, HIDDEN, 43, False), rate, offset)
     weights = random(HEADS * D, seed=44).float() if normed else None
     gate = Gate(linear(HEADS * D, HIDDEN, 45, False), random(HIDDEN, seed=46), silu, weights, D, 1e-6)
     behind, norm = replace(before[1].behind, gate=gate), random(HIDDEN, seed=10)
@@ -240,6 +245,47 @@ def test_several_threads_may_run_them():
 
     with ThreadPoolExecutor(3) as pool:
         assert all(pool.map(many, range(3)))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("packed", [False, True])
+def test_states_between_spans(rows: int, packed: bool):
+    """Three layers with states, of which rows keep their inputs too, as one program: the same bits, and records."""
+    spans = make_hybrid(silu=True, normed=True)
+    spans = [*spans[:2], spans[1], spans[2]]
+    chained = Spans([pack_span(span) for span in spans] if packed else spans, EPS)
+    layout, layers, heads = StateLayout("gated_delta", D, D, 4), 3, HEADS
+    constants = {n: StateConstants(heads, heads, D**-0.5, random(3 * heads * D, 4, seed=n).float()) for n in range(3)}
+    keeps = np.arange(rows) == 1
+    counted = StateRows(
+        np.where(keeps, 2, 1), [np.arange(heads)] * rows, 1, np.zeros(rows, np.int64), keeps, np.full(rows, 5)
+    )
+    pages = np.arange(3 * layers * rows * heads).reshape(3, layers, -1)
+    target, kept = pages[1].copy(), np.full_like(pages[2], -1)
+    for row in np.flatnonzero(keeps):
+        part = slice(row * heads, (row + 1) * heads)
+        target[:, part], kept[:, part] = -1, pages[2][:, part]
+    tokens, found = int(counted.count.sum()), []
+    hidden, _, angles = inputs(tokens)
+    first, x, gates = chained.run(0, hidden)
+    for together in (False, True):
+        arena = memory.allocate(pages.size * layout.page_bytes).view(torch.float32).view(-1, layout.record)
+        arena.copy_(torch.randn(arena.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+        done: list[int] = []
+        batch = plan(layout, arena, counted, pages[0], target, torch.get_num_threads(), kept)
+        work = StateWork(batch, {n: n for n in range(layers)}, constants, done.extend)
+        assert work.takes(x, gates, torch.get_num_threads())
+        if together:
+            results = chained.advance(range(layers), first, (x, gates), work, angles)
+        else:
+            results = first, x, gates
+            for layer in range(layers):
+                rotation = angles if layer == 2 else None
+                results = chained.run(layer + 1, results[0], work.advance(layer, *results[1:]), rotation)
+            assert done == [0, 1, 2]
+        found.append((*results, arena))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_refuses_what_does_not_fit():

@@ -7,7 +7,7 @@ once, at the speed of memory; longer rows go in blocks, by matrices. Everything 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -31,7 +31,7 @@ from lamina_kernels.states.operands import (
 )
 
 SHARES = 8  # of a thread, of items of one token
-_Arguments = block_type(ARGUMENTS)
+Arguments = block_type(ARGUMENTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +84,11 @@ def plan(
     items, long = items[order], int((items["count"] > 1).sum())
     short = np.linspace(long, len(items), min(len(items) - long, threads * SHARES) + 1).astype(np.int64)
     starts = np.concatenate([np.arange(long, dtype=np.int64), short])
-    threads = max(1, min(threads, len(starts) - 1))
     scratch, addresses = _scratch(layout, threads, long > 0, kept is not None)
     zeros = torch.zeros(layout.record)
-    a = _Arguments(
+    a = Arguments(
         shares=len(starts) - 1,
+        threads=threads,
         arena=arena.data_ptr(),
         record=layout.record,
         delta=layout.delta,
@@ -106,7 +106,7 @@ def plan(
     tables = (np.ascontiguousarray(source, np.int32), np.ascontiguousarray(target, np.int32))
     inputs = None if kept is None else np.ascontiguousarray(kept, np.int32)
     keep = (arena, items, starts, scratch, zeros)
-    sizes = input_sizes(layout, rows)
+    sizes, threads = input_sizes(layout, rows), max(1, min(threads, len(starts) - 1))
     return Plan(layout, rows.group, rows.end, *tables, inputs, sizes, rows.vectors, threads, a, keep)
 
 
@@ -194,17 +194,55 @@ def advance(plan: Plan, layer: int, x: torch.Tensor, gates: torch.Tensor, consta
     numbers, gate_numbers = x.contiguous(), gates.contiguous()
     out = torch.empty(plan.vectors, layout.d_v, dtype=x.dtype)
     a = plan.arguments
-    a.taken = a.finished = 0
-    a.source, a.target = plan.source[layer].ctypes.data, plan.target[layer].ctypes.data
-    a.kept = 0 if plan.kept is None else plan.kept[layer].ctypes.data
-    a.dtype, a.itemsize = DTYPES.index(x.dtype), x.itemsize
+    _fill(a, plan, layer, constants, x.dtype)
     a.x, a.gates, a.out = numbers.data_ptr(), gate_numbers.data_ptr(), out.data_ptr()
+    launch(advance_kernel(), ctypes.addressof(a), plan.threads)
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class StateWork:
+    """A batch in flight at a holder in this process, for a model whose rows are the batch's, with all heads.
+
+    places: of the model's layers that have such states, their numbers in the plan; constants: by these. `stored` is
+    told the numbers of layers that are done.
+    """
+
+    plan: Plan
+    places: Mapping[int, int]
+    constants: Mapping[int, StateConstants]
+    stored: Callable[[Sequence[int]], None]
+
+    def advance(self, layer: int, x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        """`advance` of one of the model's layers, for x `[T, width]` and gates `[T, heads, g]`: `[T, heads * d_v]`."""
+        place = self.places[layer]
+        out = advance(self.plan, place, x.reshape(-1), gates.reshape(-1), self.constants[place])
+        self.stored((place,))
+        return out.view(len(x), -1)
+
+    def takes(self, x: torch.Tensor, gates: torch.Tensor, threads: int) -> bool:
+        """Whether the kernel can be a step of a program that gives such inputs in each layer."""
+        return (x.numel(), gates.numel()) == self.plan.sizes and threads <= self.plan.arguments.threads
+
+    def fill(self, block: Any, layer: int, x: int, gates: int, out: int) -> None:
+        """What a step of one of the model's layers is given, in bfloat16, by addresses."""
+        place = self.places[layer]
+        ctypes.memmove(ctypes.addressof(block), ctypes.addressof(self.plan.arguments), ctypes.sizeof(block))
+        _fill(block, self.plan, place, self.constants[place], torch.bfloat16)
+        block.x, block.gates, block.out = x, gates, out
+
+
+def _fill(a: Any, plan: Plan, layer: int, constants: StateConstants, dtype: torch.dtype) -> None:
+    """All of a block but where x, gates and what comes out are."""
+    a.taken = a.finished = 0
+    row = 4 * layer * plan.source.shape[1]
+    a.source, a.target = plan.source.ctypes.data + row, plan.target.ctypes.data + row
+    a.kept = 0 if plan.kept is None else plan.kept.ctypes.data + row
+    a.dtype, a.itemsize = DTYPES.index(dtype), dtype.itemsize
     a.heads, a.key_heads, a.scale = constants.heads, constants.key_heads, constants.scale
     a.skip, a.log_decays = _address(constants.skip), _address(constants.decays)
     a.weights, a.bias = _address(constants.taps), _address(constants.shift)
     a.channels = 0 if constants.taps is None else constants.taps.shape[1]
-    launch(advance_kernel(), ctypes.addressof(a), plan.threads)
-    return out
 
 
 def _address(x: torch.Tensor | None) -> int:

@@ -48,6 +48,8 @@ SCRATCH = (
 ARGUMENTS = np.dtype(
     [
         *HEADER,
+        ("arrived", "i8"),  # threads so far: by it, each has scratch of its own
+        ("threads", "i8"),  # that there is scratch for
         *((name, "i8") for name in ("arena", "record", "delta", "by_channel", "d_k", "d_v", "conv", "gates_size")),
         *((name, "i8") for name in ("items", "starts", "source", "target", "kept", "slots", "zeros")),
         *((name, "i8") for name in ("dtype", "itemsize", "x", "gates", "out")),  # dtype: its place in `operands.DTYPES`
@@ -56,6 +58,7 @@ ARGUMENTS = np.dtype(
         ("scale", "f8"),
     ]
 )
+_ARRIVED = len(HEADER)  # which int64 of the block it is
 
 
 class Written(NamedTuple):
@@ -192,7 +195,7 @@ def _verify(a: Any, item: Any, kept: int, state: int, shift: int) -> None:
 def _advance_shares(block: Any) -> None:
     a = carray(block, (1,), ARGUMENTS)[0]
     starts = carray(pointer(a.starts), (a.shares + 1,), np.int64)
-    shift = take(block, FINISHED) * a.scratch_bytes
+    shift = take(block, _ARRIVED) % a.threads * a.scratch_bytes
     share = take(block, TAKEN)
     while share < a.shares:
         items = carray(pointer(a.items), (starts[share + 1],), ITEM)
@@ -220,6 +223,7 @@ def _advance_shares(block: Any) -> None:
                 blocks.advance_blocks(a, item, source, target, shift)
             if a.conv and not item.keeps:
                 move(a.inputs + shift, target + state_bytes, (a.conv - 1) * (2 * a.d_k + a.d_v))
+        take(block, FINISHED)
         share = take(block, TAKEN)
 
 

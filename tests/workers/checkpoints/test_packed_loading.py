@@ -203,16 +203,28 @@ def test_kinds_that_kernels_lack_become_ones_that_they_have(tmp_path: Path, kind
         assert ((matrix - wanted).abs() <= largest * 0.005).all()
 
 
-def test_columns_in_another_order_are_rounded_to_8_bits() -> None:
-    raw = torch.from_numpy(random_blocks("Q4_K", 32, 512))
-    order = torch.arange(512).view(2, 2, 128).transpose(0, 1).flatten()
-    blocks, plain = GgmlBlocks("Q4_K", (raw,), 512, columns=order), GgmlBlocks("Q4_K", (raw,), 512).floats()
+@pytest.mark.parametrize(
+    ("stored", "width", "kind", "error"),
+    [
+        ("Q4_K", 128, "Q4_1", 0.001),
+        ("Q5_K", 32, "Q5_1", 0.001),
+        ("Q8_0", 64, "Q8_0", 0.0),
+        ("MXFP4", 64, "FP4", 0.0),
+        ("Q6_K", 128, "int8", 0.005),
+        ("Q4_K", 16, "int8", 0.005),
+    ],
+)
+def test_columns_in_another_order(stored: str, width: int, kind: str, error: float) -> None:
+    """Whole blocks are moved; of what has none, 8 bits are made."""
+    raw = torch.from_numpy(random_blocks(stored, 32, 512))
+    order = torch.arange(512).view(2, -1, width).transpose(0, 1).flatten()
+    blocks, plain = GgmlBlocks(stored, (raw,), 512, columns=order), GgmlBlocks(stored, (raw,), 512).floats()
     part = blocks.cut(torch.arange(16, 32), slice(128, 384))
     assert part is not None
-    assert part.kind == "int8"
+    assert part.kind == kind
     assert torch.equal(part.floats(), plain[16:, order[128:384]])
-    matrix = part.pack(torch.empty(bytes_of("int8", 16, 256), dtype=torch.uint8)).unpack(torch.float32)
-    assert (matrix - part.floats()).abs().max() <= 0.005 * plain.abs().max()
+    matrix = part.pack(torch.empty(bytes_of(kind, 16, 256), dtype=torch.uint8)).unpack(torch.float32)
+    assert (matrix - part.floats()).abs().max() <= error * plain.abs().max()
 
 
 def test_stacked_experts_stay_packed_one_by_one(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from lamina_kernels.exchange.layer_work import LayerWork
+from lamina_kernels.states.advance import StateWork
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.messages.layers import ATTENTION, LATENT, STATES, HolderConfig
 from lamina_protocols.messages.messages import (
@@ -195,6 +196,11 @@ class AttentionWorker:
         where it needs Python."""
         kv_pool, batch = self.pools[pool], self._batches.get(number)
         return kv_pool.layer_work(batch.pools[pool]) if batch is not None and isinstance(kv_pool, KVPool) else None
+
+    def state_work(self, number: int, pool: int) -> StateWork | None:
+        """The work of a batch in flight in the layers of a pool of states; None where messages are needed."""
+        states, batch = self.pools[pool], self._batches.get(number)
+        return states.work(batch.pools[pool]) if batch is not None and isinstance(states, StatePool) else None
 
     def worked(self, number: int, pool: int, layers: range, work: LayerWork) -> None:
         """These layers of a batch in flight, by their numbers within the pool, were stored and attended by compiled

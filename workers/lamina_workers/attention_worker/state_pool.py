@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -84,6 +85,7 @@ class StatePool(LayerPool[StateBatch]):
             self.store: StateStore = StateStore(config, self.n_pages, shape.drafts)
             flat = memory.allocate(self.n_pages * shape.page_bytes)
         self._arena = flat.view(torch.float32).view(self.n_pages, shape.record)
+        self._places = {layer: place for place, layer in enumerate(pool.layers)}
         self._constants = {layer: _constants(spec) for layer, spec in enumerate(config.layers) if not spec.conv}
         self._steps: tuple[StateStep, ...] = ()  # of the last update
 
@@ -156,6 +158,12 @@ class StatePool(LayerPool[StateBatch]):
     def end(self, batch: StateBatch) -> None:
         """There is nothing to give back: records are their parts' own."""
 
+    def work(self, batch: StateBatch) -> kernel.StateWork | None:
+        """The work of a batch in flight, for a model that has all its inputs; None where messages are needed."""
+        if batch.plan is None or batch.delay or len(self._constants) < len(self.config.layers):
+            return None
+        return kernel.StateWork(batch.plan, self._places, self._constants, partial(self._computed, batch))
+
     # Messages.
 
     def constants(self, layer: int, message: Constants) -> None:
@@ -188,9 +196,7 @@ class StatePool(LayerPool[StateBatch]):
             raise ProtocolError(f"inputs of batch {message.batch}: {error}") from error
         if batch.delay:
             time.sleep(batch.delay)
-        self._stored(batch, (layer,))
-        self._counters.queries += batch.vectors
-        self._counters.vectors_stored += batch.vectors
+        self._computed(batch, (layer,))
         return Advanced(message.epoch, message.batch, message.layer, out, time.perf_counter() - start_time)
 
     def settle(self) -> None:
@@ -235,6 +241,11 @@ class StatePool(LayerPool[StateBatch]):
         batch.missing.difference_update(layers)
         if not batch.missing:
             self.store.stored(batch.rows)
+
+    def _computed(self, batch: StateBatch, layers: Sequence[int]) -> None:
+        self._stored(batch, layers)
+        self._counters.queries += len(layers) * batch.vectors
+        self._counters.vectors_stored += len(layers) * batch.vectors
 
     def _refused(self, message: Layered | Fetch | FetchSample) -> ProtocolError:
         name = type(message).__name__

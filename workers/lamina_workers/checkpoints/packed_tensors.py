@@ -17,6 +17,7 @@ from lamina_workers.errors import ModelFileError, UnsupportedModelError
 EVERY = slice(None)
 # Kinds that the kernels do not have, and those that have the same numbers; of the others int8 is made.
 _SAME = {"MXFP4": "FP4", "Q3_K": "Q6_K"}
+_ALONE = {"Q4_K": "Q4_1", "Q5_K": "Q5_1"}  # whose blocks, but for what float16 rounds, can stand in another order
 READABLE = (
     *(kind for kind in BLOCKS if kind != "FP4"),
     *_SAME,
@@ -65,7 +66,7 @@ class PackedTensor(Protocol):
 class GgmlBlocks:
     """Rows of ggml's blocks of the kind `stored`. raw: uint8 `[n, bytes of a row]`, perhaps views of a file, one below
     the other; n_in: numbers of a row. order: the rows of raw that these are, int64 `[n_out]`; None: all. columns: the
-    numbers of a row that these are, in which order; None: all."""
+    numbers of a row that these are, in which order; None: all. Whole blocks stay what they are."""
 
     stored: str
     raw: tuple[torch.Tensor, ...]
@@ -75,9 +76,13 @@ class GgmlBlocks:
 
     @property
     def kind(self) -> str:
-        if self.columns is not None or (self.stored not in BLOCKS and self.stored not in _SAME):
-            return "int8"
-        return _SAME.get(self.stored, self.stored)
+        kind = _SAME.get(self.stored, self.stored)
+        if self.columns is not None:
+            kind = _ALONE.get(kind, kind)
+            blocks = self.columns.view(-1, BLOCK) if len(self.columns) % BLOCK == 0 else self.columns
+            in_blocks = blocks.ndim == 2 and torch.equal(blocks, blocks[:, :1] // BLOCK * BLOCK + torch.arange(BLOCK))
+            return kind if in_blocks and kind in BLOCKS and BLOCKS[kind][1] == BLOCK else "int8"
+        return kind if kind in BLOCKS else "int8"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -98,7 +103,11 @@ class GgmlBlocks:
     def pack(self, into: torch.Tensor) -> PackedMatrix:
         if self.kind == "int8":
             return quantize(self.floats(), 8, into)
-        return pack_blocks(self.kind, self._blocks(), into)
+        blocks = self._blocks()
+        if self.columns is not None:
+            alone = _alone(blocks, self.stored).view(len(blocks), self.n_in // BLOCK, -1)
+            blocks = alone[:, self.columns[::BLOCK] // BLOCK].flatten(1)
+        return pack_blocks(self.kind, blocks, into)
 
     def floats(self) -> torch.Tensor:
         if can_pack(_SAME.get(self.stored, self.stored), self.shape[0], self.n_in):
@@ -134,6 +143,29 @@ class GgmlBlocks:
         if not floats.isfinite().all():
             raise ValueError("a row has a scale that is not finite")
         return floats
+
+
+def _alone(rows: torch.Tensor, kind: str) -> torch.Tensor:
+    """Rows of blocks of 32: those of Q4_K or Q5_K as Q4_1 or Q5_1.
+
+    The former have d and dmin, 8 scales and 8 minima of 6 bits in 12 bytes, with Q5_K 32 bytes of fifth bits, and 32
+    bytes for each pair of blocks.
+    """
+    if kind not in _ALONE:
+        return rows
+    blocks = rows.reshape(-1, BLOCKS[kind][2])
+    first, second, third = blocks[:, 4:16].view(-1, 3, 4).unbind(1)
+    scales = torch.cat((first & 63, third & 15 | first >> 6 << 4), 1)
+    mins = torch.cat((second & 63, third >> 4 | second >> 6 << 4), 1)
+    factors = blocks[:, :4].contiguous().view(torch.float16).float()
+    pair = torch.stack((factors[:, :1] * scales, -factors[:, 1:] * mins), -1).half().view(torch.uint8)  # [n, 8, 4]
+    codes = blocks[:, -128:].reshape(-1, 4, 1, 32)
+    codes = torch.cat((codes & 15, codes >> 4), 2).view(-1, 8, 32)
+    parts = [pair, codes[..., :16] | codes[..., 16:] << 4]
+    if kind == "Q5_K":
+        bits = (blocks[:, 16:48].unsqueeze(1) >> torch.arange(8).view(8, 1) & 1).view(-1, 8, 4, 8)
+        parts.insert(1, (bits << torch.arange(8)).sum(-1).byte())
+    return torch.cat(parts, -1)
 
 
 def _from_mxfp4(blocks: torch.Tensor) -> torch.Tensor:

@@ -34,6 +34,7 @@ from lamina_kernels.dense.dense import (
 )
 from lamina_kernels.dense.steps import MAX_ROWS
 from lamina_kernels.dense_spans import Behind, Gate, Heads, Span, Spans, States
+from lamina_kernels.states.advance import StateWork
 from lamina_kernels.states.operands import StateConstants
 from lamina_workers.checkpoints.checkpoint import TensorSource
 from lamina_workers.checkpoints.weight_loader import UNPACKED, Packing
@@ -228,7 +229,8 @@ class StateReady:
     """The inputs of `layer`, which keeps a state. x: `[T, 2 * key_heads * d_k + heads * d_v]` in the decoder's dtype,
     in the order q, k, v, before the convolution; gates: float32 `[T, heads, g]`, as in `messages.Advance`.
 
-    In answer to it the driver sends the output, `[T, heads * d_v]`. `hidden` as in `KeyValueReady`.
+    In answer to it the driver sends the output, `[T, heads * d_v]`; or the batch's work at a holder in this process:
+    then the layers that it has and that follow one another are computed here. `hidden` as in `KeyValueReady`.
     """
 
     layer: int
@@ -243,7 +245,7 @@ Entering = tuple[torch.Tensor, ...]
 """What a span has made of the residual stream: q, k and v, or where q comes first the normed stream; the inputs of a
 state and its gates; of what leaves the last layer the logits, or the normed stream. Empty: nothing yet."""
 
-Forward = Generator[Event, torch.Tensor | None, torch.Tensor]
+Forward = Generator[Event, torch.Tensor | StateWork | None, torch.Tensor]
 
 
 class Decoder:
@@ -338,20 +340,35 @@ class Decoder:
         entering: Entering = ()
         if attended is None and not first_layer:
             hidden, entering = self._span(0, hidden, None, angles[0], query_first)
-        for index in range(first_layer, len(layers)):
+        index = first_layer
+        while index < len(layers):
             if attended is None:
                 if (state := layers[index].state) is None:
                     attended = yield from self._to_attention(index, hidden, angles[index], entering, query_first)
                 else:
                     x, gates = entering or state.inputs(layers[index].qkv, self._entering(layers[index], hidden))
-                    attended = yield StateReady(index, x, gates, hidden)
+                    answer = yield StateReady(index, x, gates, hidden)
+                    if isinstance(answer, StateWork):
+                        behind = index + 1
+                        while behind < len(layers) - 1 and behind in answer.places:
+                            behind += 1
+                        spans = self._spans[query_first] if behind < len(layers) and entering else None
+                        if spans is not None and answer.takes(x, gates, torch.get_num_threads()):
+                            of_states, inputs = range(index, behind), (x, gates)
+                            hidden, *results = spans.advance(of_states, hidden, inputs, answer, angles[behind])
+                            answer.stored([answer.places[layer] for layer in of_states])
+                            index, entering = behind, tuple(results)
+                            continue
+                        answer = answer.advance(index, x, gates)
+                    attended = answer
                 if attended is None:
                     raise ValueError(f"layer {index} needs the output that answers its last event, got None")
             if index == len(layers) - 1:  # past the last attention, only the sampled tokens matter, and the scored ones
                 if batch.scorer is not None:
                     self._score(batch.scorer, hidden, attended)
                 hidden, attended = hidden[batch.sampled], attended[batch.sampled]
-            hidden, entering = self._span(index + 1, hidden, attended, angles[index + 1], query_first)
+            index += 1
+            hidden, entering = self._span(index, hidden, attended, angles[index], query_first)
             attended = None
         gathered = self._gathered(logits := self._logits(hidden, entering))
         return logits.new_empty(0, self.config.vocab_size) if gathered is None else gathered

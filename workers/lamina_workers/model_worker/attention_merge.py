@@ -21,6 +21,7 @@ import torch
 
 from lamina_kernels.paged.pages import Pages
 from lamina_kernels.partial import Partial, empty, with_sinks
+from lamina_kernels.states.advance import StateWork
 from lamina_protocols.messages.layers import STATES, HolderConfig, LayerSpec
 from lamina_protocols.messages.pools import Pool, pools
 from lamina_protocols.messages.routes import Route, Span
@@ -126,7 +127,7 @@ class FreshAttention:
         return None if index is None else index.to(self._device)
 
 
-Pausing = Generator[Event | Waiting, torch.Tensor | None, torch.Tensor]
+Pausing = Generator[Event | Waiting, torch.Tensor | StateWork | None, torch.Tensor]
 """A forward pass that may itself wait before a layer, for an input that comes from elsewhere."""
 
 
@@ -260,9 +261,10 @@ class AttentionMerge:
         spans: Sequence[Span],
         routes: Mapping[Replies, Sequence[Route]],
         suspends: bool = True,
+        whole: bool = False,
     ) -> Suspended:
         """Drive `forward` to its end and return what it returns. `routes` has those of each holder concerned. Where q
-        is early it is sent alone, and the past is attended meanwhile.
+        is early it is sent alone, and the past is attended meanwhile. `whole`: it is a decoder's own, of all layers.
 
         Without `suspends` it waits for replies itself: there is nothing else to go on with, and asking takes time.
 
@@ -271,7 +273,9 @@ class AttentionMerge:
         """
         lane = self._idle.pop() if self._idle else self._lane()
         try:
-            logits = yield from lane.staging.driven(self._run(lane, forward, (epoch, batch), spans, routes, suspends))
+            logits = yield from lane.staging.driven(
+                self._run(lane, forward, (epoch, batch), spans, routes, suspends, whole)
+            )
             return logits
         finally:
             self._idle.append(lane)
@@ -292,6 +296,7 @@ class AttentionMerge:
         spans: Sequence[Span],
         routes: Mapping[Replies, Sequence[Route]],
         suspends: bool,
+        whole: bool,
     ) -> Suspended:
         times = Times()
         of_pools = [
@@ -304,7 +309,7 @@ class AttentionMerge:
             if n in lane.pools:
                 runs[n] = self._pool_run(lane, n, ids, spans, of_pool, times)
             else:
-                states[n] = self._state_exchange(lane, n, ids, spans, of_pool, times)
+                states[n] = self._state_exchange(lane, n, ids, spans, of_pool, times, whole)
         all_compiled: dict[int, CompiledExchange | None] = {}  # by pool
         try:
             event = next(forward)
@@ -327,6 +332,9 @@ class AttentionMerge:
                 lane.staging.turn()
                 pool, within = self._places[event.layer]
                 if isinstance(event, StateReady):
+                    if (work := states[pool].work) is not None:
+                        event = forward.send(work)
+                        continue
                     answering = states[pool].advance(event, suspends)
                 else:
                     run, compiled = runs[pool], all_compiled[pool]
@@ -386,6 +394,7 @@ class AttentionMerge:
         spans: Sequence[Span],
         routes: Mapping[Replies, Sequence[Route]],
         times: Times,
+        whole: bool,
     ) -> StateExchange:
         """Begin a batch in the layers of one pool of states."""
         spec = self._pools[number].config.layers[0]
@@ -396,7 +405,8 @@ class AttentionMerge:
                 way = DIRECT if self._is_direct(replies) else lane.staging
                 holders.append(StateHolder(spec, way, self._patience, replies, spans, routed))
                 _be_patient(replies, holders[-1].timeout)
-        return StateExchange(ids, holders, times, self._watch)
+        work = holders[0].work(ids[1], number) if whole and len(holders) == 1 else None
+        return StateExchange(ids, holders, times, self._watch, work)
 
     def _is_direct(self, replies: Replies) -> bool:
         """Whether a holder is on the model's device, so that nothing is copied."""

@@ -174,7 +174,7 @@ class SlicedBatch:
                 logits: torch.Tensor = stop.value
                 return logits
             attention_output = yield event
-            if attention_output is None or event.hidden is None:
+            if not isinstance(attention_output, torch.Tensor) or event.hidden is None:
                 raise ValueError(f"layer {event.layer} cannot be cut behind its attention: a part of it is missing")
             self._result_context = Context(event.hidden.cpu(), attention_output.flatten(1).cpu())
             forward.close()

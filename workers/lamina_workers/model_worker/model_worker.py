@@ -211,7 +211,7 @@ class ModelWorker:
             scorer = PromptScorer(work.scored, self._decoder.config.vocab_size, self._decoder.device)
         try:
             forward = self._decoder.forward(self._to_device(work, scorer), query_first=first)
-            logits = yield from self._run(forward, work, batch, routes, suspends)
+            logits = yield from self._run(forward, work, batch, routes, suspends, whole=True)
             return logits, () if scorer is None else scorer.scores
         finally:
             self.forget(batch, shares)
@@ -266,8 +266,9 @@ class ModelWorker:
         batch: int,
         routes: Mapping[Replies, Sequence[Route]],
         suspends: bool,
+        whole: bool = False,
     ) -> Generator[Waiting, None, torch.Tensor]:
-        logits = yield from self._merge.run(forward, self._epoch, batch, work.spans, routes, suspends)
+        logits = yield from self._merge.run(forward, self._epoch, batch, work.spans, routes, suspends, whole)
         for replies, routed in routes.items():
             if any(route.row.read is not None for route in routed):
                 replies.computed()

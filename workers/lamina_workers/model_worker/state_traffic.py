@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from lamina_kernels.states.advance import StateWork
 from lamina_kernels.states.operands import StateConstants
 from lamina_protocols.messages.layers import LayerSpec
 from lamina_protocols.messages.messages import Advance, Advanced, Constants
@@ -65,6 +66,11 @@ class StateHolder:
         self._vectors = sum((piece.tokens.stop - piece.tokens.start) * piece.n_heads for piece in self._pieces)
         self.timeout = patience + self._vectors * _STEPS * spec.d_k * spec.d_v / _SLOWEST
 
+    def work(self, batch: int, pool: int) -> StateWork | None:
+        """The batch's work in the pool, where the holder is in this process and has all heads."""
+        computing = self.replies.computing
+        return computing.state_work(batch, pool) if computing is not None and self._all else None
+
     def send(self, epoch: int, batch: int, state: StateReady) -> None:
         """Send what the holder needs of a layer's inputs. Raises HolderLost."""
         x, gates = self._flat(state.x, "columns"), self._flat(state.gates, "heads")
@@ -110,7 +116,16 @@ class StateHolder:
 class StateExchange:
     """A batch at all holders of one pool of states, one layer after the other; counts the time into `times`."""
 
-    def __init__(self, ids: tuple[int, int], holders: Sequence[StateHolder], times: Times, watch: Stopwatch) -> None:
+    def __init__(
+        self,
+        ids: tuple[int, int],
+        holders: Sequence[StateHolder],
+        times: Times,
+        watch: Stopwatch,
+        work: StateWork | None = None,
+    ) -> None:
+        self.work = work
+        """What the model can do itself, without messages."""
         self._epoch, self._batch = ids
         # A holder here computes while it is sent to: the others are asked first, and compute meanwhile.
         self._holders = sorted(holders, key=lambda holder: holder.here)

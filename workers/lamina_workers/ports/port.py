@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 
 from lamina_kernels.exchange.layer_work import LayerWork
+from lamina_kernels.states.advance import StateWork
 from lamina_protocols.channels.channels import Channel
 from lamina_protocols.channels.versions import FEATURES
 from lamina_protocols.errors import LaminaError, ProtocolError
@@ -176,6 +177,9 @@ class ComputingPort(Protocol):
 
     def works(self, batch: int) -> Sequence[LayerWork | None]:
         """The work of a batch that was just accepted in the layers of each pool; None where it needs Python."""
+
+    def state_work(self, batch: int, pool: int) -> StateWork | None:
+        """Its work in the layers of a pool of states; None where messages are needed."""
 
     def worked(self, batch: int, pool: int, layers: range, work: LayerWork) -> None:
         """These layers of it are done, by their numbers within the pool."""
@@ -398,6 +402,9 @@ class LocalAttention:
     def layer_work(self, batch: int, pool: int) -> LayerWork | None:
         """The work of a batch that was just accepted in the layers of one pool; None where it needs Python."""
         return self._worker.layer_work(batch, pool) if enabled() else None
+
+    def state_work(self, batch: int, pool: int) -> StateWork | None:
+        return self._worker.state_work(batch, pool) if enabled() else None
 
     def worked(self, batch: int, pool: int, layers: range, work: LayerWork) -> None:
         self._worker.worked(batch, pool, layers, work)
