@@ -114,8 +114,9 @@ class EngineConfig:
     `policy` does not choose. They take a part of `kv_memory`."""
     speculate: str | Path | None = None
     """What proposes drafts, the next tokens of each sequence, which the model verifies together: "ngram" for what
-    followed the same tokens earlier in the text, or a smaller model of the same vocabulary (an alias, a folder, a GGUF
-    file or a hub id). The text stays the same. None: nothing does."""
+    followed the same tokens earlier in the text, "mtp" for the head for a token more that some models have, or a
+    smaller model of the same vocabulary (an alias, a folder, a GGUF file or a hub id). The text stays the same. None:
+    nothing does."""
     num_speculative_tokens: int | None = None
     """The most drafts of a sequence in a step, 1 to 16; as many are made as pay by what is measured. None: 8."""
     rope_scaling: Mapping[str, Any] | None = None
@@ -188,7 +189,7 @@ class EngineConfig:
             ("journal", "a folder, or None"),
             ("kv_cold", "a folder on a disk, or None"),
             ("policy", '"auto", a policy, or a file ending in .toml'),
-            ("speculate", '"ngram", a model, or None'),
+            ("speculate", '"ngram", "mtp", a model, or None'),
         ):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (str, Path)) and str(value).strip()):

@@ -24,6 +24,8 @@ from lamina_workers.errors import faults
 from lamina_workers.model_worker.interface import BatchWork, Waiting, Workers
 
 if TYPE_CHECKING:
+    import torch
+
     from lamina.text.structured_output import Constraint
     from lamina_workers.parallel.peers import Peer
 
@@ -32,7 +34,7 @@ logger = logging.getLogger("lamina")
 
 @dataclass(frozen=True, slots=True)
 class BatchParts:
-    """The parts of an engine that its batches go through. `clock`: seconds."""
+    """The parts of an engine that its batches go through. `clock`: seconds. `hears`: hidden states are wanted."""
 
     worker: Workers[Peer]
     control: ControlPlane
@@ -42,6 +44,7 @@ class BatchParts:
     stats: EngineStats
     observers: tuple[BatchObserver, ...]
     clock: Callable[[], float]
+    hears: bool = False
 
 
 class Batch:
@@ -61,6 +64,7 @@ class Batch:
         self._requests = {row.sequence: registry.requests[row.sequence.request.id] for row in step.rows}
         self._histories = {s: history for s in self._requests if (history := registry.histories.get(s)) is not None}
         self._since = 0.0
+        self._hidden: list[torch.Tensor] | None = [] if parts.hears else None
 
     def _run(self) -> Generator[Waiting, None, None]:
         self._since = self._parts.clock()
@@ -108,7 +112,7 @@ class Batch:
         parts = self._parts
         parts.registry.scheduled(self._requests)
         with faults():
-            work = batch_work(plan.rows, self._requests, self._histories, parts.registry.constraints)
+            work = batch_work(plan.rows, self._requests, self._histories, parts.registry.constraints, self._hidden)
             lanes = parts.control.tuner.lanes
             return (yield from parts.worker.execute(work, number, self.step.batches, lanes > 1))
 
@@ -132,6 +136,7 @@ class Batch:
             times=parts.worker.times,
             attended=parts.worker.attention_seconds,
             now=now,
+            hidden=self._hidden,
         )
         for observer in parts.observers:
             observer.batch_done(done)
@@ -147,10 +152,11 @@ def batch_work(
     requests: Mapping[ScheduledSequence, EngineRequest],
     histories: Mapping[ScheduledSequence, TokenHistory],
     constraints: Mapping[ScheduledSequence, Constraint],
+    hidden: list[torch.Tensor] | None = None,
 ) -> BatchWork:
     """What the model worker computes for these rows: tokens, positions, and how each row samples. `requests` has every
     row's sequence, `histories` the sequences with penalties, `constraints` those with constrained text; these have
-    foreseen what may come after their drafts."""
+    foreseen what may come after their drafts. `hidden`: see `BatchWork`."""
     token_ids: list[int] = []
     scored: list[PromptTokens] = []
     sampled: list[int] = []
@@ -169,7 +175,7 @@ def batch_work(
         token_ids += row.drafts
     spans = tuple(Span(row.start, row.count, row.sequence.request.policy) for row in rows)
     prompts = tuple(len(row.sequence.request.prompt) for row in rows)
-    return BatchWork(spans, prompts, token_ids, tuple(sampled), tuple(sampling), tuple(scored))
+    return BatchWork(spans, prompts, token_ids, tuple(sampled), tuple(sampling), tuple(scored), hidden)
 
 
 def _scored(row: PlannedRow, params: SamplingParams, first: int) -> PromptTokens:

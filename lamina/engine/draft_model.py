@@ -10,6 +10,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from lamina.engine.drafting import Wanted
 from lamina.kv.request import ScheduledSequence
 from lamina.messages.engine_request import EngineRequest
@@ -25,6 +27,7 @@ logger = logging.getLogger("lamina")
 LOCAL = 0  # the number of the draft model's one holder
 CHUNK = 512  # tokens that are read in a call, besides those that were sampled since the last one
 _TRIES = 3  # failures in a row, after which there are no drafts any more
+Piece = tuple[Wanted, list[int], bool]  # tokens of a sequence that are read in a call, and whether these are all
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,7 @@ class DraftModel:
 
 
 @dataclass(slots=True)
-class _Read:
+class Read:
     """What the draft model has read of a sequence. `fed` has KV; it begins with the first `same` tokens of the
     sequence, then come drafts, which may not have become tokens. `call` is the number of the last call with it."""
 
@@ -65,7 +68,7 @@ class DraftModelProposer:
 
     def __init__(self, model: DraftModel) -> None:
         self._model = model
-        self._read: dict[ScheduledSequence, _Read] = {}
+        self._read: dict[ScheduledSequence, Read] = {}
         self._operations: list[Operation] = []  # for the holder, not accepted yet
         self._accepted = 0
         self._handle = 0
@@ -104,17 +107,12 @@ class DraftModelProposer:
                     going.append(want)
             unread = [(want, drafts[want.sequence][-1:], True) for want in going]
 
-    def _unread(self, wanted: Sequence[Wanted]) -> list[tuple[Wanted, list[int], bool]]:
+    def _unread(self, wanted: Sequence[Wanted]) -> list[Piece]:
         """For each sequence the tokens that are to be read now, and whether these are all: short ones first, of which
         several fit into a chunk."""
-        pieces, budget = [], CHUNK
-        for want in wanted:
-            tokens = want.sequence.tokens
-            read = self._read.get(want.sequence) or self._open(want.sequence)
-            read.call = self._call
-            read.cut(tokens)
-            if max(piece := tokens[read.same :]) < self._model.vocabulary:
-                pieces.append((want, piece))
+        budget = CHUNK
+        texts = [(want, self._piece(want.sequence)) for want in wanted]
+        pieces = [(want, piece) for want, piece in texts if piece and max(piece) < self._model.vocabulary]
         chosen = []
         for want, piece in sorted(pieces, key=lambda piece: len(piece[1])):
             count = len(piece) if len(piece) <= want.depth + 2 else min(len(piece), budget)
@@ -123,18 +121,25 @@ class DraftModelProposer:
                 chosen.append((want, piece[:count], count == len(piece)))
         return chosen
 
-    def _open(self, sequence: ScheduledSequence) -> _Read:
+    def _piece(self, sequence: ScheduledSequence) -> list[int]:
+        """The tokens of a sequence that are to be read."""
+        read = self._read.get(sequence) or self._open(sequence)
+        read.call = self._call
+        read.cut(sequence.tokens)
+        return sequence.tokens[read.same :]
+
+    def _open(self, sequence: ScheduledSequence) -> Read:
         self._handle += 1
-        read = self._read[sequence] = _Read(self._handle)
+        read = self._read[sequence] = Read(self._handle)
         for pool, heads in enumerate(self._model.heads):
             self._operations.append(Open(self._part(read, pool), pool, tuple(range(heads)), 0, self._model.context))
         return read
 
-    def _part(self, read: _Read, pool: int) -> int:
+    def _part(self, read: Read, pool: int) -> int:
         return read.handle * len(self._model.heads) + pool
 
     def _run(
-        self, pieces: Sequence[tuple[Wanted, list[int], bool]], drafts: Mapping[ScheduledSequence, list[int]]
+        self, pieces: Sequence[Piece], drafts: Mapping[ScheduledSequence, list[int]]
     ) -> list[tuple[Wanted, int | None]]:
         """Read these tokens of each sequence, and draw a token where they are all. Fewer are drawn where the memory is
         full."""
@@ -165,13 +170,21 @@ class DraftModelProposer:
             token_ids,
             tuple(position for _, position in drawing),
             tuple(sampling(want.request, want.sequence, len(drafts[want.sequence])) for want, _ in drawing),
+            hidden=self._given(pieces),
         )
         sampled = result(worker.execute(work, batch, share, suspends=False))
         for read, (_, ids, _) in zip(reads, pieces, strict=True):
             read.fed += ids
+        self._taken(pieces, work.hidden)
         return [(want, token) for (want, _), token in zip(drawing, sampled.tokens, strict=True)]
 
-    def _routes(self, pieces: Sequence[tuple[Wanted, list[int], bool]]) -> list[Route]:
+    def _given(self, pieces: Sequence[Piece]) -> list[torch.Tensor] | None:
+        """What gets hidden states: nothing."""
+
+    def _taken(self, pieces: Sequence[Piece], hidden: list[torch.Tensor] | None) -> None:
+        """These pieces are read."""
+
+    def _routes(self, pieces: Sequence[Piece]) -> list[Route]:
         routes = []
         for pool, heads in enumerate(self._model.heads):
             for source, (want, ids, _) in enumerate(pieces):

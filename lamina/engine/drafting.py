@@ -10,16 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 from lamina.engine.masks import MaskAdvance, Masks
 from lamina.engine.observers import EngineStats
-from lamina.kv.request import Outcome, Plan, ScheduledSequence
+from lamina.kv.request import Outcome, Plan, PlannedRow, ScheduledSequence
 from lamina.messages.engine_request import EngineRequest
 from lamina.scheduling.scheduler import before_the_end
 from lamina.scheduling.speculation import Speculation, SpeculationCounts
 
 if TYPE_CHECKING:
+    import torch
+
     from lamina.engine.observers import BatchDone
     from lamina.engine.request_registry import RequestRegistry
 
@@ -43,6 +45,14 @@ class Proposer(Protocol):
 
     def ended(self, sequence: ScheduledSequence) -> None:
         """Forget a sequence. Harmless for one that is not known. It may come back, with other tokens."""
+
+
+@runtime_checkable
+class Hearing(Proposer, Protocol):
+    """A proposer that is told what the model has computed."""
+
+    def computed(self, rows: Sequence[PlannedRow], hidden: torch.Tensor) -> None:
+        """A batch of these rows is recorded; `hidden` is what entered the head, of all its tokens, `[T, hidden]`."""
 
 
 LONGEST = 3  # tokens of an n-gram that are looked for
@@ -144,6 +154,11 @@ class Drafting:
         return self._proposer is not None and self._speculation is not None
 
     @property
+    def hears(self) -> bool:
+        """Whether hidden states are wanted."""
+        return self.on and isinstance(self._proposer, Hearing)
+
+    @property
     def counts(self) -> SpeculationCounts | None:
         return None if self._speculation is None else self._speculation.counts
 
@@ -191,6 +206,8 @@ class Drafting:
                 request.accepted += accepted
 
     def batch_done(self, done: BatchDone) -> None:
+        if done.hidden and isinstance(self._proposer, Hearing):
+            self._proposer.computed(done.plan.rows, done.hidden[-1])
         last, drafting = self._last, self._took
         self._last, self._took = done.now - self._stats.idle_seconds, 0.0
         if self._speculation is None or last is None or done.prefill or not done.sampled:

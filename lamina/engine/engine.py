@@ -181,6 +181,7 @@ class Engine:
             stats=self._stats,
             observers=(self._failures, self._stats, self._tiering, self._drafting, *spares),
             clock=clock,
+            hears=self._drafting.hears,
         )
 
     # Any thread.

@@ -20,6 +20,8 @@ from lamina_protocols.messages.messages import Announced, Usage
 from lamina_workers.ports.timing import Link, Times
 
 if TYPE_CHECKING:
+    import torch
+
     from lamina.engine.holders import HolderChange
     from lamina.scheduling.control_plane import Step
 
@@ -230,7 +232,7 @@ class BatchDone:
     `outputs` are by request id. `prompt_tokens` counts computed tokens of prompts, `sampled` the sampled tokens.
     `running` counts the sequences with KV, before the batch was recorded. `local_tokens` and `remote_tokens` are the
     tokens of KV that it read in either tier. `times` is what its attention took, `attended`
-    the seconds of attention of all batches so far, `now` its end by the engine's clock.
+    the seconds of attention of all batches so far, `now` its end by the engine's clock. `hidden`: see `BatchWork`.
     """
 
     plan: Plan
@@ -243,6 +245,7 @@ class BatchDone:
     times: Times
     attended: float
     now: float
+    hidden: Sequence[torch.Tensor] | None = None
 
     @property
     def prefill(self) -> bool:

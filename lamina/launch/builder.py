@@ -236,7 +236,7 @@ def assemble(
     prepare_kernels(sizes.ranks[0], sizes.dtype, (sizes.device, sizes.attention_device), progress)
     weights = files.weights(sizes.dtype, sizes.packing, sizes.device, Shard(0, config.ranks), progress)
     worker = _model_workers(files, sizes, pools, config, weights)
-    proposer = load_proposer(drafts, sizes, config, progress)
+    proposer = load_proposer(drafts, sizes, config, progress, weights)
     holders = {
         rank: Holder(page_counts(holder, sizes.attention_device), fused=True, rank=rank)
         for rank, holder in enumerate(sizes.ranks)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 
 from lamina.models.gguf_architectures import LONG_FACTORS, ROPE_FACTORS, Architecture
 from lamina.models.gguf_files import GgufFile, GgufTensor
 from lamina_workers.checkpoints.gguf_checkpoint import FLOATS, GgufEntry, GgufPart
 from lamina_workers.checkpoints.packed_tensors import READABLE
+from lamina_workers.decoder.mtp import mtp_config, mtp_shapes, name_behind
 from lamina_workers.decoder.weight_names import CHOICE_BIAS, norm_names, tensor_shapes
 from lamina_workers.errors import ModelFileError, UnsupportedModelError
 from lamina_workers.model_config.config import ModelConfig
@@ -44,6 +46,7 @@ _STEMS = {
     "out_proj": "ssm_out",
     "conv1d": "ssm_conv1d",
 } | {f"{part}_conv1d": f"ssm_conv1d_{part}" for part in "qkv"}
+_STEMS |= {name: f"nextn.{name}" for name in ("eh_proj", "enorm", "hnorm")} | {"norm": "nextn.shared_head_norm"}
 _STEMS |= {f"{gate}_{end}_proj": f"ssm_{gate}_{end}" for gate in "fg" for end in "ab"}
 _INDEX = {"wq_b": "attn_q_b", "wk": "attn_k", "weights_proj": "proj", "k_norm": "k_norm"}
 _ALONE = {"A_log": "ssm_a", "D": "ssm_d", "dt_bias": "ssm_dt.bias", "sinks": "attn_sinks.weight"}
@@ -61,6 +64,9 @@ def entries(file: GgufFile, architecture: Architecture, model: ModelConfig) -> d
     check_kinds(file)
     layout = _Layout(file, architecture, model)
     result = {name: layout.entry(name, shape) for name, shape in tensor_shapes(model).items()}
+    if f"blk.{model.num_hidden_layers}.nextn.eh_proj.weight" in file.tensors:
+        with suppress(ModelFileError):  # a head of another kind is not needed
+            result |= layout.head()
     for name in sorted(file.tensors.keys() - layout.read - {ROPE_FACTORS, *LONG_FACTORS.values()}):
         match = _BLOCK.match(name)
         if match is None or int(match[1]) < model.num_hidden_layers:  # those behind predict further tokens
@@ -125,6 +131,11 @@ class _Layout:
         if last in ("in_proj_qkv", "conv1d") and self._tiles() and kind == "weight":
             return self._with_values(source, shape)
         return self._plain(source, shape, last)
+
+    def head(self) -> dict[str, GgufEntry]:
+        """What a head for a token more (MTP) is made of, under its names behind the last layer."""
+        shapes = {name_behind(self._model, name): shape for name, shape in mtp_shapes(mtp_config(self._model)).items()}
+        return {name: self.entry(name, shape) for name, shape in shapes.items()}
 
     def _stem(self, module: str) -> str:
         """What a map or a norm of a layer is called."""

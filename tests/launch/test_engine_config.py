@@ -31,7 +31,7 @@ from lamina_protocols.messages.layers import ColdTier
         ("worker_linger", True, "0 to 3600 seconds"),
         ("journal", " ", "a folder, or None"),
         ("policy", 3, "a file ending in .toml"),
-        ("speculate", " ", '"ngram", a model, or None'),
+        ("speculate", " ", '"ngram", "mtp", a model, or None'),
         ("num_speculative_tokens", 17, "from 1 to 16"),
         ("device", "tpu", "cpu"),
         ("threads", 0, "from 1 to 1024"),

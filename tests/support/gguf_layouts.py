@@ -79,7 +79,10 @@ def other_name(name: str) -> str:
     """What newer versions of the library know."""
     part = re.fullmatch(r"model\.layers\.(\d+)\.mlp\.fc([12])_latent_proj\.weight", name)
     if part is None:
-        raise KeyError(name)
+        head = re.fullmatch(r"model\.layers\.(\d+)\.(eh_proj|enorm|hnorm|shared_head\.norm)\.weight", name)
+        if head is None:
+            raise KeyError(name)
+        return f"blk.{head[1]}.nextn.{head[2].replace('.', '_')}.weight"
     return f"blk.{part[1]}.ffn_latent_{'down' if part[2] == '1' else 'up'}.weight"
 
 

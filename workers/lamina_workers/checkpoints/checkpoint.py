@@ -71,11 +71,12 @@ def check_tensors(source: TensorSource, wanted: dict[str, tuple[int, ...]], igno
 
 
 class Renamed:
-    """The tensors of `source`, by other names: the parts of names in `renamed` are called what stands there."""
+    """The tensors of `source` whose names begin with `prefix`, by other names: the parts of names in `renamed` are
+    called what stands there."""
 
-    def __init__(self, source: TensorSource, renamed: Mapping[str, str]) -> None:
+    def __init__(self, source: TensorSource, renamed: Mapping[str, str], prefix: str = "") -> None:
         self._source = source
-        self._published = {_renamed(name, renamed): name for name in source.names()}
+        self._published = {_renamed(name, renamed): name for name in source.names() if name.startswith(prefix)}
 
     def names(self) -> Iterable[str]:
         return self._published

@@ -285,8 +285,8 @@ def load_weights(
     ignored = {name for name in source.names() if re.fullmatch(config.family.unread, name)}
     if config.tie_word_embeddings:
         ignored.add(f"{HEAD}.weight")
-    if config.family.groups:  # layers behind the last one predict further tokens, and are not used here
-        behind = f"model.layers.{config.num_hidden_layers}."
+    behind = f"model.layers.{config.num_hidden_layers}."  # a layer there predicts further tokens: see `mtp`
+    if config.family.groups or f"{behind}eh_proj.weight" in source.names():
         ignored |= {name for name in source.names() if name.startswith(behind)}
     check_tensors(source, published_shapes(config, shapes), ignored)
     if config.moe is not None and config.moe.stacked:
@@ -308,7 +308,7 @@ def load_weights(
         name = f"{EMBEDDING}.weight"
         packed = load.matrix(name, looked_up)
         embedding = load.lookup(name, looked_up) if packed is None else packed
-    layers = tuple(_load_mixers(config, load, shard, shape))
+    layers = tuple(load_mixers(config, load, shard, shape))
     load.report()
     return DecoderWeights(embedding, layers, load.norm(NORM, config.family.norm_offset), head)
 
@@ -350,7 +350,8 @@ def _kept_shapes(config: ModelConfig, shard: Shard, shape: RankShape) -> list[Se
     return [*tensor_shapes(small).values(), *routers, *pieces]
 
 
-def _load_mixers(config: ModelConfig, load: Loader, shard: Shard, shape: RankShape) -> list[MixerWeights]:
+def load_mixers(config: ModelConfig, load: Loader, shard: Shard, shape: RankShape) -> list[MixerWeights]:
+    """The rank's part of all layers."""
     mixers: list[MixerWeights] = []
     for layer, kinds in enumerate(config.mixers):
         before, behind = (

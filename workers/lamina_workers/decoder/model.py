@@ -187,6 +187,7 @@ class Batch:
     token_ids, positions: int64 `[T]`. sampled: int64 `[S]`, indices into the T tokens whose logits are wanted.
     rope_lengths: int64 `[T]`, per token the larger of its sequence's prompt length and its position + 1; needed where
     RoPE is `by_length`, else None. All on the decoder's device. `scorer` gets the tokens of prompts that are scored.
+    `hidden`, where it is a list, gets what enters the head, of all tokens, `[T, hidden_size]`.
     """
 
     token_ids: torch.Tensor
@@ -194,6 +195,7 @@ class Batch:
     sampled: torch.Tensor
     rope_lengths: torch.Tensor | None = None
     scorer: PromptScorer | None = None
+    hidden: list[torch.Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,10 +368,14 @@ class Decoder:
             if index == len(layers) - 1:  # past the last attention, only the sampled tokens matter, and the scored ones
                 if batch.scorer is not None:
                     self._score(batch.scorer, hidden, attended)
-                hidden, attended = hidden[batch.sampled], attended[batch.sampled]
+                if batch.hidden is None:
+                    hidden, attended = hidden[batch.sampled], attended[batch.sampled]
             index += 1
             hidden, entering = self._span(index, hidden, attended, angles[index], query_first)
             attended = None
+        if batch.hidden is not None:
+            batch.hidden.append(self._norm(hidden, self._weights.norm))
+            hidden, entering = hidden[batch.sampled], tuple(part[batch.sampled] for part in entering)
         gathered = self._gathered(logits := self._logits(hidden, entering))
         return logits.new_empty(0, self.config.vocab_size) if gathered is None else gathered
 

@@ -64,7 +64,7 @@ Suspended = Generator[Waiting, None, torch.Tensor]
 class BatchWork:
     """The tokens of a batch. `prompts`: the length of each span's prompt. token_ids: all spans' ids, one after the
     other. `sampled` are indices into them whose next token is wanted, `sampling` says how, one entry each. `scored` are
-    tokens of prompts that are scored."""
+    tokens of prompts that are scored. `hidden`: see `Batch`; a rank of one alone fills it."""
 
     spans: tuple[Span, ...]
     prompts: tuple[int, ...]
@@ -72,6 +72,7 @@ class BatchWork:
     sampled: tuple[int, ...]
     sampling: tuple[RowSampling, ...]
     scored: tuple[PromptTokens, ...] = ()
+    hidden: list[torch.Tensor] | None = None
 
 
 class Seat(NamedTuple):

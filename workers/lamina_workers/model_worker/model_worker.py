@@ -374,4 +374,5 @@ class ModelWorker:
             sampled=torch.tensor(work.sampled, dtype=torch.int64, device=device),
             rope_lengths=rope_lengths,
             scorer=scorer,
+            hidden=work.hidden,
         )
