@@ -105,7 +105,7 @@ def main() -> None:
         print(*table(peers, notes=True), "", sep="\n", flush=True)
         print(*head(), sep="\n", flush=True)
     cells = []
-    with ProgressBars(lines=True) as progress:
+    with ProgressBars() as progress:
         for cell in evaluation(traces, load(), progress):
             cells.append(cell)
             if not args.json:

@@ -5,6 +5,7 @@ Imports neither torch nor the HTTP libraries: only the processes that it starts 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +20,17 @@ from lamina.errors import InvalidRequest
 from lamina.joining.pairing import JOIN_PORT
 from lamina.server.http.api_keys import keys_from_environment, keys_from_file
 from lamina.system.child_process import KEY_VARIABLE
+from lamina.system.logs import FORMATS, LEVELS, configure
 from lamina.system.machine import kv_share, this_machine
 from lamina_protocols.channels.channels import AddressError, is_loopback, split_address
 
 if TYPE_CHECKING:
     from lamina.server.processes.server_plan import JoinPlan
     from lamina.server.settings import ServerSettings
+
+
+_messages = logging.getLogger("lamina.server")
+_messages.setLevel(logging.INFO)  # whatever the log level
 
 
 def _server_option(help: str, *names: str, **more: Any) -> Any:
@@ -83,7 +89,8 @@ class ServerOptions:
             metavar="HOST:PORT",
         ),
     ] = None
-    log_level: Annotated[str, _server_option("error, warning, info or debug.")] = "warning"
+    log_level: Annotated[str, _server_option("error, warning, info or debug.")] = "info"
+    log_format: Annotated[str, _server_option("Log lines as text or as json.")] = "text"
     otlp_traces_endpoint: Annotated[
         str | None, _server_option("Where OpenTelemetry traces go, such as http://host:4318/v1/traces.")
     ] = None
@@ -101,7 +108,6 @@ class ServerOptions:
     def settings(self, models: Sequence[str]) -> ServerSettings:
         """The settings of the HTTP side for models of these names. Raises InvalidRequest for values that are not
         allowed."""
-        from lamina.server.processes.child_protocol import LEVELS
         from lamina.server.settings import ServerSettings
 
         keys = [*(self.api_key or []), *keys_from_environment(), *keys_from_file(self.api_key_file)]
@@ -117,6 +123,8 @@ class ServerOptions:
             raise InvalidRequest(f"drain_timeout is {self.drain_timeout}; allowed are 0 to 86400 seconds")
         if self.log_level not in LEVELS:
             raise InvalidRequest(f"log_level is {self.log_level!r:.80}; allowed are {', '.join(LEVELS)}")
+        if self.log_format not in FORMATS:
+            raise InvalidRequest(f"log_format is {self.log_format!r:.80}; allowed are {', '.join(FORMATS)}")
         names = [*(self.served_model_name or models[:1])]
         if self.served_model_name and len(models) > 1:
             raise InvalidRequest(
@@ -167,7 +175,8 @@ def serve(
         raise InvalidRequest(
             f"max_loaded is {settings.max_loaded} beside attention workers, which serve one; allowed is 1"
         )
-    with ProgressBars() as progress:
+    configure("server", server.log_level, server.log_format)
+    with ProgressBars(_say, quiet=0) as progress:
         plan = ServerPlan(
             models=dict(zip(settings.models, (source for _, source in sources), strict=True)),
             settings=settings,
@@ -176,6 +185,7 @@ def serve(
             drain=server.drain_timeout,
             journal=not server.no_journal and config.cluster is None,
             log_level=server.log_level,
+            log_format=server.log_format,
             joining=_joining(server, config, settings),
             **_workers(config, keywords, settings.max_loaded),
         )
@@ -192,7 +202,7 @@ def _named(text: str) -> tuple[str, str]:
 
 
 class _Terminal:
-    """The supervisor's progress and messages, on stderr."""
+    """The supervisor's progress and messages, on stderr. Messages are few, so no level hides them."""
 
     def __init__(self, progress: ProgressBars) -> None:
         self._progress = progress
@@ -202,7 +212,11 @@ class _Terminal:
 
     def said(self, message: str) -> None:
         self._progress.hide()
-        typer.echo(message, err=True)
+        _say(message)
+
+
+def _say(message: str) -> None:
+    _messages.info("%s", message)
 
 
 def _workers(config: EngineConfig, keywords: Mapping[str, Any], max_loaded: int) -> dict[str, Any]:

@@ -257,7 +257,7 @@ def plan(asked: PlanOptions) -> None:
     if asked.behind is not None:
         _weigh(asked, asked.behind, request)
         return
-    with ProgressBars(lines=True) as progress:
+    with ProgressBars(quiet=0) as progress:
         planned = make_plan(
             request, check=asked.verify, seed=asked.seed, why=asked.why, progress=progress, mapped=on_all_cores
         )
@@ -301,7 +301,7 @@ def _weigh(asked: PlanOptions, engine: str, request: PlanRequest) -> None:
     from lamina.simulator.costs import hardware as catalogues
     from lamina.simulator.planning.behind import weigh
 
-    with ProgressBars(lines=True) as progress:
+    with ProgressBars(quiet=0) as progress:
         weighed = weigh(request, engine, check=asked.verify, seed=asked.seed, progress=progress, mapped=on_all_cores)
     if asked.as_json:
         print_json(weighed_record(weighed))
@@ -391,7 +391,7 @@ def simulate(asked: SimulateOptions) -> None:
         trace = all_at_once(trace) if math.isinf(rate) else at_rate(trace, rate)
     if asked.users is not None:
         trace = closed_loop(trace, asked.users, asked.think)
-    with ProgressBars(lines=True) as progress:
+    with ProgressBars(quiet=0) as progress:
         results = compare(
             systems,
             trace,
@@ -431,7 +431,7 @@ def calibrate_hardware(
     def keep(calibration: Calibration) -> None:
         write_text(out, calibration.dumps())
 
-    with ProgressBars(lines=True) as progress:
+    with ProgressBars(quiet=0) as progress:
         calibration = calibrate(
             model, progress, quick, date=date.today().isoformat(), price=price, power=power, keep=keep
         )
@@ -458,7 +458,7 @@ def _check(path: Path, asked: PlanOptions) -> None:
     if name != planned:
         typer.echo(f"{path}: its trace, {planned}, is not a published one; --trace {name} is served instead", err=True)
     trace = _arriving(name, asked, plan.slo)
-    with ProgressBars(lines=True) as progress:
+    with ProgressBars(quiet=0) as progress:
         result = check(path, trace, minutes=asked.minutes, progress=progress)
     if asked.as_json:
         figures = [

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -17,21 +17,28 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 
+QUIET = 2.0  # seconds that nobody minds to wait without a word
 _BETWEEN = 5.0  # seconds between two lines of progress
 MOST_BYTES = 64 << 20
 """Of one text that is read whole."""
 
 
+def write_line(text: str) -> None:
+    """A line to stderr, at once."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
 class ProgressBars:
     """A `progress(what, done, total)` callable that draws one bar for each `what` on stderr, if that is a terminal.
-    Elsewhere it says nothing or, with `lines`, a line when `what` changes and every few seconds.
+    Elsewhere `lines` gets a line when `what` changes and every few seconds, from `quiet` seconds after the start on.
 
     May be called from any thread. A bar goes when it is full; `hide()` takes all away, so that text can be written, and
     the next report brings them back.
     """
 
-    def __init__(self, lines: bool = False) -> None:
-        self._lines, self._last_line = lines, ("", 0.0)
+    def __init__(self, lines: Callable[[str], None] = write_line, quiet: float = QUIET) -> None:
+        self._lines, self._last_line, self._loud_at = lines, ("", 0.0), time.monotonic() + quiet
         self._lock = threading.Lock()
         self._enabled = sys.stderr.isatty()
         self._display: Progress | None = None
@@ -39,8 +46,7 @@ class ProgressBars:
 
     def __call__(self, what: str, done: int, total: int | None) -> None:
         if not self._enabled:
-            if self._lines:
-                self._say(what, done, total)
+            self._say(what, done, total)
             return
         with self._lock:
             if total is not None and done >= total:
@@ -61,12 +67,13 @@ class ProgressBars:
     def _say(self, what: str, done: int, total: int | None) -> None:
         with self._lock:
             before, time_before = self._last_line
-            now = time.monotonic()
-            if what == before and now < time_before + _BETWEEN and (total is None or done < total):
+            now, full = time.monotonic(), total is not None and done >= total
+            if what == before and now < time_before + _BETWEEN and not full:
+                return
+            if now < self._loud_at or (what != before and full):  # over at once: nobody waited
                 return
             self._last_line = what, now
-        sys.stderr.write(f"{what}: {done} of {total}\n" if total else f"{what}\n")
-        sys.stderr.flush()
+        self._lines(f"{what}: {done} of {total}" if total else what)
 
     def _draw(self, what: str, done: int, total: int | None) -> None:
         if self._display is None:

@@ -105,7 +105,8 @@ class Failures:
     def failed(self, batch: Batch, fault: HolderFault) -> None:
         """A batch cannot go on. It runs again, unless one of its requests is found to be to blame, and ends. Raises
         EngineError where the engine is to blame."""
-        logger.warning("a batch failed and runs again: %s", fault, exc_info=fault.__cause__)
+        trace = None if isinstance(fault, (HolderLost, RankLost)) else fault.__cause__  # a death is no bug
+        logger.warning("a batch failed and runs again: %s", fault, exc_info=trace)
         rows: Sequence[PlannedRow] = batch.step.rows
         if isinstance(fault, RankLost):
             rows = self._in_flight.rows()

@@ -337,7 +337,7 @@ class StepTuner:
         self._go(choice)
         self._patience = min(MAX_PATIENCE, 2 * self._patience) if self._same(best, search.origin) else 1
         self._settled, self._token_seconds = _Settled(best), best.seconds / best.sequences
-        logger.info("%s", self._log_line(now))
+        logger.debug("%s", self._log_line(now))
         if self._any_share:
             self.reason = self._why(best) or self.reason
 

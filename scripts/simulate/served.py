@@ -97,7 +97,7 @@ def main() -> None:
         for workers in args.workers:
             path = folder / f"plan-{workers}.toml"
             plan_file.write(path, plan_of(system_of(workers, known, args.model), args.model, trace, args.rate))
-            with ProgressBars(lines=True) as progress:
+            with ProgressBars() as progress:
                 checks[workers] = check(path, trace, minutes=args.minutes, progress=progress)
             print(f"\n{workers} attention workers")
             print_check(checks[workers])

@@ -268,7 +268,7 @@ def test_only_what_is_not_given_is_tried(lanes: tuple[int, ...], share: float | 
 
 
 def test_the_choice_is_logged_with_what_was_measured(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO", logger="lamina"):
+    with caplog.at_level("DEBUG", logger="lamina"):
         settle(World(local=1, remote=0.04, dense=0.002, row=0.005, here=0, grows=0), StepTuner((1, 2), 0.0))
     (said,) = [record.getMessage() for record in caplog.records]
     assert said.startswith("decode runs in 2 lanes, reads 0% of the KV locally, and sends q, k and v together")

@@ -20,8 +20,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lamina.server.http.errors import ApiError, overloaded, shown
 from lamina.server.http.limits import ClientGone
 from lamina.server.models import ModelState
+from lamina.server.request_log import begin_cost, log_request, note_error
 from lamina.server.settings import TENANT, ServerSettings
 from lamina.server.shares import KeyShares
+from lamina.system.logs import request_id
 from lamina_protocols.channels.channels import is_loopback
 
 logger = logging.getLogger("lamina")
@@ -102,6 +104,8 @@ class Gate:
         shown_id = given_id if given_id is not None and _ID.fullmatch(given_id) else secrets.token_hex(16)
         scope[REQUEST_ID] = shown_id
         scope[AT_END] = []
+        request_id.set(shown_id)
+        cost = begin_cost()
         answer = _Answer(scope, send, self._unread, self._metrics)
         try:
             if (refusal := self._refusal(scope, given_id)) is not None:
@@ -111,12 +115,15 @@ class Gate:
         except Exception:
             if answer.status:
                 raise
-            logger.exception("request %s failed", shown_id)
+            logger.exception("the request failed")
             await respond(ApiError(500, "the server could not go on with this request"), answer.send, scope["path"])
         finally:
             answer.end()
             method = scope["method"] if scope["method"] in _METHODS else "other"
-            self._metrics.http(_handler(scope), method, answer.status or _GONE, time.monotonic() - start)
+            status, seconds = answer.status or _GONE, time.monotonic() - start
+            self._metrics.http(_handler(scope), method, status, seconds)
+            quiet = scope["path"] in self._probes or (method in _READING and status < 400)  # pages and probes ask often
+            log_request(method, _path(scope), status, seconds, cost, logging.DEBUG if quiet else logging.INFO)
 
     async def _answer(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
         """Have the application answer, unless the key's requests would leave too few connections to the others."""
@@ -251,7 +258,8 @@ def _is_address(name: str) -> bool:
 
 
 def count_rejection(metrics: Metrics, error: ApiError) -> None:
-    """Count an error as a rejection, if its status is counted."""
+    """Count an error as a rejection, if its status is counted. The request's log line has it."""
+    note_error(str(error))
     if error.status in _COUNTED and error.code is not None:
         metrics.rejected(error.code)
 
@@ -267,6 +275,12 @@ async def respond(error: ApiError, send: Send, path: str) -> None:
 
 def _header(scope: Scope, name: bytes) -> str | None:
     return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), None)
+
+
+def _path(scope: Scope) -> str:
+    """The path of the route, or of none what the client made up, quoted."""
+    handler = _handler(scope)
+    return shown(scope["path"]) if handler == "none" else handler
 
 
 def _handler(scope: Scope) -> str:

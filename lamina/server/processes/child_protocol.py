@@ -8,7 +8,6 @@ stdout; anything else printed there goes to stderr instead.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
 import sys
@@ -19,13 +18,11 @@ from typing import Annotated, Any, Generic, TypeAlias, TypeVar
 
 from lamina.deploy.relayed_attention import Drained, Grow, Lost, Retire
 from lamina.deploy.worker_events import WorkerAddress
+from lamina.system.logs import configure
 from lamina.system.progress import Progressed
 from lamina_protocols.channels.channels import Credentials
 from lamina_protocols.frames.fields import Field, Record, as_it_is
 from lamina_workers.process.exit import die_with_parent
-
-LOG_LEVEL = "LAMINA_LOG_LEVEL"  # the variable with the log level of children
-LEVELS = ("error", "warning", "info", "debug")
 
 
 def _pack_workers(workers: tuple[WorkerAddress, ...]) -> list[Any]:
@@ -302,11 +299,10 @@ class SupervisorPipe:
 
 
 def begin(name: str, lines: Lines[M]) -> tuple[SupervisorPipe, Iterator[M]]:
-    """Make this process a child of the supervisor: it ends with it, leaves signals to it, and logs to stderr, each line
-    after `name`. Returns the pipe to the supervisor, and the messages from it until it is gone, which are `lines`."""
+    """Make this process a child of the supervisor: it ends with it, leaves signals to it, and logs to stderr in its
+    `name`. Returns the pipe to the supervisor, and the messages from it until it is gone, which are `lines`."""
     die_with_parent()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # where all processes get a signal, only the supervisor handles it
-    level = os.environ.get(LOG_LEVEL, "warning").upper()
-    logging.basicConfig(level=level, format=f"{name}: %(message)s", stream=sys.stderr)
+    configure(name)
     return SupervisorPipe(), (message for text in sys.stdin if (message := lines.parse(text)) is not None)

@@ -310,7 +310,7 @@ class EngineLink:
     def _failed(self, facts: Mapping[str, Any], why: str) -> None:
         with self._lock:
             if self._facts is facts:
-                logger.error("%s", why)
+                logger.info("%s", why)  # no alarm: an engine that is unloaded may be gone before this process hears it
                 self._frontend.lost(why)
 
     def _tokenizer(self, folder: str) -> Tokenizer:

@@ -26,7 +26,7 @@ import uvicorn
 from lamina.client.remote import SWITCH_INTERVAL
 from lamina.errors import LaminaError
 from lamina.server.app import create_app
-from lamina.server.frontend import Frontend
+from lamina.server.frontend import Frontend, Observer
 from lamina.server.http.protocol import LimitedProtocol
 from lamina.server.machines import Machines
 from lamina.server.metrics.metrics import ServerMetrics
@@ -53,6 +53,7 @@ from lamina.server.processes.child_protocol import (
 )
 from lamina.server.processes.engine_link import EngineLink
 from lamina.server.processes.kv_events import KvEventPublisher
+from lamina.server.request_log import CostObserver
 from lamina.server.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ def _models(
     """The models of the settings, all but the first unloaded."""
     frontends = {}
     for name in settings.models:
-        observer = metrics.of(name)
+        observer: Observer = CostObserver(metrics.of(name))
         frontends[name] = Frontend(observer if tracer is None else tracer.of(name).observing(observer))
         if name != settings.model:
             frontends[name].unloaded()

@@ -48,7 +48,8 @@ class ServerPlan:
     threads: int = 1
     drain: float = 30.0  # seconds that requests under way get after SIGTERM
     journal: bool = False  # in the supervisor's own folder, unless the engine's keywords name another
-    log_level: str = "warning"
+    log_level: str = "info"
+    log_format: str = "text"
     joining: JoinPlan | None = None
 
     @property

@@ -35,7 +35,6 @@ from lamina.errors import (
 from lamina.server.processes.attention_role import AttentionRole, MachineRole
 from lamina.server.processes.child_protocol import (
     FROM_CHILD,
-    LOG_LEVEL,
     TO_ENGINE,
     TO_HTTP,
     Connected,
@@ -61,6 +60,7 @@ from lamina.server.processes.child_protocol import (
 )
 from lamina.server.processes.server_plan import Reporter, ServerPlan
 from lamina.system.child_process import ChildProcess, end_all, module_command
+from lamina.system.logs import FORMAT_VARIABLE, LEVEL_VARIABLE
 from lamina.system.private_folder import LOCK, for_sockets, lock, sweep
 from lamina.system.progress import Progressed
 from lamina_protocols.errors import ProtocolError
@@ -269,7 +269,11 @@ class Supervisor(SlotLoop[ChildProcess]):
             self._received,
             lambda child: self._calls.put(lambda: self._ended(child)),
             pass_fds=descriptors,
-            environment={"PYTHONUNBUFFERED": "1", LOG_LEVEL: self._plan.log_level},
+            environment={
+                "PYTHONUNBUFFERED": "1",
+                LEVEL_VARIABLE: self._plan.log_level,
+                FORMAT_VARIABLE: self._plan.log_format,
+            },
         )
 
     def _received(self, child: ChildProcess, text: str) -> None:
