@@ -68,8 +68,6 @@ class EngineConfig:
     attention_device: str | Sequence[str] = "auto"
     """Where KV is kept and attention is computed, by attention workers that are started here, or else by the engine:
     cpu, cuda (one GPU for each worker) or cuda:N, or a name for each worker; auto: cpu."""
-    compile: bool = False
-    """Compile the layers between two attentions with torch.compile."""
     max_model_len: int | None = None
     """The longest sequence in tokens; None: the model's context, or as many as `kv_memory` holds if that is less."""
     kv_memory: int | str | None = None
@@ -199,7 +197,7 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or not 1 <= value <= high):
                 raise InvalidRequest(f"{name} is {value!r:.80}; allowed is an integer from 1 to {high}, or None")
-        for name in ("force", "prefix_cache", "deterministic", "compile", "sketches", "local_channel", "insecure"):
+        for name in ("force", "prefix_cache", "deterministic", "sketches", "local_channel", "insecure"):
             if type(getattr(self, name)) is not bool:
                 raise InvalidRequest(f"{name} is {getattr(self, name)!r:.80}; allowed is True or False")
         if self.rope_scaling is not None and not isinstance(self.rope_scaling, Mapping):
@@ -346,7 +344,6 @@ class EngineKeywords(TypedDict, total=False):
     quantize: str | None
     device: str | Sequence[str]
     attention_device: str | Sequence[str]
-    compile: bool
     max_model_len: int | None
     kv_memory: int | str | None
     force: bool

@@ -7,8 +7,8 @@
     [[layer]]                   # one for each layer, in order
     heads = ["full", "streaming(sink=64, recent=256)"]
 
-Every error is a PolicyError that names the file, the value and what is allowed. `import_duo` and `import_moa` make
-policy files from the published patterns of DuoAttention and MoA.
+Every error is a PolicyError that names the file, the value and what is allowed. `import_duo` makes
+policy files from DuoAttention's published patterns.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ from lamina.errors import PolicyError
 from lamina.system.text_files import read_text, read_toml, toml_value, write_text
 from lamina_workers.model_config.config import ModelConfig
 from lamina_workers.policies.catalogue import parse
-from lamina_workers.policies.compared.span import BLOCK
-from lamina_workers.policies.policy import LONGEST
 
 VERSION = 1
 AUTO = "retrieval"  # exact while that is as fast, else by sketches of pages: measured in docs/long_context.md
@@ -34,7 +32,6 @@ MAX_LAYERS, MAX_HEADS = 1024, 4096  # as `ModelConfig` allows
 _MAX_TEXT = 4000  # characters of a name or a remark
 _KEYS = ("version", "model", "fingerprint", "about", "layer")
 _BARE = re.compile(r"[A-Za-z0-9_-]{1,80}")
-_SHORTEST = 1024  # tokens: from here on MoA's published rules have a window
 _ALPHAS = (-1.0, 2.0)  # published ones lie in [0, 1], or a little outside
 _FINGERPRINT = re.compile(r"[0-9a-f]{0,64}")
 
@@ -202,62 +199,6 @@ def _duo_sizes(path: Path) -> tuple[int, int]:
         return sizes[0], sizes[1]
     except PolicyError as error:
         raise PolicyError(f"{path}: {error}") from error
-
-
-def import_moa(path: str | Path, group: int = 1, context: int = 8192) -> PolicyFile:
-    """MoA's moa_alpha_beta.json (arXiv 2406.14909), a rule for each query head, as a policy file for any model of that
-    shape. `group` is how many query heads a KV head has.
-
-    Windows alpha + beta * N are straight lines over N. A group gets the line through its longest windows at 1024 and
-    at `context` tokens, so in between each head sees no less than its own rule says. Raises PolicyError.
-    """
-    if not _SHORTEST < context <= LONGEST:
-        raise PolicyError(f"context is {context}; allowed are {_SHORTEST + 1} to {LONGEST}")
-    if group < 1:
-        raise PolicyError(f"group is {group}; allowed are 1 or more query heads for each KV head")
-    try:
-        data = _json(path)
-        limits_by_table = {"alphas": (-LONGEST, LONGEST), "betas": (0, 1)}
-        alphas, betas = (_table(data, name, *limits) for name, limits in limits_by_table.items())
-        if [*map(len, alphas)] != [*map(len, betas)]:
-            raise PolicyError("betas has another shape than alphas; allowed is the same")
-        if uneven := [len(layer) for layer in alphas if len(layer) % group]:
-            raise PolicyError(f"a layer has {uneven[0]} query heads, in groups of {group}; allowed is a divisor")
-    except PolicyError as error:
-        raise PolicyError(f"{path}: {error}") from error
-    rules = [[*zip(*layer, strict=True)] for layer in zip(alphas, betas, strict=True)]
-    heads = tuple(
-        tuple(_covering(layer[first : first + group], context) for first in range(0, len(layer), group))
-        for layer in rules
-    )
-    return PolicyFile(Path(path).parent.name, "", heads, {"method": "MoA, published", "query_heads_a_kv_head": group})
-
-
-def _covering(rules: Sequence[tuple[float, float]], context: int) -> str:
-    """The rule that sees no less than any of `rules`, nor than a block, at `_SHORTEST` to `context` tokens."""
-    alpha, beta = rules[0]
-    if any(rule != rules[0] for rule in rules):
-        low, high = (max(BLOCK, *(a + b * length for a, b in rules)) for length in (_SHORTEST, context))
-        beta = (high - low) / (context - _SHORTEST)
-        alpha = low - beta * _SHORTEST
-    if alpha >= 0 and beta >= 1:
-        return "full"
-    alpha = max(alpha, BLOCK) if alpha > 0 else alpha
-    return str(parse(f"span(alpha={math.ceil(alpha)}, beta={min(1.0, beta):.6g})"))
-
-
-def _table(data: Mapping[str, Any], name: str, low: float, high: float) -> list[list[float]]:
-    """Rows of numbers in [low, high], a row for each layer."""
-    rows = data.get(name)
-    if not isinstance(rows, list) or not 1 <= len(rows) <= MAX_LAYERS:
-        raise PolicyError(f"{name} is {rows!r:.80}; allowed are 1 to {MAX_LAYERS} rows of numbers")
-    for number, row in enumerate(rows):
-        if not isinstance(row, list) or not 1 <= len(row) <= MAX_HEADS:
-            raise PolicyError(f"{name}, row {number}, is {row!r:.80}; allowed are 1 to {MAX_HEADS} numbers")
-        for value in row:
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-                raise PolicyError(f"{name}, row {number}, has {value!r:.80}; allowed are numbers from {low} to {high}")
-    return [[float(value) for value in row] for row in rows]
 
 
 def _json(path: str | Path) -> dict[str, Any]:

@@ -191,7 +191,6 @@ class EngineOptions:
     quantize: str | None = None
     device: str | None = None
     attention_device: str | None = None
-    compile: bool | None = None
     threads: int | None = None
     kv_memory: str | None = None
     force: Annotated[bool | None, _Flag("--force")] = None

@@ -32,7 +32,7 @@ Recent = Annotated[int | None, typer.Option(help="Last tokens that it keeps, at 
 def import_(
     file: Annotated[
         Path,
-        typer.Argument(metavar="FILE", help="DuoAttention's full_attention_heads.tsv, or MoA's moa_alpha_beta.json."),
+        typer.Argument(metavar="FILE", help="DuoAttention's full_attention_heads.tsv."),
     ],
     out: Out,
     sparsity: Annotated[
@@ -40,32 +40,15 @@ def import_(
     ] = None,
     sink: Sink = None,
     recent: Recent = None,
-    group: Annotated[int | None, typer.Option(help="MoA: query heads for each KV head of the model [1].")] = None,
-    context: Annotated[
-        int | None, typer.Option(help="MoA: the longest context at which rules of a group are joined [8192].")
-    ] = None,
 ) -> None:
-    """Make a policy file of a published pattern.
-
-    DuoAttention's sizes come from config.json beside it unless given. MoA's plans have a rule for each query head:
-    those of a group become one that sees no less.
-    """
-    from lamina.policy_file import import_duo, import_moa, write
+    """Make a policy file of a published pattern. Its sizes come from config.json beside it unless given."""
+    from lamina.policy_file import import_duo, write
 
     opt.check_suffix("out", out, ".toml")  # by which engines know a policy file
-    moa = file.suffix == ".json"
-    others = {"sparsity": sparsity, "sink": sink, "recent": recent} if moa else {"group": group, "context": context}
-    if wrong := [name for name, value in others.items() if value is not None]:
-        kind = "MoA's .json" if moa else "DuoAttention's .tsv"
-        raise InvalidRequest(f"--{wrong[0]} is given with {file.name}; {kind} has none")
-    if moa:
-        policy = import_moa(file, 1 if group is None else group, 8192 if context is None else context)
-    else:
-        policy = import_duo(file, 0.5 if sparsity is None else sparsity, sink, recent)
+    policy = import_duo(file, 0.5 if sparsity is None else sparsity, sink, recent)
     write(out, policy)
     full = sum(text == "full" for layer in policy.heads for text in layer)
-    others_are = "have spans" if moa else "streaming"
-    typer.echo(f"{out}: {full} of {sum(map(len, policy.heads))} KV heads are full, the others {others_are}")
+    typer.echo(f"{out}: {full} of {sum(map(len, policy.heads))} KV heads are full, the others streaming")
 
 
 @policy_app.command()

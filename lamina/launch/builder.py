@@ -323,7 +323,7 @@ def _model_workers(
         group = pools.models.group(sizes.device, config.worker_timeout)
     with torch.inference_mode():
         collective = None if group is None else group.form()
-        decoder = decoder_of(files.model, weights, Shard(0, config.ranks), collective, config.compile)
+        decoder = decoder_of(files.model, weights, Shard(0, config.ranks), collective)
     epoch = pools.identity.past_epochs + 1
     holder = sizes.ranks[0]
     ports = {LOCAL: LocalAttention(attention_worker(holder, sizes.own_threads, sizes.attention_device))}

@@ -206,7 +206,7 @@ def holder_config(
         )
     memory = config.kv_memory if isinstance(config.kv_memory, int) else _kv_share(config, machine, weights)
     tokens = config.sequence_tokens or min(config.max_model_len or model.max_position_embeddings, SEQUENCE_TOKENS)
-    if config.most_drafts and model.states is not None:  # memory is dealt for two records beside them, drafts take three
+    if config.most_drafts and model.states is not None:  # memory is dealt for two records, drafts take three
         tokens = -(-2 * tokens // 3)
     return HolderConfig(
         layers=layers,

@@ -182,7 +182,7 @@ def begins(config: EngineConfig, files: ModelFiles, sizes: Sizes, identity: Iden
             quantize=sizes.packing.quantize,
             device=str(sizes.devices[rank]),
             attention_device=str(sizes.kv_device(rank)),
-            compile=config.compile,
+            compile=False,
             threads=sizes.own_threads,
             holder=sizes.ranks[rank % ranks],
             patience=config.worker_timeout,

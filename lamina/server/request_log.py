@@ -45,8 +45,6 @@ def note_error(why: str) -> None:
 def log_request(method: str, path: str, status: int, seconds: float, cost: RequestCost, level: int) -> None:
     """Write the line of a request: `POST /v1/completions 200 in 3.21 s: 812 prompt tokens (640 cached), first token
     after 0.31 s, 150 tokens, 51.2 a second`."""
-    if not logger.isEnabledFor(level):
-        return
     fields: dict[str, object] = {"method": method, "path": path, "status": status, "seconds": round(seconds, 4)}
     text = f"{method} {path} {status} in {seconds:.2f} s"
     if cost.prompt_tokens:

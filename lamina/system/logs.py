@@ -28,7 +28,8 @@ def configure(process: str, level: str | None = None, form: str | None = None) -
     level = level or os.environ.get(LEVEL_VARIABLE, "info")
     form = form or os.environ.get(FORMAT_VARIABLE, "text")
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_JsonLines(process) if form == "json" else _TextLines(process))
+    line = f"%(asctime)s.%(msecs)03d %(levelname)s {process}%(request)s: %(message)s"
+    handler.setFormatter(_JsonLines(process) if form == "json" else _TextLines(line, "%Y-%m-%d %H:%M:%S"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("lamina").setLevel(level.upper())
 
@@ -36,14 +37,9 @@ def configure(process: str, level: str | None = None, form: str | None = None) -
 class _TextLines(logging.Formatter):
     """`2026-12-02 20:41:07.123 INFO http [id]: message`."""
 
-    def __init__(self, process: str) -> None:
-        super().__init__()
-        self._process = process
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # the standard library's name
-        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
-        request = f" [{request_id.get()}]" if request_id.get() else ""
-        return f"{moment}.{int(record.msecs):03d} {record.levelname} {self._process}{request}: {record.message}"
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.request = f" [{request_id.get()}]" if request_id.get() else ""
+        return super().formatMessage(record)
 
 
 class _JsonLines(logging.Formatter):

@@ -19,7 +19,8 @@ reads fewer bytes.
 llama-cpp-python, which runs a GGUF file.
 
 `--attention-workers N` measures Lamina in one process beside itself with N attention workers on this host, over each
-channel: "local" is a Unix socket ("packed-local": of a packed model), "tls" is TCP with a certificate authority made for the run. Printed besides:
+channel: "local" is a Unix socket ("packed-local": of a packed model), "tls" is TCP with a certificate authority made
+for the run. Printed besides:
 - `+ms/layer`: what a layer of a decode step takes more than the first engine's;
 - `cpu` and `+cpu`: processor time, user and system, of the engine's process and its attention workers together, us a
   layer, and what it is more than the first engine's;

@@ -35,7 +35,6 @@ from lamina_protocols.messages.layers import ColdTier
         ("num_speculative_tokens", 17, "from 1 to 16"),
         ("device", "tpu", "cpu"),
         ("threads", 0, "from 1 to 1024"),
-        ("compile", 1, "True or False"),
         ("deterministic", "yes", "True or False"),
         ("rope_scaling", "yarn", "a mapping"),
         ("kv_memory", "2 parsecs", "1 byte to 1 PiB"),

@@ -15,10 +15,9 @@ from typer.testing import CliRunner
 
 from lamina.cli.policy import policy_app
 from lamina.errors import InvalidRequest, PolicyError
-from lamina.policy_file import PolicyFile, dumps, import_duo, import_moa, kept, kept_share, read, read_alphas, write
+from lamina.policy_file import PolicyFile, dumps, import_duo, kept, kept_share, read, read_alphas, write
 from lamina.system.text_files import MAX_BYTES
 from lamina_workers.model_config.config import ModelConfig
-from lamina_workers.policies.catalogue import parse
 
 GOOD = 'version = 1\nmodel = "tiny"\nfingerprint = ""\n[[layer]]\nheads = ["full", "streaming"]\n'
 DATA = Path(os.environ.get("LAMINA_TEST_DATA", Path(__file__).parents[3] / "shared" / "data")) / "attn_patterns"
@@ -274,78 +273,6 @@ class TestPublishedPatterns:
         assert kept_share(file.heads, 32768) == pytest.approx(0.5 + 0.5 * 383 / 32768)  # sink 128, recent 256
 
 
-class TestPublishedPlans:
-    """MoA's files have a rule for each query head: alphas and betas, a row a layer."""
-
-    @staticmethod
-    def plan(folder: Path, **changed: object) -> Path:
-        rules = {
-            "alphas": [[0.0, -1024.0, 1024.0, 1024], [0.0, 0.0, 2048.0, -1024.0]],
-            "betas": [[1.0, 1.0, 0.0, 0], [0.125, 0.125, 0.0, 0.75]],
-        }
-        file = folder / "moa_alpha_beta.json"
-        file.write_text(json.dumps(rules | changed))
-        return file
-
-    def test_each_query_head_has_a_rule(self, tmp_path: Path) -> None:
-        file = import_moa(self.plan(tmp_path))
-        assert file.heads[0] == (
-            "full",
-            "span(alpha=-1024, beta=1.0)",
-            "span(alpha=1024, beta=0.0)",
-            "span(alpha=1024, beta=0.0)",
-        )
-        assert (file.fingerprint, file.about["method"]) == ("", "MoA, published")
-        assert read_again(tmp_path, file) == file
-
-    @given(
-        st.lists(st.tuples(st.integers(-8, 8), st.integers(0, 8)), min_size=1, max_size=4),
-        st.integers(1025, 200_000),
-        st.floats(0, 1),
-    )
-    @settings(max_examples=60)
-    def test_a_group_sees_no_less_than_its_heads(
-        self, tmp_path_factory: pytest.TempPathFactory, rules: list[tuple[int, int]], context: int, part: float
-    ) -> None:
-        alphas, betas = zip(*[(alpha * 1024, beta / 8) for alpha, beta in rules], strict=True)
-        folder = tmp_path_factory.mktemp("moa")
-        file = import_moa(self.plan(folder, alphas=[alphas], betas=[betas]), len(rules), context)
-        length = round(1024 + part * (context - 1024)) // 64 * 64
-        needed = max(max(64, int(alpha + beta * length)) for alpha, beta in zip(alphas, betas, strict=True))
-        (((text,),)) = file.heads
-        seen = next(parse(text).views(length, 1)).window
-        assert length < 1024 or seen >= min(needed, length + 1) - 1  # -1: beta is written with six digits
-        most = max(alpha + beta * context for alpha, beta in zip(alphas, betas, strict=True))
-        assert next(parse(text).views(context, 1)).window <= max(64, most) + 64 or text == "full"
-
-    @pytest.mark.parametrize(
-        ("changed", "group", "said"),
-        [
-            ({}, 3, "a layer has 4 query heads, in groups of 3; allowed is a divisor"),
-            ({}, 0, "group is 0; allowed are 1 or more"),
-            ({"betas": [[1.0] * 4]}, 1, "betas has another shape than alphas"),
-            ({"betas": [[1.5] * 4] * 2}, 1, r"betas, row 0, has 1.5; allowed are numbers from 0 to 1"),
-            ({"alphas": [["x"] * 4] * 2}, 1, "alphas, row 0, has 'x'; allowed are numbers"),
-            ({"alphas": [[math.nan] * 4] * 2}, 1, "alphas, row 0, has nan; allowed are numbers"),
-            ({"alphas": [[], []]}, 1, r"alphas, row 0, is \[\]; allowed are 1 to"),
-            ({"alphas": {}}, 1, r"alphas is \{\}; allowed are 1 to"),
-        ],
-    )
-    def test_what_is_wrong_is_named(self, tmp_path: Path, changed: dict[str, object], group: int, said: str) -> None:
-        with pytest.raises(PolicyError, match=said):
-            import_moa(self.plan(tmp_path, **changed), group)
-
-    def test_other_files_and_contexts_are_refused(self, tmp_path: Path) -> None:
-        file = self.plan(tmp_path)
-        with pytest.raises(PolicyError, match="context is 1024; allowed are 1025 to"):
-            import_moa(file, 1, 1024)
-        for content, said in (("[]", "holds a list"), ("{", "not JSON"), ("{}", "alphas is None")):
-            file.write_text(content)
-            with pytest.raises(PolicyError, match=said) as caught:
-                import_moa(file)
-            assert str(file) in str(caught.value)
-
-
 class TestCommands:
     def run(self, *arguments: str) -> str:
         result = CliRunner().invoke(policy_app, list(arguments))
@@ -360,16 +287,6 @@ class TestCommands:
         assert "KV kept at 3190 tokens: 77.5%" in self.run("show", out, "--context", "3190")
         said = json.loads(self.run("show", out, "--json"))
         assert said["heads"] == [list(layer) for layer in read(out).heads]
-
-    def test_a_plan_is_imported_by_its_name(self, tmp_path: Path) -> None:
-        plan, out = str(TestPublishedPlans.plan(tmp_path)), str(tmp_path / "policy.toml")
-        assert "1 of 4 KV heads are full, the others have spans" in self.run(
-            "import", plan, "--group", "2", "--out", out
-        )
-        assert read(out).heads[0][0] == "full"
-        for option, file in (("--sparsity", plan), ("--group", "x.tsv")):
-            with pytest.raises(InvalidRequest, match=f"{option} is given with"):
-                self.run("import", file, option, "1", "--out", out)
 
     def test_bad_words_are_refused(self, tmp_path: Path) -> None:
         tsv = TestPublishedPatterns().tsv(tmp_path, *TestPublishedPatterns.ROWS)

@@ -120,10 +120,11 @@ class Gate:
         finally:
             answer.end()
             method = scope["method"] if scope["method"] in _METHODS else "other"
-            status, seconds = answer.status or _GONE, time.monotonic() - start
-            self._metrics.http(_handler(scope), method, status, seconds)
+            handler, status, seconds = _handler(scope), answer.status or _GONE, time.monotonic() - start
+            self._metrics.http(handler, method, status, seconds)
+            path = shown(scope["path"]) if handler == "none" else handler  # what a client made up is quoted
             quiet = scope["path"] in self._probes or (method in _READING and status < 400)  # pages and probes ask often
-            log_request(method, _path(scope), status, seconds, cost, logging.DEBUG if quiet else logging.INFO)
+            log_request(method, path, status, seconds, cost, logging.DEBUG if quiet else logging.INFO)
 
     async def _answer(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
         """Have the application answer, unless the key's requests would leave too few connections to the others."""
@@ -275,12 +276,6 @@ async def respond(error: ApiError, send: Send, path: str) -> None:
 
 def _header(scope: Scope, name: bytes) -> str | None:
     return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), None)
-
-
-def _path(scope: Scope) -> str:
-    """The path of the route, or of none what the client made up, quoted."""
-    handler = _handler(scope)
-    return shown(scope["path"]) if handler == "none" else handler
 
 
 def _handler(scope: Scope) -> str:

@@ -27,7 +27,7 @@ from lamina_protocols.messages.messages import Open, Row
 from lamina_protocols.messages.pools import pools
 from lamina_protocols.messages.routes import HolderBatch, Route, Span
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
-from lamina_workers.decoder.graphs import Captured, Compiled
+from lamina_workers.decoder.graphs import Captured
 from lamina_workers.decoder.model import Batch, Decoder, Forward, KeyValueReady, QueryReady, StateReady
 from lamina_workers.decoder.sampler import RowSampling
 from lamina_workers.decoder.shard import Shard, with_ranks
@@ -219,18 +219,6 @@ def test_a_run_goes_on_from_each_mixer(family: str, query_first: bool, made: Mad
                 torch.testing.assert_close(driven(rest, decoder.config)[1], logits, rtol=0, atol=1e-5)
                 rest = other.forward(batch, event.hidden, event.layer, None, query_first)
                 torch.testing.assert_close(driven(rest, decoder.config)[1], logits, rtol=0, atol=1e-5)
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's compiler warns of what torch uses
-@pytest.mark.parametrize("family", ["qwen3_next", "falcon_h1"])
-def test_compiled_says_the_same(family: str, made: Made) -> None:
-    *_, decoder = made(family)
-    batch = Batch(torch.arange(5) * 7 % 97, torch.arange(5), torch.tensor([4, 0]))
-    with torch.inference_mode():
-        found = [
-            driven(each.forward(batch), decoder.config)[1] for each in (decoder, Compiled(decoder, backend="eager"))
-        ]
-    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
 
 
 def answer(event: KeyValueReady | StateReady, config: ModelConfig) -> torch.Tensor:

@@ -72,10 +72,10 @@ class TestNames:
 
         app = typer.Typer()
         app.command()(command)
-        flags = ["--device", "cuda:1", "--attention-device", "cpu, cuda:0", "--compile"]
+        flags = ["--device", "cuda:1", "--attention-device", "cpu, cuda:0"]
         result = CliRunner().invoke(app, flags)
         assert result.exit_code == 0, result.output
-        assert found == [{"device": "cuda:1", "attention_device": ["cpu", "cuda:0"], "compile": True}]
+        assert found == [{"device": "cuda:1", "attention_device": ["cpu", "cuda:0"]}]
 
 
 class TestFind:

@@ -155,13 +155,12 @@ def decoder_of(
     weights: Weights,
     shard: Shard = WHOLE,
     collective: Collective | None = None,
-    compile: bool = False,
 ) -> Decoder:
-    """The decoder, in the way that is fastest on its device; `compile`: through torch.compile, where it is native."""
+    """The decoder, in the way that is fastest on its device."""
     if isinstance(weights, ConvertedWeights):
         if not isinstance(config, ConvertedConfig):
             raise TypeError(f"{config.architecture} is native, its weights are converted")
         decoder = ConvertedDecoder(config, weights)
         check(decoder)
         return decoder
-    return sliced(Decoder(config, weights, shard, collective), compile)
+    return sliced(Decoder(config, weights, shard, collective))

@@ -6,10 +6,9 @@ small batch, as in decoding, is padded to the next bucket; a larger one runs as 
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -258,44 +257,6 @@ class Captured(_Around):
         return logits
 
 
-class Compiled(_Around):
-    """A decoder whose slices go through `torch.compile`, with `options` for it: once for layers of one kind, whatever
-    the number of tokens."""
-
-    def __init__(self, decoder: Decoder, **options: Any) -> None:
-        super().__init__(decoder)
-        # A layer's number would be a constant of what is compiled, so each layer is the only one of a decoder.
-        self._layers = [copy.copy(decoder) for _ in decoder._weights.layers]
-        for alone, layer in zip(self._layers, decoder._weights.layers, strict=True):
-            alone._weights = replace(decoder._weights, layers=(layer,))
-        self._before = torch.compile(Decoder._before_attention, dynamic=True, **options)
-        self._first = torch.compile(Decoder._before_query, dynamic=True, **options)
-        self._keys_of = torch.compile(Decoder._keys_values, dynamic=True, **options)
-        self._after = torch.compile(Decoder._after_attention, dynamic=True, **options)
-
-    def _before_attention(
-        self, index: int, hidden: torch.Tensor, rotation: Rotation
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        q, k, v = self._before(self._layers[index], 0, hidden, rotation)
-        return q, k, v
-
-    def _before_query(self, index: int, hidden: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
-        q, normed = self._first(self._layers[index], 0, hidden, rotation)
-        return q, normed
-
-    def _keys_values(self, index: int, normed: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
-        k, v = self._keys_of(self._layers[index], 0, normed, rotation)
-        return k, v
-
-    def _after_attention(self, index: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        if not self._settled(index):
-            return self._plain._after_attention(index, hidden, attended)
-        result: torch.Tensor = self._after(self._layers[index], 0, hidden, attended)
-        return result
-
-
-def sliced(decoder: Decoder, compile: bool) -> Decoder:
-    """The decoder in the way that is fastest on its device: recorded on a GPU, and compiled before where wanted."""
-    if compile:
-        decoder = Compiled(decoder)
+def sliced(decoder: Decoder) -> Decoder:
+    """The decoder in the way that is fastest on its device: recorded on a GPU."""
     return Captured(decoder) if decoder.device.type == "cuda" else decoder

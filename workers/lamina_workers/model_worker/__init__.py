@@ -29,9 +29,8 @@ see it in their routes (`query_goes_first` in `holder_traffic.py`): q goes first
 earlier tokens alone, and not every row is attended to its end by holders. So prompts and rebuilds that are read
 elsewhere send q first in either order. `Decoder.forward(query_first=True)` then yields q before it computes k and v.
 
-- Graphs: one for q and one for k and v, beside the one with all three; `--compile` compiles both halves. Weights that
-  oneDNN has repacked (`dense.repacks`) are cut into two repacked halves when q first goes first, and the whole is then
-  a call of each.
+- Graphs: one for q and one for k and v, beside the one with all three. Weights that oneDNN has repacked
+  (`dense.repacks`) are cut into two repacked halves when q first goes first, and the whole is then a call of each.
 - Replicas: a `Fresh` has no answer, and the next announcement comes over another channel. A replica's next query is
   answered after it, on the same channel; so in the last layer that a replica attends of a batch q, k and v go
   together.

@@ -165,9 +165,9 @@ class Begin:
     whole replica. `folder` has the model's files, whose fingerprint is `model`; `rope_scaling` is JSON, or empty.
     `packed` and `quantize` as in `Packing`.
     `holder` is the config of its holders, with the heads of this rank; its `kv_memory` is that of a pool in the
-    worker's process, which is on `attention_device`. `compile` as in `graphs.sliced`. `engine`, `linger` and the three
-    fields that follow are for its seats (see `remote.SeatOptions`, `ChannelOptions`); `epoch` is that of the engine.
-    `features` are those of `versions` that both sides have.
+    worker's process, which is on `attention_device`. `compile` is of older versions, and False. `engine`, `linger` and
+    the three fields that follow are for its seats (see `remote.SeatOptions`, `ChannelOptions`); `epoch` is that of the
+    engine. `features` are those of `versions` that both sides have.
     """
 
     rank: int

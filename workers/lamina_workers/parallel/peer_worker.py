@@ -108,7 +108,7 @@ class LoadedParts:
     def worker(self, group: Collective | None, ports: Mapping[int, AttentionPort], epoch: int) -> ModelWorker:
         begin = self._begin
         with torch.inference_mode():
-            self._decoder = decoder_of(self._config, self._weights, self._shard, group, begin.compile)
+            self._decoder = decoder_of(self._config, self._weights, self._shard, group)
         return ModelWorker(self._decoder, begin.holder, ports, begin.threads, begin.patience, epoch=epoch)
 
     def enter_group(self, group: Collective) -> None:
