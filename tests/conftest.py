@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,6 +59,17 @@ def _inference_mode_is_left() -> Iterator[None]:
     """A test that stays in torch's inference mode fails itself, and not some later test whose engine has a thread."""
     yield
     assert not torch.is_inference_mode_enabled()
+
+
+@pytest.fixture(autouse=True)
+def _logging_is_as_before() -> Iterator[None]:
+    """Commands that serve configure the logging of their whole process."""
+    root, own = logging.getLogger(), logging.getLogger("lamina")
+    handlers, level, own_level = root.handlers[:], root.level, own.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    own.setLevel(own_level)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -203,10 +203,6 @@ HELLOS: dict[str, tuple[Callable[[], HolderConfig], str]] = {
         lambda: config(1, layers=(dataclasses.replace(SPEC, heads=1, kind="mamba2", key_heads=1),)),
         "layers with a state, which blocks do not keep",
     ),
-    "a policy that evicts": (
-        lambda: config(1, layers=(dataclasses.replace(SPEC, policies=("heavy_hitter",)),)),
-        "lets pages go",
-    ),
     "pages of no tokens": (lambda: config(page_size=0), "page"),
 }
 

@@ -89,7 +89,7 @@ def expected(good: Path) -> Iterator[list[tuple[int, ...]]]:
         {},
         {"deterministic": True},
         {"lanes": 2, "max_batch_tokens": 16},
-        {"kv_memory": 300_000, "sequence_tokens": 40, "prefix_cache": False},
+        {"kv_memory": 600_000, "sequence_tokens": 40, "prefix_cache": False},
     ],
     ids=["", "deterministic", "chunks and lanes", "preempted"],
 )

@@ -160,7 +160,7 @@ def test_a_gguf_file_gives_logits_and_text_of_transformers(family: str, tmp_path
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_file_is_shown_with_what_it_takes(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Floats of 32 bits in the file, 16 or 32 in memory; of layers that it predicts further tokens with, nothing."""
+    """Floats of 32 bits in the file, 16 or 32 in memory. A head for further tokens, which drafts may use, counts."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(Bandwidth, "__init__", lambda *_: None)  # to measure it takes a second
     monkeypatch.setattr(Bandwidth, "settled", lambda _: 1e10)
@@ -168,7 +168,8 @@ def test_a_file_is_shown_with_what_it_takes(family: str, tmp_path: Path, monkeyp
     shown = CliRunner().invoke(app, ["models", "show", str(tmp_path / "x.gguf"), "--json"])
     facts = json.loads(shown.stdout)
     of_model = {id(x): x.numel() for x in (*model.parameters(), *model.state_dict(keep_vars=True).values())}
-    assert facts["parameters"] == sum(of_model.values())
+    head = facts["parameters"] - sum(of_model.values())
+    assert (head > 0) if family.startswith("glm4_moe") else (head == 0)
     assert facts["weight_kinds"] == {"F32": facts["weight_bytes"]} == {"F32": 4 * facts["parameters"]}
     assert facts["resident_bytes"] in (facts["weight_memory"]["bfloat16"], facts["weight_memory"]["float32"])
     assert facts["weight_memory"]["bfloat16"] >= 2 * facts["parameters"]

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 from scenario import PLAIN, VOCABULARY, Model
 
+from lamina_kernels.states.advance import StateWork
 from lamina_protocols.messages.layers import LayerSpec
 from lamina_workers.decoder.model import Batch, Forward, KeyValueReady, QueryReady, StateReady
 from lamina_workers.decoder.sampler import uniform
@@ -165,8 +166,9 @@ class ChecksumDecoder:
         for layer in range(first_layer, LAYERS):
             states = self._states and not layer
             if attended is None and states:
-                read = yield StateReady(layer, _state_inputs(x, bits), torch.empty(tokens, KV_HEADS, 0), _packed(x))
-                attended = read
+                state = StateReady(layer, _state_inputs(x, bits), torch.empty(tokens, KV_HEADS, 0), _packed(x))
+                answer = yield state
+                attended = answer.advance(layer, state.x, state.gates) if isinstance(answer, StateWork) else answer
             elif attended is None:
                 v = _values(x, layer)
                 q = np.zeros((tokens, 2 * KV_HEADS, WIDTH), np.float32)
