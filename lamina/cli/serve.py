@@ -176,7 +176,7 @@ def serve(
             f"max_loaded is {settings.max_loaded} beside attention workers, which serve one; allowed is 1"
         )
     configure("server", server.log_level, server.log_format)
-    with ProgressBars(_say, quiet=0) as progress:
+    with ProgressBars(_messages.info, quiet=0) as progress:
         plan = ServerPlan(
             models=dict(zip(settings.models, (source for _, source in sources), strict=True)),
             settings=settings,
@@ -212,11 +212,7 @@ class _Terminal:
 
     def said(self, message: str) -> None:
         self._progress.hide()
-        _say(message)
-
-
-def _say(message: str) -> None:
-    _messages.info("%s", message)
+        _messages.info(message)
 
 
 def _workers(config: EngineConfig, keywords: Mapping[str, Any], max_loaded: int) -> dict[str, Any]:

@@ -118,7 +118,9 @@ def load_proposer(
         return NgramProposer()
     holder, model = drafts.holder, drafts.files.model
     prepare_kernels(holder, sizes.dtype, (sizes.device, sizes.attention_device), progress)
-    if config.speculate == MTP and isinstance(own, DecoderWeights):
+    if config.speculate == MTP:
+        if not isinstance(own, DecoderWeights):
+            raise TypeError(f"the head stands beside a native model's weights, got {type(own).__name__}")
         with open_checkpoint(drafts.files.path) as checkpoint, torch.inference_mode():
             decoder: Decoder = MtpDecoder(mtp_config(model), load_mtp(model, checkpoint, own, drafts.packing))
     else:

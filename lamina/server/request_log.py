@@ -31,15 +31,14 @@ _cost: ContextVar[RequestCost | None] = ContextVar("lamina_request_cost", defaul
 
 def begin_cost() -> RequestCost:
     """Have the prompts that the running task submits from now on counted."""
-    cost = RequestCost()
-    _cost.set(cost)
+    _cost.set(cost := RequestCost())
     return cost
 
 
 def note_error(why: str) -> None:
     """Have the line of the running task's request end with why it was refused or failed."""
     if (cost := _cost.get()) is not None:
-        cost.error = " ".join(why.split())
+        cost.error = why
 
 
 def log_request(method: str, path: str, status: int, seconds: float, cost: RequestCost, level: int) -> None:
@@ -72,9 +71,7 @@ class CostObserver:
 
     def ended(self, request: EngineRequest, completion: Completion, seconds: float) -> None:
         self._behind.ended(request, completion, seconds)
-        if (cost := _cost.get()) is None:
-            return
-        usage, timing = completion.usage, completion.timing
+        cost, usage, timing = _cost.get() or RequestCost(), completion.usage, completion.timing
         if not cost.prompt_tokens:
             cost.first_token, cost.tokens_per_second = timing.first_token, timing.tokens_per_second
         cost.prompt_tokens += usage.prompt_tokens

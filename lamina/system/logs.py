@@ -35,10 +35,11 @@ def configure(process: str, level: str | None = None, form: str | None = None) -
 
 
 class _TextLines(logging.Formatter):
-    """`2026-12-02 20:41:07.123 INFO http [id]: message`."""
+    """`2026-12-02 20:41:07.123 INFO http [id]: message`, a line of printable letters: parts may be a client's."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         record.request = f" [{request_id.get()}]" if request_id.get() else ""
+        record.message = "".join(letter if letter.isprintable() else " " for letter in record.message)
         return super().formatMessage(record)
 
 

@@ -40,7 +40,7 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 
     async def generate() -> None:  # a task of its own, as those of streams are
         if scope["path"] == "/broken":
-            observer.failed(ticket(), EngineError("the engine\nstopped"))
+            observer.failed(ticket(), EngineError("the engine\n\x1b[31mstopped"))
         else:
             observer.ended(ticket(), COMPLETION, 0.5)
             observer.ended(ticket(), COMPLETION, 0.5)
@@ -81,7 +81,7 @@ def test_a_line_of_json_has_the_same_as_fields(capsys: pytest.CaptureFixture[str
 @pytest.mark.usefixtures("unconfigured")
 def test_the_line_says_why_a_request_failed_and_a_path_cannot_forge_one(capsys: pytest.CaptureFixture[str]) -> None:
     ask("/broken")
-    assert capsys.readouterr().err.endswith("s; the engine stopped\n")
+    assert capsys.readouterr().err.endswith("s; the engine  [31mstopped\n")
     ask("/a%0A2026-12-02 ERROR forged")
     assert capsys.readouterr().err.count("\n") == 1
 

@@ -36,7 +36,6 @@ from lamina_workers.model_worker.holder_traffic import HolderTraffic, check_answ
 from lamina_workers.model_worker.interface import Suspended, Waiting
 from lamina_workers.model_worker.prompt_samples import SampleTraffic
 from lamina_workers.model_worker.state_traffic import StateExchange, StateHolder, check_heads
-from lamina_workers.policies.compared.blocks import BlockPolicy
 from lamina_workers.ports.port import Replies
 from lamina_workers.ports.timing import Stopwatch, Times
 
@@ -74,7 +73,7 @@ class FreshAttention:
         first = np.cumsum([0, *(span.count for span in spans)])
         self._tokens = int(first[-1])
         policies = [self._policies_of(spans[index].policy) for index in chosen]
-        blocks = any(isinstance(policy, BlockPolicy) for of_span in policies for policy in of_span.distinct)
+        blocks = any(policy.ranged for of_span in policies for policy in of_span.distinct)
         tables, slots, vectors, fresh, used = [], [], [], [], 0
         every_head, every_kv_head = np.arange(spec.heads), np.arange(spec.kv_heads)
         for index in chosen:

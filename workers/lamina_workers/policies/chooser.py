@@ -6,9 +6,10 @@ build an index of what they hold. Kernels attend what it chose, and the partials
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -109,35 +110,39 @@ class Shown:
     lo: int
 
 
-class Chooser:
+class Chooser(Protocol):
     """Chooses for one adaptive policy. Called by the worker's one thread."""
 
     def worth(self, tokens: Sequence[int]) -> bool:
         """Whether to choose at all in layers where items read so many tokens each; else everything is read."""
         return True
 
+    @abstractmethod
     def plan(self, items: Items) -> Any:
         """What is the same for all layers of a decode step."""
-        raise NotImplementedError(f"{type(self).__name__} plans nothing")
 
+    @abstractmethod
     def choose(self, plan: Any, layer: int, spec: LayerSpec, q: torch.Tensor) -> Choice:
         """What the queries q of that layer, `[items * group, d_k]`, item by item, need to read."""
-        raise NotImplementedError(f"{type(self).__name__} chooses nothing")
 
     # What happens to parts. A chooser that keeps nothing of them need not know.
 
     def observe(self, shown: Shown) -> None:
         """Queries of a prompt have come, wherever the prompt is attended: as many as the policy's `sampled` says. The
         same ones are among `Holding.samples`."""
+        return
 
     def fork(self, handle: int, parent: int, tokens: int) -> None:
         """A part is new, and has the first `tokens` of another."""
+        return
 
     def written(self, handle: int, start: int) -> None:
         """A part's tokens from `start` on are new, or differ from before."""
+        return
 
     def forget(self, handle: int) -> None:
         """A part is closed."""
+        return
 
 
 class Adaptive(Policy):

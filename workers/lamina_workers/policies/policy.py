@@ -57,6 +57,7 @@ class Policy:
 
     name: ClassVar[str]
     adaptive: ClassVar[bool] = False  # whether it has a chooser, which may read sketches of pages
+    ranged: ClassVar[bool] = False  # whether its views have `ranges`
 
     @property
     def sinks(self) -> int:

@@ -6,6 +6,7 @@ The first and the recent tokens are always read. All pages stay; what a paper's 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
@@ -100,9 +101,9 @@ class HeadChooser(Chooser, Generic[P, S]):
         self.at = at
         self.kept: dict[int, dict[tuple[int, int], S]] = {}
 
+    @abstractmethod
     def pick(self, head: Head) -> Picked:
         """What a head reads in this step, where there is something between its first and its recent pages."""
-        raise NotImplementedError(f"{type(self).__name__} picks nothing")
 
     def plan(self, items: Items) -> tuple[Items, Bounds]:
         read_from = np.array([self.policy.read_from(position) for position in items.positions.tolist()], np.int64)

@@ -28,6 +28,7 @@ from lamina_workers.policies.policy import LONGEST, Policy, View
 class BlockPolicy(Policy):
     """All queries of a block of `block` tokens see the same blocks of keys. Blocks are whole pages."""
 
+    ranged: ClassVar[bool] = True
     block: int = 64
 
     def __post_init__(self) -> None:
