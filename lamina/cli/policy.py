@@ -111,10 +111,7 @@ class CalibrationOptions:
     ] = 0.99
     method: Annotated[
         str,
-        typer.Option(
-            help="windows (each head's own size), streaming (DuoAttention: one size, or full) or razor "
-            "(RazorAttention: window and mean, or full)."
-        ),
+        typer.Option(help="windows (each head's own size) or streaming (DuoAttention: one size, or full)."),
     ] = "windows"
     context: Context = None
     sink: Sink = None

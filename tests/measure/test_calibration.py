@@ -395,16 +395,6 @@ class TestMethods:
         assert len(found) > 3
         assert found[-1] == (("full",) * 4,) * 5
 
-    def test_razor_begins_as_published(self) -> None:
-        """Of a hundred heads one by echo and fourteen by induction."""
-        echo, induction = np.zeros((20, 5)), np.arange(100.0).reshape(20, 5)
-        echo[0, 0] = 1
-        first, *_, last = self.method("razor").candidates(Evidence(echo=echo, induction=induction))
-        full = [5 * layer + head for layer, of in enumerate(first) for head, text in enumerate(of) if text == "full"]
-        assert full == [0, *range(86, 100)]
-        assert first[1][0] == "razor(sink=64, recent=256, share=0.2)"
-        assert last == (("full",) * 5,) * 20
-
     def test_the_least_alpha_streams_first(self) -> None:
         found = self.method("streaming").candidates(Evidence(alpha=np.array([[0.1, 0.9], [0.5, 0.2]])))
         assert [sum(p == "full" for layer in heads for p in layer) for heads in found] == [0, 1, 2, 3, 4]
@@ -414,7 +404,7 @@ class TestMethods:
     def test_options_are_what_their_method_says(self) -> None:
         assert self.method("streaming").options == [Streaming(64, 256)]
         assert self.method("windows").options[0] == Streaming(64, 32)
-        with pytest.raises(InvalidRequest, match="method is 'best'; allowed are windows, streaming, razor"):
+        with pytest.raises(InvalidRequest, match="method is 'best'; allowed are windows, streaming"):
             method_of("best")
 
 

@@ -160,7 +160,7 @@ def calibrate(
         mark = fingerprint(bench.path)
         evidence = _evidence(bench, texts, method, settings, mark, progress)
         candidates = method.candidates(evidence)
-        measure = bench.judge(texts, context, settings.seed, method.in_decode, progress)
+        measure = bench.judge(texts, context, settings.seed, False, progress)
         chosen, trials = choose(candidates, measure, settings.target, lambda d, t: progress("selection", d, t))
         heads = candidates[-1] if chosen is None else chosen.heads
         about: dict[str, str | int | float | bool] = {

@@ -3,7 +3,6 @@
 
     windows    a window of its own for each head, by all evidence
     streaming  one size of window or full, by DuoAttention's gates alone
-    razor      echo and induction heads stay full, the others have a window and a mean (RazorAttention)
 
 `windows` searches greedily: it widens the window that gives most for the tokens it costs. Steps along each head's
 convex hull are optimal for every budget that they end at, and nearly so between. There is one length and one budget, so
@@ -12,7 +11,6 @@ it needs no integer program.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +24,6 @@ from lamina.errors import InvalidRequest
 from lamina.measure.calibration.evidence import Evidence
 from lamina.measure.calibration.scores import Scores
 from lamina.policy_file import Heads, kept
-from lamina_workers.policies.compared.razor import Razor
 from lamina_workers.policies.full import Full
 from lamina_workers.policies.policy import Policy
 from lamina_workers.policies.streaming import Streaming
@@ -38,16 +35,11 @@ _UNIT = 32  # tokens that windows are multiples of: a page
 Choices = npt.NDArray[np.int64]
 
 
-ECHO = 0.01  # of the KV heads, those with the most echo stay full (RazorAttention, arXiv 2407.15891, section 3.3)
-INDUCTION = 0.14  # and those with the most induction
-
-
 @dataclass(frozen=True, slots=True)
 class Method(ABC):
     """One method at a context in tokens. `sink` and `recent` are the sizes of windows, where they are fixed."""
 
     needs: ClassVar[frozenset[str]]  # fields of Evidence
-    in_decode: ClassVar[bool] = False  # whether its policies let go in decode alone, where they must be measured
 
     context: int
     sink: int
@@ -89,35 +81,15 @@ class Gated(Method):
         order = np.argsort(evidence.alpha, axis=None, kind="stable")
         counts = sorted({round(len(order) * step / GRID) for step in range(GRID + 1)}, reverse=True)
         every = [*self.options, Full()]
-        return [_with_full(evidence.alpha.shape, order[count:], every) for count in counts]
+        candidates = []
+        for count in counts:
+            choices = np.zeros(len(order), np.int64)
+            choices[order[count:]] = 1
+            candidates.append(policies(choices.reshape(evidence.alpha.shape), every))
+        return candidates
 
 
-class Retrieving(Method):
-    """Full are 1 % of the KV heads by echo and 14 % by induction, as published; then more by induction."""
-
-    needs = frozenset({"echo", "induction"})
-    in_decode = True
-
-    @property
-    def options(self) -> list[Policy]:
-        return [Razor(self.sink, self.recent)]
-
-    def candidates(self, evidence: Evidence) -> list[Heads]:
-        by_echo, by_induction = (
-            np.argsort(-scores, axis=None, kind="stable") for scores in (evidence.echo, evidence.induction)
-        )
-        total = len(by_echo)
-        least, echoing = max(1, round(INDUCTION * total)), by_echo[: max(1, round(ECHO * total))]
-        counts = sorted({*(round(total * step / GRID) for step in range(GRID + 1)), least, total})
-        every = [*self.options, Full()]
-        return [
-            _with_full(evidence.echo.shape, np.union1d(echoing, by_induction[:count]), every)
-            for count in counts
-            if count >= least
-        ]
-
-
-METHODS: dict[str, type[Method]] = {"windows": Windows, "streaming": Gated, "razor": Retrieving}
+METHODS: dict[str, type[Method]] = {"windows": Windows, "streaming": Gated}
 
 
 def method_of(name: str) -> type[Method]:
@@ -125,13 +97,6 @@ def method_of(name: str) -> type[Method]:
     if name not in METHODS:
         raise InvalidRequest(f"method is {name!r:.40}; allowed are {', '.join(METHODS)}")
     return METHODS[name]
-
-
-def _with_full(shape: tuple[int, ...], full: npt.NDArray[np.int64], every: Sequence[Policy]) -> Heads:
-    """The second of `every` for the heads of these numbers, the first for the others."""
-    choices = np.zeros(math.prod(shape), np.int64)
-    choices[full] = 1
-    return policies(choices.reshape(shape), every)
 
 
 def window_options(context: int, sink: int) -> list[Policy]:
