@@ -611,7 +611,7 @@ def test_the_commands(tmp_path: Path, folder: Path, method: str) -> None:
     file.check(ModelConfig.from_folder(folder), fingerprint(folder))
     assert file.about["kv_kept"] < 1
     assert f"KV held {file.about['measured_kv_held']:.3f}" in said
-    assert (tmp_path / "policy.html").stat().st_size > 10_000
+    assert (tmp_path / "policy.html").stat().st_size > 5_000
     # The same scores and target give the same choice, and measuring it again the same quality.
     assert run("calibrate", folder, "--out", out, "--target-quality", "0.5", *scores) == said
     assert policy_file.read(out) == file
