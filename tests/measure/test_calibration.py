@@ -8,6 +8,7 @@ import json
 import random
 import re
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -611,7 +612,10 @@ def test_the_commands(tmp_path: Path, folder: Path, method: str) -> None:
     file.check(ModelConfig.from_folder(folder), fingerprint(folder))
     assert file.about["kv_kept"] < 1
     assert f"KV held {file.about['measured_kv_held']:.3f}" in said
-    assert (tmp_path / "policy.html").stat().st_size > 5_000
+    report = (tmp_path / "policy.html").read_text()
+    maps = {"kept", *method_of(method).needs, *(["combined"] if len(method_of(method).needs) > 1 else [])}
+    assert set(re.findall("<figcaption>(.*?)</figcaption>", report)) == maps
+    assert f"<pre>{escape(out.read_text())}</pre>" in report
     # The same scores and target give the same choice, and measuring it again the same quality.
     assert run("calibrate", folder, "--out", out, "--target-quality", "0.5", *scores) == said
     assert policy_file.read(out) == file

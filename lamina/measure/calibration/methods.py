@@ -78,15 +78,10 @@ class Gated(Method):
         return [Streaming(self.sink, self.recent)]
 
     def candidates(self, evidence: Evidence) -> list[Heads]:
-        order = np.argsort(evidence.alpha, axis=None, kind="stable")
-        counts = sorted({round(len(order) * step / GRID) for step in range(GRID + 1)}, reverse=True)
+        ranks = np.argsort(np.argsort(evidence.alpha, axis=None, kind="stable")).reshape(evidence.alpha.shape)
+        counts = sorted({round(ranks.size * step / GRID) for step in range(GRID + 1)}, reverse=True)
         every = [*self.options, Full()]
-        candidates = []
-        for count in counts:
-            choices = np.zeros(len(order), np.int64)
-            choices[order[count:]] = 1
-            candidates.append(policies(choices.reshape(evidence.alpha.shape), every))
-        return candidates
+        return [policies((ranks >= count).astype(np.int64), every) for count in counts]
 
 
 METHODS: dict[str, type[Method]] = {"windows": Windows, "streaming": Gated}
