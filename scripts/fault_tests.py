@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The tests of each group of faults of docs/reliability.md, as a table: those marked `@pytest.mark.fault("F07")`.
+"""The tests of each group of faults of docs/internals/reliability.md, a table: those with `@pytest.mark.fault("F07")`.
 Behind a test stands (soak) where it is marked so, and (soak in part) where some of its cases are.
 
 scripts/fault_tests.py [F07 ...]

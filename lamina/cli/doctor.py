@@ -35,7 +35,7 @@ _KERNELS = {
     "cpu": "loops compiled by numba",
     "triton": "Triton's interpreter, slow, as LAMINA_KERNELS says",
 }
-_READING = 0.6  # of a step of one sequence; docs/performance.md has 0.44 of a small model, 0.65 of a larger one
+_READING = 0.6  # of a step of one sequence: of small models 0.44, of larger ones 0.65 (docs/internals/performance.md)
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 

@@ -29,7 +29,7 @@ Ray both calls are messages to the process that owns the workers, so the number 
 What goes wrong, and what follows
 ---------------------------------
 
-docs/reliability.md has what Lamina promises, and the tests of each group of faults.
+docs/internals/reliability.md has what Lamina promises, and the tests of each group of faults.
 
 - Refused announcement: the plan is undone, the scheduler evicts an unused prefix, else preempts the youngest idle
   sequence, and plans again: only what holders that refused keep. Planning makes room at the holders that are short in
@@ -63,7 +63,7 @@ docs/reliability.md has what Lamina promises, and the tests of each group of fau
   running ones grow there, and what pays is moved there. A holder is drained: running sequences grow elsewhere at
   once, and its parts move to the others while all go on; what has no room there is computed again.
 - A holder is lost again and again: its place is held back (`lamina/deploy/breakers.py`), unless it is the only one.
-  After frames with changed bits twice a day it is quarantined, even then (reliability (docs/reliability.md)).
+  After frames with changed bits twice a day it is quarantined, even then (reliability (docs/internals/reliability.md)).
   `Backoff` (`supervision.py`) is something else: how long the supervisor waits before it starts a process again.
 - A copy fails: moves are given up, and sequences are where they were; a spare is copied again later.
 - Logits that are not finite: that request ends with an error and its KV does not get into the prefix cache; the rest

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes every figure of docs/performance.md again, on this machine and at this commit.
+"""Makes every figure of docs/internals/performance.md again, on this machine and at this commit.
 
 usage: scripts/bench/figures.py [--only WORD] [--vllm-python PYTHON] [--list]
 
@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-DOCUMENT = ROOT / "docs" / "performance.md"
+DOCUMENT = ROOT / "docs" / "internals" / "performance.md"
 BLOCK = re.compile(r"^```\n\$ (?P<command>[^\n]+)\n(?P<output>.*?)^```$", re.MULTILINE | re.DOTALL)
 MACHINE = re.compile(r"^Machine: .*$", re.MULTILINE)
 LIMIT = 1800  # seconds for one command

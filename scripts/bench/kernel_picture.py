@@ -10,7 +10,7 @@ try:
 except ImportError:
     raise SystemExit("plot needs matplotlib: pip install matplotlib") from None
 
-PICTURE = Path(__file__).resolve().parents[2] / "docs" / "kernels.png"
+PICTURE = Path(__file__).resolve().parents[2] / "docs" / "internals" / "kernels.png"
 # Colours of Okabe and Ito: distinct also for colour-blind readers; the markers are distinct in print.
 STYLES = (("#0072B2", "o", "-"), ("#D55E00", "s", "-"), ("#009E73", "^", "-"), ("#000000", "D", "--"))
 

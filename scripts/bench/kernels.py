@@ -6,7 +6,7 @@ usage: scripts/bench/kernels.py [targets] [grid] [peers] [plot] [--gib 2] [--sec
 targets   the shapes that Lamina promises something of, the fixed cost of a call, prefill beside torch (the default)
 grid      every KV dtype, head size and group at a context of 16384
 peers     two shapes beside torch, FlexAttention and, on a GPU, FlashInfer and FlashAttention where installed
-plot      the share over context, batch and raggedness, drawn into docs/kernels.png
+plot      the share over context, batch and raggedness, drawn into docs/internals/kernels.png
 
 KV bytes are counted once, however many query heads read them; int8 counts codes and scales. A row alternates between a
 few calls and a reading of the bandwidth, since the machine's bandwidth drifts; its share is the median over these

@@ -29,7 +29,7 @@ from lamina_workers.converted.models import decoder_of  # noqa: E402
 from lamina_workers.decoder.model import Decoder  # noqa: E402
 from lamina_workers.decoder.shard import WHOLE  # noqa: E402
 
-TEXT = Path(__file__).parents[2] / "docs" / "design.md"
+TEXT = Path(__file__).parents[2] / "docs" / "internals" / "design.md"
 _PAGE = 32  # tokens
 
 

@@ -1,4 +1,4 @@
-"""A scenario of scripts/evaluate/faults.py, as it is run for the table of docs/reliability.md."""
+"""A scenario of scripts/evaluate/faults.py, as it is run for the table of docs/internals/reliability.md."""
 
 from __future__ import annotations
 

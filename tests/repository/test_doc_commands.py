@@ -1,6 +1,6 @@
-"""Commands and code of README.md, CONTRIBUTING.md and docs/*.md against what runs: options exist, scripts can be
-started, keywords of Python examples are fields, extras are in pyproject.toml. docs/log.md keeps the commands of its
-time."""
+"""Commands and code of README.md, CONTRIBUTING.md and docs/**/*.md against what runs: options exist, scripts can be
+started, keywords of Python examples are fields, extras are in pyproject.toml. docs/internals/log.md keeps the commands
+of its time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lamina.system.text_files import read_toml
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
-DOCUMENTS += [path for path in sorted((ROOT / "docs").glob("*.md")) if path.name != "log.md"]
+DOCUMENTS += [path for path in sorted((ROOT / "docs").rglob("*.md")) if path.name != "log.md"]
 SCRIPTS = [path for path in sorted((ROOT / "scripts").rglob("*")) if path.suffix in (".py", "") and path.is_file()]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:lamina|scripts/[\w/]+(?:\.py)?) [^`]+)`")

@@ -27,8 +27,8 @@ TRACE = Trace("eight", tuple(Arrival(0.0, 2000, 400) for _ in range(8)))
 
 @pytest.mark.parametrize(("redundancy", "measured"), [("none", 0.98), ("replica", 0.04), ("parity", 0.05)])
 def test_a_lost_worker_costs_what_was_measured(redundancy: str, measured: float) -> None:
-    """docs/reliability.md: 8 sequences of 2,000 tokens, until each has its next token, in parts of their prefill: 0.98
-    without redundancy, 0.04 with a replica, 0.05 with parity."""
+    """docs/internals/reliability.md: 8 sequences of 2,000 tokens, until each has its next token, in parts of their
+    prefill: 0.98 without redundancy, 0.04 with a replica, 0.05 with parity."""
     whole = simulate(SYSTEM, TRACE)
     at = 0.7 * whole.seconds  # all decode
     failures = Failures(at, redundancy, restart=1e-3)

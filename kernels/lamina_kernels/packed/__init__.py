@@ -15,7 +15,7 @@ the same x. A vector register holds one quad of columns of 16 rows; four product
 summed exactly in int32 (VPDPBUSD, or what AVX2 and NEON have: `micro.py`), and once a block the sum meets both scales
 in float32. The order of sums depends on the number of columns alone, so a row of y depends on no other row and on no
 thread. Codes are unpacked once for up to 8 rows of x. Many rows go the same way on CPUs with AVX512_VNNI, where it
-beats oneDNN's bfloat16 (docs/log.md). With AMX, or without VNNI, blocks of rows are unpacked into a buffer for
+beats oneDNN's (docs/internals/log.md). With AMX, or without VNNI, blocks of rows are unpacked into a buffer for
 oneDNN. `dense.Linear` takes one packed matrix or several side by side (Q4_K_M has Q4_K and Q6_K in one of q, k, v), and
 a span's steps do too, so a decode step stays one compiled call between two attentions.
 

@@ -1,6 +1,6 @@
 """Workers that are lost while requests run, and what comes back of it, in simulated time.
 
-Recovery costs what `scripts/bench/recovery.py` measured (docs/reliability.md): without redundancy everything is
+Recovery costs what `scripts/bench/recovery.py` measured (docs/internals/reliability.md): without redundancy all is
 computed again, by the scheduler and the cost model; with it, a share of the time of that.
 """
 

@@ -25,7 +25,7 @@ front of K: nothing is sent or stored for it (`LayerSpec.own_v`, `PageLayout.lat
 layer, of int8 one scale more, and a page nothing else.
 
 - On a CPU a block of K is turned into the order of V once (`strips.py`) for all query vectors of a piece, and the
-  loops are those of any attention. Arithmetic binds, not memory (docs/performance.md). Triton's kernels
+  loops are those of any attention. Arithmetic binds, not memory (docs/internals/performance.md). Triton's kernels
   load a latent once and transpose it.
 - There is one KV head, so attention workers divide positions, not heads. Each of several ranks has some query heads,
   and holders of its own that keep the latent whole: a rank attends alone, as with other models, and a latent is small

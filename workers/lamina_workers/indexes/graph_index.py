@@ -21,7 +21,7 @@ from lamina_workers.indexes.key_index import LARGEST, Floats, Found, ascending, 
 Links = npt.NDArray[np.int32]
 Lists = npt.NDArray[np.int32]
 _CANDIDATES = 32  # times the degree: how many of a key's candidates pruning considers, the most asked for first. With 4
-# a key is linked only to keys that are always asked for together, and recall stalls (docs/log.md).
+# a key is linked only to keys that are always asked for together, and recall stalls (docs/internals/log.md).
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator, unused-ignore]

@@ -23,7 +23,7 @@ from lamina_workers.errors import PolicyError
 from lamina_workers.policies.chooser import Adaptive, Choice, Chooser, Holding, Items
 from lamina_workers.policies.policy import LONGEST
 
-# What choosing costs in a layer, in bytes of KV that could be read in order meanwhile; measured (docs/log.md).
+# What choosing costs in a layer, in bytes of KV that could be read in order meanwhile (docs/internals/log.md).
 CALL = 9e6  # the calls
 BYTE = 2.0  # a byte of sketches, computing and the few pages that are read exactly included
 IN_CODES = 0.25  # of the pages, whose values are read in 4 bits
