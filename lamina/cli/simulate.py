@@ -233,7 +233,9 @@ class PlanOptions:
 
 @flatten_options
 def plan(asked: PlanOptions) -> None:
-    """Which mix of machines, and how many of each, gives the most for a dollar within the latency that users accept."""
+    """Which mix of machines, and how many of each, gives the most for a dollar within the latency that users accept.
+
+    Ends with 1 where nothing serves all that is asked for."""
     if asked.check is not None:
         _check(asked.check, asked)
         return
@@ -276,6 +278,8 @@ def plan(asked: PlanOptions) -> None:
         if not asked.why:
             remarks.append("--why says what would change it.")
         print_plan(planned, heading, reached, asked.prefill, asked.out, remarks)
+    if not planned.winner.serves:
+        raise typer.Exit(1)
 
 
 def _check_behind(asked: PlanOptions) -> None:

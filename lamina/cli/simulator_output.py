@@ -89,7 +89,8 @@ def plan_page(found: Planned, title: str) -> str:
         "engine": dict(found.plan.engine),
     }
     plan = {name: value for name, value in sections.items() if value}
-    plan |= {"points": found.points(), "x": _pareto_axis(found), "candidates": f"{_counted(found)}."}
+    if len(found.ranked) > 1:
+        plan |= {"points": found.points(), "x": _pareto_axis(found), "candidates": _counted(found)}
     runs = [entry.result for entry in (found.winner, *found.mixes(_RECORDS)) if entry.result is not None]
     return html(runs[:_RUNS], title, found.plan.slo, plan)
 
@@ -101,7 +102,7 @@ def _pareto_axis(found: Planned) -> str:
 
 
 def _counted(found: Planned) -> str:
-    return f"{len(found.ranked):,} candidates, of which {found.serving:,} serve the whole load"
+    return f"{len(found.ranked):,} candidates, of which {found.serving:,} serve the whole load."
 
 
 def _rows(found: Planned) -> list[dict[str, str]]:
@@ -174,12 +175,14 @@ def print_plan(
     _lines(grid([("What it promises", "expected", "90 % interval"), *_promises(found)]))
     typer.echo("")
     _table(_rows(found))
-    note = (
-        f"{_counted(found)}. > taken, * by the event loop, the others by formula. DOP(a, b): a devices share the dense "
-        "layers, b hold the KV and compute attention."
-    )
-    prices = [f"Prices an hour: {prices}."] if (prices := _prices(found)) else []
-    _say([note, *prices], indent=0)
+    notes = [f"Prices an hour: {prices}."] if (prices := _prices(found)) else []
+    if len(found.ranked) > 1:
+        legend = (
+            f"{_counted(found)} > taken, * by the event loop, the others by formula. DOP(a, b): a devices share the "
+            "dense layers, b hold the KV and compute attention."
+        )
+        notes.insert(0, legend)
+    _say(notes, indent=0)
     if found.sensitivity:
         _section("What would change it", found.sensitivity)
     assumptions = [f"{reached[0].upper()}{reached[1:]}."]
@@ -194,11 +197,13 @@ def print_plan(
     )
     if out is None:
         return
+    if not found.winner.serves:
+        _say(["", f"{out}: written, but it does not serve all that is asked for"], indent=0)
+        return
     from lamina.simulator.planning.deployment import commands, undeployable
 
     if why := undeployable(found.plan.system):
-        typer.echo("")
-        _say([f"{out}: written, but no engine here can run it: {why}"], indent=0)
+        _say(["", f"{out}: written, but no engine here can run it: {why}"], indent=0)
         return
     typer.echo(f"\n{out}: written. To deploy it, and to measure here what it promises:")
     for line in (*commands(out, found.plan.replicas, found.plan.engine), f"lamina plan --check {out}"):

@@ -12,6 +12,7 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from lamina.errors import InvalidRequest
 from lamina.simulator.costs import hardware
 from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import without_prices
@@ -22,6 +23,7 @@ from lamina.simulator.planning.inventory import Have, Inventory, with_efficiency
 from lamina.simulator.planning.plan import PlanRequest, find, make_plan
 from lamina.simulator.planning.planner import Ranked, mix, rank
 from lamina.simulator.planning.quantities import Quantity, Situation, market
+from lamina.simulator.planning.sensitivity import FAR, NOTHING
 from lamina.simulator.traces.catalogue import trace, windows
 
 NEAR = 1.02
@@ -98,12 +100,12 @@ class Plans:
             situation = quantity.change(Situation(entry.candidate.system, self.demand, question.slo), factor)
             if fits(situation.system):
                 originals[replace(entry.candidate, system=situation.system)] = entry.candidate
-        demand, slo, part = situation.demand, situation.slo, question.trace
-        if demand.prompt != self.demand.prompt:
-            arrivals = (replace(arrival, prompt=max(1, round(arrival.prompt * factor))) for arrival in part.arrivals)
-            part = replace(part, arrivals=tuple(arrivals))
-        loop = EventRuns(part, demand, slo, question.prefill, 0)
-        ranked = loop.searched(rank(list(originals), demand, slo, prefill=question.prefill))
+        demand, slo = situation.demand, situation.slo
+        loop = EventRuns(question.trace, self.demand, question.slo, question.prefill, 0).situated(demand, slo)
+        try:
+            ranked = loop.searched(rank(list(originals), demand, slo, prefill=question.prefill))
+        except InvalidRequest:
+            return False, NOTHING
         first = settled(ranked, loop)[0]
         return self._same(first, originals[first.candidate]), first.name
 
@@ -122,7 +124,7 @@ class Plans:
                     return self.changed(quantity, factor)
                 return self.at_price(name.removeprefix("price of "), factor)
 
-            for change, farthest in ((statement.rise, statement.farthest), (statement.fall, 1 / statement.farthest)):
+            for change, farthest in ((statement.rise, FAR), (statement.fall, 1 / FAR)):
                 if change is None:
                     seen = [first(factor) for factor in (farthest ** (1 / 3), farthest)]
                     holds = all(same for same, _ in seen)

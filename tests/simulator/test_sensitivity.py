@@ -16,14 +16,13 @@ from ranked_candidates import LOSSY, SLOW, SPLIT, WHOLE, checked, ranked
 from lamina.simulator.costs.cost_model import Load
 from lamina.simulator.costs.systems import Colocated, System, changed, price, without_prices
 from lamina.simulator.event_loop.simulate import Slo
-from lamina.simulator.planning import sensitivity as sensitivity_module
 from lamina.simulator.planning.candidates import Candidate
 from lamina.simulator.planning.event_runs import EventRuns, settled
-from lamina.simulator.planning.planner import MARGIN, Ranked, rank, ratio_error, worth
+from lamina.simulator.planning.planner import NAMED_FROM, Ranked, looked_at, rank, ratio_error, worth
 from lamina.simulator.planning.quantities import Quantity, Situation, faster, links, market, prices, scaled
-from lamina.simulator.planning.sensitivity import Change, Changes, Sensitivity
-from lamina.simulator.steady_state.closed_form import Estimate, estimate
-from lamina.simulator.traces.arrivals import head
+from lamina.simulator.planning.sensitivity import NOTHING, Change, Changes, Sensitivity
+from lamina.simulator.steady_state.closed_form import estimate
+from lamina.simulator.traces.arrivals import Arrival, Trace, head
 from lamina.simulator.traces.catalogue import trace
 from lamina.simulator.traces.demand import Demand, demand
 
@@ -101,26 +100,74 @@ def test_what_is_said_of_the_load_holds_on_all_of_the_trace() -> None:
     assert best(change.factor / 1.02) == every[0].name
 
 
-def test_what_a_run_found_beyond_the_replay_counts_at_all_factors() -> None:
-    """One that a run has above the limit, and the replay below it, is not lost at the next larger load."""
-    first = checked(ranked(WHOLE, share=0.895), share=0.905)
-    assert first.bias == pytest.approx(0.01)
-    assert ranked(WHOLE).bias == 0
-    assert checked(ranked(WHOLE, share=0.5), share=0.9).bias == MARGIN
-    needed: list[float] = []
+class Doubtful(EventRuns):
+    """Stands for the event loop: of every system `points` more of the requests are in time than by the replay, which
+    never is sure."""
 
-    def change(given: Situation, factor: float) -> Situation:
-        return replace(given, demand=given.demand.at_rate(given.demand.rate * factor))
+    def __init__(self, points: float) -> None:
+        self.points, self.ran = points, list[Ranked]()
 
-    def estimated(*asked: object) -> Estimate:
-        needed.append(asked[-2])  # type: ignore[arg-type]
-        return first.estimate
+    def situated(self, asked: Demand, slo: Slo) -> EventRuns:
+        return self
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sensitivity_module, "estimate", estimated)
-        Changes([first], STEADY, SLO, True).change(Quantity("load", 4.0, "requests/s", change), 4.0)
-    assert needed
-    assert needed == pytest.approx([0.89] * len(needed))
+    def sure(self, each: Ranked) -> bool:
+        return each.result is not None
+
+    def run(self, each: Ranked) -> Ranked:
+        self.ran.append(each)
+        return checked(each, share=min(1.0, each.estimate.share + self.points))
+
+
+def test_a_limit_is_where_the_event_loop_has_it() -> None:
+    """Where it has a point less in time than the replay, the winner holds to less load, and to more where it has more;
+    both sides of the limit were run."""
+    asked, slo = demand(head(trace("azure-conv"), 4000)).at_rate(6.0), Slo(1.0, 0.05)
+    every = rank([Candidate(system, 1) for system in (together(4), together(8))], asked, slo)
+    (load,) = [each for each in market([together(4)], asked, slo) if each.what == "load"]
+    limits = []
+    for points in (-0.02, 0.0, 0.02):
+        loop = Doubtful(points)
+        change = Changes(every, asked, slo, True, loop=loop).change(load, 4.0)
+        assert change is not None
+        assert change.winner == every[1].name
+        limits.append(change.factor)
+        rates = [each.estimate.demanded / asked.rate for each in loop.ran]
+        assert any(rate == pytest.approx(change.factor) for rate in rates)
+        assert any(1 - CLOSE < rate / change.factor < 1 - 1e-9 for rate in rates)
+    assert limits[0] < limits[1] < limits[2]
+
+
+def test_one_of_which_little_was_seen_becomes_a_rival() -> None:
+    """Four H100 were looked at coarsely alone, and cannot keep up; they serve half of the load."""
+    asked, slo = demand(head(trace("azure-conv"), 4000)).at_rate(16.0), Slo(1.0, 0.05)
+    first, small = (Candidate(together(count), 1) for count in (8, 4))
+    winner = rank([first], asked, slo)[0]
+    coarse = looked_at(small, asked, slo, fine=False, partly=False)
+    assert winner.serves
+    assert not coarse.serves
+    assert coarse.estimate.almost < NAMED_FROM
+    (load,) = [each for each in market([together(4)], asked, slo) if each.what == "load"]
+    change = Changes([winner, coarse], asked, slo, True).change(load, 0.25)
+    assert change is not None
+    assert change.winner == coarse.name
+    assert rank([first, small], asked.at_rate(16.0 * change.factor / 1.02), slo)[0].name == coarse.name
+    assert rank([first, small], asked.at_rate(16.0 * change.factor * 1.02), slo)[0].name == winner.name
+
+
+def test_where_nothing_keeps_the_slo_that_is_what_comes() -> None:
+    winner = rank([Candidate(together(4), 1)], STEADY, SLO)[0]
+    (pace,) = [each for each in market([together(4)], STEADY, SLO) if each.what == "tpot of the SLO"]
+    change = Changes([winner], STEADY, SLO, True).change(pace, 0.01)
+    assert change is not None
+    assert change.winner == NOTHING
+
+
+def test_longer_prompts_are_those_of_the_trace_that_is_run() -> None:
+    short = Trace("short", tuple(Arrival(float(number), 100 + number, 20) for number in range(40)))
+    runs = EventRuns(short, demand(short), SLO, True, 0)
+    longer = runs.situated(demand(short).with_prompts(2.0), SLO)
+    assert [entry.prompt for entry in longer._trace.arrivals] == [2 * (100 + number) for number in range(40)]
+    assert runs.situated(demand(short).at_rate(9.0), SLO)._trace is runs._trace
 
 
 def test_what_a_candidate_does_not_depend_on_leaves_it_as_the_event_loop_found_it() -> None:
@@ -148,10 +195,10 @@ def test_a_faster_device_is_faster_in_all() -> None:
 
 def test_words() -> None:
     same = Sensitivity("price of h20", 4.63, "$/h", None, None)
-    assert str(same) == "price of h20, now 4.63 $/h: the same from 0.10x to 10.00x"
+    assert str(same) == "price of h20, now 4.63 $/h: the same from 0.25x to 4.00x"
     rise = Change(1.5, "4x h100 co-located")
     assert str(replace(same, rise=rise)) == (
-        "price of h20, now 4.63 $/h: the same up to 1.50x (6.95), then 4x h100 co-located; down to 0.10x at least"
+        "price of h20, now 4.63 $/h: the same up to 1.50x (6.95), then 4x h100 co-located; down to 0.25x at least"
     )
 
 

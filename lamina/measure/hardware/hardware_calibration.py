@@ -311,7 +311,7 @@ class _Sources:
         sources = {
             "flops": f"{base}: the best of several large matrix products",
             "bandwidth": f"{base}: plain reads between all other measurements, {fastest}",
-            "memory": f"{base}: as the system reports it",
+            "memory": f"{base}: what nothing else took",
             "price": "as given",
             "power": "as given",
         }

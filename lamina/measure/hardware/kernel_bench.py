@@ -38,12 +38,12 @@ class KernelBench:
         self._sequences: Held | None = None
 
     def about(self) -> dict[str, Any]:
-        """What this machine and the measured model are."""
+        """What this machine and the measured model are; `memory`: bytes that nothing else takes."""
         machine = this_machine()
-        name, memory = machine.processor, machine.memory
+        name, memory = machine.processor, machine.memory_available or machine.memory
         if self._device.type == "cuda":
             gpu = torch.cuda.get_device_properties(self._device)
-            name, memory = gpu.name, gpu.total_memory
+            name, memory = gpu.name, torch.cuda.mem_get_info(self._device)[0]
         return {
             "processor": name,
             "cores": machine.cores,

@@ -41,6 +41,14 @@ class EventRuns:
         self._demand, self._slo, self._prefill, self._seed, self._mapped = demand, slo, prefill, seed, mapped
         self._shares = any(request.blocks or request.after is not None for request in trace.arrivals)
 
+    def situated(self, demand: Demand, slo: Slo) -> EventRuns:
+        """Runs one at a time for another demand of the same requests, with prompts as many times as long, and SLO."""
+        trace, factor = self._trace, demand.prompt / self._demand.prompt
+        if factor != 1:
+            arrivals = (replace(entry, prompt=max(1, round(entry.prompt * factor))) for entry in trace.arrivals)
+            trace = replace(trace, arrivals=tuple(arrivals))
+        return EventRuns(trace, demand, slo, self._prefill, self._seed)
+
     def replayed(self, system: System) -> bool:
         """Whether the replay has all that matters."""
         return not self._shares and not system.model.states

@@ -123,23 +123,10 @@ class Ranked:
         return replace(self, estimate=hoped)
 
     @property
-    def hopeful(self) -> float:
-        """The part of what is asked for that is served with one replica fewer or, where not all is, with these."""
-        forecast = self.estimate
-        return forecast.almost or (0.0 if forecast.serves else forecast.taken / forecast.demanded)
-
-    @property
     def hoped_price(self) -> float:
         """Dollars an hour of that."""
         forecast = self.estimate
         return forecast.price * (1 - forecast.serves / forecast.replicas)
-
-    @property
-    def bias(self) -> float:
-        """How much more of all requests is within the SLO by the run than by the replay."""
-        if self.result is None or self.rate < self.estimate.demanded:
-            return 0.0
-        return max(-MARGIN, min(MARGIN, self.result.slo_share - self.estimate.share))
 
 
 def with_replicas(ranked: Ranked, count: int) -> Ranked:

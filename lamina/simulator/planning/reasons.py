@@ -37,7 +37,7 @@ def answer(
         f"in time, TPOT {figures.tpot * 1000:.0f} ms, TTFT {figures.ttft:.2f} s, by the {figures.source}."
     ]
     sentences += [_instead(entry, winner) for entry in (*below[:_NAMED], above) if entry is not None]
-    if winner.serves and winner.estimate.price and not below:
+    if winner.serves and winner.estimate.price and not below and len(ranked) > 1:
         sentences.append(f"Nothing cheaper has {NAMED_FROM:.0%} of the requests in time.")
     if winner.result is not None and winner.result.requests < demand.requests:
         sentences.append(
@@ -57,6 +57,8 @@ def answer(
             f"No system here serves all {forecast.demanded:.3g} requests/s within the SLO; the rest would have to go "
             f"elsewhere. {would_do(winner.candidate.system, demand, slo, prefill, forecast.replicas + 1)}."
         )
+    if len(ranked) == 1:
+        return sentences
     kind = winner.candidate.offloaded
     others = (entry for entry in ranked if entry.candidate.offloaded is not kind and entry.estimate.goodput)
     other = next(others, None)

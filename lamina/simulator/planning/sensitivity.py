@@ -2,40 +2,39 @@
 devices.
 
 Neither an estimate nor a run depends on prices, so that of all candidates it is known how they stand at any price; one
-that would be first by what is not sure is checked before it is believed. For other changes winner and rivals are
-replayed with all requests of the changed trace, until the factor is close where another mix of devices is first, or
-another number of the winner's. Then all candidates are looked at there, and one that is before these becomes a rival.
-What a run found beyond the replay is taken to be so at all factors. What a coarse look, which is too kind, has behind
-the first is not replayed.
+that would be first by what is not sure is checked before it is believed. For other changes what is first at a factor is
+found as a plan is, by all requests of the changed trace: each candidate counts for what it may give at most, by its
+price, by a coarse look, by the replay and by the event loop in turn, until the one before all others is sure. So it is
+on both sides of a factor that is said. About where that is says the replay, of the candidates that were replayed with
+all requests.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
+from heapq import heappop, heappush
+from itertools import pairwise
 from typing import NamedTuple
 
 from lamina.simulator.costs.systems import price
-from lamina.simulator.event_loop.results import ATTAINMENT
 from lamina.simulator.event_loop.simulate import Progress, Slo
-from lamina.simulator.planning.candidates import fits
+from lamina.simulator.planning.candidates import Candidate, fits
 from lamina.simulator.planning.event_runs import EventRuns
-from lamina.simulator.planning.planner import Ranked, described, handicap, mix, mixes, worth
+from lamina.simulator.planning.planner import MARGIN, NAMED_FROM, Ranked, described, handicap, looked_at, mix, worth
 from lamina.simulator.planning.quantities import Quantity, Situation
 from lamina.simulator.planning.run_progress import Mapped, RunProgress, one_by_one
-from lamina.simulator.steady_state.closed_form import estimate
 from lamina.simulator.traces.demand import Demand
 
-FARTHEST, FAR = 10.0, 4.0
-"""The largest factors by which prices are changed, and other quantities."""
-RIVALS, _NEAR = 6, 0.75
-"""Of other mixes of devices, the best so many that serve all are compared with the winner, and the cheapest that with a
-replica fewer, or with all that there may be, serve this part of it."""
-_STEPS, _HALVINGS = 4, 7
-"""Factors that are tried up to the farthest, and halvings between the two where the winner changes."""
-_CLEARLY = 1 + 1e-9
-"""A rival comes before the winner where it gives more than this many times as much."""
+FAR = 4.0
+"""The largest factor by which something is changed."""
+_CLOSE = 1.01
+"""How closely a factor is found."""
+_STEPS, _HALVINGS = 4, 5
+"""Factors up to the farthest that are replayed first, and halvings between the two where the winner changes."""
+NOTHING = "nothing that keeps the SLO"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +45,9 @@ class Change:
     winner: str
 
 
-class Standing(NamedTuple):
-    """How the candidate at that place of the ranking stands: more is better. `worth` is requests for a dollar."""
+class First(NamedTuple):
+    """The candidate at that place of the ranking, in that number; a negative place is none."""
 
-    serves: bool
-    worth: float
     place: int
     replicas: int
 
@@ -64,17 +61,16 @@ class Sensitivity:
     unit: str
     rise: Change | None
     fall: Change | None
-    farthest: float = FARTHEST
 
     def __str__(self) -> str:
         ways = []
-        for change, word, end in ((self.rise, "up", self.farthest), (self.fall, "down", 1 / self.farthest)):
+        for change, word, end in ((self.rise, "up", FAR), (self.fall, "down", 1 / FAR)):
             factor = end if change is None else change.factor
             beyond = " at least" if change is None else f" ({plain(self.now * factor)}), then {change.winner}"
             ways.append(f"{word} to {factor:.2f}x{beyond}")
         ranges = "; ".join(ways)
         if self.rise is None and self.fall is None:
-            ranges = f"from {1 / self.farthest:.2f}x to {self.farthest:.2f}x"
+            ranges = f"from {1 / FAR:.2f}x to {FAR:.2f}x"
         return f"{self.what}, now {plain(self.now)} {self.unit}: the same {ranges}"
 
 
@@ -95,18 +91,10 @@ class Changes:
         progress: Progress | None = None,
         mapped: Mapped = one_by_one,
     ) -> None:
-        self._ranked = [*ranked, *beyond]
-        places = {id(entry): place for place, entry in enumerate(ranked)}
-        serving = [entry for entry in mixes(ranked) if entry.serves and entry is not ranked[0]]
-        near = sorted((entry for entry in ranked[1:] if entry.hopeful > _NEAR), key=lambda entry: -entry.hopeful)
-        cheap = sorted(mixes(near), key=lambda entry: entry.hoped_price)
-        first = mix(ranked[0].candidate.system)
-        alike = [mix(entry.candidate.system) == first for entry in ranked]
-        self._variants = [place for place in range(1, len(alike)) if alike[place]]
-        self._others = [place for place in range(1, len(alike)) if not alike[place]]
-        rivals = dict.fromkeys(places[id(entry)] for entry in (*serving[:RIVALS], *cheap[:RIVALS]))
-        self._rivals = [place for place in rivals if not alike[place]]
-        self._beyond = range(len(ranked), len(self._ranked))
+        self._ranked, self._inside = [*ranked, *beyond], range(len(ranked))
+        self._mixes = [mix(entry.candidate.system) for entry in self._ranked]
+        near = [entry.closely or entry.estimate.almost >= NAMED_FROM for entry in ranked]
+        self._rivals = [place for place in self._inside if near[place] or self._mixes[place] == self._mixes[0]]
         self._demand, self._slo, self._prefill, self._budget = demand, slo, prefill, budget
         self._loop, self._progress, self._mapped = loop, progress, mapped
 
@@ -114,114 +102,120 @@ class Changes:
         """Of prices, then of these others."""
         devices = [quantity for quantity in quantities if quantity.device]
         others = [quantity for quantity in quantities if not quantity.device]
-        nearest = [self.change(quantity, end) for quantity in devices for end in (FARTHEST, 1 / FARTHEST)]
+        nearest = [self.change(quantity, end) for quantity in devices for end in (FAR, 1 / FAR)]
         pairs = [(quantity, end) for quantity in others for end in (FAR, 1 / FAR)]
         reports = RunProgress(self._progress, "comparing", len(pairs))
         nearest += reports.over(self._mapped(lambda pair: self.change(*pair), pairs))
         reports.end()
         return [
-            Sensitivity(quantity.what, quantity.now, quantity.unit, rise, fall, FARTHEST if quantity.device else FAR)
+            Sensitivity(quantity.what, quantity.now, quantity.unit, rise, fall)
             for quantity, rise, fall in zip((*devices, *others), nearest[::2], nearest[1::2], strict=True)
         ]
 
     def change(self, quantity: Quantity, farthest: float) -> Change | None:
         """The nearest factor between 1 and `farthest` at which another is first, or the winner in another number."""
-        rivals = [*self._others, *self._beyond] if quantity.device else list(self._rivals)
-        while True:
-            factor, first = self._nearest(quantity, farthest, rivals)
-            entry = self._ranked[first.place]
-            if quantity.device:
-                if self._differs(first) and self._loop is not None and not self._loop.sure(entry):
-                    (self._ranked[first.place],) = self._loop.checked([entry])
-                    continue
-            else:
-                others = [place for place in self._others if place not in rivals]
-                newcomer = self._first(quantity, factor, others, first)
-                if newcomer.place != first.place:
-                    rivals.append(newcomer.place)
-                    continue
-            return Change(factor, described(entry.candidate.system, first.replicas)) if self._differs(first) else None
+        wide = abs(math.log(_CLOSE) / math.log(farthest))
 
-    def _nearest(self, quantity: Quantity, farthest: float, rivals: Sequence[int]) -> tuple[float, Standing]:
-        """That factor by these rivals, and which is first there; the farthest one, where the winner is at all."""
-        before, factor, first = 1.0, farthest, self._standing(0, quantity, 1.0)
-        for step in range(1, _STEPS + 1):
-            factor = farthest ** (step / _STEPS)
-            first = self._first(quantity, factor, rivals)
-            if self._differs(first):
-                break
-            before = factor
-        for _ in range(_HALVINGS if self._differs(first) else 0):
-            middle = math.sqrt(before * factor)
-            nearer = self._first(quantity, middle, rivals)
-            if self._differs(nearer):
-                factor, first = middle, nearer
-            else:
-                before = middle
-        return factor, first
+        @cache
+        def seen(place: float) -> First:
+            return self._first(quantity, farthest**place)
 
-    def _differs(self, first: Standing) -> bool:
-        return first.place != 0 or first.replicas != self._ranked[0].estimate.replicas
+        low, high = self._forecast(quantity, farthest)
+        step = wide
+        while not self._differs(seen(high)) and high < 1:
+            low, high, step = high, min(1.0, high + step), 2 * step
+        if not self._differs(seen(high)):
+            return None
+        step = wide
+        while low > 0 and self._differs(seen(low)):
+            low, high, step = max(0.0, low - step), low, 2 * step
+        while high - low > 1.5 * wide:
+            middle = (low + high) / 2
+            low, high = (low, middle) if self._differs(seen(middle)) else (middle, high)
+        first = seen(high)
+        system = self._ranked[first.place].candidate.system
+        return Change(farthest**high, NOTHING if first.place < 0 else described(system, first.replicas))
+
+    def _forecast(self, quantity: Quantity, farthest: float) -> tuple[float, float]:
+        """About where that is, by the replay of the rivals: powers of `farthest`, between which the first changes."""
+
+        def differs(place: float) -> bool:
+            return self._differs(self._first(quantity, farthest**place, self._rivals, sure=False))
+
+        steps = [step / _STEPS for step in range(_STEPS + 1)]
+        low, high = next((pair for pair in pairwise(steps) if differs(pair[1])), (1.0, 1.0))
+        for _ in range(_HALVINGS if low < 1 else 0):
+            middle = (low + high) / 2
+            low, high = (low, middle) if differs(middle) else (middle, high)
+        return low, high
+
+    def _differs(self, first: First) -> bool:
+        alike = first.place >= 0 and self._mixes[first.place] == self._mixes[0]
+        return not alike or first.replicas != self._ranked[0].estimate.replicas
 
     def _first(
-        self, quantity: Quantity, factor: float, places: Sequence[int], first: Standing | None = None
-    ) -> Standing:
-        """What is first at that factor: the winner in its best form, or the `first` that was found, unless one of these
-        gives clearly more. What serves a part counts only where nothing serves all."""
-        for partly in (False, True):
-            if first is None or partly:
-                place = 0 if first is None else first.place
-                first = self._standing(place, quantity, factor, partly)
-                if not place:
-                    first = self._better(first, quantity, factor, self._variants, partly)._replace(place=0)
-            best = self._better(first, quantity, factor, places, partly)
-            if best.serves and math.isfinite(self._demand.rate):
-                break
-        return best
-
-    def _better(
-        self, best: Standing, quantity: Quantity, factor: float, places: Sequence[int], partly: bool
-    ) -> Standing:
-        """The best of that one and these, by a coarse look and then by all requests."""
-        hoped = []
-        for place in places:
-            if best.serves and not quantity.device:
-                entry = self._ranked[place]
-                situation = quantity.change(self._now(entry), factor)
-                bound = situation.demand.rate * 3600 / max(price(situation.system), 1e-12) / handicap(entry)
-                if bound <= best.worth:  # it costs too much, even with all in time
-                    continue
-            hoped.append(self._standing(place, quantity, factor, partly, fine=False))
-        for hope in sorted(hoped, reverse=True):
-            if hope[:2] <= (best.serves, best.worth * _CLEARLY):
-                break
-            standing = self._standing(hope.place, quantity, factor, partly)
-            if standing[:2] > (best.serves, best.worth * _CLEARLY):
-                best = standing
-        return best
-
-    def _now(self, each: Ranked) -> Situation:
-        return Situation(each.candidate.system, self._demand, self._slo)
-
-    def _standing(
-        self, place: int, quantity: Quantity, factor: float, partly: bool = False, fine: bool = True
-    ) -> Standing:
-        """How a candidate stands at that factor: by all requests, if `fine`."""
-        entry = self._ranked[place]
+        self,
+        quantity: Quantity,
+        factor: float,
+        places: Sequence[int] | None = None,
+        sure: bool = True,
+        partly: bool = False,
+    ) -> First:
+        """What is first of these (default: of all) at that factor; by the replay alone, unless it has to be `sure`.
+        What serves a part counts only where nothing serves all."""
         if quantity.device:
-            return self._at_price(place, quantity.device, factor)
-        situation = quantity.change(self._now(entry), factor)
-        if situation == self._now(entry):  # it does not depend on this
-            return Standing(entry.serves, worth(entry), place, entry.estimate.replicas)
-        if not fits(situation.system):
-            return Standing(False, 0.0, place, 1)
-        count, needed, demand = entry.candidate.replicas, ATTAINMENT - entry.bias, situation.demand
-        then = estimate(situation.system, count, demand, situation.slo, self._prefill, fine, needed, partly)
-        gives = then.goodput_per_dollar / handicap(entry) if then.serves or partly else 0.0
-        return Standing(then.serves, gives, place, then.replicas)
+            return self._first_at_price(quantity.device, factor)
+        then = quantity.change(self._now(self._ranked[0]), factor)
+        loop = self._loop.situated(then.demand, then.slo) if sure and self._loop is not None else None
+        partly = partly or math.isinf(then.demand.rate)
+        candidates: dict[int, Candidate] = {}
+        hopes: list[tuple[bool, float, int, Ranked | None]] = []  # the least is the best
 
-    def _at_price(self, place: int, device: str, factor: float) -> Standing:
-        """How it stands, or as a run may find that it does, where that device costs so many times what it does."""
+        def hope(place: int, look: Ranked) -> None:
+            best = look if loop is None else look.hoped
+            heappush(hopes, (not best.serves, -worth(best) if best.serves or partly else 0.0, place, look))
+
+        for place in self._inside if places is None else places:
+            entry = self._ranked[place]
+            situation = quantity.change(self._now(entry), factor)
+            candidates[place] = replace(entry.candidate, system=situation.system)
+            if situation == self._now(entry):  # it does not depend on this
+                hope(place, entry)
+            elif fits(situation.system):
+                dollars = max(price(situation.system), 1e-12) * handicap(entry)
+                heappush(hopes, (False, -then.demand.rate * 3600 / dollars, place, None))  # with all in time
+        while hopes:
+            misses, gives, place, look = heappop(hopes)
+            others = [theirs for _, theirs, other, _ in hopes if self._mixes[other] != self._mixes[place]]
+            leads = gives < (1 + MARGIN) * min(others, default=0.0)
+            if look is None or not look.closely:
+                fine = look is not None
+                hope(place, looked_at(candidates[place], then.demand, then.slo, self._prefill, partly, fine))
+            elif misses and not partly:
+                return self._first(quantity, factor, places, sure, partly=True)
+            elif not gives:
+                break
+            elif loop is not None and look.result is None and not (leads and loop.sure(look)):
+                hope(place, loop.run(look))
+            else:
+                return First(place, look.estimate.replicas)
+        return First(-1, 0)
+
+    def _now(self, entry: Ranked) -> Situation:
+        return Situation(entry.candidate.system, self._demand, self._slo)
+
+    def _first_at_price(self, device: str, factor: float) -> First:
+        """The same where that device costs so many times what it does: what a run may find to be so is checked."""
+        while True:
+            _, _, place, count = max(self._at_price(place, device, factor) for place in range(len(self._ranked)))
+            place, first = -place, First(-place, count)
+            if self._loop is None or not self._differs(first) or self._loop.sure(self._ranked[place]):
+                return first
+            (self._ranked[place],) = self._loop.checked([self._ranked[place]])
+
+    def _at_price(self, place: int, device: str, factor: float) -> tuple[bool, float, int, int]:
+        """Whether it serves all, or may do so, its worth, its place below 0, and its number, where that device costs so
+        many times what it does."""
         entry = self._ranked[place] if self._loop is None else self._ranked[place].hoped
         devices = entry.candidate.system.devices
         unit = sum(part.price * (factor if part.name == device else 1) * number for part, number in devices)
@@ -229,7 +223,7 @@ class Changes:
         if self._budget is not None:
             count = int(min(replicas, self._budget / max(unit, 1e-12) + 1e-9))
         gives = worth(entry) * entry.estimate.price / max(unit * replicas, 1e-12) if count else -1.0
-        return Standing(entry.serves and count == replicas, gives, place, count)
+        return entry.serves and count == replicas, gives, -place, count
 
 
 def plain(value: float) -> str:
