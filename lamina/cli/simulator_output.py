@@ -60,7 +60,7 @@ _PROMPTS_ELSEWHERE = "Prompts are computed elsewhere, at no cost here."
 def write_runs(folder: Path, results: Sequence[RunResult], slo: Slo, remarks: Sequence[str]) -> None:
     """Write a comparison to one folder: tables, JSON, CSV, and a report with charts."""
     from lamina.simulator.reports.page import html
-    from lamina.simulator.reports.report import samples_csv, sentences, table, to_csv, to_json
+    from lamina.simulator.reports.report import sentences, table, to_csv, to_json
 
     run = results[0]
     title = f"{run.model} on {run.trace}"
@@ -69,8 +69,6 @@ def write_runs(folder: Path, results: Sequence[RunResult], slo: Slo, remarks: Se
     write_text(folder / "results.json", to_json(results))
     write_text(folder / "results.csv", to_csv(results))
     write_text(folder / "report.html", html(results, title, slo, remarks=remarks))
-    for number, result in enumerate(results, 1):
-        write_text(folder / f"steps-{number}.csv", samples_csv(result))
 
 
 def plan_page(found: Planned, title: str) -> str:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from real_workers import write_tiny_model
 
 from lamina.errors import EngineError, InvalidRequest
-from lamina.measure.hardware import Calibration, calibrate, hardware_calibration
+from lamina.measure.hardware import Calibration, calibrate, hardware_calibration, kernel_bench
 from lamina.measure.hardware.busy import Beside, busy
 from lamina.measure.hardware.child import Child
 from lamina.measure.hardware.children import serve
@@ -44,6 +45,8 @@ from lamina.simulator.costs.cost_model import Load, attention_time, dense_time
 from lamina.simulator.costs.hardware import Device, Efficiency, Link, at
 from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import Colocated, Offloaded
+from lamina.simulator.planning.deployment import engine_keywords
+from lamina.system.machine import this_machine
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.ports.port import LocalAttention
 
@@ -275,6 +278,17 @@ def about() -> dict[str, Any]:
         "memory": 24 << 30,
         "rates": {"one way": 1.0, "another": 2.0},
     }
+
+
+def test_a_plan_for_a_calibrated_machine_leaves_it_what_others_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = replace(this_machine(), memory=64 << 30, memory_available=20 << 30)
+    monkeypatch.setattr(kernel_bench, "this_machine", lambda: machine)
+    loaded = SimpleNamespace(threads=2, dtype=torch.bfloat16)
+    bench: Any = SimpleNamespace(_device=torch.device("cpu"), _loaded=loaded, _bandwidth=SimpleNamespace(rates={}))
+    memory = kernel_bench.KernelBench.about(bench)["memory"]
+    assert memory == 20 << 30
+    keywords = engine_keywords(Colocated(model=SHAPE, device=replace(TRUE, memory=memory)), 4096)
+    assert keywords["kv_memory"] + SHAPE.weight_bytes == pytest.approx(0.9 * memory, rel=1e-3)
 
 
 def calibration(fake: Fake | None = None) -> Calibration:

@@ -59,8 +59,9 @@ HARDWARE = File(
     tables={
         "device": [DEVICE],
         "link": [LINK],
-        "engine": [{"name": "ours", "compute": 0.5, "attention": [[1.0, 0.5]]}],
-        "typical": {"collective": 0.5, "sources": {"collective": "measured"}},
+        "engine": [
+            {"name": "ours", "collective": 0.5, "attention": [[1.0, 0.5]], "sources": {"collective": "measured"}}
+        ],
     },
     read=hardware.load,
     bounds={
@@ -71,8 +72,7 @@ HARDWARE = File(
         ("device", 0, "efficiency", "compute"): (0, 1.5),
         ("device", 0, "efficiency", "step_overhead"): (0, 60),
         ("link", 0, "round_trip"): (0, 60),
-        ("engine", 0, "compute"): (0, 1.5),
-        ("typical", "collective"): (1e-6, 1.5),
+        ("engine", 0, "collective"): (1e-6, 1.5),
     },
 )
 INVENTORY = File(

@@ -99,16 +99,13 @@ def test_a_curve_is_straight_over_the_logarithm_and_flat_outside() -> None:
 
 def test_a_user_s_file_adds_and_replaces(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
-    file.write_text(DEVICE + LINK + DEVICE.replace("mine", "H100") + "[typical]\ncollective = 0.5\n")
+    file.write_text(DEVICE + LINK + DEVICE.replace("mine", "H100"))
     catalogue = load(file)
     assert catalogue.device("mine") == Device("mine", "gpu", 1e14, 24e9, 1e12, 0)
     assert catalogue.link("wire") == Link("wire", 1e9, 1e-4)
     assert (catalogue.device("h100").price, load().device("h100").price) == (0, 11.06)
     assert catalogue.device("h20") is load().device("h20")
-    assert catalogue.efficiency("typical", DENSE) == catalogue.typical == Efficiency(collective=0.5)
     assert len(catalogue.devices) == len(load().devices) + 1
-    file.write_text(LINK)
-    assert load(file).typical is None
 
 
 def test_a_user_s_engine_has_its_efficiency_by_name(tmp_path: Path) -> None:
@@ -128,14 +125,15 @@ def test_a_user_s_engine_has_its_efficiency_by_name(tmp_path: Path) -> None:
         InvalidRequest, match="engine 'typical' has a name that is taken; allowed are others than roofline, typical"
     ):
         load(file)
-    file.write_text("[typical]\ncompute = 0.5\n")
-    reached = "devices without measurements reach what [typical] of the hardware file says"
-    assert load(file).said_of("typical", DENSE) == reached
+    file.write_text('[[engine]]\nname = "vLLM"\ncompute = 0.5\n')
+    assert (
+        load(file).said_of("typical", DENSE) == "devices without measurements reach what vllm of the hardware file says"
+    )
 
 
 def test_the_catalogue_can_be_written() -> None:
     catalogue = load()
-    written = dumps(catalogue.devices.values(), catalogue.links.values(), None, catalogue.engines)
+    written = dumps(catalogue.devices.values(), catalogue.links.values(), catalogue.engines)
     assert loads(written) == catalogue
 
 
@@ -168,11 +166,11 @@ devices = st.builds(
 )
 
 
-@given(devices, st.none() | efficiencies)
-def test_what_is_written_is_read_back(device: Device, typical: Efficiency | None) -> None:
-    again = loads(dumps([device], typical=typical))
+@given(devices, st.just({}) | efficiencies.map(lambda efficiency: {"ours": efficiency}))
+def test_what_is_written_is_read_back(device: Device, engines: dict[str, Efficiency]) -> None:
+    again = loads(dumps([device], engines=engines))
     assert again.device("a device") == replace(device, flops=float(device.flops))
-    assert again.typical == typical
+    assert again.engines == engines
     assert hash(again.device("a device")) == hash(again.device("A DEVICE"))
 
 

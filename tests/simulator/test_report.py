@@ -33,7 +33,7 @@ from lamina.simulator.reports.data import (
     words,
 )
 from lamina.simulator.reports.page import html
-from lamina.simulator.reports.report import WIDTH, grid, samples_csv, sentences, table, to_csv, to_json
+from lamina.simulator.reports.report import WIDTH, grid, sentences, table, to_csv, to_json
 
 HOSTILE = "<script>alert('x')</script> & \"a\" \x1b[31m\x00\n=1+1"
 NAN = Distribution(math.nan, math.nan, math.nan, math.nan)
@@ -188,13 +188,6 @@ class TestCsv:
             assert float(row["tokens_per_second"]) == result.tokens_per_second
             assert "usable memory: " in row["assumptions"]
             assert "samples" not in row
-
-    def test_samples(self) -> None:
-        result = run(2, samples=7)
-        rows = list(csv.DictReader(io.StringIO(samples_csv(result))))
-        assert [int(row["decode"]) for row in rows] == [sample.decode for sample in result.samples]
-        assert [float(row["at"]) for row in rows] == [sample.at for sample in result.samples]
-        assert samples_csv(run(samples=0)) == ",".join(item.name for item in dataclasses.fields(Sampled)) + "\n"
 
     @pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@sum", "\t=1"])
     def test_no_name_becomes_a_formula(self, name: str) -> None:

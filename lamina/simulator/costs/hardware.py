@@ -12,7 +12,6 @@ Numbers with their sources are in `hardware.toml` beside this file; users add th
     [link.sources]
     [[engine]]                  # an Efficiency that was measured of an engine, by its name
     [engine.sources]
-    [typical]                   # an Efficiency for devices without measurements, instead of `TYPICAL`
 
 All units are SI: bytes, seconds, FLOP, watts; prices are US dollars an hour. What is wrong is an InvalidRequest that
 names the file, the entry, the value and what is allowed.
@@ -49,9 +48,9 @@ __all__ = [
 ]  # fmt: skip
 
 TYPICAL = {"small": "vllm", "dense": "vllm", "sparse": "trtllm"}
-"""The engine whose efficiency devices without measurements are given, by the kind of model, unless a file has
-[typical]: the one whose numbers miss the others' cells least (scripts/simulate_engines.py). This project's own
-engine is not among those that were measured on GPUs."""
+"""The engine whose efficiency devices without measurements are given, by the kind of model: the one whose
+numbers miss the others' cells least (scripts/simulate_engines.py). This project's own engine is not among those that
+were measured on GPUs."""
 _T = TypeVar("_T")
 KINDS = ("gpu", "tpu", "npu", "cpu")
 _BUILT_IN = ("roofline", "typical")
@@ -142,12 +141,10 @@ def connection(link: Link, *ends: Device) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Catalogue:
-    """Devices, links and engines' efficiencies by name, in lower case. `typical`: an efficiency for devices without
-    measurements; None: that of `TYPICAL`'s engine."""
+    """Devices, links and engines' efficiencies by name, in lower case."""
 
     devices: Mapping[str, Device]
     links: Mapping[str, Link]
-    typical: Efficiency | None = None
     engines: Mapping[str, Efficiency] = field(default_factory=dict)
 
     def device(self, name: str) -> Device:
@@ -161,7 +158,7 @@ class Catalogue:
     def efficiency(self, name: str, model: ModelShape) -> Efficiency:
         """The efficiency of that name: an engine's, `roofline`, or `typical`, which is by the kind of model. Raises
         InvalidRequest, which lists them."""
-        typical = self.engines.get(TYPICAL[model.kind], ROOFLINE) if self.typical is None else self.typical
+        typical = self.engines.get(TYPICAL[model.kind], ROOFLINE)
         efficiencies = {"roofline": ROOFLINE, "typical": typical, **self.engines}
         if (efficiency := efficiencies.get(str(name).lower())) is None:
             raise InvalidRequest(f"efficiency is {name!r:.80}; allowed are {', '.join(efficiencies)}")
@@ -172,15 +169,13 @@ class Catalogue:
         efficiency = self.efficiency(name, model)
         if efficiency == ROOFLINE:
             return "devices without measurements reach their best, all the time: an upper bound"
-        for engine, measured in self.engines.items():
-            if efficiency == measured and _packaged().engines.get(engine) != measured:
-                return f"devices without measurements reach what {engine} of the hardware file says"
-            if efficiency == measured:
-                return (
-                    f"devices without measurements reach what {engine} reached of H100 and H200 (hardware.toml has the "
-                    "numbers); this project's own engine was not measured on GPUs"
-                )
-        return "devices without measurements reach what [typical] of the hardware file says"
+        engine = next(engine for engine, measured in self.engines.items() if efficiency == measured)
+        if _packaged().engines.get(engine) != efficiency:
+            return f"devices without measurements reach what {engine} of the hardware file says"
+        return (
+            f"devices without measurements reach what {engine} reached of H100 and H200 (hardware.toml has the "
+            "numbers); this project's own engine was not measured on GPUs"
+        )
 
 
 def _entry(kind: str, entries: Mapping[str, _T], name: str) -> _T:
@@ -207,10 +202,10 @@ def loads(text: str) -> Catalogue:
 
 
 def extended(catalogue: Catalogue, data: Mapping[str, Any]) -> Catalogue:
-    """The catalogue with the tables `device`, `link`, `engine` and `typical` of a TOML file, which are added or replace
+    """The catalogue with the tables `device`, `link` and `engine` of a TOML file, which are added or replace
     those of the same name. Raises InvalidRequest."""
     if not data:
-        raise InvalidRequest("it is empty; allowed are [[device]], [[link]], [[engine]] and [typical]")
+        raise InvalidRequest("it is empty; allowed are [[device]], [[link]] and [[engine]]")
     file = validated(_File, data)
     devices = _by_name("device", file.device)
     links = _by_name("link", file.link)
@@ -222,10 +217,7 @@ def extended(catalogue: Catalogue, data: Mapping[str, Any]) -> Catalogue:
         raise InvalidRequest(
             f"engine {reserved[0]!r} has a name that is taken; allowed are others than {', '.join(_BUILT_IN)}"
         )
-    typical = catalogue.typical if file.typical is None else file.typical
-    return Catalogue(
-        {**catalogue.devices, **devices}, {**catalogue.links, **links}, typical, {**catalogue.engines, **engines}
-    )
+    return Catalogue({**catalogue.devices, **devices}, {**catalogue.links, **links}, {**catalogue.engines, **engines})
 
 
 def with_efficiency(catalogue: Catalogue, efficiency: Efficiency) -> Catalogue:
@@ -237,7 +229,6 @@ def with_efficiency(catalogue: Catalogue, efficiency: Efficiency) -> Catalogue:
 def dumps(
     devices: Iterable[Device],
     links: Iterable[Link] = (),
-    typical: Efficiency | None = None,
     engines: Mapping[str, Efficiency] | None = None,
 ) -> str:
     """TOML that `load` and `loads` read back as the same; what has its default is left out."""
@@ -245,14 +236,13 @@ def dumps(
     for device in devices:
         parts += ["[[device]]", *_lines(device), *_sources("device", device.sources)]
         if device.efficiency != ROOFLINE:
-            parts += _efficiency("device.efficiency", device.efficiency)
+            efficiency = device.efficiency
+            parts += ["[device.efficiency]", *_lines(efficiency), *_sources("device.efficiency", efficiency.sources)]
         parts.append("")
     for link in links:
         parts += ["[[link]]", *_lines(link), *_sources("link", link.sources), ""]
     for name, engine in (engines or {}).items():
         parts += ["[[engine]]", f"name = {toml_value(name)}", *_lines(engine), *_sources("engine", engine.sources), ""]
-    if typical is not None:
-        parts += _efficiency("typical", typical)
     return "\n".join(parts).rstrip("\n") + "\n"
 
 
@@ -274,7 +264,6 @@ class _File(Table):
     device: _Tables[Device] = ()
     link: _Tables[Link] = ()
     engine: _Tables[_Engine] = ()
-    typical: Efficiency | None = None
 
 
 def _by_name(kind: str, entries: Iterable[_T]) -> dict[str, _T]:
@@ -286,10 +275,6 @@ def _by_name(kind: str, entries: Iterable[_T]) -> dict[str, _T]:
             raise InvalidRequest(f"{kind} {name!r} is there twice; allowed is once in a file")
         named[name.lower()] = entry
     return named
-
-
-def _efficiency(heading: str, efficiency: Efficiency) -> list[str]:
-    return [f"[{heading}]", *_lines(efficiency), *_sources(heading, efficiency.sources)]
 
 
 def _lines(entry: Efficiency | Device | Link) -> list[str]:

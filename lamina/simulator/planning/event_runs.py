@@ -14,7 +14,7 @@ from itertools import takewhile
 from lamina.simulator.costs.systems import System
 from lamina.simulator.event_loop.results import ATTAINMENT, RunResult
 from lamina.simulator.event_loop.simulate import Progress, Slo, simulate
-from lamina.simulator.planning.planner import Ranked, limited, looked_at, mixes, with_replicas, worth
+from lamina.simulator.planning.planner import CHOSEN, Ranked, limited, looked_at, mixes, with_replicas, worth
 from lamina.simulator.planning.run_progress import Mapped, RunProgress, one_by_one
 from lamina.simulator.traces.arrivals import Trace
 from lamina.simulator.traces.catalogue import at_rate, windows
@@ -22,10 +22,8 @@ from lamina.simulator.traces.demand import MOST, Demand
 
 EXCERPT = 2400
 """Requests that the engine's own scheduler runs."""
-CHOSEN = 12
-"""Of mixes of devices, those that it runs."""
-_TRIES, _SLOWER = 3, 0.97
-"""Lower rates that are tried where too few are in time, and how much lower each is."""
+_LOWER = (0.97, 0.94, 0.91)
+"""Shares of a rate that are tried in turn where too few are in time."""
 
 _TOGETHER = 4
 """Candidates that are checked at the same time, while the first is looked for."""
@@ -81,10 +79,11 @@ class EventRuns:
         forecast, available = ranked.estimate, ranked.candidate.replicas
         best = self._at(ranked.hoped, min(ranked.hoped.estimate.taken, forecast.demanded))
         if best.rate < forecast.demanded or math.isinf(forecast.demanded):
-            for _ in range(_TRIES):
+            highest = best.rate
+            for lower in _LOWER:
                 if best.share >= ATTAINMENT:
                     break
-                best = self._at(best, best.rate * _SLOWER)
+                best = self._at(best, highest * lower)
             return best
         while not best.serves and best.estimate.replicas < min(available, forecast.replicas + 1):
             more = max(forecast.replicas, best.estimate.replicas + 1)

@@ -28,9 +28,8 @@ def intervals(
     ranked: Ranked, demand: Demand, slo: Slo, prefill: bool = True, run: Run | None = None
 ) -> dict[str, Interval]:
     """An interval for each number of a plan: "tpot" and "ttft" in seconds, "share" in time, "requests_per_second"
-    within the SLO, "tokens_per_second", "batch" (sequences in decode of one replica), "dollars_per_hour" and
-    "dollars_per_million". With `run` by the event loop, where it checked the candidate; else by the closed form.
-    """
+    within the SLO, "tokens_per_second", "batch" (sequences in decode of one replica) and
+    "dollars_per_million". With `run` by the event loop, where it checked the candidate; else by the closed form."""
     wide = spread(ranked.candidate.system)
     system, again = limited(ranked), run if ranked.result is not None else None
     alone = replace(ranked, result=None)
@@ -48,7 +47,6 @@ def intervals(
         "batch": _around(now.batch, fast.batch, slow.batch),
     }
     price, tokens = ranked.estimate.price, numbers["tokens_per_second"]
-    numbers["dollars_per_hour"] = Interval(price, price, price)
     numbers["dollars_per_million"] = Interval(
         *(cost_of_a_million(price, rate) for rate in (tokens.high, tokens.value, tokens.low))
     )

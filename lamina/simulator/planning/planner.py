@@ -31,8 +31,8 @@ MARGIN = 0.015
 
 NAMED_FROM, NEARLY_ALL = 0.5, 0.99
 """The least share in time of what is named although it has too few, and of what has more than the winner."""
-_DEARER = 12
-"""Mixes of devices that may have nearly all in time."""
+CHOSEN = 12
+"""Mixes of devices, the best, that are looked at further."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +229,7 @@ def surer(ranked: Sequence[Ranked], demand: Demand, slo: Slo, prefill: bool = Tr
     """The cheapest of the best mixes that has nearly all in time, where the first, which serves all, has not."""
     cheapest = None
     if ranked[0].serves and ranked[0].share < NEARLY_ALL and not math.isinf(demand.rate):
-        for entry in mixes(ranked)[:_DEARER]:
+        for entry in mixes(ranked)[:CHOSEN]:
             system, count = entry.candidate.system, entry.candidate.replicas
             more = estimate(system, count, demand, slo, prefill, needed=NEARLY_ALL, partly=False)
             if more.serves and (cheapest is None or more.price < cheapest.estimate.price):

@@ -26,14 +26,13 @@ from lamina.simulator.planning.event_runs import EventRuns
 from lamina.simulator.planning.planner import MARGIN, NAMED_FROM, Ranked, described, handicap, looked_at, mix, worth
 from lamina.simulator.planning.quantities import Quantity, Situation
 from lamina.simulator.planning.run_progress import Mapped, RunProgress, one_by_one
+from lamina.simulator.steady_state.closed_form import CLOSE
 from lamina.simulator.traces.demand import Demand
 
 FAR = 4.0
 """The largest factor by which something is changed."""
-_CLOSE = 1.01
-"""How closely a factor is found."""
-_STEPS, _HALVINGS = 4, 5
-"""Factors up to the farthest that are replayed first, and halvings between the two where the winner changes."""
+_STEPS = 4
+"""Factors up to the farthest that are replayed first."""
 NOTHING = "nothing that keeps the SLO"
 
 
@@ -114,13 +113,13 @@ class Changes:
 
     def change(self, quantity: Quantity, farthest: float) -> Change | None:
         """The nearest factor between 1 and `farthest` at which another is first, or the winner in another number."""
-        wide = abs(math.log(_CLOSE) / math.log(farthest))
+        wide = CLOSE / abs(math.log(farthest))
 
         @cache
         def seen(place: float) -> First:
             return self._first(quantity, farthest**place)
 
-        low, high = self._forecast(quantity, farthest)
+        low, high = self._forecast(quantity, farthest, wide)
         step = wide
         while not self._differs(seen(high)) and high < 1:
             low, high, step = high, min(1.0, high + step), 2 * step
@@ -136,7 +135,7 @@ class Changes:
         system = self._ranked[first.place].candidate.system
         return Change(farthest**high, NOTHING if first.place < 0 else described(system, first.replicas))
 
-    def _forecast(self, quantity: Quantity, farthest: float) -> tuple[float, float]:
+    def _forecast(self, quantity: Quantity, farthest: float, wide: float) -> tuple[float, float]:
         """About where that is, by the replay of the rivals: powers of `farthest`, between which the first changes."""
 
         def differs(place: float) -> bool:
@@ -144,7 +143,7 @@ class Changes:
 
         steps = [step / _STEPS for step in range(_STEPS + 1)]
         low, high = next((pair for pair in pairwise(steps) if differs(pair[1])), (1.0, 1.0))
-        for _ in range(_HALVINGS if low < 1 else 0):
+        while high - low > wide:
             middle = (low + high) / 2
             low, high = (low, middle) if differs(middle) else (middle, high)
         return low, high

@@ -114,11 +114,6 @@ def to_csv(results: Iterable[RunResult]) -> str:
     return _csv(list(rows[0]), rows)
 
 
-def samples_csv(result: RunResult) -> str:
-    """One row a sampled step, under the names of `Sampled`'s fields. Seconds and shares, as there."""
-    return _csv(_SAMPLED, ({name: finite(getattr(sample, name)) for name in _SAMPLED} for sample in result.samples))
-
-
 def _record(run: RunResult, samples: bool = True) -> dict[str, Any]:
     """The fields in their order, then the derived numbers, then assumptions and samples."""
     record: dict[str, Any] = {}

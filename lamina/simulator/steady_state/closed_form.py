@@ -38,8 +38,8 @@ COARSE = 512
 """Requests of a coarse look."""
 _TRIES = 10
 """Rates that are tried to find the best one."""
-_CLOSE = 0.01
-"""How closely the best rate is found, as a share of it."""
+CLOSE = 0.01
+"""How closely a rate, or a factor, is found, as a share of it."""
 _FULL = 0.98
 """The share of what passes at most that is the highest rate, where requests may not wait for long."""
 _FEWER = (0.85, 0.7, 0.5)
@@ -257,7 +257,7 @@ class _Search:
             higher = min((pair[0] for pair in tried if pair[0].rate > lower.rate), key=_rate, default=None)
             if first and first[0] > lower.rate:
                 rate = first.pop(0)
-            elif higher is None or higher.rate <= lower.rate * (1 + _CLOSE):
+            elif higher is None or higher.rate <= lower.rate * (1 + CLOSE):
                 break
             else:
                 first.clear()
