@@ -183,10 +183,14 @@ class Changes:
             elif fits(situation.system):
                 dollars = max(price(situation.system), 1e-12) * handicap(entry)
                 heappush(hopes, (False, -then.demand.rate * 3600 / dollars, place, None))  # with all in time
+
+        def leads(place: int, gives: float) -> bool:
+            """Whether it gives more than the replay may be wrong about, beyond all of other devices."""
+            others = (theirs for _, theirs, other, _ in hopes if self._mixes[other] != self._mixes[place])
+            return gives < (1 + MARGIN) * min(others, default=0.0)
+
         while hopes:
             misses, gives, place, look = heappop(hopes)
-            others = [theirs for _, theirs, other, _ in hopes if self._mixes[other] != self._mixes[place]]
-            leads = gives < (1 + MARGIN) * min(others, default=0.0)
             if look is None or not look.closely:
                 fine = look is not None
                 hope(place, looked_at(candidates[place], then.demand, then.slo, self._prefill, partly, fine))
@@ -194,7 +198,7 @@ class Changes:
                 return self._first(quantity, factor, places, sure, partly=True)
             elif not gives:
                 break
-            elif loop is not None and look.result is None and not (leads and loop.sure(look)):
+            elif loop is not None and look.result is None and not (loop.sure(look) and leads(place, gives)):
                 hope(place, loop.run(look))
             else:
                 return First(place, look.estimate.replicas)
