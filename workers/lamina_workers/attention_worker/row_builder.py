@@ -66,7 +66,7 @@ class RowBuilder:
             of_heads = dataclasses.replace(asked, table=asked.table[:, heads]) if partial else asked
             for view in policy.views(asked.start, asked.count):
                 self._add(of_heads, view, before, stride)
-                if not policy.steady or view.ranges is not None:
+                if not policy.steady:
                     self.origins = None
                 elif self.origins is not None:
                     self.origins.append(Origin(self._added, heads if partial else None))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -89,10 +90,11 @@ class Policy:
         """What `count` queries from `start` on see, in order, in as few views as possible."""
         yield View(start, count)
 
-    @property
+    @cached_property
     def steady(self) -> bool:
-        """Whether all queries have the same window and sinks."""
-        return True
+        """Whether all queries have the same window and sinks, so that one view has them all."""
+        first = next(self.views(0, 2 * LONGEST))
+        return first.count == 2 * LONGEST and first.ranges is None
 
     def within(self, window: int) -> Policy:
         """The policy in a layer whose model has that sliding window."""
@@ -133,10 +135,6 @@ class Windowed(Policy):
     name: ClassVar[str] = "windowed"
     inner: Policy
     window: int
-
-    @property
-    def steady(self) -> bool:
-        return self.inner.steady
 
     def seen_from(self, start: int) -> int:
         return max(self.inner.seen_from(start), start - self.window + 1, 0)

@@ -38,10 +38,6 @@ class Span(Policy):
         after = (start // BLOCK + 1) * BLOCK
         return max(0, min(start - self._window(start) + 1, after - self._window(after) + 1))
 
-    @property
-    def steady(self) -> bool:
-        return not self.beta
-
     def views(self, start: int, count: int) -> Iterator[View]:
         first, end = start, start + count
         while first < end:
