@@ -128,9 +128,10 @@ def test_several_calls_only_where_they_may_be(family: tuple[str, Tokenizer]) -> 
     both = several(name)
     if name not in SINGLE:
         assert accepts(tokenizer, plan(tokenizer), both)
-        assert accepts(tokenizer, plan(tokenizer, tool_choice="required"), both)
-    for fields in ({}, {"tool_choice": "required"}):
-        assert not accepts(tokenizer, plan(tokenizer, parallel_tool_calls=False, **fields), both)
+        assert accepts(tokenizer, plan(tokenizer, tool_choice="required", parallel_tool_calls=True), both)
+    required = {"tool_choice": "required"}
+    for fields in ({"parallel_tool_calls": False}, {"parallel_tool_calls": False} | required, required):
+        assert not accepts(tokenizer, plan(tokenizer, **fields), both)
 
 
 @settings(max_examples=8, deadline=None)

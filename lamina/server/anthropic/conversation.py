@@ -208,7 +208,7 @@ def _tool_choice(given: Any) -> tuple[Any, bool | None]:
     choice = choices[kind]
     if kind == "tool":
         choice = {"type": "function", "function": {"name": read_text("tool_choice.name", given.get("name"))}}
-    return choice, False if single else None
+    return choice, None if single is None else not single
 
 
 def _thinking(given: Any, effort: str | None) -> Thinking:

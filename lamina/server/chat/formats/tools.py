@@ -26,7 +26,8 @@ _NOTES = ("description", "title", "examples", "$comment", "default", "deprecated
 class ToolUse:
     """A request's tools. `tools` are the checked definitions, as templates expect them in their variable `tools`;
     `functions` are those that may be called: the schemas of their parameters (`schema_rule`) by name. `required`:
-    whether the reply is only calls. `many`: whether there may be several."""
+    whether the reply is only calls. `many`: whether there may be several; where some call is required, only if the
+    request asks for it, since small models would call again and again."""
 
     tools: tuple[Mapping[str, Any], ...]
     functions: Mapping[str, Mapping[str, Any]]
@@ -50,7 +51,8 @@ class ToolUse:
             for tool in checked
             if tool["function"]["name"] in choice.names
         }
-        many = parallel_tool_calls is not False and not choice.once
+        asked = choice.mode == "auto" if parallel_tool_calls is None else parallel_tool_calls
+        many = asked is True and not choice.once
         return cls(tuple(checked), functions, choice.mode == "required", many)
 
 
