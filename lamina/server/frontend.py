@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,12 @@ from lamina.client.call import AsyncOutputs, Call
 from lamina.client.input_processor import InputProcessor
 from lamina.client.interface import Delivery, EngineClient
 from lamina.completions import Completion, TokenEvent
+from lamina.config import EngineConfig
 from lamina.errors import EngineError, LaminaError
 from lamina.messages.engine_request import EngineRequest
 from lamina.messages.snapshot import Snapshot
 from lamina.text.tokenizer import Tokenizer
+from lamina.version import __version__
 
 State = Literal["loading", "ready", "halted", "draining", "dead", "unloaded"]
 
@@ -76,12 +79,20 @@ class Unobserved:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A loaded model: its engine, its tokenizer, and the processor of its inputs."""
+    """A loaded model: its engine, its tokenizer, the processor of its inputs, and its `fingerprint`."""
 
     engine: EngineClient
     tokenizer: Tokenizer
     inputs: InputProcessor
+    fingerprint: str | None = None
     progress: None = None
+
+
+def fingerprint(model: str, config: EngineConfig) -> str:
+    """`system_fingerprint`: the version, a hash of the model and all settings, and why equal requests may differ."""
+    mark = hashlib.sha256(f"{model} {config}".encode("utf-8", "replace")).hexdigest()[:8]
+    varies = "deterministic" if config.deterministic else "rounding-varies-with-cache-placement-batch"
+    return f"lamina-{__version__}-{mark}-{varies}"
 
 
 class Frontend:

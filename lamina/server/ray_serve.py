@@ -114,7 +114,7 @@ class Replica:
     def __init__(self, plan: ServePlan) -> None:
         from lamina.ray_cluster.handle import start_on_cluster
         from lamina.server.app import create_app
-        from lamina.server.frontend import Frontend, Served
+        from lamina.server.frontend import Frontend, Served, fingerprint
         from lamina.server.metrics.metrics import ServerMetrics
 
         settings = plan.settings_here()
@@ -122,7 +122,8 @@ class Replica:
         self._frontend = Frontend(metrics.of(settings.model))
         self._app = create_app(self._frontend, settings, metrics)
         runtime = self._runtime = start_on_cluster(plan.model, plan.config)
-        self._frontend.ready(Served(runtime.engine, runtime.tokenizer, runtime.inputs))
+        mark = fingerprint(plan.model, plan.config)
+        self._frontend.ready(Served(runtime.engine, runtime.tokenizer, runtime.inputs, mark))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._app(scope, receive, send)

@@ -16,9 +16,10 @@ from tokenizers.processors import TemplateProcessing
 
 from lamina import LLM
 from lamina.client.input_processor import InputProcessor
+from lamina.config import EngineConfig
 from lamina.messages.engine_request import EngineRequest
 from lamina.server.chat.formats.tools import ToolUse
-from lamina.server.frontend import Frontend, Served
+from lamina.server.frontend import Frontend, Served, fingerprint
 from lamina.server.openai.schemas import ChatRequest, CompletionRequest
 from lamina.text.tokenizer import Tokenizer
 
@@ -75,6 +76,19 @@ def test_a_chat_and_its_stream_agree(client: openai.OpenAI) -> None:
     assert all(c.usage is None for c in chunks[:-1])
     assert (chunks[-1].choices, chunks[-1].usage.completion_tokens) == ([], 8)
     assert len({c.id for c in chunks}) == 1
+
+
+def test_the_fingerprint_names_what_text_depends_on_and_why_it_may_differ(client: openai.OpenAI) -> None:
+    answers = [chat(client), complete(client), *chat(client, stream=True), *complete(client, stream=True)]
+    assert {answer.system_fingerprint for answer in answers} == {fingerprint(MODEL, EngineConfig())}
+    others = (
+        ("other", EngineConfig()),
+        (MODEL, EngineConfig(dtype="float32")),
+        (MODEL, EngineConfig(deterministic=True)),
+    )
+    marks = [fingerprint(*other).split("-", 3)[2:] for other in ((MODEL, EngineConfig()), *others)]
+    assert len({mark for mark, _ in marks}) == 4
+    assert [why for _, why in marks] == ["rounding-varies-with-cache-placement-batch"] * 3 + ["deterministic"]
 
 
 def test_the_sdk_collects_a_stream(client: openai.OpenAI) -> None:

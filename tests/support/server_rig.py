@@ -16,8 +16,9 @@ import uvicorn
 from loop_watch import slow_callbacks
 
 from lamina import LLM
+from lamina.config import EngineConfig
 from lamina.server.app import create_app
-from lamina.server.frontend import Frontend, Served
+from lamina.server.frontend import Frontend, Served, fingerprint
 from lamina.server.settings import ServerSettings
 
 MODEL = "smollm2-135m"
@@ -132,7 +133,8 @@ def until(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
 def frontend_of(llm: LLM, engine: Any = None) -> Frontend:
     """A frontend that has loaded: to a model's own engine, or to another one beside its tokenizer."""
     frontend, runtime = Frontend(), llm._runtime
-    frontend.ready(Served(engine or runtime.engine, runtime.tokenizer, runtime.inputs))
+    mark = fingerprint(MODEL, EngineConfig())
+    frontend.ready(Served(engine or runtime.engine, runtime.tokenizer, runtime.inputs, mark))
     return frontend
 
 

@@ -12,7 +12,6 @@ from lamina.completions import Sample, TokenEvent, TokenLogprob
 from lamina.messages.engine_request import EngineRequest
 from lamina.sampling_params import MAX_LOGPROBS, SamplingParams
 from lamina.server.preparation import go_on
-from lamina.version import __version__
 
 T = TypeVar("T")
 
@@ -30,12 +29,7 @@ def dumps(value: Any) -> str:
 
 def named(kind: str, request_id: str, model: str) -> dict[str, Any]:
     """The first fields of every response, without `object`."""
-    return {
-        "id": f"{kind}-{request_id}",
-        "created": int(time.time()),
-        "model": model,
-        "system_fingerprint": f"lamina-{__version__}",
-    }
+    return {"id": f"{kind}-{request_id}", "created": int(time.time()), "model": model}
 
 
 def usage(requests: Sequence[EngineRequest], completion_tokens: int, reasoning_tokens: int = 0) -> dict[str, Any]:

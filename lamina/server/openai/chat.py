@@ -34,6 +34,7 @@ async def chat(service: Service, request: Request) -> Response:
     prepared = await while_connected(request.receive, work, context.timeout + GRACE)
     fields.messages = fields.tools = None  # not kept as long as the answer takes: they may have megabytes
     named = answers.named("chatcmpl", fields.request_id or context.id, context.model.name)
+    named["system_fingerprint"] = served.fingerprint
     if fields.stream:
         frames = service.frames([prepared.request], context, _Writer(fields, prepared, named))
         return EventStream(frames, context.timeout + GRACE, service.translate)

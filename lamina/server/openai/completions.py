@@ -64,7 +64,8 @@ async def completions(service: Service, request: Request) -> Response:
     served = service.served(context, len(listed(fields.prompt)), fields.n or 1)
     work = _prepared(service, fields, served, context)
     prepared = await while_connected(request.receive, work, context.timeout + GRACE)
-    named = answers.named("cmpl", fields.request_id or context.id, context.model.name) | {"object": "text_completion"}
+    named = answers.named("cmpl", fields.request_id or context.id, context.model.name)
+    named |= {"object": "text_completion", "system_fingerprint": served.fingerprint}
     if fields.stream:
         frames = service.frames(prepared.requests, context, _Writer(prepared, named))
         return EventStream(frames, context.timeout + GRACE, service.translate)

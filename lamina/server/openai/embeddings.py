@@ -190,8 +190,7 @@ def _text(index: int, document: Any) -> str:
 
 
 def _named(kind: str, fields: PoolingRequest, context: RequestContext) -> dict[str, Any]:
-    named = answers.named(kind, fields.request_id or context.id, context.model.name)
-    return {name: named[name] for name in ("id", "created", "model")}
+    return answers.named(kind, fields.request_id or context.id, context.model.name)
 
 
 def _usage(requests: Sequence[EngineRequest]) -> dict[str, int]:

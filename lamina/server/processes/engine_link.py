@@ -304,7 +304,8 @@ class EngineLink:
             self._inputs = inputs
             inputs.has_room(facts["possible"])  # it may have changed meanwhile
             if self._facts is facts:  # else the engine died meanwhile, and the frontend was notified
-                self._frontend.ready(Served(self._engine, tokenizer, inputs), facts["restarts"])
+                served = Served(self._engine, tokenizer, inputs, facts.get("fingerprint"))
+                self._frontend.ready(served, facts["restarts"])
                 self._connected()
 
     def _failed(self, facts: Mapping[str, Any], why: str) -> None:

@@ -112,12 +112,14 @@ def _serve(
         supervisor.send(Progressed(what, done, total))
 
     try:
+        from lamina.server.frontend import fingerprint
         from lamina.server.processes.engine_link import EngineListener
 
         settings = EngineConfig(**order.config)
         runtime = _start(order.model, settings, progress, workers)
         EngineListener(order.socket, bytes.fromhex(order.secret), runtime.engine, time.monotonic)
         facts = _facts(runtime) | {"patience": settings.recovery_timeout}
+        facts["fingerprint"] = fingerprint(order.model, settings)
     except BaseException as error:  # of any kind, torch's own too: the supervisor must not wait for ever
         if not isinstance(error, LaminaError):
             logger.exception("the engine did not start")
