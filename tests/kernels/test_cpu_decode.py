@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import kernel_reference as reference
 import numpy as np
@@ -35,7 +36,7 @@ from lamina_kernels.compile import launch
 from lamina_kernels.paged.pages import FLOATS, Order, PageLayout, Pages, gather
 from lamina_kernels.paged.rows import EVERYTHING
 from lamina_kernels.partial import merge
-from lamina_kernels.select import Kernels
+from lamina_kernels.select import CHOICES, Kernels
 
 PATHS = [
     str(Path(__file__).parent),
@@ -46,15 +47,16 @@ F32, BF16, F16, I8, F8 = torch.float32, torch.bfloat16, torch.float16, torch.int
 CPU_DTYPES = [F32, BF16, F16, I8]
 CLOSE = LIMITS | {F32: 2e-6}  # of two ways to the same attention over the same stored numbers
 # Either implementation, with every dtype and order that it reads.
+IMPLEMENTATIONS: dict[str, Any] = {"cpu": cpu_decode, "reference": reference}  # those of GPUs: test_triton.py
 CASES = [
     pytest.param(kernels, dtype, order, id=f"{name}-{dtype}-{order.value}".replace("torch.", ""))
-    for name, kernels in (("cpu", cpu_decode), ("reference", reference))
+    for name, kernels in IMPLEMENTATIONS.items()
     for order in Order
     for dtype in (*CPU_DTYPES, F8)
     if (dtype is not F8 or order is Order.TOKENS) and (kernels is reference or order is Order.CHANNELS)
 ]
 every_case = pytest.mark.parametrize(("kernels", "dtype", "order"), CASES)
-both = pytest.mark.parametrize("kernels", [cpu_decode, reference], ids=["cpu", "reference"])
+both = pytest.mark.parametrize("kernels", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
 every_dtype = pytest.mark.parametrize("dtype", CPU_DTYPES, ids=str)
 
 LAYOUTS = [
@@ -78,6 +80,10 @@ RAGGED = [
     Row(90, 17, 3, 300, window=40, sinks=20),
 ]
 ONCE = [Row(2000, 1, 0, 1777)]  # a decode query that sees every key, so that their order is of no account
+
+
+def test_every_implementation_for_a_cpu_is_tested() -> None:
+    assert {*CHOICES["cpu"]} - {"triton"} == {*IMPLEMENTATIONS} - {"reference"}
 
 
 @st.composite

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lamina_kernels.attention import decode as cpu_decode
-from lamina_kernels.select import kernels
+from lamina_kernels.select import CHOICES, Kernels, kernels
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 choose = kernels.__wrapped__  # without the cache, which lasts as long as the process
@@ -26,6 +26,18 @@ def test_the_cpus_kernels_are_the_default(monkeypatch: pytest.MonkeyPatch, caplo
 def test_the_environment_overrides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAMINA_KERNELS", "cpu")
     assert choose(CPU) is cpu_decode
+
+
+def test_each_name_is_a_module_of_its_own_with_all_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    functions = [name for name in vars(Kernels) if not name.startswith("_")]
+    modules = []
+    for name in CHOICES["cpu"]:
+        monkeypatch.setenv("LAMINA_KERNELS", name)
+        modules.append(choose(CPU))
+        assert [function for function in functions if not hasattr(modules[-1], function)] == []
+    assert len({*map(id, modules)}) == len(modules)
 
 
 def test_unknown_kernels_and_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

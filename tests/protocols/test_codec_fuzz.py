@@ -6,6 +6,7 @@ import gc
 import struct
 import time
 import tracemalloc
+from typing import get_args
 
 import msgpack
 import pytest
@@ -20,7 +21,7 @@ from lamina_protocols.messages import messages as m
 from lamina_protocols.messages.messages import FetchedSample, FetchSample, Sample
 
 _PREFIX = struct.Struct("<4sHHIQ")
-TAGS = range(21)
+TAGS = range(max(codec._MESSAGES) + 2)
 DEADLINE = 0.5  # seconds of a thread; a header of 512 KiB takes a tenth of it on a slow machine
 _n = st.integers(0, 5)
 _tensor = st.tuples(
@@ -64,24 +65,25 @@ _operations = (
 _reads = st.none() | st.tuples(_int, _int).map(lambda x: tuple(sorted(x)))
 _rows = st.builds(m.Row, _int, _int, _int, _reads, st.booleans(), st.booleans(), _int)
 _parts = st.builds(m.PartHeld, _int, _int, _ints, _int, _int, _int, _int)
-_messages = st.one_of(
-    _layered(),
-    st.builds(m.Fetched, _int, _int, _int, _tensor, _tensor),
-    st.builds(m.FetchPages, *[_int] * 7),
-    st.builds(Sample, *[_int] * 4, _ints, _ints, _tensor),
-    st.builds(FetchSample, *[_int] * 6),
-    st.builds(FetchedSample, *[_int] * 3, _ints, _ints, _tensor),
-    st.builds(m.FetchedPages, _int, _int, _int, _tensor),
-    st.builds(m.FreshPages, *[_int] * 5, _tensor),
-    st.builds(m.Constants, _int, _int, _int, _tensor, _tensor, _tensor),
-    st.builds(m.Advance, _int, _int, _int, _tensor, _tensor),
-    st.builds(m.Advanced, _int, _int, _int, _tensor, st.floats(0, allow_infinity=False)),
-    st.builds(m.Fault, _int, _int, st.text()),
-    st.builds(m.Announcement, _int, _int, _int, _several(_operations), _several(_rows)),
-    st.builds(m.Announced, _int, _int, st.booleans(), _ints, _ints, st.text(), samples=_ints),
-    st.builds(m.Survey, _int, _int, _int),
-    st.builds(m.Surveyed, _int, _int, _int, _int, _several(_parts), _int),
-)
+MESSAGES = {  # how each is drawn; those of a layer are `_layered`
+    m.Fetched: st.builds(m.Fetched, _int, _int, _int, _tensor, _tensor),
+    m.FetchPages: st.builds(m.FetchPages, *[_int] * 7),
+    Sample: st.builds(Sample, *[_int] * 4, _ints, _ints, _tensor),
+    FetchSample: st.builds(FetchSample, *[_int] * 6),
+    FetchedSample: st.builds(FetchedSample, *[_int] * 3, _ints, _ints, _tensor),
+    m.FetchedPages: st.builds(m.FetchedPages, _int, _int, _int, _tensor),
+    m.FreshPages: st.builds(m.FreshPages, *[_int] * 5, _tensor),
+    m.Constants: st.builds(m.Constants, _int, _int, _int, _tensor, _tensor, _tensor),
+    m.Advance: st.builds(m.Advance, _int, _int, _int, _tensor, _tensor),
+    m.Advanced: st.builds(m.Advanced, _int, _int, _int, _tensor, st.floats(0, allow_infinity=False)),
+    m.Fault: st.builds(m.Fault, _int, _int, st.text()),
+    m.Announcement: st.builds(m.Announcement, _int, _int, _int, _several(_operations), _several(_rows)),
+    m.Announced: st.builds(m.Announced, _int, _int, st.booleans(), _ints, _ints, st.text(), samples=_ints),
+    m.Survey: st.builds(m.Survey, _int, _int, _int),
+    m.Surveyed: st.builds(m.Surveyed, _int, _int, _int, _int, _several(_parts), _int),
+    m.BlockTables: st.builds(m.BlockTables, _int, _int, _int, _tensor, _tensor, _tensor),
+}
+_messages = st.one_of(_layered(), *MESSAGES.values())
 _plain = st.recursive(
     st.none()
     | st.booleans()
@@ -126,6 +128,11 @@ def attempt(frame: bytearray) -> m.Message | None:
         return codec.decode(frame)
     except ProtocolError:
         return None
+
+
+def test_every_message_has_a_tag_and_is_drawn():
+    assert {*codec._MESSAGES.values()} == {*MESSAGES}
+    assert {*get_args(m.Message)} == {*MESSAGES, *codec.LAYERED}
 
 
 @given(_messages)

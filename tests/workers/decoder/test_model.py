@@ -9,6 +9,7 @@ import torch
 import transformers
 from dense_attention import DenseAttention
 from engine_rig import DEVICE
+from hybrid_families import FAMILIES as HYBRIDS
 from reference_models import Tensors, check_against, load, reference
 from safetensors.torch import load_file
 
@@ -17,6 +18,7 @@ from lamina_workers.decoder.model import Batch, Decoder, Forward, KeyValueReady,
 from lamina_workers.decoder.rope import Rotary
 from lamina_workers.errors import ModelFileError
 from lamina_workers.model_config.config import ModelConfig
+from lamina_workers.model_config.families import FAMILIES as NATIVE
 from lamina_workers.model_config.rope_config import RopeConfig
 
 # Newer transformers would rather have it called `cache`, older ones know only this name.
@@ -221,6 +223,11 @@ ROPES = {
         "truncate": False,
     },
 }
+
+
+def test_every_native_type_has_a_tiny_checkpoint() -> None:
+    met = {kind.removesuffix("_text") for kind, _ in (*FAMILIES.values(), *HYBRIDS.values())}
+    assert {family.model_type.removesuffix("_text") for family in NATIVE.values()} == met
 
 
 @pytest.mark.parametrize("family", FAMILIES)

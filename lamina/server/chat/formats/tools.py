@@ -51,8 +51,8 @@ class ToolUse:
             for tool in checked
             if tool["function"]["name"] in choice.names
         }
-        asked = choice.mode == "auto" if parallel_tool_calls is None else parallel_tool_calls
-        many = asked is True and not choice.once
+        parallel = choice.mode == "auto" if parallel_tool_calls is None else parallel_tool_calls
+        many = parallel and not choice.once
         return cls(tuple(checked), functions, choice.mode == "required", many)
 
 
