@@ -14,7 +14,7 @@ from lamina.cli.options import JsonLines, Threads, flatten_options
 from lamina.cli.terminal import print_json, print_rows, show_bytes
 from lamina.errors import InvalidRequest
 from lamina.system.machine import this_machine
-from lamina.system.text_files import parse_size
+from lamina.system.text_files import parse_size, show_size
 
 cluster_app = typer.Typer(
     no_args_is_help=True,
@@ -120,6 +120,7 @@ class AttentionWorkerOptions:
     kv_resident: Annotated[
         str | None, typer.Option(help="Memory for KV beside --kv-cold. Default: half of what is free, at most.")
     ] = None
+    force: Annotated[bool, typer.Option("--force", help="Take more memory than is free.")] = False
     threads: Threads = None
     name: Annotated[str, typer.Option(help="What status and errors call this worker.")] = "attention"
     tls_dir: Annotated[str | None, typer.Option(help="Folder with ca.pem, cert.pem and key.pem.")] = None
@@ -136,11 +137,16 @@ class AttentionWorkerOptions:
         free = machine.memory_available // 2
         size = free if self.kv_memory is None else parse_size("kv_memory", self.kv_memory)
         argv = ["--listen", self.listen, "--data-port", str(self.data_port), "--kv-memory", str(size)]
+        resident = size
         if self.kv_cold is not None:
-            resident = free if self.kv_resident is None else parse_size("kv_resident", self.kv_resident)
-            argv += ["--kv-cold", self.kv_cold, "--kv-resident", str(min(size, resident))]
+            resident = min(size, free if self.kv_resident is None else parse_size("kv_resident", self.kv_resident))
+            argv += ["--kv-cold", self.kv_cold, "--kv-resident", str(resident)]
         elif self.kv_resident is not None:
             raise InvalidRequest(f"--kv-resident is {self.kv_resident} without --kv-cold; allowed is both")
+        if resident > machine.memory_available and not self.force:
+            option = f"kv-memory is {self.kv_memory}" if resident == size else f"kv-resident is {self.kv_resident}"
+            free_now = show_size(machine.memory_available)
+            raise InvalidRequest(f"--{option}; allowed are the {free_now} that are free on this machine, or --force")
         argv += ["--name", self.name, "--threads", str(self.threads or machine.cores)]
         argv += ["--drain-timeout", str(self.drain_timeout)]
         argv += [] if self.tls_dir is None else ["--tls-dir", self.tls_dir]

@@ -233,9 +233,11 @@ def show(model: opt.ModelName, as_json: opt.JsonLines = False, slices: opt.Slice
     if as_json:
         print_json(facts | {"weight_memory": weights.ways} | ({"live_across": live} if slices else {}))
         return
+    grown = weights.ways.get("packed", 0) > 1.1 * weights.stored
     weight_rows = (
-        (f"weights, {name}", f"{show_bytes(count)}, {count / weights.parameters:.3g} bytes each")
+        (f"weights, {name}", f"{show_bytes(count)}, {count / weights.parameters:.3g} bytes each{note}")
         for name, count in weights.ways.items()
+        for note in [f": the file's {show_bytes(weights.stored)} unpacked" if name == "packed" and grown else ""]
     )
     kinds = ", ".join(f"{kind} {show_bytes(count)}" for kind, count in weights.kinds.items())
     texts = {name: str(value) for name, value in facts.items()} | {"weight_kinds": kinds}

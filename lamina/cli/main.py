@@ -7,6 +7,7 @@ stdout carries answers and nothing else; progress, statistics and errors go to s
 from __future__ import annotations
 
 import errno
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,13 +22,25 @@ from lamina.cli.doctor import models_app
 from lamina.cli.join import join, joining_app
 from lamina.cli.policy import calibrate, policy_app
 from lamina.cli.printing import generate
-from lamina.cli.serve import serve
+from lamina.cli.serve import ps, serve
 from lamina.cli.simulate import calibrate_hardware, plan, simulate
 from lamina.cli.terminal import close_stdout, print_json, print_rows
 from lamina.errors import InvalidRequest, LaminaError, ModelFileError, PolicyError, UnsupportedModelError
 from lamina_workers.errors import DiskFullError
 
 BAD_INPUT = (InvalidRequest, ModelFileError, PolicyError, UnsupportedModelError)
+_OTHER_WORDS = {
+    **dict.fromkeys(("run", "talk"), "lamina chat MODEL` or `lamina generate PROMPT"),
+    **dict.fromkeys(("list", "ls", "search"), "lamina models ls"),
+    **dict.fromkeys(("pull", "download", "show", "rm"), "lamina models pull`, `show` or `rm"),
+    **dict.fromkeys(("stop", "kill"), "kill PID` with a number from `lamina ps"),
+    **dict.fromkeys(("server", "start", "launch", "api"), "lamina serve MODEL"),
+    **dict.fromkeys(("status", "top"), "lamina ps"),
+    **dict.fromkeys(("create", "import"), "lamina serve FILE.gguf"),
+    **dict.fromkeys(("complete", "completion"), "lamina generate PROMPT"),
+    "benchmark": "lamina bench serve",
+}
+"""Words of ollama, llama.cpp and vLLM, and what does the same here."""
 UsageError: Any = typer.BadParameter.__mro__[1]  # click's, or Typer's own copy of it in newer versions
 
 
@@ -72,6 +85,8 @@ def _refused(error: Any) -> Exception:
     """How a command line that cannot be read ends. A group without a command shows its help."""
     if message := " ".join(error.format_message().split()).rstrip("."):  # else the help was printed instead
         hint = "" if error.ctx is None else f"; see `{error.ctx.command_path} --help`"
+        if (word := re.match(r"No such command '(\w+)'", message)) and word[1] in _OTHER_WORDS and not error.ctx.parent:
+            message, hint = f"there is no `lamina {word[1]}`", f"; it is `{_OTHER_WORDS[word[1]]}` here"
         typer.echo(f"error: {message}{hint}", err=True)
     return typer.Exit(2)
 
@@ -133,6 +148,7 @@ def doctor(
 app.command()(generate)
 app.command()(chat)
 app.command()(serve)
+app.command()(ps)
 app.command()(doctor)
 app.command("attention-worker")(attention_worker)
 app.command()(join)

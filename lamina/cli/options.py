@@ -15,11 +15,13 @@ import os
 import re
 import sys
 from collections.abc import Callable, Container, Mapping
+from copy import copy
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
 
 import typer
+from typer.models import OptionInfo
 
 from lamina.cli.terminal import decode_argument, read_all, read_lines
 from lamina.config import DEFAULT_MODEL, EngineConfig
@@ -57,6 +59,20 @@ _OF_WORKERS = (
     *("kv_local", "attention_workers", "autoscale", "shard", "redundancy", "cluster", "local_share", "lanes"),
     *("query_first", "data_channel", "local_channel", "tls_dir", "token_file", "insecure"),
 )
+MOST_SHOWN = 25
+"""Of a command's options, by `--help`."""
+_RARE = frozenset({
+    *("min_tokens", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "n", "logprobs"),
+    *("ignore_eos", "regex", "grammar", "dtype", "weights", "attention_device", "force", "kv_local", "kv_cold"),
+    *("kv_resident", "kv_dtype", "sketches", "num_speculative_tokens", "max_num_seqs", "sequence_tokens"),
+    *("model_workers", "model_parallel", "shard", "redundancy", "cluster", "local_share", "lanes", "query_first"),
+    *("data_channel", "local_channel", "tls_dir", "token_file", "insecure"),
+    *("operator_key_file", "allow_origin", "max_requests", "request_timeout", "drain_timeout", "journal", "no_journal"),
+    *("join_address", "log_format", "otlp_traces_endpoint", "kv_events", "kv_events_replay", "kv_events_name"),
+    *("burstiness", "num_warmups", "range_ratio", "prefix_len", "num_prefixes", "trace_dir", "speed", "percentile"),
+    *("save_detailed", "prefill", "efficiency", "acceptance", "proposed", "verify", "worker_restart", "think"),
+})  # fmt: skip
+"""Options that a command with more shows by `--help-all` alone."""
 _SYNTAX: Mapping[Any, Mapping[str, Any]] = {
     int | None: {"parser": _integer, "metavar": "INTEGER"},
     float | None: {"parser": _number, "metavar": "NUMBER"},
@@ -380,8 +396,11 @@ def flatten_options(command: Callable[..., None]) -> Callable[..., None]:
             default = inspect.Parameter.empty if field.default is MISSING else field.default
             parameters.append(inspect.Parameter(field.name, keyword, default=default, annotation=hints[field.name]))
 
+    _hide_rare(parameters)
+
     @functools.wraps(command)
     def flat(**given: Any) -> None:
+        given.pop("help_all", None)
         values = {
             name: group(**{field: given.pop(field) for field in names}) for name, (group, names) in groups.items()
         }
@@ -390,3 +409,33 @@ def flatten_options(command: Callable[..., None]) -> Callable[..., None]:
     flat.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what Typer reads
     flat.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return flat
+
+
+def _hide_rare(parameters: list[inspect.Parameter]) -> None:
+    """Where a command has many options, hide the rare ones, and add the one that shows them."""
+    options = {
+        place: info
+        for place, parameter in enumerate(parameters)
+        for info in get_args(parameter.annotation)
+        if isinstance(info, OptionInfo)
+    }
+    if len(options) + 1 <= MOST_SHOWN:  # with --help
+        return
+    rare = [place for place in options if parameters[place].name in _RARE]
+    for place in rare:
+        info = copy(options[place])
+        info.hidden = True
+        kind = get_args(parameters[place].annotation)[0]
+        parameters[place] = parameters[place].replace(annotation=Annotated[kind, info])
+    text = f"Show {len(rare)} more options, for rare cases."
+    more = Annotated[bool, typer.Option("--help-all", help=text, is_eager=True, callback=_show_all)]
+    parameters.append(inspect.Parameter("help_all", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=more))
+
+
+def _show_all(ctx: typer.Context, wanted: bool) -> None:
+    if wanted:
+        for parameter in ctx.command.params:
+            if parameter.name in _RARE:
+                parameter.hidden = False  # type: ignore[attr-defined]  # of options
+        typer.echo(ctx.get_help(), color=ctx.color)
+        raise typer.Exit

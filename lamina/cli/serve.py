@@ -1,4 +1,4 @@
-"""The command `serve`: options in, a server that runs until a signal, an exit code.
+"""The command `serve`: options in, a server that runs until a signal, an exit code. `ps` lists the servers that run.
 
 Imports neither torch nor the HTTP libraries: only the processes that it starts need them.
 """
@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lamina.cli import options as opt
-from lamina.cli.terminal import ProgressBars
+from lamina.cli.terminal import ProgressBars, print_json, print_rows
 from lamina.config import DEFAULT_MODEL, EngineConfig
 from lamina.errors import InvalidRequest
 from lamina.joining.pairing import JOIN_PORT
@@ -152,14 +153,22 @@ class ServerOptions:
 
 @opt.flatten_options
 def serve(
-    ctx: typer.Context, models: opt.ModelNames = None, *, server: ServerOptions, engine: opt.EngineOptions
+    ctx: typer.Context,
+    models: opt.ModelNames = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", "-m", help="The same as MODEL; repeatable.", autocompletion=opt.complete_model),
+    ] = None,
+    *,
+    server: ServerOptions,
+    engine: opt.EngineOptions,
 ) -> None:
     """Serve one model, or several that are loaded on demand, to clients of OpenAI's and Anthropic's APIs. The page at /
     shows what happens; /metrics is for Prometheus."""
     from lamina.server.processes.server_plan import ServerPlan
     from lamina.server.processes.supervisor import Supervisor
 
-    keywords = engine.config()
+    keywords, models = engine.config(), [*(models or []), *(model or [])]
     if engine.plan is not None:
         planned, keywords = _planned(engine.plan, keywords)
         models = models or [planned]
@@ -190,6 +199,29 @@ def serve(
             **_workers(config, keywords, settings.max_loaded),
         )
         Supervisor(plan, _Terminal(progress)).run()
+
+
+def ps(as_json: opt.JsonLines = False) -> None:
+    """The servers of this user on this machine: models with the processes of their engines, address, process, and for
+    how long."""
+    from lamina.server.processes.running import running_servers
+
+    servers = running_servers()
+    if as_json:
+        print_json(*servers)
+        return
+    rows = [
+        (
+            name,
+            str(pid or "not loaded"),
+            server["address"],
+            str(server["pid"]),
+            str(timedelta(seconds=int(server["uptime"]))),
+        )
+        for server in servers
+        for name, pid in server["models"].items()
+    ]
+    print_rows([("model", "engine", "address", "server", "up"), *rows] if rows else [("none",)])
 
 
 def _named(text: str) -> tuple[str, str]:

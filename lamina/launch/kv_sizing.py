@@ -25,6 +25,7 @@ from lamina.kv.request import SNAPSHOT_TOKENS, SchedulerConfig
 from lamina.launch.model_files import ModelFiles
 from lamina.policy_file import AUTO, head_policies
 from lamina.system.machine import Machine, kv_share, native_dtype
+from lamina.system.text_files import show_size
 from lamina_protocols.frames import bounds
 from lamina_protocols.messages.layers import STATES, ColdTier, HolderConfig, LayerSpec
 from lamina_protocols.messages.pools import pools
@@ -136,11 +137,11 @@ def check_fits(model: Path, weights: int, kv: int, machine: Machine) -> None:
     available = machine.memory_available
     if weights + kv <= available or not available:
         return
-    less = f"kv_memory that takes {available - weights}, " if weights < available else ""
+    less = f"kv_memory that takes {show_size(available - weights)}, " if weights < available else ""
     raise NotEnoughMemory(
-        f"{model}: the weights take {weights} bytes of memory and KV up to {kv}, and {available} are available on this "
-        f"machine; allowed is less: {less}fewer bits (quantize, or such a file), a smaller model; or force=True "
-        "(--force), which tries"
+        f"{model}: the weights take {show_size(weights)} of memory and KV up to {show_size(kv, up=True)}, and "
+        f"{show_size(available)} are available on this machine; allowed is less: {less}fewer bits (quantize, or such a "
+        "file), a smaller model; or force=True (--force), which tries"
     )
 
 
@@ -326,7 +327,9 @@ def _check_memory(name: str, given: int, holder: HolderConfig, most: int) -> Non
     least = _least_memory(holder)
     if not least <= given <= most:
         what = "a page for each layer and KV head" + (", two records of each state" if state_pools(holder) else "")
-        raise InvalidRequest(f"{name} is {given} bytes; allowed are {least} ({what}) to {most}")
+        raise InvalidRequest(
+            f"{name} is {show_size(given)}; allowed are {show_size(least, up=True)} ({what}) to {show_size(most)}"
+        )
 
 
 def _most_memory(config: EngineConfig, holder: HolderConfig, machine: Machine) -> int:

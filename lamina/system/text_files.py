@@ -1,7 +1,7 @@
 """Small UTF-8 files, read whole up to a limit and written whole or not at all, and the values in them.
 
 Files of settings are TOML: `read_toml` reads them, and `toml_value` writes a value as TOML has it. `parse_size` reads a
-number of bytes as people write it, such as "2GiB".
+number of bytes as people write it, such as "2GiB", and `show_size` writes one.
 """
 
 from __future__ import annotations
@@ -112,3 +112,12 @@ def parse_size(name: str, value: object) -> int:
             '"2GiB" and "2G" are 2 x 1024^3 bytes, "2GB" are 2 x 10^9'
         )
     return int(size)
+
+
+def show_size(count: int, up: bool = False) -> str:
+    """Bytes for people, as `parse_size` reads them: two digits behind the point, cut, or raised with `up`."""
+    for unit, power in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if count >= 1 << power and (power > 10 or count % 1024 == 0):
+            hundredths = -((-100 * count) >> power) if up else (100 * count) >> power
+            return f"{hundredths / 100:g} {unit}"
+    return f"{count} bytes"

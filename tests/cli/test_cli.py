@@ -9,14 +9,18 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from cli_runner import FakeLLM, Lamina
 from real_workers import write_tiny_model
+from typer.main import get_command
 
 from lamina.cli.chat import _spoken_lines
+from lamina.cli.main import app
 from lamina.cli.options import complete_model
 from lamina.cli.terminal import iter_lines
 from lamina.errors import EngineError, InvalidRequest, ModelFileError
@@ -148,9 +152,43 @@ def test_typed_lines_are_kept_and_ctrl_c_throws_one_away(tmp_path: Path, monkeyp
 
 
 def test_help_shows_the_defaults_of_engine_and_sampling(lamina: Lamina) -> None:
-    shown = lamina("generate", "--help").stdout
+    shown = lamina("generate", "--help-all").stdout
     assert "Default: 256" in shown
     assert "[default: (auto)]" in shown
+
+
+def commands(group: Any) -> Iterator[Any]:
+    for command in group.commands.values():
+        yield from commands(command) if hasattr(command, "commands") else [command]
+
+
+def test_help_of_each_command_shows_at_most_25_options_and_help_all_the_rest(
+    lamina: Lamina, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    group: Any = get_command(app)
+    for command in commands(group):
+        options = [option for option in command.params if option.param_type_name == "option"]
+        assert sum(not option.hidden for option in options) < 25, command.name  # --help is beside them
+    short, long = (set(re.findall(r"--[\w-]+", lamina("serve", word).stdout)) for word in ("--help", "--help-all"))
+    every = {option.opts[0] for option in group.commands["serve"].params if option.param_type_name == "option"}
+    assert every <= long
+    assert len(every) > 55
+    assert long - short > {"--lanes", "--query-first", "--sketches", "--kv-events"}
+    assert {"--port", "--model", "--kv-memory", "--attention-workers", "--help-all"} <= short
+    assert lamina("generate", "x", "--lanes", "2").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("word", "here"),
+    [("run", "lamina chat MODEL"), ("list", "lamina models ls"), ("stop", "lamina ps"), ("pull", "models pull")],
+)
+def test_a_word_of_another_tool_is_told_the_one_here(lamina: Lamina, word: str, here: str) -> None:
+    result = lamina(word, "smollm2-135m")
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert result.stderr.startswith(f"error: there is no `lamina {word}`; it is `")
+    assert here in result.stderr
+    assert "No such command" in lamina("cluster", word).stderr
 
 
 def test_no_prompt_is_bad_input(lamina: Lamina) -> None:

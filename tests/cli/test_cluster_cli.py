@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,16 @@ def test_an_attention_worker_that_cannot_serve_is_an_exit_code() -> None:
     refused = CliRunner().invoke(app, ["attention-worker", "--kv-memory", "much"], obj=Served())
     assert refused.exit_code == 2
     assert "'much'" in refused.stderr
+
+
+@pytest.mark.parametrize("cold", [(), ("--kv-cold", "/tmp", "--kv-resident", "1000TiB")])
+def test_an_attention_worker_takes_more_than_is_free_only_by_force(cold: tuple[str, ...]) -> None:
+    words = ["attention-worker", "--kv-memory", "1024TiB", *cold]
+    refused = CliRunner().invoke(app, words, obj=(served := Served()))
+    assert (refused.exit_code, served.argv) == (2, [])
+    assert re.search(r"10(24|00)TiB; allowed are the [\d.]+ [KMG]iB that are free", refused.stderr)
+    assert CliRunner().invoke(app, [*words, "--force"], obj=served).exit_code == 0
+    assert str(1 << 50) in served.argv
 
 
 def test_credentials_are_written_once(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from lamina.config import DTYPES, KV_DTYPES, EngineConfig
 from lamina.errors import InvalidRequest
-from lamina.system.text_files import parse_size
+from lamina.system.text_files import parse_size, show_size
 from lamina_kernels.paged import pages
 from lamina_protocols.messages.layers import ColdTier
 
@@ -125,6 +125,15 @@ SIZES: dict[Any, int] = {7: 7, "500 MB": 500 * 10**6, " 1.5kib ": 1536, "512M": 
 @pytest.mark.parametrize(("text", "size"), (SIZES | dict.fromkeys(("2GiB", "2Gi"), 2**31)).items())
 def test_sizes_are_bytes_or_text_with_a_unit(text: Any, size: int) -> None:
     assert parse_size("kv_memory", text) == size
+
+
+def test_a_size_is_shown_cut_or_raised_so_that_it_can_be_given_again() -> None:
+    sizes = (1000, 737280, 40000, 25276510208, 2**40, 11 * 2**40 // 2)
+    shown = ["1000 bytes", "720 KiB", "40000 bytes", "23.54 GiB", "1 TiB", "5.5 TiB"]
+    assert list(map(show_size, sizes)) == shown
+    for size in (*sizes, 2**31 - 1, 2**30 + 1):
+        assert parse_size("size", show_size(size).removesuffix("ytes")) <= size
+        assert parse_size("size", show_size(size, up=True).removesuffix("ytes")) >= size
 
 
 def test_deterministic_leaves_nothing_to_measuring_and_keeps_what_was_given() -> None:

@@ -18,6 +18,7 @@ from lamina.launch.checks import cut_options
 from lamina.launch.kv_sizing import RequestPolicies, Sizes, holder_config, page_groups, size_kv
 from lamina.launch.model_files import load
 from lamina.system.machine import this_machine
+from lamina.system.text_files import show_size
 from lamina_protocols.frames import bounds
 from lamina_protocols.messages.layers import HolderConfig, Index, LayerSpec
 from lamina_workers.checkpoints.weight_loader import Packing
@@ -107,14 +108,16 @@ def test_what_does_not_fit_is_refused_unless_it_is_forced(model: Path) -> None:
 
     weights = load(model, EngineConfig(), None).kept_bytes(torch.float32, Packing())
     assert sizes(1 << 30).holder.kv_memory == 1 << 28
-    with pytest.raises(NotEnoughMemory, match=f"take {weights} bytes of memory and KV up to {1 << 28}, and {1 << 28} "):
+    with pytest.raises(
+        NotEnoughMemory, match=f"take {show_size(weights)} of memory and KV up to 256 MiB, and 256 MiB "
+    ):
         sizes(1 << 28)
     assert sizes(1 << 28, force=True).holder.kv_memory == 1 << 28
     assert sizes(1 << 28, kv_memory="16MiB").holder.kv_memory == 1 << 24
-    with pytest.raises(NotEnoughMemory, match=f"kv_memory that takes {3 << 24}, fewer bits"):
+    with pytest.raises(NotEnoughMemory, match="kv_memory that takes 48 MiB, fewer bits"):
         sizes(weights + (3 << 24), kv_memory="16MiB", attention_workers=3)
     twice = {"model_workers": 2, "model_parallel": "replicas", "kv_memory": "1MiB", "attention_workers": 1}
-    with pytest.raises(NotEnoughMemory, match=f"take {2 * weights} bytes"):
+    with pytest.raises(NotEnoughMemory, match=f"take {show_size(2 * weights)} of"):
         sizes(weights + (2 << 20), **twice)
     assert sizes(0).holder.kv_memory >= 1 << 28  # a system that does not say
 

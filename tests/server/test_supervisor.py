@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -14,7 +15,9 @@ from pathlib import Path
 
 import pytest
 from supervisor_run import PATIENCE, World, pretend
+from typer.testing import CliRunner
 
+from lamina.cli.main import app
 from lamina.errors import EngineError, InvalidRequest
 from lamina.server.processes.child_protocol import Load, Unload
 from lamina.server.processes.server_plan import ServerPlan
@@ -196,6 +199,30 @@ def test_folders_of_killed_servers_are_swept(world: World, monkeypatch: pytest.M
         world.run(world.serving, world.signal)
         os.close(held[1])
         assert [path.name for path in Path(parent).iterdir()] == ["lamina-serve-used"]
+
+
+def test_ps_lists_servers_with_their_models_while_they_run(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as parent:
+        monkeypatch.setattr(tempfile, "tempdir", parent)
+        for name, text in (("dead", '{"address": "http://h:1", "models": {"m": 1}}'), ("odd", "[1]"), ("bad", "{")):
+            held = lock(folder := Path(parent) / f"lamina-serve-{name}")
+            (folder / "server.json").write_text(text)
+            if name == "dead":
+                os.close(held)
+        shown: list[str] = []
+
+        def show() -> None:
+            shown.extend(CliRunner().invoke(app, words).stdout for words in (["ps"], ["ps", "--json"]))
+
+        dead = world.until(lambda: "not loaded" in CliRunner().invoke(app, ["ps"]).stdout)
+        world.run(world.serving, show, world.kill("engine"), dead, world.signal)
+        heading, row = shown[0].splitlines()
+        assert heading.split() == ["model", "engine", "address", "server", "up"]
+        (server,) = map(json.loads, shown[1].splitlines())
+        assert (server["pid"], list(server["models"])) == (os.getpid(), ["m"])
+        assert row.split()[:4] == ["m", str(server["models"]["m"]), server["address"], str(os.getpid())]
+        assert server["address"].startswith("http://127.0.0.1:")
+        assert CliRunner().invoke(app, ["ps"]).stdout == "none\n"
 
 
 TWO = {"m": "m", "n": "n"}

@@ -58,6 +58,7 @@ from lamina.server.processes.child_protocol import (
     ToHttp,
     Unload,
 )
+from lamina.server.processes.running import FOLDER, leave
 from lamina.server.processes.server_plan import Reporter, ServerPlan
 from lamina.system.child_process import ChildProcess, end_all, module_command
 from lamina.system.logs import FORMAT_VARIABLE, LEVEL_VARIABLE
@@ -72,7 +73,6 @@ _KINDS = {
     kind.__name__: kind
     for kind in (DiskFullError, InvalidRequest, JournalError, ModelFileError, PolicyError, UnsupportedModelError)
 }  # errors that keep their type on the way from a child; all others become an EngineError
-_FOLDER = "lamina-serve-"  # begin of its name
 _FRESH = 10.0  # seconds that a supervisor may take from making its folder to locking it
 _LONGEST_FOLDER = 80  # characters: a Unix socket's path has 108, its name included
 _FORCED = 5.0  # seconds beyond the time to drain after which the HTTP process is killed
@@ -153,9 +153,9 @@ class Supervisor(SlotLoop[ChildProcess]):
     def run(self) -> None:
         """Until a signal. Raises what the first model's engine raised where it did not start, EngineError where the
         engine of a lone model could not be started again, InvalidRequest where the address cannot be listened on."""
-        sweep(Path(tempfile.gettempdir()), _FOLDER, LOCK, time.time() - _FRESH)
+        sweep(Path(tempfile.gettempdir()), FOLDER, LOCK, time.time() - _FRESH)
         with (
-            tempfile.TemporaryDirectory(prefix=_FOLDER) as folder,
+            tempfile.TemporaryDirectory(prefix=FOLDER) as folder,
             os.fdopen(lock(Path(folder))),  # others may sweep it once this process is dead
             listening(self._plan.host, self._plan.port) as sock,
             answering_signals((signal.SIGTERM, signal.SIGINT), lambda: self._calls.put(self._stop)),
@@ -353,6 +353,7 @@ class Supervisor(SlotLoop[ChildProcess]):
 
     def _connected(self, engine: EngineRole) -> None:
         self._wait_for_spare()
+        self._leave_record()
         if not self._announced:
             self._announced = True
             context = min(engine.facts["context"], engine.facts["possible"] + 1) if engine.facts else 0
@@ -380,6 +381,7 @@ class Supervisor(SlotLoop[ChildProcess]):
 
     def _engine_ended(self, engine: EngineRole, child: ChildProcess) -> None:
         engine.worker, was_ready, engine.facts = None, engine.facts is not None, None
+        self._leave_record()
         if self._closed.is_set() or self._failure:
             return
         if engine.ending:
@@ -425,11 +427,17 @@ class Supervisor(SlotLoop[ChildProcess]):
     def _unloaded(self, engine: EngineRole, why: str = "") -> None:
         """An engine is not started again before it is loaded. Its process, if there still is one, ends by itself."""
         engine.gone()
+        self._leave_record()
         self._wait_for_spare()
         self._say_http(EngineUnloaded(engine.model, why))
 
     def _engine_of(self, child: ChildProcess) -> EngineRole | None:
         return next((engine for engine in self._engines.values() if engine.worker is child), None)
+
+    def _leave_record(self) -> None:
+        """For `lamina ps`."""
+        loaded = {engine.model: engine.worker.pid if engine.worker else 0 for engine in self._engines.values()}
+        leave(self._folder, self.address, loaded)
 
     def _notify_http(self, engine: EngineRole, dead: str = "") -> None:
         if engine.facts is not None:

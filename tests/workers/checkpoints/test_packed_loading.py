@@ -180,7 +180,7 @@ def test_what_cannot_be_packed_is_unpacked(tmp_path: Path, caplog: pytest.LogCap
         found = loaded(folder, PACKED)
     assert not is_packed(found.layers[0].mlps[0].mlp.gate_up, folder)  # type: ignore[union-attr]
     assert is_packed(found.layers[0].output, folder)
-    assert "unpacked, 1.0 MiB as torch.float32" in caplog.text  # the gate beside it
+    assert "unpacked, 1.0 MiB as torch.float32 instead of 0.1" in caplog.text  # the gate beside it
     check_same(found, loaded(folder, Packing()))
 
 

@@ -44,10 +44,13 @@ _POWERS = torch.tensor([2.0 ** (power - 128) for power in range(255)])  # of dou
 
 class PackedTensor(Protocol):
     """A matrix in a file. kind: as `lamina_kernels.packed.pack` calls it, or ggml's name of one that it does not know;
-    shape: `(n_out, n_in)`."""
+    bits: of a number there, about; shape: `(n_out, n_in)`."""
 
     @property
     def kind(self) -> str: ...
+
+    @property
+    def bits(self) -> float: ...
 
     @property
     def shape(self) -> tuple[int, int]: ...
@@ -83,6 +86,11 @@ class GgmlBlocks:
             in_blocks = blocks.ndim == 2 and torch.equal(blocks, blocks[:, :1] // BLOCK * BLOCK + torch.arange(BLOCK))
             return kind if in_blocks and kind in BLOCKS and BLOCKS[kind][1] == BLOCK else "int8"
         return kind if kind in BLOCKS else "int8"
+
+    @property
+    def bits(self) -> float:
+        numbers, size = block_of(self.stored)
+        return 8 * size / numbers
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -253,6 +261,7 @@ class Rounded:
 
     shape: tuple[int, int]
     read: Callable[[torch.Tensor], torch.Tensor]
+    bits: float = 8
 
     @property
     def kind(self) -> str:
@@ -286,6 +295,7 @@ class Mxfp4:
     name: str
     codes: torch.Tensor
     powers: torch.Tensor
+    bits: float = 4.25
 
     @property
     def kind(self) -> str:

@@ -159,7 +159,7 @@ class Loader:
         self._done, self._total = 0, total
         self._arena = Arena(room) if device.type == "cpu" else None
         self._packing = packing
-        self._unpacked, self._reason = 0, ""  # bytes, and why the first of them are not packed
+        self._unpacked, self._stored, self._reason = 0, 0, ""  # bytes, in the file too, and why the first are so
 
     def linear(
         self,
@@ -315,14 +315,15 @@ class Loader:
         """Say how much was unpacked, and why."""
         if self._unpacked or self._reason:
             level = logging.WARNING if self._reason else logging.INFO
-            logger.log(level, "unpacked, %.1f MiB as %s%s", self._unpacked / 2**20, self._dtype, self._reason)
+            bytes_now, dtype, before = self._unpacked / 2**20, self._dtype, self._stored / 2**20
+            logger.log(level, "unpacked, %.1f MiB as %s instead of %.1f%s", bytes_now, dtype, before, self._reason)
 
     def _refuse(self, name: str, kind: str, columns: slice) -> None:
         """Keep the first reason why something is unpacked."""
         if not self._reason:
             shape = list(self._source.shape(name))
             where = "" if columns == EVERY else f" cut at {columns.start} and {columns.stop} of its inputs"
-            self._reason = f", since kernels cannot keep it as {kind}: {name} {shape}{where}, perhaps more"
+            self._reason = f", since kernels cannot keep it as {kind}: {name} {shape}{where} is the first"
 
     def _join(
         self,
@@ -346,6 +347,7 @@ class Loader:
                 into = joined[first : first + n]
                 if packed is not None:
                     self._unpacked += into.nbytes
+                    self._stored += int(into.numel() * packed.bits / 8)
                     with _naming(name, "unpacked"):
                         unpack_into(into, packed, torch.arange(packed.shape[0])[part], columns)
                 elif tensor is not None:
