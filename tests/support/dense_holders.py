@@ -23,6 +23,7 @@ from lamina_protocols.messages.messages import (
 )
 from lamina_protocols.messages.routes import Route, Span
 from lamina_workers.decoder.model import KeyValueReady, QueryReady
+from lamina_workers.ports.port import LocalAttention
 
 LAYERS, HEADS, KV_HEADS, D = 2, 6, 2, 16
 GROUP, SCALE = HEADS // KV_HEADS, 0.25
@@ -182,10 +183,14 @@ class Holder:
         )  # fmt: skip
 
 
-class HolderHere(Holder):
-    """A holder in the model worker's process."""
+class HolderHere(Holder, LocalAttention):
+    """A holder in the model worker's process, whose layers no compiled code computes."""
 
-    device = torch.device("cpu")
+    device = torch.device("cpu")  # type: ignore[assignment]
+    closed = False  # type: ignore[assignment]
+
+    def works(self, batch: int) -> Sequence[None]:
+        return ()
 
 
 def route(

@@ -37,7 +37,8 @@ from lamina_workers.devices.staging import DIRECT
 from lamina_workers.model_worker.holder_traffic import HolderTraffic, check_answer
 from lamina_workers.model_worker.interface import Suspended, Waiting
 from lamina_workers.ports.direct import Buffer, compiled, enabled
-from lamina_workers.ports.port import FramePort, Replies
+from lamina_workers.ports.port import Replies
+from lamina_workers.ports.remote import RemoteAttention
 from lamina_workers.ports.timing import Stopwatch, Times
 
 _NOTHING = memoryview(b"")
@@ -66,7 +67,7 @@ class RemoteHolder:
     def __init__(
         self,
         holder: HolderTraffic,
-        port: FramePort,
+        port: RemoteAttention,
         block: Any,
         spec: LayerSpec,
         layers: int,
@@ -192,7 +193,7 @@ class CompiledExchange:
         self,
         number: int,
         pool: Pool,
-        holders: Sequence[tuple[HolderTraffic, FramePort | LayerWork]],
+        holders: Sequence[tuple[HolderTraffic, RemoteAttention | LayerWork]],
         tokens: int,
         dtype: torch.dtype,
     ) -> None:
@@ -395,8 +396,8 @@ class CompiledExchange:
                 remote.holder.replies.measured((remote.taken[done] * 1e-9).tolist())
         for holder, work in self._locals:
             replies = holder.replies
-            if replies.computing is not None:
-                replies.computing.worked(self._batch, self._number, range(len(done)), work)
+            if replies.here is not None:
+                replies.here.worked(self._batch, self._number, range(len(done)), work)
             if holder.reads:
                 replies.measured((self._taken_here[replies][done] * 1e-9).tolist())
         times = self._times
@@ -437,11 +438,13 @@ class ExchangeMaker:
         exchange.begin(traffic, ids, times)
         return exchange
 
-    def _way(self, holder: HolderTraffic, batch: int, dtype: torch.dtype, tokens: int) -> FramePort | LayerWork | None:
+    def _way(
+        self, holder: HolderTraffic, batch: int, dtype: torch.dtype, tokens: int
+    ) -> RemoteAttention | LayerWork | None:
         replies = holder.replies
         if holder.way is not DIRECT:
             return None
-        if replies.computing is None:
+        if replies.here is None:
             return replies.frames
         work = replies.work(batch, self._number)
         if work is None or not work.query == work.loaded == dtype:
@@ -451,7 +454,7 @@ class ExchangeMaker:
         return work if (work.queries, work.fresh, work.layers) == (*counts, self._pool.layers) else None
 
 
-def _shape(holder_way: tuple[HolderTraffic, FramePort | LayerWork]) -> tuple[Any, ...]:
+def _shape(holder_way: tuple[HolderTraffic, RemoteAttention | LayerWork]) -> tuple[Any, ...]:
     """What an exchange is made from, of one holder. Indices of the same rows are the same object."""
     holder, way = holder_way
     rounds = tuple((piece.start, piece.stop) for piece in holder.rounds)

@@ -68,7 +68,7 @@ class StateHolder:
 
     def work(self, batch: int, pool: int) -> StateWork | None:
         """The batch's work in the pool, where the holder is in this process and has all heads."""
-        computing = self.replies.computing
+        computing = self.replies.here
         return computing.state_work(batch, pool) if computing is not None and self._all else None
 
     def send(self, epoch: int, batch: int, state: StateReady) -> None:

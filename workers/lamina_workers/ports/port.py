@@ -35,7 +35,8 @@ from lamina_protocols.messages.messages import (
 )
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.errors import HolderFault, HolderLost
-from lamina_workers.ports.direct import DirectChannel, enabled
+from lamina_workers.ports.direct import enabled
+from lamina_workers.ports.remote import RemoteAttention
 from lamina_workers.ports.timing import Exchanges, Link
 
 if TYPE_CHECKING:
@@ -93,14 +94,6 @@ class Transported(Protocol):
     def bytes_received(self) -> int: ...
 
 
-@runtime_checkable
-class Channelled(Protocol):
-    """A port whose replies come over a channel that can be waited for."""
-
-    @property
-    def channel(self) -> Channel: ...
-
-
 def survey(port: AttentionPort, timeout: float | None = None, past: int = 0) -> Surveyed:
     """All that a holder keeps, asked before anything else is under way at this port. Epochs up to `past`, and to the
     last that was announced there, are over.
@@ -132,59 +125,6 @@ def _stands(reply: Surveyed, before: tuple[PartHeld, ...]) -> bool:
     )
 
 
-@runtime_checkable
-class InProcess(Protocol):
-    """A port to a holder in this process: tensors on its device are handed over as they are."""
-
-    @property
-    def device(self) -> torch.device: ...
-
-
-@runtime_checkable
-class FramePort(Protocol):
-    """A port that layers' frames pass as they are.
-
-    `due`: the replies that may come, of which whoever lets frames pass counts its own. `patience`: seconds that the
-    holder may take to read a frame.
-    """
-
-    due: int
-    patience: float
-
-    @property
-    def direct(self) -> DirectChannel | None:
-        """The channel's compiled side; None where Python must carry its frames."""
-
-    def send_frame(self, frame: Sequence[memoryview]) -> None:
-        """Send one frame, given as buffers in order. Raises HolderLost."""
-
-    def receive_frame(self, timeout: float) -> memoryview:
-        """The next frame. Raises HolderLost."""
-
-    def reply_of(self, frame: memoryview) -> Reply:
-        """The reply that a frame is. Raises HolderLost."""
-
-    def flush(self) -> None:
-        """Send what is left to be sent. Raises HolderLost."""
-
-    def overdue(self, timeout: float) -> HolderLost:
-        """The holder has not answered in time, and counts as gone: the error to raise."""
-
-
-@runtime_checkable
-class ComputingPort(Protocol):
-    """A port to a holder in this process whose layers compiled code may compute."""
-
-    def works(self, batch: int) -> Sequence[LayerWork | None]:
-        """The work of a batch that was just accepted in the layers of each pool; None where it needs Python."""
-
-    def state_work(self, batch: int, pool: int) -> StateWork | None:
-        """Its work in the layers of a pool of states; None where messages are needed."""
-
-    def worked(self, batch: int, pool: int, layers: range, work: LayerWork) -> None:
-        """These layers of it are done, by their numbers within the pool."""
-
-
 class Replies:
     """The replies of one port, sorted by batch: several batches may be under way, each taking its own.
 
@@ -194,10 +134,8 @@ class Replies:
 
     def __init__(self, port: AttentionPort, clock: Callable[[], float] = time.perf_counter) -> None:
         self.port = port
-        self.here: InProcess | None = port if isinstance(port, InProcess) else None
-        self.frames: FramePort | None = port if isinstance(port, FramePort) else None
-        self.computing: ComputingPort | None = port if isinstance(port, ComputingPort) else None
-        self._channelled: Channelled | None = port if isinstance(port, Channelled) else None
+        self.here: LocalAttention | None = port if isinstance(port, LocalAttention) else None
+        self.frames: RemoteAttention | None = port if isinstance(port, RemoteAttention) else None
         self._clock = clock
         self._exchanges = Exchanges()
         self._query_times: dict[int, float] = {}  # seconds, by batch; each has one query under way at a time
@@ -210,7 +148,7 @@ class Replies:
     @property
     def channel(self) -> Channel | None:
         """The channel of the replies; None where the holder is in this process."""
-        return self._channelled.channel if self._channelled is not None else None
+        return self.frames.channel if self.frames is not None else None
 
     def expect(self, epoch: int, batch: int) -> None:
         """Keep replies to this batch until `forget`. A new epoch forgets all others."""
@@ -244,8 +182,8 @@ class Replies:
     def accepted(self, batch: int) -> None:
         """Every holder has accepted a batch with rows here: the holder's work comes with that, where compiled code can
         do it."""
-        if self.computing is not None:
-            self._works[batch] = self.computing.works(batch)
+        if self.here is not None:
+            self._works[batch] = self.here.works(batch)
 
     def work(self, batch: int, pool: int) -> LayerWork | None:
         """The work of an accepted batch in the layers of a pool; None where it needs Python."""
@@ -397,16 +335,20 @@ class LocalAttention:
         return bool(self._replies)
 
     def works(self, batch: int) -> Sequence[LayerWork | None]:
+        """The work of a batch that was just accepted in the layers of each pool, for compiled callers; None where it
+        needs Python."""
         return [self.layer_work(batch, pool) for pool in range(len(self._worker.pools))]
 
     def layer_work(self, batch: int, pool: int) -> LayerWork | None:
-        """The work of a batch that was just accepted in the layers of one pool; None where it needs Python."""
+        """As `works`, in the layers of one pool."""
         return self._worker.layer_work(batch, pool) if enabled() else None
 
     def state_work(self, batch: int, pool: int) -> StateWork | None:
+        """Its work in the layers of a pool of states; None where messages are needed."""
         return self._worker.state_work(batch, pool) if enabled() else None
 
     def worked(self, batch: int, pool: int, layers: range, work: LayerWork) -> None:
+        """These layers of it are done, by their numbers within the pool."""
         self._worker.worked(batch, pool, layers, work)
 
     def close(self) -> None:

@@ -146,6 +146,8 @@ class RemoteAttention:
         return self.reply_of(self.receive_frame(timeout))
 
     def send_frame(self, frame: Sequence[bytes | memoryview]) -> None:
+        """Send one frame, given as buffers in order. Raises HolderLost, as all below. Whoever lets layers' frames pass
+        as they are counts the replies that are `due`."""
         try:
             self._channel.send(frame, self.patience)
         except (ChannelClosed, ProtocolError, TimeoutError) as error:  # the second: more than the worker takes
@@ -184,9 +186,11 @@ class RemoteAttention:
 
     @property
     def direct(self) -> DirectChannel | None:
+        """The channel's compiled side; None where Python must carry its frames."""
         return self._direct
 
     def flush(self) -> None:
+        """Send what is left to be sent."""
         try:
             if not self._channel.flush():
                 self._channel.send((), self.patience)
@@ -194,6 +198,7 @@ class RemoteAttention:
             raise self._gone(str(error)) from error
 
     def overdue(self, timeout: float) -> HolderLost:
+        """The holder has not answered in time, and counts as gone: the error to raise."""
         return self._gone(f"no reply within {timeout:.1f} seconds")
 
     def close(self, keeps: bool = False) -> None:
