@@ -35,7 +35,7 @@ class Event:
 
 
 class FakeDevice:
-    """A `staging.Runtime`. `log` is what was done, `allocated` the bytes of each block of host or device memory."""
+    """In place of `staging.Cuda`. `log` is what was done, `allocated` the bytes of each block of memory."""
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")

@@ -18,7 +18,7 @@ from lamina_protocols.messages.messages import Attended, Exchange, Fresh, Query,
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.attention_worker.block_worker import BlockWorker
 from lamina_workers.attention_worker.page_layout import CPU
-from lamina_workers.devices.staging import Cuda, Runtime, Staged
+from lamina_workers.devices.staging import Cuda, Staged
 
 Tensors = dict[str, Any]  # of a message, by field: what `dataclasses.replace` takes
 
@@ -38,7 +38,7 @@ class DeviceWorker(AttentionWorker):
     A batch under way has buffers of its own. An answer may be read until the second message of its batch after it.
     """
 
-    def __init__(self, config: HolderConfig, threads: int, runtime: Runtime) -> None:
+    def __init__(self, config: HolderConfig, threads: int, runtime: Cuda) -> None:
         self._runtime = runtime
         self._stream = runtime.stream()
         self._ways: dict[int, Staged] = {}  # by batch under way

@@ -20,89 +20,59 @@ Y = TypeVar("Y")
 R = TypeVar("R")
 
 
-class Runtime(Protocol):
-    """The operations of an accelerator that staging needs. Streams and events are its own."""
-
-    device: torch.device
-
-    def host(self, n_bytes: int) -> torch.Tensor:
-        """uint8 `[n_bytes]` in page-locked memory of the host."""
-
-    def memory(self, n_bytes: int) -> torch.Tensor:
-        """uint8 `[n_bytes]` on the device."""
-
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Copy between page-locked memory and the device, in the order of the current stream; returns at once."""
-
-    def here(self, x: torch.Tensor) -> bool:
-        """Whether x is on the device."""
-
-    def keep(self, x: torch.Tensor) -> None:
-        """Keep the memory of x, which was made on another stream, until the current one is done with it."""
-
-    def stream(self) -> Any:
-        """A new stream."""
-
-    def current(self) -> Any:
-        """The stream that work is put on now."""
-
-    def using(self, stream: Any) -> AbstractContextManager[Any]:
-        """Put work on that stream meanwhile."""
-
-    def follow(self, stream: Any, other: Any) -> None:
-        """Work put on `stream` from now on runs after all work on `other`. Does not wait for either."""
-
-    def event(self) -> Any:
-        """Something to `record` and `wait` for."""
-
-    def record(self, event: Any) -> None:
-        """The event happens once all work on the current stream is done."""
-
-    def wait(self, event: Any) -> None:
-        """Have this thread wait until the event has happened."""
-
-
 class Cuda:
-    """A GPU. None of this has been run on one."""
+    """The operations of a GPU that staging needs. None of this has been run on one."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
 
     def host(self, n_bytes: int) -> torch.Tensor:
+        """uint8 `[n_bytes]` in page-locked memory of the host."""
         return torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
 
     def memory(self, n_bytes: int) -> torch.Tensor:
+        """uint8 `[n_bytes]` on the device."""
         return torch.empty(n_bytes, dtype=torch.uint8, device=self.device)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy between page-locked memory and the device, in the order of the current stream; returns at once."""
         target.copy_(source, non_blocking=True)
 
     def here(self, x: torch.Tensor) -> bool:
+        """Whether x is on the device."""
         return x.device == self.device
 
     def keep(self, x: torch.Tensor) -> None:
+        """Keep the memory of x, which was made on another stream, until the current one is done with it."""
         x.record_stream(self.current())
 
     def stream(self) -> torch.cuda.Stream:
+        """A new stream."""
         return torch.cuda.Stream(self.device)
 
     def current(self) -> torch.cuda.Stream:
+        """The stream that work is put on now."""
         return torch.cuda.current_stream(self.device)
 
     def using(self, stream: torch.cuda.Stream) -> AbstractContextManager[Any]:
+        """Put work on that stream meanwhile."""
         return torch.cuda.stream(stream)
 
     def follow(self, stream: torch.cuda.Stream, other: torch.cuda.Stream) -> None:
+        """Work put on `stream` from now on runs after all work on `other`. Does not wait for either."""
         if stream != other:
             stream.wait_stream(other)  # by an event: neither the host nor the device stops for it
 
     def event(self) -> torch.cuda.Event:
+        """Something to `record` and `wait` for."""
         return torch.cuda.Event()
 
     def record(self, event: torch.cuda.Event) -> None:
+        """The event happens once all work on the current stream is done."""
         event.record(self.current())
 
     def wait(self, event: torch.cuda.Event) -> None:
+        """Have this thread wait until the event has happened."""
         event.synchronize()
 
 
@@ -178,7 +148,7 @@ class _Buffer:
 class _Set:
     """The buffers of one turn, in the order in which they are asked for, and the event after which they are free."""
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Cuda) -> None:
         self._runtime = runtime
         self._host: list[_Buffer] = []
         self._memory: list[_Buffer] = []
@@ -217,7 +187,7 @@ class Staged:
     """Over page-locked buffers, two sets in turn: a holder in this process may read those of one turn until the next
     reaches it. Once each set has seen the largest tensors, nothing allocates."""
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Cuda) -> None:
         self._runtime = runtime
         self._stream = runtime.stream()
         self._now, self._other = _Set(runtime), _Set(runtime)
