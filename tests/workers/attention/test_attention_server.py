@@ -80,24 +80,6 @@ def test_it_attends_over_every_channel(way, tls):
 
 @pytest.mark.fault("F19")
 @pytest.mark.parametrize(
-    ("pin", "said"),
-    [
-        ({"model": "other"}, r"model: the engine has 'tiny', this worker 'other'"),
-        ({"compute_dtype": "bfloat16"}, r"compute dtype: the engine has 'float32', this worker 'bfloat16'"),
-        ({"kv_dtype": "bfloat16"}, r"KV dtype: the engine has 'float32', this worker 'bfloat16'"),
-        ({"page_size": 32}, r"page size: the engine has 16, this worker 32"),
-    ],
-)
-def test_what_differs_is_refused_naming_both(pin, said):
-    with running(**pin) as (_, address):
-        with pytest.raises(WorkerRefused, match=said):
-            open_port(address, **ASKED)
-        with connected(address, **pin) as port:
-            assert port.status().session
-
-
-@pytest.mark.fault("F19")
-@pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"protocol": 99}, r"protocol version: the engine has 99, this worker \d+"),

@@ -192,8 +192,7 @@ class ServerError(LaminaError):
 class ServerConfig:
     """`kv_memory` in bytes, `lease` in seconds; `listen` is host:port, port 0 any free one; `device` is where KV lies.
 
-    `renewed` gives new credentials when the certificate was replaced, else None. Where `model`, `compute_dtype`,
-    `kv_dtype` or `page_size` is given, a handshake may ask for nothing else.
+    `renewed` gives new credentials when the certificate was replaced, else None.
     """
 
     name: str
@@ -209,10 +208,6 @@ class ServerConfig:
     lease: float = 30.0
     max_frame: int = MAX_FRAME
     max_message: int = MAX_MESSAGE
-    model: str | None = None
-    compute_dtype: str | None = None
-    kv_dtype: str | None = None
-    page_size: int | None = None
     cold: ColdTier | None = None
     renewed: Callable[[], Credentials | None] = lambda: None
 
@@ -370,15 +365,6 @@ class AttentionServer:
         self._close_local(leased)
 
     def _check(self, hello: control.Hello) -> None:
-        ours = self.config
-        for what, theirs, pinned in (
-            ("model", hello.model, ours.model),
-            ("compute dtype", hello.compute_dtype, ours.compute_dtype),
-            ("KV dtype", hello.kv_dtype, ours.kv_dtype),
-            ("page size", hello.page_size, ours.page_size),
-        ):
-            if pinned is not None:
-                control.check(what, theirs, pinned)
         if hello.compute_dtype not in DTYPES:
             raise ProtocolError(f"compute dtype {hello.compute_dtype!r:.80}, this worker knows {', '.join(DTYPES)}")
         if hello.data_channel not in control.DATA_CHANNELS:
