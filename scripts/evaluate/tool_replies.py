@@ -56,18 +56,27 @@ FUNCTIONS = (
     ),
     function("current_time", "The time now", {}, {"timezone": WORD}),
 )
-QUESTIONS = (
-    "What is the weather in Paris?", "Compare the weather in Oslo and in Rome.", "How much are 20 dollars in euros?",
-    "Who won the football world cup in 2018? Search for it.", "Show me what is in src/main.py.",
-    "Write a file hello.py that prints \"hello\" and a newline.", "List the files of this folder, the largest first.",
-    "Tell ann@example.org and bob@example.org that the meeting is moved to 3 pm.", "What time is it in Tokyo?",
-    "How many users signed up in May? The table is users(id, name, signed_up).", "Explain what a hash map is.",
-    "Put lunch with Eva into my calendar for 12 May at noon.", "Write a Python function that reverses a list.",
-    "Convert 100 kilometres to miles and 30 degrees Celsius to Fahrenheit.", "Say hello in three languages.",
-    "Create notes.md with a heading and a list of three fruits.", "Is it raining in São Paulo? Answer in Fahrenheit.",
-    "Find the string {\"a\": [1, 2]} in data.json.", "Give me an example of a JSON object with a name and arguments.",
-    "Replace tabs by spaces in all .c files.", "Delete the users whose name is O'Brien.", "What is 17 times 23?",
-)  # fmt: skip
+QUESTIONS = {  # by the function that they are about
+    "get_weather": ("What is the weather in Paris?", "Compare the weather in Oslo and in Rome.",
+                    "Is it raining in São Paulo? Answer in Fahrenheit.", "Do I need a coat in Quebec today?"),
+    "convert": ("How much are 20 dollars in euros?", "Convert 100 km to miles and 30 degrees Celsius to Fahrenheit.",
+                "How many feet are 1.85 metres?"),
+    "search_web": ("Who won the football world cup in 2018? Search.", "Find three texts about \"sparse attention\"."),
+    "read_file": ("Show me what is in src/main.py.", "Find the string {\"a\": [1, 2]} in data.json.",
+                  "Read a.txt and b.txt and tell me which is longer."),
+    "write_file": ("Write a file hello.py that prints \"hello\" and a newline.",
+                   "Create notes.md with a heading and a list of three fruits.", "Save {\"on\": true} as config.json."),
+    "run_shell": ("List the files of this folder, the largest first.", "Replace tabs by spaces in all .c files.",
+                  "How many lines have \"TODO\" in src? Use grep."),
+    "send-email": ("Tell ann@example.org and bob@example.org that the meeting is moved to 3 pm.",
+                   "Write to eva@example.org: thanks for the cake, \"it was great\"!"),
+    "query_db": ("How many users signed up in May? The table is users(id, name, signed_up).",
+                 "Delete the users whose name is O'Brien."),
+    "create_event": ("Put lunch with Eva into my calendar for 12 May at noon.", "The dentist, on 2025-03-04."),
+    "current_time": ("What time is it in Tokyo?", "What time is it?"),
+    "": ("Explain what a hash map is.", "Write a Python function that reverses a list.", "Say hello in Thai.",
+         "Give me an example of a JSON object with a name and arguments.", "What is 17 times 23?"),
+}  # fmt: skip
 
 
 def prompt_of(llm: LLM, messages: list[dict[str, str]], tools: list[dict[str, Any]]) -> tuple[str, dict[str, Any]]:
@@ -86,14 +95,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", required=True)
     parser.add_argument("--count", type=int, default=50, help="replies of each model")
-    parser.add_argument("--max-tokens", type=int, default=100)
+    parser.add_argument("--max-tokens", type=int, default=90)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--together", type=int, default=8, help="how many are generated at once")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     with args.out.open("a", encoding="utf-8") as out:
         for model in args.models:
-            with LLM(model, kv_memory="1GiB") as llm:
+            with LLM(model, kv_memory="1GiB", threads=args.threads) as llm:
                 for first in range(0, args.count, args.together):
                     for row in replies(llm, model, range(first, min(first + args.together, args.count)), args):
                         print(json.dumps(row, ensure_ascii=False), file=out, flush=True)
@@ -106,7 +116,8 @@ def replies(llm: LLM, model: str, numbers: range, args: argparse.Namespace) -> I
     names = [tool["function"]["name"] for tool in tools]
     under_way = []
     for number in numbers:
-        question = {"role": "user", "content": source.choice(QUESTIONS)}
+        about = source.choice((*names, *names, "", source.choice(list(QUESTIONS))))
+        question = {"role": "user", "content": source.choice(QUESTIONS[about])}
         prompt, held = prompt_of(
             llm, [question] if system is None else [{"role": "system", "content": system}, question], tools
         )

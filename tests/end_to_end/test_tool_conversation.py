@@ -25,6 +25,7 @@ TOOLS = [
          ["amount", "from", "to"]),
     )
 ]  # fmt: skip
+SYSTEM = "Use the tools. Never invent numbers. When a tool has answered, tell the user its result in one sentence."
 TURNS = (  # what is asked, the function that knows, what one of its arguments has, its result, and what the answer has
     ("What is the weather in Paris?", "get_weather", ("city", "Paris"), "17.4 degrees Celsius, light rain", "17.4"),
     ("How many euros are 35 dollars?", "convert", ("amount", 35), "30.18 euros", "30.18"),
@@ -49,7 +50,7 @@ def answer(server: Server, messages: list[dict[str, Any]], **fields: Any) -> tup
 
 
 def test_three_turns_each_call_and_then_answer(server: Server) -> None:
-    messages: list[dict[str, Any]] = [{"role": "system", "content": "Use the tools. Never invent numbers."}]
+    messages: list[dict[str, Any]] = [{"role": "system", "content": SYSTEM}]
     for question, function, (argument, value), result, number in TURNS:
         messages.append({"role": "user", "content": question})
         message, reason = answer(server, messages)

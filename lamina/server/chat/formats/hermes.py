@@ -38,9 +38,9 @@ For each function call, return a json object with function name and arguments wi
 class HermesParser(JsonCallParser):
     """Replies in this form."""
 
-    openers = (OPEN, "```", "<tools>")
-    closers = (CLOSE, "```", "</tools>")
-    loose = ("```", "<tools>")
+    openers = (OPEN, "```", "<tools>", "<json>")
+    closers = (CLOSE, "```", "</tools>", "</json>")
+    loose = openers[1:]
     bare = True
 
 

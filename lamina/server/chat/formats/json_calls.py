@@ -12,7 +12,7 @@ from lamina.server.chat.formats.reply_parser import Delta, ReplyParser
 NAME = r"[a-zA-Z0-9_-]{1,128}"
 _HEAD = re.compile(
     rf'(?:json\b\s*)?(?P<braces>\{{{{1,2}})\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"(?P<name>{NAME})"\s*,\s*'
-    r'"(?:arguments|parameters)"\s*:\s*(?=\{)'
+    r'"?(?:arguments|parameters)"?\s*:\s*(?=\{)'
 )
 LONGEST_HEAD = 256
 """Characters of a call before its arguments, with the whitespace of a model without a grammar."""
@@ -29,13 +29,14 @@ class JsonCallParser(ReplyParser):
         super().__init__(*args, **keywords)
         self._opener = self._closer = ""
         self._closing = "}"  # of the object around the arguments
-        self._depth = 0  # braces and brackets of the arguments that are open
-        self._quoted = self._escaped = False  # within a string of the arguments; after a backslash in one
+        self._open: list[str] = []  # what closes the braces and brackets of the arguments that are open
+        self._quote, self._escaped = "", False  # what ends the string that is open; after a backslash in it
 
     @cached_property
     def _heads(self) -> list[str]:
-        starts = [(kind, key) for kind in ("", '"type":"function",') for key in ("arguments", "parameters")]
-        return [f'{{{kind}"name":"{name}","{key}":{{' for name in self._functions for kind, key in starts]
+        keys = ('"arguments"', '"parameters"', "arguments", "parameters")
+        starts = [(kind, key) for kind in ("", '"type":"function",') for key in keys]
+        return [f'{{{kind}"name":"{name}",{key}:{{' for name in self._functions for kind, key in starts]
 
     def _call(self, mark: str, remainder: str) -> str | None:
         self._opener = mark
@@ -72,7 +73,7 @@ class JsonCallParser(ReplyParser):
 
     def _begin_arguments(self, name: str, deltas: list[Delta]) -> None:
         self._begin_call(name, deltas)
-        self._depth, self._quoted, self._escaped = 0, False, False
+        self._open, self._quote, self._escaped = [], "", False
         self._state = "arguments"
 
     def _may_begin(self, text: str) -> bool:
@@ -83,13 +84,30 @@ class JsonCallParser(ReplyParser):
         return tagged or any(head.startswith(written) or written.startswith(head) for head in self._heads)
 
     def _arguments(self, text: str, ended: bool, deltas: list[Delta]) -> str | None:
-        end = self._end_of_arguments(text)
-        if text[:end]:
-            deltas.append(Delta(index=self.calls - 1, arguments=text[:end]))
-        if self._depth:
-            return None
-        self._state = "tail"
-        return text[end:]
+        """Read as JSON what is nearly JSON: strings in single quotes, and what closes by the wrong bracket."""
+        written: list[str] = []
+        for character in text:
+            if self._escaped:
+                self._escaped = False
+            elif self._quote:
+                self._escaped = character == "\\"
+                if character == self._quote:
+                    self._quote, character = "", '"'
+                elif character == '"':
+                    character = '\\"'
+            elif character in "\"'":
+                self._quote, character = character, '"'
+            elif character in "{[":
+                self._open.append("}" if character == "{" else "]")
+            elif character in "}]":
+                character = self._open.pop()
+            written.append(character)
+            if not self._open:
+                self._state = "tail"
+                break
+        if written:
+            deltas.append(Delta(index=self.calls - 1, arguments="".join(written)))
+        return None if self._open or not written else text[len(written) :]
 
     def _tail(self, text: str, ended: bool, deltas: list[Delta]) -> str | None:
         remainder = text.lstrip()
@@ -102,22 +120,3 @@ class JsonCallParser(ReplyParser):
             return None
         self._end_call()
         return remainder.removeprefix(self._closer) if closes or not self._closer.startswith(remainder) else None
-
-    def _end_of_arguments(self, text: str) -> int:
-        """How many characters belong to the arguments' JSON; `_depth` is 0 where they end within `text`."""
-        for place, character in enumerate(text):
-            if self._escaped:
-                self._escaped = False
-            elif self._quoted:
-                self._quoted = character != '"'
-                self._escaped = character == "\\"
-            elif character == '"':
-                self._quoted = True
-            elif character in "{[":
-                self._depth += 1
-            elif character in "}]":
-                self._depth -= 1
-                if self._depth <= 0:
-                    self._depth = 0
-                    return place + 1
-        return len(text)
