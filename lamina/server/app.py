@@ -28,6 +28,7 @@ from lamina.server.openai import model_routes, response_schemas, schemas
 from lamina.server.openai.chat import chat
 from lamina.server.openai.completions import completions
 from lamina.server.openai.embeddings import embeddings, rerank
+from lamina.server.openai.infill import infill
 from lamina.server.openai.responses.routes import ResponseRoutes
 from lamina.server.openai.responses.schemas import InputTokensRequest, ResponsesRequest
 from lamina.server.page.page import PUBLIC_PATHS, add_page
@@ -45,6 +46,7 @@ _REQUESTS = (
     InputTokensRequest,
     schemas.ChatRequest,
     schemas.CompletionRequest,
+    schemas.InfillRequest,
     schemas.TokenizeRequest,
     schemas.DetokenizeRequest,
     MessagesRequest,
@@ -164,6 +166,7 @@ def _add_routes(app: FastAPI, service: Service, machines: Machines) -> None:
     add(MESSAGES, messages, response_schemas.Message, _WORKING, "POST", MessagesRequest)
     add(f"{MESSAGES}/count_tokens", count_tokens, response_schemas.CountedTokens, _WORKING, "POST", CountTokensRequest)
     add("/v1/completions", completions, response_schemas.TextCompletion, _WORKING, "POST", schemas.CompletionRequest)
+    add("/infill", infill, response_schemas.Infilled, _WORKING, "POST", schemas.InfillRequest)
     add("/v1/embeddings", embeddings, schemas.EmbeddingList, _WORKING, "POST", schemas.EmbeddingRequest)
     for path in ("/v1/rerank", "/rerank"):
         add(path, rerank, schemas.RerankList, _WORKING, "POST", schemas.RerankRequest)

@@ -262,10 +262,10 @@ TEXT_EXTRA: dict[str, tuple[dict[str, Any], dict[str, Any]]] = EXTRA | {
     "structured_outputs": ({"structured_outputs": {"regex": "[0-9]{3}"}}, {}),
 }
 FREE = {"parallel_tool_calls": True, "audio": None, "web_search_options": None}  # without tools; unknown, but null
-ELSEWHERE = {"add_special_tokens", "priority", "cache_salt", "parallel_tool_calls"} | {
+ELSEWHERE = {"add_special_tokens", "suffix", "priority", "cache_salt", "parallel_tool_calls"} | {
     "reasoning_effort", "thinking_token_budget", "chat_template_kwargs"
 }  # fmt: skip  # in tests of their own
-NEVER = {"suffix", "best_of", "chat_template"}  # in tests of bad input
+NEVER = {"best_of", "chat_template"}  # in tests of bad input
 IGNORED: dict[str, Any] = {
     "user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "flex", "session_id": "s",
     "safety_identifier": "s", "prompt_cache_key": "k",

@@ -25,6 +25,7 @@ from lamina.server.openai.embeddings import listed, token_ids
 from lamina.server.openai.schemas import CompletionRequest, check_stream, structured
 from lamina.server.preparation import go_on
 from lamina.server.service import GRACE, RequestContext, Service
+from lamina.text.infill import infill_prompt
 from lamina.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -74,18 +75,23 @@ async def completions(service: Service, request: Request) -> Response:
 
 async def _prepared(service: Service, fields: CompletionRequest, served: Served, context: RequestContext) -> Texts:
     """The requests with all checks done, before anything is submitted."""
-    texts = await service.prepare(context, _texts, fields, served, service.salt(context, fields.cache_salt))
+    texts = await service.prepare(context, texts_of, fields, served, service.salt(context, fields.cache_salt))
     with blaming("structured_outputs"):
         await service.compile(context, served, texts.params)
     return texts
 
 
-def _texts(fields: CompletionRequest, served: Served, salt: tuple[str, str]) -> Texts:
+def texts_of(fields: CompletionRequest, served: Served, salt: tuple[str, str]) -> Texts:
     _check(fields)
     tokenizer, inputs = served.tokenizer, served.inputs
     listed_prompts = listed(fields.prompt)
+    filled = fields.prompt
+    if fields.suffix:
+        if not all(isinstance(prompt, str) for prompt in listed_prompts):
+            raise refused("suffix", fields.suffix, "null or empty, where prompt is no text")
+        filled = [infill_prompt(tokenizer, prompt, fields.suffix) for prompt in listed_prompts]
     prompts = token_ids(
-        "prompt", fields.prompt, fields.add_special_tokens, fields.truncate_prompt_tokens, inputs, fields.max_tokens
+        "prompt", filled, fields.add_special_tokens, fields.truncate_prompt_tokens, inputs, fields.max_tokens
     )
     with blaming("structured_outputs"):
         params = sampling(
@@ -110,8 +116,6 @@ def _texts(fields: CompletionRequest, served: Served, salt: tuple[str, str]) -> 
 
 def _check(fields: CompletionRequest) -> None:
     check_stream(fields)
-    if fields.suffix:
-        raise refused("suffix", fields.suffix, "null or empty: nothing is inserted before a text")
     if fields.best_of is not None and fields.best_of != (fields.n or 1):
         raise refused("best_of", fields.best_of, f"n, which is {fields.n or 1}: every sample is given")
     if fields.echo and fields.logprobs is not None and fields.stream:

@@ -102,6 +102,20 @@ class TextCompletion(BaseModel):
     usage: CompletionUsage
 
 
+class Infilled(BaseModel):
+    """The response of /infill. `tokens_evaluated` is the prompt's, of which `tokens_cached` were cached."""
+
+    content: str
+    stop: Literal[True]
+    stop_type: Literal["limit", "eos", "word", "none"]
+    stopping_word: str
+    model: str
+    truncated: Literal[False]
+    tokens_predicted: int
+    tokens_evaluated: int
+    tokens_cached: int
+
+
 class ModelCard(BaseModel):
     """A model that is served. `max_model_len` is null unless it is loaded; `aliases` are its further names. `type`,
     `display_name` and `created_at` are Anthropic's names."""

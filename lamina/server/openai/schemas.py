@@ -287,9 +287,34 @@ class CompletionRequest(GenerationRequest):
         "then not with `stream`.",
     )
     best_of: int | None = Field(None, ge=1, le=MAX_SAMPLES, description="Refused unless it is `n`.")
-    suffix: Annotated[Any, described({"const": ""}, {"type": "null"})] = Field(
-        None, description="Refused: nothing is inserted before a text."
+    suffix: str | None = Field(
+        None, description="Fill in what stands between `prompt` and this text, with models that have tokens for it."
     )
+
+
+class InfillFile(Strict):
+    """Another file than the one that is filled in."""
+
+    text: str
+    filename: str | None = None
+
+
+class InfillRequest(SamplingRequest):
+    """POST /infill, in llama-server's form."""
+
+    input_prefix: str | None = Field(None, description="The text before the gap.")
+    input_suffix: str | None = Field(None, description="The text behind it.")
+    input_extra: list[InfillFile] | None = Field(None, max_length=1024, fail_fast=True, description="Other files.")
+    prompt: str | None = Field(None, description="How the text in the gap begins.")
+    n_predict: int | None = Field(None, ge=0, le=2**31 - 1, description="The most tokens to generate. Default: 128.")
+
+    id_slot: Ignored = Field(None, description="Ignored: prefixes are found by their text.")
+    cache_prompt: Ignored = Field(None, description="Ignored: prefixes are cached.")
+    samplers: Ignored = Field(None, description="Ignored.")
+    n_indent: Ignored = Field(None, description="Ignored.")
+    t_max_prompt_ms: Ignored = Field(None, description="Ignored: see X-Request-Timeout.")
+    t_max_predict_ms: Ignored = Field(None, description="Ignored: see X-Request-Timeout.")
+    response_fields: Ignored = Field(None, description="Ignored: all fields are sent.")
 
 
 class TokenizeRequest(Strict):
