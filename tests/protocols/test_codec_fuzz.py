@@ -67,6 +67,7 @@ _rows = st.builds(m.Row, _int, _int, _int, _reads, st.booleans(), st.booleans(),
 _parts = st.builds(m.PartHeld, _int, _int, _ints, _int, _int, _int, _int)
 MESSAGES = {  # how each is drawn; those of a layer are `_layered`
     m.Fetched: st.builds(m.Fetched, _int, _int, _int, _tensor, _tensor),
+    m.Fetch: st.builds(m.Fetch, *[_int] * 6),
     m.FetchPages: st.builds(m.FetchPages, *[_int] * 7),
     Sample: st.builds(Sample, *[_int] * 4, _ints, _ints, _tensor),
     FetchSample: st.builds(FetchSample, *[_int] * 6),

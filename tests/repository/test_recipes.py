@@ -145,7 +145,7 @@ RECIPES = {
                 "FAMILIES = {": '    "HeliumForCausalLM": Family("helium", {"head_dim": 128}, interleaved=True),',
             }),
             Place(("FAMILIES", MODEL_TEST), MODEL_TEST, {
-                "FAMILIES = {": '    "helium": ("helium", {"head_dim": 24}),',
+                "FAMILIES = {": '    "helium": ("helium", {"head_dim": 16}),',
             }),
             Place(("docs/models.md", "scripts/evaluate/converted_models.py"), "docs/models.md", {
                 "| --- | --- | --- | --- | --- |": "| helium | no |  |  | 2e-06 |",
