@@ -5,10 +5,10 @@
 #   docker build -t lamina .
 #   docker run --init -p 127.0.0.1:8000:8000 -e LAMINA_API_KEY -v lamina-cache:/cache lamina
 #
-# With traces: --build-arg EXTRAS=tracing. For an NVIDIA GPU, with a C compiler, because Triton compiles a launcher:
+# With traces: --build-arg EXTRAS="cpu tracing" (cpu: FAISS, which policies with an index need). For an NVIDIA GPU, with a C compiler, because Triton compiles a launcher:
 #
 #   docker build -t lamina:cuda --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128 \
-#     --build-arg PACKAGES="gcc libc6-dev" .
+#     --build-arg PACKAGES="gcc libc6-dev" --build-arg EXTRAS=gpu .
 #   docker run --init --gpus all ... lamina:cuda
 
 ARG PYTHON=3.11
@@ -16,7 +16,7 @@ ARG PYTHON=3.11
 # What Lamina needs. This layer, by far the largest, stays as it is until pyproject.toml changes.
 FROM python:${PYTHON}-slim AS dependencies
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-ARG EXTRAS=""
+ARG EXTRAS="cpu"
 RUN python -m venv /opt/lamina
 ENV PATH=/opt/lamina/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 COPY pyproject.toml /build/
