@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lamina_workers.devices.openmp import share_cores
-from lamina_workers.process.exit import die_with_parent, leave
+from lamina_workers.process.exit import follow_parent, leave
 from lamina_workers.process.signals import answering_signals
 
 if TYPE_CHECKING:
@@ -56,8 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _serve(args: argparse.Namespace, ended: threading.Event) -> None:
     """Until `ended` is set. Raises LaminaError where it cannot serve."""
     parent_gone = threading.Event()
+
+    def leave_at_once() -> None:
+        parent_gone.set()
+        ended.set()
+
     if args.die_with_parent or args.parent_pipe is not None:
-        _follow_parent(0 if args.parent_pipe is None else args.parent_pipe, ended, parent_gone)
+        follow_parent(leave_at_once, args.parent_pipe or 0)
     server = _server(args)
     address = server.start()
     print(f"listening {address}", flush=True)  # noqa: T201  # the parent reads the port here
@@ -141,23 +146,6 @@ def _slow_down(delay: float) -> None:
         AttentionWorker.read_delay = delay - AttentionWorker.read_delay
 
     signal.signal(signal.SIGUSR1, change)
-
-
-def _follow_parent(descriptor: int, ended: threading.Event, parent_gone: threading.Event) -> None:
-    """Set both events when the pipe closes, which it does however the parent dies. The kernel's signal also ends a
-    process that is stopped; it comes when the parent's thread that started this one ends."""
-    die_with_parent()
-
-    def read() -> None:
-        try:
-            while os.read(descriptor, 4096):
-                pass
-        except OSError:
-            pass  # as good as closed
-        parent_gone.set()
-        ended.set()
-
-    threading.Thread(target=read, name="lamina-parent", daemon=True).start()
 
 
 def _leave_anyway(seconds: float) -> None:

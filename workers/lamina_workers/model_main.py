@@ -11,12 +11,11 @@ import logging
 import os
 import signal
 import sys
-import threading
 from collections.abc import Sequence
 from functools import partial
 
 from lamina_workers.devices.openmp import share_cores
-from lamina_workers.process.exit import die_with_parent, leave
+from lamina_workers.process.exit import follow_parent, leave
 
 UNIX = "unix:"
 _CONNECT_S = 30.0
@@ -27,12 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve until model worker 0, or the parent, is gone. The exit status: 0, or 1 where it could not serve."""
     args = _parser().parse_args(argv)
     if args.die_with_parent:
-        die_with_parent()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     secret = sys.stdin.readline(_MAX_SECRET).strip()
     if args.die_with_parent:
-        threading.Thread(target=_follow_parent, name="lamina-parent", daemon=True).start()
+        follow_parent(lambda: os._exit(0))  # all that this process keeps can be made again
     from lamina_protocols.channels.channels import ChannelClosed
     from lamina_protocols.errors import LaminaError
 
@@ -106,17 +104,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--tls-dir", metavar="DIR", help="with ca.pem, where model worker 0 uses TLS")
     add("--die-with-parent", action="store_true", help="end when stdin closes or the parent's thread ends")
     return parser
-
-
-def _follow_parent() -> None:
-    """End at once when stdin closes, which it does however the parent dies. All that this process keeps can be made
-    again."""
-    try:
-        while os.read(0, 4096):
-            pass
-    except OSError:
-        pass  # as good as closed
-    os._exit(0)
 
 
 if __name__ == "__main__":

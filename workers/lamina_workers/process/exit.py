@@ -8,6 +8,8 @@ import logging
 import os
 import signal
 import sys
+import threading
+from collections.abc import Callable
 from typing import NoReturn
 
 
@@ -29,3 +31,19 @@ def die_with_parent() -> None:
     Linux can; elsewhere the closing of a pipe ends it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def follow_parent(end: Callable[[], object], pipe: int = 0) -> None:
+    """Call `end`, on a thread, when the pipe closes, which it does however the parent dies. The kernel's signal also
+    ends a process that is stopped; it comes when the parent's thread that started this one ends."""
+    die_with_parent()
+
+    def read() -> None:
+        try:
+            while os.read(pipe, 4096):
+                pass
+        except OSError:
+            pass  # as good as closed
+        end()
+
+    threading.Thread(target=read, name="lamina-parent", daemon=True).start()
