@@ -219,12 +219,15 @@ class SlotSupervisor(SlotLoop[W]):
         self._thread = threading.Thread(target=self._supervise, name=f"lamina-{kind}-workers", daemon=True)
 
     def lost(self, name: str) -> None:
+        """The engine has given this worker up: it is ended, if it is still there. Unknown names are ignored."""
         self._calls.put(lambda: self._give_up(name))
 
     def status(self) -> tuple[WorkerStatus, ...]:
+        """Every slot as it stands, in order."""
         return tuple(self._status(slot, slot.worker) for slot in self._slots if not slot.vacant)
 
     def close(self) -> None:
+        """End all. Harmless the second time."""
         self._closed.set()
         self._calls.put(lambda: None)  # wakes the thread
         if self._thread.is_alive() and self._thread is not threading.current_thread():
@@ -445,7 +448,10 @@ class AttentionSupervisor(SlotSupervisor[W]):
 
 
 class ModelSupervisor(SlotSupervisor[W]):
-    """Model workers 1 to `count` - 1: a `ModelWorkerProcesses`."""
+    """The processes of model workers 1 to `count` - 1 of one engine.
+
+    Model worker 0 listens for them at `host` and shows `credentials`. `host` None: it listens at a Unix socket.
+    """
 
     host: str | None = None
     credentials: Credentials | None = None
@@ -454,6 +460,9 @@ class ModelSupervisor(SlotSupervisor[W]):
         super().__init__("model", range(1, count), time.monotonic)
 
     def start(self, address: str, invite: Callable[[int, str], bytes], on_ended: OnEnded) -> None:
+        """Have all started, each to connect to `address` with the secret that `invite(rank, name)` gives. An ended
+        process is reported to `on_ended`, and started again after a delay under another name. Both are called on one
+        thread. Returns at once."""
         self._address, self._invite, self._on_ended = address, invite, on_ended
         self._thread.start()
 

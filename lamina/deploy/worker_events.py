@@ -1,6 +1,6 @@
 """The workers of an engine as it meets them, however they are run: addresses, states, joins, ends.
 
-`AttentionWorkers` and `ModelWorkerProcesses` are the two kinds of pools that an engine can be given.
+`AttentionWorkers` is what an engine is given of the one kind, of the other a `ModelSupervisor` (`supervision.py`).
 """
 
 from __future__ import annotations
@@ -94,30 +94,6 @@ class AttentionWorkers(Protocol):
 
     def close(self) -> None:
         """End the workers that were started here, and the watching. Harmless the second time."""
-
-
-class ModelWorkerProcesses(Protocol):
-    """The processes of model workers 1 and up of one engine.
-
-    Model worker 0 listens for them at `host` and shows `credentials`. `host` None: it listens at a Unix socket.
-    """
-
-    host: str | None
-    credentials: Credentials | None
-
-    def start(self, address: str, invite: Callable[[int, str], bytes], on_ended: OnEnded) -> None:
-        """Have all started, each to connect to `address` with the secret that `invite(rank, name)` gives. An ended
-        process is reported to `on_ended`, and started again after a delay under another name. Both
-        are called on one thread. Returns at once."""
-
-    def lost(self, name: str) -> None:
-        """The engine has given this process up: it is ended, if it is still there. Unknown names are ignored."""
-
-    def status(self) -> tuple[WorkerStatus, ...]:
-        """Every slot as it stands, in order."""
-
-    def close(self) -> None:
-        """End all. Harmless the second time."""
 
 
 class MembershipEvents:

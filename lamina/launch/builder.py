@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lamina.client.input_processor import InputProcessor
 from lamina.config import EngineConfig
 from lamina.deploy.local import LocalModelWorkers
-from lamina.deploy.worker_events import AttentionWorkers, ModelWorkerProcesses
+from lamina.deploy.supervision import ModelSupervisor
+from lamina.deploy.worker_events import AttentionWorkers
 from lamina.engine.engine import Engine
 from lamina.engine.failures import FailureReports
 from lamina.errors import InvalidRequest, UnsupportedModelError
@@ -125,7 +127,7 @@ def start(
     progress: Progress | None = None,
     attention_workers: AttentionWorkers | None = None,
     run: Run | None = None,
-    model_workers: ModelWorkerProcesses | None = None,
+    model_workers: ModelSupervisor[Any] | None = None,
 ) -> Runtime:
     """Load a model by name and start its engine. Raises ModelFileError, UnsupportedModelError, InvalidRequest, or
     EngineError where other workers do not start.
@@ -166,7 +168,7 @@ def _build(
     progress: Progress | None,
     attention_workers: AttentionWorkers | None,
     run: Run | None,
-    model_workers: ModelWorkerProcesses | None,
+    model_workers: ModelSupervisor[Any] | None,
 ) -> Runtime:
     files = load(name, config, progress)
     sizes = size_kv(files, config, this_machine())
@@ -201,7 +203,7 @@ def connect(
     config: EngineConfig,
     journal: Journal | None,
     attention_workers: AttentionWorkers | None,
-    model_workers: ModelWorkerProcesses | None,
+    model_workers: ModelSupervisor[Any] | None,
     undo: ExitStack,
 ) -> Pools:
     """The other workers of the engine, not started yet; `undo` closes them. Raises InvalidRequest where the config

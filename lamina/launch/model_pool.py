@@ -7,10 +7,10 @@ import json
 import logging
 import queue
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lamina.config import EngineConfig
-from lamina.deploy.worker_events import ModelWorkerProcesses
+from lamina.deploy.supervision import ModelSupervisor
 from lamina.errors import EngineError, InvalidRequest, ModelFileError, PolicyError, UnsupportedModelError
 from lamina.launch.journal_setup import Identity
 from lamina.launch.kv_sizing import Sizes
@@ -52,7 +52,7 @@ class ModelWorkerPool:
     the processes and the listener.
     """
 
-    def __init__(self, processes: ModelWorkerProcesses, begins: Sequence[peer_messages.Begin]) -> None:
+    def __init__(self, processes: ModelSupervisor[Any], begins: Sequence[peer_messages.Begin]) -> None:
         self._processes = processes
         self._begins = {begin.rank: begin for begin in begins}
         self._host = processes.host

@@ -11,7 +11,6 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -44,30 +43,9 @@ from lamina_workers.ports.port import AttentionPort, LocalAttention, survey
 from lamina_workers.ports.remote import THIS_PROCESS, Edges, RemoteAttention, SeatOptions, connect
 
 
-class PeerParts(Protocol):
-    """What a model worker computes with, once it is loaded."""
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def pool(self, join: peer_messages.Join) -> LocalAttention:
-        """A port to a new pool in this process."""
-
-    def worker(self, group: Collective | None, ports: Mapping[int, AttentionPort], epoch: int) -> ModelWorker:
-        """The worker, one of `group` where it is one of several ranks."""
-
-    def enter_group(self, group: Collective) -> None: ...
-
-    def leave_group(self) -> None:
-        """It wakes the ranks that wait for this one."""
-
-
-Load = Callable[[peer_messages.Begin, str | Path, Callable[[str, int, int], None]], PeerParts]
-"""Loads what `Begin` says from a folder, and reports how far it is. Raises LaminaError."""
-
-
 class LoadedParts:
-    """The decoder and its holders, loaded from `folder` as `begin` says: a `Load`."""
+    """What a model worker computes with: the decoder and its holders, loaded from `folder` as `begin` says. `progress`
+    gets how far that is. Raises LaminaError."""
 
     def __init__(
         self, begin: peer_messages.Begin, folder: str | Path, progress: Callable[[str, int, int], None]
@@ -101,11 +79,13 @@ class LoadedParts:
             )
 
     def pool(self, join: peer_messages.Join) -> LocalAttention:
+        """A port to a new pool in this process."""
         holder = self._begin.holder
         holder = replace(holder, kv_memory=holder.kv_memory * join.part // max(1, join.of))
         return LocalAttention(attention_worker(holder, self._begin.threads, self._attention_device))
 
     def worker(self, group: Collective | None, ports: Mapping[int, AttentionPort], epoch: int) -> ModelWorker:
+        """The worker, one of `group` where it is one of several ranks."""
         begin = self._begin
         with torch.inference_mode():
             self._decoder = decoder_of(self._config, self._weights, self._shard, group)
@@ -116,6 +96,7 @@ class LoadedParts:
             self._decoder.collective = group
 
     def leave_group(self) -> None:
+        """It wakes the ranks that wait for this one."""
         if self._decoder is not None and self._decoder.collective is not None:
             self._decoder.collective.close()
 
@@ -140,7 +121,7 @@ class PeerWorker:
         address: str = "127.0.0.1",
         protocol: int = PROTOCOL_VERSION,
         *,
-        load: Load = LoadedParts,
+        load: Callable[..., LoadedParts] = LoadedParts,
         edges: Edges = THIS_PROCESS,
         waits: Waits | None = None,
         beats: Callable[[], Channel] | None = None,
