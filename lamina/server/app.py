@@ -20,7 +20,7 @@ from lamina.server.anthropic.routes import count_tokens, messages
 from lamina.server.anthropic.schemas import CountTokensRequest, MessagesRequest
 from lamina.server.frontend import Frontend
 from lamina.server.http.errors import MESSAGES, ApiError
-from lamina.server.http.gate import Gate, Metrics, NoMetrics, count_rejection
+from lamina.server.http.gate import Gate, Metrics, count_rejection
 from lamina.server.http.limits import ClientGone
 from lamina.server.machines import MachineDecision, MachineList, Machines
 from lamina.server.models import Models
@@ -79,14 +79,13 @@ _WORKING = tuple(status for status in _ERRORS if status != 409)
 def create_app(
     served: Frontend | Models,
     settings: ServerSettings,
-    metrics: Metrics | None = None,
+    metrics: Metrics,
     machines: Machines | None = None,
 ) -> FastAPI:
     """The application of one model, or of several. The frontends' observers must be set before; engines may come
     later."""
     models = served if isinstance(served, Models) else Models({settings.model: served})
-    counted = metrics or NoMetrics()
-    service = Service(models, settings, counted, _FIELDS)
+    service = Service(models, settings, metrics, _FIELDS)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -102,7 +101,7 @@ def create_app(
     )
     _add_routes(app, service, machines or Machines(settings))
     add_page(app, models, settings, service.samples)
-    app.add_middleware(Gate, settings=settings, metrics=counted, public=_PUBLIC, probes=_PROBES)
+    app.add_middleware(Gate, settings=settings, metrics=metrics, public=_PUBLIC, probes=_PROBES)
     if settings.allow_origins:  # outermost: preflights show no key, and refusals need its headers too
         app.add_middleware(
             CORSMiddleware,

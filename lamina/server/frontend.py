@@ -65,18 +65,6 @@ class Observer(Protocol):
         """A prompt ended with an error."""
 
 
-class Unobserved:
-    """An observer that does nothing."""
-
-    def first_token(self, seconds: float) -> None: ...
-
-    def next_tokens(self, seconds: float, count: int) -> None: ...
-
-    def ended(self, request: EngineRequest, completion: Completion, seconds: float) -> None: ...
-
-    def failed(self, request: EngineRequest, error: LaminaError) -> None: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Served:
     """A loaded model: its engine, its tokenizer, the processor of its inputs, and its `fingerprint`."""
@@ -99,8 +87,8 @@ class Frontend:
     """One model and its engine, which may be lost and replaced, or unloaded. Any thread may call `ready`, `lost`,
     `begins` and `unloaded`, after which `changed` is called; the rest is for the event loop's thread."""
 
-    def __init__(self, observer: Observer | None = None) -> None:
-        self.observer: Observer = observer or Unobserved()
+    def __init__(self, observer: Observer) -> None:
+        self.observer = observer
         self.loading = ""  # how far the engine's start is, as text
         self.restarts = 0  # of the engine
         self.draining = False  # the server is about to end: new requests are refused

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from unobserved import NoMetrics, Unobserved
 
 import lamina
 from lamina.cli.main import app
@@ -73,7 +74,7 @@ def is_named_right(name: str) -> bool:
 def paths() -> dict[str, set[str]]:
     """The methods of every route, by its path."""
     found: dict[str, set[str]] = {}
-    for route in create_app(Frontend(), ServerSettings(model="m")).routes:
+    for route in create_app(Frontend(Unobserved()), ServerSettings(model="m"), NoMetrics()).routes:
         found.setdefault(route.path, set()).update(route.methods)  # type: ignore[attr-defined]
     return found
 
@@ -373,7 +374,7 @@ def test_the_tables_of_ignored_and_refused_fields_are_those_of_the_schemas() -> 
 def test_every_status_is_in_the_table_of_errors() -> None:
     table = SERVE.partition("## Errors and limits")[2].partition("The `openai` package")[0]
     statuses = {int(status) for status in re.findall(r"^\| (\d{3}) \|", table, re.MULTILINE)}
-    document = create_app(Frontend(), ServerSettings(model="m")).openapi()
+    document = create_app(Frontend(Unobserved()), ServerSettings(model="m"), NoMetrics()).openapi()
     told = {
         int(status)
         for path in document["paths"].values()

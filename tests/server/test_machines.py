@@ -12,6 +12,7 @@ import pytest
 from joining_rig import between, joiner, server, until
 from supervisor_run import World, pretend
 from typer.testing import CliRunner
+from unobserved import NoMetrics, Unobserved
 
 from lamina.cli import join
 from lamina.cli.main import app as cli
@@ -43,7 +44,7 @@ class Decisions:
 def ask(
     settings: ServerSettings, machines: Machines | None, *requests: tuple[str, str, Any], key: str = ""
 ) -> list[httpx.Response]:
-    app = create_app(Frontend(), settings, None, machines)
+    app = create_app(Frontend(Unobserved()), settings, NoMetrics(), machines)
 
     async def run() -> list[httpx.Response]:
         transport = httpx.ASGITransport(app)

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from unobserved import Unobserved
 
 from lamina.server.frontend import DeadlineExceeded, EngineUnavailable, Frontend
 from lamina.server.models import TURN, Decision, Models, ModelUse, decide
@@ -28,7 +29,7 @@ class World:
         self.asked: list[str] = []
         self.fails = ""
         self.slow = False
-        self.frontends = {name: Frontend() for name in names}
+        self.frontends = {name: Frontend(Unobserved()) for name in names}
         for name in names[1:]:
             self.frontends[name].unloaded()
         self.models = Models(self.frontends, self, max_loaded, idle_unload, lambda: self.now)
@@ -178,7 +179,7 @@ def test_an_operator_unloads_only_what_nobody_uses() -> None:
         world.models.give(model)
         assert world.models.unload("a")
         assert world.states == "a:unloaded b:unloaded"
-        assert not Models({"m": Frontend()}).unload("m")
+        assert not Models({"m": Frontend(Unobserved())}).unload("m")
 
     run(test)
 

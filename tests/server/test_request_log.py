@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from scripted_reply import ticket
 from starlette.testclient import TestClient
+from unobserved import NoMetrics, Unobserved
 
 from lamina.completions import Completion, Sample, Timing, Usage
 from lamina.errors import EngineError
-from lamina.server.frontend import Unobserved
-from lamina.server.http.gate import Gate, NoMetrics
+from lamina.server.http.gate import Gate
 from lamina.server.request_log import CostObserver
 from lamina.server.settings import ServerSettings
 from lamina.system.logs import configure

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 from server_rig import Rig, frontend_of, serving, until
+from unobserved import NoMetrics, Unobserved
 
 from lamina import LLM, EngineError
 from lamina.messages.engine_request import EngineOutput, EngineRequest
 from lamina.messages.snapshot import Snapshot
 from lamina.server.frontend import Frontend, Served
-from lamina.server.http.gate import Gate, NoMetrics
+from lamina.server.http.gate import Gate
 from lamina.server.http.sse import while_connected
 from lamina.server.models import ModelState
 from lamina.server.settings import ServerSettings
@@ -225,7 +226,7 @@ def test_a_sample_that_ends_without_a_last_token(llm: LLM) -> None:
 
 
 def test_an_engine_that_is_loading_or_dead(llm: LLM) -> None:
-    frontend = Frontend()
+    frontend = Frontend(Unobserved())
     frontend.loading = "weights"
     with serving(None, frontend=frontend) as rig:
         reply = rig.ask("/health")

@@ -13,6 +13,7 @@ import pytest
 import tokenizers
 from server_rig import MODEL, Reply, Rig, frontend_of, serving
 from tokenizers.processors import TemplateProcessing
+from unobserved import Unobserved
 
 from lamina import LLM
 from lamina.client.input_processor import InputProcessor
@@ -482,7 +483,7 @@ def test_special_tokens_of_the_tokenizer(steady: LLM, tmp_path: Path) -> None:
         (tmp_path / name).write_bytes((runtime.model_path / name).read_bytes())
     tokenizer = Tokenizer(tmp_path)
     inputs = InputProcessor(tokenizer, runtime.limits.max_model_len, runtime.possible, runtime.model.vocab_size, {})
-    frontend = Frontend()
+    frontend = Frontend(Unobserved())
     frontend.ready(Served(runtime.engine, tokenizer, inputs))
 
     def tokens(reply: Any) -> int:

@@ -14,6 +14,7 @@ import pytest
 import snapshots
 from fastapi import FastAPI
 from snapshots import holder, sequence
+from unobserved import Unobserved
 
 from lamina.errors import InvalidRequest
 from lamina.messages.snapshot import HolderSnapshot, SequenceSnapshot, Snapshot
@@ -191,7 +192,7 @@ class InputProcessor:
 
 
 def page() -> tuple[FastAPI, Frontend]:
-    app, frontend = FastAPI(), Frontend()
+    app, frontend = FastAPI(), Frontend(Unobserved())
     add_page(app, Models({"some-model": frontend}), ServerSettings(model="some-model"), KeyShares(1024, 1))
     return app, frontend
 

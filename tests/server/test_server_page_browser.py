@@ -20,6 +20,7 @@ from snapshots import holder, snapshot
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
+from unobserved import Unobserved
 
 from lamina.messages.snapshot import EXCHANGE_BUCKETS, SequenceSnapshot, Snapshot
 from lamina.server.frontend import Frontend, Served
@@ -120,9 +121,11 @@ class Key:
 def serving(
     engine: Engine | None = None, keys: tuple[str, ...] = (), pause: float = 0.02, others: tuple[str, ...] = ()
 ) -> Iterator[World]:
-    app, frontend = FastAPI(), Frontend()
+    app, frontend = FastAPI(), Frontend(Unobserved())
     settings = ServerSettings(model="some-model", api_keys=keys, others=others)
-    models = Models({settings.model: frontend} | {name: Frontend() for name in others}, Loads() if others else None)
+    models = Models(
+        {settings.model: frontend} | {name: Frontend(Unobserved()) for name in others}, Loads() if others else None
+    )
     add_page(app, models, settings, KeyShares(settings.max_requests, settings.tenants))
     for name in others:
         models[name].frontend.unloaded()

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from scripted_reply import ticket
+from unobserved import Unobserved
 
 from lamina.completions import Completion, Sample, Timing, Usage
 from lamina.errors import EngineError
-from lamina.server.frontend import Unobserved
 from lamina.server.metrics.tracing import Tracer
 
 trace = pytest.importorskip("opentelemetry.sdk.trace")

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 from starlette.responses import Response
+from unobserved import NoMetrics
 
 from lamina.server.http import gate
-from lamina.server.http.gate import AT_END, PIECE, Gate, NoMetrics
+from lamina.server.http.gate import AT_END, PIECE, Gate
 from lamina.server.http.limits import ClientGone
 from lamina.server.settings import ServerSettings
 from lamina.server.shares import KeyShares

@@ -14,6 +14,7 @@ from typing import Any
 
 import uvicorn
 from loop_watch import slow_callbacks
+from unobserved import NoMetrics, Unobserved
 
 from lamina import LLM
 from lamina.config import EngineConfig
@@ -132,7 +133,7 @@ def until(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
 
 def frontend_of(llm: LLM, engine: Any = None) -> Frontend:
     """A frontend that has loaded: to a model's own engine, or to another one beside its tokenizer."""
-    frontend, runtime = Frontend(), llm._runtime
+    frontend, runtime = Frontend(Unobserved()), llm._runtime
     mark = fingerprint(MODEL, EngineConfig())
     frontend.ready(Served(engine or runtime.engine, runtime.tokenizer, runtime.inputs, mark))
     return frontend
@@ -143,10 +144,10 @@ def serving(
     llm: LLM | None, metrics: Any = None, frontend: Frontend | None = None, http: Any = "auto", **settings: Any
 ) -> Iterator[Rig]:
     """A server of a loaded model, or of one that is still loading. No callback of its event loop may take long."""
-    frontend = frontend or (Frontend() if llm is None else frontend_of(llm))
+    frontend = frontend or (Frontend(Unobserved()) if llm is None else frontend_of(llm))
     given = ServerSettings(**({"model": MODEL} | settings))
     config = uvicorn.Config(
-        create_app(frontend, given, metrics),
+        create_app(frontend, given, metrics or NoMetrics()),
         http=http,
         loop="asyncio",  # which `loop_watch` can watch
         ws="none",

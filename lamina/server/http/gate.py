@@ -56,17 +56,6 @@ class Metrics(Protocol):
         """A response has ended, after `seconds`. `handler` is the path of its route."""
 
 
-class NoMetrics:
-    """Metrics that count nothing."""
-
-    def render(self, models: Mapping[str, ModelState]) -> tuple[bytes, str]:
-        return b"", "text/plain; charset=utf-8"
-
-    def rejected(self, reason: str) -> None: ...
-
-    def http(self, handler: str, method: str, status: int, seconds: float) -> None: ...
-
-
 class Gate:
     """The middleware. `public`: paths that need no key, as they reveal nothing; `probes`: the public paths that answer
     under any host name. It puts the request's id and tenant into its scope."""
