@@ -1,5 +1,6 @@
 """A conversation with tools over the whole server, with the model that writes its calls in double braces: each turn is
-a call, and then an answer by what the function has said."""
+a call, and then an answer by what the function has said. Later calls are asked for: once it has answered in words, so
+small a model goes on in words."""
 
 from __future__ import annotations
 
@@ -51,9 +52,9 @@ def answer(server: Server, messages: list[dict[str, Any]], **fields: Any) -> tup
 
 def test_three_turns_each_call_and_then_answer(server: Server) -> None:
     messages: list[dict[str, Any]] = [{"role": "system", "content": SYSTEM}]
-    for question, function, (argument, value), result, number in TURNS:
+    for turn, (question, function, (argument, value), result, number) in enumerate(TURNS):
         messages.append({"role": "user", "content": question})
-        message, reason = answer(server, messages)
+        message, reason = answer(server, messages, tool_choice="required" if turn else "auto")
         assert reason == "tool_calls", message
         assert not message["content"]
         [call] = message["tool_calls"]
