@@ -129,6 +129,13 @@ def test_blocks_become_messages() -> None:
     assert (chat.tool_choice, chat.parallel_tool_calls) == ("required", False)
 
 
+def test_several_required_calls_are_asked_for_by_a_field_that_is_false() -> None:
+    for disabled, parallel in ((None, None), (False, True), (True, False)):
+        choice = {"type": "any", "disable_parallel_tool_use": disabled}
+        chat = asked([{"role": "user", "content": "a"}], tools=[TOOL], tool_choice=choice)
+        assert chat.parallel_tool_calls is parallel
+
+
 @pytest.mark.parametrize(
     ("thinking", "config", "means"),
     [
