@@ -6,6 +6,9 @@ import errno
 import importlib.util
 import json
 import os
+import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +74,40 @@ def test_a_kernel_is_compiled_once_for_all_checkouts_of_its_source(source: Make,
     same, other = checkout(tmp_path / "same", CODE)(), checkout(tmp_path / "other", CODE.replace("41", "42"))()
     assert (same(1), other(1)) == (42, 43)
     assert (bool(same.stats.cache_hits), bool(other.stats.cache_hits)) == (True, False)
+
+
+AVX2 = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+sse2,+sse4.2,+popcnt,+avx,+avx2,+fma,+f16c,+bmi2,+cx16"}
+COMPILES = """
+import logging
+logging.getLogger("lamina").setLevel(logging.INFO)
+logging.basicConfig(format="%(message)s")
+from lamina_kernels.attention.moves import append_kernel
+append_kernel()
+"""
+
+
+def compiled(folder: Path, cache: Path, **environment: str) -> int:
+    """How many kernels a process compiles that runs the checkout in `folder`."""
+    variables = {name: text for name, text in os.environ.items() if name != "NUMBA_CACHE_DIR"}
+    variables |= {"PYTHONPATH": str(folder), "XDG_CACHE_HOME": str(cache)} | environment
+    command = [sys.executable, "-c", COMPILES]
+    run = subprocess.run(command, env=variables, cwd=folder, check=True, capture_output=True, text=True)
+    return run.stderr.count("compiled a kernel: ")
+
+
+@pytest.mark.timeout(600)
+def test_a_second_checkout_compiles_nothing_that_the_first_did_on_the_same_processor(tmp_path: Path) -> None:
+    source, cache = Path(launch.__file__).parents[1], tmp_path / "cache"
+    folders = [tmp_path / name for name in ("first", "second")]
+    for number, folder in enumerate(folders):
+        shutil.copytree(source, folder / source.name, ignore=shutil.ignore_patterns("__pycache__"))
+        for file in folder.rglob("*.py"):
+            os.utime(file, (1000 + number, 1000 + number))
+    assert [compiled(folder, cache) for folder in folders] == [1, 0]
+    assert compiled(folders[1], cache, **AVX2) == 1  # another processor
+    assert not list(tmp_path.rglob("__pycache__/*.nb[ci]"))
+    (folders[1] / source.name / "attention" / "moves.py").open("a").write("# changed\n")
+    assert [compiled(folder, cache) for folder in (folders[1], folders[0])] == [1, 0]
 
 
 def test_environments_with_other_releases_of_numba_keep_kernels_beside_each_other(
