@@ -71,8 +71,8 @@ class EngineConfig:
     max_model_len: int | None = None
     """The longest sequence in tokens; None: the model's context, or as many as `kv_memory` holds if that is less."""
     kv_memory: int | str | None = None
-    """Bytes of KV for each holder, or text such as "2GiB"; None: together a quarter of the memory that is available,
-    or half of what the weights leave of it, if that is less."""
+    """Bytes of KV for the engine and each attention worker, or text such as "2GiB"; None: together a quarter of the
+    memory that is available, or half of what the weights leave of it, if that is less."""
     force: bool = False
     """Load a model whose weights and KV may take more memory than is available on this machine."""
     kv_local: int | str | None = None
@@ -82,7 +82,7 @@ class EngineConfig:
     """A folder on a disk: KV pages that were not read for a while move there, and come back when they are read. With
     several machines it is a folder of each. None: all KV is in memory."""
     kv_resident: int | str | None = None
-    """With `kv_cold`, the bytes of `kv_memory` that each holder should keep in memory, or text such as "2GiB": beyond
+    """With `kv_cold`, the bytes of `kv_memory` that each of them should keep in memory, or text such as "2GiB": beyond
     them what was not read for longest leaves sooner. None: a quarter of the memory that is available."""
     kv_dtype: str = "auto"
     """Of stored K and V; auto: as `dtype`. int8 and float8_e4m3fn have a scale for each token and head; the CPU kernels

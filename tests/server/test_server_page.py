@@ -130,7 +130,7 @@ def test_events_are_found_by_comparing_looks():
     assert look(missing=("b",), lost_holders=1, rebuilt_tokens=76) == [("b", "lost", 102.0, 76, None)]
     assert look(lost_holders=1, rebuilt_tokens=76) == [("b", "lost", 102.0, 76, 104.0)]
     (seen, _) = look(lost_holders=2, rebuilt_tokens=76)  # lost and back between two looks
-    assert seen == ("1 holder", "lost", 105.0, 0, 105.0)
+    assert seen == ("1 attention worker", "lost", 105.0, 0, 105.0)
     assert look(missing=("b",), lost_holders=3, rebuilt_tokens=76)[0] == ("b", "lost", 106.0, 0, None)
     again = (holder("a"), holder("b.1"))
     assert look(lost_holders=3, rebuilt_tokens=76, holders=again)[0] == ("b", "lost", 106.0, 0, 107.0)

@@ -278,8 +278,8 @@ def test_figures_move_while_the_engine_works(tab):
         assert it.text("#state") == "ready"
         assert it.text("#model") == "some-model"
         assert it.text("#context") == "8,192 tokens"
-        assert "model tier 50 %" in it.text("#tier-words")
-        assert "attention tier 25 %" in it.text("#tier-words")
+        assert "dense layers 50 %" in it.text("#tier-words")
+        assert "attention 25 %" in it.text("#tier-words")
         assert it.page.locator("#maps figure").count() == 3
         rows = it.page.locator("#workers tbody tr").all_inner_texts()
         assert [row[:11] for row in rows] == ["attention-0", "attention-1", "attention-2"]
@@ -299,7 +299,7 @@ def test_a_lost_holder_is_told(tab):
         assert "attention-1" in row
         assert "lost" in row
         assert "127.0.0.1:9001" in row  # what was known of it
-        assert it.text("#state") == "ready, 1 holder lost"
+        assert it.text("#state") == "ready, 1 attention worker lost"
         assert it.text("#holders-up") == "2 of 3 up"
         assert it.text("#newest-events").startswith("attention-1 lost at ")
         engine.missing = ()

@@ -22,9 +22,12 @@ _COUNTERS: Mapping[str, tuple[str, str]] = {
     "evictions": ("prefix_cache_evictions", "Prefixes that were given up for room."),
     "batches": ("batches", "Batches that were complete."),
     "plan_seconds": ("plan_seconds", "Seconds of planning batches."),
-    "announce_seconds": ("announce_seconds", "Seconds between announcing batches and having all holders' answers."),
-    "failed_batches": ("failed_batches", "Batches that a holder's failure or loss stopped; they ran again."),
-    "rebuilt_tokens": ("rebuilt_tokens", "Tokens whose KV was lost with a holder and computed again elsewhere."),
+    "announce_seconds": (
+        "announce_seconds",
+        "Seconds between announcing batches and having the answers of all that keep KV.",
+    ),
+    "failed_batches": ("failed_batches", "Batches that an attention worker's failure or loss stopped; they ran again."),
+    "rebuilt_tokens": ("rebuilt_tokens", "Tokens whose KV was lost with an attention worker and computed again."),
     "lost_holders": ("recoveries", "Attention workers that were lost, and recovered from."),
     "joined_holders": ("attention_workers_joined", "Attention workers that joined after the start."),
     "returned_workers": ("model_workers_returned", "Model workers that were gone and came back."),
@@ -130,7 +133,13 @@ class EngineMetrics:
 
     def _workers(self, latest: Snapshot | None) -> Iterator[Metric]:
         up = family(GaugeMetricFamily, "attention_worker_up", "Whether an attention worker is there.", "worker")
-        pages = family(GaugeMetricFamily, "kv_pages", "KV pages of a holder, by state.", "worker", "state")
+        pages = family(
+            GaugeMetricFamily,
+            "kv_pages",
+            "KV pages of an attention worker, or of the engine (local), by state.",
+            "worker",
+            "state",
+        )
         what = "Where the layers keep several things, pages of each."
         by_pool = family(GaugeMetricFamily, "kv_pool_pages", what, "worker", "pool", "state")
         what = "Bytes to and from a worker."
@@ -165,7 +174,7 @@ class EngineMetrics:
             return
         full_in = math.inf if latest.kv_full_in is None else latest.kv_full_in
         yield self._gauge("attention_workers_wanted", "Attention workers, as KV grows.", latest.workers_wanted)
-        yield self._gauge("kv_full_in_seconds", "Until all holders are full, as KV grows.", full_in)
+        yield self._gauge("kv_full_in_seconds", "Until all memory for KV is full, as KV grows.", full_in)
 
     def _total(self, snapshot: Snapshot | None, name: str) -> float:
         return self._before[name] + (float(getattr(snapshot, name)) if snapshot is not None else 0.0)

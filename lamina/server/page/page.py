@@ -101,7 +101,7 @@ class Events:
                 self._add(name, "joined", now)
         unseen = snapshot.lost_holders - (before.lost_holders if before else 0) - len(lost)
         if unseen > 0:  # lost and back between two looks
-            self._add("1 holder" if unseen == 1 else f"{unseen} holders", "lost", now).back = now
+            self._add("1 attention worker" if unseen == 1 else f"{unseen} attention workers", "lost", now).back = now
         again = snapshot.rebuilt_tokens - (before.rebuilt_tokens if before else 0)
         cause = next((event for event in reversed(self._events) if event.what in ("lost", "dead", "restarted")), None)
         if again > 0 and cause is not None:

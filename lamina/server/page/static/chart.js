@@ -14,7 +14,7 @@ const STRIPS = [
   { title: "Requests", weight: 2, series: [
     { key: "running", colour: "--ink", words: (v) => `${count(v)} running` },
     { key: "waiting", colour: "--bad", dashed: true, words: (v) => `${count(v)} waiting` } ] },
-  { title: "Tiers", weight: 2, stacked: true, series: [
+  { title: "Where time goes", weight: 2, stacked: true, series: [
     { key: "model", colour: "--model", words: (v) => `model ${percent(v)}` },
     { key: "attention", colour: "--attention", words: (v) => `attention ${percent(v)}` } ] },
 ];

@@ -11,6 +11,7 @@ function hue(number) {
   return `oklch(${colour("--hues-lightness")} ${colour("--hues-chroma")} ${((number * 137.508) % 360).toFixed(1)})`;
 }
 
+const EMPTY = " · joined empty: new KV comes here, older KV where steps gain by the move";
 const used = (holder) => holder.total_pages - holder.free_pages;
 const held = (holder) => Math.max(0, used(holder) - holder.cached_pages); // by sequences, shared pages counted once
 const inSequences = (holder) => holder.pages.reduce((sum, value) => sum + value, holder.other_pages);
@@ -54,13 +55,13 @@ class HolderMap {
     this.canvas.addEventListener("keydown", (event) => this.#key(event));
   }
 
-  update(holder, sequences, rows) {
+  update(holder, sequences, rows, others) {
     this.holder = holder;
     this.rows = rows;
     this.parts = segments(holder, sequences);
     write(this.name, holder.name);
     write(this.share, `${percent(held(holder) / holder.total_pages)} of ${pages(holder.total_pages)}`);
-    write(this.words, `${pages(inSequences(holder))} in sequences · ${count(holder.cached_pages)} in the cache · ${count(holder.free_pages)} free`);
+    write(this.words, `${pages(inSequences(holder))} in sequences · ${count(holder.cached_pages)} in the cache · ${count(holder.free_pages)} free${used(holder) || !others ? "" : EMPTY}`);
     this.canvas.setAttribute("aria-label", `KV pages of ${holder.name}: ${this.words.textContent}; the arrow keys go through them`);
   }
 
@@ -163,7 +164,7 @@ export class Holders {
         this.maps.set(holder.name, map);
         byId("maps").append(map.figure);
       }
-      map.update(holder, engine.sequences, rows);
+      map.update(holder, engine.sequences, rows, engine.joined_holders && engine.holders.some(used));
     }
     const cached = engine.holders.reduce((sum, holder) => sum + holder.cached_pages, 0);
     write(byId("kv-words"), `${many(engine.sequences.length, "sequence")}, ${pages(cached)} of prefix cache, ${many(engine.page_size, "token")} a page`);

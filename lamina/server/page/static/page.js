@@ -128,7 +128,7 @@ function show(answer) {
   if (answer.max_model_len !== null) write(byId("context"), `${count(answer.max_model_len)} tokens`);
   const gone = answer.engine?.missing.length ?? 0;
   const less = answer.state === "ready" && gone > 0;
-  state(`${answer.state}${less ? " less" : ""}`, less ? `ready, ${count(gone)} ${gone === 1 ? "holder" : "holders"} lost` : answer.state);
+  state(`${answer.state}${less ? " less" : ""}`, less ? `ready, ${count(gone)} ${gone === 1 ? "attention worker" : "attention workers"} lost` : answer.state);
   events.update(answer.events);
   const engine = answer.engine;
   const silent = engine ? take(engine) : 0;
@@ -217,7 +217,7 @@ function tiers({ model, attention }) {
   first.style.width = `${model * 100}%`;
   second.style.width = `${attention * 100}%`;
   const words = byId("tier-words");
-  const texts = [["m", `model tier ${percent(model)}`], ["a", `attention tier ${percent(attention)}`], ["", `idle ${percent(1 - model - attention)}`]];
+  const texts = [["m", `dense layers ${percent(model)}`], ["a", `attention ${percent(attention)}`], ["", `idle ${percent(1 - model - attention)}`]];
   if (words.children.length !== texts.length) words.replaceChildren(...texts.map(([className]) => element("span", { className })));
   texts.forEach(([, text], index) => write(words.children[index], text));
 }
