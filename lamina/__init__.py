@@ -14,7 +14,7 @@ from lamina.sampling_params import SamplingParams
 from lamina.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from lamina.api import chat, close, embed, generate, stream
+    from lamina.api import chat, close, configure, connect, embed, generate, stream
     from lamina.config import EngineConfig
     from lamina.llm import LLM
 
@@ -37,6 +37,8 @@ __all__ = [
     "Usage",
     "chat",
     "close",
+    "configure",
+    "connect",
     "embed",
     "generate",
     "stream",
@@ -45,7 +47,7 @@ __all__ = [
 _LAZY = {
     "LLM": "lamina.llm",
     "EngineConfig": "lamina.config",
-    **dict.fromkeys(("chat", "close", "embed", "generate", "stream"), "lamina.api"),
+    **dict.fromkeys(("chat", "close", "configure", "connect", "embed", "generate", "stream"), "lamina.api"),
 }
 
 

@@ -5,13 +5,9 @@ torch is imported by the worker alone, which is another process.
 
 from __future__ import annotations
 
-import json
-import os
 import select
 import signal
 import sys
-import urllib.error
-import urllib.request
 from types import FrameType
 from typing import Annotated, Any
 
@@ -19,7 +15,8 @@ import typer
 
 from lamina.cli.options import JsonLines, Threads
 from lamina.cli.terminal import print_json, print_rows, show_bytes
-from lamina.errors import InvalidRequest, LaminaError
+from lamina.client.connection import ask
+from lamina.errors import InvalidRequest
 from lamina.joining.pairing import plain_code, spaced
 from lamina.system.child_process import KEY_VARIABLE
 from lamina.system.machine import this_machine
@@ -32,8 +29,6 @@ Key = Annotated[str | None, typer.Option(help=f"The operator's API key. Better i
 Code = Annotated[str, typer.Argument(metavar="CODE", help="The six digits that the machine shows.")]
 Which = Annotated[str, typer.Argument(metavar="MACHINE", help="Its code, its name, or its id, as `ls` shows them.")]
 _URL = "http://127.0.0.1:8000"
-_ANSWER_S = 10.0
-_MOST = 1 << 20  # bytes of an answer
 
 
 def join(
@@ -156,7 +151,7 @@ def accept(
     if not yes:
         _check_terminal()
         typer.confirm(f"Accept {about}?", abort=True, err=True)
-    _ask(url, api_key, chosen["id"], {"accept": True, "code": digits})
+    ask(url, f"/joining/{chosen['id']}", api_key, {"accept": True, "code": digits})
     typer.echo(f"{about} is accepted")
 
 
@@ -164,7 +159,7 @@ def accept(
 def remove(machine: Which, url: Url = _URL, api_key: Key = None) -> None:
     """Refuse a machine that waits, or take one no longer."""
     chosen = _find(_machines(url, api_key), machine)
-    _ask(url, api_key, chosen["id"], {"accept": False})
+    ask(url, f"/joining/{chosen['id']}", api_key, {"accept": False})
     typer.echo(f"{chosen['name']} is {'refused' if chosen['state'] == 'waiting' else 'removed'}")
 
 
@@ -183,37 +178,8 @@ def _find(machines: list[dict[str, Any]], which: str) -> dict[str, Any]:
 
 
 def _machines(url: str, api_key: str | None) -> list[dict[str, Any]]:
-    answer = _ask(url, api_key)
+    answer = ask(url, "/joining", api_key)
     if not answer.get("allowed"):
         raise InvalidRequest(f"the server at {url} takes no machines; start it with --allow-join")
     machines = answer["machines"]
     return machines if isinstance(machines, list) else []
-
-
-def _ask(url: str, api_key: str | None, id: str = "", body: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The server's answer. Raises InvalidRequest for an URL that is none, LaminaError where it refuses or is not
-    there."""
-    if not url.startswith(("http://", "https://")):
-        raise InvalidRequest(f"url is {url[:80]!r}; allowed is such as {_URL}")
-    keys = (api_key or os.environ.get(KEY_VARIABLE, "")).split()
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {keys[0]}"} if keys else {})
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(f"{url.rstrip('/')}/joining{f'/{id}' if id else ''}", data, headers)
-    try:
-        with urllib.request.urlopen(request, timeout=_ANSWER_S) as answer:
-            content = json.loads(answer.read(_MOST))
-    except urllib.error.HTTPError as error:
-        raise LaminaError(f"the server refuses: {_message(error)}") from error
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        raise LaminaError(f"no server answers at {url}: {reason}; --url names another") from error
-    if not isinstance(content, dict):
-        raise LaminaError(f"what answers at {url} is no Lamina server")
-    return content
-
-
-def _message(error: urllib.error.HTTPError) -> str:
-    try:
-        return str(json.loads(error.read(_MOST))["error"]["message"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"status {error.code}"

@@ -129,7 +129,7 @@ def _tokenized(fields: TokenizeRequest, served: Served) -> Response:
     if (fields.prompt is None) == (fields.messages is None):
         raise ApiError(400, "prompt and messages: exactly one of them is needed", "prompt")
     if fields.prompt is not None:
-        for name in ("tools", "add_generation_prompt", "continue_final_message"):
+        for name in ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
             if getattr(fields, name) is not None:
                 raise ApiError(400, f"{name} is given, which is allowed only beside messages", name)
         check_length("prompt", len(fields.prompt), inputs)
@@ -141,6 +141,7 @@ def _tokenized(fields: TokenizeRequest, served: Served) -> Response:
                 tools=fields.tools,
                 add_generation_prompt=fields.add_generation_prompt is not False,
                 continue_final_message=bool(fields.continue_final_message),
+                template_kwargs=fields.chat_template_kwargs,
                 add_special_tokens=bool(special),
             ),
             served,

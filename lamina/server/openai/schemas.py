@@ -327,6 +327,7 @@ class TokenizeRequest(Strict):
     add_special_tokens: bool | None = Field(None, description="Default: to a prompt, but not to messages.")
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    chat_template_kwargs: AnyObject = Field(None, description="Variables of the model's template: plain values.")
     return_token_strs: bool | None = Field(None, description="Give the tokens as the vocabulary spells them.")
 
 
