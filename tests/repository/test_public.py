@@ -36,6 +36,8 @@ def test_the_public_names() -> None:
         "Usage",
         "chat",
         "close",
+        "configure",
+        "connect",
         "embed",
         "generate",
         "stream",

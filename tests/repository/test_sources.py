@@ -33,6 +33,7 @@ SHOWN = {
     "lamina/server/openai/responses/events.py": "`created_at`",
     "lamina/server/page/page.py": "the times of events",
     "lamina/server/processes/kv_events.py": "the times of events",
+    "lamina/server/processes/running.py": "how long a server has run, by the time of its file",
     "lamina/server/processes/supervisor.py": "the age of a folder that an earlier process left",
     "lamina/text/chat_template_child.py": "the date that a chat template asks for",
     "workers/lamina_workers/process/credentials.py": "from when to when a certificate is valid",
