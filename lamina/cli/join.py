@@ -15,7 +15,6 @@ import typer
 
 from lamina.cli.options import JsonLines, Threads
 from lamina.cli.terminal import print_json, print_rows, show_bytes
-from lamina.client.connection import ask
 from lamina.errors import InvalidRequest
 from lamina.joining.pairing import plain_code, spaced
 from lamina.system.child_process import KEY_VARIABLE
@@ -151,7 +150,7 @@ def accept(
     if not yes:
         _check_terminal()
         typer.confirm(f"Accept {about}?", abort=True, err=True)
-    ask(url, f"/joining/{chosen['id']}", api_key, {"accept": True, "code": digits})
+    _ask(url, f"/joining/{chosen['id']}", api_key, {"accept": True, "code": digits})
     typer.echo(f"{about} is accepted")
 
 
@@ -159,7 +158,7 @@ def accept(
 def remove(machine: Which, url: Url = _URL, api_key: Key = None) -> None:
     """Refuse a machine that waits, or take one no longer."""
     chosen = _find(_machines(url, api_key), machine)
-    ask(url, f"/joining/{chosen['id']}", api_key, {"accept": False})
+    _ask(url, f"/joining/{chosen['id']}", api_key, {"accept": False})
     typer.echo(f"{chosen['name']} is {'refused' if chosen['state'] == 'waiting' else 'removed'}")
 
 
@@ -178,8 +177,14 @@ def _find(machines: list[dict[str, Any]], which: str) -> dict[str, Any]:
 
 
 def _machines(url: str, api_key: str | None) -> list[dict[str, Any]]:
-    answer = ask(url, "/joining", api_key)
+    answer = _ask(url, "/joining", api_key)
     if not answer.get("allowed"):
         raise InvalidRequest(f"the server at {url} takes no machines; start it with --allow-join")
     machines = answer["machines"]
     return machines if isinstance(machines, list) else []
+
+
+def _ask(*question: Any) -> dict[str, Any]:
+    from lamina.client.connection import ask  # it loads a tokenizer's library, which `--help` does without
+
+    return ask(*question)
