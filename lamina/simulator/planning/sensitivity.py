@@ -20,6 +20,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from lamina.simulator.costs.systems import price
+from lamina.simulator.event_loop.results import ATTAINMENT
 from lamina.simulator.event_loop.simulate import Progress, Slo
 from lamina.simulator.planning.candidates import Candidate, fits
 from lamina.simulator.planning.event_runs import EventRuns
@@ -170,9 +171,19 @@ class Changes:
         candidates: dict[int, Candidate] = {}
         hopes: list[tuple[bool, float, int, Ranked | None]] = []  # the least is the best
 
+        def all_in_time(place: int, replicas: int) -> tuple[bool, float]:
+            dollars = max(price(candidates[place].system) * replicas, 1e-12) * handicap(self._ranked[place])
+            return False, -then.demand.rate * 3600 / dollars
+
         def hope(place: int, look: Ranked) -> None:
-            best = look if loop is None else look.hoped
-            heappush(hopes, (not best.serves, -worth(best) if best.serves or partly else 0.0, place, look))
+            best = look if loop is None or not look.closely else look.hoped
+            order = not best.serves, -worth(best) if best.serves or partly else 0.0
+            if not look.closely:  # by a few requests, of which more than of all are in time, or fewer
+                fewer = look.estimate.almost >= NAMED_FROM
+                order = order[0], order[1] / ATTAINMENT
+                if not partly and (fewer or look.serves):
+                    order = all_in_time(place, look.estimate.replicas - (fewer and look.serves))
+            heappush(hopes, (*order, place, look))
 
         for place in self._inside if places is None else places:
             entry = self._ranked[place]
@@ -181,8 +192,7 @@ class Changes:
             if situation == self._now(entry):  # it does not depend on this
                 hope(place, entry)
             elif fits(situation.system):
-                dollars = max(price(situation.system), 1e-12) * handicap(entry)
-                heappush(hopes, (False, -then.demand.rate * 3600 / dollars, place, None))  # with all in time
+                heappush(hopes, (*all_in_time(place, 1), place, None))
 
         def leads(place: int, gives: float) -> bool:
             """Whether it gives more than the replay may be wrong about, beyond all of other devices."""
