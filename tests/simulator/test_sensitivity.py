@@ -16,6 +16,7 @@ from ranked_candidates import LOSSY, SLOW, SPLIT, WHOLE, checked, ranked
 from lamina.simulator.costs.cost_model import Load
 from lamina.simulator.costs.systems import Colocated, System, changed, price, without_prices
 from lamina.simulator.event_loop.simulate import Slo
+from lamina.simulator.planning import sensitivity as sensitivity_module
 from lamina.simulator.planning.candidates import Candidate
 from lamina.simulator.planning.event_runs import EventRuns, settled
 from lamina.simulator.planning.planner import NAMED_FROM, Ranked, looked_at, rank, ratio_error, worth
@@ -152,6 +153,27 @@ def test_one_of_which_little_was_seen_becomes_a_rival() -> None:
     assert change.winner == coarse.name
     assert rank([first, small], asked.at_rate(16.0 * change.factor / 1.02), slo)[0].name == coarse.name
     assert rank([first, small], asked.at_rate(16.0 * change.factor * 1.02), slo)[0].name == winner.name
+
+
+@pytest.mark.parametrize(("share", "almost"), [(0.91, 0.0), (0.6, 0.6)])
+def test_a_coarse_look_that_is_unkind_leaves_no_rival_behind(
+    monkeypatch: pytest.MonkeyPatch, share: float, almost: float
+) -> None:
+    """Of a few requests it has too few in time, or fewer than another; of all, more than that for a dollar."""
+    first, rival = together(4), together(3, replace(H100, name="other", price=1.25 * H100.price))
+
+    def look(candidate: Candidate, asked: Demand, slo: Slo, prefill: bool, partly: bool, fine: bool) -> Ranked:
+        seen = share if candidate.system == rival and not fine else 1.0
+        found = ranked(candidate.system, share=seen, taken=asked.rate, rate=asked.rate)
+        return replace(found, estimate=replace(found.estimate, almost=almost if seen < 1 else 0.0), closely=fine)
+
+    monkeypatch.setattr(sensitivity_module, "looked_at", look)
+    (load,) = [each for each in market([first], STEADY, SLO) if each.what == "load"]
+    every = [look(Candidate(system, 1), STEADY, SLO, True, False, system == first) for system in (first, rival)]
+    change = Changes(every, STEADY, SLO, True).change(load, 4.0)
+    assert change is not None
+    assert change.factor < 1.02
+    assert change.winner == every[1].name
 
 
 def test_where_nothing_keeps_the_slo_that_is_what_comes() -> None:
