@@ -332,8 +332,9 @@ def test_it_is_said_where_offloading_does_not_pay() -> None:
     assert not found[0].candidate.offloaded
     said = " ".join(answer(found, STEADY, SLO))
     assert "Offloading attention does not pay here" in said
-    without = " ".join(answer(ranked(together(4)), STEADY, SLO))
+    without = " ".join(answer(ranked(together(4), together(8)), STEADY, SLO))
     assert "no system with it fits" in without
+    assert len(answer(ranked(together(4)), STEADY, SLO)) == 1  # there is nothing to compare with
     hopeless = ranked(together(4), dop(2, 4, Link("modem", 7000.0, 0.1)))
     assert "link 'modem' is too slow" in " ".join(answer(hopeless, STEADY, SLO))
 
