@@ -45,9 +45,13 @@ class _OnMachine(caching.InTreeCacheLocator):  # type: ignore[misc]  # numba has
 
     def __init__(self, py_func: Any, py_file: str) -> None:
         super().__init__(py_func, py_file)
-        source = hashlib.sha256(Path(py_file).read_bytes()).hexdigest()[:16]
-        self._folder = os.path.join(f"numba-{numba.__version__}", f"{Path(py_file).stem}-{source}")
+        self._source = hashlib.sha256(Path(py_file).read_bytes()).hexdigest()[:16]
+        self._folder = os.path.join(f"numba-{numba.__version__}", f"{Path(py_file).stem}-{self._source}")
         self._cache_path: str = os.path.join(_user_cache(), self._folder)
+
+    def get_source_stamp(self) -> str:
+        """Its bytes alone: some releases of numba look at its time, which is another in each checkout."""
+        return self._source
 
     @classmethod
     def from_function(cls, py_func: Any, py_file: str) -> Any:
