@@ -526,7 +526,7 @@ def test_a_client_that_reads_nothing_is_given_up(llm: LLM, monkeypatch: pytest.M
 def test_the_document_describes_what_is_there(rig: Rig) -> None:
     document = rig.ask("/openapi.json").json
     assert set(document["paths"]) == {
-        "/detokenize", "/health", "/joining", "/joining/{machine_id}", "/metrics", "/rerank", "/tokenize",
+        "/infill", "/detokenize", "/health", "/joining", "/joining/{machine_id}", "/metrics", "/rerank", "/tokenize",
         "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/messages", "/v1/messages/count_tokens",
         "/v1/models", "/v1/models/{model_id}", "/v1/models/{model_id}/load", "/v1/models/{model_id}/unload",
         "/v1/rerank", "/v1/responses", "/v1/responses/input_tokens", "/v1/responses/{response_id}",
