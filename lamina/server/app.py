@@ -22,9 +22,9 @@ from lamina.server.frontend import Frontend
 from lamina.server.http.errors import MESSAGES, ApiError
 from lamina.server.http.gate import Gate, Metrics, count_rejection
 from lamina.server.http.limits import ClientGone
-from lamina.server.machines import MachineDecision, MachineList, Machines
+from lamina.server.machines import MachineDecision, Machines
 from lamina.server.models import Models
-from lamina.server.openai import model_routes, response_schemas, schemas
+from lamina.server.openai import model_routes, schemas
 from lamina.server.openai.chat import chat
 from lamina.server.openai.completions import completions
 from lamina.server.openai.embeddings import embeddings, rerank
@@ -56,6 +56,11 @@ _REQUESTS = (
 )
 _STREAMED = (schemas.ChatRequest, schemas.CompletionRequest, ResponsesRequest, MessagesRequest)
 _BODIES = (*_REQUESTS, MachineDecision)
+_TEXT = {"schema": {"type": "string"}}
+_SHARED = {"message": _TEXT["schema"], "type": _TEXT["schema"]}  # by OpenAI's and Anthropic's errors
+_ERROR_FIELDS = {"type": "object", "required": [*_SHARED], "properties": _SHARED}
+_ERROR = {"type": "object", "required": ["error"], "properties": {"error": _ERROR_FIELDS}}
+_FAILED = {"application/json": {"schema": {"$ref": _REFERENCE.format(model="Error")}}}
 _FIELDS = frozenset(name for model in _REQUESTS for name in model.model_fields)
 _ERRORS = {
     400: "The request is wrong; `param` names the field.",
@@ -116,19 +121,14 @@ def create_app(
 
 
 def _add_routes(app: FastAPI, service: Service, machines: Machines) -> None:
-    def add(
-        path: str, handler: Handler, answer: Any, errors: tuple[int, ...], method: str = "GET", body: Any = None
-    ) -> None:
-        error = response_schemas.AnthropicError if path.startswith(MESSAGES) else response_schemas.ErrorResponse
+    def add(path: str, handler: Handler, errors: tuple[int, ...], method: str = "GET", body: Any = None) -> None:
         responses: dict[int | str, dict[str, Any]] = {
-            status: {"model": error, "description": _ERRORS[status]} for status in errors
+            status: {"content": _FAILED, "description": _ERRORS[status]} for status in errors
         }
-        if answer is None:
-            responses[200] = {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Text."}
-        else:
-            responses[200] = {"model": answer, "description": "The answer."}
+        kinds = {"text/plain": _TEXT} if path == "/metrics" else {"application/json": {}}
         if body in _STREAMED:
-            responses[200]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+            kinds["text/event-stream"] = _TEXT
+        responses[200] = {"content": kinds, "description": "The answer."}
         part = {"in": "path", "required": True, "schema": {"type": "string"}}
         extra: dict[str, Any] = {"parameters": [part | {"name": name} for name in re.findall(r"{(\w+)", path)]}
         if body is not None:
@@ -151,39 +151,34 @@ def _add_routes(app: FastAPI, service: Service, machines: Machines) -> None:
             include_in_schema=method != "HEAD",
         )
 
-    add("/v1/chat/completions", chat, response_schemas.ChatCompletion, _WORKING, "POST", schemas.ChatRequest)
+    add("/v1/chat/completions", chat, _WORKING, "POST", schemas.ChatRequest)
     responses = ResponseRoutes(service.settings.tenants)
     response_path = "/v1/responses/{response_id}"
-    response = response_schemas.ResponseObject
-    add("/v1/responses", responses.create, response, _WORKING, "POST", ResponsesRequest)
-    counted = response_schemas.InputTokens
-    add("/v1/responses/input_tokens", responses.input_tokens, counted, _WORKING, "POST", InputTokensRequest)
-    add(response_path, responses.retrieve, response, (*_READING, 404))
-    add(response_path, responses.delete, response_schemas.DeletedResponse, (*_READING, 404), "DELETE")
-    add(f"{response_path}/cancel", responses.cancel, response, (*_READING, 404), "POST")
-    add(f"{response_path}/input_items", responses.input_items, response_schemas.ItemList, (*_READING, 404))
-    add(MESSAGES, messages, response_schemas.Message, _WORKING, "POST", MessagesRequest)
-    add(f"{MESSAGES}/count_tokens", count_tokens, response_schemas.CountedTokens, _WORKING, "POST", CountTokensRequest)
-    add("/v1/completions", completions, response_schemas.TextCompletion, _WORKING, "POST", schemas.CompletionRequest)
-    add("/infill", infill, response_schemas.Infilled, _WORKING, "POST", schemas.InfillRequest)
-    add("/v1/embeddings", embeddings, schemas.EmbeddingList, _WORKING, "POST", schemas.EmbeddingRequest)
+    add("/v1/responses", responses.create, _WORKING, "POST", ResponsesRequest)
+    add("/v1/responses/input_tokens", responses.input_tokens, _WORKING, "POST", InputTokensRequest)
+    add(response_path, responses.retrieve, (*_READING, 404))
+    add(response_path, responses.delete, (*_READING, 404), "DELETE")
+    add(f"{response_path}/cancel", responses.cancel, (*_READING, 404), "POST")
+    add(f"{response_path}/input_items", responses.input_items, (*_READING, 404))
+    add(MESSAGES, messages, _WORKING, "POST", MessagesRequest)
+    add(f"{MESSAGES}/count_tokens", count_tokens, _WORKING, "POST", CountTokensRequest)
+    add("/v1/completions", completions, _WORKING, "POST", schemas.CompletionRequest)
+    add("/infill", infill, _WORKING, "POST", schemas.InfillRequest)
+    add("/v1/embeddings", embeddings, _WORKING, "POST", schemas.EmbeddingRequest)
     for path in ("/v1/rerank", "/rerank"):
-        add(path, rerank, schemas.RerankList, _WORKING, "POST", schemas.RerankRequest)
-    add("/v1/models", model_routes.models, response_schemas.ModelList, _READING)
-    add("/v1/models/{model_id:path}", model_routes.model, response_schemas.ModelCard, (*_READING, 404))
+        add(path, rerank, _WORKING, "POST", schemas.RerankRequest)
+    add("/v1/models", model_routes.models, _READING)
+    add("/v1/models/{model_id:path}", model_routes.model, (*_READING, 404))
     for what in (model_routes.load, model_routes.unload):
-        path = f"/v1/models/{{model_id:path}}/{what.__name__}"
-        add(path, what, response_schemas.ModelCard, (*_READING, 404, 409, 429, 503, 504), "POST")
-    add("/tokenize", model_routes.tokenize, response_schemas.Tokens, _WORKING, "POST", schemas.TokenizeRequest)
-    detokenized, request = response_schemas.Detokenized, schemas.DetokenizeRequest
-    add("/detokenize", model_routes.detokenize, detokenized, _WORKING, "POST", request)
-    add("/joining", machines.machines, MachineList, _READING)
-    deciding = (*_READING, 404, 408, 413, 415, 429)
-    add("/joining/{machine_id}", machines.decide, MachineList, deciding, "POST", MachineDecision)
-    add("/health", model_routes.health, response_schemas.Health, (400, 405, 500, 503))
-    add("/health", model_routes.health, response_schemas.Health, (400, 405, 500, 503), "HEAD")
-    add("/version", model_routes.version, response_schemas.Version, (400, 405, 500))
-    add("/metrics", model_routes.metrics, None, _READING)
+        add(f"/v1/models/{{model_id:path}}/{what.__name__}", what, (*_READING, 404, 409, 429, 503, 504), "POST")
+    add("/tokenize", model_routes.tokenize, _WORKING, "POST", schemas.TokenizeRequest)
+    add("/detokenize", model_routes.detokenize, _WORKING, "POST", schemas.DetokenizeRequest)
+    add("/joining", machines.machines, _READING)
+    add("/joining/{machine_id}", machines.decide, (*_READING, 404, 408, 413, 415, 429), "POST", MachineDecision)
+    add("/health", model_routes.health, (400, 405, 500, 503))
+    add("/health", model_routes.health, (400, 405, 500, 503), "HEAD")
+    add("/version", model_routes.version, (400, 405, 500))
+    add("/metrics", model_routes.metrics, _READING)
 
 
 def _add_handlers(app: FastAPI, service: Service) -> None:
@@ -215,14 +210,10 @@ def _add_handlers(app: FastAPI, service: Service) -> None:
 def _add_document(app: FastAPI, keys: bool) -> None:
     """Add /openapi.json. FastAPI describes the responses; request bodies, which handlers read themselves, are added.
 
-    It is written once: FastAPI's own route writes its 60 kB for each request, on the thread that serves everybody."""
+    It is written once: FastAPI's own route writes its 98 kB for each request, on the thread that serves everybody."""
     document = get_openapi(title=app.title, version=app.version, routes=app.routes)
-    for path in document["paths"].values():
-        for operation in path.values():
-            operation["responses"].pop("422", None)  # of FastAPI's own validation, which is not used
     _, bodies = models_json_schema([(model, "validation") for model in _BODIES], ref_template=_REFERENCE)
-    components = document.setdefault("components", {})
-    components.setdefault("schemas", {}).update(bodies["$defs"])
+    components = document["components"] = {"schemas": bodies["$defs"] | {"Error": _ERROR}}
     if keys:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{"key": []}]

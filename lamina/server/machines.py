@@ -7,9 +7,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -32,26 +32,6 @@ class MachineDecision(Strict):
 
     accept: bool = Field(description="false refuses a machine that waits, and removes one that was accepted.")
     code: str = Field("", max_length=16, description="The digits that it shows, by which it is accepted.")
-
-
-class MachineCard(BaseModel):
-    """A machine that joins. `code` while it waits: the digits that it shows too; `memory` in bytes; `since` when it
-    came to its state, in seconds since 1970."""
-
-    id: str
-    name: str
-    code: str
-    address: str
-    memory: int
-    since: float
-    state: Literal["waiting", "accepted", "serving", "lost"]
-
-
-class MachineList(BaseModel):
-    """All machines. `allowed`: whether the server takes any."""
-
-    allowed: bool
-    machines: list[MachineCard]
 
 
 class Machines:

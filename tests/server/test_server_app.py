@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jsonschema
 import pytest
 from server_rig import Rig, frontend_of, serving, until
 from unobserved import NoMetrics, Unobserved
@@ -526,7 +527,7 @@ def test_a_client_that_reads_nothing_is_given_up(llm: LLM, monkeypatch: pytest.M
 def test_the_document_describes_what_is_there(rig: Rig) -> None:
     document = rig.ask("/openapi.json").json
     assert set(document["paths"]) == {
-        "/infill", "/detokenize", "/health", "/joining", "/joining/{machine_id}", "/metrics", "/rerank", "/tokenize",
+        "/detokenize", "/health", "/infill", "/joining", "/joining/{machine_id}", "/metrics", "/rerank", "/tokenize",
         "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/messages", "/v1/messages/count_tokens",
         "/v1/models", "/v1/models/{model_id}", "/v1/models/{model_id}/load", "/v1/models/{model_id}/unload",
         "/v1/rerank", "/v1/responses", "/v1/responses/input_tokens", "/v1/responses/{response_id}",
@@ -537,4 +538,8 @@ def test_the_document_describes_what_is_there(rig: Rig) -> None:
     assert "StreamOptions" in schemas
     responses = document["paths"][CHAT]["post"]["responses"]
     assert {"400", "401", "404", "413", "429", "500", "503", "504"} <= set(responses)
-    assert "text/event-stream" in responses["200"]["content"]
+    assert set(responses["200"]["content"]) == {"application/json", "text/event-stream"}
+    error = schemas[responses["400"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]]
+    for path in (CHAT, "/v1/messages"):  # in OpenAI's and in Anthropic's shape
+        jsonschema.validate(rig.ask(path, {"nothing": 1}).json, error)
+    assert set(document["paths"]["/metrics"]["get"]["responses"]["200"]["content"]) == {"text/plain"}

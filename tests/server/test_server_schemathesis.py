@@ -1,13 +1,20 @@
-"""Requests that are generated from the OpenAPI document, right and wrong ones: no answer contradicts the document."""
+"""Requests that are generated from the OpenAPI document, right and wrong ones: no answer contradicts the document, and
+replies are what OpenAI's own package reads."""
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
+from openai.types import Completion, CreateEmbeddingResponse, Model
+from openai.types.chat import ChatCompletion
+from openai.types.responses import InputTokenCountResponse, Response
+from pydantic import BaseModel
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi import checks as conformance
@@ -18,7 +25,32 @@ from lamina import LLM
 pytestmark = [pytest.mark.data, pytest.mark.soak]
 
 EXAMPLES = 40  # an operation
+REPLIES: dict[str, type[BaseModel]] = {
+    "/v1/chat/completions": ChatCompletion,
+    "/v1/completions": Completion,
+    "/v1/embeddings": CreateEmbeddingResponse,
+    "/v1/models/{model_id}": Model,
+    "/v1/responses": Response,
+    "/v1/responses/input_tokens": InputTokenCountResponse,
+}
+
+
+def reply_is_what_the_openai_package_reads(
+    context: schemathesis.CheckContext, response: schemathesis.Response, case: schemathesis.Case
+) -> None:
+    kind = REPLIES.get(case.path)
+    if kind is None or response.status_code != 200 or "application/json" not in response.headers["content-type"]:
+        return
+    reply = response.json()
+    if kind is CreateEmbeddingResponse:
+        for item in reply["data"]:
+            if isinstance(item["embedding"], str):  # base64, which the package decodes before
+                item["embedding"] = np.frombuffer(base64.b64decode(item["embedding"], validate=True), "<f4").tolist()
+    kind.model_validate(reply)
+
+
 CHECKS = [
+    reply_is_what_the_openai_package_reads,
     not_a_server_error,
     conformance.status_code_conformance,
     conformance.content_type_conformance,

@@ -1,5 +1,4 @@
-"""The fields of requests for chats, completions and embeddings, and those of answers with embeddings, as OpenAI, vLLM
-and Jina name them.
+"""The fields of requests for chats, completions and embeddings, as OpenAI, vLLM and Jina name them.
 
 They serve for validation and for the OpenAPI document. Fields marked "Ignored" are accepted and change nothing. Unknown
 fields are refused by name. What `SamplingParams` or `Tokenizer` check is only described here.
@@ -12,7 +11,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from lamina.client.input_processor import Pooling
 from lamina.sampling_params import (
@@ -398,55 +397,6 @@ class RerankRequest(PoolingRequest):
     ] = Field(description="Texts, or objects with `text`.")
     top_n: int | None = Field(None, ge=1, le=2**31 - 1, description="Give only the best. Default: all.")
     return_documents: bool | None = Field(None, description="Repeat the documents' texts in the answer (default).")
-
-
-class EmbeddingUsage(BaseModel):
-    """Numbers of tokens."""
-
-    prompt_tokens: int
-    total_tokens: int
-
-
-class EmbeddingItem(BaseModel):
-    """The embedding of one input: numbers, or base64 of float32."""
-
-    object: Literal["embedding"]
-    index: int
-    embedding: list[float] | str
-
-
-class EmbeddingList(BaseModel):
-    """The response of /v1/embeddings."""
-
-    id: str
-    object: Literal["list"]
-    created: int
-    model: str
-    data: list[EmbeddingItem]
-    usage: EmbeddingUsage
-
-
-class RerankDocument(BaseModel):
-    """A document of the request."""
-
-    text: str
-
-
-class RerankResult(BaseModel):
-    """A document's cosine with the query, from -1 to 1."""
-
-    index: int
-    relevance_score: float
-    document: RerankDocument | None = None
-
-
-class RerankList(BaseModel):
-    """The response of /v1/rerank: the best first."""
-
-    id: str
-    model: str
-    results: list[RerankResult]
-    usage: EmbeddingUsage
 
 
 def check_stream(fields: GenerationRequest) -> None:
