@@ -25,7 +25,6 @@ Text = Annotated[Path | None, typer.Option(help="A UTF-8 text file. Default: Pyt
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or auto.")]
 Seed = Annotated[int, typer.Option(help="For random words, tokens and draws.")]
 Sink = Annotated[int | None, typer.Option(help="First tokens that a head with a window keeps.")]
-Recent = Annotated[int | None, typer.Option(help="Last tokens that it keeps, at least.")]
 
 
 @policy_app.command("import")
@@ -39,7 +38,7 @@ def import_(
         float | None, typer.Option(help="DuoAttention: the share of KV heads that become streaming, 0 to 1 [0.5].")
     ] = None,
     sink: Sink = None,
-    recent: Recent = None,
+    recent: Annotated[int | None, typer.Option(help="Last tokens that it keeps, at least.")] = None,
 ) -> None:
     """Make a policy file of a published pattern. Its sizes come from config.json beside it unless given."""
     from lamina.policy_file import import_duo, write
@@ -109,14 +108,10 @@ class CalibrationOptions:
     target_quality: Annotated[
         float, typer.Option(help="0.99: NLL rises by 1 % at most, 97 % of likeliest tokens stay, passkeys too.")
     ] = 0.99
-    method: Annotated[
-        str,
-        typer.Option(help="windows (each head's own size) or streaming (DuoAttention: one size, or full)."),
-    ] = "windows"
     context: Context = None
     sink: Sink = None
-    recent: Recent = None
-    steps: Annotated[int | None, typer.Option(help="Of the gates' training, for windows and streaming.")] = None
+    recent: Annotated[int | None, typer.Option(help="Last tokens that a head sees whose gate is shut.")] = None
+    steps: Annotated[int | None, typer.Option(help="Of the gates' training.")] = None
     text: Text = None
     scores: Annotated[Path | None, typer.Option(help="A .json file to keep heads' scores in, and to use again.")] = None
     dtype: Dtype = "auto"
@@ -127,7 +122,7 @@ class CalibrationOptions:
         from lamina.measure.calibration.calibrate import Settings
         from lamina.measure.calibration.quality import Target
 
-        names = ("method", "context", "sink", "recent", "steps", "text", "scores", "seed")
+        names = ("context", "sink", "recent", "steps", "text", "scores", "seed")
         values = {name: getattr(self, name) for name in names}
         values = {name: value for name, value in values.items() if value is not None}
         return Settings(target=Target(self.target_quality), **values)

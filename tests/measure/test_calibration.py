@@ -31,10 +31,10 @@ from lamina.measure.calibration.calibrate import Calibration, Settings
 from lamina.measure.calibration.capture import Captured, TorchPath, attend, capture, joined
 from lamina.measure.calibration.data import Passkeys, corpus, passkeys, repeated, vocabulary_words
 from lamina.measure.calibration.evidence import Evidence, Wanted, influences, ramp, train
-from lamina.measure.calibration.methods import METHODS, Method, method_of, plans
 from lamina.measure.calibration.quality import Quality, Target, compare, read
 from lamina.measure.calibration.report import measures, page, write_report
 from lamina.measure.calibration.scores import Trial, choose, echo_and_induction, mean_attention, ranks
+from lamina.measure.calibration.windows import candidates, options_at, plans
 from lamina.measure.probe import Probe
 from lamina.policy_file import Heads, PolicyFile, kept_share
 from lamina_workers.checkpoints.model_checkpoint import fingerprint
@@ -374,39 +374,23 @@ class TestPlans:
             plans(np.zeros((2, 1, 1)), [3, 3])
 
 
-class TestMethods:
-    """Each method's candidates at 4096 tokens."""
+class TestCandidates:
+    """Candidates at 4096 tokens."""
 
-    @staticmethod
-    def method(name: str) -> Method:
-        return method_of(name)(4096, 64, 256)
-
-    def candidates(self, name: str) -> list[Heads]:
-        method, generator, size = self.method(name), np.random.default_rng(0), (5, 4)
-        shares = np.array([policy_file.kept(str(policy), 4096) / 4096 for policy in method.options])
+    def test_they_keep_more_and_more_up_to_full(self) -> None:
+        options, generator, size = options_at(4096, 64), np.random.default_rng(0), (5, 4)
+        shares = np.array([policy_file.kept(str(policy), 4096) / 4096 for policy in options])
         influence = generator.random((1, *size)) ** 4 * (1 - shares)[:, None, None] ** 2
-        given = {name: generator.random(size) for name in ("echo", "induction", "mean_attention", "alpha")}
-        return method.candidates(Evidence(**given, influence=influence))
-
-    @pytest.mark.parametrize("name", METHODS)
-    def test_candidates_keep_more_and_more_up_to_full(self, name: str) -> None:
-        found = self.candidates(name)
-        shares = [kept_share(heads, 4096) for heads in found]
-        assert shares == sorted(shares)
+        found = candidates(options, dataclasses.replace(evidence(*size), influence=influence), 4096)
+        shares_kept = [kept_share(heads, 4096) for heads in found]
+        assert shares_kept == sorted(shares_kept)
         assert len(found) > 3
         assert found[-1] == (("full",) * 4,) * 5
 
-    def test_the_least_alpha_streams_first(self) -> None:
-        found = self.method("streaming").candidates(Evidence(alpha=np.array([[0.1, 0.9], [0.5, 0.2]])))
-        assert [sum(p == "full" for layer in heads for p in layer) for heads in found] == [0, 1, 2, 3, 4]
-        assert found[1][0] == (str(Streaming()), "full")
-        assert found[2][1] == ("full", str(Streaming()))
-
-    def test_options_are_what_their_method_says(self) -> None:
-        assert self.method("streaming").options == [Streaming(64, 256)]
-        assert self.method("windows").options[0] == Streaming(64, 32)
-        with pytest.raises(InvalidRequest, match="method is 'best'; allowed are windows, streaming"):
-            method_of("best")
+    def test_options_are_windows_up_to_three_quarters_of_the_context(self) -> None:
+        options = options_at(4096, 64)
+        assert options[0] == Streaming(64, 32)
+        assert options[-1] == Streaming(64, 3072)
 
 
 class TestSelection:
@@ -510,19 +494,9 @@ class TestEvidence:
             Evidence.load(tmp_path / "scores.json", ["cd", "x"])
 
     def test_it_is_of_what_it_was_measured_with(self) -> None:
-        wanted = Wanted(frozenset({"alpha", "influence"}), 2048, [Streaming()], Streaming(1, 2), 9, 0)
-        marks = wanted.marks("ab")
-        for other in (
-            {"names": frozenset({"alpha"})},
-            {"length": 4096},
-            {"policies": [Streaming(3)]},
-            {"streaming": Streaming()},
-            {"steps": 8},
-        ):
-            assert dataclasses.replace(wanted, **other).marks("ab") != marks
-        # What does not enter into it is left out: the policies of gates alone, the steps of influence.
-        alone = dataclasses.replace(wanted, names=frozenset({"echo"}))
-        assert alone.marks("ab") == dataclasses.replace(alone, steps=3, policies=[]).marks("ab")
+        wanted = Wanted(2048, [Streaming()], Streaming(1, 2), 9, 0)
+        for other in ({"length": 4096}, {"policies": [Streaming(3)]}, {"streaming": Streaming()}, {"steps": 8}):
+            assert dataclasses.replace(wanted, **other).marks("ab") != wanted.marks("ab")
 
     def test_other_files_are_refused(self, tmp_path: Path) -> None:
         file = tmp_path / "scores.json"
@@ -567,11 +541,11 @@ class TestReport:
 
 
 def test_settings_are_checked() -> None:
-    for wrong, said in (({"steps": 0}, "steps is 0"), ({"method": "x"}, "method is 'x'")):
-        with pytest.raises(InvalidRequest, match=said):
+    with pytest.raises(InvalidRequest, match="steps is 0"):
+        Settings(steps=0)
+    for wrong, said in (({"sink": -1}, "sink is -1"), ({"recent": 0}, "recent is 0")):
+        with pytest.raises(PolicyError, match=said):
             Settings(**wrong)
-    with pytest.raises(PolicyError, match="sink is -1"):
-        Settings(sink=-1)
 
 
 @pytest.fixture
@@ -591,8 +565,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("method", METHODS)
-def test_the_commands(tmp_path: Path, folder: Path, method: str) -> None:
+def test_the_commands(tmp_path: Path, folder: Path) -> None:
     """A model's folder in; a policy file that fits it, its report and its scores out; and measured again, the same."""
     out = tmp_path / "policy.toml"
     app = typer.Typer()
@@ -606,14 +579,14 @@ def test_the_commands(tmp_path: Path, folder: Path, method: str) -> None:
             raise result.exception
         return result.stdout
 
-    scores = ["--scores", tmp_path / "scores.json", "--method", method, "--steps", "3"]
+    scores = ["--scores", tmp_path / "scores.json", "--steps", "3"]
     said = run("calibrate", folder, "--out", out, "--target-quality", "0.5", *scores)
     file = policy_file.read(out)
     file.check(ModelConfig.from_folder(folder), fingerprint(folder))
     assert file.about["kv_kept"] < 1
     assert f"KV held {file.about['measured_kv_held']:.3f}" in said
     report = (tmp_path / "policy.html").read_text()
-    maps = {"kept", *method_of(method).needs, *(["combined"] if len(method_of(method).needs) > 1 else [])}
+    maps = {"kept", "echo", "induction", "mean_attention", "alpha", "influence", "combined"}
     assert set(re.findall("<figcaption>(.*?)</figcaption>", report)) == maps
     assert f"<pre>{escape(out.read_text())}</pre>" in report
     # The same scores and target give the same choice, and measuring it again the same quality.

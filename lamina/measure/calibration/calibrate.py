@@ -18,9 +18,9 @@ from lamina.launch.kv_sizing import holder_config
 from lamina.measure.calibration.capture import TorchPath
 from lamina.measure.calibration.data import TAIL, Corpus, corpus, passkeys
 from lamina.measure.calibration.evidence import NEEDLES, WORDS, Evidence, Subject, Wanted, gather
-from lamina.measure.calibration.methods import Method, method_of
 from lamina.measure.calibration.quality import Quality, Reading, Target, compare, read
 from lamina.measure.calibration.scores import Trial, choose
+from lamina.measure.calibration.windows import candidates, options_at
 from lamina.measure.probe import Probe, loaded
 from lamina.policy_file import Heads, PolicyFile, kept_share
 from lamina.system.machine import this_machine
@@ -42,14 +42,13 @@ _READ = 1024  # tokens of plain text that quality is measured on
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """How to calibrate. `method` is a name in METHODS; `context` None: the model's, up to 8192; `steps` are of the
-    gates; `text` None: Python's help.
+    """How to calibrate. `context` None: the model's, up to 8192; `sink` first tokens are in every window; `recent` and
+    `steps` are of the gates; `text` None: Python's help. Raises InvalidRequest for `steps`, PolicyError for sizes.
 
     `scores` is a file that keeps the evidence: it is read if it is there, else written.
     """
 
     target: Target = field(default_factory=lambda: Target(0.99))
-    method: str = "windows"
     context: int | None = None
     sink: int = 64
     recent: int = 256
@@ -61,11 +60,12 @@ class Settings:
     def __post_init__(self) -> None:
         if type(self.steps) is not int or not 1 <= self.steps <= 100_000:
             raise InvalidRequest(f"steps is {self.steps!r:.80}; allowed are 1 to 100000")
-        _ = self.for_context(LEAST_CONTEXT).options
+        _ = self.request(LEAST_CONTEXT)
 
-    def for_context(self, context: int) -> Method:
-        """The method at a context. Raises InvalidRequest for an unknown one, PolicyError for sizes of windows."""
-        return method_of(self.method)(context, self.sink, self.recent)
+    def request(self, context: int) -> Wanted:
+        """The evidence that is needed at a context."""
+        gates = Streaming(self.sink, self.recent)
+        return Wanted(context, options_at(context, self.sink), gates, self.steps, self.seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,22 +149,22 @@ def calibrate(
     name: str | Path, settings: Settings, engine: EngineConfig, progress: Progress = lambda what, done, total: None
 ) -> Calibration:
     """Find which policy each KV head of a model can do with. Raises InvalidRequest, PolicyError, ModelFileError, and
-    UnsupportedModelError for mixtures of experts.
+    UnsupportedModelError for attention that is not plain.
 
     `engine` gives the model's dtype, its threads and the scaling of its RoPE.
     """
     with Workbench.open(name, engine) as bench:
         context = bench.context(settings.context)
-        method = settings.for_context(context)
+        request = settings.request(context)
         texts = corpus(bench.tokenizer, settings.text, context)
         mark = fingerprint(bench.path)
-        evidence = _evidence(bench, texts, method, settings, mark, progress)
-        candidates = method.candidates(evidence)
+        evidence = _evidence(bench, texts, request, settings.scores, mark, progress)
+        every = candidates(request.policies, evidence, context)
         measure = bench.judge(texts, context, settings.seed, False, progress)
-        chosen, trials = choose(candidates, measure, settings.target, lambda d, t: progress("selection", d, t))
-        heads = candidates[-1] if chosen is None else chosen.heads
+        chosen, trials = choose(every, measure, settings.target, lambda d, t: progress("selection", d, t))
+        heads = every[-1] if chosen is None else chosen.heads
         about: dict[str, str | int | float | bool] = {
-            "method": settings.method,
+            "method": "windows",
             "target_quality": settings.target.quality,
             "context": context,
             "kv_kept": round(kept_share(heads, context), 4),
@@ -200,19 +200,14 @@ def measure(
 
 
 def _evidence(
-    bench: Workbench, texts: Corpus, method: Method, settings: Settings, mark: str, progress: Progress
+    bench: Workbench, texts: Corpus, request: Wanted, scores: Path | None, mark: str, progress: Progress
 ) -> Evidence:
-    streaming = Streaming(settings.sink, settings.recent)
-    request = Wanted(method.needs, method.context, method.options, streaming, settings.steps, settings.seed)
-    if settings.scores is not None and settings.scores.exists():
-        return Evidence.load(settings.scores, request.marks(mark))
-
-    def differentiable() -> TorchPath:
-        with open_checkpoint(bench.path) as checkpoint:
-            return TorchPath(bench.model, checkpoint)
-
-    subject = Subject(bench.probe(method.context), bench.tokenizer, texts, differentiable)
+    if scores is not None and scores.exists():
+        return Evidence.load(scores, request.marks(mark))
+    with open_checkpoint(bench.path) as checkpoint:
+        path = TorchPath(bench.model, checkpoint)
+    subject = Subject(bench.probe(request.length), path, bench.tokenizer, texts)
     evidence = gather(subject, request, progress)
-    if settings.scores is not None:
-        evidence.save(settings.scores, request.marks(mark))
+    if scores is not None:
+        evidence.save(scores, request.marks(mark))
     return evidence

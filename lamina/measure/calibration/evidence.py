@@ -30,7 +30,8 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -59,16 +60,11 @@ _GATE_DOCUMENTS = 6  # their lengths, in equal ratios up to the context: a step 
 NEEDLES, WORDS = 8, 8
 
 
-def _nothing() -> Scores:
-    return np.zeros(0)
-
-
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What to measure. `names` are fields of Evidence; influence is of each of `policies` at `length` tokens;
-    gates choose between full and `streaming`, in `steps` steps."""
+    """What to measure: influence is of each of `policies` at `length` tokens; gates choose between full and
+    `streaming`, in `steps` steps."""
 
-    names: frozenset[str]
     length: int
     policies: Sequence[Policy]
     streaming: Streaming
@@ -77,32 +73,29 @@ class Wanted:
 
     def marks(self, fingerprint: str) -> list[str]:
         """What evidence is of, for the file that keeps it."""
-        parts = [fingerprint, " ".join(sorted(self.names)), str(self.length)]
-        if "alpha" in self.names:
-            parts.append(f"{self.steps} steps of {self.streaming}")
-        return parts + [str(policy) for policy in self.policies if "influence" in self.names]
+        gates = f"{self.steps} steps of {self.streaming}"
+        return [fingerprint, str(self.length), gates, *map(str, self.policies)]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Evidence:
     """By layer and KV head, float64 `[layers, kv_heads]`; influence `[policies, layers, kv_heads]` in nats a token.
-    `alpha` are gates; `losses` `[steps]` is what their training came through. What was not wanted is empty."""
+    `alpha` are gates; `losses` `[steps]` is what their training came through."""
 
-    echo: Scores = field(default_factory=_nothing)
-    induction: Scores = field(default_factory=_nothing)
-    mean_attention: Scores = field(default_factory=_nothing)
-    alpha: Scores = field(default_factory=_nothing)
-    losses: Scores = field(default_factory=_nothing)
-    influence: Scores = field(default_factory=_nothing)
+    echo: Scores
+    induction: Scores
+    mean_attention: Scores
+    alpha: Scores
+    losses: Scores
+    influence: Scores
 
     def by_head(self) -> dict[str, Scores]:
-        """What was measured, with one number a head; influence is the mean over policies."""
+        """One number a head of each measure; influence is the mean over policies."""
         scores_by_name = {name: getattr(self, name) for name in ("echo", "induction", "mean_attention", "alpha")}
-        scores_by_name["influence"] = self.influence.mean(0) if self.influence.size else _nothing()
-        return {name: scores for name, scores in scores_by_name.items() if scores.size}
+        return scores_by_name | {"influence": self.influence.mean(0)}
 
     def combined(self) -> Scores:
-        """From 0 to 1, how much speaks for seeing everything: the mean rank under all that was measured."""
+        """From 0 to 1, how much speaks for seeing everything: the mean rank under all measures."""
         mean: Scores = np.mean([ranks(scores) for scores in self.by_head().values()], axis=0)
         return mean
 
@@ -127,35 +120,26 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """The model that is calibrated, as a probe, and in torch where it is `differentiable`; and the texts it reads."""
+    """The model that is calibrated, as a probe and with gradients (`path`), and the texts it reads."""
 
     probe: Probe
+    path: TorchPath
     tokenizer: Tokenizer
     corpus: Corpus
-    differentiable: Callable[[], TorchPath]
 
 
 def gather(subject: Subject, wanted: Wanted, progress: Progress) -> Evidence:
     """Measure what is wanted, with contexts up to its length."""
-    longest = wanted.length
-    scores: dict[str, Scores] = {}
-    if wanted.names & {"echo", "induction"}:
-        scores["echo"], scores["induction"] = _repeats(subject, longest, wanted.seed, progress)
-    if "mean_attention" in wanted.names:
-        document = subject.corpus.calibration[:longest]
-        queries = _spread(longest // 4, longest)
-        layers = capture(subject.probe, document, queries, _named(progress, "long text"))
-        scores["mean_attention"] = mean_attention(subject.probe.model, layers, queries)
-        del layers
-    if wanted.names & {"alpha", "influence"}:
-        path = subject.differentiable()
-        if "influence" in wanted.names:
-            scores["influence"] = _influence(subject, path, wanted, progress)
-        if "alpha" in wanted.names:
-            samples = gate_samples(subject, longest, wanted.seed, progress)
-            gates = train(path, samples, wanted.steps, wanted.streaming, wanted.seed, _named(progress, "gates"))
-            scores |= {"alpha": gates.alpha, "losses": np.array(gates.losses)}
-    return Evidence(**scores)
+    longest, seed = wanted.length, wanted.seed
+    echo, induction = _repeats(subject, longest, seed, progress)
+    queries = _spread(longest // 4, longest)
+    layers = capture(subject.probe, subject.corpus.calibration[:longest], queries, partial(progress, "long text"))
+    mean = mean_attention(subject.probe.model, layers, queries)
+    del layers
+    influence = _influence(subject, wanted, progress)
+    samples = gate_samples(subject, longest, seed, progress)
+    gates = train(subject.path, samples, wanted.steps, wanted.streaming, seed, partial(progress, "gates"))
+    return Evidence(echo, induction, mean, gates.alpha, np.array(gates.losses), influence)
 
 
 def _repeats(subject: Subject, length: int, seed: int, progress: Progress) -> tuple[Scores, Scores]:
@@ -164,22 +148,23 @@ def _repeats(subject: Subject, length: int, seed: int, progress: Progress) -> tu
     unit = min(_LONGEST_UNIT, (length - 1) // REPEATS)
     ids = repeated(config.vocab_size, unit, REPEATS, config.bos_token_id, random.Random(seed))
     queries = _spread(len(ids) - unit, len(ids))
-    layers = capture(subject.probe, ids, queries, _named(progress, "repeated tokens"))
+    layers = capture(subject.probe, ids, queries, partial(progress, "repeated tokens"))
     # The token that stands before them has no earlier repeat, and none of these queries looks for one.
     return echo_and_induction(layers, queries, unit, config.layer_specs()[0].scale)
 
 
-def _influence(subject: Subject, path: TorchPath, wanted: Wanted, progress: Progress) -> Scores:
+def _influence(subject: Subject, wanted: Wanted, progress: Progress) -> Scores:
     """Half of it on plain text, half on questions about hidden passkeys, `[policies, layers, kv_heads]`."""
-    probe, corpus, seed, length = subject.probe, subject.corpus, wanted.seed, wanted.length
+    probe, path, corpus = subject.probe, subject.path, subject.corpus
+    seed, length = wanted.seed, wanted.length
     judged = min(_JUDGED, length // 4)
     document, tail = corpus.calibration[: length - judged], corpus.calibration[length - judged : length]
-    layers = capture(probe, document, report=_named(progress, "long text"))
-    report = _named(progress, "influence, text")
+    layers = capture(probe, document, report=partial(progress, "long text"))
+    report = partial(progress, "influence, text")
     of_text = influences(path, layers, tail, wanted.policies, seed=seed, report=report)
     hidden = passkeys(subject.tokenizer, corpus.calibration, length - TAIL, NEEDLES, WORDS, random.Random(seed))
-    layers = capture(probe, hidden.document, report=_named(progress, "passkeys"))
-    report = _named(progress, "influence, passkeys")
+    layers = capture(probe, hidden.document, report=partial(progress, "passkeys"))
+    report = partial(progress, "influence, passkeys")
     mean: Scores = (of_text + influences(path, layers, hidden.tail, wanted.policies, seed=seed, report=report)) / 2
     return mean
 
@@ -194,7 +179,7 @@ def gate_samples(
     for number, length in enumerate(map(int, lengths), 1):
         begin = generator.randrange(len(text) - length + 1)
         sample = passkeys(subject.tokenizer, text[begin:], length, NEEDLES, WORDS, generator)
-        report = _named(progress, f"document {number} of {_GATE_DOCUMENTS}")
+        report = partial(progress, f"document {number} of {_GATE_DOCUMENTS}")
         samples.append((sample, capture(subject.probe, sample.document, report=report)))
     return samples
 
@@ -202,10 +187,6 @@ def gate_samples(
 def _spread(first: int, end: int) -> list[int]:
     """At most `_SAMPLED` positions of [first, end), evenly."""
     return sorted({int(position) for position in torch.linspace(first, end - 1, min(_SAMPLED, end - first))})
-
-
-def _named(progress: Progress, what: str) -> Callable[[int, int], None]:
-    return lambda done, total: progress(what, done, total)
 
 
 def influences(

@@ -12,7 +12,7 @@ from lamina.errors import PolicyError
 from lamina.measure.calibration.calibrate import Calibration
 from lamina.measure.calibration.quality import Target
 from lamina.measure.calibration.scores import Scores
-from lamina.policy_file import Heads, dumps, kept, kept_share
+from lamina.policy_file import dumps, kept, kept_share
 from lamina.system.text_files import write_text
 
 _MEASURES = {
@@ -33,13 +33,9 @@ th{text-align:left}pre{background:#f6f6f6;padding:1em;overflow-x:auto}
 
 def measures(found: Calibration) -> dict[str, Scores]:
     """Every number that has one value a head, `[layers, kv_heads]`, by the names that the report uses."""
-    numbers = {"kept": kept_shares(found.file.heads, found.context), **found.evidence.by_head()}
-    return numbers | ({"combined": found.evidence.combined()} if len(numbers) > 2 else {})
-
-
-def kept_shares(heads: Heads, context: int) -> Scores:
-    """The share of `context` tokens that each head keeps, float64 `[layers, kv_heads]`."""
-    return np.array([[kept(policy, context) / context for policy in layer] for layer in heads])
+    evidence, context = found.evidence, found.context
+    shares = np.array([[kept(policy, context) / context for policy in layer] for layer in found.file.heads])
+    return {"kept": shares, **evidence.by_head(), "combined": evidence.combined()}
 
 
 def write_report(path: Path, found: Calibration, target: Target) -> None:

@@ -1,26 +1,19 @@
-"""The methods of calibration: which evidence each one needs, and which policies it tries, by what they keep
-(`method_of`).
+"""Which policies calibration tries, by what they keep: a window of its own for each head, or everything.
 
-    windows    a window of its own for each head, by all evidence
-    streaming  one size of window or full, by DuoAttention's gates alone
-
-`windows` searches greedily: it widens the window that gives most for the tokens it costs. Steps along each head's
-convex hull are optimal for every budget that they end at, and nearly so between. There is one length and one budget, so
-it needs no integer program.
+The search is greedy: it widens the window that gives most for the tokens it costs. Steps along each head's convex hull
+are optimal for every budget that they end at, and nearly so between. There is one length and one budget, so it needs no
+integer program.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from lamina.errors import InvalidRequest
 from lamina.measure.calibration.evidence import Evidence
 from lamina.measure.calibration.scores import Scores
 from lamina.policy_file import Heads, kept
@@ -35,80 +28,20 @@ _UNIT = 32  # tokens that windows are multiples of: a page
 Choices = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
-class Method(ABC):
-    """One method at a context in tokens. `sink` and `recent` are the sizes of windows, where they are fixed."""
-
-    needs: ClassVar[frozenset[str]]  # fields of Evidence
-
-    context: int
-    sink: int
-    recent: int
-
-    @property
-    @abstractmethod
-    def options(self) -> list[Policy]:
-        """What a head may be, whose influence is measured; or what it may be instead of full."""
-
-    @abstractmethod
-    def candidates(self, evidence: Evidence) -> list[Heads]:
-        """Candidates in order of what they keep; the last is full everywhere."""
-
-
-class Windows(Method):
-    """Windows are widened where that gives most for what it costs."""
-
-    needs = frozenset({"echo", "induction", "mean_attention", "alpha", "influence"})
-
-    @property
-    def options(self) -> list[Policy]:
-        return window_options(self.context, self.sink)
-
-    def candidates(self, evidence: Evidence) -> list[Heads]:
-        return window_candidates(self.options, evidence.influence, evidence.combined(), self.context)
-
-
-class Gated(Method):
-    """The heads with the least alpha are streaming, the others full: from all of them to none."""
-
-    needs = frozenset({"alpha"})
-
-    @property
-    def options(self) -> list[Policy]:
-        return [Streaming(self.sink, self.recent)]
-
-    def candidates(self, evidence: Evidence) -> list[Heads]:
-        ranks = np.argsort(np.argsort(evidence.alpha, axis=None, kind="stable")).reshape(evidence.alpha.shape)
-        counts = sorted({round(ranks.size * step / GRID) for step in range(GRID + 1)}, reverse=True)
-        every = [*self.options, Full()]
-        return [policies((ranks >= count).astype(np.int64), every) for count in counts]
-
-
-METHODS: dict[str, type[Method]] = {"windows": Windows, "streaming": Gated}
-
-
-def method_of(name: str) -> type[Method]:
-    """The method of that name. Raises InvalidRequest."""
-    if name not in METHODS:
-        raise InvalidRequest(f"method is {name!r:.40}; allowed are {', '.join(METHODS)}")
-    return METHODS[name]
-
-
-def window_options(context: int, sink: int) -> list[Policy]:
+def options_at(context: int, sink: int) -> list[Policy]:
     """What a head may be instead of full, cheapest first: `sink` tokens and the last ones, a part of `context`."""
     sizes = sorted({max(_UNIT, round(context * fraction / _UNIT) * _UNIT) for fraction in _FRACTIONS})
     return [Streaming(sink, size) for size in sizes]
 
 
-def window_candidates(allowed: Sequence[Policy], influence: Scores, combined: Scores, context: int) -> list[Heads]:
+def candidates(allowed: Sequence[Policy], evidence: Evidence, context: int) -> list[Heads]:
     """Policies for all heads, in order of what they keep at `context` tokens; the last is full everywhere.
 
-    `influence` `[len(allowed), layers, kv_heads]` is what each option would change; `combined` `[layers, kv_heads]`,
-    from 0 to 1, says what else speaks for seeing everything. It tilts the influence by a factor of 0.5 to 1.5:
-    influence is measured at a few hundred tokens, and says little of heads that those did not need.
+    The evidence has the influence of each of `allowed`. All of it together tilts the influence by a factor of 0.5 to
+    1.5: influence is measured at a few hundred tokens, and says little of heads that those did not need.
     """
-    every = [*allowed, Full()]
-    tilted = np.concatenate([influence * (0.5 + combined), np.zeros((1, *combined.shape))])
+    every, combined = [*allowed, Full()], evidence.combined()
+    tilted = np.concatenate([evidence.influence * (0.5 + combined), np.zeros((1, *combined.shape))])
     all_plans = plans(tilted, [kept(str(policy), context) for policy in every])
     chosen: list[Heads] = []
     share = -1.0
