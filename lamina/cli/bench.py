@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -107,8 +106,7 @@ def serve(
     output.check()
     with ProgressBars() as progress:
         result = run_loop(bench(settings, progress))
-    detailed = output.save_detailed
-    _give(lambda about: record(result, **about, detailed=detailed), text(result), output.as_json, output.save_result)
+    _give(record(result, detailed=output.save_detailed), text(result), output.as_json, output.save_result)
     if result.run.unfinished:
         raise KeyboardInterrupt
     if not result.summary.completed:
@@ -147,12 +145,11 @@ def decode(
             rounds=rounds,
             progress=progress,
         )
-    _give(lambda about: record(result, **about), table(result), as_json, save_result)
+    _give(record(result), table(result), as_json, save_result)
 
 
-def _give(record: Callable[[dict[str, Any]], dict[str, Any]], text: str, as_json: bool, path: Path | None) -> None:
-    """Print a result, and write it where that was asked for. `record` makes its JSON with this machine, date and
-    version."""
+def _give(record: dict[str, Any], text: str, as_json: bool, path: Path | None) -> None:
+    """Print a result, and write it where that was asked for: its JSON with this machine, date and version."""
     import json
     from datetime import datetime, timezone
 
@@ -160,8 +157,9 @@ def _give(record: Callable[[dict[str, Any]], dict[str, Any]], text: str, as_json
     from lamina.system.text_files import write_text
     from lamina.version import __version__
 
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    fields = record({"machine": this_machine(), "date": date, "version": __version__})
+    machine, now = this_machine(), datetime.now(timezone.utc)
+    about = {"processor": machine.processor, "cores": machine.cores, "memory": machine.memory}
+    fields = {**record, "date": now.isoformat(timespec="seconds"), "lamina_version": __version__, "machine": about}
     if as_json:
         print_json({name: value for name, value in fields.items() if name != "requests"})  # which are for the file
     else:

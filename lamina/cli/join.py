@@ -115,20 +115,11 @@ def list_machines(url: Url = _URL, api_key: Key = None, as_json: JsonLines = Fal
     elif not machines:
         typer.echo("no machine has asked")
     else:
-        print_rows(
-            [("machine", "code", "state", "at", "memory", "id")]
-            + [
-                (
-                    row["name"],
-                    spaced(row["code"]) or "-",
-                    row["state"],
-                    row["address"] or "-",
-                    show_bytes(row["memory"]),
-                    row["id"],
-                )
-                for row in machines
-            ]
-        )
+        rows = [("machine", "code", "state", "at", "memory", "id")]
+        for row in machines:
+            code, memory = spaced(row["code"]) or "-", show_bytes(row["memory"])
+            rows.append((row["name"], code, row["state"], row["address"] or "-", memory, row["id"]))
+        print_rows(rows)
 
 
 @joining_app.command()

@@ -210,18 +210,11 @@ def ps(as_json: opt.JsonLines = False) -> None:
     if as_json:
         print_json(*servers)
         return
-    rows = [
-        (
-            name,
-            str(pid or "not loaded"),
-            server["address"],
-            str(server["pid"]),
-            str(timedelta(seconds=int(server["uptime"]))),
-        )
-        for server in servers
-        for name, pid in server["models"].items()
-    ]
-    print_rows([("model", "engine", "address", "server", "up"), *rows] if rows else [("none",)])
+    rows = [("model", "engine", "address", "server", "up")]
+    for server in servers:
+        where = server["address"], str(server["pid"]), str(timedelta(seconds=int(server["uptime"])))
+        rows += [(name, str(pid or "not loaded"), *where) for name, pid in server["models"].items()]
+    print_rows(rows if len(rows) > 1 else [("none",)])
 
 
 def _named(text: str) -> tuple[str, str]:

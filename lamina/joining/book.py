@@ -51,15 +51,8 @@ class Machine:
     @property
     def shown(self) -> dict[str, Any]:
         """What the operator sees, for JSON."""
-        return {
-            "id": self.id,
-            "name": self.name,
-            "code": self.code,
-            "address": self.address,
-            "memory": self.memory,
-            "since": self.since,
-            "state": self.state,
-        }
+        names = ("id", "name", "code", "address", "memory", "since", "state")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def worker(self) -> str:

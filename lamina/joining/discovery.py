@@ -32,8 +32,6 @@ _MOST = 32  # servers
 _ADDRESSES = 8  # of each
 _ASK_MS = 1000
 _LOOK_S = 0.2
-
-
 _FIND_S = 4.0  # seconds for which servers of the network may answer
 
 

@@ -10,7 +10,7 @@ import ipaddress
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from lamina.errors import InvalidRequest
@@ -167,14 +167,7 @@ class JoiningMachine:
         offer = pairing.Offer(self._options.name, self._options.memory)
         nonce = secrets.token_bytes(pairing.NONCE_SIZE)
         committed = pairing.commitment(nonce).hex()
-        stream.send(
-            "pair",
-            version=__version__,
-            protocol=PROTOCOL_VERSION,
-            name=offer.name,
-            memory=offer.memory,
-            commitment=committed,
-        )
+        stream.send("pair", version=__version__, protocol=PROTOCOL_VERSION, commitment=committed, **asdict(offer))
         try:
             answer = stream.expect("nonce", seconds=HELLO_S)
         except JoinRefused as error:

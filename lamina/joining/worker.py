@@ -88,13 +88,8 @@ class MachineWorker:
             self.end()
         if not worker.up or worker.end_by is not None:
             return None
-        credentials = worker.credentials
-        return {
-            "port": worker.port,
-            "memory": self._options.memory,
-            "token": credentials.token,
-            "ca": credentials.ca.decode(),
-        }
+        shown = {"token": worker.credentials.token, "ca": worker.credentials.ca.decode()}
+        return {"port": worker.port, "memory": self._options.memory, **shown}
 
     def end(self) -> None:
         """Have the process end in order; another one follows while `offer` is called."""

@@ -111,7 +111,7 @@ def test_a_small_model_is_measured_here(tmp_path):
     assert len(lines) == 5
     assert found.weight_bytes == 0
     assert "float32" in lines[0]
-    fields = json.loads(json.dumps(record(found, PLAIN, date="d", version="v")))
+    fields = json.loads(json.dumps(record(found)))
     assert (fields["schema"], fields["rows"][2]["batch"], fields["options"]["threads"]) == ("lamina.bench.decode", 2, 1)
 
 

@@ -187,14 +187,11 @@ def table(found: Result) -> str:
     return "\n".join([about, *aligned]) + "\n"
 
 
-def record(found: Result, machine: Machine, *, date: str, version: str) -> dict[str, Any]:
+def record(found: Result) -> dict[str, Any]:
     """The result as JSON has it."""
     return {
         "schema": SCHEMA,
         "schema_version": VERSION,
-        "date": date,
-        "lamina_version": version,
-        "machine": {"processor": machine.processor, "cores": machine.cores, "memory": machine.memory},
         "model": found.model,
         "options": {
             name: value if isinstance(value, (int, float)) else str(value) for name, value in found.options.items()

@@ -12,7 +12,6 @@ from typing import Any
 
 from lamina.measure.bench.measures import METRICS, Outcome, Spread
 from lamina.measure.bench.serve import Result
-from lamina.system.machine import Machine
 
 SCHEMA = "lamina.bench.serve"
 VERSION = 1
@@ -68,7 +67,7 @@ def text(result: Result) -> str:
     return "\n".join(lines) + "\n"
 
 
-def record(result: Result, machine: Machine, *, date: str, version: str, detailed: bool = False) -> dict[str, Any]:
+def record(result: Result, *, detailed: bool = False) -> dict[str, Any]:
     """The result for JSON. Times are milliseconds but for `duration`, and in `requests`, which are seconds."""
     summary = result.summary
     settings = {name: value for name, value in asdict(result.settings).items() if name != "api_key"}
@@ -78,13 +77,10 @@ def record(result: Result, machine: Machine, *, date: str, version: str, detaile
     fields: dict[str, Any] = {
         "schema": SCHEMA,
         "schema_version": VERSION,
-        "date": date,
-        "lamina_version": version,
         "model_id": result.model,
         "max_model_len": result.context,
         "settings": settings,
         "nonce": result.nonce,
-        "machine": {"processor": machine.processor, "cores": machine.cores, "memory": machine.memory},
         "load_average_before": result.load,
         "prompt_words": {"count": len(result.words.words), "tokens": result.words.tokens, "by": result.words.source},
         "num_prompts": len(result.run.outcomes) + result.run.unfinished,

@@ -138,8 +138,8 @@ def gather(subject: Subject, wanted: Wanted, progress: Progress) -> Evidence:
     del layers
     influence = _influence(subject, wanted, progress)
     samples = gate_samples(subject, longest, seed, progress)
-    gates = train(subject.path, samples, wanted.steps, wanted.streaming, seed, partial(progress, "gates"))
-    return Evidence(echo, induction, mean, gates.alpha, np.array(gates.losses), influence)
+    alpha, losses = train(subject.path, samples, wanted.steps, wanted.streaming, seed, partial(progress, "gates"))
+    return Evidence(echo, induction, mean, alpha, np.array(losses), influence)
 
 
 def _repeats(subject: Subject, length: int, seed: int, progress: Progress) -> tuple[Scores, Scores]:
@@ -287,14 +287,6 @@ PENALTY = 0.05
 RAMP = 0.2  # of the steps, at each end
 
 
-@dataclass(frozen=True, slots=True)
-class Gates:
-    """alpha float64 `[layers, kv_heads]` in [0, 1], and the loss of each step."""
-
-    alpha: Scores
-    losses: tuple[float, ...]
-
-
 def train(
     path: TorchPath,
     samples: Sequence[tuple[Passkeys, Sequence[Captured]]],
@@ -302,8 +294,9 @@ def train(
     streaming: Streaming,
     seed: int = 0,
     report: Callable[[int, int], None] = lambda done, total: None,
-) -> Gates:
+) -> tuple[Scores, list[float]]:
     """Gates after so many steps, each on a question about one of `samples`: a document with needles, and its K and V.
+    Returns alpha, float64 `[layers, kv_heads]` in [0, 1], and the loss of each step.
 
     All questions come once, in random order, before any comes again. `report(done, total)` counts steps.
     """
@@ -340,7 +333,7 @@ def train(
         optimiser.step()
         losses.append(float(loss.detach()))
         report(step + 1, steps)
-    return Gates(alpha.detach().clamp(0, 1).double().numpy(), tuple(losses))
+    return alpha.detach().clamp(0, 1).double().numpy(), losses
 
 
 def ramp(step: int, steps: int) -> float:
