@@ -88,8 +88,8 @@ class MachineWorker:
             self.end()
         if not worker.up or worker.end_by is not None:
             return None
-        shown = {"token": worker.credentials.token, "ca": worker.credentials.ca.decode()}
-        return {"port": worker.port, "memory": self._options.memory, **shown}
+        access = {"token": worker.credentials.token, "ca": worker.credentials.ca.decode()}
+        return {"port": worker.port, "memory": self._options.memory, **access}
 
     def end(self) -> None:
         """Have the process end in order; another one follows while `offer` is called."""
