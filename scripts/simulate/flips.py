@@ -89,7 +89,10 @@ class Plans:
         )
         changed = replace(question, inventory=replace(question.inventory, have=have))
         loop = EventRuns(question.trace, self.demand, question.slo, question.prefill, 0)
-        first = find(changed, self.demand, partly=question.budget is not None, loop=loop)[0]
+        try:
+            first = find(changed, self.demand, loop=loop)[0]
+        except InvalidRequest:
+            return False, NOTHING
         return self._same(first, first.candidate), first.name
 
     def changed(self, quantity: Quantity, factor: float) -> tuple[bool, str]:
@@ -112,7 +115,7 @@ class Plans:
     def _same(self, first: Ranked, candidate: Candidate) -> bool:
         winner = self.winner
         same = mix(without_prices(candidate.system)) == mix(without_prices(winner.candidate.system))
-        return same and first.estimate.replicas == winner.estimate.replicas
+        return same and (first.estimate.replicas, first.serves) == (winner.estimate.replicas, winner.serves)
 
     def tries(self) -> Iterator[Try]:
         """Every statement."""
@@ -133,7 +136,12 @@ class Plans:
                 step = NEAR if farthest > 1 else 1 / NEAR
                 (before, one), (after, other) = first(change.factor / step), first(change.factor * step)
                 statement_text = f"{name}: at {change.factor:.3f}x {change.winner}"
-                yield Try(statement_text, before and not after, other == change.winner, f"before {one}; beyond {other}")
+                yield Try(
+                    statement_text,
+                    before and not after,
+                    other == change.winner.split(", which serves")[0],
+                    f"before {one}; beyond {other}",
+                )
 
 
 def main() -> None:

@@ -14,12 +14,13 @@ from planning import BIG, EPYC, FHBN, H20, H100, KNOWN, SLO, STEADY, dop, togeth
 from ranked_candidates import LOSSY, SLOW, SPLIT, WHOLE, checked, ranked
 
 from lamina.simulator.costs.cost_model import Load
-from lamina.simulator.costs.systems import Colocated, System, changed, price, without_prices
+from lamina.simulator.costs.model_configs import model
+from lamina.simulator.costs.systems import Colocated, Disaggregated, System, changed, price, without_prices
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.planning import sensitivity as sensitivity_module
 from lamina.simulator.planning.candidates import Candidate
 from lamina.simulator.planning.event_runs import EventRuns, settled
-from lamina.simulator.planning.planner import NAMED_FROM, Ranked, looked_at, rank, ratio_error, worth
+from lamina.simulator.planning.planner import NAMED_FROM, Ranked, described, looked_at, rank, ratio_error, worth
 from lamina.simulator.planning.quantities import Quantity, Situation, faster, links, market, prices, scaled
 from lamina.simulator.planning.sensitivity import NOTHING, Change, Changes, Sensitivity
 from lamina.simulator.steady_state.closed_form import estimate
@@ -177,11 +178,45 @@ def test_a_coarse_look_that_is_unkind_leaves_no_rival_behind(
 
 
 def test_where_nothing_keeps_the_slo_that_is_what_comes() -> None:
-    winner = rank([Candidate(together(4), 1)], STEADY, SLO)[0]
-    (pace,) = [each for each in market([together(4)], STEADY, SLO) if each.what == "tpot of the SLO"]
-    change = Changes([winner], STEADY, SLO, True).change(pace, 0.01)
+    """Of a load of which a part is served; of one that is served, a part comes first."""
+    for rate, comes in ((40.0, NOTHING), (4.0, f"{described(together(4))}, which serves 88% in time")):
+        asked = STEADY.at_rate(rate)
+        winner = rank([Candidate(together(4), 1)], asked, SLO)[0]
+        (pace,) = [each for each in market([together(4)], asked, SLO) if each.what == "tpot of the SLO"]
+        change = Changes([winner], asked, SLO, True).change(pace, 0.01)
+        assert change is not None
+        assert change.winner == comes
+
+
+def test_where_a_part_is_served_a_coarse_look_that_is_unkind_leaves_no_rival_behind() -> None:
+    """Of four H100, each alone, a coarse look has the part that keeps the SLO; of all requests more are in time."""
+    shape = model("qwen3-32b")
+    h100, h20 = (device.measured_or(KNOWN.efficiency("typical", shape)) for device in (H100, H20))
+    alone = Candidate(Colocated(model=shape, device=h100, batch_tokens=512), 4)
+    asked, slo = demand(head(trace("azure-code"), 4000)).at_rate(2.0), Slo(2.0, 0.05)
+    whole = Colocated(model=shape, device=h100, tensor_parallel=4, chunked_prefill=False)
+    apart = Candidate(
+        Disaggregated(prefill=whole, decode=Colocated(model=shape, device=h20, chunked_prefill=False), link=FHBN), 1
+    )
+    every = rank([alone, apart], asked, slo)
+    (wait,) = [each for each in market([alone.system], asked, slo) if each.what == "ttft of the SLO"]
+    change = Changes(every, asked, slo, True).change(wait, 0.25)
     assert change is not None
-    assert change.winner == NOTHING
+    for factor, first in ((change.factor / 1.02, change.winner), (change.factor * 1.02, every[0].name)):
+        assert rank([alone, apart], asked, replace(slo, ttft=2.0 * factor))[0].name == first
+
+
+def test_a_winner_that_no_longer_serves_all_is_said_to_serve_a_part() -> None:
+    asked, slo = demand(head(trace("azure-conv"), 4000)).at_rate(6.0), Slo(1.0, 0.05)
+    every = rank([Candidate(together(8), 1)], asked, slo)
+    (load,) = [each for each in market([together(8)], asked, slo) if each.what == "load"]
+    change = Changes(every, asked, slo, True).change(load, 10.0)
+    assert change is not None
+    more = rank([Candidate(together(8), 1)], asked.at_rate(6.0 * change.factor), slo)[0]
+    assert not more.serves
+    assert change.winner == f"{every[0].name}, which serves {more.goodput / more.estimate.demanded:.0%} in time"
+    fewer = rank([Candidate(together(8), 1)], asked.at_rate(6.0 * change.factor / 1.02), slo)[0]
+    assert fewer.serves
 
 
 def test_longer_prompts_are_those_of_the_trace_that_is_run() -> None:
@@ -266,7 +301,33 @@ def test_the_winner_leaves_the_budget() -> None:
     found = changed_price([ranked(WHOLE), ranked(SLOW, taken=2.0)], "h100", 10, 50.0)
     assert found is not None
     assert found.factor == pytest.approx(50 / 44.24, rel=CLOSE)
-    assert found.winner == ranked(SLOW).name
+    assert found.winner == f"{ranked(SLOW).name}, which serves 75% in time"
+
+
+@pytest.mark.parametrize(("name", "farthest"), [("h100", 4.0), ("h100", 0.25), ("h20", 0.25)])
+def test_of_what_a_budget_buys_a_part_of_as_much_is_served_as_a_plan_says(name: str, farthest: float) -> None:
+    """Two pairs of H100 with an H20 each serve more for a dollar than one, and are beyond the budget."""
+    asked, slo = demand(head(trace("azure-conv"), 2000)).at_rate(16.0), Slo(2.0, 0.05)
+    four, pair = replace(together(4), batch_tokens=512), dop(2, 1, lanes=2, batch_tokens=512)
+    every = rank([Candidate(four, 1), Candidate(pair, 1)], asked, slo)
+    assert not every[0].serves
+    beyond = [looked_at(Candidate(pair, 2), asked, slo, fine=False)]
+    (cost,) = [each for each in prices([pair]) if each.device == name]
+    change = Changes(every, asked, slo, True, budget=50.0, beyond=beyond).change(cost, farthest)
+
+    def first(factor: float) -> str:
+        bought = []
+        for system, count in ((four, 1), (pair, 2)):
+            then = scaled(system, factor, name, "price")
+            if affordable := min(count, int(50 / price(then))):
+                bought.append(Candidate(then, affordable))
+        return rank(bought, asked, slo)[0].name
+
+    if change is None:
+        assert [first(factor) for factor in (farthest ** (1 / 3), farthest)] == [every[0].name] * 2
+    else:
+        near = 1.02 if farthest > 1 else 1 / 1.02
+        assert [first(change.factor / near), first(change.factor * near)] == [every[0].name, change.winner]
 
 
 def test_a_lossy_policy_has_to_be_better_than_the_error() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import takewhile
 
-from lamina.simulator.costs.systems import System
+from lamina.simulator.costs.systems import System, price, without_prices
 from lamina.simulator.event_loop.results import ATTAINMENT, RunResult
 from lamina.simulator.event_loop.simulate import Progress, Slo, simulate
 from lamina.simulator.planning.planner import CHOSEN, Ranked, limited, looked_at, mixes, with_replicas, worth
@@ -38,6 +38,7 @@ class EventRuns:
         self._trace, self._excerpt = windows(trace, MOST), windows(trace, EXCERPT)
         self._demand, self._slo, self._prefill, self._seed, self._mapped = demand, slo, prefill, seed, mapped
         self._shares = any(request.blocks or request.after is not None for request in trace.arrivals)
+        self._known: dict[tuple[System, int], Ranked] = {}
 
     def situated(self, demand: Demand, slo: Slo) -> EventRuns:
         """Runs one at a time for another demand of the same requests, with prompts as many times as long, and SLO."""
@@ -63,19 +64,32 @@ class EventRuns:
             look = ranked if ranked.closely else looked_at(ranked.candidate, self._demand, self._slo, self._prefill)
             return look if self.sure(look) else self.run(look)
 
-        return list(self._mapped(check, some))
+        return list(map(self._kept, self._mapped(check, some)))
 
     def searched(self, ranked: Sequence[Ranked], progress: Progress | None = None) -> list[Ranked]:
         """All of these; the best mixes are run where the replay does not have all that matters."""
         chosen = [entry for entry in mixes(ranked)[:CHOSEN] if not self.replayed(entry.candidate.system)]
         reports = RunProgress(progress, "simulating", len(chosen))
-        ran = dict(zip(map(id, chosen), reports.over(self._mapped(self.run, chosen)), strict=True))
+        ran = dict(zip(map(id, chosen), map(self._kept, reports.over(self._mapped(self.run, chosen))), strict=True))
         reports.end()
         return [ran.get(id(entry), entry) for entry in ranked]
 
     def run(self, ranked: Ranked) -> Ranked:
         """The candidate after the event loop: with as few replicas as serve what is asked for, of those that may or,
         where none do, at the highest rate tried that keeps the SLO."""
+        system, available = ranked.candidate.system, ranked.candidate.replicas
+        if (known := self._known.get((without_prices(system), available))) is not None:
+            found = replace(known.estimate, price=price(system) * known.estimate.replicas)
+            return replace(known, candidate=ranked.candidate, estimate=found)
+        return self._kept(self._run(ranked))
+
+    def _kept(self, ranked: Ranked) -> Ranked:
+        """The same; a run is known from then on, at any price."""
+        if ranked.result is not None:
+            self._known[without_prices(ranked.candidate.system), ranked.candidate.replicas] = ranked
+        return ranked
+
+    def _run(self, ranked: Ranked) -> Ranked:
         forecast, available = ranked.estimate, ranked.candidate.replicas
         best = self._at(ranked.hoped, min(ranked.hoped.estimate.taken, forecast.demanded))
         if best.rate < forecast.demanded or math.isinf(forecast.demanded):

@@ -121,7 +121,7 @@ def make_plan(
     """
     slo, prefill, load = asked.slo, asked.prefill, asked.demand
     loop = EventRuns(asked.trace, load, slo, prefill, seed, mapped) if check else None
-    ranked = find(asked, load, partly=why and asked.budget is not None, loop=loop, progress=progress, mapped=mapped)
+    ranked = find(asked, load, loop=loop, progress=progress, mapped=mapped)
     sensitivities: list[Sensitivity] = []
     if why:
         beyond = _beyond(asked, load, ranked)
@@ -131,7 +131,8 @@ def make_plan(
         systems = [entry.candidate.system for entry in ranked]
         quantities = prices(systems)
         if loop is None or loop.replayed(systems[0]):  # else the replay cannot tell
-            quantities += market(systems, load, slo)
+            asking = market(systems, load, slo)
+            quantities += [entry for entry in asking if ranked[0].serves or entry.what != "load"]
         sensitivities = changes.sensitivities(quantities)
     ties = near_ties(ranked)
     below, above = cheaper(ranked, load, slo, prefill), surer(ranked, load, slo, prefill)
@@ -152,15 +153,13 @@ def find(
     asked: PlanRequest,
     wanted: Demand,
     *,
-    partly: bool = False,
     loop: EventRuns | None = None,
     progress: Progress | None = None,
     mapped: Mapped = one_by_one,
 ) -> list[Ranked]:
-    """All candidates for the demand, the best first. With `loop` whatever would be first is checked. `partly`: other
-    prices may leave nothing within the budget that serves all."""
+    """All candidates for the demand, the best first. With `loop` whatever would be first is checked."""
     every = _candidates(asked, wanted, asked.budget)
-    ranked = rank(every, wanted, asked.slo, prefill=asked.prefill, partly=partly, progress=progress, mapped=mapped)
+    ranked = rank(every, wanted, asked.slo, prefill=asked.prefill, progress=progress, mapped=mapped)
     return settled(loop.searched(ranked, progress) if loop else ranked, loop)
 
 
@@ -176,7 +175,9 @@ def _beyond(asked: PlanRequest, wanted: Demand, ranked: Sequence[Ranked]) -> lis
     serving = {entry.candidate.system for entry in ranked if entry.serves}
     every = set(_candidates(asked, wanted, None)) - {entry.candidate for entry in ranked}
     return [
-        looked_at(entry, wanted, asked.slo, asked.prefill, fine=False) for entry in every if entry.system not in serving
+        looked_at(entry, wanted, asked.slo, asked.prefill, partly=False, fine=False)
+        for entry in every
+        if entry.system not in serving
     ]
 
 

@@ -158,12 +158,11 @@ def rank(
     slo: Slo,
     *,
     prefill: bool = True,
-    partly: bool = False,
     progress: Progress | None = None,
     mapped: Mapped = one_by_one,
 ) -> list[Ranked]:
     """The candidates by what they give for a dollar, best first. Candidates that serve the whole demand come before
-    others. What part of it the others could take is looked for where none serves it, or if `partly`.
+    others. What part of it the others could take is looked for where none serves it.
 
     Raises InvalidRequest where none gets a single request through within the SLO: naming the link where a faster one
     would help, with what it has and what it needs.
@@ -187,9 +186,8 @@ def rank(
         reports.end()
         return sorted(closer, key=_order) + steady[len(closer) :]
 
-    partly = partly or math.isinf(demand.rate)
-    ranked = ranking(partly)
-    if not partly and not ranked[0].serves:
+    ranked = ranking(endless := math.isinf(demand.rate))
+    if not endless and not ranked[0].serves:
         ranked = ranking(True)
     if not ranked[0].estimate.goodput:
         tried = [(entry.name, entry.candidate.system, entry.estimate) for entry in ranked]

@@ -19,12 +19,22 @@ from heapq import heappop, heappush
 from itertools import pairwise
 from typing import NamedTuple
 
-from lamina.simulator.costs.systems import price
-from lamina.simulator.event_loop.results import ATTAINMENT
+from lamina.errors import InvalidRequest
+from lamina.simulator.costs.systems import System, price
 from lamina.simulator.event_loop.simulate import Progress, Slo
 from lamina.simulator.planning.candidates import Candidate, fits
-from lamina.simulator.planning.event_runs import EventRuns
-from lamina.simulator.planning.planner import MARGIN, NAMED_FROM, Ranked, described, handicap, looked_at, mix, worth
+from lamina.simulator.planning.event_runs import EventRuns, settled
+from lamina.simulator.planning.planner import (
+    MARGIN,
+    NAMED_FROM,
+    Ranked,
+    described,
+    handicap,
+    looked_at,
+    mix,
+    rank,
+    worth,
+)
 from lamina.simulator.planning.quantities import Quantity, Situation
 from lamina.simulator.planning.run_progress import Mapped, RunProgress, one_by_one
 from lamina.simulator.steady_state.closed_form import CLOSE
@@ -46,10 +56,12 @@ class Change:
 
 
 class First(NamedTuple):
-    """The candidate at that place of the ranking, in that number; a negative place is none."""
+    """The candidate at that place of the ranking, in that number, and the share that it serves of what is asked for; a
+    negative place is none."""
 
     place: int
     replicas: int
+    served: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +109,7 @@ class Changes:
         self._rivals = [place for place in self._inside if near[place] or self._mixes[place] == self._mixes[0]]
         self._demand, self._slo, self._prefill, self._budget = demand, slo, prefill, budget
         self._loop, self._progress, self._mapped = loop, progress, mapped
+        self._all = ranked[0].serves or math.isinf(demand.rate)
 
     def sensitivities(self, quantities: Sequence[Quantity]) -> list[Sensitivity]:
         """Of prices, then of these others."""
@@ -133,8 +146,12 @@ class Changes:
             middle = (low + high) / 2
             low, high = (low, middle) if self._differs(seen(middle)) else (middle, high)
         first = seen(high)
-        system = self._ranked[first.place].candidate.system
-        return Change(farthest**high, NOTHING if first.place < 0 else described(system, first.replicas))
+        words = NOTHING
+        if first.place >= 0:
+            words = described(self._ranked[first.place].candidate.system, first.replicas)
+            if (first.served == 1) != self._all:
+                words += f", which serves {'all' if first.served == 1 else f'{first.served:.0%} in time'}"
+        return Change(farthest**high, words)
 
     def _forecast(self, quantity: Quantity, farthest: float, wide: float) -> tuple[float, float]:
         """About where that is, by the replay of the rivals: powers of `farthest`, between which the first changes."""
@@ -151,23 +168,20 @@ class Changes:
 
     def _differs(self, first: First) -> bool:
         alike = first.place >= 0 and self._mixes[first.place] == self._mixes[0]
-        return not alike or first.replicas != self._ranked[0].estimate.replicas
+        known = first.replicas, first.served == 1
+        return not alike or known != (self._ranked[0].estimate.replicas, self._all)
 
     def _first(
-        self,
-        quantity: Quantity,
-        factor: float,
-        places: Sequence[int] | None = None,
-        sure: bool = True,
-        partly: bool = False,
+        self, quantity: Quantity, factor: float, places: Sequence[int] | None = None, sure: bool = True
     ) -> First:
         """What is first of these (default: of all) at that factor; by the replay alone, unless it has to be `sure`.
-        What serves a part counts only where nothing serves all."""
+        Where nothing serves all it is planned again."""
         if quantity.device:
-            return self._first_at_price(quantity.device, factor)
+            return self._first_at_price(quantity, factor, sure)
         then = quantity.change(self._now(self._ranked[0]), factor)
         loop = self._loop.situated(then.demand, then.slo) if sure and self._loop is not None else None
-        partly = partly or math.isinf(then.demand.rate)
+        if math.isinf(then.demand.rate):
+            return self._planned(quantity, factor, places, sure)
         candidates: dict[int, Candidate] = {}
         hopes: list[tuple[bool, float, int, Ranked | None]] = []  # the least is the best
 
@@ -177,11 +191,10 @@ class Changes:
 
         def hope(place: int, look: Ranked) -> None:
             best = look if loop is None or not look.closely else look.hoped
-            order = not best.serves, -worth(best) if best.serves or partly else 0.0
+            order = not best.serves, -worth(best) if best.serves else 0.0
             if not look.closely:  # by a few requests, of which more than of all are in time, or fewer
                 fewer = look.estimate.almost >= NAMED_FROM
-                order = order[0], order[1] / ATTAINMENT
-                if not partly and (fewer or look.serves):
+                if fewer or look.serves:
                     order = all_in_time(place, look.estimate.replicas - (fewer and look.serves))
             heappush(hopes, (*order, place, look))
 
@@ -203,11 +216,9 @@ class Changes:
             misses, gives, place, look = heappop(hopes)
             if look is None or not look.closely:
                 fine = look is not None
-                hope(place, looked_at(candidates[place], then.demand, then.slo, self._prefill, partly, fine))
-            elif misses and not partly:
-                return self._first(quantity, factor, places, sure, partly=True)
-            elif not gives:
-                break
+                hope(place, looked_at(candidates[place], then.demand, then.slo, self._prefill, partly=False, fine=fine))
+            elif misses:
+                return self._planned(quantity, factor, places, sure)
             elif loop is not None and look.result is None and not (loop.sure(look) and leads(place, gives)):
                 hope(place, loop.run(look))
             else:
@@ -217,11 +228,40 @@ class Changes:
     def _now(self, entry: Ranked) -> Situation:
         return Situation(entry.candidate.system, self._demand, self._slo)
 
-    def _first_at_price(self, device: str, factor: float) -> First:
-        """The same where that device costs so many times what it does: what a run may find to be so is checked."""
+    def _planned(self, quantity: Quantity, factor: float, places: Sequence[int] | None, sure: bool) -> First:
+        """What is first of these at that factor, as a plan finds it: of what the budget then leaves of each."""
+        then = quantity.change(self._now(self._ranked[0]), factor)
+        loop = None
+        if sure and self._loop is not None:
+            loop = self._loop if quantity.device else self._loop.situated(then.demand, then.slo)
+        bought: dict[System, tuple[int, int]] = {}
+        for place in self._inside if places is None else places:
+            candidate = self._ranked[place].candidate
+            system, count = quantity.change(self._now(self._ranked[place]), factor).system, candidate.replicas
+            if quantity.device and self._budget is not None:
+                count = int(min(count, self._budget / max(price(system), 1e-12) + 1e-9))
+            if count and fits(system):
+                bought[system] = count, place
+        every = {Candidate(system, count): place for system, (count, place) in bought.items()}
+        try:
+            ranked = rank(list(every), then.demand, then.slo, prefill=self._prefill) if every else []
+        except InvalidRequest:
+            ranked = []
+        if not ranked:
+            return First(-1, 0)
+        first = settled(loop.searched(ranked) if loop else ranked, loop)[0]
+        served = 1.0 if first.serves or math.isinf(then.demand.rate) else first.goodput / then.demand.rate
+        return First(every[first.candidate], first.estimate.replicas, served)
+
+    def _first_at_price(self, quantity: Quantity, factor: float, sure: bool) -> First:
+        """The same where a device costs so many times what it does: what a run may find to be so is checked."""
+        everything = range(len(self._ranked))
         while True:
-            _, _, place, count = max(self._at_price(place, device, factor) for place in range(len(self._ranked)))
-            place, first = -place, First(-place, count)
+            serves, _, place, count = max(self._at_price(place, quantity.device, factor) for place in everything)
+            endless = math.isinf(self._demand.rate)
+            if self._budget is not None and (endless or not serves):  # how much depends on how many can be bought
+                return self._planned(quantity, factor, everything, sure)
+            place, first = -place, First(-place, count, float(endless or serves))
             if self._loop is None or not self._differs(first) or self._loop.sure(self._ranked[place]):
                 return first
             (self._ranked[place],) = self._loop.checked([self._ranked[place]])
