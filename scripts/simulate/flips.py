@@ -18,10 +18,10 @@ from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import without_prices
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.planning.candidates import Candidate, fits
-from lamina.simulator.planning.event_runs import EventRuns, settled
+from lamina.simulator.planning.event_runs import EventRuns, decided
 from lamina.simulator.planning.inventory import Have, Inventory, with_efficiency
 from lamina.simulator.planning.plan import PlanRequest, find, make_plan
-from lamina.simulator.planning.planner import Ranked, mix, rank
+from lamina.simulator.planning.planner import Ranked, mix
 from lamina.simulator.planning.quantities import Quantity, Situation, market
 from lamina.simulator.planning.sensitivity import FAR, NOTHING
 from lamina.simulator.traces.catalogue import trace, windows
@@ -106,10 +106,9 @@ class Plans:
         demand, slo = situation.demand, situation.slo
         loop = EventRuns(question.trace, self.demand, question.slo, question.prefill, 0).situated(demand, slo)
         try:
-            ranked = loop.searched(rank(list(originals), demand, slo, prefill=question.prefill))
+            first = decided(list(originals), demand, slo, prefill=question.prefill, loop=loop)[0]
         except InvalidRequest:
             return False, NOTHING
-        first = settled(ranked, loop)[0]
         return self._same(first, originals[first.candidate]), first.name
 
     def _same(self, first: Ranked, candidate: Candidate) -> bool:

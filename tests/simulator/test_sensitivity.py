@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planning import BIG, EPYC, FHBN, H20, H100, KNOWN, SLO, STEADY, dop, together
+from planning import BIG, EPYC, FHBN, H20, H100, KNOWN, SLO, STEADY, dop, there_are, together
 from ranked_candidates import LOSSY, SLOW, SPLIT, WHOLE, checked, ranked
 
 from lamina.simulator.costs.cost_model import Load
@@ -20,6 +20,7 @@ from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.planning import sensitivity as sensitivity_module
 from lamina.simulator.planning.candidates import Candidate
 from lamina.simulator.planning.event_runs import EventRuns, settled
+from lamina.simulator.planning.plan import PlanRequest, make_plan
 from lamina.simulator.planning.planner import NAMED_FROM, Ranked, described, looked_at, rank, ratio_error, worth
 from lamina.simulator.planning.quantities import Quantity, Situation, faster, links, market, prices, scaled
 from lamina.simulator.planning.sensitivity import NOTHING, Change, Changes, Sensitivity
@@ -217,6 +218,28 @@ def test_a_winner_that_no_longer_serves_all_is_said_to_serve_a_part() -> None:
     assert change.winner == f"{every[0].name}, which serves {more.goodput / more.estimate.demanded:.0%} in time"
     fewer = rank([Candidate(together(8), 1)], asked.at_rate(6.0 * change.factor / 1.02), slo)[0]
     assert fewer.serves
+
+
+def test_a_run_is_not_repeated_at_other_prices(monkeypatch: pytest.MonkeyPatch) -> None:
+    short = Trace("short", tuple(Arrival(float(number), 100 + number, 20) for number in range(40)))
+    asked = demand(short)
+    runs = EventRuns(short, asked, SLO, True, 0)
+    first = runs.run(rank([Candidate(WHOLE, 1)], asked, SLO)[0])
+    monkeypatch.setattr(EventRuns, "_result", None)  # nothing can run any more
+    again = runs.run(rank([Candidate(scaled(WHOLE, 2.0, "h100", "price"), 1)], asked, SLO)[0])
+    assert again.result == first.result
+    assert again.goodput_per_dollar == pytest.approx(first.goodput_per_dollar / 2)
+    with pytest.raises(TypeError):
+        runs.run(rank([Candidate(SLOW, 1)], asked, SLO)[0])
+
+
+@pytest.mark.parametrize("rate", [1.0, 200.0])
+def test_nothing_is_said_of_the_load_where_a_part_of_it_is_served(rate: float) -> None:
+    steady = Trace("steady", tuple(Arrival(number / 4, 500 + number, 100) for number in range(200)))
+    asked = PlanRequest("llama-3-70b", BIG, there_are((H100, 2)), steady, SLO, rate=rate)
+    planned = make_plan(asked, check=False, why=True)
+    assert planned.winner.serves == (rate == 1.0)
+    assert ("load" in [each.what for each in planned.sensitivity]) == planned.winner.serves
 
 
 def test_longer_prompts_are_those_of_the_trace_that_is_run() -> None:

@@ -14,7 +14,8 @@ from itertools import takewhile
 from lamina.simulator.costs.systems import System, price, without_prices
 from lamina.simulator.event_loop.results import ATTAINMENT, RunResult
 from lamina.simulator.event_loop.simulate import Progress, Slo, simulate
-from lamina.simulator.planning.planner import CHOSEN, Ranked, limited, looked_at, mixes, with_replicas, worth
+from lamina.simulator.planning.candidates import Candidate
+from lamina.simulator.planning.planner import CHOSEN, Ranked, limited, looked_at, mixes, rank, with_replicas, worth
 from lamina.simulator.planning.run_progress import Mapped, RunProgress, one_by_one
 from lamina.simulator.traces.arrivals import Trace
 from lamina.simulator.traces.catalogue import at_rate, windows
@@ -122,6 +123,21 @@ class EventRuns:
         trace = at_rate(self._trace if self.replayed(system) else self._excerpt, rate)
         replicas = min(replicas, len(trace.arrivals))
         return simulate(system, trace, seed=self._seed, slo=self._slo, prefill=self._prefill, replicas=replicas)
+
+
+def decided(
+    every: Sequence[Candidate],
+    demand: Demand,
+    slo: Slo,
+    *,
+    prefill: bool = True,
+    loop: EventRuns | None = None,
+    progress: Progress | None = None,
+    mapped: Mapped = one_by_one,
+) -> list[Ranked]:
+    """The candidates, the best first: see `rank`. With `loop` whatever would be first is checked."""
+    ranked = rank(every, demand, slo, prefill=prefill, progress=progress, mapped=mapped)
+    return settled(loop.searched(ranked, progress) if loop else ranked, loop)
 
 
 def settled(ranked: Sequence[Ranked], loop: EventRuns | None = None) -> list[Ranked]:

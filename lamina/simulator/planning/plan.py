@@ -14,11 +14,11 @@ from lamina.simulator.event_loop.simulate import Progress, Slo
 from lamina.simulator.planning import reasons
 from lamina.simulator.planning.candidates import Candidate, candidates
 from lamina.simulator.planning.deployment import engine_keywords
-from lamina.simulator.planning.event_runs import EventRuns, settled
+from lamina.simulator.planning.event_runs import EventRuns, decided
 from lamina.simulator.planning.intervals import intervals
 from lamina.simulator.planning.inventory import Inventory
 from lamina.simulator.planning.plan_file import Plan, TraceSummary
-from lamina.simulator.planning.planner import Ranked, cheaper, limited, looked_at, mixes, near_ties, rank, surer
+from lamina.simulator.planning.planner import Ranked, cheaper, limited, looked_at, mixes, near_ties, surer
 from lamina.simulator.planning.quantities import market, prices
 from lamina.simulator.planning.run_progress import Mapped, one_by_one
 from lamina.simulator.planning.sensitivity import Changes, Sensitivity
@@ -157,10 +157,9 @@ def find(
     progress: Progress | None = None,
     mapped: Mapped = one_by_one,
 ) -> list[Ranked]:
-    """All candidates for the demand, the best first. With `loop` whatever would be first is checked."""
-    every = _candidates(asked, wanted, asked.budget)
-    ranked = rank(every, wanted, asked.slo, prefill=asked.prefill, progress=progress, mapped=mapped)
-    return settled(loop.searched(ranked, progress) if loop else ranked, loop)
+    """All candidates for the demand, the best first: see `decided`."""
+    every, slo, prefill = _candidates(asked, wanted, asked.budget), asked.slo, asked.prefill
+    return decided(every, wanted, slo, prefill=prefill, loop=loop, progress=progress, mapped=mapped)
 
 
 def _candidates(asked: PlanRequest, wanted: Demand, budget: float | None) -> tuple[Candidate, ...]:

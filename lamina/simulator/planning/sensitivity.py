@@ -23,18 +23,8 @@ from lamina.errors import InvalidRequest
 from lamina.simulator.costs.systems import System, price
 from lamina.simulator.event_loop.simulate import Progress, Slo
 from lamina.simulator.planning.candidates import Candidate, fits
-from lamina.simulator.planning.event_runs import EventRuns, settled
-from lamina.simulator.planning.planner import (
-    MARGIN,
-    NAMED_FROM,
-    Ranked,
-    described,
-    handicap,
-    looked_at,
-    mix,
-    rank,
-    worth,
-)
+from lamina.simulator.planning.event_runs import EventRuns, decided
+from lamina.simulator.planning.planner import MARGIN, NAMED_FROM, Ranked, described, handicap, looked_at, mix, worth
 from lamina.simulator.planning.quantities import Quantity, Situation
 from lamina.simulator.planning.run_progress import Mapped, RunProgress, one_by_one
 from lamina.simulator.steady_state.closed_form import CLOSE
@@ -56,8 +46,7 @@ class Change:
 
 
 class First(NamedTuple):
-    """The candidate at that place of the ranking, in that number, and the share that it serves of what is asked for; a
-    negative place is none."""
+    """The candidate at that place of the ranking (below 0: none), in that number, and the share of all it serves."""
 
     place: int
     replicas: int
@@ -146,11 +135,10 @@ class Changes:
             middle = (low + high) / 2
             low, high = (low, middle) if self._differs(seen(middle)) else (middle, high)
         first = seen(high)
-        words = NOTHING
-        if first.place >= 0:
-            words = described(self._ranked[first.place].candidate.system, first.replicas)
-            if (first.served == 1) != self._all:
-                words += f", which serves {'all' if first.served == 1 else f'{first.served:.0%} in time'}"
+        system = self._ranked[first.place].candidate.system
+        words = NOTHING if first.place < 0 else described(system, first.replicas)
+        if first.place >= 0 and (first.served == 1) != self._all:
+            words += f", which serves {'all' if first.served == 1 else f'{first.served:.0%} in time'}"
         return Change(farthest**high, words)
 
     def _forecast(self, quantity: Quantity, farthest: float, wide: float) -> tuple[float, float]:
@@ -231,9 +219,9 @@ class Changes:
     def _planned(self, quantity: Quantity, factor: float, places: Sequence[int] | None, sure: bool) -> First:
         """What is first of these at that factor, as a plan finds it: of what the budget then leaves of each."""
         then = quantity.change(self._now(self._ranked[0]), factor)
-        loop = None
-        if sure and self._loop is not None:
-            loop = self._loop if quantity.device else self._loop.situated(then.demand, then.slo)
+        loop = self._loop if sure else None
+        if loop is not None and not quantity.device:
+            loop = loop.situated(then.demand, then.slo)
         bought: dict[System, tuple[int, int]] = {}
         for place in self._inside if places is None else places:
             candidate = self._ranked[place].candidate
@@ -243,22 +231,20 @@ class Changes:
             if count and fits(system):
                 bought[system] = count, place
         every = {Candidate(system, count): place for system, (count, place) in bought.items()}
-        try:
-            ranked = rank(list(every), then.demand, then.slo, prefill=self._prefill) if every else []
-        except InvalidRequest:
-            ranked = []
-        if not ranked:
+        if not every:
             return First(-1, 0)
-        first = settled(loop.searched(ranked) if loop else ranked, loop)[0]
+        try:
+            first = decided(list(every), then.demand, then.slo, prefill=self._prefill, loop=loop)[0]
+        except InvalidRequest:
+            return First(-1, 0)
         served = 1.0 if first.serves or math.isinf(then.demand.rate) else first.goodput / then.demand.rate
         return First(every[first.candidate], first.estimate.replicas, served)
 
     def _first_at_price(self, quantity: Quantity, factor: float, sure: bool) -> First:
         """The same where a device costs so many times what it does: what a run may find to be so is checked."""
-        everything = range(len(self._ranked))
+        everything, endless = range(len(self._ranked)), math.isinf(self._demand.rate)
         while True:
             serves, _, place, count = max(self._at_price(place, quantity.device, factor) for place in everything)
-            endless = math.isinf(self._demand.rate)
             if self._budget is not None and (endless or not serves):  # how much depends on how many can be bought
                 return self._planned(quantity, factor, everything, sure)
             place, first = -place, First(-place, count, float(endless or serves))
