@@ -20,7 +20,7 @@ from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.planning.candidates import Candidate, fits
 from lamina.simulator.planning.event_runs import EventRuns, decided
 from lamina.simulator.planning.inventory import Have, Inventory, with_efficiency
-from lamina.simulator.planning.plan import PlanRequest, find, make_plan
+from lamina.simulator.planning.plan import PlanRequest, choice, make_plan
 from lamina.simulator.planning.planner import Ranked, mix
 from lamina.simulator.planning.quantities import Quantity, Situation, market
 from lamina.simulator.planning.sensitivity import FAR, NOTHING
@@ -90,7 +90,8 @@ class Plans:
         changed = replace(question, inventory=replace(question.inventory, have=have))
         loop = EventRuns(question.trace, self.demand, question.slo, question.prefill, 0)
         try:
-            first = find(changed, self.demand, loop=loop)[0]
+            every = choice(changed, self.demand, question.budget)
+            first = decided(every, self.demand, question.slo, prefill=question.prefill, loop=loop)[0]
         except InvalidRequest:
             return False, NOTHING
         return self._same(first, first.candidate), first.name

@@ -23,9 +23,9 @@ from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import price
 from lamina.simulator.event_loop.results import ATTAINMENT
 from lamina.simulator.event_loop.simulate import Slo, simulate
-from lamina.simulator.planning.event_runs import EventRuns
+from lamina.simulator.planning.event_runs import EventRuns, decided
 from lamina.simulator.planning.inventory import Have, Inventory, with_efficiency
-from lamina.simulator.planning.plan import PlanRequest, find
+from lamina.simulator.planning.plan import PlanRequest, choice
 from lamina.simulator.planning.planner import Ranked, limited
 from lamina.simulator.steady_state.closed_form import estimate
 from lamina.simulator.traces.arrivals import Trace
@@ -121,7 +121,8 @@ def regret(case: Case, requests: int) -> Regret:
     request = PlanRequest(case.model, shape, inventory, trace, slo, case.budget, case.rate)
     asked = request.demand
     began = time.process_time()
-    ranked = find(request, asked, loop=EventRuns(trace, asked, slo, True, 0))
+    every = choice(request, asked, case.budget)
+    ranked = decided(every, asked, slo, loop=EventRuns(trace, asked, slo, True, 0))
     seconds = time.process_time() - began
     part = windows(trace, requests)
     chosen = best = _measured(ranked[0], part, slo, asked)

@@ -39,7 +39,7 @@ class EventRuns:
         self._trace, self._excerpt = windows(trace, MOST), windows(trace, EXCERPT)
         self._demand, self._slo, self._prefill, self._seed, self._mapped = demand, slo, prefill, seed, mapped
         self._shares = any(request.blocks or request.after is not None for request in trace.arrivals)
-        self._past_runs: dict[tuple[System, int], Ranked] = {}
+        self._known: dict[tuple[System, int], Ranked] = {}
 
     def situated(self, demand: Demand, slo: Slo) -> EventRuns:
         """Runs one at a time for another demand of the same requests, with prompts as many times as long, and SLO."""
@@ -79,15 +79,15 @@ class EventRuns:
         """The candidate after the event loop: with as few replicas as serve what is asked for, of those that may or,
         where none do, at the highest rate tried that keeps the SLO."""
         system, available = ranked.candidate.system, ranked.candidate.replicas
-        if (run := self._past_runs.get((without_prices(system), available))) is not None:
-            estimate = replace(run.estimate, price=price(system) * run.estimate.replicas)
-            return replace(run, candidate=ranked.candidate, estimate=estimate)
+        if (known := self._known.get((without_prices(system), available))) is not None:
+            found = replace(known.estimate, price=price(system) * known.estimate.replicas)
+            return replace(known, candidate=ranked.candidate, estimate=found)
         return self._kept(self._run(ranked))
 
     def _kept(self, ranked: Ranked) -> Ranked:
         """The same; a run is known from then on, at any price."""
         if ranked.result is not None:
-            self._past_runs[without_prices(ranked.candidate.system), ranked.candidate.replicas] = ranked
+            self._known[without_prices(ranked.candidate.system), ranked.candidate.replicas] = ranked
         return ranked
 
     def _run(self, ranked: Ranked) -> Ranked:

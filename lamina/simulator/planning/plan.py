@@ -121,7 +121,8 @@ def make_plan(
     """
     slo, prefill, load = asked.slo, asked.prefill, asked.demand
     loop = EventRuns(asked.trace, load, slo, prefill, seed, mapped) if check else None
-    ranked = find(asked, load, loop=loop, progress=progress, mapped=mapped)
+    every = choice(asked, load, asked.budget)
+    ranked = decided(every, load, slo, prefill=prefill, loop=loop, progress=progress, mapped=mapped)
     sensitivities: list[Sensitivity] = []
     if why:
         beyond = _beyond(asked, load, ranked)
@@ -149,20 +150,8 @@ def make_plan(
     )
 
 
-def find(
-    asked: PlanRequest,
-    wanted: Demand,
-    *,
-    loop: EventRuns | None = None,
-    progress: Progress | None = None,
-    mapped: Mapped = one_by_one,
-) -> list[Ranked]:
-    """All candidates for the demand, the best first: see `decided`."""
-    every, slo, prefill = _candidates(asked, wanted, asked.budget), asked.slo, asked.prefill
-    return decided(every, wanted, slo, prefill=prefill, loop=loop, progress=progress, mapped=mapped)
-
-
-def _candidates(asked: PlanRequest, wanted: Demand, budget: float | None) -> tuple[Candidate, ...]:
+def choice(asked: PlanRequest, wanted: Demand, budget: float | None) -> tuple[Candidate, ...]:
+    """All candidates for the demand within the budget."""
     tokens = max(1, round(wanted.context))
     return candidates(asked.model, asked.inventory, budget, asked.prefill, tokens, asked.speculation)
 
@@ -172,7 +161,7 @@ def _beyond(asked: PlanRequest, wanted: Demand, ranked: Sequence[Ranked]) -> lis
     if asked.budget is None:
         return []
     serving = {entry.candidate.system for entry in ranked if entry.serves}
-    every = set(_candidates(asked, wanted, None)) - {entry.candidate for entry in ranked}
+    every = set(choice(asked, wanted, None)) - {entry.candidate for entry in ranked}
     return [
         looked_at(entry, wanted, asked.slo, asked.prefill, partly=False, fine=False)
         for entry in every
