@@ -40,9 +40,10 @@ def device() -> str:
     return DEVICE
 
 
-@pytest.fixture(scope="session", autouse=True)
-def compiled_kernels() -> None:
-    """The kernels of the tiny model, compiled if they never were: no test's deadline has to allow for that."""
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Compile the kernels of the tiny model if they never were, before any test's time counts."""
+    if session.config.getoption("numprocesses", None):
+        return  # the processes that run the tests do it
     for page_size in (16, 32):
         for _ in attention_kernels().prepare(attention_kernels().layout(page_size, 16, 16, torch.float32)):
             pass

@@ -39,7 +39,7 @@ class EventRuns:
         self._trace, self._excerpt = windows(trace, MOST), windows(trace, EXCERPT)
         self._demand, self._slo, self._prefill, self._seed, self._mapped = demand, slo, prefill, seed, mapped
         self._shares = any(request.blocks or request.after is not None for request in trace.arrivals)
-        self._known: dict[tuple[System, int], Ranked] = {}
+        self._ran: dict[tuple[System, int], Ranked] = {}
 
     def situated(self, demand: Demand, slo: Slo) -> EventRuns:
         """Runs one at a time for another demand of the same requests, with prompts as many times as long, and SLO."""
@@ -78,16 +78,17 @@ class EventRuns:
     def run(self, ranked: Ranked) -> Ranked:
         """The candidate after the event loop: with as few replicas as serve what is asked for, of those that may or,
         where none do, at the highest rate tried that keeps the SLO."""
-        system, available = ranked.candidate.system, ranked.candidate.replicas
-        if (known := self._known.get((without_prices(system), available))) is not None:
-            found = replace(known.estimate, price=price(system) * known.estimate.replicas)
-            return replace(known, candidate=ranked.candidate, estimate=found)
-        return self._kept(self._run(ranked))
+        system = ranked.candidate.system
+        earlier = self._ran.get((without_prices(system), ranked.candidate.replicas))
+        if earlier is None:
+            return self._kept(self._run(ranked))
+        forecast = replace(earlier.estimate, price=price(system) * earlier.estimate.replicas)
+        return replace(earlier, candidate=ranked.candidate, estimate=forecast)
 
     def _kept(self, ranked: Ranked) -> Ranked:
         """The same; a run is known from then on, at any price."""
         if ranked.result is not None:
-            self._known[without_prices(ranked.candidate.system), ranked.candidate.replicas] = ranked
+            self._ran[without_prices(ranked.candidate.system), ranked.candidate.replicas] = ranked
         return ranked
 
     def _run(self, ranked: Ranked) -> Ranked:

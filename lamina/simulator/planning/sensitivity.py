@@ -156,8 +156,7 @@ class Changes:
 
     def _differs(self, first: First) -> bool:
         alike = first.place >= 0 and self._mixes[first.place] == self._mixes[0]
-        known = first.replicas, first.served == 1
-        return not alike or known != (self._ranked[0].estimate.replicas, self._all)
+        return not alike or (first.replicas, first.served == 1) != (self._ranked[0].estimate.replicas, self._all)
 
     def _first(
         self, quantity: Quantity, factor: float, places: Sequence[int] | None = None, sure: bool = True
