@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from server_rig import Rig, serving
+from unobserved import Unobserved
 
 from lamina import LLM
 from lamina.client.input_processor import InputProcessor
@@ -41,7 +42,7 @@ def tokenizer(steady: LLM, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 def rig(steady: LLM, tokenizer: Tokenizer) -> Iterator[Rig]:
     runtime = steady._runtime
     inputs = InputProcessor(tokenizer, runtime.limits.max_model_len, runtime.possible, runtime.model.vocab_size, {})
-    frontend = Frontend()
+    frontend = Frontend(Unobserved())
     frontend.ready(Served(runtime.engine, tokenizer, inputs))
     with serving(None, frontend=frontend) as rig:
         yield rig

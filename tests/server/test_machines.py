@@ -116,9 +116,8 @@ def test_operator_who_types_the_code_of_a_machine_takes_no_one_in_between(
     monkeypatch.setattr(JoinServer, "_announce", lambda self: None)
     settings = ServerSettings(model="m", joining=True)
 
-    def by_command(url: str, api_key: str | None, id: str = "", body: Any = None) -> Any:
-        method, path = ("GET" if body is None else "POST"), f"/joining/{id}".rstrip("/")
-        return ask(settings, machines, (method, path, body))[0].json()
+    def by_command(url: str, path: str, api_key: str | None, body: Any = None) -> Any:
+        return ask(settings, machines, ("GET" if body is None else "POST", path, body))[0].json()
 
     with server(tmp_path / "s") as taking, between(taking.port, name) as attacker:
         machines = Machines(settings, taking.served.decide)
