@@ -67,7 +67,7 @@ QUESTIONS = {  # by the function that they are about
     "write_file": ("Write a file hello.py that prints \"hello\" and a newline.",
                    "Create notes.md with a heading and a list of three fruits.", "Save {\"on\": true} as config.json."),
     "run_shell": ("List the files of this folder, the largest first.", "Replace tabs by spaces in all .c files.",
-                  "How many lines have \"TODO\" in src? Use grep."),
+                  "How many lines have \"import\" in src? Use grep."),
     "send-email": ("Tell ann@example.org and bob@example.org that the meeting is moved to 3 pm.",
                    "Write to eva@example.org: thanks for the cake, \"it was great\"!"),
     "query_db": ("How many users signed up in May? The table is users(id, name, signed_up).",

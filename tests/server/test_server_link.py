@@ -19,6 +19,7 @@ import msgpack
 import pytest
 from engine_rig import Rig, collect
 from real_workers import until
+from unobserved import Unobserved
 
 from lamina.client.remote import RemoteEngine
 from lamina.errors import EngineError
@@ -182,7 +183,7 @@ class Followed(Frontend):
     """A frontend that notes what it is told."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(Unobserved())
         self.news: list[str] = []
 
     def ready(self, served: Served, restarts: int = 0) -> None:
