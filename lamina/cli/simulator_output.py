@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -316,7 +316,7 @@ def plan_record(found: Planned) -> dict[str, Any]:
         fields |= {
             "system": ranked.name,
             "goodput": estimate.goodput,
-            "requests_per_dollar": finite(estimate.goodput_per_dollar),
+            "requests_per_dollar": finite(replace(ranked, result=None).goodput_per_dollar),
             "dollars_per_million": finite(estimate.dollars_per_million),
             "serves": estimate.serves,
         }

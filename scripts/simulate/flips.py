@@ -18,10 +18,10 @@ from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import without_prices
 from lamina.simulator.event_loop.simulate import Slo
 from lamina.simulator.planning.candidates import Candidate, fits
-from lamina.simulator.planning.event_runs import EventRuns, decided
+from lamina.simulator.planning.event_runs import EventRuns, settled
 from lamina.simulator.planning.inventory import Have, Inventory, with_efficiency
 from lamina.simulator.planning.plan import PlanRequest, choice, make_plan
-from lamina.simulator.planning.planner import Ranked, mix
+from lamina.simulator.planning.planner import Ranked, mix, rank
 from lamina.simulator.planning.quantities import Quantity, Situation, market
 from lamina.simulator.planning.sensitivity import FAR, NOTHING
 from lamina.simulator.traces.catalogue import trace, windows
@@ -91,7 +91,7 @@ class Plans:
         loop = EventRuns(question.trace, self.demand, question.slo, question.prefill, 0)
         try:
             every = choice(changed, self.demand, question.budget)
-            first = decided(every, self.demand, question.slo, prefill=question.prefill, loop=loop)[0]
+            first = settled(rank(every, self.demand, question.slo, prefill=question.prefill), loop)[0]
         except InvalidRequest:
             return False, NOTHING
         return self._same(first, first.candidate), first.name
@@ -107,7 +107,7 @@ class Plans:
         demand, slo = situation.demand, situation.slo
         loop = EventRuns(question.trace, self.demand, question.slo, question.prefill, 0).situated(demand, slo)
         try:
-            first = decided(list(originals), demand, slo, prefill=question.prefill, loop=loop)[0]
+            first = settled(rank(list(originals), demand, slo, prefill=question.prefill), loop)[0]
         except InvalidRequest:
             return False, NOTHING
         return self._same(first, originals[first.candidate]), first.name

@@ -23,10 +23,10 @@ from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import price
 from lamina.simulator.event_loop.results import ATTAINMENT
 from lamina.simulator.event_loop.simulate import Slo, simulate
-from lamina.simulator.planning.event_runs import EventRuns, decided
+from lamina.simulator.planning.event_runs import EventRuns, settled
 from lamina.simulator.planning.inventory import Have, Inventory, with_efficiency
 from lamina.simulator.planning.plan import PlanRequest, choice
-from lamina.simulator.planning.planner import Ranked, limited
+from lamina.simulator.planning.planner import Ranked, limited, rank
 from lamina.simulator.steady_state.closed_form import estimate
 from lamina.simulator.traces.arrivals import Trace
 from lamina.simulator.traces.catalogue import at_rate, windows
@@ -66,9 +66,9 @@ CASES = {
 }
 REQUESTS = 20_000
 POINT = 0.01
+"""How much less of the requests in time is no difference: excerpts of a trace differ by that."""
 HOPELESS = 0.6
 """Of what the best takes, what a candidate must be able to take by the closed form, which was never that wrong."""
-"""How much less of the requests in time is no difference: excerpts of a trace differ by that."""
 _HALVINGS, _MOST = 6, 1e4
 """To find the highest rate, and requests a second that none has."""
 
@@ -122,7 +122,7 @@ def regret(case: Case, requests: int) -> Regret:
     asked = request.demand
     began = time.process_time()
     every = choice(request, asked, case.budget)
-    ranked = decided(every, asked, slo, loop=EventRuns(trace, asked, slo, True, 0))
+    ranked = settled(rank(every, asked, slo), EventRuns(trace, asked, slo, True, 0))
     seconds = time.process_time() - began
     part = windows(trace, requests)
     chosen = best = _measured(ranked[0], part, slo, asked)

@@ -9,7 +9,7 @@ import pytest
 from planning import BIG, EPYC, FHBN, H20, H100, KNOWN, dop, there_are
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.costs.cost_model import KvPolicy, Load, kv_heads
+from lamina.simulator.costs.cost_model import KvPolicy, Load
 from lamina.simulator.costs.model_configs import model
 from lamina.simulator.costs.systems import Colocated, Offloaded
 from lamina.simulator.event_loop.simulate import Slo
@@ -53,7 +53,7 @@ def test_only_what_the_plugin_can_be_is_considered() -> None:
     shapes = {(s.lanes, s.model_replicas, s.local_share, s.shard) for s in split}
     assert shapes == {(1, 1, 0.0, "heads")}
     counts = {(s.model_count, s.attention_count) for s in split if s.attention_device == H20}
-    assert kv_heads(BIG) == 8
+    assert BIG.kv_heads == 8
     assert counts == {(ranks, machines) for ranks in (2, 4, 8) for machines in (1, 2, 4)}
     assert {s.attention_device.name for s in split} == {"h100", "h20", "epyc-genoa"}
     assert not [s for s in systems if s.devices[0][0].kind == "cpu"]

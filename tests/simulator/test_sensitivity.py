@@ -63,7 +63,8 @@ def test_the_winner_changes_where_it_is_said_to() -> None:
         scores = []
         for each in (winner, rival):
             system = changed(each.candidate.system, lambda d: replace(d, price=d.price * factor), only="h20")
-            scores.append(estimate(system, 4, FULL_LOAD, PACE, prefill=False).goodput_per_dollar)
+            forecast = estimate(system, 4, FULL_LOAD, PACE, prefill=False)
+            scores.append(forecast.goodput / forecast.price)
         return scores[0] >= scores[1]
 
     assert leads(dearer.factor * 0.99)
@@ -81,7 +82,8 @@ def test_a_slower_link_ends_the_lead_of_what_needs_it() -> None:
 
     def leads(factor: float) -> bool:
         given = link.change(Situation(ranked[0].candidate.system, FULL_LOAD, PACE), factor)
-        return estimate(given.system, 4, FULL_LOAD, PACE, False).goodput_per_dollar > ranked[1].goodput_per_dollar
+        forecast = estimate(given.system, 4, FULL_LOAD, PACE, False)
+        return forecast.goodput * 3600 / forecast.price > ranked[1].goodput_per_dollar
 
     assert not leads(change.factor)
     assert leads(change.factor * 1.1)
@@ -374,6 +376,9 @@ class Loop(EventRuns):
 
     def sure(self, each: Ranked) -> bool:
         return each.result is not None
+
+    def searched(self, every: Sequence[Ranked], progress: object) -> list[Ranked]:
+        return list(every)
 
     def checked(self, some: Sequence[Ranked]) -> list[Ranked]:
         return [self.run(each) for each in some]

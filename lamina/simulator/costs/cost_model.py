@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from lamina.errors import InvalidRequest
 from lamina.scheduling.speculation import MAX_DRAFTS
@@ -122,8 +123,7 @@ class Load:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class StepCost:
+class StepCost(NamedTuple):
     """One batch: its seconds, those in which each tier was busy, and the bytes that crossed the link."""
 
     seconds: float
@@ -300,13 +300,7 @@ def mixing_time(
 def busiest_share(model: ModelShape, count: int) -> float:
     """The share of all KV that one of `count` tensor-parallel devices has at most: whole heads, so that more devices
     than heads spare nothing."""
-    heads = kv_heads(model)
-    return -(-heads // count) / heads
-
-
-def kv_heads(model: ModelShape) -> int:
-    """Into how many parts its KV can be cut by heads; 1 where it has none."""
-    return min((group.kv_heads for group in model.groups if group.attends), default=1)
+    return -(-model.kv_heads // count) / model.kv_heads
 
 
 def state_share(model: ModelShape, count: int, sequences: float = 1) -> float:
@@ -327,8 +321,7 @@ def minimum_bandwidth(model: ModelShape, batch: float, model_seconds: float, att
     return model.exchange_bytes(model.activation) * batch / (ALPHA * (model_seconds + attention_seconds))
 
 
-@dataclass(frozen=True, slots=True)
-class Exchange:
+class Exchange(NamedTuple):
     """What one batch sends to the attention workers and gets back, over all layers. Times are seconds."""
 
     queries: float

@@ -8,6 +8,7 @@ leave. Systems without offloaded attention use both too.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.bounds import Text, number_within, whole
@@ -23,7 +24,6 @@ from lamina.simulator.costs.cost_model import (
     check_drafts,
     draft_model,
     exchange_time,
-    kv_heads,
     kv_projection_time,
     mixing_time,
     model_time,
@@ -95,8 +95,7 @@ PAGE_SIZE = 32
 """Tokens of a KV page of the engine."""
 
 
-@dataclass(frozen=True, slots=True)
-class Lane:
+class Lane(NamedTuple):
     """One of several batches in rotation, by what each tier does for it, in seconds."""
 
     dense: float
@@ -257,10 +256,12 @@ class Offloaded:
         """One batch, with the tiers to itself; `query_first`: q is sent before k and v. `share`: of its KV, what the
         model devices keep (None: as `local_part` says)."""
         model, share = self.model, self.local_part(load) if share is None else share
-        dense, local = self._dense(load), self._attending(load.part(share)) if share else 0.0
-        away = load.part(1 - share) if share else load
+        dense, local, away = self._dense(load), 0.0, load
+        if share:
+            near, away = load.part(share), load.part(1 - share)
+            local = mixing_time(model, self.model_device, self.model_count, near, self.policy, self.kv_element)
         by_heads = self.shard == "heads"
-        cells = max(1, (away.decode or 1) * (kv_heads(model) if by_heads else self.attention_count))
+        cells = max(1, (away.decode or 1) * (model.kv_heads if by_heads else self.attention_count))
         busiest = -(-cells // self.attention_count) / cells  # whole heads, dealt out evenly over all sequences
         attention = attention_time(model, self.attention_device, away, self.policy, self.kv_element, busiest=busiest)
         states = state_share(model, self.attention_count, away.decode)
@@ -281,10 +282,6 @@ class Offloaded:
         device = self.model_device
         dense = model_time(self.model, device, self.model_count, load, self.kv_element)
         return dense if self.speculation is None else dense + self.speculation.draft_time(device, load)
-
-    def _attending(self, load: Load) -> float:
-        """Seconds in which the model devices attend, and mix states, for what they keep."""
-        return mixing_time(self.model, self.model_device, self.model_count, load, self.policy, self.kv_element)
 
     def step(self, load: Load) -> StepCost:
         """All sequences go on by one token, by speculation in the mean: `lanes` batches with their shares of them."""
@@ -326,7 +323,7 @@ class Offloaded:
         copies = 1 if self.shard == "heads" else ranges
         wire = self._wire(replicas)
         exchange = exchange_time(self.model, self.link, wire, load, copies=copies, workers=self.workers or 1)
-        return replace(exchange, keys=exchange.keys + exchange.stored, stored=0.0) if self.behind else exchange
+        return exchange._replace(keys=exchange.keys + exchange.stored, stored=0.0) if self.behind else exchange
 
     def _hop(self, load: Load) -> float:
         """Seconds of a lane's way to the next replica, with the residual stream and what attention gave, a layer."""

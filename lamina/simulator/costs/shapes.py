@@ -238,8 +238,8 @@ class ModelShape:
     @cached_property
     def active_parameters(self) -> int:
         """Those that one token uses: all but the experts that are not chosen."""
-        unused = (group.layers * (group.experts - group.top_k) * group.expert for group in self.groups)
-        return self.parameters - sum(unused)
+        experts = sum(group.layers * group.experts * group.expert for group in self.groups)
+        return self.parameters - experts + self._routed
 
     @cached_property
     def kind(self) -> Literal["small", "dense", "sparse"]:
@@ -262,9 +262,8 @@ class ModelShape:
         as the batch is expected to use (`experts` False: none)."""
         if tokens <= 0:
             return 0.0
-        vectors = self.vectors + sum(group.layers * group.vectors for group in self.groups)
         layers = self.matrices * self._stored + (self.experts_read(tokens) if experts else 0.0)
-        return self.head * self._table + layers + vectors * self._float
+        return self.head * self._table + layers + (self.parameters - self.packable) * self._float
 
     def experts_read(self, tokens: float) -> float:
         """The part of `weights_read` that experts are: those that so many tokens are expected to use."""
@@ -300,7 +299,12 @@ class ModelShape:
 
     def expert_flops(self, tokens: float) -> float:
         """The part of `dense_flops` that experts are."""
-        return 2.0 * tokens * sum(group.layers * group.top_k * group.expert for group in self.groups)
+        return 2.0 * tokens * self._routed
+
+    @cached_property
+    def _routed(self) -> int:
+        """Parameters of the experts that one token uses."""
+        return sum(group.layers * group.top_k * group.expert for group in self.groups)
 
     def attention_work(self, context: float, element: float = 2.0) -> tuple[tuple[float, float], tuple[float, float]]:
         """Bytes of KV and FLOPs of one token that has `context` tokens before it and with it, over all layers: of the
@@ -333,6 +337,11 @@ class ModelShape:
         choices are made by."""
         (key_bytes, _), (kv_bytes, _) = self.attention_work(context, element)
         return key_bytes + kv_bytes
+
+    @cached_property
+    def kv_heads(self) -> int:
+        """Into how many parts its KV can be cut by heads; 1 where it has none."""
+        return min((group.kv_heads for group in self.groups if group.attends), default=1)
 
     @cached_property
     def attentions(self) -> int:

@@ -19,7 +19,7 @@ from lamina.kv.pages import PageGroup
 from lamina.kv.placement import Holder, Placement
 from lamina.kv.request import SNAPSHOT_TOKENS, Plan, Request, ScheduledSequence, SchedulerConfig
 from lamina.scheduling.control_plane import ControlPlane, Step, refusal
-from lamina.simulator.costs.cost_model import Load, StepCost, kv_heads
+from lamina.simulator.costs.cost_model import Load, StepCost
 from lamina.simulator.costs.offloaded import UNBOUNDED
 from lamina.simulator.costs.shapes import STATE_RECORDS
 from lamina.simulator.costs.systems import PAGE_SIZE, Offloaded, System, kept_window
@@ -134,6 +134,8 @@ class Totals:
             mine, more = getattr(self, item.name), getattr(other, item.name)
             if item.name == "peak":
                 self.peak = max(mine, more)
+            elif item.name == "gaps":
+                self.gaps.update(other.gaps)
             elif item.name == "busy":
                 self.busy = [a + b for a, b in zip(mine, more, strict=True)]
             elif item.name != "samples":
@@ -413,7 +415,7 @@ class Instance:
 def _pools(system: System, holders: int) -> tuple[list[int], list[int]]:
     """Heads of all holders and pages of each holder, by pool: KV, and states where the model has any. Equal holders are
     one that stands for all, as if there were one head; so are layers that keep alike, and all layers with states."""
-    heads, capacity = kv_heads(system.model) if holders > 1 else 1, system.capacity
+    heads, capacity = system.model.kv_heads if holders > 1 else 1, system.capacity
     layers = sum(count for count, _ in page_groups(system))
     counts, pages = [heads], [capacity.tokens // PAGE_SIZE * heads * layers // holders]
     if system.model.states:
@@ -433,7 +435,7 @@ def holders_of(system: System) -> int:
     beside the weights too, sequences move between the two as the engine moves them, so they are one pool."""
     if not isinstance(system, Offloaded) or system.shard != "heads" or system.local_share:
         return 1
-    return system.attention_count if kv_heads(system.model) % system.attention_count else 1
+    return system.attention_count if system.model.kv_heads % system.attention_count else 1
 
 
 def page_groups(system: System) -> Groups:

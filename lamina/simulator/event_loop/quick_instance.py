@@ -43,7 +43,7 @@ class DecodeCosts:
 
     def __init__(self, system: System) -> None:
         self._system = system
-        self._costs: dict[tuple[int, int], StepCost] = {}
+        self._costs: dict[tuple[int, int], tuple[StepCost, float]] = {}
 
     def __call__(self, batch: int, context: int) -> StepCost:
         """The cost of a batch of so many sequences, with so many tokens in all."""
@@ -52,9 +52,10 @@ class DecodeCosts:
     def level(self, batch: int, context: int) -> tuple[StepCost, float]:
         """That cost, and the mean context up to which it is the same."""
         place = int(math.log2(context / batch) * _GRID)
-        if (cost := self._costs.get((batch, place))) is None:
-            cost = self._costs[batch, place] = self._system.step(Load(batch, 2 ** ((place + 0.5) / _GRID)))
-        return cost, 2 ** ((place + 1) / _GRID)
+        if (level := self._costs.get((batch, place))) is None:
+            cost = self._system.step(Load(batch, 2 ** ((place + 0.5) / _GRID)))
+            level = self._costs[batch, place] = cost, 2 ** ((place + 1) / _GRID)
+        return level
 
 
 class Sequence:

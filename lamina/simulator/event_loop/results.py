@@ -4,9 +4,11 @@ sample of its steps (`Samples`).
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from math import ceil
 
 ATTAINMENT = 0.9
@@ -140,16 +142,10 @@ def weighted_distribution(counts: Mapping[float, int]) -> Distribution:
     total = sum(counts.values())
     if not total:
         return Distribution(0.0, 0.0, 0.0, 0.0)
-    ordered = sorted(counts.items())
-    percentiles, passed, values = [], 0, iter(ordered)
-    value = ordered[0][0]
-    for share in (0.5, 0.9, 0.99):
-        while passed < ceil(share * total):
-            value, count = next(values)
-            passed += count
-        percentiles.append(value)
-    mean = sum(value * count for value, count in ordered) / total
-    return Distribution(mean, *percentiles)
+    ordered = sorted(counts)
+    passed = list(accumulate(counts[value] for value in ordered))
+    p50, p90, p99 = (ordered[bisect_left(passed, ceil(share * total))] for share in (0.5, 0.9, 0.99))
+    return Distribution(sum(value * counts[value] for value in ordered) / total, p50, p90, p99)
 
 
 class Samples:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.costs.cost_model import FULL, Load, kv_heads
+from lamina.simulator.costs.cost_model import FULL, Load
 from lamina.simulator.costs.systems import Colocated, Offloaded, System
 from lamina.simulator.event_loop.simulate import Progress
 from lamina.simulator.planning.candidates import Candidate, candidates
@@ -164,7 +164,7 @@ def weigh(
         """Of some in their order; where none gets a request through, what has most room."""
         if not (useful := [entry for entry in some if entry.estimate.goodput]):
             return Way(max(some, key=lambda entry: entry.candidate.system.capacity.tokens), load)
-        return Way(settled(loop.searched(useful, progress) if loop else useful, loop)[0], load)
+        return Way(settled(useful, loop, progress)[0], load)
 
     every = possible(replace(asked.inventory, systems=("chunked", "lamina", "lamina-cpu"), only_deployable=False))
     if not any(candidate.offloaded for candidate in every):
@@ -216,9 +216,7 @@ def made(system: System, engine: str) -> System | None:
     if not isinstance(system, Offloaded) or system.shard != "heads" or system.local_share or system.lanes > 1:
         return None
     few, many = sorted((count, system.attention_count))
-    if (
-        kv_heads(system.model) % many or many % few
-    ):  # a rank has several machines, or a machine workers of several ranks
+    if system.model.kv_heads % many or many % few:  # a rank has several machines, or a machine workers of several ranks
         return None
     policy = system.policy
     name += f", KV on {system.attention_count}x {system.attention_device.name}"

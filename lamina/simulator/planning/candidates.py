@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.costs.cost_model import KvPolicy, Load, Speculation, kv_heads
+from lamina.simulator.costs.cost_model import KvPolicy, Load, Speculation
 from lamina.simulator.costs.hardware import Device
 from lamina.simulator.costs.offloaded import SEQUENCE_TOKENS, best_local_share
 from lamina.simulator.costs.shapes import ModelShape
@@ -64,8 +64,7 @@ def candidates(
             system = with_decode(system, sequence_tokens=sequence_tokens)
         if speculation is not None:
             system = with_decode(system, speculation=speculation)
-        count = _replicas(system, inventory)
-        if count < 1 or (inventory.only_deployable and undeployable(system)) or not fits(system):
+        if not _allowed(system, inventory) or (count := _replicas(system, inventory)) < 1 or not fits(system):
             continue
         cost = price(system)
         if cheapest is None or cost < price(cheapest):
@@ -103,9 +102,14 @@ def _systems(model: ModelShape, inventory: Inventory, prefill: bool, context: in
         for system in _offloaded(model, inventory, policy):
             for tokens in chunks:
                 yield replace(system, batch_tokens=tokens)
-            if system.lanes == 1 and (share := _local_share(system, context)):
-                for tokens in chunks:
+            if system.lanes == 1 and _allowed(full := replace(system, local_share=1.0), inventory):
+                share = _local_share(full, context)
+                for tokens in chunks if share else ():
                     yield replace(system, batch_tokens=tokens, local_share=share)
+
+
+def _allowed(system: System, inventory: Inventory) -> bool:
+    return not (inventory.only_deployable and undeployable(system))
 
 
 def _colocated(
@@ -160,7 +164,7 @@ def _offloaded(model: ModelShape, inventory: Inventory, policy: KvPolicy) -> Ite
 def _local_share(system: Offloaded, context: int) -> float:
     """The share of the KV that the model devices keep in a batch that fills half of both tiers; 0 where none pays."""
     try:
-        capacity = replace(system, local_share=1.0).capacity
+        capacity = system.capacity
         batch = max(1, min(capacity.tokens // context, capacity.sequences, system.max_sequences) // 2)
         return best_local_share(system, Load(batch, context))
     except InvalidRequest:
@@ -176,7 +180,7 @@ def _degrees(device: Device, count: int) -> Iterator[int]:
 def _shards(model: ModelShape, count: int) -> tuple[str, ...]:
     """The ways to cut KV: heads where each worker gets as many, else ranges of positions too; beyond the heads those
     alone."""
-    heads = kv_heads(model)
+    heads = model.kv_heads
     if count > heads:
         return ("sequence",)
     return ("heads",) if heads % count == 0 else ("heads", "sequence")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lamina.errors import InvalidRequest
-from lamina.simulator.costs.cost_model import FULL, KvPolicy, Speculation, kv_heads
+from lamina.simulator.costs.cost_model import FULL, KvPolicy, Speculation
 from lamina.simulator.costs.hardware import Catalogue, Device
 from lamina.simulator.costs.shapes import ModelShape
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System, with_decode
@@ -142,7 +142,7 @@ def _built(kind: str, devices: Sequence[tuple[Device, int]], choice: Choice) -> 
         attention_count=others,
         link=link,
         lanes=choice.lanes,
-        shard="heads" if others <= kv_heads(model) else "sequence",
+        shard="heads" if others <= model.kv_heads else "sequence",
         policy=policy,
     )
 

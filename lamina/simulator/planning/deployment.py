@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from lamina.config import MAX_LANES
-from lamina.simulator.costs.cost_model import kv_heads
 from lamina.simulator.costs.packing import QUANTIZED
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System
 
@@ -38,7 +37,7 @@ def undeployable(system: System) -> str:
         return f"{system.lanes} lanes; {replicas} replicas have {limit} at most"
     if (share := system.local_share) and (workers := ranks * replicas) > 1:
         return f"{share:.0%} of the KV with one of {workers} model workers; with several it is all elsewhere"
-    if system.shard == "heads" and system.attention_count > 1 and kv_heads(system.model) == 1:
+    if system.shard == "heads" and system.attention_count > 1 and system.model.kv_heads == 1:
         return "the model's one KV head cannot be cut by heads"
     return ""
 

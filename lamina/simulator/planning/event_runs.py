@@ -14,8 +14,7 @@ from itertools import takewhile
 from lamina.simulator.costs.systems import System, price, without_prices
 from lamina.simulator.event_loop.results import ATTAINMENT, RunResult
 from lamina.simulator.event_loop.simulate import Progress, Slo, simulate
-from lamina.simulator.planning.candidates import Candidate
-from lamina.simulator.planning.planner import CHOSEN, Ranked, limited, looked_at, mixes, rank, with_replicas, worth
+from lamina.simulator.planning.planner import CHOSEN, Ranked, limited, looked_at, mixes, with_replicas, worth
 from lamina.simulator.planning.run_progress import Mapped, RunProgress, one_by_one
 from lamina.simulator.traces.arrivals import Trace
 from lamina.simulator.traces.catalogue import at_rate, windows
@@ -42,7 +41,7 @@ class EventRuns:
         self._ran: dict[tuple[System, int], Ranked] = {}
 
     def situated(self, demand: Demand, slo: Slo) -> EventRuns:
-        """Runs one at a time for another demand of the same requests, with prompts as many times as long, and SLO."""
+        """Runs of the same requests for another demand and SLO, one at a time, with prompts as long as it has them."""
         trace, factor = self._trace, demand.prompt / self._demand.prompt
         if factor != 1:
             arrivals = (replace(entry, prompt=max(1, round(entry.prompt * factor))) for entry in trace.arrivals)
@@ -76,8 +75,8 @@ class EventRuns:
         return [ran.get(id(entry), entry) for entry in ranked]
 
     def run(self, ranked: Ranked) -> Ranked:
-        """The candidate after the event loop: with as few replicas as serve what is asked for, of those that may or,
-        where none do, at the highest rate tried that keeps the SLO."""
+        """The candidate after the event loop: with as few replicas as serve what is asked for or, where not even all
+        do, at the highest rate tried that keeps the SLO."""
         system = ranked.candidate.system
         earlier = self._ran.get((without_prices(system), ranked.candidate.replicas))
         if earlier is None:
@@ -126,25 +125,10 @@ class EventRuns:
         return simulate(system, trace, seed=self._seed, slo=self._slo, prefill=self._prefill, replicas=replicas)
 
 
-def decided(
-    every: Sequence[Candidate],
-    demand: Demand,
-    slo: Slo,
-    *,
-    prefill: bool = True,
-    loop: EventRuns | None = None,
-    progress: Progress | None = None,
-    mapped: Mapped = one_by_one,
-) -> list[Ranked]:
-    """The candidates, the best first: see `rank`. With `loop` whatever would be first is checked."""
-    ranked = rank(every, demand, slo, prefill=prefill, progress=progress, mapped=mapped)
-    return settled(loop.searched(ranked, progress) if loop else ranked, loop)
-
-
-def settled(ranked: Sequence[Ranked], loop: EventRuns | None = None) -> list[Ranked]:
-    """The candidates with the winner first, after a run of its own. What would be first is checked before it is
-    believed; without `loop` formulas are."""
-    every = list(ranked)
+def settled(ranked: Sequence[Ranked], loop: EventRuns | None = None, progress: Progress | None = None) -> list[Ranked]:
+    """The candidates of `rank` with the winner first, after a run of its own. What would be first is checked before it
+    is believed; without `loop` formulas are."""
+    every = list(ranked) if loop is None else loop.searched(ranked, progress)
 
     def standing(place: int) -> tuple[bool, float]:
         entry = every[place] if loop is None else every[place].hoped

@@ -14,11 +14,11 @@ from lamina.simulator.event_loop.simulate import Progress, Slo
 from lamina.simulator.planning import reasons
 from lamina.simulator.planning.candidates import Candidate, candidates
 from lamina.simulator.planning.deployment import engine_keywords
-from lamina.simulator.planning.event_runs import EventRuns, decided
+from lamina.simulator.planning.event_runs import EventRuns, settled
 from lamina.simulator.planning.intervals import intervals
 from lamina.simulator.planning.inventory import Inventory
 from lamina.simulator.planning.plan_file import Plan, TraceSummary
-from lamina.simulator.planning.planner import Ranked, cheaper, limited, looked_at, mixes, near_ties, surer
+from lamina.simulator.planning.planner import Ranked, cheaper, limited, looked_at, mixes, near_ties, rank, surer
 from lamina.simulator.planning.quantities import market, prices
 from lamina.simulator.planning.run_progress import Mapped, one_by_one
 from lamina.simulator.planning.sensitivity import Changes, Sensitivity
@@ -122,7 +122,7 @@ def make_plan(
     slo, prefill, load = asked.slo, asked.prefill, asked.demand
     loop = EventRuns(asked.trace, load, slo, prefill, seed, mapped) if check else None
     every = choice(asked, load, asked.budget)
-    ranked = decided(every, load, slo, prefill=prefill, loop=loop, progress=progress, mapped=mapped)
+    ranked = settled(rank(every, load, slo, prefill=prefill, progress=progress, mapped=mapped), loop, progress)
     sensitivities: list[Sensitivity] = []
     if why:
         beyond = _beyond(asked, load, ranked)

@@ -8,8 +8,9 @@ error of the comparison: `near_ties` says which are equally good. `reasons.py` e
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.systems import Colocated, Disaggregated, Offloaded, System, with_decode
@@ -112,8 +113,13 @@ class Ranked:
         return near or ATTAINMENT - MARGIN <= forecast.almost < ATTAINMENT
 
     @property
+    def nearly(self) -> bool:
+        """Whether one replica fewer, or these where they do not serve all, have enough in time to be named."""
+        return self.estimate.almost >= NAMED_FROM
+
+    @property
     def hoped(self) -> Ranked:
-        """As it stands, or as a run may find that it does."""
+        """As it stands; or with one replica fewer, or as serving all, where a run may find that this is so."""
         forecast = self.estimate
         if self.result is not None or not ATTAINMENT - MARGIN <= forecast.almost < ATTAINMENT:
             return self
@@ -171,18 +177,20 @@ def rank(
     def ranking(partly: bool) -> list[Ranked]:
         reports = RunProgress(progress, "ranking", len(every) + min(CLOSER, len(every)))
 
-        def look(candidate: Candidate) -> Ranked:
-            return looked_at(candidate, demand, slo, prefill, partly, fine=False)
+        def looks(some: Sequence[Candidate], fine: bool) -> Iterator[Ranked]:
+            def forecast(candidate: Candidate) -> Estimate:
+                return looked_at(candidate, demand, slo, prefill, partly, fine).estimate
 
-        def look_closely(entry: Ranked) -> Ranked:
-            return looked_at(entry.candidate, demand, slo, prefill, partly)
+            # The first of them here: so processes that are forked off have the compiled replay.
+            forecasts = reports.over(chain(map(forecast, some[:1]), mapped(forecast, some[1:])))
+            return (Ranked(*pair, closely=fine) for pair in zip(some, forecasts, strict=True))
 
-        steady = sorted(reports.over(mapped(look, every)), key=_order)
+        steady = sorted(looks(every, fine=False), key=_order)
         closer: list[Ranked] = []
         while len(closer) < len(steady) and (
             not closer or _order(min(closer, key=_order)) > _order(steady[len(closer)])
         ):
-            closer += reports.over(mapped(look_closely, steady[len(closer) : len(closer) + CLOSER]))
+            closer += looks([entry.candidate for entry in steady[len(closer) : len(closer) + CLOSER]], fine=True)
         reports.end()
         return sorted(closer, key=_order) + steady[len(closer) :]
 
@@ -210,13 +218,13 @@ def cheaper(ranked: Sequence[Ranked], demand: Demand, slo: Slo, prefill: bool = 
     if not first.serves or math.isinf(demand.rate):
         return chosen
     bound = first.estimate.price * (1 - 1e-9)
-    near = [entry for entry in ranked if entry.estimate.almost >= NAMED_FROM and entry.hoped_price < bound]
+    near = [entry for entry in ranked if entry.nearly and entry.hoped_price < bound]
     near = sorted(near, key=lambda entry: -entry.estimate.almost)[:CLOSER]
     looks = [
         entry if entry.closely else looked_at(entry.candidate, demand, slo, prefill, partly=False) for entry in near
     ]
     for entry in sorted(looks, key=lambda entry: (-entry.estimate.almost, entry.hoped_price)):
-        if NAMED_FROM <= entry.estimate.almost < ATTAINMENT and entry.hoped_price < bound:
+        if entry.nearly and entry.estimate.almost < ATTAINMENT and entry.hoped_price < bound:
             fewer = Candidate(entry.candidate.system, entry.estimate.replicas - entry.estimate.serves)
             chosen.append(looked_at(fewer, demand, slo, prefill, partly=False))
             bound = entry.hoped_price

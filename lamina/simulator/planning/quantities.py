@@ -50,12 +50,14 @@ def prices(systems: Iterable[System]) -> list[Quantity]:
     """Dollars an hour of each device that has a price."""
     devices = {device.name: device.price for system in systems for device, _ in system.devices if device.price}
     return [
-        Quantity(f"price of {name}", dollars, "$/h", _price(name), device=name) for name, dollars in devices.items()
+        Quantity(f"price of {name}", dollars, "$/h", _more_of("price", name), device=name)
+        for name, dollars in devices.items()
     ]
 
 
-def _price(name: str) -> Callable[[Situation, float], Situation]:
-    return lambda given, factor: replace(given, system=scaled(given.system, factor, name, "price"))
+def _more_of(what: str, name: str) -> Callable[[Situation, float], Situation]:
+    """The change of that number of the device or link of that name."""
+    return lambda given, factor: replace(given, system=scaled(given.system, factor, name, what))
 
 
 def links(systems: Iterable[System]) -> dict[str, Link]:
@@ -97,9 +99,7 @@ def faster(system: System, factor: float, name: str | None = None) -> System:
 
 
 def _link(link: Link) -> Quantity:
-    def change(given: Situation, factor: float) -> Situation:
-        return replace(given, system=scaled(given.system, factor, link.name, "bandwidth"))
-
+    change = _more_of("bandwidth", link.name)
     return Quantity(f"bandwidth of {link.name}", link.bandwidth / 1e9, "GB/s", change)
 
 
@@ -112,10 +112,7 @@ def _more_requests(given: Situation, factor: float) -> Situation:
 
 
 def _slower_slo(name: str) -> Callable[[Situation, float], Situation]:
-    def change(given: Situation, factor: float) -> Situation:
-        return replace(given, slo=replace(given.slo, **{name: getattr(given.slo, name) * factor}))
-
-    return change
+    return lambda given, factor: replace(given, slo=replace(given.slo, **{name: getattr(given.slo, name) * factor}))
 
 
 def _faster(given: Situation, factor: float) -> Situation:

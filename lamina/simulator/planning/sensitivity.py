@@ -1,12 +1,12 @@
 """How far one thing has to change until another candidate wins: prices, links, load, prompts, the SLO, the speed of
 devices.
 
-Neither an estimate nor a run depends on prices, so that of all candidates it is known how they stand at any price; one
-that would be first by what is not sure is checked before it is believed. For other changes what is first at a factor is
-found as a plan is, by all requests of the changed trace: each candidate counts for what it may give at most, by its
-price, by a coarse look, by the replay and by the event loop in turn, until the one before all others is sure. So it is
-on both sides of a factor that is said. About where that is says the replay, of the candidates that were replayed with
-all requests.
+Neither an estimate nor a run depends on prices, so it is known how each candidate stands at any price. One that would
+be first, and is not sure to serve all, is checked before it is believed.
+
+For other changes the replay of the best candidates says about where the first changes. The factors on both sides of
+that are planned again, by all requests of the changed trace. A candidate counts for what it may give at most: by its
+price, by a coarse look, by the replay and by the event loop in turn, until the first of all is sure.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from lamina.errors import InvalidRequest
 from lamina.simulator.costs.systems import System, price
 from lamina.simulator.event_loop.simulate import Progress, Slo
 from lamina.simulator.planning.candidates import Candidate, fits
-from lamina.simulator.planning.event_runs import EventRuns, decided
-from lamina.simulator.planning.planner import MARGIN, NAMED_FROM, Ranked, described, handicap, looked_at, mix, worth
+from lamina.simulator.planning.event_runs import EventRuns, settled
+from lamina.simulator.planning.planner import MARGIN, Ranked, described, handicap, looked_at, mix, rank, worth
 from lamina.simulator.planning.quantities import Quantity, Situation
 from lamina.simulator.planning.run_progress import Mapped, RunProgress, one_by_one
 from lamina.simulator.steady_state.closed_form import CLOSE
@@ -55,7 +55,7 @@ class First(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
-    """How far something has to rise or fall until another wins; None where `farthest` times isn't enough."""
+    """How far something has to rise or fall until another wins; None where `FAR` times is not enough."""
 
     what: str
     now: float
@@ -94,7 +94,7 @@ class Changes:
     ) -> None:
         self._ranked, self._inside = [*ranked, *beyond], range(len(ranked))
         self._mixes = [mix(entry.candidate.system) for entry in self._ranked]
-        near = [entry.closely or entry.estimate.almost >= NAMED_FROM for entry in ranked]
+        near = [entry.closely or entry.nearly for entry in ranked]
         self._rivals = [place for place in self._inside if near[place] or self._mixes[place] == self._mixes[0]]
         self._demand, self._slo, self._prefill, self._budget = demand, slo, prefill, budget
         self._loop, self._progress, self._mapped = loop, progress, mapped
@@ -170,7 +170,8 @@ class Changes:
         if math.isinf(then.demand.rate):
             return self._planned(quantity, factor, places, sure)
         candidates: dict[int, Candidate] = {}
-        hopes: list[tuple[bool, float, int, Ranked | None]] = []  # the least is the best
+        # Whether it misses the SLO, its worth below 0, its place, and what is known of it: the least is the best.
+        hopes: list[tuple[bool, float, int, Ranked | None]] = []
 
         def all_in_time(place: int, replicas: int) -> tuple[bool, float]:
             dollars = max(price(candidates[place].system) * replicas, 1e-12) * handicap(self._ranked[place])
@@ -179,10 +180,8 @@ class Changes:
         def hope(place: int, look: Ranked) -> None:
             best = look if loop is None or not look.closely else look.hoped
             order = not best.serves, -worth(best) if best.serves else 0.0
-            if not look.closely:  # by a few requests, of which more than of all are in time, or fewer
-                fewer = look.estimate.almost >= NAMED_FROM
-                if fewer or look.serves:
-                    order = all_in_time(place, look.estimate.replicas - (fewer and look.serves))
+            if not look.closely and (look.nearly or look.serves):  # of a few requests more are in time, or fewer
+                order = all_in_time(place, look.estimate.replicas - (look.nearly and look.serves))
             heappush(hopes, (*order, place, look))
 
         for place in self._inside if places is None else places:
@@ -195,7 +194,7 @@ class Changes:
                 heappush(hopes, (*all_in_time(place, 1), place, None))
 
         def leads(place: int, gives: float) -> bool:
-            """Whether it gives more than the replay may be wrong about, beyond all of other devices."""
+            """Whether its worth is above that of all other mixes by more than the replay may be wrong."""
             others = (theirs for _, theirs, other, _ in hopes if self._mixes[other] != self._mixes[place])
             return gives < (1 + MARGIN) * min(others, default=0.0)
 
@@ -233,7 +232,7 @@ class Changes:
         if not every:
             return First(-1, 0)
         try:
-            first = decided(list(every), then.demand, then.slo, prefill=self._prefill, loop=loop)[0]
+            first = settled(rank(list(every), then.demand, then.slo, prefill=self._prefill), loop)[0]
         except InvalidRequest:
             return First(-1, 0)
         served = 1.0 if first.serves or math.isinf(then.demand.rate) else first.goodput / then.demand.rate

@@ -111,7 +111,11 @@ def to_csv(results: Iterable[RunResult]) -> str:
             else:
                 row[key] = value
         rows.append(row)
-    return _csv(list(rows[0]), rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
+    return text.getvalue()
 
 
 def _record(run: RunResult, samples: bool = True) -> dict[str, Any]:
@@ -133,14 +137,6 @@ def _record(run: RunResult, samples: bool = True) -> dict[str, Any]:
 def finite(value: Any) -> Any:
     """The value as JSON has it: None for a number that is not finite."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _csv(names: Sequence[str], rows: Iterable[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
-    return text.getvalue()
 
 
 def _cell(value: Any) -> Any:

@@ -1,19 +1,16 @@
 """What a system yields, without the scheduler (`estimate`): all of the trace's requests in a replay of a few sums a
 request.
 
-- The trace (`demand.py`), at the rate that is asked for, goes through one instance batch by batch (`replay`): first
-  come, first served, with a limit of sequences, of tokens of KV and of tokens a batch. Of r replicas each takes every
-  rth request. So bursts, loads that change and long prompts are those of the trace, and times those of each request.
+- The trace (`demand.py`), at the rate that is asked for, goes through one instance batch by batch (`replay`, which says
+  what is left out). Of r replicas each takes every rth request. So bursts, loads that change and long prompts are those
+  of the trace, and times those of each request.
 - A coarse look takes windows of it: enough to sort thousands of candidates, and too kind by 6 to 12 points of what is
   in time.
-- Batches take what the cost model says, interpolated (`Batches`).
 - It begins with as many sequences in decode as Little's law has for the mean of the requests, with outputs half way
   through; and it ends with the last first token.
 - Where prompts have instances of their own, there are three of these in a row: prompts, one after another over the
   link, decode. The wait for decode and the way to it come after the first token: TPOT has them.
 - Where not all can be served the highest rate is searched for that has enough in time.
-
-Left out, and in the event loop: prefixes that requests share, and preemption.
 
 `none_meets` and `slow_link` say why systems cannot serve a demand: what they have, and what they need. Pure.
 """
@@ -25,6 +22,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from operator import attrgetter
 
 from lamina.errors import InvalidRequest
 from lamina.simulator.costs.cost_model import ALPHA, Load, minimum_bandwidth
@@ -83,11 +81,6 @@ class Estimate:
     def goodput(self) -> float:
         """Requests a second within the SLO."""
         return self.taken * self.share
-
-    @property
-    def goodput_per_dollar(self) -> float:
-        """Requests within the SLO for a dollar."""
-        return self.goodput * 3600 / self.price if self.price else math.inf
 
     @property
     def dollars_per_million(self) -> float:
@@ -234,7 +227,7 @@ class _Search:
     def fewest(self, replicas: int, rate: float) -> tuple[int, float]:
         """How many serve that rate (0: up to `replicas` do not), and the share in time of one fewer, or of all where
         they do not serve it."""
-        least = self._least(rate)
+        least = max(1, math.ceil(min(rate, 1e18) / self._tops[0] * (1 - 1e-9)))  # fewer cannot keep up
         if math.isinf(rate) or least > replicas:
             return 0, 0.0
         if self._share(rate, least) >= self._needed:
@@ -253,8 +246,9 @@ class _Search:
         tried: list[tuple[Point, int]] = []
         low = replace(self.alone, rate=0.0)
         for _ in range(_TRIES):
-            lower = max((pair[0] for pair in tried if pair[0].share >= self._needed), key=_rate, default=low)
-            higher = min((pair[0] for pair in tried if pair[0].rate > lower.rate), key=_rate, default=None)
+            points = sorted((point for point, _ in tried), key=attrgetter("rate"))
+            lower = next((point for point in reversed(points) if point.share >= self._needed), low)
+            higher = next((point for point in points if point.rate > lower.rate), None)
             if first and first[0] > lower.rate:
                 rate = first.pop(0)
             elif higher is None or higher.rate <= lower.rate * (1 + CLOSE):
@@ -268,16 +262,8 @@ class _Search:
             tried.append(self.at(rate, replicas))
         return max(tried, key=lambda pair: (pair[0].share >= self._needed, pair[0].rate * pair[0].share))
 
-    def _least(self, rate: float) -> int:
-        """Fewer cannot keep up."""
-        return max(1, math.ceil(min(rate, 1e18) / self._tops[0] * (1 - 1e-9)))
-
     def _share(self, rate: float, count: int) -> float:
         return self.at(rate / count, count)[0].share
-
-
-def _rate(point: Point) -> float:
-    return point.rate
 
 
 def none_meets(tried: Sequence[tuple[str, System, Estimate]], demand: Demand, slo: Slo, prefill: bool = True) -> str:

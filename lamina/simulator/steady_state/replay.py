@@ -76,23 +76,26 @@ class Batches:
         """d(n + q) - d(n): seconds that so many tokens of prompts add, without their past."""
         return max(0.0, self.reach(count, count + tokens) - self.reach(count, count)) if self.prefill else 0.0
 
-    def past(self, lengths: NDArray[np.int64], most: int) -> NDArray[np.float64]:
-        """e(p) of each of these prompts, which come in batches of up to `most` tokens: with none in decode, and beside
-        some, in a row each."""
-        seconds = np.zeros((2, len(lengths)))
+    def past(self, lengths: NDArray[np.int64], most: int, beside: bool) -> NDArray[np.float64]:
+        """e(p) of each of these prompts, which come in batches of up to `most` tokens: with none in decode, or `beside`
+        some."""
+        seconds = np.zeros(len(lengths))
         if not self.prefill:
             return seconds
+        decoding = _SOME if beside and self._rotates else 0
         # Those whose past has no room beside the dense layers are another matter.
         for chosen in (lengths <= self.system.prompt_tokens, lengths > self.system.prompt_tokens):
             if chosen.any():
                 group = lengths[chosen]
                 anchors = np.unique(np.geomspace(group.min(), group.max(), _LENGTHS).round())
-                for row, decoding in enumerate((0, _SOME) if self._rotates else (0,)):
-                    values = [self._past(round(length), most, decoding) for length in anchors.tolist()]
-                    seconds[row, chosen] = np.interp(group, anchors, values)
-        if not self._rotates:
-            seconds[1] = seconds[0]
+                values = [self._past(round(length), most, decoding) for length in anchors.tolist()]
+                seconds[chosen] = np.interp(group, anchors, values)
         return seconds
+
+    def pasts(self, lengths: NDArray[np.int64], most: int) -> NDArray[np.float64]:
+        """Both, in a row each."""
+        alone = self.past(lengths, most, False)
+        return np.stack((alone, self.past(lengths, most, True) if self._rotates else alone))
 
     def _alone(self, count: int) -> float:
         return self.system.step(Load(count, self.context)).seconds

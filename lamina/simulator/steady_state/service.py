@@ -75,8 +75,7 @@ class Service:
         self._has_prompts = prefill and self._apart is None
         self._batches = _batches(_plain(self._decode), demand.context, self._has_prompts)
         self._budget = self._decode.max_batch_tokens if self._has_prompts else UNBOUNDED
-        lengths = demand.sample.prompts
-        self._past = float((lengths * self._batches.past(lengths, self._budget)[1]).mean())
+        self._past = self._mean_past(self._batches, self._budget, True)
         self._prepared: dict[Sample, Requests] = {}
         self._presents: dict[tuple[float, int], Integers] = {}
 
@@ -99,12 +98,16 @@ class Service:
         if self._apart is None:
             return decode
         batches, link = self._beforehand(self._apart)
-        prompts = self._demand.sample.prompts
-        chunk = min(self._apart.prefill.max_batch_tokens, 8 * math.ceil(self._demand.prompt))
-        prompt = batches.added(0, chunk) * self._demand.prompt / chunk
-        prompt += float((prompts * batches.past(prompts, self._apart.prefill.max_batch_tokens)[0]).mean())
-        sent = float(link(prompts).mean())
+        limit = self._apart.prefill.max_batch_tokens
+        chunk = min(limit, 8 * math.ceil(self._demand.prompt))
+        prompt = batches.added(0, chunk) * self._demand.prompt / chunk + self._mean_past(batches, limit, False)
+        sent = float(link(self._demand.sample.prompts).mean())
         return min(decode, 1 / prompt, 1 / sent if sent else math.inf)
+
+    def _mean_past(self, batches: Batches, limit: int, beside: bool) -> float:
+        """Seconds of a prompt's past, in the mean: see `Batches.past`."""
+        lengths, counts = self._demand.sample.lengths
+        return float(np.average(lengths * batches.past(lengths, limit, beside), weights=counts))
 
     def at(self, rate: float, places: int, replicas: int, requests: int) -> Point:
         """Of `replicas` that take requests in turn, one with `rate` requests a second and up to `places` sequences at a
@@ -140,7 +143,7 @@ class Service:
         part of the pace."""
         batches, link = self._beforehand(system)
         before, number = system.prefill, len(stream)
-        past = batches.past(stream.prompts, before.max_batch_tokens)
+        past = batches.pasts(stream.prompts, before.max_batch_tokens)
         alone = replace(
             requests, outputs=np.ones(number, np.int64), past=past, held=requests.prompts + np.float64(PAGE_SIZE / 2)
         )
@@ -186,7 +189,7 @@ class Service:
                 stream.at,
                 stream.prompts,
                 stream.outputs,
-                self._batches.past(stream.prompts, self._budget),
+                self._batches.pasts(stream.prompts, self._budget),
                 contexts,
                 held(self._decode, contexts + PAGE_SIZE / 2),
             )

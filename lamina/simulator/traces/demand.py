@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,11 @@ class Sample:
 
     def __len__(self) -> int:
         return len(self.at)
+
+    @cached_property
+    def lengths(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The lengths that prompts have, and how many have each."""
+        return np.unique(self.prompts, return_counts=True)
 
     def seconds(self, rate: float) -> NDArray[np.float64]:
         """The times at so many requests a second."""
