@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, replace
+from dataclasses import replace
 
 import pytest
 from drawn_traces import poisson
@@ -75,9 +75,7 @@ def test_remembered_costs_are_those_of_the_cost_model() -> None:
         costs, real = DecodeCosts(system), exact(system)
         for batch in (1, 7, 64, 300):
             for mean in (1, 33, 900, 7000):
-                assert astuple(costs(batch, batch * mean)) == pytest.approx(
-                    astuple(real(batch, batch * mean)), rel=0.006
-                )
+                assert tuple(costs(batch, batch * mean)) == pytest.approx(tuple(real(batch, batch * mean)), rel=0.006)
 
 
 @pytest.mark.parametrize("system", [ONE, NARROW, Disaggregated(prefill=ONE, decode=NARROW, link=OFFLOADED.link)])
