@@ -23,7 +23,7 @@ from lamina.completions import Completion, Embedding, TokenEvent
 from lamina.config import DEFAULT_MODEL, EngineConfig
 from lamina.errors import EngineError, InvalidRequest
 from lamina.messages.engine_request import Received
-from lamina.sampling_params import SamplingKeywords, SamplingParams
+from lamina.sampling_params import SamplingKeywords, SamplingParams, chosen_params
 from lamina.system.child_process import SPAWN, check_process
 from lamina.system.progress import Progress, StderrBars, watched
 from lamina_workers.devices.openmp import share_cores
@@ -318,12 +318,7 @@ class LLM:
     def _start(self, prepared: Prepared, params: SamplingParams | None, request: RequestKeywords) -> Call:
         """A call whose requests are checked. It submits them once it is waited for or iterated."""
         priority = request.pop("priority", 0)
-        sampling: Mapping[str, object] = request
-        if params is not None and sampling:
-            raise InvalidRequest(f"both params and {', '.join(sampling)} were given; allowed is one of the two")
-        if params is not None and not isinstance(params, SamplingParams):
-            raise InvalidRequest(f"params is {params!r:.80}; allowed is a SamplingParams")
-        params = params or SamplingParams.from_keywords(**sampling)
+        params = chosen_params(params, request)
         inputs = self._runtime.inputs
         requests = inputs.requests(prepared.prompts, params, priority)
         inputs.compile(params)

@@ -177,6 +177,17 @@ class SamplingParams:
             raise ModelFileError(f"generation_config.json: {error}") from error
 
 
+def chosen_params(params: SamplingParams | None, keywords: Mapping[str, Any]) -> SamplingParams:
+    """What a call was given: `params`, or their fields as keywords. Raises InvalidRequest."""
+    if params is None:
+        return SamplingParams.from_keywords(**keywords)
+    if keywords:
+        raise InvalidRequest(f"both params and {', '.join(keywords)} were given; allowed is one of the two")
+    if not isinstance(params, SamplingParams):
+        raise InvalidRequest(f"params is {params!r:.80}; allowed is a SamplingParams")
+    return params
+
+
 class SamplingKeywords(TypedDict, total=False):
     """The keywords of `LLM.generate` and its like for editors and type checkers: the fields of `SamplingParams`."""
 

@@ -15,11 +15,12 @@ import typer
 
 from lamina.cli.options import JsonLines, Threads
 from lamina.cli.terminal import print_json, print_rows, show_bytes
+from lamina.client.connection import ask
 from lamina.errors import InvalidRequest
 from lamina.joining.pairing import plain_code, spaced
 from lamina.system.child_process import KEY_VARIABLE
 from lamina.system.machine import this_machine
-from lamina.system.text_files import parse_size
+from lamina.system.text_files import parse_size, show_size
 
 joining_app = typer.Typer(no_args_is_help=True, help="The machines that join a server: see, accept, refuse, remove.")
 
@@ -57,7 +58,7 @@ def join(
     machine = this_machine()
     size = machine.memory_available // 2 if memory is None else parse_size("memory", memory)
     if machine.memory and size > machine.memory:
-        raise InvalidRequest(f"memory is {size} bytes; this machine has {machine.memory}")
+        raise InvalidRequest(f"memory is {memory}; allowed are the {show_size(machine.memory)} that this machine has")
     if not 0 <= port <= 65535:
         raise InvalidRequest(f"port is {port}; allowed are 0 to 65535")
     try:
@@ -141,7 +142,7 @@ def accept(
     if not yes:
         _check_terminal()
         typer.confirm(f"Accept {about}?", abort=True, err=True)
-    _ask(url, f"/joining/{chosen['id']}", api_key, {"accept": True, "code": digits})
+    ask(url, f"/joining/{chosen['id']}", api_key, {"accept": True, "code": digits})
     typer.echo(f"{about} is accepted")
 
 
@@ -149,7 +150,7 @@ def accept(
 def remove(machine: Which, url: Url = _URL, api_key: Key = None) -> None:
     """Refuse a machine that waits, or take one no longer."""
     chosen = _find(_machines(url, api_key), machine)
-    _ask(url, f"/joining/{chosen['id']}", api_key, {"accept": False})
+    ask(url, f"/joining/{chosen['id']}", api_key, {"accept": False})
     typer.echo(f"{chosen['name']} is {'refused' if chosen['state'] == 'waiting' else 'removed'}")
 
 
@@ -168,14 +169,8 @@ def _find(machines: list[dict[str, Any]], which: str) -> dict[str, Any]:
 
 
 def _machines(url: str, api_key: str | None) -> list[dict[str, Any]]:
-    answer = _ask(url, "/joining", api_key)
+    answer = ask(url, "/joining", api_key)
     if not answer.get("allowed"):
         raise InvalidRequest(f"the server at {url} takes no machines; start it with --allow-join")
-    machines = answer["machines"]
+    machines = answer.get("machines")
     return machines if isinstance(machines, list) else []
-
-
-def _ask(*question: Any) -> dict[str, Any]:
-    from lamina.client.connection import ask  # it loads a tokenizer's library, which `--help` does without
-
-    return ask(*question)

@@ -10,21 +10,22 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import lru_cache
+from http.client import HTTPException
 from typing import Any
 
-from lamina.client.input_processor import Conversations, Prompts, is_one
+from lamina.client.input_processor import Conversations, Prepared, Prompts, listed_conversations, listed_prompts
 from lamina.completions import Completion, FinishReason, Sample, Timing, TokenEvent, TokenLogprob, Usage
 from lamina.errors import EngineError, InvalidRequest
-from lamina.sampling_params import SamplingParams
+from lamina.sampling_params import SamplingParams, chosen_params
 from lamina.system.child_process import KEY_VARIABLE
 
 _MOST, _MOST_LINE, _MOST_LINES = 1 << 26, 1 << 20, 1 << 24  # bytes, and lines of a stream
 _STRUCTURES = {"json_schema": "json", "regex": "regex", "choice": "choice", "grammar": "grammar"}
-_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError)
+_BROKEN = (OSError, HTTPException, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 def begin(url: str, path: str, api_key: str | None, body: Any, seconds: float) -> Any:
@@ -34,30 +35,31 @@ def begin(url: str, path: str, api_key: str | None, body: Any, seconds: float) -
     if not url.startswith(("http://", "https://")):
         raise InvalidRequest(f"url is {url[:80]!r}; allowed is such as http://127.0.0.1:8000")
     keys = (api_key or os.environ.get(KEY_VARIABLE, "")).split()
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {keys[0]}"} if keys else {})
     data = None if body is None else json.dumps(body).encode()
     try:
-        return urllib.request.urlopen(urllib.request.Request(url.rstrip("/") + path, data, headers), timeout=seconds)
+        request = urllib.request.Request(url.rstrip("/") + path, data, {"Content-Type": "application/json"})
+        if keys:  # no other server gets it, where this one sends us
+            request.add_unredirected_header("Authorization", f"Bearer {keys[0]}")
+        return urllib.request.urlopen(request, timeout=seconds)
     except urllib.error.HTTPError as error:
         why = f"status {error.code}"
-        with error, suppress(*_UNREADABLE):
+        with error, suppress(*_BROKEN):
             why = str(json.loads(error.read(_MOST))["error"]["message"])
         kind = InvalidRequest if error.code in (400, 404, 413, 422) else EngineError
         raise kind(f"the server refuses: {why[:500]}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, HTTPException, ValueError) as error:
         raise EngineError(f"no server answers at {url}: {getattr(error, 'reason', error)}") from error
 
 
-def ask(url: str, path: str, api_key: str | None = None, body: Any = None, seconds: float = 10.0) -> dict[str, Any]:
-    """The object that a server answers. Raises as `begin` does."""
+def ask(
+    url: str, path: str, api_key: str | None, body: Any, read: Callable[[Any], Any] = dict, seconds: float = 10.0
+) -> Any:
+    """What `read` makes of the JSON that a server answers. Raises as `begin` does, EngineError where it fails."""
     with begin(url, path, api_key, body, seconds) as response:
         try:
-            answer = json.loads(response.read(_MOST))
-        except (OSError, ValueError) as error:
-            raise EngineError(f"what answers at {url}{path} cannot be read: {error}") from error
-    if not isinstance(answer, dict):
-        raise EngineError(f"what answers at {url} is no Lamina server")
-    return answer
+            return read(json.loads(response.read(_MOST)))
+        except _BROKEN as error:
+            raise EngineError(f"what answers at {url}{path} is no Lamina server: {error!r:.200}") from error
 
 
 class Connection:
@@ -70,17 +72,17 @@ class Connection:
     def __init__(
         self, url: str, model: str | None = None, *, api_key: str | None = None, timeout: float = 600.0
     ) -> None:
-        self.url, self._key, self.timeout = url.rstrip("/").removesuffix("/v1"), api_key, timeout
-        answer = ask(self.url, "/v1/models", api_key, seconds=timeout)
-        try:
-            served = {entry["id"]: int(entry["max_model_len"] or 0) for entry in answer["data"]}
-        except _UNREADABLE as error:
-            raise EngineError(f"what answers at {self.url} is no Lamina server") from error
+        self.url, self.key, self.timeout = url.rstrip("/").removesuffix("/v1"), api_key, timeout
+        served: dict[str, int] = ask(self.url, "/v1/models", api_key, None, _lengths, timeout)
         if model not in (None, *served) or not served:
             raise InvalidRequest(f"model is {model!r:.80}; allowed at {self.url} are {', '.join(served)}")
         self.model = model or next(iter(served))
-        self.max_model_len = served[self.model]
-        self.spelled = cache(lambda token: str(self.ask("/detokenize", {"tokens": [token]})["prompt"]))
+        self.max_model_len: int = served[self.model] or self._ask(  # which loads it
+            "/tokenize", {"prompt": "a"}, lambda answer: int(answer["max_model_len"])
+        )
+        self.spelled = lru_cache(1 << 16)(
+            lambda token: self._ask("/detokenize", {"tokens": [token]}, lambda answer: str(answer["prompt"]))
+        )
 
     def generate(
         self, prompts: Prompts, params: SamplingParams | None = None, **request: Any
@@ -104,29 +106,25 @@ class Connection:
         """Like `chat`, token by token."""
         return iter(self._answer(messages, params, request))
 
-    def begin(self, path: str, fields: Mapping[str, Any] | None = None) -> Any:
-        return begin(self.url, path, self._key, fields and {"model": self.model, **fields}, self.timeout)
-
-    def ask(self, path: str, fields: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        return ask(self.url, path, self._key, fields and {"model": self.model, **fields}, self.timeout)
+    def _ask(self, path: str, fields: Mapping[str, Any], read: Callable[[Any], Any]) -> Any:
+        return ask(self.url, path, self.key, {"model": self.model, **fields}, read, self.timeout)
 
     def _complete(self, prompts: Any, params: SamplingParams | None, request: dict[str, Any]) -> _Call:
-        sources = [prompts] if (one := is_one(prompts)) else prompts
-        tokens = [self._tokens({"prompt": text}) if isinstance(text, str) else list(text) for text in sources]
-        return _Call(self, tokens, one, params, request)
+        return _Call(self, listed_prompts(prompts, lambda text: self._tokens({"prompt": text})), params, request)
 
     def _answer(self, messages: Any, params: SamplingParams | None, request: dict[str, Any]) -> _Call:
-        variables = request.pop("chat_template_kwargs", None)
-        one = not messages or not isinstance(messages[0], list | tuple)
-        fields = [
-            {"messages": conversation, "chat_template_kwargs": variables}
-            for conversation in ([messages] if one else messages)
-        ]
-        return _Call(self, list(map(self._tokens, fields)), one, params, request)
+        template = {"chat_template_kwargs": request.pop("chat_template_kwargs", None)}
+        prepared = listed_conversations(messages, lambda turns: self._tokens({"messages": turns, **template}))
+        return _Call(self, prepared, params, request)
 
     def _tokens(self, fields: dict[str, Any]) -> list[int]:
-        tokens: list[int] = self.ask("/tokenize", fields)["tokens"]
+        tokens: list[int] = self._ask("/tokenize", fields, lambda answer: list(map(int, answer["tokens"])))
         return tokens
+
+
+def _lengths(answer: Any) -> dict[str, int]:
+    """The contexts of models in tokens; 0: the model is not loaded."""
+    return {str(entry["id"]): int(entry["max_model_len"] or 0) for entry in answer["data"]}
 
 
 @dataclass(slots=True)
@@ -146,43 +144,34 @@ class _Call:
     """One request, for these prompts. It is sent once it is iterated, or `result` waits for it."""
 
     def __init__(
-        self,
-        server: Connection,
-        prompts: list[list[int]],
-        one: bool,
-        params: SamplingParams | None,
-        request: dict[str, Any],
+        self, server: Connection, prepared: Prepared, params: SamplingParams | None, request: dict[str, Any]
     ) -> None:
-        priority = request.pop("priority", 0)
-        if params is not None and request:
-            raise InvalidRequest(f"both params and {', '.join(request)} were given; allowed is one of the two")
-        self._params = params = params or SamplingParams.from_keywords(**request)
+        priority, (prompts, one) = request.pop("priority", 0), prepared
+        self._params = params = chosen_params(params, request)
         if params.prompt_logprobs is not None:
             raise InvalidRequest(f"prompt_logprobs is {params.prompt_logprobs}; allowed over a connection is None")
         fields = {name: value for name, value in asdict(params).items() if value not in (None, (), {})}
         structure = {_STRUCTURES[name]: fields.pop(name) for name in _STRUCTURES if name in fields}
-        room = max(1, server.max_model_len - max(map(len, prompts), default=0))
-        self._body = {"max_tokens": room, **fields, "structured_outputs": structure or None, "priority": priority}
-        self._body |= {"prompt": prompts, "logprobs": params.logprobs or 0, "return_tokens_as_token_ids": True}
-        self._body |= {"stream": True, "stream_options": {"include_usage": True}}
+        room = max(1, server.max_model_len - max(map(len, prompts)))
+        self._body = {"model": server.model, "max_tokens": room, **fields, "priority": priority, "prompt": prompts}
+        self._body |= {"structured_outputs": structure or None, "logprobs": params.logprobs or 0}
+        self._body |= {"return_tokens_as_token_ids": True, "stream": True, "stream_options": {"include_usage": True}}
         self._server, self._prompts, self._one, self._cached = server, prompts, one, 0
         self._samples = [_Growing() for _ in range(len(prompts) * params.n)]
 
     def __iter__(self) -> Iterator[TokenEvent]:
-        if not self._prompts:
-            return
-        start = time.monotonic()
-        with self._server.begin("/v1/completions", self._body) as response:
+        start, server = time.monotonic(), self._server
+        with begin(server.url, "/v1/completions", server.key, self._body, server.timeout) as response:
             try:
                 for _ in range(_MOST_LINES):
                     if not (line := response.readline(_MOST_LINE)) or line.startswith(b"data: [DONE]"):
                         break
                     if line.startswith(b"data: "):
                         yield from self._read(json.loads(line[6:]), start)
-            except _UNREADABLE as error:
-                raise EngineError(f"what {self._server.url} streams cannot be read: {error!r:.200}") from error
+            except _BROKEN as error:
+                raise EngineError(f"what {server.url} streams cannot be read: {error!r:.200}") from error
         if not all(sample.reason for sample in self._samples):
-            raise EngineError(f"{self._server.url} ended the stream before the answers had ended")
+            raise EngineError(f"{server.url} ended the stream before the answers had ended")
 
     def _read(self, chunk: dict[str, Any], start: float) -> Iterator[TokenEvent]:
         """The events of a chunk."""

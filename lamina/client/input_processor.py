@@ -10,7 +10,8 @@ from __future__ import annotations
 import itertools
 import math
 import secrets
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
 from lamina.errors import InvalidRequest, cut
@@ -18,10 +19,10 @@ from lamina.kv.request import Request, check_length
 from lamina.messages.engine_request import EngineRequest
 from lamina.sampling_params import SamplingParams
 from lamina.text.messages import check_template_kwargs
-from lamina.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from lamina.text.structured_output import Grammars
+    from lamina.text.tokenizer import Tokenizer
 
 Pooling = Literal["last", "mean", "eos"]
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
@@ -176,18 +177,12 @@ class InputProcessor:
             self.grammars.constraints(params, 1)
 
     def prompts(self, prompts: Prompts) -> Prepared:
-        if isinstance(prompts, bytes | bytearray) or not isinstance(prompts, str | Sequence):
-            raise InvalidRequest(f"prompts is {cut(prompts)}; allowed is text, a list of token ids, or a list of those")
-        if is_one(prompts):
-            return Prepared([self._prompt("the prompt", prompts)], one=True)
-        return Prepared([self._prompt(f"prompts[{index}]", prompt) for index, prompt in enumerate(prompts)], one=False)
+        return listed_prompts(prompts, self.tokenizer.encode)
 
     def conversations(self, messages: Conversations, chat_template_kwargs: object = None) -> Prepared:
         """One conversation, or several, as the model's chat template writes them, with these variables."""
         variables = check_template_kwargs(chat_template_kwargs, self.tokenizer.template_uses)
-        one = not isinstance(messages, Sequence) or not messages or not isinstance(messages[0], list | tuple)
-        listed: Any = [messages] if one else messages
-        return Prepared([self.tokenizer.chat(conversation, template_kwargs=variables) for conversation in listed], one)
+        return listed_conversations(messages, partial(self.tokenizer.chat, template_kwargs=variables))
 
     def _most(self, prompt: Sequence[int], max_tokens: int | None) -> int:
         """How many tokens may follow a prompt, once both are checked."""
@@ -195,15 +190,6 @@ class InputProcessor:
         limit = max(1, self.max_model_len - len(prompt)) if max_tokens is None else max_tokens
         check_length(len(prompt), limit, self._context, self.possible)
         return limit
-
-    def _prompt(self, name: str, prompt: object) -> list[int]:
-        if isinstance(prompt, str):
-            if not prompt:
-                raise InvalidRequest(f"{name} is empty; at least one character is needed")
-            return self.tokenizer.encode(prompt)
-        if not isinstance(prompt, Sequence) or not all(type(token) is int for token in prompt):
-            raise InvalidRequest(f"{name} is {cut(prompt)}; allowed is text or a list of token ids")
-        return list(prompt)
 
     def _check_token_ids(self, name: str, token_ids: Sequence[int]) -> None:
         for token in token_ids:
@@ -216,6 +202,32 @@ def _scored_from(length: int, params: SamplingParams, pooling: Pooling | None) -
     if pooling is not None:
         return 0 if pooling == "mean" else length - 1
     return None if params.prompt_logprobs is None else 0
+
+
+def listed_prompts(prompts: Prompts, encode: Callable[[str], list[int]]) -> Prepared:
+    """The token ids of one prompt, or of several. Raises InvalidRequest."""
+    if isinstance(prompts, bytes | bytearray) or not isinstance(prompts, str | Sequence):
+        raise InvalidRequest(f"prompts is {cut(prompts)}; allowed is text, a list of token ids, or a list of those")
+    if is_one(prompts):
+        return Prepared([_token_ids("the prompt", prompts, encode)], one=True)
+    listed = [_token_ids(f"prompts[{index}]", prompt, encode) for index, prompt in enumerate(prompts)]
+    return Prepared(listed, one=False)
+
+
+def listed_conversations(messages: Any, encode: Callable[[Any], list[int]]) -> Prepared:
+    """The token ids of one conversation, or of several."""
+    one = not isinstance(messages, Sequence) or not messages or not isinstance(messages[0], list | tuple)
+    return Prepared(list(map(encode, [messages] if one else messages)), one)
+
+
+def _token_ids(name: str, prompt: object, encode: Callable[[str], list[int]]) -> list[int]:
+    if isinstance(prompt, str):
+        if not prompt:
+            raise InvalidRequest(f"{name} is empty; at least one character is needed")
+        return encode(prompt)
+    if not isinstance(prompt, Sequence) or not all(type(token) is int for token in prompt):
+        raise InvalidRequest(f"{name} is {cut(prompt)}; allowed is text or a list of token ids")
+    return list(prompt)
 
 
 def is_one(prompts: object) -> bool:

@@ -1,8 +1,9 @@
-"""A server in the place of a model, and what `configure` and the environment say of models here: the same answers."""
+"""A server in the place of a model: the same answers."""
 
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluate.fault_injection.server import Server, serving
+from evaluate.fault_injection.server import Server, serving, until
 from real_workers import write_tiny_model
 
 import lamina
 from lamina import LLM, Completion, EngineError, InvalidRequest, SamplingParams
-from lamina.client.connection import Connection
+from lamina.client.connection import Connection, begin
 
 TEMPLATE = "{% if loud %}w9 {% else %}{{ messages[0].content }}{% endif %}"  # a text of this tokenizer is a word
 KEY = "a-key"
@@ -90,7 +91,7 @@ def test_a_server_gives_the_same_completions_as_a_model_here(
 
 def test_a_server_gives_the_same_events_and_chats(here: LLM, there: Connection) -> None:
     params = SamplingParams(max_tokens=8, temperature=0.9, seed=3, n=2, stop="w7")
-    streams = [{(e.prompt_index, e.sample_index): [] for e in ()} for _ in range(2)]
+    streams: list[dict[tuple[int, int], list[Any]]] = [{}, {}]
     for llm, grown in zip((here, there), streams, strict=True):
         for event in llm.stream(["w1 ", "w2 "], params):
             grown.setdefault((event.prompt_index, event.sample_index), []).append(event)
@@ -105,11 +106,17 @@ def test_a_server_gives_the_same_events_and_chats(here: LLM, there: Connection) 
     assert "".join(event.text for event in there.stream_chat(conversation, max_tokens=2)) == str(quiet)
 
 
-def test_a_stream_that_is_left_ends_the_request_at_the_server(there: Connection) -> None:
-    events = there.stream([3, 1, 4], max_tokens=40, ignore_eos=True)
+def test_a_stream_that_is_left_ends_the_request_at_the_server(server: Server, there: Connection) -> None:
+    def aborted() -> float:
+        with begin(server.url, "/metrics", KEY, None, 10.0) as response:
+            text = response.read().decode()
+        (count,) = re.findall(r'^lamina:request_success_total{.*finished_reason="abort".*} (\S+)$', text, re.MULTILINE)
+        return float(count)
+
+    before, events = aborted(), there.stream([3, 1, 4], max_tokens=3000, ignore_eos=True)
     assert next(events).token_id == there.generate([3, 1, 4], max_tokens=1).token_ids[0]  # type: ignore[union-attr]
     events.close()  # type: ignore[attr-defined]
-    assert len(there.generate([3], max_tokens=3, ignore_eos=True).token_ids) == 3  # type: ignore[union-attr]
+    until(lambda: aborted() == before + 1, server)
 
 
 def test_what_a_server_refuses_or_nobody_answers_is_said(server: Server, there: Connection) -> None:
@@ -119,6 +126,8 @@ def test_what_a_server_refuses_or_nobody_answers_is_said(server: Server, there: 
         (lambda: there.generate([1], prompt_logprobs=1), "prompt_logprobs is 1; allowed over a connection is None"),
         (lambda: there.generate([1], tempo=1), "unknown sampling parameter 'tempo'"),
         (lambda: there.generate([1], SamplingParams(), n=2), "both params and n were given"),
+        (lambda: there.generate([1], {"n": 2}), "params is {'n': 2}; allowed is a SamplingParams"),  # type: ignore[arg-type]
+        (lambda: there.generate(["w1 ", 2.5]), r"prompts\[1\] is 2.5; allowed is text or a list of token ids"),  # type: ignore[list-item]
         (lambda: there.generate([10**6]), "the server refuses: .*1000000"),
     ):
         with pytest.raises(InvalidRequest, match=words):
@@ -126,6 +135,10 @@ def test_what_a_server_refuses_or_nobody_answers_is_said(server: Server, there: 
     for call, words in (
         (lambda: lamina.connect(server.url, api_key="wrong"), "the server refuses"),
         (lambda: lamina.connect("http://127.0.0.1:1"), "no server answers at http://127.0.0.1:1"),
+        (
+            lambda: lamina.connect("http://127.0.0.1:port"),
+            "no server answers at .*port: nonnumeric port",
+        ),
     ):
         with pytest.raises(EngineError, match=words):
             call()
@@ -142,6 +155,8 @@ STREAM = (
     [
         (b"[]", b"", "is no Lamina server"),
         (b'{"data": [3]}', b"", "is no Lamina server"),
+        (b"[" * (1 << 20), b"", "is no Lamina server"),
+        (MODELS.replace(b"64", b"Infinity"), b"", "is no Lamina server"),
         (MODELS, b"data: {", "cannot be read"),
         (MODELS, STREAM.replace(b'"index": 0', b'"index": 9'), "cannot be read"),
         (MODELS, STREAM.replace(b"token_id:1", b"the"), "cannot be read"),
@@ -151,23 +166,31 @@ STREAM = (
     ],
 )
 def test_a_server_that_lies_is_an_engine_error(models: bytes, stream: bytes, words: str) -> None:
-    with answering(models, stream) as (url, _), pytest.raises(EngineError, match=words):
+    with answering(models, stream) as (url, _, _), pytest.raises(EngineError, match=words):
         lamina.connect(url).generate([1])
 
 
-def test_a_request_has_the_form_that_was_asked_for() -> None:
+@pytest.mark.parametrize("context", [b"64", b"null"], ids=["loaded", "not loaded"])
+def test_a_request_has_the_form_that_was_asked_for(context: bytes) -> None:
     ended = STREAM.replace(b'"finish_reason": null', b'"finish_reason": "stop"')
-    with answering(MODELS, ended) as (url, bodies):
+    with answering(MODELS.replace(b"64", context), ended) as (url, bodies, _):
         lamina.connect(url).generate([1], choice=["a", "b"], stop=["x"], logit_bias={3: 1.0}, max_tokens=None)
-    (body,) = bodies
+    body = bodies[-1]
     assert (body["structured_outputs"], body["stop"], body["logit_bias"]) == ({"choice": ["a", "b"]}, ["x"], {"3": 1.0})
     assert (body["max_tokens"], body["model"], "choice" in body) == (63, "m", False)
 
 
+def test_a_key_is_for_the_server_that_was_named_alone() -> None:
+    with answering(MODELS, b"") as (there, _, keys), answering(b"", b"", f"{there}/v1/models") as (url, _, first_keys):
+        assert lamina.connect(url, api_key=KEY).model == "m"
+    assert (first_keys, keys) == ([f"Bearer {KEY}"], [None])
+
+
 @contextmanager
-def answering(models: bytes, stream: bytes) -> Iterator[tuple[str, list[Any]]]:
-    """A server that gives these answers, and what it was sent."""
+def answering(models: bytes, stream: bytes, elsewhere: str = "") -> Iterator[tuple[str, list[Any], list[Any]]]:
+    """A server that gives these answers, or sends its clients elsewhere; and what it was sent, and the keys."""
     bodies: list[Any] = []
+    keys: list[Any] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -175,10 +198,12 @@ def answering(models: bytes, stream: bytes) -> Iterator[tuple[str, list[Any]]]:
 
         def do_POST(self) -> None:
             bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.give(stream)
+            self.give(b'{"max_model_len": 64}' if self.path == "/tokenize" else stream)
 
         def give(self, content: bytes) -> None:
-            self.send_response(200)
+            keys.append(self.headers["Authorization"])
+            self.send_response(302 if elsewhere else 200)
+            self.send_header("Location", elsewhere)
             self.end_headers()
             self.wfile.write(content)
 
@@ -186,5 +211,5 @@ def answering(models: bytes, stream: bytes) -> Iterator[tuple[str, list[Any]]]:
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", bodies
+        yield f"http://127.0.0.1:{server.server_port}", bodies, keys
         server.shutdown()

@@ -125,7 +125,7 @@ def test_operator_who_types_the_code_of_a_machine_takes_no_one_in_between(
             waiting = taking.waiting()
             until(lambda: victim.code)
             machines.update(taking.machines)
-            monkeypatch.setattr(join, "_ask", by_command)
+            monkeypatch.setattr(join, "ask", by_command)
             result = CliRunner().invoke(cli, ["joining", "accept", victim.code, "--yes"])
             assert (result.exit_code, "accept none" in result.output) == (2, True), result.output
             (reply,) = ask(settings, machines, ("POST", f"/joining/{waiting['id']}", {**TAKE, "code": victim.code}))
