@@ -29,7 +29,7 @@ _lock = threading.Lock()
 _kept: tuple[str, LLM] | None = None
 _settings: EngineKeywords = {}
 _LISTS = {"autoscale": ":", "attention_workers": ",", "device": ",", "attention_device": ","}  # what separates them
-_PLAIN = re.compile(r"-?\d{1,18}(\.\d{1,18})?|true|false", re.ASCII)
+_PLAIN = re.compile(r"-?(0|[1-9]\d{0,17})(\.\d{1,18})?|true|false", re.ASCII)
 
 
 @overload
@@ -120,9 +120,9 @@ def configure(**settings: Unpack[EngineKeywords]) -> None:
     default. A model that is kept is closed where that changes something. Raises InvalidRequest."""
     global _settings
     EngineConfig(**_from_environment() | settings)
-    if settings != _settings:
+    before, _settings = _settings, settings
+    if settings != before:
         close()
-    _settings = settings
 
 
 def connect(url: str, model: str | None = None, *, api_key: str | None = None, timeout: float = 600.0) -> Connection:

@@ -23,7 +23,7 @@ def afresh() -> Iterator[None]:
     lamina.close()
 
 
-def test_generate_has_the_workers_that_configure_names(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate_has_the_workers_that_configure_names(model: Path) -> None:
     lamina.configure(attention_workers=1, **SMALL)
     first = lamina.generate([3, 1, 4], max_tokens=6, ignore_eos=True, model=model)
     kept = api._llm(model)
@@ -76,7 +76,8 @@ def test_the_environment_names_what_configure_does_not(monkeypatch: pytest.Monke
 def test_a_wrong_setting_is_refused_when_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InvalidRequest, match="shard is 'by halves'"):
         lamina.configure(shard="by halves")
-    monkeypatch.setenv("LAMINA_THREADS", "many")
-    with pytest.raises(InvalidRequest, match="threads is 'many'"):
-        lamina.configure()
+    for text in ("many", "08"):
+        monkeypatch.setenv("LAMINA_THREADS", text)
+        with pytest.raises(InvalidRequest, match=f"threads is '{text}'"):
+            lamina.configure()
     monkeypatch.delenv("LAMINA_THREADS")
