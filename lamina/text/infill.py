@@ -22,7 +22,7 @@ def infill_prompt(tokenizer: Tokenizer, ahead: str, behind: str, files: Iterable
     vocabulary = tokenizer.added_tokens
     marks = next((marks for marks in _MARKS if vocabulary.keys() >= {*marks}), None)
     if marks is None:
-        raise InvalidRequest("suffix is given, but this model has no tokens for filling in; allowed is null or empty")
+        raise InvalidRequest("this model has no tokens for filling in; allowed is no suffix, or another model")
     others = ""
     for name, text in files:
         others += f"{_FILE}{name}\n{text}\n" if _FILE in vocabulary else f"{text}\n\n"

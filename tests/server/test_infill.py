@@ -12,6 +12,8 @@ from unobserved import Unobserved
 from lamina import LLM
 from lamina.client.input_processor import InputProcessor
 from lamina.server.frontend import Frontend, Served
+from lamina.server.openai import infill
+from lamina.server.openai.schemas import InfillRequest
 from lamina.text.infill import infill_prompt
 from lamina.text.tokenizer import Tokenizer
 
@@ -86,6 +88,11 @@ def test_an_infill_is_the_same_and_begins_as_it_is_asked_to(rig: Rig, tokenizer:
     assert (warmed["content"], warmed["tokens_predicted"]) == ("", 0)
 
 
+def test_an_infill_has_the_priority_that_is_asked_for(rig: Rig) -> None:
+    texts = infill._texts(InfillRequest(input_prefix=AHEAD, priority=3), rig.frontend.served, ("", ""))
+    assert [request.request.priority for request in texts.requests] == [3]
+
+
 def test_other_files_stand_before_the_gap_with_their_names(rig: Rig) -> None:
     extra = [{"filename": "a.py", "text": "x = 1"}, {"text": "y = 2"}]
     counted = rig.ask("/infill", {"input_prefix": AHEAD, "input_suffix": BEHIND, "input_extra": extra, "n_predict": 0})
@@ -124,4 +131,4 @@ def test_a_model_without_such_tokens_says_so(steady: LLM) -> None:
         for path, fields in (("/v1/completions", {"prompt": "a", "suffix": "b"}), ("/infill", {"input_suffix": "b"})):
             reply = rig.ask(path, fields)
             assert reply.status == 400
-            assert "this model has no tokens for filling in; allowed is null or empty" in reply.json["error"]["message"]
+            assert "this model has no tokens for filling in; allowed is no suffix" in reply.json["error"]["message"]

@@ -38,7 +38,6 @@ _LATENCY = (
 _TOKENS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
 _SAMPLES = (1.0, 2.0, 5.0, 10.0, 20.0)
 _HTTP = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
-_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
 class Distribution:
@@ -193,7 +192,6 @@ class ServerMetrics:
 
     def http(self, handler: str, method: str, status: int, seconds: float) -> None:
         """A response has ended. `handler` is the route's template, not the path of the request."""
-        method = method if method in _METHODS else "other"
         if (handler, method) not in self._durations and len(self._durations) >= MAX_VALUES:
             handler, method = "other", "other"
         key = (handler, method, str(status))

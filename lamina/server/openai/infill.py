@@ -49,5 +49,6 @@ def _texts(fields: InfillRequest, served: Served, salt: tuple[str, str]) -> Text
     files = [(file.filename or "other", file.text) for file in fields.input_extra or ()]
     prompt = infill_prompt(served.tokenizer, fields.input_prefix or "", fields.input_suffix or "", files)
     limit = DEFAULT_TOKENS if fields.n_predict is None else fields.n_predict
-    completion = CompletionRequest(prompt=prompt + (fields.prompt or ""), max_tokens=limit, **fields.sampling)
+    prompt += fields.prompt or ""
+    completion = CompletionRequest(prompt=prompt, max_tokens=limit, priority=fields.priority, **fields.sampling)
     return texts_of(completion, served, salt)
