@@ -70,6 +70,13 @@ def test_no_call_is_found_where_there_is_none(tokenizer: Tokenizer) -> None:
         assert content == row["text"]
 
 
+@pytest.mark.parametrize("quote", ["'", '"'])
+def test_an_escaped_apostrophe_is_read_as_one(tokenizer: Tokenizer, quote: str) -> None:
+    text = '{"name": "say", "arguments": {"text": ' + quote + r"it\'s \\ \n" + quote + "}}"
+    for pieces in ([text], list(text)):
+        assert calls_of(plan(tokenizer, {"functions": ["say"]}), pieces) == [("say", {"text": "it's \\ \n"})]
+
+
 def test_a_stream_has_the_same_calls(tokenizer: Tokenizer) -> None:
     """Cut into tokens of some characters, and at drawn places."""
     source = random.Random(43)

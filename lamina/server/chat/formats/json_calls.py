@@ -88,9 +88,10 @@ class JsonCallParser(ReplyParser):
         written: list[str] = []
         for character in text:
             if self._escaped:
-                self._escaped = False
+                self._escaped, character = False, "'" if character == "'" else f"\\{character}"
+            elif self._quote and character == "\\":
+                self._escaped, character = True, ""  # it is written with what follows: JSON knows no \'
             elif self._quote:
-                self._escaped = character == "\\"
                 if character == self._quote:
                     self._quote, character = "", '"'
                 elif character == '"':
@@ -105,8 +106,8 @@ class JsonCallParser(ReplyParser):
             if not self._open:
                 self._state = "tail"
                 break
-        if written:
-            deltas.append(Delta(index=self.calls - 1, arguments="".join(written)))
+        if arguments := "".join(written):
+            deltas.append(Delta(index=self.calls - 1, arguments=arguments))
         return None if self._open or not written else text[len(written) :]
 
     def _tail(self, text: str, ended: bool, deltas: list[Delta]) -> str | None:
