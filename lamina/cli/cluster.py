@@ -143,7 +143,7 @@ class AttentionWorkerOptions:
             argv += ["--kv-cold", self.kv_cold, "--kv-resident", str(resident)]
         elif self.kv_resident is not None:
             raise InvalidRequest(f"--kv-resident is {self.kv_resident} without --kv-cold; allowed is both")
-        if resident > machine.memory_available and not self.force:
+        if 0 < machine.memory_available < resident and not self.force:  # 0: the system does not say
             option = f"kv-memory is {self.kv_memory}" if resident == size else f"kv-resident is {self.kv_resident}"
             free_now = show_size(machine.memory_available)
             raise InvalidRequest(f"--{option}; allowed are the {free_now} that are free on this machine, or --force")

@@ -12,9 +12,11 @@ import pytest
 from cli_runner import Lamina
 from typer.testing import CliRunner
 
+from lamina.cli import cluster
 from lamina.cli.cluster import show_ranges, worker_row
 from lamina.cli.main import app
 from lamina.config import EngineConfig
+from lamina.system.machine import Machine
 
 NOW: dict[str, Any] = {
     "heads": (0, 1, 2), "lo": 0, "hi": 512, "parts": 2, "free_pages": 7, "total_pages": 9, "draining": False,
@@ -106,13 +108,17 @@ def test_an_attention_worker_that_cannot_serve_is_an_exit_code() -> None:
 
 
 @pytest.mark.parametrize("cold", [(), ("--kv-cold", "/tmp", "--kv-resident", "1000TiB")])
-def test_an_attention_worker_takes_more_than_is_free_only_by_force(cold: tuple[str, ...]) -> None:
+def test_an_attention_worker_takes_more_than_is_free_only_by_force(
+    cold: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = ["attention-worker", "--kv-memory", "1024TiB", *cold]
     refused = CliRunner().invoke(app, words, obj=(served := Served()))
     assert (refused.exit_code, served.argv) == (2, [])
     assert re.search(r"10(24|00)TiB; allowed are the [\d.]+ [KMG]iB that are free", refused.stderr)
     assert CliRunner().invoke(app, [*words, "--force"], obj=served).exit_code == 0
     assert str(1 << 50) in served.argv
+    monkeypatch.setattr(cluster, "this_machine", lambda: Machine("", 1, frozenset(), 0, 0))  # it does not say
+    assert CliRunner().invoke(app, words, obj=served).exit_code == 0
 
 
 def test_credentials_are_written_once(tmp_path: Path) -> None:
