@@ -7,15 +7,16 @@ own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from lamina_workers.errors import UnsupportedModelError
 
+T = TypeVar("T")
 NAME, MASKED = "lamina", "lamina_masked"
 """Under which `attend` is registered: without masks, and with those of `masked_as`."""
 
@@ -63,23 +64,23 @@ _masks: ContextVar[dict[int, tuple[torch.Tensor, Mask | UnsupportedModelError]] 
 
 
 @contextmanager
-def attention_by(handler: Attend) -> Iterator[None]:
+def having(variable: ContextVar[T], value: T) -> Iterator[None]:
+    """In here, on this thread and in this greenlet, the variable has this value."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def attention_by(handler: Attend) -> AbstractContextManager[None]:
     """Models that run in here, on this thread and in this greenlet, call `handler`."""
-    token = _handler.set(handler)
-    try:
-        yield
-    finally:
-        _handler.reset(token)
+    return having(_handler, handler)
 
 
-@contextmanager
-def masks_seen() -> Iterator[None]:
+def masks_seen() -> AbstractContextManager[None]:
     """In here masks are made, and known again where they come to attention."""
-    token = _masks.set({})
-    try:
-        yield
-    finally:
-        _masks.reset(token)
+    return having(_masks, {})
 
 
 def attend(

@@ -9,8 +9,8 @@ which experts have work.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -19,20 +19,15 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from lamina_protocols.errors import LaminaError
-from lamina_workers.converted.attention_calls import AttentionCall, attention_by
+from lamina_workers.converted.attention_calls import AttentionCall, attention_by, having
 from lamina_workers.errors import UnsupportedModelError
 
 _handler: ContextVar[Callable[..., torch.Tensor] | None] = ContextVar("lamina_experts", default=None)
 
 
-@contextmanager
-def experts_by(handler: Callable[..., torch.Tensor]) -> Iterator[None]:
+def experts_by(handler: Callable[..., torch.Tensor]) -> AbstractContextManager[None]:
     """Models that run in here give their experts' calls to `handler`: what computes them, module, args and kwargs."""
-    token = _handler.set(handler)
-    try:
-        yield
-    finally:
-        _handler.reset(token)
+    return having(_handler, handler)
 
 
 def experts(module: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
