@@ -1,6 +1,7 @@
 """The workers of an engine as it meets them, however they are run: addresses, states, joins, ends.
 
-`AttentionWorkers` is what an engine is given of the one kind, of the other a `ModelSupervisor` (`supervision.py`).
+An engine is given its attention workers as `AttentionWorkers`, its model workers as a `ModelSupervisor`
+(`supervision.py`).
 """
 
 from __future__ import annotations
