@@ -253,18 +253,13 @@ class EngineOptions:
         return {name: value for name, value in values.items() if value is not None}
 
 
-def check_suffix(option: str, path: Path | None, suffix: str) -> None:
-    """Raise InvalidRequest where a file is to be written under a name with another suffix."""
-    if path is not None and path.suffix != suffix:
-        raise InvalidRequest(f"--{option} is {str(path)!r:.200}; allowed are names that end in {suffix}")
-
-
 def check_output(option: str, path: Path | None, suffix: str) -> None:
-    """`check_suffix`, and that the file can be written: before the work whose result it is to hold. Raises
+    """That a file's name ends so, and that it can be written: before the work whose result it is to hold. Raises
     InvalidRequest."""
-    check_suffix(option, path, suffix)
     if path is None:
         return
+    if path.suffix != suffix:
+        raise InvalidRequest(f"--{option} is {str(path)!r:.200}; allowed are names that end in {suffix}")
     if path.is_dir() or not path.parent.is_dir():
         wrong = "a folder" if path.is_dir() else f"in {str(path.parent)!r:.200}, which is no folder"
         raise InvalidRequest(f"--{option} is {str(path)!r:.200}, {wrong}; allowed are files in folders that there are")

@@ -43,7 +43,7 @@ def import_(
     """Make a policy file of a published pattern. Its sizes come from config.json beside it unless given."""
     from lamina.policy_file import import_duo, write
 
-    opt.check_suffix("out", out, ".toml")  # by which engines know a policy file
+    opt.check_output("out", out, ".toml")  # by which engines know a policy file
     policy = import_duo(file, 0.5 if sparsity is None else sparsity, sink, recent)
     write(out, policy)
     full = sum(text == "full" for layer in policy.heads for text in layer)
@@ -136,7 +136,9 @@ def calibrate(model: opt.ModelName, out: Out, how: CalibrationOptions) -> None:
     from lamina.measure.calibration.report import write_report
     from lamina.policy_file import write
 
-    opt.check_suffix("out", out, ".toml")
+    opt.check_output("out", out, ".toml")
+    if how.scores is not None and not how.scores.exists():
+        opt.check_output("scores", how.scores, ".json")
     settings = how.settings()
     with ProgressBars() as bars:
         calibration = calibrated(model, settings, EngineConfig(dtype=how.dtype, threads=how.threads), bars)

@@ -25,6 +25,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from typer.testing import CliRunner
 
 from lamina import policy_file
+from lamina.cli import main
 from lamina.cli.policy import calibrate, policy_app
 from lamina.errors import InvalidRequest, PolicyError
 from lamina.measure.calibration.calibrate import Calibration, Settings
@@ -546,6 +547,16 @@ def test_settings_are_checked() -> None:
     for wrong, said in (({"sink": -1}, "sink is -1"), ({"recent": 0}, "recent is 0")):
         with pytest.raises(PolicyError, match=said):
             Settings(**wrong)
+
+
+@pytest.mark.parametrize("option", ["--out", "--scores"])
+@pytest.mark.parametrize("name", ["nowhere/a", "a.txt"])
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path, option: str, name: str) -> None:
+    path = tmp_path / (name if "." in name else f"{name}{'.toml' if option == '--out' else '.json'}")
+    words = ["calibrate", str(tmp_path / "none"), "--out", str(tmp_path / "policy.toml"), option, str(path)]
+    result = CliRunner().invoke(main.app, words)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {option} is '{path}'")
 
 
 @pytest.fixture

@@ -107,12 +107,7 @@ class Workbench:
         holder = replace(self._holder, layers=layers)
         cells = self.model.num_hidden_layers * self.model.num_key_value_heads
         pages = cells * (-(-context // holder.page_size) + 1)
-        return Probe(
-            self.model,
-            self._decoder,
-            replace(holder, kv_memory=pages * page_cost(holder)),
-            self._threads,
-        )
+        return Probe(self.model, self._decoder, replace(holder, kv_memory=pages * page_cost(holder)), self._threads)
 
     def context(self, asked: int | None) -> int:
         """The length to calibrate for. Raises InvalidRequest where the model has no such context."""
@@ -161,7 +156,7 @@ def calibrate(
         evidence = _evidence(bench, texts, request, settings.scores, mark, progress)
         every = candidates(request.policies, evidence, context)
         measure = bench.judge(texts, context, settings.seed, False, progress)
-        chosen, trials = choose(every, measure, settings.target, lambda d, t: progress("selection", d, t))
+        chosen, trials = choose(every, measure, settings.target, partial(progress, "selection"))
         heads = every[-1] if chosen is None else chosen.heads
         about: dict[str, str | int | float | bool] = {
             "method": "windows",

@@ -43,7 +43,7 @@ from lamina.measure.calibration.data import TAIL, Corpus, Passkeys, passkeys, re
 from lamina.measure.calibration.scores import Scores, echo_and_induction, mean_attention, ranks
 from lamina.measure.probe import Probe
 from lamina.system.progress import Progress
-from lamina.system.text_files import read_text
+from lamina.system.text_files import read_text, write_text
 from lamina.text.tokenizer import Tokenizer
 from lamina_kernels.dense.dense import soft_cap
 from lamina_protocols.messages.layers import LayerSpec
@@ -100,9 +100,9 @@ class Evidence:
         return mean
 
     def save(self, path: Path, marks: Sequence[str]) -> None:
-        """Keep it in a JSON file, with what it is of."""
+        """Keep it in a JSON file, with what it is of. Raises PolicyError."""
         lists = {item.name: getattr(self, item.name).tolist() for item in fields(self)}
-        path.write_text(json.dumps({"of": list(marks), **lists}))
+        write_text(path, json.dumps({"of": list(marks), **lists}), PolicyError)
 
     @classmethod
     def load(cls, path: Path, marks: Sequence[str]) -> Evidence:
