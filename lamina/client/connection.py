@@ -52,7 +52,7 @@ def begin(url: str, path: str, api_key: str | None, body: Any, seconds: float) -
 
 
 def ask(
-    url: str, path: str, api_key: str | None, body: Any, read: Callable[[Any], Any] = dict, seconds: float = 10.0
+    url: str, path: str, api_key: str | None, body: Any = None, read: Callable[[Any], Any] = dict, seconds: float = 10.0
 ) -> Any:
     """What `read` makes of the JSON that a server answers. Raises as `begin` does, EngineError where it fails."""
     with begin(url, path, api_key, body, seconds) as response:
