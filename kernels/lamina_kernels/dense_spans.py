@@ -190,7 +190,8 @@ class _Made:
     def fill(self, work: StateWork, layers: range, x: int, gates: int) -> None:
         """Begin with the states of these layers, from these inputs of the first of them."""
         for layer, block, out in zip(layers, self._states, self.outs, strict=True):
-            work.fill(block, layer, x, gates, out)
+            work.fill(block, layer, HALF)
+            block.x, block.gates, block.out = x, gates, out
             x, gates = self._inner
 
     def run(self, hidden: torch.Tensor, attended: int, rotation: Rotation) -> tuple[torch.Tensor, ...]:

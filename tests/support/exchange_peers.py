@@ -22,6 +22,7 @@ from transports import pair
 from lamina_protocols.channels import control
 from lamina_protocols.channels.channels import Channel, ChannelClosed
 from lamina_protocols.channels.sockets import SocketChannel
+from lamina_protocols.channels.versions import FEATURES
 from lamina_protocols.frames import codec
 from lamina_protocols.messages.layers import HolderConfig
 from lamina_protocols.messages.messages import Reply
@@ -97,7 +98,7 @@ def port_over(
     channel: Channel, config: HolderConfig, name: str = "b", page_layout: str = "", lease: float = 30.0
 ) -> RemoteAttention:
     """A port to whoever has the other end of a channel. Its heartbeats come six times a lease."""
-    welcome = control.Welcome(name, 0, 1, lease, 1 << 28, None, None, False, page_layout)
+    welcome = control.Welcome(name, 0, 1, lease, 1 << 28, None, None, False, page_layout, features=tuple(FEATURES))
     return RemoteAttention(name, Client(), hello(config), welcome, channel, "local", 10.0)  # type: ignore[arg-type]
 
 
@@ -142,8 +143,9 @@ def frame(message: Any) -> bytes:
 class _Given(EngineSeat):
     """A seat with a worker that was made before."""
 
-    def __init__(self, config: HolderConfig, worker: AttentionWorker | None) -> None:
-        super().__init__(hello(config), config.kv_memory, time.monotonic)
+    def __init__(self, config: HolderConfig, worker: AttentionWorker | None, compute_dtype: str) -> None:
+        asked = dataclasses.replace(hello(config), compute_dtype=compute_dtype)
+        super().__init__(asked, config.kv_memory, time.monotonic)
         self._given = worker
 
     def build(self, threads: int, name: str, device: torch.device, layers: Any) -> None:
@@ -158,14 +160,16 @@ class _Given(EngineSeat):
 class Served:
     """An attention worker on a thread of its own, which serves any number of channels to one seat."""
 
-    def __init__(self, config: HolderConfig, worker: AttentionWorker | None = None) -> None:
+    def __init__(
+        self, config: HolderConfig, worker: AttentionWorker | None = None, compute_dtype: str = "float32"
+    ) -> None:
         self.over: queue.SimpleQueue[tuple[Session, str]] = queue.SimpleQueue()
         self.failed: list[str] = []
         self._channels: list[Channel] = []
         self.loop = ComputeLoop(
             1, "w", torch.device("cpu"), self._over, lambda seat, why: self.failed.append(why), lambda seat: None
         )
-        self.seat = _Given(config, worker)
+        self.seat = _Given(config, worker, compute_dtype)
         self._thread = threading.Thread(target=self.loop.run, daemon=True)
         self._thread.start()
         self.loop.build(self.seat)
@@ -227,14 +231,15 @@ class Joined:
 class Joints:
     """Makes the ports of an engine's rig: each worker behind a channel of a transport of `transports`."""
 
-    def __init__(self, transport: str = "local") -> None:
+    def __init__(self, transport: str = "local", compute_dtype: str = "float32") -> None:
         self._transport = transport
+        self._compute_dtype = compute_dtype
         self._stack = contextlib.ExitStack()
         self.made: list[Joined] = []
 
     def __call__(self, worker: AttentionWorker) -> RemoteAttention:
         near, far = self._stack.enter_context(pair(self._transport))
-        serving = Served(worker.config, worker)
+        serving = Served(worker.config, worker, self._compute_dtype)
         serving.add(far)
         port = port_over(near, worker.config, f"worker-{len(self.made) + 1}", worker.page_layout)
         self.made.append(Joined(port, worker, serving, near, far))

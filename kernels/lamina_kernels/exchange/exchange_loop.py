@@ -38,6 +38,7 @@ from lamina_kernels.exchange.exchange_blocks import (
 )
 from lamina_kernels.exchange.frame_sockets import IN, OUT, address_at, now, number, poll, receive, send
 from lamina_kernels.exchange.layer_work import COPY, WORK, attend, function, run_shares, store
+from lamina_kernels.states import loops as states
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -85,13 +86,13 @@ def _attend_here(a: Any, here: Any) -> None:
         h = here[i]
         w = carray(pointer(h.work), (1,), WORK)[0]
         start = now(a.functions, a.scratch)
+        k = _gather(a.functions, a.k, h.k_index, h.k_count, h.k_bytes, h.k_to)
         if w.stores:
-            k = _gather(a.functions, a.k, h.k_index, h.k_count, h.k_bytes, h.k_to)
             v = _gather(a.functions, a.v, h.v_index, h.v_count, h.v_bytes, h.v_to)
             store(w, a.layer, k, v)
         if w.attends:
             q = _gather(a.functions, a.q, h.q_index, h.q_count, h.q_bytes, h.q_to)
-            attend(w, a.layer, q, h.out, h.lse)
+            attend(w, a.layer, q, k, h.out, h.lse)
         duration = now(a.functions, a.scratch) - start
         carray(pointer(h.taken), (w.layers,), np.int64)[a.layer] = duration
         a.local += duration
@@ -199,5 +200,5 @@ def exchange_kernel() -> int:
 
 def _fingerprint() -> int:
     return source_fingerprint(
-        calls, exchange_blocks, frame_sockets, layer_work, loops, moves, merging, intrinsics, emitter, launching
+        calls, exchange_blocks, frame_sockets, layer_work, loops, states, moves, merging, intrinsics, emitter, launching
     )

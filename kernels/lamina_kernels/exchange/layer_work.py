@@ -1,7 +1,8 @@
 """A layer's work at a holder, store and attend, for compiled callers: no Python between the layers of a batch.
 
-`layer_work` gathers the plans of a batch in a block, once; `store` and `attend` are called for each layer by the loops
-of `serve_loop` and `exchange_loop`. Plans are those of `decode`, and are checked when they are made: nothing is here.
+`layer_work` gathers the plans of a batch in a block, once, `state_layer_work` those of layers with states; `store` and
+`attend` are called for each layer by the loops of `serve_loop` and `exchange_loop`. Plans are those of `decode` and of
+`states.advance`, and are checked when they are made: nothing is here.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ from lamina_kernels.compile.calls import PARALLEL, address_of, call
 from lamina_kernels.compile.intrinsics import pointer
 from lamina_kernels.compile.launch import block_type
 from lamina_kernels.paged.pages import FLOATS, Pages
+from lamina_kernels.states.advance import Arguments as StateArguments
+from lamina_kernels.states.advance import StateWork
+from lamina_kernels.states.loops import ARGUMENTS as STATE_ARGUMENTS
+from lamina_kernels.states.loops import advance_kernel
 
 # Addresses of functions that compiled code calls, in this order.
 NAMES = (PARALLEL, "poll", "recv", "send", "__errno_location", "clock_gettime", "memcpy", "usleep")
@@ -40,7 +45,8 @@ WORK = np.dtype(
         ("append_kernel", "i8"),
         ("slots", "i8"),
         ("slot_stride", "i8"),  # bytes from one KV layer's slots to the next
-        ("plans", "i8"),  # address of int64 [layers]: the attention's blocks
+        ("plans", "i8"),  # address of int64 [layers]: the attention's blocks, or those of states
+        ("states", "i8"),  # states are advanced: q is x, k is gates, and nothing is stored
         ("kernel", "i8"),
         ("scales", "i8"),  # addresses of float64 [layers]
         ("soft_caps", "i8"),
@@ -133,6 +139,31 @@ def layer_work(layers: Sequence[LayerReading], places: Any, fused: bool) -> Laye
     return LayerWork(block, query, layout.loaded, queries, fresh, layer_numbers, keep)
 
 
+def state_layer_work(
+    work: StateWork, layers: tuple[int, ...], dtype: torch.dtype, vectors: tuple[int, int]
+) -> LayerWork | None:
+    """The same of layers with states, whose x and outputs are of `dtype`. vectors: of x and of gates. None where this
+    system lacks a function."""
+    addresses = functions()
+    if addresses is None:
+        return None
+    steps = (StateArguments * len(layers))()
+    plans = np.zeros(layers[-1] + 1, np.int64)
+    for layer, step in zip(layers, steps, strict=True):
+        work.fill(step, layer, dtype)
+        plans[layer] = ctypes.addressof(step)
+    block = _Work(
+        functions=addresses.ctypes.data,
+        layers=len(plans),
+        attends=1,
+        fused=1,
+        plans=plans.ctypes.data,
+        states=1,
+        kernel=advance_kernel(),
+    )
+    return LayerWork(block, dtype, dtype, *vectors, layers, (steps, plans, work, addresses))
+
+
 @njit  # type: ignore[untyped-decorator]
 def function(addresses: int, number: int) -> Any:
     """The address of function number `number` of NAMES."""
@@ -160,16 +191,24 @@ def store(w: Any, layer: int, k: int, v: int) -> None:
 
 
 @njit  # type: ignore[untyped-decorator]
-def attend(w: Any, layer: int, q: int, out: int, lse: int) -> None:
-    """Attention of q, at this address, in a layer, to out and lse."""
+def attend(w: Any, layer: int, q: int, k: int, out: int, lse: int) -> None:
+    """Attention of q, at this address, in a layer, to out and lse; or states take x and gates, and what is read of them
+    goes to out."""
     plan = carray(pointer(w.plans), (w.layers,), np.int64)[layer]
-    a = carray(pointer(plan), (1,), ARGUMENTS)[0]
-    a.taken = 0
-    a.finished = 0
-    a.layer = carray(pointer(w.kv_layers), (w.layers,), np.int64)[layer]
-    a.q, a.out, a.lse, a.out_dtype = q, out, lse, w.out_dtype
-    a.scale = carray(pointer(w.scales), (w.layers,), np.float64)[layer]
-    a.soft_cap = carray(pointer(w.soft_caps), (w.layers,), np.float64)[layer]
-    run_shares(w.functions, w.kernel, plan, a.shares)
+    if w.states:
+        s = carray(pointer(plan), (1,), STATE_ARGUMENTS)[0]
+        s.taken = 0
+        s.finished = 0
+        s.x, s.gates, s.out = q, k, out
+        run_shares(w.functions, w.kernel, plan, min(s.shares, s.threads))
+    else:
+        a = carray(pointer(plan), (1,), ARGUMENTS)[0]
+        a.taken = 0
+        a.finished = 0
+        a.layer = carray(pointer(w.kv_layers), (w.layers,), np.int64)[layer]
+        a.q, a.out, a.lse, a.out_dtype = q, out, lse, w.out_dtype
+        a.scale = carray(pointer(w.scales), (w.layers,), np.float64)[layer]
+        a.soft_cap = carray(pointer(w.soft_caps), (w.layers,), np.float64)[layer]
+        run_shares(w.functions, w.kernel, plan, a.shares)
     if w.delay:
         call(function(w.functions, _SLEEP), w.delay, 0, 0, 0, 0, 0)

@@ -21,6 +21,7 @@ from lamina_kernels.exchange import exchange_blocks, frame_sockets, layer_work
 from lamina_kernels.exchange.exchange_blocks import AGAIN, CHANNEL, HEAD, INTERRUPTED, SAME, SERVED, SERVER, TIMEOUT
 from lamina_kernels.exchange.frame_sockets import IN, address_at, now, number, poll, receive, send
 from lamina_kernels.exchange.layer_work import WORK, attend, store
+from lamina_kernels.states import loops as states
 
 
 @njit  # type: ignore[untyped-decorator]
@@ -30,7 +31,7 @@ def _compute(s: Any, functions: int, scratch: int, late: bool) -> None:
     if s.stores and not late:
         store(w, s.layer, s.k, s.v)
     if s.attends:
-        attend(w, s.layer, s.q, s.out, s.lse)
+        attend(w, s.layer, s.q, s.k, s.out, s.lse)
         number(s.reply + SAME)[0] = np.uint32(s.layer)
         duration = now(functions, scratch) - s.arrived
         carray(pointer(s.reply + SAME + 4), (1,), np.float32)[0] = np.float32(duration * 1e-9)
@@ -130,5 +131,5 @@ def answer_kernel() -> int:
 
 def _fingerprint() -> int:
     return source_fingerprint(
-        calls, exchange_blocks, frame_sockets, layer_work, loops, moves, intrinsics, emitter, launching
+        calls, exchange_blocks, frame_sockets, layer_work, loops, states, moves, intrinsics, emitter, launching
     )

@@ -224,12 +224,12 @@ class StateWork:
         """Whether the kernel can be a step of a program that gives such inputs in each layer."""
         return (x.numel(), gates.numel()) == self.plan.sizes and threads <= self.plan.arguments.threads
 
-    def fill(self, block: Any, layer: int, x: int, gates: int, out: int) -> None:
-        """What a step of one of the model's layers is given, in bfloat16, by addresses."""
+    def fill(self, block: Any, layer: int, dtype: torch.dtype) -> None:
+        """What a step of one of the model's layers is given, in that dtype, but for where x, gates and what comes out
+        are."""
         place = self.places[layer]
         ctypes.memmove(ctypes.addressof(block), ctypes.addressof(self.plan.arguments), ctypes.sizeof(block))
-        _fill(block, self.plan, place, self.constants[place], torch.bfloat16)
-        block.x, block.gates, block.out = x, gates, out
+        _fill(block, self.plan, place, self.constants[place], dtype)
 
 
 def _fill(a: Any, plan: Plan, layer: int, constants: StateConstants, dtype: torch.dtype) -> None:

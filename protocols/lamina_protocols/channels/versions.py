@@ -24,7 +24,10 @@ HEARTBEAT = "heartbeat"
 """Heartbeats of a model worker beyond 0, over a second channel. Without it only a batch that waits for it finds that it
 stands still."""
 
-FEATURES = frozenset({BOUND, HEARTBEAT})
+STATE_FRAMES = "state frames"
+"""Layers of states in the frames of `layer_frames`. Without it Python carries them."""
+
+FEATURES = frozenset({BOUND, HEARTBEAT, STATE_FRAMES})
 """What this side has beyond the previous version."""
 
 VARIABLE = "LAMINA_PROTOCOL"

@@ -4,7 +4,8 @@
     header   msgpack array: the message's fields in order, each tensor as (dtype, shape...)
     payload  the tensors' bytes in order, each starting at a multiple of 64 from the payload's start
 
-The four messages of a layer's exchange have headers of a fixed layout instead, see `layer_frames`.
+The four messages of a layer's exchange have headers of a fixed layout instead, see `layer_frames`; `Advance` and
+`Advanced` have that too where compiled code writes them.
 
 `encode` gives a list of buffers that share the tensors' memory; `decode` gives a message whose tensors share the
 frame's. A frame that is truncated, claims a wrong size or carries a wrong type raises `ProtocolError` before memory
@@ -23,7 +24,7 @@ from lamina_protocols.errors import ProtocolError
 from lamina_protocols.frames.bounds import MAX_HEADER, MAX_PAYLOAD
 from lamina_protocols.frames.fields import Record, shown, unpack_array, unpack_ints
 from lamina_protocols.frames.frames import PREFIX_SIZE, Prefix, pack_prefix, padding, read_prefix
-from lamina_protocols.frames.layer_frames import CLASSES, HEAD_SIZE, TAGS, TENSORS, frame_of, read_head
+from lamina_protocols.frames.layer_frames import ANSWERS, CLASSES, HEAD_SIZE, TAGS, TENSORS, frame_of, read_head
 from lamina_protocols.frames.tensors import buffer, dtype_name, from_buffer, nbytes
 from lamina_protocols.messages import messages as m
 from lamina_protocols.messages.messages import FetchedSample, FetchSample, Sample
@@ -47,7 +48,7 @@ class Layout(NamedTuple):
 _MESSAGES: dict[int, type] = {  # the tag is part of the protocol: never reuse one
     1: m.Announcement,
     2: m.Announced,
-    # 3, 4, 5 and 7 are those of `layer_frames`
+    # 3, 4, 5, 7, 22 and 23 are those of `layer_frames`
     6: m.Fault,
     8: m.Fetch,
     9: m.Fetched,
@@ -147,10 +148,12 @@ def _encode_layer(message: m.Query | m.Fresh | m.Exchange | m.Attended) -> list[
 def _decode_layer(view: memoryview, prefix: Prefix) -> m.Message:
     frame, layer, seconds = read_head(view, prefix)
     fields: dict[str, Any] = {"epoch": frame.epoch, "batch": frame.batch, "layer": layer}
-    if prefix.tag == TAGS[m.Attended]:
+    if prefix.tag in ANSWERS:
         fields["seconds"] = seconds
     for name, place in frame.places().items():
         fields[name] = from_buffer(view[place.at : place.at + place.size], place.dtype, place.shape)
+    if prefix.tag == TAGS[m.Advance]:
+        fields |= {"x": fields.pop("q").view(-1), "gates": fields.pop("k").view(-1)}
     message: m.Message = CLASSES[prefix.tag](**fields)
     return message
 

@@ -7,6 +7,8 @@
 
 All but the last 8 bytes of the header are the same in every layer of a batch: prefix and header before `LAYER_AT` tell
 which batch a frame belongs to and what is in it. This file is the only place of the layout.
+
+A layer with states has x, cut into vectors, for q and gates for k (`LayerSpec.widths`).
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from lamina_protocols.errors import ProtocolError
 from lamina_protocols.frames.frames import PREFIX_SIZE, Prefix, pack_prefix, padding
 from lamina_protocols.frames.tensors import dtype_name, nbytes
 from lamina_protocols.messages import messages as m
-from lamina_protocols.messages.layers import LayerSpec
+from lamina_protocols.messages.layers import STATES, LayerSpec
 
 _HEADER = struct.Struct("<qqIIHHBBH4xIf")
 HEAD_SIZE = PREFIX_SIZE + _HEADER.size  # 64: where the first tensor begins
@@ -33,9 +35,11 @@ _CODES = ("", "f32", "b16", "f16", "i8", "u8")  # a dtype's number is its place 
 _MOST = 1 << 62  # epochs and batches are below it
 
 TENSORS: dict[int, tuple[str, ...]] = {3: ("q",), 4: ("k", "v"), 5: ("out", "lse"), 7: ("q", "k", "v")}
+TENSORS |= {22: ("q", "k"), 23: ("out",)}
 """Of each message's tag, its tensors in their order."""
-CLASSES: dict[int, Any] = {3: m.Query, 4: m.Fresh, 5: m.Attended, 7: m.Exchange}
+CLASSES: dict[int, Any] = {3: m.Query, 4: m.Fresh, 5: m.Attended, 7: m.Exchange, 22: m.Advance, 23: m.Advanced}
 TAGS: dict[type, int] = {cls: tag for tag, cls in CLASSES.items()}
+ANSWERS = frozenset({TAGS[m.Attended], TAGS[m.Advanced]})
 
 
 class Place(NamedTuple):
@@ -122,12 +126,16 @@ def frames_between(
     queries: int, fresh: int, spec: LayerSpec, dtype: str, kv_dtype: str
 ) -> tuple[LayerFrame, LayerFrame]:
     """The frames of a layer between the model and a holder that gets so many vectors of q and of k, and the answers;
-    of batch 0. A holder that is sent no q has no answer."""
-    kind = m.Exchange if queries and fresh else m.Query if queries else m.Fresh
-    d_q, q_type = (spec.query_width, dtype) if queries else (0, "")
-    d_k, own_v, kv_type = (spec.key_width, spec.own_v, kv_dtype) if fresh else (0, 0, "")
+    of batch 0. A holder that is sent no q has no answer. Of a layer with states, k is gates in float32, and as many
+    vectors are answered."""
+    state = spec.kind in STATES
+    kind = m.Advance if state else m.Exchange if queries and fresh else m.Query if queries else m.Fresh
+    d_q, d_k, own_v = spec.widths
+    d_q, q_type = (d_q, dtype) if queries else (0, "")
+    d_k, own_v, kv_type = (d_k, own_v, "f32" if state else kv_dtype) if fresh else (0, 0, "")
     request = LayerFrame(TAGS[kind], 0, 0, queries, fresh, d_q, d_k, own_v, q_type, kv_type)
-    return request, LayerFrame(TAGS[m.Attended], 0, 0, queries=queries, d_v=spec.d_v, dtype=dtype)
+    answer, vectors = (m.Advanced, fresh) if state else (m.Attended, queries)
+    return request, LayerFrame(TAGS[answer], 0, 0, queries=vectors, d_v=spec.d_v, dtype=dtype)
 
 
 def set_batch(head: memoryview, epoch: int, batch: int) -> None:
@@ -185,7 +193,7 @@ def read_head(view: memoryview, prefix: Prefix) -> tuple[LayerFrame, int, float]
             raise ProtocolError(f"{name} header: expected an integer from 0 to 2^62, got {number}")
     if code >= len(_CODES) or kv_code >= len(_CODES):
         raise ProtocolError(f"unknown dtype {max(code, kv_code)}, allowed: up to {len(_CODES) - 1}")
-    if not (math.isfinite(seconds) and seconds >= 0) or (seconds and prefix.tag != TAGS[m.Attended]):
+    if not (math.isfinite(seconds) and seconds >= 0) or (seconds and prefix.tag not in ANSWERS):
         raise ProtocolError(f"{name} header: expected a number of seconds, 0 but in an answer, got {seconds}")
     frame = LayerFrame(prefix.tag, epoch, batch, queries, fresh, d_q, d_k, d_v, _CODES[code], _CODES[kv_code])
     if frame.head(layer, seconds) != view[:HEAD_SIZE] or not frame.only_its_own():

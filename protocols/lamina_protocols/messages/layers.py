@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -87,6 +88,21 @@ class LayerSpec:
         """Numbers of a q vector in messages. The index queries of a KV head, and their weights, are cut into equal
         pieces, the last ones filled up with zeros; one piece stands behind each query of its group."""
         return self.d_k + (-(-self.index.numbers // self.group) if self.index else 0)
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Numbers of a vector of q, of k and of v in a layer's frame. A state has pieces of x for q, the gates of a
+        head for k, and nothing for v."""
+        if self.kind not in STATES:
+            return self.query_width, self.key_width, self.own_v
+        return math.gcd(self.d_k, self.d_v), {"lightning": 0, "kda": self.d_k + 1}.get(self.kind, 2), 0
+
+    @property
+    def vectors(self) -> tuple[int, int]:
+        """How many vectors of q, and of k and v, a token has in a layer's frame."""
+        if self.kind not in STATES:
+            return self.heads, self.kv_heads
+        return (2 * self.key_heads * self.d_k + self.heads * self.d_v) // self.widths[0], self.heads
 
 
 class ColdTier(NamedTuple):

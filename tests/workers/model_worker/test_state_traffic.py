@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from attention_servers import WAYS, connected, running
-from exchange_peers import Joints
+from exchange_peers import EXCHANGES, Joints, exchanged
 from state_layers import D_V, HEADS, KINDS, Inputs, config, constants
 
+from lamina_protocols.frames.tensors import FLOAT_NAMES
 from lamina_protocols.messages.messages import (
     Advance,
     Advanced,
@@ -32,6 +33,7 @@ from lamina_workers.model_worker.kv_copy import Move
 from lamina_workers.model_worker.model_worker import ModelWorker
 from lamina_workers.model_worker.state_traffic import send_constants
 from lamina_workers.ports.port import LocalAttention, Replies, survey
+from lamina_workers.ports.remote import RemoteAttention
 
 ALL = tuple(range(HEADS))
 CUTS = {  # where holders are, and the heads of each
@@ -49,7 +51,7 @@ class Tier:
         """`knowing`: how many of the holders are told constants."""
         self.config = config(kind)
         self.heads = [heads for _, heads in CUTS[cut]]
-        self.joints = Joints()
+        self.joints = Joints(compute_dtype=FLOAT_NAMES[dtype])
         self.workers = [AttentionWorker(self.config) for _ in self.heads]
         self.ports = [
             LocalAttention(worker) if place == "here" else self.joints(worker)
@@ -101,6 +103,7 @@ class Tier:
                 for source, (handle, start, end, _) in enumerate(parts)
             ]
             replies.expect(epoch, self.batch)
+            replies.accepted(self.batch)
         return result(self.merge.run(self.forward(parts, layers), epoch, self.batch, spans, routes))
 
     def step(self, parts, operations=(), epoch=1):
@@ -207,6 +210,63 @@ def test_a_holder_here_is_given_the_tensors_themselves(tier):
         assert message.gates.data_ptr() == event.gates.data_ptr()
 
 
+@pytest.fixture
+def answers(monkeypatch) -> list[Advanced]:
+    """The answers of layers with states that Python has read off channels."""
+    read: list[Advanced] = []
+    plain = RemoteAttention.receive
+
+    def receive(self, timeout=None):
+        reply = plain(self, timeout)
+        if isinstance(reply, Advanced):
+            read.append(reply)
+        return reply
+
+    monkeypatch.setattr(RemoteAttention, "receive", receive)
+    return read
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoded_tokens_go_without_python_and_give_the_same_bits(tier, answers, kind, cut, dtype):
+    """But where the gates of a head have an odd number: vectors of some heads are gathered by 8 bytes."""
+    inputs, outs = inputs_of(kind, 16), {}
+    for way in EXCHANGES:
+        with exchanged(way):
+            at = tier(kind, cut, dtype)
+            at.step([(1, 0, 5, inputs), (2, 0, 3, inputs)], [opened(1), opened(2)])
+            answers.clear()
+            outs[way] = [at.step([(1, n, n + 1, inputs), (2, n - 2, n - 1, inputs)]) for n in range(5, 12)]
+            assert bool(answers) == (cut != "here" and (way == "python" or (kind == "kda" and cut != "there")))
+            at.check()
+    assert all(map(torch.equal, *outs.values()))
+    if dtype == torch.float32:
+        close(torch.cat(outs["compiled"], 1)[:, ::2], inputs, 5, 12)
+
+
+def test_a_worker_that_does_not_know_the_frames_is_sent_messages(tier, answers):
+    at, inputs = tier("gated_delta", "there"), inputs_of("gated_delta", 9)
+    at.ports[0].features = frozenset()
+    at.step([(1, 0, 5, inputs)], [opened(1)])
+    answers.clear()
+    close(at.step([(1, 5, 6, inputs)]), inputs, 5, 6)
+    assert len(answers) == 2
+
+
+@pytest.mark.parametrize("cut", ["there", "two", "mixed"])
+def test_a_decoded_batch_that_was_given_up_after_a_layer_runs_again(tier, cut):
+    at, inputs = tier("gated_delta", cut), inputs_of("gated_delta", 16)
+    at.step([(1, 0, 5, inputs)], [opened(1)])
+    for position in (5, 7, 9):
+        at.announce([(1, position, position + 1)], epoch=position)
+        at.run([(1, position, position + 1, inputs)], epoch=position, layers=1)
+        close(at.step([(1, position, position + 1, inputs)], epoch=position + 1), inputs, position, position + 1)
+        after = at.step([(1, position + 1, position + 2, inputs)], epoch=position + 1)
+        close(after, inputs, position + 1, position + 2)
+    at.check()
+
+
 LIES = {
     "too few": lambda reply: dataclasses.replace(reply, out=reply.out[1:]),
     "too wide": lambda reply: dataclasses.replace(reply, out=reply.out.repeat(1, 2)),
@@ -217,8 +277,10 @@ LIES = {
 }
 
 
+@pytest.mark.parametrize("tokens", [1, 9])
 @pytest.mark.parametrize("lie", LIES)
-def test_a_worker_that_lies_is_lost_alone(tier, lie):
+def test_a_worker_that_lies_is_lost_alone(tier, lie, tokens):
+    """Where compiled code asked, too: a worker that has seen no inputs yet answers by Python."""
     at, inputs = tier("gated_delta", "two"), inputs_of("gated_delta", 9)
     liar = at.joints.made[0].worker
     told, handle = LIES[lie], liar.handle
@@ -229,7 +291,7 @@ def test_a_worker_that_lies_is_lost_alone(tier, lie):
 
     liar.handle = bent
     with pytest.raises(HolderLost, match="worker-1: "):
-        at.step([(1, 0, 9, inputs)], [opened(1)])
+        at.step([(1, 0, tokens, inputs)], [opened(1)])
     assert [port.closed for port in at.ports] == [True, False]
 
 

@@ -48,12 +48,12 @@ class ServedBatch:
         self.reply.bytes[: blocks.HEAD] = memoryview(answer.head(0))
         for field, place in question.places().items():
             setattr(block, field, self.frame.address + place.at)
-        for field in ("out", "lse"):
-            setattr(block, field, self.reply.address + answer.places()[field].at)
+        for field, place in answer.places().items():
+            setattr(block, field, self.reply.address + place.at)
         block.layers, block.following = len(self._following), self._following.ctypes.data
         block.head = self._head.address
         block.frame, block.size = self.frame.address, question.size
-        block.work, block.attends, block.stores = work.address, int(reads), int(stores)
+        block.work, block.attends, block.stores = work.address, int(reads), int(stores and not work.block.states)
         block.reply, block.reply_size = self.reply.address, answer.size if reads else 0
         self._block = block
         self.address = ctypes.addressof(block)

@@ -30,6 +30,7 @@ from lamina_protocols.frames import codec
 from lamina_protocols.frames.tensors import DTYPES
 from lamina_protocols.messages.layers import ATTENTION, BlockConfig, ColdTier, HolderConfig, LayerSpec
 from lamina_protocols.messages.messages import (
+    Advance,
     Announced,
     Announcement,
     BlockTables,
@@ -89,7 +90,7 @@ _SPARE = 4
 _SPARE_BYTES = 16 << 20  # of the frames of further ones: decode batches of many numbers of tokens
 # Batches at once, counted in each pool. Each keeps its frames, and an engine decides how large they are.
 _MOST_SERVED = 16
-_LAYERED = (Query, Fresh, Exchange)
+_LAYERED = (Query, Fresh, Exchange, Advance)
 
 
 @dataclass(slots=True)

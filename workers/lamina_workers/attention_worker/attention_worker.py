@@ -194,8 +194,8 @@ class AttentionWorker:
     def layer_work(self, number: int, pool: int) -> LayerWork | None:
         """The work of a batch in flight in the layers of a pool, for compiled callers, which `worked` counts; None
         where it needs Python."""
-        kv_pool, batch = self.pools[pool], self._batches.get(number)
-        return kv_pool.layer_work(batch.pools[pool]) if batch is not None and isinstance(kv_pool, KVPool) else None
+        batch = self._batches.get(number)
+        return None if batch is None else self.pools[pool].layer_work(batch.pools[pool])
 
     def state_work(self, number: int, pool: int) -> StateWork | None:
         """The work of a batch in flight in the layers of a pool of states; None where messages are needed."""
@@ -203,11 +203,9 @@ class AttentionWorker:
         return states.work(batch.pools[pool]) if batch is not None and isinstance(states, StatePool) else None
 
     def worked(self, number: int, pool: int, layers: range, work: LayerWork) -> None:
-        """These layers of a batch in flight, by their numbers within the pool, were stored and attended by compiled
-        code."""
-        kv_pool, batch = self.pools[pool], self._batches.get(number)
-        if batch is not None and isinstance(kv_pool, KVPool):
-            kv_pool.worked(batch.pools[pool], layers, work)
+        """Compiled code has done these layers of a batch in flight, by their numbers within the pool."""
+        if (batch := self._batches.get(number)) is not None:
+            self.pools[pool].worked(batch.pools[pool], layers, work)
 
     def in_flight(self, number: int) -> bool:
         """Whether a batch was accepted and not dropped."""

@@ -428,8 +428,7 @@ class KVPool(LayerPool[KVBatch]):
     # Layers without Python.
 
     def layer_work(self, batch: KVBatch) -> LayerWork | None:
-        """The work of a batch in flight for compiled callers, which `worked` counts; None where it needs Python: other
-        kernels, choosers, queries to be kept."""
+        """It needs Python where there are other kernels, choosers, queries to be kept."""
         if batch.samples is not None or (batch.stores and batch.places is None):
             return None
         # Batches of a series have plans with the same blocks, so they have the same work.
@@ -447,8 +446,6 @@ class KVPool(LayerPool[KVBatch]):
         return work
 
     def worked(self, batch: KVBatch, layers: range, work: LayerWork) -> None:
-        """These layers of a batch in flight, by their numbers within the pool, were stored and attended by compiled
-        code."""
         if batch.stores:
             self._stored(batch, (spec.kv_layer for spec in self.config.layers[layers.start : layers.stop]))
         readings = batch.readings

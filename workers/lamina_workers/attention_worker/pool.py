@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
+from lamina_kernels.exchange.layer_work import LayerWork
 from lamina_protocols.errors import ProtocolError
 from lamina_protocols.messages.layers import HolderConfig
 from lamina_protocols.messages.messages import (
@@ -120,6 +121,14 @@ class LayerPool(ABC, Generic[B]):
     def begin(self, rows: Sequence[Row], delay: float) -> B:
         """Plan a batch, once for all its layers. `delay`: seconds to add to each layer. Raises ProtocolError for rows
         that no batch can have."""
+
+    @abstractmethod
+    def layer_work(self, batch: B) -> LayerWork | None:
+        """The work of a batch in flight for compiled callers, which `worked` counts; None where it needs Python."""
+
+    @abstractmethod
+    def worked(self, batch: B, layers: range, work: LayerWork) -> None:
+        """Compiled code has done these layers of a batch in flight, by their numbers within the pool."""
 
     def samples(self, batch: B) -> tuple[int, ...]:
         """Of each row of a batch, the stride of positions whose queries are wanted as a `Sample`; empty for none."""

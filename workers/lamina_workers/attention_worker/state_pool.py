@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lamina_kernels.exchange.layer_work import LayerWork, state_layer_work
 from lamina_kernels.paged import memory
 from lamina_kernels.states import advance as kernel
 from lamina_kernels.states.operands import StateConstants, StateRows
@@ -42,6 +43,8 @@ from lamina_workers.attention_worker.pool import Layered, LayerPool
 from lamina_workers.devices.available import room_for
 from lamina_workers.errors import KVError, UnsupportedModelError
 from lamina_workers.kv_pages.state_store import NO_RECORD, StateStep, StateStore
+
+_WORKS = 16  # of batches that took turns last
 
 
 @dataclass(slots=True)
@@ -88,6 +91,8 @@ class StatePool(LayerPool[StateBatch]):
         self._places = {layer: place for place, layer in enumerate(pool.layers)}
         self._constants = {layer: _constants(spec) for layer, spec in enumerate(config.layers) if not spec.conv}
         self._steps: tuple[StateStep, ...] = ()  # of the last update
+        self._dtype: torch.dtype | None = None  # of the last inputs
+        self._works: dict[tuple[int, torch.dtype], LayerWork | None] = {}
 
     # Parts.
 
@@ -164,6 +169,21 @@ class StatePool(LayerPool[StateBatch]):
             return None
         return kernel.StateWork(batch.plan, self._places, self._constants, partial(self._computed, batch))
 
+    def layer_work(self, batch: StateBatch) -> LayerWork | None:
+        """It needs Python until inputs have come, which alone say the model's dtype."""
+        if self._dtype is None or (work := self.work(batch)) is None:
+            return None
+        key = id(work.plan), self._dtype  # in decode, plans take turns
+        if key not in self._works:
+            vectors = work.plan.sizes[0] // self.config.layers[0].widths[0], batch.vectors
+            newest = state_layer_work(work, tuple(self._places), self._dtype, vectors)
+            # What recent works are made of stays, so no plan's number comes again.
+            self._works = {**dict(list(self._works.items())[1 - _WORKS :]), key: newest}
+        return self._works[key]
+
+    def worked(self, batch: StateBatch, layers: range, work: LayerWork) -> None:
+        self._computed(batch, layers)
+
     # Messages.
 
     def constants(self, layer: int, message: Constants) -> None:
@@ -181,6 +201,7 @@ class StatePool(LayerPool[StateBatch]):
         except ValueError as error:
             raise ProtocolError(f"constants of layer {message.layer}: {error}") from error
         self._constants[layer] = constants
+        self._works.clear()
 
     def handle(self, batch: StateBatch, layer: int, message: Layered) -> Advanced:
         constants = self._constants.get(layer)
@@ -196,6 +217,7 @@ class StatePool(LayerPool[StateBatch]):
             raise ProtocolError(f"inputs of batch {message.batch}: {error}") from error
         if batch.delay:
             time.sleep(batch.delay)
+        self._dtype = message.x.dtype
         self._computed(batch, (layer,))
         return Advanced(message.epoch, message.batch, message.layer, out, time.perf_counter() - start_time)
 

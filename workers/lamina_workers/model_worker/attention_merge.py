@@ -35,10 +35,11 @@ from lamina_workers.model_worker.compiled_exchange import CompiledExchange, Exch
 from lamina_workers.model_worker.holder_traffic import HolderTraffic, check_answer, holder_traffic, index_of, vectors_of
 from lamina_workers.model_worker.interface import Suspended, Waiting
 from lamina_workers.model_worker.prompt_samples import SampleTraffic
-from lamina_workers.model_worker.state_traffic import StateExchange, StateHolder, check_heads
+from lamina_workers.model_worker.state_traffic import StateExchange, check_heads, state_traffic
 from lamina_workers.ports.port import Replies
 from lamina_workers.ports.timing import Stopwatch, Times
 
+_NO_V = torch.empty(0)  # of a layer with states
 _FEW_VECTORS = 4096  # query vectors of a batch's own tokens that one thread attends
 
 
@@ -204,7 +205,6 @@ class _PoolLane(NamedTuple):
 
     layers: tuple[LayerSpec, ...]
     present: FreshAttention
-    exchanges: ExchangeMaker
 
 
 class _Lane(NamedTuple):
@@ -212,6 +212,7 @@ class _Lane(NamedTuple):
 
     staging: Staging
     pools: dict[int, _PoolLane]
+    exchanges: dict[int, ExchangeMaker]
 
 
 class _PoolRun(NamedTuple):
@@ -281,11 +282,11 @@ class AttentionMerge:
 
     def _lane(self) -> _Lane:
         attention = {n: pool for n, pool in enumerate(self._pools) if pool.config.layers[0].kind not in STATES}
-        return _Lane(self._staging(), {n: self._pool_lane(n, pool) for n, pool in attention.items()})
+        exchanges = {n: ExchangeMaker(n, pool) for n, pool in enumerate(self._pools)}
+        return _Lane(self._staging(), {n: self._pool_lane(pool) for n, pool in attention.items()}, exchanges)
 
-    def _pool_lane(self, number: int, pool: Pool) -> _PoolLane:
-        layers = pool.config.layers
-        return _PoolLane(layers, FreshAttention(pool.config, self._threads, self._device), ExchangeMaker(number, pool))
+    def _pool_lane(self, pool: Pool) -> _PoolLane:
+        return _PoolLane(pool.config.layers, FreshAttention(pool.config, self._threads, self._device))
 
     def _run(
         self,
@@ -313,17 +314,15 @@ class AttentionMerge:
         try:
             event = next(forward)
             tokens = sum(span.count for span in spans)
-            for n, run in runs.items():
-                compiled_exchange = None
-                if (
-                    run.fused
-                    and not run.exchange.samples
-                    and self._device.type == "cpu"
-                    and isinstance(event, QueryReady | StateReady)
-                ):
-                    dtype = (event.q if isinstance(event, QueryReady) else event.x).dtype
-                    compiled_exchange = lane.pools[n].exchanges.begin(run.traffic, ids, tokens, dtype, times)
-                all_compiled[n] = compiled_exchange
+            if self._device.type == "cpu" and isinstance(event, QueryReady | StateReady):
+                dtype = (event.q if isinstance(event, QueryReady) else event.x).dtype
+                traffic_of: dict[int, Sequence[HolderTraffic]] = {
+                    n: run.traffic for n, run in runs.items() if run.fused and not run.exchange.samples
+                }
+                if tokens == len(spans):
+                    traffic_of |= {n: exchange.holders for n, exchange in states.items() if exchange.work is None}
+                for n, traffic in traffic_of.items():
+                    all_compiled[n] = lane.exchanges[n].begin(traffic, ids, tokens, dtype, times)
             while True:
                 while isinstance(event, Waiting):
                     yield event
@@ -334,9 +333,13 @@ class AttentionMerge:
                     if (work := states[pool].work) is not None:
                         event = forward.send(work)
                         continue
-                    answering = states[pool].advance(event, suspends)
+                    if (compiled := all_compiled.get(pool)) is not None:
+                        kv = KeyValueReady(event.layer, event.gates, _NO_V)
+                        answering = compiled.attend(event.layer, event.x, kv, suspends, self._watch)
+                    else:
+                        answering = states[pool].advance(event, suspends)
                 else:
-                    run, compiled = runs[pool], all_compiled[pool]
+                    run, compiled = runs[pool], all_compiled.get(pool)
                     kv = _keys_values(run.exchange, event, forward, early=compiled is None)
                     if compiled is not None:
                         answering = compiled.attend(event.layer, run.exchange.q, kv, suspends, self._watch)
@@ -367,7 +370,7 @@ class AttentionMerge:
         times: Times,
     ) -> _PoolRun:
         """Begin a batch in the layers of one pool of attention, of whose parts the routes are."""
-        layers, present, _ = lane.pools[number]
+        layers, present = lane.pools[number]
         traffic, samples = [], []
         first = list(accumulate((span.count for span in spans), initial=0))
         for replies, routed in routes.items():
@@ -401,11 +404,14 @@ class AttentionMerge:
         holders = []
         for replies, routed in routes.items():
             if routed:
-                way = DIRECT if self._is_direct(replies) else lane.staging
-                holders.append(StateHolder(spec, way, self._patience, replies, spans, routed))
+                direct = self._is_direct(replies)
+                holders.append(state_traffic(spec, lane.staging, direct, self._patience, replies, spans, routed))
                 _be_patient(replies, holders[-1].timeout)
-        work = holders[0].work(ids[1], number) if whole and len(holders) == 1 else None
-        return StateExchange(ids, holders, times, self._watch, work)
+        work = None
+        if whole and len(holders) == 1 and holders[0].queries is holders[0].fresh is None:
+            port = holders[0].replies.here
+            work = None if port is None else port.state_work(ids[1], number)
+        return StateExchange(spec, ids, holders, times, self._watch, work)
 
     def _is_direct(self, replies: Replies) -> bool:
         """Whether a holder is on the model's device, so that nothing is copied."""

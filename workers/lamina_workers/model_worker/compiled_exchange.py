@@ -26,16 +26,18 @@ from lamina_kernels.exchange.exchange_loop import exchange_kernel
 from lamina_kernels.exchange.layer_work import LayerWork, functions
 from lamina_kernels.paged.pages import FLOATS
 from lamina_kernels.partial import Partial, with_sinks
+from lamina_protocols.channels.versions import STATE_FRAMES
 from lamina_protocols.errors import LaminaError
 from lamina_protocols.frames.layer_frames import frames_between, seconds_stand, set_batch, set_layer
 from lamina_protocols.frames.tensors import dtype_name
-from lamina_protocols.messages.layers import LayerSpec
-from lamina_protocols.messages.messages import Attended
+from lamina_protocols.messages.layers import STATES, LayerSpec
+from lamina_protocols.messages.messages import Advanced, Attended
 from lamina_protocols.messages.pools import Pool
 from lamina_workers.decoder.model import KeyValueReady
 from lamina_workers.devices.staging import DIRECT
 from lamina_workers.model_worker.holder_traffic import HolderTraffic, check_answer
 from lamina_workers.model_worker.interface import Suspended, Waiting
+from lamina_workers.model_worker.state_traffic import join
 from lamina_workers.ports.direct import Buffer, compiled, enabled
 from lamina_workers.ports.port import Replies
 from lamina_workers.ports.remote import RemoteAttention
@@ -50,13 +52,15 @@ class Gathered:
     def __init__(self, holder: HolderTraffic, spec: LayerSpec, tokens: int, itemsize: int) -> None:
         self.queries, self.fresh = counts_of(holder, spec, tokens)
         self.fields: dict[str, int] = {}
+        state = spec.kind in STATES  # x is q, gates are k, and there is no v
         sides = (
-            ("q", self.queries, holder.queries, spec.query_width),
-            ("k", self.fresh, holder.fresh, spec.key_width),
-            ("v", self.fresh, holder.fresh, spec.own_v),
+            ("q", self.queries, holder.queries, itemsize),
+            ("k", self.fresh, holder.fresh, 4 if state else itemsize),
+            ("v", 0 if state else self.fresh, None if state else holder.fresh, itemsize),
         )
-        for name, count, index, width in sides:
-            self.fields |= {f"{name}_count": count, f"{name}_bytes": width * itemsize}
+        self.answered = self.fresh if state else self.queries
+        for (name, count, index, size), width in zip(sides, spec.widths, strict=True):
+            self.fields |= {f"{name}_count": count, f"{name}_bytes": width * size}
             if count and index is not None:
                 self.fields[f"{name}_index"] = index.data_ptr()
 
@@ -91,7 +95,7 @@ class RemoteHolder:
         self._head.bytes[:] = memoryview(answer.head(0))
         self.frame = Buffer(answer.size)
         self.taken = np.zeros(layers, np.int64)
-        self._block = block
+        self._block, self._state = block, spec.kind in STATES
         for field, value in gathered.fields.items():
             setattr(block, field, value)
         block.layers, block.head, block.frame = layers, self._head.address, self.frame.address
@@ -99,9 +103,9 @@ class RemoteHolder:
         block.channel, block.timed = 0 if self.direct is None else self.direct.address, 1
         block.sent_frame, block.sent_size = self._sent.address, query.size
         block.taken = self.taken.ctypes.data
-        out, lse = (answer.places()[field] for field in ("out", "lse"))
+        out, lse = answer.places()["out"], answer.places().get("lse")  # what states give has no lse
         self.out = self.frame.tensor(out.at, out.size, dtype).view(-1, spec.d_v)
-        self.lse = self.frame.tensor(lse.at, lse.size, torch.float32)
+        self.lse = torch.empty(0) if lse is None else self.frame.tensor(lse.at, lse.size, torch.float32)
 
     def begin(self, holder: HolderTraffic, ids: tuple[int, int]) -> None:
         """A batch of the same shape, as the first or as the next one."""
@@ -137,12 +141,14 @@ class RemoteHolder:
                 return False
             replies.read(self.left(asked))
         if asked and not self._block.arrived and replies.heard(batch):
-            reply = replies.take(Attended, batch, layer, self.holder.timeout)
+            kind: type[Any] = Advanced if self._state else Attended
+            reply = replies.take(kind, batch, layer, self.holder.timeout)
             self.port.due += 1  # of the next layer
             check_answer(replies, reply.out, tuple(self.out.shape), self.out.dtype)
             with torch.inference_mode():  # a suspended batch's answers are taken outside of its run
                 self.out.copy_(reply.out)
-                self.lse.copy_(reply.lse)
+                if not self._state:
+                    self.lse.copy_(reply.lse)
             set_layer(self.frame.bytes, layer, reply.seconds)
             self._block.arrived = time.monotonic_ns()
         return True
@@ -173,8 +179,9 @@ class RemoteHolder:
 
 def counts_of(holder: HolderTraffic, spec: LayerSpec, tokens: int) -> tuple[int, int]:
     """How many vectors of q go to a holder, and of k."""
-    queries = count_of(holder.queries, tokens * spec.heads) if holder.reads else 0
-    return queries, count_of(holder.fresh, tokens * spec.kv_heads) if holder.stores else 0
+    of_q, of_k = spec.vectors
+    queries = count_of(holder.queries, tokens * of_q) if holder.reads else 0
+    return queries, count_of(holder.fresh, tokens * of_k) if holder.stores else 0
 
 
 def count_of(index: torch.Tensor | None, total: int) -> int:
@@ -229,6 +236,7 @@ class CompiledExchange:
             carried=len(elsewhere) - len(self._lent),
         )
         self._keep += [local_blocks, answers]
+        self._joins: list[tuple[torch.Tensor, torch.Tensor | None]] = []  # of states: answers, and where they belong
         self._answer = self._merged(answers, dtype)
         self._result = blocks.WAITING  # of a call that was made while the batch was suspended, or its error
         self._failure: LaminaError | None = None
@@ -247,8 +255,8 @@ class CompiledExchange:
                 self._keep.append(room)
         for field, value in gathered.fields.items():
             setattr(block, field, value)
-        out = torch.empty(gathered.queries, spec.d_v, dtype=dtype)
-        lse = torch.empty(gathered.queries)
+        out = torch.empty(gathered.answered, spec.d_v, dtype=dtype)
+        lse = torch.empty(gathered.answered)
         nanoseconds = self._taken_here[holder.replies] = np.zeros(work.layers[-1] + 1, np.int64)
         block.work, block.out, block.lse, block.taken = (
             work.address,
@@ -262,9 +270,13 @@ class CompiledExchange:
         """Of all vectors, what all answers are merged into; the answer itself where one has everything."""
         spec = self._spec
         total = self._tokens * spec.heads
-        if len(answers) == 1 and answers[0][0].queries is None and len(answers[0][1].out) == total:
-            return answers[0][1]
+        state, (holder, answer) = spec.kind in STATES, answers[0]
+        if len(answers) == 1 and len(answer.out) == total and (holder.fresh if state else holder.queries) is None:
+            return answer
         merged = Partial(torch.empty(total, spec.d_v, dtype=dtype), torch.empty(total))
+        if state:
+            self._joins = [(of_holder.out, holder.fresh) for holder, of_holder in answers]
+            return merged
         merges = []
         for holder, answer in answers:
             for piece, index in holder.pieces(answer):
@@ -296,8 +308,8 @@ class CompiledExchange:
             remote.begin(holder, ids)
 
     def attend(self, layer: int, q: torch.Tensor, kv: KeyValueReady, suspends: bool, watch: Stopwatch) -> Suspended:
-        """The attention output of a layer, `[T, heads * d_v]`, which stays until the next one is attended. Raises
-        HolderFault, HolderLost."""
+        """The attention output of a layer, `[T, heads * d_v]`, which stays until the next one is attended; or what its
+        states give for x and gates, in the places of q and k. Raises HolderFault, HolderLost."""
         x = self._block
         q, k, v = q.contiguous(), kv.k.contiguous(), kv.v.contiguous()
         x.layer, x.waits = layer, int(not suspends)
@@ -319,6 +331,8 @@ class CompiledExchange:
                 raise remote.port.overdue(remote.holder.timeout)
             elif result != blocks.INTERRUPTED:
                 remote.holder.replies.read(remote.left(self._asked))
+        for answer, index in self._joins:
+            join(self._answer.out, answer, index, 0)
         out = self._answer.out if kv.sinks is None else with_sinks(self._answer, kv.sinks)
         return out.view(self._tokens, -1)
 
@@ -444,13 +458,17 @@ class ExchangeMaker:
         replies = holder.replies
         if holder.way is not DIRECT:
             return None
+        spec = self._pool.config.layers[0]
+        state = spec.kind in STATES
+        if state and holder.fresh is not None and spec.widths[1] % 2:  # vectors are gathered by 8 bytes
+            return None
         if replies.here is None:
-            return replies.frames
+            return replies.frames if not state or STATE_FRAMES in replies.port.features else None
         work = replies.work(batch, self._number)
         if work is None or not work.query == work.loaded == dtype:
             return None
         # Compiled code checks nothing: what the holder planned must be what it gets. Where it is not, Python says so.
-        counts = counts_of(holder, self._pool.config.layers[0], tokens)
+        counts = counts_of(holder, spec, tokens)
         return work if (work.queries, work.fresh, work.layers) == (*counts, self._pool.layers) else None
 
 

@@ -7,10 +7,11 @@ their key heads, and answers with its heads' outputs. One message a layer goes e
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from itertools import accumulate
-from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from lamina_kernels.states.advance import StateWork
@@ -19,9 +20,9 @@ from lamina_protocols.messages.layers import LayerSpec
 from lamina_protocols.messages.messages import Advance, Advanced, Constants
 from lamina_protocols.messages.routes import Route, Span
 from lamina_workers.decoder.model import StateReady
-from lamina_workers.devices.staging import Staging
+from lamina_workers.devices.staging import DIRECT, Staging
 from lamina_workers.errors import HolderFault
-from lamina_workers.model_worker.holder_traffic import check_answer
+from lamina_workers.model_worker.holder_traffic import HolderTraffic, check_answer, index_of, vectors_of
 from lamina_workers.model_worker.interface import Suspended, Waiting
 from lamina_workers.ports.port import AttentionPort, Replies
 from lamina_workers.ports.timing import Stopwatch, Times
@@ -30,87 +31,52 @@ _SLOWEST = 1e8  # multiplications and additions a second that any holder is trus
 _STEPS = 4  # of them that a token does with each number of a state
 
 
-class Piece(NamedTuple):
-    """Tokens of a batch that follow one another, and the same heads of them. `columns` are those of x, `heads` those of
-    gates and outputs, as slices in order; `n_heads` counts the heads."""
+def state_traffic(
+    spec: LayerSpec,
+    staging: Staging,
+    direct: bool,
+    patience: float,
+    replies: Replies,
+    spans: Sequence[Span],
+    routes: Sequence[Route],
+) -> HolderTraffic:
+    """The traffic of a batch of `spans` with the holder of `routes`, in the layers of a pool of states: `queries` are
+    indices into vectors of x (`LayerSpec.widths`), `fresh` into gates and outputs. Arguments as of `holder_traffic`."""
+    first = list(accumulate((span.count for span in spans), initial=0))
+    parts = tuple((first[route.source], route.row.count, route.heads) for route in routes)
+    x, heads = _vectors(spec, parts, first[-1])
+    count = sum(tokens * len(of_part) for _, tokens, of_part in parts)
+    return HolderTraffic(
+        replies=replies,
+        way=DIRECT if direct else staging,
+        here=replies.here is not None,
+        reads=True,
+        stores=True,
+        fused=True,
+        queries=staging.index(x),
+        rounds=(slice(0, count),),
+        fresh=staging.index(heads),
+        timeout=patience + count * _STEPS * spec.d_k * spec.d_v / _SLOWEST,
+    )
 
-    tokens: slice
-    columns: tuple[slice, ...]
-    heads: tuple[slice, ...]
-    n_heads: int
 
-
-class StateHolder:
-    """The messages of a batch to and from one holder of states, the same in every layer of the pool.
-
-    `way` copies tensors to the holder and back. `here`: it is in this process. `timeout`: seconds after which a holder
-    that has not answered is gone.
-    """
-
-    def __init__(
-        self,
-        spec: LayerSpec,
-        way: Staging,
-        patience: float,
-        replies: Replies,
-        spans: Sequence[Span],
-        routes: Sequence[Route],
-    ) -> None:
-        first = list(accumulate((span.count for span in spans), initial=0))
-        self.replies = replies
-        self.here = replies.here is not None
-        self._spec, self._way = spec, way
-        self._pieces = tuple(_pieces(spec, [(first[route.source], route.row.count, route.heads) for route in routes]))
-        self._all = len(self._pieces) == 1 and self._pieces[0].n_heads == spec.heads
-        self._all &= self._pieces[0].tokens == slice(0, first[-1])
-        self._vectors = sum((piece.tokens.stop - piece.tokens.start) * piece.n_heads for piece in self._pieces)
-        self.timeout = patience + self._vectors * _STEPS * spec.d_k * spec.d_v / _SLOWEST
-
-    def work(self, batch: int, pool: int) -> StateWork | None:
-        """The batch's work in the pool, where the holder is in this process and has all heads."""
-        computing = self.replies.here
-        return computing.state_work(batch, pool) if computing is not None and self._all else None
-
-    def send(self, epoch: int, batch: int, state: StateReady) -> None:
-        """Send what the holder needs of a layer's inputs. Raises HolderLost."""
-        x, gates = self._flat(state.x, "columns"), self._flat(state.gates, "heads")
-        self._way.landed()
-        self.replies.asked(batch)
-        self.replies.port.send(Advance(epoch, batch, state.layer, x, gates))
-
-    def take(self, batch: int, layer: int, dtype: torch.dtype) -> tuple[torch.Tensor, float]:
-        """The answer, `[n, d_v]` where the model is, and how many seconds the holder took. Raises HolderFault where it
-        failed, HolderLost where it is gone or has answered something else."""
-        reply = self.replies.take(Advanced, batch, layer, self.timeout)
-        check_answer(self.replies, reply.out, (self._vectors, self._spec.d_v), dtype)
-        return self._way.up(reply.out), reply.seconds
-
-    def put(self, out: torch.Tensor, joined: torch.Tensor | None, tokens: int) -> torch.Tensor:
-        """Put an answer to the others', `[tokens, heads, d_v]`; there are none yet where that is None."""
-        spec, first_vector = self._spec, 0
-        if self._all:
-            return out.view(tokens, spec.heads, spec.d_v)
-        if joined is None:
-            joined = out.new_empty(tokens, spec.heads, spec.d_v)
-        for piece in self._pieces:
-            count = piece.tokens.stop - piece.tokens.start
-            piece_out = out[first_vector : first_vector + count * piece.n_heads].view(count, piece.n_heads, spec.d_v)
-            first_vector, begin = first_vector + count * piece.n_heads, 0
-            for heads in piece.heads:
-                n = heads.stop - heads.start
-                joined[piece.tokens, heads] = piece_out[:, begin : begin + n]
-                begin += n
-        return joined
-
-    def _flat(self, x: torch.Tensor, field: str) -> torch.Tensor:
-        """The holder's part of x or gates, 1-D; `field` of a piece has its slices. All of it is not copied."""
-        if not self._all:
-            parts = [
-                torch.cat([x[piece.tokens, columns] for columns in getattr(piece, field)], dim=1).view(-1)
-                for piece in self._pieces
-            ]
-            x = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return self._way.down(x.reshape(-1, 1)).view(-1)
+@lru_cache(maxsize=128)  # in decode batches ask for the same again and again
+def _vectors(
+    spec: LayerSpec, parts: tuple[tuple[int, int, tuple[int, ...]], ...], tokens: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The indices `queries` and `fresh` of a `HolderTraffic`. Each part is a route: its first token in the batch, how
+    many tokens, its heads."""
+    unit, (in_token, _), x, gates = spec.widths[0], spec.vectors, [], []
+    per_key, per_value = spec.d_k // unit, spec.d_v // unit
+    for first, count, part_heads in parts:
+        heads = np.array(part_heads)
+        keys = np.unique(heads // (spec.heads // spec.key_heads))
+        q, k = ((keys[:, None] + n * spec.key_heads) * per_key + np.arange(per_key) for n in range(2))
+        v = 2 * spec.key_heads * per_key + heads[:, None] * per_value + np.arange(per_value)
+        columns = np.concatenate([q.reshape(-1), k.reshape(-1), v.reshape(-1)])
+        x.append(vectors_of(first, first + count, columns, in_token))
+        gates.append(vectors_of(first, first + count, heads, spec.heads))
+    return index_of(x, tokens * in_token), index_of(gates, tokens * spec.heads)
 
 
 class StateExchange:
@@ -118,34 +84,43 @@ class StateExchange:
 
     def __init__(
         self,
+        spec: LayerSpec,
         ids: tuple[int, int],
-        holders: Sequence[StateHolder],
+        holders: Sequence[HolderTraffic],
         times: Times,
         watch: Stopwatch,
         work: StateWork | None = None,
     ) -> None:
         self.work = work
         """What the model can do itself, without messages."""
+        self._spec = spec
         self._epoch, self._batch = ids
         # A holder here computes while it is sent to: the others are asked first, and compute meanwhile.
-        self._holders = sorted(holders, key=lambda holder: holder.here)
+        self.holders = sorted(holders, key=lambda holder: holder.here)
         self._times = times
         self._watch = watch
 
     def advance(self, state: StateReady, suspends: bool) -> Suspended:
         """What the states give for the inputs of a layer: `[T, heads * d_v]`. Raises HolderFault, HolderLost."""
-        tokens, start = len(state.x), time.perf_counter()
-        for holder in self._holders:
-            holder.send(self._epoch, self._batch, state)
+        tokens, start, spec = len(state.x), time.perf_counter(), self._spec
+        x, gates = state.x.reshape(-1, spec.widths[0]), state.gates.flatten(0, 1)
+        for holder in self.holders:
+            parts = holder.way.down(x, holder.queries), holder.way.down(gates, holder.fresh)
+            holder.way.landed()
+            holder.replies.asked(self._batch)
+            flat = (part.reshape(-1) for part in parts)
+            holder.replies.port.send(Advance(self._epoch, self._batch, state.layer, *flat))
         joined: torch.Tensor | None = None
         slowest = answered = 0.0
-        for holder in self._holders:
+        for holder in self.holders:
             waits = time.perf_counter()
             if suspends and not holder.replies.ready(self._batch):
                 self._watch.stop()
                 yield Waiting(holder.replies, self._batch)
                 self._watch.start()
-            out, seconds = holder.take(self._batch, state.layer, state.x.dtype)
+            reply = holder.replies.take(Advanced, self._batch, state.layer, holder.timeout)
+            check_answer(holder.replies, reply.out, (holder.rounds[0].stop, spec.d_v), state.x.dtype)
+            out, seconds = holder.way.up(reply.out), reply.seconds
             if holder.here:
                 self._times.local += seconds
             else:
@@ -153,12 +128,22 @@ class StateExchange:
                 self._times.waited += now - waits
                 answered = now - start
                 slowest = max(slowest, min(seconds, answered))  # whatever the holder says
-            joined = holder.put(out, joined, tokens)
+            joined = join(joined, out, holder.fresh, tokens * spec.heads)
         self._times.remote += slowest
         self._times.answered += answered
         if joined is None:
             raise HolderFault(f"no holder has the states of layer {state.layer}")
         return joined.view(tokens, -1)
+
+
+def join(joined: torch.Tensor | None, out: torch.Tensor, index: torch.Tensor | None, vectors: int) -> torch.Tensor:
+    """`joined` with a holder's answer, whose places `index` has; made first where that is None. None for index: the
+    answer has all of them."""
+    if index is None:
+        return out
+    if joined is None:
+        joined = out.new_empty(vectors, out.shape[1])
+    return joined.index_copy_(0, index, out)
 
 
 def send_constants(port: AttentionPort, epoch: int, constants: Mapping[int, StateConstants]) -> None:
@@ -179,31 +164,3 @@ def check_heads(spec: LayerSpec, spans: int, routes: Mapping[Replies, Sequence[R
         if len(heads) < spec.heads:
             head = min(set(range(spec.heads)) - heads)
             raise HolderFault(f"no holder has the state of head {head} for span {source}, it needs all {spec.heads}")
-
-
-def _pieces(spec: LayerSpec, parts: Iterable[tuple[int, int, tuple[int, ...]]]) -> list[Piece]:
-    """Parts, each of a first token, a number of tokens and heads, as few pieces in their order."""
-    pieces: list[Piece] = []
-    last_heads: tuple[int, ...] = ()
-    for first, count, heads in parts:
-        if pieces and heads == last_heads and pieces[-1].tokens.stop == first:
-            pieces[-1] = pieces[-1]._replace(tokens=slice(pieces[-1].tokens.start, first + count))
-        else:
-            keys = sorted({head // (spec.heads // spec.key_heads) for head in heads})
-            q, k = (_slices(keys, spec.d_k, number * spec.key_heads * spec.d_k) for number in range(2))
-            v = _slices(heads, spec.d_v, 2 * spec.key_heads * spec.d_k)
-            pieces.append(Piece(slice(first, first + count), (*q, *k, *v), _slices(heads, 1, 0), len(heads)))
-        last_heads = heads
-    return pieces
-
-
-def _slices(numbers: Sequence[int], width: int, begin: int) -> tuple[slice, ...]:
-    """Where these, each `width` wide, stand from `begin` on; neighbours are one slice."""
-    slices: list[slice] = []
-    for number in numbers:
-        start = begin + number * width
-        if slices and slices[-1].stop == start:
-            slices[-1] = slice(slices[-1].start, start + width)
-        else:
-            slices.append(slice(start, start + width))
-    return tuple(slices)
