@@ -21,6 +21,7 @@ from lamina_protocols.errors import ProtocolError
 from lamina_protocols.messages.messages import Advanced, Fault, Reply
 from lamina_workers.attention_worker.attention_worker import AttentionWorker
 from lamina_workers.attention_worker.state_pool import StatePool
+from lamina_workers.model_worker import compiled_exchange
 from lamina_workers.ports.remote import RemoteAttention
 
 FAMILIES = {"gated delta": "qwen3_5", "mamba2 beside attention": "falcon_h1", "lightning": "minimax"}
@@ -70,12 +71,14 @@ def fail_in_layers(patch: pytest.MonkeyPatch) -> list[Any]:
         return handle(pool, *given)
 
     patch.setattr(AttentionWorker, "state_work", lambda *_: None)
+    patch.setattr(StatePool, "layer_work", lambda *_: None)
     patch.setattr(StatePool, "handle", fails)
     return struck
 
 
 def lose_answers(patch: pytest.MonkeyPatch, share: float) -> list[Reply]:
-    """Have some answers of a layer lost: workers have gone on by unlike numbers of layers. Those that were."""
+    """Have some answers of a layer lost, which Python carries then: workers have gone on by unlike numbers of layers.
+    Those that were."""
     chance, receive, struck = random.Random(5), RemoteAttention.receive, []
 
     def loses(port: RemoteAttention, timeout: float | None = None) -> Reply:
@@ -85,6 +88,7 @@ def lose_answers(patch: pytest.MonkeyPatch, share: float) -> list[Reply]:
             return Fault(reply.epoch, reply.batch, "KVError: struck")
         return reply
 
+    patch.setattr(compiled_exchange, "STATE_FRAMES", "none that a worker has")
     patch.setattr(RemoteAttention, "receive", loses)
     return struck
 
