@@ -76,11 +76,11 @@ _HALVINGS, _MOST = 6, 1e4
 def main() -> None:
     """Print a line a case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", choices=[[], *CASES], default=list(CASES))
+    parser.add_argument("cases", nargs="*", choices=CASES, help="default: all")
     parser.add_argument("--requests", type=int, default=REQUESTS)
     asked = parser.parse_args()
     print(f"{'case':15} {'cand.':>5} {'simulated':>9} {'plan s':>6} {'regret':>7}  chosen / best")
-    for name in asked.cases:
+    for name in asked.cases or CASES:
         found = regret(CASES[name], asked.requests)
         print(f"{name:15} {found}", flush=True)
 
