@@ -217,4 +217,4 @@ def test_a_recipe_followed_is_right(tree: Path, name: str) -> None:
 def test_a_recipe_without_one_of_its_places_fails(tree: Path, name: str, place: Place) -> None:
     recipe = RECIPES[name]
     status, printed = outcome(tree, recipe, [other for other in recipe.places if other is not place])
-    assert status in (1, 2, 4), printed
+    assert status in (1, 2, 3, 4), printed  # 3: kernels are compiled before the first test
