@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ from lamina.cli.policy import calibrate, policy_app
 from lamina.errors import InvalidRequest, PolicyError
 from lamina.measure.calibration.calibrate import Calibration, Settings
 from lamina.measure.calibration.capture import Captured, TorchPath, attend, capture, joined
-from lamina.measure.calibration.data import Passkeys, corpus, passkeys, repeated, vocabulary_words
+from lamina.measure.calibration.data import Corpus, Passkeys, corpus, passkeys, repeated, vocabulary_words
 from lamina.measure.calibration.evidence import Evidence, Wanted, influences, ramp, train
 from lamina.measure.calibration.quality import Quality, Target, compare, read
 from lamina.measure.calibration.report import measures, page, write_report
@@ -338,7 +339,7 @@ class TestData:
             corpus(Words(), file, 3)  # type: ignore[arg-type]
         file.write_bytes(b"\xff")
         for path in (file, tmp_path / "none.txt"):
-            with pytest.raises(InvalidRequest, match=r"cannot read .* as UTF-8 text"):
+            with pytest.raises(InvalidRequest, match=r"text .*: (it is not UTF-8|there is no such file|it is no file)"):
                 corpus(Words(), path, 1)  # type: ignore[arg-type]
 
     def test_repeats(self) -> None:
@@ -495,9 +496,11 @@ class TestEvidence:
             Evidence.load(tmp_path / "scores.json", ["cd", "x"])
 
     def test_it_is_of_what_it_was_measured_with(self) -> None:
-        wanted = Wanted(2048, [Streaming()], Streaming(1, 2), 9, 0)
-        for other in ({"length": 4096}, {"policies": [Streaming(3)]}, {"streaming": Streaming()}, {"steps": 8}):
-            assert dataclasses.replace(wanted, **other).marks("ab") != wanted.marks("ab")
+        wanted, texts = Wanted(2048, [Streaming()], Streaming(1, 2), 9, 0), Corpus((1, 2), (3,))
+        others: list[dict[str, Any]] = [{"length": 4096}, {"policies": [Streaming(3)]}, {"streaming": Streaming()}]
+        for other in (*others, {"steps": 8}, {"seed": 1}):
+            assert dataclasses.replace(wanted, **other).marks("ab", texts) != wanted.marks("ab", texts)
+        assert wanted.marks("ab", Corpus((1, 4), (3,))) != wanted.marks("ab", texts)
 
     def test_other_files_are_refused(self, tmp_path: Path) -> None:
         file = tmp_path / "scores.json"

@@ -197,12 +197,13 @@ def measure(
 def _evidence(
     bench: Workbench, texts: Corpus, request: Wanted, scores: Path | None, mark: str, progress: Progress
 ) -> Evidence:
+    marks = request.marks(mark, texts)
     if scores is not None and scores.exists():
-        return Evidence.load(scores, request.marks(mark))
+        return Evidence.load(scores, marks)
     with open_checkpoint(bench.path) as checkpoint:
         path = TorchPath(bench.model, checkpoint)
     subject = Subject(bench.probe(request.length), path, bench.tokenizer, texts)
     evidence = gather(subject, request, progress)
     if scores is not None:
-        evidence.save(scores, request.marks(mark))
+        evidence.save(scores, marks)
     return evidence

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lamina.errors import InvalidRequest
+from lamina.system.text_files import read_text
 from lamina.text.tokenizer import Tokenizer
 
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 _NEEDLE = "\n\nRemember this: the {} passkey to the vault is:"
 _QUESTION = "\n\nQuestion: what is the {} passkey to the vault? Answer: the {} passkey to the vault is:"
 MAX_NEEDLES = len(_ORDINALS)
+_MOST_TEXT = 256 << 20  # bytes
 TAIL = 512  # tokens that the questions may take
 
 
@@ -38,9 +40,9 @@ def corpus(tokenizer: Tokenizer, text: Path | None, needed: int) -> Corpus:
     else:
         name = str(text)
         try:
-            content = text.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise InvalidRequest(f"cannot read {name!r:.200} as UTF-8 text: {error}") from error
+            content = read_text(text, _MOST_TEXT)
+        except InvalidRequest as error:
+            raise InvalidRequest(f"text {name!r:.200}: {error}") from error
     ids = tokenizer.encode(content)
     half = len(ids) // 2
     if half < needed:

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import json
 import random
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -71,10 +72,10 @@ class Wanted:
     steps: int
     seed: int
 
-    def marks(self, fingerprint: str) -> list[str]:
+    def marks(self, fingerprint: str, texts: Corpus) -> list[str]:
         """What evidence is of, for the file that keeps it."""
-        gates = f"{self.steps} steps of {self.streaming}"
-        return [fingerprint, str(self.length), gates, *map(str, self.policies)]
+        gates, text = f"{self.steps} steps of {self.streaming}", zlib.crc32(np.array(texts.calibration).tobytes())
+        return [fingerprint, f"text {text:08x}, seed {self.seed}", str(self.length), gates, *map(str, self.policies)]
 
 
 @dataclass(frozen=True, slots=True)
