@@ -76,7 +76,7 @@ _HALVINGS, _MOST = 6, 1e4
 def main() -> None:
     """Print a line a case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", choices=CASES, help="default: all")
+    parser.add_argument("cases", nargs="*", choices=[[], *CASES], metavar="CASE", help="default: all")
     parser.add_argument("--requests", type=int, default=REQUESTS)
     asked = parser.parse_args()
     print(f"{'case':15} {'cand.':>5} {'simulated':>9} {'plan s':>6} {'regret':>7}  chosen / best")
