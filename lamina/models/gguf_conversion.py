@@ -25,9 +25,9 @@ from lamina_workers.errors import ModelFileError, UnsupportedModelError
 from lamina_workers.model_config.config import ModelConfig
 
 
-def convert(file: GgufFile, folder: Path, path: str) -> dict[str, FileRecord]:
+def convert(file: GgufFile, folder: Path, path: str, sampling: Mapping[str, float]) -> dict[str, FileRecord]:
     """Write what says how to run `file` into the empty folder `folder`. Returns a record of each file written, by name.
-    `path`: where the file is found from there.
+    `path`: where the file is found from there. `sampling`: the maker's values, where the file has none.
 
     Raises UnsupportedModelError for a model that Lamina cannot represent, ModelFileError where the file contradicts
     itself, and OSError as it comes.
@@ -41,11 +41,18 @@ def convert(file: GgufFile, folder: Path, path: str) -> dict[str, FileRecord]:
         tensors = entries(file, architecture, ModelConfig.from_dict(config))
     record = GgufRecord(path, file.size, file.header, file.header_sha256(), tensors)
     files = {"config.json": config, **tokenizer_files(file.path, file.metadata)}
+    for name in ("temp", "top_k", "top_p", "min_p", "penalty_repeat"):  # as llama.cpp keeps what a maker advises
+        if (key := f"general.sampling.{name}") in file.metadata:
+            value = value_of(file.path, file.metadata, key, int if name == "top_k" else float, None)
+            sampling = {**sampling, _SAMPLING.get(name, name): round(value, 6)}  # from float32
+    if sampling:
+        files["generation_config.json"] |= {"do_sample": True, **sampling}
     texts = {name: json.dumps(content, indent=2, ensure_ascii=False) for name, content in files.items()}
     texts[RECORD] = record.to_json()
     return {name: write_file(folder / name, iter([text.encode()])) for name, text in texts.items()}
 
 
+_SAMPLING = {"temp": "temperature", "penalty_repeat": "repetition_penalty"}
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
 _MAX_TOKEN = 1024  # characters; the longest of known vocabularies have some hundred, and time grows with their square
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"

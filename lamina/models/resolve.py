@@ -6,6 +6,8 @@ An alias stands for files of a package index. A GGUF file, whichever it is, is g
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from lamina.errors import InvalidRequest
@@ -16,7 +18,7 @@ from lamina.models.hub import HUB_IDS, download_parts
 from lamina.system.progress import Progress
 from lamina_workers.errors import ModelFileError
 
-_CONVERSION = 4  # counts up when a conversion gives other files, so that older ones are not taken for them
+_CONVERSION = 5  # counts up when a conversion gives other files, so that older ones are not taken for them
 GGUF_FILE = "model.gguf"
 """An alias's own file, in its folder."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
@@ -66,18 +68,23 @@ def resolve(name: str | Path, progress: Progress | None = None) -> Path:
 def alias_folder(name: str) -> Path:
     """Where `resolve` keeps the model of the alias `name`, whether it is there or not."""
     source = " ".join(f"{part.wheel.sha256} {part.member}" for part in ALIASES[name].parts)
-    return cache_folder() / folder_name(name, f"{_CONVERSION} {source}")
+    return cache_folder() / folder_name(name, f"{_CONVERSION} {source} {ALIASES[name].sampling}")
 
 
 def _fetch(name: str, alias: Alias, target: Path, folder: Path, progress: Progress) -> dict[str, FileRecord]:
     """Fetch an alias into `folder`, which becomes `target`.
 
     Beside `target` is the file as it comes, so that a later try goes on where the network or the user ended this one.
+    A file that an earlier version converted is taken instead.
     """
     gguf = target.with_name(f"{target.name}.download")
+    for older in target.parent.glob(f"{name}-*/{GGUF_FILE}"):
+        with suppress(OSError):  # it is there already, or files have no second name here
+            if older.stat().st_size == sum(part.size for part in alias.parts):
+                gguf.hardlink_to(older)
     try:
         download_parts(alias.parts, alias.sha256, gguf, f"downloading {name}", folder, progress)
-        records = _convert(gguf, folder, GGUF_FILE)
+        records = _convert(gguf, folder, GGUF_FILE, alias.sampling)
     except OSError:  # the disk may be full
         gguf.unlink(missing_ok=True)
         raise
@@ -92,15 +99,15 @@ def _from_gguf(file: Path) -> Path:
     state = file.resolve().stat()
     identity = f"{_CONVERSION} {file.resolve()} {state.st_size} {state.st_mtime_ns}"
     folder = cache_folder() / folder_name(file.stem, identity)
-    return get_or_create(folder, lambda target: _convert(file, target, str(file.resolve())))
+    return get_or_create(folder, lambda target: _convert(file, target, str(file.resolve()), {}))
 
 
-def _convert(gguf: Path, folder: Path, path: str) -> dict[str, FileRecord]:
+def _convert(gguf: Path, folder: Path, path: str, sampling: Mapping[str, float]) -> dict[str, FileRecord]:
     # Imported here because they load numpy and the gguf package, which a model with a folder does not need.
     from lamina.models.gguf_conversion import convert
     from lamina.models.gguf_files import GgufFile
 
-    return convert(GgufFile(gguf), folder, path)
+    return convert(GgufFile(gguf), folder, path, sampling)
 
 
 def _checked(folder: Path) -> Path:

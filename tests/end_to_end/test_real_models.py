@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 
 LENGTH = 64
 KV_MEMORY = 512 << 20
-SAMPLING: dict[str, Any] = {"max_tokens": LENGTH, "temperature": 0, "ignore_eos": True}
+SAMPLING: dict[str, Any] = {"max_tokens": LENGTH, "temperature": 0, "repetition_penalty": 1, "ignore_eos": True}
 
 
 MODELS = [

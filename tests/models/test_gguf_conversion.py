@@ -6,6 +6,7 @@ import json
 import struct
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -18,13 +19,14 @@ from transformers import AutoModelForCausalLM
 from lamina.errors import LaminaError, ModelFileError, UnsupportedModelError
 from lamina.models.gguf_conversion import convert
 from lamina.models.gguf_files import GgufFile
+from lamina.sampling_params import SamplingParams
 
 
 def converted(path: Path) -> Path:
     """The folder that a GGUF file becomes."""
     folder = path.with_suffix("")
     folder.mkdir()
-    convert(GgufFile(path), folder, str(path))
+    convert(GgufFile(path), folder, str(path), {})
     return folder
 
 
@@ -79,9 +81,23 @@ def test_keys_that_a_gemma_3_may_have_reach_its_config(tmp_path: Path) -> None:
     assert "hidden_act" not in config
 
 
+def test_what_a_file_advises_of_sampling_is_for_requests_that_say_nothing(tmp_path: Path) -> None:
+    """In the keys of llama.cpp, whose fractions are of 32 bits."""
+    model = tiny("llama")
+    advice = {"temp": 0.7, "top_p": 0.95, "top_k": 20, "min_p": 0.05, "penalty_repeat": 1.05, "penalty_last_n": 64}
+    extra: dict[str, Any] = {f"general__sampling__{name}": value for name, value in advice.items()}
+    folder = converted(write_gguf(tmp_path / "x.gguf", model.config, model.state_dict(), **extra))
+    params = SamplingParams().with_defaults(json.loads((folder / "generation_config.json").read_text()))
+    assert (params.temperature, params.top_p, params.top_k) == (0.7, 0.95, 20)
+    assert (params.min_p, params.repetition_penalty) == (0.05, 1.05)
+    plain = converted(write_gguf(tmp_path / "plain.gguf", model.config, model.state_dict()))
+    assert SamplingParams().with_defaults(json.loads((plain / "generation_config.json").read_text())).temperature == 0
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
+        ({"general__sampling__temp": 1}, "general.sampling.temp is 1; expected a float"),
         ({"llama__expert_count": 8}, "llama.expert_used_count is None"),
         (
             {"llama__expert_count": 8, "llama__expert_used_count": 2},
@@ -114,7 +130,7 @@ def test_a_kind_that_cannot_be_read_is_refused_with_those_that_can(tmp_path: Pat
     file.tensors["blk.1.ffn_down.weight"] = replace(tensor, kind=gguf.GGMLQuantizationType.TQ1_0)
     (tmp_path / "out").mkdir()
     with pytest.raises(UnsupportedModelError, match=r"blk\.1\.ffn_down.* as TQ1_0; supported are F64, .*MXFP4.*IQ4_XS"):
-        convert(file, tmp_path / "out", str(path))
+        convert(file, tmp_path / "out", str(path), {})
 
 
 def test_a_gguf_that_contradicts_itself_names_tensor_and_shapes(tmp_path: Path) -> None:
@@ -145,4 +161,4 @@ def test_rope_factors_are_not_read_before_their_shape_is_right(tmp_path: Path, m
     file.tensors["rope_freqs.weight"] = replace(factors, shape=(1 << 30, 4))
     monkeypatch.setattr(GgufFile, "rows", None)
     with pytest.raises(UnsupportedModelError, match=r"'rope_freqs.weight' has shape \[1073741824, 4\]; supported"):
-        convert(file, tmp_path / "out", str(path))
+        convert(file, tmp_path / "out", str(path), {})

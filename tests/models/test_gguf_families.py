@@ -134,7 +134,7 @@ def converted(
     weights = load_file(folder / "hf" / "model.safetensors")
     path = write_gguf(folder / "x.gguf", model.config, weights, kinds)
     (folder / "x").mkdir()
-    convert(GgufFile(path), folder / "x", str(path))
+    convert(GgufFile(path), folder / "x", str(path), {})
     return model, folder / "x"
 
 
@@ -241,7 +241,7 @@ def test_a_changed_header_gives_an_error_or_tensors_inside_the_file(family: str,
         path.write_bytes(lie)
         out.mkdir()
         try:
-            convert(GgufFile(path), out, str(path))
+            convert(GgufFile(path), out, str(path), {})
             with open_checkpoint(out) as source:
                 for name in source.names():
                     assert tuple(source.tensor(name).shape) == tuple(source.shape(name))
@@ -256,7 +256,7 @@ def test_more_experts_than_any_model_has_are_refused(tmp_path: Path) -> None:
     file = GgufFile(folder.with_suffix(".gguf"))
     file.metadata.update({"qwen3moe.expert_count": 4096, "qwen3moe.block_count": 1024})
     with pytest.raises(ModelFileError, match="4096 experts in each of 1024 layers; allowed are 65536"):
-        convert(file, tmp_path / "out", "x")
+        convert(file, tmp_path / "out", "x", {})
 
 
 def test_every_architecture_is_met() -> None:

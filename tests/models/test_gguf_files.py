@@ -129,6 +129,6 @@ def test_a_changed_byte_never_leads_out_of_the_file(tmp_path: Path, tiny_gguf: P
             assert tensor.offset + tensor.nbytes <= len(content)
         folder = tmp_path / "out"
         folder.mkdir(exist_ok=True)
-        convert(file, folder, str(path))
+        convert(file, folder, str(path), {})
     except LaminaError:
         return

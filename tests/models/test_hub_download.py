@@ -81,7 +81,7 @@ def _hash(content: bytes) -> str:
 def hub(tmp_path: Path) -> Iterator[Hub]:
     gguf = write_tiny_llama(tmp_path / "tiny.gguf")
     (tmp_path / "own").mkdir()
-    convert(GgufFile(gguf), tmp_path / "own", str(gguf))
+    convert(GgufFile(gguf), tmp_path / "own", str(gguf), {})
     export(tmp_path / "own", tmp_path / "tiny")
     files = {file.name: file.read_bytes() for file in (tmp_path / "tiny").iterdir()}
     others = {"pytorch_model.bin": b"a pickle", "README.md": b"words", "model.gguf": b"GGUF", "gguf.json": b"{}"}

@@ -71,7 +71,7 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
 
     def onto_full_disk(folder: Path) -> dict[str, FileRecord]:
         (folder / "tokenizer.json").symlink_to("/dev/full")
-        return convert(GgufFile(tiny_gguf), folder, str(tiny_gguf))
+        return convert(GgufFile(tiny_gguf), folder, str(tiny_gguf), {})
 
     with pytest.raises(DiskFullError, match=r"no room to write .*x.*bytes are free") as caught:
         get_or_create(tmp_path / "x", onto_full_disk)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import zipfile
@@ -19,6 +20,7 @@ from lamina.models import wheel_download
 from lamina.models.aliases import ALIASES, Alias
 from lamina.models.hub import Part, download_parts
 from lamina.models.wheel_download import Wheel
+from lamina.sampling_params import SamplingParams
 from lamina_workers.errors import DiskFullError
 
 CONTENT = bytes(range(256)) * 9000  # 2.2 MiB: several blocks a part
@@ -185,7 +187,7 @@ def alias(tmp_path: Path, index: Index, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of an alias whose GGUF is in three wheels, with a cache of its own."""
     gguf = write_tiny_llama(tmp_path / "tiny.gguf").read_bytes()
     sizes = (100_000, 50_000, len(gguf) - 150_000)
-    tiny = Alias(index.split(gguf, sizes), hashlib.sha256(gguf).hexdigest(), "tiny")
+    tiny = Alias(index.split(gguf, sizes), hashlib.sha256(gguf).hexdigest(), "tiny", {"temperature": 0.7, "top_k": 20})
     monkeypatch.setattr(models, "ALIASES", {"tiny": tiny})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return "tiny"
@@ -199,6 +201,26 @@ def test_an_alias_of_several_parts_becomes_a_model_and_its_download_goes(alias: 
     index.asked.clear()
     assert models.resolve(alias) == folder
     assert index.asked == []
+
+
+def test_an_alias_samples_as_its_maker_advises_where_a_request_says_nothing(alias: str) -> None:
+    generation = json.loads((models.resolve(alias) / "generation_config.json").read_text())
+    params = SamplingParams().with_defaults(generation)
+    assert (params.temperature, params.top_p, params.top_k) == (0.7, 1.0, 20)
+    assert SamplingParams(temperature=0, top_k=3).with_defaults(generation).top_k == 3
+
+
+def test_a_file_that_was_fetched_is_converted_anew_and_not_fetched(
+    alias: str, index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = models.resolve(alias)
+    monkeypatch.setattr(models, "_CONVERSION", models._CONVERSION + 1)
+    index.asked.clear()
+    folder = models.resolve(alias)
+    assert folder != older
+    assert index.asked == []
+    for whole in (folder, older):
+        verify(whole)
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(alias: str, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,5 +33,5 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights = AutoModelForCausalLM.from_config(config).state_dict()
     del weights["lm_head.weight"]
     gguf = write_gguf(folder / "tiny.gguf", config, {name: torch.randn_like(w) * 0.3 for name, w in weights.items()})
-    convert(GgufFile(gguf), folder, gguf.name)
+    convert(GgufFile(gguf), folder, gguf.name, {})
     return folder

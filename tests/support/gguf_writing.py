@@ -79,7 +79,8 @@ def write_gguf(
     writer.add_name("tiny")
     add_metadata(writer, config)
     for key, value in extra.items():
-        writer.add_uint32(key.replace("__", "."), value)
+        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+        add(key.replace("__", "."), value)
     add_vocabulary(writer, config.vocab_size)
     for own, tensor in tensors(config, weights).items():
         values = tensor.numpy()

@@ -59,7 +59,7 @@ def folder_of(tmp_path: Path, kinds: dict[str, str], tied: bool = True, llama: b
     gguf_file = write_gguf(tmp_path / "x.gguf", config, weights, kinds)
     folder = tmp_path / "x"
     folder.mkdir()
-    convert(GgufFile(gguf_file), folder, str(gguf_file))
+    convert(GgufFile(gguf_file), folder, str(gguf_file), {})
     return folder
 
 
@@ -235,7 +235,7 @@ def test_stacked_experts_stay_packed_one_by_one(tmp_path: Path) -> None:
     kinds = {f"ffn_{part}_exps.weight": "MXFP4" for part in ("gate", "up", "down")}
     path = write_gguf(tmp_path / "x.gguf", model.config, model.state_dict(), kinds)
     (tmp_path / "x").mkdir()
-    convert(GgufFile(path), tmp_path / "x", str(path))
+    convert(GgufFile(path), tmp_path / "x", str(path), {})
     weights = loaded(tmp_path / "x", PACKED)
     experts = weights.layers[1].mlps[0].mlp._experts  # type: ignore[union-attr]
     file = GgufFile(path)
