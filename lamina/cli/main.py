@@ -39,6 +39,7 @@ _OTHER_WORDS = {
     **dict.fromkeys(("create", "import"), "lamina serve FILE.gguf"),
     **dict.fromkeys(("complete", "completion"), "lamina generate PROMPT"),
     "benchmark": "lamina bench serve",
+    "version": "lamina --version",
 }
 """Words of ollama, llama.cpp and vLLM, and what does the same here."""
 UsageError: Any = typer.BadParameter.__mro__[1]  # click's, or Typer's own copy of it in newer versions
@@ -84,7 +85,7 @@ def _join_lines(group: Any) -> None:
 def _refused(error: Any) -> Exception:
     """How a command line that cannot be read ends. A group without a command shows its help."""
     if message := " ".join(error.format_message().split()).rstrip("."):  # else the help was printed instead
-        hint = "" if error.ctx is None else f"; see `{error.ctx.command_path} --help`"
+        hint = "" if error.ctx is None or message.endswith("?") else f"; see `{error.ctx.command_path} --help`"
         if (word := re.match(r"No such command '(\w+)'", message)) and word[1] in _OTHER_WORDS and not error.ctx.parent:
             message, hint = f"there is no `lamina {word[1]}`", f"; it is `{_OTHER_WORDS[word[1]]}` here"
         typer.echo(f"error: {message}{hint}", err=True)
@@ -100,6 +101,7 @@ def exit_code(error: LaminaError | OSError) -> int:
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     help="Run large language models with attention cut off from the dense layers.",
 )

@@ -214,7 +214,7 @@ def ps(as_json: opt.JsonLines = False) -> None:
     for server in servers:
         where = server["address"], str(server["pid"]), str(timedelta(seconds=int(server["uptime"])))
         rows += [(name, str(pid or "not loaded"), *where) for name, pid in server["models"].items()]
-    print_rows(rows if len(rows) > 1 else [("none",)])
+    print_rows(rows if len(rows) > 1 else [("no server runs here: `lamina serve` starts one",)])
 
 
 def _named(text: str) -> tuple[str, str]:

@@ -222,7 +222,7 @@ def test_ps_lists_servers_with_their_models_while_they_run(world: World, monkeyp
         assert (server["pid"], list(server["models"])) == (os.getpid(), ["m"])
         assert row.split()[:4] == ["m", str(server["models"]["m"]), server["address"], str(os.getpid())]
         assert server["address"].startswith("http://127.0.0.1:")
-        assert CliRunner().invoke(app, ["ps"]).stdout == "none\n"
+        assert CliRunner().invoke(app, ["ps"]).stdout == "no server runs here: `lamina serve` starts one\n"
 
 
 TWO = {"m": "m", "n": "n"}
