@@ -98,7 +98,7 @@ class Batch:
             for sequence in step.refused(answers):
                 parts.registry.forget(sequence)
                 if request := parts.registry.of(sequence):
-                    parts.registry.fail(request, EngineError(f"the holders have no room: {why}"))
+                    parts.registry.fail(request, EngineError(f"there is no room for its KV: {why}"))
             return False
         step.accepted(answers)
         for request_id, spared in savings(step, answers).items():

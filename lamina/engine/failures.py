@@ -336,5 +336,5 @@ class WaitDeadline:
     def _why(self) -> str:
         if missing := self._holders.missing:
             return f"model worker {', '.join(map(str, missing))} has not come back for {self._timeout:g} s"
-        reason = "no attention worker is left" if self._holders.empty else "no holder that is left has room for this"
+        reason = "no attention worker is left" if self._holders.empty else "no attention worker has room for this"
         return f"{reason}, and none has joined for {self._timeout:g} s; start an attention worker and try again"

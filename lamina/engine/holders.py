@@ -132,7 +132,7 @@ class Holders:
         for name in names:
             logger.warning("attention worker %s is lost", name)
         places = ", ".join(dict.fromkeys(self.names.values())) or ("any that joins" if self.empty else "this machine")
-        had = f"; spares had {spared}" if spared else ""
+        had = f"; copies had {spared}" if spared else ""
         logger.warning(
             "on %s: %d tokens of lost KV are computed again, %d from the start%s", places, rebuilt, anew, had
         )

@@ -116,7 +116,7 @@ class SpareKeeper:
         if copy is None:
             if self._since is not None:
                 after, self._since = self._clock() - self._since, None
-                logger.info("%.0f%% of the KV has spares, %.1f s after a loss", 100 * self.share, after)
+                logger.info("%.0f%% of the KV has its copies again, %.1f s after a loss", 100 * self.share, after)
             return False
         sources = self._parts(copy.handle, copy.spare.of)
         rows, on_taken = (copy.lo, copy.hi, copy.lo), partial(self._spares.took, copy)

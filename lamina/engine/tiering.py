@@ -203,5 +203,5 @@ class Balancer:
                 return
         self.active = False
         if self._moves:
-            logger.info("%d moves of KV to holders that have joined: what is left would not pay", self._moves)
+            logger.info("%d moves of KV to attention workers that have joined: what is left would not pay", self._moves)
             self._moves = 0

@@ -72,7 +72,7 @@ def check_workers(redundancy: Redundancy, workers: int) -> None:
             instead = f'redundancy="replica({workers - 1})", or more attention workers'
         raise InvalidRequest(
             f'redundancy is "{redundancy}" with {workers} attention_workers; it takes {redundancy.holders} or more, '
-            f"since a spare lies apart from what it protects; use {instead}"
+            f"since a copy lies apart from what it protects; use {instead}"
         )
 
 

@@ -105,7 +105,7 @@ def check_redundancy(config: EngineConfig, limits: SchedulerConfig, placement: P
     if not workers:
         raise InvalidRequest(
             f"{option} with attention_workers={config.attention_workers!r:.80}: the engine's own process is the only "
-            'holder of KV; allowed are "none", or attention workers'
+            'place for KV; allowed are "none", or attention workers'
         )
     if limits.states:
         raise InvalidRequest(

@@ -375,7 +375,7 @@ class StepTuner:
             for point in self._search.points
         )
         return (
-            f"decode runs in {self.lanes} lanes, reads {self.share:.0%} of the KV locally, and sends "
+            f"decode has {self.lanes} batches under way, reads {self.share:.0%} of the KV locally, and sends "
             f"{'q, k and v together' if self.fused else 'q first'}, for {now.sequences} sequences of {now.tokens:.0f} "
             f"tokens; us a token measured: {', '.join(speeds)}; ms a step measured by lanes x share: {steps}"
         )

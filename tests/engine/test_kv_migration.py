@@ -81,7 +81,7 @@ def test_stranded_request_ends_with_an_error_and_others_go_on(decoder):
     long, short = Streams(rig, PROMPTS[3:], 60), Streams(rig, PROMPTS[:1], 60, 0)
     rig.engine.leave("worker-1")
     short.tokens()
-    with pytest.raises(EngineError, match=r"no holder that is left has room for this, and none has joined for 0\.2 s"):
+    with pytest.raises(EngineError, match=r"no attention worker has room for this, and none has joined for 0\.2 s"):
         long.tokens()
     rig.close()
 

@@ -271,7 +271,7 @@ def test_the_choice_is_logged_with_what_was_measured(caplog: pytest.LogCaptureFi
     with caplog.at_level("DEBUG", logger="lamina"):
         settle(World(local=1, remote=0.04, dense=0.002, row=0.005, here=0, grows=0), StepTuner((1, 2), 0.0))
     (said,) = [record.getMessage() for record in caplog.records]
-    assert said.startswith("decode runs in 2 lanes, reads 0% of the KV locally, and sends q, k and v together")
+    assert said.startswith("decode has 2 batches under way, reads 0% of the KV locally, and sends q, k and v together")
     assert "1 x 0.00: 84.00, 2 x 0.00: 44.00" in said
 
 

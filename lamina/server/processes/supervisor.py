@@ -139,7 +139,7 @@ class Supervisor(SlotLoop[ChildProcess]):
             for number, (name, source) in enumerate(plan.models.items())
         }
         self._http: Slot[ChildProcess] = Slot("http")
-        self._spare: Slot[ChildProcess] = Slot("spare engine", due=None)  # it has imported everything, without a model
+        self._spare: Slot[ChildProcess] = Slot("standby engine", due=None)  # it has imported all, without a model
         super().__init__([self._http, *self._engines.values(), self._spare])
         self._serves = False  # the HTTP process listens
         self._attention = AttentionRole(plan, report, self._calls.put, self._failed)

@@ -252,7 +252,7 @@ def test_from_a_survey_on_who_was_here_before_is_refused_whatever_epoch_it_begin
         sender.step(7)
         with connected(address, **KEPT) as new:
             found = survey(new, 10, past=100)
-            with pytest.raises(HolderLost, match="session 1 of seat 0 announces, session 2 has taken its place"):
+            with pytest.raises(HolderLost, match="session 1 of place 0 announces, session 2 has taken over"):
                 _announced(old, Announcement(epoch, 9, found.next_operation, (Close(1),), ()))
             assert survey(new, 10) == dataclasses.replace(found, epoch=0)
             told = _announced(new, Announcement(100, 9, found.next_operation, (Close(1),), ()))
@@ -337,15 +337,15 @@ def test_one_goodbye_of_two_leaves_the_seat_to_the_other_channel():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model": "other"}, "model of seat 0: the engine has 'other', this worker 'tiny'"),
-        ({"compute_dtype": "bfloat16"}, "compute dtype of seat 0: the engine has 'bfloat16', this worker 'float32'"),
-        ({"kv_dtype": "bfloat16"}, "KV dtype of seat 0: the engine has 'bfloat16', this worker 'float32'"),
-        ({"page_size": 32}, "page size of seat 0: the engine has 32, this worker 16"),
-        ({"seat_share": (1, 3)}, r"share of seat 0: the engine has \(1, 3\), this worker \(1, 2\)"),
-        ({"layers": LAYERS[:1]}, "number of layers of seat 0: the engine has 1, this worker 2"),
+        ({"model": "other"}, "model of place 0: the engine has 'other', this worker 'tiny'"),
+        ({"compute_dtype": "bfloat16"}, "compute dtype of place 0: the engine has 'bfloat16', this worker 'float32'"),
+        ({"kv_dtype": "bfloat16"}, "KV dtype of place 0: the engine has 'bfloat16', this worker 'float32'"),
+        ({"page_size": 32}, "page size of place 0: the engine has 32, this worker 16"),
+        ({"seat_share": (1, 3)}, r"share of place 0: the engine has \(1, 3\), this worker \(1, 2\)"),
+        ({"layers": LAYERS[:1]}, "number of layers of place 0: the engine has 1, this worker 2"),
         (
             {"layers": (FULL, dataclasses.replace(LAYERS[1], window=9))},
-            "window of layer 1 of seat 0: the engine has 9, this worker 7",
+            "window of layer 1 of place 0: the engine has 9, this worker 7",
         ),
     ],
 )
@@ -362,11 +362,11 @@ def test_a_channel_that_asks_for_another_seat_than_is_there_is_refused_naming_bo
     [
         (
             {"engine": ENGINE, "seat": 1, "seat_share": (2, 3)},
-            "seat 1 asks for 2/3 of .*its other 1 seats have 1/2; allowed: 1/2",
+            "place 1 asks for 2/3 of .*its other 1 places have 1/2; allowed: 1/2",
         ),
         ({"engine": "no-hex-digits-in-here"}, "engine id 'no-hex.*', allowed: 16 to 64 hexadecimal"),
         ({"engine": "abc"}, "engine id 'abc', allowed"),
-        ({"seat": 64}, "seat 64, allowed: 0 to 63"),
+        ({"seat": 64}, "place 64, allowed: 0 to 63"),
         ({"seat_share": (0, 1)}, r"share is \(0, 1\), allowed: \(part, of\)"),
         ({"seat_share": (3, 2)}, r"share is \(3, 2\), allowed"),
         ({"linger": -1.0}, "linger of -1 seconds, allowed: 0 to 86400"),

@@ -310,7 +310,7 @@ def test_a_head_that_nobody_has_is_named(tier):
     at, inputs = tier("kda", "two"), inputs_of("kda", 9)
     at.heads[1] = (3,)
     at.announce([(1, 0, 9)], [opened(1)])
-    with pytest.raises(HolderFault, match="no holder has the state of head 2 for span 0, it needs all 4"):
+    with pytest.raises(HolderFault, match="no worker has the state of head 2 for span 0, it needs all 4"):
         at.run([(1, 0, 9, inputs)])
 
 

@@ -417,7 +417,7 @@ def test_a_replica_does_not_take_a_seat_that_model_worker_0_has_left(model) -> N
         peer.answer(peer_messages.Joined, 10.0)  # to the rig's own, which nobody has read yet
         said = peer.ask(peer_messages.Join(7, "left", address), peer_messages.Joined, 10.0)
         assert isinstance(said, peer_messages.Failed)
-        assert "model worker 0 has no seat at attention worker left" in said.reason
+        assert "model worker 0 has no place at attention worker left" in said.reason
         until(lambda: server.status().seats == 0)
 
 

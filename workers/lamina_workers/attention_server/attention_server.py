@@ -374,9 +374,9 @@ class AttentionServer:
         if not _ENGINE_ID.fullmatch(hello.engine):
             raise ProtocolError(f"engine id {hello.engine!r:.80}, allowed: 16 to 64 hexadecimal characters")
         if hello.seat >= MAX_SEATS:
-            raise ProtocolError(f"seat {hello.seat}, allowed: 0 to {MAX_SEATS - 1}")
+            raise ProtocolError(f"place {hello.seat}, allowed: 0 to {MAX_SEATS - 1}")
         if len(hello.share) != 2 or not 0 < hello.share[0] <= hello.share[1] <= _MAX_SHARES:
-            raise ProtocolError(f"a seat's share is {hello.share!r:.80}, allowed: (part, of), 1 to {_MAX_SHARES}")
+            raise ProtocolError(f"a place's share is {hello.share!r:.80}, allowed: (part, of), 1 to {_MAX_SHARES}")
         if not 0 <= hello.linger <= _MAX_LINGER:
             raise ProtocolError(f"linger of {hello.linger:g} seconds, allowed: 0 to {_MAX_LINGER:g}")
         if hello.sequence_tokens < 1:

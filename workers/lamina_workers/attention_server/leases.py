@@ -97,7 +97,7 @@ class Leases:
         """Serve the session over that channel. Raises ProtocolError where it has one, or has ended."""
         with self._lock:
             session.attach(channel, kind)
-        logger.info("session %.8s: seat %d over %s", session.id, session.seat.number, kind)
+        logger.info("session %.8s: place %d over %s", session.id, session.seat.number, kind)
         self.loop.serve(session)
 
     def session(self, id_: str) -> Session | None:
@@ -210,8 +210,8 @@ class Leases:
         share = Fraction(*hello.share)
         if leased + share > 1:
             raise ProtocolError(
-                f"seat {hello.seat} asks for {share} of the KV memory of worker {self._name}, its other "
-                f"{len(self._seats)} seats have {leased}; allowed: {1 - leased}"
+                f"place {hello.seat} asks for {share} of the KV memory of worker {self._name}, its other "
+                f"{len(self._seats)} places have {leased}; allowed: {1 - leased}"
             )
         seat = EngineSeat(hello, int(self._kv_memory * share), self._clock, self._cold)
         if not self._seats:
@@ -229,7 +229,7 @@ class Leases:
             self._engine = ""
         for session in list(seat.sessions.values()):
             self.end(session, reason)
-        logger.info("seat %d is free: %s", seat.number, reason)
+        logger.info("place %d is free: %s", seat.number, reason)
         self.loop.free(seat)
 
     def _lingering(self) -> list[EngineSeat]:

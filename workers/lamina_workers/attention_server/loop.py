@@ -110,7 +110,7 @@ class ComputeLoop:
 
     def _build(self, seat: EngineSeat) -> None:
         if seat.ended:
-            seat.built.set_exception(ProtocolError(f"seat {seat.number} is gone: {seat.ended}"))
+            seat.built.set_exception(ProtocolError(f"place {seat.number} is gone: {seat.ended}"))
             return
         try:
             seat.build(self._threads, self._name, self._device, self._layers)

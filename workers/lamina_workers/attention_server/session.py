@@ -151,7 +151,7 @@ class EngineSeat:
 
     def check(self, hello: control.Hello) -> None:
         """Raise ProtocolError for a handshake that asks for another kind of seat than this one."""
-        place = f"of seat {self.number}"
+        place = f"of place {self.number}"
         control.check(f"model {place}", hello.model, self.model)
         control.check(f"compute dtype {place}", hello.compute_dtype, self._compute_dtype)
         control.check(f"KV dtype {place}", hello.kv_dtype, self.config.dtype)
@@ -179,7 +179,7 @@ class EngineSeat:
         a frame that is no request, and for an announcement of a session that a later one has followed."""
         port = self._port
         if port is None:
-            raise ProtocolError(f"seat {self.number} is gone")
+            raise ProtocolError(f"place {self.number} is gone")
         if self._carried(frame, reply):
             return
         request = codec.decode(frame)
@@ -207,7 +207,7 @@ class EngineSeat:
             return
         if session < self._surveyed:
             raise ProtocolError(
-                f"session {session} of seat {self.number} announces, session {self._surveyed} has taken its place"
+                f"session {session} of place {self.number} announces, session {self._surveyed} has taken over"
             )
         if isinstance(request, Survey):
             self._surveyed = session

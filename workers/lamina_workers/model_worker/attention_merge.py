@@ -443,7 +443,7 @@ class AttentionMerge:
             except ValueError as error:
                 raise HolderFault(f"{holder.replies.port.name}: {error}") from error
         if merged is None:
-            raise HolderFault(f"nothing attends layer {exchange.layer}: no holder fuses and no present was computed")
+            raise HolderFault(f"nothing attends layer {exchange.layer}: no worker fuses and no present was computed")
         if exchange.remote:
             exchange.finish()
         out = merged.out if kv.sinks is None else with_sinks(merged, kv.sinks)

@@ -77,7 +77,7 @@ class KvTransfer:
     def _pool(self, copy: Copy, number: int, pool: Pool, alike: bool) -> Generator[Waiting, None, None]:
         """Copy what one pool keeps. `alike`: the holders lay out their pages alike."""
         if copy.xor and not (copy.paged and alike):
-            raise HolderFault("pages are to be XORed of holders that lay them out differently")
+            raise HolderFault("pages are to be XORed of attention workers that lay them out differently")
         if (copy.paged and alike) or pool.config.layers[0].kind in STATES:  # states have no vectors
             yield from self._pages(copy, number, pool.config)
         else:

@@ -132,7 +132,7 @@ class StateExchange:
         self._times.remote += slowest
         self._times.answered += answered
         if joined is None:
-            raise HolderFault(f"no holder has the states of layer {state.layer}")
+            raise HolderFault(f"no attention worker has the states of layer {state.layer}")
         return joined.view(tokens, -1)
 
 
@@ -163,4 +163,4 @@ def check_heads(spec: LayerSpec, spans: int, routes: Mapping[Replies, Sequence[R
     for source, heads in enumerate(span_heads):
         if len(heads) < spec.heads:
             head = min(set(range(spec.heads)) - heads)
-            raise HolderFault(f"no holder has the state of head {head} for span {source}, it needs all {spec.heads}")
+            raise HolderFault(f"no worker has the state of head {head} for span {source}, it needs all {spec.heads}")

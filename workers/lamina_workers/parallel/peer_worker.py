@@ -393,7 +393,7 @@ class PeerWorker:
         )
         if join.seat == 0 and not port.resumed:
             port.close()
-            raise HolderLost(f"model worker 0 has no seat at attention worker {join.name}, at {join.address}")
+            raise HolderLost(f"model worker 0 has no place at attention worker {join.name}, at {join.address}")
         return port
 
     def _leave(self, number: int) -> None:
@@ -409,7 +409,7 @@ class PeerWorker:
         port = self._ports.get(number)
         try:
             if port is None:
-                raise HolderFault(f"there is no holder {number}")
+                raise HolderFault(f"there is no attention worker {number}")
             self._send(peer_messages.SeatSurveyed(number, survey(port, self._begin.patience, self._epoch - 1)))
         except HolderFault as fault:
             self._send(peer_messages.Failed(type(fault).__name__, str(fault)))

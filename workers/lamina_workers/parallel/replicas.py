@@ -335,7 +335,7 @@ class PipelineReplicas:
                 answer = peer.answer(peer_messages.Joined, 0.0)
                 number = replica.asked.popleft()
                 if isinstance(answer, peer_messages.Failed):
-                    logger.warning("model worker %d cannot use holder %d: %s", peer.rank, number, answer.reason)
+                    logger.warning("model worker %d refuses attention worker %d: %s", peer.rank, number, answer.reason)
                 elif number in self._joins and number not in replica.asked:
                     replica.holders.add(number)
         except RankLost as error:

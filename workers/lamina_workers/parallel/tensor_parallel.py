@@ -126,7 +126,7 @@ class TensorParallelWorkers:
             except HolderFault as fault:
                 faults.append(fault)
         if missing := self.lost():
-            faults.append(HolderLost(f"holders {missing} are lost"))
+            faults.append(HolderLost(f"attention workers {missing} are lost"))
         refused = not all(answer.accepted for answer in answers.values())
         if runs:
             self._under_way = batch, local_number, local_shares
@@ -167,7 +167,7 @@ class TensorParallelWorkers:
         self._require_all()
         ranks = {self._owner.get(number, 0) for move in moves for number in (move.origin, move.to)}
         if len(ranks) != 1:
-            raise HolderFault(f"KV is to be copied between holders of the ranks {sorted(ranks)}; each has other heads")
+            raise HolderFault(f"KV is to be copied between workers of the ranks {sorted(ranks)}; each has other heads")
         (rank,) = ranks
         if rank == 0:
             return (yield from self._worker.copy(moves, shares, accepted))
@@ -310,7 +310,7 @@ class TensorParallelWorkers:
                 except RankLost:
                     raise
                 except HolderFault as fault:
-                    logger.warning("model worker %d cannot tell what holder %d keeps: %s", rank, number, fault)
+                    logger.warning("model worker %d cannot say what attention worker %d keeps: %s", rank, number, fault)
                     back.gone.append(number)
         return back
 
@@ -334,7 +334,7 @@ class TensorParallelWorkers:
         finally:
             peer.forget(batch)
         if answers.keys() != shares.keys():
-            raise peer.give_up(f"it answered for the holders {sorted(answers)}, asked were {sorted(shares)}")
+            raise peer.give_up(f"it answered for the attention workers {sorted(answers)}, asked were {sorted(shares)}")
         return answers
 
     def _forget(self) -> None:
